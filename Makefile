@@ -1,0 +1,43 @@
+# The front door: `make run` draws, `make test` checks everything. Both work on a fresh machine with Python 3.11+.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# uv does the installing, since pip knows no overrides (see pyproject.toml), and it does not read pip's find-links.
+UV := UV_FIND_LINKS="$(PIP_FIND_LINKS)" $(BIN)/uv pip install --quiet --python $(BIN)/python
+
+.PHONY: run venv test lint format clean
+
+run: $(VENV)/.run
+	@$(BIN)/python -m stable_diffusion_server serve
+
+venv: $(VENV)/.run
+
+test: $(VENV)/.test lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.test
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/flake8
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.test
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+
+# The stamps make a second start install nothing; a changed requirement file installs anew.
+$(VENV)/.run: requirements.txt | $(BIN)/uv
+	@echo "Installing into $(VENV) …"; $(UV) -r requirements.txt
+	@touch $@
+
+$(VENV)/.test: dev-requirements.txt $(VENV)/.run
+	@echo "Installing into $(VENV) …"; $(UV) -r requirements.txt -r dev-requirements.txt
+	@touch $@
+
+$(BIN)/uv:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet uv

@@ -1,0 +1,1 @@
+"""The doors: HTTP in, orders down, receipts up. Knows nothing of devices."""

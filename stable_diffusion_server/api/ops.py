@@ -1,0 +1,76 @@
+"""The operator's doors: alive, able to draw, figures, and the files of the local bucket. Draws nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import FileResponse, JSONResponse, RedirectResponse
+from starlette.concurrency import run_in_threadpool
+from starlette.staticfiles import NotModifiedResponse
+
+from stable_diffusion_server.bucket_api import Bucket
+from stable_diffusion_server.errors import InvalidInput, NotFound
+
+# A name is an identity: what is stored under it is not drawn anew unless someone asks to overwrite it.
+_CACHING = "public, max-age=31536000, immutable"
+_SHOWN_INLINE = ("image/webp", "image/png", "image/jpeg")
+
+
+def router(
+    bucket: Bucket,
+    path_of: Callable[[str], Path],
+    missing: Callable[[], list[str]],
+    exposition: Callable[[], bytes],
+) -> APIRouter:
+    """The operator's doors. `missing` lists, in sentences, what keeps the server from drawing."""
+    routes = APIRouter(tags=["operate"])
+
+    @routes.get("/", include_in_schema=False)
+    async def root() -> Response:
+        return RedirectResponse("/docs")
+
+    @routes.get("/healthz", summary="Is the process alive?")
+    async def healthz() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @routes.get("/readyz", summary="Can it draw? 503 says what is missing.")
+    async def readyz() -> Response:
+        reasons = missing()
+        body = {"status": "not ready" if reasons else "ready", "missing": reasons}
+        return JSONResponse(body, 503 if reasons else 200, {"Retry-After": "2"} if reasons else None)
+
+    @routes.get("/metrics", summary="Figures in Prometheus's text format")
+    async def metrics() -> Response:
+        return Response(exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @routes.api_route("/files/{key:path}", methods=["GET", "HEAD"], summary="A picture of the local bucket")
+    async def files(request: Request, key: str) -> Response:
+        return await run_in_threadpool(_file, request, key, bucket, path_of)
+
+    return routes
+
+
+def _file(request: Request, key: str, bucket: Bucket, path_of: Callable[[str], Path]) -> Response:
+    stored = None
+    if "\0" not in key and not {"", ".", ".."} & set(key.split("/")):
+        try:
+            stored = bucket.stat(key)
+        except InvalidInput:
+            stored = None  # a name no folder can hold names nothing in it
+    if stored is None:
+        raise NotFound("There is no picture under this name.")
+    headers = {
+        "ETag": f'"{stored.etag}"',
+        "Cache-Control": _CACHING,
+        "X-Content-Type-Options": "nosniff",
+        "Content-Security-Policy": "default-src 'none'; sandbox",
+    }
+    if stored.content_type not in _SHOWN_INLINE:
+        headers["Content-Disposition"] = "attachment"
+    wanted = {tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")}
+    response = FileResponse(path_of(key), headers=headers, media_type=stored.content_type)
+    if wanted & {headers["ETag"], "*"}:
+        return NotModifiedResponse(response.headers)
+    return response

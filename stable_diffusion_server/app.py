@@ -1,0 +1,167 @@
+"""The composition root: builds every room from the settings, and owns the lifespan. Decides nothing else."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+import structlog
+from fastapi import FastAPI, Request
+from starlette.middleware.cors import CORSMiddleware
+
+from stable_diffusion_server import __version__
+from stable_diffusion_server.api import handlers, ops, uploads
+from stable_diffusion_server.api.security import Gate, Policy, allowed_host_names
+from stable_diffusion_server.bucket_api import open_bucket, url_path
+from stable_diffusion_server.buckets.local import LocalBucket
+from stable_diffusion_server.engine import Engine, Phase
+from stable_diffusion_server.errors import NotReady, ServerError
+from stable_diffusion_server.observability import ConsoleProgress, Heartbeat, Metrics, configure_logging, each
+from stable_diffusion_server.orders import Limits
+from stable_diffusion_server.resolving import Options
+from stable_diffusion_server.service import Service
+from stable_diffusion_server.settings import Settings
+
+_log = structlog.get_logger(__name__)
+
+STOP_GRACE_SECONDS = 30.0
+
+
+@dataclass(slots=True)
+class _Models:
+    """The loaded models, once there are any. Filled by the engine's thread."""
+
+    registry: Any = None
+
+
+def create_app(settings: Settings, announce: Any = lambda: None) -> FastAPI:
+    """The application over `settings`. Opens nothing and starts nothing; the lifespan does.
+
+    `announce` is called without arguments, on another thread, when the models are loaded.
+    """
+    models, faults = _Models(), dict[str, str]()
+    engine, metrics = _build_engine(settings, models, announce)
+    bucket = open_bucket(settings.storage_provider, settings.local_bucket_dir)
+    limits = Limits(
+        min_side=settings.min_side,
+        max_side=settings.max_side,
+        max_steps=settings.max_steps,
+        max_guidance=settings.max_guidance,
+        max_prompt_characters=settings.max_prompt_characters,
+        max_timeout=settings.max_timeout,
+    )
+    options = Options(limits, settings.text_to_image_model, settings.bucket_path, settings.embed_metadata)
+
+    def count_tokens(model: str, prompt: str) -> int:
+        if models.registry is None:
+            raise NotReady(engine.reason, retry_after=5)
+        return int(models.registry.count_tokens(model, prompt))
+
+    service = Service(bucket, engine.submit, count_tokens, options, metrics.answered)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        configure_logging(settings.log_level, settings.log_format)
+        # Its lines hold query strings, and so prompts; Gate logs requests instead.
+        logging.getLogger("uvicorn.access").disabled = True
+        await asyncio.to_thread(_open_folders, settings, bucket, faults)
+        engine.start()
+        yield
+        await asyncio.to_thread(engine.stop, STOP_GRACE_SECONDS)
+
+    def missing() -> list[str]:
+        reasons = list(faults.values())
+        return [*reasons, engine.reason] if engine.phase is not Phase.READY else reasons
+
+    app = FastAPI(
+        title="Stable Diffusion Server",
+        version=__version__,
+        summary="A prompt in, the URL of a stored picture out.",
+        lifespan=lifespan,
+        redoc_url=None,
+        max_body_size=settings.max_body_bytes,
+    )
+    handlers.install(app)
+    _add_middleware(app, settings)
+    app.include_router(uploads.router(service, limits, _url_maker(settings)))
+    app.include_router(ops.router(bucket, LocalBucket.path.__get__(bucket), missing, metrics.exposition))
+    return app
+
+
+def _build_engine(settings: Settings, models: _Models, announce: Any) -> tuple[Engine[Any, Any], Metrics]:
+    """The engine and the observers of its events, not started."""
+
+    def load() -> Any:
+        # Imported here, on the engine's thread: torch takes seconds, and the port should answer meanwhile.
+        from stable_diffusion_server.pipelines import registry
+
+        started = perf_counter()
+        models.registry = registry.load(settings.models_dir, settings.device, settings.cpu_threads)
+        _log.info("models loaded", seconds=round(perf_counter() - started, 1))
+        announce()
+        return models.registry
+
+    metrics = Metrics(lambda: engine.waiting, lambda: engine.running)
+    observers = (
+        metrics.observe,
+        ConsoleProgress().observe,
+        Heartbeat(settings.data_dir / "progress.txt").observe,
+    )
+    engine: Engine[Any, Any] = Engine(
+        load, queue_limit=settings.queue_limit, max_batch=settings.max_batch, observe=each(observers)
+    )
+    return engine, metrics
+
+
+def _open_folders(settings: Settings, bucket: Any, faults: dict[str, str]) -> None:
+    """Make the folders ready; what cannot be is kept in `faults` for `/readyz`, and the rest is served."""
+    try:
+        settings.data_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        faults["data"] = f"DATA_DIR cannot be used ({error.strerror})."
+    try:
+        bucket.open()
+    except ServerError as error:
+        faults["bucket"] = error.detail
+    for fault in faults.values():
+        _log.error("not able to draw", reason=fault)
+
+
+def _add_middleware(app: FastAPI, settings: Settings) -> None:
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "Content-Type", "X-API-Key", "X-Request-ID"],
+            expose_headers=["X-Request-ID", "Retry-After"],
+        )
+    policy = Policy(
+        hosts=allowed_host_names(settings.host, settings.allowed_hosts, settings.public_base_url),
+        origins=frozenset(settings.cors_origins),
+        api_keys=tuple(key.get_secret_value() for key in settings.api_keys),
+        allow_anonymous=settings.allow_anonymous,
+    )
+    app.add_middleware(Gate, policy=policy)
+
+
+def _url_maker(settings: Settings) -> Any:
+    """How a key becomes a URL: under PUBLIC_BASE_URL, else at the address the client's connection came in on.
+
+    Never from the Host header, which the client writes.
+    """
+
+    def url_of(request: Request, key: str) -> str:
+        base = settings.public_base_url
+        if not base:
+            host, port = request.scope.get("server") or (settings.host, settings.port)
+            name = f"[{host}]" if ":" in host else host
+            base = f"{request.scope['scheme']}://{name}:{port or settings.port}"
+        return f"{base}/files/{url_path(key)}"
+
+    return url_of

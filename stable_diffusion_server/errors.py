@@ -1,0 +1,167 @@
+"""What can go wrong, as one hierarchy: each error knows its status and problem type, and nothing of HTTP's shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+
+class ServerError(Exception):
+    """A failure the caller is told about.
+
+    `detail` is one sentence for a person. `field` names the offending parameter, where there is one; `faults` are
+    pairs of (field, sentence) where there may be several. `retry_after` is in seconds. Raise a subclass; anything
+    outside this tree stays opaque to callers.
+    """
+
+    status: ClassVar[int] = 500
+    kind: ClassVar[str] = "internal-error"
+    title: ClassVar[str] = "Something went wrong here"
+    retry_can_help: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        detail: str,
+        *,
+        field: str | None = None,
+        faults: Sequence[tuple[str, str]] = (),
+        retry_after: int | None = None,
+    ) -> None:
+        super().__init__(detail)
+        self.detail = detail
+        self.field = field
+        self.faults = tuple(faults) or (((field, detail),) if field else ())
+        self.retry_after = retry_after
+
+
+class Malformed(ServerError):
+    """The body could not be read at all: broken JSON, a broken multipart, a parameter given twice."""
+
+    status = 400
+    kind = "malformed"
+    title = "The request could not be read"
+
+
+class InvalidInput(ServerError):
+    """A parameter was read and refused: missing, unknown, of the wrong type, out of its bounds."""
+
+    status = 422
+    kind = "invalid-input"
+    title = "A parameter was refused"
+
+    @classmethod
+    def of(cls, faults: Sequence[tuple[str, str]]) -> InvalidInput:
+        """The error for one or more faults; the first of them gives its sentence and its field."""
+        field, detail = faults[0]
+        more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+        return cls(detail + more, field=field, faults=faults)
+
+
+class UnsupportedMedia(ServerError):
+    """The body is of a type that is not taken here."""
+
+    status = 415
+    kind = "unsupported-media-type"
+    title = "This type of body is not taken"
+
+
+class Unauthorized(ServerError):
+    """A key is asked for, and none or a wrong one was given."""
+
+    status = 401
+    kind = "unauthorized"
+    title = "A valid API key is needed"
+
+
+class Forbidden(ServerError):
+    """A client, or a web page, that may not draw here."""
+
+    status = 403
+    kind = "forbidden"
+    title = "Not allowed from here"
+
+
+class NotFound(ServerError):
+    """No object of that name."""
+
+    status = 404
+    kind = "not-found"
+    title = "There is nothing under this name"
+
+
+class Misdirected(ServerError):
+    """The Host header names a server this one is not (a rebinding attack, or a missing setting)."""
+
+    status = 421
+    kind = "misdirected"
+    title = "This host name is not served here"
+
+
+class Busy(ServerError):
+    """The queue is full; the caller may come back after `retry_after` seconds."""
+
+    status = 429
+    kind = "busy"
+    title = "The queue is full"
+    retry_can_help = True
+
+
+class NotReady(ServerError):
+    """The models are still loading, or could not be loaded, or the server is going down."""
+
+    status = 503
+    kind = "not-ready"
+    title = "Not able to draw yet"
+    retry_can_help = True
+
+
+class StorageUnavailable(ServerError):
+    """The bucket did not take or give an object."""
+
+    status = 503
+    kind = "storage-unavailable"
+    title = "The storage is not available"
+    retry_can_help = True
+
+
+class DeadlineExceeded(ServerError):
+    """The caller's `timeout` passed before the picture was stored."""
+
+    status = 504
+    kind = "deadline-exceeded"
+    title = "The picture was not ready in time"
+    retry_can_help = True
+
+
+class NotFinite(ServerError):
+    """The latents hold NaN or infinity, so there is no picture to decode."""
+
+    kind = "not-finite"
+    title = "The model produced numbers that are not finite"
+    retry_can_help = True
+
+
+class OutOfMemory(ServerError):
+    """The device had no memory left for this job."""
+
+    status = 503
+    kind = "out-of-memory"
+    title = "The device ran out of memory"
+    retry_can_help = True
+
+
+class DevicePoisoned(ServerError):
+    """The device context is unusable until the process is replaced (a device-side assert)."""
+
+    status = 503
+    kind = "device-lost"
+    title = "The device has to be restarted"
+    retry_can_help = True
+
+
+class WeightsUnusable(ServerError):
+    """Model files are missing, truncated or of another class. Told once, at load, in `/readyz` and the log."""
+
+    status = 503
+    kind = "weights-unusable"
+    title = "The model files cannot be used"

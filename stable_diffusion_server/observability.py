@@ -1,0 +1,137 @@
+"""Turns events into log lines, metrics, a console bar and a heartbeat file. Decides nothing."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import IO
+
+import structlog
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from tqdm import tqdm
+
+from stable_diffusion_server.orders import Event, EventKind
+
+Observer = Callable[[Event], None]
+
+_SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+
+
+def configure_logging(level: str, log_format: str) -> None:
+    """Structured lines on standard error: for people at a terminal, JSON otherwise, unless `log_format` says which."""
+    for_people = log_format == "console" or (log_format == "auto" and sys.stderr.isatty())
+    processors: list[structlog.typing.Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+    ]
+    # Tracebacks without local variables: those hold prompts, and may hold keys.
+    if for_people:
+        processors.append(structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback))
+    else:
+        processors += [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
+    structlog.configure(
+        processors=processors,
+        wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=False,
+    )
+
+
+class Metrics:
+    """Prometheus figures, in a registry of their own."""
+
+    def __init__(self, waiting: Callable[[], float], running: Callable[[], float]) -> None:
+        self.registry = CollectorRegistry()
+        self._jobs = Counter("sds_jobs", "Jobs by what became of them", ["outcome"], registry=self.registry)
+        self._steps = Counter("sds_steps", "Denoising steps done, summed over jobs", registry=self.registry)
+        self._seconds = Histogram(
+            "sds_job_seconds", "From acceptance to picture", buckets=_SECONDS, registry=self.registry
+        )
+        self._answers = Counter(
+            "sds_orders",
+            "Orders answered, by where the picture came from",
+            ["source"],
+            registry=self.registry,
+        )
+        Gauge("sds_queue_waiting", "Jobs waiting", registry=self.registry).set_function(waiting)
+        Gauge("sds_queue_running", "Jobs on the device", registry=self.registry).set_function(running)
+
+    def observe(self, event: Event) -> None:
+        """Count an event of the engine."""
+        if event.kind is EventKind.STEP:
+            self._steps.inc()
+        else:
+            self._jobs.labels(event.kind.value).inc()
+        if event.kind is EventKind.DONE:
+            self._seconds.observe(event.seconds)
+
+    def answered(self, source: str) -> None:
+        """Count an order answered from `source`: drawn, cached or coalesced."""
+        self._answers.labels(source).inc()
+
+    def drawn(self) -> int:
+        """How many pictures the engine has drawn."""
+        return int(self.registry.get_sample_value("sds_jobs_total", {"outcome": EventKind.DONE.value}) or 0)
+
+    def exposition(self) -> bytes:
+        """The figures in Prometheus's text format."""
+        return generate_latest(self.registry)
+
+
+class ConsoleProgress:
+    """One bar over the steps of all pictures under way; on a stream that is no terminal it stays silent."""
+
+    def __init__(self, stream: IO[str] | None = None) -> None:
+        self._stream = stream or sys.stderr
+        self._bar: tqdm[None] | None = None
+        self._left: dict[str, int] = {}
+
+    def observe(self, event: Event) -> None:
+        """Move the bar on; it closes when nothing is under way."""
+        if event.kind is EventKind.STARTED:
+            self._start(event)
+        elif event.kind is EventKind.STEP and self._bar is not None:
+            self._left[event.job_id] = event.steps - event.step
+            self._bar.update()
+        elif event.kind in (EventKind.DONE, EventKind.FAILED, EventKind.CANCELLED):
+            self._end(event)
+
+    def _start(self, event: Event) -> None:
+        if self._bar is None:
+            self._bar = tqdm(total=0, desc="drawing", unit="step", file=self._stream, disable=None, leave=False)
+        self._left[event.job_id] = event.steps
+        self._bar.total = (self._bar.total or 0) + event.steps
+        self._bar.set_description(f"drawing {len(self._left)}")
+
+    def _end(self, event: Event) -> None:
+        self._left.pop(event.job_id, None)
+        if not self._left and self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+class Heartbeat:
+    """Touches `progress.txt` at each sign of life, so that a watchdog can tell work from a hang."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def observe(self, event: Event) -> None:
+        """Write the time of day (UTC, HH:MM:SS), as users of the file expect; waiting is no sign of life."""
+        if event.kind is not EventKind.QUEUED:
+            self._path.write_text(time.strftime("%H:%M:%S\n", time.gmtime()))
+
+
+def each(observers: Iterable[Observer]) -> Observer:
+    """One observer that tells several, in order."""
+    told = tuple(observers)
+
+    def observe(event: Event) -> None:
+        for observer in told:
+            observer(event)
+
+    return observe
