@@ -57,6 +57,14 @@ class InvalidInput(ServerError):
         return cls(detail + more, field=field, faults=faults)
 
 
+class TooLarge(ServerError):
+    """The body has more bytes than the settings allow."""
+
+    status = 413
+    kind = "too-large"
+    title = "The request is too large"
+
+
 class UnsupportedMedia(ServerError):
     """The body is of a type that is not taken here."""
 

@@ -76,6 +76,9 @@ async def read_parameters(request: Request) -> dict[str, object]:
     """Query and body of a request as one mapping. A parameter given twice is refused, wherever it stands."""
     merged: dict[str, object] = {}
     for name, value in [*request.query_params.multi_items(), *(await _read_body(request))]:
+        if not name.isascii():
+            # Every parameter's name is ASCII, and pydantic cannot tell a lone surrogate from a name.
+            raise InvalidInput(f"{name[:100]} is not a parameter here.", field=name[:100])
         if name in merged:
             raise Malformed(f"{name[:100]} is given more than once.", field=name[:100])
         merged[name] = value

@@ -16,11 +16,12 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from stable_diffusion_server.api.handlers import problem
-from stable_diffusion_server.errors import Forbidden, Misdirected, ServerError, Unauthorized
+from stable_diffusion_server.errors import Forbidden, Misdirected, ServerError, TooLarge, Unauthorized
 
 _log = structlog.get_logger("access")
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+_HOST = re.compile(r"(\[(?P<v6>[0-9A-Fa-f:.]+)\]|(?P<name>[A-Za-z0-9._-]+))(:\d*)?")
 # Reading these draws nothing and tells no secret, so a link or an <img> on another page may lead here.
 _OPEN_PATHS = ("/files/", "/healthz", "/readyz", "/docs", "/openapi.json")
 
@@ -33,9 +34,10 @@ class Policy:
     origins: frozenset[str] = frozenset()
     api_keys: tuple[str, ...] = field(default=(), repr=False)
     allow_anonymous: bool = False
+    max_body_bytes: int = 1_048_576
 
     def check(self, scope: Scope, headers: Headers) -> None:
-        """Raise `Misdirected`, `Forbidden` or `Unauthorized` for a request that may not go on."""
+        """Raise `Misdirected`, `Forbidden`, `Unauthorized` or `TooLarge` for a request that may not go on."""
         self._check_host(headers)
         if scope["path"].startswith(_OPEN_PATHS) or scope["path"] == "/":
             return
@@ -48,6 +50,9 @@ class Policy:
             raise Forbidden(
                 "Without a key only clients on this machine may draw: set API_KEYS, or ALLOW_ANONYMOUS=1 for everyone."
             )
+        # A body without a length is counted while it is read, by starlette's RequestBodyLimitMiddleware.
+        if int(headers.get("content-length", "0")) > self.max_body_bytes:
+            raise TooLarge(f"A body may have {self.max_body_bytes} bytes here.")
 
     def _check_host(self, headers: Headers) -> None:
         hosts = headers.getlist("host")
@@ -131,10 +136,8 @@ def _request_id(headers: Headers) -> str:
 
 def _host_name(host: str) -> str:
     """The name in a Host header or setting: without port, brackets and a final dot, lower-cased; empty if none."""
-    try:
-        return (urlsplit(f"//{host.strip()}").hostname or "").removesuffix(".")
-    except ValueError:
-        return ""
+    match = _HOST.fullmatch(host.strip())
+    return (match["v6"] or match["name"]).lower().removesuffix(".") if match else ""
 
 
 def _is_loopback(name: str) -> bool:
