@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import socket
 import sys
 from urllib.parse import quote
@@ -59,7 +60,8 @@ def _listen(settings: Settings) -> socket.socket:
     try:
         listening = socket.create_server((settings.host, settings.port), family=family)
     except OSError as error:
-        sys.stderr.write(f"HOST {settings.host}, PORT {settings.port} cannot be listened on ({error.strerror}).\n")
+        why = os.strerror(error.errno) if error.errno else str(error)
+        sys.stderr.write(f"HOST {settings.host}, PORT {settings.port} cannot be listened on ({why}).\n")
         sys.exit(2)
     # A socket made without naming TCP keeps Nagle's algorithm under asyncio, which costs 40 ms an answer.
     listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
