@@ -5,9 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
 
 from stable_diffusion_server.errors import InvalidInput
 
@@ -20,6 +23,8 @@ class Task(StrEnum):
     """What is asked for. Tasks differ in how a job is prepared, never in the path it takes."""
 
     TEXT_TO_IMAGE = "text_to_image"
+    IMAGE_TO_IMAGE = "image_to_image"
+    INPAINT = "inpaint"
 
 
 class Format(StrEnum):
@@ -96,10 +101,28 @@ class Order:
 
 
 @dataclass(frozen=True, slots=True)
+class Picture:
+    """Pixels that travel in a job: uint8, height × width × 3, or height × width for a mask (255 = repaint).
+
+    Compared, hashed and digested by content.
+    """
+
+    pixels: NDArray[np.uint8] = field(compare=False, repr=False)
+    digest: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Take the content's SHA-256, the shape included."""
+        content = hashlib.sha256(repr(self.pixels.shape).encode())
+        content.update(np.ascontiguousarray(self.pixels).data)
+        object.__setattr__(self, "digest", content.hexdigest())
+
+
+@dataclass(frozen=True, slots=True)
 class Job:
     """What will be drawn, with nothing left to decide: running it twice draws the same picture.
 
-    `width` and `height` are those of the canvas the model draws on, in pixels, and fit the model's grid.
+    `width` and `height` are those of the canvas the model draws on, in pixels, and fit the model's grid; `image`,
+    `mask` and `control` (edges) have that size. `strength` in 0..1 is how much of the image is drawn anew.
     """
 
     task: Task
@@ -113,6 +136,13 @@ class Job:
     num_inference_steps: int
     guidance_scale: float
     scheduler: str
+    image: Picture | None = None
+    mask: Picture | None = None
+    control: Picture | None = None
+    strength: float = 1.0
+    control_scale: float = 0.5
+    refine: bool = False
+    loras: tuple[tuple[str, float], ...] = ()
 
     @property
     def shape(self) -> tuple[str, int, int]:
@@ -189,4 +219,10 @@ def digest(value: Mapping[str, object]) -> str:
 
 def picture_digest(job: Job) -> str:
     """Identity of what is drawn: equal jobs are equal pictures. Knows nothing of format, quality or name."""
-    return digest(asdict(job))
+    return digest(job_facts(job))
+
+
+def job_facts(job: Job) -> dict[str, object]:
+    """The job's fields as JSON can hold them, with the digest in the place of each picture."""
+    values = {part.name: getattr(job, part.name) for part in fields(job)}
+    return {name: value.digest if isinstance(value, Picture) else value for name, value in values.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from secrets import randbelow
 from typing import TypeVar
 
@@ -97,7 +97,7 @@ def resolve(order: Order, options: Options) -> Plan:
     )
     scheduler_of(facts, job.scheduler, job.num_inference_steps)
     size = {"width": order.width, "height": order.height}
-    asked = digest({**asdict(job), "asked": size, "seed": order.seed})
+    asked = digest({**job_facts(job), "asked": size, "seed": order.seed})
     if order.seed is None:
         job = replace(job, seed=int(asked[:8], 16))
     elif order.seed == "random":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import structlog
@@ -15,7 +15,7 @@ from stable_diffusion_server.engine import Drawing, Ticket
 from stable_diffusion_server.errors import DeadlineExceeded
 from stable_diffusion_server.flights import Flights
 from stable_diffusion_server.image_processing import Pixels, encode, to_size
-from stable_diffusion_server.orders import Job, Order, Receipt, Stored, Warned, picture_digest
+from stable_diffusion_server.orders import Job, Order, Receipt, Stored, Warned, job_facts, picture_digest
 from stable_diffusion_server.prompts import shorten_too_long_text
 from stable_diffusion_server.resolving import Options, Plan, resolve
 
@@ -136,7 +136,7 @@ class Service:
         match self._options.embed_metadata:
             case "full":
                 inside = {
-                    **asdict(job),
+                    **job_facts(job),
                     "width": plan.order.width,
                     "height": plan.order.height,
                     "digest": plan.content,
