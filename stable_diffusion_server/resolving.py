@@ -17,6 +17,7 @@ from stable_diffusion_server.orders import (
     Order,
     Warned,
     digest,
+    job_facts,
     picture_digest,
 )
 from stable_diffusion_server.pipelines.catalog import ModelFacts, facts_of, scheduler_of
