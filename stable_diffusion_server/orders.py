@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from stable_diffusion_server.errors import InvalidInput
 
 SEED_MAX = 2**32 - 1
+LORA_WEIGHT_MAX = 2.0
 
 Seed = int | Literal["random"] | None
 
@@ -50,6 +51,8 @@ class Limits:
     max_guidance: float = 20.0
     max_prompt_characters: int = 4000
     max_timeout: float = 600.0
+    max_feather: int = 256
+    max_loras: int = 4
 
     def bounds(self) -> dict[str, tuple[float, float]]:
         """Name of each numeric parameter → (smallest, largest) value taken."""
@@ -61,6 +64,12 @@ class Limits:
             "seed": (0, SEED_MAX),
             "quality": (1, 100),
             "timeout": (0.001, self.max_timeout),
+            "strength": (0.0, 1.0),
+            "feather": (0, self.max_feather),
+            # On the scale of OpenCV's Canny: sums of absolute Sobel derivatives of 8-bit grey.
+            "canny_low": (0, 1000),
+            "canny_high": (0, 1000),
+            "control_scale": (0.0, 2.0),
         }
 
     def check(self, order: Order) -> None:
@@ -75,18 +84,37 @@ class Limits:
         for name, text in (("prompt", order.prompt), ("negative_prompt", order.negative_prompt or "")):
             if len(text) > longest:
                 faults.append((name, f"{name} must not be longer than {longest} characters."))
+        if len(order.loras) > self.max_loras:
+            faults.append(("lora", f"lora must not name more than {self.max_loras}."))
+        if not all(-LORA_WEIGHT_MAX <= weight <= LORA_WEIGHT_MAX for _, weight in order.loras):
+            faults.append(("lora", f"lora weights must be between -{LORA_WEIGHT_MAX:g} and {LORA_WEIGHT_MAX:g}."))
+        if order.canny_low > order.canny_high:
+            faults += [(name, "canny_low must not be above canny_high.") for name in ("canny_low", "canny_high")]
         if faults:
             raise InvalidInput.of(faults)
 
 
 @dataclass(frozen=True, slots=True)
+class Source:
+    """A picture a caller gave: a file's bytes, or the URL they are at. `field` is the parameter it came by."""
+
+    field: str
+    url: str | None = None
+    data: bytes | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
 class Order:
-    """What the caller asked, as asked. `None` means "you decide"; `width` and `height` in pixels."""
+    """What the caller asked, as asked. `None` means "you decide"; `width` and `height` in pixels.
+
+    Without a size the picture has that of `image`. `feather`, in pixels, softens the mask's rim inwards. With
+    `named_by_content` the order's digest goes before the file name, so that no two orders share one.
+    """
 
     task: Task
     prompt: str
-    width: int
-    height: int
+    width: int | None = None
+    height: int | None = None
     save_path: str | None = None
     model: str | None = None
     negative_prompt: str | None = None
@@ -98,6 +126,22 @@ class Order:
     quality: int | None = None
     overwrite: bool = False
     timeout: float | None = None
+    image: Source | None = None
+    mask: Source | None = None
+    strength: float | None = None
+    feather: int = 0
+    canny: bool = False
+    canny_low: int = 100
+    canny_high: int = 200
+    control_scale: float = 0.5
+    refine: bool = False
+    loras: tuple[tuple[str, float], ...] = ()
+    named_by_content: bool = False
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """The pictures it comes with."""
+        return tuple(source for source in (self.image, self.mask) if source is not None)
 
 
 @dataclass(frozen=True, slots=True)

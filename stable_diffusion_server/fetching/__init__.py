@@ -1,0 +1,1 @@
+"""Remote pictures to bytes: `targets` judges addresses, `fetcher` dials them."""
