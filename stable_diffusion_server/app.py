@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Any
+from typing import Any, Protocol
 
 import structlog
 from fastapi import FastAPI, Request
@@ -16,11 +16,14 @@ from starlette.middleware.cors import CORSMiddleware
 
 from stable_diffusion_server import __version__
 from stable_diffusion_server.api import handlers, ops, uploads
-from stable_diffusion_server.api.security import Gate, Policy, allowed_host_names
+from stable_diffusion_server.api.security import BodyLimit, Gate, Policy, allowed_host_names
 from stable_diffusion_server.bucket_api import open_bucket, url_path
 from stable_diffusion_server.buckets.local import LocalBucket
-from stable_diffusion_server.engine import Engine, Phase
+from stable_diffusion_server.decoding.pool import Decoder
+from stable_diffusion_server.engine import Denoiser, Engine, Phase
 from stable_diffusion_server.errors import NotReady, ServerError
+from stable_diffusion_server.fetching.fetcher import Bounds, Fetcher
+from stable_diffusion_server.fetching.targets import Allowance
 from stable_diffusion_server.observability import ConsoleProgress, Heartbeat, Metrics, configure_logging, each
 from stable_diffusion_server.orders import Limits
 from stable_diffusion_server.resolving import Options
@@ -32,37 +35,50 @@ _log = structlog.get_logger(__name__)
 STOP_GRACE_SECONDS = 30.0
 
 
+class Models(Denoiser[Any, Any], Protocol):
+    """What draws, and what counts a prompt's tokens as the model reads them."""
+
+    def count_tokens(self, model: str, prompt: str) -> int:
+        """Length of a prompt in a model's tokens. Safe from any thread."""
+
+
 @dataclass(slots=True)
-class _Models:
+class _Loaded:
     """The loaded models, once there are any. Filled by the engine's thread."""
 
-    registry: Any = None
+    models: Models | None = None
 
 
-def create_app(settings: Settings, announce: Any = lambda: None) -> FastAPI:
+def create_app(
+    settings: Settings,
+    load: Callable[[Settings], Models] | None = None,
+    announce: Callable[[], object] = lambda: None,
+) -> FastAPI:
     """The application over `settings`. Opens nothing and starts nothing; the lifespan does.
 
-    `announce` is called without arguments, on another thread, when the models are loaded.
+    `load` makes what draws, the models of the settings unless told otherwise; `announce` is called when it is done.
+    Both run on the engine's thread.
     """
-    models, faults = _Models(), dict[str, str]()
-    engine, metrics = _build_engine(settings, models, announce)
+    loaded, faults = _Loaded(), dict[str, str]()
+    engine, metrics = _build_engine(settings, loaded, load or _load_models, announce)
     bucket = open_bucket(settings.storage_provider, settings.local_bucket_dir)
-    limits = Limits(
-        min_side=settings.min_side,
-        max_side=settings.max_side,
-        max_steps=settings.max_steps,
-        max_guidance=settings.max_guidance,
-        max_prompt_characters=settings.max_prompt_characters,
-        max_timeout=settings.max_timeout,
-    )
-    options = Options(limits, settings.text_to_image_model, settings.bucket_path, settings.embed_metadata)
+    options = _options(settings)
+    fetcher, decoder = _readers(settings)
 
     def count_tokens(model: str, prompt: str) -> int:
-        if models.registry is None:
+        if loaded.models is None:
             raise NotReady(engine.reason, retry_after=5)
-        return int(models.registry.count_tokens(model, prompt))
+        return loaded.models.count_tokens(model, prompt)
 
-    service = Service(bucket, engine.submit, count_tokens, options, metrics.answered)
+    service = Service(
+        bucket,
+        engine.submit,
+        count_tokens,
+        options,
+        metrics.answered,
+        fetch=fetcher.fetch,
+        decode=decoder.decode,
+    )
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -73,6 +89,8 @@ def create_app(settings: Settings, announce: Any = lambda: None) -> FastAPI:
         engine.start()
         yield
         await asyncio.to_thread(engine.stop, STOP_GRACE_SECONDS)
+        fetcher.close()
+        await decoder.close()
 
     def missing() -> list[str]:
         reasons = list(faults.values())
@@ -84,27 +102,68 @@ def create_app(settings: Settings, announce: Any = lambda: None) -> FastAPI:
         summary="A prompt in, the URL of a stored picture out.",
         lifespan=lifespan,
         redoc_url=None,
-        max_body_size=settings.max_body_bytes,
     )
     handlers.install(app)
     _add_middleware(app, settings)
-    app.include_router(uploads.router(service, limits, _url_maker(settings)))
-    app.include_router(ops.router(bucket, LocalBucket.path.__get__(bucket), missing, metrics.exposition))
+    app.include_router(uploads.router(service, options.limits, _url_maker(settings)))
+    app.include_router(ops.router(missing, metrics.exposition))
+    if isinstance(bucket, LocalBucket):
+        app.include_router(ops.files_router(bucket))
     return app
 
 
-def _build_engine(settings: Settings, models: _Models, announce: Any) -> tuple[Engine[Any, Any], Metrics]:
+def _options(settings: Settings) -> Options:
+    limits = Limits(
+        min_side=settings.min_side,
+        max_side=settings.max_side,
+        max_steps=settings.max_steps,
+        max_guidance=settings.max_guidance,
+        max_prompt_characters=settings.max_prompt_characters,
+        max_timeout=settings.max_timeout,
+    )
+    return Options(
+        limits,
+        settings.text_to_image_model,
+        settings.bucket_path,
+        settings.embed_metadata,
+        settings.bumpy_redraws,
+    )
+
+
+def _readers(settings: Settings) -> tuple[Fetcher, Decoder]:
+    """What turns URLs into bytes, and bytes into pixels; nothing is started before the first picture."""
+    fetcher = Fetcher(
+        Bounds(max_bytes=settings.max_image_bytes, total=settings.fetch_timeout),
+        [Allowance.parse(entry) for entry in settings.fetch_allow],
+    )
+    decoder = Decoder(
+        max_bytes=settings.max_image_bytes,
+        max_pixels=settings.max_image_pixels,
+        max_side=settings.max_image_side,
+        processes=settings.decode_processes,
+        seconds=settings.decode_timeout,
+    )
+    return fetcher, decoder
+
+
+def _load_models(settings: Settings) -> Models:
+    # Imported here, on the engine's thread: torch takes seconds, and the port should answer meanwhile.
+    from stable_diffusion_server.pipelines import registry
+
+    return registry.load(settings.models_dir, settings.device, settings.cpu_threads)
+
+
+def _build_engine(
+    settings: Settings, loaded: _Loaded, load: Callable[[Settings], Models], announce: Callable[[], object]
+) -> tuple[Engine[Any, Any], Metrics]:
     """The engine and the observers of its events, not started."""
 
-    def load() -> Any:
-        # Imported here, on the engine's thread: torch takes seconds, and the port should answer meanwhile.
-        from stable_diffusion_server.pipelines import registry
-
+    def load_and_tell() -> Models:
         started = perf_counter()
-        models.registry = registry.load(settings.models_dir, settings.device, settings.cpu_threads)
+        loaded.models = load(settings)
         _log.info("models loaded", seconds=round(perf_counter() - started, 1))
         announce()
-        return models.registry
+        return loaded.models
 
     metrics = Metrics(lambda: engine.waiting, lambda: engine.running)
     observers = (
@@ -113,7 +172,7 @@ def _build_engine(settings: Settings, models: _Models, announce: Any) -> tuple[E
         Heartbeat(settings.data_dir / "progress.txt").observe,
     )
     engine: Engine[Any, Any] = Engine(
-        load, queue_limit=settings.queue_limit, max_batch=settings.max_batch, observe=each(observers)
+        load_and_tell, queue_limit=settings.queue_limit, max_batch=settings.max_batch, observe=each(observers)
     )
     return engine, metrics
 
@@ -133,6 +192,16 @@ def _open_folders(settings: Settings, bucket: Any, faults: dict[str, str]) -> No
 
 
 def _add_middleware(app: FastAPI, settings: Settings) -> None:
+    """What every request passes, the last one added first: gate, then CORS, then the count of body bytes."""
+    policy = Policy(
+        hosts=allowed_host_names(settings.host, settings.allowed_hosts, settings.public_base_url),
+        origins=frozenset(settings.cors_origins),
+        api_keys=tuple(key.get_secret_value() for key in settings.api_keys),
+        allow_anonymous=settings.allow_anonymous,
+        max_body_bytes=settings.max_body_bytes,
+        max_upload_bytes=settings.max_upload_bytes,
+    )
+    app.add_middleware(BodyLimit, policy=policy)
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -141,12 +210,6 @@ def _add_middleware(app: FastAPI, settings: Settings) -> None:
             allow_headers=["Authorization", "Content-Type", "X-API-Key", "X-Request-ID"],
             expose_headers=["X-Request-ID", "Retry-After"],
         )
-    policy = Policy(
-        hosts=allowed_host_names(settings.host, settings.allowed_hosts, settings.public_base_url),
-        origins=frozenset(settings.cors_origins),
-        api_keys=tuple(key.get_secret_value() for key in settings.api_keys),
-        allow_anonymous=settings.allow_anonymous,
-    )
     app.add_middleware(Gate, policy=policy)
 
 

@@ -58,7 +58,7 @@ class InvalidInput(ServerError):
 
 
 class TooLarge(ServerError):
-    """A picture has more bytes than are taken."""
+    """A body, or a picture in it or behind a URL, has more bytes than the settings allow."""
 
     status = 413
     kind = "too-large"

@@ -121,9 +121,11 @@ def feathered(mask: Pixels, radius: int) -> Pixels:
 
 def paste_back(drawn: Pixels, image: Pixels, mask: Pixels) -> Pixels:
     """`drawn` over `image` (both uint8, height × width × 3) by `mask` (height × width): 0 keeps the image exactly."""
-    weight = mask[..., None].astype(np.uint16)
-    # Integers, rounded: 255 gives the drawn pixel and 0 the image's, without a doubt about the last bit.
-    return ((drawn * weight + image * (255 - weight) + 127) // 255).astype(np.uint8)
+    result = np.where((mask == 255)[..., None], drawn, image)
+    soft = (mask > 0) & (mask < 255)
+    weight = mask[soft][:, None].astype(np.uint16)
+    result[soft] = (drawn[soft] * weight + image[soft] * (255 - weight) + 127) // 255
+    return result
 
 
 def encode(pixels: Pixels, file_format: Format, quality: int, record: Mapping[str, object] | None) -> bytes:

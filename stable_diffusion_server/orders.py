@@ -88,17 +88,15 @@ class Limits:
             faults.append(("lora", f"lora must not name more than {self.max_loras}."))
         if not all(-LORA_WEIGHT_MAX <= weight <= LORA_WEIGHT_MAX for _, weight in order.loras):
             faults.append(("lora", f"lora weights must be between -{LORA_WEIGHT_MAX:g} and {LORA_WEIGHT_MAX:g}."))
-        if order.canny_low > order.canny_high:
-            faults += [(name, "canny_low must not be above canny_high.") for name in ("canny_low", "canny_high")]
         if faults:
             raise InvalidInput.of(faults)
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A picture a caller gave: a file's bytes, or the URL they are at. `field` is the parameter it came by."""
+    """A picture a caller gave: a file's bytes, or the URL they are at. `parameter` is what it came by."""
 
-    field: str
+    parameter: str
     url: str | None = None
     data: bytes | None = field(default=None, repr=False)
 

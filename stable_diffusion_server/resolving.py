@@ -1,4 +1,4 @@
-"""An order becomes a plan, and a plan with its pictures a scene to draw. Pure but for `seed=random`; no device, no I/O."""
+"""An order becomes a plan: all that can be decided before its pictures are seen. Pure but for `seed=random`."""
 
 from __future__ import annotations
 
@@ -11,28 +11,13 @@ from uuid import NAMESPACE_OID, uuid5
 
 from stable_diffusion_server.bucket_api import object_key
 from stable_diffusion_server.errors import InvalidInput
-from stable_diffusion_server.image_processing import (
-    Canvas,
-    Pixels,
-    canny,
-    feathered,
-    paste_back,
-    plan_canvas,
-    to_canvas,
-    to_mask,
-    to_size,
-    whole,
-)
 from stable_diffusion_server.orders import (
     SEED_MAX,
     Format,
-    Job,
     Limits,
     Order,
-    Picture,
     Seed,
     Source,
-    Task,
     Warned,
     digest,
 )
@@ -49,12 +34,13 @@ _OTHER_IMAGE_EXTENSIONS = frozenset("gif svg bmp tif tiff avif heic heif jxl ico
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What the service was set up with. `embed_metadata` is full, digest or none."""
+    """What the service was set up with. `embed_metadata` is full, digest or none; `bumpy_redraws` 0 to 2."""
 
     limits: Limits
     default_model: str
     bucket_path: str
     embed_metadata: str = "full"
+    bumpy_redraws: int = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,27 +85,11 @@ class Plan:
         """Whether the key was known before any picture was fetched."""
         return self.order.save_path is not None and not self.order.named_by_content
 
-
-@dataclass(frozen=True, slots=True)
-class Scene:
-    """A plan with its pictures: the job to draw, and how what is drawn becomes the picture that was asked for.
-
-    `width` and `height` are the picture's, in pixels. With `image` and `mask` (uint8, height × width × 3 and height ×
-    width) what is drawn is laid over the image where the mask is not 0.
-    """
-
-    job: Job
-    canvas: Canvas
-    width: int
-    height: int
-    image: Pixels | None
-    mask: Pixels | None
-    warnings: tuple[Warned, ...]
-
-    def finished(self, drawn: Pixels) -> Pixels:
-        """The picture asked for from the one drawn on the canvas (both uint8, height × width × 3)."""
-        sized = to_size(drawn, self.width, self.height, resample=self.canvas.resampled)
-        return sized if self.image is None or self.mask is None else paste_back(sized, self.image, self.mask)
+    def is_that_of(self, record: Mapping[str, str]) -> bool:
+        """Whether the object with this record was made from this order, or came to the same picture."""
+        return (
+            record.get("sent") == self.sent or record.get("order") == self.asked or record.get("digest") == self.content
+        )
 
 
 def resolve(order: Order, options: Options, fetched: Mapping[str, bytes] | None = None) -> Plan:
@@ -130,7 +100,7 @@ def resolve(order: Order, options: Options, fetched: Mapping[str, bytes] | None 
     """
     options.limits.check(order)
     words = _read_words(order, options)
-    addresses = {source.field: source.url for source in order.sources if source.url is not None}
+    addresses = {source.parameter: source.url for source in order.sources if source.url is not None}
     sent_pictures = _identities(order, addresses)
     pictures = _identities(order, fetched) if fetched else sent_pictures
     facts = _facts_told(order, words)
@@ -151,48 +121,6 @@ def resolve(order: Order, options: Options, fetched: Mapping[str, bytes] | None 
         asked=asked,
         sent=digest({**facts, **sent_pictures, "seed": order.seed}),
     )
-
-
-def compose(plan: Plan, image: Pixels | None = None, mask: Pixels | None = None) -> Scene:
-    """The scene of a plan with its decoded pictures (uint8, height × width × 3). Raises `InvalidInput`."""
-    order, words, facts = plan.order, plan.words, plan.words.facts
-    if image is not None:
-        height, width = image.shape[:2]
-    elif order.width is not None and order.height is not None:
-        width, height = order.width, order.height
-    else:
-        raise ValueError("an order without an image has a size")
-    canvas = plan_canvas(width, height, facts.native_pixels, facts.floor)
-    kept = to_mask(mask, width, height) if mask is not None else None
-    if kept is not None and order.mask is not None and not kept.any():
-        raise InvalidInput(f"{order.mask.field} is black all over: nothing is to be repainted.", field=order.mask.field)
-    seen = to_canvas(image, canvas) if image is not None else None
-    job = Job(
-        task=order.task,
-        model=facts.name,
-        revision=facts.revision,
-        prompt=words.prompt,
-        negative_prompt=words.negative_prompt,
-        width=canvas.width,
-        height=canvas.height,
-        seed=plan.seed,
-        num_inference_steps=words.num_inference_steps,
-        guidance_scale=words.guidance_scale,
-        scheduler=words.scheduler,
-        image=Picture(seen) if seen is not None else None,
-        mask=Picture(whole(to_canvas(kept, canvas, fill=0))) if kept is not None else None,
-        control=Picture(canny(seen, order.canny_low, order.canny_high)) if order.canny and seen is not None else None,
-        strength=words.strength,
-        control_scale=order.control_scale,
-        refine=order.refine,
-        loras=order.loras,
-    )
-    warnings = words.warnings
-    if canvas.resampled:
-        told = f"{facts.name} draws this best at {canvas.width} × {canvas.height}; it was scaled to {width} × {height}."
-        warnings = (*warnings, Warned("resampled", told))
-    soft = feathered(kept, order.feather) if kept is not None else None
-    return Scene(job, canvas, width, height, image if kept is not None else None, soft, warnings)
 
 
 def effective_steps(steps: int, strength: float) -> int:
@@ -224,6 +152,9 @@ def _read_words(order: Order, options: Options) -> Words:
     if effective_steps(words.num_inference_steps, words.strength) == 0:
         sentence = f"A strength of {words.strength:g} leaves none of {words.num_inference_steps} steps to be taken."
         raise InvalidInput.of([("strength", sentence), ("num_inference_steps", sentence)])
+    if order.canny_low > order.canny_high:
+        sentence = "canny_low must not be above canny_high."
+        raise InvalidInput.of([("canny_low", sentence), ("canny_high", sentence)])
     return words
 
 
@@ -253,7 +184,7 @@ def _identities(order: Order, given: Mapping[str, str | bytes]) -> dict[str, str
     def identity(source: Source | None) -> str | None:
         if source is None:
             return None
-        known = source.data if source.data is not None else given[source.field]
+        known = source.data if source.data is not None else given[source.parameter]
         return hashlib.sha256(known).hexdigest() if isinstance(known, bytes) else known
 
     return {"image": identity(order.image), "mask": identity(order.mask)}

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import FileResponse, JSONResponse, RedirectResponse
 from starlette.concurrency import run_in_threadpool
 from starlette.staticfiles import NotModifiedResponse
 
-from stable_diffusion_server.bucket_api import Bucket
+from stable_diffusion_server.buckets.local import LocalBucket
 from stable_diffusion_server.errors import InvalidInput, NotFound
 
 # A name is an identity: what is stored under it is not drawn anew unless someone asks to overwrite it.
@@ -18,12 +17,7 @@ _CACHING = "public, max-age=31536000, immutable"
 _SHOWN_INLINE = ("image/webp", "image/png", "image/jpeg")
 
 
-def router(
-    bucket: Bucket,
-    path_of: Callable[[str], Path],
-    missing: Callable[[], list[str]],
-    exposition: Callable[[], bytes],
-) -> APIRouter:
+def router(missing: Callable[[], list[str]], exposition: Callable[[], bytes]) -> APIRouter:
     """The operator's doors. `missing` lists, in sentences, what keeps the server from drawing."""
     routes = APIRouter(tags=["operate"])
 
@@ -45,14 +39,29 @@ def router(
     async def metrics() -> Response:
         return Response(exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    @routes.api_route("/files/{key:path}", methods=["GET", "HEAD"], summary="A picture of the local bucket")
-    async def files(request: Request, key: str) -> Response:
-        return await run_in_threadpool(_file, request, key, bucket, path_of)
-
     return routes
 
 
-def _file(request: Request, key: str, bucket: Bucket, path_of: Callable[[str], Path]) -> Response:
+def files_router(bucket: LocalBucket) -> APIRouter:
+    """The door to the pictures of a local bucket; those of other buckets have addresses of their own."""
+    routes = APIRouter(tags=["operate"])
+
+    async def files(request: Request, key: str) -> Response:
+        return await run_in_threadpool(_file, request, key, bucket)
+
+    for method in ("GET", "HEAD"):
+        routes.add_api_route(
+            "/files/{key:path}",
+            files,
+            methods=[method],
+            summary="A picture of the local bucket",
+            operation_id=f"file_{method.lower()}",
+            response_model=None,
+        )
+    return routes
+
+
+def _file(request: Request, key: str, bucket: LocalBucket) -> Response:
     stored = None
     if "\0" not in key and not {"", ".", ".."} & set(key.split("/")):
         try:
@@ -70,7 +79,7 @@ def _file(request: Request, key: str, bucket: Bucket, path_of: Callable[[str], P
     if stored.content_type not in _SHOWN_INLINE:
         headers["Content-Disposition"] = "attachment"
     wanted = {tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")}
-    response = FileResponse(path_of(key), headers=headers, media_type=stored.content_type)
+    response = FileResponse(bucket.path(key), headers=headers, media_type=stored.content_type)
     if wanted & {headers["ETag"], "*"}:
         return NotModifiedResponse(response.headers)
     return response

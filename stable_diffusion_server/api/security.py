@@ -13,14 +13,16 @@ from uuid import uuid4
 
 import structlog
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from stable_diffusion_server.api.handlers import problem
-from stable_diffusion_server.errors import Forbidden, Misdirected, ServerError, Unauthorized
+from stable_diffusion_server.errors import Forbidden, Misdirected, ServerError, TooLarge, Unauthorized
 
 _log = structlog.get_logger("access")
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+_HOST = re.compile(r"(\[(?P<v6>[0-9A-Fa-f:.]+)\]|(?P<name>[A-Za-z0-9._-]+))(:\d*)?")
 # Reading these draws nothing and tells no secret, so a link or an <img> on another page may lead here.
 _OPEN_PATHS = ("/files/", "/healthz", "/readyz", "/docs", "/openapi.json")
 
@@ -33,9 +35,16 @@ class Policy:
     origins: frozenset[str] = frozenset()
     api_keys: tuple[str, ...] = field(default=(), repr=False)
     allow_anonymous: bool = False
+    max_body_bytes: int = 1_048_576
+    max_upload_bytes: int = 33_554_432
+
+    def body_limit(self, headers: Headers) -> int:
+        """How many bytes the body of a request may have: files come in multipart bodies, and in no others."""
+        multipart = headers.get("content-type", "").lower().startswith("multipart/form-data")
+        return self.max_upload_bytes if multipart else self.max_body_bytes
 
     def check(self, scope: Scope, headers: Headers) -> None:
-        """Raise `Misdirected`, `Forbidden` or `Unauthorized` for a request that may not go on."""
+        """Raise `Misdirected`, `Forbidden`, `Unauthorized` or `TooLarge` for a request that may not go on."""
         self._check_host(headers)
         if scope["path"].startswith(_OPEN_PATHS) or scope["path"] == "/":
             return
@@ -48,6 +57,9 @@ class Policy:
             raise Forbidden(
                 "Without a key only clients on this machine may draw: set API_KEYS, or ALLOW_ANONYMOUS=1 for everyone."
             )
+        # A body without a length is counted while it is read, by BodyLimit.
+        if int(headers.get("content-length", "0")) > (limit := self.body_limit(headers)):
+            raise TooLarge(f"A body may have {limit} bytes here.")
 
     def _check_host(self, headers: Headers) -> None:
         hosts = headers.getlist("host")
@@ -118,6 +130,20 @@ class Gate:
                 level("request", method=scope["method"], path=scope["path"], status=status, seconds=seconds)
 
 
+class BodyLimit:
+    """ASGI middleware: counts the bytes of a body while it is read, up to the policy's limit for that request."""
+
+    def __init__(self, app: ASGIApp, policy: Policy) -> None:
+        self._policy = policy
+        limits = {policy.max_body_bytes, policy.max_upload_bytes}
+        self._counted = {limit: RequestBodyLimitMiddleware(app, max_body_size=limit) for limit in limits}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on with its body counted."""
+        headers = Headers(raw=scope.get("headers", []))
+        await self._counted[self._policy.body_limit(headers)](scope, receive, send)
+
+
 def allowed_host_names(host: str, allowed: tuple[str, ...], public_base_url: str) -> frozenset[str]:
     """The host names the settings name, lower-cased and without ports; wildcard addresses name nothing."""
     names = {_host_name(name) for name in (host, *allowed, urlsplit(public_base_url).netloc)}
@@ -131,10 +157,8 @@ def _request_id(headers: Headers) -> str:
 
 def _host_name(host: str) -> str:
     """The name in a Host header or setting: without port, brackets and a final dot, lower-cased; empty if none."""
-    try:
-        return (urlsplit(f"//{host.strip()}").hostname or "").removesuffix(".")
-    except ValueError:
-        return ""
+    match = _HOST.fullmatch(host.strip())
+    return (match["v6"] or match["name"]).lower().removesuffix(".") if match else ""
 
 
 def _is_loopback(name: str) -> bool:

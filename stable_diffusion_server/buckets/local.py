@@ -14,12 +14,17 @@ from dataclasses import asdict
 from pathlib import Path
 from uuid import uuid4
 
+from filelock import FileLock
+
 from stable_diffusion_server.errors import InvalidInput, NotFound, StorageUnavailable
 from stable_diffusion_server.orders import Stored
 
+# What Linux, macOS and Windows file systems hold.
+_SEGMENT_MAX_BYTES = 255
 _NAME_FAULTS = {
-    errno.ENAMETOOLONG: "has a part that is too long for a folder on disk (255 bytes is usual)",
+    errno.ENAMETOOLONG: f"has a part longer than {_SEGMENT_MAX_BYTES} bytes, which a folder on disk cannot hold",
     errno.ENOTDIR: "uses a stored picture's name as a folder",
+    errno.EEXIST: "uses a stored picture's name as a folder",
     errno.EISDIR: "is the name of a folder that is there already",
 }
 
@@ -27,8 +32,8 @@ _NAME_FAULTS = {
 class LocalBucket:
     """Objects in `root`/objects under their keys, facts about them in `root`/records, half-written ones in `root`/tmp.
 
-    Keys are taken as cleaned by `bucket_api.object_key`. Several processes may share the folder: `create` is
-    decided by the file system (link fails where a name exists).
+    Keys are taken as cleaned by `bucket_api.object_key`. Several processes may share the folder: a lock file
+    decides who is first, and keeps an object and its facts together for everyone who looks.
     """
 
     def __init__(self, root: Path) -> None:
@@ -45,45 +50,40 @@ class LocalBucket:
                     raise PermissionError(errno.EACCES, "not writable")
 
     def stat(self, key: str) -> Stored | None:
-        """The object under `key`, or `None`; an empty file is no object, since no picture is empty."""
+        """The object under `key`, or `None`; an empty file is no object, since no picture is empty.
+
+        Raises `InvalidInput` for a name that could not be stored either: of a folder, or too long for the disk.
+        """
         with _told_as_ours():
-            try:
-                found = self.path(key).lstat()
-            except (FileNotFoundError, NotADirectoryError):
-                return None
-            if not stat.S_ISREG(found.st_mode) or found.st_size == 0:
-                return None
-            facts = self._read_facts(key)
-        if facts is not None and facts.size == found.st_size:
-            return facts
-        # Put there by hand, or its facts were lost: still an object, of which only the file itself is known.
-        etag = hashlib.sha256(f"{found.st_mtime_ns}-{found.st_size}".encode()).hexdigest()
-        content_type = mimetypes.guess_type(key)[0] or "application/octet-stream"
-        return Stored(key, found.st_size, etag, content_type, {})
+            found = self._find(key)
+            if found is None or found.record:
+                return found
+            # No facts, or not of this file: a writer may be between its two renames, so look again behind it.
+            with self._locked():
+                return self._find(key)
 
     def create(self, key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> tuple[Stored, bool]:
         """Store `data` if `key` is absent; the first of several writers wins and the others get what it stored."""
-        with _told_as_ours(), self._written(data) as finished:
-            target = self.path(key)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            for _ in range(2):
-                try:
-                    os.link(finished, target)
-                except FileExistsError:
-                    if (stored := self.stat(key)) is not None:
-                        return stored, False
-                    self._clear_husk(target)
-                else:
-                    return self._keep_facts(key, data, content_type, record), True
-        raise StorageUnavailable("The folder changed while a picture was being stored.")
+        stored = _described(key, data, content_type, record)
+        with _told_as_ours(), self._written(data) as finished, self._written(_as_json(stored)) as facts:
+            target = self._make_room(key)
+            with self._locked():
+                if (there := self._find(key)) is not None:
+                    return there, False
+                target.unlink(missing_ok=True)  # what holds the name and is no object: an empty file
+                os.link(finished, target)
+                os.replace(facts, self._records / key)
+        return stored, True
 
     def overwrite(self, key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> Stored:
         """Store `data` under `key`; a reader sees the old object or the new one, whole."""
-        with _told_as_ours(), self._written(data) as finished:
-            target = self.path(key)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(finished, target)
-            return self._keep_facts(key, data, content_type, record)
+        stored = _described(key, data, content_type, record)
+        with _told_as_ours(), self._written(data) as finished, self._written(_as_json(stored)) as facts:
+            target = self._make_room(key)
+            with self._locked():
+                os.replace(finished, target)
+                os.replace(facts, self._records / key)
+        return stored
 
     def read(self, key: str) -> bytes:
         """The object's bytes. Raises `NotFound`."""
@@ -116,35 +116,67 @@ class LocalBucket:
         finally:
             path.unlink(missing_ok=True)
 
-    def _keep_facts(self, key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> Stored:
-        stored = Stored(key, len(data), hashlib.sha256(data).hexdigest(), content_type, dict(record))
-        target = self._records / key
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with self._written(json.dumps(asdict(stored)).encode()) as finished:
-            os.replace(finished, target)
-        return stored
+    def _make_room(self, key: str) -> Path:
+        """The path of an object to be written, with the folders that it and its facts need."""
+        with self._name_blamed():
+            target = self.path(key)
+            for path in (target, self._records / key):
+                path.parent.mkdir(parents=True, exist_ok=True)
+            return target
 
-    def _read_facts(self, key: str) -> Stored | None:
+    @contextmanager
+    def _name_blamed(self) -> Iterator[None]:
+        """Turn the errors of a step that a caller's name can fail into `InvalidInput`; the others pass."""
         try:
-            return Stored(**json.loads((self._records / key).read_bytes()))
-        except (OSError, ValueError, TypeError):
-            return None
+            yield
+        except OSError as error:
+            why = _NAME_FAULTS.get(error.errno or 0)
+            if why is None or not self._objects.is_dir():
+                raise
+            raise InvalidInput(f"save_path {why}.", field="save_path") from error
 
-    @staticmethod
-    def _clear_husk(target: Path) -> None:
-        """Remove what holds a name and is no object (an empty file left by a crash of the disk)."""
-        if target.is_dir():
-            raise IsADirectoryError(errno.EISDIR, "is a folder")
-        target.unlink(missing_ok=True)
+    def _locked(self) -> FileLock:
+        """Held while an object and its facts are put in place together, by whichever thread or process."""
+        return FileLock(self._unfinished / ".lock", thread_local=False, is_singleton=False)
+
+    def _find(self, key: str) -> Stored | None:
+        try:
+            with self._name_blamed():
+                if max(map(len, key.encode().split(b"/"))) > _SEGMENT_MAX_BYTES:
+                    # lstat would find a missing folder first, and the picture would be drawn in vain.
+                    raise OSError(errno.ENAMETOOLONG, "too long")
+                found = self.path(key).lstat()
+                if stat.S_ISDIR(found.st_mode):
+                    raise IsADirectoryError(errno.EISDIR, "is a folder")
+        except FileNotFoundError:
+            return None
+        if not stat.S_ISREG(found.st_mode) or found.st_size == 0:
+            return None
+        try:
+            facts = Stored(**json.loads((self._records / key).read_bytes()))
+        except (OSError, ValueError, TypeError):
+            facts = None
+        if facts is not None and facts.size == found.st_size:
+            return facts
+        # Put there by hand, or its facts were lost: still an object, of which only the file itself is known.
+        etag = hashlib.sha256(f"{found.st_mtime_ns}-{found.st_size}".encode()).hexdigest()
+        content_type = mimetypes.guess_type(key)[0] or "application/octet-stream"
+        return Stored(key, found.st_size, etag, content_type, {})
+
+
+def _described(key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> Stored:
+    return Stored(key, len(data), hashlib.sha256(data).hexdigest(), content_type, dict(record))
+
+
+def _as_json(stored: Stored) -> bytes:
+    return json.dumps(asdict(stored)).encode()
 
 
 @contextmanager
 def _told_as_ours() -> Iterator[None]:
-    """Turn the operating system's errors into ours: a name it cannot hold is the caller's, the rest the storage's."""
+    """Turn the operating system's errors into `StorageUnavailable`, which says why and names no path."""
     try:
         yield
     except OSError as error:
-        if (why := _NAME_FAULTS.get(error.errno or 0)) is not None:
-            raise InvalidInput(f"save_path {why}.", field="save_path") from error
         reason = os.strerror(error.errno) if error.errno else type(error).__name__
         raise StorageUnavailable(f"The folder of pictures cannot be used ({reason}).") from error

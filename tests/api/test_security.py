@@ -1,0 +1,153 @@
+"""Closed by default: hosts, origins, clients, keys."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import pytest
+from conftest import House
+
+from stable_diffusion_server.api.security import allowed_host_names
+
+ORDER = {"prompt": "a red square", "width": 64, "height": 64}
+
+
+def ask(house: House, **headers: Any) -> httpx.Response:
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    return house.client.get("/create_and_upload_image", params=ORDER, headers=named)
+
+
+@pytest.mark.parametrize(
+    "host", ["127.0.0.1:8000", "localhost", "LOCALHOST:99", "localhost.", "127.1.2.3", "[::1]:8000"]
+)
+def test_loopback_names_are_served(house: House, host: str) -> None:
+    """Every spelling of this machine."""
+    assert ask(house, host=host).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        *("evil.example", "evil.example:8000", "localhost.evil.example", "127.0.0.1.nip.io", "10.0.0.5", "[::", ""),
+        *("2130706433", "evil.example@localhost:8000:1", "localhost/evil", "localhost:80 evil", "testserver"),
+    ],
+)
+@pytest.mark.parametrize("path", ["/create_and_upload_image", "/healthz", "/files/a.webp", "/docs"])
+def test_a_foreign_host_is_misdirected(house: House, host: str, path: str) -> None:
+    """421 before anything else, on every path: a rebound name must not reach even the files."""
+    answer = house.client.get(path, params=ORDER, headers={"host": host})
+    assert answer.status_code == 421
+    assert answer.headers["content-type"] == "application/problem+json"
+    assert house.squares.prepared == []
+
+
+def test_names_from_the_settings_are_served(house_of: Callable[..., House]) -> None:
+    """ALLOWED_HOSTS and PUBLIC_BASE_URL name this server too, ports apart."""
+    house = house_of(allowed_hosts="draw.example, other.example:9000", public_base_url="https://pictures.example:444")
+    for host in ("draw.example", "Draw.Example:1", "other.example", "pictures.example"):
+        assert ask(house, host=host).status_code == 200
+    assert ask(house, host="evil.example").status_code == 421
+
+
+def test_a_wildcard_address_is_no_name() -> None:
+    """Listening on 0.0.0.0 does not make every Host header right."""
+    anywhere = "0.0.0.0"  # noqa: S104  # a name under test, not listened on
+    assert allowed_host_names(anywhere, (), "") == frozenset()
+    assert allowed_host_names("192.168.1.5", ("A.example",), "") == {"192.168.1.5", "a.example"}
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"origin": "https://evil.example"},
+        {"origin": "null"},
+        {"origin": "http://127.0.0.1:8001"},
+        {"origin": "https://127.0.0.1:8000"},
+        {"sec_fetch_site": "cross-site"},
+        {"sec_fetch_site": "cross-site", "sec_fetch_mode": "navigate"},
+        {"sec_purpose": "prefetch;prerender"},
+    ],
+)
+def test_a_page_of_another_origin_never_draws(house: House, headers: dict[str, str]) -> None:
+    """A web page the user happens to visit cannot use the device, whether or not it could read the answer."""
+    assert ask(house, **headers).status_code == 403
+    assert house.client.post("/create_and_upload_image", data=ORDER, headers={"origin": "null"}).status_code == 403
+    assert house.squares.prepared == []
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [{}, {"origin": "http://127.0.0.1:8000"}, {"sec_fetch_site": "same-origin"}, {"sec_fetch_site": "none"}],
+)
+def test_the_servers_own_pages_and_no_page_at_all_draw(house: House, headers: dict[str, str]) -> None:
+    """curl, the address bar and the server's own docs."""
+    assert ask(house, **headers).status_code == 200
+
+
+def test_an_origin_from_the_settings_draws_and_reads(house_of: Callable[..., House]) -> None:
+    """CORS_ORIGINS opens the door for one origin, preflight included, and for no other."""
+    house = house_of(cors_origins="https://app.example", api_keys="key")
+    asked = ask(house, origin="https://app.example", sec_fetch_site="cross-site", x_api_key="key")
+    assert asked.status_code == 200
+    assert asked.headers["access-control-allow-origin"] == "https://app.example"
+    preflight = house.client.options(
+        "/create_and_upload_image",
+        headers={
+            "origin": "https://app.example",
+            "access-control-request-method": "POST",
+            "access-control-request-headers": "authorization,content-type",
+        },
+    )
+    assert preflight.status_code == 200
+    assert ask(house, origin="https://evil.example", x_api_key="key").status_code == 403
+
+
+def test_without_cors_no_answer_is_readable_elsewhere(house: House) -> None:
+    """No Access-Control header without the setting."""
+    answer = ask(house, origin="http://127.0.0.1:8000")
+    assert "access-control-allow-origin" not in answer.headers
+
+
+@pytest.mark.parametrize("address", ["192.168.1.9", "8.8.8.8", "fe80::1", "::ffff:8.8.8.8", "testclient"])
+def test_a_client_elsewhere_is_refused_without_keys(house_of: Callable[..., House], address: str) -> None:
+    """403 names the setting; what draws nothing is still answered."""
+    house = house_of(client=(address, 5))
+    refused = ask(house)
+    assert refused.status_code == 403
+    assert "API_KEYS" in refused.json()["detail"]
+    assert "ALLOW_ANONYMOUS" in refused.json()["detail"]
+    assert house.client.get("/metrics").status_code == 403
+    assert house.client.get("/healthz").status_code == 200
+
+
+def test_anonymous_clients_are_let_in_when_the_operator_says_so(house_of: Callable[..., House]) -> None:
+    """ALLOW_ANONYMOUS=1 is a decision, not a default."""
+    assert ask(house_of(client=("192.168.1.9", 5), allow_anonymous=True)).status_code == 200
+
+
+def test_a_forged_forwarded_header_changes_nothing(house_of: Callable[..., House]) -> None:
+    """Who the client is comes from the connection."""
+    house = house_of(client=("192.168.1.9", 5))
+    assert ask(house, x_forwarded_for="127.0.0.1", x_real_ip="127.0.0.1", forwarded="for=127.0.0.1").status_code == 403
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "192.168.1.9"])
+def test_with_keys_everyone_needs_one(house_of: Callable[..., House], address: str) -> None:
+    """Any of the keys, by either header; none or a wrong one is 401, on this machine too."""
+    house = house_of(client=(address, 5), api_keys="first, second")
+    right = [{"authorization": "Bearer first"}, {"authorization": "bearer second"}, {"x_api_key": "second"}]
+    wrong = [{}, {"x_api_key": "third"}, {"x_api_key": ""}, {"authorization": "Basic first"}, {"x_api_key": "first,"}]
+    wrong += [{"authorization": "Bearer "}, {"x_api_key": "f\u00efrst".encode("latin-1")}]
+    assert [ask(house, **headers).status_code for headers in right] == [200] * 3
+    refused = [ask(house, **headers) for headers in wrong]
+    assert [answer.status_code for answer in refused] == [401] * len(wrong)
+    assert refused[0].headers["www-authenticate"] == "Bearer"
+
+
+def test_a_link_from_another_page_opens_the_docs_and_the_pictures(house: House) -> None:
+    """Reading draws nothing, so a link in a mail still works."""
+    path = ask(house).json()["path"]
+    for url in ("/docs", "/openapi.json", path):
+        assert house.client.get(url, headers={"sec-fetch-site": "cross-site"}).status_code == 200

@@ -1,0 +1,333 @@
+"""The upload doors: every way to ask, the receipt, and every way to be refused."""
+
+from __future__ import annotations
+
+import io
+import json
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import pytest
+from conftest import House
+from fakes import PaintedSquares, until
+from PIL import Image
+
+CREATE = "/create_and_upload_image"
+ASKED = {"prompt": "a red square", "save_path": "demo/first.webp", "width": 100, "height": 70}
+
+
+def ask_by(house: House, way: str, path: str = CREATE, asked: dict[str, Any] = ASKED) -> httpx.Response:
+    ways: dict[str, Callable[[], httpx.Response]] = {
+        "get query": lambda: house.client.get(path, params=asked),
+        "post query": lambda: house.client.post(path, params=asked),
+        "post form": lambda: house.client.post(path, data=asked),
+        "post multipart": lambda: house.client.post(path, files={k: (None, str(v)) for k, v in asked.items()}),
+        "post json": lambda: house.client.post(path, json=asked),
+    }
+    return ways[way]()
+
+
+WAYS = ["get query", "post query", "post form", "post multipart", "post json"]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_to_ask_is_answered_with_a_receipt(house: House, way: str) -> None:
+    """Query, form, multipart and JSON: the same receipt, and the picture has exactly the asked size."""
+    answer = ask_by(house, way)
+    assert answer.status_code == 200, answer.text
+    receipt = answer.json()
+    assert receipt["path"] == "http://127.0.0.1:8000/files/static/uploads/demo/first.webp"
+    expected = {"key": "static/uploads/demo/first.webp", "cached": False, "coalesced": False, "model": "sdxl"}
+    expected |= {"task": "text_to_image", "width": 100, "height": 70, "num_inference_steps": 4}
+    assert {name: receipt[name] for name in expected} == expected
+    assert set(receipt["timings"]) >= {"queue", "prepare", "denoise", "decode", "encode", "store"}
+    assert {"seed", "guidance_scale", "scheduler", "warnings"} <= set(receipt)
+    assert "prompt_used" not in receipt
+    picture = house.client.get(receipt["path"])
+    assert picture.headers["content-type"] == "image/webp"
+    assert Image.open(io.BytesIO(picture.content)).size == (100, 70)
+
+
+def test_all_ways_lead_to_the_same_picture(house: House) -> None:
+    """The first draws, the other four find it; the answers agree but for `cached`, `timings` and the warnings."""
+    receipts = [ask_by(house, way).json() for way in WAYS]
+    assert [receipt["cached"] for receipt in receipts] == [False, True, True, True, True]
+    assert len({(receipt["path"], receipt["seed"]) for receipt in receipts}) == 1
+    assert len(house.squares.finished) == 1
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("ending", ["webp", "png", "jpg"])
+def test_make_image_answers_the_picture_itself(house: House, way: str, ending: str) -> None:
+    """The bytes, their true type, and where they are stored."""
+    answer = ask_by(house, way, "/make_image", {**ASKED, "save_path": f"demo/first.{ending}"})
+    image = Image.open(io.BytesIO(answer.content))
+    assert image.size == (100, 70)
+    assert answer.headers["content-type"] == f"image/{image.format.lower()}" == f"image/{ending.replace('jpg', 'jpeg')}"
+    assert house.client.get(answer.headers["content-location"]).content == answer.content
+
+
+BAD: list[tuple[str, dict[str, Any], str]] = [
+    ("no prompt", {"prompt": None}, "prompt"),
+    ("an empty prompt", {"prompt": ""}, "prompt"),
+    ("a blank prompt", {"prompt": " \t\n"}, "prompt"),
+    ("an invisible prompt", {"prompt": "\u200b"}, "prompt"),
+    ("a prompt over the limit", {"prompt": "x" * 4001}, "prompt"),
+    ("a negative prompt over the limit", {"negative_prompt": "x" * 4001}, "negative_prompt"),
+    ("width 0", {"width": 0}, "width"),
+    ("width below the limit", {"width": 63}, "width"),
+    ("width over the limit", {"width": 2049}, "width"),
+    ("a negative height", {"height": -64}, "height"),
+    ("a huge height", {"height": 10**9}, "height"),
+    ("half a pixel", {"width": 99.5}, "width"),
+    ("width as words", {"width": "wide"}, "width"),
+    ("width with a unit", {"width": "1024x"}, "width"),
+    ("0 steps", {"num_inference_steps": 0}, "num_inference_steps"),
+    ("101 steps", {"num_inference_steps": 101}, "num_inference_steps"),
+    ("guidance NaN", {"guidance_scale": "nan"}, "guidance_scale"),
+    ("infinite guidance", {"guidance_scale": "inf"}, "guidance_scale"),
+    ("negative guidance", {"guidance_scale": -0.1}, "guidance_scale"),
+    ("guidance over the limit", {"guidance_scale": 20.1}, "guidance_scale"),
+    ("seed -1", {"seed": -1}, "seed"),
+    ("seed 2^32", {"seed": 2**32}, "seed"),
+    ("seed 2^63", {"seed": 2**63}, "seed"),
+    ("seed as words", {"seed": "abc"}, "seed"),
+    ("quality 0", {"quality": 0}, "quality"),
+    ("quality 101", {"quality": 101}, "quality"),
+    ("format gif", {"format": "gif"}, "format"),
+    ("format svg", {"format": "svg"}, "format"),
+    ("a name that ends in .gif", {"save_path": "a.gif"}, "save_path"),
+    ("a format against the name", {"format": "png"}, "format"),
+    ("an unknown model", {"model": "dall-e-3"}, "model"),
+    ("a path as model", {"model": "/etc/passwd"}, "model"),
+    ("an unknown scheduler", {"scheduler": "warp"}, "scheduler"),
+    ("timeout 0", {"timeout": 0}, "timeout"),
+    ("a timeout over the limit", {"timeout": 601}, "timeout"),
+    ("overwrite maybe", {"overwrite": "maybe"}, "overwrite"),
+    ("an unknown parameter", {"widht": 64}, "widht"),
+    ("an empty name", {"save_path": ""}, "save_path"),
+    ("an absolute name", {"save_path": "/etc/passwd"}, "save_path"),
+    ("a climbing name", {"save_path": "../../main.py"}, "save_path"),
+    ("a name with NUL", {"save_path": "a\0.webp"}, "save_path"),
+    ("a name with a line break", {"save_path": "a\r\nb.webp"}, "save_path"),
+    ("a folder as name", {"save_path": "demo/"}, "save_path"),
+    ("a name that is too long", {"save_path": "x" * 1024}, "save_path"),
+    ("a part of a name too long for the disk", {"save_path": "x" * 300}, "save_path"),
+]
+
+
+@pytest.mark.parametrize("way", ["get query", "post json"])
+@pytest.mark.parametrize(("what", "change", "field"), BAD, ids=[what for what, _, _ in BAD])
+def test_bad_input_is_refused_by_name(house: House, way: str, what: str, change: dict[str, Any], field: str) -> None:
+    """422 with a problem document that names the field; nothing is drawn and nothing stored."""
+    asked = {name: value for name, value in {**ASKED, **change}.items() if value is not None}
+    answer = ask_by(house, way, CREATE, asked)
+    assert answer.status_code == 422, f"{what}: {answer.text}"
+    assert answer.headers["content-type"] == "application/problem+json"
+    problem = answer.json()
+    assert problem["field"] == field, problem
+    assert problem["status"] == 422
+    assert problem["errors"][0]["field"] == field
+    assert problem["request_id"] == answer.headers["x-request-id"]
+    assert house.squares.prepared == []
+    assert not any((house.folder / "bucket" / "objects").rglob("*.webp"))
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "field"),
+    [
+        (b'{"prompt": "a red square", "width": "64"', 400, None),
+        (b"not json", 400, None),
+        (b"[]", 400, None),
+        (b'"a red square"', 400, None),
+        (b"null", 400, None),
+        (b"", 422, "prompt"),
+        (b'{"prompt": "a", "width": NaN}', 400, None),
+        (b'{"prompt": "a", "prompt": "b"}', 400, "prompt"),
+        (b'{"prompt": ' + b"[" * 10_000 + b"]" * 10_000 + b"}", 400, None),
+        (b'{"prompt": "\xff\xfe"}', 400, None),
+        (b'{"prompt": 5}', 422, "prompt"),
+        (b'{"prompt": null}', 422, "prompt"),
+        (b'{"prompt": ["a"]}', 422, "prompt"),
+        (b'{"prompt": {"a": "b"}}', 422, "prompt"),
+        (b'{"prompt": "\\ud800"}', 422, "prompt"),
+        (b'{"prompt": "a", "save_path": "\\ud800"}', 422, "save_path"),
+        (b'{"prompt": "a", "width": true}', 422, "width"),
+        (b'{"prompt": "a", "seed": true}', 422, "seed"),
+        (b'{"prompt": "a", "width": 1e999}', 422, "width"),
+        (b'{"prompt": "a", "\\ud800": 1}', 422, "?"),
+    ],
+)
+def test_a_broken_body_is_refused(house: House, body: bytes, status: int, field: str | None) -> None:
+    """400 for what cannot be read, 422 for what was read and is wrong; never a 500."""
+    answer = house.client.post(CREATE, content=body, headers={"content-type": "application/json"})
+    assert answer.status_code == status, answer.text
+    assert answer.headers["content-type"] == "application/problem+json"
+    assert answer.json().get("field") == field
+
+
+def test_a_parameter_given_twice_is_refused(house: House) -> None:
+    """Which of the two was meant is not guessed, within the query or between query and body."""
+    twice = house.client.get(f"{CREATE}?prompt=a&prompt=b")
+    across = house.client.post(f"{CREATE}?prompt=a", data={"prompt": "b"})
+    assert [(answer.status_code, answer.json()["field"]) for answer in (twice, across)] == [(400, "prompt")] * 2
+
+
+@pytest.mark.parametrize("media_type", ["text/plain", "application/xml", "image/png"])
+def test_other_bodies_are_refused(house: House, media_type: str) -> None:
+    """415 names what is taken."""
+    answer = house.client.post(CREATE, content=b"prompt", headers={"content-type": media_type})
+    assert answer.status_code == 415
+    assert "application/json" in answer.json()["detail"]
+
+
+def test_a_multipart_body_without_a_boundary_is_refused(house: House) -> None:
+    """400, not a crash of the parser."""
+    answer = house.client.post(CREATE, content=b"--x", headers={"content-type": "multipart/form-data"})
+    assert answer.status_code == 400
+
+
+def test_a_file_where_none_is_taken_is_refused(house: House) -> None:
+    """Text to image takes no file; it is named and nothing is read into memory for it."""
+    answer = house.client.post(CREATE, data={"prompt": "a"}, files={"image_file": ("a.png", b"png")})
+    assert answer.status_code in (400, 422)
+
+
+def test_a_body_over_the_limit_is_refused_and_one_at_the_limit_is_read(house_of: Callable[..., House]) -> None:
+    """413 one byte beyond MAX_BODY_BYTES; at it the JSON is read."""
+    house = house_of(max_body_bytes=2000)
+    body = json.dumps({**ASKED, "negative_prompt": ""})
+    fits = json.dumps({**ASKED, "negative_prompt": "x" * (2000 - len(body))})
+    assert len(fits) == 2000
+    headers = {"content-type": "application/json"}
+    assert house.client.post(CREATE, content=fits, headers=headers).status_code == 200
+    refused = house.client.post(CREATE, content=fits + " ", headers=headers)
+    unknown_length = house.client.post(CREATE, content=iter([fits.encode(), b" "]), headers=headers)
+    for answer in (refused, unknown_length):
+        assert answer.status_code == 413
+        assert answer.headers["content-type"] == "application/problem+json"
+
+
+def test_an_unknown_path_and_a_wrong_method_are_problems_too(house: House) -> None:
+    """404 and 405 come in the same shape as everything else."""
+    for answer, status in ((house.client.get("/nothing"), 404), (house.client.put(CREATE), 405)):
+        assert answer.status_code == status
+        assert answer.json()["status"] == status
+        assert answer.headers["content-type"] == "application/problem+json"
+
+
+def test_an_unexpected_error_stays_opaque(house_of: Callable[..., House]) -> None:
+    """A fault inside drawing is a 500 with a request id and nothing of its text."""
+    house = house_of()
+    answer = house.draw(prompt="an unpreparable square")
+    assert answer.status_code == 500
+    assert "cannot prepare" not in answer.text
+    assert answer.json()["request_id"] == answer.headers["x-request-id"]
+    assert house.draw(prompt="a red square").status_code == 200
+
+
+def test_a_full_queue_answers_429_with_retry_after(house_of: Callable[..., House]) -> None:
+    """One runs, one waits, the third is refused at once; both accepted ones are answered."""
+    squares = PaintedSquares(gate=threading.Event())
+    assert squares.gate is not None
+    house = house_of(squares, queue_limit=1, max_batch=1)
+    with ThreadPoolExecutor(2) as pool:
+        running = pool.submit(house.draw, prompt="one")
+        until(lambda: house.metric("sds_queue_running") == 1)
+        waiting = pool.submit(house.draw, prompt="two")
+        until(lambda: house.metric("sds_queue_waiting") == 1)
+        refused = house.draw(prompt="three")
+        squares.gate.set()
+        assert refused.status_code == 429
+        assert int(refused.headers["retry-after"]) >= 1
+        assert [running.result().status_code, waiting.result().status_code] == [200, 200]
+
+
+def test_a_deadline_is_a_504(house_of: Callable[..., House]) -> None:
+    """`timeout` passes: 504, and the device is free for the next."""
+    squares = PaintedSquares(gate=threading.Event())
+    assert squares.gate is not None
+    house = house_of(squares)
+    assert house.draw(prompt="slow", timeout=0.05).status_code == 504
+    squares.gate.set()
+    assert house.draw(prompt="a red square").status_code == 200
+
+
+def test_the_caller_may_name_the_request(house: House) -> None:
+    """A sound X-Request-ID comes back; one that is not is replaced."""
+    kept = house.client.get("/healthz", headers={"X-Request-ID": "order-66.a_b"})
+    replaced = house.client.get("/healthz", headers={"X-Request-ID": "bad id\t!"})
+    assert kept.headers["x-request-id"] == "order-66.a_b"
+    assert len(replaced.headers["x-request-id"]) == 32
+
+
+def test_seed_random_is_a_new_picture_each_time(house: House) -> None:
+    """Two answers, two seeds, two objects."""
+    first, second = (house.draw(prompt="a red square", seed="random").json() for _ in range(2))
+    assert first["seed"] != second["seed"]
+    assert first["key"] != second["key"]
+
+
+@pytest.mark.parametrize(
+    "name", ["a/b.webp", "two words.webp", "a+b.webp", "a?b#c&d=e.webp", "über/猫.webp", "100%.webp"]
+)
+def test_a_named_picture_is_found_under_the_url_of_its_receipt(house: House, name: str) -> None:
+    """Whatever is in a name, the URL leads to the picture and the key is the name as given."""
+    receipt = house.draw(prompt="a red square", save_path=name).json()
+    assert receipt["key"] == f"static/uploads/{name}"
+    picture = house.client.get(receipt["path"])
+    assert picture.status_code == 200
+    assert Image.open(io.BytesIO(picture.content)).size == (64, 64)
+    assert house.draw(prompt="a red square", save_path=name).json()["path"] == receipt["path"]
+
+
+def test_composed_and_decomposed_names_are_one(house: House) -> None:
+    """NFC and NFD of a name lead to one object."""
+    composed = house.draw(prompt="a red square", save_path="caf\u00e9.webp").json()
+    decomposed = house.draw(prompt="a red square", save_path="cafe\u0301.webp").json()
+    assert (composed["key"], decomposed["cached"]) == (decomposed["key"], True)
+
+
+def test_the_public_base_url_makes_the_links(house_of: Callable[..., House]) -> None:
+    """With PUBLIC_BASE_URL set, the path is under it, for new and for cached answers alike."""
+    house = house_of(public_base_url="https://pictures.example")
+    paths = [house.draw(prompt="a red square", save_path="a.webp").json()["path"] for _ in range(2)]
+    assert set(paths) == {"https://pictures.example/files/static/uploads/a.webp"}
+
+
+def test_a_link_is_never_made_from_the_host_header(house: House) -> None:
+    """The client writes that header; a shared answer must not carry it."""
+    answer = house.client.get(CREATE, params=ASKED, headers={"host": "localhost:1234"})
+    assert answer.json()["path"].startswith("http://127.0.0.1:8000/")
+
+
+def test_cross_talk_is_impossible(house: House) -> None:
+    """Sixty different orders at once: each answer's picture has its own prompt's colour and its own seed's shade."""
+    colours = ["red", "green", "blue", "yellow", "white", "black"]
+
+    def check(n: int) -> bool:
+        colour, seed = colours[n % 6], n
+        receipt = house.draw(prompt=f"a {colour} square", seed=seed, format="png").json()
+        pixel = Image.open(io.BytesIO(house.client.get(receipt["path"]).content)).getpixel((32, 32))
+        from fakes import COLOURS
+
+        expected = tuple(max(0, part - seed % 16) for part in COLOURS[colour])
+        return bool(receipt["seed"] == seed and pixel == expected)
+
+    with ThreadPoolExecutor(12) as pool:
+        assert all(pool.map(check, range(60)))
+
+
+def test_the_docs_name_every_parameter_and_its_bounds(house: House) -> None:
+    """/openapi.json is what a client generator reads: parameters, bounds, and both methods."""
+    openapi = house.client.get("/openapi.json").json()
+    operations = openapi["paths"][CREATE]
+    by_name = {parameter["name"]: parameter for parameter in operations["get"]["parameters"]}
+    assert by_name["prompt"]["required"]
+    assert (by_name["width"]["schema"]["minimum"], by_name["width"]["schema"]["maximum"]) == (64, 2048)
+    body = operations["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert set(body["properties"]) == set(by_name)
+    assert house.client.get("/docs").status_code == 200

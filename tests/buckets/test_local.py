@@ -1,0 +1,164 @@
+"""The local bucket: atomic, first writer wins, nothing outside the folder."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+from stable_diffusion_server.bucket_api import check_if_blob_exists
+from stable_diffusion_server.buckets.local import LocalBucket
+from stable_diffusion_server.errors import InvalidInput, NotFound, StorageUnavailable
+
+RECORD = {"digest": "abc", "seed": "7"}
+
+
+@pytest.fixture
+def bucket(tmp_path: Path) -> LocalBucket:
+    """An open bucket."""
+    made = LocalBucket(tmp_path / "bucket")
+    made.open()
+    return made
+
+
+def test_what_is_created_can_be_found_and_read(bucket: LocalBucket) -> None:
+    """Size, type, record and bytes come back as they were given."""
+    stored, won = bucket.create("a/b c+d%2Fé.webp", b"data", "image/webp", RECORD)
+    assert won
+    assert bucket.stat("a/b c+d%2Fé.webp") == stored
+    assert (stored.size, stored.content_type, dict(stored.record)) == (4, "image/webp", RECORD)
+    assert bucket.read("a/b c+d%2Fé.webp") == b"data"
+
+
+def test_what_is_absent_is_absent(bucket: LocalBucket) -> None:
+    """Neither stat nor read makes something up."""
+    bucket.create("folder/file", b"data", "image/webp", {})
+    assert bucket.stat("none") is None
+    assert not check_if_blob_exists(bucket, "none")
+    with pytest.raises(NotFound):
+        bucket.read("none")
+    assert check_if_blob_exists(bucket, "folder/file")
+
+
+def test_the_second_writer_loses_and_gets_what_is_stored(bucket: LocalBucket) -> None:
+    """Create never changes an object that is there."""
+    first, _ = bucket.create("k", b"first", "image/webp", RECORD)
+    assert bucket.create("k", b"second one", "image/png", {}) == (first, False)
+    assert bucket.read("k") == b"first"
+
+
+def test_of_many_writers_at_once_exactly_one_wins(bucket: LocalBucket) -> None:
+    """25 rounds of 8 threads, each round one winner, and its bytes are what is stored."""
+    for turn in range(25):
+        wins: list[int] = []
+        barrier = threading.Barrier(8)
+
+        def write(writer: int, turn: int = turn, wins: list[int] = wins, barrier: threading.Barrier = barrier) -> None:
+            barrier.wait()
+            if bucket.create(f"round/{turn}", f"writer {writer}".encode(), "image/webp", {})[1]:
+                wins.append(writer)
+
+        threads = [threading.Thread(target=write, args=(n,)) for n in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(wins) == 1
+        assert bucket.read(f"round/{turn}") == f"writer {wins[0]}".encode()
+
+
+def test_whoever_sees_an_object_sees_its_record(bucket: LocalBucket) -> None:
+    """No reader catches a writer between the picture and the facts about it."""
+    seen: list[bool] = []
+    done = threading.Event()
+
+    def look() -> None:
+        while not done.is_set():
+            found = [bucket.stat(f"{turn}") for turn in range(40)]
+            seen.extend(dict(stored.record) == RECORD for stored in found if stored is not None)
+
+    reader = threading.Thread(target=look)
+    reader.start()
+    for turn in range(40):
+        bucket.create(f"{turn}", b"data", "image/webp", RECORD)
+    done.set()
+    reader.join()
+    assert seen
+    assert all(seen)
+
+
+def test_overwriting_replaces_bytes_and_facts(bucket: LocalBucket) -> None:
+    """After an overwrite the new bytes, type, record and ETag are what is found."""
+    old, _ = bucket.create("k", b"old", "image/webp", RECORD)
+    new = bucket.overwrite("k", b"newer", "image/png", {"seed": "8"})
+    assert bucket.stat("k") == new
+    assert new.etag != old.etag
+    assert bucket.read("k") == b"newer"
+
+
+def test_nothing_unfinished_is_left_behind(bucket: LocalBucket, tmp_path: Path) -> None:
+    """Winners, losers and overwriters all clean up."""
+    bucket.create("k", b"first", "image/webp", {})
+    bucket.create("k", b"second", "image/webp", {})
+    bucket.overwrite("k", b"third", "image/webp", {})
+    assert [path.name for path in (tmp_path / "bucket" / "tmp").iterdir()] in ([], [".lock"])
+
+
+def test_an_empty_file_is_no_object_and_gives_way(bucket: LocalBucket, tmp_path: Path) -> None:
+    """What a full disk or a crash left under a name does not hold it for ever."""
+    (tmp_path / "bucket" / "objects" / "k").touch()
+    assert bucket.stat("k") is None
+    assert bucket.create("k", b"data", "image/webp", {})[1]
+
+
+def test_a_file_put_there_by_hand_is_served_by_its_ending(bucket: LocalBucket, tmp_path: Path) -> None:
+    """An object without facts has the type its name promises and an empty record."""
+    (tmp_path / "bucket" / "objects" / "mine.png").write_bytes(b"png")
+    stored = bucket.stat("mine.png")
+    assert stored is not None
+    assert (stored.content_type, dict(stored.record)) == ("image/png", {})
+
+
+def test_facts_that_do_not_belong_to_the_bytes_are_not_believed(bucket: LocalBucket, tmp_path: Path) -> None:
+    """A file replaced behind the bucket's back is not told with the old one's record."""
+    bucket.create("k.webp", b"data", "image/webp", RECORD)
+    (tmp_path / "bucket" / "objects" / "k.webp").write_bytes(b"something else")
+    stored = bucket.stat("k.webp")
+    assert stored is not None
+    assert dict(stored.record) == {}
+
+
+def test_a_link_out_of_the_folder_is_not_followed(bucket: LocalBucket, tmp_path: Path) -> None:
+    """Neither a linked file nor a linked folder leads out, for reading or for writing."""
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "secret").write_bytes(b"secret")
+    (tmp_path / "bucket" / "objects" / "file").symlink_to(outside / "secret")
+    (tmp_path / "bucket" / "objects" / "folder").symlink_to(outside)
+    assert bucket.stat("file") is None
+    with pytest.raises(NotFound):
+        bucket.stat("folder/secret")
+    with pytest.raises(NotFound):
+        bucket.create("folder/new", b"data", "image/webp", {})
+    assert os.listdir(outside) == ["secret"]
+
+
+@pytest.mark.parametrize("key", ["n" * 256, "taken/below", "folder"])
+def test_a_name_the_disk_cannot_hold_is_the_callers_fault(bucket: LocalBucket, key: str) -> None:
+    """Too long a part, a picture as a folder, a folder as a picture: refused naming save_path, not a 500."""
+    bucket.create("taken", b"data", "image/webp", {})
+    bucket.create("folder/inside", b"data", "image/webp", {})
+    with pytest.raises(InvalidInput) as refused:
+        bucket.create(key, b"data", "image/webp", {})
+    assert refused.value.field == "save_path"
+    with pytest.raises(InvalidInput):
+        bucket.stat(key)
+
+
+def test_a_folder_that_cannot_be_made_is_told_in_one_sentence(tmp_path: Path) -> None:
+    """A file in the place of the bucket's folder is the storage's fault, and says so."""
+    (tmp_path / "bucket").write_text("a file")
+    with pytest.raises(StorageUnavailable, match="folder of pictures cannot be used"):
+        LocalBucket(tmp_path / "bucket").open()

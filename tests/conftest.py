@@ -1,0 +1,136 @@
+"""Fixtures shared by the tests: an app over painted squares, the embedded models, and a server process."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from fakes import PaintedSquares, settings_in, until
+from fastapi.testclient import TestClient
+
+from stable_diffusion_server.app import create_app
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass
+class House:
+    """A running app, its client and what draws in it."""
+
+    client: TestClient
+    squares: PaintedSquares
+    folder: Path
+
+    def draw(self, **parameters: Any) -> httpx.Response:
+        """One text-to-image order by query."""
+        return self.client.get("/create_and_upload_image", params={"width": 64, "height": 64, **parameters})
+
+    def metric(self, name: str) -> float:
+        """A figure of `/metrics` by its full name, 0 when it is not there yet."""
+        lines = self.client.get("/metrics").text.splitlines()
+        return next((float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name + " ")), 0.0)
+
+
+@pytest.fixture
+def house_of(tmp_path: Path) -> Iterator[Callable[..., House]]:
+    """Make a running app with other settings, or with squares of one's own."""
+    open_clients: list[TestClient] = []
+
+    def make(
+        squares: PaintedSquares | None = None, client: tuple[str, int] = ("127.0.0.1", 5), **changes: Any
+    ) -> House:
+        painter = squares or PaintedSquares()
+        app = create_app(settings_in(tmp_path, **changes), load=lambda settings: painter)
+        test_client = TestClient(
+            app, base_url="http://127.0.0.1:8000", client=client, raise_server_exceptions=False
+        ).__enter__()
+        open_clients.append(test_client)
+        until(lambda: test_client.get("/readyz").status_code == 200)
+        return House(test_client, painter, tmp_path)
+
+    yield make
+    for test_client in open_clients:
+        test_client.__exit__(None, None, None)
+
+
+@pytest.fixture
+def house(house_of: Callable[..., House]) -> House:
+    """A running app over painted squares."""
+    return house_of()
+
+
+@pytest.fixture(scope="session")
+def registry() -> Any:
+    """The embedded models, loaded once, with one thread so that figures do not depend on the machine."""
+    from stable_diffusion_server.pipelines import registry
+
+    return registry.load(ROOT / "models", "cpu", 1)
+
+
+@dataclass
+class Server:
+    """A server process of its own."""
+
+    process: subprocess.Popen[bytes]
+    url: str
+    folder: Path
+    log: Path
+
+
+def free_port() -> int:
+    """A port nothing listens on at the moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def start_server(folder: Path, port: int, *command: str, **environment: str) -> Server:
+    """Start a server command in `folder` with a clean set of settings, and wait until it can draw."""
+    kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
+    log = folder / "server.log"
+    with log.open("wb") as out:
+        process = subprocess.Popen(  # noqa: S603  # our own command, made here
+            command,
+            cwd=folder,
+            env={**kept, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", **environment},
+            stdout=out,
+            stderr=subprocess.STDOUT,
+        )
+    url = f"http://127.0.0.1:{port}"
+    end = time.monotonic() + 120
+    while time.monotonic() < end and process.poll() is None:
+        try:
+            if httpx.get(f"{url}/readyz").status_code == 200:
+                return Server(process, url, folder, log)
+        except httpx.TransportError:
+            pass
+        time.sleep(0.2)
+    process.kill()
+    raise AssertionError(f"the server did not become ready:\n{log.read_text()}")
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The server as `make run` starts it: a real process with the embedded models, on a port of its own."""
+    port = free_port()
+    running = start_server(
+        tmp_path_factory.mktemp("server"),
+        port,
+        sys.executable,
+        "-m",
+        "stable_diffusion_server",
+        "serve",
+        PORT=str(port),
+    )
+    yield running
+    running.process.terminate()
+    running.process.wait(60)

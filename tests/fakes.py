@@ -1,0 +1,105 @@
+"""Real small things in the place of large ones: a denoiser that paints squares, settings in a test's own folder."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stable_diffusion_server.orders import Job
+from stable_diffusion_server.settings import Settings
+
+COLOURS = {
+    "red": (215, 40, 40),
+    "green": (50, 160, 60),
+    "blue": (45, 85, 210),
+    "yellow": (245, 215, 50),
+    "white": (245, 245, 245),
+    "black": (20, 20, 22),
+}
+
+
+@dataclass(slots=True)
+class Canvas:
+    """A square on its way to being painted."""
+
+    job: Job
+    steps: int
+    index: int = 0
+
+    @property
+    def shape(self) -> tuple[object, ...]:
+        return self.job.shape
+
+    @property
+    def done(self) -> bool:
+        return self.index >= self.steps
+
+
+@dataclass(frozen=True, slots=True)
+class Painted:
+    """What `PaintedSquares` draws."""
+
+    pixels: NDArray[np.uint8]
+    redecoded: bool = False
+
+
+@dataclass
+class PaintedSquares:
+    """Paints the whole canvas in the first colour the prompt names; its brightness shifts with the seed.
+
+    Counts what it does, and can be slowed down, held at a gate, or made to fail by words in a prompt.
+    """
+
+    seconds_per_step: float = 0.0
+    gate: threading.Event | None = None
+    prepared: list[Job] = field(default_factory=list)
+    finished: list[Job] = field(default_factory=list)
+    batches: list[list[str]] = field(default_factory=list)
+
+    def count_tokens(self, model: str, prompt: str) -> int:
+        return len(prompt.split()) + 2
+
+    def prepare(self, job: Job) -> Canvas:
+        if "unpreparable" in job.prompt:
+            raise RuntimeError("cannot prepare this")
+        self.prepared.append(job)
+        return Canvas(job, job.num_inference_steps)
+
+    def step(self, states: Sequence[Canvas]) -> None:
+        self.batches.append([state.job.prompt for state in states])
+        if self.gate is not None:
+            assert self.gate.wait(30), "the test forgot to open the gate"
+        time.sleep(self.seconds_per_step)
+        if any("unsteppable" in state.job.prompt for state in states):
+            raise RuntimeError("cannot step this")
+        for state in states:
+            state.index += 1
+
+    def finish(self, state: Canvas) -> Painted:
+        job = state.job
+        self.finished.append(job)
+        named = next((word for word in job.prompt.split() if word in COLOURS), "white")
+        shade = np.array(COLOURS[named], np.int16) - job.seed % 16
+        pixels = np.broadcast_to(shade.clip(0, 255).astype(np.uint8), (job.height, job.width, 3))
+        return Painted(np.ascontiguousarray(pixels))
+
+
+def settings_in(folder: Path, **changes: Any) -> Settings:
+    """Settings whose bucket and state lie in `folder`, independent of the environment a test runs in."""
+    values: dict[str, Any] = {"local_bucket_dir": folder / "bucket", "data_dir": folder / "data", **changes}
+    return Settings(_env_file=None, **values)
+
+
+def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+    """Wait for a condition; the bound is only there to end a hanging test."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.005)

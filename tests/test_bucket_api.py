@@ -1,0 +1,77 @@
+"""Names to keys and keys to URLs."""
+
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stable_diffusion_server.bucket_api import KEY_MAX_BYTES, object_key, open_bucket, url_path
+from stable_diffusion_server.errors import InvalidInput
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("a/b.webp", "static/uploads/a/b.webp"),
+        ("two words.webp", "static/uploads/two words.webp"),
+        ("a+b.webp", "static/uploads/a+b.webp"),
+        ("a%2Fb.webp", "static/uploads/a%2Fb.webp"),
+        ("über/猫.webp", "static/uploads/über/猫.webp"),
+        ("cafe\u0301.webp", "static/uploads/caf\u00e9.webp"),
+        ("..hidden.webp", "static/uploads/..hidden.webp"),
+        ("no-ending", "static/uploads/no-ending"),
+    ],
+)
+def test_a_name_is_kept_as_it_is_below_the_bucket_path(name: str, key: str) -> None:
+    """Segments, spaces, plus and percent signs stay; only Unicode is brought to NFC."""
+    assert object_key("static/uploads", name) == key
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("", " ", "/etc/passwd", "..", "../up.webp", "a/../b.webp", "a/./b.webp", "a//b.webp", "a/", "a/ /b"),
+        *("a\0b", "a\nb", "a\\b", "\ud800.webp"),
+    ],
+)
+def test_a_name_that_climbs_or_hides_is_refused(name: str) -> None:
+    """Empty, absolute, climbing and unprintable names are refused, naming the parameter."""
+    with pytest.raises(InvalidInput) as refused:
+        object_key("static/uploads", name)
+    assert refused.value.field == "save_path"
+
+
+@pytest.mark.parametrize("letter", ["a", "é"])
+def test_the_longest_key_is_taken_and_one_byte_more_is_not(letter: str) -> None:
+    """The bound counts bytes of the whole key, its path included."""
+    prefix, size = "p", len(letter.encode())
+    longest = letter * ((KEY_MAX_BYTES - 2) // size)
+    assert len(object_key(prefix, longest).encode()) <= KEY_MAX_BYTES
+    with pytest.raises(InvalidInput):
+        object_key(prefix, longest + letter)
+
+
+@pytest.mark.parametrize("path", ["", "/", "static/uploads", "/static/uploads/"])
+def test_the_bucket_path_may_be_empty_and_have_slashes_at_its_ends(path: str) -> None:
+    """However it is written, a key neither begins with a slash nor doubles one."""
+    key = object_key(path, "a.webp")
+    assert key in ("a.webp", "static/uploads/a.webp")
+
+
+@given(st.text(min_size=1, max_size=60))
+def test_a_url_leads_back_to_its_key(name: str) -> None:
+    """Encoded once: decoding a URL once gives the key, whatever is in it."""
+    try:
+        key = object_key("static/uploads", name)
+    except InvalidInput:
+        return
+    assert unquote(url_path(key)) == key
+    assert key.split("/")[:2] == ["static", "uploads"]
+
+
+def test_an_unknown_provider_opens_nothing() -> None:
+    """A provider that is not built is an error at once, not a silent folder."""
+    with pytest.raises(ValueError, match="tape"):
+        open_bucket("tape", Path("nowhere"))

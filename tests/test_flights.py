@@ -1,0 +1,118 @@
+"""Single flight: sharing, leaving, waiting."""
+
+import asyncio
+
+import pytest
+
+from stable_diffusion_server.flights import Flights
+
+
+class Effort:
+    """Something slow that counts how often it was begun and ended early."""
+
+    def __init__(self) -> None:
+        self.begun = 0
+        self.cancelled = 0
+        self.go = asyncio.Event()
+
+    async def run(self) -> str:
+        self.begun += 1
+        try:
+            await self.go.wait()
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+        return f"result {self.begun}"
+
+
+async def test_callers_of_one_key_share_one_effort() -> None:
+    """Ten callers, one run, and nine of them are told that they shared."""
+    flights: Flights[str] = Flights()
+    effort = Effort()
+    callers = [asyncio.create_task(flights.join("k", "t", effort.run)) for _ in range(10)]
+    await asyncio.sleep(0)
+    effort.go.set()
+    results = await asyncio.gather(*callers)
+    assert effort.begun == 1
+    assert [result for result, _ in results] == ["result 1"] * 10
+    assert sum(shared for _, shared in results) == 9
+    assert len(flights) == 0
+
+
+async def test_one_caller_leaving_does_not_end_the_effort_of_the_others() -> None:
+    """Cancelling one of two leaves the other its result."""
+    flights: Flights[str] = Flights()
+    effort = Effort()
+    leaving, staying = (asyncio.create_task(flights.join("k", "t", effort.run)) for _ in range(2))
+    await asyncio.sleep(0.01)
+    leaving.cancel()
+    await asyncio.sleep(0.01)
+    effort.go.set()
+    assert await staying == ("result 1", True)
+    assert effort.cancelled == 0
+
+
+async def test_the_last_caller_to_leave_ends_the_effort() -> None:
+    """No one waits, so nothing is done; a newcomer starts afresh."""
+    flights: Flights[str] = Flights()
+    effort = Effort()
+    callers = [asyncio.create_task(flights.join("k", "t", effort.run)) for _ in range(2)]
+    await asyncio.sleep(0.01)
+    for caller in callers:
+        caller.cancel()
+    await asyncio.gather(*callers, return_exceptions=True)
+    await asyncio.sleep(0.01)
+    assert (effort.begun, effort.cancelled, len(flights)) == (1, 1, 0)
+    effort.go.set()
+    assert await flights.join("k", "t", effort.run) == ("result 2", False)
+
+
+async def test_a_failure_reaches_every_caller_and_is_not_kept() -> None:
+    """All callers get the error; the next one gets a new try."""
+    flights: Flights[str] = Flights()
+
+    async def fail() -> str:
+        await asyncio.sleep(0)
+        raise ConnectionError("no")
+
+    async def succeed() -> str:
+        return "yes"
+
+    results = await asyncio.gather(*(flights.join("k", "t", fail) for _ in range(3)), return_exceptions=True)
+    assert all(isinstance(result, ConnectionError) for result in results)
+    assert await flights.join("k", "t", succeed) == ("yes", False)
+
+
+async def test_another_tag_waits_for_the_effort_under_way() -> None:
+    """Efforts under one key never overlap, however many different ones are asked for."""
+    flights: Flights[str] = Flights()
+    running = 0
+
+    async def alone() -> str:
+        nonlocal running
+        running += 1
+        assert running == 1
+        await asyncio.sleep(0.005)
+        running -= 1
+        return "done"
+
+    results = await asyncio.gather(*(flights.join("k", f"tag {n % 4}", alone) for n in range(16)))
+    assert [result for result, _ in results] == ["done"] * 16
+
+
+async def test_another_tag_gets_its_turn_when_the_effort_before_it_fails() -> None:
+    """A failed predecessor is not the newcomer's failure."""
+    flights: Flights[str] = Flights()
+
+    async def fail() -> str:
+        await asyncio.sleep(0.005)
+        raise ConnectionError("no")
+
+    async def succeed() -> str:
+        return "yes"
+
+    first = asyncio.create_task(flights.join("k", "a", fail))
+    await asyncio.sleep(0)
+    assert await flights.join("k", "b", succeed) == ("yes", False)
+    with pytest.raises(ConnectionError):
+        await first

@@ -1,0 +1,118 @@
+"""The image room: canvas sizes, exact output size, encoding with metadata."""
+
+import io
+import json
+import time
+
+import numpy as np
+import PIL
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from stable_diffusion_server.image_processing import Canvas, encode, plan_canvas, to_size
+from stable_diffusion_server.orders import Format
+
+RECORD = {"prompt": "ein grünes Herz 💚", "seed": 7, "num_inference_steps": 4, "width": 60, "height": 40}
+
+
+def picture(width: int = 60, height: int = 40) -> np.ndarray:
+    """Colours that tell every pixel's place."""
+    rows, columns = np.mgrid[0:height, 0:width]
+    return np.stack([rows * 255 // height, columns * 255 // width, rows * 0 + 128], -1).astype(np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("asked", "canvas"),
+    [
+        ((256, 256), Canvas(256, 256, resampled=False)),
+        ((200, 130), Canvas(256, 192, resampled=False)),
+        ((257, 256), Canvas(256, 256, resampled=True)),
+        ((1024, 1024), Canvas(256, 256, resampled=True)),
+        ((64, 64), Canvas(256, 256, resampled=True)),
+        ((128, 128), Canvas(128, 128, resampled=False)),
+        ((127, 128), Canvas(128, 128, resampled=False)),
+        ((2048, 64), Canvas(512, 128, resampled=True)),
+        ((600, 400), Canvas(320, 192, resampled=True)),
+    ],
+)
+def test_the_canvas_is_aligned_and_within_the_models_budget(asked: tuple[int, int], canvas: Canvas) -> None:
+    """Within the budget: the next multiple of 64 up, uncut pixels; beyond it or below the floor: a native size."""
+    assert plan_canvas(*asked, native_pixels=256 * 256, floor=128) == canvas
+
+
+@given(st.integers(64, 2048), st.integers(64, 2048), st.sampled_from([128, 256, 512, 1024]))
+def test_every_size_has_a_canvas_that_can_be_cropped_to_it(width: int, height: int, native: int) -> None:
+    """No asked size is left out, no canvas exceeds the budget, and the picture comes out exactly as large as asked."""
+    canvas = plan_canvas(width, height, native * native, floor=128)
+    assert canvas.width * canvas.height <= native * native
+    assert min(canvas.width, canvas.height) >= 128
+    assert canvas.width % 64 == canvas.height % 64 == 0
+    drawn = np.zeros((canvas.height, canvas.width, 3), np.uint8)
+    assert to_size(drawn, width, height, resample=canvas.resampled).shape == (height, width, 3)
+
+
+def test_a_crop_is_centred_and_changes_no_pixel() -> None:
+    """Without resampling the output is a window of the canvas, equal borders on both sides."""
+    drawn = picture(64, 64)
+    assert np.array_equal(to_size(drawn, 60, 40, resample=False), drawn[12:52, 2:62])
+
+
+def test_resampling_keeps_the_aspect_ratio() -> None:
+    """A square drawn on a square canvas is still as wide as high when the picture asked for is oblong."""
+    drawn = np.zeros((128, 128, 3), np.uint8)
+    drawn[48:80, 48:80] = 255
+    white = to_size(drawn, 512, 256, resample=True)[..., 0] > 128
+    assert abs(int(white.any(0).sum()) - int(white.any(1).sum())) <= 2
+
+
+@pytest.mark.parametrize(("file_format", "kind"), [(Format.WEBP, "WEBP"), (Format.PNG, "PNG"), (Format.JPEG, "JPEG")])
+def test_a_file_is_of_the_format_asked_for_and_close_to_the_pixels(file_format: Format, kind: str) -> None:
+    """Each format decodes to the asked size and to nearly the same picture."""
+    image = Image.open(io.BytesIO(encode(picture(), file_format, 90, None)))
+    assert (image.format, image.size) == (kind, (60, 40))
+    assert np.abs(np.asarray(image.convert("RGB")).astype(int) - picture()).mean() < 6
+
+
+@pytest.mark.parametrize(("file_format", "quality"), [(Format.PNG, 1), (Format.WEBP, 100)])
+def test_lossless_formats_keep_every_pixel(file_format: Format, quality: int) -> None:
+    """PNG always, WebP at quality 100."""
+    image = Image.open(io.BytesIO(encode(picture(), file_format, quality, None)))
+    assert np.array_equal(np.asarray(image.convert("RGB")), picture())
+
+
+@pytest.mark.parametrize("file_format", [Format.WEBP, Format.JPEG])
+def test_the_record_comes_back_out_of_the_exif(file_format: Format) -> None:
+    """WebP and JPEG carry the record as a Unicode user comment, emoji and umlauts included."""
+    image = Image.open(io.BytesIO(encode(picture(), file_format, 85, RECORD)))
+    comment = image.getexif().get_ifd(0x8769)[0x9286]
+    assert comment.startswith(b"UNICODE\0")
+    assert json.loads(comment[8:].decode("utf-16-be")) == RECORD
+
+
+def test_a_png_carries_the_record_as_automatic1111_reads_it() -> None:
+    """The `parameters` chunk starts with the prompt and names steps, seed and size."""
+    image = Image.open(io.BytesIO(encode(picture(), Format.PNG, 85, RECORD)))
+    assert image.text["parameters"] == "ein grünes Herz 💚\nSteps: 4, Seed: 7, Size: 60x40"
+    assert json.loads(image.text["record"]) == RECORD
+
+
+@pytest.mark.parametrize("file_format", list(Format))
+def test_without_a_record_nothing_is_written_beside_the_pixels(file_format: Format) -> None:
+    """EMBED_METADATA=none means none."""
+    image = Image.open(io.BytesIO(encode(picture(), file_format, 85, None)))
+    assert not image.getexif()
+    assert not getattr(image, "text", {})
+
+
+def test_pillow_is_not_older_than_the_release_that_mends_its_jpeg_decoder() -> None:
+    """13.0.0 closes a critical heap overflow; an older one must not be resolved by accident."""
+    assert int(PIL.__version__.split(".")[0]) >= 13
+
+
+def test_encoding_ends() -> None:
+    """A picture of the largest size is encoded at all; the bound only catches a hang."""
+    started = time.monotonic()
+    encode(np.zeros((2048, 2048, 3), np.uint8), Format.WEBP, 85, RECORD)
+    assert time.monotonic() - started < 60

@@ -1,0 +1,79 @@
+"""The prompt room: cleaning and shortening."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stable_diffusion_server.prompts import clean, remove_stopwords, shorten_too_long_text
+
+
+def count_words(text: str) -> int:
+    return len(text.split()) + 2
+
+
+def test_a_short_prompt_is_left_as_it_is() -> None:
+    """Within the limit nothing changes, stop words included."""
+    assert shorten_too_long_text("the cat on the mat", 7, count_words) == "the cat on the mat"
+
+
+def test_stop_words_go_first() -> None:
+    """One token over the limit costs stop words and no meaning."""
+    assert shorten_too_long_text("the cat on the mat", 6, count_words) == "cat mat"
+
+
+def test_whole_words_are_cut_after_the_stop_words() -> None:
+    """When stop words are not enough, words go from the end, never parts of them."""
+    assert shorten_too_long_text("the big red cat on the mat", 5, count_words) == "big red cat"
+
+
+def test_a_single_word_that_is_too_long_is_cut_inside() -> None:
+    """An empty prompt would be worse than a cut word."""
+    assert shorten_too_long_text("a" * 50, 12, lambda text: len(text) + 2) == "a" * 10
+
+
+def test_a_prompt_of_stop_words_alone_keeps_them() -> None:
+    """Removing everything is no shortening."""
+    assert remove_stopwords("to be or not to be") == "to be or not to be"
+
+
+@given(st.text(alphabet="abc de", max_size=60), st.integers(3, 20))
+def test_the_result_always_fits_and_only_loses_words(prompt: str, limit: int) -> None:
+    """For any prompt and limit: within the limit, and every word stood in the prompt, in order."""
+    prompt = clean(prompt)
+    shorter = shorten_too_long_text(prompt, limit, count_words)
+    assert count_words(shorter) <= limit
+    words = iter(prompt.split())
+    assert all(word in words for word in shorter.split())
+
+
+@pytest.mark.parametrize(
+    ("given_prompt", "cleaned"),
+    [
+        ("  a   red\tcircle\n", "a red circle"),
+        ("a\0red", "a red"),
+        ("cafe\u0301", "caf\u00e9"),
+        ("\u202egnp.exe", "gnp.exe"),
+        ("zero\u200bwidth", "zerowidth"),
+        ("a family \U0001f468\u200d\U0001f469\u200d\U0001f467", "a family \U0001f468\u200d\U0001f469\u200d\U0001f467"),
+        ("\u200b \u0007", ""),
+    ],
+)
+def test_what_cannot_be_seen_is_removed(given_prompt: str, cleaned: str) -> None:
+    """Control, bidirectional and zero-width characters go; joined emoji stay; Unicode comes out in NFC."""
+    assert clean(given_prompt) == cleaned
+
+
+def test_a_lone_surrogate_is_refused() -> None:
+    """Half a character is no text."""
+    with pytest.raises(ValueError, match="surrogate"):
+        clean("a \ud800 circle")
+
+
+@given(st.text(max_size=40))
+def test_cleaning_twice_changes_nothing(text: str) -> None:
+    """A cleaned prompt is clean, so equal prompts meet whichever way they came."""
+    try:
+        once = clean(text)
+    except ValueError:
+        return
+    assert clean(once) == once

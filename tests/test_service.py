@@ -1,0 +1,313 @@
+"""The service: what an order becomes, what is drawn once, what is told. Drawn with painted squares."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fakes import PaintedSquares, until
+
+from stable_diffusion_server.buckets.local import LocalBucket
+from stable_diffusion_server.decoding.pool import Decoder
+from stable_diffusion_server.engine import Engine, Phase
+from stable_diffusion_server.errors import DeadlineExceeded, InvalidInput, StorageUnavailable
+from stable_diffusion_server.fetching.fetcher import Bounds, Fetcher
+from stable_diffusion_server.orders import Format, Limits, Order, Task
+from stable_diffusion_server.resolving import Options, resolve
+from stable_diffusion_server.service import Service
+
+OPTIONS = Options(Limits(), "sdxl", "static/uploads")
+
+
+def order(prompt: str = "a red square", **more: Any) -> Order:
+    return Order(Task.TEXT_TO_IMAGE, prompt, **{"width": 64, "height": 64, **more})
+
+
+class Rooms:
+    """A service with all it needs, and a view of what was drawn."""
+
+    def __init__(self, folder: Path, painter: PaintedSquares) -> None:
+        self.painter = painter
+        self.bucket = LocalBucket(folder)
+        self.bucket.open()
+        self.engine: Engine[Any, Any] = Engine(lambda: painter, queue_limit=64, max_batch=4)
+        self.engine.start()
+        until(lambda: self.engine.phase is Phase.READY)
+        self.fetcher = Fetcher(Bounds(max_bytes=1_000_000))
+        self.decoder = Decoder(max_bytes=1_000_000, max_pixels=1_000_000, max_side=2048)
+        self.service = self.another_process()
+
+    def another_process(self) -> Service:
+        """A second service over the same folder, as another server process would be."""
+        return Service(
+            self.bucket,
+            self.engine.submit,
+            self.painter.count_tokens,
+            OPTIONS,
+            fetch=self.fetcher.fetch,
+            decode=self.decoder.decode,
+        )
+
+    @property
+    def drawn(self) -> int:
+        return len(self.painter.finished)
+
+
+@pytest.fixture
+async def rooms_of(tmp_path: Path) -> AsyncIterator[Callable[..., Rooms]]:
+    """Make a service over painted squares."""
+    made: list[Rooms] = []
+
+    def make(painter: PaintedSquares | None = None) -> Rooms:
+        made.append(Rooms(tmp_path / "bucket", painter or PaintedSquares()))
+        return made[-1]
+
+    yield make
+    for rooms in made:
+        if rooms.painter.gate is not None:
+            rooms.painter.gate.set()
+        await asyncio.to_thread(rooms.engine.stop, 10)
+        rooms.fetcher.close()
+        await rooms.decoder.close()
+
+
+async def test_the_second_order_of_a_name_draws_nothing(rooms_of: Callable[..., Rooms]) -> None:
+    """Check-exists comes before generate, and the receipt tells what the stored picture is."""
+    rooms = rooms_of()
+    first = await rooms.service.fulfil(order(save_path="a.webp"))
+    second = await rooms.service.fulfil(order(save_path="a.webp"))
+    assert rooms.drawn == 1
+    assert (first.cached, second.cached) == (False, True)
+    assert (first.key, first.seed, first.scheduler) == (second.key, second.seed, second.scheduler)
+    assert not second.warnings or {w.code for w in second.warnings} == {w.code for w in first.warnings}
+
+
+async def test_equal_orders_without_a_name_meet(rooms_of: Callable[..., Rooms]) -> None:
+    """The content is the name: the same order, however its prompt is spaced, is the same picture."""
+    rooms = rooms_of()
+    first = await rooms.service.fulfil(order("a red  square"))
+    second = await rooms.service.fulfil(order(" a red square "))
+    other = await rooms.service.fulfil(order("a red square", num_inference_steps=5))
+    assert first.key == second.key != other.key
+    assert rooms.drawn == 2
+
+
+async def test_fifty_identical_orders_at_once_are_one_generation(rooms_of: Callable[..., Rooms]) -> None:
+    """One picture drawn, one object stored, fifty equal answers, forty-nine of them told that they shared."""
+    rooms = rooms_of(PaintedSquares(seconds_per_step=0.01))
+    receipts = await asyncio.gather(*(rooms.service.fulfil(order()) for _ in range(50)))
+    assert rooms.drawn == 1
+    assert len({(receipt.key, receipt.seed) for receipt in receipts}) == 1
+    assert sum(receipt.coalesced or receipt.cached for receipt in receipts) == 49
+
+
+async def test_the_same_picture_under_two_names_is_drawn_once(rooms_of: Callable[..., Rooms]) -> None:
+    """What is drawn and what is stored are two identities."""
+    rooms = rooms_of(PaintedSquares(seconds_per_step=0.05))
+    names = [rooms.service.fulfil(order(save_path=name, seed=1)) for name in ("a.webp", "b.png")]
+    receipts = await asyncio.gather(*names)
+    assert rooms.drawn == 1
+    assert {receipt.key.rsplit("/", 1)[1] for receipt in receipts} == {"a.webp", "b.png"}
+
+
+async def test_another_order_under_a_taken_name_gets_what_is_stored_and_is_told(
+    rooms_of: Callable[..., Rooms],
+) -> None:
+    """The name is the identity; the warning says that it is another order's picture."""
+    rooms = rooms_of()
+    red = await rooms.service.fulfil(order("a red square", save_path="a.webp"))
+    blue = await rooms.service.fulfil(order("a blue square", save_path="a.webp"))
+    assert rooms.drawn == 1
+    assert [warning.code for warning in blue.warnings] == ["different-order"]
+    assert blue.seed == red.seed
+
+
+async def test_another_order_under_a_name_in_flight_waits_for_it(rooms_of: Callable[..., Rooms]) -> None:
+    """Both at once: one is drawn, the other waits and is told, and nothing is overwritten."""
+    rooms = rooms_of(PaintedSquares(seconds_per_step=0.02))
+    asked = (order("a red square", save_path="a.webp"), order("a blue square", save_path="a.webp"))
+    receipts = await asyncio.gather(*map(rooms.service.fulfil, asked))
+    assert rooms.drawn == 1
+    assert sorted(receipt.cached for receipt in receipts) == [False, True]
+    assert [w.code for receipt in receipts if receipt.cached for w in receipt.warnings] == ["different-order"]
+
+
+async def test_overwrite_draws_again_under_the_same_name(rooms_of: Callable[..., Rooms]) -> None:
+    """The new picture replaces the old one, record and all."""
+    rooms = rooms_of()
+    await rooms.service.fulfil(order("a red square", save_path="a.webp"))
+    receipt = await rooms.service.fulfil(order("a blue square", save_path="a.webp", overwrite=True))
+    again = await rooms.service.fulfil(order("a blue square", save_path="a.webp"))
+    assert rooms.drawn == 2
+    assert not receipt.cached
+    assert (again.cached, again.seed, again.warnings) == (True, receipt.seed, receipt.warnings)
+
+
+async def test_two_processes_store_one_object(rooms_of: Callable[..., Rooms]) -> None:
+    """Without a shared memory the bucket decides: both draw, one stores, both answer with the stored one."""
+    rooms = rooms_of(PaintedSquares(gate=threading.Event()))
+    other = rooms.another_process()
+    both = [
+        asyncio.create_task(service.fulfil(order(prompt, save_path="a.webp")))
+        for service, prompt in ((rooms.service, "a red square"), (other, "a blue square"))
+    ]
+    await asyncio.to_thread(until, lambda: rooms.engine.running + rooms.engine.waiting == 2)
+    assert rooms.painter.gate is not None
+    rooms.painter.gate.set()
+    receipts = await asyncio.gather(*both)
+    assert rooms.drawn == 2
+    assert sorted(receipt.cached for receipt in receipts) == [False, True]
+    assert len({receipt.seed for receipt in receipts}) == 1
+
+
+async def test_a_caller_who_leaves_takes_the_job_along_and_stores_nothing(rooms_of: Callable[..., Rooms]) -> None:
+    """The last one waiting for a picture frees the device."""
+    rooms = rooms_of(PaintedSquares(gate=threading.Event()))
+    call = asyncio.create_task(rooms.service.fulfil(order(save_path="a.webp", num_inference_steps=50)))
+    await asyncio.to_thread(until, lambda: rooms.engine.running == 1)
+    call.cancel()
+    await asyncio.gather(call, return_exceptions=True)
+    assert rooms.painter.gate is not None
+    rooms.painter.gate.set()
+    await asyncio.to_thread(until, lambda: rooms.engine.running == 0)
+    assert len(rooms.painter.batches) <= 2
+    assert rooms.bucket.stat("static/uploads/a.webp") is None
+
+
+async def test_a_twin_stays_when_the_other_leaves(rooms_of: Callable[..., Rooms]) -> None:
+    """Leaving is private: the one who stays gets the picture."""
+    rooms = rooms_of(PaintedSquares(gate=threading.Event()))
+    leaver, stayer = (asyncio.create_task(rooms.service.fulfil(order())) for _ in range(2))
+    await asyncio.to_thread(until, lambda: rooms.engine.running == 1)
+    leaver.cancel()
+    await asyncio.sleep(0.01)
+    assert rooms.painter.gate is not None
+    rooms.painter.gate.set()
+    assert (await stayer).coalesced
+    assert rooms.drawn == 1
+
+
+async def test_a_deadline_ends_the_wait_and_the_job(rooms_of: Callable[..., Rooms]) -> None:
+    """After `timeout` seconds the caller hears it, and the device is free."""
+    rooms = rooms_of(PaintedSquares(gate=threading.Event()))
+    with pytest.raises(DeadlineExceeded, match=r"0\.05 seconds"):
+        await rooms.service.fulfil(order(timeout=0.05))
+    assert rooms.painter.gate is not None
+    rooms.painter.gate.set()
+    await asyncio.to_thread(until, lambda: rooms.engine.running == 0)
+    assert rooms.drawn == 0
+
+
+async def test_a_storage_that_fails_is_told_as_such(rooms_of: Callable[..., Rooms], tmp_path: Path) -> None:
+    """A folder that has become a file is a 503 of the storage, not an unknown error."""
+    rooms = rooms_of()
+    folder = tmp_path / "bucket" / "tmp"
+    folder.rmdir()
+    folder.write_text("in the way")
+    with pytest.raises(StorageUnavailable):
+        await rooms.service.fulfil(order(save_path="a.webp"))
+    folder.unlink()
+    folder.mkdir()
+    assert not (await rooms.service.fulfil(order(save_path="a.webp"))).cached
+
+
+async def test_a_prompt_that_is_too_long_is_shortened_and_told(rooms_of: Callable[..., Rooms]) -> None:
+    """No silent truncation: the prompt that was drawn is in the receipt."""
+    rooms = rooms_of()
+    receipt = await rooms.service.fulfil(order("a red square " + "with the very best of details " * 60))
+    assert receipt.prompt_used is not None
+    assert receipt.prompt_used.startswith("red square best details")
+    assert len(receipt.prompt_used.split()) == 75
+    assert "prompt-shortened" in {warning.code for warning in receipt.warnings}
+
+
+def test_the_seed_comes_from_the_order() -> None:
+    """The same order has the same seed, another order another, and a given one is taken."""
+    seeds = [resolve(asked, OPTIONS).seed for asked in (order(), order(), order("another"), order(seed=5))]
+    assert seeds[0] == seeds[1] != seeds[2]
+    assert seeds[3] == 5
+
+
+def test_a_random_seed_is_another_picture_each_time() -> None:
+    """Two orders with seed=random share neither seed nor name."""
+    first, second = (resolve(order(seed="random"), OPTIONS) for _ in range(2))
+    assert first.seed != second.seed
+    assert first.key != second.key
+    assert first.asked == second.asked
+
+
+@pytest.mark.parametrize(
+    ("more", "file_format"),
+    [
+        ({}, Format.WEBP),
+        ({"save_path": "a.png"}, Format.PNG),
+        ({"save_path": "a.JPG"}, Format.JPEG),
+        ({"save_path": "a.b/c"}, Format.WEBP),
+        ({"save_path": "v1.2", "format": Format.PNG}, Format.PNG),
+        ({"format": Format.JPEG}, Format.JPEG),
+    ],
+)
+def test_the_format_is_the_one_asked_for_or_promised_by_the_name(more: dict[str, Any], file_format: Format) -> None:
+    """Format wins, then the ending of the name, then WebP."""
+    assert resolve(order(**more), OPTIONS).file_format is file_format
+
+
+@pytest.mark.parametrize(
+    ("more", "field"),
+    [
+        ({"save_path": "a.gif"}, "save_path"),
+        ({"save_path": "a.webp", "format": Format.PNG}, "format"),
+        ({"model": "../sdxl"}, "model"),
+        ({"scheduler": "warp"}, "scheduler"),
+        ({"scheduler": "flow_euler"}, "scheduler"),
+        ({"prompt": " \u200b "}, "prompt"),
+        ({"prompt": "\ud800"}, "prompt"),
+        ({"negative_prompt": "\ud800"}, "negative_prompt"),
+        ({"save_path": "../a"}, "save_path"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_by_name(more: dict[str, Any], field: str) -> None:
+    """Every refusal names the parameter it is about."""
+    with pytest.raises(InvalidInput) as refused:
+        resolve(order(**{"prompt": "a red square", **more}), OPTIONS)
+    assert refused.value.field == field
+
+
+@pytest.mark.parametrize(("name", "low", "high"), [(name, *bounds) for name, bounds in Limits().bounds().items()])
+def test_every_bound_holds_on_both_sides_of_its_edge(name: str, low: float, high: float) -> None:
+    """At the edge a value is taken, one step beyond it is refused and named; so are NaN and infinity."""
+    step = 1 if isinstance(low, int) and isinstance(high, int) else 0.0005
+    limits = Limits()
+    for inside in (low, high):
+        limits.check(order(**{name: inside}))
+    for outside in (low - step, high + step, float("nan"), float("inf")):
+        with pytest.raises(InvalidInput) as refused:
+            limits.check(order(**{name: outside}))
+        assert refused.value.field == name
+
+
+def test_the_longest_prompt_is_taken_and_one_character_more_is_not() -> None:
+    """For the prompt and the negative prompt alike."""
+    limits = Limits(max_prompt_characters=10)
+    limits.check(order("x" * 10, negative_prompt="x" * 10))
+    for more in ({"prompt": "x" * 11}, {"prompt": "x", "negative_prompt": "x" * 11}):
+        with pytest.raises(InvalidInput):
+            limits.check(order(**more))
+
+
+def test_several_faults_are_told_at_once() -> None:
+    """A caller need not find them one by one."""
+    with pytest.raises(InvalidInput) as refused:
+        Limits().check(order(width=1, height=9999, quality=0))
+    assert [field for field, _ in refused.value.faults] == ["width", "height", "quality"]
+
+
+def test_a_negative_prompt_no_model_uses_is_told() -> None:
+    """Flux has no use for one; the order is drawn without it, and says so."""
+    plan = resolve(order(model="flux", negative_prompt="blur"), OPTIONS)
+    assert plan.words.negative_prompt is None
+    assert "negative-prompt-ignored" in {warning.code for warning in plan.words.warnings}

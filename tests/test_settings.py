@@ -1,0 +1,140 @@
+"""Settings: defaults, misspellings, secrets."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stable_diffusion_server.settings import Settings, SettingsError, describe_settings, read_settings
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """An environment and a folder in which nothing is set."""
+    for name in Settings.model_fields:
+        monkeypatch.delenv(name.upper(), raising=False)
+    monkeypatch.chdir(tmp_path)
+
+
+def test_nothing_has_to_be_set() -> None:
+    """The defaults draw on this machine alone, with the embedded models, into a folder."""
+    settings = read_settings()
+    assert (settings.host, settings.port, settings.storage_provider) == ("127.0.0.1", 8000, "local")
+    assert not settings.allow_anonymous
+    assert settings.bucket_path == "static/uploads"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("PORT", "eighty"),
+        ("PORT", "65536"),
+        ("QUEUE_LIMIT", "0"),
+        ("TEXT_TO_IMAGE_MODEL", "dalle"),
+        ("STORAGE_PROVIDER", "tape"),
+        ("DEVICE", "quantum"),
+        ("ALLOW_ANONYMOUS", "maybe"),
+        ("PUBLIC_BASE_URL", "ftp://pictures.example"),
+        ("PUBLIC_BASE_URL", "https://"),
+        ("CORS_ORIGINS", "https://app.example/path"),
+        ("CORS_ORIGINS", "*"),
+        ("MAX_GUIDANCE", "nan"),
+        ("LOG_LEVEL", "loud"),
+    ],
+)
+def test_an_invalid_value_stops_the_start_in_one_sentence(
+    name: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sentence names the setting and is one line."""
+    monkeypatch.setenv(name, value)
+    with pytest.raises(SettingsError) as refused:
+        read_settings()
+    assert str(refused.value).startswith(name)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("API_KEY", "API_KEYS"),
+        ("BUKET_PATH", "BUCKET_PATH"),
+        ("ALOW_ANONYMOUS", "ALLOW_ANONYMOUS"),
+        ("QUEUE_LIMTI", "QUEUE_LIMIT"),
+        ("MAX_SIDES", "MAX_SIDE"),
+        ("Data_dri", "DATA_DIR"),
+    ],
+)
+def test_a_misspelt_name_stops_the_start(name: str, meant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A key that protects nothing because of a missing letter is worse than no start."""
+    monkeypatch.setenv(name, "1")
+    with pytest.raises(SettingsError, match=f"{name} is not a setting; {meant}"):
+        read_settings()
+
+
+def test_a_misspelt_name_in_the_env_file_is_found_too(tmp_path: Path) -> None:
+    """`.env` is read, checked for slips, and may hold what belongs to others."""
+    (tmp_path / ".env").write_text("AWS_ACCESS_KEY_ID=x\nPORT=8001\n")
+    assert read_settings().port == 8001
+    (tmp_path / ".env").write_text("BUCKET_PAHT=x\n")
+    with pytest.raises(SettingsError, match="BUCKET_PATH"):
+        read_settings()
+
+
+@pytest.mark.parametrize("name", ["HOSTNAME", "PORTS", "EDITOR", "AWS_ACCESS_KEY_ID", "DEVICES_LIST", "UI"])
+def test_other_programs_variables_are_let_be(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only a single slip from a name of ours stops the start."""
+    monkeypatch.setenv(name, "1")
+    read_settings()
+
+
+@given(st.sampled_from([name for name in Settings.model_fields if len(name) > 6]), st.data())
+def test_every_single_slip_is_recognised(name: str, data: st.DataObject) -> None:
+    """Dropping any one letter of a setting's name gives the setting back as the one that was meant."""
+    from stable_diffusion_server.settings import _misspelt
+
+    place = data.draw(st.integers(0, len(name) - 1))
+    slip = name[:place] + name[place + 1 :]
+    assert _misspelt(slip, set(Settings.model_fields)) is not None
+
+
+def test_a_secret_never_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not in the settings' text, and not in the error another setting causes."""
+    monkeypatch.setenv("API_KEYS", "hunter2,swordfish")
+    assert "hunter2" not in repr(read_settings())
+    monkeypatch.setenv("PORT", "none")
+    with pytest.raises(SettingsError) as refused:
+        read_settings()
+    assert "hunter2" not in str(refused.value)
+    assert refused.value.__cause__ is None
+
+
+@pytest.mark.parametrize(("bucket", "data"), [("a", "a"), ("a", "a/b"), ("a/b", "a"), (".", "data")])
+def test_bucket_and_state_may_not_contain_one_another(bucket: str, data: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """State inside the bucket would be served to everyone."""
+    monkeypatch.setenv("LOCAL_BUCKET_DIR", bucket)
+    monkeypatch.setenv("DATA_DIR", data)
+    with pytest.raises(SettingsError, match="must not contain one another"):
+        read_settings()
+
+
+def test_a_base_url_without_a_scheme_is_https(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The seed writes PUBLIC_BASE_URL=your-domain.com."""
+    monkeypatch.setenv("PUBLIC_BASE_URL", "your-domain.com/")
+    assert read_settings().public_base_url == "https://your-domain.com"
+
+
+def test_the_page_of_settings_is_up_to_date() -> None:
+    """docs/settings.md is what `python -m stable_diffusion_server settings` prints."""
+    assert describe_settings() in (ROOT / "docs" / "settings.md").read_text()
+
+
+def test_no_variable_of_the_tests_environment_is_taken_for_a_slip() -> None:
+    """The check does not get in the way of the very environment it runs in."""
+    assert os.environ
+    read_settings()
