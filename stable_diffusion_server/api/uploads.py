@@ -27,6 +27,40 @@ UrlOf = Callable[[Request, str], str]
 Answer = Callable[[Request, Receipt], Coroutine[Any, Any, Response]]
 
 
+_DOORS: tuple[tuple[str, type[Parameters], str, str], ...] = (
+    (
+        "/create_and_upload_image",
+        TextToImage,
+        "Text to image, stored",
+        "Draw a picture from a prompt, store it, and answer where it is and how it was made.",
+    ),
+    (
+        "/make_image",
+        TextToImage,
+        "Text to image, answered",
+        "The same, answering the picture itself; `Content-Location` tells where it is stored.",
+    ),
+    (
+        "/inpaint_and_upload_image",
+        Inpaint,
+        "Inpainting, stored",
+        "Repaint a picture where a mask is white, and keep every other pixel as it is.",
+    ),
+    (
+        "/style_transfer_and_upload_image",
+        StyleTransfer,
+        "Image to image, stored",
+        "Draw a picture anew after a prompt, as much as `strength` says, with its edges kept if `canny` is set.",
+    ),
+    (
+        "/style_transfer_bytes_and_upload_image",
+        StyleTransferBytes,
+        "Image to image for an uploaded file, stored",
+        "The same for a file; its name in the bucket begins with eight digits that tell the content.",
+    ),
+)
+
+
 def router(service: Service, limits: Limits, url_of: UrlOf) -> APIRouter:
     """The upload doors over a service; `url_of` makes the URL of a key for the client at hand."""
     routes = APIRouter(tags=["draw"])
@@ -58,41 +92,8 @@ def router(service: Service, limits: Limits, url_of: UrlOf) -> APIRouter:
                 response_model=None,
             )
 
-    door(
-        "/create_and_upload_image",
-        TextToImage,
-        told,
-        "Text to image, stored",
-        "Draw a picture from a prompt, store it, and answer where it is and how it was made.",
-    )
-    door(
-        "/make_image",
-        TextToImage,
-        shown,
-        "Text to image, answered",
-        "The same, answering the picture itself; `Content-Location` tells where it is stored.",
-    )
-    door(
-        "/inpaint_and_upload_image",
-        Inpaint,
-        told,
-        "Inpainting, stored",
-        "Repaint a picture where a mask is white, and keep every other pixel as it is.",
-    )
-    door(
-        "/style_transfer_and_upload_image",
-        StyleTransfer,
-        told,
-        "Image to image, stored",
-        "Draw a picture anew after a prompt, as much as `strength` says, with its edges kept if `canny` is set.",
-    )
-    door(
-        "/style_transfer_bytes_and_upload_image",
-        StyleTransferBytes,
-        told,
-        "Image to image for an uploaded file, stored",
-        "The same for a file; its name in the bucket begins with eight digits that tell the content.",
-    )
+    for path, schema, summary, description in _DOORS:
+        door(path, schema, shown if path == "/make_image" else told, summary, description)
     return routes
 
 
