@@ -76,7 +76,7 @@ def compose(plan: Plan, image: Pixels | None = None, mask: Pixels | None = None)
         mask=Picture(whole(to_canvas(kept, canvas, fill=0))) if kept is not None else None,
         control=Picture(canny(seen, order.canny_low, order.canny_high)) if order.canny and seen is not None else None,
         strength=words.strength,
-        control_scale=order.control_scale,
+        control_scale=words.control_scale,
         refine=order.refine,
         loras=order.loras,
     )

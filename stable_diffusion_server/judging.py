@@ -12,10 +12,10 @@ import structlog
 
 from stable_diffusion_server.bumpy_detection import bumpiness, is_black
 from stable_diffusion_server.engine import Drawing
-from stable_diffusion_server.errors import NotFinite, ServerError
+from stable_diffusion_server.errors import InvalidInput, NotFinite, ServerError
 from stable_diffusion_server.image_processing import Pixels
 from stable_diffusion_server.orders import Job, Task, Warned, digest
-from stable_diffusion_server.resolving import effective_steps
+from stable_diffusion_server.pipelines.catalog import SCHEDULERS, ModelFacts, steps_skipped
 
 _log = structlog.get_logger(__name__)
 
@@ -41,25 +41,31 @@ P = TypeVar("P", bound=DrawnPicture)
 
 @dataclass(frozen=True, slots=True)
 class Remedy:
-    """How a bumpy picture is drawn again: how often at the most, with how many steps at the most, in which words.
+    """How a bumpy picture of a model is drawn again: how often at the most, with how many steps, in which words.
 
     `fit` shortens a prompt to what the model reads; it may block, and is called off the event loop.
     """
 
     redraws: int
     max_steps: int
+    facts: ModelFacts
     fit: Callable[[str], str]
 
     def applied(self, job: Job) -> Job:
         """The job as the original server tried it again: asking for detail; with a step more, or closer to the image.
 
-        The strength is let be where less of it would leave no step to take.
+        Steps stay within the scheduler's bounds, and the strength where less of it would leave no step to take.
         """
         job = replace(job, prompt=self.fit(job.prompt + _DETAIL))
         if job.task is Task.TEXT_TO_IMAGE:
-            return replace(job, num_inference_steps=min(job.num_inference_steps + 1, self.max_steps))
+            most = min(self.max_steps, SCHEDULERS[job.scheduler].max_steps)
+            return replace(job, num_inference_steps=min(job.num_inference_steps + 1, most))
         weaker = round(job.strength - _LESS_STRENGTH, 4)
-        return replace(job, strength=weaker) if effective_steps(job.num_inference_steps, weaker) > 0 else job
+        try:
+            steps_skipped(self.facts, job.num_inference_steps, weaker)
+        except InvalidInput:
+            return job
+        return replace(job, strength=weaker)
 
 
 @dataclass(frozen=True, slots=True)

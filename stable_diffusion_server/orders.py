@@ -131,7 +131,7 @@ class Order:
     canny: bool = False
     canny_low: int = 100
     canny_high: int = 200
-    control_scale: float = 0.5
+    control_scale: float | None = None
     refine: bool = False
     loras: tuple[tuple[str, float], ...] = ()
     named_by_content: bool = False

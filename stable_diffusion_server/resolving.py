@@ -21,7 +21,7 @@ from stable_diffusion_server.orders import (
     Warned,
     digest,
 )
-from stable_diffusion_server.pipelines.catalog import ModelFacts, facts_of, scheduler_of
+from stable_diffusion_server.pipelines.catalog import ModelFacts, facts_of, scheduler_of, steps_skipped
 from stable_diffusion_server.prompts import clean
 
 T = TypeVar("T")
@@ -54,6 +54,7 @@ class Words:
     guidance_scale: float
     scheduler: str
     strength: float
+    control_scale: float
     warnings: tuple[Warned, ...]
 
 
@@ -121,61 +122,6 @@ def resolve(order: Order, options: Options, fetched: Mapping[str, bytes] | None 
         asked=asked,
         sent=digest({**facts, **sent_pictures, "seed": order.seed}),
     )
-
-
-def effective_steps(steps: int, strength: float) -> int:
-    """Steps that are really taken when `strength` in 0..1 of a schedule is drawn, as diffusers counts them."""
-    return int(steps * strength)
-
-
-def _read_words(order: Order, options: Options) -> Words:
-    facts = facts_of(order.model or options.default_model)
-    warnings = []
-    negative = _cleaned(order.negative_prompt or "", "negative_prompt") or None
-    if negative and not facts.takes_negative_prompt:
-        negative = None
-        warnings.append(Warned("negative-prompt-ignored", f"{facts.name} has no use for a negative prompt."))
-    prompt = _cleaned(order.prompt, "prompt")
-    if not prompt:
-        raise InvalidInput("prompt is empty.", field="prompt")
-    words = Words(
-        facts=facts,
-        prompt=prompt,
-        negative_prompt=negative,
-        num_inference_steps=_given(order.num_inference_steps, facts.default_steps),
-        guidance_scale=_given(order.guidance_scale, facts.default_guidance),
-        scheduler=_given(order.scheduler, facts.default_scheduler),
-        strength=_given(order.strength, 1.0),
-        warnings=tuple(warnings),
-    )
-    scheduler_of(facts, words.scheduler, words.num_inference_steps)
-    if effective_steps(words.num_inference_steps, words.strength) == 0:
-        sentence = f"A strength of {words.strength:g} leaves none of {words.num_inference_steps} steps to be taken."
-        raise InvalidInput.of([("strength", sentence), ("num_inference_steps", sentence)])
-    if order.canny_low > order.canny_high:
-        sentence = "canny_low must not be above canny_high."
-        raise InvalidInput.of([("canny_low", sentence), ("canny_high", sentence)])
-    return words
-
-
-def _facts_told(order: Order, words: Words) -> dict[str, object]:
-    """All that makes this picture this one, but its seed and the pictures it comes from."""
-    return {
-        "task": order.task,
-        "model": words.facts.name,
-        "revision": words.facts.revision,
-        "prompt": words.prompt,
-        "negative_prompt": words.negative_prompt,
-        "size": (order.width, order.height),
-        "num_inference_steps": words.num_inference_steps,
-        "guidance_scale": words.guidance_scale,
-        "scheduler": words.scheduler,
-        "strength": words.strength,
-        "refine": order.refine,
-        "loras": order.loras,
-        "feather": order.feather,
-        "control": (order.control_scale, order.canny_low, order.canny_high) if order.canny else None,
-    }
 
 
 def _identities(order: Order, given: Mapping[str, str | bytes]) -> dict[str, str | None]:

@@ -18,7 +18,7 @@ from stable_diffusion_server.flights import Flights
 from stable_diffusion_server.image_processing import Pixels, encode
 from stable_diffusion_server.judging import DrawnPicture, Judged, Remedy, draw_well
 from stable_diffusion_server.orders import Job, Order, Receipt, Source, Stored, Warned, job_facts, picture_digest
-from stable_diffusion_server.pipelines.catalog import SCHEDULERS, facts_of
+from stable_diffusion_server.pipelines.catalog import facts_of
 from stable_diffusion_server.prompts import shorten_too_long_text
 from stable_diffusion_server.resolving import Options, Plan, resolve
 
@@ -163,8 +163,8 @@ class Service:
         async def once(job: Job) -> Drawing[DrawnPicture]:
             return await asyncio.wrap_future(self._submit(job).result)
 
-        max_steps = min(self._options.limits.max_steps, SCHEDULERS[job.scheduler].max_steps)
-        remedy = Remedy(self._options.bumpy_redraws, max_steps, lambda text: self._fit(job.model, text))
+        options, facts = self._options, facts_of(job.model)
+        remedy = Remedy(options.bumpy_redraws, options.limits.max_steps, facts, lambda text: self._fit(job.model, text))
         return await draw_well(job, once, remedy)
 
     def _fit_prompts(self, job: Job) -> Job:

@@ -116,7 +116,9 @@ class StyleTransfer(Parameters):
     canny: bool = Field(False, description="Keep to the edges of the picture by ControlNet.")
     canny_low: int = Field(100, description="Gradient above which what touches an edge is one.")
     canny_high: int = Field(200, description="Gradient above which an edge is one.")
-    control_scale: float = Field(0.5, description="How strongly to keep to the edges.")
+    control_scale: float | None = Field(
+        None, description="How strongly to keep to the edges; without it as the model's ControlNet likes it, sdxl 0.5."
+    )
 
     def order(self) -> Order:
         """The order these parameters make. Raises `InvalidInput` unless there is just one picture."""
