@@ -124,6 +124,55 @@ def resolve(order: Order, options: Options, fetched: Mapping[str, bytes] | None 
     )
 
 
+def _read_words(order: Order, options: Options) -> Words:
+    facts = facts_of(order.model or options.default_model)
+    warnings = []
+    negative = _cleaned(order.negative_prompt or "", "negative_prompt") or None
+    if negative and not facts.takes_negative_prompt:
+        negative = None
+        warnings.append(Warned("negative-prompt-ignored", f"{facts.name} has no use for a negative prompt."))
+    prompt = _cleaned(order.prompt, "prompt")
+    if not prompt:
+        raise InvalidInput("prompt is empty.", field="prompt")
+    words = Words(
+        facts=facts,
+        prompt=prompt,
+        negative_prompt=negative,
+        num_inference_steps=_given(order.num_inference_steps, facts.default_steps),
+        guidance_scale=_given(order.guidance_scale, facts.default_guidance),
+        scheduler=_given(order.scheduler, facts.default_scheduler),
+        strength=_given(order.strength, 1.0),
+        control_scale=_given(order.control_scale, facts.control_scale),
+        warnings=tuple(warnings),
+    )
+    scheduler_of(facts, words.scheduler, words.num_inference_steps)
+    steps_skipped(facts, words.num_inference_steps, words.strength)  # refuses a strength that leaves no step
+    if order.canny_low > order.canny_high:
+        sentence = "canny_low must not be above canny_high."
+        raise InvalidInput.of([("canny_low", sentence), ("canny_high", sentence)])
+    return words
+
+
+def _facts_told(order: Order, words: Words) -> dict[str, object]:
+    """All that makes this picture this one, but its seed and the pictures it comes from."""
+    return {
+        "task": order.task,
+        "model": words.facts.name,
+        "revision": words.facts.revision,
+        "prompt": words.prompt,
+        "negative_prompt": words.negative_prompt,
+        "size": (order.width, order.height),
+        "num_inference_steps": words.num_inference_steps,
+        "guidance_scale": words.guidance_scale,
+        "scheduler": words.scheduler,
+        "strength": words.strength,
+        "refine": order.refine,
+        "loras": order.loras,
+        "feather": order.feather,
+        "control": (words.control_scale, order.canny_low, order.canny_high) if order.canny else None,
+    }
+
+
 def _identities(order: Order, given: Mapping[str, str | bytes]) -> dict[str, str | None]:
     """What tells the order's pictures from others: the digest of their bytes, or an address standing for them."""
 
