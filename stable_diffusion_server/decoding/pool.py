@@ -29,14 +29,22 @@ class Decoder:
     """Decodes pictures in at most `processes` children, started when they are needed. Lives on one event loop.
 
     `max_bytes` bounds a file, `max_pixels` an area, `max_side` a width or height in pixels, `seconds` the time of one
-    picture. A child that dies, hangs or runs out of memory costs that picture alone: the caller gets `InvalidInput`.
+    picture; `program` is what the children run. A child that dies, hangs or runs out of memory costs that picture
+    alone: the caller gets `InvalidInput`.
     """
 
     def __init__(
-        self, *, max_bytes: int, max_pixels: int, max_side: int, processes: int = 2, seconds: float = 10.0
+        self,
+        *,
+        max_bytes: int,
+        max_pixels: int,
+        max_side: int,
+        processes: int = 2,
+        seconds: float = 10.0,
+        program: str = child.__file__,
     ) -> None:
         self._max_bytes, self._max_pixels, self._max_side = max_bytes, max_pixels, max_side
-        self._seconds = seconds
+        self._seconds, self._program = seconds, program
         self._places = asyncio.Semaphore(processes)
         self._idle: list[_Child] = []
         self._busy: set[_Child] = set()
@@ -75,7 +83,7 @@ class Decoder:
         memory = _BASE_MEMORY + 2 * self._max_bytes + _MEMORY_PER_PIXEL * self._max_pixels
         limits = (self._max_pixels, self._max_side, memory, int(self._seconds) + 1)
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-I", child.__file__, *map(str, limits), stdin=PIPE, stdout=PIPE, stderr=DEVNULL, env={},
+            sys.executable, "-I", self._program, *map(str, limits), stdin=PIPE, stdout=PIPE, stderr=DEVNULL, env={},
             cwd=Path(sys.executable).anchor,
         )  # fmt: skip
         return _Child(process)

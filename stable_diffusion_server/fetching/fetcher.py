@@ -92,11 +92,12 @@ class Fetcher:
     async def _follow(self, target: Target, field: str) -> bytes:
         """Go through redirects by hand, each judged like the first address."""
         timeout = httpx.Timeout(self._bounds.first_byte, connect=self._bounds.connect)
-        # A client per fetch: connections and cookies of one caller's picture are no other's.
+        # A client per fetch: no connection is shared by two names or two callers.
         async with httpx.AsyncClient(
             verify=self._tls or True, trust_env=False, follow_redirects=False, timeout=timeout, headers=_HEADERS
         ) as client:
             for _ in range(MAX_REDIRECTS + 1):
+                client.cookies.clear()  # kept by number, they would go to whatever name has the same one
                 response = await _dial(client, target, await self._judged_addresses(target, field))
                 try:
                     if response.status_code not in _REDIRECTS:
