@@ -66,7 +66,7 @@ class Limits:
             "timeout": (0.001, self.max_timeout),
             "strength": (0.0, 1.0),
             "feather": (0, self.max_feather),
-            # On the scale of OpenCV's Canny: sums of absolute Sobel derivatives of 8-bit grey.
+            # On the scale of OpenCV's Canny: sums of absolute Sobel derivatives.
             "canny_low": (0, 1000),
             "canny_high": (0, 1000),
             "control_scale": (0.0, 2.0),
