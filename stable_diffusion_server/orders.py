@@ -66,9 +66,9 @@ class Limits:
             "timeout": (0.001, self.max_timeout),
             "strength": (0.0, 1.0),
             "feather": (0, self.max_feather),
-            # On the scale of OpenCV's Canny: sums of absolute Sobel derivatives.
-            "canny_low": (0, 1000),
-            "canny_high": (0, 1000),
+            # On the scale of OpenCV's Canny: |dx| + |dy| of 8-bit samples by 3 × 3 Sobel, 1020 each at the most.
+            "canny_low": (0, 2040),
+            "canny_high": (0, 2040),
             "control_scale": (0.0, 2.0),
         }
 

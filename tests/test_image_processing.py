@@ -156,7 +156,7 @@ def test_beyond_a_picture_its_border_is_drawn_out_and_a_mask_keeps() -> None:
 
 
 def test_canny_finds_the_rim_of_a_disc_and_nothing_else() -> None:
-    """White where the rim is, within two pixels, black elsewhere, the same in three channels; none above a threshold."""
+    """White where the rim is, within two pixels, black elsewhere, the same in three channels; faint ones by threshold."""
     edges = canny(disc(128, 128))
     y, x = np.mgrid[:128, :128]
     off_rim = np.abs(np.hypot(x - 64, y - 64) - 32) > 2
@@ -166,7 +166,9 @@ def test_canny_finds_the_rim_of_a_disc_and_nothing_else() -> None:
     assert not edges[off_rim].any()
     assert (edges[..., 0] > 0).sum() > 0.8 * 2 * np.pi * 32
     assert not canny(np.full((64, 64, 3), 99, np.uint8)).any()
-    assert not canny(disc(128, 128), 1000, 1000).any()
+    faint = np.where(disc(64, 64)[..., :1] > 100, np.uint8(109), np.uint8(99)).repeat(3, 2)
+    assert not canny(faint).any()
+    assert canny(faint, 10, 20).any()
 
 
 @pytest.mark.parametrize("size", [(10, 10), (64, 48), (300, 200)])
