@@ -156,7 +156,7 @@ def test_beyond_a_picture_its_border_is_drawn_out_and_a_mask_keeps() -> None:
 
 
 def test_canny_finds_the_rim_of_a_disc_and_nothing_else() -> None:
-    """White where the rim is, within two pixels, black elsewhere, the same in three channels; faint ones by threshold."""
+    """White within two pixels of the rim, black elsewhere, equal in three channels; faint ones by threshold."""
     edges = canny(disc(128, 128))
     y, x = np.mgrid[:128, :128]
     off_rim = np.abs(np.hypot(x - 64, y - 64) - 32) > 2
