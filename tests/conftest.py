@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -85,6 +86,11 @@ class Server:
     folder: Path
     log: Path
 
+    def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
+        """Signal the process and its children, as a terminal does, and give the exit status."""
+        os.killpg(self.process.pid, number)
+        return self.process.wait(60)
+
 
 def free_port() -> int:
     """A port nothing listens on at the moment."""
@@ -104,6 +110,7 @@ def start_server(folder: Path, port: int, *command: str, **environment: str) -> 
             env={**kept, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", **environment},
             stdout=out,
             stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
     url = f"http://127.0.0.1:{port}"
     end = time.monotonic() + 120
@@ -114,7 +121,7 @@ def start_server(folder: Path, port: int, *command: str, **environment: str) -> 
         except httpx.TransportError:
             pass
         time.sleep(0.2)
-    process.kill()
+    os.killpg(process.pid, signal.SIGKILL)
     raise AssertionError(f"the server did not become ready:\n{log.read_text()}")
 
 
@@ -132,5 +139,4 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         PORT=str(port),
     )
     yield running
-    running.process.terminate()
-    running.process.wait(60)
+    running.stop()

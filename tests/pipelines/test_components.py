@@ -1,0 +1,154 @@
+"""Loading: what is wrong with files is said in one sentence; and the guards around decoding."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from stable_diffusion_server.errors import DevicePoisoned, InvalidInput, NotFinite, OutOfMemory, WeightsUnusable
+from stable_diffusion_server.pipelines.catalog import MODELS, facts_of, scheduler_of
+from stable_diffusion_server.pipelines.components import choose_device, load_pipeline
+from stable_diffusion_server.pipelines.denoising import decode, torch_errors_told
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> Path:
+    """A copy of the embedded models to damage."""
+    shutil.copytree(ROOT / "models" / "embedded-flux", tmp_path / "embedded-flux")
+    return tmp_path
+
+
+def test_missing_files_are_told(tmp_path: Path) -> None:
+    """An empty folder: the sentence names the model and what is not there."""
+    with pytest.raises(WeightsUnusable, match=r"The model flux is missing: no model_index\.json in embedded-flux\."):
+        load_pipeline(MODELS["flux"], tmp_path, CPU)
+
+
+def test_truncated_weights_are_told(models: Path) -> None:
+    """Half a file is no model."""
+    weights = models / "embedded-flux" / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(WeightsUnusable, match="embedded-flux cannot be loaded"):
+        load_pipeline(MODELS["flux"], models, CPU)
+
+
+def test_weights_of_another_class_are_told(models: Path) -> None:
+    """An SDXL in the place of a Flux is named as such."""
+    facts = replace(MODELS["sdxl"], folder="embedded-flux")
+    with pytest.raises(WeightsUnusable, match="holds a FluxPipeline, and sdxl needs a StableDiffusionXLPipeline"):
+        load_pipeline(facts, models, CPU)
+
+
+def test_a_broken_index_is_told(models: Path) -> None:
+    """JSON that is none does not become a stack trace."""
+    (models / "embedded-flux" / "model_index.json").write_text("{")
+    with pytest.raises(WeightsUnusable):
+        load_pipeline(MODELS["flux"], models, CPU)
+
+
+def test_a_device_that_is_not_there_is_told_in_one_sentence() -> None:
+    """DEVICE=cuda:99 on this machine."""
+    with pytest.raises(WeightsUnusable, match="DEVICE=cuda:99"):
+        choose_device("cuda:99")
+    assert choose_device("cpu") == CPU
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_catalogues_revision_belongs_to_the_weights(model: str) -> None:
+    """Other weights are other pictures: whoever changes a file changes the revision, and with it every content key."""
+    folder = ROOT / "models" / MODELS[model].folder
+    content = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            content.update(f"{path.relative_to(folder).as_posix()}\0".encode() + path.read_bytes())
+    assert MODELS[model].revision.rsplit("-", 1)[1] == content.hexdigest()[:10]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_embedded_models_hold_nothing_of_where_they_were_made(model: str) -> None:
+    """No path of a machine in any configuration."""
+    for path in (ROOT / "models" / MODELS[model].folder).rglob("*.json"):
+        if "tokenizer.json" not in path.name:
+            assert "_name_or_path" not in json.loads(path.read_text())
+
+
+def test_what_is_not_in_the_catalogue_is_refused_by_name() -> None:
+    """Model, scheduler and steps each name their field."""
+    for refuse, field in (
+        (lambda: facts_of("sd15"), "model"),
+        (lambda: scheduler_of(MODELS["flux"], "ddim", 4), "scheduler"),
+        (lambda: scheduler_of(MODELS["sdxl"], "ddim", 1001), "num_inference_steps"),
+    ):
+        with pytest.raises(InvalidInput) as refused:
+            refuse()
+        assert refused.value.field == field
+
+
+class HalfBrokenDecoder(torch.nn.Module):
+    """A decoder that overflows in fp16 and works in fp32, as SDXL's own VAE does."""
+
+    def __init__(self, dtype: torch.dtype, broken_in: set[torch.dtype]) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(1, dtype=dtype))
+        self.broken_in = broken_in
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weight.dtype
+
+    def decode(self, latents: torch.Tensor, return_dict: bool) -> tuple[torch.Tensor]:
+        assert not return_dict
+        assert latents.dtype == self.dtype
+        return (latents[:, :3] * (float("nan") if self.dtype in self.broken_in else 0.0),)
+
+
+def latents(value: float = 1.0) -> torch.Tensor:
+    return torch.full((1, 4, 8, 8), value)
+
+
+def test_a_decoder_that_overflows_is_run_again_in_full_precision() -> None:
+    """The picture comes out, the receipt can tell, and the decoder is in half precision again afterwards."""
+    vae = HalfBrokenDecoder(torch.float16, {torch.float16})
+    drawn = decode(vae, latents())
+    assert drawn.redecoded
+    assert drawn.pixels.shape == (8, 8, 3)
+    assert set(drawn.pixels.flat) <= {127, 128}
+    assert vae.dtype == torch.float16
+
+
+def test_a_sound_decoder_runs_once() -> None:
+    """No second decode where none is needed."""
+    assert not decode(HalfBrokenDecoder(torch.float32, set()), latents()).redecoded
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_latents_that_are_not_finite_are_an_error_of_their_own(value: float) -> None:
+    """There is nothing to decode; the error says that another seed may help."""
+    with pytest.raises(NotFinite, match="seed"):
+        decode(HalfBrokenDecoder(torch.float16, set()), latents(value))
+
+
+def test_a_decoder_broken_in_every_precision_is_an_error() -> None:
+    """No grey picture is stored in the place of the one that could not be decoded."""
+    with pytest.raises(NotFinite):
+        decode(HalfBrokenDecoder(torch.float16, {torch.float16, torch.float32}), latents())
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"), [(torch.OutOfMemoryError, OutOfMemory), (torch.AcceleratorError, DevicePoisoned)]
+)
+def test_torchs_errors_become_ours(theirs: type[Exception], ours: type[Exception]) -> None:
+    """By their classes, not by their texts; so nothing above the pipelines has to know torch."""
+    raised: Any = theirs("device says no") if theirs is torch.OutOfMemoryError else theirs.__new__(theirs)
+    with pytest.raises(ours), torch_errors_told():
+        raise raised
