@@ -2,36 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Set
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from typing import Annotated, Any, ClassVar, Literal, NoReturn
 
 from fastapi import Request
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema, field_validator, model_validator
-from starlette.datastructures import UploadFile
-from starlette.formparsers import MultiPartException
 
-from stable_diffusion_server.errors import InvalidInput, Malformed, UnsupportedMedia
+from stable_diffusion_server.api.bodies import BODY_TYPES, Upload, read_parameters
+from stable_diffusion_server.errors import InvalidInput
 from stable_diffusion_server.orders import Format, Limits, Order, Receipt, Source, Task
 
-_FORM_TYPES = ("application/x-www-form-urlencoded", "multipart/form-data")
-_TYPES = ("application/json", *_FORM_TYPES)
-_MAX_FIELDS = 100
 _BINARY = {"type": "string", "format": "binary"}
 _NUMBERS = frozenset(
     "seed num_inference_steps guidance_scale quality timeout width height strength feather canny_low canny_high "
     "control_scale".split()
 )
 _LORA = re.compile(r"(?P<name>[A-Za-z0-9][A-Za-z0-9._-]{0,99})(:(?P<weight>[+-]?\d{1,3}(\.\d{1,6})?))?")
-
-
-@dataclass(frozen=True, slots=True)
-class Upload:
-    """A file of a multipart form, read."""
-
-    data: bytes = field(repr=False)
 
 
 File = Annotated[Upload | None, WithJsonSchema(_BINARY)]
@@ -166,22 +153,6 @@ async def read_order(request: Request, schema: type[Parameters]) -> Order:
         _refuse(error)
 
 
-async def read_parameters(request: Request, files: Set[str] = frozenset()) -> dict[str, object]:
-    """Query and body of a request as one mapping. A parameter given twice is refused, wherever it stands.
-
-    `files` are the names that may be files of a multipart form; they come as `Upload`.
-    """
-    merged: dict[str, object] = {}
-    for name, value in [*request.query_params.multi_items(), *(await _read_body(request, files))]:
-        if not name.isascii():
-            # Every parameter's name is ASCII, and pydantic cannot tell a lone surrogate from a name.
-            raise InvalidInput(f"{name[:100]} is not a parameter here.", field=name[:100])
-        if name in merged:
-            raise Malformed(f"{name[:100]} is given more than once.", field=name[:100])
-        merged[name] = value
-    return merged
-
-
 def receipt_body(receipt: Receipt, url: str) -> dict[str, object]:
     """A receipt as JSON shows it, with the URL of the picture as `path`; `prompt_used` only when it differs."""
     body: dict[str, object] = {"path": url, **asdict(receipt)}
@@ -217,7 +188,7 @@ def documented(schema: type[BaseModel], limits: Limits, method: str) -> dict[str
         shape = {"type": "object", "required": required, "properties": shapes, "additionalProperties": False}
         return {"schema": shape}
 
-    kinds = {kind: body(properties if kind == "multipart/form-data" else words) for kind in _TYPES}
+    kinds = {kind: body(properties if kind == "multipart/form-data" else words) for kind in BODY_TYPES}
     return {"requestBody": {"required": True, "content": kinds}}
 
 
@@ -241,50 +212,6 @@ def _sources(parameters: Parameters, *names: str) -> list[Source]:
     if faults:
         raise InvalidInput.of(faults)
     return sources
-
-
-async def _read_body(request: Request, files: Set[str]) -> list[tuple[str, object]]:
-    if request.method == "GET" or request.headers.get("content-length") == "0":
-        return []
-    media_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
-    if media_type == "application/json":
-        return _read_json(await request.body())
-    if media_type in _FORM_TYPES:
-        return await _read_form(request, files)
-    if not media_type and not await request.body():
-        return []
-    raise UnsupportedMedia(f"Send application/json or one of {', '.join(_FORM_TYPES)}.")
-
-
-def _read_json(body: bytes) -> list[tuple[str, object]]:
-    def not_a_number(name: str) -> NoReturn:
-        raise Malformed(f"{name} is not JSON.")
-
-    def every_pair(pairs: list[tuple[str, object]]) -> object:
-        # The outermost object comes last; as pairs, so that a name given twice is seen.
-        return pairs
-
-    try:
-        parsed = json.loads(body, object_pairs_hook=every_pair, parse_constant=not_a_number)
-    except (ValueError, RecursionError) as error:
-        raise Malformed("The body is not valid JSON.") from error
-    if not body.lstrip().startswith(b"{"):
-        raise Malformed("The body must be a JSON object.")
-    pairs: list[tuple[str, object]] = parsed
-    return pairs
-
-
-async def _read_form(request: Request, files: Set[str]) -> list[tuple[str, object]]:
-    items: list[tuple[str, object]] = []
-    try:
-        async with request.form(max_files=len(files), max_fields=_MAX_FIELDS) as form:
-            for name, value in form.multi_items():
-                if isinstance(value, UploadFile) and name not in files:
-                    raise InvalidInput(f"{name[:100]} takes no file here.", field=name[:100])
-                items.append((name, Upload(await value.read()) if isinstance(value, UploadFile) else value))
-    except MultiPartException as error:
-        raise Malformed(f"The form could not be read ({error.message}).") from error
-    return items
 
 
 def _refuse(error: ValidationError) -> NoReturn:

@@ -1,1 +1,1 @@
-"""Remote pictures to bytes: `targets` judges addresses, `fetcher` dials them."""
+"""Remote pictures to bytes: `targets` reads URLs, `addresses` judges what they resolve to, `fetcher` dials."""

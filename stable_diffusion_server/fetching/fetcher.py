@@ -19,7 +19,8 @@ from urllib.parse import urljoin
 import httpx
 
 from stable_diffusion_server.errors import InvalidInput, RemoteFailed, TooLarge, UnsupportedMedia
-from stable_diffusion_server.fetching.targets import PORTS, Address, Allowance, Target, authority, is_public, parse
+from stable_diffusion_server.fetching.addresses import Address, is_public
+from stable_diffusion_server.fetching.targets import PORTS, Allowance, Target, authority, parse
 
 Resolve = Callable[[str, int], Awaitable[Sequence[str]]]
 
