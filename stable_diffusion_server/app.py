@@ -71,7 +71,7 @@ def create_app(
         return loaded.models.count_tokens(model, prompt)
 
     service = Service(
-        bucket, engine.submit, count_tokens, options, metrics.answered, fetch=fetcher.fetch, decode=decoder.decode
+        bucket, engine, count_tokens, options, metrics.answered, fetch=fetcher.fetch, decode=decoder.decode
     )
 
     @asynccontextmanager

@@ -72,7 +72,7 @@ def to_size(pixels: Pixels, width: int, height: int, *, resample: bool) -> Pixel
 def to_canvas(pixels: Pixels, canvas: Canvas, *, fill: int | None = None) -> Pixels:
     """The whole picture (uint8, height × width [× 3]) in the middle of a canvas, of which `to_size` is the inverse.
 
-    A canvas without resampling takes it pixel for pixel, another one scaled by Lanczos with its aspect ratio kept.
+    A canvas without resampling takes it pixel for pixel, another one scaled with its aspect ratio kept.
     Around it its own border is drawn out, or `fill` laid. Where the scaled size is no whole number of pixels, it is
     off by less than half a pixel of the canvas.
     """
@@ -80,7 +80,9 @@ def to_canvas(pixels: Pixels, canvas: Canvas, *, fill: int | None = None) -> Pix
     if canvas.resampled:
         scale = min(canvas.width / width, canvas.height / height)
         width, height = max(1, round(width * scale)), max(1, round(height * scale))
-        pixels = np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS))
+        # Lanczos overshoots, which sharpens a picture and puts shadows around a mask.
+        how = Image.Resampling.LANCZOS if pixels.ndim == 3 else Image.Resampling.BILINEAR
+        pixels = np.asarray(Image.fromarray(pixels).resize((width, height), how))
     left, top = (canvas.width - width) // 2, (canvas.height - height) // 2
     margins = [(top, canvas.height - height - top), (left, canvas.width - width - left), (0, 0)][: pixels.ndim]
     if fill is None:

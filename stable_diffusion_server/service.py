@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import structlog
 
@@ -29,6 +29,16 @@ Fetch = Callable[[str, str], Coroutine[Any, Any, bytes]]
 Decode = Callable[[bytes, str], Coroutine[Any, Any, Pixels]]
 
 
+class Queue(Protocol):
+    """Where jobs are handed in. Both raise `NotReady` and `Busy`."""
+
+    def check_open(self) -> None:
+        """Raise now what `submit` would raise."""
+
+    def submit(self, job: Job) -> Ticket[DrawnPicture]:
+        """Accept a job."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Outcome:
     """What an effort under a key came to. `scene` and `job` are what was drawn, `None` when the object was there."""
@@ -46,7 +56,7 @@ class Service:
     def __init__(
         self,
         bucket: Bucket,
-        submit: Callable[[Job], Ticket[DrawnPicture]],
+        queue: Queue,
         count_tokens: Callable[[str, str], int],
         options: Options,
         answered: Callable[[str], None] = lambda source: None,
@@ -55,7 +65,7 @@ class Service:
         decode: Decode,
     ) -> None:
         self._bucket = bucket
-        self._submit = submit
+        self._queue = queue
         self._count_tokens = count_tokens
         self._options = options
         self._answered = answered
@@ -103,6 +113,7 @@ class Service:
         if remote:
             if plan.key_is_known and (found := await self._find(plan)) is not None:
                 return plan, _Outcome(found), False
+            self._queue.check_open()
             data = await asyncio.gather(*map(self._bytes_of, remote))
             fetched = {source.parameter: file for source, file in zip(remote, data, strict=True)}
             plan = await asyncio.to_thread(resolve, order, self._options, fetched)
@@ -123,6 +134,7 @@ class Service:
         started = time.perf_counter()
         if (found := await self._find(plan)) is not None:
             return _Outcome(found)
+        self._queue.check_open()  # before the work that a full queue would throw away
         scene = await self._scene(plan, fetched)
         job = await asyncio.to_thread(self._fit_prompts, scene.job)
         judged, _ = await self._drawing.join(picture_digest(job), "", lambda: self._draw(job))
@@ -161,7 +173,7 @@ class Service:
 
     async def _draw(self, job: Job) -> Judged[DrawnPicture]:
         async def once(job: Job) -> Drawing[DrawnPicture]:
-            return await asyncio.wrap_future(self._submit(job).result)
+            return await asyncio.wrap_future(self._queue.submit(job).result)
 
         options, facts = self._options, facts_of(job.model)
         remedy = Remedy(options.bumpy_redraws, options.limits.max_steps, facts, lambda text: self._fit(job.model, text))

@@ -54,6 +54,7 @@ def test_the_canvas_is_aligned_and_within_the_models_budget(asked: tuple[int, in
 
 
 @given(st.integers(64, 2048), st.integers(64, 2048), st.sampled_from([128, 256, 512, 1024]))
+@settings(deadline=None)
 def test_every_size_has_a_canvas_that_can_be_cropped_to_it(width: int, height: int, native: int) -> None:
     """No asked size is left out, no canvas exceeds the budget, and the picture comes out exactly as large as asked."""
     canvas = plan_canvas(width, height, native * native, floor=128)

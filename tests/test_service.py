@@ -45,7 +45,7 @@ class Rooms:
         """A second service over the same folder, as another server process would be."""
         return Service(
             self.bucket,
-            self.engine.submit,
+            self.engine,
             self.painter.count_tokens,
             OPTIONS,
             fetch=self.fetcher.fetch,
