@@ -120,7 +120,7 @@ def _options(settings: Settings) -> Options:
         settings.text_to_image_model,
         settings.bucket_path,
         settings.embed_metadata,
-        settings.bumpy_redraws,
+        None if settings.bumpy_redraws == "auto" else int(settings.bumpy_redraws),
     )
 
 

@@ -92,7 +92,9 @@ class Settings(BaseSettings):
             "with a port where it is not that of http or https: `images.internal`, `10.0.0.0/8`, `127.0.0.1:9000`."
         ),
     )
-    bumpy_redraws: int = Field(2, ge=0, le=2, description="How often a picture that is too bumpy is drawn again.")
+    bumpy_redraws: Literal["auto", "0", "1", "2"] = Field(
+        "auto", description="How often a picture that is too bumpy is drawn again; `auto`: as suits the model."
+    )
 
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe line logged.")
     log_format: Literal["auto", "console", "json"] = Field(
