@@ -15,16 +15,18 @@ from typing import Any, Protocol
 
 import structlog
 from fastapi import FastAPI, Request
-from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 from starlette.middleware.cors import CORSMiddleware
 
 from stable_diffusion_server import __version__
 from stable_diffusion_server.api import handlers, ops, uploads
-from stable_diffusion_server.api.security import Gate, Policy, allowed_host_names
+from stable_diffusion_server.api.security import BodyLimit, Gate, Policy, allowed_host_names
 from stable_diffusion_server.bucket_api import open_bucket, url_path
 from stable_diffusion_server.buckets.local import LocalBucket
+from stable_diffusion_server.decoding.pool import Decoder
 from stable_diffusion_server.engine import Denoiser, Engine, Phase
 from stable_diffusion_server.errors import NotReady, ServerError
+from stable_diffusion_server.fetching.fetcher import Bounds, Fetcher
+from stable_diffusion_server.fetching.targets import Allowance
 from stable_diffusion_server.observability import ConsoleProgress, Heartbeat, Metrics, configure_logging, each
 from stable_diffusion_server.orders import Limits
 from stable_diffusion_server.resolving import Options
@@ -75,22 +77,17 @@ def create_app(
 
     engine, metrics = _build_engine(settings, loaded, load or _load_models, ready)
     bucket = open_bucket(settings.storage_provider, settings.local_bucket_dir)
-    limits = Limits(
-        min_side=settings.min_side,
-        max_side=settings.max_side,
-        max_steps=settings.max_steps,
-        max_guidance=settings.max_guidance,
-        max_prompt_characters=settings.max_prompt_characters,
-        max_timeout=settings.max_timeout,
-    )
-    options = Options(limits, settings.text_to_image_model, settings.bucket_path, settings.embed_metadata)
+    options = _options(settings)
+    fetcher, decoder = _readers(settings)
 
     def count_tokens(model: str, prompt: str) -> int:
         if loaded.models is None:
             raise NotReady(engine.reason, retry_after=5)
         return loaded.models.count_tokens(model, prompt)
 
-    service = Service(bucket, engine.submit, count_tokens, options, metrics.answered)
+    service = Service(
+        bucket, engine, count_tokens, options, metrics.answered, fetch=fetcher.fetch, decode=decoder.decode
+    )
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -102,6 +99,8 @@ def create_app(
         with _drained_by_signals(engine):
             yield
         await asyncio.to_thread(engine.stop, STOP_GRACE_SECONDS)
+        fetcher.close()
+        await decoder.close()
 
     app = FastAPI(
         title="Stable Diffusion Server",
@@ -112,11 +111,45 @@ def create_app(
     )
     handlers.install(app)
     _add_middleware(app, settings)
-    app.include_router(uploads.router(service, limits, _url_maker(settings)))
+    app.include_router(uploads.router(service, options.limits, _url_maker(settings)))
     app.include_router(ops.router(missing, metrics.exposition))
     if isinstance(bucket, LocalBucket):
         app.include_router(ops.files_router(bucket))
     return app
+
+
+def _options(settings: Settings) -> Options:
+    limits = Limits(
+        min_side=settings.min_side,
+        max_side=settings.max_side,
+        max_steps=settings.max_steps,
+        max_guidance=settings.max_guidance,
+        max_prompt_characters=settings.max_prompt_characters,
+        max_timeout=settings.max_timeout,
+    )
+    return Options(
+        limits,
+        settings.text_to_image_model,
+        settings.bucket_path,
+        settings.embed_metadata,
+        None if settings.bumpy_redraws == "auto" else int(settings.bumpy_redraws),
+    )
+
+
+def _readers(settings: Settings) -> tuple[Fetcher, Decoder]:
+    """What turns URLs into bytes, and bytes into pixels; nothing is started before the first picture."""
+    fetcher = Fetcher(
+        Bounds(max_bytes=settings.max_image_bytes, total=settings.fetch_timeout),
+        [Allowance.parse(entry) for entry in settings.fetch_allow],
+    )
+    decoder = Decoder(
+        max_bytes=settings.max_image_bytes,
+        max_pixels=settings.max_image_pixels,
+        max_side=settings.max_image_side,
+        processes=settings.decode_processes,
+        seconds=settings.decode_timeout,
+    )
+    return fetcher, decoder
 
 
 def _load_models(settings: Settings) -> Models:
@@ -196,14 +229,15 @@ def _open_folders(settings: Settings, bucket: Any, faults: dict[str, str]) -> No
 
 def _add_middleware(app: FastAPI, settings: Settings) -> None:
     """What every request passes, the last added first: CORS (refusals need its headers), gate, count of bytes."""
-    app.add_middleware(RequestBodyLimitMiddleware, max_body_size=settings.max_body_bytes)
     policy = Policy(
         hosts=allowed_host_names(settings.host, settings.allowed_hosts, settings.public_base_url),
         origins=frozenset(settings.cors_origins),
         api_keys=tuple(key.get_secret_value() for key in settings.api_keys),
         allow_anonymous=settings.allow_anonymous,
         max_body_bytes=settings.max_body_bytes,
+        max_upload_bytes=settings.max_upload_bytes,
     )
+    app.add_middleware(BodyLimit, policy=policy)
     app.add_middleware(Gate, policy=policy)
     if settings.cors_origins:
         app.add_middleware(
