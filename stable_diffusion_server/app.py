@@ -99,6 +99,7 @@ def create_app(
         with _drained_by_signals(engine):
             yield
         await asyncio.to_thread(engine.stop, STOP_GRACE_SECONDS)
+        service.close()
         fetcher.close()
         await decoder.close()
 

@@ -88,7 +88,7 @@ def compose(plan: Plan, image: Pixels | None = None, mask: Pixels | None = None)
         height,
         image if kept is not None else None,
         soft,
-        (*words.warnings, *resampling_told(facts, width, height)),
+        resampling_told(facts, width, height),
     )
 
 

@@ -15,13 +15,14 @@ class _Flight(Generic[T]):
     task: asyncio.Task[T]
     tag: str
     passengers: int = 0
+    abandoned: bool = False
 
 
 class Flights(Generic[T]):
     """Efforts under way, by key. Lives on one event loop.
 
     `tag` says what exactly is being done under a key: callers with another tag do not share the effort but wait
-    for its end, and then try again.
+    for its end, and then try again. So do those who find an effort that was abandoned and is still ending.
     """
 
     def __init__(self) -> None:
@@ -35,7 +36,7 @@ class Flights(Generic[T]):
 
         Raises what the effort raises. Cancelling one caller leaves the effort to the others.
         """
-        while (flight := self._flights.get(key)) is not None and flight.tag != tag:
+        while (flight := self._flights.get(key)) is not None and (flight.tag != tag or flight.abandoned):
             await asyncio.wait([flight.task])
         shared = flight is not None
         if flight is None:
@@ -46,7 +47,7 @@ class Flights(Generic[T]):
         finally:
             flight.passengers -= 1
             if flight.passengers == 0 and not flight.task.done():
-                self._land(key, flight)
+                flight.abandoned = True
                 flight.task.cancel()
 
     def _take_off(self, key: str, tag: str, start: Callable[[], Coroutine[Any, Any, T]]) -> _Flight[T]:
@@ -56,10 +57,7 @@ class Flights(Generic[T]):
         return flight
 
     def _arrived(self, key: str, flight: _Flight[T], task: asyncio.Task[T]) -> None:
-        self._land(key, flight)
-        if not task.cancelled():
-            task.exception()  # marks it as seen: every passenger may have left before it failed
-
-    def _land(self, key: str, flight: _Flight[T]) -> None:
         if self._flights.get(key) is flight:
             del self._flights[key]
+        if not task.cancelled():
+            task.exception()  # marks it as seen: every passenger may have left before it failed

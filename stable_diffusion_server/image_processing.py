@@ -149,6 +149,13 @@ def encode(pixels: Pixels, file_format: Format, quality: int, record: Mapping[st
     return target.getvalue()
 
 
+def media_type_of(file: bytes) -> str:
+    """The media type of a file this server stores, by its first bytes."""
+    if file.startswith(b"\x89PNG"):
+        return Format.PNG.content_type
+    return Format.WEBP.content_type if file.startswith(b"RIFF") else Format.JPEG.content_type
+
+
 def parameters_text(record: Mapping[str, object]) -> str:
     """The record in the text form AUTOMATIC1111 writes and its users' tools read."""
     lines = [str(record.get("prompt", ""))]

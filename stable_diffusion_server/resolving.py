@@ -82,7 +82,12 @@ class Plan:
     @property
     def tag(self) -> str:
         """What exactly is to be stored under the key: orders of one tag share one effort."""
-        return f"{self.content}/{self.file_format}/{self.quality}/{self.order.overwrite}"
+        return f"{self.content}/{self.file}/{self.order.overwrite}"
+
+    @property
+    def file(self) -> str:
+        """What kind of file the picture is stored as."""
+        return f"{self.file_format}/{self.quality}"
 
     @property
     def key_is_known(self) -> bool:
@@ -91,9 +96,8 @@ class Plan:
 
     def is_that_of(self, record: Mapping[str, str]) -> bool:
         """Whether the object with this record was made from this order, or came to the same picture."""
-        return (
-            record.get("sent") == self.sent or record.get("order") == self.asked or record.get("digest") == self.content
-        )
+        known = {("sent", self.sent), ("order", self.asked), ("digest", self.content)}
+        return record.get("file") == self.file and bool(known & set(record.items()))
 
 
 def resolve(order: Order, options: Options, fetched: Mapping[str, bytes] | None = None) -> Plan:
@@ -112,7 +116,8 @@ def resolve(order: Order, options: Options, fetched: Mapping[str, bytes] | None 
     seed = _seed(order.seed, asked)
     content = digest({**facts, **pictures, "seed": seed})
     file_format = _file_format(order)
-    quality = _given(order.quality, DEFAULT_QUALITY)
+    # PNG loses nothing at any quality, so it has none to tell two files apart by.
+    quality = 100 if file_format is Format.PNG else _given(order.quality, DEFAULT_QUALITY)
     made = f"{digest({'content': content, 'format': file_format, 'quality': quality})[:32]}.{file_format}"
     return Plan(
         order=order,
@@ -134,6 +139,10 @@ def _read_words(order: Order, options: Options) -> Words:
     if negative and not facts.takes_negative_prompt:
         negative = None
         warnings.append(Warned("negative-prompt-ignored", f"{facts.name} has no use for a negative prompt."))
+    guidance = _given(order.guidance_scale, facts.default_guidance) + 0.0  # -0.0 is 0.0
+    if negative and guidance <= 1:
+        negative = None
+        warnings.append(Warned("negative-prompt-ignored", "A negative prompt has a use only with guidance above 1."))
     prompt = _cleaned(order.prompt, "prompt")
     if not prompt:
         raise InvalidInput("prompt is empty.", field="prompt")
@@ -142,7 +151,7 @@ def _read_words(order: Order, options: Options) -> Words:
         prompt=prompt,
         negative_prompt=negative,
         num_inference_steps=_given(order.num_inference_steps, facts.default_steps),
-        guidance_scale=_given(order.guidance_scale, facts.default_guidance),
+        guidance_scale=guidance,
         scheduler=_given(order.scheduler, facts.default_scheduler),
         strength=_given(order.strength, 1.0),
         control_scale=_given(order.control_scale, facts.control_scale),

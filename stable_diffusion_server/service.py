@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Coroutine, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import structlog
 
 from stable_diffusion_server.bucket_api import Bucket
-from stable_diffusion_server.composing import Scene, compose, resampling_told
+from stable_diffusion_server.composing import Scene, compose
 from stable_diffusion_server.engine import Drawing, Ticket
 from stable_diffusion_server.errors import DeadlineExceeded
 from stable_diffusion_server.flights import Flights
@@ -20,7 +21,11 @@ from stable_diffusion_server.judging import DrawnPicture, Judged, Remedy, draw_w
 from stable_diffusion_server.orders import Job, Order, Receipt, Source, Stored, Warned, job_facts, picture_digest
 from stable_diffusion_server.pipelines.catalog import facts_of
 from stable_diffusion_server.prompts import shorten_too_long_text
+from stable_diffusion_server.receipts import receipt_of_drawn, receipt_of_stored, record_of, rounded
 from stable_diffusion_server.resolving import Options, Plan, resolve
+
+T = TypeVar("T")
+_ENCODERS = 2
 
 _log = structlog.get_logger(__name__)
 
@@ -41,11 +46,16 @@ class Queue(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class _Outcome:
-    """What an effort under a key came to. `scene` and `job` are what was drawn, `None` when the object was there."""
+    """What an effort under a key came to. `scene` and `job` are what was drawn, `None` when the object was there.
+
+    `data` is the file that was stored; `twin` tells that the drawing was shared with an effort under another key.
+    """
 
     stored: Stored
     scene: Scene | None = None
     job: Job | None = None
+    data: bytes = b""
+    twin: bool = False
     warnings: tuple[Warned, ...] = ()
     timings: Mapping[str, float] = field(default_factory=dict)
 
@@ -71,6 +81,8 @@ class Service:
         self._answered = answered
         self._fetch = fetch
         self._decode = decode
+        # Threads of their own: encoding is long work, and what is stored already should not wait for it.
+        self._encoders = ThreadPoolExecutor(max_workers=_ENCODERS, thread_name_prefix="encode")
         self._fetching: Flights[bytes] = Flights()
         self._storing: Flights[_Outcome] = Flights()
         self._drawing: Flights[Judged[DrawnPicture]] = Flights()
@@ -82,6 +94,25 @@ class Service:
         `StorageUnavailable`, `DeadlineExceeded`, and what drawing raises. Cancelling the call takes the job off the
         device, unless others wait for it too.
         """
+        plan, outcome, shared = await self._fulfilled(order)
+        if outcome.scene is None or outcome.job is None:
+            return receipt_of_stored(plan, outcome.stored)
+        return receipt_of_drawn(
+            plan, outcome.scene, outcome.job, outcome.warnings, outcome.timings, coalesced=shared or outcome.twin
+        )
+
+    async def picture(self, order: Order) -> tuple[Receipt, bytes]:
+        """The same with the file itself: the one this order drew, whatever is stored under its name since."""
+        plan, outcome, shared = await self._fulfilled(order)
+        if outcome.scene is None or outcome.job is None:
+            data = await asyncio.to_thread(self._bucket.read, outcome.stored.key)
+            return receipt_of_stored(plan, outcome.stored), data
+        receipt = receipt_of_drawn(
+            plan, outcome.scene, outcome.job, outcome.warnings, outcome.timings, coalesced=shared or outcome.twin
+        )
+        return receipt, outcome.data
+
+    async def _fulfilled(self, order: Order) -> tuple[Plan, _Outcome, bool]:
         plan = await asyncio.to_thread(resolve, order, self._options)
         timeout = order.timeout or self._options.limits.max_timeout
         try:
@@ -91,16 +122,13 @@ class Service:
             if not deadline.expired():
                 raise
             raise DeadlineExceeded(f"The picture was not stored within {timeout:g} seconds.") from error
-        self._answered("cached" if outcome.job is None else "coalesced" if shared else "drawn")
-        if outcome.scene is None or outcome.job is None:
-            return _receipt_from_record(plan, outcome.stored)
-        return _receipt(plan, outcome.scene, outcome.job, outcome, coalesced=shared)
+        source = "cached" if outcome.job is None else "coalesced" if shared or outcome.twin else "drawn"
+        self._answered(source)
+        return plan, outcome, shared
 
-    async def read(self, key: str) -> tuple[bytes, str]:
-        """The bytes of a stored picture and their media type. Raises `NotFound`."""
-        data = await asyncio.to_thread(self._bucket.read, key)
-        stored = await asyncio.to_thread(self._bucket.stat, key)
-        return data, stored.content_type if stored else "application/octet-stream"
+    def close(self) -> None:
+        """Let go of the encoding threads."""
+        self._encoders.shutdown(wait=False, cancel_futures=True)
 
     async def _stored(self, plan: Plan) -> tuple[Plan, _Outcome, bool]:
         """The plan as far as it had to be taken, the object, and whether the effort was another caller's.
@@ -127,7 +155,9 @@ class Service:
         return data
 
     async def _find(self, plan: Plan) -> Stored | None:
-        return None if plan.order.overwrite else await asyncio.to_thread(self._bucket.stat, plan.key)
+        """What is stored under the key; asked for when it is to be overwritten too, since that refuses bad names."""
+        found = await asyncio.to_thread(self._bucket.stat, plan.key)
+        return None if plan.order.overwrite else found
 
     async def _effort(self, plan: Plan, fetched: Mapping[str, bytes]) -> _Outcome:
         """Find the object or make it: exists? → decode → draw → encode → create."""
@@ -137,7 +167,7 @@ class Service:
         self._queue.check_open()  # before the work that a full queue would throw away
         scene = await self._scene(plan, fetched)
         job = await asyncio.to_thread(self._fit_prompts, scene.job)
-        judged, _ = await self._drawing.join(picture_digest(job), "", lambda: self._draw(job))
+        judged, twin = await self._drawing.join(picture_digest(job), "", lambda: self._draw(job))
         timings = dict(judged.timings)
         warnings = [*scene.warnings, *judged.warnings]
         if job.prompt != scene.job.prompt:
@@ -146,17 +176,18 @@ class Service:
         if judged.product.redecoded:
             warnings.append(Warned("redecoded", "The decoder overflowed and ran again in full precision."))
         before = time.perf_counter()
-        data = await asyncio.to_thread(self._encode, plan, scene, judged)
+        loop = asyncio.get_running_loop()
+        data = await loop.run_in_executor(self._encoders, self._encode, plan, scene, judged)
         timings["encode"] = time.perf_counter() - before
         before = time.perf_counter()
-        stored, won = await asyncio.to_thread(self._store, plan, scene, judged.job, data)
+        stored, won = await _to_its_end(asyncio.to_thread(self._store, plan, scene, judged.job, data))
         timings["store"] = time.perf_counter() - before
         timings["total"] = time.perf_counter() - started
         if not won:
             _log.info("another process stored this name first", key=plan.key)
             return _Outcome(stored)
-        _log.info("picture stored", key=plan.key, model=job.model, bytes=len(data), **_rounded(timings))
-        return _Outcome(stored, scene, judged.job, tuple(warnings), timings)
+        _log.info("picture stored", key=plan.key, model=job.model, bytes=len(data), **rounded(timings))
+        return _Outcome(stored, scene, judged.job, data, twin, tuple(warnings), timings)
 
     async def _scene(self, plan: Plan, fetched: Mapping[str, bytes]) -> Scene:
         """The plan with its pictures decoded and laid onto the canvas."""
@@ -201,78 +232,22 @@ class Service:
         return encode(finished, plan.file_format, plan.quality, inside)
 
     def _store(self, plan: Plan, scene: Scene, job: Job, data: bytes) -> tuple[Stored, bool]:
-        content_type, record = plan.file_format.content_type, _record(plan, scene, job)
+        content_type, record = plan.file_format.content_type, record_of(plan, scene, job)
         if plan.order.overwrite:
             return self._bucket.overwrite(plan.key, data, content_type, record), True
         return self._bucket.create(plan.key, data, content_type, record)
 
 
-def _record(plan: Plan, scene: Scene, job: Job) -> dict[str, str]:
-    """What the object's metadata keeps: short and ASCII, since S3 allows 2 KB of it."""
-    return {
-        "digest": plan.content,
-        "order": plan.asked,
-        "sent": plan.sent,
-        "task": job.task,
-        "model": job.model,
-        "revision": job.revision,
-        "seed": str(job.seed),
-        "width": str(scene.width),
-        "height": str(scene.height),
-        "steps": str(job.num_inference_steps),
-        "guidance": repr(float(job.guidance_scale)),
-        "scheduler": job.scheduler,
-    }
+async def _to_its_end(work: Coroutine[Any, Any, T]) -> T:
+    """The result of something that a thread does and no one can stop: whoever is cancelled waits for its end first.
 
-
-def _receipt(plan: Plan, scene: Scene, job: Job, outcome: _Outcome, *, coalesced: bool) -> Receipt:
-    return Receipt(
-        key=plan.key,
-        cached=False,
-        coalesced=coalesced,
-        task=job.task,
-        model=job.model,
-        seed=job.seed,
-        width=scene.width,
-        height=scene.height,
-        num_inference_steps=job.num_inference_steps,
-        guidance_scale=job.guidance_scale,
-        scheduler=job.scheduler,
-        prompt_used=job.prompt if job.prompt != plan.order.prompt else None,
-        warnings=outcome.warnings,
-        timings=_rounded(outcome.timings),
-    )
-
-
-def _receipt_from_record(plan: Plan, stored: Stored) -> Receipt:
-    """The receipt for an object that was there: what its record tells, and whether it is what was asked for."""
-    record = stored.record
-
-    def number(name: str) -> int | None:
-        return int(record[name]) if name in record else None
-
-    width, height = number("width"), number("height")
-    if plan.is_that_of(record):
-        sized = resampling_told(plan.words.facts, width, height) if width and height else ()
-        warnings = (*plan.words.warnings, *sized)
-    else:
-        known = "was made from another order" if "digest" in record else "has no record of how it was made"
-        warnings = (Warned("different-order", f"The picture stored under this name {known}."),)
-    return Receipt(
-        key=stored.key,
-        cached=True,
-        coalesced=False,
-        task=record.get("task", plan.order.task),
-        model=record.get("model"),
-        seed=number("seed"),
-        width=width,
-        height=height,
-        num_inference_steps=number("steps"),
-        guidance_scale=float(record["guidance"]) if "guidance" in record else None,
-        scheduler=record.get("scheduler"),
-        warnings=warnings,
-    )
-
-
-def _rounded(timings: Mapping[str, float]) -> dict[str, float]:
-    return {stage: round(seconds, 4) for stage, seconds in timings.items()}
+    Else a write that was given up would land after a later one under the same name.
+    """
+    task = asyncio.create_task(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
+        if not task.cancelled():
+            task.exception()  # seen, and nobody is left to be told
+        raise

@@ -6,6 +6,7 @@ import json
 from collections.abc import Set
 from dataclasses import dataclass, field
 from typing import NoReturn
+from urllib.parse import parse_qsl
 
 from fastapi import Request
 from starlette.datastructures import UploadFile
@@ -30,8 +31,9 @@ async def read_parameters(request: Request, files: Set[str] = frozenset()) -> di
 
     `files` are the names that may be files of a multipart form; they come as `Upload`.
     """
+    query = _read_pairs(request.scope["query_string"], "query")
     merged: dict[str, object] = {}
-    for name, value in [*request.query_params.multi_items(), *(await _read_body(request, files))]:
+    for name, value in [*query, *(await _read_body(request, files))]:
         if not name.isascii():
             # Every parameter's name is ASCII, and pydantic cannot tell a lone surrogate from a name.
             raise InvalidInput(f"{name[:100]} is not a parameter here.", field=name[:100])
@@ -42,16 +44,26 @@ async def read_parameters(request: Request, files: Set[str] = frozenset()) -> di
 
 
 async def _read_body(request: Request, files: Set[str]) -> list[tuple[str, object]]:
-    if request.method == "GET" or request.headers.get("content-length") == "0":
+    if request.method == "GET":
         return []
     media_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if media_type == "application/json":
         return _read_json(await request.body())
-    if media_type in _FORM_TYPES:
-        return await _read_form(request, files)
-    if not media_type and not await request.body():
+    if media_type == _FORM_TYPES[0]:
+        return _read_pairs(await request.body(), "form")
+    if media_type == _FORM_TYPES[1]:
+        return await _read_multipart(request, files)
+    if not await request.body():
         return []
     raise UnsupportedMedia(f"Send application/json or one of {', '.join(_FORM_TYPES)}.")
+
+
+def _read_pairs(encoded: bytes, what: str) -> list[tuple[str, object]]:
+    """A query or form, read as UTF-8 and nothing else: two names must not become one by what cannot be read."""
+    try:
+        return list(parse_qsl(encoded.decode(), keep_blank_values=True, errors="strict", max_num_fields=_MAX_FIELDS))
+    except ValueError as error:
+        raise Malformed(f"The {what} is not UTF-8, or has more than {_MAX_FIELDS} fields.") from error
 
 
 def _read_json(body: bytes) -> list[tuple[str, object]]:
@@ -63,16 +75,19 @@ def _read_json(body: bytes) -> list[tuple[str, object]]:
         return pairs
 
     try:
-        parsed = json.loads(body, object_pairs_hook=every_pair, parse_constant=not_a_number)
+        text = body.decode("utf-8-sig")
+        parsed = json.loads(text, object_pairs_hook=every_pair, parse_constant=not_a_number)
     except (ValueError, RecursionError) as error:
         raise Malformed("The body is not valid JSON.") from error
-    if not body.lstrip().startswith(b"{"):
+    if not text.lstrip().startswith("{"):
         raise Malformed("The body must be a JSON object.")
     pairs: list[tuple[str, object]] = parsed
+    if len(pairs) > _MAX_FIELDS:
+        raise Malformed(f"The body has more than {_MAX_FIELDS} fields.")
     return pairs
 
 
-async def _read_form(request: Request, files: Set[str]) -> list[tuple[str, object]]:
+async def _read_multipart(request: Request, files: Set[str]) -> list[tuple[str, object]]:
     items: list[tuple[str, object]] = []
     try:
         async with request.form(max_files=len(files), max_fields=_MAX_FIELDS) as form:

@@ -163,7 +163,8 @@ def receipt_body(receipt: Receipt, url: str) -> dict[str, object]:
 
 def documented(schema: type[BaseModel], limits: Limits, method: str) -> dict[str, Any]:
     """OpenAPI of an operation whose parameters `read_parameters` reads, with the bounds the settings set."""
-    properties = schema.model_json_schema()["properties"]
+    whole = schema.model_json_schema()
+    properties = _inlined(whole["properties"], whole.get("$defs", {}))
     for name, (low, high) in limits.bounds().items():
         if name in properties:
             _bound(properties[name], low, high)
@@ -190,6 +191,17 @@ def documented(schema: type[BaseModel], limits: Limits, method: str) -> dict[str
 
     kinds = {kind: body(properties if kind == "multipart/form-data" else words) for kind in BODY_TYPES}
     return {"requestBody": {"required": True, "content": kinds}}
+
+
+def _inlined(shape: Any, definitions: dict[str, Any]) -> Any:
+    """A schema with each reference replaced by what it refers to, since its definitions stay behind."""
+    if isinstance(shape, list):
+        return [_inlined(part, definitions) for part in shape]
+    if not isinstance(shape, dict):
+        return shape
+    if (reference := shape.get("$ref")) is not None:
+        return _inlined(definitions[reference.rsplit("/", 1)[1]], definitions)
+    return {name: _inlined(part, definitions) for name, part in shape.items()}
 
 
 def _bound(shape: dict[str, Any], low: float, high: float) -> None:

@@ -21,12 +21,13 @@ from stable_diffusion_server.api.schemas import (
     receipt_body,
 )
 from stable_diffusion_server.errors import NotReady
+from stable_diffusion_server.image_processing import media_type_of
 from stable_diffusion_server.orders import Limits, Receipt
 from stable_diffusion_server.service import Service
 
 T = TypeVar("T")
 UrlOf = Callable[[Request, str], str]
-Answer = Callable[[Request, Receipt], Coroutine[Any, Any, Response]]
+Answer = Callable[[Request, Receipt, bytes], Response]
 
 
 _DOORS: tuple[tuple[str, type[Parameters], str, str], ...] = (
@@ -67,20 +68,23 @@ def router(service: Service, limits: Limits, url_of: UrlOf) -> APIRouter:
     """The upload doors over a service; `url_of` makes the URL of a key for the client at hand."""
     routes = APIRouter(tags=["draw"])
 
-    async def told(request: Request, receipt: Receipt) -> Response:
+    def told(request: Request, receipt: Receipt, _: bytes) -> Response:
         return JSONResponse(receipt_body(receipt, url_of(request, receipt.key)))
 
-    async def shown(request: Request, receipt: Receipt) -> Response:
-        data, content_type = await service.read(receipt.key)
-        return Response(data, media_type=content_type, headers={"Content-Location": url_of(request, receipt.key)})
+    def shown(request: Request, receipt: Receipt, picture: bytes) -> Response:
+        headers = {"Content-Location": url_of(request, receipt.key)}
+        if receipt.warnings:
+            headers["X-Warnings"] = ", ".join(warning.code for warning in receipt.warnings)
+        return Response(picture, media_type=media_type_of(picture), headers=headers)
 
     def door(path: str, schema: type[Parameters], answer: Answer, summary: str, description: str) -> None:
         """One path for GET and POST, over the parameters of `schema`."""
 
         async def handler(request: Request) -> Response:
             order = await read_order(request, schema)
-            receipt = await unless_disconnected(request, service.fulfil(order))
-            return client_gone() if receipt is None else await answer(request, receipt)
+            work = service.picture(order) if answer is shown else with_nothing(service.fulfil(order))
+            fulfilled = await unless_disconnected(request, work)
+            return client_gone() if fulfilled is None else answer(request, *fulfilled)
 
         for method in ("GET", "POST"):
             routes.add_api_route(
@@ -97,6 +101,11 @@ def router(service: Service, limits: Limits, url_of: UrlOf) -> APIRouter:
     for path, schema, summary, description in _DOORS:
         door(path, schema, shown if path == "/make_image" else told, summary, description)
     return routes
+
+
+async def with_nothing(work: Coroutine[Any, Any, Receipt]) -> tuple[Receipt, bytes]:
+    """A receipt without the picture."""
+    return await work, b""
 
 
 async def unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) -> T | None:

@@ -1,0 +1,93 @@
+"""What is told of a picture: the receipt of one that was drawn or found, and the record kept with it. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from stable_diffusion_server.composing import Scene, resampling_told
+from stable_diffusion_server.orders import Job, Receipt, Stored, Warned
+from stable_diffusion_server.resolving import Plan
+
+
+def record_of(plan: Plan, scene: Scene, job: Job) -> dict[str, str]:
+    """What the object's metadata keeps: short and ASCII, since S3 allows 2 KB of it."""
+    return {
+        "digest": plan.content,
+        "order": plan.asked,
+        "sent": plan.sent,
+        "task": job.task,
+        "model": job.model,
+        "revision": job.revision,
+        "seed": str(job.seed),
+        "width": str(scene.width),
+        "height": str(scene.height),
+        "steps": str(job.num_inference_steps),
+        "guidance": repr(float(job.guidance_scale)),
+        "scheduler": job.scheduler,
+        "file": plan.file,
+        **({"shortened": "1"} if job.prompt != plan.words.prompt else {}),
+    }
+
+
+def receipt_of_drawn(
+    plan: Plan,
+    scene: Scene,
+    job: Job,
+    warnings: tuple[Warned, ...],
+    timings: Mapping[str, float],
+    *,
+    coalesced: bool,
+) -> Receipt:
+    """The receipt for a picture that was drawn from `job`; `warnings` are those of the drawing."""
+    return Receipt(
+        key=plan.key,
+        cached=False,
+        coalesced=coalesced,
+        task=job.task,
+        model=job.model,
+        seed=job.seed,
+        width=scene.width,
+        height=scene.height,
+        num_inference_steps=job.num_inference_steps,
+        guidance_scale=job.guidance_scale,
+        scheduler=job.scheduler,
+        prompt_used=job.prompt if job.prompt != plan.order.prompt else None,
+        warnings=(*plan.words.warnings, *warnings),
+        timings=rounded(timings),
+    )
+
+
+def receipt_of_stored(plan: Plan, stored: Stored) -> Receipt:
+    """The receipt for an object that was there: what its record tells, and whether it is what was asked for."""
+    record = stored.record
+
+    def number(name: str) -> int | None:
+        return int(record[name]) if name in record else None
+
+    width, height = number("width"), number("height")
+    if plan.is_that_of(record):
+        sized = resampling_told(plan.words.facts, width, height) if width and height else ()
+        cut = (Warned("prompt-shortened", "The prompt was shortened; the picture says to what."),)
+        warnings = (*plan.words.warnings, *sized, *(cut if "shortened" in record else ()))
+    else:
+        known = "was made from another order" if "digest" in record else "has no record of how it was made"
+        warnings = (Warned("different-order", f"The picture stored under this name {known}."),)
+    return Receipt(
+        key=stored.key,
+        cached=True,
+        coalesced=False,
+        task=record.get("task", plan.order.task),
+        model=record.get("model"),
+        seed=number("seed"),
+        width=width,
+        height=height,
+        num_inference_steps=number("steps"),
+        guidance_scale=float(record["guidance"]) if "guidance" in record else None,
+        scheduler=record.get("scheduler"),
+        warnings=warnings,
+    )
+
+
+def rounded(timings: Mapping[str, float]) -> dict[str, float]:
+    """Seconds to a tenth of a millisecond."""
+    return {stage: round(seconds, 4) for stage, seconds in timings.items()}
