@@ -51,6 +51,12 @@ class _Loaded:
 
     models: Models | None = None
 
+    def count_tokens(self, model: str, prompt: str) -> int:
+        """Length of a prompt in a model's tokens. Raises `NotReady` while there are no models."""
+        if self.models is None:
+            raise NotReady("The models are not loaded.", retry_after=5)
+        return self.models.count_tokens(model, prompt)
+
 
 def create_app(
     settings: Settings,
@@ -79,14 +85,8 @@ def create_app(
     bucket = open_bucket(settings.storage_provider, settings.local_bucket_dir)
     options = _options(settings)
     fetcher, decoder = _readers(settings)
-
-    def count_tokens(model: str, prompt: str) -> int:
-        if loaded.models is None:
-            raise NotReady(engine.reason, retry_after=5)
-        return loaded.models.count_tokens(model, prompt)
-
     service = Service(
-        bucket, engine, count_tokens, options, metrics.answered, fetch=fetcher.fetch, decode=decoder.decode
+        bucket, engine, loaded.count_tokens, options, metrics.answered, fetch=fetcher.fetch, decode=decoder.decode
     )
 
     @asynccontextmanager

@@ -47,14 +47,14 @@ async def _read_body(request: Request, files: Set[str]) -> list[tuple[str, objec
     if request.method == "GET":
         return []
     media_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    if media_type != _FORM_TYPES[1] and not await request.body():
+        return []
     if media_type == "application/json":
         return _read_json(await request.body())
     if media_type == _FORM_TYPES[0]:
         return _read_pairs(await request.body(), "form")
     if media_type == _FORM_TYPES[1]:
         return await _read_multipart(request, files)
-    if not await request.body():
-        return []
     raise UnsupportedMedia(f"Send application/json or one of {', '.join(_FORM_TYPES)}.")
 
 
