@@ -67,6 +67,32 @@ async def test_the_last_caller_to_leave_ends_the_effort() -> None:
     assert await flights.join("k", "t", effort.run) == ("result 2", False)
 
 
+async def test_an_effort_that_was_given_up_ends_before_the_next_begins() -> None:
+    """A newcomer under the key waits for the ending of what was abandoned, and does not share its fate."""
+    flights: Flights[str] = Flights()
+    order: list[str] = []
+
+    async def stubborn() -> str:
+        try:
+            await asyncio.sleep(10)
+        except asyncio.CancelledError:
+            await asyncio.sleep(0.02)
+            order.append("old ended")
+            raise
+        return "old"
+
+    async def fresh() -> str:
+        order.append("new began")
+        return "new"
+
+    leaver = asyncio.create_task(flights.join("k", "t", stubborn))
+    await asyncio.sleep(0.01)
+    leaver.cancel()
+    await asyncio.sleep(0)
+    assert await flights.join("k", "t", fresh) == ("new", False)
+    assert order == ["old ended", "new began"]
+
+
 async def test_a_failure_reaches_every_caller_and_is_not_kept() -> None:
     """All callers get the error; the next one gets a new try."""
     flights: Flights[str] = Flights()

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes import PaintedSquares, until
+from fakes import COLOURS, PaintedSquares, until
+from PIL import Image
 
 from stable_diffusion_server.buckets.local import LocalBucket
 from stable_diffusion_server.decoding.pool import Decoder
@@ -176,6 +179,78 @@ async def test_a_caller_who_leaves_takes_the_job_along_and_stores_nothing(rooms_
     await asyncio.to_thread(until, lambda: rooms.engine.running == 0)
     assert len(rooms.painter.batches) <= 2
     assert rooms.bucket.stat("static/uploads/a.webp") is None
+
+
+class SlowBucket(LocalBucket):
+    """A folder on a slow disk."""
+
+    def overwrite(self, *given: Any) -> Any:
+        time.sleep(0.2)
+        return super().overwrite(*given)
+
+    def read(self, key: str) -> bytes:
+        time.sleep(0.2)
+        return super().read(key)
+
+
+async def test_a_write_that_was_given_up_never_lands_after_a_later_one(
+    rooms_of: Callable[..., Rooms], tmp_path: Path
+) -> None:
+    """Whoever overwrites a name and gets a receipt finds that picture there, whatever was cancelled before."""
+    rooms = rooms_of()
+    rooms.bucket = SlowBucket(tmp_path / "bucket")
+    service = rooms.another_process()
+    given_up = asyncio.create_task(service.fulfil(order("a red square", save_path="a.webp", overwrite=True)))
+    await asyncio.to_thread(until, lambda: rooms.drawn == 1)
+    await asyncio.sleep(0.05)
+    given_up.cancel()
+    kept = await service.fulfil(order("a blue square", save_path="a.webp", overwrite=True))
+    await asyncio.sleep(0.3)
+    stored = rooms.bucket.stat("static/uploads/a.webp")
+    assert stored is not None
+    assert stored.record["seed"] == str(kept.seed)
+
+
+async def test_each_order_is_answered_with_its_own_picture(rooms_of: Callable[..., Rooms], tmp_path: Path) -> None:
+    """Three overwrite one name at once on a slow disk: every one gets the bytes it drew, not the last one's."""
+    rooms = rooms_of()
+    rooms.bucket = SlowBucket(tmp_path / "bucket")
+    service = rooms.another_process()
+    colours = ("red", "green", "blue")
+    asked = [order(f"a {c} square", save_path="a.png", overwrite=True, seed=0) for c in colours]
+    answers = await asyncio.gather(*map(service.picture, asked))
+    shown = [Image.open(io.BytesIO(data)).getpixel((32, 32)) for _, data in answers]
+    assert shown == [COLOURS[c] for c in colours]
+
+
+async def test_a_follower_is_told_what_concerns_its_own_order(rooms_of: Callable[..., Rooms]) -> None:
+    """Sharing an effort is not sharing the warnings of another's parameters."""
+    rooms = rooms_of(PaintedSquares(seconds_per_step=0.02))
+    with_negative, without = (
+        order("a red square", model="flux", negative_prompt="blur"),
+        order("a red square", model="flux"),
+    )
+    leader, follower = await asyncio.gather(rooms.service.fulfil(with_negative), rooms.service.fulfil(without))
+    assert rooms.drawn == 1
+    assert "negative-prompt-ignored" in {warning.code for warning in leader.warnings}
+    assert "negative-prompt-ignored" not in {warning.code for warning in follower.warnings}
+
+
+async def test_another_kind_of_file_under_a_taken_name_is_told(rooms_of: Callable[..., Rooms]) -> None:
+    """The same picture as WebP is not the PNG that was asked for."""
+    rooms = rooms_of()
+    await rooms.service.fulfil(order(save_path="no-ending"))
+    receipt = await rooms.service.fulfil(order(save_path="no-ending", format=Format.PNG))
+    assert receipt.cached
+    assert [warning.code for warning in receipt.warnings if warning.code == "different-order"]
+
+
+async def test_a_cached_answer_remembers_that_the_prompt_was_shortened(rooms_of: Callable[..., Rooms]) -> None:
+    """The second caller is told as well."""
+    rooms = rooms_of()
+    asked = order("a red square " + "with the very best of details " * 60, save_path="a.webp")
+    codes = [{w.code for w in (await rooms.service.fulfil(asked)).warnings} for _ in range(2)]
+    assert all("prompt-shortened" in told for told in codes)
 
 
 async def test_a_twin_stays_when_the_other_leaves(rooms_of: Callable[..., Rooms]) -> None:

@@ -169,6 +169,78 @@ def test_a_broken_body_is_refused(house: House, body: bytes, status: int, field:
     assert answer.json().get("field") == field
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_text_beyond_ascii_is_the_same_by_every_way(house: House, way: str) -> None:
+    """A name in UTF-8 is that name, percent-encoded or not."""
+    receipt = ask_by(house, way, CREATE, {**ASKED, "prompt": "ein grüner Kreis", "save_path": "ü/猫.webp"}).json()
+    assert receipt["key"] == "static/uploads/ü/猫.webp"
+
+
+def test_raw_utf8_in_a_form_is_read_as_utf8(house: House) -> None:
+    """That is how curl -d sends what is typed."""
+    headers = {"content-type": "application/x-www-form-urlencoded"}
+    answer = house.client.post(
+        CREATE, content="prompt=grün&width=64&height=64&save_path=ü.webp".encode(), headers=headers
+    )
+    assert answer.json()["key"] == "static/uploads/ü.webp"
+    assert house.squares.finished[0].prompt == "grün"
+
+
+def test_bytes_that_are_no_text_are_refused(house: House) -> None:
+    """Else two names would become one by a replacement character."""
+    headers = {"content-type": "application/x-www-form-urlencoded"}
+    assert house.client.get(f"{CREATE}?prompt=a&save_path=a%ff.webp").status_code == 400
+    assert house.client.post(CREATE, content=b"prompt=a&save_path=a%fe", headers=headers).status_code == 400
+    assert house.client.post(CREATE, content=b"prompt=a&save_path=\xfe", headers=headers).status_code == 400
+
+
+@pytest.mark.parametrize("count", [100, 101, 50_000])
+def test_too_many_fields_are_refused_in_few_words(house: House, count: int) -> None:
+    """A hundred are read and one more is not, by query, form and JSON; no long list is answered with a longer one."""
+    fields = {"prompt": "a", **{f"f{n}": "" for n in range(count - 1)}}
+    answers = [house.client.post(CREATE, json=fields), house.client.post(CREATE, data=fields)]
+    if count < 1000:
+        answers.append(house.client.get(CREATE, params=fields))
+    for answer in answers:
+        assert answer.status_code == (422 if count == 100 else 400)
+        assert len(answer.content) < 20_000
+
+
+def test_json_may_begin_with_a_byte_order_mark_and_is_utf8(house: House) -> None:
+    """Some editors write one; UTF-16 is not JSON on the wire."""
+    headers = {"content-type": "application/json"}
+    text = json.dumps(ASKED)
+    assert house.client.post(CREATE, content=text.encode("utf-8-sig"), headers=headers).status_code == 200
+    assert house.client.post(CREATE, content=text.encode("utf-16-le"), headers=headers).status_code == 400
+
+
+def test_a_body_without_a_truthful_length_is_read(house: House) -> None:
+    """A chunked body counts, whatever other header says there is none."""
+    answer = house.client.post(
+        CREATE, content=iter([json.dumps(ASKED).encode()]), headers={"content-type": "application/json"}
+    )
+    assert answer.status_code == 200
+
+
+def test_parameters_that_have_no_effect_do_not_tell_pictures_apart(house: House) -> None:
+    """PNG has no quality, -0.0 is 0.0, and a negative prompt without guidance is told to be unused."""
+    keys = {house.draw(prompt="a red square", format="png", quality=quality).json()["key"] for quality in (1, 85)}
+    assert len(keys) == 1
+    zero = {house.draw(prompt="a red square", guidance_scale=value).json()["key"] for value in ("0.0", "-0.0")}
+    assert len(zero) == 1
+    unused = house.draw(prompt="a red square", guidance_scale=1, negative_prompt="blur").json()
+    assert "negative-prompt-ignored" in {warning["code"] for warning in unused["warnings"]}
+    assert unused["key"] == house.draw(prompt="a red square", guidance_scale=1).json()["key"]
+
+
+def test_make_image_tells_its_warnings_in_a_header(house: House) -> None:
+    """Another order's picture does not come silently."""
+    asked = {"save_path": "a.webp", "width": 64, "height": 64}
+    house.client.get("/make_image", params={"prompt": "a red square", **asked})
+    answer = house.client.get("/make_image", params={"prompt": "a blue square", **asked})
+    assert "different-order" in answer.headers["x-warnings"]
+
+
 def test_a_parameter_given_twice_is_refused(house: House) -> None:
     """Which of the two was meant is not guessed, within the query or between query and body."""
     twice = house.client.get(f"{CREATE}?prompt=a&prompt=b")
@@ -339,3 +411,4 @@ def test_the_docs_name_every_parameter_and_its_bounds(house: House) -> None:
     body = operations["post"]["requestBody"]["content"]["application/json"]["schema"]
     assert set(body["properties"]) == set(by_name)
     assert house.client.get("/docs").status_code == 200
+    assert "$ref" not in json.dumps([operation for path in openapi["paths"].values() for operation in path.values()])
