@@ -52,9 +52,9 @@ class _Loaded:
     models: Models | None = None
 
     def count_tokens(self, model: str, prompt: str) -> int:
-        """Length of a prompt in a model's tokens. Raises `NotReady` while there are no models."""
+        """Length of a prompt in a model's tokens. Raises `NotReady` until the models are loaded."""
         if self.models is None:
-            raise NotReady("The models are not loaded.", retry_after=5)
+            raise NotReady("The models are loading.", retry_after=5)
         return self.models.count_tokens(model, prompt)
 
 
