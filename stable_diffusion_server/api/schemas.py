@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from dataclasses import asdict, replace
 from typing import Annotated, Any, ClassVar, Literal, NoReturn
 
@@ -24,7 +25,7 @@ _LORA = re.compile(r"(?P<name>[A-Za-z0-9][A-Za-z0-9._-]{0,99})(:(?P<weight>[+-]?
 File = Annotated[Upload | None, WithJsonSchema(_BINARY)]
 
 
-class Parameters(BaseModel):
+class Parameters(BaseModel, ABC):
     """What every drawing endpoint takes. Bounds are checked by `Limits`, which the settings decide."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, arbitrary_types_allowed=True)
@@ -60,9 +61,9 @@ class Parameters(BaseModel):
             raise ValueError("is not a name or name:weight")
         return value
 
+    @abstractmethod
     def order(self) -> Order:
         """The order these parameters make."""
-        raise NotImplementedError
 
     def _words(self) -> dict[str, Any]:
         """The parameters as an order holds them, without the pictures."""

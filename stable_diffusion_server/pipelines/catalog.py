@@ -214,7 +214,9 @@ def with_lcm(facts: ModelFacts) -> ModelFacts:
 def facts_of(model: str, models: Mapping[str, ModelFacts] = MODELS) -> ModelFacts:
     """The facts of a model by name. Raises `InvalidInput` for a name that is not among `models`."""
     if model not in models:
-        raise InvalidInput(f"{model!r} is not a model here; there are {', '.join(sorted(models))}.", field="model")
+        raise InvalidInput(
+            f"{model[:100]!r} is not a model here; there are {', '.join(sorted(models))}.", field="model"
+        )
     return models[model]
 
 
@@ -222,7 +224,9 @@ def scheduler_of(model: ModelFacts, scheduler: str, steps: int) -> SchedulerFact
     """The facts of a scheduler. Raises `InvalidInput` when the model has none of that name or not for `steps`."""
     if scheduler not in model.schedulers:
         names = ", ".join(model.schedulers)
-        raise InvalidInput(f"{scheduler!r} is not a scheduler of {model.name}; it has {names}.", field="scheduler")
+        raise InvalidInput(
+            f"{scheduler[:100]!r} is not a scheduler of {model.name}; it has {names}.", field="scheduler"
+        )
     facts = SCHEDULERS[scheduler]
     if not facts.min_steps <= steps <= facts.max_steps:
         bounds = f"from {facts.min_steps} to {facts.max_steps}"
