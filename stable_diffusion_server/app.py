@@ -18,7 +18,7 @@ from starlette.middleware.cors import CORSMiddleware
 from stable_diffusion_server import __version__
 from stable_diffusion_server.api import handlers, ops, uploads
 from stable_diffusion_server.api.security import Gate, Policy, allowed_host_names
-from stable_diffusion_server.bucket_api import open_bucket, url_path
+from stable_diffusion_server.bucket_api import StorageOptions, open_bucket, url_path
 from stable_diffusion_server.buckets.local import LocalBucket
 from stable_diffusion_server.engine import Denoiser, Engine, Phase
 from stable_diffusion_server.errors import NotReady, ServerError
@@ -59,7 +59,7 @@ def create_app(
     """
     loaded, faults = _Loaded(), dict[str, str]()
     engine, metrics = _build_engine(settings, loaded, load or _load_models, announce)
-    bucket = open_bucket(settings.storage_provider, settings.local_bucket_dir)
+    bucket = open_bucket(StorageOptions.of(settings))
     limits = Limits(
         min_side=settings.min_side,
         max_side=settings.max_side,

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import threading
+import time
 import unicodedata
-from collections.abc import Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Protocol
 from urllib.parse import quote
 
+from pydantic import SecretStr
+
+from stable_diffusion_server.buckets.gcs import GCSBucket, GCSOptions
 from stable_diffusion_server.buckets.local import LocalBucket
+from stable_diffusion_server.buckets.s3 import S3Bucket, S3Options
 from stable_diffusion_server.errors import InvalidInput
 from stable_diffusion_server.orders import Stored
 
 # S3's own bound on a key, in bytes of UTF-8; it holds for every bucket, so that a name is portable.
 KEY_MAX_BYTES = 1024
+_EMPTY = SecretStr("")
 
 
 class Bucket(Protocol):
@@ -23,7 +32,16 @@ class Bucket(Protocol):
     """
 
     def open(self) -> None:
-        """Make ready for use; called once, when the server starts."""
+        """Make ready for use. May be called again after it failed."""
+
+    def close(self) -> None:
+        """Let go of connections and threads."""
+
+    def fault(self) -> str | None:
+        """One sentence on what keeps the store from taking pictures, as far as it is known without asking it."""
+
+    def admit(self) -> None:
+        """Raises `StorageUnavailable` when a new picture could not be kept: asked before it is drawn."""
 
     def stat(self, key: str) -> Stored | None:
         """The object under `key`, or `None`."""
@@ -34,15 +52,138 @@ class Bucket(Protocol):
     def overwrite(self, key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> Stored:
         """Store `data` under `key` whether or not something was there; no reader sees half of it."""
 
-    def read(self, key: str) -> bytes:
-        """The object's bytes. Raises `NotFound`."""
+    def read(self, key: str, start: int = 0, end: int | None = None) -> bytes:
+        """Bytes `start` to before `end` (to the last one for `None`); fewer beyond the end. Raises `NotFound`."""
+
+    def delete(self, key: str) -> None:
+        """Remove the object; one that is not there is no error."""
+
+    def list(self, prefix: str = "") -> Iterator[str]:
+        """The keys that begin with `prefix`."""
+
+    def url(self, key: str) -> str | None:
+        """The address anyone may fetch the object at; `None` when only this server can give it. Asks no one."""
 
 
-def open_bucket(provider: str, local_dir: Path) -> Bucket:
-    """The bucket the settings ask for, not yet opened."""
-    if provider != "local":
-        raise ValueError(f"no bucket provider {provider!r}")
-    return LocalBucket(local_dir)
+@dataclass(frozen=True, slots=True)
+class StorageOptions:
+    """What a bucket is opened with; each field is the setting of that name."""
+
+    storage_provider: str = "local"
+    local_bucket_dir: Path = Path("bucket")
+    bucket_name: str = ""
+    bucket_path: str = ""
+    r2_endpoint_url: str = ""
+    public_base_url: str = ""
+    signed_url_seconds: int = 0
+    bucket_acl: str = ""
+    storage_timeout: float = 10.0
+    google_application_credentials: Path | None = None
+    aws_access_key_id: SecretStr = _EMPTY
+    aws_secret_access_key: SecretStr = _EMPTY
+    aws_session_token: SecretStr = _EMPTY
+
+    @classmethod
+    def of(cls, settings: object) -> StorageOptions:
+        """The options out of something that has an attribute for each of them."""
+        return cls(**{part.name: getattr(settings, part.name) for part in fields(cls)})
+
+    def keys(self) -> tuple[str, str, str]:
+        """Key, secret and session token as they were set; empty ones leave it to boto3's own chain."""
+        secrets = (self.aws_access_key_id, self.aws_secret_access_key, self.aws_session_token)
+        key, secret, token = (each.get_secret_value() for each in secrets)
+        return key, secret, token
+
+
+def open_bucket(options: StorageOptions) -> Bucket:
+    """The bucket the options ask for, not yet opened. Connects to nothing and imports no client."""
+    # One rule for every answer, the first and the cached ones: below PUBLIC_BASE_URL, else below the bucket's name.
+    base_url = options.public_base_url or f"https://{options.bucket_name}"
+    match options.storage_provider:
+        case "local":
+            return LocalBucket(options.local_bucket_dir)
+        case "r2" | "s3" as provider:
+            return S3Bucket(
+                S3Options(
+                    name=options.bucket_name,
+                    endpoint_url=options.r2_endpoint_url,
+                    region="auto" if provider == "r2" else "",
+                    base_url=base_url,
+                    signed_url_seconds=options.signed_url_seconds,
+                    acl=options.bucket_acl,
+                    prefix=options.bucket_path,
+                    timeout=options.storage_timeout,
+                    keys=options.keys,
+                )
+            )
+        case "gcs":
+            return GCSBucket(
+                GCSOptions(
+                    name=options.bucket_name,
+                    credentials=options.google_application_credentials,
+                    base_url=base_url,
+                    signed_url_seconds=options.signed_url_seconds,
+                    prefix=options.bucket_path,
+                    timeout=options.storage_timeout,
+                )
+            )
+    raise ValueError(f"no bucket provider {options.storage_provider!r}")
+
+
+class Remembering:
+    """A bucket that remembers which keys it has seen stored, so that a hit costs no round trip.
+
+    Only presence is remembered, never absence: at most `capacity` keys, each for `seconds`. What is deleted or
+    overwritten through here is forgotten at once; what others do is seen when a key's time is over.
+    """
+
+    def __init__(
+        self, bucket: Bucket, capacity: int, seconds: float, now: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._bucket = bucket
+        self._capacity = capacity
+        self._seconds = seconds
+        self._now = now
+        self._known: OrderedDict[str, tuple[float, Stored]] = OrderedDict()
+        self._lock = threading.Lock()
+        self.open, self.close, self.fault, self.admit = bucket.open, bucket.close, bucket.fault, bucket.admit
+        self.read, self.list, self.url = bucket.read, bucket.list, bucket.url
+
+    def stat(self, key: str) -> Stored | None:
+        """As remembered, else as the bucket says."""
+        with self._lock:
+            until, stored = self._known.get(key, (0.0, None))
+        if stored is not None and self._now() < until:
+            return stored
+        return self._learned(key, self._bucket.stat(key))
+
+    def create(self, key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> tuple[Stored, bool]:
+        """Ask the bucket, whatever is remembered, and remember what it answers."""
+        stored, won = self._bucket.create(key, data, content_type, record)
+        self._learned(key, stored)
+        return stored, won
+
+    def overwrite(self, key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> Stored:
+        """Forget, write, and remember what is there now."""
+        self._learned(key, None)
+        stored = self._bucket.overwrite(key, data, content_type, record)
+        self._learned(key, stored)
+        return stored
+
+    def delete(self, key: str) -> None:
+        """Forget and remove, and forget what was learned meanwhile."""
+        self._learned(key, None)
+        self._bucket.delete(key)
+        self._learned(key, None)
+
+    def _learned(self, key: str, stored: Stored | None) -> Stored | None:
+        with self._lock:
+            self._known.pop(key, None)
+            if stored is not None and not stored.waiting:
+                self._known[key] = (self._now() + self._seconds, stored)
+                if len(self._known) > self._capacity:
+                    self._known.popitem(last=False)
+        return stored
 
 
 def check_if_blob_exists(bucket: Bucket, key: str) -> bool:

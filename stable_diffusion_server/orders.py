@@ -130,13 +130,17 @@ class Warned:
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """An object in the bucket. `etag` has no quotes; `size` in bytes; `record` says how it was made, ASCII only."""
+    """An object in the bucket. `etag` has no quotes; `size` in bytes; `record` says how it was made, ASCII only.
+
+    `waiting`: finished and kept here, and not yet in the bucket.
+    """
 
     key: str
     size: int
     etag: str
     content_type: str
     record: Mapping[str, str]
+    waiting: bool = False
 
 
 @dataclass(frozen=True, slots=True)
