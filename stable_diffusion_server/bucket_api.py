@@ -88,7 +88,7 @@ class StorageOptions:
         """The options out of something that has an attribute for each of them."""
         return cls(**{part.name: getattr(settings, part.name) for part in fields(cls)})
 
-    def keys(self) -> tuple[str, str, str]:
+    def credentials(self) -> tuple[str, str, str]:
         """Key, secret and session token as they were set; empty ones leave it to boto3's own chain."""
         secrets = (self.aws_access_key_id, self.aws_secret_access_key, self.aws_session_token)
         key, secret, token = (each.get_secret_value() for each in secrets)
@@ -113,7 +113,7 @@ def open_bucket(options: StorageOptions) -> Bucket:
                     acl=options.bucket_acl,
                     prefix=options.bucket_path,
                     timeout=options.storage_timeout,
-                    keys=options.keys,
+                    credentials=options.credentials,
                 )
             )
         case "gcs":

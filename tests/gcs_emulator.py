@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 from http import HTTPStatus
+from http.server import HTTPServer
 from typing import Any
 
 from gcp_storage_emulator.exceptions import NotFound
@@ -41,4 +42,5 @@ if __name__ == "__main__":
     objects.insert = insert  # before the server's module is imported, which takes the handler by reference
     from gcp_storage_emulator.server import create_server
 
+    HTTPServer.request_queue_size = 128  # five is too few for writers that come at once
     create_server("127.0.0.1", int(sys.argv[1]), in_memory=True).run()

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Event, Thread
@@ -98,6 +99,7 @@ def gcs_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StorageServ
     running.stop()
 
 
+@cache
 def s3_client(url: str, key: str = "AKIAEXAMPLE", secret: str = SECRET, service: str = "s3") -> Any:
     """A client of the test's own, to look at the store from outside."""
     import boto3

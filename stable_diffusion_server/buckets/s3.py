@@ -39,7 +39,7 @@ _LOST = frozenset("PreconditionFailed 412 ConditionalRequestConflict OperationAb
 
 @dataclass(frozen=True, slots=True)
 class S3Options:
-    """Where the bucket is and how it is reached. `timeout` in seconds, for each try; empty keys: boto3's own chain."""
+    """Where the bucket is and how it is reached. `timeout` in seconds, for each try; empty credentials: boto3's own chain."""
 
     name: str
     endpoint_url: str = ""
@@ -49,7 +49,7 @@ class S3Options:
     acl: str = ""
     prefix: str = ""
     timeout: float = 10.0
-    keys: Callable[[], tuple[str, str, str]] = lambda: ("", "", "")
+    credentials: Callable[[], tuple[str, str, str]] = lambda: ("", "", "")
 
 
 class S3Bucket:
@@ -279,12 +279,7 @@ def _client(options: S3Options) -> Any:
     import boto3
     from botocore.config import Config
 
-    key, secret, token = options.keys()
-    session = boto3.session.Session(
-        aws_access_key_id=key or None,
-        aws_secret_access_key=secret or None,
-        aws_session_token=token or None,
-    )
+    session = boto3.session.Session(*(value or None for value in options.credentials()))
     config = Config(
         connect_timeout=min(5.0, options.timeout),
         read_timeout=options.timeout,
