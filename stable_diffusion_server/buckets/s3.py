@@ -39,7 +39,7 @@ _LOST = frozenset("PreconditionFailed 412 ConditionalRequestConflict OperationAb
 
 @dataclass(frozen=True, slots=True)
 class S3Options:
-    """Where the bucket is and how it is reached. `timeout` in seconds, for each try; empty credentials: boto3's own chain."""
+    """Where the bucket is and how it is reached. `timeout` in seconds, for each try; empty credentials leave it to boto3."""
 
     name: str
     endpoint_url: str = ""
