@@ -12,16 +12,18 @@ from typing import Any, Protocol
 
 import structlog
 from fastapi import FastAPI, Request
-from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 from starlette.middleware.cors import CORSMiddleware
 
 from stable_diffusion_server import __version__
 from stable_diffusion_server.api import handlers, ops, uploads
-from stable_diffusion_server.api.security import Gate, Policy, allowed_host_names
+from stable_diffusion_server.api.security import BodyLimit, Gate, Policy, allowed_host_names
 from stable_diffusion_server.bucket_api import StorageOptions, open_bucket, url_path
 from stable_diffusion_server.buckets.local import LocalBucket
+from stable_diffusion_server.decoding.pool import Decoder
 from stable_diffusion_server.engine import Denoiser, Engine, Phase
 from stable_diffusion_server.errors import NotReady, ServerError
+from stable_diffusion_server.fetching.fetcher import Bounds, Fetcher
+from stable_diffusion_server.fetching.targets import Allowance
 from stable_diffusion_server.observability import ConsoleProgress, Heartbeat, Metrics, configure_logging, each
 from stable_diffusion_server.orders import Limits
 from stable_diffusion_server.resolving import Options
@@ -60,22 +62,17 @@ def create_app(
     loaded, faults = _Loaded(), dict[str, str]()
     engine, metrics = _build_engine(settings, loaded, load or _load_models, announce)
     bucket = open_bucket(StorageOptions.of(settings))
-    limits = Limits(
-        min_side=settings.min_side,
-        max_side=settings.max_side,
-        max_steps=settings.max_steps,
-        max_guidance=settings.max_guidance,
-        max_prompt_characters=settings.max_prompt_characters,
-        max_timeout=settings.max_timeout,
-    )
-    options = Options(limits, settings.text_to_image_model, settings.bucket_path, settings.embed_metadata)
+    options = _options(settings)
+    fetcher, decoder = _readers(settings)
 
     def count_tokens(model: str, prompt: str) -> int:
         if loaded.models is None:
             raise NotReady(engine.reason, retry_after=5)
         return loaded.models.count_tokens(model, prompt)
 
-    service = Service(bucket, engine.submit, count_tokens, options, metrics.answered)
+    service = Service(
+        bucket, engine, count_tokens, options, metrics.answered, fetch=fetcher.fetch, decode=decoder.decode
+    )
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -86,6 +83,8 @@ def create_app(
         engine.start()
         yield
         await asyncio.to_thread(engine.stop, STOP_GRACE_SECONDS)
+        fetcher.close()
+        await decoder.close()
 
     def missing() -> list[str]:
         reasons = list(faults.values())
@@ -100,11 +99,45 @@ def create_app(
     )
     handlers.install(app)
     _add_middleware(app, settings)
-    app.include_router(uploads.router(service, limits, _url_maker(settings)))
+    app.include_router(uploads.router(service, options.limits, _url_maker(settings)))
     app.include_router(ops.router(missing, metrics.exposition))
     if isinstance(bucket, LocalBucket):
         app.include_router(ops.files_router(bucket))
     return app
+
+
+def _options(settings: Settings) -> Options:
+    limits = Limits(
+        min_side=settings.min_side,
+        max_side=settings.max_side,
+        max_steps=settings.max_steps,
+        max_guidance=settings.max_guidance,
+        max_prompt_characters=settings.max_prompt_characters,
+        max_timeout=settings.max_timeout,
+    )
+    return Options(
+        limits,
+        settings.text_to_image_model,
+        settings.bucket_path,
+        settings.embed_metadata,
+        settings.bumpy_redraws,
+    )
+
+
+def _readers(settings: Settings) -> tuple[Fetcher, Decoder]:
+    """What turns URLs into bytes, and bytes into pixels; nothing is started before the first picture."""
+    fetcher = Fetcher(
+        Bounds(max_bytes=settings.max_image_bytes, total=settings.fetch_timeout),
+        [Allowance.parse(entry) for entry in settings.fetch_allow],
+    )
+    decoder = Decoder(
+        max_bytes=settings.max_image_bytes,
+        max_pixels=settings.max_image_pixels,
+        max_side=settings.max_image_side,
+        processes=settings.decode_processes,
+        seconds=settings.decode_timeout,
+    )
+    return fetcher, decoder
 
 
 def _load_models(settings: Settings) -> Models:
@@ -154,7 +187,15 @@ def _open_folders(settings: Settings, bucket: Any, faults: dict[str, str]) -> No
 
 def _add_middleware(app: FastAPI, settings: Settings) -> None:
     """What every request passes, the last one added first: gate, then CORS, then the count of body bytes."""
-    app.add_middleware(RequestBodyLimitMiddleware, max_body_size=settings.max_body_bytes)
+    policy = Policy(
+        hosts=allowed_host_names(settings.host, settings.allowed_hosts, settings.public_base_url),
+        origins=frozenset(settings.cors_origins),
+        api_keys=tuple(key.get_secret_value() for key in settings.api_keys),
+        allow_anonymous=settings.allow_anonymous,
+        max_body_bytes=settings.max_body_bytes,
+        max_upload_bytes=settings.max_upload_bytes,
+    )
+    app.add_middleware(BodyLimit, policy=policy)
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -163,13 +204,6 @@ def _add_middleware(app: FastAPI, settings: Settings) -> None:
             allow_headers=["Authorization", "Content-Type", "X-API-Key", "X-Request-ID"],
             expose_headers=["X-Request-ID", "Retry-After"],
         )
-    policy = Policy(
-        hosts=allowed_host_names(settings.host, settings.allowed_hosts, settings.public_base_url),
-        origins=frozenset(settings.cors_origins),
-        api_keys=tuple(key.get_secret_value() for key in settings.api_keys),
-        allow_anonymous=settings.allow_anonymous,
-        max_body_bytes=settings.max_body_bytes,
-    )
     app.add_middleware(Gate, policy=policy)
 
 

@@ -146,14 +146,19 @@ class Engine(Generic[S, P]):
         if self._thread is not None:
             self._thread.join(grace)
 
-    def submit(self, job: Job) -> Ticket[P]:
-        """Accept a job. Raises `NotReady` until the models are loaded, `Busy` when the queue is full."""
+    def check_open(self) -> None:
+        """Raise `NotReady` until the models are loaded, `Busy` while the queue is full, as `submit` would."""
         with self._changed:
             if self.phase is not Phase.READY:
                 raise NotReady(self.reason, retry_after=5)
             if len(self._waiting) >= self._queue_limit:
                 wait = math.ceil(self._seconds_per_job * (len(self._waiting) + self._running) / self._max_batch)
                 raise Busy(f"{len(self._waiting)} pictures are waiting already.", retry_after=max(1, wait))
+
+    def submit(self, job: Job) -> Ticket[P]:
+        """Accept a job. Raises `NotReady` until the models are loaded, `Busy` when the queue is full."""
+        with self._changed:
+            self.check_open()
             ticket: Ticket[P] = Ticket(job)
             self._waiting.append(ticket)
             self._changed.notify_all()

@@ -58,19 +58,19 @@ class InvalidInput(ServerError):
 
 
 class TooLarge(ServerError):
-    """The body has more bytes than the settings allow."""
+    """A body, or a picture in it or behind a URL, has more bytes than the settings allow."""
 
     status = 413
     kind = "too-large"
-    title = "The request is too large"
+    title = "This is too large"
 
 
 class UnsupportedMedia(ServerError):
-    """The body is of a type that is not taken here."""
+    """The body, or a picture in it, is of a type that is not taken here."""
 
     status = 415
     kind = "unsupported-media-type"
-    title = "This type of body is not taken"
+    title = "This type is not taken"
 
 
 class Unauthorized(ServerError):
@@ -120,6 +120,15 @@ class NotReady(ServerError):
     status = 503
     kind = "not-ready"
     title = "Not able to draw yet"
+    retry_can_help = True
+
+
+class RemoteFailed(ServerError):
+    """The server a picture was to be fetched from did not give it: an error, silence, or too slow."""
+
+    status = 502
+    kind = "remote-failed"
+    title = "The remote picture could not be fetched"
     retry_can_help = True
 
 

@@ -5,13 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
 
 from stable_diffusion_server.errors import InvalidInput
 
 SEED_MAX = 2**32 - 1
+LORA_WEIGHT_MAX = 2.0
 
 Seed = int | Literal["random"] | None
 
@@ -20,6 +24,8 @@ class Task(StrEnum):
     """What is asked for. Tasks differ in how a job is prepared, never in the path it takes."""
 
     TEXT_TO_IMAGE = "text_to_image"
+    IMAGE_TO_IMAGE = "image_to_image"
+    INPAINT = "inpaint"
 
 
 class Format(StrEnum):
@@ -45,6 +51,8 @@ class Limits:
     max_guidance: float = 20.0
     max_prompt_characters: int = 4000
     max_timeout: float = 600.0
+    max_feather: int = 256
+    max_loras: int = 4
 
     def bounds(self) -> dict[str, tuple[float, float]]:
         """Name of each numeric parameter → (smallest, largest) value taken."""
@@ -56,6 +64,12 @@ class Limits:
             "seed": (0, SEED_MAX),
             "quality": (1, 100),
             "timeout": (0.001, self.max_timeout),
+            "strength": (0.0, 1.0),
+            "feather": (0, self.max_feather),
+            # On the scale of OpenCV's Canny: |dx| + |dy| of 8-bit samples by 3 × 3 Sobel, 1020 each at the most.
+            "canny_low": (0, 2040),
+            "canny_high": (0, 2040),
+            "control_scale": (0.0, 2.0),
         }
 
     def check(self, order: Order) -> None:
@@ -70,18 +84,35 @@ class Limits:
         for name, text in (("prompt", order.prompt), ("negative_prompt", order.negative_prompt or "")):
             if len(text) > longest:
                 faults.append((name, f"{name} must not be longer than {longest} characters."))
+        if len(order.loras) > self.max_loras:
+            faults.append(("lora", f"lora must not name more than {self.max_loras}."))
+        if not all(-LORA_WEIGHT_MAX <= weight <= LORA_WEIGHT_MAX for _, weight in order.loras):
+            faults.append(("lora", f"lora weights must be between -{LORA_WEIGHT_MAX:g} and {LORA_WEIGHT_MAX:g}."))
         if faults:
             raise InvalidInput.of(faults)
 
 
 @dataclass(frozen=True, slots=True)
+class Source:
+    """A picture a caller gave: a file's bytes, or the URL they are at. `parameter` is what it came by."""
+
+    parameter: str
+    url: str | None = None
+    data: bytes | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
 class Order:
-    """What the caller asked, as asked. `None` means "you decide"; `width` and `height` in pixels."""
+    """What the caller asked, as asked. `None` means "you decide"; `width` and `height` in pixels.
+
+    Without a size the picture has that of `image`. `feather`, in pixels, softens the mask's rim inwards. With
+    `named_by_content` the order's digest goes before the file name, so that no two orders share one.
+    """
 
     task: Task
     prompt: str
-    width: int
-    height: int
+    width: int | None = None
+    height: int | None = None
     save_path: str | None = None
     model: str | None = None
     negative_prompt: str | None = None
@@ -93,13 +124,47 @@ class Order:
     quality: int | None = None
     overwrite: bool = False
     timeout: float | None = None
+    image: Source | None = None
+    mask: Source | None = None
+    strength: float | None = None
+    feather: int = 0
+    canny: bool = False
+    canny_low: int = 100
+    canny_high: int = 200
+    control_scale: float | None = None
+    refine: bool = False
+    loras: tuple[tuple[str, float], ...] = ()
+    named_by_content: bool = False
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """The pictures it comes with."""
+        return tuple(source for source in (self.image, self.mask) if source is not None)
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """Pixels that travel in a job: uint8, height × width × 3, or height × width for a mask (255 = repaint).
+
+    Compared, hashed and digested by content.
+    """
+
+    pixels: NDArray[np.uint8] = field(compare=False, repr=False)
+    digest: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Take the content's SHA-256, the shape included."""
+        content = hashlib.sha256(repr(self.pixels.shape).encode())
+        content.update(np.ascontiguousarray(self.pixels).data)
+        object.__setattr__(self, "digest", content.hexdigest())
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
     """What will be drawn, with nothing left to decide: running it twice draws the same picture.
 
-    `width` and `height` are those of the canvas the model draws on, in pixels, and fit the model's grid.
+    `width` and `height` are those of the canvas the model draws on, in pixels, and fit the model's grid; `image`,
+    `mask` and `control` (edges) have that size. `strength` in 0..1 is how much of the image is drawn anew.
     """
 
     task: Task
@@ -113,6 +178,13 @@ class Job:
     num_inference_steps: int
     guidance_scale: float
     scheduler: str
+    image: Picture | None = None
+    mask: Picture | None = None
+    control: Picture | None = None
+    strength: float = 1.0
+    control_scale: float = 0.5
+    refine: bool = False
+    loras: tuple[tuple[str, float], ...] = ()
 
     @property
     def shape(self) -> tuple[str, int, int]:
@@ -193,4 +265,10 @@ def digest(value: Mapping[str, object]) -> str:
 
 def picture_digest(job: Job) -> str:
     """Identity of what is drawn: equal jobs are equal pictures. Knows nothing of format, quality or name."""
-    return digest(asdict(job))
+    return digest(job_facts(job))
+
+
+def job_facts(job: Job) -> dict[str, object]:
+    """The job's fields as JSON can hold them, with the digest in the place of each picture."""
+    values = {part.name: getattr(job, part.name) for part in fields(job)}
+    return {name: value.digest if isinstance(value, Picture) else value for name, value in values.items()}

@@ -1,25 +1,27 @@
-"""An order becomes a plan: everything that can be decided without a device or a bucket. Pure but for `seed=random`."""
+"""An order becomes a plan: all that can be decided before its pictures are seen. Pure but for `seed=random`."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
 from secrets import randbelow
 from typing import TypeVar
+from uuid import NAMESPACE_OID, uuid5
 
 from stable_diffusion_server.bucket_api import object_key
 from stable_diffusion_server.errors import InvalidInput
-from stable_diffusion_server.image_processing import Canvas, plan_canvas
 from stable_diffusion_server.orders import (
     SEED_MAX,
     Format,
-    Job,
     Limits,
     Order,
+    Seed,
+    Source,
     Warned,
     digest,
-    picture_digest,
 )
-from stable_diffusion_server.pipelines.catalog import ModelFacts, facts_of, scheduler_of
+from stable_diffusion_server.pipelines.catalog import ModelFacts, facts_of, scheduler_of, steps_skipped
 from stable_diffusion_server.prompts import clean
 
 T = TypeVar("T")
@@ -32,41 +34,97 @@ _OTHER_IMAGE_EXTENSIONS = frozenset("gif svg bmp tif tiff avif heic heif jxl ico
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What the service was set up with. `embed_metadata` is full, digest or none."""
+    """What the service was set up with. `embed_metadata` is full, digest or none; `bumpy_redraws` 0 to 2."""
 
     limits: Limits
     default_model: str
     bucket_path: str
     embed_metadata: str = "full"
+    bumpy_redraws: int = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Words:
+    """What an order says beside its pictures, with every default filled in."""
+
+    facts: ModelFacts
+    prompt: str
+    negative_prompt: str | None
+    num_inference_steps: int
+    guidance_scale: float
+    scheduler: str
+    strength: float
+    control_scale: float
+    warnings: tuple[Warned, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """An order with everything decided that can be decided without a device.
+    """An order with everything decided that can be decided before its pictures are seen.
 
-    `content` is the identity of the picture at its size, `asked` that of the order with its seed left as asked.
+    Three digests tell it from others: `content` is the identity of the picture, `asked` that of the order with its
+    seed left as asked, and `sent` the same with the addresses of remote pictures in the place of their bytes.
     """
 
     order: Order
-    job: Job
-    facts: ModelFacts
-    canvas: Canvas
+    words: Words
+    seed: int
     file_format: Format
     quality: int
     key: str
     content: str
     asked: str
-    warnings: tuple[Warned, ...]
+    sent: str
 
     @property
     def tag(self) -> str:
         """What exactly is to be stored under the key: orders of one tag share one effort."""
         return f"{self.content}/{self.file_format}/{self.quality}/{self.order.overwrite}"
 
+    @property
+    def key_is_known(self) -> bool:
+        """Whether the key was known before any picture was fetched."""
+        return self.order.save_path is not None and not self.order.named_by_content
 
-def resolve(order: Order, options: Options) -> Plan:
-    """Decide everything an order leaves open. Pure but for `seed=random`. Raises `InvalidInput`."""
+    def is_that_of(self, record: Mapping[str, str]) -> bool:
+        """Whether the object with this record was made from this order, or came to the same picture."""
+        return (
+            record.get("sent") == self.sent or record.get("order") == self.asked or record.get("digest") == self.content
+        )
+
+
+def resolve(order: Order, options: Options, fetched: Mapping[str, bytes] | None = None) -> Plan:
+    """Decide what an order leaves open. Pure but for `seed=random`. Raises `InvalidInput`.
+
+    `fetched` are the bytes of its remote pictures by field. Without them the addresses stand for the pictures, and
+    only `sent`, and the key if `key_is_known`, are what they will be.
+    """
     options.limits.check(order)
+    words = _read_words(order, options)
+    addresses = {source.parameter: source.url for source in order.sources if source.url is not None}
+    sent_pictures = _identities(order, addresses)
+    pictures = _identities(order, fetched) if fetched else sent_pictures
+    facts = _facts_told(order, words)
+    asked = digest({**facts, **pictures, "seed": order.seed})
+    seed = _seed(order.seed, asked)
+    content = digest({**facts, **pictures, "seed": seed})
+    file_format = _file_format(order)
+    quality = _given(order.quality, DEFAULT_QUALITY)
+    made = f"{digest({'content': content, 'format': file_format, 'quality': quality})[:32]}.{file_format}"
+    return Plan(
+        order=order,
+        words=words,
+        seed=seed,
+        file_format=file_format,
+        quality=quality,
+        key=object_key(options.bucket_path, made if order.save_path is None else _name(order, asked)),
+        content=content,
+        asked=asked,
+        sent=digest({**facts, **sent_pictures, "seed": order.seed}),
+    )
+
+
+def _read_words(order: Order, options: Options) -> Words:
     facts = facts_of(order.model or options.default_model)
     warnings = []
     negative = _cleaned(order.negative_prompt or "", "negative_prompt") or None
@@ -76,40 +134,71 @@ def resolve(order: Order, options: Options) -> Plan:
     prompt = _cleaned(order.prompt, "prompt")
     if not prompt:
         raise InvalidInput("prompt is empty.", field="prompt")
-    canvas = plan_canvas(order.width, order.height, facts.native_pixels, facts.floor)
-    if canvas.resampled:
-        drawn = f"{canvas.width} × {canvas.height}"
-        warnings.append(
-            Warned("resampled", f"{facts.name} draws this best at {drawn}; it was scaled to the asked size.")
-        )
-    job = Job(
-        task=order.task,
-        model=facts.name,
-        revision=facts.revision,
+    words = Words(
+        facts=facts,
         prompt=prompt,
         negative_prompt=negative,
-        width=canvas.width,
-        height=canvas.height,
-        seed=order.seed if isinstance(order.seed, int) else 0,
         num_inference_steps=_given(order.num_inference_steps, facts.default_steps),
         guidance_scale=_given(order.guidance_scale, facts.default_guidance),
         scheduler=_given(order.scheduler, facts.default_scheduler),
+        strength=_given(order.strength, 1.0),
+        control_scale=_given(order.control_scale, facts.control_scale),
+        warnings=tuple(warnings),
     )
-    scheduler_of(facts, job.scheduler, job.num_inference_steps)
-    size = {"width": order.width, "height": order.height}
-    asked = digest({**asdict(job), "asked": size, "seed": order.seed})
-    if order.seed is None:
-        job = replace(job, seed=int(asked[:8], 16))
-    elif order.seed == "random":
-        job = replace(job, seed=randbelow(SEED_MAX + 1))
-    content = digest({"picture": picture_digest(job), **size})
-    file_format = _file_format(order)
-    quality = _given(order.quality, DEFAULT_QUALITY)
-    name = order.save_path
-    if name is None:
-        name = f"{digest({'content': content, 'format': file_format, 'quality': quality})[:32]}.{file_format}"
-    key = object_key(options.bucket_path, name)
-    return Plan(order, job, facts, canvas, file_format, quality, key, content, asked, tuple(warnings))
+    scheduler_of(facts, words.scheduler, words.num_inference_steps)
+    steps_skipped(facts, words.num_inference_steps, words.strength)  # refuses a strength that leaves no step
+    if order.canny_low > order.canny_high:
+        sentence = "canny_low must not be above canny_high."
+        raise InvalidInput.of([("canny_low", sentence), ("canny_high", sentence)])
+    return words
+
+
+def _facts_told(order: Order, words: Words) -> dict[str, object]:
+    """All that makes this picture this one, but its seed and the pictures it comes from."""
+    return {
+        "task": order.task,
+        "model": words.facts.name,
+        "revision": words.facts.revision,
+        "prompt": words.prompt,
+        "negative_prompt": words.negative_prompt,
+        "size": (order.width, order.height),
+        "num_inference_steps": words.num_inference_steps,
+        "guidance_scale": words.guidance_scale,
+        "scheduler": words.scheduler,
+        "strength": words.strength,
+        "refine": order.refine,
+        "loras": order.loras,
+        "feather": order.feather,
+        "control": (words.control_scale, order.canny_low, order.canny_high) if order.canny else None,
+    }
+
+
+def _identities(order: Order, given: Mapping[str, str | bytes]) -> dict[str, str | None]:
+    """What tells the order's pictures from others: the digest of their bytes, or an address standing for them."""
+
+    def identity(source: Source | None) -> str | None:
+        if source is None:
+            return None
+        known = source.data if source.data is not None else given[source.parameter]
+        return hashlib.sha256(known).hexdigest() if isinstance(known, bytes) else known
+
+    return {"image": identity(order.image), "mask": identity(order.mask)}
+
+
+def _seed(asked: Seed, order: str) -> int:
+    """The seed asked for, one from the order's digest, so that equal orders are equal pictures, or a new one."""
+    if asked == "random":
+        return randbelow(SEED_MAX + 1)
+    return int(order[:8], 16) if asked is None else asked
+
+
+def _name(order: Order, asked: str) -> str:
+    """The name asked for; if it is to tell the content, with eight digits of a name-based UUID before the file name."""
+    name = order.save_path or ""
+    if not order.named_by_content or not name:
+        return name
+    folder, slash, file = name.rpartition("/")
+    return f"{folder}{slash}{str(uuid5(NAMESPACE_OID, asked))[:8]}-{file}" if file else name
 
 
 def _given(value: T | None, default: T) -> T:

@@ -1,47 +1,53 @@
-"""One order's way: resolve, exists?, join a flight, draw, encode, store, receipt. Knows no HTTP and no torch."""
+"""One order's way: exists?, fetch, join a flight, decode, draw, encode, store, receipt. Knows no HTTP and no torch."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
-from typing import Protocol
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 import structlog
 
 from stable_diffusion_server.bucket_api import Bucket
+from stable_diffusion_server.composing import Scene, compose, resampling_told
 from stable_diffusion_server.engine import Drawing, Ticket
 from stable_diffusion_server.errors import DeadlineExceeded
 from stable_diffusion_server.flights import Flights
-from stable_diffusion_server.image_processing import Pixels, encode, to_size
-from stable_diffusion_server.orders import Job, Order, Receipt, Stored, Warned, picture_digest
+from stable_diffusion_server.image_processing import Pixels, encode
+from stable_diffusion_server.judging import DrawnPicture, Judged, Remedy, draw_well
+from stable_diffusion_server.orders import Job, Order, Receipt, Source, Stored, Warned, job_facts, picture_digest
+from stable_diffusion_server.pipelines.catalog import facts_of
 from stable_diffusion_server.prompts import shorten_too_long_text
 from stable_diffusion_server.resolving import Options, Plan, resolve
 
 _log = structlog.get_logger(__name__)
 
+# From what a caller gave (bytes, or a URL) and the parameter it came by, to be named in errors.
+Fetch = Callable[[str, str], Coroutine[Any, Any, bytes]]
+Decode = Callable[[bytes, str], Coroutine[Any, Any, Pixels]]
 
-class DrawnPicture(Protocol):
-    """What the engine hands back, as far as it has to be known here."""
 
-    @property
-    def pixels(self) -> Pixels:
-        """The picture at the canvas's size."""
+class Queue(Protocol):
+    """Where jobs are handed in. Both raise `NotReady` and `Busy`."""
 
-    @property
-    def redecoded(self) -> bool:
-        """Whether the decoder had to run again in full precision."""
+    def check_open(self) -> None:
+        """Raise now what `submit` would raise."""
+
+    def submit(self, job: Job) -> Ticket[DrawnPicture]:
+        """Accept a job."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Outcome:
-    """What an effort under a key came to. `job` is what was drawn, `None` when the object was there already."""
+    """What an effort under a key came to. `scene` and `job` are what was drawn, `None` when the object was there."""
 
     stored: Stored
-    job: Job | None
+    scene: Scene | None = None
+    job: Job | None = None
     warnings: tuple[Warned, ...] = ()
-    timings: Mapping[str, float] | None = None
+    timings: Mapping[str, float] = field(default_factory=dict)
 
 
 class Service:
@@ -50,38 +56,45 @@ class Service:
     def __init__(
         self,
         bucket: Bucket,
-        submit: Callable[[Job], Ticket[DrawnPicture]],
+        queue: Queue,
         count_tokens: Callable[[str, str], int],
         options: Options,
         answered: Callable[[str], None] = lambda source: None,
+        *,
+        fetch: Fetch,
+        decode: Decode,
     ) -> None:
         self._bucket = bucket
-        self._submit = submit
+        self._queue = queue
         self._count_tokens = count_tokens
         self._options = options
         self._answered = answered
+        self._fetch = fetch
+        self._decode = decode
+        self._fetching: Flights[bytes] = Flights()
         self._storing: Flights[_Outcome] = Flights()
-        self._drawing: Flights[Drawing[DrawnPicture]] = Flights()
+        self._drawing: Flights[Judged[DrawnPicture]] = Flights()
 
     async def fulfil(self, order: Order) -> Receipt:
         """The receipt for an order, once its picture is stored.
 
-        Raises `InvalidInput`, `Busy`, `NotReady`, `StorageUnavailable`, `DeadlineExceeded`, and what drawing raises.
-        Cancelling the call takes the job off the device, unless others wait for it too.
+        Raises `InvalidInput`, `TooLarge`, `UnsupportedMedia`, `RemoteFailed`, `Busy`, `NotReady`,
+        `StorageUnavailable`, `DeadlineExceeded`, and what drawing raises. Cancelling the call takes the job off the
+        device, unless others wait for it too.
         """
-        plan = resolve(order, self._options)
+        plan = await asyncio.to_thread(resolve, order, self._options)
         timeout = order.timeout or self._options.limits.max_timeout
         try:
             async with asyncio.timeout(timeout) as deadline:
-                outcome, shared = await self._storing.join(plan.key, plan.tag, lambda: self._effort(plan))
+                plan, outcome, shared = await self._stored(plan)
         except TimeoutError as error:
             if not deadline.expired():
                 raise
             raise DeadlineExceeded(f"The picture was not stored within {timeout:g} seconds.") from error
         self._answered("cached" if outcome.job is None else "coalesced" if shared else "drawn")
-        if outcome.job is None:
+        if outcome.scene is None or outcome.job is None:
             return _receipt_from_record(plan, outcome.stored)
-        return _receipt(plan, outcome.job, outcome, coalesced=shared)
+        return _receipt(plan, outcome.scene, outcome.job, outcome, coalesced=shared)
 
     async def read(self, key: str) -> tuple[bytes, str]:
         """The bytes of a stored picture and their media type. Raises `NotFound`."""
@@ -89,89 +102,129 @@ class Service:
         stored = await asyncio.to_thread(self._bucket.stat, key)
         return data, stored.content_type if stored else "application/octet-stream"
 
-    async def _effort(self, plan: Plan) -> _Outcome:
-        """Find the object or make it: exists? → draw → encode → create."""
+    async def _stored(self, plan: Plan) -> tuple[Plan, _Outcome, bool]:
+        """The plan as far as it had to be taken, the object, and whether the effort was another caller's.
+
+        What is stored under a name that needs no look at the pictures is answered without fetching them.
+        """
+        order = plan.order
+        remote = [source for source in order.sources if source.url is not None]
+        fetched: dict[str, bytes] = {}
+        if remote:
+            if plan.key_is_known and (found := await self._find(plan)) is not None:
+                return plan, _Outcome(found), False
+            self._queue.check_open()
+            data = await asyncio.gather(*map(self._bytes_of, remote))
+            fetched = {source.parameter: file for source, file in zip(remote, data, strict=True)}
+            plan = await asyncio.to_thread(resolve, order, self._options, fetched)
+        outcome, shared = await self._storing.join(plan.key, plan.tag, lambda: self._effort(plan, fetched))
+        return plan, outcome, shared
+
+    async def _bytes_of(self, source: Source) -> bytes:
+        """The file at a URL; those who want it at the same time share one download."""
+        url = source.url or ""
+        data, _ = await self._fetching.join(url, source.parameter, lambda: self._fetch(url, source.parameter))
+        return data
+
+    async def _find(self, plan: Plan) -> Stored | None:
+        return None if plan.order.overwrite else await asyncio.to_thread(self._bucket.stat, plan.key)
+
+    async def _effort(self, plan: Plan, fetched: Mapping[str, bytes]) -> _Outcome:
+        """Find the object or make it: exists? → decode → draw → encode → create."""
         started = time.perf_counter()
-        if not plan.order.overwrite:
-            found = await asyncio.to_thread(self._bucket.stat, plan.key)
-            if found is not None:
-                return _Outcome(found, job=None)
-        job = await asyncio.to_thread(self._fit_prompt, plan)
-        drawing, _ = await self._drawing.join(picture_digest(job), "", lambda: self._draw(job))
-        timings = dict(drawing.timings)
-        warnings = list(plan.warnings)
-        if job.prompt != plan.job.prompt:
-            limit = plan.facts.text_tokens
+        if (found := await self._find(plan)) is not None:
+            return _Outcome(found)
+        self._queue.check_open()  # before the work that a full queue would throw away
+        scene = await self._scene(plan, fetched)
+        job = await asyncio.to_thread(self._fit_prompts, scene.job)
+        judged, _ = await self._drawing.join(picture_digest(job), "", lambda: self._draw(job))
+        timings = dict(judged.timings)
+        warnings = [*scene.warnings, *judged.warnings]
+        if job.prompt != scene.job.prompt:
+            limit = plan.words.facts.text_tokens
             warnings.append(Warned("prompt-shortened", f"{job.model} reads {limit} tokens; see prompt_used."))
-        if drawing.product.redecoded:
+        if judged.product.redecoded:
             warnings.append(Warned("redecoded", "The decoder overflowed and ran again in full precision."))
         before = time.perf_counter()
-        data = await asyncio.to_thread(self._encode, plan, job, drawing.product.pixels)
+        data = await asyncio.to_thread(self._encode, plan, scene, judged)
         timings["encode"] = time.perf_counter() - before
         before = time.perf_counter()
-        stored, won = await asyncio.to_thread(self._store, plan, job, data)
+        stored, won = await asyncio.to_thread(self._store, plan, scene, judged.job, data)
         timings["store"] = time.perf_counter() - before
         timings["total"] = time.perf_counter() - started
         if not won:
             _log.info("another process stored this name first", key=plan.key)
-            return _Outcome(stored, job=None)
+            return _Outcome(stored)
         _log.info("picture stored", key=plan.key, model=job.model, bytes=len(data), **_rounded(timings))
-        return _Outcome(stored, job, tuple(warnings), timings)
+        return _Outcome(stored, scene, judged.job, tuple(warnings), timings)
 
-    async def _draw(self, job: Job) -> Drawing[DrawnPicture]:
-        return await asyncio.wrap_future(self._submit(job).result)
+    async def _scene(self, plan: Plan, fetched: Mapping[str, bytes]) -> Scene:
+        """The plan with its pictures decoded and laid onto the canvas."""
 
-    def _fit_prompt(self, plan: Plan) -> Job:
-        job, limit = plan.job, plan.facts.text_tokens
+        async def pixels_of(source: Source | None) -> Pixels | None:
+            if source is None:
+                return None
+            return await self._decode(
+                source.data if source.data is not None else fetched[source.parameter], source.parameter
+            )
 
-        def fit(text: str) -> str:
-            return shorten_too_long_text(text, limit, lambda t: self._count_tokens(job.model, t))
+        image, mask = await asyncio.gather(pixels_of(plan.order.image), pixels_of(plan.order.mask))
+        return await asyncio.to_thread(compose, plan, image, mask)
 
-        negative = fit(job.negative_prompt) if job.negative_prompt else job.negative_prompt
-        return replace(job, prompt=fit(job.prompt), negative_prompt=negative)
+    async def _draw(self, job: Job) -> Judged[DrawnPicture]:
+        async def once(job: Job) -> Drawing[DrawnPicture]:
+            return await asyncio.wrap_future(self._queue.submit(job).result)
 
-    def _encode(self, plan: Plan, job: Job, pixels: Pixels) -> bytes:
-        sized = to_size(pixels, plan.order.width, plan.order.height, resample=plan.canvas.resampled)
+        options, facts = self._options, facts_of(job.model)
+        remedy = Remedy(options.bumpy_redraws, options.limits.max_steps, facts, lambda text: self._fit(job.model, text))
+        return await draw_well(job, once, remedy)
+
+    def _fit_prompts(self, job: Job) -> Job:
+        negative = self._fit(job.model, job.negative_prompt) if job.negative_prompt else job.negative_prompt
+        return replace(job, prompt=self._fit(job.model, job.prompt), negative_prompt=negative)
+
+    def _fit(self, model: str, text: str) -> str:
+        return shorten_too_long_text(text, facts_of(model).text_tokens, lambda t: self._count_tokens(model, t))
+
+    def _encode(self, plan: Plan, scene: Scene, judged: Judged[DrawnPicture]) -> bytes:
+        finished = scene.finished(judged.product.pixels)
         inside: Mapping[str, object] | None
         match self._options.embed_metadata:
             case "full":
-                inside = {
-                    **asdict(job),
-                    "width": plan.order.width,
-                    "height": plan.order.height,
-                    "digest": plan.content,
-                }
+                size = {"width": scene.width, "height": scene.height}
+                inside = {**job_facts(judged.job), **size, "digest": plan.content}
             case "digest":
                 inside = {"digest": plan.content}
             case _:
                 inside = None
-        return encode(sized, plan.file_format, plan.quality, inside)
+        return encode(finished, plan.file_format, plan.quality, inside)
 
-    def _store(self, plan: Plan, job: Job, data: bytes) -> tuple[Stored, bool]:
-        content_type, record = plan.file_format.content_type, _record(plan, job)
+    def _store(self, plan: Plan, scene: Scene, job: Job, data: bytes) -> tuple[Stored, bool]:
+        content_type, record = plan.file_format.content_type, _record(plan, scene, job)
         if plan.order.overwrite:
             return self._bucket.overwrite(plan.key, data, content_type, record), True
         return self._bucket.create(plan.key, data, content_type, record)
 
 
-def _record(plan: Plan, job: Job) -> dict[str, str]:
+def _record(plan: Plan, scene: Scene, job: Job) -> dict[str, str]:
     """What the object's metadata keeps: short and ASCII, since S3 allows 2 KB of it."""
     return {
         "digest": plan.content,
         "order": plan.asked,
+        "sent": plan.sent,
         "task": job.task,
         "model": job.model,
         "revision": job.revision,
         "seed": str(job.seed),
-        "width": str(plan.order.width),
-        "height": str(plan.order.height),
+        "width": str(scene.width),
+        "height": str(scene.height),
         "steps": str(job.num_inference_steps),
         "guidance": repr(float(job.guidance_scale)),
         "scheduler": job.scheduler,
     }
 
 
-def _receipt(plan: Plan, job: Job, outcome: _Outcome, *, coalesced: bool) -> Receipt:
+def _receipt(plan: Plan, scene: Scene, job: Job, outcome: _Outcome, *, coalesced: bool) -> Receipt:
     return Receipt(
         key=plan.key,
         cached=False,
@@ -179,39 +232,40 @@ def _receipt(plan: Plan, job: Job, outcome: _Outcome, *, coalesced: bool) -> Rec
         task=job.task,
         model=job.model,
         seed=job.seed,
-        width=plan.order.width,
-        height=plan.order.height,
+        width=scene.width,
+        height=scene.height,
         num_inference_steps=job.num_inference_steps,
         guidance_scale=job.guidance_scale,
         scheduler=job.scheduler,
         prompt_used=job.prompt if job.prompt != plan.order.prompt else None,
         warnings=outcome.warnings,
-        timings=_rounded(outcome.timings or {}),
+        timings=_rounded(outcome.timings),
     )
 
 
 def _receipt_from_record(plan: Plan, stored: Stored) -> Receipt:
     """The receipt for an object that was there: what its record tells, and whether it is what was asked for."""
     record = stored.record
-    random = plan.order.seed == "random"
-    same = record.get("order") == plan.asked if random else record.get("digest") == plan.content
-    warnings: tuple[Warned, ...] = plan.warnings
-    if not same:
-        known = "was made from another order" if "digest" in record else "has no record of how it was made"
-        warnings = (Warned("different-order", f"The picture stored under this name {known}."),)
 
     def number(name: str) -> int | None:
         return int(record[name]) if name in record else None
 
+    width, height = number("width"), number("height")
+    if plan.is_that_of(record):
+        sized = resampling_told(plan.words.facts, width, height) if width and height else ()
+        warnings = (*plan.words.warnings, *sized)
+    else:
+        known = "was made from another order" if "digest" in record else "has no record of how it was made"
+        warnings = (Warned("different-order", f"The picture stored under this name {known}."),)
     return Receipt(
         key=stored.key,
         cached=True,
         coalesced=False,
-        task=record.get("task", plan.job.task),
+        task=record.get("task", plan.order.task),
         model=record.get("model"),
         seed=number("seed"),
-        width=number("width"),
-        height=number("height"),
+        width=width,
+        height=height,
         num_inference_steps=number("steps"),
         guidance_scale=float(record["guidance"]) if "guidance" in record else None,
         scheduler=record.get("scheduler"),

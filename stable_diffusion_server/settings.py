@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
@@ -103,14 +104,35 @@ class Settings(BaseSettings):
         allow_inf_nan=False,
         description="Longest `timeout` in seconds, and the one of a request without.",
     )
-    max_body_bytes: int = Field(1_048_576, ge=1024, description="Largest request body in bytes.")
+    max_body_bytes: int = Field(1_048_576, ge=1024, description="Largest request body in bytes, but for multipart.")
+    max_upload_bytes: int = Field(33_554_432, ge=1024, description="Largest multipart body, files and all, in bytes.")
+    max_image_bytes: int = Field(20_971_520, ge=1024, description="Largest picture file sent or fetched, in bytes.")
+    max_image_pixels: int = Field(50_000_000, ge=4096, description="Largest area of a picture taken, in pixels.")
+    max_image_side: int = Field(
+        16_383, ge=64, le=16_383, description="Largest width and height of a picture taken; WebP holds no more."
+    )
+    decode_processes: int = Field(2, ge=1, le=64, description="Processes that decode pictures, each one at a time.")
+    decode_timeout: float = Field(
+        10.0, gt=0, allow_inf_nan=False, description="Seconds to decode a picture at the most."
+    )
+    fetch_timeout: float = Field(
+        10.0, gt=0, allow_inf_nan=False, description="Seconds to fetch a picture by its URL at the most."
+    )
+    fetch_allow: Names = Field(
+        (),
+        description=(
+            "Hosts and networks pictures may be fetched from although they are not public, separated by commas, "
+            "with a port where it is not that of http or https: `images.internal`, `10.0.0.0/8`, `127.0.0.1:9000`."
+        ),
+    )
+    bumpy_redraws: int = Field(2, ge=0, le=2, description="How often a picture that is too bumpy is drawn again.")
 
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe line logged.")
     log_format: Literal["auto", "console", "json"] = Field(
         "auto", description="`console` for people, `json` for machines; `auto`: people at a terminal."
     )
 
-    @field_validator("allowed_hosts", "cors_origins", "api_keys", mode="before")
+    @field_validator("allowed_hosts", "cors_origins", "api_keys", "fetch_allow", mode="before")
     @classmethod
     def _split_commas(cls, value: Any) -> Any:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
@@ -152,6 +174,14 @@ class Settings(BaseSettings):
                 or origin != f"{parts.scheme}://{parts.netloc}"
             ):
                 raise ValueError(f"{origin!r} is not an origin such as https://app.example")
+        return value
+
+    @field_validator("fetch_allow")
+    @classmethod
+    def _hosts_or_networks(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for entry in value:
+            if not _is_host_or_network(entry):
+                raise ValueError(f"{entry!r} is not a host or a network, such as 10.0.0.0/8 or 127.0.0.1:9000")
         return value
 
     @model_validator(mode="after")
@@ -198,6 +228,20 @@ def describe_settings() -> str:
         )
         rows.append(f"| `{name.upper()}` | {shown} | {field.description} |")
     return "\n".join(rows)
+
+
+def _is_host_or_network(entry: str) -> bool:
+    try:
+        ip_network(entry)
+    except ValueError:
+        pass  # not a bare network, so a host, perhaps with a port
+    else:
+        return True
+    try:
+        parts = urlsplit(f"//{entry}")
+        return bool(parts.hostname) and parts.netloc == entry and "@" not in entry and parts.port != 0
+    except ValueError:
+        return False
 
 
 def _plain(default: object) -> bool:

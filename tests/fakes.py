@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -11,7 +12,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
+from stable_diffusion_server.errors import Busy, NotFinite
 from stable_diffusion_server.orders import Job
 from stable_diffusion_server.settings import Settings
 
@@ -103,3 +106,58 @@ def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
     while not condition():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.005)
+
+
+@dataclass
+class Retouchers(PaintedSquares):
+    """Painters who use what a job comes with, and spoil the next pictures in turn when told to.
+
+    An image is mixed with the colour by `strength`, but for what a mask keeps; edges are drawn in white. `spoil` names
+    faults of the pictures to come: `black`, `bumpy`, `very bumpy`, `not finite`, `busy`.
+    """
+
+    spoil: list[str] = field(default_factory=list)
+
+    def finish(self, state: Canvas) -> Painted:
+        job, fault = state.job, self.spoil.pop(0) if self.spoil else ""
+        colour = super().finish(state).pixels
+        match fault:
+            case "not finite":
+                raise NotFinite("The latents are not finite.")
+            case "busy":
+                raise Busy("Too many pictures wait.")
+            case "black":
+                return Painted(np.zeros_like(colour))
+            case "bumpy" | "very bumpy":
+                return Painted(bumpy_pixels(job.width, job.height, ends=0.05 if fault == "bumpy" else 0.2))
+        if job.image is None:
+            return Painted(colour)
+        mixed = (1 - job.strength) * job.image.pixels + job.strength * colour
+        if job.mask is not None:
+            mixed = np.where(job.mask.pixels[..., None] > 0, colour, job.image.pixels)
+        if job.control is not None:
+            mixed = np.where(job.control.pixels > 0, 255, mixed)
+        return Painted(np.rint(mixed).astype(np.uint8))
+
+
+def bumpy_pixels(width: int, height: int, ends: float) -> NDArray[np.uint8]:
+    """Noise of all levels, with that share of black pixels and as many white ones."""
+    chance = np.random.default_rng(0)
+    pixels = chance.integers(10, 246, (height, width, 3), dtype=np.uint8)
+    where = chance.random((height, width))
+    pixels[where < ends], pixels[where > 1 - ends] = 0, 255
+    return pixels
+
+
+def file_of(pixels: NDArray[np.uint8], file_format: str = "PNG", **options: Any) -> bytes:
+    """A picture file of an array."""
+    target = io.BytesIO()
+    Image.fromarray(pixels).save(target, file_format, **options)
+    return target.getvalue()
+
+
+def disc(width: int = 96, height: int = 80, inside: str = "red", outside: str = "blue") -> NDArray[np.uint8]:
+    """A disc in the middle of a picture."""
+    y, x = np.mgrid[:height, :width]
+    within = (x - width / 2) ** 2 + (y - height / 2) ** 2 < (min(width, height) / 4) ** 2
+    return np.where(within[..., None], np.uint8(COLOURS[inside]), np.uint8(COLOURS[outside]))

@@ -7,11 +7,22 @@ import time
 import numpy as np
 import PIL
 import pytest
-from hypothesis import given
+from fakes import disc
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from stable_diffusion_server.image_processing import Canvas, encode, plan_canvas, to_size
+from stable_diffusion_server.image_processing import (
+    Canvas,
+    canny,
+    encode,
+    feathered,
+    paste_back,
+    plan_canvas,
+    to_canvas,
+    to_mask,
+    to_size,
+)
 from stable_diffusion_server.orders import Format
 
 RECORD = {"prompt": "ein grünes Herz 💚", "seed": 7, "num_inference_steps": 4, "width": 60, "height": 40}
@@ -43,6 +54,7 @@ def test_the_canvas_is_aligned_and_within_the_models_budget(asked: tuple[int, in
 
 
 @given(st.integers(64, 2048), st.integers(64, 2048), st.sampled_from([128, 256, 512, 1024]))
+@settings(deadline=None)
 def test_every_size_has_a_canvas_that_can_be_cropped_to_it(width: int, height: int, native: int) -> None:
     """No asked size is left out, no canvas exceeds the budget, and the picture comes out exactly as large as asked."""
     canvas = plan_canvas(width, height, native * native, floor=128)
@@ -116,3 +128,84 @@ def test_encoding_ends() -> None:
     started = time.monotonic()
     encode(np.zeros((2048, 2048, 3), np.uint8), Format.WEBP, 85, RECORD)
     assert time.monotonic() - started < 60
+
+
+@given(st.integers(1, 700), st.integers(1, 700))
+@settings(max_examples=60, deadline=None)
+def test_a_picture_laid_on_its_canvas_comes_back_at_its_size_and_place(width: int, height: int) -> None:
+    """`to_size` is the inverse of `to_canvas`: exactly where nothing is scaled, about so where something is."""
+    y, x = np.mgrid[:height, :width]
+    pixels = np.stack([x * 255 // width, y * 255 // height, (x + y) * 127 // (width + height)], 2).astype(np.uint8)
+    canvas = plan_canvas(width, height, 256 * 256, 128)
+    laid = to_canvas(pixels, canvas)
+    assert laid.shape == (canvas.height, canvas.width, 3)
+    back = to_size(laid, width, height, resample=canvas.resampled)
+    assert back.shape == pixels.shape
+    if not canvas.resampled:
+        assert (back == pixels).all()
+    elif 1 / 4 < width / height < 4 and min(width, height) > 64:
+        assert np.abs(back.astype(int) - pixels).mean() < 4
+
+
+def test_beyond_a_picture_its_border_is_drawn_out_and_a_mask_keeps() -> None:
+    """A canvas larger than the picture shows no frame; a mask is 0 there, so nothing is repainted for nothing."""
+    pixels = np.full((100, 128, 3), 77, np.uint8)
+    canvas = plan_canvas(128, 100, 128 * 128, 128)
+    assert (to_canvas(pixels, canvas) == 77).all()
+    mask = to_canvas(np.full((100, 128), 255, np.uint8), canvas, fill=0)
+    assert mask.sum() == 255 * 100 * 128
+
+
+def test_canny_finds_the_rim_of_a_disc_and_nothing_else() -> None:
+    """White within two pixels of the rim, black elsewhere, equal in three channels; faint ones by threshold."""
+    edges = canny(disc(128, 128))
+    y, x = np.mgrid[:128, :128]
+    off_rim = np.abs(np.hypot(x - 64, y - 64) - 32) > 2
+    assert set(np.unique(edges)) == {0, 255}
+    assert edges.shape == (128, 128, 3)
+    assert (edges[..., 0] == edges[..., 2]).all()
+    assert not edges[off_rim].any()
+    assert (edges[..., 0] > 0).sum() > 0.8 * 2 * np.pi * 32
+    assert not canny(np.full((64, 64, 3), 99, np.uint8)).any()
+    faint = np.where(disc(64, 64)[..., :1] > 100, np.uint8(109), np.uint8(99)).repeat(3, 2)
+    assert not canny(faint).any()
+    assert canny(faint, 10, 20).any()
+
+
+@pytest.mark.parametrize("size", [(10, 10), (64, 48), (300, 200)])
+def test_a_mask_of_any_size_comes_to_the_size_of_the_picture(size: tuple[int, int]) -> None:
+    """White stays white and black stays black, at whatever size the mask came."""
+    mask = np.zeros((size[1], size[0], 3), np.uint8)
+    mask[:, : size[0] // 2] = 255
+    fitted = to_mask(mask, 64, 48)
+    assert (fitted.shape, fitted.dtype) == ((48, 64), np.uint8)
+    assert (fitted[:, :26] == 255).all()
+    assert (fitted[:, 38:] == 0).all()
+
+
+def test_a_feathered_mask_rises_inwards_and_never_leaves_the_mask() -> None:
+    """Where the mask is 0 the feathered one is 0; it rises from the rim; far inside it is the mask."""
+    mask = np.zeros((60, 60), np.uint8)
+    mask[10:50, 10:50] = 255
+    soft = feathered(mask, 8)
+    assert not soft[mask == 0].any()
+    assert (np.diff(soft[30, 10:20].astype(int)) >= 0).all()
+    assert 0 < soft[30, 10] < 64
+    assert soft[30, 30] == 255
+    assert (feathered(mask, 0) == mask).all()
+
+
+@given(st.integers(0, 2**32 - 1))
+@settings(max_examples=30, deadline=None)
+def test_pasting_back_keeps_every_unmasked_pixel_and_takes_every_masked_one(seed: int) -> None:
+    """Exactly, for any two pictures; in between each channel lies between the two."""
+    chance = np.random.default_rng(seed)
+    drawn, image = chance.integers(0, 256, (2, 20, 30, 3), dtype=np.uint8)
+    mask = chance.choice(np.array([0, 1, 128, 254, 255], np.uint8), (20, 30))
+    result = paste_back(drawn, image, mask)
+    assert (result[mask == 0] == image[mask == 0]).all()
+    assert (result[mask == 255] == drawn[mask == 255]).all()
+    assert ((result >= np.minimum(drawn, image)) & (result <= np.maximum(drawn, image))).all()
+    half = mask == 128
+    expected = (drawn[half].astype(float) * 128 + image[half].astype(float) * 127) / 255
+    assert np.abs(result[half] - expected).max() <= 0.5

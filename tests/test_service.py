@@ -12,8 +12,10 @@ import pytest
 from fakes import PaintedSquares, until
 
 from stable_diffusion_server.buckets.local import LocalBucket
+from stable_diffusion_server.decoding.pool import Decoder
 from stable_diffusion_server.engine import Engine, Phase
 from stable_diffusion_server.errors import DeadlineExceeded, InvalidInput, StorageUnavailable
+from stable_diffusion_server.fetching.fetcher import Bounds, Fetcher
 from stable_diffusion_server.orders import Format, Limits, Order, Task
 from stable_diffusion_server.resolving import Options, resolve
 from stable_diffusion_server.service import Service
@@ -35,11 +37,20 @@ class Rooms:
         self.engine: Engine[Any, Any] = Engine(lambda: painter, queue_limit=64, max_batch=4)
         self.engine.start()
         until(lambda: self.engine.phase is Phase.READY)
+        self.fetcher = Fetcher(Bounds(max_bytes=1_000_000))
+        self.decoder = Decoder(max_bytes=1_000_000, max_pixels=1_000_000, max_side=2048)
         self.service = self.another_process()
 
     def another_process(self) -> Service:
         """A second service over the same folder, as another server process would be."""
-        return Service(self.bucket, self.engine.submit, self.painter.count_tokens, OPTIONS)
+        return Service(
+            self.bucket,
+            self.engine,
+            self.painter.count_tokens,
+            OPTIONS,
+            fetch=self.fetcher.fetch,
+            decode=self.decoder.decode,
+        )
 
     @property
     def drawn(self) -> int:
@@ -60,6 +71,8 @@ async def rooms_of(tmp_path: Path) -> AsyncIterator[Callable[..., Rooms]]:
         if rooms.painter.gate is not None:
             rooms.painter.gate.set()
         await asyncio.to_thread(rooms.engine.stop, 10)
+        rooms.fetcher.close()
+        await rooms.decoder.close()
 
 
 async def test_the_second_order_of_a_name_draws_nothing(rooms_of: Callable[..., Rooms]) -> None:
@@ -214,7 +227,7 @@ async def test_a_prompt_that_is_too_long_is_shortened_and_told(rooms_of: Callabl
 
 def test_the_seed_comes_from_the_order() -> None:
     """The same order has the same seed, another order another, and a given one is taken."""
-    seeds = [resolve(asked, OPTIONS).job.seed for asked in (order(), order(), order("another"), order(seed=5))]
+    seeds = [resolve(asked, OPTIONS).seed for asked in (order(), order(), order("another"), order(seed=5))]
     assert seeds[0] == seeds[1] != seeds[2]
     assert seeds[3] == 5
 
@@ -222,7 +235,7 @@ def test_the_seed_comes_from_the_order() -> None:
 def test_a_random_seed_is_another_picture_each_time() -> None:
     """Two orders with seed=random share neither seed nor name."""
     first, second = (resolve(order(seed="random"), OPTIONS) for _ in range(2))
-    assert first.job.seed != second.job.seed
+    assert first.seed != second.seed
     assert first.key != second.key
     assert first.asked == second.asked
 
@@ -296,5 +309,5 @@ def test_several_faults_are_told_at_once() -> None:
 def test_a_negative_prompt_no_model_uses_is_told() -> None:
     """Flux has no use for one; the order is drawn without it, and says so."""
     plan = resolve(order(model="flux", negative_prompt="blur"), OPTIONS)
-    assert plan.job.negative_prompt is None
-    assert "negative-prompt-ignored" in {warning.code for warning in plan.warnings}
+    assert plan.words.negative_prompt is None
+    assert "negative-prompt-ignored" in {warning.code for warning in plan.words.warnings}

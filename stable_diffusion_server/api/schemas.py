@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
-from typing import Any, Literal, NoReturn
+import re
+from dataclasses import asdict, replace
+from typing import Annotated, Any, ClassVar, Literal, NoReturn
 
 from fastapi import Request
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from starlette.datastructures import UploadFile
-from starlette.formparsers import MultiPartException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema, field_validator, model_validator
 
-from stable_diffusion_server.errors import InvalidInput, Malformed, UnsupportedMedia
-from stable_diffusion_server.orders import Format, Limits, Order, Receipt, Task
+from stable_diffusion_server.api.bodies import BODY_TYPES, Upload, read_parameters
+from stable_diffusion_server.errors import InvalidInput
+from stable_diffusion_server.orders import Format, Limits, Order, Receipt, Source, Task
 
-_FORM_TYPES = ("application/x-www-form-urlencoded", "multipart/form-data")
-_MAX_FIELDS = 100
+_BINARY = {"type": "string", "format": "binary"}
+_NUMBERS = frozenset(
+    "seed num_inference_steps guidance_scale quality timeout width height strength feather canny_low canny_high "
+    "control_scale".split()
+)
+_LORA = re.compile(r"(?P<name>[A-Za-z0-9][A-Za-z0-9._-]{0,99})(:(?P<weight>[+-]?\d{1,3}(\.\d{1,6})?))?")
+
+
+File = Annotated[Upload | None, WithJsonSchema(_BINARY)]
 
 
 class Parameters(BaseModel):
     """What every drawing endpoint takes. Bounds are checked by `Limits`, which the settings decide."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, arbitrary_types_allowed=True)
+
+    files: ClassVar[frozenset[str]] = frozenset()
 
     prompt: str = Field(description="What to draw.", examples=["a red circle on a blue background"])
     save_path: str | None = Field(None, description="Name of the picture in the bucket. Without it a name is made.")
@@ -38,14 +46,37 @@ class Parameters(BaseModel):
     quality: int | None = Field(None, description="1 to 100; webp at 100 is lossless.")
     overwrite: bool = Field(False, description="Draw and store even if the name is taken.")
     timeout: float | None = Field(None, description="Seconds to wait for the picture at the most.")
+    refine: bool = Field(False, description="A second pass at low strength over what was drawn.")
+    lora: str | None = Field(
+        None,
+        description="Adapters to draw with, `name` or `name:weight`, separated by commas.",
+        examples=["pastel:0.8"],
+    )
+
+    @field_validator("lora")
+    @classmethod
+    def _adapters_with_weights(cls, value: str | None) -> str | None:
+        if value is not None and not all(_LORA.fullmatch(part.strip()) for part in value.split(",")):
+            raise ValueError("is not a name or name:weight")
+        return value
+
+    def order(self) -> Order:
+        """The order these parameters make."""
+        raise NotImplementedError
+
+    def _words(self) -> dict[str, Any]:
+        """The parameters as an order holds them, without the pictures."""
+        pictures = {"image_url", "image_file", "mask_url", "mask_file"}
+        matches = [_LORA.fullmatch(part.strip()) for part in self.lora.split(",")] if self.lora is not None else []
+        loras = tuple((match["name"], float(match["weight"] or 1)) for match in matches if match)
+        return {**self.model_dump(exclude={"lora", *pictures}), "loras": loras}
 
     @model_validator(mode="before")
     @classmethod
     def _no_booleans_as_numbers(cls, data: Any) -> Any:
         """Refuse `true` where a number belongs, which Python would take for 1."""
-        numbers = {"seed", "num_inference_steps", "guidance_scale", "quality", "timeout", "width", "height"}
         for name, value in data.items() if isinstance(data, dict) else ():
-            if isinstance(value, bool) and name in numbers:
+            if isinstance(value, bool) and name in _NUMBERS:
                 raise InvalidInput(f"{name} must be a number, not {str(value).lower()}.", field=name)
         return data
 
@@ -58,31 +89,68 @@ class TextToImage(Parameters):
 
     def order(self) -> Order:
         """The order these parameters make."""
-        return Order(task=Task.TEXT_TO_IMAGE, **self.model_dump())
+        return Order(task=Task.TEXT_TO_IMAGE, **self._words())
 
 
-async def read_text_to_image(request: Request) -> Order:
+class StyleTransfer(Parameters):
+    """Parameters of image to image. The defaults are the original server's."""
+
+    files: ClassVar[frozenset[str]] = frozenset({"image_file"})
+
+    image_url: str | None = Field(None, description="Address of the picture to start from; or send `image_file`.")
+    image_file: File = Field(None, description="The picture to start from, a PNG, JPEG or WebP file.")
+    strength: float = Field(0.6, description="How much is drawn anew, 0 to 1.")
+    canny: bool = Field(False, description="Keep to the edges of the picture by ControlNet.")
+    canny_low: int = Field(100, description="Gradient above which what touches an edge is one.")
+    canny_high: int = Field(200, description="Gradient above which an edge is one.")
+    control_scale: float | None = Field(
+        None, description="How strongly to keep to the edges; without it as the model's ControlNet likes it, sdxl 0.5."
+    )
+
+    def order(self) -> Order:
+        """The order these parameters make. Raises `InvalidInput` unless there is just one picture."""
+        (image,) = _sources(self, "image")
+        return Order(task=Task.IMAGE_TO_IMAGE, image=image, **self._words())
+
+
+class StyleTransferBytes(StyleTransfer):
+    """Parameters of image to image for an uploaded file, whose name in the bucket tells the content."""
+
+    canny: bool = Field(True, description="Keep to the edges of the picture by ControlNet.")
+
+    def order(self) -> Order:
+        """The order these parameters make. Raises `InvalidInput` unless there is just one picture."""
+        return replace(super().order(), named_by_content=True)
+
+
+class Inpaint(Parameters):
+    """Parameters of inpainting: white parts of the mask are repainted, black ones stay as they are."""
+
+    files: ClassVar[frozenset[str]] = frozenset({"image_file", "mask_file"})
+
+    image_url: str | None = Field(None, description="Address of the picture to repaint; or send `image_file`.")
+    image_file: File = Field(None, description="The picture to repaint, a PNG, JPEG or WebP file.")
+    mask_url: str | None = Field(None, description="Address of the mask, white where to repaint; or send `mask_file`.")
+    mask_file: File = Field(None, description="The mask, a PNG, JPEG or WebP file of any size.")
+    strength: float = Field(1.0, description="How much is drawn anew inside the mask, 0 to 1.")
+    feather: int = Field(0, description="Pixels over which the repainted part fades in from the rim of the mask.")
+    refine: bool = Field(True, description="A second pass at low strength over what was drawn.")
+
+    def order(self) -> Order:
+        """The order these parameters make. Raises `InvalidInput` unless there is one picture and one mask."""
+        image, mask = _sources(self, "image", "mask")
+        return Order(task=Task.INPAINT, image=image, mask=mask, **self._words())
+
+
+async def read_order(request: Request, schema: type[Parameters]) -> Order:
     """The order in a request's query and body (form, multipart or JSON).
 
     Raises `Malformed`, `UnsupportedMedia` and `InvalidInput`, which names every refused parameter.
     """
     try:
-        return TextToImage.model_validate(await read_parameters(request)).order()
+        return schema.model_validate(await read_parameters(request, schema.files)).order()
     except ValidationError as error:
         _refuse(error)
-
-
-async def read_parameters(request: Request) -> dict[str, object]:
-    """Query and body of a request as one mapping. A parameter given twice is refused, wherever it stands."""
-    merged: dict[str, object] = {}
-    for name, value in [*request.query_params.multi_items(), *(await _read_body(request))]:
-        if not name.isascii():
-            # Every parameter's name is ASCII, and pydantic cannot tell a lone surrogate from a name.
-            raise InvalidInput(f"{name[:100]} is not a parameter here.", field=name[:100])
-        if name in merged:
-            raise Malformed(f"{name[:100]} is given more than once.", field=name[:100])
-        merged[name] = value
-    return merged
 
 
 def receipt_body(receipt: Receipt, url: str) -> dict[str, object]:
@@ -99,7 +167,9 @@ def documented(schema: type[BaseModel], limits: Limits, method: str) -> dict[str
     for name, (low, high) in limits.bounds().items():
         if name in properties:
             _bound(properties[name], low, high)
-    required = [name for name, field in schema.model_fields.items() if field.is_required()]
+    required = [name for name, part in schema.model_fields.items() if part.is_required()]
+    files = {name for name, shape in properties.items() if shape.get("format") == "binary"}
+    words = {name: shape for name, shape in properties.items() if name not in files}
     if method == "GET":
         return {
             "parameters": [
@@ -110,12 +180,16 @@ def documented(schema: type[BaseModel], limits: Limits, method: str) -> dict[str
                     "schema": shape,
                     "description": shape.pop("description", ""),
                 }
-                for name, shape in properties.items()
+                for name, shape in words.items()
             ]
         }
-    body = {"type": "object", "required": required, "properties": properties, "additionalProperties": False}
-    types = ("application/json", *_FORM_TYPES)
-    return {"requestBody": {"required": True, "content": {kind: {"schema": body} for kind in types}}}
+
+    def body(shapes: dict[str, Any]) -> dict[str, Any]:
+        shape = {"type": "object", "required": required, "properties": shapes, "additionalProperties": False}
+        return {"schema": shape}
+
+    kinds = {kind: body(properties if kind == "multipart/form-data" else words) for kind in BODY_TYPES}
+    return {"requestBody": {"required": True, "content": kinds}}
 
 
 def _bound(shape: dict[str, Any], low: float, high: float) -> None:
@@ -125,47 +199,19 @@ def _bound(shape: dict[str, Any], low: float, high: float) -> None:
             part.update(minimum=low, maximum=high)
 
 
-async def _read_body(request: Request) -> list[tuple[str, object]]:
-    if request.method == "GET" or request.headers.get("content-length") == "0":
-        return []
-    media_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
-    if media_type == "application/json":
-        return _read_json(await request.body())
-    if media_type in _FORM_TYPES:
-        return await _read_form(request)
-    if not media_type and not await request.body():
-        return []
-    raise UnsupportedMedia(f"Send application/json or one of {', '.join(_FORM_TYPES)}.")
-
-
-def _read_json(body: bytes) -> list[tuple[str, object]]:
-    def not_a_number(name: str) -> NoReturn:
-        raise Malformed(f"{name} is not JSON.")
-
-    def every_pair(pairs: list[tuple[str, object]]) -> object:
-        # The outermost object comes last; as pairs, so that a name given twice is seen.
-        return pairs
-
-    try:
-        parsed = json.loads(body, object_pairs_hook=every_pair, parse_constant=not_a_number)
-    except (ValueError, RecursionError) as error:
-        raise Malformed("The body is not valid JSON.") from error
-    if not body.lstrip().startswith(b"{"):
-        raise Malformed("The body must be a JSON object.")
-    pairs: list[tuple[str, object]] = parsed
-    return pairs
-
-
-async def _read_form(request: Request) -> list[tuple[str, object]]:
-    try:
-        async with request.form(max_files=0, max_fields=_MAX_FIELDS) as form:
-            items: list[tuple[str, object]] = list(form.multi_items())
-    except MultiPartException as error:
-        raise Malformed(f"The form could not be read ({error.message}).") from error
-    for name, value in items:
-        if isinstance(value, UploadFile):
-            raise InvalidInput(f"{name} takes no file here.", field=name)
-    return items
+def _sources(parameters: Parameters, *names: str) -> list[Source]:
+    """The pictures of those names, each by its URL or as a file. Raises `InvalidInput` for both, or neither."""
+    sources, faults = [], []
+    for name in names:
+        by_url, by_file = f"{name}_url", f"{name}_file"
+        url, file = getattr(parameters, by_url), getattr(parameters, by_file)
+        if (url is None) == (file is None):
+            sentence = f"Give {by_url} or {by_file}, and not both."
+            faults += [(by_url, sentence), (by_file, sentence)]
+        sources.append(Source(by_url, url=url) if file is None else Source(by_file, data=file.data))
+    if faults:
+        raise InvalidInput.of(faults)
+    return sources
 
 
 def _refuse(error: ValidationError) -> NoReturn:
@@ -182,4 +228,6 @@ def _sentence(name: str, kind: str, message: str) -> str:
         return f"{name[:100]} is not a parameter here."
     if kind == "missing":
         return f"{name} is missing."
+    if kind == "is_instance_of":
+        return f"{name} must be sent as a file of a multipart form."
     return f"{name}: {message[0].lower()}{message[1:]}."

@@ -13,6 +13,7 @@ from uuid import uuid4
 
 import structlog
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from stable_diffusion_server.api.handlers import problem
@@ -35,6 +36,12 @@ class Policy:
     api_keys: tuple[str, ...] = field(default=(), repr=False)
     allow_anonymous: bool = False
     max_body_bytes: int = 1_048_576
+    max_upload_bytes: int = 33_554_432
+
+    def body_limit(self, headers: Headers) -> int:
+        """How many bytes the body of a request may have: files come in multipart bodies, and in no others."""
+        multipart = headers.get("content-type", "").lower().startswith("multipart/form-data")
+        return self.max_upload_bytes if multipart else self.max_body_bytes
 
     def check(self, scope: Scope, headers: Headers) -> None:
         """Raise `Misdirected`, `Forbidden`, `Unauthorized` or `TooLarge` for a request that may not go on."""
@@ -50,9 +57,9 @@ class Policy:
             raise Forbidden(
                 "Without a key only clients on this machine may draw: set API_KEYS, or ALLOW_ANONYMOUS=1 for everyone."
             )
-        # A body without a length is counted while it is read, by starlette's RequestBodyLimitMiddleware.
-        if int(headers.get("content-length", "0")) > self.max_body_bytes:
-            raise TooLarge(f"A body may have {self.max_body_bytes} bytes here.")
+        # A body without a length is counted while it is read, by BodyLimit.
+        if int(headers.get("content-length", "0")) > (limit := self.body_limit(headers)):
+            raise TooLarge(f"A body may have {limit} bytes here.")
 
     def _check_host(self, headers: Headers) -> None:
         hosts = headers.getlist("host")
@@ -121,6 +128,20 @@ class Gate:
                 quiet = status == HTTPStatus.OK and scope["path"] in ("/healthz", "/readyz", "/metrics")
                 level = _log.debug if quiet else _log.info
                 level("request", method=scope["method"], path=scope["path"], status=status, seconds=seconds)
+
+
+class BodyLimit:
+    """ASGI middleware: counts the bytes of a body while it is read, up to the policy's limit for that request."""
+
+    def __init__(self, app: ASGIApp, policy: Policy) -> None:
+        self._policy = policy
+        limits = {policy.max_body_bytes, policy.max_upload_bytes}
+        self._counted = {limit: RequestBodyLimitMiddleware(app, max_body_size=limit) for limit in limits}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on with its body counted."""
+        headers = Headers(raw=scope.get("headers", []))
+        await self._counted[self._policy.body_limit(headers)](scope, receive, send)
 
 
 def allowed_host_names(host: str, allowed: tuple[str, ...], public_base_url: str) -> frozenset[str]:

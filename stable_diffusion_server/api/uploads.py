@@ -1,4 +1,4 @@
-"""The seed's doors: a prompt in, the URL of a stored picture out. Knows no models and no devices."""
+"""The seed's doors: a prompt, image and mask in, the URL of a stored picture out. Knows no models and no devices."""
 
 from __future__ import annotations
 
@@ -9,49 +9,91 @@ from typing import Any, TypeVar
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
-from stable_diffusion_server.api.schemas import TextToImage, documented, read_text_to_image, receipt_body
-from stable_diffusion_server.orders import Limits
+from stable_diffusion_server.api.schemas import (
+    Inpaint,
+    Parameters,
+    StyleTransfer,
+    StyleTransferBytes,
+    TextToImage,
+    documented,
+    read_order,
+    receipt_body,
+)
+from stable_diffusion_server.orders import Limits, Receipt
 from stable_diffusion_server.service import Service
 
 T = TypeVar("T")
 UrlOf = Callable[[Request, str], str]
+Answer = Callable[[Request, Receipt], Coroutine[Any, Any, Response]]
+
+
+_DOORS: tuple[tuple[str, type[Parameters], str, str], ...] = (
+    (
+        "/create_and_upload_image",
+        TextToImage,
+        "Text to image, stored",
+        "Draw a picture from a prompt, store it, and answer where it is and how it was made.",
+    ),
+    (
+        "/make_image",
+        TextToImage,
+        "Text to image, answered",
+        "The same, answering the picture itself; `Content-Location` tells where it is stored.",
+    ),
+    (
+        "/inpaint_and_upload_image",
+        Inpaint,
+        "Inpainting, stored",
+        "Repaint a picture where a mask is white, and keep every other pixel as it is.",
+    ),
+    (
+        "/style_transfer_and_upload_image",
+        StyleTransfer,
+        "Image to image, stored",
+        "Draw a picture anew after a prompt, as much as `strength` says, with its edges kept if `canny` is set.",
+    ),
+    (
+        "/style_transfer_bytes_and_upload_image",
+        StyleTransferBytes,
+        "Image to image for an uploaded file, stored",
+        "The same for a file; its name in the bucket begins with eight digits that tell the content.",
+    ),
+)
 
 
 def router(service: Service, limits: Limits, url_of: UrlOf) -> APIRouter:
     """The upload doors over a service; `url_of` makes the URL of a key for the client at hand."""
     routes = APIRouter(tags=["draw"])
 
-    def both_methods(path: str, handler: Callable[..., Any], summary: str) -> None:
+    async def told(request: Request, receipt: Receipt) -> Response:
+        return JSONResponse(receipt_body(receipt, url_of(request, receipt.key)))
+
+    async def shown(request: Request, receipt: Receipt) -> Response:
+        data, content_type = await service.read(receipt.key)
+        return Response(data, media_type=content_type, headers={"Content-Location": url_of(request, receipt.key)})
+
+    def door(path: str, schema: type[Parameters], answer: Answer, summary: str, description: str) -> None:
+        """One path for GET and POST, over the parameters of `schema`."""
+
+        async def handler(request: Request) -> Response:
+            order = await read_order(request, schema)
+            receipt = await unless_disconnected(request, service.fulfil(order))
+            return client_gone() if receipt is None else await answer(request, receipt)
+
         for method in ("GET", "POST"):
             routes.add_api_route(
                 path,
                 handler,
                 methods=[method],
                 summary=summary,
-                operation_id=f"{handler.__name__}_{method.lower()}",
-                openapi_extra=documented(TextToImage, limits, method),
+                description=description,
+                operation_id=f"{path.strip('/')}_{method.lower()}",
+                openapi_extra=documented(schema, limits, method),
                 response_model=None,
             )
 
-    async def create_and_upload_image(request: Request) -> Response:
-        """Draw a picture from a prompt, store it, and answer where it is and how it was made."""
-        order = await read_text_to_image(request)
-        receipt = await unless_disconnected(request, service.fulfil(order))
-        if receipt is None:
-            return client_gone()
-        return JSONResponse(receipt_body(receipt, url_of(request, receipt.key)))
-
-    async def make_image(request: Request) -> Response:
-        """The same, answering the picture itself; `Content-Location` tells where it is stored."""
-        order = await read_text_to_image(request)
-        receipt = await unless_disconnected(request, service.fulfil(order))
-        if receipt is None:
-            return client_gone()
-        data, content_type = await service.read(receipt.key)
-        return Response(data, media_type=content_type, headers={"Content-Location": url_of(request, receipt.key)})
-
-    both_methods("/create_and_upload_image", create_and_upload_image, "Text to image, stored")
-    both_methods("/make_image", make_image, "Text to image, answered")
+    for path, schema, summary, description in _DOORS:
+        door(path, schema, shown if path == "/make_image" else told, summary, description)
     return routes
 
 

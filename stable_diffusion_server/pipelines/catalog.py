@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
+from typing import Literal
 
-from stable_diffusion_server.errors import InvalidInput
+from stable_diffusion_server.errors import InvalidInput, WeightsUnusable
+
+# How much a refining second pass draws anew: the original handed over at 0.7 of the way.
+REFINE_STRENGTH = 0.3
+
+Source = Literal["embedded", "local", "hub", "auto"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +31,10 @@ class ModelFacts:
 
     `native_pixels` is the largest area it draws well, in pixels; `floor` its smallest side. `text_tokens` is the
     length its prompt is read to, special tokens included. `revision` names these very weights: pictures of another
-    revision are other pictures.
+    revision are other pictures. Folders are beside one another in the models' folder, and `repo` and `control_repo`
+    say where on the Hugging Face hub they come from. `rounds_steps_up` tells how a strength becomes steps.
+    `always` are adapters that belong to the model, by folder and weight. `dtype` and `cpu_dtype` name the torch type
+    of its weights on an accelerator and on the CPU.
     """
 
     name: str
@@ -41,6 +50,17 @@ class ModelFacts:
     schedulers: tuple[str, ...]
     takes_negative_prompt: bool
     lowercase_prompts: bool = False
+    rounds_steps_up: bool = False
+    control_folder: str | None = None
+    control_class: str = "ControlNetModel"
+    control_scale: float = 0.5
+    repo: str | None = None
+    control_repo: str | None = None
+    lcm_folder: str | None = None
+    lcm_repo: str | None = None
+    always: tuple[tuple[str, float], ...] = ()
+    dtype: str = "float32"
+    cpu_dtype: str = "float32"
 
 
 SCHEDULERS: Mapping[str, SchedulerFacts] = MappingProxyType(
@@ -49,50 +69,149 @@ SCHEDULERS: Mapping[str, SchedulerFacts] = MappingProxyType(
         "euler_a": SchedulerFacts("EulerAncestralDiscreteScheduler"),
         # Clipping is meant for pixels; in latents it greys the picture.
         "ddim": SchedulerFacts("DDIMScheduler", options=MappingProxyType({"clip_sample": False})),
+        # It skips through the 50 steps it was distilled on, so it has no more.
+        "lcm": SchedulerFacts("LCMScheduler", max_steps=50, options=MappingProxyType({"clip_sample": False})),
+        "dpm": SchedulerFacts(
+            "DPMSolverMultistepScheduler",
+            options=MappingProxyType({"algorithm_type": "sde-dpmsolver++", "timestep_spacing": "trailing"}),
+        ),
         "flow_euler": SchedulerFacts("FlowMatchEulerDiscreteScheduler"),
     }
 )
 
-MODELS: Mapping[str, ModelFacts] = MappingProxyType(
-    {
-        "sdxl": ModelFacts(
-            name="sdxl",
-            folder="embedded-sdxl",
-            pipeline_class="StableDiffusionXLPipeline",
-            revision="embedded-64502f6be2",
-            native_pixels=128 * 128,
-            floor=128,
-            text_tokens=77,
-            default_steps=4,
-            default_guidance=2.0,
-            default_scheduler="euler",
-            schedulers=("euler", "euler_a", "ddim"),
-            takes_negative_prompt=True,
-        ),
-        "flux": ModelFacts(
-            name="flux",
-            folder="embedded-flux",
-            pipeline_class="FluxPipeline",
-            revision="embedded-2e66fba553",
-            native_pixels=128 * 128,
-            floor=128,
-            text_tokens=32,
-            default_steps=4,
-            default_guidance=0.0,
-            default_scheduler="flow_euler",
-            schedulers=("flow_euler",),
-            takes_negative_prompt=False,
-            lowercase_prompts=True,
-        ),
-    }
+_EMBEDDED_SDXL = ModelFacts(
+    name="sdxl",
+    folder="embedded-sdxl",
+    pipeline_class="StableDiffusionXLPipeline",
+    revision="embedded-64502f6be2",
+    native_pixels=128 * 128,
+    floor=128,
+    text_tokens=77,
+    default_steps=4,
+    default_guidance=2.0,
+    default_scheduler="euler",
+    schedulers=("euler", "euler_a", "ddim"),
+    takes_negative_prompt=True,
+    control_folder="embedded-controlnet-canny-sdxl",
+)
+_EMBEDDED_FLUX = ModelFacts(
+    name="flux",
+    folder="embedded-flux",
+    pipeline_class="FluxPipeline",
+    revision="embedded-2e66fba553",
+    native_pixels=128 * 128,
+    floor=128,
+    text_tokens=32,
+    default_steps=4,
+    default_guidance=0.0,
+    default_scheduler="flow_euler",
+    schedulers=("flow_euler",),
+    takes_negative_prompt=False,
+    lowercase_prompts=True,
+    rounds_steps_up=True,
+    control_folder="embedded-controlnet-canny-flux",
+    control_class="FluxControlNetModel",
+    control_scale=0.7,
+)
+_SDXL_BASE = ModelFacts(
+    name="sdxl",
+    folder="stable-diffusion-xl-base-1.0",
+    repo="stabilityai/stable-diffusion-xl-base-1.0",
+    pipeline_class="StableDiffusionXLPipeline",
+    revision="sdxl-base-1.0",
+    native_pixels=1024 * 1024,
+    floor=512,
+    text_tokens=77,
+    default_steps=25,
+    default_guidance=7.0,
+    default_scheduler="euler",
+    schedulers=("euler", "euler_a", "ddim", "dpm", "lcm"),
+    takes_negative_prompt=True,
+    control_folder="diffusers/controlnet-canny-sdxl-1.0",
+    control_repo="diffusers/controlnet-canny-sdxl-1.0",
+    lcm_folder="lcm-lora-sdxl",
+    lcm_repo="latent-consistency/lcm-lora-sdxl",
+    dtype="float16",
+)
+_PROTEUS = replace(_SDXL_BASE, folder="ProteusV0.2", repo="dataautogpt3/ProteusV0.2", revision="proteus-0.2")
+_FLUX_SCHNELL = ModelFacts(
+    name="flux",
+    folder="FLUX.1-schnell",
+    repo="black-forest-labs/FLUX.1-schnell",
+    pipeline_class="FluxPipeline",
+    revision="flux.1-schnell",
+    native_pixels=1024 * 1024,
+    floor=256,
+    text_tokens=256,
+    default_steps=4,
+    default_guidance=0.0,
+    default_scheduler="flow_euler",
+    schedulers=("flow_euler",),
+    takes_negative_prompt=False,
+    rounds_steps_up=True,
+    control_folder="flux-controlnet-canny",
+    control_repo="XLabs-AI/flux-controlnet-canny-diffusers",
+    control_class="FluxControlNetModel",
+    control_scale=0.7,
+    dtype="bfloat16",
+    cpu_dtype="bfloat16",  # 24 GB; fp32 would be 48
+)
+
+# What comes with the server; `choose_models` may put real weights in their places.
+MODELS: Mapping[str, ModelFacts] = MappingProxyType({"sdxl": _EMBEDDED_SDXL, "flux": _EMBEDDED_FLUX})
+# The weights the original used, by family, the preferred one first.
+REAL_MODELS: Mapping[str, tuple[ModelFacts, ...]] = MappingProxyType(
+    {"sdxl": (_PROTEUS, _SDXL_BASE), "flux": (_FLUX_SCHNELL,)}
 )
 
 
-def facts_of(model: str) -> ModelFacts:
-    """The facts of a model by name. Raises `InvalidInput` for a name that is not in the catalogue."""
-    if model not in MODELS:
-        raise InvalidInput(f"{model!r} is not a model here; there are {', '.join(sorted(MODELS))}.", field="model")
-    return MODELS[model]
+def choose_models(source: Source, present: Collection[str]) -> Mapping[str, ModelFacts]:
+    """The model of each family, by name.
+
+    `embedded` are those that come with the server; `local` the real ones whose folders are among `present`; `hub` the
+    real ones, from the hub where their folder is missing; `auto` the real ones that are present, else the embedded.
+    Raises `WeightsUnusable` when `local` finds none.
+    """
+    if source == "embedded":
+        return MODELS
+    found = {
+        name: next((facts for facts in candidates if facts.folder in present), None)
+        for name, candidates in REAL_MODELS.items()
+    }
+    if source == "hub":
+        return {name: facts or REAL_MODELS[name][0] for name, facts in found.items()}
+    if source == "auto":
+        return {name: facts or MODELS[name] for name, facts in found.items()}
+    chosen = {name: facts for name, facts in found.items() if facts is not None}
+    if not chosen:
+        folders = ", ".join(facts.folder for candidates in REAL_MODELS.values() for facts in candidates)
+        raise WeightsUnusable(f"MODELS=local was asked for, and MODELS_DIR holds none of {folders}.")
+    return chosen
+
+
+def with_lcm(facts: ModelFacts) -> ModelFacts:
+    """The model drawn by its latent-consistency LoRA (Luo et al. 2023, arXiv 2311.05556); itself where there is none.
+
+    Few steps and hardly any guidance, as its authors have it.
+    """
+    if facts.lcm_folder is None:
+        return facts
+    return replace(
+        facts,
+        revision=f"{facts.revision}+lcm",
+        default_steps=5,
+        default_guidance=1.0,
+        default_scheduler="lcm",
+        schedulers=("lcm", *(name for name in facts.schedulers if name != "lcm")),
+        always=((facts.lcm_folder, 1.0),),
+    )
+
+
+def facts_of(model: str, models: Mapping[str, ModelFacts] = MODELS) -> ModelFacts:
+    """The facts of a model by name. Raises `InvalidInput` for a name that is not among `models`."""
+    if model not in models:
+        raise InvalidInput(f"{model!r} is not a model here; there are {', '.join(sorted(models))}.", field="model")
+    return models[model]
 
 
 def scheduler_of(model: ModelFacts, scheduler: str, steps: int) -> SchedulerFacts:
@@ -105,3 +224,27 @@ def scheduler_of(model: ModelFacts, scheduler: str, steps: int) -> SchedulerFact
         bounds = f"from {facts.min_steps} to {facts.max_steps}"
         raise InvalidInput(f"The scheduler {scheduler} takes {bounds} steps.", field="num_inference_steps")
     return facts
+
+
+def steps_skipped(model: ModelFacts, steps: int, strength: float) -> int:
+    """How many of `steps` a picture drawn anew by `strength` (0..1) leaves out, rounded as diffusers does.
+
+    Raises `InvalidInput` naming both parameters when no step would be left.
+    """
+    skipped = _skipped(model, steps, strength)
+    if skipped >= steps:
+        sentence = f"strength {strength:g} of {steps} steps leaves none to draw; raise one of the two."
+        raise InvalidInput.of([("strength", sentence), ("num_inference_steps", sentence)])
+    return skipped
+
+
+def refine_steps_skipped(model: ModelFacts, steps: int) -> int:
+    """How many of `steps` a refining second pass leaves out; it takes at least one."""
+    return min(_skipped(model, steps, REFINE_STRENGTH), steps - 1)
+
+
+def _skipped(model: ModelFacts, steps: int, strength: float) -> int:
+    """The arithmetic of diffusers' `get_timesteps`, which differs between the families."""
+    if model.rounds_steps_up:
+        return int(max(steps - min(steps * strength, steps), 0))
+    return steps - min(int(steps * strength), steps)

@@ -12,32 +12,75 @@ import torch
 from numpy.typing import NDArray
 
 from stable_diffusion_server.errors import DevicePoisoned, NotFinite, OutOfMemory
-from stable_diffusion_server.orders import Job
+from stable_diffusion_server.orders import Job, Picture
+from stable_diffusion_server.pipelines.control import Control
 
 C = TypeVar("C")
 
 
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A run of steps: its schedule, and the noise it begins with (shaped like the latents) with its generator.
+
+    A job has one; a refined job has a second one, which begins with what the first one came to.
+    """
+
+    scheduler: Any
+    timesteps: torch.Tensor
+    generator: torch.Generator
+    noise: torch.Tensor
+
+    def noised(self, latents: torch.Tensor, position: int) -> torch.Tensor:
+        """`latents` as noisy as this schedule has them at its step number `position`.
+
+        Some schedulers look at their own step counter instead, so ask for the step that comes next.
+        """
+        timestep = self.timesteps[position].reshape(1)
+        noised: torch.Tensor
+        if hasattr(self.scheduler, "scale_noise"):  # flow matching
+            noised = self.scheduler.scale_noise(latents, timestep, self.noise)
+        else:
+            noised = self.scheduler.add_noise(latents, self.noise, timestep)
+        return noised
+
+    def denoised(self, prediction: torch.Tensor, position: int, latents: torch.Tensor) -> torch.Tensor:
+        """The latents after step `position`; schedulers that draw noise in a step draw it from our generator."""
+        extra = {"generator": self.generator} if self.scheduler.draws_noise else {}
+        step = self.scheduler.step(prediction, self.timesteps[position], latents, return_dict=False, **extra)
+        denoised: torch.Tensor = step[0]
+        return denoised
+
+
+@dataclass(frozen=True, slots=True)
+class Keep:
+    """What stays as it was: `latents` of a picture, wherever `mask` (shaped like them, or 1 × 1 × h × w) is 0."""
+
+    mask: torch.Tensor
+    latents: torch.Tensor
+
+
 @dataclass(slots=True)
 class State(Generic[C]):
-    """One job between two steps. Owns its scheduler and generator, so that jobs in a batch never touch each other.
+    """One job between two steps. Owns its schedulers and generators, so that jobs in a batch never touch each other.
 
-    `latents` are 1 × …, `timesteps` holds all of the schedule, `index` the next one to do; `conditioning` is what
-    the family made of the prompt.
+    `latents` are 1 × …, `stages` what is left to do, `index` the number of steps done; `conditioning` is what the
+    family made of the prompt. `keep` and `control` make a job an inpainting or a guided one, together or alone.
     """
 
     job: Job
     shape: tuple[object, ...]
     latents: torch.Tensor
-    timesteps: torch.Tensor
-    scheduler: Any
-    generator: torch.Generator
+    stages: tuple[Stage, ...]
     conditioning: C
+    keep: Keep | None = None
+    control: Control | None = None
     index: int = 0
+    begun: int = 0
 
     @property
     def steps(self) -> int:
         """Number of steps in all."""
-        return len(self.timesteps)
+        return self.begun + sum(len(stage.timesteps) for stage in self.stages)
 
     @property
     def done(self) -> bool:
@@ -47,18 +90,40 @@ class State(Generic[C]):
     @property
     def timestep(self) -> torch.Tensor:
         """The timestep of the next step, a scalar."""
-        return self.timesteps[self.index]
+        return self.stages[0].timesteps[self.index - self.begun]
+
+    @property
+    def model_input(self) -> torch.Tensor:
+        """The latents as the model wants to see them at the next step."""
+        scheduler = self.stages[0].scheduler
+        if not hasattr(scheduler, "scale_model_input"):  # flow matching
+            return self.latents
+        scaled: torch.Tensor = scheduler.scale_model_input(self.latents, self.timestep)
+        return scaled
 
     def advance(self, prediction: torch.Tensor) -> None:
-        """Take one scheduler step with the model's prediction for these latents."""
-        self.latents = self.scheduler.step(
-            prediction, self.timestep, self.latents, return_dict=False, **self.extra_step_arguments()
-        )[0]
-        self.index += 1
+        """Take one step with the model's prediction for these latents; put back what is kept; begin the next stage.
 
-    def extra_step_arguments(self) -> dict[str, object]:
-        """The generator for schedulers that draw noise in a step; the others do not take one."""
-        return {"generator": self.generator} if self.scheduler.draws_noise else {}
+        The blend is that of diffusers' inpaint pipelines (after Lugmayr et al. 2022, arXiv 2201.09865): the kept
+        latents are as noisy as the next step expects, and clean after the last one.
+        """
+        stage = self.stages[0]
+        self.latents = stage.denoised(prediction, self.index - self.begun, self.latents)
+        self.index += 1
+        position = self.index - self.begun
+        ended = position == len(stage.timesteps)
+        if self.keep is not None:
+            kept = self.keep.latents if ended else stage.noised(self.keep.latents, position)
+            self.latents = (1 - self.keep.mask) * kept + self.keep.mask * self.latents
+        if ended and len(self.stages) > 1:
+            self._begin_next_stage()
+
+    def _begin_next_stage(self) -> None:
+        """The next stage takes the finished latents for its picture, as a second call of a pipeline would."""
+        self.stages, self.begun = self.stages[1:], self.index
+        if self.keep is not None:
+            self.keep = Keep(self.keep.mask, self.latents)
+        self.latents = self.stages[0].noised(self.latents, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +163,33 @@ def torch_errors_told() -> Iterator[None]:
         raise OutOfMemory("The device has no memory left for this picture.") from error
     except torch.AcceleratorError as error:
         raise DevicePoisoned("The device reported an error it cannot recover from.") from error
+
+
+def seeded(seed: int) -> torch.Generator:
+    """A generator on the CPU whatever the device, so that a seed means the same picture everywhere."""
+    return torch.Generator("cpu").manual_seed(seed)
+
+
+def to_tensor(picture: Picture, device: torch.device) -> torch.Tensor:
+    """A picture as floats in 0..1, 1 × 3 × height × width; a mask or edges become three equal channels."""
+    pixels = torch.from_numpy(np.ascontiguousarray(picture.pixels)).to(device, torch.float32) / 255
+    planes = pixels.expand(3, *pixels.shape) if pixels.ndim == 2 else pixels.permute(2, 0, 1)
+    return planes[None]
+
+
+def latent_mask(mask: Picture, like: torch.Tensor) -> torch.Tensor:
+    """The mask over latents `like` (1 × channels × h × w): 1 × 1 × h × w, 1 to repaint and 0 to keep.
+
+    Binarized at one half, then shrunk to the nearest pixel, as diffusers' inpaint pipelines do.
+    """
+    binary = (to_tensor(mask, like.device)[:, :1] >= 0.5).float()
+    return torch.nn.functional.interpolate(binary, size=like.shape[-2:]).to(like.dtype)
+
+
+def encode(vae: Any, image: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """A sample of the VAE's unscaled latents (1 × channels × h × w) of floats in 0..1. Draws from `generator`."""
+    latents: torch.Tensor = vae.encode((2 * image - 1).to(vae.dtype)).latent_dist.sample(generator)
+    return latents
 
 
 def decode(vae: Any, latents: torch.Tensor) -> Drawn:

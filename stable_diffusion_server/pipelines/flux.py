@@ -10,33 +10,59 @@ import numpy as np
 import torch
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
-from stable_diffusion_server.orders import Job
-from stable_diffusion_server.pipelines.catalog import ModelFacts, scheduler_of
+from stable_diffusion_server.errors import InvalidInput
+from stable_diffusion_server.orders import Job, Picture
+from stable_diffusion_server.pipelines.adapters import Adapters
+from stable_diffusion_server.pipelines.catalog import (
+    ModelFacts,
+    refine_steps_skipped,
+    scheduler_of,
+    steps_skipped,
+)
 from stable_diffusion_server.pipelines.components import make_scheduler, token_counter
-from stable_diffusion_server.pipelines.denoising import Drawn, State, decode, torch_errors_told
+from stable_diffusion_server.pipelines.control import Control, transformer_residuals
+from stable_diffusion_server.pipelines.denoising import (
+    Drawn,
+    Keep,
+    Stage,
+    State,
+    decode,
+    encode,
+    latent_mask,
+    seeded,
+    to_tensor,
+    torch_errors_told,
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Conditioning:
     """What the transformer is told of one job.
 
-    `embeds` 1 × tokens × channels (T5), `pooled` 1 × channels (CLIP), `guidance` 1 or `None` where the model was
-    distilled without it; `text_ids` tokens × 3 and `image_ids` patches × 3 are positions, equal for a shape.
+    `embeds` 1 × tokens × channels (T5), `pooled` 1 × channels (CLIP), `guidance` 1, for
+    models distilled with it; `text_ids` tokens × 3 and `image_ids` patches × 3 are positions, equal for a shape.
     """
 
     embeds: torch.Tensor
     pooled: torch.Tensor
-    guidance: torch.Tensor | None
+    guidance: torch.Tensor
     text_ids: torch.Tensor
     image_ids: torch.Tensor
 
 
 class Flux:
-    """Draws with a stock `FluxPipeline`'s own parts; equal to its `__call__` (tests/pipelines)."""
+    """Draws with a stock `FluxPipeline`'s own parts; equal to the stock calls (tests/pipelines).
 
-    def __init__(self, pipeline: Any, facts: ModelFacts) -> None:
+    `controlnet` shares nothing with the pipeline and may be `None`; then guided jobs are refused.
+    """
+
+    def __init__(
+        self, pipeline: Any, facts: ModelFacts, controlnet: Any = None, adapters: Adapters | None = None
+    ) -> None:
         self.pipeline = pipeline
         self.facts = facts
+        self.controlnet = controlnet
+        self.adapters = adapters or Adapters(pipeline)
         self._count = token_counter(pipeline.tokenizer_2)
 
     def count_tokens(self, prompt: str) -> int:
@@ -44,55 +70,62 @@ class Flux:
         return self._count(self._text(prompt))
 
     def prepare(self, job: Job) -> State[Conditioning]:
-        """Encode the prompt, draw the first noise, set the timesteps."""
+        """Encode the prompt and the pictures, draw the first noise, set the timesteps.
+
+        Draws from the generator in the order of the stock pipelines: the edges' latents, the picture's latents, the
+        noise. Raises `InvalidInput` for a strength that leaves no step, an unknown adapter, or edges without a
+        ControlNet.
+        """
         with torch_errors_told():
-            pipe = self.pipeline
-            # On the CPU whatever the device, so that a seed means the same picture everywhere.
-            generator = torch.Generator("cpu").manual_seed(job.seed)
-            embeds, pooled, text_ids = pipe.encode_prompt(
-                prompt=self._text(job.prompt),
-                prompt_2=None,
-                device=pipe.device,
-                max_sequence_length=self.facts.text_tokens,
-            )
-            latents, image_ids = pipe.prepare_latents(
-                1,
-                pipe.transformer.config.in_channels // 4,  # a patch packs 2 × 2 latent pixels into channels
-                job.height,
-                job.width,
-                embeds.dtype,
-                pipe.device,
-                generator,
-            )
-            guidance = None
-            if pipe.transformer.config.guidance_embeds:
-                guidance = torch.full([1], job.guidance_scale, device=pipe.device, dtype=torch.float32)
-            scheduler = self._scheduler(job, patches=latents.shape[1])
+            skipped = steps_skipped(self.facts, job.num_inference_steps, job.strength) if job.image else 0
+            self.adapters.use(job.loras)
+            conditioning = self._encode(job)
+            dtype = conditioning.embeds.dtype
+            generator = seeded(job.seed)
+            control = self._control(job, generator)
+            picture = self._latents_of(job.image, generator).to(dtype) if job.image is not None else None
+            stages = [self._stage(job, skipped, generator, dtype)]
+            latents = stages[0].noise if picture is None else stages[0].noised(picture, 0)
+            keep = None
+            if job.mask is not None and picture is not None:
+                channels = self.pipeline.vae.config.latent_channels
+                like = torch.empty(1, 1, *self._size(job), device=picture.device, dtype=dtype)
+                keep = Keep(self._packed(latent_mask(job.mask, like).repeat(1, channels, 1, 1)), picture)
+            if job.refine:
+                skipped = refine_steps_skipped(self.facts, job.num_inference_steps)
+                # Noise of its own: the first pass's noise, added twice, shows.
+                stages.append(self._stage(job, skipped, seeded(job.seed + 1), dtype))
             return State(
                 job=job,
-                shape=(*job.shape, embeds.shape[1]),
+                shape=(*job.shape, conditioning.embeds.shape[1]),
                 latents=latents,
-                timesteps=scheduler.timesteps,
-                scheduler=scheduler,
-                generator=generator,
-                conditioning=Conditioning(embeds, pooled, guidance, text_ids, image_ids),
+                stages=tuple(stages),
+                conditioning=conditioning,
+                keep=keep,
+                control=control,
             )
 
     def step(self, states: Sequence[State[Conditioning]]) -> None:
         """One transformer pass over all states, then each state's own scheduler step."""
         with torch_errors_told():
+            self.adapters.use(states[0].job.loras)
             told = [state.conditioning for state in states]
-            guidance = [c.guidance for c in told if c.guidance is not None]
-            latents = torch.cat([state.latents for state in states])
-            timesteps = torch.stack([state.timestep for state in states]).to(latents.dtype)
-            predicted = self.pipeline.transformer(
-                hidden_states=latents,
-                timestep=timesteps / 1000,
-                guidance=torch.cat(guidance) if guidance else None,
-                pooled_projections=torch.cat([c.pooled for c in told]),
-                encoder_hidden_states=torch.cat([c.embeds for c in told]),
-                txt_ids=told[0].text_ids,
-                img_ids=told[0].image_ids,
+            guidance = torch.cat([c.guidance for c in told])
+            latents = torch.cat([state.model_input for state in states])
+            transformer = self.pipeline.transformer
+            inputs = {
+                "hidden_states": latents,
+                "timestep": torch.stack([state.timestep for state in states]).to(latents.dtype) / 1000,
+                "pooled_projections": torch.cat([c.pooled for c in told]),
+                "encoder_hidden_states": torch.cat([c.embeds for c in told]),
+                "txt_ids": told[0].text_ids,
+                "img_ids": told[0].image_ids,
+            }
+            controls = [state.control for state in states]
+            predicted = transformer(
+                **inputs,
+                **transformer_residuals(self.controlnet, inputs, guidance, controls),
+                guidance=guidance if transformer.config.guidance_embeds else None,
                 return_dict=False,
             )[0]
             for state, prediction in zip(states, predicted.split(1), strict=True):
@@ -102,24 +135,72 @@ class Flux:
         """Unpack the patches and decode; Flux's VAE has a shift beside its scale."""
         with torch_errors_told():
             pipe = self.pipeline
-            # The stock unpacking is a static method of the pipeline, private by name only.
+            # The stock packing and unpacking are static methods of the pipeline, private by name only.
             latents = pipe._unpack_latents(state.latents, state.job.height, state.job.width, pipe.vae_scale_factor)
             return decode(pipe.vae, latents / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor)
 
     def _text(self, prompt: str) -> str:
         return prompt.lower() if self.facts.lowercase_prompts else prompt
 
-    def _scheduler(self, job: Job, patches: int) -> Any:
-        """The job's scheduler with its timesteps set; the schedule shifts with the number of patches."""
+    def _encode(self, job: Job) -> Conditioning:
         pipe = self.pipeline
-        scheduler = make_scheduler(
-            scheduler_of(self.facts, job.scheduler, job.num_inference_steps), like=pipe.scheduler
+        device = pipe._execution_device
+        embeds, pooled, text_ids = pipe.encode_prompt(
+            prompt=self._text(job.prompt),
+            prompt_2=None,
+            device=device,
+            max_sequence_length=self.facts.text_tokens,
         )
+        height, width = self._size(job)
+        image_ids = pipe._prepare_latent_image_ids(1, height // 2, width // 2, device, embeds.dtype)
+        guidance = torch.full([1], job.guidance_scale, device=device, dtype=torch.float32)
+        return Conditioning(embeds, pooled, guidance, text_ids, image_ids)
+
+    def _control(self, job: Job, generator: torch.Generator) -> Control | None:
+        """The hint as this kind of ControlNet takes it: latents of the edges, or their pixels."""
+        if job.control is None:
+            return None
+        if self.controlnet is None:
+            raise InvalidInput(f"{self.facts.name} has no ControlNet here to follow edges with.", field="canny")
+        if self.controlnet.input_hint_block is None:
+            hint = self._latents_of(job.control, generator)
+        else:
+            hint = 2 * to_tensor(job.control, self.pipeline._execution_device) - 1
+        return Control(hint.to(self.controlnet.dtype), job.control_scale)
+
+    def _latents_of(self, picture: Picture, generator: torch.Generator) -> torch.Tensor:
+        """The packed latents of a picture, scaled as the transformer sees them."""
+        vae = self.pipeline.vae
+        latents = encode(vae, to_tensor(picture, self.pipeline._execution_device), generator)
+        return self._packed((latents - vae.config.shift_factor) * vae.config.scaling_factor)
+
+    def _packed(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents 1 × channels × h × w as patches of 2 × 2: 1 × (h·w / 4) × 4·channels."""
+        packed: torch.Tensor = self.pipeline._pack_latents(latents, *latents.shape)
+        return packed
+
+    def _size(self, job: Job) -> tuple[int, int]:
+        """Height and width of the job's latents, both even."""
+        patch = self.pipeline.vae_scale_factor * 2
+        return 2 * (job.height // patch), 2 * (job.width // patch)
+
+    def _stage(self, job: Job, skipped: int, generator: torch.Generator, dtype: torch.dtype) -> Stage:
+        """A run of the job's steps without the first `skipped`; draws its noise from `generator`.
+
+        The schedule shifts with the number of patches.
+        """
+        pipe = self.pipeline
+        device = pipe._execution_device
+        steps = job.num_inference_steps
+        # A patch packs 2 × 2 latent pixels into channels.
+        shape = (1, pipe.transformer.config.in_channels // 4, *self._size(job))
+        noise = self._packed(torch.randn(shape, generator=generator, dtype=dtype).to(device))
+        scheduler = make_scheduler(scheduler_of(self.facts, job.scheduler, steps), like=pipe.scheduler)
         config = scheduler.config
         shift = calculate_shift(
-            patches, config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift
+            noise.shape[1], config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift
         )
-        sigmas = np.linspace(1.0, 1 / job.num_inference_steps, job.num_inference_steps)
-        scheduler.set_timesteps(sigmas=sigmas, device=pipe.device, mu=shift)
-        scheduler.set_begin_index(0)
-        return scheduler
+        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), device=device, mu=shift)
+        first = skipped * scheduler.order
+        scheduler.set_begin_index(first)
+        return Stage(scheduler, scheduler.timesteps[first:], generator, noise)

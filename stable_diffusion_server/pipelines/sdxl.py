@@ -8,10 +8,29 @@ from typing import Any
 
 import torch
 
+from stable_diffusion_server.errors import InvalidInput
 from stable_diffusion_server.orders import Job
-from stable_diffusion_server.pipelines.catalog import ModelFacts, scheduler_of
+from stable_diffusion_server.pipelines.adapters import Adapters
+from stable_diffusion_server.pipelines.catalog import (
+    ModelFacts,
+    refine_steps_skipped,
+    scheduler_of,
+    steps_skipped,
+)
 from stable_diffusion_server.pipelines.components import make_scheduler, token_counter
-from stable_diffusion_server.pipelines.denoising import Drawn, State, decode, torch_errors_told
+from stable_diffusion_server.pipelines.control import Control, unet_residuals
+from stable_diffusion_server.pipelines.denoising import (
+    Drawn,
+    Keep,
+    Stage,
+    State,
+    decode,
+    encode,
+    latent_mask,
+    seeded,
+    to_tensor,
+    torch_errors_told,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +51,18 @@ class Conditioning:
 
 
 class Sdxl:
-    """Draws with a stock `StableDiffusionXLPipeline`'s own parts; equal to its `__call__` (tests/pipelines)."""
+    """Draws with a stock `StableDiffusionXLPipeline`'s own parts; equal to the stock calls (tests/pipelines).
 
-    def __init__(self, pipeline: Any, facts: ModelFacts) -> None:
+    `controlnet` shares nothing with the pipeline and may be `None`; then guided jobs are refused.
+    """
+
+    def __init__(
+        self, pipeline: Any, facts: ModelFacts, controlnet: Any = None, adapters: Adapters | None = None
+    ) -> None:
         self.pipeline = pipeline
         self.facts = facts
+        self.controlnet = controlnet
+        self.adapters = adapters or Adapters(pipeline)
         self._counters = [token_counter(pipeline.tokenizer), token_counter(pipeline.tokenizer_2)]
 
     def count_tokens(self, prompt: str) -> int:
@@ -44,50 +70,61 @@ class Sdxl:
         return max(count(prompt) for count in self._counters)
 
     def prepare(self, job: Job) -> State[Conditioning]:
-        """Encode the prompt, draw the first noise, set the timesteps."""
+        """Encode the prompt and the pictures, draw the first noise, set the timesteps.
+
+        Draws from the generator in the order of the stock pipelines: the picture's latents, then the noise. Raises
+        `InvalidInput` for a strength that leaves no step, an unknown adapter, or edges without a ControlNet.
+        """
         with torch_errors_told():
             pipe = self.pipeline
-            device = pipe.device
-            scheduler = make_scheduler(
-                scheduler_of(self.facts, job.scheduler, job.num_inference_steps), like=pipe.scheduler
-            )
-            scheduler.set_timesteps(job.num_inference_steps, device=device)
-            # On the CPU whatever the device, so that a seed means the same picture everywhere.
-            generator = torch.Generator("cpu").manual_seed(job.seed)
+            skipped = steps_skipped(self.facts, job.num_inference_steps, job.strength) if job.image else 0
+            control = self._control(job)
+            self.adapters.use(job.loras)
             conditioning = self._encode(job)
-            channels = pipe.unet.config.in_channels
-            shape = (1, channels, job.height // pipe.vae_scale_factor, job.width // pipe.vae_scale_factor)
-            noise = torch.randn(shape, generator=generator, dtype=conditioning.embeds.dtype)
+            generator = seeded(job.seed)
+            picture = None
+            if job.image is not None:
+                scale = pipe.vae.config.scaling_factor
+                pixels = to_tensor(job.image, pipe._execution_device)
+                picture = scale * encode(pipe.vae, pixels, generator).to(conditioning.embeds.dtype)
+            stages = [self._stage(job, skipped, generator, conditioning.embeds.dtype)]
+            latents, keep = self._begin(job, stages[0], picture)
+            if keep is not None:
+                # A UNet with 9 channels would see the masked picture's latents; the stock pipeline samples them
+                # for this one as well, and what ancestral schedulers draw later depends on it.
+                torch.randn(latents.shape, generator=generator, dtype=pipe.vae.dtype)
+            if job.refine:
+                skipped = refine_steps_skipped(self.facts, job.num_inference_steps)
+                # Noise of its own: the first pass's noise, added twice, shows.
+                stages.append(self._stage(job, skipped, seeded(job.seed + 1), conditioning.embeds.dtype))
             return State(
                 job=job,
                 shape=(*job.shape, conditioning.embeds.shape[1]),
-                latents=noise.to(device) * scheduler.init_noise_sigma,
-                timesteps=scheduler.timesteps,
-                scheduler=scheduler,
-                generator=generator,
+                latents=latents,
+                stages=tuple(stages),
                 conditioning=conditioning,
+                keep=keep,
+                control=control,
             )
 
     def step(self, states: Sequence[State[Conditioning]]) -> None:
         """One UNet pass over the rows of all states, then each state's own guidance and scheduler step."""
         with torch_errors_told():
+            self.adapters.use(states[0].job.loras)
             told = [state.conditioning for state in states]
             rows = [len(conditioning.embeds) for conditioning in told]
-            latents = [
-                state.scheduler.scale_model_input(state.latents, state.timestep).expand(n, -1, -1, -1)
-                for state, n in zip(states, rows, strict=True)
-            ]
-            timesteps = [state.timestep.expand(n) for state, n in zip(states, rows, strict=True)]
-            predicted = self.pipeline.unet(
-                torch.cat(latents),
-                torch.cat(timesteps),
-                encoder_hidden_states=torch.cat([c.embeds for c in told]),
-                added_cond_kwargs={
+            inputs = {
+                "sample": _by_row([state.model_input for state in states], rows),
+                "timestep": _by_row([state.timestep.reshape(1) for state in states], rows),
+                "encoder_hidden_states": torch.cat([c.embeds for c in told]),
+                "added_cond_kwargs": {
                     "text_embeds": torch.cat([c.pooled for c in told]),
                     "time_ids": torch.cat([c.time_ids for c in told]),
                 },
-                return_dict=False,
-            )[0]
+            }
+            controls = [state.control for state, n in zip(states, rows, strict=True) for _ in range(n)]
+            residuals = unet_residuals(self.controlnet, inputs, controls)
+            predicted = self.pipeline.unet(**inputs, **residuals, return_dict=False)[0]
             for state, prediction in zip(states, predicted.split(rows), strict=True):
                 state.advance(_guide(prediction, state))
 
@@ -97,12 +134,41 @@ class Sdxl:
             vae = self.pipeline.vae
             return decode(vae, state.latents / vae.config.scaling_factor)
 
+    def _stage(self, job: Job, skipped: int, generator: torch.Generator, dtype: torch.dtype) -> Stage:
+        """A run of the job's steps without the first `skipped`; draws its noise from `generator`."""
+        pipe = self.pipeline
+        device = pipe._execution_device
+        facts = scheduler_of(self.facts, job.scheduler, job.num_inference_steps)
+        scheduler = make_scheduler(facts, like=pipe.scheduler)
+        scheduler.set_timesteps(job.num_inference_steps, device=device)
+        first = skipped * scheduler.order
+        if hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(first)
+        size = (job.height // pipe.vae_scale_factor, job.width // pipe.vae_scale_factor)
+        noise = torch.randn((1, pipe.unet.config.in_channels, *size), generator=generator, dtype=dtype)
+        return Stage(scheduler, scheduler.timesteps[first:], generator, noise.to(device))
+
+    def _begin(self, job: Job, stage: Stage, picture: torch.Tensor | None) -> tuple[torch.Tensor, Keep | None]:
+        """The latents before the first step, and what of the picture's latents is kept."""
+        keep = Keep(latent_mask(job.mask, picture), picture) if job.mask is not None and picture is not None else None
+        if picture is None or (keep is not None and job.strength == 1):
+            return stage.noise * stage.scheduler.init_noise_sigma, keep
+        return stage.noised(picture, 0), keep
+
+    def _control(self, job: Job) -> Control | None:
+        if job.control is None:
+            return None
+        if self.controlnet is None:
+            raise InvalidInput(f"{self.facts.name} has no ControlNet here to follow edges with.", field="canny")
+        hint = to_tensor(job.control, self.pipeline._execution_device).to(self.controlnet.dtype)
+        return Control(hint, job.control_scale)
+
     def _encode(self, job: Job) -> Conditioning:
         guided = job.guidance_scale > 1
         positive, negative, pooled, negative_pooled = self.pipeline.encode_prompt(
             prompt=job.prompt,
             negative_prompt=job.negative_prompt,
-            device=self.pipeline.device,
+            device=self.pipeline._execution_device,
             num_images_per_prompt=1,
             do_classifier_free_guidance=guided,
         )
@@ -114,6 +180,11 @@ class Sdxl:
         return Conditioning(
             torch.cat([negative, positive]), torch.cat([negative_pooled, pooled]), time_ids.expand(2, -1)
         )
+
+
+def _by_row(tensors: Sequence[torch.Tensor], rows: Sequence[int]) -> torch.Tensor:
+    """One batch of tensors of one row each, the i-th repeated `rows[i]` times."""
+    return torch.cat([tensor.expand(n, *tensor.shape[1:]) for tensor, n in zip(tensors, rows, strict=True)])
 
 
 def _guide(prediction: torch.Tensor, state: State[Conditioning]) -> torch.Tensor:

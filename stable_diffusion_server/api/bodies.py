@@ -1,0 +1,85 @@
+"""Query and body of a request to one mapping: form, multipart with files, or JSON. Knows no parameter by name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Set
+from dataclasses import dataclass, field
+from typing import NoReturn
+
+from fastapi import Request
+from starlette.datastructures import UploadFile
+from starlette.formparsers import MultiPartException
+
+from stable_diffusion_server.errors import InvalidInput, Malformed, UnsupportedMedia
+
+_FORM_TYPES = ("application/x-www-form-urlencoded", "multipart/form-data")
+BODY_TYPES = ("application/json", *_FORM_TYPES)
+_MAX_FIELDS = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """A file of a multipart form, read."""
+
+    data: bytes = field(repr=False)
+
+
+async def read_parameters(request: Request, files: Set[str] = frozenset()) -> dict[str, object]:
+    """Query and body of a request as one mapping. A parameter given twice is refused, wherever it stands.
+
+    `files` are the names that may be files of a multipart form; they come as `Upload`.
+    """
+    merged: dict[str, object] = {}
+    for name, value in [*request.query_params.multi_items(), *(await _read_body(request, files))]:
+        if not name.isascii():
+            # Every parameter's name is ASCII, and pydantic cannot tell a lone surrogate from a name.
+            raise InvalidInput(f"{name[:100]} is not a parameter here.", field=name[:100])
+        if name in merged:
+            raise Malformed(f"{name[:100]} is given more than once.", field=name[:100])
+        merged[name] = value
+    return merged
+
+
+async def _read_body(request: Request, files: Set[str]) -> list[tuple[str, object]]:
+    if request.method == "GET" or request.headers.get("content-length") == "0":
+        return []
+    media_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    if media_type == "application/json":
+        return _read_json(await request.body())
+    if media_type in _FORM_TYPES:
+        return await _read_form(request, files)
+    if not media_type and not await request.body():
+        return []
+    raise UnsupportedMedia(f"Send application/json or one of {', '.join(_FORM_TYPES)}.")
+
+
+def _read_json(body: bytes) -> list[tuple[str, object]]:
+    def not_a_number(name: str) -> NoReturn:
+        raise Malformed(f"{name} is not JSON.")
+
+    def every_pair(pairs: list[tuple[str, object]]) -> object:
+        # The outermost object comes last; as pairs, so that a name given twice is seen.
+        return pairs
+
+    try:
+        parsed = json.loads(body, object_pairs_hook=every_pair, parse_constant=not_a_number)
+    except (ValueError, RecursionError) as error:
+        raise Malformed("The body is not valid JSON.") from error
+    if not body.lstrip().startswith(b"{"):
+        raise Malformed("The body must be a JSON object.")
+    pairs: list[tuple[str, object]] = parsed
+    return pairs
+
+
+async def _read_form(request: Request, files: Set[str]) -> list[tuple[str, object]]:
+    items: list[tuple[str, object]] = []
+    try:
+        async with request.form(max_files=len(files), max_fields=_MAX_FIELDS) as form:
+            for name, value in form.multi_items():
+                if isinstance(value, UploadFile) and name not in files:
+                    raise InvalidInput(f"{name[:100]} takes no file here.", field=name[:100])
+                items.append((name, Upload(await value.read()) if isinstance(value, UploadFile) else value))
+    except MultiPartException as error:
+        raise Malformed(f"The form could not be read ({error.message}).") from error
+    return items

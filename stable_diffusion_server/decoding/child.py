@@ -1,0 +1,114 @@
+"""The program of a decoding process: one picture at a time from stdin to stdout. Knows Pillow, and nothing of ours.
+
+It is run by its path (`pool` starts it), imports nothing of the package, and sees no environment, so that there is
+little to find for a picture that takes it over. Arguments: most pixels, longest side, bytes of address space, seconds
+of CPU per picture.
+"""
+
+from __future__ import annotations
+
+import io
+import resource
+import signal
+import struct
+import sys
+import warnings
+from typing import BinaryIO
+
+from PIL import Image, ImageOps
+
+FORMATS = ("PNG", "JPEG", "WEBP")
+# A request is the length of the file and the file. An answer is a verdict and two numbers: for PIXELS width and
+# height, followed by height × width × 3 bytes; for TOO_LARGE width and height alone.
+REQUEST, ANSWER = struct.Struct(">Q"), struct.Struct(">cII")
+PIXELS, NOT_A_PICTURE, TOO_LARGE, BROKEN, NO_MEMORY = b"P", b"N", b"L", b"B", b"M"
+_EXIF_ORIENTATION = 0x0112
+
+
+def main() -> None:
+    """Answer requests until stdin ends."""
+    max_pixels, max_side, memory, seconds = (int(argument) for argument in sys.argv[1:])
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server, which then closes stdin
+    warnings.simplefilter("ignore")
+    Image.MAX_IMAGE_PIXELS = None  # `decode` looks at the size itself, before Pillow would
+    Image.init()
+    _bound(resource.RLIMIT_AS, memory)
+    _bound(resource.RLIMIT_CORE, 0)
+    _bound(resource.RLIMIT_FSIZE, 0)
+    _bound(resource.RLIMIT_NOFILE, 16)
+    source, target = sys.stdin.buffer, sys.stdout.buffer
+    while len(head := source.read(REQUEST.size)) == REQUEST.size:
+        _allow_cpu(seconds)
+        _answer(target, source.read(REQUEST.unpack(head)[0]), max_pixels, max_side)
+
+
+def decode(data: bytes, max_pixels: int, max_side: int) -> tuple[bytes, int, int, bytes]:
+    """Verdict, width, height and pixels (8-bit RGB rows, top to bottom) of a file's first frame.
+
+    The size is judged from the header. Orientation by EXIF is applied, transparency is laid over white.
+    """
+    try:
+        picture = Image.open(io.BytesIO(data), formats=FORMATS)
+    except MemoryError:
+        return NO_MEMORY, 0, 0, b""
+    except Exception:  # whatever a decoder raises, the picture is the cause
+        return NOT_A_PICTURE, 0, 0, b""
+    width, height = picture.size
+    if width * height > max_pixels or max(width, height) > max_side:
+        return TOO_LARGE, width, height, b""
+    try:
+        picture.load()
+        upright = to_rgb(_upright(picture))
+        return PIXELS, upright.width, upright.height, upright.tobytes()
+    except MemoryError:
+        return NO_MEMORY, 0, 0, b""
+    except Exception:  # as above
+        return BROKEN, 0, 0, b""
+
+
+def to_rgb(picture: Image.Image) -> Image.Image:
+    """Any mode a PNG, JPEG or WebP may have as RGB, what is transparent over white."""
+    if picture.mode.startswith(("I", "F")):
+        # 16 bits of grey; Pillow's own conversion would clip them to 255 instead of scaling.
+        picture = picture.convert("I").point(lambda value: value * (1 / 257)).convert("L")
+    if "A" in picture.mode or "a" in picture.mode or "transparency" in picture.info:
+        layer = picture.convert("RGBA")
+        white = Image.new("RGBA", layer.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, layer).convert("RGB")
+    return picture.convert("RGB")
+
+
+def _upright(picture: Image.Image) -> Image.Image:
+    """Turned as EXIF says; EXIF that cannot be read turns nothing."""
+    try:
+        if picture.getexif().get(_EXIF_ORIENTATION, 1) == 1:
+            return picture
+        return ImageOps.exif_transpose(picture)
+    except MemoryError:
+        raise
+    except Exception:  # a picture with broken EXIF is still a picture
+        return picture
+
+
+def _answer(target: BinaryIO, data: bytes, max_pixels: int, max_side: int) -> None:
+    verdict, width, height, pixels = decode(data, max_pixels, max_side)
+    target.write(ANSWER.pack(verdict, min(width, 2**32 - 1), min(height, 2**32 - 1)))
+    target.write(pixels)
+    target.flush()
+
+
+def _allow_cpu(seconds: int) -> None:
+    """Allow that much more CPU time than was used so far; beyond it the kernel ends the process."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
+    resource.setrlimit(resource.RLIMIT_CPU, (int(used.ru_utime + used.ru_stime) + 1 + seconds, hard))
+
+
+def _bound(what: int, limit: int) -> None:
+    hard = resource.getrlimit(what)[1]
+    limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+    resource.setrlimit(what, (limit, limit))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""Which host, port and path a URL means, and what the operator lets be fetched. Pure: opens and resolves nothing."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from dataclasses import dataclass
+from urllib.parse import quote, urlsplit
+
+from stable_diffusion_server.errors import InvalidInput
+from stable_diffusion_server.fetching.addresses import Address, Network
+
+MAX_URL_LENGTH = 2048
+PORTS = {"http": 80, "https": 443}
+
+_UNPRINTABLE = re.compile(r"[\x00-\x20\x7f\\]")
+_HOST_NAME = re.compile(r"[a-z0-9._-]+")
+_NUMERIC_LABEL = re.compile(r"\d+|0x[0-9a-f]*")
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A URL taken apart: `host` in lower-case ASCII without brackets, `path` with the query, percent-encoded."""
+
+    scheme: str
+    host: str
+    port: int
+    path: str
+
+    @property
+    def authority(self) -> str:
+        """The Host header."""
+        return authority(self.host, self.port, self.scheme)
+
+    @property
+    def url(self) -> str:
+        """The URL put together again."""
+        return f"{self.scheme}://{self.authority}{self.path}"
+
+
+@dataclass(frozen=True, slots=True)
+class Allowance:
+    """An address the operator lets be fetched from although it is not public: a host name or a network, and a port.
+
+    Without a port, that of the scheme.
+    """
+
+    host: str = ""
+    network: Network | None = None
+    port: int | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Allowance:
+        """From `name`, `name:port`, `10.0.0.0/8`, `127.0.0.1:9000` or `[::1]:9000`. Raises `ValueError`."""
+        try:
+            return cls(network=ipaddress.ip_network(text))
+        except ValueError:
+            parts = urlsplit(f"//{text}")
+        if not parts.hostname or parts.netloc != text or "@" in text:
+            raise ValueError(f"{text!r} is not a host or a network")
+        try:
+            return cls(network=ipaddress.ip_network(parts.hostname), port=parts.port)
+        except ValueError:
+            return cls(host=parts.hostname, port=parts.port)
+
+    def covers(self, target: Target, address: Address) -> bool:
+        """Whether this address may be dialled for this target."""
+        if target.port != (self.port or PORTS[target.scheme]):
+            return False
+        return address in self.network if self.network is not None else target.host == self.host
+
+
+def parse(url: str, field: str) -> Target:
+    """Take a URL apart. Raises `InvalidInput` for anything but a plain http or https address of a host."""
+
+    def refused(why: str) -> InvalidInput:
+        return InvalidInput(f"{field} {why}.", field=field)
+
+    if len(url) > MAX_URL_LENGTH:
+        raise refused(f"is longer than {MAX_URL_LENGTH} characters")
+    if _UNPRINTABLE.search(url):
+        raise refused("holds blanks, control characters or backslashes")
+    try:
+        parts = urlsplit(url)
+        host, port = _ascii_host(parts.hostname or ""), parts.port
+    except ValueError as error:
+        raise refused("is not a URL") from error
+    if parts.scheme not in PORTS:
+        raise refused("is not an http or https address")
+    if "@" in parts.netloc:
+        raise refused("holds a user name or password")
+    query = f"?{parts.query}" if parts.query else ""
+    path = quote((parts.path or "/") + query, safe="/?%:@!$&'()*+,;=~[]|", errors="replace")
+    return Target(parts.scheme, host, PORTS[parts.scheme] if port is None else port, path)
+
+
+def authority(host: str, port: int, scheme: str) -> str:
+    """Host and port as a URL and the Host header have them; the scheme's own port is left out."""
+    name = f"[{host}]" if ":" in host else host
+    return name if port == PORTS[scheme] else f"{name}:{port}"
+
+
+def _ascii_host(name: str) -> str:
+    """A host as it is dialled: an address in its usual spelling or a name in ASCII. Raises `ValueError`.
+
+    Numbers in other spellings (octal, hexadecimal, one number for all four) are refused, since programs disagree on
+    what they mean.
+    """
+    if ":" in name:
+        return str(ipaddress.IPv6Address(name)) if "%" not in name else _no_host()
+    host = name.encode("idna").decode().lower()
+    if not _HOST_NAME.fullmatch(host):
+        _no_host()
+    if _NUMERIC_LABEL.fullmatch(host.rstrip(".").rsplit(".", 1)[-1]):
+        return str(ipaddress.IPv4Address(host.rstrip(".")))
+    return host
+
+
+def _no_host() -> str:
+    raise ValueError("no host")

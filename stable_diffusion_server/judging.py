@@ -1,0 +1,152 @@
+"""Draws a job, looks at the picture, and draws again where that can mend it. Knows no device, names or storage."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Generic, Protocol, TypeVar
+
+import structlog
+
+from stable_diffusion_server.bumpy_detection import bumpiness, is_black
+from stable_diffusion_server.engine import Drawing
+from stable_diffusion_server.errors import InvalidInput, NotFinite, ServerError
+from stable_diffusion_server.image_processing import Pixels
+from stable_diffusion_server.orders import Job, Task, Warned, digest
+from stable_diffusion_server.pipelines.catalog import SCHEDULERS, ModelFacts, steps_skipped
+
+_log = structlog.get_logger(__name__)
+
+_DETAIL = " detail"
+_LESS_STRENGTH = 0.01
+_BLACK = float("inf")
+
+
+class DrawnPicture(Protocol):
+    """What the engine hands back, as far as it has to be known here."""
+
+    @property
+    def pixels(self) -> Pixels:
+        """The picture at the canvas's size."""
+
+    @property
+    def redecoded(self) -> bool:
+        """Whether the decoder had to run again in full precision."""
+
+
+P = TypeVar("P", bound=DrawnPicture)
+
+
+@dataclass(frozen=True, slots=True)
+class Remedy:
+    """How a bumpy picture of a model is drawn again: how often at the most, with how many steps, in which words.
+
+    `fit` shortens a prompt to what the model reads; it may block, and is called off the event loop.
+    """
+
+    redraws: int
+    max_steps: int
+    facts: ModelFacts
+    fit: Callable[[str], str]
+
+    def applied(self, job: Job) -> Job:
+        """The job as the original server tried it again: asking for detail; with a step more, or closer to the image.
+
+        Steps stay within the scheduler's bounds, and the strength where less of it would leave no step to take.
+        """
+        job = replace(job, prompt=self.fit(job.prompt + _DETAIL))
+        if job.task is Task.TEXT_TO_IMAGE:
+            most = min(self.max_steps, SCHEDULERS[job.scheduler].max_steps)
+            return replace(job, num_inference_steps=min(job.num_inference_steps + 1, most))
+        weaker = round(job.strength - _LESS_STRENGTH, 4)
+        try:
+            steps_skipped(self.facts, job.num_inference_steps, weaker)
+        except InvalidInput:
+            return job
+        return replace(job, strength=weaker)
+
+
+@dataclass(frozen=True, slots=True)
+class Judged(Generic[P]):
+    """The picture that was kept, the job it was drawn from, seconds spent on all tries by stage, and what to tell."""
+
+    job: Job
+    product: P
+    timings: Mapping[str, float]
+    warnings: tuple[Warned, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Try(Generic[P]):
+    """A picture and how bad it is: above 1 too bumpy, infinite for black."""
+
+    job: Job
+    product: P
+    badness: float
+
+
+async def draw_well(job: Job, draw: Callable[[Job], Awaitable[Drawing[P]]], remedy: Remedy) -> Judged[P]:
+    """The best of a few tries, one if it is good.
+
+    Not finite or black: once more with a new seed, each at most once. Too bumpy: as `remedy` says. A try that fails
+    costs nothing once there is a picture. Raises what `draw` raises, `NotFinite` the second time.
+    """
+    best: _Try[P] | None = None
+    timings: Counter[str] = Counter()
+    faults: Counter[str] = Counter()
+    while True:
+        try:
+            drawing = await draw(job)
+        except ServerError as error:
+            if best is not None:
+                _log.warning("a redraw failed; the picture at hand is kept", kind=error.kind)
+                break
+            if not isinstance(error, NotFinite) or faults["not-finite"]:
+                raise
+            faults["not-finite"] += 1
+            job = reseeded(job)
+            continue
+        timings.update(drawing.timings)
+        badness = await asyncio.to_thread(_badness, job, drawing.product.pixels)
+        if best is None or badness < best.badness:
+            best = _Try(job, drawing.product, badness)
+        if badness == _BLACK and not faults["black"] and not faults["bumpy"]:
+            faults["black"] += 1
+            job = reseeded(job)
+        elif 1 < badness < _BLACK and faults["bumpy"] < remedy.redraws:
+            faults["bumpy"] += 1
+            job = await asyncio.to_thread(remedy.applied, job)
+        else:
+            break
+    return Judged(best.job, best.product, timings, _told(faults, best.badness))
+
+
+def reseeded(job: Job) -> Job:
+    """The job with another seed, always the same other one."""
+    return replace(job, seed=int(digest({"instead of": job.seed})[:8], 16))
+
+
+def _badness(job: Job, pixels: Pixels) -> float:
+    """Infinite for black, above 1 for too bumpy. What is repainted in a picture has the bumps of the rest: let be."""
+    if is_black(pixels):
+        return _BLACK
+    return 0.0 if job.task is Task.INPAINT else bumpiness(pixels).score
+
+
+def _told(faults: Mapping[str, int], badness: float) -> tuple[Warned, ...]:
+    """What the caller should know of the tries and of what came of them."""
+    warnings = []
+    if faults["not-finite"]:
+        warnings.append(Warned("redrawn-not-finite", "The numbers were not finite; it was drawn with another seed."))
+    if faults["black"]:
+        warnings.append(Warned("redrawn-black", "The picture was black; it was drawn once more with another seed."))
+    if faults["bumpy"]:
+        tries = "once more" if faults["bumpy"] == 1 else f"{faults['bumpy']} times more"
+        warnings.append(Warned("redrawn-bumpy", f"The picture was too bumpy; it was drawn {tries}, the best is kept."))
+    if badness == _BLACK:
+        warnings.append(Warned("black", "The picture is black."))
+    elif badness > 1:
+        warnings.append(Warned("bumpy", "The picture has much black, much white and uneven greys."))
+    return tuple(warnings)

@@ -1,0 +1,99 @@
+"""What a ControlNet adds to some rows of a batch, and zeros to the others. Knows no prompts, jobs or schedules."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Control:
+    """What guides one job: `hint` is the edges as its ControlNet takes them, `scale` how much they count.
+
+    SDXL takes pixels in 0..1, 1 × 3 × height × width; Flux packed latents, 1 × patches × channels, or pixels in
+    -1..1 where the network has a hint block of its own.
+    """
+
+    hint: torch.Tensor
+    scale: float
+
+
+def unet_residuals(controlnet: Any, inputs: Mapping[str, Any], controls: Sequence[Control | None]) -> dict[str, Any]:
+    """The UNet's further arguments for a batch whose row `i` is guided by `controls[i]`; empty when none is.
+
+    `inputs` are the UNet's own arguments, of which `sample`, `timestep`, `encoder_hidden_states` and
+    `added_cond_kwargs` have the rows first. The network runs over the guided rows alone; adding zeros leaves the
+    others exactly as they were.
+    """
+    guided = _guided(controls)
+    if not guided:
+        return {}
+    rows = torch.tensor([row for row, _ in guided], device=inputs["sample"].device)
+    down, middle = controlnet(
+        inputs["sample"][rows],
+        inputs["timestep"][rows],
+        encoder_hidden_states=inputs["encoder_hidden_states"][rows],
+        controlnet_cond=torch.cat([control.hint for _, control in guided]),
+        conditioning_scale=_scales(guided, like=inputs["sample"]),
+        added_cond_kwargs={name: value[rows] for name, value in inputs["added_cond_kwargs"].items()},
+        return_dict=False,
+    )
+    return {
+        "down_block_additional_residuals": [_spread(residual, rows, len(controls)) for residual in down],
+        "mid_block_additional_residual": _spread(middle, rows, len(controls)),
+    }
+
+
+def transformer_residuals(
+    controlnet: Any,
+    inputs: Mapping[str, Any],
+    guidance: torch.Tensor,
+    controls: Sequence[Control | None],
+) -> dict[str, Any]:
+    """The Flux transformer's further arguments, as `unet_residuals`.
+
+    `guidance` (one number a row) goes to a ControlNet that was distilled with it, whether or not the model was.
+    """
+    guided = _guided(controls)
+    if not guided:
+        return {}
+    rows = torch.tensor([row for row, _ in guided], device=guidance.device)
+    by_row = ("hidden_states", "timestep", "pooled_projections", "encoder_hidden_states")
+    double, single = controlnet(
+        **{name: inputs[name][rows] for name in by_row},
+        guidance=guidance[rows] if controlnet.config.guidance_embeds else None,
+        controlnet_cond=torch.cat([control.hint for _, control in guided]),
+        conditioning_scale=_scales(guided, like=inputs["hidden_states"]),
+        txt_ids=inputs["txt_ids"],
+        img_ids=inputs["img_ids"],
+        return_dict=False,
+    )
+
+    def spread(residuals: Sequence[torch.Tensor] | None) -> list[torch.Tensor] | None:
+        return None if residuals is None else [_spread(residual, rows, len(controls)) for residual in residuals]
+
+    return {
+        "controlnet_block_samples": spread(double),
+        "controlnet_single_block_samples": spread(single),
+        "controlnet_blocks_repeat": controlnet.input_hint_block is not None,
+    }
+
+
+def _guided(controls: Sequence[Control | None]) -> list[tuple[int, Control]]:
+    return [(row, control) for row, control in enumerate(controls) if control is not None]
+
+
+def _scales(guided: Sequence[tuple[int, Control]], like: torch.Tensor) -> torch.Tensor:
+    """One factor a row, shaped to multiply tensors of as many dimensions as `like`."""
+    scales = torch.tensor([control.scale for _, control in guided], device=like.device, dtype=like.dtype)
+    return scales.reshape(-1, *[1] * (like.ndim - 1))
+
+
+def _spread(residual: torch.Tensor, rows: torch.Tensor, count: int) -> torch.Tensor:
+    """`residual` at its rows in a tensor of `count` rows, zeros in the others."""
+    if len(rows) == count:
+        return residual
+    return residual.new_zeros(count, *residual.shape[1:]).index_copy_(0, rows, residual)

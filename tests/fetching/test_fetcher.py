@@ -1,0 +1,287 @@
+"""Fetching from a server on loopback that misbehaves on request, with a resolver handed in."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import suppress
+
+import pytest
+from fakes import disc, file_of, until
+
+from stable_diffusion_server.errors import InvalidInput, RemoteFailed, ServerError, TooLarge, UnsupportedMedia
+from stable_diffusion_server.fetching.fetcher import MAX_REDIRECTS, Bounds, Fetcher
+from stable_diffusion_server.fetching.targets import Allowance
+
+PICTURE = file_of(disc())
+MAX_BYTES = 100_000
+Writer = asyncio.StreamWriter
+
+
+class Rascal:
+    """A web server that answers each path in its own bad way, and keeps the head of every request."""
+
+    def __init__(self) -> None:
+        self.heads: list[str] = []
+        self.open = 0
+        self.port = 0
+
+    async def start(self, tls: ssl.SSLContext | None = None) -> asyncio.Server:
+        server = await asyncio.start_server(self._serve, "127.0.0.1", 0, ssl=tls)
+        self.port = server.sockets[0].getsockname()[1]
+        return server
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: Writer) -> None:
+        self.open += 1
+        try:
+            with suppress(OSError, asyncio.IncompleteReadError):
+                head = (await reader.readuntil(b"\r\n\r\n")).decode()
+                self.heads.append(head)
+                await self._answer(head.split()[1], reader, writer)
+                await writer.drain()
+        finally:
+            self.open -= 1
+            writer.close()
+
+    async def _answer(self, path: str, reader: asyncio.StreamReader, writer: Writer) -> None:
+        name, _, rest = path.strip("/").partition("/")
+        match name:
+            case "picture":
+                writer.write(answer(PICTURE))
+            case "html":
+                writer.write(answer(b"<html>" + b" " * 100, "Content-Type: image/png"))
+            case "status":
+                writer.write(answer(PICTURE, status=int(rest)))
+            case "to":
+                writer.write(answer(b"", f"Location: {rest}", status=302))
+            case "nowhere":
+                writer.write(answer(b"", status=302))
+            case "hops":
+                writer.write(
+                    answer(b"", f"Location: /hops/{int(rest) - 1}", status=307) if int(rest) else answer(PICTURE)
+                )
+            case "gzip":
+                writer.write(answer(PICTURE, "Content-Encoding: gzip"))
+            case "size":
+                writer.write(answer(PICTURE.ljust(int(rest), b"\0")))
+            case "chunked":
+                writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+                writer.write(b"%x\r\n%b\r\n0\r\n\r\n" % (len(PICTURE), PICTURE))
+            case "until-close":
+                writer.write(b"HTTP/1.1 200 OK\r\n\r\n" + PICTURE)
+            case "short":
+                writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 99999\r\n\r\n" + PICTURE)
+            case "garbage":
+                writer.write(b"\0" * 200)
+            case "silent":
+                await reader.read()
+            case "endless" | "drip":
+                writer.write(b"HTTP/1.1 200 OK\r\n\r\n" + PICTURE[:16])
+                while not writer.is_closing():
+                    writer.write(b"\0" * (65536 if name == "endless" else 1))
+                    await writer.drain()
+                    await asyncio.sleep(0 if name == "endless" else 0.02)
+
+
+def answer(body: bytes, *headers: str, status: int = 200) -> bytes:
+    lines = [f"HTTP/1.1 {status} X", f"Content-Length: {len(body)}", "Set-Cookie: a=b", *headers]
+    return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
+
+
+class Names:
+    """A resolver over a table; remembers what it was asked."""
+
+    def __init__(self, **table: Sequence[str]) -> None:
+        self.table = {name.replace("_", "."): list(answers) for name, answers in table.items()}
+        self.asked: list[str] = []
+
+    async def __call__(self, host: str, port: int) -> Sequence[str]:
+        self.asked.append(host)
+        if host not in self.table:
+            raise OSError("no such name")
+        return self.table[host]
+
+
+@pytest.fixture
+async def rascal() -> AsyncIterator[Rascal]:
+    """The misbehaving server."""
+    rascal = Rascal()
+    server = await rascal.start()
+    yield rascal
+    server.close()
+    await asyncio.to_thread(until, lambda: not rascal.open)
+
+
+@pytest.fixture
+async def fetch(rascal: Rascal) -> AsyncIterator[Callable[[str], Awaitable[bytes]]]:
+    """Fetch a path of the misbehaving server, which is allowed, within tight bounds."""
+    bounds = Bounds(max_bytes=MAX_BYTES, total=3.0, connect=1.0, first_byte=0.5, min_rate=1024, patience=0.2)
+    fetcher = Fetcher(bounds, [Allowance.parse(f"pictures.test:{rascal.port}")], Names(pictures_test=["127.0.0.1"]))
+    yield lambda path: fetcher.fetch(f"http://pictures.test:{rascal.port}/{path}", "image_url")
+    fetcher.close()
+
+
+@pytest.mark.parametrize("path", ["picture", "chunked", "until-close", f"hops/{MAX_REDIRECTS}", f"size/{MAX_BYTES}"])
+async def test_a_picture_is_fetched_however_it_is_sent(fetch: Callable[[str], Awaitable[bytes]], path: str) -> None:
+    """With a length, in chunks, until the end, after as many redirects as are allowed, and at the byte limit."""
+    assert (await fetch(path)).startswith(PICTURE)
+
+
+@pytest.mark.parametrize(
+    ("path", "error"),
+    [
+        ("html", UnsupportedMedia),
+        ("status/404", RemoteFailed),
+        ("status/500", RemoteFailed),
+        ("status/206", RemoteFailed),
+        ("gzip", RemoteFailed),
+        ("short", RemoteFailed),
+        ("garbage", RemoteFailed),
+        ("silent", RemoteFailed),
+        ("drip", RemoteFailed),
+        ("nowhere", RemoteFailed),
+        (f"hops/{MAX_REDIRECTS + 1}", RemoteFailed),
+        (f"size/{MAX_BYTES + 1}", TooLarge),
+        ("endless", TooLarge),
+        ("to/http://127.0.0.1/", InvalidInput),
+        ("to/http://[::1]/", InvalidInput),
+        ("to/http://169.254.169.254/latest/meta-data", InvalidInput),
+        ("to/http://pictures.test:1/", InvalidInput),
+        ("to/http://inside.test/", InvalidInput),
+        ("to/file:///etc/passwd", InvalidInput),
+        ("to/gopher://pictures.test/", InvalidInput),
+        ("to///127.0.0.1/", InvalidInput),
+    ],
+)
+async def test_a_bad_answer_is_a_named_error(
+    fetch: Callable[[str], Awaitable[bytes]], path: str, error: type[ServerError]
+) -> None:
+    """Not a picture, not 200, compressed, broken off, silent, dripping, endless, leading inside: told, not hung."""
+    async with asyncio.timeout(20):
+        with pytest.raises(error) as failed:
+            await fetch(path)
+    assert failed.value.field == "image_url"
+
+
+async def test_the_name_is_resolved_once_and_kept_for_the_host_header(rascal: Rascal) -> None:
+    """A second answer of the name server is never asked for, so it can not turn private between check and dial."""
+    names = Names(pictures_test=["127.0.0.1"])
+    fetcher = Fetcher(Bounds(MAX_BYTES), [Allowance.parse(f"pictures.test:{rascal.port}")], names)
+    await fetcher.fetch(f"http://pictures.test:{rascal.port}/picture", "image_url")
+    fetcher.close()
+    assert names.asked == ["pictures.test"]
+    (head,) = rascal.heads
+    assert f"host: pictures.test:{rascal.port}" in head.lower()
+    assert "accept-encoding: identity" in head.lower()
+    assert "sec-fetch-site: cross-site" in head.lower()
+
+
+async def test_no_cookie_is_carried_from_hop_to_hop_or_to_the_next_caller(
+    rascal: Rascal, fetch: Callable[[str], Awaitable[bytes]]
+) -> None:
+    """Every answer sets one, and none comes back."""
+    await fetch("hops/2")
+    await fetch("picture")
+    assert len(rascal.heads) == 4
+    assert not any("cookie:" in head.lower() for head in rascal.heads)
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [
+        ["127.0.0.1"],
+        ["93.184.216.34", "127.0.0.1"],
+        ["93.184.216.34", "::ffff:10.0.0.1"],
+        ["fe80::1%eth0"],
+        ["64:ff9b::a9fe:a9fe"],
+        ["not an address"],
+        [],
+    ],
+)
+async def test_a_name_with_any_closed_address_is_refused_before_dialling(rascal: Rascal, answers: list[str]) -> None:
+    """One bad answer among good ones is enough; no connection is made."""
+    fetcher = Fetcher(Bounds(MAX_BYTES), resolve=Names(pictures_test=answers))
+    with pytest.raises(InvalidInput) as refused:
+        await fetcher.fetch("http://pictures.test/picture", "image_url")
+    fetcher.close()
+    assert refused.value.field == "image_url"
+    assert rascal.heads == []
+
+
+async def test_a_name_that_is_not_there_is_answered_like_one_inside() -> None:
+    """The answer does not tell which names exist in the operator's own network."""
+    fetcher = Fetcher(Bounds(MAX_BYTES), resolve=Names(inside_test=["10.0.0.1"]))
+    details = []
+    for host in ("inside.test", "nowhere.test"):
+        with pytest.raises(InvalidInput) as refused:
+            await fetcher.fetch(f"http://{host}/", "image_url")
+        details.append(refused.value.detail)
+    fetcher.close()
+    assert details[0] == details[1]
+
+
+async def test_a_public_address_at_an_odd_port_is_refused() -> None:
+    """Mail, ssh and databases are not asked for pictures."""
+    fetcher = Fetcher(Bounds(MAX_BYTES), resolve=Names(pictures_test=["93.184.216.34"]))
+    for port in (0, 22, 25, 5432, 8080):
+        with pytest.raises(InvalidInput):
+            await fetcher.fetch(f"http://pictures.test:{port}/", "image_url")
+    fetcher.close()
+
+
+async def test_the_system_resolver_finds_localhost_and_it_is_refused(rascal: Rascal) -> None:
+    """With nothing handed in, names go the usual way, and loopback is still closed."""
+    fetcher = Fetcher(Bounds(MAX_BYTES))
+    for host in ("localhost", "127.0.0.1", "[::1]", "[::ffff:127.0.0.1]"):
+        with pytest.raises(InvalidInput):
+            await fetcher.fetch(f"http://{host}/picture", "image_url")
+    fetcher.close()
+    assert rascal.heads == []
+
+
+async def test_a_proxy_in_the_environment_is_not_used(
+    rascal: Rascal, fetch: Callable[[str], Awaitable[bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A proxy would dial for us, and not the address that was judged."""
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    assert await fetch("picture") == PICTURE
+
+
+async def test_tls_is_asked_for_the_name_and_not_the_number() -> None:
+    """The address is dialled by number, and the certificate wanted is the name's; without one nothing is fetched."""
+    wanted: list[str | None] = []
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.sni_callback = lambda connection, name, context: wanted.append(name)  # type: ignore[assignment]  # gives None
+    rascal = Rascal()
+    server = await rascal.start(tls)
+    allowed = [Allowance.parse(f"pictures.test:{rascal.port}")]
+    fetcher = Fetcher(Bounds(MAX_BYTES), allowed, Names(pictures_test=["127.0.0.1"]))
+    with pytest.raises(RemoteFailed):
+        await fetcher.fetch(f"https://pictures.test:{rascal.port}/picture", "image_url")
+    fetcher.close()
+    server.close()
+    assert wanted == ["pictures.test"]
+
+
+async def test_a_fetch_that_is_cancelled_lets_go_of_its_connection(
+    rascal: Rascal,
+) -> None:
+    """The caller left: the remote sees the connection end."""
+    fetcher = Fetcher(Bounds(MAX_BYTES, total=600, patience=600), [Allowance.parse(f"127.0.0.1:{rascal.port}")])
+    fetching = asyncio.ensure_future(fetcher.fetch(f"http://127.0.0.1:{rascal.port}/drip", "image_url"))
+    await asyncio.to_thread(until, lambda: bool(rascal.heads))
+    fetching.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await fetching
+    await asyncio.to_thread(until, lambda: not rascal.open)
+    fetcher.close()
+
+
+async def test_the_next_address_is_dialled_when_the_first_takes_no_connection(rascal: Rascal) -> None:
+    """A name with a dead address beside a living one still gives its picture."""
+    names = Names(pictures_test=["127.9.9.9", "127.0.0.1"])
+    fetcher = Fetcher(Bounds(MAX_BYTES), [Allowance.parse(f"pictures.test:{rascal.port}")], names)
+    assert await fetcher.fetch(f"http://pictures.test:{rascal.port}/picture", "image_url") == PICTURE
+    fetcher.close()

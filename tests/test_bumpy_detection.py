@@ -1,0 +1,80 @@
+"""Broken pictures: black ones, and the original's measure of bumps at any size."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from fakes import bumpy_pixels, disc
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from PIL import Image
+
+from stable_diffusion_server.bumpy_detection import bumpiness, is_black
+
+
+def originals_rule(pixels: NDArray[np.uint8]) -> bool:
+    """The original's rule, told by counts of a histogram, for pictures of its own size."""
+    picture = Image.fromarray(pixels)
+    colours, grey = picture.histogram(), picture.convert("L").histogram()
+    bands = [colours[band * 256 : band * 256 + 256] for band in range(3)]
+    bottom, top = (sum(sum(band[ends]) for band in bands) for ends in (slice(10), slice(246, 256)))
+    deviations = sum(abs(b - a) > 50 for a, b in pairwise(grey))
+    return bottom > 30_000 and top > 30_000 and deviations > 80
+
+
+def scene(seed: int, side: int = 1024) -> NDArray[np.uint8]:
+    """A picture with soft blobs, more or less contrast and more or less grain."""
+    chance = np.random.default_rng(seed)
+    blobs = chance.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    soft = np.asarray(Image.fromarray(blobs).resize((side, side), Image.Resampling.BICUBIC)).astype(float)
+    contrast, grain = chance.uniform(0.5, 2.5), chance.choice([0.0, 1.0, 5.0])
+    return np.clip(128 + contrast * (soft - 128) + chance.normal(0, grain, soft.shape), 0, 255).astype(np.uint8)
+
+
+@given(st.integers(0, 10_000))
+@settings(max_examples=12, deadline=None)
+def test_at_the_originals_size_the_verdict_is_the_originals(seed: int) -> None:
+    """The same rule to the last count at 1024 × 1024."""
+    pixels = scene(seed)
+    assert bumpiness(pixels).too_bumpy is originals_rule(pixels)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_verdict_is_the_same_at_every_size(seed: int) -> None:
+    """The same picture at a half, a quarter and twice the size is as bumpy, unless it is close to the threshold."""
+    pixels = scene(seed)
+    measured = bumpiness(pixels)
+    if not 0.6 < measured.score < 1.6:
+        others = [np.ascontiguousarray(pixels[::2, ::2]), np.ascontiguousarray(pixels[1::4, 1::4])]
+        others.append(pixels.repeat(2, 0).repeat(2, 1))
+        assert {bumpiness(other).too_bumpy for other in others} == {measured.too_bumpy}
+
+
+@pytest.mark.parametrize("side", [64, 128, 512, 1024])
+def test_noise_with_black_and_white_is_too_bumpy_and_flat_shapes_are_not(side: int) -> None:
+    """What the embedded models draw, discs on grounds, passes at every size; television snow does not."""
+    assert bumpiness(bumpy_pixels(side, side, ends=0.05)).too_bumpy
+    assert bumpiness(bumpy_pixels(side, side, ends=0.2)).score > 1
+    for inside, outside in (("black", "white"), ("red", "blue"), ("white", "black")):
+        assert not bumpiness(disc(side, side, inside, outside)).too_bumpy
+
+
+def test_both_ends_and_uneven_greys_are_needed() -> None:
+    """Much black alone, much white alone, or a ramp of all levels is no fault."""
+    snow = bumpy_pixels(256, 256, ends=0.05)
+    assert not bumpiness(np.maximum(snow, 12)).too_bumpy
+    assert not bumpiness(np.minimum(snow, 240)).too_bumpy
+    ramp = np.repeat(np.tile(np.arange(256, dtype=np.uint8), (256, 1))[..., None], 3, 2)
+    assert not bumpiness(np.ascontiguousarray(ramp)).too_bumpy
+
+
+def test_a_picture_is_black_when_nothing_can_be_seen() -> None:
+    """All zeros, and what rounding makes of them; one dark grey pixel is something."""
+    pixels = np.zeros((64, 64, 3), np.uint8)
+    assert is_black(pixels)
+    assert is_black(pixels + 2)
+    pixels[5, 6, 1] = 3
+    assert not is_black(pixels)

@@ -1,0 +1,158 @@
+"""Drawing again where it can help: how often, with what, and what is told. The drawings come from a list."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pytest
+from fakes import bumpy_pixels, disc
+from numpy.typing import NDArray
+
+from stable_diffusion_server.engine import Drawing
+from stable_diffusion_server.errors import Busy, InvalidInput, NotFinite, ServerError
+from stable_diffusion_server.judging import Judged, Remedy, draw_well
+from stable_diffusion_server.orders import Job, Picture, Task
+from stable_diffusion_server.pipelines.catalog import MODELS
+
+GOOD, BLACK = disc(), np.zeros((64, 64, 3), np.uint8)
+BUMPY, VERY_BUMPY = (bumpy_pixels(128, 128, ends) for ends in (0.012, 0.2))
+NAN = NotFinite("not finite")
+
+JOB = Job(Task.TEXT_TO_IMAGE, "sdxl", "embedded-1", "a red disc", None, 128, 128, 7, 4, 2.0, "euler")
+
+
+@dataclass(frozen=True)
+class Product:
+    """Pixels as the engine gives them."""
+
+    pixels: NDArray[np.uint8]
+    redecoded: bool = False
+
+
+class Easel:
+    """Gives the next of a list of drawings, or raises it, and keeps the jobs it was asked for."""
+
+    def __init__(self, *results: NDArray[np.uint8] | ServerError) -> None:
+        self.results = list(results)
+        self.jobs: list[Job] = []
+
+    async def draw(self, job: Job) -> Drawing[Product]:
+        self.jobs.append(job)
+        result = self.results.pop(0)
+        if isinstance(result, ServerError):
+            raise result
+        return Drawing(Product(result), {"denoise": 1.0}, batched=False)
+
+
+def remedy(**changes: Any) -> Remedy:
+    values = {"redraws": 2, "max_steps": 100, "facts": MODELS["sdxl"], "fit": lambda text: text, **changes}
+    return Remedy(**values)
+
+
+async def judged(easel: Easel, job: Job = JOB, **changes: Any) -> tuple[Judged[Product], list[str]]:
+    result = await draw_well(job, easel.draw, remedy(**changes))
+    return result, [warning.code for warning in result.warnings]
+
+
+async def test_a_good_picture_is_drawn_once_and_nothing_is_told() -> None:
+    """The common case costs one look."""
+    easel = Easel(GOOD)
+    result, codes = await judged(easel)
+    assert (easel.jobs, codes, result.job) == ([JOB], [], JOB)
+
+
+@pytest.mark.parametrize(
+    ("results", "kept", "codes"),
+    [
+        ([BLACK, GOOD], 1, ["redrawn-black"]),
+        ([BLACK, BLACK], 0, ["redrawn-black", "black"]),
+        ([NAN, GOOD], 1, ["redrawn-not-finite"]),
+        ([NAN, BLACK, GOOD], 2, ["redrawn-not-finite", "redrawn-black"]),
+        ([BLACK, NAN], 0, ["redrawn-black", "black"]),
+        ([BUMPY, GOOD], 1, ["redrawn-bumpy"]),
+        ([VERY_BUMPY, BUMPY, VERY_BUMPY], 1, ["redrawn-bumpy", "bumpy"]),
+        ([BUMPY, VERY_BUMPY, GOOD], 2, ["redrawn-bumpy"]),
+        ([BUMPY, BLACK], 0, ["redrawn-bumpy", "bumpy"]),
+        ([BUMPY, NAN], 0, ["redrawn-bumpy", "bumpy"]),
+        ([BUMPY, Busy("full")], 0, ["redrawn-bumpy", "bumpy"]),
+        ([NAN, BLACK, BUMPY, BUMPY, BUMPY], 2, ["redrawn-not-finite", "redrawn-black", "redrawn-bumpy", "bumpy"]),
+    ],
+)
+async def test_tries_are_few_the_best_is_kept_and_all_is_told(
+    results: Sequence[Any], kept: int, codes: list[str]
+) -> None:
+    """Exactly these tries and no more: black and not finite once each, too bumpy twice; the receipt says which."""
+    easel = Easel(*results)
+    result, told = await judged(easel)
+    assert told == codes
+    assert easel.results == []
+    assert result.product.pixels is results[kept]
+    assert result.job == easel.jobs[kept]
+    assert result.timings == {"denoise": sum(not isinstance(drawn, ServerError) for drawn in results)}
+
+
+async def test_not_finite_twice_is_the_callers_answer() -> None:
+    """One new seed, and then the named error."""
+    easel = Easel(NAN, NAN)
+    with pytest.raises(NotFinite):
+        await judged(easel)
+    assert len(easel.jobs) == 2
+
+
+@pytest.mark.parametrize("error", [Busy("full"), InvalidInput("no adapter", field="lora")])
+async def test_a_fault_that_drawing_again_can_not_mend_is_not_tried_again(error: ServerError) -> None:
+    """A full queue and a wrong parameter are answers."""
+    easel = Easel(error)
+    with pytest.raises(type(error)):
+        await judged(easel)
+    assert len(easel.jobs) == 1
+
+
+async def test_a_redraw_for_black_changes_the_seed_alone_and_always_to_the_same_one() -> None:
+    """What is drawn again is as reproducible as what was drawn first."""
+    jobs = []
+    for _ in range(2):
+        easel = Easel(BLACK, GOOD)
+        await judged(easel)
+        jobs.append(easel.jobs[1])
+    assert jobs[0] == jobs[1]
+    assert jobs[0].seed != JOB.seed
+    assert replace(jobs[0], seed=JOB.seed) == JOB
+
+
+async def test_a_bumpy_picture_is_asked_for_with_detail_and_a_step_more() -> None:
+    """As the original did, and never more steps than are allowed or the prompt's encoder reads words."""
+    easel = Easel(BUMPY, BUMPY, GOOD)
+    await judged(easel)
+    assert [job.prompt for job in easel.jobs] == ["a red disc", "a red disc detail", "a red disc detail detail"]
+    assert [job.num_inference_steps for job in easel.jobs] == [4, 5, 6]
+    easel = Easel(BUMPY, GOOD)
+    await judged(easel, max_steps=4, fit=lambda text: text[:5])
+    assert (easel.jobs[1].prompt, easel.jobs[1].num_inference_steps) == ("a red", 4)
+
+
+async def test_a_bumpy_style_transfer_stays_a_little_closer_to_its_image() -> None:
+    """Strength goes down by a hundredth, the steps stay; not where that would leave no step to draw."""
+    style = replace(JOB, task=Task.IMAGE_TO_IMAGE, image=Picture(GOOD), strength=0.6)
+    easel = Easel(BUMPY, BUMPY, GOOD)
+    await judged(easel, style)
+    assert [job.strength for job in easel.jobs] == [0.6, 0.59, 0.58]
+    assert {job.num_inference_steps for job in easel.jobs} == {4}
+    easel = Easel(BUMPY, GOOD)
+    await judged(easel, replace(style, strength=0.25))
+    assert easel.jobs[1].strength == 0.25
+
+
+async def test_an_inpainting_is_not_judged_by_the_bumps_of_the_rest() -> None:
+    """Most of the picture is the caller's own; black is still seen."""
+    inpaint = replace(JOB, task=Task.INPAINT, image=Picture(BUMPY), mask=Picture(GOOD[..., 0]))
+    assert (await judged(Easel(BUMPY), inpaint))[1] == []
+    assert (await judged(Easel(BLACK, GOOD), inpaint))[1] == ["redrawn-black"]
+
+
+async def test_redraws_for_bumps_can_be_switched_off() -> None:
+    """With none allowed a bumpy picture is served as it is, and told."""
+    assert (await judged(Easel(BUMPY), redraws=0))[1] == ["bumpy"]
