@@ -7,13 +7,14 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import structlog
 
 from stable_diffusion_server.errors import InvalidInput, NotFound, ServerError, StorageUnavailable
 from stable_diffusion_server.orders import Stored
 from stable_diffusion_server.spool.files import Kept, Spool
+from stable_diffusion_server.spool.store import Store
 
 _log = structlog.get_logger(__name__)
 
@@ -22,37 +23,6 @@ T = TypeVar("T")
 # Calls to the bucket that may be under way at once.
 _CALLS = 8
 _PAUSE_LONGEST = 60.0
-
-
-class Store(Protocol):
-    """The bucket behind, as far as it is needed here."""
-
-    def open(self) -> None:
-        """Make ready."""
-
-    def close(self) -> None:
-        """Let go."""
-
-    def stat(self, key: str) -> Stored | None:
-        """The object or `None`."""
-
-    def create(self, key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> tuple[Stored, bool]:
-        """Store if absent."""
-
-    def overwrite(self, key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> Stored:
-        """Store."""
-
-    def read(self, key: str, start: int = 0, end: int | None = None) -> bytes:
-        """The bytes."""
-
-    def delete(self, key: str) -> None:
-        """Remove."""
-
-    def list(self, prefix: str = "") -> Iterator[str]:
-        """Keys."""
-
-    def url(self, key: str) -> str | None:
-        """Address."""
 
 
 class Spooling:

@@ -8,7 +8,7 @@ import string
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote, unquote
@@ -16,7 +16,8 @@ from uuid import uuid4
 
 import structlog
 
-from stable_diffusion_server.errors import NotFound, ServerError, StorageUnavailable
+from stable_diffusion_server.buckets.s3.faults import LOST, BeyondTheEnd, ConditionFailed, code_of, told
+from stable_diffusion_server.errors import NotFound, StorageUnavailable
 from stable_diffusion_server.orders import Stored
 
 _log = structlog.get_logger(__name__)
@@ -29,17 +30,14 @@ RECORD_MAX_BYTES = 2048
 _WRITER = "writer"
 _PLAIN = "".join(set(string.printable) - set("%" + string.whitespace)) + " "
 _ROUNDS = 5
-_WRONG_KEYS = frozenset(
-    "InvalidAccessKeyId SignatureDoesNotMatch InvalidToken ExpiredToken AuthFailure Unauthorized 401 "
-    "TokenRefreshRequired AuthorizationHeaderMalformed InvalidSecurity".split()
-)
-_SLOW = frozenset("SlowDown Throttling ThrottlingException RequestLimitExceeded TooManyRequests 429 503".split())
-_LOST = frozenset("PreconditionFailed 412 ConditionalRequestConflict OperationAborted 409".split())
 
 
 @dataclass(frozen=True, slots=True)
 class S3Options:
-    """Where the bucket is and how it is reached. `timeout` in seconds, for each try; empty credentials leave it to boto3."""
+    """Where the bucket is and how it is reached.
+
+    `timeout` in seconds, for each of three tries; empty `credentials` leave it to boto3's own chain.
+    """
 
     name: str
     endpoint_url: str = ""
@@ -100,7 +98,7 @@ class S3Bucket:
         for turn in range(_ROUNDS):
             try:
                 return self._put(about, data, record, **condition), True
-            except _ConditionFailed:
+            except ConditionFailed:
                 head = self._head(key)
             if head is None:
                 condition = {"IfNoneMatch": "*"}  # removed meanwhile, or another writer is at it right now
@@ -126,7 +124,7 @@ class S3Bucket:
                 answer = self._connected().get_object(Bucket=self._options.name, Key=key, **part)
                 with answer["Body"] as body:
                     return bytes(body.read())
-        except _BeyondTheEnd:
+        except BeyondTheEnd:
             return b""
 
     def delete(self, key: str) -> None:
@@ -193,8 +191,8 @@ class S3Bucket:
             try:
                 self._client.put_object(**probe, IfNoneMatch="*")
             except Exception as error:
-                code = _code(error)
-                if code in _LOST:
+                code = code_of(error)
+                if code in LOST:
                     return True
                 if code not in ("NotImplemented", "501"):
                     raise
@@ -211,51 +209,8 @@ class S3Bucket:
             raise StorageUnavailable("The storage is not opened yet.")
         return self._client
 
-    @contextmanager
-    def _told(self, what: str) -> Iterator[None]:
-        """Turn boto3's errors into ours, in sentences that hold no key and no secret."""
-        from botocore.exceptions import BotoCoreError, ClientError
-
-        try:
-            yield
-        except ClientError as error:
-            raise _ours(_code(error), what, self._options.name) from error
-        except BotoCoreError as error:
-            raise _unreached(type(error).__name__) from error
-
-
-class _ConditionFailed(StorageUnavailable):
-    """Someone else was there first, or is there right now."""
-
-
-class _BeyondTheEnd(StorageUnavailable):
-    """A range that begins after the object's last byte."""
-
-
-def _ours(code: str, what: str, name: str) -> ServerError:
-    """The error of ours for one of S3's codes; `what` was being tried, `name` is the bucket's."""
-    if code in _LOST:
-        return _ConditionFailed("The storage is busy with other writers of this name.", retry_after=5)
-    if code in ("InvalidRange", "416"):
-        return _BeyondTheEnd("The object is shorter.")
-    if code == "NoSuchBucket":
-        return StorageUnavailable(f"There is no bucket {name!r} at the storage (BUCKET_NAME).")
-    if code in ("NoSuchKey", "404"):
-        return NotFound("There is no picture under this name.")
-    if code in _WRONG_KEYS:
-        return StorageUnavailable(f"The storage does not accept the credentials ({code}).")
-    if code in ("AccessDenied", "403", "AllAccessDisabled"):
-        return StorageUnavailable(f"The storage does not let these credentials {what}: bucket {name!r} ({code}).")
-    if code in _SLOW:
-        return StorageUnavailable(f"The storage asks to slow down ({code}).", retry_after=5)
-    return StorageUnavailable(f"The storage answered with an error ({code}).")
-
-
-def _unreached(kind: str) -> StorageUnavailable:
-    if kind in ("NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "ProfileNotFound"):
-        names = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-        return StorageUnavailable(f"There are no credentials for the storage; {names} are one way ({kind}).")
-    return StorageUnavailable(f"The storage does not answer ({kind}).")
+    def _told(self, what: str) -> AbstractContextManager[None]:
+        return told(what, self._options.name)
 
 
 def _put_in_parts(client: Any, about: dict[str, Any], data: bytes, condition: Mapping[str, str]) -> Any:
@@ -293,14 +248,6 @@ def _client(options: S3Options) -> Any:
     )
     region = options.region or session.region_name or "us-east-1"
     return session.client("s3", endpoint_url=options.endpoint_url or None, region_name=region, config=config)
-
-
-def _code(error: Exception) -> str:
-    """The error's code, or the status where the answer had no body to name one; empty for what is no answer."""
-    response = getattr(error, "response", {})
-    code = str(response.get("Error", {}).get("Code", ""))
-    status = str(response.get("ResponseMetadata", {}).get("HTTPStatusCode", ""))
-    return code or status
 
 
 def _as_metadata(record: Mapping[str, str]) -> dict[str, str]:

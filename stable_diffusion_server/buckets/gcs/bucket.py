@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 from urllib.parse import quote
 from uuid import uuid4
 
+from stable_diffusion_server.buckets.gcs.faults import ConditionFailed, told
 from stable_diffusion_server.errors import NotFound, StorageUnavailable
 from stable_diffusion_server.orders import Stored
 
@@ -49,7 +50,7 @@ class GCSBucket:
         with self._told("write to it", bucket_asked=True):
             self._bucket = self._bucket or _client(self._options).bucket(self._options.name)
             # Lost when it is there from an earlier start, which shows as much.
-            with suppress(_ConditionFailed):
+            with suppress(ConditionFailed):
                 self._upload(self._probe, b"writable", "text/plain", {}, if_generation_match=0)
 
     def close(self) -> None:
@@ -78,7 +79,7 @@ class GCSBucket:
                     metadata = {**record, _WRITER: writer}
                     blob = self._upload(key, data, content_type, metadata, if_generation_match=generation)
                 return _stored(blob), True
-            except _ConditionFailed:
+            except ConditionFailed:
                 there = self._blob(key)
             if there is None:
                 generation = 0  # removed meanwhile
@@ -155,7 +156,7 @@ class GCSBucket:
         try:
             blob.upload_from_string(data, content_type, **self._patience, checksum="md5", **condition)
         except PreconditionFailed as error:
-            raise _ConditionFailed("The storage is busy with other writers of this name.", retry_after=5) from error
+            raise ConditionFailed("The storage is busy with other writers of this name.", retry_after=5) from error
         return blob
 
     def _connected(self) -> Any:
@@ -163,51 +164,8 @@ class GCSBucket:
             raise StorageUnavailable("The storage is not opened yet.")
         return self._bucket
 
-    @contextmanager
-    def _told(self, what: str, *, bucket_asked: bool = False, beyond: bool = False) -> Iterator[None]:
-        """Turn Google's errors into ours, in sentences that hold no key.
-
-        `bucket_asked`: what is not found is the bucket. `beyond`: a range after the object's end is no error.
-        """
-        from google.api_core.exceptions import GoogleAPIError
-        from google.auth.exceptions import DefaultCredentialsError, GoogleAuthError
-        from requests.exceptions import RequestException
-
-        try:
-            yield
-        except DefaultCredentialsError as error:
-            raise StorageUnavailable(
-                "There are no usable credentials for the storage (GOOGLE_APPLICATION_CREDENTIALS)."
-            ) from error
-        except GoogleAuthError as error:
-            raise StorageUnavailable(
-                f"The storage does not accept the credentials ({type(error).__name__})."
-            ) from error
-        except (GoogleAPIError, RequestException, ConnectionError) as error:
-            code = int(getattr(error, "code", None) or 0)
-            if beyond and code == 416:
-                return
-            raise self._ours(code, what, bucket_asked=bucket_asked, kind=type(error).__name__) from error
-
-    def _ours(self, code: int, what: str, *, bucket_asked: bool, kind: str) -> Exception:
-        name = self._options.name
-        if code == 404 and bucket_asked:
-            return StorageUnavailable(f"There is no bucket {name!r} at the storage (BUCKET_NAME).")
-        if code == 404:
-            return NotFound("There is no picture under this name.")
-        if code == 401:
-            return StorageUnavailable("The storage does not accept the credentials (401).")
-        if code == 403:
-            return StorageUnavailable(f"The storage does not let these credentials {what}: bucket {name!r} (403).")
-        if code in (429, 503):
-            return StorageUnavailable(f"The storage asks to slow down ({code}).", retry_after=5)
-        return StorageUnavailable(
-            f"The storage answered with an error ({code})." if code else f"The storage does not answer ({kind})."
-        )
-
-
-class _ConditionFailed(StorageUnavailable):
-    """Someone else was there first."""
+    def _told(self, what: str, *, bucket_asked: bool = False, beyond: bool = False) -> AbstractContextManager[None]:
+        return told(what, self._options.name, bucket_asked=bucket_asked, beyond=beyond)
 
 
 def _client(options: GCSOptions) -> Any:
