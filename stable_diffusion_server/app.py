@@ -17,7 +17,7 @@ from starlette.middleware.cors import CORSMiddleware
 from stable_diffusion_server import __version__
 from stable_diffusion_server.api import handlers, ops, uploads
 from stable_diffusion_server.api.security import BodyLimit, Gate, Policy, allowed_host_names
-from stable_diffusion_server.bucket_api import StorageOptions, open_bucket, url_path
+from stable_diffusion_server.bucket_api import Bucket, StorageOptions, open_bucket, url_path
 from stable_diffusion_server.buckets.local import LocalBucket
 from stable_diffusion_server.decoding.pool import Decoder
 from stable_diffusion_server.engine import Denoiser, Engine, Phase
@@ -29,6 +29,9 @@ from stable_diffusion_server.orders import Limits
 from stable_diffusion_server.resolving import Options
 from stable_diffusion_server.service import Service
 from stable_diffusion_server.settings import Settings
+from stable_diffusion_server.spool.files import Spool
+from stable_diffusion_server.spool.remembering import Remembering
+from stable_diffusion_server.spool.spooling import Spooling
 
 _log = structlog.get_logger(__name__)
 
@@ -61,7 +64,7 @@ def create_app(
     """
     loaded, faults = _Loaded(), dict[str, str]()
     engine, metrics = _build_engine(settings, loaded, load or _load_models, announce)
-    bucket = open_bucket(StorageOptions.of(settings))
+    bucket = _bucket(settings)
     options = _options(settings)
     fetcher, decoder = _readers(settings)
 
@@ -85,9 +88,10 @@ def create_app(
         await asyncio.to_thread(engine.stop, STOP_GRACE_SECONDS)
         fetcher.close()
         await decoder.close()
+        await asyncio.to_thread(bucket.close)
 
     def missing() -> list[str]:
-        reasons = list(faults.values())
+        reasons = [*faults.values(), *filter(None, [bucket.fault()])]
         return [*reasons, engine.reason] if engine.phase is not Phase.READY else reasons
 
     app = FastAPI(
@@ -99,11 +103,19 @@ def create_app(
     )
     handlers.install(app)
     _add_middleware(app, settings)
-    app.include_router(uploads.router(service, options.limits, _url_maker(settings)))
+    app.include_router(uploads.router(service, options.limits, _url_maker(settings, bucket)))
     app.include_router(ops.router(missing, metrics.exposition))
-    if isinstance(bucket, LocalBucket):
-        app.include_router(ops.files_router(bucket))
+    app.include_router(ops.files_router(bucket))
     return app
+
+
+def _bucket(settings: Settings) -> Bucket:
+    """The bucket of the settings; one that is elsewhere has a spool before it, and a memory of what it holds."""
+    bucket = open_bucket(StorageOptions.of(settings))
+    if isinstance(bucket, LocalBucket):
+        return bucket
+    spool = Spool(settings.data_dir / "spool", settings.spool_bytes)
+    return Remembering(Spooling(bucket, spool, settings.storage_timeout), settings.known_keys, settings.known_seconds)
 
 
 def _options(settings: Settings) -> Options:
@@ -207,14 +219,18 @@ def _add_middleware(app: FastAPI, settings: Settings) -> None:
     app.add_middleware(Gate, policy=policy)
 
 
-def _url_maker(settings: Settings) -> Any:
-    """How a key becomes a URL: under PUBLIC_BASE_URL, else at the address the client's connection came in on.
+def _url_maker(settings: Settings, bucket: Bucket) -> Any:
+    """How a key becomes a URL: the bucket's own, else this server's.
 
-    Never from the Host header, which the client writes.
+    This server is PUBLIC_BASE_URL, where that is not the bucket's, else the address the client's connection came in
+    on; never the Host header, which the client writes.
     """
+    public = settings.public_base_url if settings.storage_provider == "local" else ""
 
     def url_of(request: Request, key: str) -> str:
-        base = settings.public_base_url
+        if (url := bucket.url(key)) is not None:
+            return url
+        base = public
         if not base:
             host, port = request.scope.get("server") or (settings.host, settings.port)
             name = f"[{host}]" if ":" in host else host

@@ -217,9 +217,13 @@ class Stored:
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """The answer to an order: where the picture is and what was really done. `timings` in seconds by stage."""
+    """The answer to an order: where the picture is and what was really done. `timings` in seconds by stage.
+
+    `stored` is false while the picture is kept by this server and not yet in the bucket.
+    """
 
     key: str
+    stored: bool
     cached: bool
     coalesced: bool
     task: str

@@ -24,6 +24,8 @@ from stable_diffusion_server.resolving import Options, Plan, resolve
 
 _log = structlog.get_logger(__name__)
 
+_STORED_LATER = Warned("stored-later", "The storage does not answer; the picture is kept here and brought there later.")
+
 # From what a caller gave (bytes, or a URL) and the parameter it came by, to be named in errors.
 Fetch = Callable[[str, str], Coroutine[Any, Any, bytes]]
 Decode = Callable[[bytes, str], Coroutine[Any, Any, Pixels]]
@@ -151,6 +153,8 @@ class Service:
         before = time.perf_counter()
         stored, won = await asyncio.to_thread(self._store, plan, scene, judged.job, data)
         timings["store"] = time.perf_counter() - before
+        if stored.waiting:
+            warnings.append(_STORED_LATER)
         timings["total"] = time.perf_counter() - started
         if not won:
             _log.info("another process stored this name first", key=plan.key)
@@ -227,6 +231,7 @@ def _record(plan: Plan, scene: Scene, job: Job) -> dict[str, str]:
 def _receipt(plan: Plan, scene: Scene, job: Job, outcome: _Outcome, *, coalesced: bool) -> Receipt:
     return Receipt(
         key=plan.key,
+        stored=not outcome.stored.waiting,
         cached=False,
         coalesced=coalesced,
         task=job.task,
@@ -257,8 +262,11 @@ def _receipt_from_record(plan: Plan, stored: Stored) -> Receipt:
     else:
         known = "was made from another order" if "digest" in record else "has no record of how it was made"
         warnings = (Warned("different-order", f"The picture stored under this name {known}."),)
+    if stored.waiting:
+        warnings = (*warnings, _STORED_LATER)
     return Receipt(
         key=stored.key,
+        stored=not stored.waiting,
         cached=True,
         coalesced=False,
         task=record.get("task", plan.order.task),

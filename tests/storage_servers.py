@@ -109,10 +109,13 @@ def s3_client(url: str, key: str = "AKIAEXAMPLE", secret: str = SECRET, service:
     )
 
 
-def make_s3_bucket(server: StorageServer) -> str:
-    """A new bucket's name."""
-    name = f"pictures-{uuid4().hex[:12]}"
+def make_s3_bucket(server: StorageServer, name: str = "") -> str:
+    """A new bucket, which anyone may read; its name."""
+    name = name or f"pictures-{uuid4().hex[:12]}"
     s3_client(server.url).create_bucket(Bucket=name)
+    anyone = {"Effect": "Allow", "Principal": "*", "Action": "s3:GetObject", "Resource": f"arn:aws:s3:::{name}/*"}
+    policy = json.dumps({"Version": "2012-10-17", "Statement": [anyone]})
+    s3_client(server.url).put_bucket_policy(Bucket=name, Policy=policy)
     return name
 
 

@@ -9,6 +9,7 @@ from fastapi.responses import FileResponse, JSONResponse, RedirectResponse
 from starlette.concurrency import run_in_threadpool
 from starlette.staticfiles import NotModifiedResponse
 
+from stable_diffusion_server.bucket_api import Bucket
 from stable_diffusion_server.buckets.local import LocalBucket
 from stable_diffusion_server.errors import InvalidInput, NotFound
 
@@ -42,8 +43,8 @@ def router(missing: Callable[[], list[str]], exposition: Callable[[], bytes]) ->
     return routes
 
 
-def files_router(bucket: LocalBucket) -> APIRouter:
-    """The door to the pictures of a local bucket; those of other buckets have addresses of their own."""
+def files_router(bucket: Bucket) -> APIRouter:
+    """The door to the pictures that have no address of their own: those of a local bucket, and those that wait."""
     routes = APIRouter(tags=["operate"])
 
     async def files(request: Request, key: str) -> Response:
@@ -54,14 +55,14 @@ def files_router(bucket: LocalBucket) -> APIRouter:
             "/files/{key:path}",
             files,
             methods=[method],
-            summary="A picture of the local bucket",
+            summary="A stored picture",
             operation_id=f"file_{method.lower()}",
             response_model=None,
         )
     return routes
 
 
-def _file(request: Request, key: str, bucket: LocalBucket) -> Response:
+def _file(request: Request, key: str, bucket: Bucket) -> Response:
     stored = None
     if "\0" not in key and not {"", ".", ".."} & set(key.split("/")):
         try:
@@ -78,6 +79,11 @@ def _file(request: Request, key: str, bucket: LocalBucket) -> Response:
     }
     if stored.content_type not in _SHOWN_INLINE:
         headers["Content-Disposition"] = "attachment"
+    if not isinstance(bucket, LocalBucket):
+        if (url := bucket.url(key)) is not None:
+            return RedirectResponse(url)  # it waited here once, and is in the bucket now
+        headers["Cache-Control"] = "no-store"
+        return Response(bucket.read(key), headers=headers, media_type=stored.content_type)
     wanted = {tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")}
     response = FileResponse(bucket.path(key), headers=headers, media_type=stored.content_type)
     if wanted & {headers["ETag"], "*"}:
