@@ -113,6 +113,8 @@ def welcome(settings: Settings, port: int) -> str:
     name = "localhost" if settings.host in here else settings.host
     base = f"http://{name}:{port}"
     path = f"{settings.bucket_path.strip('/')}/".lstrip("/")
+    local = settings.storage_provider == "local"
+    place = settings.local_bucket_dir.resolve() if local else f"{settings.storage_provider}: {settings.bucket_name}"
     return f"""
 Ready. Draw something:
 
@@ -120,6 +122,6 @@ Ready. Draw something:
 
   then look at  {base}/files/{path}demo/first.webp
   API docs      {base}/docs
-  pictures in   {settings.local_bucket_dir.resolve()}
+  pictures in   {place}
 
 """

@@ -49,7 +49,7 @@ def serving(tmp_path: Path) -> Iterator[Callable[..., Server]]:
     def start(name: str = "one", **environment: str) -> Server:
         folder, port = tmp_path / name, free_port()
         folder.mkdir(exist_ok=True)
-        running.append(start_server(folder, port, *SERVE, PORT=str(port), **environment))
+        running.append(start_server(folder, port, *SERVE, PORT=str(port), CPU_THREADS="1", **environment))
         return running[-1]
 
     yield start
