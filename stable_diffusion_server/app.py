@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+import signal
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from time import perf_counter
+from types import FrameType
 from typing import Any, Protocol
 
 import structlog
@@ -51,6 +54,12 @@ class _Loaded:
 
     models: Models | None = None
 
+    def count_tokens(self, model: str, prompt: str) -> int:
+        """Length of a prompt in a model's tokens. Raises `NotReady` until the models are loaded."""
+        if self.models is None:
+            raise NotReady("The models are loading.", retry_after=5)
+        return self.models.count_tokens(model, prompt)
+
 
 def create_app(
     settings: Settings,
@@ -63,18 +72,24 @@ def create_app(
     Both run on the engine's thread.
     """
     loaded, faults = _Loaded(), dict[str, str]()
-    engine, metrics = _build_engine(settings, loaded, load or _load_models, announce)
+
+    def missing() -> list[str]:
+        """What keeps the server from drawing, in sentences; what was at fault before is looked at again."""
+        if faults:
+            _open_folders(settings, bucket, faults)
+        reasons = [*faults.values(), *filter(None, [bucket.fault()])]
+        return [*reasons, engine.reason] if engine.phase is not Phase.READY else reasons
+
+    def ready() -> None:
+        if not missing():
+            announce()
+
+    engine, metrics = _build_engine(settings, loaded, load or _load_models, ready)
     bucket = _bucket(settings)
     options = _options(settings)
     fetcher, decoder = _readers(settings)
-
-    def count_tokens(model: str, prompt: str) -> int:
-        if loaded.models is None:
-            raise NotReady(engine.reason, retry_after=5)
-        return loaded.models.count_tokens(model, prompt)
-
     service = Service(
-        bucket, engine, count_tokens, options, metrics.answered, fetch=fetcher.fetch, decode=decoder.decode
+        bucket, engine, loaded.count_tokens, options, metrics.answered, fetch=fetcher.fetch, decode=decoder.decode
     )
 
     @asynccontextmanager
@@ -84,15 +99,12 @@ def create_app(
         logging.getLogger("uvicorn.access").disabled = True
         await asyncio.to_thread(_open_folders, settings, bucket, faults)
         engine.start()
-        yield
+        with _drained_by_signals(engine):
+            yield
         await asyncio.to_thread(engine.stop, STOP_GRACE_SECONDS)
         fetcher.close()
         await decoder.close()
         await asyncio.to_thread(bucket.close)
-
-    def missing() -> list[str]:
-        reasons = [*faults.values(), *filter(None, [bucket.fault()])]
-        return [*reasons, engine.reason] if engine.phase is not Phase.READY else reasons
 
     app = FastAPI(
         title="Stable Diffusion Server",
@@ -132,7 +144,7 @@ def _options(settings: Settings) -> Options:
         settings.text_to_image_model,
         settings.bucket_path,
         settings.embed_metadata,
-        settings.bumpy_redraws,
+        None if settings.bumpy_redraws == "auto" else int(settings.bumpy_redraws),
     )
 
 
@@ -160,7 +172,7 @@ def _load_models(settings: Settings) -> Models:
 
 
 def _build_engine(
-    settings: Settings, loaded: _Loaded, load: Callable[[Settings], Models], announce: Callable[[], object]
+    settings: Settings, loaded: _Loaded, load: Callable[[Settings], Models], ready: Callable[[], object]
 ) -> tuple[Engine[Any, Any], Metrics]:
     """The engine and the observers of its events, not started."""
 
@@ -168,7 +180,6 @@ def _build_engine(
         started = perf_counter()
         loaded.models = load(settings)
         _log.info("models loaded", seconds=round(perf_counter() - started, 1))
-        announce()
         return loaded.models
 
     metrics = Metrics(lambda: engine.waiting, lambda: engine.running)
@@ -178,13 +189,44 @@ def _build_engine(
         Heartbeat(settings.data_dir / "progress.txt").observe,
     )
     engine: Engine[Any, Any] = Engine(
-        load_and_tell, queue_limit=settings.queue_limit, max_batch=settings.max_batch, observe=each(observers)
+        load_and_tell,
+        queue_limit=settings.queue_limit,
+        max_batch=settings.max_batch,
+        observe=each(observers),
+        ready=ready,
     )
     return engine, metrics
 
 
+@contextmanager
+def _drained_by_signals(engine: Engine[Any, Any]) -> Iterator[None]:
+    """Have a signal to end drain the engine at once, before whatever the server program does with it.
+
+    uvicorn waits for open connections first, and those wait for pictures.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # a test's event loop: signals are not its business
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def drain(number: int, frame: FrameType | None) -> None:
+        # On a thread of its own: a handler may interrupt the holder of the very lock it needs.
+        threading.Thread(target=engine.drain, name="drain").start()
+        if callable(handler := before[signal.Signals(number)]):
+            handler(number, frame)
+
+    for number in before:
+        signal.signal(number, drain)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def _open_folders(settings: Settings, bucket: Any, faults: dict[str, str]) -> None:
     """Make the folders ready; what cannot be is kept in `faults` for `/readyz`, and the rest is served."""
+    faults.clear()
     try:
         settings.data_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -198,7 +240,7 @@ def _open_folders(settings: Settings, bucket: Any, faults: dict[str, str]) -> No
 
 
 def _add_middleware(app: FastAPI, settings: Settings) -> None:
-    """What every request passes, the last one added first: gate, then CORS, then the count of body bytes."""
+    """What every request passes, the last added first: CORS (refusals need its headers), gate, count of bytes."""
     policy = Policy(
         hosts=allowed_host_names(settings.host, settings.allowed_hosts, settings.public_base_url),
         origins=frozenset(settings.cors_origins),
@@ -208,6 +250,7 @@ def _add_middleware(app: FastAPI, settings: Settings) -> None:
         max_upload_bytes=settings.max_upload_bytes,
     )
     app.add_middleware(BodyLimit, policy=policy)
+    app.add_middleware(Gate, policy=policy)
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -216,7 +259,6 @@ def _add_middleware(app: FastAPI, settings: Settings) -> None:
             allow_headers=["Authorization", "Content-Type", "X-API-Key", "X-Request-ID"],
             expose_headers=["X-Request-ID", "Retry-After"],
         )
-    app.add_middleware(Gate, policy=policy)
 
 
 def _url_maker(settings: Settings, bucket: Bucket) -> Any:
@@ -234,7 +276,9 @@ def _url_maker(settings: Settings, bucket: Bucket) -> Any:
         if not base:
             host, port = request.scope.get("server") or (settings.host, settings.port)
             name = f"[{host}]" if ":" in host else host
-            base = f"{request.scope['scheme']}://{name}:{port or settings.port}"
+            # A forwarded scheme may be a websocket's.
+            scheme = "https" if request.scope["scheme"] in ("https", "wss") else "http"
+            base = f"{scheme}://{name}:{port or settings.port}"
         return f"{base}/files/{url_path(key)}"
 
     return url_of

@@ -182,6 +182,9 @@ def object_key(bucket_path: str, name: str) -> str:
     Raises `InvalidInput` naming `save_path` for a name that is empty, absolute, climbs (`..`), holds control
     characters or a backslash, or makes a key longer than `KEY_MAX_BYTES`.
     """
+    if len(name) > KEY_MAX_BYTES:
+        # Before anything else: normalizing takes time that grows with the square of a text of combining marks.
+        raise _refused(f"makes a key longer than {KEY_MAX_BYTES} bytes")
     name = unicodedata.normalize("NFC", name)
     if not name:
         raise _refused("is empty; leave it out to have a name made")

@@ -77,7 +77,7 @@ def serve() -> None:
     """Serve until a signal ends it."""
     settings = _settings()
     # Imported after the settings were read, so that a wrong one is told at once.
-    from stable_diffusion_server.app import create_app
+    from stable_diffusion_server.app import STOP_GRACE_SECONDS, create_app
 
     def announce() -> None:
         sys.stdout.write(welcome(settings, port))
@@ -89,7 +89,9 @@ def serve() -> None:
     app = create_app(settings, announce=announce)
     sys.stdout.write("Loading the models; the first picture can be asked for in a few seconds.\n")
     sys.stdout.flush()
-    config = uvicorn.Config(app, access_log=False, log_level="warning")
+    config = uvicorn.Config(
+        app, access_log=False, log_level="warning", timeout_graceful_shutdown=int(STOP_GRACE_SECONDS)
+    )
     uvicorn.Server(config).run(sockets=[listening])
 
 

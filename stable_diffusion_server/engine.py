@@ -108,11 +108,13 @@ class Engine(Generic[S, P]):
         queue_limit: int,
         max_batch: int,
         observe: Callable[[Event], None] = lambda event: None,
+        ready: Callable[[], object] = lambda: None,
     ) -> None:
         self._load = load
         self._queue_limit = queue_limit
         self._max_batch = max_batch
         self._observe = observe
+        self._ready = ready
         self._waiting: deque[Ticket[P]] = deque()
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -137,12 +139,16 @@ class Engine(Generic[S, P]):
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
-    def stop(self, grace: float) -> None:
-        """Take no more work, fail what waits, and give the running group `grace` seconds to end."""
+    def drain(self) -> None:
+        """Take no more work and fail what waits; what is on the device goes on to its end."""
         with self._changed:
             self.phase, self.reason = Phase.STOPPED, "The server is going down."
             self._fail_waiting()
             self._changed.notify_all()
+
+    def stop(self, grace: float) -> None:
+        """Drain, and give what is on the device `grace` seconds to end."""
+        self.drain()
         if self._thread is not None:
             self._thread.join(grace)
 
@@ -182,20 +188,25 @@ class Engine(Generic[S, P]):
     def _run(self) -> None:
         try:
             denoiser = self._load()
-        except Exception as error:
-            self._loading_failed(error)
+        except BaseException as error:  # whatever it is, /readyz has to say that no model will come
+            self._give_up(error, "The models could not be loaded.")
             return
         with self._changed:
             if self.phase is Phase.LOADING:
                 self.phase, self.reason = Phase.READY, ""
-        while self._wait_for_work():
-            self._draw_group(denoiser)
+        self._ready()
+        try:
+            while self._wait_for_work():
+                self._draw_group(denoiser)
+        except BaseException as error:  # no thread, no pictures: say so instead of letting callers wait for ever
+            self._give_up(error, "Drawing has ended unexpectedly; the server has to be restarted.")
 
-    def _loading_failed(self, error: Exception) -> None:
-        _log.error("models could not be loaded", exc_info=error)
+    def _give_up(self, error: BaseException, reason: str) -> None:
+        _log.error("the engine has stopped", exc_info=error)
         with self._changed:
             self.phase = Phase.FAILED
-            self.reason = error.detail if isinstance(error, ServerError) else "The models could not be loaded."
+            self.reason = error.detail if isinstance(error, ServerError) else reason
+            self._fail_waiting()
 
     def _wait_for_work(self) -> bool:
         """Block until a job waits; false when the engine was stopped."""

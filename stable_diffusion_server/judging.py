@@ -41,7 +41,7 @@ P = TypeVar("P", bound=DrawnPicture)
 
 @dataclass(frozen=True, slots=True)
 class Remedy:
-    """How a bumpy picture of a model is drawn again: how often at the most, with how many steps, in which words.
+    """How a bumpy picture of a model is drawn again: how often (0 lets bumps be), up to which steps, in which words.
 
     `fit` shortens a prompt to what the model reads; it may block, and is called off the event loop.
     """
@@ -109,7 +109,7 @@ async def draw_well(job: Job, draw: Callable[[Job], Awaitable[Drawing[P]]], reme
             job = reseeded(job)
             continue
         timings.update(drawing.timings)
-        badness = await asyncio.to_thread(_badness, job, drawing.product.pixels)
+        badness = await asyncio.to_thread(_badness, job, drawing.product.pixels, remedy)
         if best is None or badness < best.badness:
             best = _Try(job, drawing.product, badness)
         if badness == _BLACK and not faults["black"] and not faults["bumpy"]:
@@ -128,11 +128,11 @@ def reseeded(job: Job) -> Job:
     return replace(job, seed=int(digest({"instead of": job.seed})[:8], 16))
 
 
-def _badness(job: Job, pixels: Pixels) -> float:
+def _badness(job: Job, pixels: Pixels, remedy: Remedy) -> float:
     """Infinite for black, above 1 for too bumpy. What is repainted in a picture has the bumps of the rest: let be."""
     if is_black(pixels):
         return _BLACK
-    return 0.0 if job.task is Task.INPAINT else bumpiness(pixels).score
+    return bumpiness(pixels).score if remedy.redraws and job.task is not Task.INPAINT else 0.0
 
 
 def _told(faults: Mapping[str, int], badness: float) -> tuple[Warned, ...]:

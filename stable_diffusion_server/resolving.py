@@ -34,13 +34,16 @@ _OTHER_IMAGE_EXTENSIONS = frozenset("gif svg bmp tif tiff avif heic heif jxl ico
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What the service was set up with. `embed_metadata` is full, digest or none; `bumpy_redraws` 0 to 2."""
+    """What the service was set up with. `embed_metadata` is full, digest or none.
+
+    `bumpy_redraws` is how often a picture that is too bumpy is drawn again, `None` what the model's facts say.
+    """
 
     limits: Limits
     default_model: str
     bucket_path: str
     embed_metadata: str = "full"
-    bumpy_redraws: int = 2
+    bumpy_redraws: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -180,7 +180,8 @@ class Service:
             return await asyncio.wrap_future(self._queue.submit(job).result)
 
         options, facts = self._options, facts_of(job.model)
-        remedy = Remedy(options.bumpy_redraws, options.limits.max_steps, facts, lambda text: self._fit(job.model, text))
+        redraws = facts.bumpy_redraws if options.bumpy_redraws is None else options.bumpy_redraws
+        remedy = Remedy(redraws, options.limits.max_steps, facts, lambda text: self._fit(job.model, text))
         return await draw_well(job, once, remedy)
 
     def _fit_prompts(self, job: Job) -> Job:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from ipaddress import ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -27,7 +28,7 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_file=".env", extra="ignore", frozen=True, validate_default=True)
 
-    host: str = Field("127.0.0.1", description="Address to listen on.")
+    host: str = Field("127.0.0.1", min_length=1, description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
     public_base_url: str = Field(
         "",
@@ -94,10 +95,10 @@ class Settings(BaseSettings):
     queue_limit: int = Field(32, ge=1, description="Jobs that may wait; one more is answered 429.")
     max_batch: int = Field(4, ge=1, le=64, description="Jobs that share a forward pass at the most.")
     min_side: int = Field(64, ge=8, description="Smallest width and height in pixels.")
-    max_side: int = Field(2048, ge=64, le=16384, description="Largest width and height in pixels.")
+    max_side: int = Field(2048, ge=64, le=16383, description="Largest width and height in pixels.")
     max_steps: int = Field(100, ge=1, le=1000, description="Most denoising steps.")
     max_guidance: float = Field(20.0, ge=0, allow_inf_nan=False, description="Largest guidance scale.")
-    max_prompt_characters: int = Field(4000, ge=1, description="Longest prompt in characters.")
+    max_prompt_characters: int = Field(4000, ge=1, le=10_000, description="Longest prompt in characters.")
     max_timeout: float = Field(
         600.0,
         gt=0,
@@ -125,7 +126,9 @@ class Settings(BaseSettings):
             "with a port where it is not that of http or https: `images.internal`, `10.0.0.0/8`, `127.0.0.1:9000`."
         ),
     )
-    bumpy_redraws: int = Field(2, ge=0, le=2, description="How often a picture that is too bumpy is drawn again.")
+    bumpy_redraws: Literal["auto", "0", "1", "2"] = Field(
+        "auto", description="How often a picture that is too bumpy is drawn again; `auto`: as suits the model."
+    )
 
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe line logged.")
     log_format: Literal["auto", "console", "json"] = Field(
@@ -144,7 +147,10 @@ class Settings(BaseSettings):
             return ""
         url = value if "://" in value else f"https://{value}"
         parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+        plain = re.fullmatch(
+            r"[A-Za-z0-9.-]+|\[[0-9A-Fa-f:]+\]", parts.netloc.rsplit(":", 1)[0] if parts.port else parts.netloc
+        )
+        if parts.scheme not in ("http", "https") or not plain or parts.query or parts.fragment or " " in url:
             raise ValueError("is not an http or https address")
         return url.rstrip("/")
 
@@ -162,6 +168,29 @@ class Settings(BaseSettings):
     @classmethod
     def _none_if_empty(cls, value: Any) -> Any:
         return value or None
+
+    @field_validator("allowed_hosts")
+    @classmethod
+    def _names_are_hosts(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for name in value:
+            if not re.fullmatch(r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:\d+)?", name):
+                raise ValueError(f"{name!r} is not a host name such as draw.example.com")
+        return value
+
+    @field_validator("api_keys")
+    @classmethod
+    def _keys_fit_a_header(cls, value: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
+        if not all(re.fullmatch(r"[!-~]+", key.get_secret_value()) for key in value):
+            raise ValueError("holds a key with blanks or characters beyond ASCII, which no header can carry")
+        return value
+
+    @field_validator("bucket_path")
+    @classmethod
+    def _path_is_clean(cls, value: str) -> str:
+        segments = value.strip("/").split("/")
+        if value.strip("/") and (not all(segments) or {".", ".."} & set(segments) or not value.isprintable()):
+            raise ValueError("has an empty part, '.' or '..', or is not printable")
+        return value
 
     @field_validator("cors_origins")
     @classmethod

@@ -1,5 +1,6 @@
 """Names to keys and keys to URLs."""
 
+import time
 from urllib.parse import unquote
 
 import pytest
@@ -50,6 +51,14 @@ def test_the_longest_key_is_taken_and_one_byte_more_is_not(letter: str) -> None:
     assert len(object_key(prefix, longest).encode()) <= KEY_MAX_BYTES
     with pytest.raises(InvalidInput):
         object_key(prefix, longest + letter)
+
+
+def test_a_name_that_is_costly_to_normalize_is_refused_before_that() -> None:
+    """A hundred thousand combining marks would take half a minute; the bound only catches that."""
+    started = time.monotonic()
+    with pytest.raises(InvalidInput):
+        object_key("p", "a" + "\u0315" * 50_000 + "\u0300" * 50_000)
+    assert time.monotonic() - started < 5
 
 
 @pytest.mark.parametrize("path", ["", "/", "static/uploads", "/static/uploads/"])

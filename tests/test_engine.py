@@ -194,6 +194,30 @@ def test_models_that_cannot_be_loaded_are_told_and_nothing_is_accepted() -> None
         engine.submit(job("too early"))
 
 
+@pytest.mark.parametrize("where", ["load", "prepare"])
+def test_an_engine_that_ends_says_so_and_leaves_nobody_waiting(where: str) -> None:
+    """Even an exception that is no Exception: the phase tells, what waits is failed, and nothing more is accepted."""
+
+    class Exiting(PaintedSquares):
+        def prepare(self, job: Job) -> Any:
+            raise SystemExit(1)
+
+    def load() -> Any:
+        if where == "load":
+            raise SystemExit(1)
+        return Exiting()
+
+    engine: Engine[Any, Any] = Engine(load, queue_limit=4, max_batch=1)
+    engine.start()
+    if where == "prepare":
+        until(lambda: engine.phase is Phase.READY)
+        engine.submit(job("the last"))
+    until(lambda: engine.phase is Phase.FAILED)
+    assert "engine" not in engine.reason
+    with pytest.raises(NotReady):
+        engine.submit(job("too late"))
+
+
 def test_stopping_fails_what_waits_and_finishes_what_runs(
     engine_of: Callable[..., Engine[Any, Any]], gated: PaintedSquares
 ) -> None:

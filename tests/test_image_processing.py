@@ -7,7 +7,7 @@ import time
 import numpy as np
 import PIL
 import pytest
-from fakes import disc
+from fakes import disc, file_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -181,6 +181,18 @@ def test_a_mask_of_any_size_comes_to_the_size_of_the_picture(size: tuple[int, in
     assert (fitted.shape, fitted.dtype) == ((48, 64), np.uint8)
     assert (fitted[:, :26] == 255).all()
     assert (fitted[:, 38:] == 0).all()
+
+
+def test_a_mask_that_was_a_jpeg_is_black_and_white_all_the_same() -> None:
+    """What compression makes of black and white is neither repainted nor kept by a trace; greys stay in order."""
+    exact = np.zeros((64, 64, 3), np.uint8)
+    exact[19:45, 21:43] = 255
+    smeared = np.asarray(Image.open(io.BytesIO(file_of(exact, "JPEG", quality=85))))
+    assert len(np.unique(smeared)) > 2
+    assert (to_mask(smeared, 64, 64) == exact[..., 0]).all()
+    ramp = to_mask(np.arange(256, dtype=np.uint8)[None, :, None].repeat(3, 2), 256, 1)[0].astype(int)
+    assert (np.diff(ramp) >= 0).all()
+    assert (ramp[0], ramp[32], ramp[223], ramp[255]) == (0, 0, 255, 255)
 
 
 def test_a_feathered_mask_rises_inwards_and_never_leaves_the_mask() -> None:

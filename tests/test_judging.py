@@ -15,7 +15,7 @@ from stable_diffusion_server.engine import Drawing
 from stable_diffusion_server.errors import Busy, InvalidInput, NotFinite, ServerError
 from stable_diffusion_server.judging import Judged, Remedy, draw_well
 from stable_diffusion_server.orders import Job, Picture, Task
-from stable_diffusion_server.pipelines.catalog import MODELS
+from stable_diffusion_server.pipelines.catalog import MODELS, REAL_MODELS
 
 GOOD, BLACK = disc(), np.zeros((64, 64, 3), np.uint8)
 BUMPY, VERY_BUMPY = (bumpy_pixels(128, 128, ends) for ends in (0.012, 0.2))
@@ -153,6 +153,13 @@ async def test_an_inpainting_is_not_judged_by_the_bumps_of_the_rest() -> None:
     assert (await judged(Easel(BLACK, GOOD), inpaint))[1] == ["redrawn-black"]
 
 
-async def test_redraws_for_bumps_can_be_switched_off() -> None:
-    """With none allowed a bumpy picture is served as it is, and told."""
-    assert (await judged(Easel(BUMPY), redraws=0))[1] == ["bumpy"]
+async def test_bumps_can_be_let_be() -> None:
+    """With no redraw allowed nothing is measured and nothing told; black is still seen."""
+    assert (await judged(Easel(BUMPY), redraws=0))[1] == []
+    assert (await judged(Easel(BLACK, GOOD), redraws=0))[1] == ["redrawn-black"]
+
+
+def test_the_models_of_black_and_white_shapes_are_not_judged_by_bumps() -> None:
+    """A black disc on white is what their prompts ask for; real weights are judged."""
+    assert {facts.bumpy_redraws for facts in MODELS.values()} == {0}
+    assert {facts.bumpy_redraws for family in REAL_MODELS.values() for facts in family} == {2}

@@ -144,13 +144,45 @@ def raw(server: Server, request: bytes) -> bytes:
         return b"".join(iter(lambda: connection.recv(65536), b""))
 
 
-@pytest.mark.parametrize(
-    "path", ["/files/../../etc/passwd", "/files/..%2f..%2fetc/passwd", "/files/%2e%2e/data/progress.txt", "/files//etc"]
-)
-def test_no_path_leads_out_of_the_bucket(server: Server, path: str) -> None:
-    """Sent as raw bytes, since clients tidy such paths before they send them."""
-    answer = raw(server, f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
-    assert answer.startswith(b"HTTP/1.1 404")
+@pytest.mark.parametrize("up", ["..", "%2e%2e", ".%2e", "..%2f.."])
+def test_no_path_leads_out_of_the_bucket(server: Server, up: str) -> None:
+    """Sent as raw bytes, since clients tidy such paths; what is asked for is there, and must not be given."""
+    (server.folder / "bucket" / "secret.webp").write_text("secret")
+    (server.folder / "secret.webp").write_text("secret")
+    for path in (f"/files/{up}/secret.webp", f"/files/static/{up}/{up}/secret.webp", f"/files/{up}%2fsecret.webp"):
+        answer = raw(server, f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
+        assert answer.startswith(b"HTTP/1.1 404")
+        assert not answer.endswith(b"secret")
+
+
+def test_a_client_that_leaves_in_the_middle_of_its_body_is_no_error(server: Server) -> None:
+    """Nothing is wrong with the server, and its log does not say so."""
+    errors = server.log.read_text().count("unexpected error")
+    with socket.create_connection(("127.0.0.1", int(server.url.rsplit(":", 1)[1]))) as connection:
+        head = f"POST {CREATE} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 99\r\n"
+        connection.sendall(f'{head}\r\n{{"prompt":'.encode())
+    until(lambda: '"status": 499' in server.log.read_text())
+    assert server.log.read_text().count("unexpected error") == errors
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_server_although_clients_wait(tmp_path: Path, number: signal.Signals) -> None:
+    """What is on the device is finished or given up in time, what waits is told to come back, and the process ends."""
+    port = free_port()
+    command = (sys.executable, "-m", "stable_diffusion_server", "serve")
+    doomed = start_server(tmp_path, port, *command, PORT=str(port), MAX_BATCH="1", CPU_THREADS="1")
+
+    def ask(n: int) -> int:
+        asked = {"prompt": "a star", "seed": n, "num_inference_steps": 40, **NATIVE}
+        return httpx.get(f"{doomed.url}{CREATE}", params=asked, timeout=120).status_code
+
+    with ThreadPoolExecutor(6) as pool:
+        answers = [pool.submit(ask, n) for n in range(6)]
+        until(lambda: metric(doomed, "sds_queue_waiting") == 5)
+        doomed.stop(number)
+        told = sorted(answer.result() for answer in answers)
+    assert set(told) == {200, 503}
+    assert told.count(503) >= 3
 
 
 def test_a_request_without_a_host_is_refused(server: Server) -> None:

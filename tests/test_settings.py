@@ -46,6 +46,19 @@ def test_nothing_has_to_be_set() -> None:
         ("CORS_ORIGINS", "*"),
         ("MAX_GUIDANCE", "nan"),
         ("LOG_LEVEL", "loud"),
+        ("HOST", ""),
+        ("ALLOWED_HOSTS", "*"),
+        ("ALLOWED_HOSTS", "https://draw.example.com"),
+        ("ALLOWED_HOSTS", "bücher.example"),
+        ("BUCKET_PATH", "../x"),
+        ("BUCKET_PATH", "a//b"),
+        ("PUBLIC_BASE_URL", "https://a b"),
+        ("PUBLIC_BASE_URL", "https://user:pw@pictures.example"),
+        ("PUBLIC_BASE_URL", "https://pictures.example:port"),
+        ("API_KEYS", "schlüssel"),
+        ("API_KEYS", "two words"),
+        ("MAX_SIDE", "16384"),
+        ("MAX_PROMPT_CHARACTERS", "10001"),
     ],
 )
 def test_an_invalid_value_stops_the_start_in_one_sentence(
@@ -121,6 +134,13 @@ def test_bucket_and_state_may_not_contain_one_another(bucket: str, data: str, mo
     monkeypatch.setenv("DATA_DIR", data)
     with pytest.raises(SettingsError, match="must not contain one another"):
         read_settings()
+
+
+@pytest.mark.parametrize("url", ["https://pictures.example", "http://[::1]:9000", "https://a.example:444/some/path"])
+def test_an_ordinary_base_url_is_taken_as_it_is(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a port, an address in brackets or a path."""
+    monkeypatch.setenv("PUBLIC_BASE_URL", url)
+    assert read_settings().public_base_url == url
 
 
 def test_a_base_url_without_a_scheme_is_https(monkeypatch: pytest.MonkeyPatch) -> None:

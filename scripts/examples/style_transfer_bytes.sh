@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# The seed document's second call: a picture of yours drawn anew, kept to its edges.
+# The seed document's second call: a picture of yours drawn anew, kept to its edges. Draws a test.jpg if there is none.
 set -euo pipefail
 server="${SERVER:-http://localhost:8000}"
-picture="${1:-test.jpg}"
+[ -e test.jpg ] || curl --fail-with-body --silent --show-error --output test.jpg \
+  -F 'prompt=a red circle on a blue background' -F 'format=jpeg' -F 'width=640' -F 'height=480' "$server/make_image"
 curl --fail-with-body --silent --show-error -X POST "$server/style_transfer_bytes_and_upload_image" \
-  -F "prompt=anime style" -F "image_file=@$picture" -F "save_path=output.webp"
+  -F "prompt=anime style" -F "image_file=@test.jpg" -F "save_path=output.webp"
 echo

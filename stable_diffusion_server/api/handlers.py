@@ -5,9 +5,10 @@ from __future__ import annotations
 from http import HTTPStatus
 
 import structlog
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from stable_diffusion_server.errors import ServerError
 
@@ -18,6 +19,7 @@ def install(app: FastAPI) -> None:
     """Have the app answer every error as a problem."""
     app.add_exception_handler(ServerError, _ours)
     app.add_exception_handler(HTTPException, _frameworks)
+    app.add_exception_handler(ClientDisconnect, _gone)
     app.add_exception_handler(Exception, _unknown)
 
 
@@ -40,6 +42,11 @@ def problem(error: ServerError, request_id: str) -> JSONResponse:
     if error.status == HTTPStatus.UNAUTHORIZED:
         headers["WWW-Authenticate"] = "Bearer"
     return JSONResponse(_printable(body), error.status, headers, media_type="application/problem+json")
+
+
+def client_gone() -> Response:
+    """The answer no one reads, with the status others log for it."""
+    return Response(status_code=499)
 
 
 def request_id_of(request: Request) -> str:
@@ -69,6 +76,11 @@ async def _frameworks(request: Request, error: Exception) -> JSONResponse:
     }
     headers = {**(error.headers or {}), "X-Request-ID": request_id_of(request)}
     return JSONResponse(body, status, headers, media_type="application/problem+json")
+
+
+async def _gone(request: Request, error: Exception) -> Response:
+    """A client that left while it sent its body: nobody is told, and nothing is wrong here."""
+    return client_gone()
 
 
 async def _unknown(request: Request, error: Exception) -> JSONResponse:

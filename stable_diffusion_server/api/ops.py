@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 from fastapi import APIRouter, Request, Response
@@ -15,6 +16,7 @@ from stable_diffusion_server.errors import InvalidInput, NotFound
 
 # A name is an identity: what is stored under it is not drawn anew unless someone asks to overwrite it.
 _CACHING = "public, max-age=31536000, immutable"
+_RANGE = re.compile(r"bytes=\s*(\d+-\d*|-\d+)(\s*,\s*(\d+-\d*|-\d+))*")
 _SHOWN_INLINE = ("image/webp", "image/png", "image/jpeg")
 
 
@@ -32,7 +34,7 @@ def router(missing: Callable[[], list[str]], exposition: Callable[[], bytes]) ->
 
     @routes.get("/readyz", summary="Can it draw? 503 says what is missing.")
     async def readyz() -> Response:
-        reasons = missing()
+        reasons = await run_in_threadpool(missing)
         body = {"status": "not ready" if reasons else "ready", "missing": reasons}
         return JSONResponse(body, 503 if reasons else 200, {"Retry-After": "2"} if reasons else None)
 
@@ -84,6 +86,9 @@ def _file(request: Request, key: str, bucket: Bucket) -> Response:
             return RedirectResponse(url)  # it waited here once, and is in the bucket now
         headers["Cache-Control"] = "no-store"
         return Response(bucket.read(key), headers=headers, media_type=stored.content_type)
+    if not _RANGE.fullmatch(request.headers.get("range", "bytes=0-")):
+        # What is no range of bytes is to be ignored (RFC 9110, 14.2).
+        request.scope["headers"] = [pair for pair in request.scope["headers"] if pair[0] != b"range"]
     wanted = {tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")}
     response = FileResponse(bucket.path(key), headers=headers, media_type=stored.content_type)
     if wanted & {headers["ETag"], "*"}:

@@ -77,6 +77,10 @@ class Policy:
             raise Forbidden("Web pages of this origin may not draw; the setting CORS_ORIGINS adds origins.")
         if headers.get("sec-fetch-site") == "cross-site":
             raise Forbidden("Other web sites may not draw here; the setting CORS_ORIGINS adds origins.")
+        referer = headers.get("referer")
+        if origin is None and referer and "sec-fetch-site" not in headers and not _is_of(referer, {own, *self.origins}):
+            # Browsers that send no Sec-Fetch-Site (old ones, or plain http elsewhere than loopback) still say this.
+            raise Forbidden("Other web sites may not draw here; the setting CORS_ORIGINS adds origins.")
         if "prefetch" in headers.get("sec-purpose", ""):
             raise Forbidden("A prefetch does not draw.")
 
@@ -92,7 +96,7 @@ class Policy:
 class Gate:
     """ASGI middleware: gives each request an id, lets the policy decide, and logs what was answered.
 
-    Query strings are not logged: prompts and names are the caller's own business.
+    Query strings are not logged: prompts are the caller's own business.
     """
 
     def __init__(self, app: ASGIApp, policy: Policy) -> None:
@@ -159,6 +163,10 @@ def _host_name(host: str) -> str:
     """The name in a Host header or setting: without port, brackets and a final dot, lower-cased; empty if none."""
     match = _HOST.fullmatch(host.strip())
     return (match["v6"] or match["name"]).lower().removesuffix(".") if match else ""
+
+
+def _is_of(url: str, origins: set[str]) -> bool:
+    return any(url == origin or url.startswith(f"{origin}/") for origin in origins)
 
 
 def _is_loopback(name: str) -> bool:

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
+from stable_diffusion_server.api.handlers import client_gone
 from stable_diffusion_server.api.schemas import (
     Inpaint,
     Parameters,
@@ -19,6 +20,7 @@ from stable_diffusion_server.api.schemas import (
     read_order,
     receipt_body,
 )
+from stable_diffusion_server.errors import NotReady
 from stable_diffusion_server.orders import Limits, Receipt
 from stable_diffusion_server.service import Service
 
@@ -97,20 +99,20 @@ def router(service: Service, limits: Limits, url_of: UrlOf) -> APIRouter:
     return routes
 
 
-def client_gone() -> Response:
-    """The answer no one reads, with the status others log for it."""
-    return Response(status_code=499)
-
-
 async def unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) -> T | None:
     """The result of `work`, or `None` when the client went away first, which cancels it. Read the body before."""
     working = asyncio.create_task(work)
     watching = asyncio.create_task(_disconnect(request))
     try:
         await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
-        return await working if working.done() else None
+        if working.done():
+            return await working
+        await watching  # a body that is too long is told here; its end is the client's
+        return None
+    except asyncio.CancelledError:
+        # The server program ends the calls that outlast its grace; the caller should hear why.
+        raise NotReady("The server is going down.", retry_after=5) from None
     finally:
-        # Ending both also covers the server cancelling this very call.
         working.cancel()
         watching.cancel()
 

@@ -181,7 +181,7 @@ class LocalBucket:
     def _make_room(self, key: str) -> Path:
         """The path of an object to be written, with the folders that it and its facts need."""
         with self._name_blamed():
-            target = self.path(key)
+            target = self._checked(key)
             for path in (target, self._records / key):
                 path.parent.mkdir(parents=True, exist_ok=True)
             return target
@@ -197,6 +197,16 @@ class LocalBucket:
                 raise
             raise InvalidInput(f"save_path {why}.", field="save_path") from error
 
+    def _checked(self, key: str) -> Path:
+        """The path of a key, once it is known that a picture may stand there; raises the system's own errors."""
+        if max(map(len, key.encode().split(b"/"))) > _SEGMENT_MAX_BYTES:
+            # Asked for first: a missing folder would hide it, and the picture would be drawn in vain.
+            raise OSError(errno.ENAMETOOLONG, "too long")
+        target = self.path(key)
+        if target.is_dir() and not target.is_symlink():
+            raise IsADirectoryError(errno.EISDIR, "is a folder")
+        return target
+
     def _locked(self) -> FileLock:
         """Held while an object and its facts are put in place together, by whichever thread or process."""
         return FileLock(self._unfinished / ".lock", thread_local=False, is_singleton=False)
@@ -204,13 +214,10 @@ class LocalBucket:
     def _find(self, key: str) -> Stored | None:
         try:
             with self._name_blamed():
-                if max(map(len, key.encode().split(b"/"))) > _SEGMENT_MAX_BYTES:
-                    # lstat would find a missing folder first, and the picture would be drawn in vain.
-                    raise OSError(errno.ENAMETOOLONG, "too long")
-                found = self.path(key).lstat()
-                if stat.S_ISDIR(found.st_mode):
-                    raise IsADirectoryError(errno.EISDIR, "is a folder")
+                found = self._checked(key).lstat()
         except FileNotFoundError:
+            if not self._objects.is_dir():
+                raise
             return None
         if not stat.S_ISREG(found.st_mode) or found.st_size == 0:
             return None

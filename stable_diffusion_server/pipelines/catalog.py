@@ -32,7 +32,8 @@ class ModelFacts:
     `native_pixels` is the largest area it draws well, in pixels; `floor` its smallest side. `text_tokens` is the
     length its prompt is read to, special tokens included. `revision` names these very weights: pictures of another
     revision are other pictures. Folders are beside one another in the models' folder, and `repo` and `control_repo`
-    say where on the Hugging Face hub they come from. `rounds_steps_up` tells how a strength becomes steps.
+    say where on the Hugging Face hub they come from. `bumpy_redraws` is how often a picture that is too bumpy is drawn
+    again. `rounds_steps_up` tells how a strength becomes steps.
     `always` are adapters that belong to the model, by folder and weight. `dtype` and `cpu_dtype` name the torch type
     of its weights on an accelerator and on the CPU.
     """
@@ -49,6 +50,7 @@ class ModelFacts:
     default_scheduler: str
     schedulers: tuple[str, ...]
     takes_negative_prompt: bool
+    bumpy_redraws: int = 2
     lowercase_prompts: bool = False
     rounds_steps_up: bool = False
     control_folder: str | None = None
@@ -92,6 +94,7 @@ _EMBEDDED_SDXL = ModelFacts(
     default_scheduler="euler",
     schedulers=("euler", "euler_a", "ddim"),
     takes_negative_prompt=True,
+    bumpy_redraws=0,  # its world is of black and white shapes on purpose, which the measure takes for a fault
     control_folder="embedded-controlnet-canny-sdxl",
 )
 _EMBEDDED_FLUX = ModelFacts(
@@ -107,6 +110,7 @@ _EMBEDDED_FLUX = ModelFacts(
     default_scheduler="flow_euler",
     schedulers=("flow_euler",),
     takes_negative_prompt=False,
+    bumpy_redraws=0,  # as above
     lowercase_prompts=True,
     rounds_steps_up=True,
     control_folder="embedded-controlnet-canny-flux",

@@ -57,6 +57,26 @@ def load_pipeline(facts: ModelFacts, models_dir: Path, device: torch.device) -> 
     return pipeline.to(device)
 
 
+def load_controlnet(facts: ModelFacts, models_dir: Path, device: torch.device) -> Any:
+    """The model's ControlNet for edges on `device`; `None` when its folder is not there.
+
+    Raises `WeightsUnusable` when files are missing, damaged or of another class.
+    """
+    if facts.control_folder is None or not (models_dir / facts.control_folder).is_dir():
+        return None
+    folder = models_dir / facts.control_folder
+    try:
+        found = json.loads((folder / "config.json").read_text()).get("_class_name")
+        if found != facts.control_class:
+            raise WeightsUnusable(f"{facts.control_folder} holds a {found}, and a {facts.control_class} is needed.")
+        network = getattr(diffusers, facts.control_class).from_pretrained(
+            folder, dtype=torch.float32, local_files_only=True, use_safetensors=True
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise WeightsUnusable(f"The files in {folder.name} cannot be loaded ({type(error).__name__}).") from error
+    return network.to(device)
+
+
 def _quieten_libraries() -> None:
     """Keep the libraries' bars and remarks on optional packages off the console; errors still show."""
     diffusers_logging.disable_progress_bar()

@@ -10,12 +10,12 @@ import torch
 
 from stable_diffusion_server.orders import Job
 from stable_diffusion_server.pipelines.catalog import MODELS, ModelFacts
-from stable_diffusion_server.pipelines.components import choose_device, load_pipeline
+from stable_diffusion_server.pipelines.components import choose_device, load_controlnet, load_pipeline
 from stable_diffusion_server.pipelines.denoising import Drawn, Family, State
 from stable_diffusion_server.pipelines.flux import Flux
 from stable_diffusion_server.pipelines.sdxl import Sdxl
 
-_FAMILIES: Mapping[str, Callable[[Any, ModelFacts], Family]] = {
+_FAMILIES: Mapping[str, Callable[[Any, ModelFacts, Any], Family]] = {
     "StableDiffusionXLPipeline": Sdxl,
     "FluxPipeline": Flux,
 }
@@ -54,7 +54,9 @@ def load(models_dir: Path, device_name: str, cpu_threads: int) -> Registry:
     device = choose_device(device_name)
     return Registry(
         {
-            name: _FAMILIES[facts.pipeline_class](load_pipeline(facts, models_dir, device), facts)
+            name: _FAMILIES[facts.pipeline_class](
+                load_pipeline(facts, models_dir, device), facts, load_controlnet(facts, models_dir, device)
+            )
             for name, facts in MODELS.items()
         }
     )

@@ -49,8 +49,10 @@ class Spooling:
     def open(self) -> None:
         """Open spool and store and start the drain. A store that cannot be opened is told by `fault` and tried again.
 
-        Raises `StorageUnavailable` when the spool's folder cannot be used.
+        Raises `StorageUnavailable` when the spool's folder cannot be used, and may be called again then.
         """
+        if self._drain.is_alive():
+            return
         self._spool.open()
         with suppress(StorageUnavailable):
             self._ask("write", self._store.open)

@@ -375,7 +375,7 @@ def test_a_picture_of_any_shape_comes_back_at_its_size(house: House, size: tuple
 def test_guards_are_told_in_the_receipt(house_of: Callable[..., House]) -> None:
     """Black, then good: served with a warning and the seed that was drawn; black twice: served, told, nothing dies."""
     painters = Retouchers(spoil=["black", "", "black", "black", "bumpy", "bumpy", "very bumpy", "not finite", ""])
-    house = house_of(painters)
+    house = house_of(painters, bumpy_redraws="2")
     codes = []
     for name in "abcd":
         receipt = house.draw(prompt="a red square", width=128, height=128, save_path=f"{name}.webp").json()
@@ -395,7 +395,7 @@ def test_numbers_that_are_never_finite_are_a_named_error_and_store_nothing(house
 
 def test_the_picture_tells_how_a_redraw_was_made(house_of: Callable[..., House]) -> None:
     """prompt_used, steps and seed are those of the picture that was kept."""
-    house = house_of(Retouchers(spoil=["bumpy", ""]))
+    house = house_of(Retouchers(spoil=["bumpy", ""]), bumpy_redraws="1")
     receipt = house.draw(prompt="a red square", width=128, height=128).json()
     assert receipt["prompt_used"] == "a red square detail"
     assert receipt["num_inference_steps"] == 5

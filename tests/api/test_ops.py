@@ -55,6 +55,8 @@ def test_a_range_is_answered_in_part(house: House, picture: httpx.Response) -> N
         answer = again(house, range=f"bytes={wanted}")
         assert (answer.status_code, answer.content) == (206, picture.content[part])
     assert again(house, range=f"bytes={size}-").status_code == 416
+    for no_range in ("lines=1-2", "bytes", "bytes=a-b", "bytes=-"):
+        assert again(house, range=no_range).content == picture.content
 
 
 def test_a_range_of_another_version_gets_the_whole_picture(house: House, picture: httpx.Response) -> None:
@@ -73,13 +75,24 @@ def test_head_tells_without_sending(house: House, picture: httpx.Response) -> No
 @pytest.mark.parametrize(
     "path",
     [
-        *("none.webp", "static/uploads", "static/uploads/", "", "../data/progress.txt", "%2e%2e/data/progress.txt"),
+        *(
+            "none.webp",
+            "static/uploads",
+            "static/uploads/",
+            "",
+            "../data/progress.txt",
+            "%2e%2e/secret",
+            "%2e%2e%2fsecret",
+            "..%2fsecret",
+        ),
         *("static/uploads/../../records/static/uploads/a.webp", "/etc/passwd", "%2Fetc%2Fpasswd", "a%00b", "x" * 300),
         *("static/uploads/a.webp/below", "....//", "%5c..%5c"),
     ],
 )
 def test_nothing_but_pictures_is_served(house: House, picture: httpx.Response, path: str) -> None:
-    """Absent, folders, and every way out of the bucket: 404."""
+    """Absent, folders, and every way out of the bucket: 404, although there is something to be found."""
+    (house.folder / "bucket" / "secret").write_text("secret")
+    assert (house.folder / "bucket" / "records" / "static" / "uploads" / "a.webp").is_file()
     answer = house.client.get(f"/files/{path}")
     assert answer.status_code == 404
     assert answer.headers["content-type"] == "application/problem+json"
@@ -136,6 +149,10 @@ def test_a_bucket_that_cannot_be_opened_is_told(tmp_path: Path) -> None:
         until(lambda: len(client.get("/readyz").json()["missing"]) == 1)
         assert "folder of pictures" in client.get("/readyz").json()["missing"][0]
         assert client.get("/create_and_upload_image?prompt=a").status_code == 503
+        assert 'outcome="started"' not in client.get("/metrics").text, "nothing is drawn in vain"
+        (tmp_path / "bucket").unlink()
+        assert client.get("/readyz").status_code == 200, "a mended folder is noticed without a restart"
+        assert client.get("/create_and_upload_image?prompt=a").status_code == 200
 
 
 def test_the_figures_count_what_happened(house: House) -> None:

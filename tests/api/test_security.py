@@ -86,6 +86,14 @@ def test_the_servers_own_pages_and_no_page_at_all_draw(house: House, headers: di
     assert ask(house, **headers).status_code == 200
 
 
+def test_a_browser_that_only_sends_a_referer_is_held_to_it(house: House) -> None:
+    """An <img> on another page, in a browser without Sec-Fetch-Site, still names its page."""
+    assert ask(house, referer="http://evil.example/page").status_code == 403
+    assert ask(house, referer="http://127.0.0.1:8000.evil.example/").status_code == 403
+    assert ask(house, referer="http://127.0.0.1:8000/docs").status_code == 200
+    assert ask(house, referer="http://evil.example/", sec_fetch_site="same-origin").status_code == 200
+
+
 def test_an_origin_from_the_settings_draws_and_reads(house_of: Callable[..., House]) -> None:
     """CORS_ORIGINS opens the door for one origin, preflight included, and for no other."""
     house = house_of(cors_origins="https://app.example", api_keys="key")
@@ -102,6 +110,8 @@ def test_an_origin_from_the_settings_draws_and_reads(house_of: Callable[..., Hou
     )
     assert preflight.status_code == 200
     assert ask(house, origin="https://evil.example", x_api_key="key").status_code == 403
+    refused = ask(house, origin="https://app.example", x_api_key="wrong")
+    assert (refused.status_code, refused.headers["access-control-allow-origin"]) == (401, "https://app.example")
 
 
 def test_without_cors_no_answer_is_readable_elsewhere(house: House) -> None:

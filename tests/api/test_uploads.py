@@ -211,6 +211,14 @@ def test_a_body_over_the_limit_is_refused_and_one_at_the_limit_is_read(house_of:
         assert answer.headers["content-type"] == "application/problem+json"
 
 
+def test_a_get_with_a_body_over_the_limit_is_told_so(house_of: Callable[..., House]) -> None:
+    """A body no one asked for is still counted, and its end is not taken for the client's."""
+    house = house_of(PaintedSquares(seconds_per_step=0.2), max_body_bytes=2000)
+    answer = house.client.request("GET", CREATE, params=ASKED, content=iter([b"x" * 1500] * 3))
+    assert answer.status_code == 413
+    assert answer.headers["content-type"] == "application/problem+json"
+
+
 def test_an_unknown_path_and_a_wrong_method_are_problems_too(house: House) -> None:
     """404 and 405 come in the same shape as everything else."""
     for answer, status in ((house.client.get("/nothing"), 404), (house.client.put(CREATE), 405)):

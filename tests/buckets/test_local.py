@@ -153,8 +153,16 @@ def test_a_name_the_disk_cannot_hold_is_the_callers_fault(bucket: LocalBucket, k
     with pytest.raises(InvalidInput) as refused:
         bucket.create(key, b"data", "image/webp", {})
     assert refused.value.field == "save_path"
-    with pytest.raises(InvalidInput):
-        bucket.stat(key)
+    for other_way in (lambda: bucket.stat(key), lambda: bucket.overwrite(key, b"data", "image/webp", {})):
+        with pytest.raises(InvalidInput):
+            other_way()
+
+
+def test_a_folder_that_has_gone_away_is_not_taken_for_an_empty_one(bucket: LocalBucket, tmp_path: Path) -> None:
+    """Absent is absent only while the bucket is there; else a picture would be drawn in vain."""
+    (tmp_path / "bucket" / "objects").rmdir()
+    with pytest.raises(StorageUnavailable):
+        bucket.stat("k")
 
 
 def test_a_folder_that_cannot_be_made_is_told_in_one_sentence(tmp_path: Path) -> None:

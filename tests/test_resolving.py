@@ -1,0 +1,162 @@
+"""An order becomes a plan, and a plan with its pictures a scene: identities, names, and what is put on the canvas."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from typing import Any
+
+import numpy as np
+import pytest
+from fakes import disc
+
+from stable_diffusion_server.composing import compose
+from stable_diffusion_server.errors import InvalidInput
+from stable_diffusion_server.orders import Format, Limits, Order, Source, Task
+from stable_diffusion_server.resolving import Options, resolve
+
+OPTIONS = Options(Limits(), "sdxl", "up")
+BY_URL = Order(
+    Task.INPAINT,
+    "a red disc",
+    image=Source("image_url", url="http://a.example/i"),
+    mask=Source("mask_url", url="http://a.example/m"),
+)
+FETCHED = {"image_url": b"image", "mask_url": b"mask"}
+UPLOADED = replace(BY_URL, image=Source("image_file", data=b"image"), mask=Source("mask_file", data=b"mask"))
+
+# A changed value for each field that changes the picture, and the fields that do not.
+CHANGED: dict[str, Any] = {
+    "task": Task.IMAGE_TO_IMAGE,
+    "prompt": "a blue disc",
+    "width": 64,
+    "height": 64,
+    "model": "flux",
+    "negative_prompt": "blur",
+    "seed": 7,
+    "num_inference_steps": 5,
+    "guidance_scale": 3.0,
+    "scheduler": "ddim",
+    "image": Source("image_file", data=b"other"),
+    "mask": Source("mask_file", data=b"other"),
+    "strength": 0.5,
+    "feather": 3,
+    "canny": True,
+    "refine": True,
+    "loras": (("pastel", 0.5),),
+}
+WITH_CANNY: dict[str, Any] = {"canny_low": 90, "canny_high": 210, "control_scale": 0.9}
+NOT_IN_THE_PICTURE = {"save_path", "format", "quality", "overwrite", "timeout", "named_by_content"}
+
+
+def test_every_field_of_an_order_is_told_or_known_not_to_matter() -> None:
+    """A new parameter cannot be forgotten in the identity of a picture."""
+    assert {field.name for field in fields(Order)} == {*CHANGED, *WITH_CANNY, *NOT_IN_THE_PICTURE}
+
+
+@pytest.mark.parametrize("name", [*CHANGED, *WITH_CANNY])
+def test_what_changes_the_picture_changes_its_identity(name: str) -> None:
+    """Name, seed and all three digests differ."""
+    base = replace(UPLOADED, canny=name in WITH_CANNY)
+    plans = [resolve(order, OPTIONS) for order in (base, replace(base, **{name: {**CHANGED, **WITH_CANNY}[name]}))]
+    for part in ("key", "seed", "content", "asked", "sent"):
+        assert len({getattr(plan, part) for plan in plans}) == 2, part
+
+
+def test_what_does_not_change_the_picture_does_not_change_its_identity() -> None:
+    """Thresholds without canny, the format, the quality, the name."""
+    plan = resolve(UPLOADED, OPTIONS)
+    for more in ({"canny_low": 90}, {"control_scale": 0.9}, {"format": Format.PNG}, {"quality": 9}, {"save_path": "a"}):
+        assert resolve(replace(UPLOADED, **more), OPTIONS).content == plan.content
+
+
+def test_the_identity_is_that_of_the_bytes_however_they_came() -> None:
+    """By address or as files: one picture; other bytes at the same address: another one, sent alike."""
+    by_url, by_file = resolve(BY_URL, OPTIONS, FETCHED), resolve(UPLOADED, OPTIONS)
+    assert (by_url.content, by_url.asked, by_url.key, by_url.seed) == (
+        by_file.content,
+        by_file.asked,
+        by_file.key,
+        by_file.seed,
+    )
+    assert by_url.sent != by_file.sent
+    changed = resolve(BY_URL, OPTIONS, {**FETCHED, "image_url": b"other"})
+    assert changed.content != by_url.content
+    assert changed.sent == by_url.sent == resolve(BY_URL, OPTIONS).sent
+    assert resolve(BY_URL, OPTIONS, {"image_url": b"mask", "mask_url": b"image"}).content != by_url.content
+
+
+@pytest.mark.parametrize(
+    ("order", "known"),
+    [
+        (replace(BY_URL, save_path="a.webp"), True),
+        (BY_URL, False),
+        (replace(BY_URL, save_path="a.webp", named_by_content=True), False),
+    ],
+)
+def test_a_key_is_known_before_fetching_when_the_caller_named_it(order: Order, known: bool) -> None:
+    """Then, and only then, the bucket can be asked first."""
+    plan = resolve(order, OPTIONS)
+    assert plan.key_is_known is known
+    assert (plan.key == resolve(order, OPTIONS, FETCHED).key) is known
+
+
+def test_a_name_that_tells_the_content_keeps_its_folder() -> None:
+    """Eight hexadecimal digits before the file name, the same for the same order, also with a random seed."""
+    order = replace(UPLOADED, save_path="a/b/out.webp", named_by_content=True, seed="random")
+    keys = {resolve(order, OPTIONS).key for _ in range(3)}
+    assert len(keys) == 1
+    assert np.all([len(key.rsplit("/", 1)[1]) == len("1b4e28ba-out.webp") for key in keys])
+    assert keys.pop().startswith("up/a/b/")
+    with pytest.raises(InvalidInput):
+        resolve(replace(order, save_path="a/b/"), OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("model", "steps", "strength", "taken"),
+    [("sdxl", 4, 0.25, True), ("sdxl", 4, 0.24, False), ("flux", 4, 0.24, True), ("flux", 4, 0.0, False)],
+)
+def test_a_strength_that_leaves_no_step_is_refused_as_the_family_counts(
+    model: str, steps: int, strength: float, taken: bool
+) -> None:
+    """SDXL rounds steps × strength down and Flux up, as their stock pipelines do; both fields are named."""
+    order = replace(UPLOADED, model=model, num_inference_steps=steps, strength=strength)
+    if taken:
+        resolve(order, OPTIONS)
+        return
+    with pytest.raises(InvalidInput) as refused:
+        resolve(order, OPTIONS)
+    assert {field for field, _ in refused.value.faults} == {"strength", "num_inference_steps"}
+
+
+def test_a_scene_has_all_pictures_at_the_size_of_the_canvas() -> None:
+    """Image, mask and edges fit the model's grid; the mask is black and white, and black beyond the picture."""
+    plan = resolve(replace(UPLOADED, canny=True, feather=4), OPTIONS)
+    image, mask = disc(100, 60), np.full((6, 10, 3), 90, np.uint8)
+    scene = compose(plan, image, mask)
+    job = scene.job
+    assert (scene.width, scene.height, job.width, job.height) == (100, 60, 128, 128)
+    assert job.image is not None
+    assert job.mask is not None
+    assert job.control is not None
+    assert job.image.pixels.shape == job.control.pixels.shape == (128, 128, 3)
+    assert set(np.unique(job.mask.pixels)) == {0, 255}
+    assert not job.mask.pixels[:20].any()
+    drawn = np.full((128, 128, 3), 7, np.uint8)
+    assert scene.finished(drawn).shape == image.shape
+
+
+def test_a_scene_without_pictures_is_as_large_as_was_asked() -> None:
+    """Text to image: no image, no mask, and the picture cut out of its canvas."""
+    scene = compose(resolve(Order(Task.TEXT_TO_IMAGE, "a red disc", 100, 128), OPTIONS))
+    assert (scene.job.image, scene.job.mask, scene.job.control) == (None, None, None)
+    assert scene.finished(np.zeros((128, 128, 3), np.uint8)).shape == (128, 100, 3)
+
+
+def test_two_jobs_of_equal_pictures_are_one_drawing() -> None:
+    """Digests look at pixels, so the same picture in two file formats is drawn once."""
+    plan = resolve(UPLOADED, OPTIONS)
+    mask = np.full((60, 100, 3), 255, np.uint8)
+    jobs = [compose(plan, disc(100, 60), mask.copy()).job for _ in range(2)]
+    assert jobs[0].image is not None
+    assert jobs[0] == replace(jobs[1])
+    assert jobs[0].image.digest == jobs[1].image.digest  # type: ignore[union-attr]  # both have one
