@@ -37,7 +37,7 @@ class Switched(MemoryBucket):
         if self.state == "stuck":
             self.free.wait(60)
         if self.state == "off" or (writing and self.state == "denied"):
-            raise StorageUnavailable(f"The storage is {self.state}.")
+            raise StorageUnavailable(f"The storage is {'denied' if writing else 'off'}.")
         if self.state == "picky" and writing:
             raise InvalidInput("save_path is not to the storage's taste.", field="save_path")
 
@@ -217,6 +217,11 @@ def test_a_bucket_that_may_only_be_read_still_gives_what_it_has(
     assert not found.waiting
     assert bucket.read("there") == b"data"
     assert bucket.create("new", b"data", "image/webp", RECORD)[0].waiting
+    store.state = "off"
+    assert bucket.stat("there") is None
+    store.state = "denied"
+    until(lambda: bucket.stat("there") is not None)
+    assert bucket.fault() == "The storage is denied."
     store.state = "on"
     until(lambda: bucket.fault() is None)
 

@@ -150,7 +150,7 @@ class Spooling:
                 raise
             self._spool.hand_over(kept)
             return stored, True
-        except BaseException:
+        except ServerError:  # refused for good; whatever else may happen, the file is found at the next start
             if kept is not None:
                 self._spool.drop(kept)
             raise
@@ -166,36 +166,44 @@ class Spooling:
             return self._calls.submit(call).result(self._patience)
         except TimeoutError as error:
             late = StorageUnavailable(f"The storage did not answer within {self._patience:g} seconds.", retry_after=30)
-            self._found_down(what, late)
+            self._found_down(what, late.detail)
             raise late from error
         except StorageUnavailable as error:
-            self._found_down(what, error)
+            self._found_down(what, error.detail)
             raise
 
-    def _found_down(self, what: str, error: StorageUnavailable) -> None:
+    def _found_down(self, what: str, why: str) -> None:
         if what not in self._down:
-            _log.error("the storage is down", to=what, reason=error.detail)
-        self._down[what] = error.detail
-
-    def _found_up(self, what: str) -> None:
-        if self._down.pop(what, None) is not None:
-            _log.info("the storage is up again", to=what)
+            _log.error("the storage is down", to=what, reason=why)
+        self._down[what] = why
 
     def _drain_until_stopped(self) -> None:
         pause = self._pause
         while not self._stop.wait(pause):
-            try:
-                self._recover()
-                pause = self._pause
-            except ServerError as error:
-                self._found_down("write", StorageUnavailable(error.detail))
-                pause = min(2 * pause, _PAUSE_LONGEST)
-            except Exception:
-                _log.exception("the spool stumbled and goes on")
-                pause = min(2 * pause, _PAUSE_LONGEST)
+            # Each by itself: a bucket that may only be read is to be read again after an outage.
+            well = [self._tried(what, recover) for what, recover in (("read", self._look), ("write", self._empty))]
+            pause = self._pause if all(well) else min(2 * pause, _PAUSE_LONGEST)
 
-    def _recover(self) -> None:
-        """Bring what waits, and see whether what was down is up. Raises what the store raises."""
+    def _tried(self, what: str, recover: Callable[[], None]) -> bool:
+        """Whether it went well; what had been down is up again then."""
+        try:
+            recover()
+        except ServerError as error:
+            self._found_down(what, error.detail)
+        except Exception:
+            _log.exception("the spool stumbled and goes on")
+        else:
+            if self._down.pop(what, None) is not None:
+                _log.info("the storage is up again", to=what)
+            return True
+        return False
+
+    def _look(self) -> None:
+        if "read" in self._down:
+            self._store.stat("?")
+
+    def _empty(self) -> None:
+        """Bring what waits, after a look whether writing works when it did not."""
         if "write" in self._down:
             self._store.open()
             self._was_up = True
@@ -203,10 +211,6 @@ class Spooling:
             if self._stop.is_set():
                 return
             self._bring(kept)
-        self._found_up("write")
-        if "read" in self._down:
-            self._store.stat("?")
-            self._found_up("read")
 
     def _bring(self, kept: Kept) -> None:
         stored = kept.stored

@@ -170,15 +170,17 @@ class GCSBucket:
 
 def _client(options: GCSOptions) -> Any:
     # Imported here: it takes about a second, and only those who use it should pay.
-    import google.auth
+    from google.auth.exceptions import DefaultCredentialsError
     from google.cloud import storage
+    from google.oauth2.service_account import Credentials
 
     if options.credentials is None:
         return storage.Client()
-    credentials, project = google.auth.load_credentials_from_file(  # type: ignore[no-untyped-call]  # half typed
-        str(options.credentials), scopes=[_SCOPE]
-    )
-    return storage.Client(project=project, credentials=credentials)
+    try:
+        credentials = Credentials.from_service_account_file(str(options.credentials), scopes=[_SCOPE])  # type: ignore[no-untyped-call]  # half typed
+    except (ValueError, OSError) as error:
+        raise DefaultCredentialsError("broken") from error  # type: ignore[no-untyped-call]  # half typed
+    return storage.Client(project=credentials.project_id, credentials=credentials)
 
 
 def _stored(blob: Any) -> Stored:

@@ -20,7 +20,7 @@ def told(what: str, name: str, *, bucket_asked: bool = False, beyond: bool = Fal
     `beyond`: a range after the object's end is no error.
     """
     from google.api_core.exceptions import GoogleAPIError
-    from google.auth.exceptions import DefaultCredentialsError, GoogleAuthError
+    from google.auth.exceptions import DefaultCredentialsError, GoogleAuthError, TransportError
     from requests.exceptions import RequestException
 
     try:
@@ -29,6 +29,8 @@ def told(what: str, name: str, *, bucket_asked: bool = False, beyond: bool = Fal
         raise StorageUnavailable(
             "There are no usable credentials for the storage (GOOGLE_APPLICATION_CREDENTIALS)."
         ) from error
+    except TransportError as error:  # where keys are made into tokens
+        raise _ours(0, what, name, bucket_asked=bucket_asked, kind=type(error).__name__) from error
     except GoogleAuthError as error:
         raise StorageUnavailable(f"The storage does not accept the credentials ({type(error).__name__}).") from error
     except (GoogleAPIError, RequestException, ConnectionError) as error:
