@@ -89,7 +89,14 @@ def create_app(
     options = _options(settings)
     fetcher, decoder = _readers(settings)
     service = Service(
-        bucket, engine, loaded.count_tokens, options, metrics.answered, fetch=fetcher.fetch, decode=decoder.decode
+        bucket,
+        engine,
+        loaded.count_tokens,
+        options,
+        metrics.answered,
+        fetch=fetcher.fetch,
+        decode=decoder.decode,
+        known=bucket.known if isinstance(bucket, Remembering) else lambda key: None,
     )
 
     @asynccontextmanager

@@ -65,6 +65,7 @@ class Service:
         *,
         fetch: Fetch,
         decode: Decode,
+        known: Callable[[str], Stored | None] = lambda key: None,
     ) -> None:
         self._bucket = bucket
         self._queue = queue
@@ -73,6 +74,7 @@ class Service:
         self._answered = answered
         self._fetch = fetch
         self._decode = decode
+        self._known = known
         self._fetching: Flights[bytes] = Flights()
         self._storing: Flights[_Outcome] = Flights()
         self._drawing: Flights[Judged[DrawnPicture]] = Flights()
@@ -84,7 +86,10 @@ class Service:
         `StorageUnavailable`, `DeadlineExceeded`, and what drawing raises. Cancelling the call takes the job off the
         device, unless others wait for it too.
         """
-        plan = await asyncio.to_thread(resolve, order, self._options)
+        # Files are hashed; words alone take less time than a thread to take them to.
+        plan = (
+            await asyncio.to_thread(resolve, order, self._options) if order.sources else resolve(order, self._options)
+        )
         timeout = order.timeout or self._options.limits.max_timeout
         try:
             async with asyncio.timeout(timeout) as deadline:
@@ -129,7 +134,9 @@ class Service:
         return data
 
     async def _find(self, plan: Plan) -> Stored | None:
-        return None if plan.order.overwrite else await asyncio.to_thread(self._bucket.stat, plan.key)
+        if plan.order.overwrite:
+            return None
+        return self._known(plan.key) or await asyncio.to_thread(self._bucket.stat, plan.key)
 
     async def _effort(self, plan: Plan, fetched: Mapping[str, bytes]) -> _Outcome:
         """Find the object or make it: exists? → decode → draw → encode → create."""

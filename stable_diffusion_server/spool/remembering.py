@@ -30,13 +30,15 @@ class Remembering:
         self.open, self.close, self.fault, self.admit = bucket.open, bucket.close, bucket.fault, bucket.admit
         self.read, self.list, self.url = bucket.read, bucket.list, bucket.url
 
-    def stat(self, key: str) -> Stored | None:
-        """As remembered, else as the bucket says."""
+    def known(self, key: str) -> Stored | None:
+        """What is remembered of `key`; asks nobody and blocks for nothing, so that an event loop may call it."""
         with self._lock:
             until, stored = self._known.get(key, (0.0, None))
-        if stored is not None and self._now() < until:
-            return stored
-        return self._learned(key, self._bucket.stat(key))
+        return stored if self._now() < until else None
+
+    def stat(self, key: str) -> Stored | None:
+        """As remembered, else as the bucket says."""
+        return self.known(key) or self._learned(key, self._bucket.stat(key))
 
     def create(self, key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> tuple[Stored, bool]:
         """Ask the bucket, whatever is remembered, and remember what it answers."""
