@@ -20,7 +20,7 @@ from starlette.middleware.cors import CORSMiddleware
 from stable_diffusion_server import __version__
 from stable_diffusion_server.api import handlers, ops, uploads
 from stable_diffusion_server.api.security import BodyLimit, Gate, Policy, allowed_host_names
-from stable_diffusion_server.bucket_api import open_bucket, url_path
+from stable_diffusion_server.bucket_api import Bucket, StorageOptions, open_bucket, url_path
 from stable_diffusion_server.buckets.local import LocalBucket
 from stable_diffusion_server.decoding.pool import Decoder
 from stable_diffusion_server.engine import Denoiser, Engine, Phase
@@ -32,6 +32,9 @@ from stable_diffusion_server.orders import Limits
 from stable_diffusion_server.resolving import Options
 from stable_diffusion_server.service import Service
 from stable_diffusion_server.settings import Settings
+from stable_diffusion_server.spool.files import Spool
+from stable_diffusion_server.spool.remembering import Remembering
+from stable_diffusion_server.spool.spooling import Spooling
 
 _log = structlog.get_logger(__name__)
 
@@ -74,7 +77,7 @@ def create_app(
         """What keeps the server from drawing, in sentences; what was at fault before is looked at again."""
         if faults:
             _open_folders(settings, bucket, faults)
-        reasons = list(faults.values())
+        reasons = [*faults.values(), *filter(None, [bucket.fault()])]
         return [*reasons, engine.reason] if engine.phase is not Phase.READY else reasons
 
     def ready() -> None:
@@ -82,11 +85,18 @@ def create_app(
             announce()
 
     engine, metrics = _build_engine(settings, loaded, load or _load_models, ready)
-    bucket = open_bucket(settings.storage_provider, settings.local_bucket_dir)
+    bucket = _bucket(settings)
     options = _options(settings)
     fetcher, decoder = _readers(settings)
     service = Service(
-        bucket, engine, loaded.count_tokens, options, metrics.answered, fetch=fetcher.fetch, decode=decoder.decode
+        bucket,
+        engine,
+        loaded.count_tokens,
+        options,
+        metrics.answered,
+        fetch=fetcher.fetch,
+        decode=decoder.decode,
+        known=bucket.known if isinstance(bucket, Remembering) else lambda key: None,
     )
 
     @asynccontextmanager
@@ -102,6 +112,7 @@ def create_app(
         service.close()
         fetcher.close()
         await decoder.close()
+        await asyncio.to_thread(bucket.close)
 
     app = FastAPI(
         title="Stable Diffusion Server",
@@ -112,11 +123,19 @@ def create_app(
     )
     handlers.install(app)
     _add_middleware(app, settings)
-    app.include_router(uploads.router(service, options.limits, _url_maker(settings)))
+    app.include_router(uploads.router(service, options.limits, _url_maker(settings, bucket)))
     app.include_router(ops.router(missing, metrics.exposition))
-    if isinstance(bucket, LocalBucket):
-        app.include_router(ops.files_router(bucket))
+    app.include_router(ops.files_router(bucket))
     return app
+
+
+def _bucket(settings: Settings) -> Bucket:
+    """The bucket of the settings; one that is elsewhere has a spool before it, and a memory of what it holds."""
+    bucket = open_bucket(StorageOptions.of(settings))
+    if isinstance(bucket, LocalBucket):
+        return bucket
+    spool = Spool(settings.data_dir / "spool", settings.spool_bytes)
+    return Remembering(Spooling(bucket, spool, settings.storage_timeout), settings.known_keys, settings.known_seconds)
 
 
 def _options(settings: Settings) -> Options:
@@ -250,14 +269,18 @@ def _add_middleware(app: FastAPI, settings: Settings) -> None:
         )
 
 
-def _url_maker(settings: Settings) -> Any:
-    """How a key becomes a URL: under PUBLIC_BASE_URL, else at the address the client's connection came in on.
+def _url_maker(settings: Settings, bucket: Bucket) -> Any:
+    """How a key becomes a URL: the bucket's own, else this server's.
 
-    Never from the Host header, which the client writes.
+    This server is PUBLIC_BASE_URL, where that is not the bucket's, else the address the client's connection came in
+    on; never the Host header, which the client writes.
     """
+    public = settings.public_base_url if settings.storage_provider == "local" else ""
 
     def url_of(request: Request, key: str) -> str:
-        base = settings.public_base_url
+        if (url := bucket.url(key)) is not None:
+            return url
+        base = public
         if not base:
             host, port = request.scope.get("server") or (settings.host, settings.port)
             name = f"[{host}]" if ":" in host else host

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Protocol
 from urllib.parse import quote
 
+from pydantic import SecretStr
+
+from stable_diffusion_server.buckets.gcs.bucket import GCSBucket, GCSOptions
 from stable_diffusion_server.buckets.local import LocalBucket
-from stable_diffusion_server.errors import InvalidInput
+from stable_diffusion_server.buckets.s3.bucket import S3Bucket, S3Options
+from stable_diffusion_server.errors import InvalidInput, ServerError, StorageUnavailable
 from stable_diffusion_server.orders import Stored
 
 # S3's own bound on a key, in bytes of UTF-8; it holds for every bucket, so that a name is portable.
 KEY_MAX_BYTES = 1024
+_EMPTY = SecretStr("")
 
 
 class Bucket(Protocol):
@@ -23,7 +29,16 @@ class Bucket(Protocol):
     """
 
     def open(self) -> None:
-        """Make ready for use; called once, when the server starts."""
+        """Make ready for use. May be called again after it failed."""
+
+    def close(self) -> None:
+        """Let go of connections and threads."""
+
+    def fault(self) -> str | None:
+        """One sentence on what keeps the store from taking pictures, as far as it is known without asking it."""
+
+    def admit(self) -> None:
+        """Raises `StorageUnavailable` when a new picture could not be kept: asked before it is drawn."""
 
     def stat(self, key: str) -> Stored | None:
         """The object under `key`, or `None`."""
@@ -34,20 +49,131 @@ class Bucket(Protocol):
     def overwrite(self, key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> Stored:
         """Store `data` under `key` whether or not something was there; no reader sees half of it."""
 
-    def read(self, key: str) -> bytes:
-        """The object's bytes. Raises `NotFound`."""
+    def read(self, key: str, start: int = 0, end: int | None = None) -> bytes:
+        """Bytes `start` to before `end` (to the last one for `None`); fewer beyond the end. Raises `NotFound`."""
+
+    def delete(self, key: str) -> None:
+        """Remove the object; one that is not there is no error."""
+
+    def list(self, prefix: str = "") -> Iterator[str]:
+        """The keys that begin with `prefix`."""
+
+    def url(self, key: str) -> str | None:
+        """The address anyone may fetch the object at; `None` when only this server can give it. Asks no one."""
 
 
-def open_bucket(provider: str, local_dir: Path) -> Bucket:
-    """The bucket the settings ask for, not yet opened."""
-    if provider != "local":
-        raise ValueError(f"no bucket provider {provider!r}")
-    return LocalBucket(local_dir)
+@dataclass(frozen=True, slots=True)
+class StorageOptions:
+    """What a bucket is opened with; each field is the setting of that name."""
+
+    storage_provider: str = "local"
+    local_bucket_dir: Path = Path("bucket")
+    bucket_name: str = ""
+    bucket_path: str = ""
+    r2_endpoint_url: str = ""
+    public_base_url: str = ""
+    signed_url_seconds: int = 0
+    bucket_acl: str = ""
+    storage_timeout: float = 10.0
+    google_application_credentials: Path | None = None
+    aws_access_key_id: SecretStr = _EMPTY
+    aws_secret_access_key: SecretStr = _EMPTY
+    aws_session_token: SecretStr = _EMPTY
+
+    @classmethod
+    def of(cls, settings: object) -> StorageOptions:
+        """The options out of something that has an attribute for each of them."""
+        return cls(**{part.name: getattr(settings, part.name) for part in fields(cls)})
+
+    def credentials(self) -> tuple[str, str, str]:
+        """Key, secret and session token as they were set; empty ones leave it to boto3's own chain."""
+        secrets = (self.aws_access_key_id, self.aws_secret_access_key, self.aws_session_token)
+        key, secret, token = (each.get_secret_value() for each in secrets)
+        return key, secret, token
+
+
+def open_bucket(options: StorageOptions) -> Bucket:
+    """The bucket the options ask for, not yet opened. Connects to nothing and imports no client."""
+    # One rule for every answer, the first and the cached ones: below PUBLIC_BASE_URL, else below the bucket's name.
+    base_url = options.public_base_url or f"https://{options.bucket_name}"
+    match options.storage_provider:
+        case "local":
+            return LocalBucket(options.local_bucket_dir)
+        case "r2" | "s3" as provider:
+            return S3Bucket(
+                S3Options(
+                    name=options.bucket_name,
+                    endpoint_url=options.r2_endpoint_url,
+                    region="auto" if provider == "r2" else "",
+                    base_url=base_url,
+                    signed_url_seconds=options.signed_url_seconds,
+                    acl=options.bucket_acl,
+                    prefix=options.bucket_path,
+                    timeout=options.storage_timeout,
+                    credentials=options.credentials,
+                )
+            )
+        case "gcs":
+            return GCSBucket(
+                GCSOptions(
+                    name=options.bucket_name,
+                    credentials=options.google_application_credentials,
+                    base_url=base_url,
+                    signed_url_seconds=options.signed_url_seconds,
+                    prefix=options.bucket_path,
+                    timeout=options.storage_timeout,
+                )
+            )
+    raise ValueError(f"no bucket provider {options.storage_provider!r}")
 
 
 def check_if_blob_exists(bucket: Bucket, key: str) -> bool:
     """Whether an object of that key is stored. The name is the one users know from the original server."""
     return bucket.stat(key) is not None
+
+
+def check_bucket(bucket: Bucket, key: str, get: Callable[[str], bytes]) -> Iterator[tuple[str, str | None]]:
+    """Try everything the server does with a bucket: pairs of what was tried and what is wrong with it, or `None`.
+
+    `key` is to be one that no one uses, and is removed in the end; `get` fetches an address.
+    """
+    data, record = b"check-storage", {"made": "by check-storage"}
+
+    def kept(condition: bool, otherwise: str) -> None:
+        if not condition:
+            raise StorageUnavailable(otherwise)
+
+    def fetch() -> None:
+        url = bucket.url(key)
+        kept(url is None or get(url) == data, f"{(url or '').partition('?')[0]} gives something else.")
+
+    def remove() -> None:
+        bucket.delete(key)
+        kept(bucket.stat(key) is None, "It is still there.")
+
+    def put(expected: bool, otherwise: str) -> None:
+        kept(bucket.create(key, data, "text/plain", record)[1] is expected, otherwise)
+
+    def look() -> None:
+        stored = bucket.stat(key)
+        kept(stored is not None and dict(stored.record) == record, "It is not there with its record.")
+
+    steps: tuple[tuple[str, Callable[[], None]], ...] = (
+        ("open", bucket.open),
+        ("put", lambda: put(True, "Something is there already.")),
+        ("stat", look),
+        ("conditional put", lambda: put(False, "The second put of a name was not refused.")),
+        ("read", lambda: kept(bucket.read(key, 6) == data[6:], "Other bytes came back.")),
+        ("address", fetch),
+        ("delete", remove),
+    )
+    for name, step in steps:
+        try:
+            step()
+        except ServerError as error:
+            yield name, error.detail
+        else:
+            yield name, None
 
 
 def object_key(bucket_path: str, name: str) -> str:

@@ -1,4 +1,4 @@
-"""The command line: `serve` the API, or list the `settings`. Knows no HTTP and no models."""
+"""The command line: `serve` the API, `check-storage`, or list the `settings`. Knows no HTTP and no models."""
 
 from __future__ import annotations
 
@@ -6,10 +6,15 @@ import argparse
 import os
 import socket
 import sys
+from http import HTTPStatus
 from urllib.parse import quote
+from uuid import uuid4
 
+import httpx
 import uvicorn
 
+from stable_diffusion_server.bucket_api import StorageOptions, check_bucket, object_key, open_bucket
+from stable_diffusion_server.errors import StorageUnavailable
 from stable_diffusion_server.settings import Settings, SettingsError, describe_settings, read_settings
 
 _PROMPT = "a red circle on a blue background"
@@ -23,20 +28,54 @@ def main(arguments: list[str] | None = None) -> None:
         "serve", help="start the server; HOST, PORT and the other settings are read from the environment"
     )
     commands.add_parser("settings", help="print every setting with its default and meaning")
+    commands.add_parser(
+        "check-storage", help="try everything the server does with the bucket of the settings, one line each"
+    )
     chosen = parser.parse_args(arguments).command
     if chosen == "settings":
         sys.stdout.write(describe_settings() + "\n")
+    elif chosen == "check-storage":
+        check_storage()
     else:
         serve()
 
 
-def serve() -> None:
-    """Serve until a signal ends it."""
+def check_storage() -> None:
+    """Try the bucket with an object of its own, which is removed again; exits with 1 when something is wrong."""
+    options = StorageOptions.of(_settings())
+    key = object_key(options.bucket_path, f"check-storage-{uuid4().hex}.txt")
+    where = options.local_bucket_dir if options.storage_provider == "local" else options.bucket_name
+    sys.stdout.write(f"{options.storage_provider}: {where}\n")
+    faults = 0
+    for tried, fault in check_bucket(open_bucket(options), key, _fetched):
+        sys.stdout.write(f"  ok    {tried}\n" if fault is None else f"  FAIL  {tried}: {fault}\n")
+        faults += fault is not None
+    sys.exit(1 if faults else 0)
+
+
+def _fetched(url: str) -> bytes:
+    """What anyone gets at an address. Raises `StorageUnavailable` naming it without its signature."""
+    shown = url.partition("?")[0]
     try:
-        settings = read_settings()
+        answer = httpx.get(url, timeout=20)
+    except httpx.HTTPError as error:
+        raise StorageUnavailable(f"{shown} cannot be reached ({type(error).__name__}).") from error
+    if answer.status_code != HTTPStatus.OK:
+        raise StorageUnavailable(f"{shown} answers {answer.status_code}; PUBLIC_BASE_URL or SIGNED_URL_SECONDS help.")
+    return answer.content
+
+
+def _settings() -> Settings:
+    try:
+        return read_settings()
     except SettingsError as error:
         sys.stderr.write(f"{error}\n")
         sys.exit(2)
+
+
+def serve() -> None:
+    """Serve until a signal ends it."""
+    settings = _settings()
     # Imported after the settings were read, so that a wrong one is told at once.
     from stable_diffusion_server.app import STOP_GRACE_SECONDS, create_app
 
@@ -76,6 +115,8 @@ def welcome(settings: Settings, port: int) -> str:
     name = "localhost" if settings.host in here else settings.host
     base = f"http://{name}:{port}"
     path = f"{settings.bucket_path.strip('/')}/".lstrip("/")
+    local = settings.storage_provider == "local"
+    place = settings.local_bucket_dir.resolve() if local else f"{settings.storage_provider}: {settings.bucket_name}"
     return f"""
 Ready. Draw something:
 
@@ -83,6 +124,6 @@ Ready. Draw something:
 
   then look at  {base}/files/{path}demo/first.webp
   API docs      {base}/docs
-  pictures in   {settings.local_bucket_dir.resolve()}
+  pictures in   {place}
 
 """

@@ -202,20 +202,28 @@ class Warned:
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """An object in the bucket. `etag` has no quotes; `size` in bytes; `record` says how it was made, ASCII only."""
+    """An object in the bucket. `etag` has no quotes; `size` in bytes; `record` says how it was made, ASCII only.
+
+    `waiting`: finished and kept here, and not yet in the bucket.
+    """
 
     key: str
     size: int
     etag: str
     content_type: str
     record: Mapping[str, str]
+    waiting: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """The answer to an order: where the picture is and what was really done. `timings` in seconds by stage."""
+    """The answer to an order: where the picture is and what was really done. `timings` in seconds by stage.
+
+    `stored` is false while the picture is kept by this server and not yet in the bucket.
+    """
 
     key: str
+    stored: bool
     cached: bool
     coalesced: bool
     task: str

@@ -8,6 +8,8 @@ from stable_diffusion_server.composing import Scene, resampling_told
 from stable_diffusion_server.orders import Job, Receipt, Stored, Warned
 from stable_diffusion_server.resolving import Plan
 
+_STORED_LATER = Warned("stored-later", "The storage does not answer; the picture is kept here and brought there later.")
+
 
 def record_of(plan: Plan, scene: Scene, job: Job) -> dict[str, str]:
     """What the object's metadata keeps: short and ASCII, since S3 allows 2 KB of it."""
@@ -31,6 +33,7 @@ def record_of(plan: Plan, scene: Scene, job: Job) -> dict[str, str]:
 
 def receipt_of_drawn(
     plan: Plan,
+    stored: Stored,
     scene: Scene,
     job: Job,
     warnings: tuple[Warned, ...],
@@ -41,6 +44,7 @@ def receipt_of_drawn(
     """The receipt for a picture that was drawn from `job`; `warnings` are those of the drawing."""
     return Receipt(
         key=plan.key,
+        stored=not stored.waiting,
         cached=False,
         coalesced=coalesced,
         task=job.task,
@@ -52,7 +56,7 @@ def receipt_of_drawn(
         guidance_scale=job.guidance_scale,
         scheduler=job.scheduler,
         prompt_used=job.prompt if job.prompt != plan.order.prompt else None,
-        warnings=(*plan.words.warnings, *warnings),
+        warnings=(*plan.words.warnings, *warnings, *_delay_of(stored)),
         timings=rounded(timings),
     )
 
@@ -74,6 +78,7 @@ def receipt_of_stored(plan: Plan, stored: Stored) -> Receipt:
         warnings = (Warned("different-order", f"The picture stored under this name {known}."),)
     return Receipt(
         key=stored.key,
+        stored=not stored.waiting,
         cached=True,
         coalesced=False,
         task=record.get("task", plan.order.task),
@@ -84,8 +89,12 @@ def receipt_of_stored(plan: Plan, stored: Stored) -> Receipt:
         num_inference_steps=number("steps"),
         guidance_scale=float(record["guidance"]) if "guidance" in record else None,
         scheduler=record.get("scheduler"),
-        warnings=warnings,
+        warnings=(*warnings, *_delay_of(stored)),
     )
+
+
+def _delay_of(stored: Stored) -> tuple[Warned, ...]:
+    return (_STORED_LATER,) if stored.waiting else ()
 
 
 def rounded(timings: Mapping[str, float]) -> dict[str, float]:

@@ -73,6 +73,7 @@ class Service:
         *,
         fetch: Fetch,
         decode: Decode,
+        known: Callable[[str], Stored | None] = lambda key: None,
     ) -> None:
         self._bucket = bucket
         self._queue = queue
@@ -83,6 +84,7 @@ class Service:
         self._decode = decode
         # Threads of their own: encoding is long work, and what is stored already should not wait for it.
         self._encoders = ThreadPoolExecutor(max_workers=_ENCODERS, thread_name_prefix="encode")
+        self._known = known
         self._fetching: Flights[bytes] = Flights()
         self._storing: Flights[_Outcome] = Flights()
         self._drawing: Flights[Judged[DrawnPicture]] = Flights()
@@ -98,7 +100,13 @@ class Service:
         if outcome.scene is None or outcome.job is None:
             return receipt_of_stored(plan, outcome.stored)
         return receipt_of_drawn(
-            plan, outcome.scene, outcome.job, outcome.warnings, outcome.timings, coalesced=shared or outcome.twin
+            plan,
+            outcome.stored,
+            outcome.scene,
+            outcome.job,
+            outcome.warnings,
+            outcome.timings,
+            coalesced=shared or outcome.twin,
         )
 
     async def picture(self, order: Order) -> tuple[Receipt, bytes]:
@@ -108,12 +116,21 @@ class Service:
             data = await asyncio.to_thread(self._bucket.read, outcome.stored.key)
             return receipt_of_stored(plan, outcome.stored), data
         receipt = receipt_of_drawn(
-            plan, outcome.scene, outcome.job, outcome.warnings, outcome.timings, coalesced=shared or outcome.twin
+            plan,
+            outcome.stored,
+            outcome.scene,
+            outcome.job,
+            outcome.warnings,
+            outcome.timings,
+            coalesced=shared or outcome.twin,
         )
         return receipt, outcome.data
 
     async def _fulfilled(self, order: Order) -> tuple[Plan, _Outcome, bool]:
-        plan = await asyncio.to_thread(resolve, order, self._options)
+        # Files are hashed; words alone take less time than a thread to take them to.
+        plan = (
+            await asyncio.to_thread(resolve, order, self._options) if order.sources else resolve(order, self._options)
+        )
         timeout = order.timeout or self._options.limits.max_timeout
         try:
             async with asyncio.timeout(timeout) as deadline:
@@ -156,7 +173,8 @@ class Service:
 
     async def _find(self, plan: Plan) -> Stored | None:
         """What is stored under the key; asked for when it is to be overwritten too, since that refuses bad names."""
-        found = await asyncio.to_thread(self._bucket.stat, plan.key)
+        known = None if plan.order.overwrite else self._known(plan.key)
+        found = known or await asyncio.to_thread(self._bucket.stat, plan.key)
         return None if plan.order.overwrite else found
 
     async def _effort(self, plan: Plan, fetched: Mapping[str, bytes]) -> _Outcome:

@@ -51,9 +51,42 @@ class Settings(BaseSettings):
     )
     cpu_threads: int = Field(0, ge=0, le=1024, description="Threads for drawing on the CPU; 0 leaves it to PyTorch.")
 
-    storage_provider: Literal["local"] = Field("local", description="Where pictures are stored: `local`, a folder.")
+    storage_provider: Literal["local", "r2", "s3", "gcs"] = Field(
+        "local",
+        description="Where pictures are stored: `local`, a folder; `r2`, `s3` (AWS and any S3) or `gcs`, a bucket.",
+    )
+    bucket_name: str = Field("", description="Name of the bucket; needed for `r2`, `s3` and `gcs`.")
     bucket_path: str = Field("static/uploads", description="Put before every name in the bucket. May be empty.")
     local_bucket_dir: Path = Field(Path("bucket"), description="Folder of the local bucket.")
+    r2_endpoint_url: str = Field(
+        "", description="Address of the S3 interface; needed for `r2`, and for an `s3` that is not AWS."
+    )
+    google_application_credentials: Path | None = Field(
+        None, description="Key file of a Google service account. Empty: Google's own chain."
+    )
+    aws_access_key_id: SecretStr = Field(
+        SecretStr(""), description="Key for `r2` and `s3`. Empty: AWS's own chain (environment, profile, role)."
+    )
+    aws_secret_access_key: SecretStr = Field(SecretStr(""), description="The secret that belongs to the key.")
+    aws_session_token: SecretStr = Field(SecretStr(""), description="The token of a key that is lent for a while.")
+    bucket_acl: str = Field(
+        "",
+        pattern=r"^(|private|public-read|bucket-owner-full-control)$",
+        description="Canned ACL sent with each object of `s3`, such as `public-read`. Empty: none, as R2 needs it.",
+    )
+    signed_url_seconds: int = Field(
+        0, ge=0, le=604_800, description="For private buckets: answers hold URLs signed for this long. 0: plain URLs."
+    )
+    storage_timeout: float = Field(
+        10.0, gt=0, le=300, allow_inf_nan=False, description="Seconds to wait for the bucket before going on without."
+    )
+    spool_bytes: int = Field(
+        1_073_741_824, ge=0, description="Most bytes of pictures kept in DATA_DIR while the bucket does not take them."
+    )
+    known_keys: int = Field(100_000, ge=0, description="Most keys remembered as stored; 0 asks the bucket each time.")
+    known_seconds: float = Field(
+        300.0, ge=0, allow_inf_nan=False, description="Seconds a key is remembered, if deleted by others meanwhile."
+    )
     data_dir: Path = Field(Path("data"), description="Folder for the server's own state, `progress.txt` among it.")
     embed_metadata: Literal["full", "digest", "none"] = Field(
         "full", description="What the picture file tells about how it was made."
@@ -121,6 +154,21 @@ class Settings(BaseSettings):
             raise ValueError("is not an http or https address")
         return url.rstrip("/")
 
+    @field_validator("r2_endpoint_url")
+    @classmethod
+    def _is_address(cls, value: str) -> str:
+        parts = urlsplit(value)
+        if value and (parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment):
+            raise ValueError("is not an http or https address")
+        if "@" in parts.netloc:
+            raise ValueError("must not hold credentials")
+        return value.rstrip("/")
+
+    @field_validator("google_application_credentials", mode="before")
+    @classmethod
+    def _none_if_empty(cls, value: Any) -> Any:
+        return value or None
+
     @field_validator("allowed_hosts")
     @classmethod
     def _names_are_hosts(cls, value: tuple[str, ...]) -> tuple[str, ...]:
@@ -170,6 +218,10 @@ class Settings(BaseSettings):
         bucket, data = self.local_bucket_dir.resolve(), self.data_dir.resolve()
         if bucket == data or bucket in data.parents or data in bucket.parents:
             raise ValueError("LOCAL_BUCKET_DIR and DATA_DIR must not contain one another")
+        if self.storage_provider != "local" and not self.bucket_name:
+            raise ValueError(f"BUCKET_NAME is needed with STORAGE_PROVIDER={self.storage_provider}")
+        if self.storage_provider == "r2" and not self.r2_endpoint_url:
+            raise ValueError("R2_ENDPOINT_URL is needed with STORAGE_PROVIDER=r2")
         if self.min_side > self.max_side:
             raise ValueError("MIN_SIDE is larger than MAX_SIDE")
         return self
@@ -195,11 +247,13 @@ def describe_settings() -> str:
     """The settings as a Markdown table: name, default, meaning."""
     rows = ["| setting | default | meaning |", "| --- | --- | --- |"]
     for name, field in Settings.model_fields.items():
-        default = field.default
+        default = None if field.default == SecretStr("") else field.default
         if isinstance(default, Path) and default.is_relative_to(_ROOT):
             default = default.relative_to(_ROOT)
         shown = (
-            {"": "(empty)", (): "(empty)", True: "1", False: "0"}.get(default, default) if _plain(default) else default
+            {"": "(empty)", (): "(empty)", None: "(empty)", True: "1", False: "0"}.get(default, default)
+            if (_plain(default))
+            else default
         )
         rows.append(f"| `{name.upper()}` | {shown} | {field.description} |")
     return "\n".join(rows)
@@ -220,7 +274,7 @@ def _is_host_or_network(entry: str) -> bool:
 
 
 def _plain(default: object) -> bool:
-    return isinstance(default, str | tuple | bool)
+    return default is None or isinstance(default, str | tuple | bool)
 
 
 def _misspelt(name: str, known: set[str]) -> str | None:

@@ -20,6 +20,8 @@ from fastapi.testclient import TestClient
 
 from stable_diffusion_server.app import create_app
 
+pytest_plugins = ["storage_servers"]
+
 ROOT = Path(__file__).resolve().parent.parent
 
 

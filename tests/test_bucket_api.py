@@ -1,14 +1,13 @@
 """Names to keys and keys to URLs."""
 
 import time
-from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stable_diffusion_server.bucket_api import KEY_MAX_BYTES, object_key, open_bucket, url_path
+from stable_diffusion_server.bucket_api import KEY_MAX_BYTES, StorageOptions, object_key, open_bucket, url_path
 from stable_diffusion_server.errors import InvalidInput
 
 
@@ -83,4 +82,4 @@ def test_a_url_leads_back_to_its_key(name: str) -> None:
 def test_an_unknown_provider_opens_nothing() -> None:
     """A provider that is not built is an error at once, not a silent folder."""
     with pytest.raises(ValueError, match="tape"):
-        open_bucket("tape", Path("nowhere"))
+        open_bucket(StorageOptions(storage_provider="tape"))

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from stable_diffusion_server.bucket_api import StorageOptions
 from stable_diffusion_server.settings import Settings, SettingsError, describe_settings, read_settings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -158,3 +159,35 @@ def test_no_variable_of_the_tests_environment_is_taken_for_a_slip() -> None:
     """The check does not get in the way of the very environment it runs in."""
     assert os.environ
     read_settings()
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"STORAGE_PROVIDER": "r2"}, "BUCKET_NAME is needed"),
+        ({"STORAGE_PROVIDER": "gcs"}, "BUCKET_NAME is needed"),
+        ({"STORAGE_PROVIDER": "r2", "BUCKET_NAME": "pictures"}, "R2_ENDPOINT_URL is needed"),
+        ({"STORAGE_PROVIDER": "tape"}, "STORAGE_PROVIDER"),
+        ({"R2_ENDPOINT_URL": "account.r2.cloudflarestorage.com"}, "R2_ENDPOINT_URL is not an http"),
+        ({"R2_ENDPOINT_URL": "https://key:secret@r2.example"}, "must not hold credentials"),
+    ],
+)
+def test_a_bucket_is_described_in_full_or_not_at_all(
+    given: dict[str, str], told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever a provider needs and is not there stops the start with the name of the setting."""
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SettingsError, match=told) as refused:
+        read_settings()
+    assert "secret@" not in str(refused.value)
+
+
+def test_every_storage_option_is_a_setting_of_that_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What opens the bucket is read from the settings, the secrets unseen."""
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "sesame")
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", "")
+    options = StorageOptions.of(read_settings())
+    assert options.credentials()[1] == "sesame"
+    assert options.google_application_credentials is None
+    assert "sesame" not in repr(options)

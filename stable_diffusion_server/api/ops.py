@@ -10,6 +10,7 @@ from fastapi.responses import FileResponse, JSONResponse, RedirectResponse
 from starlette.concurrency import run_in_threadpool
 from starlette.staticfiles import NotModifiedResponse
 
+from stable_diffusion_server.bucket_api import Bucket
 from stable_diffusion_server.buckets.local import LocalBucket
 from stable_diffusion_server.errors import InvalidInput, NotFound
 
@@ -44,8 +45,8 @@ def router(missing: Callable[[], list[str]], exposition: Callable[[], bytes]) ->
     return routes
 
 
-def files_router(bucket: LocalBucket) -> APIRouter:
-    """The door to the pictures of a local bucket; those of other buckets have addresses of their own."""
+def files_router(bucket: Bucket) -> APIRouter:
+    """The door to the pictures that have no address of their own: those of a local bucket, and those that wait."""
     routes = APIRouter(tags=["operate"])
 
     async def files(request: Request, key: str) -> Response:
@@ -56,14 +57,14 @@ def files_router(bucket: LocalBucket) -> APIRouter:
             "/files/{key:path}",
             files,
             methods=[method],
-            summary="A picture of the local bucket",
+            summary="A stored picture",
             operation_id=f"file_{method.lower()}",
             response_model=None,
         )
     return routes
 
 
-def _file(request: Request, key: str, bucket: LocalBucket) -> Response:
+def _file(request: Request, key: str, bucket: Bucket) -> Response:
     stored = None
     if "\0" not in key and not {"", ".", ".."} & set(key.split("/")):
         try:
@@ -80,6 +81,11 @@ def _file(request: Request, key: str, bucket: LocalBucket) -> Response:
     }
     if stored.content_type not in _SHOWN_INLINE:
         headers["Content-Disposition"] = "attachment"
+    if not isinstance(bucket, LocalBucket):
+        if (url := bucket.url(key)) is not None:
+            return RedirectResponse(url)  # it waited here once, and is in the bucket now
+        headers["Cache-Control"] = "no-store"
+        return Response(bucket.read(key), headers=headers, media_type=stored.content_type)
     if not _RANGE.fullmatch(request.headers.get("range", "bytes=0-")):
         # What is no range of bytes is to be ignored (RFC 9110, 14.2).
         request.scope["headers"] = [pair for pair in request.scope["headers"] if pair[0] != b"range"]

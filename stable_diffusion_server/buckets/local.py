@@ -7,6 +7,7 @@ import hashlib
 import json
 import mimetypes
 import os
+import shutil
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -27,6 +28,8 @@ _NAME_FAULTS = {
     errno.EEXIST: "uses a stored picture's name as a folder",
     errno.EISDIR: "is the name of a folder that is there already",
 }
+# Below this much free disk a picture is not even begun.
+_SPARE_BYTES = 16 * 2**20
 
 
 class LocalBucket:
@@ -49,6 +52,19 @@ class LocalBucket:
                 if not os.access(folder, os.W_OK):
                     raise PermissionError(errno.EACCES, "not writable")
 
+    def close(self) -> None:
+        """Nothing is held open."""
+
+    def fault(self) -> str | None:
+        """Nothing is remembered here; every call tells its own fault."""
+        return None
+
+    def admit(self) -> None:
+        """Raises `StorageUnavailable` when the disk is as good as full, so that nothing is drawn in vain."""
+        with _told_as_ours():
+            if shutil.disk_usage(self._unfinished).free < _SPARE_BYTES:
+                raise OSError(errno.ENOSPC, "nearly full")
+
     def stat(self, key: str) -> Stored | None:
         """The object under `key`, or `None`; an empty file is no object, since no picture is empty.
 
@@ -65,33 +81,68 @@ class LocalBucket:
     def create(self, key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> tuple[Stored, bool]:
         """Store `data` if `key` is absent; the first of several writers wins and the others get what it stored."""
         stored = _described(key, data, content_type, record)
-        with _told_as_ours(), self._written(data) as finished, self._written(_as_json(stored)) as facts:
+        with self._finished(data, stored) as (finished, facts):
+            if (there := self._find(key)) is not None:
+                return there, False
             target = self._make_room(key)
-            with self._locked():
-                if (there := self._find(key)) is not None:
-                    return there, False
-                target.unlink(missing_ok=True)  # what holds the name and is no object: an empty file
-                os.link(finished, target)
-                os.replace(facts, self._records / key)
+            target.unlink(missing_ok=True)  # what holds the name and is no object: an empty file
+            os.link(finished, target)
+            os.replace(facts, self._records / key)
         return stored, True
 
     def overwrite(self, key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> Stored:
         """Store `data` under `key`; a reader sees the old object or the new one, whole."""
         stored = _described(key, data, content_type, record)
-        with _told_as_ours(), self._written(data) as finished, self._written(_as_json(stored)) as facts:
+        with self._finished(data, stored) as (finished, facts):
+            self._find(key)  # refuses a name this disk takes for another one
             target = self._make_room(key)
-            with self._locked():
-                os.replace(finished, target)
-                os.replace(facts, self._records / key)
+            os.replace(finished, target)
+            os.replace(facts, self._records / key)
         return stored
 
-    def read(self, key: str) -> bytes:
-        """The object's bytes. Raises `NotFound`."""
+    def read(self, key: str, start: int = 0, end: int | None = None) -> bytes:
+        """Bytes `start` to before `end`. Raises `NotFound`."""
         with _told_as_ours():
             try:
-                return self.path(key).read_bytes()
+                with self.path(key).open("rb") as file:
+                    file.seek(start)
+                    return file.read(-1 if end is None else max(0, end - start))
             except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
                 raise NotFound("There is no picture under this name.") from error
+
+    def delete(self, key: str) -> None:
+        """Remove the object and its facts, if they are there, and the folders that are empty then."""
+        with _told_as_ours(), self._locked():
+            for root in (self._objects, self._records):
+                path = self.path(key) if root is self._objects else root / key
+                try:
+                    path.unlink()
+                    for folder in path.parents:
+                        if folder == root:
+                            break
+                        folder.rmdir()
+                except (FileNotFoundError, NotADirectoryError):
+                    continue
+                except OSError as error:
+                    if error.errno not in (errno.ENOTEMPTY, errno.EISDIR, errno.EPERM, errno.EEXIST):
+                        raise
+
+    def list(self, prefix: str = "") -> Iterator[str]:
+        """The keys that begin with `prefix`, in order of their folders."""
+        top = self._objects / prefix.rpartition("/")[0]
+        if not top.resolve().is_relative_to(self._objects.resolve()):
+            return
+        for folder, below, files in os.walk(top):
+            below.sort()
+            for name in sorted(files):
+                path = Path(folder, name)
+                key = path.relative_to(self._objects).as_posix()
+                if key.startswith(prefix) and not path.is_symlink() and path.stat().st_size:
+                    yield key
+
+    def url(self, key: str) -> str | None:
+        """None: this server gives the bytes itself."""
+        return None
 
     def path(self, key: str) -> Path:
         """Where the object's file lies, for a server that can send files by itself.
@@ -102,6 +153,17 @@ class LocalBucket:
         if not target.parent.resolve().is_relative_to(self._objects.resolve()):
             raise NotFound("There is no picture under this name.")
         return target
+
+    @contextmanager
+    def _finished(self, data: bytes, stored: Stored) -> Iterator[tuple[Path, Path]]:
+        """Files with the object and its facts, both safely on disk, while the lock is held."""
+        with (
+            _told_as_ours(),
+            self._written(data) as finished,
+            self._written(json.dumps(asdict(stored)).encode()) as facts,
+            self._locked(),
+        ):
+            yield finished, facts
 
     @contextmanager
     def _written(self, data: bytes) -> Iterator[Path]:
@@ -164,6 +226,11 @@ class LocalBucket:
         except (OSError, ValueError, TypeError):
             facts = None
         if facts is not None and facts.size == found.st_size:
+            if facts.key != key:
+                raise InvalidInput(
+                    "save_path is taken in another letter case, which this disk cannot tell apart.",
+                    field="save_path",
+                )
             return facts
         # Put there by hand, or its facts were lost: still an object, of which only the file itself is known.
         etag = hashlib.sha256(f"{found.st_mtime_ns}-{found.st_size}".encode()).hexdigest()
@@ -173,10 +240,6 @@ class LocalBucket:
 
 def _described(key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> Stored:
     return Stored(key, len(data), hashlib.sha256(data).hexdigest(), content_type, dict(record))
-
-
-def _as_json(stored: Stored) -> bytes:
-    return json.dumps(asdict(stored)).encode()
 
 
 @contextmanager

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -170,3 +172,49 @@ def test_a_folder_that_cannot_be_made_is_told_in_one_sentence(tmp_path: Path) ->
     (tmp_path / "bucket").write_text("a file")
     with pytest.raises(StorageUnavailable, match="folder of pictures cannot be used"):
         LocalBucket(tmp_path / "bucket").open()
+
+
+def test_a_name_the_disk_takes_for_another_is_refused(bucket: LocalBucket, tmp_path: Path) -> None:
+    """A disk that ignores letter case shows A.webp under a.webp too: told, never answered with the wrong picture."""
+    bucket.create("A.webp", b"data", "image/webp", RECORD)
+    for folder in ("objects", "records"):  # what such a disk shows
+        os.link(tmp_path / "bucket" / folder / "A.webp", tmp_path / "bucket" / folder / "a.webp")
+    for refused_by in (
+        lambda: bucket.stat("a.webp"),
+        lambda: bucket.create("a.webp", b"other", "image/webp", {}),
+        lambda: bucket.overwrite("a.webp", b"other", "image/webp", {}),
+    ):
+        with pytest.raises(InvalidInput, match="another letter case") as refused:
+            refused_by()
+        assert refused.value.field == "save_path"
+    assert bucket.read("A.webp") == b"data"
+
+
+def test_a_disk_that_takes_no_more_is_told_and_keeps_nothing_half(tmp_path: Path) -> None:
+    """Cut off in the middle of writing, by a limit on file size as a full disk does it: 503, no object, no remains."""
+    code = f"""
+import resource
+from pathlib import Path
+from stable_diffusion_server.buckets.local import LocalBucket
+from stable_diffusion_server.errors import StorageUnavailable
+bucket = LocalBucket(Path({str(tmp_path / "bucket")!r}))
+bucket.open()
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+try:
+    bucket.create("k", b"d" * 5000, "image/webp", {{}})
+except StorageUnavailable as error:
+    print(error.detail)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)  # noqa: S603  # our own interpreter
+    assert done.stdout == "The folder of pictures cannot be used (File too large).\n"
+    assert [path.name for path in (tmp_path / "bucket").rglob("*") if path.is_file()] in ([], [".lock"])
+
+
+def test_a_nearly_full_disk_is_told_before_anything_is_drawn(
+    bucket: LocalBucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Room as of now: admitted. Asked for more than any disk has: 503."""
+    bucket.admit()
+    monkeypatch.setattr("stable_diffusion_server.buckets.local._SPARE_BYTES", 2**70)
+    with pytest.raises(StorageUnavailable, match="No space left"):
+        bucket.admit()

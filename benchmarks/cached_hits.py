@@ -1,0 +1,141 @@
+"""Measures cached answers, for the local bucket and S3, against a bare FastAPI endpoint in the same run.
+
+    python benchmarks/cached_hits.py [seconds]
+
+Needs dev-requirements.txt for the S3 server on loopback. The same hand-made client asks all three in turns, over
+eight connections that are kept open, so that load from elsewhere and the client's own cost meet all of them alike.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import platform
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from urllib.parse import quote
+
+import boto3
+import httpx
+
+ROOT = Path(__file__).resolve().parent.parent
+SECONDS = float(sys.argv[1]) if len(sys.argv) > 1 else 2.0
+CONNECTIONS, ROUNDS = 8, 5
+QUERY = f"/create_and_upload_image?prompt={quote('a red circle')}&save_path=a.webp&width=64&height=64"
+BARE = """
+import uvicorn, sys
+from fastapi import FastAPI
+app = FastAPI()
+@app.get("/create_and_upload_image")
+async def answer(prompt: str, save_path: str, width: int, height: int) -> dict[str, object]:
+    return {"path": save_path, "cached": True, "width": width, "height": height}
+uvicorn.run(app, port=int(sys.argv[1]), log_level="warning", access_log=False)
+"""
+KEYS = {"AWS_ACCESS_KEY_ID": "AKIAEXAMPLE", "AWS_SECRET_ACCESS_KEY": "sesame-open"}
+
+
+def main() -> None:
+    """Start everything in an empty folder, measure in turns, print, end it."""
+    started: list[subprocess.Popen[bytes]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            ports = start_all(Path(folder), started)
+            rates: dict[str, list[float]] = {name: [] for name in ports}
+            for _ in range(ROUNDS):
+                for name, port in ports.items():
+                    rates[name].append(asyncio.run(rate_of(port)))
+        finally:
+            for process in started:
+                process.terminate()
+            for process in started:
+                process.wait(60)
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
+    print(f"{machine}, {ROUNDS} × {SECONDS:g} s\n")  # noqa: T201  # its output
+    print("| cached answers | requests a second | ratio to bare, by round |\n| --- | --- | --- |")  # noqa: T201  # its output
+    for name, values in rates.items():
+        ratios = [value / bare for value, bare in zip(values, rates["bare FastAPI"], strict=True)]
+        spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+        print(f"| {name} | {statistics.median(values):.0f} | {spread} |")  # noqa: T201  # its output
+
+
+def start_all(folder: Path, started: list[subprocess.Popen[bytes]]) -> dict[str, int]:
+    """The bare endpoint and the server over two buckets, each with its picture stored; names and ports."""
+    ports = {name: free_port() for name in ("bare FastAPI", "local", "S3")}
+    storage = free_port()
+
+    def start(*command: str, **environment: str) -> None:
+        kept = {"PYTHONPATH": str(ROOT), "PATH": os.environ["PATH"], "HOME": str(folder)}
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        line = [sys.executable, *command]
+        started.append(subprocess.Popen(line, cwd=folder, env={**kept, **environment}, **quiet))  # noqa: S603  # our own
+
+    start("-m", "moto.server", "-H", "127.0.0.1", "-p", str(storage))
+    start("-c", BARE, str(ports["bare FastAPI"]))
+    wait_for(storage, "/moto-api/")
+    client = boto3.client(
+        "s3",
+        endpoint_url=f"http://127.0.0.1:{storage}",
+        region_name="us-east-1",
+        aws_access_key_id=KEYS["AWS_ACCESS_KEY_ID"],
+        aws_secret_access_key=KEYS["AWS_SECRET_ACCESS_KEY"],
+    )
+    client.create_bucket(Bucket="pictures")
+    serve = ("-m", "stable_diffusion_server", "serve")
+    r2 = {"STORAGE_PROVIDER": "r2", "BUCKET_NAME": "pictures", "R2_ENDPOINT_URL": f"http://127.0.0.1:{storage}", **KEYS}
+    start(*serve, PORT=str(ports["local"]), LOG_LEVEL="warning")
+    start(*serve, PORT=str(ports["S3"]), LOG_LEVEL="warning", DATA_DIR="data-s3", **r2)
+    for name in ("local", "S3"):
+        wait_for(ports[name], "/readyz")
+        httpx.get(f"http://127.0.0.1:{ports[name]}{QUERY}", timeout=120).raise_for_status()
+    return ports
+
+
+async def rate_of(port: int) -> float:
+    """Answers a second over some connections at once."""
+    end = time.perf_counter() + SECONDS
+    counts = await asyncio.gather(*(asked(port, end) for _ in range(CONNECTIONS)))
+    return sum(counts) / SECONDS
+
+
+async def asked(port: int, end: float) -> int:
+    """How many answers one connection got until `end`."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    request = f"GET {QUERY} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n\r\n".encode()
+    count = 0
+    while time.perf_counter() < end:
+        writer.write(request)
+        head = (await reader.readuntil(b"\r\n\r\n")).lower()
+        if not head.startswith(b"http/1.1 200"):
+            raise SystemExit(f"not an answer: {head!r}")
+        await reader.readexactly(int(head.split(b"content-length: ")[1].split(b"\r\n")[0]))
+        count += 1
+    writer.close()
+    return count
+
+
+def wait_for(port: int, path: str) -> None:
+    """Wait for a 200, a minute or two at the most."""
+    for _ in range(600):
+        try:
+            if httpx.get(f"http://127.0.0.1:{port}{path}").status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.2)
+    raise SystemExit(f"{path} did not answer")
+
+
+def free_port() -> int:
+    """A port nothing listens on at the moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+if __name__ == "__main__":
+    main()

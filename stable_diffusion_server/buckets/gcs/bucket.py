@@ -1,0 +1,189 @@
+"""A bucket of Google Cloud Storage, by its own client. Knows no files and no HTTP doors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+from uuid import uuid4
+
+from stable_diffusion_server.buckets.gcs.faults import ConditionFailed, told
+from stable_diffusion_server.errors import NotFound, StorageUnavailable
+from stable_diffusion_server.orders import Stored
+
+# An object of this name shows, at each start, that writing is allowed.
+PROBE = ".stable-diffusion-server"
+_WRITER = "writer"
+_ROUNDS = 5
+_SCOPE = "https://www.googleapis.com/auth/devstorage.read_write"
+
+
+@dataclass(frozen=True, slots=True)
+class GCSOptions:
+    """Where the bucket is and how it is reached. `timeout` in seconds; no `credentials`: Google's own chain."""
+
+    name: str
+    credentials: Path | None = None
+    base_url: str = ""
+    signed_url_seconds: int = 0
+    prefix: str = ""
+    timeout: float = 10.0
+
+
+class GCSBucket:
+    """Objects of a GCS bucket. Every method is safe from any thread and blocks for network time."""
+
+    def __init__(self, options: GCSOptions) -> None:
+        self._options = options
+        self._probe = f"{options.prefix.strip('/')}/{PROBE}".lstrip("/")
+        self._bucket: Any = None
+
+    def open(self) -> None:
+        """Make the client, and try that the bucket can be written. May be called again after a failure.
+
+        Raises `StorageUnavailable` with one sentence: no or wrong credentials, no such bucket, denied, no answer.
+        """
+        with self._told("write to it", bucket_asked=True):
+            self._bucket = self._bucket or _client(self._options).bucket(self._options.name)
+            # Lost when it is there from an earlier start, which shows as much.
+            with suppress(ConditionFailed):
+                self._upload(self._probe, b"writable", "text/plain", {}, if_generation_match=0)
+
+    def close(self) -> None:
+        """Let the connections go."""
+        if self._bucket is not None:
+            self._bucket.client.close()
+
+    def fault(self) -> str | None:
+        """Nothing is remembered here; every call tells its own fault."""
+        return None
+
+    def admit(self) -> None:
+        """A store without a bound on its size."""
+
+    def stat(self, key: str) -> Stored | None:
+        """The object under `key`, or `None`; an empty one is none."""
+        blob = self._blob(key)
+        return _stored(blob) if blob is not None and blob.size else None
+
+    def create(self, key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> tuple[Stored, bool]:
+        """Store `data` if `key` is absent; the first of several writers wins and the others get what it stored."""
+        writer, generation = uuid4().hex, 0
+        for _ in range(_ROUNDS):
+            try:
+                with self._told("write to it", bucket_asked=True):
+                    metadata = {**record, _WRITER: writer}
+                    blob = self._upload(key, data, content_type, metadata, if_generation_match=generation)
+                return _stored(blob), True
+            except ConditionFailed:
+                there = self._blob(key)
+            if there is None:
+                generation = 0  # removed meanwhile
+            elif there.size or not data:
+                # An answer may be lost on its way and the write repeated: then the one who was first is oneself.
+                return _stored(there), (there.metadata or {}).get(_WRITER) == writer
+            else:
+                generation = there.generation  # an empty object is none, and gives way
+        raise StorageUnavailable("The storage is busy with other writers of this name.", retry_after=5)
+
+    def overwrite(self, key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> Stored:
+        """Store `data` under `key`; a reader sees the old object or the new one, whole."""
+        with self._told("write to it", bucket_asked=True):
+            return _stored(self._upload(key, data, content_type, {**record, _WRITER: uuid4().hex}))
+
+    def read(self, key: str, start: int = 0, end: int | None = None) -> bytes:
+        """Bytes `start` to before `end`. Raises `NotFound`."""
+        if end is not None and end <= start:
+            return b""
+        with self._told("read from it", beyond=True):
+            # Google's ends are included.
+            last = None if end is None else end - 1
+            blob = self._connected().blob(key)
+            return bytes(blob.download_as_bytes(start=start or None, end=last, **self._patience))
+        return b""
+
+    def delete(self, key: str) -> None:
+        """Remove the object, if there is one."""
+        try:
+            with self._told("delete from it"):
+                self._connected().blob(key).delete(**self._patience)
+        except NotFound:
+            pass  # as wished
+
+    def list(self, prefix: str = "") -> Iterator[str]:
+        """The keys that begin with `prefix`, in order."""
+        with self._told("list it", bucket_asked=True):
+            for blob in self._connected().list_blobs(prefix=prefix, **self._patience):
+                if blob.size and blob.name != self._probe:
+                    yield blob.name
+
+    def url(self, key: str) -> str | None:
+        """Where the object is fetched: signed for a while where the bucket is private, else below the base URL."""
+        seconds = self._options.signed_url_seconds
+        if not seconds:
+            return f"{self._options.base_url}/{quote(key, safe='/')}"
+        blob = self._connected().blob(key)
+        try:
+            return str(blob.generate_signed_url(version="v4", expiration=timedelta(seconds=seconds), method="GET"))
+        except (AttributeError, TypeError) as error:
+            raise StorageUnavailable(
+                "These credentials cannot sign addresses: they hold no private key (GOOGLE_APPLICATION_CREDENTIALS)."
+            ) from error
+
+    @property
+    def _patience(self) -> dict[str, Any]:
+        """Seconds to connect and to answer, and Google's own rule for what is worth another try."""
+        from google.cloud.storage.retry import DEFAULT_RETRY
+
+        timeout = self._options.timeout
+        retry = DEFAULT_RETRY.with_timeout(3 * timeout).with_delay(initial=0.2, maximum=2.0)
+        return {"timeout": (min(5.0, timeout), timeout), "retry": retry}
+
+    def _blob(self, key: str) -> Any:
+        with self._told("look into it"):
+            return self._connected().get_blob(key, **self._patience)
+
+    def _upload(self, key: str, data: bytes, content_type: str, metadata: Mapping[str, str], **condition: int) -> Any:
+        from google.api_core.exceptions import PreconditionFailed
+
+        blob = self._connected().blob(key)
+        blob.metadata = dict(metadata)
+        blob.cache_control = "public, max-age=31536000, immutable"
+        try:
+            blob.upload_from_string(data, content_type, **self._patience, checksum="md5", **condition)
+        except PreconditionFailed as error:
+            raise ConditionFailed("The storage is busy with other writers of this name.", retry_after=5) from error
+        return blob
+
+    def _connected(self) -> Any:
+        if self._bucket is None:
+            raise StorageUnavailable("The storage is not opened yet.")
+        return self._bucket
+
+    def _told(self, what: str, *, bucket_asked: bool = False, beyond: bool = False) -> AbstractContextManager[None]:
+        return told(what, self._options.name, bucket_asked=bucket_asked, beyond=beyond)
+
+
+def _client(options: GCSOptions) -> Any:
+    # Imported here: it takes about a second, and only those who use it should pay.
+    from google.auth.exceptions import DefaultCredentialsError
+    from google.cloud import storage
+    from google.oauth2.service_account import Credentials
+
+    if options.credentials is None:
+        return storage.Client()
+    try:
+        credentials = Credentials.from_service_account_file(str(options.credentials), scopes=[_SCOPE])  # type: ignore[no-untyped-call]  # half typed
+    except (ValueError, OSError) as error:
+        raise DefaultCredentialsError("broken") from error  # type: ignore[no-untyped-call]  # half typed
+    return storage.Client(project=credentials.project_id, credentials=credentials)
+
+
+def _stored(blob: Any) -> Stored:
+    record = {name: value for name, value in (blob.metadata or {}).items() if name != _WRITER}
+    etag = (blob.etag or str(blob.generation)).strip('"')
+    return Stored(blob.name, blob.size, etag, blob.content_type or "application/octet-stream", record)

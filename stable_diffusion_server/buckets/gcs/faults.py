@@ -1,0 +1,57 @@
+"""What the errors of Google's client mean, in sentences of ours that hold no key. Asks nothing of any store."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from stable_diffusion_server.errors import NotFound, ServerError, StorageUnavailable
+
+
+class ConditionFailed(StorageUnavailable):
+    """Someone else was there first."""
+
+
+@contextmanager
+def told(what: str, name: str, *, bucket_asked: bool = False, beyond: bool = False) -> Iterator[None]:
+    """Turn Google's errors into ours, in sentences that hold no key.
+
+    `what` is being tried with the bucket called `name`. `bucket_asked`: what is not found is the bucket.
+    `beyond`: a range after the object's end is no error.
+    """
+    from google.api_core.exceptions import GoogleAPIError
+    from google.auth.exceptions import DefaultCredentialsError, GoogleAuthError, TransportError
+    from requests.exceptions import RequestException
+
+    try:
+        yield
+    except DefaultCredentialsError as error:
+        raise StorageUnavailable(
+            "There are no usable credentials for the storage (GOOGLE_APPLICATION_CREDENTIALS)."
+        ) from error
+    except TransportError as error:  # where keys are made into tokens
+        raise _ours(0, what, name, bucket_asked=bucket_asked, kind=type(error).__name__) from error
+    except GoogleAuthError as error:
+        raise StorageUnavailable(f"The storage does not accept the credentials ({type(error).__name__}).") from error
+    except (GoogleAPIError, RequestException, ConnectionError) as error:
+        code = int(getattr(error, "code", None) or 0)
+        if beyond and code == 416:
+            return
+        raise _ours(code, what, name, bucket_asked=bucket_asked, kind=type(error).__name__) from error
+
+
+def _ours(code: int, what: str, name: str, *, bucket_asked: bool, kind: str) -> ServerError:
+    """The error of ours for one of HTTP's statuses, 0 for no answer."""
+    if code == 404 and bucket_asked:
+        return StorageUnavailable(f"There is no bucket {name!r} at the storage (BUCKET_NAME).")
+    if code == 404:
+        return NotFound("There is no picture under this name.")
+    if code == 401:
+        return StorageUnavailable("The storage does not accept the credentials (401).")
+    if code == 403:
+        return StorageUnavailable(f"The storage does not let these credentials {what}: bucket {name!r} (403).")
+    if code in (429, 503):
+        return StorageUnavailable(f"The storage asks to slow down ({code}).", retry_after=5)
+    return StorageUnavailable(
+        f"The storage answered with an error ({code})." if code else f"The storage does not answer ({kind})."
+    )

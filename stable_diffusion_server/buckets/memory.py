@@ -1,0 +1,74 @@
+"""A bucket in memory, for tests and for trying things out; as real as its process. Knows no disk and no URLs."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Iterator, Mapping
+
+from stable_diffusion_server.errors import NotFound
+from stable_diffusion_server.orders import Stored
+
+
+class MemoryBucket:
+    """Objects in a dictionary, safe from any thread; gone with the process."""
+
+    def __init__(self) -> None:
+        self._objects: dict[str, tuple[bytes, Stored]] = {}
+        self._lock = threading.Lock()
+
+    def open(self) -> None:
+        """Nothing is to be done."""
+
+    def close(self) -> None:
+        """Nothing is to be done; the objects stay."""
+
+    def fault(self) -> str | None:
+        """Nothing can be wrong with it."""
+        return None
+
+    def admit(self) -> None:
+        """There is room as long as there is memory."""
+
+    def stat(self, key: str) -> Stored | None:
+        """The object under `key`, or `None`; an empty one is none."""
+        _, stored = self._objects.get(key, (b"", None))
+        return stored if stored is not None and stored.size else None
+
+    def create(self, key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> tuple[Stored, bool]:
+        """Store `data` if `key` is absent; the first of several writers wins and the others get what it stored."""
+        with self._lock:
+            if (there := self.stat(key)) is not None:
+                return there, False
+            return self._put(key, data, content_type, record), True
+
+    def overwrite(self, key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> Stored:
+        """Store `data` under `key`, whatever was there."""
+        with self._lock:
+            return self._put(key, data, content_type, record)
+
+    def read(self, key: str, start: int = 0, end: int | None = None) -> bytes:
+        """Bytes `start` to before `end`. Raises `NotFound`."""
+        if key not in self._objects:
+            raise NotFound("There is no picture under this name.")
+        return self._objects[key][0][start:end]
+
+    def delete(self, key: str) -> None:
+        """Remove the object, if there is one."""
+        with self._lock:
+            self._objects.pop(key, None)
+
+    def list(self, prefix: str = "") -> Iterator[str]:
+        """The keys that begin with `prefix`, in order."""
+        with self._lock:
+            found = sorted(key for key, (data, _) in self._objects.items() if data and key.startswith(prefix))
+        return iter(found)
+
+    def url(self, key: str) -> str | None:
+        """None: this server gives the bytes itself."""
+        return None
+
+    def _put(self, key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> Stored:
+        stored = Stored(key, len(data), hashlib.sha256(data).hexdigest(), content_type, dict(record))
+        self._objects[key] = (bytes(data), stored)
+        return stored

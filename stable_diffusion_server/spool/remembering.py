@@ -1,0 +1,69 @@
+"""A bucket that remembers what it has seen stored. Knows no HTTP and no kind of bucket."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+
+from stable_diffusion_server.orders import Stored
+from stable_diffusion_server.spool.spooling import Spooling
+
+
+class Remembering:
+    """A bucket that remembers which keys it has seen stored, so that a hit costs no round trip.
+
+    Only presence is remembered, never absence: at most `capacity` keys, each for `seconds`. What is deleted or
+    overwritten through here is forgotten at once; what others do is seen when a key's time is over.
+    """
+
+    def __init__(
+        self, bucket: Spooling, capacity: int, seconds: float, now: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._bucket = bucket
+        self._capacity = capacity
+        self._seconds = seconds
+        self._now = now
+        self._known: OrderedDict[str, tuple[float, Stored]] = OrderedDict()
+        self._lock = threading.Lock()
+        self.open, self.close, self.fault, self.admit = bucket.open, bucket.close, bucket.fault, bucket.admit
+        self.read, self.list, self.url = bucket.read, bucket.list, bucket.url
+
+    def known(self, key: str) -> Stored | None:
+        """What is remembered of `key`; asks nobody and blocks for nothing, so that an event loop may call it."""
+        with self._lock:
+            until, stored = self._known.get(key, (0.0, None))
+        return stored if self._now() < until else None
+
+    def stat(self, key: str) -> Stored | None:
+        """As remembered, else as the bucket says."""
+        return self.known(key) or self._learned(key, self._bucket.stat(key))
+
+    def create(self, key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> tuple[Stored, bool]:
+        """Ask the bucket, whatever is remembered, and remember what it answers."""
+        stored, won = self._bucket.create(key, data, content_type, record)
+        self._learned(key, stored)
+        return stored, won
+
+    def overwrite(self, key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> Stored:
+        """Forget, write, and remember what is there now."""
+        self._learned(key, None)
+        stored = self._bucket.overwrite(key, data, content_type, record)
+        self._learned(key, stored)
+        return stored
+
+    def delete(self, key: str) -> None:
+        """Forget and remove, and forget what was learned meanwhile."""
+        self._learned(key, None)
+        self._bucket.delete(key)
+        self._learned(key, None)
+
+    def _learned(self, key: str, stored: Stored | None) -> Stored | None:
+        with self._lock:
+            self._known.pop(key, None)
+            if stored is not None and not stored.waiting:
+                self._known[key] = (self._now() + self._seconds, stored)
+                if len(self._known) > self._capacity:
+                    self._known.popitem(last=False)
+        return stored

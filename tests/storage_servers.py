@@ -1,0 +1,254 @@
+"""Storage on loopback for tests: an S3 server, a GCS emulator, and a go-between that misbehaves when told to."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import socket
+import struct
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Event, Thread
+from typing import Any
+from uuid import uuid4
+
+import httpx
+import pytest
+from pydantic import SecretStr
+
+from stable_diffusion_server.bucket_api import Bucket, StorageOptions, open_bucket
+
+HERE = Path(__file__).resolve().parent
+SECRET = "sesame-open-0123456789"  # noqa: S105  # what the S3 server on loopback is told, and takes
+KEYS = {"aws_access_key_id": SecretStr("AKIAEXAMPLE"), "aws_secret_access_key": SecretStr(SECRET)}
+
+
+@dataclass
+class StorageServer:
+    """A storage server process."""
+
+    process: subprocess.Popen[bytes]
+    url: str
+    port: int
+    wire: Path
+
+    def stop(self) -> None:
+        """End the process, as an outage does."""
+        self.process.kill()
+        self.process.wait(30)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def start(command: list[str], port: int, folder: Path, **environment: str) -> StorageServer:
+    """Start a storage server and wait until it listens."""
+    kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
+    with (folder / f"server-{port}.log").open("ab") as out:
+        process = subprocess.Popen(  # noqa: S603  # our own command, made here
+            command, cwd=folder, env={**kept, **environment}, stdout=out, stderr=subprocess.STDOUT
+        )
+    end = time.monotonic() + 60
+    while time.monotonic() < end and process.poll() is None:
+        try:
+            with socket.create_connection(("127.0.0.1", port), timeout=1):
+                return StorageServer(process, f"http://127.0.0.1:{port}", port, folder / "wire.log")
+        except OSError:
+            time.sleep(0.05)
+    process.kill()
+    raise AssertionError((folder / f"server-{port}.log").read_text())
+
+
+def start_s3(folder: Path, port: int = 0, **environment: str) -> StorageServer:
+    """Start moto's S3 server: objects in its memory, no check of signatures unless told otherwise."""
+    port = port or free_port()
+    return start([sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], port, folder, **environment)
+
+
+def start_gcs(folder: Path, port: int = 0) -> StorageServer:
+    """The GCS emulator, with conditions minded."""
+    port = port or free_port()
+    return start([sys.executable, str(HERE / "gcs_emulator.py"), str(port), str(folder / "wire.log")], port, folder)
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StorageServer]:
+    """An S3 server that lives as long as the test run."""
+    running = start_s3(tmp_path_factory.mktemp("s3"))
+    yield running
+    running.stop()
+
+
+@pytest.fixture(scope="session")
+def gcs_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StorageServer]:
+    """A GCS emulator that lives as long as the test run."""
+    running = start_gcs(tmp_path_factory.mktemp("gcs"))
+    yield running
+    running.stop()
+
+
+@cache
+def s3_client(url: str, key: str = "AKIAEXAMPLE", secret: str = SECRET, service: str = "s3") -> Any:
+    """A client of the test's own, to look at the store from outside."""
+    import boto3
+
+    return boto3.client(
+        service, endpoint_url=url, aws_access_key_id=key, aws_secret_access_key=secret, region_name="us-east-1"
+    )
+
+
+def make_s3_bucket(server: StorageServer, name: str = "") -> str:
+    """A new bucket, which anyone may read; its name."""
+    name = name or f"pictures-{uuid4().hex[:12]}"
+    s3_client(server.url).create_bucket(Bucket=name)
+    anyone = {"Effect": "Allow", "Principal": "*", "Action": "s3:GetObject", "Resource": f"arn:aws:s3:::{name}/*"}
+    policy = json.dumps({"Version": "2012-10-17", "Statement": [anyone]})
+    s3_client(server.url).put_bucket_policy(Bucket=name, Policy=policy)
+    return name
+
+
+def make_gcs_bucket(server: StorageServer) -> str:
+    """A new bucket's name."""
+    name = f"pictures-{uuid4().hex[:12]}"
+    httpx.post(f"{server.url}/storage/v1/b", json={"name": name}).raise_for_status()
+    return name
+
+
+def r2_options(url: str, name: str, **changes: Any) -> StorageOptions:
+    """Options for an S3 server on loopback, reached as R2 is: by endpoint, region auto."""
+    values = {"storage_provider": "r2", "r2_endpoint_url": url, "bucket_name": name, "storage_timeout": 20.0, **KEYS}
+    return StorageOptions(**{**values, **changes})
+
+
+def gcs_options(name: str, **changes: Any) -> StorageOptions:
+    """Options for the emulator, whose address is in STORAGE_EMULATOR_HOST."""
+    values = {"storage_provider": "gcs", "bucket_name": name, "storage_timeout": 20.0}
+    return StorageOptions(**{**values, **changes})
+
+
+def opened(options: StorageOptions) -> Bucket:
+    """A bucket made by the options and opened."""
+    bucket = open_bucket(options)
+    bucket.open()
+    return bucket
+
+
+SLOW_DOWN = b"<Error><Code>SlowDown</Code><Message>Please reduce your rate.</Message></Error>"
+
+
+class Rascal:
+    """A go-between before a storage server that misbehaves, one request at a time, as `mischief` says.
+
+    `slow-down` answers 503; `reset` breaks the connection half way through the answer; `lose-answer` lets the server
+    do what was asked, and then breaks the connection; `slow` waits until `release` is set; any other word is none.
+    What is asked first gets the first word; without words everything passes, but for the headers named in `drops`.
+    """
+
+    def __init__(self, port: int) -> None:
+        self.mischief: deque[str] = deque()
+        self.requests: list[tuple[str, str, dict[str, str]]] = []
+        self.drops: set[str] = set()
+        self.release = Event()
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self, port))
+        self._server.daemon_threads = True
+        self.port = self._server.server_address[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        """Let go of whoever waits, and stop listening."""
+        self.release.set()
+        self._server.shutdown()
+        self._server.server_close()
+
+
+def _handler(rascal: Rascal, port: int) -> Callable[..., BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, format: str, *args: Any) -> None:
+            """Say nothing."""
+
+        def handle_one_request(self) -> None:
+            self.raw_requestline = self.rfile.readline(65537)
+            if self.raw_requestline and self.parse_request():
+                self.close_connection = True
+                self._pass_on()
+
+        def _pass_on(self) -> None:
+            if self.headers.get("Expect") == "100-continue":
+                self.send_response_only(100)
+                self.end_headers()
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            rascal.requests.append((self.command, self.path, dict(self.headers)))
+            word = rascal.mischief.popleft() if rascal.mischief else ""
+            if word == "slow-down":
+                self._answer(503, {"Content-Type": "application/xml"}, SLOW_DOWN)
+                return
+            if word == "slow":
+                rascal.release.wait(60)
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+            headers = {name: value for name, value in self.headers.items() if name not in {"Expect", *rascal.drops}}
+            connection.request(self.command, self.path, body, headers)
+            answer = connection.getresponse()
+            content = answer.read()
+            connection.close()
+            if word == "lose-answer":
+                self._reset()
+            elif word == "reset":
+                self._answer(answer.status, dict(answer.getheaders()), content[: len(content) // 2], len(content) or 10)
+                self._reset()
+            else:
+                self._answer(answer.status, dict(answer.getheaders()), content)
+
+        def _answer(self, status: int, headers: dict[str, str], content: bytes, length: int | None = None) -> None:
+            dropped = ("Transfer-Encoding", "Connection", "Content-Length")
+            kept = {name: value for name, value in headers.items() if name.title() not in dropped}
+            told = headers.get("Content-Length") if self.command == "HEAD" else str(len(content))
+            self.send_response_only(status)
+            for name, value in {**kept, "Content-Length": str(length) if length else told or "0"}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(content)
+            self.wfile.flush()
+
+        def _reset(self) -> None:
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.connection.close()
+
+        def finish(self) -> None:
+            with suppress(OSError, ValueError):  # the connection may have been broken on purpose
+                super().finish()
+
+    return Handler
+
+
+@pytest.fixture
+def rascal_before() -> Iterator[Callable[[StorageServer], Rascal]]:
+    """Put a go-between before a storage server."""
+    made: list[Rascal] = []
+
+    def put(server: StorageServer) -> Rascal:
+        made.append(Rascal(server.port))
+        return made[-1]
+
+    yield put
+    for rascal in made:
+        rascal.close()
+
+
+def conditions_on_the_wire(server: StorageServer, name: str) -> list[str | None]:
+    """The conditions under which uploads of this name came in at the GCS emulator."""
+    lines = [json.loads(line) for line in server.wire.read_text().splitlines()]
+    return [line["ifGenerationMatch"] for line in lines if line["name"] == name]

@@ -1,0 +1,104 @@
+"""The memory of what is stored: only what was seen, only for a while, and never what has changed here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from stable_diffusion_server.buckets.memory import MemoryBucket
+from stable_diffusion_server.errors import StorageUnavailable
+from stable_diffusion_server.orders import Stored
+from stable_diffusion_server.spool.files import Spool
+from stable_diffusion_server.spool.remembering import Remembering
+from stable_diffusion_server.spool.spooling import Spooling
+
+
+class Counted(MemoryBucket):
+    """A memory bucket that counts how often it is asked, and can be cut off."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked = 0
+        self.off = False
+
+    def stat(self, key: str) -> Stored | None:
+        self.asked += 1
+        if self.off:
+            raise StorageUnavailable("The storage is off.")
+        return super().stat(key)
+
+
+class House:
+    """A remembering bucket before a counted one, with a clock that is set by hand."""
+
+    def __init__(self, folder: Path, capacity: int = 10) -> None:
+        self.store = Counted()
+        self.time = 0.0
+        spooling = Spooling(self.store, Spool(folder / "spool", 10**6), 20.0, pause=60.0)
+        self.bucket = Remembering(spooling, capacity, 5.0, lambda: self.time)
+        self.bucket.open()
+
+
+@pytest.fixture
+def house(tmp_path: Path) -> House:
+    return House(tmp_path)
+
+
+def test_what_was_seen_is_not_asked_for_again(house: House) -> None:
+    """Stored here or found there: the next hit costs nothing, and goes on through an outage."""
+    house.store.create("theirs", b"data", "image/webp", {})
+    ours, _ = house.bucket.create("ours", b"data", "image/webp", {})
+    theirs = house.bucket.stat("theirs")
+    house.store.off, asked = True, house.store.asked
+    assert house.bucket.stat("ours") == ours
+    assert house.bucket.stat("theirs") == theirs
+    assert house.store.asked == asked
+
+
+def test_absence_is_never_remembered(house: House) -> None:
+    """What another server stores a moment after a miss is found at once."""
+    assert house.bucket.stat("k") is None
+    house.store.create("k", b"data", "image/webp", {})
+    assert house.bucket.stat("k") is not None
+
+
+def test_what_is_deleted_or_overwritten_here_is_forgotten_at_once(house: House) -> None:
+    """No stale facts of our own making."""
+    house.bucket.create("k", b"data", "image/webp", {"seed": "1"})
+    new = house.bucket.overwrite("k", b"newer", "image/webp", {"seed": "2"})
+    assert house.bucket.stat("k") == new
+    house.bucket.delete("k")
+    assert house.bucket.stat("k") is None
+
+
+def test_what_others_delete_is_seen_when_its_time_is_over(house: House) -> None:
+    """Until then it is believed, and not a moment longer."""
+    house.bucket.create("k", b"data", "image/webp", {})
+    house.store.delete("k")
+    house.time = 4.9
+    assert house.bucket.stat("k") is not None
+    house.time = 5.0
+    assert house.bucket.stat("k") is None
+
+
+def test_the_oldest_gives_way_when_the_memory_is_full(tmp_path: Path) -> None:
+    """The bound holds, and what is forgotten is asked for again."""
+    house = House(tmp_path, capacity=2)
+    for key in "abc":
+        house.bucket.create(key, b"data", "image/webp", {})
+    asked = house.store.asked
+    assert house.bucket.stat("c")
+    assert house.store.asked == asked
+    assert house.bucket.stat("a")
+    assert house.store.asked == asked + 1
+
+
+def test_what_waits_is_not_remembered_as_stored(house: House) -> None:
+    """Its address changes when it is brought, so it is looked up each time."""
+    house.store.off = True
+    assert house.bucket.create("k", b"data", "image/webp", {})[0].waiting
+    found = house.bucket.stat("k")
+    assert found is not None
+    assert found.waiting
+    assert house.bucket.url("k") is None

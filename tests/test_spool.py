@@ -1,0 +1,272 @@
+"""The spool: whatever becomes of the storage, a finished picture is kept, found, and brought there in the end."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import pytest
+from fakes import until
+
+from stable_diffusion_server.buckets.memory import MemoryBucket
+from stable_diffusion_server.errors import InvalidInput, NotFound, StorageUnavailable
+from stable_diffusion_server.orders import Stored
+from stable_diffusion_server.spool.files import Spool
+from stable_diffusion_server.spool.spooling import Spooling
+
+RECORD = {"digest": "abc", "seed": "7"}
+
+
+class Switched(MemoryBucket):
+    """A memory bucket with a switch: `off` fails, `denied` fails writing, `stuck` waits for `free`, `picky` refuses.
+
+    From the test's own thread it answers always: that is how other servers see it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.state = "on"
+        self.asked = 0
+        self.free = threading.Event()
+
+    def _meet(self, *, writing: bool) -> None:
+        if threading.current_thread() is threading.main_thread():
+            return
+        self.asked += 1
+        if self.state == "stuck":
+            self.free.wait(60)
+        if self.state == "off" or (writing and self.state == "denied"):
+            raise StorageUnavailable(f"The storage is {'denied' if writing else 'off'}.")
+        if self.state == "picky" and writing:
+            raise InvalidInput("save_path is not to the storage's taste.", field="save_path")
+
+    def open(self) -> None:
+        self._meet(writing=self.state != "picky")
+
+    def stat(self, key: str) -> Stored | None:
+        self._meet(writing=False)
+        return super().stat(key)
+
+    def create(self, key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> tuple[Stored, bool]:
+        self._meet(writing=True)
+        return super().create(key, data, content_type, record)
+
+    def overwrite(self, key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> Stored:
+        self._meet(writing=True)
+        return super().overwrite(key, data, content_type, record)
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Iterator[Callable[..., tuple[Spooling, Switched]]]:
+    """Open a spooling bucket before a switched one, in the same folder each time, as restarts do."""
+    opened: list[tuple[Spooling, Switched]] = []
+
+    def make(
+        store: Switched | None = None, state: str = "on", max_bytes: int = 10**6, patience: float = 20.0
+    ) -> tuple[Spooling, Switched]:
+        behind = store or Switched()
+        behind.state = state
+        bucket = Spooling(behind, Spool(tmp_path / "spool", max_bytes), patience, pause=0.02)
+        bucket.open()
+        opened.append((bucket, behind))
+        return bucket, behind
+
+    yield make
+    for bucket, store in opened:
+        store.free.set()
+        bucket.close()
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(path.suffix for path in (folder / "spool").iterdir())
+
+
+def test_while_the_storage_is_up_nothing_stays_on_the_disk(
+    made: Callable[..., tuple[Spooling, Switched]], tmp_path: Path
+) -> None:
+    """Stored there, found there, and the spool is empty: winners, losers and overwriters."""
+    bucket, store = made()
+    stored, won = bucket.create("k", b"first", "image/webp", RECORD)
+    assert won
+    assert not stored.waiting
+    assert not bucket.create("k", b"second", "image/webp", {})[1]
+    assert bucket.overwrite("k", b"third", "image/webp", {}).size == 5
+    assert store.read("k") == b"third"
+    assert files(tmp_path) == []
+
+
+def test_while_the_storage_is_down_the_picture_is_kept_and_then_brought(
+    made: Callable[..., tuple[Spooling, Switched]], tmp_path: Path
+) -> None:
+    """Kept with all its facts, given to whoever asks, and in the bucket soon after it is up again."""
+    bucket, store = made()
+    store.state = "off"
+    stored, won = bucket.create("k", b"data", "image/webp", RECORD)
+    assert (won, stored.waiting) == (True, True)
+    assert bucket.stat("k") == stored
+    assert bucket.read("k", 1, 3) == b"at"
+    assert bucket.url("k") is None
+    assert bucket.create("k", b"other", "image/webp", {}) == (stored, False)
+    assert bucket.fault() is None, "an outage with room in the spool keeps no one from drawing"
+    store.state = "on"
+    until(lambda: files(tmp_path) == [])
+    brought = bucket.stat("k")
+    assert brought is not None
+    assert (brought.waiting, dict(brought.record), brought.content_type) == (False, RECORD, "image/webp")
+    assert store.read("k") == b"data"
+
+
+def test_what_is_spooled_survives_a_restart(made: Callable[..., tuple[Spooling, Switched]], tmp_path: Path) -> None:
+    """Ten pictures, the process gone, the storage back: all ten are brought by the next one."""
+    bucket, store = made()
+    store.state = "off"
+    for number in range(10):
+        bucket.create(f"{number}", b"%d" % number, "image/webp", RECORD)
+    bucket.close()
+    again, _ = made(store, state="off")
+    assert [again.read(f"{number}") for number in range(10)] == [b"%d" % number for number in range(10)]
+    store.state = "on"
+    until(lambda: files(tmp_path) == [])
+    assert sorted(store.list()) == [f"{number}" for number in range(10)]
+
+
+def test_a_crash_while_writing_leaves_nothing_half(
+    made: Callable[..., tuple[Spooling, Switched]], tmp_path: Path
+) -> None:
+    """An unfinished file is swept away; one that was tampered with is set aside and not brought."""
+    bucket, store = made(state="off")
+    bucket.create("k", b"data", "image/webp", RECORD)
+    bucket.close()
+    (tmp_path / "spool" / "1.part").write_bytes(b"half")
+    spooled = next((tmp_path / "spool").glob("*.spool"))
+    spooled.write_bytes(spooled.read_bytes()[:-1])
+    made(store)
+    assert files(tmp_path) == [".refused"]
+    assert list(store.list()) == []
+
+
+def test_a_storage_that_does_not_answer_is_not_waited_for_twice(
+    made: Callable[..., tuple[Spooling, Switched]],
+) -> None:
+    """The first call waits its patience, the others not at all: the spool takes what is drawn."""
+    bucket, store = made(patience=0.2)
+    store.state = "stuck"
+    assert bucket.create("a", b"data", "image/webp", RECORD)[0].waiting
+    asked = store.asked
+    for number in range(20):
+        assert bucket.create(f"{number}", b"data", "image/webp", RECORD)[0].waiting
+    assert store.asked <= asked + 1, "only the background tries"
+    store.state = "on"
+    store.free.set()
+    until(lambda: len(list(store.list())) == 21)
+
+
+def test_a_full_spool_is_told_before_anything_is_drawn(made: Callable[..., tuple[Spooling, Switched]]) -> None:
+    """Up: no bound. Down: taken until the bytes are reached, then 503 and a fault for the operator."""
+    bucket, store = made(max_bytes=400)
+    bucket.admit()
+    store.state = "off"
+    bucket.create("a", b"d" * 300, "image/webp", RECORD)
+    with pytest.raises(StorageUnavailable, match="SPOOL_BYTES") as told:
+        bucket.admit()
+    assert told.value.status == 503
+    assert told.value.retry_after
+    assert "SPOOL_BYTES" in (bucket.fault() or "")
+    store.state = "on"
+    until(lambda: bucket.fault() is None)
+    bucket.admit()
+
+
+def test_the_first_to_reach_the_storage_keeps_the_name(
+    made: Callable[..., tuple[Spooling, Switched]], tmp_path: Path
+) -> None:
+    """Another server was faster: its picture stays, and the spooled one is let go."""
+    bucket, store = made()
+    store.state = "off"
+    bucket.create("k", b"ours", "image/webp", RECORD)
+    store.create("k", b"theirs", "image/webp", {})
+    store.state = "on"
+    until(lambda: files(tmp_path) == [])
+    assert store.read("k") == b"theirs"
+
+
+def test_overwrites_are_brought_in_their_order(made: Callable[..., tuple[Spooling, Switched]], tmp_path: Path) -> None:
+    """The last one asked for is the one that stays, also when it came after one that waits."""
+    bucket, store = made()
+    bucket.create("k", b"old", "image/webp", RECORD)
+    store.state = "off"
+    for data in (b"one", b"two", b"three"):
+        assert bucket.overwrite("k", data, "image/webp", RECORD).waiting
+    assert bucket.read("k") == b"three"
+    store.state = "on"
+    until(lambda: files(tmp_path) == [])
+    assert store.read("k") == b"three"
+
+
+def test_a_bucket_that_may_only_be_read_still_gives_what_it_has(
+    made: Callable[..., tuple[Spooling, Switched]],
+) -> None:
+    """Told as a fault from the start; hits are found and read, and what is drawn is kept here."""
+    store = Switched()
+    store.create("there", b"data", "image/webp", RECORD)
+    bucket, _ = made(store, state="denied")
+    assert bucket.fault() == "The storage is denied."
+    found = bucket.stat("there")
+    assert found is not None
+    assert not found.waiting
+    assert bucket.read("there") == b"data"
+    assert bucket.create("new", b"data", "image/webp", RECORD)[0].waiting
+    store.state = "off"
+    assert bucket.stat("there") is None
+    store.state = "denied"
+    until(lambda: bucket.stat("there") is not None)
+    assert bucket.fault() == "The storage is denied."
+    store.state = "on"
+    until(lambda: bucket.fault() is None)
+
+
+def test_a_picture_the_storage_refuses_for_good_is_set_aside(
+    made: Callable[..., tuple[Spooling, Switched]], tmp_path: Path
+) -> None:
+    """It does not keep the others from being brought, and its file stays for a person to look at."""
+    bucket, store = made(state="off")
+    bucket.create("bad", b"data", "image/webp", RECORD)
+    store.state = "picky"
+    until(lambda: files(tmp_path) == [".refused"])
+    store.state = "on"
+    assert bucket.create("good", b"data", "image/webp", RECORD)[1]
+
+
+def test_a_refusal_for_the_callers_fault_is_not_spooled(
+    made: Callable[..., tuple[Spooling, Switched]], tmp_path: Path
+) -> None:
+    """What no retry can mend is told at once."""
+    bucket, store = made()
+    store.state = "picky"
+    with pytest.raises(InvalidInput):
+        bucket.create("k", b"data", "image/webp", RECORD)
+    assert files(tmp_path) == []
+
+
+def test_deleting_reaches_what_waits(made: Callable[..., tuple[Spooling, Switched]]) -> None:
+    """A deleted picture is not brought afterwards."""
+    bucket, store = made()
+    store.state = "off"
+    bucket.create("k", b"data", "image/webp", RECORD)
+    with pytest.raises(StorageUnavailable):
+        bucket.delete("k")  # the store was not reached, and says so
+    assert bucket.stat("k") is None
+    store.state = "on"
+    until(lambda: bucket.fault() is None)
+    with pytest.raises(NotFound):
+        store.read("k")
+
+
+def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
+    """A file in the place of the spool's folder: one sentence, and no thread is started."""
+    (tmp_path / "spool").write_text("in the way")
+    bucket = Spooling(Switched(), Spool(tmp_path / "spool", 100), 1.0)
+    with pytest.raises(StorageUnavailable, match="DATA_DIR cannot keep pictures"):
+        bucket.open()
+    bucket.close()
