@@ -96,37 +96,14 @@ class Service:
         `StorageUnavailable`, `DeadlineExceeded`, and what drawing raises. Cancelling the call takes the job off the
         device, unless others wait for it too.
         """
-        plan, outcome, shared = await self._fulfilled(order)
-        if outcome.scene is None or outcome.job is None:
-            return receipt_of_stored(plan, outcome.stored)
-        return receipt_of_drawn(
-            plan,
-            outcome.stored,
-            outcome.scene,
-            outcome.job,
-            outcome.warnings,
-            outcome.timings,
-            coalesced=shared or outcome.twin,
-        )
+        return (await self._fulfilled(order))[0]
 
     async def picture(self, order: Order) -> tuple[Receipt, bytes]:
         """The same with the file itself: the one this order drew, whatever is stored under its name since."""
-        plan, outcome, shared = await self._fulfilled(order)
-        if outcome.scene is None or outcome.job is None:
-            data = await asyncio.to_thread(self._bucket.read, outcome.stored.key)
-            return receipt_of_stored(plan, outcome.stored), data
-        receipt = receipt_of_drawn(
-            plan,
-            outcome.stored,
-            outcome.scene,
-            outcome.job,
-            outcome.warnings,
-            outcome.timings,
-            coalesced=shared or outcome.twin,
-        )
-        return receipt, outcome.data
+        receipt, outcome = await self._fulfilled(order)
+        return receipt, outcome.data or await asyncio.to_thread(self._bucket.read, receipt.key)
 
-    async def _fulfilled(self, order: Order) -> tuple[Plan, _Outcome, bool]:
+    async def _fulfilled(self, order: Order) -> tuple[Receipt, _Outcome]:
         # Files are hashed; words alone take less time than a thread to take them to.
         plan = (
             await asyncio.to_thread(resolve, order, self._options) if order.sources else resolve(order, self._options)
@@ -139,9 +116,13 @@ class Service:
             if not deadline.expired():
                 raise
             raise DeadlineExceeded(f"The picture was not stored within {timeout:g} seconds.") from error
-        source = "cached" if outcome.job is None else "coalesced" if shared or outcome.twin else "drawn"
-        self._answered(source)
-        return plan, outcome, shared
+        if outcome.scene is None or outcome.job is None:
+            self._answered("cached")
+            return receipt_of_stored(plan, outcome.stored), outcome
+        twin = shared or outcome.twin
+        self._answered("coalesced" if twin else "drawn")
+        made = (outcome.stored, outcome.scene, outcome.job, outcome.warnings, outcome.timings)
+        return receipt_of_drawn(plan, *made, coalesced=twin), outcome
 
     def close(self) -> None:
         """Let go of the encoding threads."""
