@@ -28,7 +28,7 @@ from stable_diffusion_server.errors import NotReady, ServerError
 from stable_diffusion_server.fetching.fetcher import Bounds, Fetcher
 from stable_diffusion_server.fetching.targets import Allowance
 from stable_diffusion_server.observability import ConsoleProgress, Heartbeat, Metrics, configure_logging, each
-from stable_diffusion_server.orders import Limits
+from stable_diffusion_server.orders import Limits, Stored
 from stable_diffusion_server.resolving import Options
 from stable_diffusion_server.service import Service
 from stable_diffusion_server.settings import Settings
@@ -88,16 +88,9 @@ def create_app(
     bucket = _bucket(settings)
     options = _options(settings)
     fetcher, decoder = _readers(settings)
-    service = Service(
-        bucket,
-        engine,
-        loaded.count_tokens,
-        options,
-        metrics.answered,
-        fetch=fetcher.fetch,
-        decode=decoder.decode,
-        known=bucket.known if isinstance(bucket, Remembering) else lambda key: None,
-    )
+    fetch, decode, known = fetcher.fetch, decoder.decode, _known(bucket)
+    answered, count = metrics.answered, loaded.count_tokens
+    service = Service(bucket, engine, count, options, answered, fetch=fetch, decode=decode, known=known)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -267,6 +260,11 @@ def _add_middleware(app: FastAPI, settings: Settings) -> None:
             allow_headers=["Authorization", "Content-Type", "X-API-Key", "X-Request-ID"],
             expose_headers=["X-Request-ID", "Retry-After"],
         )
+
+
+def _known(bucket: Bucket) -> Callable[[str], Stored | None]:
+    """What the bucket knows of a key without asking anyone."""
+    return bucket.known if isinstance(bucket, Remembering) else lambda key: None
 
 
 def _url_maker(settings: Settings, bucket: Bucket) -> Any:
