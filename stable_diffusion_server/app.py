@@ -27,8 +27,9 @@ from stable_diffusion_server.engine import Denoiser, Engine, Phase
 from stable_diffusion_server.errors import NotReady, ServerError
 from stable_diffusion_server.fetching.fetcher import Bounds, Fetcher
 from stable_diffusion_server.fetching.targets import Allowance
+from stable_diffusion_server.limits import Limits
 from stable_diffusion_server.observability import ConsoleProgress, Heartbeat, Metrics, configure_logging, each
-from stable_diffusion_server.orders import Limits, Stored
+from stable_diffusion_server.orders import Stored
 from stable_diffusion_server.resolving import Options
 from stable_diffusion_server.service import Service
 from stable_diffusion_server.settings import Settings

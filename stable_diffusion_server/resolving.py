@@ -11,16 +11,8 @@ from uuid import NAMESPACE_OID, uuid5
 
 from stable_diffusion_server.bucket_api import object_key
 from stable_diffusion_server.errors import InvalidInput
-from stable_diffusion_server.orders import (
-    SEED_MAX,
-    Format,
-    Limits,
-    Order,
-    Seed,
-    Source,
-    Warned,
-    digest,
-)
+from stable_diffusion_server.limits import Limits
+from stable_diffusion_server.orders import SEED_MAX, Format, Order, Seed, Source, Warned, digest
 from stable_diffusion_server.pipelines.catalog import ModelFacts, facts_of, scheduler_of, steps_skipped
 from stable_diffusion_server.prompts import clean
 

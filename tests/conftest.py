@@ -27,6 +27,8 @@ pytest_plugins = ["storage_servers"]
 hypothesis.settings.register_profile("unhurried", deadline=None)
 hypothesis.settings.load_profile("unhurried")
 
+pytest_plugins = ("pipeline_families",)
+
 ROOT = Path(__file__).resolve().parent.parent
 
 

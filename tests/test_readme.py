@@ -57,7 +57,8 @@ def test_an_example_script_works(server: Server, tmp_path: Path, script: Path) -
 
 def test_the_readme_tells_the_truth_about_bounds_and_defaults() -> None:
     """Its table and the code agree."""
-    from stable_diffusion_server.orders import SEED_MAX, Limits
+    from stable_diffusion_server.limits import Limits
+    from stable_diffusion_server.orders import SEED_MAX
     from stable_diffusion_server.pipelines.catalog import MODELS
 
     limits = Limits()

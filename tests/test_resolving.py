@@ -11,7 +11,8 @@ from fakes import disc
 
 from stable_diffusion_server.composing import compose
 from stable_diffusion_server.errors import InvalidInput
-from stable_diffusion_server.orders import Format, Limits, Order, Source, Task
+from stable_diffusion_server.limits import Limits
+from stable_diffusion_server.orders import Format, Order, Source, Task
 from stable_diffusion_server.resolving import Options, resolve
 
 OPTIONS = Options(Limits(), "sdxl", "up")

@@ -19,7 +19,8 @@ from stable_diffusion_server.decoding.pool import Decoder
 from stable_diffusion_server.engine import Engine, Phase
 from stable_diffusion_server.errors import DeadlineExceeded, InvalidInput, StorageUnavailable
 from stable_diffusion_server.fetching.fetcher import Bounds, Fetcher
-from stable_diffusion_server.orders import Format, Limits, Order, Task
+from stable_diffusion_server.limits import Limits
+from stable_diffusion_server.orders import Format, Order, Task
 from stable_diffusion_server.resolving import Options, resolve
 from stable_diffusion_server.service import Service
 

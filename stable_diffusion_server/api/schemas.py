@@ -12,7 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSche
 
 from stable_diffusion_server.api.bodies import BODY_TYPES, Upload, read_parameters
 from stable_diffusion_server.errors import InvalidInput
-from stable_diffusion_server.orders import Format, Limits, Order, Receipt, Source, Task
+from stable_diffusion_server.limits import Limits
+from stable_diffusion_server.orders import Format, Order, Receipt, Source, Task
 
 _BINARY = {"type": "string", "format": "binary"}
 _NUMBERS = frozenset(

@@ -22,7 +22,8 @@ from stable_diffusion_server.api.schemas import (
 )
 from stable_diffusion_server.errors import NotReady
 from stable_diffusion_server.image_processing import media_type_of
-from stable_diffusion_server.orders import Limits, Receipt
+from stable_diffusion_server.limits import Limits
+from stable_diffusion_server.orders import Receipt
 from stable_diffusion_server.service import Service
 
 T = TypeVar("T")

@@ -43,7 +43,7 @@ def load_pipeline(facts: ModelFacts, models_dir: Path, device: torch.device) -> 
     index = folder / "model_index.json"
     if not index.is_file():
         raise WeightsUnusable(f"The model {facts.name} is missing: no {index.name} in {facts.folder}.")
-    _quieten_libraries()
+    quieten_libraries()
     try:
         found = json.loads(index.read_text()).get("_class_name")
         if found != facts.pipeline_class:
@@ -77,7 +77,7 @@ def load_controlnet(facts: ModelFacts, models_dir: Path, device: torch.device) -
     return network.to(device)
 
 
-def _quieten_libraries() -> None:
+def quieten_libraries() -> None:
     """Keep the libraries' bars and remarks on optional packages off the console; errors still show."""
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
@@ -93,6 +93,19 @@ def make_scheduler(facts: SchedulerFacts, like: Any) -> Any:
     scheduler = kind.from_config(like.config, **facts.options)
     scheduler.draws_noise = "generator" in inspect.signature(scheduler.step).parameters
     return scheduler
+
+
+def set_timesteps(scheduler: Any, steps: int, device: torch.device) -> None:
+    """Give a scheduler just `steps` timesteps.
+
+    Counting down from 1000 by fractions, diffusers' trailing spacing sometimes (61 steps, for one) adds a timestep of
+    −1 at the end, which is none; it and its sigma are taken away.
+    """
+    scheduler.set_timesteps(steps, device=device)
+    if len(scheduler.timesteps) == steps + 1 and scheduler.timesteps[-1] < 0:
+        scheduler.timesteps = scheduler.timesteps[:-1]
+        if hasattr(scheduler, "sigmas"):
+            scheduler.sigmas = torch.cat([scheduler.sigmas[:-2], scheduler.sigmas[-1:]])
 
 
 def token_counter(tokenizer: Any) -> Callable[[str], int]:

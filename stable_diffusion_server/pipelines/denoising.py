@@ -172,9 +172,9 @@ def seeded(seed: int) -> torch.Generator:
 
 def to_tensor(picture: Picture, device: torch.device) -> torch.Tensor:
     """A picture as floats in 0..1, 1 × 3 × height × width; a mask or edges become three equal channels."""
-    pixels = torch.from_numpy(np.ascontiguousarray(picture.pixels)).to(device, torch.float32) / 255
-    planes = pixels.expand(3, *pixels.shape) if pixels.ndim == 2 else pixels.permute(2, 0, 1)
-    return planes[None]
+    pixels = np.atleast_3d(picture.pixels).astype(np.float32) / 255
+    # Laid out as diffusers' image processor does, since convolutions round by it.
+    return torch.from_numpy(pixels[None].transpose(0, 3, 1, 2)).to(device).expand(1, 3, -1, -1)
 
 
 def latent_mask(mask: Picture, like: torch.Tensor) -> torch.Tensor:

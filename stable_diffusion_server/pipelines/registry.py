@@ -10,15 +10,13 @@ import torch
 
 from stable_diffusion_server.orders import Job
 from stable_diffusion_server.pipelines.catalog import MODELS, ModelFacts
-from stable_diffusion_server.pipelines.components import choose_device, load_controlnet, load_pipeline
+from stable_diffusion_server.pipelines.components import (
+    choose_device,
+    load_controlnet,
+    load_pipeline,
+    quieten_libraries,
+)
 from stable_diffusion_server.pipelines.denoising import Drawn, Family, State
-from stable_diffusion_server.pipelines.flux import Flux
-from stable_diffusion_server.pipelines.sdxl import Sdxl
-
-_FAMILIES: Mapping[str, Callable[[Any, ModelFacts, Any], Family]] = {
-    "StableDiffusionXLPipeline": Sdxl,
-    "FluxPipeline": Flux,
-}
 
 
 class Registry:
@@ -52,11 +50,22 @@ def load(models_dir: Path, device_name: str, cpu_threads: int) -> Registry:
     if cpu_threads:
         torch.set_num_threads(cpu_threads)
     device = choose_device(device_name)
+    kinds = _kinds()
     return Registry(
         {
-            name: _FAMILIES[facts.pipeline_class](
+            name: kinds[facts.pipeline_class](
                 load_pipeline(facts, models_dir, device), facts, load_controlnet(facts, models_dir, device)
             )
             for name, facts in MODELS.items()
         }
     )
+
+
+def _kinds() -> Mapping[str, Callable[[Any, ModelFacts, Any], Family]]:
+    """Each family by the stock pipeline it draws with."""
+    quieten_libraries()
+    # Imported behind it: what they bring along remarks on packages that are not needed here.
+    from stable_diffusion_server.pipelines.flux import Flux
+    from stable_diffusion_server.pipelines.sdxl import Sdxl
+
+    return {"StableDiffusionXLPipeline": Sdxl, "FluxPipeline": Flux}

@@ -17,7 +17,7 @@ from stable_diffusion_server.pipelines.catalog import (
     scheduler_of,
     steps_skipped,
 )
-from stable_diffusion_server.pipelines.components import make_scheduler, token_counter
+from stable_diffusion_server.pipelines.components import make_scheduler, set_timesteps, token_counter
 from stable_diffusion_server.pipelines.control import Control, unet_residuals
 from stable_diffusion_server.pipelines.denoising import (
     Drawn,
@@ -140,7 +140,7 @@ class Sdxl:
         device = pipe._execution_device
         facts = scheduler_of(self.facts, job.scheduler, job.num_inference_steps)
         scheduler = make_scheduler(facts, like=pipe.scheduler)
-        scheduler.set_timesteps(job.num_inference_steps, device=device)
+        set_timesteps(scheduler, job.num_inference_steps, device)
         first = skipped * scheduler.order
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(first)
@@ -184,7 +184,7 @@ class Sdxl:
 
 def _by_row(tensors: Sequence[torch.Tensor], rows: Sequence[int]) -> torch.Tensor:
     """One batch of tensors of one row each, the i-th repeated `rows[i]` times."""
-    return torch.cat([tensor.expand(n, *tensor.shape[1:]) for tensor, n in zip(tensors, rows, strict=True)])
+    return torch.cat([tensor for tensor, n in zip(tensors, rows, strict=True) for _ in range(n)])
 
 
 def _guide(prediction: torch.Tensor, state: State[Conditioning]) -> torch.Tensor:

@@ -14,7 +14,7 @@ import torch
 
 from stable_diffusion_server.errors import DevicePoisoned, InvalidInput, NotFinite, OutOfMemory, WeightsUnusable
 from stable_diffusion_server.pipelines.catalog import MODELS, facts_of, scheduler_of
-from stable_diffusion_server.pipelines.components import choose_device, load_pipeline
+from stable_diffusion_server.pipelines.components import choose_device, load_pipeline, make_scheduler, set_timesteps
 from stable_diffusion_server.pipelines.denoising import decode, torch_errors_told
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -92,6 +92,22 @@ def test_what_is_not_in_the_catalogue_is_refused_by_name() -> None:
         with pytest.raises(InvalidInput) as refused:
             refuse()
         assert refused.value.field == field
+
+
+@pytest.mark.parametrize("scheduler", MODELS["sdxl"].schedulers)
+@pytest.mark.parametrize("steps", [1, 4, 60, 61, 62, 100])
+def test_a_schedule_has_as_many_steps_as_were_asked_for(registry: Any, scheduler: str, steps: int) -> None:
+    """61 steps are 61, of which none is before the first moment; the receipt and the progress tell the truth."""
+    pipeline = registry._families["sdxl"].pipeline
+    made = make_scheduler(scheduler_of(MODELS["sdxl"], scheduler, steps), like=pipeline.scheduler)
+    set_timesteps(made, steps, CPU)
+    assert len(made.timesteps) == steps
+    assert made.timesteps[-1] >= 0
+    sample = torch.ones(1, 4, 2, 2)
+    for timestep in made.timesteps:
+        made.scale_model_input(sample, timestep)
+        sample = made.step(sample * 0.1, timestep, sample, return_dict=False)[0]
+    assert torch.isfinite(sample).all()
 
 
 class HalfBrokenDecoder(torch.nn.Module):

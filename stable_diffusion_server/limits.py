@@ -1,0 +1,59 @@
+"""How far an order may go: the bounds of every number and text, both ends included. Knows no policy beyond them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from stable_diffusion_server.errors import InvalidInput
+from stable_diffusion_server.orders import LORA_WEIGHT_MAX, SEED_MAX, Order
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Bounds a caller must keep, from the settings. Sides in pixels, `timeout` in seconds; both ends included."""
+
+    min_side: int = 64
+    max_side: int = 2048
+    max_steps: int = 100
+    max_guidance: float = 20.0
+    max_prompt_characters: int = 4000
+    max_timeout: float = 600.0
+    max_feather: int = 256
+    max_loras: int = 4
+
+    def bounds(self) -> dict[str, tuple[float, float]]:
+        """Name of each numeric parameter → (smallest, largest) value taken."""
+        return {
+            "width": (self.min_side, self.max_side),
+            "height": (self.min_side, self.max_side),
+            "num_inference_steps": (1, self.max_steps),
+            "guidance_scale": (0.0, self.max_guidance),
+            "seed": (0, SEED_MAX),
+            "quality": (1, 100),
+            "timeout": (0.001, self.max_timeout),
+            "strength": (0.0, 1.0),
+            "feather": (0, self.max_feather),
+            # On the scale of OpenCV's Canny: |dx| + |dy| of 8-bit samples by 3 × 3 Sobel, 1020 each at the most.
+            "canny_low": (0, 2040),
+            "canny_high": (0, 2040),
+            "control_scale": (0.0, 2.0),
+        }
+
+    def check(self, order: Order) -> None:
+        """Raise `InvalidInput` naming every parameter of `order` that is out of its bounds."""
+        faults = []
+        for name, (low, high) in self.bounds().items():
+            value = getattr(order, name)
+            # Written so that NaN, which compares false with everything, is refused.
+            if isinstance(value, int | float) and not low <= value <= high:
+                faults.append((name, f"{name} must be between {low:g} and {high:g}."))
+        longest = self.max_prompt_characters
+        for name, text in (("prompt", order.prompt), ("negative_prompt", order.negative_prompt or "")):
+            if len(text) > longest:
+                faults.append((name, f"{name} must not be longer than {longest} characters."))
+        if len(order.loras) > self.max_loras:
+            faults.append(("lora", f"lora must not name more than {self.max_loras}."))
+        if not all(-LORA_WEIGHT_MAX <= weight <= LORA_WEIGHT_MAX for _, weight in order.loras):
+            faults.append(("lora", f"lora weights must be between -{LORA_WEIGHT_MAX:g} and {LORA_WEIGHT_MAX:g}."))
+        if faults:
+            raise InvalidInput.of(faults)

@@ -1,0 +1,89 @@
+"""What the pipeline tests share: jobs, pictures to start from, drawing alone and in a batch, comparing pixels."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stable_diffusion_server.orders import Job, Picture, Task
+from stable_diffusion_server.pipelines.catalog import MODELS
+
+MODELS_DIR = Path(__file__).parents[2] / "models"
+SIDE = 128  # enough for every path, and quick
+PROMPT = "a red circle on a blue background"
+
+Pixels = NDArray[np.uint8]
+
+
+def job_for(model: str, **changes: Any) -> Job:
+    """A text-to-image job of a model's defaults, with `changes`; its task follows from the pictures in it."""
+    facts = MODELS[model]
+    job = Job(
+        task=Task.TEXT_TO_IMAGE,
+        model=model,
+        revision=facts.revision,
+        prompt=PROMPT,
+        negative_prompt=None,
+        width=SIDE,
+        height=SIDE,
+        seed=7,
+        num_inference_steps=4,
+        guidance_scale=facts.default_guidance,
+        scheduler=facts.default_scheduler,
+    )
+    job = replace(job, **changes)
+    if job.mask is not None:
+        return replace(job, task=Task.INPAINT)
+    return replace(job, task=Task.IMAGE_TO_IMAGE) if job.image is not None else job
+
+
+def disc(width: int = SIDE, height: int = SIDE) -> NDArray[np.bool_]:
+    """Where a disc in the middle is, height × width."""
+    y, x = np.mgrid[:height, :width]
+    return np.asarray((x - width / 2) ** 2 + (y - height / 2) ** 2 < (min(width, height) * 0.3) ** 2)
+
+
+def scene(width: int = SIDE, height: int = SIDE) -> Picture:
+    """A green disc on yellow."""
+    pixels = np.where(disc(width, height)[..., None], (40, 160, 60), (240, 220, 60))
+    return Picture(pixels.astype(np.uint8))
+
+
+def disc_mask(width: int = SIDE, height: int = SIDE) -> Picture:
+    """255 on the disc, which is to be repainted."""
+    return Picture((disc(width, height) * 255).astype(np.uint8))
+
+
+def outline(width: int = SIDE, height: int = SIDE) -> Picture:
+    """White edges of the disc on black, one pixel wide, as canny draws them."""
+    inside = disc(width, height)
+    edge = inside ^ (np.roll(inside, 1, 0) & np.roll(inside, -1, 0) & np.roll(inside, 1, 1) & np.roll(inside, -1, 1))
+    return Picture(((edge & inside) * 255).astype(np.uint8))
+
+
+def draw(family: Any, job: Job) -> Pixels:
+    """The job's picture, drawn alone."""
+    return draw_together(family, [job])[0]
+
+
+def draw_together(family: Any, jobs: list[Job]) -> list[Pixels]:
+    """The jobs' pictures, drawn in one batch that each leaves when it is done."""
+    states = [family.prepare(job) for job in jobs]
+    while waiting := [state for state in states if not state.done]:
+        family.step(waiting)
+    return [family.finish(state).pixels for state in states]
+
+
+def largest_difference(a: Pixels, b: Pixels) -> int:
+    """Largest difference of two pictures in any channel, of 255."""
+    return int(np.abs(a.astype(int) - b).max())
+
+
+def psnr(a: Pixels, b: Pixels) -> float:
+    """Peak signal-to-noise ratio of two pictures in dB; infinite when they are equal."""
+    error = float(np.mean((a.astype(float) - b) ** 2))
+    return float("inf") if error == 0 else 10 * float(np.log10(255**2 / error))

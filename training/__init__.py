@@ -1,0 +1,1 @@
+"""How the embedded models were made, end to end; the server never imports this package."""

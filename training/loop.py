@@ -1,0 +1,177 @@
+"""Runs one training stage: steps, schedule, averaging, checkpoints, progress; knows nothing of any model.
+
+A stage hands in its modules and a function from a step to a loss. Everything random is drawn from
+generators seeded by (seed, first step of this process), so a stage resumed at the same steps repeats.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+RUNS = Path(__file__).parent / "runs"
+"""Where checkpoints, logs and sample sheets lie; ignored by git."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long and how a stage trains.
+
+    ``rate`` is the highest learning rate, reached after ``warmup`` steps and led to 3 % of itself by a
+    cosine; ``average`` is the decay of the weights' moving average; ``every`` the seconds between
+    checkpoints, each with a sheet of samples.
+    """
+
+    name: str
+    steps: int
+    rate: float
+    warmup: int = 100
+    average: float = 0.998
+    seed: int = 0
+    device: str = "cpu"
+    every: float = 240.0
+    weight_decay: float = 0.0
+
+
+def rate_at(plan: Plan, step: int) -> float:
+    """Return the learning rate of a step (0 ≤ step < plan.steps)."""
+    fraction = step / plan.steps
+    return plan.rate * min(1.0, (step + 1) / plan.warmup) * (0.97 * 0.5 * (1 + math.cos(math.pi * fraction)) + 0.03)
+
+
+class Averaged:
+    """The exponential moving average of some parameters, which can stand in for them for a while."""
+
+    def __init__(self, parameters: list[nn.Parameter], decay: float) -> None:
+        self.parameters, self.decay = parameters, decay
+        self.values = [parameter.detach().clone() for parameter in parameters]
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Move the average towards the parameters' present values."""
+        share = 1 - min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(self.values, [parameter.detach() for parameter in self.parameters], share)
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Exchange the parameters' values and the average; a second call takes it back."""
+        for parameter, value in zip(self.parameters, self.values, strict=True):
+            kept = parameter.detach().clone()
+            parameter.copy_(value)
+            value.copy_(kept)
+
+
+def save_checkpoint(path: Path, state: dict[str, object]) -> None:
+    """Write a checkpoint so that a crash in between leaves the former one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(".new")
+    torch.save(state, beside)
+    beside.replace(path)
+
+
+class Session:
+    """One stage's modules with their optimizer, average and folder; saves and resumes them together."""
+
+    def __init__(self, plan: Plan, modules: dict[str, nn.Module], show: Callable[[Path], None]) -> None:
+        self.plan, self.modules, self.show = plan, modules, show
+        self.folder = RUNS / plan.name
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.parameters = [p for module in modules.values() for p in module.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=plan.rate, betas=(0.9, 0.99), weight_decay=plan.weight_decay
+        )
+        self.average = Averaged(self.parameters, plan.average)
+
+    def resume(self) -> int:
+        """Load the last checkpoint, if there is one, and return the step to go on with."""
+        last = self.folder / "last.pt"
+        if not last.exists():
+            return 0
+        state = torch.load(last, map_location=self.plan.device, weights_only=True)
+        for name, module in self.modules.items():
+            module.load_state_dict(state["modules"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.average.values = [value.to(self.plan.device) for value in state["average"]]
+        return int(state["step"])
+
+    def keep(self, step: int) -> None:
+        """Save a checkpoint, and show samples with the averaged weights in place."""
+        state: dict[str, object] = {
+            "step": step,
+            "modules": {name: module.state_dict() for name, module in self.modules.items()},
+            "optimizer": self.optimizer.state_dict(),
+            "average": self.average.values,
+        }
+        save_checkpoint(self.folder / "last.pt", state)
+        self.average.swap()
+        self.set_training(False)
+        self.show(self.folder)
+        self.set_training(True)
+        self.average.swap()
+
+    def set_training(self, on: bool) -> None:
+        """Switch every module to training or to evaluation."""
+        for module in self.modules.values():
+            module.train(on)
+
+    def learn(self, loss: Tensor, step: int) -> float:
+        """Take one optimizer step along a loss and return its value."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate_at(self.plan, step)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.average.update(step)
+        return loss.item()
+
+    def note(self, step: int, loss: float, seconds: float) -> None:
+        """Add a line to the log: step, mean loss, seconds since this process began to train."""
+        line = {"step": step, "loss": round(loss, 5), "seconds": round(seconds, 1)}
+        with (self.folder / "log.jsonl").open("a") as log:
+            log.write(json.dumps(line) + "\n")
+
+
+def train(
+    plan: Plan,
+    modules: dict[str, nn.Module],
+    loss_of: Callable[[int, np.random.Generator], Tensor],
+    show: Callable[[Path], None],
+    fresh: bool = False,
+) -> Path:
+    """Train ``modules`` until ``plan.steps``, going on from the last checkpoint unless ``fresh``.
+
+    ``loss_of`` gets the step and a generator and returns a scalar; ``show`` writes samples under a folder and
+    is called with the averaged weights in place, which the modules also hold afterwards. Returns the folder.
+    """
+    session = Session(plan, modules, show)
+    first = 0 if fresh else session.resume()
+    torch.manual_seed(plan.seed * 1_000_003 + first)
+    rng = np.random.default_rng((plan.seed, first))
+    losses: list[float] = []
+    started = saved = time.monotonic()
+    session.set_training(True)
+    with tqdm(total=plan.steps, initial=first, desc=plan.name, mininterval=10, dynamic_ncols=True) as bar:
+        for step in range(first, plan.steps):
+            losses.append(session.learn(loss_of(step, rng), step))
+            bar.update()
+            if (step + 1) % 100 == 0:
+                recent = float(np.mean(losses[-100:]))
+                session.note(step + 1, recent, time.monotonic() - started)
+                bar.set_postfix(loss=round(recent, 5))
+            if time.monotonic() - saved > plan.every:
+                session.keep(step + 1)
+                saved = time.monotonic()
+    session.keep(plan.steps)
+    session.average.swap()
+    session.set_training(False)
+    return session.folder

@@ -1,0 +1,165 @@
+"""Builds and trains the SDXL family's UNet; knows latents and text embeddings, not how either is made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812  # the name torch's own documentation gives it
+from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers.schedulers.scheduling_euler_discrete import rescale_zero_terminal_snr
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from training.grammar import Rng
+from training.loop import Plan, train
+from training.pool import Pool, captions_of
+from training.text import WIDTH, Lessons, token_ids
+from training.vae import CHANNELS
+
+BETAS = (0.00085, 0.012)
+BATCH = 16
+
+
+def scheduler() -> EulerDiscreteScheduler:
+    """Return the sampler: v-prediction, zero terminal SNR, trailing steps (arXiv 2305.08891)."""
+    return EulerDiscreteScheduler(
+        beta_start=BETAS[0],
+        beta_end=BETAS[1],
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        timestep_spacing="trailing",
+        rescale_betas_zero_snr=True,
+    )
+
+
+def signal_shares() -> Tensor:
+    """Return the share of signal power (0–1) left at each of the 1000 timesteps."""
+    betas = torch.linspace(BETAS[0] ** 0.5, BETAS[1] ** 0.5, 1000) ** 2
+    return torch.cumprod(1 - rescale_zero_terminal_snr(betas), 0).clamp(min=2**-24)
+
+
+def build() -> UNet2DConditionModel:
+    """Return the untrained UNet (5.4 million parameters)."""
+    torch.manual_seed(21)
+    return UNet2DConditionModel(
+        sample_size=16,
+        in_channels=CHANNELS,
+        out_channels=CHANNELS,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(48, 96, 128),
+        layers_per_block=1,
+        transformer_layers_per_block=(1, 1, 1),
+        attention_head_dim=(2, 3, 5),
+        cross_attention_dim=2 * WIDTH,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=16,
+        projection_class_embeddings_input_dim=WIDTH + 6 * 16,
+        norm_num_groups=16,
+    )
+
+
+@dataclass(frozen=True)
+class Words:
+    """The SDXL family's two text encoders and their tokenizer."""
+
+    tokenizer: CLIPTokenizer
+    first: CLIPTextModel
+    second: CLIPTextModelWithProjection
+
+    @classmethod
+    def load(cls, folder: Path, device: str) -> Words:
+        """Load what the text stage saved."""
+        first = CLIPTextModel.from_pretrained(folder / "clip").to(device)
+        second = CLIPTextModelWithProjection.from_pretrained(folder / "clip_2").to(device)
+        return cls(CLIPTokenizer.from_pretrained(folder / "tokenizer"), first, second)
+
+    def embed(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Return embeddings, n × 77 × 128, and pooled embeddings, n × 64, as the pipeline makes them."""
+        ids = token_ids(self.tokenizer, captions).to(self.first.device)
+        one = self.first(ids, output_hidden_states=True)
+        two = self.second(ids, output_hidden_states=True)
+        return torch.cat([one.hidden_states[-2], two.hidden_states[-2]], -1), two.text_embeds
+
+
+def draw_steps(count: int) -> Tensor:
+    """Draw timesteps (0–999): 8 % pure noise, 25 % near the four-step sampler's, 30 % noisy, the rest any."""
+    steps = torch.randint(0, 1000, (count,))
+    lot = torch.rand(count)
+    steps = torch.where(lot < 0.63, torch.randint(600, 1000, (count,)), steps)
+    near = torch.tensor([749, 499, 249])[torch.randint(0, 3, (count,))] + torch.randint(-20, 21, (count,))
+    steps = torch.where(lot < 0.33, near, steps)
+    return torch.where(lot < 0.08, torch.full((count,), 999), steps)
+
+
+def size_ids(size: tuple[int, int], count: int, device: torch.device) -> Tensor:
+    """Return SDXL's six size conditions, n × 6: original height and width, crop, target height and width."""
+    width, height = size
+    return torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32, device=device).expand(count, -1)
+
+
+def noised(latents: Tensor, steps: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the noised latents and the velocity to be predicted (arXiv 2202.00512), equally shaped."""
+    share = shares[steps].view(-1, 1, 1, 1).to(latents.device)
+    noise = torch.randn_like(latents)
+    mixed = share.sqrt() * latents + (1 - share).sqrt() * noise
+    return mixed, share.sqrt() * noise - (1 - share).sqrt() * latents
+
+
+def pipeline(unet: UNet2DConditionModel, vae: AutoencoderKL, words: Words) -> StableDiffusionXLPipeline:
+    """Put the parts together as the stock pipeline."""
+    pipe = StableDiffusionXLPipeline(
+        vae=vae,
+        text_encoder=words.first,
+        text_encoder_2=words.second,
+        tokenizer=words.tokenizer,
+        tokenizer_2=words.tokenizer,
+        unet=unet,
+        scheduler=scheduler(),
+        force_zeros_for_empty_prompt=True,
+        add_watermarker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def run(plan: Plan, vae: AutoencoderKL, words: Words, start: dict[str, Tensor] | None, fresh: bool = False) -> Path:
+    """Train the UNet on the world's latents and save the whole pipeline as ``out``; return that path."""
+    from training.evaluate import show_samples
+    from training.vae import adopt
+
+    unet = build().to(plan.device, memory_format=torch.channels_last)
+    if start is not None:
+        adopt(unet, start)
+    shares, scale = signal_shares(), vae.config.scaling_factor
+    lessons = Lessons({"clip": words.first, "clip_2": words.second}, {"clip": words.tokenizer}, plan.device)
+    pool = Pool(vae, 800, np.random.default_rng((plan.seed, 77)))
+
+    def step_loss(step: int, rng: Rng) -> Tensor:
+        size, latents, scenes, _ = pool.batch(BATCH, rng)
+        count = len(scenes)
+        embeds, pooled = words.embed(captions_of(scenes, rng))
+        kept = (torch.rand(count, device=embeds.device) > 0.1).float()
+        steps = draw_steps(count)
+        mixed, target = noised(latents * scale, steps, shares)
+        conditions = {"text_embeds": pooled * kept[:, None], "time_ids": size_ids(size, count, embeds.device)}
+        guess = unet(
+            mixed.contiguous(memory_format=torch.channels_last),
+            steps.to(embeds.device),
+            embeds * kept[:, None, None],
+            added_cond_kwargs=conditions,
+        ).sample
+        return F.mse_loss(guess, target) + 0.1 * lessons.loss(40, rng)
+
+    def show(folder: Path) -> None:
+        pipe = pipeline(unet, vae, words)
+        show_samples(pipe, folder, "sdxl", lessons.rates())
+        pipe.save_pretrained(folder / "out")
+
+    modules = {"unet": unet, "first": words.first, "second": words.second, "readers": lessons.readers}
+    return train(plan, modules, step_loss, show, fresh) / "out"

@@ -1,0 +1,226 @@
+"""Trains the autoencoder both families share; knows pictures and latents, nothing of captions.
+
+Five blocks make it shrink sixteen times, so a 256² picture is a 16 × 16 grid of four channels and the
+denoisers pay for 256² what 128² costs with the usual factor 8. Given an autoencoder of four blocks as a
+teacher, it learns that one's latents of the picture at half size and only adds the finest block itself.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812  # the name torch's own documentation gives it
+from diffusers import AutoencoderKL
+from PIL import Image
+from torch import Tensor
+
+from training import landscape, world
+from training.grammar import Rng, draw_scene
+from training.loop import Plan, train
+
+WIDTHS = (8, 8, 16, 32, 64)
+CHANNELS = 4
+FACTOR = 2 ** (len(WIDTHS) - 1)
+SIZES = ((256, 256), (256, 256), (256, 256), (384, 256), (256, 384), (192, 192), (320, 192), (128, 128))
+"""Width and height of whole pictures; each step draws one pair."""
+
+
+def render(scene: world.Scene | landscape.Landscape, width: int, height: int, rng: Rng) -> world.Picture:
+    """Draw either kind of scene."""
+    if isinstance(scene, landscape.Landscape):
+        return landscape.render(scene, width, height, rng)
+    return world.render(scene, width, height, rng)
+
+
+def to_tensor(pictures: list[world.Picture]) -> Tensor:
+    """Turn equally large pictures into a batch × 3 × height × width tensor in −1…1."""
+    stacked = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float().div(127.5).sub(1)
+    return stacked.contiguous(memory_format=torch.channels_last)
+
+
+def to_pictures(batch: Tensor) -> list[world.Picture]:
+    """Turn a tensor in −1…1 into pictures, clipped."""
+    scaled = ((batch.detach().float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return list(scaled.permute(0, 2, 3, 1).contiguous().cpu().numpy())
+
+
+def build() -> AutoencoderKL:
+    """Return the untrained autoencoder (0.68 million parameters)."""
+    torch.manual_seed(11)
+    depth = len(WIDTHS)
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * depth,
+        up_block_types=("UpDecoderBlock2D",) * depth,
+        block_out_channels=WIDTHS,
+        layers_per_block=1,
+        latent_channels=CHANNELS,
+        norm_num_groups=1,
+        sample_size=256,
+        scaling_factor=1.0,
+        shift_factor=0.0,
+        force_upcast=False,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        mid_block_add_attention=False,
+    )
+
+
+def adopt(model: torch.nn.Module, weights: dict[str, Tensor]) -> int:
+    """Copy every tensor whose name and shape agree into a model; return how many did."""
+    own = model.state_dict()
+    fitting = {name: value.float() for name, value in weights.items() if name in own and own[name].shape == value.shape}
+    model.load_state_dict(fitting, strict=False)
+    return len(fitting)
+
+
+def clouds(width: int, height: int, rng: Rng) -> world.Picture:
+    """Return smooth random colours, so that pictures from outside the world survive the round trip better."""
+    coarse = rng.integers(0, 256, (int(rng.integers(2, 9)), int(rng.integers(2, 9)), 3), dtype=np.uint8)
+    return cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
+
+
+def draw_picture(width: int, height: int, rng: Rng) -> world.Picture:
+    """Draw one training picture: mostly scenes, some edge maps (for Flux's ControlNet), some clouds."""
+    kind = rng.random()
+    if kind < 0.04:
+        return clouds(width, height, rng)
+    picture = render(draw_scene(rng), width, height, rng)
+    return world.edges(picture) if kind < 0.12 else picture
+
+
+def draw_batch(cropped: bool, rng: Rng) -> Tensor:
+    """Return a batch of crops of 128 pixels (for the beginning) or of whole pictures of one size."""
+    if cropped:
+        crops = []
+        for _ in range(8):
+            picture = draw_picture(256, 256, rng)
+            top, left = rng.integers(0, 129, 2)
+            crops.append(picture[top : top + 128, left : left + 128])
+        return to_tensor(crops)
+    width, height = SIZES[int(rng.integers(len(SIZES)))]
+    count = max(2, round(4 * 65536 / (width * height)))
+    return to_tensor([draw_picture(width, height, rng) for _ in range(min(count, 8))])
+
+
+def adopt_teacher(model: AutoencoderKL, teacher: AutoencoderKL) -> None:
+    """Put a four-block autoencoder inside, one block down; the finest block begins as a plain resize."""
+    renamed = {}
+    for name, value in teacher.state_dict().items():
+        head, _, rest = name.partition("down_blocks.")
+        renamed[f"{head}down_blocks.{int(rest[0]) + 1}{rest[1:]}" if rest else name] = value
+    first = renamed.pop("encoder.conv_in.weight")
+    adopt(model, renamed)
+    with torch.no_grad():
+        for block in (model.encoder.down_blocks[0], model.decoder.up_blocks[-1]):
+            for resnet in block.resnets:
+                resnet.conv2.weight.zero_()
+                resnet.conv2.bias.zero_()
+        model.encoder.conv_in.weight.zero_()
+        model.encoder.conv_in.bias.zero_()
+        for channel in range(3):
+            model.encoder.conv_in.weight[channel, channel, 1, 1] = 1.0
+        down = model.encoder.down_blocks[0].downsamplers[0].conv
+        down.weight[:, :3, :2, :2] = first.sum((2, 3), keepdim=True) / 4
+        down.bias.copy_(teacher.encoder.conv_in.bias)
+        up = model.decoder.up_blocks[-2].upsamplers[0].conv
+        up.weight.zero_()
+        up.bias.zero_()
+        for channel in range(up.weight.shape[0]):
+            up.weight[channel, channel, 1, 1] = 1.0
+
+
+def taught_loss(model: AutoencoderKL, teacher: AutoencoderKL, batch: Tensor) -> Tensor:
+    """Return the picture's error from the teacher's latents, slightly noised, and the latents' own error."""
+    with torch.no_grad():
+        wanted = teacher.encode(F.avg_pool2d(batch, 2)).latent_dist.mean
+    drawn = model.decode(wanted + 0.08 * torch.randn_like(wanted)).sample
+    latents = model.encode(batch).latent_dist.mean
+    return picture_loss(drawn, batch) + 0.2 * F.smooth_l1_loss(latents, wanted)
+
+
+def slopes(batch: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the differences of neighbouring pixels, down and across."""
+    return batch[..., 1:, :] - batch[..., :-1, :], batch[..., 1:] - batch[..., :-1]
+
+
+def picture_loss(drawn: Tensor, batch: Tensor) -> Tensor:
+    """Return L1, four times L2, and half the L1 of the slopes."""
+    down, across = slopes(drawn - batch)
+    loss = (drawn - batch).abs().mean() + 4 * F.mse_loss(drawn, batch)
+    return loss + 0.5 * (down.abs().mean() + across.abs().mean())
+
+
+def loss_of(model: AutoencoderKL, batch: Tensor, fraction: float) -> Tensor:
+    """Return the picture's loss, a little KL, and a tie of three channels to their cell's mean colour."""
+    posterior = model.encode(batch).latent_dist
+    loss = picture_loss(model.decode(posterior.sample()).sample, batch)
+    loss = loss + 1e-3 * posterior.kl().mean() / batch[0].numel()
+    tie = F.mse_loss(posterior.mean[:, :3], 2 * F.avg_pool2d(batch, FACTOR))
+    return loss + (0.3 if fraction < 0.1 else 0.05) * tie
+
+
+@torch.no_grad()
+def round_trip(model: AutoencoderKL, batch: Tensor) -> Tensor:
+    """Encode and decode pictures without noise."""
+    return torch.cat([model.decode(model.encode(part).latent_dist.mean).sample.clamp(-1, 1) for part in batch.split(8)])
+
+
+def psnr(first: Tensor, second: Tensor) -> float:
+    """Return the mean over pictures of the peak signal-to-noise ratio in dB, for values in −1…1."""
+    return float((-10 * ((first - second) / 2).pow(2).mean((1, 2, 3)).log10()).mean())
+
+
+def measure(model: AutoencoderKL, style: str | None, kind: str | None, count: int = 24) -> float:
+    """Return the round trip's PSNR in dB on held-out pictures of 256²."""
+    rng = np.random.default_rng(90_001)
+    batch = to_tensor([render(draw_scene(rng, kind, style), 256, 256, rng) for _ in range(count)])
+    return psnr(round_trip(model, batch), batch)
+
+
+def settle_scale(model: AutoencoderKL) -> None:
+    """Write the latents' mean and spread into the configuration (Flux subtracts the mean, SDXL does not)."""
+    rng = np.random.default_rng(5)
+    with torch.no_grad():
+        latents = torch.cat(
+            [
+                model.encode(to_tensor([draw_picture(256, 256, rng) for _ in range(16)])).latent_dist.mean
+                for _ in range(12)
+            ]
+        )
+    model.register_to_config(scaling_factor=float(1 / latents.std()), shift_factor=float(latents.mean()))
+
+
+def run(plan: Plan, start: Path | None, fresh: bool = False) -> Path:
+    """Train the autoencoder, with the one under ``start`` as its teacher if given; return its path."""
+    model = build().to(plan.device, memory_format=torch.channels_last)
+    teacher = None
+    if start is not None:
+        teacher = AutoencoderKL.from_pretrained(start).to(plan.device).eval().requires_grad_(False)
+        adopt_teacher(model, teacher)
+
+    def step_loss(step: int, rng: Rng) -> Tensor:
+        fraction = step / plan.steps
+        if teacher is not None:
+            return taught_loss(model, teacher, draw_batch(False, rng).to(plan.device))
+        cropped = fraction < 0.3 and rng.random() < 0.8
+        return loss_of(model, draw_batch(cropped, rng).to(plan.device), fraction)
+
+    def show(folder: Path) -> None:
+        flat, every = measure(model, "flat", "one"), measure(model, None, None)
+        with (folder / "figures.txt").open("a") as file:
+            file.write(f"PSNR at 256²: flat {flat:.2f} dB, all {every:.2f} dB\n")
+        rng = np.random.default_rng(90_002)
+        batch = to_tensor([draw_picture(256, 256, rng) for _ in range(12)])
+        pairs = zip(to_pictures(batch), to_pictures(round_trip(model, batch)), strict=True)
+        Image.fromarray(world.sheet([picture for pair in pairs for picture in pair], 6)).save(folder / "samples.png")
+        if teacher is None:
+            settle_scale(model)
+        else:
+            scale, shift = teacher.config.scaling_factor, teacher.config.shift_factor
+            model.register_to_config(scaling_factor=scale, shift_factor=shift)
+        model.save_pretrained(folder / "out")
+
+    return train(plan, {"vae": model}, step_loss, show, fresh) / "out"
