@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 import hypothesis
 import pytest
+import structlog
 from fakes import PaintedSquares, settings_in, until
 from fastapi.testclient import TestClient
 
@@ -48,6 +49,13 @@ class House:
         """A figure of `/metrics` by its full name, 0 when it is not there yet."""
         lines = self.client.get("/metrics").text.splitlines()
         return next((float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name + " ")), 0.0)
+
+
+@pytest.fixture(autouse=True)
+def _log_of_its_own() -> Iterator[None]:
+    """An app sends the log to the stderr of its own test, which is closed afterwards."""
+    yield
+    structlog.reset_defaults()
 
 
 @pytest.fixture

@@ -148,6 +148,15 @@ def opened(options: StorageOptions) -> Bucket:
 SLOW_DOWN = b"<Error><Code>SlowDown</Code><Message>Please reduce your rate.</Message></Error>"
 
 
+class _Quiet(ThreadingHTTPServer):
+    """A server that does not report the connections its clients gave up."""
+
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say nothing."""
+
+
 class Rascal:
     """A go-between before a storage server that misbehaves, one request at a time, as `mischief` says.
 
@@ -161,8 +170,7 @@ class Rascal:
         self.requests: list[tuple[str, str, dict[str, str]]] = []
         self.drops: set[str] = set()
         self.release = Event()
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self, port))
-        self._server.daemon_threads = True
+        self._server = _Quiet(("127.0.0.1", 0), _handler(self, port))
         self.port = self._server.server_address[1]
         self.url = f"http://127.0.0.1:{self.port}"
         Thread(target=self._server.serve_forever, daemon=True).start()
