@@ -22,13 +22,11 @@ from fastapi.testclient import TestClient
 
 from stable_diffusion_server.app import create_app
 
-pytest_plugins = ["storage_servers"]
+pytest_plugins = ["storage_servers", "pipeline_families"]
 
 # A test never fails for the time it takes: this machine, or the one that checks, may be busy.
 hypothesis.settings.register_profile("unhurried", deadline=None)
 hypothesis.settings.load_profile("unhurried")
-
-pytest_plugins = ("pipeline_families",)
 
 ROOT = Path(__file__).resolve().parent.parent
 
