@@ -173,12 +173,12 @@ def test_a_signal_ends_the_server_although_clients_wait(tmp_path: Path, number: 
     doomed = start_server(tmp_path, port, *command, PORT=str(port), MAX_BATCH="1", CPU_THREADS="1")
 
     def ask(n: int) -> int:
-        asked = {"prompt": "a star", "seed": n, "num_inference_steps": 40, **NATIVE}
+        asked = {"prompt": "a star", "seed": n, "num_inference_steps": 100, **NATIVE}
         return httpx.get(f"{doomed.url}{CREATE}", params=asked, timeout=120).status_code
 
     with ThreadPoolExecutor(6) as pool:
         answers = [pool.submit(ask, n) for n in range(6)]
-        until(lambda: metric(doomed, "sds_queue_waiting") == 5)
+        until(lambda: metric(doomed, "sds_queue_waiting") >= 4)
         doomed.stop(number)
         told = sorted(answer.result() for answer in answers)
     assert set(told) == {200, 503}
