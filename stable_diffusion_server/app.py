@@ -119,7 +119,8 @@ def create_app(
     _add_middleware(app, settings)
     app.include_router(uploads.router(service, options.limits, _url_maker(settings, bucket)))
     app.include_router(ops.router(missing, metrics.exposition))
-    app.include_router(ops.files_router(bucket))
+    folder = f"{settings.bucket_path.strip('/')}/".lstrip("/")
+    app.include_router(ops.files_router(bucket, folder, private=settings.signed_url_seconds > 0))
     return app
 
 

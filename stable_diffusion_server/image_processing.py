@@ -20,6 +20,7 @@ Pixels = NDArray[np.uint8]
 ALIGNMENT = 64
 # Method 2 of 0..6: about the size of the default 4 at half its time.
 _WEBP_METHOD = 2
+_LOSSLESS_EFFORT = 20
 # Level of grey → level of a mask: 0 up to 32, 255 from 223, straight between.
 _MASK_LEVELS = [round(min(max((level - 32) * 255 / 191, 0), 255)) for level in range(256)]
 _EXIF_IFD, _USER_COMMENT = 0x8769, 0x9286
@@ -148,7 +149,9 @@ def encode(pixels: Pixels, file_format: Format, quality: int, record: Mapping[st
             image.save(target, "PNG", compress_level=1, pnginfo=_png_text(record))
         case Format.WEBP:
             lossless = quality == 100
-            image.save(target, "WEBP", quality=quality, lossless=lossless, method=_WEBP_METHOD, exif=_exif(record))
+            # Of a lossless file `quality` is the effort: the most costs a multiple of the time for a few bytes less.
+            effort = _LOSSLESS_EFFORT if lossless else quality
+            image.save(target, "WEBP", quality=effort, lossless=lossless, method=_WEBP_METHOD, exif=_exif(record))
         case Format.JPEG:
             image.save(target, "JPEG", quality=quality, exif=_exif(record))
     return target.getvalue()

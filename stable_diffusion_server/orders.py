@@ -134,9 +134,9 @@ class Job:
     loras: tuple[tuple[str, float], ...] = ()
 
     @property
-    def shape(self) -> tuple[str, int, int]:
+    def shape(self) -> tuple[object, ...]:
         """What must be equal for two jobs to share a forward pass, as far as it is known before preparing."""
-        return (self.model, self.height, self.width)
+        return (self.model, self.height, self.width, self.loras)
 
 
 @dataclass(frozen=True, slots=True)

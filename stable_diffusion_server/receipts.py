@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from stable_diffusion_server.composing import Scene, resampling_told
@@ -11,7 +12,7 @@ from stable_diffusion_server.resolving import Plan
 _STORED_LATER = Warned("stored-later", "The storage does not answer; the picture is kept here and brought there later.")
 
 
-def record_of(plan: Plan, scene: Scene, job: Job) -> dict[str, str]:
+def record_of(plan: Plan, scene: Scene, job: Job, *, shortened: bool) -> dict[str, str]:
     """What the object's metadata keeps: short and ASCII, since S3 allows 2 KB of it."""
     return {
         "digest": plan.content,
@@ -27,7 +28,7 @@ def record_of(plan: Plan, scene: Scene, job: Job) -> dict[str, str]:
         "guidance": repr(float(job.guidance_scale)),
         "scheduler": job.scheduler,
         "file": plan.file,
-        **({"shortened": "1"} if job.prompt != plan.words.prompt else {}),
+        **({"shortened": "1"} if shortened else {}),
     }
 
 
@@ -64,11 +65,7 @@ def receipt_of_drawn(
 def receipt_of_stored(plan: Plan, stored: Stored) -> Receipt:
     """The receipt for an object that was there: what its record tells, and whether it is what was asked for."""
     record = stored.record
-
-    def number(name: str) -> int | None:
-        return int(record[name]) if name in record else None
-
-    width, height = number("width"), number("height")
+    width, height = _whole(record, "width"), _whole(record, "height")
     if plan.is_that_of(record):
         sized = resampling_told(plan.words.facts, width, height) if width and height else ()
         cut = (Warned("prompt-shortened", "The prompt was shortened; the picture says to what."),)
@@ -83,14 +80,28 @@ def receipt_of_stored(plan: Plan, stored: Stored) -> Receipt:
         coalesced=False,
         task=record.get("task", plan.order.task),
         model=record.get("model"),
-        seed=number("seed"),
+        seed=_whole(record, "seed"),
         width=width,
         height=height,
-        num_inference_steps=number("steps"),
-        guidance_scale=float(record["guidance"]) if "guidance" in record else None,
+        num_inference_steps=_whole(record, "steps"),
+        guidance_scale=_number(record, "guidance"),
         scheduler=record.get("scheduler"),
         warnings=(*warnings, *_delay_of(stored)),
     )
+
+
+def _number(record: Mapping[str, str], name: str) -> float | None:
+    """A number of a record, `None` where there is none: anyone may have put the object there."""
+    try:
+        value = float(record[name])
+    except (KeyError, ValueError):
+        return None
+    return value if math.isfinite(value) else None
+
+
+def _whole(record: Mapping[str, str], name: str) -> int | None:
+    value = _number(record, name)
+    return int(value) if value is not None else None
 
 
 def _delay_of(stored: Stored) -> tuple[Warned, ...]:

@@ -117,7 +117,9 @@ def resolve(order: Order, options: Options, fetched: Mapping[str, bytes] | None 
         seed=seed,
         file_format=file_format,
         quality=quality,
-        key=object_key(options.bucket_path, made if order.save_path is None else _name(order, asked)),
+        key=object_key(
+            options.bucket_path, made if order.save_path is None else _name(order, f"{asked}/{file_format}/{quality}")
+        ),
         content=content,
         asked=asked,
         sent=digest({**facts, **sent_pictures, "seed": order.seed}),

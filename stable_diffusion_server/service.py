@@ -139,12 +139,17 @@ class Service:
         if remote:
             if plan.key_is_known and (found := await self._find(plan)) is not None:
                 return plan, _Outcome(found), False
-            self._queue.check_open()
+            await self._check_room()
             data = await asyncio.gather(*map(self._bytes_of, remote))
             fetched = {source.parameter: file for source, file in zip(remote, data, strict=True)}
             plan = await asyncio.to_thread(resolve, order, self._options, fetched)
         outcome, shared = await self._storing.join(plan.key, plan.tag, lambda: self._effort(plan, fetched))
         return plan, outcome, shared
+
+    async def _check_room(self) -> None:
+        """Refuse before the work that a full queue, or a storage without room, would throw away."""
+        self._queue.check_open()
+        await asyncio.to_thread(self._bucket.admit)
 
     async def _bytes_of(self, source: Source) -> bytes:
         """The file at a URL; those who want it at the same time share one download."""
@@ -163,13 +168,14 @@ class Service:
         started = time.perf_counter()
         if (found := await self._find(plan)) is not None:
             return _Outcome(found)
-        self._queue.check_open()  # before the work that a full queue would throw away
+        await self._check_room()
         scene = await self._scene(plan, fetched)
         job = await asyncio.to_thread(self._fit_prompts, scene.job)
         judged, twin = await self._drawing.join(picture_digest(job), "", lambda: self._draw(job))
         timings = dict(judged.timings)
         warnings = [*scene.warnings, *judged.warnings]
-        if job.prompt != scene.job.prompt:
+        shortened = job.prompt != scene.job.prompt
+        if shortened:
             limit = plan.words.facts.text_tokens
             warnings.append(Warned("prompt-shortened", f"{job.model} reads {limit} tokens; see prompt_used."))
         if judged.product.redecoded:
@@ -179,7 +185,7 @@ class Service:
         data = await loop.run_in_executor(self._encoders, self._encode, plan, scene, judged)
         timings["encode"] = time.perf_counter() - before
         before = time.perf_counter()
-        stored, won = await _to_its_end(asyncio.to_thread(self._store, plan, scene, judged.job, data))
+        stored, won = await _to_its_end(asyncio.to_thread(self._store, plan, scene, judged.job, data, shortened))
         timings["store"] = time.perf_counter() - before
         timings["total"] = time.perf_counter() - started
         if not won:
@@ -230,8 +236,8 @@ class Service:
                 inside = None
         return encode(finished, plan.file_format, plan.quality, inside)
 
-    def _store(self, plan: Plan, scene: Scene, job: Job, data: bytes) -> tuple[Stored, bool]:
-        content_type, record = plan.file_format.content_type, record_of(plan, scene, job)
+    def _store(self, plan: Plan, scene: Scene, job: Job, data: bytes, shortened: bool) -> tuple[Stored, bool]:
+        content_type, record = plan.file_format.content_type, record_of(plan, scene, job, shortened=shortened)
         if plan.order.overwrite:
             return self._bucket.overwrite(plan.key, data, content_type, record), True
         return self._bucket.create(plan.key, data, content_type, record)

@@ -108,7 +108,7 @@ class Settings(BaseSettings):
     max_body_bytes: int = Field(1_048_576, ge=1024, description="Largest request body in bytes, but for multipart.")
     max_upload_bytes: int = Field(33_554_432, ge=1024, description="Largest multipart body, files and all, in bytes.")
     max_image_bytes: int = Field(20_971_520, ge=1024, description="Largest picture file sent or fetched, in bytes.")
-    max_image_pixels: int = Field(50_000_000, ge=4096, description="Largest area of a picture taken, in pixels.")
+    max_image_pixels: int = Field(16_777_216, ge=4096, description="Largest area of a picture taken, in pixels.")
     max_image_side: int = Field(
         16_383, ge=64, le=16_383, description="Largest width and height of a picture taken; WebP holds no more."
     )

@@ -254,6 +254,35 @@ async def test_a_cached_answer_remembers_that_the_prompt_was_shortened(rooms_of:
     assert all("prompt-shortened" in told for told in codes)
 
 
+class FullBucket(LocalBucket):
+    """A folder that takes nothing more."""
+
+    def admit(self) -> None:
+        raise StorageUnavailable("No room is left.")
+
+
+async def test_a_storage_without_room_is_told_before_drawing(rooms_of: Callable[..., Rooms], tmp_path: Path) -> None:
+    """503 comes before the device has worked, and what is stored already is still answered."""
+    rooms = rooms_of()
+    await rooms.service.fulfil(order("a red square", save_path="a.webp"))
+    rooms.bucket = FullBucket(tmp_path / "bucket")
+    service = rooms.another_process()
+    with pytest.raises(StorageUnavailable, match="No room"):
+        await service.fulfil(order("a blue square"))
+    assert (await service.fulfil(order("a red square", save_path="a.webp"))).cached
+    assert rooms.drawn == 1
+
+
+async def test_a_record_of_someone_elses_making_does_no_harm(rooms_of: Callable[..., Rooms]) -> None:
+    """Numbers that are none are left out of the receipt, and the name still answers."""
+    rooms = rooms_of()
+    rooms.bucket.create(
+        "static/uploads/odd.webp", b"data", "image/webp", {"width": "12px", "seed": "None", "steps": "nan"}
+    )
+    receipt = await rooms.service.fulfil(order(save_path="odd.webp"))
+    assert (receipt.cached, receipt.width, receipt.seed, receipt.num_inference_steps) == (True, None, None, None)
+
+
 async def test_a_twin_stays_when_the_other_leaves(rooms_of: Callable[..., Rooms]) -> None:
     """Leaving is private: the one who stays gets the picture."""
     rooms = rooms_of(PaintedSquares(gate=threading.Event()))

@@ -90,7 +90,7 @@ def _read_json(body: bytes) -> list[tuple[str, object]]:
 async def _read_multipart(request: Request, files: Set[str]) -> list[tuple[str, object]]:
     items: list[tuple[str, object]] = []
     try:
-        async with request.form(max_files=len(files), max_fields=_MAX_FIELDS) as form:
+        async with request.form(max_files=len(files) + 1, max_fields=_MAX_FIELDS) as form:
             for name, value in form.multi_items():
                 if isinstance(value, UploadFile) and name not in files:
                     raise InvalidInput(f"{name[:100]} takes no file here.", field=name[:100])

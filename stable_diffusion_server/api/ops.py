@@ -45,12 +45,12 @@ def router(missing: Callable[[], list[str]], exposition: Callable[[], bytes]) ->
     return routes
 
 
-def files_router(bucket: Bucket) -> APIRouter:
+def files_router(bucket: Bucket, folder: str = "", *, private: bool = False) -> APIRouter:
     """The door to the pictures that have no address of their own: those of a local bucket, and those that wait."""
     routes = APIRouter(tags=["operate"])
 
     async def files(request: Request, key: str) -> Response:
-        return await run_in_threadpool(_file, request, key, bucket)
+        return await run_in_threadpool(_file, request, key, bucket, folder, private)
 
     for method in ("GET", "HEAD"):
         routes.add_api_route(
@@ -64,9 +64,10 @@ def files_router(bucket: Bucket) -> APIRouter:
     return routes
 
 
-def _file(request: Request, key: str, bucket: Bucket) -> Response:
+def _file(request: Request, key: str, bucket: Bucket, folder: str, private: bool) -> Response:
     stored = None
-    if "\0" not in key and not {"", ".", ".."} & set(key.split("/")):
+    inside = isinstance(bucket, LocalBucket) or key.startswith(folder)
+    if inside and "\0" not in key and not {"", ".", ".."} & set(key.split("/")):
         try:
             stored = bucket.stat(key)
         except InvalidInput:
@@ -83,6 +84,9 @@ def _file(request: Request, key: str, bucket: Bucket) -> Response:
         headers["Content-Disposition"] = "attachment"
     if not isinstance(bucket, LocalBucket):
         if (url := bucket.url(key)) is not None:
+            if private:
+                # This door asks for no key, and an address that opens a private bucket is one.
+                raise NotFound("There is no picture under this name.")
             return RedirectResponse(url)  # it waited here once, and is in the bucket now
         headers["Cache-Control"] = "no-store"
         return Response(bucket.read(key), headers=headers, media_type=stored.content_type)

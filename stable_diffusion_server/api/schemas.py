@@ -242,6 +242,7 @@ def _sentence(name: str, kind: str, message: str) -> str:
         return f"{name[:100]} is not a parameter here."
     if kind == "missing":
         return f"{name} is missing."
-    if kind == "is_instance_of":
+    if name.endswith("_file"):
         return f"{name} must be sent as a file of a multipart form."
+    message = message.removeprefix("Value error, ")
     return f"{name}: {message[0].lower()}{message[1:]}."

@@ -249,7 +249,7 @@ REFUSED: list[tuple[str, str, dict[str, bytes], dict[str, Any], int, set[str]]] 
     ("two pictures", STYLE, ONE, {"image_url": "http://a.example/"}, 422, {"image_url", "image_file"}),
     ("two masks", INPAINT, BOTH, {"mask_url": "http://a.example/"}, 422, {"mask_url", "mask_file"}),
     ("text for a file", STYLE, {}, {"image_file": "hello"}, 422, {"image_file"}),
-    ("a file for a word", STYLE, {"prompt": b"x", **ONE}, {}, 400, set()),
+    ("a file for a word", STYLE, {"prompt": b"x", **ONE}, {}, 422, {"prompt"}),
     ("a file no one asked for", STYLE, {"mask_file": MASK}, {}, 422, {"mask_file"}),
     ("a mask for style transfer", STYLE, ONE, {"mask_url": "http://a.example/"}, 422, {"mask_url"}),
     ("a width for style transfer", STYLE, ONE, {"width": 512}, 422, {"width"}),

@@ -10,9 +10,13 @@ import httpx
 import pytest
 from conftest import House
 from fakes import PaintedSquares, settings_in, until
+from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
+from stable_diffusion_server.api import handlers
+from stable_diffusion_server.api.ops import files_router
 from stable_diffusion_server.app import create_app
+from stable_diffusion_server.buckets.memory import MemoryBucket
 from stable_diffusion_server.errors import WeightsUnusable
 
 
@@ -185,3 +189,29 @@ def test_keys_and_prompts_stay_out_of_the_log(
     assert '"request_id": "the-id"' in logged
     assert "cannot prepare this" in logged
     assert not [word for word in ("secret", "hunter2", "hunter3") if word in logged]
+
+
+class SigningBucket(MemoryBucket):
+    """A private bucket: whoever has one of its addresses can read."""
+
+    def url(self, key: str) -> str:
+        return f"https://bucket.example/{key}?signature=secret"
+
+
+@pytest.mark.parametrize("private", [True, False])
+def test_the_files_door_signs_nothing_for_strangers(private: bool) -> None:
+    """No address of a private bucket, and none of what lies beside the pictures in any bucket."""
+    bucket = SigningBucket()
+    bucket.open()
+    for key in ("static/uploads/a.webp", "backups/db.sql", "static/uploads-not/a.webp"):
+        bucket.create(key, b"data", "image/webp", {})
+    app = FastAPI()
+    app.include_router(files_router(bucket, "static/uploads/", private=private))
+    handlers.install(app)
+    with TestClient(app, follow_redirects=False) as client:
+        picture = client.get("/files/static/uploads/a.webp")
+        assert picture.status_code == (404 if private else 307)
+        for other in ("backups/db.sql", "static/uploads-not/a.webp", "static/uploads/../../backups/db.sql"):
+            answer = client.get(f"/files/{other}")
+            assert answer.status_code == 404
+            assert "signature" not in str(answer.headers)
