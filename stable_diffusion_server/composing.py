@@ -74,10 +74,10 @@ def compose(plan: Plan, image: Pixels | None = None, mask: Pixels | None = None)
         scheduler=words.scheduler,
         image=Picture(seen) if seen is not None else None,
         mask=Picture(whole(to_canvas(kept, canvas, fill=0))) if kept is not None else None,
-        control=Picture(canny(seen, order.canny_low, order.canny_high)) if order.canny and seen is not None else None,
+        control=Picture(canny(seen, order.canny_low, order.canny_high)) if words.canny and seen is not None else None,
         strength=words.strength,
         control_scale=words.control_scale,
-        refine=order.refine,
+        refine=order.refine and words.num_inference_steps > 1,  # a single step leaves nothing to refine
         loras=order.loras,
     )
     soft = feathered(kept, order.feather) if kept is not None else None

@@ -75,7 +75,7 @@ class Order:
     mask: Source | None = None
     strength: float | None = None
     feather: int = 0
-    canny: bool = False
+    canny: bool | None = False
     canny_low: int = 100
     canny_high: int = 200
     control_scale: float | None = None

@@ -49,6 +49,7 @@ class Words:
     guidance_scale: float
     scheduler: str
     strength: float
+    canny: bool
     control_scale: float
     warnings: tuple[Warned, ...]
 
@@ -140,6 +141,11 @@ def _read_words(order: Order, options: Options) -> Words:
     prompt = _cleaned(order.prompt, "prompt")
     if not prompt:
         raise InvalidInput("prompt is empty.", field="prompt")
+    if order.canny and facts.control_folder is None:
+        raise InvalidInput(f"{facts.name} has no ControlNet to follow edges with.", field="canny")
+    follows = facts.control_folder is not None if order.canny is None else order.canny
+    if order.canny is None and not follows:
+        warnings.append(Warned("canny-unavailable", f"{facts.name} has no ControlNet; the edges are not followed."))
     words = Words(
         facts=facts,
         prompt=prompt,
@@ -148,6 +154,7 @@ def _read_words(order: Order, options: Options) -> Words:
         guidance_scale=guidance,
         scheduler=_given(order.scheduler, facts.default_scheduler),
         strength=_given(order.strength, 1.0),
+        canny=follows,
         control_scale=_given(order.control_scale, facts.control_scale),
         warnings=tuple(warnings),
     )
@@ -175,7 +182,7 @@ def _facts_told(order: Order, words: Words) -> dict[str, object]:
         "refine": order.refine,
         "loras": order.loras,
         "feather": order.feather,
-        "control": (words.control_scale, order.canny_low, order.canny_high) if order.canny else None,
+        "control": (words.control_scale, order.canny_low, order.canny_high) if words.canny else None,
     }
 
 

@@ -101,6 +101,31 @@ def test_a_key_is_known_before_fetching_when_the_caller_named_it(order: Order, k
     assert (plan.key == resolve(order, OPTIONS, FETCHED).key) is known
 
 
+@pytest.mark.parametrize(
+    ("model", "asked", "follows"), [("sdxl", None, True), ("sdxl", False, False), ("flux", None, False)]
+)
+def test_edges_are_followed_by_default_where_a_model_can(model: str, asked: bool | None, follows: bool) -> None:
+    """The bytes door follows edges unless told otherwise; a model without a ControlNet says that it does not."""
+    plan = resolve(replace(UPLOADED, task=Task.IMAGE_TO_IMAGE, mask=None, model=model, canny=asked), OPTIONS)
+    assert plan.words.canny is follows
+    told = {warning.code for warning in plan.words.warnings}
+    assert ("canny-unavailable" in told) is (model == "flux")
+
+
+def test_edges_that_cannot_be_followed_are_refused_when_asked_for() -> None:
+    """Before anything is decoded or queued, naming the parameter."""
+    with pytest.raises(InvalidInput) as refused:
+        resolve(replace(UPLOADED, task=Task.IMAGE_TO_IMAGE, mask=None, model="flux", canny=True), OPTIONS)
+    assert refused.value.field == "canny"
+
+
+@pytest.mark.parametrize(("first", "second"), [({"quality": 50}, {"quality": 90}), ({}, {"format": Format.PNG})])
+def test_files_that_differ_have_names_that_differ(first: dict[str, Any], second: dict[str, Any]) -> None:
+    """Eight digits that tell the content tell the kind of file too."""
+    order = replace(UPLOADED, save_path="no-ending", named_by_content=True)
+    assert resolve(replace(order, **first), OPTIONS).key != resolve(replace(order, **second), OPTIONS).key
+
+
 def test_a_name_that_tells_the_content_keeps_its_folder() -> None:
     """Eight hexadecimal digits before the file name, the same for the same order, also with a random seed."""
     order = replace(UPLOADED, save_path="a/b/out.webp", named_by_content=True, seed="random")

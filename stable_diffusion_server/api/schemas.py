@@ -102,7 +102,7 @@ class StyleTransfer(Parameters):
     image_url: str | None = Field(None, description="Address of the picture to start from; or send `image_file`.")
     image_file: File = Field(None, description="The picture to start from, a PNG, JPEG or WebP file.")
     strength: float = Field(0.6, description="How much is drawn anew, 0 to 1.")
-    canny: bool = Field(False, description="Keep to the edges of the picture by ControlNet.")
+    canny: bool | None = Field(False, description="Keep to the edges of the picture by ControlNet.")
     canny_low: int = Field(100, description="Gradient above which what touches an edge is one.")
     canny_high: int = Field(200, description="Gradient above which an edge is one.")
     control_scale: float | None = Field(
@@ -118,7 +118,7 @@ class StyleTransfer(Parameters):
 class StyleTransferBytes(StyleTransfer):
     """Parameters of image to image for an uploaded file, whose name in the bucket tells the content."""
 
-    canny: bool = Field(True, description="Keep to the edges of the picture by ControlNet.")
+    canny: bool | None = Field(None, description="The same; without it where the model has a ControlNet.")
 
     def order(self) -> Order:
         """The order these parameters make. Raises `InvalidInput` unless there is just one picture."""

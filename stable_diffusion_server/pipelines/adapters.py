@@ -109,9 +109,11 @@ class Adapters:
         wanted = tuple(loras)
         if wanted == self._active:
             return
+        files = {name: find(self._folder, name) for name, _ in wanted if name not in self._loaded}
+        self._active = None  # until all of it has worked: loading one turns it on
         for name, _ in wanted:
-            if name not in self._loaded:
-                self._load(name, find(self._folder, name))
+            if name in files:
+                self._load(name, files[name])
                 self._loaded[name] = None
             self._loaded.move_to_end(name)
         self._switch(wanted)

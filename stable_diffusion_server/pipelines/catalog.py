@@ -113,7 +113,6 @@ _EMBEDDED_FLUX = ModelFacts(
     bumpy_redraws=0,  # as above
     lowercase_prompts=True,
     rounds_steps_up=True,
-    control_folder="embedded-controlnet-canny-flux",
     control_class="FluxControlNetModel",
     control_scale=0.7,
 )
