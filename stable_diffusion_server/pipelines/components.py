@@ -7,6 +7,7 @@ import inspect
 import itertools
 import json
 import logging
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -272,6 +273,9 @@ def quieten_libraries() -> None:
     transformers_logging.set_verbosity_error()
     # A LoRA for the denoiser alone is the ordinary case, and remarked on for every text encoder.
     logging.getLogger("diffusers.loaders").setLevel(logging.ERROR)
+    # Several adapters in one model, and taking one back that does not fit, are meant here.
+    for remark in ("Already found a `peft_config` attribute", "Adapter .* was active which is now deleted"):
+        warnings.filterwarnings("ignore", message=remark)
 
 
 def make_scheduler(facts: SchedulerFacts, like: Any) -> Any:

@@ -14,7 +14,7 @@ from peft.utils import get_peft_model_state_dict
 from stable_diffusion_server.orders import Picture
 from stable_diffusion_server.pipelines.denoising import encode, seeded, to_tensor
 
-PROMPTS = [f"a red {shape} on a {background} background" for shape in ("circle", "square") for background in ("blue",)]
+PROMPTS = [f"a red {shape} on a blue background" for shape in ("circle", "square")]
 CPU = torch.device("cpu")
 
 
