@@ -137,18 +137,15 @@ def skeleton(facts: ModelFacts, models_dir: Path, *, hub: bool = False) -> dict[
 def footprint_of(facts: ModelFacts, parts: Mapping[str, torch.nn.Module], dtype: torch.dtype) -> Footprint:
     """What these parts need in `dtype`, by their shapes; a ControlNet may be among them."""
     layers = [
-        layer
+        sum(parameter.numel() for parameter in module.parameters(recurse=False))
         for part in parts.values()
         for module in part.modules()
-        if isinstance(module, torch.nn.ModuleList)
-        for layer in module
-        if layer is not None
     ]
     size = dtype.itemsize
     return Footprint(
         parts={name: parameters_of(part) * size for name, part in parts.items()},
         quantized=tuple(name for name in facts.quantized if name in parts),
-        block=max((parameters_of(layer) * size for layer in layers), default=0),
+        layer=max(layers, default=0) * size,
         weight_bytes=size,
         working=_WORKING_BYTES * facts.native_pixels,
     )
@@ -209,7 +206,12 @@ def settle(pipeline: Any, controlnet: Any, device: torch.device, residency: Resi
         case Residency.MODEL:
             pipeline.enable_model_cpu_offload(device=device)
         case Residency.GROUP:
-            offload = {"onload_device": device, "offload_device": torch.device("cpu"), "offload_type": "leaf_level"}
+            offload = {
+                "onload_device": device,
+                "offload_device": torch.device("cpu"),
+                "offload_type": "leaf_level",
+                "use_stream": device.type == "cuda",
+            }
             pipeline.enable_group_offload(**offload)
             if controlnet is not None:
                 controlnet.enable_group_offload(**offload)

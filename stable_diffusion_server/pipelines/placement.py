@@ -21,7 +21,8 @@ CONTROL = "control"
 class Residency(StrEnum):
     """Where the weights are while nothing is drawn, the fastest first.
 
-    `model` moves whole parts to the device one after the other, `group` blocks of layers, `sequential` single layers.
+    `model` moves whole parts to the device one after the other; `group` single layers, fetching the next one while one
+    is at work; `sequential` single layers, one after the other.
     """
 
     RESIDENT = "resident"
@@ -40,14 +41,14 @@ class Quantization(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Footprint:
-    """What a model needs, in bytes: `parts` by name, the `quantized` ones of them, the largest `block` of layers.
+    """What a model needs, in bytes: `parts` by name, the `quantized` ones of them, the largest `layer`.
 
     `weight_bytes` is the size of one weight as loaded, `working` what one drawing needs beside the weights.
     """
 
     parts: Mapping[str, int]
     quantized: tuple[str, ...]
-    block: int
+    layer: int
     weight_bytes: int
     working: int = 0
 
@@ -56,7 +57,7 @@ class Footprint:
         parts = {
             name: size // self.weight_bytes if name in self.quantized else size for name, size in self.parts.items()
         }
-        return Footprint(parts, self.quantized, self.block // self.weight_bytes, self.weight_bytes, self.working)
+        return Footprint(parts, self.quantized, self.layer // self.weight_bytes, self.weight_bytes, self.working)
 
     def needed(self, residency: Residency) -> int:
         """Bytes on the device at the worst moment of a drawing."""
@@ -65,7 +66,7 @@ class Footprint:
         weights = {
             Residency.RESIDENT: sum(moved) + stays,
             Residency.MODEL: max(moved, default=0) + stays,
-            Residency.GROUP: 2 * self.block,  # the block at work, and the next one on its way
+            Residency.GROUP: 2 * self.layer,  # the one at work, and the next on its way
             Residency.SEQUENTIAL: stays,
         }
         return weights[residency] + self.working

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -193,12 +192,12 @@ def test_a_file_that_is_no_safetensors_is_told(content: bytes, tmp_path: Path) -
 
 
 @pytest.fixture
-def lcm_models(loras: Path, tmp_path: Path) -> Iterator[Path]:
+def lcm_models(loras: Path, tmp_path: Path) -> Path:
     """The models' folder with an LCM LoRA beside the SDXL, ours in its place."""
     (tmp_path / "embedded-sdxl").symlink_to(MODELS_DIR / "embedded-sdxl")
     (tmp_path / "lcm-lora-sdxl").mkdir()
     shutil.copy(loras / "green.safetensors", tmp_path / "lcm-lora-sdxl" / "pytorch_lora_weights.safetensors")
-    yield tmp_path
+    return tmp_path
 
 
 def test_the_lcm_lora_belongs_to_the_model_and_goes_with_others(lcm_models: Path, loras: Path) -> None:
@@ -225,7 +224,7 @@ def test_a_missing_lcm_lora_is_told_at_load(tmp_path: Path) -> None:
     """The sentence names the folder it should be in."""
     (tmp_path / "embedded-sdxl").symlink_to(MODELS_DIR / "embedded-sdxl")
     facts = with_lcm(replace(MODELS["sdxl"], lcm_folder="lcm-lora-sdxl"))
-    with pytest.raises(WeightsUnusable, match="no .safetensors file in lcm-lora-sdxl"):
+    with pytest.raises(WeightsUnusable, match=r"no \.safetensors file in lcm-lora-sdxl"):
         load(tmp_path, "cpu", 1, LoadOptions(models={"sdxl": facts}))
 
 

@@ -8,11 +8,11 @@ from stable_diffusion_server.errors import WeightsUnusable
 from stable_diffusion_server.pipelines.placement import Footprint, Offload, Quantize, Residency, place
 
 GB = 1_000_000_000
-# FLUX.1-schnell in bfloat16, as measured on the meta device (test_full_size.py).
+# About FLUX.1-schnell in bfloat16, in round figures.
 FLUX = Footprint(
     {"transformer": 24 * GB, "text_encoder_2": 10 * GB, "text_encoder": GB // 4, "vae": GB // 6},
     quantized=("transformer", "text_encoder_2"),
-    block=GB // 2,
+    layer=GB // 2,
     weight_bytes=2,
     working=2 * GB,
 )
@@ -48,7 +48,7 @@ FLUX = Footprint(
 def test_on_an_accelerator_the_fastest_that_fits_is_taken(
     free: int, offload: Offload, quantize: Quantize, expected: str
 ) -> None:
-    """Resident, whole parts, finer weights, blocks, layers: each where the one before does not fit or may not be."""
+    """Resident, whole parts, finer weights, layers: each where the one before does not fit or may not be."""
     placement = place(free * GB, FLUX, accelerated=True, offload=offload, quantize=quantize)
     assert f"{placement.residency} {placement.quantization}" == expected
 
