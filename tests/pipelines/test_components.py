@@ -133,6 +133,15 @@ def test_a_controlnet_of_another_class_is_told(models: Path) -> None:
     assert load_controlnet(replace(facts, control_folder=None), models, CPU) is None
 
 
+def test_a_controlnet_made_for_another_vae_is_told(sdxl: Any) -> None:
+    """Edges that would not meet the latents are found at load, and not in the middle of a picture."""
+    config = dict(sdxl.controlnet.config)
+    channels = (8, *config["conditioning_embedding_out_channels"])
+    other = type(sdxl.controlnet).from_config({**config, "conditioning_embedding_out_channels": channels})
+    with pytest.raises(WeightsUnusable, match=r"The ControlNet takes \d+ pixels"):
+        Sdxl(sdxl.pipeline, sdxl.facts, other)
+
+
 def test_edges_without_a_controlnet_are_refused(models: Path) -> None:
     """The job fails by its parameter, and does not just ignore what it was given."""
     facts = MODELS["flux"]
