@@ -35,7 +35,8 @@ class ModelFacts:
     say where on the Hugging Face hub they come from. `bumpy_redraws` is how often a picture that is too bumpy is drawn
     again. `rounds_steps_up` tells how a strength becomes steps.
     `always` are adapters that belong to the model, by folder and weight. `dtype` and `cpu_dtype` name the torch type
-    of its weights on an accelerator and on the CPU.
+    of its weights on an accelerator and on the CPU, `variant` the files preferred, `denoiser` the part that takes the
+    steps, `quantized` the parts that are worth finer weights.
     """
 
     name: str
@@ -63,6 +64,9 @@ class ModelFacts:
     always: tuple[tuple[str, float], ...] = ()
     dtype: str = "float32"
     cpu_dtype: str = "float32"
+    variant: str | None = None
+    denoiser: str = "unet"
+    quantized: tuple[str, ...] = ("unet", "control")
 
 
 SCHEDULERS: Mapping[str, SchedulerFacts] = MappingProxyType(
@@ -115,6 +119,8 @@ _EMBEDDED_FLUX = ModelFacts(
     rounds_steps_up=True,
     control_class="FluxControlNetModel",
     control_scale=0.7,
+    denoiser="transformer",
+    quantized=("transformer", "text_encoder_2", "control"),
 )
 _SDXL_BASE = ModelFacts(
     name="sdxl",
@@ -135,6 +141,7 @@ _SDXL_BASE = ModelFacts(
     lcm_folder="lcm-lora-sdxl",
     lcm_repo="latent-consistency/lcm-lora-sdxl",
     dtype="float16",
+    variant="fp16",
 )
 _PROTEUS = replace(_SDXL_BASE, folder="ProteusV0.2", repo="dataautogpt3/ProteusV0.2", revision="proteus-0.2")
 _FLUX_SCHNELL = ModelFacts(
@@ -156,6 +163,8 @@ _FLUX_SCHNELL = ModelFacts(
     control_repo="XLabs-AI/flux-controlnet-canny-diffusers",
     control_class="FluxControlNetModel",
     control_scale=0.7,
+    denoiser="transformer",
+    quantized=("transformer", "text_encoder_2", "control"),
     dtype="bfloat16",
     cpu_dtype="bfloat16",  # 24 GB; fp32 would be 48
 )
@@ -208,6 +217,11 @@ def with_lcm(facts: ModelFacts) -> ModelFacts:
         schedulers=("lcm", *(name for name in facts.schedulers if name != "lcm")),
         always=((facts.lcm_folder, 1.0),),
     )
+
+
+def with_quantization(facts: ModelFacts, quantize: str) -> ModelFacts:
+    """The model with weights in one byte each: other weights, and so other pictures."""
+    return facts if quantize in ("auto", "none") else replace(facts, revision=f"{facts.revision}+{quantize}")
 
 
 def facts_of(model: str, models: Mapping[str, ModelFacts] = MODELS) -> ModelFacts:

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from stable_diffusion_server.errors import WeightsUnusable
+
 
 @dataclass(frozen=True, slots=True)
 class Control:
@@ -19,6 +21,18 @@ class Control:
 
     hint: torch.Tensor
     scale: float
+
+
+def check_grid(controlnet: Any, pixels_per_latent: int) -> None:
+    """Raise `WeightsUnusable` when an SDXL ControlNet shrinks pixels to another grid than that of the latents.
+
+    Its convolutions halve a picture so and so often, whatever the VAE does.
+    """
+    shrinks = 2 ** (len(controlnet.config.conditioning_embedding_out_channels) - 1)
+    if shrinks != pixels_per_latent:
+        raise WeightsUnusable(
+            f"The ControlNet takes {shrinks} pixels for one of the latents, and the model's VAE {pixels_per_latent}."
+        )
 
 
 def unet_residuals(controlnet: Any, inputs: Mapping[str, Any], controls: Sequence[Control | None]) -> dict[str, Any]:

@@ -2,28 +2,88 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from stable_diffusion_server.errors import InvalidInput, WeightsUnusable
 from stable_diffusion_server.orders import Job
+from stable_diffusion_server.pipelines.adapters import Adapters, names_in
 from stable_diffusion_server.pipelines.catalog import MODELS, ModelFacts
 from stable_diffusion_server.pipelines.components import (
+    bytes_of,
     choose_device,
+    dtype_of,
+    footprint_of,
+    free_memory,
+    lcm_file,
     load_controlnet,
     load_pipeline,
+    quantize_parts,
     quieten_libraries,
+    settle,
+    skeleton,
 )
 from stable_diffusion_server.pipelines.denoising import Drawn, Family, State
+from stable_diffusion_server.pipelines.placement import CONTROL, Offload, Placement, Quantize, Residency, place
+
+
+@dataclass(frozen=True, slots=True)
+class LoadOptions:
+    """What to load and how: `models` by family (see `catalog.choose_models`), from the hub too if `hub`.
+
+    `lora_dir` holds the adapters a job may name. `offload` and `quantize` force what else follows from free memory.
+    The VAE may decode a batch one by one (`vae_slicing`) or a large picture in overlapping tiles (`vae_tiling`), which
+    takes less memory and changes such pictures a little.
+    """
+
+    models: Mapping[str, ModelFacts] = field(default_factory=lambda: MODELS)
+    hub: bool = False
+    lora_dir: Path | None = None
+    offload: Offload = "auto"
+    quantize: Quantize = "auto"
+    vae_slicing: bool = False
+    vae_tiling: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A model as it was loaded, for people: from where, on what, in which placement; `bytes` of all its weights."""
+
+    name: str
+    folder: str
+    revision: str
+    device: str
+    dtype: str
+    residency: str
+    quantization: str
+    bytes: int
+    follows_edges: bool
+    loras: tuple[str, ...]
+
+
+class _Placed(NamedTuple):
+    pipeline: Any
+    controlnet: Any
+    adapters: Adapters
+    placement: Placement
 
 
 class Registry:
-    """All loaded families behind one face: what the engine calls its denoiser."""
+    """All loaded families behind one face: what the engine calls its denoiser.
 
-    def __init__(self, families: Mapping[str, Family]) -> None:
+    `loaded` tells what is there. `resident` is false when weights travel between drawings: then many joins thrash, and
+    an engine does well to prepare, step and finish in phases.
+    """
+
+    def __init__(self, families: Mapping[str, Family], loaded: Sequence[Loaded] = ()) -> None:
         self._families = families
+        self.loaded = tuple(loaded)
+        self.resident = all(model.residency == Residency.RESIDENT for model in loaded)
 
     def prepare(self, job: Job) -> State[Any]:
         """The job's state before its first step."""
@@ -37,31 +97,79 @@ class Registry:
         """The picture of a state that is done."""
         return self._families[state.job.model].finish(state)
 
+    def release_memory(self) -> None:
+        """Give back what the allocators hold and no drawing uses."""
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
     def count_tokens(self, model: str, prompt: str) -> int:
         """Length of a prompt in a model's tokens. Safe from any thread."""
         return self._families[model].count_tokens(prompt)
 
 
-def load(models_dir: Path, device_name: str, cpu_threads: int) -> Registry:
-    """Load every model of the catalogue on one device. Raises `WeightsUnusable` with a sentence saying why not.
+def load(models_dir: Path, device_name: str, cpu_threads: int, options: LoadOptions | None = None) -> Registry:
+    """Load the models of `options`, those that come with the server by default, on one device.
 
-    Call it on the thread that will draw: PyTorch's number of threads is set for it.
+    Raises `WeightsUnusable` with a sentence saying why not. Call it on the thread that will draw: PyTorch's number of
+    threads is set for it.
     """
     if cpu_threads:
         torch.set_num_threads(cpu_threads)
     device = choose_device(device_name)
+    options = options or LoadOptions()
     kinds = _kinds()
-    return Registry(
-        {
-            name: kinds[facts.pipeline_class](
-                load_pipeline(facts, models_dir, device), facts, load_controlnet(facts, models_dir, device)
+    families, loaded = {}, []
+    for name, facts in options.models.items():
+        pipeline, controlnet, adapters, placement = _place_model(facts, models_dir, device, options)
+        families[name] = kinds[facts.pipeline_class](pipeline, facts, controlnet, adapters)
+        modules = [part for part in [*pipeline.components.values(), controlnet] if isinstance(part, torch.nn.Module)]
+        loaded.append(
+            Loaded(
+                name=name,
+                folder=facts.folder,
+                revision=facts.revision,
+                device=str(device),
+                dtype=str(dtype_of(facts, device)).removeprefix("torch."),
+                residency=placement.residency,
+                quantization=placement.quantization,
+                bytes=bytes_of(*modules),
+                follows_edges=controlnet is not None,
+                loras=names_in(options.lora_dir),
             )
-            for name, facts in MODELS.items()
-        }
+        )
+    return Registry(families, loaded)
+
+
+def _place_model(facts: ModelFacts, models_dir: Path, device: torch.device, options: LoadOptions) -> _Placed:
+    """A model's pipeline, ControlNet and adapters, in the placement that fits the device's free memory now."""
+    hub = options.hub
+    footprint = footprint_of(facts, skeleton(facts, models_dir, hub=hub), dtype_of(facts, device))
+    placement = place(
+        free_memory(device),
+        footprint,
+        accelerated=device.type != "cpu",
+        offload=options.offload,
+        quantize=options.quantize,
     )
+    pipeline = load_pipeline(facts, models_dir, device, hub=hub, move=False)
+    controlnet = load_controlnet(facts, models_dir, device, hub=hub, move=False)
+    always = [(lcm_file(facts, folder, models_dir, hub=hub), weight) for folder, weight in facts.always]
+    try:
+        adapters = Adapters(pipeline, options.lora_dir, always)
+    except InvalidInput as error:  # of no request here
+        raise WeightsUnusable(error.detail) from error
+    parts = {**pipeline.components, CONTROL: controlnet}
+    quantize_parts([parts[name] for name in facts.quantized if parts[name] is not None], placement.quantization)
+    settle(pipeline, controlnet, device, placement.residency)
+    if options.vae_slicing:
+        pipeline.vae.enable_slicing()
+    if options.vae_tiling:
+        pipeline.vae.enable_tiling()
+    return _Placed(pipeline, controlnet, adapters, placement)
 
 
-def _kinds() -> Mapping[str, Callable[[Any, ModelFacts, Any], Family]]:
+def _kinds() -> Mapping[str, Callable[[Any, ModelFacts, Any, Adapters], Family]]:
     """Each family by the stock pipeline it draws with."""
     quieten_libraries()
     # Imported behind it: what they bring along remarks on packages that are not needed here.

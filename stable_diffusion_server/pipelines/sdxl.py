@@ -18,7 +18,7 @@ from stable_diffusion_server.pipelines.catalog import (
     steps_skipped,
 )
 from stable_diffusion_server.pipelines.components import make_scheduler, set_timesteps, token_counter
-from stable_diffusion_server.pipelines.control import Control, unet_residuals
+from stable_diffusion_server.pipelines.control import Control, check_grid, unet_residuals
 from stable_diffusion_server.pipelines.denoising import (
     Drawn,
     Keep,
@@ -53,12 +53,15 @@ class Conditioning:
 class Sdxl:
     """Draws with a stock `StableDiffusionXLPipeline`'s own parts; equal to the stock calls (tests/pipelines).
 
-    `controlnet` shares nothing with the pipeline and may be `None`; then guided jobs are refused.
+    `controlnet` shares nothing with the pipeline and may be `None`; then guided jobs are refused. Raises
+    `WeightsUnusable` when the two were not made for one another.
     """
 
     def __init__(
         self, pipeline: Any, facts: ModelFacts, controlnet: Any = None, adapters: Adapters | None = None
     ) -> None:
+        if controlnet is not None:
+            check_grid(controlnet, pipeline.vae_scale_factor)
         self.pipeline = pipeline
         self.facts = facts
         self.controlnet = controlnet

@@ -11,11 +11,22 @@ from typing import Any
 
 import pytest
 import torch
+from drawing import MODELS_DIR, disc_mask, draw, job_for, outline, psnr, scene
+from safetensors.torch import load_file, save_file
 
 from stable_diffusion_server.errors import DevicePoisoned, InvalidInput, NotFinite, OutOfMemory, WeightsUnusable
-from stable_diffusion_server.pipelines.catalog import MODELS, facts_of, scheduler_of
-from stable_diffusion_server.pipelines.components import choose_device, load_pipeline, make_scheduler, set_timesteps
+from stable_diffusion_server.pipelines.catalog import MODELS, REAL_MODELS, facts_of, scheduler_of
+from stable_diffusion_server.pipelines.components import (
+    choose_device,
+    dtype_of,
+    load_controlnet,
+    load_pipeline,
+    make_scheduler,
+    set_timesteps,
+)
 from stable_diffusion_server.pipelines.denoising import decode, torch_errors_told
+from stable_diffusion_server.pipelines.flux import Flux
+from stable_diffusion_server.pipelines.sdxl import Sdxl
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CPU = torch.device("cpu")
@@ -40,6 +51,117 @@ def test_truncated_weights_are_told(models: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(WeightsUnusable, match="embedded-flux cannot be loaded"):
         load_pipeline(MODELS["flux"], models, CPU)
+
+
+def test_weights_that_are_not_all_there_are_told(models: Path) -> None:
+    """Left alone, diffusers would fill the gap with random numbers and draw on."""
+    weights = models / "embedded-flux" / "transformer" / "diffusion_pytorch_model.safetensors"
+    save_file(dict(list(load_file(weights).items())[1:]), weights)
+    with pytest.raises(WeightsUnusable, match="embedded-flux/transformer lacks 1 of its weights"):
+        load_pipeline(MODELS["flux"], models, CPU)
+
+
+def test_weights_of_another_shape_are_told(models: Path) -> None:
+    """A file of another size of model is not forced in."""
+    weights = models / "embedded-flux" / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    tensors["proj_out.bias"] = tensors["proj_out.bias"][:-1].clone()
+    save_file(tensors, weights)
+    with pytest.raises(WeightsUnusable, match="embedded-flux"):
+        load_pipeline(MODELS["flux"], models, CPU)
+
+
+def test_pickled_weights_are_not_read(models: Path) -> None:
+    """Only safetensors: unpickling runs whatever the file says."""
+    folder = models / "embedded-flux" / "transformer"
+    weights = folder / "diffusion_pytorch_model.safetensors"
+    torch.save(load_file(weights), folder / "diffusion_pytorch_model.bin")
+    weights.unlink()
+    with pytest.raises(WeightsUnusable):
+        load_pipeline(MODELS["flux"], models, CPU)
+
+
+def test_the_variant_is_taken_where_the_folder_has_it(models: Path) -> None:
+    """The fp16 files of real models are read under their names, on any device."""
+    for weights in (models / "embedded-flux").rglob("*.safetensors"):
+        weights.rename(weights.with_suffix(".fp16.safetensors"))
+    facts = replace(MODELS["flux"], variant="fp16")
+    assert load_pipeline(facts, models, CPU).transformer.dtype == torch.float32
+    with pytest.raises(WeightsUnusable):
+        load_pipeline(MODELS["flux"], models, CPU)
+
+
+def test_weights_have_the_type_the_catalogue_says(models: Path) -> None:
+    """A type for accelerators and one for the CPU."""
+    facts = replace(MODELS["flux"], cpu_dtype="bfloat16")
+    pipeline = load_pipeline(facts, models, CPU)
+    assert {pipeline.transformer.dtype, pipeline.vae.dtype, pipeline.text_encoder_2.dtype} == {torch.bfloat16}
+    assert dtype_of(MODELS["flux"], torch.device("cuda")) == torch.float32
+
+
+def test_half_precision_draws_nearly_the_same_picture(families: dict[str, Any]) -> None:
+    """Every task in bfloat16, within what its eight bits of fraction allow."""
+    facts = replace(MODELS["flux"], cpu_dtype="bfloat16")
+    half = Flux(load_pipeline(facts, MODELS_DIR, CPU), facts)
+    for changes in ({}, {"image": scene(), "strength": 0.6}, {"image": scene(), "mask": disc_mask(), "refine": True}):
+        job = job_for("flux", **changes)
+        assert psnr(draw(half, job), draw(families["flux"], job)) > 30
+
+
+def test_a_vae_that_overflows_in_fp16_is_kept_in_full_precision(models: Path) -> None:
+    """As the stock SDXL pipeline does by turns, which would cost two conversions a picture."""
+    shutil.copytree(ROOT / "models" / "embedded-sdxl", models / "embedded-sdxl")
+    config = models / "embedded-sdxl" / "vae" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "force_upcast": True}))
+    facts = replace(MODELS["sdxl"], cpu_dtype="float16")
+    pipeline = load_pipeline(facts, models, CPU)
+    assert (pipeline.unet.dtype, pipeline.vae.dtype) == (torch.float16, torch.float32)
+    for changes in ({}, {"image": scene(), "strength": 0.6}, {"image": scene(), "mask": disc_mask()}):
+        assert draw(Sdxl(pipeline, facts), job_for("sdxl", **changes)).std() > 5
+
+
+def test_a_controlnet_of_another_class_is_told(models: Path) -> None:
+    """SDXL's in the place of Flux's."""
+    shutil.copytree(ROOT / "models" / "embedded-controlnet-canny-sdxl", models / "edges")
+    facts = replace(MODELS["flux"], control_folder="edges")
+    with pytest.raises(WeightsUnusable, match="edges holds a ControlNetModel, and a FluxControlNetModel is needed"):
+        load_controlnet(facts, models, CPU)
+    (models / "edges" / "config.json").unlink()
+    with pytest.raises(WeightsUnusable, match="The files in edges cannot be loaded"):
+        load_controlnet(facts, models, CPU)
+    assert load_controlnet(replace(facts, control_folder="nowhere"), models, CPU) is None
+    assert load_controlnet(replace(facts, control_folder=None), models, CPU) is None
+
+
+def test_a_controlnet_made_for_another_vae_is_told(sdxl: Any) -> None:
+    """Edges that would not meet the latents are found at load, and not in the middle of a picture."""
+    config = dict(sdxl.controlnet.config)
+    channels = (8, *config["conditioning_embedding_out_channels"])
+    other = type(sdxl.controlnet).from_config({**config, "conditioning_embedding_out_channels": channels})
+    with pytest.raises(WeightsUnusable, match=r"The ControlNet takes \d+ pixels"):
+        Sdxl(sdxl.pipeline, sdxl.facts, other)
+
+
+def test_edges_without_a_controlnet_are_refused(models: Path) -> None:
+    """The job fails by its parameter, and does not just ignore what it was given."""
+    facts = MODELS["flux"]
+    plain = Flux(load_pipeline(facts, models, CPU), facts)
+    with pytest.raises(InvalidInput) as refused:
+        plain.prepare(job_for("flux", control=outline()))
+    assert refused.value.field == "canny"
+
+
+def test_a_hub_that_cannot_be_reached_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MODELS=hub without a network: one sentence with the name of what could not be had."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    for facts in (REAL_MODELS["sdxl"][0], REAL_MODELS["flux"][0]):
+        with pytest.raises(WeightsUnusable, match=f"{facts.repo} cannot be had from the hub"):
+            load_pipeline(facts, tmp_path, CPU, hub=True)
+        with pytest.raises(WeightsUnusable, match="cannot be had from the hub"):
+            load_controlnet(facts, tmp_path, CPU, hub=True)
+        with pytest.raises(WeightsUnusable, match=f"The model {facts.name} is missing"):
+            load_pipeline(facts, tmp_path, CPU)
 
 
 def test_weights_of_another_class_are_told(models: Path) -> None:

@@ -1,0 +1,137 @@
+"""Where a model's weights live and how fine they are, from free memory and footprint. Pure; knows no device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Literal
+
+from stable_diffusion_server.errors import WeightsUnusable
+
+Offload = Literal["auto", "none", "model", "group", "sequential"]
+Quantize = Literal["auto", "none", "int8", "float8"]
+
+# Free memory is never all ours: fragmentation, the allocator's own blocks, other processes.
+USABLE = 0.9
+# The part that is no part of the pipeline: hooks that move whole parts, or single layers, pass it by.
+CONTROL = "control"
+
+
+class Residency(StrEnum):
+    """Where the weights are while nothing is drawn, the fastest first.
+
+    `model` moves whole parts to the device one after the other; `group` single layers, fetching the next one while one
+    is at work; `sequential` single layers, one after the other.
+    """
+
+    RESIDENT = "resident"
+    MODEL = "model"
+    GROUP = "group"
+    SEQUENTIAL = "sequential"
+
+
+class Quantization(StrEnum):
+    """What the weights of the large parts are held in; `none` is the type they were loaded in."""
+
+    NONE = "none"
+    INT8 = "int8"
+    FLOAT8 = "float8"
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """What a model needs, in bytes: `parts` by name, the `quantized` ones of them, the largest `layer`.
+
+    `weight_bytes` is the size of one weight as loaded, `working` what one drawing needs beside the weights.
+    """
+
+    parts: Mapping[str, int]
+    quantized: tuple[str, ...]
+    layer: int
+    weight_bytes: int
+    working: int = 0
+
+    def shrunk(self) -> Footprint:
+        """The footprint with one byte for each weight of the quantized parts."""
+        parts = {
+            name: size // self.weight_bytes if name in self.quantized else size for name, size in self.parts.items()
+        }
+        return Footprint(parts, self.quantized, self.layer // self.weight_bytes, self.weight_bytes, self.working)
+
+    def needed(self, residency: Residency) -> int:
+        """Bytes on the device at the worst moment of a drawing."""
+        stays = self.parts.get(CONTROL, 0)
+        moved = [size for name, size in self.parts.items() if name != CONTROL]
+        weights = {
+            Residency.RESIDENT: sum(moved) + stays,
+            Residency.MODEL: max(moved, default=0) + stays,
+            Residency.GROUP: 2 * self.layer,  # the one at work, and the next on its way
+            Residency.SEQUENTIAL: stays,
+        }
+        return weights[residency] + self.working
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """The decision, and what it needs on the device in bytes."""
+
+    residency: Residency
+    quantization: Quantization
+    needed: int
+
+
+# In the order they are tried: each one fits where the one before does not, and is slower or coarser.
+_LADDER = (
+    (Residency.RESIDENT, Quantization.NONE),
+    (Residency.MODEL, Quantization.NONE),
+    (Residency.RESIDENT, Quantization.INT8),
+    (Residency.MODEL, Quantization.INT8),
+    (Residency.GROUP, Quantization.NONE),
+    (Residency.SEQUENTIAL, Quantization.NONE),
+)
+
+
+def place(
+    free: int,
+    footprint: Footprint,
+    *,
+    accelerated: bool,
+    offload: Offload = "auto",
+    quantize: Quantize = "auto",
+) -> Placement:
+    """The first placement that fits into `free` bytes of the device's memory and that the settings allow.
+
+    A setting other than `auto` is obeyed even where something else would do. On the CPU (`accelerated` false) weights
+    have nowhere to go to. Raises `WeightsUnusable` when nothing fits, or OFFLOAD cannot be obeyed.
+    """
+    if not accelerated and offload not in ("auto", "none"):
+        raise WeightsUnusable(f"OFFLOAD={offload} needs an accelerator: the CPU has its weights in its memory already.")
+    candidates = [
+        Placement(residency, quantization, footprint_then.needed(residency))
+        for residency, quantization in _allowed(accelerated, offload, quantize)
+        for footprint_then in (footprint if quantization is Quantization.NONE else footprint.shrunk(),)
+    ]
+    fitting = [placement for placement in candidates if placement.needed <= USABLE * free]
+    if fitting:
+        return fitting[0]
+    if offload != "auto" and quantize != "auto":
+        return candidates[-1]  # told to do just this
+    least = min(placement.needed for placement in candidates)
+    raise WeightsUnusable(f"The model needs {_gigabytes(least)} of memory, and {_gigabytes(free)} are free.")
+
+
+def _allowed(accelerated: bool, offload: Offload, quantize: Quantize) -> list[tuple[Residency, Quantization]]:
+    """The rungs of the ladder that the settings leave, with the settings' own in the place of the ladder's."""
+    if offload == "none" or not accelerated:
+        residencies = {Residency.RESIDENT}
+    else:
+        residencies = set(Residency) if offload == "auto" else {Residency(offload)}
+    if quantize == "auto":
+        rungs = [rung for rung in _LADDER if rung[0] in residencies]
+        return rungs or [(residency, Quantization.NONE) for residency in residencies]
+    return [(residency, Quantization(quantize)) for residency in Residency if residency in residencies]
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:.1f} GB"

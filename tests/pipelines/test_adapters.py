@@ -1,0 +1,238 @@
+"""LoRA adapters: they change pictures, only those that ask for them, and nothing outside their folder is read."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from drawing import MODELS_DIR, draw, draw_together, job_for, psnr, scene
+from lora_training import train_swap
+from safetensors.torch import load_file, save_file
+
+from stable_diffusion_server.errors import InvalidInput, WeightsUnusable
+from stable_diffusion_server.pipelines import adapters
+from stable_diffusion_server.pipelines.adapters import Adapters, find, names_in, read_header, refuse_control_lora
+from stable_diffusion_server.pipelines.catalog import MODELS, scheduler_of, with_lcm
+from stable_diffusion_server.pipelines.components import load_pipeline
+from stable_diffusion_server.pipelines.registry import LoadOptions, load
+from stable_diffusion_server.pipelines.sdxl import Sdxl
+
+CPU = torch.device("cpu")
+GREEN = (("green", 1.0),)
+
+
+def fresh_sdxl() -> Sdxl:
+    facts = MODELS["sdxl"]
+    return Sdxl(load_pipeline(facts, MODELS_DIR, CPU), facts)
+
+
+@pytest.fixture(scope="module")
+def loras(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> Path:
+    """An allowed folder with one adapter, trained here: red things become green."""
+    folder = tmp_path_factory.mktemp("loras")
+    train_swap(fresh_sdxl(), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def painter(loras: Path) -> Sdxl:
+    """The embedded SDXL that may use the folder."""
+    facts = MODELS["sdxl"]
+    pipeline = load_pipeline(facts, MODELS_DIR, CPU)
+    return Sdxl(pipeline, facts, adapters=Adapters(pipeline, loras))
+
+
+def middle(pixels: Any) -> Any:
+    """Mean colour of the middle of a picture."""
+    height, width = pixels.shape[:2]
+    return pixels[height * 3 // 8 : height * 5 // 8, width * 3 // 8 : width * 5 // 8].reshape(-1, 3).mean(0)
+
+
+def test_an_adapter_does_what_it_was_trained_to_do(painter: Sdxl, sdxl: Sdxl) -> None:
+    """The red circle is a green one, and the background is still blue."""
+    without, with_it = draw(sdxl, job_for("sdxl")), draw(painter, job_for("sdxl", loras=GREEN))
+    assert middle(without).argmax() == 0
+    assert middle(with_it).argmax() == 1
+    assert with_it[3, 3].argmax() == 2
+
+
+def test_jobs_without_it_are_drawn_as_if_it_had_never_been_loaded(painter: Sdxl, sdxl: Sdxl) -> None:
+    """Before, between and after jobs with an adapter, to the last bit."""
+    plain = job_for("sdxl", image=scene(), strength=0.8)
+    expected = draw(sdxl, plain)
+    for _ in range(2):
+        assert (draw(painter, plain) == expected).all()
+        draw(painter, job_for("sdxl", loras=GREEN))
+    assert (draw(painter, plain) == expected).all()
+
+
+def test_the_weight_says_how_much(painter: Sdxl) -> None:
+    """Half an adapter is between none and a whole one; none at all is none."""
+    drawn = [draw(painter, job_for("sdxl", loras=(("green", weight),))) for weight in (0.0, 0.5, 1.0)]
+    reds = [middle(pixels)[0] for pixels in drawn]
+    assert reds == sorted(reds, reverse=True)
+    assert (drawn[0] == draw(painter, job_for("sdxl"))).all()
+
+
+def test_groups_may_take_turns(painter: Sdxl) -> None:
+    """States with and without an adapter, stepped in turns, come out as if each had been alone."""
+    jobs = [job_for("sdxl", loras=GREEN), job_for("sdxl")]
+    alone = [draw(painter, job) for job in jobs]
+    states = [painter.prepare(job) for job in jobs]
+    while not all(state.done for state in states):
+        for state in states:
+            painter.step([state])
+    for state, expected in zip(states, alone, strict=True):
+        assert (painter.finish(state).pixels == expected).all()
+
+
+def test_jobs_with_other_adapters_never_share_a_forward_pass() -> None:
+    """Adapters and their weights are part of the shape by which the engine groups."""
+    shapes = {job_for("sdxl", loras=loras).shape for loras in ((), GREEN, (("green", 0.5),))}
+    assert len(shapes) == 3
+    assert job_for("sdxl", loras=GREEN, seed=1).shape == job_for("sdxl", loras=GREEN, seed=2).shape
+
+
+def test_a_batch_may_share_an_adapter(painter: Sdxl) -> None:
+    """Two jobs of one group are drawn together."""
+    jobs = [job_for("sdxl", loras=GREEN, seed=seed) for seed in (1, 2)]
+    for mixed, job in zip(draw_together(painter, jobs), jobs, strict=True):
+        assert psnr(mixed, draw(painter, job)) >= 45
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../secret", "..", "/etc/passwd", "green.safetensors", "nothing", "", "sub/green", "gr\x00een", "link", ".x"],
+)
+def test_only_the_folders_own_adapters_have_names(name: str, loras: Path, tmp_path: Path) -> None:
+    """Paths, links that lead out and unknown names are refused as the parameter they are."""
+    folder = tmp_path / "allowed"
+    shutil.copytree(loras, folder)
+    (tmp_path / "secret.safetensors").write_bytes(b"secret")
+    (folder / "link.safetensors").symlink_to(tmp_path / "secret.safetensors")
+    with pytest.raises(InvalidInput) as refused:
+        find(folder, name)
+    assert refused.value.field == "lora"
+    assert find(folder, "green").name == "green.safetensors"
+    assert "green" in names_in(folder)
+
+
+def test_without_a_folder_there_are_no_adapters(sdxl: Sdxl) -> None:
+    """The default: a job that names one is refused before anything is drawn."""
+    assert names_in(None) == ()
+    with pytest.raises(InvalidInput, match="No adapters are offered here"):
+        sdxl.prepare(job_for("sdxl", loras=GREEN))
+
+
+def test_an_adapter_of_another_model_is_refused_and_harms_nothing(painter: Sdxl, loras: Path) -> None:
+    """Tensors of wrong shapes: the job fails by its parameter, the next one is drawn."""
+    expected = draw(painter, job_for("sdxl"))
+    wrong = {name: torch.zeros(3, 3) for name in load_file(loras / "green.safetensors")}
+    save_file(wrong, loras / "wrong.safetensors")
+    (loras / "torn.safetensors").write_bytes((loras / "green.safetensors").read_bytes()[:-10])
+    with pytest.raises(InvalidInput, match="'wrong' is not an adapter for this model"):
+        painter.prepare(job_for("sdxl", loras=(("wrong", 1.0),)))
+    with pytest.raises(WeightsUnusable, match="truncated"):
+        painter.prepare(job_for("sdxl", loras=(("torn", 1.0),)))
+    assert (draw(painter, job_for("sdxl")) == expected).all()
+    assert middle(draw(painter, job_for("sdxl", loras=GREEN))).argmax() == 1
+
+
+def test_an_adapter_that_fails_first_of_all_leaves_the_model_as_it_was(loras: Path, sdxl: Sdxl, tmp_path: Path) -> None:
+    """Nothing of a half-loaded adapter stays on."""
+    wrong = {name: torch.ones(3, 3) for name in load_file(loras / "green.safetensors")}
+    save_file(wrong, tmp_path / "wrong.safetensors")
+    pipeline = load_pipeline(MODELS["sdxl"], MODELS_DIR, CPU)
+    own = Sdxl(pipeline, MODELS["sdxl"], adapters=Adapters(pipeline, tmp_path))
+    with pytest.raises(InvalidInput):
+        own.prepare(job_for("sdxl", loras=(("wrong", 1.0),)))
+    assert (draw(own, job_for("sdxl")) == draw(sdxl, job_for("sdxl"))).all()
+
+
+def test_adapters_that_were_not_used_for_long_are_forgotten(
+    loras: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A folder of many does not fill the memory, and a forgotten one is loaded again."""
+    monkeypatch.setattr(adapters, "KEPT", 2)
+    for letter in "abcd":
+        shutil.copy(loras / "green.safetensors", tmp_path / f"{letter}.v1.safetensors")
+    pipeline = load_pipeline(MODELS["sdxl"], MODELS_DIR, CPU)
+    own = Adapters(pipeline, tmp_path)
+    for letter in "abcda":
+        own.use(((f"{letter}.v1", 1.0),))
+        assert len(pipeline.get_list_adapters()["unet"]) <= 3
+    assert pipeline.get_active_adapters() == [adapters._key("a.v1")]
+
+
+def test_a_control_lora_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    """Of Black Forest Labs' kind, in both of its spellings: it would widen the input of the shared transformer."""
+    for name in (
+        "transformer.x_embedder.lora_A.weight",
+        "img_in.lora_A.weight",
+        "single_blocks.0.norm.query_norm.scale",
+    ):
+        save_file({name: torch.zeros(4, 128)}, tmp_path / "line.safetensors")
+        with pytest.raises(WeightsUnusable, match=r"control LoRA.*ControlNet"):
+            refuse_control_lora(tmp_path / "line.safetensors")
+    save_file({"transformer.blocks.0.attn.to_q.lora_A.weight": torch.zeros(4, 128)}, tmp_path / "plain.safetensors")
+    refuse_control_lora(tmp_path / "plain.safetensors")
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff" * 64, b"\x10\0\0\0\0\0\0\0[1, 2, 3, 4, 5]", b"\x02\0\0\0\0\0\0\0[]"])
+def test_a_file_that_is_no_safetensors_is_told(content: bytes, tmp_path: Path) -> None:
+    """Empty, random, and JSON of another kind."""
+    file = tmp_path / "broken.safetensors"
+    file.write_bytes(content)
+    with pytest.raises(WeightsUnusable, match=r"broken\.safetensors is not a safetensors file"):
+        read_header(file)
+
+
+@pytest.fixture
+def lcm_models(loras: Path, tmp_path: Path) -> Path:
+    """The models' folder with an LCM LoRA beside the SDXL, ours in its place."""
+    (tmp_path / "embedded-sdxl").symlink_to(MODELS_DIR / "embedded-sdxl")
+    (tmp_path / "lcm-lora-sdxl").mkdir()
+    shutil.copy(loras / "green.safetensors", tmp_path / "lcm-lora-sdxl" / "pytorch_lora_weights.safetensors")
+    return tmp_path
+
+
+def test_the_lcm_lora_belongs_to_the_model_and_goes_with_others(lcm_models: Path, loras: Path) -> None:
+    """With LOAD_LCM_LORA it is on for every job, beside a job's own, and the facts say few steps and no guidance."""
+    facts = with_lcm(replace(MODELS["sdxl"], lcm_folder="lcm-lora-sdxl", schedulers=("euler", "lcm")))
+    assert 4 <= facts.default_steps <= 8
+    assert 1.0 <= facts.default_guidance <= 2.0
+    assert facts.default_scheduler == "lcm"
+    assert facts.revision.endswith("+lcm")
+    registry = load(lcm_models, "cpu", 1, LoadOptions(models={"sdxl": facts}, lora_dir=loras))
+    assert registry.loaded[0].loras == names_in(loras)
+    always = draw(registry, job_for("sdxl"))
+    assert middle(always).argmax() == 1  # ours paints green
+    both = draw(registry, job_for("sdxl", loras=(("green", -1.0),)))
+    assert middle(both).argmax() == 0  # one undoes the other
+    assert (draw(registry, job_for("sdxl")) == always).all()
+    by_lcm = job_for("sdxl", scheduler="lcm", num_inference_steps=6, guidance_scale=1.0)
+    assert draw(registry, by_lcm).std() > 5
+    with pytest.raises(InvalidInput, match="from 1 to 50"):
+        scheduler_of(facts, "lcm", 51)
+
+
+def test_a_missing_lcm_lora_is_told_at_load(tmp_path: Path) -> None:
+    """The sentence names the folder it should be in."""
+    (tmp_path / "embedded-sdxl").symlink_to(MODELS_DIR / "embedded-sdxl")
+    facts = with_lcm(replace(MODELS["sdxl"], lcm_folder="lcm-lora-sdxl"))
+    with pytest.raises(WeightsUnusable, match=r"no \.safetensors file in lcm-lora-sdxl"):
+        load(tmp_path, "cpu", 1, LoadOptions(models={"sdxl": facts}))
+
+
+def test_adapters_go_on_weights_of_one_byte_too(loras: Path) -> None:
+    """QUANTIZE=int8 and a LoRA together still paint green, and leave jobs without it alone."""
+    pytest.importorskip("optimum.quanto")
+    options = LoadOptions(models={"sdxl": MODELS["sdxl"]}, lora_dir=loras, quantize="int8")
+    registry = load(MODELS_DIR, "cpu", 1, options)
+    before = draw(registry, job_for("sdxl"))
+    assert middle(draw(registry, job_for("sdxl", loras=GREEN))).argmax() == 1
+    assert (draw(registry, job_for("sdxl")) == before).all()

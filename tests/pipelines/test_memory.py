@@ -1,0 +1,151 @@
+"""One set of weights serves every task, and finer or travelling weights still draw the picture."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from drawing import MODELS_DIR, disc_mask, draw, job_for, outline, psnr, scene
+
+from stable_diffusion_server.errors import WeightsUnusable
+from stable_diffusion_server.pipelines.catalog import MODELS, with_quantization
+from stable_diffusion_server.pipelines.components import bytes_of, load_controlnet, load_pipeline, settle
+from stable_diffusion_server.pipelines.flux import Flux
+from stable_diffusion_server.pipelines.placement import Quantize, Residency
+from stable_diffusion_server.pipelines.registry import LoadOptions, load
+from stable_diffusion_server.pipelines.sdxl import Sdxl
+
+CPU = torch.device("cpu")
+KINDS: dict[str, Any] = {"sdxl": Sdxl, "flux": Flux}
+TASKS = {
+    "sdxl": (
+        "StableDiffusionXLPipeline",
+        "StableDiffusionXLImg2ImgPipeline",
+        "StableDiffusionXLInpaintPipeline",
+        "StableDiffusionXLControlNetPipeline",
+        "StableDiffusionXLControlNetImg2ImgPipeline",
+    ),
+    "flux": ("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline"),
+}
+
+
+def modules_of(pipeline: Any) -> list[torch.nn.Module]:
+    return [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
+
+
+def draw_every_task(family: Any) -> None:
+    name = family.facts.name
+    jobs = [job_for(name), job_for(name, image=scene(), strength=0.5), job_for(name, image=scene(), mask=disc_mask())]
+    for job in [*jobs, *([job_for(name, control=outline())] if family.controlnet is not None else [])]:
+        draw(family, job)
+
+
+@pytest.mark.parametrize("name", ["sdxl", "flux"])
+def test_all_tasks_together_take_the_memory_of_one(name: str, one_thread: None) -> None:
+    """After drawing every task: the same modules, and at most a twentieth more than the base and the ControlNet."""
+    facts = MODELS[name]
+    family = KINDS[name](load_pipeline(facts, MODELS_DIR, CPU), facts, load_controlnet(facts, MODELS_DIR, CPU))
+    base, before = bytes_of(*modules_of(family.pipeline)), modules_of(family.pipeline)
+    control = bytes_of(family.controlnet) if family.controlnet is not None else 0
+    draw_every_task(family)
+    after = modules_of(family.pipeline)
+    assert all(mine is theirs for mine, theirs in zip(before, after, strict=True))
+    together = bytes_of(*after, *([family.controlnet] if control else []))
+    apart = bytes_apart(name)
+    print(f"\n| {name} | text alone {base:,} | all tasks {together:,} | loaded separately {apart:,} |")  # noqa: T201  # the table
+    assert together <= 1.05 * base + control
+    assert apart > 2.5 * together
+
+
+def bytes_apart(name: str) -> int:
+    """What the stock pipelines of every task take, each loaded by itself as the original's were."""
+    facts, total = MODELS[name], 0
+    for kind in TASKS[name]:
+        parts = {"controlnet": load_controlnet(facts, MODELS_DIR, CPU)} if "ControlNet" in kind else {}
+        folder = MODELS_DIR / facts.folder
+        pipeline = getattr(diffusers, kind).from_pretrained(folder, dtype=torch.float32, **parts)
+        total += bytes_of(*modules_of(pipeline))
+    return total
+
+
+@pytest.mark.parametrize(("quantize", "least"), [("int8", 45), ("float8", 40)])
+def test_weights_of_one_byte_draw_nearly_the_same_picture(
+    quantize: Quantize, least: float, families: dict[str, Any]
+) -> None:
+    """By optimum-quanto: the denoiser takes a third of its memory or less, and every task still works."""
+    pytest.importorskip("optimum.quanto")
+    models = {name: with_quantization(facts, quantize) for name, facts in MODELS.items()}
+    registry = load(MODELS_DIR, "cpu", 1, LoadOptions(models=models, quantize=quantize))
+    for name, family in registry._families.items():
+        part = family.facts.denoiser
+        fine, coarse = (bytes_of(getattr(f.pipeline, part)) for f in (families[name], family))
+        ratio = psnr(draw(family, job_for(name)), draw(families[name], job_for(name)))
+        print(f"\n| {name} | {quantize} | {part} {fine:,} → {coarse:,} bytes | {ratio:.1f} dB |")  # noqa: T201  # the table
+        assert 3 * coarse < fine
+        assert ratio >= least
+        draw_every_task(family)
+    assert {model.quantization for model in registry.loaded} == {quantize}
+    assert all(model.revision.endswith(f"+{quantize}") for model in registry.loaded)
+
+
+@pytest.mark.parametrize("name", ["sdxl", "flux"])
+def test_layers_that_travel_in_groups_draw_the_very_same_picture(name: str, families: dict[str, Any]) -> None:
+    """Group offloading works on the CPU too, where it saves nothing: its hooks leave the arithmetic alone."""
+    facts = MODELS[name]
+    family = KINDS[name](load_pipeline(facts, MODELS_DIR, CPU), facts, load_controlnet(facts, MODELS_DIR, CPU))
+    settle(family.pipeline, family.controlnet, CPU, Residency.GROUP)
+    job = job_for(name, image=scene(), strength=0.6)
+    assert psnr(draw(family, job), draw(families[name], job)) > 80
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("residency", list(Residency))
+@pytest.mark.parametrize("name", ["sdxl", "flux"])
+def test_every_residency_draws_on_a_gpu(name: str, residency: Residency, families: dict[str, Any]) -> None:
+    """Wherever the weights are in between, the picture is that of the CPU, nearly."""
+    facts, cuda = MODELS[name], torch.device("cuda")
+    pipeline = load_pipeline(facts, MODELS_DIR, cuda, move=False)
+    family = KINDS[name](pipeline, facts, load_controlnet(facts, MODELS_DIR, cuda, move=False))
+    settle(family.pipeline, family.controlnet, cuda, residency)
+    assert psnr(draw(family, job_for(name)), draw(families[name], job_for(name))) > 30
+    draw_every_task(family)
+
+
+def test_a_vae_in_slices_and_tiles_draws_the_same_small_picture(families: dict[str, Any]) -> None:
+    """Both are options; neither does anything to a picture of one tile."""
+    registry = load(MODELS_DIR, "cpu", 1, LoadOptions(vae_slicing=True, vae_tiling=True))
+    assert registry._families["sdxl"].pipeline.vae.use_tiling
+    assert registry._families["sdxl"].pipeline.vae.use_slicing
+    assert psnr(draw(registry, job_for("sdxl")), draw(families["sdxl"], job_for("sdxl"))) > 80
+
+
+def test_what_is_loaded_is_told(one_thread: None) -> None:
+    """From where, as which revision, on what, in which placement, and with how many bytes."""
+    registry = load(MODELS_DIR, "cpu", 1)
+    told = {model.name: model for model in registry.loaded}
+    assert set(told) == set(MODELS)
+    assert told["sdxl"].folder == "embedded-sdxl"
+    assert told["sdxl"].follows_edges
+    assert (told["sdxl"].device, told["sdxl"].residency, told["sdxl"].dtype) == ("cpu", "resident", "float32")
+    assert told["sdxl"].bytes > 4 * 6_000_000
+    assert registry.resident
+    registry.release_memory()
+
+
+def test_offloading_on_the_cpu_is_refused_at_load() -> None:
+    """One sentence that names the setting."""
+    with pytest.raises(WeightsUnusable, match="OFFLOAD=model"):
+        load(MODELS_DIR, "cpu", 1, LoadOptions(offload="model"))
+
+
+def test_a_missing_quantizer_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sentence says what to install."""
+    import sys
+
+    monkeypatch.setitem(sys.modules, "optimum", None)  # as on a machine that has no such package
+    with pytest.raises(WeightsUnusable, match="pip install optimum-quanto"):
+        load(MODELS_DIR, "cpu", 1, LoadOptions(models={"flux": replace(MODELS["flux"])}, quantize="int8"))
