@@ -15,7 +15,8 @@ import uvicorn
 
 from stable_diffusion_server.bucket_api import StorageOptions, check_bucket, object_key, open_bucket
 from stable_diffusion_server.errors import StorageUnavailable
-from stable_diffusion_server.settings import Settings, SettingsError, describe_settings, read_settings
+from stable_diffusion_server.settings import Settings
+from stable_diffusion_server.settings.reading import SettingsError, describe_settings, read_settings
 
 _PROMPT = "a red circle on a blue background"
 

@@ -1,0 +1,38 @@
+"""Lets a signal drain the engine before the server program waits for its connections."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from stable_diffusion_server.engine import Engine
+
+
+@contextmanager
+def drained_by_signals(engine: Engine[Any, Any]) -> Iterator[None]:
+    """Have a signal to end drain the engine at once, before whatever the server program does with it.
+
+    uvicorn waits for open connections first, and those wait for pictures.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # a test's event loop: signals are not its business
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def drain(number: int, frame: FrameType | None) -> None:
+        # On a thread of its own: a handler may interrupt the holder of the very lock it needs.
+        threading.Thread(target=engine.drain, name="drain").start()
+        if callable(handler := before[signal.Signals(number)]):
+            handler(number, frame)
+
+    for number in before:
+        signal.signal(number, drain)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

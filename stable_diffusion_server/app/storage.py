@@ -1,0 +1,72 @@
+"""Builds what stores: the bucket with what stands before it, and how a key becomes a URL."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import structlog
+from fastapi import Request
+
+from stable_diffusion_server.bucket_api import Bucket, StorageOptions, open_bucket, url_path
+from stable_diffusion_server.buckets.local import LocalBucket
+from stable_diffusion_server.errors import ServerError
+from stable_diffusion_server.orders import Stored
+from stable_diffusion_server.settings import Settings
+from stable_diffusion_server.spool.files import Spool
+from stable_diffusion_server.spool.remembering import Remembering
+from stable_diffusion_server.spool.spooling import Spooling
+
+_log = structlog.get_logger(__name__)
+
+
+def build_bucket(settings: Settings) -> Bucket:
+    """The bucket of the settings; one that is elsewhere has a spool before it, and a memory of what it holds."""
+    bucket = open_bucket(StorageOptions.of(settings))
+    if isinstance(bucket, LocalBucket):
+        return bucket
+    spool = Spool(settings.data_dir / "spool", settings.spool_bytes)
+    return Remembering(Spooling(bucket, spool, settings.storage_timeout), settings.known_keys, settings.known_seconds)
+
+
+def known_to(bucket: Bucket) -> Callable[[str], Stored | None]:
+    """What the bucket knows of a key without asking anyone."""
+    return bucket.known if isinstance(bucket, Remembering) else lambda key: None
+
+
+def open_folders(settings: Settings, bucket: Any, faults: dict[str, str]) -> None:
+    """Make the folders ready; what cannot be is kept in `faults` for `/readyz`, and the rest is served."""
+    faults.clear()
+    try:
+        settings.data_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        faults["data"] = f"DATA_DIR cannot be used ({error.strerror})."
+    try:
+        bucket.open()
+    except ServerError as error:
+        faults["bucket"] = error.detail
+    for fault in faults.values():
+        _log.error("not able to draw", reason=fault)
+
+
+def url_maker(settings: Settings, bucket: Bucket) -> Any:
+    """How a key becomes a URL: the bucket's own, else this server's.
+
+    This server is PUBLIC_BASE_URL, where that is not the bucket's, else the address the client's connection came in
+    on; never the Host header, which the client writes.
+    """
+    public = settings.public_base_url if settings.storage_provider == "local" else ""
+
+    def url_of(request: Request, key: str) -> str:
+        if (url := bucket.url(key)) is not None:
+            return url
+        base = public
+        if not base:
+            host, port = request.scope.get("server") or (settings.host, settings.port)
+            name = f"[{host}]" if ":" in host else host
+            # A forwarded scheme may be a websocket's.
+            scheme = "https" if request.scope["scheme"] in ("https", "wss") else "http"
+            base = f"{scheme}://{name}:{port or settings.port}"
+        return f"{base}/files/{url_path(key)}"
+
+    return url_of
