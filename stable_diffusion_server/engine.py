@@ -180,7 +180,9 @@ class Engine(Generic[S, P]):
         """
         with self._changed:
             self.check_open()
-            ticket: Ticket[P] = Ticket(job, owner=owner, background=background, wants_previews=previews, watch=watch)
+            ticket: Ticket[P] = Ticket(
+                job, owner=owner, background=background, wants_previews=previews, watch=watch, alone=job.alone
+            )
             self._waiting.append(ticket)
             self._changed.notify_all()
         ticket.result.add_done_callback(lambda result: self._forget(ticket) if result.cancelled() else None)

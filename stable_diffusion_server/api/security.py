@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 from uuid import uuid4
 
 import structlog
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers, MutableHeaders, QueryParams
 from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -24,7 +24,7 @@ _log = structlog.get_logger("access")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _HOST = re.compile(r"(\[(?P<v6>[0-9A-Fa-f:.]+)\]|(?P<name>[A-Za-z0-9._-]+))(:\d*)?")
 # Reading these draws nothing and tells no secret, so a link or an <img> on another page may lead here.
-_OPEN_PATHS = ("/files/", "/healthz", "/readyz", "/docs", "/openapi.json")
+_OPEN_PATHS = ("/healthz", "/readyz", "/docs", "/openapi.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class Policy:
     def check(self, scope: Scope, headers: Headers) -> None:
         """Raise `Misdirected`, `Forbidden`, `Unauthorized` or `TooLarge` for a request that may not go on."""
         self._check_host(headers)
-        if scope["path"].startswith(_OPEN_PATHS) or scope["path"] == "/":
+        if _is_open(scope):
             return
         self._check_origin(scope, headers)
         if scope["method"] == "OPTIONS":
@@ -152,6 +152,13 @@ def allowed_host_names(host: str, allowed: tuple[str, ...], public_base_url: str
     """The host names the settings name, lower-cased and without ports; wildcard addresses name nothing."""
     names = {_host_name(name) for name in (host, *allowed, urlsplit(public_base_url).netloc)}
     return frozenset(names - {"", "0.0.0.0", "::"})  # noqa: S104  # taken out here, not listened on
+
+
+def _is_open(scope: Scope) -> bool:
+    """Whether anyone may ask this: what draws nothing, changes nothing and tells no prompt."""
+    if scope["path"].startswith("/files/"):
+        return scope["method"] in ("GET", "HEAD") and "record" not in QueryParams(scope["query_string"])
+    return bool(scope["path"].startswith(_OPEN_PATHS)) or scope["path"] == "/"
 
 
 def _request_id(headers: Headers) -> str:

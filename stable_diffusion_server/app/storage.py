@@ -11,8 +11,11 @@ from fastapi import Request
 from stable_diffusion_server.bucket_api import Bucket, StorageOptions, open_bucket, url_path
 from stable_diffusion_server.buckets.local import LocalBucket
 from stable_diffusion_server.errors import ServerError
+from stable_diffusion_server.history.index import Index
+from stable_diffusion_server.history.recorder import Recorder
 from stable_diffusion_server.orders import Stored
 from stable_diffusion_server.settings import Settings
+from stable_diffusion_server.signing import Signer
 from stable_diffusion_server.spool.files import Spool
 from stable_diffusion_server.spool.remembering import Remembering
 from stable_diffusion_server.spool.spooling import Spooling
@@ -29,12 +32,27 @@ def build_bucket(settings: Settings) -> Bucket:
     return Remembering(Spooling(bucket, spool, settings.storage_timeout), settings.known_keys, settings.known_seconds)
 
 
+def build_history(settings: Settings) -> Recorder:
+    """The history of the settings; nothing is opened."""
+    if not settings.history_entries:
+        return Recorder(None)
+    return Recorder(Index(settings.data_dir / "history.db", settings.history_entries, settings.history_days * 86_400))
+
+
+def build_signer(settings: Settings) -> Signer | None:
+    """What signs this server's own addresses, where they are to be signed."""
+    if not settings.signed_url_seconds:
+        return None
+    secret = settings.url_secret.get_secret_value()
+    return Signer(secret, settings.data_dir / "url-secret", settings.signed_url_seconds)
+
+
 def known_to(bucket: Bucket) -> Callable[[str], Stored | None]:
     """What the bucket knows of a key without asking anyone."""
     return bucket.known if isinstance(bucket, Remembering) else lambda key: None
 
 
-def open_folders(settings: Settings, bucket: Any, faults: dict[str, str]) -> None:
+def open_folders(settings: Settings, bucket: Any, signer: Signer | None, faults: dict[str, str]) -> None:
     """Make the folders ready; what cannot be is kept in `faults` for `/readyz`, and the rest is served."""
     faults.clear()
     try:
@@ -45,11 +63,16 @@ def open_folders(settings: Settings, bucket: Any, faults: dict[str, str]) -> Non
         bucket.open()
     except ServerError as error:
         faults["bucket"] = error.detail
+    try:
+        if signer is not None and "data" not in faults:
+            signer.open()
+    except ServerError as error:
+        faults["signing"] = error.detail
     for fault in faults.values():
         _log.error("not able to draw", reason=fault)
 
 
-def url_maker(settings: Settings, bucket: Bucket) -> Any:
+def url_maker(settings: Settings, bucket: Bucket, signer: Signer | None) -> Any:
     """How a key becomes a URL: the bucket's own, else this server's.
 
     This server is PUBLIC_BASE_URL, where that is not the bucket's, else the address the client's connection came in
@@ -67,6 +90,7 @@ def url_maker(settings: Settings, bucket: Bucket) -> Any:
             # A forwarded scheme may be a websocket's.
             scheme = "https" if request.scope["scheme"] in ("https", "wss") else "http"
             base = f"{scheme}://{name}:{port or settings.port}"
-        return f"{base}/files/{url_path(key)}"
+        signed = f"?{signer.query(key)}" if signer is not None else ""
+        return f"{base}/files/{url_path(key)}{signed}"
 
     return url_of

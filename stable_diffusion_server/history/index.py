@@ -50,7 +50,7 @@ class Index:
             if isinstance(error, sqlite3.OperationalError):
                 raise _unusable(error) from error
             aside = self._path.with_suffix(f".{uuid4().hex[:8]}.broken")
-            _log.error("the history is broken and begins anew", kept_as=aside.name)  # noqa: TRY400  # no trace needed
+            _log.error("the history is broken and begins anew", kept_as=aside.name)
             self._path.replace(aside)
             self._make()
 

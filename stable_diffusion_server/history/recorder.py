@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from queue import Empty, Full, Queue
+from contextlib import suppress
+from queue import Full, Queue
 
 import structlog
 
@@ -40,6 +41,8 @@ class Recorder:
         if self._thread.is_alive():
             self._settle()
             self._stop.set()
+            with suppress(Full):
+                self._waiting.put_nowait(threading.Event())  # wakes it
             self._thread.join(_SETTLE_SECONDS)
 
     def record(self, entry: Entry) -> None:
@@ -90,11 +93,9 @@ class Recorder:
         mark.wait(_SETTLE_SECONDS)
 
     def _write_until_told(self) -> None:
+        self._write([])
         while not self._stop.is_set():
-            try:
-                taken = [self._waiting.get(timeout=0.5)]
-            except Empty:
-                continue
+            taken = [self._waiting.get()]
             while len(taken) < _TOGETHER and not self._waiting.empty():
                 taken.append(self._waiting.get_nowait())
             self._write([each for each in taken if isinstance(each, Entry)])
@@ -104,14 +105,13 @@ class Recorder:
 
     def _write(self, entries: list[Entry]) -> None:
         assert self._index is not None  # noqa: S101  # no thread without one; tells the type checker
-        if not entries:
-            return
         try:
             if not self._opened:
                 self._index.open()
                 self._opened = True
             # One a key: the later of two is the one that is stored.
-            self._index.add(list({entry.key: entry for entry in entries}.values()))
+            if entries:
+                self._index.add(list({entry.key: entry for entry in entries}.values()))
         except Exception as error:  # whatever it is: the pictures are stored, and the next ones are to be recorded
             self._opened = False
             _log.warning("the history lost entries", count=len(entries), reason=str(error))
