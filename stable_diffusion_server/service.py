@@ -211,7 +211,7 @@ class Service:
         async def once(job: Job) -> Drawing[DrawnPicture]:
             return await asyncio.wrap_future(self._queue.submit(job).result)
 
-        options, facts = self._options, facts_of(job.model)
+        options, facts = self._options, facts_of(job.model, self._options.models)
         redraws = facts.bumpy_redraws if options.bumpy_redraws is None else options.bumpy_redraws
         remedy = Remedy(redraws, options.limits.max_steps, facts, lambda text: self._fit(job.model, text))
         return await draw_well(job, once, remedy)
@@ -221,7 +221,9 @@ class Service:
         return replace(job, prompt=self._fit(job.model, job.prompt), negative_prompt=negative)
 
     def _fit(self, model: str, text: str) -> str:
-        return shorten_too_long_text(text, facts_of(model).text_tokens, lambda t: self._count_tokens(model, t))
+        return shorten_too_long_text(
+            text, facts_of(model, self._options.models).text_tokens, lambda t: self._count_tokens(model, t)
+        )
 
     def _encode(self, plan: Plan, scene: Scene, judged: Judged[DrawnPicture]) -> bytes:
         finished = scene.finished(judged.product.pixels)
