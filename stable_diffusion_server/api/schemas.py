@@ -11,6 +11,7 @@ from fastapi import Request
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema, field_validator, model_validator
 
 from stable_diffusion_server.api.bodies import BODY_TYPES, Upload, read_parameters
+from stable_diffusion_server.api.callers import caller_of, within
 from stable_diffusion_server.errors import InvalidInput
 from stable_diffusion_server.limits import Limits
 from stable_diffusion_server.orders import Format, Order, Receipt, Source, Task
@@ -147,10 +148,12 @@ class Inpaint(Parameters):
 async def read_order(request: Request, schema: type[Parameters]) -> Order:
     """The order in a request's query and body (form, multipart or JSON).
 
-    Raises `Malformed`, `UnsupportedMedia` and `InvalidInput`, which names every refused parameter.
+    Raises `Malformed`, `UnsupportedMedia`, `InvalidInput`, which names every refused parameter, and `Forbidden` for a
+    name that is not the caller's.
     """
     try:
-        return schema.model_validate(await read_parameters(request, schema.files)).order()
+        order = schema.model_validate(await read_parameters(request, schema.files)).order()
+        return within(caller_of(request), order)
     except ValidationError as error:
         _refuse(error)
 

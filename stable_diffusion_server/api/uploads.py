@@ -65,8 +65,11 @@ _DOORS: tuple[tuple[str, type[Parameters], str, str], ...] = (
 )
 
 
-def router(service: Service, limits: Limits, url_of: UrlOf) -> APIRouter:
-    """The upload doors over a service; `url_of` makes the URL of a key for the client at hand."""
+def router(service: Service, limits: Limits, url_of: UrlOf, *, get_generates: bool = True) -> APIRouter:
+    """The upload doors over a service; `url_of` makes the URL of a key for the client at hand.
+
+    GET is there because the original had it; without `get_generates` only POST draws.
+    """
     routes = APIRouter(tags=["draw"])
 
     def told(request: Request, receipt: Receipt, _: bytes) -> Response:
@@ -87,7 +90,7 @@ def router(service: Service, limits: Limits, url_of: UrlOf) -> APIRouter:
             fulfilled = await unless_disconnected(request, work)
             return client_gone() if fulfilled is None else answer(request, *fulfilled)
 
-        for method in ("GET", "POST"):
+        for method in ("GET", "POST") if get_generates else ("POST",):
             routes.add_api_route(
                 path,
                 handler,

@@ -81,7 +81,8 @@ def create_app(
     )
     handlers.install(app)
     add_middleware(app, settings)
-    app.include_router(uploads.router(service, options.limits, url_maker(settings, bucket)))
+    url_of, get_generates = url_maker(settings, bucket), settings.get_generates
+    app.include_router(uploads.router(service, options.limits, url_of, get_generates=get_generates))
     app.include_router(ops.router(missing, metrics.exposition))
     folder = f"{settings.bucket_path.strip('/')}/".lstrip("/")
     app.include_router(ops.files_router(bucket, folder, private=settings.signed_url_seconds > 0))
