@@ -83,6 +83,10 @@ class Ticket(Generic[P]):
     result: Future[Drawing[P]] = field(default_factory=Future)
     accepted_at: float = field(default_factory=time.perf_counter)
     alone: bool = False
+    owner: str = ""
+    background: bool = False
+    wants_previews: bool = False
+    watch: Callable[[Event], None] | None = None
 
 
 @dataclass(eq=False, slots=True)
@@ -161,11 +165,22 @@ class Engine(Generic[S, P]):
                 wait = math.ceil(self._seconds_per_job * (len(self._waiting) + self._running) / self._max_batch)
                 raise Busy(f"{len(self._waiting)} pictures are waiting already.", retry_after=max(1, wait))
 
-    def submit(self, job: Job) -> Ticket[P]:
-        """Accept a job. Raises `NotReady` until the models are loaded, `Busy` when the queue is full."""
+    def submit(
+        self,
+        job: Job,
+        *,
+        owner: str = "",
+        background: bool = False,
+        previews: bool = False,
+        watch: Callable[[Event], None] | None = None,
+    ) -> Ticket[P]:
+        """Accept a job. Raises `NotReady` until the models are loaded, `Busy` when the queue is full.
+
+        `watch` is told of the job's events, on whichever thread they happen.
+        """
         with self._changed:
             self.check_open()
-            ticket: Ticket[P] = Ticket(job)
+            ticket: Ticket[P] = Ticket(job, owner=owner, background=background, wants_previews=previews, watch=watch)
             self._waiting.append(ticket)
             self._changed.notify_all()
         ticket.result.add_done_callback(lambda result: self._forget(ticket) if result.cancelled() else None)
@@ -312,7 +327,10 @@ class Engine(Generic[S, P]):
     def _tell(self, kind: EventKind, ticket: Ticket[P], state: Any = None) -> None:
         """Tell the observer, whose own faults must not reach the device."""
         index, steps = (state.index, state.steps) if state is not None else (0, ticket.job.num_inference_steps)
+        event = Event(kind, ticket.id, index, steps, time.perf_counter() - ticket.accepted_at)
         try:
-            self._observe(Event(kind, ticket.id, index, steps, time.perf_counter() - ticket.accepted_at))
+            self._observe(event)
+            if ticket.watch is not None:
+                ticket.watch(event)
         except Exception as error:  # an observer is optional by nature
             _log.warning("an observer failed", exc_info=error)

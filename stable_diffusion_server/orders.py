@@ -104,6 +104,17 @@ class Order:
 
 
 @dataclass(frozen=True, slots=True)
+class Caller:
+    """Who asks. `name` is that of the API key, empty where none is needed.
+
+    `prefix` is the only part of the bucket's names it may write, overwrite, delete or list; empty: all.
+    """
+
+    name: str = ""
+    prefix: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Picture:
     """Pixels that travel in a job: uint8, height × width × 3, or height × width for a mask (255 = repaint).
 
@@ -213,13 +224,34 @@ class EventKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One moment in a job's life. `step` counts finished steps out of `steps`; `seconds` since it was queued."""
+    """One moment in a job's life. `step` counts finished steps out of `steps`; `seconds` since it was queued.
+
+    The rest is as in `Progress`.
+    """
 
     kind: EventKind
     job_id: str
     step: int = 0
     steps: int = 0
     seconds: float = 0.0
+    position: int = 0
+    eta_seconds: float | None = None
+    preview: NDArray[np.uint8] | None = field(default=None, compare=False, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far an order is. `position` counts the jobs before it while it waits (0: on the device).
+
+    `eta_seconds` is `None` where unknown; `preview` a small picture, height × width × 3 uint8, or `None`.
+    """
+
+    kind: EventKind
+    step: int = 0
+    steps: int = 0
+    position: int = 0
+    eta_seconds: float | None = None
+    preview: NDArray[np.uint8] | None = field(default=None, compare=False, repr=False)
 
 
 def digest(value: Mapping[str, object]) -> str:

@@ -6,26 +6,25 @@ import asyncio
 import time
 from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import structlog
 
 from stable_diffusion_server.bucket_api import Bucket
 from stable_diffusion_server.composing import Scene, compose
-from stable_diffusion_server.engine import Drawing, Ticket
+from stable_diffusion_server.drawing import Drawing, For, Queue
 from stable_diffusion_server.errors import DeadlineExceeded
-from stable_diffusion_server.flights import Flights
+from stable_diffusion_server.flights import Audience, Flights, Listener, Watcher
 from stable_diffusion_server.image_processing import Pixels, encode
-from stable_diffusion_server.judging import DrawnPicture, Judged, Remedy, draw_well
-from stable_diffusion_server.orders import Job, Order, Receipt, Source, Stored, Warned, job_facts, picture_digest
-from stable_diffusion_server.pipelines.catalog import facts_of
-from stable_diffusion_server.prompts import shorten_too_long_text
+from stable_diffusion_server.judging import DrawnPicture, Judged
+from stable_diffusion_server.orders import Caller, Job, Order, Progress, Receipt, Source, Stored, Warned, job_facts
 from stable_diffusion_server.receipts import receipt_of_drawn, receipt_of_stored, record_of, rounded
 from stable_diffusion_server.resolving import Options, Plan, resolve
 
 T = TypeVar("T")
 _ENCODERS = 2
+_ANYONE = Caller()
 
 _log = structlog.get_logger(__name__)
 
@@ -34,14 +33,8 @@ Fetch = Callable[[str, str], Coroutine[Any, Any, bytes]]
 Decode = Callable[[bytes, str], Coroutine[Any, Any, Pixels]]
 
 
-class Queue(Protocol):
-    """Where jobs are handed in. Both raise `NotReady` and `Busy`."""
-
-    def check_open(self) -> None:
-        """Raise now what `submit` would raise."""
-
-    def submit(self, job: Job) -> Ticket[DrawnPicture]:
-        """Accept a job."""
+def ignore(progress: Progress) -> None:
+    """Take no note of how far an order is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +70,6 @@ class Service:
     ) -> None:
         self._bucket = bucket
         self._queue = queue
-        self._count_tokens = count_tokens
         self._options = options
         self._answered = answered
         self._fetch = fetch
@@ -87,23 +79,40 @@ class Service:
         self._known = known
         self._fetching: Flights[bytes] = Flights()
         self._storing: Flights[_Outcome] = Flights()
-        self._drawing: Flights[Judged[DrawnPicture]] = Flights()
+        self._drawing = Drawing(queue, count_tokens, options)
 
-    async def fulfil(self, order: Order) -> Receipt:
+    async def fulfil(
+        self,
+        order: Order,
+        *,
+        caller: Caller = _ANYONE,
+        background: bool = False,
+        watch: Callable[[Progress], None] = ignore,
+        previews: bool = False,
+    ) -> Receipt:
         """The receipt for an order, once its picture is stored.
 
-        Raises `InvalidInput`, `TooLarge`, `UnsupportedMedia`, `RemoteFailed`, `Busy`, `NotReady`,
+        `watch` is called on the event loop while it waits and is drawn (queued, started, step); how it ends is for
+        this call to say. Raises `InvalidInput`, `TooLarge`, `UnsupportedMedia`, `RemoteFailed`, `Busy`, `NotReady`,
         `StorageUnavailable`, `DeadlineExceeded`, and what drawing raises. Cancelling the call takes the job off the
         device, unless others wait for it too.
         """
-        return (await self._fulfilled(order))[0]
+        return (await self._fulfilled(order, For(caller, background), Watcher(watch, previews)))[0]
 
-    async def picture(self, order: Order) -> tuple[Receipt, bytes]:
+    async def picture(
+        self,
+        order: Order,
+        *,
+        caller: Caller = _ANYONE,
+        background: bool = False,
+        watch: Callable[[Progress], None] = ignore,
+        previews: bool = False,
+    ) -> tuple[Receipt, bytes]:
         """The same with the file itself: the one this order drew, whatever is stored under its name since."""
-        receipt, outcome = await self._fulfilled(order)
+        receipt, outcome = await self._fulfilled(order, For(caller, background), Watcher(watch, previews))
         return receipt, outcome.data or await asyncio.to_thread(self._bucket.read, receipt.key)
 
-    async def _fulfilled(self, order: Order) -> tuple[Receipt, _Outcome]:
+    async def _fulfilled(self, order: Order, whom: For, listener: Listener) -> tuple[Receipt, _Outcome]:
         # Files are hashed; words alone take less time than a thread to take them to.
         plan = (
             await asyncio.to_thread(resolve, order, self._options) if order.sources else resolve(order, self._options)
@@ -111,7 +120,7 @@ class Service:
         timeout = order.timeout or self._options.limits.max_timeout
         try:
             async with asyncio.timeout(timeout) as deadline:
-                plan, outcome, shared = await self._stored(plan)
+                plan, outcome, shared = await self._stored(plan, whom, listener)
         except TimeoutError as error:
             if not deadline.expired():
                 raise
@@ -128,7 +137,7 @@ class Service:
         """Let go of the encoding threads."""
         self._encoders.shutdown(wait=False, cancel_futures=True)
 
-    async def _stored(self, plan: Plan) -> tuple[Plan, _Outcome, bool]:
+    async def _stored(self, plan: Plan, whom: For, listener: Listener) -> tuple[Plan, _Outcome, bool]:
         """The plan as far as it had to be taken, the object, and whether the effort was another caller's.
 
         What is stored under a name that needs no look at the pictures is answered without fetching them.
@@ -143,7 +152,11 @@ class Service:
             data = await asyncio.gather(*map(self._bytes_of, remote))
             fetched = {source.parameter: file for source, file in zip(remote, data, strict=True)}
             plan = await asyncio.to_thread(resolve, order, self._options, fetched)
-        outcome, shared = await self._storing.join(plan.key, plan.tag, lambda: self._effort(plan, fetched))
+
+        def start(audience: Audience) -> Coroutine[Any, Any, _Outcome]:
+            return self._effort(plan, fetched, whom, audience)
+
+        outcome, shared = await self._storing.join(plan.key, plan.tag, start, listener)
         return plan, outcome, shared
 
     async def _check_room(self) -> None:
@@ -154,7 +167,7 @@ class Service:
     async def _bytes_of(self, source: Source) -> bytes:
         """The file at a URL; those who want it at the same time share one download."""
         url = source.url or ""
-        data, _ = await self._fetching.join(url, source.parameter, lambda: self._fetch(url, source.parameter))
+        data, _ = await self._fetching.join(url, source.parameter, lambda _: self._fetch(url, source.parameter))
         return data
 
     async def _find(self, plan: Plan) -> Stored | None:
@@ -163,15 +176,15 @@ class Service:
         found = known or await asyncio.to_thread(self._bucket.stat, plan.key)
         return None if plan.order.overwrite else found
 
-    async def _effort(self, plan: Plan, fetched: Mapping[str, bytes]) -> _Outcome:
+    async def _effort(self, plan: Plan, fetched: Mapping[str, bytes], whom: For, audience: Audience) -> _Outcome:
         """Find the object or make it: exists? → decode → draw → encode → create."""
         started = time.perf_counter()
         if (found := await self._find(plan)) is not None:
             return _Outcome(found)
         await self._check_room()
         scene = await self._scene(plan, fetched)
-        job = await asyncio.to_thread(self._fit_prompts, scene.job)
-        judged, twin = await self._drawing.join(picture_digest(job), "", lambda: self._draw(job))
+        job = await asyncio.to_thread(self._drawing.fitted, scene.job)
+        judged, twin = await self._drawing.draw(job, whom, audience)
         timings = dict(judged.timings)
         warnings = [*scene.warnings, *judged.warnings]
         shortened = job.prompt != scene.job.prompt
@@ -206,22 +219,6 @@ class Service:
 
         image, mask = await asyncio.gather(pixels_of(plan.order.image), pixels_of(plan.order.mask))
         return await asyncio.to_thread(compose, plan, image, mask)
-
-    async def _draw(self, job: Job) -> Judged[DrawnPicture]:
-        async def once(job: Job) -> Drawing[DrawnPicture]:
-            return await asyncio.wrap_future(self._queue.submit(job).result)
-
-        options, facts = self._options, facts_of(job.model)
-        redraws = facts.bumpy_redraws if options.bumpy_redraws is None else options.bumpy_redraws
-        remedy = Remedy(redraws, options.limits.max_steps, facts, lambda text: self._fit(job.model, text))
-        return await draw_well(job, once, remedy)
-
-    def _fit_prompts(self, job: Job) -> Job:
-        negative = self._fit(job.model, job.negative_prompt) if job.negative_prompt else job.negative_prompt
-        return replace(job, prompt=self._fit(job.model, job.prompt), negative_prompt=negative)
-
-    def _fit(self, model: str, text: str) -> str:
-        return shorten_too_long_text(text, facts_of(model).text_tokens, lambda t: self._count_tokens(model, t))
 
     def _encode(self, plan: Plan, scene: Scene, judged: Judged[DrawnPicture]) -> bytes:
         finished = scene.finished(judged.product.pixels)

@@ -20,7 +20,7 @@ from stable_diffusion_server.engine import Engine, Phase
 from stable_diffusion_server.errors import DeadlineExceeded, InvalidInput, StorageUnavailable
 from stable_diffusion_server.fetching.fetcher import Bounds, Fetcher
 from stable_diffusion_server.limits import Limits
-from stable_diffusion_server.orders import Format, Order, Task
+from stable_diffusion_server.orders import EventKind, Format, Order, Progress, Task
 from stable_diffusion_server.resolving import Options, resolve
 from stable_diffusion_server.service import Service
 
@@ -107,6 +107,27 @@ async def test_fifty_identical_orders_at_once_are_one_generation(rooms_of: Calla
     assert rooms.drawn == 1
     assert len({(receipt.key, receipt.seed) for receipt in receipts}) == 1
     assert sum(receipt.coalesced or receipt.cached for receipt in receipts) == 49
+
+
+async def test_everyone_who_shares_a_picture_is_told_how_far_it_is(rooms_of: Callable[..., Rooms]) -> None:
+    """Two names of one picture, and a latecomer: each hears of the steps, the latecomer of the latest at once."""
+    rooms = rooms_of(PaintedSquares(gate=threading.Event()))
+    heard: dict[str, list[Progress]] = {"a.webp": [], "b.webp": [], "late": []}
+    waiting = [
+        asyncio.create_task(rooms.service.fulfil(order(save_path=name, seed=1), watch=heard[name].append))
+        for name in ("a.webp", "b.webp")
+    ]
+    await asyncio.to_thread(until, lambda: bool(rooms.painter.batches))
+    late = rooms.service.fulfil(order(save_path="a.webp", seed=1), watch=heard["late"].append)
+    waiting.append(asyncio.create_task(late))
+    await asyncio.sleep(0.05)
+    assert [news.kind for news in heard["late"]] == [EventKind.STARTED]
+    rooms.painter.gate.set()
+    await asyncio.gather(*waiting)
+    for name in heard:
+        steps = [news for news in heard[name] if news.kind is EventKind.STEP]
+        assert [(news.step, news.steps) for news in steps] == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert rooms.drawn == 1
 
 
 async def test_the_same_picture_under_two_names_is_drawn_once(rooms_of: Callable[..., Rooms]) -> None:
