@@ -115,7 +115,7 @@ class Busy(ServerError):
 
 
 class Overasked(ServerError):
-    """This caller asks more often, or for more at a time, than its key allows."""
+    """The caller asks more often, or for more at a time, than its key allows."""
 
     status = 429
     kind = "rate-limited"

@@ -40,18 +40,6 @@ class Format(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Caller:
-    """Who asks.
-
-    `name` is that of the API key, empty where none is needed; `prefix` the only part of the bucket's names it may
-    write, overwrite, delete or list (empty: all).
-    """
-
-    name: str = ""
-    prefix: str = ""
-
-
-@dataclass(frozen=True, slots=True)
 class Source:
     """A picture a caller gave: a file's bytes, or the URL they are at. `parameter` is what it came by."""
 

@@ -1,4 +1,4 @@
-"""The shapes an error is told in: problem+json (RFC 9457), or that of the dialect a path belongs to. Decides nothing."""
+"""The shapes an error is told in: problem+json (RFC 9457), or that of the dialect of a path. Decides nothing."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
+from stable_diffusion_server.api.callers import caller_of
 from stable_diffusion_server.api.handlers import client_gone
 from stable_diffusion_server.api.schemas import (
     Inpaint,
@@ -86,7 +87,12 @@ def router(service: Service, limits: Limits, url_of: UrlOf, *, get_generates: bo
 
         async def handler(request: Request) -> Response:
             order = await read_order(request, schema)
-            work = service.picture(order) if answer is shown else with_nothing(service.fulfil(order))
+            caller = caller_of(request)
+            work = (
+                service.picture(order, caller=caller)
+                if answer is shown
+                else with_nothing(service.fulfil(order, caller=caller))
+            )
             fulfilled = await unless_disconnected(request, work)
             return client_gone() if fulfilled is None else answer(request, *fulfilled)
 

@@ -1,18 +1,23 @@
-"""Puts what every request passes before the doors."""
+"""Sets the doors into the app, and before them what every request passes."""
 
 from __future__ import annotations
 
 from ipaddress import ip_network
 
-import limits
+import limits as rates
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
+from stable_diffusion_server.api import ops, uploads
 from stable_diffusion_server.api.security.gate import BodyLimit, Gate
 from stable_diffusion_server.api.security.keys import Key, Keyring, hashed
 from stable_diffusion_server.api.security.policy import Policy, allowed_host_names
 from stable_diffusion_server.api.security.proxies import Proxies
+from stable_diffusion_server.app.storage import url_maker
+from stable_diffusion_server.bucket_api import Bucket
+from stable_diffusion_server.limits import Limits
 from stable_diffusion_server.orders import Caller
+from stable_diffusion_server.service import Service
 from stable_diffusion_server.settings import Settings
 
 
@@ -47,13 +52,21 @@ def add_middleware(app: FastAPI, settings: Settings) -> None:
         )
 
 
+def add_doors(app: FastAPI, settings: Settings, service: Service, bucket: Bucket, limits: Limits) -> None:
+    """The doors that draw, and the one to the pictures."""
+    url_of = url_maker(settings, bucket)
+    app.include_router(uploads.router(service, limits, url_of, get_generates=settings.get_generates))
+    folder = f"{settings.bucket_path.strip('/')}/".lstrip("/")
+    app.include_router(ops.files_router(bucket, folder, private=settings.signed_url_seconds > 0))
+
+
 def build_keyring(settings: Settings) -> Keyring:
     """The keys of the settings, their secrets hashed."""
     return Keyring(
         Key(Caller(key.name, key.prefix), hashed(key.secret.get_secret_value()), _rate(key.rate), key.concurrency)
-        for key in settings.keys()
+        for key in settings.read_keys()
     )
 
 
-def _rate(written: str) -> limits.RateLimitItem | None:
-    return limits.parse(written) if written else None
+def _rate(written: str) -> rates.RateLimitItem | None:
+    return rates.parse(written) if written else None

@@ -85,7 +85,7 @@ class Doors(Group):
                 raise ValueError(f"{name!r} is not a host name such as draw.example.com")
         return value
 
-    def keys(self) -> tuple[ApiKey, ...]:
+    def read_keys(self) -> tuple[ApiKey, ...]:
         """The keys of API_KEYS and of API_KEYS_FILE. Raises `ValueError` naming the setting that is wrong."""
         return parse_keys([*(key.get_secret_value() for key in self.api_keys), *_lines(self.api_keys_file)])
 

@@ -1,4 +1,4 @@
-"""What stands before the doors: each request gets an id, is let in or refused, counted, logged, and its body measured."""
+"""What stands before the doors: a request gets an id, is let in or refused, counted, logged, and its body measured."""
 
 from __future__ import annotations
 
