@@ -182,3 +182,7 @@ class WeightsUnusable(ServerError):
     status = 503
     kind = "weights-unusable"
     title = "The model files cannot be used"
+
+
+class DoesNotFit(WeightsUnusable):
+    """A model needs more memory than the device has free, or a device of another kind."""
