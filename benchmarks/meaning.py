@@ -1,6 +1,6 @@
 """Measures by pixel statistics whether a running server's pictures keep to image, edges and mask.
 
-    python benchmarks/meaning.py --server http://127.0.0.1:8000 --count 48
+    python -m benchmarks.meaning --server http://127.0.0.1:8000 --count 48
 
 Sources are drawn here (training/world.py) with seeds of their own, and looked at by the judge of the training. Every
 picture takes the whole way: door, decoding, fitting, denoising, pasting back, PNG.
@@ -10,17 +10,13 @@ from __future__ import annotations
 
 import argparse
 import io
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import cv2
 import httpx
 import numpy as np
 from PIL import Image
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from training.grammar import pick, with_article
 from training.judge import background_of, look, to_lab

@@ -1,13 +1,12 @@
 """Asks a running server for every task of every model and lays inputs and outputs out in one picture.
 
-python scripts/task_sheet.py --out docs/tasks.png
+python -m scripts.task_sheet --out docs/tasks.png
 """
 
 from __future__ import annotations
 
 import argparse
 import io
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,6 @@ import cv2
 import httpx
 import numpy as np
 from PIL import Image, ImageDraw
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from training.world import Picture, Scene, Thing, edges, render
 
