@@ -53,8 +53,9 @@ class Order:
     """What the caller asked, as asked. `None` means "you decide"; `width` and `height` in pixels.
 
     Without a size the picture has that of `image`. `feather`, in pixels, softens the mask's rim inwards. With
-    `named_by_content` the order's digest goes before the file name, so that no two orders share one. `alone`: it is
-    not to share forward passes with others, so that it can be drawn again bit for bit.
+    `named_by_content` the order's digest goes before the file name, so that no two orders share one. `folder`, with a
+    slash at its end, is where a picture without a `save_path` is stored. `alone`: it is to share no forward pass with
+    others, so that it can be drawn again bit for bit.
     """
 
     task: Task
@@ -83,6 +84,7 @@ class Order:
     refine: bool = False
     loras: tuple[tuple[str, float], ...] = ()
     named_by_content: bool = False
+    folder: str = ""
     alone: bool = False
 
     @property

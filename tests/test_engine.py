@@ -61,18 +61,18 @@ def test_a_job_comes_out_with_its_timings(engine_of: Callable[..., Engine[Any, A
 def test_jobs_of_one_shape_share_steps_and_those_of_another_wait(
     engine_of: Callable[..., Engine[Any, Any]], gated: PaintedSquares
 ) -> None:
-    """Two equal shapes run together from the next boundary on; the other shape runs after them."""
+    """Equal shapes run together from the next boundary on, even past one of another shape, which waits no longer."""
     engine = engine_of(gated)
     first = engine.submit(job("one"))
     until(lambda: engine.running == 1)
     tickets = [first, engine.submit(job("two")), engine.submit(job("wide", width=128)), engine.submit(job("three"))]
+    late = engine.submit(job("longer", steps=5))
     open_gate(gated)
-    for ticket in tickets:
+    for ticket in [*tickets, late]:
         ticket.result.result(10)
-    assert ["one", "two"] in gated.batches
-    assert not any("wide" in batch and len(batch) > 1 for batch in gated.batches)
-    # "three" arrived behind "wide" and must not overtake it.
-    assert gated.batches.index(["wide"]) < gated.batches.index(["three"])
+    assert gated.batches[:5] == [["one"], *[["one", "two", "three"]] * 3, ["two", "three"]]
+    # "longer" would have kept "wide" waiting for a step more, so it had to wait itself.
+    assert gated.batches[5:] == [*[["wide"]] * 4, *[["longer"]] * 5]
 
 
 def test_jobs_with_fewer_steps_leave_the_group_earlier(

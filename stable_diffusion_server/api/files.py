@@ -11,21 +11,17 @@ from fastapi.responses import FileResponse, JSONResponse, RedirectResponse
 from starlette.concurrency import run_in_threadpool
 from starlette.staticfiles import NotModifiedResponse
 
+from stable_diffusion_server.api.callers import caller_of
 from stable_diffusion_server.bucket_api import Bucket
 from stable_diffusion_server.buckets.local import LocalBucket
 from stable_diffusion_server.errors import Forbidden, InvalidInput, NotFound
-from stable_diffusion_server.orders import Caller, Stored
+from stable_diffusion_server.orders import Stored
 from stable_diffusion_server.presenting import caching_of, disposition_of
 from stable_diffusion_server.shelf import Shelf
 from stable_diffusion_server.signing import Signer
 
 _RANGE = re.compile(r"bytes=\s*(\d+-\d*|-\d+)(\s*,\s*(\d+-\d*|-\d+))*")
 _SHOWN_INLINE = ("image/webp", "image/png", "image/jpeg")
-
-
-def caller_of(request: Request) -> Caller:
-    """Who asks, as the gate found it out."""
-    return getattr(request.state, "caller", Caller())
 
 
 def router(bucket: Bucket, shelf: Shelf, signer: Signer | None, folder: str = "") -> APIRouter:

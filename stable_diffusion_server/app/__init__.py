@@ -11,23 +11,15 @@ import structlog
 from fastapi import FastAPI
 
 from stable_diffusion_server import __version__
-from stable_diffusion_server.api import files, handlers, history, ops, uploads
-from stable_diffusion_server.app.doors import add_middleware
-from stable_diffusion_server.app.drawing import Loaded, Models, build_engine, build_readers, load_models, options_of
+from stable_diffusion_server.api import handlers, ops
+from stable_diffusion_server.app.doors import add_doors, add_middleware
+from stable_diffusion_server.app.drawing import Loaded, Models, build_engine, build_readers, options_of
 from stable_diffusion_server.app.stopping import drained_by_signals
-from stable_diffusion_server.app.storage import (
-    build_bucket,
-    build_history,
-    build_signer,
-    known_to,
-    open_folders,
-    url_maker,
-)
+from stable_diffusion_server.app.storage import Stores
 from stable_diffusion_server.engine import Phase
 from stable_diffusion_server.observability import configure_logging
 from stable_diffusion_server.service import Service
 from stable_diffusion_server.settings import Settings
-from stable_diffusion_server.shelf import Shelf
 
 _log = structlog.get_logger(__name__)
 
@@ -44,12 +36,12 @@ def create_app(
     `load` makes what draws, the models of the settings unless told otherwise; `announce` is called when it is done.
     Both run on the engine's thread.
     """
-    loaded, faults = Loaded(), dict[str, str]()
+    loaded, faults = Loaded.of(settings), dict[str, str]()
 
     def missing() -> list[str]:
         """What keeps the server from drawing, in sentences; what was at fault before is looked at again."""
         if faults:
-            open_folders(settings, bucket, signer, faults)
+            stores.open(faults)
         reasons = [*faults.values(), *filter(None, [bucket.fault()])]
         return [*reasons, engine.reason] if engine.phase is not Phase.READY else reasons
 
@@ -57,23 +49,21 @@ def create_app(
         if not missing():
             announce()
 
-    engine, metrics = build_engine(settings, loaded, load or load_models, ready)
-    bucket, recorder, signer = build_bucket(settings), build_history(settings), build_signer(settings)
-    options = options_of(settings)
+    engine, metrics = build_engine(settings, loaded, load, ready)
+    stores = Stores(settings)
+    bucket = stores.bucket
+    options = options_of(settings, loaded)
     fetcher, decoder = build_readers(settings)
-    fetch, decode, known = fetcher.fetch, decoder.decode, known_to(bucket)
+    fetch, decode, known, record = fetcher.fetch, decoder.decode, stores.known, stores.history.record
     answered, count = metrics.answered, loaded.count_tokens
-    service = Service(
-        bucket, engine, count, options, answered, fetch=fetch, decode=decode, known=known, record=recorder.record
-    )
+    service = Service(bucket, engine, count, options, answered, fetch=fetch, decode=decode, known=known, record=record)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         configure_logging(settings.log_level, settings.log_format)
         # Its lines hold query strings, and so prompts; Gate logs requests instead.
         logging.getLogger("uvicorn.access").disabled = True
-        await asyncio.to_thread(open_folders, settings, bucket, signer, faults)
-        recorder.start()
+        await asyncio.to_thread(stores.open, faults)
         engine.start()
         with drained_by_signals(engine):
             yield
@@ -81,8 +71,7 @@ def create_app(
         service.close()
         fetcher.close()
         await decoder.close()
-        await asyncio.to_thread(recorder.close)
-        await asyncio.to_thread(bucket.close)
+        await asyncio.to_thread(stores.close)
 
     app = FastAPI(
         title="Stable Diffusion Server",
@@ -93,10 +82,6 @@ def create_app(
     )
     handlers.install(app)
     add_middleware(app, settings)
-    folder, url_of = f"{settings.bucket_path.strip('/')}/".lstrip("/"), url_maker(settings, bucket, signer)
-    shelf = Shelf(bucket, recorder, folder)
-    app.include_router(uploads.router(service, options.limits, url_of))
-    app.include_router(ops.router(missing, metrics.exposition))
-    app.include_router(files.router(bucket, shelf, signer, folder))
-    app.include_router(history.router(shelf, url_of))
+    add_doors(app, settings, service, stores, options.limits)
+    app.include_router(ops.router(missing, metrics.exposition, loaded.told))
     return app

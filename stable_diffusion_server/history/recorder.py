@@ -32,8 +32,8 @@ class Recorder:
         self._opened = False
 
     def start(self) -> None:
-        """Start the thread that writes."""
-        if self._index is not None:
+        """Start the thread that writes, if it does not run."""
+        if self._index is not None and not self._thread.is_alive():
             self._thread.start()
 
     def close(self) -> None:

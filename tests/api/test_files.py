@@ -331,7 +331,9 @@ def test_a_caller_touches_only_what_is_under_its_prefix(tmp_path: Path) -> None:
     shelf = Shelf(bucket, recorder, "static/uploads/")
     for key in ("static/uploads/team-a/x.webp", "static/uploads/team-b/x.webp", "static/uploads/team-a.webp"):
         bucket.create(key, b"data", "image/webp", {"digest": "d"})
-        recorder.record(Entry(key, "d", "a red square", "sdxl", "text_to_image", 7, 64, 64, "a", time.time(), {"seed": 7}))
+        recorder.record(
+            Entry(key, "d", "a red square", "sdxl", "text_to_image", 7, 64, 64, "a", time.time(), {"seed": 7})
+        )
     assert [entry.key for entry in shelf.listed(caller, Wanted())] == ["static/uploads/team-a/x.webp"]
     assert len(shelf.listed(Caller(), Wanted())) == 3
     for key in ("static/uploads/team-b/x.webp", "static/uploads/team-a.webp", "team-a/x.webp"):
