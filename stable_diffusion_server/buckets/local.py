@@ -239,7 +239,7 @@ class LocalBucket:
                     "save_path is taken in another letter case, which this disk cannot tell apart.",
                     field="save_path",
                 )
-            return facts
+            return facts if facts.whole else None
         if facts is not None and not self._looks_whole(key, found.st_size):
             return None  # not the file that was written, and no other picture: cut short
         # Put there by hand, or its facts were lost: still an object, of which only the file itself is known.
