@@ -91,7 +91,12 @@ def serve() -> None:
     sys.stdout.write("Loading the models; the first picture can be asked for in a few seconds.\n")
     sys.stdout.flush()
     config = uvicorn.Config(
-        app, access_log=False, log_level="warning", timeout_graceful_shutdown=int(STOP_GRACE_SECONDS)
+        app,
+        access_log=False,
+        log_level="warning",
+        timeout_graceful_shutdown=int(STOP_GRACE_SECONDS),
+        proxy_headers=False,  # TRUSTED_PROXIES says whose are believed
+        server_header=False,
     )
     uvicorn.Server(config).run(sockets=[listening])
 

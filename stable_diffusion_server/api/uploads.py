@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
+from stable_diffusion_server.api.callers import caller_of
 from stable_diffusion_server.api.handlers import client_gone
 from stable_diffusion_server.api.schemas import (
     Inpaint,
@@ -65,8 +66,11 @@ _DOORS: tuple[tuple[str, type[Parameters], str, str], ...] = (
 )
 
 
-def router(service: Service, limits: Limits, url_of: UrlOf) -> APIRouter:
-    """The upload doors over a service; `url_of` makes the URL of a key for the client at hand."""
+def router(service: Service, limits: Limits, url_of: UrlOf, *, get_generates: bool = True) -> APIRouter:
+    """The upload doors over a service; `url_of` makes the URL of a key for the client at hand.
+
+    GET is there because the original had it; without `get_generates` only POST draws.
+    """
     routes = APIRouter(tags=["draw"])
 
     def told(request: Request, receipt: Receipt, _: bytes) -> Response:
@@ -83,11 +87,16 @@ def router(service: Service, limits: Limits, url_of: UrlOf) -> APIRouter:
 
         async def handler(request: Request) -> Response:
             order = await read_order(request, schema)
-            work = service.picture(order) if answer is shown else with_nothing(service.fulfil(order))
+            caller = caller_of(request)
+            work = (
+                service.picture(order, caller=caller)
+                if answer is shown
+                else with_nothing(service.fulfil(order, caller=caller))
+            )
             fulfilled = await unless_disconnected(request, work)
             return client_gone() if fulfilled is None else answer(request, *fulfilled)
 
-        for method in ("GET", "POST"):
+        for method in ("GET", "POST") if get_generates else ("POST",):
             routes.add_api_route(
                 path,
                 handler,

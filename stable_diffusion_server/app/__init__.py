@@ -11,11 +11,11 @@ import structlog
 from fastapi import FastAPI
 
 from stable_diffusion_server import __version__
-from stable_diffusion_server.api import handlers, ops, uploads
-from stable_diffusion_server.app.doors import add_middleware
+from stable_diffusion_server.api import handlers, ops
+from stable_diffusion_server.app.doors import add_doors, add_middleware
 from stable_diffusion_server.app.drawing import Loaded, Models, build_engine, build_readers, options_of
 from stable_diffusion_server.app.stopping import drained_by_signals
-from stable_diffusion_server.app.storage import build_bucket, known_to, open_folders, url_maker
+from stable_diffusion_server.app.storage import build_bucket, known_to, open_folders
 from stable_diffusion_server.engine import Phase
 from stable_diffusion_server.observability import configure_logging
 from stable_diffusion_server.service import Service
@@ -81,8 +81,6 @@ def create_app(
     )
     handlers.install(app)
     add_middleware(app, settings)
-    app.include_router(uploads.router(service, options.limits, url_maker(settings, bucket)))
+    add_doors(app, settings, service, bucket, options.limits)
     app.include_router(ops.router(missing, metrics.exposition, loaded.told))
-    folder = f"{settings.bucket_path.strip('/')}/".lstrip("/")
-    app.include_router(ops.files_router(bucket, folder, private=settings.signed_url_seconds > 0))
     return app

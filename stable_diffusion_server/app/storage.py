@@ -52,15 +52,15 @@ def open_folders(settings: Settings, bucket: Any, faults: dict[str, str]) -> Non
 def url_maker(settings: Settings, bucket: Bucket) -> Any:
     """How a key becomes a URL: the bucket's own, else this server's.
 
-    This server is PUBLIC_BASE_URL, where that is not the bucket's, else the address the client's connection came in
-    on; never the Host header, which the client writes.
+    This server is PUBLIC_BASE_URL, where that is not the bucket's, else what a trusted proxy was reached at, else the
+    address the client's connection came in on; never the Host header, which the client writes.
     """
     public = settings.public_base_url if settings.storage_provider == "local" else ""
 
     def url_of(request: Request, key: str) -> str:
         if (url := bucket.url(key)) is not None:
             return url
-        base = public
+        base = public or request.scope.get("state", {}).get("base", "")
         if not base:
             host, port = request.scope.get("server") or (settings.host, settings.port)
             name = f"[{host}]" if ":" in host else host
