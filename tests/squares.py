@@ -1,18 +1,19 @@
-"""Jobs for painted squares, and painters with troubles of their own."""
+"""Jobs for painted squares, engines that end with their test, and painters with troubles of their own."""
 
 from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from fakes import Canvas, Painted, PaintedSquares
+import pytest
+from fakes import Canvas, Painted, PaintedSquares, until
 from numpy.typing import NDArray
 
-from stable_diffusion_server.engine import Engine
+from stable_diffusion_server.engine import Engine, Phase
 from stable_diffusion_server.errors import DevicePoisoned, NotFinite, OutOfMemory
 from stable_diffusion_server.orders import Job, Task
 
@@ -28,6 +29,31 @@ def open_gate(painter: PaintedSquares) -> None:
     """Let a painter's steps go."""
     assert painter.gate is not None
     painter.gate.set()
+
+
+@pytest.fixture
+def engine_of() -> Iterator[EngineOf]:
+    """Make a running engine."""
+    made: list[Engine[Any, Any]] = []
+
+    def make(painter: PaintedSquares, queue_limit: int = 32, max_batch: int = 4, **more: Any) -> Engine[Any, Any]:
+        engine: Engine[Any, Any] = Engine(lambda: painter, queue_limit=queue_limit, max_batch=max_batch, **more)
+        engine.start()
+        until(lambda: engine.phase is Phase.READY)
+        made.append(engine)
+        return engine
+
+    yield make
+    for engine in made:
+        engine.stop(10)
+
+
+@pytest.fixture
+def gated() -> Iterator[PaintedSquares]:
+    """Squares whose every step waits until the gate is open."""
+    painter = PaintedSquares(gate=threading.Event())
+    yield painter
+    open_gate(painter)
 
 
 @dataclass
