@@ -52,6 +52,7 @@ def create_app(
 
     engine, metrics = build_engine(settings, loaded, load, ready, poisoned)
     stores = Stores(settings)
+    stores.show(metrics)
     bucket = stores.bucket
     options = options_of(settings, loaded)
     fetcher, decoder = build_readers(settings)

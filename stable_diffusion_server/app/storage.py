@@ -10,6 +10,7 @@ from stable_diffusion_server.buckets.local import LocalBucket
 from stable_diffusion_server.errors import ServerError
 from stable_diffusion_server.history.index import Index
 from stable_diffusion_server.history.recorder import Recorder
+from stable_diffusion_server.observability import Metrics
 from stable_diffusion_server.orders import Stored
 from stable_diffusion_server.settings import Settings
 from stable_diffusion_server.shelf import Shelf
@@ -48,6 +49,11 @@ class Stores:
         self.history.start()
         for fault in faults.values():
             _log.error("not able to draw", reason=fault)
+
+    def show(self, metrics: Metrics) -> None:
+        """Have the figures tell what waits for the storage, where something can."""
+        if isinstance(self.bucket, Remembering):
+            metrics.follow_storage(self.bucket.figures)
 
     def close(self) -> None:
         """Bring to an end what is under way, and let go."""
