@@ -4,31 +4,41 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
+from pydantic import TypeAdapter, ValidationError
 
 from stable_diffusion_server.errors import InvalidInput
 from stable_diffusion_server.history.entries import Entry
 from stable_diffusion_server.image_processing import Pixels
 from stable_diffusion_server.inscriptions import read_record
-from stable_diffusion_server.orders import Caller, Order, Receipt
+from stable_diffusion_server.orders import Caller, Order, Receipt, Source
+from stable_diffusion_server.records import NOT_ASKED
 from stable_diffusion_server.resolving import Options, resolve
 from stable_diffusion_server.service import Decode, Service
 
 PICTURE = "picture_file"
+_ORDERS = TypeAdapter(Order)
+_ASKED = frozenset(part.name for part in fields(Order)) - NOT_ASKED
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_LORA = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 @dataclass(frozen=True, slots=True)
 class Memo:
-    """What a picture made here says of itself: the task, the parameters of its door, SHA-256 of the files it came from."""
+    """What a picture made here says of itself: the order with its pictures left out, and the digest of the whole.
 
-    task: str
+    `sources` are the SHA-256 of the files it was made from, `image` and `mask`.
+    """
+
+    order: Order
     digest: str
-    asked: Mapping[str, object]
-    sources: Mapping[str, str]
-    batched: bool
+    sources: Mapping[str, object]
+    transparency: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +55,10 @@ class Replayed:
 
 
 class Replays:
-    """Reads what pictures say of themselves and has them drawn again."""
+    """Reads what pictures say of themselves, and has them drawn again.
+
+    `find` looks into the history, for pictures that carry nothing but a digest.
+    """
 
     def __init__(
         self, service: Service, decode: Decode, options: Options, find: Callable[[str, str], Entry | None]
@@ -56,31 +69,41 @@ class Replays:
         self._find = find
 
     async def memo_of(self, picture: bytes) -> Memo:
-        """What a picture says of itself, or the history of the digest it carries. Raises `InvalidInput`."""
-        record = await asyncio.to_thread(read_record, picture)
-        if record is not None and "asked" not in record and isinstance(record.get("digest"), str):
-            entry = await asyncio.to_thread(self._find, "digest", str(record["digest"]))
-            record = dict(entry.record) if entry is not None else None
-        if record is None:
-            raise InvalidInput(f"{PICTURE} does not tell how it was made; only pictures made here do.", field=PICTURE)
-        task, digest, asked, sources = (record.get(name) for name in ("task", "digest", "asked", "sources"))
-        if not (isinstance(asked, dict) and isinstance(sources, dict) and isinstance(task, str)):
-            raise InvalidInput(f"{PICTURE} tells how it was made in a way that is not this server's.", field=PICTURE)
-        return Memo(task, str(digest), asked, sources, record.get("batched") is True)
+        """What a picture says of itself, as far as an order can say it. Raises `InvalidInput`."""
+        record = await asyncio.to_thread(self._record_of, picture)
+        asked = record.get("asked")
+        sources, digest = record.get("sources"), str(record.get("digest"))
+        if not isinstance(asked, dict) or not isinstance(sources, dict) or not _DIGEST.fullmatch(digest):
+            raise _refused("tells how it was made in words that are not this server's")
+        return Memo(_order_of(asked), digest, sources, record.get("transparency") is True)
 
-    async def draw(self, order: Order, memo: Memo, picture: bytes, caller: Caller) -> Replayed:
-        """The picture of an order that was made from a memo, drawn and compared. Raises what drawing raises."""
-        for name, source in (("image", order.image), ("mask", order.mask)):
-            given = hashlib.sha256(source.data).hexdigest() if source and source.data else None
-            if given != memo.sources.get(name):
-                which = source.parameter if source else f"{name}_file"
-                raise InvalidInput(f"{which} is not the file this picture was made from.", field=which)
+    async def draw(self, memo: Memo, order: Order, picture: bytes, caller: Caller) -> Replayed:
+        """The picture of an order made from a memo, drawn and compared. Raises what drawing raises, `InvalidInput`."""
+        _check_sources(memo, order)
         plan = await asyncio.to_thread(resolve, order, self._options)
         before = await self._decode(picture, PICTURE)
         receipt, data = await self._service.picture(order, caller=caller)
         after = await self._decode(data, PICTURE)
         decibels = await asyncio.to_thread(peak_signal_to_noise, before, after)
         return Replayed(receipt, plan.content == memo.digest, decibels is None, decibels)
+
+    def _record_of(self, picture: bytes) -> dict[str, Any]:
+        record = read_record(picture)
+        if record is not None and "asked" not in record and isinstance(record.get("digest"), str):
+            entry = self._find("digest", str(record["digest"]))
+            record = dict(entry.record) if entry is not None else None
+        if record is None:
+            raise _refused("does not tell how it was made, as pictures made here do")
+        return record
+
+
+def with_sources(memo: Memo, image: bytes | None, mask: bytes | None) -> Order:
+    """The memo's order with the pictures it is to be made from."""
+    return replace(
+        memo.order,
+        image=Source("image_file", data=image) if image is not None else None,
+        mask=Source("mask_file", data=mask, transparency=memo.transparency) if mask is not None else None,
+    )
 
 
 def peak_signal_to_noise(one: Pixels, other: Pixels) -> float | None:
@@ -92,3 +115,33 @@ def peak_signal_to_noise(one: Pixels, other: Pixels) -> float | None:
         return 0.0
     error = float(np.mean((one.astype(np.float32) - other.astype(np.float32)) ** 2))
     return None if error == 0 else round(10 * float(np.log10(255**2 / error)), 2)
+
+
+def _order_of(asked: Mapping[str, object]) -> Order:
+    """The order a record tells, its types checked here and its bounds wherever an order is resolved."""
+    if unknown := sorted(set(asked) - _ASKED):
+        raise _refused(f"was asked for with what is not known here: {', '.join(unknown)[:100]}")
+    try:
+        order = _ORDERS.validate_python(dict(asked))
+    except ValidationError as error:
+        names = sorted({str(fault["loc"][0])[:100] for fault in error.errors(include_input=False) if fault["loc"]})
+        raise _refused(f"was asked for with values that are none: {', '.join(names)}") from error
+    if not all(_LORA.fullmatch(name) for name, _ in order.loras):
+        raise _refused("names an adapter that is none")
+    return order
+
+
+def _check_sources(memo: Memo, order: Order) -> None:
+    for name, source in (("image", order.image), ("mask", order.mask)):
+        given = hashlib.sha256(source.data or b"").hexdigest() if source is not None else None
+        wanted = memo.sources.get(name)
+        if given == wanted:
+            continue
+        field = f"{name}_file"
+        if wanted is None:
+            raise InvalidInput(f"{field} is not needed: the picture was made without it.", field=field)
+        raise InvalidInput(f"{field} has to be the file the picture was made from (SHA-256 {wanted}).", field=field)
+
+
+def _refused(why: str) -> InvalidInput:
+    return InvalidInput(f"{PICTURE} {why}.", field=PICTURE)
