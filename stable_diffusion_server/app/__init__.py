@@ -81,6 +81,6 @@ def create_app(
     )
     handlers.install(app)
     add_middleware(app, settings)
-    add_doors(app, settings, service, bucket, options.limits)
+    add_doors(app, settings, service, bucket, options)
     app.include_router(ops.router(missing, metrics.exposition, loaded.told))
     return app
