@@ -14,7 +14,7 @@ from stable_diffusion_server import __version__
 from stable_diffusion_server.api import handlers, ops
 from stable_diffusion_server.app.doors import add_doors, add_middleware
 from stable_diffusion_server.app.drawing import Loaded, Models, build_engine, build_readers, options_of
-from stable_diffusion_server.app.stopping import drained_by_signals
+from stable_diffusion_server.app.stopping import drained_by_signals, leave_soon
 from stable_diffusion_server.app.storage import build_bucket, known_to, open_folders
 from stable_diffusion_server.engine import Phase
 from stable_diffusion_server.observability import configure_logging
@@ -30,11 +30,12 @@ def create_app(
     settings: Settings,
     load: Callable[[Settings], Models] | None = None,
     announce: Callable[[], object] = lambda: None,
+    poisoned: Callable[[], object] = leave_soon,
 ) -> FastAPI:
     """The application over `settings`. Opens nothing and starts nothing; the lifespan does.
 
     `load` makes what draws, the models of the settings unless told otherwise; `announce` is called when it is done.
-    Both run on the engine's thread.
+    Both run on the engine's thread, as `poisoned` does, when the device can only be used again by another process.
     """
     loaded, faults = Loaded.of(settings), dict[str, str]()
 
@@ -49,7 +50,7 @@ def create_app(
         if not missing():
             announce()
 
-    engine, metrics = build_engine(settings, loaded, load, ready)
+    engine, metrics = build_engine(settings, loaded, load, ready, poisoned)
     bucket = build_bucket(settings)
     options = options_of(settings, loaded)
     fetcher, decoder = build_readers(settings)

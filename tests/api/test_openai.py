@@ -14,8 +14,9 @@ import numpy as np
 import openai
 import pytest
 from conftest import House
-from fakes import COLOURS, PaintedSquares, Retouchers, disc, file_of, until
+from fakes import COLOURS, Canvas, PaintedSquares, Retouchers, disc, file_of, until
 from live_servers import Live
+from numpy.typing import NDArray
 from PIL import Image
 
 SIZE = "64x64"
@@ -212,6 +213,29 @@ def test_a_stream_ends_with_the_picture(live_of: Callable[..., Live]) -> None:
     for event in events:
         assert picture(event.b64_json).size == (64, 64)
         assert httpx.get(event.to_dict()["url"]).content == base64.b64decode(event.b64_json)
+
+
+class Sketching(PaintedSquares):
+    """Painters who show how far they are: a grey that is the number of steps done."""
+
+    def preview(self, state: Canvas) -> NDArray[np.uint8]:
+        return np.full((8, 8, 3), state.index, np.uint8)
+
+
+@pytest.mark.parametrize("wanted", [0, 1, 3])
+def test_a_stream_shows_the_picture_on_its_way(live_of: Callable[..., Live], wanted: int) -> None:
+    """As many partial pictures as were asked for, numbered, in order, and then the whole one."""
+    live = live_of(Sketching(seconds_per_step=0.01))
+    stream = client_of(live).images.generate(
+        prompt="a red square", size=SIZE, stream=True, partial_images=wanted, extra_body={"num_inference_steps": 24}
+    )
+    events = list(stream)
+    kinds = ["image_generation.partial_image"] * wanted + ["image_generation.completed"]
+    assert [event.type for event in events] == kinds
+    partials = [event.to_dict() for event in events[:-1]]
+    assert [event["partial_image_index"] for event in partials] == list(range(wanted))
+    steps = [np.asarray(picture(event["b64_json"])).max() for event in partials]
+    assert steps == sorted(set(steps))
 
 
 def test_a_stream_that_fails_tells_it_in_an_event(live_of: Callable[..., Live]) -> None:
