@@ -26,12 +26,22 @@ from stable_diffusion_server.resolving import Plan
 
 
 @dataclass(frozen=True, slots=True)
+class Around:
+    """The part of a picture that is drawn: where it is, the whole picture, and the part's size as drawn, in pixels."""
+
+    box: Box
+    picture: Pixels
+    width: int
+    height: int
+
+
+@dataclass(frozen=True, slots=True)
 class Scene:
     """A plan with its pictures: the job to draw, and how what is drawn becomes the picture that was asked for.
 
     `width` and `height` are the picture's, in pixels. With `image` and `mask` (uint8, height × width × 3 and height ×
-    width) what is drawn is laid over the image where the mask is not 0. `around` is the part of a larger picture that
-    this is, and that picture.
+    width) what is drawn is laid over the image where the mask is not 0. With `around` that is a part of the
+    picture, and is put back into it.
     """
 
     job: Job
@@ -41,15 +51,16 @@ class Scene:
     image: Pixels | None
     mask: Pixels | None
     warnings: tuple[Warned, ...]
-    around: tuple[Box, Pixels] | None = None
+    around: Around | None = None
 
     def finished(self, drawn: Pixels) -> Pixels:
         """The picture asked for from the one drawn on the canvas (both uint8, height × width × 3)."""
-        sized = to_size(drawn, self.width, self.height, resample=self.canvas.resampled)
+        width, height = (self.width, self.height) if self.around is None else (self.around.width, self.around.height)
+        sized = to_size(drawn, width, height, resample=self.canvas.resampled)
         laid = sized if self.image is None or self.mask is None else paste_back(sized, self.image, self.mask)
         if self.around is None or self.mask is None:
             return laid
-        box, picture = self.around
+        box, picture = self.around.box, self.around.picture
         mask = box.put(self.mask, np.zeros(picture.shape[:2], np.uint8))
         return paste_back(box.put(laid, picture), picture, mask)
 
@@ -93,11 +104,15 @@ def compose(plan: Plan, image: Pixels | None = None, mask: Pixels | None = None)
         control_scale=words.control_scale,
         refine=order.refine and words.num_inference_steps > 1,  # a single step leaves nothing to refine
         loras=order.loras,
+        alone=order.alone,
     )
     soft = feathered(kept, order.feather) if kept is not None else None
-    around_it = (box, whole_image) if box is not None and whole_image is not None else None
+    around_it = Around(box, whole_image, width, height) if box is not None and whole_image is not None else None
+    told = resampling_told(facts, width, height)
+    if around_it is not None:
+        height, width = around_it.picture.shape[:2]
     kept_image = image if kept is not None else None
-    return Scene(job, canvas, width, height, kept_image, soft, resampling_told(facts, width, height), around_it)
+    return Scene(job, canvas, width, height, kept_image, soft, told, around_it)
 
 
 def _laid_out(order: Order, image: Pixels, mask: Pixels | None) -> tuple[Pixels, Pixels | None, Box | None]:

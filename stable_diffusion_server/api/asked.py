@@ -45,6 +45,9 @@ class Asked(BaseModel):
     overwrite: bool = Field(False, description="Draw and store even if the name is taken.")
     timeout: float | None = Field(None, description="Seconds to wait for the picture at the most.")
     refine: bool = Field(False, description="A second pass at low strength over what was drawn.")
+    batch: Literal["any", "alone"] = Field(
+        "any", description="`alone` shares no forward pass with others, so that it can be drawn again bit for bit."
+    )
     lora: str | None = Field(
         None,
         description="Adapters to draw with, `name` or `name:weight`, separated by commas.",
@@ -63,7 +66,8 @@ class Asked(BaseModel):
         pictures = {"image_url", "image_file", "mask_url", "mask_file", "image", "mask"}
         matches = [_LORA.fullmatch(part.strip()) for part in self.lora.split(",")] if self.lora is not None else []
         loras = tuple((match["name"], float(match["weight"] or 1)) for match in matches if match)
-        return {**self.model_dump(exclude={"lora", *pictures}), "loras": loras}
+        words = self.model_dump(exclude={"lora", "batch", *pictures})
+        return {**words, "loras": loras, "alone": self.batch == "alone"}
 
     @model_validator(mode="before")
     @classmethod

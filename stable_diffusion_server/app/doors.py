@@ -8,15 +8,14 @@ import limits as rates
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
-from stable_diffusion_server.api import ops, uploads
+from stable_diffusion_server.api import files, history, uploads
 from stable_diffusion_server.api.openai import images
 from stable_diffusion_server.api.openai.parameters import House
 from stable_diffusion_server.api.security.gate import BodyLimit, Gate
 from stable_diffusion_server.api.security.keys import Key, Keyring, hashed
 from stable_diffusion_server.api.security.policy import Policy, allowed_host_names
 from stable_diffusion_server.api.security.proxies import Proxies
-from stable_diffusion_server.app.storage import url_maker
-from stable_diffusion_server.bucket_api import Bucket
+from stable_diffusion_server.app.storage import Stores
 from stable_diffusion_server.orders import Caller
 from stable_diffusion_server.resolving import Options
 from stable_diffusion_server.service import Service
@@ -54,13 +53,13 @@ def add_middleware(app: FastAPI, settings: Settings) -> None:
         )
 
 
-def add_doors(app: FastAPI, settings: Settings, service: Service, bucket: Bucket, options: Options) -> None:
-    """The doors that draw, and the one to the pictures."""
-    url_of = url_maker(settings, bucket)
+def add_doors(app: FastAPI, settings: Settings, service: Service, stores: Stores, options: Options) -> None:
+    """The doors that draw, and those to what was drawn."""
+    url_of = stores.url_of
     app.include_router(uploads.router(service, options.limits, url_of, get_generates=settings.get_generates))
     app.include_router(images.router(service, build_house(settings, options), url_of))
-    folder = f"{settings.bucket_path.strip('/')}/".lstrip("/")
-    app.include_router(ops.files_router(bucket, folder, private=settings.signed_url_seconds > 0))
+    app.include_router(files.router(stores.bucket, stores.shelf, stores.signer, stores.folder))
+    app.include_router(history.router(stores.shelf, url_of))
 
 
 def build_house(settings: Settings, options: Options) -> House:
