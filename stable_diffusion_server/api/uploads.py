@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Coroutine
-from typing import Any, TypeVar
+from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from stable_diffusion_server.api.callers import caller_of
 from stable_diffusion_server.api.handlers import client_gone
+from stable_diffusion_server.api.leaving import unless_disconnected
 from stable_diffusion_server.api.schemas import (
     Inpaint,
     Parameters,
@@ -21,13 +21,11 @@ from stable_diffusion_server.api.schemas import (
     read_order,
     receipt_body,
 )
-from stable_diffusion_server.errors import NotReady
 from stable_diffusion_server.image_processing import media_type_of
 from stable_diffusion_server.limits import Limits
 from stable_diffusion_server.orders import Receipt
 from stable_diffusion_server.service import Service
 
-T = TypeVar("T")
 UrlOf = Callable[[Request, str], str]
 Answer = Callable[[Request, Receipt, bytes], Response]
 
@@ -116,26 +114,3 @@ def router(service: Service, limits: Limits, url_of: UrlOf, *, get_generates: bo
 async def with_nothing(work: Coroutine[Any, Any, Receipt]) -> tuple[Receipt, bytes]:
     """A receipt without the picture."""
     return await work, b""
-
-
-async def unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) -> T | None:
-    """The result of `work`, or `None` when the client went away first, which cancels it. Read the body before."""
-    working = asyncio.create_task(work)
-    watching = asyncio.create_task(_disconnect(request))
-    try:
-        await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            return await working
-        await watching  # a body that is too long is told here; its end is the client's
-        return None
-    except asyncio.CancelledError:
-        # The server program ends the calls that outlast its grace; the caller should hear why.
-        raise NotReady("The server is going down.", retry_after=5) from None
-    finally:
-        working.cancel()
-        watching.cancel()
-
-
-async def _disconnect(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
