@@ -16,7 +16,7 @@ from stable_diffusion_server.errors import InvalidInput
 from stable_diffusion_server.history.entries import Entry
 from stable_diffusion_server.image_processing import Pixels
 from stable_diffusion_server.inscriptions import read_record
-from stable_diffusion_server.orders import Caller, Order, Receipt, Source
+from stable_diffusion_server.orders import Caller, Order, Receipt, Source, Task
 from stable_diffusion_server.records import NOT_ASKED
 from stable_diffusion_server.resolving import Options, resolve
 from stable_diffusion_server.service import Decode, Service
@@ -25,6 +25,12 @@ PICTURE = "picture_file"
 _ORDERS = TypeAdapter(Order)
 _ASKED = frozenset(part.name for part in fields(Order)) - NOT_ASKED
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+_SOURCES: dict[Task, set[str]] = {
+    Task.TEXT_TO_IMAGE: set(),
+    Task.IMAGE_TO_IMAGE: {"image"},
+    Task.INPAINT: {"image", "mask"},
+}
+_MOST_MARGIN = 16_384
 _LORA = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -128,10 +134,16 @@ def _order_of(asked: Mapping[str, object]) -> Order:
         raise _refused(f"was asked for with values that are none: {', '.join(names)}") from error
     if not all(_LORA.fullmatch(name) for name, _ in order.loras):
         raise _refused("names an adapter that is none")
+    if order.only_masked is not None and not 0 <= order.only_masked <= _MOST_MARGIN:
+        raise _refused("has a margin around its mask that is none")
+    if order.task is Task.TEXT_TO_IMAGE and (order.width is None or order.height is None):
+        raise _refused("has no size")
     return order
 
 
 def _check_sources(memo: Memo, order: Order) -> None:
+    if set(memo.sources) != _SOURCES[order.task]:
+        raise _refused("was made from other files than its task needs")
     for name, source in (("image", order.image), ("mask", order.mask)):
         given = hashlib.sha256(source.data or b"").hexdigest() if source is not None else None
         wanted = memo.sources.get(name)

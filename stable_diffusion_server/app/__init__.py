@@ -84,6 +84,6 @@ def create_app(
     )
     handlers.install(app)
     add_middleware(app, settings)
-    add_doors(app, settings, service, stores, options)
+    add_doors(app, settings, service, stores, options, decode)
     app.include_router(ops.router(missing, metrics.exposition, loaded.told))
     return app

@@ -8,7 +8,7 @@ import limits as rates
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
-from stable_diffusion_server.api import files, history, uploads
+from stable_diffusion_server.api import files, history, replay, uploads
 from stable_diffusion_server.api.openai import images
 from stable_diffusion_server.api.openai.parameters import House
 from stable_diffusion_server.api.security.gate import BodyLimit, Gate
@@ -17,8 +17,9 @@ from stable_diffusion_server.api.security.policy import Policy, allowed_host_nam
 from stable_diffusion_server.api.security.proxies import Proxies
 from stable_diffusion_server.app.storage import Stores
 from stable_diffusion_server.orders import Caller
+from stable_diffusion_server.replaying import Replays
 from stable_diffusion_server.resolving import Options
-from stable_diffusion_server.service import Service
+from stable_diffusion_server.service import Decode, Service
 from stable_diffusion_server.settings import Settings
 
 
@@ -53,11 +54,15 @@ def add_middleware(app: FastAPI, settings: Settings) -> None:
         )
 
 
-def add_doors(app: FastAPI, settings: Settings, service: Service, stores: Stores, options: Options) -> None:
+def add_doors(
+    app: FastAPI, settings: Settings, service: Service, stores: Stores, options: Options, decode: Decode
+) -> None:
     """The doors that draw, and those to what was drawn."""
     url_of = stores.url_of
     app.include_router(uploads.router(service, options.limits, url_of, get_generates=settings.get_generates))
     app.include_router(images.router(service, build_house(settings, options), url_of))
+    replays = Replays(service, decode, options, stores.history.find)
+    app.include_router(replay.router(replays, options.limits, url_of))
     app.include_router(files.router(stores.bucket, stores.shelf, stores.signer, stores.folder))
     app.include_router(history.router(stores.shelf, url_of))
 
