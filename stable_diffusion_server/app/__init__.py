@@ -51,8 +51,7 @@ def create_app(
             announce()
 
     engine, metrics = build_engine(settings, loaded, load, ready, poisoned)
-    stores = Stores(settings)
-    stores.show(metrics)
+    stores = Stores(settings, metrics)
     bucket = stores.bucket
     options = options_of(settings, loaded)
     fetcher, decoder = build_readers(settings)
