@@ -73,13 +73,14 @@ class Drawing:
             )
             return await asyncio.wrap_future(ticket.result)
 
-        options, facts = self._options, facts_of(job.model)
+        options, facts = self._options, facts_of(job.model, self._options.models)
         redraws = facts.bumpy_redraws if options.bumpy_redraws is None else options.bumpy_redraws
         remedy = Remedy(redraws, options.limits.max_steps, facts, lambda text: self._fit(job.model, text))
         return await draw_well(job, once, remedy)
 
     def _fit(self, model: str, text: str) -> str:
-        return shorten_too_long_text(text, facts_of(model).text_tokens, lambda t: self._count_tokens(model, t))
+        facts = facts_of(model, self._options.models)
+        return shorten_too_long_text(text, facts.text_tokens, lambda t: self._count_tokens(model, t))
 
 
 def _tell_soon(loop: asyncio.AbstractEventLoop, tell: Callable[[Event], None], event: Event) -> None:

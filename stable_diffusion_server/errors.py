@@ -225,6 +225,10 @@ class WeightsUnusable(ServerError):
     title = "The model files cannot be used"
 
 
+class DoesNotFit(WeightsUnusable):
+    """A model needs more memory than the device has free, or a device of another kind."""
+
+
 def error_of_kind(kind: str) -> type[ServerError]:
     """The class of that kind; `ServerError` itself for one that is not known here."""
     found = [ServerError]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from secrets import randbelow
 from typing import TypeVar
 from uuid import NAMESPACE_OID, uuid5
@@ -13,7 +13,7 @@ from stable_diffusion_server.bucket_api import object_key
 from stable_diffusion_server.errors import InvalidInput
 from stable_diffusion_server.limits import Limits
 from stable_diffusion_server.orders import SEED_MAX, Format, Order, Seed, Source, Warned, digest
-from stable_diffusion_server.pipelines.catalog import ModelFacts, facts_of, scheduler_of, steps_skipped
+from stable_diffusion_server.pipelines.catalog import MODELS, ModelFacts, facts_of, scheduler_of, steps_skipped
 from stable_diffusion_server.prompts import clean
 
 T = TypeVar("T")
@@ -29,6 +29,8 @@ class Options:
     """What the service was set up with. `embed_metadata` is full, digest or none.
 
     `bumpy_redraws` is how often a picture that is too bumpy is drawn again, `None` what the model's facts say.
+    `models` are the facts of the models that draw here, by name; the default one is among them, or another is. `loras`
+    tells the adapters there are, with what their weights are told from others by.
     """
 
     limits: Limits
@@ -36,6 +38,8 @@ class Options:
     bucket_path: str
     embed_metadata: str = "full"
     bumpy_redraws: int | None = None
+    models: Mapping[str, ModelFacts] = field(default_factory=lambda: MODELS)
+    loras: Callable[[], Mapping[str, str]] = dict
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +108,7 @@ def resolve(order: Order, options: Options, fetched: Mapping[str, bytes] | None 
     addresses = {source.parameter: source.url for source in order.sources if source.url is not None}
     sent_pictures = _identities(order, addresses)
     pictures = _identities(order, fetched) if fetched else sent_pictures
-    facts = _facts_told(order, words)
+    facts = _facts_told(order, words, _adapters(order, options))
     asked = digest({**facts, **pictures, "seed": order.seed})
     seed = _seed(order.seed, asked)
     content = digest({**facts, **pictures, "seed": seed})
@@ -128,7 +132,8 @@ def resolve(order: Order, options: Options, fetched: Mapping[str, bytes] | None 
 
 
 def _read_words(order: Order, options: Options) -> Words:
-    facts = facts_of(order.model or options.default_model)
+    default = options.default_model if options.default_model in options.models else next(iter(options.models))
+    facts = facts_of(order.model or default, options.models)
     warnings = []
     negative = _cleaned(order.negative_prompt or "", "negative_prompt") or None
     if negative and not facts.takes_negative_prompt:
@@ -166,7 +171,20 @@ def _read_words(order: Order, options: Options) -> Words:
     return words
 
 
-def _facts_told(order: Order, words: Words) -> dict[str, object]:
+def _adapters(order: Order, options: Options) -> list[tuple[str, float, str]]:
+    """The order's adapters: name, weight, and which weights these are. Raises `InvalidInput` for unknown ones."""
+    if not order.loras:
+        return []
+    there = options.loras()
+    if not there:
+        raise InvalidInput("No adapters are offered here.", field="lora")
+    for name, _ in order.loras:
+        if name not in there:
+            raise InvalidInput(f"{name!r} is not an adapter here; there are {', '.join(sorted(there))}.", field="lora")
+    return [(name, weight, there[name]) for name, weight in order.loras]
+
+
+def _facts_told(order: Order, words: Words, adapters: list[tuple[str, float, str]]) -> dict[str, object]:
     """All that makes this picture this one, but its seed and the pictures it comes from."""
     return {
         "task": order.task,
@@ -180,7 +198,7 @@ def _facts_told(order: Order, words: Words) -> dict[str, object]:
         "scheduler": words.scheduler,
         "strength": words.strength,
         "refine": order.refine,
-        "loras": order.loras,
+        "loras": adapters,
         "feather": order.feather,
         "control": (words.control_scale, order.canny_low, order.canny_high) if words.canny else None,
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import FileResponse, JSONResponse, RedirectResponse
@@ -20,8 +20,12 @@ _RANGE = re.compile(r"bytes=\s*(\d+-\d*|-\d+)(\s*,\s*(\d+-\d*|-\d+))*")
 _SHOWN_INLINE = ("image/webp", "image/png", "image/jpeg")
 
 
-def router(missing: Callable[[], list[str]], exposition: Callable[[], bytes]) -> APIRouter:
-    """The operator's doors. `missing` lists, in sentences, what keeps the server from drawing."""
+def router(
+    missing: Callable[[], list[str]],
+    exposition: Callable[[], bytes],
+    loaded: Callable[[], Sequence[Mapping[str, object]]] = tuple,
+) -> APIRouter:
+    """The operator's doors. `missing` lists, in sentences, what keeps the server from drawing; `loaded`, its models."""
     routes = APIRouter(tags=["operate"])
 
     @routes.get("/", include_in_schema=False)
@@ -35,7 +39,7 @@ def router(missing: Callable[[], list[str]], exposition: Callable[[], bytes]) ->
     @routes.get("/readyz", summary="Can it draw? 503 says what is missing.")
     async def readyz() -> Response:
         reasons = await run_in_threadpool(missing)
-        body = {"status": "not ready" if reasons else "ready", "missing": reasons}
+        body = {"status": "not ready" if reasons else "ready", "missing": reasons, "models": list(loaded())}
         return JSONResponse(body, 503 if reasons else 200, {"Retry-After": "2"} if reasons else None)
 
     @routes.get("/metrics", summary="Figures in Prometheus's text format")

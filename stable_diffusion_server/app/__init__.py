@@ -13,7 +13,7 @@ from fastapi import FastAPI
 from stable_diffusion_server import __version__
 from stable_diffusion_server.api import handlers, ops, uploads
 from stable_diffusion_server.app.doors import add_middleware
-from stable_diffusion_server.app.drawing import Loaded, Models, build_engine, build_readers, load_models, options_of
+from stable_diffusion_server.app.drawing import Loaded, Models, build_engine, build_readers, options_of
 from stable_diffusion_server.app.stopping import drained_by_signals
 from stable_diffusion_server.app.storage import build_bucket, known_to, open_folders, url_maker
 from stable_diffusion_server.engine import Phase
@@ -36,7 +36,7 @@ def create_app(
     `load` makes what draws, the models of the settings unless told otherwise; `announce` is called when it is done.
     Both run on the engine's thread.
     """
-    loaded, faults = Loaded(), dict[str, str]()
+    loaded, faults = Loaded.of(settings), dict[str, str]()
 
     def missing() -> list[str]:
         """What keeps the server from drawing, in sentences; what was at fault before is looked at again."""
@@ -49,9 +49,9 @@ def create_app(
         if not missing():
             announce()
 
-    engine, metrics = build_engine(settings, loaded, load or load_models, ready)
+    engine, metrics = build_engine(settings, loaded, load, ready)
     bucket = build_bucket(settings)
-    options = options_of(settings)
+    options = options_of(settings, loaded)
     fetcher, decoder = build_readers(settings)
     fetch, decode, known = fetcher.fetch, decoder.decode, known_to(bucket)
     answered, count = metrics.answered, loaded.count_tokens
@@ -82,7 +82,7 @@ def create_app(
     handlers.install(app)
     add_middleware(app, settings)
     app.include_router(uploads.router(service, options.limits, url_maker(settings, bucket)))
-    app.include_router(ops.router(missing, metrics.exposition))
+    app.include_router(ops.router(missing, metrics.exposition, loaded.told))
     folder = f"{settings.bucket_path.strip('/')}/".lstrip("/")
     app.include_router(ops.files_router(bucket, folder, private=settings.signed_url_seconds > 0))
     return app

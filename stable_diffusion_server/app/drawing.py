@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from time import perf_counter
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import structlog
 
 from stable_diffusion_server.decoding.pool import Decoder
 from stable_diffusion_server.engine import Denoiser, Engine
-from stable_diffusion_server.errors import NotReady
+from stable_diffusion_server.errors import NotReady, WeightsUnusable
 from stable_diffusion_server.fetching.fetcher import Bounds, Fetcher
 from stable_diffusion_server.fetching.targets import Allowance
 from stable_diffusion_server.limits import Limits
 from stable_diffusion_server.observability import ConsoleProgress, Heartbeat, Metrics, each
+from stable_diffusion_server.pipelines.adapters import digest_of, find, names_in
+from stable_diffusion_server.pipelines.catalog import (
+    MODELS,
+    REAL_MODELS,
+    ModelFacts,
+    choose_models,
+    with_lcm,
+    with_quantization,
+)
 from stable_diffusion_server.resolving import Options
 from stable_diffusion_server.settings import Settings
 
@@ -31,9 +41,27 @@ class Models(Denoiser[Any, Any], Protocol):
 
 @dataclass(slots=True)
 class Loaded:
-    """The loaded models, once there are any. Filled by the engine's thread."""
+    """The models that draw: what is known of them before, and they themselves once the engine's thread has them.
 
+    `facts` are those of the models the settings ask for; where the device cannot hold one, the facts of the one that
+    is loaded instead take their place. `fault` says why there can be no model at all.
+    """
+
+    facts: dict[str, ModelFacts]
+    fault: WeightsUnusable | None = None
     models: Models | None = None
+
+    @classmethod
+    def of(cls, settings: Settings) -> Loaded:
+        """What the settings ask for, by what lies in the models' folder."""
+        folders = {facts.folder for candidates in REAL_MODELS.values() for facts in candidates}
+        present = [folder for folder in folders if (settings.models_dir / folder).is_dir()]
+        try:
+            chosen = choose_models(settings.models, present)
+        except WeightsUnusable as error:
+            return cls(dict(MODELS), error)
+        lcm = with_lcm if settings.load_lcm_lora else lambda facts: facts
+        return cls({name: with_quantization(lcm(facts), settings.quantize) for name, facts in chosen.items()})
 
     def count_tokens(self, model: str, prompt: str) -> int:
         """Length of a prompt in a model's tokens. Raises `NotReady` until the models are loaded."""
@@ -41,23 +69,44 @@ class Loaded:
             raise NotReady("The models are loading.", retry_after=5)
         return self.models.count_tokens(model, prompt)
 
+    def told(self) -> list[dict[str, object]]:
+        """What is loaded, for people: name, folder, revision, device, placement, bytes and adapters of each model."""
+        return [asdict(model) for model in getattr(self.models, "loaded", ())]
 
-def load_models(settings: Settings) -> Models:
-    """The models of the settings, loaded. Takes seconds."""
+
+def load_models(settings: Settings, loaded: Loaded) -> Models:
+    """The models of the settings, loaded. Takes seconds. Raises `WeightsUnusable`."""
+    if loaded.fault is not None:
+        raise loaded.fault
     # Imported here, on the engine's thread: torch takes seconds, and the port should answer meanwhile.
     from stable_diffusion_server.pipelines import registry
 
-    return registry.load(settings.models_dir, settings.device, settings.cpu_threads)
+    options = registry.LoadOptions(
+        models=loaded.facts,
+        instead=MODELS if settings.models == "auto" else {},
+        hub=settings.models == "hub",
+        lora_dir=settings.lora_dir,
+        controlnet_lora=settings.controlnet_lora,
+        dfloat11=settings.df11_model_path,
+        offload=settings.offload,
+        quantize=settings.quantize,
+        attention_slicing=settings.attention_slicing,
+        vae_slicing=settings.vae_slicing,
+        vae_tiling=settings.vae_tiling,
+    )
+    models = registry.load(settings.models_dir, settings.device, settings.cpu_threads, options)
+    loaded.facts.update(models.models)
+    return models
 
 
 def build_engine(
-    settings: Settings, loaded: Loaded, load: Callable[[Settings], Models], ready: Callable[[], object]
+    settings: Settings, loaded: Loaded, load: Callable[[Settings], Models] | None, ready: Callable[[], object]
 ) -> tuple[Engine[Any, Any], Metrics]:
     """The engine and the observers of its events, not started."""
 
     def load_and_tell() -> Models:
         started = perf_counter()
-        loaded.models = load(settings)
+        loaded.models = load(settings) if load is not None else load_models(settings, loaded)
         _log.info("models loaded", seconds=round(perf_counter() - started, 1))
         return loaded.models
 
@@ -77,7 +126,7 @@ def build_engine(
     return engine, metrics
 
 
-def options_of(settings: Settings) -> Options:
+def options_of(settings: Settings, loaded: Loaded) -> Options:
     """What an order may ask for, and what is taken where it asks for nothing."""
     limits = Limits(
         min_side=settings.min_side,
@@ -93,6 +142,8 @@ def options_of(settings: Settings) -> Options:
         settings.bucket_path,
         settings.embed_metadata,
         None if settings.bumpy_redraws == "auto" else int(settings.bumpy_redraws),
+        MappingProxyType(loaded.facts),
+        lambda: {name: digest_of(find(settings.lora_dir, name)) for name in names_in(settings.lora_dir)},
     )
 
 

@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import structlog
 import torch
 
-from stable_diffusion_server.errors import InvalidInput, WeightsUnusable
+from stable_diffusion_server.errors import DoesNotFit, InvalidInput, WeightsUnusable
 from stable_diffusion_server.orders import Job
-from stable_diffusion_server.pipelines.adapters import Adapters, names_in
+from stable_diffusion_server.pipelines.adapters import Adapters, add_to_controlnet, names_in
 from stable_diffusion_server.pipelines.catalog import MODELS, ModelFacts
 from stable_diffusion_server.pipelines.components import (
     bytes_of,
@@ -23,29 +24,38 @@ from stable_diffusion_server.pipelines.components import (
     lcm_file,
     load_controlnet,
     load_pipeline,
-    quantize_parts,
+    lora_file,
     quieten_libraries,
     settle,
     skeleton,
 )
+from stable_diffusion_server.pipelines.conversion import compress, quantize_parts
 from stable_diffusion_server.pipelines.denoising import Drawn, Family, State
 from stable_diffusion_server.pipelines.placement import CONTROL, Offload, Placement, Quantize, Residency, place
+
+_log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class LoadOptions:
     """What to load and how: `models` by family (see `catalog.choose_models`), from the hub too if `hub`.
 
-    `lora_dir` holds the adapters a job may name. `offload` and `quantize` force what else follows from free memory.
+    Where the device cannot hold one of them and `instead` has another of its name, that one is loaded. `lora_dir` holds
+    the adapters a job may name; `controlnet_lora` goes on Flux's ControlNet, the weights `dfloat11` into its
+    transformer. `offload` and `quantize` force what else follows from free memory.
     The VAE may decode a batch one by one (`vae_slicing`) or a large picture in overlapping tiles (`vae_tiling`), which
-    takes less memory and changes such pictures a little.
+    takes less memory and changes such pictures a little; so does attention computed in slices.
     """
 
     models: Mapping[str, ModelFacts] = field(default_factory=lambda: MODELS)
+    instead: Mapping[str, ModelFacts] = field(default_factory=dict)
     hub: bool = False
     lora_dir: Path | None = None
+    controlnet_lora: str = ""
+    dfloat11: str = ""
     offload: Offload = "auto"
     quantize: Quantize = "auto"
+    attention_slicing: bool = False
     vae_slicing: bool = False
     vae_tiling: bool = False
 
@@ -76,13 +86,19 @@ class _Placed(NamedTuple):
 class Registry:
     """All loaded families behind one face: what the engine calls its denoiser.
 
-    `loaded` tells what is there. `resident` is false when weights travel between drawings: then many joins thrash, and
-    an engine does well to prepare, step and finish in phases.
+    `loaded` tells what is there, `models` the facts of each model as it was loaded. `resident` is false when weights
+    travel between drawings: then many joins thrash, and an engine does well to prepare, step and finish in phases.
     """
 
-    def __init__(self, families: Mapping[str, Family], loaded: Sequence[Loaded] = ()) -> None:
+    def __init__(
+        self,
+        families: Mapping[str, Family],
+        loaded: Sequence[Loaded] = (),
+        models: Mapping[str, ModelFacts] | None = None,
+    ) -> None:
         self._families = families
         self.loaded = tuple(loaded)
+        self.models = dict(models or {})
         self.resident = all(model.residency == Residency.RESIDENT for model in loaded)
 
     def prepare(self, job: Job) -> State[Any]:
@@ -119,9 +135,10 @@ def load(models_dir: Path, device_name: str, cpu_threads: int, options: LoadOpti
     device = choose_device(device_name)
     options = options or LoadOptions()
     kinds = _kinds()
-    families, loaded = {}, []
-    for name, facts in options.models.items():
-        pipeline, controlnet, adapters, placement = _place_model(facts, models_dir, device, options)
+    families, loaded, models = {}, [], {}
+    for name, wanted in options.models.items():
+        facts, (pipeline, controlnet, adapters, placement) = _place_or_instead(wanted, models_dir, device, options)
+        models[name] = facts
         families[name] = kinds[facts.pipeline_class](pipeline, facts, controlnet, adapters)
         modules = [part for part in [*pipeline.components.values(), controlnet] if isinstance(part, torch.nn.Module)]
         loaded.append(
@@ -138,7 +155,23 @@ def load(models_dir: Path, device_name: str, cpu_threads: int, options: LoadOpti
                 loras=names_in(options.lora_dir),
             )
         )
-    return Registry(families, loaded)
+    return Registry(families, loaded, models)
+
+
+def _place_or_instead(
+    facts: ModelFacts, models_dir: Path, device: torch.device, options: LoadOptions
+) -> tuple[ModelFacts, _Placed]:
+    """The model, or the one that is loaded instead where the device cannot hold it."""
+    try:
+        return facts, _place_model(facts, models_dir, device, options)
+    except DoesNotFit as error:
+        other = options.instead.get(facts.name)
+        if other is None or other == facts:
+            raise
+        _log.warning(
+            "other weights are used", model=facts.name, wanted=facts.folder, used=other.folder, why=error.detail
+        )
+        return other, _place_model(other, models_dir, device, options)
 
 
 def _place_model(facts: ModelFacts, models_dir: Path, device: torch.device, options: LoadOptions) -> _Placed:
@@ -154,6 +187,8 @@ def _place_model(facts: ModelFacts, models_dir: Path, device: torch.device, opti
     )
     pipeline = load_pipeline(facts, models_dir, device, hub=hub, move=False)
     controlnet = load_controlnet(facts, models_dir, device, hub=hub, move=False)
+    if facts.name == "flux" and controlnet is not None and options.controlnet_lora:
+        add_to_controlnet(controlnet, lora_file(options.controlnet_lora, models_dir, hub=hub))
     always = [(lcm_file(facts, folder, models_dir, hub=hub), weight) for folder, weight in facts.always]
     try:
         adapters = Adapters(pipeline, options.lora_dir, always)
@@ -161,7 +196,11 @@ def _place_model(facts: ModelFacts, models_dir: Path, device: torch.device, opti
         raise WeightsUnusable(error.detail) from error
     parts = {**pipeline.components, CONTROL: controlnet}
     quantize_parts([parts[name] for name in facts.quantized if parts[name] is not None], placement.quantization)
+    if facts.name == "flux" and options.dfloat11:
+        compress(pipeline.transformer, options.dfloat11, device)
     settle(pipeline, controlnet, device, placement.residency)
+    if options.attention_slicing:
+        pipeline.enable_attention_slicing()
     if options.vae_slicing:
         pipeline.vae.enable_slicing()
     if options.vae_tiling:

@@ -67,7 +67,7 @@ class Storage(Group):
 
     @field_validator("google_application_credentials", mode="before")
     @classmethod
-    def _none_if_empty(cls, value: Any) -> Any:
+    def _no_file_if_empty(cls, value: Any) -> Any:
         return value or None
 
     @field_validator("bucket_path")
