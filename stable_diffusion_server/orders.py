@@ -82,6 +82,7 @@ class Order:
     refine: bool = False
     loras: tuple[tuple[str, float], ...] = ()
     named_by_content: bool = False
+    webhook_url: str | None = None
 
     @property
     def sources(self) -> tuple[Source, ...]:

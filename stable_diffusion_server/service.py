@@ -96,7 +96,9 @@ class Service:
 
         `watch` is called on the event loop while it waits and is drawn (queued, started, step); how it ends is for
         this call to say. `previews`, which may be asked again at each step, has small pictures come with the steps.
-        `fetched` are the files at the order's addresses, by parameter, as far as they are known. Raises `InvalidInput`, `TooLarge`, `UnsupportedMedia`, `RemoteFailed`, `Busy`, `NotReady`,
+        `fetched` are the files at the order's addresses, by parameter, as far as they are known.
+
+        Raises `InvalidInput`, `TooLarge`, `UnsupportedMedia`, `RemoteFailed`, `Busy`, `NotReady`,
         `StorageUnavailable`, `DeadlineExceeded`, and what drawing raises. Cancelling the call takes the job off the
         device, unless others wait for it too.
         """
@@ -116,7 +118,7 @@ class Service:
         """The same with the file itself: the one this order drew, whatever is stored under its name since."""
         whom, listener = For(caller, background), Watcher(watch, previews)
         receipt, outcome = await self._fulfilled(order, fetched, whom, listener)
-        return receipt, outcome.data or await asyncio.to_thread(self._bucket.read, receipt.key)
+        return receipt, outcome.data or await self.stored_file(receipt)
 
     async def settled(self, order: Order) -> tuple[Order, dict[str, bytes]]:
         """The order as it can be kept and fulfilled later, and the files at its addresses, unless it is stored.
@@ -130,6 +132,10 @@ class Service:
         elif plan.key_is_known and await self._find(plan) is not None:
             return order, {}
         return order, await self._files_of(order, _NOTHING)
+
+    async def stored_file(self, receipt: Receipt) -> bytes:
+        """The file that is stored under a receipt's name now. Raises `NotFound`, `StorageUnavailable`."""
+        return await asyncio.to_thread(self._bucket.read, receipt.key)
 
     def check_open(self) -> None:
         """Raise `NotReady` or `Busy` if nothing can be drawn now."""

@@ -25,23 +25,28 @@ def install(app: FastAPI) -> None:
 
 def problem(error: ServerError, request_id: str) -> JSONResponse:
     """The problem document of one of our errors, with `Retry-After` where coming back can help."""
-    body: dict[str, object] = {
-        "type": f"urn:stable-diffusion-server:problem:{error.kind}",
-        "title": error.title,
-        "status": error.status,
-        "detail": error.detail,
-        "request_id": request_id,
-    }
-    if error.field:
-        body["field"] = error.field
-    if error.faults:
-        body["errors"] = [{"field": field, "detail": detail} for field, detail in error.faults]
+    body = {**problem_body(error), "request_id": request_id}
     headers = {"X-Request-ID": request_id}
     if error.retry_after is not None:
         headers["Retry-After"] = str(error.retry_after)
     if error.status == HTTPStatus.UNAUTHORIZED:
         headers["WWW-Authenticate"] = "Bearer"
     return JSONResponse(_printable(body), error.status, headers, media_type="application/problem+json")
+
+
+def problem_body(error: ServerError) -> dict[str, object]:
+    """One of our errors as the members of a problem document."""
+    body: dict[str, object] = {
+        "type": f"urn:stable-diffusion-server:problem:{error.kind}",
+        "title": error.title,
+        "status": error.status,
+        "detail": error.detail,
+    }
+    if error.field:
+        body["field"] = error.field
+    if error.faults:
+        body["errors"] = [{"field": field, "detail": detail} for field, detail in error.faults]
+    return body
 
 
 def client_gone() -> Response:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Annotated, Any, ClassVar, Literal, NoReturn
 
@@ -11,7 +12,9 @@ from fastapi import Request
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema, field_validator, model_validator
 
 from stable_diffusion_server.api.bodies import BODY_TYPES, Upload, read_parameters
+from stable_diffusion_server.api.handlers import problem_body
 from stable_diffusion_server.errors import InvalidInput
+from stable_diffusion_server.jobs.happenings import Standing
 from stable_diffusion_server.limits import Limits
 from stable_diffusion_server.orders import Format, Order, Receipt, Source, Task
 
@@ -48,6 +51,9 @@ class Parameters(BaseModel, ABC):
     quality: int | None = Field(None, description="1 to 100; webp at 100 is lossless.")
     overwrite: bool = Field(False, description="Draw and store even if the name is taken.")
     timeout: float | None = Field(None, description="Seconds to wait for the picture at the most.")
+    webhook_url: str | None = Field(
+        None, description="Address to be told how the job ends; with `Prefer: respond-async` only."
+    )
     refine: bool = Field(False, description="A second pass at low strength over what was drawn.")
     lora: str | None = Field(
         None,
@@ -160,6 +166,18 @@ def receipt_body(receipt: Receipt, url: str) -> dict[str, object]:
     body: dict[str, object] = {"path": url, **asdict(receipt)}
     if receipt.prompt_used is None:
         del body["prompt_used"]
+    return body
+
+
+def job_body(standing: Standing, url: Callable[[str], str]) -> dict[str, object]:
+    """A job as JSON shows it, with the receipt of one that is done, or the problem of one that failed."""
+    body = asdict(standing)
+    outcome = standing.outcome
+    del body["outcome"]
+    if isinstance(outcome, Receipt):
+        body["receipt"] = receipt_body(outcome, url(outcome.key))
+    elif outcome is not None:
+        body["problem"] = problem_body(outcome.as_error())
     return body
 
 

@@ -6,9 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import structlog
-from fastapi import Request
 
-from stable_diffusion_server.bucket_api import Bucket, StorageOptions, open_bucket, url_path
+from stable_diffusion_server.bucket_api import Bucket, StorageOptions, open_bucket
 from stable_diffusion_server.buckets.local import LocalBucket
 from stable_diffusion_server.errors import ServerError
 from stable_diffusion_server.orders import Stored
@@ -47,26 +46,3 @@ def open_folders(settings: Settings, bucket: Any, faults: dict[str, str]) -> Non
         faults["bucket"] = error.detail
     for fault in faults.values():
         _log.error("not able to draw", reason=fault)
-
-
-def url_maker(settings: Settings, bucket: Bucket) -> Any:
-    """How a key becomes a URL: the bucket's own, else this server's.
-
-    This server is PUBLIC_BASE_URL, where that is not the bucket's, else the address the client's connection came in
-    on; never the Host header, which the client writes.
-    """
-    public = settings.public_base_url if settings.storage_provider == "local" else ""
-
-    def url_of(request: Request, key: str) -> str:
-        if (url := bucket.url(key)) is not None:
-            return url
-        base = public
-        if not base:
-            host, port = request.scope.get("server") or (settings.host, settings.port)
-            name = f"[{host}]" if ":" in host else host
-            # A forwarded scheme may be a websocket's.
-            scheme = "https" if request.scope["scheme"] in ("https", "wss") else "http"
-            base = f"{scheme}://{name}:{port or settings.port}"
-        return f"{base}/files/{url_path(key)}"
-
-    return url_of

@@ -109,6 +109,11 @@ class Journal:
         """A caller's jobs, newest first."""
         return self._entries("WHERE caller = ? ORDER BY number DESC LIMIT ?", (caller, most))
 
+    def repeated(self, claim: Claim) -> Repeat | None:
+        """What a key was answered with before, if it is taken."""
+        with self._read() as cursor:
+            return _repeated(cursor, claim)
+
     def claim(self, claim: Claim, now: float) -> Repeat | None:
         """Take a key for a request that waits for its answer, or tell what the key was answered with before."""
         with self._change(accepting=True) as cursor:

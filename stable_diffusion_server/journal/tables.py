@@ -38,10 +38,11 @@ CREATE TABLE claims (
   key TEXT NOT NULL,
   fingerprint TEXT NOT NULL,
   claimed_at REAL NOT NULL,
-  job_id TEXT,
+  job_id TEXT REFERENCES jobs (id) ON DELETE CASCADE,
   outcome TEXT,
   PRIMARY KEY (caller, key)
 ) WITHOUT ROWID;
+CREATE INDEX claims_by_job ON claims (job_id);
 CREATE TABLE messages (
   job_id TEXT NOT NULL PRIMARY KEY REFERENCES jobs (id) ON DELETE CASCADE,
   url TEXT NOT NULL,

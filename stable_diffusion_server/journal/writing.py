@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, fields
 from typing import Any
 
-from stable_diffusion_server.errors import JournalUnavailable
+from stable_diffusion_server.errors import ServerError
 from stable_diffusion_server.journal.entries import Problem, Work
-from stable_diffusion_server.orders import Format, Order, Receipt, Source, Task, Warned
+from stable_diffusion_server.orders import Format, Order, Receipt, Source, Task, Warned, digest
 
 VERSION = 1
 _PICTURES = ("image", "mask")
@@ -32,12 +33,19 @@ def files_of(work: Work) -> dict[str, bytes]:
     return {**sent, **work.fetched}
 
 
+def fingerprint(door: str, order: Order) -> str:
+    """What tells a request from others that come with the same idempotency key. Slow where files are large."""
+    sent = {source.parameter: source.data for source in order.sources if source.data is not None}
+    files = {parameter: hashlib.sha256(data).hexdigest() for parameter, data in sent.items()}
+    return digest({"door": door, "order": written_order(order), "files": files})
+
+
 def read_work(text: str, files: Mapping[str, bytes]) -> Work:
-    """The order that was written, with its files. Raises `JournalUnavailable` for what another version wrote."""
+    """The order that was written, with its files. Raises `ServerError` for what another version wrote."""
     told = json.loads(text)
     known = {part.name for part in fields(Order)}
     if told.pop("version") != VERSION or not told.keys() <= known:
-        raise JournalUnavailable("This job was accepted by another version of the server, which wrote it differently.")
+        raise ServerError("This job was accepted by another version of the server, which wrote it differently.")
     told["task"] = Task(told["task"])
     if "format" in told:
         told["format"] = Format(told["format"])
