@@ -114,6 +114,15 @@ class Busy(ServerError):
     retry_can_help = True
 
 
+class Overasked(ServerError):
+    """The caller asks more often, or for more at a time, than its key allows."""
+
+    status = 429
+    kind = "rate-limited"
+    title = "Too many requests"
+    retry_can_help = True
+
+
 class NotReady(ServerError):
     """The models are still loading, or could not be loaded, or the server is going down."""
 

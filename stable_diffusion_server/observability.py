@@ -5,17 +5,21 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO
 
 import structlog
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
 from tqdm import tqdm
 
 from stable_diffusion_server.orders import Event, EventKind
 
 Observer = Callable[[Event], None]
+# A shape's name, the most jobs that share a step of it, and seconds a step by how many do.
+ShapeFigures = tuple[str, int, Mapping[int, float]]
 
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 
@@ -44,7 +48,12 @@ def configure_logging(level: str, log_format: str) -> None:
 class Metrics:
     """Prometheus figures, in a registry of their own."""
 
-    def __init__(self, waiting: Callable[[], float], running: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        waiting: Callable[[], float],
+        running: Callable[[], float],
+        shapes: Callable[[], Iterable[ShapeFigures]] = tuple,
+    ) -> None:
         self.registry = CollectorRegistry()
         self._jobs = Counter("sds_jobs", "Jobs by what became of them", ["outcome"], registry=self.registry)
         self._steps = Counter("sds_steps", "Denoising steps done, summed over jobs", registry=self.registry)
@@ -59,6 +68,7 @@ class Metrics:
         )
         Gauge("sds_queue_waiting", "Jobs waiting", registry=self.registry).set_function(waiting)
         Gauge("sds_queue_running", "Jobs on the device", registry=self.registry).set_function(running)
+        self.registry.register(_Shapes(shapes))
 
     def observe(self, event: Event) -> None:
         """Count an event of the engine."""
@@ -80,6 +90,23 @@ class Metrics:
     def exposition(self) -> bytes:
         """The figures in Prometheus's text format."""
         return generate_latest(self.registry)
+
+
+class _Shapes(Collector):
+    """Figures by shape, asked for when they are read."""
+
+    def __init__(self, shapes: Callable[[], Iterable[ShapeFigures]]) -> None:
+        self._shapes = shapes
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        """A gauge of caps, and one of step times."""
+        caps = GaugeMetricFamily("sds_batch_cap", "Most jobs of a shape that share a step", labels=["shape"])
+        seconds = GaugeMetricFamily("sds_step_seconds", "Seconds of one step, measured", labels=["shape", "jobs"])
+        for shape, cap, by_size in self._shapes():
+            caps.add_metric([shape], cap)
+            for size, value in by_size.items():
+                seconds.add_metric([shape, str(size)], value)
+        yield from (caps, seconds)
 
 
 class ConsoleProgress:

@@ -53,7 +53,8 @@ class Order:
     """What the caller asked, as asked. `None` means "you decide"; `width` and `height` in pixels.
 
     Without a size the picture has that of `image`. `feather`, in pixels, softens the mask's rim inwards. With
-    `named_by_content` the order's digest goes before the file name, so that no two orders share one.
+    `named_by_content` the order's digest goes before the file name, so that no two orders share one. `folder`, with a
+    slash at its end, is where a picture without a `save_path` is stored.
     """
 
     task: Task
@@ -83,6 +84,7 @@ class Order:
     loras: tuple[tuple[str, float], ...] = ()
     named_by_content: bool = False
     webhook_url: str | None = None
+    folder: str = ""
 
     @property
     def sources(self) -> tuple[Source, ...]:

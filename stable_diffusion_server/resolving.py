@@ -115,7 +115,7 @@ def resolve(order: Order, options: Options, fetched: Mapping[str, bytes] | None 
     file_format = _file_format(order)
     # PNG loses nothing at any quality, so it has none to tell two files apart by.
     quality = 100 if file_format is Format.PNG else _given(order.quality, DEFAULT_QUALITY)
-    made = f"{digest({'content': content, 'format': file_format, 'quality': quality})[:32]}.{file_format}"
+    made = f"{order.folder}{digest({'content': content, 'format': file_format, 'quality': quality})[:32]}.{file_format}"
     return Plan(
         order=order,
         words=words,

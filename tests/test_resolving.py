@@ -47,7 +47,16 @@ CHANGED: dict[str, Any] = {
     "loras": (("pastel", 0.5),),
 }
 WITH_CANNY: dict[str, Any] = {"canny_low": 90, "canny_high": 210, "control_scale": 0.9}
-NOT_IN_THE_PICTURE = {"save_path", "format", "quality", "overwrite", "timeout", "named_by_content"}
+NOT_IN_THE_PICTURE = {
+    "save_path",
+    "format",
+    "quality",
+    "overwrite",
+    "timeout",
+    "named_by_content",
+    "folder",
+    "webhook_url",
+}
 
 
 def test_an_adapter_is_told_by_its_weights_and_not_by_its_name_alone() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -192,3 +193,26 @@ def test_every_storage_option_is_a_setting_of_that_name(monkeypatch: pytest.Monk
     assert options.credentials()[1] == "sesame"
     assert options.google_application_credentials is None
     assert "sesame" not in repr(options)
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"API_KEYS": "ann:hunter2;rate=often"}, "API_KEYS has a rate at key 1"),
+        ({"API_KEYS": "hunter2, hunter2"}, "API_KEYS holds two keys of one"),
+        ({"API_KEYS": "hunter2;hunter3"}, "API_KEYS has options at key 1"),
+        ({"API_KEYS_FILE": "nowhere"}, "API_KEYS_FILE cannot be read"),
+        ({"RATE_LIMIT": "fast"}, "RATE_LIMIT 'fast' is not a rate"),
+        ({"TRUSTED_PROXIES": "proxy.example"}, "TRUSTED_PROXIES 'proxy.example' is not an address"),
+        ({"MODEL_ALIASES": "dall-e-3=dall-e"}, "MODEL_ALIASES 'dall-e-3=dall-e' is not like"),
+    ],
+)
+def test_keys_and_limits_that_are_written_wrong_stop_the_start(
+    given: dict[str, str], told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One sentence that names the setting, and no part of a secret."""
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SettingsError, match=re.escape(told)) as refused:
+        read_settings()
+    assert "hunter" not in str(refused.value)

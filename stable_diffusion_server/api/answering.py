@@ -1,4 +1,4 @@
-"""How every generating door answers an order: at once, or by a job; once for its idempotency key; or not, to who left."""
+"""How every generating door answers an order: at once or by a job, once for its idempotency key, or not, to who left."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Answering:
         self._base_of = base_of
 
     async def answer(self, request: Request, order: Order, render: Render, *, picture: bool = False) -> Response:
-        """The answer to an order as the request prefers it; `picture` has `render` be given the file. Read the body before.
+        """The answer to an order as the request prefers it. With `picture`, `render` is given the file. Read the body first.
 
         Raises what the service and the jobs raise, `Cancelled` when someone cancels the job by its id.
         """

@@ -12,7 +12,9 @@ from fastapi import Request
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema, field_validator, model_validator
 
 from stable_diffusion_server.api.bodies import BODY_TYPES, Upload, read_parameters
-from stable_diffusion_server.api.handlers import problem_body
+from stable_diffusion_server.api.callers import caller_of, within
+from stable_diffusion_server.api.pictures import bytes_of, is_data_url
+from stable_diffusion_server.api.shapes import problem_body
 from stable_diffusion_server.errors import InvalidInput
 from stable_diffusion_server.jobs.happenings import Standing
 from stable_diffusion_server.limits import Limits
@@ -105,7 +107,9 @@ class StyleTransfer(Parameters):
 
     files: ClassVar[frozenset[str]] = frozenset({"image_file"})
 
-    image_url: str | None = Field(None, description="Address of the picture to start from; or send `image_file`.")
+    image_url: str | None = Field(
+        None, description="Address of the picture to start from, or the picture in a data URL; or send `image_file`."
+    )
     image_file: File = Field(None, description="The picture to start from, a PNG, JPEG or WebP file.")
     strength: float = Field(0.6, description="How much is drawn anew, 0 to 1.")
     canny: bool | None = Field(False, description="Keep to the edges of the picture by ControlNet.")
@@ -136,9 +140,13 @@ class Inpaint(Parameters):
 
     files: ClassVar[frozenset[str]] = frozenset({"image_file", "mask_file"})
 
-    image_url: str | None = Field(None, description="Address of the picture to repaint; or send `image_file`.")
+    image_url: str | None = Field(
+        None, description="Address of the picture to repaint, or a data URL; or send `image_file`."
+    )
     image_file: File = Field(None, description="The picture to repaint, a PNG, JPEG or WebP file.")
-    mask_url: str | None = Field(None, description="Address of the mask, white where to repaint; or send `mask_file`.")
+    mask_url: str | None = Field(
+        None, description="Address of the mask, white where to repaint, or a data URL; or send `mask_file`."
+    )
     mask_file: File = Field(None, description="The mask, a PNG, JPEG or WebP file of any size.")
     strength: float = Field(1.0, description="How much is drawn anew inside the mask, 0 to 1.")
     feather: int = Field(0, description="Pixels over which the repainted part fades in from the rim of the mask.")
@@ -153,10 +161,12 @@ class Inpaint(Parameters):
 async def read_order(request: Request, schema: type[Parameters]) -> Order:
     """The order in a request's query and body (form, multipart or JSON).
 
-    Raises `Malformed`, `UnsupportedMedia` and `InvalidInput`, which names every refused parameter.
+    Raises `Malformed`, `UnsupportedMedia`, `InvalidInput`, which names every refused parameter, and `Forbidden` for a
+    name that is not the caller's.
     """
     try:
-        return schema.model_validate(await read_parameters(request, schema.files)).order()
+        order = schema.model_validate(await read_parameters(request, schema.files)).order()
+        return within(caller_of(request), order)
     except ValidationError as error:
         _refuse(error)
 
@@ -240,7 +250,12 @@ def _sources(parameters: Parameters, *names: str) -> list[Source]:
         if (url is None) == (file is None):
             sentence = f"Give {by_url} or {by_file}, and not both."
             faults += [(by_url, sentence), (by_file, sentence)]
-        sources.append(Source(by_url, url=url) if file is None else Source(by_file, data=file.data))
+        elif file is not None:
+            sources.append(Source(by_file, data=file.data))
+        elif is_data_url(url):
+            sources.append(Source(by_url, data=bytes_of(url, by_url)))
+        else:
+            sources.append(Source(by_url, url=url))
     if faults:
         raise InvalidInput.of(faults)
     return sources

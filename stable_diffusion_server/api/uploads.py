@@ -20,7 +20,6 @@ from stable_diffusion_server.image_processing import media_type_of
 from stable_diffusion_server.limits import Limits
 from stable_diffusion_server.orders import Receipt
 
-
 _DOORS: tuple[tuple[str, type[Parameters], str, str], ...] = (
     (
         "/create_and_upload_image",
@@ -55,8 +54,11 @@ _DOORS: tuple[tuple[str, type[Parameters], str, str], ...] = (
 )
 
 
-def router(answering: Answering, limits: Limits, url_of: UrlOf) -> APIRouter:
-    """The upload doors; `url_of` makes the URL of a key for the client at hand."""
+def router(answering: Answering, limits: Limits, url_of: UrlOf, *, get_generates: bool = True) -> APIRouter:
+    """The upload doors; `url_of` makes the URL of a key for the client at hand.
+
+    GET is there because the original had it; without `get_generates` only POST draws.
+    """
     routes = APIRouter(tags=["draw"])
 
     def told(request: Request, receipt: Receipt, _: bytes) -> Response:
@@ -75,7 +77,7 @@ def router(answering: Answering, limits: Limits, url_of: UrlOf) -> APIRouter:
             order = await read_order(request, schema)
             return await answering.answer(request, order, render, picture=render is shown)
 
-        for method in ("GET", "POST"):
+        for method in ("GET", "POST") if get_generates else ("POST",):
             routes.add_api_route(
                 path,
                 handler,

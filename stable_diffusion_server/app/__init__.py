@@ -11,11 +11,12 @@ import structlog
 from fastapi import FastAPI
 
 from stable_diffusion_server import __version__
-from stable_diffusion_server.api import handlers, ops, uploads
-from stable_diffusion_server.app.doors import add_middleware
+from stable_diffusion_server.api import handlers, ops
+from stable_diffusion_server.app.doors import add_doors, add_middleware
 from stable_diffusion_server.app.drawing import Loaded, Models, build_engine, build_readers, options_of
-from stable_diffusion_server.app.stopping import drained_by_signals
-from stable_diffusion_server.app.storage import build_bucket, known_to, open_folders, url_maker
+from stable_diffusion_server.app.jobs import build_jobs
+from stable_diffusion_server.app.stopping import drained_by_signals, leave_soon
+from stable_diffusion_server.app.storage import build_bucket, known_to, open_folders
 from stable_diffusion_server.engine import Phase
 from stable_diffusion_server.observability import configure_logging
 from stable_diffusion_server.service import Service
@@ -23,18 +24,17 @@ from stable_diffusion_server.settings import Settings
 
 _log = structlog.get_logger(__name__)
 
-STOP_GRACE_SECONDS = 30.0
-
 
 def create_app(
     settings: Settings,
     load: Callable[[Settings], Models] | None = None,
     announce: Callable[[], object] = lambda: None,
+    poisoned: Callable[[], object] = leave_soon,
 ) -> FastAPI:
     """The application over `settings`. Opens nothing and starts nothing; the lifespan does.
 
     `load` makes what draws, the models of the settings unless told otherwise; `announce` is called when it is done.
-    Both run on the engine's thread.
+    Both run on the engine's thread, as `poisoned` does, when the device can only be used again by another process.
     """
     loaded, faults = Loaded.of(settings), dict[str, str]()
 
@@ -42,20 +42,21 @@ def create_app(
         """What keeps the server from drawing, in sentences; what was at fault before is looked at again."""
         if faults:
             open_folders(settings, bucket, faults)
-        reasons = [*faults.values(), *filter(None, [bucket.fault()])]
+        reasons = [*faults.values(), *filter(None, [bucket.fault(), jobs.fault])]
         return [*reasons, engine.reason] if engine.phase is not Phase.READY else reasons
 
     def ready() -> None:
         if not missing():
             announce()
 
-    engine, metrics = build_engine(settings, loaded, load, ready)
+    engine, metrics = build_engine(settings, loaded, load, ready, poisoned)
     bucket = build_bucket(settings)
     options = options_of(settings, loaded)
     fetcher, decoder = build_readers(settings)
     fetch, decode, known = fetcher.fetch, decoder.decode, known_to(bucket)
     answered, count = metrics.answered, loaded.count_tokens
     service = Service(bucket, engine, count, options, answered, fetch=fetch, decode=decode, known=known)
+    jobs = build_jobs(settings, service, bucket)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -64,9 +65,12 @@ def create_app(
         logging.getLogger("uvicorn.access").disabled = True
         await asyncio.to_thread(open_folders, settings, bucket, faults)
         engine.start()
-        with drained_by_signals(engine):
+        await jobs.start()
+        loop = asyncio.get_running_loop()
+        with drained_by_signals(engine.drain, lambda: loop.call_soon_threadsafe(jobs.drain)):
             yield
-        await asyncio.to_thread(engine.stop, STOP_GRACE_SECONDS)
+        jobs.drain()
+        await asyncio.gather(asyncio.to_thread(engine.stop, settings.stop_seconds), jobs.stop(settings.stop_seconds))
         service.close()
         fetcher.close()
         await decoder.close()
@@ -81,8 +85,6 @@ def create_app(
     )
     handlers.install(app)
     add_middleware(app, settings)
-    app.include_router(uploads.router(service, options.limits, url_maker(settings, bucket)))
+    add_doors(app, settings, service, jobs, bucket, options.limits)
     app.include_router(ops.router(missing, metrics.exposition, loaded.told))
-    folder = f"{settings.bucket_path.strip('/')}/".lstrip("/")
-    app.include_router(ops.files_router(bucket, folder, private=settings.signed_url_seconds > 0))
     return app

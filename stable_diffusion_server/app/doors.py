@@ -1,11 +1,26 @@
-"""Puts what every request passes before the doors."""
+"""Sets the doors into the app, and before them what every request passes."""
 
 from __future__ import annotations
 
+from ipaddress import ip_network
+
+import limits as rates
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
-from stable_diffusion_server.api.security import BodyLimit, Gate, Policy, allowed_host_names
+from stable_diffusion_server.api import jobs as job_doors
+from stable_diffusion_server.api import ops, uploads
+from stable_diffusion_server.api.answering import Answering
+from stable_diffusion_server.api.security.gate import BodyLimit, Gate
+from stable_diffusion_server.api.security.keys import Key, Keyring, hashed
+from stable_diffusion_server.api.security.policy import Policy, allowed_host_names
+from stable_diffusion_server.api.security.proxies import Proxies
+from stable_diffusion_server.app.urls import Urls
+from stable_diffusion_server.bucket_api import Bucket
+from stable_diffusion_server.jobs.desk import Jobs
+from stable_diffusion_server.limits import Limits
+from stable_diffusion_server.orders import Caller
+from stable_diffusion_server.service import Service
 from stable_diffusion_server.settings import Settings
 
 
@@ -14,18 +29,50 @@ def add_middleware(app: FastAPI, settings: Settings) -> None:
     policy = Policy(
         hosts=allowed_host_names(settings.host, settings.allowed_hosts, settings.public_base_url),
         origins=frozenset(settings.cors_origins),
-        api_keys=tuple(key.get_secret_value() for key in settings.api_keys),
+        keys=build_keyring(settings),
         allow_anonymous=settings.allow_anonymous,
+        rate=_rate(settings.rate_limit),
+        concurrency=settings.concurrency_limit,
         max_body_bytes=settings.max_body_bytes,
         max_upload_bytes=settings.max_upload_bytes,
     )
+    proxies = Proxies(tuple(ip_network(entry) for entry in settings.trusted_proxies))
     app.add_middleware(BodyLimit, policy=policy)
-    app.add_middleware(Gate, policy=policy)
+    app.add_middleware(Gate, policy=policy, proxies=proxies)
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=settings.cors_origins,
-            allow_methods=["GET", "POST"],
-            allow_headers=["Authorization", "Content-Type", "X-API-Key", "X-Request-ID"],
-            expose_headers=["X-Request-ID", "Retry-After"],
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=[
+                *("Authorization", "Content-Type", "X-API-Key", "X-Request-ID"),
+                *("Prefer", "Idempotency-Key", "Last-Event-ID", "X-Job-ID"),
+            ],
+            expose_headers=[
+                *("X-Request-ID", "Retry-After", "Location", "Content-Location", "X-Warnings", "Preference-Applied"),
+                *("X-Job-ID", "Idempotency-Replayed"),
+                *("RateLimit-Limit", "RateLimit-Remaining", "RateLimit-Reset", "RateLimit-Policy"),
+            ],
         )
+
+
+def add_doors(app: FastAPI, settings: Settings, service: Service, jobs: Jobs, bucket: Bucket, limits: Limits) -> None:
+    """The doors that draw, those to jobs, and the one to the pictures."""
+    urls = Urls(settings, bucket)
+    answering = Answering(service, jobs, urls.of, urls.base_of)
+    app.include_router(uploads.router(answering, limits, urls.of, get_generates=settings.get_generates))
+    app.include_router(job_doors.router(jobs, urls.of))
+    folder = f"{settings.bucket_path.strip('/')}/".lstrip("/")
+    app.include_router(ops.files_router(bucket, folder, private=settings.signed_url_seconds > 0))
+
+
+def build_keyring(settings: Settings) -> Keyring:
+    """The keys of the settings, their secrets hashed."""
+    return Keyring(
+        Key(Caller(key.name, key.prefix), hashed(key.secret.get_secret_value()), _rate(key.rate), key.concurrency)
+        for key in settings.read_keys()
+    )
+
+
+def _rate(written: str) -> rates.RateLimitItem | None:
+    return rates.parse(written) if written else None

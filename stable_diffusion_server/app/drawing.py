@@ -16,7 +16,7 @@ from stable_diffusion_server.errors import NotReady, WeightsUnusable
 from stable_diffusion_server.fetching.fetcher import Bounds, Fetcher
 from stable_diffusion_server.fetching.targets import Allowance
 from stable_diffusion_server.limits import Limits
-from stable_diffusion_server.observability import ConsoleProgress, Heartbeat, Metrics, each
+from stable_diffusion_server.observability import ConsoleProgress, Heartbeat, Metrics, ShapeFigures, each
 from stable_diffusion_server.pipelines.adapters import digest_of, find, names_in
 from stable_diffusion_server.pipelines.catalog import (
     MODELS,
@@ -100,7 +100,11 @@ def load_models(settings: Settings, loaded: Loaded) -> Models:
 
 
 def build_engine(
-    settings: Settings, loaded: Loaded, load: Callable[[Settings], Models] | None, ready: Callable[[], object]
+    settings: Settings,
+    loaded: Loaded,
+    load: Callable[[Settings], Models] | None,
+    ready: Callable[[], object],
+    poisoned: Callable[[], object],
 ) -> tuple[Engine[Any, Any], Metrics]:
     """The engine and the observers of its events, not started."""
 
@@ -110,7 +114,10 @@ def build_engine(
         _log.info("models loaded", seconds=round(perf_counter() - started, 1))
         return loaded.models
 
-    metrics = Metrics(lambda: engine.waiting, lambda: engine.running)
+    def shapes() -> list[ShapeFigures]:
+        return [(figure.label, figure.cap, figure.step_seconds) for figure in engine.figures()]
+
+    metrics = Metrics(lambda: engine.waiting, lambda: engine.running, shapes)
     observers = (
         metrics.observe,
         ConsoleProgress().observe,
@@ -120,8 +127,11 @@ def build_engine(
         load_and_tell,
         queue_limit=settings.queue_limit,
         max_batch=settings.max_batch,
+        lanes=settings.lanes,
+        learn=True,
         observe=each(observers),
         ready=ready,
+        poisoned=poisoned,
     )
     return engine, metrics
 

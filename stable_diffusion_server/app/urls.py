@@ -16,7 +16,7 @@ class Urls:
         self._bucket = bucket
 
     def base_of(self, request: Request) -> str:
-        """Where this server is: PUBLIC_BASE_URL, where that is not the bucket's, else what a trusted proxy was reached at.
+        """Where this server is: PUBLIC_BASE_URL, where that is not the bucket's, else where a trusted proxy is.
 
         Else the address the client's connection came in on; never the Host header, which the client writes.
         """

@@ -66,7 +66,7 @@ class Dialler:
         The body is not read yet. Raises `InvalidInput` for an address that may not be dialled, and httpx's errors.
         """
         failure: httpx.TransportError | None = None
-        for address in (await self._judged_addresses(target, field))[:_MAX_DIALS]:
+        for address in (await self.check(target, field))[:_MAX_DIALS]:
             request = client.build_request(
                 method,
                 f"{target.scheme}://{authority(str(address), target.port, target.scheme)}{target.path}",
@@ -84,8 +84,8 @@ class Dialler:
         """Let go of the resolver's threads."""
         self._resolvers.shutdown(wait=False, cancel_futures=True)
 
-    async def _judged_addresses(self, target: Target, field: str) -> list[Address]:
-        """Every address of the target's host, all of them fit to be dialled.
+    async def check(self, target: Target, field: str) -> list[Address]:
+        """Every address of the target's host, all of them fit to be dialled. Raises `InvalidInput`.
 
         A name without addresses is answered as one with closed ones: the difference would tell what exists inside.
         """

@@ -21,6 +21,10 @@ class Poster:
         self._seconds = seconds
         self._dialler = Dialler(allowed, resolve)
 
+    async def check(self, url: str) -> None:
+        """Raise `InvalidInput` for an address that is malformed or may not be dialled."""
+        await self._dialler.check(parse(url, "webhook_url"), "webhook_url")
+
     async def post(self, url: str, body: bytes, headers: Mapping[str, str]) -> int:
         """The status of the answer. Raises `InvalidInput` for an address that may not be dialled, `RemoteFailed`."""
         target = parse(url, "webhook_url")

@@ -45,16 +45,17 @@ class Rules:
 
 
 class Jobs:
-    """All jobs of this server. `describe` writes the message that tells a webhook of an end; `post` sends it."""
+    """All jobs of this server. `describe` writes the message that tells a webhook of an end; `poster` sends it."""
 
     def __init__(
-        self, service: Service, journal: Journal, rules: Rules, describe: Callable[[Entry], str], post: Post
+        self, service: Service, journal: Journal, rules: Rules, describe: Callable[[Entry], str], poster: Post
     ) -> None:
         self._service = service
+        self._poster = poster
         self._clerk = Clerk(journal)
         self._rules = rules
         self._runner = Runner(service, self._clerk, rules.at_once, describe, self._ended)
-        self._hooks = Hooks(self._clerk, post, rules.webhook_secret)
+        self._hooks = Hooks(self._clerk, poster, rules.webhook_secret)
         self._live: dict[str, Live] = {}
         self._recent: OrderedDict[str, Live] = OrderedDict()
         self._epoch = secrets.token_hex(4)
@@ -99,6 +100,8 @@ class Jobs:
         self._check_room()
         if claim is not None and (before := await self._clerk(Journal.repeated, claim)) is not None:
             return repeated(claim, before)
+        if order.webhook_url is not None:
+            await self._poster.check(order.webhook_url)
         settled, fetched = await self._service.settled(order)
         now = time.time()
         entry = Entry(

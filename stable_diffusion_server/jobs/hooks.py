@@ -11,8 +11,9 @@ import base64
 import hashlib
 import hmac
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from http import HTTPStatus
+from typing import Protocol
 
 import structlog
 
@@ -29,16 +30,23 @@ MOST_TRIES = 28
 _AT_ONCE = 8
 _PATIENCE = 5.0
 
-# A message with its headers to a URL, for the status of the answer. Raises one of our errors.
-Post = Callable[[str, bytes, Mapping[str, str]], Awaitable[int]]
+
+class Post(Protocol):
+    """What reaches a webhook. Both raise `InvalidInput` for an address that may not be reached from here."""
+
+    async def check(self, url: str) -> None:
+        """Nothing, if the address may be reached."""
+
+    async def post(self, url: str, body: bytes, headers: Mapping[str, str]) -> int:
+        """The status a message was answered with. Raises `RemoteFailed`."""
 
 
 class Hooks:
     """Sends the journal's messages. `secret` signs them; without one they are not signed."""
 
-    def __init__(self, clerk: Clerk, post: Post, secret: str, back_off: tuple[float, ...] = BACK_OFF) -> None:
+    def __init__(self, clerk: Clerk, poster: Post, secret: str, back_off: tuple[float, ...] = BACK_OFF) -> None:
         self._clerk = clerk
-        self._post = post
+        self._poster = poster
         self._secret = secret
         self._back_off = back_off
         self._wake = asyncio.Event()
@@ -66,7 +74,7 @@ class Hooks:
     async def _send(self, message: Message) -> None:
         body, now = message.body.encode(), int(time.time())
         try:
-            status = await self._post(message.url, body, signed(message.job_id, now, body, self._secret))
+            status = await self._poster.post(message.url, body, signed(message.job_id, now, body, self._secret))
         except ServerError as error:
             status, why = 0, error.detail
         else:

@@ -30,6 +30,10 @@ class Settings(Jobs, Bounds, Storage, Models, Doors):
             raise ValueError(f"BUCKET_NAME is needed with STORAGE_PROVIDER={self.storage_provider}")
         if self.storage_provider == "r2" and not self.r2_endpoint_url:
             raise ValueError("R2_ENDPOINT_URL is needed with STORAGE_PROVIDER=r2")
+        try:
+            self.read_keys()
+        except ValueError as error:
+            raise ValueError(f"API_KEYS with API_KEYS_FILE {error}") from None
         if self.min_side > self.max_side:
             raise ValueError("MIN_SIDE is larger than MAX_SIDE")
         return self

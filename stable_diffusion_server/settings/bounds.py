@@ -15,7 +15,21 @@ class Bounds(Group):
     """Queue, sizes, bytes and seconds."""
 
     queue_limit: int = Field(32, ge=1, description="Jobs that may wait; one more is answered 429.")
-    max_batch: int = Field(4, ge=1, le=64, description="Jobs that share a forward pass at the most.")
+    max_batch: int = Field(
+        4,
+        ge=1,
+        le=64,
+        description="Jobs that share a forward pass at the most; by shape it is as many as make pictures faster.",
+    )
+    lanes: int = Field(
+        1,
+        ge=1,
+        le=64,
+        description=(
+            "Threads that draw side by side with the same weights: for several CPU cores. With more than one there "
+            "are no adapters, and weights have to stay where they are."
+        ),
+    )
     min_side: int = Field(64, ge=8, description="Smallest width and height in pixels.")
     max_side: int = Field(2048, ge=64, le=16383, description="Largest width and height in pixels.")
     max_steps: int = Field(100, ge=1, le=1000, description="Most denoising steps.")

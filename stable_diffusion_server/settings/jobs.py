@@ -15,7 +15,9 @@ class Jobs(Group):
         8, ge=1, le=1024, description="Accepted jobs that are in the queue for the device at a time; keep it below it."
     )
     journal_bytes: int = Field(
-        1_073_741_824, ge=1_048_576, description="Largest journal of jobs, with their pictures; a full one refuses jobs."
+        1_073_741_824,
+        ge=1_048_576,
+        description="Largest journal of jobs, with their pictures; a full one refuses jobs.",
     )
     job_hours: float = Field(
         24.0, gt=0, allow_inf_nan=False, description="Hours an accepted job that has ended can be asked after."
@@ -27,7 +29,11 @@ class Jobs(Group):
         SecretStr(""), description="Signs what is sent to a `webhook_url` (HMAC-SHA256). Empty: it is not signed."
     )
     stop_seconds: float = Field(
-        30.0, ge=0, le=3600, allow_inf_nan=False, description="Seconds what is being drawn may go on after a stop signal."
+        30.0,
+        ge=0,
+        le=3600,
+        allow_inf_nan=False,
+        description="Seconds what is being drawn may go on after a stop signal.",
     )
     hang_seconds: float = Field(
         300.0,

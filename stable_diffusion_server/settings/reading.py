@@ -39,6 +39,8 @@ def describe_settings() -> str:
         default = None if field.default == SecretStr("") else field.default
         if isinstance(default, Path) and default.is_relative_to(ROOT):
             default = default.relative_to(ROOT)
+        if default and isinstance(default, tuple):
+            default = ", ".join(map(str, default))
         shown = (
             {"": "(empty)", (): "(empty)", None: "(empty)", True: "1", False: "0"}.get(default, default)
             if (_plain(default))

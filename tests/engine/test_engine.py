@@ -3,54 +3,19 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
 from typing import Any
 
 import pytest
 from fakes import PaintedSquares, until
+from squares import EngineOf, job, open_gate
 
 from stable_diffusion_server.engine import Engine, Phase
 from stable_diffusion_server.errors import Busy, NotReady, WeightsUnusable
-from stable_diffusion_server.orders import Event, EventKind, Job, Task
+from stable_diffusion_server.orders import Event, EventKind, Job
 
 
-def job(prompt: str, steps: int = 4, width: int = 64) -> Job:
-    return Job(Task.TEXT_TO_IMAGE, "sdxl", "test", prompt, None, width, 64, 1, steps, 1.0, "euler")
-
-
-@pytest.fixture
-def engine_of() -> Iterator[Callable[..., Engine[Any, Any]]]:
-    """Make a running engine."""
-    made: list[Engine[Any, Any]] = []
-
-    def make(painter: PaintedSquares, queue_limit: int = 32, max_batch: int = 4, **more: Any) -> Engine[Any, Any]:
-        engine: Engine[Any, Any] = Engine(lambda: painter, queue_limit=queue_limit, max_batch=max_batch, **more)
-        engine.start()
-        until(lambda: engine.phase is Phase.READY)
-        made.append(engine)
-        return engine
-
-    yield make
-    for engine in made:
-        engine.stop(10)
-
-
-@pytest.fixture
-def gated() -> Iterator[PaintedSquares]:
-    """Squares whose every step waits until the gate is open."""
-    painter = PaintedSquares(gate=threading.Event())
-    yield painter
-    assert painter.gate is not None
-    painter.gate.set()
-
-
-def open_gate(painter: PaintedSquares) -> None:
-    assert painter.gate is not None
-    painter.gate.set()
-
-
-def test_a_job_comes_out_with_its_timings(engine_of: Callable[..., Engine[Any, Any]]) -> None:
+def test_a_job_comes_out_with_its_timings(engine_of: EngineOf) -> None:
     """One job: its picture, the seconds of each stage, and that it was drawn alone."""
     drawing = engine_of(PaintedSquares()).submit(job("a red square")).result.result(10)
     assert drawing.product.pixels.shape == (64, 64, 3)
@@ -58,26 +23,22 @@ def test_a_job_comes_out_with_its_timings(engine_of: Callable[..., Engine[Any, A
     assert not drawing.batched
 
 
-def test_jobs_of_one_shape_share_steps_and_those_of_another_wait(
-    engine_of: Callable[..., Engine[Any, Any]], gated: PaintedSquares
-) -> None:
-    """Two equal shapes run together from the next boundary on; the other shape runs after them."""
+def test_jobs_of_one_shape_share_steps_and_those_of_another_wait(engine_of: EngineOf, gated: PaintedSquares) -> None:
+    """Equal shapes run together from the next boundary on, even past one of another shape, which waits no longer."""
     engine = engine_of(gated)
     first = engine.submit(job("one"))
     until(lambda: engine.running == 1)
     tickets = [first, engine.submit(job("two")), engine.submit(job("wide", width=128)), engine.submit(job("three"))]
+    late = engine.submit(job("longer", steps=5))
     open_gate(gated)
-    for ticket in tickets:
+    for ticket in [*tickets, late]:
         ticket.result.result(10)
-    assert ["one", "two"] in gated.batches
-    assert not any("wide" in batch and len(batch) > 1 for batch in gated.batches)
-    # "three" arrived behind "wide" and must not overtake it.
-    assert gated.batches.index(["wide"]) < gated.batches.index(["three"])
+    assert gated.batches[:5] == [["one"], *[["one", "two", "three"]] * 3, ["two", "three"]]
+    # "longer" would have kept "wide" waiting for a step more, so it had to wait itself.
+    assert gated.batches[5:] == [*[["wide"]] * 4, *[["longer"]] * 5]
 
 
-def test_jobs_with_fewer_steps_leave_the_group_earlier(
-    engine_of: Callable[..., Engine[Any, Any]], gated: PaintedSquares
-) -> None:
+def test_jobs_with_fewer_steps_leave_the_group_earlier(engine_of: EngineOf, gated: PaintedSquares) -> None:
     """A two-step job beside a six-step one is done after its own two steps."""
     engine = engine_of(gated)
     long, short = engine.submit(job("long", 6)), engine.submit(job("short", 2))
@@ -88,7 +49,7 @@ def test_jobs_with_fewer_steps_leave_the_group_earlier(
     assert sum("long" in batch for batch in gated.batches) == 6
 
 
-def test_no_group_is_larger_than_the_cap(engine_of: Callable[..., Engine[Any, Any]], gated: PaintedSquares) -> None:
+def test_no_group_is_larger_than_the_cap(engine_of: EngineOf, gated: PaintedSquares) -> None:
     """Nine jobs with a cap of three: groups of at most three, and all are drawn."""
     engine = engine_of(gated, max_batch=3)
     tickets = [engine.submit(job(f"job {n}")) for n in range(9)]
@@ -98,9 +59,7 @@ def test_no_group_is_larger_than_the_cap(engine_of: Callable[..., Engine[Any, An
     assert max(len(batch) for batch in gated.batches) == 3
 
 
-def test_a_full_queue_refuses_and_says_when_to_come_back(
-    engine_of: Callable[..., Engine[Any, Any]], gated: PaintedSquares
-) -> None:
+def test_a_full_queue_refuses_and_says_when_to_come_back(engine_of: EngineOf, gated: PaintedSquares) -> None:
     """The limit counts waiting jobs: at the limit the next is refused, one fewer and it is taken."""
     engine = engine_of(gated, queue_limit=2)
     running = engine.submit(job("running", width=128))
@@ -118,9 +77,7 @@ def test_a_full_queue_refuses_and_says_when_to_come_back(
     assert "waiting 0" not in [done.prompt for done in gated.finished]
 
 
-def test_cancelling_frees_the_device_within_one_step(
-    engine_of: Callable[..., Engine[Any, Any]], gated: PaintedSquares
-) -> None:
+def test_cancelling_frees_the_device_within_one_step(engine_of: EngineOf, gated: PaintedSquares) -> None:
     """A cancelled job takes part in no step after the one under way, and its neighbour is not touched."""
     events: list[Event] = []
     engine = engine_of(gated, observe=events.append)
@@ -136,7 +93,7 @@ def test_cancelling_frees_the_device_within_one_step(
     assert [event.kind for event in events if event.job_id == doomed.id][-1] is EventKind.CANCELLED
 
 
-def test_a_job_that_fails_to_prepare_fails_alone(engine_of: Callable[..., Engine[Any, Any]]) -> None:
+def test_a_job_that_fails_to_prepare_fails_alone(engine_of: EngineOf) -> None:
     """Its error is its answer; the next job is drawn."""
     engine = engine_of(PaintedSquares())
     bad, good = engine.submit(job("unpreparable")), engine.submit(job("good"))
@@ -145,9 +102,7 @@ def test_a_job_that_fails_to_prepare_fails_alone(engine_of: Callable[..., Engine
     assert good.result.result(10)
 
 
-def test_a_job_that_breaks_a_step_does_not_fail_its_mates(
-    engine_of: Callable[..., Engine[Any, Any]], gated: PaintedSquares
-) -> None:
+def test_a_job_that_breaks_a_step_does_not_fail_its_mates(engine_of: EngineOf, gated: PaintedSquares) -> None:
     """The group is drawn again one by one: the culprit fails, the others come out."""
     engine = engine_of(gated)
     blocker = engine.submit(job("blocker", 1, width=128))
@@ -161,7 +116,7 @@ def test_a_job_that_breaks_a_step_does_not_fail_its_mates(
         bad.result.result(10)
 
 
-def test_an_observer_that_fails_does_not_reach_the_device(engine_of: Callable[..., Engine[Any, Any]]) -> None:
+def test_an_observer_that_fails_does_not_reach_the_device(engine_of: EngineOf) -> None:
     """A broken metric or a full disk under the heartbeat costs no picture."""
 
     def broken(event: Event) -> None:
@@ -170,7 +125,7 @@ def test_an_observer_that_fails_does_not_reach_the_device(engine_of: Callable[..
     assert engine_of(PaintedSquares(), observe=broken).submit(job("fine")).result.result(10)
 
 
-def test_events_tell_the_life_of_a_job(engine_of: Callable[..., Engine[Any, Any]]) -> None:
+def test_events_tell_the_life_of_a_job(engine_of: EngineOf) -> None:
     """Queued, started, each step counted, done."""
     events: list[Event] = []
     engine = engine_of(PaintedSquares(), observe=events.append)
@@ -218,9 +173,7 @@ def test_an_engine_that_ends_says_so_and_leaves_nobody_waiting(where: str) -> No
         engine.submit(job("too late"))
 
 
-def test_stopping_fails_what_waits_and_finishes_what_runs(
-    engine_of: Callable[..., Engine[Any, Any]], gated: PaintedSquares
-) -> None:
+def test_stopping_fails_what_waits_and_finishes_what_runs(engine_of: EngineOf, gated: PaintedSquares) -> None:
     """No caller is left hanging: the running job comes out, the waiting one is told to come back."""
     engine = engine_of(gated, max_batch=1)
     running, waiting = engine.submit(job("running")), engine.submit(job("waiting"))
