@@ -1,4 +1,4 @@
-"""How every generating door answers an order: at once or by a job, once for its idempotency key, or not, to who left."""
+"""How every generating door answers an order: at once or by a job, once for its key, or not, to who left."""
 
 from __future__ import annotations
 
@@ -38,9 +38,10 @@ class Answering:
         self._base_of = base_of
 
     async def answer(self, request: Request, order: Order, render: Render, *, picture: bool = False) -> Response:
-        """The answer to an order as the request prefers it. With `picture`, `render` is given the file. Read the body first.
+        """The answer to an order as the request prefers it. With `picture`, `render` is given the file.
 
-        Raises what the service and the jobs raise, `Cancelled` when someone cancels the job by its id.
+        The body must have been read. Raises what the service and the jobs raise, and `Cancelled` when someone cancels
+        the job by its id.
         """
         wanted = preferences_of(request)
         claim = None

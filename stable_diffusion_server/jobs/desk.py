@@ -14,7 +14,7 @@ import structlog
 
 from stable_diffusion_server.errors import Busy, InFlight, JournalUnavailable, KeyReused, NotFound, NotReady
 from stable_diffusion_server.jobs.happenings import END, Happening, Happenings, Standing, only_end
-from stable_diffusion_server.jobs.hooks import Hooks, Post
+from stable_diffusion_server.jobs.hooks import BACK_OFF, Hooks, Post
 from stable_diffusion_server.jobs.live import Live
 from stable_diffusion_server.jobs.runner import MOST_DEATHS, Runner
 from stable_diffusion_server.journal.book import Journal
@@ -29,19 +29,23 @@ _HOUR = 3600.0
 _RECENT = 256
 _LISTED = 100
 _HOUSEKEEPING = 60.0
-_RETRY = 5.0
 _BEAT = 10.0
 
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """How many jobs wait and are drawn at once, how long ends and answers are kept, what signs webhooks."""
+    """How many jobs wait and are drawn at once, how long ends and answers are kept, what signs webhooks.
+
+    `back_off` are the seconds between tries to tell a webhook; `reopen` those between tries to open the journal.
+    """
 
     most_waiting: int = 1000
     at_once: int = 8
     keep_hours: float = 24.0
     repeat_hours: float = 24.0
     webhook_secret: str = ""
+    back_off: tuple[float, ...] = BACK_OFF
+    reopen: float = 5.0
 
 
 class Jobs:
@@ -55,7 +59,7 @@ class Jobs:
         self._clerk = Clerk(journal)
         self._rules = rules
         self._runner = Runner(service, self._clerk, rules.at_once, describe, self._ended)
-        self._hooks = Hooks(self._clerk, poster, rules.webhook_secret)
+        self._hooks = Hooks(self._clerk, poster, rules.webhook_secret, rules.back_off)
         self._live: dict[str, Live] = {}
         self._recent: OrderedDict[str, Live] = OrderedDict()
         self._epoch = secrets.token_hex(4)
@@ -251,7 +255,7 @@ class Jobs:
         """Open a journal that could not be opened, and forget what is past, for ever."""
         while True:
             if self.fault is not None:
-                await asyncio.sleep(_RETRY)
+                await asyncio.sleep(self._rules.reopen)
                 await self._open()
                 continue
             now, rules = time.time(), self._rules

@@ -44,7 +44,7 @@ class Post(Protocol):
 class Hooks:
     """Sends the journal's messages. `secret` signs them; without one they are not signed."""
 
-    def __init__(self, clerk: Clerk, poster: Post, secret: str, back_off: tuple[float, ...] = BACK_OFF) -> None:
+    def __init__(self, clerk: Clerk, poster: Post, secret: str, back_off: tuple[float, ...]) -> None:
         self._clerk = clerk
         self._poster = poster
         self._secret = secret
