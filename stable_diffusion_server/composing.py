@@ -79,6 +79,7 @@ def compose(plan: Plan, image: Pixels | None = None, mask: Pixels | None = None)
         control_scale=words.control_scale,
         refine=order.refine and words.num_inference_steps > 1,  # a single step leaves nothing to refine
         loras=order.loras,
+        alone=order.alone,
     )
     soft = feathered(kept, order.feather) if kept is not None else None
     return Scene(

@@ -54,7 +54,8 @@ class Order:
 
     Without a size the picture has that of `image`. `feather`, in pixels, softens the mask's rim inwards. With
     `named_by_content` the order's digest goes before the file name, so that no two orders share one. `folder`, with a
-    slash at its end, is where a picture without a `save_path` is stored.
+    slash at its end, is where a picture without a `save_path` is stored. `alone`: it is to share no forward pass with
+    others, so that it can be drawn again bit for bit.
     """
 
     task: Task
@@ -85,6 +86,7 @@ class Order:
     named_by_content: bool = False
     webhook_url: str | None = None
     folder: str = ""
+    alone: bool = False
 
     @property
     def sources(self) -> tuple[Source, ...]:
@@ -125,7 +127,8 @@ class Job:
     """What will be drawn, with nothing left to decide: running it twice draws the same picture.
 
     `width` and `height` are those of the canvas the model draws on, in pixels, and fit the model's grid; `image`,
-    `mask` and `control` (edges) have that size. `strength` in 0..1 is how much of the image is drawn anew.
+    `mask` and `control` (edges) have that size. `strength` in 0..1 is how much of the image is drawn anew; `alone`: it
+    is to share no forward pass.
     """
 
     task: Task
@@ -146,6 +149,7 @@ class Job:
     control_scale: float = 0.5
     refine: bool = False
     loras: tuple[tuple[str, float], ...] = ()
+    alone: bool = False
 
     @property
     def shape(self) -> tuple[object, ...]:
@@ -175,11 +179,17 @@ class Stored:
     record: Mapping[str, str]
     waiting: bool = False
 
+    @property
+    def whole(self) -> bool:
+        """Whether it can be a picture: not empty, and of as many bytes as its record says were written."""
+        return self.size > 0 and self.record.get("bytes", str(self.size)) == str(self.size)
+
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
     """The answer to an order: where the picture is and what was really done. `timings` in seconds by stage.
 
+    `batched`: it shared forward passes, `None` where that is not known.
     `stored` is false while the picture is kept by this server and not yet in the bucket.
     """
 
@@ -195,6 +205,7 @@ class Receipt:
     num_inference_steps: int | None
     guidance_scale: float | None
     scheduler: str | None
+    batched: bool | None = None
     prompt_used: str | None = None
     warnings: tuple[Warned, ...] = ()
     timings: Mapping[str, float] = field(default_factory=dict)

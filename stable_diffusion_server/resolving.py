@@ -64,6 +64,7 @@ class Plan:
 
     Three digests tell it from others: `content` is the identity of the picture, `asked` that of the order with its
     seed left as asked, and `sent` the same with the addresses of remote pictures in the place of their bytes.
+    `pictures` are the SHA-256 of the files it comes with, once they are there.
     """
 
     order: Order
@@ -75,11 +76,12 @@ class Plan:
     content: str
     asked: str
     sent: str
+    pictures: Mapping[str, str | None]
 
     @property
     def tag(self) -> str:
         """What exactly is to be stored under the key: orders of one tag share one effort."""
-        return f"{self.content}/{self.file}/{self.order.overwrite}"
+        return f"{self.content}/{self.file}/{self.order.overwrite}/{self.order.alone}"
 
     @property
     def file(self) -> str:
@@ -128,6 +130,7 @@ def resolve(order: Order, options: Options, fetched: Mapping[str, bytes] | None 
         content=content,
         asked=asked,
         sent=digest({**facts, **sent_pictures, "seed": order.seed}),
+        pictures=pictures,
     )
 
 

@@ -5,25 +5,24 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Coroutine, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import structlog
 
 from stable_diffusion_server.bucket_api import Bucket
 from stable_diffusion_server.composing import Scene, compose
 from stable_diffusion_server.drawing import Drawing, For, Queue
-from stable_diffusion_server.errors import DeadlineExceeded
+from stable_diffusion_server.errors import DeadlineExceeded, NotFound
 from stable_diffusion_server.flights import Audience, Flights, Listener, Watcher
-from stable_diffusion_server.image_processing import Pixels, encode
+from stable_diffusion_server.history.entries import Entry
+from stable_diffusion_server.image_processing import Pixels
 from stable_diffusion_server.judging import DrawnPicture, Judged
-from stable_diffusion_server.orders import Caller, Job, Order, Progress, Receipt, Source, Stored, Warned, job_facts
-from stable_diffusion_server.receipts import receipt_of_drawn, receipt_of_stored, record_of, rounded
+from stable_diffusion_server.keeping import Keeping
+from stable_diffusion_server.orders import Caller, Order, Progress, Receipt, Source, Stored, Warned
+from stable_diffusion_server.receipts import receipt_of_drawn, receipt_of_stored, rounded
 from stable_diffusion_server.resolving import Options, Plan, resolve
 
-T = TypeVar("T")
-_ENCODERS = 2
 _ANYONE = Caller()
 _NOTHING: Mapping[str, bytes] = {}
 
@@ -40,14 +39,14 @@ def ignore(progress: Progress) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Outcome:
-    """What an effort under a key came to. `scene` and `job` are what was drawn, `None` when the object was there.
+    """What an effort under a key came to. `scene` and `judged` are what was drawn, `None` when the object was there.
 
     `data` is the file that was stored; `twin` tells that the drawing was shared with an effort under another key.
     """
 
     stored: Stored
     scene: Scene | None = None
-    job: Job | None = None
+    judged: Judged[DrawnPicture] | None = None
     data: bytes = b""
     twin: bool = False
     warnings: tuple[Warned, ...] = ()
@@ -68,6 +67,7 @@ class Service:
         fetch: Fetch,
         decode: Decode,
         known: Callable[[str], Stored | None] = lambda key: None,
+        record: Callable[[Entry], None] = lambda entry: None,
     ) -> None:
         self._bucket = bucket
         self._queue = queue
@@ -75,8 +75,7 @@ class Service:
         self._answered = answered
         self._fetch = fetch
         self._decode = decode
-        # Threads of their own: encoding is long work, and what is stored already should not wait for it.
-        self._encoders = ThreadPoolExecutor(max_workers=_ENCODERS, thread_name_prefix="encode")
+        self._keeping = Keeping(bucket, options.embed_metadata, record)
         self._known = known
         self._fetching: Flights[bytes] = Flights()
         self._storing: Flights[_Outcome] = Flights()
@@ -118,7 +117,12 @@ class Service:
         """The same with the file itself: the one this order drew, whatever is stored under its name since."""
         whom, listener = For(caller, background), Watcher(watch, previews)
         receipt, outcome = await self._fulfilled(order, fetched, whom, listener)
-        return receipt, outcome.data or await self.stored_file(receipt)
+        try:
+            return receipt, outcome.data or await self.stored_file(receipt)
+        except NotFound:
+            # Remembered as stored, and deleted by others: forgotten by now, so it is drawn.
+            receipt, outcome = await self._fulfilled(order, fetched, whom, listener)
+            return receipt, outcome.data or await self.stored_file(receipt)
 
     async def settled(self, order: Order) -> tuple[Order, dict[str, bytes]]:
         """The order as it can be kept and fulfilled later, and the files at its addresses, unless it is stored.
@@ -159,17 +163,17 @@ class Service:
             if not deadline.expired():
                 raise
             raise DeadlineExceeded(f"The picture was not stored within {timeout:g} seconds.") from error
-        if outcome.scene is None or outcome.job is None:
+        if outcome.scene is None or outcome.judged is None:
             self._answered("cached")
             return receipt_of_stored(plan, outcome.stored), outcome
         twin = shared or outcome.twin
         self._answered("coalesced" if twin else "drawn")
-        made = (outcome.stored, outcome.scene, outcome.job, outcome.warnings, outcome.timings)
+        made = (outcome.stored, outcome.scene, outcome.judged, outcome.warnings, outcome.timings)
         return receipt_of_drawn(plan, *made, coalesced=twin), outcome
 
     def close(self) -> None:
         """Let go of the encoding threads."""
-        self._encoders.shutdown(wait=False, cancel_futures=True)
+        self._keeping.close()
 
     async def _stored(
         self, plan: Plan, fetched: Mapping[str, bytes], whom: For, listener: Listener
@@ -226,25 +230,18 @@ class Service:
         judged, twin = await self._drawing.draw(job, whom, audience)
         timings = dict(judged.timings)
         warnings = [*scene.warnings, *judged.warnings]
-        shortened = job.prompt != scene.job.prompt
-        if shortened:
+        if job.prompt != scene.job.prompt:
             limit = plan.words.facts.text_tokens
             warnings.append(Warned("prompt-shortened", f"{job.model} reads {limit} tokens; see prompt_used."))
         if judged.product.redecoded:
             warnings.append(Warned("redecoded", "The decoder overflowed and ran again in full precision."))
-        before = time.perf_counter()
-        loop = asyncio.get_running_loop()
-        data = await loop.run_in_executor(self._encoders, self._encode, plan, scene, judged)
-        timings["encode"] = time.perf_counter() - before
-        before = time.perf_counter()
-        stored, won = await _to_its_end(asyncio.to_thread(self._store, plan, scene, judged.job, data, shortened))
-        timings["store"] = time.perf_counter() - before
-        timings["total"] = time.perf_counter() - started
-        if not won:
+        kept = await self._keeping.keep(plan, scene, judged, tuple(warnings), whom.caller.name)
+        timings.update(kept.timings, total=time.perf_counter() - started)
+        if not kept.won:
             _log.info("another process stored this name first", key=plan.key)
-            return _Outcome(stored)
-        _log.info("picture stored", key=plan.key, model=job.model, bytes=len(data), **rounded(timings))
-        return _Outcome(stored, scene, judged.job, data, twin, tuple(warnings), timings)
+            return _Outcome(kept.stored)
+        _log.info("picture stored", key=plan.key, model=job.model, bytes=len(kept.data), **rounded(timings))
+        return _Outcome(kept.stored, scene, judged, kept.data, twin, tuple(warnings), timings)
 
     async def _scene(self, plan: Plan, fetched: Mapping[str, bytes]) -> Scene:
         """The plan with its pictures decoded and laid onto the canvas."""
@@ -258,37 +255,3 @@ class Service:
 
         image, mask = await asyncio.gather(pixels_of(plan.order.image), pixels_of(plan.order.mask))
         return await asyncio.to_thread(compose, plan, image, mask)
-
-    def _encode(self, plan: Plan, scene: Scene, judged: Judged[DrawnPicture]) -> bytes:
-        finished = scene.finished(judged.product.pixels)
-        inside: Mapping[str, object] | None
-        match self._options.embed_metadata:
-            case "full":
-                size = {"width": scene.width, "height": scene.height}
-                inside = {**job_facts(judged.job), **size, "digest": plan.content}
-            case "digest":
-                inside = {"digest": plan.content}
-            case _:
-                inside = None
-        return encode(finished, plan.file_format, plan.quality, inside)
-
-    def _store(self, plan: Plan, scene: Scene, job: Job, data: bytes, shortened: bool) -> tuple[Stored, bool]:
-        content_type, record = plan.file_format.content_type, record_of(plan, scene, job, shortened=shortened)
-        if plan.order.overwrite:
-            return self._bucket.overwrite(plan.key, data, content_type, record), True
-        return self._bucket.create(plan.key, data, content_type, record)
-
-
-async def _to_its_end(work: Coroutine[Any, Any, T]) -> T:
-    """The result of something that a thread does and no one can stop: whoever is cancelled waits for its end first.
-
-    Else a write that was given up would land after a later one under the same name.
-    """
-    task = asyncio.create_task(work)
-    try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        await asyncio.wait([task])
-        if not task.cancelled():
-            task.exception()  # seen, and nobody is left to be told
-        raise

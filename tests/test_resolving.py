@@ -55,6 +55,7 @@ NOT_IN_THE_PICTURE = {
     "timeout",
     "named_by_content",
     "folder",
+    "alone",
     "webhook_url",
 }
 

@@ -57,6 +57,9 @@ class Parameters(BaseModel, ABC):
         None, description="Address to be told how the job ends; with `Prefer: respond-async` only."
     )
     refine: bool = Field(False, description="A second pass at low strength over what was drawn.")
+    batch: Literal["any", "alone"] = Field(
+        "any", description="`alone` shares no forward pass with others, so that it can be drawn again bit for bit."
+    )
     lora: str | None = Field(
         None,
         description="Adapters to draw with, `name` or `name:weight`, separated by commas.",
@@ -79,7 +82,8 @@ class Parameters(BaseModel, ABC):
         pictures = {"image_url", "image_file", "mask_url", "mask_file"}
         matches = [_LORA.fullmatch(part.strip()) for part in self.lora.split(",")] if self.lora is not None else []
         loras = tuple((match["name"], float(match["weight"] or 1)) for match in matches if match)
-        return {**self.model_dump(exclude={"lora", *pictures}), "loras": loras}
+        words = self.model_dump(exclude={"lora", "batch", *pictures})
+        return {**words, "loras": loras, "alone": self.batch == "alone"}
 
     @model_validator(mode="before")
     @classmethod

@@ -16,7 +16,7 @@ from stable_diffusion_server.app.doors import add_doors, add_middleware
 from stable_diffusion_server.app.drawing import Loaded, Models, build_engine, build_readers, options_of
 from stable_diffusion_server.app.jobs import build_jobs
 from stable_diffusion_server.app.stopping import drained_by_signals, leave_soon
-from stable_diffusion_server.app.storage import build_bucket, known_to, open_folders
+from stable_diffusion_server.app.storage import Stores
 from stable_diffusion_server.engine import Phase
 from stable_diffusion_server.observability import configure_logging
 from stable_diffusion_server.service import Service
@@ -41,7 +41,7 @@ def create_app(
     def missing() -> list[str]:
         """What keeps the server from drawing, in sentences; what was at fault before is looked at again."""
         if faults:
-            open_folders(settings, bucket, faults)
+            stores.open(faults)
         reasons = [*faults.values(), *filter(None, [bucket.fault(), jobs.fault])]
         return [*reasons, engine.reason] if engine.phase is not Phase.READY else reasons
 
@@ -50,20 +50,21 @@ def create_app(
             announce()
 
     engine, metrics = build_engine(settings, loaded, load, ready, poisoned)
-    bucket = build_bucket(settings)
+    stores = Stores(settings)
+    bucket = stores.bucket
     options = options_of(settings, loaded)
     fetcher, decoder = build_readers(settings)
-    fetch, decode, known = fetcher.fetch, decoder.decode, known_to(bucket)
+    fetch, decode, known, record = fetcher.fetch, decoder.decode, stores.known, stores.history.record
     answered, count = metrics.answered, loaded.count_tokens
-    service = Service(bucket, engine, count, options, answered, fetch=fetch, decode=decode, known=known)
-    jobs = build_jobs(settings, service, bucket)
+    service = Service(bucket, engine, count, options, answered, fetch=fetch, decode=decode, known=known, record=record)
+    jobs = build_jobs(settings, service, stores)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         configure_logging(settings.log_level, settings.log_format)
         # Its lines hold query strings, and so prompts; Gate logs requests instead.
         logging.getLogger("uvicorn.access").disabled = True
-        await asyncio.to_thread(open_folders, settings, bucket, faults)
+        await asyncio.to_thread(stores.open, faults)
         engine.start()
         await jobs.start()
         loop = asyncio.get_running_loop()
@@ -74,7 +75,7 @@ def create_app(
         service.close()
         fetcher.close()
         await decoder.close()
-        await asyncio.to_thread(bucket.close)
+        await asyncio.to_thread(stores.close)
 
     app = FastAPI(
         title="Stable Diffusion Server",
@@ -85,6 +86,6 @@ def create_app(
     )
     handlers.install(app)
     add_middleware(app, settings)
-    add_doors(app, settings, service, jobs, bucket, options.limits)
+    add_doors(app, settings, service, jobs, stores, options.limits)
     app.include_router(ops.router(missing, metrics.exposition, loaded.told))
     return app

@@ -8,15 +8,14 @@ import limits as rates
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
+from stable_diffusion_server.api import files, history, uploads
 from stable_diffusion_server.api import jobs as job_doors
-from stable_diffusion_server.api import ops, uploads
 from stable_diffusion_server.api.answering import Answering
 from stable_diffusion_server.api.security.gate import BodyLimit, Gate
 from stable_diffusion_server.api.security.keys import Key, Keyring, hashed
 from stable_diffusion_server.api.security.policy import Policy, allowed_host_names
 from stable_diffusion_server.api.security.proxies import Proxies
-from stable_diffusion_server.app.urls import Urls
-from stable_diffusion_server.bucket_api import Bucket
+from stable_diffusion_server.app.storage import Stores
 from stable_diffusion_server.jobs.desk import Jobs
 from stable_diffusion_server.limits import Limits
 from stable_diffusion_server.orders import Caller
@@ -56,14 +55,14 @@ def add_middleware(app: FastAPI, settings: Settings) -> None:
         )
 
 
-def add_doors(app: FastAPI, settings: Settings, service: Service, jobs: Jobs, bucket: Bucket, limits: Limits) -> None:
-    """The doors that draw, those to jobs, and the one to the pictures."""
-    urls = Urls(settings, bucket)
-    answering = Answering(service, jobs, urls.of, urls.base_of)
-    app.include_router(uploads.router(answering, limits, urls.of, get_generates=settings.get_generates))
-    app.include_router(job_doors.router(jobs, urls.of))
-    folder = f"{settings.bucket_path.strip('/')}/".lstrip("/")
-    app.include_router(ops.files_router(bucket, folder, private=settings.signed_url_seconds > 0))
+def add_doors(app: FastAPI, settings: Settings, service: Service, jobs: Jobs, stores: Stores, limits: Limits) -> None:
+    """The doors that draw, those to jobs, and those to what was drawn."""
+    url_of = stores.url_of
+    answering = Answering(service, jobs, url_of, stores.base_of)
+    app.include_router(uploads.router(answering, limits, url_of, get_generates=settings.get_generates))
+    app.include_router(job_doors.router(jobs, url_of))
+    app.include_router(files.router(stores.bucket, stores.shelf, stores.signer, stores.folder))
+    app.include_router(history.router(stores.shelf, url_of))
 
 
 def build_keyring(settings: Settings) -> Keyring:

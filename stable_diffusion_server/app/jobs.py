@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 
 from stable_diffusion_server.api.schemas import job_body
-from stable_diffusion_server.app.urls import Urls
-from stable_diffusion_server.bucket_api import Bucket
+from stable_diffusion_server.app.storage import Stores
 from stable_diffusion_server.fetching.poster import Poster
 from stable_diffusion_server.fetching.targets import Allowance
 from stable_diffusion_server.jobs.desk import Jobs, Rules
@@ -17,12 +16,11 @@ from stable_diffusion_server.service import Service
 from stable_diffusion_server.settings import Settings
 
 
-def build_jobs(settings: Settings, service: Service, bucket: Bucket) -> Jobs:
+def build_jobs(settings: Settings, service: Service, stores: Stores) -> Jobs:
     """The jobs over a service, nothing opened or started."""
-    urls = Urls(settings, bucket)
 
     def describe(entry: Entry) -> str:
-        return json.dumps(job_body(Standing.of(entry), lambda key: urls.at(entry.base, key)))
+        return json.dumps(job_body(Standing.of(entry), lambda key: stores.url_at(entry.base, key)))
 
     rules = Rules(
         most_waiting=settings.jobs_waiting,

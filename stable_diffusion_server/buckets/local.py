@@ -18,6 +18,7 @@ from uuid import uuid4
 from filelock import FileLock
 
 from stable_diffusion_server.errors import InvalidInput, NotFound, StorageUnavailable
+from stable_diffusion_server.inscriptions import is_whole
 from stable_diffusion_server.orders import Stored
 
 # What Linux, macOS and Windows file systems hold.
@@ -66,13 +67,13 @@ class LocalBucket:
                 raise OSError(errno.ENOSPC, "nearly full")
 
     def stat(self, key: str) -> Stored | None:
-        """The object under `key`, or `None`; an empty file is no object, since no picture is empty.
+        """The object under `key`, or `None`; a file that is empty or cut short is no object.
 
         Raises `InvalidInput` for a name that could not be stored either: of a folder, or too long for the disk.
         """
         with _told_as_ours():
             found = self._find(key)
-            if found is None or found.record:
+            if found.record if found is not None else not (self._records / key).is_file():
                 return found
             # No facts, or not of this file: a writer may be between its two renames, so look again behind it.
             with self._locked():
@@ -85,7 +86,7 @@ class LocalBucket:
             if (there := self._find(key)) is not None:
                 return there, False
             target = self._make_room(key)
-            target.unlink(missing_ok=True)  # what holds the name and is no object: an empty file
+            target.unlink(missing_ok=True)  # what holds the name and is no object: an empty or broken file
             os.link(finished, target)
             os.replace(facts, self._records / key)
         return stored, True
@@ -211,6 +212,13 @@ class LocalBucket:
         """Held while an object and its facts are put in place together, by whichever thread or process."""
         return FileLock(self._unfinished / ".lock", thread_local=False, is_singleton=False)
 
+    def _looks_whole(self, key: str, size: int) -> bool:
+        """Whether the file under `key` has a picture's beginning and end."""
+        with (self._objects / key).open("rb") as file:
+            head = file.read(12)
+            file.seek(max(0, size - 12))
+            return is_whole(head, file.read(12), size)
+
     def _find(self, key: str) -> Stored | None:
         try:
             with self._name_blamed():
@@ -231,7 +239,9 @@ class LocalBucket:
                     "save_path is taken in another letter case, which this disk cannot tell apart.",
                     field="save_path",
                 )
-            return facts
+            return facts if facts.whole else None
+        if facts is not None and not self._looks_whole(key, found.st_size):
+            return None  # not the file that was written, and no other picture: cut short
         # Put there by hand, or its facts were lost: still an object, of which only the file itself is known.
         etag = hashlib.sha256(f"{found.st_mtime_ns}-{found.st_size}".encode()).hexdigest()
         content_type = mimetypes.guess_type(key)[0] or "application/octet-stream"

@@ -121,7 +121,9 @@ class Engine(Generic[S, P]):
         desk = self._desk
         with desk.changed:
             self.check_open()
-            ticket: Ticket[P] = Ticket(job, owner=owner, background=background, wants_previews=previews, watch=watch)
+            ticket: Ticket[P] = Ticket(
+                job, owner=owner, background=background, wants_previews=previews, watch=watch, alone=job.alone
+            )
             desk.admit(ticket)
         ticket.result.add_done_callback(lambda result: desk.forget(ticket) if result.cancelled() else None)
         return ticket

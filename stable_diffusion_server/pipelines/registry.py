@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import structlog
 import torch
+from numpy.typing import NDArray
 
 from stable_diffusion_server.errors import DoesNotFit, InvalidInput, WeightsUnusable
 from stable_diffusion_server.orders import Job
@@ -99,6 +101,7 @@ class Registry:
         self._families = families
         self.loaded = tuple(loaded)
         self.models = dict(models or {})
+        self._threads = torch.get_num_threads()
         self.resident = all(model.residency == Residency.RESIDENT for model in loaded)
 
     def prepare(self, job: Job) -> State[Any]:
@@ -112,6 +115,28 @@ class Registry:
     def finish(self, state: State[Any]) -> Drawn:
         """The picture of a state that is done."""
         return self._families[state.job.model].finish(state)
+
+    def preview(self, state: State[Any]) -> NDArray[np.uint8]:
+        """A small picture of where a state stands."""
+        return self._families[state.job.model].preview(state)
+
+    @property
+    def unshareable(self) -> str:
+        """Why threads may not draw side by side, empty where they may."""
+        if not self.resident:
+            return "the weights travel between memory and device."
+        if any(model.dtype != "float32" for model in self.loaded):
+            return "weights in half precision change theirs to decode what overflows."
+        return ""
+
+    def enter_lane(self, lanes: int) -> None:
+        """Divide the CPU's threads between the lanes; PyTorch counts them for each thread that draws."""
+        torch.set_num_threads(max(1, self._threads // lanes))
+
+    def shrink(self) -> bool:
+        """Decode in smaller tiles from now on; false when they are as small as they may be."""
+        shrunk = [family.shrink() for family in self._families.values()]  # each of them, so no short cut
+        return any(shrunk)
 
     def release_memory(self) -> None:
         """Give back what the allocators hold and no drawing uses."""

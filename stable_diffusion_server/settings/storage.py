@@ -40,6 +40,10 @@ class Storage(Group):
     signed_url_seconds: int = Field(
         0, ge=0, le=604_800, description="For private buckets: answers hold URLs signed for this long. 0: plain URLs."
     )
+    url_secret: SecretStr = Field(
+        SecretStr(""),
+        description="Signs this server's own URLs; servers may share it. Empty: one in DATA_DIR.",
+    )
     storage_timeout: float = Field(
         10.0, gt=0, le=300, allow_inf_nan=False, description="Seconds to wait for the bucket before going on without."
     )
@@ -49,6 +53,12 @@ class Storage(Group):
     known_keys: int = Field(100_000, ge=0, description="Most keys remembered as stored; 0 asks the bucket each time.")
     known_seconds: float = Field(
         300.0, ge=0, allow_inf_nan=False, description="Seconds a key is remembered, if deleted by others meanwhile."
+    )
+    history_entries: int = Field(
+        100_000, ge=0, le=10_000_000, description="Most pictures kept in the history, in DATA_DIR; 0 keeps none."
+    )
+    history_days: float = Field(
+        0.0, ge=0, allow_inf_nan=False, description="Days after which the history forgets a picture; 0: never."
     )
     data_dir: Path = Field(Path("data"), description="Folder for the server's own state, `progress.txt` among it.")
     embed_metadata: Literal["full", "digest", "none"] = Field(

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
 from limits import RateLimitItem
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, QueryParams
 from starlette.types import Scope
 
 from stable_diffusion_server.api.security.keys import Keyring
@@ -19,10 +19,10 @@ from stable_diffusion_server.orders import Caller
 
 _HOST = re.compile(r"(\[(?P<v6>[0-9A-Fa-f:.]+)\]|(?P<name>[A-Za-z0-9._-]+))(:\d*)?")
 # Reading these draws nothing and tells no secret, so a link or an <img> on another page may lead here.
-_OPEN_PATHS = ("/files/", "/healthz", "/readyz", "/docs", "/openapi.json")
+_OPEN_PATHS = ("/healthz", "/readyz", "/docs", "/openapi.json")
 # Asked again and again by programs that wait, and cheap: they need a key, and are not counted against its rate.
 _CHEAP_PATHS = (
-    "/metrics /jobs /history /ui /v1/models /sdapi/v1/progress /sdapi/v1/interrupt /sdapi/v1/sd-models "
+    "/metrics /jobs /history /files /ui /v1/models /sdapi/v1/progress /sdapi/v1/interrupt /sdapi/v1/sd-models "
     "/sdapi/v1/samplers /sdapi/v1/options /sdapi/v1/loras /sdapi/v1/schedulers"
 ).split()
 # Where pictures come in, as files or in base64, and bodies are long.
@@ -63,7 +63,7 @@ class Policy:
         """Who asks. Raises `Misdirected`, `Forbidden`, `Unauthorized` or `TooLarge` for one that may not go on."""
         self._check_host(headers)
         path: str = scope["path"]
-        if path.startswith(_OPEN_PATHS) or path == "/":
+        if _is_open(scope):
             return Admitted()
         self._check_origin(scope, headers)
         if scope["method"] == "OPTIONS":
@@ -111,6 +111,14 @@ class Policy:
             raise Forbidden("Other web sites may not draw here; the setting CORS_ORIGINS adds origins.")
         if any("prefetch" in headers.get(name, "").lower() for name in _PREFETCH):
             raise Forbidden("A prefetch does not draw.")
+
+
+def _is_open(scope: Scope) -> bool:
+    """Whether anyone may ask this: what draws nothing, changes nothing and tells no prompt."""
+    path: str = scope["path"]
+    if path.startswith("/files/"):
+        return scope["method"] in ("GET", "HEAD") and "record" not in QueryParams(scope["query_string"])
+    return path.startswith(_OPEN_PATHS) or path == "/"
 
 
 def is_loopback(name: str) -> bool:
