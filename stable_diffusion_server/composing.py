@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from stable_diffusion_server.errors import InvalidInput
 from stable_diffusion_server.image_processing import (
     Canvas,
@@ -17,9 +19,20 @@ from stable_diffusion_server.image_processing import (
     to_size,
     whole,
 )
-from stable_diffusion_server.orders import Job, Picture, Warned
+from stable_diffusion_server.orders import Job, Order, Picture, Warned
 from stable_diffusion_server.pipelines.catalog import ModelFacts
+from stable_diffusion_server.regions import Box, around, filled, fitted, resized
 from stable_diffusion_server.resolving import Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Around:
+    """The part of a picture that is drawn: where it is, the whole picture, and the part's size as drawn, in pixels."""
+
+    box: Box
+    picture: Pixels
+    width: int
+    height: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +40,8 @@ class Scene:
     """A plan with its pictures: the job to draw, and how what is drawn becomes the picture that was asked for.
 
     `width` and `height` are the picture's, in pixels. With `image` and `mask` (uint8, height × width × 3 and height ×
-    width) what is drawn is laid over the image where the mask is not 0.
+    width) what is drawn is laid over the image where the mask is not 0. With `around` that is a part of the
+    picture, and is put back into it.
     """
 
     job: Job
@@ -37,29 +51,40 @@ class Scene:
     image: Pixels | None
     mask: Pixels | None
     warnings: tuple[Warned, ...]
+    around: Around | None = None
 
     def finished(self, drawn: Pixels) -> Pixels:
         """The picture asked for from the one drawn on the canvas (both uint8, height × width × 3)."""
-        sized = to_size(drawn, self.width, self.height, resample=self.canvas.resampled)
-        return sized if self.image is None or self.mask is None else paste_back(sized, self.image, self.mask)
+        width, height = (self.width, self.height) if self.around is None else (self.around.width, self.around.height)
+        sized = to_size(drawn, width, height, resample=self.canvas.resampled)
+        laid = sized if self.image is None or self.mask is None else paste_back(sized, self.image, self.mask)
+        if self.around is None or self.mask is None:
+            return laid
+        box, picture = self.around.box, self.around.picture
+        mask = box.put(self.mask, np.zeros(picture.shape[:2], np.uint8))
+        return paste_back(box.put(laid, picture), picture, mask)
 
 
 def compose(plan: Plan, image: Pixels | None = None, mask: Pixels | None = None) -> Scene:
     """The scene of a plan with its decoded pictures (uint8, height × width × 3). Raises `InvalidInput`."""
     order, words, facts = plan.order, plan.words, plan.words.facts
+    whole_image, box = image, None
     if image is not None:
+        kept = to_mask(mask, image.shape[1], image.shape[0]) if mask is not None else None
+        if kept is not None and order.mask is not None and not kept.any():
+            told = "has no transparent part" if order.mask.transparency else "is black all over"
+            raise InvalidInput(
+                f"{order.mask.parameter} {told}: nothing is to be repainted.", field=order.mask.parameter
+            )
+        image, kept, box = _laid_out(order, image, kept)
         height, width = image.shape[:2]
     elif order.width is not None and order.height is not None:
-        width, height = order.width, order.height
+        width, height, kept = order.width, order.height, None
     else:
         raise ValueError("an order without an image has a size")
     canvas = plan_canvas(width, height, facts.native_pixels, facts.floor)
-    kept = to_mask(mask, width, height) if mask is not None else None
-    if kept is not None and order.mask is not None and not kept.any():
-        raise InvalidInput(
-            f"{order.mask.parameter} is black all over: nothing is to be repainted.", field=order.mask.parameter
-        )
-    seen = to_canvas(image, canvas) if image is not None else None
+    shown = filled(image, kept, order.fill, plan.seed) if image is not None and kept is not None else image
+    seen = to_canvas(shown, canvas) if shown is not None else None
     job = Job(
         task=order.task,
         model=facts.name,
@@ -82,15 +107,26 @@ def compose(plan: Plan, image: Pixels | None = None, mask: Pixels | None = None)
         alone=order.alone,
     )
     soft = feathered(kept, order.feather) if kept is not None else None
-    return Scene(
-        job,
-        canvas,
-        width,
-        height,
-        image if kept is not None else None,
-        soft,
-        resampling_told(facts, width, height),
-    )
+    around_it = Around(box, whole_image, width, height) if box is not None and whole_image is not None else None
+    told = resampling_told(facts, width, height)
+    if around_it is not None:
+        height, width = around_it.picture.shape[:2]
+    kept_image = image if kept is not None else None
+    return Scene(job, canvas, width, height, kept_image, soft, told, around_it)
+
+
+def _laid_out(order: Order, image: Pixels, mask: Pixels | None) -> tuple[Pixels, Pixels | None, Box | None]:
+    """The image and its mask at the size to draw, and the part of the image that is, where it is not all of it."""
+    if mask is not None and order.only_masked is not None:
+        height, width = image.shape[:2]
+        drawn_width, drawn_height = order.width or width, order.height or height
+        box = around(mask, order.only_masked, drawn_width / drawn_height)
+        image, mask = box.cut(image), box.cut(mask)
+        return resized(image, drawn_width, drawn_height), resized(mask, drawn_width, drawn_height), box
+    if order.width is not None and order.height is not None:
+        image = fitted(image, order.width, order.height, order.fit)
+        mask = fitted(mask, order.width, order.height, order.fit) if mask is not None else None
+    return image, mask, None
 
 
 def resampling_told(facts: ModelFacts, width: int, height: int) -> tuple[Warned, ...]:

@@ -41,21 +41,44 @@ class Format(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A picture a caller gave: a file's bytes, or the URL they are at. `parameter` is what it came by."""
+    """A picture a caller gave: a file's bytes, or the URL they are at. `parameter` is what it came by.
+
+    Of a mask, `transparency` tells that its transparent parts are those to repaint, and not its white ones.
+    """
 
     parameter: str
     url: str | None = None
     data: bytes | None = field(default=None, repr=False)
+    transparency: bool = False
+
+
+class Fit(StrEnum):
+    """How a picture is brought to a size of another aspect ratio."""
+
+    STRETCH = "stretch"
+    CROP = "crop"
+    PAD = "pad"
+
+
+class Fill(StrEnum):
+    """What a masked part holds before it is drawn anew."""
+
+    ORIGINAL = "original"
+    SURROUNDINGS = "surroundings"
+    NOISE = "noise"
+    GREY = "grey"
 
 
 @dataclass(frozen=True, slots=True)
 class Order:
     """What the caller asked, as asked. `None` means "you decide"; `width` and `height` in pixels.
 
-    Without a size the picture has that of `image`. `feather`, in pixels, softens the mask's rim inwards. With
-    `named_by_content` the order's digest goes before the file name, so that no two orders share one. `folder`, with a
-    slash at its end, is where a picture without a `save_path` is stored. `alone`: it is to share no forward pass with
-    others, so that it can be drawn again bit for bit.
+    Without a size the picture has that of `image`; with one the image is brought to it by `fit`. `variation` counts
+    further pictures of one order: its seed is that much further. With `only_masked` the part around the mask is cut
+    out with so many pixels of margin, drawn at the asked size and put back; `fill` is what the mask hides. `feather`,
+    in pixels, softens the mask's rim inwards. With `named_by_content` the order's digest goes before the file name, so
+    that no two orders share one. `folder`, with a slash at its end, is where a picture without a `save_path` is stored.
+    `alone`: it is to share no forward pass with others, so that it can be drawn again bit for bit.
     """
 
     task: Task
@@ -86,6 +109,10 @@ class Order:
     named_by_content: bool = False
     webhook_url: str | None = None
     folder: str = ""
+    variation: int = 0
+    fit: Fit = Fit.CROP
+    fill: Fill = Fill.ORIGINAL
+    only_masked: int | None = None
     alone: bool = False
 
     @property

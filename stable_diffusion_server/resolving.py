@@ -12,7 +12,7 @@ from uuid import NAMESPACE_OID, uuid5
 from stable_diffusion_server.bucket_api import object_key
 from stable_diffusion_server.errors import InvalidInput
 from stable_diffusion_server.limits import Limits
-from stable_diffusion_server.orders import SEED_MAX, Format, Order, Seed, Source, Warned, digest
+from stable_diffusion_server.orders import SEED_MAX, Fill, Fit, Format, Order, Source, Warned, digest
 from stable_diffusion_server.pipelines.catalog import MODELS, ModelFacts, facts_of, scheduler_of, steps_skipped
 from stable_diffusion_server.prompts import clean
 
@@ -111,8 +111,9 @@ def resolve(order: Order, options: Options, fetched: Mapping[str, bytes] | None 
     sent_pictures = _identities(order, addresses)
     pictures = _identities(order, fetched) if fetched else sent_pictures
     facts = _facts_told(order, words, _adapters(order, options))
-    asked = digest({**facts, **pictures, "seed": order.seed})
-    seed = _seed(order.seed, asked)
+    seed_asked = {"seed": order.seed, **({"variation": order.variation} if order.variation else {})}
+    asked = digest({**facts, **pictures, **seed_asked})
+    seed = _seed(order, asked)
     content = digest({**facts, **pictures, "seed": seed})
     file_format = _file_format(order)
     # PNG loses nothing at any quality, so it has none to tell two files apart by.
@@ -129,7 +130,7 @@ def resolve(order: Order, options: Options, fetched: Mapping[str, bytes] | None 
         ),
         content=content,
         asked=asked,
-        sent=digest({**facts, **sent_pictures, "seed": order.seed}),
+        sent=digest({**facts, **sent_pictures, **seed_asked}),
         pictures=pictures,
     )
 
@@ -204,6 +205,11 @@ def _facts_told(order: Order, words: Words, adapters: list[tuple[str, float, str
         "loras": adapters,
         "feather": order.feather,
         "control": (words.control_scale, order.canny_low, order.canny_high) if words.canny else None,
+        # Told only where they differ from what was always so: a digest outlives the version that made it.
+        **({"fit": order.fit} if order.image is not None and order.width is not None and order.fit != Fit.CROP else {}),
+        **({"fill": order.fill} if order.fill is not Fill.ORIGINAL else {}),
+        **({"only_masked": order.only_masked} if order.only_masked is not None else {}),
+        **({"by": "transparency"} if order.mask is not None and order.mask.transparency else {}),
     }
 
 
@@ -219,11 +225,11 @@ def _identities(order: Order, given: Mapping[str, str | bytes]) -> dict[str, str
     return {"image": identity(order.image), "mask": identity(order.mask)}
 
 
-def _seed(asked: Seed, order: str) -> int:
+def _seed(order: Order, asked: str) -> int:
     """The seed asked for, one from the order's digest, so that equal orders are equal pictures, or a new one."""
-    if asked == "random":
+    if order.seed == "random":
         return randbelow(SEED_MAX + 1)
-    return int(order[:8], 16) if asked is None else asked
+    return int(asked[:8], 16) if order.seed is None else (order.seed + order.variation) % (SEED_MAX + 1)
 
 
 def _name(order: Order, asked: str) -> str:

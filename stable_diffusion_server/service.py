@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import structlog
 
@@ -30,7 +30,13 @@ _log = structlog.get_logger(__name__)
 
 # From what a caller gave (bytes, or a URL) and the parameter it came by, to be named in errors.
 Fetch = Callable[[str, str], Coroutine[Any, Any, bytes]]
-Decode = Callable[[bytes, str], Coroutine[Any, Any, Pixels]]
+
+
+class Decode(Protocol):
+    """From a file and the parameter it came by to pixels; with `transparency`, white where it is transparent."""
+
+    async def __call__(self, data: bytes, field: str, /, *, transparency: bool = ...) -> Pixels:
+        """The pixels, uint8, height × width × 3."""
 
 
 def ignore(progress: Progress) -> None:
@@ -249,9 +255,10 @@ class Service:
         async def pixels_of(source: Source | None) -> Pixels | None:
             if source is None:
                 return None
-            return await self._decode(
-                source.data if source.data is not None else fetched[source.parameter], source.parameter
-            )
+            data = source.data if source.data is not None else fetched[source.parameter]
+            if source.transparency:
+                return await self._decode(data, source.parameter, transparency=True)
+            return await self._decode(data, source.parameter)
 
         image, mask = await asyncio.gather(pixels_of(plan.order.image), pixels_of(plan.order.mask))
         return await asyncio.to_thread(compose, plan, image, mask)

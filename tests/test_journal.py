@@ -17,7 +17,7 @@ from stable_diffusion_server.errors import Busy, InFlight, JournalUnavailable, S
 from stable_diffusion_server.journal.book import Journal
 from stable_diffusion_server.journal.entries import Claim, Entry, Problem, State, Work
 from stable_diffusion_server.journal.writing import files_of, read_outcome, read_work, written_order, written_outcome
-from stable_diffusion_server.orders import Caller, Format, Order, Receipt, Source, Task, Warned
+from stable_diffusion_server.orders import Caller, Fill, Fit, Format, Order, Receipt, Source, Task, Warned
 
 ROOT = Path(__file__).resolve().parent.parent
 WHOLE = Order(
@@ -37,7 +37,7 @@ WHOLE = Order(
     overwrite=True,
     timeout=9.5,
     image=Source("image_url", url="https://pictures.example/a.png"),
-    mask=Source("mask_file", data=b"mask"),
+    mask=Source("mask_file", data=b"mask", transparency=True),
     strength=0.5,
     feather=3,
     canny=None,
@@ -48,6 +48,10 @@ WHOLE = Order(
     loras=(("pastel", 0.5),),
     named_by_content=True,
     folder="ann/",
+    variation=1,
+    fit=Fit.PAD,
+    fill=Fill.NOISE,
+    only_masked=8,
     alone=True,
     webhook_url="https://hook.example/",
 )

@@ -12,7 +12,7 @@ from fakes import disc
 from stable_diffusion_server.composing import compose
 from stable_diffusion_server.errors import InvalidInput
 from stable_diffusion_server.limits import Limits
-from stable_diffusion_server.orders import Format, Order, Source, Task
+from stable_diffusion_server.orders import Fill, Fit, Format, Order, Source, Task
 from stable_diffusion_server.pipelines.catalog import MODELS
 from stable_diffusion_server.resolving import Options, resolve
 
@@ -45,8 +45,12 @@ CHANGED: dict[str, Any] = {
     "canny": True,
     "refine": True,
     "loras": (("pastel", 0.5),),
+    "variation": 1,
+    "fill": Fill.NOISE,
+    "only_masked": 32,
 }
 WITH_CANNY: dict[str, Any] = {"canny_low": 90, "canny_high": 210, "control_scale": 0.9}
+WITH_SIZE: dict[str, Any] = {"fit": Fit.STRETCH}
 NOT_IN_THE_PICTURE = {
     "save_path",
     "format",
@@ -88,14 +92,16 @@ def test_a_default_model_that_does_not_draw_here_gives_way() -> None:
 
 def test_every_field_of_an_order_is_told_or_known_not_to_matter() -> None:
     """A new parameter cannot be forgotten in the identity of a picture."""
-    assert {field.name for field in fields(Order)} == {*CHANGED, *WITH_CANNY, *NOT_IN_THE_PICTURE}
+    assert {field.name for field in fields(Order)} == {*CHANGED, *WITH_CANNY, *WITH_SIZE, *NOT_IN_THE_PICTURE}
 
 
-@pytest.mark.parametrize("name", [*CHANGED, *WITH_CANNY])
+@pytest.mark.parametrize("name", [*CHANGED, *WITH_CANNY, *WITH_SIZE])
 def test_what_changes_the_picture_changes_its_identity(name: str) -> None:
     """Name, seed and all three digests differ."""
-    base = replace(UPLOADED, canny=name in WITH_CANNY)
-    plans = [resolve(order, OPTIONS) for order in (base, replace(base, **{name: {**CHANGED, **WITH_CANNY}[name]}))]
+    sized = {"width": 64, "height": 128} if name in WITH_SIZE else {}
+    base = replace(UPLOADED, canny=name in WITH_CANNY, **sized)
+    change = {name: {**CHANGED, **WITH_CANNY, **WITH_SIZE}[name]}
+    plans = [resolve(order, OPTIONS) for order in (base, replace(base, **change))]
     for part in ("key", "seed", "content", "asked", "sent"):
         assert len({getattr(plan, part) for plan in plans}) == 2, part
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
-from typing import Any, TypeVar
+from collections.abc import Callable
 
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 
 from stable_diffusion_server.api.callers import caller_of
 from stable_diffusion_server.api.handlers import client_gone
+from stable_diffusion_server.api.leaving import unless_disconnected
 from stable_diffusion_server.api.preferences import Preferences, preferences_of
 from stable_diffusion_server.api.schemas import job_body
-from stable_diffusion_server.errors import Cancelled, InvalidInput, NotReady, ServerError
+from stable_diffusion_server.errors import Cancelled, InvalidInput, ServerError
 from stable_diffusion_server.jobs.desk import Jobs
 from stable_diffusion_server.jobs.happenings import Standing
 from stable_diffusion_server.jobs.live import Live
@@ -22,7 +22,6 @@ from stable_diffusion_server.journal.writing import fingerprint
 from stable_diffusion_server.orders import Order, Receipt
 from stable_diffusion_server.service import Service
 
-T = TypeVar("T")
 UrlOf = Callable[[Request, str], str]
 # A door's own way to tell a receipt; the picture's file is empty unless the door asked for it.
 Render = Callable[[Request, Receipt, bytes], Response]
@@ -153,29 +152,6 @@ class Answering:
     def _accepted(self, request: Request, standing: Standing, headers: dict[str, str]) -> Response:
         body = job_body(standing, lambda key: self._url_of(request, key))
         return JSONResponse(body, 202, {"Location": f"/jobs/{standing.id}", **headers})
-
-
-async def unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) -> T | None:
-    """The result of `work`, or `None` when the client went away first, which cancels it. Read the body before."""
-    working = asyncio.create_task(work)
-    watching = asyncio.create_task(_disconnect(request))
-    try:
-        await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            return await working
-        await watching  # a body that is too long is told here; its end is the client's
-        return None
-    except asyncio.CancelledError:
-        # The server program ends the calls that outlast its grace; the caller should hear why.
-        raise NotReady("The server is going down.", retry_after=5) from None
-    finally:
-        working.cancel()
-        watching.cancel()
-
-
-async def _disconnect(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
 
 
 def _will_not_change(outcome: Receipt | Problem | None) -> bool:

@@ -17,6 +17,8 @@ from stable_diffusion_server.errors import InvalidInput, Malformed, UnsupportedM
 _FORM_TYPES = ("application/x-www-form-urlencoded", "multipart/form-data")
 BODY_TYPES = ("application/json", *_FORM_TYPES)
 _MAX_FIELDS = 100
+# Files under a name that may come more than once.
+_MAX_LISTED = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,24 +28,32 @@ class Upload:
     data: bytes = field(repr=False)
 
 
-async def read_parameters(request: Request, files: Set[str] = frozenset()) -> dict[str, object]:
+async def read_parameters(
+    request: Request, files: Set[str] = frozenset(), lists: Set[str] = frozenset()
+) -> dict[str, object]:
     """Query and body of a request as one mapping. A parameter given twice is refused, wherever it stands.
 
-    `files` are the names that may be files of a multipart form; they come as `Upload`.
+    `files` are the names that may be files of a multipart form; they come as `Upload`. `lists` are the names that may
+    come more than once: their values come as a list, under the name without `[]`.
     """
     query = _read_pairs(request.scope["query_string"], "query")
     merged: dict[str, object] = {}
-    for name, value in [*query, *(await _read_body(request, files))]:
+    for name, value in [*query, *(await _read_body(request, files, lists))]:
         if not name.isascii():
             # Every parameter's name is ASCII, and pydantic cannot tell a lone surrogate from a name.
             raise InvalidInput(f"{name[:100]} is not a parameter here.", field=name[:100])
+        if name in lists:
+            several = merged.setdefault(name.removesuffix("[]"), [])
+            if isinstance(several, list):
+                several.extend(value if isinstance(value, list) else [value])
+            continue
         if name in merged:
             raise Malformed(f"{name[:100]} is given more than once.", field=name[:100])
         merged[name] = value
     return merged
 
 
-async def _read_body(request: Request, files: Set[str]) -> list[tuple[str, object]]:
+async def _read_body(request: Request, files: Set[str], lists: Set[str]) -> list[tuple[str, object]]:
     if request.method == "GET":
         return []
     media_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
@@ -54,7 +64,7 @@ async def _read_body(request: Request, files: Set[str]) -> list[tuple[str, objec
     if media_type == _FORM_TYPES[0]:
         return _read_pairs(await request.body(), "form")
     if media_type == _FORM_TYPES[1]:
-        return await _read_multipart(request, files)
+        return await _read_multipart(request, files, lists)
     raise UnsupportedMedia(f"Send application/json or one of {', '.join(_FORM_TYPES)}.")
 
 
@@ -87,10 +97,10 @@ def _read_json(body: bytes) -> list[tuple[str, object]]:
     return pairs
 
 
-async def _read_multipart(request: Request, files: Set[str]) -> list[tuple[str, object]]:
+async def _read_multipart(request: Request, files: Set[str], lists: Set[str]) -> list[tuple[str, object]]:
     items: list[tuple[str, object]] = []
     try:
-        async with request.form(max_files=len(files) + 1, max_fields=_MAX_FIELDS) as form:
+        async with request.form(max_files=len(files) + 1 + _MAX_LISTED * bool(lists), max_fields=_MAX_FIELDS) as form:
             for name, value in form.multi_items():
                 if isinstance(value, UploadFile) and name not in files:
                     raise InvalidInput(f"{name[:100]} takes no file here.", field=name[:100])

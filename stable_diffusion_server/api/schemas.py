@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from typing import Annotated, Any, ClassVar, Literal, NoReturn
+from typing import Any, ClassVar
 
 from fastapi import Request
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema, field_validator, model_validator
+from pydantic import BaseModel, Field
 
-from stable_diffusion_server.api.bodies import BODY_TYPES, Upload, read_parameters
+from stable_diffusion_server.api.asked import Asked, File, read_as
+from stable_diffusion_server.api.bodies import BODY_TYPES
 from stable_diffusion_server.api.callers import caller_of, within
 from stable_diffusion_server.api.pictures import bytes_of, is_data_url
 from stable_diffusion_server.api.shapes import problem_body
@@ -20,79 +20,19 @@ from stable_diffusion_server.jobs.happenings import Standing
 from stable_diffusion_server.limits import Limits
 from stable_diffusion_server.orders import Format, Order, Receipt, Source, Task
 
-_BINARY = {"type": "string", "format": "binary"}
-_NUMBERS = frozenset(
-    "seed num_inference_steps guidance_scale quality timeout width height strength feather canny_low canny_high "
-    "control_scale".split()
-)
-_LORA = re.compile(r"(?P<name>[A-Za-z0-9][A-Za-z0-9._-]{0,99})(:(?P<weight>[+-]?\d{1,3}(\.\d{1,6})?))?")
 
+class Parameters(Asked, ABC):
+    """What every door of our own takes."""
 
-File = Annotated[Upload | None, WithJsonSchema(_BINARY)]
-
-
-class Parameters(BaseModel, ABC):
-    """What every drawing endpoint takes. Bounds are checked by `Limits`, which the settings decide."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, arbitrary_types_allowed=True)
-
-    files: ClassVar[frozenset[str]] = frozenset()
-
-    prompt: str = Field(description="What to draw.", examples=["a red circle on a blue background"])
-    save_path: str | None = Field(None, description="Name of the picture in the bucket. Without it a name is made.")
-    model: str | None = Field(None, description="`flux` or `sdxl`.")
-    negative_prompt: str | None = Field(None, description="What not to draw, for models that have a use for it.")
-    seed: int | Literal["random"] | None = Field(
-        None,
-        description="Start of the noise; without it one is made from the order, so that it is the same each time.",
-    )
-    num_inference_steps: int | None = Field(None, description="Denoising steps.")
-    guidance_scale: float | None = Field(None, description="How strongly to follow the prompt.")
-    scheduler: str | None = Field(None, description="Scheduler by its name in the catalogue.")
     format: Format | None = Field(None, description="File format; without it the ending of `save_path`, else webp.")
     quality: int | None = Field(None, description="1 to 100; webp at 100 is lossless.")
-    overwrite: bool = Field(False, description="Draw and store even if the name is taken.")
-    timeout: float | None = Field(None, description="Seconds to wait for the picture at the most.")
     webhook_url: str | None = Field(
         None, description="Address to be told how the job ends; with `Prefer: respond-async` only."
     )
-    refine: bool = Field(False, description="A second pass at low strength over what was drawn.")
-    batch: Literal["any", "alone"] = Field(
-        "any", description="`alone` shares no forward pass with others, so that it can be drawn again bit for bit."
-    )
-    lora: str | None = Field(
-        None,
-        description="Adapters to draw with, `name` or `name:weight`, separated by commas.",
-        examples=["pastel:0.8"],
-    )
-
-    @field_validator("lora")
-    @classmethod
-    def _adapters_with_weights(cls, value: str | None) -> str | None:
-        if value is not None and not all(_LORA.fullmatch(part.strip()) for part in value.split(",")):
-            raise ValueError("is not a name or name:weight")
-        return value
 
     @abstractmethod
     def order(self) -> Order:
         """The order these parameters make."""
-
-    def _words(self) -> dict[str, Any]:
-        """The parameters as an order holds them, without the pictures."""
-        pictures = {"image_url", "image_file", "mask_url", "mask_file"}
-        matches = [_LORA.fullmatch(part.strip()) for part in self.lora.split(",")] if self.lora is not None else []
-        loras = tuple((match["name"], float(match["weight"] or 1)) for match in matches if match)
-        words = self.model_dump(exclude={"lora", "batch", *pictures})
-        return {**words, "loras": loras, "alone": self.batch == "alone"}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _no_booleans_as_numbers(cls, data: Any) -> Any:
-        """Refuse `true` where a number belongs, which Python would take for 1."""
-        for name, value in data.items() if isinstance(data, dict) else ():
-            if isinstance(value, bool) and name in _NUMBERS:
-                raise InvalidInput(f"{name} must be a number, not {str(value).lower()}.", field=name)
-        return data
 
 
 class TextToImage(Parameters):
@@ -103,7 +43,7 @@ class TextToImage(Parameters):
 
     def order(self) -> Order:
         """The order these parameters make."""
-        return Order(task=Task.TEXT_TO_IMAGE, **self._words())
+        return Order(task=Task.TEXT_TO_IMAGE, **self.words())
 
 
 class StyleTransfer(Parameters):
@@ -126,7 +66,7 @@ class StyleTransfer(Parameters):
     def order(self) -> Order:
         """The order these parameters make. Raises `InvalidInput` unless there is just one picture."""
         (image,) = _sources(self, "image")
-        return Order(task=Task.IMAGE_TO_IMAGE, image=image, **self._words())
+        return Order(task=Task.IMAGE_TO_IMAGE, image=image, **self.words())
 
 
 class StyleTransferBytes(StyleTransfer):
@@ -159,7 +99,7 @@ class Inpaint(Parameters):
     def order(self) -> Order:
         """The order these parameters make. Raises `InvalidInput` unless there is one picture and one mask."""
         image, mask = _sources(self, "image", "mask")
-        return Order(task=Task.INPAINT, image=image, mask=mask, **self._words())
+        return Order(task=Task.INPAINT, image=image, mask=mask, **self.words())
 
 
 async def read_order(request: Request, schema: type[Parameters]) -> Order:
@@ -168,11 +108,7 @@ async def read_order(request: Request, schema: type[Parameters]) -> Order:
     Raises `Malformed`, `UnsupportedMedia`, `InvalidInput`, which names every refused parameter, and `Forbidden` for a
     name that is not the caller's.
     """
-    try:
-        order = schema.model_validate(await read_parameters(request, schema.files)).order()
-        return within(caller_of(request), order)
-    except ValidationError as error:
-        _refuse(error)
+    return within(caller_of(request), (await read_as(schema, request)).order())
 
 
 def receipt_body(receipt: Receipt, url: str) -> dict[str, object]:
@@ -263,23 +199,3 @@ def _sources(parameters: Parameters, *names: str) -> list[Source]:
     if faults:
         raise InvalidInput.of(faults)
     return sources
-
-
-def _refuse(error: ValidationError) -> NoReturn:
-    """Turn pydantic's findings into one `InvalidInput`. Values are not repeated: they may be long, or secret."""
-    faults: dict[str, str] = {}
-    for fault in error.errors(include_url=False, include_input=False):
-        name = str(fault["loc"][0])
-        faults.setdefault(name[:100], _sentence(name, fault["type"], fault["msg"]))
-    raise InvalidInput.of(list(faults.items())) from error
-
-
-def _sentence(name: str, kind: str, message: str) -> str:
-    if kind == "extra_forbidden":
-        return f"{name[:100]} is not a parameter here."
-    if kind == "missing":
-        return f"{name} is missing."
-    if name.endswith("_file"):
-        return f"{name} must be sent as a file of a multipart form."
-    message = message.removeprefix("Value error, ")
-    return f"{name}: {message[0].lower()}{message[1:]}."

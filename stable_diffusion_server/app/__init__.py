@@ -86,6 +86,6 @@ def create_app(
     )
     handlers.install(app)
     add_middleware(app, settings)
-    add_doors(app, settings, service, jobs, stores, options.limits)
+    add_doors(app, settings, service, jobs, stores, options)
     app.include_router(ops.router(missing, metrics.exposition, loaded.told))
     return app

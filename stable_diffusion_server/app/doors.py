@@ -11,14 +11,16 @@ from starlette.middleware.cors import CORSMiddleware
 from stable_diffusion_server.api import files, history, uploads
 from stable_diffusion_server.api import jobs as job_doors
 from stable_diffusion_server.api.answering import Answering
+from stable_diffusion_server.api.openai import images
+from stable_diffusion_server.api.openai.parameters import House
 from stable_diffusion_server.api.security.gate import BodyLimit, Gate
 from stable_diffusion_server.api.security.keys import Key, Keyring, hashed
 from stable_diffusion_server.api.security.policy import Policy, allowed_host_names
 from stable_diffusion_server.api.security.proxies import Proxies
 from stable_diffusion_server.app.storage import Stores
 from stable_diffusion_server.jobs.desk import Jobs
-from stable_diffusion_server.limits import Limits
 from stable_diffusion_server.orders import Caller
+from stable_diffusion_server.resolving import Options
 from stable_diffusion_server.service import Service
 from stable_diffusion_server.settings import Settings
 
@@ -55,14 +57,28 @@ def add_middleware(app: FastAPI, settings: Settings) -> None:
         )
 
 
-def add_doors(app: FastAPI, settings: Settings, service: Service, jobs: Jobs, stores: Stores, limits: Limits) -> None:
+def add_doors(app: FastAPI, settings: Settings, service: Service, jobs: Jobs, stores: Stores, options: Options) -> None:
     """The doors that draw, those to jobs, and those to what was drawn."""
     url_of = stores.url_of
     answering = Answering(service, jobs, url_of, stores.base_of)
-    app.include_router(uploads.router(answering, limits, url_of, get_generates=settings.get_generates))
+    app.include_router(uploads.router(answering, options.limits, url_of, get_generates=settings.get_generates))
+    app.include_router(images.router(service, build_house(settings, options), url_of))
     app.include_router(job_doors.router(jobs, url_of))
     app.include_router(files.router(stores.bucket, stores.shelf, stores.signer, stores.folder))
     app.include_router(history.router(stores.shelf, url_of))
+
+
+def build_house(settings: Settings, options: Options) -> House:
+    """What the dialects' doors know of the server."""
+    pairs = (entry.partition("=") for entry in settings.model_aliases)
+    return House(
+        limits=options.limits,
+        models=options.models,
+        default_model=options.default_model,
+        aliases={alias: model or options.default_model for alias, _, model in pairs},
+        max_n=settings.max_n,
+        max_response_bytes=settings.max_response_bytes,
+    )
 
 
 def build_keyring(settings: Settings) -> Keyring:

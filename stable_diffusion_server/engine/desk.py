@@ -82,9 +82,9 @@ class Desk(Generic[S, P]):
         """Let begun jobs wait for their next turn, with all that they have come to."""
         with self.changed:
             for seat in seats:
-                seat.ticket.seat = seat
-                del self.drawn[seat.ticket]
-                if not seat.ticket.settled:
+                if not self.abandoned(seat):
+                    seat.ticket.seat = seat
+                    del self.drawn[seat.ticket]
                     self.line.add(seat.ticket)
             self.changed.notify_all()
 
@@ -93,10 +93,12 @@ class Desk(Generic[S, P]):
         with self.changed:
             wanted = []
             for ticket in tickets:
-                ticket.seat = None
                 del self.drawn[ticket]
+                ticket.seat = None
                 if not ticket.settled:
                     wanted.append(ticket)
+                elif ticket.result.cancelled():
+                    self.news.tell(EventKind.CANCELLED, ticket)
             self.line.add_again(wanted)
             self.changed.notify_all()
 

@@ -16,6 +16,8 @@ from stable_diffusion_server.orders import Job
 KEPT, ENOUGH, SHAPES = 8, 4, 64
 # A larger group has to draw a picture in less than this share of the time, a smaller one may take this much of it.
 WORTH = 0.95
+# Steps of the largest size memory allows before twice as much is allowed again; twice as many after each failure.
+RECOVERY = 2048
 # Full steps before a size that did not pay is tried again (four times as many each time, a few times), and before a
 # smaller one is, to see whether the size still pays.
 PATIENCE, LONGEST_PATIENCE = 64, 4096
@@ -26,10 +28,12 @@ AUDIT = 512
 class Pace:
     """One shape's step times, and the largest group that is known to pay.
 
-    `cap` is in force: `base` is settled, and another value is on trial. `ceiling` is where memory ended.
+    `cap` is in force: `base` is settled, and another value is on trial. `ceiling` is where memory ended, `most` what
+    was allowed before.
     """
 
     label: str
+    most: int
     ceiling: int
     cap: int
     base: int
@@ -38,6 +42,8 @@ class Pace:
     patience: int = 0
     audit: int = AUDIT
     misses: int = 0
+    shortages: int = 0
+    recovery: int = 0
 
     def seconds(self, size: int) -> float | None:
         """Seconds of one step of a group of that size, by the lower quartile: other work on the machine only adds."""
@@ -53,6 +59,10 @@ class Pace:
             self.times[size] = deque(maxlen=KEPT)
         else:
             self.times[size].append(seconds)
+        if size == self.ceiling < self.most:
+            self.recovery -= 1
+            if self.recovery <= 0:
+                self.ceiling, self.recovery = min(2 * self.ceiling, self.most), RECOVERY * 2**self.shortages
 
     def known(self, size: int) -> bool:
         """Whether enough was measured to judge a size."""
@@ -91,7 +101,9 @@ class Pace:
         self.cap = self.base
 
     def lower(self, ceiling: int) -> None:
-        """Never more than `ceiling` from now on."""
+        """Run out of memory: no more than `ceiling` for a long time."""
+        self.shortages += 1
+        self.recovery = RECOVERY * 2**self.shortages
         self.ceiling = max(1, min(self.ceiling, ceiling))
         self.cap, self.base = min(self.cap, self.ceiling), min(self.base, self.ceiling)
 
@@ -130,6 +142,8 @@ class Paces:
             pace.add(size, seconds)
             if self._learn:
                 pace.learn(size, more_wait)
+            else:
+                pace.cap = pace.base = pace.ceiling
 
     def drew(self, job: Job, seconds: float) -> None:
         """A picture took so long beside its steps."""
@@ -176,7 +190,7 @@ class Paces:
         if job.shape not in self._paces:
             label = f"{job.model} {job.width}x{job.height}" + (" with adapters" if job.loras else "")
             start = 1 if self._learn else self._max_batch
-            self._paces[job.shape] = Pace(label, self._max_batch, start, start)
+            self._paces[job.shape] = Pace(label, self._max_batch, self._max_batch, start, start)
             if len(self._paces) > SHAPES:
                 self._paces.popitem(last=False)
         self._paces.move_to_end(job.shape)

@@ -5,15 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, fields
+from dataclasses import MISSING, asdict, fields, replace
+from enum import StrEnum
 from typing import Any
 
 from stable_diffusion_server.errors import ServerError
 from stable_diffusion_server.journal.entries import Problem, Work
-from stable_diffusion_server.orders import Format, Order, Receipt, Source, Task, Warned, digest
+from stable_diffusion_server.orders import Fill, Fit, Format, Order, Receipt, Source, Task, Warned, digest
 
 VERSION = 1
 _PICTURES = ("image", "mask")
+_CHOICES: dict[str, type[StrEnum]] = {"task": Task, "format": Format, "fit": Fit, "fill": Fill}
 
 
 def written_order(order: Order) -> str:
@@ -23,8 +25,12 @@ def written_order(order: Order) -> str:
         value = getattr(order, part.name)
         if part.default is not MISSING and value == part.default:
             continue
-        told[part.name] = {"parameter": value.parameter, "url": value.url} if part.name in _PICTURES else value
+        told[part.name] = _written_source(value) if part.name in _PICTURES else value
     return json.dumps(told)
+
+
+def _written_source(source: Source) -> dict[str, object]:
+    return {"parameter": source.parameter, "url": source.url, "transparency": source.transparency}
 
 
 def files_of(work: Work) -> dict[str, bytes]:
@@ -46,15 +52,13 @@ def read_work(text: str, files: Mapping[str, bytes]) -> Work:
     known = {part.name for part in fields(Order)}
     if told.pop("version") != VERSION or not told.keys() <= known:
         raise ServerError("This job was accepted by another version of the server, which wrote it differently.")
-    told["task"] = Task(told["task"])
-    if "format" in told:
-        told["format"] = Format(told["format"])
+    told |= {name: choice(told[name]) for name, choice in _CHOICES.items() if name in told}
     if "loras" in told:
         told["loras"] = tuple((name, weight) for name, weight in told["loras"])
     for name in _PICTURES:
         if name in told:
-            parameter, url = told[name]["parameter"], told[name]["url"]
-            told[name] = Source(parameter, url, files[parameter] if url is None else None)
+            source = Source(**told[name])
+            told[name] = source if source.url is not None else replace(source, data=files[source.parameter])
     order = Order(**told)
     remote = {source.parameter for source in order.sources if source.url is not None}
     return Work(order, {name: data for name, data in files.items() if name in remote})

@@ -43,6 +43,9 @@ class Bounds(Group):
     )
     max_body_bytes: int = Field(1_048_576, ge=1024, description="Largest request body in bytes, but for multipart.")
     max_upload_bytes: int = Field(33_554_432, ge=1024, description="Largest multipart body, files and all, in bytes.")
+    max_response_bytes: int = Field(
+        67_108_864, ge=1024, description="Largest answer that holds pictures as text, in bytes; else ask for addresses."
+    )
     max_image_bytes: int = Field(20_971_520, ge=1024, description="Largest picture file sent or fetched, in bytes.")
     max_image_pixels: int = Field(16_777_216, ge=4096, description="Largest area of a picture taken, in pixels.")
     max_image_side: int = Field(

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from squares import job
 
 from stable_diffusion_server.engine import Ticket
-from stable_diffusion_server.engine.paces import AUDIT, PATIENCE, Paces
+from stable_diffusion_server.engine.paces import AUDIT, PATIENCE, RECOVERY, Paces
 
 SQUARE = job("square")
 
@@ -55,12 +55,21 @@ def test_a_cap_shrinks_when_it_pays_no_more() -> None:
     assert paces.cap(SQUARE) == 1
 
 
-def test_the_most_is_never_exceeded_and_memory_bounds_it_for_good() -> None:
+def test_the_most_is_never_exceeded_and_memory_bounds_it_for_long() -> None:
     """MAX_BATCH that is no power of two is reached and not passed; after running out of memory less is the most."""
     paces = Paces(6, learn=True)
     assert max(step(paces, 100, lambda size: 1.0)) == 6
     paces.ran_out(SQUARE, 6)
     assert max(step(paces, 1000, lambda size: 1.0)) == 3
+
+
+def test_memory_that_was_short_once_is_tried_again_much_later() -> None:
+    """Another program may have gone: after thousands of good steps the next size is allowed, and not before."""
+    paces = Paces(8)
+    paces.ran_out(SQUARE, 8)
+    caps = step(paces, 3 * RECOVERY, lambda size: 1.0)
+    assert caps[: 2 * RECOVERY - 1] == [4] * (2 * RECOVERY - 1)
+    assert caps[-1] == 8
 
 
 def test_a_lone_job_changes_nothing() -> None:
