@@ -72,9 +72,9 @@ def compose(plan: Plan, image: Pixels | None = None, mask: Pixels | None = None)
     if image is not None:
         kept = to_mask(mask, image.shape[1], image.shape[0]) if mask is not None else None
         if kept is not None and order.mask is not None and not kept.any():
-            told = "has no transparent part" if order.mask.transparency else "is black all over"
+            lack = "has no transparent part" if order.mask.transparency else "is black all over"
             raise InvalidInput(
-                f"{order.mask.parameter} {told}: nothing is to be repainted.", field=order.mask.parameter
+                f"{order.mask.parameter} {lack}: nothing is to be repainted.", field=order.mask.parameter
             )
         image, kept, box = _laid_out(order, image, kept)
         height, width = image.shape[:2]
