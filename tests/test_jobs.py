@@ -44,6 +44,9 @@ class Ear:
         self.heard.append((url, body, headers))
         return 204
 
+    def close(self) -> None:
+        pass
+
 
 class Office:
     """Jobs over painted squares in a folder."""

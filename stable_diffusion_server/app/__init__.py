@@ -70,19 +70,16 @@ def create_app(
         loop = asyncio.get_running_loop()
         with drained_by_signals(engine.drain, lambda: loop.call_soon_threadsafe(jobs.drain)):
             yield
-        jobs.drain()
-        await asyncio.gather(asyncio.to_thread(engine.stop, settings.stop_seconds), jobs.stop(settings.stop_seconds))
+        grace = settings.stop_seconds
+        await asyncio.gather(asyncio.to_thread(engine.stop, grace), jobs.stop(grace))
         service.close()
         fetcher.close()
         await decoder.close()
         await asyncio.to_thread(stores.close)
 
+    summary = "A prompt in, the URL of a stored picture out."
     app = FastAPI(
-        title="Stable Diffusion Server",
-        version=__version__,
-        summary="A prompt in, the URL of a stored picture out.",
-        lifespan=lifespan,
-        redoc_url=None,
+        title="Stable Diffusion Server", version=__version__, summary=summary, lifespan=lifespan, redoc_url=None
     )
     handlers.install(app)
     add_middleware(app, settings)

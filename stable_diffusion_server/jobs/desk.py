@@ -86,6 +86,7 @@ class Jobs:
         for task in self._tasks:
             task.cancel()
         await self._clerk.close()
+        self._poster.close()
 
     async def accept(
         self,

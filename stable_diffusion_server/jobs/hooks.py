@@ -40,6 +40,9 @@ class Post(Protocol):
     async def post(self, url: str, body: bytes, headers: Mapping[str, str]) -> int:
         """The status a message was answered with. Raises `RemoteFailed`."""
 
+    def close(self) -> None:
+        """Let go of what it holds."""
+
 
 class Hooks:
     """Sends the journal's messages. `secret` signs them; without one they are not signed."""
