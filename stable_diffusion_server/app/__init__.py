@@ -24,6 +24,8 @@ from stable_diffusion_server.settings import Settings
 
 _log = structlog.get_logger(__name__)
 
+_TITLE, _SUMMARY = "Stable Diffusion Server", "A prompt in, the URL of a stored picture out."
+
 
 def create_app(
     settings: Settings,
@@ -77,10 +79,7 @@ def create_app(
         await decoder.close()
         await asyncio.to_thread(stores.close)
 
-    summary = "A prompt in, the URL of a stored picture out."
-    app = FastAPI(
-        title="Stable Diffusion Server", version=__version__, summary=summary, lifespan=lifespan, redoc_url=None
-    )
+    app = FastAPI(title=_TITLE, version=__version__, summary=_SUMMARY, lifespan=lifespan, redoc_url=None)
     handlers.install(app)
     add_middleware(app, settings)
     add_doors(app, settings, service, jobs, stores, options)
