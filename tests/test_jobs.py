@@ -16,7 +16,7 @@ from test_service import OPTIONS, order
 
 from stable_diffusion_server.buckets.local import LocalBucket
 from stable_diffusion_server.engine import Engine, Phase
-from stable_diffusion_server.errors import Busy, InFlight, NotFound, NotReady, RemoteFailed
+from stable_diffusion_server.errors import Busy, InFlight, JournalUnavailable, NotFound, NotReady, RemoteFailed
 from stable_diffusion_server.jobs.desk import Jobs, Rules
 from stable_diffusion_server.jobs.happenings import Happening, Standing
 from stable_diffusion_server.journal.book import Journal
@@ -293,12 +293,14 @@ async def test_a_webhook_is_told_until_it_hears(office_of: MakeOffice) -> None:
 
 
 async def test_a_journal_that_is_held_is_opened_when_it_is_let_go(office_of: MakeOffice, tmp_path: Path) -> None:
-    """Until then jobs are refused and the fault is told; then what it holds is taken up."""
+    """Until then jobs are refused; then what it holds is taken up."""
     held = Journal(tmp_path / "journal.db", 10_000_000)
     held.open()
     held.accept(Entry("left-behind", ANN, time.time()), Work(order()))
     office = await office_of(reopen=0.05)
-    assert office.jobs.fault is not None
+    assert not office.jobs.usable
+    with pytest.raises(JournalUnavailable):
+        await office.accepted(order())
     held.close()
-    await asyncio.to_thread(until, lambda: office.jobs.fault is None)
+    await asyncio.to_thread(until, lambda: office.jobs.usable)
     assert (await office.ended("left-behind")).state is State.DONE

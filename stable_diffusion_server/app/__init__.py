@@ -44,7 +44,7 @@ def create_app(
         """What keeps the server from drawing, in sentences; what was at fault before is looked at again."""
         if faults:
             stores.open(faults)
-        reasons = [*faults.values(), *filter(None, [bucket.fault(), jobs.fault])]
+        reasons = [*faults.values(), *filter(None, [bucket.fault()])]
         return [*reasons, engine.reason] if engine.phase is not Phase.READY else reasons
 
     def ready() -> None:

@@ -65,7 +65,7 @@ class Jobs:
         self._epoch = secrets.token_hex(4)
         self._tasks: list[asyncio.Task[None]] = []
         self._closing = False
-        self.fault: str | None = None
+        self.usable = False
 
     async def start(self) -> None:
         """Open the journal and go on with what it holds; a journal that cannot be opened is tried again later."""
@@ -239,9 +239,9 @@ class Jobs:
             await self._clerk(Journal.open)
             entries = await self._clerk(Journal.unfinished)
         except JournalUnavailable:
-            self.fault = "The journal of jobs cannot be opened (see the log); DATA_DIR has it in journal.db."
+            self.usable = False
             return
-        self.fault = None
+        self.usable = True
         if entries:
             _log.info("jobs are taken up again", jobs=len(entries))
         for entry in entries:
@@ -255,7 +255,7 @@ class Jobs:
     async def _keep_house(self) -> None:
         """Open a journal that could not be opened, and forget what is past, for ever."""
         while True:
-            if self.fault is not None:
+            if not self.usable:
                 await asyncio.sleep(self._rules.reopen)
                 await self._open()
                 continue

@@ -172,7 +172,9 @@ class Journal:
     @contextmanager
     def _read(self) -> Iterator[sqlite3.Cursor]:
         if self._connection is None:
-            raise JournalUnavailable("The journal of jobs is not open; /readyz says why.", retry_after=30)
+            raise JournalUnavailable(
+                "Jobs cannot be written down: their journal is not open, and the log says why.", retry_after=30
+            )
         with _told("read"):
             yield self._connection.cursor()
 

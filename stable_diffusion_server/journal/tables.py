@@ -55,7 +55,7 @@ CREATE TABLE messages (
 
 def connect(path: Path) -> sqlite3.Connection:
     """The journal at `path`, made if there is none. Raises `sqlite3.Error`, for one that another process uses too."""
-    connection = sqlite3.connect(path, timeout=5, isolation_level=None)
+    connection = sqlite3.connect(path, timeout=0.5, isolation_level=None)
     try:
         # One process at a time: two would draw the same jobs. The lock ends with the process, however that ends.
         connection.execute("PRAGMA locking_mode = EXCLUSIVE")
