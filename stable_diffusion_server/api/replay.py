@@ -9,13 +9,13 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
+from stable_diffusion_server.api.answering import UrlOf
 from stable_diffusion_server.api.asked import File, validated
 from stable_diffusion_server.api.bodies import read_parameters
 from stable_diffusion_server.api.callers import caller_of, within
 from stable_diffusion_server.api.handlers import client_gone
 from stable_diffusion_server.api.leaving import unless_disconnected
 from stable_diffusion_server.api.schemas import documented, receipt_body
-from stable_diffusion_server.api.uploads import UrlOf
 from stable_diffusion_server.errors import InvalidInput
 from stable_diffusion_server.limits import Limits
 from stable_diffusion_server.orders import Format, Order
