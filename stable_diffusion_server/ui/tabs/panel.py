@@ -1,0 +1,119 @@
+"""Where the pictures of a click appear, the same in every tab that draws: progress, Cancel, gallery, ways on."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+
+from stable_diffusion_server.ui import following, telling
+from stable_diffusion_server.ui.desk import Desk, RefusedError, Wish
+from stable_diffusion_server.ui.desks import Desks
+
+Outputs = tuple[Any, ...]
+
+
+def desk_of(desks: Desks, request: gr.Request) -> Desk:
+    """The desk of who clicked."""
+    inner = request.request
+    assert inner is not None  # noqa: S101  # only Gradio's own client has none; tells the type checker
+    return desks.of(f"{inner.url.scheme}://{inner.headers.get('host', '')}", request.cookies)
+
+
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """The components. `jobs` holds the ids under way, `shown` the receipts in the gallery, `chosen` which is picked."""
+
+    draw: gr.Button
+    cancel: gr.Button
+    told: gr.HTML
+    gallery: gr.Gallery
+    made: gr.HTML
+    jobs: gr.State
+    shown: gr.State
+    chosen: gr.State
+    seed: gr.Number
+
+    @property
+    def outputs(self) -> list[Any]:
+        """What changes while pictures are drawn."""
+        pictures = [self.told, self.gallery, self.made, self.jobs, self.shown, self.chosen, self.seed]
+        return [*pictures, self.draw, self.cancel]
+
+
+def buttons(label: str) -> tuple[gr.Button, gr.Button]:
+    """The button that draws, and the one that ends it."""
+    with gr.Row():
+        draw = gr.Button(label, variant="primary", scale=3)
+        cancel = gr.Button("Cancel", variant="stop", interactive=False, scale=1)
+    return draw, cancel
+
+
+def panel(draw: gr.Button, cancel: gr.Button, seed: gr.Number) -> Panel:
+    """Lay the panel out here, for buttons that are elsewhere."""
+    told = gr.HTML(elem_classes="sds-news")
+    gallery = gr.Gallery(
+        label="Pictures",
+        columns=2,
+        object_fit="contain",
+        interactive=False,
+        height="auto",
+        buttons=["download", "fullscreen"],
+        elem_classes="sds-gallery",
+    )
+    made = gr.HTML()
+    return Panel(draw, cancel, told, gallery, made, gr.State([]), gr.State([]), gr.State(0), seed)
+
+
+def wire(
+    desks: Desks,
+    here: Panel,
+    triggers: Sequence[Any],
+    inputs: Sequence[Any],
+    wishes_of: Callable[..., list[Wish]],
+) -> None:
+    """Have `triggers` draw what `wishes_of` makes of the inputs, and Cancel end it."""
+
+    async def draw(request: gr.Request, *values: Any) -> AsyncIterator[Outputs]:
+        try:
+            wishes = wishes_of(*values)
+        except ValueError as error:
+            yield _outputs(following.Shown(telling.alert(str(error)), over=True))
+            return
+        async for shown in following.draw(desk_of(desks, request), wishes):
+            yield _outputs(shown)
+
+    async def cancel(request: gr.Request, jobs: list[str]) -> Any:
+        for job in jobs:
+            try:
+                await desk_of(desks, request).cancel(job)
+            except RefusedError as error:
+                return telling.alert(error.detail)
+        return gr.skip()
+
+    gr.on(triggers, draw, list(inputs), here.outputs, show_progress="hidden", api_visibility="private")
+    here.cancel.click(cancel, here.jobs, here.told, show_progress="hidden", api_visibility="private")
+
+    def choose(event: gr.SelectData) -> int:
+        return int(event.index)
+
+    here.gallery.select(choose, None, here.chosen, show_progress="hidden", api_visibility="private")
+
+
+def _outputs(shown: following.Shown) -> Outputs:
+    """What a moment of drawing changes."""
+    changed = shown.fresh or shown.over
+    return (
+        shown.told,
+        shown.pictures if changed else gr.skip(),
+        shown.made if changed else gr.skip(),
+        list(shown.jobs),
+        list(shown.receipts) if changed else gr.skip(),
+        0 if changed else gr.skip(),
+        # So that keeping a seed keeps that of what is seen.
+        shown.receipts[0]["seed"] if shown.over and shown.receipts else gr.skip(),
+        gr.Button(interactive=shown.over),
+        gr.Button(interactive=not shown.over),
+    )
