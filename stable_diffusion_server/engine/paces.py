@@ -45,12 +45,15 @@ class Pace:
     shortages: int = 0
     recovery: int = 0
 
+    def sizes(self) -> list[int]:
+        """The group sizes that were measured."""
+        return sorted(size for size, times in self.times.items() if times)
+
     def seconds(self, size: int) -> float | None:
         """Seconds of one step of a group of that size, by the lower quartile: other work on the machine only adds."""
-        known = [n for n, times in self.times.items() if times]
-        if not known:
+        if not self.sizes():
             return None
-        ordered = sorted(self.times[min(known, key=lambda n: abs(n - size))])
+        ordered = sorted(self.times[min(self.sizes(), key=lambda n: abs(n - size))])
         return ordered[len(ordered) // 4]
 
     def add(self, size: int, seconds: float) -> None:
@@ -182,7 +185,7 @@ class Paces:
         """What is known, one figure for each label."""
         with self._lock:
             return [
-                Figure(pace.label, pace.cap, {n: s for n in sorted(pace.times) if (s := pace.seconds(n)) is not None})
+                Figure(pace.label, pace.cap, {n: s for n in pace.sizes() if (s := pace.seconds(n)) is not None})
                 for pace in {pace.label: pace for pace in self._paces.values()}.values()
             ]
 
