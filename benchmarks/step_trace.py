@@ -1,6 +1,6 @@
 """Traces six jobs of different tasks, lengths and arrivals through shared forward passes, and compares the pictures.
 
-    python benchmarks/step_trace.py [folder for the result]
+    python -m benchmarks.step_trace [folder for the result]
 
 Draws with the embedded SDXL in this process. Each picture is then drawn alone and compared with the one of the trace.
 """
@@ -20,8 +20,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from stable_diffusion_server.engine import Drawing, Engine, Phase
 from stable_diffusion_server.orders import Job, Picture, Task
@@ -134,7 +132,7 @@ def report(
     lines = [
         "# Six jobs through shared forward passes",
         "",
-        f"{time.strftime('%Y-%m-%d')}: `python benchmarks/step_trace.py`, embedded SDXL, {SIDE} × {SIDE} pixels.",
+        f"{time.strftime('%Y-%m-%d')}: `python -m benchmarks.step_trace`, embedded SDXL, {SIDE} × {SIDE} pixels.",
         f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, shared with other work",
         f"(load {os.getloadavg()[0]:.1f}).",
         "",
