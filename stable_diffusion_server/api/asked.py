@@ -90,10 +90,10 @@ async def read_as(schema: type[A], request: Request) -> A:
     try:
         return schema.model_validate(await read_parameters(request, schema.files, schema.lists))
     except ValidationError as error:
-        _refuse(error)
+        refuse(error)
 
 
-def _refuse(error: ValidationError) -> NoReturn:
+def refuse(error: ValidationError) -> NoReturn:
     """Turn pydantic's findings into one `InvalidInput`. Values are not repeated: they may be long, or secret."""
     faults: dict[str, str] = {}
     for fault in error.errors(include_url=False, include_input=False):
