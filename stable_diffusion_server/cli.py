@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import socket
 import sys
@@ -78,7 +79,7 @@ def serve() -> None:
     """Serve until a signal ends it."""
     settings = _settings()
     # Imported after the settings were read, so that a wrong one is told at once.
-    from stable_diffusion_server.app import STOP_GRACE_SECONDS, create_app
+    from stable_diffusion_server.app import create_app
 
     def announce() -> None:
         sys.stdout.write(welcome(settings, port))
@@ -94,7 +95,7 @@ def serve() -> None:
         app,
         access_log=False,
         log_level="warning",
-        timeout_graceful_shutdown=int(STOP_GRACE_SECONDS),
+        timeout_graceful_shutdown=math.ceil(settings.stop_seconds),
         proxy_headers=False,  # TRUSTED_PROXIES says whose are believed
         server_header=False,
     )

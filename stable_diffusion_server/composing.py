@@ -70,10 +70,10 @@ def compose(plan: Plan, image: Pixels | None = None, mask: Pixels | None = None)
         if kept is not None and order.mask is not None and order.mask.inverted:
             kept = 255 - kept
         if kept is not None and order.mask is not None and not kept.any():
-            told = "has no transparent part" if order.mask.transparency else "covers nothing"
-            told = told if order.mask.transparency or order.mask.inverted else "is black all over"
+            lack = "has no transparent part" if order.mask.transparency else "covers nothing"
+            lack = lack if order.mask.transparency or order.mask.inverted else "is black all over"
             raise InvalidInput(
-                f"{order.mask.parameter} {told}: nothing is to be repainted.", field=order.mask.parameter
+                f"{order.mask.parameter} {lack}: nothing is to be repainted.", field=order.mask.parameter
             )
         whole_mask = kept
         image, kept, box = _laid_out(order, image, kept)

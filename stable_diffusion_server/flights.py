@@ -25,10 +25,15 @@ class Listener(Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Watcher:
-    """A listener that passes news on to a function."""
+    """A listener that passes news on to a function. `previews` may change while it listens, as a function."""
 
     watch: Callable[[Progress], None]
-    wants_previews: bool = False
+    previews: bool | Callable[[], bool] = False
+
+    @property
+    def wants_previews(self) -> bool:
+        """Whether small pictures on the way are of use now."""
+        return self.previews() if callable(self.previews) else self.previews
 
     def tell(self, news: Progress) -> None:
         """Pass it on."""

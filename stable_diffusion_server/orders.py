@@ -109,6 +109,7 @@ class Order:
     refine: bool = False
     loras: tuple[tuple[str, float], ...] = ()
     named_by_content: bool = False
+    webhook_url: str | None = None
     folder: str = ""
     variation: int = 0
     fit: Fit = Fit.CROP

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Coroutine, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import structlog
@@ -24,6 +24,7 @@ from stable_diffusion_server.receipts import receipt_of_drawn, receipt_of_stored
 from stable_diffusion_server.resolving import Options, Plan, resolve
 
 _ANYONE = Caller()
+_NOTHING: Mapping[str, bytes] = {}
 
 _log = structlog.get_logger(__name__)
 
@@ -93,16 +94,21 @@ class Service:
         caller: Caller = _ANYONE,
         background: bool = False,
         watch: Callable[[Progress], None] = ignore,
-        previews: bool = False,
+        previews: bool | Callable[[], bool] = False,
+        fetched: Mapping[str, bytes] = _NOTHING,
     ) -> Receipt:
         """The receipt for an order, once its picture is stored.
 
         `watch` is called on the event loop while it waits and is drawn (queued, started, step); how it ends is for
-        this call to say. Raises `InvalidInput`, `TooLarge`, `UnsupportedMedia`, `RemoteFailed`, `Busy`, `NotReady`,
+        this call to say. `previews`, which may be asked again at each step, has small pictures come with the steps.
+        `fetched` are the files at the order's addresses, by parameter, as far as they are known.
+
+        Raises `InvalidInput`, `TooLarge`, `UnsupportedMedia`, `RemoteFailed`, `Busy`, `NotReady`,
         `StorageUnavailable`, `DeadlineExceeded`, and what drawing raises. Cancelling the call takes the job off the
         device, unless others wait for it too.
         """
-        return (await self._fulfilled(order, For(caller, background), Watcher(watch, previews)))[0]
+        whom, listener = For(caller, background), Watcher(watch, previews)
+        return (await self._fulfilled(order, fetched, whom, listener))[0]
 
     async def picture(
         self,
@@ -111,27 +117,54 @@ class Service:
         caller: Caller = _ANYONE,
         background: bool = False,
         watch: Callable[[Progress], None] = ignore,
-        previews: bool = False,
+        previews: bool | Callable[[], bool] = False,
+        fetched: Mapping[str, bytes] = _NOTHING,
     ) -> tuple[Receipt, bytes]:
         """The same with the file itself: the one this order drew, whatever is stored under its name since."""
         whom, listener = For(caller, background), Watcher(watch, previews)
-        receipt, outcome = await self._fulfilled(order, whom, listener)
+        receipt, outcome = await self._fulfilled(order, fetched, whom, listener)
         try:
-            return receipt, outcome.data or await asyncio.to_thread(self._bucket.read, receipt.key)
+            return receipt, outcome.data or await self.stored_file(receipt)
         except NotFound:
             # Remembered as stored, and deleted by others: forgotten by now, so it is drawn.
-            receipt, outcome = await self._fulfilled(order, whom, listener)
-            return receipt, outcome.data or await asyncio.to_thread(self._bucket.read, receipt.key)
+            receipt, outcome = await self._fulfilled(order, fetched, whom, listener)
+            return receipt, outcome.data or await self.stored_file(receipt)
 
-    async def _fulfilled(self, order: Order, whom: For, listener: Listener) -> tuple[Receipt, _Outcome]:
+    async def settled(self, order: Order) -> tuple[Order, dict[str, bytes]]:
+        """The order as it can be kept and fulfilled later, and the files at its addresses, unless it is stored.
+
+        A name made from the content has its random seed chosen, so that drawing it again is drawing the same. Raises
+        what `fulfil` raises before anything is drawn.
+        """
+        plan = await self._resolved(order)
+        if order.save_path is None:
+            order = replace(order, seed=plan.seed) if order.seed == "random" else order
+        elif plan.key_is_known and await self._find(plan) is not None:
+            return order, {}
+        return order, await self._files_of(order, _NOTHING)
+
+    async def stored_file(self, receipt: Receipt) -> bytes:
+        """The file that is stored under a receipt's name now. Raises `NotFound`, `StorageUnavailable`."""
+        return await asyncio.to_thread(self._bucket.read, receipt.key)
+
+    def check_open(self) -> None:
+        """Raise `NotReady` or `Busy` if nothing can be drawn now."""
+        self._queue.check_open()
+
+    async def _resolved(self, order: Order) -> Plan:
         # Files are hashed; words alone take less time than a thread to take them to.
-        plan = (
-            await asyncio.to_thread(resolve, order, self._options) if order.sources else resolve(order, self._options)
-        )
+        if order.sources:
+            return await asyncio.to_thread(resolve, order, self._options)
+        return resolve(order, self._options)
+
+    async def _fulfilled(
+        self, order: Order, fetched: Mapping[str, bytes], whom: For, listener: Listener
+    ) -> tuple[Receipt, _Outcome]:
+        plan = await self._resolved(order)
         timeout = order.timeout or self._options.limits.max_timeout
         try:
             async with asyncio.timeout(timeout) as deadline:
-                plan, outcome, shared = await self._stored(plan, whom, listener)
+                plan, outcome, shared = await self._stored(plan, fetched, whom, listener)
         except TimeoutError as error:
             if not deadline.expired():
                 raise
@@ -148,20 +181,19 @@ class Service:
         """Let go of the encoding threads."""
         self._keeping.close()
 
-    async def _stored(self, plan: Plan, whom: For, listener: Listener) -> tuple[Plan, _Outcome, bool]:
+    async def _stored(
+        self, plan: Plan, fetched: Mapping[str, bytes], whom: For, listener: Listener
+    ) -> tuple[Plan, _Outcome, bool]:
         """The plan as far as it had to be taken, the object, and whether the effort was another caller's.
 
         What is stored under a name that needs no look at the pictures is answered without fetching them.
         """
         order = plan.order
-        remote = [source for source in order.sources if source.url is not None]
-        fetched: dict[str, bytes] = {}
-        if remote:
+        if any(source.url is not None for source in order.sources):
             if plan.key_is_known and (found := await self._find(plan)) is not None:
                 return plan, _Outcome(found), False
             await self._check_room()
-            data = await asyncio.gather(*map(self._bytes_of, remote))
-            fetched = {source.parameter: file for source, file in zip(remote, data, strict=True)}
+            fetched = await self._files_of(order, fetched)
             plan = await asyncio.to_thread(resolve, order, self._options, fetched)
 
         def start(audience: Audience) -> Coroutine[Any, Any, _Outcome]:
@@ -174,6 +206,12 @@ class Service:
         """Refuse before the work that a full queue, or a storage without room, would throw away."""
         self._queue.check_open()
         await asyncio.to_thread(self._bucket.admit)
+
+    async def _files_of(self, order: Order, fetched: Mapping[str, bytes]) -> dict[str, bytes]:
+        """The files at an order's addresses, by parameter, those that are missing fetched."""
+        remote = [source for source in order.sources if source.url is not None and source.parameter not in fetched]
+        data = await asyncio.gather(*map(self._bytes_of, remote))
+        return {**fetched, **{source.parameter: file for source, file in zip(remote, data, strict=True)}}
 
     async def _bytes_of(self, source: Source) -> bytes:
         """The file at a URL; those who want it at the same time share one download."""

@@ -193,6 +193,6 @@ async def test_an_effort_may_follow_another_one() -> None:
     async def store(audience: Audience) -> str:
         return (await inner.join("picture", "", draw, audience))[0] + " and stored"
 
-    watcher = Watcher(lambda news: heard.append(news.step), wants_previews=True)
+    watcher = Watcher(lambda news: heard.append(news.step), previews=True)
     assert await outer.join("name", "", store, watcher) == ("drawn and stored", False)
     assert heard == [3]

@@ -51,7 +51,17 @@ CHANGED: dict[str, Any] = {
 }
 WITH_CANNY: dict[str, Any] = {"canny_low": 90, "canny_high": 210, "control_scale": 0.9}
 WITH_SIZE: dict[str, Any] = {"fit": Fit.STRETCH}
-NOT_IN_THE_PICTURE = {"save_path", "format", "quality", "overwrite", "timeout", "named_by_content", "alone", "folder"}
+NOT_IN_THE_PICTURE = {
+    "save_path",
+    "format",
+    "quality",
+    "overwrite",
+    "timeout",
+    "named_by_content",
+    "folder",
+    "alone",
+    "webhook_url",
+}
 
 
 def test_an_adapter_is_told_by_its_weights_and_not_by_its_name_alone() -> None:

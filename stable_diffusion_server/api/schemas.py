@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any, ClassVar
 
@@ -13,7 +14,9 @@ from stable_diffusion_server.api.asked import Asked, File, read_as
 from stable_diffusion_server.api.bodies import BODY_TYPES
 from stable_diffusion_server.api.callers import caller_of, within
 from stable_diffusion_server.api.pictures import bytes_of, is_data_url
+from stable_diffusion_server.api.shapes import problem_body
 from stable_diffusion_server.errors import InvalidInput
+from stable_diffusion_server.jobs.happenings import Standing
 from stable_diffusion_server.limits import Limits
 from stable_diffusion_server.orders import Format, Order, Receipt, Source, Task
 
@@ -23,6 +26,9 @@ class Parameters(Asked, ABC):
 
     format: Format | None = Field(None, description="File format; without it the ending of `save_path`, else webp.")
     quality: int | None = Field(None, description="1 to 100; webp at 100 is lossless.")
+    webhook_url: str | None = Field(
+        None, description="Address to be told how the job ends; with `Prefer: respond-async` only."
+    )
 
     @abstractmethod
     def order(self) -> Order:
@@ -110,6 +116,18 @@ def receipt_body(receipt: Receipt, url: str) -> dict[str, object]:
     body: dict[str, object] = {"path": url, **asdict(receipt)}
     if receipt.prompt_used is None:
         del body["prompt_used"]
+    return body
+
+
+def job_body(standing: Standing, url: Callable[[str], str]) -> dict[str, object]:
+    """A job as JSON shows it, with the receipt of one that is done, or the problem of one that failed."""
+    body = asdict(standing)
+    outcome = standing.outcome
+    del body["outcome"]
+    if isinstance(outcome, Receipt):
+        body["receipt"] = receipt_body(outcome, url(outcome.key))
+    elif outcome is not None:
+        body["problem"] = problem_body(outcome.as_error())
     return body
 
 

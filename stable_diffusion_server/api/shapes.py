@@ -30,18 +30,22 @@ def refusal(error: ServerError, path: str, request_id: str) -> JSONResponse:
         headers["Retry-After"] = str(error.retry_after)
     if error.status == HTTPStatus.UNAUTHORIZED:
         headers["WWW-Authenticate"] = "Bearer"
+    return _answer({**problem_body(error), "request_id": request_id}, path, error.kind, headers)
+
+
+def problem_body(error: ServerError) -> dict[str, object]:
+    """One of our errors as the members of a problem document."""
     body: dict[str, object] = {
         "type": f"urn:stable-diffusion-server:problem:{error.kind}",
         "title": error.title,
         "status": error.status,
         "detail": error.detail,
-        "request_id": request_id,
     }
     if error.field:
         body["field"] = error.field
     if error.faults:
         body["errors"] = [{"field": field, "detail": detail} for field, detail in error.faults]
-    return _answer(body, path, error.kind, headers)
+    return body
 
 
 def frameworks_refusal(

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine
-from typing import Any
-
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
-from stable_diffusion_server.api.callers import caller_of
-from stable_diffusion_server.api.handlers import client_gone
-from stable_diffusion_server.api.leaving import unless_disconnected
+from stable_diffusion_server.api.answering import Answering, Render, UrlOf
 from stable_diffusion_server.api.schemas import (
     Inpaint,
     Parameters,
@@ -24,11 +19,6 @@ from stable_diffusion_server.api.schemas import (
 from stable_diffusion_server.image_processing import media_type_of
 from stable_diffusion_server.limits import Limits
 from stable_diffusion_server.orders import Receipt
-from stable_diffusion_server.service import Service
-
-UrlOf = Callable[[Request, str], str]
-Answer = Callable[[Request, Receipt, bytes], Response]
-
 
 _DOORS: tuple[tuple[str, type[Parameters], str, str], ...] = (
     (
@@ -64,8 +54,8 @@ _DOORS: tuple[tuple[str, type[Parameters], str, str], ...] = (
 )
 
 
-def router(service: Service, limits: Limits, url_of: UrlOf, *, get_generates: bool = True) -> APIRouter:
-    """The upload doors over a service; `url_of` makes the URL of a key for the client at hand.
+def router(answering: Answering, limits: Limits, url_of: UrlOf, *, get_generates: bool = True) -> APIRouter:
+    """The upload doors; `url_of` makes the URL of a key for the client at hand.
 
     GET is there because the original had it; without `get_generates` only POST draws.
     """
@@ -80,19 +70,12 @@ def router(service: Service, limits: Limits, url_of: UrlOf, *, get_generates: bo
             headers["X-Warnings"] = ", ".join(warning.code for warning in receipt.warnings)
         return Response(picture, media_type=media_type_of(picture), headers=headers)
 
-    def door(path: str, schema: type[Parameters], answer: Answer, summary: str, description: str) -> None:
+    def door(path: str, schema: type[Parameters], render: Render, summary: str, description: str) -> None:
         """One path for GET and POST, over the parameters of `schema`."""
 
         async def handler(request: Request) -> Response:
             order = await read_order(request, schema)
-            caller = caller_of(request)
-            work = (
-                service.picture(order, caller=caller)
-                if answer is shown
-                else with_nothing(service.fulfil(order, caller=caller))
-            )
-            fulfilled = await unless_disconnected(request, work)
-            return client_gone() if fulfilled is None else answer(request, *fulfilled)
+            return await answering.answer(request, order, render, picture=render is shown)
 
         for method in ("GET", "POST") if get_generates else ("POST",):
             routes.add_api_route(
@@ -109,8 +92,3 @@ def router(service: Service, limits: Limits, url_of: UrlOf, *, get_generates: bo
     for path, schema, summary, description in _DOORS:
         door(path, schema, shown if path == "/make_image" else told, summary, description)
     return routes
-
-
-async def with_nothing(work: Coroutine[Any, Any, Receipt]) -> tuple[Receipt, bytes]:
-    """A receipt without the picture."""
-    return await work, b""

@@ -14,6 +14,7 @@ from stable_diffusion_server import __version__
 from stable_diffusion_server.api import handlers, ops
 from stable_diffusion_server.app.doors import add_doors, add_middleware
 from stable_diffusion_server.app.drawing import Loaded, Models, build_engine, build_readers, options_of
+from stable_diffusion_server.app.jobs import build_jobs
 from stable_diffusion_server.app.stopping import drained_by_signals, leave_soon
 from stable_diffusion_server.app.storage import Stores
 from stable_diffusion_server.engine import Phase
@@ -23,7 +24,7 @@ from stable_diffusion_server.settings import Settings
 
 _log = structlog.get_logger(__name__)
 
-STOP_GRACE_SECONDS = 30.0
+_TITLE, _SUMMARY = "Stable Diffusion Server", "A prompt in, the URL of a stored picture out."
 
 
 def create_app(
@@ -58,6 +59,7 @@ def create_app(
     fetch, decode, known, record = fetcher.fetch, decoder.decode, stores.known, stores.history.record
     answered, count = metrics.answered, loaded.count_tokens
     service = Service(bucket, engine, count, options, answered, fetch=fetch, decode=decode, known=known, record=record)
+    jobs = build_jobs(settings, service, stores)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -66,23 +68,20 @@ def create_app(
         logging.getLogger("uvicorn.access").disabled = True
         await asyncio.to_thread(stores.open, faults)
         engine.start()
-        with drained_by_signals(engine):
+        await jobs.start()
+        loop = asyncio.get_running_loop()
+        with drained_by_signals(engine.drain, lambda: loop.call_soon_threadsafe(jobs.drain)):
             yield
-        await asyncio.to_thread(engine.stop, STOP_GRACE_SECONDS)
+        grace = settings.stop_seconds
+        await asyncio.gather(asyncio.to_thread(engine.stop, grace), jobs.stop(grace))
         service.close()
         fetcher.close()
         await decoder.close()
         await asyncio.to_thread(stores.close)
 
-    app = FastAPI(
-        title="Stable Diffusion Server",
-        version=__version__,
-        summary="A prompt in, the URL of a stored picture out.",
-        lifespan=lifespan,
-        redoc_url=None,
-    )
+    app = FastAPI(title=_TITLE, version=__version__, summary=_SUMMARY, lifespan=lifespan, redoc_url=None)
     handlers.install(app)
     add_middleware(app, settings)
-    add_doors(app, settings, service, stores, options)
+    add_doors(app, settings, service, jobs, stores, options)
     app.include_router(ops.router(missing, metrics.exposition, loaded.told))
     return app

@@ -9,6 +9,8 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from stable_diffusion_server.api import files, history, uploads
+from stable_diffusion_server.api import jobs as job_doors
+from stable_diffusion_server.api.answering import Answering
 from stable_diffusion_server.api.house import House
 from stable_diffusion_server.api.openai import images
 from stable_diffusion_server.api.sdapi import doors as sdapi
@@ -17,6 +19,7 @@ from stable_diffusion_server.api.security.keys import Key, Keyring, hashed
 from stable_diffusion_server.api.security.policy import Policy, allowed_host_names
 from stable_diffusion_server.api.security.proxies import Proxies
 from stable_diffusion_server.app.storage import Stores
+from stable_diffusion_server.jobs.desk import Jobs
 from stable_diffusion_server.orders import Caller
 from stable_diffusion_server.resolving import Options
 from stable_diffusion_server.service import Service
@@ -45,22 +48,25 @@ def add_middleware(app: FastAPI, settings: Settings) -> None:
             allow_methods=["GET", "POST", "DELETE"],
             allow_headers=[
                 *("Authorization", "Content-Type", "X-API-Key", "X-Request-ID"),
-                *("Prefer", "Idempotency-Key", "Last-Event-ID"),
+                *("Prefer", "Idempotency-Key", "Last-Event-ID", "X-Job-ID"),
             ],
             expose_headers=[
                 *("X-Request-ID", "Retry-After", "Location", "Content-Location", "X-Warnings", "Preference-Applied"),
+                *("X-Job-ID", "Idempotency-Replayed"),
                 *("RateLimit-Limit", "RateLimit-Remaining", "RateLimit-Reset", "RateLimit-Policy"),
             ],
         )
 
 
-def add_doors(app: FastAPI, settings: Settings, service: Service, stores: Stores, options: Options) -> None:
-    """The doors that draw, and those to what was drawn."""
+def add_doors(app: FastAPI, settings: Settings, service: Service, jobs: Jobs, stores: Stores, options: Options) -> None:
+    """The doors that draw, those to jobs, and those to what was drawn."""
     url_of = stores.url_of
-    app.include_router(uploads.router(service, options.limits, url_of, get_generates=settings.get_generates))
+    answering = Answering(service, jobs, url_of, stores.base_of)
+    app.include_router(uploads.router(answering, options.limits, url_of, get_generates=settings.get_generates))
     house = build_house(settings, options)
     app.include_router(images.router(service, house, url_of))
     app.include_router(sdapi.router(service, house, url_of))
+    app.include_router(job_doors.router(jobs, url_of))
     app.include_router(files.router(stores.bucket, stores.shelf, stores.signer, stores.folder))
     app.include_router(history.router(stores.shelf, url_of))
 

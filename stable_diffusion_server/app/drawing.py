@@ -90,6 +90,7 @@ def load_models(settings: Settings, loaded: Loaded) -> Models:
         dfloat11=settings.df11_model_path,
         offload=settings.offload,
         quantize=settings.quantize,
+        performance=settings.performance,
         attention_slicing=settings.attention_slicing,
         vae_slicing=settings.vae_slicing,
         vae_tiling=settings.vae_tiling,

@@ -6,12 +6,9 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
-
-from stable_diffusion_server.engine import Engine
 
 # What a process exits with whose device can only be used again by another one.
 POISONED = 86
@@ -33,8 +30,8 @@ def leave_soon() -> None:
 
 
 @contextmanager
-def drained_by_signals(engine: Engine[Any, Any]) -> Iterator[None]:
-    """Have a signal to end drain the engine at once, before whatever the server program does with it.
+def drained_by_signals(*drains: Callable[[], object]) -> Iterator[None]:
+    """Have a signal take no more work, before what the server program does with it; a second one end all at once.
 
     uvicorn waits for open connections first, and those wait for pictures.
     """
@@ -42,10 +39,16 @@ def drained_by_signals(engine: Engine[Any, Any]) -> Iterator[None]:
         yield  # a test's event loop: signals are not its business
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    stopping = False
 
     def drain(number: int, frame: FrameType | None) -> None:
-        # On a thread of its own: a handler may interrupt the holder of the very lock it needs.
-        threading.Thread(target=engine.drain, name="drain").start()
+        nonlocal stopping
+        if stopping:
+            os._exit(128 + number)  # what was accepted is in the journal
+        stopping = True
+        for call in drains:
+            # On a thread of its own: a handler may interrupt the holder of the very lock it needs.
+            threading.Thread(target=call, name="drain").start()
         if callable(handler := before[signal.Signals(number)]):
             handler(number, frame)
 

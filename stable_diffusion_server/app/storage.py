@@ -58,23 +58,29 @@ class Stores:
         """What is known of a key without asking anyone."""
         return self.bucket.known(key) if isinstance(self.bucket, Remembering) else None
 
-    def url_of(self, request: Request, key: str) -> str:
-        """The URL of a key: the bucket's own, else this server's.
+    def base_of(self, request: Request) -> str:
+        """Where this server is: PUBLIC_BASE_URL, where that is not the bucket's, else where a trusted proxy is.
 
-        This server is PUBLIC_BASE_URL, where that is not the bucket's, else what a trusted proxy was reached at, else
-        the address the client's connection came in on; never the Host header, which the client writes.
+        Else the address the client's connection came in on; never the Host header, which the client writes.
         """
-        if (url := self.bucket.url(key)) is not None:
-            return url
         settings = self._settings
         public = settings.public_base_url if settings.storage_provider == "local" else ""
-        base = public or request.scope.get("state", {}).get("base", "")
-        if not base:
-            host, port = request.scope.get("server") or (settings.host, settings.port)
-            name = f"[{host}]" if ":" in host else host
-            # A forwarded scheme may be a websocket's.
-            scheme = "https" if request.scope["scheme"] in ("https", "wss") else "http"
-            base = f"{scheme}://{name}:{port or settings.port}"
+        if base := public or str(request.scope.get("state", {}).get("base", "")):
+            return base
+        host, port = request.scope.get("server") or (settings.host, settings.port)
+        name = f"[{host}]" if ":" in host else host
+        # A forwarded scheme may be a websocket's.
+        scheme = "https" if request.scope["scheme"] in ("https", "wss") else "http"
+        return f"{scheme}://{name}:{port or settings.port}"
+
+    def url_of(self, request: Request, key: str) -> str:
+        """The URL of a key for the client at hand."""
+        return self.url_at(self.base_of(request), key)
+
+    def url_at(self, base: str, key: str) -> str:
+        """The URL of a key for who reached this server at `base`: the bucket's own, else this server's."""
+        if (url := self.bucket.url(key)) is not None:
+            return url
         signed = f"?{self.signer.query(key)}" if self.signer is not None else ""
         return f"{base}/files/{url_path(key)}{signed}"
 

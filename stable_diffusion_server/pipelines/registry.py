@@ -33,7 +33,16 @@ from stable_diffusion_server.pipelines.components import (
 )
 from stable_diffusion_server.pipelines.conversion import compress, quantize_parts
 from stable_diffusion_server.pipelines.denoising import Drawn, Family, State
-from stable_diffusion_server.pipelines.placement import CONTROL, Offload, Placement, Quantize, Residency, place
+from stable_diffusion_server.pipelines.performance import Performance, speed_up
+from stable_diffusion_server.pipelines.placement import (
+    CONTROL,
+    Offload,
+    Placement,
+    Quantization,
+    Quantize,
+    Residency,
+    place,
+)
 
 _log = structlog.get_logger(__name__)
 
@@ -44,7 +53,8 @@ class LoadOptions:
 
     Where the device cannot hold one of them and `instead` has another of its name, that one is loaded. `lora_dir` holds
     the adapters a job may name; `controlnet_lora` goes on Flux's ControlNet, the weights `dfloat11` into its
-    transformer. `offload` and `quantize` force what else follows from free memory.
+    transformer. `offload` and `quantize` force what else follows from free memory;
+    `performance` is how weights that stay on the device, as they were loaded, are made to compute.
     The VAE may decode a batch one by one (`vae_slicing`) or a large picture in overlapping tiles (`vae_tiling`), which
     takes less memory and changes such pictures a little; so does attention computed in slices.
     """
@@ -57,6 +67,7 @@ class LoadOptions:
     dfloat11: str = ""
     offload: Offload = "auto"
     quantize: Quantize = "auto"
+    performance: Performance = "off"
     attention_slicing: bool = False
     vae_slicing: bool = False
     vae_tiling: bool = False
@@ -224,6 +235,8 @@ def _place_model(facts: ModelFacts, models_dir: Path, device: torch.device, opti
     if facts.name == "flux" and options.dfloat11:
         compress(pipeline.transformer, options.dfloat11, device)
     settle(pipeline, controlnet, device, placement.residency)
+    if (placement.residency, placement.quantization) == (Residency.RESIDENT, Quantization.NONE):
+        speed_up(pipeline, controlnet, device, options.performance)
     if options.attention_slicing:
         pipeline.enable_attention_slicing()
     if options.vae_slicing:

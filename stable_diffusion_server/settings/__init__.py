@@ -8,11 +8,12 @@ from pydantic import Field, model_validator
 
 from stable_diffusion_server.settings.bounds import Bounds
 from stable_diffusion_server.settings.doors import Doors
+from stable_diffusion_server.settings.jobs import Jobs
 from stable_diffusion_server.settings.models import Models
 from stable_diffusion_server.settings.storage import Storage
 
 
-class Settings(Bounds, Storage, Models, Doors):
+class Settings(Jobs, Bounds, Storage, Models, Doors):
     """Every setting of the server. Names are those of environment variables, in any case; `.env` is read too."""
 
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe line logged.")

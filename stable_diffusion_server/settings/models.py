@@ -54,6 +54,13 @@ class Models(Group):
             "the device cannot hold them otherwise."
         ),
     )
+    performance: Literal["off", "safe", "fast"] = Field(
+        "safe",
+        description=(
+            "`safe`: memory layouts and TF32, which change rounding alone. `fast`: also a VAE in bf16 and compiled "
+            "blocks; the first picture of each size waits for the compiler."
+        ),
+    )
     attention_slicing: bool = Field(False, description="1 computes attention in slices: less memory, slower.")
     vae_slicing: bool = Field(False, description="1 decodes the pictures of a batch one by one: less memory.")
     vae_tiling: bool = Field(False, description="1 decodes large pictures in tiles: less memory, faint differences.")

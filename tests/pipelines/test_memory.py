@@ -189,6 +189,15 @@ def done(drawing: Any, job: Any) -> Any:
     return state
 
 
+def test_safe_performance_changes_rounding_alone(families: dict[str, Any]) -> None:
+    """PERFORMANCE=safe, the default: convolutions laid out otherwise, and the same picture."""
+    drawing = load(MODELS_DIR, "cpu", 1, LoadOptions(performance="safe"))
+    for name, family in families.items():
+        if "-" not in name:
+            job = job_for(name)
+            assert psnr(drawing.finish(done(drawing, job)).pixels, draw(family, job)) > 70
+
+
 def test_compressed_weights_need_cuda_and_say_so() -> None:
     """DF11_MODEL_PATH on the CPU: one sentence, and no trace of a package that cannot even be imported."""
     with pytest.raises(WeightsUnusable, match="DF11_MODEL_PATH needs a CUDA device"):
