@@ -8,7 +8,7 @@ import limits as rates
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
-from stable_diffusion_server.api import files, history, uploads
+from stable_diffusion_server.api import files, history, replay, uploads
 from stable_diffusion_server.api import jobs as job_doors
 from stable_diffusion_server.api.answering import Answering
 from stable_diffusion_server.api.house import House
@@ -21,8 +21,9 @@ from stable_diffusion_server.api.security.proxies import Proxies
 from stable_diffusion_server.app.storage import Stores
 from stable_diffusion_server.jobs.desk import Jobs
 from stable_diffusion_server.orders import Caller
+from stable_diffusion_server.replaying import Replays
 from stable_diffusion_server.resolving import Options
-from stable_diffusion_server.service import Service
+from stable_diffusion_server.service import Decode, Service
 from stable_diffusion_server.settings import Settings
 
 
@@ -69,6 +70,12 @@ def add_doors(app: FastAPI, settings: Settings, service: Service, jobs: Jobs, st
     app.include_router(job_doors.router(jobs, url_of))
     app.include_router(files.router(stores.bucket, stores.shelf, stores.signer, stores.folder))
     app.include_router(history.router(stores.shelf, url_of))
+
+
+def add_replay(app: FastAPI, service: Service, stores: Stores, options: Options, decode: Decode) -> None:
+    """The door that draws a picture again."""
+    replays = Replays(service, decode, options, stores.history.find)
+    app.include_router(replay.router(replays, options.limits, stores.url_of))
 
 
 def build_house(settings: Settings, options: Options) -> House:

@@ -7,6 +7,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 
+from stable_diffusion_server.errors import NotFound
 from stable_diffusion_server.orders import Stored
 from stable_diffusion_server.spool.spooling import Spooling
 
@@ -28,7 +29,7 @@ class Remembering:
         self._known: OrderedDict[str, tuple[float, Stored]] = OrderedDict()
         self._lock = threading.Lock()
         self.open, self.close, self.fault, self.admit = bucket.open, bucket.close, bucket.fault, bucket.admit
-        self.read, self.list, self.url = bucket.read, bucket.list, bucket.url
+        self.list, self.url, self.figures = bucket.list, bucket.url, bucket.figures
 
     def known(self, key: str) -> Stored | None:
         """What is remembered of `key`; asks nobody and blocks for nothing, so that an event loop may call it."""
@@ -52,6 +53,14 @@ class Remembering:
         stored = self._bucket.overwrite(key, data, content_type, record)
         self._learned(key, stored)
         return stored
+
+    def read(self, key: str, start: int = 0, end: int | None = None) -> bytes:
+        """The bytes; what others have deleted is forgotten. Raises `NotFound`."""
+        try:
+            return self._bucket.read(key, start, end)
+        except NotFound:
+            self._learned(key, None)
+            raise
 
     def delete(self, key: str) -> None:
         """Forget and remove, and forget what was learned meanwhile."""
