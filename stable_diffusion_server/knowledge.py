@@ -28,9 +28,9 @@ class Knowledge:
         return stored if self._now() < until else None
 
     def learn(self, key: str, stored: Stored | None, since: int | None = None) -> Stored | None:
-        """Take note of what was written or seen, and give it back; nothing is kept of what is absent or waits elsewhere.
+        """Take note of what was written or seen, and give it back; what is absent or waits elsewhere is not kept.
 
-        Whoever only looked says how many `changes` there had been: what was seen before a write is not learned after it.
+        Whoever only looked says how many `changes` there had been before: a write since then makes it no news.
         """
         with self._lock:
             if since is None:
