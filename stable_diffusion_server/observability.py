@@ -11,7 +11,7 @@ from typing import IO
 
 import structlog
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 from tqdm import tqdm
 
@@ -70,6 +70,10 @@ class Metrics:
         Gauge("sds_queue_running", "Jobs on the device", registry=self.registry).set_function(running)
         self.registry.register(_Shapes(shapes))
 
+    def follow_storage(self, figures: Callable[[], Mapping[str, float]]) -> None:
+        """Show what waits for the storage, and how often it failed."""
+        self.registry.register(_Storage(figures))
+
     def observe(self, event: Event) -> None:
         """Count an event of the engine."""
         if event.kind is EventKind.STEP:
@@ -107,6 +111,24 @@ class _Shapes(Collector):
             for size, value in by_size.items():
                 seconds.add_metric([shape, str(size)], value)
         yield from (caps, seconds)
+
+
+class _Storage(Collector):
+    """Figures of the spool, asked for when they are read."""
+
+    def __init__(self, figures: Callable[[], Mapping[str, float]]) -> None:
+        self._figures = figures
+
+    def collect(self) -> Iterator[Metric]:
+        """Three gauges and a counter."""
+        figures = self._figures()
+        for name, told in (
+            ("pictures", "Pictures that wait for the storage"),
+            ("bytes", "Bytes on disk of the pictures that wait"),
+            ("oldest_seconds", "Age of the oldest picture that waits"),
+        ):
+            yield GaugeMetricFamily(f"sds_spool_{name}", told, value=figures[name])
+        yield CounterMetricFamily("sds_storage_failures", "Times the storage failed", value=figures["failures"])
 
 
 class ConsoleProgress:

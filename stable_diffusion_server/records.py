@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from dataclasses import fields
 
 from stable_diffusion_server.composing import Scene
 from stable_diffusion_server.history.entries import Entry
 from stable_diffusion_server.judging import DrawnPicture, Judged
-from stable_diffusion_server.orders import Job, Task, job_facts
+from stable_diffusion_server.orders import Job, job_facts
 from stable_diffusion_server.presenting import LASTING
 from stable_diffusion_server.resolving import Plan
 
+# What of an order is not told to have it drawn again: its pictures, and what only concerns where it is stored and when.
+NOT_ASKED = frozenset("image mask save_path named_by_content folder overwrite timeout alone webhook_url".split())
 # The codes of warnings that only drawing can tell, kept with the object for those who find it there.
 RETOLD = {
     "prompt-shortened": "The prompt was shortened; the picture says to what.",
@@ -54,7 +57,7 @@ def record_of(
 def inscription_of(plan: Plan, scene: Scene, judged: Judged[DrawnPicture]) -> dict[str, object]:
     """What the file itself tells, as JSON can hold it: how it was drawn, and what to ask to have it drawn again.
 
-    `asked` are the parameters of a door; `sources` the SHA-256 of the files it was made from.
+    `asked` is the order; `sources` the SHA-256 of the files it was made from, `transparency` how its mask was meant.
     """
     return {
         **job_facts(judged.job),
@@ -64,32 +67,30 @@ def inscription_of(plan: Plan, scene: Scene, judged: Judged[DrawnPicture]) -> di
         "batched": judged.batched,
         "asked": asked_of(plan),
         "sources": {name: digest for name, digest in plan.pictures.items() if digest is not None},
+        **({"transparency": True} if plan.order.mask is not None and plan.order.mask.transparency else {}),
     }
 
 
 def asked_of(plan: Plan) -> dict[str, object]:
-    """The parameters that ask for this picture at its door, with every default and the seed filled in."""
+    """The order itself, as JSON can hold it, with every default and the seed filled in, and without its pictures."""
     order, words = plan.order, plan.words
-    asked: dict[str, object] = {
+    decided = {
         "prompt": words.prompt,
         "model": words.facts.name,
         "negative_prompt": words.negative_prompt,
         "seed": plan.seed,
+        "variation": 0,
         "num_inference_steps": words.num_inference_steps,
         "guidance_scale": words.guidance_scale,
         "scheduler": words.scheduler,
-        "refine": order.refine,
-        "lora": ",".join(f"{name}:{weight:.6f}" for name, weight in order.loras) or None,
-        "format": str(plan.file_format),
+        "strength": words.strength,
+        "canny": words.canny,
+        "control_scale": words.control_scale,
+        "format": plan.file_format,
         "quality": plan.quality,
     }
-    if order.task is Task.TEXT_TO_IMAGE:
-        return {**asked, "width": order.width, "height": order.height}
-    asked["strength"] = words.strength
-    if order.task is Task.INPAINT:
-        return {**asked, "feather": order.feather}
-    edges = {"canny_low": order.canny_low, "canny_high": order.canny_high, "control_scale": words.control_scale}
-    return {**asked, "canny": words.canny, **edges}
+    asked = {part.name: getattr(order, part.name) for part in fields(order) if part.name not in NOT_ASKED}
+    return {name: decided.get(name, value) for name, value in asked.items()}
 
 
 def entry_of(key: str, caller: str, plan: Plan, job: Job, inscription: dict[str, object]) -> Entry:

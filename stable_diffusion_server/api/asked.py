@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, NoReturn, TypeVar
 
 from fastapi import Request
@@ -80,6 +81,7 @@ class Asked(BaseModel):
 
 
 A = TypeVar("A", bound=Asked)
+M = TypeVar("M", bound=BaseModel)
 
 
 async def read_as(schema: type[A], request: Request) -> A:
@@ -87,13 +89,18 @@ async def read_as(schema: type[A], request: Request) -> A:
 
     Raises `Malformed`, `UnsupportedMedia`, and `InvalidInput`, which names every refused parameter.
     """
+    return validated(schema, await read_parameters(request, schema.files, schema.lists))
+
+
+def validated(schema: type[M], parameters: Mapping[str, Any]) -> M:
+    """Parameters as a schema has them. Raises `InvalidInput`, which names every refused one."""
     try:
-        return schema.model_validate(await read_parameters(request, schema.files, schema.lists))
+        return schema.model_validate(parameters)
     except ValidationError as error:
-        _refuse(error)
+        refuse(error)
 
 
-def _refuse(error: ValidationError) -> NoReturn:
+def refuse(error: ValidationError) -> NoReturn:
     """Turn pydantic's findings into one `InvalidInput`. Values are not repeated: they may be long, or secret."""
     faults: dict[str, str] = {}
     for fault in error.errors(include_url=False, include_input=False):

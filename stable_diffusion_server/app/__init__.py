@@ -12,7 +12,7 @@ from fastapi import FastAPI
 
 from stable_diffusion_server import __version__
 from stable_diffusion_server.api import handlers, ops
-from stable_diffusion_server.app.doors import add_doors, add_middleware
+from stable_diffusion_server.app.doors import add_doors, add_middleware, add_replay
 from stable_diffusion_server.app.drawing import Loaded, Models, build_engine, build_readers, options_of
 from stable_diffusion_server.app.jobs import build_jobs
 from stable_diffusion_server.app.stopping import drained_by_signals, leave_soon
@@ -52,7 +52,7 @@ def create_app(
             announce()
 
     engine, metrics = build_engine(settings, loaded, load, ready, poisoned)
-    stores = Stores(settings)
+    stores = Stores(settings, metrics)
     bucket = stores.bucket
     options = options_of(settings, loaded)
     fetcher, decoder = build_readers(settings)
@@ -83,5 +83,6 @@ def create_app(
     handlers.install(app)
     add_middleware(app, settings)
     add_doors(app, settings, service, jobs, stores, options)
+    add_replay(app, service, stores, options, decode)
     app.include_router(ops.router(missing, metrics.exposition, loaded.told))
     return app

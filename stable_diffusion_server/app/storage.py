@@ -10,6 +10,7 @@ from stable_diffusion_server.buckets.local import LocalBucket
 from stable_diffusion_server.errors import ServerError
 from stable_diffusion_server.history.index import Index
 from stable_diffusion_server.history.recorder import Recorder
+from stable_diffusion_server.observability import Metrics
 from stable_diffusion_server.orders import Stored
 from stable_diffusion_server.settings import Settings
 from stable_diffusion_server.shelf import Shelf
@@ -22,15 +23,20 @@ _log = structlog.get_logger(__name__)
 
 
 class Stores:
-    """The bucket with what stands before it, the history beside it, and how a key becomes a URL. Opens nothing yet."""
+    """The bucket with what stands before it, the history beside it, and how a key becomes a URL. Opens nothing yet.
 
-    def __init__(self, settings: Settings) -> None:
+    `metrics` are to show what waits for the storage.
+    """
+
+    def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self._settings = settings
         self.bucket = _bucket_of(settings)
         self.folder = f"{settings.bucket_path.strip('/')}/".lstrip("/")
         self.signer = _signer_of(settings)
         self.history = _history_of(settings)
         self.shelf = Shelf(self.bucket, self.history, self.folder)
+        if isinstance(self.bucket, Remembering):
+            metrics.follow_storage(self.bucket.figures)
 
     def open(self, faults: dict[str, str]) -> None:
         """Make everything ready; what cannot be is kept in `faults` for `/readyz`, and the rest is served."""
@@ -56,7 +62,7 @@ class Stores:
 
     def known(self, key: str) -> Stored | None:
         """What is known of a key without asking anyone."""
-        return self.bucket.known(key) if isinstance(self.bucket, Remembering) else None
+        return self.bucket.known(key) if isinstance(self.bucket, Remembering | LocalBucket) else None
 
     def base_of(self, request: Request) -> str:
         """Where this server is: PUBLIC_BASE_URL, where that is not the bucket's, else where a trusted proxy is.
