@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-
 from stable_diffusion_server.errors import InvalidInput
 from stable_diffusion_server.image_processing import (
     Canvas,
@@ -27,10 +25,11 @@ from stable_diffusion_server.resolving import Plan
 
 @dataclass(frozen=True, slots=True)
 class Around:
-    """The part of a picture that is drawn: where it is, the whole picture, and the part's size as drawn, in pixels."""
+    """The part of a picture that is drawn: where it is, the whole picture and its mask, the size it is drawn at."""
 
     box: Box
     picture: Pixels
+    mask: Pixels
     width: int
     height: int
 
@@ -55,27 +54,28 @@ class Scene:
 
     def finished(self, drawn: Pixels) -> Pixels:
         """The picture asked for from the one drawn on the canvas (both uint8, height × width × 3)."""
-        width, height = (self.width, self.height) if self.around is None else (self.around.width, self.around.height)
-        sized = to_size(drawn, width, height, resample=self.canvas.resampled)
-        laid = sized if self.image is None or self.mask is None else paste_back(sized, self.image, self.mask)
-        if self.around is None or self.mask is None:
-            return laid
-        box, picture = self.around.box, self.around.picture
-        mask = box.put(self.mask, np.zeros(picture.shape[:2], np.uint8))
-        return paste_back(box.put(laid, picture), picture, mask)
+        if self.around is not None:
+            part = to_size(drawn, self.around.width, self.around.height, resample=self.canvas.resampled)
+            return paste_back(self.around.box.put(part, self.around.picture), self.around.picture, self.around.mask)
+        sized = to_size(drawn, self.width, self.height, resample=self.canvas.resampled)
+        return sized if self.image is None or self.mask is None else paste_back(sized, self.image, self.mask)
 
 
 def compose(plan: Plan, image: Pixels | None = None, mask: Pixels | None = None) -> Scene:
     """The scene of a plan with its decoded pictures (uint8, height × width × 3). Raises `InvalidInput`."""
     order, words, facts = plan.order, plan.words, plan.words.facts
-    whole_image, box = image, None
+    whole_image, whole_mask, box = image, None, None
     if image is not None:
         kept = to_mask(mask, image.shape[1], image.shape[0]) if mask is not None else None
+        if kept is not None and order.mask is not None and order.mask.inverted:
+            kept = 255 - kept
         if kept is not None and order.mask is not None and not kept.any():
-            lack = "has no transparent part" if order.mask.transparency else "is black all over"
+            lack = "has no transparent part" if order.mask.transparency else "covers nothing"
+            lack = lack if order.mask.transparency or order.mask.inverted else "is black all over"
             raise InvalidInput(
                 f"{order.mask.parameter} {lack}: nothing is to be repainted.", field=order.mask.parameter
             )
+        whole_mask = kept
         image, kept, box = _laid_out(order, image, kept)
         height, width = image.shape[:2]
     elif order.width is not None and order.height is not None:
@@ -107,12 +107,14 @@ def compose(plan: Plan, image: Pixels | None = None, mask: Pixels | None = None)
         alone=order.alone,
     )
     soft = feathered(kept, order.feather) if kept is not None else None
-    around_it = Around(box, whole_image, width, height) if box is not None and whole_image is not None else None
-    told = resampling_told(facts, width, height)
+    around_it = None
+    if box is not None and whole_image is not None and whole_mask is not None:
+        around_it = Around(box, whole_image, feathered(whole_mask, order.feather), width, height)
+    resampling = resampling_told(facts, width, height)
     if around_it is not None:
         height, width = around_it.picture.shape[:2]
     kept_image = image if kept is not None else None
-    return Scene(job, canvas, width, height, kept_image, soft, told, around_it)
+    return Scene(job, canvas, width, height, kept_image, soft, resampling, around_it)
 
 
 def _laid_out(order: Order, image: Pixels, mask: Pixels | None) -> tuple[Pixels, Pixels | None, Box | None]:

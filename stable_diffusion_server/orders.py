@@ -43,13 +43,15 @@ class Format(StrEnum):
 class Source:
     """A picture a caller gave: a file's bytes, or the URL they are at. `parameter` is what it came by.
 
-    Of a mask, `transparency` tells that its transparent parts are those to repaint, and not its white ones.
+    Of a mask, `transparency` tells that its transparent parts are those to repaint, and not its white ones, and
+    `inverted` that it is all the rest.
     """
 
     parameter: str
     url: str | None = None
     data: bytes | None = field(default=None, repr=False)
     transparency: bool = False
+    inverted: bool = False
 
 
 class Fit(StrEnum):

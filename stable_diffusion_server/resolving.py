@@ -210,6 +210,7 @@ def _facts_told(order: Order, words: Words, adapters: list[tuple[str, float, str
         **({"fill": order.fill} if order.fill is not Fill.ORIGINAL else {}),
         **({"only_masked": order.only_masked} if order.only_masked is not None else {}),
         **({"by": "transparency"} if order.mask is not None and order.mask.transparency else {}),
+        **({"mask_inverted": True} if order.mask is not None and order.mask.inverted else {}),
     }
 
 

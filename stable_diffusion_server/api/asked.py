@@ -97,10 +97,10 @@ def validated(schema: type[M], parameters: Mapping[str, Any]) -> M:
     try:
         return schema.model_validate(parameters)
     except ValidationError as error:
-        _refuse(error)
+        refuse(error)
 
 
-def _refuse(error: ValidationError) -> NoReturn:
+def refuse(error: ValidationError) -> NoReturn:
     """Turn pydantic's findings into one `InvalidInput`. Values are not repeated: they may be long, or secret."""
     faults: dict[str, str] = {}
     for fault in error.errors(include_url=False, include_input=False):

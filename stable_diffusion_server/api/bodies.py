@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Set
 from dataclasses import dataclass, field
-from typing import NoReturn
+from typing import Any, NoReturn
 from urllib.parse import parse_qsl
 
 from fastapi import Request
@@ -37,8 +37,17 @@ async def read_parameters(
     come more than once: their values come as a list, under the name without `[]`.
     """
     query = _read_pairs(request.scope["query_string"], "query")
+    return _merged([*query, *(await _read_body(request, files, lists))], lists)
+
+
+def read_query(query_string: bytes) -> dict[str, object]:
+    """A query alone as a mapping, in the same way."""
+    return _merged(_read_pairs(query_string, "query"), frozenset())
+
+
+def _merged(pairs: list[tuple[str, object]], lists: Set[str]) -> dict[str, object]:
     merged: dict[str, object] = {}
-    for name, value in [*query, *(await _read_body(request, files, lists))]:
+    for name, value in pairs:
         if not name.isascii():
             # Every parameter's name is ASCII, and pydantic cannot tell a lone surrogate from a name.
             raise InvalidInput(f"{name[:100]} is not a parameter here.", field=name[:100])
@@ -74,6 +83,29 @@ def _read_pairs(encoded: bytes, what: str) -> list[tuple[str, object]]:
         return list(parse_qsl(encoded.decode(), keep_blank_values=True, errors="strict", max_num_fields=_MAX_FIELDS))
     except ValueError as error:
         raise Malformed(f"The {what} is not UTF-8, or has more than {_MAX_FIELDS} fields.") from error
+
+
+def json_object(body: bytes) -> dict[str, Any]:
+    """A JSON object with all that is in it. Raises `Malformed`, for a name given twice at any depth too."""
+
+    def not_a_number(name: str) -> NoReturn:
+        raise Malformed(f"{name} is not JSON.")
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            raise Malformed("The body has an object in which a name is given more than once.")
+        return found
+
+    try:
+        parsed = json.loads(body.decode("utf-8-sig") or "{}", object_pairs_hook=unique, parse_constant=not_a_number)
+    except (ValueError, RecursionError) as error:
+        raise Malformed("The body is not valid JSON.") from error
+    if not isinstance(parsed, dict):
+        raise Malformed("The body must be a JSON object.")
+    if len(parsed) > _MAX_FIELDS:
+        raise Malformed(f"The body has more than {_MAX_FIELDS} fields.")
+    return parsed
 
 
 def _read_json(body: bytes) -> list[tuple[str, object]]:

@@ -79,7 +79,7 @@ def _answer(body: dict[str, object], path: str, kind: str, headers: Mapping[str,
     status, media_type = int(str(body["status"])), "application/json"
     if path.startswith(("/v1/images/", "/v1/models")):
         return JSONResponse(_printable({"error": openai_error(body, kind)}), status, headers, media_type)
-    if path.startswith("/sdapi/"):
+    if path.startswith(("/sdapi/", "/internal/")):
         told = {"error": body["title"], "detail": body["detail"], "body": "", "errors": body.get("errors", "")}
         return JSONResponse(_printable({**told, "request_id": body["request_id"]}), status, headers, media_type)
     return JSONResponse(_printable(body), status, headers, _PROBLEM)

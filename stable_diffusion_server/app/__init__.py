@@ -74,9 +74,9 @@ def create_app(
         soon = loop.call_soon_threadsafe
         with drained_by_signals(engine.drain, lambda: soon(jobs.drain), lambda: soon(studio.drain)):
             yield
-        await studio.close()
-        grace = settings.stop_seconds
-        await asyncio.gather(asyncio.to_thread(engine.stop, grace), jobs.stop(grace))
+            await studio.close()
+            grace = settings.stop_seconds
+            await asyncio.gather(asyncio.to_thread(engine.stop, grace), jobs.stop(grace))
         service.close()
         fetcher.close()
         await decoder.close()

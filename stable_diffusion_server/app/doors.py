@@ -11,8 +11,9 @@ from starlette.middleware.cors import CORSMiddleware
 from stable_diffusion_server.api import files, history, replay, uploads
 from stable_diffusion_server.api import jobs as job_doors
 from stable_diffusion_server.api.answering import Answering
+from stable_diffusion_server.api.house import House
 from stable_diffusion_server.api.openai import images
-from stable_diffusion_server.api.openai.parameters import House
+from stable_diffusion_server.api.sdapi import doors as sdapi
 from stable_diffusion_server.api.security.gate import BodyLimit, Gate
 from stable_diffusion_server.api.security.keys import Key, Keyring, hashed
 from stable_diffusion_server.api.security.policy import Policy, allowed_host_names
@@ -63,7 +64,9 @@ def add_doors(app: FastAPI, settings: Settings, service: Service, jobs: Jobs, st
     url_of = stores.url_of
     answering = Answering(service, jobs, url_of, stores.base_of)
     app.include_router(uploads.router(answering, options.limits, url_of, get_generates=settings.get_generates))
-    app.include_router(images.router(service, build_house(settings, options), url_of))
+    house = build_house(settings, options)
+    app.include_router(images.router(service, house, url_of))
+    app.include_router(sdapi.router(service, house, url_of))
     app.include_router(job_doors.router(jobs, url_of))
     app.include_router(files.router(stores.bucket, stores.shelf, stores.signer, stores.folder))
     app.include_router(history.router(stores.shelf, url_of))
@@ -85,6 +88,7 @@ def build_house(settings: Settings, options: Options) -> House:
         aliases={alias: model or options.default_model for alias, _, model in pairs},
         max_n=settings.max_n,
         max_response_bytes=settings.max_response_bytes,
+        loras=lambda: options.loras(),
     )
 
 

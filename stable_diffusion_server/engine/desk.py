@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable
-from typing import Any, Generic
+from typing import Generic
 
 import structlog
 
@@ -53,8 +53,11 @@ class Desk(Generic[S, P]):
         """Put a ticket into the line."""
         with self.changed:
             self.line.add(ticket)
-            ticket.told_position = self.position(ticket)
-            self.news.tell(EventKind.QUEUED, ticket, position=ticket.told_position, eta_seconds=self.eta(ticket))
+            order = [place.ticket for place in self.line.in_order()]
+            ticket.told_position = order.index(ticket) + 1
+            eta = self.etas()[ticket.told_position - 1]
+            self.news.tell(EventKind.QUEUED, ticket, position=ticket.told_position, eta_seconds=eta)
+            self._tell_positions()
             self.changed.notify_all()
 
     def next_for(self, seats: list[Seat[S, P]]) -> Ticket[P] | None:
@@ -84,7 +87,7 @@ class Desk(Generic[S, P]):
             for seat in seats:
                 if not self.abandoned(seat):
                     seat.ticket.seat = seat
-                    del self.drawn[seat.ticket]
+                    self.drawn.pop(seat.ticket, None)
                     self.line.add(seat.ticket)
             self.changed.notify_all()
 
@@ -93,7 +96,7 @@ class Desk(Generic[S, P]):
         with self.changed:
             wanted = []
             for ticket in tickets:
-                del self.drawn[ticket]
+                self.drawn.pop(ticket, None)
                 ticket.seat = None
                 if not ticket.settled:
                     wanted.append(ticket)
@@ -155,6 +158,8 @@ class Desk(Generic[S, P]):
             for ticket in [*waiting, *(self.drawn if running else ())]:
                 if ticket.fail(NotReady(self.reason, retry_after=5)):
                     self.news.tell(EventKind.FAILED, ticket)
+            if self.phase is Phase.FAILED:
+                self.drawn.clear()
 
     def give_up(self, error: BaseException, reason: str) -> None:
         """No more pictures will come: say so, fail everyone, and have a poisoned process replaced."""
@@ -164,23 +169,15 @@ class Desk(Generic[S, P]):
         if isinstance(error, DevicePoisoned):
             self._poisoned()
 
-    def eta(self, ticket: Ticket[P]) -> float | None:
-        """Seconds until a waiting ticket is drawn, as far as it can be known."""
-        order = [place.ticket for place in self.line.in_order()]
-        return self.paces.eta(ticket, order[: order.index(ticket)], self._seats())
-
-    def position(self, ticket: Ticket[P]) -> int:
-        """Its place in the line, from 1."""
-        return [place.ticket for place in self.line.in_order()].index(ticket) + 1
-
-    def _seats(self) -> list[Seat[Any, P]]:
-        return [seat for seat in self.drawn.values() if seat is not None]
+    def etas(self) -> list[float | None]:
+        """Seconds until each ticket in the line is drawn, as far as it can be known."""
+        seats = [seat for seat in self.drawn.values() if seat is not None]
+        return self.paces.etas((place.ticket for place in self.line.in_order()), seats)
 
     def _tell_positions(self) -> None:
-        watched = [
-            (number, place.ticket)
-            for number, place in enumerate(self.line.in_order(), 1)
-            if place.ticket.watch is not None and place.ticket.told_position != number
-        ]
-        for number, ticket in watched:
-            self.news.tell_position(ticket, number, self.eta(ticket))
+        """Tell those who watch that they moved in the line."""
+        order = [place.ticket for place in self.line.in_order()]
+        moved = [number for number, ticket in enumerate(order, 1) if ticket.watch and ticket.told_position != number]
+        etas = self.etas() if moved else []
+        for number in moved:
+            self.news.tell_position(order[number - 1], number, etas[number - 1])

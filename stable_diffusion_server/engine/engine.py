@@ -97,8 +97,7 @@ class Engine(Generic[S, P]):
             if desk.phase is not Phase.READY:
                 raise NotReady(desk.reason, retry_after=5)
             if (waiting := len(desk.line)) >= self._queue_limit:
-                last = desk.line.in_order()[-1].ticket
-                seconds = desk.eta(last) or 1.0 * waiting / self._max_batch
+                seconds = desk.etas()[-1] or waiting / self._max_batch
                 raise Busy(f"{waiting} pictures are waiting already.", retry_after=max(1, math.ceil(seconds)))
 
     def submit(

@@ -108,7 +108,7 @@ class Lane(Generic[S, P]):
         """Seat those who are next for as long as they fit the group."""
         while (ticket := self._desk.next_for(self._seats)) is not None:
             seat = ticket.seat or self._prepared(ticket)
-            if seat is not None:
+            if seat is not None and not self._desk.abandoned(seat):
                 ticket.seat = None
                 self._desk.drawn[ticket] = seat
                 self._seats.append(seat)
@@ -132,7 +132,9 @@ class Lane(Generic[S, P]):
         now = time.perf_counter()
         timings = {"queue": started - ticket.accepted_at, "prepare": now - started, "denoise": 0.0}
         seat = Seat(ticket, state, timings)
-        desk.news.tell(EventKind.STARTED, ticket, state, eta_seconds=desk.paces.seconds_left(ticket))
+        desk.news.tell(
+            EventKind.STARTED, ticket, state, eta_seconds=desk.paces.seconds_for(ticket.job, seat.steps_left)
+        )
         return seat
 
     def _step(self) -> None:
@@ -160,9 +162,7 @@ class Lane(Generic[S, P]):
             self._tell_step(seat, len(seats))
 
     def _tell_step(self, seat: Seat[S, P], size: int) -> None:
-        left = None
-        if (step := self._desk.paces.step_seconds(seat.ticket.job, size)) is not None:
-            left = step * seat.steps_left
+        left = self._desk.paces.seconds_for(seat.ticket.job, seat.steps_left, size)
         self._desk.news.tell(EventKind.STEP, seat.ticket, seat.state, eta_seconds=left, preview=self._previews.of(seat))
 
     def _step_failed(self, seats: list[Seat[S, P]], error: Exception) -> None:

@@ -33,6 +33,8 @@ class Pace:
     """
 
     label: str
+    model: str
+    pixels: int
     most: int
     ceiling: int
     cap: int
@@ -45,12 +47,15 @@ class Pace:
     shortages: int = 0
     recovery: int = 0
 
+    def sizes(self) -> list[int]:
+        """The group sizes that were measured."""
+        return sorted(size for size, times in self.times.items() if times)
+
     def seconds(self, size: int) -> float | None:
         """Seconds of one step of a group of that size, by the lower quartile: other work on the machine only adds."""
-        known = [n for n, times in self.times.items() if times]
-        if not known:
+        if not self.sizes():
             return None
-        ordered = sorted(self.times[min(known, key=lambda n: abs(n - size))])
+        ordered = sorted(self.times[min(self.sizes(), key=lambda n: abs(n - size))])
         return ordered[len(ordered) // 4]
 
     def add(self, size: int, seconds: float) -> None:
@@ -156,33 +161,44 @@ class Paces:
         with self._lock:
             self._of(job).lower(size // 2)
 
-    def step_seconds(self, job: Job, size: int) -> float | None:
-        """Seconds of one step in a group of that size, or the nearest measured; `None` before there is any."""
-        with self._lock:
-            pace = self._paces.get(job.shape)
-            return pace.seconds(size) if pace else None
+    def seconds_for(self, job: Job, steps: int, size: int = 1) -> float | None:
+        """How long so many steps of a job take in a group of that size, and what is around them.
 
-    def seconds_left(self, ticket: Ticket[P], size: int = 1) -> float | None:
-        """How long a job will take from here on, in a group of `size`; `None` for a shape not measured yet."""
-        step = self.step_seconds(ticket.job, size)
-        return None if step is None else ticket.steps_left * step + self._paces[ticket.job.shape].around
-
-    def eta(self, ticket: Ticket[P], ahead: Iterable[Ticket[P]], seats: Iterable[Seat[Any, P]]) -> float | None:
-        """Seconds until a waiting job is drawn, with those before it in groups as large as they may be.
-
-        What was never measured counts as nothing, unless it is the job itself: then there is no answer.
+        For a shape that was not measured yet: by another one of its model, by the number of pixels; else `None`.
         """
-        own = self.seconds_left(ticket)
-        if own is None:
-            return None
-        running = max((self.seconds_left(seat.ticket) or 0.0 for seat in seats), default=0.0)
-        return running + own + sum((self.seconds_left(other) or 0.0) / self.cap(other.job) for other in ahead)
+        with self._lock:
+            return self._seconds_for(job, steps, size)
+
+    def etas(self, line: Iterable[Ticket[P]], seats: Iterable[Seat[Any, P]]) -> list[float | None]:
+        """Seconds until each ticket of the line is drawn, with groups as large as they may be.
+
+        What cannot be known counts as nothing for those behind it, and has no answer itself.
+        """
+        with self._lock:
+            left = [self._seconds_for(seat.ticket.job, seat.steps_left, 1) or 0.0 for seat in seats]
+            before, etas = max(left, default=0.0), list[float | None]()
+            for ticket in line:
+                cap = self._of(ticket.job).cap
+                own = self._seconds_for(ticket.job, ticket.steps_left, cap)
+                etas.append(None if own is None else before + own)
+                before += (own or 0.0) / cap
+            return etas
+
+    def _seconds_for(self, job: Job, steps: int, size: int) -> float | None:
+        pace, scale = self._paces.get(job.shape), 1.0
+        if pace is None or not pace.sizes():
+            known = [other for other in self._paces.values() if other.model == job.model and other.sizes()]
+            if not known:
+                return None
+            pace = known[-1]
+            scale = job.width * job.height / pace.pixels
+        return scale * (steps * (pace.seconds(size) or 0.0) + pace.around)
 
     def figures(self) -> list[Figure]:
         """What is known, one figure for each label."""
         with self._lock:
             return [
-                Figure(pace.label, pace.cap, {n: s for n in sorted(pace.times) if (s := pace.seconds(n)) is not None})
+                Figure(pace.label, pace.cap, {n: s for n in pace.sizes() if (s := pace.seconds(n)) is not None})
                 for pace in {pace.label: pace for pace in self._paces.values()}.values()
             ]
 
@@ -190,7 +206,9 @@ class Paces:
         if job.shape not in self._paces:
             label = f"{job.model} {job.width}x{job.height}" + (" with adapters" if job.loras else "")
             start = 1 if self._learn else self._max_batch
-            self._paces[job.shape] = Pace(label, self._max_batch, self._max_batch, start, start)
+            self._paces[job.shape] = Pace(
+                label, job.model, job.width * job.height, self._max_batch, self._max_batch, start, start
+            )
             if len(self._paces) > SHAPES:
                 self._paces.popitem(last=False)
         self._paces.move_to_end(job.shape)

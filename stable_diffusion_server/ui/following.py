@@ -54,6 +54,19 @@ async def draw(desk: Desk, wishes: Sequence[Wish]) -> AsyncIterator[Shown]:
         yield replace(shown, told=note + shown.told)
 
 
+async def resume(desk: Desk, ids: Sequence[str]) -> AsyncIterator[Shown]:
+    """The same for jobs asked for before; those that are not known any more are left out."""
+    known = []
+    for job_id in ids:
+        try:
+            known.append((await desk.job(job_id))["id"])
+        except RefusedError:
+            continue
+    if known:
+        async for shown in follow(desk, known):
+            yield shown
+
+
 async def follow(desk: Desk, ids: Sequence[str]) -> AsyncIterator[Shown]:
     """How jobs stand, until all have ended."""
     board: dict[str, Job] = {job_id: {"id": job_id, "state": "queued"} for job_id in ids}

@@ -62,6 +62,20 @@ DOORS = {
     ("POST", "/inpaint_and_upload_image"): (401, 401, 422),
     ("POST", "/style_transfer_and_upload_image"): (401, 401, 422),
     ("POST", "/style_transfer_bytes_and_upload_image"): (401, 401, 422),
+    ("POST", "/v1/images/generations"): (401, 401, 422),
+    ("POST", "/v1/images/edits"): (401, 401, 422),
+    ("GET", "/v1/models"): (401, 401, 200),
+    ("POST", "/sdapi/v1/txt2img"): (401, 401, 422),
+    ("POST", "/sdapi/v1/img2img"): (401, 401, 422),
+    ("GET", "/sdapi/v1/progress"): (401, 401, 200),
+    ("POST", "/sdapi/v1/interrupt"): (401, 401, 200),
+    ("GET", "/sdapi/v1/sd-models"): (401, 401, 200),
+    ("GET", "/sdapi/v1/samplers"): (401, 401, 200),
+    ("GET", "/sdapi/v1/options"): (401, 401, 200),
+    ("GET", "/sdapi/v1/loras"): (401, 401, 200),
+    ("POST", "/sdapi/v1/png-info"): (401, 401, 422),
+    ("POST", "/internal/progress"): (401, 401, 200),
+    ("GET", "/history"): (401, 401, 200),
     ("GET", "/metrics"): (401, 401, 200),
     ("GET", "/jobs/none"): (401, 401, 404),
     ("DELETE", "/jobs/none"): (401, 401, None),
@@ -83,7 +97,7 @@ def test_the_table_of_doors_and_keys(
     method, path = door
     for key, status in zip((None, "wrong", "right"), expected, strict=True):
         headers = {"authorization": f"Bearer {key}"} if key else {}
-        answer = house.client.request(method, path, params=ORDER if method == "GET" else None, headers=headers)
+        answer = house.client.request(method, path, params=ORDER if path.endswith("image") else None, headers=headers)
         assert status is None or answer.status_code == status, (door, key, answer.text)
 
 
@@ -100,6 +114,14 @@ def test_a_key_over_its_rate_is_told_when_to_come_back(house_of: Callable[..., H
     assert ask(house, "secret-b").status_code == 200
     assert ask(house, "secret-a", "/metrics").status_code == 200
     assert "ratelimit-limit" not in ask(house, "secret-b").headers
+
+
+def test_a_key_may_be_the_password_of_http_basic(house_of: Callable[..., House]) -> None:
+    """As AUTOMATIC1111's clients send it, with any name."""
+    house = house_of(api_keys="ann:right")
+    for name, password, status in (("ann", "right", 200), ("", "right", 200), ("right", "", 401), ("ann", "x", 401)):
+        answer = house.client.get("/sdapi/v1/samplers", auth=(name, password))
+        assert answer.status_code == status
 
 
 def test_a_rate_for_everyone_counts_keys_and_addresses_apart(house_of: Callable[..., House]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from squares import job
 
@@ -83,12 +84,21 @@ def test_a_lone_job_changes_nothing() -> None:
 def test_the_time_left_is_that_of_those_before_and_ones_own() -> None:
     """Unknown before anything was measured; then steps × seconds, in groups as large as they may be."""
     paces = Paces(2)
-    ticket, other = Ticket[object](SQUARE), Ticket[object](SQUARE)
-    assert paces.eta(ticket, [], []) is None
+    line = [Ticket[object](SQUARE), Ticket[object](SQUARE)]
+    assert paces.etas(line, []) == [None, None]
+    for _ in range(2):
+        paces.stepped(SQUARE, 2, 0.5, more_wait=False)
+    assert paces.etas(line, []) == [2.0, 3.0]
+    assert paces.seconds_for(SQUARE, 3) == 1.5
+
+
+def test_a_shape_that_was_not_measured_is_reckoned_by_its_pixels() -> None:
+    """By another shape of its model: twice the pixels take twice as long."""
+    paces = Paces(1)
     for _ in range(2):
         paces.stepped(SQUARE, 1, 0.5, more_wait=False)
-    assert paces.eta(ticket, [], []) == 2.0
-    assert paces.eta(ticket, [other], []) == 3.0
+    assert paces.etas([Ticket[object](job("wide", width=128))], []) == [4.0]
+    assert paces.seconds_for(replace(SQUARE, model="flux"), 4) is None
 
 
 def test_figures_are_one_for_each_label() -> None:

@@ -12,10 +12,11 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from stable_diffusion_server.api.asked import read_as
 from stable_diffusion_server.api.callers import caller_of, within
 from stable_diffusion_server.api.handlers import client_gone
+from stable_diffusion_server.api.house import House
 from stable_diffusion_server.api.leaving import disconnection, unless_disconnected
 from stable_diffusion_server.api.openai import answers
 from stable_diffusion_server.api.openai.answers import Made
-from stable_diffusion_server.api.openai.parameters import Edit, Generation, House, ImagesParameters
+from stable_diffusion_server.api.openai.parameters import Edit, Generation, ImagesParameters
 from stable_diffusion_server.api.openai.streams import EventStream, Partials
 from stable_diffusion_server.api.together import together
 from stable_diffusion_server.errors import NotFound, TooLarge

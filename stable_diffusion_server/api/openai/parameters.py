@@ -5,18 +5,16 @@ from __future__ import annotations
 import math
 import re
 from abc import abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
 from stable_diffusion_server.api.asked import Asked, File
 from stable_diffusion_server.api.bodies import Upload
+from stable_diffusion_server.api.house import House
 from stable_diffusion_server.errors import InvalidInput
-from stable_diffusion_server.limits import Limits
 from stable_diffusion_server.orders import Fit, Format, Order, Source, Task, Warned
-from stable_diffusion_server.pipelines.catalog import ModelFacts
 
 _SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
 # Steps against the model's default, and none at all where it is to decide.
@@ -27,28 +25,6 @@ _UNHEARD = {
     "input_fidelity": "How much of the picture stays is said by `strength`.",
     "complexity": "There is no planning here.",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class House:
-    """What the doors know of the server: bounds, the models by name, further names of them, and the most pictures."""
-
-    limits: Limits
-    models: Mapping[str, ModelFacts]
-    default_model: str
-    aliases: Mapping[str, str]
-    max_n: int
-    max_response_bytes: int
-
-    def facts(self, name: str | None) -> ModelFacts:
-        """The facts of a model by its own name or another server's. Raises `InvalidInput`."""
-        own = self.aliases.get(name, name) if name else self.default_model
-        if own not in self.models and (name is None or name in self.aliases):
-            own = next(iter(self.models))  # this family has no weights here
-        if own not in self.models:
-            known = ", ".join([*sorted(self.models), *self.aliases])
-            raise InvalidInput(f"{str(name)[:100]!r} is not a model here; there are {known}.", field="model")
-        return self.models[own]
 
 
 class ImagesParameters(Asked):
@@ -148,12 +124,10 @@ class ImagesParameters(Asked):
             low, high = bounds[name]
             if side is not None and not low <= side <= high:
                 faults.append(("size", f"size: the {name} must be between {low:g} and {high:g}."))
-        # Three bytes a pixel at the most, and four characters for three bytes.
-        characters = self.count * (width or _SIDE) * (height or _SIDE) * 4
-        if self.as_text and not faults and characters > house.max_response_bytes:
-            faults.append(("n", "The answer would be too large; ask for fewer, smaller, or response_format url."))
         if faults:
             raise InvalidInput.of(faults)
+        if self.as_text:
+            house.check_size(self.count, width or _SIDE, height or _SIDE, "n")
 
     def _shared(self) -> dict[str, Any]:
         return {name: value for name, value in self.words().items() if name not in self.own}

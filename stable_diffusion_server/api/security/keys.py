@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import hmac
 from collections.abc import Iterable
@@ -40,10 +41,24 @@ class Keyring:
 
     def holder(self, headers: Headers) -> Key:
         """The key a request was sent with. Raises `Unauthorized`."""
-        scheme, _, token = headers.get("authorization", "").partition(" ")
-        given = hashed(token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", ""))
+        given = hashed(_sent(headers))
         # Every key is compared, so that the time tells nothing about which one came close.
         matching = [key for key in self._keys if hmac.compare_digest(given, key.digest)]
         if not matching:
             raise Unauthorized("Send a key as 'Authorization: Bearer …' or 'X-API-Key: …'.")
         return matching[0]
+
+
+def _sent(headers: Headers) -> str:
+    """The secret a request holds: as a bearer, as the password of HTTP Basic with any name, or in X-API-Key."""
+    scheme, _, token = headers.get("authorization", "").partition(" ")
+    match scheme.lower():
+        case "bearer":
+            return token.strip()
+        case "basic":
+            try:
+                return base64.b64decode(token.strip(), validate=True).decode().partition(":")[2]
+            except ValueError:
+                return ""
+        case _:
+            return headers.get("x-api-key", "")

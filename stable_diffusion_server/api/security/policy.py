@@ -6,6 +6,7 @@ import ipaddress
 import re
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from functools import lru_cache
 from urllib.parse import urlsplit
 
 from limits import RateLimitItem
@@ -24,8 +25,8 @@ _OPEN_PATHS = ("/healthz", "/readyz", "/docs", "/openapi.json")
 _PAGES = ("/ui", "/ui/")
 # Asked again and again by programs that wait, and cheap: they need a key, and are not counted against its rate.
 _CHEAP_PATHS = (
-    "/metrics /jobs /history /files /ui /v1/models /sdapi/v1/progress /sdapi/v1/interrupt /sdapi/v1/sd-models "
-    "/sdapi/v1/samplers /sdapi/v1/options /sdapi/v1/loras /sdapi/v1/schedulers"
+    "/metrics /jobs /history /files /ui /v1/models /internal/progress /sdapi/v1/progress /sdapi/v1/interrupt "
+    "/sdapi/v1/sd-models /sdapi/v1/samplers /sdapi/v1/options /sdapi/v1/loras /sdapi/v1/png-info"
 ).split()
 # Where pictures come in, as files or in base64, and bodies are long.
 _PICTURE_PATHS = ("/inpaint_", "/style_transfer_", "/sdapi/", "/v1/images/edits", "/v1/replay")
@@ -126,6 +127,7 @@ def _is_open(scope: Scope) -> bool:
     return path.startswith(_OPEN_PATHS) or path == "/"
 
 
+@lru_cache(1024)
 def is_loopback(name: str) -> bool:
     """Whether a host name or address is this machine's own."""
     if name == "localhost":

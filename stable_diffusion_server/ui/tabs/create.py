@@ -26,7 +26,7 @@ class Create:
     panel: panel.Panel
 
 
-def tab(desks: Desks) -> Create:
+def tab(desks: Desks, blocks: gr.Blocks) -> Create:
     """Lay the tab out here."""
     with gr.Row():
         with gr.Column(min_width=300):
@@ -46,13 +46,13 @@ def tab(desks: Desks) -> Create:
                 info="Six pictures: the prompt alone, then with awesome, amazing, anime hd … behind it.",
             )
         with gr.Column(min_width=300):
-            here = panel.panel(draw, cancel, chosen.seed)
+            here = panel.panel("create", draw, cancel, chosen.seed)
 
     def wishes(width: float | None, height: float | None, explore: bool, *values: Any) -> list[Wish]:
         return asking.create(common_of(*values), width, height, explore=explore)
 
     examples.click(lambda row: row[0], examples, prompt, show_progress="hidden", api_visibility="private")
-    panel.wire(desks, here, [draw.click, prompt.submit], [width, height, explore, *chosen.inputs], wishes)
+    panel.wire(desks, blocks, here, [draw.click, prompt.submit], [width, height, explore, *chosen.inputs], wishes)
     return Create(prompt, examples, words, here)
 
 

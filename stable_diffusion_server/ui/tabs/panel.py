@@ -24,7 +24,10 @@ def desk_of(desks: Desks, request: gr.Request) -> Desk:
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """The components. `jobs` holds the ids under way, `shown` the receipts in the gallery, `chosen` which is picked."""
+    """The components. `jobs` holds the ids under way, `shown` the receipts in the gallery, `chosen` which is picked.
+
+    `kept` holds the ids under way in the browser, so that a page that is loaded again goes on with them.
+    """
 
     draw: gr.Button
     cancel: gr.Button
@@ -35,12 +38,13 @@ class Panel:
     shown: gr.State
     chosen: gr.State
     seed: gr.Number
+    kept: gr.BrowserState
 
     @property
     def outputs(self) -> list[Any]:
         """What changes while pictures are drawn."""
         pictures = [self.told, self.gallery, self.made, self.jobs, self.shown, self.chosen, self.seed]
-        return [*pictures, self.draw, self.cancel]
+        return [*pictures, self.kept, self.draw, self.cancel]
 
 
 def buttons(label: str) -> tuple[gr.Button, gr.Button]:
@@ -51,7 +55,7 @@ def buttons(label: str) -> tuple[gr.Button, gr.Button]:
     return draw, cancel
 
 
-def panel(draw: gr.Button, cancel: gr.Button, seed: gr.Number) -> Panel:
+def panel(name: str, draw: gr.Button, cancel: gr.Button, seed: gr.Number) -> Panel:
     """Lay the panel out here, for buttons that are elsewhere."""
     told = gr.HTML(elem_classes="sds-news")
     gallery = gr.Gallery(
@@ -64,17 +68,20 @@ def panel(draw: gr.Button, cancel: gr.Button, seed: gr.Number) -> Panel:
         elem_classes="sds-gallery",
     )
     made = gr.HTML()
-    return Panel(draw, cancel, told, gallery, made, gr.State([]), gr.State([]), gr.State(0), seed)
+    # Ids are of no use to who has not the key they came with; the secret only lets another process read them.
+    kept = gr.BrowserState([], storage_key=f"studio-{name}", secret="studio")  # noqa: S106  # none is kept there
+    return Panel(draw, cancel, told, gallery, made, gr.State([]), gr.State([]), gr.State(0), seed, kept)
 
 
 def wire(
     desks: Desks,
+    blocks: gr.Blocks,
     here: Panel,
     triggers: Sequence[Any],
     inputs: Sequence[Any],
     wishes_of: Callable[..., list[Wish]],
 ) -> None:
-    """Have `triggers` draw what `wishes_of` makes of the inputs, and Cancel end it."""
+    """Have `triggers` draw what `wishes_of` makes of the inputs, Cancel end it, and a page loaded again go on with it."""
 
     async def draw(request: gr.Request, *values: Any) -> AsyncIterator[Outputs]:
         try:
@@ -93,6 +100,11 @@ def wire(
                 return telling.alert(error.detail)
         return gr.skip()
 
+    async def resume(request: gr.Request, jobs: list[str] | None) -> AsyncIterator[Outputs]:
+        async for shown in following.resume(desk_of(desks, request), jobs or []):
+            yield _outputs(shown)
+
+    blocks.load(resume, here.kept, here.outputs, show_progress="hidden", api_visibility="private")
     gr.on(triggers, draw, list(inputs), here.outputs, show_progress="hidden", api_visibility="private")
     here.cancel.click(cancel, here.jobs, here.told, show_progress="hidden", api_visibility="private")
 
@@ -114,6 +126,7 @@ def _outputs(shown: following.Shown) -> Outputs:
         0 if changed else gr.skip(),
         # So that keeping a seed keeps that of what is seen.
         shown.receipts[0]["seed"] if shown.over and shown.receipts else gr.skip(),
+        [] if shown.over else list(shown.jobs) if shown.fresh else gr.skip(),
         gr.Button(interactive=shown.over),
         gr.Button(interactive=not shown.over),
     )

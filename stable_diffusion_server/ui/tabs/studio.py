@@ -23,7 +23,7 @@ def build(desks: Desks, max_upload_bytes: int) -> FastAPI:
     with gr.Blocks(title="Studio", analytics_enabled=False, delete_cache=(_HOUR, _DAY)) as blocks:
         gr.Markdown("# Studio", elem_classes="sds-title")
         with gr.Tabs(), gr.Tab("Create", id="create"):
-            creating = create.tab(desks)
+            creating = create.tab(desks, blocks)
 
         async def look(request: gr.Request) -> tuple[Any, Any]:
             told = await desk_of(desks, request).readiness()

@@ -1,0 +1,182 @@
+"""The doors `/sdapi/v1/…`, for AUTOMATIC1111's clients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+from uuid import uuid4
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+from pydantic import ValidationError
+
+from stable_diffusion_server.api.asked import refuse
+from stable_diffusion_server.api.bodies import json_object
+from stable_diffusion_server.api.callers import caller_of, within
+from stable_diffusion_server.api.handlers import client_gone
+from stable_diffusion_server.api.house import House
+from stable_diffusion_server.api.leaving import unless_disconnected
+from stable_diffusion_server.api.pictures import bytes_of
+from stable_diffusion_server.api.sdapi import answers
+from stable_diffusion_server.api.sdapi.names import model_named, renamed
+from stable_diffusion_server.api.sdapi.parameters import Img2Img, Ordered, Txt2Img, ordered
+from stable_diffusion_server.api.sdapi.tasks import Task, Tasks
+from stable_diffusion_server.api.together import together
+from stable_diffusion_server.errors import InvalidInput, ServerError, TooLarge, UnsupportedMedia
+from stable_diffusion_server.orders import Caller, Order
+from stable_diffusion_server.service import Service
+
+UrlOf = Callable[[Request, str], str]
+A = TypeVar("A", bound=Txt2Img)
+
+# Model by caller, of those who set one; the oldest is forgotten.
+_CHOICES_MAX = 1000
+
+
+def router(service: Service, house: House, url_of: UrlOf) -> APIRouter:
+    """The doors over a service; `url_of` makes the URL of a key for the client at hand."""
+    routes = APIRouter(tags=["automatic1111"])
+    tasks = Tasks()
+    chosen: dict[str, str] = {}
+
+    async def pictures(request: Request, schema: type[Txt2Img]) -> Response:
+        try:
+            return await _pictures(request, await _read(schema, request), service, house, url_of, tasks, chosen)
+        except ServerError as error:
+            raise renamed(error) from error
+
+    @routes.post("/sdapi/v1/txt2img", operation_id="sdapi_txt2img", response_model=None)
+    async def txt2img(request: Request) -> Response:
+        """Draw pictures from a prompt."""
+        return await pictures(request, Txt2Img)
+
+    @routes.post("/sdapi/v1/img2img", operation_id="sdapi_img2img", response_model=None)
+    async def img2img(request: Request) -> Response:
+        """Draw a picture anew, or what a mask covers."""
+        return await pictures(request, Img2Img)
+
+    @routes.post("/sdapi/v1/png-info", operation_id="sdapi_png_info", response_model=None)
+    async def png_info(request: Request) -> Response:
+        """How a picture, in base64, says it was made."""
+        return JSONResponse(answers.png_info_answer(bytes_of(_text(await _json(request), "image"), "image")))
+
+    _progress_doors(routes, tasks)
+    _option_doors(routes, house, chosen)
+    for name, told in (
+        ("sd-models", answers.models_answer),
+        ("samplers", answers.samplers_answer),
+        ("loras", answers.loras_answer),
+    ):
+        _list_door(routes, name, told, house)
+    return routes
+
+
+def _progress_doors(routes: APIRouter, tasks: Tasks) -> None:
+    @routes.get("/sdapi/v1/progress", operation_id="sdapi_progress", response_model=None)
+    async def progress(request: Request) -> Response:
+        """How far the caller's own task is: the oldest, or the one of `id_task`."""
+        query = request.query_params
+        own = tasks.of(caller_of(request), query.get("id_task", ""))
+        skip = query.get("skip_current_image", "").lower() in ("1", "true")
+        return JSONResponse(answers.progress_answer(own, with_picture=not skip))
+
+    @routes.post("/internal/progress", operation_id="sdapi_internal_progress", response_model=None)
+    async def internal_progress(request: Request) -> Response:
+        """How far the caller's own task of `id_task` is, the `force_task_id` it was asked for with."""
+        asked = await _json(request)
+        own = tasks.of(caller_of(request), _text(asked, "id_task"))
+        shown = asked.get("live_preview") is not False
+        return JSONResponse(answers.internal_progress_answer(own[0] if own else None, with_picture=shown))
+
+    @routes.post("/sdapi/v1/interrupt", operation_id="sdapi_interrupt", response_model=None)
+    async def interrupt(request: Request) -> Response:
+        """Stop the caller's own tasks, or the one of `id_task`; they answer what is done."""
+        for task in tasks.of(caller_of(request), request.query_params.get("id_task", "")):
+            task.interrupt()
+        return JSONResponse({})
+
+
+def _option_doors(routes: APIRouter, house: House, chosen: dict[str, str]) -> None:
+    @routes.get("/sdapi/v1/options", operation_id="sdapi_options", response_model=None)
+    async def options(request: Request) -> Response:
+        """The options that mean something here."""
+        return JSONResponse(answers.options_answer(house, chosen.get(caller_of(request).name)))
+
+    @routes.post("/sdapi/v1/options", operation_id="sdapi_set_options", response_model=None)
+    async def set_options(request: Request) -> Response:
+        """Choose a model by `sd_model_checkpoint`, for this caller alone; other options are let be."""
+        asked, caller = await _json(request), caller_of(request)
+        if name := _text(asked, "sd_model_checkpoint"):
+            chosen.pop(caller.name, None)
+            chosen[caller.name] = model_named(name, house)
+            if len(chosen) > _CHOICES_MAX:
+                del chosen[next(iter(chosen))]
+        return JSONResponse(None)
+
+
+def _list_door(routes: APIRouter, name: str, told: Callable[[House], list[dict[str, Any]]], house: House) -> None:
+    async def listed() -> Response:
+        return JSONResponse(told(house))
+
+    routes.add_api_route(
+        f"/sdapi/v1/{name}",
+        listed,
+        methods=["GET"],
+        summary=(told.__doc__ or "").strip(),
+        operation_id=f"sdapi_{name.replace('-', '_')}",
+        response_model=None,
+    )
+
+
+async def _pictures(
+    request: Request,
+    asked: Txt2Img,
+    service: Service,
+    house: House,
+    url_of: UrlOf,
+    tasks: Tasks,
+    chosen: dict[str, str],
+) -> Response:
+    caller = caller_of(request)
+    what = ordered(asked, house, chosen.get(caller.name))
+    orders = [within(caller, order) for order in what.orders]
+    with tasks.begun(caller, asked.force_task_id or f"task({uuid4().hex})", len(orders)) as task:
+        work = [_one(number, order, service, caller, task) for number, order in enumerate(orders)]
+        drawn = await unless_disconnected(request, together(work))
+    if drawn is None:
+        return client_gone()
+    made = [(*one, url_of(request, one[1].key)) for one in drawn if one is not None]
+    finished = [(order, receipt, url, file) for order, receipt, file, url in made]
+    if sum(len(file) for *_, file in finished) * 4 // 3 > house.max_response_bytes:
+        raise TooLarge("The pictures are too large for one answer; send_images=false answers their addresses.")
+    answer = answers.pictures_answer(asked, Ordered(orders, what.told), finished, interrupted=task.interrupted)
+    return JSONResponse(answer)
+
+
+async def _one(number: int, order: Order, service: Service, caller: Caller, task: Task) -> Any:
+    work = service.picture(order, caller=caller, watch=lambda progress: task.watch(number, progress), previews=True)
+    drawn = await task.drawn(number, work)
+    return None if drawn is None else (order, *drawn)
+
+
+async def _read(schema: type[A], request: Request) -> A:
+    """A JSON body as parameters. Raises `Malformed`, `UnsupportedMedia` and `InvalidInput`."""
+    try:
+        return schema.model_validate(await _json(request))
+    except ValidationError as error:
+        refuse(error)
+
+
+async def _json(request: Request) -> dict[str, Any]:
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    body = await request.body()
+    if body and media_type != "application/json":
+        raise UnsupportedMedia("Send application/json.")
+    return json_object(body)
+
+
+def _text(asked: dict[str, Any], name: str) -> str:
+    value = asked.get(name) or ""
+    if not isinstance(value, str):
+        raise InvalidInput(f"{name} must be a text.", field=name)
+    return value
