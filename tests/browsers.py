@@ -19,7 +19,7 @@ _OPTIONS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync"
 ).split()
-_PATIENCE = 60_000
+_PATIENCE = 30_000
 
 
 @dataclass

@@ -10,6 +10,7 @@ from starlette.routing import Route
 
 from stable_diffusion_server.settings import Settings
 from stable_diffusion_server.settings.surroundings import quieten_gradio
+from stable_diffusion_server.ui import pages
 from stable_diffusion_server.ui.desks import Desks
 from stable_diffusion_server.ui.entrance import Entrance
 from stable_diffusion_server.ui.inside import Inside
@@ -30,6 +31,7 @@ def add_studio(app: FastAPI, settings: Settings) -> Entrance:
 
     entrance = Entrance(build, desks, keyed=bool(settings.read_keys()), sources=_sources(settings))
     if settings.ui:
+        app.router.routes.append(Route("/favicon.ico", pages.icon, include_in_schema=False))
         for path in ("/ui", "/ui/{rest:path}"):
             app.router.routes.append(Route(path, entrance, include_in_schema=False))
     return entrance

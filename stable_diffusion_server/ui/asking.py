@@ -38,14 +38,14 @@ EMBEDDED_WORDS = (
 
 @dataclass(frozen=True, slots=True)
 class Common:
-    """What every tab asks of a picture; `None` and empty text leave it to the server."""
+    """What every tab asks of a picture; empty text leaves it to the server."""
 
     prompt: str
     negative: str = ""
     model: str = ""
-    steps: float | None = None
-    guidance: float | None = None
-    seed: float | None = None
+    steps: str = ""
+    guidance: str = ""
+    seed: str = ""
     count: int = 1
 
     def fields(self) -> dict[str, str]:
@@ -54,8 +54,8 @@ class Common:
             "prompt": self.prompt,
             "negative_prompt": self.negative,
             "model": self.model,
-            "num_inference_steps": number(self.steps),
-            "guidance_scale": number(self.guidance),
+            "num_inference_steps": self.steps,
+            "guidance_scale": self.guidance,
         }
         return {name: value for name, value in given.items() if value or name == "prompt"}
 
@@ -94,9 +94,11 @@ def inpaint(common: Common, image: bytes, mask: bytes, strength: float, feather:
 
 def several(common: Common, wish: Wish) -> list[Wish]:
     """So many pictures of one wish, their seeds counted up from the one given."""
-    first = 0 if common.seed is None else int(common.seed)
-    seeds = [str((first + number) % SEED_END) for number in range(common.count)] if common.seed is not None else []
-    return [replace(wish, fields={**wish.fields, "seed": seed}) for seed in seeds or ["random"] * common.count]
+    if common.seed.isdecimal():
+        seeds = [str(int(common.seed) + further) for further in range(common.count)]
+    else:
+        seeds = [common.seed or "random"] * common.count
+    return [replace(wish, fields={**wish.fields, "seed": seed}) for seed in seeds]
 
 
 def number(value: float | None) -> str:

@@ -73,22 +73,23 @@ async def follow(desk: Desk, ids: Sequence[str]) -> AsyncIterator[Shown]:
     previews: dict[str, str] = {}
     news: asyncio.Queue[tuple[str, str, Job]] = asyncio.Queue()
     yield Shown(telling.progress(list(board.values()), previews), tuple(ids), fresh=True)
-    async with asyncio.TaskGroup() as group:
-        readers = [group.create_task(_read(desk, job_id, news)) for job_id in ids]
-        try:
-            over = not ids
-            while not over:
-                fresh = _take(await news.get(), board, previews)
-                while not news.empty():
-                    fresh |= _take(news.get_nowait(), board, previews)
-                over = all(job["state"] in _ENDED for job in board.values())
-                receipts = tuple(job["receipt"] for job in board.values() if job["state"] == "done")
-                told = telling.progress(list(board.values()), previews)
-                yield Shown(told, tuple(ids), receipts, over=over, fresh=fresh or over)
-                await asyncio.sleep(0 if over else _PAUSE)
-        finally:
-            for reader in readers:
-                reader.cancel()
+    # No task group: it would wrap what closes this generator when a page goes away.
+    readers = [asyncio.create_task(_read(desk, job_id, news)) for job_id in ids]
+    try:
+        over = not ids
+        while not over:
+            fresh = _take(await news.get(), board, previews)
+            while not news.empty():
+                fresh |= _take(news.get_nowait(), board, previews)
+            over = all(job["state"] in _ENDED for job in board.values())
+            receipts = tuple(job["receipt"] for job in board.values() if job["state"] == "done")
+            told = telling.progress(list(board.values()), previews)
+            yield Shown(told, tuple(ids), receipts, over=over, fresh=fresh or over)
+            await asyncio.sleep(0 if over else _PAUSE)
+    finally:
+        for reader in readers:
+            reader.cancel()
+        await asyncio.gather(*readers, return_exceptions=True)
 
 
 def _take(news: tuple[str, str, Job], board: dict[str, Job], previews: dict[str, str]) -> bool:

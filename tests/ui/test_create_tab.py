@@ -14,7 +14,7 @@ RED = "a red circle on a blue background"
 def draw(tab: Tab, prompt: str, steps: int = 4) -> None:
     if tab.page.get_by_label("Steps").first.is_hidden():
         tab.page.get_by_role("button", name="More").first.click()
-    tab.page.get_by_label("Steps").first.fill(str(steps))
+    tab.page.get_by_label("Steps", exact=True).first.fill(str(steps))
     tab.page.get_by_label("Prompt", exact=True).first.fill(prompt)
     tab.page.get_by_label("Prompt", exact=True).first.press("Enter")
 
@@ -28,16 +28,19 @@ def job_of(painted: Server) -> dict[str, object]:
 def test_enter_draws_and_nobody_else_is_asked(tab_of: Callable[..., Tab]) -> None:
     """Steps are told, then a picture is there with how it was made; no console error, and no request elsewhere."""
     tab = tab_of()
-    tab.page.get_by_text("a red circle on a blue background", exact=True).click()
-    draw(tab, tab.page.get_by_label("Prompt", exact=True).first.input_value(), steps=20)
-    tab.told("of 20")
+    tab.page.get_by_role("button", name=RED, exact=True).click()
+    from playwright.sync_api import expect
+
+    expect(tab.page.get_by_label("Prompt", exact=True).first).to_have_value(RED)
+    draw(tab, RED, steps=60)
+    tab.told("of 60")
     tab.told("Done in")
     picture = tab.page.locator(".sds-gallery img").first
     picture.wait_for()
     assert "/files/" in picture.get_attribute("src")
     assert picture.evaluate("image => image.decode().then(() => image.naturalWidth)") == 512
     seed = tab.page.get_by_label("Seed", exact=True).first.input_value()
-    tab.page.get_by_text(f"512 × 512, sdxl, seed {seed}, 20 steps").wait_for()
+    tab.page.get_by_text(f"512 × 512, sdxl, seed {seed}, 60 steps").wait_for()
     assert (tab.complaints, tab.asked - {""}) == ([], {"127.0.0.1"})
 
 

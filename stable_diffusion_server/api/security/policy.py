@@ -20,7 +20,7 @@ from stable_diffusion_server.orders import Caller
 
 _HOST = re.compile(r"(\[(?P<v6>[0-9A-Fa-f:.]+)\]|(?P<name>[A-Za-z0-9._-]+))(:\d*)?")
 # Reading these draws nothing and tells no secret, so a link or an <img> on another page may lead here.
-_OPEN_PATHS = ("/healthz", "/readyz", "/docs", "/openapi.json")
+_OPEN_PATHS = ("/healthz", "/favicon.ico", "/readyz", "/docs", "/openapi.json")
 # Opening this page draws nothing, so that a link may lead here; what it does goes through doors that look.
 _PAGES = ("/ui", "/ui/")
 # Asked again and again by programs that wait, and cheap: they need a key, and are not counted against its rate.

@@ -31,7 +31,7 @@ def tab(desks: Desks, blocks: gr.Blocks) -> Create:
     with gr.Row():
         with gr.Column(min_width=300):
             prompt = prompt_box("What should be in the picture? Enter draws it.")
-            draw, cancel = panel.buttons("Draw")
+            draw, cancel = panel.buttons()
             examples = gr.Dataset(
                 label="Try one of these",
                 components=[gr.Textbox(visible=False)],

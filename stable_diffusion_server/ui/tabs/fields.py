@@ -13,14 +13,18 @@ from stable_diffusion_server.ui.asking import MOST_AT_ONCE, SEED_END, Common
 
 @dataclass(frozen=True, slots=True)
 class Fields:
-    """The components, in the order `common_of` reads their values."""
+    """The components, in the order `common_of` reads their values.
+
+    Numbers that may be left out are texts: Gradio's number fields turn into 0 by themselves, and the server tells what
+    is no number.
+    """
 
     prompt: gr.Textbox
     model: gr.Dropdown
     negative: gr.Textbox
-    steps: gr.Number
-    guidance: gr.Number
-    seed: gr.Number
+    steps: gr.Textbox
+    guidance: gr.Textbox
+    seed: gr.Textbox
     keep: gr.Checkbox
     count: gr.Slider
 
@@ -42,7 +46,7 @@ def fields(prompt: gr.Textbox) -> Fields:
     """Lay the fields out here, below a prompt."""
     count = gr.Slider(1, MOST_AT_ONCE, 1, step=1, label="How many")
     with gr.Row():
-        seed = gr.Number(None, label="Seed", precision=0, placeholder="another each time", min_width=140)
+        seed = gr.Textbox(label="Seed", max_length=20, placeholder="another each time", min_width=140)
         with gr.Column(min_width=140):
             keep = gr.Checkbox(label="Keep this seed", container=False)
             dice = gr.Button("Roll the dice", size="sm")
@@ -51,11 +55,11 @@ def fields(prompt: gr.Textbox) -> Fields:
         model = gr.Dropdown(models, value="", label="Model")
         negative = gr.Textbox(label="Not in the picture", info="Flux has no use for it.", max_length=4000)
         with gr.Row():
-            steps = gr.Number(None, label="Steps", precision=0, placeholder="as the model likes", min_width=120)
-            guidance = gr.Number(None, label="Guidance", placeholder="as the model likes", min_width=120)
+            steps = gr.Textbox(label="Steps", max_length=20, placeholder="as the model likes", min_width=120)
+            guidance = gr.Textbox(label="Guidance", max_length=20, placeholder="as the model likes", min_width=120)
 
-    def roll() -> tuple[int, bool]:
-        return secrets.randbelow(SEED_END), True
+    def roll() -> tuple[str, bool]:
+        return str(secrets.randbelow(SEED_END)), True
 
     dice.click(roll, None, [seed, keep], show_progress="hidden", api_visibility="private")
     return Fields(prompt, model, negative, steps, guidance, seed, keep, count)
@@ -65,12 +69,11 @@ def common_of(
     prompt: str,
     model: str,
     negative: str,
-    steps: float | None,
-    guidance: float | None,
-    seed: float | None,
+    steps: str,
+    guidance: str,
+    seed: str,
     keep: bool,  # values come in the order of the fields
     count: float,
 ) -> Common:
     """The fields' values; a seed counts when it is kept."""
-    kept = seed if keep else None
-    return Common(prompt, negative or "", model or "", steps, guidance, kept, int(count))
+    return Common(prompt, negative, model, steps.strip(), guidance.strip(), seed.strip() if keep else "", int(count))

@@ -14,6 +14,9 @@ from stable_diffusion_server.ui.desks import Desks
 
 Outputs = tuple[Any, ...]
 
+# Told anew at each change: a button whose change does not name its text loses it.
+DRAW, CANCEL = "Draw", "Cancel"
+
 
 def desk_of(desks: Desks, request: gr.Request) -> Desk:
     """The desk of who clicked."""
@@ -37,7 +40,7 @@ class Panel:
     jobs: gr.State
     shown: gr.State
     chosen: gr.State
-    seed: gr.Number
+    seed: gr.Textbox
     kept: gr.BrowserState
 
     @property
@@ -47,15 +50,15 @@ class Panel:
         return [*pictures, self.kept, self.draw, self.cancel]
 
 
-def buttons(label: str) -> tuple[gr.Button, gr.Button]:
+def buttons() -> tuple[gr.Button, gr.Button]:
     """The button that draws, and the one that ends it."""
     with gr.Row():
-        draw = gr.Button(label, variant="primary", scale=3)
-        cancel = gr.Button("Cancel", variant="stop", interactive=False, scale=1)
+        draw = gr.Button(DRAW, variant="primary", scale=3)
+        cancel = gr.Button(CANCEL, variant="stop", interactive=False, scale=1)
     return draw, cancel
 
 
-def panel(name: str, draw: gr.Button, cancel: gr.Button, seed: gr.Number) -> Panel:
+def panel(name: str, draw: gr.Button, cancel: gr.Button, seed: gr.Textbox) -> Panel:
     """Lay the panel out here, for buttons that are elsewhere."""
     told = gr.HTML(elem_classes="sds-news")
     gallery = gr.Gallery(
@@ -81,7 +84,7 @@ def wire(
     inputs: Sequence[Any],
     wishes_of: Callable[..., list[Wish]],
 ) -> None:
-    """Have `triggers` draw what `wishes_of` makes of the inputs, Cancel end it, and a page loaded again go on with it."""
+    """Have `triggers` draw what `wishes_of` makes of the inputs, Cancel end it, and a new page go on with it."""
 
     async def draw(request: gr.Request, *values: Any) -> AsyncIterator[Outputs]:
         try:
@@ -125,8 +128,8 @@ def _outputs(shown: following.Shown) -> Outputs:
         list(shown.receipts) if changed else gr.skip(),
         0 if changed else gr.skip(),
         # So that keeping a seed keeps that of what is seen.
-        shown.receipts[0]["seed"] if shown.over and shown.receipts else gr.skip(),
+        str(shown.receipts[0]["seed"]) if shown.over and shown.receipts else gr.skip(),
         [] if shown.over else list(shown.jobs) if shown.fresh else gr.skip(),
-        gr.Button(interactive=shown.over),
-        gr.Button(interactive=not shown.over),
+        gr.Button(DRAW, interactive=shown.over),
+        gr.Button(CANCEL, interactive=not shown.over),
     )

@@ -8,7 +8,7 @@ from typing import Any
 import gradio as gr
 from fastapi import FastAPI
 
-from stable_diffusion_server.ui import asking, pages
+from stable_diffusion_server.ui import asking
 from stable_diffusion_server.ui.desks import Desks
 from stable_diffusion_server.ui.tabs import create
 from stable_diffusion_server.ui.tabs.panel import desk_of
@@ -48,7 +48,6 @@ def build(desks: Desks, max_upload_bytes: int) -> FastAPI:
         pwa=False,
         mcp_server=False,
         theme=gr.themes.Default(font=_FONTS, font_mono=["ui-monospace", "monospace"]),
-        head=pages.ICON,
         css=_STYLE.read_text(encoding="utf-8"),
     )
     return shell
