@@ -9,6 +9,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.routing import Match
 
 from stable_diffusion_server.api.shapes import frameworks_refusal, refusal
 from stable_diffusion_server.errors import ServerError
@@ -47,9 +48,16 @@ async def _frameworks(request: Request, error: Exception) -> JSONResponse:
     """404, 405, 413 and their like, raised by the framework before a door is reached."""
     assert isinstance(error, HTTPException)  # noqa: S101  # registered for this class alone; tells the type checker
     status = HTTPStatus(error.status_code)
-    return frameworks_refusal(
-        status, str(error.detail), request.url.path, request_id_of(request), dict(error.headers or {})
-    )
+    headers = dict(error.headers or {})
+    if status is HTTPStatus.METHOD_NOT_ALLOWED:
+        headers["Allow"] = ", ".join(sorted(_methods_at(request)))
+    return frameworks_refusal(status, str(error.detail), request.url.path, request_id_of(request), headers)
+
+
+def _methods_at(request: Request) -> set[str]:
+    """Every method of a path: each is a route of its own, and the framework names those of the first alone."""
+    matching = [route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE]
+    return {method for route in matching for method in getattr(route, "methods", None) or ()}
 
 
 async def _gone(request: Request, error: Exception) -> Response:
