@@ -9,7 +9,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.routing import Match
+from starlette.routing import Route
 
 from stable_diffusion_server.api.shapes import frameworks_refusal, refusal
 from stable_diffusion_server.errors import ServerError
@@ -56,8 +56,14 @@ async def _frameworks(request: Request, error: Exception) -> JSONResponse:
 
 def _methods_at(request: Request) -> set[str]:
     """Every method of a path: each is a route of its own, and the framework names those of the first alone."""
-    matching = [route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE]
-    return {method for route in matching for method in getattr(route, "methods", None) or ()}
+    routers = [getattr(route, "original_router", None) for route in request.app.routes]
+    routes = [route for router in routers if router is not None for route in router.routes]
+    path = request.scope["path"]
+    return {method for route in (*request.app.routes, *routes) if _is_at(route, path) for method in route.methods or ()}
+
+
+def _is_at(route: object, path: str) -> bool:
+    return isinstance(route, Route) and route.path_regex.match(path) is not None
 
 
 async def _gone(request: Request, error: Exception) -> Response:

@@ -44,7 +44,7 @@ _INTERRUPT: dict[str, Any] = {"parameters": [_TASK]}
 
 def _texts(name: str, *, required: bool = False) -> dict[str, Any]:
     """OpenAPI of a body with one text that matters."""
-    text = {"type": "string", **({"minLength": 1} if required else {})}
+    text: dict[str, Any] = {"type": "string", "minLength": 1} if required else {"type": ["string", "null"]}
     shape = {"type": "object", "properties": {name: text}, "required": [name] if required else []}
     return {"requestBody": {"required": required, "content": {"application/json": {"schema": shape}}}}
 
