@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from http import HTTPStatus
+from typing import Any
 
 import structlog
 from fastapi import FastAPI, Request, Response
@@ -77,5 +78,7 @@ async def _unknown(request: Request, error: Exception) -> JSONResponse:
     opaque = ServerError("An unexpected error happened; the log has more under this request id.")
     answer = refusal(opaque, request.url.path, request_id_of(request))
     # It is answered outside of the gate, which else does this.
-    protect({"type": "http.response.start", "headers": answer.raw_headers}, request.url.path)
+    start: dict[str, Any] = {"type": "http.response.start", "headers": answer.raw_headers}
+    protect(start, request.url.path)
+    answer.raw_headers = start["headers"]
     return answer
