@@ -38,7 +38,7 @@ def small_studio(opened: list[str]) -> FastAPI:
     @studio.get("/ui/listen")
     async def listen() -> Response:
         async def endless():  # type: ignore[no-untyped-def]  # a fixture's own generator
-                    yield b"listening"
+            yield b"listening"
             await asyncio.sleep(600)
 
         return StreamingResponse(endless())
