@@ -1,10 +1,5 @@
 """A server process over painted squares that take their time, with the settings of the environment."""
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent))  # before the import below, which is of this folder
-
 import uvicorn
 from fakes import Retouchers
 
