@@ -70,13 +70,11 @@ def create_app(
         await asyncio.to_thread(stores.open, faults)
         engine.start()
         await jobs.start()
-        loop = asyncio.get_running_loop()
-        soon = loop.call_soon_threadsafe
+        soon = asyncio.get_running_loop().call_soon_threadsafe
         with drained_by_signals(engine.drain, lambda: soon(jobs.drain), lambda: soon(studio.drain)):
             yield
-            await studio.close()
             grace = settings.stop_seconds
-            await asyncio.gather(asyncio.to_thread(engine.stop, grace), jobs.stop(grace))
+            await asyncio.gather(studio.close(), asyncio.to_thread(engine.stop, grace), jobs.stop(grace))
         service.close()
         fetcher.close()
         await decoder.close()
