@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CREATE = "/create_and_upload_image"
 ASYNC = {"Prefer": "respond-async"}
 JOBS = 10
-SMALL: dict[str, Any] = {"width": 128, "height": 128, "num_inference_steps": 12}
+SMALL: dict[str, Any] = {"width": 128, "height": 128, "num_inference_steps": 8}
 
 
 def main() -> None:
@@ -136,7 +136,8 @@ def server(folder: Path, **settings: str) -> Iterator[tuple[subprocess.Popen[byt
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    environment = {"PYTHONPATH": str(ROOT), "PORT": str(port), "MODELS": "embedded", "PATH": os.environ["PATH"]}
+    environment = {"PYTHONPATH": str(ROOT), "PORT": str(port), "PATH": os.environ["PATH"]}
+    environment |= {"MODELS": "embedded", "CPU_THREADS": "1"}
     serve = [sys.executable, "-m", "stable_diffusion_server", "serve"]
     with (folder / "log").open("wb") as log:
         watchdog = subprocess.Popen(  # noqa: S603  # our own server
