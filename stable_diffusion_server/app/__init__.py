@@ -79,7 +79,7 @@ def create_app(
         await decoder.close()
         await asyncio.to_thread(stores.close)
 
-    app = FastAPI(title=_TITLE, version=__version__, summary=_SUMMARY, lifespan=lifespan, redoc_url=None)
+    app = FastAPI(title=_TITLE, version=__version__, summary=_SUMMARY, lifespan=lifespan, docs_url=None, redoc_url=None)
     handlers.install(app)
     add_middleware(app, settings)
     add_doors(app, settings, service, jobs, stores, options)

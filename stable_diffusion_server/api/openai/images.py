@@ -19,6 +19,7 @@ from stable_diffusion_server.api.openai import answers
 from stable_diffusion_server.api.openai.answers import Made
 from stable_diffusion_server.api.openai.parameters import Edit, Generation, ImagesParameters
 from stable_diffusion_server.api.openai.streams import EventStream, Partials
+from stable_diffusion_server.api.schemas import documented
 from stable_diffusion_server.api.together import together
 from stable_diffusion_server.errors import InvalidInput, NotFound, TooLarge
 from stable_diffusion_server.image_processing import Pixels, encode
@@ -62,22 +63,34 @@ def router(service: Service, answering: Answering, house: House, url_of: UrlOf) 
             raise InvalidInput("Idempotency-Key is for one picture that is not streamed.", field="Idempotency-Key")
         return await (_streamed if parameters.stream else _answered)(request, service, house, url_of, what)
 
-    @routes.post("/images/generations", operation_id="create_image", response_model=None)
+    @routes.post(
+        "/images/generations",
+        summary="OpenAI: draw pictures",
+        operation_id="create_image",
+        openapi_extra=documented(Generation, house.limits, "POST"),
+        response_model=None,
+    )
     async def generations(request: Request) -> Response:
         """Draw pictures from a prompt."""
         return await asked(request, Generation, "image_generation")
 
-    @routes.post("/images/edits", operation_id="create_image_edit", response_model=None)
+    @routes.post(
+        "/images/edits",
+        summary="OpenAI: draw a picture anew, or a part of it",
+        operation_id="create_image_edit",
+        openapi_extra=documented(Edit, house.limits, "POST", ("multipart/form-data",)),
+        response_model=None,
+    )
     async def edits(request: Request) -> Response:
         """Draw a picture anew after a prompt, or what a mask leaves transparent."""
         return await asked(request, Edit, "image_edit")
 
-    @routes.get("/models", operation_id="list_models", response_model=None)
+    @routes.get("/models", summary="OpenAI: the models", operation_id="list_models", response_model=None)
     async def models() -> Response:
         """The models, and the further names they are known by."""
         return JSONResponse(answers.models_answer(house.models.values(), house.aliases))
 
-    @routes.get("/models/{model}", operation_id="retrieve_model", response_model=None)
+    @routes.get("/models/{model}", summary="OpenAI: one model", operation_id="retrieve_model", response_model=None)
     async def model(model: str) -> Response:
         """One model."""
         facts = house.models.get(house.aliases.get(model, model))
