@@ -1,6 +1,7 @@
-"""A server process that paints squares, slowly: `python tests/painted_server.py`, settings from the environment."""
+"""A server process that paints squares: `python tests/painted_server.py [seconds per step]`, settings from outside."""
 
 import math
+import sys
 from typing import Any
 
 import uvicorn
@@ -10,7 +11,7 @@ from stable_diffusion_server.app import create_app
 from stable_diffusion_server.settings import Settings
 from stable_diffusion_server.settings.reading import read_settings
 
-SECONDS_PER_STEP = 0.1
+SECONDS_PER_STEP = float(sys.argv[1]) if len(sys.argv) > 1 else 0.1
 
 
 def load(settings: Settings) -> Any:
