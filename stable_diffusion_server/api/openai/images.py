@@ -10,6 +10,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
 from stable_diffusion_server.api.answering import Answering
+from stable_diffusion_server.api.aside import aside
 from stable_diffusion_server.api.asked import read_as
 from stable_diffusion_server.api.callers import caller_of, within
 from stable_diffusion_server.api.handlers import client_gone
@@ -55,8 +56,8 @@ def router(service: Service, answering: Answering, house: House, url_of: UrlOf) 
         what = _Asked(parameters, orders, caller, kind)
         if len(orders) == 1 and not parameters.stream:
 
-            def render(request: Request, receipt: Receipt, file: bytes) -> Response:
-                return _told(house, what, [Made(receipt, url_of(request, receipt.key), file)])
+            async def render(request: Request, receipt: Receipt, file: bytes) -> Response:
+                return await _told(house, what, [Made(receipt, url_of(request, receipt.key), file)])
 
             return await answering.answer(request, orders[0], render, picture=parameters.as_text)
         if request.headers.get("idempotency-key") is not None:
@@ -110,13 +111,14 @@ async def _answered(request: Request, service: Service, house: House, url_of: Ur
         return Made(receipt, url_of(request, receipt.key), b"")
 
     made = await unless_disconnected(request, together([one(order) for order in what.orders]))
-    return client_gone() if made is None else _told(house, what, made)
+    return client_gone() if made is None else await _told(house, what, made)
 
 
-def _told(house: House, what: _Asked, made: list[Made]) -> Response:
+async def _told(house: House, what: _Asked, made: list[Made]) -> Response:
     if sum(len(one.file) for one in made) * 4 // 3 > house.max_response_bytes:
         raise TooLarge("The pictures are too large for one answer; ask for fewer, or response_format url.")
-    return JSONResponse(answers.answer(what.parameters, made))
+    size = sum(len(one.file) for one in made)
+    return await aside(size, lambda: JSONResponse(answers.answer(what.parameters, made)))
 
 
 async def _streamed(request: Request, service: Service, house: House, url_of: UrlOf, what: _Asked) -> Response:
@@ -145,7 +147,7 @@ async def _streamed(request: Request, service: Service, house: House, url_of: Ur
         receipt, file = await service.picture(order, caller=what.caller, watch=watch, previews=previews)
         await asyncio.gather(*encoding)
         made = Made(receipt, url_of(request, receipt.key), file)
-        stream.send(answers.completed(what.parameters, made, what.kind))
+        stream.send(await aside(len(file), answers.completed, what.parameters, made, what.kind))
 
     async def work() -> None:
         await together([one(order) for order in what.orders])
