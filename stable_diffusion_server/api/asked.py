@@ -32,6 +32,7 @@ class Asked(BaseModel):
     # Names that may be files of a multipart form, and names that may come more than once.
     files: ClassVar[frozenset[str]] = frozenset()
     lists: ClassVar[frozenset[str]] = frozenset()
+    numbers: ClassVar[frozenset[str]] = _NUMBERS
 
     prompt: str = Field(description="What to draw.", examples=["a red circle on a blue background"])
     save_path: str | None = Field(None, description="Name of the picture in the bucket. Without it a name is made.")
@@ -77,7 +78,7 @@ class Asked(BaseModel):
         """Refuse `true` where a number belongs, which Python would take for 1, and in JSON texts and numbers alike."""
         for name, value in data.items() if isinstance(data, dict) else ():
             text = isinstance(value, JsonText) and value != "random"
-            if name in _NUMBERS and (isinstance(value, bool) or text):
+            if name in cls.numbers and (isinstance(value, bool) or text):
                 raise InvalidInput(f"{name} must be a number.", field=name)
             if name in _TRUTHS and (isinstance(value, JsonText | float) or type(value) is int):
                 raise InvalidInput(f"{name} must be true or false.", field=name)

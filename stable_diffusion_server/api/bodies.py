@@ -68,6 +68,12 @@ def _merged(pairs: list[tuple[str, object]], lists: Set[str]) -> dict[str, objec
     return merged
 
 
+def length_of(request: Request) -> int:
+    """How long the body of a request says it is."""
+    length = request.headers.get("content-length", "0")
+    return int(length) if length.isascii() and length.isdigit() else 0
+
+
 async def _read_body(request: Request, files: Set[str], lists: Set[str]) -> list[tuple[str, object]]:
     if request.method == "GET":
         return []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from http import HTTPStatus
+from typing import Any
 
 import structlog
 from fastapi import FastAPI, Request, Response
@@ -11,6 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.routing import Route
 
+from stable_diffusion_server.api.security.headers import protect
 from stable_diffusion_server.api.shapes import frameworks_refusal, refusal
 from stable_diffusion_server.errors import ServerError
 
@@ -74,4 +76,9 @@ async def _gone(request: Request, error: Exception) -> Response:
 async def _unknown(request: Request, error: Exception) -> JSONResponse:
     _log.error("unexpected error", path=request.url.path, request_id=request_id_of(request), exc_info=error)
     opaque = ServerError("An unexpected error happened; the log has more under this request id.")
-    return refusal(opaque, request.url.path, request_id_of(request))
+    answer = refusal(opaque, request.url.path, request_id_of(request))
+    # It is answered outside of the gate, which else does this.
+    start: dict[str, Any] = {"type": "http.response.start", "headers": answer.raw_headers}
+    protect(start, request.url.path)
+    answer.raw_headers = start["headers"]
+    return answer

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
+from stable_diffusion_server.api.aside import aside
 from stable_diffusion_server.api.asked import read_as
 from stable_diffusion_server.api.callers import caller_of, within
 from stable_diffusion_server.api.handlers import client_gone
@@ -102,7 +103,8 @@ async def _answered(request: Request, service: Service, house: House, url_of: Ur
         return client_gone()
     if sum(len(one.file) for one in made) * 4 // 3 > house.max_response_bytes:
         raise TooLarge("The pictures are too large for one answer; ask for fewer, or response_format url.")
-    return JSONResponse(answers.answer(what.parameters, made))
+    size = sum(len(one.file) for one in made)
+    return await aside(size, lambda: JSONResponse(answers.answer(what.parameters, made)))
 
 
 async def _streamed(request: Request, service: Service, house: House, url_of: UrlOf, what: _Asked) -> Response:
@@ -131,7 +133,7 @@ async def _streamed(request: Request, service: Service, house: House, url_of: Ur
         receipt, file = await service.picture(order, caller=what.caller, watch=watch, previews=previews)
         await asyncio.gather(*encoding)
         made = Made(receipt, url_of(request, receipt.key), file)
-        stream.send(answers.completed(what.parameters, made, what.kind))
+        stream.send(await aside(len(file), answers.completed, what.parameters, made, what.kind))
 
     async def work() -> None:
         await together([one(order) for order in what.orders])

@@ -10,8 +10,9 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 
+from stable_diffusion_server.api.aside import aside
 from stable_diffusion_server.api.asked import refuse
-from stable_diffusion_server.api.bodies import json_object, read_parameters
+from stable_diffusion_server.api.bodies import json_object, length_of, read_parameters
 from stable_diffusion_server.api.callers import caller_of, within
 from stable_diffusion_server.api.handlers import client_gone
 from stable_diffusion_server.api.house import House
@@ -105,7 +106,8 @@ def router(service: Service, house: House, url_of: UrlOf) -> APIRouter:
     )
     async def png_info(request: Request) -> Response:
         """How a picture, in base64, says it was made."""
-        return JSONResponse(answers.png_info_answer(bytes_of(_text(await _json(request), "image"), "image")))
+        image = _text(await _json(request), "image")
+        return JSONResponse(await aside(len(image), lambda: answers.png_info_answer(bytes_of(image, "image"))))
 
     _progress_doors(routes, tasks)
     _option_doors(routes, house, chosen)
@@ -218,7 +220,7 @@ async def _pictures(
     chosen: dict[str, str],
 ) -> Response:
     caller = caller_of(request)
-    what = ordered(asked, house, chosen.get(caller.name))
+    what = await aside(length_of(request), ordered, asked, house, chosen.get(caller.name))
     orders = [within(caller, order) for order in what.orders]
     with tasks.begun(caller, asked.force_task_id or f"task({uuid4().hex})", len(orders)) as task:
         work = [_one(number, order, service, caller, task) for number, order in enumerate(orders)]
@@ -229,8 +231,12 @@ async def _pictures(
     finished = [(order, receipt, url, file) for order, receipt, file, url in made]
     if sum(len(file) for *_, file in finished) * 4 // 3 > house.max_response_bytes:
         raise TooLarge("The pictures are too large for one answer; send_images=false answers their addresses.")
-    answer = answers.pictures_answer(asked, Ordered(orders, what.told), finished, interrupted=task.interrupted)
-    return JSONResponse(answer)
+    told = Ordered(orders, what.told)
+
+    def answer() -> Response:
+        return JSONResponse(answers.pictures_answer(asked, told, finished, interrupted=task.interrupted))
+
+    return await aside(sum(len(file) for *_, file in finished), answer)
 
 
 async def _one(number: int, order: Order, service: Service, caller: Caller, task: Task) -> Any:
@@ -242,7 +248,7 @@ async def _one(number: int, order: Order, service: Service, caller: Caller, task
 async def _read(schema: type[A], request: Request) -> A:
     """A JSON body as parameters. Raises `Malformed`, `UnsupportedMedia` and `InvalidInput`."""
     try:
-        return schema.model_validate(await _json(request))
+        return await aside(length_of(request), schema.model_validate, await _json(request))
     except ValidationError as error:
         refuse(error)
 
@@ -252,7 +258,7 @@ async def _json(request: Request) -> dict[str, Any]:
     body = await request.body()
     if body and media_type != "application/json":
         raise UnsupportedMedia("Send application/json.")
-    return json_object(body)
+    return await aside(len(body), json_object, body)
 
 
 def _text(asked: dict[str, Any], name: str) -> str:
