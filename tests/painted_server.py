@@ -1,28 +1,17 @@
-"""A server process that paints squares: `python tests/painted_server.py [seconds per step]`, settings from outside."""
+"""A server process over painted squares that take their time: `painted_server.py [seconds a step]`, 0.05 if not told."""
 
 import math
 import sys
-from typing import Any
 
 import uvicorn
-from fakes import PaintedSquares
+from fakes import Retouchers
 
 from stable_diffusion_server.app import create_app
-from stable_diffusion_server.settings import Settings
 from stable_diffusion_server.settings.reading import read_settings
-
-SECONDS_PER_STEP = float(sys.argv[1]) if len(sys.argv) > 1 else 0.1
-
-
-def load(settings: Settings) -> Any:
-    return PaintedSquares(seconds_per_step=SECONDS_PER_STEP)
-
 
 if __name__ == "__main__":
     settings = read_settings()
-    uvicorn.run(
-        create_app(settings, load=load),
-        port=settings.port,
-        log_level="warning",
-        timeout_graceful_shutdown=math.ceil(settings.stop_seconds),
-    )
+    seconds = float(sys.argv[1]) if len(sys.argv) > 1 else 0.05
+    app = create_app(settings, load=lambda settings: Retouchers(seconds_per_step=seconds))
+    grace = math.ceil(settings.stop_seconds)
+    uvicorn.run(app, port=settings.port, log_level="warning", proxy_headers=False, timeout_graceful_shutdown=grace)
