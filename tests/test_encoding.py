@@ -37,7 +37,7 @@ async def test_small_pictures_pass_large_ones() -> None:
 async def test_who_leaves_makes_room_only_when_the_work_has_ended() -> None:
     """A thread cannot be stopped: the next large one begins when it is free."""
     encoders, gate = Encoders(), threading.Event()
-    first = asyncio.create_task(encoders.encode(LARGE, lambda: b"" if gate.wait(30) else b"", lossless=True))
+    first = asyncio.create_task(encoders.encode(LARGE, lambda: b"%d" % gate.wait(30), lossless=True))
     await asyncio.sleep(0.05)
     first.cancel()
     second = asyncio.create_task(encoders.encode(LARGE, lambda: b"second", lossless=True))
