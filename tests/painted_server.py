@@ -1,4 +1,4 @@
-"""A server process over painted squares that take their time: `painted_server.py [seconds a step]`, 0.05 if not told."""
+"""A server process over painted squares that take their time: `painted_server.py [seconds a step]`, else 0.05."""
 
 import math
 import sys
