@@ -80,7 +80,7 @@ def progress(jobs: Sequence[Job], previews: Mapping[str, str]) -> str:
 
 def alert(detail: str, faults: Sequence[tuple[str, str]] = ()) -> str:
     """What went wrong, as HTML: a sentence for each field that is at fault, or the one sentence there is."""
-    items = "".join(f"<li><b>{escape(label(name))}</b> {escape(text)}</li>" for name, text in faults)
+    items = "".join(f"<li>{escape(_of_field(name, text))}</li>" for name, text in faults)
     inside = f"<ul>{items}</ul>" if items else f"<p>{escape(detail)}</p>"
     return f'<div class="sds-told sds-alert" role="alert">{inside}</div>'
 

@@ -37,7 +37,7 @@ def tab(desks: Desks, opened: gr.Tab) -> History:
             older = gr.Button("Older pictures", interactive=False)
         with gr.Column(min_width=300):
             told = gr.HTML()
-            address = gr.Textbox(label="Address", interactive=False, buttons=["copy"])
+            address = gr.Textbox(label="Address", interactive=False, buttons=["copy"], elem_id="sds-address")
             made = gr.JSON(label="How it was made", open=True)
             with gr.Accordion("As a call", open=False):
                 curl = gr.Code(label="curl", language="shell", interactive=False)

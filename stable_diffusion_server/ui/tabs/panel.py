@@ -108,6 +108,7 @@ def wire(
         return gr.skip()
 
     async def resume(request: gr.Request, jobs: list[str] | None) -> AsyncIterator[Outputs]:
+        yield (gr.skip(),) * len(here.outputs)  # whoever says nothing empties everything
         async for shown in following.resume(desk_of(desks, request), jobs or []):
             yield _outputs(shown)
 

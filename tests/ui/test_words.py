@@ -89,10 +89,16 @@ def test_what_was_painted_is_the_mask() -> None:
 
 def test_a_record_becomes_calls_that_can_be_pasted() -> None:
     """Quotes in a prompt survive the shell and Python; the key is named and never shown."""
-    record = {"task": "text_to_image", "prompt": "it's a \"star\"", "seed": 7, "width": 64, "height": 32, "model": "sdxl"}
+    record = {
+        "task": "text_to_image",
+        "prompt": 'it\'s a "star"',
+        "seed": 7,
+        "width": 64,
+        "height": 32,
+        "model": "sdxl",
+    }
     line = snippets.curl("http://x", record, keyed=True)
-    words = shlex.split(line.replace("\\\n", ""))
-    assert json.loads(words[-1])["prompt"] == record["prompt"]
+    assert json.loads(shlex.split(line.replace("\\\n", ""))[-1])["prompt"] == record["prompt"]
     assert "$API_KEY" in line
     compile(snippets.openai("http://x", record, keyed=True), "call", "exec")
     files = snippets.curl("http://x", {**record, "task": "inpaint"})
