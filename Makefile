@@ -8,7 +8,7 @@ UV := UV_FIND_LINKS="$(PIP_FIND_LINKS)" $(BIN)/uv pip install --quiet --python $
 .PHONY: run venv test lint gpu-check format clean
 
 run: $(VENV)/.run
-	@$(BIN)/python -m stable_diffusion_server serve
+	@$(BIN)/python -m stable_diffusion_server.watchdog -- $(BIN)/python -m stable_diffusion_server serve
 
 venv: $(VENV)/.run
 

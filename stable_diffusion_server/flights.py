@@ -97,6 +97,10 @@ class Flights(Generic[T]):
     def __init__(self) -> None:
         self._flights: dict[str, _Flight[T]] = {}
 
+    def __contains__(self, key: object) -> bool:
+        """Whether an effort is under way under a key."""
+        return key in self._flights
+
     def __len__(self) -> int:
         return len(self._flights)
 

@@ -164,15 +164,24 @@ class ConsoleProgress:
 
 
 class Heartbeat:
-    """Touches `progress.txt` at each sign of life, so that a watchdog can tell work from a hang."""
+    """Touches `progress.txt` at each sign of life, so that a watchdog can tell work from a hang.
+
+    The first line is the time of day (UTC, HH:MM:SS), as users of the file expect, the second the jobs under way.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._under_way: set[str] = set()
 
     def observe(self, event: Event) -> None:
-        """Write the time of day (UTC, HH:MM:SS), as users of the file expect; waiting is no sign of life."""
-        if event.kind is not EventKind.QUEUED:
-            self._path.write_text(time.strftime("%H:%M:%S\n", time.gmtime()))
+        """Note a sign of life. Waiting is none, but for the first job to come: from then on something is to happen."""
+        idle = not self._under_way
+        if event.kind in (EventKind.DONE, EventKind.FAILED, EventKind.CANCELLED):
+            self._under_way.discard(event.job_id)
+        else:
+            self._under_way.add(event.job_id)
+        if event.kind is not EventKind.QUEUED or idle:
+            self._path.write_text(time.strftime("%H:%M:%S\n", time.gmtime()) + f"{len(self._under_way)}\n")
 
 
 def each(observers: Iterable[Observer]) -> Observer:

@@ -8,6 +8,7 @@ import pytest
 
 from stable_diffusion_server.buckets.memory import MemoryBucket
 from stable_diffusion_server.errors import NotFound, StorageUnavailable
+from stable_diffusion_server.knowledge import Knowledge
 from stable_diffusion_server.orders import Stored
 from stable_diffusion_server.spool.files import Spool
 from stable_diffusion_server.spool.remembering import Remembering
@@ -113,3 +114,15 @@ def test_what_others_deleted_is_forgotten_when_it_cannot_be_read(house: House) -
         house.bucket.read("k")
     assert house.bucket.known("k") is None
     assert house.bucket.stat("k") is None
+
+
+def test_what_was_seen_before_a_write_is_no_news_after_it() -> None:
+    """A slow look that began before a delete does not bring the deleted object back."""
+    knowledge = Knowledge(10, 60.0)
+    stored = Stored("k", 4, "etag", "image/webp", {})
+    since = knowledge.changes
+    knowledge.learn("k", None)
+    assert knowledge.learn("k", stored, since) == stored
+    assert knowledge.of("k") is None
+    knowledge.learn("k", stored, knowledge.changes)
+    assert knowledge.of("k") == stored

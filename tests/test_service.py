@@ -437,3 +437,36 @@ def test_a_negative_prompt_no_model_uses_is_told() -> None:
     plan = resolve(order(model="flux", negative_prompt="blur"), OPTIONS)
     assert plan.words.negative_prompt is None
     assert "negative-prompt-ignored" in {warning.code for warning in plan.words.warnings}
+
+
+async def test_what_is_known_is_told_without_a_look(rooms_of: Callable[..., Rooms]) -> None:
+    """The same receipt as by looking; nothing for what is not known, is to be overwritten, or is being overwritten."""
+    rooms = rooms_of(PaintedSquares(gate=threading.Event()))
+    service = rooms.another_process()
+    asked = order(save_path="a.webp")
+    assert service.remembered(asked) is None
+    rooms.painter.gate.set()  # type: ignore[union-attr]  # made with one above
+    await service.fulfil(asked)
+    service._known = rooms.bucket.known
+    assert service.remembered(asked) == await service.fulfil(asked)
+    assert service.remembered(order("a blue square", save_path="a.webp")) is not None
+    assert service.remembered(order(save_path="a.webp", overwrite=True)) is None
+    rooms.painter.gate.clear()  # type: ignore[union-attr]  # made with one above
+    under_way = asyncio.create_task(service.fulfil(order(save_path="a.webp", overwrite=True)))
+    await asyncio.to_thread(until, lambda: len(rooms.painter.prepared) == 2)
+    assert service.remembered(asked) is None
+    rooms.painter.gate.set()  # type: ignore[union-attr]  # made with one above
+    await under_way
+    rooms.bucket.delete("static/uploads/a.webp")
+    assert service.remembered(asked) is None
+
+
+async def test_a_picture_others_deleted_is_drawn_again(rooms_of: Callable[..., Rooms], tmp_path: Path) -> None:
+    """Known to be stored, yet gone: who wants the file gets it all the same."""
+    rooms = rooms_of()
+    service = rooms.another_process()
+    service._known = rooms.bucket.known
+    await service.fulfil(order(save_path="a.webp"))
+    (tmp_path / "bucket" / "objects" / "static" / "uploads" / "a.webp").unlink()
+    receipt, data = await service.picture(order(save_path="a.webp"))
+    assert (receipt.cached, data[8:12], rooms.drawn) == (False, b"WEBP", 2)

@@ -25,6 +25,7 @@ from stable_diffusion_server.service import Service
 UrlOf = Callable[[Request, str], str]
 # A door's own way to tell a receipt; the picture's file is empty unless the door asked for it.
 Render = Callable[[Request, Receipt, bytes], Response]
+_NONE = Preferences()
 
 
 class Answering:
@@ -43,6 +44,10 @@ class Answering:
         the job by its id.
         """
         wanted = preferences_of(request)
+        if wanted == _NONE and not picture and order.webhook_url is None:
+            receipt = self._service.remembered(order)
+            if receipt is not None:
+                return render(request, receipt, b"")
         claim = None
         if wanted.key is not None:
             print_ = await asyncio.to_thread(fingerprint, request.url.path, order)

@@ -37,8 +37,17 @@ async def read_parameters(
     come more than once: their values come as a list, under the name without `[]`.
     """
     query = _read_pairs(request.scope["query_string"], "query")
+    return _merged([*query, *(await _read_body(request, files, lists))], lists)
+
+
+def read_query(query_string: bytes) -> dict[str, object]:
+    """A query alone as a mapping, in the same way."""
+    return _merged(_read_pairs(query_string, "query"), frozenset())
+
+
+def _merged(pairs: list[tuple[str, object]], lists: Set[str]) -> dict[str, object]:
     merged: dict[str, object] = {}
-    for name, value in [*query, *(await _read_body(request, files, lists))]:
+    for name, value in pairs:
         if not name.isascii():
             # Every parameter's name is ASCII, and pydantic cannot tell a lone surrogate from a name.
             raise InvalidInput(f"{name[:100]} is not a parameter here.", field=name[:100])

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
+from functools import lru_cache
 from typing import Any, ClassVar
 
 from fastapi import Request
 from pydantic import BaseModel, Field
 
-from stable_diffusion_server.api.asked import Asked, File, read_as
-from stable_diffusion_server.api.bodies import BODY_TYPES
+from stable_diffusion_server.api.asked import Asked, File, read_as, validated
+from stable_diffusion_server.api.bodies import BODY_TYPES, read_query
 from stable_diffusion_server.api.callers import caller_of, within
 from stable_diffusion_server.api.pictures import bytes_of, is_data_url
 from stable_diffusion_server.api.shapes import problem_body
@@ -102,18 +103,37 @@ class Inpaint(Parameters):
         return Order(task=Task.INPAINT, image=image, mask=mask, **self.words())
 
 
+_TOLD = tuple(part.name for part in fields(Receipt))
+
+
+# The longest query, in bytes, of which the order is kept at hand.
+_SHORT = 1024
+
+
+@lru_cache(1024)
+def _order_of(schema: type[Parameters], query_string: bytes) -> Order:
+    """The order in a query. The same ones come again and again, and reading one is pure."""
+    return validated(schema, read_query(query_string)).order()
+
+
 async def read_order(request: Request, schema: type[Parameters]) -> Order:
     """The order in a request's query and body (form, multipart or JSON).
 
     Raises `Malformed`, `UnsupportedMedia`, `InvalidInput`, which names every refused parameter, and `Forbidden` for a
     name that is not the caller's.
     """
+    query = request.scope["query_string"]
+    if request.method == "GET" and len(query) <= _SHORT:
+        return within(caller_of(request), _order_of(schema, query))
     return within(caller_of(request), (await read_as(schema, request)).order())
 
 
 def receipt_body(receipt: Receipt, url: str) -> dict[str, object]:
     """A receipt as JSON shows it, with the URL of the picture as `path`; `prompt_used` only when it differs."""
-    body: dict[str, object] = {"path": url, **asdict(receipt)}
+    # Field by field: `asdict` copies deeply, which is most of what a cached answer would cost.
+    body: dict[str, object] = {"path": url, **{name: getattr(receipt, name) for name in _TOLD}}
+    body["warnings"] = [{"code": warned.code, "message": warned.message} for warned in receipt.warnings]
+    body["timings"] = dict(receipt.timings)
     if receipt.prompt_used is None:
         del body["prompt_used"]
     return body

@@ -72,8 +72,8 @@ def create_app(
         loop = asyncio.get_running_loop()
         with drained_by_signals(engine.drain, lambda: loop.call_soon_threadsafe(jobs.drain)):
             yield
-        grace = settings.stop_seconds
-        await asyncio.gather(asyncio.to_thread(engine.stop, grace), jobs.stop(grace))
+            grace = settings.stop_seconds
+            await asyncio.gather(asyncio.to_thread(engine.stop, grace), jobs.stop(grace))
         service.close()
         fetcher.close()
         await decoder.close()

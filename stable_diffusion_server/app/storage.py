@@ -62,7 +62,7 @@ class Stores:
 
     def known(self, key: str) -> Stored | None:
         """What is known of a key without asking anyone."""
-        return self.bucket.known(key) if isinstance(self.bucket, Remembering) else None
+        return self.bucket.known(key) if isinstance(self.bucket, Remembering | LocalBucket) else None
 
     def base_of(self, request: Request) -> str:
         """Where this server is: PUBLIC_BASE_URL, where that is not the bucket's, else where a trusted proxy is.

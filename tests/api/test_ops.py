@@ -74,10 +74,12 @@ def test_the_figures_count_what_happened(house: House) -> None:
 
 
 def test_the_heartbeat_is_written_while_drawing(house: House) -> None:
-    """progress.txt holds a time of day after a picture, as the seed document says."""
+    """progress.txt holds a time of day after a picture, as the seed document says, and that none is under way."""
     house.draw(prompt="a red square")
     text = (house.folder / "data" / "progress.txt").read_text()
-    assert len(text.strip().split(":")) == 3
+    time_of_day, under_way = text.splitlines()
+    assert len(time_of_day.split(":")) == 3
+    assert under_way == "0"
 
 
 def test_keys_and_prompts_stay_out_of_the_log(

@@ -6,6 +6,7 @@ import ipaddress
 import re
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from functools import lru_cache
 from urllib.parse import urlsplit
 
 from limits import RateLimitItem
@@ -121,6 +122,7 @@ def _is_open(scope: Scope) -> bool:
     return path.startswith(_OPEN_PATHS) or path == "/"
 
 
+@lru_cache(1024)
 def is_loopback(name: str) -> bool:
     """Whether a host name or address is this machine's own."""
     if name == "localhost":

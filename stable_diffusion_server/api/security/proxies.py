@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from starlette.datastructures import Headers
 from starlette.types import Scope
 
-_FORWARDING = ("x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "x-real-ip", "forwarded")
+_FORWARDING = frozenset((b"x-forwarded-for", b"x-forwarded-host", b"x-forwarded-proto", b"x-real-ip", b"forwarded"))
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
@@ -28,7 +28,7 @@ class Proxies:
         """
         headers = Headers(scope=scope)
         state = scope.setdefault("state", {})
-        state["forwarded"] = any(name in headers for name in _FORWARDING)
+        state["forwarded"] = not _FORWARDING.isdisjoint(name for name, _ in scope["headers"])
         client = scope.get("client")
         if not client or not self._trusts(client[0]):
             return scope
