@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # uv does the installing, since pip knows no overrides (see pyproject.toml), and it does not read pip's find-links.
 UV := UV_FIND_LINKS="$(PIP_FIND_LINKS)" $(BIN)/uv pip install --quiet --python $(BIN)/python
 
-.PHONY: run venv test lint gpu-check format clean
+.PHONY: run venv test lint gpu-check fuzz format clean
 
 run: $(VENV)/.run
 	@$(BIN)/python -m stable_diffusion_server.watchdog -- $(BIN)/python -m stable_diffusion_server serve
@@ -25,6 +25,10 @@ lint: $(VENV)/.test
 # Full-size models with random weights; DEVICE=cpu TINY=--tiny tries the script itself.
 gpu-check: $(VENV)/.test
 	$(BIN)/python -m benchmarks.gpu --device $(or $(DEVICE),cuda) $(TINY) --out $(or $(OUT),gpu-check.md)
+
+# Thousands of requests made from the OpenAPI document; minutes, and so not a part of `test`.
+fuzz: $(VENV)/.test
+	$(BIN)/python scripts/fuzz.py
 
 format: $(VENV)/.test
 	$(BIN)/ruff format .

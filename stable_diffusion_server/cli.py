@@ -29,17 +29,28 @@ def main(arguments: list[str] | None = None) -> None:
     commands.add_parser(
         "serve", help="start the server; HOST, PORT and the other settings are read from the environment"
     )
+    commands.add_parser("api", help="print the doors with their parameters and answers, as in docs/api.md")
     commands.add_parser("settings", help="print every setting with its default and meaning")
     commands.add_parser(
         "check-storage", help="try everything the server does with the bucket of the settings, one line each"
     )
     chosen = parser.parse_args(arguments).command
-    if chosen == "settings":
+    if chosen == "api":
+        sys.stdout.write(describe_api())
+    elif chosen == "settings":
         sys.stdout.write(describe_settings() + "\n")
     elif chosen == "check-storage":
         check_storage()
     else:
         serve()
+
+
+def describe_api() -> str:
+    """The doors as a page of Markdown, with the defaults of every setting and the models that come along."""
+    from stable_diffusion_server.api.description.markdown import markdown
+    from stable_diffusion_server.app import create_app
+
+    return markdown(create_app(Settings(_env_file=None, models="embedded")).openapi())
 
 
 def check_storage() -> None:

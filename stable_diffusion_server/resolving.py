@@ -147,6 +147,9 @@ def _read_words(order: Order, options: Options) -> Words:
     if negative and guidance <= 1:
         negative = None
         warnings.append(Warned("negative-prompt-ignored", "A negative prompt has a use only with guidance above 1."))
+    if guidance != facts.default_guidance and not facts.takes_guidance:
+        guidance = facts.default_guidance
+        warnings.append(Warned("guidance-ignored", f"{facts.name} was distilled to draw without guidance."))
     prompt = _cleaned(order.prompt, "prompt")
     if not prompt:
         raise InvalidInput("prompt is empty.", field="prompt")

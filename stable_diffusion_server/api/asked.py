@@ -9,14 +9,15 @@ from typing import Annotated, Any, ClassVar, Literal, NoReturn, TypeVar
 from fastapi import Request
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema, field_validator, model_validator
 
-from stable_diffusion_server.api.bodies import Upload, read_parameters
+from stable_diffusion_server.api.bodies import JsonText, Upload, read_parameters
 from stable_diffusion_server.errors import InvalidInput
 
 _BINARY = {"type": "string", "format": "binary"}
 _NUMBERS = frozenset(
     "seed num_inference_steps guidance_scale quality timeout width height strength feather canny_low canny_high "
-    "control_scale".split()
+    "control_scale n output_compression partial_images".split()
 )
+_TRUTHS = frozenset("overwrite refine canny stream".split())
 _LORA = re.compile(r"(?P<name>[A-Za-z0-9][A-Za-z0-9._-]{0,99})(:(?P<weight>[+-]?\d{1,3}(\.\d{1,6})?))?")
 
 
@@ -31,6 +32,7 @@ class Asked(BaseModel):
     # Names that may be files of a multipart form, and names that may come more than once.
     files: ClassVar[frozenset[str]] = frozenset()
     lists: ClassVar[frozenset[str]] = frozenset()
+    numbers: ClassVar[frozenset[str]] = _NUMBERS
 
     prompt: str = Field(description="What to draw.", examples=["a red circle on a blue background"])
     save_path: str | None = Field(None, description="Name of the picture in the bucket. Without it a name is made.")
@@ -72,11 +74,14 @@ class Asked(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _no_booleans_as_numbers(cls, data: Any) -> Any:
-        """Refuse `true` where a number belongs, which Python would take for 1."""
+    def _no_other_types(cls, data: Any) -> Any:
+        """Refuse `true` where a number belongs, which Python would take for 1, and in JSON texts and numbers alike."""
         for name, value in data.items() if isinstance(data, dict) else ():
-            if isinstance(value, bool) and name in _NUMBERS:
-                raise InvalidInput(f"{name} must be a number, not {str(value).lower()}.", field=name)
+            text = isinstance(value, JsonText) and value != "random"
+            if name in cls.numbers and (isinstance(value, bool) or text):
+                raise InvalidInput(f"{name} must be a number.", field=name)
+            if name in _TRUTHS and (isinstance(value, JsonText | float) or type(value) is int):
+                raise InvalidInput(f"{name} must be true or false.", field=name)
         return data
 
 

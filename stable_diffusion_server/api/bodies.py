@@ -21,6 +21,12 @@ _MAX_FIELDS = 100
 _MAX_LISTED = 16
 
 
+class JsonText(str):
+    """A text of a JSON body: unlike one of a form or a query, it is never meant as a number."""
+
+    __slots__ = ()
+
+
 @dataclass(frozen=True, slots=True)
 class Upload:
     """A file of a multipart form, read."""
@@ -60,6 +66,12 @@ def _merged(pairs: list[tuple[str, object]], lists: Set[str]) -> dict[str, objec
             raise Malformed(f"{name[:100]} is given more than once.", field=name[:100])
         merged[name] = value
     return merged
+
+
+def length_of(request: Request) -> int:
+    """How long the body of a request says it is."""
+    length = request.headers.get("content-length", "0")
+    return int(length) if length.isascii() and length.isdigit() else 0
 
 
 async def _read_body(request: Request, files: Set[str], lists: Set[str]) -> list[tuple[str, object]]:
@@ -126,7 +138,7 @@ def _read_json(body: bytes) -> list[tuple[str, object]]:
     pairs: list[tuple[str, object]] = parsed
     if len(pairs) > _MAX_FIELDS:
         raise Malformed(f"The body has more than {_MAX_FIELDS} fields.")
-    return pairs
+    return [(name, JsonText(value) if isinstance(value, str) else value) for name, value in pairs]
 
 
 async def _read_multipart(request: Request, files: Set[str], lists: Set[str]) -> list[tuple[str, object]]:

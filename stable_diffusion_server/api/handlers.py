@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from http import HTTPStatus
+from typing import Any
 
 import structlog
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.routing import Route
 
+from stable_diffusion_server.api.security.headers import protect
 from stable_diffusion_server.api.shapes import frameworks_refusal, refusal
 from stable_diffusion_server.errors import ServerError
 
@@ -47,9 +50,22 @@ async def _frameworks(request: Request, error: Exception) -> JSONResponse:
     """404, 405, 413 and their like, raised by the framework before a door is reached."""
     assert isinstance(error, HTTPException)  # noqa: S101  # registered for this class alone; tells the type checker
     status = HTTPStatus(error.status_code)
-    return frameworks_refusal(
-        status, str(error.detail), request.url.path, request_id_of(request), dict(error.headers or {})
-    )
+    headers = dict(error.headers or {})
+    if status is HTTPStatus.METHOD_NOT_ALLOWED:
+        headers["Allow"] = ", ".join(sorted(_methods_at(request)))
+    return frameworks_refusal(status, str(error.detail), request.url.path, request_id_of(request), headers)
+
+
+def _methods_at(request: Request) -> set[str]:
+    """Every method of a path: each is a route of its own, and the framework names those of the first alone."""
+    routers = [getattr(route, "original_router", None) for route in request.app.routes]
+    routes = [route for router in routers if router is not None for route in router.routes]
+    path = request.scope["path"]
+    return {method for route in (*request.app.routes, *routes) if _is_at(route, path) for method in route.methods or ()}
+
+
+def _is_at(route: object, path: str) -> bool:
+    return isinstance(route, Route) and route.path_regex.match(path) is not None
 
 
 async def _gone(request: Request, error: Exception) -> Response:
@@ -60,4 +76,9 @@ async def _gone(request: Request, error: Exception) -> Response:
 async def _unknown(request: Request, error: Exception) -> JSONResponse:
     _log.error("unexpected error", path=request.url.path, request_id=request_id_of(request), exc_info=error)
     opaque = ServerError("An unexpected error happened; the log has more under this request id.")
-    return refusal(opaque, request.url.path, request_id_of(request))
+    answer = refusal(opaque, request.url.path, request_id_of(request))
+    # It is answered outside of the gate, which else does this.
+    start: dict[str, Any] = {"type": "http.response.start", "headers": answer.raw_headers}
+    protect(start, request.url.path)
+    answer.raw_headers = start["headers"]
+    return answer

@@ -31,17 +31,22 @@ def router(jobs: Jobs, url_of: UrlOf) -> APIRouter:
     def urls_for(request: Request) -> Callable[[str], str]:
         return lambda key: url_of(request, key)
 
-    @routes.get("", summary="Your latest accepted jobs, newest first", response_model=None)
+    @routes.get("", summary="Your latest accepted jobs, newest first", operation_id="list_jobs", response_model=None)
     async def listed(request: Request) -> Response:
         told = [job_body(standing, urls_for(request)) for standing in await jobs.listed(caller_of(request))]
         return JSONResponse({"jobs": told}, headers=_NO_STORE)
 
-    @routes.get("/{job_id}", summary="How a job stands", response_model=None)
+    @routes.get("/{job_id}", summary="How a job stands", operation_id="get_job", response_model=None)
     async def standing(request: Request, job_id: str) -> Response:
         found = await jobs.standing(job_id, caller_of(request))
         return JSONResponse(job_body(found, urls_for(request)), headers=_NO_STORE)
 
-    @routes.delete("/{job_id}", summary="Cancel a job; one that has ended stays as it is", response_model=None)
+    @routes.delete(
+        "/{job_id}",
+        summary="Cancel a job; one that has ended stays as it is",
+        operation_id="cancel_job",
+        response_model=None,
+    )
     async def cancel(request: Request, job_id: str) -> Response:
         found = await jobs.cancel(job_id, caller_of(request))
         return JSONResponse(job_body(found, urls_for(request)), headers=_NO_STORE)
@@ -49,6 +54,7 @@ def router(jobs: Jobs, url_of: UrlOf) -> APIRouter:
     @routes.get(
         "/{job_id}/events",
         summary="What happens to a job, as server-sent events",
+        operation_id="job_events",
         description="`queued`, `step`, `preview`, and one of `done`, `failed`, `cancelled` at the end. Each has an id "
         "to go on after by `Last-Event-ID`; 204 once the end was told.",
         response_model=None,

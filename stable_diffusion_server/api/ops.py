@@ -21,17 +21,17 @@ def router(
     async def root() -> Response:
         return RedirectResponse("/docs")
 
-    @routes.get("/healthz", summary="Is the process alive?")
+    @routes.get("/healthz", operation_id="healthz", summary="Is the process alive?")
     async def healthz() -> dict[str, str]:
         return {"status": "ok"}
 
-    @routes.get("/readyz", summary="Can it draw? 503 says what is missing.")
+    @routes.get("/readyz", operation_id="readyz", summary="Can it draw? 503 says what is missing.")
     async def readyz() -> Response:
         reasons = await run_in_threadpool(missing)
         body = {"status": "not ready" if reasons else "ready", "missing": reasons, "models": list(loaded())}
         return JSONResponse(body, 503 if reasons else 200, {"Retry-After": "2"} if reasons else None)
 
-    @routes.get("/metrics", summary="Figures in Prometheus's text format")
+    @routes.get("/metrics", operation_id="metrics", summary="Figures in Prometheus's text format")
     async def metrics() -> Response:
         return Response(exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
 

@@ -151,15 +151,16 @@ def job_body(standing: Standing, url: Callable[[str], str]) -> dict[str, object]
     return body
 
 
-def documented(schema: type[BaseModel], limits: Limits, method: str) -> dict[str, Any]:
-    """OpenAPI of an operation whose parameters `read_parameters` reads, with the bounds the settings set."""
-    whole = schema.model_json_schema()
-    properties = _inlined(whole["properties"], whole.get("$defs", {}))
-    for name, (low, high) in limits.bounds().items():
-        if name in properties:
-            _bound(properties[name], low, high)
+def documented(
+    schema: type[BaseModel], limits: Limits, method: str, kinds: tuple[str, ...] = BODY_TYPES
+) -> dict[str, Any]:
+    """OpenAPI of an operation whose parameters `read_parameters` reads, with the bounds the settings set.
+
+    `kinds` are the media types its body may have.
+    """
+    properties = properties_of(schema, limits)
     required = [name for name, part in schema.model_fields.items() if part.is_required()]
-    files = {name for name, shape in properties.items() if shape.get("format") == "binary"}
+    files = {name for name, shape in properties.items() if _is_file(shape)}
     words = {name: shape for name, shape in properties.items() if name not in files}
     if method == "GET":
         return {
@@ -179,8 +180,32 @@ def documented(schema: type[BaseModel], limits: Limits, method: str) -> dict[str
         shape = {"type": "object", "required": required, "properties": shapes, "additionalProperties": False}
         return {"schema": shape}
 
-    kinds = {kind: body(properties if kind == "multipart/form-data" else words) for kind in BODY_TYPES}
-    return {"requestBody": {"required": True, "content": kinds}}
+    content = {kind: body(properties if kind == "multipart/form-data" else words) for kind in kinds}
+    return {"requestBody": {"required": bool(required), "content": content}}
+
+
+def properties_of(schema: type[BaseModel], limits: Limits) -> dict[str, Any]:
+    """The parameters of a schema, as JSON Schema with the bounds the settings set."""
+    whole = schema.model_json_schema()
+    properties: dict[str, Any] = _inlined(whole["properties"], whole.get("$defs", {}))
+    for name, (low, high) in limits.bounds().items():
+        if name in properties:
+            _bound(properties[name], low, high)
+    for name in ("prompt", "negative_prompt"):
+        for part in _parts(properties.get(name, {})):
+            part["maxLength"] = limits.max_prompt_characters
+            if name == "prompt":
+                part["minLength"] = 1
+    return properties
+
+
+def _parts(shape: dict[str, Any]) -> list[dict[str, Any]]:
+    """The kinds of text a property may be."""
+    return [part for part in [shape, *shape.get("anyOf", [])] if part.get("type") == "string"]
+
+
+def _is_file(shape: dict[str, Any]) -> bool:
+    return shape.get("format") == "binary" or shape.get("items", {}).get("format") == "binary"
 
 
 def _inlined(shape: Any, definitions: dict[str, Any]) -> Any:

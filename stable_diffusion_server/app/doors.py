@@ -11,6 +11,7 @@ from starlette.middleware.cors import CORSMiddleware
 from stable_diffusion_server.api import files, history, replay, uploads
 from stable_diffusion_server.api import jobs as job_doors
 from stable_diffusion_server.api.answering import Answering
+from stable_diffusion_server.api.description import document, page
 from stable_diffusion_server.api.house import House
 from stable_diffusion_server.api.openai import images
 from stable_diffusion_server.api.sdapi import doors as sdapi
@@ -70,6 +71,9 @@ def add_doors(app: FastAPI, settings: Settings, service: Service, jobs: Jobs, st
     app.include_router(job_doors.router(jobs, url_of))
     app.include_router(files.router(stores.bucket, stores.shelf, stores.signer, stores.folder))
     app.include_router(history.router(stores.shelf, url_of))
+    app.include_router(page.router())
+    schedulers = {name: facts.schedulers for name, facts in options.models.items()}
+    document.install(app, schedulers, keys_needed=bool(settings.read_keys()))
 
 
 def add_replay(app: FastAPI, service: Service, stores: Stores, options: Options, decode: Decode) -> None:

@@ -94,6 +94,7 @@ def load_models(settings: Settings, loaded: Loaded) -> Models:
         attention_slicing=settings.attention_slicing,
         vae_slicing=settings.vae_slicing,
         vae_tiling=settings.vae_tiling,
+        prompt_cache_bytes=settings.prompt_cache_bytes,
     )
     models = registry.load(settings.models_dir, settings.device, settings.cpu_threads, options)
     loaded.facts.update(models.models)

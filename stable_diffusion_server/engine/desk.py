@@ -149,14 +149,18 @@ class Desk(Generic[S, P]):
             if self._not_finite >= SUSPECT_NOT_FINITE:
                 raise DevicePoisoned("The device gives numbers that are not finite, whatever is drawn.") from error
 
-    def dismiss(self, *, running: bool) -> None:
-        """Fail what waits and was not begun, and with `running` all the rest: they may be handed in elsewhere."""
+    def dismiss(self, *, running: bool, lost: ServerError | None = None) -> None:
+        """Fail what waits and was not begun, and with `running` all the rest: they may be handed in elsewhere.
+
+        With `lost` those on the device are failed with it, since one of them may be why.
+        """
         with self.changed:
             waiting = [place.ticket for place in self.line.in_order() if running or place.ticket.seat is None]
             for ticket in waiting:
                 self.line.remove(ticket)
             for ticket in [*waiting, *(self.drawn if running else ())]:
-                if ticket.fail(NotReady(self.reason, retry_after=5)):
+                error = lost if lost is not None and ticket in self.drawn else NotReady(self.reason, retry_after=5)
+                if ticket.fail(error):
                     self.news.tell(EventKind.FAILED, ticket)
             if self.phase is Phase.FAILED:
                 self.drawn.clear()
@@ -165,8 +169,9 @@ class Desk(Generic[S, P]):
         """No more pictures will come: say so, fail everyone, and have a poisoned process replaced."""
         _log.error("the engine has stopped", exc_info=error)
         self.enter(Phase.FAILED, error.detail if isinstance(error, ServerError) else reason)
-        self.dismiss(running=True)
-        if isinstance(error, DevicePoisoned):
+        poisoned = isinstance(error, DevicePoisoned)
+        self.dismiss(running=True, lost=DevicePoisoned(self.reason, retry_after=5) if poisoned else None)
+        if poisoned:
             self._poisoned()
 
     def etas(self) -> list[float | None]:

@@ -108,7 +108,7 @@ class Lane(Generic[S, P]):
         """Seat those who are next for as long as they fit the group."""
         while (ticket := self._desk.next_for(self._seats)) is not None:
             seat = ticket.seat or self._prepared(ticket)
-            if seat is not None:
+            if seat is not None and not self._desk.abandoned(seat):
                 ticket.seat = None
                 self._desk.drawn[ticket] = seat
                 self._seats.append(seat)

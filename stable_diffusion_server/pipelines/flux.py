@@ -61,13 +61,18 @@ class Flux:
     """
 
     def __init__(
-        self, pipeline: Any, facts: ModelFacts, controlnet: Any = None, adapters: Adapters | None = None
+        self,
+        pipeline: Any,
+        facts: ModelFacts,
+        controlnet: Any = None,
+        adapters: Adapters | None = None,
+        embeddings: Embeddings | None = None,
     ) -> None:
         self.pipeline = pipeline
         self.facts = facts
         self.controlnet = controlnet
         self.adapters = adapters or Adapters(pipeline)
-        self.embeddings = Embeddings()
+        self.embeddings = Embeddings() if embeddings is None else embeddings
         self._previewer = Previewer(pipeline.vae, self._unscaled)
         self._count = token_counter(pipeline.tokenizer_2)
 

@@ -33,6 +33,7 @@ from stable_diffusion_server.pipelines.components import (
 )
 from stable_diffusion_server.pipelines.conversion import compress, quantize_parts
 from stable_diffusion_server.pipelines.denoising import Drawn, Family, State
+from stable_diffusion_server.pipelines.embeddings import LIMIT_BYTES, Embeddings
 from stable_diffusion_server.pipelines.performance import Performance, speed_up
 from stable_diffusion_server.pipelines.placement import (
     CONTROL,
@@ -56,7 +57,8 @@ class LoadOptions:
     transformer. `offload` and `quantize` force what else follows from free memory;
     `performance` is how weights that stay on the device, as they were loaded, are made to compute.
     The VAE may decode a batch one by one (`vae_slicing`) or a large picture in overlapping tiles (`vae_tiling`), which
-    takes less memory and changes such pictures a little; so does attention computed in slices.
+    takes less memory and changes such pictures a little; so does attention computed in slices. Each model keeps up to
+    `prompt_cache_bytes` of encoded prompts.
     """
 
     models: Mapping[str, ModelFacts] = field(default_factory=lambda: MODELS)
@@ -71,6 +73,7 @@ class LoadOptions:
     attention_slicing: bool = False
     vae_slicing: bool = False
     vae_tiling: bool = False
+    prompt_cache_bytes: int = LIMIT_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +178,9 @@ def load(models_dir: Path, device_name: str, cpu_threads: int, options: LoadOpti
     for name, wanted in options.models.items():
         facts, (pipeline, controlnet, adapters, placement) = _place_or_instead(wanted, models_dir, device, options)
         models[name] = facts
-        families[name] = kinds[facts.pipeline_class](pipeline, facts, controlnet, adapters)
+        families[name] = kinds[facts.pipeline_class](
+            pipeline, facts, controlnet, adapters, Embeddings(options.prompt_cache_bytes)
+        )
         modules = [part for part in [*pipeline.components.values(), controlnet] if isinstance(part, torch.nn.Module)]
         loaded.append(
             Loaded(
@@ -246,7 +251,7 @@ def _place_model(facts: ModelFacts, models_dir: Path, device: torch.device, opti
     return _Placed(pipeline, controlnet, adapters, placement)
 
 
-def _kinds() -> Mapping[str, Callable[[Any, ModelFacts, Any, Adapters], Family]]:
+def _kinds() -> Mapping[str, Callable[[Any, ModelFacts, Any, Adapters, Embeddings], Family]]:
     """Each family by the stock pipeline it draws with."""
     quieten_libraries()
     # Imported behind it: what they bring along remarks on packages that are not needed here.

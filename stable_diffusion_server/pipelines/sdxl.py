@@ -63,7 +63,12 @@ class Sdxl:
     """
 
     def __init__(
-        self, pipeline: Any, facts: ModelFacts, controlnet: Any = None, adapters: Adapters | None = None
+        self,
+        pipeline: Any,
+        facts: ModelFacts,
+        controlnet: Any = None,
+        adapters: Adapters | None = None,
+        embeddings: Embeddings | None = None,
     ) -> None:
         if controlnet is not None:
             check_grid(controlnet, pipeline.vae_scale_factor)
@@ -71,7 +76,7 @@ class Sdxl:
         self.facts = facts
         self.controlnet = controlnet
         self.adapters = adapters or Adapters(pipeline)
-        self.embeddings = Embeddings()
+        self.embeddings = Embeddings() if embeddings is None else embeddings
         self._previewer = Previewer(pipeline.vae, self._unscaled)
         self._counters = [token_counter(pipeline.tokenizer), token_counter(pipeline.tokenizer_2)]
 

@@ -16,7 +16,7 @@ class Bounds(Group):
 
     queue_limit: int = Field(32, ge=1, description="Jobs that may wait; one more is answered 429.")
     max_batch: int = Field(
-        4,
+        8,
         ge=1,
         le=64,
         description="Jobs that share a forward pass at the most; by shape it is as many as make pictures faster.",

@@ -64,6 +64,9 @@ class Models(Group):
     attention_slicing: bool = Field(False, description="1 computes attention in slices: less memory, slower.")
     vae_slicing: bool = Field(False, description="1 decodes the pictures of a batch one by one: less memory.")
     vae_tiling: bool = Field(False, description="1 decodes large pictures in tiles: less memory, faint differences.")
+    prompt_cache_bytes: int = Field(
+        67_108_864, ge=0, description="Encoded prompts each model keeps for when they come again, in bytes; 0: none."
+    )
     device: str = Field(
         "auto",
         pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$",

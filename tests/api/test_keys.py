@@ -215,6 +215,16 @@ def test_head_draws_nothing_and_get_only_while_it_may(house_of: Callable[..., Ho
     assert house_of().client.head("/create_and_upload_image", params=ORDER).status_code == 405
 
 
+def test_an_unexpected_error_is_as_well_protected(house: House) -> None:
+    """It is answered outside of everything else, and in the shape of its door."""
+    for path, size in (("/create_and_upload_image", {"width": 64}), ("/v1/images/generations", {"size": "64x64"})):
+        answer = house.client.post(path, json={"prompt": "an unpreparable square", **size})
+        assert answer.status_code == 500
+        assert answer.headers["x-content-type-options"] == "nosniff"
+        assert answer.headers["cache-control"] == "no-store"
+        assert ("error" in answer.json()) == path.startswith("/v1")
+
+
 @pytest.mark.parametrize("path", ["/create_and_upload_image", "/healthz", "/nothing", "/files/none", "/metrics"])
 def test_every_answer_tells_browsers_what_it_is_not(house: House, path: str) -> None:
     """Not to guess types, frame it, load from it, or keep what is not meant to be kept."""

@@ -24,7 +24,10 @@ TXT2IMG, IMG2IMG = "/sdapi/v1/txt2img", "/sdapi/v1/img2img"
 
 
 def client_of(live: Live, **more: Any) -> webuiapi.WebUIApi:
-    return webuiapi.WebUIApi(baseurl=f"{live.url}/sdapi/v1", sampler="Euler", steps=4, **more)
+    client = webuiapi.WebUIApi(baseurl=f"{live.url}/sdapi/v1", sampler="Euler", steps=4, **more)
+    client.session.headers["Connection"] = "close"  # it never closes them itself
+    client.session.close()
+    return client
 
 
 @pytest.fixture

@@ -185,3 +185,41 @@ def test_stopping_fails_what_waits_and_finishes_what_runs(engine_of: EngineOf, g
         waiting.result.result(10)
     with pytest.raises(NotReady):
         engine.submit(job("too late"))
+
+
+def test_a_job_that_waits_for_its_next_turn_can_be_cancelled(engine_of: EngineOf, gated: PaintedSquares) -> None:
+    """A long job that was set aside for another shape is taken out of the line, and steps no more."""
+    engine = engine_of(gated)
+    long = engine.submit(job("long", steps=100))
+    until(lambda: len(gated.batches) == 1)
+    # Sixty steps of another shape: begun after the turn of the first, and not over before it is cancelled.
+    other = engine.submit(
+        job("other", steps=60, width=128),
+        watch=lambda event: long.result.cancel() if event.kind is EventKind.STEP and event.step == 3 else None,
+    )
+    open_gate(gated)
+    other.result.result(10)
+    until(lambda: engine.running == engine.waiting == 0)
+    with pytest.raises(CancelledError):
+        long.result.result(0)
+    first = gated.batches.index(["other"])
+    assert all(batch == ["other"] for batch in gated.batches[first:])
+
+
+def test_a_job_cancelled_while_it_is_prepared_takes_no_step(engine_of: EngineOf) -> None:
+    """The device is free at once, and the end is told once."""
+    tickets, handed_in, events = list[Any](), threading.Event(), list[Event]()
+
+    class Hesitant(PaintedSquares):
+        def prepare(self, job: Job) -> Any:
+            handed_in.wait(10)
+            tickets[0].result.cancel()
+            return super().prepare(job)
+
+    painter = Hesitant()
+    engine = engine_of(painter, observe=events.append)
+    tickets.append(engine.submit(job("doomed")))
+    handed_in.set()
+    until(lambda: engine.running == 0 and events[-1].kind is EventKind.CANCELLED)
+    assert painter.batches == []
+    assert [event.kind for event in events].count(EventKind.CANCELLED) == 1

@@ -57,12 +57,18 @@ def test_a_drawn_picture_is_decoded_with_less_memory_and_not_drawn_again(engine_
 
 
 def test_a_poisoned_device_is_given_up(engine_of: EngineOf) -> None:
-    """The phase says so, everyone is told to come back, nothing more is taken, and the process is to be replaced."""
+    """The phase says so, nothing more is taken, and the process is to be replaced.
+
+    Those on the device hear that it was lost, as one of them may be why; those in the line have to come back.
+    """
     painter, ends = Poisonous(gate=threading.Event()), list[bool]()
     engine = engine_of(painter, max_batch=2, poisoned=lambda: ends.append(True))
     tickets = [engine.submit(job(prompt)) for prompt in ("poison", "its mate", "waiting", "waiting too")]
     open_gate(painter)
-    for ticket in tickets:
+    for ticket in tickets[:2]:
+        with pytest.raises(DevicePoisoned):
+            ticket.result.result(10)
+    for ticket in tickets[2:]:
         with pytest.raises(NotReady):
             ticket.result.result(10)
     until(lambda: ends == [True])
@@ -104,7 +110,7 @@ def test_poison_while_preparing_or_finishing_ends_it_as_well(engine_of: EngineOf
 
     for painter in (PreparePoison(), FinishPoison()):
         engine = engine_of(painter)
-        with pytest.raises(NotReady):
+        with pytest.raises(DevicePoisoned):
             engine.submit(job("a square")).result.result(10)
         assert engine.phase is Phase.FAILED
 

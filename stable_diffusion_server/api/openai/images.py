@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
+from stable_diffusion_server.api.aside import aside
 from stable_diffusion_server.api.asked import read_as
 from stable_diffusion_server.api.callers import caller_of, within
 from stable_diffusion_server.api.handlers import client_gone
@@ -18,6 +19,7 @@ from stable_diffusion_server.api.openai import answers
 from stable_diffusion_server.api.openai.answers import Made
 from stable_diffusion_server.api.openai.parameters import Edit, Generation, ImagesParameters
 from stable_diffusion_server.api.openai.streams import EventStream, Partials
+from stable_diffusion_server.api.schemas import documented
 from stable_diffusion_server.api.together import together
 from stable_diffusion_server.errors import NotFound, TooLarge
 from stable_diffusion_server.image_processing import Pixels, encode
@@ -50,22 +52,34 @@ def router(service: Service, house: House, url_of: UrlOf) -> APIRouter:
         what = _Asked(parameters, orders, caller, kind)
         return await (_streamed if parameters.stream else _answered)(request, service, house, url_of, what)
 
-    @routes.post("/images/generations", operation_id="create_image", response_model=None)
+    @routes.post(
+        "/images/generations",
+        summary="OpenAI: draw pictures",
+        operation_id="create_image",
+        openapi_extra=documented(Generation, house.limits, "POST"),
+        response_model=None,
+    )
     async def generations(request: Request) -> Response:
         """Draw pictures from a prompt."""
         return await asked(request, Generation, "image_generation")
 
-    @routes.post("/images/edits", operation_id="create_image_edit", response_model=None)
+    @routes.post(
+        "/images/edits",
+        summary="OpenAI: draw a picture anew, or a part of it",
+        operation_id="create_image_edit",
+        openapi_extra=documented(Edit, house.limits, "POST", ("multipart/form-data",)),
+        response_model=None,
+    )
     async def edits(request: Request) -> Response:
         """Draw a picture anew after a prompt, or what a mask leaves transparent."""
         return await asked(request, Edit, "image_edit")
 
-    @routes.get("/models", operation_id="list_models", response_model=None)
+    @routes.get("/models", summary="OpenAI: the models", operation_id="list_models", response_model=None)
     async def models() -> Response:
         """The models, and the further names they are known by."""
         return JSONResponse(answers.models_answer(house.models.values(), house.aliases))
 
-    @routes.get("/models/{model}", operation_id="retrieve_model", response_model=None)
+    @routes.get("/models/{model}", summary="OpenAI: one model", operation_id="retrieve_model", response_model=None)
     async def model(model: str) -> Response:
         """One model."""
         facts = house.models.get(house.aliases.get(model, model))
@@ -89,7 +103,8 @@ async def _answered(request: Request, service: Service, house: House, url_of: Ur
         return client_gone()
     if sum(len(one.file) for one in made) * 4 // 3 > house.max_response_bytes:
         raise TooLarge("The pictures are too large for one answer; ask for fewer, or response_format url.")
-    return JSONResponse(answers.answer(what.parameters, made))
+    size = sum(len(one.file) for one in made)
+    return await aside(size, lambda: JSONResponse(answers.answer(what.parameters, made)))
 
 
 async def _streamed(request: Request, service: Service, house: House, url_of: UrlOf, what: _Asked) -> Response:
@@ -118,7 +133,7 @@ async def _streamed(request: Request, service: Service, house: House, url_of: Ur
         receipt, file = await service.picture(order, caller=what.caller, watch=watch, previews=previews)
         await asyncio.gather(*encoding)
         made = Made(receipt, url_of(request, receipt.key), file)
-        stream.send(answers.completed(what.parameters, made, what.kind))
+        stream.send(await aside(len(file), answers.completed, what.parameters, made, what.kind))
 
     async def work() -> None:
         await together([one(order) for order in what.orders])

@@ -52,6 +52,7 @@ class ImagesParameters(Asked):
     input_fidelity: str | None = Field(None, description="Taken and not honoured; `warnings` says so.")
     complexity: str | None = Field(None, description="Taken and not honoured; `warnings` says so.")
 
+    numbers: ClassVar[frozenset[str]] = Asked.numbers - {"quality"}
     own: ClassVar[frozenset[str]] = frozenset(
         "n size response_format output_format output_compression background quality stream partial_images moderation "
         "user safety_identifier style input_fidelity complexity".split()

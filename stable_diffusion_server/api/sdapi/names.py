@@ -45,6 +45,10 @@ _FIELDS = {
 }
 
 
+# Parameters that have bounds, with ours they are bounded by.
+BOUNDED = {theirs: ours for ours, theirs in _FIELDS.items() if ours not in ("scheduler", "lora", "model")}
+
+
 def scheduler_for(sampler: str, schedule: str, facts: ModelFacts) -> tuple[str | None, str | None]:
     """Our scheduler for a sampler and its schedule, and a sentence where it is not quite that one.
 

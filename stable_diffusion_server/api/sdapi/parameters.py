@@ -49,7 +49,7 @@ _MARGIN_MAX = 2048
 class Txt2Img(BaseModel):
     """Parameters of text to image. What is not named here is taken, and told where it asks for something."""
 
-    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False, strict=True)
 
     prompt: str = Field(
         "", description="What to draw; `<lora:name:0.8>` draws with an adapter.", examples=["a red circle"]
