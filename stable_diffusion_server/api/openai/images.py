@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
+from stable_diffusion_server.api.answering import Answering
 from stable_diffusion_server.api.aside import aside
 from stable_diffusion_server.api.asked import read_as
 from stable_diffusion_server.api.callers import caller_of, within
@@ -21,9 +22,9 @@ from stable_diffusion_server.api.openai.parameters import Edit, Generation, Imag
 from stable_diffusion_server.api.openai.streams import EventStream, Partials
 from stable_diffusion_server.api.schemas import documented
 from stable_diffusion_server.api.together import together
-from stable_diffusion_server.errors import NotFound, TooLarge
+from stable_diffusion_server.errors import InvalidInput, NotFound, TooLarge
 from stable_diffusion_server.image_processing import Pixels, encode
-from stable_diffusion_server.orders import Caller, EventKind, Format, Order, Progress
+from stable_diffusion_server.orders import Caller, EventKind, Format, Order, Progress, Receipt
 from stable_diffusion_server.service import Service
 
 UrlOf = Callable[[Request, str], str]
@@ -41,8 +42,11 @@ class _Asked:
     kind: str
 
 
-def router(service: Service, house: House, url_of: UrlOf) -> APIRouter:
-    """The doors over a service; `url_of` makes the URL of a key for the client at hand."""
+def router(service: Service, answering: Answering, house: House, url_of: UrlOf) -> APIRouter:
+    """The doors over a service; `url_of` makes the URL of a key for the client at hand.
+
+    A request for one picture that is not streamed may be answered by a job, and once for its idempotency key.
+    """
     routes = APIRouter(tags=["openai"], prefix="/v1")
 
     async def asked(request: Request, schema: type[ImagesParameters], kind: str) -> Response:
@@ -50,6 +54,14 @@ def router(service: Service, house: House, url_of: UrlOf) -> APIRouter:
         caller = caller_of(request)
         orders = [within(caller, order) for order in parameters.orders(house)]
         what = _Asked(parameters, orders, caller, kind)
+        if len(orders) == 1 and not parameters.stream:
+
+            async def render(request: Request, receipt: Receipt, file: bytes) -> Response:
+                return await _told(house, what, [Made(receipt, url_of(request, receipt.key), file)])
+
+            return await answering.answer(request, orders[0], render, picture=parameters.as_text)
+        if request.headers.get("idempotency-key") is not None:
+            raise InvalidInput("Idempotency-Key is for one picture that is not streamed.", field="Idempotency-Key")
         return await (_streamed if parameters.stream else _answered)(request, service, house, url_of, what)
 
     @routes.post(
@@ -99,8 +111,10 @@ async def _answered(request: Request, service: Service, house: House, url_of: Ur
         return Made(receipt, url_of(request, receipt.key), b"")
 
     made = await unless_disconnected(request, together([one(order) for order in what.orders]))
-    if made is None:
-        return client_gone()
+    return client_gone() if made is None else await _told(house, what, made)
+
+
+async def _told(house: House, what: _Asked, made: list[Made]) -> Response:
     if sum(len(one.file) for one in made) * 4 // 3 > house.max_response_bytes:
         raise TooLarge("The pictures are too large for one answer; ask for fewer, or response_format url.")
     size = sum(len(one.file) for one in made)
