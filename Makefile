@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # uv does the installing, since pip knows no overrides (see pyproject.toml), and it does not read pip's find-links.
 UV := UV_FIND_LINKS="$(PIP_FIND_LINKS)" $(BIN)/uv pip install --quiet --python $(BIN)/python
 
-.PHONY: run venv test lint format clean
+.PHONY: run venv test lint format train clean
 
 run: $(VENV)/.run
 	@$(BIN)/python -m stable_diffusion_server serve
@@ -25,6 +25,10 @@ lint: $(VENV)/.test
 format: $(VENV)/.test
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# Everything in models/ from nothing, going on where it was stopped; `make train TRAIN="--device cuda"` on a GPU.
+train: $(VENV)/.run
+	$(BIN)/python -m training $(TRAIN)
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

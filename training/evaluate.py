@@ -17,7 +17,7 @@ from PIL import Image
 from training.grammar import restyled, say_scene
 from training.judge import judge_landscape, judge_scene
 from training.landscape import Landscape
-from training.pool import held_out
+from training.store import held_out
 from training.text import T5_LENGTH
 from training.vae import render
 from training.world import Picture, Scene, sheet
@@ -76,26 +76,18 @@ def prompts_for(scenes: Sequence[Scene | Landscape], rate: float = 0.0, typed: b
     return [restyled(caption, rng) for caption in said] if typed else said
 
 
-def show_samples(pipe: DiffusionPipeline, folder: Path, family: str, read: dict[str, float]) -> None:
+def show_samples(pipe: DiffusionPipeline, folder: Path) -> None:
     """Write a sheet of held-out samples and a line of quick figures into a stage's folder."""
-    one = held_out("one", "flat", 24, 90_201) + held_out("placed", "flat", 6, 90_202)
-    two = held_out("two", "flat", 30, 90_203)
-    rest = (
-        held_out("many", None, 5, 90_204)
-        + held_out("one", "striped", 3, 90_205)
-        + held_out("landscape", None, 12, 90_206)
-    )
-    drawn = {name: draw(pipe, prompts_for(scenes)) for name, scenes in (("one", one), ("two", two), ("rest", rest))}
-    note = {
-        "family": family,
-        "read": read,
-        "one": rates(drawn["one"], one),
-        "two": rates(drawn["two"], two),
-        "rest": rates(drawn["rest"], rest),
+    sets = {
+        "one": held_out("one", "flat", 20, 90_201) + held_out("placed", "flat", 4, 90_202),
+        "two": held_out("two", "flat", 20, 90_203),
+        "rest": held_out("many", None, 3, 90_204) + held_out("landscape", None, 7, 90_206),
     }
+    drawn = {name: draw(pipe, prompts_for(scenes), at_once=12) for name, scenes in sets.items()}
+    note = {name: rates(drawn[name], scenes) for name, scenes in sets.items()}
     with (folder / "figures.txt").open("a") as file:
         file.write(json.dumps(note) + "\n")
-    page = sheet([*drawn["one"][:20], *drawn["two"][:20], *drawn["rest"]], 10)
+    page = sheet([*drawn["one"][:20], *drawn["two"], *drawn["rest"]], 10)
     image = Image.fromarray(page)
     image.resize((image.width // 2, image.height // 2), Image.Resampling.LANCZOS).save(folder / "samples.png")
 

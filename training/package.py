@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 from diffusers import (
-    AutoencoderKL,
     ControlNetModel,
     FluxControlNetModel,
     FluxPipeline,
@@ -45,16 +44,13 @@ def forget_origin(folder: Path) -> None:
 
 
 def run(names: tuple[str, ...] = tuple(PARTS)) -> None:
-    """Save every finished part under models/ as fp16 safetensors, with the newest autoencoder."""
+    """Save every finished part under models/ as fp16 safetensors."""
     for name in names:
         stage, kind = PARTS[name]
         made = RUNS / stage / "out"
         if not made.exists():
             continue
-        extra = {}
-        if stage in ("sdxl", "flux"):
-            extra["vae"] = AutoencoderKL.from_pretrained(RUNS / "vae" / "out", dtype=torch.float16)
-        loaded = kind.from_pretrained(made, dtype=torch.float16, **extra)
+        loaded = kind.from_pretrained(made, dtype=torch.float16)
         clear(MODELS / name)
         loaded.save_pretrained(MODELS / name, safe_serialization=True)
         forget_origin(MODELS / name)
