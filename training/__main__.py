@@ -25,7 +25,7 @@ PLANS: dict[str, Plan] = {
     "lora": Plan("lora", 400, 2e-3, average=0.98, cooling=0.4),
 }
 """What is trained, in order, and how long from nothing."""
-STORES: dict[str, int] = {"pictures": 96, "edges": 16, "outlines": 4}
+STORES: dict[str, int] = {"pictures": 64, "edges": 16, "outlines": 4}
 """How many parts of pictures are drawn and encoded for the stages, by store."""
 
 

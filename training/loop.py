@@ -108,7 +108,7 @@ class Session:
         return int(state["step"])
 
     def keep(self, step: int) -> None:
-        """Save a checkpoint, and show samples with the averaged weights in place."""
+        """Save a checkpoint."""
         state: dict[str, object] = {
             "step": step,
             "modules": {name: module.state_dict() for name, module in self.modules.items()},
@@ -116,6 +116,9 @@ class Session:
             "average": self.average.values,
         }
         save_checkpoint(self.folder / "last.pt", state)
+
+    def display(self) -> None:
+        """Show samples with the averaged weights in place."""
         self.average.swap()
         self.set_training(False)
         self.show(self.folder)
@@ -159,7 +162,7 @@ def train(
     by a checkpoint and the end of the process. Returns the folder.
     """
     stopping: list[int] = []
-    signal.signal(signal.SIGTERM, lambda number, _: stopping.append(number))
+    before = signal.signal(signal.SIGTERM, lambda number, _: stopping.append(number))
     session = Session(plan, modules, show)
     first = 0 if fresh else session.resume()
     torch.manual_seed(plan.seed * 1_000_003 + first)
@@ -180,8 +183,11 @@ def train(
                 raise SystemExit(f"{plan.name} stopped after step {step + 1}; the same command goes on")
             if time.monotonic() - saved > plan.every:
                 session.keep(step + 1)
+                session.display()
                 saved = time.monotonic()
+    signal.signal(signal.SIGTERM, before)
     session.keep(plan.steps)
+    session.display()
     session.average.swap()
     session.set_training(False)
     return session.folder
