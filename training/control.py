@@ -75,7 +75,7 @@ def run_sdxl(plan: Plan, unet: UNet2DConditionModel, scale: float, words: sdxl.W
                 "time_ids": sdxl.size_ids(batch.size, count, embeds.device),
             },
         }
-        hint = batch.hints.to(embeds.device).expand(-1, 3, -1, -1)
+        hint = batch.edges()[0].to(embeds.device).expand(-1, 3, -1, -1)
         steps = steps.to(embeds.device)
         down, middle = net(mixed, steps, controlnet_cond=hint, return_dict=False, **common)
         guess = unet(mixed, steps, down_block_additional_residuals=down, mid_block_additional_residual=middle, **common)
@@ -109,7 +109,7 @@ def run_flux(
             "img_ids": places,
             "txt_ids": torch.zeros(embeds.shape[1], 3, device=embeds.device),
         }
-        hint = flux.packed(flux.folded(batch.hint_latents.to(embeds.device), vae))
+        hint = flux.packed(flux.folded(batch.edges()[1].to(embeds.device), vae))
         double, single = net(controlnet_cond=hint, return_dict=False, **common)
         guess = transformer(controlnet_block_samples=double, controlnet_single_block_samples=single, **common).sample
         return F.mse_loss(guess, target)

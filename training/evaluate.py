@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ def draw(
     steps: int = 4,
     guidance: float | None = None,
     at_once: int = 10,
-    **extra: object,
+    **extra: Any,
 ) -> list[Picture]:
     """Draw every prompt with the seed of its number; ``size`` is width and height in pixels."""
     family = "flux" if isinstance(pipe, FluxPipeline) else "sdxl"
@@ -109,7 +110,7 @@ SETS: dict[str, tuple[str | None, str | None, int, int]] = {
 
 
 def measure(
-    pipe: DiffusionPipeline, size: tuple[int, int] = (256, 256), steps: int = 4, **extra: object
+    pipe: DiffusionPipeline, size: tuple[int, int] = (256, 256), steps: int = 4, **extra: Any
 ) -> dict[str, dict[str, float]]:
     """Return the rates of every set of ``SETS`` in plain words, and of one and two objects as people type."""
     table = {}

@@ -136,7 +136,6 @@ def run(plan: Plan, vae: AutoencoderKL, words: Words, fresh: bool = False) -> Pa
     unet = build().to(plan.device, memory_format=torch.channels_last)
     shares, scale = signal_shares(), vae.config.scaling_factor
     store = Store("pictures")
-    quick = torch.compile(unet, dynamic=False) if plan.compiled else unet
 
     def step_loss(step: int, rng: Rng) -> Tensor:
         batch = store.batch(BATCH, rng)
@@ -146,7 +145,7 @@ def run(plan: Plan, vae: AutoencoderKL, words: Words, fresh: bool = False) -> Pa
         steps = draw_steps(count)
         mixed, target = noised(batch.latents.to(embeds.device) * scale, steps, shares)
         conditions = {"text_embeds": pooled * kept[:, None], "time_ids": size_ids(batch.size, count, embeds.device)}
-        guess = (quick if batch.size == (256, 256) else unet)(
+        guess = unet(
             mixed.contiguous(memory_format=torch.channels_last),
             steps.to(embeds.device),
             embeds * kept[:, None, None],

@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -118,6 +119,12 @@ class Batch:
     hints: Tensor | None = None
     hint_latents: Tensor | None = None
 
+    def edges(self) -> tuple[Tensor, Tensor]:
+        """Return the edge maps and their latents. Raises `ValueError` where the store keeps none."""
+        if self.hints is None or self.hint_latents is None:
+            raise ValueError("this store keeps no edge maps")
+        return self.hints, self.hint_latents
+
 
 class Store:
     """What has been made of a store so far, in memory; ``refresh`` reads what came since."""
@@ -125,7 +132,7 @@ class Store:
     def __init__(self, name: str) -> None:
         self.folder = RUNS / name
         self.read: set[str] = set()
-        self.parts: dict[tuple[int, int], list[dict[str, NDArray[np.generic]]]] = {}
+        self.parts: dict[tuple[int, int], list[dict[str, NDArray[Any]]]] = {}
         self.scenes: dict[tuple[int, int], list[list[Scene | Landscape]]] = {}
         self.refresh()
 
@@ -142,7 +149,7 @@ class Store:
             self.scenes.setdefault((width * 8, height * 8), []).append([from_text(str(line)) for line in lines])
             self.read.add(path.name)
 
-    def gather(self, size: tuple[int, int], name: str, places: list[tuple[int, int]]) -> NDArray[np.generic]:
+    def gather(self, size: tuple[int, int], name: str, places: list[tuple[int, int]]) -> NDArray[Any]:
         """Return one kind of what is kept of the pictures at places (part, number)."""
         return np.stack([self.parts[size][part][name][number] for part, number in places])
 

@@ -39,15 +39,16 @@ def test_a_batch_holds_latents_of_one_size_with_their_scenes(small: Path) -> Non
         assert len(batch.scenes) == len(batch.latents) >= 2
         seen[batch.size] = batch.latents.shape[1:]
     assert seen == {(128, 128): (4, 16, 16), (384, 256): (4, 32, 48)}
+    with pytest.raises(ValueError, match="no edge maps"):
+        held.batch(2, np.random.default_rng(0)).edges()
 
 
 def test_edge_maps_come_back_as_they_were(small: Path) -> None:
     """A hint is 0 or 1 for every pixel, beside its own latents."""
     store.fill(vae.build(), "edges", 1, control.draw_loose, world.edges)
     batch = store.Store("edges").batch(2, np.random.default_rng(0))
-    assert batch.hints is not None
-    assert batch.hint_latents is not None
-    assert batch.hints.shape[1:] == (1, 128, 128)
-    assert set(batch.hints.unique().tolist()) == {0.0, 1.0}
-    assert batch.hint_latents.shape == batch.latents.shape
+    hints, latents = batch.edges()
+    assert hints.shape[1:] == (1, 128, 128)
+    assert set(hints.unique().tolist()) == {0.0, 1.0}
+    assert latents.shape == batch.latents.shape
     assert batch.latents.dtype == torch.float32
