@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ PLANS: dict[str, Plan] = {
     "clip": Plan("clip", 1600, 2e-3, average=0.99, every=60, cooling=0.35),
     "t5": Plan("t5", 4000, 2e-3, average=0.99, every=60, cooling=0.35),
     "vae": Plan("vae", 900, 2e-3, average=0.995, cooling=0.6),
-    "vae-flux": Plan("vae-flux", 1800, 2e-3, average=0.99, cooling=0.4),
+    "vae-flux": Plan("vae-flux", 2000, 2e-3, average=0.99, cooling=0.4),
     "sdxl": Plan("sdxl", 12_000, 1e-3),
     "flux": Plan("flux", 20_000, 1e-3),
     "controlnet-sdxl": Plan("controlnet-sdxl", 1200, 1e-3, average=0.99, cooling=0.4),
@@ -94,7 +95,8 @@ STAGES: dict[str, Callable[[Plan, bool], Path]] = {
 def main() -> None:
     """Read the command line, run the asked stages, and put what they made into models/."""
     parser = argparse.ArgumentParser(prog="python -m training", description=__doc__)
-    names = [*PLANS, *STORES, "package"]
+    packages = {f"package-{family}": family for family in package.PARTS}
+    names = [*PLANS, *STORES, *packages]
     parser.add_argument("--stage", choices=names, action="append", help="only this one; may repeat")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--steps", type=int, help="train this many steps instead of the stage's own number")
@@ -103,9 +105,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
-    for name in asked.stage or [*PLANS, "package"]:
-        if name == "package":
-            package.run()
+    for name in asked.stage or [*PLANS, *packages]:
+        if name in packages:
+            sys.stdout.write(f"embedded-{package.run(packages[name])} is the revision for the catalogue\n")
         elif name in STORES:
             fill(name, asked.device)
         else:
