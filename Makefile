@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 # uv does the installing, since pip knows no overrides (see pyproject.toml), and it does not read pip's find-links.
 UV := UV_FIND_LINKS="$(PIP_FIND_LINKS)" $(BIN)/uv pip install --quiet --python $(BIN)/python
 
-.PHONY: run venv test lint format train clean
+.PHONY: run venv test lint gpu-check fuzz format train clean
 
 run: $(VENV)/.run
-	@$(BIN)/python -m stable_diffusion_server serve
+	@$(BIN)/python -m stable_diffusion_server.watchdog -- $(BIN)/python -m stable_diffusion_server serve
 
 venv: $(VENV)/.run
 
@@ -21,6 +21,14 @@ lint: $(VENV)/.test
 	$(BIN)/flake8
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# Full-size models with random weights; DEVICE=cpu TINY=--tiny tries the script itself.
+gpu-check: $(VENV)/.test
+	$(BIN)/python -m benchmarks.gpu --device $(or $(DEVICE),cuda) $(TINY) --out $(or $(OUT),gpu-check.md)
+
+# Thousands of requests made from the OpenAPI document; minutes, and so not a part of `test`.
+fuzz: $(VENV)/.test
+	$(BIN)/python scripts/fuzz.py
 
 format: $(VENV)/.test
 	$(BIN)/ruff format .

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import socket
 import sys
@@ -15,7 +16,8 @@ import uvicorn
 
 from stable_diffusion_server.bucket_api import StorageOptions, check_bucket, object_key, open_bucket
 from stable_diffusion_server.errors import StorageUnavailable
-from stable_diffusion_server.settings import Settings, SettingsError, describe_settings, read_settings
+from stable_diffusion_server.settings import Settings
+from stable_diffusion_server.settings.reading import SettingsError, describe_settings, read_settings
 
 _PROMPT = "a red circle on a blue background"
 
@@ -27,17 +29,28 @@ def main(arguments: list[str] | None = None) -> None:
     commands.add_parser(
         "serve", help="start the server; HOST, PORT and the other settings are read from the environment"
     )
+    commands.add_parser("api", help="print the doors with their parameters and answers, as in docs/api.md")
     commands.add_parser("settings", help="print every setting with its default and meaning")
     commands.add_parser(
         "check-storage", help="try everything the server does with the bucket of the settings, one line each"
     )
     chosen = parser.parse_args(arguments).command
-    if chosen == "settings":
+    if chosen == "api":
+        sys.stdout.write(describe_api())
+    elif chosen == "settings":
         sys.stdout.write(describe_settings() + "\n")
     elif chosen == "check-storage":
         check_storage()
     else:
         serve()
+
+
+def describe_api() -> str:
+    """The doors as a page of Markdown, with the defaults of every setting and the models that come along."""
+    from stable_diffusion_server.api.description.markdown import markdown
+    from stable_diffusion_server.app import create_app
+
+    return markdown(create_app(Settings(_env_file=None, models="embedded")).openapi())
 
 
 def check_storage() -> None:
@@ -77,7 +90,7 @@ def serve() -> None:
     """Serve until a signal ends it."""
     settings = _settings()
     # Imported after the settings were read, so that a wrong one is told at once.
-    from stable_diffusion_server.app import STOP_GRACE_SECONDS, create_app
+    from stable_diffusion_server.app import create_app
 
     def announce() -> None:
         sys.stdout.write(welcome(settings, port))
@@ -90,7 +103,12 @@ def serve() -> None:
     sys.stdout.write("Loading the models; the first picture can be asked for in a few seconds.\n")
     sys.stdout.flush()
     config = uvicorn.Config(
-        app, access_log=False, log_level="warning", timeout_graceful_shutdown=int(STOP_GRACE_SECONDS)
+        app,
+        access_log=False,
+        log_level="warning",
+        timeout_graceful_shutdown=math.ceil(settings.stop_seconds),
+        proxy_headers=False,  # TRUSTED_PROXIES says whose are believed
+        server_header=False,
     )
     uvicorn.Server(config).run(sockets=[listening])
 

@@ -17,9 +17,21 @@ from stable_diffusion_server.image_processing import (
     to_size,
     whole,
 )
-from stable_diffusion_server.orders import Job, Picture, Warned
+from stable_diffusion_server.orders import Job, Order, Picture, Warned
 from stable_diffusion_server.pipelines.catalog import ModelFacts
+from stable_diffusion_server.regions import Box, around, filled, fitted, resized
 from stable_diffusion_server.resolving import Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Around:
+    """The part of a picture that is drawn: where it is, the whole picture and its mask, the size it is drawn at."""
+
+    box: Box
+    picture: Pixels
+    mask: Pixels
+    width: int
+    height: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +39,8 @@ class Scene:
     """A plan with its pictures: the job to draw, and how what is drawn becomes the picture that was asked for.
 
     `width` and `height` are the picture's, in pixels. With `image` and `mask` (uint8, height × width × 3 and height ×
-    width) what is drawn is laid over the image where the mask is not 0.
+    width) what is drawn is laid over the image where the mask is not 0. With `around` that is a part of the
+    picture, and is put back into it.
     """
 
     job: Job
@@ -37,9 +50,13 @@ class Scene:
     image: Pixels | None
     mask: Pixels | None
     warnings: tuple[Warned, ...]
+    around: Around | None = None
 
     def finished(self, drawn: Pixels) -> Pixels:
         """The picture asked for from the one drawn on the canvas (both uint8, height × width × 3)."""
+        if self.around is not None:
+            part = to_size(drawn, self.around.width, self.around.height, resample=self.canvas.resampled)
+            return paste_back(self.around.box.put(part, self.around.picture), self.around.picture, self.around.mask)
         sized = to_size(drawn, self.width, self.height, resample=self.canvas.resampled)
         return sized if self.image is None or self.mask is None else paste_back(sized, self.image, self.mask)
 
@@ -47,19 +64,27 @@ class Scene:
 def compose(plan: Plan, image: Pixels | None = None, mask: Pixels | None = None) -> Scene:
     """The scene of a plan with its decoded pictures (uint8, height × width × 3). Raises `InvalidInput`."""
     order, words, facts = plan.order, plan.words, plan.words.facts
+    whole_image, whole_mask, box = image, None, None
     if image is not None:
+        kept = to_mask(mask, image.shape[1], image.shape[0]) if mask is not None else None
+        if kept is not None and order.mask is not None and order.mask.inverted:
+            kept = 255 - kept
+        if kept is not None and order.mask is not None and not kept.any():
+            lack = "has no transparent part" if order.mask.transparency else "covers nothing"
+            lack = lack if order.mask.transparency or order.mask.inverted else "is black all over"
+            raise InvalidInput(
+                f"{order.mask.parameter} {lack}: nothing is to be repainted.", field=order.mask.parameter
+            )
+        whole_mask = kept
+        image, kept, box = _laid_out(order, image, kept)
         height, width = image.shape[:2]
     elif order.width is not None and order.height is not None:
-        width, height = order.width, order.height
+        width, height, kept = order.width, order.height, None
     else:
         raise ValueError("an order without an image has a size")
     canvas = plan_canvas(width, height, facts.native_pixels, facts.floor)
-    kept = to_mask(mask, width, height) if mask is not None else None
-    if kept is not None and order.mask is not None and not kept.any():
-        raise InvalidInput(
-            f"{order.mask.parameter} is black all over: nothing is to be repainted.", field=order.mask.parameter
-        )
-    seen = to_canvas(image, canvas) if image is not None else None
+    shown = filled(image, kept, order.fill, plan.seed) if image is not None and kept is not None else image
+    seen = to_canvas(shown, canvas) if shown is not None else None
     job = Job(
         task=order.task,
         model=facts.name,
@@ -79,17 +104,31 @@ def compose(plan: Plan, image: Pixels | None = None, mask: Pixels | None = None)
         control_scale=words.control_scale,
         refine=order.refine and words.num_inference_steps > 1,  # a single step leaves nothing to refine
         loras=order.loras,
+        alone=order.alone,
     )
     soft = feathered(kept, order.feather) if kept is not None else None
-    return Scene(
-        job,
-        canvas,
-        width,
-        height,
-        image if kept is not None else None,
-        soft,
-        resampling_told(facts, width, height),
-    )
+    around_it = None
+    if box is not None and whole_image is not None and whole_mask is not None:
+        around_it = Around(box, whole_image, feathered(whole_mask, order.feather), width, height)
+    resampling = resampling_told(facts, width, height)
+    if around_it is not None:
+        height, width = around_it.picture.shape[:2]
+    kept_image = image if kept is not None else None
+    return Scene(job, canvas, width, height, kept_image, soft, resampling, around_it)
+
+
+def _laid_out(order: Order, image: Pixels, mask: Pixels | None) -> tuple[Pixels, Pixels | None, Box | None]:
+    """The image and its mask at the size to draw, and the part of the image that is, where it is not all of it."""
+    if mask is not None and order.only_masked is not None:
+        height, width = image.shape[:2]
+        drawn_width, drawn_height = order.width or width, order.height or height
+        box = around(mask, order.only_masked, drawn_width / drawn_height)
+        image, mask = box.cut(image), box.cut(mask)
+        return resized(image, drawn_width, drawn_height), resized(mask, drawn_width, drawn_height), box
+    if order.width is not None and order.height is not None:
+        image = fitted(image, order.width, order.height, order.fit)
+        mask = fitted(mask, order.width, order.height, order.fit) if mask is not None else None
+    return image, mask, None
 
 
 def resampling_told(facts: ModelFacts, width: int, height: int) -> tuple[Warned, ...]:

@@ -114,6 +114,15 @@ class Busy(ServerError):
     retry_can_help = True
 
 
+class Overasked(ServerError):
+    """The caller asks more often, or for more at a time, than its key allows."""
+
+    status = 429
+    kind = "rate-limited"
+    title = "Too many requests"
+    retry_can_help = True
+
+
 class NotReady(ServerError):
     """The models are still loading, or could not be loaded, or the server is going down."""
 
@@ -121,6 +130,47 @@ class NotReady(ServerError):
     kind = "not-ready"
     title = "Not able to draw yet"
     retry_can_help = True
+
+
+class JournalUnavailable(ServerError):
+    """A job could not be written down, so it is not accepted: the disk is full, or the journal cannot be used."""
+
+    status = 503
+    kind = "journal-unavailable"
+    title = "The job could not be written down"
+    retry_can_help = True
+
+
+class InFlight(ServerError):
+    """A request with this idempotency key, or this job id, is being answered already."""
+
+    status = 409
+    kind = "in-flight"
+    title = "This is being answered already"
+    retry_can_help = True
+
+
+class KeyReused(ServerError):
+    """The idempotency key came with another request before."""
+
+    status = 422
+    kind = "idempotency-key-reused"
+    title = "This idempotency key belongs to another request"
+
+
+class Cancelled(ServerError):
+    """The job was cancelled by its id while someone waited for its answer."""
+
+    status = 409
+    kind = "cancelled"
+    title = "The job was cancelled"
+
+
+class EndsTheServer(ServerError):
+    """The server has died too often while this job was drawn; it is not tried again."""
+
+    kind = "ends-the-server"
+    title = "The server does not survive this job"
 
 
 class RemoteFailed(ServerError):
@@ -182,3 +232,15 @@ class WeightsUnusable(ServerError):
     status = 503
     kind = "weights-unusable"
     title = "The model files cannot be used"
+
+
+class DoesNotFit(WeightsUnusable):
+    """A model needs more memory than the device has free, or a device of another kind."""
+
+
+def error_of_kind(kind: str) -> type[ServerError]:
+    """The class of that kind; `ServerError` itself for one that is not known here."""
+    found = [ServerError]
+    for cause in found:
+        found += cause.__subclasses__()
+    return next((cause for cause in found if cause.kind == kind), ServerError)

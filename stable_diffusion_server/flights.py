@@ -4,16 +4,85 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, Generic, Protocol, TypeVar
+
+from stable_diffusion_server.orders import Progress
 
 T = TypeVar("T")
+
+
+class Listener(Protocol):
+    """Someone who follows an effort."""
+
+    @property
+    def wants_previews(self) -> bool:
+        """Whether small pictures on the way are of use."""
+
+    def tell(self, news: Progress) -> None:
+        """Take one piece of news, on the event loop."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Watcher:
+    """A listener that passes news on to a function. `previews` may change while it listens, as a function."""
+
+    watch: Callable[[Progress], None]
+    previews: bool | Callable[[], bool] = False
+
+    @property
+    def wants_previews(self) -> bool:
+        """Whether small pictures on the way are of use now."""
+        return self.previews() if callable(self.previews) else self.previews
+
+    def tell(self, news: Progress) -> None:
+        """Pass it on."""
+        self.watch(news)
+
+
+NOBODY = Watcher(lambda news: None)
+
+
+@dataclass(slots=True, eq=False)
+class Audience:
+    """All who follow one effort, itself a listener, so that an effort can follow another it waits for.
+
+    Who comes late is told the latest news at once.
+    """
+
+    _listeners: list[Listener] = field(default_factory=list)
+    _latest: Progress | None = None
+
+    @property
+    def wants_previews(self) -> bool:
+        """Whether any of them has a use for previews."""
+        return any(listener.wants_previews for listener in self._listeners)
+
+    def tell(self, news: Progress) -> None:
+        """Tell every one of them."""
+        self._latest = news
+        for listener in tuple(self._listeners):
+            listener.tell(news)
+
+    def enter(self, listener: Listener) -> None:
+        """Let someone follow from here on."""
+        self._listeners.append(listener)
+        if self._latest is not None:
+            listener.tell(self._latest)
+
+    def leave(self, listener: Listener) -> None:
+        """Tell someone no more."""
+        self._listeners.remove(listener)
+
+
+Start = Callable[[Audience], Coroutine[Any, Any, T]]
 
 
 @dataclass(slots=True)
 class _Flight(Generic[T]):
     task: asyncio.Task[T]
     tag: str
+    audience: Audience
     passengers: int = 0
     abandoned: bool = False
 
@@ -28,12 +97,17 @@ class Flights(Generic[T]):
     def __init__(self) -> None:
         self._flights: dict[str, _Flight[T]] = {}
 
+    def __contains__(self, key: object) -> bool:
+        """Whether an effort is under way under a key."""
+        return key in self._flights
+
     def __len__(self) -> int:
         return len(self._flights)
 
-    async def join(self, key: str, tag: str, start: Callable[[], Coroutine[Any, Any, T]]) -> tuple[T, bool]:
+    async def join(self, key: str, tag: str, start: Start[T], listener: Listener = NOBODY) -> tuple[T, bool]:
         """The result of the effort under `key`, and whether it was shared with one that was under way already.
 
+        `start` is given the audience it is to tell of how far it is; `listener` is among it while the caller waits.
         Raises what the effort raises. Cancelling one caller leaves the effort to the others.
         """
         while (flight := self._flights.get(key)) is not None and (flight.tag != tag or flight.abandoned):
@@ -42,16 +116,19 @@ class Flights(Generic[T]):
         if flight is None:
             flight = self._take_off(key, tag, start)
         flight.passengers += 1
+        flight.audience.enter(listener)
         try:
             return await asyncio.shield(flight.task), shared
         finally:
+            flight.audience.leave(listener)
             flight.passengers -= 1
             if flight.passengers == 0 and not flight.task.done():
                 flight.abandoned = True
                 flight.task.cancel()
 
-    def _take_off(self, key: str, tag: str, start: Callable[[], Coroutine[Any, Any, T]]) -> _Flight[T]:
-        flight = _Flight(asyncio.create_task(start()), tag)
+    def _take_off(self, key: str, tag: str, start: Start[T]) -> _Flight[T]:
+        audience = Audience()
+        flight = _Flight(asyncio.create_task(start(audience)), tag, audience)
         self._flights[key] = flight
         flight.task.add_done_callback(lambda task: self._arrived(key, flight, task))
         return flight

@@ -70,12 +70,16 @@ class Remedy:
 
 @dataclass(frozen=True, slots=True)
 class Judged(Generic[P]):
-    """The picture that was kept, the job it was drawn from, seconds spent on all tries by stage, and what to tell."""
+    """The picture that was kept, the job it was drawn from, seconds spent on all tries by stage, and what to tell.
+
+    `batched`: it shared forward passes with others.
+    """
 
     job: Job
     product: P
     timings: Mapping[str, float]
     warnings: tuple[Warned, ...]
+    batched: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +89,7 @@ class _Try(Generic[P]):
     job: Job
     product: P
     badness: float
+    batched: bool
 
 
 async def draw_well(job: Job, draw: Callable[[Job], Awaitable[Drawing[P]]], remedy: Remedy) -> Judged[P]:
@@ -111,7 +116,7 @@ async def draw_well(job: Job, draw: Callable[[Job], Awaitable[Drawing[P]]], reme
         timings.update(drawing.timings)
         badness = await asyncio.to_thread(_badness, job, drawing.product.pixels, remedy)
         if best is None or badness < best.badness:
-            best = _Try(job, drawing.product, badness)
+            best = _Try(job, drawing.product, badness, drawing.batched)
         if badness == _BLACK and not faults["black"] and not faults["bumpy"]:
             faults["black"] += 1
             job = reseeded(job)
@@ -120,7 +125,7 @@ async def draw_well(job: Job, draw: Callable[[Job], Awaitable[Drawing[P]]], reme
             job = await asyncio.to_thread(remedy.applied, job)
         else:
             break
-    return Judged(best.job, best.product, timings, _told(faults, best.badness))
+    return Judged(best.job, best.product, timings, _told(faults, best.badness), best.batched)
 
 
 def reseeded(job: Job) -> Job:

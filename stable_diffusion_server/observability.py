@@ -5,17 +5,21 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO
 
 import structlog
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 from tqdm import tqdm
 
 from stable_diffusion_server.orders import Event, EventKind
 
 Observer = Callable[[Event], None]
+# A shape's name, the most jobs that share a step of it, and seconds a step by how many do.
+ShapeFigures = tuple[str, int, Mapping[int, float]]
 
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 
@@ -44,7 +48,12 @@ def configure_logging(level: str, log_format: str) -> None:
 class Metrics:
     """Prometheus figures, in a registry of their own."""
 
-    def __init__(self, waiting: Callable[[], float], running: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        waiting: Callable[[], float],
+        running: Callable[[], float],
+        shapes: Callable[[], Iterable[ShapeFigures]] = tuple,
+    ) -> None:
         self.registry = CollectorRegistry()
         self._jobs = Counter("sds_jobs", "Jobs by what became of them", ["outcome"], registry=self.registry)
         self._steps = Counter("sds_steps", "Denoising steps done, summed over jobs", registry=self.registry)
@@ -59,6 +68,11 @@ class Metrics:
         )
         Gauge("sds_queue_waiting", "Jobs waiting", registry=self.registry).set_function(waiting)
         Gauge("sds_queue_running", "Jobs on the device", registry=self.registry).set_function(running)
+        self.registry.register(_Shapes(shapes))
+
+    def follow_storage(self, figures: Callable[[], Mapping[str, float]]) -> None:
+        """Show what waits for the storage, and how often it failed."""
+        self.registry.register(_Storage(figures))
 
     def observe(self, event: Event) -> None:
         """Count an event of the engine."""
@@ -80,6 +94,41 @@ class Metrics:
     def exposition(self) -> bytes:
         """The figures in Prometheus's text format."""
         return generate_latest(self.registry)
+
+
+class _Shapes(Collector):
+    """Figures by shape, asked for when they are read."""
+
+    def __init__(self, shapes: Callable[[], Iterable[ShapeFigures]]) -> None:
+        self._shapes = shapes
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        """A gauge of caps, and one of step times."""
+        caps = GaugeMetricFamily("sds_batch_cap", "Most jobs of a shape that share a step", labels=["shape"])
+        seconds = GaugeMetricFamily("sds_step_seconds", "Seconds of one step, measured", labels=["shape", "jobs"])
+        for shape, cap, by_size in self._shapes():
+            caps.add_metric([shape], cap)
+            for size, value in by_size.items():
+                seconds.add_metric([shape, str(size)], value)
+        yield from (caps, seconds)
+
+
+class _Storage(Collector):
+    """Figures of the spool, asked for when they are read."""
+
+    def __init__(self, figures: Callable[[], Mapping[str, float]]) -> None:
+        self._figures = figures
+
+    def collect(self) -> Iterator[Metric]:
+        """Three gauges and a counter."""
+        figures = self._figures()
+        for name, told in (
+            ("pictures", "Pictures that wait for the storage"),
+            ("bytes", "Bytes on disk of the pictures that wait"),
+            ("oldest_seconds", "Age of the oldest picture that waits"),
+        ):
+            yield GaugeMetricFamily(f"sds_spool_{name}", told, value=figures[name])
+        yield CounterMetricFamily("sds_storage_failures", "Times the storage failed", value=figures["failures"])
 
 
 class ConsoleProgress:
@@ -115,15 +164,24 @@ class ConsoleProgress:
 
 
 class Heartbeat:
-    """Touches `progress.txt` at each sign of life, so that a watchdog can tell work from a hang."""
+    """Touches `progress.txt` at each sign of life, so that a watchdog can tell work from a hang.
+
+    The first line is the time of day (UTC, HH:MM:SS), as users of the file expect, the second the jobs under way.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._under_way: set[str] = set()
 
     def observe(self, event: Event) -> None:
-        """Write the time of day (UTC, HH:MM:SS), as users of the file expect; waiting is no sign of life."""
-        if event.kind is not EventKind.QUEUED:
-            self._path.write_text(time.strftime("%H:%M:%S\n", time.gmtime()))
+        """Note a sign of life. Waiting is none, but for the first job to come: from then on something is to happen."""
+        idle = not self._under_way
+        if event.kind in (EventKind.DONE, EventKind.FAILED, EventKind.CANCELLED):
+            self._under_way.discard(event.job_id)
+        else:
+            self._under_way.add(event.job_id)
+        if event.kind is not EventKind.QUEUED or idle:
+            self._path.write_text(time.strftime("%H:%M:%S\n", time.gmtime()) + f"{len(self._under_way)}\n")
 
 
 def each(observers: Iterable[Observer]) -> Observer:

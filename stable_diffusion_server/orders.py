@@ -41,19 +41,46 @@ class Format(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A picture a caller gave: a file's bytes, or the URL they are at. `parameter` is what it came by."""
+    """A picture a caller gave: a file's bytes, or the URL they are at. `parameter` is what it came by.
+
+    Of a mask, `transparency` tells that its transparent parts are those to repaint, and not its white ones, and
+    `inverted` that it is all the rest.
+    """
 
     parameter: str
     url: str | None = None
     data: bytes | None = field(default=None, repr=False)
+    transparency: bool = False
+    inverted: bool = False
+
+
+class Fit(StrEnum):
+    """How a picture is brought to a size of another aspect ratio."""
+
+    STRETCH = "stretch"
+    CROP = "crop"
+    PAD = "pad"
+
+
+class Fill(StrEnum):
+    """What a masked part holds before it is drawn anew."""
+
+    ORIGINAL = "original"
+    SURROUNDINGS = "surroundings"
+    NOISE = "noise"
+    GREY = "grey"
 
 
 @dataclass(frozen=True, slots=True)
 class Order:
     """What the caller asked, as asked. `None` means "you decide"; `width` and `height` in pixels.
 
-    Without a size the picture has that of `image`. `feather`, in pixels, softens the mask's rim inwards. With
-    `named_by_content` the order's digest goes before the file name, so that no two orders share one.
+    Without a size the picture has that of `image`; with one the image is brought to it by `fit`. `variation` counts
+    further pictures of one order: its seed is that much further. With `only_masked` the part around the mask is cut
+    out with so many pixels of margin, drawn at the asked size and put back; `fill` is what the mask hides. `feather`,
+    in pixels, softens the mask's rim inwards. With `named_by_content` the order's digest goes before the file name, so
+    that no two orders share one. `folder`, with a slash at its end, is where a picture without a `save_path` is stored.
+    `alone`: it is to share no forward pass with others, so that it can be drawn again bit for bit.
     """
 
     task: Task
@@ -82,11 +109,29 @@ class Order:
     refine: bool = False
     loras: tuple[tuple[str, float], ...] = ()
     named_by_content: bool = False
+    webhook_url: str | None = None
+    folder: str = ""
+    variation: int = 0
+    fit: Fit = Fit.CROP
+    fill: Fill = Fill.ORIGINAL
+    only_masked: int | None = None
+    alone: bool = False
 
     @property
     def sources(self) -> tuple[Source, ...]:
         """The pictures it comes with."""
         return tuple(source for source in (self.image, self.mask) if source is not None)
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who asks. `name` is that of the API key, empty where none is needed.
+
+    `prefix` is the only part of the bucket's names it may write, overwrite, delete or list; empty: all.
+    """
+
+    name: str = ""
+    prefix: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +156,8 @@ class Job:
     """What will be drawn, with nothing left to decide: running it twice draws the same picture.
 
     `width` and `height` are those of the canvas the model draws on, in pixels, and fit the model's grid; `image`,
-    `mask` and `control` (edges) have that size. `strength` in 0..1 is how much of the image is drawn anew.
+    `mask` and `control` (edges) have that size. `strength` in 0..1 is how much of the image is drawn anew; `alone`: it
+    is to share no forward pass.
     """
 
     task: Task
@@ -132,6 +178,7 @@ class Job:
     control_scale: float = 0.5
     refine: bool = False
     loras: tuple[tuple[str, float], ...] = ()
+    alone: bool = False
 
     @property
     def shape(self) -> tuple[object, ...]:
@@ -161,11 +208,17 @@ class Stored:
     record: Mapping[str, str]
     waiting: bool = False
 
+    @property
+    def whole(self) -> bool:
+        """Whether it can be a picture: not empty, and of as many bytes as its record says were written."""
+        return self.size > 0 and self.record.get("bytes", str(self.size)) == str(self.size)
+
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
     """The answer to an order: where the picture is and what was really done. `timings` in seconds by stage.
 
+    `batched`: it shared forward passes, `None` where that is not known.
     `stored` is false while the picture is kept by this server and not yet in the bucket.
     """
 
@@ -181,6 +234,7 @@ class Receipt:
     num_inference_steps: int | None
     guidance_scale: float | None
     scheduler: str | None
+    batched: bool | None = None
     prompt_used: str | None = None
     warnings: tuple[Warned, ...] = ()
     timings: Mapping[str, float] = field(default_factory=dict)
@@ -199,13 +253,34 @@ class EventKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One moment in a job's life. `step` counts finished steps out of `steps`; `seconds` since it was queued."""
+    """One moment in a job's life. `step` counts finished steps out of `steps`; `seconds` since it was queued.
+
+    The rest is as in `Progress`.
+    """
 
     kind: EventKind
     job_id: str
     step: int = 0
     steps: int = 0
     seconds: float = 0.0
+    position: int = 0
+    eta_seconds: float | None = None
+    preview: NDArray[np.uint8] | None = field(default=None, compare=False, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far an order is. `position` counts the jobs before it while it waits (0: on the device).
+
+    `eta_seconds` is `None` where unknown; `preview` a small picture, height × width × 3 uint8, or `None`.
+    """
+
+    kind: EventKind
+    step: int = 0
+    steps: int = 0
+    position: int = 0
+    eta_seconds: float | None = None
+    preview: NDArray[np.uint8] | None = field(default=None, compare=False, repr=False)
 
 
 def digest(value: Mapping[str, object]) -> str:

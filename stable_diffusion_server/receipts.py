@@ -1,4 +1,4 @@
-"""What is told of a picture: the receipt of one that was drawn or found, and the record kept with it. Pure."""
+"""What is told of a picture: the receipt of one that was drawn or found. Pure."""
 
 from __future__ import annotations
 
@@ -6,43 +6,26 @@ import math
 from collections.abc import Mapping
 
 from stable_diffusion_server.composing import Scene, resampling_told
-from stable_diffusion_server.orders import Job, Receipt, Stored, Warned
+from stable_diffusion_server.judging import DrawnPicture, Judged
+from stable_diffusion_server.orders import Receipt, Stored, Warned
+from stable_diffusion_server.records import RETOLD
 from stable_diffusion_server.resolving import Plan
 
 _STORED_LATER = Warned("stored-later", "The storage does not answer; the picture is kept here and brought there later.")
-
-
-def record_of(plan: Plan, scene: Scene, job: Job, *, shortened: bool) -> dict[str, str]:
-    """What the object's metadata keeps: short and ASCII, since S3 allows 2 KB of it."""
-    return {
-        "digest": plan.content,
-        "order": plan.asked,
-        "sent": plan.sent,
-        "task": job.task,
-        "model": job.model,
-        "revision": job.revision,
-        "seed": str(job.seed),
-        "width": str(scene.width),
-        "height": str(scene.height),
-        "steps": str(job.num_inference_steps),
-        "guidance": repr(float(job.guidance_scale)),
-        "scheduler": job.scheduler,
-        "file": plan.file,
-        **({"shortened": "1"} if shortened else {}),
-    }
 
 
 def receipt_of_drawn(
     plan: Plan,
     stored: Stored,
     scene: Scene,
-    job: Job,
+    judged: Judged[DrawnPicture],
     warnings: tuple[Warned, ...],
     timings: Mapping[str, float],
     *,
     coalesced: bool,
 ) -> Receipt:
-    """The receipt for a picture that was drawn from `job`; `warnings` are those of the drawing."""
+    """The receipt for a picture that was drawn; `warnings` are those of the drawing."""
+    job = judged.job
     return Receipt(
         key=plan.key,
         stored=not stored.waiting,
@@ -56,6 +39,7 @@ def receipt_of_drawn(
         num_inference_steps=job.num_inference_steps,
         guidance_scale=job.guidance_scale,
         scheduler=job.scheduler,
+        batched=judged.batched,
         prompt_used=job.prompt if job.prompt != plan.order.prompt else None,
         warnings=(*plan.words.warnings, *warnings, *_delay_of(stored)),
         timings=rounded(timings),
@@ -68,8 +52,9 @@ def receipt_of_stored(plan: Plan, stored: Stored) -> Receipt:
     width, height = _whole(record, "width"), _whole(record, "height")
     if plan.is_that_of(record):
         sized = resampling_told(plan.words.facts, width, height) if width and height else ()
-        cut = (Warned("prompt-shortened", "The prompt was shortened; the picture says to what."),)
-        warnings = (*plan.words.warnings, *sized, *(cut if "shortened" in record else ()))
+        codes = record.get("warned", "").split(",")
+        retold = tuple(Warned(code, RETOLD[code]) for code in codes if code in RETOLD)
+        warnings = (*plan.words.warnings, *sized, *retold)
     else:
         known = "was made from another order" if "digest" in record else "has no record of how it was made"
         warnings = (Warned("different-order", f"The picture stored under this name {known}."),)
@@ -86,6 +71,7 @@ def receipt_of_stored(plan: Plan, stored: Stored) -> Receipt:
         num_inference_steps=_whole(record, "steps"),
         guidance_scale=_number(record, "guidance"),
         scheduler=record.get("scheduler"),
+        batched=record["batched"] == "1" if "batched" in record else None,
         warnings=(*warnings, *_delay_of(stored)),
     )
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from secrets import randbelow
 from typing import TypeVar
 from uuid import NAMESPACE_OID, uuid5
@@ -12,8 +12,8 @@ from uuid import NAMESPACE_OID, uuid5
 from stable_diffusion_server.bucket_api import object_key
 from stable_diffusion_server.errors import InvalidInput
 from stable_diffusion_server.limits import Limits
-from stable_diffusion_server.orders import SEED_MAX, Format, Order, Seed, Source, Warned, digest
-from stable_diffusion_server.pipelines.catalog import ModelFacts, facts_of, scheduler_of, steps_skipped
+from stable_diffusion_server.orders import SEED_MAX, Fill, Fit, Format, Order, Source, Warned, digest
+from stable_diffusion_server.pipelines.catalog import MODELS, ModelFacts, facts_of, scheduler_of, steps_skipped
 from stable_diffusion_server.prompts import clean
 
 T = TypeVar("T")
@@ -29,6 +29,8 @@ class Options:
     """What the service was set up with. `embed_metadata` is full, digest or none.
 
     `bumpy_redraws` is how often a picture that is too bumpy is drawn again, `None` what the model's facts say.
+    `models` are the facts of the models that draw here, by name; the default one is among them, or another is. `loras`
+    tells the adapters there are, with what their weights are told from others by.
     """
 
     limits: Limits
@@ -36,6 +38,8 @@ class Options:
     bucket_path: str
     embed_metadata: str = "full"
     bumpy_redraws: int | None = None
+    models: Mapping[str, ModelFacts] = field(default_factory=lambda: MODELS)
+    loras: Callable[[], Mapping[str, str]] = dict
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +64,7 @@ class Plan:
 
     Three digests tell it from others: `content` is the identity of the picture, `asked` that of the order with its
     seed left as asked, and `sent` the same with the addresses of remote pictures in the place of their bytes.
+    `pictures` are the SHA-256 of the files it comes with, once they are there.
     """
 
     order: Order
@@ -71,11 +76,12 @@ class Plan:
     content: str
     asked: str
     sent: str
+    pictures: Mapping[str, str | None]
 
     @property
     def tag(self) -> str:
         """What exactly is to be stored under the key: orders of one tag share one effort."""
-        return f"{self.content}/{self.file}/{self.order.overwrite}"
+        return f"{self.content}/{self.file}/{self.order.overwrite}/{self.order.alone}"
 
     @property
     def file(self) -> str:
@@ -104,14 +110,15 @@ def resolve(order: Order, options: Options, fetched: Mapping[str, bytes] | None 
     addresses = {source.parameter: source.url for source in order.sources if source.url is not None}
     sent_pictures = _identities(order, addresses)
     pictures = _identities(order, fetched) if fetched else sent_pictures
-    facts = _facts_told(order, words)
-    asked = digest({**facts, **pictures, "seed": order.seed})
-    seed = _seed(order.seed, asked)
+    facts = _facts_told(order, words, _adapters(order, options))
+    seed_asked = {"seed": order.seed, **({"variation": order.variation} if order.variation else {})}
+    asked = digest({**facts, **pictures, **seed_asked})
+    seed = _seed(order, asked)
     content = digest({**facts, **pictures, "seed": seed})
     file_format = _file_format(order)
     # PNG loses nothing at any quality, so it has none to tell two files apart by.
     quality = 100 if file_format is Format.PNG else _given(order.quality, DEFAULT_QUALITY)
-    made = f"{digest({'content': content, 'format': file_format, 'quality': quality})[:32]}.{file_format}"
+    made = f"{order.folder}{digest({'content': content, 'format': file_format, 'quality': quality})[:32]}.{file_format}"
     return Plan(
         order=order,
         words=words,
@@ -123,12 +130,14 @@ def resolve(order: Order, options: Options, fetched: Mapping[str, bytes] | None 
         ),
         content=content,
         asked=asked,
-        sent=digest({**facts, **sent_pictures, "seed": order.seed}),
+        sent=digest({**facts, **sent_pictures, **seed_asked}),
+        pictures=pictures,
     )
 
 
 def _read_words(order: Order, options: Options) -> Words:
-    facts = facts_of(order.model or options.default_model)
+    default = options.default_model if options.default_model in options.models else next(iter(options.models))
+    facts = facts_of(order.model or default, options.models)
     warnings = []
     negative = _cleaned(order.negative_prompt or "", "negative_prompt") or None
     if negative and not facts.takes_negative_prompt:
@@ -138,6 +147,9 @@ def _read_words(order: Order, options: Options) -> Words:
     if negative and guidance <= 1:
         negative = None
         warnings.append(Warned("negative-prompt-ignored", "A negative prompt has a use only with guidance above 1."))
+    if guidance != facts.default_guidance and not facts.takes_guidance:
+        guidance = facts.default_guidance
+        warnings.append(Warned("guidance-ignored", f"{facts.name} was distilled to draw without guidance."))
     prompt = _cleaned(order.prompt, "prompt")
     if not prompt:
         raise InvalidInput("prompt is empty.", field="prompt")
@@ -166,7 +178,20 @@ def _read_words(order: Order, options: Options) -> Words:
     return words
 
 
-def _facts_told(order: Order, words: Words) -> dict[str, object]:
+def _adapters(order: Order, options: Options) -> list[tuple[str, float, str]]:
+    """The order's adapters: name, weight, and which weights these are. Raises `InvalidInput` for unknown ones."""
+    if not order.loras:
+        return []
+    there = options.loras()
+    if not there:
+        raise InvalidInput("No adapters are offered here.", field="lora")
+    for name, _ in order.loras:
+        if name not in there:
+            raise InvalidInput(f"{name!r} is not an adapter here; there are {', '.join(sorted(there))}.", field="lora")
+    return [(name, weight, there[name]) for name, weight in order.loras]
+
+
+def _facts_told(order: Order, words: Words, adapters: list[tuple[str, float, str]]) -> dict[str, object]:
     """All that makes this picture this one, but its seed and the pictures it comes from."""
     return {
         "task": order.task,
@@ -180,9 +205,15 @@ def _facts_told(order: Order, words: Words) -> dict[str, object]:
         "scheduler": words.scheduler,
         "strength": words.strength,
         "refine": order.refine,
-        "loras": order.loras,
+        "loras": adapters,
         "feather": order.feather,
         "control": (words.control_scale, order.canny_low, order.canny_high) if words.canny else None,
+        # Told only where they differ from what was always so: a digest outlives the version that made it.
+        **({"fit": order.fit} if order.image is not None and order.width is not None and order.fit != Fit.CROP else {}),
+        **({"fill": order.fill} if order.fill is not Fill.ORIGINAL else {}),
+        **({"only_masked": order.only_masked} if order.only_masked is not None else {}),
+        **({"by": "transparency"} if order.mask is not None and order.mask.transparency else {}),
+        **({"mask_inverted": True} if order.mask is not None and order.mask.inverted else {}),
     }
 
 
@@ -198,11 +229,11 @@ def _identities(order: Order, given: Mapping[str, str | bytes]) -> dict[str, str
     return {"image": identity(order.image), "mask": identity(order.mask)}
 
 
-def _seed(asked: Seed, order: str) -> int:
+def _seed(order: Order, asked: str) -> int:
     """The seed asked for, one from the order's digest, so that equal orders are equal pictures, or a new one."""
-    if asked == "random":
+    if order.seed == "random":
         return randbelow(SEED_MAX + 1)
-    return int(order[:8], 16) if asked is None else asked
+    return int(asked[:8], 16) if order.seed is None else (order.seed + order.variation) % (SEED_MAX + 1)
 
 
 def _name(order: Order, asked: str) -> str:

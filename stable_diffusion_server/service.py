@@ -5,55 +5,56 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Coroutine, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, TypeVar
+from functools import lru_cache
+from typing import Any, Protocol
 
 import structlog
 
 from stable_diffusion_server.bucket_api import Bucket
 from stable_diffusion_server.composing import Scene, compose
-from stable_diffusion_server.engine import Drawing, Ticket
-from stable_diffusion_server.errors import DeadlineExceeded
-from stable_diffusion_server.flights import Flights
-from stable_diffusion_server.image_processing import Pixels, encode
-from stable_diffusion_server.judging import DrawnPicture, Judged, Remedy, draw_well
-from stable_diffusion_server.orders import Job, Order, Receipt, Source, Stored, Warned, job_facts, picture_digest
-from stable_diffusion_server.pipelines.catalog import facts_of
-from stable_diffusion_server.prompts import shorten_too_long_text
-from stable_diffusion_server.receipts import receipt_of_drawn, receipt_of_stored, record_of, rounded
+from stable_diffusion_server.drawing import Drawing, For, Queue
+from stable_diffusion_server.errors import DeadlineExceeded, NotFound
+from stable_diffusion_server.flights import Audience, Flights, Listener, Watcher
+from stable_diffusion_server.history.entries import Entry
+from stable_diffusion_server.image_processing import Pixels
+from stable_diffusion_server.judging import DrawnPicture, Judged
+from stable_diffusion_server.keeping import Keeping
+from stable_diffusion_server.orders import Caller, Order, Progress, Receipt, Source, Stored, Warned
+from stable_diffusion_server.receipts import receipt_of_drawn, receipt_of_stored, rounded
 from stable_diffusion_server.resolving import Options, Plan, resolve
 
-T = TypeVar("T")
-_ENCODERS = 2
+_ANYONE = Caller()
+_PLANS = 1024
+_NOTHING: Mapping[str, bytes] = {}
 
 _log = structlog.get_logger(__name__)
 
 # From what a caller gave (bytes, or a URL) and the parameter it came by, to be named in errors.
 Fetch = Callable[[str, str], Coroutine[Any, Any, bytes]]
-Decode = Callable[[bytes, str], Coroutine[Any, Any, Pixels]]
 
 
-class Queue(Protocol):
-    """Where jobs are handed in. Both raise `NotReady` and `Busy`."""
+class Decode(Protocol):
+    """From a file and the parameter it came by to pixels; with `transparency`, white where it is transparent."""
 
-    def check_open(self) -> None:
-        """Raise now what `submit` would raise."""
+    async def __call__(self, data: bytes, field: str, /, *, transparency: bool = ...) -> Pixels:
+        """The pixels, uint8, height × width × 3."""
 
-    def submit(self, job: Job) -> Ticket[DrawnPicture]:
-        """Accept a job."""
+
+def ignore(progress: Progress) -> None:
+    """Take no note of how far an order is."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Outcome:
-    """What an effort under a key came to. `scene` and `job` are what was drawn, `None` when the object was there.
+    """What an effort under a key came to. `scene` and `judged` are what was drawn, `None` when the object was there.
 
     `data` is the file that was stored; `twin` tells that the drawing was shared with an effort under another key.
     """
 
     stored: Stored
     scene: Scene | None = None
-    job: Job | None = None
+    judged: Judged[DrawnPicture] | None = None
     data: bytes = b""
     twin: bool = False
     warnings: tuple[Warned, ...] = ()
@@ -74,76 +75,157 @@ class Service:
         fetch: Fetch,
         decode: Decode,
         known: Callable[[str], Stored | None] = lambda key: None,
+        record: Callable[[Entry], None] = lambda entry: None,
     ) -> None:
         self._bucket = bucket
         self._queue = queue
-        self._count_tokens = count_tokens
         self._options = options
         self._answered = answered
         self._fetch = fetch
         self._decode = decode
-        # Threads of their own: encoding is long work, and what is stored already should not wait for it.
-        self._encoders = ThreadPoolExecutor(max_workers=_ENCODERS, thread_name_prefix="encode")
+        self._keeping = Keeping(bucket, options.embed_metadata, record)
         self._known = known
+        # The same words come again and again; planning them is pure.
+        self._told: dict[str, tuple[Plan, Stored, Receipt]] = {}
+        self._planned = lru_cache(_PLANS)(lambda order: resolve(order, options))
         self._fetching: Flights[bytes] = Flights()
         self._storing: Flights[_Outcome] = Flights()
-        self._drawing: Flights[Judged[DrawnPicture]] = Flights()
+        self._drawing = Drawing(queue, count_tokens, options)
 
-    async def fulfil(self, order: Order) -> Receipt:
+    async def fulfil(
+        self,
+        order: Order,
+        *,
+        caller: Caller = _ANYONE,
+        background: bool = False,
+        watch: Callable[[Progress], None] = ignore,
+        previews: bool | Callable[[], bool] = False,
+        fetched: Mapping[str, bytes] = _NOTHING,
+    ) -> Receipt:
         """The receipt for an order, once its picture is stored.
+
+        `watch` is called on the event loop while it waits and is drawn (queued, started, step); how it ends is for
+        this call to say. `previews`, which may be asked again at each step, has small pictures come with the steps.
+        `fetched` are the files at the order's addresses, by parameter, as far as they are known.
 
         Raises `InvalidInput`, `TooLarge`, `UnsupportedMedia`, `RemoteFailed`, `Busy`, `NotReady`,
         `StorageUnavailable`, `DeadlineExceeded`, and what drawing raises. Cancelling the call takes the job off the
         device, unless others wait for it too.
         """
-        return (await self._fulfilled(order))[0]
+        whom, listener = For(caller, background), Watcher(watch, previews)
+        return (await self._fulfilled(order, fetched, whom, listener))[0]
 
-    async def picture(self, order: Order) -> tuple[Receipt, bytes]:
+    def remembered(self, order: Order) -> Receipt | None:
+        """The receipt for an order whose picture is known to be stored; `None` where that has to be found out.
+
+        Blocks for nothing. Raises `InvalidInput`.
+        """
+        if order.sources or order.overwrite or order.seed == "random":
+            return None
+        plan = self._planned(order)
+        stored = self._known(plan.key)
+        if stored is None or plan.key in self._storing:
+            return None
+        self._answered("cached")
+        # Made of the very same two things, the receipt is the same too.
+        plan_told, stored_told, receipt = self._told.get(plan.key, (None, None, None))
+        if receipt is None or plan_told is not plan or stored_told is not stored:
+            if len(self._told) >= _PLANS:
+                self._told.clear()
+            receipt = receipt_of_stored(plan, stored)
+            self._told[plan.key] = plan, stored, receipt
+        return receipt
+
+    async def picture(
+        self,
+        order: Order,
+        *,
+        caller: Caller = _ANYONE,
+        background: bool = False,
+        watch: Callable[[Progress], None] = ignore,
+        previews: bool | Callable[[], bool] = False,
+        fetched: Mapping[str, bytes] = _NOTHING,
+    ) -> tuple[Receipt, bytes]:
         """The same with the file itself: the one this order drew, whatever is stored under its name since."""
-        receipt, outcome = await self._fulfilled(order)
-        return receipt, outcome.data or await asyncio.to_thread(self._bucket.read, receipt.key)
+        whom, listener = For(caller, background), Watcher(watch, previews)
+        receipt, outcome = await self._fulfilled(order, fetched, whom, listener)
+        try:
+            return receipt, outcome.data or await self.stored_file(receipt)
+        except NotFound:
+            # Remembered as stored, and deleted by others: forgotten by now, so it is drawn.
+            receipt, outcome = await self._fulfilled(order, fetched, whom, listener)
+            return receipt, outcome.data or await self.stored_file(receipt)
 
-    async def _fulfilled(self, order: Order) -> tuple[Receipt, _Outcome]:
+    async def settled(self, order: Order) -> tuple[Order, dict[str, bytes]]:
+        """The order as it can be kept and fulfilled later, and the files at its addresses, unless it is stored.
+
+        A name made from the content has its random seed chosen, so that drawing it again is drawing the same. Raises
+        what `fulfil` raises before anything is drawn.
+        """
+        plan = await self._resolved(order)
+        if order.save_path is None:
+            order = replace(order, seed=plan.seed) if order.seed == "random" else order
+        elif plan.key_is_known and await self._find(plan) is not None:
+            return order, {}
+        return order, await self._files_of(order, _NOTHING)
+
+    async def stored_file(self, receipt: Receipt) -> bytes:
+        """The file that is stored under a receipt's name now. Raises `NotFound`, `StorageUnavailable`."""
+        return await asyncio.to_thread(self._bucket.read, receipt.key)
+
+    def check_open(self) -> None:
+        """Raise `NotReady` or `Busy` if nothing can be drawn now."""
+        self._queue.check_open()
+
+    async def _resolved(self, order: Order) -> Plan:
         # Files are hashed; words alone take less time than a thread to take them to.
-        plan = (
-            await asyncio.to_thread(resolve, order, self._options) if order.sources else resolve(order, self._options)
-        )
+        if order.sources:
+            return await asyncio.to_thread(resolve, order, self._options)
+        return resolve(order, self._options) if order.seed == "random" else self._planned(order)
+
+    async def _fulfilled(
+        self, order: Order, fetched: Mapping[str, bytes], whom: For, listener: Listener
+    ) -> tuple[Receipt, _Outcome]:
+        plan = await self._resolved(order)
         timeout = order.timeout or self._options.limits.max_timeout
         try:
             async with asyncio.timeout(timeout) as deadline:
-                plan, outcome, shared = await self._stored(plan)
+                plan, outcome, shared = await self._stored(plan, fetched, whom, listener)
         except TimeoutError as error:
             if not deadline.expired():
                 raise
             raise DeadlineExceeded(f"The picture was not stored within {timeout:g} seconds.") from error
-        if outcome.scene is None or outcome.job is None:
+        if outcome.scene is None or outcome.judged is None:
             self._answered("cached")
             return receipt_of_stored(plan, outcome.stored), outcome
         twin = shared or outcome.twin
         self._answered("coalesced" if twin else "drawn")
-        made = (outcome.stored, outcome.scene, outcome.job, outcome.warnings, outcome.timings)
+        made = (outcome.stored, outcome.scene, outcome.judged, outcome.warnings, outcome.timings)
         return receipt_of_drawn(plan, *made, coalesced=twin), outcome
 
     def close(self) -> None:
         """Let go of the encoding threads."""
-        self._encoders.shutdown(wait=False, cancel_futures=True)
+        self._keeping.close()
 
-    async def _stored(self, plan: Plan) -> tuple[Plan, _Outcome, bool]:
+    async def _stored(
+        self, plan: Plan, fetched: Mapping[str, bytes], whom: For, listener: Listener
+    ) -> tuple[Plan, _Outcome, bool]:
         """The plan as far as it had to be taken, the object, and whether the effort was another caller's.
 
         What is stored under a name that needs no look at the pictures is answered without fetching them.
         """
         order = plan.order
-        remote = [source for source in order.sources if source.url is not None]
-        fetched: dict[str, bytes] = {}
-        if remote:
+        if any(source.url is not None for source in order.sources):
             if plan.key_is_known and (found := await self._find(plan)) is not None:
                 return plan, _Outcome(found), False
             await self._check_room()
-            data = await asyncio.gather(*map(self._bytes_of, remote))
-            fetched = {source.parameter: file for source, file in zip(remote, data, strict=True)}
+            fetched = await self._files_of(order, fetched)
             plan = await asyncio.to_thread(resolve, order, self._options, fetched)
-        outcome, shared = await self._storing.join(plan.key, plan.tag, lambda: self._effort(plan, fetched))
+
+        def start(audience: Audience) -> Coroutine[Any, Any, _Outcome]:
+            return self._effort(plan, fetched, whom, audience)
+
+        outcome, shared = await self._storing.join(plan.key, plan.tag, start, listener)
         return plan, outcome, shared
 
     async def _check_room(self) -> None:
@@ -151,10 +233,16 @@ class Service:
         self._queue.check_open()
         await asyncio.to_thread(self._bucket.admit)
 
+    async def _files_of(self, order: Order, fetched: Mapping[str, bytes]) -> dict[str, bytes]:
+        """The files at an order's addresses, by parameter, those that are missing fetched."""
+        remote = [source for source in order.sources if source.url is not None and source.parameter not in fetched]
+        data = await asyncio.gather(*map(self._bytes_of, remote))
+        return {**fetched, **{source.parameter: file for source, file in zip(remote, data, strict=True)}}
+
     async def _bytes_of(self, source: Source) -> bytes:
         """The file at a URL; those who want it at the same time share one download."""
         url = source.url or ""
-        data, _ = await self._fetching.join(url, source.parameter, lambda: self._fetch(url, source.parameter))
+        data, _ = await self._fetching.join(url, source.parameter, lambda _: self._fetch(url, source.parameter))
         return data
 
     async def _find(self, plan: Plan) -> Stored | None:
@@ -163,36 +251,29 @@ class Service:
         found = known or await asyncio.to_thread(self._bucket.stat, plan.key)
         return None if plan.order.overwrite else found
 
-    async def _effort(self, plan: Plan, fetched: Mapping[str, bytes]) -> _Outcome:
+    async def _effort(self, plan: Plan, fetched: Mapping[str, bytes], whom: For, audience: Audience) -> _Outcome:
         """Find the object or make it: exists? → decode → draw → encode → create."""
         started = time.perf_counter()
         if (found := await self._find(plan)) is not None:
             return _Outcome(found)
         await self._check_room()
         scene = await self._scene(plan, fetched)
-        job = await asyncio.to_thread(self._fit_prompts, scene.job)
-        judged, twin = await self._drawing.join(picture_digest(job), "", lambda: self._draw(job))
+        job = await asyncio.to_thread(self._drawing.fitted, scene.job)
+        judged, twin = await self._drawing.draw(job, whom, audience)
         timings = dict(judged.timings)
         warnings = [*scene.warnings, *judged.warnings]
-        shortened = job.prompt != scene.job.prompt
-        if shortened:
+        if job.prompt != scene.job.prompt:
             limit = plan.words.facts.text_tokens
             warnings.append(Warned("prompt-shortened", f"{job.model} reads {limit} tokens; see prompt_used."))
         if judged.product.redecoded:
             warnings.append(Warned("redecoded", "The decoder overflowed and ran again in full precision."))
-        before = time.perf_counter()
-        loop = asyncio.get_running_loop()
-        data = await loop.run_in_executor(self._encoders, self._encode, plan, scene, judged)
-        timings["encode"] = time.perf_counter() - before
-        before = time.perf_counter()
-        stored, won = await _to_its_end(asyncio.to_thread(self._store, plan, scene, judged.job, data, shortened))
-        timings["store"] = time.perf_counter() - before
-        timings["total"] = time.perf_counter() - started
-        if not won:
+        kept = await self._keeping.keep(plan, scene, judged, tuple(warnings), whom.caller.name)
+        timings.update(kept.timings, total=time.perf_counter() - started)
+        if not kept.won:
             _log.info("another process stored this name first", key=plan.key)
-            return _Outcome(stored)
-        _log.info("picture stored", key=plan.key, model=job.model, bytes=len(data), **rounded(timings))
-        return _Outcome(stored, scene, judged.job, data, twin, tuple(warnings), timings)
+            return _Outcome(kept.stored)
+        _log.info("picture stored", key=plan.key, model=job.model, bytes=len(kept.data), **rounded(timings))
+        return _Outcome(kept.stored, scene, judged, kept.data, twin, tuple(warnings), timings)
 
     async def _scene(self, plan: Plan, fetched: Mapping[str, bytes]) -> Scene:
         """The plan with its pictures decoded and laid onto the canvas."""
@@ -200,59 +281,10 @@ class Service:
         async def pixels_of(source: Source | None) -> Pixels | None:
             if source is None:
                 return None
-            return await self._decode(
-                source.data if source.data is not None else fetched[source.parameter], source.parameter
-            )
+            data = source.data if source.data is not None else fetched[source.parameter]
+            if source.transparency:
+                return await self._decode(data, source.parameter, transparency=True)
+            return await self._decode(data, source.parameter)
 
         image, mask = await asyncio.gather(pixels_of(plan.order.image), pixels_of(plan.order.mask))
         return await asyncio.to_thread(compose, plan, image, mask)
-
-    async def _draw(self, job: Job) -> Judged[DrawnPicture]:
-        async def once(job: Job) -> Drawing[DrawnPicture]:
-            return await asyncio.wrap_future(self._queue.submit(job).result)
-
-        options, facts = self._options, facts_of(job.model)
-        redraws = facts.bumpy_redraws if options.bumpy_redraws is None else options.bumpy_redraws
-        remedy = Remedy(redraws, options.limits.max_steps, facts, lambda text: self._fit(job.model, text))
-        return await draw_well(job, once, remedy)
-
-    def _fit_prompts(self, job: Job) -> Job:
-        negative = self._fit(job.model, job.negative_prompt) if job.negative_prompt else job.negative_prompt
-        return replace(job, prompt=self._fit(job.model, job.prompt), negative_prompt=negative)
-
-    def _fit(self, model: str, text: str) -> str:
-        return shorten_too_long_text(text, facts_of(model).text_tokens, lambda t: self._count_tokens(model, t))
-
-    def _encode(self, plan: Plan, scene: Scene, judged: Judged[DrawnPicture]) -> bytes:
-        finished = scene.finished(judged.product.pixels)
-        inside: Mapping[str, object] | None
-        match self._options.embed_metadata:
-            case "full":
-                size = {"width": scene.width, "height": scene.height}
-                inside = {**job_facts(judged.job), **size, "digest": plan.content}
-            case "digest":
-                inside = {"digest": plan.content}
-            case _:
-                inside = None
-        return encode(finished, plan.file_format, plan.quality, inside)
-
-    def _store(self, plan: Plan, scene: Scene, job: Job, data: bytes, shortened: bool) -> tuple[Stored, bool]:
-        content_type, record = plan.file_format.content_type, record_of(plan, scene, job, shortened=shortened)
-        if plan.order.overwrite:
-            return self._bucket.overwrite(plan.key, data, content_type, record), True
-        return self._bucket.create(plan.key, data, content_type, record)
-
-
-async def _to_its_end(work: Coroutine[Any, Any, T]) -> T:
-    """The result of something that a thread does and no one can stop: whoever is cancelled waits for its end first.
-
-    Else a write that was given up would land after a later one under the same name.
-    """
-    task = asyncio.create_task(work)
-    try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        await asyncio.wait([task])
-        if not task.cancelled():
-            task.exception()  # seen, and nobody is left to be told
-        raise

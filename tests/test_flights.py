@@ -4,7 +4,8 @@ import asyncio
 
 import pytest
 
-from stable_diffusion_server.flights import Flights
+from stable_diffusion_server.flights import Audience, Flights, Watcher
+from stable_diffusion_server.orders import EventKind, Progress
 
 
 class Effort:
@@ -15,7 +16,7 @@ class Effort:
         self.cancelled = 0
         self.go = asyncio.Event()
 
-    async def run(self) -> str:
+    async def run(self, audience: Audience) -> str:
         self.begun += 1
         try:
             await self.go.wait()
@@ -72,7 +73,7 @@ async def test_an_effort_that_was_given_up_ends_before_the_next_begins() -> None
     flights: Flights[str] = Flights()
     order: list[str] = []
 
-    async def stubborn() -> str:
+    async def stubborn(audience: Audience) -> str:
         try:
             await asyncio.sleep(10)
         except asyncio.CancelledError:
@@ -81,7 +82,7 @@ async def test_an_effort_that_was_given_up_ends_before_the_next_begins() -> None
             raise
         return "old"
 
-    async def fresh() -> str:
+    async def fresh(audience: Audience) -> str:
         order.append("new began")
         return "new"
 
@@ -97,11 +98,11 @@ async def test_a_failure_reaches_every_caller_and_is_not_kept() -> None:
     """All callers get the error; the next one gets a new try."""
     flights: Flights[str] = Flights()
 
-    async def fail() -> str:
+    async def fail(audience: Audience) -> str:
         await asyncio.sleep(0)
         raise ConnectionError("no")
 
-    async def succeed() -> str:
+    async def succeed(audience: Audience) -> str:
         return "yes"
 
     results = await asyncio.gather(*(flights.join("k", "t", fail) for _ in range(3)), return_exceptions=True)
@@ -114,7 +115,7 @@ async def test_another_tag_waits_for_the_effort_under_way() -> None:
     flights: Flights[str] = Flights()
     running = 0
 
-    async def alone() -> str:
+    async def alone(audience: Audience) -> str:
         nonlocal running
         running += 1
         assert running == 1
@@ -130,11 +131,11 @@ async def test_another_tag_gets_its_turn_when_the_effort_before_it_fails() -> No
     """A failed predecessor is not the newcomer's failure."""
     flights: Flights[str] = Flights()
 
-    async def fail() -> str:
+    async def fail(audience: Audience) -> str:
         await asyncio.sleep(0.005)
         raise ConnectionError("no")
 
-    async def succeed() -> str:
+    async def succeed(audience: Audience) -> str:
         return "yes"
 
     first = asyncio.create_task(flights.join("k", "a", fail))
@@ -142,3 +143,56 @@ async def test_another_tag_gets_its_turn_when_the_effort_before_it_fails() -> No
     assert await flights.join("k", "b", succeed) == ("yes", False)
     with pytest.raises(ConnectionError):
         await first
+
+
+async def test_all_passengers_are_told_and_a_latecomer_hears_the_latest_at_once() -> None:
+    """News reaches everyone aboard; who leaves hears no more; previews are wanted while one wants them."""
+    flights: Flights[str] = Flights()
+    aboard: list[Audience] = []
+    go = asyncio.Event()
+
+    async def effort(audience: Audience) -> str:
+        aboard.append(audience)
+        await go.wait()
+        return "done"
+
+    def passenger(heard: list[int], previews: bool = False) -> asyncio.Task[tuple[str, bool]]:
+        listener = Watcher(lambda news: heard.append(news.step), previews)
+        return asyncio.create_task(flights.join("k", "t", effort, listener))
+
+    first: list[int] = []
+    second: list[int] = []
+    late: list[int] = []
+    staying, leaving = passenger(first), passenger(second, previews=True)
+    await asyncio.sleep(0.01)
+    assert aboard[0].wants_previews
+    aboard[0].tell(Progress(EventKind.STEP, 1, 4))
+    leaving.cancel()
+    await asyncio.sleep(0.01)
+    assert not aboard[0].wants_previews
+    aboard[0].tell(Progress(EventKind.STEP, 2, 4))
+    latecomer = passenger(late)
+    await asyncio.sleep(0.01)
+    go.set()
+    assert await staying == ("done", False)
+    assert await latecomer == ("done", True)
+    assert (first, second, late) == ([1, 2], [1], [2])
+
+
+async def test_an_effort_may_follow_another_one() -> None:
+    """An audience is a listener: news of an inner effort reaches those who wait for the outer one."""
+    inner: Flights[str] = Flights()
+    outer: Flights[str] = Flights()
+    heard: list[int] = []
+
+    async def draw(audience: Audience) -> str:
+        assert audience.wants_previews
+        audience.tell(Progress(EventKind.STEP, 3, 4))
+        return "drawn"
+
+    async def store(audience: Audience) -> str:
+        return (await inner.join("picture", "", draw, audience))[0] + " and stored"
+
+    watcher = Watcher(lambda news: heard.append(news.step), previews=True)
+    assert await outer.join("name", "", store, watcher) == ("drawn and stored", False)
+    assert heard == [3]

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from stable_diffusion_server.buckets.memory import MemoryBucket
-from stable_diffusion_server.errors import StorageUnavailable
+from stable_diffusion_server.errors import NotFound, StorageUnavailable
+from stable_diffusion_server.knowledge import Knowledge
 from stable_diffusion_server.orders import Stored
 from stable_diffusion_server.spool.files import Spool
 from stable_diffusion_server.spool.remembering import Remembering
@@ -102,3 +103,26 @@ def test_what_waits_is_not_remembered_as_stored(house: House) -> None:
     assert found is not None
     assert found.waiting
     assert house.bucket.url("k") is None
+
+
+def test_what_others_deleted_is_forgotten_when_it_cannot_be_read(house: House) -> None:
+    """Remembered, yet gone: whoever reads it is told, and the next look asks the bucket."""
+    house.bucket.create("k", b"data", "image/webp", {})
+    house.store.delete("k")
+    assert house.bucket.known("k") is not None
+    with pytest.raises(NotFound):
+        house.bucket.read("k")
+    assert house.bucket.known("k") is None
+    assert house.bucket.stat("k") is None
+
+
+def test_what_was_seen_before_a_write_is_no_news_after_it() -> None:
+    """A slow look that began before a delete does not bring the deleted object back."""
+    knowledge = Knowledge(10, 60.0)
+    stored = Stored("k", 4, "etag", "image/webp", {})
+    since = knowledge.changes
+    knowledge.learn("k", None)
+    assert knowledge.learn("k", stored, since) == stored
+    assert knowledge.of("k") is None
+    knowledge.learn("k", stored, knowledge.changes)
+    assert knowledge.of("k") == stored

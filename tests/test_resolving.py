@@ -12,10 +12,11 @@ from fakes import disc
 from stable_diffusion_server.composing import compose
 from stable_diffusion_server.errors import InvalidInput
 from stable_diffusion_server.limits import Limits
-from stable_diffusion_server.orders import Format, Order, Source, Task
+from stable_diffusion_server.orders import Fill, Fit, Format, Order, Source, Task
+from stable_diffusion_server.pipelines.catalog import MODELS
 from stable_diffusion_server.resolving import Options, resolve
 
-OPTIONS = Options(Limits(), "sdxl", "up")
+OPTIONS = Options(Limits(), "sdxl", "up", loras=lambda: {"pastel": "1a2b", "ink": "3c4d"})
 BY_URL = Order(
     Task.INPAINT,
     "a red disc",
@@ -44,21 +45,63 @@ CHANGED: dict[str, Any] = {
     "canny": True,
     "refine": True,
     "loras": (("pastel", 0.5),),
+    "variation": 1,
+    "fill": Fill.NOISE,
+    "only_masked": 32,
 }
 WITH_CANNY: dict[str, Any] = {"canny_low": 90, "canny_high": 210, "control_scale": 0.9}
-NOT_IN_THE_PICTURE = {"save_path", "format", "quality", "overwrite", "timeout", "named_by_content"}
+WITH_SIZE: dict[str, Any] = {"fit": Fit.STRETCH}
+NOT_IN_THE_PICTURE = {
+    "save_path",
+    "format",
+    "quality",
+    "overwrite",
+    "timeout",
+    "named_by_content",
+    "folder",
+    "alone",
+    "webhook_url",
+}
+
+
+def test_an_adapter_is_told_by_its_weights_and_not_by_its_name_alone() -> None:
+    """Other weights under the same name are another picture; the same weights the same one."""
+    order = replace(UPLOADED, loras=(("pastel", 0.5),))
+    mine, same, other = (
+        resolve(order, replace(OPTIONS, loras=lambda told=told: {"pastel": told})).content
+        for told in ("1a", "1a", "2b")
+    )
+    assert mine == same != other
+
+
+@pytest.mark.parametrize(("there", "said"), [({}, "No adapters are offered"), ({"ink": "3c"}, "there are ink")])
+def test_an_adapter_that_is_not_there_is_refused_before_anything_is_drawn(there: dict[str, str], said: str) -> None:
+    """The parameter is named, and what there is instead."""
+    with pytest.raises(InvalidInput, match=said) as caught:
+        resolve(replace(UPLOADED, loras=(("pastel", 1.0),)), replace(OPTIONS, loras=lambda: there))
+    assert caught.value.field == "lora"
+
+
+def test_a_default_model_that_does_not_draw_here_gives_way() -> None:
+    """With one family of weights, an order that names no model is for that family."""
+    options = replace(OPTIONS, models={"flux": MODELS["flux"]})
+    assert resolve(Order(Task.TEXT_TO_IMAGE, "a red disc"), options).words.facts.name == "flux"
+    with pytest.raises(InvalidInput, match="there are flux"):
+        resolve(Order(Task.TEXT_TO_IMAGE, "a red disc", model="sdxl"), options)
 
 
 def test_every_field_of_an_order_is_told_or_known_not_to_matter() -> None:
     """A new parameter cannot be forgotten in the identity of a picture."""
-    assert {field.name for field in fields(Order)} == {*CHANGED, *WITH_CANNY, *NOT_IN_THE_PICTURE}
+    assert {field.name for field in fields(Order)} == {*CHANGED, *WITH_CANNY, *WITH_SIZE, *NOT_IN_THE_PICTURE}
 
 
-@pytest.mark.parametrize("name", [*CHANGED, *WITH_CANNY])
+@pytest.mark.parametrize("name", [*CHANGED, *WITH_CANNY, *WITH_SIZE])
 def test_what_changes_the_picture_changes_its_identity(name: str) -> None:
     """Name, seed and all three digests differ."""
-    base = replace(UPLOADED, canny=name in WITH_CANNY)
-    plans = [resolve(order, OPTIONS) for order in (base, replace(base, **{name: {**CHANGED, **WITH_CANNY}[name]}))]
+    sized = {"width": 64, "height": 128} if name in WITH_SIZE else {}
+    base = replace(UPLOADED, canny=name in WITH_CANNY, **sized)
+    change = {name: {**CHANGED, **WITH_CANNY, **WITH_SIZE}[name]}
+    plans = [resolve(order, OPTIONS) for order in (base, replace(base, **change))]
     for part in ("key", "seed", "content", "asked", "sent"):
         assert len({getattr(plan, part) for plan in plans}) == 2, part
 

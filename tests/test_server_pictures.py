@@ -35,6 +35,25 @@ def test_style_transfer_changes_the_colour_and_keeps_the_shape(server: Server) -
     assert overlap > 0.6
 
 
+def test_a_picture_drawn_alone_is_drawn_again_bit_for_bit(server: Server) -> None:
+    """With the embedded models: text, image with edges, and inpainting, from what the picture says of itself."""
+    alone = {"batch": "alone", "num_inference_steps": 2, "prompt": "a red circle on a blue background"}
+    image, both = {"image_file": file_of(SCENE)}, {"image_file": file_of(SCENE), "mask_file": file_of(MASK)}
+    orders: tuple[tuple[str, dict[str, bytes], dict[str, object]], ...] = (
+        ("/create_and_upload_image", {}, {"width": 128, "height": 192, "negative_prompt": "green"}),
+        ("/create_and_upload_image", {}, {"width": 128, "height": 128, "model": "flux", "format": "png"}),
+        ("/style_transfer_bytes_and_upload_image", image, {"strength": 0.9, "canny": True}),
+        ("/inpaint_and_upload_image", both, {"feather": 4, "format": "jpeg"}),
+    )
+    for path, files, words in orders:
+        first = httpx.post(f"{server.url}{path}", data={**alone, **words}, files=files or None, timeout=120).json()
+        assert first["batched"] is False
+        files = {"picture_file": httpx.get(first["path"]).content, **files}
+        again = httpx.post(f"{server.url}/v1/replay", files=files, timeout=120).json()
+        assert again["replay"] == {"same_order": True, "equal": True, "decibels": None}, path
+        assert (again["seed"], again["batched"], again["cached"]) == (first["seed"], False, False)
+
+
 def test_inpainting_paints_inside_the_mask_and_nowhere_else(server: Server) -> None:
     """Yellow inside, and outside every pixel is the one that was sent."""
     files = {"image_file": file_of(SCENE), "mask_file": file_of(MASK)}

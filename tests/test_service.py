@@ -20,7 +20,7 @@ from stable_diffusion_server.engine import Engine, Phase
 from stable_diffusion_server.errors import DeadlineExceeded, InvalidInput, StorageUnavailable
 from stable_diffusion_server.fetching.fetcher import Bounds, Fetcher
 from stable_diffusion_server.limits import Limits
-from stable_diffusion_server.orders import Format, Order, Task
+from stable_diffusion_server.orders import EventKind, Format, Order, Progress, Task
 from stable_diffusion_server.resolving import Options, resolve
 from stable_diffusion_server.service import Service
 
@@ -107,6 +107,27 @@ async def test_fifty_identical_orders_at_once_are_one_generation(rooms_of: Calla
     assert rooms.drawn == 1
     assert len({(receipt.key, receipt.seed) for receipt in receipts}) == 1
     assert sum(receipt.coalesced or receipt.cached for receipt in receipts) == 49
+
+
+async def test_everyone_who_shares_a_picture_is_told_how_far_it_is(rooms_of: Callable[..., Rooms]) -> None:
+    """Two names of one picture, and a latecomer: each hears of the steps, the latecomer of the latest at once."""
+    rooms = rooms_of(PaintedSquares(gate=threading.Event()))
+    heard: dict[str, list[Progress]] = {"a.webp": [], "b.webp": [], "late": []}
+    waiting = [
+        asyncio.create_task(rooms.service.fulfil(order(save_path=name, seed=1), watch=heard[name].append))
+        for name in ("a.webp", "b.webp")
+    ]
+    await asyncio.to_thread(until, lambda: bool(rooms.painter.batches))
+    late = rooms.service.fulfil(order(save_path="a.webp", seed=1), watch=heard["late"].append)
+    waiting.append(asyncio.create_task(late))
+    await asyncio.sleep(0.05)
+    assert [news.kind for news in heard["late"]] == [EventKind.STARTED]
+    rooms.painter.gate.set()
+    await asyncio.gather(*waiting)
+    for name in heard:
+        steps = [news for news in heard[name] if news.kind is EventKind.STEP]
+        assert [(news.step, news.steps) for news in steps] == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert rooms.drawn == 1
 
 
 async def test_the_same_picture_under_two_names_is_drawn_once(rooms_of: Callable[..., Rooms]) -> None:
@@ -416,3 +437,36 @@ def test_a_negative_prompt_no_model_uses_is_told() -> None:
     plan = resolve(order(model="flux", negative_prompt="blur"), OPTIONS)
     assert plan.words.negative_prompt is None
     assert "negative-prompt-ignored" in {warning.code for warning in plan.words.warnings}
+
+
+async def test_what_is_known_is_told_without_a_look(rooms_of: Callable[..., Rooms]) -> None:
+    """The same receipt as by looking; nothing for what is not known, is to be overwritten, or is being overwritten."""
+    rooms = rooms_of(PaintedSquares(gate=threading.Event()))
+    service = rooms.another_process()
+    asked = order(save_path="a.webp")
+    assert service.remembered(asked) is None
+    rooms.painter.gate.set()  # type: ignore[union-attr]  # made with one above
+    await service.fulfil(asked)
+    service._known = rooms.bucket.known
+    assert service.remembered(asked) == await service.fulfil(asked)
+    assert service.remembered(order("a blue square", save_path="a.webp")) is not None
+    assert service.remembered(order(save_path="a.webp", overwrite=True)) is None
+    rooms.painter.gate.clear()  # type: ignore[union-attr]  # made with one above
+    under_way = asyncio.create_task(service.fulfil(order(save_path="a.webp", overwrite=True)))
+    await asyncio.to_thread(until, lambda: len(rooms.painter.prepared) == 2)
+    assert service.remembered(asked) is None
+    rooms.painter.gate.set()  # type: ignore[union-attr]  # made with one above
+    await under_way
+    rooms.bucket.delete("static/uploads/a.webp")
+    assert service.remembered(asked) is None
+
+
+async def test_a_picture_others_deleted_is_drawn_again(rooms_of: Callable[..., Rooms], tmp_path: Path) -> None:
+    """Known to be stored, yet gone: who wants the file gets it all the same."""
+    rooms = rooms_of()
+    service = rooms.another_process()
+    service._known = rooms.bucket.known
+    await service.fulfil(order(save_path="a.webp"))
+    (tmp_path / "bucket" / "objects" / "static" / "uploads" / "a.webp").unlink()
+    receipt, data = await service.picture(order(save_path="a.webp"))
+    assert (receipt.cached, data[8:12], rooms.drawn) == (False, b"WEBP", 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stable_diffusion_server.bucket_api import StorageOptions
-from stable_diffusion_server.settings import Settings, SettingsError, describe_settings, read_settings
+from stable_diffusion_server.settings import Settings
+from stable_diffusion_server.settings.reading import SettingsError, describe_settings, read_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -110,7 +112,7 @@ def test_other_programs_variables_are_let_be(name: str, monkeypatch: pytest.Monk
 @given(st.sampled_from([name for name in Settings.model_fields if len(name) > 6]), st.data())
 def test_every_single_slip_is_recognised(name: str, data: st.DataObject) -> None:
     """Dropping any one letter of a setting's name gives the setting back as the one that was meant."""
-    from stable_diffusion_server.settings import _misspelt
+    from stable_diffusion_server.settings.reading import _misspelt
 
     place = data.draw(st.integers(0, len(name) - 1))
     slip = name[:place] + name[place + 1 :]
@@ -191,3 +193,26 @@ def test_every_storage_option_is_a_setting_of_that_name(monkeypatch: pytest.Monk
     assert options.credentials()[1] == "sesame"
     assert options.google_application_credentials is None
     assert "sesame" not in repr(options)
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"API_KEYS": "ann:hunter2;rate=often"}, "API_KEYS has a rate at key 1"),
+        ({"API_KEYS": "hunter2, hunter2"}, "API_KEYS holds two keys of one"),
+        ({"API_KEYS": "hunter2;hunter3"}, "API_KEYS has options at key 1"),
+        ({"API_KEYS_FILE": "nowhere"}, "API_KEYS_FILE cannot be read"),
+        ({"RATE_LIMIT": "fast"}, "RATE_LIMIT 'fast' is not a rate"),
+        ({"TRUSTED_PROXIES": "proxy.example"}, "TRUSTED_PROXIES 'proxy.example' is not an address"),
+        ({"MODEL_ALIASES": "dall-e-3=dall-e"}, "MODEL_ALIASES 'dall-e-3=dall-e' is not like"),
+    ],
+)
+def test_keys_and_limits_that_are_written_wrong_stop_the_start(
+    given: dict[str, str], told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One sentence that names the setting, and no part of a secret."""
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SettingsError, match=re.escape(told)) as refused:
+        read_settings()
+    assert "hunter" not in str(refused.value)

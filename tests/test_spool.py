@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -134,15 +136,17 @@ def test_what_is_spooled_survives_a_restart(made: Callable[..., tuple[Spooling, 
 def test_a_crash_while_writing_leaves_nothing_half(
     made: Callable[..., tuple[Spooling, Switched]], tmp_path: Path
 ) -> None:
-    """An unfinished file is swept away; one that was tampered with is set aside and not brought."""
+    """An unfinished file is swept away, a young one let be; one that was tampered with is set aside and not brought."""
     bucket, store = made(state="off")
     bucket.create("k", b"data", "image/webp", RECORD)
     bucket.close()
     (tmp_path / "spool" / "1.part").write_bytes(b"half")
+    os.utime(tmp_path / "spool" / "1.part", (time.time() - 601,) * 2)
+    (tmp_path / "spool" / "2.part").write_bytes(b"written by another process this moment")
     spooled = next((tmp_path / "spool").glob("*.spool"))
     spooled.write_bytes(spooled.read_bytes()[:-1])
     made(store)
-    assert files(tmp_path) == [".refused"]
+    assert files(tmp_path) == [".part", ".refused"]
     assert list(store.list()) == []
 
 
@@ -270,3 +274,52 @@ def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
     with pytest.raises(StorageUnavailable, match="DATA_DIR cannot keep pictures"):
         bucket.open()
     bucket.close()
+
+
+class Late(Switched):
+    """A bucket whose writes land when their data is let go, however long nobody waits for them any more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gates: dict[bytes, threading.Event] = {}
+
+    def overwrite(self, key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> Stored:
+        if gate := self.gates.get(data):
+            gate.wait(60)
+        return super().overwrite(key, data, content_type, record)
+
+
+def test_a_write_that_lands_late_undoes_no_later_one(
+    made: Callable[..., tuple[Spooling, Switched]], tmp_path: Path
+) -> None:
+    """Given up after its patience, landing after a newer overwrite was asked for: the newer one stays."""
+    store = Late()
+    gate = store.gates[b"old"] = threading.Event()
+    bucket, _ = made(store, patience=0.2)
+    assert bucket.overwrite("k", b"old", "image/webp", RECORD).waiting
+    assert bucket.overwrite("k", b"new", "image/webp", RECORD).waiting
+    until(lambda: bucket.fault() is None and "write" not in bucket._down)
+    assert bucket.create("other", b"data", "image/webp", RECORD)[1], "other names are not held up"
+    assert store.stat("k") is None
+    with pytest.raises(StorageUnavailable, match="busy"):
+        bucket.delete("k")
+    bucket.overwrite("k", b"newest", "image/webp", RECORD)
+    gate.set()
+    until(lambda: files(tmp_path) == [])
+    assert store.read("k") == b"newest"
+    bucket.delete("k")
+    assert store.stat("k") is None
+
+
+def test_the_figures_tell_what_waits(made: Callable[..., tuple[Spooling, Switched]]) -> None:
+    """How many, how many bytes, for how long, and how often the storage failed."""
+    bucket, store = made()
+    assert bucket.figures() == {"pictures": 0, "bytes": 0, "oldest_seconds": 0.0, "failures": 0}
+    store.state = "off"
+    for number in range(3):
+        bucket.create(f"{number}", b"data", "image/webp", RECORD)
+    figures = bucket.figures()
+    assert (figures["pictures"], figures["bytes"] > 300, figures["failures"] > 0) == (3, True, True)
+    assert 0 < figures["oldest_seconds"] < 600
+    store.state = "on"
+    until(lambda: bucket.figures()["pictures"] == 0)

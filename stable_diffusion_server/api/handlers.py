@@ -1,47 +1,30 @@
-"""Errors to problem+json (RFC 9457), once for every door. Unknown errors stay opaque."""
+"""What becomes of an error at a door, once for every door. Unknown errors stay opaque."""
 
 from __future__ import annotations
 
 from http import HTTPStatus
+from typing import Any
 
 import structlog
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.routing import Route
 
+from stable_diffusion_server.api.security.headers import protect
+from stable_diffusion_server.api.shapes import frameworks_refusal, refusal
 from stable_diffusion_server.errors import ServerError
 
 _log = structlog.get_logger(__name__)
 
 
 def install(app: FastAPI) -> None:
-    """Have the app answer every error as a problem."""
+    """Have the app answer every error in the shape of the door it came from."""
     app.add_exception_handler(ServerError, _ours)
     app.add_exception_handler(HTTPException, _frameworks)
     app.add_exception_handler(ClientDisconnect, _gone)
     app.add_exception_handler(Exception, _unknown)
-
-
-def problem(error: ServerError, request_id: str) -> JSONResponse:
-    """The problem document of one of our errors, with `Retry-After` where coming back can help."""
-    body: dict[str, object] = {
-        "type": f"urn:stable-diffusion-server:problem:{error.kind}",
-        "title": error.title,
-        "status": error.status,
-        "detail": error.detail,
-        "request_id": request_id,
-    }
-    if error.field:
-        body["field"] = error.field
-    if error.faults:
-        body["errors"] = [{"field": field, "detail": detail} for field, detail in error.faults]
-    headers = {"X-Request-ID": request_id}
-    if error.retry_after is not None:
-        headers["Retry-After"] = str(error.retry_after)
-    if error.status == HTTPStatus.UNAUTHORIZED:
-        headers["WWW-Authenticate"] = "Bearer"
-    return JSONResponse(_printable(body), error.status, headers, media_type="application/problem+json")
 
 
 def client_gone() -> Response:
@@ -60,22 +43,29 @@ async def _ours(request: Request, error: Exception) -> JSONResponse:
         _log.error("request failed", kind=error.kind, detail=error.detail, exc_info=error)
     elif error.status > HTTPStatus.INTERNAL_SERVER_ERROR:
         _log.warning("request failed", kind=error.kind, detail=error.detail)
-    return problem(error, request_id_of(request))
+    return refusal(error, request.url.path, request_id_of(request))
 
 
 async def _frameworks(request: Request, error: Exception) -> JSONResponse:
     """404, 405, 413 and their like, raised by the framework before a door is reached."""
     assert isinstance(error, HTTPException)  # noqa: S101  # registered for this class alone; tells the type checker
     status = HTTPStatus(error.status_code)
-    body = {
-        "type": "about:blank",
-        "title": status.phrase,
-        "status": status.value,
-        "detail": error.detail,
-        "request_id": request_id_of(request),
-    }
-    headers = {**(error.headers or {}), "X-Request-ID": request_id_of(request)}
-    return JSONResponse(body, status, headers, media_type="application/problem+json")
+    headers = dict(error.headers or {})
+    if status is HTTPStatus.METHOD_NOT_ALLOWED:
+        headers["Allow"] = ", ".join(sorted(_methods_at(request)))
+    return frameworks_refusal(status, str(error.detail), request.url.path, request_id_of(request), headers)
+
+
+def _methods_at(request: Request) -> set[str]:
+    """Every method of a path: each is a route of its own, and the framework names those of the first alone."""
+    routers = [getattr(route, "original_router", None) for route in request.app.routes]
+    routes = [route for router in routers if router is not None for route in router.routes]
+    path = request.scope["path"]
+    return {method for route in (*request.app.routes, *routes) if _is_at(route, path) for method in route.methods or ()}
+
+
+def _is_at(route: object, path: str) -> bool:
+    return isinstance(route, Route) and route.path_regex.match(path) is not None
 
 
 async def _gone(request: Request, error: Exception) -> Response:
@@ -86,13 +76,9 @@ async def _gone(request: Request, error: Exception) -> Response:
 async def _unknown(request: Request, error: Exception) -> JSONResponse:
     _log.error("unexpected error", path=request.url.path, request_id=request_id_of(request), exc_info=error)
     opaque = ServerError("An unexpected error happened; the log has more under this request id.")
-    return problem(opaque, request_id_of(request))
-
-
-def _printable(value: object) -> object:
-    """Text in a problem may quote the caller, lone surrogates included, which JSON in UTF-8 cannot carry."""
-    if isinstance(value, str):
-        return value.encode("utf-8", "replace").decode()
-    if isinstance(value, dict):
-        return {_printable(k): _printable(v) for k, v in value.items()}
-    return [_printable(v) for v in value] if isinstance(value, list) else value
+    answer = refusal(opaque, request.url.path, request_id_of(request))
+    # It is answered outside of the gate, which else does this.
+    start: dict[str, Any] = {"type": "http.response.start", "headers": answer.raw_headers}
+    protect(start, request.url.path)
+    answer.raw_headers = start["headers"]
+    return answer

@@ -2,85 +2,38 @@
 
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
-from dataclasses import asdict, replace
-from typing import Annotated, Any, ClassVar, Literal, NoReturn
+from collections.abc import Callable
+from dataclasses import asdict, fields, replace
+from functools import lru_cache
+from typing import Any, ClassVar
 
 from fastapi import Request
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema, field_validator, model_validator
+from pydantic import BaseModel, Field
 
-from stable_diffusion_server.api.bodies import BODY_TYPES, Upload, read_parameters
+from stable_diffusion_server.api.asked import Asked, File, read_as, validated
+from stable_diffusion_server.api.bodies import BODY_TYPES, read_query
+from stable_diffusion_server.api.callers import caller_of, within
+from stable_diffusion_server.api.pictures import bytes_of, is_data_url
+from stable_diffusion_server.api.shapes import problem_body
 from stable_diffusion_server.errors import InvalidInput
+from stable_diffusion_server.jobs.happenings import Standing
 from stable_diffusion_server.limits import Limits
 from stable_diffusion_server.orders import Format, Order, Receipt, Source, Task
 
-_BINARY = {"type": "string", "format": "binary"}
-_NUMBERS = frozenset(
-    "seed num_inference_steps guidance_scale quality timeout width height strength feather canny_low canny_high "
-    "control_scale".split()
-)
-_LORA = re.compile(r"(?P<name>[A-Za-z0-9][A-Za-z0-9._-]{0,99})(:(?P<weight>[+-]?\d{1,3}(\.\d{1,6})?))?")
 
+class Parameters(Asked, ABC):
+    """What every door of our own takes."""
 
-File = Annotated[Upload | None, WithJsonSchema(_BINARY)]
-
-
-class Parameters(BaseModel, ABC):
-    """What every drawing endpoint takes. Bounds are checked by `Limits`, which the settings decide."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, arbitrary_types_allowed=True)
-
-    files: ClassVar[frozenset[str]] = frozenset()
-
-    prompt: str = Field(description="What to draw.", examples=["a red circle on a blue background"])
-    save_path: str | None = Field(None, description="Name of the picture in the bucket. Without it a name is made.")
-    model: str | None = Field(None, description="`flux` or `sdxl`.")
-    negative_prompt: str | None = Field(None, description="What not to draw, for models that have a use for it.")
-    seed: int | Literal["random"] | None = Field(
-        None,
-        description="Start of the noise; without it one is made from the order, so that it is the same each time.",
-    )
-    num_inference_steps: int | None = Field(None, description="Denoising steps.")
-    guidance_scale: float | None = Field(None, description="How strongly to follow the prompt.")
-    scheduler: str | None = Field(None, description="Scheduler by its name in the catalogue.")
     format: Format | None = Field(None, description="File format; without it the ending of `save_path`, else webp.")
     quality: int | None = Field(None, description="1 to 100; webp at 100 is lossless.")
-    overwrite: bool = Field(False, description="Draw and store even if the name is taken.")
-    timeout: float | None = Field(None, description="Seconds to wait for the picture at the most.")
-    refine: bool = Field(False, description="A second pass at low strength over what was drawn.")
-    lora: str | None = Field(
-        None,
-        description="Adapters to draw with, `name` or `name:weight`, separated by commas.",
-        examples=["pastel:0.8"],
+    webhook_url: str | None = Field(
+        None, description="Address to be told how the job ends; with `Prefer: respond-async` only."
     )
-
-    @field_validator("lora")
-    @classmethod
-    def _adapters_with_weights(cls, value: str | None) -> str | None:
-        if value is not None and not all(_LORA.fullmatch(part.strip()) for part in value.split(",")):
-            raise ValueError("is not a name or name:weight")
-        return value
 
     @abstractmethod
     def order(self) -> Order:
         """The order these parameters make."""
-
-    def _words(self) -> dict[str, Any]:
-        """The parameters as an order holds them, without the pictures."""
-        pictures = {"image_url", "image_file", "mask_url", "mask_file"}
-        matches = [_LORA.fullmatch(part.strip()) for part in self.lora.split(",")] if self.lora is not None else []
-        loras = tuple((match["name"], float(match["weight"] or 1)) for match in matches if match)
-        return {**self.model_dump(exclude={"lora", *pictures}), "loras": loras}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _no_booleans_as_numbers(cls, data: Any) -> Any:
-        """Refuse `true` where a number belongs, which Python would take for 1."""
-        for name, value in data.items() if isinstance(data, dict) else ():
-            if isinstance(value, bool) and name in _NUMBERS:
-                raise InvalidInput(f"{name} must be a number, not {str(value).lower()}.", field=name)
-        return data
 
 
 class TextToImage(Parameters):
@@ -91,7 +44,7 @@ class TextToImage(Parameters):
 
     def order(self) -> Order:
         """The order these parameters make."""
-        return Order(task=Task.TEXT_TO_IMAGE, **self._words())
+        return Order(task=Task.TEXT_TO_IMAGE, **self.words())
 
 
 class StyleTransfer(Parameters):
@@ -99,7 +52,9 @@ class StyleTransfer(Parameters):
 
     files: ClassVar[frozenset[str]] = frozenset({"image_file"})
 
-    image_url: str | None = Field(None, description="Address of the picture to start from; or send `image_file`.")
+    image_url: str | None = Field(
+        None, description="Address of the picture to start from, or the picture in a data URL; or send `image_file`."
+    )
     image_file: File = Field(None, description="The picture to start from, a PNG, JPEG or WebP file.")
     strength: float = Field(0.6, description="How much is drawn anew, 0 to 1.")
     canny: bool | None = Field(False, description="Keep to the edges of the picture by ControlNet.")
@@ -112,7 +67,7 @@ class StyleTransfer(Parameters):
     def order(self) -> Order:
         """The order these parameters make. Raises `InvalidInput` unless there is just one picture."""
         (image,) = _sources(self, "image")
-        return Order(task=Task.IMAGE_TO_IMAGE, image=image, **self._words())
+        return Order(task=Task.IMAGE_TO_IMAGE, image=image, **self.words())
 
 
 class StyleTransferBytes(StyleTransfer):
@@ -130,9 +85,13 @@ class Inpaint(Parameters):
 
     files: ClassVar[frozenset[str]] = frozenset({"image_file", "mask_file"})
 
-    image_url: str | None = Field(None, description="Address of the picture to repaint; or send `image_file`.")
+    image_url: str | None = Field(
+        None, description="Address of the picture to repaint, or a data URL; or send `image_file`."
+    )
     image_file: File = Field(None, description="The picture to repaint, a PNG, JPEG or WebP file.")
-    mask_url: str | None = Field(None, description="Address of the mask, white where to repaint; or send `mask_file`.")
+    mask_url: str | None = Field(
+        None, description="Address of the mask, white where to repaint, or a data URL; or send `mask_file`."
+    )
     mask_file: File = Field(None, description="The mask, a PNG, JPEG or WebP file of any size.")
     strength: float = Field(1.0, description="How much is drawn anew inside the mask, 0 to 1.")
     feather: int = Field(0, description="Pixels over which the repainted part fades in from the rim of the mask.")
@@ -141,37 +100,67 @@ class Inpaint(Parameters):
     def order(self) -> Order:
         """The order these parameters make. Raises `InvalidInput` unless there is one picture and one mask."""
         image, mask = _sources(self, "image", "mask")
-        return Order(task=Task.INPAINT, image=image, mask=mask, **self._words())
+        return Order(task=Task.INPAINT, image=image, mask=mask, **self.words())
+
+
+_TOLD = tuple(part.name for part in fields(Receipt))
+
+
+# The longest query, in bytes, of which the order is kept at hand.
+_SHORT = 1024
+
+
+@lru_cache(1024)
+def _order_of(schema: type[Parameters], query_string: bytes) -> Order:
+    """The order in a query. The same ones come again and again, and reading one is pure."""
+    return validated(schema, read_query(query_string)).order()
 
 
 async def read_order(request: Request, schema: type[Parameters]) -> Order:
     """The order in a request's query and body (form, multipart or JSON).
 
-    Raises `Malformed`, `UnsupportedMedia` and `InvalidInput`, which names every refused parameter.
+    Raises `Malformed`, `UnsupportedMedia`, `InvalidInput`, which names every refused parameter, and `Forbidden` for a
+    name that is not the caller's.
     """
-    try:
-        return schema.model_validate(await read_parameters(request, schema.files)).order()
-    except ValidationError as error:
-        _refuse(error)
+    query = request.scope["query_string"]
+    if request.method == "GET" and len(query) <= _SHORT:
+        return within(caller_of(request), _order_of(schema, query))
+    return within(caller_of(request), (await read_as(schema, request)).order())
 
 
 def receipt_body(receipt: Receipt, url: str) -> dict[str, object]:
     """A receipt as JSON shows it, with the URL of the picture as `path`; `prompt_used` only when it differs."""
-    body: dict[str, object] = {"path": url, **asdict(receipt)}
+    # Field by field: `asdict` copies deeply, which is most of what a cached answer would cost.
+    body: dict[str, object] = {"path": url, **{name: getattr(receipt, name) for name in _TOLD}}
+    body["warnings"] = [{"code": warned.code, "message": warned.message} for warned in receipt.warnings]
+    body["timings"] = dict(receipt.timings)
     if receipt.prompt_used is None:
         del body["prompt_used"]
     return body
 
 
-def documented(schema: type[BaseModel], limits: Limits, method: str) -> dict[str, Any]:
-    """OpenAPI of an operation whose parameters `read_parameters` reads, with the bounds the settings set."""
-    whole = schema.model_json_schema()
-    properties = _inlined(whole["properties"], whole.get("$defs", {}))
-    for name, (low, high) in limits.bounds().items():
-        if name in properties:
-            _bound(properties[name], low, high)
+def job_body(standing: Standing, url: Callable[[str], str]) -> dict[str, object]:
+    """A job as JSON shows it, with the receipt of one that is done, or the problem of one that failed."""
+    body = asdict(standing)
+    outcome = standing.outcome
+    del body["outcome"]
+    if isinstance(outcome, Receipt):
+        body["receipt"] = receipt_body(outcome, url(outcome.key))
+    elif outcome is not None:
+        body["problem"] = problem_body(outcome.as_error())
+    return body
+
+
+def documented(
+    schema: type[BaseModel], limits: Limits, method: str, kinds: tuple[str, ...] = BODY_TYPES
+) -> dict[str, Any]:
+    """OpenAPI of an operation whose parameters `read_parameters` reads, with the bounds the settings set.
+
+    `kinds` are the media types its body may have.
+    """
+    properties = properties_of(schema, limits)
     required = [name for name, part in schema.model_fields.items() if part.is_required()]
-    files = {name for name, shape in properties.items() if shape.get("format") == "binary"}
+    files = {name for name, shape in properties.items() if _is_file(shape)}
     words = {name: shape for name, shape in properties.items() if name not in files}
     if method == "GET":
         return {
@@ -191,8 +180,32 @@ def documented(schema: type[BaseModel], limits: Limits, method: str) -> dict[str
         shape = {"type": "object", "required": required, "properties": shapes, "additionalProperties": False}
         return {"schema": shape}
 
-    kinds = {kind: body(properties if kind == "multipart/form-data" else words) for kind in BODY_TYPES}
-    return {"requestBody": {"required": True, "content": kinds}}
+    content = {kind: body(properties if kind == "multipart/form-data" else words) for kind in kinds}
+    return {"requestBody": {"required": bool(required), "content": content}}
+
+
+def properties_of(schema: type[BaseModel], limits: Limits) -> dict[str, Any]:
+    """The parameters of a schema, as JSON Schema with the bounds the settings set."""
+    whole = schema.model_json_schema()
+    properties: dict[str, Any] = _inlined(whole["properties"], whole.get("$defs", {}))
+    for name, (low, high) in limits.bounds().items():
+        if name in properties:
+            _bound(properties[name], low, high)
+    for name in ("prompt", "negative_prompt"):
+        for part in _parts(properties.get(name, {})):
+            part["maxLength"] = limits.max_prompt_characters
+            if name == "prompt":
+                part["minLength"] = 1
+    return properties
+
+
+def _parts(shape: dict[str, Any]) -> list[dict[str, Any]]:
+    """The kinds of text a property may be."""
+    return [part for part in [shape, *shape.get("anyOf", [])] if part.get("type") == "string"]
+
+
+def _is_file(shape: dict[str, Any]) -> bool:
+    return shape.get("format") == "binary" or shape.get("items", {}).get("format") == "binary"
 
 
 def _inlined(shape: Any, definitions: dict[str, Any]) -> Any:
@@ -222,27 +235,12 @@ def _sources(parameters: Parameters, *names: str) -> list[Source]:
         if (url is None) == (file is None):
             sentence = f"Give {by_url} or {by_file}, and not both."
             faults += [(by_url, sentence), (by_file, sentence)]
-        sources.append(Source(by_url, url=url) if file is None else Source(by_file, data=file.data))
+        elif file is not None:
+            sources.append(Source(by_file, data=file.data))
+        elif is_data_url(url):
+            sources.append(Source(by_url, data=bytes_of(url, by_url)))
+        else:
+            sources.append(Source(by_url, url=url))
     if faults:
         raise InvalidInput.of(faults)
     return sources
-
-
-def _refuse(error: ValidationError) -> NoReturn:
-    """Turn pydantic's findings into one `InvalidInput`. Values are not repeated: they may be long, or secret."""
-    faults: dict[str, str] = {}
-    for fault in error.errors(include_url=False, include_input=False):
-        name = str(fault["loc"][0])
-        faults.setdefault(name[:100], _sentence(name, fault["type"], fault["msg"]))
-    raise InvalidInput.of(list(faults.items())) from error
-
-
-def _sentence(name: str, kind: str, message: str) -> str:
-    if kind == "extra_forbidden":
-        return f"{name[:100]} is not a parameter here."
-    if kind == "missing":
-        return f"{name} is missing."
-    if name.endswith("_file"):
-        return f"{name} must be sent as a file of a multipart form."
-    message = message.removeprefix("Value error, ")
-    return f"{name}: {message[0].lower()}{message[1:]}."

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Coroutine
-from typing import Any, TypeVar
-
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
-from stable_diffusion_server.api.handlers import client_gone
+from stable_diffusion_server.api.answering import Answering, Render, UrlOf
 from stable_diffusion_server.api.schemas import (
     Inpaint,
     Parameters,
@@ -20,16 +16,9 @@ from stable_diffusion_server.api.schemas import (
     read_order,
     receipt_body,
 )
-from stable_diffusion_server.errors import NotReady
 from stable_diffusion_server.image_processing import media_type_of
 from stable_diffusion_server.limits import Limits
 from stable_diffusion_server.orders import Receipt
-from stable_diffusion_server.service import Service
-
-T = TypeVar("T")
-UrlOf = Callable[[Request, str], str]
-Answer = Callable[[Request, Receipt, bytes], Response]
-
 
 _DOORS: tuple[tuple[str, type[Parameters], str, str], ...] = (
     (
@@ -65,8 +54,11 @@ _DOORS: tuple[tuple[str, type[Parameters], str, str], ...] = (
 )
 
 
-def router(service: Service, limits: Limits, url_of: UrlOf) -> APIRouter:
-    """The upload doors over a service; `url_of` makes the URL of a key for the client at hand."""
+def router(answering: Answering, limits: Limits, url_of: UrlOf, *, get_generates: bool = True) -> APIRouter:
+    """The upload doors; `url_of` makes the URL of a key for the client at hand.
+
+    GET is there because the original had it; without `get_generates` only POST draws.
+    """
     routes = APIRouter(tags=["draw"])
 
     def told(request: Request, receipt: Receipt, _: bytes) -> Response:
@@ -78,16 +70,14 @@ def router(service: Service, limits: Limits, url_of: UrlOf) -> APIRouter:
             headers["X-Warnings"] = ", ".join(warning.code for warning in receipt.warnings)
         return Response(picture, media_type=media_type_of(picture), headers=headers)
 
-    def door(path: str, schema: type[Parameters], answer: Answer, summary: str, description: str) -> None:
+    def door(path: str, schema: type[Parameters], render: Render, summary: str, description: str) -> None:
         """One path for GET and POST, over the parameters of `schema`."""
 
         async def handler(request: Request) -> Response:
             order = await read_order(request, schema)
-            work = service.picture(order) if answer is shown else with_nothing(service.fulfil(order))
-            fulfilled = await unless_disconnected(request, work)
-            return client_gone() if fulfilled is None else answer(request, *fulfilled)
+            return await answering.answer(request, order, render, picture=render is shown)
 
-        for method in ("GET", "POST"):
+        for method in ("GET", "POST") if get_generates else ("POST",):
             routes.add_api_route(
                 path,
                 handler,
@@ -102,31 +92,3 @@ def router(service: Service, limits: Limits, url_of: UrlOf) -> APIRouter:
     for path, schema, summary, description in _DOORS:
         door(path, schema, shown if path == "/make_image" else told, summary, description)
     return routes
-
-
-async def with_nothing(work: Coroutine[Any, Any, Receipt]) -> tuple[Receipt, bytes]:
-    """A receipt without the picture."""
-    return await work, b""
-
-
-async def unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) -> T | None:
-    """The result of `work`, or `None` when the client went away first, which cancels it. Read the body before."""
-    working = asyncio.create_task(work)
-    watching = asyncio.create_task(_disconnect(request))
-    try:
-        await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            return await working
-        await watching  # a body that is too long is told here; its end is the client's
-        return None
-    except asyncio.CancelledError:
-        # The server program ends the calls that outlast its grace; the caller should hear why.
-        raise NotReady("The server is going down.", retry_after=5) from None
-    finally:
-        working.cancel()
-        watching.cancel()
-
-
-async def _disconnect(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass

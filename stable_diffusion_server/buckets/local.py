@@ -18,6 +18,8 @@ from uuid import uuid4
 from filelock import FileLock
 
 from stable_diffusion_server.errors import InvalidInput, NotFound, StorageUnavailable
+from stable_diffusion_server.inscriptions import is_whole
+from stable_diffusion_server.knowledge import Knowledge
 from stable_diffusion_server.orders import Stored
 
 # What Linux, macOS and Windows file systems hold.
@@ -30,16 +32,21 @@ _NAME_FAULTS = {
 }
 # Below this much free disk a picture is not even begun.
 _SPARE_BYTES = 16 * 2**20
+# A file that someone removes by hand is missed after this long.
+_KNOWN_KEYS, _KNOWN_SECONDS = 10_000, 2.0
 
 
 class LocalBucket:
     """Objects in `root`/objects under their keys, facts about them in `root`/records, half-written ones in `root`/tmp.
 
     Keys are taken as cleaned by `bucket_api.object_key`. Several processes may share the folder: a lock file
-    decides who is first, and keeps an object and its facts together for everyone who looks.
+    decides who is first, and keeps an object and its facts together for everyone who looks. What was seen is known for
+    a moment, so that a burst of hits costs no look at the disk.
     """
 
     def __init__(self, root: Path) -> None:
+        self._knowledge = Knowledge(_KNOWN_KEYS, _KNOWN_SECONDS)
+        self.known = self._knowledge.of
         self._objects = root / "objects"
         self._records = root / "records"
         self._unfinished = root / "tmp"
@@ -66,17 +73,13 @@ class LocalBucket:
                 raise OSError(errno.ENOSPC, "nearly full")
 
     def stat(self, key: str) -> Stored | None:
-        """The object under `key`, or `None`; an empty file is no object, since no picture is empty.
+        """The object under `key`, or `None`; a file that is empty or cut short is no object.
 
         Raises `InvalidInput` for a name that could not be stored either: of a folder, or too long for the disk.
         """
         with _told_as_ours():
-            found = self._find(key)
-            if found is None or found.record:
-                return found
-            # No facts, or not of this file: a writer may be between its two renames, so look again behind it.
-            with self._locked():
-                return self._find(key)
+            since = self._knowledge.changes
+            return self._knowledge.learn(key, self._look(key), since)
 
     def create(self, key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> tuple[Stored, bool]:
         """Store `data` if `key` is absent; the first of several writers wins and the others get what it stored."""
@@ -85,9 +88,10 @@ class LocalBucket:
             if (there := self._find(key)) is not None:
                 return there, False
             target = self._make_room(key)
-            target.unlink(missing_ok=True)  # what holds the name and is no object: an empty file
+            target.unlink(missing_ok=True)  # what holds the name and is no object: an empty or broken file
             os.link(finished, target)
             os.replace(facts, self._records / key)
+            self._knowledge.learn(key, stored)
         return stored, True
 
     def overwrite(self, key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> Stored:
@@ -98,6 +102,7 @@ class LocalBucket:
             target = self._make_room(key)
             os.replace(finished, target)
             os.replace(facts, self._records / key)
+            self._knowledge.learn(key, stored)
         return stored
 
     def read(self, key: str, start: int = 0, end: int | None = None) -> bytes:
@@ -108,11 +113,13 @@ class LocalBucket:
                     file.seek(start)
                     return file.read(-1 if end is None else max(0, end - start))
             except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+                self._knowledge.learn(key, None)
                 raise NotFound("There is no picture under this name.") from error
 
     def delete(self, key: str) -> None:
         """Remove the object and its facts, if they are there, and the folders that are empty then."""
         with _told_as_ours(), self._locked():
+            self._knowledge.learn(key, None)
             for root in (self._objects, self._records):
                 path = self.path(key) if root is self._objects else root / key
                 try:
@@ -211,6 +218,21 @@ class LocalBucket:
         """Held while an object and its facts are put in place together, by whichever thread or process."""
         return FileLock(self._unfinished / ".lock", thread_local=False, is_singleton=False)
 
+    def _look(self, key: str) -> Stored | None:
+        found = self._find(key)
+        if found.record if found is not None else not (self._records / key).is_file():
+            return found
+        # No facts, or not of this file: a writer may be between its two renames, so look again behind it.
+        with self._locked():
+            return self._find(key)
+
+    def _looks_whole(self, key: str, size: int) -> bool:
+        """Whether the file under `key` has a picture's beginning and end."""
+        with (self._objects / key).open("rb") as file:
+            head = file.read(12)
+            file.seek(max(0, size - 12))
+            return is_whole(head, file.read(12), size)
+
     def _find(self, key: str) -> Stored | None:
         try:
             with self._name_blamed():
@@ -231,7 +253,9 @@ class LocalBucket:
                     "save_path is taken in another letter case, which this disk cannot tell apart.",
                     field="save_path",
                 )
-            return facts
+            return facts if facts.whole else None
+        if facts is not None and not self._looks_whole(key, found.st_size):
+            return None  # not the file that was written, and no other picture: cut short
         # Put there by hand, or its facts were lost: still an object, of which only the file itself is known.
         etag = hashlib.sha256(f"{found.st_mtime_ns}-{found.st_size}".encode()).hexdigest()
         content_type = mimetypes.guess_type(key)[0] or "application/octet-stream"

@@ -31,9 +31,9 @@ class MemoryBucket:
         """There is room as long as there is memory."""
 
     def stat(self, key: str) -> Stored | None:
-        """The object under `key`, or `None`; an empty one is none."""
+        """The object under `key`, or `None`; one that is empty or cut short is none."""
         _, stored = self._objects.get(key, (b"", None))
-        return stored if stored is not None and stored.size else None
+        return stored if stored is not None and stored.whole else None
 
     def create(self, key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> tuple[Stored, bool]:
         """Store `data` if `key` is absent; the first of several writers wins and the others get what it stored."""

@@ -20,7 +20,7 @@ from PIL import Image, ImageOps
 FORMATS = ("PNG", "JPEG", "WEBP")
 # A request is the length of the file and the file. An answer is a verdict and two numbers: for PIXELS width and
 # height, followed by height × width × 3 bytes; for TOO_LARGE width and height alone.
-REQUEST, ANSWER = struct.Struct(">Q"), struct.Struct(">cII")
+REQUEST, ANSWER = struct.Struct(">Q?"), struct.Struct(">cII")
 PIXELS, NOT_A_PICTURE, TOO_LARGE, BROKEN, NO_MEMORY = b"P", b"N", b"L", b"B", b"M"
 _EXIF_ORIENTATION = 0x0112
 
@@ -39,13 +39,15 @@ def main() -> None:
     source, target = sys.stdin.buffer, sys.stdout.buffer
     while len(head := source.read(REQUEST.size)) == REQUEST.size:
         _allow_cpu(seconds)
-        _answer(target, source.read(REQUEST.unpack(head)[0]), max_pixels, max_side)
+        length, transparency = REQUEST.unpack(head)
+        _answer(target, source.read(length), max_pixels, max_side, transparency=transparency)
 
 
-def decode(data: bytes, max_pixels: int, max_side: int) -> tuple[bytes, int, int, bytes]:
+def decode(data: bytes, max_pixels: int, max_side: int, *, transparency: bool = False) -> tuple[bytes, int, int, bytes]:
     """Verdict, width, height and pixels (8-bit RGB rows, top to bottom) of a file's first frame.
 
-    The size is judged from the header. Orientation by EXIF is applied, transparency is laid over white.
+    The size is judged from the header. Orientation by EXIF is applied, and what is transparent laid over white; with
+    `transparency` the pixels tell how transparent it is instead, white where it is wholly so.
     """
     try:
         picture = Image.open(io.BytesIO(data), formats=FORMATS)
@@ -58,7 +60,8 @@ def decode(data: bytes, max_pixels: int, max_side: int) -> tuple[bytes, int, int
         return TOO_LARGE, width, height, b""
     try:
         picture.load()
-        upright = to_rgb(_upright(picture))
+        upright = _upright(picture)
+        upright = transparency_of(upright) if transparency else to_rgb(upright)
         return PIXELS, upright.width, upright.height, upright.tobytes()
     except MemoryError:
         return NO_MEMORY, 0, 0, b""
@@ -78,6 +81,12 @@ def to_rgb(picture: Image.Image) -> Image.Image:
     return picture.convert("RGB")
 
 
+def transparency_of(picture: Image.Image) -> Image.Image:
+    """How transparent a picture is, as grey in RGB: white where wholly so, black all over where it cannot be."""
+    alpha = picture.convert("RGBA").getchannel("A")
+    return alpha.point(lambda value: 255 - value).convert("RGB")
+
+
 def _upright(picture: Image.Image) -> Image.Image:
     """Turned as EXIF says; EXIF that cannot be read turns nothing."""
     try:
@@ -90,8 +99,8 @@ def _upright(picture: Image.Image) -> Image.Image:
         return picture
 
 
-def _answer(target: BinaryIO, data: bytes, max_pixels: int, max_side: int) -> None:
-    verdict, width, height, pixels = decode(data, max_pixels, max_side)
+def _answer(target: BinaryIO, data: bytes, max_pixels: int, max_side: int, *, transparency: bool) -> None:
+    verdict, width, height, pixels = decode(data, max_pixels, max_side, transparency=transparency)
     target.write(ANSWER.pack(verdict, min(width, 2**32 - 1), min(height, 2**32 - 1)))
     target.write(pixels)
     target.flush()

@@ -50,8 +50,10 @@ class Decoder:
         self._busy: set[_Child] = set()
         self._closed = False
 
-    async def decode(self, data: bytes, field: str) -> NDArray[np.uint8]:
+    async def decode(self, data: bytes, field: str, *, transparency: bool = False) -> NDArray[np.uint8]:
         """The picture in a PNG, JPEG or WebP file as uint8, height × width × 3; `field` is named in errors.
+
+        With `transparency` it is grey, and white where the picture is transparent.
 
         Raises `TooLarge`, `UnsupportedMedia` for other files, `InvalidInput` for a broken or hostile one.
         """
@@ -62,7 +64,7 @@ class Decoder:
                 worker = self._idle.pop() if self._idle else await self._start()
                 fresh = worker.pictures == 0
                 try:
-                    return await self._ask(worker, data, field)
+                    return await self._ask(worker, data, field, transparency)
                 except _Died as death:
                     # A child that was idle may have been dead already; only a fresh one's end is the picture's doing.
                     if fresh:
@@ -88,13 +90,13 @@ class Decoder:
         )  # fmt: skip
         return _Child(process)
 
-    async def _ask(self, worker: _Child, data: bytes, field: str) -> NDArray[np.uint8]:
+    async def _ask(self, worker: _Child, data: bytes, field: str, transparency: bool) -> NDArray[np.uint8]:
         """One picture by one child, which goes back to the idle ones only when it answered in full."""
         self._busy.add(worker)
         answered = False
         try:
             async with asyncio.timeout(self._seconds):
-                verdict, width, height, pixels = await worker.ask(data)
+                verdict, width, height, pixels = await worker.ask(data, transparency)
             answered = True
         except TimeoutError as error:
             raise InvalidInput(f"{field} took too long to decode.", field=field) from error
@@ -130,12 +132,12 @@ class _Child:
         self._process = process
         self.pictures = 0
 
-    async def ask(self, data: bytes) -> tuple[bytes, int, int, bytes]:
+    async def ask(self, data: bytes, transparency: bool) -> tuple[bytes, int, int, bytes]:
         """Verdict, width, height, pixels. Raises `_Died`; after any other end of the call the child is of no use."""
         stdin, stdout = self._process.stdin, self._process.stdout
         assert stdin is not None and stdout is not None  # noqa: S101, PT018  # both are pipes; tells the type checker
         try:
-            stdin.write(child.REQUEST.pack(len(data)))
+            stdin.write(child.REQUEST.pack(len(data), transparency))
             stdin.write(data)
             await stdin.drain()
             verdict, width, height = child.ANSWER.unpack(await stdout.readexactly(child.ANSWER.size))

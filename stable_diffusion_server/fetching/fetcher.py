@@ -1,40 +1,23 @@
-"""Fetches a picture by URL, safe against forged addresses, slow and endless bodies. Knows only its first bytes.
-
-The rules are OWASP's on server-side request forgery: a name is resolved once, every address it has is judged, and the
-one judged is the one dialled, with the name kept for the Host header and TLS; each redirect is judged anew.
-"""
+"""Fetches a picture by URL, safe against forged addresses, slow and endless bodies. Knows only its first bytes."""
 
 from __future__ import annotations
 
 import asyncio
-import ipaddress
-import socket
-import ssl
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 from urllib.parse import urljoin
 
 import httpx
 
 from stable_diffusion_server.errors import InvalidInput, RemoteFailed, TooLarge, UnsupportedMedia
-from stable_diffusion_server.fetching.addresses import Address, is_public
-from stable_diffusion_server.fetching.targets import PORTS, Allowance, Target, authority, parse
-
-Resolve = Callable[[str, int], Awaitable[Sequence[str]]]
+from stable_diffusion_server.fetching.dialling import Dialler, Resolve, in_words
+from stable_diffusion_server.fetching.targets import Allowance, Target, parse
 
 MAX_REDIRECTS = 3
-_MAX_DIALS = 2
 _MAX_AT_ONCE = 16
 _REDIRECTS = (301, 302, 303, 307, 308)
-_HEADERS = {
-    "User-Agent": "stable-diffusion-server",
-    "Accept": "image/webp, image/png, image/jpeg",
-    "Accept-Encoding": "identity",
-    # What a page of another site would send: should the address be this server's own, its doors draw nothing for it.
-    "Sec-Fetch-Site": "cross-site",
-}
+_HEADERS = {"Accept": "image/webp, image/png, image/jpeg"}
 _PNG, _JPEG, _RIFF, _WEBP = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF", b"WEBP"
 _SNIFFED_BYTES = 12
 
@@ -59,12 +42,8 @@ class Fetcher:
 
     def __init__(self, bounds: Bounds, allowed: Sequence[Allowance] = (), resolve: Resolve | None = None) -> None:
         self._bounds = bounds
-        self._allowed = tuple(allowed)
-        self._resolve = resolve or self._ask_system
-        # Threads of their own: a name server that keeps silent must not use up those that everything else needs.
-        self._resolvers = ThreadPoolExecutor(max_workers=8, thread_name_prefix="resolver")
+        self._dialler = Dialler(allowed, resolve)
         self._places = asyncio.Semaphore(_MAX_AT_ONCE)
-        self._tls: ssl.SSLContext | None = None
 
     async def fetch(self, url: str, field: str) -> bytes:
         """The bytes at `url`, which begin like a PNG, JPEG or WebP; `field` is named in errors.
@@ -74,8 +53,6 @@ class Fetcher:
         """
         target = parse(url, field)
         async with self._places:
-            if self._tls is None:
-                self._tls = await asyncio.to_thread(httpx.create_ssl_context, trust_env=False)
             try:
                 async with asyncio.timeout(self._bounds.total):
                     return await self._follow(target, field)
@@ -84,22 +61,19 @@ class Fetcher:
                     f"{field} was not fetched in {self._bounds.total:g} seconds.", field=field
                 ) from error
             except (httpx.HTTPError, httpx.StreamError, httpx.InvalidURL, OSError) as error:
-                raise RemoteFailed(f"{field} could not be fetched: {_in_words(error)}.", field=field) from error
+                raise RemoteFailed(f"{field} could not be fetched: {in_words(error)}.", field=field) from error
 
     def close(self) -> None:
         """Let go of the resolver's threads."""
-        self._resolvers.shutdown(wait=False, cancel_futures=True)
+        self._dialler.close()
 
     async def _follow(self, target: Target, field: str) -> bytes:
         """Go through redirects by hand, each judged like the first address."""
         timeout = httpx.Timeout(self._bounds.first_byte, connect=self._bounds.connect)
-        # A client per fetch: no connection is shared by two names or two callers.
-        async with httpx.AsyncClient(
-            verify=self._tls or True, trust_env=False, follow_redirects=False, timeout=timeout, headers=_HEADERS
-        ) as client:
+        async with await self._dialler.client(timeout) as client:
             for _ in range(MAX_REDIRECTS + 1):
                 client.cookies.clear()  # kept by number, they would go to whatever name has the same one
-                response = await _dial(client, target, await self._judged_addresses(target, field))
+                response = await self._dialler.send(client, "GET", target, field, headers=_HEADERS)
                 try:
                     if response.status_code not in _REDIRECTS:
                         return await self._read(response, field)
@@ -107,38 +81,6 @@ class Fetcher:
                 finally:
                     await response.aclose()
         raise RemoteFailed(f"{field} redirects more than {MAX_REDIRECTS} times.", field=field)
-
-    async def _judged_addresses(self, target: Target, field: str) -> list[Address]:
-        """Every address of the target's host, all of them fit to be dialled.
-
-        A name without addresses is answered as one with closed ones: the difference would tell what exists inside.
-        """
-        try:
-            addresses = [ipaddress.ip_address(target.host)]
-        except ValueError:
-            addresses = await self._addresses_of(target)
-        if not addresses or not all(self._may_dial(target, address) for address in addresses):
-            raise InvalidInput(f"{field} does not lead to a public address at an ordinary port.", field=field)
-        return addresses
-
-    async def _addresses_of(self, target: Target) -> list[Address]:
-        try:
-            answers = await self._resolve(target.host, target.port)
-            return [ipaddress.ip_address(answer.partition("%")[0]) for answer in dict.fromkeys(answers)]
-        except (OSError, UnicodeError, ValueError):
-            return []
-
-    def _may_dial(self, target: Target, address: Address) -> bool:
-        if any(allowance.covers(target, address) for allowance in self._allowed):
-            return True
-        return target.port in PORTS.values() and is_public(address)
-
-    async def _ask_system(self, host: str, port: int) -> Sequence[str]:
-        loop = asyncio.get_running_loop()
-        found = await loop.run_in_executor(
-            self._resolvers, lambda: socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        )
-        return [str(entry[4][0]) for entry in found]
 
     async def _read(self, response: httpx.Response, field: str) -> bytes:
         """The body as it comes over the wire, within the bounds."""
@@ -164,23 +106,6 @@ class Fetcher:
         return bytes(data)
 
 
-async def _dial(client: httpx.AsyncClient, target: Target, addresses: Sequence[Address]) -> httpx.Response:
-    """Ask the first address that takes a connection, by its number and under the target's name."""
-    failure: httpx.TransportError | None = None
-    for address in addresses[:_MAX_DIALS]:
-        request = client.build_request(
-            "GET",
-            f"{target.scheme}://{authority(str(address), target.port, target.scheme)}{target.path}",
-            headers={"Host": target.authority},
-            extensions={"sni_hostname": target.host.removesuffix(".")},
-        )
-        try:
-            return await client.send(request, stream=True)
-        except (httpx.ConnectError, httpx.ConnectTimeout) as error:
-            failure = error
-    raise failure or httpx.ConnectError("no address")
-
-
 def _redirected(target: Target, location: str, field: str) -> Target:
     """Where a redirect leads. Raises `InvalidInput` for a place one may not be led to."""
     if not location:
@@ -195,12 +120,3 @@ def _sniff(data: bytearray, field: str) -> None:
     """Raise `UnsupportedMedia` for a body that does not begin as a picture does, whatever its Content-Type says."""
     if not (data.startswith((_PNG, _JPEG)) or (data.startswith(_RIFF) and data[8:12] == _WEBP)):
         raise UnsupportedMedia(f"{field} leads to something that is not a PNG, JPEG or WebP picture.", field=field)
-
-
-def _in_words(error: Exception) -> str:
-    """What went wrong, told without addresses."""
-    if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
-        return "no connection"
-    if isinstance(error, httpx.TimeoutException):
-        return "no answer in time"
-    return "the answer broke off or is not HTTP"

@@ -6,10 +6,12 @@ grouped by their adapters (`Job.shape`), and `use` switches when the group chang
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +66,35 @@ def read_header(file: Path) -> Mapping[str, Any]:
     if size < 8 + length + end:
         raise WeightsUnusable(f"{file.name} is truncated: {size} of {8 + length + end} bytes are there.")
     return tensors
+
+
+def digest_of(file: Path) -> str:
+    """What tells these weights from others of the same name: the first 16 hexadecimal digits of their SHA-256."""
+    facts = file.stat()
+    return _digest(file, facts.st_mtime_ns, facts.st_size)
+
+
+@lru_cache(maxsize=256)
+def _digest(file: Path, changed: int, size: int) -> str:  # the same file is read again when one of the two differs
+    with file.open("rb") as source:
+        return hashlib.file_digest(source, "sha256").hexdigest()[:16]
+
+
+def add_to_controlnet(controlnet: Any, file: Path) -> None:
+    """Put a LoRA on a ControlNet for good. Raises `WeightsUnusable` for one of another kind."""
+    refuse_control_lora(file)
+    try:
+        controlnet.load_lora_adapter(str(file.parent), weight_name=file.name, prefix=_prefix(file), adapter_name="own")
+    except (ValueError, RuntimeError, KeyError, OSError, AttributeError) as error:
+        raise WeightsUnusable(f"CONTROLNET_LORA: {file.name} does not fit the ControlNet.") from error
+    if "own" not in getattr(controlnet, "peft_config", {}):
+        raise WeightsUnusable(f"CONTROLNET_LORA: {file.name} holds nothing for the ControlNet.")
+
+
+def _prefix(file: Path) -> str | None:
+    """The part of a pipeline that the names in a LoRA file begin with, if they do."""
+    first = next(iter(read_header(file)), "").partition(".")[0]
+    return first if first in ("transformer", "controlnet", "unet") else None
 
 
 def refuse_control_lora(file: Path) -> None:

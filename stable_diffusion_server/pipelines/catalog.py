@@ -51,6 +51,7 @@ class ModelFacts:
     default_scheduler: str
     schedulers: tuple[str, ...]
     takes_negative_prompt: bool
+    takes_guidance: bool = True
     bumpy_redraws: int = 2
     lowercase_prompts: bool = False
     rounds_steps_up: bool = False
@@ -114,6 +115,7 @@ _EMBEDDED_FLUX = ModelFacts(
     default_scheduler="flow_euler",
     schedulers=("flow_euler",),
     takes_negative_prompt=False,
+    takes_guidance=False,
     bumpy_redraws=0,  # as above
     lowercase_prompts=True,
     rounds_steps_up=True,
@@ -158,6 +160,7 @@ _FLUX_SCHNELL = ModelFacts(
     default_scheduler="flow_euler",
     schedulers=("flow_euler",),
     takes_negative_prompt=False,
+    takes_guidance=False,
     rounds_steps_up=True,
     control_folder="flux-controlnet-canny",
     control_repo="XLabs-AI/flux-controlnet-canny-diffusers",

@@ -8,7 +8,7 @@ import itertools
 import json
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
@@ -25,7 +25,7 @@ from transformers.utils import logging as transformers_logging
 
 from stable_diffusion_server.errors import WeightsUnusable
 from stable_diffusion_server.pipelines.catalog import ModelFacts, SchedulerFacts
-from stable_diffusion_server.pipelines.placement import CONTROL, Footprint, Quantization, Residency
+from stable_diffusion_server.pipelines.placement import CONTROL, Footprint, Residency
 
 # What one drawing needs beside the weights, for each pixel: the widest layers of a VAE decoder, roughly.
 _WORKING_BYTES = 2048
@@ -111,6 +111,20 @@ def lcm_file(facts: ModelFacts, folder_name: str, models_dir: Path, *, hub: bool
     return files[0]
 
 
+def lora_file(name: str, models_dir: Path, *, hub: bool = False) -> Path:
+    """The LoRA of CONTROLNET_LORA: a file, the one file of a folder, here or among the models, or of a repository.
+
+    Raises `WeightsUnusable` when there is none, or more than one.
+    """
+    place = next((place for place in (Path(name), models_dir / name) if place.exists()), None)
+    if place is None and hub:
+        place = _from_hub(name, lambda repo: snapshot_download(repo, allow_patterns=["*.safetensors"]))
+    files = [] if place is None else [place] if place.is_file() else sorted(place.glob("*.safetensors"))
+    if len(files) != 1:
+        raise WeightsUnusable(f"CONTROLNET_LORA={name} names {len(files)} .safetensors files, and one is needed.")
+    return files[0]
+
+
 def skeleton(facts: ModelFacts, models_dir: Path, *, hub: bool = False) -> dict[str, torch.nn.Module]:
     """The model's parts by name, with shapes and without weights (on torch's meta device), from its configurations.
 
@@ -179,23 +193,6 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return int(psutil.virtual_memory().available)
-
-
-def quantize_parts(modules: Iterable[torch.nn.Module], quantization: Quantization) -> None:
-    """Hold the weights of `modules` in one byte each, by optimum-quanto; adapters among them are left as they are.
-
-    Raises `WeightsUnusable` when the package is not installed.
-    """
-    if quantization is Quantization.NONE:
-        return
-    try:
-        from optimum import quanto  # optional, and slow to import
-    except ImportError as error:
-        raise WeightsUnusable("QUANTIZE needs the package optimum-quanto (pip install optimum-quanto).") from error
-    kind = {Quantization.INT8: quanto.qint8, Quantization.FLOAT8: quanto.qfloat8}[quantization]
-    for module in modules:
-        quanto.quantize(module, weights=kind, exclude="*lora_*")
-        quanto.freeze(module)
 
 
 def settle(pipeline: Any, controlnet: Any, device: torch.device, residency: Residency) -> None:

@@ -17,6 +17,9 @@ from stable_diffusion_server.pipelines.control import Control
 
 C = TypeVar("C")
 
+# Latent pixels along a side; smaller tiles would be mostly seam.
+_SMALLEST_TILE = 8
+
 
 @dataclass(frozen=True, slots=True)
 class Stage:
@@ -43,12 +46,18 @@ class Stage:
             noised = self.scheduler.add_noise(latents, self.noise, timestep)
         return noised
 
-    def denoised(self, prediction: torch.Tensor, position: int, latents: torch.Tensor) -> torch.Tensor:
-        """The latents after step `position`; schedulers that draw noise in a step draw it from our generator."""
+    def denoised(
+        self, prediction: torch.Tensor, position: int, latents: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The latents after step `position`, and those they are expected to end as, where the scheduler tells.
+
+        Schedulers that draw noise in a step draw it from our generator.
+        """
         extra = {"generator": self.generator} if self.scheduler.draws_noise else {}
         step = self.scheduler.step(prediction, self.timesteps[position], latents, return_dict=False, **extra)
-        denoised: torch.Tensor = step[0]
-        return denoised
+        if hasattr(self.scheduler, "scale_noise"):  # flow matching: straight on from here
+            return step[0], step[0] - self.scheduler.sigmas[self.scheduler.step_index] * prediction
+        return step[0], step[1] if len(step) > 1 else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +74,7 @@ class State(Generic[C]):
 
     `latents` are 1 × …, `stages` what is left to do, `index` the number of steps done; `conditioning` is what the
     family made of the prompt. `keep` and `control` make a job an inpainting or a guided one, together or alone.
+    `expected` are the latents it seemed to end as at the last step, if known.
     """
 
     job: Job
@@ -76,6 +86,7 @@ class State(Generic[C]):
     control: Control | None = None
     index: int = 0
     begun: int = 0
+    expected: torch.Tensor | None = None
 
     @property
     def steps(self) -> int:
@@ -108,13 +119,15 @@ class State(Generic[C]):
         latents are as noisy as the next step expects, and clean after the last one.
         """
         stage = self.stages[0]
-        self.latents = stage.denoised(prediction, self.index - self.begun, self.latents)
+        self.latents, self.expected = stage.denoised(prediction, self.index - self.begun, self.latents)
         self.index += 1
         position = self.index - self.begun
         ended = position == len(stage.timesteps)
         if self.keep is not None:
             kept = self.keep.latents if ended else stage.noised(self.keep.latents, position)
             self.latents = (1 - self.keep.mask) * kept + self.keep.mask * self.latents
+            if self.expected is not None:
+                self.expected = (1 - self.keep.mask) * self.keep.latents + self.keep.mask * self.expected
         if ended and len(self.stages) > 1:
             self._begin_next_stage()
 
@@ -148,6 +161,12 @@ class Family(Protocol):
 
     def finish(self, state: State[Any]) -> Drawn:
         """Decode the latents."""
+
+    def preview(self, state: State[Any]) -> NDArray[np.uint8]:
+        """A small picture of where a state stands, made without decoding."""
+
+    def shrink(self) -> bool:
+        """Take less memory from now on; false when there is no less."""
 
     def count_tokens(self, prompt: str) -> int:
         """Length of the prompt in the encoder's tokens, special tokens included. Safe from any thread."""
@@ -209,6 +228,18 @@ def decode(vae: Any, latents: torch.Tensor) -> Drawn:
     # The same arithmetic as diffusers' VaeImageProcessor: to 0..1, clamp, then round to 0..255.
     scaled = (image * 0.5 + 0.5).clamp(0, 1).cpu().permute(0, 2, 3, 1).float().numpy()
     return Drawn((scaled[0] * 255).round().astype(np.uint8), redecoded)
+
+
+def shrink_tiles(vae: Any) -> bool:
+    """Decode in tiles from now on, or in tiles half as wide; false when they are as small as they may be."""
+    if not vae.use_tiling:
+        vae.enable_tiling()
+        return True
+    if vae.tile_latent_min_size <= _SMALLEST_TILE:
+        return False
+    vae.tile_latent_min_size //= 2
+    vae.tile_sample_min_size //= 2
+    return True
 
 
 def _decode_in_fp32(vae: Any, latents: torch.Tensor) -> torch.Tensor:

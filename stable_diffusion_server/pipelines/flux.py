@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from numpy.typing import NDArray
 
 from stable_diffusion_server.errors import InvalidInput
 from stable_diffusion_server.orders import Job, Picture
@@ -30,9 +31,12 @@ from stable_diffusion_server.pipelines.denoising import (
     encode,
     latent_mask,
     seeded,
+    shrink_tiles,
     to_tensor,
     torch_errors_told,
 )
+from stable_diffusion_server.pipelines.embeddings import Embeddings
+from stable_diffusion_server.pipelines.previewing import Previewer
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,12 +61,19 @@ class Flux:
     """
 
     def __init__(
-        self, pipeline: Any, facts: ModelFacts, controlnet: Any = None, adapters: Adapters | None = None
+        self,
+        pipeline: Any,
+        facts: ModelFacts,
+        controlnet: Any = None,
+        adapters: Adapters | None = None,
+        embeddings: Embeddings | None = None,
     ) -> None:
         self.pipeline = pipeline
         self.facts = facts
         self.controlnet = controlnet
         self.adapters = adapters or Adapters(pipeline)
+        self.embeddings = Embeddings() if embeddings is None else embeddings
+        self._previewer = Previewer(pipeline.vae, self._unscaled)
         self._count = token_counter(pipeline.tokenizer_2)
 
     def count_tokens(self, prompt: str) -> int:
@@ -134,10 +145,21 @@ class Flux:
     def finish(self, state: State[Conditioning]) -> Drawn:
         """Unpack the patches and decode; Flux's VAE has a shift beside its scale."""
         with torch_errors_told():
-            pipe = self.pipeline
-            # The stock packing and unpacking are static methods of the pipeline, private by name only.
-            latents = pipe._unpack_latents(state.latents, state.job.height, state.job.width, pipe.vae_scale_factor)
-            return decode(pipe.vae, latents / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor)
+            return decode(self.pipeline.vae, self._unscaled(state, state.latents))
+
+    def preview(self, state: State[Conditioning]) -> NDArray[np.uint8]:
+        """A small picture of where a state stands, made without decoding."""
+        return self._previewer.preview(state)
+
+    def shrink(self) -> bool:
+        """Decode in smaller tiles from now on; false when they are as small as they may be."""
+        return shrink_tiles(self.pipeline.vae)
+
+    def _unscaled(self, state: State[Conditioning], latents: torch.Tensor) -> torch.Tensor:
+        pipe, job = self.pipeline, state.job
+        # The stock packing and unpacking are static methods of the pipeline, private by name only.
+        unpacked: torch.Tensor = pipe._unpack_latents(latents, job.height, job.width, pipe.vae_scale_factor)
+        return unpacked / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
 
     def _text(self, prompt: str) -> str:
         return prompt.lower() if self.facts.lowercase_prompts else prompt
@@ -145,11 +167,12 @@ class Flux:
     def _encode(self, job: Job) -> Conditioning:
         pipe = self.pipeline
         device = pipe._execution_device
-        embeds, pooled, text_ids = pipe.encode_prompt(
-            prompt=self._text(job.prompt),
-            prompt_2=None,
-            device=device,
-            max_sequence_length=self.facts.text_tokens,
+        text = self._text(job.prompt)
+        embeds, pooled, text_ids = self.embeddings.of(
+            (text, job.loras),
+            lambda: pipe.encode_prompt(
+                prompt=text, prompt_2=None, device=device, max_sequence_length=self.facts.text_tokens
+            ),
         )
         height, width = self._size(job)
         image_ids = pipe._prepare_latent_image_ids(1, height // 2, width // 2, device, embeds.dtype)

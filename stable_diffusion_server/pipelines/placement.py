@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal
 
-from stable_diffusion_server.errors import WeightsUnusable
+from stable_diffusion_server.errors import DoesNotFit, WeightsUnusable
 
 Offload = Literal["auto", "none", "model", "group", "sequential"]
-Quantize = Literal["auto", "none", "int8", "float8"]
+Quantize = Literal["auto", "none", "int8", "float8", "torchao-int8", "torchao-float8"]
 
 # Free memory is never all ours: fragmentation, the allocator's own blocks, other processes.
 USABLE = 0.9
@@ -32,11 +32,13 @@ class Residency(StrEnum):
 
 
 class Quantization(StrEnum):
-    """What the weights of the large parts are held in; `none` is the type they were loaded in."""
+    """What the weights of the large parts are held in, and by which package; `none` is the type they were loaded in."""
 
     NONE = "none"
     INT8 = "int8"
     FLOAT8 = "float8"
+    TORCHAO_INT8 = "torchao-int8"
+    TORCHAO_FLOAT8 = "torchao-float8"
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +105,7 @@ def place(
     """The first placement that fits into `free` bytes of the device's memory and that the settings allow.
 
     A setting other than `auto` is obeyed even where something else would do. On the CPU (`accelerated` false) weights
-    have nowhere to go to. Raises `WeightsUnusable` when nothing fits, or OFFLOAD cannot be obeyed.
+    have nowhere to go to. Raises `DoesNotFit` when nothing fits, `WeightsUnusable` when OFFLOAD cannot be obeyed.
     """
     if not accelerated and offload not in ("auto", "none"):
         raise WeightsUnusable(f"OFFLOAD={offload} needs an accelerator: the CPU has its weights in its memory already.")
@@ -118,7 +120,7 @@ def place(
     if offload != "auto" and quantize != "auto":
         return candidates[-1]  # told to do just this
     least = min(placement.needed for placement in candidates)
-    raise WeightsUnusable(f"The model needs {_gigabytes(least)} of memory, and {_gigabytes(free)} are free.")
+    raise DoesNotFit(f"The model needs {_gigabytes(least)} of memory, and {_gigabytes(free)} are free.")
 
 
 def _allowed(accelerated: bool, offload: Offload, quantize: Quantize) -> list[tuple[Residency, Quantization]]:

@@ -8,11 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+import structlog
 import torch
+from numpy.typing import NDArray
 
-from stable_diffusion_server.errors import InvalidInput, WeightsUnusable
+from stable_diffusion_server.errors import DoesNotFit, InvalidInput, WeightsUnusable
 from stable_diffusion_server.orders import Job
-from stable_diffusion_server.pipelines.adapters import Adapters, names_in
+from stable_diffusion_server.pipelines.adapters import Adapters, add_to_controlnet, names_in
 from stable_diffusion_server.pipelines.catalog import MODELS, ModelFacts
 from stable_diffusion_server.pipelines.components import (
     bytes_of,
@@ -23,31 +26,54 @@ from stable_diffusion_server.pipelines.components import (
     lcm_file,
     load_controlnet,
     load_pipeline,
-    quantize_parts,
+    lora_file,
     quieten_libraries,
     settle,
     skeleton,
 )
+from stable_diffusion_server.pipelines.conversion import compress, quantize_parts
 from stable_diffusion_server.pipelines.denoising import Drawn, Family, State
-from stable_diffusion_server.pipelines.placement import CONTROL, Offload, Placement, Quantize, Residency, place
+from stable_diffusion_server.pipelines.embeddings import LIMIT_BYTES, Embeddings
+from stable_diffusion_server.pipelines.performance import Performance, speed_up
+from stable_diffusion_server.pipelines.placement import (
+    CONTROL,
+    Offload,
+    Placement,
+    Quantization,
+    Quantize,
+    Residency,
+    place,
+)
+
+_log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class LoadOptions:
     """What to load and how: `models` by family (see `catalog.choose_models`), from the hub too if `hub`.
 
-    `lora_dir` holds the adapters a job may name. `offload` and `quantize` force what else follows from free memory.
+    Where the device cannot hold one of them and `instead` has another of its name, that one is loaded. `lora_dir` holds
+    the adapters a job may name; `controlnet_lora` goes on Flux's ControlNet, the weights `dfloat11` into its
+    transformer. `offload` and `quantize` force what else follows from free memory;
+    `performance` is how weights that stay on the device, as they were loaded, are made to compute.
     The VAE may decode a batch one by one (`vae_slicing`) or a large picture in overlapping tiles (`vae_tiling`), which
-    takes less memory and changes such pictures a little.
+    takes less memory and changes such pictures a little; so does attention computed in slices. Each model keeps up to
+    `prompt_cache_bytes` of encoded prompts.
     """
 
     models: Mapping[str, ModelFacts] = field(default_factory=lambda: MODELS)
+    instead: Mapping[str, ModelFacts] = field(default_factory=dict)
     hub: bool = False
     lora_dir: Path | None = None
+    controlnet_lora: str = ""
+    dfloat11: str = ""
     offload: Offload = "auto"
     quantize: Quantize = "auto"
+    performance: Performance = "off"
+    attention_slicing: bool = False
     vae_slicing: bool = False
     vae_tiling: bool = False
+    prompt_cache_bytes: int = LIMIT_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,13 +102,20 @@ class _Placed(NamedTuple):
 class Registry:
     """All loaded families behind one face: what the engine calls its denoiser.
 
-    `loaded` tells what is there. `resident` is false when weights travel between drawings: then many joins thrash, and
-    an engine does well to prepare, step and finish in phases.
+    `loaded` tells what is there, `models` the facts of each model as it was loaded. `resident` is false when weights
+    travel between drawings: then many joins thrash, and an engine does well to prepare, step and finish in phases.
     """
 
-    def __init__(self, families: Mapping[str, Family], loaded: Sequence[Loaded] = ()) -> None:
+    def __init__(
+        self,
+        families: Mapping[str, Family],
+        loaded: Sequence[Loaded] = (),
+        models: Mapping[str, ModelFacts] | None = None,
+    ) -> None:
         self._families = families
         self.loaded = tuple(loaded)
+        self.models = dict(models or {})
+        self._threads = torch.get_num_threads()
         self.resident = all(model.residency == Residency.RESIDENT for model in loaded)
 
     def prepare(self, job: Job) -> State[Any]:
@@ -96,6 +129,28 @@ class Registry:
     def finish(self, state: State[Any]) -> Drawn:
         """The picture of a state that is done."""
         return self._families[state.job.model].finish(state)
+
+    def preview(self, state: State[Any]) -> NDArray[np.uint8]:
+        """A small picture of where a state stands."""
+        return self._families[state.job.model].preview(state)
+
+    @property
+    def unshareable(self) -> str:
+        """Why threads may not draw side by side, empty where they may."""
+        if not self.resident:
+            return "the weights travel between memory and device."
+        if any(model.dtype != "float32" for model in self.loaded):
+            return "weights in half precision change theirs to decode what overflows."
+        return ""
+
+    def enter_lane(self, lanes: int) -> None:
+        """Divide the CPU's threads between the lanes; PyTorch counts them for each thread that draws."""
+        torch.set_num_threads(max(1, self._threads // lanes))
+
+    def shrink(self) -> bool:
+        """Decode in smaller tiles from now on; false when they are as small as they may be."""
+        shrunk = [family.shrink() for family in self._families.values()]  # each of them, so no short cut
+        return any(shrunk)
 
     def release_memory(self) -> None:
         """Give back what the allocators hold and no drawing uses."""
@@ -119,10 +174,13 @@ def load(models_dir: Path, device_name: str, cpu_threads: int, options: LoadOpti
     device = choose_device(device_name)
     options = options or LoadOptions()
     kinds = _kinds()
-    families, loaded = {}, []
-    for name, facts in options.models.items():
-        pipeline, controlnet, adapters, placement = _place_model(facts, models_dir, device, options)
-        families[name] = kinds[facts.pipeline_class](pipeline, facts, controlnet, adapters)
+    families, loaded, models = {}, [], {}
+    for name, wanted in options.models.items():
+        facts, (pipeline, controlnet, adapters, placement) = _place_or_instead(wanted, models_dir, device, options)
+        models[name] = facts
+        families[name] = kinds[facts.pipeline_class](
+            pipeline, facts, controlnet, adapters, Embeddings(options.prompt_cache_bytes)
+        )
         modules = [part for part in [*pipeline.components.values(), controlnet] if isinstance(part, torch.nn.Module)]
         loaded.append(
             Loaded(
@@ -138,7 +196,23 @@ def load(models_dir: Path, device_name: str, cpu_threads: int, options: LoadOpti
                 loras=names_in(options.lora_dir),
             )
         )
-    return Registry(families, loaded)
+    return Registry(families, loaded, models)
+
+
+def _place_or_instead(
+    facts: ModelFacts, models_dir: Path, device: torch.device, options: LoadOptions
+) -> tuple[ModelFacts, _Placed]:
+    """The model, or the one that is loaded instead where the device cannot hold it."""
+    try:
+        return facts, _place_model(facts, models_dir, device, options)
+    except DoesNotFit as error:
+        other = options.instead.get(facts.name)
+        if other is None or other == facts:
+            raise
+        _log.warning(
+            "other weights are used", model=facts.name, wanted=facts.folder, used=other.folder, why=error.detail
+        )
+        return other, _place_model(other, models_dir, device, options)
 
 
 def _place_model(facts: ModelFacts, models_dir: Path, device: torch.device, options: LoadOptions) -> _Placed:
@@ -154,6 +228,8 @@ def _place_model(facts: ModelFacts, models_dir: Path, device: torch.device, opti
     )
     pipeline = load_pipeline(facts, models_dir, device, hub=hub, move=False)
     controlnet = load_controlnet(facts, models_dir, device, hub=hub, move=False)
+    if facts.name == "flux" and controlnet is not None and options.controlnet_lora:
+        add_to_controlnet(controlnet, lora_file(options.controlnet_lora, models_dir, hub=hub))
     always = [(lcm_file(facts, folder, models_dir, hub=hub), weight) for folder, weight in facts.always]
     try:
         adapters = Adapters(pipeline, options.lora_dir, always)
@@ -161,7 +237,13 @@ def _place_model(facts: ModelFacts, models_dir: Path, device: torch.device, opti
         raise WeightsUnusable(error.detail) from error
     parts = {**pipeline.components, CONTROL: controlnet}
     quantize_parts([parts[name] for name in facts.quantized if parts[name] is not None], placement.quantization)
+    if facts.name == "flux" and options.dfloat11:
+        compress(pipeline.transformer, options.dfloat11, device)
     settle(pipeline, controlnet, device, placement.residency)
+    if (placement.residency, placement.quantization) == (Residency.RESIDENT, Quantization.NONE):
+        speed_up(pipeline, controlnet, device, options.performance)
+    if options.attention_slicing:
+        pipeline.enable_attention_slicing()
     if options.vae_slicing:
         pipeline.vae.enable_slicing()
     if options.vae_tiling:
@@ -169,7 +251,7 @@ def _place_model(facts: ModelFacts, models_dir: Path, device: torch.device, opti
     return _Placed(pipeline, controlnet, adapters, placement)
 
 
-def _kinds() -> Mapping[str, Callable[[Any, ModelFacts, Any, Adapters], Family]]:
+def _kinds() -> Mapping[str, Callable[[Any, ModelFacts, Any, Adapters, Embeddings], Family]]:
     """Each family by the stock pipeline it draws with."""
     quieten_libraries()
     # Imported behind it: what they bring along remarks on packages that are not needed here.

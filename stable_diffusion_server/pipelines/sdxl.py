@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from stable_diffusion_server.errors import InvalidInput
 from stable_diffusion_server.orders import Job
@@ -28,9 +30,12 @@ from stable_diffusion_server.pipelines.denoising import (
     encode,
     latent_mask,
     seeded,
+    shrink_tiles,
     to_tensor,
     torch_errors_told,
 )
+from stable_diffusion_server.pipelines.embeddings import Embeddings
+from stable_diffusion_server.pipelines.previewing import Previewer
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +63,12 @@ class Sdxl:
     """
 
     def __init__(
-        self, pipeline: Any, facts: ModelFacts, controlnet: Any = None, adapters: Adapters | None = None
+        self,
+        pipeline: Any,
+        facts: ModelFacts,
+        controlnet: Any = None,
+        adapters: Adapters | None = None,
+        embeddings: Embeddings | None = None,
     ) -> None:
         if controlnet is not None:
             check_grid(controlnet, pipeline.vae_scale_factor)
@@ -66,6 +76,8 @@ class Sdxl:
         self.facts = facts
         self.controlnet = controlnet
         self.adapters = adapters or Adapters(pipeline)
+        self.embeddings = Embeddings() if embeddings is None else embeddings
+        self._previewer = Previewer(pipeline.vae, self._unscaled)
         self._counters = [token_counter(pipeline.tokenizer), token_counter(pipeline.tokenizer_2)]
 
     def count_tokens(self, prompt: str) -> int:
@@ -134,8 +146,18 @@ class Sdxl:
     def finish(self, state: State[Conditioning]) -> Drawn:
         """Decode the latents; SDXL's VAE is unscaled without a shift."""
         with torch_errors_told():
-            vae = self.pipeline.vae
-            return decode(vae, state.latents / vae.config.scaling_factor)
+            return decode(self.pipeline.vae, self._unscaled(state, state.latents))
+
+    def preview(self, state: State[Conditioning]) -> NDArray[np.uint8]:
+        """A small picture of where a state stands, made without decoding."""
+        return self._previewer.preview(state)
+
+    def shrink(self) -> bool:
+        """Decode in smaller tiles from now on; false when they are as small as they may be."""
+        return shrink_tiles(self.pipeline.vae)
+
+    def _unscaled(self, state: State[Conditioning], latents: torch.Tensor) -> torch.Tensor:
+        return latents / self.pipeline.vae.config.scaling_factor
 
     def _stage(self, job: Job, skipped: int, generator: torch.Generator, dtype: torch.dtype) -> Stage:
         """A run of the job's steps without the first `skipped`; draws its noise from `generator`."""
@@ -168,12 +190,15 @@ class Sdxl:
 
     def _encode(self, job: Job) -> Conditioning:
         guided = job.guidance_scale > 1
-        positive, negative, pooled, negative_pooled = self.pipeline.encode_prompt(
-            prompt=job.prompt,
-            negative_prompt=job.negative_prompt,
-            device=self.pipeline._execution_device,
-            num_images_per_prompt=1,
-            do_classifier_free_guidance=guided,
+        positive, negative, pooled, negative_pooled = self.embeddings.of(
+            (job.prompt, job.negative_prompt, guided, job.loras),
+            lambda: self.pipeline.encode_prompt(
+                prompt=job.prompt,
+                negative_prompt=job.negative_prompt,
+                device=self.pipeline._execution_device,
+                num_images_per_prompt=1,
+                do_classifier_free_guidance=guided,
+            ),
         )
         # (original size, crop offset, target size), as the stock pipeline has them for a picture drawn whole.
         sizes = (job.height, job.width, 0, 0, job.height, job.width)

@@ -24,6 +24,8 @@ _log = structlog.get_logger(__name__)
 
 # Below this much free disk nothing more is taken in.
 _SPARE_BYTES = 16 * 2**20
+# No file takes as long to be written.
+_PART_SECONDS = 600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +36,12 @@ class Kept:
     stored: Stored
     overwrite: bool
     bytes_on_disk: int
+
+    @property
+    def since(self) -> float:
+        """When it was kept, in seconds since 1970, as its name tells; 0 for a name that does not."""
+        stamp = self.path.name.partition("-")[0]
+        return int(stamp) / 1e9 if stamp.isascii() and stamp.isdigit() else 0.0
 
 
 class Spool:
@@ -54,7 +62,7 @@ class Spool:
         with _disk_blamed():
             self._folder.mkdir(parents=True, exist_ok=True)
             for path in self._folder.glob("*.part"):
-                path.unlink(missing_ok=True)
+                _sweep(path)
             found = [self._look(path) for path in sorted(self._folder.glob("*.spool"))]
         for kept in found:
             if kept is not None:
@@ -69,11 +77,15 @@ class Spool:
         """The newest of this key that waits."""
         return self._newest.get(key)
 
+    def figures(self) -> tuple[int, int, float]:
+        """How many pictures wait, their bytes on disk, and the age of the oldest in seconds."""
+        waiting = self.waiting()
+        age = max(0.0, time.time() - waiting[0].since) if waiting else 0.0
+        return len(waiting), sum(kept.bytes_on_disk for kept in waiting), age
+
     def admit(self) -> None:
         """Raises `StorageUnavailable` when nothing more can be kept."""
-        with self._lock:
-            size = sum(kept.bytes_on_disk for kept in self._kept.values())
-        if size >= self._max_bytes:
+        if self.figures()[1] >= self._max_bytes:
             raise StorageUnavailable("SPOOL_BYTES of pictures wait for it already.", retry_after=30)
         with _disk_blamed():
             if shutil.disk_usage(self._folder).free < _SPARE_BYTES:
@@ -151,6 +163,13 @@ class Spool:
             _log.error("a spooled picture cannot be read and is set aside", file=path.name, reason=str(error))
             path.replace(path.with_suffix(".refused"))
             return None
+
+
+def _sweep(path: Path) -> None:
+    """Remove a file that was begun long ago; a young one may be another process's, being written this moment."""
+    with suppress(FileNotFoundError):
+        if time.time() - path.stat().st_mtime > _PART_SECONDS:
+            path.unlink()
 
 
 @contextmanager

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
 
+from stable_diffusion_server.errors import NotFound
+from stable_diffusion_server.knowledge import Knowledge
 from stable_diffusion_server.orders import Stored
 from stable_diffusion_server.spool.spooling import Spooling
 
@@ -22,23 +22,15 @@ class Remembering:
         self, bucket: Spooling, capacity: int, seconds: float, now: Callable[[], float] = time.monotonic
     ) -> None:
         self._bucket = bucket
-        self._capacity = capacity
-        self._seconds = seconds
-        self._now = now
-        self._known: OrderedDict[str, tuple[float, Stored]] = OrderedDict()
-        self._lock = threading.Lock()
+        self._knowledge = Knowledge(capacity, seconds, now)
+        self.known, self._learned = self._knowledge.of, self._knowledge.learn
         self.open, self.close, self.fault, self.admit = bucket.open, bucket.close, bucket.fault, bucket.admit
-        self.read, self.list, self.url = bucket.read, bucket.list, bucket.url
-
-    def known(self, key: str) -> Stored | None:
-        """What is remembered of `key`; asks nobody and blocks for nothing, so that an event loop may call it."""
-        with self._lock:
-            until, stored = self._known.get(key, (0.0, None))
-        return stored if self._now() < until else None
+        self.list, self.url, self.figures = bucket.list, bucket.url, bucket.figures
 
     def stat(self, key: str) -> Stored | None:
         """As remembered, else as the bucket says."""
-        return self.known(key) or self._learned(key, self._bucket.stat(key))
+        since = self._knowledge.changes
+        return self.known(key) or self._learned(key, self._bucket.stat(key), since)
 
     def create(self, key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> tuple[Stored, bool]:
         """Ask the bucket, whatever is remembered, and remember what it answers."""
@@ -53,17 +45,16 @@ class Remembering:
         self._learned(key, stored)
         return stored
 
+    def read(self, key: str, start: int = 0, end: int | None = None) -> bytes:
+        """The bytes; what others have deleted is forgotten. Raises `NotFound`."""
+        try:
+            return self._bucket.read(key, start, end)
+        except NotFound:
+            self._learned(key, None)
+            raise
+
     def delete(self, key: str) -> None:
         """Forget and remove, and forget what was learned meanwhile."""
         self._learned(key, None)
         self._bucket.delete(key)
         self._learned(key, None)
-
-    def _learned(self, key: str, stored: Stored | None) -> Stored | None:
-        with self._lock:
-            self._known.pop(key, None)
-            if stored is not None and not stored.waiting:
-                self._known[key] = (self._now() + self._seconds, stored)
-                if len(self._known) > self._capacity:
-                    self._known.popitem(last=False)
-        return stored

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import structlog
 
@@ -32,6 +32,9 @@ class Spooling:
     answer within `patience` seconds, the picture stays spooled, counts as stored but `waiting`, and is brought to the
     store in the background, over restarts. While the store is known to be down nobody waits for it: only the
     background tries, every `pause` seconds at first and more and more seldom.
+
+    A write that nobody waits for any more may still land. Until it is known to have ended nothing else is brought
+    under its key, so that it undoes no later one.
     """
 
     def __init__(self, store: Store, spool: Spool, patience: float, pause: float = 1.0) -> None:
@@ -43,6 +46,10 @@ class Spooling:
         # What does not work ("read", "write") and why. Reading may well work where writing is not allowed.
         self._down: dict[str, str] = {}
         self._was_up = False
+        self._failures = 0
+        # Writes by key that were not waited for to their end.
+        self._late: dict[str, Future[Any]] = {}
+        self._bringing = threading.Lock()
         self._stop = threading.Event()
         self._drain = threading.Thread(target=self._drain_until_stopped, name="spool", daemon=True)
 
@@ -86,6 +93,11 @@ class Spooling:
             except StorageUnavailable as error:
                 raise StorageUnavailable(f"{down} {error.detail}", retry_after=30) from error
 
+    def figures(self) -> dict[str, float]:
+        """For the operator: pictures that wait, their bytes, the oldest one's age in seconds, failures so far."""
+        count, size, age = self._spool.figures()
+        return {"pictures": count, "bytes": size, "oldest_seconds": age, "failures": self._failures}
+
     def stat(self, key: str) -> Stored | None:
         """What waits under `key`, else what the store has; `None` as well while the store is down."""
         if (kept := self._spool.newest(key)) is not None:
@@ -105,7 +117,7 @@ class Spooling:
     def overwrite(self, key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> Stored:
         """Store `data` under `key`, after whatever waits there already."""
         stored = _waiting(key, data, content_type, record)
-        if self._spool.newest(key) is not None:
+        if self._spool.newest(key) is not None or self._is_late(key):
             self._spool.hand_over(self._spool.put(data, stored, overwrite=True))
             return stored
 
@@ -126,7 +138,12 @@ class Spooling:
         for kept in self._spool.waiting():
             if kept.stored.key == key:
                 self._spool.drop(kept)
-        self._ask("write", lambda: self._store.delete(key))
+        if self._is_late(key) or not self._bringing.acquire(timeout=self._patience):
+            raise StorageUnavailable("The storage is still busy with an earlier write of this name.", retry_after=30)
+        try:
+            self._ask("write", lambda: self._store.delete(key))
+        finally:
+            self._bringing.release()
 
     def list(self, prefix: str = "") -> Iterator[str]:
         """The keys in the store that begin with `prefix`."""
@@ -144,7 +161,7 @@ class Spooling:
         with suppress(StorageUnavailable):  # a full disk here is no harm as long as the store is up
             kept = self._spool.put(data, stored, overwrite=overwrite)
         try:
-            answer = self._ask("write", bring)
+            answer = self._ask("write", bring, stored.key)
         except StorageUnavailable:
             if kept is None:
                 raise
@@ -158,13 +175,19 @@ class Spooling:
             self._spool.drop(kept)
         return answer
 
-    def _ask(self, what: str, call: Callable[[], T]) -> T:
-        """The store's answer, waited for no longer than `patience`, and not at all while it is known to be down."""
+    def _ask(self, what: str, call: Callable[[], T], writes: str | None = None) -> T:
+        """The store's answer, waited for no longer than `patience`, and not at all while it is known to be down.
+
+        `writes` is the key that the call writes.
+        """
         if (down := self._down.get(what)) is not None:
             raise StorageUnavailable(down, retry_after=30)
+        answer = self._calls.submit(call)
         try:
-            return self._calls.submit(call).result(self._patience)
+            return answer.result(self._patience)
         except TimeoutError as error:
+            if writes is not None and not answer.cancel():
+                self._late[writes] = answer
             late = StorageUnavailable(f"The storage did not answer within {self._patience:g} seconds.", retry_after=30)
             self._found_down(what, late.detail)
             raise late from error
@@ -172,7 +195,16 @@ class Spooling:
             self._found_down(what, error.detail)
             raise
 
+    def _is_late(self, key: str) -> bool:
+        """Whether a write of this key that was given up is still under way."""
+        late = self._late.get(key)
+        if late is None or not late.done():
+            return late is not None
+        self._late.pop(key, None)
+        return False
+
     def _found_down(self, what: str, why: str) -> None:
+        self._failures += 1
         if what not in self._down:
             _log.error("the storage is down", to=what, reason=why)
         self._down[what] = why
@@ -210,10 +242,16 @@ class Spooling:
         for kept in self._spool.waiting():
             if self._stop.is_set():
                 return
-            self._bring(kept)
+            with self._bringing:
+                # What is late is brought in a later round, and all that waits behind it under the same key.
+                if not self._is_late(kept.stored.key):
+                    self._bring(kept)
 
     def _bring(self, kept: Kept) -> None:
         stored = kept.stored
+        if not kept.path.exists():
+            self._spool.drop(kept)  # deleted, or brought by another process, since this round began
+            return
         try:
             data = self._spool.read(kept)
             if kept.overwrite:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import threading
 from collections.abc import Callable, Iterator
@@ -351,8 +352,20 @@ def test_limits_of_bytes_hold_on_both_sides_of_their_edges(house_of: Callable[..
         STYLE, content=in_pieces(), headers={"Content-Type": "multipart/form-data; boundary=x"}
     )
     assert streamed.status_code == 413
-    json_body = house.client.post(STYLE, json={"prompt": "x" * 1500, "image_url": "http://a.example/"})
+    json_body = house.client.post(STYLE, json={"prompt": "x" * 8000, "image_url": "http://a.example/"})
     assert json_body.status_code == 413
+
+
+def test_a_picture_may_come_in_base64(house_of: Callable[..., House]) -> None:
+    """A data URL in JSON is the same picture as the file; what is none is refused by name."""
+    house = house_of(Retouchers())
+    by_file = post(house, STYLE, {"image_file": IMAGE}).json()
+    data_url = "data:image/png;base64," + base64.b64encode(IMAGE).decode()
+    by_text = house.client.post(STYLE, json={"prompt": "a red square", "image_url": data_url}).json()
+    assert (by_text["key"], by_text["cached"]) == (by_file["key"], True)
+    for wrong in ("data:image/png;base64,", "data:image/png;base64,%%", "data:,a", "data:"):
+        refused = house.client.post(STYLE, json={"prompt": "a red square", "image_url": wrong})
+        assert (refused.status_code, refused.json()["field"]) == (422, "image_url")
 
 
 def test_limits_of_pixels_hold_on_both_sides_of_their_edges(house_of: Callable[..., House]) -> None:

@@ -9,7 +9,7 @@ import httpx
 import pytest
 from conftest import House
 
-from stable_diffusion_server.api.security import allowed_host_names
+from stable_diffusion_server.api.security.policy import allowed_host_names
 
 ORDER = {"prompt": "a red square", "width": 64, "height": 64}
 

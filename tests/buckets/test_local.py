@@ -9,6 +9,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from fakes import disc, file_of
 
 from stable_diffusion_server.bucket_api import check_if_blob_exists
 from stable_diffusion_server.buckets.local import LocalBucket
@@ -126,10 +127,26 @@ def test_a_file_put_there_by_hand_is_served_by_its_ending(bucket: LocalBucket, t
 def test_facts_that_do_not_belong_to_the_bytes_are_not_believed(bucket: LocalBucket, tmp_path: Path) -> None:
     """A file replaced behind the bucket's back is not told with the old one's record."""
     bucket.create("k.webp", b"data", "image/webp", RECORD)
-    (tmp_path / "bucket" / "objects" / "k.webp").write_bytes(b"something else")
+    (tmp_path / "bucket" / "objects" / "k.webp").write_bytes(file_of(disc()))
     stored = bucket.stat("k.webp")
     assert stored is not None
     assert dict(stored.record) == {}
+    assert not bucket.create("k.webp", b"other", "image/webp", {})[1], "someone's picture is not drawn over"
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "JPEG", "WEBP"])
+def test_a_picture_that_was_cut_short_is_none_and_gives_way(
+    bucket: LocalBucket, tmp_path: Path, file_format: str
+) -> None:
+    """Whatever broke it: not found, and whoever asks for the name next stores it anew."""
+    data = file_of(disc(), file_format)
+    bucket.create("k", data, "image/webp", RECORD)
+    for size in (len(data) - 1, len(data) // 2, 5, 0):
+        (tmp_path / "bucket" / "objects" / "k").write_bytes(data[:size])
+        assert bucket.stat("k") is None
+        stored, won = bucket.create("k", data, "image/webp", RECORD)
+        assert won
+        assert bucket.stat("k") == stored
 
 
 def test_a_link_out_of_the_folder_is_not_followed(bucket: LocalBucket, tmp_path: Path) -> None:

@@ -98,6 +98,17 @@ async def test_a_palette_with_transparency_becomes_rgb_over_white(decoder: Decod
     assert (await decoder.decode(target.getvalue(), "image_file") == 255).all()
 
 
+async def test_a_mask_may_be_told_by_its_transparency(decoder: Decoder) -> None:
+    """White where the picture is transparent, black where it is not, whatever its colours; without alpha all black."""
+    pixels = np.full((8, 6, 4), 255, np.uint8)
+    pixels[2:5, 1:3, 3] = 0
+    target = io.BytesIO()
+    Image.fromarray(pixels).save(target, "PNG")
+    mask = await decoder.decode(target.getvalue(), "mask", transparency=True)
+    assert (mask[..., 0] == 255 - pixels[..., 3]).all()
+    assert not (await decoder.decode(file_of(pixels[..., :3]), "mask", transparency=True)).any()
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 async def test_a_photograph_is_turned_as_its_exif_says(decoder: Decoder, orientation: int) -> None:
     """All eight orientations of EXIF show the same picture upright."""

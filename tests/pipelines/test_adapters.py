@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -11,13 +12,24 @@ import pytest
 import torch
 from drawing import MODELS_DIR, draw, draw_together, job_for, psnr, scene
 from lora_training import train_swap
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from stable_diffusion_server.errors import InvalidInput, WeightsUnusable
 from stable_diffusion_server.pipelines import adapters
-from stable_diffusion_server.pipelines.adapters import Adapters, find, names_in, read_header, refuse_control_lora
+from stable_diffusion_server.pipelines.adapters import (
+    Adapters,
+    add_to_controlnet,
+    digest_of,
+    find,
+    names_in,
+    read_header,
+    refuse_control_lora,
+)
 from stable_diffusion_server.pipelines.catalog import MODELS, scheduler_of, with_lcm
-from stable_diffusion_server.pipelines.components import load_pipeline
+from stable_diffusion_server.pipelines.components import load_pipeline, lora_file
+from stable_diffusion_server.pipelines.flux import Flux
 from stable_diffusion_server.pipelines.registry import LoadOptions, load
 from stable_diffusion_server.pipelines.sdxl import Sdxl
 
@@ -180,6 +192,54 @@ def test_a_control_lora_is_refused_in_one_sentence(tmp_path: Path) -> None:
             refuse_control_lora(tmp_path / "line.safetensors")
     save_file({"transformer.blocks.0.attn.to_q.lora_A.weight": torch.zeros(4, 128)}, tmp_path / "plain.safetensors")
     refuse_control_lora(tmp_path / "plain.safetensors")
+
+
+@pytest.fixture
+def control_lora(flux: Any, tmp_path: Path) -> Path:
+    """A LoRA of a Flux ControlNet's attention, of the kind that diffusers' trainers write."""
+    net = copy.deepcopy(flux.controlnet)
+    targets = ["to_q", "to_v"]
+    net.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=targets, init_lora_weights=False))
+    weights = {f"transformer.{name}": value for name, value in get_peft_model_state_dict(net).items()}
+    save_file({name: value.contiguous() for name, value in weights.items()}, tmp_path / "line.safetensors")
+    return tmp_path / "line.safetensors"
+
+
+def test_a_lora_goes_on_the_controlnet_for_good(flux: Any, control_lora: Path) -> None:
+    """CONTROLNET_LORA changes what edges do, and the shared transformer is not touched."""
+    net = copy.deepcopy(flux.controlnet)
+    add_to_controlnet(net, control_lora)
+    guided = Flux(flux.pipeline, flux.facts, net)
+    job = job_for("flux", control=scene())
+    assert psnr(draw(guided, job), draw(flux, job)) < 60
+    assert (draw(guided, job_for("flux")) == draw(flux, job_for("flux"))).all()
+
+
+def test_a_lora_of_something_else_is_refused_by_the_controlnet(flux: Any, loras: Path) -> None:
+    """One for SDXL's UNet fits nowhere in Flux's ControlNet, and the sentence names the setting."""
+    with pytest.raises(WeightsUnusable, match="CONTROLNET_LORA"):
+        add_to_controlnet(copy.deepcopy(flux.controlnet), loras / "green.safetensors")
+
+
+def test_the_controlnets_lora_is_found_by_file_or_folder(control_lora: Path, tmp_path: Path) -> None:
+    """A file, a folder with one, a name among the models; none and two are told by number."""
+    assert lora_file(str(control_lora), tmp_path) == control_lora
+    assert lora_file(str(tmp_path), tmp_path / "elsewhere") == control_lora
+    assert lora_file("line.safetensors", tmp_path) == control_lora
+    (tmp_path / "second.safetensors").write_bytes(b"")
+    for name, count in ((str(tmp_path), 2), ("nowhere", 0)):
+        with pytest.raises(WeightsUnusable, match=f"names {count} "):
+            lora_file(name, tmp_path)
+
+
+def test_weights_are_told_from_others_by_their_content(tmp_path: Path) -> None:
+    """The digest follows the bytes, also when the file is written again under its name."""
+    file = tmp_path / "a.safetensors"
+    file.write_bytes(b"one")
+    first = digest_of(file)
+    file.write_bytes(b"other")
+    assert digest_of(file) != first
+    assert len(first) == 16
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff" * 64, b"\x10\0\0\0\0\0\0\0[1, 2, 3, 4, 5]", b"\x02\0\0\0\0\0\0\0[]"])

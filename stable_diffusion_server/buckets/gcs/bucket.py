@@ -14,6 +14,7 @@ from uuid import uuid4
 from stable_diffusion_server.buckets.gcs.faults import ConditionFailed, told
 from stable_diffusion_server.errors import NotFound, StorageUnavailable
 from stable_diffusion_server.orders import Stored
+from stable_diffusion_server.presenting import caching_of, disposition_of
 
 # An object of this name shows, at each start, that writing is allowed.
 PROBE = ".stable-diffusion-server"
@@ -52,6 +53,7 @@ class GCSBucket:
             # Lost when it is there from an earlier start, which shows as much.
             with suppress(ConditionFailed):
                 self._upload(self._probe, b"writable", "text/plain", {}, if_generation_match=0)
+        self.url(self._probe)  # credentials that cannot sign are told now, and not after the first picture
 
     def close(self) -> None:
         """Let the connections go."""
@@ -66,9 +68,10 @@ class GCSBucket:
         """A store without a bound on its size."""
 
     def stat(self, key: str) -> Stored | None:
-        """The object under `key`, or `None`; an empty one is none."""
+        """The object under `key`, or `None`; one that is empty or cut short is none."""
         blob = self._blob(key)
-        return _stored(blob) if blob is not None and blob.size else None
+        stored = _stored(blob) if blob is not None else None
+        return stored if stored is not None and stored.whole else None
 
     def create(self, key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> tuple[Stored, bool]:
         """Store `data` if `key` is absent; the first of several writers wins and the others get what it stored."""
@@ -83,11 +86,11 @@ class GCSBucket:
                 there = self._blob(key)
             if there is None:
                 generation = 0  # removed meanwhile
-            elif there.size or not data:
+            elif _stored(there).whole or not data:
                 # An answer may be lost on its way and the write repeated: then the one who was first is oneself.
                 return _stored(there), (there.metadata or {}).get(_WRITER) == writer
             else:
-                generation = there.generation  # an empty object is none, and gives way
+                generation = there.generation  # one that is empty or cut short is none, and gives way
         raise StorageUnavailable("The storage is busy with other writers of this name.", retry_after=5)
 
     def overwrite(self, key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> Stored:
@@ -152,7 +155,8 @@ class GCSBucket:
 
         blob = self._connected().blob(key)
         blob.metadata = dict(metadata)
-        blob.cache_control = "public, max-age=31536000, immutable"
+        blob.cache_control = caching_of(metadata)
+        blob.content_disposition = disposition_of(key)
         try:
             blob.upload_from_string(data, content_type, **self._patience, checksum="md5", **condition)
         except PreconditionFailed as error:

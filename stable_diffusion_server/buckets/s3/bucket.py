@@ -19,6 +19,7 @@ import structlog
 from stable_diffusion_server.buckets.s3.faults import LOST, BeyondTheEnd, ConditionFailed, code_of, told
 from stable_diffusion_server.errors import NotFound, StorageUnavailable
 from stable_diffusion_server.orders import Stored
+from stable_diffusion_server.presenting import caching_of, disposition_of
 
 _log = structlog.get_logger(__name__)
 
@@ -86,9 +87,10 @@ class S3Bucket:
         """A store without a bound on its size."""
 
     def stat(self, key: str) -> Stored | None:
-        """The object under `key`, or `None`; an empty one is none."""
+        """The object under `key`, or `None`; one that is empty or cut short is none."""
         head = self._head(key)
-        return self._stored(key, head) if head is not None and head["ContentLength"] else None
+        stored = self._stored(key, head) if head is not None else None
+        return stored if stored is not None and stored.whole else None
 
     def create(self, key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> tuple[Stored, bool]:
         """Store `data` if `key` is absent; the first of several writers wins and the others get what it stored."""
@@ -103,11 +105,11 @@ class S3Bucket:
             if head is None:
                 condition = {"IfNoneMatch": "*"}  # removed meanwhile, or another writer is at it right now
                 time.sleep(0.05 * turn)
-            elif head["ContentLength"] or not data:
+            elif (there := self._stored(key, head)).whole or not data:
                 # An answer may be lost on its way and the write repeated: then the one who was first is oneself.
-                return self._stored(key, head), head["Metadata"].get(_WRITER) == about["Metadata"][_WRITER]
+                return there, head["Metadata"].get(_WRITER) == about["Metadata"][_WRITER]
             else:
-                condition = {"IfMatch": head["ETag"]}  # an empty object is none, and gives way
+                condition = {"IfMatch": head["ETag"]}  # one that is empty or cut short is none, and gives way
         raise StorageUnavailable("The storage is busy with other writers of this name.", retry_after=5)
 
     def overwrite(self, key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> Stored:
@@ -163,7 +165,8 @@ class S3Bucket:
             "Key": key,
             "ContentType": content_type,
             "Metadata": {**_as_metadata(record), _WRITER: uuid4().hex},
-            "CacheControl": "public, max-age=31536000, immutable",
+            "CacheControl": caching_of(record),
+            "ContentDisposition": disposition_of(key),
             **({"ACL": self._options.acl} if self._options.acl else {}),
         }
 

@@ -1,0 +1,142 @@
+"""SDXL and FLUX.1-schnell at their published sizes with random weights, so that speed and memory need no download.
+
+Tokenizers and schedulers are the embedded models' own, since they cost nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+
+from stable_diffusion_server.pipelines.catalog import MODELS, ModelFacts
+from stable_diffusion_server.pipelines.components import dtype_of, skeleton
+
+EMBEDDED = Path(__file__).resolve().parent.parent / "models"
+
+# The published configurations, as far as they differ from the classes' defaults.
+CLIP_L = {
+    "model_type": "clip_text_model",
+    "vocab_size": 49408,
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "projection_dim": 768,
+    "hidden_act": "quick_gelu",
+}
+CLIP_G = CLIP_L | {
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 20,
+    "projection_dim": 1280,
+    "hidden_act": "gelu",
+}
+T5_XXL = {
+    "model_type": "t5",
+    "vocab_size": 32128,
+    "d_model": 4096,
+    "d_kv": 64,
+    "d_ff": 10240,
+    "num_layers": 24,
+    "num_heads": 64,
+    "feed_forward_proj": "gated-gelu",
+    "tie_word_embeddings": False,
+}
+VAE = {
+    "_class_name": "AutoencoderKL",
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "block_out_channels": [128, 256, 512, 512],
+    "layers_per_block": 2,
+    "latent_channels": 4,
+    "scaling_factor": 0.13025,
+}
+UNET = {
+    "_class_name": "UNet2DConditionModel",
+    "sample_size": 128,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "attention_head_dim": [5, 10, 20],
+    "block_out_channels": [320, 640, 1280],
+    "cross_attention_dim": 2048,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "projection_class_embeddings_input_dim": 2816,
+    "transformer_layers_per_block": [1, 2, 10],
+    "use_linear_projection": True,
+}
+CONTROL = {name: value for name, value in UNET.items() if name not in ("sample_size", "up_block_types")} | {
+    "_class_name": "ControlNetModel"
+}
+FLUX_VAE = VAE | {
+    "latent_channels": 16,
+    "scaling_factor": 0.3611,
+    "shift_factor": 0.1159,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+    "force_upcast": True,
+}
+TRANSFORMER = {
+    "_class_name": "FluxTransformer2DModel",
+    "in_channels": 64,
+    "num_layers": 19,
+    "num_single_layers": 38,
+    "attention_head_dim": 128,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 4096,
+    "pooled_projection_dim": 768,
+    "guidance_embeds": False,
+    "axes_dims_rope": [16, 56, 56],
+}
+CONFIGURATIONS: dict[str, dict[str, dict[str, Any]]] = {
+    "sdxl": {"unet": UNET, "vae": VAE, "text_encoder": CLIP_L, "text_encoder_2": CLIP_G},
+    "flux": {"transformer": TRANSFORMER, "vae": FLUX_VAE, "text_encoder": CLIP_L, "text_encoder_2": T5_XXL},
+}
+
+
+def write_configurations(folder: Path, facts: ModelFacts) -> None:
+    """Lay a real model's configurations out below `folder` as its files would be, without weights."""
+    embedded = EMBEDDED / MODELS[facts.name].folder
+    shutil.copytree(embedded, folder / facts.folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    for part, configuration in CONFIGURATIONS[facts.name].items():
+        write_config(folder / facts.folder / part, configuration)
+    if facts.name == "sdxl" and facts.control_folder is not None:
+        write_config(folder / facts.control_folder, CONTROL)
+
+
+def write_config(folder: Path, configuration: dict[str, Any]) -> None:
+    """Write one part's configuration."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(configuration))
+
+
+def random_pipeline(facts: ModelFacts, folder: Path, device: torch.device, *, control: bool = False) -> Any:
+    """The stock pipeline over what `write_configurations` laid out, with small random weights, and its ControlNet.
+
+    Its numbers mean nothing and are finite; returns (pipeline, ControlNet or None).
+    """
+    parts: dict[str, Any] = skeleton(facts, folder)
+    guide = parts.pop("control", None)
+    dtype = dtype_of(facts, device)
+    for part in [*parts.values(), *([guide] if control and guide is not None else [])]:
+        part.to_empty(device=device).to(dtype).eval().requires_grad_(False)
+        for name, parameter in part.named_parameters():
+            if parameter.ndim > 1:
+                torch.nn.init.normal_(parameter, std=0.02)
+            else:
+                torch.nn.init.constant_(parameter, 1.0 if "norm" in name and name.endswith("weight") else 0.0)
+        for module in part.modules():
+            # Positions are buffers, which to_empty leaves without a meaning.
+            if hasattr(module, "position_ids"):
+                module.position_ids.copy_(torch.arange(module.position_ids.shape[-1], device=device)[None])
+    stock = getattr(diffusers, facts.pipeline_class)
+    embedded = stock.from_pretrained(EMBEDDED / MODELS[facts.name].folder)
+    pipeline = stock(**{**embedded.components, **parts})
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline, (guide if control else None)

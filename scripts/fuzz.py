@@ -1,0 +1,78 @@
+"""Sends thousands of requests made from the OpenAPI document, right and wrong ones, to a server that paints squares.
+
+`python scripts/fuzz.py [--examples N] [--seed N]`: every check of schemathesis but one holds. Not every text is a
+picture, a known model or a free name, so right-looking requests may be refused (`positive_data_acceptance`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import httpx
+import uvicorn
+
+ROOT = Path(__file__).resolve().parent.parent
+# A deadline that a request sets itself may pass: that is 504, and nothing else of 5xx is expected.
+_CONFIG = """
+[checks.not_a_server_error]
+expected-statuses = ["2xx", "3xx", "4xx", "504"]
+"""
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+
+def main() -> None:
+    """Serve, fuzz, and end with schemathesis's status."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--examples", type=int, default=60, help="cases for each operation and phase")
+    parser.add_argument("--seed", type=int, default=1)
+    asked = parser.parse_args()
+    from fakes import Retouchers, settings_in
+
+    from stable_diffusion_server.app import create_app
+    from stable_diffusion_server.cli import _listen
+
+    with tempfile.TemporaryDirectory() as folder:
+        settings = settings_in(Path(folder), port=0, log_level="error", max_side=256, queue_limit=1000)
+        listening = _listen(settings)
+        app = create_app(settings, load=lambda settings: Retouchers())
+        server = uvicorn.Server(uvicorn.Config(app, access_log=False, log_level="warning", proxy_headers=False))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+        thread.start()
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        while not server.started or httpx.get(f"{url}/readyz").status_code != httpx.codes.OK:
+            time.sleep(0.1)
+        config = Path(folder) / "schemathesis.toml"
+        config.write_text(_CONFIG)
+        command = [
+            *(
+                str(Path(sys.executable).parent / "schemathesis"),
+                "--config-file",
+                str(config),
+                "run",
+                f"{url}/openapi.json",
+            ),
+            *(
+                "--checks",
+                "all",
+                "--exclude-checks",
+                "positive_data_acceptance",
+                "--phases",
+                "examples,coverage,fuzzing",
+            ),
+            *("--max-examples", str(asked.examples), "--seed", str(asked.seed), "--continue-on-failure"),
+            *("--request-timeout", "20", "--generation-database", "none", "--no-color"),
+        ]
+        done = subprocess.run(command, check=False)  # noqa: S603  # our own command, made here
+        server.should_exit = True
+        thread.join()
+    sys.exit(done.returncode)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,167 @@
+"""How every generating door answers an order: at once or by a job, once for its key, or not, to who left."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from fastapi import Request, Response
+from fastapi.responses import JSONResponse
+
+from stable_diffusion_server.api.callers import caller_of
+from stable_diffusion_server.api.handlers import client_gone
+from stable_diffusion_server.api.leaving import unless_disconnected
+from stable_diffusion_server.api.preferences import Preferences, preferences_of
+from stable_diffusion_server.api.schemas import job_body
+from stable_diffusion_server.errors import Cancelled, InvalidInput, ServerError
+from stable_diffusion_server.jobs.desk import Jobs
+from stable_diffusion_server.jobs.happenings import Standing
+from stable_diffusion_server.jobs.live import Live
+from stable_diffusion_server.journal.entries import Claim, Problem, Repeat, State
+from stable_diffusion_server.journal.writing import fingerprint
+from stable_diffusion_server.orders import Order, Receipt
+from stable_diffusion_server.service import Service
+
+UrlOf = Callable[[Request, str], str]
+# A door's own way to tell a receipt; the picture's file is empty unless the door asked for it.
+Render = Callable[[Request, Receipt, bytes], Response]
+_NONE = Preferences()
+
+
+class Answering:
+    """Answers orders. `url_of` makes the URL of a key for the client at hand, `base_of` that of this server."""
+
+    def __init__(self, service: Service, jobs: Jobs, url_of: UrlOf, base_of: Callable[[Request], str]) -> None:
+        self._service = service
+        self._jobs = jobs
+        self._url_of = url_of
+        self._base_of = base_of
+
+    async def answer(self, request: Request, order: Order, render: Render, *, picture: bool = False) -> Response:
+        """The answer to an order as the request prefers it. With `picture`, `render` is given the file.
+
+        The body must have been read. Raises what the service and the jobs raise, and `Cancelled` when someone cancels
+        the job by its id.
+        """
+        wanted = preferences_of(request)
+        if wanted == _NONE and not picture and order.webhook_url is None:
+            receipt = self._service.remembered(order)
+            if receipt is not None:
+                return render(request, receipt, b"")
+        claim = None
+        if wanted.key is not None:
+            print_ = await asyncio.to_thread(fingerprint, request.url.path, order)
+            claim = Claim(caller_of(request).name, wanted.key, print_)
+        if wanted.respond_async:
+            return await self._by_job(request, order, render, wanted, claim, picture=picture)
+        if order.webhook_url is not None:
+            raise InvalidInput("webhook_url is told of jobs: send 'Prefer: respond-async' too.", field="webhook_url")
+        if claim is None:
+            return await self._at_once(request, order, render, wanted, None, picture=picture)
+        if (before := await self._jobs.claim(claim)) is not None:
+            return await self._again(request, before, render, picture=picture)
+        return await self._at_once(request, order, render, wanted, claim, picture=picture)
+
+    async def _by_job(
+        self,
+        request: Request,
+        order: Order,
+        render: Render,
+        wanted: Preferences,
+        claim: Claim | None,
+        *,
+        picture: bool,
+    ) -> Response:
+        """202 with the job, or its outcome when that is there in the time the client would rather wait."""
+        accepted = await self._jobs.accept(
+            order, caller_of(request), base=self._base_of(request), job_id=wanted.job_id, claim=claim
+        )
+        if isinstance(accepted, Repeat):
+            return await self._again(request, accepted, render, picture=picture)
+        applied = {"Preference-Applied": wanted.applied, "X-Job-ID": accepted.id}
+        if wanted.wait is not None:
+            standing = await self._jobs.outcome(accepted.id, wanted.wait)
+            if standing.outcome is not None:
+                answer = await self._told(request, standing.outcome, render, picture=picture)
+                answer.headers.update(applied)
+                return answer
+        return self._accepted(request, accepted, applied)
+
+    async def _at_once(
+        self,
+        request: Request,
+        order: Order,
+        render: Render,
+        wanted: Preferences,
+        claim: Claim | None,
+        *,
+        picture: bool,
+    ) -> Response:
+        """The picture, or nothing for a client that went away first, which cancels the work."""
+        outcome: Receipt | Problem | None = None
+        state = State.CANCELLED
+        try:
+            live = self._jobs.enter(caller_of(request), wanted.job_id)
+        except ServerError:
+            if claim is not None:
+                await self._jobs.answer(claim, None)
+            raise
+        try:
+            drawn = await unless_disconnected(request, self._drawn(live, order, picture=picture))
+            if drawn is None:
+                return client_gone()
+            state, outcome = State.DONE, drawn[0]
+            answer = render(request, *drawn)
+            answer.headers["X-Job-ID"] = live.entry.id
+            return answer
+        except Cancelled:
+            raise
+        except Exception as error:
+            known = error if isinstance(error, ServerError) else ServerError("An unexpected error happened.")
+            state, outcome = State.FAILED, Problem.of(known)
+            raise
+        finally:
+            self._jobs.leave(live, state, outcome)
+            if claim is not None:
+                kept = outcome if state is State.DONE or _will_not_change(outcome) else None
+                await asyncio.shield(asyncio.ensure_future(self._jobs.answer(claim, kept)))
+
+    async def _drawn(self, live: Live, order: Order, *, picture: bool) -> tuple[Receipt, bytes]:
+        live.task = asyncio.current_task()
+        caller, watch, previews = live.entry.caller, live.news, live.wants_previews
+        try:
+            if picture:
+                return await self._service.picture(order, caller=caller, watch=watch, previews=previews)
+            return await self._service.fulfil(order, caller=caller, watch=watch, previews=previews), b""
+        except asyncio.CancelledError:
+            if live.cancelled:
+                raise Cancelled("This job was cancelled by its id.") from None
+            raise
+
+    async def _again(self, request: Request, before: Repeat, render: Render, *, picture: bool) -> Response:
+        """What a key was answered with before."""
+        if before.job_id is not None:
+            standing = await self._jobs.standing(before.job_id, caller_of(request))
+            answer = self._accepted(request, standing, {"X-Job-ID": standing.id})
+        else:
+            assert before.outcome is not None  # noqa: S101  # one of both is there; tells the type checker
+            answer = await self._told(request, before.outcome, render, picture=picture)
+        answer.headers["Idempotency-Replayed"] = "true"
+        return answer
+
+    async def _told(self, request: Request, outcome: Receipt | Problem, render: Render, *, picture: bool) -> Response:
+        if isinstance(outcome, Problem):
+            raise outcome.as_error()
+        return render(request, outcome, await self._service.stored_file(outcome) if picture else b"")
+
+    def _accepted(self, request: Request, standing: Standing, headers: dict[str, str]) -> Response:
+        body = job_body(standing, lambda key: self._url_of(request, key))
+        return JSONResponse(body, 202, {"Location": f"/jobs/{standing.id}", **headers})
+
+
+def _will_not_change(outcome: Receipt | Problem | None) -> bool:
+    """Whether a request that failed would fail again, so that its key may be answered with that."""
+    if not isinstance(outcome, Problem):
+        return False
+    error = outcome.as_error()
+    return not error.retry_can_help and type(error) is not ServerError

@@ -1,0 +1,27 @@
+"""What an order may name, by who asks for it. Knows no keys."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from fastapi import Request
+
+from stable_diffusion_server.errors import Forbidden
+from stable_diffusion_server.orders import Caller, Order
+
+
+def caller_of(request: Request) -> Caller:
+    """Who asks, as the gate found out."""
+    caller = request.scope.get("state", {}).get("caller")
+    return caller if isinstance(caller, Caller) else Caller()
+
+
+def within(caller: Caller, order: Order) -> Order:
+    """The order, kept to the part of the bucket its caller may write. Raises `Forbidden` for a name outside of it."""
+    if not caller.prefix:
+        return order
+    if order.save_path is None:
+        return replace(order, folder=caller.prefix)
+    if not order.save_path.startswith(caller.prefix):
+        raise Forbidden(f"With this key names begin with {caller.prefix}.", field="save_path")
+    return order

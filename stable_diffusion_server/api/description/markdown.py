@@ -1,0 +1,112 @@
+"""The OpenAPI document as a page of Markdown, for those who read rather than generate. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+_HEAD = """# The API
+
+Made from the OpenAPI document that the server gives at `/openapi.json`, by `python -m stable_diffusion_server api`; a
+test compares. Every refusal is `application/problem+json`, but for the dialects of OpenAI and AUTOMATIC1111, which
+have their own shapes ([dialects.md](dialects.md)). Where keys are set they go as `Authorization: Bearer …`, as
+`X-API-Key: …` or as the password of HTTP Basic.
+"""
+_TAGS = {
+    "draw": "Drawing",
+    "jobs": "Jobs",
+    "openai": "OpenAI Images",
+    "automatic1111": "AUTOMATIC1111",
+    "operate": "Pictures and the server itself",
+}
+
+
+def markdown(document: Mapping[str, Any]) -> str:
+    """The page of a document."""
+    by_tag: dict[str, list[tuple[str, str, dict[str, Any]]]] = {}
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            by_tag.setdefault(operation.get("tags", ["operate"])[0], []).append((method.upper(), path, operation))
+    lines = [_HEAD]
+    for tag, title in _TAGS.items():
+        lines += [f"## {title}", ""]
+        for method, path, operation in by_tag.get(tag, ()):
+            lines += [f"### `{method} {path}`", "", *_operation(method, operation), ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _operation(method: str, operation: Mapping[str, Any]) -> Iterator[str]:
+    yield _sentence(operation.get("description") or operation.get("summary", ""))
+    yield ""
+    fields = _fields(operation)
+    if method == "GET" and operation.get("tags") == ["draw"]:
+        yield "The parameters of `POST`, but for files, as a query."
+        yield ""
+    elif fields:
+        yield from ("| parameter | kind | meaning |", "| --- | --- | --- |")
+        for name, required, shape in fields:
+            kind = _kind(shape).replace("|", "or")
+            meaning = " ".join(str(shape.get("description", "")).split())
+            yield f"| `{name}`{' (needed)' if required else ''} | {kind} | {meaning} |"
+        yield ""
+    if body := operation.get("requestBody"):
+        yield f"Sent as {_listed(f'`{kind}`' for kind in body['content'])}."
+    answers = [_answer(status, told) for status, told in operation["responses"].items() if status < "4"]
+    refusals = [status for status in operation["responses"] if "4" <= status < "6"]
+    yield f"Answers {_listed(answers)}. Refuses with {_listed(refusals)}."
+
+
+def _fields(operation: Mapping[str, Any]) -> list[tuple[str, bool, dict[str, Any]]]:
+    """Name, whether it is needed, and shape of each parameter; of bodies those of the one that may hold most."""
+    found = [
+        (part["name"], part.get("required", False), {**part["schema"], "description": part.get("description", "")})
+        for part in operation.get("parameters", ())
+    ]
+    schemas = [content["schema"] for content in operation.get("requestBody", {}).get("content", {}).values()]
+    if schemas:
+        widest = max(schemas, key=lambda schema: len(schema.get("properties", {})))
+        needed = widest.get("required", ())
+        found += [(name, name in needed, shape) for name, shape in widest.get("properties", {}).items()]
+    return found
+
+
+def _kind(shape: Mapping[str, Any]) -> str:
+    """What a value may be, in a few words."""
+    if "anyOf" in shape:
+        kinds = [_kind(part) for part in shape["anyOf"] if part.get("type") != "null"]
+        return _listed(dict.fromkeys(kinds), "or")
+    if isinstance(shape.get("type"), list):
+        return _kind({**shape, "type": shape["type"][0]})
+    if "enum" in shape:
+        return _listed((f"`{value}`" for value in shape["enum"]), "or")
+    if "const" in shape:
+        return f"`{shape['const']}`"
+    if shape.get("format") == "binary":
+        return "file"
+    if shape.get("type") == "array":
+        return f"list of {_kind(shape.get('items', {}))}"
+    kind = {"integer": "whole number", "number": "number", "boolean": "true or false", "string": "text"}.get(
+        str(shape.get("type")), "object"
+    )
+    low, high = shape.get("minimum"), shape.get("maximum")
+    if low is not None and high is not None:
+        return f"{kind}, {low:g} to {high:,.12g}" if high >= 10_000 else f"{kind}, {low:g} to {high:g}"
+    return kind if low is None else f"{kind} from {low:g}"
+
+
+def _answer(status: str, told: Mapping[str, Any]) -> str:
+    kinds = []
+    for media_type, content in told.get("content", {}).items():
+        shape = content.get("schema", {}).get("$ref", "").rpartition("/")[2]
+        kinds.append(f"`{shape}`" if shape else f"`{media_type}`")
+    return f"{status} {_listed(kinds, 'or')}".strip()
+
+
+def _listed(words: Iterable[str], last: str = "and") -> str:
+    *most, final = [*words] or [""]
+    return f"{', '.join(most)} {last} {final}" if most else final
+
+
+def _sentence(text: str) -> str:
+    text = " ".join(text.split())
+    return text if text.endswith((".", "?", "!")) or not text else f"{text}."

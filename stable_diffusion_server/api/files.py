@@ -1,0 +1,127 @@
+"""The door to stored pictures: given with their caching rules, told how they were made, deleted. Draws nothing."""
+
+from __future__ import annotations
+
+import re
+import time
+from dataclasses import dataclass
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import FileResponse, JSONResponse, RedirectResponse
+from starlette.concurrency import run_in_threadpool
+from starlette.staticfiles import NotModifiedResponse
+
+from stable_diffusion_server.api.callers import caller_of
+from stable_diffusion_server.bucket_api import Bucket
+from stable_diffusion_server.buckets.local import LocalBucket
+from stable_diffusion_server.errors import Forbidden, InvalidInput, NotFound
+from stable_diffusion_server.orders import Stored
+from stable_diffusion_server.presenting import caching_of, disposition_of
+from stable_diffusion_server.shelf import Shelf
+from stable_diffusion_server.signing import Signer
+
+_RANGE = re.compile(r"bytes=\s*(\d+-\d*|-\d+)(\s*,\s*(\d+-\d*|-\d+))*")
+_SHOWN_INLINE = ("image/webp", "image/png", "image/jpeg")
+
+
+def router(bucket: Bucket, shelf: Shelf, signer: Signer | None, folder: str = "") -> APIRouter:
+    """The door to the pictures that have no address of their own: those of a local bucket, and those that wait.
+
+    With a `signer` every address has to be signed. Of a bucket that is elsewhere only what is in `folder` is given.
+    """
+    routes = APIRouter(tags=["operate"])
+    giving = _Giving(bucket, signer, folder)
+
+    async def files(request: Request, key: str) -> Response:
+        if "record" in request.query_params:
+            # The gate has asked for a key, as for drawing: prompts are not for everyone.
+            source, record = await run_in_threadpool(shelf.record_of, key, caller_of(request))
+            return JSONResponse({"key": key, "source": source, "record": dict(record)})
+        return await run_in_threadpool(giving.give, request, key)
+
+    async def delete(request: Request, key: str) -> Response:
+        await run_in_threadpool(shelf.remove, key, caller_of(request))
+        return Response(status_code=204)
+
+    for method in ("GET", "HEAD"):
+        routes.add_api_route(
+            "/files/{key:path}",
+            files,
+            methods=[method],
+            summary="A stored picture; with `record=1` how it was made",
+            operation_id=f"file_{method.lower()}",
+            response_model=None,
+        )
+    routes.add_api_route(
+        "/files/{key:path}",
+        delete,
+        methods=["DELETE"],
+        summary="Delete a picture",
+        operation_id="file_delete",
+        status_code=204,
+        response_model=None,
+    )
+    return routes
+
+
+@dataclass(frozen=True, slots=True)
+class _Giving:
+    """Gives files out of a bucket."""
+
+    bucket: Bucket
+    signer: Signer | None
+    folder: str
+
+    def give(self, request: Request, key: str) -> Response:
+        """The picture under a key. Raises `NotFound`, and `Forbidden` for an address that is not signed."""
+        until = self._signed_until(request, key)
+        stored = self._stored(key)
+        headers = {
+            "ETag": f'"{stored.etag}"',
+            "Cache-Control": caching_of(stored.record),
+            "Content-Disposition": disposition_of(key, inline=stored.content_type in _SHOWN_INLINE),
+            "X-Content-Type-Options": "nosniff",
+            "Content-Security-Policy": "default-src 'none'; sandbox",
+        }
+        if until is not None:
+            headers["Cache-Control"] = f"private, max-age={max(0, until - int(time.time()))}"
+        if isinstance(self.bucket, LocalBucket):
+            return _of_disk(request, self.bucket, stored, headers)
+        if (url := self.bucket.url(key)) is not None:
+            # It waited here once, and is in the bucket now.
+            return RedirectResponse(url, headers={"Cache-Control": "no-store"})
+        headers["Cache-Control"] = "no-store"
+        return Response(self.bucket.read(key), headers=headers, media_type=stored.content_type)
+
+    def _signed_until(self, request: Request, key: str) -> int | None:
+        if self.signer is None:
+            return None
+        given = request.query_params
+        until = self.signer.checked(key, given.get("expires", ""), given.get("signature", ""))
+        if until is None:
+            raise Forbidden("Addresses of pictures are signed here, and this one is not, or its time is over.")
+        return until
+
+    def _stored(self, key: str) -> Stored:
+        stored = None
+        inside = isinstance(self.bucket, LocalBucket) or key.startswith(self.folder)
+        if inside and "\0" not in key and not {"", ".", ".."} & set(key.split("/")):
+            try:
+                stored = self.bucket.stat(key)
+            except InvalidInput:
+                stored = None  # a name no folder can hold names nothing in it
+        if stored is None:
+            raise NotFound("There is no picture under this name.")
+        return stored
+
+
+def _of_disk(request: Request, bucket: LocalBucket, stored: Stored, headers: dict[str, str]) -> Response:
+    """The file itself, in ranges too, or nothing for who has it already."""
+    if not _RANGE.fullmatch(request.headers.get("range", "bytes=0-")):
+        # What is no range of bytes is to be ignored (RFC 9110, 14.2).
+        request.scope["headers"] = [pair for pair in request.scope["headers"] if pair[0] != b"range"]
+    wanted = {tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")}
+    response = FileResponse(bucket.path(stored.key), headers=headers, media_type=stored.content_type)
+    if wanted & {headers["ETag"], "*"}:
+        return NotModifiedResponse(response.headers)
+    return response

@@ -1,0 +1,84 @@
+"""The door to the history: what was drawn here, newest first, searched by words of the prompt. Draws nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import UTC, datetime
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+from starlette.concurrency import run_in_threadpool
+
+from stable_diffusion_server.api.callers import caller_of
+from stable_diffusion_server.errors import InvalidInput
+from stable_diffusion_server.history.entries import Entry, Wanted
+from stable_diffusion_server.shelf import Shelf
+
+_MOST, _USUAL = 200, 50
+_NUMBER_MAX = 2**63 - 1
+_PARAMETERS = {
+    "q": {"type": "string", "description": "Words the prompt holds, in any letter case.", "maxLength": 1000},
+    "limit": {"type": "integer", "description": "Most pictures.", "minimum": 1, "maximum": _MOST, "default": _USUAL},
+    "before": {"type": "integer", "description": "The `next` of an answer: goes on behind it.", "minimum": 1},
+}
+_DOCUMENTED = {
+    "parameters": [
+        {"name": name, "in": "query", "required": False, "description": shape.pop("description"), "schema": shape}
+        for name, shape in ({name: dict(shape) for name, shape in _PARAMETERS.items()}).items()
+    ]
+}
+
+
+def router(shelf: Shelf, url_of: Callable[[Request, str], str]) -> APIRouter:
+    """The door over a shelf; `url_of` makes the URL of a key for the client at hand."""
+    routes = APIRouter(tags=["operate"])
+
+    @routes.get(
+        "/history",
+        summary="Pictures drawn here, newest first",
+        operation_id="history",
+        openapi_extra=_DOCUMENTED,
+        response_model=None,
+    )
+    async def history(request: Request) -> Response:
+        wanted = _wanted(request)
+        entries = await run_in_threadpool(shelf.listed, caller_of(request), wanted)
+        pictures = [{"path": url_of(request, entry.key), **_shown(entry)} for entry in entries]
+        return JSONResponse(
+            {"pictures": pictures, "next": entries[-1].number if len(entries) == wanted.limit else None}
+        )
+
+    return routes
+
+
+def _wanted(request: Request) -> Wanted:
+    given = request.query_params
+    faults = [(name[:100], f"{name[:100]} is not a parameter here.") for name in given if name not in _PARAMETERS]
+    if len(given.get("q", "")) > int(str(_PARAMETERS["q"]["maxLength"])):
+        faults.append(("q", "q must not be longer than 1000 characters."))
+    numbers: dict[str, int] = {}
+    for name, most in (("limit", _MOST), ("before", _NUMBER_MAX)):
+        if (text := given.get(name)) is not None:
+            if not (text.isascii() and text.isdigit() and len(text) < 20 and 1 <= int(text) <= most):
+                faults.append((name, f"{name} must be a whole number from 1 to {most}."))
+            else:
+                numbers[name] = int(text)
+    if faults:
+        raise InvalidInput.of(faults)
+    return Wanted(words=given.get("q", ""), before=numbers.get("before"), limit=numbers.get("limit", _USUAL))
+
+
+def _shown(entry: Entry) -> dict[str, object]:
+    return {
+        "key": entry.key,
+        "prompt": entry.prompt,
+        "model": entry.model,
+        "task": entry.task,
+        "seed": entry.seed,
+        "width": entry.width,
+        "height": entry.height,
+        "caller": entry.caller,
+        "drawn_at": datetime.fromtimestamp(entry.drawn_at, UTC).isoformat(timespec="seconds"),
+        "digest": entry.digest,
+        "number": entry.number,
+    }

@@ -1,0 +1,83 @@
+"""The doors to jobs: how one stands, what happens to it, and cancelling it. Draws nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+from collections.abc import AsyncIterator, Callable
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+
+from stable_diffusion_server.api.callers import caller_of
+from stable_diffusion_server.api.schemas import job_body
+from stable_diffusion_server.image_processing import encode
+from stable_diffusion_server.jobs.desk import Jobs
+from stable_diffusion_server.jobs.happenings import Happening
+from stable_diffusion_server.orders import Format
+
+UrlOf = Callable[[Request, str], str]
+
+_PREVIEW_QUALITY = 60
+_NO_STORE = {"Cache-Control": "no-store"}
+_STREAM = {**_NO_STORE, "X-Accel-Buffering": "no"}  # a proxy that collects events defeats them
+
+
+def router(jobs: Jobs, url_of: UrlOf) -> APIRouter:
+    """The doors to jobs; `url_of` makes the URL of a key for the client at hand."""
+    routes = APIRouter(prefix="/jobs", tags=["jobs"])
+
+    def urls_for(request: Request) -> Callable[[str], str]:
+        return lambda key: url_of(request, key)
+
+    @routes.get("", summary="Your latest accepted jobs, newest first", operation_id="list_jobs", response_model=None)
+    async def listed(request: Request) -> Response:
+        told = [job_body(standing, urls_for(request)) for standing in await jobs.listed(caller_of(request))]
+        return JSONResponse({"jobs": told}, headers=_NO_STORE)
+
+    @routes.get("/{job_id}", summary="How a job stands", operation_id="get_job", response_model=None)
+    async def standing(request: Request, job_id: str) -> Response:
+        found = await jobs.standing(job_id, caller_of(request))
+        return JSONResponse(job_body(found, urls_for(request)), headers=_NO_STORE)
+
+    @routes.delete(
+        "/{job_id}",
+        summary="Cancel a job; one that has ended stays as it is",
+        operation_id="cancel_job",
+        response_model=None,
+    )
+    async def cancel(request: Request, job_id: str) -> Response:
+        found = await jobs.cancel(job_id, caller_of(request))
+        return JSONResponse(job_body(found, urls_for(request)), headers=_NO_STORE)
+
+    @routes.get(
+        "/{job_id}/events",
+        summary="What happens to a job, as server-sent events",
+        operation_id="job_events",
+        description="`queued`, `step`, `preview`, and one of `done`, `failed`, `cancelled` at the end. Each has an id "
+        "to go on after by `Last-Event-ID`; 204 once the end was told.",
+        response_model=None,
+    )
+    async def events(request: Request, job_id: str) -> Response:
+        happenings = await jobs.follow(job_id, caller_of(request), request.headers.get("last-event-id"))
+        if happenings is None:
+            return Response(status_code=204)
+        stream = _stream(happenings, urls_for(request))
+        return StreamingResponse(stream, media_type="text/event-stream", headers=_STREAM)
+
+    return routes
+
+
+async def _stream(happenings: AsyncIterator[Happening | None], url: Callable[[str], str]) -> AsyncIterator[str]:
+    """Events as they go over the wire; a comment keeps the line open while nothing happens."""
+    yield "retry: 2000\n\n"
+    async for happening in happenings:
+        if happening is None:
+            yield ": still there\n\n"
+            continue
+        body = job_body(happening.standing, url)
+        if happening.picture is not None:
+            file = await asyncio.to_thread(encode, happening.picture, Format.WEBP, _PREVIEW_QUALITY, None)
+            body |= {"content_type": Format.WEBP.content_type, "image": base64.b64encode(file).decode()}
+        yield f"id: {happening.id}\nevent: {happening.kind}\ndata: {json.dumps(body)}\n\n"

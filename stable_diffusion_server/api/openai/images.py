@@ -1,0 +1,159 @@
+"""The doors `/v1/images/generations`, `/v1/images/edits` and `/v1/models`, for OpenAI's clients."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+
+from stable_diffusion_server.api.aside import aside
+from stable_diffusion_server.api.asked import read_as
+from stable_diffusion_server.api.callers import caller_of, within
+from stable_diffusion_server.api.handlers import client_gone
+from stable_diffusion_server.api.house import House
+from stable_diffusion_server.api.leaving import disconnection, unless_disconnected
+from stable_diffusion_server.api.openai import answers
+from stable_diffusion_server.api.openai.answers import Made
+from stable_diffusion_server.api.openai.parameters import Edit, Generation, ImagesParameters
+from stable_diffusion_server.api.openai.streams import EventStream, Partials
+from stable_diffusion_server.api.schemas import documented
+from stable_diffusion_server.api.together import together
+from stable_diffusion_server.errors import NotFound, TooLarge
+from stable_diffusion_server.image_processing import Pixels, encode
+from stable_diffusion_server.orders import Caller, EventKind, Format, Order, Progress
+from stable_diffusion_server.service import Service
+
+UrlOf = Callable[[Request, str], str]
+
+_PREVIEW_QUALITY = 80
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """One request: its parameters, an order for each picture, and who asks."""
+
+    parameters: ImagesParameters
+    orders: list[Order]
+    caller: Caller
+    kind: str
+
+
+def router(service: Service, house: House, url_of: UrlOf) -> APIRouter:
+    """The doors over a service; `url_of` makes the URL of a key for the client at hand."""
+    routes = APIRouter(tags=["openai"], prefix="/v1")
+
+    async def asked(request: Request, schema: type[ImagesParameters], kind: str) -> Response:
+        parameters = await read_as(schema, request)
+        caller = caller_of(request)
+        orders = [within(caller, order) for order in parameters.orders(house)]
+        what = _Asked(parameters, orders, caller, kind)
+        return await (_streamed if parameters.stream else _answered)(request, service, house, url_of, what)
+
+    @routes.post(
+        "/images/generations",
+        summary="OpenAI: draw pictures",
+        operation_id="create_image",
+        openapi_extra=documented(Generation, house.limits, "POST"),
+        response_model=None,
+    )
+    async def generations(request: Request) -> Response:
+        """Draw pictures from a prompt."""
+        return await asked(request, Generation, "image_generation")
+
+    @routes.post(
+        "/images/edits",
+        summary="OpenAI: draw a picture anew, or a part of it",
+        operation_id="create_image_edit",
+        openapi_extra=documented(Edit, house.limits, "POST", ("multipart/form-data",)),
+        response_model=None,
+    )
+    async def edits(request: Request) -> Response:
+        """Draw a picture anew after a prompt, or what a mask leaves transparent."""
+        return await asked(request, Edit, "image_edit")
+
+    @routes.get("/models", summary="OpenAI: the models", operation_id="list_models", response_model=None)
+    async def models() -> Response:
+        """The models, and the further names they are known by."""
+        return JSONResponse(answers.models_answer(house.models.values(), house.aliases))
+
+    @routes.get("/models/{model}", summary="OpenAI: one model", operation_id="retrieve_model", response_model=None)
+    async def model(model: str) -> Response:
+        """One model."""
+        facts = house.models.get(house.aliases.get(model, model))
+        if facts is None:
+            raise NotFound(f"{model[:100]!r} is not a model here.", field="model")
+        return JSONResponse(answers.model_answer(model, facts.revision))
+
+    return routes
+
+
+async def _answered(request: Request, service: Service, house: House, url_of: UrlOf, what: _Asked) -> Response:
+    async def one(order: Order) -> Made:
+        if what.parameters.as_text:
+            receipt, file = await service.picture(order, caller=what.caller)
+            return Made(receipt, url_of(request, receipt.key), file)
+        receipt = await service.fulfil(order, caller=what.caller)
+        return Made(receipt, url_of(request, receipt.key), b"")
+
+    made = await unless_disconnected(request, together([one(order) for order in what.orders]))
+    if made is None:
+        return client_gone()
+    if sum(len(one.file) for one in made) * 4 // 3 > house.max_response_bytes:
+        raise TooLarge("The pictures are too large for one answer; ask for fewer, or response_format url.")
+    size = sum(len(one.file) for one in made)
+    return await aside(size, lambda: JSONResponse(answers.answer(what.parameters, made)))
+
+
+async def _streamed(request: Request, service: Service, house: House, url_of: UrlOf, what: _Asked) -> Response:
+    stream = EventStream(answers.failed)
+
+    async def one(order: Order) -> None:
+        size = f"{order.width}x{order.height}" if order.width else "auto"
+        encoding: list[asyncio.Task[None]] = []
+
+        def send(index: int, preview: Pixels) -> None:
+            encoding.append(asyncio.create_task(partial(index, preview)))
+
+        async def partial(index: int, preview: Pixels) -> None:
+            file_format = order.format or Format.PNG
+            file = await asyncio.to_thread(encode, preview, file_format, _PREVIEW_QUALITY, None)
+            stream.send(answers.partial(what.parameters, file, index, size, what.kind))
+
+        partials = Partials(what.parameters.partial_images or 0, send)
+
+        def watch(progress: Progress) -> None:
+            if progress.kind is not EventKind.QUEUED:
+                stream.begin()
+            partials.watch(progress)
+
+        previews = bool(what.parameters.partial_images)
+        receipt, file = await service.picture(order, caller=what.caller, watch=watch, previews=previews)
+        await asyncio.gather(*encoding)
+        made = Made(receipt, url_of(request, receipt.key), file)
+        stream.send(await aside(len(file), answers.completed, what.parameters, made, what.kind))
+
+    async def work() -> None:
+        await together([one(order) for order in what.orders])
+
+    leaving = asyncio.create_task(disconnection(request))
+    leaving.add_done_callback(lambda done: None if done.cancelled() else stream.stop())
+    under_way = False
+    try:
+        under_way = await stream.start(work())
+    finally:
+        if not under_way:
+            leaving.cancel()
+    if not under_way:
+        return client_gone()
+
+    async def events() -> AsyncIterator[str]:
+        try:
+            async for event in stream.read():
+                yield event
+        finally:
+            leaving.cancel()
+
+    return StreamingResponse(events(), media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})

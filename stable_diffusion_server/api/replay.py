@@ -1,0 +1,86 @@
+"""The door where a picture made here is drawn again from what it says of itself. Decides nothing."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import ClassVar, Literal
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict, Field
+
+from stable_diffusion_server.api.answering import UrlOf
+from stable_diffusion_server.api.asked import File, validated
+from stable_diffusion_server.api.bodies import read_parameters
+from stable_diffusion_server.api.callers import caller_of, within
+from stable_diffusion_server.api.handlers import client_gone
+from stable_diffusion_server.api.leaving import unless_disconnected
+from stable_diffusion_server.api.schemas import documented, receipt_body
+from stable_diffusion_server.errors import InvalidInput
+from stable_diffusion_server.limits import Limits
+from stable_diffusion_server.orders import Format, Order
+from stable_diffusion_server.replaying import PICTURE, Memo, Replays, with_sources
+
+
+class Replay(BaseModel):
+    """A picture made here, the files it was made from, and where the new one goes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, arbitrary_types_allowed=True)
+
+    files: ClassVar[frozenset[str]] = frozenset({PICTURE, "image_file", "mask_file"})
+
+    picture_file: File = Field(None, description="A picture made here, with the record that was put into it.")
+    image_file: File = Field(None, description="The very file it was made from, where it was made from one.")
+    mask_file: File = Field(None, description="The very mask it was made with, where there was one.")
+    save_path: str | None = Field(None, description="Name of the new picture. Without it one below `replays/`.")
+    overwrite: bool | None = Field(None, description="Draw even if the name is taken; so it is without `save_path`.")
+    format: Format | None = Field(None, description="File format; without it that of the picture.")
+    quality: int | None = Field(None, description="1 to 100; without it that of the picture.")
+    timeout: float | None = Field(None, description="Seconds to wait for the picture at the most.")
+    batch: Literal["any", "alone"] = Field("alone", description="`any` may share forward passes with others.")
+
+    def order(self, memo: Memo) -> Order:
+        """The order of the picture, to be stored elsewhere."""
+        image, mask = (file.data if file is not None else None for file in (self.image_file, self.mask_file))
+        order = with_sources(memo, image, mask)
+        file_format = self.format or order.format or Format.WEBP
+        made = f"replays/{memo.digest[:32]}.{file_format}"
+        return replace(
+            order,
+            save_path=self.save_path or made,
+            overwrite=self.save_path is None if self.overwrite is None else self.overwrite,
+            format=file_format,
+            quality=order.quality if self.quality is None else self.quality,
+            timeout=self.timeout,
+            alone=self.batch == "alone",
+        )
+
+
+def router(replays: Replays, limits: Limits, url_of: UrlOf) -> APIRouter:
+    """The door over what draws again; `url_of` makes the URL of a key for the client at hand."""
+    routes = APIRouter(tags=["draw"])
+
+    @routes.post(
+        "/v1/replay",
+        summary="Draw a picture made here again",
+        description="Reads how a picture was made, draws it once more, and tells how alike the two are.",
+        operation_id="replay",
+        openapi_extra=documented(Replay, limits, "POST"),
+        response_model=None,
+    )
+    async def replay(request: Request) -> Response:
+        asked = validated(Replay, await read_parameters(request, Replay.files))
+        if asked.picture_file is None:
+            raise InvalidInput(f"{PICTURE} is missing.", field=PICTURE)
+        picture, caller = asked.picture_file.data, caller_of(request)
+        memo = await replays.memo_of(picture)
+        order = asked.order(memo)
+        if asked.save_path is None:
+            order = replace(order, save_path=f"{caller.prefix}{order.save_path}")
+        work = replays.draw(memo, within(caller, order), picture, caller)
+        if (done := await unless_disconnected(request, work)) is None:
+            return client_gone()
+        told = {"same_order": done.same_order, "equal": done.equal, "decibels": done.decibels}
+        return JSONResponse({**receipt_body(done.receipt, url_of(request, done.receipt.key)), "replay": told})
+
+    return routes

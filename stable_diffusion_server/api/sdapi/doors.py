@@ -1,0 +1,268 @@
+"""The doors `/sdapi/v1/…`, for AUTOMATIC1111's clients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+from uuid import uuid4
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+from pydantic import ValidationError
+
+from stable_diffusion_server.api.aside import aside
+from stable_diffusion_server.api.asked import refuse
+from stable_diffusion_server.api.bodies import json_object, length_of, read_parameters
+from stable_diffusion_server.api.callers import caller_of, within
+from stable_diffusion_server.api.handlers import client_gone
+from stable_diffusion_server.api.house import House
+from stable_diffusion_server.api.leaving import unless_disconnected
+from stable_diffusion_server.api.pictures import bytes_of
+from stable_diffusion_server.api.schemas import properties_of
+from stable_diffusion_server.api.sdapi import answers
+from stable_diffusion_server.api.sdapi.names import BOUNDED, model_named, renamed
+from stable_diffusion_server.api.sdapi.parameters import Img2Img, Ordered, Txt2Img, ordered
+from stable_diffusion_server.api.sdapi.tasks import Task, Tasks
+from stable_diffusion_server.api.together import together
+from stable_diffusion_server.errors import InvalidInput, ServerError, TooLarge, UnsupportedMedia
+from stable_diffusion_server.limits import Limits
+from stable_diffusion_server.orders import Caller, Order
+from stable_diffusion_server.service import Service
+
+UrlOf = Callable[[Request, str], str]
+A = TypeVar("A", bound=Txt2Img)
+
+# Model by caller, of those who set one; the oldest is forgotten.
+_CHOICES_MAX = 1000
+
+
+_TRUTHS = {"true": True, "1": True, "false": False, "0": False}
+_TASK = {"name": "id_task", "in": "query", "required": False, "schema": {"type": "string"}}
+_SKIP = {"name": "skip_current_image", "in": "query", "required": False, "schema": {"type": "boolean"}}
+_PROGRESS: dict[str, Any] = {"parameters": [_TASK, _SKIP]}
+_INTERRUPT: dict[str, Any] = {"parameters": [_TASK]}
+
+
+def _texts(name: str, *, required: bool = False) -> dict[str, Any]:
+    """OpenAPI of a body with one text that matters."""
+    text: dict[str, Any] = {"type": "string", "minLength": 1} if required else {"type": ["string", "null"]}
+    shape = {"type": "object", "properties": {name: text}, "required": [name] if required else []}
+    return {"requestBody": {"required": required, "content": {"application/json": {"schema": shape}}}}
+
+
+def described(schema: type[Txt2Img], limits: Limits, *required: str) -> dict[str, Any]:
+    """OpenAPI of a body in JSON, with the bounds the settings set; what it does not name may be there too."""
+    bounds = limits.bounds()
+    properties = properties_of(schema, limits)
+    properties["seed"] = schema.model_json_schema()["properties"]["seed"]  # -1 is a seed here
+    for name, ours in {**BOUNDED, "width": "width", "height": "height"}.items():
+        for part in properties.get(name, {}).get("anyOf", ()):
+            if part.get("type") in ("integer", "number"):
+                part.update(minimum=bounds[ours][0], maximum=bounds[ours][1])
+    shape = {"type": "object", "properties": properties, "required": ["prompt", *required]}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": shape}}}}
+
+
+def router(service: Service, house: House, url_of: UrlOf) -> APIRouter:
+    """The doors over a service; `url_of` makes the URL of a key for the client at hand."""
+    routes = APIRouter(tags=["automatic1111"])
+    tasks = Tasks()
+    chosen: dict[str, str] = {}
+
+    async def pictures(request: Request, schema: type[Txt2Img]) -> Response:
+        try:
+            return await _pictures(request, await _read(schema, request), service, house, url_of, tasks, chosen)
+        except ServerError as error:
+            raise renamed(error) from error
+
+    @routes.post(
+        "/sdapi/v1/txt2img",
+        summary="AUTOMATIC1111: draw pictures",
+        operation_id="sdapi_txt2img",
+        openapi_extra=described(Txt2Img, house.limits),
+        response_model=None,
+    )
+    async def txt2img(request: Request) -> Response:
+        """Draw pictures from a prompt."""
+        return await pictures(request, Txt2Img)
+
+    @routes.post(
+        "/sdapi/v1/img2img",
+        summary="AUTOMATIC1111: draw a picture anew, or a part of it",
+        operation_id="sdapi_img2img",
+        openapi_extra=described(Img2Img, house.limits, "init_images"),
+        response_model=None,
+    )
+    async def img2img(request: Request) -> Response:
+        """Draw a picture anew, or what a mask covers."""
+        return await pictures(request, Img2Img)
+
+    @routes.post(
+        "/sdapi/v1/png-info",
+        summary="AUTOMATIC1111: how a picture was made",
+        operation_id="sdapi_png_info",
+        openapi_extra=_texts("image", required=True),
+        response_model=None,
+    )
+    async def png_info(request: Request) -> Response:
+        """How a picture, in base64, says it was made."""
+        image = _text(await _json(request), "image")
+        return JSONResponse(await aside(len(image), lambda: answers.png_info_answer(bytes_of(image, "image"))))
+
+    _progress_doors(routes, tasks)
+    _option_doors(routes, house, chosen)
+    for name, told in (
+        ("sd-models", answers.models_answer),
+        ("samplers", answers.samplers_answer),
+        ("loras", answers.loras_answer),
+    ):
+        _list_door(routes, name, told, house)
+    return routes
+
+
+def _progress_doors(routes: APIRouter, tasks: Tasks) -> None:
+    @routes.get(
+        "/sdapi/v1/progress",
+        summary="AUTOMATIC1111: how far your task is",
+        operation_id="sdapi_progress",
+        openapi_extra=_PROGRESS,
+        response_model=None,
+    )
+    async def progress(request: Request) -> Response:
+        """How far the caller's own task is: the oldest, or the one of `id_task`."""
+        query = await read_parameters(request)
+        own = tasks.of(caller_of(request), str(query.get("id_task", "")))
+        skip = str(query.get("skip_current_image", "false")).lower()
+        if skip not in _TRUTHS:
+            raise InvalidInput("skip_current_image must be true or false.", field="skip_current_image")
+        return JSONResponse(answers.progress_answer(own, with_picture=not _TRUTHS[skip]))
+
+    @routes.post(
+        "/internal/progress",
+        summary="AUTOMATIC1111: how far the task of an id is",
+        operation_id="sdapi_internal_progress",
+        openapi_extra=_texts("id_task"),
+        response_model=None,
+    )
+    async def internal_progress(request: Request) -> Response:
+        """How far the caller's own task of `id_task` is, the `force_task_id` it was asked for with."""
+        asked = await _json(request)
+        own = tasks.of(caller_of(request), _text(asked, "id_task"))
+        shown = asked.get("live_preview") is not False
+        return JSONResponse(answers.internal_progress_answer(own[0] if own else None, with_picture=shown))
+
+    @routes.post(
+        "/sdapi/v1/interrupt",
+        summary="AUTOMATIC1111: stop your tasks",
+        operation_id="sdapi_interrupt",
+        openapi_extra=_INTERRUPT,
+        response_model=None,
+    )
+    async def interrupt(request: Request) -> Response:
+        """Stop the caller's own tasks, or the one of `id_task`; they answer what is done."""
+        for task in tasks.of(caller_of(request), request.query_params.get("id_task", "")):
+            task.interrupt()
+        return JSONResponse({})
+
+
+def _option_doors(routes: APIRouter, house: House, chosen: dict[str, str]) -> None:
+    @routes.get(
+        "/sdapi/v1/options",
+        summary="AUTOMATIC1111: the options",
+        operation_id="sdapi_options",
+        openapi_extra={},
+        response_model=None,
+    )
+    async def options(request: Request) -> Response:
+        """The options that mean something here."""
+        return JSONResponse(answers.options_answer(house, chosen.get(caller_of(request).name)))
+
+    @routes.post(
+        "/sdapi/v1/options",
+        summary="AUTOMATIC1111: choose a model",
+        operation_id="sdapi_set_options",
+        openapi_extra=_texts("sd_model_checkpoint"),
+        response_model=None,
+    )
+    async def set_options(request: Request) -> Response:
+        """Choose a model by `sd_model_checkpoint`, for this caller alone; other options are let be."""
+        asked, caller = await _json(request), caller_of(request)
+        if name := _text(asked, "sd_model_checkpoint"):
+            chosen.pop(caller.name, None)
+            chosen[caller.name] = model_named(name, house)
+            if len(chosen) > _CHOICES_MAX:
+                del chosen[next(iter(chosen))]
+        return JSONResponse(None)
+
+
+def _list_door(routes: APIRouter, name: str, told: Callable[[House], list[dict[str, Any]]], house: House) -> None:
+    async def listed() -> Response:
+        return JSONResponse(told(house))
+
+    routes.add_api_route(
+        f"/sdapi/v1/{name}",
+        listed,
+        methods=["GET"],
+        summary=f"AUTOMATIC1111: {name}",
+        description=told.__doc__,
+        operation_id=f"sdapi_{name.replace('-', '_')}",
+        response_model=None,
+    )
+
+
+async def _pictures(
+    request: Request,
+    asked: Txt2Img,
+    service: Service,
+    house: House,
+    url_of: UrlOf,
+    tasks: Tasks,
+    chosen: dict[str, str],
+) -> Response:
+    caller = caller_of(request)
+    what = await aside(length_of(request), ordered, asked, house, chosen.get(caller.name))
+    orders = [within(caller, order) for order in what.orders]
+    with tasks.begun(caller, asked.force_task_id or f"task({uuid4().hex})", len(orders)) as task:
+        work = [_one(number, order, service, caller, task) for number, order in enumerate(orders)]
+        drawn = await unless_disconnected(request, together(work))
+    if drawn is None:
+        return client_gone()
+    made = [(*one, url_of(request, one[1].key)) for one in drawn if one is not None]
+    finished = [(order, receipt, url, file) for order, receipt, file, url in made]
+    if sum(len(file) for *_, file in finished) * 4 // 3 > house.max_response_bytes:
+        raise TooLarge("The pictures are too large for one answer; send_images=false answers their addresses.")
+    told = Ordered(orders, what.told)
+
+    def answer() -> Response:
+        return JSONResponse(answers.pictures_answer(asked, told, finished, interrupted=task.interrupted))
+
+    return await aside(sum(len(file) for *_, file in finished), answer)
+
+
+async def _one(number: int, order: Order, service: Service, caller: Caller, task: Task) -> Any:
+    work = service.picture(order, caller=caller, watch=lambda progress: task.watch(number, progress), previews=True)
+    drawn = await task.drawn(number, work)
+    return None if drawn is None else (order, *drawn)
+
+
+async def _read(schema: type[A], request: Request) -> A:
+    """A JSON body as parameters. Raises `Malformed`, `UnsupportedMedia` and `InvalidInput`."""
+    try:
+        return await aside(length_of(request), schema.model_validate, await _json(request))
+    except ValidationError as error:
+        refuse(error)
+
+
+async def _json(request: Request) -> dict[str, Any]:
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    body = await request.body()
+    if body and media_type != "application/json":
+        raise UnsupportedMedia("Send application/json.")
+    return await aside(len(body), json_object, body)
+
+
+def _text(asked: dict[str, Any], name: str) -> str:
+    value = "" if asked.get(name) is None else asked[name]
+    if not isinstance(value, str):
+        raise InvalidInput(f"{name} must be a text.", field=name)
+    return value

@@ -1,0 +1,129 @@
+"""AUTOMATIC1111's names for what has other names here: samplers, models, adapters in prompts, parameters in errors."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from stable_diffusion_server.api.house import House
+from stable_diffusion_server.errors import InvalidInput, ServerError
+from stable_diffusion_server.pipelines.catalog import ModelFacts
+
+# Our schedulers under AUTOMATIC1111's names, the closest first; what ends in Karras is looked up without it.
+SAMPLERS: Mapping[str, tuple[str, ...]] = {
+    "Euler": ("euler", "flow_euler"),
+    "Euler a": ("euler_a",),
+    "DDIM": ("ddim",),
+    "LCM": ("lcm",),
+    "DPM++ 2M": ("dpm",),
+    "DPM++ 2M SDE": ("dpm",),
+    "DPM++ SDE": ("dpm",),
+    "DPM++ 2S a": ("dpm",),
+    "DPM++ 3M SDE": ("dpm",),
+    "DPM2": ("dpm",),
+    "DPM2 a": ("euler_a",),
+    "Heun": ("euler",),
+    "LMS": ("euler",),
+    "UniPC": ("dpm",),
+    "PLMS": ("ddim",),
+    "DDPM": ("ddim",),
+}
+_EXACT = {"Euler", "Euler a", "DDIM", "LCM", "DPM++ 2M SDE"}
+_BY_LOWER = {name.lower(): name for name in SAMPLERS}
+_SCHEDULES = {"", "automatic", "none", "uniform", "normal", "simple"}
+_ADAPTER = re.compile(r"<lora:(?P<name>[^:<>]+)(:(?P<weight>[+-]?\d{0,3}(\.\d{1,6})?))?(:[^<>]*)?>")
+_OTHER_NETWORK = re.compile(r"<(lyco|hypernet):[^<>]*>")
+_EMPHASIS = re.compile(r"\([^()]*:\s*\d+(\.\d+)?\s*\)|\[[^\[\]]+:[^\[\]]+:[\d.]+\]")
+_FIELDS = {
+    "num_inference_steps": "steps",
+    "guidance_scale": "cfg_scale",
+    "strength": "denoising_strength",
+    "scheduler": "sampler_name",
+    "lora": "prompt",
+    "feather": "mask_blur",
+    "model": "override_settings",
+}
+
+
+# Parameters that have bounds, with ours they are bounded by.
+BOUNDED = {theirs: ours for ours, theirs in _FIELDS.items() if ours not in ("scheduler", "lora", "model")}
+
+
+def scheduler_for(sampler: str, schedule: str, facts: ModelFacts) -> tuple[str | None, str | None]:
+    """Our scheduler for a sampler and its schedule, and a sentence where it is not quite that one.
+
+    Raises `InvalidInput` for a name that is no sampler's.
+    """
+    if not sampler:
+        return None, None
+    plain = sampler.strip()
+    if plain in facts.schedulers:
+        return plain, None
+    lowered = plain.lower().removesuffix(" karras")
+    name = _BY_LOWER.get(lowered)
+    if name is None:
+        raise InvalidInput(
+            f"{sampler[:100]!r} is not a sampler here; there are {', '.join(SAMPLERS)}.", field="sampler_name"
+        )
+    ours = next((one for one in SAMPLERS[name] if one in facts.schedulers), None)
+    taken = ours or facts.default_scheduler
+    spaced = lowered != plain.lower() or schedule.strip().lower() not in _SCHEDULES
+    if ours is None or name not in _EXACT or spaced:
+        return taken, f"{plain[:100]} is drawn by {taken}{', without its spacing of steps' if spaced else ''}."
+    return taken, None
+
+
+def samplers_of(models: Mapping[str, ModelFacts]) -> list[str]:
+    """The samplers that are drawn as what they are."""
+    here = {scheduler for facts in models.values() for scheduler in facts.schedulers}
+    return [name for name in SAMPLERS if name in _EXACT and here & set(SAMPLERS[name])]
+
+
+def title_of(facts: ModelFacts) -> str:
+    """What AUTOMATIC1111's clients show a model as."""
+    return f"{facts.name} [{facts.revision}]"
+
+
+def model_named(name: str, house: House) -> str:
+    """Our name of a model by any of its names: title, name, folder or alias. Raises `InvalidInput`."""
+    wanted = name.strip().lower()
+    for facts in house.models.values():
+        if wanted in {title_of(facts).lower(), facts.name, facts.folder.lower(), facts.revision.lower()}:
+            return facts.name
+    try:
+        return house.facts(name.strip()).name
+    except InvalidInput as error:
+        raise InvalidInput(f"sd_model_checkpoint: {error.detail}", field="override_settings") from error
+
+
+def adapters_in(prompt: str) -> tuple[str, tuple[tuple[str, float], ...]]:
+    """A prompt without its `<lora:name:weight>`, and those."""
+    found = tuple((match["name"].strip(), _weight(match["weight"])) for match in _ADAPTER.finditer(prompt))
+    return re.sub(r"\s{2,}", " ", _OTHER_NETWORK.sub("", _ADAPTER.sub("", prompt))).strip(" ,"), found
+
+
+def unread_in(prompt: str) -> list[str]:
+    """Sentences about what AUTOMATIC1111 would read in a prompt and this server does not."""
+    told = []
+    if _OTHER_NETWORK.search(prompt):
+        told.append("prompt: only <lora:…> is known here; other networks are left out.")
+    if _EMPHASIS.search(prompt):
+        told.append("prompt: weights in brackets are read as plain words.")
+    return told
+
+
+def renamed(error: ServerError) -> ServerError:
+    """The error with our parameters under AUTOMATIC1111's names."""
+    if error.field not in _FIELDS:
+        return error
+    words = re.compile("|".join(rf"\b{ours}\b" for ours in _FIELDS if ours not in ("model", "lora")))
+    detail = words.sub(lambda match: _FIELDS[match[0]], error.detail)
+    faults = [(_FIELDS.get(field, field), words.sub(lambda m: _FIELDS[m[0]], told)) for field, told in error.faults]
+    return type(error)(detail, field=_FIELDS[error.field], faults=faults, retry_after=error.retry_after)
+
+
+def _weight(text: str | None) -> float:
+    try:
+        return float(text or 1)
+    except ValueError:
+        return 1.0

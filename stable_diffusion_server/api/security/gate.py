@@ -1,0 +1,111 @@
+"""What stands before the doors: a request gets an id, is let in or refused, counted, logged, and its body measured."""
+
+from __future__ import annotations
+
+import re
+import time
+from http import HTTPStatus
+from uuid import uuid4
+
+import structlog
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware.body_limit import RequestBodyLimitMiddleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from stable_diffusion_server.api.security.headers import protect
+from stable_diffusion_server.api.security.policy import Policy
+from stable_diffusion_server.api.security.proxies import Proxies
+from stable_diffusion_server.api.security.rates import Allowed, Rates
+from stable_diffusion_server.api.shapes import refusal
+from stable_diffusion_server.errors import ServerError
+from stable_diffusion_server.orders import Caller
+
+_log = structlog.get_logger("access")
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+_QUIET = ("/healthz", "/readyz", "/metrics")
+
+
+class Gate:
+    """ASGI middleware: gives each request an id, lets the policy decide, and logs what was answered.
+
+    `state.caller` says who asks. Query strings are not logged: prompts are the caller's own business.
+    """
+
+    def __init__(self, app: ASGIApp, policy: Policy, proxies: Proxies) -> None:
+        self._app = app
+        self._policy = policy
+        self._proxies = proxies
+        self._rates = Rates()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request, or pass on what is no request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        scope = self._proxies.seen_through(scope)
+        headers = Headers(scope=scope)
+        request_id = _request_id(headers)
+        scope["state"]["request_id"] = request_id
+        status, started = 500, time.perf_counter()
+        more: dict[str, str] = {"X-Request-ID": request_id}
+
+        async def send_with_headers(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message).update(more)
+                protect(message, scope["path"])
+            await send(message)
+
+        with structlog.contextvars.bound_contextvars(request_id=request_id):
+            try:
+                await self._enter(scope, headers, receive, send_with_headers, more)
+            finally:
+                seconds = round(time.perf_counter() - started, 4)
+                quiet = status == HTTPStatus.OK and (scope["path"] in _QUIET or scope["path"].startswith("/ui/"))
+                level = _log.debug if quiet else _log.info
+                who = {"key": name} if (name := scope["state"]["caller"].name) else {}
+                level("request", method=scope["method"], path=scope["path"], status=status, seconds=seconds, **who)
+
+    async def _enter(self, scope: Scope, headers: Headers, receive: Receive, send: Send, more: dict[str, str]) -> None:
+        """Pass a request on if it may go on, and answer it if not; `more` are headers for its answer."""
+        allowed: Allowed | None = None
+        state = scope["state"]
+        state["caller"] = Caller()
+        try:
+            admitted = self._policy.admit(scope, headers)
+            state["caller"] = admitted.caller
+            if admitted.allowed is not None:
+                try:
+                    await self._rates.enter(admitted.allowed)
+                    allowed = admitted.allowed
+                finally:
+                    more.update(await self._rates.headers(admitted.allowed))
+        except ServerError as error:
+            await refusal(error, scope["path"], state["request_id"])(scope, receive, send)
+            return
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            if allowed is not None:
+                self._rates.leave(allowed)
+
+
+class BodyLimit:
+    """ASGI middleware: counts the bytes of a body while it is read, up to the policy's limit for that request."""
+
+    def __init__(self, app: ASGIApp, policy: Policy) -> None:
+        self._policy = policy
+        limits = {policy.max_body_bytes, policy.max_upload_bytes}
+        self._counted = {limit: RequestBodyLimitMiddleware(app, max_body_size=limit) for limit in limits}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on with its body counted."""
+        headers = Headers(raw=scope.get("headers", []))
+        await self._counted[self._policy.body_limit(scope.get("path", ""), headers)](scope, receive, send)
+
+
+def _request_id(headers: Headers) -> str:
+    given = headers.get("x-request-id", "")
+    return given if _REQUEST_ID.fullmatch(given) else uuid4().hex

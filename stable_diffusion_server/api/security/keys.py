@@ -1,0 +1,64 @@
+"""Who holds which key. Secrets are kept as hashes and compared in constant time."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import hmac
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from limits import RateLimitItem
+from starlette.datastructures import Headers
+
+from stable_diffusion_server.errors import Unauthorized
+from stable_diffusion_server.orders import Caller
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """A key by the SHA-256 of its secret, with what it may: `concurrency` 0 and `rate` `None` are no limit."""
+
+    caller: Caller
+    digest: bytes = field(repr=False)
+    rate: RateLimitItem | None = None
+    concurrency: int = 0
+
+
+def hashed(secret: str) -> bytes:
+    """The SHA-256 of a secret."""
+    return hashlib.sha256(secret.encode()).digest()
+
+
+class Keyring:
+    """The keys of a server; without any, nobody needs one."""
+
+    def __init__(self, keys: Iterable[Key] = ()) -> None:
+        self._keys = tuple(keys)
+
+    def __bool__(self) -> bool:
+        return bool(self._keys)
+
+    def holder(self, headers: Headers) -> Key:
+        """The key a request was sent with. Raises `Unauthorized`."""
+        given = hashed(_sent(headers))
+        # Every key is compared, so that the time tells nothing about which one came close.
+        matching = [key for key in self._keys if hmac.compare_digest(given, key.digest)]
+        if not matching:
+            raise Unauthorized("Send a key as 'Authorization: Bearer …' or 'X-API-Key: …'.")
+        return matching[0]
+
+
+def _sent(headers: Headers) -> str:
+    """The secret a request holds: as a bearer, as the password of HTTP Basic with any name, or in X-API-Key."""
+    scheme, _, token = headers.get("authorization", "").partition(" ")
+    match scheme.lower():
+        case "bearer":
+            return token.strip()
+        case "basic":
+            try:
+                return base64.b64decode(token.strip(), validate=True).decode().partition(":")[2]
+            except ValueError:
+                return ""
+        case _:
+            return headers.get("x-api-key", "")

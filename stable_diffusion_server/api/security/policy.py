@@ -1,0 +1,158 @@
+"""Who may draw: host names, origins, clients and keys. Knows no parameters."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from functools import lru_cache
+from urllib.parse import urlsplit
+
+from limits import RateLimitItem
+from starlette.datastructures import Headers, QueryParams
+from starlette.types import Scope
+
+from stable_diffusion_server.api.security.keys import Keyring
+from stable_diffusion_server.api.security.rates import Allowed
+from stable_diffusion_server.errors import Forbidden, Misdirected, TooLarge
+from stable_diffusion_server.orders import Caller
+
+_HOST = re.compile(r"(\[(?P<v6>[0-9A-Fa-f:.]+)\]|(?P<name>[A-Za-z0-9._-]+))(:\d*)?")
+# Reading these draws nothing and tells no secret, so a link or an <img> on another page may lead here.
+_OPEN_PATHS = ("/healthz", "/favicon.ico", "/readyz", "/docs", "/openapi.json")
+# Opening this page draws nothing, so that a link may lead here; what it does goes through doors that look.
+_PAGES = ("/ui", "/ui/")
+# Asked again and again by programs that wait, and cheap: they need a key, and are not counted against its rate.
+_CHEAP_PATHS = (
+    "/metrics /jobs /history /files /ui /v1/models /internal/progress /sdapi/v1/progress /sdapi/v1/interrupt "
+    "/sdapi/v1/sd-models /sdapi/v1/samplers /sdapi/v1/options /sdapi/v1/loras /sdapi/v1/png-info"
+).split()
+# Where pictures come in, as files or in base64, and bodies are long.
+_PICTURE_PATHS = ("/inpaint_", "/style_transfer_", "/sdapi/", "/v1/images/edits", "/v1/replay")
+_PREFETCH = ("purpose", "sec-purpose", "x-moz")
+
+
+@dataclass(frozen=True, slots=True)
+class Admitted:
+    """A request that may go on: who asks, and what that one is allowed (`None`: the request is not counted)."""
+
+    caller: Caller = field(default_factory=Caller)
+    allowed: Allowed | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """Who may draw. `hosts` are names this server answers to, beside loopback; `origins` are pages that may draw.
+
+    `rate` and `concurrency` hold for keys without their own, and for each address where no key is needed.
+    """
+
+    hosts: frozenset[str] = frozenset()
+    origins: frozenset[str] = frozenset()
+    keys: Keyring = field(default_factory=Keyring)
+    allow_anonymous: bool = False
+    rate: RateLimitItem | None = None
+    concurrency: int = 0
+    max_body_bytes: int = 1_048_576
+    max_upload_bytes: int = 33_554_432
+
+    def body_limit(self, path: str, headers: Headers) -> int:
+        """How many bytes a body may have: pictures come as files of multipart bodies, and at some doors in base64."""
+        multipart = headers.get("content-type", "").lower().startswith("multipart/form-data")
+        return self.max_upload_bytes if multipart or path.startswith(_PICTURE_PATHS) else self.max_body_bytes
+
+    def admit(self, scope: Scope, headers: Headers) -> Admitted:
+        """Who asks. Raises `Misdirected`, `Forbidden`, `Unauthorized` or `TooLarge` for one that may not go on."""
+        self._check_host(headers)
+        path: str = scope["path"]
+        if _is_open(scope):
+            return Admitted()
+        if not (path in _PAGES and scope["method"] in ("GET", "HEAD")):
+            self._check_origin(scope, headers)
+        if scope["method"] == "OPTIONS":
+            return Admitted()  # a preflight carries no key, and draws nothing
+        admitted = self._admit_client(scope, headers)
+        # A body without a length is counted while it is read, by BodyLimit.
+        length = headers.get("content-length", "0")
+        if length.isdigit() and int(length) > (limit := self.body_limit(path, headers)):
+            raise TooLarge(f"A body may have {limit} bytes here.")
+        return Admitted(admitted.caller) if _is_under(path, _CHEAP_PATHS) else admitted
+
+    def _admit_client(self, scope: Scope, headers: Headers) -> Admitted:
+        address = (scope.get("client") or ("",))[0]
+        if self.keys and _is_under(scope["path"], ("/ui",)):
+            return Admitted()  # a page cannot send a key: the UI asks for one itself, and asks our doors with it
+        if self.keys:
+            key = self.keys.holder(headers)
+            allowed = Allowed(f"key {key.caller.name}", key.rate or self.rate, key.concurrency or self.concurrency)
+            return Admitted(key.caller, allowed)
+        # A proxy on this machine that the settings do not name makes everyone look as if they were on it.
+        here = is_loopback(address) and not scope.get("state", {}).get("forwarded")
+        if not self.allow_anonymous and not here:
+            raise Forbidden(
+                "Without a key only clients on this machine may draw: set API_KEYS, or ALLOW_ANONYMOUS=1 for everyone."
+            )
+        return Admitted(Caller(), Allowed(f"address {address}", self.rate, self.concurrency))
+
+    def _check_host(self, headers: Headers) -> None:
+        hosts = headers.getlist("host")
+        name = _host_name(hosts[0]) if len(hosts) == 1 else ""
+        if not (is_loopback(name) or name in self.hosts):
+            raise Misdirected("This host name is not served here; the setting ALLOWED_HOSTS adds names.")
+
+    def _check_origin(self, scope: Scope, headers: Headers) -> None:
+        """Keep web pages of other origins from drawing (they could not read the answer, but would use the device)."""
+        origin = headers.get("origin")
+        if origin in self.origins:
+            return
+        own = f"{scope.get('scheme', 'http')}://{headers.get('host', '')}"
+        if origin is not None and origin != own:
+            raise Forbidden("Web pages of this origin may not draw; the setting CORS_ORIGINS adds origins.")
+        if headers.get("sec-fetch-site") == "cross-site":
+            raise Forbidden("Other web sites may not draw here; the setting CORS_ORIGINS adds origins.")
+        referer = headers.get("referer")
+        if origin is None and referer and "sec-fetch-site" not in headers and not _is_of(referer, {own, *self.origins}):
+            # Browsers that send no Sec-Fetch-Site (old ones, or plain http elsewhere than loopback) still say this.
+            raise Forbidden("Other web sites may not draw here; the setting CORS_ORIGINS adds origins.")
+        if any("prefetch" in headers.get(name, "").lower() for name in _PREFETCH):
+            raise Forbidden("A prefetch does not draw.")
+
+
+def _is_open(scope: Scope) -> bool:
+    """Whether anyone may ask this: what draws nothing, changes nothing and tells no prompt."""
+    path: str = scope["path"]
+    if path.startswith("/files/"):
+        return scope["method"] in ("GET", "HEAD") and "record" not in QueryParams(scope["query_string"])
+    return path.startswith(_OPEN_PATHS) or path == "/"
+
+
+@lru_cache(1024)
+def is_loopback(name: str) -> bool:
+    """Whether a host name or address is this machine's own."""
+    if name == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False
+
+
+def allowed_host_names(host: str, allowed: tuple[str, ...], public_base_url: str) -> frozenset[str]:
+    """The host names the settings name, lower-cased and without ports; wildcard addresses name nothing."""
+    names = {_host_name(name) for name in (host, *allowed, urlsplit(public_base_url).netloc)}
+    return frozenset(names - {"", "0.0.0.0", "::"})  # noqa: S104  # taken out here, not listened on
+
+
+def _host_name(host: str) -> str:
+    """The name in a Host header or setting: without port, brackets and a final dot, lower-cased; empty if none."""
+    match = _HOST.fullmatch(host.strip())
+    return (match["v6"] or match["name"]).lower().removesuffix(".") if match else ""
+
+
+def _is_of(url: str, origins: set[str]) -> bool:
+    return any(url == origin or url.startswith(f"{origin}/") for origin in origins)
+
+
+def _is_under(path: str, roots: Collection[str]) -> bool:
+    return any(path == root or path.startswith(f"{root}/") for root in roots)

@@ -1,0 +1,69 @@
+"""How often, and how many at a time, one caller may ask for pictures."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from dataclasses import dataclass
+
+from limits import RateLimitItem
+from limits.aio.storage import MemoryStorage
+from limits.aio.strategies import MovingWindowRateLimiter
+
+from stable_diffusion_server.errors import Overasked
+
+
+@dataclass(frozen=True, slots=True)
+class Allowed:
+    """What one caller is allowed: `who` tells callers apart; no rate, and concurrency 0, are no limit."""
+
+    who: str
+    rate: RateLimitItem | None = None
+    concurrency: int = 0
+
+
+class Rates:
+    """Counts requests in a moving window, and those under way. Used from the event loop alone."""
+
+    def __init__(self) -> None:
+        self._limiter = MovingWindowRateLimiter(MemoryStorage())
+        self._under_way: Counter[str] = Counter()
+
+    async def enter(self, allowed: Allowed) -> None:
+        """Count a request in; `leave` counts it out. Raises `Overasked`, which counts nothing."""
+        if allowed.concurrency and self._under_way[allowed.who] >= allowed.concurrency:
+            raise Overasked(f"{allowed.concurrency} requests at a time are allowed here.", retry_after=1)
+        if allowed.rate is not None and not await self._limiter.hit(allowed.rate, allowed.who):
+            again = math.ceil(await self._reset(allowed.rate, allowed.who))
+            raise Overasked(f"{_told(allowed.rate)} are allowed here.", retry_after=max(1, again))
+        self._under_way[allowed.who] += 1
+
+    def leave(self, allowed: Allowed) -> None:
+        """Count a request out that was counted in."""
+        self._under_way[allowed.who] -= 1
+        if not self._under_way[allowed.who]:
+            del self._under_way[allowed.who]
+
+    async def headers(self, allowed: Allowed) -> dict[str, str]:
+        """What a caller is told of its limit: how many in a window, how many are left, and seconds until there is room.
+
+        Names and meanings as in the IETF's draft "RateLimit header fields for HTTP"; nothing without a rate.
+        """
+        if allowed.rate is None:
+            return {}
+        stats = await self._limiter.get_window_stats(allowed.rate, allowed.who)
+        left = max(0, stats.remaining)
+        return {
+            "RateLimit-Limit": str(allowed.rate.amount),
+            "RateLimit-Remaining": str(left),
+            "RateLimit-Reset": str(max(0, math.ceil(stats.reset_time - time.time()))),
+            "RateLimit-Policy": f"{allowed.rate.amount};w={allowed.rate.get_expiry()}",
+        }
+
+    async def _reset(self, rate: RateLimitItem, who: str) -> float:
+        return (await self._limiter.get_window_stats(rate, who)).reset_time - time.time()
+
+
+def _told(rate: RateLimitItem) -> str:
+    return f"{rate.amount} requests in {rate.get_expiry()} seconds"

@@ -1,0 +1,90 @@
+"""The composition root: builds every room from the settings, and owns the lifespan. Decides nothing else."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import structlog
+from fastapi import FastAPI
+
+from stable_diffusion_server import __version__
+from stable_diffusion_server.api import handlers, ops
+from stable_diffusion_server.app.doors import add_doors, add_middleware, add_replay
+from stable_diffusion_server.app.drawing import Loaded, Models, build_engine, build_readers, options_of
+from stable_diffusion_server.app.jobs import build_jobs
+from stable_diffusion_server.app.stopping import drained_by_signals, leave_soon
+from stable_diffusion_server.app.storage import Stores
+from stable_diffusion_server.app.studio import add_studio
+from stable_diffusion_server.engine import Phase
+from stable_diffusion_server.observability import configure_logging
+from stable_diffusion_server.service import Service
+from stable_diffusion_server.settings import Settings
+
+_log = structlog.get_logger(__name__)
+
+_TITLE, _SUMMARY = "Stable Diffusion Server", "A prompt in, the URL of a stored picture out."
+
+
+def create_app(
+    settings: Settings,
+    load: Callable[[Settings], Models] | None = None,
+    announce: Callable[[], object] = lambda: None,
+    poisoned: Callable[[], object] = leave_soon,
+) -> FastAPI:
+    """The application over `settings`. Opens nothing and starts nothing; the lifespan does.
+
+    `load` makes what draws, the models of the settings unless told otherwise; `announce` is called when it is done.
+    Both run on the engine's thread, as `poisoned` does, when the device can only be used again by another process.
+    """
+    loaded, faults = Loaded.of(settings), dict[str, str]()
+
+    def missing() -> list[str]:
+        """What keeps the server from drawing, in sentences; what was at fault before is looked at again."""
+        if faults:
+            stores.open(faults)
+        reasons = [*faults.values(), *filter(None, [bucket.fault()])]
+        return [*reasons, engine.reason] if engine.phase is not Phase.READY else reasons
+
+    def ready() -> None:
+        if not missing():
+            announce()
+
+    engine, metrics = build_engine(settings, loaded, load, ready, poisoned)
+    stores = Stores(settings, metrics)
+    bucket = stores.bucket
+    options = options_of(settings, loaded)
+    fetcher, decoder = build_readers(settings)
+    fetch, decode, known, record = fetcher.fetch, decoder.decode, stores.known, stores.history.record
+    answered, count = metrics.answered, loaded.count_tokens
+    service = Service(bucket, engine, count, options, answered, fetch=fetch, decode=decode, known=known, record=record)
+    jobs = build_jobs(settings, service, stores)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        configure_logging(settings.log_level, settings.log_format)
+        # Its lines hold query strings, and so prompts; Gate logs requests instead.
+        logging.getLogger("uvicorn.access").disabled = True
+        await asyncio.to_thread(stores.open, faults)
+        engine.start()
+        await jobs.start()
+        soon = asyncio.get_running_loop().call_soon_threadsafe
+        with drained_by_signals(engine.drain, lambda: soon(jobs.drain), lambda: soon(studio.drain)):
+            yield
+            grace = settings.stop_seconds
+            await asyncio.gather(studio.close(), asyncio.to_thread(engine.stop, grace), jobs.stop(grace))
+        service.close()
+        fetcher.close()
+        await decoder.close()
+        await asyncio.to_thread(stores.close)
+
+    app = FastAPI(title=_TITLE, version=__version__, summary=_SUMMARY, lifespan=lifespan, docs_url=None, redoc_url=None)
+    handlers.install(app)
+    add_middleware(app, settings)
+    add_doors(app, settings, service, jobs, stores, options)
+    add_replay(app, service, stores, options, decode)
+    studio = add_studio(app, settings)
+    app.include_router(ops.router(missing, metrics.exposition, loaded.told))
+    return app

@@ -1,0 +1,108 @@
+"""Sets the doors into the app, and before them what every request passes."""
+
+from __future__ import annotations
+
+from ipaddress import ip_network
+
+import limits as rates
+from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
+
+from stable_diffusion_server.api import files, history, replay, uploads
+from stable_diffusion_server.api import jobs as job_doors
+from stable_diffusion_server.api.answering import Answering
+from stable_diffusion_server.api.description import document, page
+from stable_diffusion_server.api.house import House
+from stable_diffusion_server.api.openai import images
+from stable_diffusion_server.api.sdapi import doors as sdapi
+from stable_diffusion_server.api.security.gate import BodyLimit, Gate
+from stable_diffusion_server.api.security.keys import Key, Keyring, hashed
+from stable_diffusion_server.api.security.policy import Policy, allowed_host_names
+from stable_diffusion_server.api.security.proxies import Proxies
+from stable_diffusion_server.app.storage import Stores
+from stable_diffusion_server.jobs.desk import Jobs
+from stable_diffusion_server.orders import Caller
+from stable_diffusion_server.replaying import Replays
+from stable_diffusion_server.resolving import Options
+from stable_diffusion_server.service import Decode, Service
+from stable_diffusion_server.settings import Settings
+
+
+def add_middleware(app: FastAPI, settings: Settings) -> None:
+    """What every request passes, the last added first: CORS (refusals need its headers), gate, count of bytes."""
+    policy = Policy(
+        hosts=allowed_host_names(settings.host, settings.allowed_hosts, settings.public_base_url),
+        origins=frozenset(settings.cors_origins),
+        keys=build_keyring(settings),
+        allow_anonymous=settings.allow_anonymous,
+        rate=_rate(settings.rate_limit),
+        concurrency=settings.concurrency_limit,
+        max_body_bytes=settings.max_body_bytes,
+        max_upload_bytes=settings.max_upload_bytes,
+    )
+    proxies = Proxies(tuple(ip_network(entry) for entry in settings.trusted_proxies))
+    app.add_middleware(BodyLimit, policy=policy)
+    app.add_middleware(Gate, policy=policy, proxies=proxies)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=[
+                *("Authorization", "Content-Type", "X-API-Key", "X-Request-ID"),
+                *("Prefer", "Idempotency-Key", "Last-Event-ID", "X-Job-ID"),
+            ],
+            expose_headers=[
+                *("X-Request-ID", "Retry-After", "Location", "Content-Location", "X-Warnings", "Preference-Applied"),
+                *("X-Job-ID", "Idempotency-Replayed"),
+                *("RateLimit-Limit", "RateLimit-Remaining", "RateLimit-Reset", "RateLimit-Policy"),
+            ],
+        )
+
+
+def add_doors(app: FastAPI, settings: Settings, service: Service, jobs: Jobs, stores: Stores, options: Options) -> None:
+    """The doors that draw, those to jobs, and those to what was drawn."""
+    url_of = stores.url_of
+    answering = Answering(service, jobs, url_of, stores.base_of)
+    app.include_router(uploads.router(answering, options.limits, url_of, get_generates=settings.get_generates))
+    house = build_house(settings, options)
+    app.include_router(images.router(service, house, url_of))
+    app.include_router(sdapi.router(service, house, url_of))
+    app.include_router(job_doors.router(jobs, url_of))
+    app.include_router(files.router(stores.bucket, stores.shelf, stores.signer, stores.folder))
+    app.include_router(history.router(stores.shelf, url_of))
+    app.include_router(page.router())
+    schedulers = {name: facts.schedulers for name, facts in options.models.items()}
+    document.install(app, schedulers, keys_needed=bool(settings.read_keys()))
+
+
+def add_replay(app: FastAPI, service: Service, stores: Stores, options: Options, decode: Decode) -> None:
+    """The door that draws a picture again."""
+    replays = Replays(service, decode, options, stores.history.find)
+    app.include_router(replay.router(replays, options.limits, stores.url_of))
+
+
+def build_house(settings: Settings, options: Options) -> House:
+    """What the dialects' doors know of the server."""
+    pairs = (entry.partition("=") for entry in settings.model_aliases)
+    return House(
+        limits=options.limits,
+        models=options.models,
+        default_model=options.default_model,
+        aliases={alias: model or options.default_model for alias, _, model in pairs},
+        max_n=settings.max_n,
+        max_response_bytes=settings.max_response_bytes,
+        loras=lambda: options.loras(),
+    )
+
+
+def build_keyring(settings: Settings) -> Keyring:
+    """The keys of the settings, their secrets hashed."""
+    return Keyring(
+        Key(Caller(key.name, key.prefix), hashed(key.secret.get_secret_value()), _rate(key.rate), key.concurrency)
+        for key in settings.read_keys()
+    )
+
+
+def _rate(written: str) -> rates.RateLimitItem | None:
+    return rates.parse(written) if written else None

@@ -1,0 +1,175 @@
+"""Builds what draws: the engine over the models, the observers of its events, and the bounds of an order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from time import perf_counter
+from types import MappingProxyType
+from typing import Any, Protocol
+
+import structlog
+
+from stable_diffusion_server.decoding.pool import Decoder
+from stable_diffusion_server.engine import Denoiser, Engine
+from stable_diffusion_server.errors import NotReady, WeightsUnusable
+from stable_diffusion_server.fetching.fetcher import Bounds, Fetcher
+from stable_diffusion_server.fetching.targets import Allowance
+from stable_diffusion_server.limits import Limits
+from stable_diffusion_server.observability import ConsoleProgress, Heartbeat, Metrics, ShapeFigures, each
+from stable_diffusion_server.pipelines.adapters import digest_of, find, names_in
+from stable_diffusion_server.pipelines.catalog import (
+    MODELS,
+    REAL_MODELS,
+    ModelFacts,
+    choose_models,
+    with_lcm,
+    with_quantization,
+)
+from stable_diffusion_server.resolving import Options
+from stable_diffusion_server.settings import Settings
+
+_log = structlog.get_logger(__name__)
+
+
+class Models(Denoiser[Any, Any], Protocol):
+    """What draws, and what counts a prompt's tokens as the model reads them."""
+
+    def count_tokens(self, model: str, prompt: str) -> int:
+        """Length of a prompt in a model's tokens. Safe from any thread."""
+
+
+@dataclass(slots=True)
+class Loaded:
+    """The models that draw: what is known of them before, and they themselves once the engine's thread has them.
+
+    `facts` are those of the models the settings ask for; where the device cannot hold one, the facts of the one that
+    is loaded instead take their place. `fault` says why there can be no model at all.
+    """
+
+    facts: dict[str, ModelFacts]
+    fault: WeightsUnusable | None = None
+    models: Models | None = None
+
+    @classmethod
+    def of(cls, settings: Settings) -> Loaded:
+        """What the settings ask for, by what lies in the models' folder."""
+        folders = {facts.folder for candidates in REAL_MODELS.values() for facts in candidates}
+        present = [folder for folder in folders if (settings.models_dir / folder).is_dir()]
+        try:
+            chosen = choose_models(settings.models, present)
+        except WeightsUnusable as error:
+            return cls(dict(MODELS), error)
+        lcm = with_lcm if settings.load_lcm_lora else lambda facts: facts
+        return cls({name: with_quantization(lcm(facts), settings.quantize) for name, facts in chosen.items()})
+
+    def count_tokens(self, model: str, prompt: str) -> int:
+        """Length of a prompt in a model's tokens. Raises `NotReady` until the models are loaded."""
+        if self.models is None:
+            raise NotReady("The models are loading.", retry_after=5)
+        return self.models.count_tokens(model, prompt)
+
+    def told(self) -> list[dict[str, object]]:
+        """What is loaded, for people: name, folder, revision, device, placement, bytes and adapters of each model."""
+        return [asdict(model) for model in getattr(self.models, "loaded", ())]
+
+
+def load_models(settings: Settings, loaded: Loaded) -> Models:
+    """The models of the settings, loaded. Takes seconds. Raises `WeightsUnusable`."""
+    if loaded.fault is not None:
+        raise loaded.fault
+    # Imported here, on the engine's thread: torch takes seconds, and the port should answer meanwhile.
+    from stable_diffusion_server.pipelines import registry
+
+    options = registry.LoadOptions(
+        models=loaded.facts,
+        instead=MODELS if settings.models == "auto" else {},
+        hub=settings.models == "hub",
+        lora_dir=settings.lora_dir,
+        controlnet_lora=settings.controlnet_lora,
+        dfloat11=settings.df11_model_path,
+        offload=settings.offload,
+        quantize=settings.quantize,
+        performance=settings.performance,
+        attention_slicing=settings.attention_slicing,
+        vae_slicing=settings.vae_slicing,
+        vae_tiling=settings.vae_tiling,
+        prompt_cache_bytes=settings.prompt_cache_bytes,
+    )
+    models = registry.load(settings.models_dir, settings.device, settings.cpu_threads, options)
+    loaded.facts.update(models.models)
+    return models
+
+
+def build_engine(
+    settings: Settings,
+    loaded: Loaded,
+    load: Callable[[Settings], Models] | None,
+    ready: Callable[[], object],
+    poisoned: Callable[[], object],
+) -> tuple[Engine[Any, Any], Metrics]:
+    """The engine and the observers of its events, not started."""
+
+    def load_and_tell() -> Models:
+        started = perf_counter()
+        loaded.models = load(settings) if load is not None else load_models(settings, loaded)
+        _log.info("models loaded", seconds=round(perf_counter() - started, 1))
+        return loaded.models
+
+    def shapes() -> list[ShapeFigures]:
+        return [(figure.label, figure.cap, figure.step_seconds) for figure in engine.figures()]
+
+    metrics = Metrics(lambda: engine.waiting, lambda: engine.running, shapes)
+    observers = (
+        metrics.observe,
+        ConsoleProgress().observe,
+        Heartbeat(settings.data_dir / "progress.txt").observe,
+    )
+    engine: Engine[Any, Any] = Engine(
+        load_and_tell,
+        queue_limit=settings.queue_limit,
+        max_batch=settings.max_batch,
+        lanes=settings.lanes,
+        learn=True,
+        observe=each(observers),
+        ready=ready,
+        poisoned=poisoned,
+    )
+    return engine, metrics
+
+
+def options_of(settings: Settings, loaded: Loaded) -> Options:
+    """What an order may ask for, and what is taken where it asks for nothing."""
+    limits = Limits(
+        min_side=settings.min_side,
+        max_side=settings.max_side,
+        max_steps=settings.max_steps,
+        max_guidance=settings.max_guidance,
+        max_prompt_characters=settings.max_prompt_characters,
+        max_timeout=settings.max_timeout,
+    )
+    return Options(
+        limits,
+        settings.text_to_image_model,
+        settings.bucket_path,
+        settings.embed_metadata,
+        None if settings.bumpy_redraws == "auto" else int(settings.bumpy_redraws),
+        MappingProxyType(loaded.facts),
+        lambda: {name: digest_of(find(settings.lora_dir, name)) for name in names_in(settings.lora_dir)},
+    )
+
+
+def build_readers(settings: Settings) -> tuple[Fetcher, Decoder]:
+    """What turns URLs into bytes, and bytes into pixels; nothing is started before the first picture."""
+    fetcher = Fetcher(
+        Bounds(max_bytes=settings.max_image_bytes, total=settings.fetch_timeout),
+        [Allowance.parse(entry) for entry in settings.fetch_allow],
+    )
+    decoder = Decoder(
+        max_bytes=settings.max_image_bytes,
+        max_pixels=settings.max_image_pixels,
+        max_side=settings.max_image_side,
+        processes=settings.decode_processes,
+        seconds=settings.decode_timeout,
+    )
+    return fetcher, decoder

@@ -1,0 +1,34 @@
+"""Builds what keeps jobs: the journal, who draws from it, who tells webhooks."""
+
+from __future__ import annotations
+
+import json
+
+from stable_diffusion_server.api.schemas import job_body
+from stable_diffusion_server.app.storage import Stores
+from stable_diffusion_server.fetching.poster import Poster
+from stable_diffusion_server.fetching.targets import Allowance
+from stable_diffusion_server.jobs.desk import Jobs, Rules
+from stable_diffusion_server.jobs.happenings import Standing
+from stable_diffusion_server.journal.book import Journal
+from stable_diffusion_server.journal.entries import Entry
+from stable_diffusion_server.service import Service
+from stable_diffusion_server.settings import Settings
+
+
+def build_jobs(settings: Settings, service: Service, stores: Stores) -> Jobs:
+    """The jobs over a service, nothing opened or started."""
+
+    def describe(entry: Entry) -> str:
+        return json.dumps(job_body(Standing.of(entry), lambda key: stores.url_at(entry.base, key)))
+
+    rules = Rules(
+        most_waiting=settings.jobs_waiting,
+        at_once=settings.jobs_at_once,
+        keep_hours=settings.job_hours,
+        repeat_hours=settings.idempotency_hours,
+        webhook_secret=settings.webhook_secret.get_secret_value(),
+    )
+    journal = Journal(settings.data_dir / "journal.db", settings.journal_bytes)
+    poster = Poster(settings.fetch_timeout, [Allowance.parse(entry) for entry in settings.fetch_allow])
+    return Jobs(service, journal, rules, describe, poster)

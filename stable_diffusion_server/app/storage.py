@@ -1,0 +1,114 @@
+"""Builds what stores: the bucket with what stands before it, the history beside it, and how a key becomes a URL."""
+
+from __future__ import annotations
+
+import structlog
+from fastapi import Request
+
+from stable_diffusion_server.bucket_api import Bucket, StorageOptions, open_bucket, url_path
+from stable_diffusion_server.buckets.local import LocalBucket
+from stable_diffusion_server.errors import ServerError
+from stable_diffusion_server.history.index import Index
+from stable_diffusion_server.history.recorder import Recorder
+from stable_diffusion_server.observability import Metrics
+from stable_diffusion_server.orders import Stored
+from stable_diffusion_server.settings import Settings
+from stable_diffusion_server.shelf import Shelf
+from stable_diffusion_server.signing import Signer
+from stable_diffusion_server.spool.files import Spool
+from stable_diffusion_server.spool.remembering import Remembering
+from stable_diffusion_server.spool.spooling import Spooling
+
+_log = structlog.get_logger(__name__)
+
+
+class Stores:
+    """The bucket with what stands before it, the history beside it, and how a key becomes a URL. Opens nothing yet.
+
+    `metrics` are to show what waits for the storage.
+    """
+
+    def __init__(self, settings: Settings, metrics: Metrics) -> None:
+        self._settings = settings
+        self.bucket = _bucket_of(settings)
+        self.folder = f"{settings.bucket_path.strip('/')}/".lstrip("/")
+        self.signer = _signer_of(settings)
+        self.history = _history_of(settings)
+        self.shelf = Shelf(self.bucket, self.history, self.folder)
+        if isinstance(self.bucket, Remembering):
+            metrics.follow_storage(self.bucket.figures)
+
+    def open(self, faults: dict[str, str]) -> None:
+        """Make everything ready; what cannot be is kept in `faults` for `/readyz`, and the rest is served."""
+        faults.clear()
+        try:
+            self._settings.data_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            faults["data"] = f"DATA_DIR cannot be used ({error.strerror})."
+        for name, part in (("bucket", self.bucket), ("signer", self.signer)):
+            try:
+                if part is not None and (name == "bucket" or "data" not in faults):
+                    part.open()
+            except ServerError as error:
+                faults[name] = error.detail
+        self.history.start()
+        for fault in faults.values():
+            _log.error("not able to draw", reason=fault)
+
+    def close(self) -> None:
+        """Bring to an end what is under way, and let go."""
+        self.history.close()
+        self.bucket.close()
+
+    def known(self, key: str) -> Stored | None:
+        """What is known of a key without asking anyone."""
+        return self.bucket.known(key) if isinstance(self.bucket, Remembering | LocalBucket) else None
+
+    def base_of(self, request: Request) -> str:
+        """Where this server is: PUBLIC_BASE_URL, where that is not the bucket's, else where a trusted proxy is.
+
+        Else the address the client's connection came in on; never the Host header, which the client writes.
+        """
+        settings = self._settings
+        public = settings.public_base_url if settings.storage_provider == "local" else ""
+        if base := public or str(request.scope.get("state", {}).get("base", "")):
+            return base
+        host, port = request.scope.get("server") or (settings.host, settings.port)
+        name = f"[{host}]" if ":" in host else host
+        # A forwarded scheme may be a websocket's.
+        scheme = "https" if request.scope["scheme"] in ("https", "wss") else "http"
+        return f"{scheme}://{name}:{port or settings.port}"
+
+    def url_of(self, request: Request, key: str) -> str:
+        """The URL of a key for the client at hand."""
+        return self.url_at(self.base_of(request), key)
+
+    def url_at(self, base: str, key: str) -> str:
+        """The URL of a key for who reached this server at `base`: the bucket's own, else this server's."""
+        if (url := self.bucket.url(key)) is not None:
+            return url
+        signed = f"?{self.signer.query(key)}" if self.signer is not None else ""
+        return f"{base}/files/{url_path(key)}{signed}"
+
+
+def _bucket_of(settings: Settings) -> Bucket:
+    """The bucket of the settings; one that is elsewhere has a spool before it, and a memory of what it holds."""
+    bucket = open_bucket(StorageOptions.of(settings))
+    if isinstance(bucket, LocalBucket):
+        return bucket
+    spool = Spool(settings.data_dir / "spool", settings.spool_bytes)
+    return Remembering(Spooling(bucket, spool, settings.storage_timeout), settings.known_keys, settings.known_seconds)
+
+
+def _history_of(settings: Settings) -> Recorder:
+    if not settings.history_entries:
+        return Recorder(None)
+    return Recorder(Index(settings.data_dir / "history.db", settings.history_entries, settings.history_days * 86_400))
+
+
+def _signer_of(settings: Settings) -> Signer | None:
+    """What signs this server's own addresses, where they are to be signed."""
+    if not settings.signed_url_seconds:
+        return None
+    secret = settings.url_secret.get_secret_value()
+    return Signer(secret, settings.data_dir / "url-secret", settings.signed_url_seconds)

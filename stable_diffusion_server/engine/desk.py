@@ -1,0 +1,188 @@
+"""What the lanes share: the line, the phase, who is on the device, what is known of times. Draws nothing itself."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from typing import Generic
+
+import structlog
+
+from stable_diffusion_server.engine.contract import Drawing, P, Phase, S
+from stable_diffusion_server.engine.news import News
+from stable_diffusion_server.engine.paces import Paces
+from stable_diffusion_server.engine.ticket import Seat, Ticket
+from stable_diffusion_server.engine.waiting import WaitingLine
+from stable_diffusion_server.errors import DevicePoisoned, NotFinite, NotReady, ServerError
+from stable_diffusion_server.orders import EventKind
+
+# So many results in a row that are not finite are no fault of the jobs any more.
+SUSPECT_NOT_FINITE = 6
+
+_log = structlog.get_logger(__name__)
+
+
+class Desk(Generic[S, P]):
+    """Where lanes get their tickets and bring their failures. Safe from any thread."""
+
+    def __init__(self, paces: Paces, news: News, poisoned: Callable[[], object]) -> None:
+        self.changed = threading.Condition()
+        self.line: WaitingLine[P] = WaitingLine()
+        self.paces = paces
+        self.news = news
+        self.phase = Phase.STOPPED
+        self.reason = "The engine was not started."
+        # Tickets on the device, and their seats once they are prepared.
+        self.drawn: dict[Ticket[P], Seat[S, P] | None] = {}
+        self._poisoned = poisoned
+        self._not_finite = 0
+
+    def enter(self, phase: Phase, reason: str) -> None:
+        """Begin a phase, and let everyone who waits for one know."""
+        with self.changed:
+            self.phase, self.reason = phase, reason
+            self.changed.notify_all()
+
+    def wait_for_work(self) -> bool:
+        """Block until a job waits; false when there is nothing left to do."""
+        with self.changed:
+            self.changed.wait_for(lambda: len(self.line) or self.phase in (Phase.STOPPED, Phase.FAILED))
+            return len(self.line) > 0 and self.phase is not Phase.FAILED
+
+    def admit(self, ticket: Ticket[P]) -> None:
+        """Put a ticket into the line."""
+        with self.changed:
+            self.line.add(ticket)
+            order = [place.ticket for place in self.line.in_order()]
+            ticket.told_position = order.index(ticket) + 1
+            eta = self.etas()[ticket.told_position - 1]
+            self.news.tell(EventKind.QUEUED, ticket, position=ticket.told_position, eta_seconds=eta)
+            self._tell_positions()
+            self.changed.notify_all()
+
+    def next_for(self, seats: list[Seat[S, P]]) -> Ticket[P] | None:
+        """Take the ticket that is to be seated with these, or the first one in the line when there are none."""
+        with self.changed:
+            cap = self.paces.cap(seats[0].ticket.job) if seats else 1
+            ticket = self.line.mate_for(seats, cap) if seats else self.line.head()
+            if ticket is not None:
+                self.line.take(ticket)
+                self.drawn[ticket] = ticket.seat
+                self._tell_positions()
+            return ticket
+
+    def first_waiting(self) -> Ticket[P] | None:
+        """Who would be next."""
+        with self.changed:
+            return self.line.head()
+
+    def more_wait(self, seats: list[Seat[S, P]]) -> bool:
+        """Whether a larger group could be filled."""
+        with self.changed:
+            return self.line.mate_for(seats, len(seats) + 1) is not None
+
+    def park(self, seats: Iterable[Seat[S, P]]) -> None:
+        """Let begun jobs wait for their next turn, with all that they have come to."""
+        with self.changed:
+            for seat in seats:
+                if not self.abandoned(seat):
+                    seat.ticket.seat = seat
+                    self.drawn.pop(seat.ticket, None)
+                    self.line.add(seat.ticket)
+            self.changed.notify_all()
+
+    def draw_again(self, tickets: Iterable[Ticket[P]]) -> None:
+        """Let jobs begin anew, before all others: a job is a value."""
+        with self.changed:
+            wanted = []
+            for ticket in tickets:
+                self.drawn.pop(ticket, None)
+                ticket.seat = None
+                if not ticket.settled:
+                    wanted.append(ticket)
+                elif ticket.result.cancelled():
+                    self.news.tell(EventKind.CANCELLED, ticket)
+            self.line.add_again(wanted)
+            self.changed.notify_all()
+
+    def leave(self, ticket: Ticket[P]) -> None:
+        """A ticket is off the device."""
+        with self.changed:
+            self.drawn.pop(ticket, None)
+
+    def abandoned(self, seat: Seat[S, P]) -> bool:
+        """Whether nobody waits for a seat's ticket any more; then it has left."""
+        if seat.ticket.settled:
+            self.leave(seat.ticket)
+            if seat.ticket.result.cancelled():
+                self.news.tell(EventKind.CANCELLED, seat.ticket, seat.state)
+        return seat.ticket.settled
+
+    def succeed(self, seat: Seat[S, P], product: P) -> None:
+        """Answer a job with what it came to."""
+        ticket = seat.ticket
+        self._not_finite = 0
+        self.paces.drew(ticket.job, seat.timings["prepare"] + seat.timings["decode"])
+        self.leave(ticket)
+        if ticket.succeed(Drawing(product, seat.timings, seat.batched, ticket.attempts)):
+            self.news.tell(EventKind.DONE, ticket, seat.state)
+        elif ticket.result.cancelled():
+            self.news.tell(EventKind.CANCELLED, ticket, seat.state)
+
+    def forget(self, ticket: Ticket[P]) -> None:
+        """Free the place of a cancelled ticket in the line; one on the device is dropped by its lane."""
+        with self.changed:
+            if self.line.remove(ticket):
+                ticket.seat = None
+                self.news.tell(EventKind.CANCELLED, ticket)
+                self._tell_positions()
+
+    def fail(self, ticket: Ticket[P], error: Exception) -> None:
+        """Answer a job with an error. Raises `DevicePoisoned` when it is one of too many that are not finite."""
+        self.leave(ticket)
+        if ticket.fail(error):
+            self.news.tell(EventKind.FAILED, ticket)
+        elif ticket.result.cancelled():
+            self.news.tell(EventKind.CANCELLED, ticket)
+        if isinstance(error, NotFinite):
+            self._not_finite += 1
+            if self._not_finite >= SUSPECT_NOT_FINITE:
+                raise DevicePoisoned("The device gives numbers that are not finite, whatever is drawn.") from error
+
+    def dismiss(self, *, running: bool, lost: ServerError | None = None) -> None:
+        """Fail what waits and was not begun, and with `running` all the rest: they may be handed in elsewhere.
+
+        With `lost` those on the device are failed with it, since one of them may be why.
+        """
+        with self.changed:
+            waiting = [place.ticket for place in self.line.in_order() if running or place.ticket.seat is None]
+            for ticket in waiting:
+                self.line.remove(ticket)
+            for ticket in [*waiting, *(self.drawn if running else ())]:
+                error = lost if lost is not None and ticket in self.drawn else NotReady(self.reason, retry_after=5)
+                if ticket.fail(error):
+                    self.news.tell(EventKind.FAILED, ticket)
+            if self.phase is Phase.FAILED:
+                self.drawn.clear()
+
+    def give_up(self, error: BaseException, reason: str) -> None:
+        """No more pictures will come: say so, fail everyone, and have a poisoned process replaced."""
+        _log.error("the engine has stopped", exc_info=error)
+        self.enter(Phase.FAILED, error.detail if isinstance(error, ServerError) else reason)
+        poisoned = isinstance(error, DevicePoisoned)
+        self.dismiss(running=True, lost=DevicePoisoned(self.reason, retry_after=5) if poisoned else None)
+        if poisoned:
+            self._poisoned()
+
+    def etas(self) -> list[float | None]:
+        """Seconds until each ticket in the line is drawn, as far as it can be known."""
+        seats = [seat for seat in self.drawn.values() if seat is not None]
+        return self.paces.etas((place.ticket for place in self.line.in_order()), seats)
+
+    def _tell_positions(self) -> None:
+        """Tell those who watch that they moved in the line."""
+        order = [place.ticket for place in self.line.in_order()]
+        moved = [number for number, ticket in enumerate(order, 1) if ticket.watch and ticket.told_position != number]
+        etas = self.etas() if moved else []
+        for number in moved:
+            self.news.tell_position(order[number - 1], number, etas[number - 1])

@@ -1,0 +1,156 @@
+"""The engine as others see it: started, handed jobs, asked how it is, stopped. Its lanes do the drawing."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable
+from typing import Generic
+
+from stable_diffusion_server.engine.contract import Abilities, Denoiser, P, Phase, S
+from stable_diffusion_server.engine.desk import Desk
+from stable_diffusion_server.engine.lane import Lane
+from stable_diffusion_server.engine.news import News
+from stable_diffusion_server.engine.paces import Figure, Paces
+from stable_diffusion_server.engine.ticket import Ticket
+from stable_diffusion_server.errors import Busy, InvalidInput, NotReady, WeightsUnusable
+from stable_diffusion_server.orders import Event, Job
+
+
+class Engine(Generic[S, P]):
+    """Draws jobs, those of one shape together; see `waiting` for the order and `lane` for the steps.
+
+    `load` is called on the engine's first thread, `ready` after it. `lanes` threads draw side by side. With `learn`
+    groups grow from one as far as it pays, up to `max_batch`. `poisoned` is called when the device can only be used
+    again by another process.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[], Denoiser[S, P]],
+        *,
+        queue_limit: int,
+        max_batch: int,
+        lanes: int = 1,
+        learn: bool = False,
+        observe: Callable[[Event], None] = lambda event: None,
+        ready: Callable[[], object] = lambda: None,
+        poisoned: Callable[[], object] = lambda: None,
+    ) -> None:
+        self._load = load
+        self._queue_limit = queue_limit
+        self._max_batch = max_batch
+        self._lanes = lanes
+        self._ready = ready
+        self._desk: Desk[S, P] = Desk(Paces(max_batch, learn=learn), News(observe), poisoned)
+        self._threads: list[threading.Thread] = []
+
+    @property
+    def phase(self) -> Phase:
+        """Where it is in its life."""
+        return self._desk.phase
+
+    @property
+    def reason(self) -> str:
+        """Why it does not draw, in a sentence; empty while it does."""
+        return self._desk.reason
+
+    @property
+    def waiting(self) -> int:
+        """Jobs accepted and not on the device."""
+        with self._desk.changed:
+            return len(self._desk.line)
+
+    @property
+    def running(self) -> int:
+        """Jobs on the device."""
+        return len(self._desk.drawn)
+
+    def figures(self) -> list[Figure]:
+        """Step times and batch caps by shape."""
+        return self._desk.paces.figures()
+
+    def start(self) -> None:
+        """Start the device threads, the first of which loads the models. Returns at once."""
+        self._desk.enter(Phase.LOADING, "The models are loading.")
+        self._start(self._run, 1)
+
+    def drain(self) -> None:
+        """Take no more work and fail what was not begun; what was goes on to its end."""
+        if self.phase is not Phase.FAILED:
+            self._desk.enter(Phase.STOPPED, "The server is going down.")
+        self._desk.dismiss(running=False)
+
+    def stop(self, grace: float) -> None:
+        """Drain, give what was begun `grace` seconds to end, and fail the rest with `NotReady`."""
+        self.drain()
+        end = time.monotonic() + grace
+        for thread in self._threads:
+            thread.join(max(0.0, end - time.monotonic()))
+        self._desk.dismiss(running=True)
+
+    def check_open(self) -> None:
+        """Raise `NotReady` until the models are loaded, `Busy` while the line is full, as `submit` would."""
+        desk = self._desk
+        with desk.changed:
+            if desk.phase is not Phase.READY:
+                raise NotReady(desk.reason, retry_after=5)
+            if (waiting := len(desk.line)) >= self._queue_limit:
+                seconds = desk.etas()[-1] or waiting / self._max_batch
+                raise Busy(f"{waiting} pictures are waiting already.", retry_after=max(1, math.ceil(seconds)))
+
+    def submit(
+        self,
+        job: Job,
+        *,
+        owner: str = "",
+        background: bool = False,
+        previews: bool = False,
+        watch: Callable[[Event], None] | None = None,
+    ) -> Ticket[P]:
+        """Accept a job. Raises `NotReady` until the models are loaded, `Busy` when the line is full.
+
+        Owners take turns, and background work lets all other go first. `watch` is told of the job's events, on
+        whichever thread they happen: queued again and again as it moves up, started, step, and its end. Raises
+        `InvalidInput` for adapters where several lanes share the weights.
+        """
+        if job.loras and self._lanes > 1:
+            raise InvalidInput("Adapters change the weights that LANES share; they need LANES=1.", field="lora")
+        desk = self._desk
+        with desk.changed:
+            self.check_open()
+            ticket: Ticket[P] = Ticket(
+                job, owner=owner, background=background, wants_previews=previews, watch=watch, alone=job.alone
+            )
+            desk.admit(ticket)
+        ticket.result.add_done_callback(lambda result: desk.forget(ticket) if result.cancelled() else None)
+        return ticket
+
+    def _start(self, run: Callable[[], None], number: int) -> None:
+        self._threads.append(threading.Thread(target=run, name=f"engine-{number}", daemon=True))
+        self._threads[-1].start()
+
+    def _check_lanes(self, abilities: Abilities) -> None:
+        if self._lanes > 1 and abilities.unshareable:
+            raise WeightsUnusable(f"LANES={self._lanes} is not possible: {abilities.unshareable}")
+
+    def _run(self) -> None:
+        """The first lane: load, let the others begin, draw."""
+        desk = self._desk
+        try:
+            denoiser = self._load()
+            abilities = Abilities.of(denoiser)
+            self._check_lanes(abilities)
+        except BaseException as error:  # whatever it is, /readyz has to say that no model will come
+            desk.give_up(error, "The models could not be loaded.")
+            return
+        prepare_lock = threading.Lock()
+        lanes = [Lane(desk, denoiser, abilities, prepare_lock, self._lanes) for _ in range(self._lanes)]
+        with desk.changed:
+            if desk.phase is Phase.LOADING:
+                desk.enter(Phase.READY, "")
+        self._ready()
+        for number, lane in enumerate(lanes[1:], 2):
+            self._start(lane.run, number)
+        lanes[0].run()

@@ -1,0 +1,214 @@
+"""A thread that owns states: it seats tickets, steps them together and brings out what they come to."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+import structlog
+
+from stable_diffusion_server.engine.contract import Abilities, Denoiser, P, Phase, S
+from stable_diffusion_server.engine.desk import Desk
+from stable_diffusion_server.engine.previews import Previews
+from stable_diffusion_server.engine.ticket import Seat, Ticket
+from stable_diffusion_server.errors import DevicePoisoned, OutOfMemory
+from stable_diffusion_server.orders import EventKind
+
+# A group lets others have the device after so many steps of their waiting; background work after fewer.
+TURN, BACKGROUND_TURN = 32, 8
+# How often a job is begun anew, after its mates' or the device's failures, before that is its answer.
+ATTEMPTS = 10
+
+T = TypeVar("T")
+
+_log = structlog.get_logger(__name__)
+
+
+class Lane(Generic[S, P]):
+    """Draws groups until there is nothing left to do.
+
+    A group takes joins at every step boundary, and its seats leave when they are done, cancelled or failed. When the
+    weights are not resident, it has phases instead: all are prepared, stepped until none is left, and finished.
+    """
+
+    def __init__(
+        self,
+        desk: Desk[S, P],
+        denoiser: Denoiser[S, P],
+        abilities: Abilities,
+        preparing: threading.Lock,
+        lanes: int,
+    ) -> None:
+        self._desk = desk
+        self._denoiser = denoiser
+        self._abilities = abilities
+        # Tokenizers keep settings inside, so lanes take turns in preparing.
+        self._preparing = preparing
+        self._lanes = lanes
+        self._previews = Previews(abilities.preview)
+        self._seats: list[Seat[S, P]] = []
+        self._contested = 0
+
+    def run(self) -> None:
+        """Draw until the engine stops; an end that is none of the jobs' doing is told to all."""
+        try:
+            if self._lanes > 1:
+                self._abilities.enter_lane(self._lanes)
+            while self._desk.wait_for_work():
+                self._draw_group()
+        except BaseException as error:  # no thread, no pictures: say so instead of letting callers wait for ever
+            self._desk.give_up(error, "Drawing has ended unexpectedly; the server has to be restarted.")
+
+    def _draw_group(self) -> None:
+        """Draw the first job in the line and all that can join it, until none is left on the device."""
+        self._contested, finished = 0, list[Seat[S, P]]()
+        resident = self._abilities.resident
+        self._admit()
+        while self._seats and self._desk.phase is not Phase.FAILED:
+            self._step()
+            done = [seat for seat in self._seats if seat.state.done]
+            self._seats = [seat for seat in self._seats if not seat.state.done]
+            for seat in done if resident else ():
+                self._finish(seat)
+            finished += () if resident else done
+            self._seats = [seat for seat in self._seats if not self._desk.abandoned(seat)]
+            if resident and self._turn_is_over():
+                self._desk.park(self._seats)
+                self._seats = []
+                return
+            if resident:
+                self._admit()
+        for seat in finished:
+            self._finish(seat)
+        if not resident:
+            self._abilities.release_memory()
+
+    def _turn_is_over(self) -> bool:
+        """Whether others have waited long enough for a device this group is in the way of."""
+        first = self._desk.first_waiting()
+        if first is None or not self._seats or not self._in_the_way_of(first):
+            self._contested = 0
+            return False
+        self._contested += 1
+        behind = all(seat.ticket.background for seat in self._seats) and not first.background
+        return self._contested >= (BACKGROUND_TURN if behind else TURN)
+
+    def _in_the_way_of(self, first: Ticket[P]) -> bool:
+        tickets = [seat.ticket for seat in self._seats]
+        return (
+            first.alone
+            or first.job.shape != tickets[0].job.shape
+            or first.owner not in {ticket.owner for ticket in tickets}
+            or (not first.background and all(ticket.background for ticket in tickets))
+        )
+
+    def _admit(self) -> None:
+        """Seat those who are next for as long as they fit the group."""
+        while (ticket := self._desk.next_for(self._seats)) is not None:
+            seat = ticket.seat or self._prepared(ticket)
+            if seat is not None and not self._desk.abandoned(seat):
+                ticket.seat = None
+                self._desk.drawn[ticket] = seat
+                self._seats.append(seat)
+
+    def _prepared(self, ticket: Ticket[P]) -> Seat[S, P] | None:
+        """The seat of a ticket that begins; none when it failed or has to wait."""
+        desk = self._desk
+        ticket.attempts += 1
+        started = time.perf_counter()
+        try:
+            with self._preparing:
+                state = self._denoiser.prepare(ticket.job)
+        except DevicePoisoned:
+            raise
+        except OutOfMemory as error:
+            self._out_of_memory([ticket], len(self._seats) + 1, error)
+            return None
+        except Exception as error:  # one job's failure is that job's answer, and no one else's
+            desk.fail(ticket, error)
+            return None
+        now = time.perf_counter()
+        timings = {"queue": started - ticket.accepted_at, "prepare": now - started, "denoise": 0.0}
+        seat = Seat(ticket, state, timings)
+        desk.news.tell(
+            EventKind.STARTED, ticket, state, eta_seconds=desk.paces.seconds_for(ticket.job, seat.steps_left)
+        )
+        return seat
+
+    def _step(self) -> None:
+        seats = self._seats
+        job = seats[0].ticket.job
+        started = time.perf_counter()
+        try:
+            self._denoiser.step([seat.state for seat in seats])
+        except DevicePoisoned:
+            raise
+        except OutOfMemory as error:
+            self._seats = []
+            self._out_of_memory([seat.ticket for seat in seats], len(seats), error)
+            return
+        except Exception as error:  # whatever a model raises is an answer to a job, never the end of the thread
+            self._seats = []
+            self._step_failed(seats, error)
+            return
+        seconds = time.perf_counter() - started
+        self._desk.paces.stepped(job, len(seats), seconds, more_wait=self._desk.more_wait(seats))
+        for seat in seats:
+            seat.timings["denoise"] += seconds
+            seat.share += seconds / len(seats)
+            seat.batched |= len(seats) > 1
+            self._tell_step(seat, len(seats))
+
+    def _tell_step(self, seat: Seat[S, P], size: int) -> None:
+        left = self._desk.paces.seconds_for(seat.ticket.job, seat.steps_left, size)
+        self._desk.news.tell(EventKind.STEP, seat.ticket, seat.state, eta_seconds=left, preview=self._previews.of(seat))
+
+    def _step_failed(self, seats: list[Seat[S, P]], error: Exception) -> None:
+        """A lone job fails; a group is drawn again one by one, since a job is a value and one may be the culprit."""
+        if len(seats) == 1:
+            self._desk.fail(seats[0].ticket, error)
+            return
+        _log.warning("a step of a group failed; its jobs are drawn one by one", exc_info=error)
+        for seat in seats:
+            seat.ticket.alone = True
+        self._desk.draw_again(seat.ticket for seat in seats)
+
+    def _out_of_memory(self, tickets: list[Ticket[P]], size: int, error: OutOfMemory) -> None:
+        """Begin anew in groups half as large; one that is alone, with less memory for what is around it."""
+        job = tickets[0].job
+        self._desk.paces.ran_out(job, size)
+        self._abilities.release_memory()
+        again = size > 1 or self._abilities.shrink()
+        _log.warning("out of memory", group=size, again=again, size=f"{job.width}x{job.height}")
+        given_up = [ticket for ticket in tickets if not again or ticket.attempts >= ATTEMPTS]
+        for ticket in given_up:
+            self._desk.fail(ticket, error)
+        self._desk.draw_again(ticket for ticket in tickets if ticket not in given_up)
+
+    def _finish(self, seat: Seat[S, P]) -> None:
+        if self._desk.abandoned(seat):
+            return
+        started = time.perf_counter()
+        try:
+            product = self._with_less_memory(lambda: self._denoiser.finish(seat.state))
+        except DevicePoisoned:
+            raise
+        except Exception as error:  # as in _step
+            self._desk.fail(seat.ticket, error)
+            return
+        seat.timings["decode"] = time.perf_counter() - started
+        self._desk.succeed(seat, product)
+
+    def _with_less_memory(self, attempt: Callable[[], T]) -> T:
+        """Try again with less memory for as long as there is less to be taken: a finished state is not thrown away."""
+        released = False
+        while True:
+            try:
+                return attempt()
+            except OutOfMemory:
+                self._abilities.release_memory()
+                if released and not self._abilities.shrink():
+                    raise
+                released = True

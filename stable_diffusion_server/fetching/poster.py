@@ -1,0 +1,46 @@
+"""Posts a message to a URL someone named, under the rules pictures are fetched by. Reads only the answer's status."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+
+import httpx
+
+from stable_diffusion_server.errors import RemoteFailed
+from stable_diffusion_server.fetching.dialling import Dialler, Resolve, in_words
+from stable_diffusion_server.fetching.targets import Allowance, parse
+
+_CONNECT = 3.0
+
+
+class Poster:
+    """Posts to public addresses and those that `allowed` covers, within `seconds`; follows no redirect."""
+
+    def __init__(self, seconds: float, allowed: Sequence[Allowance] = (), resolve: Resolve | None = None) -> None:
+        self._seconds = seconds
+        self._dialler = Dialler(allowed, resolve)
+
+    async def check(self, url: str) -> None:
+        """Raise `InvalidInput` for an address that is malformed or may not be dialled."""
+        await self._dialler.check(parse(url, "webhook_url"), "webhook_url")
+
+    async def post(self, url: str, body: bytes, headers: Mapping[str, str]) -> int:
+        """The status of the answer. Raises `InvalidInput` for an address that may not be dialled, `RemoteFailed`."""
+        target = parse(url, "webhook_url")
+        timeout = httpx.Timeout(self._seconds, connect=_CONNECT)
+        try:
+            async with asyncio.timeout(self._seconds), await self._dialler.client(timeout) as client:
+                response = await self._dialler.send(
+                    client, "POST", target, "webhook_url", headers=headers, content=body
+                )
+                await response.aclose()
+                return response.status_code
+        except TimeoutError as error:
+            raise RemoteFailed(f"webhook_url did not answer in {self._seconds:g} seconds.") from error
+        except (httpx.HTTPError, httpx.StreamError, httpx.InvalidURL, OSError) as error:
+            raise RemoteFailed(f"webhook_url could not be reached: {in_words(error)}.") from error
+
+    def close(self) -> None:
+        """Let go of the resolver's threads."""
+        self._dialler.close()

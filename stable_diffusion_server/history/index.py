@@ -1,0 +1,128 @@
+"""The history as a table of SQLite: entries in, newest first out, bounded in number and age. Blocks for the disk."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import fields, replace
+from pathlib import Path
+from uuid import uuid4
+
+import structlog
+
+from stable_diffusion_server.errors import StorageUnavailable
+from stable_diffusion_server.history.entries import Entry, Wanted
+
+_log = structlog.get_logger(__name__)
+
+_COLUMNS = tuple(part.name for part in fields(Entry) if part.name != "number")
+# `words` is the prompt in folded case, since SQLite folds ASCII alone.
+_TABLE = f"""
+CREATE TABLE IF NOT EXISTS drawn (number INTEGER PRIMARY KEY AUTOINCREMENT, words, {", ".join(_COLUMNS)});
+CREATE UNIQUE INDEX IF NOT EXISTS drawn_key ON drawn (key);
+CREATE INDEX IF NOT EXISTS drawn_digest ON drawn (digest);
+CREATE INDEX IF NOT EXISTS drawn_at ON drawn (drawn_at);
+"""
+_ADD = f"INSERT INTO drawn (words, {', '.join(_COLUMNS)}) VALUES ({', '.join('?' * (len(_COLUMNS) + 1))})"  # noqa: S608  # column names of our own
+_SHOW = f"SELECT number, {', '.join(_COLUMNS)} FROM drawn"  # noqa: S608  # column names of our own
+_BUSY_SECONDS = 5.0
+
+
+class Index:
+    """Entries in the file `path`: the newest `most`, none older than `seconds` (0: of any age), one a key.
+
+    Safe from any thread and for several processes. All raise `StorageUnavailable` when the file cannot be used.
+    """
+
+    def __init__(self, path: Path, most: int, seconds: float) -> None:
+        self._path = path
+        self._most = most
+        self._seconds = seconds
+
+    def open(self) -> None:
+        """Make the table. A file that is no database is set aside: what it held can be lost, pictures cannot."""
+        try:
+            self._make()
+        except sqlite3.DatabaseError as error:
+            if isinstance(error, sqlite3.OperationalError):
+                raise _unusable(error) from error
+            aside = self._path.with_suffix(f".{uuid4().hex[:8]}.broken")
+            _log.error("the history is broken and begins anew", kept_as=aside.name)
+            self._path.replace(aside)
+            self._make()
+
+    def add(self, entries: Sequence[Entry]) -> None:
+        """Keep entries, the newest last; one under a key that is known takes its place."""
+        with self._connected() as base:
+            base.executemany("DELETE FROM drawn WHERE key = ?", [(entry.key,) for entry in entries])
+            base.executemany(_ADD, [_row(entry) for entry in entries])
+            oldest = base.execute("SELECT number FROM drawn ORDER BY number DESC LIMIT 1 OFFSET ?", (self._most,))
+            for (number,) in oldest.fetchall():
+                base.execute("DELETE FROM drawn WHERE number <= ?", (number,))
+            if self._seconds:
+                base.execute("DELETE FROM drawn WHERE drawn_at < ?", (time.time() - self._seconds,))
+
+    def search(self, wanted: Wanted) -> list[Entry]:
+        """The entries asked for, the newest first."""
+        folder, words = wanted.folder, wanted.words.casefold()
+        terms = {
+            # Not LIKE, which would read % and _ in what it is given.
+            "substr(key, 1, ?) = ?": (len(folder), folder) if folder else None,
+            "instr(words, ?) > 0": (words,) if words else None,
+            "number < ?": (wanted.before,) if wanted.before is not None else None,
+            "drawn_at >= ?": (time.time() - self._seconds,) if self._seconds else None,
+        }
+        asked = {term: values for term, values in terms.items() if values is not None}
+        where = f" WHERE {' AND '.join(asked)}" if asked else ""
+        given = [value for values in asked.values() for value in values]
+        with self._connected() as base:
+            rows = base.execute(f"{_SHOW}{where} ORDER BY number DESC LIMIT ?", (*given, wanted.limit))
+            return [_entry(row) for row in rows]
+
+    def find(self, column: str, value: str) -> Entry | None:
+        """The newest entry whose `key` or `digest` is this."""
+        if column not in ("key", "digest"):
+            raise ValueError(f"not a column to find by: {column}")
+        with self._connected() as base:
+            row = base.execute(f"{_SHOW} WHERE {column} = ? ORDER BY number DESC LIMIT 1", (value,)).fetchone()
+            return _entry(row) if row is not None else None
+
+    def forget(self, key: str) -> None:
+        """Keep nothing of this key."""
+        with self._connected() as base:
+            base.execute("DELETE FROM drawn WHERE key = ?", (key,))
+
+    def _make(self) -> None:
+        with closing(sqlite3.connect(self._path, timeout=_BUSY_SECONDS)) as base:
+            base.execute("PRAGMA journal_mode = WAL")
+            base.executescript(_TABLE)
+            base.execute(f"{_SHOW} LIMIT 1")  # a table of other columns is told here
+
+    @contextmanager
+    def _connected(self) -> Iterator[sqlite3.Connection]:
+        """A connection whose changes are kept together, or not at all."""
+        try:
+            with closing(sqlite3.connect(f"file:{self._path}?mode=rw", uri=True, timeout=_BUSY_SECONDS)) as base, base:
+                base.execute("PRAGMA synchronous = NORMAL")
+                yield base
+        except sqlite3.Error as error:
+            raise _unusable(error) from error
+
+
+def _row(entry: Entry) -> tuple[object, ...]:
+    values = {name: getattr(entry, name) for name in _COLUMNS}
+    values["record"] = json.dumps(entry.record, ensure_ascii=False)
+    return (entry.prompt.casefold(), *values.values())
+
+
+def _entry(row: Sequence[object]) -> Entry:
+    number, *values = row
+    entry = Entry(**dict(zip(_COLUMNS, values, strict=True)), number=int(str(number)))  # type: ignore[arg-type]  # as they were put there
+    return replace(entry, record=json.loads(str(entry.record)))
+
+
+def _unusable(error: Exception) -> StorageUnavailable:
+    return StorageUnavailable(f"The history cannot be used ({type(error).__name__}: {error}).", retry_after=30)

@@ -1,0 +1,279 @@
+"""Where jobs are handed in, asked after, followed and cancelled, each by its own caller; and requests that wait."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+
+import structlog
+
+from stable_diffusion_server.errors import Busy, InFlight, JournalUnavailable, KeyReused, NotFound, NotReady
+from stable_diffusion_server.jobs.happenings import END, Happening, Happenings, Standing, only_end
+from stable_diffusion_server.jobs.hooks import BACK_OFF, Hooks, Post
+from stable_diffusion_server.jobs.live import Live
+from stable_diffusion_server.jobs.runner import MOST_DEATHS, Runner
+from stable_diffusion_server.journal.book import Journal
+from stable_diffusion_server.journal.clerk import Clerk
+from stable_diffusion_server.journal.entries import Claim, Entry, Problem, Repeat, State, Work
+from stable_diffusion_server.orders import Caller, Order, Receipt
+from stable_diffusion_server.service import Service
+
+_log = structlog.get_logger(__name__)
+
+_HOUR = 3600.0
+_RECENT = 256
+_LISTED = 100
+_HOUSEKEEPING = 60.0
+_BEAT = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """How many jobs wait and are drawn at once, how long ends and answers are kept, what signs webhooks.
+
+    `back_off` are the seconds between tries to tell a webhook; `reopen` those between tries to open the journal.
+    """
+
+    most_waiting: int = 1000
+    at_once: int = 8
+    keep_hours: float = 24.0
+    repeat_hours: float = 24.0
+    webhook_secret: str = ""
+    back_off: tuple[float, ...] = BACK_OFF
+    reopen: float = 5.0
+
+
+class Jobs:
+    """All jobs of this server. `describe` writes the message that tells a webhook of an end; `poster` sends it."""
+
+    def __init__(
+        self, service: Service, journal: Journal, rules: Rules, describe: Callable[[Entry], str], poster: Post
+    ) -> None:
+        self._service = service
+        self._poster = poster
+        self._clerk = Clerk(journal)
+        self._rules = rules
+        self._runner = Runner(service, self._clerk, rules.at_once, describe, self._ended)
+        self._hooks = Hooks(self._clerk, poster, rules.webhook_secret, rules.back_off)
+        self._live: dict[str, Live] = {}
+        self._recent: OrderedDict[str, Live] = OrderedDict()
+        self._epoch = secrets.token_hex(4)
+        self._tasks: list[asyncio.Task[None]] = []
+        self._closing = False
+        self.usable = False
+
+    async def start(self) -> None:
+        """Open the journal and go on with what it holds; a journal that cannot be opened is tried again later."""
+        await self._open()
+        self._tasks = [asyncio.create_task(work()) for work in (self._runner.run, self._hooks.run, self._keep_house)]
+
+    def drain(self) -> None:
+        """Take no more jobs, begin none, and send those who follow one home. What is being drawn goes on."""
+        self._closing = True
+        self._runner.drain()
+        for live in self._live.values():
+            live.happenings.close()
+
+    async def stop(self, grace: float) -> None:
+        """Give what is being drawn `grace` seconds, and close the journal; it has the rest for the next start."""
+        self.drain()
+        await self._runner.stop(grace)
+        for task in self._tasks:
+            task.cancel()
+        await self._clerk.close()
+        self._poster.close()
+
+    async def accept(
+        self,
+        order: Order,
+        caller: Caller,
+        *,
+        base: str = "",
+        job_id: str | None = None,
+        claim: Claim | None = None,
+    ) -> Standing | Repeat:
+        """Take a job: it is written down with all its files when this returns. Or what its key was answered before.
+
+        Raises `NotReady` when the server goes down, `Busy` when too many jobs wait, `JournalUnavailable`, `InFlight`
+        for an id that is taken, and what the service raises for an order it cannot take.
+        """
+        self._check_room()
+        if claim is not None and (before := await self._clerk(Journal.repeated, claim)) is not None:
+            return repeated(claim, before)
+        if order.webhook_url is not None:
+            await self._poster.check(order.webhook_url)
+        settled, fetched = await self._service.settled(order)
+        now = time.time()
+        entry = Entry(
+            id=job_id or new_id(),
+            caller=caller,
+            accepted_at=now,
+            deadline=None if order.timeout is None else now + order.timeout,
+            base=base,
+            webhook_url=order.webhook_url,
+        )
+        # What is written is drawn, although its caller be gone meanwhile.
+        return await asyncio.shield(asyncio.create_task(self._written(entry, Work(settled, fetched), claim)))
+
+    def enter(self, caller: Caller, job_id: str | None = None) -> Live:
+        """Let a request that waits for its answer be followed and cancelled by an id. Raises `InFlight`."""
+        live = Live(Entry(job_id or new_id(), caller, time.time()), Happenings(self._epoch))
+        if live.entry.id in self._live:
+            raise InFlight("There is a job of this id already.", field="X-Job-ID")
+        self._live[live.entry.id] = live
+        return live
+
+    def leave(self, live: Live, state: State, outcome: Receipt | Problem | None) -> None:
+        """Note how such a request was answered; it can be asked after for a while."""
+        live.end(state, time.time(), outcome)
+        live.tell_end()
+        del self._live[live.entry.id]
+        self._recent[live.entry.id] = live
+        while len(self._recent) > _RECENT:
+            self._recent.popitem(last=False)
+
+    async def standing(self, job_id: str, caller: Caller) -> Standing:
+        """How a job stands. Raises `NotFound` for one that is not the caller's."""
+        found = await self._find(job_id, caller)
+        return found.standing if isinstance(found, Live) else Standing.of(found)
+
+    async def listed(self, caller: Caller) -> list[Standing]:
+        """The caller's latest accepted jobs, newest first."""
+        entries = await self._clerk(Journal.latest_of, caller.name, _LISTED)
+        return [live.standing if (live := self._live.get(entry.id)) else Standing.of(entry) for entry in entries]
+
+    async def cancel(self, job_id: str, caller: Caller) -> Standing:
+        """Take a job out of the queue or off the device; one that has ended stays as it is. Raises `NotFound`."""
+        found = await self._find(job_id, caller)
+        if not isinstance(found, Live):
+            return Standing.of(found)
+        if not found.settled:
+            await self._runner.cancel(found)
+        return found.standing
+
+    async def follow(self, job_id: str, caller: Caller, after: str | None) -> AsyncIterator[Happening | None] | None:
+        """The job's events after one of them, `None` among them when nothing happens for a while. Raises `NotFound`.
+
+        `None` instead when that was the last one.
+        """
+        if after == END:
+            return None
+        found = await self._find(job_id, caller)
+        return found.happenings.follow(after, _BEAT) if isinstance(found, Live) else only_end(Standing.of(found))
+
+    async def outcome(self, job_id: str, seconds: float) -> Standing:
+        """How an accepted job stands when it has ended, or when so many seconds are over."""
+        live = self._live.get(job_id)
+        if live is None:
+            entry = await self._clerk(Journal.find, job_id)
+            if entry is None:
+                raise NotFound("There is no such job.")
+            return Standing.of(entry)
+        try:
+            async with asyncio.timeout(seconds):
+                await live.ended.wait()
+        except TimeoutError:
+            pass  # it goes on without its caller
+        return live.standing
+
+    async def claim(self, claim: Claim) -> Repeat | None:
+        """Take an idempotency key for a request that waits, or give what it was answered with before.
+
+        Raises `InFlight` while that is not known, and `KeyReused` when the key came with another request.
+        """
+        before = await self._clerk(Journal.claim, claim, time.time())
+        return None if before is None else repeated(claim, before)
+
+    async def answer(self, claim: Claim, outcome: Receipt | Problem | None) -> None:
+        """Keep what the request of a key was answered with; `None` lets the next one with the key try anew."""
+        try:
+            if outcome is None:
+                await self._clerk(Journal.release, claim)
+            else:
+                await self._clerk(Journal.answer, claim, outcome)
+        except JournalUnavailable:
+            _log.warning("an answer could not be kept for its idempotency key")
+
+    def _check_room(self) -> None:
+        if self._closing:
+            raise NotReady("The server is going down.", retry_after=5)
+        if self._runner.waiting >= self._rules.most_waiting:
+            raise Busy(f"{self._runner.waiting} jobs are waiting already.", retry_after=30)
+
+    async def _written(self, entry: Entry, work: Work, claim: Claim | None) -> Standing | Repeat:
+        live = self.enter(entry.caller, entry.id)
+        live.entry = entry
+        try:
+            before = await self._clerk(Journal.accept, entry, work, claim)
+        except BaseException:
+            del self._live[entry.id]
+            raise
+        if before is not None and claim is not None:
+            del self._live[entry.id]
+            return repeated(claim, before)
+        self._runner.put(live)
+        return live.standing
+
+    async def _find(self, job_id: str, caller: Caller) -> Live | Entry:
+        """The job of that id, if it is the caller's: others are not told that it exists."""
+        found: Live | Entry | None = self._live.get(job_id) or self._recent.get(job_id)
+        if found is None:
+            found = await self._clerk(Journal.find, job_id)
+        owner = found.entry.caller if isinstance(found, Live) else found.caller if found is not None else None
+        if found is None or owner is None or owner.name != caller.name:
+            raise NotFound("There is no such job.")
+        return found
+
+    def _ended(self, live: Live) -> None:
+        self._live.pop(live.entry.id, None)
+        if live.entry.webhook_url is not None:
+            self._hooks.wake()
+
+    async def _open(self) -> None:
+        try:
+            await self._clerk(Journal.open)
+            entries = await self._clerk(Journal.unfinished)
+        except JournalUnavailable:
+            self.usable = False
+            return
+        self.usable = True
+        if entries:
+            _log.info("jobs are taken up again", jobs=len(entries))
+        for entry in entries:
+            live = Live(replace(entry, state=State.QUEUED), Happenings(self._epoch))
+            self._live[entry.id] = live
+            if entry.attempts >= MOST_DEATHS:
+                await self._runner.give_up(live)
+            else:
+                self._runner.put(live)
+
+    async def _keep_house(self) -> None:
+        """Open a journal that could not be opened, and forget what is past, for ever."""
+        while True:
+            if not self.usable:
+                await asyncio.sleep(self._rules.reopen)
+                await self._open()
+                continue
+            now, rules = time.time(), self._rules
+            with suppress(JournalUnavailable):  # told by the journal, and tried again
+                await self._clerk(Journal.expire, now - rules.keep_hours * _HOUR, now - rules.repeat_hours * _HOUR)
+            await asyncio.sleep(_HOUSEKEEPING)
+
+
+def new_id() -> str:
+    """An id no one can guess: who knows it, and has the same key, may see the job and cancel it."""
+    return secrets.token_urlsafe(16)
+
+
+def repeated(claim: Claim, before: Repeat) -> Repeat:
+    """What a key was answered with. Raises `KeyReused` for another request, `InFlight` while nothing is."""
+    if before.fingerprint != claim.fingerprint:
+        raise KeyReused("This key came with another request before.", field="Idempotency-Key")
+    if before.job_id is None and before.outcome is None:
+        raise InFlight("The request with this key is being answered.", field="Idempotency-Key", retry_after=1)
+    return before

@@ -1,0 +1,117 @@
+"""What happened to one job, for any number of readers from any point on, in bounded memory."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stable_diffusion_server.journal.entries import Entry, Problem, State
+from stable_diffusion_server.orders import Receipt
+
+END = "end"
+_MOST = 1200
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """How a job stands, as its caller is told. `position` counts the jobs before it; times are since the epoch."""
+
+    id: str
+    state: State
+    accepted_at: float
+    ended_at: float | None = None
+    attempts: int = 0
+    position: int = 0
+    eta_seconds: float | None = None
+    step: int = 0
+    steps: int = 0
+    outcome: Receipt | Problem | None = None
+
+    @classmethod
+    def of(cls, entry: Entry) -> Standing:
+        """What is written down of a job."""
+        return cls(entry.id, entry.state, entry.accepted_at, entry.ended_at, entry.attempts, outcome=entry.outcome)
+
+
+@dataclass(frozen=True, slots=True)
+class Happening:
+    """One event: `queued`, `step`, `preview`, `done`, `failed` or `cancelled`. `id` is where to go on after it.
+
+    `picture` is height × width × 3 uint8, in a preview.
+    """
+
+    id: str
+    kind: str
+    standing: Standing
+    picture: NDArray[np.uint8] | None = field(default=None, compare=False, repr=False)
+
+
+class Happenings:
+    """The events of one job in one process, which `epoch` tells from those of an earlier one.
+
+    Of waiting only the last event is kept, and only the last preview.
+    """
+
+    def __init__(self, epoch: str) -> None:
+        self._epoch = epoch
+        self._kept: deque[tuple[int, Happening]] = deque(maxlen=_MOST)
+        self._count = 0
+        self._changed = asyncio.Event()
+        self._over = False
+        self.readers = 0
+
+    def add(self, kind: str, standing: Standing, picture: NDArray[np.uint8] | None = None) -> None:
+        """Let all readers know. An event of an ended job is its last."""
+        self._count += 1
+        superseded = kind == "preview" or (kind == "queued" and bool(self._kept) and self._kept[-1][1].kind == kind)
+        if superseded:
+            self._kept = deque((kept for kept in self._kept if kept[1].kind != kind), _MOST)
+        over = standing.state.ended
+        number = END if over else f"{self._epoch}.{self._count}"
+        self._kept.append((self._count, Happening(number, kind, standing, picture)))
+        self._over |= over
+        self._wake()
+
+    def close(self) -> None:
+        """Send the readers home, although the job has not ended: they may come back to the next process."""
+        self._over = True
+        self._wake()
+
+    async def follow(self, after: str | None, beat: float) -> AsyncIterator[Happening | None]:
+        """The events after the one of that id, all of them for an id that is not known here, until the job ends.
+
+        `None` whenever nothing happened for `beat` seconds.
+        """
+        epoch, _, number = (after or "").partition(".")
+        seen = int(number) if epoch == self._epoch and number.isdecimal() else 0
+        self.readers += 1
+        try:
+            while True:
+                changed, over = self._changed, self._over
+                for count, happening in tuple(self._kept):
+                    if count > seen:
+                        seen = count
+                        yield happening
+                if over:
+                    return
+                try:
+                    async with asyncio.timeout(beat):
+                        await changed.wait()
+                except TimeoutError:
+                    yield None
+        finally:
+            self.readers -= 1
+
+    def _wake(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+
+async def only_end(standing: Standing) -> AsyncIterator[Happening | None]:
+    """The last event of a job of which no others are known any more."""
+    yield Happening(END, standing.state.value, replace(standing))

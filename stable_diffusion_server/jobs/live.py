@@ -1,0 +1,66 @@
+"""A job that has not ended, or one that someone waits for: where it stands, who follows it, how to cancel it."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from stable_diffusion_server.jobs.happenings import Happenings, Standing
+from stable_diffusion_server.journal.entries import Entry, Problem, State
+from stable_diffusion_server.orders import EventKind, Progress, Receipt
+
+
+@dataclass(eq=False, slots=True)
+class Live:
+    """One job in this process. `cancelled` is set by its caller; `settled` once its end is known."""
+
+    entry: Entry
+    happenings: Happenings
+    progress: Progress = field(default_factory=lambda: Progress(EventKind.QUEUED))
+    task: asyncio.Task[Any] | None = None
+    cancelled: bool = False
+    settled: bool = False
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def standing(self) -> Standing:
+        """Where it stands now."""
+        told = Standing.of(self.entry)
+        if self.entry.state.ended:
+            return replace(told, step=self.progress.step, steps=self.progress.steps)
+        now = self.progress
+        return replace(told, position=now.position, eta_seconds=now.eta_seconds, step=now.step, steps=now.steps)
+
+    def wants_previews(self) -> bool:
+        """Whether anyone follows it."""
+        return self.happenings.readers > 0
+
+    def news(self, progress: Progress) -> None:
+        """Take note of how far it is."""
+        if self.settled:
+            return
+        waits = progress.kind is EventKind.QUEUED
+        self.progress = replace(progress, preview=None)
+        self.entry = replace(self.entry, state=State.QUEUED if waits else State.RUNNING)
+        self.happenings.add("queued" if waits else "step", self.standing)
+        if progress.preview is not None:
+            self.happenings.add("preview", self.standing, progress.preview)
+
+    def waits(self, position: int, eta_seconds: float | None) -> None:
+        """Take note of the jobs before it; told to those who follow it."""
+        if (position, eta_seconds) != (self.progress.position, self.progress.eta_seconds):
+            self.progress = Progress(EventKind.QUEUED, position=position, eta_seconds=eta_seconds)
+            if self.happenings.readers:
+                self.happenings.add("queued", self.standing)
+
+    def end(self, state: State, at: float, outcome: Receipt | Problem | None) -> Entry:
+        """Note how it ended; the entry to be written down. Nothing changes that any more."""
+        self.settled = True
+        self.entry = replace(self.entry, state=state, ended_at=at, outcome=outcome)
+        return self.entry
+
+    def tell_end(self) -> None:
+        """Let those who follow it, and those who wait, know that it ended."""
+        self.happenings.add(self.entry.state.value, self.standing)
+        self.ended.set()

@@ -1,0 +1,255 @@
+"""Draws accepted jobs, a few at a time and each caller in turn, until each has an end that is written down."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Callable, Coroutine
+from dataclasses import replace
+from typing import Any
+
+import structlog
+
+from stable_diffusion_server.errors import (
+    Busy,
+    DeadlineExceeded,
+    DevicePoisoned,
+    EndsTheServer,
+    JournalUnavailable,
+    NotReady,
+    ServerError,
+)
+from stable_diffusion_server.jobs.live import Live
+from stable_diffusion_server.journal.book import Journal
+from stable_diffusion_server.journal.clerk import Clerk
+from stable_diffusion_server.journal.entries import Entry, Problem, State
+from stable_diffusion_server.orders import Receipt
+from stable_diffusion_server.service import Service
+
+_log = structlog.get_logger(__name__)
+
+# The third death of the process on one job is its last; after the second it is tried with nothing beside it.
+MOST_DEATHS = 3
+_PATIENCE = 0.5
+_PATIENCE_WITH_DISKS = 5.0
+_TO_WRITE = 2.0
+
+
+class Runner:
+    """The jobs that wait and those that are drawn. Lives on one event loop.
+
+    `at_once` of them are in the service's hands at a time; `describe` writes the message a webhook is sent; `ended` is
+    called with each job whose end is written.
+    """
+
+    def __init__(
+        self,
+        service: Service,
+        clerk: Clerk,
+        at_once: int,
+        describe: Callable[[Entry], str],
+        ended: Callable[[Live], None],
+    ) -> None:
+        self._service = service
+        self._clerk = clerk
+        self._at_once = at_once
+        self._describe = describe
+        self._ended = ended
+        self._waiting: dict[str, Live] = {}
+        self._running: dict[str, Live] = {}
+        self._wake = asyncio.Event()
+        self._draining = False
+        self._seconds_per_job: float | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def waiting(self) -> int:
+        """How many jobs wait for their turn."""
+        return len(self._waiting)
+
+    def put(self, live: Live) -> None:
+        """Let a job wait for its turn, at most until its deadline."""
+        self._waiting[live.entry.id] = live
+        if live.entry.deadline is not None:
+            seconds = max(0.0, live.entry.deadline - time.time())
+            asyncio.get_running_loop().call_later(seconds, lambda: self._start(self._expire(live)))
+        self._tell_positions()
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Draw what waits, until drained."""
+        while not self._draining:
+            self._wake.clear()
+            if not self._open():
+                await asyncio.sleep(_PATIENCE)
+                continue
+            while (live := self._next()) is not None:
+                del self._waiting[live.entry.id]
+                self._running[live.entry.id] = live
+                self._start(self._see_through(live))
+            self._tell_positions()
+            await self._wake.wait()
+
+    async def cancel(self, live: Live) -> None:
+        """Take a job out of the queue or off the device; returns when it has ended, whichever way."""
+        live.cancelled = True
+        if self._waiting.pop(live.entry.id, None) is not None:
+            await self._end(live, State.CANCELLED, None)
+        elif live.task is not None:
+            live.task.cancel()
+        await live.ended.wait()
+
+    async def give_up(self, live: Live) -> None:
+        """End a job that has ended the process too often."""
+        error = EndsTheServer(f"The server died {live.entry.attempts} times while it drew this job.")
+        _log.error("a job is given up", job_id=live.entry.id, deaths=live.entry.attempts)
+        await self._end(live, State.FAILED, Problem.of(error))
+
+    def drain(self) -> None:
+        """Begin no more jobs. What is being drawn goes on."""
+        self._draining = True
+        self._wake.set()
+
+    async def stop(self, grace: float) -> None:
+        """Give what is being drawn `grace` seconds; what is not done then waits in the journal for the next start."""
+        self.drain()
+        if not self._tasks:
+            return
+        await asyncio.wait(self._tasks, timeout=grace)
+        for live in self._running.values():
+            if live.task is not None:
+                live.task.cancel()
+        if self._tasks:
+            _, stuck = await asyncio.wait(self._tasks, timeout=_TO_WRITE)
+            for task in stuck:
+                task.cancel()
+
+    def _open(self) -> bool:
+        """Whether anything can be drawn now; a queue that is full, or models that load, are waited for."""
+        if not self._waiting:
+            return True
+        try:
+            self._service.check_open()
+        except (Busy, NotReady):
+            return False
+        return True
+
+    def _next(self) -> Live | None:
+        """The oldest job of a caller of whom the fewest are being drawn; a suspect when nothing else is."""
+        if len(self._running) >= self._at_once or any(map(_is_suspect, self._running.values())):
+            return None
+        busy = Counter(live.entry.caller.name for live in self._running.values())
+        chosen = min(self._waiting.values(), key=lambda live: busy[live.entry.caller.name], default=None)
+        return None if chosen is None or (_is_suspect(chosen) and self._running) else chosen
+
+    async def _see_through(self, live: Live) -> None:
+        """Draw a job and write down how it ended, or let it wait again."""
+        started = time.monotonic()
+        live.task = asyncio.create_task(self._drawn(live))
+        await asyncio.wait([live.task])
+        try:
+            state, outcome = State.DONE, live.task.result()
+        except asyncio.CancelledError:
+            if not live.cancelled:
+                await self._put_back(live, forgiven=True)
+                return
+            state, outcome = State.CANCELLED, None
+        except (Busy, NotReady):
+            await self._put_back(live, forgiven=True)
+            return
+        except JournalUnavailable:
+            await asyncio.sleep(_PATIENCE_WITH_DISKS)
+            await self._put_back(live, forgiven=True)
+            return
+        except DevicePoisoned as error:
+            if live.entry.attempts < MOST_DEATHS:
+                await self._put_back(live, forgiven=False)
+                return
+            state, outcome = State.FAILED, Problem.of(error)
+        except ServerError as error:
+            state, outcome = State.FAILED, Problem.of(error)
+        except Exception as error:  # whatever it is, it is this job's answer and no one else's
+            _log.error("unexpected error", job_id=live.entry.id, exc_info=error)
+            state, outcome = State.FAILED, Problem.of(ServerError("An unexpected error happened; the log has more."))
+        self._learn((time.monotonic() - started) / len(self._running))
+        await self._end(live, state, outcome)
+
+    async def _drawn(self, live: Live) -> Receipt | Problem:
+        """The receipt of a job, its attempt counted before anything is tried."""
+        work = await self._clerk(Journal.begin, live.entry.id)
+        live.entry = replace(live.entry, attempts=live.entry.attempts + 1)
+        order = work.order
+        if live.entry.deadline is not None:
+            left = live.entry.deadline - time.time()
+            if left <= 0:
+                raise _too_late()
+            order = replace(order, timeout=left)
+        return await self._service.fulfil(
+            order,
+            caller=live.entry.caller,
+            background=True,
+            watch=live.news,
+            previews=live.wants_previews,
+            fetched=work.fetched,
+        )
+
+    async def _put_back(self, live: Live, *, forgiven: bool) -> None:
+        """Let a job that was begun wait again, before all others."""
+        live.task = None
+        if live.cancelled:
+            await self._end(live, State.CANCELLED, None)
+            return
+        try:
+            await self._clerk(Journal.put_back, live.entry.id, forgiven=forgiven)
+        except JournalUnavailable:
+            forgiven = False  # it says that the job was begun, and so it counts
+        del self._running[live.entry.id]
+        live.entry = replace(live.entry, state=State.QUEUED, attempts=live.entry.attempts - forgiven)
+        self._waiting = {live.entry.id: live, **self._waiting}
+        self._wake.set()
+
+    async def _expire(self, live: Live) -> None:
+        if self._waiting.pop(live.entry.id, None) is not None:
+            await self._end(live, State.FAILED, Problem.of(_too_late()))
+
+    async def _end(self, live: Live, state: State, outcome: Receipt | Problem | None) -> None:
+        """Write the end down and tell it. While it cannot be written it is told all the same, and tried again."""
+        entry = live.end(state, time.time(), outcome)
+        message = self._describe(entry) if entry.webhook_url is not None else None
+        written = False
+        while not written:
+            try:
+                await self._clerk(Journal.end, entry, message)
+                written = True
+            except JournalUnavailable:
+                _log.warning("the end of a job is not written yet", job_id=entry.id)
+            self._running.pop(entry.id, None)
+            self._wake.set()
+            if not live.ended.is_set():
+                live.tell_end()
+            if not written:
+                await asyncio.sleep(_PATIENCE_WITH_DISKS)
+        self._ended(live)
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _learn(self, seconds: float) -> None:
+        before = self._seconds_per_job
+        self._seconds_per_job = seconds if before is None else 0.8 * before + 0.2 * seconds
+
+    def _tell_positions(self) -> None:
+        each = self._seconds_per_job
+        for position, live in enumerate(self._waiting.values(), len(self._running)):
+            live.waits(position, None if each is None else round(each * (position + 1), 1))
+
+
+def _is_suspect(live: Live) -> bool:
+    return live.entry.attempts >= MOST_DEATHS - 1
+
+
+def _too_late() -> DeadlineExceeded:
+    return DeadlineExceeded("The picture was not stored before the job's timeout passed.")

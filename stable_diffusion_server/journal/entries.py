@@ -1,0 +1,103 @@
+"""The nouns of the journal: a job from its acceptance to its end, and why one failed. Frozen values, no I/O."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from stable_diffusion_server.errors import ServerError, error_of_kind
+from stable_diffusion_server.orders import Caller, Order, Receipt
+
+
+class State(StrEnum):
+    """Where a job is in its life."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    DONE = "done"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more will happen to it."""
+        return self not in (State.QUEUED, State.RUNNING)
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Why a job has no picture, as one of our errors tells it; `kind` names the class."""
+
+    kind: str
+    detail: str
+    field: str | None = None
+    faults: tuple[tuple[str, str], ...] = ()
+    retry_after: int | None = None
+
+    @classmethod
+    def of(cls, error: ServerError) -> Problem:
+        """What an error tells."""
+        return cls(error.kind, error.detail, error.field, error.faults, error.retry_after)
+
+    def as_error(self) -> ServerError:
+        """The error it was."""
+        cause = error_of_kind(self.kind)
+        return cause(self.detail, field=self.field, faults=self.faults, retry_after=self.retry_after)
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A job as it is written down. Times are seconds since the epoch; `deadline` is when its caller gives up.
+
+    `attempts` counts the times it was begun without a recorded end; `base` is the address of this server as the caller
+    reached it; `webhook_url` is where its end is to be told. `outcome` is there once it is done or has failed.
+    """
+
+    id: str
+    caller: Caller
+    accepted_at: float
+    state: State = State.QUEUED
+    attempts: int = 0
+    deadline: float | None = None
+    ended_at: float | None = None
+    base: str = ""
+    webhook_url: str | None = None
+    outcome: Receipt | Problem | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """An idempotency key of a caller, and what identifies the request it came with first."""
+
+    caller: str
+    key: str
+    fingerprint: str
+
+
+@dataclass(frozen=True, slots=True)
+class Repeat:
+    """What was answered to a key before: a job, or the outcome of a request that waited; neither: it still waits."""
+
+    fingerprint: str
+    job_id: str | None = None
+    outcome: Receipt | Problem | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """The end of a job on its way to its webhook. `tries` counts those that failed; `due` is the time of the next."""
+
+    job_id: str
+    url: str
+    body: str
+    tries: int
+    due: float
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """All that is needed to draw a job: its order, and the files at the addresses in it, by parameter."""
+
+    order: Order
+    fetched: Mapping[str, bytes] = field(default_factory=dict, repr=False)

@@ -1,0 +1,86 @@
+"""Orders and outcomes as JSON, field by field and with a version, and back. Pictures travel beside it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, fields, replace
+from enum import StrEnum
+from typing import Any
+
+from stable_diffusion_server.errors import ServerError
+from stable_diffusion_server.journal.entries import Problem, Work
+from stable_diffusion_server.orders import Fill, Fit, Format, Order, Receipt, Source, Task, Warned, digest
+
+VERSION = 1
+_PICTURES = ("image", "mask")
+_CHOICES: dict[str, type[StrEnum]] = {"task": Task, "format": Format, "fit": Fit, "fill": Fill}
+
+
+def written_order(order: Order) -> str:
+    """An order as JSON, without the files it comes with, and without what it leaves open."""
+    told: dict[str, Any] = {"version": VERSION}
+    for part in fields(Order):
+        value = getattr(order, part.name)
+        if part.default is not MISSING and value == part.default:
+            continue
+        told[part.name] = _written_source(value) if part.name in _PICTURES else value
+    return json.dumps(told)
+
+
+def _written_source(source: Source) -> dict[str, object]:
+    return {"parameter": source.parameter, "url": source.url, "transparency": source.transparency}
+
+
+def files_of(work: Work) -> dict[str, bytes]:
+    """The files that belong to an order, sent or fetched, by parameter."""
+    sent = {source.parameter: source.data for source in work.order.sources if source.data is not None}
+    return {**sent, **work.fetched}
+
+
+def fingerprint(door: str, order: Order) -> str:
+    """What tells a request from others that come with the same idempotency key. Slow where files are large."""
+    sent = {source.parameter: source.data for source in order.sources if source.data is not None}
+    files = {parameter: hashlib.sha256(data).hexdigest() for parameter, data in sent.items()}
+    return digest({"door": door, "order": written_order(order), "files": files})
+
+
+def read_work(text: str, files: Mapping[str, bytes]) -> Work:
+    """The order that was written, with its files. Raises `ServerError` for what another version wrote."""
+    told = json.loads(text)
+    known = {part.name for part in fields(Order)}
+    if told.pop("version") != VERSION or not told.keys() <= known:
+        raise ServerError("This job was accepted by another version of the server, which wrote it differently.")
+    told |= {name: choice(told[name]) for name, choice in _CHOICES.items() if name in told}
+    if "loras" in told:
+        told["loras"] = tuple((name, weight) for name, weight in told["loras"])
+    for name in _PICTURES:
+        if name in told:
+            source = Source(**told[name])
+            told[name] = source if source.url is not None else replace(source, data=files[source.parameter])
+    order = Order(**told)
+    remote = {source.parameter for source in order.sources if source.url is not None}
+    return Work(order, {name: data for name, data in files.items() if name in remote})
+
+
+def written_outcome(outcome: Receipt | Problem | None) -> str | None:
+    """An outcome as JSON."""
+    if outcome is None:
+        return None
+    return json.dumps({"version": VERSION, "receipt": isinstance(outcome, Receipt), **asdict(outcome)})
+
+
+def read_outcome(text: str | None) -> Receipt | Problem | None:
+    """The outcome that was written. What an older version did not write is as it is by default."""
+    if text is None:
+        return None
+    told = json.loads(text)
+    kind = Receipt if told.pop("receipt") else Problem
+    known = {part.name for part in fields(kind)}
+    told = {name: value for name, value in told.items() if name in known}
+    if kind is Receipt:
+        told["warnings"] = tuple(Warned(**warning) for warning in told["warnings"])
+        return Receipt(**told)
+    told["faults"] = tuple((name, sentence) for name, sentence in told["faults"])
+    return Problem(**told)

@@ -1,0 +1,86 @@
+"""What was drawn becomes a file, is stored, and is written down. Knows no drawing and no HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+from stable_diffusion_server.bucket_api import Bucket
+from stable_diffusion_server.composing import Scene
+from stable_diffusion_server.encoding import Encoders
+from stable_diffusion_server.history.entries import Entry
+from stable_diffusion_server.image_processing import encode
+from stable_diffusion_server.judging import DrawnPicture, Judged
+from stable_diffusion_server.orders import Format, Stored, Warned
+from stable_diffusion_server.records import entry_of, inscription_of, record_of
+from stable_diffusion_server.resolving import Plan
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What is stored, whether by this call, the file's bytes, and seconds by stage."""
+
+    stored: Stored
+    won: bool
+    data: bytes
+    timings: dict[str, float]
+
+
+class Keeping:
+    """Encodes, stores and records. `embed` is full, digest or none; `record` takes an entry and never fails."""
+
+    def __init__(self, bucket: Bucket, embed: str, record: Callable[[Entry], None]) -> None:
+        self._bucket = bucket
+        self._embed = embed
+        self._record = record
+        self._encoders = Encoders()
+
+    async def keep(
+        self, plan: Plan, scene: Scene, judged: Judged[DrawnPicture], warnings: tuple[Warned, ...], caller: str
+    ) -> Kept:
+        """Store the picture under the plan's key. Raises `StorageUnavailable` and `InvalidInput`."""
+        started = time.perf_counter()
+        inscription = inscription_of(plan, scene, judged)
+        told: dict[str, Mapping[str, object]] = {"full": inscription, "digest": {"digest": plan.content}}
+        inside = told.get(self._embed)
+
+        def encoded() -> bytes:
+            return encode(scene.finished(judged.product.pixels), plan.file_format, plan.quality, inside)
+
+        lossless = plan.file_format is not Format.JPEG and plan.quality == 100
+        data = await self._encoders.encode(scene.width * scene.height * 3, encoded, lossless=lossless)
+        record = record_of(plan, scene, judged, (warning.code for warning in warnings), len(data))
+        write = self._bucket.overwrite if plan.order.overwrite else self._bucket.create
+        before = time.perf_counter()
+        written = partial(write, plan.key, data, plan.file_format.content_type, record)
+        answer = await to_its_end(asyncio.to_thread(written))
+        stored, won = answer if isinstance(answer, tuple) else (answer, True)
+        if won:
+            self._record(entry_of(plan.key, caller, plan, judged.job, inscription))
+        now = time.perf_counter()
+        return Kept(stored, won, data, {"encode": before - started, "store": now - before})
+
+    def close(self) -> None:
+        """Let go of the encoding threads."""
+        self._encoders.close()
+
+
+async def to_its_end(work: Coroutine[Any, Any, T]) -> T:
+    """The result of something that a thread does and no one can stop: whoever is cancelled waits for its end first.
+
+    Else a write that was given up would land after a later one under the same name.
+    """
+    task = asyncio.create_task(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
+        if not task.cancelled():
+            task.exception()  # seen, and nobody is left to be told
+        raise

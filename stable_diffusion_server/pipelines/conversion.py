@@ -1,0 +1,74 @@
+"""Holds weights that are loaded in fewer bytes: one byte each, or losslessly compressed. Knows no files and no jobs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+from stable_diffusion_server.errors import WeightsUnusable
+from stable_diffusion_server.pipelines.placement import Quantization
+
+
+def quantize_parts(modules: Iterable[torch.nn.Module], quantization: Quantization) -> None:
+    """Hold the weights of `modules` in one byte each; adapters among them are left as they are.
+
+    Raises `WeightsUnusable` when the package that does it is not installed.
+    """
+    match quantization:
+        case Quantization.NONE:
+            return
+        case Quantization.INT8 | Quantization.FLOAT8:
+            quantize = _by_quanto(quantization)
+        case Quantization.TORCHAO_INT8 | Quantization.TORCHAO_FLOAT8:
+            quantize = _by_torchao(quantization)
+    for module in modules:
+        quantize(module)
+
+
+def compress(transformer: torch.nn.Module, path: str, device: torch.device) -> None:
+    """Put the DFloat11 weights under `path` into `transformer` (Zhang et al. 2025, arXiv 2504.11651): bit-identical.
+
+    Raises `WeightsUnusable` without CUDA, whose kernels unpack them, or without the package.
+    """
+    if device.type != "cuda":
+        raise WeightsUnusable("DF11_MODEL_PATH needs a CUDA device: DFloat11 weights are unpacked there.")
+    try:
+        from dfloat11 import DFloat11Model  # CUDA alone can import it
+    except ImportError as error:
+        raise WeightsUnusable("DF11_MODEL_PATH needs the package dfloat11 (pip install dfloat11[cuda12]).") from error
+    try:
+        DFloat11Model.from_pretrained(path, device="cpu", bfloat16_model=transformer)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise WeightsUnusable(f"The weights of DF11_MODEL_PATH cannot be loaded ({type(error).__name__}).") from error
+
+
+def _by_quanto(quantization: Quantization) -> Callable[[torch.nn.Module], None]:
+    try:
+        from optimum import quanto  # optional, and slow to import
+    except ImportError as error:
+        raise WeightsUnusable("QUANTIZE needs the package optimum-quanto (pip install optimum-quanto).") from error
+    kind = {Quantization.INT8: quanto.qint8, Quantization.FLOAT8: quanto.qfloat8}[quantization]
+
+    def quantize(module: torch.nn.Module) -> None:
+        quanto.quantize(module, weights=kind, exclude="*lora_*")
+        quanto.freeze(module)
+
+    return quantize
+
+
+def _by_torchao(quantization: Quantization) -> Callable[[torch.nn.Module], None]:
+    try:
+        from torchao import quantization as torchao  # optional
+    except ImportError as error:
+        raise WeightsUnusable(f"QUANTIZE={quantization} needs the package torchao (pip install torchao).") from error
+    kind = {
+        Quantization.TORCHAO_INT8: torchao.Int8WeightOnlyConfig,
+        Quantization.TORCHAO_FLOAT8: torchao.Float8WeightOnlyConfig,
+    }[quantization]
+
+    def is_linear(module: Any, name: str) -> bool:
+        return isinstance(module, torch.nn.Linear) and "lora_" not in name
+
+    return lambda module: torchao.quantize_(module, kind(), filter_fn=is_linear)

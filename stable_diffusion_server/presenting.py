@@ -1,0 +1,29 @@
+"""How a stored picture is presented to caches and browsers: the same headers from every kind of bucket. Pure."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Mapping
+from urllib.parse import quote
+
+# In a record: the name is made from the content, so what is under it never changes.
+LASTING = "lasting"
+_FOR_EVER = "public, max-age=31536000, immutable"
+# A name may be overwritten; its ETag tells a cache cheaply whether it was.
+_A_MINUTE = "public, max-age=60"
+
+
+def caching_of(record: Mapping[str, str]) -> str:
+    """`Cache-Control` for an object with this record."""
+    return _FOR_EVER if LASTING in record else _A_MINUTE
+
+
+def disposition_of(key: str, *, inline: bool = True) -> str:
+    """`Content-Disposition` (RFC 6266) with the last part of the key as the name a browser saves it under."""
+    name = key.rpartition("/")[2]
+    plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode()
+    safe = re.sub(r"[^A-Za-z0-9._ -]+", "_", plain).strip(". ") or "picture"
+    kind = "inline" if inline else "attachment"
+    exact = "" if safe == name else f"; filename*=UTF-8''{quote(name, safe='')}"
+    return f'{kind}; filename="{safe}"{exact}'

@@ -1,0 +1,159 @@
+"""A picture made here is drawn again: its record read and checked, its sources compared, the two laid side by side."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+from pydantic import TypeAdapter, ValidationError
+
+from stable_diffusion_server.errors import InvalidInput
+from stable_diffusion_server.history.entries import Entry
+from stable_diffusion_server.image_processing import Pixels
+from stable_diffusion_server.inscriptions import read_record
+from stable_diffusion_server.orders import Caller, Order, Receipt, Source, Task
+from stable_diffusion_server.records import NOT_ASKED
+from stable_diffusion_server.resolving import Options, resolve
+from stable_diffusion_server.service import Decode, Service
+
+PICTURE = "picture_file"
+_ORDERS = TypeAdapter(Order)
+_ASKED = frozenset(part.name for part in fields(Order)) - NOT_ASKED
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_SOURCES: dict[Task, set[str]] = {
+    Task.TEXT_TO_IMAGE: set(),
+    Task.IMAGE_TO_IMAGE: {"image"},
+    Task.INPAINT: {"image", "mask"},
+}
+_MOST_MARGIN = 16_384
+_LORA = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+@dataclass(frozen=True, slots=True)
+class Memo:
+    """What a picture made here says of itself: the order with its pictures left out, and the digest of the whole.
+
+    `sources` are the SHA-256 of the files it was made from, `image` and `mask`.
+    """
+
+    order: Order
+    digest: str
+    sources: Mapping[str, object]
+    transparency: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Replayed:
+    """A picture drawn again. `same_order`: by a model and parameters that are exactly those it was made with.
+
+    `equal`: every pixel is the same; `decibels` is the peak signal-to-noise ratio where they differ.
+    """
+
+    receipt: Receipt
+    same_order: bool
+    equal: bool
+    decibels: float | None
+
+
+class Replays:
+    """Reads what pictures say of themselves, and has them drawn again.
+
+    `find` looks into the history, for pictures that carry nothing but a digest.
+    """
+
+    def __init__(
+        self, service: Service, decode: Decode, options: Options, find: Callable[[str, str], Entry | None]
+    ) -> None:
+        self._service = service
+        self._decode = decode
+        self._options = options
+        self._find = find
+
+    async def memo_of(self, picture: bytes) -> Memo:
+        """What a picture says of itself, as far as an order can say it. Raises `InvalidInput`."""
+        record = await asyncio.to_thread(self._record_of, picture)
+        asked = record.get("asked")
+        sources, digest = record.get("sources"), str(record.get("digest"))
+        if not isinstance(asked, dict) or not isinstance(sources, dict) or not _DIGEST.fullmatch(digest):
+            raise _refused("tells how it was made in words that are not this server's")
+        return Memo(_order_of(asked), digest, sources, record.get("transparency") is True)
+
+    async def draw(self, memo: Memo, order: Order, picture: bytes, caller: Caller) -> Replayed:
+        """The picture of an order made from a memo, drawn and compared. Raises what drawing raises, `InvalidInput`."""
+        _check_sources(memo, order)
+        plan = await asyncio.to_thread(resolve, order, self._options)
+        before = await self._decode(picture, PICTURE)
+        receipt, data = await self._service.picture(order, caller=caller)
+        after = await self._decode(data, PICTURE)
+        decibels = await asyncio.to_thread(peak_signal_to_noise, before, after)
+        return Replayed(receipt, plan.content == memo.digest, decibels is None, decibels)
+
+    def _record_of(self, picture: bytes) -> dict[str, Any]:
+        record = read_record(picture)
+        if record is not None and "asked" not in record and isinstance(record.get("digest"), str):
+            entry = self._find("digest", str(record["digest"]))
+            record = dict(entry.record) if entry is not None else None
+        if record is None:
+            raise _refused("does not tell how it was made, as pictures made here do")
+        return record
+
+
+def with_sources(memo: Memo, image: bytes | None, mask: bytes | None) -> Order:
+    """The memo's order with the pictures it is to be made from."""
+    return replace(
+        memo.order,
+        image=Source("image_file", data=image) if image is not None else None,
+        mask=Source("mask_file", data=mask, transparency=memo.transparency) if mask is not None else None,
+    )
+
+
+def peak_signal_to_noise(one: Pixels, other: Pixels) -> float | None:
+    """How alike two pictures (uint8) are, in decibels: 10 log10 of 255² over the mean square error; `None` if equal.
+
+    Pictures of different sizes are 0 dB alike.
+    """
+    if one.shape != other.shape:
+        return 0.0
+    error = float(np.mean((one.astype(np.float32) - other.astype(np.float32)) ** 2))
+    return None if error == 0 else round(10 * float(np.log10(255**2 / error)), 2)
+
+
+def _order_of(asked: Mapping[str, object]) -> Order:
+    """The order a record tells, its types checked here and its bounds wherever an order is resolved."""
+    if unknown := sorted(set(asked) - _ASKED):
+        raise _refused(f"was asked for with what is not known here: {', '.join(unknown)[:100]}")
+    try:
+        order = _ORDERS.validate_python(dict(asked))
+    except ValidationError as error:
+        names = sorted({str(fault["loc"][0])[:100] for fault in error.errors(include_input=False) if fault["loc"]})
+        raise _refused(f"was asked for with values that are none: {', '.join(names)}") from error
+    if not all(_LORA.fullmatch(name) for name, _ in order.loras):
+        raise _refused("names an adapter that is none")
+    if order.only_masked is not None and not 0 <= order.only_masked <= _MOST_MARGIN:
+        raise _refused("has a margin around its mask that is none")
+    if order.task is Task.TEXT_TO_IMAGE and (order.width is None or order.height is None):
+        raise _refused("has no size")
+    return order
+
+
+def _check_sources(memo: Memo, order: Order) -> None:
+    if set(memo.sources) != _SOURCES[order.task]:
+        raise _refused("was made from other files than its task needs")
+    for name, source in (("image", order.image), ("mask", order.mask)):
+        given = hashlib.sha256(source.data or b"").hexdigest() if source is not None else None
+        wanted = memo.sources.get(name)
+        if given == wanted:
+            continue
+        field = f"{name}_file"
+        if wanted is None:
+            raise InvalidInput(f"{field} is not needed: the picture was made without it.", field=field)
+        raise InvalidInput(f"{field} has to be the file the picture was made from (SHA-256 {wanted}).", field=field)
+
+
+def _refused(why: str) -> InvalidInput:
+    return InvalidInput(f"{PICTURE} {why}.", field=PICTURE)

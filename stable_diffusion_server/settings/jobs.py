@@ -1,0 +1,43 @@
+"""How jobs are kept, told and ended."""
+
+from __future__ import annotations
+
+from pydantic import Field, SecretStr
+
+from stable_diffusion_server.settings.kinds import Group
+
+
+class Jobs(Group):
+    """Accepted jobs, idempotency keys, webhooks, stopping and hanging."""
+
+    jobs_waiting: int = Field(1000, ge=1, description="Accepted jobs that may wait; one more is answered 429.")
+    jobs_at_once: int = Field(
+        8, ge=1, le=1024, description="Accepted jobs that are in the queue for the device at a time; keep it below it."
+    )
+    journal_bytes: int = Field(
+        1_073_741_824,
+        ge=1_048_576,
+        description="Largest journal of jobs, with their pictures; a full one refuses jobs.",
+    )
+    job_hours: float = Field(
+        24.0, gt=0, allow_inf_nan=False, description="Hours an accepted job that has ended can be asked after."
+    )
+    idempotency_hours: float = Field(
+        24.0, gt=0, allow_inf_nan=False, description="Hours the answer to an `Idempotency-Key` is repeated."
+    )
+    webhook_secret: SecretStr = Field(
+        SecretStr(""), description="Signs what is sent to a `webhook_url` (HMAC-SHA256). Empty: it is not signed."
+    )
+    stop_seconds: float = Field(
+        30.0,
+        ge=0,
+        le=3600,
+        allow_inf_nan=False,
+        description="Seconds what is being drawn may go on after a stop signal.",
+    )
+    hang_seconds: float = Field(
+        300.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="Seconds without progress after which the watchdog restarts a server that has work. 0: never.",
+    )

@@ -1,0 +1,80 @@
+"""Which models draw, in what placement, and on what."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, field_validator
+
+from stable_diffusion_server.settings.kinds import Group
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+class Models(Group):
+    """Weights, adapters and devices."""
+
+    models: Literal["embedded", "local", "hub", "auto"] = Field(
+        "auto",
+        description=(
+            "Which weights draw: `embedded`, those that come with the server; `local`, the real ones in MODELS_DIR; "
+            "`hub`, the same, fetched from the Hugging Face hub where they are missing; `auto`, the real ones that are "
+            "in MODELS_DIR and that the device can hold, else the embedded ones."
+        ),
+    )
+    models_dir: Path = Field(ROOT / "models", description="Folder of the model weights.")
+    text_to_image_model: Literal["flux", "sdxl"] = Field("sdxl", description="Model used when a request names none.")
+    lora_dir: Path | None = Field(
+        None, description="Folder of the LoRA adapters (`.safetensors`) that requests may name. Empty: none."
+    )
+    load_lcm_lora: bool = Field(
+        False,
+        description="1 draws SDXL by its LCM LoRA (`lcm-lora-sdxl` in MODELS_DIR): 5 steps, hardly any guidance.",
+    )
+    controlnet_lora: str = Field(
+        "",
+        description="LoRA put on Flux's ControlNet for good: a `.safetensors` file, or a folder or repository of one.",
+    )
+    df11_model_path: str = Field(
+        "",
+        description="DFloat11 weights (lossless, CUDA only) for Flux's transformer: a folder or repository.",
+    )
+    offload: Literal["auto", "none", "model", "group", "sequential"] = Field(
+        "auto",
+        description=(
+            "Where weights are while nothing is drawn: `none` keeps them on the device; `model`, `group` and "
+            "`sequential` move parts, groups of layers or single layers there. `auto` decides by free memory."
+        ),
+    )
+    quantize: Literal["auto", "none", "int8", "float8", "torchao-int8", "torchao-float8"] = Field(
+        "auto",
+        description=(
+            "Weights in one byte each, by optimum-quanto or torchao (the latter to be installed). `auto`: int8 where "
+            "the device cannot hold them otherwise."
+        ),
+    )
+    performance: Literal["off", "safe", "fast"] = Field(
+        "safe",
+        description=(
+            "`safe`: memory layouts and TF32, which change rounding alone. `fast`: also a VAE in bf16 and compiled "
+            "blocks; the first picture of each size waits for the compiler."
+        ),
+    )
+    attention_slicing: bool = Field(False, description="1 computes attention in slices: less memory, slower.")
+    vae_slicing: bool = Field(False, description="1 decodes the pictures of a batch one by one: less memory.")
+    vae_tiling: bool = Field(False, description="1 decodes large pictures in tiles: less memory, faint differences.")
+    prompt_cache_bytes: int = Field(
+        67_108_864, ge=0, description="Encoded prompts each model keeps for when they come again, in bytes; 0: none."
+    )
+    device: str = Field(
+        "auto",
+        pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$",
+        description="`auto`, `cpu`, `mps`, `cuda` or `cuda:1`.",
+    )
+    cpu_threads: int = Field(0, ge=0, le=1024, description="Threads for drawing on the CPU; 0 leaves it to PyTorch.")
+
+    @field_validator("lora_dir", mode="before")
+    @classmethod
+    def _no_folder_if_empty(cls, value: Any) -> Any:
+        return value or None

@@ -1,0 +1,71 @@
+"""Addresses that open a picture for a while: signed with a secret of this server. Knows no HTTP."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+import secrets
+import time
+from collections.abc import Callable
+from pathlib import Path
+from uuid import uuid4
+
+from stable_diffusion_server.errors import StorageUnavailable
+
+_SECRET_BYTES = 32
+
+
+class Signer:
+    """Signs keys for `seconds`. Without a `secret` one is made and kept in `file`, so that addresses outlive restarts.
+
+    Servers that are to honour one another's addresses share a secret.
+    """
+
+    def __init__(self, secret: str, file: Path, seconds: int, now: Callable[[], float] = time.time) -> None:
+        self._secret = secret.encode()
+        self._file = file
+        self._seconds = seconds
+        self._now = now
+
+    def open(self) -> None:
+        """Read the secret, or make it; of several processes that make it, all use the first one's."""
+        if self._secret:
+            return
+        try:
+            if not self._file.exists():
+                part = self._file.with_suffix(f".{uuid4().hex}.part")
+                with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+                    file.write(secrets.token_bytes(_SECRET_BYTES))
+                try:
+                    os.link(part, self._file)
+                except FileExistsError:
+                    pass  # another process was first
+                finally:
+                    part.unlink()
+            secret = self._file.read_bytes()
+        except OSError as error:
+            raise StorageUnavailable(
+                f"DATA_DIR cannot keep the secret of signed addresses ({error.strerror})."
+            ) from error
+        if len(secret) < _SECRET_BYTES:
+            raise StorageUnavailable("The secret of signed addresses in DATA_DIR is cut short; delete the file.")
+        self._secret = secret
+
+    def query(self, key: str) -> str:
+        """What is put behind an address of `key`. Raises `StorageUnavailable` until opened."""
+        if not self._secret:
+            raise StorageUnavailable("The secret of signed addresses is not there yet.", retry_after=5)
+        expires = int(self._now()) + self._seconds
+        return f"expires={expires}&signature={self._signature(key, str(expires))}"
+
+    def checked(self, key: str, expires: str, signature: str) -> int | None:
+        """Until when (seconds since 1970) an address holds; `None` for one that does not."""
+        if not self._secret or not (expires.isascii() and expires.isdigit() and len(expires) <= 12):
+            return None
+        # Compared as bytes: text that is not ASCII cannot be.
+        right = hmac.compare_digest(self._signature(key, expires).encode(), signature.encode("utf-8", "replace"))
+        return int(expires) if right and self._now() < int(expires) else None
+
+    def _signature(self, key: str, expires: str) -> str:
+        return hmac.new(self._secret, f"{expires}\n{key}".encode("utf-8", "replace"), hashlib.sha256).hexdigest()

@@ -1,0 +1,95 @@
+"""The OpenAPI document, the page that shows it, and docs/api.md."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from conftest import ROOT, House
+
+from stable_diffusion_server.cli import describe_api
+
+
+def operations(house: House) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    document = house.client.get("/openapi.json").json()
+    for path, methods in document["paths"].items():
+        for method, operation in methods.items():
+            yield method, path, operation
+
+
+def test_the_page_loads_nothing_from_elsewhere(house: House) -> None:
+    """Every address on it is this server's, all of them answer, and its policy forbids others to a browser."""
+    page = house.client.get("/docs")
+    assert page.status_code == 200
+    addresses = re.findall(r"(?:src|href)=\"([^\"]+)\"", page.text)
+    assert len(addresses) == 4
+    for address in addresses:
+        assert address.startswith("/docs/")
+        asset = house.client.get(address)
+        assert (asset.status_code, asset.headers["x-content-type-options"]) == (200, "nosniff")
+        assert len(asset.content) > 100
+    assert "https://" not in page.text + house.client.get("/docs/start.js").text
+    policy = page.headers["content-security-policy"]
+    assert "default-src 'none'" in policy
+    assert "http" not in policy
+    assert house.client.get("/docs/secrets.js").status_code == 404
+
+
+def test_every_operation_is_told_whole(house: House) -> None:
+    """An id of its own that a generator can name a function by, what it is for, and every answer with its shape."""
+    ids = []
+    for method, path, operation in operations(house):
+        ids.append(operation["operationId"])
+        assert re.fullmatch(r"[a-z][a-z0-9_]*", operation["operationId"]), path
+        assert operation["summary"]
+        assert operation["tags"]
+        for status, told in operation["responses"].items():
+            if status >= "4" and method != "head":
+                (content,) = told["content"].values()
+                assert content["schema"]["$ref"].startswith("#/components/schemas/"), (path, status)
+        assert {"default", "401", "403", "421", "500"} <= set(operation["responses"])
+    assert len(set(ids)) == len(ids)
+
+
+def test_references_lead_somewhere(house: House) -> None:
+    """No schema is named that is not there."""
+    text = house.client.get("/openapi.json").text
+    known = set(house.client.get("/openapi.json").json()["components"]["schemas"])
+    assert set(re.findall(r'"#/components/schemas/([^"]+)"', text)) <= known
+
+
+def test_words_of_a_kind_are_enumerated_and_numbers_bounded(house: House) -> None:
+    """Models, schedulers, formats; sides and steps as the settings have them."""
+    shapes = next(
+        operation["requestBody"]["content"]["application/json"]["schema"]["properties"]
+        for method, path, operation in operations(house)
+        if (method, path) == ("post", "/create_and_upload_image")
+    )
+    assert shapes["model"]["anyOf"][0]["enum"] == ["flux", "sdxl"]
+    assert "euler" in shapes["scheduler"]["anyOf"][0]["enum"]
+    assert set(shapes["format"]["anyOf"][0]["enum"]) == {"webp", "png", "jpeg"}
+    assert (shapes["width"]["minimum"], shapes["width"]["maximum"]) == (64, 2048)
+    assert shapes["prompt"]["examples"]
+
+
+@pytest.mark.parametrize("keys", ["", "right"])
+def test_keys_are_told_where_they_are_needed(house_of: Callable[..., House], keys: str) -> None:
+    """With API_KEYS every operation that needs one says so, and only then."""
+    house = house_of(api_keys=keys)
+    for _, path, operation in operations(house):
+        opened = path in ("/healthz", "/readyz") or operation["operationId"] in ("file_get", "file_head")
+        assert bool(operation.get("security")) == (bool(keys) and not opened), path
+
+
+def test_the_page_of_the_api_is_up_to_date() -> None:
+    """docs/api.md is what `python -m stable_diffusion_server api` prints."""
+    assert (ROOT / "docs" / "api.md").read_text() == describe_api()
+
+
+def test_a_wrong_method_is_told_every_right_one(house: House) -> None:
+    """405 names all methods of the path, though each is a route of its own."""
+    answer = house.client.patch("/create_and_upload_image")
+    assert (answer.status_code, answer.headers["allow"]) == (405, "GET, POST")
+    assert house.client.put("/files/a").headers["allow"] == "DELETE, GET, HEAD"

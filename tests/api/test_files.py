@@ -1,0 +1,346 @@
+"""The door to stored pictures: caching, ranges, signatures, records, deleting; and the history of what was drawn."""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+import pytest
+from conftest import House
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+
+from stable_diffusion_server.api import files, handlers
+from stable_diffusion_server.buckets.memory import MemoryBucket
+from stable_diffusion_server.errors import Forbidden
+from stable_diffusion_server.history.entries import Entry, Wanted
+from stable_diffusion_server.history.index import Index
+from stable_diffusion_server.history.recorder import Recorder
+from stable_diffusion_server.orders import Caller
+from stable_diffusion_server.shelf import Shelf
+from stable_diffusion_server.signing import Signer
+
+
+@pytest.fixture
+def picture(house: House) -> httpx.Response:
+    """A stored picture, fetched."""
+    return house.client.get(house.draw(prompt="a red square", save_path="a.webp").json()["path"])
+
+
+def again(house: House, **headers: str) -> httpx.Response:
+    return house.client.get(
+        "/files/static/uploads/a.webp", headers={k.replace("_", "-"): v for k, v in headers.items()}
+    )
+
+
+def test_a_picture_comes_with_its_type_and_its_name(picture: httpx.Response) -> None:
+    """Content type, length, a strong ETag, a name to save it under, and nothing for a browser to guess."""
+    headers = picture.headers
+    assert headers["content-type"] == "image/webp"
+    assert headers["content-disposition"] == 'inline; filename="a.webp"'
+    assert headers["etag"].startswith('"')
+    assert headers["x-content-type-options"] == "nosniff"
+    assert int(headers["content-length"]) == len(picture.content)
+
+
+def test_a_known_etag_is_answered_304(house: House, picture: httpx.Response) -> None:
+    """Exact, weak, listed and star: 304 without a body; another one: the picture."""
+    etag = picture.headers["etag"]
+    for known in (etag, f"W/{etag}", f'"other", {etag}', "*"):
+        answer = again(house, if_none_match=known)
+        assert (answer.status_code, answer.content) == (304, b"")
+        assert answer.headers["etag"] == etag
+    assert again(house, if_none_match='"other"').status_code == 200
+
+
+def test_a_range_is_answered_in_part(house: House, picture: httpx.Response) -> None:
+    """First bytes, last bytes, one byte; beyond the end is 416."""
+    size = len(picture.content)
+    for wanted, part in (("0-9", slice(0, 10)), ("-5", slice(size - 5, size)), ("7-7", slice(7, 8))):
+        answer = again(house, range=f"bytes={wanted}")
+        assert (answer.status_code, answer.content) == (206, picture.content[part])
+    assert again(house, range=f"bytes={size}-").status_code == 416
+    for no_range in ("lines=1-2", "bytes", "bytes=a-b", "bytes=-"):
+        assert again(house, range=no_range).content == picture.content
+
+
+def test_a_range_of_another_version_gets_the_whole_picture(house: House, picture: httpx.Response) -> None:
+    """If-Range keeps parts of two pictures from being glued together."""
+    assert again(house, range="bytes=0-9", if_range='"other"').content == picture.content
+    assert len(again(house, range="bytes=0-9", if_range=picture.headers["etag"]).content) == 10
+
+
+def test_head_tells_without_sending(house: House, picture: httpx.Response) -> None:
+    """The same headers and no body."""
+    answer = house.client.head("/files/static/uploads/a.webp")
+    assert (answer.status_code, answer.content) == (200, b"")
+    assert answer.headers["content-length"] == picture.headers["content-length"]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *(
+            "none.webp",
+            "static/uploads",
+            "static/uploads/",
+            "",
+            "../data/progress.txt",
+            "%2e%2e/secret",
+            "%2e%2e%2fsecret",
+            "..%2fsecret",
+        ),
+        *("static/uploads/../../records/static/uploads/a.webp", "/etc/passwd", "%2Fetc%2Fpasswd", "a%00b", "x" * 300),
+        *("static/uploads/a.webp/below", "....//", "%5c..%5c"),
+    ],
+)
+def test_nothing_but_pictures_is_served(house: House, picture: httpx.Response, path: str) -> None:
+    """Absent, folders, and every way out of the bucket: 404, although there is something to be found."""
+    (house.folder / "bucket" / "secret").write_text("secret")
+    assert (house.folder / "bucket" / "records" / "static" / "uploads" / "a.webp").is_file()
+    answer = house.client.get(f"/files/{path}")
+    assert answer.status_code == 404
+    assert answer.headers["content-type"] == "application/problem+json"
+
+
+def test_a_file_that_is_no_picture_is_not_shown_inline(house: House) -> None:
+    """HTML put into the folder by hand must not run under this server's name."""
+    folder = house.folder / "bucket" / "objects"
+    (folder / "page.html").write_text("<script>alert(1)</script>")
+    answer = house.client.get("/files/page.html")
+    assert answer.headers["content-disposition"] == 'attachment; filename="page.html"'
+    assert "sandbox" in answer.headers["content-security-policy"]
+
+
+def test_what_is_named_by_its_content_may_be_kept_for_ever(house: House) -> None:
+    """A content key never means another picture; a name can be overwritten, so a cache asks again after a minute."""
+    content = house.client.get(house.draw(prompt="a red square").json()["path"])
+    assert content.headers["cache-control"] == "public, max-age=31536000, immutable"
+    named = house.client.get(house.draw(prompt="a red square", save_path="a.webp").json()["path"])
+    assert named.headers["cache-control"] == "public, max-age=60"
+
+
+class AddressedBucket(MemoryBucket):
+    """A bucket whose objects have addresses of their own."""
+
+    def url(self, key: str) -> str:
+        return f"https://bucket.example/{key}?signature=secret"
+
+
+@pytest.mark.parametrize("private", [True, False])
+def test_the_files_door_hands_private_addresses_to_those_who_hold_one(private: bool, tmp_path: Path) -> None:
+    """Of a private bucket only a signed address leads on, and nothing that lies beside the pictures in any bucket."""
+    bucket = AddressedBucket()
+    for key in ("static/uploads/a.webp", "backups/db.sql", "static/uploads-not/a.webp"):
+        bucket.create(key, b"data", "image/webp", {})
+    signer = Signer("a secret", tmp_path / "none", 60) if private else None
+    app = FastAPI()
+    app.include_router(files.router(bucket, Shelf(bucket, Recorder(None), ""), signer, "static/uploads/"))
+    handlers.install(app)
+    with TestClient(app, follow_redirects=False) as client:
+        assert client.get("/files/static/uploads/a.webp").status_code == (403 if private else 307)
+        if signer:
+            signed = f"/files/static/uploads/a.webp?{signer.query('static/uploads/a.webp')}"
+            assert client.get(signed).status_code == 307
+            assert client.get(signed.replace("a.webp", "b.webp")).status_code == 403
+        for other in ("backups/db.sql", "static/uploads-not/a.webp", "static/uploads/../../backups/db.sql"):
+            answer = client.get(f"/files/{other}")
+            assert answer.status_code in (403, 404)
+            assert "location" not in answer.headers
+
+
+def test_a_signed_address_of_the_local_bucket_gives_the_picture_for_a_while(house_of: Callable[..., House]) -> None:
+    """Signed for that name and time alone, kept by no shared cache, the same for the first and the cached answer."""
+    house = house_of(signed_url_seconds=60)
+    first, again = (house.draw(prompt="a red square", save_path="b c.webp").json() for _ in range(2))
+    assert (first["cached"], again["cached"]) == (False, True)
+    pictures = [house.client.get(receipt["path"]) for receipt in (first, again)]
+    assert pictures[0].content == pictures[1].content
+    assert pictures[0].headers["cache-control"].startswith("private, max-age=")
+    plain, _, query = first["path"].partition("?")
+    expires = query.partition("&")[0]
+    later = query.replace(expires, f"expires={int(expires[8:]) + 1000}")
+    for wrong in ("", "?" + expires, "?" + later, "?" + query[:-1], "?expires=²&signature=é", "?expires=1&signature=1"):
+        assert house.client.get(plain + wrong).status_code == 403
+    secret = house.folder / "data" / "url-secret"
+    assert (len(secret.read_bytes()), secret.stat().st_mode & 0o777) == (32, 0o600)
+    house_of(signed_url_seconds=60)
+    assert house.client.get(first["path"]).status_code == 200, "the secret outlives a restart"
+
+
+def test_a_signature_ends(tmp_path: Path) -> None:
+    """Good until its second, not after, and with another secret never."""
+    time = 1000.0
+    signer = Signer("one", tmp_path / "none", 60, lambda: time)
+    expires, signature = (part.partition("=")[2] for part in signer.query("k").split("&"))
+    assert signer.checked("k", expires, signature) == 1060
+    assert Signer("two", tmp_path / "none", 60, lambda: time).checked("k", expires, signature) is None
+    time = 1060.0
+    assert signer.checked("k", expires, signature) is None
+
+
+def listed(house: House, **query: object) -> list[str]:
+    answer = house.client.get("/history", params=query)  # type: ignore[arg-type]  # httpx takes numbers too
+    assert answer.status_code == 200, answer.text
+    return [picture["key"].rpartition("/")[2] for picture in answer.json()["pictures"]]
+
+
+def test_the_history_lists_what_was_drawn_newest_first(house: House) -> None:
+    """Drawn pictures with their facts and addresses, each once; cached answers add nothing."""
+    for name, prompt in (("a", "a red square"), ("b", "A BLUE Straße"), ("c", "100% _red_"), ("a", "a red square")):
+        house.draw(prompt=prompt, save_path=f"{name}.webp")
+    newest = house.client.get("/history").json()["pictures"][0]
+    assert (newest["prompt"], newest["width"], newest["task"]) == ("100% _red_", 64, "text_to_image")
+    assert house.client.get(newest["path"]).status_code == 200
+    assert listed(house) == ["c.webp", "b.webp", "a.webp"]
+    assert listed(house, q="RED") == ["c.webp", "a.webp"]
+    assert listed(house, q="blue strasse") == ["b.webp"]
+    assert listed(house, q="0% _") == ["c.webp"]
+    assert listed(house, q="_") == ["c.webp"]
+    assert listed(house, q="green") == []
+
+
+def test_the_history_is_turned_over_page_by_page(house: House) -> None:
+    """`next` goes on behind the last one, until there is none."""
+    for name in "abcde":
+        house.draw(prompt=f"a red square {name}", save_path=f"{name}.webp")
+    found, before = [], None
+    while True:
+        answer = house.client.get("/history", params={"limit": 2, **({"before": before} if before else {})}).json()
+        found += [picture["key"][-6] for picture in answer["pictures"]]
+        if (before := answer["next"]) is None:
+            break
+    assert found == list("edcba")
+
+
+@pytest.mark.parametrize(
+    "query", ["limit=0", "limit=201", "limit=x", "before=0", "before=²", "page=2", "q=" + "x" * 1001]
+)
+def test_the_history_refuses_by_name(house: House, query: str) -> None:
+    """422 with the field."""
+    answer = house.client.get(f"/history?{query}")
+    assert (answer.status_code, answer.json()["field"]) == (422, query.partition("=")[0])
+
+
+def test_an_overwritten_picture_has_one_entry(house: House) -> None:
+    """The one that is there."""
+    house.draw(prompt="a red square", save_path="a.webp")
+    house.draw(prompt="a blue square", save_path="a.webp", overwrite=True)
+    assert [picture["prompt"] for picture in house.client.get("/history").json()["pictures"]] == ["a blue square"]
+
+
+def test_the_history_is_bounded_in_number_and_age(house_of: Callable[..., House]) -> None:
+    """The newest stay; what is too old is not told."""
+    house = house_of(history_entries=3, history_days=1)
+    for name in "abcde":
+        house.draw(prompt=f"a red square {name}", save_path=f"{name}.webp")
+    assert listed(house) == ["e.webp", "d.webp", "c.webp"]
+    with sqlite3.connect(house.folder / "data" / "history.db") as base:
+        base.execute("UPDATE drawn SET drawn_at = drawn_at - 86401 WHERE key LIKE '%d.webp'")
+    assert listed(house) == ["e.webp", "c.webp"]
+
+
+def test_without_a_history_nothing_is_kept(house_of: Callable[..., House]) -> None:
+    """HISTORY_ENTRIES=0: no file, an empty list, and pictures all the same."""
+    house = house_of(history_entries=0)
+    assert house.draw(prompt="a red square").status_code == 200
+    assert listed(house) == []
+    assert not (house.folder / "data" / "history.db").exists()
+
+
+def test_a_broken_history_fails_no_picture(house_of: Callable[..., House], tmp_path: Path) -> None:
+    """No database: set aside and begun anew. A folder in its place: told to who asks for it, and drawn all the same."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "history.db").write_bytes(b"this is no database, and longer than a header of one " * 50)
+    house = house_of()
+    house.draw(prompt="a red square", save_path="a.webp")
+    assert listed(house) == ["a.webp"]
+    assert len(list((tmp_path / "data").glob("*.broken"))) == 1
+    for file in (tmp_path / "data").glob("history.db*"):
+        file.unlink()
+    (tmp_path / "data" / "history.db").mkdir()
+    answer = house.draw(prompt="a red square", save_path="b.webp")
+    assert answer.status_code == 200
+    assert house.client.get("/history").status_code == 503
+    assert house.client.get("/files/static/uploads/b.webp?record=1").json()["source"] == "object"
+
+
+@pytest.mark.parametrize(("file_format", "embedded"), [("webp", "full"), ("png", "none"), ("jpeg", "full")])
+def test_the_record_of_a_picture_is_told(house_of: Callable[..., House], file_format: str, embedded: str) -> None:
+    """From the history, else from the object, else from the picture itself."""
+    house = house_of(embed_metadata=embedded)
+    key = house.draw(prompt="a red square", save_path=f"a.{file_format}").json()["key"]
+
+    def record() -> tuple[str, dict[str, str]]:
+        answer = house.client.get(f"/files/{key}?record=1")
+        return (answer.json()["source"], answer.json()["record"]) if answer.status_code == 200 else ("", {})
+
+    source, told = record()
+    assert (source, told["prompt"], told["model"]) == ("history", "a red square", "sdxl")
+    (digest,) = {told["digest"]}
+    with sqlite3.connect(house.folder / "data" / "history.db") as base:
+        base.execute("DELETE FROM drawn")
+    source, told = record()
+    assert (source, told["digest"]) == ("object", digest)
+    (house.folder / "bucket" / "records" / key).unlink()
+    source, told = record()
+    assert (source, told.get("digest")) == (("picture", digest) if embedded == "full" else ("", None))
+    assert house.client.get("/files/static/uploads/none.webp?record=1").status_code == 404
+
+
+def test_records_and_deleting_ask_for_a_key(house_of: Callable[..., House]) -> None:
+    """A picture is for everyone who has its address; its prompt, the history and its end are not."""
+    house = house_of(api_keys="hunter2")
+    with_key = {"X-API-Key": "hunter2"}
+    drawing = "/create_and_upload_image?prompt=a+red+square&save_path=a.webp&width=64&height=64"
+    assert house.client.get(drawing, headers=with_key).status_code == 200
+    path = "/files/static/uploads/a.webp"
+    assert house.client.get(path).status_code == 200
+    for method, what in (
+        ("GET", path + "?record=1"),
+        ("GET", path + "?%72ecord=1"),
+        ("DELETE", path),
+        ("GET", "/history"),
+    ):
+        assert house.client.request(method, what).status_code == 401
+        assert house.client.request(method, what, headers={"Origin": "https://evil.example"}).status_code == 403
+    assert house.client.get(path + "?record=1", headers=with_key).status_code == 200
+    assert house.client.delete(path, headers=with_key).status_code == 204
+
+
+def test_a_deleted_picture_is_gone_and_drawn_anew(house: House) -> None:
+    """From the bucket and the history; deleting it again is no error, and its name is free."""
+    house.draw(prompt="a red square", save_path="a.webp")
+    for _ in range(2):
+        assert house.client.delete("/files/static/uploads/a.webp").status_code == 204
+    assert house.client.get("/files/static/uploads/a.webp").status_code == 404
+    assert listed(house) == []
+    assert house.draw(prompt="a blue square", save_path="a.webp").json()["cached"] is False
+    for path in ("/files/elsewhere.webp", "/files/static/uploads/%2e%2e/%2e%2e/x", "/files/"):
+        assert house.client.delete(path).status_code in (403, 404)
+
+
+def test_a_caller_touches_only_what_is_under_its_prefix(tmp_path: Path) -> None:
+    """Its history, records and deletions end at its folder; what others have is refused."""
+    recorder = Recorder(Index(tmp_path / "history.db", 10, 0))
+    recorder.start()
+    bucket, caller = MemoryBucket(), Caller("a", "team-a/")
+    shelf = Shelf(bucket, recorder, "static/uploads/")
+    for key in ("static/uploads/team-a/x.webp", "static/uploads/team-b/x.webp", "static/uploads/team-a.webp"):
+        bucket.create(key, b"data", "image/webp", {"digest": "d"})
+        recorder.record(
+            Entry(key, "d", "a red square", "sdxl", "text_to_image", 7, 64, 64, "a", time.time(), {"seed": 7})
+        )
+    assert [entry.key for entry in shelf.listed(caller, Wanted())] == ["static/uploads/team-a/x.webp"]
+    assert len(shelf.listed(Caller(), Wanted())) == 3
+    for key in ("static/uploads/team-b/x.webp", "static/uploads/team-a.webp", "team-a/x.webp"):
+        for touch in (shelf.record_of, shelf.remove):
+            with pytest.raises(Forbidden):
+                touch(key, caller)
+    assert shelf.record_of("static/uploads/team-a/x.webp", caller) == ("history", {"seed": 7})
+    shelf.remove("static/uploads/team-a/x.webp", caller)
+    assert len(shelf.listed(Caller(), Wanted())) == 2
+    recorder.close()

@@ -1,0 +1,284 @@
+"""The OpenAI Images API, asked by OpenAI's own client."""
+
+from __future__ import annotations
+
+import base64
+import io
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import numpy as np
+import openai
+import pytest
+from conftest import House
+from fakes import COLOURS, Canvas, PaintedSquares, Retouchers, disc, file_of, until
+from live_servers import Live
+from numpy.typing import NDArray
+from PIL import Image
+
+SIZE = "64x64"
+
+
+def client_of(live: Live, **more: Any) -> openai.OpenAI:
+    closing = {"Connection": "close"}  # no socket outlives its test
+    key = more.pop("api_key", "none")
+    return openai.OpenAI(base_url=f"{live.url}/v1", api_key=key, max_retries=0, default_headers=closing, **more)
+
+
+@pytest.fixture
+def client(live_of: Callable[..., Live]) -> openai.OpenAI:
+    """OpenAI's client against a server over retouchers."""
+    return client_of(live_of(Retouchers()))
+
+
+def picture(text: str | None) -> Image.Image:
+    assert text is not None
+    return Image.open(io.BytesIO(base64.b64decode(text)))
+
+
+def test_a_picture_comes_by_its_address(client: openai.OpenAI) -> None:
+    """`dall-e-3` is the server's own model here; the address opens, and the file is what was asked for."""
+    answer = client.images.generate(model="dall-e-3", prompt="a red square", size=SIZE)
+    (datum,) = answer.data or []
+    assert datum.url is not None
+    assert datum.b64_json is None
+    opened = Image.open(io.BytesIO(httpx.get(datum.url).content))
+    assert (opened.size, opened.format) == ((64, 64), "PNG")
+    assert answer.size == SIZE
+
+
+@pytest.mark.parametrize("file_format", ["png", "webp", "jpeg"])
+def test_a_picture_comes_in_base64(client: openai.OpenAI, file_format: Any) -> None:
+    """As asked, and unasked from models of names that always answer so."""
+    said = client.images.generate(
+        prompt="a red square", size=SIZE, response_format="b64_json", output_format=file_format
+    )
+    unsaid = client.images.generate(model="gpt-image-1", prompt="a red square", size=SIZE, output_format=file_format)
+    for answer in (said, unsaid):
+        assert picture((answer.data or [])[0].b64_json).format == file_format.upper()
+        assert answer.output_format == file_format
+
+
+def test_several_pictures_differ_and_come_again(client: openai.OpenAI) -> None:
+    """`n=2` is two pictures with two seeds; asked for again they are the same two; a seed counts on."""
+    first, again = (client.images.generate(prompt="a red square", size=SIZE, n=2).data or [] for _ in range(2))
+    assert len({datum.url for datum in first}) == 2
+    assert [datum.url for datum in first] == [datum.url for datum in again]
+    seeded = client.images.generate(prompt="a red square", size=SIZE, n=2, extra_body={"seed": 41}).data or []
+    assert [datum.to_dict()["seed"] for datum in seeded] == [41, 42]
+
+
+def test_our_parameters_go_in_extra_body(live_of: Callable[..., Live]) -> None:
+    """Seed, steps, guidance, scheduler, a name: what the other doors take."""
+    live = live_of()
+    extra = {"seed": 3, "num_inference_steps": 5, "guidance_scale": 1.5, "scheduler": "ddim", "save_path": "o/a.webp"}
+    answer = client_of(live).images.generate(prompt="a red square", size=SIZE, extra_body=extra)
+    assert (answer.data or [])[0].to_dict()["key"] == "static/uploads/o/a.webp"
+    (job,) = live.squares.finished
+    assert (job.seed, job.num_inference_steps, job.guidance_scale, job.scheduler) == (3, 5, 1.5, "ddim")
+
+
+@pytest.mark.parametrize(("quality", "steps"), [("low", 2), ("medium", 4), ("auto", 4), ("hd", 8), ("max", 16)])
+def test_quality_is_steps(live_of: Callable[..., Live], quality: Any, steps: int) -> None:
+    """Half, once, twice, four times the model's own."""
+    live = live_of()
+    client_of(live).images.generate(prompt="a red square", size=SIZE, quality=quality)
+    assert live.squares.finished[0].num_inference_steps == steps
+
+
+def test_auto_is_the_servers_size_and_what_cannot_be_honoured_is_told(client: openai.OpenAI) -> None:
+    """1024 × 1024; styles are for the prompt, and the answer says so."""
+    answer = client.images.generate(prompt="a red square", size="auto", style="vivid", user="me", moderation="low")
+    assert answer.size == "1024x1024"
+    assert "not-honoured" in {warning["code"] for warning in answer.to_dict()["warnings"]}
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"n": 5}, "n"),
+    ({"n": 0}, "n"),
+    ({"size": "64"}, "size"),
+    ({"size": "32x64"}, "size"),
+    ({"size": "64x4096"}, "size"),
+    ({"model": "gpt-7"}, "model"),
+    ({"background": "transparent"}, "background"),
+    ({"quality": "lossy"}, "quality"),
+    ({"output_format": "svg"}, "output_format"),
+    ({"output_format": "gif"}, "output_format"),
+    ({"output_compression": 50}, "output_compression"),
+    ({"output_compression": 101, "output_format": "webp"}, "output_compression"),
+    ({"partial_images": 2}, "partial_images"),
+    ({"partial_images": 4, "stream": True}, "partial_images"),
+    ({"response_format": "file"}, "response_format"),
+    ({"prompt": ""}, "prompt"),
+    ({"extra_body": {"seed": -1}}, "seed"),
+    ({"extra_body": {"sede": 1}}, "sede"),
+    ({"extra_body": {"save_path": "../a"}}, "save_path"),
+    ({"extra_body": {"save_path": "a.png"}, "n": 2}, "save_path"),
+]
+
+
+@pytest.mark.parametrize(("change", "param"), REFUSED, ids=lambda value: str(value)[:40])
+def test_what_is_wrong_is_refused_in_openais_shape(house: House, change: dict[str, Any], param: str) -> None:
+    """422 with message, type, param and code, before anything is drawn, streamed or not."""
+    extra = change.get("extra_body", {})
+    body = {"prompt": "a red square", "size": SIZE, **change, **extra}
+    body.pop("extra_body", None)
+    answer = house.client.post("/v1/images/generations", json=body)
+    assert answer.status_code == 422, answer.text
+    error = answer.json()["error"]
+    assert (error["type"], error["param"], error["code"]) == ("invalid_request_error", param, "invalid_value")
+    assert error["message"]
+    assert house.squares.prepared == []
+
+
+def test_the_client_understands_a_refusal(client: openai.OpenAI) -> None:
+    """Its own exception, with code and param."""
+    with pytest.raises(openai.UnprocessableEntityError) as refused:
+        client.images.generate(prompt="a red square", size="huge")
+    assert (refused.value.code, refused.value.param) == ("invalid_value", "size")
+
+
+def test_a_wrong_key_and_a_rate_are_what_the_client_expects(live_of: Callable[..., Live]) -> None:
+    """401 with `invalid_api_key`; 429 with `rate_limit_exceeded`, and its own retry waits as Retry-After says."""
+    live = live_of(api_keys="right;rate=1/second")
+    with pytest.raises(openai.AuthenticationError) as wrong:
+        client_of(live, api_key="wrong").models.list()
+    assert wrong.value.code == "invalid_api_key"
+    client = client_of(live, api_key="right")
+    client.images.generate(prompt="a red square", size=SIZE)
+    with pytest.raises(openai.RateLimitError) as refused:
+        client.images.generate(prompt="a red square", size=SIZE)
+    assert refused.value.code == "rate_limit_exceeded"
+    started = time.monotonic()
+    patient = client.with_options(max_retries=2)
+    assert patient.images.generate(prompt="a red square", size=SIZE).data
+    assert time.monotonic() - started < 30
+
+
+def test_models_are_listed_with_their_further_names(client: openai.OpenAI) -> None:
+    """Ours and the aliases; one that is not there is 404."""
+    names = {model.id for model in client.models.list()}
+    assert names >= {"sdxl", "flux", "dall-e-3", "gpt-image-1"}
+    assert client.models.retrieve("dall-e-3").id == "dall-e-3"
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("gpt-7")
+
+
+def test_an_edit_repaints_what_the_mask_leaves_transparent(live_of: Callable[..., Live]) -> None:
+    """Green inside the hole, and outside every pixel is the one that was sent."""
+    live = live_of(Retouchers())
+    pixels = disc(96, 80)
+    alpha = np.full((80, 96, 4), 255, np.uint8)
+    alpha[20:60, 30:70, 3] = 0
+    answer = client_of(live).images.edit(
+        image=("a.png", file_of(pixels)), mask=("m.png", file_of(alpha)), prompt="a green square",
+        response_format="b64_json", size="auto",
+    )  # fmt: skip
+    result = np.asarray(picture((answer.data or [])[0].b64_json).convert("RGB"))
+    outside = alpha[..., 3] == 255
+    assert (result[outside] == pixels[outside]).all()
+    assert np.abs(result[25:55, 35:65].astype(int) - COLOURS["green"]).max() <= 16
+    assert live.squares.finished[0].refine
+
+
+def test_an_edit_without_a_mask_draws_anew_at_the_size_asked_for(live_of: Callable[..., Live]) -> None:
+    """By style transfer's strength; of several pictures the first, and the answer says so."""
+    live = live_of(Retouchers())
+    files = [("a.png", file_of(disc())), ("b.png", file_of(disc(64, 64)))]
+    answer = client_of(live).images.edit(image=files, prompt="a green square", size="128x64", n=2)
+    assert answer.size == "128x64"
+    assert len({datum.url for datum in answer.data or []}) == 2
+    assert "images-unused" in {warning["code"] for warning in answer.to_dict()["warnings"]}
+    assert {job.strength for job in live.squares.finished} == {0.6}
+
+
+def test_an_edit_without_a_picture_or_with_an_opaque_mask_is_refused(house_of: Callable[..., House]) -> None:
+    """By name: there is nothing to edit, or nothing to repaint."""
+    house = house_of(Retouchers())
+    files = {"image": ("a.png", file_of(disc())), "mask": ("m.png", file_of(disc()))}
+    opaque = house.client.post("/v1/images/edits", data={"prompt": "a red square"}, files=files)
+    assert (opaque.status_code, opaque.json()["error"]["param"]) == (422, "mask")
+    assert "transparent" in opaque.json()["error"]["message"]
+    none = house.client.post("/v1/images/edits", data={"prompt": "a red square"})
+    assert (none.status_code, none.json()["error"]["param"]) == (422, "image")
+
+
+def test_a_stream_ends_with_the_picture(live_of: Callable[..., Live]) -> None:
+    """Each picture of `n` is told by an event of its own, in base64, as it will lie in the bucket."""
+    live = live_of()
+    stream = client_of(live).images.generate(prompt="a red square", size=SIZE, n=2, stream=True)
+    events = list(stream)
+    assert [event.type for event in events] == ["image_generation.completed"] * 2
+    for event in events:
+        assert picture(event.b64_json).size == (64, 64)
+        assert httpx.get(event.to_dict()["url"]).content == base64.b64decode(event.b64_json)
+
+
+class Sketching(PaintedSquares):
+    """Painters who show how far they are: a grey that is the number of steps done."""
+
+    def preview(self, state: Canvas) -> NDArray[np.uint8]:
+        return np.full((8, 8, 3), state.index, np.uint8)
+
+
+@pytest.mark.parametrize("wanted", [0, 1, 3])
+def test_a_stream_shows_the_picture_on_its_way(live_of: Callable[..., Live], wanted: int) -> None:
+    """As many partial pictures as were asked for, numbered, in order, and then the whole one."""
+    live = live_of(Sketching(seconds_per_step=0.01))
+    stream = client_of(live).images.generate(
+        prompt="a red square", size=SIZE, stream=True, partial_images=wanted, extra_body={"num_inference_steps": 24}
+    )
+    events = list(stream)
+    kinds = ["image_generation.partial_image"] * wanted + ["image_generation.completed"]
+    assert [event.type for event in events] == kinds
+    partials = [event.to_dict() for event in events[:-1]]
+    assert [event["partial_image_index"] for event in partials] == list(range(wanted))
+    steps = [np.asarray(picture(event["b64_json"])).max() for event in partials]
+    assert steps == sorted(set(steps))
+
+
+def test_a_stream_that_fails_tells_it_in_an_event(live_of: Callable[..., Live]) -> None:
+    """Once it began there is no status left to say it with; before, there is."""
+    live = live_of()
+    with pytest.raises(openai.APIError, match="error"):
+        list(client_of(live).images.generate(prompt="an unsteppable square", size=SIZE, stream=True))
+    with pytest.raises(openai.UnprocessableEntityError):
+        client_of(live).images.generate(prompt="", size=SIZE, stream=True)
+
+
+def test_who_stops_reading_a_stream_frees_the_device(live_of: Callable[..., Live]) -> None:
+    """The job is gone within a step."""
+    squares = PaintedSquares(seconds_per_step=0.05)
+    live = live_of(squares)
+    stream = client_of(live).images.generate(
+        prompt="a red square", size=SIZE, stream=True, extra_body={"num_inference_steps": 100}
+    )
+    until(lambda: len(squares.batches) > 1)
+    stream.response.close()
+    until(lambda: "sds_queue_running 0.0" in httpx.get(f"{live.url}/metrics").text)
+    assert squares.finished == []
+
+
+def test_a_failure_of_one_picture_ends_the_others(house_of: Callable[..., House]) -> None:
+    """429 for all: nobody waits for half an answer, and the device is free."""
+    squares = PaintedSquares(gate=threading.Event())
+    assert squares.gate is not None
+    house = house_of(squares, queue_limit=1, max_batch=1)
+    answer = house.client.post("/v1/images/generations", json={"prompt": "a red square", "size": SIZE, "n": 4})
+    assert (answer.status_code, answer.json()["error"]["type"]) == (429, "rate_limit_error")
+    assert int(answer.headers["retry-after"]) >= 1
+    squares.gate.set()
+    until(lambda: house.metric("sds_queue_running") == 0)
+
+
+def test_an_answer_that_would_be_too_large_is_refused_beforehand(house_of: Callable[..., House]) -> None:
+    """MAX_RESPONSE_BYTES: as text it is 422, by address it is drawn."""
+    house = house_of(max_response_bytes=40_000)
+    asked = {"prompt": "a red square", "size": "64x64", "response_format": "b64_json"}
+    for n, status in ((2, 200), (3, 422)):
+        assert house.client.post("/v1/images/generations", json={**asked, "n": n}).status_code == status
+    by_url = {**asked, "n": 3, "response_format": "url"}
+    assert house.client.post("/v1/images/generations", json=by_url).status_code == 200

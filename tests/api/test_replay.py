@@ -1,0 +1,184 @@
+"""Drawn again from what a picture says of itself: every task, every format, and everything that is refused."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from conftest import House
+from fakes import Retouchers, disc, file_of
+
+from stable_diffusion_server.image_processing import encode
+from stable_diffusion_server.inscriptions import read_record
+from stable_diffusion_server.orders import Format, Order
+from stable_diffusion_server.records import NOT_ASKED
+
+IMAGE = file_of(disc(96, 80))
+_MASK = np.zeros((80, 96, 3), np.uint8)
+_MASK[20:60, 30:70] = 255
+MASK = file_of(_MASK)
+FILES = {"image_file": IMAGE, "mask_file": MASK}
+STYLE = ("/style_transfer_bytes_and_upload_image", {"image_file": IMAGE})
+INPAINT = ("/inpaint_and_upload_image", FILES)
+CREATE = ("/create_and_upload_image", {})
+
+
+@pytest.fixture
+def rooms(house_of: Callable[..., House]) -> House:
+    """A running app whose painters use what they are given."""
+    return house_of(Retouchers())
+
+
+def made(house: House, door: tuple[str, dict[str, bytes]], **words: Any) -> bytes:
+    """The file of a picture drawn at a door."""
+    data = {"prompt": "a red square", **({"width": 64, "height": 64} if door is CREATE else {}), **words}
+    answer = house.client.post(door[0], data=data, files=door[1] or None)
+    assert answer.status_code == 200, answer.text
+    return house.client.get(answer.json()["path"]).content
+
+
+def replayed(house: House, picture: bytes, files: dict[str, bytes] | None = None, **words: Any) -> httpx.Response:
+    return house.client.post("/v1/replay", data=words, files={"picture_file": picture, **(files or {})})
+
+
+@pytest.mark.parametrize("file_format", ["webp", "png", "jpeg"])
+@pytest.mark.parametrize(
+    ("door", "words"),
+    [
+        (CREATE, {"seed": 7, "width": 70, "height": 90, "guidance_scale": 3.5, "negative_prompt": "blur"}),
+        (CREATE, {"seed": "random", "model": "flux", "num_inference_steps": 3}),
+        (STYLE, {"strength": 0.5, "canny": "true", "canny_low": 30, "canny_high": 60, "control_scale": 0.9}),
+        (INPAINT, {"feather": 5, "strength": 0.8, "refine": "false"}),
+    ],
+    ids=["text", "random seed", "style", "inpaint"],
+)
+def test_a_picture_is_drawn_again_bit_for_bit(
+    rooms: House, door: tuple[str, dict[str, bytes]], words: dict[str, Any], file_format: str
+) -> None:
+    """Its own record and its sources are enough: the same order, the same digest, every pixel the same."""
+    picture = made(rooms, door, format=file_format, **words)
+    before = len(rooms.squares.finished)
+    answer = replayed(rooms, picture, door[1])
+    assert answer.status_code == 200, answer.text
+    body = answer.json()
+    assert body["replay"] == {"same_order": True, "equal": True, "decibels": None}
+    assert (body["cached"], body["batched"]) == (False, False)
+    assert len(rooms.squares.finished) == before + 1
+    again = rooms.client.get(body["path"])
+    assert again.headers["content-type"] == f"image/{file_format}"
+    told, retold = read_record(picture), read_record(again.content)
+    assert told is not None
+    assert retold is not None
+    assert {**told, "alone": True} == {**retold, "alone": True}
+    assert rooms.squares.finished[-1].alone
+
+
+def test_it_is_drawn_anew_each_time_and_stored_where_one_likes(rooms: House) -> None:
+    """Below `replays/` by default, drawn over; under a name given, the name is an identity as ever."""
+    picture = made(rooms, CREATE)
+    bodies = [replayed(rooms, picture).json() for _ in range(2)]
+    assert [body["cached"] for body in bodies] == [False, False]
+    assert bodies[0]["key"].startswith("static/uploads/replays/")
+    named = [replayed(rooms, picture, save_path="again.png", format="png", batch="any").json() for _ in range(2)]
+    assert [body["cached"] for body in named] == [False, True]
+    assert named[0]["replay"]["same_order"] is True
+    assert named[0]["replay"]["decibels"] > 30, "a lossy file beside a lossless one"
+
+
+def test_with_a_digest_alone_the_history_knows_the_rest(house_of: Callable[..., House]) -> None:
+    """EMBED_METADATA=digest: found in the history, and refused where it is in none."""
+    house = house_of(Retouchers(), embed_metadata="digest")
+    picture = made(house, CREATE)
+    assert replayed(house, picture).json()["replay"]["same_order"] is True
+    with sqlite3.connect(house.folder / "data" / "history.db") as base:
+        base.execute("DELETE FROM drawn")
+    assert refused(replayed(house, picture)) == "picture_file"
+
+
+def refused(answer: httpx.Response) -> str:
+    assert answer.status_code == 422, answer.text
+    return str(answer.json()["field"])
+
+
+def test_the_sources_have_to_be_the_very_files(rooms: House) -> None:
+    """Missing, another one, or one too many: told by name and by digest, before anything is drawn."""
+    picture, before = made(rooms, INPAINT), len(rooms.squares.finished)
+    other = file_of(disc(96, 80, "green", "white"))
+    assert refused(replayed(rooms, picture)) == "image_file"
+    assert refused(replayed(rooms, picture, {**FILES, "image_file": other})) == "image_file"
+    assert refused(replayed(rooms, picture, {"image_file": IMAGE})) == "mask_file"
+    assert refused(replayed(rooms, made(rooms, CREATE), {"image_file": IMAGE})) == "image_file"
+    assert len(rooms.squares.finished) == before + 1
+
+
+def forged(picture: bytes, **changes: Any) -> bytes:
+    """A picture whose record says something else."""
+    record = read_record(picture) or {}
+    asked = {**record["asked"], **changes.pop("asked", {})}  # type: ignore[dict-item]  # a mapping, as it was written
+    return encode(disc(), Format.PNG, 100, {**record, "asked": asked, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"asked": {"prompt": 7}}, "picture_file"),
+        ({"asked": {"prompt": None}}, "picture_file"),
+        ({"asked": {"seed": "x"}}, "picture_file"),
+        ({"asked": {"task": "theft"}}, "picture_file"),
+        ({"asked": {"format": "exe"}}, "picture_file"),
+        ({"asked": {"save_path": "../../etc/passwd"}}, "picture_file"),
+        ({"asked": {"overwrite": True}}, "picture_file"),
+        ({"asked": {"image": {"parameter": "x", "url": "http://169.254.169.254/"}}}, "picture_file"),
+        ({"asked": {"loras": [["../../secret", 1.0]]}}, "picture_file"),
+        ({"asked": {"loras": [["pastel", float("inf")]]}}, "lora"),
+        ({"asked": {"width": 100_000}}, "width"),
+        ({"asked": {"num_inference_steps": 10**9}}, "num_inference_steps"),
+        ({"asked": {"guidance_scale": float("nan")}}, "guidance_scale"),
+        ({"asked": {"prompt": "x" * 5000}}, "prompt"),
+        ({"asked": {"model": "dall-e"}}, "model"),
+        ({"asked": {"scheduler": "x"}}, "scheduler"),
+        ({"asked": {"task": "inpaint"}}, "picture_file"),
+        ({"asked": {"width": None}}, "picture_file"),
+        ({"asked": {"only_masked": -5}}, "picture_file"),
+        ({"asked": []}, "picture_file"),
+        ({"sources": "none"}, "picture_file"),
+        ({"digest": "../x"}, "picture_file"),
+        ({"digest": None}, "picture_file"),
+    ],
+)
+def test_what_a_file_says_is_checked_as_at_any_door(rooms: House, changes: dict[str, Any], field: str) -> None:
+    """A record can be forged: it reaches no file, no address and no number that a parameter could not."""
+    picture, before = made(rooms, CREATE), len(rooms.squares.finished)
+    if isinstance(changes.get("asked"), list):
+        picture = encode(disc(), Format.PNG, 100, {**(read_record(picture) or {}), "asked": []})
+    else:
+        picture = forged(picture, **json.loads(json.dumps(changes)))
+    answer = replayed(rooms, picture)
+    assert refused(answer) == field
+    assert len(rooms.squares.finished) == before
+
+
+def test_another_order_is_told(rooms: House) -> None:
+    """A record that was changed is drawn as it says, and not called the same."""
+    body = replayed(rooms, forged(made(rooms, CREATE), asked={"prompt": "a blue square"})).json()
+    assert body["replay"]["same_order"] is False
+    assert body["replay"]["equal"] is False
+
+
+@pytest.mark.parametrize("picture", [b"", b"no picture", IMAGE, file_of(disc(), "WEBP")])
+def test_a_picture_that_says_nothing_is_refused(rooms: House, picture: bytes) -> None:
+    """422 naming the field; so is none at all."""
+    assert refused(replayed(rooms, picture)) == "picture_file"
+    assert refused(rooms.client.post("/v1/replay", json={})) == "picture_file"
+
+
+def test_every_field_of_an_order_is_told_or_known_not_to_matter(rooms: House) -> None:
+    """A new parameter cannot be forgotten in what a picture says of itself."""
+    record = read_record(made(rooms, CREATE)) or {}
+    assert set(record["asked"]) == {part.name for part in fields(Order)} - NOT_ASKED  # type: ignore[call-overload]  # a mapping

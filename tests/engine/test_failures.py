@@ -1,0 +1,129 @@
+"""What fails is drawn again from its job, mates are not harmed, and a device that is lost is given up."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+from fakes import PaintedSquares, until
+from squares import Cramped, EngineOf, Poisonous, job, open_gate
+
+from stable_diffusion_server.engine import Phase
+from stable_diffusion_server.engine.desk import SUSPECT_NOT_FINITE
+from stable_diffusion_server.errors import DevicePoisoned, NotFinite, NotReady, OutOfMemory
+
+
+def test_a_group_too_large_for_the_memory_is_drawn_in_smaller_ones(engine_of: EngineOf) -> None:
+    """The shape's cap is halved until it fits, memory is released, and every job comes out."""
+    painter = Cramped(gate=threading.Event(), room=2)
+    engine = engine_of(painter, max_batch=8)
+    first = engine.submit(job("first", steps=1, width=128))
+    until(lambda: len(painter.batches) == 1)
+    tickets = [engine.submit(job(f"a red square {n}")) for n in range(8)]
+    open_gate(painter)
+    drawings = [ticket.result.result(10) for ticket in (first, *tickets)]
+    assert max(len(batch) for batch in painter.batches) == 2
+    assert painter.released == 2
+    assert [figure.cap for figure in engine.figures()] == [8, 2]
+    assert max(drawing.attempts for drawing in drawings) == 3
+
+
+def test_running_out_of_memory_in_the_third_step_loses_nothing(engine_of: EngineOf) -> None:
+    """The group begins anew from its jobs, and what comes next is drawn as ever."""
+    painter = Cramped(room=4, third_step_fails=True)
+    engine = engine_of(painter)
+    tickets = [engine.submit(job(f"a red square {n}")) for n in range(4)]
+    assert [ticket.result.result(10).product.pixels[0, 0, 0] for ticket in tickets] == [214] * 4
+    assert engine.submit(job("the next")).result.result(10).attempts == 1
+
+
+def test_a_lone_job_without_memory_tries_with_less_and_then_says_so(engine_of: EngineOf) -> None:
+    """With smaller tiles it may fit; when there is nothing smaller it is that job's answer, and the next is drawn."""
+    fits = engine_of(Cramped(room=0, shrinks=1)).submit(job("a square"))
+    assert fits.result.result(10).attempts == 2
+    engine = engine_of(Cramped(room=0))
+    with pytest.raises(OutOfMemory):
+        engine.submit(job("a square")).result.result(10)
+    assert engine.phase is Phase.READY
+
+
+def test_a_drawn_picture_is_decoded_with_less_memory_and_not_drawn_again(engine_of: EngineOf) -> None:
+    """Only the decoding is repeated: released, then in smaller tiles for as long as there are smaller ones."""
+    painter = Cramped(room=4, decodes_with=2, shrinks=2)
+    assert engine_of(painter).submit(job("a square")).result.result(10).attempts == 1
+    assert len(painter.batches) == 4
+    with pytest.raises(OutOfMemory):
+        engine_of(Cramped(decodes_with=3, shrinks=2)).submit(job("a square")).result.result(10)
+
+
+def test_a_poisoned_device_is_given_up(engine_of: EngineOf) -> None:
+    """The phase says so, nothing more is taken, and the process is to be replaced.
+
+    Those on the device hear that it was lost, as one of them may be why; those in the line have to come back.
+    """
+    painter, ends = Poisonous(gate=threading.Event()), list[bool]()
+    engine = engine_of(painter, max_batch=2, poisoned=lambda: ends.append(True))
+    tickets = [engine.submit(job(prompt)) for prompt in ("poison", "its mate", "waiting", "waiting too")]
+    open_gate(painter)
+    for ticket in tickets[:2]:
+        with pytest.raises(DevicePoisoned):
+            ticket.result.result(10)
+    for ticket in tickets[2:]:
+        with pytest.raises(NotReady):
+            ticket.result.result(10)
+    until(lambda: ends == [True])
+    assert engine.phase is Phase.FAILED
+    assert "device" in engine.reason
+    with pytest.raises(NotReady):
+        engine.submit(job("too late"))
+
+
+def test_numbers_that_are_never_finite_are_the_devices_fault(engine_of: EngineOf) -> None:
+    """Some in a row are their jobs' answers; one too many, and the device is given up. A good one begins it anew."""
+    painter, ends = Poisonous(finite=False), list[bool]()
+    engine = engine_of(painter, poisoned=lambda: ends.append(True))
+    for _ in range(2):
+        painter.finite = False
+        for n in range(SUSPECT_NOT_FINITE - 1):
+            with pytest.raises(NotFinite):
+                engine.submit(job(f"job {n}")).result.result(10)
+        painter.finite = True
+        assert engine.submit(job("good")).result.result(10)
+    painter.finite = False
+    for n in range(SUSPECT_NOT_FINITE):
+        with pytest.raises(NotFinite):
+            engine.submit(job(f"job {n}")).result.result(10)
+    until(lambda: ends == [True])
+    assert engine.phase is Phase.FAILED
+
+
+def test_poison_while_preparing_or_finishing_ends_it_as_well(engine_of: EngineOf) -> None:
+    """Wherever the device reports it."""
+
+    class PreparePoison(PaintedSquares):
+        def prepare(self, job: object) -> object:  # type: ignore[override]  # it never gives anything
+            raise DevicePoisoned("lost")
+
+    class FinishPoison(PaintedSquares):
+        def finish(self, state: object) -> object:  # type: ignore[override]  # as above
+            raise DevicePoisoned("lost")
+
+    for painter in (PreparePoison(), FinishPoison()):
+        engine = engine_of(painter)
+        with pytest.raises(DevicePoisoned):
+            engine.submit(job("a square")).result.result(10)
+        assert engine.phase is Phase.FAILED
+
+
+def test_stopping_in_time_hands_back_what_is_not_done(engine_of: EngineOf) -> None:
+    """A job that does not end within the grace is failed with an error that a retry can help, so it can be redone."""
+    painter = PaintedSquares(gate=threading.Event())
+    engine = engine_of(painter)
+    begun = engine.submit(job("begun"))
+    until(lambda: len(painter.batches) == 1)
+    engine.stop(0.01)
+    with pytest.raises(NotReady):
+        begun.result.result(0)
+    open_gate(painter)
+    until(lambda: engine.running == 0)
+    assert painter.finished == []

@@ -1,0 +1,99 @@
+"""Several lanes beside each other, phases where weights travel, and previews on the way."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+from fakes import until
+from squares import Crowd, EngineOf, Sketching, Visiting, job, open_gate
+
+from stable_diffusion_server.engine import Engine, Phase
+from stable_diffusion_server.errors import InvalidInput
+from stable_diffusion_server.orders import Event
+
+
+def test_lanes_draw_side_by_side_and_prepare_in_turns(engine_of: EngineOf) -> None:
+    """Two threads step different jobs at the same time; preparing, which shares a tokenizer, is one at a time."""
+    painter = Crowd(together=threading.Barrier(2))
+    engine = engine_of(painter, lanes=2, max_batch=1)
+    tickets = [engine.submit(job(f"job {n}")) for n in range(8)]
+    for ticket in tickets:
+        ticket.result.result(10)
+    assert len(painter.threads) == 2
+    assert painter.most["prepare"] == 1
+    assert painter.lanes_told == [2, 2]
+
+
+def test_lanes_refuse_adapters(engine_of: EngineOf) -> None:
+    """An adapter changes the weights all lanes draw with, so the job is refused, by the parameter's name."""
+    engine = engine_of(Crowd(), lanes=2)
+    with pytest.raises(InvalidInput) as refused:
+        engine.submit(job("a square", loras=(("style", 1.0),)))
+    assert refused.value.field == "lora"
+    assert "LANES=1" in refused.value.detail
+
+
+def test_lanes_are_refused_where_weights_change_while_drawing() -> None:
+    """One sentence says why, and nothing is accepted."""
+    painter = Crowd(unshareable="the weights travel between memory and device.")
+    engine: Engine[Any, Any] = Engine(lambda: painter, queue_limit=1, max_batch=1, lanes=2)
+    engine.start()
+    until(lambda: engine.phase is Phase.FAILED)
+    assert engine.reason == "LANES=2 is not possible: the weights travel between memory and device."
+
+
+def test_weights_that_travel_are_used_in_phases(engine_of: EngineOf) -> None:
+    """All are prepared, stepped until none is left, finished, and the memory is released: no joins in between."""
+    painter = Visiting(gate=threading.Event())
+    engine = engine_of(painter)
+    first = engine.submit(job("first", steps=1, width=128))
+    until(lambda: len(painter.batches) == 1)
+    tickets = [engine.submit(job(f"job {n}", steps=2 + n)) for n in range(3)]
+    open_gate(painter)
+    for ticket in (first, *tickets):
+        ticket.result.result(10)
+    until(lambda: painter.did[-1] == "release")
+    assert painter.did[:4] == ["prepare", "step 1", "finish", "release"]
+    assert painter.did[4:] == [
+        *["prepare"] * 3, *["step 3"] * 2, "step 2", "step 1", *["finish"] * 3, "release"
+    ]  # fmt: skip
+
+
+def test_previews_are_made_for_those_who_want_them(engine_of: EngineOf) -> None:
+    """At most every other step, as a small picture; whoever did not ask costs nothing."""
+    painter, told = Sketching(seconds_per_step=0.01), list[Event]()
+    engine = engine_of(painter)
+    engine.submit(job("plain", steps=8), watch=lambda event: None).result.result(10)
+    assert painter.sketches == 0
+    engine.submit(job("watched", steps=8), previews=True, watch=told.append).result.result(10)
+    sketched = [event for event in told if event.preview is not None]
+    assert [event.step for event in sketched] == [1, 3, 5, 7]
+    assert all(event.preview is not None and np.all(event.preview == event.step) for event in sketched)
+
+
+def test_previews_that_cost_too_much_are_left_out(engine_of: EngineOf) -> None:
+    """Ten times as dear as a step: after the first, which tells the price, there are hardly any."""
+
+    class Slow(Sketching):
+        def preview(self, state: Any) -> Any:
+            threading.Event().wait(0.02)
+            return super().preview(state)
+
+    painter = Slow(seconds_per_step=0.002)
+    engine = engine_of(painter)
+    for _ in range(3):
+        engine.submit(job("watched", steps=20), previews=True, watch=lambda event: None).result.result(10)
+    assert painter.sketches == 2
+
+
+def test_a_preview_that_fails_costs_no_picture(engine_of: EngineOf) -> None:
+    """It is left out, and the job goes on."""
+
+    class Clumsy(Sketching):
+        def preview(self, state: Any) -> Any:
+            raise RuntimeError("spilt")
+
+    assert engine_of(Clumsy()).submit(job("watched"), previews=True).result.result(10)

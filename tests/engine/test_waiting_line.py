@@ -1,0 +1,165 @@
+"""Who is drawn next: shapes, owners and classes take turns, and nobody waits for ever."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+from fakes import PaintedSquares, until
+from squares import EngineOf, job, open_gate
+
+from stable_diffusion_server.engine import Ticket
+from stable_diffusion_server.engine.lane import BACKGROUND_TURN, TURN
+from stable_diffusion_server.engine.waiting import BACKGROUND_EVERY, WaitingLine
+from stable_diffusion_server.orders import EventKind
+
+
+def first_and_last(painter: PaintedSquares, prompt: str) -> tuple[int, int]:
+    """The numbers of a job's first and last step among all steps of the device, from 1."""
+    numbers = [number for number, batch in enumerate(painter.batches, 1) if prompt in batch]
+    return numbers[0], numbers[-1]
+
+
+def test_two_unlike_jobs_end_one_after_the_other(engine_of: EngineOf, gated: PaintedSquares) -> None:
+    """Four steps each: they end at 4 and 8, not step by step at 7 and 8."""
+    engine = engine_of(gated)
+    tickets = [engine.submit(job("square")), engine.submit(job("wide", width=128))]
+    open_gate(gated)
+    for ticket in tickets:
+        ticket.result.result(10)
+    assert (first_and_last(gated, "square"), first_and_last(gated, "wide")) == ((1, 4), (5, 8))
+
+
+def test_a_long_job_lets_another_shape_have_its_turn(engine_of: EngineOf, gated: PaintedSquares) -> None:
+    """Another shape waits for a bounded number of steps, and the long job goes on where it was."""
+    engine = engine_of(gated)
+    long = engine.submit(job("long", steps=100))
+    until(lambda: len(gated.batches) == 1)
+    short = engine.submit(job("short", width=128))
+    open_gate(gated)
+    short.result.result(10)
+    assert long.result.result(10).attempts == 1
+    assert first_and_last(gated, "short")[1] <= 1 + TURN + 4
+    assert sum("long" in batch for batch in gated.batches) == 100
+
+
+def test_equal_shapes_that_keep_coming_do_not_starve_another(engine_of: EngineOf, gated: PaintedSquares) -> None:
+    """Of thirty squares before and after it, one that is wide waits for no more than the group at work."""
+    engine = engine_of(gated, queue_limit=64)
+    before = [engine.submit(job(f"before {n}")) for n in range(4)]
+    until(lambda: engine.running > 0)
+    wide = engine.submit(job("wide", width=128))
+    after = [engine.submit(job(f"after {n}")) for n in range(30)]
+    open_gate(gated)
+    for ticket in (*before, wide, *after):
+        ticket.result.result(10)
+    assert first_and_last(gated, "wide")[1] <= 1 + 4 + 4
+
+
+def test_owners_share_the_device_whoever_floods_it(engine_of: EngineOf, gated: PaintedSquares) -> None:
+    """Beside someone with 300 jobs, someone who comes later with 60 has 45 % of the steps or more until they end."""
+    for loras in ((), (("of another shape", 1.0),)):
+        engine = engine_of(gated, queue_limit=400)
+        assert gated.gate is not None
+        gated.gate.clear()
+        gated.batches.clear()
+        flood = [engine.submit(job(f"flood {n}"), owner="flood") for n in range(300)]
+        mine = [engine.submit(job(f"mine {n}", loras=loras), owner="mine") for n in range(60)]
+        open_gate(gated)
+        for ticket in mine:
+            ticket.result.result(30)
+        end = max(number for number, batch in enumerate(gated.batches) if any("mine" in name for name in batch))
+        steps = [name.split()[0] for batch in gated.batches[: end + 1] for name in batch]
+        assert steps.count("mine") / len(steps) >= 0.45
+        for ticket in flood:
+            ticket.result.cancel()
+
+
+def test_an_owner_who_was_away_has_nothing_saved_up() -> None:
+    """After ten jobs of one owner a newcomer takes turns with it, and does not get ten in a row."""
+    line: WaitingLine[Any] = WaitingLine()
+    for n in range(10):
+        line.add(ticket := Ticket(job(f"early {n}"), owner="early"))
+        line.take(ticket)
+    for n in range(3):
+        line.add(Ticket(job(f"early {n}"), owner="early"))
+        line.add(Ticket(job(f"late {n}"), owner="late"))
+    order = [place.ticket.owner for place in line.in_order()]
+    assert sorted(order[:2]) == sorted(order[2:4]) == ["early", "late"]
+
+
+def test_dear_jobs_take_more_of_a_turn_than_cheap_ones() -> None:
+    """Owners share steps × pixels, so one job of 40 steps stands against ten of four."""
+    line: WaitingLine[Any] = WaitingLine()
+    for n in range(3):
+        line.add(Ticket(job(f"dear {n}", steps=40), owner="dear"))
+    for n in range(30):
+        line.add(Ticket(job(f"cheap {n}"), owner="cheap"))
+    order = [place.ticket.owner for place in line.in_order()]
+    assert [order[:11].count("dear"), order[:22].count("dear")] == [1, 2]
+
+
+def test_interactive_work_goes_before_background_work(engine_of: EngineOf, gated: PaintedSquares) -> None:
+    """What somebody waits for overtakes what nobody does, but background work comes in its turn as well."""
+    engine = engine_of(gated, max_batch=1, queue_limit=64)
+    running = engine.submit(job("running"))
+    until(lambda: engine.running == 1)
+    late = [engine.submit(job(f"late {n}"), background=True) for n in range(2)]
+    now = [engine.submit(job(f"now {n}")) for n in range(20)]
+    open_gate(gated)
+    for ticket in (running, *late, *now):
+        ticket.result.result(10)
+    order = [
+        prompt for prompt, following in pairwise([*(batch[0] for batch in gated.batches), ""]) if following != prompt
+    ]
+    assert order.index("late 0") == 1 + BACKGROUND_EVERY
+    assert order.index("late 1") == 1 + 2 * BACKGROUND_EVERY + 1
+
+
+def test_background_work_makes_room_for_interactive_work(engine_of: EngineOf, gated: PaintedSquares) -> None:
+    """A long job in the background is set aside after a few steps, and goes on later."""
+    engine = engine_of(gated, max_batch=1)
+    late = engine.submit(job("late", steps=60), background=True)
+    until(lambda: len(gated.batches) == 1)
+    now = engine.submit(job("now"))
+    open_gate(gated)
+    now.result.result(10)
+    late.result.result(10)
+    assert first_and_last(gated, "now")[1] <= 1 + BACKGROUND_TURN + 4
+    assert sum("late" in batch for batch in gated.batches) == 60
+
+
+def test_one_owners_long_job_lets_another_owner_in(engine_of: EngineOf, gated: PaintedSquares) -> None:
+    """Equal shapes too, where the group is full of one owner's jobs."""
+    engine = engine_of(gated, max_batch=1)
+    long = engine.submit(job("long", steps=100), owner="a")
+    until(lambda: len(gated.batches) == 1)
+    other = engine.submit(job("other"), owner="b")
+    open_gate(gated)
+    other.result.result(10)
+    assert first_and_last(gated, "other")[1] <= 1 + TURN + 4
+    assert long.result.result(10)
+
+
+def test_who_watches_is_told_of_the_place_in_the_line_and_the_time_left(
+    engine_of: EngineOf, gated: PaintedSquares
+) -> None:
+    """The place falls to nothing, the steps count up, and the time left is known once the shape was measured."""
+    engine = engine_of(gated, max_batch=1)
+    open_gate(gated)
+    for _ in range(2):
+        engine.submit(job("measured", steps=8)).result.result(10)
+    assert gated.gate is not None
+    gated.gate.clear()
+    told: list[Any] = []
+    tickets = [engine.submit(job(f"job {n}"), watch=told.append if n == 2 else None) for n in range(3)]
+    open_gate(gated)
+    for ticket in tickets:
+        ticket.result.result(10)
+    until(lambda: told[-1].kind is EventKind.DONE)
+    places = [event.position for event in told if event.kind is EventKind.QUEUED]
+    assert places == sorted(places, reverse=True)
+    assert places[-1] == 1
+    assert [event.step for event in told if event.kind is EventKind.STEP] == [1, 2, 3, 4]
+    assert all(event.position == 0 for event in told if event.kind is EventKind.STEP)
+    assert all(event.eta_seconds is not None and event.eta_seconds >= 0 for event in told if event.kind != "done")

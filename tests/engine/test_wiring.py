@@ -1,0 +1,51 @@
+"""The engine in the application: its figures are shown, its failure is told, and a lost device ends the process."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fakes import settings_in, until
+from fastapi.testclient import TestClient
+from squares import Poisonous
+
+from stable_diffusion_server.app import create_app
+from stable_diffusion_server.app.stopping import POISONED
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_caps_and_step_times_are_in_the_metrics(house_of: Callable[..., Any]) -> None:
+    """By shape: how many may share a step, and how long one takes."""
+    house = house_of()
+    for n in range(2):
+        assert house.draw(prompt=f"a square {n}").status_code == 200
+    text = house.client.get("/metrics").text
+    assert 'sds_batch_cap{shape="sdxl 128x128"} 1.0' in text
+    assert 'sds_step_seconds{jobs="1",shape="sdxl 128x128"}' in text
+
+
+def test_a_poisoned_device_is_told_and_the_process_is_to_be_replaced(tmp_path: Path) -> None:
+    """The caller is told to come back, /readyz says why it is not ready, and the hook is called."""
+    ends = list[bool]()
+    app = create_app(settings_in(tmp_path), load=lambda settings: Poisonous(), poisoned=lambda: ends.append(True))
+    with TestClient(app, base_url="http://127.0.0.1:8000", client=("127.0.0.1", 5)) as client:
+        until(lambda: client.get("/readyz").status_code == 200)
+        answer = client.get("/create_and_upload_image", params={"prompt": "poison", "width": 64, "height": 64})
+        assert answer.status_code == 503
+        assert answer.headers["retry-after"]
+        until(lambda: ends == [True])
+        unready = client.get("/readyz")
+        assert unready.status_code == 503
+        assert "device" in unready.text
+        assert client.get("/healthz").status_code == 200
+
+
+def test_a_process_whose_device_is_lost_leaves_with_its_own_status() -> None:
+    """So that a watchdog can tell it from an ordinary end, whatever threads still wait for the device."""
+    code = "from stable_diffusion_server.app.stopping import leave_soon; import time; leave_soon(); time.sleep(60)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60, check=False)  # noqa: S603  # our own
+    assert done.returncode == POISONED == 86

@@ -1,0 +1,51 @@
+"""A server on a real socket over painted squares, for clients that bring their own HTTP."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import uvicorn
+from fakes import PaintedSquares, settings_in, until
+
+from stable_diffusion_server.app import create_app
+from stable_diffusion_server.cli import _listen
+
+
+@dataclass
+class Live:
+    """A listening server and what draws in it."""
+
+    url: str
+    squares: PaintedSquares
+    folder: Path
+
+
+@pytest.fixture
+def live_of(tmp_path: Path) -> Iterator[Callable[..., Live]]:
+    """Start a server with other settings, or with squares of one's own."""
+    running: list[tuple[uvicorn.Server, threading.Thread]] = []
+
+    def start(squares: PaintedSquares | None = None, **changes: Any) -> Live:
+        painter = squares or PaintedSquares()
+        settings = settings_in(tmp_path, port=0, **changes)
+        listening = _listen(settings)
+        app = create_app(settings, load=lambda settings: painter)
+        config = uvicorn.Config(app, access_log=False, log_level="warning", proxy_headers=False, log_config=None)
+        server = uvicorn.Server(config)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+        thread.start()
+        running.append((server, thread))
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        until(lambda: server.started and httpx.get(f"{url}/readyz").status_code == 200)
+        return Live(url, painter, tmp_path)
+
+    yield start
+    for server, thread in running:
+        server.should_exit = True
+        thread.join(30)

@@ -1,0 +1,100 @@
+"""Previews made without decoding, prompts that are encoded once, tiles that shrink."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from drawing import disc_mask, draw, job_for, psnr, scene
+from PIL import Image
+
+from stable_diffusion_server.pipelines.denoising import shrink_tiles
+from stable_diffusion_server.pipelines.embeddings import Embeddings
+
+
+@pytest.mark.parametrize("family", ["sdxl", "flux"])
+@pytest.mark.parametrize("task", ["text", "inpaint"])
+def test_a_preview_shows_what_the_picture_is_going_to_be(family: str, task: str, families: dict[str, Any]) -> None:
+    """Small, and nearer to the small picture step by step; at half of the way it is told from any other."""
+    more = {"image": scene(), "mask": disc_mask()} if task == "inpaint" else {}
+    job = job_for(family, seed=3, num_inference_steps=8, **more)
+    state, previews = families[family].prepare(job), []
+    while not state.done:
+        families[family].step([state])
+        previews.append(families[family].preview(state))
+    picture = np.asarray(Image.fromarray(families[family].finish(state).pixels).resize(previews[0].shape[1::-1]))
+    assert {preview.dtype for preview in previews} == {np.dtype(np.uint8)}
+    assert max(max(preview.shape) for preview in previews) <= 128
+    likeness = [psnr(preview, picture) for preview in previews]
+    print(f"\n{family}, {task}: PSNR of preview to picture {', '.join(f'{value:.1f}' for value in likeness)} dB")  # noqa: T201  # figures
+    assert likeness[-1] > 15
+    assert likeness[-1] >= likeness[0] - 1
+
+
+def test_the_preview_of_a_large_picture_is_small(sdxl: Any) -> None:
+    """Latents beyond 128 along a side are averaged, and the proportions are kept."""
+    state = sdxl.prepare(job_for("sdxl", width=2048, height=512))
+    assert sdxl.preview(state).shape == (32, 128, 3)
+
+
+@pytest.mark.parametrize("family", ["sdxl", "flux"])
+def test_a_prompt_is_encoded_once(family: str, families: dict[str, Any]) -> None:
+    """The same words give the same tensors; other words, another negative prompt or guidance are encoded anew."""
+    model = families[family]
+    model.embeddings = Embeddings()
+    first, again = (model.prepare(job_for(family, seed=seed)) for seed in (1, 2))
+    assert len(model.embeddings) == 1
+    assert torch.equal(first.conditioning.embeds, again.conditioning.embeds)
+    before = draw(model, job_for(family))
+    model.prepare(job_for(family, prompt="a green square"))
+    assert len(model.embeddings) == 2
+    if family == "sdxl":
+        model.prepare(job_for(family, negative_prompt="blurred"))
+        model.prepare(job_for(family, guidance_scale=1.0))
+        assert len(model.embeddings) == 4
+    assert (draw(model, job_for(family)) == before).all()
+
+
+def test_encoded_prompts_are_kept_within_their_bytes() -> None:
+    """The one used longest ago goes first, and what is larger than all room is not kept."""
+    kept, made = Embeddings(limit_bytes=3 * 400), list[str]()
+
+    def of(key: str, size: int = 100) -> torch.Tensor:
+        def make() -> tuple[torch.Tensor, None]:
+            made.append(key)
+            return torch.zeros(size), None
+
+        return kept.of(key, make)[0]
+
+    for key in ("a", "b", "c", "a", "d"):
+        of(key)
+    assert (len(kept), kept.bytes) == (3, 1200)
+    of("a")
+    of("b")
+    assert made == ["a", "b", "c", "d", "b"]
+    of("too large", 1000)
+    assert kept.bytes <= 1200
+
+
+def test_tiles_shrink_until_they_are_small(sdxl: Any) -> None:
+    """First in tiles at all, then half as wide each time; the picture stays nearly the same."""
+    vae = copy.deepcopy(sdxl.pipeline.vae)
+    latents = torch.randn(1, vae.config.latent_channels, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        whole = vae.decode(latents).sample
+        assert [shrink_tiles(vae), shrink_tiles(vae), shrink_tiles(vae)] == [True, True, False]
+        assert vae.decode(latents).sample.shape == whole.shape
+
+
+def test_the_registry_offers_what_the_engine_asks_for(registry: Any) -> None:
+    """Previews, threads for lanes, and no objection to lanes on the CPU in full precision."""
+    assert registry.unshareable == ""
+    before = torch.get_num_threads()
+    registry.enter_lane(1)
+    assert torch.get_num_threads() >= 1
+    torch.set_num_threads(before)
+    state = registry.prepare(job_for("flux"))
+    assert registry.preview(state).shape == (128, 128, 3)

@@ -1,0 +1,184 @@
+"""Jobs for painted squares, engines that end with their test, and painters with troubles of their own."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+from fakes import Canvas, Painted, PaintedSquares, until
+from numpy.typing import NDArray
+
+from stable_diffusion_server.engine import Engine, Phase
+from stable_diffusion_server.errors import DevicePoisoned, NotFinite, OutOfMemory
+from stable_diffusion_server.orders import Job, Task
+
+EngineOf = Callable[..., Engine[Any, Any]]
+
+
+def job(prompt: str, steps: int = 4, width: int = 64, **more: Any) -> Job:
+    """A job of few pixels."""
+    return Job(Task.TEXT_TO_IMAGE, "sdxl", "test", prompt, None, width, 64, 1, steps, 1.0, "euler", **more)
+
+
+def open_gate(painter: PaintedSquares) -> None:
+    """Let a painter's steps go."""
+    assert painter.gate is not None
+    painter.gate.set()
+
+
+@pytest.fixture
+def engine_of() -> Iterator[EngineOf]:
+    """Make a running engine."""
+    made: list[Engine[Any, Any]] = []
+
+    def make(painter: PaintedSquares, queue_limit: int = 32, max_batch: int = 4, **more: Any) -> Engine[Any, Any]:
+        engine: Engine[Any, Any] = Engine(lambda: painter, queue_limit=queue_limit, max_batch=max_batch, **more)
+        engine.start()
+        until(lambda: engine.phase is Phase.READY)
+        made.append(engine)
+        return engine
+
+    yield make
+    for engine in made:
+        engine.stop(10)
+
+
+@pytest.fixture
+def gated() -> Iterator[PaintedSquares]:
+    """Squares whose every step waits until the gate is open."""
+    painter = PaintedSquares(gate=threading.Event())
+    yield painter
+    open_gate(painter)
+
+
+@dataclass
+class Cramped(PaintedSquares):
+    """Paints with room for so many canvases in a step, and so many in a finish; counts what it is asked to free.
+
+    Shrinking makes room for one more canvas while it is decoded, `shrinks` times.
+    """
+
+    room: int = 2
+    decodes_with: int = 0
+    shrinks: int = 0
+    released: int = 0
+    shrunk: int = 0
+    third_step_fails: bool = False
+
+    def step(self, states: Sequence[Canvas]) -> None:
+        if len(states) > self.room:
+            raise OutOfMemory("no room")
+        if self.third_step_fails and any(state.index == 2 for state in states):
+            self.third_step_fails = False
+            raise OutOfMemory("no room in the third step")
+        super().step(states)
+
+    def finish(self, state: Canvas) -> Painted:
+        if self.shrunk < self.decodes_with:
+            raise OutOfMemory("no room to decode")
+        return super().finish(state)
+
+    def release_memory(self) -> None:
+        self.released += 1
+
+    def shrink(self) -> bool:
+        if self.shrinks == 0:
+            return False
+        self.shrinks -= 1
+        self.shrunk += 1
+        self.room = max(1, self.room)
+        return True
+
+
+@dataclass
+class Poisonous(PaintedSquares):
+    """A device that is lost in the step after a prompt says "poison", or whose pictures are not finite."""
+
+    finite: bool = True
+
+    def step(self, states: Sequence[Canvas]) -> None:
+        super().step(states)
+        if any("poison" in state.job.prompt for state in states):
+            raise DevicePoisoned("The device reported an error it cannot recover from.")
+
+    def finish(self, state: Canvas) -> Painted:
+        if not self.finite:
+            raise NotFinite("The latents are not finite.")
+        return super().finish(state)
+
+
+@dataclass
+class Visiting(PaintedSquares):
+    """Squares whose paint is not on the device between drawings; `did` is what was done, in order."""
+
+    resident: bool = False
+    did: list[str] = field(default_factory=list)
+
+    def prepare(self, job: Job) -> Canvas:
+        self.did.append("prepare")
+        return super().prepare(job)
+
+    def step(self, states: Sequence[Canvas]) -> None:
+        self.did.append(f"step {len(states)}")
+        super().step(states)
+
+    def finish(self, state: Canvas) -> Painted:
+        self.did.append("finish")
+        return super().finish(state)
+
+    def release_memory(self) -> None:
+        self.did.append("release")
+
+
+@dataclass
+class Sketching(PaintedSquares):
+    """Squares with a preview: a grey that is the number of steps done."""
+
+    sketches: int = 0
+
+    def preview(self, state: Canvas) -> NDArray[np.uint8]:
+        self.sketches += 1
+        return np.full((8, 8, 3), state.index, np.uint8)
+
+
+@dataclass
+class Crowd(PaintedSquares):
+    """Painters who may work side by side; knows how many did, and whether two ever prepared at once."""
+
+    threads: set[int] = field(default_factory=set)
+    lanes_told: list[int] = field(default_factory=list)
+    unshareable: str = ""
+    at_once: Counter[str] = field(default_factory=Counter)
+    most: Counter[str] = field(default_factory=Counter)
+    together: threading.Barrier | None = None
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def enter_lane(self, lanes: int) -> None:
+        self.lanes_told.append(lanes)
+
+    def _within(self, what: str, by: int) -> None:
+        with self._lock:
+            self.at_once[what] += by
+            self.most[what] = max(self.most[what], self.at_once[what])
+
+    def prepare(self, job: Job) -> Canvas:
+        self._within("prepare", 1)
+        try:
+            return super().prepare(job)
+        finally:
+            self._within("prepare", -1)
+
+    def step(self, states: Sequence[Canvas]) -> None:
+        self.threads.add(threading.get_ident())
+        if self.together is not None:
+            self.together.wait(10)
+        self._within("step", 1)
+        try:
+            super().step(states)
+        finally:
+            self._within("step", -1)

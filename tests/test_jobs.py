@@ -1,0 +1,306 @@
+"""Jobs over painted squares: accepted, drawn when their turn comes, cancelled, expired, taken up after a death."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fakes import PaintedSquares, until
+from test_service import OPTIONS, order
+
+from stable_diffusion_server.buckets.local import LocalBucket
+from stable_diffusion_server.engine import Engine, Phase
+from stable_diffusion_server.errors import Busy, InFlight, JournalUnavailable, NotFound, NotReady, RemoteFailed
+from stable_diffusion_server.jobs.desk import Jobs, Rules
+from stable_diffusion_server.jobs.happenings import Happening, Standing
+from stable_diffusion_server.journal.book import Journal
+from stable_diffusion_server.journal.entries import Entry, Problem, State, Work
+from stable_diffusion_server.orders import Caller, Order, Receipt
+from stable_diffusion_server.service import Service
+
+ANN, BOB = Caller("ann"), Caller("bob")
+
+
+@dataclass
+class Ear:
+    """A webhook that hears nothing the first `deaf` times."""
+
+    deaf: int = 0
+    heard: list[tuple[str, bytes, Mapping[str, str]]] = field(default_factory=list)
+
+    async def check(self, url: str) -> None:
+        assert url.startswith("https://")
+
+    async def post(self, url: str, body: bytes, headers: Mapping[str, str]) -> int:
+        if self.deaf > 0:
+            self.deaf -= 1
+            raise RemoteFailed("no connection")
+        self.heard.append((url, body, headers))
+        return 204
+
+    def close(self) -> None:
+        pass
+
+
+class Office:
+    """Jobs over painted squares in a folder."""
+
+    def __init__(self, folder: Path, painter: PaintedSquares, rules: Rules, ear: Ear) -> None:
+        self.painter = painter
+        self.bucket = LocalBucket(folder / "bucket")
+        self.bucket.open()
+        self.engine: Engine[Any, Any] = Engine(lambda: painter, queue_limit=64, max_batch=4)
+        self.engine.start()
+        until(lambda: self.engine.phase is Phase.READY)
+
+        async def fetch(url: str, parameter: str) -> bytes:
+            raise RemoteFailed("nothing there", field=parameter)
+
+        async def decode(data: bytes, parameter: str) -> Any:
+            raise AssertionError("no pictures come here")
+
+        service = Service(self.bucket, self.engine, painter.count_tokens, OPTIONS, fetch=fetch, decode=decode)
+        self.jobs = Jobs(service, Journal(folder / "journal.db", 10_000_000), rules, lambda entry: entry.id, ear)
+
+    async def accepted(self, order: Order, caller: Caller = ANN, **more: Any) -> Standing:
+        standing = await self.jobs.accept(order, caller, **more)
+        assert isinstance(standing, Standing)
+        return standing
+
+    async def ended(self, job_id: str, caller: Caller = ANN) -> Standing:
+        assert (await self.jobs.standing(job_id, caller)).id == job_id
+        return await self.jobs.outcome(job_id, 20)
+
+    async def happened(self, job_id: str, after: str | None = None) -> list[Happening]:
+        happenings = await self.jobs.follow(job_id, ANN, after)
+        assert happenings is not None
+        async with asyncio.timeout(20):
+            return [happening async for happening in happenings if happening is not None]
+
+    async def close(self, grace: float = 0.0) -> None:
+        """End as a process would that was asked to; what is drawn has no time left."""
+        await self.jobs.stop(grace)
+        if self.painter.gate is not None:
+            self.painter.gate.set()
+        await asyncio.to_thread(self.engine.stop, 10)
+
+
+MakeOffice = Callable[..., Any]
+
+
+@pytest.fixture
+async def office_of(tmp_path: Path) -> AsyncIterator[MakeOffice]:
+    """Open an office; the second one takes up what the first left."""
+    made: list[Office] = []
+
+    async def make(painter: PaintedSquares | None = None, ear: Ear | None = None, **rules: Any) -> Office:
+        if made:
+            await made[-1].close()
+        made.append(Office(tmp_path, painter or PaintedSquares(), Rules(**rules), ear or Ear()))
+        await made[-1].jobs.start()
+        return made[-1]
+
+    yield make
+    if made:
+        await made[-1].close()
+
+
+async def test_an_accepted_job_is_drawn_and_can_be_asked_after(office_of: MakeOffice) -> None:
+    """Queued at first, done in the end, with its receipt; the picture is stored."""
+    office = await office_of()
+    accepted = await office.accepted(order())
+    assert accepted.state is State.QUEUED
+    done = await office.ended(accepted.id)
+    assert (done.state, done.attempts) == (State.DONE, 1)
+    assert isinstance(done.outcome, Receipt)
+    assert office.bucket.stat(done.outcome.key) is not None
+    assert [standing.id for standing in await office.jobs.listed(ANN)] == [accepted.id]
+
+
+async def test_a_job_is_seen_and_cancelled_by_its_caller_alone(office_of: MakeOffice) -> None:
+    """To anyone else it does not exist."""
+    office = await office_of(PaintedSquares(gate=threading.Event()))
+    job_id = (await office.accepted(order())).id
+    for ask in (office.jobs.standing, office.jobs.cancel):
+        with pytest.raises(NotFound):
+            await ask(job_id, BOB)
+    with pytest.raises(NotFound):
+        await office.jobs.follow(job_id, BOB, None)
+    assert await office.jobs.listed(BOB) == []
+    assert (await office.jobs.cancel(job_id, ANN)).state is State.CANCELLED
+
+
+async def test_the_events_of_a_job_are_told_in_order_and_from_any_point_on(office_of: MakeOffice) -> None:
+    """Queued, the start, each step, done; who comes back with an id hears only what came after it."""
+    office = await office_of(PaintedSquares(seconds_per_step=0.02))
+    job_id = (await office.accepted(order())).id
+    told = await office.happened(job_id)
+    assert [(event.kind, event.standing.step) for event in told if event.kind != "queued"] == [
+        *(("step", number) for number in range(5)),
+        ("done", 4),
+    ]
+    assert len({event.id for event in told}) == len(told)
+    assert told[-1].id == "end"
+    again = await office_of()
+    assert [event.kind for event in await again.happened(job_id, told[2].id)] == ["done"]
+    assert await again.jobs.follow(job_id, ANN, "end") is None
+
+
+async def test_who_follows_a_job_may_go_on_where_it_was(office_of: MakeOffice) -> None:
+    """The events after an id, while the job is still being drawn."""
+    gate = threading.Event()
+    office = await office_of(PaintedSquares(gate=gate))
+    job_id = (await office.accepted(order())).id
+    await asyncio.to_thread(until, lambda: bool(office.painter.batches))
+    happenings = await office.jobs.follow(job_id, ANN, None)
+    first = [await anext(happenings)]
+    while first[-1].kind != "step":
+        first.append(await anext(happenings))
+    await happenings.aclose()
+    gate.set()
+    rest = await office.happened(job_id, first[-1].id)
+    assert [(event.kind, event.standing.step) for event in rest] == [
+        *(("step", number) for number in range(1, 5)),
+        ("done", 4),
+    ]
+
+
+async def test_jobs_that_were_not_done_are_drawn_after_a_restart_and_end_once(office_of: MakeOffice) -> None:
+    """Queued and running ones alike; the attempt a calm stop ended does not count."""
+    office = await office_of(PaintedSquares(gate=threading.Event()), at_once=2)
+    ids = [(await office.accepted(order(f"a red square {n}"))).id for n in range(5)]
+    await asyncio.to_thread(until, lambda: bool(office.painter.batches))
+    again = await office_of()
+    for job_id in ids:
+        done = await again.ended(job_id)
+        assert (done.state, done.attempts) == (State.DONE, 1)
+    assert len(again.painter.finished) == 5
+
+
+async def test_a_job_on_which_the_process_died_three_times_is_failed_by_name(
+    office_of: MakeOffice, tmp_path: Path
+) -> None:
+    """After two deaths it is drawn alone; after three not at all."""
+    journal = Journal(tmp_path / "journal.db", 10_000_000)
+    journal.open()
+    for job_id, deaths in (("suspect", 2), ("deadly", 3), ("innocent", 0)):
+        prompt = f"a red square {job_id}"
+        journal.accept(Entry(job_id, ANN, time.time()), Work(order(prompt)))
+        for _ in range(deaths):
+            journal.begin(job_id)
+    journal.close()
+    office = await office_of()
+    assert (await office.ended("innocent")).state is State.DONE
+    assert (await office.ended("suspect")).state is State.DONE
+    assert all(len(batch) == 1 for batch in office.painter.batches)
+    deadly = await office.ended("deadly")
+    assert isinstance(deadly.outcome, Problem)
+    assert (deadly.state, deadly.outcome.kind) == (State.FAILED, "ends-the-server")
+    assert not any("deadly" in job.prompt for job in office.painter.prepared)
+
+
+async def test_a_failure_is_told(office_of: MakeOffice) -> None:
+    """What drawing raises is the outcome of the job, opaque where it is none of our errors."""
+    office = await office_of()
+    job_id = (await office.accepted(order("unsteppable"))).id
+    failed = await office.ended(job_id)
+    assert failed.state is State.FAILED
+    assert isinstance(failed.outcome, Problem)
+    assert failed.outcome.kind == "internal-error"
+
+
+async def test_waiting_jobs_are_cancelled_and_expire(office_of: MakeOffice) -> None:
+    """Neither is ever drawn, and those behind them move up."""
+    gate = threading.Event()
+    office = await office_of(PaintedSquares(gate=gate), at_once=1)
+    ids = [(await office.accepted(order(f"a red square {n}"))).id for n in range(2)]
+    hasty = (await office.accepted(order("a red square in haste", timeout=0.05))).id
+    last = (await office.accepted(order("a red square at last"))).id
+    await asyncio.to_thread(until, lambda: bool(office.painter.batches))
+    assert (await office.jobs.standing(last, ANN)).position == 3
+    assert (await office.jobs.cancel(ids[1], ANN)).state is State.CANCELLED
+    expired = await office.ended(hasty)
+    assert isinstance(expired.outcome, Problem)
+    assert expired.outcome.kind == "deadline-exceeded"
+    assert (await office.jobs.standing(last, ANN)).position == 1
+    gate.set()
+    assert (await office.ended(last)).state is State.DONE
+    assert len(office.painter.prepared) == 2
+
+
+async def test_callers_take_turns(office_of: MakeOffice) -> None:
+    """Who hands in one job does not wait for all those of who handed in many before."""
+    gate = threading.Event()
+    office = await office_of(PaintedSquares(gate=gate), at_once=2)
+    many = [(await office.accepted(order(f"a red square {n}"))).id for n in range(6)]
+    one = (await office.accepted(order("a blue square"), BOB)).id
+    gate.set()
+    await office.ended(one, BOB)
+    assert not (await office.jobs.standing(many[-1], ANN)).state.ended
+    for job_id in many:
+        await office.ended(job_id)
+
+
+async def test_too_many_jobs_and_a_stopping_server_are_refused(office_of: MakeOffice) -> None:
+    """429 past the limit, 503 on the way down, 409 for an id that is taken; the accepted ones are kept."""
+    office = await office_of(PaintedSquares(gate=threading.Event()), at_once=1, most_waiting=2)
+    job_id = "an-id-of-the-caller"
+    await office.accepted(order("a red square"), job_id=job_id)
+    with pytest.raises(InFlight):
+        await office.accepted(order("a red square"), job_id=job_id)
+    await asyncio.to_thread(until, lambda: bool(office.painter.batches))
+    for number in range(2):
+        await office.accepted(order(f"a red square {number}"))
+    with pytest.raises(Busy):
+        await office.accepted(order("one more"))
+    office.jobs.drain()
+    with pytest.raises(NotReady):
+        await office.accepted(order("later"))
+
+
+async def test_a_random_seed_is_chosen_when_a_job_is_accepted(office_of: MakeOffice) -> None:
+    """So that a job that is drawn again after a death is the same picture under the same name."""
+    office = await office_of(PaintedSquares(gate=threading.Event()))
+    job_id = (await office.accepted(order(seed="random"))).id
+    await asyncio.to_thread(until, lambda: bool(office.painter.batches))
+    seed = office.painter.prepared[0].seed
+    again = await office_of()
+    done = await again.ended(job_id)
+    assert isinstance(done.outcome, Receipt)
+    assert done.outcome.seed == seed
+
+
+async def test_a_webhook_is_told_until_it_hears(office_of: MakeOffice) -> None:
+    """Not heard twice, heard the third time, signed; what was not heard before a restart is told after it."""
+    rules = {"webhook_secret": "secret", "back_off": (0.02,)}
+    office = await office_of(ear=Ear(deaf=10**6), **rules)
+    job_id = (await office.accepted(order(webhook_url="https://hook.example/done"))).id
+    await office.ended(job_id)
+    await asyncio.sleep(0.1)
+    ear = Ear(deaf=2)
+    await office_of(ear=ear, **rules)
+    await asyncio.to_thread(until, lambda: bool(ear.heard))
+    await asyncio.sleep(0.1)
+    ((url, body, headers),) = ear.heard
+    assert (url, body, headers["webhook-id"]) == ("https://hook.example/done", job_id.encode(), job_id)
+    assert headers["webhook-signature"].startswith("v1,")
+
+
+async def test_a_journal_that_is_held_is_opened_when_it_is_let_go(office_of: MakeOffice, tmp_path: Path) -> None:
+    """Until then jobs are refused; then what it holds is taken up."""
+    held = Journal(tmp_path / "journal.db", 10_000_000)
+    held.open()
+    held.accept(Entry("left-behind", ANN, time.time()), Work(order()))
+    office = await office_of(reopen=0.05)
+    assert not office.jobs.usable
+    with pytest.raises(JournalUnavailable):
+        await office.accepted(order())
+    held.close()
+    await asyncio.to_thread(until, lambda: office.jobs.usable)
+    assert (await office.ended("left-behind")).state is State.DONE

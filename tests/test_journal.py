@@ -1,0 +1,270 @@
+"""The journal: what is accepted is written, what cannot be written is refused whole, what was written is read."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+
+from stable_diffusion_server.errors import Busy, InFlight, JournalUnavailable, ServerError
+from stable_diffusion_server.journal.book import Journal
+from stable_diffusion_server.journal.entries import Claim, Entry, Problem, State, Work
+from stable_diffusion_server.journal.writing import files_of, read_outcome, read_work, written_order, written_outcome
+from stable_diffusion_server.orders import Caller, Fill, Fit, Format, Order, Receipt, Source, Task, Warned
+
+ROOT = Path(__file__).resolve().parent.parent
+WHOLE = Order(
+    Task.INPAINT,
+    "a red square",
+    width=96,
+    height=80,
+    save_path="a.png",
+    model="sdxl",
+    negative_prompt="blue",
+    seed=7,
+    num_inference_steps=5,
+    guidance_scale=1.5,
+    scheduler="ddim",
+    format=Format.PNG,
+    quality=90,
+    overwrite=True,
+    timeout=9.5,
+    image=Source("image_url", url="https://pictures.example/a.png"),
+    mask=Source("mask_file", data=b"mask", transparency=True),
+    strength=0.5,
+    feather=3,
+    canny=None,
+    canny_low=90,
+    canny_high=210,
+    control_scale=0.7,
+    refine=True,
+    loras=(("pastel", 0.5),),
+    named_by_content=True,
+    folder="ann/",
+    variation=1,
+    fit=Fit.PAD,
+    fill=Fill.NOISE,
+    only_masked=8,
+    alone=True,
+    webhook_url="https://hook.example/",
+)
+WORK = Work(WHOLE, {"image_url": b"image"})
+RECEIPT = Receipt(
+    *("static/uploads/a.png", True, False, False, "inpaint", "sdxl", 7, 96, 80, 5, 1.5, "ddim"),
+    warnings=(Warned("bumpy", "It is."),),
+    timings={"queue": 0.1},
+)
+ENTRY = Entry("job-1", Caller("ann", "ann/"), 1000.0, base="http://here", webhook_url="https://hook.example/")
+CLAIM = Claim("ann", "key-1", "print-1")
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> Iterator[Journal]:
+    """An open journal."""
+    book = Journal(tmp_path / "journal.db", 10_000_000)
+    book.open()
+    yield book
+    book.close()
+
+
+def test_an_order_is_read_as_it_was_written() -> None:
+    """Every field survives, the files beside it too; what it leaves open is not written."""
+    changed = {part.name for part in fields(Order) if getattr(WHOLE, part.name) == part.default}
+    assert not changed, "a new field of Order belongs into WHOLE"
+    assert read_work(written_order(WHOLE), files_of(WORK)) == WORK
+    plain = Order(Task.TEXT_TO_IMAGE, "a red square")
+    assert written_order(plain) == '{"version": 1, "task": "text_to_image", "prompt": "a red square"}'
+    assert read_work(written_order(plain), {}) == Work(plain)
+
+
+@pytest.mark.parametrize("written", ['{"version": 2, "task": "inpaint"}', '{"version": 1, "task": "inpaint", "x": 1}'])
+def test_an_order_of_another_version_is_refused(written: str) -> None:
+    """What this version does not know is not guessed at."""
+    with pytest.raises(ServerError, match="another version"):
+        read_work(written, {})
+
+
+@pytest.mark.parametrize("outcome", [RECEIPT, Problem.of(Busy("full", retry_after=3)), None])
+def test_an_outcome_is_read_as_it_was_written(outcome: Receipt | Problem | None) -> None:
+    """Receipts and problems alike."""
+    assert read_outcome(written_outcome(outcome)) == outcome
+
+
+def test_a_problem_becomes_the_error_it_was() -> None:
+    """Status and class come back by the kind; a kind of the future is opaque."""
+    error = Problem.of(Busy("full", retry_after=3)).as_error()
+    assert (type(error), error.detail, error.retry_after) == (Busy, "full", 3)
+    assert type(Problem("of-the-future", "?").as_error()) is ServerError
+
+
+def test_what_was_accepted_is_there_after_the_process_has_died(tmp_path: Path) -> None:
+    """Accepted means written: a process that kills itself right after leaves the job, its files and its attempt."""
+    code = f"""
+        import os, signal, sys
+        sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+        from pathlib import Path
+        from test_journal import ENTRY, WORK, Journal
+        journal = Journal(Path({str(tmp_path / "journal.db")!r}), 10_000_000)
+        journal.open()
+        journal.accept(ENTRY, WORK)
+        journal.begin(ENTRY.id)
+        os.kill(os.getpid(), signal.SIGKILL)
+    """
+    done = subprocess.run(  # noqa: S603  # our own interpreter on a program written here
+        [sys.executable, "-c", textwrap.dedent(code)], check=False
+    )
+    assert done.returncode == -9
+    journal = Journal(tmp_path / "journal.db", 10_000_000)
+    journal.open()
+    assert journal.unfinished() == [replace(ENTRY, state=State.RUNNING, attempts=1)]
+    assert journal.begin(ENTRY.id) == WORK
+    journal.close()
+
+
+def test_a_job_goes_its_way(journal: Journal) -> None:
+    """Begun, put back with and without its attempt counting, ended with an outcome; its files are gone then."""
+    journal.accept(ENTRY, WORK)
+    journal.begin(ENTRY.id)
+    journal.put_back(ENTRY.id, forgiven=True)
+    assert journal.find(ENTRY.id) == ENTRY
+    journal.begin(ENTRY.id)
+    journal.put_back(ENTRY.id, forgiven=False)
+    assert journal.find(ENTRY.id) == replace(ENTRY, attempts=1)
+    ended = replace(ENTRY, state=State.DONE, attempts=1, ended_at=1009.0, outcome=RECEIPT)
+    journal.end(ended)
+    assert journal.find(ENTRY.id) == ended
+    assert journal.unfinished() == []
+    with pytest.raises(KeyError):
+        journal.begin(ENTRY.id)
+
+
+def test_a_callers_jobs_are_listed_newest_first(journal: Journal) -> None:
+    """Only its own, and no more than asked for."""
+    for number, name in enumerate(["ann", "bob", "ann", "ann"]):
+        journal.accept(replace(ENTRY, id=f"job-{number}", caller=Caller(name)), WORK)
+    assert [entry.id for entry in journal.latest_of("ann", 2)] == ["job-3", "job-2"]
+    assert journal.find("job-9") is None
+
+
+def test_a_full_journal_refuses_whole_jobs_and_still_takes_ends(tmp_path: Path) -> None:
+    """Past its size the next job is refused by name, nothing of it is written, and the others go on."""
+    journal = Journal(tmp_path / "journal.db", 400_000)
+    journal.open()
+    large = Work(replace(WHOLE, mask=Source("mask_file", data=os.urandom(100_000))), {"image_url": b"image"})
+    accepted: list[str] = []
+
+    def accept_many() -> None:
+        for number in range(10):
+            journal.accept(replace(ENTRY, id=f"job-{number}"), large)
+            accepted.append(f"job-{number}")
+
+    with pytest.raises(JournalUnavailable, match="full") as refused:
+        accept_many()
+    assert (refused.value.status, refused.value.retry_after) == (503, 30)
+    assert 1 <= len(accepted) <= 4
+    assert [entry.id for entry in journal.unfinished()] == accepted
+    for job_id in accepted:
+        assert journal.begin(job_id) == large
+        journal.end(replace(ENTRY, id=job_id, state=State.DONE, ended_at=1.0, outcome=RECEIPT), "told")
+    journal.accept(replace(ENTRY, id="later"), large)
+    journal.close()
+
+
+def test_a_journal_that_cannot_be_opened_is_told_and_refuses(tmp_path: Path) -> None:
+    """Not a journal at all, one that another process has, one of the future: each is refused, none is touched."""
+    (tmp_path / "noise.db").write_bytes(b"noise" * 1000)
+    first = Journal(tmp_path / "held.db", 10_000_000)
+    first.open()
+    with sqlite3.connect(tmp_path / "future.db") as future:
+        future.execute("PRAGMA user_version = 99")
+    future.close()
+    for name in ("noise.db", "future.db", "absent/journal.db"):
+        journal = Journal(tmp_path / name, 10_000_000)
+        with pytest.raises(JournalUnavailable):
+            journal.open()
+        with pytest.raises(JournalUnavailable):
+            journal.accept(ENTRY, WORK)
+    assert (tmp_path / "noise.db").read_bytes() == b"noise" * 1000
+    first.close()
+
+
+def test_a_key_is_answered_once_and_then_repeated(journal: Journal) -> None:
+    """Taken while in flight, then the answer; the key of another caller is another key; a released one is free."""
+    assert journal.claim(CLAIM, 1.0) is None
+    waits = journal.claim(replace(CLAIM, fingerprint="other"), 2.0)
+    assert waits is not None
+    assert (waits.fingerprint, waits.job_id, waits.outcome) == ("print-1", None, None)
+    assert journal.claim(replace(CLAIM, caller="bob"), 3.0) is None
+    journal.answer(CLAIM, RECEIPT)
+    again = journal.claim(CLAIM, 4.0)
+    assert again is not None
+    assert again.outcome == RECEIPT
+    journal.release(CLAIM)
+    assert journal.claim(CLAIM, 5.0) is None
+
+
+def test_a_key_that_came_with_a_job_leads_to_it(journal: Journal) -> None:
+    """The second acceptance with it writes nothing and names the first job."""
+    assert journal.accept(ENTRY, WORK, CLAIM) is None
+    again = journal.accept(replace(ENTRY, id="job-2"), WORK, CLAIM)
+    assert again is not None
+    assert again.job_id == "job-1"
+    assert journal.find("job-2") is None
+
+
+def test_a_key_whose_request_died_with_the_process_is_free_again(tmp_path: Path) -> None:
+    """Nobody was answered, so nothing is there to be repeated; an answered one stays."""
+    journal = Journal(tmp_path / "journal.db", 10_000_000)
+    journal.open()
+    journal.claim(CLAIM, 1.0)
+    journal.claim(replace(CLAIM, key="answered"), 1.0)
+    journal.answer(replace(CLAIM, key="answered"), RECEIPT)
+    journal.close()
+    journal.open()
+    assert journal.claim(CLAIM, 2.0) is None
+    assert journal.claim(replace(CLAIM, key="answered"), 2.0) is not None
+    journal.close()
+
+
+def test_messages_come_when_they_are_due_and_go_when_they_are_told(journal: Journal) -> None:
+    """Written with the end of the job; postponed with their tries counted."""
+    journal.accept(ENTRY, WORK)
+    journal.end(replace(ENTRY, state=State.DONE, ended_at=10.0, outcome=RECEIPT), "the body")
+    assert journal.messages(9.0, 5) == []
+    (message,) = journal.messages(10.0, 5)
+    assert (message.job_id, message.url, message.body, message.tries) == (
+        "job-1",
+        "https://hook.example/",
+        "the body",
+        0,
+    )
+    journal.postpone(message, 20.0)
+    assert journal.messages(19.0, 5) == []
+    assert [message.tries for message in journal.messages(20.0, 5)] == [1]
+    journal.told(message)
+    assert journal.messages(99.0, 5) == []
+
+
+def test_the_past_is_forgotten_when_its_time_is_over(journal: Journal) -> None:
+    """Ended jobs and answered keys go; what waits stays, however old."""
+    for number, ended in enumerate([5.0, 50.0]):
+        entry = replace(ENTRY, id=f"job-{number}", state=State.DONE, ended_at=ended, outcome=RECEIPT)
+        journal.accept(entry, WORK, replace(CLAIM, key=f"key-{number}"))
+        journal.end(entry, "message")
+    with pytest.raises(InFlight):
+        journal.accept(ENTRY, WORK)
+    journal.accept(replace(ENTRY, id="waits", caller=Caller("bob")), WORK)
+    journal.claim(replace(CLAIM, key="waits"), 1.0)
+    journal.expire(jobs_before=10.0, claims_before=2000.0)
+    assert {entry.id for entry in journal.latest_of("ann", 9)} == {"job-1"}
+    assert [entry.id for entry in journal.unfinished()] == ["waits"]
+    assert [message.job_id for message in journal.messages(99.0, 9)] == ["job-1"]
+    assert journal.claim(replace(CLAIM, key="key-0"), 60.0) is None
+    assert journal.claim(replace(CLAIM, key="waits"), 60.0) is not None

@@ -1,0 +1,181 @@
+"""The watchdog over small programs: what it starts again, what it lets be, what it passes on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from fakes import until
+
+from stable_diffusion_server.app.stopping import POISONED
+
+# Counts its starts in a file, then does what it is told to.
+PROGRAM = """
+import os, signal, sys, time
+from pathlib import Path
+starts = Path("starts")
+count = len(starts.read_text()) + 1 if starts.exists() else 1
+starts.write_text("x" * count)
+Path("pid").write_text(str(os.getpid()))
+progress = Path("data/progress.txt")
+"""
+
+
+class Watched:
+    """A watchdog over a program, in a folder of its own."""
+
+    def __init__(self, folder: Path, program: str, **environment: str) -> None:
+        self.folder = folder
+        (folder / "data").mkdir()
+        (folder / "program.py").write_text(PROGRAM + textwrap.dedent(program))
+        self.log = folder / "log"
+        with self.log.open("wb") as out:
+            self.process = subprocess.Popen(  # our own program, written here
+                [sys.executable, "-m", "stable_diffusion_server.watchdog", "--", sys.executable, "program.py"],
+                cwd=folder,
+                env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), **environment},
+                stderr=out,
+            )
+
+    @property
+    def starts(self) -> int:
+        counted = self.folder / "starts"
+        return len(counted.read_text()) if counted.exists() else 0
+
+    @property
+    def pid(self) -> int:
+        return int((self.folder / "pid").read_text())
+
+    def ends(self) -> int:
+        return self.process.wait(60)
+
+
+@pytest.mark.parametrize(("ends", "status"), [("sys.exit(0)", 0), ("sys.exit(2)", 2)])
+def test_a_program_that_ends_for_good_is_not_started_again(tmp_path: Path, ends: str, status: int) -> None:
+    """A clean end, and a wrong setting, which no start can mend."""
+    watched = Watched(tmp_path, ends)
+    assert (watched.ends(), watched.starts) == (status, 1)
+
+
+@pytest.mark.parametrize("ends", ["os.kill(os.getpid(), signal.SIGKILL)", f"sys.exit({POISONED})", "sys.exit(1)"])
+def test_a_program_that_dies_or_asks_for_it_is_started_again(tmp_path: Path, ends: str) -> None:
+    """Killed, with a lost device, or by an error: the next one does its work."""
+    watched = Watched(tmp_path, f"if count < 2: {ends}\nsys.exit(0)")
+    assert (watched.ends(), watched.starts) == (0, 2)
+    assert "started again" in watched.log.read_text()
+
+
+def test_a_program_that_keeps_dying_is_given_up(tmp_path: Path) -> None:
+    """Five more starts with longer and longer waits, then its own status."""
+    watched = Watched(tmp_path, "sys.exit(3)")
+    time.sleep(1)
+    assert watched.starts <= 3
+    assert (watched.ends(), watched.starts) == (3, 6)
+    assert "giving up" in watched.log.read_text()
+
+
+def test_a_hang_with_work_in_hand_is_ended(tmp_path: Path) -> None:
+    """No sign of life for HANG_SECONDS with a picture under way: killed, with its children, and started again."""
+    watched = Watched(
+        tmp_path,
+        """
+        if count > 1: sys.exit(0)
+        progress.write_text("12:00:00\\n1\\n")
+        time.sleep(600)
+        """,
+        HANG_SECONDS="1",
+    )
+    assert (watched.ends(), watched.starts) == (0, 2)
+    assert "no sign of life" in watched.log.read_text()
+
+
+def test_an_idle_program_and_one_that_makes_progress_are_let_be(tmp_path: Path) -> None:
+    """Silence without work is rest; work with signs of life is work; what an earlier one left says nothing."""
+    watched = Watched(
+        tmp_path,
+        """
+        for number in range(8):
+            progress.write_text(f"12:00:0{number}\\n1\\n")
+            time.sleep(0.3)
+        progress.write_text("12:00:09\\n0\\n")
+        time.sleep(2)
+        progress.write_text("12:00:09\\n1\\n")
+        if count < 2: sys.exit(1)
+        progress.write_text("12:00:09\\n0\\n")
+        sys.exit(0)
+        """,
+        HANG_SECONDS="1",
+    )
+    assert (watched.ends(), watched.starts) == (0, 2)
+    assert "no sign of life" not in watched.log.read_text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_is_passed_on_and_ends_both(tmp_path: Path, number: signal.Signals) -> None:
+    """The program ends as it likes, and is not started again."""
+    watched = Watched(
+        tmp_path,
+        """
+        def stop(number, frame):
+            time.sleep(0.3)
+            Path("stopped").write_text(str(number))
+            sys.exit(0)
+        signal.signal(signal.SIGTERM, stop)
+        signal.signal(signal.SIGINT, stop)
+        Path("ready").write_text("")
+        while True: time.sleep(1)
+        """,
+    )
+    until(lambda: (tmp_path / "ready").exists())
+    watched.process.send_signal(number)
+    assert watched.ends() == 0
+    assert (watched.starts, (tmp_path / "stopped").read_text()) == (1, str(int(number)))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a child of its parent's death")
+def test_no_program_is_left_that_no_one_watches(tmp_path: Path) -> None:
+    """A watchdog that is killed takes its program along."""
+    watched = Watched(tmp_path, "Path('ready').write_text('')\nwhile True: time.sleep(1)")
+    until(lambda: (tmp_path / "ready").exists())
+    watched.process.kill()
+    watched.ends()
+
+    def gone() -> bool:
+        status = Path(f"/proc/{watched.pid}/stat")
+        return not status.exists() or status.read_text().rsplit(")", 1)[1].split()[0] == "Z"
+
+    until(gone)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "told"),
+    [
+        ([], {}, "usage"),
+        (["serve"], {}, "usage"),
+        (["--", "no-such-program"], {}, "no-such-program cannot be started"),
+        (["--", "true"], {"HANG_SECONDS": "soon"}, "HANG_SECONDS"),
+    ],
+)
+def test_what_is_wrong_is_told_in_one_sentence(
+    tmp_path: Path, arguments: list[str], environment: dict[str, str], told: str
+) -> None:
+    """No command, one that is not there, a wrong setting."""
+    done = subprocess.run(  # noqa: S603  # our own command
+        [sys.executable, "-m", "stable_diffusion_server.watchdog", *arguments],
+        cwd=tmp_path,
+        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert told in done.stderr
+    assert len(done.stderr.splitlines()) == 1
