@@ -66,7 +66,7 @@ def add_doors(app: FastAPI, settings: Settings, service: Service, jobs: Jobs, st
     answering = Answering(service, jobs, url_of, stores.base_of)
     app.include_router(uploads.router(answering, options.limits, url_of, get_generates=settings.get_generates))
     house = build_house(settings, options)
-    app.include_router(images.router(service, house, url_of))
+    app.include_router(images.router(service, answering, house, url_of))
     app.include_router(sdapi.router(service, house, url_of))
     app.include_router(job_doors.router(jobs, url_of))
     app.include_router(files.router(stores.bucket, stores.shelf, stores.signer, stores.folder))
