@@ -52,6 +52,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         port = free_port()
         environment = {"PYTHONPATH": str(ROOT), "PATH": os.environ["PATH"], "HOME": folder, "LOG_LEVEL": "error"}
+        environment["OMP_NUM_THREADS"] = "1"  # on cores that others use as well more only wait for one another
         with Path(folder, "log").open("wb") as log:
             server = subprocess.Popen(  # our own server
                 [sys.executable, "-m", "stable_diffusion_server", "serve"],

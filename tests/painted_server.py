@@ -1,27 +1,12 @@
-"""A server process that paints squares, slowly: `python tests/painted_server.py`, settings from the environment."""
-
-import math
-from typing import Any
+"""A server process over painted squares that take their time, with the settings of the environment."""
 
 import uvicorn
-from fakes import PaintedSquares
+from fakes import Retouchers
 
 from stable_diffusion_server.app import create_app
-from stable_diffusion_server.settings import Settings
 from stable_diffusion_server.settings.reading import read_settings
-
-SECONDS_PER_STEP = 0.1
-
-
-def load(settings: Settings) -> Any:
-    return PaintedSquares(seconds_per_step=SECONDS_PER_STEP)
-
 
 if __name__ == "__main__":
     settings = read_settings()
-    uvicorn.run(
-        create_app(settings, load=load),
-        port=settings.port,
-        log_level="warning",
-        timeout_graceful_shutdown=math.ceil(settings.stop_seconds),
-    )
+    app = create_app(settings, load=lambda settings: Retouchers(seconds_per_step=0.05))
+    uvicorn.run(app, port=settings.port, log_level="warning", proxy_headers=False)

@@ -17,6 +17,7 @@ from stable_diffusion_server.app.drawing import Loaded, Models, build_engine, bu
 from stable_diffusion_server.app.jobs import build_jobs
 from stable_diffusion_server.app.stopping import drained_by_signals, leave_soon
 from stable_diffusion_server.app.storage import Stores
+from stable_diffusion_server.app.studio import add_studio
 from stable_diffusion_server.engine import Phase
 from stable_diffusion_server.observability import configure_logging
 from stable_diffusion_server.service import Service
@@ -69,11 +70,11 @@ def create_app(
         await asyncio.to_thread(stores.open, faults)
         engine.start()
         await jobs.start()
-        loop = asyncio.get_running_loop()
-        with drained_by_signals(engine.drain, lambda: loop.call_soon_threadsafe(jobs.drain)):
+        soon = asyncio.get_running_loop().call_soon_threadsafe
+        with drained_by_signals(engine.drain, lambda: soon(jobs.drain), lambda: soon(studio.drain)):
             yield
             grace = settings.stop_seconds
-            await asyncio.gather(asyncio.to_thread(engine.stop, grace), jobs.stop(grace))
+            await asyncio.gather(studio.close(), asyncio.to_thread(engine.stop, grace), jobs.stop(grace))
         service.close()
         fetcher.close()
         await decoder.close()
@@ -84,5 +85,6 @@ def create_app(
     add_middleware(app, settings)
     add_doors(app, settings, service, jobs, stores, options)
     add_replay(app, service, stores, options, decode)
+    studio = add_studio(app, settings)
     app.include_router(ops.router(missing, metrics.exposition, loaded.told))
     return app

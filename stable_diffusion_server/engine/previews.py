@@ -14,6 +14,8 @@ from stable_diffusion_server.engine.ticket import Seat
 
 # At most every so many steps, and for at most this share of the time spent on steps.
 EVERY, SHARE = 2, 0.05
+# Prices are remembered for so many shapes.
+SHAPES = 64
 
 _log = structlog.get_logger(__name__)
 
@@ -36,6 +38,8 @@ class Previews:
             if state.shape not in self._seconds:
                 # The first one of a shape may have to make what the others use, so it is not counted.
                 self._preview(state)
+                if len(self._seconds) >= SHAPES:
+                    self._seconds.clear()
                 self._seconds[state.shape] = self._made(state)[1]
             if seat.previews + self._seconds[state.shape] > SHARE * seat.share:
                 return None

@@ -52,6 +52,7 @@ class Doors(Group):
             "Addresses and networks of proxies whose X-Forwarded-For, -Host and -Proto are believed, as in `10.0.0.2`."
         ),
     )
+    ui: bool = Field(True, description="0 leaves the UI out, which is at `/ui`.")
     get_generates: bool = Field(True, description="0 has only POST draw.")
     max_n: int = Field(
         4, ge=1, le=64, description="Most pictures one request may ask for, where it may ask for several."

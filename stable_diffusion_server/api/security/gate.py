@@ -63,7 +63,7 @@ class Gate:
                 await self._enter(scope, headers, receive, send_with_headers, more)
             finally:
                 seconds = round(time.perf_counter() - started, 4)
-                quiet = status == HTTPStatus.OK and scope["path"] in _QUIET
+                quiet = status == HTTPStatus.OK and (scope["path"] in _QUIET or scope["path"].startswith("/ui/"))
                 level = _log.debug if quiet else _log.info
                 who = {"key": name} if (name := scope["state"]["caller"].name) else {}
                 level("request", method=scope["method"], path=scope["path"], status=status, seconds=seconds, **who)

@@ -20,7 +20,9 @@ from stable_diffusion_server.orders import Caller
 
 _HOST = re.compile(r"(\[(?P<v6>[0-9A-Fa-f:.]+)\]|(?P<name>[A-Za-z0-9._-]+))(:\d*)?")
 # Reading these draws nothing and tells no secret, so a link or an <img> on another page may lead here.
-_OPEN_PATHS = ("/healthz", "/readyz", "/docs", "/openapi.json")
+_OPEN_PATHS = ("/healthz", "/favicon.ico", "/readyz", "/docs", "/openapi.json")
+# Opening this page draws nothing, so that a link may lead here; what it does goes through doors that look.
+_PAGES = ("/ui", "/ui/")
 # Asked again and again by programs that wait, and cheap: they need a key, and are not counted against its rate.
 _CHEAP_PATHS = (
     "/metrics /jobs /history /files /ui /v1/models /internal/progress /sdapi/v1/progress /sdapi/v1/interrupt "
@@ -66,7 +68,8 @@ class Policy:
         path: str = scope["path"]
         if _is_open(scope):
             return Admitted()
-        self._check_origin(scope, headers)
+        if not (path in _PAGES and scope["method"] in ("GET", "HEAD")):
+            self._check_origin(scope, headers)
         if scope["method"] == "OPTIONS":
             return Admitted()  # a preflight carries no key, and draws nothing
         admitted = self._admit_client(scope, headers)
@@ -78,6 +81,8 @@ class Policy:
 
     def _admit_client(self, scope: Scope, headers: Headers) -> Admitted:
         address = (scope.get("client") or ("",))[0]
+        if self.keys and _is_under(scope["path"], ("/ui",)):
+            return Admitted()  # a page cannot send a key: the UI asks for one itself, and asks our doors with it
         if self.keys:
             key = self.keys.holder(headers)
             allowed = Allowed(f"key {key.caller.name}", key.rate or self.rate, key.concurrency or self.concurrency)

@@ -1,0 +1,147 @@
+"""The server's HTTP API as one visitor of the studio asks it: orders, jobs, their events, what is stored. No pages."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from typing import Any
+
+import httpx
+
+Job = dict[str, Any]
+Files = Mapping[str, bytes]
+
+_SHORT, _LONG = httpx.Timeout(30), httpx.Timeout(30, read=60)
+
+
+class RefusedError(Exception):
+    """The server said no: `detail` is its sentence, `faults` pairs of a field and what is wrong with it."""
+
+    def __init__(self, status: int, detail: str, faults: tuple[tuple[str, str], ...] = ()) -> None:
+        super().__init__(detail)
+        self.status = status
+        self.detail = detail
+        self.faults = faults
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """One picture to ask for: the door, its fields in words, and files by field."""
+
+    door: str
+    fields: Mapping[str, str]
+    files: Files = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Desk:
+    """The server at `base`, asked with `key` where it wants one."""
+
+    http: httpx.AsyncClient
+    base: str
+    key: str = field(default="", repr=False)
+
+    async def start(self, wish: Wish) -> Job:
+        """Have a picture drawn, as a job. Raises `RefusedError`."""
+        files = {name: (f"{name}.png", content) for name, content in wish.files.items()}
+        body: dict[str, Any] = {"data": dict(wish.fields), "files": files} if files else {"json": dict(wish.fields)}
+        return await self._json("POST", wish.door, headers={"Prefer": "respond-async"}, **body)
+
+    async def events(self, job_id: str) -> AsyncIterator[tuple[str, Job]]:
+        """What happens to a job, until it has ended. Raises `RefusedError`."""
+        url, headers = f"{self.base}/jobs/{job_id}/events", self._headers({})
+        async with self.http.stream("GET", url, headers=headers, timeout=_LONG) as answer:
+            if answer.status_code != HTTPStatus.OK:
+                await answer.aread()
+                raise _refused(answer)
+            kind = ""
+            async for line in answer.aiter_lines():
+                name, _, value = line.partition(": ")
+                if name == "event":
+                    kind = value
+                elif name == "data":
+                    yield kind, json.loads(value)
+
+    async def job(self, job_id: str) -> Job:
+        """How a job stands. Raises `RefusedError`."""
+        return await self._json("GET", f"/jobs/{job_id}")
+
+    async def cancel(self, job_id: str) -> Job:
+        """End a job. Raises `RefusedError`."""
+        return await self._json("DELETE", f"/jobs/{job_id}")
+
+    async def jobs(self) -> list[Job]:
+        """The visitor's latest jobs, newest first. Raises `RefusedError`."""
+        jobs: list[Job] = (await self._json("GET", "/jobs"))["jobs"]
+        return jobs
+
+    async def history(self, words: str, before: int | None = None, limit: int = 24) -> Job:
+        """Pictures drawn here, newest first: `pictures`, and `next` to go on behind. Raises `RefusedError`."""
+        params: dict[str, str | int] = {"q": words, "limit": limit} if words else {"limit": limit}
+        return await self._json("GET", "/history", params=params if before is None else {**params, "before": before})
+
+    async def record(self, key: str) -> Job:
+        """How a picture was made. Raises `RefusedError`."""
+        return await self._json("GET", f"/files/{_path(key)}", params={"record": "1"})
+
+    async def remove(self, key: str) -> None:
+        """Delete a picture. Raises `RefusedError`."""
+        await self._ask("DELETE", f"/files/{_path(key)}")
+
+    async def replay(self, picture: bytes) -> Job:
+        """Draw a picture made here again. Raises `RefusedError`."""
+        return await self._json("POST", "/v1/replay", files={"picture_file": ("picture", picture)}, timeout=_LONG)
+
+    async def readiness(self) -> Job:
+        """Whether the server can draw, what it misses, and its models."""
+        answer = await self.http.get(f"{self.base}/readyz", headers=self._headers({}), timeout=_SHORT)
+        told: Job = answer.json()
+        return told
+
+    async def figures(self) -> str:
+        """The server's figures in Prometheus's format. Raises `RefusedError`."""
+        return (await self._ask("GET", "/metrics")).text
+
+    async def picture(self, url: str) -> bytes:
+        """The file at the address of a picture. Raises `RefusedError`."""
+        if url.startswith(f"{self.base}/"):
+            return (await self._ask("GET", url.removeprefix(self.base))).content
+        async with httpx.AsyncClient(timeout=_SHORT) as elsewhere:  # the bucket, which the server itself named
+            answer = await elsewhere.get(url)
+        if answer.status_code != HTTPStatus.OK:
+            raise _refused(answer)
+        return answer.content
+
+    async def _json(self, method: str, path: str, **more: Any) -> Job:
+        told: Job = (await self._ask(method, path, **more)).json()
+        return told
+
+    async def _ask(self, method: str, path: str, **more: Any) -> httpx.Response:
+        headers, timeout = self._headers(more.pop("headers", {})), more.pop("timeout", _SHORT)
+        try:
+            answer = await self.http.request(method, self.base + path, headers=headers, timeout=timeout, **more)
+        except httpx.HTTPError as error:
+            raise RefusedError(0, f"The server cannot be reached ({type(error).__name__}).") from error
+        if answer.status_code >= HTTPStatus.BAD_REQUEST:
+            raise _refused(answer)
+        return answer
+
+    def _headers(self, more: Mapping[str, str]) -> dict[str, str]:
+        return {**more, "Authorization": f"Bearer {self.key}"} if self.key else dict(more)
+
+
+def _path(key: str) -> str:
+    return "/".join(str(httpx.URL("", path="/" + part).raw_path[1:], "ascii") for part in key.split("/"))
+
+
+def _refused(answer: httpx.Response) -> RefusedError:
+    try:
+        problem = answer.json()
+        faults = tuple((str(fault["field"]), str(fault["detail"])) for fault in problem.get("errors", ()))
+        detail = str(problem["detail"])
+    except (ValueError, KeyError, TypeError, AttributeError):
+        faults, detail = (), f"The server answered {answer.status_code}."
+    wait = answer.headers.get("retry-after")
+    return RefusedError(answer.status_code, f"{detail} Try again in {wait} s." if wait else detail, faults)

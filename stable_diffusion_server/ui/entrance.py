@@ -1,0 +1,148 @@
+"""The way into the studio: opens it when someone first asks, wants a key where one is needed, guards its pages."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Collection
+from contextlib import suppress
+from http import HTTPStatus
+
+import structlog
+from fastapi import FastAPI
+from starlette.datastructures import MutableHeaders
+from starlette.requests import Request
+from starlette.responses import RedirectResponse, Response
+from starlette.types import Message, Receive, Scope, Send
+
+from stable_diffusion_server.ui import pages
+from stable_diffusion_server.ui.desk import RefusedError
+from stable_diffusion_server.ui.desks import COOKIE, Desks
+
+_log = structlog.get_logger(__name__)
+
+_DAY = 86_400
+_KEY_BYTES = 4096
+
+
+class Entrance:
+    """ASGI application for everything under `/ui`.
+
+    `build` imports Gradio and makes the studio, which takes seconds: on a thread, when someone first asks, so that a
+    server nobody looks at pays nothing. `desks` lead back to the server; with `keyed`, a visitor
+    shows a key first. Pictures may also come from `sources`, the bucket's origins.
+    """
+
+    def __init__(
+        self,
+        build: Callable[[], FastAPI],
+        desks: Desks,
+        *,
+        keyed: bool,
+        sources: Collection[str] = (),
+    ) -> None:
+        self._build = build
+        self._desks = desks
+        self._keyed = keyed
+        self._headers = _headers(sources)
+        self._studio: FastAPI | None = None
+        self._fault = ""
+        self._opening: asyncio.Task[None] | None = None
+        self._closing = asyncio.Event()
+        self._under_way: set[asyncio.Task[None]] = set()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        request = Request(scope, receive)
+        if self._keyed and (refused := await self._checked(request)) is not None:
+            await refused(scope, receive, send)
+        elif self._studio is None:
+            await self._opened(request)(scope, receive, send)
+        else:
+            await self._shown(self._studio, scope, receive, send)
+
+    def drain(self) -> None:
+        """End what is under way, from the event loop: pages listen for as long as they are open."""
+        self._closing.set()
+        for task in self._under_way:
+            task.cancel()
+
+    async def close(self) -> None:
+        """Let the studio go."""
+        self.drain()
+        if self._opening is not None:
+            with suppress(Exception):
+                await self._opening
+
+    async def _checked(self, request: Request) -> Response | None:
+        """What is answered to who has no key; `None` for who has."""
+        if self._desks.guests.key_of(request.cookies.get(COOKIE, "")) is not None:
+            return None
+        if request.method != "POST" or request.url.path != "/ui/key":
+            return pages.key_wanted()
+        if int(request.headers.get("content-length", _KEY_BYTES + 1)) > _KEY_BYTES:
+            return pages.key_wanted("That is too long for a key.")
+        key = str((await request.form()).get("key", ""))
+        try:
+            await self._desks.at(str(request.base_url), key).jobs()
+        except RefusedError as error:
+            wrong = error.status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)
+            return pages.key_wanted("This is no key of this server." if wrong else error.detail)
+        answer = RedirectResponse("/ui/", HTTPStatus.SEE_OTHER)
+        secure = request.url.scheme == "https"
+        token = self._desks.guests.welcome(key)
+        answer.set_cookie(COOKIE, token, max_age=_DAY, path="/ui", secure=secure, httponly=True, samesite="strict")
+        return answer
+
+    def _opened(self, request: Request) -> Response:
+        if self._fault:
+            return pages.closed(self._fault)
+        if self._opening is None:
+            ready = asyncio.Event()
+            self._opening = asyncio.create_task(self._open(ready))
+        return pages.opening()
+
+    async def _open(self, ready: asyncio.Event) -> None:
+        """Build the studio, and keep it open until the server ends."""
+        try:
+            studio = await asyncio.to_thread(self._build)
+            async with studio.router.lifespan_context(studio):
+                self._studio = studio
+                await self._closing.wait()
+        except Exception as error:
+            _log.exception("studio not opened")
+            self._fault = f"Gradio could not be loaded ({type(error).__name__}); the server's log says more."
+        finally:
+            self._studio = None
+
+    async def _shown(self, studio: FastAPI, scope: Scope, receive: Receive, send: Send) -> None:
+        async def guarded(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                for name, value in self._headers.items():
+                    headers[name] = value
+            await send(message)
+
+        task = asyncio.create_task(_run(studio, scope, receive, guarded))
+        self._under_way.add(task)
+        task.add_done_callback(self._under_way.discard)
+        try:
+            await task
+        except asyncio.CancelledError:
+            if not self._closing.is_set():
+                task.cancel()
+                raise
+
+
+async def _run(studio: FastAPI, scope: Scope, receive: Receive, send: Send) -> None:
+    await studio({**scope, "app": studio}, receive, send)
+
+
+def _headers(sources: Collection[str]) -> dict[str, str]:
+    """What browsers are told of the studio's pages: nothing comes from elsewhere, and nothing goes there."""
+    pictures = " ".join(["'self'", "data:", "blob:", *sorted(sources)])
+    policy = (
+        "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
+        f"img-src {pictures}; media-src 'self' blob: data:; font-src 'self' data:; connect-src 'self' data: blob:; "
+        "worker-src 'self' blob:; object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'none'"
+    )
+    return {"Content-Security-Policy": policy, "X-Frame-Options": "DENY"}

@@ -1,0 +1,122 @@
+"""What happens, in words and in small pieces of HTML: one sentence for people, read out by screen readers. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+Job = Mapping[str, Any]
+
+# Parameters by the names the fields of the studio have.
+_LABELS = {
+    "num_inference_steps": "Steps",
+    "guidance_scale": "Guidance",
+    "save_path": "Name",
+    "negative_prompt": "Not in the picture",
+    "image_file": "Picture",
+    "mask_file": "Mask",
+    "control_scale": "Weight of the edges",
+}
+
+
+def sentence(job: Job) -> str:
+    """How a job stands."""
+    eta = job.get("eta_seconds")
+    about = "" if eta is None else f", about {max(1, round(eta))} s"
+    match job["state"]:
+        case "queued":
+            before = job.get("position") or 0
+            return f"Waiting: {_count(before, 'picture')} before this one{about}." if before else "Waiting its turn …"
+        case "running":
+            steps = job.get("steps") or 0
+            return f"Step {job['step']} of {steps}{about}." if steps else "Preparing …"
+        case "done":
+            return "Done."
+        case "cancelled":
+            return "Cancelled."
+        case _:
+            return str((job.get("problem") or {}).get("detail", "It could not be drawn."))
+
+
+def summary(jobs: Sequence[Job]) -> str:
+    """How the pictures of one click stand, in one sentence."""
+    if len(jobs) == 1:
+        return _outcome(jobs[0])
+    ended = [job for job in jobs if job["state"] in ("done", "failed", "cancelled")]
+    if len(ended) == len(jobs):
+        parts = [(state, sum(job["state"] == state for job in jobs)) for state in ("done", "failed", "cancelled")]
+        return ", ".join(f"{number} {state}" for state, number in parts if number).capitalize() + "."
+    current = next((job for job in jobs if job["state"] == "running"), None) or next(
+        job for job in jobs if job["state"] == "queued"
+    )
+    return f"{len(ended)} of {len(jobs)} pictures. {sentence(current)}"
+
+
+def progress(jobs: Sequence[Job], previews: Mapping[str, str]) -> str:
+    """A bar, a sentence and the previews, as HTML."""
+    if not jobs:
+        return ""
+    text = escape(summary(jobs))
+    steps = sum(job.get("steps") or 1 for job in jobs)
+    made = sum((job.get("steps") or 1) if job["state"] == "done" else (job.get("step") or 0) for job in jobs)
+    running = any(job["state"] in ("queued", "running") for job in jobs)
+    bar = f'<progress max="{steps}" value="{made}" aria-label="Progress"></progress>' if running else ""
+    pictures = "".join(
+        f'<img src="data:image/webp;base64,{escape(previews[job["id"]])}" alt="Preview of picture {number}">'
+        for number, job in enumerate(jobs, 1)
+        if job["state"] == "running" and job["id"] in previews
+    )
+    faults = "".join(
+        f"<li>Picture {number}: {escape(sentence(job))}</li>"
+        for number, job in enumerate(jobs, 1)
+        if job["state"] == "failed" and len(jobs) > 1
+    )
+    shown = f'<ul class="sds-faults">{faults}</ul>' if faults else ""
+    kind = "alert" if len(jobs) == 1 and jobs[0]["state"] == "failed" else "status"
+    previewed = f'<div class="sds-previews">{pictures}</div>' if pictures else ""
+    return f'<div class="sds-told sds-{kind}" role="{kind}">{bar}<p>{text}</p>{shown}{previewed}</div>'
+
+
+def alert(detail: str, faults: Sequence[tuple[str, str]] = ()) -> str:
+    """What went wrong, as HTML: a sentence for each field that is at fault, or the one sentence there is."""
+    items = "".join(f"<li><b>{escape(label(name))}</b> {escape(text)}</li>" for name, text in faults)
+    inside = f"<ul>{items}</ul>" if items else f"<p>{escape(detail)}</p>"
+    return f'<div class="sds-told sds-alert" role="alert">{inside}</div>'
+
+
+def label(name: str) -> str:
+    """A parameter as the studio calls it."""
+    return _LABELS.get(name, name.replace("_", " ").capitalize())
+
+
+def made(receipts: Sequence[Job]) -> str:
+    """How pictures were made, and what the server remarked, as HTML."""
+    rows = []
+    for number, receipt in enumerate(receipts, 1):
+        remarks = "".join(f"<br>{escape(warning['message'])}" for warning in receipt.get("warnings", ()))
+        seconds = _seconds(receipt)
+        facts = (
+            f"{receipt['width']} × {receipt['height']}, {receipt['model']}, seed {receipt['seed']}, "
+            f"{receipt['num_inference_steps']} steps, guidance {receipt['guidance_scale']}, {seconds:.1f} s"
+        )
+        again = " It was stored already." if receipt.get("cached") else ""
+        rows.append(f"<li>Picture {number}: {escape(facts)}.{again}{remarks}</li>")
+    return f'<ul class="sds-made">{"".join(rows)}</ul>' if rows else ""
+
+
+def _outcome(job: Job) -> str:
+    if job["state"] != "done":
+        return sentence(job)
+    seconds = _seconds(job.get("receipt") or {})
+    return f"Done in {seconds:.1f} s." if seconds else "Done."
+
+
+def _seconds(receipt: Job) -> float:
+    """How long a picture took, without the total that may stand among its stages."""
+    timings: Mapping[str, float] = receipt.get("timings") or {}
+    return float(timings.get("total") or sum(timings.values()))
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

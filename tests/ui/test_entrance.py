@@ -1,0 +1,177 @@
+"""The way into the studio, with a small studio behind it: opened when asked for, keys, headers, the way out."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+from contextlib import asynccontextmanager
+
+import httpx
+import pytest
+from conftest import House
+from fakes import until
+from fastapi import FastAPI, Request, Response
+from starlette.responses import StreamingResponse
+from starlette.types import ASGIApp
+
+from stable_diffusion_server.ui.desks import Desks
+from stable_diffusion_server.ui.entrance import Entrance
+from stable_diffusion_server.ui.inside import Inside
+
+BASE = "http://127.0.0.1:8000"
+
+
+def small_studio(opened: list[str]) -> FastAPI:
+    @asynccontextmanager
+    async def lifespan(app: FastAPI):  # type: ignore[no-untyped-def]  # a fixture's own generator
+        opened.append("open")
+        yield
+        opened.append("closed")
+
+    studio = FastAPI(lifespan=lifespan)
+
+    @studio.get("/ui/")
+    async def page() -> str:
+        return "the studio"
+
+    @studio.get("/ui/listen")
+    async def listen() -> Response:
+        async def endless():  # type: ignore[no-untyped-def]  # a fixture's own generator
+            yield b"listening"
+            await asyncio.sleep(600)
+
+        return StreamingResponse(endless())
+
+    return studio
+
+
+def server_with(keys: dict[str, str]) -> FastAPI:
+    """A server that knows keys, as far as the entrance asks."""
+    server = FastAPI()
+
+    @server.get("/jobs")
+    async def jobs(request: Request) -> Response:
+        known = request.headers.get("authorization", "").removeprefix("Bearer ") in keys
+        return Response('{"jobs": []}' if known else '{"detail": "no key"}', 200 if known else 401)
+
+    return server
+
+
+async def opened(entrance: Entrance, client: httpx.AsyncClient) -> httpx.Response:
+    """The first answer of the studio itself."""
+    for _ in range(2000):
+        if "the studio" in (answer := await client.get("/ui/")).text:
+            break
+        await asyncio.sleep(0.01)
+    return answer
+
+
+def visitor(app: ASGIApp) -> httpx.AsyncClient:
+    return httpx.AsyncClient(transport=Inside(app), base_url=BASE)
+
+
+async def test_it_is_built_when_someone_asks_and_lets_go_at_the_end() -> None:
+    """Before, nothing is built; meanwhile a page that loads itself again; in the end, pages that listen are let go."""
+    events: list[str] = []
+    desks = Desks(visitor(server_with({})))
+    entrance = Entrance(lambda: small_studio(events), desks, keyed=False)
+    assert events == []
+    client = visitor(entrance)
+    first = await client.get("/ui")
+    assert (first.status_code, 'http-equiv="refresh"' in first.text) == (200, True)
+    answer = await opened(entrance, client)
+    assert "frame-ancestors 'none'" in answer.headers["content-security-policy"]
+    assert "connect-src 'self'" in answer.headers["content-security-policy"]
+    async with client.stream("GET", "/ui/listen") as stream:
+        parts = stream.aiter_bytes()
+        assert await anext(parts) == b"listening"
+        await entrance.close()
+        assert [part async for part in parts] == []
+    assert events == ["open", "closed"]
+
+
+async def test_a_studio_that_cannot_be_opened_says_so() -> None:
+    """503 and a sentence, and not an endless wait."""
+
+    def broken() -> FastAPI:
+        raise ImportError("no gradio here")
+
+    client = visitor(Entrance(broken, Desks(visitor(server_with({}))), keyed=False))
+    for _ in range(1000):
+        answer = await client.get("/ui/")
+        if answer.status_code == 503:
+            break
+    assert "ImportError" in answer.text
+    assert "no gradio here" not in answer.text
+
+
+async def test_behind_keys_nothing_is_shown_before_one_is() -> None:
+    """Every path answers the page that asks; a wrong key is refused; the right one gives a cookie that is not it."""
+    desks = Desks(visitor(server_with({"right": "ann"})))
+    entrance = Entrance(lambda: small_studio([]), desks, keyed=True)
+    client = visitor(entrance)
+    for path in ("/ui", "/ui/", "/ui/listen", "/ui/gradio_api/upload"):
+        asked = await client.get(path)
+        assert (asked.status_code, 'type="password"' in asked.text) == (401, True)
+    wrong = await client.post("/ui/key", data={"key": "wrong"})
+    assert (wrong.status_code, "set-cookie" in wrong.headers) == (403, False)
+    long = await client.post("/ui/key", data={"key": "x" * 10_000})
+    assert long.status_code == 403
+    right = await client.post("/ui/key", data={"key": "right"})
+    cookie = right.headers["set-cookie"]
+    assert (right.status_code, right.headers["location"]) == (303, "/ui/")
+    assert "HttpOnly" in cookie
+    assert "samesite=strict" in cookie.lower()
+    assert "right" not in cookie
+    await opened(entrance, client)
+    assert desks.of(BASE, dict(client.cookies)).key == "right"
+    await entrance.close()
+
+
+def test_the_gate_lets_pages_through_and_nothing_else(house_of: Callable[..., House]) -> None:
+    """With keys, the UI asks for one itself; a link may lead to the page, and no other site may post to it."""
+    house = house_of(api_keys=("a-secret-key",))
+    assert 'type="password"' in house.client.get("/ui").text
+    elsewhere = {"sec-fetch-site": "cross-site", "origin": "https://evil.example"}
+    assert house.client.get("/ui/", headers={"sec-fetch-site": "cross-site"}).status_code == 401
+    assert house.client.post("/ui/key", data={"key": "a-secret-key"}, headers=elsewhere).status_code == 403
+    answer = house.client.post("/ui/key", data={"key": "a-secret-key"}, follow_redirects=False)
+    assert answer.status_code == 303
+    assert house.client.get("/history").status_code == 401
+
+
+def test_without_keys_strangers_see_no_studio(house_of: Callable[..., House]) -> None:
+    """A client elsewhere is told the setting; UI=0 leaves the studio out."""
+    house = house_of(client=("203.0.113.5", 5))
+    assert house.client.get("/ui").status_code == 403
+    assert house_of(ui=False).client.get("/ui").status_code == 404
+
+
+@pytest.mark.parametrize("body", [b"", b"x" * 100_000])
+async def test_a_request_inside_the_process_is_answered_while_it_is_made(body: bytes) -> None:
+    """The first part of an answer arrives before the last is made; who closes early ends the work."""
+    goes_on, ended = asyncio.Event(), threading.Event()
+
+    async def app(scope, receive, send):  # type: ignore[no-untyped-def]  # as ASGI has it
+        message = await receive()
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"x-query", scope["query_string"])]})
+        await send({"type": "http.response.body", "body": str(len(message["body"])).encode(), "more_body": True})
+        try:
+            await goes_on.wait()
+            await send({"type": "http.response.body", "body": b"!", "more_body": False})
+        finally:
+            ended.set()
+
+    client = visitor(app)
+    async with client.stream("POST", "/a b?c=d", content=body) as answer:
+        parts = answer.aiter_bytes()
+        assert await anext(parts) == str(len(body)).encode()
+        goes_on.set()
+        assert [part async for part in parts] == [b"!"]
+        assert answer.headers["x-query"] == "c=d"
+    goes_on.clear()
+    ended.clear()
+    async with client.stream("POST", "/", content=body) as answer:
+        await anext(answer.aiter_bytes())
+    until(ended.is_set)
