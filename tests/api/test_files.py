@@ -10,6 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 from conftest import House
+from fakes import Retouchers
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
@@ -344,3 +345,14 @@ def test_a_caller_touches_only_what_is_under_its_prefix(tmp_path: Path) -> None:
     shelf.remove("static/uploads/team-a/x.webp", caller)
     assert len(shelf.listed(Caller(), Wanted())) == 2
     recorder.close()
+
+
+def test_a_cached_answer_repeats_what_the_guards_told(house_of: Callable[..., House]) -> None:
+    """Drawn twice since the first was black: whoever finds the picture is told as well."""
+    house = house_of(Retouchers(spoil=["black"]))
+    codes = [
+        [warning["code"] for warning in house.draw(prompt="a red square", save_path="a.webp").json()["warnings"]]
+        for _ in range(2)
+    ]
+    assert "redrawn-black" in codes[0]
+    assert codes[1] == codes[0]
