@@ -1,4 +1,7 @@
-"""A server process over painted squares that take their time, with the settings of the environment."""
+"""A server process over painted squares that take their time: `painted_server.py [seconds a step]`, else 0.05."""
+
+import math
+import sys
 
 import uvicorn
 from fakes import Retouchers
@@ -8,5 +11,7 @@ from stable_diffusion_server.settings.reading import read_settings
 
 if __name__ == "__main__":
     settings = read_settings()
-    app = create_app(settings, load=lambda settings: Retouchers(seconds_per_step=0.05))
-    uvicorn.run(app, port=settings.port, log_level="warning", proxy_headers=False)
+    seconds = float(sys.argv[1]) if len(sys.argv) > 1 else 0.05
+    app = create_app(settings, load=lambda settings: Retouchers(seconds_per_step=seconds))
+    grace = math.ceil(settings.stop_seconds)
+    uvicorn.run(app, port=settings.port, log_level="warning", proxy_headers=False, timeout_graceful_shutdown=grace)

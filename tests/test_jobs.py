@@ -16,7 +16,15 @@ from test_service import OPTIONS, order
 
 from stable_diffusion_server.buckets.local import LocalBucket
 from stable_diffusion_server.engine import Engine, Phase
-from stable_diffusion_server.errors import Busy, InFlight, JournalUnavailable, NotFound, NotReady, RemoteFailed
+from stable_diffusion_server.errors import (
+    Busy,
+    DevicePoisoned,
+    InFlight,
+    JournalUnavailable,
+    NotFound,
+    NotReady,
+    RemoteFailed,
+)
 from stable_diffusion_server.jobs.desk import Jobs, Rules
 from stable_diffusion_server.jobs.happenings import Happening, Standing
 from stable_diffusion_server.journal.book import Journal
@@ -304,3 +312,31 @@ async def test_a_journal_that_is_held_is_opened_when_it_is_let_go(office_of: Mak
     held.close()
     await asyncio.to_thread(until, lambda: office.jobs.usable)
     assert (await office.ended("left-behind")).state is State.DONE
+
+
+async def test_a_job_that_loses_the_device_is_tried_elsewhere_and_at_last_given_up(office_of: MakeOffice) -> None:
+    """Each engine that fails under it counts as a death; a job that only waited is not blamed."""
+
+    class Lost(PaintedSquares):
+        def step(self, states: Any) -> None:
+            self.batches.append([state.job.prompt for state in states])
+            if any("poison" in state.job.prompt for state in states):
+                raise DevicePoisoned("The device is lost.")
+            super().step(states)
+
+    office = await office_of(Lost(), at_once=1)
+    poison = (await office.accepted(order("poison"))).id
+    waits = (await office.accepted(order("a red square"))).id
+    for attempts in (1, 2):
+        engine = office.engine
+        await asyncio.to_thread(until, lambda engine=engine: engine.phase is Phase.FAILED)
+        async with asyncio.timeout(20):
+            while (await office.jobs.standing(poison, ANN)).state is not State.QUEUED:  # noqa: ASYNC110  # a test's wait
+                await asyncio.sleep(0.01)
+        assert (await office.jobs.standing(poison, ANN)).attempts == attempts
+        office = await office_of(Lost(), at_once=1)
+    given_up = await office.ended(poison)
+    assert isinstance(given_up.outcome, Problem)
+    assert given_up.outcome.kind == "ends-the-server"
+    office = await office_of(Lost(), at_once=1)
+    assert (await office.ended(waits)).state is State.DONE

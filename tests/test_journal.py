@@ -173,6 +173,8 @@ def test_a_full_journal_refuses_whole_jobs_and_still_takes_ends(tmp_path: Path) 
     for job_id in accepted:
         assert journal.begin(job_id) == large
         journal.end(replace(ENTRY, id=job_id, state=State.DONE, ended_at=1.0, outcome=RECEIPT), "told")
+    room = sum(path.stat().st_size for path in tmp_path.iterdir())
+    assert room < 200_000, "what ended gives its room on the disk back"
     journal.accept(replace(ENTRY, id="later"), large)
     journal.close()
 

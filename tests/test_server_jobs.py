@@ -20,7 +20,7 @@ CREATE = "/create_and_upload_image"
 ASYNC = {"Prefer": "respond-async"}
 SMALL = {"width": 64, "height": 64, "num_inference_steps": 10}
 WATCHED = (sys.executable, "-m", "stable_diffusion_server.watchdog", "--")
-SERVE = (sys.executable, str(ROOT / "tests" / "painted_server.py"))
+SERVE = (sys.executable, str(ROOT / "tests" / "painted_server.py"), "0.1")
 
 
 def child_of(process: subprocess.Popen[bytes]) -> int:

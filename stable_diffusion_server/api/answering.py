@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse
@@ -24,7 +24,7 @@ from stable_diffusion_server.service import Service
 
 UrlOf = Callable[[Request, str], str]
 # A door's own way to tell a receipt; the picture's file is empty unless the door asked for it.
-Render = Callable[[Request, Receipt, bytes], Response]
+Render = Callable[[Request, Receipt, bytes], Response | Awaitable[Response]]
 _NONE = Preferences()
 
 
@@ -47,7 +47,7 @@ class Answering:
         if wanted == _NONE and not picture and order.webhook_url is None:
             receipt = self._service.remembered(order)
             if receipt is not None:
-                return render(request, receipt, b"")
+                return await _rendered(render, request, receipt, b"")
         claim = None
         if wanted.key is not None:
             print_ = await asyncio.to_thread(fingerprint, request.url.path, order)
@@ -111,7 +111,7 @@ class Answering:
             if drawn is None:
                 return client_gone()
             state, outcome = State.DONE, drawn[0]
-            answer = render(request, *drawn)
+            answer = await _rendered(render, request, *drawn)
             answer.headers["X-Job-ID"] = live.entry.id
             return answer
         except Cancelled:
@@ -152,11 +152,17 @@ class Answering:
     async def _told(self, request: Request, outcome: Receipt | Problem, render: Render, *, picture: bool) -> Response:
         if isinstance(outcome, Problem):
             raise outcome.as_error()
-        return render(request, outcome, await self._service.stored_file(outcome) if picture else b"")
+        file = await self._service.stored_file(outcome) if picture else b""
+        return await _rendered(render, request, outcome, file)
 
     def _accepted(self, request: Request, standing: Standing, headers: dict[str, str]) -> Response:
         body = job_body(standing, lambda key: self._url_of(request, key))
         return JSONResponse(body, 202, {"Location": f"/jobs/{standing.id}", **headers})
+
+
+async def _rendered(render: Render, request: Request, receipt: Receipt, file: bytes) -> Response:
+    answer = render(request, receipt, file)
+    return answer if isinstance(answer, Response) else await answer
 
 
 def _will_not_change(outcome: Receipt | Problem | None) -> bool:

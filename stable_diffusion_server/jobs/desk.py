@@ -26,7 +26,7 @@ from stable_diffusion_server.service import Service
 _log = structlog.get_logger(__name__)
 
 _HOUR = 3600.0
-_RECENT = 256
+_RECENT = 64
 _LISTED = 100
 _HOUSEKEEPING = 60.0
 _BEAT = 10.0

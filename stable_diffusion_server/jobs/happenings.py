@@ -14,7 +14,7 @@ from stable_diffusion_server.journal.entries import Entry, Problem, State
 from stable_diffusion_server.orders import Receipt
 
 END = "end"
-_MOST = 1200
+_MOST = 600
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,13 +13,17 @@ from stable_diffusion_server.orders import EventKind, Progress, Receipt
 
 @dataclass(eq=False, slots=True)
 class Live:
-    """One job in this process. `cancelled` is set by its caller; `settled` once its end is known."""
+    """One job in this process. `cancelled` is set by its caller; `settled` once its end is known.
+
+    A `suspect` may have ended the process before, and is drawn with no other job beside it.
+    """
 
     entry: Entry
     happenings: Happenings
     progress: Progress = field(default_factory=lambda: Progress(EventKind.QUEUED))
     task: asyncio.Task[Any] | None = None
     cancelled: bool = False
+    suspect: bool = False
     settled: bool = False
     ended: asyncio.Event = field(default_factory=asyncio.Event)
 

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -102,7 +103,7 @@ class Runner:
 
     async def give_up(self, live: Live) -> None:
         """End a job that has ended the process too often."""
-        error = EndsTheServer(f"The server died {live.entry.attempts} times while it drew this job.")
+        error = EndsTheServer(f"The server, or its device, was lost {live.entry.attempts} times while this was drawn.")
         _log.error("a job is given up", job_id=live.entry.id, deaths=live.entry.attempts)
         await self._end(live, State.FAILED, Problem.of(error))
 
@@ -137,11 +138,13 @@ class Runner:
 
     def _next(self) -> Live | None:
         """The oldest job of a caller of whom the fewest are being drawn; a suspect when nothing else is."""
-        if len(self._running) >= self._at_once or any(map(_is_suspect, self._running.values())):
+        if len(self._running) >= self._at_once or any(live.suspect for live in self._running.values()):
             return None
         busy = Counter(live.entry.caller.name for live in self._running.values())
         chosen = min(self._waiting.values(), key=lambda live: busy[live.entry.caller.name], default=None)
-        return None if chosen is None or (_is_suspect(chosen) and self._running) else chosen
+        if chosen is not None:
+            chosen.suspect = chosen.entry.attempts >= MOST_DEATHS - 1
+        return None if chosen is None or (chosen.suspect and self._running) else chosen
 
     async def _see_through(self, live: Live) -> None:
         """Draw a job and write down how it ended, or let it wait again."""
@@ -156,17 +159,16 @@ class Runner:
                 return
             state, outcome = State.CANCELLED, None
         except (Busy, NotReady):
-            await self._put_back(live, forgiven=True)
+            # The engine that failed under a job may have failed of it; that counts as a death.
+            await self._put_back(live, forgiven=self._draining or live.entry.state is State.QUEUED)
             return
         except JournalUnavailable:
             await asyncio.sleep(_PATIENCE_WITH_DISKS)
-            await self._put_back(live, forgiven=True)
+            self._wait_again(live)
             return
-        except DevicePoisoned as error:
-            if live.entry.attempts < MOST_DEATHS:
-                await self._put_back(live, forgiven=False)
-                return
-            state, outcome = State.FAILED, Problem.of(error)
+        except DevicePoisoned:
+            await self._put_back(live, forgiven=False)
+            return
         except ServerError as error:
             state, outcome = State.FAILED, Problem.of(error)
         except Exception as error:  # whatever it is, it is this job's answer and no one else's
@@ -195,17 +197,22 @@ class Runner:
         )
 
     async def _put_back(self, live: Live, *, forgiven: bool) -> None:
-        """Let a job that was begun wait again, before all others."""
-        live.task = None
+        """Let a job that was begun wait again; one that may have ended the engine too often has failed."""
         if live.cancelled:
             await self._end(live, State.CANCELLED, None)
-            return
-        try:
-            await self._clerk(Journal.put_back, live.entry.id, forgiven=forgiven)
-        except JournalUnavailable:
-            forgiven = False  # it says that the job was begun, and so it counts
+        elif not forgiven and live.entry.attempts >= MOST_DEATHS:
+            await self.give_up(live)
+        else:
+            with suppress(JournalUnavailable):  # it says that the job was begun, and so it counts
+                await self._clerk(Journal.put_back, live.entry.id, forgiven=forgiven)
+                live.entry = replace(live.entry, attempts=live.entry.attempts - forgiven)
+            self._wait_again(live)
+
+    def _wait_again(self, live: Live) -> None:
+        """Have a job wait before all others."""
         del self._running[live.entry.id]
-        live.entry = replace(live.entry, state=State.QUEUED, attempts=live.entry.attempts - forgiven)
+        live.task = None
+        live.entry = replace(live.entry, state=State.QUEUED)
         self._waiting = {live.entry.id: live, **self._waiting}
         self._wake.set()
 
@@ -245,10 +252,6 @@ class Runner:
         each = self._seconds_per_job
         for position, live in enumerate(self._waiting.values(), len(self._running)):
             live.waits(position, None if each is None else round(each * (position + 1), 1))
-
-
-def _is_suspect(live: Live) -> bool:
-    return live.entry.attempts >= MOST_DEATHS - 1
 
 
 def _too_late() -> DeadlineExceeded:

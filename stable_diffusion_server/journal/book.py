@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -90,12 +90,14 @@ class Journal:
                 "UPDATE jobs SET state = ?, ended_at = ?, outcome = ? WHERE id = ?",
                 (entry.state, entry.ended_at, written_outcome(entry.outcome), entry.id),
             )
-            cursor.execute("DELETE FROM files WHERE job_id = ?", (entry.id,))
+            freed = cursor.execute("DELETE FROM files WHERE job_id = ?", (entry.id,)).rowcount
             if message is not None:
                 cursor.execute(
                     "INSERT OR REPLACE INTO messages (job_id, url, body, due) VALUES (?, ?, ?, ?)",
                     (entry.id, entry.webhook_url, message, entry.ended_at),
                 )
+        if freed:
+            self._give_room_back()
 
     def find(self, job_id: str) -> Entry | None:
         """The job of that id."""
@@ -161,8 +163,13 @@ class Journal:
                 "DELETE FROM claims WHERE claimed_at < ? AND (outcome IS NOT NULL OR job_id IS NOT NULL)",
                 (claims_before,),
             )
-        with self._read() as cursor:
-            cursor.execute("PRAGMA incremental_vacuum").fetchall()
+        self._give_room_back()
+
+    def _give_room_back(self) -> None:
+        """Let the disk have what is not used any more; where even that needs room that is not there, later."""
+        with suppress(JournalUnavailable), self._read() as cursor:
+            cursor.executescript("PRAGMA incremental_vacuum")  # a page a step, and execute takes one step alone
+            cursor.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
     def _entries(self, where: str, values: Sequence[object]) -> list[Entry]:
         with self._read() as cursor:

@@ -63,7 +63,9 @@ def connect(path: Path) -> sqlite3.Connection:
         connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = FULL")  # a commit is on the disk when it returns
-        connection.execute("PRAGMA journal_size_limit = 16777216")
+        # Kept short: on a disk that is nearly full a long log would hold the room that ended jobs gave back.
+        connection.execute("PRAGMA wal_autocheckpoint = 100")
+        connection.execute("PRAGMA journal_size_limit = 1048576")
         connection.execute("PRAGMA foreign_keys = ON")
         connection.execute("BEGIN IMMEDIATE")
         (version,) = connection.execute("PRAGMA user_version").fetchone()

@@ -207,3 +207,15 @@ def test_a_key_is_in_flight_until_it_is_answered_and_free_if_it_never_is(house_o
     assert ask(house, headers={"Idempotency-Key": "k1"}).status_code == 200
     wrong = [ask(house, headers={"Idempotency-Key": "k2"}, guidance_scale=99) for _ in range(2)]
     assert [answer.status_code for answer in wrong] == [422, 422]
+
+
+def test_openais_door_answers_by_a_job_and_once_for_a_key(house: House) -> None:
+    """One picture at a time; for several, or a stream, a key is refused rather than ignored."""
+    path, asked = "/v1/images/generations", {"prompt": "a red square", "size": "64x64"}
+    job_id = house.client.post(path, json=asked, headers=ASYNC).json()["id"]
+    assert ended(house, job_id)["state"] == "done"
+    key = {"Idempotency-Key": "k1"}
+    answers = [house.client.post(path, json=asked, headers=key) for _ in range(2)]
+    assert answers[0].json()["data"] == answers[1].json()["data"]
+    assert answers[1].headers["idempotency-replayed"] == "true"
+    assert house.client.post(path, json={**asked, "n": 2}, headers=key).status_code == 422

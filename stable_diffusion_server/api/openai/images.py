@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
-from stable_diffusion_server.api.answering import Answering, Render
+from stable_diffusion_server.api.answering import Answering
 from stable_diffusion_server.api.aside import aside
 from stable_diffusion_server.api.asked import read_as
 from stable_diffusion_server.api.callers import caller_of, within
@@ -22,7 +22,7 @@ from stable_diffusion_server.api.openai.parameters import Edit, Generation, Imag
 from stable_diffusion_server.api.openai.streams import EventStream, Partials
 from stable_diffusion_server.api.schemas import documented
 from stable_diffusion_server.api.together import together
-from stable_diffusion_server.errors import NotFound, TooLarge
+from stable_diffusion_server.errors import InvalidInput, NotFound, TooLarge
 from stable_diffusion_server.image_processing import Pixels, encode
 from stable_diffusion_server.orders import Caller, EventKind, Format, Order, Progress, Receipt
 from stable_diffusion_server.service import Service
@@ -43,7 +43,10 @@ class _Asked:
 
 
 def router(service: Service, answering: Answering, house: House, url_of: UrlOf) -> APIRouter:
-    """The doors over a service; `url_of` makes the URL of a key for the client at hand."""
+    """The doors over a service; `url_of` makes the URL of a key for the client at hand.
+
+    A request for one picture that is not streamed may be answered by a job, and once for its idempotency key.
+    """
     routes = APIRouter(tags=["openai"], prefix="/v1")
 
     async def asked(request: Request, schema: type[ImagesParameters], kind: str) -> Response:
@@ -51,10 +54,14 @@ def router(service: Service, answering: Answering, house: House, url_of: UrlOf) 
         caller = caller_of(request)
         orders = [within(caller, order) for order in parameters.orders(house)]
         what = _Asked(parameters, orders, caller, kind)
-        if not parameters.stream and len(orders) == 1:
-            # One picture is answered as at our own doors: by a job for who prefers that, and once for its key.
-            render = _rendering(house, url_of, parameters)
+        if len(orders) == 1 and not parameters.stream:
+
+            async def render(request: Request, receipt: Receipt, file: bytes) -> Response:
+                return await _told(house, what, [Made(receipt, url_of(request, receipt.key), file)])
+
             return await answering.answer(request, orders[0], render, picture=parameters.as_text)
+        if request.headers.get("idempotency-key") is not None:
+            raise InvalidInput("Idempotency-Key is for one picture that is not streamed.", field="Idempotency-Key")
         return await (_streamed if parameters.stream else _answered)(request, service, house, url_of, what)
 
     @routes.post(
@@ -95,21 +102,6 @@ def router(service: Service, answering: Answering, house: House, url_of: UrlOf) 
     return routes
 
 
-def _rendering(house: House, url_of: UrlOf, parameters: ImagesParameters) -> Render:
-    """How a single picture is told."""
-
-    def render(request: Request, receipt: Receipt, file: bytes) -> Response:
-        _check_size(house, [file])
-        return JSONResponse(answers.answer(parameters, [Made(receipt, url_of(request, receipt.key), file)]))
-
-    return render
-
-
-def _check_size(house: House, files: list[bytes]) -> None:
-    if sum(map(len, files)) * 4 // 3 > house.max_response_bytes:
-        raise TooLarge("The pictures are too large for one answer; ask for fewer, or response_format url.")
-
-
 async def _answered(request: Request, service: Service, house: House, url_of: UrlOf, what: _Asked) -> Response:
     async def one(order: Order) -> Made:
         if what.parameters.as_text:
@@ -119,9 +111,12 @@ async def _answered(request: Request, service: Service, house: House, url_of: Ur
         return Made(receipt, url_of(request, receipt.key), b"")
 
     made = await unless_disconnected(request, together([one(order) for order in what.orders]))
-    if made is None:
-        return client_gone()
-    _check_size(house, [one.file for one in made])
+    return client_gone() if made is None else await _told(house, what, made)
+
+
+async def _told(house: House, what: _Asked, made: list[Made]) -> Response:
+    if sum(len(one.file) for one in made) * 4 // 3 > house.max_response_bytes:
+        raise TooLarge("The pictures are too large for one answer; ask for fewer, or response_format url.")
     size = sum(len(one.file) for one in made)
     return await aside(size, lambda: JSONResponse(answers.answer(what.parameters, made)))
 
