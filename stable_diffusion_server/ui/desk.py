@@ -46,7 +46,7 @@ class Desk:
     async def start(self, wish: Wish) -> Job:
         """Have a picture drawn, as a job. Raises `RefusedError`."""
         files = {name: (f"{name}.png", content) for name, content in wish.files.items()}
-        body: dict[str, Any] = {"data": dict(wish.fields), "files": files} if files else {"json": dict(wish.fields)}
+        body = {"data": dict(wish.fields), "files": files or None}
         return await self._json("POST", wish.door, headers={"Prefer": "respond-async"}, **body)
 
     async def events(self, job_id: str) -> AsyncIterator[tuple[str, Job]]:

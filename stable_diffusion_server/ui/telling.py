@@ -85,6 +85,12 @@ def alert(detail: str, faults: Sequence[tuple[str, str]] = ()) -> str:
     return f'<div class="sds-told sds-alert" role="alert">{inside}</div>'
 
 
+def _of_field(name: str, text: str) -> str:
+    """A sentence about a field, which begins with the field's name, by the label the studio has for it."""
+    rest = text.removeprefix(name).removeprefix(":").strip()
+    return f"{label(name)} {rest}" if rest != text else f"{label(name)}: {text}"
+
+
 def label(name: str) -> str:
     """A parameter as the studio calls it."""
     return _LABELS.get(name, name.replace("_", " ").capitalize())
@@ -120,3 +126,17 @@ def _seconds(receipt: Job) -> float:
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def remark(text: str) -> str:
+    """A sentence, as HTML."""
+    return f'<div class="sds-told" role="status"><p>{escape(text)}</p></div>'
+
+
+def replayed(answer: Job) -> str:
+    """How a picture that was drawn again compares with itself, as HTML."""
+    told = answer["replay"]
+    alike = "equal bit for bit" if told["equal"] else f"alike to {told['decibels']:.1f} dB"
+    order = "" if told["same_order"] else " The model or its parameters have changed since."
+    link = f'<a href="{escape(str(answer["path"]))}" target="_blank" rel="noopener">the new one</a>'
+    return f'<div class="sds-told" role="status"><p>Drawn again: {alike}.{order} See {link}.</p></div>'

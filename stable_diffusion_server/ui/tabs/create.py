@@ -24,6 +24,7 @@ class Create:
     examples: gr.Dataset
     words: gr.Markdown
     panel: panel.Panel
+    below: gr.Column
 
 
 def tab(desks: Desks, blocks: gr.Blocks) -> Create:
@@ -47,13 +48,14 @@ def tab(desks: Desks, blocks: gr.Blocks) -> Create:
             )
         with gr.Column(min_width=300):
             here = panel.panel("create", draw, cancel, chosen.seed)
+            below = gr.Column()
 
     def wishes(width: float | None, height: float | None, explore: bool, *values: Any) -> list[Wish]:
         return asking.create(common_of(*values), width, height, explore=explore)
 
     examples.click(lambda row: row[0], examples, prompt, show_progress="hidden", api_visibility="private")
     panel.wire(desks, blocks, here, [draw.click, prompt.submit], [width, height, explore, *chosen.inputs], wishes)
-    return Create(prompt, examples, words, here)
+    return Create(prompt, examples, words, here, below)
 
 
 def _sizes() -> tuple[gr.Number, gr.Number]:

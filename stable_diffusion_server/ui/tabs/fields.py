@@ -66,14 +66,22 @@ def fields(prompt: gr.Textbox) -> Fields:
 
 
 def common_of(
-    prompt: str,
-    model: str,
-    negative: str,
-    steps: str,
-    guidance: str,
-    seed: str,
+    prompt: str | None,
+    model: str | None,
+    negative: str | None,
+    steps: str | None,
+    guidance: str | None,
+    seed: str | None,
     keep: bool,  # values come in the order of the fields
     count: float,
 ) -> Common:
-    """The fields' values; a seed counts when it is kept."""
-    return Common(prompt, negative, model, steps.strip(), guidance.strip(), seed.strip() if keep else "", int(count))
+    """The fields' values; a seed counts when it is kept. Texts that were never shown are `None`."""
+    return Common(
+        prompt=(prompt or "").strip(),
+        negative=(negative or "").strip(),
+        model=model or "",
+        steps=(steps or "").strip(),
+        guidance=(guidance or "").strip(),
+        seed=(seed or "").strip() if keep else "",
+        count=int(count),
+    )

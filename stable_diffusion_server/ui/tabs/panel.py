@@ -85,10 +85,14 @@ def wire(
     wishes_of: Callable[..., list[Wish]],
 ) -> None:
     """Have `triggers` draw what `wishes_of` makes of the inputs, Cancel end it, and a new page go on with it."""
+    # A page that is not wholly laid out yet sends nothing for some fields; theirs are what they begin with.
+    firsts = [getattr(field, "value", None) for field in inputs]
 
     async def draw(request: gr.Request, *values: Any) -> AsyncIterator[Outputs]:
         try:
-            wishes = wishes_of(*values)
+            wishes = wishes_of(
+                *(first if value is None else value for value, first in zip(values, firsts, strict=True))
+            )
         except ValueError as error:
             yield _outputs(following.Shown(telling.alert(str(error)), over=True))
             return

@@ -10,7 +10,7 @@ from fastapi import FastAPI
 
 from stable_diffusion_server.ui import asking
 from stable_diffusion_server.ui.desks import Desks
-from stable_diffusion_server.ui.tabs import create
+from stable_diffusion_server.ui.tabs import create, history, inpaint, restyle, status, ways
 from stable_diffusion_server.ui.tabs.panel import desk_of
 
 _STYLE = Path(__file__).with_name("studio.css")
@@ -22,8 +22,7 @@ def build(desks: Desks, max_upload_bytes: int) -> FastAPI:
     """The studio. Takes seconds, as Gradio does."""
     with gr.Blocks(title="Studio", analytics_enabled=False, delete_cache=(_HOUR, _DAY)) as blocks:
         gr.Markdown("# Studio", elem_classes="sds-title")
-        with gr.Tabs(), gr.Tab("Create", id="create"):
-            creating = create.tab(desks, blocks)
+        creating = _tabs(desks, blocks)
 
         async def look(request: gr.Request) -> tuple[Any, Any]:
             told = await desk_of(desks, request).readiness()
@@ -51,3 +50,25 @@ def build(desks: Desks, max_upload_bytes: int) -> FastAPI:
         css=_STYLE.read_text(encoding="utf-8"),
     )
     return shell
+
+
+def _tabs(desks: Desks, blocks: gr.Blocks) -> create.Create:
+    """All tabs, and the ways between them."""
+    with gr.Tabs() as tabs:
+        with gr.Tab("Create", id="create"):
+            creating = create.tab(desks, blocks)
+        with gr.Tab("Restyle", id="restyle"):
+            restyling = restyle.tab(desks, blocks)
+        with gr.Tab("Inpaint", id="inpaint"):
+            painting = inpaint.tab(desks, blocks)
+        with gr.Tab("History", id="history") as past:
+            kept = history.tab(desks, past)
+        with gr.Tab("Status", id="status") as state:
+            status.tab(desks, state)
+    to = {"restyle": ("Restyle this one", restyling.image), "inpaint": ("Inpaint this one", painting.editor)}
+    for drawing in (creating, restyling, painting):
+        with drawing.below:
+            ways.onward(desks, drawing.panel.shown, drawing.panel.chosen, drawing.panel.told, tabs, to)
+    with kept.below:
+        ways.onward(desks, kept.shown, kept.chosen, kept.told, tabs, to)
+    return creating
