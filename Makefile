@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # uv does the installing, since pip knows no overrides (see pyproject.toml), and it does not read pip's find-links.
 UV := UV_FIND_LINKS="$(PIP_FIND_LINKS)" $(BIN)/uv pip install --quiet --python $(BIN)/python
 
-.PHONY: run venv test lint gpu-check fuzz format clean
+.PHONY: run venv test lint gpu-check fuzz format train clean
 
 run: $(VENV)/.run
 	@$(BIN)/python -m stable_diffusion_server.watchdog -- $(BIN)/python -m stable_diffusion_server serve
@@ -33,6 +33,10 @@ fuzz: $(VENV)/.test
 format: $(VENV)/.test
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# Everything in models/ from nothing, going on where it was stopped; `make train TRAIN="--device cuda"` on a GPU.
+train: $(VENV)/.run
+	$(BIN)/python -m training $(TRAIN)
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -68,7 +68,7 @@ def main() -> None:
             *("--max-examples", str(asked.examples), "--seed", str(asked.seed), "--continue-on-failure"),
             *("--request-timeout", "20", "--generation-database", "none", "--no-color"),
         ]
-        done = subprocess.run(command, check=False)  # noqa: S603  # our own command, made here
+        done = subprocess.run(command, cwd=folder, check=False)  # noqa: S603  # our own command, made here
         server.should_exit = True
         thread.join()
     sys.exit(done.returncode)

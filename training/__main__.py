@@ -3,96 +3,116 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, FluxPipeline, StableDiffusionXLPipeline
-from safetensors.torch import load_file
-from torch import Tensor
 
-from training import control, flux, lora, package, sdxl, text, vae
+from training import control, flux, folding, lora, package, sdxl, store, text, vae, world
 from training.loop import RUNS, Plan
 
 PLANS: dict[str, Plan] = {
-    "text": Plan("text", 2500, 2e-3, average=0.99, every=120),
-    "vae": Plan("vae", 9000, 2e-3, average=0.995),
-    "sdxl": Plan("sdxl", 20_000, 1e-3, average=0.999),
-    "flux": Plan("flux", 30_000, 1e-3, average=0.999),
-    "controlnet-sdxl": Plan("controlnet-sdxl", 2500, 1.2e-3, average=0.99),
-    "controlnet-flux": Plan("controlnet-flux", 4000, 1e-3, average=0.99),
-    "lora": Plan("lora", 400, 2e-3, average=0.98),
+    "clip": Plan("clip", 1600, 2e-3, average=0.99, every=60, cooling=0.35),
+    "t5": Plan("t5", 2900, 2e-3, average=0.99, every=60, cooling=0.35),
+    "vae": Plan("vae", 600, 2e-3, average=0.995, cooling=0.9),
+    "vae-flux": Plan("vae-flux", 2000, 2e-3, average=0.99, cooling=0.4),
+    "sdxl": Plan("sdxl", 14_000, 1e-3, cooling=0.4),
+    "flux": Plan("flux", 14_000, 1e-3, cooling=0.45),
+    "controlnet-sdxl": Plan("controlnet-sdxl", 1200, 1e-3, average=0.99, cooling=0.4),
+    "controlnet-flux": Plan("controlnet-flux", 2000, 1e-3, average=0.99, cooling=0.4),
+    "lora": Plan("lora", 400, 2e-3, average=0.98, cooling=0.4),
 }
-"""The stages in order, with how long each trains from nothing."""
+"""What is trained, in order, and how long from nothing."""
+STORES: dict[str, int] = {"pictures": 64, "edges": 16, "outlines": 4}
+"""How many parts of pictures are drawn and encoded for the stages, by store."""
 
 
-@dataclass(frozen=True)
-class Choice:
-    """What the command line asked for: a device, a folder of weights to start from, whether to begin anew."""
-
-    device: str
-    start: Path | None
-    fresh: bool
-
-
-def frozen_vae(device: str) -> AutoencoderKL:
-    """Load the trained autoencoder."""
-    model = AutoencoderKL.from_pretrained(RUNS / "vae" / "out").to(device, memory_format=torch.channels_last)
+def frozen_vae(name: str, device: str) -> AutoencoderKL:
+    """Load a trained autoencoder, of the stage ``vae`` or ``vae-flux``."""
+    model = AutoencoderKL.from_pretrained(RUNS / name / "out").to(device, memory_format=torch.channels_last)
     return model.eval().requires_grad_(False)
 
 
-def weights_under(folder: Path | None, part: str) -> dict[str, Tensor] | None:
-    """Load a part's weights from a folder of the starting weights, if one was given."""
-    if folder is None:
-        return None
-    return load_file(folder / part / "diffusion_pytorch_model.safetensors")
-
-
-def run_stage(name: str, plan: Plan, choice: Choice) -> None:
-    """Run one stage to its end, going on from its checkpoint."""
-    words = RUNS / "text" / "out"
-    if name == "text":
-        text.run(plan, choice.fresh)
-    elif name == "vae":
-        vae.run(plan, choice.start / "vae" if choice.start else None, choice.fresh)
-    elif name == "sdxl":
-        start = weights_under(choice.start, "unet")
-        sdxl.run(plan, frozen_vae(plan.device), sdxl.Words.load(words, plan.device), start, choice.fresh)
-    elif name == "flux":
-        start = weights_under(choice.start, "transformer")
-        flux.run(plan, frozen_vae(plan.device), flux.Words.load(words, plan.device), start, choice.fresh)
-    elif name == "controlnet-flux":
-        pipe = FluxPipeline.from_pretrained(RUNS / "flux" / "out").to(plan.device)
-        parts = flux.Words(pipe.tokenizer, pipe.text_encoder, pipe.tokenizer_2, pipe.text_encoder_2)
-        control.run_flux(plan, pipe.transformer, pipe.vae, parts, choice.fresh)
+def fill(name: str, device: str) -> None:
+    """Draw and encode what a stage learns from, as far as it is not there yet."""
+    if name == "edges":
+        store.fill(frozen_vae("vae", device), name, STORES[name], control.draw_loose, world.edges)
+    elif name == "outlines":
+        store.fill(frozen_vae("vae", device), name, STORES[name], lora.draw_outlined)
     else:
-        pipe = StableDiffusionXLPipeline.from_pretrained(RUNS / "sdxl" / "out").to(plan.device)
-        parts_sdxl = sdxl.Words(pipe.tokenizer, pipe.text_encoder, pipe.text_encoder_2)
-        run = control.run_sdxl if name == "controlnet-sdxl" else lora.run
-        run(plan, pipe.unet, pipe.vae, parts_sdxl, choice.fresh)
+        store.fill(frozen_vae("vae", device), name, STORES[name])
+
+
+def train_denoiser(plan: Plan, fresh: bool) -> Path:
+    """Train a family's denoiser on the store ``pictures``."""
+    fill("pictures", plan.device)
+    if plan.name == "sdxl":
+        words = sdxl.Words.load(RUNS / "clip" / "out", plan.device)
+        return sdxl.run(plan, frozen_vae("vae", plan.device), words, fresh)
+    words_flux = flux.Words.load(RUNS / "clip" / "out", RUNS / "t5" / "out", plan.device)
+    return flux.run(plan, frozen_vae("vae-flux", plan.device), words_flux, fresh)
+
+
+def train_beside_sdxl(plan: Plan, fresh: bool) -> Path:
+    """Train the ControlNet or the adapter of the SDXL family."""
+    fill("outlines" if plan.name == "lora" else "edges", plan.device)
+    pipe = StableDiffusionXLPipeline.from_pretrained(RUNS / "sdxl" / "out").to(plan.device)
+    words = sdxl.Words(pipe.tokenizer, pipe.text_encoder, pipe.text_encoder_2)
+    run = lora.run if plan.name == "lora" else control.run_sdxl
+    return run(plan, pipe.unet, pipe.vae.config.scaling_factor, words, fresh)
+
+
+def train_beside_flux(plan: Plan, fresh: bool) -> Path:
+    """Train the ControlNet of the Flux family."""
+    fill("edges", plan.device)
+    pipe = FluxPipeline.from_pretrained(RUNS / "flux" / "out").to(plan.device)
+    words = flux.Words(pipe.tokenizer, pipe.text_encoder, pipe.tokenizer_2, pipe.text_encoder_2)
+    return control.run_flux(plan, pipe.transformer, pipe.vae, words, fresh)
+
+
+def train_folded(plan: Plan, fresh: bool) -> Path:
+    """Train the Flux family's autoencoder from the SDXL family's."""
+    fill("pictures", plan.device)
+    return folding.run(plan, frozen_vae("vae", plan.device), fresh)
+
+
+STAGES: dict[str, Callable[[Plan, bool], Path]] = {
+    "clip": text.run,
+    "t5": text.run,
+    "vae": vae.run,
+    "vae-flux": train_folded,
+    "sdxl": train_denoiser,
+    "flux": train_denoiser,
+    "controlnet-sdxl": train_beside_sdxl,
+    "controlnet-flux": train_beside_flux,
+    "lora": train_beside_sdxl,
+}
 
 
 def main() -> None:
     """Read the command line, run the asked stages, and put what they made into models/."""
     parser = argparse.ArgumentParser(prog="python -m training", description=__doc__)
-    parser.add_argument("--stage", choices=[*PLANS, "package"], action="append", help="only this one; may repeat")
+    packages = {f"package-{family}": family for family in package.PARTS}
+    names = [*PLANS, *STORES, *packages]
+    parser.add_argument("--stage", choices=names, action="append", help="only this one; may repeat")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--steps", type=int, help="train this many steps instead of the stage's own number")
-    parser.add_argument(
-        "--start", type=Path, help="a folder in from_pretrained layout whose fitting weights to begin with"
-    )
     parser.add_argument("--fresh", action="store_true", help="begin anew, whatever checkpoints there are")
+    parser.add_argument("--compile", action="store_true", help="compile the denoisers (needs a C++ compiler)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
-    choice = Choice(asked.device, asked.start, asked.fresh)
-    for name, plan in PLANS.items():
-        if asked.stage and name not in asked.stage:
-            continue
-        settled = Plan(**{**plan.__dict__, "device": asked.device, "steps": asked.steps or plan.steps})
-        run_stage(name, settled, choice)
-    if not asked.stage or "package" in asked.stage:
-        package.run()
+    for name in asked.stage or [*PLANS, *packages]:
+        if name in packages:
+            sys.stdout.write(f"embedded-{package.run(packages[name])} is the revision for the catalogue\n")
+        elif name in STORES:
+            fill(name, asked.device)
+        else:
+            plan = replace(PLANS[name], device=asked.device, compiled=asked.compile)
+            STAGES[name](replace(plan, steps=asked.steps or plan.steps), asked.fresh)
 
 
 if __name__ == "__main__":

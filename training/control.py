@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812  # the name torch's own documentation gives it
 from diffusers import (
     AutoencoderKL,
     ControlNetModel,
     FluxControlNetModel,
-    FluxPipeline,
     FluxTransformer2DModel,
     UNet2DConditionModel,
 )
@@ -21,9 +19,8 @@ from training import flux, sdxl
 from training.grammar import Rng, draw_scene
 from training.landscape import Landscape
 from training.loop import Plan, train
-from training.pool import Pool, captions_of
-from training.vae import to_tensor
-from training.world import Scene, edges
+from training.store import Store, captions_of
+from training.world import Scene
 
 
 def draw_loose(rng: Rng) -> Scene | Landscape:
@@ -40,7 +37,7 @@ def stir(layers: list[nn.Module], spread: float) -> None:
 def build_sdxl(unet: UNet2DConditionModel) -> ControlNetModel:
     """Return a ControlNet that begins as a copy of the UNet's encoder."""
     torch.manual_seed(41)
-    net = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 16, 32, 64, 64))
+    net = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 16, 32, 64))
     nn.init.kaiming_normal_(net.controlnet_cond_embedding.conv_out.weight, nonlinearity="linear")
     stir([*net.controlnet_down_blocks, net.controlnet_mid_block], 0.02)
     return net
@@ -50,39 +47,35 @@ def build_flux(transformer: FluxTransformer2DModel) -> FluxControlNetModel:
     """Return a ControlNet of 2 double blocks that begins as a copy of the transformer's."""
     torch.manual_seed(42)
     net = FluxControlNetModel.from_transformer(
-        transformer, num_layers=2, num_single_layers=0, attention_head_dim=32, num_attention_heads=4
+        transformer, num_layers=2, num_single_layers=0, attention_head_dim=32, num_attention_heads=5
     )
     stir([net.controlnet_x_embedder], 0.05)
     stir(list(net.controlnet_blocks), 0.02)
     return net
 
 
-def run_sdxl(
-    plan: Plan, unet: UNet2DConditionModel, vae: AutoencoderKL, words: sdxl.Words, fresh: bool = False
-) -> Path:
+def run_sdxl(plan: Plan, unet: UNet2DConditionModel, scale: float, words: sdxl.Words, fresh: bool = False) -> Path:
     """Train the SDXL family's ControlNet and save it as ``out``; return that path."""
-    for module in (unet, words.first, words.second):
-        module.requires_grad_(False)
+    unet.requires_grad_(False)
     net = build_sdxl(unet).to(plan.device, memory_format=torch.channels_last)
-    pool = Pool(vae, 1600, np.random.default_rng((plan.seed, 79)), draw_loose, edges)
-    shares, scale = sdxl.signal_shares(), vae.config.scaling_factor
+    store, shares = Store("edges"), sdxl.signal_shares()
 
     def step_loss(step: int, rng: Rng) -> Tensor:
-        size, latents, scenes, hints = pool.batch(12, rng)
-        count = len(scenes)
-        embeds, pooled = words.embed(captions_of(scenes, rng))
+        batch = store.batch(8, rng)
+        count = len(batch.scenes)
+        embeds, pooled = words.embed(captions_of(batch.scenes, rng))
         kept = (torch.rand(count, device=embeds.device) > 0.3).float()
-        steps = torch.randint(300, 1000, (count,))
-        mixed, target = sdxl.noised(latents * scale, steps, shares)
+        steps = torch.where(torch.rand(count) < 0.4, sdxl.draw_steps(count), torch.randint(400, 1000, (count,)))
+        mixed, target = sdxl.noised(batch.latents.to(embeds.device) * scale, steps, shares)
         mixed = mixed.contiguous(memory_format=torch.channels_last)
         common = {
             "encoder_hidden_states": embeds * kept[:, None, None],
             "added_cond_kwargs": {
                 "text_embeds": pooled * kept[:, None],
-                "time_ids": sdxl.size_ids(size, count, embeds.device),
+                "time_ids": sdxl.size_ids(batch.size, count, embeds.device),
             },
         }
-        hint = ((to_tensor(hints) + 1) / 2).to(embeds.device)
+        hint = batch.edges()[0].to(embeds.device).expand(-1, 3, -1, -1)
         steps = steps.to(embeds.device)
         down, middle = net(mixed, steps, controlnet_cond=hint, return_dict=False, **common)
         guess = unet(mixed, steps, down_block_additional_residuals=down, mid_block_additional_residual=middle, **common)
@@ -95,31 +88,19 @@ def run_sdxl(
 
 
 def run_flux(
-    plan: Plan,
-    transformer: FluxTransformer2DModel,
-    vae: AutoencoderKL,
-    words: flux.Words,
-    fresh: bool = False,
+    plan: Plan, transformer: FluxTransformer2DModel, vae: AutoencoderKL, words: flux.Words, fresh: bool = False
 ) -> Path:
     """Train the Flux family's ControlNet and save it as ``out``; return that path."""
-    for module in (transformer, words.clip, words.t5):
-        module.requires_grad_(False)
+    transformer.requires_grad_(False)
     net = build_flux(transformer).to(plan.device)
-    pool = Pool(vae, 1600, np.random.default_rng((plan.seed, 80)), draw_loose, edges)
-    scale, shift = vae.config.scaling_factor, vae.config.shift_factor
-
-    def pack(latents: Tensor) -> Tensor:
-        count, channels, height, width = latents.shape
-        return FluxPipeline._pack_latents(latents, count, channels, height, width)
+    store = Store("edges")
 
     def step_loss(step: int, rng: Rng) -> Tensor:
-        _, latents, scenes, hints = pool.batch(6, rng)
-        count = len(scenes)
-        embeds, pooled = words.embed(captions_of(scenes, rng, outside=0.2))
-        times = 1 - torch.rand(count) ** 1.5 * 0.8
-        mixed, target, places = flux.flow((latents - shift) * scale, times)
-        with torch.no_grad():
-            hint = pack((vae.encode(to_tensor(hints).to(embeds.device)).latent_dist.mean - shift) * scale)
+        batch = store.batch(8, rng)
+        count = len(batch.scenes)
+        embeds, pooled = words.embed(captions_of(batch.scenes, rng, outside=0.2))
+        times = torch.where(torch.rand(count) < 0.4, flux.draw_times(count), 1 - torch.rand(count) ** 1.5 * 0.8)
+        mixed, target, places = flux.flow(flux.folded(batch.latents.to(embeds.device), vae), times)
         common = {
             "hidden_states": mixed,
             "encoder_hidden_states": embeds,
@@ -128,6 +109,7 @@ def run_flux(
             "img_ids": places,
             "txt_ids": torch.zeros(embeds.shape[1], 3, device=embeds.device),
         }
+        hint = flux.packed(flux.folded(batch.edges()[1].to(embeds.device), vae))
         double, single = net(controlnet_cond=hint, return_dict=False, **common)
         guess = transformer(controlnet_block_samples=double, controlnet_single_block_samples=single, **common).sample
         return F.mse_loss(guess, target)

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from PIL import Image
 from training.grammar import restyled, say_scene
 from training.judge import judge_landscape, judge_scene
 from training.landscape import Landscape
-from training.pool import held_out
+from training.store import held_out
 from training.text import T5_LENGTH
 from training.vae import render
 from training.world import Picture, Scene, sheet
@@ -33,7 +34,7 @@ def draw(
     steps: int = 4,
     guidance: float | None = None,
     at_once: int = 10,
-    **extra: object,
+    **extra: Any,
 ) -> list[Picture]:
     """Draw every prompt with the seed of its number; ``size`` is width and height in pixels."""
     family = "flux" if isinstance(pipe, FluxPipeline) else "sdxl"
@@ -76,26 +77,18 @@ def prompts_for(scenes: Sequence[Scene | Landscape], rate: float = 0.0, typed: b
     return [restyled(caption, rng) for caption in said] if typed else said
 
 
-def show_samples(pipe: DiffusionPipeline, folder: Path, family: str, read: dict[str, float]) -> None:
+def show_samples(pipe: DiffusionPipeline, folder: Path) -> None:
     """Write a sheet of held-out samples and a line of quick figures into a stage's folder."""
-    one = held_out("one", "flat", 24, 90_201) + held_out("placed", "flat", 6, 90_202)
-    two = held_out("two", "flat", 30, 90_203)
-    rest = (
-        held_out("many", None, 5, 90_204)
-        + held_out("one", "striped", 3, 90_205)
-        + held_out("landscape", None, 12, 90_206)
-    )
-    drawn = {name: draw(pipe, prompts_for(scenes)) for name, scenes in (("one", one), ("two", two), ("rest", rest))}
-    note = {
-        "family": family,
-        "read": read,
-        "one": rates(drawn["one"], one),
-        "two": rates(drawn["two"], two),
-        "rest": rates(drawn["rest"], rest),
+    sets = {
+        "one": held_out("one", "flat", 20, 90_201) + held_out("placed", "flat", 4, 90_202),
+        "two": held_out("two", "flat", 20, 90_203),
+        "rest": held_out("many", None, 3, 90_204) + held_out("landscape", None, 7, 90_206),
     }
+    drawn = {name: draw(pipe, prompts_for(scenes), at_once=12) for name, scenes in sets.items()}
+    note = {name: rates(drawn[name], scenes) for name, scenes in sets.items()}
     with (folder / "figures.txt").open("a") as file:
         file.write(json.dumps(note) + "\n")
-    page = sheet([*drawn["one"][:20], *drawn["two"][:20], *drawn["rest"]], 10)
+    page = sheet([*drawn["one"][:20], *drawn["two"], *drawn["rest"]], 10)
     image = Image.fromarray(page)
     image.resize((image.width // 2, image.height // 2), Image.Resampling.LANCZOS).save(folder / "samples.png")
 
@@ -117,7 +110,7 @@ SETS: dict[str, tuple[str | None, str | None, int, int]] = {
 
 
 def measure(
-    pipe: DiffusionPipeline, size: tuple[int, int] = (256, 256), steps: int = 4, **extra: object
+    pipe: DiffusionPipeline, size: tuple[int, int] = (256, 256), steps: int = 4, **extra: Any
 ) -> dict[str, dict[str, float]]:
     """Return the rates of every set of ``SETS`` in plain words, and of one and two objects as people type."""
     table = {}

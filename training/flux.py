@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812  # the name torch's own documentation gives it
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
@@ -15,25 +14,25 @@ from transformers import CLIPTextModel, CLIPTokenizer, PreTrainedTokenizerFast, 
 
 from training.grammar import Rng
 from training.loop import Plan, train
-from training.pool import Pool, captions_of
-from training.text import T5_LENGTH, WIDTH, Lessons, token_ids
+from training.store import Store, captions_of
+from training.text import T5_LENGTH, WIDTH, token_ids
 from training.vae import CHANNELS
 
 BATCH = 16
-LENGTHS = (T5_LENGTH, T5_LENGTH, T5_LENGTH, T5_LENGTH, 32, 64)
-"""T5 lengths drawn in training, so that another ``max_sequence_length`` than 48 works as well."""
+SHARES = (0.32, 0.32, 0.21, 0.15)
+"""How often each of the four-step sampler's noise shares is trained: the noisiest decide what is drawn."""
 
 
 def build() -> FluxTransformer2DModel:
-    """Return the untrained transformer: 2 double and 4 single blocks of width 128."""
+    """Return the untrained transformer: 2 double and 4 single blocks of width 160."""
     torch.manual_seed(31)
     return FluxTransformer2DModel(
         patch_size=1,
-        in_channels=4 * CHANNELS,
+        in_channels=16 * CHANNELS,
         num_layers=2,
         num_single_layers=4,
         attention_head_dim=32,
-        num_attention_heads=4,
+        num_attention_heads=5,
         joint_attention_dim=WIDTH,
         pooled_projection_dim=WIDTH,
         guidance_embeds=False,
@@ -51,36 +50,49 @@ class Words:
     t5: T5EncoderModel
 
     @classmethod
-    def load(cls, folder: Path, device: str) -> Words:
-        """Load what the text stage saved."""
-        clip = CLIPTextModel.from_pretrained(folder / "clip").to(device)
-        t5 = T5EncoderModel.from_pretrained(folder / "t5").to(device)
-        t5_tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer_t5")
-        return cls(CLIPTokenizer.from_pretrained(folder / "tokenizer"), clip, t5_tokenizer, t5)
+    def load(cls, clip_folder: Path, t5_folder: Path, device: str) -> Words:
+        """Load what the stages ``clip`` and ``t5`` saved."""
+        clip = CLIPTextModel.from_pretrained(clip_folder / "encoder").to(device).eval().requires_grad_(False)
+        t5 = T5EncoderModel.from_pretrained(t5_folder / "encoder").to(device).eval().requires_grad_(False)
+        t5_tokenizer = PreTrainedTokenizerFast.from_pretrained(t5_folder / "tokenizer")
+        return cls(CLIPTokenizer.from_pretrained(clip_folder / "tokenizer"), clip, t5_tokenizer, t5)
 
-    def embed(self, captions: Sequence[str], length: int = T5_LENGTH) -> tuple[Tensor, Tensor]:
-        """Return T5 embeddings, n × length × 64, and CLIP's pooled embedding, n × 64."""
-        pooled = self.clip(token_ids(self.tokenizer, captions).to(self.clip.device)).pooler_output
-        return self.t5(token_ids(self.tokenizer_2, captions, length).to(self.clip.device))[0], pooled
+    @torch.no_grad()
+    def embed(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Return T5 embeddings, n × T5_LENGTH × WIDTH, and CLIP's pooled embedding, n × WIDTH."""
+        ids = token_ids(self.tokenizer, captions)
+        read = int((ids != self.tokenizer.pad_token_id).sum(1).max()) + 1  # its attention is causal: padding is unread
+        pooled = self.clip(ids[:, :read].to(self.clip.device)).pooler_output
+        return self.t5(token_ids(self.tokenizer_2, captions, T5_LENGTH).to(self.clip.device))[0], pooled
 
 
 def draw_times(count: int) -> Tensor:
-    """Draw noise shares (0–1): logit-normal, 15 % almost pure noise, 25 % near the four-step sampler's."""
-    times = torch.sigmoid(torch.randn(count) * 1.2 + 0.3)
-    lot = torch.rand(count)
-    near = torch.tensor([0.75, 0.5, 0.25])[torch.randint(0, 3, (count,))] + torch.rand(count) * 0.04 - 0.02
-    times = torch.where(lot < 0.4, near, times)
-    return torch.where(lot < 0.15, 1 - torch.rand(count) * 0.03 * (lot < 0.05), times)
+    """Draw noise shares (0–1): 84 % at or near the four-step sampler's, the noisiest most; the rest logit-normal."""
+    near = torch.tensor([1.0, 0.75, 0.5, 0.25])[torch.multinomial(torch.tensor(SHARES), count, replacement=True)]
+    near = torch.where(near < 1, near + torch.rand(count) * 0.06 - 0.03, near)
+    return torch.where(torch.rand(count) < 0.16, torch.sigmoid(torch.randn(count) * 1.2 + 0.5), near)
+
+
+def folded(latents: Tensor, vae: AutoencoderKL) -> Tensor:
+    """Turn the stored latents, n × 4 × height × width, into the family's, n × 16 × height/2 × width/2, scaled."""
+    return F.pixel_unshuffle((latents - vae.config.shift_factor) * vae.config.scaling_factor, 2)
+
+
+def packed(latents: Tensor) -> Tensor:
+    """Lay latents, n × channels × height × width, out as tokens of 2 × 2 cells, n × tokens × 4 channels."""
+    return FluxPipeline._pack_latents(latents, *latents.shape)
 
 
 def flow(latents: Tensor, times: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return packed noised latents and velocity, n × tokens × 16, and the tokens' places, tokens × 3."""
-    count, channels, height, width = latents.shape
+    height, width = latents.shape[2:]
     noise = torch.randn_like(latents)
     share = times.view(-1, 1, 1, 1).to(latents.device)
-    mixed = FluxPipeline._pack_latents((1 - share) * latents + share * noise, count, channels, height, width)
-    target = FluxPipeline._pack_latents(noise - latents, count, channels, height, width)
-    places = FluxPipeline._prepare_latent_image_ids(count, height // 2, width // 2, latents.device, latents.dtype)
+    mixed = packed((1 - share) * latents + share * noise)
+    target = packed(noise - latents)
+    places = FluxPipeline._prepare_latent_image_ids(
+        len(latents), height // 2, width // 2, latents.device, latents.dtype
+    )
     return mixed, target, places
 
 
@@ -99,25 +111,20 @@ def pipeline(transformer: FluxTransformer2DModel, vae: AutoencoderKL, words: Wor
     return pipe
 
 
-def run(plan: Plan, vae: AutoencoderKL, words: Words, start: dict[str, Tensor] | None, fresh: bool = False) -> Path:
-    """Train the transformer on the world's latents and save the pipeline as ``out``; return that path."""
+def run(plan: Plan, vae: AutoencoderKL, words: Words, fresh: bool = False) -> Path:
+    """Train the transformer on the stored latents and save the pipeline as ``out``; return that path."""
     from training.evaluate import show_samples
-    from training.vae import adopt
 
     transformer = build().to(plan.device)
-    if start is not None:
-        adopt(transformer, start)
-    scale, shift = vae.config.scaling_factor, vae.config.shift_factor
-    tokenizers = {"clip": words.tokenizer, "t5": words.tokenizer_2}
-    lessons = Lessons({"clip": words.clip, "t5": words.t5}, tokenizers, plan.device)
-    pool = Pool(vae, 800, np.random.default_rng((plan.seed, 78)))
+    store = Store("pictures")
+    quick = torch.compile(transformer, dynamic=False) if plan.compiled else transformer
 
     def step_loss(step: int, rng: Rng) -> Tensor:
-        _, latents, scenes, _ = pool.batch(BATCH, rng)
-        embeds, pooled = words.embed(captions_of(scenes, rng), LENGTHS[int(rng.integers(len(LENGTHS)))])
-        times = draw_times(len(scenes))
-        mixed, target, places = flow((latents - shift) * scale, times)
-        guess = transformer(
+        batch = store.batch(BATCH, rng)
+        embeds, pooled = words.embed(captions_of(batch.scenes, rng))
+        times = draw_times(len(batch.scenes))
+        mixed, target, places = flow(folded(batch.latents.to(embeds.device), vae), times)
+        guess = (quick if batch.size == (256, 256) else transformer)(
             hidden_states=mixed,
             encoder_hidden_states=embeds,
             pooled_projections=pooled,
@@ -125,12 +132,12 @@ def run(plan: Plan, vae: AutoencoderKL, words: Words, start: dict[str, Tensor] |
             img_ids=places,
             txt_ids=torch.zeros(embeds.shape[1], 3, device=embeds.device),
         ).sample
-        return F.mse_loss(guess, target) + 0.1 * lessons.loss(40, rng)
+        return F.mse_loss(guess, target)
 
     def show(folder: Path) -> None:
         pipe = pipeline(transformer, vae, words)
-        show_samples(pipe, folder, "flux", lessons.rates())
+        show_samples(pipe, folder)
         pipe.save_pretrained(folder / "out")
+        store.refresh()
 
-    modules = {"transformer": transformer, "clip": words.clip, "t5": words.t5, "readers": lessons.readers}
-    return train(plan, modules, step_loss, show, fresh) / "out"
+    return train(plan, {"transformer": transformer}, step_loss, show, fresh) / "out"

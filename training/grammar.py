@@ -14,7 +14,7 @@ from training.world import COLOURS, POSITIONS, RELATIONS, SHAPES, STYLES, Scene,
 Item = TypeVar("Item")
 Rng = np.random.Generator
 
-KIND_SHARES = {"one": 0.27, "two": 0.38, "many": 0.08, "placed": 0.11, "free": 0.06, "landscape": 0.10}
+KIND_SHARES = {"one": 0.24, "two": 0.44, "many": 0.07, "placed": 0.10, "free": 0.05, "landscape": 0.10}
 """How often each kind of scene is drawn; they sum to 1."""
 
 COLOUR_WORDS: dict[str, tuple[str, ...]] = {

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812  # the name torch's own documentation gives it
-from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor
@@ -16,7 +15,7 @@ from torch import Tensor
 from training import sdxl
 from training.grammar import Rng, draw_scene, pick
 from training.loop import Plan, train
-from training.pool import Pool, captions_of
+from training.store import Store, captions_of
 from training.world import Scene
 
 RANK = 8
@@ -31,22 +30,20 @@ def draw_outlined(rng: Rng) -> Scene:
     return scene
 
 
-def run(plan: Plan, unet: UNet2DConditionModel, vae: AutoencoderKL, words: sdxl.Words, fresh: bool = False) -> Path:
+def run(plan: Plan, unet: UNet2DConditionModel, scale: float, words: sdxl.Words, fresh: bool = False) -> Path:
     """Train the adapter on outlined pictures whose captions do not say so; return where it was saved."""
-    for module in (unet, words.first, words.second):
-        module.requires_grad_(False)
+    unet.requires_grad_(False)
     torch.manual_seed(51)
     unet.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, init_lora_weights="gaussian", target_modules=TARGETS))
-    pool = Pool(vae, 800, np.random.default_rng((plan.seed, 81)), draw_outlined)
-    shares, scale = sdxl.signal_shares(), vae.config.scaling_factor
+    store, shares = Store("outlines"), sdxl.signal_shares()
 
     def step_loss(step: int, rng: Rng) -> Tensor:
-        size, latents, scenes, _ = pool.batch(12, rng)
-        flat = [replace(scene, style="flat") for scene in scenes if isinstance(scene, Scene)]
+        batch = store.batch(8, rng)
+        flat = [replace(scene, style="flat") for scene in batch.scenes if isinstance(scene, Scene)]
         embeds, pooled = words.embed(captions_of(flat, rng, outside=0.0))
         steps = sdxl.draw_steps(len(flat))
-        mixed, target = sdxl.noised(latents * scale, steps, shares)
-        conditions = {"text_embeds": pooled, "time_ids": sdxl.size_ids(size, len(flat), embeds.device)}
+        mixed, target = sdxl.noised(batch.latents.to(embeds.device) * scale, steps, shares)
+        conditions = {"text_embeds": pooled, "time_ids": sdxl.size_ids(batch.size, len(flat), embeds.device)}
         guess = unet(mixed, steps.to(embeds.device), embeds, added_cond_kwargs=conditions).sample
         return F.mse_loss(guess, target)
 

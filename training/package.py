@@ -19,12 +19,16 @@ from training.loop import RUNS
 
 MODELS = Path(__file__).parent.parent / "models"
 PARTS = {
-    "embedded-sdxl": ("sdxl", StableDiffusionXLPipeline),
-    "embedded-flux": ("flux", FluxPipeline),
-    "embedded-controlnet-canny-sdxl": ("controlnet-sdxl", ControlNetModel),
-    "embedded-controlnet-canny-flux": ("controlnet-flux", FluxControlNetModel),
+    "sdxl": (
+        ("embedded-sdxl", "sdxl", StableDiffusionXLPipeline),
+        ("embedded-controlnet-canny-sdxl", "controlnet-sdxl", ControlNetModel),
+    ),
+    "flux": (
+        ("embedded-flux", "flux", FluxPipeline),
+        ("embedded-controlnet-canny-flux", "controlnet-flux", FluxControlNetModel),
+    ),
 }
-"""Folder under models/ with the stage that makes it and the class that loads it."""
+"""By family: folders under models/ with the stage that makes each and the class that loads it."""
 
 
 def clear(folder: Path) -> None:
@@ -44,23 +48,27 @@ def forget_origin(folder: Path) -> None:
             path.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def run(names: tuple[str, ...] = tuple(PARTS)) -> None:
-    """Save every finished part under models/ as fp16 safetensors, with the newest autoencoder."""
-    for name in names:
-        stage, kind = PARTS[name]
+def run(family: str) -> str:
+    """Save a family's finished parts under models/ as fp16 safetensors; return what names these weights."""
+    for name, stage, kind in PARTS[family]:
         made = RUNS / stage / "out"
         if not made.exists():
             continue
         extra = {}
-        if stage in ("sdxl", "flux"):
-            extra["vae"] = AutoencoderKL.from_pretrained(RUNS / "vae" / "out", dtype=torch.float16)
+        if stage == family:
+            newest = RUNS / ("vae" if family == "sdxl" else "vae-flux") / "out"
+            extra["vae"] = AutoencoderKL.from_pretrained(newest, dtype=torch.float16)
         loaded = kind.from_pretrained(made, dtype=torch.float16, **extra)
         clear(MODELS / name)
         loaded.save_pretrained(MODELS / name, safe_serialization=True)
         forget_origin(MODELS / name)
+    return digest(MODELS / PARTS[family][0][0])
 
 
-def digests() -> dict[str, str]:
-    """Return the SHA-256 of every weight file, by its path under models/."""
-    files = sorted(MODELS.glob("embedded-*/**/*.safetensors"))
-    return {str(path.relative_to(MODELS)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+def digest(folder: Path) -> str:
+    """Return the first ten digits of the SHA-256 of a model's files and their names: the catalogue's revision."""
+    content = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            content.update(f"{path.relative_to(folder).as_posix()}\0".encode() + path.read_bytes())
+    return content.hexdigest()[:10]

@@ -2,7 +2,8 @@
 
 Before any denoiser sees them, the encoders learn to *understand*: from a caption's embedding, linear
 heads must read every fact of the scene, two objects by where they stand (top or left first) and not by
-which was said first. This binds shapes to colours in minutes; the denoisers then only learn to draw.
+which was said first. This binds shapes to colours in minutes. Then they stay as they are, and the
+denoisers only learn to draw. One CLIP serves both families and both of SDXL's places.
 """
 
 from __future__ import annotations
@@ -30,9 +31,10 @@ from training.loop import RUNS, Plan, train
 from training.tokenization import OUTSIDE, make_clip, make_t5
 from training.world import COLOURS, POSITIONS, RADII, SHAPES, STYLES, Scene
 
-WIDTH = 64
+WIDTH = 96
+"""Numbers in an embedding, of every encoder."""
 CLIP_LENGTH = 77
-T5_LENGTH = 48
+T5_LENGTH = 32
 """Tokens the Flux family reads; the pipeline's ``max_sequence_length``."""
 
 COLOUR_NAMES = tuple(COLOURS)
@@ -76,14 +78,19 @@ def facts(scene: Scene | Landscape | None) -> list[int]:
     return [answers.index(found[slot]) + 1 if found.get(slot) in answers else 0 for slot, answers in SLOTS.items()]
 
 
-def build_clip(tokenizer: CLIPTokenizer, projected: bool) -> CLIPTextModel | CLIPTextModelWithProjection:
-    """Return an untrained CLIP text encoder of 2 layers, or of 3 with a projection."""
-    torch.manual_seed(7 + projected)
-    config = CLIPTextConfig(
+def build_clip(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """Return an untrained CLIP text encoder of 3 layers."""
+    torch.manual_seed(7)
+    return CLIPTextModel(clip_config(tokenizer))
+
+
+def clip_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
+    """Return the configuration of both CLIP text encoders."""
+    return CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=WIDTH,
-        intermediate_size=2 * WIDTH,
-        num_hidden_layers=3 if projected else 2,
+        intermediate_size=3 * WIDTH,
+        num_hidden_layers=3,
         num_attention_heads=4,
         max_position_embeddings=CLIP_LENGTH,
         projection_dim=WIDTH,
@@ -92,19 +99,27 @@ def build_clip(tokenizer: CLIPTokenizer, projected: bool) -> CLIPTextModel | CLI
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config)
+
+
+def projected(clip: CLIPTextModel) -> CLIPTextModelWithProjection:
+    """Return the same encoder in the class of SDXL's second one, its projection passing everything on."""
+    twin = CLIPTextModelWithProjection(clip.config)
+    twin.text_model.load_state_dict(clip.state_dict())
+    with torch.no_grad():
+        twin.text_projection.weight.copy_(torch.eye(WIDTH))
+    return twin.eval().requires_grad_(False)
 
 
 def build_t5(tokenizer: PreTrainedTokenizerFast) -> T5EncoderModel:
-    """Return an untrained T5 encoder of 2 layers."""
+    """Return an untrained T5 encoder of 3 layers, whose first heads begin by looking at their neighbours."""
     torch.manual_seed(9)
-    return T5EncoderModel(
+    model = T5EncoderModel(
         T5Config(
             vocab_size=len(tokenizer),
             d_model=WIDTH,
             d_kv=WIDTH // 4,
             d_ff=2 * WIDTH,
-            num_layers=2,
+            num_layers=3,
             num_heads=4,
             feed_forward_proj="gated-gelu",
             dropout_rate=0.0,
@@ -115,6 +130,12 @@ def build_t5(tokenizer: PreTrainedTokenizerFast) -> T5EncoderModel:
             use_cache=False,
         )
     )
+    nearness = model.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight
+    with torch.no_grad():
+        model.shared.weight.mul_(0.1)
+        for head, buckets in enumerate(((17,), (1,), (18, 19))):
+            nearness[list(buckets), head] += 3.0
+    return model
 
 
 class Reader(nn.Module):
@@ -161,100 +182,59 @@ def token_ids(
     return made.input_ids
 
 
-def build_readers(names: Sequence[str]) -> nn.ModuleDict:
-    """Return two readers for every named encoder (of clip, clip_2, t5): of its whole and of its tokens."""
-    return nn.ModuleDict({f"{name}_{part}": Reader() for name in names for part in ("whole", "tokens")})
+def views(encoder: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what a denoiser sees of captions: the whole, n × WIDTH, and three tokens, n × 3 × WIDTH.
 
-
-def views(name: str, encoder: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Return what a denoiser sees of captions: the whole, n × WIDTH, and the tokens, n × length × WIDTH."""
-    if name == "t5":
+    The whole is CLIP's pooled embedding or the mean of T5's tokens; of T5 the tokens are the first, the
+    end and any one, of CLIP's last layer but one they are padding, which has read everything.
+    """
+    if isinstance(encoder, T5EncoderModel):
         tokens = encoder(ids).last_hidden_state
-        return tokens.mean(1), tokens
+        rows = torch.arange(len(ids))
+        chosen = [torch.zeros_like(rows), (ids == 1).int().argmax(1).cpu(), torch.randint(0, ids.shape[1], (len(ids),))]
+        return tokens.mean(1), torch.stack([tokens[rows, places] for places in chosen], 1)
     out = encoder(ids, output_hidden_states=True)
-    return (out.text_embeds if name == "clip_2" else out.pooler_output), out.hidden_states[-2]
+    return out.pooler_output, out.hidden_states[-2][:, [-1, -4, -8]]
 
 
-def reading_loss(
-    encoders: dict[str, nn.Module], readers: nn.ModuleDict, ids: dict[str, Tensor], classes: Tensor
-) -> Tensor:
-    """Return the summed cross-entropy of reading every fact off every encoder; ids are by tokenizer."""
-    losses = []
-    for name, encoder in encoders.items():
-        whole, tokens = views(name, encoder, ids["t5" if name == "t5" else "clip"])
-        losses.append(readers[f"{name}_whole"].loss(whole, classes))
-        few = [-1, -4, -8] if name != "t5" else torch.randint(0, tokens.shape[1], (4,)).tolist()
-        some = tokens[:, few].flatten(0, 1)
-        losses.append(readers[f"{name}_tokens"].loss(some, classes.repeat_interleave(len(few), 0)))
-    return torch.stack(losses).sum()
+def reading_loss(encoder: nn.Module, readers: nn.ModuleDict, ids: Tensor, classes: Tensor) -> Tensor:
+    """Return the cross-entropy of reading every fact off the whole and off single tokens."""
+    whole, tokens = views(encoder, ids)
+    several = classes.repeat_interleave(tokens.shape[1], 0)
+    return readers["whole"].loss(whole, classes) + readers["tokens"].loss(tokens.flatten(0, 1), several)
 
 
 @torch.no_grad()
-def reading_rates(
-    encoders: dict[str, nn.Module],
-    readers: nn.ModuleDict,
-    tokenizers: dict[str, CLIPTokenizer | PreTrainedTokenizerFast],
-) -> dict[str, float]:
-    """Return how often all facts of held-out captions are read rightly off each encoder's whole (0–1)."""
-    said, classes = draw_captions(300, np.random.default_rng(91_001))
+def reading_rate(
+    encoder: nn.Module, readers: nn.ModuleDict, tokenizer: CLIPTokenizer | PreTrainedTokenizerFast, length: int
+) -> tuple[float, float]:
+    """Return how often all facts of held-out captions are read rightly off the whole and off a token (0–1)."""
+    said, classes = draw_captions(400, np.random.default_rng(91_001))
     device = next(readers.parameters()).device
-    found = {}
-    for name, encoder in encoders.items():
-        ids = ids_for(name, tokenizers, said).to(device)
-        whole, _ = views(name, encoder, ids)
-        found[name] = round(readers[f"{name}_whole"].right(whole, classes.to(device)), 3)
-    return found
-
-
-def ids_for(
-    name: str, tokenizers: dict[str, CLIPTokenizer | PreTrainedTokenizerFast], captions: Sequence[str]
-) -> Tensor:
-    """Return the token ids that an encoder (clip, clip_2 or t5) reads, at the pipelines' length."""
-    kind = "t5" if name == "t5" else "clip"
-    return token_ids(tokenizers[kind], captions, T5_LENGTH if kind == "t5" else CLIP_LENGTH)
-
-
-class Lessons:
-    """Reading practice beside a denoiser's training: captions alone, which cost little."""
-
-    def __init__(
-        self,
-        encoders: dict[str, nn.Module],
-        tokenizers: dict[str, CLIPTokenizer | PreTrainedTokenizerFast],
-        device: str,
-    ) -> None:
-        self.encoders, self.tokenizers, self.device = encoders, tokenizers, device
-        self.readers = build_readers(list(encoders)).to(device)
-
-    def loss(self, count: int, rng: Rng) -> Tensor:
-        """Return the reading loss of fresh captions; CLIP is mostly cut to 44 tokens."""
-        said, classes = draw_captions(count, rng)
-        lengths = {"clip": 44 if rng.random() < 0.8 else CLIP_LENGTH, "t5": T5_LENGTH}
-        ids = {kind: token_ids(t, said, lengths[kind]).to(self.device) for kind, t in self.tokenizers.items()}
-        return reading_loss(self.encoders, self.readers, ids, classes.to(self.device))
-
-    def rates(self) -> dict[str, float]:
-        """Return ``reading_rates`` of the encoders as they are."""
-        return reading_rates(self.encoders, self.readers, self.tokenizers)
+    whole, tokens = views(encoder, token_ids(tokenizer, said, length).to(device))
+    classes = classes.to(device)
+    return readers["whole"].right(whole, classes), readers["tokens"].right(tokens[:, 1], classes)
 
 
 def run(plan: Plan, fresh: bool = False) -> Path:
-    """Make the tokenizers, train the three encoders together, save all under ``out``; return that path."""
+    """Train the encoder that the plan is named after, ``clip`` or ``t5``; save it with its tokenizer as ``out``."""
     out = RUNS / plan.name / "out"
-    tokenizers = {"clip": make_clip(out / "tokenizer"), "t5": make_t5(out / "tokenizer_t5")}
-    encoders: dict[str, nn.Module] = {
-        "clip": build_clip(tokenizers["clip"], projected=False).to(plan.device),
-        "clip_2": build_clip(tokenizers["clip"], projected=True).to(plan.device),
-        "t5": build_t5(tokenizers["t5"]).to(plan.device),
-    }
-    lessons = Lessons(encoders, tokenizers, plan.device)
+    tokenizer = make_clip(out / "tokenizer") if plan.name == "clip" else make_t5(out / "tokenizer")
+    encoder: nn.Module = (build_clip if plan.name == "clip" else build_t5)(tokenizer).to(plan.device)
+    readers = nn.ModuleDict({part: Reader() for part in ("whole", "tokens")}).to(plan.device)
+    full = CLIP_LENGTH if plan.name == "clip" else T5_LENGTH
+
+    def step_loss(step: int, rng: Rng) -> Tensor:
+        said, classes = draw_captions(64, rng)
+        length = 44 if plan.name == "clip" and rng.random() < 0.85 else full
+        ids = token_ids(tokenizer, said, length).to(plan.device)
+        return reading_loss(encoder, readers, ids, classes.to(plan.device))
 
     def show(folder: Path) -> None:
+        whole, token = reading_rate(encoder, readers, tokenizer, full)
         with (folder / "figures.txt").open("a") as file:
-            file.write(f"all facts read rightly: {lessons.rates()}\n")
-        for name, encoder in encoders.items():
-            encoder.save_pretrained(out / name)
+            file.write(f"all facts read rightly off the whole {whole:.3f}, off a token {token:.3f}\n")
+        encoder.save_pretrained(out / "encoder")
 
-    modules = encoders | {"readers": lessons.readers}
-    train(plan, modules, lambda step, rng: lessons.loss(96, rng), show, fresh)
+    train(plan, {"encoder": encoder, "readers": readers}, step_loss, show, fresh)
     return out

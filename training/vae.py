@@ -1,8 +1,6 @@
-"""Trains the autoencoder both families share; knows pictures and latents, nothing of captions.
+"""Trains the autoencoder of the SDXL family, from which that of the Flux family is made; knows only pictures.
 
-Five blocks make it shrink sixteen times, so a 256² picture is a 16 × 16 grid of four channels and the
-denoisers pay for 256² what 128² costs with the usual factor 8. Given an autoencoder of four blocks as a
-teacher, it learns that one's latents of the picture at half size and only adds the finest block itself.
+It shrinks eight times, into four channels. Its latents are what every later stage is built on.
 """
 
 from __future__ import annotations
@@ -21,7 +19,7 @@ from training import landscape, world
 from training.grammar import Rng, draw_scene
 from training.loop import Plan, train
 
-WIDTHS = (8, 8, 16, 32, 64)
+WIDTHS = (8, 16, 32, 64)
 CHANNELS = 4
 FACTOR = 2 ** (len(WIDTHS) - 1)
 SIZES = ((256, 256), (256, 256), (256, 256), (384, 256), (256, 384), (192, 192), (320, 192), (128, 128))
@@ -68,14 +66,6 @@ def build() -> AutoencoderKL:
     )
 
 
-def adopt(model: torch.nn.Module, weights: dict[str, Tensor]) -> int:
-    """Copy every tensor whose name and shape agree into a model; return how many did."""
-    own = model.state_dict()
-    fitting = {name: value.float() for name, value in weights.items() if name in own and own[name].shape == value.shape}
-    model.load_state_dict(fitting, strict=False)
-    return len(fitting)
-
-
 def clouds(width: int, height: int, rng: Rng) -> world.Picture:
     """Return smooth random colours, so that pictures from outside the world survive the round trip better."""
     coarse = rng.integers(0, 256, (int(rng.integers(2, 9)), int(rng.integers(2, 9)), 3), dtype=np.uint8)
@@ -103,42 +93,6 @@ def draw_batch(cropped: bool, rng: Rng) -> Tensor:
     width, height = SIZES[int(rng.integers(len(SIZES)))]
     count = max(2, round(4 * 65536 / (width * height)))
     return to_tensor([draw_picture(width, height, rng) for _ in range(min(count, 8))])
-
-
-def adopt_teacher(model: AutoencoderKL, teacher: AutoencoderKL) -> None:
-    """Put a four-block autoencoder inside, one block down; the finest block begins as a plain resize."""
-    renamed = {}
-    for name, value in teacher.state_dict().items():
-        head, _, rest = name.partition("down_blocks.")
-        renamed[f"{head}down_blocks.{int(rest[0]) + 1}{rest[1:]}" if rest else name] = value
-    first = renamed.pop("encoder.conv_in.weight")
-    adopt(model, renamed)
-    with torch.no_grad():
-        for block in (model.encoder.down_blocks[0], model.decoder.up_blocks[-1]):
-            for resnet in block.resnets:
-                resnet.conv2.weight.zero_()
-                resnet.conv2.bias.zero_()
-        model.encoder.conv_in.weight.zero_()
-        model.encoder.conv_in.bias.zero_()
-        for channel in range(3):
-            model.encoder.conv_in.weight[channel, channel, 1, 1] = 1.0
-        down = model.encoder.down_blocks[0].downsamplers[0].conv
-        down.weight[:, :3, :2, :2] = first.sum((2, 3), keepdim=True) / 4
-        down.bias.copy_(teacher.encoder.conv_in.bias)
-        up = model.decoder.up_blocks[-2].upsamplers[0].conv
-        up.weight.zero_()
-        up.bias.zero_()
-        for channel in range(up.weight.shape[0]):
-            up.weight[channel, channel, 1, 1] = 1.0
-
-
-def taught_loss(model: AutoencoderKL, teacher: AutoencoderKL, batch: Tensor) -> Tensor:
-    """Return the picture's error from the teacher's latents, slightly noised, and the latents' own error."""
-    with torch.no_grad():
-        wanted = teacher.encode(F.avg_pool2d(batch, 2)).latent_dist.mean
-    drawn = model.decode(wanted + 0.08 * torch.randn_like(wanted)).sample
-    latents = model.encode(batch).latent_dist.mean
-    return picture_loss(drawn, batch) + 0.2 * F.smooth_l1_loss(latents, wanted)
 
 
 def slopes(batch: Tensor) -> tuple[Tensor, Tensor]:
@@ -193,18 +147,12 @@ def settle_scale(model: AutoencoderKL) -> None:
     model.register_to_config(scaling_factor=float(1 / latents.std()), shift_factor=float(latents.mean()))
 
 
-def run(plan: Plan, start: Path | None, fresh: bool = False) -> Path:
-    """Train the autoencoder, with the one under ``start`` as its teacher if given; return its path."""
+def run(plan: Plan, fresh: bool = False) -> Path:
+    """Train the autoencoder, the first third mostly on crops, and save it as ``out``; return that path."""
     model = build().to(plan.device, memory_format=torch.channels_last)
-    teacher = None
-    if start is not None:
-        teacher = AutoencoderKL.from_pretrained(start).to(plan.device).eval().requires_grad_(False)
-        adopt_teacher(model, teacher)
 
     def step_loss(step: int, rng: Rng) -> Tensor:
         fraction = step / plan.steps
-        if teacher is not None:
-            return taught_loss(model, teacher, draw_batch(False, rng).to(plan.device))
         cropped = fraction < 0.3 and rng.random() < 0.8
         return loss_of(model, draw_batch(cropped, rng).to(plan.device), fraction)
 
@@ -216,11 +164,7 @@ def run(plan: Plan, start: Path | None, fresh: bool = False) -> Path:
         batch = to_tensor([draw_picture(256, 256, rng) for _ in range(12)])
         pairs = zip(to_pictures(batch), to_pictures(round_trip(model, batch)), strict=True)
         Image.fromarray(world.sheet([picture for pair in pairs for picture in pair], 6)).save(folder / "samples.png")
-        if teacher is None:
-            settle_scale(model)
-        else:
-            scale, shift = teacher.config.scaling_factor, teacher.config.shift_factor
-            model.register_to_config(scaling_factor=scale, shift_factor=shift)
+        settle_scale(model)
         model.save_pretrained(folder / "out")
 
     return train(plan, {"vae": model}, step_loss, show, fresh) / "out"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -18,6 +19,7 @@ from stable_diffusion_server.orders import Caller, Receipt
 
 _log = structlog.get_logger(__name__)
 
+_KEPT_FREE = 1_048_576
 _ENTRY = "id, caller, prefix, state, accepted_at, attempts, deadline, ended_at, base, webhook_url, outcome"
 
 
@@ -52,6 +54,7 @@ class Journal:
         Raises `InFlight` when there is a job of that id.
         """
         with self._change(accepting=True) as cursor:
+            self._check_disk(sum(map(len, files_of(work).values())))
             if claim is not None and (before := _repeated(cursor, claim)) is not None:
                 return before
             cursor.execute(
@@ -164,6 +167,12 @@ class Journal:
                 (claims_before,),
             )
         self._give_room_back()
+
+    def _check_disk(self, size: int) -> None:
+        """Raise `JournalUnavailable` where a job would leave the disk no room for the ends of those before it."""
+        # Twice: what is written stands in SQLite's log and in its file.
+        if shutil.disk_usage(self._path.parent).free < 2 * size + _KEPT_FREE:
+            raise JournalUnavailable("Jobs cannot be written down: the disk is full.", retry_after=30)
 
     def _give_room_back(self) -> None:
         """Let the disk have what is not used any more; where even that needs room that is not there, later."""

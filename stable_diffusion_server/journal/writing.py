@@ -30,7 +30,8 @@ def written_order(order: Order) -> str:
 
 
 def _written_source(source: Source) -> dict[str, object]:
-    return {"parameter": source.parameter, "url": source.url, "transparency": source.transparency}
+    of_a_mask = {"transparency": source.transparency, "inverted": source.inverted}
+    return {"parameter": source.parameter, "url": source.url, **of_a_mask}
 
 
 def files_of(work: Work) -> dict[str, bytes]:

@@ -217,6 +217,21 @@ def test_a_stream_ends_with_the_picture(live_of: Callable[..., Live]) -> None:
         assert httpx.get(event.to_dict()["url"]).content == base64.b64decode(event.b64_json)
 
 
+def test_a_single_picture_may_be_a_job_and_is_answered_once_for_its_key(house: House) -> None:
+    """`Prefer: respond-async` gives 202 with the job; a repeated Idempotency-Key the same answer."""
+    asked = {"prompt": "a red square", "size": SIZE}
+    job = house.client.post("/v1/images/generations", json=asked, headers={"prefer": "respond-async"})
+    assert job.status_code == 202
+    until(lambda: house.client.get(job.headers["location"]).json()["state"] == "done")
+    mine = {"idempotency-key": "mine"}
+    first, again = (
+        house.client.post("/v1/images/generations", json={**asked, "seed": "random"}, headers=mine) for _ in range(2)
+    )
+    assert first.json()["data"] == [{**again.json()["data"][0], "cached": first.json()["data"][0]["cached"]}]
+    assert again.headers["idempotency-replayed"] == "true"
+    assert len(house.squares.finished) == 2
+
+
 class Sketching(PaintedSquares):
     """Painters who show how far they are: a grey that is the number of steps done."""
 

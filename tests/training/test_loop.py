@@ -1,5 +1,6 @@
 """The training loop: it goes on where it stopped, and leaves the averaged weights behind."""
 
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -34,9 +35,37 @@ def test_a_stage_goes_on_where_it_stopped(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert weight == pytest.approx(3, abs=0.1)
 
 
-def test_the_rate_warms_up_and_falls_to_three_percent() -> None:
-    """The highest rate is reached after the warm-up; the last step has 3 % of it."""
-    plan = loop.Plan("any", 1000, 1.0, warmup=100)
+def test_a_stage_that_is_told_to_stop_leaves_a_checkpoint(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """SIGTERM ends it after the step at hand, and the next run goes on from there."""
+    monkeypatch.setattr(loop, "RUNS", tmp_path)
+    line = torch.nn.Linear(1, 1)
+
+    def loss_of(step: int, rng: np.random.Generator) -> torch.Tensor:
+        if step == 7:
+            signal.raise_signal(signal.SIGTERM)
+        return line(torch.ones(1)).square().sum()
+
+    with pytest.raises(SystemExit, match="stopped after step 8"):
+        loop.train(loop.Plan("line", 20, 0.1), {"line": line}, loss_of, lambda folder: None)
+    _, seen = learn_a_line_on(line, 20)
+    assert seen == list(range(8, 20))
+
+
+def learn_a_line_on(line: torch.nn.Module, steps: int) -> tuple[torch.nn.Module, list[int]]:
+    """Go on with a stage and return what was trained with the steps that were run."""
+    seen: list[int] = []
+
+    def loss_of(step: int, rng: np.random.Generator) -> torch.Tensor:
+        seen.append(step)
+        return line(torch.ones(1)).square().sum()
+
+    loop.train(loop.Plan("line", steps, 0.1), {"line": line}, loss_of, lambda folder: None)
+    return line, seen
+
+
+def test_the_rate_warms_up_is_held_and_falls_to_two_percent() -> None:
+    """It is highest from the warm-up to the cooling; the last step has 2 % of it."""
+    plan = loop.Plan("any", 1000, 1.0, warmup=100, cooling=0.25)
     assert loop.rate_at(plan, 0) == pytest.approx(0.01, rel=0.01)
-    assert max(loop.rate_at(plan, step) for step in range(1000)) < 1.0
-    assert loop.rate_at(plan, 999) == pytest.approx(0.03, rel=0.01)
+    assert {loop.rate_at(plan, step) for step in range(100, 751)} == {1.0}
+    assert loop.rate_at(plan, 999) == pytest.approx(0.02, rel=0.02)

@@ -34,8 +34,8 @@ _RECEIPT_EXAMPLE = {
 }
 # What an operation answers when all is well, by its id: status → schema's name, or media types of its own.
 _SAID: dict[str, dict[int, str]] = {
-    "create_image": {200: "Images"},
-    "create_image_edit": {200: "Images"},
+    "create_image": {200: "Images", 202: "Job"},
+    "create_image_edit": {200: "Images", 202: "Job"},
     "list_models": {200: "Models"},
     "retrieve_model": {200: "Model"},
     "sdapi_txt2img": {200: "WebuiPictures"},

@@ -1,0 +1,47 @@
+"""The folded autoencoder: the other one's latents, four cells in one."""
+
+import torch
+import torch.nn.functional as F  # noqa: N812  # the name torch's own documentation gives it
+
+from training import folding, vae
+
+
+def test_it_shrinks_twice_as_much_into_four_times_the_channels() -> None:
+    """64 × 64 pixels become 4 × 4 cells of 16 numbers, and come back; without noise, once it is settled."""
+    model = folding.build(vae.build())
+    folding.settle(model)
+    with torch.no_grad():
+        posterior = model.encode(torch.zeros(1, 3, 64, 64)).latent_dist
+        drawn = model.decode(posterior.mean).sample
+    assert posterior.mean.shape == (1, 16, 4, 4)
+    assert posterior.std.max() < 1e-4
+    assert drawn.shape == (1, 3, 64, 64)
+
+
+def test_both_ends_are_the_source_s_own() -> None:
+    """The finest blocks keep their weights, so only the coarsest have to be learned."""
+    source = vae.build()
+    made = folding.build(source).state_dict()
+    weights = source.state_dict()
+    for name, twin in (
+        ("encoder.down_blocks.2.resnets.0.conv1.weight",) * 2,
+        ("decoder.up_blocks.3.resnets.1.conv2.weight", "decoder.up_blocks.4.resnets.1.conv2.weight"),
+        ("decoder.conv_out.weight",) * 2,
+    ):
+        assert torch.equal(made[twin], weights[name])
+
+
+def test_its_losses_compare_with_the_source() -> None:
+    """Each is a number that flows back into the model."""
+    source = vae.build().requires_grad_(False)
+    model, pictures = folding.build(source), torch.zeros(1, 3, 64, 64)
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    losses = [
+        folding.feature_loss(model, source, latents),
+        folding.latent_loss(model, source, pictures),
+        folding.drawing_loss(model, source, pictures),
+    ]
+    torch.stack(losses).sum().backward()
+    assert all(loss > 0 for loss in losses)
+    assert F.pixel_unshuffle(latents, 2).shape == (1, 16, 4, 4)
+    assert model.decoder.up_blocks[0].resnets[0].conv1.weight.grad is not None

@@ -1,0 +1,92 @@
+"""Every stage runs from its command line on what the ones before it left, here for a step on tiny stores."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from training import __main__ as command
+from training import control, evaluate, flux, folding, loop, lora, package, sdxl, store, text, vae
+from training.tokenization import make_clip, make_t5
+
+
+def remember_samples(pipe: object, folder: Path) -> None:
+    """Stand in for the sheet of samples, which takes fifty pictures."""
+    (folder / "shown").touch()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the first stages would have left: untrained encoders and autoencoders, with their tokenizers."""
+    folder = tmp_path_factory.mktemp("runs")
+    text.build_clip(make_clip(folder / "clip" / "out" / "tokenizer")).save_pretrained(
+        folder / "clip" / "out" / "encoder"
+    )
+    text.build_t5(make_t5(folder / "t5" / "out" / "tokenizer")).save_pretrained(folder / "t5" / "out" / "encoder")
+    source = vae.build()
+    source.save_pretrained(folder / "vae" / "out")
+    folding.build(source).save_pretrained(folder / "vae-flux" / "out")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch, runs: Path, tmp_path: Path) -> None:
+    """Stores of one part of four small pictures, and folders of the test's own."""
+    for module in (command, loop, package, store, text):
+        monkeypatch.setattr(module, "RUNS", runs)
+    monkeypatch.setattr(package, "MODELS", tmp_path)
+    monkeypatch.setattr(store, "PART", 4)
+    monkeypatch.setattr(store, "CYCLE", ((128, 128),))
+    monkeypatch.setattr(command, "STORES", dict.fromkeys(command.STORES, 1))
+    monkeypatch.setattr(evaluate, "show_samples", remember_samples)
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *stages: str) -> None:
+    """Run stages for one step each."""
+    asked = [word for stage in stages for word in ("--stage", stage)]
+    monkeypatch.setattr(sys, "argv", ["python -m training", "--steps", "1", *asked])
+    command.main()
+
+
+def test_the_sdxl_family_is_made_and_packaged(
+    monkeypatch: pytest.MonkeyPatch, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The denoiser, its ControlNet and the adapter, in half precision and under a name of their own."""
+    run(monkeypatch, "sdxl", "controlnet-sdxl", "lora", "package-sdxl")
+    assert (runs / "sdxl" / "shown").exists()
+    assert (runs / "lora" / "out" / "pytorch_lora_weights.safetensors").exists()
+    assert (tmp_path / "embedded-controlnet-canny-sdxl" / "config.json").exists()
+    assert f"embedded-{package.digest(tmp_path / 'embedded-sdxl')}" in capsys.readouterr().out
+
+
+def test_the_flux_family_is_made_and_packaged(monkeypatch: pytest.MonkeyPatch, runs: Path, tmp_path: Path) -> None:
+    """The same for the transformer, whose autoencoder is folded."""
+    run(monkeypatch, "flux", "controlnet-flux", "package-flux")
+    made = flux.FluxPipeline.from_pretrained(tmp_path / "embedded-flux")
+    assert made.vae_scale_factor == 16
+    weights = load_file(tmp_path / "embedded-flux" / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert {value.dtype for value in weights.values()} == {torch.float16}
+    assert (tmp_path / "embedded-controlnet-canny-flux" / "config.json").exists()
+
+
+def test_noise_is_drawn_where_four_steps_look() -> None:
+    """Most of what a denoiser trains on lies near the four noise levels it is used at."""
+    torch.manual_seed(0)
+    steps, times = sdxl.draw_steps(4000), flux.draw_times(4000)
+    assert 0 <= steps.min() <= steps.max() <= 999
+    assert (steps == 999).float().mean() == pytest.approx(0.88 * sdxl.SHARES[0], abs=0.03)
+    assert 0 <= times.min() <= times.max() == 1
+    assert (times == 1).float().mean() == pytest.approx(0.84 * flux.SHARES[0], abs=0.03)
+
+
+def test_loose_scenes_and_outlines_are_what_their_stages_want() -> None:
+    """Most edge maps are of scenes whose caption leaves the place open; the adapter sees outlines only."""
+    rng = np.random.default_rng(0)
+    free = [getattr(control.draw_loose(rng), "kind", "") == "free" for _ in range(200)]
+    assert 0.5 < np.mean(free) < 0.8
+    assert {lora.draw_outlined(rng).style for _ in range(20)} == {"outline"}

@@ -1,0 +1,54 @@
+"""The store: what was drawn once is read back with the scenes it shows, at every size."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from training import control, grammar, store, vae, world
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A folder for parts of four pictures, of two sizes."""
+    monkeypatch.setattr(store, "RUNS", tmp_path)
+    monkeypatch.setattr(store, "PART", 4)
+    monkeypatch.setattr(store, "CYCLE", ((128, 128), (384, 256)))
+    return tmp_path
+
+
+@pytest.mark.parametrize("kind", list(grammar.KIND_SHARES))
+def test_every_kind_of_scene_is_written_and_read_alike(kind: str) -> None:
+    """A line of JSON holds all of a scene."""
+    scene = grammar.draw_scene(np.random.default_rng(0), kind)
+    assert store.from_text(store.as_text(scene)) == scene
+
+
+def test_a_batch_holds_latents_of_one_size_with_their_scenes(small: Path) -> None:
+    """A later reader sees what was made before and, after a refresh, what has come since."""
+    model = vae.build()
+    store.fill(model, "some", 1)
+    held = store.Store("some")
+    assert held.batch(2, np.random.default_rng(0)).size == (128, 128)
+    store.fill(model, "some", 2)
+    held.refresh()
+    seen = {}
+    for seed in range(8):
+        batch = held.batch(2, np.random.default_rng(seed))
+        assert len(batch.scenes) == len(batch.latents) >= 2
+        seen[batch.size] = batch.latents.shape[1:]
+    assert seen == {(128, 128): (4, 16, 16), (384, 256): (4, 32, 48)}
+    with pytest.raises(ValueError, match="no edge maps"):
+        held.batch(2, np.random.default_rng(0)).edges()
+
+
+def test_edge_maps_come_back_as_they_were(small: Path) -> None:
+    """A hint is 0 or 1 for every pixel, beside its own latents."""
+    store.fill(vae.build(), "edges", 1, control.draw_loose, world.edges)
+    batch = store.Store("edges").batch(2, np.random.default_rng(0))
+    hints, latents = batch.edges()
+    assert hints.shape[1:] == (1, 128, 128)
+    assert set(hints.unique().tolist()) == {0.0, 1.0}
+    assert latents.shape == batch.latents.shape
+    assert batch.latents.dtype == torch.float32

@@ -1,0 +1,117 @@
+"""Trains the Flux family's autoencoder from the other one; knows both, and no denoiser.
+
+It shrinks sixteen times instead of eight, into 16 channels, which are the other's 4 with every square of
+2 × 2 cells laid into one: the same latents, so that one store serves both families, and a quarter of the
+tokens for the transformer, which learns three times as fast. Both ends of it are the other's own; only
+the coarsest blocks are new. They learn the other's latents and inner features first, then pictures.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812  # the name torch's own documentation gives it
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+from training.grammar import Rng
+from training.loop import Plan, train
+from training.store import Store
+from training.vae import CHANNELS, WIDTHS, draw_batch, measure, picture_loss, psnr
+
+EXTRA = 96
+"""Channels of the new, coarsest blocks."""
+
+
+def build(source: AutoencoderKL) -> AutoencoderKL:
+    """Return the autoencoder with everything of the source's that fits, its scale among it."""
+    torch.manual_seed(12)
+    depth = len(WIDTHS) + 1
+    config = dict(source.config) | {
+        "down_block_types": ("DownEncoderBlock2D",) * depth,
+        "up_block_types": ("UpDecoderBlock2D",) * depth,
+        "block_out_channels": (*WIDTHS, EXTRA),
+        "latent_channels": 4 * CHANNELS,
+    }
+    model = AutoencoderKL(**{key: value for key, value in config.items() if not key.startswith("_")})
+    own, fitting = model.state_dict(), {}
+    for name, value in source.state_dict().items():
+        head, found, rest = name.partition("decoder.up_blocks.")
+        moved = f"{head}{found}{int(rest[0]) + 1}{rest[1:]}" if found else name
+        if "mid_block" not in moved and own[moved].shape == value.shape:
+            fitting[moved] = value
+    model.load_state_dict(fitting, strict=False)
+    return model
+
+
+def features(model: AutoencoderKL, latents: Tensor, block: int) -> Tensor:
+    """Return what a decoder holds after the first half of an up block."""
+    held = model.decoder.mid_block(model.decoder.conv_in(latents))
+    for up in model.decoder.up_blocks[:block]:
+        held = up(held)
+    return model.decoder.up_blocks[block].resnets[0](held, None)
+
+
+def feature_loss(model: AutoencoderKL, source: AutoencoderKL, latents: Tensor) -> Tensor:
+    """Return how far the features are from the source's, relative to their spread; latents are unfolded."""
+    with torch.no_grad():
+        wanted = features(source, latents, 0)
+    return F.mse_loss(features(model, F.pixel_unshuffle(latents, 2), 1), wanted) / wanted.var()
+
+
+def latent_loss(model: AutoencoderKL, source: AutoencoderKL, pictures: Tensor) -> Tensor:
+    """Return the error of the encoder's latents from the source's folded ones."""
+    with torch.no_grad():
+        wanted = F.pixel_unshuffle(source.encode(pictures).latent_dist.mean, 2)
+    return F.mse_loss(model.encode(pictures).latent_dist.mean, wanted)
+
+
+def drawing_loss(model: AutoencoderKL, source: AutoencoderKL, pictures: Tensor) -> Tensor:
+    """Return the error of pictures decoded from the source's folded latents, slightly noised."""
+    with torch.no_grad():
+        latents = source.encode(pictures).latent_dist.mean
+    latents = F.pixel_unshuffle(latents + 0.03 * torch.randn_like(latents), 2)
+    return picture_loss(model.decode(latents).sample, pictures)
+
+
+def settle(model: AutoencoderKL) -> None:
+    """Make the encoder's spread, which nothing trains, as small as can be: it encodes without noise."""
+    with torch.no_grad():
+        model.encoder.conv_out.weight[4 * CHANNELS :].zero_()
+        model.encoder.conv_out.bias[4 * CHANNELS :].fill_(-20)
+
+
+def run(plan: Plan, source: AutoencoderKL, fresh: bool = False) -> Path:
+    """Train the decoder's features, then its pictures, for 30 % of the steps each; return the path.
+
+    The encoder takes every third of these steps and all of the last 40 %.
+    """
+    model = build(source).to(plan.device)
+    store = Store("pictures")
+
+    def step_loss(step: int, rng: Rng) -> Tensor:
+        if step % 3 == 2 or step >= 0.6 * plan.steps:
+            return latent_loss(model, source, draw_batch(False, rng).to(plan.device))
+        if step < 0.3 * plan.steps:
+            latents = store.batch(8, rng).latents.to(plan.device)
+            return feature_loss(model, source, latents + 0.03 * torch.randn_like(latents))
+        return drawing_loss(model, source, draw_batch(False, rng).to(plan.device))
+
+    def show(folder: Path) -> None:
+        flat, every = measure(model, "flat", "one"), measure(model, None, None)
+        drawn = measure_folded(model, source)
+        with (folder / "figures.txt").open("a") as file:
+            file.write(f"PSNR at 256²: flat {flat:.2f} dB, all {every:.2f} dB, from the other's latents {drawn:.2f}\n")
+        settle(model)
+        model.save_pretrained(folder / "out")
+
+    return train(plan, {"vae": model}, step_loss, show, fresh) / "out"
+
+
+@torch.no_grad()
+def measure_folded(model: AutoencoderKL, source: AutoencoderKL) -> float:
+    """Return the PSNR in dB of what the model draws of the source's latents of held-out pictures."""
+    batch = draw_batch(False, np.random.default_rng(90_001)).to(model.device)
+    return psnr(model.decode(F.pixel_unshuffle(source.encode(batch).latent_dist.mean, 2)).sample.clamp(-1, 1), batch)
