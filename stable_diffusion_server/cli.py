@@ -135,13 +135,14 @@ def welcome(settings: Settings, port: int) -> str:
     path = f"{settings.bucket_path.strip('/')}/".lstrip("/")
     local = settings.storage_provider == "local"
     place = settings.local_bucket_dir.resolve() if local else f"{settings.storage_provider}: {settings.bucket_name}"
+    studio = f"  or open       {base}/ui\n" if settings.ui else ""
     return f"""
 Ready. Draw something:
 
   curl "{base}/create_and_upload_image?prompt={quote(_PROMPT)}&save_path=demo/first.webp"
 
   then look at  {base}/files/{path}demo/first.webp
-  API docs      {base}/docs
+{studio}  API docs      {base}/docs
   pictures in   {place}
 
 """

@@ -1,0 +1,68 @@
+"""The studio alone, over a server that runs elsewhere (`--server URL --key …`), or with a server of its own."""
+
+import argparse
+import tempfile
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import httpx
+import uvicorn
+from fastapi import FastAPI
+from starlette.routing import Route
+
+from stable_diffusion_server.api.security.gate import BodyLimit, Gate
+from stable_diffusion_server.api.security.policy import Policy
+from stable_diffusion_server.api.security.proxies import Proxies
+from stable_diffusion_server.cli import main as command
+from stable_diffusion_server.settings.surroundings import quieten_gradio
+from stable_diffusion_server.ui import pages
+from stable_diffusion_server.ui.desks import Desks
+from stable_diffusion_server.ui.entrance import Entrance
+
+
+def main() -> None:
+    """Serve the studio on this machine."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--server", default="", help="address of the server; without it one is started here")
+    parser.add_argument("--key", default="", help="key to ask it with")
+    parser.add_argument("--port", type=int, default=7860)
+    given = parser.parse_args()
+    if not given.server:
+        command(["serve"])
+        return
+    uvicorn.run(create_app(given.server.rstrip("/"), given.key), port=given.port, log_level="warning", timeout_graceful_shutdown=2)
+
+
+def create_app(server: str, key: str) -> FastAPI:
+    """The studio over `server`; the gate lets programs on this machine in, and no web page of others."""
+    desks = Desks(httpx.AsyncClient(), base=server, key=key)
+
+    def build() -> FastAPI:
+        quieten_gradio(Path(tempfile.gettempdir()) / "studio")
+        # Imported here, on a thread: it takes seconds.
+        from stable_diffusion_server.ui.tabs import studio
+
+        return studio.build(desks, policy.max_upload_bytes)
+
+    parts = urlsplit(server)
+    entrance = Entrance(build, desks, keyed=False, sources={f"{parts.scheme}://{parts.netloc}"})
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        await entrance.close()
+
+    policy = Policy()
+    app = FastAPI(lifespan=lifespan, openapi_url=None)
+    for path in ("/ui", "/ui/{rest:path}"):
+        app.router.routes.append(Route(path, entrance))
+    app.router.routes.append(Route("/favicon.ico", pages.icon))
+    app.add_middleware(BodyLimit, policy=policy)
+    app.add_middleware(Gate, policy=policy, proxies=Proxies())
+    return app
+
+
+if __name__ == "__main__":
+    main()
