@@ -32,7 +32,12 @@ def main() -> None:
     if not given.server:
         command(["serve"])
         return
-    uvicorn.run(create_app(given.server.rstrip("/"), given.key), port=given.port, log_level="warning", timeout_graceful_shutdown=2)
+    uvicorn.run(
+        create_app(given.server.rstrip("/"), given.key),
+        port=given.port,
+        log_level="warning",
+        timeout_graceful_shutdown=2,
+    )
 
 
 def create_app(server: str, key: str) -> FastAPI:
