@@ -2,7 +2,7 @@
 // in a folder where `npm install openai` was run.
 import OpenAI from "openai";
 
-const client = new OpenAI({ baseURL: `${process.env.SERVER}/v1`, apiKey: process.env.KEY ?? "none", maxRetries: 0 });
+const client = new OpenAI({ baseURL: `${process.env.SERVER ?? "http://127.0.0.1:8000"}/v1`, apiKey: process.env.KEY ?? "none", maxRetries: 0 });
 const prompt = "a green star on a yellow background";
 
 const models = await client.models.list();
