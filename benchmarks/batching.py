@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import os
 import platform
-import socket
 import statistics
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
+from loopback import free_port, say, wait_for
 
 ROOT = Path(__file__).resolve().parent.parent
 ROUNDS = int(sys.argv[1]) if len(sys.argv) > 1 else 5
@@ -171,30 +171,6 @@ def start_all(folder: Path, started: list[subprocess.Popen[bytes]]) -> dict[str,
     for client in clients.values():
         wait_for(client)
     return clients
-
-
-def wait_for(client: httpx.Client) -> None:
-    """Wait until it can draw, some minutes at the most."""
-    for _ in range(900):
-        try:
-            if client.get("/readyz").status_code == 200:
-                return
-        except httpx.TransportError:
-            pass
-        time.sleep(0.2)
-    raise SystemExit("a server did not become ready")
-
-
-def free_port() -> int:
-    """A port nothing listens on at the moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def say(line: str) -> None:
-    """Print a line of the result."""
-    print(line)  # noqa: T201  # its output
 
 
 if __name__ == "__main__":

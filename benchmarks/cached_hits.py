@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import os
 import platform
-import socket
 import statistics
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from urllib.parse import quote
 import boto3
 import httpx
 import psutil
+from loopback import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = float(sys.argv[1]) if len(sys.argv) > 1 else 2.0
@@ -147,13 +147,6 @@ def wait_for(port: int, path: str) -> None:
             pass
         time.sleep(0.2)
     raise SystemExit(f"{path} did not answer")
-
-
-def free_port() -> int:
-    """A port nothing listens on at the moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 if __name__ == "__main__":

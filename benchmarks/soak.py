@@ -13,7 +13,6 @@ import math
 import os
 import platform
 import random
-import socket
 import subprocess
 import sys
 import tempfile
@@ -25,6 +24,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 import psutil
+from loopback import free_port, say, wait_for
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -204,30 +204,6 @@ def file_of(pixels: np.ndarray) -> bytes:
 def memory_of(pid: int) -> float:
     """Megabytes a process has in memory."""
     return psutil.Process(pid).memory_info().rss / 1e6
-
-
-def wait_for(client: httpx.Client) -> None:
-    """Wait until it can draw, some minutes at the most."""
-    for _ in range(900):
-        try:
-            if client.get("/readyz").status_code == 200:
-                return
-        except httpx.TransportError:
-            pass
-        time.sleep(0.2)
-    raise SystemExit("the server did not become ready")
-
-
-def free_port() -> int:
-    """A port nothing listens on at the moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def say(line: str) -> None:
-    """Print a line of the result."""
-    print(line)  # noqa: T201  # its output
 
 
 if __name__ == "__main__":
