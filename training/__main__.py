@@ -17,7 +17,7 @@ from training.loop import RUNS, Plan
 PLANS: dict[str, Plan] = {
     "clip": Plan("clip", 1600, 2e-3, average=0.99, every=60, cooling=0.35),
     "t5": Plan("t5", 2900, 2e-3, average=0.99, every=60, cooling=0.35),
-    "vae": Plan("vae", 600, 2e-3, average=0.995, cooling=0.9),
+    "vae": Plan("vae", 1200, 2e-3, average=0.99, cooling=0.6, every=90, muon=True),
     "vae-flux": Plan("vae-flux", 2000, 2e-3, average=0.99, cooling=0.4),
     "sdxl": Plan("sdxl", 14_000, 1e-3, cooling=0.4),
     "flux": Plan("flux", 14_000, 1e-3, cooling=0.45),

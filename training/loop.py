@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from training.muon import Muon
+
 RUNS = Path(__file__).parent / "runs"
 """Where checkpoints, logs and sample sheets lie; ignored by git."""
 
@@ -30,7 +32,8 @@ class Plan:
     ``rate`` is the highest learning rate, reached after ``warmup`` steps, held, and over the last part
     ``cooling`` of the steps led to 2 % of itself by a cosine; ``average`` is the decay of the weights'
     moving average; ``every`` the seconds between checkpoints, each with a sheet of samples; ``compiled``
-    whether a denoiser is compiled for 256², which is a sixth faster and needs a C++ compiler.
+    whether a denoiser is compiled for 256², which is a sixth faster and needs a C++ compiler; ``muon``
+    whether matrices, embeddings excepted, are stepped by Muon instead of AdamW.
     """
 
     name: str
@@ -44,6 +47,7 @@ class Plan:
     every: float = 240.0
     weight_decay: float = 0.0
     compiled: bool = False
+    muon: bool = False
 
 
 def rate_at(plan: Plan, step: int) -> float:
@@ -82,6 +86,18 @@ def save_checkpoint(path: Path, state: dict[str, object]) -> None:
     beside.replace(path)
 
 
+def optimizers(plan: Plan, modules: dict[str, nn.Module]) -> list[torch.optim.Optimizer]:
+    """Return what steps the trainable parameters of some modules: AdamW, with Muon for matrices if so planned."""
+    layers = [layer for module in modules.values() for layer in module.modules()]
+    embedded = {id(layer.weight) for layer in layers if isinstance(layer, nn.Embedding)}
+    trained = [p for module in modules.values() for p in module.parameters() if p.requires_grad]
+    matrices = [p for p in trained if plan.muon and p.ndim > 1 and id(p) not in embedded]
+    taken = {id(p) for p in matrices}
+    rest = [p for p in trained if id(p) not in taken]
+    adam = torch.optim.AdamW(rest, lr=plan.rate, betas=(0.9, 0.99), weight_decay=plan.weight_decay, fused=True)
+    return [adam, Muon(matrices, plan.rate)] if matrices else [adam]
+
+
 class Session:
     """One stage's modules with their optimizer, average and folder; saves and resumes them together."""
 
@@ -90,9 +106,7 @@ class Session:
         self.folder = RUNS / plan.name
         self.folder.mkdir(parents=True, exist_ok=True)
         self.parameters = [p for module in modules.values() for p in module.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=plan.rate, betas=(0.9, 0.99), weight_decay=plan.weight_decay, fused=True
-        )
+        self.optimizers = optimizers(plan, modules)
         self.average = Averaged(self.parameters, plan.average)
 
     def resume(self) -> int:
@@ -103,7 +117,8 @@ class Session:
         state = torch.load(last, map_location=self.plan.device, weights_only=True)
         for name, module in self.modules.items():
             module.load_state_dict(state["modules"][name])
-        self.optimizer.load_state_dict(state["optimizer"])
+        for optimizer, held in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(held)
         self.average.values = [value.to(self.plan.device) for value in state["average"]]
         return int(state["step"])
 
@@ -112,7 +127,7 @@ class Session:
         state: dict[str, object] = {
             "step": step,
             "modules": {name: module.state_dict() for name, module in self.modules.items()},
-            "optimizer": self.optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "average": self.average.values,
         }
         save_checkpoint(self.folder / "last.pt", state)
@@ -132,12 +147,14 @@ class Session:
 
     def learn(self, loss: Tensor, step: int) -> float:
         """Take one optimizer step along a loss and return its value."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate_at(self.plan, step)
-        self.optimizer.zero_grad(set_to_none=True)
+        rate = rate_at(self.plan, step)
         loss.backward()
-        nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        self.optimizer.step()
+        nn.utils.clip_grad_norm_(self.parameters, 1.0, foreach=True)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         self.average.update(step)
         return loss.item()
 

@@ -5,6 +5,7 @@ It shrinks eight times, into four channels. Its latents are what every later sta
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 
 import cv2
@@ -16,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from training import landscape, world
+from training.beginning import average_and_interpolate
 from training.grammar import Rng, draw_scene
 from training.loop import Plan, train
 
@@ -46,10 +48,10 @@ def to_pictures(batch: Tensor) -> list[world.Picture]:
 
 
 def build() -> AutoencoderKL:
-    """Return the untrained autoencoder (0.68 million parameters)."""
+    """Return the untrained autoencoder (0.68 million parameters), which begins as mean and interpolation."""
     torch.manual_seed(11)
     depth = len(WIDTHS)
-    return AutoencoderKL(
+    model = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * depth,
         up_block_types=("UpDecoderBlock2D",) * depth,
         block_out_channels=WIDTHS,
@@ -64,6 +66,8 @@ def build() -> AutoencoderKL:
         use_post_quant_conv=False,
         mid_block_add_attention=False,
     )
+    average_and_interpolate(model, draw_batch(False, np.random.default_rng(4)))
+    return model
 
 
 def clouds(width: int, height: int, rng: Rng) -> world.Picture:
@@ -107,13 +111,13 @@ def picture_loss(drawn: Tensor, batch: Tensor) -> Tensor:
     return loss + 0.5 * (down.abs().mean() + across.abs().mean())
 
 
-def loss_of(model: AutoencoderKL, batch: Tensor, fraction: float) -> Tensor:
+def loss_of(model: AutoencoderKL, batch: Tensor) -> Tensor:
     """Return the picture's loss, a little KL, and a tie of three channels to their cell's mean colour."""
     posterior = model.encode(batch).latent_dist
     loss = picture_loss(model.decode(posterior.sample()).sample, batch)
     loss = loss + 1e-3 * posterior.kl().mean() / batch[0].numel()
     tie = F.mse_loss(posterior.mean[:, :3], 2 * F.avg_pool2d(batch, FACTOR))
-    return loss + (0.3 if fraction < 0.1 else 0.05) * tie
+    return loss + 0.05 * tie
 
 
 @torch.no_grad()
@@ -134,27 +138,41 @@ def measure(model: AutoencoderKL, style: str | None, kind: str | None, count: in
     return psnr(round_trip(model, batch), batch)
 
 
-def settle_scale(model: AutoencoderKL) -> None:
-    """Write the latents' mean and spread into the configuration (Flux subtracts the mean, SDXL does not)."""
+@torch.no_grad()
+def settled(model: AutoencoderKL) -> AutoencoderKL:
+    """Return a copy whose latents have uncorrelated channels of unit variance and carry no noise.
+
+    A denoiser's squared error then weighs where edges are as much as how bright a picture is. The change is
+    linear, so that it is laid into the convolutions at both sides of the latents and costs nothing.
+    """
     rng = np.random.default_rng(5)
-    with torch.no_grad():
-        latents = torch.cat(
-            [
-                model.encode(to_tensor([draw_picture(256, 256, rng) for _ in range(16)])).latent_dist.mean
-                for _ in range(12)
-            ]
-        )
-    model.register_to_config(scaling_factor=float(1 / latents.std()), shift_factor=float(latents.mean()))
+    batches = [to_tensor([draw_picture(256, 256, rng) for _ in range(16)]) for _ in range(12)]
+    device = next(model.parameters()).device
+    latents = torch.cat([model.encode(batch.to(device)).latent_dist.mean for batch in batches])
+    values, vectors = torch.linalg.eigh(torch.cov(latents.transpose(0, 1).flatten(1).double()))
+    forth, back = (
+        (vectors @ torch.diag(values.clamp(min=1e-3) ** power) @ vectors.T).float() for power in (-0.5, 0.5)
+    )
+    copy = deepcopy(model)
+    last, first = copy.encoder.conv_out, copy.decoder.conv_in
+    last.weight[:CHANNELS] = torch.einsum("oc,cihw->oihw", forth, last.weight[:CHANNELS])
+    last.bias[:CHANNELS] = forth @ last.bias[:CHANNELS]
+    last.weight[CHANNELS:] = 0
+    last.bias[CHANNELS:] = -20
+    first.weight.copy_(torch.einsum("ochw,ci->oihw", first.weight, back))
+    mean = float(latents.mean((0, 2, 3)) @ forth.T @ torch.full((CHANNELS,), 1 / CHANNELS, device=device))
+    copy.register_to_config(scaling_factor=1.0, shift_factor=mean)
+    return copy
 
 
 def run(plan: Plan, fresh: bool = False) -> Path:
-    """Train the autoencoder, the first third mostly on crops, and save it as ``out``; return that path."""
+    """Train the autoencoder, mostly on crops first, and save it as ``out``; return that path."""
     model = build().to(plan.device, memory_format=torch.channels_last)
 
     def step_loss(step: int, rng: Rng) -> Tensor:
         fraction = step / plan.steps
-        cropped = fraction < 0.3 and rng.random() < 0.8
-        return loss_of(model, draw_batch(cropped, rng).to(plan.device), fraction)
+        cropped = rng.random() < (0.7 if fraction < 0.6 else 0.3)
+        return loss_of(model, draw_batch(cropped, rng).to(plan.device))
 
     def show(folder: Path) -> None:
         flat, every = measure(model, "flat", "one"), measure(model, None, None)
@@ -164,7 +182,6 @@ def run(plan: Plan, fresh: bool = False) -> Path:
         batch = to_tensor([draw_picture(256, 256, rng) for _ in range(12)])
         pairs = zip(to_pictures(batch), to_pictures(round_trip(model, batch)), strict=True)
         Image.fromarray(world.sheet([picture for pair in pairs for picture in pair], 6)).save(folder / "samples.png")
-        settle_scale(model)
-        model.save_pretrained(folder / "out")
+        settled(model).save_pretrained(folder / "out")
 
     return train(plan, {"vae": model}, step_loss, show, fresh) / "out"
