@@ -10,13 +10,15 @@ import json
 import math
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from training.muon import Muon
@@ -32,8 +34,9 @@ class Plan:
     ``rate`` is the highest learning rate, reached after ``warmup`` steps, held, and over the last part
     ``cooling`` of the steps led to 2 % of itself by a cosine; ``average`` is the decay of the weights'
     moving average; ``every`` the seconds between checkpoints, each with a sheet of samples; ``compiled``
-    whether a denoiser is compiled for 256², which is a sixth faster and needs a C++ compiler; ``muon``
-    whether matrices, embeddings excepted, are stepped by Muon instead of AdamW.
+    whether a denoiser is compiled for 256², which is a sixth faster and needs a C++ compiler; ``muon`` the
+    rate at which Muon steps the matrices of hidden blocks, as a multiple of AdamW's for the rest, or 0 for AdamW
+    alone; ``reduced`` whether products are taken in bfloat16, weights and everything that adds up staying in fp32.
     """
 
     name: str
@@ -47,7 +50,8 @@ class Plan:
     every: float = 240.0
     weight_decay: float = 0.0
     compiled: bool = False
-    muon: bool = False
+    muon: float = 0.0
+    reduced: bool = False
 
 
 def rate_at(plan: Plan, step: int) -> float:
@@ -87,15 +91,13 @@ def save_checkpoint(path: Path, state: dict[str, object]) -> None:
 
 
 def optimizers(plan: Plan, modules: dict[str, nn.Module]) -> list[torch.optim.Optimizer]:
-    """Return what steps the trainable parameters of some modules: AdamW, with Muon for matrices if so planned."""
-    layers = [layer for module in modules.values() for layer in module.modules()]
-    embedded = {id(layer.weight) for layer in layers if isinstance(layer, nn.Embedding)}
-    trained = [p for module in modules.values() for p in module.parameters() if p.requires_grad]
-    matrices = [p for p in trained if plan.muon and p.ndim > 1 and id(p) not in embedded]
-    taken = {id(p) for p in matrices}
-    rest = [p for p in trained if id(p) not in taken]
+    """Return what steps the trainable parameters: AdamW, with Muon for the matrices of hidden blocks if so planned."""
+    named = [(name, p) for module in modules.values() for name, p in module.named_parameters() if p.requires_grad]
+    hidden = [p for name, p in named if plan.muon and p.ndim > 1 and "block" in name and ".norm" not in name]
+    taken = {id(p) for p in hidden}
+    rest = [p for _, p in named if id(p) not in taken]
     adam = torch.optim.AdamW(rest, lr=plan.rate, betas=(0.9, 0.99), weight_decay=plan.weight_decay, fused=True)
-    return [adam, Muon(matrices, plan.rate)] if matrices else [adam]
+    return [adam, Muon(hidden, plan.rate)] if hidden else [adam]
 
 
 class Session:
@@ -152,7 +154,7 @@ class Session:
         nn.utils.clip_grad_norm_(self.parameters, 1.0, foreach=True)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * (self.plan.muon if isinstance(optimizer, Muon) else 1)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.average.update(step)
@@ -163,6 +165,17 @@ class Session:
         line = {"step": step, "loss": round(loss, 5), "seconds": round(seconds, 1)}
         with (self.folder / "log.jsonl").open("a") as log:
             log.write(json.dumps(line) + "\n")
+
+
+@contextmanager
+def cheaply(plan: Plan) -> Iterator[None]:
+    """Take products in bfloat16 if so planned, and attention apart: its fused gradient is slower on a CPU."""
+    with torch.autocast(plan.device, torch.bfloat16, enabled=plan.reduced):
+        if plan.device == "cpu":
+            with sdpa_kernel(SDPBackend.MATH):
+                yield
+        else:
+            yield
 
 
 def train(
@@ -189,7 +202,9 @@ def train(
     session.set_training(True)
     with tqdm(total=plan.steps, initial=first, desc=plan.name, mininterval=10, dynamic_ncols=True) as bar:
         for step in range(first, plan.steps):
-            losses.append(session.learn(loss_of(step, rng), step))
+            with cheaply(plan):
+                loss = loss_of(step, rng)
+            losses.append(session.learn(loss, step))
             bar.update()
             if (step + 1) % 100 == 0:
                 recent = float(np.mean(losses[-100:]))
