@@ -12,6 +12,7 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeli
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer, PreTrainedTokenizerFast, T5EncoderModel
 
+from training.folding import fold
 from training.grammar import Rng
 from training.loop import Plan, train
 from training.store import Store, captions_of
@@ -75,7 +76,7 @@ def draw_times(count: int) -> Tensor:
 
 def folded(latents: Tensor, vae: AutoencoderKL) -> Tensor:
     """Turn the stored latents, n × 4 × height × width, into the family's, n × 16 × height/2 × width/2, scaled."""
-    return F.pixel_unshuffle((latents - vae.config.shift_factor) * vae.config.scaling_factor, 2)
+    return (fold(latents) - vae.config.shift_factor) * vae.config.scaling_factor
 
 
 def packed(latents: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic that pulls singular values towards 1 (Jordan et al., Muon, 2024)."""
 
 
-def orthogonalised(matrices: Tensor, rounds: int = 5) -> Tensor:
+def orthogonalised(matrices: Tensor, rounds: int = 3) -> Tensor:
     """Return matrices, n × rows × columns, with singular values brought near 1 by Newton–Schulz rounds."""
     a, b, c = COEFFICIENTS
     tall = matrices.shape[1] > matrices.shape[2]

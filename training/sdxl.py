@@ -20,7 +20,7 @@ from training.text import WIDTH, projected, token_ids
 from training.vae import CHANNELS
 
 BETAS = (0.00085, 0.012)
-BATCH = 12
+BATCH = 16
 SHARES = (0.45, 0.28, 0.15, 0.12)
 """How often each of the four-step sampler's timesteps is trained: the noisiest decide what is drawn."""
 

@@ -139,28 +139,43 @@ def measure(model: AutoencoderKL, style: str | None, kind: str | None, count: in
 
 
 @torch.no_grad()
+def relaid(model: AutoencoderKL, forth: Tensor) -> AutoencoderKL:
+    """Return a copy whose latents are multiplied by a matrix, channels × channels, and carry no noise.
+
+    The change is linear, so that it is laid into the convolutions at both sides of the latents and costs nothing.
+    """
+    copy, channels = deepcopy(model), len(forth)
+    last, first = copy.encoder.conv_out, copy.decoder.conv_in
+    last.weight[:channels] = torch.einsum("oc,cihw->oihw", forth, last.weight[:channels])
+    last.bias[:channels] = forth @ last.bias[:channels]
+    last.weight[channels:] = 0
+    last.bias[channels:] = -20
+    first.weight.copy_(torch.einsum("ochw,ci->oihw", first.weight, torch.linalg.inv(forth)))
+    return copy
+
+
+def evening(latents: Tensor, share: float, least: float) -> Tensor:
+    """Return the symmetric matrix that makes the spreads of latents, n × channels × any, equal or more nearly so.
+
+    ``share`` (0–1) says how far on the way, in logarithms; variances below ``least`` count as that.
+    """
+    values, vectors = torch.linalg.eigh(torch.cov(latents.transpose(0, 1).flatten(1).double()))
+    return (vectors @ torch.diag(values.clamp(min=least) ** (-share / 2)) @ vectors.T).float()
+
+
+@torch.no_grad()
 def settled(model: AutoencoderKL) -> AutoencoderKL:
     """Return a copy whose latents have uncorrelated channels of unit variance and carry no noise.
 
-    A denoiser's squared error then weighs where edges are as much as how bright a picture is. The change is
-    linear, so that it is laid into the convolutions at both sides of the latents and costs nothing.
+    A denoiser's squared error then weighs where edges are as much as how bright a picture is.
     """
     rng = np.random.default_rng(5)
     batches = [to_tensor([draw_picture(256, 256, rng) for _ in range(16)]) for _ in range(12)]
     device = next(model.parameters()).device
     latents = torch.cat([model.encode(batch.to(device)).latent_dist.mean for batch in batches])
-    values, vectors = torch.linalg.eigh(torch.cov(latents.transpose(0, 1).flatten(1).double()))
-    forth, back = (
-        (vectors @ torch.diag(values.clamp(min=1e-3) ** power) @ vectors.T).float() for power in (-0.5, 0.5)
-    )
-    copy = deepcopy(model)
-    last, first = copy.encoder.conv_out, copy.decoder.conv_in
-    last.weight[:CHANNELS] = torch.einsum("oc,cihw->oihw", forth, last.weight[:CHANNELS])
-    last.bias[:CHANNELS] = forth @ last.bias[:CHANNELS]
-    last.weight[CHANNELS:] = 0
-    last.bias[CHANNELS:] = -20
-    first.weight.copy_(torch.einsum("ochw,ci->oihw", first.weight, back))
-    mean = float(latents.mean((0, 2, 3)) @ forth.T @ torch.full((CHANNELS,), 1 / CHANNELS, device=device))
+    forth = evening(latents, 1.0, 1e-3)
+    copy = relaid(model, forth)
+    mean = float((forth @ latents.mean((0, 2, 3))).mean())
     copy.register_to_config(scaling_factor=1.0, shift_factor=mean)
     return copy
 
