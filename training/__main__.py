@@ -19,7 +19,7 @@ PLANS: dict[str, Plan] = {
     "t5": Plan("t5", 2900, 2e-3, average=0.99, every=60, cooling=0.35, muon=3.0),
     "vae": Plan("vae", 1200, 2e-3, average=0.99, cooling=0.6, every=90, muon=1.0),
     "vae-flux": Plan("vae-flux", 1200, 2e-3, average=0.99, cooling=0.4, every=120, muon=1.0),
-    "sdxl": Plan("sdxl", 9000, 1e-3, cooling=0.4, muon=3.0, reduced=True),
+    "sdxl": Plan("sdxl", 6500, 1e-3, cooling=0.4, muon=3.0, reduced=True),
     "flux": Plan("flux", 14_000, 1e-3, cooling=0.45, muon=10.0, reduced=True),
     "controlnet-sdxl": Plan("controlnet-sdxl", 1200, 1e-3, average=0.99, cooling=0.4),
     "controlnet-flux": Plan("controlnet-flux", 2000, 1e-3, average=0.99, cooling=0.4),
