@@ -20,9 +20,9 @@ PLANS: dict[str, Plan] = {
     "vae": Plan("vae", 1200, 2e-3, average=0.99, cooling=0.6, every=90, muon=1.0),
     "vae-flux": Plan("vae-flux", 1200, 2e-3, average=0.99, cooling=0.4, every=120, muon=1.0),
     "sdxl": Plan("sdxl", 6500, 1e-3, cooling=0.4, muon=3.0, reduced=True),
-    "flux": Plan("flux", 14_000, 1e-3, cooling=0.45, muon=10.0, reduced=True),
-    "controlnet-sdxl": Plan("controlnet-sdxl", 1200, 1e-3, average=0.99, cooling=0.4),
-    "controlnet-flux": Plan("controlnet-flux", 2000, 1e-3, average=0.99, cooling=0.4),
+    "flux": Plan("flux", 10_000, 1e-3, cooling=0.45, muon=10.0, reduced=True),
+    "controlnet-sdxl": Plan("controlnet-sdxl", 1000, 1e-3, average=0.99, cooling=0.4, muon=3.0, reduced=True),
+    "controlnet-flux": Plan("controlnet-flux", 1600, 1e-3, average=0.99, cooling=0.4, muon=3.0, reduced=True),
     "lora": Plan("lora", 400, 2e-3, average=0.98, cooling=0.4),
 }
 """What is trained, in order, and how long from nothing."""

@@ -62,61 +62,58 @@ def feature_loss(model: AutoencoderKL, source: AutoencoderKL, latents: Tensor) -
     return F.mse_loss(features(model, F.pixel_unshuffle(latents, 2), 1), wanted) / wanted.var()
 
 
-def latent_loss(model: AutoencoderKL, source: AutoencoderKL, pictures: Tensor) -> Tensor:
-    """Return the error of the encoder's latents from the source's folded ones."""
+def folding_loss(model: AutoencoderKL, source: AutoencoderKL, pictures: Tensor) -> Tensor:
+    """Return the error of the encoder's latents from the source's folded ones and of pictures decoded from these.
+
+    The decoder gets them slightly noised.
+    """
     with torch.no_grad():
         wanted = F.pixel_unshuffle(source.encode(pictures).latent_dist.mean, 2)
-    return F.mse_loss(model.encode(pictures).latent_dist.mean, wanted)
+    drawn = model.decode(wanted + 0.03 * torch.randn_like(wanted)).sample
+    return picture_loss(drawn, pictures) + F.mse_loss(model.encode(pictures).latent_dist.mean, wanted)
 
 
-def drawing_loss(model: AutoencoderKL, source: AutoencoderKL, pictures: Tensor) -> Tensor:
-    """Return the error of pictures decoded from the source's folded latents, slightly noised."""
-    with torch.no_grad():
-        latents = source.encode(pictures).latent_dist.mean
-    latents = F.pixel_unshuffle(latents + 0.03 * torch.randn_like(latents), 2)
-    return picture_loss(model.decode(latents).sample, pictures)
+def folded_sample(folder: Path) -> Tensor:
+    """Return some folded latents of a store, n × 16 × height × width: those of its first parts, which are of 256²."""
+    parts = [np.load(path)["latents"] for path in sorted(folder.glob("[0-9][0-9][0-9][0-9].npz"))[:8]]
+    return F.pixel_unshuffle(torch.from_numpy(np.concatenate(parts)).float(), 2)
 
 
 @cache
-def stretch() -> Tensor:
-    """Return the matrix, 16 × 16, by which folded latents of the store are multiplied before they are learned.
+def stretch(folder: Path) -> Tensor:
+    """Return the matrix, 16 × 16, by which a store's folded latents are multiplied before they are learned.
 
     Fine detail spreads a twentieth as far as colour does. Brought nearer to it, its error weighs in the
     denoiser's loss, and it is decided before the last step.
     """
-    parts = [np.load(RUNS / "pictures" / f"{number:04d}.npz")["latents"] for number in range(8)]
-    return evening(F.pixel_unshuffle(torch.from_numpy(np.concatenate(parts)).float(), 2), 0.6, 0.01)
+    return evening(folded_sample(folder), 0.6, 0.01)
 
 
 def fold(latents: Tensor) -> Tensor:
     """Turn stored latents, n × 4 × height × width, into the family's, n × 16 × height/2 × width/2, unscaled."""
-    return torch.einsum("oc,nchw->nohw", stretch().to(latents.device), F.pixel_unshuffle(latents, 2))
+    forth = stretch(RUNS / "pictures").to(latents.device)
+    return torch.einsum("oc,nchw->nohw", forth, F.pixel_unshuffle(latents, 2))
 
 
 def stretched(model: AutoencoderKL) -> AutoencoderKL:
     """Return a copy that makes and draws stretched latents, and tells their mean and spread as pipelines want it."""
-    copy = relaid(model, stretch().to(model.device))
-    batch = Store("pictures").batch(512, np.random.default_rng(6), (256, 256))
-    latents = fold(batch.latents)
+    forth = stretch(RUNS / "pictures")
+    latents = torch.einsum("oc,nchw->nohw", forth, folded_sample(RUNS / "pictures"))
+    copy = relaid(model, forth.to(model.device))
     copy.register_to_config(scaling_factor=1 / float(latents.std()), shift_factor=float(latents.mean()))
     return copy
 
 
 def run(plan: Plan, source: AutoencoderKL, fresh: bool = False) -> Path:
-    """Train the decoder's features, then its pictures, for 30 % of the steps each; return the path.
-
-    The encoder takes every third of these steps and all of the last 40 %.
-    """
+    """Train the decoder's features for a quarter of the steps, then both ends on pictures; return the path."""
     model = build(source).to(plan.device)
     store = Store("pictures")
 
     def step_loss(step: int, rng: Rng) -> Tensor:
-        if step % 3 == 2 or step >= 0.6 * plan.steps:
-            return latent_loss(model, source, draw_batch(False, rng).to(plan.device))
-        if step < 0.3 * plan.steps:
+        if step < 0.25 * plan.steps:
             latents = store.batch(8, rng).latents.to(plan.device)
             return feature_loss(model, source, latents + 0.03 * torch.randn_like(latents))
-        return drawing_loss(model, source, draw_batch(False, rng).to(plan.device))
+        return folding_loss(model, source, draw_batch(False, rng).to(plan.device))
 
     def show(folder: Path) -> None:
         flat, every = measure(model, "flat", "one"), measure(model, None, None)

@@ -153,14 +153,11 @@ class Store:
         """Return one kind of what is kept of the pictures at places (part, number)."""
         return np.stack([self.parts[size][part][name][number] for part, number in places])
 
-    def batch(self, count: int, rng: Rng, size: tuple[int, int] | None = None) -> Batch:
-        """Draw a batch, of any size unless one is given.
-
-        ``count`` is for 256², of smaller pictures there are more, of larger ones fewer.
-        """
+    def batch(self, count: int, rng: Rng) -> Batch:
+        """Draw a batch; ``count`` is for 256², of smaller pictures there are more, of larger ones fewer."""
         there = {size: share for size, share in SIZES.items() if size in self.parts}
         shares = np.array(list(there.values()))
-        size = size or list(there)[int(rng.choice(len(there), p=shares / shares.sum()))]
+        size = list(there)[int(rng.choice(len(there), p=shares / shares.sum()))]
         few = max(4, round(count * min(2.0, 65536 / (size[0] * size[1]))))
         places = [divmod(int(at), PART) for at in rng.integers(0, len(self.parts[size]) * PART, few)]
         latents = torch.from_numpy(self.gather(size, "latents", places)).float()
