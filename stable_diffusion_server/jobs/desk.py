@@ -199,6 +199,10 @@ class Jobs:
         except JournalUnavailable:
             _log.warning("an answer could not be kept for its idempotency key")
 
+    def figures(self) -> tuple[int, int, int]:
+        """Jobs that wait, jobs in the service's hands, and the bytes of the journal on the disk."""
+        return self._runner.waiting, self._runner.running, self._clerk.bytes_on_disk()
+
     def _check_room(self) -> None:
         if self._closing:
             raise NotReady("The server is going down.", retry_after=5)

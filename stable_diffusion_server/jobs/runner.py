@@ -69,6 +69,11 @@ class Runner:
         """How many jobs wait for their turn."""
         return len(self._waiting)
 
+    @property
+    def running(self) -> int:
+        """How many jobs are in the service's hands."""
+        return len(self._running)
+
     def put(self, live: Live) -> None:
         """Let a job wait for its turn, at most until its deadline."""
         self._waiting[live.entry.id] = live
@@ -149,6 +154,10 @@ class Runner:
     async def _see_through(self, live: Live) -> None:
         """Draw a job and write down how it ended, or let it wait again."""
         started = time.monotonic()
+        # Whatever is logged of it says so.
+        structlog.contextvars.bind_contextvars(job_id=live.entry.id)
+        if live.entry.caller.name:
+            structlog.contextvars.bind_contextvars(key=live.entry.caller.name)
         live.task = asyncio.create_task(self._drawn(live))
         await asyncio.wait([live.task])
         try:
