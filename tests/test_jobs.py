@@ -191,6 +191,7 @@ async def test_jobs_that_were_not_done_are_drawn_after_a_restart_and_end_once(of
     assert len(again.painter.finished) == 5
 
 
+@pytest.mark.fault(56)
 async def test_a_job_on_which_the_process_died_three_times_is_failed_by_name(
     office_of: MakeOffice, tmp_path: Path
 ) -> None:
@@ -314,6 +315,7 @@ async def test_a_journal_that_is_held_is_opened_when_it_is_let_go(office_of: Mak
     assert (await office.ended("left-behind")).state is State.DONE
 
 
+@pytest.mark.fault(53)
 async def test_a_job_that_loses_the_device_is_tried_elsewhere_and_at_last_given_up(office_of: MakeOffice) -> None:
     """Each engine that fails under it counts as a death; a job that only waited is not blamed."""
 

@@ -86,6 +86,7 @@ def test_the_picture_shows_the_colours_of_its_prompt(
     assert colours_of(answer.content) == (colour, background)
 
 
+@pytest.mark.fault(60)
 def test_fifty_identical_requests_at_once_are_one_generation(server: Server) -> None:
     """Counted by the engine itself: one picture drawn, fifty equal answers."""
     before = metric(server, 'sds_jobs_total{outcome="done"}')
