@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import signal
 import socket
 import sys
 from http import HTTPStatus
@@ -110,7 +111,10 @@ def serve() -> None:
         proxy_headers=False,  # TRUSTED_PROXIES says whose are believed
         server_header=False,
     )
-    uvicorn.Server(config).run(sockets=[listening])
+    try:
+        uvicorn.Server(config).run(sockets=[listening])
+    except KeyboardInterrupt:  # it has stopped in good order by then
+        sys.exit(128 + signal.SIGINT)
 
 
 def _listen(settings: Settings) -> socket.socket:
