@@ -1,6 +1,7 @@
 """A server process over painted squares that take their time: `painted_server.py [seconds a step]`, else 0.05."""
 
 import math
+import signal
 import sys
 
 import uvicorn
@@ -14,4 +15,10 @@ if __name__ == "__main__":
     seconds = float(sys.argv[1]) if len(sys.argv) > 1 else 0.05
     app = create_app(settings, load=lambda settings: Retouchers(seconds_per_step=seconds))
     grace = math.ceil(settings.stop_seconds)
-    uvicorn.run(app, port=settings.port, log_level="warning", proxy_headers=False, timeout_graceful_shutdown=grace)
+    config = uvicorn.Config(
+        app, port=settings.port, log_level="warning", proxy_headers=False, timeout_graceful_shutdown=grace
+    )
+    try:
+        uvicorn.Server(config).run()
+    except KeyboardInterrupt:  # as `serve` ends, which a watchdog tells from an end that was wanted
+        sys.exit(128 + signal.SIGINT)

@@ -13,7 +13,7 @@ from stable_diffusion_server.engine.news import News
 from stable_diffusion_server.engine.paces import Paces
 from stable_diffusion_server.engine.ticket import Seat, Ticket
 from stable_diffusion_server.engine.waiting import WaitingLine
-from stable_diffusion_server.errors import DevicePoisoned, NotFinite, NotReady, ServerError
+from stable_diffusion_server.errors import DevicePoisoned, NotFinite, NotReady, ServerError, WeightsUnusable
 from stable_diffusion_server.orders import EventKind
 
 # So many results in a row that are not finite are no fault of the jobs any more.
@@ -168,8 +168,12 @@ class Desk(Generic[S, P]):
 
     def give_up(self, error: BaseException, reason: str) -> None:
         """No more pictures will come: say so, fail everyone, and have a poisoned process replaced."""
-        _log.error("the engine has stopped", exc_info=error)
-        self.enter(Phase.FAILED, error.detail if isinstance(error, ServerError) else reason)
+        told = error.detail if isinstance(error, ServerError) else reason
+        # Unusable weights are told in a sentence; where the code stood when it met them helps nobody.
+        _log.error(
+            "the engine has stopped", reason=told, exc_info=None if isinstance(error, WeightsUnusable) else error
+        )
+        self.enter(Phase.FAILED, told)
         poisoned = isinstance(error, DevicePoisoned)
         self.dismiss(running=True, lost=DevicePoisoned(self.reason, retry_after=5) if poisoned else None)
         if poisoned:

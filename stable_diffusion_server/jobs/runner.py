@@ -79,6 +79,7 @@ class Runner:
         self._waiting[live.entry.id] = live
         if live.entry.deadline is not None:
             seconds = max(0.0, live.entry.deadline - time.time())
+            live.due = time.monotonic() + seconds
             asyncio.get_running_loop().call_later(seconds, lambda: self._start(self._expire(live)))
         self._tell_positions()
         self._wake.set()
@@ -191,8 +192,8 @@ class Runner:
         work = await self._clerk(Journal.begin, live.entry.id)
         live.entry = replace(live.entry, attempts=live.entry.attempts + 1)
         order = work.order
-        if live.entry.deadline is not None:
-            left = live.entry.deadline - time.time()
+        if live.due is not None:
+            left = live.due - time.monotonic()
             if left <= 0:
                 raise _too_late()
             order = replace(order, timeout=left)
