@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -55,14 +57,27 @@ def test_whatever_is_killed_what_was_accepted_is_drawn(tmp_path: Path, target: s
         for number in SIGNALS:
             names = [f"{number.name} {n}" for n in range(load or 2)]
             ids = [accept(server, f"a red circle {name}", save_path=f"{name}.webp") for name in names]
-            if load:
-                until(lambda ids=ids: any(job(server, job_id)["step"] > 1 for job_id in ids))  # type: ignore[misc]
-            else:
-                until(lambda ids=ids: all(job(server, job_id)["state"] == "done" for job_id in ids))  # type: ignore[misc]
+            reach(server, ids, under_way if load else all_done)
             server = struck(server, target, number, port)
-            until(lambda ids=ids: all(job(server, job_id)["state"] == "done" for job_id in ids), 60)  # type: ignore[misc]
-            ended = [job(server, job_id) for job_id in ids]
-            assert {told["attempts"] for told in ended} <= ({1, 2} if load else {1})
-            assert [httpx.get(told["receipt"]["path"]).status_code for told in ended] == [200] * len(ids)
+            reach(server, ids, all_done)
+            ended = told(server, ids)
+            assert {each["attempts"] for each in ended} <= ({1, 2} if load else {1})
+            assert [httpx.get(each["receipt"]["path"]).status_code for each in ended] == [200] * len(ids)
     finally:
         server.stop()
+
+
+def told(server: Server, ids: list[str]) -> list[dict[str, Any]]:
+    return [job(server, job_id) for job_id in ids]
+
+
+def reach(server: Server, ids: list[str], how: Callable[[list[dict[str, Any]]], bool]) -> None:
+    until(lambda: how(told(server, ids)), 60)
+
+
+def all_done(jobs: list[dict[str, Any]]) -> bool:
+    return all(each["state"] == "done" for each in jobs)
+
+
+def under_way(jobs: list[dict[str, Any]]) -> bool:
+    return any(each["step"] > 1 for each in jobs)

@@ -82,7 +82,7 @@ def test_a_server_whose_disk_takes_nothing_starts_and_says_so(tmp_path: Path, di
     serve = [sys.executable, str(ROOT / "tests" / "painted_server.py")]
     places = {"DATA_DIR": str(mounted / "data"), "LOCAL_BUCKET_DIR": str(tmp_path / "bucket"), "PORT": str(port)}
     with (tmp_path / "log").open("wb") as log:
-        process = subprocess.Popen(  # our own server
+        process = subprocess.Popen(  # noqa: S603  # our own server
             [*command, *serve],
             cwd=tmp_path,
             env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), **places},
