@@ -107,6 +107,8 @@ def serve() -> None:
         app,
         access_log=False,
         log_level="warning",
+        # Longer than clients and proxies keep a line, so that none of them asks on one that is being closed.
+        timeout_keep_alive=75,
         timeout_graceful_shutdown=math.ceil(settings.stop_seconds),
         proxy_headers=False,  # TRUSTED_PROXIES says whose are believed
         server_header=False,
