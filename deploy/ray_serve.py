@@ -218,6 +218,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # The replicas start in this folder too, with this package and these settings.
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
     ray.init(
+        address="local",  # one of its own, whatever else of Ray runs on this machine
         num_cpus=math.ceil(max(scale.most, scale.replicas) * scale.cpus),
         include_dashboard=False,
         runtime_env={"env_vars": {"PYTHONPATH": paths}},

@@ -32,6 +32,7 @@ _TAGGED = re.compile(r"r(\d{1,4})-")
 # What one replica does not have may be with another: its jobs, and pictures that wait for the storage.
 _KEPT_ALONE = ("/jobs/", "/files/")
 _LOOK_EVERY = 0.1
+_GLANCE = 0.05
 
 
 class Claim:
@@ -45,14 +46,24 @@ class Claim:
     def __init__(self, root: Path) -> None:
         """Take a folder. Raises `OSError` for a root that cannot be written."""
         root.mkdir(parents=True, exist_ok=True)
-        left = sorted(int(path.parent.name.rpartition("-")[2]) for path in root.glob("replica-*/journal.db"))
+        left = _with_journal(root)
         for number in (*left, *(n for n in range(_MOST_FOLDERS) if n not in set(left))):
-            lock = FileLock(root / f"{_FOLDER.format(number)}.lock", is_singleton=False)
+            lock = _lock_of(root, number)
             with suppress(Timeout):
-                lock.acquire(blocking=False)
+                # Not at once: `vacant` of another replica may be looking at it just now.
+                lock.acquire(timeout=_GLANCE, poll_interval=_GLANCE / 5)
                 self.number, self.folder, self._lock = number, root / _FOLDER.format(number), lock
                 return
         raise OSError(f"{root} has {_MOST_FOLDERS} folders of replicas in use")
+
+    def vacant(self) -> set[int]:
+        """Folders with a journal that no living process holds: what they keep is told of by whoever takes them up."""
+        found = set()
+        for number in _with_journal(self.folder.parent):
+            lock = _lock_of(self.folder.parent, number)
+            with suppress(Timeout), lock.acquire(blocking=False):
+                found.add(number)
+        return found - {self.number}
 
     @property
     def tag(self) -> str:
@@ -66,6 +77,14 @@ class Claim:
     def release(self) -> None:
         """Let another replica have it."""
         self._lock.release()
+
+
+def _with_journal(root: Path) -> list[int]:
+    return sorted(int(path.parent.name.rpartition("-")[2]) for path in root.glob("replica-*/journal.db"))
+
+
+def _lock_of(root: Path, number: int) -> FileLock:
+    return FileLock(root / f"{_FOLDER.format(number)}.lock", is_singleton=False)
 
 
 def sticks_to(scope: Mapping[str, Any]) -> str | None:
@@ -112,8 +131,8 @@ class Peers(Protocol):
 class Hosted:
     """ASGI around the application: it starts when it can draw, and ends when its accepted jobs have.
 
-    What this replica does not have is asked of `peers`. An id that names a folder no replica holds just now is
-    answered 503 with `Retry-After`, since whoever takes that folder goes on with its jobs.
+    What this replica does not have is asked of `peers`. A job that none has and that may be in a folder no replica
+    holds just now is answered 503 with `Retry-After`, since whoever takes that folder goes on with its jobs.
     """
 
     def __init__(
@@ -183,19 +202,20 @@ class Hosted:
             async for message in self._peers.ask(number, asked):
                 await send(message)
             return
-        if self._is_of_another(scope["path"]):
-            error = NotReady("The replica that keeps this job is not running just now.", retry_after=5)
+        if self._cannot_be_told(scope["path"]):
+            error = NotReady("A replica that may keep this is not running just now.", retry_after=5)
             await refusal(error, scope["path"], str(scope.get("state", {}).get("request_id", "")))(scope, receive, send)
             return
         for message in unsent:
             await send(message)
 
-    def _is_of_another(self, path: str) -> bool:
-        """Whether a path names a job of a folder that is there and not this replica's."""
-        named = _TAG.match(path)
-        if named is None or int(named[1]) == self._claim.number:
+    def _cannot_be_told(self, path: str) -> bool:
+        """Whether a job may be in a folder that no replica holds: in that which its id names, else in any."""
+        if not path.startswith("/jobs/"):
             return False
-        return self._claim.folder.with_name(_FOLDER.format(int(named[1]))).is_dir()
+        vacant = self._claim.vacant()
+        named = _TAG.match(path)
+        return bool(vacant) if named is None else int(named[1]) in vacant
 
     async def _live(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def begin_and_end() -> Message:
