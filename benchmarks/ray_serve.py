@@ -75,6 +75,7 @@ def figures(folder: Path, store: StorageServer, python: str, rounds: int) -> Non
     rates: dict[str, dict[str, list[float]]] = {load: {} for load in LOADS}
     rows: list[tuple[str, str]] = []
     pictures: dict[str, list[bytes]] = {}
+    alive: dict[str, float] = {}
     for name, (command, settings) in ways.items():
         with server(folder / name.replace(" ", "-"), store, command, **settings) as (process, client, bucket):
             burst(client, "warm up", 8, 0)
@@ -83,6 +84,7 @@ def figures(folder: Path, store: StorageServer, python: str, rounds: int) -> Non
                     burst(client, f"{steps} steps {turn}", number, 0, steps)[0] for turn in range(rounds)
                 ]
             pictures[name] = fetched(client, store, bucket)
+            alive[name] = asyncio.run(doors(str(client.base_url)))
             if command is ray:
                 together(client, store, bucket, rows)
                 killed(process, client, store, bucket, rows)
@@ -91,6 +93,8 @@ def figures(folder: Path, store: StorageServer, python: str, rounds: int) -> Non
     rows.insert(
         0, (f"least alike of {len(pictures['one process'])} pictures to those of one process", least_told(least))
     )
+    first, *_, last = alive.values()
+    rows.append(("`/healthz` a second, 8 connections: one process; through Ray's proxy", f"{first:.0f}; {last:.0f}"))
     for load, told in rates.items():
         one = statistics.median(told["one process"])
         say(f"\n| {load} | pictures a second, median (least to most) | of one process |\n| --- | --- | --- |")
@@ -248,6 +252,21 @@ async def ordered(base: str, orders: list[dict[str, Any]]) -> list[httpx.Respons
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=base, timeout=300, limits=limits) as client:
         return list(await asyncio.gather(*(client.post(CREATE, json=wanted) for wanted in orders)))
+
+
+async def doors(base: str, seconds: float = 4.0) -> float:
+    """Answers of `/healthz` a second to eight connections kept open: what the way to a replica costs."""
+    end = time.perf_counter() + seconds
+
+    async def asking(client: httpx.AsyncClient) -> int:
+        number = 0
+        while time.perf_counter() < end:
+            (await client.get("/healthz")).raise_for_status()
+            number += 1
+        return number
+
+    async with httpx.AsyncClient(base_url=base) as client:
+        return sum(await asyncio.gather(*(asking(client) for _ in range(8)))) / seconds
 
 
 def fetched(client: httpx.Client, store: StorageServer, bucket: str) -> list[bytes]:

@@ -63,10 +63,10 @@ class Sticky(ConsistentHashRouter):
         if pending_request is None or not candidate_replicas:
             return [candidate_replicas] if candidate_replicas else []
         pending_request.routing_context.should_backoff = True
-        by_folder = {replica.replica_metadata.get("folder", -1): replica for replica in candidate_replicas}
         key = _key_of(pending_request)
         if key is None:
             return [random.sample(candidate_replicas, min(2, len(candidate_replicas)))]
+        by_folder = {replica.replica_metadata.get("folder", -1): replica for replica in candidate_replicas}
         owner = owner_of(key)
         order = [owner] if owner in by_folder else ranked(key, list(by_folder))
         return [[by_folder[number]] for number in order]

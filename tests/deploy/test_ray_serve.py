@@ -17,7 +17,7 @@ from fakes import until
 PYTHON = os.environ.get("RAY_PYTHON", "")
 pytestmark = [
     pytest.mark.skipif(not PYTHON, reason="RAY_PYTHON names no Python with Ray; `make ray-test` does"),
-    pytest.mark.timeout(600),
+    pytest.mark.timeout(1200),
 ]
 CREATE = "/create_and_upload_image"
 ASYNC = {"Prefer": "respond-async"}
@@ -30,8 +30,8 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     port = free_port()
     command = (PYTHON, "-m", "deploy.ray_serve", "--replicas", "2", "--cpus", "1")
     settings = {"MODELS": "embedded", "CPU_THREADS": "1", "OMP_NUM_THREADS": "1", "UI": "0", "QUEUE_LIMIT": "8"}
-    server = start_server(tmp_path_factory.mktemp("ray"), port, *command, PORT=str(port), **settings)
-    until(lambda: "replicas draw at" in server.log.read_text(), 120)
+    server = start_server(tmp_path_factory.mktemp("ray"), port, *command, seconds=400, PORT=str(port), **settings)
+    until(lambda: "replicas draw at" in server.log.read_text(), 200)
     yield server
     server.process.terminate()
     assert server.process.wait(120) == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import pytest
 from conftest import ROOT, free_port, start_server
 from PIL import Image
 
+from scripts.documented_commands import blocks
 from stable_diffusion_server import __version__
 
 pytestmark = pytest.mark.timeout(1200)
@@ -85,9 +87,19 @@ def test_the_installed_command_draws_what_is_asked(installed: Callable[..., str]
         assert blue > 150 > red
 
 
-def test_the_installed_command_tries_a_storage_and_serves(installed: Callable[..., str]) -> None:
-    """`check-storage` finds nothing wrong with a folder; `serve` draws, stores and answers from what is stored."""
-    assert "FAIL" not in installed("check-storage")
+def test_the_pages_commands_work_as_printed(installed: Callable[..., str]) -> None:
+    """Those that docs/commands.md says this file runs; `serve`, which does not end, is the next test's."""
+    printed = [block for block in blocks() if block.elsewhere == "tests/deploy/test_wheel.py"]
+    lines = [shlex.split(line) for block in printed for line in block.text.splitlines()]
+    assert {line[0] for line in lines} == {"stable-diffusion-server"}
+    assert {line[1] for line in lines} == {"draw", "models", "check-storage", "serve"}
+    for line in lines:
+        if line[1] != "serve":
+            assert "FAIL" not in installed(*line[1:])
+
+
+def test_the_installed_command_serves(installed: Callable[..., str]) -> None:
+    """`serve` draws, stores and answers from what is stored, in an environment without the studio."""
     port, folder = free_port(), installed.folder  # type: ignore[attr-defined]  # as above
     command = folder.parent / "env" / "bin" / "stable-diffusion-server"
     server = start_server(folder, port, str(command), "serve", PORT=str(port), PYTHONPATH="")
