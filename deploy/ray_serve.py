@@ -186,7 +186,7 @@ def application(scale: Scale) -> serve.Application:
             max_replicas=scale.most,
             upscale_delay_s=scale.up_seconds,
             downscale_delay_s=scale.down_seconds,
-            look_back_period_s=max(5.0, scale.up_seconds),
+            look_back_period_s=max(15.0, scale.up_seconds),  # above the 10 s at which replicas tell of their work
             policy=policy,
         )
         options = {"autoscaling_config": scaling}

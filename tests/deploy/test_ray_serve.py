@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-from conftest import Server, free_port, start_server
+from conftest import ROOT, Server, free_port, start_server
 from fakes import until
 
 PYTHON = os.environ.get("RAY_PYTHON", "")
@@ -101,3 +102,19 @@ def test_a_replica_that_is_killed_loses_no_accepted_job(both: Server, tmp_path: 
     until(ended, 240)
     assert seen <= {200, 503}
     until(lambda: len(replicas(both)) == 2, 120)
+
+
+def test_the_kubernetes_examples_application_is_one_that_ray_builds() -> None:
+    """Ray's own schema takes its Serve configuration, and the application is made with its arguments."""
+    code = """
+import pathlib, yaml
+from ray.serve.schema import ServeDeploySchema
+from deploy.ray_serve import Scale, application
+_, service = yaml.safe_load_all(pathlib.Path("deploy/kuberay.yaml").read_text())
+told = yaml.safe_load(service["spec"]["serveConfigV2"])
+ServeDeploySchema.model_validate(told)
+print(application(Scale(**told["applications"][0]["args"])))
+"""
+    done = subprocess.run([PYTHON, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)  # noqa: S603  # ours
+    assert done.returncode == 0, done.stderr
+    assert "Application" in done.stdout
