@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # uv does the installing, since pip knows no overrides (see pyproject.toml), and it does not read pip's find-links.
 UV := UV_FIND_LINKS="$(PIP_FIND_LINKS)" $(BIN)/uv pip install --quiet --python $(BIN)/python
 
-.PHONY: run venv test lint gpu-check fuzz format train clean
+.PHONY: run venv test lint bench gpu-check fuzz format train clean
 
 run: $(VENV)/.run
 	@$(BIN)/python -m stable_diffusion_server.watchdog -- $(BIN)/python -m stable_diffusion_server serve
@@ -21,6 +21,10 @@ lint: $(VENV)/.test
 	$(BIN)/flake8
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# Ours and its peers side by side, some minutes; BENCH=--check fails where a ratio has become worse than it may be.
+bench: $(VENV)/.test
+	$(BIN)/python -m benchmarks.suite $(BENCH)
 
 # Full-size models with random weights; DEVICE=cpu TINY=--tiny tries the script itself.
 gpu-check: $(VENV)/.test

@@ -14,8 +14,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,6 +54,10 @@ class Entry:
     tuning: Tuning
     environment: Mapping[str, str] = field(default_factory=dict)
 
+    def with_environment(self, **further: str) -> Entry:
+        """The same, with more in its environment."""
+        return replace(self, environment={**self.environment, **further})
+
 
 # Each peer at the better of the tunings tried (see the tuning table in results/).
 ENTRIES: dict[str, Entry] = {
@@ -87,13 +91,14 @@ class Server:
     process: psutil.Process
     ready: float
 
-    def draw(self, name: str, n: int, side: int) -> dict[str, Any]:
+    def draw(self, name: str, n: int, side: int, **further: Any) -> dict[str, Any]:
         """Draw the n-th of many different orders, `side` × `side`, and store it under a name: what it answered."""
         if self.entry.script is None:
             query = {"prompt": prompt(n), "seed": n, "width": side, "height": side, "save_path": f"{name}.webp"}
+            query |= further
             answer = self.client.get("/create_and_upload_image", params=query)
         else:
-            order = _peer_order(name, n, side)
+            order = _peer_order(name, n, side) | further
             if self.entry.script == "server_async.py":
                 body = {"prompt": order.pop("prompt"), "num_inference_steps": 4}
                 sizes = {key: value for key, value in order.items() if isinstance(value, int)}
@@ -173,6 +178,7 @@ def available(names: list[str] | None = None) -> dict[str, Entry]:
 @contextmanager
 def servers(entries: Mapping[str, Entry]) -> Iterator[dict[str, Server]]:
     """The servers of these entries, started one after the other in an empty folder each; ended at the end."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended from outside"))
     processes: list[subprocess.Popen[bytes]] = []
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -182,13 +188,19 @@ def servers(entries: Mapping[str, Entry]) -> Iterator[dict[str, Server]]:
             }
         finally:
             for process in processes:
-                process.terminate()
-                process.send_signal(signal.SIGCONT)
-            for process in processes:
-                try:
-                    process.wait(60)
-                except subprocess.TimeoutExpired:
-                    process.kill()
+                end(process)
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Let a server end, and end what it leaves behind of the session it was started in."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGCONT)
+    process.terminate()
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(20)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def start(name: str, entry: Entry, home: Path, started: Callable[[subprocess.Popen[bytes]], None]) -> Server:
@@ -227,7 +239,9 @@ def start(name: str, entry: Entry, home: Path, started: Callable[[subprocess.Pop
         }
     began = time.perf_counter()
     with (home / "log").open("wb") as log:
-        process = subprocess.Popen(command, cwd=home, env=environment, stdout=log, stderr=log)  # noqa: S603  # our own
+        process = subprocess.Popen(  # noqa: S603  # our own
+            command, cwd=home, env=environment, stdout=log, stderr=log, start_new_session=True
+        )
     started(process)
     client = httpx.Client(
         base_url=f"http://127.0.0.1:{port}",

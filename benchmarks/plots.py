@@ -9,7 +9,7 @@ import matplotlib
 
 matplotlib.use("svg")
 
-from matplotlib import pyplot  # noqa: E402  # after the backend is chosen, or it looks for a display
+from matplotlib import pyplot  # after the backend is chosen, or it looks for a display
 
 
 def draw_curves(curves: Mapping[str, Mapping[str, Mapping[int, float]]], beside: Path) -> list[tuple[str, str]]:

@@ -11,7 +11,7 @@ import time
 from typing import Any
 
 import uvicorn
-from drawing import draw, keep, load
+from drawing import draw, keep, load, redraw
 from fastapi import FastAPI
 
 PORT, WORKERS = int(os.environ["PORT"]), int(os.environ["WORKERS"])
@@ -37,7 +37,7 @@ def health() -> dict[str, bool]:
 def create(order: dict[str, Any]) -> dict[str, str]:
     """Draw alone, store, tell where."""
     with lock:
-        picture = draw(pipeline, [order])[0]
+        picture = redraw(pipeline, order) if "image" in order else draw(pipeline, [order])[0]
     return keep(picture, order)
 
 

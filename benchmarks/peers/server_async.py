@@ -2,7 +2,7 @@
 
     MODEL=… PORT=… THREADS=… PICTURES=… SERVER_ASYNC=folder python server_async.py
 
-The copy stays as it is. Of what the example fixes in its code (Stable Diffusion 3, an accelerator, 1024², PNG with every
+The copy stays as it is. Of what the example fixes in its code (Stable Diffusion 3, an accelerator, 1024², PNG at full
 effort) is changed here, at run time, what it cannot do without: the pipeline's class and device, the size, the
 guidance, and the kind of file. Its request-scoped pipelines, locks and threads are what is measured.
 """
@@ -21,8 +21,8 @@ from drawing import keep as store
 
 sys.path.insert(0, os.environ["SERVER_ASYNC"])
 
-import Pipelines  # noqa: E402  # lies in the folder just named
-import uvicorn  # noqa: E402  # as the line above
+import Pipelines  # lies in the folder just named
+import uvicorn  # as the line above
 
 MODEL = os.environ["MODEL"]
 # The size of the request that is served, which the example has no parameter for.

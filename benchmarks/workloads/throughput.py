@@ -81,7 +81,9 @@ def _tell(
             result.ratios[key] = ratio(rates[OURS, at_once], plain)
             others = [name for name in servers if not name.startswith("ours")]
             best = max(others, key=lambda name: statistics.median(rates[name, at_once]))
-            line = f"Ours against the best of the others ({best}): {ratios(rates[OURS, at_once], rates[best, at_once])}."
+            line = (
+                f"Ours against the best of the others ({best}): {ratios(rates[OURS, at_once], rates[best, at_once])}."
+            )
             result.lines += [line, ""]
     result.curves[f"{side} × {side}, pictures a second"] = {
         name: {c: statistics.median(rates[name, c]) for c in levels} for name in servers
