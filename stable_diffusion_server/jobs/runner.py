@@ -74,6 +74,11 @@ class Runner:
         """How many jobs are in the service's hands."""
         return len(self._running)
 
+    @property
+    def unfinished(self) -> int:
+        """How many jobs wait or are drawn."""
+        return self.waiting + self.running
+
     def put(self, live: Live) -> None:
         """Let a job wait for its turn, at most until its deadline."""
         self._waiting[live.entry.id] = live
