@@ -50,9 +50,8 @@ def create_app(
         reasons = [*faults.values(), *filter(None, [stores.bucket.fault()])]
         return [*reasons, engine.reason] if engine.phase is not Phase.READY else reasons
 
-    def ready() -> None:
-        if not missing():
-            announce()
+    def ready() -> object:
+        return missing() or announce()
 
     metrics, tracing = Metrics(), Tracing(settings.otel_exporter_otlp_endpoint, __version__)
     engine = build_engine(settings, loaded, load, metrics, ready, poisoned)
