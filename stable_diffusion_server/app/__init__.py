@@ -81,6 +81,8 @@ def create_app(
         await asyncio.to_thread(stores.close)
 
     app = FastAPI(title=_TITLE, version=__version__, summary=_SUMMARY, lifespan=lifespan, docs_url=None, redoc_url=None)
+    # For what runs this app in its own way (deploy/): how much work there is, and whether it can be done.
+    app.state.engine, app.state.jobs = engine, jobs
     handlers.install(app)
     add_middleware(app, settings)
     add_doors(app, settings, service, jobs, stores, options)

@@ -69,6 +69,11 @@ class Runner:
         """How many jobs wait for their turn."""
         return len(self._waiting)
 
+    @property
+    def unfinished(self) -> int:
+        """How many jobs wait or are drawn."""
+        return len(self._waiting) + len(self._running)
+
     def put(self, live: Live) -> None:
         """Let a job wait for its turn, at most until its deadline."""
         self._waiting[live.entry.id] = live
