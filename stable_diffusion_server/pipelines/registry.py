@@ -102,8 +102,9 @@ class _Placed(NamedTuple):
 class Registry:
     """All loaded families behind one face: what the engine calls its denoiser.
 
-    `loaded` tells what is there, `models` the facts of each model as it was loaded. `resident` is false when weights
-    travel between drawings: then many joins thrash, and an engine does well to prepare, step and finish in phases.
+    `loaded` tells what is there, `models` the facts of each model as it was loaded, `adaptable` whether jobs may name
+    adapters. `resident` is false when weights travel between drawings: then many joins thrash, and an engine does well
+    to prepare, step and finish in phases.
     """
 
     def __init__(
@@ -111,8 +112,11 @@ class Registry:
         families: Mapping[str, Family],
         loaded: Sequence[Loaded] = (),
         models: Mapping[str, ModelFacts] | None = None,
+        *,
+        adaptable: bool = False,
     ) -> None:
         self._families = families
+        self._adaptable = adaptable
         self.loaded = tuple(loaded)
         self.models = dict(models or {})
         self._threads = torch.get_num_threads()
@@ -142,6 +146,15 @@ class Registry:
         if any(model.dtype != "float32" for model in self.loaded):
             return "weights in half precision change theirs to decode what overflows."
         return ""
+
+    @property
+    def best_lanes(self) -> int:
+        """Two on a CPU of several cores, where no job may change the weights: small tensors gain less by threads.
+
+        Measured on two cores: 1.5 times the pictures a second (benchmarks/results/).
+        """
+        on_cpu = all(model.device == "cpu" for model in self.loaded)
+        return 2 if on_cpu and self._threads > 1 and not self._adaptable and not self.unshareable else 1
 
     def enter_lane(self, lanes: int) -> None:
         """Divide the CPU's threads between the lanes; PyTorch counts them for each thread that draws."""
@@ -196,7 +209,7 @@ def load(models_dir: Path, device_name: str, cpu_threads: int, options: LoadOpti
                 loras=names_in(options.lora_dir),
             )
         )
-    return Registry(families, loaded, models)
+    return Registry(families, loaded, models, adaptable=options.lora_dir is not None)
 
 
 def _place_or_instead(
