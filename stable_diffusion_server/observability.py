@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import IO
 
 import structlog
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 from tqdm import tqdm
@@ -69,6 +69,7 @@ class Metrics:
         Gauge("sds_queue_waiting", "Jobs waiting", registry=self.registry).set_function(waiting)
         Gauge("sds_queue_running", "Jobs on the device", registry=self.registry).set_function(running)
         self.registry.register(_Shapes(shapes))
+        ProcessCollector(registry=self.registry)  # memory and file handles of the process
 
     def follow_storage(self, figures: Callable[[], Mapping[str, float]]) -> None:
         """Show what waits for the storage, and how often it failed."""
