@@ -73,6 +73,7 @@ def restyle(page: Any) -> None:
     inside.locator("#sds-restyle-image_file img").first.wait_for()
     inside.get_by_label("Keep the edges").check()
     draw(inside, "a green circle on a yellow background")
+    inside.get_by_text("Before and after").locator("xpath=..").locator("img").first.wait_for()
 
 
 def inpaint(page: Any) -> None:
@@ -81,7 +82,8 @@ def inpaint(page: Any) -> None:
     inside = page.locator("[role=tabpanel]:visible", has=page.locator("#sds-inpaint-image_file"))
     inside.wait_for()
     paint(page)
-    draw(inside, "a red circle and a green square on a blue background")
+    draw(inside, "a green square on a blue background")
+    inside.get_by_text("Before and after").locator("xpath=..").locator("img").first.wait_for()
 
 
 def history(page: Any) -> None:
@@ -93,7 +95,7 @@ def history(page: Any) -> None:
 
 def status(page: Any) -> None:
     """As it is."""
-    page.locator(".sds-status").wait_for()
+    page.locator(".sds-standing").wait_for()
 
 
 USES: dict[str, Callable[[Any], None]] = {

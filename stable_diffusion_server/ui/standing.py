@@ -35,7 +35,7 @@ def page(readiness: Mapping[str, Any], figures: str, jobs: Sequence[Job]) -> str
     """The whole tab."""
     models = "".join(_card(model) for model in readiness.get("models", ())) or "<p>None is loaded yet.</p>"
     return (
-        f'<div class="sds-status">{_state(readiness)}'
+        f'<div class="sds-standing">{_state(readiness)}'
         f"<h2>Work</h2>{_figures(figures)}{_work(jobs)}"
         f'<h2>Models</h2><div class="sds-cards">{models}</div>'
         f"<h2>Your latest failures</h2>{_failures(jobs)}</div>"

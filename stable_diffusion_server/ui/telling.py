@@ -64,7 +64,8 @@ def summary(jobs: Sequence[Job]) -> str:
     ended = [job for job in jobs if job["state"] in ("done", "failed", "cancelled")]
     if len(ended) == len(jobs):
         parts = [(state, sum(job["state"] == state for job in jobs)) for state in ("done", "failed", "cancelled")]
-        return ", ".join(f"{number} {state}" for state, number in parts if number).capitalize() + "."
+        told = ", ".join(f"{number} {state}" for state, number in parts if number)
+        return f"All {len(jobs)} pictures are done." if parts[0][1] == len(jobs) else f"{told}."
     current = next((job for job in jobs if job["state"] == "running"), None) or next(
         job for job in jobs if job["state"] == "queued"
     )

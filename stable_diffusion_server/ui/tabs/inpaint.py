@@ -38,7 +38,7 @@ def tab(desks: Desks, blocks: gr.Blocks) -> Inpaint:
         with gr.Column(elem_classes="sds-settings"):
             with gr.Column(visible=False) as masked:
                 seen = gr.Image(
-                    label="What is drawn anew, in red", interactive=False, height=220, format="png", buttons=[]
+                    label="Mask: what is striped is drawn anew", interactive=False, height=220, format="png", buttons=[]
                 )
             strength, feather, refine = _settings(slots)
             chosen = fields(slots, prompt)
@@ -63,7 +63,7 @@ def tab(desks: Desks, blocks: gr.Blocks) -> Inpaint:
 
     inputs = [editor, strength, feather, refine, *chosen.inputs]
     panel.wire(desks, blocks, here, [draw.click, prompt.submit], inputs, wishes)
-    watched = [editor.change, feather.release]
+    watched = [editor.change, editor.input, feather.change]
     gr.on(watched, look, [editor, feather], [seen, masked], trigger_mode="always_last", **QUIET)
     return Inpaint(editor, here)
 
