@@ -96,12 +96,12 @@ def fields(slots: Slots, prompt: gr.Textbox) -> Fields:
         )
         slots.slot("negative_prompt")
         with gr.Row():
-            numbers = {"max_length": 20, "min_width": 120}
-            steps = gr.Textbox(
-                label="Steps", placeholder=steps_hint, elem_id=slots.id_of("num_inference_steps"), **numbers
-            )
-            guidance = gr.Textbox(
-                label="Guidance", placeholder=guidance_hint, elem_id=slots.id_of("guidance_scale"), **numbers
+            steps, guidance = (
+                gr.Textbox(label=label, placeholder=hint, max_length=20, min_width=120, elem_id=slots.id_of(name))
+                for label, hint, name in (
+                    ("Steps", steps_hint, "num_inference_steps"),
+                    ("Guidance", guidance_hint, "guidance_scale"),
+                )
             )
         slots.slot("num_inference_steps", "guidance_scale")
     return Fields(prompt, model, negative, steps, guidance, seed, keep, count, more)

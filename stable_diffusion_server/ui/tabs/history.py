@@ -15,6 +15,9 @@ from stable_diffusion_server.ui.tabs.panel import desk_of
 
 EVERY = ("Every model", "")
 
+# On a phone what was chosen stands below all that were found.
+_INTO_VIEW = "() => { document.querySelector('.sds-picture')?.scrollIntoView({ block: 'nearest' }); }"
+
 
 @dataclass(frozen=True, slots=True)
 class History:
@@ -54,7 +57,7 @@ def tab(desks: Desks, opened: gr.Tab) -> History:
     with gr.Row():
         with gr.Column(min_width=300):
             with gr.Row():
-                words = gr.Textbox(label="Search", placeholder="words of the prompt", max_length=1000, min_width=160)
+                words = gr.Textbox(label="Search", placeholder="e.g. star", max_length=1000, min_width=160)
                 model = gr.Dropdown([EVERY, *((name, name) for name in offering.names(()))], value="", label="Model")
             gallery = gr.Gallery(
                 label="Drawn here, newest first",
@@ -93,7 +96,7 @@ def tab(desks: Desks, opened: gr.Tab) -> History:
         **QUIET,
     )
     older.click(further, [*by, behind, shown], listing, **QUIET)
-    gallery.select(choose, shown, [chosen, *one.outputs], **QUIET)
+    gallery.select(choose, shown, [chosen, *one.outputs], **QUIET).then(None, js=_INTO_VIEW, **QUIET)
     _act(desks, (shown, chosen, one.told), one.deeds, (search, by, listing))
     return History(shown, chosen, one.told, model, one.below)
 
@@ -161,7 +164,8 @@ async def _listed(
 ) -> tuple[Any, ...]:
     """The pictures that are found, behind those that are shown; none of them is chosen any more."""
     try:
-        found = await desk_of(desks, request).history(*(text or "" for text in wanted), before=before)
+        words, model = (text or "" for text in wanted)
+        found = await desk_of(desks, request).history(words, model, before=before)
     except RefusedError as error:
         return *(gr.skip(),) * 5, telling.alert(error.detail), gr.skip()
     pictures = [*shown, *found["pictures"]]

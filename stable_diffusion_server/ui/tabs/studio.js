@@ -6,6 +6,10 @@
   const name = () => {
     for (const empty of document.querySelectorAll(".empty[aria-label]:not([role])")) empty.setAttribute("role", "img");
     for (const upload of document.querySelectorAll("button[aria-dropeffect][aria-label]")) upload.removeAttribute("aria-label");
+    for (const frame of document.querySelectorAll("button:has(> .image-frame):not([aria-label])")) {
+      const label = frame.closest(".block")?.querySelector("[data-testid=block-label]")?.textContent.trim();
+      frame.setAttribute("aria-label", label || "Picture");
+    }
     for (const picture of document.querySelectorAll("button.thumbnail-item")) {
       const caption = picture.querySelector(".caption-label")?.textContent.trim();
       const label = picture.getAttribute("aria-label") ?? "";
