@@ -17,6 +17,7 @@ from stable_diffusion_server.pipelines.catalog import MODELS
 from stable_diffusion_server.resolving import Options, resolve
 
 OPTIONS = Options(Limits(), "sdxl", "up", loras=lambda: {"pastel": "1a2b", "ink": "3c4d"})
+EDGELESS_FLUX = replace(OPTIONS, models={**MODELS, "flux": replace(MODELS["flux"], control_folder=None)})
 BY_URL = Order(
     Task.INPAINT,
     "a red disc",
@@ -149,7 +150,7 @@ def test_a_key_is_known_before_fetching_when_the_caller_named_it(order: Order, k
 )
 def test_edges_are_followed_by_default_where_a_model_can(model: str, asked: bool | None, follows: bool) -> None:
     """The bytes door follows edges unless told otherwise; a model without a ControlNet says that it does not."""
-    plan = resolve(replace(UPLOADED, task=Task.IMAGE_TO_IMAGE, mask=None, model=model, canny=asked), OPTIONS)
+    plan = resolve(replace(UPLOADED, task=Task.IMAGE_TO_IMAGE, mask=None, model=model, canny=asked), EDGELESS_FLUX)
     assert plan.words.canny is follows
     told = {warning.code for warning in plan.words.warnings}
     assert ("canny-unavailable" in told) is (model == "flux")
@@ -158,7 +159,7 @@ def test_edges_are_followed_by_default_where_a_model_can(model: str, asked: bool
 def test_edges_that_cannot_be_followed_are_refused_when_asked_for() -> None:
     """Before anything is decoded or queued, naming the parameter."""
     with pytest.raises(InvalidInput) as refused:
-        resolve(replace(UPLOADED, task=Task.IMAGE_TO_IMAGE, mask=None, model="flux", canny=True), OPTIONS)
+        resolve(replace(UPLOADED, task=Task.IMAGE_TO_IMAGE, mask=None, model="flux", canny=True), EDGELESS_FLUX)
     assert refused.value.field == "canny"
 
 
