@@ -110,7 +110,11 @@ def _redirected(target: Target, location: str, field: str) -> Target:
     """Where a redirect leads. Raises `InvalidInput` for a place one may not be led to."""
     if not location:
         raise RemoteFailed(f"{field} redirects to nowhere.", field=field)
-    onward = parse(urljoin(target.url, location), field)
+    try:
+        url = urljoin(target.url, location)
+    except ValueError as error:
+        raise InvalidInput(f"{field} redirects to what is not a URL.", field=field) from error
+    onward = parse(url, field)
     if (target.scheme, onward.scheme) == ("https", "http"):
         raise InvalidInput(f"{field} redirects from https to http.", field=field)
     return onward
