@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Sequence
 from typing import BinaryIO
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 # A request is the length of the file and the file. An answer is a verdict and two numbers: for PIXELS width and
 # height, followed by height × width × 3 bytes; for TOO_LARGE width and height alone.
@@ -64,8 +64,10 @@ def decode(
         picture = Image.open(io.BytesIO(data), formats=formats)
     except MemoryError:
         return NO_MEMORY, 0, 0, b""
-    except Exception:  # whatever a decoder raises, the picture is the cause
+    except UnidentifiedImageError:
         return NOT_A_PICTURE, 0, 0, b""
+    except Exception:  # whatever a decoder raises, the picture is the cause
+        return BROKEN, 0, 0, b""
     if too_large(*picture.size):
         return TOO_LARGE, *picture.size, b""
     try:
