@@ -101,13 +101,13 @@ async def test_equal_orders_without_a_name_meet(rooms_of: Callable[..., Rooms]) 
 
 
 @pytest.mark.fault(60)
-async def test_fifty_identical_orders_at_once_are_one_generation(rooms_of: Callable[..., Rooms]) -> None:
-    """One picture drawn, one object stored, fifty equal answers, forty-nine of them told that they shared."""
+async def test_a_hundred_identical_orders_at_once_are_one_generation(rooms_of: Callable[..., Rooms]) -> None:
+    """One picture drawn, one object stored, a hundred equal answers, ninety-nine of them told that they shared."""
     rooms = rooms_of(PaintedSquares(seconds_per_step=0.01))
-    receipts = await asyncio.gather(*(rooms.service.fulfil(order()) for _ in range(50)))
+    receipts = await asyncio.gather(*(rooms.service.fulfil(order()) for _ in range(100)))
     assert rooms.drawn == 1
     assert len({(receipt.key, receipt.seed) for receipt in receipts}) == 1
-    assert sum(receipt.coalesced or receipt.cached for receipt in receipts) == 49
+    assert sum(receipt.coalesced or receipt.cached for receipt in receipts) == 99
 
 
 async def test_everyone_who_shares_a_picture_is_told_how_far_it_is(rooms_of: Callable[..., Rooms]) -> None:

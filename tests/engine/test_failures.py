@@ -82,6 +82,7 @@ def test_a_poisoned_device_is_given_up(engine_of: EngineOf) -> None:
         engine.submit(job("too late"))
 
 
+@pytest.mark.fault(54)
 def test_numbers_that_are_never_finite_are_the_devices_fault(engine_of: EngineOf) -> None:
     """Some in a row are their jobs' answers; one too many, and the device is given up. A good one begins it anew."""
     painter, ends = Poisonous(finite=False), list[bool]()

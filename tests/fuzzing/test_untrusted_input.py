@@ -29,7 +29,9 @@ from stable_diffusion_server.prompts import clean
 
 # Of one test's own: an app or a pool is made once, and every example must leave it as it was.
 SHARED = settings(
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], max_examples=150, derandomize=True
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    max_examples=150,
+    derandomize=True,
 )
 WHOLE = [file_of(disc(24, 16), kind) for kind in (*ALWAYS, *EXTRA)] + [jpeg_of_many_scans(24, 16, 2), gif_of_frames(3)]
 CREATE, STYLE = "/create_and_upload_image", "/style_transfer_and_upload_image"
