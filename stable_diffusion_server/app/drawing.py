@@ -45,11 +45,13 @@ class Loaded:
     """The models that draw: what is known of them before, and they themselves once the engine's thread has them.
 
     `facts` are those of the models the settings ask for; where the device cannot hold one, the facts of the one that
-    is loaded instead take their place. `fault` says why there can be no model at all.
+    is loaded instead take their place. `fault` says why there can be no model at all, `usual` which model draws what
+    names none.
     """
 
     facts: dict[str, ModelFacts]
     fault: WeightsUnusable | None = None
+    usual: str = "sdxl"
     models: Models | None = None
 
     @classmethod
@@ -60,9 +62,10 @@ class Loaded:
         try:
             chosen = choose_models(settings.models, present)
         except WeightsUnusable as error:
-            return cls(dict(MODELS), error)
+            return cls(dict(MODELS), error, settings.text_to_image_model)
         lcm = with_lcm if settings.load_lcm_lora else lambda facts: facts
-        return cls({name: with_quantization(lcm(facts), settings.quantize) for name, facts in chosen.items()})
+        drawing = {name: with_quantization(lcm(facts), settings.quantize) for name, facts in chosen.items()}
+        return cls(drawing, usual=settings.text_to_image_model)
 
     def count_tokens(self, model: str, prompt: str) -> int:
         """Length of a prompt in a model's tokens. Raises `NotReady` until the models are loaded."""
@@ -71,8 +74,25 @@ class Loaded:
         return self.models.count_tokens(model, prompt)
 
     def told(self) -> list[dict[str, object]]:
-        """What is loaded, for people: name, folder, revision, device, placement, bytes and adapters of each model."""
-        return [asdict(model) for model in getattr(self.models, "loaded", ())]
+        """What is loaded, for people: name, folder, revision, device, placement, bytes and adapters of each model.
+
+        And what it does where an order leaves it open: whether it is taken, its steps, guidance and native pixels.
+        """
+        usual = self.usual if self.usual in self.facts else next(iter(self.facts), "")
+        return [
+            {**asdict(model), "usual": model.name == usual, **_habits(self.facts[model.name])}
+            for model in getattr(self.models, "loaded", ())
+        ]
+
+
+def _habits(facts: ModelFacts) -> dict[str, object]:
+    return {
+        "default_steps": facts.default_steps,
+        "default_guidance": facts.default_guidance,
+        "native_pixels": facts.native_pixels,
+        "takes_negative_prompt": facts.takes_negative_prompt,
+        "takes_guidance": facts.takes_guidance,
+    }
 
     def memory(self) -> Mapping[str, Mapping[str, int]]:
         """Bytes of memory by device and kind; nothing before the models are loaded."""

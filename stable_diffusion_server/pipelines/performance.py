@@ -58,10 +58,7 @@ def speed_up(pipeline: Any, controlnet: Any, device: torch.device, performance: 
         if module is not None and any(isinstance(part, torch.nn.Conv2d) for part in module.modules()):
             module.to(memory_format=torch.channels_last)
     if device.type == "cpu" and torch.backends.mkldnn.is_available():
-        parts = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
-        for module in [*parts, controlnet]:
-            if module is not None and module.dtype == torch.float32:
-                _use_onednn(module)
+        use_onednn(pipeline, controlnet)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.allow_tf32 = True
@@ -76,10 +73,16 @@ def speed_up(pipeline: Any, controlnet: Any, device: torch.device, performance: 
         vae.decoder.compile()
 
 
-def _use_onednn(module: torch.nn.Module) -> None:
-    """Let its plain linear layers and convolutions compute by oneDNN; whatever derives from them stays as it is."""
-    for part in module.modules():
-        if type(part) is torch.nn.Linear:
-            part.__class__ = OneDnnLinear
-        elif type(part) is torch.nn.Conv2d and part.padding_mode == "zeros" and not isinstance(part.padding, str):
-            part.__class__ = OneDnnConv2d
+def use_onednn(pipeline: Any, controlnet: Any) -> None:
+    """Let the plain linear layers and convolutions of all fp32 parts compute by oneDNN.
+
+    Whatever derives from the two stays as it is: it computes otherwise.
+    """
+    for module in [*pipeline.components.values(), controlnet]:
+        if not isinstance(module, torch.nn.Module) or module.dtype != torch.float32:
+            continue
+        for part in module.modules():
+            if type(part) is torch.nn.Linear:
+                part.__class__ = OneDnnLinear
+            elif type(part) is torch.nn.Conv2d and part.padding_mode == "zeros" and not isinstance(part.padding, str):
+                part.__class__ = OneDnnConv2d
