@@ -68,7 +68,7 @@ def figures(folder: Path, store: StorageServer, python: str, rounds: int) -> Non
     bare = [sys.executable, "-m", "stable_diffusion_server", "serve"]
     ray = [python, "-m", "deploy.ray_serve", "--replicas", "2", "--cpus", "1"]
     ways: dict[str, tuple[list[str], dict[str, str]]] = {
-        "one process": (bare, {}),
+        "one process, LANES=1": (bare, {"LANES": "1"}),
         "one process, LANES=2": (bare, {"LANES": "2"}),
         "Ray Serve, 2 replicas": (ray, {}),
     }
@@ -89,14 +89,17 @@ def figures(folder: Path, store: StorageServer, python: str, rounds: int) -> Non
                 together(client, store, bucket, rows)
                 killed(process, client, store, bucket, rows)
                 overloaded(client, rows)
-    least = min(alike(a, b) for a, b in zip(pictures["one process"], pictures["Ray Serve, 2 replicas"], strict=True))
+    least = min(
+        alike(a, b) for a, b in zip(pictures["one process, LANES=1"], pictures["Ray Serve, 2 replicas"], strict=True)
+    )
     rows.insert(
-        0, (f"least alike of {len(pictures['one process'])} pictures to those of one process", least_told(least))
+        0,
+        (f"least alike of {len(pictures['one process, LANES=1'])} pictures to those of one process", least_told(least)),
     )
     first, *_, last = alive.values()
     rows.append(("`/healthz` a second, 8 connections: one process; through Ray's proxy", f"{first:.0f}; {last:.0f}"))
     for load, told in rates.items():
-        one = statistics.median(told["one process"])
+        one = statistics.median(told["one process, LANES=1"])
         say(f"\n| {load} | pictures a second, median (least to most) | of one process |\n| --- | --- | --- |")
         for name, seen in told.items():
             middle = statistics.median(seen)
