@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # uv does the installing, since pip knows no overrides (see pyproject.toml), and it does not read pip's find-links.
 UV := UV_FIND_LINKS="$(PIP_FIND_LINKS)" $(BIN)/uv pip install --quiet --python $(BIN)/python
 
-.PHONY: run venv test lint gpu-check fuzz format train clean
+.PHONY: run venv test lint docs wheel ray-test bench gpu-check fuzz format train clean
 
 run: $(VENV)/.run
 	@$(BIN)/python -m stable_diffusion_server.watchdog -- $(BIN)/python -m stable_diffusion_server serve
@@ -21,6 +21,30 @@ lint: $(VENV)/.test
 	$(BIN)/flake8
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# The documentation as a site, in site/; a warning is an error.
+docs: $(VENV)/.test
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+
+# What is uploaded and installed elsewhere, in dist/.
+wheel: $(BIN)/uv
+	UV_FIND_LINKS="$(PIP_FIND_LINKS)" $(BIN)/uv build --wheel --out-dir dist
+
+# Two replicas under Ray Serve, in an environment of their own.
+ray-test: $(VENV)/.test
+	$(BIN)/uv venv --quiet --allow-existing .venv-ray --python $(BIN)/python
+	UV_FIND_LINKS="$(PIP_FIND_LINKS)" $(BIN)/uv pip install --quiet --python .venv-ray/bin/python \
+	  -r server-requirements.txt -r deploy/ray-requirements.txt
+	RAY_PYTHON=$(CURDIR)/.venv-ray/bin/python $(BIN)/python -m pytest tests/deploy/test_ray_serve.py
+
+# The versions of the image, from the ranges.
+deploy/constraints.txt: requirements.txt server-requirements.txt ui-requirements.txt | $(BIN)/uv
+	(sed -n '/^#/p' $@; UV_FIND_LINKS="$(PIP_FIND_LINKS)" $(BIN)/uv pip compile --quiet --python-version 3.11 --no-header --no-annotate \
+	  --no-emit-index-url requirements.txt | grep -Ev '^(nvidia-|cuda-|triton)') > $@.new && mv $@.new $@
+
+# Ours and its peers side by side, some minutes; BENCH=--check fails where a ratio has become worse than it may be.
+bench: $(VENV)/.test
+	$(BIN)/python -m benchmarks.suite $(BENCH)
 
 # Full-size models with random weights; DEVICE=cpu TINY=--tiny tries the script itself.
 gpu-check: $(VENV)/.test
@@ -39,10 +63,10 @@ train: $(VENV)/.run
 	$(BIN)/python -m training $(TRAIN)
 
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .venv-ray dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 
 # The stamps make a second start install nothing; a changed requirement file installs anew.
-$(VENV)/.run: requirements.txt | $(BIN)/uv
+$(VENV)/.run: requirements.txt server-requirements.txt ui-requirements.txt | $(BIN)/uv
 	@echo "Installing into $(VENV) …"; $(UV) -r requirements.txt
 	@touch $@
 

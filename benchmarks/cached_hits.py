@@ -1,6 +1,6 @@
 """Measures cached answers, for the local bucket and S3, against a bare FastAPI endpoint in the same run.
 
-    python benchmarks/cached_hits.py [seconds]
+    python -m benchmarks.cached_hits [seconds]
 
 Needs dev-requirements.txt for the S3 server on loopback. The same hand-made client asks all three in turns, over
 eight connections that are kept open, so that load from elsewhere and the client's own cost meet all of them alike.
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -24,11 +23,13 @@ from urllib.parse import quote
 import boto3
 import httpx
 import psutil
-from loopback import free_port
+
+from benchmarks.loopback import free_port, say
+from benchmarks.tables import Result, machine, ratio, ratios, table
 
 ROOT = Path(__file__).resolve().parent.parent
-SECONDS = float(sys.argv[1]) if len(sys.argv) > 1 else 2.0
-CONNECTIONS, ROUNDS = 8, 9
+SECONDS, CONNECTIONS, ROUNDS = 2.0, 8, 9
+BARE_NAME = "bare FastAPI"
 QUERY = f"/create_and_upload_image?prompt={quote('a red circle')}&save_path=a.webp&width=64&height=64"
 BARE = """
 import uvicorn, sys
@@ -43,7 +44,12 @@ KEYS = {"AWS_ACCESS_KEY_ID": "AKIAEXAMPLE", "AWS_SECRET_ACCESS_KEY": "sesame-ope
 
 
 def main() -> None:
-    """Start everything in an empty folder, measure in turns, print, end it."""
+    """Measure and print."""
+    say("\n".join([machine(), "", *measure(ROUNDS, float(sys.argv[1]) if len(sys.argv) > 1 else SECONDS).lines]))
+
+
+def measure(rounds: int, seconds: float = SECONDS) -> Result:
+    """Start everything in an empty folder, measure in turns, end it."""
     started: list[subprocess.Popen[bytes]] = []
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -52,28 +58,36 @@ def main() -> None:
             costs: dict[str, list[float]] = {name: [] for name in ports}
             # The storage was started first.
             servers = dict(zip(ports, (psutil.Process(process.pid) for process in started[1:]), strict=True))
-            for _ in range(ROUNDS):
+            for _ in range(rounds):
                 for name, port in ports.items():
                     before = processor_seconds(servers[name])
-                    rates[name].append(asyncio.run(rate_of(port)))
+                    rates[name].append(asyncio.run(rate_of(port, seconds)))
                     spent = processor_seconds(servers[name]) - before
-                    costs[name].append(1000 * spent / (rates[name][-1] * SECONDS))
+                    costs[name].append(1000 * spent / (rates[name][-1] * seconds))
         finally:
             for process in started:
                 process.terminate()
             for process in started:
                 process.wait(60)
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
-    print(f"{machine}, {ROUNDS} × {SECONDS:g} s\n")  # noqa: T201  # its output
-    print("| cached answers | requests a second | ratio to bare, by round | processor ms an answer | ratio of these |")  # noqa: T201  # its output
-    print("| --- | --- | --- | --- | --- |")  # noqa: T201  # its output
-    for name, values in rates.items():
-        ratios = [value / bare for value, bare in zip(values, rates["bare FastAPI"], strict=True)]
-        spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-        shares = [bare / cost for cost, bare in zip(costs[name], costs["bare FastAPI"], strict=True)]
-        share = f"{statistics.median(shares):.2f} ({min(shares):.2f} to {max(shares):.2f})"
-        cost = f"{statistics.median(costs[name]):.2f} | {share}"
-        print(f"| {name} | {statistics.median(values):.0f} | {spread} | {cost} |")  # noqa: T201  # its output
+    rows = [
+        (
+            name,
+            f"{statistics.median(values):.0f}",
+            ratios(values, rates[BARE_NAME]),
+            f"{statistics.median(costs[name]):.2f}",
+            ratios(costs[BARE_NAME], costs[name]),
+        )
+        for name, values in rates.items()
+    ]
+    head = (
+        "cached answers",
+        "requests a second",
+        "ratio to bare, by round",
+        "processor ms an answer",
+        "ratio of these",
+    )
+    lines = [f"{rounds} × {seconds:g} s over {CONNECTIONS} connections.", "", *table(head, rows), ""]
+    return Result(lines, {"hits, of a bare endpoint's": ratio(rates["local"], rates[BARE_NAME])})
 
 
 def processor_seconds(process: psutil.Process) -> float:
@@ -84,7 +98,7 @@ def processor_seconds(process: psutil.Process) -> float:
 
 def start_all(folder: Path, started: list[subprocess.Popen[bytes]]) -> dict[str, int]:
     """The bare endpoint and the server over two buckets, each with its picture stored; names and ports."""
-    ports = {name: free_port() for name in ("bare FastAPI", "local", "S3")}
+    ports = {name: free_port() for name in (BARE_NAME, "local", "S3")}
     storage = free_port()
 
     def start(*command: str, **environment: str) -> None:
@@ -94,7 +108,7 @@ def start_all(folder: Path, started: list[subprocess.Popen[bytes]]) -> dict[str,
         started.append(subprocess.Popen(line, cwd=folder, env={**kept, **environment}, **quiet))  # noqa: S603  # our own
 
     start("-m", "moto.server", "-H", "127.0.0.1", "-p", str(storage))
-    start("-c", BARE, str(ports["bare FastAPI"]))
+    start("-c", BARE, str(ports[BARE_NAME]))
     wait_for(storage, "/moto-api/")
     client = boto3.client(
         "s3",
@@ -114,11 +128,11 @@ def start_all(folder: Path, started: list[subprocess.Popen[bytes]]) -> dict[str,
     return ports
 
 
-async def rate_of(port: int) -> float:
+async def rate_of(port: int, seconds: float) -> float:
     """Answers a second over some connections at once."""
-    end = time.perf_counter() + SECONDS
+    end = time.perf_counter() + seconds
     counts = await asyncio.gather(*(asked(port, end) for _ in range(CONNECTIONS)))
-    return sum(counts) / SECONDS
+    return sum(counts) / seconds
 
 
 async def asked(port: int, end: float) -> int:

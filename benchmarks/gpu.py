@@ -34,11 +34,12 @@ from stable_diffusion_server.engine import Engine
 from stable_diffusion_server.engine.contract import Phase
 from stable_diffusion_server.orders import Job, Task
 from stable_diffusion_server.pipelines.catalog import MODELS, REAL_MODELS, ModelFacts, with_lcm
-from stable_diffusion_server.pipelines.components import bytes_of, load_pipeline
+from stable_diffusion_server.pipelines.components import bytes_of, load_pipeline, settle
 from stable_diffusion_server.pipelines.conversion import quantize_parts
+from stable_diffusion_server.pipelines.embeddings import Embeddings
 from stable_diffusion_server.pipelines.flux import Flux
 from stable_diffusion_server.pipelines.performance import Performance, speed_up
-from stable_diffusion_server.pipelines.placement import Quantization
+from stable_diffusion_server.pipelines.placement import Quantization, Residency
 from stable_diffusion_server.pipelines.sdxl import Sdxl
 
 PROMPT = "a red circle on a blue background"
@@ -95,7 +96,7 @@ def main() -> None:
         for name in given.models:
             rig = rig_for(name, device, Path(folder), tiny=given.tiny)
             lines += [f"## {name}, 4 steps, {rig.facts.default_scheduler}", ""]
-            for table in (speeds, stages, memory, together):
+            for table in (speeds, stages, memory, placements, together):
                 lines += [*table(rig, given.rounds, peak), ""]
                 given.out.write_text("\n".join(lines))  # what was measured stays, whatever the next one does
                 free(device)
@@ -208,7 +209,10 @@ def count_operations(family: Any, job: Job) -> float:
 
 def stages(rig: Rig, rounds: int, peak: float) -> list[str]:
     """Where the time of one picture goes."""
-    lines = ["| side | level | prepare | one step | decode | decode's share |", "| --- | --- | --- | --- | --- | --- |"]
+    lines = [
+        "| side | level | text encoders | their share | the rest of prepare | one step | decode | decode's share |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
     for level in LEVELS:
         lines += _stages_of(rig, level, rounds)
         free(rig.device)
@@ -224,10 +228,14 @@ def _stages_of(rig: Rig, level: Performance, rounds: int) -> list[str]:
     for side in rig.sides:
         job = rig.job(side)
         prepare = median(partial(family.prepare, job), rig.device, rounds)
+        kept, family.embeddings = family.embeddings, Embeddings(0)
+        encoders = median(partial(family.prepare, job), rig.device, rounds) - prepare
+        family.embeddings = kept
         step = median(partial(begin, job), rig.device, rounds) - prepare
         decode = median(partial(family.finish, family.prepare(job)), rig.device, rounds)
-        share = decode / (prepare + 4 * step + decode)
-        lines.append(f"| {side} | {level} | {prepare:.4f} | {step:.4f} | {decode:.4f} | {share:.0%} |")
+        whole = encoders + prepare + 4 * step + decode
+        cells = (f"{encoders:.4f} | {encoders / whole:.0%} | {prepare:.4f}", f"{step:.4f}", f"{decode:.4f}")
+        lines.append(f"| {side} | {level} | {' | '.join(cells)} | {decode / whole:.0%} |")
     return lines
 
 
@@ -249,6 +257,28 @@ def memory(rig: Rig, rounds: int, peak: float) -> list[str]:
         worst = torch.cuda.max_memory_allocated(rig.device) / 1e9 if rig.device.type == "cuda" else float("nan")
         lines.append(f"| {quantization} | {bytes_of(*parts) / 1e9:.3f} | {worst:.2f} | {psnr(picture, plain):.1f} |")
         del family
+        free(rig.device)
+    return lines
+
+
+def placements(rig: Rig, rounds: int, peak: float) -> list[str]:
+    """Seconds and memory at the worst moment by where the weights live; a CPU alone knows one place."""
+    lines = ["| placement | s/picture | GB at the worst moment |", "| --- | --- | --- |"]
+    for residency in Residency if rig.device.type == "cuda" else (Residency.RESIDENT,):
+        torch.manual_seed(0)
+        pipeline = rig.make()
+        try:
+            pipeline.to("cpu")
+            free(rig.device)
+            settle(pipeline, None, rig.device, residency)
+            family = KINDS[rig.facts.name](pipeline, rig.facts)
+            seconds = median(partial(draw, family, [rig.job(rig.sides[0])]), rig.device, rounds)
+        except Exception as error:  # a hook may lack what this card needs: the table says so
+            lines.append(f"| {residency} | failed: {type(error).__name__} | |")
+            continue
+        worst = torch.cuda.max_memory_allocated(rig.device) / 1e9 if rig.device.type == "cuda" else float("nan")
+        lines.append(f"| {residency} | {seconds:.4f} | {worst:.2f} |")
+        del family, pipeline
         free(rig.device)
     return lines
 

@@ -1,6 +1,6 @@
 """Measures what a storage that takes 30 seconds for every answer does to the device: nothing, it should be.
 
-    python benchmarks/slow_storage.py [orders]
+    python -m benchmarks.slow_storage [orders]
 
 Needs dev-requirements.txt for the S3 server on loopback. A go-between before it lets everything through at once, or
 after a pause. The same server draws the same number of pictures in each phase, asked for by eight clients at a time. A
@@ -25,9 +25,9 @@ import boto3
 import httpx
 import numpy as np
 import uvicorn
-from cached_hits import KEYS, ROOT, free_port, wait_for
 from numpy.typing import NDArray
 
+from benchmarks.cached_hits import KEYS, ROOT, free_port, wait_for
 from stable_diffusion_server.app import create_app
 from stable_diffusion_server.orders import Job
 from stable_diffusion_server.settings.reading import read_settings

@@ -1,16 +1,26 @@
 #!/bin/sh
-# Fetches what `python -m benchmarks.gpu` needs beside PyTorch into wheels/, for a machine without a network.
+# Fetches what `python -m benchmarks.gpu` needs beside PyTorch and NumPy into wheels/, for a machine without a network.
 # There: pip install --no-index --no-deps --target site wheels/*.whl, and PYTHONPATH=site.
-# Usage: scripts/collect_wheels.sh [python-version] [platform]
+# Usage: scripts/collect_wheels.sh [python-version] [platform]; with DRY=--dry-run nothing is fetched.
 set -eu
 python_version="${1:-3.12}"
 platform="${2:-manylinux2014_x86_64}"
 mkdir -p wheels
-for package in diffusers==0.42.1 transformers==5.23.0 accelerate==1.15.0 tokenizers safetensors huggingface_hub hf-xet \
-    regex structlog importlib_metadata zipp httpx httpcore h11 anyio idna certifi sniffio pillow psutil peft==0.21.2 \
-    optimum-quanto==0.2.7 ninja filelock; do
-    python3 -m pip download --quiet --no-deps --only-binary=:all: --python-version "$python_version" \
-        --implementation cp --platform "$platform" --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 \
-        --platform any --dest wheels "$package"
+download() {
+    python3 -m pip "$@" --quiet --no-deps --only-binary=:all: --python-version "$python_version" --implementation cp \
+        --platform "$platform" --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform any
+}
+# What diffusers, transformers, accelerate, peft and optimum-quanto require, and what those require, by name, since PyTorch
+# itself and what comes with it are there already and must not be replaced.
+for package in diffusers==0.42.1 transformers==5.23.0 accelerate==1.15.0 peft==0.21.2 optimum-quanto==0.2.7 \
+    tokenizers safetensors huggingface_hub hf-xet regex packaging pyyaml tqdm requests urllib3 charset-normalizer \
+    importlib_metadata zipp httpx2 httpcore2 truststore h11 anyio idna certifi click fsspec filelock typing_extensions ninja \
+    structlog pillow psutil; do
+    if [ -n "${DRY:-}" ]; then
+        download install --dry-run --target wheels "$package"
+    else
+        download download --dest wheels "$package"
+    fi
+    echo "$package"
 done
 du -sh wheels

@@ -1,48 +1,81 @@
-"""The command line: `serve` the API, `check-storage`, or list the `settings`. Knows no HTTP and no models."""
+"""The command line: what is asked of it, and serving. Knows no HTTP and no models."""
 
 from __future__ import annotations
 
 import argparse
 import math
 import os
+import signal
 import socket
 import sys
-from http import HTTPStatus
+from pathlib import Path
 from urllib.parse import quote
-from uuid import uuid4
 
-import httpx
 import uvicorn
 
-from stable_diffusion_server.bucket_api import StorageOptions, check_bucket, object_key, open_bucket
-from stable_diffusion_server.errors import StorageUnavailable
+from stable_diffusion_server import __version__
 from stable_diffusion_server.settings import Settings
 from stable_diffusion_server.settings.reading import SettingsError, describe_settings, read_settings
 
 _PROMPT = "a red circle on a blue background"
+# The parameters of an order that `draw` takes, by their names at the doors.
+_DRAWN_BY = "prompt model width height seed num_inference_steps guidance_scale negative_prompt".split()
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run one command; exits with 2 and one sentence for a setting that is wrong."""
-    parser = argparse.ArgumentParser(prog="stable_diffusion_server", description="A prompt in, a stored picture out.")
+    parser = argparse.ArgumentParser(
+        prog="stable-diffusion-server", description="A prompt in, the URL of a stored picture out."
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser(
         "serve", help="start the server; HOST, PORT and the other settings are read from the environment"
     )
-    commands.add_parser("api", help="print the doors with their parameters and answers, as in docs/api.md")
-    commands.add_parser("settings", help="print every setting with its default and meaning")
+    _add_draw(commands)
+    commands.add_parser("models", help="list what draws with the settings, and the real weights there could be")
     commands.add_parser(
         "check-storage", help="try everything the server does with the bucket of the settings, one line each"
     )
-    chosen = parser.parse_args(arguments).command
-    if chosen == "api":
-        sys.stdout.write(describe_api())
-    elif chosen == "settings":
-        sys.stdout.write(describe_settings() + "\n")
-    elif chosen == "check-storage":
-        check_storage()
-    else:
-        serve()
+    commands.add_parser("settings", help="print every setting with its default and meaning")
+    commands.add_parser("api", help="print the doors with their parameters and answers, as in docs/api.md")
+    given = parser.parse_args(arguments)
+    match given.command:
+        case "api":
+            sys.stdout.write(describe_api())
+        case "settings":
+            sys.stdout.write(describe_settings() + "\n")
+        case "serve":
+            serve()
+        case _:
+            _run(_settings(), given)
+
+
+def _run(settings: Settings, given: argparse.Namespace) -> None:
+    # Imported after the settings were read, so that a wrong one is told at once.
+    from stable_diffusion_server import commands
+
+    match given.command:
+        case "draw":
+            wanted = {name: value for name in _DRAWN_BY if (value := getattr(given, name)) is not None}
+            commands.draw(settings, wanted, given.out)
+        case "models":
+            commands.list_models(settings)
+        case "check-storage":
+            commands.check_storage(settings)
+
+
+def _add_draw(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("draw", help="draw one picture into a file, and end")
+    parser.add_argument("prompt")
+    parser.add_argument("--out", type=Path, default=Path("picture.webp"), help="file: .webp, .png, .jpg")
+    parser.add_argument("--model", help="sdxl or flux; TEXT_TO_IMAGE_MODEL otherwise")
+    parser.add_argument("--width", type=int, help="pixels")
+    parser.add_argument("--height", type=int, help="pixels")
+    parser.add_argument("--seed", type=int, help="another number, another picture")
+    parser.add_argument("--steps", type=int, dest="num_inference_steps", help="denoising steps")
+    parser.add_argument("--guidance", type=float, dest="guidance_scale", help="guidance scale")
+    parser.add_argument("--negative-prompt", help="what not to draw")
 
 
 def describe_api() -> str:
@@ -51,31 +84,6 @@ def describe_api() -> str:
     from stable_diffusion_server.app import create_app
 
     return markdown(create_app(Settings(_env_file=None, models="embedded")).openapi())
-
-
-def check_storage() -> None:
-    """Try the bucket with an object of its own, which is removed again; exits with 1 when something is wrong."""
-    options = StorageOptions.of(_settings())
-    key = object_key(options.bucket_path, f"check-storage-{uuid4().hex}.txt")
-    where = options.local_bucket_dir if options.storage_provider == "local" else options.bucket_name
-    sys.stdout.write(f"{options.storage_provider}: {where}\n")
-    faults = 0
-    for tried, fault in check_bucket(open_bucket(options), key, _fetched):
-        sys.stdout.write(f"  ok    {tried}\n" if fault is None else f"  FAIL  {tried}: {fault}\n")
-        faults += fault is not None
-    sys.exit(1 if faults else 0)
-
-
-def _fetched(url: str) -> bytes:
-    """What anyone gets at an address. Raises `StorageUnavailable` naming it without its signature."""
-    shown = url.partition("?")[0]
-    try:
-        answer = httpx.get(url, timeout=20)
-    except httpx.HTTPError as error:
-        raise StorageUnavailable(f"{shown} cannot be reached ({type(error).__name__}).") from error
-    if answer.status_code != HTTPStatus.OK:
-        raise StorageUnavailable(f"{shown} answers {answer.status_code}; PUBLIC_BASE_URL or SIGNED_URL_SECONDS help.")
-    return answer.content
 
 
 def _settings() -> Settings:
@@ -106,11 +114,16 @@ def serve() -> None:
         app,
         access_log=False,
         log_level="warning",
+        # Longer than clients and proxies keep a line, so that none of them asks on one that is being closed.
+        timeout_keep_alive=75,
         timeout_graceful_shutdown=math.ceil(settings.stop_seconds),
         proxy_headers=False,  # TRUSTED_PROXIES says whose are believed
         server_header=False,
     )
-    uvicorn.Server(config).run(sockets=[listening])
+    try:
+        uvicorn.Server(config).run(sockets=[listening])
+    except KeyboardInterrupt:  # it has stopped in good order by then
+        sys.exit(128 + signal.SIGINT)
 
 
 def _listen(settings: Settings) -> socket.socket:

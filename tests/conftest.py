@@ -114,7 +114,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def start_server(folder: Path, port: int, *command: str, **environment: str) -> Server:
+def start_server(folder: Path, port: int, *command: str, seconds: float = 120.0, **environment: str) -> Server:
     """Start a server command in `folder` with a clean set of settings, and wait until it can draw."""
     kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
     log = folder / "server.log"
@@ -128,7 +128,7 @@ def start_server(folder: Path, port: int, *command: str, **environment: str) -> 
             start_new_session=True,
         )
     url = f"http://127.0.0.1:{port}"
-    end = time.monotonic() + 120
+    end = time.monotonic() + seconds
     while time.monotonic() < end and process.poll() is None:
         try:
             if httpx.get(f"{url}/readyz").status_code == 200:

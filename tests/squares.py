@@ -153,6 +153,7 @@ class Crowd(PaintedSquares):
     threads: set[int] = field(default_factory=set)
     lanes_told: list[int] = field(default_factory=list)
     unshareable: str = ""
+    best_lanes: int = 1
     at_once: Counter[str] = field(default_factory=Counter)
     most: Counter[str] = field(default_factory=Counter)
     together: threading.Barrier | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from time import perf_counter
 from types import MappingProxyType
@@ -16,7 +16,8 @@ from stable_diffusion_server.errors import NotReady, WeightsUnusable
 from stable_diffusion_server.fetching.fetcher import Bounds, Fetcher
 from stable_diffusion_server.fetching.targets import Allowance
 from stable_diffusion_server.limits import Limits
-from stable_diffusion_server.observability import ConsoleProgress, Heartbeat, Metrics, ShapeFigures, each
+from stable_diffusion_server.observability.metrics import Metrics
+from stable_diffusion_server.observability.progress import ConsoleProgress, Heartbeat, each
 from stable_diffusion_server.pipelines.adapters import digest_of, find, names_in
 from stable_diffusion_server.pipelines.catalog import (
     MODELS,
@@ -93,6 +94,16 @@ def _habits(facts: ModelFacts) -> dict[str, object]:
         "takes_guidance": facts.takes_guidance,
     }
 
+    def memory(self) -> Mapping[str, Mapping[str, int]]:
+        """Bytes of memory by device and kind; nothing before the models are loaded."""
+        read: Callable[[], Mapping[str, Mapping[str, int]]] = getattr(self.models, "memory", dict)
+        return read()
+
+    def prompt_caches(self) -> Mapping[str, int]:
+        """Bytes of encoded prompts that are kept, by model."""
+        read: Callable[[], Mapping[str, int]] = getattr(self.models, "prompt_caches", dict)
+        return read()
+
 
 def load_models(settings: Settings, loaded: Loaded) -> Models:
     """The models of the settings, loaded. Takes seconds. Raises `WeightsUnusable`."""
@@ -125,10 +136,11 @@ def build_engine(
     settings: Settings,
     loaded: Loaded,
     load: Callable[[Settings], Models] | None,
+    metrics: Metrics,
     ready: Callable[[], object],
     poisoned: Callable[[], object],
-) -> tuple[Engine[Any, Any], Metrics]:
-    """The engine and the observers of its events, not started."""
+) -> Engine[Any, Any]:
+    """The engine with the observers of its events, not started."""
 
     def load_and_tell() -> Models:
         started = perf_counter()
@@ -136,10 +148,6 @@ def build_engine(
         _log.info("models loaded", seconds=round(perf_counter() - started, 1))
         return loaded.models
 
-    def shapes() -> list[ShapeFigures]:
-        return [(figure.label, figure.cap, figure.step_seconds) for figure in engine.figures()]
-
-    metrics = Metrics(lambda: engine.waiting, lambda: engine.running, shapes)
     observers = (
         metrics.observe,
         ConsoleProgress().observe,
@@ -155,7 +163,7 @@ def build_engine(
         ready=ready,
         poisoned=poisoned,
     )
-    return engine, metrics
+    return engine
 
 
 def options_of(settings: Settings, loaded: Loaded) -> Options:

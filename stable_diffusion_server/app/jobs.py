@@ -27,6 +27,7 @@ def build_jobs(settings: Settings, service: Service, stores: Stores) -> Jobs:
         at_once=settings.jobs_at_once,
         keep_hours=settings.job_hours,
         repeat_hours=settings.idempotency_hours,
+        id_prefix=settings.job_id_prefix,
         webhook_secret=settings.webhook_secret.get_secret_value(),
     )
     journal = Journal(settings.data_dir / "journal.db", settings.journal_bytes)

@@ -56,7 +56,7 @@ class Abilities:
     threads may not draw with it at once, and is empty where they may. `preview(state)` is a small picture of where a
     state stands, height × width × 3 uint8. `release_memory()` gives back what no drawing uses, `shrink()` takes less
     memory from now on and is false when there is no less. `enter_lane(lanes)` is called by each of several lanes, on
-    its own thread.
+    its own thread; `best_lanes` is how many are worth while.
     """
 
     resident: bool = True
@@ -65,6 +65,7 @@ class Abilities:
     release_memory: Callable[[], object] = lambda: None
     shrink: Callable[[], bool] = lambda: False
     enter_lane: Callable[[int], object] = lambda lanes: None
+    best_lanes: int = 1
 
     @classmethod
     def of(cls, denoiser: object) -> Abilities:

@@ -21,7 +21,8 @@ from stable_diffusion_server.orders import Event, Job
 class Engine(Generic[S, P]):
     """Draws jobs, those of one shape together; see `waiting` for the order and `lane` for the steps.
 
-    `load` is called on the engine's first thread, `ready` after it. `lanes` threads draw side by side. With `learn`
+    `load` is called on the engine's first thread, `ready` after it. `lanes` threads draw side by side, as many
+    as the denoiser finds best when it is 0. With `learn`
     groups grow from one as far as it pays, up to `max_batch`. `poisoned` is called when the device can only be used
     again by another process.
     """
@@ -115,11 +116,11 @@ class Engine(Generic[S, P]):
         whichever thread they happen: queued again and again as it moves up, started, step, and its end. Raises
         `InvalidInput` for adapters where several lanes share the weights.
         """
-        if job.loras and self._lanes > 1:
-            raise InvalidInput("Adapters change the weights that LANES share; they need LANES=1.", field="lora")
         desk = self._desk
         with desk.changed:
             self.check_open()
+            if job.loras and self._lanes > 1:
+                raise InvalidInput("Adapters change the weights that LANES share; they need LANES=1.", field="lora")
             ticket: Ticket[P] = Ticket(
                 job, owner=owner, background=background, wants_previews=previews, watch=watch, alone=job.alone
             )
@@ -141,6 +142,7 @@ class Engine(Generic[S, P]):
         try:
             denoiser = self._load()
             abilities = Abilities.of(denoiser)
+            self._lanes = self._lanes or abilities.best_lanes
             self._check_lanes(abilities)
         except BaseException as error:  # whatever it is, /readyz has to say that no model will come
             desk.give_up(error, "The models could not be loaded.")

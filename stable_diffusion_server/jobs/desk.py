@@ -36,13 +36,15 @@ _BEAT = 10.0
 class Rules:
     """How many jobs wait and are drawn at once, how long ends and answers are kept, what signs webhooks.
 
-    `back_off` are the seconds between tries to tell a webhook; `reopen` those between tries to open the journal.
+    `id_prefix` is put before the ids made here. `back_off` are the seconds between tries to tell a webhook; `reopen`
+    those between tries to open the journal.
     """
 
     most_waiting: int = 1000
     at_once: int = 8
     keep_hours: float = 24.0
     repeat_hours: float = 24.0
+    id_prefix: str = ""
     webhook_secret: str = ""
     back_off: tuple[float, ...] = BACK_OFF
     reopen: float = 5.0
@@ -66,6 +68,16 @@ class Jobs:
         self._tasks: list[asyncio.Task[None]] = []
         self._closing = False
         self.usable = False
+
+    @property
+    def waiting(self) -> int:
+        """Accepted jobs that wait for their turn at the queue for the device."""
+        return self._runner.waiting
+
+    @property
+    def unfinished(self) -> int:
+        """Accepted jobs whose end is not written yet."""
+        return self._runner.unfinished
 
     async def start(self) -> None:
         """Open the journal and go on with what it holds; a journal that cannot be opened is tried again later."""
@@ -110,7 +122,7 @@ class Jobs:
         settled, fetched = await self._service.settled(order)
         now = time.time()
         entry = Entry(
-            id=job_id or new_id(),
+            id=job_id or self._new_id(),
             caller=caller,
             accepted_at=now,
             deadline=None if order.timeout is None else now + order.timeout,
@@ -122,7 +134,7 @@ class Jobs:
 
     def enter(self, caller: Caller, job_id: str | None = None) -> Live:
         """Let a request that waits for its answer be followed and cancelled by an id. Raises `InFlight`."""
-        live = Live(Entry(job_id or new_id(), caller, time.time()), Happenings(self._epoch))
+        live = Live(Entry(job_id or self._new_id(), caller, time.time()), Happenings(self._epoch))
         if live.entry.id in self._live:
             raise InFlight("There is a job of this id already.", field="X-Job-ID")
         self._live[live.entry.id] = live
@@ -199,6 +211,14 @@ class Jobs:
         except JournalUnavailable:
             _log.warning("an answer could not be kept for its idempotency key")
 
+    def figures(self) -> tuple[int, int, int]:
+        """Jobs that wait, jobs in the service's hands, and the bytes of the journal on the disk."""
+        return self._runner.waiting, self._runner.running, self._clerk.bytes_on_disk()
+
+    def _new_id(self) -> str:
+        """An id no one can guess: who knows it, and has the same key, may see the job and cancel it."""
+        return self._rules.id_prefix + secrets.token_urlsafe(16)
+
     def _check_room(self) -> None:
         if self._closing:
             raise NotReady("The server is going down.", retry_after=5)
@@ -263,11 +283,6 @@ class Jobs:
             with suppress(JournalUnavailable):  # told by the journal, and tried again
                 await self._clerk(Journal.expire, now - rules.keep_hours * _HOUR, now - rules.repeat_hours * _HOUR)
             await asyncio.sleep(_HOUSEKEEPING)
-
-
-def new_id() -> str:
-    """An id no one can guess: who knows it, and has the same key, may see the job and cancel it."""
-    return secrets.token_urlsafe(16)
 
 
 def repeated(claim: Claim, before: Repeat) -> Repeat:

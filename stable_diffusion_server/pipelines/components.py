@@ -15,7 +15,6 @@ from threading import Lock
 from typing import Any
 
 import diffusers
-import psutil
 import torch
 import transformers
 from diffusers.utils import logging as diffusers_logging
@@ -25,6 +24,7 @@ from transformers.utils import logging as transformers_logging
 
 from stable_diffusion_server.errors import WeightsUnusable
 from stable_diffusion_server.pipelines.catalog import ModelFacts, SchedulerFacts
+from stable_diffusion_server.pipelines.folders import folder_in
 from stable_diffusion_server.pipelines.placement import CONTROL, Footprint, Residency
 
 # What one drawing needs beside the weights, for each pixel: the widest layers of a VAE decoder, roughly.
@@ -83,7 +83,7 @@ def load_controlnet(
     """
     if facts.control_folder is None:
         return None
-    folder = models_dir / facts.control_folder
+    folder = folder_in(models_dir, facts.control_folder)
     if hub and facts.control_repo and not folder.is_dir():
         patterns = ["*.json", "diffusion_pytorch_model*.safetensors"]
         folder = _from_hub(facts.control_repo, lambda repo: snapshot_download(repo, allow_patterns=patterns))
@@ -102,7 +102,7 @@ def load_controlnet(
 
 def lcm_file(facts: ModelFacts, folder_name: str, models_dir: Path, *, hub: bool = False) -> Path:
     """The LoRA file in a folder beside the models. Raises `WeightsUnusable` when it is missing."""
-    folder = models_dir / folder_name
+    folder = folder_in(models_dir, folder_name)
     if hub and facts.lcm_repo and not folder.is_dir():
         folder = _from_hub(facts.lcm_repo, lambda repo: snapshot_download(repo, allow_patterns=["*.safetensors"]))
     files = sorted(folder.glob("*.safetensors"))
@@ -142,9 +142,9 @@ def skeleton(facts: ModelFacts, models_dir: Path, *, hub: bool = False) -> dict[
             elif library == "transformers" and name.startswith("text_encoder"):
                 made = getattr(transformers, kind)
                 parts[name] = made(made.config_class.from_pretrained(folder / name))
-        if facts.control_folder is not None and (models_dir / facts.control_folder).is_dir():
+        if facts.control_folder is not None and (edges := folder_in(models_dir, facts.control_folder)).is_dir():
             made = getattr(diffusers, facts.control_class)
-            parts[CONTROL] = made.from_config(made.load_config(models_dir / facts.control_folder))
+            parts[CONTROL] = made.from_config(made.load_config(edges))
     return parts
 
 
@@ -188,13 +188,6 @@ def bytes_of(*modules: torch.nn.Module) -> int:
     return sum(storages.values())
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes a model may take on `device`: what is free of the accelerator's memory, or of the machine's."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
-
-
 def settle(pipeline: Any, controlnet: Any, device: torch.device, residency: Residency) -> None:
     """Put the weights where they live between drawings, by diffusers' own hooks. Adapters come before."""
     match residency:
@@ -220,7 +213,7 @@ def settle(pipeline: Any, controlnet: Any, device: torch.device, residency: Resi
 
 def _folder_of(facts: ModelFacts, models_dir: Path, *, hub: bool) -> Path:
     """The folder of a model, fetched from the hub when told to and not there; it holds the right class."""
-    folder = models_dir / facts.folder
+    folder = folder_in(models_dir, facts.folder)
     if hub and facts.repo and not folder.is_dir():
         kind = getattr(diffusers, facts.pipeline_class)
         folder = _from_hub(facts.repo, lambda repo: kind.download(repo, variant=facts.variant, use_safetensors=True))

@@ -22,7 +22,6 @@ from stable_diffusion_server.pipelines.components import (
     choose_device,
     dtype_of,
     footprint_of,
-    free_memory,
     lcm_file,
     load_controlnet,
     load_pipeline,
@@ -34,6 +33,7 @@ from stable_diffusion_server.pipelines.components import (
 from stable_diffusion_server.pipelines.conversion import compress, quantize_parts
 from stable_diffusion_server.pipelines.denoising import Drawn, Family, State
 from stable_diffusion_server.pipelines.embeddings import LIMIT_BYTES, Embeddings
+from stable_diffusion_server.pipelines.memory import free_memory, memory_of
 from stable_diffusion_server.pipelines.performance import Performance, speed_up
 from stable_diffusion_server.pipelines.placement import (
     CONTROL,
@@ -102,8 +102,9 @@ class _Placed(NamedTuple):
 class Registry:
     """All loaded families behind one face: what the engine calls its denoiser.
 
-    `loaded` tells what is there, `models` the facts of each model as it was loaded. `resident` is false when weights
-    travel between drawings: then many joins thrash, and an engine does well to prepare, step and finish in phases.
+    `loaded` tells what is there, `models` the facts of each model as it was loaded, `adaptable` whether jobs may name
+    adapters. `resident` is false when weights travel between drawings: then many joins thrash, and an engine does well
+    to prepare, step and finish in phases.
     """
 
     def __init__(
@@ -111,10 +112,15 @@ class Registry:
         families: Mapping[str, Family],
         loaded: Sequence[Loaded] = (),
         models: Mapping[str, ModelFacts] | None = None,
+        caches: Mapping[str, Embeddings] | None = None,
+        *,
+        adaptable: bool = False,
     ) -> None:
         self._families = families
+        self._adaptable = adaptable
         self.loaded = tuple(loaded)
         self.models = dict(models or {})
+        self._caches = dict(caches or {})
         self._threads = torch.get_num_threads()
         self.resident = all(model.residency == Residency.RESIDENT for model in loaded)
 
@@ -143,6 +149,15 @@ class Registry:
             return "weights in half precision change theirs to decode what overflows."
         return ""
 
+    @property
+    def best_lanes(self) -> int:
+        """Two on a CPU of several cores, where no job may change the weights: small tensors gain less by threads.
+
+        Measured on two cores: 1.5 times the pictures a second (benchmarks/results/).
+        """
+        on_cpu = all(model.device == "cpu" for model in self.loaded)
+        return 2 if on_cpu and self._threads > 1 and not self._adaptable and not self.unshareable else 1
+
     def enter_lane(self, lanes: int) -> None:
         """Divide the CPU's threads between the lanes; PyTorch counts them for each thread that draws."""
         torch.set_num_threads(max(1, self._threads // lanes))
@@ -157,6 +172,14 @@ class Registry:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+    def memory(self) -> dict[str, dict[str, int]]:
+        """Bytes of memory by device: `used` by this process, `reserved` by it from the device, `free` for anyone."""
+        return {name: memory_of(torch.device(name)) for name in sorted({model.device for model in self.loaded})}
+
+    def prompt_caches(self) -> dict[str, int]:
+        """Bytes of encoded prompts that are kept, by model."""
+        return {name: cache.bytes for name, cache in self._caches.items()}
 
     def count_tokens(self, model: str, prompt: str) -> int:
         """Length of a prompt in a model's tokens. Safe from any thread."""
@@ -174,13 +197,12 @@ def load(models_dir: Path, device_name: str, cpu_threads: int, options: LoadOpti
     device = choose_device(device_name)
     options = options or LoadOptions()
     kinds = _kinds()
-    families, loaded, models = {}, [], {}
+    families, loaded, models, caches = {}, [], {}, {}
     for name, wanted in options.models.items():
         facts, (pipeline, controlnet, adapters, placement) = _place_or_instead(wanted, models_dir, device, options)
         models[name] = facts
-        families[name] = kinds[facts.pipeline_class](
-            pipeline, facts, controlnet, adapters, Embeddings(options.prompt_cache_bytes)
-        )
+        caches[name] = Embeddings(options.prompt_cache_bytes)
+        families[name] = kinds[facts.pipeline_class](pipeline, facts, controlnet, adapters, caches[name])
         modules = [part for part in [*pipeline.components.values(), controlnet] if isinstance(part, torch.nn.Module)]
         loaded.append(
             Loaded(
@@ -196,7 +218,7 @@ def load(models_dir: Path, device_name: str, cpu_threads: int, options: LoadOpti
                 loras=names_in(options.lora_dir),
             )
         )
-    return Registry(families, loaded, models)
+    return Registry(families, loaded, models, caches, adaptable=options.lora_dir is not None)
 
 
 def _place_or_instead(

@@ -22,12 +22,13 @@ class Bounds(Group):
         description="Jobs that share a forward pass at the most; by shape it is as many as make pictures faster.",
     )
     lanes: int = Field(
-        1,
-        ge=1,
+        0,
+        ge=0,
         le=64,
         description=(
             "Threads that draw side by side with the same weights: for several CPU cores. With more than one there "
-            "are no adapters, and weights have to stay where they are."
+            "are no adapters, and weights have to stay where they are. 0: two on a CPU of several cores where that "
+            "is possible and LORA_DIR is empty, else one."
         ),
     )
     min_side: int = Field(64, ge=8, description="Smallest width and height in pixels.")

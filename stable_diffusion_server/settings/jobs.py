@@ -25,6 +25,12 @@ class Jobs(Group):
     idempotency_hours: float = Field(
         24.0, gt=0, allow_inf_nan=False, description="Hours the answer to an `Idempotency-Key` is repeated."
     )
+    job_id_prefix: str = Field(
+        "",
+        pattern=r"^([A-Za-z0-9]{1,16}-)?$",
+        description="Put before the ids this server makes for jobs, as in `r3-`: what balances servers can tell whose "
+        "a job is. Empty: nothing.",
+    )
     webhook_secret: SecretStr = Field(
         SecretStr(""), description="Signs what is sent to a `webhook_url` (HMAC-SHA256). Empty: it is not signed."
     )

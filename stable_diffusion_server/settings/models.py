@@ -10,6 +10,8 @@ from pydantic import Field, field_validator
 from stable_diffusion_server.settings.kinds import Group
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+# In the source tree its own folder; an installed package has none, and its user's is where the server is started.
+_IN_TREE = (ROOT / "models" / "README.md").is_file()
 
 
 class Models(Group):
@@ -23,7 +25,10 @@ class Models(Group):
             "in MODELS_DIR and that the device can hold, else the embedded ones."
         ),
     )
-    models_dir: Path = Field(ROOT / "models", description="Folder of the model weights.")
+    models_dir: Path = Field(
+        ROOT / "models" if _IN_TREE else Path("models"),
+        description="Folder of the model weights. The embedded ones come along with an installed package.",
+    )
     text_to_image_model: Literal["flux", "sdxl"] = Field("sdxl", description="Model used when a request names none.")
     lora_dir: Path | None = Field(
         None, description="Folder of the LoRA adapters (`.safetensors`) that requests may name. Empty: none."

@@ -108,6 +108,9 @@ class Entrance:
             async with studio.router.lifespan_context(studio):
                 self._studio = studio
                 await self._closing.wait()
+        except ModuleNotFoundError as error:
+            _log.warning("studio not opened", lacking=error.name)
+            self._fault = f"The studio needs {error.name}, which is not installed: docs/ui.md tells how it comes."
         except Exception as error:
             _log.exception("studio not opened")
             self._fault = f"Gradio could not be loaded ({type(error).__name__}); the server's log says more."

@@ -29,6 +29,17 @@ def test_lanes_draw_side_by_side_and_prepare_in_turns(engine_of: EngineOf) -> No
     assert painter.lanes_told == [2, 2]
 
 
+def test_the_denoiser_says_how_many_lanes_are_best_where_nobody_else_does(engine_of: EngineOf) -> None:
+    """No number given: as many threads draw as the denoiser finds best, and they refuse adapters like any other."""
+    painter = Crowd(together=threading.Barrier(2), best_lanes=2)
+    engine = engine_of(painter, lanes=0, max_batch=1)
+    for ticket in [engine.submit(job(f"job {n}")) for n in range(4)]:
+        ticket.result.result(10)
+    assert len(painter.threads) == 2
+    with pytest.raises(InvalidInput):
+        engine.submit(job("a square", loras=(("style", 1.0),)))
+
+
 def test_lanes_refuse_adapters(engine_of: EngineOf) -> None:
     """An adapter changes the weights all lanes draw with, so the job is refused, by the parameter's name."""
     engine = engine_of(Crowd(), lanes=2)

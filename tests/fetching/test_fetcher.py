@@ -128,6 +128,7 @@ async def test_a_picture_is_fetched_however_it_is_sent(fetch: Callable[[str], Aw
     assert (await fetch(path)).startswith(PICTURE)
 
 
+@pytest.mark.fault(36, 37)
 @pytest.mark.parametrize(
     ("path", "error"),
     [
@@ -164,6 +165,7 @@ async def test_a_bad_answer_is_a_named_error(
     assert failed.value.field == "image_url"
 
 
+@pytest.mark.fault(35)
 async def test_the_name_is_resolved_once_and_kept_for_the_host_header(rascal: Rascal) -> None:
     """A second answer of the name server is never asked for, so it can not turn private between check and dial."""
     names = Names(pictures_test=["127.0.0.1"])
@@ -187,6 +189,7 @@ async def test_no_cookie_is_carried_from_hop_to_hop_or_to_the_next_caller(
     assert not any("cookie:" in head.lower() for head in rascal.heads)
 
 
+@pytest.mark.fault(33, 34)
 @pytest.mark.parametrize(
     "answers",
     [
@@ -221,6 +224,7 @@ async def test_a_name_that_is_not_there_is_answered_like_one_inside() -> None:
     assert details[0] == details[1]
 
 
+@pytest.mark.fault(38)
 async def test_a_public_address_at_an_odd_port_is_refused() -> None:
     """Mail, ssh and databases are not asked for pictures."""
     fetcher = Fetcher(Bounds(MAX_BYTES), resolve=Names(pictures_test=["93.184.216.34"]))
@@ -230,6 +234,7 @@ async def test_a_public_address_at_an_odd_port_is_refused() -> None:
     fetcher.close()
 
 
+@pytest.mark.fault(33)
 async def test_the_system_resolver_finds_localhost_and_it_is_refused(rascal: Rascal) -> None:
     """With nothing handed in, names go the usual way, and loopback is still closed."""
     fetcher = Fetcher(Bounds(MAX_BYTES))
@@ -240,6 +245,7 @@ async def test_the_system_resolver_finds_localhost_and_it_is_refused(rascal: Ras
     assert rascal.heads == []
 
 
+@pytest.mark.fault(38)
 async def test_a_proxy_in_the_environment_is_not_used(
     rascal: Rascal, fetch: Callable[[str], Awaitable[bytes]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,6 +21,7 @@ CLOSED = (
 OPEN = "8.8.8.8 93.184.216.34 172.32.0.1 2606:4700::1111 ::ffff:8.8.8.8 64:ff9b::808:808 2002:808:808::1".split()
 
 
+@pytest.mark.fault(33, 34)
 @pytest.mark.parametrize("address", CLOSED)
 def test_no_address_inside_is_public_in_any_disguise(address: str) -> None:
     """Loopback, private, link-local, reserved, and each of them inside an IPv6 transition form."""
@@ -33,6 +34,7 @@ def test_an_address_of_the_internet_is_public(address: str) -> None:
     assert is_public(ipaddress.ip_address(address))
 
 
+@pytest.mark.fault(33, 38)
 @pytest.mark.parametrize(
     "url",
     [

@@ -13,6 +13,7 @@ from PIL import Image
 
 from stable_diffusion_server.pipelines.denoising import shrink_tiles
 from stable_diffusion_server.pipelines.embeddings import Embeddings
+from stable_diffusion_server.pipelines.registry import Registry
 
 
 @pytest.mark.parametrize("family", ["sdxl", "flux"])
@@ -87,6 +88,15 @@ def test_tiles_shrink_until_they_are_small(sdxl: Any) -> None:
         whole = vae.decode(latents).sample
         assert [shrink_tiles(vae), shrink_tiles(vae), shrink_tiles(vae)] == [True, True, False]
         assert vae.decode(latents).sample.shape == whole.shape
+
+
+@pytest.mark.parametrize(("threads", "adaptable", "lanes"), [(1, False, 1), (2, False, 2), (8, False, 2), (8, True, 1)])
+def test_two_lanes_are_best_on_a_cpu_of_several_cores(
+    threads: int, adaptable: bool, lanes: int, registry: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless there is one core alone, or jobs may change the weights that lanes share."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)  # the machine is what is varied here
+    assert Registry({}, registry.loaded, adaptable=adaptable).best_lanes == lanes
 
 
 def test_the_registry_offers_what_the_engine_asks_for(registry: Any) -> None:

@@ -1,0 +1,266 @@
+"""The servers that are measured side by side: how each is started, and how each is asked. Measures nothing itself.
+
+All of them run on loopback over the same weights, draw on the same canvas, enlarge and encode alike. What a peer needs
+beyond our own environment (LitServe, Ray) is found in the interpreter named by PEERS_PYTHON, and diffusers' example
+server in the folder named by SERVER_ASYNC; without them those peers are left out, and the table says so.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import httpx
+import psutil
+
+from benchmarks.loopback import free_port
+from stable_diffusion_server.image_processing import plan_canvas
+from stable_diffusion_server.pipelines.catalog import MODELS
+
+ROOT = Path(__file__).resolve().parent.parent
+PEERS = ROOT / "benchmarks" / "peers"
+FACTS = MODELS["sdxl"]
+MODEL = ROOT / "models" / FACTS.folder
+OURS, PLAIN = "ours", "plain FastAPI + pipeline + lock"
+COLOURS = ("red", "green", "blue", "yellow", "orange", "purple", "black", "white")
+
+
+class Tuning(NamedTuple):
+    """How a server uses the cores: processes (or lanes), threads of each, most orders in one call."""
+
+    workers: int
+    threads: int
+    batch: int = 1
+
+    def __str__(self) -> str:
+        batch = f", batches of {self.batch}" if self.batch > 1 else ""
+        return f"{self.workers} × {self.threads} thread{'s' if self.threads > 1 else ''}{batch}"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A server that can be started: its script beside this file (`None` is ours), its tuning, further environment."""
+
+    script: str | None
+    tuning: Tuning
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    def with_environment(self, **further: str) -> Entry:
+        """The same, with more in its environment."""
+        return replace(self, environment={**self.environment, **further})
+
+
+# Each peer at the better of the tunings tried (see the tuning table in results/).
+ENTRIES: dict[str, Entry] = {
+    OURS: Entry(None, Tuning(2, 1, 8)),
+    PLAIN: Entry("plain.py", Tuning(1, 2)),
+    "plain FastAPI, two processes": Entry("plain.py", Tuning(2, 1)),
+    "diffusers server-async": Entry("server_async.py", Tuning(1, 1)),
+    "LitServe": Entry("lit.py", Tuning(2, 1, 8)),
+    "Ray Serve @serve.batch": Entry("ray_batch.py", Tuning(2, 1, 8)),
+}
+# What is tried, beside the above, before the tunings are settled.
+TUNINGS: dict[str, Entry] = {
+    "ours, LANES=1, 1 thread": Entry(None, Tuning(1, 1, 8)),
+    "ours, LANES=1, 2 threads": Entry(None, Tuning(1, 2, 8)),
+    "plain, 1 thread": Entry("plain.py", Tuning(1, 1)),
+    "server-async, 2 threads": Entry("server_async.py", Tuning(1, 2)),
+    "LitServe, 1 × 2": Entry("lit.py", Tuning(1, 2, 8)),
+    "LitServe, 2 × 1, batches of 4": Entry("lit.py", Tuning(2, 1, 4)),
+    "Ray Serve, 1 × 2": Entry("ray_batch.py", Tuning(1, 2, 8)),
+    "Ray Serve, 2 × 1, batches of 4": Entry("ray_batch.py", Tuning(2, 1, 4)),
+}
+
+
+@dataclass
+class Server:
+    """A started server that answers; `began` is when its process was started, `ready` seconds until it could draw."""
+
+    name: str
+    entry: Entry
+    client: httpx.Client
+    process: psutil.Process
+    ready: float
+
+    def draw(self, name: str, n: int, side: int, **further: Any) -> dict[str, Any]:
+        """Draw the n-th of many different orders, `side` × `side`, and store it under a name: what it answered."""
+        if self.entry.script is None:
+            query = {"prompt": prompt(n), "seed": n, "width": side, "height": side, "save_path": f"{name}.webp"}
+            query |= further
+            answer = self.client.get("/create_and_upload_image", params=query)
+        else:
+            order = _peer_order(name, n, side) | further
+            if self.entry.script == "server_async.py":
+                body = {"prompt": order.pop("prompt"), "num_inference_steps": 4}
+                sizes = {key: value for key, value in order.items() if isinstance(value, int)}
+                answer = self.client.post("/api/diffusers/inference", json=body, params=sizes)
+            else:
+                answer = self.client.post("/draw", json=order)
+        return dict(answer.raise_for_status().json())
+
+    def bare(self, name: str, n: int, side: int) -> float:
+        """Seconds of the bare pipeline call and of enlarging, encoding and storing, as the plain server measures it."""
+        times = self.client.post("/bare", json=_peer_order(name, n, side)).raise_for_status().json()
+        return float(times["draw"] + times["keep"])
+
+    def family(self) -> list[psutil.Process]:
+        """Its process and all that it started."""
+        return [self.process, *self.process.children(recursive=True)]
+
+    def pause(self) -> None:
+        """Stop all its processes where they are, but those of Ray, which takes a stopped node for a lost one."""
+        if self.entry.script != "ray_batch.py":
+            for process in self.family():
+                process.suspend()
+
+    def resume(self) -> None:
+        """Let them go on."""
+        for process in self.family():
+            process.resume()
+
+    def memory(self) -> float:
+        """MB in all its processes, what they share counted once."""
+        return sum(process.memory_full_info().pss for process in self.family()) / 1e6
+
+    def processor_seconds(self) -> float:
+        """What its processes have taken of the processor so far."""
+        times = [process.cpu_times() for process in self.family()]
+        return float(sum(time.user + time.system for time in times))
+
+
+@contextmanager
+def alone(server: Server) -> Iterator[None]:
+    """Let a server run, which is stopped otherwise: several of the peers poll, and take a share of a core for it."""
+    server.resume()
+    try:
+        yield
+    finally:
+        server.pause()
+
+
+def _peer_order(name: str, n: int, side: int) -> dict[str, Any]:
+    """An order as the peers take it: they are told the canvas that ours chooses."""
+    canvas = plan_canvas(side, side, FACTS.native_pixels, FACTS.floor)
+    size = {"width": side, "height": side, "canvas_width": canvas.width, "canvas_height": canvas.height}
+    return {"prompt": prompt(n), "seed": n, "name": name, **size}
+
+
+def prompt(n: int) -> str:
+    """Different prompts: 112 of them."""
+    background = COLOURS[(n + 1 + n // 16 % 7) % 8]
+    return f"a {COLOURS[n % 8]} {('circle', 'square')[n // 8 % 2]} on a {background} background"
+
+
+def available(names: list[str] | None = None) -> dict[str, Entry]:
+    """The entries of these names (all that compete by default) that can be started here."""
+    entries = {name: {**ENTRIES, **TUNINGS}[name] for name in names or ENTRIES}
+    lacking = {
+        script
+        for script, variable in (
+            ("lit.py", "PEERS_PYTHON"),
+            ("ray_batch.py", "PEERS_PYTHON"),
+            ("server_async.py", "SERVER_ASYNC"),
+        )
+        if not os.environ.get(variable)
+    }
+    return {name: entry for name, entry in entries.items() if entry.script not in lacking}
+
+
+@contextmanager
+def servers(entries: Mapping[str, Entry]) -> Iterator[dict[str, Server]]:
+    """The servers of these entries, started one after the other in an empty folder each; ended at the end."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended from outside"))
+    processes: list[subprocess.Popen[bytes]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            yield {
+                name: start(name, entry, Path(folder) / str(number), processes.append)
+                for number, (name, entry) in enumerate(entries.items())
+            }
+        finally:
+            for process in processes:
+                end(process)
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Let a server end, and end what it leaves behind of the session it was started in."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGCONT)
+    process.terminate()
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(20)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def start(name: str, entry: Entry, home: Path, started: Callable[[subprocess.Popen[bytes]], None]) -> Server:
+    """Start a server and wait until it can draw."""
+    home.mkdir(parents=True)
+    port, tuning = free_port(), entry.tuning
+    environment = {
+        "PATH": os.environ["PATH"],
+        "HOME": str(home),
+        "PORT": str(port),
+        "OMP_NUM_THREADS": str(tuning.threads),
+        **entry.environment,
+    }
+    if entry.script is None:
+        command = [sys.executable, "-m", "stable_diffusion_server", "serve"]
+        environment |= {
+            "PYTHONPATH": str(ROOT),
+            "LOG_LEVEL": "error",
+            "MODELS": "embedded",
+            "QUEUE_LIMIT": "128",
+            "MAX_BATCH": str(tuning.batch),
+            "LANES": str(tuning.workers),
+            "CPU_THREADS": str(tuning.workers * tuning.threads),
+            **entry.environment,
+        }
+    else:
+        python = os.environ.get("PEERS_PYTHON") if entry.script != "plain.py" else None
+        command = [python or sys.executable, str(PEERS / entry.script)]
+        environment |= {
+            "MODEL": str(MODEL),
+            "THREADS": str(tuning.threads),
+            "WORKERS": str(tuning.workers),
+            "BATCH": str(tuning.batch),
+            "PICTURES": str(home),
+            "SERVER_ASYNC": os.environ.get("SERVER_ASYNC", ""),
+        }
+    began = time.perf_counter()
+    with (home / "log").open("wb") as log:
+        process = subprocess.Popen(  # noqa: S603  # our own
+            command, cwd=home, env=environment, stdout=log, stderr=log, start_new_session=True
+        )
+    started(process)
+    client = httpx.Client(
+        base_url=f"http://127.0.0.1:{port}",
+        timeout=600,
+        limits=httpx.Limits(max_connections=128, max_keepalive_connections=128),
+    )
+    wait_until_it_draws(client, process, "/readyz" if entry.script is None else "/health", home / "log")
+    return Server(name, entry, client, psutil.Process(process.pid), time.perf_counter() - began)
+
+
+def wait_until_it_draws(client: httpx.Client, process: subprocess.Popen[bytes], path: str, log: Path) -> None:
+    """Ask until the answer is 200, for some minutes at the most. Exits with the server's own words when it ended."""
+    for _ in range(6000):
+        try:
+            if client.get(path).status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        if process.poll() is not None:
+            raise SystemExit(f"a server ended: {log.read_text()[-2000:]}")
+        time.sleep(0.05)
+    raise SystemExit(f"a server did not become ready: {log.read_text()[-2000:]}")

@@ -1,0 +1,93 @@
+"""Measures pictures a second and waiting times over concurrency: different orders, every server in turns."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count
+
+from benchmarks.contestants import OURS, PLAIN, Server, alone
+from benchmarks.tables import Result, percentile, ratio, ratios, table
+
+_numbers = count(1)
+
+
+def burst(server: Server, side: int, at_once: int, requests: int) -> tuple[float, list[float]]:
+    """Pictures a second, and each request's seconds, of `requests` different orders of which `at_once` are open."""
+    first = next(_numbers) * 10_000
+
+    def one(n: int) -> float:
+        began = time.perf_counter()
+        server.draw(f"burst-{first + n}", first + n, side)
+        return time.perf_counter() - began
+
+    with alone(server):
+        started = time.perf_counter()
+        with ThreadPoolExecutor(at_once) as pool:
+            waits = list(pool.map(one, range(requests)))
+        return requests / (time.perf_counter() - started), waits
+
+
+def requests_of(at_once: int) -> int:
+    """How many orders make a burst: enough to fill it, few enough to end."""
+    return {1: 6, 4: 16, 16: 32}.get(at_once, at_once)
+
+
+def measure(servers: Mapping[str, Server], rounds: int, sides: Sequence[int], levels: Sequence[int]) -> Result:
+    """Every server at every size and concurrency; the first round warms up, and lets batch sizes be learnt."""
+    result = Result([])
+    for side in sides:
+        rates = {(name, c): list[float]() for name in servers for c in levels}
+        waits = {key: list[float]() for key in rates}
+        for number in range(-1, rounds):
+            for at_once in levels:
+                for name, server in servers.items():
+                    rate, seconds = burst(server, side, at_once, requests_of(at_once))
+                    if number >= 0:
+                        rates[name, at_once].append(rate)
+                        waits[name, at_once] += seconds
+        _tell(result, servers, side, levels, rates, waits)
+    return result
+
+
+def _tell(
+    result: Result,
+    servers: Mapping[str, Server],
+    side: int,
+    levels: Sequence[int],
+    rates: Mapping[tuple[str, int], list[float]],
+    waits: Mapping[tuple[str, int], list[float]],
+) -> None:
+    for at_once in levels:
+        plain = rates[PLAIN, at_once]
+        rows = [
+            (
+                name,
+                server.entry.tuning,
+                f"{statistics.median(rates[name, at_once]):.1f}",
+                ratios(rates[name, at_once], plain),
+                f"{1000 * statistics.median(waits[name, at_once]):.0f}",
+                f"{1000 * percentile(waits[name, at_once], 0.99):.0f}",
+            )
+            for name, server in servers.items()
+        ]
+        result.lines += [f"{side} × {side}, {at_once} at once, {requests_of(at_once)} different orders a round:", ""]
+        head = ("server", "cores used as", "pictures/s", "of the plain one's, by round", "median ms", "p99 ms")
+        result.lines += [*table(head, rows), ""]
+        if OURS in servers:
+            key = f"throughput {side} × {side}, {at_once} at once, of the plain server's"
+            result.ratios[key] = ratio(rates[OURS, at_once], plain)
+            others = [name for name in servers if not name.startswith("ours")]
+            best = max(others, key=lambda name: statistics.median(rates[name, at_once]))
+            line = (
+                f"Ours against the best of the others ({best}): {ratios(rates[OURS, at_once], rates[best, at_once])}."
+            )
+            result.lines += [line, ""]
+    result.curves[f"{side} × {side}, pictures a second"] = {
+        name: {c: statistics.median(rates[name, c]) for c in levels} for name in servers
+    }
+    result.curves[f"{side} × {side}, p99 in ms"] = {
+        name: {c: 1000 * percentile(waits[name, c], 0.99) for c in levels} for name in servers
+    }

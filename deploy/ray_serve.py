@@ -1,0 +1,248 @@
+"""The application as replicas under Ray Serve: `python -m deploy.ray_serve --replicas 2`. Knows Ray and no HTTP.
+
+On a cluster, `import_path: deploy.ray_serve:application` with the fields of `Scale` as `args`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import pickle
+import random
+import signal
+import time
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+from fastapi import FastAPI
+from pydantic import BaseModel, Field
+from ray import serve
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, BackpressureConfig, RequestRouterConfig
+from ray.serve.experimental.consistent_hash_router import ConsistentHashRouter
+from ray.serve.handle import DeploymentHandle
+from ray.serve.request_router import PendingRequest, RunningReplica
+from starlette.types import Message, Scope
+
+from deploy.replicas import Claim, Hosted, fault_of, owner_of, ranked, sticks_to, work_of
+from stable_diffusion_server.app import create_app
+from stable_diffusion_server.settings.reading import read_settings
+
+ROOT = Path(__file__).resolve().parent.parent
+APPLICATION, DEPLOYMENT = "draw", "Replica"
+# The pictures of one replica that wait for an answer, with all else it is asked meanwhile; its own queue refuses first.
+_MOST_AT_A_TIME = 1000
+_ASKED_OF_ALL_SECONDS = 5.0
+
+
+class Scale(BaseModel, extra="forbid"):
+    """How many replicas, of what size, and when there should be more."""
+
+    replicas: int = Field(2, ge=1, description="Replicas at the start, and always where `most` is not larger.")
+    most: int = Field(0, ge=0, description="Most replicas, by pictures that wait and are drawn; 0: always `replicas`.")
+    cpus: float = Field(1.0, gt=0, description="CPU cores that each replica reserves.")
+    gpus: float = Field(0.0, ge=0, description="GPUs that each replica reserves and sees.")
+    pictures_each: float = Field(8.0, gt=0, description="Pictures to wait or be drawn at each replica, when scaling.")
+    up_seconds: float = Field(5.0, ge=0, description="Seconds of need before there are more replicas.")
+    down_seconds: float = Field(300.0, ge=0, description="Seconds without need before there are fewer.")
+    drain_seconds: float = Field(600.0, gt=0, description="Seconds a replica may take to end its jobs before it stops.")
+
+
+class Sticky(ConsistentHashRouter):
+    """Sends a request to the replica that keeps what it is about, and any other to the less busy of two.
+
+    Derived from Ray's router for sessions, which sees to it that a request reaches the replica chosen for itself.
+    """
+
+    async def choose_replicas(
+        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
+    ) -> list[list[RunningReplica]]:
+        """Replicas in the order in which they are to be tried, each rank alike."""
+        if pending_request is None or not candidate_replicas:
+            return [candidate_replicas] if candidate_replicas else []
+        pending_request.routing_context.should_backoff = True
+        key = _key_of(pending_request)
+        if key is None:
+            return [random.sample(candidate_replicas, min(2, len(candidate_replicas)))]
+        by_folder = {replica.replica_metadata.get("folder", -1): replica for replica in candidate_replicas}
+        owner = owner_of(key)
+        order = [owner] if owner in by_folder else ranked(key, list(by_folder))
+        return [[by_folder[number]] for number in order]
+
+
+def _key_of(pending: PendingRequest) -> str | None:
+    """What a request sticks to: what its session names, where it has one (Ray's `x-session-id`), else by its doors."""
+    if pending.metadata.session_id:
+        return str(pending.metadata.session_id)
+    if not pending.metadata.is_http_request or not pending.args or not isinstance(pending.args[0], bytes):
+        return None
+    # Ray's proxy has pickled it a moment ago, for the replica that is chosen here.
+    return sticks_to(pickle.loads(pending.args[0]).asgi_scope)  # noqa: S301  # made by this very process
+
+
+def by_work(context: Any, pictures_each: float = 8.0) -> tuple[int, dict[str, Any]]:
+    """Ray's autoscaling policy: as many replicas as leave each `pictures_each` pictures, jobs that wait among them."""
+    told = context.aggregated_metrics.get("pictures", {})
+    return max(1, math.ceil(sum(told.values()) / pictures_each)), {}
+
+
+class ByWork:
+    """`by_work` with its own number, as Ray makes policies of classes."""
+
+    def __init__(self, pictures_each: float) -> None:
+        self._pictures_each = pictures_each
+
+    def __call__(self, context: Any) -> tuple[int, dict[str, Any]]:
+        """How many replicas there should be."""
+        return by_work(context, self._pictures_each)
+
+
+class Others:
+    """The other replicas, by Ray's own calls between them."""
+
+    def __init__(self, own: int) -> None:
+        self._own = own
+        self._handle: DeploymentHandle | None = None
+
+    @property
+    def handle(self) -> DeploymentHandle:
+        """A handle to this replica's own deployment, made when first needed: before, Ray does not know it."""
+        if self._handle is None:
+            self._handle = serve.get_deployment_handle(DEPLOYMENT, APPLICATION)
+        return self._handle
+
+    async def holding(self, scope: Scope) -> int | None:
+        """The folder of a replica that has what a request asks for."""
+        told = await self.handle.broadcast("holds", scope).results_async(timeout_s=_ASKED_OF_ALL_SECONDS)
+        return next((number for number in told if isinstance(number, int) and number != self._own), None)
+
+    async def ask(self, number: int, scope: Scope) -> AsyncIterator[Message]:
+        """The answer of the replica with that folder."""
+        one = self.handle.options(session_id=f"r{number}-", stream=True)
+        async for message in one.answer.remote(scope):
+            yield message
+
+
+@serve.deployment(name=DEPLOYMENT)
+@serve.ingress()
+class Replica:
+    """One process with its own models and its own folder below DATA_DIR."""
+
+    def __init__(self, drain_seconds: float) -> None:
+        shared = read_settings()
+        self._claim = Claim(shared.data_dir)
+        self._settings = self._claim.settings(shared)
+        self._drain_seconds = drain_seconds
+        self._app: FastAPI | None = None
+        self._hosted: Hosted | None = None
+
+    def __serve_build_asgi_app__(self) -> Hosted:
+        """The application; its lifespan ends its start when the models are loaded."""
+        self._app = create_app(self._settings)
+        self._hosted = Hosted(
+            self._app,
+            self._claim,
+            Others(self._claim.number),
+            drain_seconds=self._drain_seconds,
+            release=self._claim.release,
+        )
+        return self._hosted
+
+    def record_replica_metadata(self) -> dict[str, int]:
+        """What the router knows this replica by."""
+        return {"folder": self._claim.number}
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """What `by_work` counts."""
+        return {"pictures": float(work_of(self._app))} if self._app is not None else {}
+
+    async def check_health(self) -> None:
+        """Raise for a replica that can only be helped by another process; Ray then starts one."""
+        if self._app is not None and (fault := fault_of(self._app, self._settings)):
+            raise RuntimeError(fault)
+
+    async def holds(self, scope: Scope) -> int | None:
+        """The number of this replica's folder if it has what a request asks for."""
+        return self._claim.number if self._hosted is not None and await self._hosted.has(scope) else None
+
+    async def answer(self, scope: Scope) -> AsyncIterator[Message]:
+        """What this replica answers to a request that came to another."""
+        if self._hosted is not None:
+            async for message in self._hosted.answer(scope):
+                yield message
+
+
+def application(scale: Scale) -> serve.Application:
+    """The application at this scale, for `serve.run` and for Serve's configuration files."""
+    options: dict[str, Any] = {"num_replicas": scale.replicas}
+    if scale.most > scale.replicas:
+        policy = AutoscalingPolicy(
+            policy_function="deploy.ray_serve:ByWork", policy_kwargs={"pictures_each": scale.pictures_each}
+        )
+        scaling = AutoscalingConfig(
+            min_replicas=scale.replicas,
+            max_replicas=scale.most,
+            upscale_delay_s=scale.up_seconds,
+            downscale_delay_s=scale.down_seconds,
+            look_back_period_s=max(15.0, scale.up_seconds),  # above the 10 s at which replicas tell of their work
+            policy=policy,
+        )
+        options = {"autoscaling_config": scaling}
+    return Replica.options(
+        ray_actor_options={"num_cpus": scale.cpus, "num_gpus": scale.gpus},
+        max_ongoing_requests=_MOST_AT_A_TIME,
+        # Reached only past the replicas' own queues, which refuse first and tell why.
+        max_queued_requests=_MOST_AT_A_TIME,
+        backpressure_config=BackpressureConfig(status_code=429, retry_after_s=5),
+        request_router_config=RequestRouterConfig(request_router_class="deploy.ray_serve:Sticky"),
+        health_check_period_s=5,
+        health_check_timeout_s=30,
+        graceful_shutdown_wait_loop_s=0.5,
+        graceful_shutdown_timeout_s=scale.drain_seconds + read_settings().stop_seconds + 5,
+        **options,
+    ).bind(scale.drain_seconds)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Start Ray on this machine and the application on it, until a signal ends both."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    for name, field in Scale.model_fields.items():
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", type=field.annotation, default=field.default, help=field.description
+        )
+    scale = Scale(**vars(parser.parse_args(arguments)))
+    settings = read_settings()
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # The replicas start in this folder too, with this package and these settings.
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    ray.init(
+        address="local",  # one of its own, whatever else of Ray runs on this machine
+        num_cpus=math.ceil(max(scale.most, scale.replicas) * scale.cpus),
+        include_dashboard=False,
+        runtime_env={"env_vars": {"PYTHONPATH": paths}},
+    )
+    serve.start(http_options={"host": settings.host, "port": settings.port})
+    serve.run(application(scale), name=APPLICATION)
+    print(f"{scale.replicas} replicas draw at http://{settings.host}:{settings.port}", flush=True)  # noqa: T201  # its output
+    stopping = False
+
+    def stop(number: int, frame: object) -> None:
+        nonlocal stopping
+        stopping = True
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    while not stopping:
+        time.sleep(0.2)
+    serve.delete(APPLICATION, _blocking=False)
+    end = time.monotonic() + scale.drain_seconds
+    while APPLICATION in serve.status().applications and time.monotonic() < end:
+        time.sleep(0.5)  # accepted jobs are drawn meanwhile; `serve.shutdown` alone waits for 30 s
+    serve.shutdown()
+    ray.shutdown()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""What the command line does and ends: draw a file, list the models, try the storage. Serves nobody, knows no torch."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import tempfile
+from collections.abc import Mapping
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import httpx
+
+from stable_diffusion_server.app import create_app
+from stable_diffusion_server.app.drawing import Loaded
+from stable_diffusion_server.bucket_api import StorageOptions, check_bucket, object_key, open_bucket
+from stable_diffusion_server.engine import Phase
+from stable_diffusion_server.errors import StorageUnavailable
+from stable_diffusion_server.pipelines.catalog import REAL_MODELS
+from stable_diffusion_server.settings import Settings
+
+FORMATS = {".webp": "webp", ".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg"}
+_LOOK_EVERY = 0.1
+
+
+def draw(settings: Settings, wanted: Mapping[str, Any], out: Path) -> None:
+    """Draw one picture into a file, by the doors a server would have. Nothing else is kept.
+
+    Exits with 2 for an order that cannot be, or a file that cannot be written, and with 1 when drawing fails.
+    """
+    if out.suffix.lower() not in FORMATS:
+        _end(2, f"--out must end in one of {', '.join(FORMATS)}.")
+    if not out.parent.is_dir():
+        _end(2, f"There is no folder {out.parent}.")
+    with tempfile.TemporaryDirectory(prefix="draw-") as folder:
+        here = {
+            "storage_provider": "local",
+            "data_dir": Path(folder, "data"),
+            "local_bucket_dir": Path(folder, "bucket"),
+        }
+        alone = settings.model_copy(
+            update={**here, "log_level": "error", "ui": False, "api_keys": (), "rate_limit": ""}
+        )
+        answer = asyncio.run(_answered(alone, {**wanted, "format": FORMATS[out.suffix.lower()]}))
+    if answer.status_code != HTTPStatus.OK:
+        problem = answer.json()
+        field = f"{problem['field']}: " if problem.get("field") else ""
+        _end(2 if answer.status_code < HTTPStatus.INTERNAL_SERVER_ERROR else 1, f"{field}{problem['detail']}")
+    out.write_bytes(answer.content)
+    sys.stdout.write(f"{out}\n")
+
+
+async def _answered(settings: Settings, wanted: Mapping[str, Any]) -> httpx.Response:
+    app = create_app(settings)
+    transport = httpx.ASGITransport(app)
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1", timeout=None) as client,  # noqa: S113  # its own deadline ends it
+    ):
+        while True:
+            ready = await client.get("/readyz")
+            if ready.status_code == HTTPStatus.OK:
+                return await client.post("/make_image", json=wanted)
+            if app.state.engine.phase is Phase.FAILED:
+                sentence = {"detail": " ".join(ready.json()["missing"])}
+                return httpx.Response(HTTPStatus.SERVICE_UNAVAILABLE, json=sentence)
+            await asyncio.sleep(_LOOK_EVERY)
+
+
+def list_models(settings: Settings) -> None:
+    """What would draw with these settings, and which real weights there could be. Exits with 1 when nothing can."""
+    loaded = Loaded.of(settings)
+    if loaded.fault is not None:
+        _end(1, loaded.fault.detail)
+    sys.stdout.write(f"MODELS={settings.models}, MODELS_DIR={settings.models_dir}\n")
+    for name, facts in loaded.facts.items():
+        side = round(facts.native_pixels**0.5)
+        sys.stdout.write(
+            f"  {name:5} {facts.folder} ({facts.revision}), native {side} x {side}, {facts.default_steps} steps\n"
+        )
+    sys.stdout.write("Real weights, by the folder they are looked for in:\n")
+    for name, candidates in REAL_MODELS.items():
+        for facts in candidates:
+            there = "here" if (settings.models_dir / facts.folder).is_dir() else "not here"
+            sys.stdout.write(f"  {name:5} {facts.folder}: {there}\n")
+
+
+def check_storage(settings: Settings) -> None:
+    """Try the bucket with an object of its own, which is removed again; exits with 1 when something is wrong."""
+    options = StorageOptions.of(settings)
+    key = object_key(options.bucket_path, f"check-storage-{uuid4().hex}.txt")
+    where = options.local_bucket_dir if options.storage_provider == "local" else options.bucket_name
+    sys.stdout.write(f"{options.storage_provider}: {where}\n")
+    faults = 0
+    for tried, fault in check_bucket(open_bucket(options), key, _fetched):
+        sys.stdout.write(f"  ok    {tried}\n" if fault is None else f"  FAIL  {tried}: {fault}\n")
+        faults += fault is not None
+    sys.exit(1 if faults else 0)
+
+
+def _fetched(url: str) -> bytes:
+    """What anyone gets at an address. Raises `StorageUnavailable` naming it without its signature."""
+    shown = url.partition("?")[0]
+    try:
+        answer = httpx.get(url, timeout=20)
+    except httpx.HTTPError as error:
+        raise StorageUnavailable(f"{shown} cannot be reached ({type(error).__name__}).") from error
+    if answer.status_code != HTTPStatus.OK:
+        raise StorageUnavailable(f"{shown} answers {answer.status_code}; PUBLIC_BASE_URL or SIGNED_URL_SECONDS help.")
+    return answer.content
+
+
+def _end(status: int, sentence: str) -> None:
+    sys.stderr.write(f"{sentence}\n")
+    sys.exit(status)

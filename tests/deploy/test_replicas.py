@@ -1,0 +1,208 @@
+"""A replica's folder, its jobs asked for elsewhere, and its end: the application twice in this process, without Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import pytest
+from conftest import ROOT
+from fakes import PaintedSquares, settings_in
+from starlette.types import Message, Scope
+
+from deploy.replicas import Claim, Hosted, fault_of, owner_of, ranked, sticks_to, work_of
+from stable_diffusion_server.app import create_app
+from stable_diffusion_server.engine import Phase
+
+CREATE = "/create_and_upload_image"
+ASYNC = {"Prefer": "respond-async"}
+SMALL = {"width": 64, "height": 64}
+
+
+class Neighbours:
+    """The other replicas of this process, asked as Ray asks them: who has it, then that one alone."""
+
+    def __init__(self) -> None:
+        self.hosts: dict[int, Hosted] = {}
+
+    async def holding(self, scope: Scope) -> int | None:
+        return next(iter([number for number, host in self.hosts.items() if await host.has(scope)]), None)
+
+    async def ask(self, number: int, scope: Scope) -> AsyncIterator[Message]:
+        async for message in self.hosts[number].answer(scope):
+            yield message
+
+
+@asynccontextmanager
+async def replica(
+    folder: Path, neighbours: Neighbours, squares: PaintedSquares | None = None
+) -> AsyncIterator[tuple[Claim, httpx.AsyncClient, Any]]:
+    """One replica that can draw, its client and its application."""
+    shared = settings_in(folder)
+    claim = Claim(shared.data_dir)
+    app = create_app(claim.settings(shared), load=lambda settings: squares or PaintedSquares())
+    others = Neighbours()
+    others.hosts = neighbours.hosts
+    host = Hosted(app, claim, others, drain_seconds=20, release=claim.release)
+    async with (
+        lived_through(host),
+        httpx.AsyncClient(transport=httpx.ASGITransport(host), base_url="http://127.0.0.1", timeout=60) as client,
+    ):
+        neighbours.hosts[claim.number] = host
+        yield claim, client, app
+        neighbours.hosts.pop(claim.number)
+
+
+@asynccontextmanager
+async def lived_through(host: Hosted) -> AsyncIterator[None]:
+    """The lifespan of an ASGI application, as a server drives it."""
+    inward: asyncio.Queue[Message] = asyncio.Queue()
+    outward: asyncio.Queue[Message] = asyncio.Queue()
+    life = asyncio.create_task(host({"type": "lifespan", "state": {}}, inward.get, outward.put))
+    await inward.put({"type": "lifespan.startup"})
+    assert (await outward.get())["type"] == "lifespan.startup.complete"
+    yield
+    await inward.put({"type": "lifespan.shutdown"})
+    assert (await outward.get())["type"] == "lifespan.shutdown.complete"
+    await life
+
+
+def test_replicas_have_folders_of_their_own_and_one_with_a_journal_is_taken_up_first(tmp_path: Path) -> None:
+    """No two living ones share a folder; what a replica left behind is found by the next."""
+    first, second = Claim(tmp_path), Claim(tmp_path)
+    assert (first.number, second.number, second.tag) == (0, 1, "r1-")
+    second.folder.mkdir()
+    (second.folder / "journal.db").touch()
+    first.release()
+    second.release()
+    assert Claim(tmp_path).number == 1
+
+
+def test_a_replica_that_is_killed_leaves_its_folder_to_the_next(tmp_path: Path) -> None:
+    """The lock is the kernel's, so SIGKILL ends it."""
+    code = f"import pathlib, time; from deploy.replicas import Claim; c = Claim(pathlib.Path({str(tmp_path)!r})); "
+    code += "print(c.number, flush=True); time.sleep(60)"
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as holder:  # noqa: S603  # ours
+        assert holder.stdout is not None
+        assert holder.stdout.readline().strip() == "0"
+        other = Claim(tmp_path)
+        assert other.number == 1
+        holder.send_signal(signal.SIGKILL)
+        holder.wait(20)
+    assert Claim(tmp_path).number == 0
+
+
+def test_a_root_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    """An `OSError`, not a replica without a folder."""
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"):
+        Claim(tmp_path / "file" / "data")
+
+
+def scope_of(path: str, client: str = "10.0.0.1", **headers: str) -> dict[str, Any]:
+    raw = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
+    return {"path": path, "headers": raw, "client": (client, 1)}
+
+
+def test_requests_stick_to_what_they_are_about_and_orders_to_nothing() -> None:
+    """A job by its id, a repeat by its key, a studio by its client; a plain order goes to whoever is less busy."""
+    assert sticks_to(scope_of("/jobs/r3-abc/events")) == "r3-abc"
+    assert sticks_to(scope_of(CREATE, idempotency_key="k" * 20)) == "k" * 20
+    assert sticks_to(scope_of(CREATE, x_job_id="j" * 20)) == sticks_to(scope_of(f"/jobs/{'j' * 20}"))
+    assert sticks_to(scope_of("/sdapi/v1/progress")) == sticks_to(scope_of("/sdapi/v1/txt2img"))
+    assert sticks_to(scope_of("/ui/x")) != sticks_to(scope_of("/ui/x", client="10.0.0.2"))
+    assert sticks_to(scope_of(CREATE)) is None
+    assert (owner_of("r12-abc"), owner_of("my-own-id")) == (12, None)
+
+
+def test_a_replica_that_goes_moves_only_what_was_its_own() -> None:
+    """Rendezvous hashing: every other key stays where it was, and keys spread over all."""
+    keys = [f"key-{number}" for number in range(300)]
+    before = {key: ranked(key, [0, 1, 2, 3])[0] for key in keys}
+    after = {key: ranked(key, [0, 1, 3])[0] for key in keys}
+    assert {key for key in keys if before[key] != after[key]} == {key for key in keys if before[key] == 2}
+    assert all(40 < sum(owner == number for owner in before.values()) < 110 for number in range(4))
+
+
+async def test_any_replica_answers_for_a_job_of_another(tmp_path: Path) -> None:
+    """Its state, its events and its cancelling come out right at a replica that did not accept it."""
+    neighbours = Neighbours()
+    gate = threading.Event()
+    squares = PaintedSquares(gate=gate)
+    async with (
+        replica(tmp_path, neighbours, squares) as (_, one, _),
+        replica(tmp_path, neighbours) as (_, other, _),
+    ):
+        accepted = await one.post(CREATE, json={"prompt": "a red square", **SMALL}, headers=ASYNC)
+        where = accepted.headers["location"]
+        assert where.startswith("/jobs/r0-")
+        assert (await other.get(where)).json()["state"] in ("queued", "running")
+        cancelled = await one.post(CREATE, json={"prompt": "a blue square", **SMALL}, headers=ASYNC)
+        assert (await other.delete(cancelled.headers["location"])).status_code < 300
+        gate.set()
+        events = (await other.get(f"{where}/events")).text
+        assert "event: done" in events
+        assert (await other.get(where)).json()["state"] == "done"
+        assert (await other.get(cancelled.headers["location"])).json()["state"] == "cancelled"
+        assert (await other.get("/jobs/r0-nobody-ever-had-this-id")).status_code == 404
+
+
+async def test_a_job_of_a_replica_that_is_away_is_not_called_unknown(tmp_path: Path) -> None:
+    """503 with Retry-After while nobody holds its folder; told again by the one that takes the folder up."""
+    neighbours = Neighbours()
+    async with replica(tmp_path, neighbours) as (_, other, _):
+        async with replica(tmp_path, neighbours) as (gone, one, _):
+            accepted = await one.post(CREATE, json={"prompt": "a red square", **SMALL}, headers=ASYNC)
+            where = accepted.headers["location"]
+        away = await other.get(where)
+        assert (away.status_code, away.headers["retry-after"]) == (503, "5")
+        assert away.headers["content-type"] == "application/problem+json"
+        assert (await other.get("/jobs/an-id-of-the-clients-own")).status_code == 503
+        async with replica(tmp_path, neighbours) as (back, _, _):
+            assert back.number == gone.number
+            assert (await other.get(where)).json()["state"] == "done"
+            assert (await other.get("/jobs/an-id-of-the-clients-own")).status_code == 404
+
+
+async def test_a_replica_that_is_stopped_ends_its_accepted_jobs_first(tmp_path: Path) -> None:
+    """Jobs that wait are drawn before the application goes down, and the folder is free afterwards."""
+    neighbours = Neighbours()
+    squares = PaintedSquares(seconds_per_step=0.01)
+    async with replica(tmp_path, neighbours, squares) as (claim, client, app):
+        for number in range(12):
+            order = {"prompt": f"a red square {number}", **SMALL}
+            assert (await client.post(CREATE, json=order, headers=ASYNC)).status_code == 202
+        assert work_of(app) > 0
+        jobs = app.state.jobs
+    assert jobs.unfinished == 0
+    assert len(squares.finished) == 12
+    assert Claim(tmp_path / "data").number == claim.number
+
+
+def test_a_replica_is_replaced_for_its_device_and_not_for_its_storage(tmp_path: Path) -> None:
+    """A failed engine, or silence with work in hand, is a reason; being idle is none."""
+    settings = settings_in(tmp_path, hang_seconds=60.0)
+    engine = SimpleNamespace(phase=Phase.READY, reason="", running=1)
+    app: Any = SimpleNamespace(state=SimpleNamespace(engine=engine))
+    assert fault_of(app, settings) == ""
+    settings.data_dir.mkdir(parents=True)
+    progress = settings.data_dir / "progress.txt"
+    progress.write_text("")
+    assert fault_of(app, settings) == ""
+    os.utime(progress, (1, 1))
+    assert "no sign of life" in fault_of(app, settings)
+    engine.running = 0
+    assert fault_of(app, settings) == ""
+    engine.phase, engine.reason = Phase.FAILED, "The device is lost."
+    assert fault_of(app, settings) == "The device is lost."

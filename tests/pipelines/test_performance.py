@@ -1,0 +1,36 @@
+"""What PERFORMANCE=safe changes on a CPU: who multiplies, and nothing that shows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from stable_diffusion_server.pipelines.performance import OneDnnConv2d, OneDnnLinear
+
+
+@pytest.mark.parametrize("rows", [1, 31, 32, 500])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_layer_by_onednn_is_the_layer(rows: int, bias: bool) -> None:
+    """The same product to rounding, whatever the number of rows, with the same parameters under the same names."""
+    plain = torch.nn.Linear(48, 96, bias=bias)
+    other = torch.nn.Linear(48, 96, bias=bias)
+    other.load_state_dict(plain.state_dict())
+    other.__class__ = OneDnnLinear
+    given = torch.randn(2, rows, 48)
+    with torch.inference_mode():
+        torch.testing.assert_close(other(given), plain(given), rtol=1e-5, atol=1e-5)
+    assert list(other.state_dict()) == list(plain.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("rows", "side", "stride", "padding"), [(1, 16, 1, 1), (2, 16, 1, 1), (1, 8, 2, 1), (1, 5, 1, 0)]
+)
+def test_a_convolution_by_onednn_is_the_convolution(rows: int, side: int, stride: int, padding: int) -> None:
+    """Small and large, with steps and without."""
+    plain = torch.nn.Conv2d(8, 16, 3, stride=stride, padding=padding)
+    other = torch.nn.Conv2d(8, 16, 3, stride=stride, padding=padding)
+    other.load_state_dict(plain.state_dict())
+    other.__class__ = OneDnnConv2d
+    given = torch.randn(rows, 8, side, side)
+    with torch.inference_mode():
+        torch.testing.assert_close(other(given), plain(given), rtol=1e-5, atol=1e-5)
