@@ -20,7 +20,8 @@ RED = "a red circle on a blue background"
 def test_a_result_is_handed_over_and_repainted(tab_of: Callable[..., Tab]) -> None:
     """Create, hand over, paint with the mouse, draw: green in the stroke, blue around as before; before and after."""
     tab = tab_of()
-    draw(tab.inside, RED)
+    tab.open("Inpaint")  # its editor has been seen empty before
+    draw(tab.open("Create"), RED)
     before = tab.picture
     tab.inside.get_by_role("button", name="Inpaint this one").click()
     tab.page.locator("#sds-inpaint-image_file").wait_for()
