@@ -84,16 +84,6 @@ class Loaded:
             for model in getattr(self.models, "loaded", ())
         ]
 
-
-def _habits(facts: ModelFacts) -> dict[str, object]:
-    return {
-        "default_steps": facts.default_steps,
-        "default_guidance": facts.default_guidance,
-        "native_pixels": facts.native_pixels,
-        "takes_negative_prompt": facts.takes_negative_prompt,
-        "takes_guidance": facts.takes_guidance,
-    }
-
     def memory(self) -> Mapping[str, Mapping[str, int]]:
         """Bytes of memory by device and kind; nothing before the models are loaded."""
         read: Callable[[], Mapping[str, Mapping[str, int]]] = getattr(self.models, "memory", dict)
@@ -103,6 +93,16 @@ def _habits(facts: ModelFacts) -> dict[str, object]:
         """Bytes of encoded prompts that are kept, by model."""
         read: Callable[[], Mapping[str, int]] = getattr(self.models, "prompt_caches", dict)
         return read()
+
+
+def _habits(facts: ModelFacts) -> dict[str, object]:
+    return {
+        "default_steps": facts.default_steps,
+        "default_guidance": facts.default_guidance,
+        "native_pixels": facts.native_pixels,
+        "takes_negative_prompt": facts.takes_negative_prompt,
+        "takes_guidance": facts.takes_guidance,
+    }
 
 
 def load_models(settings: Settings, loaded: Loaded) -> Models:
