@@ -277,7 +277,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--short", action="store_true", help="a few simulated seconds, to try the script itself")
     short = parser.parse_args().short
-    seconds = {1: 60.0, 10: 10.0, 1000: 1.0} if short else {1: 4000.0, 10: 400.0, 1000: 60.0}
+    seconds = {1: 60.0, 10: 10.0, 1000: 1.0} if short else {1: 2000.0, 10: 200.0, 1000: 20.0}
     say(f"one picture alone {ALONE:.3f} s, {GROUP} together {TOGETHER:.3f} s: {RATE:.1f} a second from each device\n")
     utilisation(seconds)
     hit_rates(seconds)

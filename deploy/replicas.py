@@ -163,7 +163,8 @@ class Hosted:
             status = message.get("status", status)
 
         method = "GET" if path.startswith("/jobs/") else "HEAD"
-        await self._app(_fresh(scope) | {"path": path, "raw_path": None, "method": method}, _nothing_comes, send)
+        asked = {**_fresh(scope), "path": path, "raw_path": None, "method": method}
+        await self._app(asked, _nothing_comes, send)
         return status != 404
 
     async def answer(self, scope: Scope) -> AsyncIterator[Message]:

@@ -15,7 +15,7 @@ from conftest import ROOT
 
 PAGES = (
     "index orders jobs dialects api ui models storage settings security scaling deploying commands "
-    "AGENTS CONTRIBUTING CHANGELOG models/README"
+    "AGENTS CONTRIBUTING CHANGELOG models/index"
 ).split()
 
 

@@ -48,7 +48,8 @@ def speed_up(pipeline: Any, controlnet: Any, device: torch.device, performance: 
     `safe` lays convolutions out by channels last, multiplies by oneDNN on a CPU, and lets CUDA multiply fp32 matrices
     in TF32: rounding differs and nothing else. `fast` also holds a VAE that had to be fp32, since it overflows in fp16,
     in bf16, which has fp32's range, and compiles the denoiser's repeated blocks and the VAE's decoder: the first
-    picture of each size waits for the compiler.
+    picture of each size waits for the compiler. What cannot be compiled, since a compiler is missing or fails, runs as
+    it is, and a warning says so.
     """
     if performance == "off":
         return
@@ -64,7 +65,11 @@ def speed_up(pipeline: Any, controlnet: Any, device: torch.device, performance: 
     if performance == "fast":
         if vae.config.force_upcast and vae.dtype == torch.float32 and device.type == "cuda":
             vae.to(torch.bfloat16)
-        denoiser.compile_repeated_blocks(fullgraph=True)
+        from torch import _dynamo  # takes a second, and nobody else needs it
+
+        # Not `fullgraph`, under which a failure of the compiler would be the caller's.
+        _dynamo.config.suppress_errors = True
+        denoiser.compile_repeated_blocks()
         vae.decoder.compile()
 
 
