@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # uv does the installing, since pip knows no overrides (see pyproject.toml), and it does not read pip's find-links.
 UV := UV_FIND_LINKS="$(PIP_FIND_LINKS)" $(BIN)/uv pip install --quiet --python $(BIN)/python
 
-.PHONY: run venv test lint docs wheel ray-test bench gpu-check fuzz format train clean
+.PHONY: run venv test lint docs wheel ray-test bench gpu-check fuzz audit format train clean
 
 run: $(VENV)/.run
 	@$(BIN)/python -m stable_diffusion_server.watchdog -- $(BIN)/python -m stable_diffusion_server serve
@@ -53,6 +53,10 @@ gpu-check: $(VENV)/.test
 # Thousands of requests made from the OpenAPI document; minutes, and so not a part of `test`.
 fuzz: $(VENV)/.test
 	$(BIN)/python scripts/fuzz.py
+
+# What is known of the locked versions; asks the advisory database, and so needs the network.
+audit: $(VENV)/.run
+	$(BIN)/uv tool run pip-audit --strict --require-hashes --disable-pip -r requirements.lock
 
 format: $(VENV)/.test
 	$(BIN)/ruff format .

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import signal
 import socket
 import sys
 from pathlib import Path
@@ -113,11 +114,16 @@ def serve() -> None:
         app,
         access_log=False,
         log_level="warning",
+        # Longer than clients and proxies keep a line, so that none of them asks on one that is being closed.
+        timeout_keep_alive=75,
         timeout_graceful_shutdown=math.ceil(settings.stop_seconds),
         proxy_headers=False,  # TRUSTED_PROXIES says whose are believed
         server_header=False,
     )
-    uvicorn.Server(config).run(sockets=[listening])
+    try:
+        uvicorn.Server(config).run(sockets=[listening])
+    except KeyboardInterrupt:  # it has stopped in good order by then
+        sys.exit(128 + signal.SIGINT)
 
 
 def _listen(settings: Settings) -> socket.socket:

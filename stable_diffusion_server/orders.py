@@ -246,6 +246,7 @@ class EventKind(StrEnum):
     QUEUED = "queued"
     STARTED = "started"
     STEP = "step"
+    AGAIN = "again"
     DONE = "done"
     FAILED = "failed"
     CANCELLED = "cancelled"
@@ -255,6 +256,7 @@ class EventKind(StrEnum):
 class Event:
     """One moment in a job's life. `step` counts finished steps out of `steps`; `seconds` since it was queued.
 
+    `together` jobs shared that step. `cause` is the kind of error a job failed with, or is begun anew for (`AGAIN`).
     The rest is as in `Progress`.
     """
 
@@ -266,6 +268,8 @@ class Event:
     position: int = 0
     eta_seconds: float | None = None
     preview: NDArray[np.uint8] | None = field(default=None, compare=False, repr=False)
+    together: int = 1
+    cause: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,8 @@ from stable_diffusion_server.history.entries import Entry
 from stable_diffusion_server.image_processing import Pixels
 from stable_diffusion_server.judging import DrawnPicture, Judged
 from stable_diffusion_server.keeping import Keeping
+from stable_diffusion_server.observability.account import Account
+from stable_diffusion_server.observability.tracing import Tracing
 from stable_diffusion_server.orders import Caller, Order, Progress, Receipt, Source, Stored, Warned
 from stable_diffusion_server.receipts import receipt_of_drawn, receipt_of_stored, rounded
 from stable_diffusion_server.resolving import Options, Plan, resolve
@@ -62,7 +64,10 @@ class _Outcome:
 
 
 class Service:
-    """Fulfils orders: at most one generation for any number of equal ones at a time, and none for what is stored."""
+    """Fulfils orders: at most one generation for any number of equal ones at a time, and none for what is stored.
+
+    With `log_prompts` the line that tells of a stored picture holds its prompt.
+    """
 
     def __init__(
         self,
@@ -70,17 +75,21 @@ class Service:
         queue: Queue,
         count_tokens: Callable[[str, str], int],
         options: Options,
-        answered: Callable[[str], None] = lambda source: None,
+        account: Account | None = None,
         *,
         fetch: Fetch,
         decode: Decode,
         known: Callable[[str], Stored | None] = lambda key: None,
         record: Callable[[Entry], None] = lambda entry: None,
+        tracing: Tracing | None = None,
+        log_prompts: bool = False,
     ) -> None:
         self._bucket = bucket
         self._queue = queue
         self._options = options
-        self._answered = answered
+        self._account = account or Account()
+        self._tracing = tracing or Tracing()
+        self._log_prompts = log_prompts
         self._fetch = fetch
         self._decode = decode
         self._keeping = Keeping(bucket, options.embed_metadata, record)
@@ -126,7 +135,7 @@ class Service:
         stored = self._known(plan.key)
         if stored is None or plan.key in self._storing:
             return None
-        self._answered("cached")
+        self._account.answered("cached")
         # Made of the very same two things, the receipt is the same too.
         plan_told, stored_told, receipt = self._told.get(plan.key, (None, None, None))
         if receipt is None or plan_told is not plan or stored_told is not stored:
@@ -155,6 +164,10 @@ class Service:
             # Remembered as stored, and deleted by others: forgotten by now, so it is drawn.
             receipt, outcome = await self._fulfilled(order, fetched, whom, listener)
             return receipt, outcome.data or await self.stored_file(receipt)
+
+    async def check(self, order: Order) -> None:
+        """Raise what an order is refused for by itself, before anything it names is looked up."""
+        await self._resolved(order)
 
     async def settled(self, order: Order) -> tuple[Order, dict[str, bytes]]:
         """The order as it can be kept and fulfilled later, and the files at its addresses, unless it is stored.
@@ -196,10 +209,10 @@ class Service:
                 raise
             raise DeadlineExceeded(f"The picture was not stored within {timeout:g} seconds.") from error
         if outcome.scene is None or outcome.judged is None:
-            self._answered("cached")
+            self._account.answered("cached")
             return receipt_of_stored(plan, outcome.stored), outcome
         twin = shared or outcome.twin
-        self._answered("coalesced" if twin else "drawn")
+        self._account.answered("coalesced" if twin else "drawn")
         made = (outcome.stored, outcome.scene, outcome.judged, outcome.warnings, outcome.timings)
         return receipt_of_drawn(plan, *made, coalesced=twin), outcome
 
@@ -254,12 +267,17 @@ class Service:
     async def _effort(self, plan: Plan, fetched: Mapping[str, bytes], whom: For, audience: Audience) -> _Outcome:
         """Find the object or make it: exists? → decode → draw → encode → create."""
         started = time.perf_counter()
-        if (found := await self._find(plan)) is not None:
+        with self._tracing.span("look for it"):
+            found = await self._find(plan)
+        if found is not None:
             return _Outcome(found)
         await self._check_room()
-        scene = await self._scene(plan, fetched)
-        job = await asyncio.to_thread(self._drawing.fitted, scene.job)
-        judged, twin = await self._drawing.draw(job, whom, audience)
+        with self._tracing.span("compose"):
+            scene = await self._scene(plan, fetched)
+            job = await asyncio.to_thread(self._drawing.fitted, scene.job)
+        with self._tracing.span("draw", {"sds.model": job.model, "sds.steps": job.num_inference_steps}) as span:
+            judged, twin = await self._drawing.draw(job, whom, audience)
+            span.tell({f"sds.seconds.{stage}": seconds for stage, seconds in judged.timings.items()})
         timings = dict(judged.timings)
         warnings = [*scene.warnings, *judged.warnings]
         if job.prompt != scene.job.prompt:
@@ -267,12 +285,17 @@ class Service:
             warnings.append(Warned("prompt-shortened", f"{job.model} reads {limit} tokens; see prompt_used."))
         if judged.product.redecoded:
             warnings.append(Warned("redecoded", "The decoder overflowed and ran again in full precision."))
-        kept = await self._keeping.keep(plan, scene, judged, tuple(warnings), whom.caller.name)
+        with self._tracing.span("keep"):
+            kept = await self._keeping.keep(plan, scene, judged, tuple(warnings), whom.caller.name)
         timings.update(kept.timings, total=time.perf_counter() - started)
+        self._account.stored(timings)
+        for warned in (*judged.warnings, *(warnings[-1:] if judged.product.redecoded else ())):
+            self._account.guarded(warned.code)
         if not kept.won:
-            _log.info("another process stored this name first", key=plan.key)
+            _log.info("another process stored this name first", name=plan.key)
             return _Outcome(kept.stored)
-        _log.info("picture stored", key=plan.key, model=job.model, bytes=len(kept.data), **rounded(timings))
+        words = {"prompt": job.prompt} if self._log_prompts else {}
+        _log.info("picture stored", name=plan.key, model=job.model, bytes=len(kept.data), **words, **rounded(timings))
         return _Outcome(kept.stored, scene, judged, kept.data, twin, tuple(warnings), timings)
 
     async def _scene(self, plan: Plan, fetched: Mapping[str, bytes]) -> Scene:

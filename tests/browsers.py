@@ -1,25 +1,22 @@
-"""Chromium over a server of painted squares: pages that keep what their console said and whom they asked."""
+"""Chromium over a server with the embedded models: pages that keep what their console said and whom they asked."""
 
 from __future__ import annotations
 
-import sys
+import io
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
+import numpy as np
 import pytest
-from conftest import ROOT, Server, free_port, start_server
+from conftest import Server
 from fakes import until
+from numpy.typing import NDArray
+from PIL import Image
 
-CHROMIUM = Path("/usr/bin/chromium")
-_OPTIONS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync"
-).split()
-_PATIENCE = 30_000
+from scripts import visiting
 
 
 @dataclass
@@ -32,43 +29,55 @@ class Tab:
 
     def told(self, text: str) -> None:
         """Wait until a panel says this."""
-        self.page.locator(".sds-told:visible", has_text=text).first.wait_for(timeout=_PATIENCE)
+        self.page.locator(".sds-told:visible", has_text=text).first.wait_for()
+
+    def open(self, name: str) -> Any:
+        """Go to a tab; what is in it."""
+        return visiting.open_tab(self.page, name)
+
+    @property
+    def inside(self) -> Any:
+        """What is in the tab that is seen."""
+        return self.page.locator("[role=tabpanel]:visible")
+
+    @property
+    def picture(self) -> NDArray[np.int64]:
+        """The first picture of the gallery that is seen: height × width × 3, 0 to 255."""
+        source = self.inside.locator(".sds-gallery img").first.get_attribute("src")
+        with Image.open(io.BytesIO(httpx.get(source).content)) as opened:
+            return np.asarray(opened.convert("RGB")).astype(np.int64)
+
+    def was_quiet(self) -> None:
+        """Hold that the console told no error, and that nobody but the server was asked."""
+        assert (self.complaints, self.asked - {""}) == ([], {"127.0.0.1"})
 
 
 @pytest.fixture(scope="session")
-def painted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server process over painted squares, with its studio opened."""
-    port = free_port()
-    script = ROOT / "tests" / "painted_server.py"
-    running = start_server(tmp_path_factory.mktemp("painted"), port, sys.executable, str(script), PORT=str(port))
-    httpx.get(f"{running.url}/ui")
-    until(lambda: "gradio" in httpx.get(f"{running.url}/ui/").text, 120)
-    yield running
-    running.stop()
+def studio_server(server: Server) -> Server:
+    """The server with the embedded models, its studio opened."""
+    httpx.get(f"{server.url}/ui")
+    until(lambda: "gradio" in httpx.get(f"{server.url}/ui/", timeout=60).text, 120)
+    return server
 
 
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
     """Debian's browser, where there is one."""
-    if not CHROMIUM.exists():
+    if not visiting.CHROMIUM.exists():
         pytest.skip("chromium is not installed")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=_OPTIONS)
+    with visiting.chromium() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture
-def tab_of(chromium: Any, painted: Server) -> Iterator[Callable[..., Tab]]:
+def tab_of(chromium: Any, studio_server: Server) -> Iterator[Callable[..., Tab]]:
     """Open the studio in a page of its own."""
     contexts: list[Any] = []
 
-    def open_tab(url: str = painted.url, **options: Any) -> Tab:
-        contexts.append(chromium.new_context(**options))
+    def open_tab(url: str = studio_server.url, **options: Any) -> Tab:
+        contexts.append(chromium.new_context(**{**visiting.DESK, **options}))
         page = contexts[-1].new_page()
-        page.set_default_timeout(_PATIENCE)
+        page.set_default_timeout(visiting.PATIENCE)
         tab = Tab(page)
         page.on("request", lambda request: tab.asked.add(urlsplit(request.url).hostname or ""))
         page.on("pageerror", lambda error: tab.complaints.append(str(error)))
@@ -77,7 +86,7 @@ def tab_of(chromium: Any, painted: Server) -> Iterator[Callable[..., Tab]]:
             lambda message: tab.complaints.append(message.text) if message.type == "error" else None,
         )
         page.goto(f"{url}/ui/")
-        page.get_by_label("Prompt", exact=True).first.wait_for()
+        visiting.settle(page)
         return tab
 
     yield open_tab

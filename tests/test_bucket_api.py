@@ -29,6 +29,7 @@ def test_a_name_is_kept_as_it_is_below_the_bucket_path(name: str, key: str) -> N
     assert object_key("static/uploads", name) == key
 
 
+@pytest.mark.fault(6)
 @pytest.mark.parametrize(
     "name",
     [
@@ -43,6 +44,7 @@ def test_a_name_that_climbs_or_hides_is_refused(name: str) -> None:
     assert refused.value.field == "save_path"
 
 
+@pytest.mark.fault(47)
 @pytest.mark.parametrize("letter", ["a", "é"])
 def test_the_longest_key_is_taken_and_one_byte_more_is_not(letter: str) -> None:
     """The bound counts bytes of the whole key, its path included."""

@@ -128,6 +128,7 @@ def bring_to(studio: Studio, stage: str, ending: str) -> Victim:
     return victim
 
 
+@pytest.mark.fault(62)
 @pytest.mark.parametrize("ending", ENDINGS)
 @pytest.mark.parametrize("stage", STAGES)
 def test_an_order_that_is_ended_frees_its_place_within_a_step(studio: Studio, stage: str, ending: str) -> None:

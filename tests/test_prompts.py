@@ -46,6 +46,7 @@ def test_the_result_always_fits_and_only_loses_words(prompt: str, limit: int) ->
     assert all(word in words for word in shorter.split())
 
 
+@pytest.mark.fault(5)
 @pytest.mark.parametrize(
     ("given_prompt", "cleaned"),
     [
@@ -63,6 +64,7 @@ def test_what_cannot_be_seen_is_removed(given_prompt: str, cleaned: str) -> None
     assert clean(given_prompt) == cleaned
 
 
+@pytest.mark.fault(5)
 def test_a_lone_surrogate_is_refused() -> None:
     """Half a character is no text."""
     with pytest.raises(ValueError, match="surrogate"):

@@ -180,6 +180,7 @@ def test_a_name_that_tells_the_content_keeps_its_folder() -> None:
         resolve(replace(order, save_path="a/b/"), OPTIONS)
 
 
+@pytest.mark.fault(12)
 @pytest.mark.parametrize(
     ("model", "steps", "strength", "taken"),
     [("sdxl", 4, 0.25, True), ("sdxl", 4, 0.24, False), ("flux", 4, 0.24, True), ("flux", 4, 0.0, False)],

@@ -86,13 +86,14 @@ def test_the_picture_shows_the_colours_of_its_prompt(
     assert colours_of(answer.content) == (colour, background)
 
 
-def test_fifty_identical_requests_at_once_are_one_generation(server: Server) -> None:
-    """Counted by the engine itself: one picture drawn, fifty equal answers."""
+@pytest.mark.fault(60)
+def test_a_hundred_identical_requests_at_once_are_one_generation(server: Server) -> None:
+    """Counted by the engine itself: one picture drawn, a hundred equal answers."""
     before = metric(server, 'sds_jobs_total{outcome="done"}')
     asked = {"prompt": "a purple heart on a white background", "num_inference_steps": 8, **NATIVE}
-    with ThreadPoolExecutor(50) as pool:
+    with ThreadPoolExecutor(100) as pool:
         answers = list(
-            pool.map(lambda _: httpx.get(f"{server.url}{CREATE}", params=asked, timeout=120).json(), range(50))
+            pool.map(lambda _: httpx.get(f"{server.url}{CREATE}", params=asked, timeout=120).json(), range(100))
         )
     assert metric(server, 'sds_jobs_total{outcome="done"}') - before == 1
     assert len({(answer["path"], answer["seed"]) for answer in answers}) == 1
@@ -124,6 +125,26 @@ def test_sixteen_different_requests_at_once_each_get_their_own_picture(server: S
     assert drawn == wanted
     assert healthy
     assert set(healthy) == {200}
+
+
+@pytest.mark.fault(64)
+def test_a_picture_drawn_alone_is_the_same_before_and_after_a_crowd(server: Server) -> None:
+    """The short form of the soak: a fixed order, thirty others of every size and model at once, the order again."""
+
+    def probe(model: str) -> bytes:
+        asked = {"prompt": "a red circle on a blue background", "seed": 7, "model": model, "format": "png"}
+        drawn = httpx.get(f"{server.url}{CREATE}", params={**asked, "overwrite": True, **NATIVE}, timeout=120)
+        return np.asarray(Image.open(io.BytesIO(httpx.get(drawn.json()["path"]).content))).tobytes()
+
+    def other(n: int) -> int:
+        asked = {"prompt": f"a green star {n}", "model": ("sdxl", "flux")[n % 2], "num_inference_steps": 2 + n % 4}
+        size = {"width": 64 + 32 * (n % 5), "height": 64 + 32 * (n % 3)}
+        return httpx.get(f"{server.url}{CREATE}", params={**asked, **size}, timeout=120).status_code
+
+    before = [probe(model) for model in ("sdxl", "flux")]
+    with ThreadPoolExecutor(30) as pool:
+        assert set(pool.map(other, range(30))) == {200}
+    assert [probe(model) for model in ("sdxl", "flux")] == before
 
 
 def test_a_client_that_hangs_up_frees_the_device(server: Server) -> None:

@@ -101,6 +101,7 @@ def shared(request: pytest.FixtureRequest, s3_server: StorageServer, gcs_server:
     return Shared({**settings, "STORAGE_EMULATOR_HOST": gcs_server.url}, base, objects)
 
 
+@pytest.mark.fault(41)
 def test_two_servers_share_a_bucket(serving: Callable[..., Server], shared: Shared) -> None:
     """First, cached and foreign answers give one URL that gives the picture; 20 orders sent to both are 20 objects."""
     with ThreadPoolExecutor(2) as starters:
@@ -126,6 +127,7 @@ def test_two_servers_share_a_bucket(serving: Callable[..., Server], shared: Shar
     assert not list((one.folder / "data" / "spool").iterdir())
 
 
+@pytest.mark.fault(44)
 def test_an_outage_loses_no_picture(serving: Callable[..., Server], tmp_path: Path) -> None:
     """Storage gone: ten pictures answered all the same. Server killed, storage back: all ten in the bucket."""
     storage = start_s3(tmp_path)

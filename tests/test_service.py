@@ -100,13 +100,14 @@ async def test_equal_orders_without_a_name_meet(rooms_of: Callable[..., Rooms]) 
     assert rooms.drawn == 2
 
 
-async def test_fifty_identical_orders_at_once_are_one_generation(rooms_of: Callable[..., Rooms]) -> None:
-    """One picture drawn, one object stored, fifty equal answers, forty-nine of them told that they shared."""
+@pytest.mark.fault(60)
+async def test_a_hundred_identical_orders_at_once_are_one_generation(rooms_of: Callable[..., Rooms]) -> None:
+    """One picture drawn, one object stored, a hundred equal answers, ninety-nine of them told that they shared."""
     rooms = rooms_of(PaintedSquares(seconds_per_step=0.01))
-    receipts = await asyncio.gather(*(rooms.service.fulfil(order()) for _ in range(50)))
+    receipts = await asyncio.gather(*(rooms.service.fulfil(order()) for _ in range(100)))
     assert rooms.drawn == 1
     assert len({(receipt.key, receipt.seed) for receipt in receipts}) == 1
-    assert sum(receipt.coalesced or receipt.cached for receipt in receipts) == 49
+    assert sum(receipt.coalesced or receipt.cached for receipt in receipts) == 99
 
 
 async def test_everyone_who_shares_a_picture_is_told_how_far_it_is(rooms_of: Callable[..., Rooms]) -> None:
@@ -172,6 +173,7 @@ async def test_overwrite_draws_again_under_the_same_name(rooms_of: Callable[...,
     assert (again.cached, again.seed, again.warnings) == (True, receipt.seed, receipt.warnings)
 
 
+@pytest.mark.fault(41)
 async def test_two_processes_store_one_object(rooms_of: Callable[..., Rooms]) -> None:
     """Without a shared memory the bucket decides: both draw, one stores, both answer with the stored one."""
     rooms = rooms_of(PaintedSquares(gate=threading.Event()))
@@ -328,6 +330,7 @@ async def test_a_deadline_ends_the_wait_and_the_job(rooms_of: Callable[..., Room
     assert rooms.drawn == 0
 
 
+@pytest.mark.fault(44)
 async def test_a_storage_that_fails_is_told_as_such(rooms_of: Callable[..., Rooms], tmp_path: Path) -> None:
     """A folder that has become a file is a 503 of the storage, not an unknown error."""
     rooms = rooms_of()
@@ -351,6 +354,7 @@ async def test_a_prompt_that_is_too_long_is_shortened_and_told(rooms_of: Callabl
     assert "prompt-shortened" in {warning.code for warning in receipt.warnings}
 
 
+@pytest.mark.fault(10)
 def test_the_seed_comes_from_the_order() -> None:
     """The same order has the same seed, another order another, and a given one is taken."""
     seeds = [resolve(asked, OPTIONS).seed for asked in (order(), order(), order("another"), order(seed=5))]
@@ -403,6 +407,7 @@ def test_what_cannot_be_done_is_refused_by_name(more: dict[str, Any], field: str
     assert refused.value.field == field
 
 
+@pytest.mark.fault(7, 8, 9, 10)
 @pytest.mark.parametrize(("name", "low", "high"), [(name, *bounds) for name, bounds in Limits().bounds().items()])
 def test_every_bound_holds_on_both_sides_of_its_edge(name: str, low: float, high: float) -> None:
     """At the edge a value is taken, one step beyond it is refused and named; so are NaN and infinity."""
@@ -416,6 +421,7 @@ def test_every_bound_holds_on_both_sides_of_its_edge(name: str, low: float, high
         assert refused.value.field == name
 
 
+@pytest.mark.fault(4)
 def test_the_longest_prompt_is_taken_and_one_character_more_is_not() -> None:
     """For the prompt and the negative prompt alike."""
     limits = Limits(max_prompt_characters=10)

@@ -98,6 +98,7 @@ def test_while_the_storage_is_up_nothing_stays_on_the_disk(
     assert files(tmp_path) == []
 
 
+@pytest.mark.fault(44)
 def test_while_the_storage_is_down_the_picture_is_kept_and_then_brought(
     made: Callable[..., tuple[Spooling, Switched]], tmp_path: Path
 ) -> None:
@@ -119,6 +120,7 @@ def test_while_the_storage_is_down_the_picture_is_kept_and_then_brought(
     assert store.read("k") == b"data"
 
 
+@pytest.mark.fault(44)
 def test_what_is_spooled_survives_a_restart(made: Callable[..., tuple[Spooling, Switched]], tmp_path: Path) -> None:
     """Ten pictures, the process gone, the storage back: all ten are brought by the next one."""
     bucket, store = made()

@@ -72,6 +72,7 @@ def test_a_program_that_dies_or_asks_for_it_is_started_again(tmp_path: Path, end
     assert "started again" in watched.log.read_text()
 
 
+@pytest.mark.fault(56)
 def test_a_program_that_keeps_dying_is_given_up(tmp_path: Path) -> None:
     """Five more starts with longer and longer waits, then its own status."""
     watched = Watched(tmp_path, "sys.exit(3)")
@@ -81,6 +82,7 @@ def test_a_program_that_keeps_dying_is_given_up(tmp_path: Path) -> None:
     assert "giving up" in watched.log.read_text()
 
 
+@pytest.mark.fault(55)
 def test_a_hang_with_work_in_hand_is_ended(tmp_path: Path) -> None:
     """No sign of life for HANG_SECONDS with a picture under way: killed, with its children, and started again."""
     watched = Watched(

@@ -43,6 +43,7 @@ async def _ours(request: Request, error: Exception) -> JSONResponse:
         _log.error("request failed", kind=error.kind, detail=error.detail, exc_info=error)
     elif error.status > HTTPStatus.INTERNAL_SERVER_ERROR:
         _log.warning("request failed", kind=error.kind, detail=error.detail)
+    request.scope["state"]["reason"] = error.kind
     return refusal(error, request.url.path, request_id_of(request))
 
 
@@ -53,6 +54,7 @@ async def _frameworks(request: Request, error: Exception) -> JSONResponse:
     headers = dict(error.headers or {})
     if status is HTTPStatus.METHOD_NOT_ALLOWED:
         headers["Allow"] = ", ".join(sorted(_methods_at(request)))
+    request.scope["state"]["reason"] = status.phrase.lower().replace(" ", "-")
     return frameworks_refusal(status, str(error.detail), request.url.path, request_id_of(request), headers)
 
 

@@ -16,8 +16,14 @@ from stable_diffusion_server.shelf import Shelf
 
 _MOST, _USUAL = 200, 50
 _NUMBER_MAX = 2**63 - 1
+_LENGTHS = {"q": 1000, "model": 100}
 _PARAMETERS = {
-    "q": {"type": "string", "description": "Words the prompt holds, in any letter case.", "maxLength": 1000},
+    "q": {"type": "string", "description": "Words the prompt holds, in any letter case.", "maxLength": _LENGTHS["q"]},
+    "model": {
+        "type": "string",
+        "description": "Name of the model that drew them, as `/v1/models` has it.",
+        "maxLength": _LENGTHS["model"],
+    },
     "limit": {"type": "integer", "description": "Most pictures.", "minimum": 1, "maximum": _MOST, "default": _USUAL},
     "before": {"type": "integer", "description": "The `next` of an answer: goes on behind it.", "minimum": 1},
 }
@@ -54,8 +60,11 @@ def router(shelf: Shelf, url_of: Callable[[Request, str], str]) -> APIRouter:
 def _wanted(request: Request) -> Wanted:
     given = request.query_params
     faults = [(name[:100], f"{name[:100]} is not a parameter here.") for name in given if name not in _PARAMETERS]
-    if len(given.get("q", "")) > int(str(_PARAMETERS["q"]["maxLength"])):
-        faults.append(("q", "q must not be longer than 1000 characters."))
+    faults += [
+        (name, f"{name} must not be longer than {most} characters.")
+        for name, most in _LENGTHS.items()
+        if len(given.get(name, "")) > most
+    ]
     numbers: dict[str, int] = {}
     for name, most in (("limit", _MOST), ("before", _NUMBER_MAX)):
         if (text := given.get(name)) is not None:
@@ -65,7 +74,12 @@ def _wanted(request: Request) -> Wanted:
                 numbers[name] = int(text)
     if faults:
         raise InvalidInput.of(faults)
-    return Wanted(words=given.get("q", ""), before=numbers.get("before"), limit=numbers.get("limit", _USUAL))
+    return Wanted(
+        words=given.get("q", ""),
+        model=given.get("model", ""),
+        before=numbers.get("before"),
+        limit=numbers.get("limit", _USUAL),
+    )
 
 
 def _shown(entry: Entry) -> dict[str, object]:

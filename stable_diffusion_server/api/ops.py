@@ -33,6 +33,6 @@ def router(
 
     @routes.get("/metrics", operation_id="metrics", summary="Figures in Prometheus's text format")
     async def metrics() -> Response:
-        return Response(exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(await run_in_threadpool(exposition), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     return routes

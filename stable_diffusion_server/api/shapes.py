@@ -10,6 +10,8 @@ from fastapi.responses import JSONResponse
 from stable_diffusion_server.errors import ServerError
 
 _PROBLEM = "application/problem+json"
+# Seconds after which to come back where an error that passes does not say so itself.
+_SOON = 5
 # What OpenAI's clients look at: the type by status, where it is not that of a request that is at fault.
 _OPENAI_TYPES = {
     HTTPStatus.UNAUTHORIZED: "authentication_error",
@@ -26,8 +28,9 @@ _OPENAI_CODES = {
 def refusal(error: ServerError, path: str, request_id: str) -> JSONResponse:
     """The answer that tells one of our errors at a path, with `Retry-After` where coming back can help."""
     headers: dict[str, str] = {}
-    if error.retry_after is not None:
-        headers["Retry-After"] = str(error.retry_after)
+    passes = error.retry_can_help and error.status == HTTPStatus.SERVICE_UNAVAILABLE
+    if (wait := _SOON if error.retry_after is None and passes else error.retry_after) is not None:
+        headers["Retry-After"] = str(wait)
     if error.status == HTTPStatus.UNAUTHORIZED:
         headers["WWW-Authenticate"] = "Bearer"
     return _answer({**problem_body(error), "request_id": request_id}, path, error.kind, headers)

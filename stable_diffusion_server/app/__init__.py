@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
@@ -14,13 +13,16 @@ from stable_diffusion_server import __version__
 from stable_diffusion_server.api import handlers, ops
 from stable_diffusion_server.app.doors import add_doors, add_middleware, add_replay
 from stable_diffusion_server.app.drawing import Loaded, Models, build_engine, build_readers, options_of
+from stable_diffusion_server.app.figures import show
+from stable_diffusion_server.app.fulfilling import build_service
 from stable_diffusion_server.app.jobs import build_jobs
 from stable_diffusion_server.app.stopping import drained_by_signals, leave_soon
 from stable_diffusion_server.app.storage import Stores
 from stable_diffusion_server.app.studio import add_studio
 from stable_diffusion_server.engine import Phase
-from stable_diffusion_server.observability import configure_logging
-from stable_diffusion_server.service import Service
+from stable_diffusion_server.observability.logs import configure_logging
+from stable_diffusion_server.observability.metrics import Metrics
+from stable_diffusion_server.observability.tracing import Tracing
 from stable_diffusion_server.settings import Settings
 
 _log = structlog.get_logger(__name__)
@@ -45,28 +47,25 @@ def create_app(
         """What keeps the server from drawing, in sentences; what was at fault before is looked at again."""
         if faults:
             stores.open(faults)
-        reasons = [*faults.values(), *filter(None, [bucket.fault()])]
+        reasons = [*faults.values(), *filter(None, [stores.bucket.fault()])]
         return [*reasons, engine.reason] if engine.phase is not Phase.READY else reasons
 
-    def ready() -> None:
-        if not missing():
-            announce()
+    def ready() -> object:
+        return missing() or announce()
 
-    engine, metrics = build_engine(settings, loaded, load, ready, poisoned)
+    metrics, tracing = Metrics(), Tracing(settings.otel_exporter_otlp_endpoint, __version__)
+    engine = build_engine(settings, loaded, load, metrics, ready, poisoned)
     stores = Stores(settings, metrics)
-    bucket = stores.bucket
     options = options_of(settings, loaded)
-    fetcher, decoder = build_readers(settings)
-    fetch, decode, known, record = fetcher.fetch, decoder.decode, stores.known, stores.history.record
-    answered, count = metrics.answered, loaded.count_tokens
-    service = Service(bucket, engine, count, options, answered, fetch=fetch, decode=decode, known=known, record=record)
+    fetcher, decoder = readers = build_readers(settings)
+    service = build_service(settings, engine, loaded, options, stores, readers, metrics, tracing)
     jobs = build_jobs(settings, service, stores)
+    show(metrics, __version__, engine, jobs, stores, loaded, missing)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         configure_logging(settings.log_level, settings.log_format)
-        # Its lines hold query strings, and so prompts; Gate logs requests instead.
-        logging.getLogger("uvicorn.access").disabled = True
+        tracing.open()
         await asyncio.to_thread(stores.open, faults)
         engine.start()
         await jobs.start()
@@ -79,14 +78,15 @@ def create_app(
         fetcher.close()
         await decoder.close()
         await asyncio.to_thread(stores.close)
+        await asyncio.to_thread(tracing.close)
 
     app = FastAPI(title=_TITLE, version=__version__, summary=_SUMMARY, lifespan=lifespan, docs_url=None, redoc_url=None)
     # For what runs this app in its own way (deploy/): how much work there is, and whether it can be done.
     app.state.engine, app.state.jobs = engine, jobs
     handlers.install(app)
-    add_middleware(app, settings)
+    add_middleware(app, settings, metrics, tracing)
     add_doors(app, settings, service, jobs, stores, options)
-    add_replay(app, service, stores, options, decode)
+    add_replay(app, service, stores, options, decoder.decode)
     studio = add_studio(app, settings)
     app.include_router(ops.router(missing, metrics.exposition, loaded.told))
     return app

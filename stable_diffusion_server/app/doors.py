@@ -21,6 +21,8 @@ from stable_diffusion_server.api.security.policy import Policy, allowed_host_nam
 from stable_diffusion_server.api.security.proxies import Proxies
 from stable_diffusion_server.app.storage import Stores
 from stable_diffusion_server.jobs.desk import Jobs
+from stable_diffusion_server.observability.metrics import Metrics
+from stable_diffusion_server.observability.tracing import Tracing
 from stable_diffusion_server.orders import Caller
 from stable_diffusion_server.replaying import Replays
 from stable_diffusion_server.resolving import Options
@@ -28,7 +30,7 @@ from stable_diffusion_server.service import Decode, Service
 from stable_diffusion_server.settings import Settings
 
 
-def add_middleware(app: FastAPI, settings: Settings) -> None:
+def add_middleware(app: FastAPI, settings: Settings, metrics: Metrics, tracing: Tracing) -> None:
     """What every request passes, the last added first: CORS (refusals need its headers), gate, count of bytes."""
     policy = Policy(
         hosts=allowed_host_names(settings.host, settings.allowed_hosts, settings.public_base_url),
@@ -42,7 +44,7 @@ def add_middleware(app: FastAPI, settings: Settings) -> None:
     )
     proxies = Proxies(tuple(ip_network(entry) for entry in settings.trusted_proxies))
     app.add_middleware(BodyLimit, policy=policy)
-    app.add_middleware(Gate, policy=policy, proxies=proxies)
+    app.add_middleware(Gate, policy=policy, proxies=proxies, visited=metrics.visited, tracing=tracing)
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,

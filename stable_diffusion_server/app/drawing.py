@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from time import perf_counter
 from types import MappingProxyType
@@ -16,7 +16,9 @@ from stable_diffusion_server.errors import NotReady, WeightsUnusable
 from stable_diffusion_server.fetching.fetcher import Bounds, Fetcher
 from stable_diffusion_server.fetching.targets import Allowance
 from stable_diffusion_server.limits import Limits
-from stable_diffusion_server.observability import ConsoleProgress, Heartbeat, Metrics, ShapeFigures, each
+from stable_diffusion_server.observability.metrics import Metrics
+from stable_diffusion_server.observability.progress import ConsoleProgress, Heartbeat, each
+from stable_diffusion_server.picture_formats import ALWAYS
 from stable_diffusion_server.pipelines.adapters import digest_of, find, names_in
 from stable_diffusion_server.pipelines.catalog import (
     MODELS,
@@ -44,11 +46,13 @@ class Loaded:
     """The models that draw: what is known of them before, and they themselves once the engine's thread has them.
 
     `facts` are those of the models the settings ask for; where the device cannot hold one, the facts of the one that
-    is loaded instead take their place. `fault` says why there can be no model at all.
+    is loaded instead take their place. `fault` says why there can be no model at all, `usual` which model draws what
+    names none.
     """
 
     facts: dict[str, ModelFacts]
     fault: WeightsUnusable | None = None
+    usual: str = "sdxl"
     models: Models | None = None
 
     @classmethod
@@ -59,9 +63,10 @@ class Loaded:
         try:
             chosen = choose_models(settings.models, present)
         except WeightsUnusable as error:
-            return cls(dict(MODELS), error)
+            return cls(dict(MODELS), error, settings.text_to_image_model)
         lcm = with_lcm if settings.load_lcm_lora else lambda facts: facts
-        return cls({name: with_quantization(lcm(facts), settings.quantize) for name, facts in chosen.items()})
+        drawing = {name: with_quantization(lcm(facts), settings.quantize) for name, facts in chosen.items()}
+        return cls(drawing, usual=settings.text_to_image_model)
 
     def count_tokens(self, model: str, prompt: str) -> int:
         """Length of a prompt in a model's tokens. Raises `NotReady` until the models are loaded."""
@@ -70,8 +75,35 @@ class Loaded:
         return self.models.count_tokens(model, prompt)
 
     def told(self) -> list[dict[str, object]]:
-        """What is loaded, for people: name, folder, revision, device, placement, bytes and adapters of each model."""
-        return [asdict(model) for model in getattr(self.models, "loaded", ())]
+        """What is loaded, for people: name, folder, revision, device, placement, bytes and adapters of each model.
+
+        And what it does where an order leaves it open: whether it is taken, its steps, guidance and native pixels.
+        """
+        usual = self.usual if self.usual in self.facts else next(iter(self.facts), "")
+        return [
+            {**asdict(model), "usual": model.name == usual, **_habits(self.facts[model.name])}
+            for model in getattr(self.models, "loaded", ())
+        ]
+
+    def memory(self) -> Mapping[str, Mapping[str, int]]:
+        """Bytes of memory by device and kind; nothing before the models are loaded."""
+        read: Callable[[], Mapping[str, Mapping[str, int]]] = getattr(self.models, "memory", dict)
+        return read()
+
+    def prompt_caches(self) -> Mapping[str, int]:
+        """Bytes of encoded prompts that are kept, by model."""
+        read: Callable[[], Mapping[str, int]] = getattr(self.models, "prompt_caches", dict)
+        return read()
+
+
+def _habits(facts: ModelFacts) -> dict[str, object]:
+    return {
+        "default_steps": facts.default_steps,
+        "default_guidance": facts.default_guidance,
+        "native_pixels": facts.native_pixels,
+        "takes_negative_prompt": facts.takes_negative_prompt,
+        "takes_guidance": facts.takes_guidance,
+    }
 
 
 def load_models(settings: Settings, loaded: Loaded) -> Models:
@@ -105,10 +137,11 @@ def build_engine(
     settings: Settings,
     loaded: Loaded,
     load: Callable[[Settings], Models] | None,
+    metrics: Metrics,
     ready: Callable[[], object],
     poisoned: Callable[[], object],
-) -> tuple[Engine[Any, Any], Metrics]:
-    """The engine and the observers of its events, not started."""
+) -> Engine[Any, Any]:
+    """The engine with the observers of its events, not started."""
 
     def load_and_tell() -> Models:
         started = perf_counter()
@@ -116,10 +149,6 @@ def build_engine(
         _log.info("models loaded", seconds=round(perf_counter() - started, 1))
         return loaded.models
 
-    def shapes() -> list[ShapeFigures]:
-        return [(figure.label, figure.cap, figure.step_seconds) for figure in engine.figures()]
-
-    metrics = Metrics(lambda: engine.waiting, lambda: engine.running, shapes)
     observers = (
         metrics.observe,
         ConsoleProgress().observe,
@@ -135,7 +164,7 @@ def build_engine(
         ready=ready,
         poisoned=poisoned,
     )
-    return engine, metrics
+    return engine
 
 
 def options_of(settings: Settings, loaded: Loaded) -> Options:
@@ -161,9 +190,11 @@ def options_of(settings: Settings, loaded: Loaded) -> Options:
 
 def build_readers(settings: Settings) -> tuple[Fetcher, Decoder]:
     """What turns URLs into bytes, and bytes into pixels; nothing is started before the first picture."""
+    formats = (*ALWAYS, *(name.upper() for name in settings.extra_image_formats))
     fetcher = Fetcher(
         Bounds(max_bytes=settings.max_image_bytes, total=settings.fetch_timeout),
         [Allowance.parse(entry) for entry in settings.fetch_allow],
+        formats=formats,
     )
     decoder = Decoder(
         max_bytes=settings.max_image_bytes,
@@ -171,5 +202,6 @@ def build_readers(settings: Settings) -> tuple[Fetcher, Decoder]:
         max_side=settings.max_image_side,
         processes=settings.decode_processes,
         seconds=settings.decode_timeout,
+        formats=formats,
     )
     return fetcher, decoder

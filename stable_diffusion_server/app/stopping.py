@@ -12,6 +12,9 @@ from types import FrameType
 
 # What a process exits with whose device can only be used again by another one.
 POISONED = 86
+# A signal that comes twice within so many seconds is one: systemd and `docker compose` tell every process, and the
+# watchdog passes on its own.
+_SAME_SIGNAL_SECONDS = 0.5
 # For the answers under way, which tell their callers to come back.
 _LAST_WORDS_SECONDS = 1.0
 
@@ -39,13 +42,16 @@ def drained_by_signals(*drains: Callable[[], object]) -> Iterator[None]:
         yield  # a test's event loop: signals are not its business
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    stopping = False
+    stopping_since: float | None = None
 
     def drain(number: int, frame: FrameType | None) -> None:
-        nonlocal stopping
-        if stopping:
-            os._exit(128 + number)  # what was accepted is in the journal
-        stopping = True
+        nonlocal stopping_since
+        now = time.monotonic()
+        if stopping_since is not None:
+            if now - stopping_since > _SAME_SIGNAL_SECONDS:
+                os._exit(128 + number)  # what was accepted is in the journal
+            return
+        stopping_since = now
         for call in drains:
             # On a thread of its own: a handler may interrupt the holder of the very lock it needs.
             threading.Thread(target=call, name="drain").start()

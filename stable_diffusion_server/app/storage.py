@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import structlog
 from fastapi import Request
 
@@ -10,7 +12,7 @@ from stable_diffusion_server.buckets.local import LocalBucket
 from stable_diffusion_server.errors import ServerError
 from stable_diffusion_server.history.index import Index
 from stable_diffusion_server.history.recorder import Recorder
-from stable_diffusion_server.observability import Metrics
+from stable_diffusion_server.observability.metrics import Metrics
 from stable_diffusion_server.orders import Stored
 from stable_diffusion_server.settings import Settings
 from stable_diffusion_server.shelf import Shelf
@@ -18,6 +20,7 @@ from stable_diffusion_server.signing import Signer
 from stable_diffusion_server.spool.files import Spool
 from stable_diffusion_server.spool.remembering import Remembering
 from stable_diffusion_server.spool.spooling import Spooling
+from stable_diffusion_server.spool.timing import Timed
 
 _log = structlog.get_logger(__name__)
 
@@ -25,24 +28,23 @@ _log = structlog.get_logger(__name__)
 class Stores:
     """The bucket with what stands before it, the history beside it, and how a key becomes a URL. Opens nothing yet.
 
-    `metrics` are to show what waits for the storage.
+    `metrics` are told of the calls to a bucket elsewhere.
     """
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self._settings = settings
-        self.bucket = _bucket_of(settings)
+        self.bucket = _bucket_of(settings, metrics)
         self.folder = f"{settings.bucket_path.strip('/')}/".lstrip("/")
         self.signer = _signer_of(settings)
         self.history = _history_of(settings)
         self.shelf = Shelf(self.bucket, self.history, self.folder)
-        if isinstance(self.bucket, Remembering):
-            metrics.follow_storage(self.bucket.figures)
 
     def open(self, faults: dict[str, str]) -> None:
         """Make everything ready; what cannot be is kept in `faults` for `/readyz`, and the rest is served."""
         faults.clear()
         try:
-            self._settings.data_dir.mkdir(parents=True, exist_ok=True)
+            # Prompts, pictures that wait and the key that signs: nobody else on this machine reads them.
+            self._settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
             faults["data"] = f"DATA_DIR cannot be used ({error.strerror})."
         for name, part in (("bucket", self.bucket), ("signer", self.signer)):
@@ -63,6 +65,10 @@ class Stores:
     def known(self, key: str) -> Stored | None:
         """What is known of a key without asking anyone."""
         return self.bucket.known(key) if isinstance(self.bucket, Remembering | LocalBucket) else None
+
+    def waiting(self) -> Mapping[str, float]:
+        """What waits for the storage, see `Spooling.figures`; nothing ever does before a folder."""
+        return self.bucket.figures() if isinstance(self.bucket, Remembering) else {}
 
     def base_of(self, request: Request) -> str:
         """Where this server is: PUBLIC_BASE_URL, where that is not the bucket's, else where a trusted proxy is.
@@ -91,13 +97,14 @@ class Stores:
         return f"{base}/files/{url_path(key)}{signed}"
 
 
-def _bucket_of(settings: Settings) -> Bucket:
+def _bucket_of(settings: Settings, metrics: Metrics) -> Bucket:
     """The bucket of the settings; one that is elsewhere has a spool before it, and a memory of what it holds."""
     bucket = open_bucket(StorageOptions.of(settings))
     if isinstance(bucket, LocalBucket):
         return bucket
     spool = Spool(settings.data_dir / "spool", settings.spool_bytes)
-    return Remembering(Spooling(bucket, spool, settings.storage_timeout), settings.known_keys, settings.known_seconds)
+    spooling = Spooling(Timed(bucket, metrics.called), spool, settings.storage_timeout)
+    return Remembering(spooling, settings.known_keys, settings.known_seconds)
 
 
 def _history_of(settings: Settings) -> Recorder:

@@ -13,7 +13,7 @@ from stable_diffusion_server.engine.news import News
 from stable_diffusion_server.engine.paces import Paces
 from stable_diffusion_server.engine.ticket import Seat, Ticket
 from stable_diffusion_server.engine.waiting import WaitingLine
-from stable_diffusion_server.errors import DevicePoisoned, NotFinite, NotReady, ServerError
+from stable_diffusion_server.errors import DevicePoisoned, NotFinite, NotReady, ServerError, WeightsUnusable
 from stable_diffusion_server.orders import EventKind
 
 # So many results in a row that are not finite are no fault of the jobs any more.
@@ -91,8 +91,8 @@ class Desk(Generic[S, P]):
                     self.line.add(seat.ticket)
             self.changed.notify_all()
 
-    def draw_again(self, tickets: Iterable[Ticket[P]]) -> None:
-        """Let jobs begin anew, before all others: a job is a value."""
+    def draw_again(self, tickets: Iterable[Ticket[P]], error: Exception) -> None:
+        """Let jobs begin anew after an error, before all others: a job is a value."""
         with self.changed:
             wanted = []
             for ticket in tickets:
@@ -100,6 +100,7 @@ class Desk(Generic[S, P]):
                 ticket.seat = None
                 if not ticket.settled:
                     wanted.append(ticket)
+                    self.news.tell(EventKind.AGAIN, ticket, cause=_kind_of(error))
                 elif ticket.result.cancelled():
                     self.news.tell(EventKind.CANCELLED, ticket)
             self.line.add_again(wanted)
@@ -141,7 +142,7 @@ class Desk(Generic[S, P]):
         """Answer a job with an error. Raises `DevicePoisoned` when it is one of too many that are not finite."""
         self.leave(ticket)
         if ticket.fail(error):
-            self.news.tell(EventKind.FAILED, ticket)
+            self.news.tell(EventKind.FAILED, ticket, cause=_kind_of(error))
         elif ticket.result.cancelled():
             self.news.tell(EventKind.CANCELLED, ticket)
         if isinstance(error, NotFinite):
@@ -161,14 +162,18 @@ class Desk(Generic[S, P]):
             for ticket in [*waiting, *(self.drawn if running else ())]:
                 error = lost if lost is not None and ticket in self.drawn else NotReady(self.reason, retry_after=5)
                 if ticket.fail(error):
-                    self.news.tell(EventKind.FAILED, ticket)
+                    self.news.tell(EventKind.FAILED, ticket, cause=_kind_of(error))
             if self.phase is Phase.FAILED:
                 self.drawn.clear()
 
     def give_up(self, error: BaseException, reason: str) -> None:
         """No more pictures will come: say so, fail everyone, and have a poisoned process replaced."""
-        _log.error("the engine has stopped", exc_info=error)
-        self.enter(Phase.FAILED, error.detail if isinstance(error, ServerError) else reason)
+        told = error.detail if isinstance(error, ServerError) else reason
+        # Unusable weights are told in a sentence; where the code stood when it met them helps nobody.
+        _log.error(
+            "the engine has stopped", reason=told, exc_info=None if isinstance(error, WeightsUnusable) else error
+        )
+        self.enter(Phase.FAILED, told)
         poisoned = isinstance(error, DevicePoisoned)
         self.dismiss(running=True, lost=DevicePoisoned(self.reason, retry_after=5) if poisoned else None)
         if poisoned:
@@ -186,3 +191,8 @@ class Desk(Generic[S, P]):
         etas = self.etas() if moved else []
         for number in moved:
             self.news.tell_position(order[number - 1], number, etas[number - 1])
+
+
+def _kind_of(error: Exception) -> str:
+    """The kind of one of our errors; all others are of one kind."""
+    return error.kind if isinstance(error, ServerError) else ServerError.kind

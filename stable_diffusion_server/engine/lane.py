@@ -163,7 +163,8 @@ class Lane(Generic[S, P]):
 
     def _tell_step(self, seat: Seat[S, P], size: int) -> None:
         left = self._desk.paces.seconds_for(seat.ticket.job, seat.steps_left, size)
-        self._desk.news.tell(EventKind.STEP, seat.ticket, seat.state, eta_seconds=left, preview=self._previews.of(seat))
+        preview = self._previews.of(seat)
+        self._desk.news.tell(EventKind.STEP, seat.ticket, seat.state, eta_seconds=left, preview=preview, together=size)
 
     def _step_failed(self, seats: list[Seat[S, P]], error: Exception) -> None:
         """A lone job fails; a group is drawn again one by one, since a job is a value and one may be the culprit."""
@@ -173,7 +174,7 @@ class Lane(Generic[S, P]):
         _log.warning("a step of a group failed; its jobs are drawn one by one", exc_info=error)
         for seat in seats:
             seat.ticket.alone = True
-        self._desk.draw_again(seat.ticket for seat in seats)
+        self._desk.draw_again((seat.ticket for seat in seats), error)
 
     def _out_of_memory(self, tickets: list[Ticket[P]], size: int, error: OutOfMemory) -> None:
         """Begin anew in groups half as large; one that is alone, with less memory for what is around it."""
@@ -185,7 +186,7 @@ class Lane(Generic[S, P]):
         given_up = [ticket for ticket in tickets if not again or ticket.attempts >= ATTEMPTS]
         for ticket in given_up:
             self._desk.fail(ticket, error)
-        self._desk.draw_again(ticket for ticket in tickets if ticket not in given_up)
+        self._desk.draw_again((ticket for ticket in tickets if ticket not in given_up), error)
 
     def _finish(self, seat: Seat[S, P]) -> None:
         if self._desk.abandoned(seat):

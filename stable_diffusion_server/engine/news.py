@@ -33,9 +33,12 @@ class News:
         position: int = 0,
         eta_seconds: float | None = None,
         preview: NDArray[np.uint8] | None = None,
+        together: int = 1,
+        cause: str = "",
     ) -> None:
         """Tell everyone of a moment in a job's life."""
-        event = _event(kind, ticket, state, position=position, eta_seconds=eta_seconds, preview=preview)
+        more = {"position": position, "eta_seconds": eta_seconds, "preview": preview}
+        event = _event(kind, ticket, state, together=together, cause=cause, **more)
         with self._lock:
             _pass_on(self._observe, event)
         _pass_on(ticket.watch, event)

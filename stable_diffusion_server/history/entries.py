@@ -30,9 +30,10 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """Which entries are asked for: keys that begin with `folder`, prompts that hold `words`, older than `before`."""
+    """Which entries: keys that begin with `folder`, prompts that hold `words`, drawn by `model`, before `before`."""
 
     folder: str = ""
     words: str = ""
+    model: str = ""
     before: int | None = None
     limit: int = 50

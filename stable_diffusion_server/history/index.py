@@ -72,6 +72,7 @@ class Index:
             # Not LIKE, which would read % and _ in what it is given.
             "substr(key, 1, ?) = ?": (len(folder), folder) if folder else None,
             "instr(words, ?) > 0": (words,) if words else None,
+            "model = ?": (wanted.model,) if wanted.model else None,
             "number < ?": (wanted.before,) if wanted.before is not None else None,
             "drawn_at >= ?": (time.time() - self._seconds,) if self._seconds else None,
         }

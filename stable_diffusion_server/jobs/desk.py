@@ -118,6 +118,7 @@ class Jobs:
         if claim is not None and (before := await self._clerk(Journal.repeated, claim)) is not None:
             return repeated(claim, before)
         if order.webhook_url is not None:
+            await self._service.check(order)
             await self._poster.check(order.webhook_url)
         settled, fetched = await self._service.settled(order)
         now = time.time()
@@ -210,6 +211,10 @@ class Jobs:
                 await self._clerk(Journal.answer, claim, outcome)
         except JournalUnavailable:
             _log.warning("an answer could not be kept for its idempotency key")
+
+    def figures(self) -> tuple[int, int, int]:
+        """Jobs that wait, jobs in the service's hands, and the bytes of the journal on the disk."""
+        return self._runner.waiting, self._runner.running, self._clerk.bytes_on_disk()
 
     def _new_id(self) -> str:
         """An id no one can guess: who knows it, and has the same key, may see the job and cancel it."""

@@ -15,7 +15,8 @@ from stable_diffusion_server.orders import EventKind, Progress, Receipt
 class Live:
     """One job in this process. `cancelled` is set by its caller; `settled` once its end is known.
 
-    A `suspect` may have ended the process before, and is drawn with no other job beside it.
+    A `suspect` may have ended the process before, and is drawn with no other job beside it. `due` is its deadline by
+    the clock that never jumps, `None` where it has none.
     """
 
     entry: Entry
@@ -24,6 +25,7 @@ class Live:
     task: asyncio.Task[Any] | None = None
     cancelled: bool = False
     suspect: bool = False
+    due: float | None = None
     settled: bool = False
     ended: asyncio.Event = field(default_factory=asyncio.Event)
 

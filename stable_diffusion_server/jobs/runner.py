@@ -70,15 +70,21 @@ class Runner:
         return len(self._waiting)
 
     @property
+    def running(self) -> int:
+        """How many jobs are in the service's hands."""
+        return len(self._running)
+
+    @property
     def unfinished(self) -> int:
         """How many jobs wait or are drawn."""
-        return len(self._waiting) + len(self._running)
+        return self.waiting + self.running
 
     def put(self, live: Live) -> None:
         """Let a job wait for its turn, at most until its deadline."""
         self._waiting[live.entry.id] = live
         if live.entry.deadline is not None:
             seconds = max(0.0, live.entry.deadline - time.time())
+            live.due = time.monotonic() + seconds
             asyncio.get_running_loop().call_later(seconds, lambda: self._start(self._expire(live)))
         self._tell_positions()
         self._wake.set()
@@ -154,6 +160,10 @@ class Runner:
     async def _see_through(self, live: Live) -> None:
         """Draw a job and write down how it ended, or let it wait again."""
         started = time.monotonic()
+        # Whatever is logged of it says so.
+        structlog.contextvars.bind_contextvars(job_id=live.entry.id)
+        if live.entry.caller.name:
+            structlog.contextvars.bind_contextvars(key=live.entry.caller.name)
         live.task = asyncio.create_task(self._drawn(live))
         await asyncio.wait([live.task])
         try:
@@ -187,8 +197,8 @@ class Runner:
         work = await self._clerk(Journal.begin, live.entry.id)
         live.entry = replace(live.entry, attempts=live.entry.attempts + 1)
         order = work.order
-        if live.entry.deadline is not None:
-            left = live.entry.deadline - time.time()
+        if live.due is not None:
+            left = live.due - time.monotonic()
             if left <= 0:
                 raise _too_late()
             order = replace(order, timeout=left)

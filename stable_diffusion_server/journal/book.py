@@ -48,6 +48,11 @@ class Journal:
             self._connection.close()
             self._connection = None
 
+    def bytes_on_disk(self) -> int:
+        """How large the file is, with SQLite's log beside it; any thread may ask."""
+        files = (self._path, self._path.with_name(f"{self._path.name}-wal"))
+        return sum(file.stat().st_size for file in files if file.exists())
+
     def accept(self, entry: Entry, work: Work, claim: Claim | None = None) -> Repeat | None:
         """Write a job down with its files, or tell what its key was answered with before, and write nothing.
 

@@ -26,6 +26,10 @@ class Clerk:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._thread, partial(call, self._journal, *given, **named))
 
+    def bytes_on_disk(self) -> int:
+        """How large the journal is; any thread may ask."""
+        return self._journal.bytes_on_disk()
+
     async def close(self) -> None:
         """Write what was asked for, and close the journal."""
         await self(Journal.close)

@@ -15,7 +15,6 @@ from threading import Lock
 from typing import Any
 
 import diffusers
-import psutil
 import torch
 import transformers
 from diffusers.utils import logging as diffusers_logging
@@ -187,13 +186,6 @@ def bytes_of(*modules: torch.nn.Module) -> int:
         for tensor in itertools.chain(module.parameters(), module.buffers()):
             visit(tensor)
     return sum(storages.values())
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes a model may take on `device`: what is free of the accelerator's memory, or of the machine's."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
 
 
 def settle(pipeline: Any, controlnet: Any, device: torch.device, residency: Residency) -> None:

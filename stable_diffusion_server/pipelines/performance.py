@@ -48,7 +48,8 @@ def speed_up(pipeline: Any, controlnet: Any, device: torch.device, performance: 
     `safe` lays convolutions out by channels last, multiplies by oneDNN on a CPU, and lets CUDA multiply fp32 matrices
     in TF32: rounding differs and nothing else. `fast` also holds a VAE that had to be fp32, since it overflows in fp16,
     in bf16, which has fp32's range, and compiles the denoiser's repeated blocks and the VAE's decoder: the first
-    picture of each size waits for the compiler.
+    picture of each size waits for the compiler. What cannot be compiled, since a compiler is missing or fails, runs as
+    it is, and a warning says so.
     """
     if performance == "off":
         return
@@ -57,24 +58,31 @@ def speed_up(pipeline: Any, controlnet: Any, device: torch.device, performance: 
         if module is not None and any(isinstance(part, torch.nn.Conv2d) for part in module.modules()):
             module.to(memory_format=torch.channels_last)
     if device.type == "cpu" and torch.backends.mkldnn.is_available():
-        parts = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
-        for module in [*parts, controlnet]:
-            if module is not None and module.dtype == torch.float32:
-                _use_onednn(module)
+        use_onednn(pipeline, controlnet)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.allow_tf32 = True
     if performance == "fast":
         if vae.config.force_upcast and vae.dtype == torch.float32 and device.type == "cuda":
             vae.to(torch.bfloat16)
-        denoiser.compile_repeated_blocks(fullgraph=True)
+        from torch import _dynamo  # takes a second, and nobody else needs it
+
+        # Not `fullgraph`, under which a failure of the compiler would be the caller's.
+        _dynamo.config.suppress_errors = True
+        denoiser.compile_repeated_blocks()
         vae.decoder.compile()
 
 
-def _use_onednn(module: torch.nn.Module) -> None:
-    """Let its plain linear layers and convolutions compute by oneDNN; whatever derives from them stays as it is."""
-    for part in module.modules():
-        if type(part) is torch.nn.Linear:
-            part.__class__ = OneDnnLinear
-        elif type(part) is torch.nn.Conv2d and part.padding_mode == "zeros" and not isinstance(part.padding, str):
-            part.__class__ = OneDnnConv2d
+def use_onednn(pipeline: Any, controlnet: Any) -> None:
+    """Let the plain linear layers and convolutions of all fp32 parts compute by oneDNN.
+
+    Whatever derives from the two stays as it is: it computes otherwise.
+    """
+    for module in [*pipeline.components.values(), controlnet]:
+        if not isinstance(module, torch.nn.Module) or module.dtype != torch.float32:
+            continue
+        for part in module.modules():
+            if type(part) is torch.nn.Linear:
+                part.__class__ = OneDnnLinear
+            elif type(part) is torch.nn.Conv2d and part.padding_mode == "zeros" and not isinstance(part.padding, str):
+                part.__class__ = OneDnnConv2d

@@ -22,7 +22,6 @@ from stable_diffusion_server.pipelines.components import (
     choose_device,
     dtype_of,
     footprint_of,
-    free_memory,
     lcm_file,
     load_controlnet,
     load_pipeline,
@@ -34,6 +33,7 @@ from stable_diffusion_server.pipelines.components import (
 from stable_diffusion_server.pipelines.conversion import compress, quantize_parts
 from stable_diffusion_server.pipelines.denoising import Drawn, Family, State
 from stable_diffusion_server.pipelines.embeddings import LIMIT_BYTES, Embeddings
+from stable_diffusion_server.pipelines.memory import free_memory, memory_of
 from stable_diffusion_server.pipelines.performance import Performance, speed_up
 from stable_diffusion_server.pipelines.placement import (
     CONTROL,
@@ -112,6 +112,7 @@ class Registry:
         families: Mapping[str, Family],
         loaded: Sequence[Loaded] = (),
         models: Mapping[str, ModelFacts] | None = None,
+        caches: Mapping[str, Embeddings] | None = None,
         *,
         adaptable: bool = False,
     ) -> None:
@@ -119,6 +120,7 @@ class Registry:
         self._adaptable = adaptable
         self.loaded = tuple(loaded)
         self.models = dict(models or {})
+        self._caches = dict(caches or {})
         self._threads = torch.get_num_threads()
         self.resident = all(model.residency == Residency.RESIDENT for model in loaded)
 
@@ -171,6 +173,14 @@ class Registry:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
+    def memory(self) -> dict[str, dict[str, int]]:
+        """Bytes of memory by device: `used` by this process, `reserved` by it from the device, `free` for anyone."""
+        return {name: memory_of(torch.device(name)) for name in sorted({model.device for model in self.loaded})}
+
+    def prompt_caches(self) -> dict[str, int]:
+        """Bytes of encoded prompts that are kept, by model."""
+        return {name: cache.bytes for name, cache in self._caches.items()}
+
     def count_tokens(self, model: str, prompt: str) -> int:
         """Length of a prompt in a model's tokens. Safe from any thread."""
         return self._families[model].count_tokens(prompt)
@@ -187,13 +197,12 @@ def load(models_dir: Path, device_name: str, cpu_threads: int, options: LoadOpti
     device = choose_device(device_name)
     options = options or LoadOptions()
     kinds = _kinds()
-    families, loaded, models = {}, [], {}
+    families, loaded, models, caches = {}, [], {}, {}
     for name, wanted in options.models.items():
         facts, (pipeline, controlnet, adapters, placement) = _place_or_instead(wanted, models_dir, device, options)
         models[name] = facts
-        families[name] = kinds[facts.pipeline_class](
-            pipeline, facts, controlnet, adapters, Embeddings(options.prompt_cache_bytes)
-        )
+        caches[name] = Embeddings(options.prompt_cache_bytes)
+        families[name] = kinds[facts.pipeline_class](pipeline, facts, controlnet, adapters, caches[name])
         modules = [part for part in [*pipeline.components.values(), controlnet] if isinstance(part, torch.nn.Module)]
         loaded.append(
             Loaded(
@@ -209,7 +218,7 @@ def load(models_dir: Path, device_name: str, cpu_threads: int, options: LoadOpti
                 loras=names_in(options.lora_dir),
             )
         )
-    return Registry(families, loaded, models, adaptable=options.lora_dir is not None)
+    return Registry(families, loaded, models, caches, adaptable=options.lora_dir is not None)
 
 
 def _place_or_instead(

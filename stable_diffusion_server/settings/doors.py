@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from importlib.util import find_spec
 from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,14 @@ class Doors(Group):
             "Addresses and networks of proxies whose X-Forwarded-For, -Host and -Proto are believed, as in `10.0.0.2`."
         ),
     )
+    log_prompts: bool = Field(False, description="1 writes the prompts of drawn pictures into the log; else none is.")
+    otel_exporter_otlp_endpoint: str = Field(
+        "",
+        description=(
+            "Address of an OpenTelemetry collector that takes traces over HTTP, as in `http://localhost:4318`; needs "
+            "`tracing-requirements.txt`. Empty: no traces."
+        ),
+    )
     ui: bool = Field(True, description="0 leaves the UI out, which is at `/ui`.")
     get_generates: bool = Field(True, description="0 has only POST draw.")
     max_n: int = Field(
@@ -77,6 +86,16 @@ class Doors(Group):
         if parts.scheme not in ("http", "https") or not plain or parts.query or parts.fragment or " " in url:
             raise ValueError("is not an http or https address")
         return url.rstrip("/")
+
+    @field_validator("otel_exporter_otlp_endpoint")
+    @classmethod
+    def _can_be_traced_to(cls, value: str) -> str:
+        parts = urlsplit(value)
+        if value and (parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc):
+            raise ValueError("is not an http or https address without credentials")
+        if value and find_spec("opentelemetry.exporter") is None:
+            raise ValueError("needs the packages of tracing-requirements.txt, which are not installed")
+        return value
 
     @field_validator("allowed_hosts")
     @classmethod

@@ -257,7 +257,7 @@ class Spooling:
             if kept.overwrite:
                 self._store.overwrite(stored.key, data, stored.content_type, stored.record)
             elif not self._store.create(stored.key, data, stored.content_type, stored.record)[1]:
-                _log.warning("another server stored this name meanwhile; the spooled one is dropped", key=stored.key)
+                _log.warning("another server stored this name meanwhile; the spooled one is dropped", name=stored.key)
         except (InvalidInput, ValueError) as error:
             _log.exception("the storage refuses a spooled picture for good; it is set aside", reason=str(error))
             self._spool.set_aside(kept)

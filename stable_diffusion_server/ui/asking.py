@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from stable_diffusion_server.ui.desk import Wish
@@ -12,28 +11,16 @@ INPAINT = "/inpaint_and_upload_image"
 
 SEED_END = 2**32
 MOST_AT_ONCE = 8
-SIZES = ((256, 256), (512, 512), (768, 512), (512, 768), (1024, 1024))
 # What the original server's page drew at one click: the prompt, and the prompt with each of these behind it.
 EXPLORED = ("", "awesome", "amazing", "detailed aesthetic", "wonderful", "anime hd")
 
-EMBEDDED_PROMPTS = (
-    "a red circle on a blue background",
-    "a large yellow star on a purple background",
-    "a small green triangle in the top left on a white background",
-    "a pink heart above a blue square on a black background",
-    "three orange hexagons on a cyan background",
-    "a white cross on a brown background",
-)
-PROMPTS = (
-    "a lighthouse on a cliff at dusk, oil painting",
-    "portrait of an old sailor, soft window light",
-    "a cup of coffee beside a rainy window, photograph",
-    "a fox in the snow, woodblock print",
-)
-EMBEDDED_WORDS = (
-    "The embedded models know circles, squares, triangles, stars, diamonds, hexagons, hearts and crosses in red, "
-    "green, blue, yellow, orange, purple, pink, cyan, white, black, gray and brown, on a background of another colour."
-)
+
+class UnfitError(ValueError):
+    """What can be seen to be wrong before anything is asked: the field, and a sentence."""
+
+    def __init__(self, field: str, sentence: str) -> None:
+        super().__init__(sentence)
+        self.field = field
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +52,16 @@ def create(common: Common, width: float | None, height: float | None, *, explore
     fields = {**common.fields(), "width": number(width), "height": number(height)}
     if not explore:
         return several(common, Wish(CREATE, fields))
-    prompts = [f"{common.prompt} {suffix}".rstrip() for suffix in EXPLORED]
+    one = replace(common, count=1)
     return [
-        wish for text in prompts for wish in several(replace(common, count=1), Wish(CREATE, {**fields, "prompt": text}))
+        wish
+        for suffix in EXPLORED
+        for wish in several(
+            one,
+            Wish(
+                CREATE, {**fields, "prompt": f"{common.prompt} {suffix}".rstrip()}, name=suffix or "as it was written"
+            ),
+        )
     ]
 
 
@@ -104,9 +98,3 @@ def several(common: Common, wish: Wish) -> list[Wish]:
 def number(value: float | None) -> str:
     """A number as a request has it: whole ones without a point, none as nothing."""
     return "" if value is None else f"{value:g}" if value != int(value) else str(int(value))
-
-
-def prompts_for(folders: Sequence[str]) -> tuple[str, ...]:
-    """Prompts worth a try, by the folders of the models that are loaded."""
-    real = folders and not any(folder.startswith("embedded") for folder in folders)
-    return PROMPTS if real else EMBEDDED_PROMPTS

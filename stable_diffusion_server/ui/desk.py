@@ -28,11 +28,12 @@ class RefusedError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """One picture to ask for: the door, its fields in words, and files by field."""
+    """One picture to ask for: the door, its fields in words, files by field, and its name, if it is not its seed."""
 
     door: str
     fields: Mapping[str, str]
     files: Files = field(default_factory=dict)
+    name: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,10 +78,10 @@ class Desk:
         jobs: list[Job] = (await self._json("GET", "/jobs"))["jobs"]
         return jobs
 
-    async def history(self, words: str, before: int | None = None, limit: int = 24) -> Job:
+    async def history(self, words: str = "", model: str = "", before: int | None = None, limit: int = 24) -> Job:
         """Pictures drawn here, newest first: `pictures`, and `next` to go on behind. Raises `RefusedError`."""
-        params: dict[str, str | int] = {"q": words, "limit": limit} if words else {"limit": limit}
-        return await self._json("GET", "/history", params=params if before is None else {**params, "before": before})
+        params = {"q": words, "model": model, "before": before, "limit": limit}
+        return await self._json("GET", "/history", params={name: value for name, value in params.items() if value})
 
     async def record(self, key: str) -> Job:
         """How a picture was made. Raises `RefusedError`."""
@@ -95,10 +96,8 @@ class Desk:
         return await self._json("POST", "/v1/replay", files={"picture_file": ("picture", picture)}, timeout=_LONG)
 
     async def readiness(self) -> Job:
-        """Whether the server can draw, what it misses, and its models."""
-        answer = await self.http.get(f"{self.base}/readyz", headers=self._headers({}), timeout=_SHORT)
-        told: Job = answer.json()
-        return told
+        """Whether the server can draw, what it misses, and its models. Raises `RefusedError`."""
+        return await self._json("GET", "/readyz", answers=(HTTPStatus.SERVICE_UNAVAILABLE,))
 
     async def figures(self) -> str:
         """The server's figures in Prometheus's format. Raises `RefusedError`."""
@@ -120,11 +119,12 @@ class Desk:
 
     async def _ask(self, method: str, path: str, **more: Any) -> httpx.Response:
         headers, timeout = self._headers(more.pop("headers", {})), more.pop("timeout", _SHORT)
+        answers = more.pop("answers", ())
         try:
             answer = await self.http.request(method, self.base + path, headers=headers, timeout=timeout, **more)
         except httpx.HTTPError as error:
             raise RefusedError(0, f"The server cannot be reached ({type(error).__name__}).") from error
-        if answer.status_code >= HTTPStatus.BAD_REQUEST:
+        if answer.status_code >= HTTPStatus.BAD_REQUEST and answer.status_code not in answers:
             raise _refused(answer)
         return answer
 

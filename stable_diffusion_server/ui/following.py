@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import httpx
@@ -14,23 +15,35 @@ from stable_diffusion_server.ui.desk import Desk, Job, RefusedError, Wish
 
 # A browser that is told more often than this shows no more.
 _PAUSE = 0.12
+_NO_NAMES: Mapping[str, str] = MappingProxyType({})
 _ENDED = ("done", "failed", "cancelled")
 
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """What is to be seen now. `told` and `made` are HTML; `jobs` are ids; `fresh` tells that `pictures` changed."""
+    """What is to be seen now. `told` and `made` are HTML; `jobs` are ids; `fresh` tells that `pictures` changed.
 
-    told: str
+    `refused` is the sentence of what was not even begun, `faults` are pairs of a parameter and what is wrong with it;
+    `names` are those of the finished pictures that have one.
+    """
+
+    told: str = ""
     jobs: tuple[str, ...] = ()
     receipts: tuple[Job, ...] = ()
     over: bool = False
     fresh: bool = False
+    refused: str = ""
+    faults: tuple[tuple[str, str], ...] = ()
+    names: tuple[str, ...] = ()
 
     @property
     def pictures(self) -> list[tuple[str, str]]:
         """Address and caption of each finished picture."""
-        return [(receipt["path"], f"seed {receipt['seed']}") for receipt in self.receipts]
+        names = self.names or ("",) * len(self.receipts)
+        return [
+            (receipt["path"], name or f"seed {receipt['seed']}")
+            for receipt, name in zip(self.receipts, names, strict=True)
+        ]
 
     @property
     def made(self) -> str:
@@ -41,17 +54,18 @@ class Shown:
 async def draw(desk: Desk, wishes: Sequence[Wish]) -> AsyncIterator[Shown]:
     """Ask for pictures and follow them to their ends."""
     jobs: list[Job] = []
-    note = ""
+    refusal: RefusedError | None = None
     try:
         for wish in wishes:
             jobs.append(await desk.start(wish))  # noqa: PERF401  # those started before one is refused must be known
     except RefusedError as error:
-        note = telling.alert(error.detail, error.faults)
+        refusal = error
         if not jobs:
-            yield Shown(note, over=True)
+            yield Shown(refused=error.detail, faults=error.faults, over=True)
             return
-    async for shown in follow(desk, [job["id"] for job in jobs]):
-        yield replace(shown, told=note + shown.told)
+    names = {job["id"]: wish.name for job, wish in zip(jobs, wishes, strict=False)}  # fewer jobs where one was refused
+    async for shown in follow(desk, [job["id"] for job in jobs], names):
+        yield shown if refusal is None else replace(shown, refused=refusal.detail, faults=refusal.faults)
 
 
 async def resume(desk: Desk, ids: Sequence[str]) -> AsyncIterator[Shown]:
@@ -67,8 +81,8 @@ async def resume(desk: Desk, ids: Sequence[str]) -> AsyncIterator[Shown]:
             yield shown
 
 
-async def follow(desk: Desk, ids: Sequence[str]) -> AsyncIterator[Shown]:
-    """How jobs stand, until all have ended."""
+async def follow(desk: Desk, ids: Sequence[str], names: Mapping[str, str] = _NO_NAMES) -> AsyncIterator[Shown]:
+    """How jobs stand, until all have ended; `names` are what to call their pictures."""
     board: dict[str, Job] = {job_id: {"id": job_id, "state": "queued"} for job_id in ids}
     previews: dict[str, str] = {}
     news: asyncio.Queue[tuple[str, str, Job]] = asyncio.Queue()
@@ -82,14 +96,29 @@ async def follow(desk: Desk, ids: Sequence[str]) -> AsyncIterator[Shown]:
             while not news.empty():
                 fresh |= _take(news.get_nowait(), board, previews)
             over = all(job["state"] in _ENDED for job in board.values())
-            receipts = tuple(job["receipt"] for job in board.values() if job["state"] == "done")
+            done = [(job["receipt"], names.get(job["id"], "")) for job in board.values() if job["state"] == "done"]
             told = telling.progress(list(board.values()), previews)
-            yield Shown(told, tuple(ids), receipts, over=over, fresh=fresh or over)
+            faults = tuple(fault for job in board.values() for fault in _faults_of(job))
+            yield Shown(
+                told,
+                tuple(ids),
+                tuple(receipt for receipt, _ in done),
+                over=over,
+                fresh=fresh or over,
+                faults=faults,
+                names=tuple(name for _, name in done),
+            )
             await asyncio.sleep(0 if over else _PAUSE)
     finally:
         for reader in readers:
             reader.cancel()
         await asyncio.gather(*readers, return_exceptions=True)
+
+
+def _faults_of(job: Job) -> list[tuple[str, str]]:
+    """The parameters a job failed for."""
+    errors = (job.get("problem") or {}).get("errors", ()) if job["state"] == "failed" else ()
+    return [(str(error["field"]), str(error["detail"])) for error in errors]
 
 
 def _take(news: tuple[str, str, Job], board: dict[str, Job], previews: dict[str, str]) -> bool:

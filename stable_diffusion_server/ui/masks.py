@@ -15,7 +15,6 @@ from stable_diffusion_server.image_processing import canny
 Pixels = NDArray[np.uint8]
 
 _LOOK = (768, 768)
-_TINT = np.array((215, 40, 40), np.float32)
 
 
 def edges(path: Path, low: int, high: int) -> Pixels:
@@ -34,9 +33,12 @@ def painted(layers: Sequence[Pixels], height: int, width: int) -> Pixels:
 
 
 def previewed(background: Pixels, mask: Pixels) -> Pixels:
-    """The picture with its masked part tinted."""
+    """The picture with its masked part under black and white stripes, which are seen on every colour."""
+    down, across = np.indices(mask.shape)
+    width = max(4, max(mask.shape) // 48)
+    stripes = np.where((down + across) // width % 2, 0, 255).astype(np.float32)[..., None]
     weight = (mask.astype(np.float32) / 255 * 0.6)[..., None]
-    return np.rint(background[..., :3] * (1 - weight) + _TINT * weight).astype(np.uint8)
+    return np.rint(background[..., :3] * (1 - weight) + stripes * weight).astype(np.uint8)
 
 
 def png(pixels: Pixels) -> bytes:

@@ -3,55 +3,93 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from html import escape
 from typing import Any
 
+from stable_diffusion_server.ui import telling
+
+Job = Mapping[str, Any]
+
 _FIGURES = {
-    "sds_queue_running": "Pictures on the device",
-    "sds_queue_waiting": "Pictures waiting",
+    "sds_queue_running": "On the device",
+    "sds_queue_waiting": "Waiting",
     "process_resident_memory_bytes": "Memory of the server",
+    "sds_spool_files": "Waiting for the storage",
+}
+_FACTS = {
+    "folder": "Weights",
+    "revision": "Revision",
+    "device": "Device",
+    "residency": "Placement",
+    "dtype": "Numbers",
+    "quantization": "Quantization",
+    "bytes": "Memory",
+    "follows_edges": "Follows edges",
+    "loras": "Adapters",
 }
 _MOST_FAULTS = 5
 
 
-def page(readiness: Mapping[str, Any], figures: str, jobs: Sequence[Mapping[str, Any]]) -> str:
+def page(readiness: Mapping[str, Any], figures: str, jobs: Sequence[Job]) -> str:
     """The whole tab."""
-    missing = "".join(f"<li>{escape(reason)}</li>" for reason in readiness.get("missing", ()))
-    state = f"<p>It cannot draw:</p><ul>{missing}</ul>" if missing else "<p>It can draw.</p>"
-    models = readiness.get("models", ())
-    failed = [job for job in jobs if job["state"] == "failed"][:_MOST_FAULTS]
-    faults = "".join(f"<li>{escape(str((job.get('problem') or {}).get('detail', '')))}</li>" for job in failed)
+    models = "".join(_card(model) for model in readiness.get("models", ())) or "<p>None is loaded yet.</p>"
     return (
-        f'<div class="sds-told" role="status">{state}</div>'
-        f"<h3>Work</h3>{_table(_work(figures))}"
-        f"<h3>Models</h3>{''.join(_table(_told(model)) for model in models) or '<p>None is loaded yet.</p>'}"
-        f"<h3>Latest failures of yours</h3>{f'<ul>{faults}</ul>' if faults else '<p>None.</p>'}"
+        f'<div class="sds-standing">{_state(readiness)}'
+        f"<h2>Work</h2>{_figures(figures)}{_work(jobs)}"
+        f'<h2>Models</h2><div class="sds-cards">{models}</div>'
+        f"<h2>Your latest failures</h2>{_failures(jobs)}</div>"
     )
 
 
-def _work(figures: str) -> dict[str, str]:
+def _state(readiness: Mapping[str, Any]) -> str:
+    missing = "".join(f"<li>{escape(reason)}</li>" for reason in readiness.get("missing", ()))
+    if missing:
+        return f'<div class="sds-told sds-alert" role="status"><p>It cannot draw:</p><ul>{missing}</ul></div>'
+    return '<div class="sds-told sds-ready" role="status"><p>It can draw.</p></div>'
+
+
+def _figures(figures: str) -> str:
     values = dict(line.rsplit(" ", 1) for line in figures.splitlines() if line and not line.startswith("#"))
-    told = {}
-    for name, label in _FIGURES.items():
-        if name in values:
-            value = float(values[name])
-            told[label] = f"{value / 1e6:,.0f} MB" if name.endswith("_bytes") else f"{value:g}"
-    return told
-
-
-def _told(model: Mapping[str, Any]) -> dict[str, str]:
-    """A model's facts; numbers of bytes as megabytes."""
-    told = {}
-    for name, value in model.items():
-        if value in (None, "", [], ()):
-            continue
-        shown = f"{value / 1e6:,.0f} MB" if "bytes" in name and isinstance(value, int | float) else str(value)
-        told[name.replace("_", " ").capitalize()] = shown
-    return told
-
-
-def _table(rows: Mapping[str, str]) -> str:
-    cells = "".join(
-        f'<tr><th scope="row">{escape(name)}</th><td>{escape(value)}</td></tr>' for name, value in rows.items()
+    told = "".join(
+        f"<div class='sds-card'><dt>{label}</dt><dd>{escape(_figure(name, float(values[name])))}</dd></div>"
+        for name, label in _FIGURES.items()
+        if name in values
     )
-    return f'<table class="sds-table">{cells}</table>'
+    return f'<dl class="sds-figures">{told}</dl>'
+
+
+def _figure(name: str, value: float) -> str:
+    return f"{value / 1e6:,.0f} MB" if "bytes" in name else f"{value:g}"
+
+
+def _work(jobs: Sequence[Job]) -> str:
+    """What is drawn and waits of the visitor's own."""
+    under_way = [job for job in jobs if job["state"] in ("queued", "running")]
+    rows = "".join(f"<li>{escape(telling.sentence(job))}</li>" for job in under_way)
+    return f"<p>Yours:</p><ul>{rows}</ul>" if rows else ""
+
+
+def _card(model: Mapping[str, Any]) -> str:
+    """A model's facts."""
+    rows = {label: _told(name, model[name]) for name, label in _FACTS.items() if model.get(name) not in (None, "", [])}
+    usual = " (draws where none is named)" if model.get("usual") else ""
+    return f'<div class="sds-card"><h3>{escape(str(model["name"]))}{usual}</h3>{telling.facts(rows)}</div>'
+
+
+def _told(name: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value))
+    return _figure(name, value) if isinstance(value, int | float) else str(value)
+
+
+def _failures(jobs: Sequence[Job]) -> str:
+    failed = [job for job in jobs if job["state"] == "failed"][:_MOST_FAULTS]
+    rows = "".join(f"<li>{escape(_when(job) + telling.sentence(job))}</li>" for job in failed)
+    return f"<ul>{rows}</ul>" if rows else "<p>None.</p>"
+
+
+def _when(job: Job) -> str:
+    return f"{datetime.fromtimestamp(job['ended_at'], UTC):%Y-%m-%d %H:%M} UTC: " if job.get("ended_at") else ""

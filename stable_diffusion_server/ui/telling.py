@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -17,7 +17,25 @@ _LABELS = {
     "image_file": "Picture",
     "mask_file": "Mask",
     "control_scale": "Weight of the edges",
+    "canny": "Keep the edges",
+    "canny_low": "Weak edges from",
+    "canny_high": "Strong edges from",
 }
+
+
+def _empty(lead: str, more: str) -> str:
+    return f'<div class="sds-told sds-empty"><p class="sds-lead">{lead}</p><p>{more}</p></div>'
+
+
+# What is seen before anything was drawn, in each tab, and where nothing is found or chosen.
+EMPTY = _empty("Your pictures appear here.", "Write a prompt, press Enter, and watch it being drawn.")
+EMPTY_RESTYLE = _empty("Your pictures appear here.", "Choose a picture, say what it should become, compare the two.")
+EMPTY_INPAINT = _empty(
+    "Your pictures appear here.", "Choose a picture, paint over a part of it, say what it should be."
+)
+NONE_CHOSEN = _empty("No picture is chosen.", "Choose one to see how it was made, and to go on from it.")
+NOTHING_DRAWN = _empty("Nothing was drawn here yet.", "What you draw is kept here, with how it was made.")
+NOTHING_FOUND = _empty("No picture is like this.", "Try fewer words, or every model.")
 
 
 def sentence(job: Job) -> str:
@@ -46,7 +64,8 @@ def summary(jobs: Sequence[Job]) -> str:
     ended = [job for job in jobs if job["state"] in ("done", "failed", "cancelled")]
     if len(ended) == len(jobs):
         parts = [(state, sum(job["state"] == state for job in jobs)) for state in ("done", "failed", "cancelled")]
-        return ", ".join(f"{number} {state}" for state, number in parts if number).capitalize() + "."
+        told = ", ".join(f"{number} {state}" for state, number in parts if number)
+        return f"All {len(jobs)} pictures are done." if parts[0][1] == len(jobs) else f"{told}."
     current = next((job for job in jobs if job["state"] == "running"), None) or next(
         job for job in jobs if job["state"] == "queued"
     )
@@ -96,19 +115,41 @@ def label(name: str) -> str:
     return _LABELS.get(name, name.replace("_", " ").capitalize())
 
 
+def refusal(detail: str, faults: Sequence[tuple[str, str]], beside: Collection[str]) -> str:
+    """Why nothing was begun, as HTML. What is told beside its field is only pointed to: it is read out there."""
+    elsewhere = [(name, text) for name, text in faults if name not in beside]
+    if elsewhere or not faults:
+        return alert(detail, elsewhere)
+    names = list(dict.fromkeys(label(name) for name, _ in faults))
+    fields = " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+    return f'<div class="sds-told sds-alert"><p>Not drawn. Have a look at {escape(fields)}.</p></div>'
+
+
+def fault(tab: str, name: str, text: str) -> str:
+    """What is wrong with a field, as HTML to stand beside it."""
+    return (
+        f'<p role="alert" id="sds-fault-{escape(tab)}-{escape(name)}" data-field="sds-{escape(tab)}-{escape(name)}">'
+        f"{escape(_of_field(name, text))}</p>"
+    )
+
+
 def made(receipts: Sequence[Job]) -> str:
-    """How pictures were made, and what the server remarked, as HTML."""
-    rows = []
+    """How pictures were made, and what the server remarked, as HTML: what holds for several is told once."""
+    told: dict[str, list[int]] = {}
     for number, receipt in enumerate(receipts, 1):
-        remarks = "".join(f"<br>{escape(warning['message'])}" for warning in receipt.get("warnings", ()))
-        seconds = _seconds(receipt)
         facts = (
-            f"{receipt['width']} × {receipt['height']}, {receipt['model']}, seed {receipt['seed']}, "
-            f"{receipt['num_inference_steps']} steps, guidance {receipt['guidance_scale']}, {seconds:.1f} s"
+            f"{receipt['width']} × {receipt['height']}, {receipt['model']}, "
+            f"{_count(receipt['num_inference_steps'], 'step')}, guidance {receipt['guidance_scale']:g}."
         )
-        again = " It was stored already." if receipt.get("cached") else ""
-        rows.append(f"<li>Picture {number}: {escape(facts)}.{again}{remarks}</li>")
+        again = ("It was stored already.",) if receipt.get("cached") else ()
+        for remark in (facts, *again, *(warning["message"] for warning in receipt.get("warnings", ()))):
+            told.setdefault(remark, []).append(number)
+    rows = [f"<li>{escape(_whose(numbers, len(receipts)) + remark)}</li>" for remark, numbers in told.items()]
     return f'<ul class="sds-made">{"".join(rows)}</ul>' if rows else ""
+
+
+def _whose(numbers: Sequence[int], of: int) -> str:
+    return "" if len(numbers) == of else f"Picture {', '.join(map(str, numbers))}: "
 
 
 def _outcome(job: Job) -> str:
@@ -140,3 +181,11 @@ def replayed(answer: Job) -> str:
     order = "" if told["same_order"] else " The model or its parameters have changed since."
     link = f'<a href="{escape(str(answer["path"]))}" target="_blank" rel="noopener">the new one</a>'
     return f'<div class="sds-told" role="status"><p>Drawn again: {alike}.{order} See {link}.</p></div>'
+
+
+def facts(rows: Mapping[str, str]) -> str:
+    """Facts by their names, as an HTML table."""
+    cells = "".join(
+        f'<tr><th scope="row">{escape(name)}</th><td>{escape(value)}</td></tr>' for name, value in rows.items()
+    )
+    return f'<table class="sds-facts">{cells}</table>'

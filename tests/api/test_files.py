@@ -204,6 +204,15 @@ def test_the_history_lists_what_was_drawn_newest_first(house: House) -> None:
     assert listed(house, q="green") == []
 
 
+def test_the_history_is_filtered_by_model(house: House) -> None:
+    """By the one that drew, together with words; one that drew nothing has nothing."""
+    for name, prompt, model in (("a", "a red square", "sdxl"), ("b", "a red square", "flux"), ("c", "blue", "flux")):
+        house.draw(prompt=prompt, save_path=f"{name}.webp", model=model)
+    assert listed(house, model="flux") == ["c.webp", "b.webp"]
+    assert listed(house, model="flux", q="red") == ["b.webp"]
+    assert listed(house, model="flu") == []
+
+
 def test_the_history_is_turned_over_page_by_page(house: House) -> None:
     """`next` goes on behind the last one, until there is none."""
     for name in "abcde":
@@ -218,7 +227,8 @@ def test_the_history_is_turned_over_page_by_page(house: House) -> None:
 
 
 @pytest.mark.parametrize(
-    "query", ["limit=0", "limit=201", "limit=x", "before=0", "before=²", "page=2", "q=" + "x" * 1001]
+    "query",
+    ["limit=0", "limit=201", "limit=x", "before=0", "before=²", "page=2", "q=" + "x" * 1001, "model=" + "x" * 101],
 )
 def test_the_history_refuses_by_name(house: House, query: str) -> None:
     """422 with the field."""

@@ -187,6 +187,7 @@ def test_a_feather_softens_the_rim_inside_the_mask_alone(house: House) -> None:
     assert row[-1] < 60
 
 
+@pytest.mark.fault(29)
 def test_a_mask_of_another_size_is_fitted(house: House) -> None:
     """A mask a quarter as large covers the same part."""
     small = file_of(MASK_PIXELS[::4, ::4].copy())
@@ -285,6 +286,7 @@ REFUSED: list[tuple[str, str, dict[str, bytes], dict[str, Any], int, set[str]]] 
 ]
 
 
+@pytest.mark.fault(12, 17, 19, 20, 21, 29, 33)
 @pytest.mark.parametrize(
     ("path", "files", "words", "status", "fields"), [row[1:] for row in REFUSED], ids=[row[0] for row in REFUSED]
 )
@@ -368,6 +370,7 @@ def test_a_picture_may_come_in_base64(house_of: Callable[..., House]) -> None:
         assert (refused.status_code, refused.json()["field"]) == (422, "image_url")
 
 
+@pytest.mark.fault(24)
 def test_limits_of_pixels_hold_on_both_sides_of_their_edges(house_of: Callable[..., House]) -> None:
     """MAX_IMAGE_PIXELS and MAX_IMAGE_SIDE: at them a picture is taken, beyond them 422 names it."""
     house = house_of(Retouchers(), max_image_pixels=10_000, max_image_side=200)
@@ -376,6 +379,7 @@ def test_limits_of_pixels_hold_on_both_sides_of_their_edges(house_of: Callable[.
         assert answer.status_code == status, answer.text
 
 
+@pytest.mark.fault(30)
 @pytest.mark.parametrize("size", [(1, 1), (1, 300), (300, 1), (63, 65), (1500, 20)])
 def test_a_picture_of_any_shape_comes_back_at_its_size(house: House, size: tuple[int, int]) -> None:
     """Down to a single pixel: the answer has exactly the input's size."""
@@ -385,6 +389,7 @@ def test_a_picture_of_any_shape_comes_back_at_its_size(house: House, size: tuple
     assert stored(house, answer).shape == (size[1], size[0], 3)
 
 
+@pytest.mark.fault(54)
 def test_guards_are_told_in_the_receipt(house_of: Callable[..., House]) -> None:
     """Black, then good: served with a warning and the seed that was drawn; black twice: served, told, nothing dies."""
     painters = Retouchers(spoil=["black", "", "black", "black", "bumpy", "bumpy", "very bumpy", "not finite", ""])
@@ -398,6 +403,7 @@ def test_guards_are_told_in_the_receipt(house_of: Callable[..., House]) -> None:
     assert painters.spoil == []
 
 
+@pytest.mark.fault(54)
 def test_numbers_that_are_never_finite_are_a_named_error_and_store_nothing(house_of: Callable[..., House]) -> None:
     """One new seed, then 500 with its own problem type; the next order under the name draws."""
     house = house_of(Retouchers(spoil=["not finite", "not finite"]))

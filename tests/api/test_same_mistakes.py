@@ -133,6 +133,7 @@ DOORS: dict[str, Door] = {
 }
 
 
+@pytest.mark.fault(1, 2, 3, 4, 6, 7, 8, 9, 10, 11, 12, 13, 16, 17)
 @pytest.mark.parametrize("door", DOORS)
 def test_the_same_mistake_is_answered_alike_through_every_door(house_of: Callable[..., House], door: str) -> None:
     """The status of the table, in the shape of the door, and nothing is drawn; a good request is answered after all."""
@@ -170,6 +171,7 @@ BODIES: dict[str, tuple[bytes, str, int]] = {
 PATHS = ["/create_and_upload_image", STYLE, INPAINT, "/v1/images/generations", "/sdapi/v1/txt2img", "/sdapi/v1/img2img"]
 
 
+@pytest.mark.fault(14)
 @pytest.mark.parametrize("path", PATHS)
 def test_a_body_that_cannot_be_read_is_refused_alike(house_of: Callable[..., House], path: str) -> None:
     """400, 413, 415, whatever the dialect; a body in pieces is counted as well."""
@@ -193,6 +195,7 @@ MULTIPART: dict[str, tuple[bytes, str, int]] = {
 }
 
 
+@pytest.mark.fault(18)
 @pytest.mark.parametrize(
     "path", ["/create_and_upload_image", STYLE, INPAINT, "/v1/images/generations", "/v1/images/edits"]
 )
@@ -203,6 +206,7 @@ def test_a_form_that_cannot_be_read_is_refused_alike(house: House, path: str) ->
         assert answer.status_code == expected, (what, answer.text[:300])
 
 
+@pytest.mark.fault(5, 6)
 @pytest.mark.parametrize(
     "prompt",
     [
@@ -232,6 +236,7 @@ def test_a_strange_prompt_is_only_a_prompt(house: House, prompt: str) -> None:
     assert ".." not in keys.pop()
 
 
+@pytest.mark.fault(5)
 def test_composed_and_decomposed_text_are_the_same_order(house: House) -> None:
     """é is é, however it was typed, in prompts and in names."""
     composed, decomposed = "caf\u00e9", "cafe\u0301"

@@ -96,6 +96,7 @@ def test_what_is_absent_is_absent(bucket: Bucket) -> None:
         bucket.read("none.webp")
 
 
+@pytest.mark.fault("40b")
 def test_the_second_writer_loses_and_gets_what_is_stored(bucket: Bucket) -> None:
     """Create never changes an object that is there."""
     first, _ = bucket.create("k", b"first", "image/webp", RECORD)
@@ -103,6 +104,7 @@ def test_the_second_writer_loses_and_gets_what_is_stored(bucket: Bucket) -> None
     assert bucket.read("k") == b"first"
 
 
+@pytest.mark.fault(41)
 def test_of_eight_writers_at_once_exactly_one_wins_in_each_of_25_rounds(bucket: Bucket) -> None:
     """One winner in 25 of 25, all are told the same object, and the winner's bytes are what is stored."""
     with ThreadPoolExecutor(8) as pool:
@@ -166,6 +168,7 @@ def test_a_part_can_be_read(bucket: Bucket, start: int, end: int | None, part: b
     assert bucket.read("k", start, end) == part
 
 
+@pytest.mark.fault(45)
 def test_an_empty_object_is_none_and_gives_way(bucket: Bucket) -> None:
     """No picture is empty: what an accident left under a name does not hold it for ever."""
     bucket.overwrite("k", b"", "image/webp", {})
@@ -177,6 +180,7 @@ def test_an_empty_object_is_none_and_gives_way(bucket: Bucket) -> None:
     assert bucket.read("k") == b"data"
 
 
+@pytest.mark.fault(45)
 def test_an_object_cut_short_is_none_and_gives_way(bucket: Bucket) -> None:
     """Of another length than its record says: not found, and whoever asks for the name next stores it anew."""
     record = {**RECORD, "bytes": "9"}
@@ -291,6 +295,7 @@ def troubled(
     return opened(options_of(request.param, rascal, storage_timeout=1.0)), rascal
 
 
+@pytest.mark.fault(40, 43)
 @pytest.mark.parametrize("word", ["slow-down", "reset", "lose-answer"])
 def test_one_mishap_is_mended_without_being_noticed(troubled: tuple[Bucket, Rascal], word: str) -> None:
     """Throttled, broken off half way, or the answer lost: tried again, and the writer still knows that it won."""
@@ -301,6 +306,7 @@ def test_one_mishap_is_mended_without_being_noticed(troubled: tuple[Bucket, Rasc
     assert not rascal.mischief
 
 
+@pytest.mark.fault(40, 44)
 @pytest.mark.parametrize("word", ["slow-down", "lose-answer", "slow"])
 def test_lasting_trouble_is_told_as_storage_unavailable(troubled: tuple[Bucket, Rascal], word: str) -> None:
     """No endless tries and no foreign error: 503 in one sentence, and the next good request succeeds."""

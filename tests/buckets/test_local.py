@@ -134,6 +134,7 @@ def test_facts_that_do_not_belong_to_the_bytes_are_not_believed(bucket: LocalBuc
     assert not bucket.create("k.webp", b"other", "image/webp", {})[1], "someone's picture is not drawn over"
 
 
+@pytest.mark.fault(45)
 @pytest.mark.parametrize("file_format", ["PNG", "JPEG", "WEBP"])
 def test_a_picture_that_was_cut_short_is_none_and_gives_way(
     bucket: LocalBucket, tmp_path: Path, file_format: str
@@ -164,6 +165,7 @@ def test_a_link_out_of_the_folder_is_not_followed(bucket: LocalBucket, tmp_path:
     assert os.listdir(outside) == ["secret"]
 
 
+@pytest.mark.fault(47)
 @pytest.mark.parametrize("key", ["n" * 256, "taken/below", "folder"])
 def test_a_name_the_disk_cannot_hold_is_the_callers_fault(bucket: LocalBucket, key: str) -> None:
     """Too long a part, a picture as a folder, a folder as a picture: refused naming save_path, not a 500."""
@@ -207,6 +209,7 @@ def test_a_name_the_disk_takes_for_another_is_refused(bucket: LocalBucket, tmp_p
     assert bucket.read("A.webp") == b"data"
 
 
+@pytest.mark.fault(43, 47)
 def test_a_disk_that_takes_no_more_is_told_and_keeps_nothing_half(tmp_path: Path) -> None:
     """Cut off in the middle of writing, by a limit on file size as a full disk does it: 503, no object, no remains."""
     code = f"""
@@ -227,6 +230,7 @@ except StorageUnavailable as error:
     assert [path.name for path in (tmp_path / "bucket").rglob("*") if path.is_file()] in ([], [".lock"])
 
 
+@pytest.mark.fault(47)
 def test_a_nearly_full_disk_is_told_before_anything_is_drawn(
     bucket: LocalBucket, monkeypatch: pytest.MonkeyPatch
 ) -> None:

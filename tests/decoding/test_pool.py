@@ -67,6 +67,7 @@ async def test_a_picture_comes_back_as_rgb_pixels(decoder: Decoder, file_format:
     assert np.abs(decoded.astype(int) - pixels).mean() <= (2 if file_format == "JPEG" else 0)
 
 
+@pytest.mark.fault(27)
 @pytest.mark.parametrize(
     ("mode", "colour", "seen"),
     [
@@ -89,6 +90,7 @@ async def test_every_mode_becomes_rgb_over_white(decoder: Decoder, mode: str, co
     assert np.abs(decoded.reshape(-1, 3).astype(int) - seen).max() <= 1
 
 
+@pytest.mark.fault(27)
 async def test_a_palette_with_transparency_becomes_rgb_over_white(decoder: Decoder) -> None:
     """A palette entry marked transparent shows the white behind it."""
     picture = Image.new("P", (4, 4), 0)
@@ -98,6 +100,7 @@ async def test_a_palette_with_transparency_becomes_rgb_over_white(decoder: Decod
     assert (await decoder.decode(target.getvalue(), "image_file") == 255).all()
 
 
+@pytest.mark.fault(29)
 async def test_a_mask_may_be_told_by_its_transparency(decoder: Decoder) -> None:
     """White where the picture is transparent, black where it is not, whatever its colours; without alpha all black."""
     pixels = np.full((8, 6, 4), 255, np.uint8)
@@ -109,6 +112,7 @@ async def test_a_mask_may_be_told_by_its_transparency(decoder: Decoder) -> None:
     assert not (await decoder.decode(file_of(pixels[..., :3]), "mask", transparency=True)).any()
 
 
+@pytest.mark.fault(28)
 @pytest.mark.parametrize("orientation", range(1, 9))
 async def test_a_photograph_is_turned_as_its_exif_says(decoder: Decoder, orientation: int) -> None:
     """All eight orientations of EXIF show the same picture upright."""
@@ -158,6 +162,7 @@ BAD: list[tuple[str, bytes, type[ServerError]]] = [
 ]
 
 
+@pytest.mark.fault(19, 20, 21, 23, 31)
 @pytest.mark.parametrize(("data", "error"), [bad[1:] for bad in BAD], ids=[bad[0] for bad in BAD])
 async def test_what_is_no_good_picture_is_refused_by_name(
     decoder: Decoder, data: bytes, error: type[ServerError]
@@ -169,6 +174,7 @@ async def test_what_is_no_good_picture_is_refused_by_name(
     assert (await decoder.decode(PNG, "image_file")).shape == disc().shape
 
 
+@pytest.mark.fault(24)
 async def test_a_picture_at_every_limit_is_taken(decoder: Decoder) -> None:
     """The most pixels, the longest side, the most bytes; one pixel more is not."""
     assert (await decoder.decode(file_of(np.zeros((200, 200, 3), np.uint8)), "image_file")).shape == (200, 200, 3)
@@ -178,6 +184,7 @@ async def test_a_picture_at_every_limit_is_taken(decoder: Decoder) -> None:
         await decoder.decode(file_of(np.zeros((200, 201, 3), np.uint8)), "image_file")
 
 
+@pytest.mark.fault(32)
 async def test_a_child_that_crashes_costs_one_request(tmp_path: Path) -> None:
     """A decoder that dies on a picture is a 4xx for that picture; a new child serves the next."""
     decoder = Decoder(**LIMITS, processes=1, program=program_that("os.kill(os.getpid(), signal.SIGSEGV)", tmp_path))
@@ -187,6 +194,7 @@ async def test_a_child_that_crashes_costs_one_request(tmp_path: Path) -> None:
     await decoder.close()
 
 
+@pytest.mark.fault(32)
 async def test_a_child_that_loops_is_ended(tmp_path: Path) -> None:
     """A picture on which a decoder never ends is refused after its time, and the child is gone."""
     program = program_that("signal.pause()", tmp_path)

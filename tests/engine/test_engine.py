@@ -59,6 +59,7 @@ def test_no_group_is_larger_than_the_cap(engine_of: EngineOf, gated: PaintedSqua
     assert max(len(batch) for batch in gated.batches) == 3
 
 
+@pytest.mark.fault(61)
 def test_a_full_queue_refuses_and_says_when_to_come_back(engine_of: EngineOf, gated: PaintedSquares) -> None:
     """The limit counts waiting jobs: at the limit the next is refused, one fewer and it is taken."""
     engine = engine_of(gated, queue_limit=2)

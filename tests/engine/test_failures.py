@@ -13,6 +13,7 @@ from stable_diffusion_server.engine.desk import SUSPECT_NOT_FINITE
 from stable_diffusion_server.errors import DevicePoisoned, NotFinite, NotReady, OutOfMemory
 
 
+@pytest.mark.fault(51)
 def test_a_group_too_large_for_the_memory_is_drawn_in_smaller_ones(engine_of: EngineOf) -> None:
     """The shape's cap is halved until it fits, memory is released, and every job comes out."""
     painter = Cramped(gate=threading.Event(), room=2)
@@ -28,6 +29,7 @@ def test_a_group_too_large_for_the_memory_is_drawn_in_smaller_ones(engine_of: En
     assert max(drawing.attempts for drawing in drawings) == 3
 
 
+@pytest.mark.fault(51)
 def test_running_out_of_memory_in_the_third_step_loses_nothing(engine_of: EngineOf) -> None:
     """The group begins anew from its jobs, and what comes next is drawn as ever."""
     painter = Cramped(room=4, third_step_fails=True)
@@ -37,6 +39,7 @@ def test_running_out_of_memory_in_the_third_step_loses_nothing(engine_of: Engine
     assert engine.submit(job("the next")).result.result(10).attempts == 1
 
 
+@pytest.mark.fault(51)
 def test_a_lone_job_without_memory_tries_with_less_and_then_says_so(engine_of: EngineOf) -> None:
     """With smaller tiles it may fit; when there is nothing smaller it is that job's answer, and the next is drawn."""
     fits = engine_of(Cramped(room=0, shrinks=1)).submit(job("a square"))
@@ -56,6 +59,7 @@ def test_a_drawn_picture_is_decoded_with_less_memory_and_not_drawn_again(engine_
         engine_of(Cramped(decodes_with=3, shrinks=2)).submit(job("a square")).result.result(10)
 
 
+@pytest.mark.fault(53)
 def test_a_poisoned_device_is_given_up(engine_of: EngineOf) -> None:
     """The phase says so, nothing more is taken, and the process is to be replaced.
 
@@ -78,6 +82,7 @@ def test_a_poisoned_device_is_given_up(engine_of: EngineOf) -> None:
         engine.submit(job("too late"))
 
 
+@pytest.mark.fault(54)
 def test_numbers_that_are_never_finite_are_the_devices_fault(engine_of: EngineOf) -> None:
     """Some in a row are their jobs' answers; one too many, and the device is given up. A good one begins it anew."""
     painter, ends = Poisonous(finite=False), list[bool]()

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from fakes import settings_in, until
 from fastapi.testclient import TestClient
 from squares import Poisonous
@@ -28,6 +29,7 @@ def test_caps_and_step_times_are_in_the_metrics(house_of: Callable[..., Any]) ->
     assert 'sds_step_seconds{jobs="1",shape="sdxl 128x128"}' in text
 
 
+@pytest.mark.fault(53)
 def test_a_poisoned_device_is_told_and_the_process_is_to_be_replaced(tmp_path: Path) -> None:
     """The caller is told to come back, /readyz says why it is not ready, and the hook is called."""
     ends = list[bool]()

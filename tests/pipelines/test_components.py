@@ -39,12 +39,14 @@ def models(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.fault(57)
 def test_missing_files_are_told(tmp_path: Path) -> None:
     """An empty folder: the sentence names the model and what is not there."""
     with pytest.raises(WeightsUnusable, match=r"The model flux is missing: no model_index\.json in embedded-flux\."):
         load_pipeline(MODELS["flux"], tmp_path, CPU)
 
 
+@pytest.mark.fault(57)
 def test_truncated_weights_are_told(models: Path) -> None:
     """Half a file is no model."""
     weights = models / "embedded-flux" / "transformer" / "diffusion_pytorch_model.safetensors"
@@ -151,6 +153,7 @@ def test_edges_without_a_controlnet_are_refused(models: Path) -> None:
     assert refused.value.field == "canny"
 
 
+@pytest.mark.fault(57)
 def test_a_hub_that_cannot_be_reached_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """MODELS=hub without a network: one sentence with the name of what could not be had."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -164,6 +167,7 @@ def test_a_hub_that_cannot_be_reached_is_told(tmp_path: Path, monkeypatch: pytes
             load_pipeline(facts, tmp_path, CPU)
 
 
+@pytest.mark.fault(57)
 def test_weights_of_another_class_are_told(models: Path) -> None:
     """An SDXL in the place of a Flux is named as such."""
     facts = replace(MODELS["sdxl"], folder="embedded-flux")
@@ -178,6 +182,7 @@ def test_a_broken_index_is_told(models: Path) -> None:
         load_pipeline(MODELS["flux"], models, CPU)
 
 
+@pytest.mark.fault(58)
 def test_a_device_that_is_not_there_is_told_in_one_sentence() -> None:
     """DEVICE=cuda:99 on this machine."""
     with pytest.raises(WeightsUnusable, match="DEVICE=cuda:99"):
@@ -269,6 +274,7 @@ def test_a_sound_decoder_runs_once() -> None:
     assert not decode(HalfBrokenDecoder(torch.float32, set()), latents()).redecoded
 
 
+@pytest.mark.fault(54)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_latents_that_are_not_finite_are_an_error_of_their_own(value: float) -> None:
     """There is nothing to decode; the error says that another seed may help."""

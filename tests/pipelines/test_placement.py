@@ -45,6 +45,7 @@ FLUX = Footprint(
         (1, "sequential", "int8", "sequential int8"),
     ],
 )
+@pytest.mark.fault(52)
 def test_on_an_accelerator_the_fastest_that_fits_is_taken(
     free: int, offload: Offload, quantize: Quantize, expected: str
 ) -> None:
@@ -85,6 +86,7 @@ def test_offloading_from_the_cpu_is_refused_in_a_sentence(offload: Offload) -> N
         place(99 * GB, FLUX, accelerated=False, offload=offload)
 
 
+@pytest.mark.fault(52)
 def test_a_machine_that_is_too_small_is_told_by_how_much() -> None:
     """Both figures are in the sentence."""
     with pytest.raises(WeightsUnusable, match=r"needs 19\.4 GB of memory, and 16\.0 GB are free"):

@@ -1,79 +1,134 @@
-"""The Create tab, in a real browser."""
+"""The Create tab over the embedded models, in a real browser."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from typing import Any
 
 import httpx
 from browsers import Tab
 from conftest import Server
+from fakes import until
+from playwright.sync_api import expect
+
+from scripts.visiting import ask, draw, settle
 
 RED = "a red circle on a blue background"
 
 
-def draw(tab: Tab, prompt: str, steps: int = 4) -> None:
-    if tab.page.get_by_label("Steps").first.is_hidden():
-        tab.page.get_by_role("button", name="More").first.click()
-    tab.page.get_by_label("Steps", exact=True).first.fill(str(steps))
-    tab.page.get_by_label("Prompt", exact=True).first.fill(prompt)
-    tab.page.get_by_label("Prompt", exact=True).first.press("Enter")
+def fill_more(inside: Any, steps: str) -> None:
+    """Say how many steps, which stands among what is seldom changed."""
+    field = inside.get_by_label("Steps", exact=True)
+    if field.is_hidden():
+        inside.get_by_role("button", name="More").click()
+    field.fill(steps)
 
 
-def job_of(painted: Server) -> dict[str, object]:
-    """The latest job."""
-    job: dict[str, object] = httpx.get(f"{painted.url}/jobs").json()["jobs"][0]
-    return job
+def fill_count(inside: Any, count: int) -> None:
+    box = inside.get_by_label("number input for How many")
+    box.fill(str(count))
+    box.press("Tab")
+
+
+def jobs_of(server: Server) -> list[dict[str, Any]]:
+    """The latest jobs, newest first."""
+    jobs: list[dict[str, Any]] = httpx.get(f"{server.url}/jobs").json()["jobs"]
+    return jobs
+
+
+def figure(server: Server, name: str) -> float:
+    lines = httpx.get(f"{server.url}/metrics").text.splitlines()
+    return next(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name + " "))
 
 
 def test_enter_draws_and_nobody_else_is_asked(tab_of: Callable[..., Tab]) -> None:
-    """Steps are told, then a picture is there with how it was made; no console error, and no request elsewhere."""
+    """An example becomes the prompt; steps are told, then the picture is there: red within, blue around."""
     tab = tab_of()
-    tab.page.get_by_role("button", name=RED, exact=True).click()
-    from playwright.sync_api import expect
-
-    expect(tab.page.get_by_label("Prompt", exact=True).first).to_have_value(RED)
-    draw(tab, RED, steps=60)
+    tab.inside.get_by_role("button", name=RED, exact=True).click()
+    expect(tab.inside.get_by_label("Prompt", exact=True)).to_have_value(RED)
+    fill_more(tab.inside, "60")
+    ask(tab.inside, RED)
     tab.told("of 60")
     tab.told("Done in")
-    picture = tab.page.locator(".sds-gallery img").first
-    picture.wait_for()
-    assert "/files/" in picture.get_attribute("src")
-    assert picture.evaluate("image => image.decode().then(() => image.naturalWidth)") == 512
-    seed = tab.page.get_by_label("Seed", exact=True).first.input_value()
-    tab.page.get_by_text(f"512 × 512, sdxl, seed {seed}, 60 steps").wait_for()
-    assert (tab.complaints, tab.asked - {""}) == ([], {"127.0.0.1"})
+    tab.inside.get_by_text(re.compile(r"\d+ × \d+, sdxl, 60 steps")).wait_for()
+    picture = tab.picture
+    (middle, around) = picture[len(picture) // 2, len(picture) // 2], picture[4, 4]
+    assert middle[0] > 150 > middle[2]
+    assert around[2] > 150 > around[0]
+    tab.was_quiet()
 
 
-def test_cancel_frees_the_device(tab_of: Callable[..., Tab], painted: Server) -> None:
-    """In mid-draw: the page says so, the job has ended, and the next picture does not wait for it."""
+def test_several_pictures_have_a_seed_each(tab_of: Callable[..., Tab]) -> None:
+    """Three at one click, with a seed that is kept: it and the next two stand below them."""
     tab = tab_of()
-    draw(tab, RED, steps=100)
+    fill_count(tab.inside, 3)
+    tab.inside.get_by_label("Seed", exact=True).fill("7")
+    tab.inside.get_by_label("Keep this seed").check()
+    draw(tab.inside, "a yellow star on a purple background")
+    expect(tab.inside.locator(".sds-gallery .caption-label")).to_have_text(["seed 7", "seed 8", "seed 9"])
+    tab.was_quiet()
+
+
+def test_cancel_frees_the_device(tab_of: Callable[..., Tab], studio_server: Server) -> None:
+    """In mid-draw: the page says so, every job has ended early, none is left on the device, and the next is drawn."""
+    tab = tab_of()
+    fill_more(tab.inside, "100")
+    fill_count(tab.inside, 4)
+    ask(tab.inside, RED)
     tab.told("of 100")
-    tab.page.get_by_role("button", name="Cancel").first.click()
-    tab.told("Cancelled")
-    assert (job_of(painted)["state"], int(str(job_of(painted)["step"])) < 100) == ("cancelled", True)
-    draw(tab, RED, steps=4)
-    tab.told("Done in")
+    tab.inside.get_by_role("button", name="Cancel").click()
+    tab.told("4 cancelled")
+    ended = jobs_of(studio_server)[:4]
+    assert [job["state"] for job in ended] == ["cancelled"] * 4
+    assert max(job["step"] or 0 for job in ended) < 100
+    until(lambda: figure(studio_server, "sds_queue_running") + figure(studio_server, "sds_queue_waiting") == 0)
+    fill_more(tab.inside, "4")
+    fill_count(tab.inside, 1)
+    draw(tab.inside, RED)
+    tab.was_quiet()
 
 
-def test_what_is_wrong_is_told_by_the_fields_name(tab_of: Callable[..., Tab]) -> None:
-    """A side beyond the limit: a sentence that names it, in an alert; the button can be pressed again."""
+def test_what_is_wrong_is_told_beside_its_field(tab_of: Callable[..., Tab]) -> None:
+    """Two faults, one folded away: each sentence stands at its field, which a screen reader is told; then none does."""
     tab = tab_of()
-    tab.page.get_by_label("Width").fill("9000")
-    draw(tab, RED)
-    told = tab.page.get_by_role("alert").filter(has_text="2048")
-    told.wait_for()
-    assert told.inner_text().startswith("Width")
-    assert tab.page.get_by_role("button", name="Draw", exact=True).is_enabled()
+    fill_more(tab.inside, "9000")
+    tab.inside.get_by_role("button", name="More").click()
+    tab.inside.get_by_label("Width").fill("9000")
+    ask(tab.inside, RED)
+    for name, label, words in (("width", "Width", "2048"), ("num_inference_steps", "Steps", "100")):
+        fault = tab.page.locator(f"#sds-fault-create-{name}")
+        fault.wait_for()
+        assert fault.inner_text().startswith(label)
+        assert words in fault.inner_text()
+        box = tab.page.locator(f"#sds-create-{name} input, #sds-create-{name} textarea").first
+        expect(box).to_have_attribute("aria-describedby", f"sds-fault-create-{name}")
+        expect(box).to_have_attribute("aria-invalid", "true")
+        below = fault.bounding_box()["y"] - box.bounding_box()["y"]
+        assert 0 < below < 150
+    tab.told("Not drawn. Have a look at Width and Steps.")
+    tab.inside.get_by_label("Width").fill("256")
+    fill_more(tab.inside, "4")
+    draw(tab.inside, RED)
+    expect(tab.page.locator(".sds-fault p")).to_have_count(0)
+    expect(tab.page.locator("[aria-invalid=true]")).to_have_count(0)
+    tab.was_quiet()
 
 
-def test_a_page_that_is_loaded_again_goes_on(tab_of: Callable[..., Tab], painted: Server) -> None:
-    """The job under way is followed to its end, and was asked for once."""
+def test_a_page_that_is_loaded_again_goes_on(tab_of: Callable[..., Tab], studio_server: Server) -> None:
+    """The jobs under way are followed to their ends, and were asked for once."""
     tab = tab_of()
-    draw(tab, "a green circle", steps=100)
+    fill_more(tab.inside, "100")
+    fill_count(tab.inside, 4)
+    ask(tab.inside, "a green circle on a white background")
     tab.told("of 100")
-    before = job_of(painted)["id"]
+    before = [job["id"] for job in jobs_of(studio_server)]
+    tab.was_quiet()
     tab.page.reload()
-    tab.told("of 100")
-    tab.told("Done in")
-    assert job_of(painted)["id"] == before
+    settle(tab.page)
+    tab.complaints.clear()  # the page that went away told that its connections were cut
+    tab.told("of 4 pictures")
+    tab.told("All 4 pictures are done")
+    expect(tab.inside.locator(".sds-gallery img")).to_have_count(4)
+    assert [job["id"] for job in jobs_of(studio_server)] == before
+    tab.was_quiet()

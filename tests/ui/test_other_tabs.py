@@ -1,115 +1,136 @@
-"""Restyle, Inpaint, History and Status, in a real browser, and how the studio looks on a phone."""
+"""Restyle, Inpaint, History and Status over the embedded models, in a real browser, and the studio on a phone."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+import httpx
+import pytest
 from browsers import Tab
 from conftest import Server
 from fakes import disc, file_of
+from playwright.sync_api import expect
 
+from scripts.visiting import PHONE, TABS, draw, paint
 
-def draw(tab: Tab, prompt: str) -> None:
-    box = tab.page.get_by_label("Prompt", exact=True).locator("visible=true")
-    box.fill(prompt)
-    box.press("Enter")
-    tab.told("Done in")
-
-
-def chosen(tab: Tab, name: str) -> Any:
-    tab.page.get_by_role("tab", name=name).click()
-    return tab.page.locator("[role=tabpanel]:visible")
+RED = "a red circle on a blue background"
 
 
 def test_a_result_is_handed_over_and_repainted(tab_of: Callable[..., Tab]) -> None:
-    """Create, hand over, paint with the mouse, draw: green in the stroke, red elsewhere; the console is silent."""
+    """Create, hand over, paint with the mouse, draw: green in the stroke, blue around as before; before and after."""
     tab = tab_of()
-    draw(tab, "a red picture")
-    tab.page.get_by_role("button", name="Inpaint this one").locator("visible=true").click()
-    canvas = tab.page.locator("#sds-editor canvas").first
-    canvas.wait_for()
-    tab.page.wait_for_timeout(1500)  # the editor lays the picture out by itself
-    tab.page.locator('#sds-editor button[aria-label="Brush"]').click()
-    box = canvas.bounding_box()
-    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
-    tab.page.mouse.move(x - 30, y)
-    tab.page.mouse.down()
-    tab.page.mouse.move(x + 30, y, steps=6)
-    tab.page.mouse.up()
-    draw(tab, "a green picture")
-    pixels = (
-        tab.page.locator(".sds-gallery img")
-        .locator("visible=true")
-        .first.evaluate(
-            """async image => {
-            await image.decode();
-            const canvas = document.createElement("canvas");
-            [canvas.width, canvas.height] = [image.naturalWidth, image.naturalHeight];
-            const context = canvas.getContext("2d");
-            context.drawImage(image, 0, 0);
-            const at = (x, y) => Array.from(context.getImageData(x, y, 1, 1).data);
-            let greens = 0;
-            for (let x = 0; x < canvas.width; x += 8) for (let y = 0; y < canvas.height; y += 8) {
-                const [r, g] = at(x, y);
-                greens += g > r;
-            }
-            return [at(4, 4), greens];
-        }"""
-        )
-    )
-    (red, green, *_), greens = pixels
-    assert red > 150 > green
-    assert greens > 0
-    assert (tab.complaints, tab.asked - {""}) == ([], {"127.0.0.1"})
+    tab.open("Inpaint")  # its editor has been seen empty before
+    draw(tab.open("Create"), RED)
+    before = tab.picture
+    tab.inside.get_by_role("button", name="Inpaint this one").click()
+    tab.page.locator("#sds-inpaint-image_file").wait_for()
+    tab.inside.get_by_role("button", name="Draw", exact=True).click()
+    tab.page.locator("#sds-fault-inpaint-mask_file").wait_for()
+    paint(tab.page)
+    draw(tab.inside, "a green square on a blue background")
+    after = tab.picture
+    assert after.shape == before.shape
+    greens = (after[..., 1] > after[..., 0] + 40) & (after[..., 1] > after[..., 2] + 40)
+    middle = greens[greens.shape[0] * 2 // 5 : greens.shape[0] * 3 // 5]
+    assert middle.sum() > 0.5 * greens.sum() > 200
+    # The file is a lossy WebP, so that equal pixels come back nearly equal.
+    assert abs(after[: len(after) // 4] - before[: len(before) // 4]).mean() < 4
+    expect(tab.page.locator("#sds-fault-inpaint-mask_file")).to_have_count(0)
+    tab.inside.get_by_text("Before and after").locator("xpath=..").locator("img").first.wait_for()
+    tab.was_quiet()
 
 
 def test_a_file_is_restyled_by_its_edges(tab_of: Callable[..., Tab], tmp_path: Path) -> None:
-    """Without a picture a sentence; with one its edges are shown, and before and after."""
+    """Without a picture a sentence at its field; with one its edges are shown, and yellow takes the place of blue."""
     (tmp_path / "disc.png").write_bytes(file_of(disc(256, 256)))
     tab = tab_of()
-    inside = chosen(tab, "Restyle")
+    inside = tab.open("Restyle")
     inside.get_by_role("button", name="Draw", exact=True).click()
-    tab.told("Choose a picture")
+    fault = tab.page.locator("#sds-fault-restyle-image_file")
+    fault.wait_for()
+    assert "Choose a picture" in fault.inner_text()
     inside.locator("input[type=file]").first.set_input_files(tmp_path / "disc.png")
     inside.get_by_label("Keep the edges").check()
     inside.locator("img[src*='/gradio_api/file=']").nth(1).wait_for()
-    draw(tab, "a yellow picture")
-    tab.page.get_by_text("256 × 256, sdxl").locator("visible=true").wait_for()
-    assert tab.complaints == []
+    draw(inside, "a green circle on a yellow background")
+    inside.get_by_text("256 × 256, sdxl").wait_for()
+    inside.get_by_text("Before and after").wait_for()
+    around = tab.picture[8, 8]
+    assert min(around[0], around[1]) > around[2] + 60
+    tab.was_quiet()
 
 
-def test_the_history_is_searched_told_replayed_and_deleted(tab_of: Callable[..., Tab], painted: Server) -> None:
-    """Found by a word of its prompt; told as a call; drawn again alike; deleted after a second question."""
+@pytest.fixture
+def two_drawn(studio_server: Server) -> Server:
+    """A picture by each model, whose prompts hold a word of their own."""
+    for model in ("sdxl", "flux"):
+        order = {"prompt": f"a blue unmistakable circle, {model}", "width": 128, "height": 128, "model": model}
+        httpx.post(f"{studio_server.url}/create_and_upload_image", json=order, timeout=120).raise_for_status()
+    return studio_server
+
+
+def test_the_history_is_searched_filtered_told_replayed_and_deleted(
+    tab_of: Callable[..., Tab], two_drawn: Server
+) -> None:
+    """By a word two, by a model one of them: told as a call, drawn again alike, taken to Create, deleted when asked."""
     tab = tab_of()
-    draw(tab, "a blue unmistakable picture")
-    inside = chosen(tab, "History")
+    inside = tab.open("History")
+    found = inside.locator("button.thumbnail-item")
     inside.get_by_label("Search").fill("unmistakable")
-    inside.get_by_label("Search").press("Enter")
-    inside.locator("button.thumbnail-item").nth(1).wait_for(state="detached")
-    inside.locator("button.thumbnail-item").first.click()
-    inside.get_by_text('"a blue unmistakable picture"').first.wait_for()
-    assert inside.locator("#sds-address textarea, #sds-address input").input_value().startswith(f"{painted.url}/files/")
+    expect(found).to_have_count(2)
+    inside.get_by_label("Model", exact=True).click()
+    tab.page.get_by_role("option", name="flux").click()
+    expect(found).to_have_count(1)
+    found.first.click()
+    address = inside.locator("#sds-address textarea, #sds-address input")
+    expect(address).to_have_value(f"{two_drawn.url}/files/{keys_of(two_drawn)[0]}")
+    inside.get_by_text("a blue unmistakable circle, flux").first.wait_for()
+    inside.get_by_role("button", name="As a call, to copy").click()
+    expect(inside.locator("#sds-curl")).to_contain_text("a blue unmistakable circle, flux")
     inside.get_by_role("button", name="Draw again").click()
-    tab.told("Drawn again")
+    tab.told("Drawn again: equal bit for bit.")
+    inside.get_by_role("button", name="Use its settings").click()
+    prompt = tab.page.locator("#sds-create-prompt textarea, #sds-create-prompt input").first
+    expect(prompt).to_have_value("a blue unmistakable circle, flux")
+    inside = tab.open("History")
+    expect(found).to_have_count(1)
+    found.first.click()
     inside.get_by_role("button", name="Delete …").click()
     inside.get_by_role("button", name="Really delete it").click()
-    inside.get_by_role("button", name="Really delete it").wait_for(state="hidden")
-    assert tab.complaints == []
+    tab.told("Deleted.")
+    expect(found).to_have_count(0)
+    assert keys_of(two_drawn) == []
+    tab.was_quiet()
+
+
+def keys_of(server: Server) -> list[str]:
+    """What Flux drew of the prompts of these tests."""
+    asked = {"q": "unmistakable", "model": "flux"}
+    pictures = httpx.get(f"{server.url}/history", params=asked).json()["pictures"]
+    return [picture["key"] for picture in pictures]
+
+
+def test_status_tells_what_draws_and_what_waits(tab_of: Callable[..., Tab]) -> None:
+    """That it can draw, both models with where they are, the queue, and the memory of the server."""
+    tab = tab_of()
+    inside = tab.open("Status")
+    tab.told("It can draw")
+    for text in ("sdxl (draws where none is named)", "flux", "On the device", "Waiting", "Memory of the server"):
+        inside.get_by_text(text, exact=True).first.wait_for()
+    assert inside.get_by_text("resident", exact=True).count() == 2
+    tab.was_quiet()
 
 
 def test_a_phone_shows_all_of_it_in_one_column(tab_of: Callable[..., Tab]) -> None:
-    """At 390 pixels nothing is wider than the screen, in the dark as well, and Status tells that it can draw."""
-    tab = tab_of(viewport={"width": 390, "height": 844}, color_scheme="dark", is_mobile=True, has_touch=True)
-    assert tab.page.evaluate("document.documentElement.scrollWidth") <= 390
+    """At 390 pixels no tab is wider than the screen, in the dark as well, and a picture is drawn and seen."""
+    tab = tab_of(**PHONE, color_scheme="dark")
     dark = tab.page.evaluate("getComputedStyle(document.querySelector('.gradio-container')).backgroundColor")
     assert sum(int(part) for part in dark.strip("rgba()").split(",")[:3]) < 200
-    draw(tab, "a red picture")
-    more = tab.page.get_by_role("tab", name="Status")
-    if more.count() == 0 or more.is_hidden():
-        tab.page.locator(".overflow-menu button").first.click()
-        tab.page.get_by_text("Status", exact=True).last.click()
-    else:
-        more.click()
+    draw(tab.inside, RED)
+    assert tab.inside.locator(".sds-gallery img").first.bounding_box()["width"] > 120
+    for name in TABS:
+        tab.open(name)
+        assert (name, tab.page.evaluate("document.documentElement.scrollWidth <= 390")) == (name, True)
     tab.told("It can draw")
+    tab.was_quiet()

@@ -7,7 +7,7 @@ import shlex
 
 import numpy as np
 
-from stable_diffusion_server.ui import asking, masks, snippets, standing, telling
+from stable_diffusion_server.ui import asking, masks, offering, recounting, snippets, standing, telling
 from stable_diffusion_server.ui.asking import Common
 from stable_diffusion_server.ui.guests import Guests
 
@@ -74,6 +74,41 @@ def test_a_fault_is_told_by_the_fields_label() -> None:
     """The parameter's own name does not come twice."""
     html = telling.alert("", [("num_inference_steps", "num_inference_steps must be at most 100.")])
     assert "Steps must be at most 100." in html
+
+
+def test_a_fault_is_told_once() -> None:
+    """What stands beside its field is only pointed to; what has no field there is told in full."""
+    faults = [("width", "width must be between 64 and 2048."), ("image_file", "image_file is no picture.")]
+    pointed = telling.refusal("x", faults[:1], {"width"})
+    assert ("Have a look at Width." in pointed, "2048" in pointed, "role" in pointed) == (True, False, False)
+    assert "is no picture" in telling.refusal("x", faults, {"width"})
+    assert "x" in telling.refusal("x", (), {"width"})
+
+
+def test_fields_offer_what_the_models_have() -> None:
+    """The usual one's own steps and guidance, its best size, and what it has no use for; words of the embedded ones."""
+    models = [
+        {"name": "sdxl", "folder": "embedded-sdxl", "usual": True, "default_steps": 4, "default_guidance": 2.0},
+        {"name": "flux", "folder": "real", "takes_guidance": False, "takes_negative_prompt": False, "default_steps": 4},
+    ]
+    assert offering.choices(models)[0] == ("The server's own choice (sdxl)", "")
+    assert offering.habits(offering.chosen(models, ""))[:2] == ("4, its own", "2, its own")
+    assert offering.habits(offering.chosen(models, "flux"))[1:] == ("it takes none", "Flux has no use for it.")
+    sides = [offering.side({"native_pixels": side * side}) for side in (128, 600, 1024)]
+    assert sides == [256, 512, 1024]
+    assert (offering.preset(768, 512), offering.preset(768, None)) == ("768x512", None)
+    assert "hexagons" in offering.words(models)
+    assert offering.words(models[1:]) == ""
+
+
+def test_a_record_fills_the_fields_again() -> None:
+    """The prompt as it was asked for, and what may be left empty as text."""
+    record = {"prompt": "a star detail", "asked": {"prompt": "a star"}, "seed": 0, "guidance_scale": 0.0, "width": 64}
+    was = recounting.settings(record)
+    assert (was["prompt"], was["seed"], was["guidance"], was["steps"], was["width"]) == ("a star", "0", "0", "", 64)
+    evil = "<img src=x onerror=alert(1)>"
+    told = recounting.page({"prompt": evil, "model": evil}, {}) + recounting.picture({"path": evil, "prompt": evil})
+    assert told.count("<img") == 1
 
 
 def test_what_was_painted_is_the_mask() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Callable
 from http import HTTPStatus
 from uuid import uuid4
 
@@ -18,6 +19,8 @@ from stable_diffusion_server.api.security.proxies import Proxies
 from stable_diffusion_server.api.security.rates import Allowed, Rates
 from stable_diffusion_server.api.shapes import refusal
 from stable_diffusion_server.errors import ServerError
+from stable_diffusion_server.observability.metrics import Visit
+from stable_diffusion_server.observability.tracing import Tracing
 from stable_diffusion_server.orders import Caller
 
 _log = structlog.get_logger("access")
@@ -29,13 +32,23 @@ _QUIET = ("/healthz", "/readyz", "/metrics")
 class Gate:
     """ASGI middleware: gives each request an id, lets the policy decide, and logs what was answered.
 
-    `state.caller` says who asks. Query strings are not logged: prompts are the caller's own business.
+    `state.caller` says who asks. Query strings are not logged: prompts are the caller's own business. `visited` is told
+    of each request, whose span `tracing` makes.
     """
 
-    def __init__(self, app: ASGIApp, policy: Policy, proxies: Proxies) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        policy: Policy,
+        proxies: Proxies,
+        visited: Callable[[Visit], object] = lambda visit: None,
+        tracing: Tracing | None = None,
+    ) -> None:
         self._app = app
         self._policy = policy
         self._proxies = proxies
+        self._visited = visited
+        self._tracing = tracing or Tracing()
         self._rates = Rates()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -58,15 +71,19 @@ class Gate:
                 protect(message, scope["path"])
             await send(message)
 
-        with structlog.contextvars.bound_contextvars(request_id=request_id):
+        facts = {"http.request.method": scope["method"], "sds.request_id": request_id}
+        with (
+            structlog.contextvars.bound_contextvars(request_id=request_id),
+            self._tracing.span(scope["method"], facts, within=headers) as span,
+        ):
             try:
                 await self._enter(scope, headers, receive, send_with_headers, more)
             finally:
-                seconds = round(time.perf_counter() - started, 4)
-                quiet = status == HTTPStatus.OK and (scope["path"] in _QUIET or scope["path"].startswith("/ui/"))
-                level = _log.debug if quiet else _log.info
-                who = {"key": name} if (name := scope["state"]["caller"].name) else {}
-                level("request", method=scope["method"], path=scope["path"], status=status, seconds=seconds, **who)
+                visit = _visit_of(scope, status, time.perf_counter() - started)
+                self._visited(visit)
+                _tell(scope, visit)
+                span.name(f"{scope['method']} {visit.door}".strip())
+                span.tell({"http.response.status_code": status, "http.route": visit.door, "sds.key": visit.key})
 
     async def _enter(self, scope: Scope, headers: Headers, receive: Receive, send: Send, more: dict[str, str]) -> None:
         """Pass a request on if it may go on, and answer it if not; `more` are headers for its answer."""
@@ -76,6 +93,8 @@ class Gate:
         try:
             admitted = self._policy.admit(scope, headers)
             state["caller"] = admitted.caller
+            if admitted.caller.name:
+                structlog.contextvars.bind_contextvars(key=admitted.caller.name)
             if admitted.allowed is not None:
                 try:
                     await self._rates.enter(admitted.allowed)
@@ -83,6 +102,7 @@ class Gate:
                 finally:
                     more.update(await self._rates.headers(admitted.allowed))
         except ServerError as error:
+            state["reason"] = error.kind
             await refusal(error, scope["path"], state["request_id"])(scope, receive, send)
             return
         try:
@@ -104,6 +124,21 @@ class BodyLimit:
         """Pass a request on with its body counted."""
         headers = Headers(raw=scope.get("headers", []))
         await self._counted[self._policy.body_limit(scope.get("path", ""), headers)](scope, receive, send)
+
+
+def _visit_of(scope: Scope, status: int, seconds: float) -> Visit:
+    """What is counted of a request; the route is there once the request has come to it."""
+    door = getattr(scope.get("route"), "path", "")
+    return Visit(door, status, seconds, scope["state"].get("reason", ""), scope["state"]["caller"].name)
+
+
+def _tell(scope: Scope, visit: Visit) -> None:
+    """The line of the log for a request: its path without the query, which holds prompts."""
+    path = scope["path"]
+    quiet = visit.status == HTTPStatus.OK and (path in _QUIET or path.startswith("/ui/"))
+    level = _log.debug if quiet else _log.info
+    why = {"reason": visit.reason} if visit.reason else {}
+    level("request", method=scope["method"], path=path, status=visit.status, seconds=round(visit.seconds, 4), **why)
 
 
 def _request_id(headers: Headers) -> str:

@@ -3,12 +3,37 @@
 from __future__ import annotations
 
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import gradio as gr
 
+from stable_diffusion_server.ui import offering, telling
 from stable_diffusion_server.ui.asking import MOST_AT_ONCE, SEED_END, Common
+
+QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+
+
+@dataclass(frozen=True, slots=True)
+class Slots:
+    """Where a tab tells what is wrong with a field: below it, by the name of its parameter."""
+
+    tab: str
+    below: dict[str, gr.HTML] = field(default_factory=dict)
+
+    def id_of(self, name: str) -> str:
+        """The id of a parameter's component, by which the page finds it."""
+        return f"sds-{self.tab}-{name}"
+
+    def slot(self, *names: str) -> None:
+        """Make room for what is wrong with parameters, here."""
+        for name in names:
+            self.below[name] = gr.HTML(elem_classes="sds-fault")
+
+    def told(self, faults: tuple[tuple[str, str], ...]) -> list[str]:
+        """What stands in each slot; nothing where nothing is wrong."""
+        wrong = dict(reversed(faults))
+        return [telling.fault(self.tab, name, wrong[name]) if name in wrong else "" for name in self.below]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +52,7 @@ class Fields:
     seed: gr.Textbox
     keep: gr.Checkbox
     count: gr.Slider
+    more: gr.Accordion
 
     @property
     def inputs(self) -> list[Any]:
@@ -36,33 +62,77 @@ class Fields:
             *(self.guidance, self.seed, self.keep, self.count),
         ]
 
+    @property
+    def habits(self) -> list[Any]:
+        """What changes with the model."""
+        return [self.steps, self.guidance, self.negative]
 
-def prompt_box(placeholder: str) -> gr.Textbox:
+
+def prompt_box(slots: Slots, placeholder: str) -> gr.Textbox:
     """Where the prompt is written; Enter draws."""
-    return gr.Textbox(label="Prompt", placeholder=placeholder, lines=1, max_lines=6, autofocus=True, max_length=4000)
+    prompt = gr.Textbox(
+        label="Prompt",
+        placeholder=placeholder,
+        lines=1,
+        max_lines=6,
+        autofocus=slots.tab == "create",
+        max_length=4000,
+        elem_id=slots.id_of("prompt"),
+    )
+    slots.slot("prompt")
+    return prompt
 
 
-def fields(prompt: gr.Textbox) -> Fields:
+def fields(slots: Slots, prompt: gr.Textbox) -> Fields:
     """Lay the fields out here, below a prompt."""
-    count = gr.Slider(1, MOST_AT_ONCE, 1, step=1, label="How many")
-    with gr.Row():
-        seed = gr.Textbox(label="Seed", max_length=20, placeholder="another each time", min_width=140)
+    count = gr.Slider(1, MOST_AT_ONCE, 1, step=1, label="How many", elem_id=slots.id_of("count"))
+    seed, keep = _seed(slots)
+    model = gr.Dropdown(offering.choices(()), value="", label="Model", elem_id=slots.id_of("model"))
+    slots.slot("model")
+    with gr.Accordion("More: negative prompt, steps, guidance", open=False) as more:
+        steps_hint, guidance_hint, use = offering.habits({"name": ""})
+        negative = gr.Textbox(
+            label="Not in the picture", info=use, max_length=4000, elem_id=slots.id_of("negative_prompt")
+        )
+        slots.slot("negative_prompt")
+        with gr.Row():
+            steps, guidance = (
+                gr.Textbox(label=label, placeholder=hint, max_length=20, min_width=120, elem_id=slots.id_of(name))
+                for label, hint, name in (
+                    ("Steps", steps_hint, "num_inference_steps"),
+                    ("Guidance", guidance_hint, "guidance_scale"),
+                )
+            )
+        slots.slot("num_inference_steps", "guidance_scale")
+    return Fields(prompt, model, negative, steps, guidance, seed, keep, count, more)
+
+
+def _seed(slots: Slots) -> tuple[gr.Textbox, gr.Checkbox]:
+    """The seed, whether it is kept, and dice for another."""
+    with gr.Row(equal_height=True):
+        seed = gr.Textbox(
+            label="Seed",
+            max_length=20,
+            placeholder="another each time",
+            min_width=140,
+            elem_id=slots.id_of("seed"),
+        )
         with gr.Column(min_width=140):
             keep = gr.Checkbox(label="Keep this seed", container=False)
             dice = gr.Button("Roll the dice", size="sm")
-    with gr.Accordion("More", open=False):
-        models = [("As the server prefers", ""), ("SDXL", "sdxl"), ("Flux", "flux")]
-        model = gr.Dropdown(models, value="", label="Model")
-        negative = gr.Textbox(label="Not in the picture", info="Flux has no use for it.", max_length=4000)
-        with gr.Row():
-            steps = gr.Textbox(label="Steps", max_length=20, placeholder="as the model likes", min_width=120)
-            guidance = gr.Textbox(label="Guidance", max_length=20, placeholder="as the model likes", min_width=120)
+    slots.slot("seed")
 
     def roll() -> tuple[str, bool]:
         return str(secrets.randbelow(SEED_END)), True
 
-    dice.click(roll, None, [seed, keep], show_progress="hidden", api_visibility="private")
-    return Fields(prompt, model, negative, steps, guidance, seed, keep, count)
+    dice.click(roll, None, [seed, keep], **QUIET)
+    return seed, keep
+
+
+def habits_of(models: offering.Models, name: str) -> list[Any]:
+    """The fields that change with the model, told how it draws where nothing is said."""
+    steps, guidance, use = offering.habits(offering.chosen(models, name) or {"name": name})
+    return [gr.Textbox(placeholder=steps), gr.Textbox(placeholder=guidance), gr.Textbox(info=use)]
 
 
 def common_of(

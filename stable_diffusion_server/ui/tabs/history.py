@@ -7,76 +7,131 @@ from typing import Any
 
 import gradio as gr
 
-from stable_diffusion_server.ui import snippets, telling
+from stable_diffusion_server.ui import offering, recounting, snippets, telling
 from stable_diffusion_server.ui.desk import RefusedError
 from stable_diffusion_server.ui.desks import Desks
+from stable_diffusion_server.ui.tabs.fields import QUIET
 from stable_diffusion_server.ui.tabs.panel import desk_of
 
-_QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+EVERY = ("Every model", "")
+
+# On a phone what was chosen stands below all that were found.
+_INTO_VIEW = "() => { document.querySelector('.sds-picture')?.scrollIntoView({ block: 'nearest' }); }"
 
 
 @dataclass(frozen=True, slots=True)
 class History:
-    """What others touch: the pictures that are listed, and which is chosen."""
+    """What others touch: the pictures that are listed, which is chosen, the models, and where ways on begin."""
 
     shown: gr.State
     chosen: gr.State
     told: gr.HTML
+    model: gr.Dropdown
     below: gr.Column
+
+
+@dataclass(frozen=True, slots=True)
+class _One:
+    """The picture that is looked at. `whole` is seen while there is one."""
+
+    told: gr.HTML
+    whole: gr.Column
+    seen: gr.HTML
+    facts: gr.HTML
+    address: gr.Textbox
+    curl: gr.Code
+    python: gr.Code
+    record: gr.JSON
+    deeds: tuple[gr.Button, ...]
+    below: gr.Column
+
+    @property
+    def outputs(self) -> list[Any]:
+        """What changes with the picture, in the order of `_told` behind the index."""
+        return [self.told, self.whole, self.seen, self.facts, self.address, self.curl, self.python, self.record]
 
 
 def tab(desks: Desks, opened: gr.Tab) -> History:
     """Lay the tab out here."""
-    shown, chosen, behind = gr.State([]), gr.State(0), gr.State(None)
+    shown, chosen, behind = gr.State([]), gr.State(-1), gr.State(None)
     with gr.Row():
         with gr.Column(min_width=300):
-            words = gr.Textbox(label="Search", placeholder="words of the prompt", max_length=1000)
+            with gr.Row():
+                words = gr.Textbox(label="Search", placeholder="e.g. star", max_length=1000, min_width=160)
+                model = gr.Dropdown([EVERY, *((name, name) for name in offering.names(()))], value="", label="Model")
             gallery = gr.Gallery(
-                label="Drawn here", columns=3, object_fit="contain", interactive=False, height="auto", buttons=[]
+                label="Drawn here, newest first",
+                columns=3,
+                object_fit="cover",
+                interactive=False,
+                height="auto",
+                buttons=[],
+                allow_preview=False,
+                elem_classes="sds-gallery",
             )
             older = gr.Button("Older pictures", interactive=False)
         with gr.Column(min_width=300):
-            told = gr.HTML()
-            address = gr.Textbox(label="Address", interactive=False, buttons=["copy"], elem_id="sds-address")
-            made = gr.JSON(label="How it was made", open=True)
-            with gr.Accordion("As a call", open=False):
-                curl = gr.Code(label="curl", language="shell", interactive=False)
-                python = gr.Code(label="OpenAI's client", language="python", interactive=False)
-            again, delete, sure, keep = _deeds()
-            below = gr.Column()
+            one = _one()
 
-    listing = [gallery, shown, behind, older, told]
-    record = [chosen, address, made, curl, python, told]
+    listing = [gallery, shown, behind, older, chosen, *one.outputs[:2]]
 
-    async def search(request: gr.Request, words: str) -> tuple[Any, ...]:
-        return await _listed(desks, request, words, None, [])
+    async def search(request: gr.Request, words: str, model: str) -> tuple[Any, ...]:
+        return await _listed(desks, request, (words, model), None, [])
 
-    async def further(request: gr.Request, words: str, before: int | None, shown: list[Any]) -> tuple[Any, ...]:
-        return await _listed(desks, request, words, before, shown)
+    async def further(
+        request: gr.Request, words: str, model: str, before: int | None, shown: list[Any]
+    ) -> tuple[Any, ...]:
+        return await _listed(desks, request, (words, model), before, shown)
 
     async def choose(request: gr.Request, shown: list[Any], event: gr.SelectData) -> tuple[Any, ...]:
         return await _told(desks, request, shown, int(event.index))
 
-    gr.on([opened.select, words.submit], search, words, listing, **_QUIET)
-    older.click(further, [words, behind, shown], listing, **_QUIET)
-    gallery.select(choose, shown, record, **_QUIET)
-    _act(desks, (shown, chosen, told), (again, delete, sure, keep), (search, words, listing))
-    return History(shown, chosen, told, below)
+    by = [words, model]
+    gr.on(
+        [opened.select, words.submit, words.input, model.input],
+        search,
+        by,
+        listing,
+        trigger_mode="always_last",
+        **QUIET,
+    )
+    older.click(further, [*by, behind, shown], listing, **QUIET)
+    gallery.select(choose, shown, [chosen, *one.outputs], **QUIET).then(None, js=_INTO_VIEW, **QUIET)
+    _act(desks, (shown, chosen, one.told), one.deeds, (search, by, listing))
+    return History(shown, chosen, one.told, model, one.below)
+
+
+def _one() -> _One:
+    """Lay out what is told of a picture."""
+    told = gr.HTML(telling.NONE_CHOSEN)
+    with gr.Column(visible=False) as whole:
+        seen = gr.HTML()
+        deeds = _deeds()
+        below = gr.Column()
+        facts = gr.HTML()
+        address = gr.Textbox(label="Address", interactive=False, buttons=["copy"], elem_id="sds-address")
+        with gr.Accordion("As a call, to copy", open=False):
+            curl = gr.Code(label="curl", language="shell", interactive=False, elem_id="sds-curl")
+            python = gr.Code(label="OpenAI's client", language="python", interactive=False, elem_id="sds-python")
+        with gr.Accordion("The whole record", open=False):
+            record = gr.JSON(label="Record", open=True)
+    return _One(told, whole, seen, facts, address, curl, python, record, deeds, below)
 
 
 def _deeds() -> tuple[gr.Button, ...]:
     """What can be done with a picture; deleting asks once more."""
     with gr.Row():
-        again = gr.Button("Draw again", min_width=110)
-        delete = gr.Button("Delete …", min_width=110)
-        sure = gr.Button("Really delete it", variant="stop", visible=False, min_width=110)
-        keep = gr.Button("Keep it", visible=False, min_width=110)
+        again = gr.Button("Draw again", size="sm", min_width=90)
+        delete = gr.Button("Delete …", size="sm", min_width=90)
+        sure = gr.Button("Really delete it", size="sm", variant="stop", visible=False, min_width=90)
+        keep = gr.Button("Keep it", size="sm", visible=False, min_width=90)
     return again, delete, sure, keep
 
 
 def _act(desks: Desks, at: tuple[Any, ...], deeds: tuple[gr.Button, ...], listing: tuple[Any, ...]) -> None:
     """Have the buttons act on the chosen picture."""
     (shown, chosen, told), (again, delete, sure, keep) = at, deeds
+    search, by, outputs = listing
 
     async def replay(request: gr.Request, shown: list[Any], chosen: int) -> str:
         desk = desk_of(desks, request)
@@ -85,49 +140,54 @@ def _act(desks: Desks, at: tuple[Any, ...], deeds: tuple[gr.Button, ...], listin
         except (RefusedError, ValueError) as error:
             return telling.alert(str(error))
 
-    async def remove(request: gr.Request, shown: list[Any], chosen: int) -> str:
+    async def remove(request: gr.Request, shown: list[Any], chosen: int, words: str, model: str) -> tuple[Any, ...]:
         try:
             await desk_of(desks, request).remove(_at(shown, chosen)["key"])
         except (RefusedError, ValueError) as error:
-            return telling.alert(str(error))
-        return telling.remark("Deleted.")
+            return *(gr.skip(),) * (len(outputs) - 2), telling.alert(str(error)), gr.skip()
+        *listed, told, whole = await search(request, words, model)
+        return *listed, telling.remark("Deleted.") if told == telling.NONE_CHOSEN else told, whole
 
     def ask(sure: bool) -> list[Any]:  # one of two buttons was pressed
         return [gr.Button(visible=not sure), gr.Button(visible=sure), gr.Button(visible=sure)]
 
-    again.click(replay, [shown, chosen], told, api_visibility="private")
-    delete.click(lambda: ask(True), None, [delete, sure, keep], **_QUIET)
-    keep.click(lambda: ask(False), None, [delete, sure, keep], **_QUIET)
-    search, words, outputs = listing
-    sure.click(remove, [shown, chosen], told, **_QUIET).then(
-        lambda: ask(False), None, [delete, sure, keep], **_QUIET
-    ).then(search, words, outputs, **_QUIET)
+    again.click(lambda: telling.remark("Drawing it again …"), None, told, **QUIET).then(
+        replay, [shown, chosen], told, **QUIET
+    )
+    delete.click(lambda: ask(True), None, [delete, sure, keep], **QUIET)
+    gr.on([keep.click, sure.click, chosen.change], lambda: ask(False), None, [delete, sure, keep], **QUIET)
+    sure.click(remove, [shown, chosen, *by], outputs, **QUIET)
 
 
 async def _listed(
-    desks: Desks, request: gr.Request, words: str, before: int | None, shown: list[Any]
+    desks: Desks, request: gr.Request, wanted: tuple[str, str], before: int | None, shown: list[Any]
 ) -> tuple[Any, ...]:
+    """The pictures that are found, behind those that are shown; none of them is chosen any more."""
     try:
-        found = await desk_of(desks, request).history(words, before)
+        words, model = (text or "" for text in wanted)
+        found = await desk_of(desks, request).history(words, model, before=before)
     except RefusedError as error:
-        return gr.skip(), gr.skip(), gr.skip(), gr.skip(), telling.alert(error.detail)
+        return *(gr.skip(),) * 5, telling.alert(error.detail), gr.skip()
     pictures = [*shown, *found["pictures"]]
-    told = "" if pictures else telling.remark("Nothing was drawn here yet." if not words else "No prompt holds this.")
+    nothing = telling.NOTHING_FOUND if any(wanted) else telling.NOTHING_DRAWN
     seen = [(picture["path"], picture["prompt"][:60]) for picture in pictures]
     more = gr.Button("Older pictures", interactive=found["next"] is not None)
-    return seen, pictures, found["next"], more, told
+    rest = (gr.skip(),) * 3 if shown else (-1, telling.NONE_CHOSEN if pictures else nothing, gr.Column(visible=False))
+    return gr.Gallery(seen, selected_index=None), pictures, found["next"], more, *rest
 
 
 async def _told(desks: Desks, request: gr.Request, shown: list[Any], index: int) -> tuple[Any, ...]:
     desk, picture = desk_of(desks, request), _at(shown, index)
+    seen = (gr.Column(visible=True), recounting.picture(picture))
     try:
         record = (await desk.record(picture["key"]))["record"]
     except RefusedError as error:
-        return index, picture["path"], picture, "", "", telling.alert(error.detail)
+        facts = recounting.page(picture, {})
+        return index, telling.alert(error.detail), *seen, facts, picture["path"], "", "", None
     whole = {**picture, **record}
     keyed = bool(desk.key)
     calls = snippets.curl(desk.base, whole, keyed=keyed), snippets.openai(desk.base, whole, keyed=keyed)
-    return index, picture["path"], record, *calls, ""
+    return index, "", *seen, recounting.page(picture, record), picture["path"], *calls, record
 
 
 def _at(shown: list[Any], index: int) -> dict[str, Any]:

@@ -9,13 +9,16 @@ from typing import Any
 import gradio as gr
 
 from stable_diffusion_server.ui import following, telling
+from stable_diffusion_server.ui.asking import UnfitError
 from stable_diffusion_server.ui.desk import Desk, RefusedError, Wish
 from stable_diffusion_server.ui.desks import Desks
+from stable_diffusion_server.ui.tabs.fields import QUIET, Fields, Slots
 
 Outputs = tuple[Any, ...]
 
 # Told anew at each change: a button whose change does not name its text loses it.
 DRAW, CANCEL = "Draw", "Cancel"
+_IN_MORE = {"negative_prompt", "num_inference_steps", "guidance_scale"}
 
 
 def desk_of(desks: Desks, request: gr.Request) -> Desk:
@@ -29,51 +32,93 @@ def desk_of(desks: Desks, request: gr.Request) -> Desk:
 class Panel:
     """The components. `jobs` holds the ids under way, `shown` the receipts in the gallery, `chosen` which is picked.
 
-    `kept` holds the ids under way in the browser, so that a page that is loaded again goes on with them.
+    `kept` holds the ids under way in the browser, so that a page that is loaded again goes on with them. `results` is
+    what is seen once there are pictures; `slots` stand below the fields.
     """
 
     draw: gr.Button
     cancel: gr.Button
     told: gr.HTML
+    results: gr.Column
     gallery: gr.Gallery
     made: gr.HTML
     jobs: gr.State
     shown: gr.State
     chosen: gr.State
-    seed: gr.Textbox
+    fields: Fields
     kept: gr.BrowserState
+    slots: Slots
 
     @property
     def outputs(self) -> list[Any]:
         """What changes while pictures are drawn."""
-        pictures = [self.told, self.gallery, self.made, self.jobs, self.shown, self.chosen, self.seed]
-        return [*pictures, self.kept, self.draw, self.cancel]
+        pictures = [self.told, self.results, self.gallery, self.made, self.jobs, self.shown, self.chosen]
+        buttons = [self.fields.seed, self.kept, self.draw, self.cancel, self.fields.more]
+        return [*pictures, *buttons, *self.slots.below.values()]
+
+    def outputs_of(self, shown: following.Shown) -> Outputs:
+        """What a moment of drawing changes."""
+        changed = shown.fresh or shown.over
+        refused = telling.refusal(shown.refused, shown.faults, self.slots.below) if shown.refused else ""
+        opened = shown.over and any(name in _IN_MORE for name, _ in shown.faults)
+        return (
+            refused + shown.told,
+            gr.Column(visible=bool(shown.receipts)) if changed else gr.skip(),
+            shown.pictures if changed else gr.skip(),
+            shown.made if changed else gr.skip(),
+            list(shown.jobs),
+            list(shown.receipts) if changed else gr.skip(),
+            0 if changed else gr.skip(),
+            # So that keeping a seed keeps that of what is seen.
+            str(shown.receipts[0]["seed"]) if shown.over and shown.receipts else gr.skip(),
+            [] if shown.over else list(shown.jobs) if shown.fresh else gr.skip(),
+            gr.Button(DRAW, interactive=shown.over),
+            gr.Button(CANCEL, variant="secondary" if shown.over else "stop", interactive=not shown.over),
+            gr.Accordion(open=True) if opened else gr.skip(),
+            *(self.slots.told(shown.faults) if changed else [gr.skip()] * len(self.slots.below)),
+        )
 
 
 def buttons() -> tuple[gr.Button, gr.Button]:
     """The button that draws, and the one that ends it."""
     with gr.Row():
-        draw = gr.Button(DRAW, variant="primary", scale=3)
-        cancel = gr.Button(CANCEL, variant="stop", interactive=False, scale=1)
+        draw = gr.Button(DRAW, variant="primary", scale=3, min_width=120)
+        cancel = gr.Button(CANCEL, variant="secondary", interactive=False, scale=1, min_width=90)
     return draw, cancel
 
 
-def panel(name: str, draw: gr.Button, cancel: gr.Button, seed: gr.Textbox) -> Panel:
-    """Lay the panel out here, for buttons that are elsewhere."""
-    told = gr.HTML(elem_classes="sds-news")
-    gallery = gr.Gallery(
-        label="Pictures",
-        columns=2,
-        object_fit="contain",
-        interactive=False,
-        height="auto",
-        buttons=["download", "fullscreen"],
-        elem_classes="sds-gallery",
-    )
-    made = gr.HTML()
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where it is told what happens, and the results, which are not seen before there are any."""
+
+    told: gr.HTML
+    results: gr.Column
+
+
+def place(empty: str) -> Place:
+    """Make room for what comes of a click; `empty` is what is told before."""
+    with gr.Column(elem_classes="sds-result"):
+        return Place(gr.HTML(empty), gr.Column(visible=False))
+
+
+def panel(slots: Slots, draw: gr.Button, cancel: gr.Button, fields: Fields, at: Place, *, beside: bool) -> Panel:
+    """Lay the results out, for buttons that are elsewhere; small where they are shown `beside` something."""
+    with at.results:
+        gallery = gr.Gallery(
+            label="Pictures",
+            columns=4 if beside else 2,
+            fit_columns=not beside,
+            object_fit="contain",
+            interactive=False,
+            height="auto",
+            buttons=["download", "fullscreen"],
+            elem_classes="sds-gallery",
+        )
+        made = gr.HTML()
     # Ids are of no use to who has not the key they came with; the secret only lets another process read them.
-    kept = gr.BrowserState([], storage_key=f"studio-{name}", secret="studio")  # noqa: S106  # none is kept there
-    return Panel(draw, cancel, told, gallery, made, gr.State([]), gr.State([]), gr.State(0), seed, kept)
+    kept = gr.BrowserState([], storage_key=f"studio-{slots.tab}", secret="studio")  # noqa: S106  # none is kept there
+    states = gr.State([]), gr.State([]), gr.State(0)
+    return Panel(draw, cancel, at.told, at.results, gallery, made, *states, fields, kept, slots)
 
 
 def wire(
@@ -93,11 +138,11 @@ def wire(
             wishes = wishes_of(
                 *(first if value is None else value for value, first in zip(values, firsts, strict=True))
             )
-        except ValueError as error:
-            yield _outputs(following.Shown(telling.alert(str(error)), over=True))
+        except UnfitError as error:
+            yield here.outputs_of(following.Shown(refused=str(error), faults=((error.field, str(error)),), over=True))
             return
         async for shown in following.draw(desk_of(desks, request), wishes):
-            yield _outputs(shown)
+            yield here.outputs_of(shown)
 
     async def cancel(request: gr.Request, jobs: list[str]) -> Any:
         for job in jobs:
@@ -110,31 +155,13 @@ def wire(
     async def resume(request: gr.Request, jobs: list[str] | None) -> AsyncIterator[Outputs]:
         yield (gr.skip(),) * len(here.outputs)  # whoever says nothing empties everything
         async for shown in following.resume(desk_of(desks, request), jobs or []):
-            yield _outputs(shown)
+            yield here.outputs_of(shown)
 
-    blocks.load(resume, here.kept, here.outputs, show_progress="hidden", api_visibility="private")
-    gr.on(triggers, draw, list(inputs), here.outputs, show_progress="hidden", api_visibility="private")
-    here.cancel.click(cancel, here.jobs, here.told, show_progress="hidden", api_visibility="private")
+    blocks.load(resume, here.kept, here.outputs, **QUIET)
+    gr.on(triggers, draw, list(inputs), here.outputs, **QUIET)
+    here.cancel.click(cancel, here.jobs, here.told, **QUIET)
 
     def choose(event: gr.SelectData) -> int:
         return int(event.index)
 
-    here.gallery.select(choose, None, here.chosen, show_progress="hidden", api_visibility="private")
-
-
-def _outputs(shown: following.Shown) -> Outputs:
-    """What a moment of drawing changes."""
-    changed = shown.fresh or shown.over
-    return (
-        shown.told,
-        shown.pictures if changed else gr.skip(),
-        shown.made if changed else gr.skip(),
-        list(shown.jobs),
-        list(shown.receipts) if changed else gr.skip(),
-        0 if changed else gr.skip(),
-        # So that keeping a seed keeps that of what is seen.
-        str(shown.receipts[0]["seed"]) if shown.over and shown.receipts else gr.skip(),
-        [] if shown.over else list(shown.jobs) if shown.fresh else gr.skip(),
-        gr.Button(DRAW, interactive=shown.over),
-        gr.Button(CANCEL, interactive=not shown.over),
-    )
+    here.gallery.select(choose, None, here.chosen, **QUIET)

@@ -9,13 +9,11 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from stable_diffusion_server.ui import asking, masks
+from stable_diffusion_server.ui import asking, masks, telling
 from stable_diffusion_server.ui.desk import Wish
 from stable_diffusion_server.ui.desks import Desks
 from stable_diffusion_server.ui.tabs import panel, ways
-from stable_diffusion_server.ui.tabs.fields import common_of, fields, prompt_box
-
-_QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+from stable_diffusion_server.ui.tabs.fields import QUIET, Slots, common_of, fields, prompt_box
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,53 +22,80 @@ class Restyle:
 
     image: gr.Image
     panel: panel.Panel
-    below: gr.Column
 
 
 def tab(desks: Desks, blocks: gr.Blocks) -> Restyle:
     """Lay the tab out here."""
-    with gr.Row():
-        with gr.Column(min_width=300):
+    slots = Slots("restyle")
+    with gr.Row(elem_classes="sds-desk"):
+        with gr.Column(elem_classes="sds-ask"):
             image = gr.Image(
-                label="Picture", type="filepath", format="png", sources=["upload", "clipboard", "webcam"], height=320
+                label="Picture",
+                type="filepath",
+                format="png",
+                sources=["upload", "clipboard", "webcam"],
+                height=300,
+                elem_id=slots.id_of("image_file"),
             )
-            prompt = prompt_box("What should it become?")
+            slots.slot("image_file")
+            prompt = prompt_box(slots, "What should it become?")
             draw, cancel = panel.buttons()
-            strength = gr.Slider(0, 1, 0.6, step=0.01, label="Strength", info="0 keeps the picture, 1 draws it anew.")
-            edges = _edges(image)
-            chosen = fields(prompt)
-        with gr.Column(min_width=300):
-            here = panel.panel("restyle", draw, cancel, chosen.seed)
-            ways.compare(desks, here, image, lambda path: Image.open(path) if path else None)
-            below = gr.Column()
+        at = panel.place(telling.EMPTY_RESTYLE)
+        with gr.Column(elem_classes="sds-settings"):
+            strength = gr.Slider(
+                0,
+                1,
+                0.6,
+                step=0.01,
+                label="Strength",
+                info="0 keeps the picture, 1 draws it anew.",
+                elem_id=slots.id_of("strength"),
+            )
+            slots.slot("strength")
+            edges = _edges(slots, image)
+            chosen = fields(slots, prompt)
+    with at.results:
+        slider = ways.comparison()
+    here = panel.panel(slots, draw, cancel, chosen, at, beside=True)
+    ways.compare(desks, here, slider, image, lambda path: Image.open(path) if path else None)
 
     def wishes(path: str | None, strength: float, canny: bool, low: float, high: float, *values: Any) -> list[Wish]:
         if path is None:
-            raise ValueError("Choose a picture to start from first.")
+            raise asking.UnfitError("image_file", "Choose a picture to start from first.")
         return asking.restyle(common_of(*values), Path(path).read_bytes(), strength, canny=canny, low=low, high=high)
 
     panel.wire(desks, blocks, here, [draw.click, prompt.submit], [image, strength, *edges, *chosen.inputs], wishes)
-    return Restyle(image, here, below)
+    return Restyle(image, here)
 
 
-def _edges(image: gr.Image) -> tuple[gr.Checkbox, gr.Slider, gr.Slider]:
+def _edges(slots: Slots, image: gr.Image) -> tuple[gr.Checkbox, gr.Slider, gr.Slider]:
     """Whether edges are kept, which ones, and how they look."""
-    canny = gr.Checkbox(label="Keep the edges (canny)")
+    canny = gr.Checkbox(
+        label="Keep the edges (canny)", info="A ControlNet draws along them.", elem_id=slots.id_of("canny")
+    )
+    slots.slot("canny")
     with gr.Column(visible=False) as more:
-        low = gr.Slider(0, 1000, 100, step=1, label="What touches an edge counts from")
-        high = gr.Slider(0, 1000, 200, step=1, label="An edge counts from")
-        seen = gr.Image(label="Edges", interactive=False, height=240, format="png", buttons=[])
+        low = gr.Slider(
+            *(0, 1000, 100),
+            step=1,
+            label="Weak edges from",
+            info="These count where they touch a strong one.",
+            elem_id=slots.id_of("canny_low"),
+        )
+        high = gr.Slider(0, 1000, 200, step=1, label="Strong edges from", elem_id=slots.id_of("canny_high"))
+        slots.slot("canny_low", "canny_high")
+        seen = gr.Image(label="Edges", interactive=False, height=260, format="png", buttons=[])
 
     def look(path: str | None, canny: bool, low: float, high: float) -> Any:
         return masks.edges(Path(path), int(low), int(high)) if path and canny else None
 
-    canny.input(lambda canny: gr.Column(visible=canny), canny, more, **_QUIET)
+    canny.input(lambda canny: gr.Column(visible=canny), canny, more, **QUIET)
     gr.on(
-        [image.change, canny.input, low.release, high.release],
+        [image.change, canny.input, low.change, high.change],
         look,
         [image, canny, low, high],
         seen,
         trigger_mode="always_last",
-        **_QUIET,
+        **QUIET,
     )
     return canny, low, high

@@ -9,13 +9,16 @@ import gradio as gr
 from stable_diffusion_server.ui import standing, telling
 from stable_diffusion_server.ui.desk import RefusedError
 from stable_diffusion_server.ui.desks import Desks
+from stable_diffusion_server.ui.tabs.fields import QUIET
 from stable_diffusion_server.ui.tabs.panel import desk_of
 
+_SECONDS = 3
 
-def tab(desks: Desks, opened: gr.Tab) -> None:
-    """Lay the tab out here."""
+
+def tab(desks: Desks, tabs: gr.Tabs, opened: gr.Tab) -> None:
+    """Lay the tab out here. It is told anew every few seconds, as long as it is looked at."""
     told = gr.HTML()
-    look = gr.Button("Look again", size="sm")
+    clock = gr.Timer(_SECONDS, active=False)
 
     async def status(request: gr.Request) -> str:
         desk = desk_of(desks, request)
@@ -24,5 +27,8 @@ def tab(desks: Desks, opened: gr.Tab) -> None:
         except RefusedError as error:
             return telling.alert(error.detail)
 
-    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-    gr.on([opened.select, look.click], status, None, told, **quiet)
+    def wind(event: gr.SelectData) -> Any:
+        return gr.Timer(active=event.value == opened.label)
+
+    gr.on([opened.select, clock.tick], status, None, told, **QUIET)
+    tabs.select(wind, None, clock, **QUIET)

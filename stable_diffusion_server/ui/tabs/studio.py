@@ -8,30 +8,24 @@ from typing import Any
 import gradio as gr
 from fastapi import FastAPI
 
-from stable_diffusion_server.ui import asking
+from stable_diffusion_server.ui import offering
+from stable_diffusion_server.ui.desk import RefusedError
 from stable_diffusion_server.ui.desks import Desks
-from stable_diffusion_server.ui.tabs import create, history, inpaint, restyle, status, ways
-from stable_diffusion_server.ui.tabs.panel import desk_of
+from stable_diffusion_server.ui.tabs import create, history, inpaint, look, restyle, status
+from stable_diffusion_server.ui.tabs.fields import QUIET, habits_of
+from stable_diffusion_server.ui.tabs.panel import Panel, desk_of
+from stable_diffusion_server.ui.tabs.ways import Ways, onward
 
-_STYLE = Path(__file__).with_name("studio.css")
+_STYLE, _SCRIPT = (Path(__file__).with_name(f"studio.{kind}") for kind in ("css", "js"))
 _HOUR, _DAY = 3600, 86_400
-_FONTS = ["system-ui", "sans-serif"]
 
 
 def build(desks: Desks, max_upload_bytes: int) -> FastAPI:
     """The studio. Takes seconds, as Gradio does."""
     with gr.Blocks(title="Studio", analytics_enabled=False, delete_cache=(_HOUR, _DAY)) as blocks:
         gr.Markdown("# Studio", elem_classes="sds-title")
-        creating = _tabs(desks, blocks)
-
-        async def look(request: gr.Request) -> tuple[Any, Any]:
-            told = await desk_of(desks, request).readiness()
-            folders = [str(model.get("folder", "")) for model in told.get("models", ())]
-            prompts = asking.prompts_for(folders)
-            known = asking.EMBEDDED_WORDS if prompts is asking.EMBEDDED_PROMPTS else ""
-            return gr.Dataset(samples=[[text] for text in prompts]), gr.Markdown(known)
-
-        blocks.load(look, None, [creating.examples, creating.words], show_progress="hidden", api_visibility="private")
+        creating, panels, kept = _tabs(desks, blocks)
+        _offer(desks, blocks, creating, panels, kept)
     blocks.queue(default_concurrency_limit=None, api_open=False)
     shell = FastAPI(openapi_url=None)
     gr.mount_gradio_app(
@@ -46,13 +40,14 @@ def build(desks: Desks, max_upload_bytes: int) -> FastAPI:
         enable_monitoring=False,
         pwa=False,
         mcp_server=False,
-        theme=gr.themes.Default(font=_FONTS, font_mono=["ui-monospace", "monospace"]),
+        theme=look.theme(),
         css=_STYLE.read_text(encoding="utf-8"),
+        js=_SCRIPT.read_text(encoding="utf-8"),
     )
     return shell
 
 
-def _tabs(desks: Desks, blocks: gr.Blocks) -> create.Create:
+def _tabs(desks: Desks, blocks: gr.Blocks) -> tuple[create.Create, list[Panel], history.History]:
     """All tabs, and the ways between them."""
     with gr.Tabs() as tabs:
         with gr.Tab("Create", id="create"):
@@ -64,11 +59,45 @@ def _tabs(desks: Desks, blocks: gr.Blocks) -> create.Create:
         with gr.Tab("History", id="history") as past:
             kept = history.tab(desks, past)
         with gr.Tab("Status", id="status") as state:
-            status.tab(desks, state)
+            status.tab(desks, tabs, state)
     to = {"restyle": ("Restyle this one", restyling.image), "inpaint": ("Inpaint this one", painting.editor)}
-    for drawing in (creating, restyling, painting):
-        with drawing.below:
-            ways.onward(desks, drawing.panel.shown, drawing.panel.chosen, drawing.panel.told, tabs, to)
+    ways = Ways(tabs, creating, to)
+    panels = [creating.panel, restyling.panel, painting.panel]
+    for panel in panels:
+        with panel.results:
+            onward(desks, panel.shown, panel.chosen, panel.told, ways)
     with kept.below:
-        ways.onward(desks, kept.shown, kept.chosen, kept.told, tabs, to)
-    return creating
+        onward(desks, kept.shown, kept.chosen, kept.told, ways)
+    return creating, panels, kept
+
+
+def _offer(
+    desks: Desks, blocks: gr.Blocks, creating: create.Create, panels: list[Panel], kept: history.History
+) -> None:
+    """Have the fields show what the server has to offer, when a page is opened and when a model is chosen."""
+    models = gr.State([])
+    outputs = [models, creating.examples, creating.words, *creating.size, kept.model]
+    for panel in panels:
+        outputs += [panel.fields.model, *panel.fields.habits]
+
+    async def offer(request: gr.Request) -> tuple[Any, ...]:
+        try:
+            told = (await desk_of(desks, request).readiness()).get("models", [])
+        except RefusedError:
+            told = []
+        side = offering.side(offering.chosen(told, ""))
+        names = [history.EVERY, *((name, name) for name in offering.names(told))]
+        habits = (gr.Dropdown(choices=offering.choices(told), value=""), *habits_of(told, ""))
+        return (
+            told,
+            gr.Dataset(samples=[[text] for text in offering.prompts(told)]),
+            gr.Markdown(offering.words(told)),
+            *(f"{side}x{side}", side, side),
+            gr.Dropdown(choices=names, value=""),
+            *habits * len(panels),
+        )
+
+    blocks.load(offer, None, outputs, **QUIET)
+    for panel in panels:
+        fields = panel.fields
+        fields.model.change(habits_of, [models, fields.model], fields.habits, **QUIET)

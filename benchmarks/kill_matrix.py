@@ -1,0 +1,230 @@
+"""Sends every signal to every part of a running server, idle and under load, and prints how each cell ends.
+
+    python benchmarks/kill_matrix.py [signals, targets or loads to keep, as in KILL worker]
+
+The real server under its watchdog, with the embedded models. Who is killed with the watchdog is started again at once,
+as systemd or Docker would. Under load ten accepted jobs and four requests that wait are in hand. Needs Linux.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+from loopback import free_port, say
+from watching import ROOT, machine
+
+CREATE = "/create_and_upload_image"
+ASYNC = {"Prefer": "respond-async"}
+JOBS, WAITING = 10, 4
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGKILL)
+TARGETS = ("worker", "watchdog", "tree")
+LOADS = ("idle", "load")
+SMALL: dict[str, Any] = {"width": 128, "height": 128, "num_inference_steps": 8}
+
+
+@dataclass
+class Cell:
+    """A signal to a part of the server, and what came of it."""
+
+    number: signal.Signals
+    target: str
+    load: str
+    accepted: int = 0
+    lost: int = 0
+    recovered: float = 0.0
+    finished: float = 0.0
+    by: str = ""
+    attempts: str = ""
+    answers: str = ""
+    left_over: int = 0
+
+    def row(self) -> str:
+        """A line of the table."""
+        name = self.number.name.removeprefix("SIG")
+        ends = f"{self.finished:.1f}" if self.load == "load" else "–"
+        return (
+            f"| {name} | {self.target} | {self.load} | {self.by} | {self.recovered:.1f} | {ends} | "
+            f"{self.accepted} | {self.lost} | {self.attempts} | {self.answers or '–'} | {self.left_over} |"
+        )
+
+
+@dataclass
+class House:
+    """A folder and a port that servers come and go on."""
+
+    folder: Path
+    port: int = field(default_factory=free_port)
+    process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start the server under its watchdog; does not wait."""
+        environment = {"PYTHONPATH": str(ROOT), "PORT": str(self.port), "PATH": os.environ["PATH"]}
+        environment |= {"MODELS": "embedded", "OMP_NUM_THREADS": "1", "LOG_LEVEL": "error", "HOME": str(self.folder)}
+        serve = [sys.executable, "-m", "stable_diffusion_server", "serve"]
+        with (self.folder / "log").open("ab") as log:
+            self.process = subprocess.Popen(  # noqa: S603  # our own server
+                [sys.executable, "-m", "stable_diffusion_server.watchdog", "--", *serve],
+                cwd=self.folder,
+                env=environment,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+    @property
+    def pids(self) -> list[int]:
+        """The watchdog, and all below it."""
+        assert self.process is not None  # noqa: S101  # started before
+        return [self.process.pid, *(child.pid for child in psutil.Process(self.process.pid).children(recursive=True))]
+
+    def worker(self) -> int:
+        """The server itself."""
+        assert self.process is not None  # noqa: S101  # started before
+        return int(psutil.Process(self.process.pid).children()[0].pid)
+
+
+def main() -> None:
+    """Go through the cells that were asked for, and print them as a table."""
+    kept = set(sys.argv[1:])
+    say(f"{machine()}.\n")
+    columns = (
+        "signal, to, while, back by, able to draw after s, last job ended after s, accepted, lost, "
+        "most attempts of one, answers to those who waited, processes left over"
+    ).split(", ")
+    say(f"| {' | '.join(columns)} |")
+    say(f"|{' --- |' * len(columns)}")
+    lost = 0
+    for load, target, number in itertools.product(LOADS, TARGETS, SIGNALS):
+        names = {load, target, number.name.removeprefix("SIG")}
+        if any(word not in names for word in kept):
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            cell = tried(Cell(number, target, load), House(Path(folder)))
+        lost += cell.lost + cell.left_over
+        say(cell.row())
+    if lost:
+        raise SystemExit(1)
+
+
+def tried(cell: Cell, house: House) -> Cell:
+    """Start a server, have it do what the cell says, send the signal, and see it through."""
+    house.start()
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{house.port}", timeout=120) as client:
+            until(lambda: status_of(client, "/readyz") == 200)
+            with ThreadPoolExecutor(WAITING) as pool:
+                ids, waiting = put_to_work(cell, client, pool)
+                strike(cell, house, client)
+                until(lambda: all(state_of(client, job_id) in ("done", "failed") for job_id in ids))
+                cell.finished += time.monotonic()
+                cell.answers = ", ".join(sorted({answered(each) for each in waiting}))
+            told = [client.get(f"/jobs/{job_id}").json() for job_id in ids]
+            stored = [client.get(each["receipt"]["path"]).status_code == 200 for each in told if each.get("receipt")]
+    finally:
+        assert house.process is not None  # noqa: S101  # started above
+        house.process.terminate()
+        house.process.wait(60)
+    cell.accepted, cell.lost = len(ids), len(ids) - sum(stored)
+    attempts = [each["attempts"] for each in told]
+    cell.attempts = str(max(attempts)) if attempts else "–"
+    return cell
+
+
+def put_to_work(
+    cell: Cell, client: httpx.Client, pool: ThreadPoolExecutor
+) -> tuple[list[str], list[Future[httpx.Response]]]:
+    """Accepted jobs, ended in an idle cell and under way in a busy one, and the requests that wait."""
+    number = JOBS if cell.load == "load" else 2
+    ids = []
+    for n in range(number):
+        asked = {"prompt": f"a red circle on a blue background, {n}", "save_path": f"{n}.webp", **SMALL}
+        answer = client.post(CREATE, json=asked, headers=ASYNC).raise_for_status()
+        ids.append(str(answer.json()["id"]))
+    if cell.load == "idle":
+        until(lambda: all(state_of(client, job_id) == "done" for job_id in ids))
+        return ids, []
+    url = str(client.base_url.join(CREATE))
+    query = {"prompt": "a green star", **SMALL, "num_inference_steps": 20}
+    waiting = [pool.submit(httpx.get, url, params={**query, "seed": n}, timeout=120) for n in range(WAITING)]
+    until(lambda: any(client.get(f"/jobs/{job_id}").json()["step"] > 2 for job_id in ids))
+    return ids, waiting
+
+
+def strike(cell: Cell, house: House, client: httpx.Client) -> None:
+    """Send the signal, start the server again where nobody does, and wait until it can draw."""
+    assert house.process is not None  # noqa: S101  # started before
+    first, before = house.worker(), house.pids
+    targets = {"worker": [first], "watchdog": [house.process.pid], "tree": before}[cell.target]
+    at = time.monotonic()
+    cell.finished = -at
+    for pid in targets:
+        with suppress(ProcessLookupError):
+            os.kill(pid, cell.number)
+    until(lambda: not alive(first))
+    cell.by = "its watchdog"
+    if cell.target != "worker":
+        cell.by = f"a start (it ended with {house.process.wait(60)})"
+        until(lambda: not any(map(alive, before)))
+        house.start()
+    until(lambda: status_of(client, "/readyz") == 200)
+    cell.recovered = time.monotonic() - at
+    cell.left_over = sum(alive(pid) for pid in before if pid != house.process.pid)
+
+
+def alive(pid: int) -> bool:
+    """Whether a process is there and no zombie."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def answered(waiting: Future[httpx.Response]) -> str:
+    """What became of a request that waited."""
+    try:
+        return str(waiting.result().status_code)
+    except httpx.TransportError:
+        return "broken off"
+
+
+def state_of(client: httpx.Client, job_id: str) -> str:
+    """How a job stands; while nobody answers, as one that waits."""
+    try:
+        return str(client.get(f"/jobs/{job_id}").json()["state"])
+    except httpx.TransportError:
+        return "queued"
+
+
+def status_of(client: httpx.Client, path: str) -> int:
+    """The status of an answer, 0 for none."""
+    try:
+        return client.get(path, timeout=5).status_code
+    except httpx.TransportError:
+        return 0
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Wait, for two minutes at the most."""
+    end = time.monotonic() + 120
+    while not condition():
+        if time.monotonic() > end:
+            raise TimeoutError
+        time.sleep(0.02)
+
+
+if __name__ == "__main__":
+    main()

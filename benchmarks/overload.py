@@ -1,0 +1,157 @@
+"""Asks for twice as many pictures as can be drawn, sixty-four at a time, and tells what the server makes of it.
+
+    python benchmarks/overload.py [minutes] [plot.svg]
+
+The real server with the embedded models. First its capacity is measured, then orders arrive by chance (Poisson) at
+twice that rate; one that finds all 64 clients busy waits for one. A picture that is accepted must come, right and its
+own; one that is not must be refused with 429 at once. `/healthz` is asked all along from a process of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import random
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+from loopback import say
+from PIL import Image
+from watching import Watch, asked_for_health, machine, milliseconds, percentile, plotted, serving
+
+MINUTES = float(sys.argv[1]) if len(sys.argv) > 1 else 10.0
+PLOT = Path(sys.argv[2]) if len(sys.argv) > 2 else None
+AT_ONCE, TIMES, CAPACITY_SECONDS = 64, 2.0, min(30.0, 20 * MINUTES)
+COLOURS = ("red", "green", "blue", "yellow", "orange", "purple")
+STEPS = 6
+
+
+@dataclass
+class Seen:
+    """What became of the orders, and how long it took."""
+
+    accepted: list[float] = field(default_factory=list)
+    refused: list[float] = field(default_factory=list)
+    retry_after: list[int] = field(default_factory=list)
+    other: Counter[str] = field(default_factory=Counter)
+    by_minute: Counter[int] = field(default_factory=Counter)
+
+
+async def main() -> None:
+    """Start a server in an empty folder, measure, print, end it."""
+    with tempfile.TemporaryDirectory() as folder, serving(Path(folder)) as (url, pid):
+        limits = httpx.Limits(max_connections=AT_ONCE)
+        async with httpx.AsyncClient(base_url=url, timeout=300, limits=limits) as client:
+            await drawn_by(client, 8, 5.0, Seen(), 0)  # warm
+            capacity = Seen()
+            seconds = await drawn_by(client, 16, CAPACITY_SECONDS, capacity, 10**6)
+            rate = len(capacity.accepted) / seconds
+            seen = Seen()
+            with Watch(pid) as watch, asked_for_health(url) as health:
+                seconds = await arriving(client, TIMES * rate, 60 * MINUTES, seen)
+    tell(rate, seconds, seen, watch, health)
+    if PLOT is not None:
+        shown = {"memory in MB": watch.memory, "descriptors": watch.descriptors, "threads": watch.threads}
+        PLOT.write_text(plotted(f"{MINUTES:g} minutes at twice the capacity", watch.at, shown))
+    if seen.other:
+        raise SystemExit(1)
+
+
+async def drawn_by(client: httpx.AsyncClient, clients: int, seconds: float, seen: Seen, first: int) -> float:
+    """Have some clients ask one after the other for that long; the seconds until the last was answered."""
+    began = time.perf_counter()
+
+    async def one(number: int) -> None:
+        while time.perf_counter() - began < seconds:
+            await order(client, first + number, seen, began)
+            number += clients
+
+    await asyncio.gather(*(one(number) for number in range(clients)))
+    return time.perf_counter() - began
+
+
+async def arriving(client: httpx.AsyncClient, rate: float, seconds: float, seen: Seen) -> float:
+    """Orders that arrive at a rate, by chance; the seconds until the last was answered."""
+    chance, places = random.Random(3), asyncio.Semaphore(AT_ONCE)  # noqa: S311  # no secret
+    began, due, number = time.perf_counter(), 0.0, 2 * 10**6
+    under_way: set[asyncio.Task[None]] = set()
+
+    async def one(number: int) -> None:
+        try:
+            await order(client, number, seen, began)
+        finally:
+            places.release()
+
+    while (due := due + chance.expovariate(rate)) < seconds:
+        await asyncio.sleep(max(0.0, began + due - time.perf_counter()))
+        await places.acquire()
+        task = asyncio.create_task(one(number))
+        under_way.add(task)
+        task.add_done_callback(under_way.discard)
+        number += 1
+    await asyncio.gather(*under_way)
+    return time.perf_counter() - began
+
+
+async def order(client: httpx.AsyncClient, number: int, seen: Seen, began: float) -> None:
+    """One order, unlike all others, and a look at its picture."""
+    colour = COLOURS[number % len(COLOURS)]
+    asked = {"prompt": f"a {colour} circle on a white background", "seed": str(number), "model": "sdxl"}
+    size = {"width": "128", "height": "128", "num_inference_steps": str(STEPS), "save_path": f"{number}.png"}
+    started = time.perf_counter()
+    try:
+        answer = await client.get("/make_image", params={**asked, **size})
+    except httpx.HTTPError as error:
+        seen.other[type(error).__name__] += 1
+        return
+    took = time.perf_counter() - started
+    if answer.status_code == 429:
+        seen.refused.append(took)
+        seen.retry_after.append(int(answer.headers["retry-after"]))
+    elif answer.status_code == 200 and f"/{number}.png" in answer.headers["content-location"]:
+        with Image.open(io.BytesIO(answer.content)) as image:
+            image.load()
+            seen.other["a picture of another size"] += image.size != (128, 128)
+            seen.other += Counter()  # without those of which there are none
+        seen.accepted.append(took)
+        seen.by_minute[int((time.perf_counter() - began) / 60)] += 1
+    else:
+        seen.other[f"{answer.status_code} {answer.text[:120]}"] += 1
+
+
+def tell(rate: float, seconds: float, seen: Seen, watch: Watch, health: list[float]) -> None:
+    """The table."""
+    say(f"{machine()}.\n")
+    say("| what | measured |\n| --- | --- |")
+    say(f"| capacity, 16 clients one order after the other | {rate:.2f} pictures a second |")
+    asked = len(seen.accepted) + len(seen.refused) + seen.other.total()
+    say(f"| asked for, over {seconds / 60:.1f} minutes | {asked}, {asked / seconds:.2f} a second |")
+    say(f"| accepted, and drawn | {len(seen.accepted)}, {len(seen.accepted) / seconds:.2f} a second |")
+    minutes = ", ".join(str(seen.by_minute[minute]) for minute in range(int(MINUTES)))
+    say(f"| pictures in each minute | {minutes} |")
+    say(f"| refused with 429 | {len(seen.refused)} |")
+    say(f"| anything else | {seen.other.total()} {dict(seen.other) or ''} |")
+    half, most = percentile(seen.accepted, 0.5), percentile(seen.accepted, 0.99)
+    say(f"| seconds of an accepted order: half / 99 % | {half:.2f} / {most:.2f} |")
+    say(f"| milliseconds of a refusal: half / 99 % / longest | {milliseconds(seen.refused)} |")
+    told = f"{min(seen.retry_after, default=0)} to {max(seen.retry_after, default=0)}"
+    say(f"| `Retry-After` in seconds | {told} |")
+    say(f"| `/healthz` in ms: half / 99 % / longest of {len(health)} | {milliseconds(health)} |")
+    tenths = [round(tenth * (len(watch.at) - 1) / 10) for tenth in range(11)]
+    for name, values in (
+        ("memory in MB", watch.memory),
+        ("descriptors", watch.descriptors),
+        ("threads", watch.threads),
+    ):
+        say(f"| {name}, at every tenth of the time | {', '.join(f'{values[tenth]:.0f}' for tenth in tenths)} |")
+    for what, number in seen.other.most_common():
+        say(f"\nNot as it should be, {number} times: {what}")
+
+
+if __name__ == "__main__":
+    asyncio.run(main())

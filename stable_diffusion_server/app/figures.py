@@ -1,0 +1,92 @@
+"""Shows how things stand among the figures: queue, jobs, stores, models, memory. Decides nothing."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from stable_diffusion_server.app.drawing import Loaded
+from stable_diffusion_server.app.storage import Stores
+from stable_diffusion_server.engine import Engine
+from stable_diffusion_server.jobs.desk import Jobs
+from stable_diffusion_server.observability.metrics import Metrics, Sample
+
+_MODEL = ("name", "folder", "revision", "device", "dtype", "residency", "quantization")
+
+
+def show(
+    metrics: Metrics,
+    version: str,
+    engine: Engine[Any, Any],
+    jobs: Jobs,
+    stores: Stores,
+    loaded: Loaded,
+    missing: Callable[[], list[str]],
+) -> None:
+    """Have the figures of all rooms among the metrics; they are asked for when someone reads them."""
+    metrics.state("sds_build_info", "What runs", {"version": version, "python": platform.python_version()})
+    metrics.show("sds_ready", "1 while the server can draw", lambda: float(not missing()))
+    _show_engine(metrics, engine)
+    _show_stores(metrics, jobs, stores)
+    _show_models(metrics, loaded)
+
+
+def _show_engine(metrics: Metrics, engine: Engine[Any, Any]) -> None:
+    def caps() -> Iterator[Sample]:
+        for figure in engine.figures():
+            yield (figure.label,), figure.cap
+
+    def paces() -> Iterator[Sample]:
+        for figure in engine.figures():
+            for size, seconds in figure.step_seconds.items():
+                yield (figure.label, str(size)), seconds
+
+    metrics.show("sds_queue_waiting", "Jobs waiting", lambda: float(engine.waiting))
+    metrics.show("sds_queue_running", "Jobs on the device", lambda: float(engine.running))
+    metrics.show("sds_batch_cap", "Most jobs of a shape that share a step", caps, ["shape"])
+    metrics.show("sds_step_seconds", "Seconds of one step, measured", paces, ["shape", "jobs"])
+
+
+def _show_stores(metrics: Metrics, jobs: Jobs, stores: Stores) -> None:
+    def accepted() -> Iterator[Sample]:
+        waiting, running, _ = jobs.figures()
+        yield ("waiting",), waiting
+        yield ("running",), running
+
+    metrics.show("sds_accepted_jobs", "Accepted jobs that have not ended", accepted, ["state"])
+    metrics.show("sds_journal_bytes", "Bytes on disk of the journal of jobs", lambda: float(jobs.figures()[2]))
+    metrics.show("sds_journal_usable", "1 while jobs can be written down", lambda: float(jobs.usable))
+
+    def waiting(name: str) -> Callable[[], float]:
+        return lambda: float(stores.waiting().get(name, 0))
+
+    metrics.show("sds_spool_pictures", "Pictures that wait for the storage", waiting("pictures"))
+    metrics.show("sds_spool_bytes", "Bytes on disk of the pictures that wait", waiting("bytes"))
+    metrics.show("sds_spool_oldest_seconds", "Age of the oldest picture that waits", waiting("oldest_seconds"))
+    metrics.show("sds_storage_failures", "Times the storage was found down", waiting("failures"), counts=True)
+
+
+def _show_models(metrics: Metrics, loaded: Loaded) -> None:
+    def models() -> Iterator[Sample]:
+        for model in loaded.told():
+            yield tuple(str(model[fact]) for fact in _MODEL), 1
+
+    def sizes() -> Iterator[Sample]:
+        for model in loaded.told():
+            yield (str(model["name"]),), float(str(model["bytes"]))
+
+    def memory() -> Iterator[Sample]:
+        for device, kinds in loaded.memory().items():
+            for kind, size in kinds.items():
+                yield (device, kind), size
+
+    metrics.show("sds_model_info", "The models that draw", models, _MODEL)
+    metrics.show("sds_model_bytes", "Bytes of a model's weights", sizes, ["name"])
+
+    def caches() -> Iterator[Sample]:
+        for name, size in loaded.prompt_caches().items():
+            yield (name,), size
+
+    metrics.show("sds_prompt_cache_bytes", "Bytes of encoded prompts that are kept", caches, ["name"])
+    metrics.show("sds_device_memory_bytes", "Memory of the devices that draw", memory, ["device", "kind"])

@@ -1,0 +1,169 @@
+"""Prometheus figures of what happens, and of how things stand when they are asked for. Decides nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from stable_diffusion_server.observability.account import Account
+from stable_diffusion_server.orders import Event, EventKind
+
+# A figure's labels and its value.
+Sample = tuple[Sequence[str], float]
+
+_SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+_MOMENTS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+_GROUPS = (1, 2, 4, 8, 16, 32, 64)
+
+
+@dataclass(frozen=True, slots=True)
+class Visit:
+    """A request that was answered: by which door, how, after how many seconds, and for which key.
+
+    `door` is the path of its route, and empty for one that came to none; `reason` is the kind of error it was refused
+    with, and empty otherwise; `key` is the name of the caller's key. So each has few values, whatever is asked.
+    """
+
+    door: str
+    status: int
+    seconds: float
+    reason: str = ""
+    key: str = ""
+
+
+class Metrics(Account):
+    """Prometheus figures, in a registry of their own. Safe from any thread."""
+
+    def __init__(self) -> None:
+        self.registry = registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
+        self._jobs = Counter("sds_jobs", "Jobs by what became of them", ["outcome"], registry=registry)
+        self._failures = Counter(
+            "sds_job_failures", "Jobs that failed, by the kind of error", ["kind"], registry=registry
+        )
+        self._retries = Counter("sds_job_retries", "Jobs begun anew, by what failed", ["cause"], registry=registry)
+        self._steps = Counter("sds_steps", "Denoising steps done, summed over jobs", registry=registry)
+        self._together = Histogram(
+            "sds_step_jobs", "Jobs that shared a step, for each step of each", buckets=_GROUPS, registry=registry
+        )
+        self._queued = Histogram(
+            "sds_queue_seconds", "From acceptance to the device", buckets=_SECONDS, registry=registry
+        )
+        self._seconds = Histogram("sds_job_seconds", "From acceptance to picture", buckets=_SECONDS, registry=registry)
+        self._orders = Counter(
+            "sds_orders", "Orders answered, by where the picture came from", ["source"], registry=registry
+        )
+        self._guards = Counter(
+            "sds_guards", "Pictures in which a guard of quality saw something", ["guard"], registry=registry
+        )
+        self._stages = Histogram(
+            "sds_stage_seconds", "Seconds of each stage of a picture", ["stage"], buckets=_MOMENTS, registry=registry
+        )
+        self._storage = Histogram(
+            "sds_storage_seconds", "Calls to the bucket", ["call"], buckets=_MOMENTS, registry=registry
+        )
+        self._storage_errors = Counter(
+            "sds_storage_errors", "Calls to the bucket that failed", ["call"], registry=registry
+        )
+        self._requests = Counter("sds_http_requests", "Requests answered", ["door", "status"], registry=registry)
+        self._request_seconds = Histogram(
+            "sds_http_request_seconds", "Seconds of a request", ["door"], buckets=_MOMENTS, registry=registry
+        )
+        self._refusals = Counter(
+            "sds_refusals", "Requests refused, by why and for whom", ["reason", "key"], registry=registry
+        )
+
+    def show(
+        self,
+        name: str,
+        told: str,
+        read: Callable[[], float | Iterable[Sample]],
+        labels: Sequence[str] = (),
+        *,
+        counts: bool = False,
+    ) -> None:
+        """Show a figure that is asked for when the figures are read: a number, or samples with these labels.
+
+        `counts`: it only grows.
+        """
+        self.registry.register(_Read(name, told, read, labels, counts=counts))
+
+    def state(self, name: str, told: str, facts: Mapping[str, str]) -> None:
+        """Show facts that do not change, as the labels of a figure that is 1."""
+        Gauge(name, told, list(facts), registry=self.registry).labels(**facts).set(1)
+
+    def observe(self, event: Event) -> None:
+        """Count an event of the engine."""
+        match event.kind:
+            case EventKind.STEP:
+                self._steps.inc()
+                self._together.observe(event.together)
+                return
+            case EventKind.AGAIN:
+                self._retries.labels(event.cause).inc()
+                return
+            case EventKind.STARTED:
+                self._queued.observe(event.seconds)
+            case EventKind.DONE:
+                self._seconds.observe(event.seconds)
+            case EventKind.FAILED:
+                self._failures.labels(event.cause).inc()
+        self._jobs.labels(event.kind.value).inc()
+
+    def answered(self, source: str) -> None:
+        """Count an order answered from `source`: drawn, cached or coalesced."""
+        self._orders.labels(source).inc()
+
+    def guarded(self, guard: str) -> None:
+        """Count a picture in which a guard of quality saw something."""
+        self._guards.labels(guard).inc()
+
+    def stored(self, timings: Mapping[str, float]) -> None:
+        """Note the seconds of a picture's stages."""
+        for stage, seconds in timings.items():
+            self._stages.labels(stage).observe(seconds)
+
+    def called(self, call: str, seconds: float, failed: bool) -> None:
+        """Note a call to the bucket."""
+        self._storage.labels(call).observe(seconds)
+        if failed:
+            self._storage_errors.labels(call).inc()
+
+    def visited(self, visit: Visit) -> None:
+        """Count a request."""
+        self._requests.labels(visit.door, str(visit.status)).inc()
+        self._request_seconds.labels(visit.door).observe(visit.seconds)
+        if visit.reason:
+            self._refusals.labels(visit.reason, visit.key).inc()
+
+    def exposition(self) -> bytes:
+        """The figures in Prometheus's text format. May look at disks and devices."""
+        return generate_latest(self.registry)
+
+
+class _Read(Collector):
+    """A figure that is asked for when it is read."""
+
+    def __init__(
+        self,
+        name: str,
+        told: str,
+        read: Callable[[], float | Iterable[Sample]],
+        labels: Sequence[str],
+        *,
+        counts: bool,
+    ) -> None:
+        self._family = CounterMetricFamily if counts else GaugeMetricFamily
+        self._name, self._told, self._read, self._labels = name, told, read, tuple(labels)
+
+    def collect(self) -> Iterator[Metric]:
+        """The figure as it is now."""
+        found = self._read()
+        family = self._family(self._name, self._told, labels=self._labels)
+        for labels, value in [((), found)] if isinstance(found, int | float) else found:
+            family.add_metric(list(labels), value)
+        yield family

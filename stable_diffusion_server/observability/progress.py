@@ -1,0 +1,90 @@
+"""What shows that pictures are being drawn: a bar on the console, and a file for a watchdog. Decides nothing."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import IO
+
+from tqdm import tqdm
+
+from stable_diffusion_server.orders import Event, EventKind
+
+Observer = Callable[[Event], None]
+
+_ENDS = (EventKind.DONE, EventKind.FAILED, EventKind.CANCELLED)
+
+
+class ConsoleProgress:
+    """One bar over the steps of all pictures under way; on a stream that is no terminal it stays silent."""
+
+    def __init__(self, stream: IO[str] | None = None) -> None:
+        self._stream = stream or sys.stderr
+        self._bar: tqdm[None] | None = None
+        self._left: dict[str, int] = {}
+
+    def observe(self, event: Event) -> None:
+        """Move the bar on; it closes when nothing is under way."""
+        if event.kind is EventKind.STARTED:
+            self._start(event)
+        elif event.kind is EventKind.STEP and self._bar is not None:
+            self._left[event.job_id] = event.steps - event.step
+            self._bar.update()
+        elif event.kind in _ENDS:
+            self._end(event)
+
+    def _start(self, event: Event) -> None:
+        if self._bar is None:
+            self._bar = tqdm(total=0, desc="drawing", unit="step", file=self._stream, disable=None, leave=False)
+        self._left[event.job_id] = event.steps
+        self._bar.total = (self._bar.total or 0) + event.steps
+        self._bar.set_description(f"drawing {len(self._left)}")
+
+    def _end(self, event: Event) -> None:
+        self._left.pop(event.job_id, None)
+        if not self._left and self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+class Heartbeat:
+    """Touches `progress.txt` at each sign of life, so that a watchdog can tell work from a hang.
+
+    The first line is the time of day (UTC, HH:MM:SS), as users of the file expect, the second the jobs under way.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._under_way: set[str] = set()
+        self._begun: set[str] = set()
+
+    def observe(self, event: Event) -> None:
+        """Note a sign of life, which is what the device does.
+
+        That jobs come, and leave the line, is none: a hung device with a crowd before it must look hung. But the first
+        to come is noted, since from then on something is to happen, and the last to leave, since nothing is then.
+        """
+        idle, waited = not self._under_way, event.job_id not in self._begun
+        if event.kind in _ENDS:
+            self._under_way.discard(event.job_id)
+            self._begun.discard(event.job_id)
+        else:
+            self._under_way.add(event.job_id)
+            if event.kind is not EventKind.QUEUED:
+                self._begun.add(event.job_id)
+        came_or_left = event.kind is EventKind.QUEUED or (event.kind in _ENDS and waited)
+        if not came_or_left or idle or not self._under_way:
+            self._path.write_text(time.strftime("%H:%M:%S\n", time.gmtime()) + f"{len(self._under_way)}\n")
+
+
+def each(observers: Iterable[Observer]) -> Observer:
+    """One observer that tells several, in order."""
+    told = tuple(observers)
+
+    def observe(event: Event) -> None:
+        for observer in told:
+            observer(event)
+
+    return observe

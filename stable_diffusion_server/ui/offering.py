@@ -1,0 +1,89 @@
+"""What the server has to offer, as the studio's fields show it: models, their habits, prompts worth a try. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Model = Mapping[str, Any]
+Models = Sequence[Model]
+
+SIZES = ((256, 256), (512, 512), (768, 512), (512, 768), (1024, 1024))
+USUAL_SIDE = 512
+
+EMBEDDED_PROMPTS = (
+    "a red circle on a blue background",
+    "a large yellow star on a purple background",
+    "a small green triangle in the top left on a white background",
+    "a pink heart above a blue square on a black background",
+    "three orange hexagons on a cyan background",
+    "a white cross on a brown background",
+)
+PROMPTS = (
+    "a lighthouse on a cliff at dusk, oil painting",
+    "portrait of an old sailor, soft window light",
+    "a cup of coffee beside a rainy window, photograph",
+    "a fox in the snow, woodblock print",
+)
+EMBEDDED_WORDS = (
+    "The embedded models know circles, squares, triangles, stars, diamonds, hexagons, hearts and crosses in red, "
+    "green, blue, yellow, orange, purple, pink, cyan, white, black, gray and brown, on a background of another colour."
+)
+
+
+def is_embedded(models: Models) -> bool:
+    """Whether the small models that come with the server draw, as far as it is known."""
+    return not models or any(str(model.get("folder", "")).startswith("embedded") for model in models)
+
+
+def prompts(models: Models) -> tuple[str, ...]:
+    """Prompts worth a try."""
+    return EMBEDDED_PROMPTS if is_embedded(models) else PROMPTS
+
+
+def words(models: Models) -> str:
+    """What the models know, where that can be said in a sentence."""
+    return EMBEDDED_WORDS if is_embedded(models) else ""
+
+
+def chosen(models: Models, name: str) -> Model:
+    """The model of a name, or the one that draws where none is named; empty where nothing is known."""
+    wanted = (model for model in models if (model["name"] == name if name else model.get("usual")))
+    return next(wanted, models[0] if models else {})
+
+
+def choices(models: Models) -> list[tuple[str, str]]:
+    """The models to choose from, each as what is seen and its name; the first leaves the choice to the server."""
+    if not models:
+        return [("The server's own choice", ""), ("sdxl", "sdxl"), ("flux", "flux")]
+    usual = f"The server's own choice ({chosen(models, '')['name']})"
+    return [(usual, ""), *((f"{model['name']} · {model.get('folder', '')}", str(model["name"])) for model in models)]
+
+
+def names(models: Models) -> list[str]:
+    """The models' names."""
+    return [str(model["name"]) for model in models] or ["sdxl", "flux"]
+
+
+def habits(model: Model) -> tuple[str, str, str]:
+    """How a model draws where nothing is said: its steps, its guidance; and of what use a negative prompt is."""
+    steps, guidance = model.get("default_steps"), model.get("default_guidance")
+    takes_guidance, negative = model.get("takes_guidance", True), model.get("takes_negative_prompt", True)
+    return (
+        f"{steps}, its own" if steps is not None else "its own",
+        "it takes none" if not takes_guidance else f"{guidance:g}, its own" if guidance is not None else "its own",
+        "What should not be seen." if negative else f"{str(model['name']).capitalize()} has no use for it.",
+    )
+
+
+def side(model: Model) -> int:
+    """The side of the square a model draws best, among those that are offered."""
+    best = math.isqrt(int(model.get("native_pixels", USUAL_SIDE**2)))
+    squares = [width for width, height in SIZES if width == height]
+    return min(squares, key=lambda square: abs(math.log(square / best)))
+
+
+def preset(width: float | None, height: float | None) -> str | None:
+    """The preset of a size, if it is one."""
+    return next((f"{wide}x{high}" for wide, high in SIZES if (wide, high) == (width, height)), None)

@@ -1,0 +1,137 @@
+"""The catalogue of faults and bad inputs, row by row, and which tests say they cover which. Runs no test.
+
+A test is bound to rows by `@pytest.mark.fault(12)`, on the function or on one of its parameters; several numbers and
+"40b" are allowed. Tests stay where the tests of their room are. `scripts/fault_table.py` runs them all and writes
+`docs/faults.md`.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+TESTS = Path(__file__).resolve().parent.parent
+PAGE = TESTS.parent / "docs" / "faults.md"
+_LINE = re.compile(r"^\| (\w*) \| (.*) \| `(tests/\S+)` \| (.+) \|$", re.MULTILINE)
+
+# What is done to the server, in the words of the table.
+GROUPS: dict[str, dict[str, str]] = {
+    "Request shape": {
+        "1": "the prompt is missing",
+        "2": "the prompt is empty or blank",
+        "3": "the prompt is no text",
+        "4": "the prompt has 100,000 characters, or a megabyte",
+        "5": "NUL, lone surrogates, overrides of direction, zero width, emoji; composed and decomposed text",
+        "6": "a prompt or a name like a path (`../`, `%2f`, `//`, line breaks) on its way into a key",
+        "7": "width and height of 0, negative, 1, odd, no multiple of 8, 1e9, a fraction, NaN, `1024x`",
+        "8": "0, 201 and 1e9 steps",
+        "9": "a guidance of NaN, infinity, -1, 21",
+        "10": "a seed of -1, 2^32, 2^63, `abc`, none at all",
+        "11": "0 and 11 pictures at once",
+        "12": "a strength of 0, 1, above 1, and one that leaves no step",
+        "13": "an output format that is not taken (gif, svg)",
+        "14": "broken JSON, 10,000 levels deep, a name twice, 100 MB, a wrong length, a body in slow pieces",
+        "15": "a parameter given several times, or as an array in the query",
+        "16": "a model that is not loaded, an absolute path, a climbing path",
+        "17": "a path as LoRA or ControlNet",
+        "18": "multipart: a file name beyond ASCII, 1,001 parts, no boundary, a huge part header",
+    },
+    "Pictures that come in": {
+        "19": "a PNG or JPEG cut short",
+        "20": "no bytes at all",
+        "21": "HTML or text called .png",
+        "22": "a file that is a PNG and also a ZIP, an SVG or a PDF",
+        "23": "a PNG of a few kilobytes that claims 50,000 × 50,000 pixels",
+        "24": "as many pixels as are taken, and one more",
+        "25": "a progressive JPEG of very many scans",
+        "26": "an animation of 10,000 frames (GIF, WebP, APNG)",
+        "27": "print colours, 16 bits, 1 bit, palettes with transparency, grey with alpha, AVIF of 10 bits",
+        "28": "all orientations of EXIF, EXIF that refers to itself, an ICC profile of 10 MB, GPS data",
+        "29": "a mask of another size, all black, all white, with transparency",
+        "30": "pictures of 1 × 1 and 1 × 10,000 pixels",
+        "31": "formats that are not taken (FITS, PSD, TIFF, EPS, DDS, FPX, JPEG 2000)",
+        "32": "a decoder that crashes or never ends",
+    },
+    "Addresses": {
+        "33": "loopback and link-local addresses in any spelling, with a trailing dot, by a name that leads there",
+        "34": "the same inside IPv6 transition addresses",
+        "35": "a name that is public when it is checked and private when it is dialled",
+        "36": "redirects inside, in a circle, too many, to `file:` and `gopher:`",
+        "37": "a body that drips, never ends, is compressed, has no length or a wrong one",
+        "38": "a user name in the address, port 22, a proxy in the environment",
+        "39": "the server's own address, and its storage's, as source of a picture",
+    },
+    "Storage": {
+        "40": "looking for an object is answered 403, 404, 500, or not at all",
+        "40b": "the object is absent when looked for and there when written (412)",
+        "41": "two writers of one name",
+        "42": "a write is answered 409 and then taken",
+        "43": "a write breaks off half way",
+        "44": "the storage is down",
+        "45": "an object of no bytes, or a broken one, under the name",
+        "46": "the credentials expire",
+        "47": "the disk is full, the folder is read-only, the name is too long",
+        "48": "the storage takes 30 seconds",
+        "49": "the clock is wrong by more than signatures allow",
+    },
+    "Device and process": {
+        "50": "SIGTERM, SIGINT and SIGKILL to the server, its watchdog and the whole tree, idle and under load",
+        "51": "the memory of the device runs out while drawing",
+        "52": "another program takes nearly all memory of the device",
+        "53": "an assertion on the device, an illegal address",
+        "54": "numbers that are not finite, black pictures",
+        "55": "a step that never ends",
+        "56": "the process dies while it loads, again and again",
+        "57": "weights that are missing, cut short, of another class; no hub",
+        "58": "no accelerator where one was asked for",
+        "59": "compiling the model fails",
+    },
+    "Load and clients": {
+        "60": "100 identical requests at once",
+        "61": "the queue is full",
+        "62": "the client leaves while it waits, while it is drawn for, while its picture is encoded",
+        "63": "clients that send or read slowly, 1,000 idle connections",
+        "64": "a restart under load, forged X-Forwarded-For, answers of 500 requests in disorder, a long soak",
+    },
+}
+ROWS: dict[str, str] = {number: text for rows in GROUPS.values() for number, text in rows.items()}
+
+
+@cache
+def marked() -> dict[str, tuple[str, ...]]:
+    """The tests that carry the mark, as `tests/room/test_file.py::test_name` → their rows, read from the source."""
+    return {name: rows for path in sorted(TESTS.rglob("test_*.py")) for name, rows in _marked_in(path)}
+
+
+def told() -> dict[str, dict[str, str]]:
+    """What the page tells: row → its tests and their results. Raises `ValueError` for a row it words otherwise."""
+    found: dict[str, dict[str, str]] = {}
+    row = ""
+    for number, text, test, result in _LINE.findall(PAGE.read_text()):
+        row = number or row
+        if number and ROWS.get(number) != text:
+            raise ValueError(f"row {number} is not {text!r}")
+        found.setdefault(row, {})[test] = result
+    return found
+
+
+def by_row(tests: dict[str, tuple[str, ...]]) -> dict[str, list[str]]:
+    """The tests of every row, in the order of the catalogue."""
+    return {row: [name for name, rows in tests.items() if row in rows] for row in ROWS}
+
+
+def _marked_in(path: Path) -> Iterator[tuple[str, tuple[str, ...]]]:
+    for node in ast.parse(path.read_text()).body:
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        marks = (mark for decorator in node.decorator_list for mark in ast.walk(decorator) if _is_mark(mark))
+        rows = dict.fromkeys(str(argument.value) for mark in marks for argument in mark.args)
+        if rows:
+            yield f"{path.relative_to(TESTS.parent).as_posix()}::{node.name}", tuple(rows)
+
+
+def _is_mark(node: ast.AST) -> bool:
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "fault"

@@ -1,0 +1,116 @@
+"""Spans, as a collector on loopback receives them."""
+
+from __future__ import annotations
+
+import gzip
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+from conftest import House
+from fakes import until
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from opentelemetry.proto.trace.v1.trace_pb2 import Span
+
+from stable_diffusion_server.observability.tracing import Tracing
+
+CREATE = "/create_and_upload_image"
+CALLERS = "0af7651916cd43dd8448eb211c80319c"
+TRACE = {"traceparent": f"00-{CALLERS}-b7ad6b7169203331-01"}
+ORDER = {"prompt": "a confidential red square", "width": 64, "height": 64}
+
+
+class Collector:
+    """Takes what is sent to it by OTLP over HTTP."""
+
+    def __init__(self) -> None:
+        self.spans: list[Span] = []
+        collector = self
+
+        class Answer(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                data = self.rfile.read(int(self.headers["content-length"]))
+                if self.headers.get("content-encoding") == "gzip":
+                    data = gzip.decompress(data)
+                request = ExportTraceServiceRequest.FromString(data)
+                collector.spans += [
+                    span for one in request.resource_spans for scope in one.scope_spans for span in scope.spans
+                ]
+                self.send_response(200)
+                self.end_headers()
+
+            def log_message(self, *what: Any) -> None:
+                """Say nothing."""
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Answer)
+        self._thread = threading.Thread(target=self._server.serve_forever)
+        self._thread.start()
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+
+    def named(self, name: str) -> list[Span]:
+        return [span for span in self.spans if span.name == name]
+
+
+def facts(span: Span) -> dict[str, Any]:
+    return {each.key: getattr(each.value, str(each.value.WhichOneof("value"))) for each in span.attributes}
+
+
+@pytest.fixture
+def collector() -> Iterator[Collector]:
+    taking = Collector()
+    yield taking
+    taking.close()
+
+
+def test_a_request_and_its_parts_are_spans_of_the_callers_trace(
+    house_of: Callable[..., House], collector: Collector
+) -> None:
+    """The request by its door, and within it the looking, composing, drawing and keeping; no prompt in any of them."""
+    house = house_of(otel_exporter_otlp_endpoint=collector.url, api_keys="anna:secret-of-anna")
+    headers = {**TRACE, "X-API-Key": "secret-of-anna", "X-Request-ID": "the-id"}
+    assert house.client.get(CREATE, params=ORDER, headers=headers).status_code == 200
+    until(lambda: len(collector.named(f"GET {CREATE}")) == 1, 30)
+    (request,) = collector.named(f"GET {CREATE}")
+    assert request.trace_id.hex() == CALLERS
+    told = facts(request)
+    assert (told["http.response.status_code"], told["http.route"], told["sds.key"]) == (200, CREATE, "anna")
+    assert told["sds.request_id"] == "the-id"
+    for name in ("look for it", "compose", "draw", "keep"):
+        (part,) = collector.named(name)
+        assert (part.trace_id.hex(), part.parent_span_id) == (CALLERS, request.span_id)
+    assert facts(collector.named("draw")[0])["sds.steps"] == 4
+    sent = "".join(map(str, collector.spans))
+    assert not [word for word in ("confidential", "secret-of-anna") if word in sent]
+
+
+def test_an_error_is_told_by_its_class_alone(house_of: Callable[..., House], collector: Collector) -> None:
+    """Messages may quote what was asked."""
+    house = house_of(otel_exporter_otlp_endpoint=collector.url)
+    assert house.draw(prompt="an unpreparable square").status_code == 500
+    until(lambda: len(collector.named("draw")) == 1, 30)
+    (span,) = collector.named("draw")
+    assert facts(span)["error.type"]
+    assert "cannot prepare" not in str(span)
+
+
+def test_a_collector_that_is_not_there_costs_no_request(house_of: Callable[..., House]) -> None:
+    """Pictures are drawn, and the server ends."""
+    house = house_of(otel_exporter_otlp_endpoint="http://127.0.0.1:1")
+    assert house.draw(prompt="a red square").status_code == 200
+
+
+def test_without_an_address_there_are_no_spans() -> None:
+    """A block runs as if there were no tracing."""
+    tracing = Tracing()
+    tracing.open()
+    with tracing.span("anything") as span:
+        span.tell({"a": 1})
+        span.name("other")
+    tracing.close()
