@@ -23,7 +23,8 @@ FLOORS = {
 }
 ASKED = {
     requirement.name: requirement
-    for line in (ROOT / "requirements.txt").read_text().splitlines()
+    for name in ("server", "ui")
+    for line in (ROOT / f"{name}-requirements.txt").read_text().splitlines()
     if line.strip() and not line.startswith("#")
     for requirement in [Requirement(line)]
 }
