@@ -29,4 +29,4 @@ def wait_for(client: httpx.Client) -> None:
 
 def say(line: str) -> None:
     """Print a line of the result."""
-    print(line)  # noqa: T201  # its output
+    print(line, flush=True)  # noqa: T201  # its output

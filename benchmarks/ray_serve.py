@@ -64,47 +64,40 @@ def main() -> None:
 
 
 def figures(folder: Path, store: StorageServer, python: str, rounds: int) -> None:
-    """One process, one with two lanes, and two replicas: the same orders to each; then what only replicas can show."""
-    bare = [sys.executable, "-m", "stable_diffusion_server", "serve"]
+    """One process and two replicas, each with one thread to draw on, asked the same; then what only two show."""
+    one = [sys.executable, "-m", "stable_diffusion_server", "serve"]
     ray = [python, "-m", "deploy.ray_serve", "--replicas", "2", "--cpus", "1"]
-    ways: dict[str, tuple[list[str], dict[str, str]]] = {
-        "one process": (bare, {}),
-        "one process, LANES=2": (bare, {"LANES": "2"}),
-        "Ray Serve, 2 replicas": (ray, {}),
-    }
-    rates: dict[str, dict[str, list[float]]] = {load: {} for load in LOADS}
-    rows: list[tuple[str, str]] = []
-    pictures: dict[str, list[bytes]] = {}
-    alive: dict[str, float] = {}
-    for name, (command, settings) in ways.items():
-        with server(folder / name.replace(" ", "-"), store, command, **settings) as (process, client, bucket):
+    middles: dict[str, list[float]] = {load: [] for load in LOADS}
+    pictures: list[list[bytes]] = []
+    say("| what draws | what is asked | pictures a second, median (least to most) | of one process |")
+    say("| --- | --- | --- | --- |")
+    for name, command in (("one process", one), ("Ray Serve, 2 replicas", ray)):
+        with server(folder / name.replace(" ", "-"), store, command, LANES="1") as (process, client, bucket):
             burst(client, "warm up", 8, 0)
             for load, (number, steps) in LOADS.items():
-                rates[load][name] = [
-                    burst(client, f"{steps} steps {turn}", number, 0, steps)[0] for turn in range(rounds)
-                ]
-            pictures[name] = fetched(client, store, bucket)
-            alive[name] = asyncio.run(doors(str(client.base_url)))
+                seen = [burst(client, f"{steps} steps {turn}", number, 0, steps)[0] for turn in range(rounds)]
+                middles[load].append(statistics.median(seen))
+                told = f"{middles[load][-1]:.2f} ({min(seen):.2f} to {max(seen):.2f})"
+                say(f"| {name} | {load} | {told} | {middles[load][-1] / middles[load][0]:.2f} |")
+            pictures.append(fetched(client, store, bucket))
+            rows = [("`/healthz` a second over 8 connections", f"{asyncio.run(doors(str(client.base_url))):.0f}")]
             if command is ray:
-                together(client, store, bucket, rows)
-                killed(process, client, store, bucket, rows)
-                overloaded(client, rows)
-    least = min(alike(a, b) for a, b in zip(pictures["one process"], pictures["Ray Serve, 2 replicas"], strict=True))
-    rows.insert(
-        0, (f"least alike of {len(pictures['one process'])} pictures to those of one process", least_told(least))
-    )
-    first, *_, last = alive.values()
-    rows.append(("`/healthz` a second, 8 connections: one process; through Ray's proxy", f"{first:.0f}; {last:.0f}"))
-    for load, told in rates.items():
-        one = statistics.median(told["one process"])
-        say(f"\n| {load} | pictures a second, median (least to most) | of one process |\n| --- | --- | --- |")
-        for name, seen in told.items():
-            middle = statistics.median(seen)
-            say(f"| {name} | {middle:.2f} ({min(seen):.2f} to {max(seen):.2f}) | {middle / one:.2f} |")
-    tell(rows)
+                least = min(alike(a, b) for a, b in zip(*pictures, strict=True))
+                rows.append((f"least alike of {DISTINCT} pictures to those of one process", least_told(least)))
+                for part in (together, killed, overloaded):
+                    tell(rows)
+                    rows = []
+                    part(process, client, store, bucket, rows)
+            tell(rows)
 
 
-def together(client: httpx.Client, store: StorageServer, bucket: str, rows: list[tuple[str, str]]) -> None:
+def together(
+    process: subprocess.Popen[bytes],
+    client: httpx.Client,
+    store: StorageServer,
+    bucket: str,
+    rows: list[tuple[str, str]],
+) -> None:
     """40 distinct and 20 equal orders at once."""
     before = objects(store, bucket)
     _, answers = burst(client, "together", DISTINCT, EQUAL)
@@ -167,7 +160,13 @@ def killed(
     ]
 
 
-def overloaded(client: httpx.Client, rows: list[tuple[str, str]]) -> None:
+def overloaded(
+    process: subprocess.Popen[bytes],
+    client: httpx.Client,
+    store: StorageServer,
+    bucket: str,
+    rows: list[tuple[str, str]],
+) -> None:
     """Far more orders at once than two queues hold."""
     answers = asyncio.run(ordered(str(client.base_url), [order(f"overload {n}", n) for n in range(CROWD)]))
     refused = [answer for answer in answers if answer.status_code != 200]

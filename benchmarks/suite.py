@@ -16,11 +16,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from benchmarks import cached_hits
 from benchmarks.contestants import FACTS, available, servers
 from benchmarks.loopback import say
 from benchmarks.plots import draw_curves
 from benchmarks.tables import Result, machine
-from benchmarks.workloads import encoding, hits, identical, lone, memory, mixed, stages, starting, throughput
+from benchmarks.workloads import encoding, identical, lone, memory, mixed, stages, starting, throughput
 
 # A ratio beyond its bound is a regression; far enough from what was measured to bear another machine's noise.
 BOUNDS: dict[str, Callable[[float], bool]] = {
@@ -41,10 +42,12 @@ def main() -> None:
     over_servers = [name for name in ("lone", "throughput", "mixed", "identical", "stages") if name in given.workloads]
     if over_servers:
         with servers(available(given.servers)) as started:
+            for server in started.values():
+                server.pause()
             for name in over_servers:
                 lines += tell(name, measured(name, started, given), ratios, given)
     for name in (name for name in given.workloads if name not in over_servers):
-        module = {"hits": hits, "starting": starting, "memory": memory, "encoding": encoding}[name]
+        module = {"hits": cached_hits, "starting": starting, "memory": memory, "encoding": encoding}[name]
         lines += tell(name, module.measure(given.rounds), ratios, given)
     if given.out:
         given.out.write_text("\n".join(lines))

@@ -130,8 +130,10 @@ class Others:
 class Replica:
     """One process with its own models and its own folder below DATA_DIR."""
 
-    def __init__(self, drain_seconds: float) -> None:
+    def __init__(self, drain_seconds: float, lanes: int) -> None:
         shared = read_settings()
+        if shared.lanes == 0:  # which counts the machine's cores, and not those that are this replica's
+            shared = shared.model_copy(update={"lanes": lanes})
         self._claim = Claim(shared.data_dir)
         self._settings = self._claim.settings(shared)
         self._drain_seconds = drain_seconds
@@ -202,7 +204,7 @@ def application(scale: Scale) -> serve.Application:
         graceful_shutdown_wait_loop_s=0.5,
         graceful_shutdown_timeout_s=scale.drain_seconds + read_settings().stop_seconds + 5,
         **options,
-    ).bind(scale.drain_seconds)
+    ).bind(scale.drain_seconds, 0 if scale.cpus >= 2 else 1)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -66,6 +66,8 @@ def table(recorder: Recorder, before: dict[str, dict[str, str]]) -> str:
     for group, rows in GROUPS.items():
         lines += ["", f"## {group}", "", "| row | what is done | test | result |", "| --- | --- | --- | --- |"]
         for row, text in rows.items():
+            if not tests[row]:
+                lines.append(f"| {row} | {text} | | no test yet |")
             for place, name in enumerate(tests[row]):
                 result = recorder.result(row, name) or before.get(row, {}).get(name, "not run")
                 first = (row, text) if place == 0 else ("", "")

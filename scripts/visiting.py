@@ -64,8 +64,9 @@ def server_at(url: str) -> Iterator[str]:
 @contextmanager
 def chromium() -> Iterator[Any]:
     """The browser."""
-    from playwright.sync_api import sync_playwright
+    from playwright.sync_api import expect, sync_playwright
 
+    expect.set_options(timeout=PATIENCE)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=OPTIONS)
         yield browser
@@ -85,8 +86,7 @@ def settle(page: Any) -> None:
     """Wait until the fields show what the server has to offer, which is asked when all else is there."""
     from playwright.sync_api import expect
 
-    offered = page.locator("#sds-create-model input")
-    expect(offered).to_have_value(re.compile(r"\(.+\)"), timeout=PATIENCE)
+    expect(page.locator("#sds-create-model input")).to_have_value(re.compile(r"\(.+\)"))
 
 
 def open_tab(page: Any, name: str) -> Any:

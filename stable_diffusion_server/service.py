@@ -165,6 +165,10 @@ class Service:
             receipt, outcome = await self._fulfilled(order, fetched, whom, listener)
             return receipt, outcome.data or await self.stored_file(receipt)
 
+    async def check(self, order: Order) -> None:
+        """Raise what an order is refused for by itself, before anything it names is looked up."""
+        await self._resolved(order)
+
     async def settled(self, order: Order) -> tuple[Order, dict[str, bytes]]:
         """The order as it can be kept and fulfilled later, and the files at its addresses, unless it is stored.
 

@@ -33,7 +33,7 @@ def live_of(tmp_path: Path) -> Iterator[Callable[..., Live]]:
 
     def start(squares: PaintedSquares | None = None, **changes: Any) -> Live:
         painter = squares or PaintedSquares()
-        settings = settings_in(tmp_path, port=0, **changes)
+        settings = settings_in(tmp_path, **{"port": 0, **changes})
         listening = _listen(settings)
         app = create_app(settings, load=lambda settings: painter)
         config = uvicorn.Config(app, access_log=False, log_level="warning", proxy_headers=False, log_config=None)

@@ -145,7 +145,14 @@ def opened(options: StorageOptions) -> Bucket:
     return bucket
 
 
-SLOW_DOWN = b"<Error><Code>SlowDown</Code><Message>Please reduce your rate.</Message></Error>"
+# What S3 answers, in words of ours: status and code.
+S3_REFUSALS = {
+    "slow-down": (503, "SlowDown"),
+    "conflict": (409, "ConditionalRequestConflict"),
+    "expired": (400, "ExpiredToken"),
+    "skewed": (403, "RequestTimeTooSkewed"),
+    "broken": (500, "InternalError"),
+}
 
 
 class _Quiet(ThreadingHTTPServer):
@@ -160,15 +167,17 @@ class _Quiet(ThreadingHTTPServer):
 class Rascal:
     """A go-between before a storage server that misbehaves, one request at a time, as `mischief` says.
 
-    `slow-down` answers 503; `reset` breaks the connection half way through the answer; `lose-answer` lets the server
-    do what was asked, and then breaks the connection; `slow` waits until `release` is set; any other word is none.
-    What is asked first gets the first word; without words everything passes, but for the headers named in `drops`.
+    A word of `S3_REFUSALS` answers with that error; `reset` breaks the connection half way through the answer;
+    `lose-answer` lets the server do what was asked, and then breaks the connection; `slow` waits until `release` is
+    set; any other word is none. What is asked first gets the first word, by whichever method or by one of `only`;
+    without words everything passes, but for the headers named in `drops`.
     """
 
     def __init__(self, port: int) -> None:
         self.mischief: deque[str] = deque()
         self.requests: list[tuple[str, str, dict[str, str]]] = []
         self.drops: set[str] = set()
+        self.only: set[str] = set()
         self.release = Event()
         self._server = _Quiet(("127.0.0.1", 0), _handler(self, port))
         self.port = self._server.server_address[1]
@@ -199,9 +208,12 @@ def _handler(rascal: Rascal, port: int) -> Callable[..., BaseHTTPRequestHandler]
                 self.end_headers()
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             rascal.requests.append((self.command, self.path, dict(self.headers)))
-            word = rascal.mischief.popleft() if rascal.mischief else ""
-            if word == "slow-down":
-                self._answer(503, {"Content-Type": "application/xml"}, SLOW_DOWN)
+            meant = not rascal.only or self.command in rascal.only
+            word = rascal.mischief.popleft() if rascal.mischief and meant else ""
+            if word in S3_REFUSALS:
+                status, code = S3_REFUSALS[word]
+                content = f"<Error><Code>{code}</Code><Message>As the test asked.</Message></Error>".encode()
+                self._answer(status, {"Content-Type": "application/xml"}, content)
                 return
             if word == "slow":
                 rascal.release.wait(60)

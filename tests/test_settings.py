@@ -62,6 +62,7 @@ def test_nothing_has_to_be_set() -> None:
         ("API_KEYS", "two words"),
         ("MAX_SIDE", "16384"),
         ("MAX_PROMPT_CHARACTERS", "10001"),
+        ("EXTRA_IMAGE_FORMATS", "gif,tiff"),
     ],
 )
 def test_an_invalid_value_stops_the_start_in_one_sentence(

@@ -8,6 +8,8 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import uvicorn
@@ -17,14 +19,17 @@ from fastapi import FastAPI
 PORT, WORKERS = int(os.environ["PORT"]), int(os.environ["WORKERS"])
 pipeline: Any = None
 lock = threading.Lock()
-app = FastAPI()
 
 
-@app.on_event("startup")
-def start() -> None:
+@asynccontextmanager
+async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     """Load the pipeline, in each process."""
     global pipeline
     pipeline = load(os.environ["MODEL"], int(os.environ["THREADS"]))
+    yield
+
+
+app = FastAPI(lifespan=lifespan)
 
 
 @app.get("/health")
@@ -53,4 +58,6 @@ def bare(order: dict[str, Any]) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    uvicorn.run("plain:app", port=PORT, workers=WORKERS, log_level="warning", access_log=False)
+    uvicorn.run(
+        "plain:app", port=PORT, workers=WORKERS, timeout_worker_healthcheck=600, log_level="warning", access_log=False
+    )

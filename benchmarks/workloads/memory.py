@@ -74,6 +74,7 @@ def inpaint(server: Server, name: str, seed: int = 1) -> None:
         "save_path": f"{name}.webp",
         "overwrite": True,
         "seed": seed,
+        "strength": 0.6,
     }
     server.client.post("/inpaint_and_upload_image", data=data, files=files).raise_for_status()
 

@@ -18,6 +18,7 @@ from stable_diffusion_server.fetching.targets import Allowance
 from stable_diffusion_server.limits import Limits
 from stable_diffusion_server.observability.metrics import Metrics
 from stable_diffusion_server.observability.progress import ConsoleProgress, Heartbeat, each
+from stable_diffusion_server.picture_formats import ALWAYS
 from stable_diffusion_server.pipelines.adapters import digest_of, find, names_in
 from stable_diffusion_server.pipelines.catalog import (
     MODELS,
@@ -84,16 +85,6 @@ class Loaded:
             for model in getattr(self.models, "loaded", ())
         ]
 
-
-def _habits(facts: ModelFacts) -> dict[str, object]:
-    return {
-        "default_steps": facts.default_steps,
-        "default_guidance": facts.default_guidance,
-        "native_pixels": facts.native_pixels,
-        "takes_negative_prompt": facts.takes_negative_prompt,
-        "takes_guidance": facts.takes_guidance,
-    }
-
     def memory(self) -> Mapping[str, Mapping[str, int]]:
         """Bytes of memory by device and kind; nothing before the models are loaded."""
         read: Callable[[], Mapping[str, Mapping[str, int]]] = getattr(self.models, "memory", dict)
@@ -103,6 +94,16 @@ def _habits(facts: ModelFacts) -> dict[str, object]:
         """Bytes of encoded prompts that are kept, by model."""
         read: Callable[[], Mapping[str, int]] = getattr(self.models, "prompt_caches", dict)
         return read()
+
+
+def _habits(facts: ModelFacts) -> dict[str, object]:
+    return {
+        "default_steps": facts.default_steps,
+        "default_guidance": facts.default_guidance,
+        "native_pixels": facts.native_pixels,
+        "takes_negative_prompt": facts.takes_negative_prompt,
+        "takes_guidance": facts.takes_guidance,
+    }
 
 
 def load_models(settings: Settings, loaded: Loaded) -> Models:
@@ -189,9 +190,11 @@ def options_of(settings: Settings, loaded: Loaded) -> Options:
 
 def build_readers(settings: Settings) -> tuple[Fetcher, Decoder]:
     """What turns URLs into bytes, and bytes into pixels; nothing is started before the first picture."""
+    formats = (*ALWAYS, *(name.upper() for name in settings.extra_image_formats))
     fetcher = Fetcher(
         Bounds(max_bytes=settings.max_image_bytes, total=settings.fetch_timeout),
         [Allowance.parse(entry) for entry in settings.fetch_allow],
+        formats=formats,
     )
     decoder = Decoder(
         max_bytes=settings.max_image_bytes,
@@ -199,5 +202,6 @@ def build_readers(settings: Settings) -> tuple[Fetcher, Decoder]:
         max_side=settings.max_image_side,
         processes=settings.decode_processes,
         seconds=settings.decode_timeout,
+        formats=formats,
     )
     return fetcher, decoder

@@ -43,7 +43,8 @@ class Stores:
         """Make everything ready; what cannot be is kept in `faults` for `/readyz`, and the rest is served."""
         faults.clear()
         try:
-            self._settings.data_dir.mkdir(parents=True, exist_ok=True)
+            # Prompts, pictures that wait and the key that signs: nobody else on this machine reads them.
+            self._settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
             faults["data"] = f"DATA_DIR cannot be used ({error.strerror})."
         for name, part in (("bucket", self.bucket), ("signer", self.signer)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from asyncio.subprocess import DEVNULL, PIPE, Process
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 
 from stable_diffusion_server.decoding import child
 from stable_diffusion_server.errors import InvalidInput, NotReady, ServerError, TooLarge, UnsupportedMedia
+from stable_diffusion_server.picture_formats import ALWAYS, in_words
 
 _log = structlog.get_logger(__name__)
 
@@ -29,8 +31,8 @@ class Decoder:
     """Decodes pictures in at most `processes` children, started when they are needed. Lives on one event loop.
 
     `max_bytes` bounds a file, `max_pixels` an area, `max_side` a width or height in pixels, `seconds` the time of one
-    picture; `program` is what the children run. A child that dies, hangs or runs out of memory costs that picture
-    alone: the caller gets `InvalidInput`.
+    picture; `formats` are the kinds of files taken, and `program` is what the children run. A child that dies, hangs
+    or runs out of memory costs that picture alone: the caller gets `InvalidInput`.
     """
 
     def __init__(
@@ -41,17 +43,18 @@ class Decoder:
         max_side: int,
         processes: int = 2,
         seconds: float = 10.0,
+        formats: Sequence[str] = ALWAYS,
         program: str = child.__file__,
     ) -> None:
         self._max_bytes, self._max_pixels, self._max_side = max_bytes, max_pixels, max_side
-        self._seconds, self._program = seconds, program
+        self._seconds, self._formats, self._program = seconds, formats, program
         self._places = asyncio.Semaphore(processes)
         self._idle: list[_Child] = []
         self._busy: set[_Child] = set()
         self._closed = False
 
     async def decode(self, data: bytes, field: str, *, transparency: bool = False) -> NDArray[np.uint8]:
-        """The picture in a PNG, JPEG or WebP file as uint8, height × width × 3; `field` is named in errors.
+        """The picture in a file of a kind that is taken, as uint8, height × width × 3; `field` is named in errors.
 
         With `transparency` it is grey, and white where the picture is transparent.
 
@@ -85,8 +88,8 @@ class Decoder:
         memory = _BASE_MEMORY + 2 * self._max_bytes + _MEMORY_PER_PIXEL * self._max_pixels
         limits = (self._max_pixels, self._max_side, memory, int(self._seconds) + 1)
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-I", self._program, *map(str, limits), stdin=PIPE, stdout=PIPE, stderr=DEVNULL, env={},
-            cwd=Path(sys.executable).anchor,
+            sys.executable, "-I", self._program, *map(str, limits), *self._formats,
+            stdin=PIPE, stdout=PIPE, stderr=DEVNULL, env={}, cwd=Path(sys.executable).anchor,
         )  # fmt: skip
         return _Child(process)
 
@@ -96,7 +99,7 @@ class Decoder:
         answered = False
         try:
             async with asyncio.timeout(self._seconds):
-                verdict, width, height, pixels = await worker.ask(data, transparency)
+                verdict, width, height, pixels = await worker.ask(data, transparency, self._fits)
             answered = True
         except TimeoutError as error:
             raise InvalidInput(f"{field} took too long to decode.", field=field) from error
@@ -110,13 +113,18 @@ class Decoder:
             raise self._refusal(verdict, width, height, field)
         return np.frombuffer(pixels, np.uint8).reshape(height, width, 3)
 
+    def _fits(self, width: int, height: int) -> bool:
+        return width * height <= self._max_pixels and max(width, height) <= self._max_side
+
     def _refusal(self, verdict: bytes, width: int, height: int, field: str) -> ServerError:
         match verdict:
             case child.NOT_A_PICTURE:
-                return UnsupportedMedia(f"{field} is not a PNG, JPEG or WebP picture.", field=field)
+                return UnsupportedMedia(f"{field} is not a {in_words(self._formats)} picture.", field=field)
             case child.TOO_LARGE:
                 most = f"{self._max_pixels} pixels and {self._max_side} a side"
                 return InvalidInput(f"{field} has {width} × {height} pixels; {most} are taken.", field=field)
+            case child.NO_MEMORY:
+                return InvalidInput(f"{field} takes too much memory to decode.", field=field)
             case _:
                 return InvalidInput(f"{field} is a broken picture.", field=field)
 
@@ -132,8 +140,13 @@ class _Child:
         self._process = process
         self.pictures = 0
 
-    async def ask(self, data: bytes, transparency: bool) -> tuple[bytes, int, int, bytes]:
-        """Verdict, width, height, pixels. Raises `_Died`; after any other end of the call the child is of no use."""
+    async def ask(
+        self, data: bytes, transparency: bool, fits: Callable[[int, int], bool]
+    ) -> tuple[bytes, int, int, bytes]:
+        """Verdict, width, height, pixels. Raises `_Died`; after any other end of the call the child is of no use.
+
+        A child that a picture has taken over may say anything: it is not believed a size that does not fit.
+        """
         stdin, stdout = self._process.stdin, self._process.stdout
         assert stdin is not None and stdout is not None  # noqa: S101, PT018  # both are pipes; tells the type checker
         try:
@@ -141,8 +154,9 @@ class _Child:
             stdin.write(data)
             await stdin.drain()
             verdict, width, height = child.ANSWER.unpack(await stdout.readexactly(child.ANSWER.size))
-            size = width * height * 3 if verdict == child.PIXELS else 0
-            pixels = await stdout.readexactly(size)
+            if verdict == child.PIXELS and not fits(width, height):
+                raise _Died
+            pixels = await stdout.readexactly(width * height * 3 if verdict == child.PIXELS else 0)
         except (OSError, asyncio.IncompleteReadError) as error:
             raise _Died from error
         self.pictures += 1

@@ -117,7 +117,7 @@ class Dialler:
         return [str(entry[4][0]) for entry in found]
 
 
-def in_words(error: Exception) -> str:
+def told_plainly(error: Exception) -> str:
     """What went wrong, told without addresses."""
     if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
         return "no connection"

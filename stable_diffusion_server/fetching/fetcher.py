@@ -11,15 +11,13 @@ from urllib.parse import urljoin
 import httpx
 
 from stable_diffusion_server.errors import InvalidInput, RemoteFailed, TooLarge, UnsupportedMedia
-from stable_diffusion_server.fetching.dialling import Dialler, Resolve, in_words
+from stable_diffusion_server.fetching.dialling import Dialler, Resolve, told_plainly
 from stable_diffusion_server.fetching.targets import Allowance, Target, parse
+from stable_diffusion_server.picture_formats import ALWAYS, SNIFFED_BYTES, begins_like, in_words, media_types
 
 MAX_REDIRECTS = 3
 _MAX_AT_ONCE = 16
 _REDIRECTS = (301, 302, 303, 307, 308)
-_HEADERS = {"Accept": "image/webp, image/png, image/jpeg"}
-_PNG, _JPEG, _RIFF, _WEBP = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF", b"WEBP"
-_SNIFFED_BYTES = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,16 +35,25 @@ class Bounds:
 class Fetcher:
     """Fetches pictures from public addresses and those that `allowed` covers. Used on one event loop.
 
-    `resolve` gives the addresses of a host at a port; it is the system's resolver unless told otherwise.
+    `resolve` gives the addresses of a host at a port; it is the system's resolver unless told otherwise. `formats` are
+    the kinds of files that are taken for pictures.
     """
 
-    def __init__(self, bounds: Bounds, allowed: Sequence[Allowance] = (), resolve: Resolve | None = None) -> None:
+    def __init__(
+        self,
+        bounds: Bounds,
+        allowed: Sequence[Allowance] = (),
+        resolve: Resolve | None = None,
+        formats: Sequence[str] = ALWAYS,
+    ) -> None:
         self._bounds = bounds
+        self._formats = formats
+        self._headers = {"Accept": media_types(formats)}
         self._dialler = Dialler(allowed, resolve)
         self._places = asyncio.Semaphore(_MAX_AT_ONCE)
 
     async def fetch(self, url: str, field: str) -> bytes:
-        """The bytes at `url`, which begin like a PNG, JPEG or WebP; `field` is named in errors.
+        """The bytes at `url`, which begin like a picture that is taken; `field` is named in errors.
 
         Raises `InvalidInput` for an address that is malformed or not allowed, `TooLarge`, `UnsupportedMedia` for what
         is no picture, `RemoteFailed`.
@@ -61,7 +68,7 @@ class Fetcher:
                     f"{field} was not fetched in {self._bounds.total:g} seconds.", field=field
                 ) from error
             except (httpx.HTTPError, httpx.StreamError, httpx.InvalidURL, OSError) as error:
-                raise RemoteFailed(f"{field} could not be fetched: {in_words(error)}.", field=field) from error
+                raise RemoteFailed(f"{field} could not be fetched: {told_plainly(error)}.", field=field) from error
 
     def close(self) -> None:
         """Let go of the resolver's threads."""
@@ -73,7 +80,7 @@ class Fetcher:
         async with await self._dialler.client(timeout) as client:
             for _ in range(MAX_REDIRECTS + 1):
                 client.cookies.clear()  # kept by number, they would go to whatever name has the same one
-                response = await self._dialler.send(client, "GET", target, field, headers=_HEADERS)
+                response = await self._dialler.send(client, "GET", target, field, headers=self._headers)
                 try:
                     if response.status_code not in _REDIRECTS:
                         return await self._read(response, field)
@@ -97,26 +104,31 @@ class Fetcher:
             data += chunk
             if len(data) > bounds.max_bytes:
                 raise TooLarge(f"{field} is larger than {bounds.max_bytes} bytes.", field=field)
-            if len(data) >= _SNIFFED_BYTES:
-                _sniff(data, field)
+            if len(data) >= SNIFFED_BYTES:
+                self._sniff(data, field)
             elapsed = time.monotonic() - started
             if elapsed > bounds.patience and len(data) < bounds.min_rate * elapsed:
                 raise RemoteFailed(f"{field} comes too slowly.", field=field)
-        _sniff(data, field)
+        self._sniff(data, field)
         return bytes(data)
+
+    def _sniff(self, data: bytearray, field: str) -> None:
+        """Raise `UnsupportedMedia` for a body that does not begin as a picture does, whatever its Content-Type says."""
+        if not begins_like(data, self._formats):
+            raise UnsupportedMedia(
+                f"{field} leads to something that is not a {in_words(self._formats)} picture.", field=field
+            )
 
 
 def _redirected(target: Target, location: str, field: str) -> Target:
     """Where a redirect leads. Raises `InvalidInput` for a place one may not be led to."""
     if not location:
         raise RemoteFailed(f"{field} redirects to nowhere.", field=field)
-    onward = parse(urljoin(target.url, location), field)
+    try:
+        url = urljoin(target.url, location)
+    except ValueError as error:
+        raise InvalidInput(f"{field} redirects to what is not a URL.", field=field) from error
+    onward = parse(url, field)
     if (target.scheme, onward.scheme) == ("https", "http"):
         raise InvalidInput(f"{field} redirects from https to http.", field=field)
     return onward
-
-
-def _sniff(data: bytearray, field: str) -> None:
-    """Raise `UnsupportedMedia` for a body that does not begin as a picture does, whatever its Content-Type says."""
-    if not (data.startswith((_PNG, _JPEG)) or (data.startswith(_RIFF) and data[8:12] == _WEBP)):
-        raise UnsupportedMedia(f"{field} leads to something that is not a PNG, JPEG or WebP picture.", field=field)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import httpx
 
 from stable_diffusion_server.errors import RemoteFailed
-from stable_diffusion_server.fetching.dialling import Dialler, Resolve, in_words
+from stable_diffusion_server.fetching.dialling import Dialler, Resolve, told_plainly
 from stable_diffusion_server.fetching.targets import Allowance, parse
 
 _CONNECT = 3.0
@@ -39,7 +39,7 @@ class Poster:
         except TimeoutError as error:
             raise RemoteFailed(f"webhook_url did not answer in {self._seconds:g} seconds.") from error
         except (httpx.HTTPError, httpx.StreamError, httpx.InvalidURL, OSError) as error:
-            raise RemoteFailed(f"webhook_url could not be reached: {in_words(error)}.") from error
+            raise RemoteFailed(f"webhook_url could not be reached: {told_plainly(error)}.") from error
 
     def close(self) -> None:
         """Let go of the resolver's threads."""

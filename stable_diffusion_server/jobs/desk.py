@@ -118,6 +118,7 @@ class Jobs:
         if claim is not None and (before := await self._clerk(Journal.repeated, claim)) is not None:
             return repeated(claim, before)
         if order.webhook_url is not None:
+            await self._service.check(order)
             await self._poster.check(order.webhook_url)
         settled, fetched = await self._service.settled(order)
         now = time.time()

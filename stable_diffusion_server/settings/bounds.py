@@ -52,6 +52,9 @@ class Bounds(Group):
     max_image_side: int = Field(
         16_383, ge=64, le=16_383, description="Largest width and height of a picture taken; WebP holds no more."
     )
+    extra_image_formats: Names = Field(
+        (), description="Kinds of pictures taken beside PNG, JPEG and WebP, by their first frame: `avif`, `gif`."
+    )
     decode_processes: int = Field(2, ge=1, le=64, description="Processes that decode pictures, each one at a time.")
     decode_timeout: float = Field(
         10.0, gt=0, allow_inf_nan=False, description="Seconds to decode a picture at the most."
@@ -69,6 +72,14 @@ class Bounds(Group):
     bumpy_redraws: Literal["auto", "0", "1", "2"] = Field(
         "auto", description="How often a picture that is too bumpy is drawn again; `auto`: as suits the model."
     )
+
+    @field_validator("extra_image_formats")
+    @classmethod
+    def _known_formats(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for name in value:
+            if name not in ("avif", "gif"):
+                raise ValueError(f"{name!r} is neither avif nor gif")
+        return tuple(dict.fromkeys(value))
 
     @field_validator("fetch_allow")
     @classmethod

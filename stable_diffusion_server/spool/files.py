@@ -60,7 +60,7 @@ class Spool:
     def open(self) -> None:
         """Make the folder and find what an earlier run left. Raises `StorageUnavailable` when it cannot be used."""
         with _disk_blamed():
-            self._folder.mkdir(parents=True, exist_ok=True)
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             for path in self._folder.glob("*.part"):
                 _sweep(path)
             found = [self._look(path) for path in sorted(self._folder.glob("*.spool"))]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent.parent
@@ -99,6 +100,7 @@ GROUPS: dict[str, dict[str, str]] = {
 ROWS: dict[str, str] = {number: text for rows in GROUPS.values() for number, text in rows.items()}
 
 
+@cache
 def marked() -> dict[str, tuple[str, ...]]:
     """The tests that carry the mark, as `tests/room/test_file.py::test_name` → their rows, read from the source."""
     return {name: rows for path in sorted(TESTS.rglob("test_*.py")) for name, rows in _marked_in(path)}

@@ -114,7 +114,6 @@ def answers(port: int, path: str) -> bool:
         return False
 
 
-@pytest.mark.fault(49)
 @pytest.mark.parametrize("jump", [-3600.0, 86_400.0 * 400])
 def test_a_clock_that_jumps_while_pictures_are_drawn_changes_nothing(
     house_of: Callable[..., House], monkeypatch: pytest.MonkeyPatch, jump: float

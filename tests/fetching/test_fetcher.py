@@ -4,103 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
-from fakes import disc, file_of, until
+from fakes import until
+from web_rascal import PICTURE, Names, Rascal
 
 from stable_diffusion_server.errors import InvalidInput, RemoteFailed, ServerError, TooLarge, UnsupportedMedia
 from stable_diffusion_server.fetching.fetcher import MAX_REDIRECTS, Bounds, Fetcher
 from stable_diffusion_server.fetching.targets import Allowance
 
-PICTURE = file_of(disc())
 MAX_BYTES = 100_000
-Writer = asyncio.StreamWriter
-
-
-class Rascal:
-    """A web server that answers each path in its own bad way, and keeps the head of every request."""
-
-    def __init__(self) -> None:
-        self.heads: list[str] = []
-        self.open = 0
-        self.port = 0
-
-    async def start(self, tls: ssl.SSLContext | None = None) -> asyncio.Server:
-        server = await asyncio.start_server(self._serve, "127.0.0.1", 0, ssl=tls)
-        self.port = server.sockets[0].getsockname()[1]
-        return server
-
-    async def _serve(self, reader: asyncio.StreamReader, writer: Writer) -> None:
-        self.open += 1
-        try:
-            with suppress(OSError, asyncio.IncompleteReadError):
-                head = (await reader.readuntil(b"\r\n\r\n")).decode()
-                self.heads.append(head)
-                await self._answer(head.split()[1], reader, writer)
-                await writer.drain()
-        finally:
-            self.open -= 1
-            writer.close()
-
-    async def _answer(self, path: str, reader: asyncio.StreamReader, writer: Writer) -> None:
-        name, _, rest = path.strip("/").partition("/")
-        match name:
-            case "picture":
-                writer.write(answer(PICTURE))
-            case "html":
-                writer.write(answer(b"<html>" + b" " * 100, "Content-Type: image/png"))
-            case "status":
-                writer.write(answer(PICTURE, status=int(rest)))
-            case "to":
-                writer.write(answer(b"", f"Location: {rest}", status=302))
-            case "nowhere":
-                writer.write(answer(b"", status=302))
-            case "hops":
-                writer.write(
-                    answer(b"", f"Location: /hops/{int(rest) - 1}", status=307) if int(rest) else answer(PICTURE)
-                )
-            case "gzip":
-                writer.write(answer(PICTURE, "Content-Encoding: gzip"))
-            case "size":
-                writer.write(answer(PICTURE.ljust(int(rest), b"\0")))
-            case "chunked":
-                writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
-                writer.write(b"%x\r\n%b\r\n0\r\n\r\n" % (len(PICTURE), PICTURE))
-            case "until-close":
-                writer.write(b"HTTP/1.1 200 OK\r\n\r\n" + PICTURE)
-            case "short":
-                writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 99999\r\n\r\n" + PICTURE)
-            case "garbage":
-                writer.write(b"\0" * 200)
-            case "silent":
-                await reader.read()
-            case "endless" | "drip":
-                writer.write(b"HTTP/1.1 200 OK\r\n\r\n" + PICTURE[:16])
-                while not writer.is_closing():
-                    writer.write(b"\0" * (65536 if name == "endless" else 1))
-                    await writer.drain()
-                    await asyncio.sleep(0 if name == "endless" else 0.02)
-
-
-def answer(body: bytes, *headers: str, status: int = 200) -> bytes:
-    lines = [f"HTTP/1.1 {status} X", f"Content-Length: {len(body)}", "Set-Cookie: a=b", *headers]
-    return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
-
-
-class Names:
-    """A resolver over a table; remembers what it was asked."""
-
-    def __init__(self, **table: Sequence[str]) -> None:
-        self.table = {name.replace("_", "."): list(answers) for name, answers in table.items()}
-        self.asked: list[str] = []
-
-    async def __call__(self, host: str, port: int) -> Sequence[str]:
-        self.asked.append(host)
-        if host not in self.table:
-            raise OSError("no such name")
-        return self.table[host]
 
 
 @pytest.fixture
@@ -137,6 +51,15 @@ async def test_a_picture_is_fetched_however_it_is_sent(fetch: Callable[[str], Aw
         ("status/500", RemoteFailed),
         ("status/206", RemoteFailed),
         ("gzip", RemoteFailed),
+        ("gzip-bomb", RemoteFailed),
+        ("gzip-transfer", RemoteFailed),
+        ("headers", RemoteFailed),
+        ("interim", RemoteFailed),
+        ("circle", RemoteFailed),
+        ("length/-1", RemoteFailed),
+        ("length/1e3", RemoteFailed),
+        ("length/huge", RemoteFailed),
+        ("length/200,300", RemoteFailed),
         ("short", RemoteFailed),
         ("garbage", RemoteFailed),
         ("silent", RemoteFailed),
@@ -153,6 +76,10 @@ async def test_a_picture_is_fetched_however_it_is_sent(fetch: Callable[[str], Aw
         ("to/file:///etc/passwd", InvalidInput),
         ("to/gopher://pictures.test/", InvalidInput),
         ("to///127.0.0.1/", InvalidInput),
+        ("to/http://[::1", RemoteFailed),
+        ("to///[x]/", RemoteFailed),
+        ("to/http://a:b@pictures.test/", InvalidInput),
+        ("to-long", InvalidInput),
     ],
 )
 async def test_a_bad_answer_is_a_named_error(

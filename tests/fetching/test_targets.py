@@ -16,7 +16,9 @@ CLOSED = (
     ":: ::1 fc00::1 fd00:ec2::254 fe80::1 fec0::1 ff02::1 100::1 2001:db8::1 3fff::1 "
     # The same inside the transition forms: mapped, compatible, NAT64, local NAT64, 6to4, Teredo, ISATAP.
     "::ffff:127.0.0.1 ::ffff:10.0.0.1 ::127.0.0.1 64:ff9b::7f00:1 64:ff9b::a9fe:a9fe 64:ff9b:1::1 2002:7f00:1:: "
-    "2002:a00:1:: 2001:0:a00:1::1 2001:0:808:808:0:0:f5ff:fffe 2606:4700::5efe:a00:1 2606:4700::200:5efe:7f00:1"
+    "2002:a00:1:: 2001:0:a00:1::1 2001:0:808:808:0:0:f5ff:fffe 2606:4700::5efe:a00:1 2606:4700::200:5efe:7f00:1 "
+    # Translated (SIIT), what IANA has given to no one, private addresses that carry a public one.
+    "::ffff:0:7f00:1 ::ffff:0:808:808 ::2 4000::1 8000::1 2001:20::1 fd00::5efe:808:808 fe80::5efe:808:808"
 ).split()
 OPEN = "8.8.8.8 93.184.216.34 172.32.0.1 2606:4700::1111 ::ffff:8.8.8.8 64:ff9b::808:808 2002:808:808::1".split()
 

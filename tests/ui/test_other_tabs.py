@@ -20,7 +20,8 @@ RED = "a red circle on a blue background"
 def test_a_result_is_handed_over_and_repainted(tab_of: Callable[..., Tab]) -> None:
     """Create, hand over, paint with the mouse, draw: green in the stroke, blue around as before; before and after."""
     tab = tab_of()
-    draw(tab.inside, RED)
+    tab.open("Inpaint")  # its editor has been seen empty before
+    draw(tab.open("Create"), RED)
     before = tab.picture
     tab.inside.get_by_role("button", name="Inpaint this one").click()
     tab.page.locator("#sds-inpaint-image_file").wait_for()
@@ -36,7 +37,7 @@ def test_a_result_is_handed_over_and_repainted(tab_of: Callable[..., Tab]) -> No
     # The file is a lossy WebP, so that equal pixels come back nearly equal.
     assert abs(after[: len(after) // 4] - before[: len(before) // 4]).mean() < 4
     expect(tab.page.locator("#sds-fault-inpaint-mask_file")).to_have_count(0)
-    expect(tab.inside.locator(".sds-result .slider-wrap img, .sds-result [data-testid] img").first).to_be_visible()
+    tab.inside.get_by_text("Before and after").locator("xpath=..").locator("img").first.wait_for()
     tab.was_quiet()
 
 
@@ -79,7 +80,7 @@ def test_the_history_is_searched_filtered_told_replayed_and_deleted(
     inside.get_by_label("Search").fill("unmistakable")
     expect(found).to_have_count(2)
     inside.get_by_label("Model", exact=True).click()
-    inside.get_by_role("option", name="flux").click()
+    tab.page.get_by_role("option", name="flux").click()
     expect(found).to_have_count(1)
     found.first.click()
     address = inside.locator("#sds-address textarea, #sds-address input")

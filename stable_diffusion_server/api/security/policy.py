@@ -75,7 +75,7 @@ class Policy:
         admitted = self._admit_client(scope, headers)
         # A body without a length is counted while it is read, by BodyLimit.
         length = headers.get("content-length", "0")
-        if length.isdigit() and int(length) > (limit := self.body_limit(path, headers)):
+        if length.isascii() and length.isdigit() and int(length) > (limit := self.body_limit(path, headers)):
             raise TooLarge(f"A body may have {limit} bytes here.")
         return Admitted(admitted.caller) if _is_under(path, _CHEAP_PATHS) else admitted
 

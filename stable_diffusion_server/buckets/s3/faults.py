@@ -35,6 +35,8 @@ def _ours(code: str, what: str, name: str) -> ServerError:
         return NotFound("There is no picture under this name.")
     if code in _WRONG_KEYS:
         return StorageUnavailable(f"The storage does not accept the credentials ({code}).")
+    if code == "RequestTimeTooSkewed":
+        return StorageUnavailable(f"This machine's clock is too far from the storage's to sign for it ({code}).")
     if code in ("AccessDenied", "403", "AllAccessDisabled"):
         return StorageUnavailable(f"The storage does not let these credentials {what}: bucket {name!r} ({code}).")
     if code in _SLOW:

@@ -1,0 +1,126 @@
+"""A storage that refuses for a while or takes its time, behind a whole server: nothing is lost, nobody waits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from conftest import House
+from fakes import until
+from storage_servers import KEYS, Rascal, StorageServer, make_s3_bucket, opened, r2_options, s3_client
+
+from stable_diffusion_server.bucket_api import Bucket
+from stable_diffusion_server.errors import StorageUnavailable
+
+
+@pytest.fixture
+def behind(s3_server: StorageServer, rascal_before: Callable[[StorageServer], Rascal]) -> tuple[str, Rascal]:
+    """A new bucket's name, and the go-between that leads to it."""
+    return make_s3_bucket(s3_server), rascal_before(s3_server)
+
+
+@pytest.fixture
+def bucket(behind: tuple[str, Rascal]) -> Bucket:
+    """The bucket, opened."""
+    name, rascal = behind
+    return opened(r2_options(rascal.url, name))
+
+
+@pytest.fixture
+def house(house_of: Callable[..., House], behind: tuple[str, Rascal]) -> House:
+    """A server whose pictures go there."""
+    name, rascal = behind
+    keys = {key: value.get_secret_value() for key, value in KEYS.items()}
+    settings: dict[str, Any] = {"storage_provider": "r2", "bucket_name": name, "storage_timeout": 3.0, **keys}
+    return house_of(r2_endpoint_url=rascal.url, public_base_url=f"{rascal.url}/{name}", **settings)
+
+
+def keys_in(server: StorageServer, name: str) -> set[str]:
+    listed = s3_client(server.url).list_objects_v2(Bucket=name).get("Contents", ())
+    return {item["Key"].rpartition("/")[2] for item in listed} - {".stable-diffusion-server"}
+
+
+@pytest.mark.fault(42)
+@pytest.mark.parametrize("times", [1, 2, 3])
+def test_a_conflict_passes_and_the_writer_wins(bucket: Bucket, behind: tuple[str, Rascal], times: int) -> None:
+    """409 means that another writer is at it right now: looked again, tried again, and stored once."""
+    rascal = behind[1]
+    rascal.only, before = {"PUT"}, len(rascal.requests)
+    rascal.mischief.extend(["conflict"] * times)
+    stored, won = bucket.create("k", b"data", "image/webp", {"seed": "7"})
+    assert (won, stored.size, bucket.read("k")) == (True, 4, b"data")
+    puts = [headers for method, _, headers in rascal.requests[before:] if method == "PUT"]
+    assert len(puts) == times + 1
+    assert {headers.get("If-None-Match") for headers in puts} == {"*"}
+
+
+@pytest.mark.fault(42)
+def test_a_conflict_that_another_writer_won_gives_what_is_stored(bucket: Bucket, behind: tuple[str, Rascal]) -> None:
+    """The loser is told the winner's object."""
+    first, _ = bucket.create("k", b"first", "image/webp", {})
+    rascal = behind[1]
+    rascal.only = {"PUT"}
+    rascal.mischief.append("conflict")
+    assert bucket.create("k", b"second", "image/webp", {}) == (first, False)
+
+
+@pytest.mark.fault(46, 49)
+@pytest.mark.parametrize(("word", "sentence"), [("expired", "credentials"), ("skewed", "clock"), ("broken", "error")])
+def test_a_refusal_is_told_in_one_sentence_and_passes(
+    bucket: Bucket, behind: tuple[str, Rascal], word: str, sentence: str
+) -> None:
+    """503 with the cause and no key; the same client goes on when the storage takes it again."""
+    rascal = behind[1]
+    for act in (
+        lambda: bucket.stat("k"),
+        lambda: bucket.create("k", b"data", "image/webp", {}),
+        lambda: bucket.read("k"),
+    ):
+        rascal.mischief.extend([word] * 9)
+        with pytest.raises(StorageUnavailable) as told:
+            act()
+        # A HEAD has no body that could name a code.
+        assert sentence in told.value.detail or act.__code__.co_names[0] == "stat"
+        assert "AKIA" not in told.value.detail
+        rascal.mischief.clear()
+    assert bucket.create("k", b"data", "image/webp", {})[1]
+
+
+@pytest.mark.fault(46, 49)
+@pytest.mark.parametrize("word", ["expired", "skewed"])
+def test_while_writes_are_refused_no_picture_is_lost(
+    house: House, behind: tuple[str, Rascal], s3_server: StorageServer, word: str
+) -> None:
+    """Drawn, answered, kept on the disk; in the bucket once the storage takes writes again."""
+    name, rascal = behind
+    rascal.only = {"PUT", "HEAD"}
+    rascal.mischief.extend(["", *[word] * 500])
+    answer = house.draw(prompt="a red square", save_path="kept.webp")
+    assert (answer.status_code, answer.json()["stored"]) == (200, False), answer.text
+    assert keys_in(s3_server, name) == set()
+    rascal.mischief.clear()
+    until(lambda: keys_in(s3_server, name) == {"kept.webp"}, 60)
+    assert house.draw(prompt="a red square", save_path="kept.webp").json()["cached"]
+
+
+@pytest.mark.fault(48)
+def test_a_slow_storage_does_not_hold_the_device(
+    house: House, behind: tuple[str, Rascal], s3_server: StorageServer
+) -> None:
+    """While one picture is on its way to a storage that does not answer, the next ones are drawn, and all arrive."""
+    name, rascal = behind
+    rascal.only = {"PUT"}
+    rascal.mischief.extend(["slow"] * 500)
+    with ThreadPoolExecutor(4) as pool:
+        answers = [pool.submit(house.draw, prompt="a red square", save_path="0.webp")]
+        until(lambda: any(method == "PUT" and path.endswith("0.webp") for method, path, _ in rascal.requests))
+        answers += [pool.submit(house.draw, prompt=f"a red square {n}", save_path=f"{n}.webp") for n in (1, 2, 3)]
+        until(lambda: len(house.squares.finished) == 4)
+        assert not rascal.release.is_set()
+        assert all(answer.result(60).status_code == 200 for answer in answers)
+    assert keys_in(s3_server, name) == set()
+    rascal.mischief.clear()
+    rascal.release.set()
+    until(lambda: keys_in(s3_server, name) == {f"{n}.webp" for n in range(4)}, 60)
