@@ -22,7 +22,7 @@ PLANS: dict[str, Plan] = {
     "sdxl": Plan("sdxl", 6500, 1e-3, cooling=0.4, muon=3.0, reduced=True),
     "flux": Plan("flux", 10_000, 1e-3, cooling=0.45, muon=10.0, reduced=True),
     "controlnet-sdxl": Plan("controlnet-sdxl", 1000, 1e-3, average=0.99, cooling=0.4, muon=3.0, reduced=True),
-    "controlnet-flux": Plan("controlnet-flux", 1600, 1e-3, average=0.99, cooling=0.4, muon=3.0, reduced=True),
+    "controlnet-flux": Plan("controlnet-flux", 5000, 1e-3, average=0.99, cooling=0.4, muon=3.0, reduced=True),
     "lora": Plan("lora", 400, 2e-3, average=0.98, cooling=0.4),
 }
 """What is trained, in order, and how long from nothing."""
