@@ -166,7 +166,7 @@ class Replica:
             raise RuntimeError(fault)
 
     async def holds(self, scope: Scope) -> tuple[int, bool] | None:
-        """The number of this replica's folder, and whether it has what a request asks for; `None` before it can tell."""
+        """The number of this replica's folder, and whether it has what is asked for; `None` before it can tell."""
         return (self._claim.number, await self._hosted.has(scope)) if self._hosted is not None else None
 
     async def answer(self, scope: Scope) -> AsyncIterator[Message]:
