@@ -45,9 +45,9 @@ gpu-check: $(VENV)/.test
 fuzz: $(VENV)/.test
 	$(BIN)/python scripts/fuzz.py
 
-# What is known of the locked versions; asks the advisory database, and so needs the network.
+# What is known against the pinned versions; asks the advisories of PyPI, and so needs the network.
 audit: $(VENV)/.run
-	$(BIN)/uv tool run pip-audit --strict --require-hashes --disable-pip -r requirements.lock
+	$(BIN)/uv tool run pip-audit --strict --require-hashes --disable-pip --requirement requirements.lock
 
 format: $(VENV)/.test
 	$(BIN)/ruff format .

@@ -5,18 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("svg")
-
-from matplotlib import pyplot  # after the backend is chosen, or it looks for a display
+from matplotlib.figure import Figure
 
 
 def draw_curves(curves: Mapping[str, Mapping[str, Mapping[int, float]]], beside: Path) -> list[tuple[str, str]]:
     """One file a title, named after `beside`: titles and file names. Each curve is name → requests at once → value."""
     files = []
     for number, (title, by_name) in enumerate(curves.items(), 1):
-        figure, axes = pyplot.subplots(figsize=(6, 3.6))
+        figure = Figure(figsize=(6, 3.6))
+        axes = figure.subplots()
         for name, values in by_name.items():
             width = 2.5 if name.startswith("ours") else 1.2
             axes.plot(list(values), list(values.values()), marker="o", markersize=3, linewidth=width, label=name)
@@ -31,6 +28,5 @@ def draw_curves(curves: Mapping[str, Mapping[str, Mapping[int, float]]], beside:
         figure.tight_layout()
         file = f"{beside.stem}-{number}.svg"
         figure.savefig(beside.with_name(file), metadata={"Date": None})
-        pyplot.close(figure)
         files.append((title, file))
     return files

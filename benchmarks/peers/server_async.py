@@ -13,16 +13,11 @@ import contextvars
 import os
 import sys
 import uuid
-from pathlib import Path
 from typing import Any
 
+import uvicorn
 from drawing import GUIDANCE, load
 from drawing import keep as store
-
-sys.path.insert(0, os.environ["SERVER_ASYNC"])
-
-import Pipelines  # lies in the folder just named
-import uvicorn  # as the line above
 
 MODEL = os.environ["MODEL"]
 # The size of the request that is served, which the example has no parameter for.
@@ -43,11 +38,6 @@ class Painter:
     def start(self) -> None:
         """Load it."""
         self.pipeline = load(MODEL, int(os.environ["THREADS"]))
-
-
-Pipelines.ModelPipelineInitializer = Painter
-
-import serverasync  # noqa: E402  # loads the pipeline when it is imported
 
 
 class Sized:
@@ -71,6 +61,12 @@ def health() -> dict[str, bool]:
 
 def main() -> None:
     """Change what has to be changed, and serve."""
+    sys.path.insert(0, os.environ["SERVER_ASYNC"])
+    import Pipelines
+
+    Pipelines.ModelPipelineInitializer = Painter
+    import serverasync  # it loads the pipeline when it is imported
+
     scoped = serverasync.app.state.REQUEST_PIPE
     generate = scoped.generate
 
@@ -85,7 +81,6 @@ def main() -> None:
     scoped.generate = sized
     serverasync.Utils.save_image = save_image
     serverasync.app.get("/health")(health)
-    Path(os.environ["PICTURES"]).mkdir(exist_ok=True)
     serverasync.app.add_middleware(Sized)
     uvicorn.run(serverasync.app, host="127.0.0.1", port=int(os.environ["PORT"]), log_level="warning", access_log=False)
 
