@@ -47,7 +47,7 @@ fuzz: $(VENV)/.test
 
 # What is known against the pinned versions; asks the advisories of PyPI, and so needs the network.
 audit: $(VENV)/.run
-	$(BIN)/uv tool run pip-audit --strict --no-deps --disable-pip --requirement deploy/constraints.txt
+	$(BIN)/uv tool run pip-audit --strict --require-hashes --disable-pip --requirement requirements.lock
 
 format: $(VENV)/.test
 	$(BIN)/ruff format .

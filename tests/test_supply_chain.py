@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -27,9 +28,7 @@ ASKED = {
     if line.strip() and not line.startswith("#")
     for requirement in [Requirement(line)]
 }
-PINNED = dict(
-    line.split("==") for line in (ROOT / "deploy" / "constraints.txt").read_text().splitlines() if "==" in line
-)
+PINNED = dict(re.findall(r"^(\S+)==(\S+)", (ROOT / "requirements.lock").read_text(), re.MULTILINE))
 SOURCES = [path for folder in ("stable_diffusion_server", "training") for path in (ROOT / folder).rglob("*.py")]
 
 
