@@ -37,15 +37,6 @@ ray-test: $(VENV)/.test
 	  -r server-requirements.txt -r deploy/ray-requirements.txt
 	RAY_PYTHON=$(CURDIR)/.venv-ray/bin/python $(BIN)/python -m pytest tests/deploy/test_ray_serve.py
 
-# The versions of the image, from the ranges.
-deploy/constraints.txt: requirements.txt server-requirements.txt ui-requirements.txt | $(BIN)/uv
-	(sed -n '/^#/p' $@; UV_FIND_LINKS="$(PIP_FIND_LINKS)" $(BIN)/uv pip compile --quiet --python-version 3.11 --no-header --no-annotate \
-	  --no-emit-index-url requirements.txt | grep -Ev '^(nvidia-|cuda-|triton)') > $@.new && mv $@.new $@
-
-# Ours and its peers side by side, some minutes; BENCH=--check fails where a ratio has become worse than it may be.
-bench: $(VENV)/.test
-	$(BIN)/python -m benchmarks.suite $(BENCH)
-
 # Full-size models with random weights; DEVICE=cpu TINY=--tiny tries the script itself.
 gpu-check: $(VENV)/.test
 	$(BIN)/python -m benchmarks.gpu --device $(or $(DEVICE),cuda) $(TINY) --out $(or $(OUT),gpu-check.md)
@@ -54,9 +45,9 @@ gpu-check: $(VENV)/.test
 fuzz: $(VENV)/.test
 	$(BIN)/python scripts/fuzz.py
 
-# What is known of the locked versions; asks the advisory database, and so needs the network.
+# What is known against the pinned versions; asks the advisories of PyPI, and so needs the network.
 audit: $(VENV)/.run
-	$(BIN)/uv tool run pip-audit --strict --require-hashes --disable-pip -r requirements.lock
+	$(BIN)/uv tool run pip-audit --strict --require-hashes --disable-pip --requirement requirements.lock
 
 format: $(VENV)/.test
 	$(BIN)/ruff format .

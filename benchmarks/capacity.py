@@ -127,7 +127,7 @@ class House:
         self._stored.add(wish.thing)
         self.told.waits += [self.env.now - asked for asked in wish.asked if asked >= self._since]
 
-    def run(self, rate: float, seconds: float, hits: float = 0.0, crowd: float = 0.0, every: float = 10.0) -> Told:
+    def run(self, rate: float, seconds: float, hits: float = 0.0, crowd: float = 0.0, every: float = 2.0) -> Told:
         """Orders at `rate` a second, by a Poisson process, after a fifth of that time to warm up.
 
         A part `hits` asks for what was stored long ago; a part `crowd` for the one thing everybody wants just now,
@@ -215,7 +215,7 @@ def hit_rates(seconds: dict[int, float]) -> None:
 
 
 def crowds(seconds: dict[int, float]) -> None:
-    """Coalescing: a part of all orders wants the same new thing, which is another every ten seconds."""
+    """Coalescing: a part of all orders wants the same new thing, which is another every two seconds."""
     say(
         "\n| devices | sent to | orders for the one thing | times it is drawn "
         "| of all orders coalesced, cached | p99, s | refused |"
@@ -277,7 +277,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--short", action="store_true", help="a few simulated seconds, to try the script itself")
     short = parser.parse_args().short
-    seconds = {1: 60.0, 10: 10.0, 1000: 1.0} if short else {1: 2000.0, 10: 200.0, 1000: 20.0}
+    seconds = {1: 60.0, 10: 10.0, 1000: 1.0} if short else {1: 1000.0, 10: 100.0, 1000: 5.0}
     say(f"one picture alone {ALONE:.3f} s, {GROUP} together {TOGETHER:.3f} s: {RATE:.1f} a second from each device\n")
     utilisation(seconds)
     hit_rates(seconds)

@@ -23,8 +23,8 @@ HERE = [block for block in blocks() if not block.remark]
 def shell(command: str, server: Server, folder: Path) -> str:
     """Run a command with this test's server in the place of the page's, and this interpreter in that of `.venv`."""
     command = command.replace(".venv/bin/python flux_schnell.py", f"{sys.executable} {ROOT / 'flux_schnell.py'}")
-    command = re.sub(r"^curl ", "curl --fail-with-body --silent --show-error ", command)
-    return ran(["/bin/sh", "-c", at(server, command)], server, folder)
+    command = re.sub(r"^curl ", "curl --fail-with-body --silent --show-error ", command, flags=re.MULTILINE)
+    return ran(["/bin/sh", "-ec", at(server, command)], server, folder)
 
 
 def at(server: Server, text: str) -> str:
@@ -32,7 +32,7 @@ def at(server: Server, text: str) -> str:
     port = server.url.rpartition(":")[2]
     for name in ("http://localhost:8000", "http://127.0.0.1:8000"):
         text = text.replace(name, server.url)
-    return text.replace('host="localhost", port=8000', f'host="127.0.0.1", port={port}')
+    return text.replace('host="localhost"', 'host="127.0.0.1"').replace("port=8000", f"port={port}")
 
 
 def ran(command: list[str], server: Server, folder: Path) -> str:
