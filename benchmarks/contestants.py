@@ -64,7 +64,7 @@ ENTRIES: dict[str, Entry] = {
     OURS: Entry(None, Tuning(2, 1, 8)),
     PLAIN: Entry("plain.py", Tuning(1, 2)),
     "plain FastAPI, two processes": Entry("plain.py", Tuning(2, 1)),
-    "diffusers server-async": Entry("server_async.py", Tuning(1, 1)),
+    "diffusers server-async": Entry("server_async.py", Tuning(2, 1)),
     "LitServe": Entry("lit.py", Tuning(2, 1, 8)),
     "Ray Serve @serve.batch": Entry("ray_batch.py", Tuning(2, 1, 8)),
 }
@@ -73,7 +73,7 @@ TUNINGS: dict[str, Entry] = {
     "ours, LANES=1, 1 thread": Entry(None, Tuning(1, 1, 8)),
     "ours, LANES=1, 2 threads": Entry(None, Tuning(1, 2, 8)),
     "plain, 1 thread": Entry("plain.py", Tuning(1, 1)),
-    "server-async, 2 threads": Entry("server_async.py", Tuning(1, 2)),
+    "server-async, 16 at a time": Entry("server_async.py", Tuning(16, 1)),
     "LitServe, 1 × 2": Entry("lit.py", Tuning(1, 2, 8)),
     "LitServe, 2 × 1, batches of 4": Entry("lit.py", Tuning(2, 1, 4)),
     "Ray Serve, 1 × 2": Entry("ray_batch.py", Tuning(1, 2, 8)),

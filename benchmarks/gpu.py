@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,7 @@ class Rig:
     make: Callable[[], Any]
     device: torch.device
     sides: tuple[int, ...]
+    levels: tuple[Performance, ...] = LEVELS
 
     def family(self, performance: Performance = "off") -> Any:
         """The family over a fresh pipeline with the same weights each time."""
@@ -86,6 +87,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="the embedded models, to try the script itself")
     parser.add_argument("--models", nargs="+", default=["sdxl", "flux"], choices=list(KINDS))
+    parser.add_argument("--levels", nargs="+", default=LEVELS, choices=LEVELS, help="fast waits for the compiler")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
@@ -94,7 +96,7 @@ def main() -> None:
     lines = [f"# {machine(device)}", "", f"A bf16 matrix product reaches {peak / 1e12:.1f} TFLOP/s here.", ""]
     with tempfile.TemporaryDirectory() as folder:
         for name in given.models:
-            rig = rig_for(name, device, Path(folder), tiny=given.tiny)
+            rig = replace(rig_for(name, device, Path(folder), tiny=given.tiny), levels=tuple(given.levels))
             lines += [f"## {name}, 4 steps, {rig.facts.default_scheduler}", ""]
             for table in (speeds, stages, memory, placements, together):
                 lines += [*table(rig, given.rounds, peak), ""]
@@ -176,7 +178,7 @@ def speeds(rig: Rig, rounds: int, peak: float) -> list[str]:
     ]
     operations: dict[int, float] = {}
     plain: dict[int, Any] = {}
-    for level in LEVELS:
+    for level in rig.levels:
         lines += _speeds_of(rig, level, rounds, peak, operations, plain)
         free(rig.device)
     return lines
@@ -213,7 +215,7 @@ def stages(rig: Rig, rounds: int, peak: float) -> list[str]:
         "| side | level | text encoders | their share | the rest of prepare | one step | decode | decode's share |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for level in LEVELS:
+    for level in rig.levels:
         lines += _stages_of(rig, level, rounds)
         free(rig.device)
     return lines

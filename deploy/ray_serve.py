@@ -113,10 +113,10 @@ class Others:
             self._handle = serve.get_deployment_handle(DEPLOYMENT, APPLICATION)
         return self._handle
 
-    async def holding(self, scope: Scope) -> int | None:
-        """The folder of a replica that has what a request asks for."""
+    async def holding(self, scope: Scope) -> dict[int, bool]:
+        """The folders of the replicas that answer, and whether they have what a request asks for."""
         told = await self.handle.broadcast("holds", scope).results_async(timeout_s=_ASKED_OF_ALL_SECONDS)
-        return next((number for number in told if isinstance(number, int) and number != self._own), None)
+        return {answer[0]: answer[1] for answer in told if isinstance(answer, tuple) and answer[0] != self._own}
 
     async def ask(self, number: int, scope: Scope) -> AsyncIterator[Message]:
         """The answer of the replica with that folder."""
@@ -165,9 +165,9 @@ class Replica:
         if self._app is not None and (fault := fault_of(self._app, self._settings)):
             raise RuntimeError(fault)
 
-    async def holds(self, scope: Scope) -> int | None:
-        """The number of this replica's folder if it has what a request asks for."""
-        return self._claim.number if self._hosted is not None and await self._hosted.has(scope) else None
+    async def holds(self, scope: Scope) -> tuple[int, bool] | None:
+        """The number of this replica's folder, and whether it has what is asked for; `None` before it can tell."""
+        return (self._claim.number, await self._hosted.has(scope)) if self._hosted is not None else None
 
     async def answer(self, scope: Scope) -> AsyncIterator[Message]:
         """What this replica answers to a request that came to another."""

@@ -9,7 +9,7 @@ import asyncio
 import hashlib
 import re
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
@@ -32,7 +32,6 @@ _TAGGED = re.compile(r"r(\d{1,4})-")
 # What one replica does not have may be with another: its jobs, and pictures that wait for the storage.
 _KEPT_ALONE = ("/jobs/", "/files/")
 _LOOK_EVERY = 0.1
-_GLANCE = 0.05
 
 
 class Claim:
@@ -50,20 +49,14 @@ class Claim:
         for number in (*left, *(n for n in range(_MOST_FOLDERS) if n not in set(left))):
             lock = _lock_of(root, number)
             with suppress(Timeout):
-                # Not at once: `vacant` of another replica may be looking at it just now.
-                lock.acquire(timeout=_GLANCE, poll_interval=_GLANCE / 5)
+                lock.acquire(blocking=False)
                 self.number, self.folder, self._lock = number, root / _FOLDER.format(number), lock
                 return
         raise OSError(f"{root} has {_MOST_FOLDERS} folders of replicas in use")
 
-    def vacant(self) -> set[int]:
-        """Folders with a journal that no living process holds: what they keep is told of by whoever takes them up."""
-        found = set()
-        for number in _with_journal(self.folder.parent):
-            lock = _lock_of(self.folder.parent, number)
-            with suppress(Timeout), lock.acquire(blocking=False):
-                found.add(number)
-        return found - {self.number}
+    def others(self) -> set[int]:
+        """The other folders with a journal, whether a replica holds them or not."""
+        return set(_with_journal(self.folder.parent)) - {self.number}
 
     @property
     def tag(self) -> str:
@@ -121,8 +114,8 @@ def ranked(key: str, numbers: list[int]) -> list[int]:
 class Peers(Protocol):
     """The other replicas."""
 
-    async def holding(self, scope: Scope) -> int | None:
-        """The folder of one that has what a request asks for."""
+    async def holding(self, scope: Scope) -> dict[int, bool]:
+        """The folders of those that answer, and whether they have what a request asks for."""
 
     def ask(self, number: int, scope: Scope) -> AsyncIterator[Message]:
         """Its answer, as ASGI messages."""
@@ -131,8 +124,8 @@ class Peers(Protocol):
 class Hosted:
     """ASGI around the application: it starts when it can draw, and ends when its accepted jobs have.
 
-    What this replica does not have is asked of `peers`. A job that none has and that may be in a folder no replica
-    holds just now is answered 503 with `Retry-After`, since whoever takes that folder goes on with its jobs.
+    What this replica does not have is asked of `peers`. A job that none has and that may be in a folder of which no
+    replica tells just now is answered 503 with `Retry-After`, since whoever takes that folder goes on with its jobs.
     """
 
     def __init__(
@@ -198,25 +191,25 @@ class Hosted:
         await self._app(scope, receive, watch)
         if not unsent:
             return
-        number = await self._peers.holding(asked)
-        if number is not None:
+        holding = await self._peers.holding(asked)
+        for number in (number for number, there in holding.items() if there):
             async for message in self._peers.ask(number, asked):
                 await send(message)
             return
-        if self._cannot_be_told(scope["path"]):
+        if self._cannot_be_told(scope["path"], holding.keys()):
             error = NotReady("A replica that may keep this is not running just now.", retry_after=5)
             await refusal(error, scope["path"], str(scope.get("state", {}).get("request_id", "")))(scope, receive, send)
             return
         for message in unsent:
             await send(message)
 
-    def _cannot_be_told(self, path: str) -> bool:
-        """Whether a job may be in a folder that no replica holds: in that which its id names, else in any."""
+    def _cannot_be_told(self, path: str, answering: Collection[int]) -> bool:
+        """Whether a job may be in a folder no replica answered for: in that which its id names, else in any."""
         if not path.startswith("/jobs/"):
             return False
-        vacant = self._claim.vacant()
+        silent = self._claim.others() - set(answering)
         named = _TAG.match(path)
-        return bool(vacant) if named is None else int(named[1]) in vacant
+        return bool(silent) if named is None else int(named[1]) in silent
 
     async def _live(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def begin_and_end() -> Message:

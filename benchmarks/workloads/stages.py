@@ -24,8 +24,10 @@ def measure(servers: Mapping[str, Server], rounds: int, side: int) -> Result:
             whole = time.perf_counter() - began
             if number >= 0:
                 rest = whole - sum(timings[stage] for stage in STAGES)
-                for name, value in {**timings, "all else": rest, "whole request": whole}.items():
-                    spent.setdefault(name, []).append(value)
+                for name, value in {"all else": rest, "whole request": whole}.items():
+                    spent[name].append(value)
+                for name in STAGES:
+                    spent[name].append(timings[name])
     whole = statistics.median(spent["whole request"])
     rows = [
         (

@@ -13,7 +13,7 @@ Performance = Literal["off", "safe", "fast"]
 _FEW_ROWS = 32
 
 
-class OneDnnLinear(torch.nn.Linear):
+class OneDnnLinear(torch.nn.Linear):  # type: ignore[misc]  # torch is read without its types
     """A linear layer by oneDNN, which PyTorch leaves to MKL otherwise: that uses half of what AMD's CPUs can do.
 
     For fp32 on the CPU without gradients. The weight stays as it is, for adapters and for what counts bytes.
@@ -27,7 +27,7 @@ class OneDnnLinear(torch.nn.Linear):
         return product
 
 
-class OneDnnConv2d(torch.nn.Conv2d):
+class OneDnnConv2d(torch.nn.Conv2d):  # type: ignore[misc]  # as above
     """A convolution by oneDNN also where PyTorch thinks it too small: one picture, at most 20480 numbers.
 
     For fp32 on the CPU without gradients, padded with zeros.

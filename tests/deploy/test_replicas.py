@@ -35,8 +35,8 @@ class Neighbours:
     def __init__(self) -> None:
         self.hosts: dict[int, Hosted] = {}
 
-    async def holding(self, scope: Scope) -> int | None:
-        return next(iter([number for number, host in self.hosts.items() if await host.has(scope)]), None)
+    async def holding(self, scope: Scope) -> dict[int, bool]:
+        return {number: await host.has(scope) for number, host in self.hosts.items()}
 
     async def ask(self, number: int, scope: Scope) -> AsyncIterator[Message]:
         async for message in self.hosts[number].answer(scope):
