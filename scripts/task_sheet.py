@@ -44,6 +44,7 @@ def cases(edges_followed: bool, server: str, model: str) -> list[list[tuple[str,
     """The rows of one model: captions with pictures, inputs first."""
     rng = np.random.default_rng(7)
     star = render(Scene("free", "white", (Thing("star", "red"),)), 256, 256, rng)
+    upright = render(Scene("one", "white", (Thing("star", "red"),)), 256, 256, rng)
     house = render(Scene("one", "blue", (Thing("square", "yellow"),)), 256, 256, rng)
     mask = np.zeros_like(house)
     cv2.circle(mask, (128, 128), 112, (255, 255, 255), -1)
@@ -60,12 +61,12 @@ def cases(edges_followed: bool, server: str, model: str) -> list[list[tuple[str,
     refined = ask(
         "create_and_upload_image", words.replace("\n", " ") + " background", width=256, height=256, refine=True
     )
-    styled = ask(STYLE, green.replace("\n", " "), image_file=star, canny="false", strength=0.6)
+    styled = ask(STYLE, "a green star on a white background", image_file=upright, canny="false", strength=0.6)
     repainted = ask(INPAINT, "a red heart on a blue background", image_file=house, mask_file=mask)
     finer = ask(INPAINT, "a red heart on a blue background", image_file=house, mask_file=mask, refine=True)
     rows = [
         [(f"{model}: {words}", plain), ("the same, refined", refined)],
-        [(f"{model}: input", star), (green, styled)],
+        [(f"{model}: input", upright), ("a green star\non a white background", styled)],
         [
             (f"{model}: input", house),
             ("mask", mask),

@@ -121,7 +121,7 @@ _EMBEDDED_FLUX = ModelFacts(
     rounds_steps_up=True,
     control_folder="embedded-controlnet-canny-flux",
     control_class="FluxControlNetModel",
-    control_scale=0.7,
+    control_scale=1.0,
     denoiser="transformer",
     quantized=("transformer", "text_encoder_2", "control"),
 )
