@@ -87,8 +87,9 @@ def tab(desks: Desks, opened: gr.Tab) -> History:
         return await _told(desks, request, shown, int(event.index))
 
     by = [words, model]
+    # `change`, since `input` is not told of words that are pasted; it is told of Enter too.
     gr.on(
-        [opened.select, words.submit, words.input, model.input],
+        [opened.select, words.change, model.input],
         search,
         by,
         listing,
@@ -146,7 +147,8 @@ def _act(desks: Desks, at: tuple[Any, ...], deeds: tuple[gr.Button, ...], listin
         except (RefusedError, ValueError) as error:
             return *(gr.skip(),) * (len(outputs) - 2), telling.alert(str(error)), gr.skip()
         *listed, told, whole = await search(request, words, model)
-        return *listed, telling.remark("Deleted.") if told == telling.NONE_CHOSEN else told, whole
+        listing_failed = told not in (telling.NONE_CHOSEN, telling.NOTHING_FOUND, telling.NOTHING_DRAWN)
+        return *listed, told if listing_failed else telling.remark("Deleted."), whole
 
     def ask(sure: bool) -> list[Any]:  # one of two buttons was pressed
         return [gr.Button(visible=not sure), gr.Button(visible=sure), gr.Button(visible=sure)]
