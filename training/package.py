@@ -40,12 +40,18 @@ def clear(folder: Path) -> None:
             path.rmdir()
 
 
-def forget_origin(folder: Path) -> None:
-    """Drop the path that diffusers notes in configurations: it names the machine that trained."""
+def tidy(folder: Path) -> None:
+    """Drop from configurations the path of the machine that trained, and what a ControlNet took over without a use."""
     for path in folder.rglob("*.json"):
         content = json.loads(path.read_text())
-        if isinstance(content, dict) and content.pop("_name_or_path", None) is not None:
-            path.write_text(json.dumps(content, indent=2) + "\n")
+        if not isinstance(content, dict):
+            continue
+        unused = {"_name_or_path"}
+        if content.get("_class_name") == "FluxControlNetModel":
+            unused.add("out_channels")
+        if unused & set(content):
+            kept = {name: value for name, value in content.items() if name not in unused}
+            path.write_text(json.dumps(kept, indent=2) + "\n")
 
 
 def run(family: str) -> str:
@@ -61,7 +67,7 @@ def run(family: str) -> str:
         loaded = kind.from_pretrained(made, dtype=torch.float16, **extra)
         clear(MODELS / name)
         loaded.save_pretrained(MODELS / name, safe_serialization=True)
-        forget_origin(MODELS / name)
+        tidy(MODELS / name)
     return digest(MODELS / PARTS[family][0][0])
 
 
