@@ -265,13 +265,12 @@ def quieten_libraries() -> None:
     transformers_logging.set_verbosity_error()
     # A LoRA for the denoiser alone is the ordinary case, and remarked on for every text encoder.
     logging.getLogger("diffusers.loaders").setLevel(logging.ERROR)
-    # Several adapters in one model, and taking one back that does not fit, are meant here; the last is in diffusers' hands.
-    remarks = (
+    # Several adapters in one model, and taking one back that does not fit, are meant here. The last is diffusers' to mend.
+    for remark in (
         "Already found a `peft_config` attribute",
         "Adapter .* was active which is now deleted",
-        "`FluxPosEmbed`",
-    )
-    for remark in remarks:
+        "`FluxPosEmbed` is deprecated",
+    ):
         warnings.filterwarnings("ignore", message=remark)
 
 
