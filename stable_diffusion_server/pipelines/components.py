@@ -265,7 +265,7 @@ def quieten_libraries() -> None:
     transformers_logging.set_verbosity_error()
     # A LoRA for the denoiser alone is the ordinary case, and remarked on for every text encoder.
     logging.getLogger("diffusers.loaders").setLevel(logging.ERROR)
-    # Several adapters in one model, and taking one back that does not fit, are meant here. The last is diffusers' to mend.
+    # Several adapters in one model, and taking one back that does not fit, are meant; the last is diffusers' to mend.
     for remark in (
         "Already found a `peft_config` attribute",
         "Adapter .* was active which is now deleted",
