@@ -37,6 +37,10 @@ ray-test: $(VENV)/.test
 	  -r server-requirements.txt -r deploy/ray-requirements.txt
 	RAY_PYTHON=$(CURDIR)/.venv-ray/bin/python $(BIN)/python -m pytest tests/deploy/test_ray_serve.py
 
+# Ours and its peers side by side, some minutes; BENCH=--check fails where a ratio has become worse than it may be.
+bench: $(VENV)/.test
+	$(BIN)/python -m benchmarks.suite $(BENCH)
+
 # Full-size models with random weights; DEVICE=cpu TINY=--tiny tries the script itself.
 gpu-check: $(VENV)/.test
 	$(BIN)/python -m benchmarks.gpu --device $(or $(DEVICE),cuda) $(TINY) --out $(or $(OUT),gpu-check.md)

@@ -298,13 +298,8 @@ def main() -> None:
     same = sum(one == other for one, other in zip(before, after, strict=True))
     say(f"| probes drawn alone before and after: equal to the bit | {same} of {len(before)} |")
     say(f"| `/healthz` in ms: half / 99 % / longest of {len(health)} | {milliseconds(health)} |")
-    tenths = [round(tenth * (len(watch.at) - 1) / 10) for tenth in range(11)]
-    for name, values in (
-        ("memory in MB", watch.memory),
-        ("descriptors", watch.descriptors),
-        ("threads", watch.threads),
-    ):
-        say(f"| {name}, at every tenth of the time | {', '.join(f'{values[tenth]:.0f}' for tenth in tenths)} |")
+    for row in watch.told():
+        say(row)
     say("\n| way: what came of it | how often |\n| --- | --- |")
     for what, number in sorted(outcomes.items()):
         say(f"| {what} | {number} |")

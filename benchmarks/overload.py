@@ -142,13 +142,8 @@ def tell(rate: float, seconds: float, seen: Seen, watch: Watch, health: list[flo
     told = f"{min(seen.retry_after, default=0)} to {max(seen.retry_after, default=0)}"
     say(f"| `Retry-After` in seconds | {told} |")
     say(f"| `/healthz` in ms: half / 99 % / longest of {len(health)} | {milliseconds(health)} |")
-    tenths = [round(tenth * (len(watch.at) - 1) / 10) for tenth in range(11)]
-    for name, values in (
-        ("memory in MB", watch.memory),
-        ("descriptors", watch.descriptors),
-        ("threads", watch.threads),
-    ):
-        say(f"| {name}, at every tenth of the time | {', '.join(f'{values[tenth]:.0f}' for tenth in tenths)} |")
+    for row in watch.told():
+        say(row)
     for what, number in seen.other.most_common():
         say(f"\nNot as it should be, {number} times: {what}")
 

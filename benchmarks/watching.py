@@ -71,6 +71,15 @@ class Watch:
         self._stop.set()
         self._thread.join()
 
+    def told(self) -> list[str]:
+        """Rows of a table: memory, descriptors and threads at every tenth of the time."""
+        tenths = [round(tenth * (len(self.at) - 1) / 10) for tenth in range(11)]
+        looked_at = {"memory in MB": self.memory, "descriptors": self.descriptors, "threads": self.threads}
+        return [
+            f"| {name}, at every tenth of the time | {', '.join(f'{values[tenth]:.0f}' for tenth in tenths)} |"
+            for name, values in looked_at.items()
+        ]
+
     def _run(self) -> None:
         process = psutil.Process(self.pid)
         last = False

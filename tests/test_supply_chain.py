@@ -50,6 +50,20 @@ def test_everything_asked_for_has_a_floor() -> None:
     ] == []
 
 
+def test_every_requirement_is_locked_with_hashes() -> None:
+    """requirements.lock holds one version of all that requirements.txt asks for, each with the hashes of its files."""
+    text = (ROOT / "requirements.lock").read_text()
+    locked = {name.lower().replace("_", "-"): version for name, version in PINNED.items()}
+    for kind in ("server", "ui"):
+        for line in (ROOT / f"{kind}-requirements.txt").read_text().splitlines():
+            if line.strip() and not line.startswith("#"):
+                asked = Requirement(line)
+                assert locked[asked.name.lower().replace("_", "-")] in asked.specifier
+    for entry in re.split(r"^(?=\S)", text, flags=re.MULTILINE):
+        if "==" in entry.partition("\n")[0]:
+            assert "--hash=sha256:" in entry, entry
+
+
 def test_nothing_reads_files_that_may_run_code() -> None:
     """No pickle and nothing built on it: weights are safetensors, values are JSON."""
     forbidden = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "yaml", "imp"}
