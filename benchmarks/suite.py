@@ -90,7 +90,7 @@ def judged(ratios: dict[str, float]) -> int:
     """Say of each ratio whether it is within its bound: 1 when one is not, else 0."""
     failed = 0
     for name, value in ratios.items():
-        good = BOUNDS[name.split()[0]](value)
+        good = next(bound for kind, bound in BOUNDS.items() if name.startswith(kind))(value)
         failed |= not good
         say(f"{'ok ' if good else 'BAD'} {name}: {value:.2f}")
     return failed

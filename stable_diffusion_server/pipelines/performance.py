@@ -1,4 +1,4 @@
-"""Makes loaded models faster without other weights: layout, oneDNN, the precision of the VAE, compiling. Knows no jobs."""
+"""Makes loaded models faster without other weights: layout, oneDNN, the VAE's precision, compiling. Knows no jobs."""
 
 from __future__ import annotations
 
