@@ -3,6 +3,7 @@
 import sys
 
 from stable_diffusion_server.app import create_app
+from stable_diffusion_server.app.settling import settle
 from stable_diffusion_server.settings.reading import SettingsError, read_settings
 
 try:
@@ -10,4 +11,4 @@ try:
 except SettingsError as error:
     sys.exit(str(error))
 
-app = create_app(settings)
+app = create_app(settings, settle=settle)

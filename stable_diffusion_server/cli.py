@@ -99,6 +99,7 @@ def serve() -> None:
     settings = _settings()
     # Imported after the settings were read, so that a wrong one is told at once.
     from stable_diffusion_server.app import create_app
+    from stable_diffusion_server.app.settling import settle
 
     def announce() -> None:
         sys.stdout.write(welcome(settings, port))
@@ -107,7 +108,7 @@ def serve() -> None:
     # Bound before anything is loaded: a port that is taken is told at once, and PORT=0 has a number to show.
     listening = _listen(settings)
     port = listening.getsockname()[1]
-    app = create_app(settings, announce=announce)
+    app = create_app(settings, announce=announce, settle=settle)
     sys.stdout.write("Loading the models; the first picture can be asked for in a few seconds.\n")
     sys.stdout.flush()
     config = uvicorn.Config(

@@ -35,11 +35,13 @@ def create_app(
     load: Callable[[Settings], Models] | None = None,
     announce: Callable[[], object] = lambda: None,
     poisoned: Callable[[], object] = leave_soon,
+    settle: Callable[[], object] = lambda: None,
 ) -> FastAPI:
     """The application over `settings`. Opens nothing and starts nothing; the lifespan does.
 
     `load` makes what draws, the models of the settings unless told otherwise; `announce` is called when it is done.
     Both run on the engine's thread, as `poisoned` does, when the device can only be used again by another process.
+    `settle` is called, on whatever thread, when much was loaded that stays; see `settling`.
     """
     loaded, faults = Loaded.of(settings), dict[str, str]()
 
@@ -51,6 +53,7 @@ def create_app(
         return [*reasons, engine.reason] if engine.phase is not Phase.READY else reasons
 
     def ready() -> object:
+        settle()
         return missing() or announce()
 
     metrics, tracing = Metrics(), Tracing(settings.otel_exporter_otlp_endpoint, __version__)
@@ -87,6 +90,6 @@ def create_app(
     add_middleware(app, settings, metrics, tracing)
     add_doors(app, settings, service, jobs, stores, options)
     add_replay(app, service, stores, options, decoder.decode)
-    studio = add_studio(app, settings)
+    studio = add_studio(app, settings, settle)
     app.include_router(ops.router(missing, metrics.exposition, loaded.told))
     return app

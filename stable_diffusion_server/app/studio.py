@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from urllib.parse import urlsplit
 
 import httpx
@@ -18,8 +19,11 @@ from stable_diffusion_server.ui.inside import Inside
 _GOOGLE, _AMAZON = "https://storage.googleapis.com", "https://*.amazonaws.com"
 
 
-def add_studio(app: FastAPI, settings: Settings) -> Entrance:
-    """The way in, set into the app unless UI=0. Nothing of Gradio is loaded before someone asks for it."""
+def add_studio(app: FastAPI, settings: Settings, settle: Callable[[], object]) -> Entrance:
+    """The way in, set into the app unless UI=0. Nothing of Gradio is loaded before someone asks for it.
+
+    `settle` is called when it is, on a thread.
+    """
     desks = Desks(httpx.AsyncClient(transport=Inside(app)))
 
     def build() -> FastAPI:
@@ -27,7 +31,9 @@ def add_studio(app: FastAPI, settings: Settings) -> Entrance:
         # Imported here, on a thread: it takes seconds.
         from stable_diffusion_server.ui.tabs import studio
 
-        return studio.build(desks, settings.max_upload_bytes)
+        built = studio.build(desks, settings.max_upload_bytes)
+        settle()
+        return built
 
     entrance = Entrance(build, desks, keyed=bool(settings.read_keys()), sources=_sources(settings))
     if settings.ui:

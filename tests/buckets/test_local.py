@@ -6,10 +6,13 @@ import os
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
 from fakes import disc, file_of
+from filelock import FileLock
 
 from stable_diffusion_server.bucket_api import check_if_blob_exists
 from stable_diffusion_server.buckets.local import LocalBucket
@@ -70,6 +73,16 @@ def test_of_many_writers_at_once_exactly_one_wins(bucket: LocalBucket) -> None:
             thread.join()
         assert len(wins) == 1
         assert bucket.read(f"round/{turn}") == f"writer {wins[0]}".encode()
+
+
+def test_threads_of_one_server_never_wait_for_the_lock_file(
+    bucket: LocalBucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It can only be asked for again and again; here it must be free whenever it is asked for."""
+    monkeypatch.setattr("stable_diffusion_server.buckets.local.FileLock", partial(FileLock, timeout=0))
+    with ThreadPoolExecutor(8) as threads:
+        stored = threads.map(lambda n: bucket.create(f"k{n}", b"bytes", "image/webp", {}), range(64))
+        assert all(won for _, won in stored)
 
 
 def test_whoever_sees_an_object_sees_its_record(bucket: LocalBucket) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,9 +13,10 @@ from typing import Any
 import pytest
 from fakes import settings_in, until
 from fastapi.testclient import TestClient
-from squares import Poisonous
+from squares import PaintedSquares, Poisonous
 
 from stable_diffusion_server.app import create_app
+from stable_diffusion_server.app.settling import settle
 from stable_diffusion_server.app.stopping import POISONED
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,3 +54,38 @@ def test_a_process_whose_device_is_lost_leaves_with_its_own_status() -> None:
     code = "from stable_diffusion_server.app.stopping import leave_soon; import time; leave_soon(); time.sleep(60)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60, check=False)  # noqa: S603  # our own
     assert done.returncode == POISONED == 86
+
+
+def test_once_it_can_draw_the_process_settles(tmp_path: Path) -> None:
+    """Before that is announced, so that nobody waits for it."""
+    told = list[str]()
+    app = create_app(
+        settings_in(tmp_path),
+        load=lambda settings: PaintedSquares(),
+        announce=lambda: told.append("ready"),
+        settle=lambda: told.append("settled"),
+    )
+    with TestClient(app):
+        until(lambda: told == ["settled", "ready"])
+
+
+def test_a_settled_process_has_nothing_old_for_the_collector_to_look_through() -> None:
+    """Garbage is gone, and what is left is out of its sight: no full collection stops everyone for long."""
+
+    class Ring:
+        """An object that only the collector can free."""
+
+        def __init__(self) -> None:
+            self.itself = self
+
+    ends = list[None]()
+    ring = Ring()
+    weakref.finalize(ring, ends.append, None)
+    del ring
+    try:
+        settle()
+        assert ends == [None]
+        assert gc.get_freeze_count() > 10_000
+        assert len(gc.get_objects()) < 1000
+    finally:
+        gc.unfreeze()
