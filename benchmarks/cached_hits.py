@@ -24,6 +24,7 @@ import boto3
 import httpx
 import psutil
 
+from benchmarks.lines import Line
 from benchmarks.loopback import free_port, say
 from benchmarks.tables import Result, machine, ratio, ratios, table
 
@@ -137,17 +138,11 @@ async def rate_of(port: int, seconds: float) -> float:
 
 async def asked(port: int, end: float) -> int:
     """How many answers one connection got until `end`."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    request = f"GET {QUERY} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n\r\n".encode()
-    count = 0
+    line, count = await Line.open(port), 0
     while time.perf_counter() < end:
-        writer.write(request)
-        head = (await reader.readuntil(b"\r\n\r\n")).lower()
-        if not head.startswith(b"http/1.1 200"):
-            raise SystemExit(f"not an answer: {head!r}")
-        await reader.readexactly(int(head.split(b"content-length: ")[1].split(b"\r\n")[0]))
+        await line.get(QUERY)
         count += 1
-    writer.close()
+    line.close()
     return count
 
 

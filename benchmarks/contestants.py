@@ -94,9 +94,7 @@ class Server:
     def draw(self, name: str, n: int, side: int, **further: Any) -> dict[str, Any]:
         """Draw the n-th of many different orders, `side` × `side`, and store it under a name: what it answered."""
         if self.entry.script is None:
-            query = {"prompt": prompt(n), "seed": n, "width": side, "height": side, "save_path": f"{name}.webp"}
-            query |= further
-            answer = self.client.get("/create_and_upload_image", params=query)
+            answer = self.client.get("/create_and_upload_image", params=order_of(name, n, side) | further)
         else:
             order = _peer_order(name, n, side) | further
             if self.entry.script == "server_async.py":
@@ -145,6 +143,11 @@ def alone(server: Server) -> Iterator[None]:
         yield
     finally:
         server.pause()
+
+
+def order_of(name: str, n: int, side: int) -> dict[str, Any]:
+    """An order as our own server takes it."""
+    return {"prompt": prompt(n), "seed": n, "width": side, "height": side, "save_path": f"{name}.webp"}
 
 
 def _peer_order(name: str, n: int, side: int) -> dict[str, Any]:

@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import statistics
 import time
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from urllib.parse import urlencode
 
-from benchmarks.contestants import OURS, Server, alone
+from benchmarks.contestants import OURS, Server, alone, order_of
+from benchmarks.lines import Line
 from benchmarks.tables import Result, ratio, ratios, table
 
 AT_ONCE, LONE = 100, 8
 
 
 def measure(servers: Mapping[str, Server], rounds: int, side: int) -> Result:
-    """Rounds of some orders alone, and of a hundred equal ones. Peers draw each, and so are not asked."""
-    server = servers[OURS]
-    alone_seconds, together, differing = [], [], 0
-    with alone(server), ThreadPoolExecutor(AT_ONCE) as pool:
-        for number in range(-1, rounds):
-            singles = [seconds(server, f"one-{number}-{n}", 7_000_000 + 100 * number + n, side)[0] for n in range(LONE)]
-            n, name = 8_000_000 + number, f"same-{number}"
-            began = time.perf_counter()
-            answers = list(pool.map(lambda _, n=n, name=name: seconds(server, name, n, side)[1], range(AT_ONCE)))
-            if number >= 0:
-                alone_seconds.append(statistics.median(singles))
-                together.append(time.perf_counter() - began)
-                differing += len({answer["path"] for answer in answers}) - 1
+    """Rounds of some orders alone, and of a hundred equal ones. Peers draw each, and so are not asked.
+
+    Both are asked over open lines by hand: a hundred answers would cost a usual client more than they do the server.
+    """
+    with alone(servers[OURS]):
+        alone_seconds, together, differing = asyncio.run(measured(servers[OURS], rounds, side))
     rows = [
         ("one alone", f"{1000 * statistics.median(alone_seconds):.0f}", "1"),
         ("a hundred equal", f"{1000 * statistics.median(together):.0f}", ratios(together, alone_seconds)),
@@ -36,8 +32,31 @@ def measure(servers: Mapping[str, Server], rounds: int, side: int) -> Result:
     return Result(lines, {"identical, a hundred of one alone": ratio(together, alone_seconds)})
 
 
-def seconds(server: Server, name: str, n: int, side: int) -> tuple[float, dict[str, object]]:
-    """How long an order took, and its answer."""
+async def measured(server: Server, rounds: int, side: int) -> tuple[list[float], list[float], int]:
+    """By round the median seconds of one alone and those of a hundred; how many named another picture than the first.
+
+    A first round is not counted.
+    """
+    lines = await asyncio.gather(*(Line.open(server.client.base_url.port or 80) for _ in range(AT_ONCE)))
+    alone_seconds, together, differing = [], [], 0
+    for number in range(-1, rounds):
+        singles = [
+            (await seconds(lines[:1], f"one-{number}-{n}", 7_000_000 + 100 * number + n, side))[0] for n in range(LONE)
+        ]
+        took, names = await seconds(lines, f"same-{number}", 8_000_000 + number, side)
+        if number >= 0:
+            alone_seconds.append(statistics.median(singles))
+            together.append(took)
+            differing += len(names) - 1
+    for line in lines:
+        line.close()
+    return alone_seconds, together, differing
+
+
+async def seconds(lines: list[Line], name: str, n: int, side: int) -> tuple[float, set[str]]:
+    """How long it took until an order was answered on all the lines, and the names the answers gave."""
+    target = f"/create_and_upload_image?{urlencode(order_of(name, n, side))}"
     began = time.perf_counter()
-    answer = server.draw(name, n, side)
-    return time.perf_counter() - began, answer
+    answers = await asyncio.gather(*(line.get(target) for line in lines))
+    took = time.perf_counter() - began
+    return took, {json.loads(answer)["path"] for answer in answers}

@@ -11,10 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stable_diffusion_server.journal.entries import Entry, Problem, State
-from stable_diffusion_server.orders import Receipt
+from stable_diffusion_server.orders import EventKind, Progress, Receipt
 
 END = "end"
 _MOST = 600
+_NOTHING_YET = Progress(EventKind.QUEUED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,9 +34,11 @@ class Standing:
     outcome: Receipt | Problem | None = None
 
     @classmethod
-    def of(cls, entry: Entry) -> Standing:
-        """What is written down of a job."""
-        return cls(entry.id, entry.state, entry.accepted_at, entry.ended_at, entry.attempts, outcome=entry.outcome)
+    def of(cls, entry: Entry, now: Progress = _NOTHING_YET) -> Standing:
+        """What is written down of a job, and how far it is; of one that has ended, how far it came."""
+        position, eta = (0, None) if entry.state.ended else (now.position, now.eta_seconds)
+        told = (entry.id, entry.state, entry.accepted_at, entry.ended_at, entry.attempts)
+        return cls(*told, position, eta, now.step, now.steps, entry.outcome)
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,11 +32,7 @@ class Live:
     @property
     def standing(self) -> Standing:
         """Where it stands now."""
-        told = Standing.of(self.entry)
-        if self.entry.state.ended:
-            return replace(told, step=self.progress.step, steps=self.progress.steps)
-        now = self.progress
-        return replace(told, position=now.position, eta_seconds=now.eta_seconds, step=now.step, steps=now.steps)
+        return Standing.of(self.entry, self.progress)
 
     def wants_previews(self) -> bool:
         """Whether anyone follows it."""
@@ -47,8 +43,11 @@ class Live:
         if self.settled:
             return
         waits = progress.kind is EventKind.QUEUED
-        self.progress = replace(progress, preview=None)
-        self.entry = replace(self.entry, state=State.QUEUED if waits else State.RUNNING)
+        # A hundred may follow one effort: nothing is copied that stays the same.
+        self.progress = progress if progress.preview is None else replace(progress, preview=None)
+        state = State.QUEUED if waits else State.RUNNING
+        if self.entry.state is not state:
+            self.entry = replace(self.entry, state=state)
         self.happenings.add("queued" if waits else "step", self.standing)
         if progress.preview is not None:
             self.happenings.add("preview", self.standing, progress.preview)
