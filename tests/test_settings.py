@@ -42,6 +42,9 @@ def test_nothing_has_to_be_set() -> None:
         ("TEXT_TO_IMAGE_MODEL", "dalle"),
         ("STORAGE_PROVIDER", "tape"),
         ("DEVICE", "quantum"),
+        ("WARM_SIZES", "1024"),
+        ("WARM_SIZES", "512x512,0x64"),
+        ("WARM_SIZES", "512X512"),
         ("ALLOW_ANONYMOUS", "maybe"),
         ("PUBLIC_BASE_URL", "ftp://pictures.example"),
         ("PUBLIC_BASE_URL", "https://"),
@@ -138,6 +141,13 @@ def test_bucket_and_state_may_not_contain_one_another(bucket: str, data: str, mo
     monkeypatch.setenv("DATA_DIR", data)
     with pytest.raises(SettingsError, match="must not contain one another"):
         read_settings()
+
+
+def test_sizes_to_warm_are_read_as_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Widths first, blanks let be."""
+    assert read_settings().sizes_to_warm() == []
+    monkeypatch.setenv("WARM_SIZES", "1024x768, 512x512")
+    assert read_settings().sizes_to_warm() == [(1024, 768), (512, 512)]
 
 
 @pytest.mark.parametrize("url", ["https://pictures.example", "http://[::1]:9000", "https://a.example:444/some/path"])

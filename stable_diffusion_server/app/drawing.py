@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import structlog
 
+from stable_diffusion_server.app.warming import warm_up
 from stable_diffusion_server.decoding.pool import Decoder
 from stable_diffusion_server.engine import Denoiser, Engine
 from stable_diffusion_server.errors import NotReady, WeightsUnusable
@@ -30,6 +31,7 @@ from stable_diffusion_server.pipelines.catalog import (
 )
 from stable_diffusion_server.resolving import Options
 from stable_diffusion_server.settings import Settings
+from stable_diffusion_server.settings.surroundings import keep_compiled
 
 _log = structlog.get_logger(__name__)
 
@@ -110,6 +112,8 @@ def load_models(settings: Settings, loaded: Loaded) -> Models:
     """The models of the settings, loaded. Takes seconds. Raises `WeightsUnusable`."""
     if loaded.fault is not None:
         raise loaded.fault
+    if settings.performance == "fast":
+        keep_compiled((settings.data_dir / "compiled").resolve())
     # Imported here, on the engine's thread: torch takes seconds, and the port should answer meanwhile.
     from stable_diffusion_server.pipelines import registry
 
@@ -146,6 +150,7 @@ def build_engine(
     def load_and_tell() -> Models:
         started = perf_counter()
         loaded.models = load(settings) if load is not None else load_models(settings, loaded)
+        warm_up(loaded.models, loaded.facts, settings.sizes_to_warm())
         _log.info("models loaded", seconds=round(perf_counter() - started, 1))
         return loaded.models
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from stable_diffusion_server.settings.kinds import Group
+from stable_diffusion_server.settings.kinds import Group, Names
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 # In the source tree its own folder; an installed package has none, and its user's is where the server is started.
@@ -63,7 +64,14 @@ class Models(Group):
         "safe",
         description=(
             "`safe`: memory layouts and TF32, which change rounding alone. `fast`: also a VAE in bf16 and compiled "
-            "blocks; the first picture of each size waits for the compiler."
+            "blocks; the first picture of each size waits for the compiler, unless WARM_SIZES names it."
+        ),
+    )
+    warm_sizes: Names = Field(
+        (),
+        description=(
+            "Sizes, as in `1024x1024,512x768`, that every model draws once before the server is ready: they are "
+            "compiled then, where PERFORMANCE=fast."
         ),
     )
     attention_slicing: bool = Field(False, description="1 computes attention in slices: less memory, slower.")
@@ -78,6 +86,18 @@ class Models(Group):
         description="`auto`, `cpu`, `mps`, `cuda` or `cuda:1`.",
     )
     cpu_threads: int = Field(0, ge=0, le=1024, description="Threads for drawing on the CPU; 0 leaves it to PyTorch.")
+
+    @field_validator("warm_sizes")
+    @classmethod
+    def _widths_by_heights(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for size in value:
+            if not re.fullmatch(r"[1-9]\d{1,4}x[1-9]\d{1,4}", size):
+                raise ValueError(f"{size!r} is not a width and a height in pixels, such as 1024x768")
+        return value
+
+    def sizes_to_warm(self) -> list[tuple[int, int]]:
+        """Width and height of each of WARM_SIZES, in pixels."""
+        return [(int(width), int(height)) for width, _, height in (size.partition("x") for size in self.warm_sizes)]
 
     @field_validator("lora_dir", mode="before")
     @classmethod

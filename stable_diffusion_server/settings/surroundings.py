@@ -11,3 +11,8 @@ def quieten_gradio(folder: Path) -> None:
     os.environ["GRADIO_TEMP_DIR"] = str(folder)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+
+
+def keep_compiled(folder: Path) -> None:
+    """Have PyTorch's compiler keep what it makes in `folder`, for the next start, unless the user said where."""
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))

@@ -69,6 +69,23 @@ def test_once_it_can_draw_the_process_settles(tmp_path: Path) -> None:
         until(lambda: told == ["settled", "ready"])
 
 
+def test_what_is_to_be_warm_is_drawn_before_the_server_is_ready(tmp_path: Path) -> None:
+    """Each size by each model, alone and shared, as a compiler has to see it; nothing of it is stored."""
+    painter, told = PaintedSquares(), list[int]()
+    app = create_app(
+        settings_in(tmp_path, warm_sizes=("256x256", "384x256"), models="embedded"),
+        load=lambda settings: painter,
+        announce=lambda: told.append(len(painter.finished)),
+    )
+    with TestClient(app):
+        until(lambda: told == [4])
+    drawn = {(job.model, job.width, job.height) for job in painter.finished}
+    assert {model for model, _, _ in drawn} == {"sdxl", "flux"}
+    assert {("flux", 256, 256), ("flux", 384, 256)} <= drawn
+    assert {len(batch) for batch in painter.batches} == {1, 2}
+    assert not list((tmp_path / "bucket" / "objects").iterdir())
+
+
 def test_a_settled_process_has_nothing_old_for_the_collector_to_look_through() -> None:
     """Garbage is gone, and what is left is out of its sight: no full collection stops everyone for long."""
 

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
+from drawing import draw, job_for
 
+from stable_diffusion_server.app.warming import warm_up
+from stable_diffusion_server.pipelines.catalog import MODELS
 from stable_diffusion_server.pipelines.performance import OneDnnConv2d, OneDnnLinear
+from stable_diffusion_server.settings.surroundings import keep_compiled
 
 
 @pytest.mark.parametrize("rows", [1, 31, 32, 500])
@@ -34,3 +43,23 @@ def test_a_convolution_by_onednn_is_the_convolution(rows: int, side: int, stride
     given = torch.randn(rows, 8, side, side)
     with torch.inference_mode():
         torch.testing.assert_close(other(given), plain(given), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("model", ["sdxl", "flux"])
+def test_a_model_that_was_warmed_up_draws_as_before(registry: Any, model: str) -> None:
+    """Nothing of what was drawn to be warm stays."""
+    job = job_for(model, seed=11)
+    before = draw(registry, job)
+    warm_up(registry, {model: MODELS[model]}, [(128, 128), (192, 128)])
+    np.testing.assert_array_equal(draw(registry, job), before)
+
+
+def test_compiled_code_is_kept_unless_the_user_said_where(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the folder named, or in that of the environment."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "elsewhere")
+    keep_compiled(Path("data/compiled"))
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "elsewhere"
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    keep_compiled(Path("data/compiled"))
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "data/compiled"
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
