@@ -136,6 +136,17 @@ class Visiting(PaintedSquares):
 
 
 @dataclass
+class Kept(PaintedSquares):
+    """Squares by one thread that is kept waiting 10 ms for a canvas, and five times as long for two."""
+
+    cpu_threads: int = 1
+
+    def step(self, states: Sequence[Canvas]) -> None:
+        self.seconds_per_step = 0.01 if len(states) == 1 else 0.05
+        super().step(states)
+
+
+@dataclass
 class Sketching(PaintedSquares):
     """Squares with a preview: a grey that is the number of steps done."""
 

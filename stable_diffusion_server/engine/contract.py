@@ -56,7 +56,8 @@ class Abilities:
     threads may not draw with it at once, and is empty where they may. `preview(state)` is a small picture of where a
     state stands, height × width × 3 uint8. `release_memory()` gives back what no drawing uses, `shrink()` takes less
     memory from now on and is false when there is no less. `enter_lane(lanes)` is called by each of several lanes, on
-    its own thread; `best_lanes` is how many are worth while.
+    its own thread; `best_lanes` is how many are worth while. `cpu_threads` is how many it computes with, the
+    lanes together; 0 where another device computes.
     """
 
     resident: bool = True
@@ -66,6 +67,7 @@ class Abilities:
     shrink: Callable[[], bool] = lambda: False
     enter_lane: Callable[[int], object] = lambda lanes: None
     best_lanes: int = 1
+    cpu_threads: int = 0
 
     @classmethod
     def of(cls, denoiser: object) -> Abilities:

@@ -47,6 +47,8 @@ class Lane(Generic[S, P]):
         # Tokenizers keep settings inside, so lanes take turns in preparing.
         self._preparing = preparing
         self._lanes = lanes
+        # Of a thread that computes all by itself, what other work on the machine takes can be told apart.
+        self._cost = time.thread_time if 0 < abilities.cpu_threads <= lanes else time.perf_counter
         self._previews = Previews(abilities.preview)
         self._seats: list[Seat[S, P]] = []
         self._contested = 0
@@ -140,7 +142,7 @@ class Lane(Generic[S, P]):
     def _step(self) -> None:
         seats = self._seats
         job = seats[0].ticket.job
-        started = time.perf_counter()
+        started, spent = time.perf_counter(), self._cost()
         try:
             self._denoiser.step([seat.state for seat in seats])
         except DevicePoisoned:
@@ -153,8 +155,8 @@ class Lane(Generic[S, P]):
             self._seats = []
             self._step_failed(seats, error)
             return
-        seconds = time.perf_counter() - started
-        self._desk.paces.stepped(job, len(seats), seconds, more_wait=self._desk.more_wait(seats))
+        seconds, cost = time.perf_counter() - started, self._cost() - spent
+        self._desk.paces.stepped(job, len(seats), seconds, cost, more_wait=self._desk.more_wait(seats))
         for seat in seats:
             seat.timings["denoise"] += seconds
             seat.share += seconds / len(seats)

@@ -40,6 +40,7 @@ class Pace:
     cap: int
     base: int
     times: dict[int, deque[float]] = field(default_factory=dict)
+    costs: dict[int, deque[float]] = field(default_factory=dict)
     around: float = 0.0
     patience: int = 0
     audit: int = AUDIT
@@ -52,18 +53,18 @@ class Pace:
         return sorted(size for size, times in self.times.items() if times)
 
     def seconds(self, size: int) -> float | None:
-        """Seconds of one step of a group of that size, by the lower quartile: other work on the machine only adds."""
+        """Seconds of one step of a group of that size, or of the measured size next to it."""
         if not self.sizes():
             return None
-        ordered = sorted(self.times[min(self.sizes(), key=lambda n: abs(n - size))])
-        return ordered[len(ordered) // 4]
+        return _quickest(self.times[min(self.sizes(), key=lambda n: abs(n - size))])
 
-    def add(self, size: int, seconds: float) -> None:
+    def add(self, size: int, seconds: float, cost: float) -> None:
         """Take note of a step; the first one of a size warms things up and does not count."""
         if size not in self.times:
-            self.times[size] = deque(maxlen=KEPT)
+            self.times[size], self.costs[size] = deque(maxlen=KEPT), deque(maxlen=KEPT)
         else:
             self.times[size].append(seconds)
+            self.costs[size].append(cost)
         if size == self.ceiling < self.most:
             self.recovery -= 1
             if self.recovery <= 0:
@@ -90,13 +91,15 @@ class Pace:
 
     def _try(self, size: int) -> None:
         self.times.pop(size, None)
+        self.costs.pop(size, None)
         self.cap, self.audit = size, AUDIT
 
     def _judge(self) -> None:
-        now, before = self.seconds(self.cap), self.seconds(self.base)
-        pays = now is not None and before is not None and now / self.cap < WORTH * before / self.base
-        if self.cap < self.base:  # the smaller one may be a little slower and still be the better size
-            pays = now is not None and before is not None and WORTH * now / self.cap < before / self.base
+        pays = False
+        if (base := self.costs.get(self.base)) and (cap := self.costs.get(self.cap)):
+            now, before = _quickest(cap) / self.cap, _quickest(base) / self.base
+            # A smaller one may be a little slower and still be the better size.
+            pays = now < WORTH * before if self.cap > self.base else WORTH * now < before
         if pays:
             self.base, self.misses, self.patience = self.cap, 0, 0
             return
@@ -111,6 +114,12 @@ class Pace:
         self.recovery = RECOVERY * 2**self.shortages
         self.ceiling = max(1, min(self.ceiling, ceiling))
         self.cap, self.base = min(self.cap, self.ceiling), min(self.base, self.ceiling)
+
+
+def _quickest(samples: Iterable[float]) -> float:
+    """The lower quartile: other work on the machine only adds."""
+    ordered = sorted(samples)
+    return ordered[len(ordered) // 4]
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,11 +149,14 @@ class Paces:
         with self._lock:
             return self._of(job).cap
 
-    def stepped(self, job: Job, size: int, seconds: float, *, more_wait: bool) -> None:
-        """A group of `size` took a step; `more_wait` tells whether more of its shape would have joined."""
+    def stepped(self, job: Job, size: int, seconds: float, cost: float, *, more_wait: bool) -> None:
+        """A group of `size` took a step; `more_wait` tells whether more of its shape would have joined.
+
+        Sizes are judged by the `cost`: the seconds, or what of them the processor was the group's own.
+        """
         with self._lock:
             pace = self._of(job)
-            pace.add(size, seconds)
+            pace.add(size, seconds, cost)
             if self._learn:
                 pace.learn(size, more_wait)
             else:

@@ -155,8 +155,12 @@ class Registry:
 
         Measured on two cores: 1.5 times the pictures a second (benchmarks/results/).
         """
-        on_cpu = all(model.device == "cpu" for model in self.loaded)
-        return 2 if on_cpu and self._threads > 1 and not self._adaptable and not self.unshareable else 1
+        return 2 if self.cpu_threads > 1 and not self._adaptable and not self.unshareable else 1
+
+    @property
+    def cpu_threads(self) -> int:
+        """How many threads of the CPU compute, 0 where another device does."""
+        return self._threads if all(model.device == "cpu" for model in self.loaded) else 0
 
     def enter_lane(self, lanes: int) -> None:
         """Divide the CPU's threads between the lanes; PyTorch counts them for each thread that draws."""

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from fakes import until
-from squares import Crowd, EngineOf, Sketching, Visiting, job, open_gate
+from squares import Crowd, EngineOf, Kept, Sketching, Visiting, job, open_gate
 
 from stable_diffusion_server.engine import Engine, Phase
 from stable_diffusion_server.engine.previews import EVERY
@@ -38,6 +38,22 @@ def test_the_denoiser_says_how_many_lanes_are_best_where_nobody_else_does(engine
     assert len(painter.threads) == 2
     with pytest.raises(InvalidInput):
         engine.submit(job("a square", loras=(("style", 1.0),)))
+
+
+@pytest.mark.parametrize(("cpu_threads", "grows"), [(1, True), (2, False), (0, False)])
+def test_a_lane_on_one_thread_learns_by_what_the_processor_gave_it(
+    engine_of: EngineOf, cpu_threads: int, grows: bool
+) -> None:
+    """Steps that wait the longer the larger the group is, as where other programs run, and compute the same."""
+    painter = Kept(gate=threading.Event())
+    painter.cpu_threads = cpu_threads
+    engine = engine_of(painter, max_batch=2, learn=True)
+    tickets = [engine.submit(job(f"job {n}")) for n in range(16)]
+    open_gate(painter)
+    for ticket in tickets:
+        ticket.result.result(30)
+    later = painter.batches[-8:]
+    assert (max(map(len, painter.batches)) == 2 and all(len(batch) == 2 for batch in later[:4])) is grows
 
 
 def test_lanes_refuse_adapters(engine_of: EngineOf) -> None:

@@ -19,7 +19,7 @@ def step(paces: Paces, times: int, seconds: Callable[[int], float]) -> list[int]
     for _ in range(times):
         size = paces.cap(SQUARE)
         caps.append(size)
-        paces.stepped(SQUARE, size, seconds(size), more_wait=True)
+        paces.stepped(SQUARE, size, seconds(size), seconds(size), more_wait=True)
     return caps
 
 
@@ -56,6 +56,16 @@ def test_a_cap_shrinks_when_it_pays_no_more() -> None:
     assert paces.cap(SQUARE) == 1
 
 
+def test_what_other_programs_take_of_the_time_teaches_nothing() -> None:
+    """Larger groups cost a picture less, although each of them happened to be kept waiting."""
+    paces = Paces(4, learn=True)
+    for _ in range(60):
+        size = paces.cap(SQUARE)
+        paces.stepped(SQUARE, size, 2.0**size, 1.0, more_wait=True)
+    assert paces.cap(SQUARE) == 4
+    assert paces.seconds_for(SQUARE, 1, 4) == 16.0
+
+
 def test_the_most_is_never_exceeded_and_memory_bounds_it_for_long() -> None:
     """MAX_BATCH that is no power of two is reached and not passed; after running out of memory less is the most."""
     paces = Paces(6, learn=True)
@@ -77,7 +87,7 @@ def test_a_lone_job_changes_nothing() -> None:
     """Without others that wait there is nothing to try."""
     paces = Paces(4, learn=True)
     for _ in range(100):
-        paces.stepped(SQUARE, 1, 1.0, more_wait=False)
+        paces.stepped(SQUARE, 1, 1.0, 1.0, more_wait=False)
     assert paces.cap(SQUARE) == 1
 
 
@@ -87,7 +97,7 @@ def test_the_time_left_is_that_of_those_before_and_ones_own() -> None:
     line = [Ticket[object](SQUARE), Ticket[object](SQUARE)]
     assert paces.etas(line, []) == [None, None]
     for _ in range(2):
-        paces.stepped(SQUARE, 2, 0.5, more_wait=False)
+        paces.stepped(SQUARE, 2, 0.5, 0.5, more_wait=False)
     assert paces.etas(line, []) == [2.0, 3.0]
     assert paces.seconds_for(SQUARE, 3) == 1.5
 
@@ -96,7 +106,7 @@ def test_a_shape_that_was_not_measured_is_reckoned_by_its_pixels() -> None:
     """By another shape of its model: twice the pixels take twice as long."""
     paces = Paces(1)
     for _ in range(2):
-        paces.stepped(SQUARE, 1, 0.5, more_wait=False)
+        paces.stepped(SQUARE, 1, 0.5, 0.5, more_wait=False)
     assert paces.etas([Ticket[object](job("wide", width=128))], []) == [4.0]
     assert paces.seconds_for(replace(SQUARE, model="flux"), 4) is None
 
@@ -106,6 +116,6 @@ def test_figures_are_one_for_each_label() -> None:
     paces = Paces(4)
     for loras in ((), (("a", 1.0),), (("b", 1.0),)):
         for _ in range(2):
-            paces.stepped(job("square", loras=loras), 2, 0.25, more_wait=False)
+            paces.stepped(job("square", loras=loras), 2, 0.25, 0.25, more_wait=False)
     assert [figure.label for figure in paces.figures()] == ["sdxl 64x64", "sdxl 64x64 with adapters"]
     assert paces.figures()[0].step_seconds == {2: 0.25}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import platform
 import subprocess
 import sys
 import weakref
@@ -67,6 +68,33 @@ def test_once_it_can_draw_the_process_settles(tmp_path: Path) -> None:
     )
     with TestClient(app):
         until(lambda: told == ["settled", "ready"])
+
+
+@pytest.mark.skipif(sys.platform != "linux" or platform.libc_ver()[0] != "glibc", reason="of glibc's heaps")
+def test_threads_share_their_heaps() -> None:
+    """Twelve threads that hold memory at the same time have two heaps between them, and not one each."""
+    code = """
+import ctypes, sys, threading
+if sys.argv[1] == "shared":
+    from stable_diffusion_server.app.settling import share_heap
+    share_heap()
+held, together = [], threading.Barrier(12)
+def hold():
+    together.wait()
+    held.append([bytearray(1000) for _ in range(500)])
+    together.wait()
+threads = [threading.Thread(target=hold) for _ in range(12)]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+ctypes.CDLL(None).malloc_info(0, ctypes.c_void_p.in_dll(ctypes.CDLL(None), "stdout"))
+ctypes.CDLL(None).fflush(None)
+"""
+    heaps = {}
+    for how in ("shared", "apart"):
+        command = [sys.executable, "-c", code, how]
+        told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)  # noqa: S603  # our own
+        heaps[how] = told.stdout.count("<heap nr=")
+    assert heaps["shared"] <= 2 < heaps["apart"]
 
 
 def test_what_is_to_be_warm_is_drawn_before_the_server_is_ready(tmp_path: Path) -> None:
