@@ -15,7 +15,7 @@ download() {
 for package in diffusers==0.42.1 transformers==5.23.0 accelerate==1.15.0 peft==0.21.2 optimum-quanto==0.2.7 \
     tokenizers safetensors huggingface_hub hf-xet regex packaging pyyaml tqdm requests urllib3 charset-normalizer \
     importlib_metadata zipp httpx2 httpcore2 truststore h11 anyio idna certifi click fsspec filelock typing_extensions ninja \
-    structlog pillow psutil; do
+    structlog pillow psutil setuptools; do
     if [ -n "${DRY:-}" ]; then
         download install --dry-run --target wheels "$package"
     else

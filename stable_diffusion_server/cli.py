@@ -99,13 +99,13 @@ def serve() -> None:
     settings = _settings()
     # Imported after the settings were read, so that a wrong one is told at once.
     from stable_diffusion_server.app import create_app
-    from stable_diffusion_server.app.settling import settle, share_heap
+    from stable_diffusion_server.app.settling import settle, tend_heap
 
     def announce() -> None:
         sys.stdout.write(welcome(settings, port))
         sys.stdout.flush()
 
-    share_heap()
+    tend_heap()
     # Bound before anything is loaded: a port that is taken is told at once, and PORT=0 has a number to show.
     listening = _listen(settings)
     port = listening.getsockname()[1]

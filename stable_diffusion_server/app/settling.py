@@ -1,13 +1,18 @@
-"""Makes a process fit to serve for months: the collector spares what stays, and the heap stays one heap."""
+"""Makes a process fit to serve for months: the collector spares what stays, and heaps keep little that is free."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
+import sys
+import threading
+import time
 
-# Of glibc's malloc.h. Its arenas are one a thread, up to eight a core, and give nothing to one another: tensors that
-# were freed in one of them were asked of the system again in the next, until all had had their largest.
+# Of glibc's malloc.h. It gives each thread an arena, up to eight a core, none of which has what another one gave back:
+# tensors that were freed in one were asked of the system again in the next, until all had had their largest.
 _M_ARENA_MAX, _ARENAS = -8, 2
+# What is free amid what is held only goes back when it is asked for, which takes a millisecond.
+_TRIM_SECONDS = 30
 
 
 def settle() -> None:
@@ -21,11 +26,18 @@ def settle() -> None:
     gc.freeze()
 
 
-def share_heap() -> None:
-    """Have all threads take memory from the same few heaps, where the C library is one that does otherwise.
+def tend_heap() -> None:
+    """Have all threads take memory from the same two heaps, and give back what is free in them every half minute.
 
-    Call it before there are threads.
+    Nothing where the C library is not glibc. Call it once, before there are threads.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_ARENA_MAX, _ARENAS)
+    if sys.platform != "linux" or not hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        return
+    libc.mallopt(_M_ARENA_MAX, _ARENAS)
+
+    def trim() -> None:
+        while True:
+            time.sleep(_TRIM_SECONDS)
+            libc.malloc_trim(0)
+
+    threading.Thread(target=trim, name="heap", daemon=True).start()

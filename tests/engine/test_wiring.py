@@ -70,14 +70,21 @@ def test_once_it_can_draw_the_process_settles(tmp_path: Path) -> None:
         until(lambda: told == ["settled", "ready"])
 
 
-@pytest.mark.skipif(sys.platform != "linux" or platform.libc_ver()[0] != "glibc", reason="of glibc's heaps")
+GLIBC = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc's heaps")
+
+
+def told_by_a_process(code: str, how: str) -> str:
+    """What a Python process of its own prints, its heap tended or not."""
+    tend = "settling._TRIM_SECONDS = 0.1; settling.tend_heap()" if how == "tended" else ""
+    command = [sys.executable, "-c", f"from stable_diffusion_server.app import settling\n{tend}\n{code}"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True).stdout  # noqa: S603  # our own
+
+
+@GLIBC
 def test_threads_share_their_heaps() -> None:
     """Twelve threads that hold memory at the same time have two heaps between them, and not one each."""
     code = """
-import ctypes, sys, threading
-if sys.argv[1] == "shared":
-    from stable_diffusion_server.app.settling import share_heap
-    share_heap()
+import ctypes, threading
 held, together = [], threading.Barrier(12)
 def hold():
     together.wait()
@@ -89,12 +96,22 @@ threads = [threading.Thread(target=hold) for _ in range(12)]
 ctypes.CDLL(None).malloc_info(0, ctypes.c_void_p.in_dll(ctypes.CDLL(None), "stdout"))
 ctypes.CDLL(None).fflush(None)
 """
-    heaps = {}
-    for how in ("shared", "apart"):
-        command = [sys.executable, "-c", code, how]
-        told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)  # noqa: S603  # our own
-        heaps[how] = told.stdout.count("<heap nr=")
-    assert heaps["shared"] <= 2 < heaps["apart"]
+    heaps = {how: told_by_a_process(code, how).count("<heap nr=") for how in ("tended", "not")}
+    assert heaps["tended"] <= 2 < heaps["not"]
+
+
+@GLIBC
+def test_what_is_free_amid_what_is_held_is_given_back() -> None:
+    """Of two hundred megabytes in pieces of 100 kB every second one is freed: half of them are gone soon."""
+    code = """
+import os, time
+pieces = [bytearray(100_000) for _ in range(2000)]
+del pieces[::2]
+time.sleep(1.5)
+print(int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGESIZE"))
+"""
+    resident = {how: int(told_by_a_process(code, how)) for how in ("tended", "not")}
+    assert resident["tended"] < resident["not"] - 60_000_000
 
 
 def test_what_is_to_be_warm_is_drawn_before_the_server_is_ready(tmp_path: Path) -> None:

@@ -72,6 +72,20 @@ def test_an_adapter_does_what_it_was_trained_to_do(painter: Sdxl, sdxl: Sdxl) ->
     assert with_it[3, 3].argmax() == 2
 
 
+@pytest.mark.parametrize("shape", ["circle", "square", "heart"])
+def test_the_adapter_that_comes_along_draws_outlines(sdxl: Sdxl, one_thread: None, shape: str) -> None:
+    """The middle of the thing is the background again, and there is still a thing."""
+    facts = MODELS["sdxl"]
+    pipeline = load_pipeline(facts, MODELS_DIR, CPU)
+    outlined = Sdxl(pipeline, facts, adapters=Adapters(pipeline, MODELS_DIR / "loras"))
+    job = job_for("sdxl", prompt=f"a red {shape} on a blue background", width=256, height=256)
+    assert middle(draw(sdxl, job)).argmax() == 0
+    drawn = draw(outlined, replace(job, loras=(("outlines", 1.0),)))
+    assert middle(drawn).argmax() == 2
+    assert drawn[3, 3].argmax() == 2
+    assert 0.01 < (drawn.argmax(2) == 0).mean() < 0.25
+
+
 def test_jobs_without_it_are_drawn_as_if_it_had_never_been_loaded(painter: Sdxl, sdxl: Sdxl) -> None:
     """Before, between and after jobs with an adapter, to the last bit."""
     plain = job_for("sdxl", image=scene(), strength=0.8)
