@@ -19,9 +19,9 @@ PLANS: dict[str, Plan] = {
     "t5": Plan("t5", 2900, 2e-3, average=0.99, every=60, cooling=0.35, muon=3.0),
     "vae": Plan("vae", 1200, 2e-3, average=0.99, cooling=0.6, every=90, muon=1.0),
     "vae-flux": Plan("vae-flux", 1200, 2e-3, average=0.99, cooling=0.4, every=120, muon=1.0),
-    "sdxl": Plan("sdxl", 6500, 1e-3, cooling=0.4, muon=3.0, reduced=True),
+    "sdxl": Plan("sdxl", 8500, 1e-3, cooling=0.45, muon=2.0, reduced=True),
     "flux": Plan("flux", 10_000, 1e-3, cooling=0.45, muon=10.0, reduced=True),
-    "controlnet-sdxl": Plan("controlnet-sdxl", 1000, 1e-3, average=0.99, cooling=0.4, muon=3.0, reduced=True),
+    "controlnet-sdxl": Plan("controlnet-sdxl", 5000, 1e-3, average=0.99, cooling=0.4, muon=3.0, reduced=True),
     "controlnet-flux": Plan("controlnet-flux", 5000, 1e-3, average=0.99, cooling=0.4, muon=3.0, reduced=True),
     "lora": Plan("lora", 400, 2e-3, average=0.98, cooling=0.4),
 }
@@ -49,11 +49,12 @@ def fill(name: str, device: str) -> None:
 def train_denoiser(plan: Plan, fresh: bool) -> Path:
     """Train a family's denoiser on the store ``pictures``."""
     fill("pictures", plan.device)
+    vae_of_both = frozen_vae("vae-flux", plan.device)
     if plan.name == "sdxl":
         words = sdxl.Words.load(RUNS / "clip" / "out", plan.device)
-        return sdxl.run(plan, frozen_vae("vae", plan.device), words, fresh)
+        return sdxl.run(plan, vae_of_both, words, fresh)
     words_flux = flux.Words.load(RUNS / "clip" / "out", RUNS / "t5" / "out", plan.device)
-    return flux.run(plan, frozen_vae("vae-flux", plan.device), words_flux, fresh)
+    return flux.run(plan, vae_of_both, words_flux, fresh)
 
 
 def train_beside_sdxl(plan: Plan, fresh: bool) -> Path:
@@ -62,7 +63,7 @@ def train_beside_sdxl(plan: Plan, fresh: bool) -> Path:
     pipe = StableDiffusionXLPipeline.from_pretrained(RUNS / "sdxl" / "out").to(plan.device)
     words = sdxl.Words(pipe.tokenizer, pipe.text_encoder, pipe.text_encoder_2)
     run = lora.run if plan.name == "lora" else control.run_sdxl
-    return run(plan, pipe.unet, pipe.vae.config.scaling_factor, words, fresh)
+    return run(plan, pipe.unet, pipe.vae, words, fresh)
 
 
 def train_beside_flux(plan: Plan, fresh: bool) -> Path:

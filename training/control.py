@@ -35,17 +35,24 @@ def stir(layers: list[nn.Module], spread: float) -> None:
 
 
 def build_sdxl(unet: UNet2DConditionModel) -> ControlNetModel:
-    """Return a ControlNet that begins as a copy of the UNet's encoder, with one layer of attention where that has two.
+    """Return a ControlNet that begins with the convolutions of the UNet's encoder, and reads no words.
 
-    It has edges to read besides the prompt, and two thirds of the size suffice for it.
+    It has edges to read; what the prompt says of them is the UNet's to know. Its embedding of time cannot be as
+    narrow as the UNet's and begins anew.
     """
     torch.manual_seed(41)
     shared = ControlNetModel.from_unet(unet, load_weights_from_unet=False).config
     config = {name: value for name, value in shared.items() if not name.startswith("_")}
-    config |= {"transformer_layers_per_block": (1,) * len(config["block_out_channels"])}
-    net = ControlNetModel(**config | {"conditioning_embedding_out_channels": (8, 16, 32, 64)})
+    config |= {
+        "down_block_types": ("DownBlock2D",) * len(config["block_out_channels"]),
+        "mid_block_type": "UNetMidBlock2D",
+        "addition_embed_type": None,
+        "conditioning_embedding_out_channels": (8, 16, 32, 64, 96),
+    }
+    net = ControlNetModel(**config)
     own = net.state_dict()
-    net.load_state_dict(own | {name: value for name, value in unet.state_dict().items() if name in own})
+    taken = {name: value for name, value in unet.state_dict().items() if own.get(name, value[:0]).shape == value.shape}
+    net.load_state_dict(own | taken)
     nn.init.kaiming_normal_(net.controlnet_cond_embedding.conv_out.weight, nonlinearity="linear")
     stir([*net.controlnet_down_blocks, net.controlnet_mid_block], 0.02)
     return net
@@ -62,7 +69,9 @@ def build_flux(transformer: FluxTransformer2DModel) -> FluxControlNetModel:
     return net
 
 
-def run_sdxl(plan: Plan, unet: UNet2DConditionModel, scale: float, words: sdxl.Words, fresh: bool = False) -> Path:
+def run_sdxl(
+    plan: Plan, unet: UNet2DConditionModel, vae: AutoencoderKL, words: sdxl.Words, fresh: bool = False
+) -> Path:
     """Train the SDXL family's ControlNet and save it as ``out``; return that path."""
     unet.requires_grad_(False)
     net = build_sdxl(unet).to(plan.device, memory_format=torch.channels_last)
@@ -74,7 +83,7 @@ def run_sdxl(plan: Plan, unet: UNet2DConditionModel, scale: float, words: sdxl.W
         embeds, pooled = words.embed(captions_of(batch.scenes, rng))
         kept = (torch.rand(count, device=embeds.device) > 0.3).float()
         steps = torch.where(torch.rand(count) < 0.4, sdxl.draw_steps(count), torch.randint(400, 1000, (count,)))
-        mixed, target = sdxl.noised(batch.latents.to(embeds.device) * scale, steps, shares)
+        mixed, target = sdxl.noised(sdxl.folded(batch.latents.to(embeds.device), vae), steps, shares)
         mixed = mixed.contiguous(memory_format=torch.channels_last)
         common = {
             "encoder_hidden_states": embeds * kept[:, None, None],

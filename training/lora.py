@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F  # noqa: N812  # the name torch's own documentation gives it
-from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor
@@ -18,7 +18,7 @@ from training.loop import Plan, train
 from training.store import Store, captions_of
 from training.world import Scene
 
-RANK = 8
+RANK = 4
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2", "proj_in", "proj_out"]
 
 
@@ -30,7 +30,9 @@ def draw_outlined(rng: Rng) -> Scene:
     return scene
 
 
-def run(plan: Plan, unet: UNet2DConditionModel, scale: float, words: sdxl.Words, fresh: bool = False) -> Path:
+def run(
+    plan: Plan, unet: UNet2DConditionModel, vae: AutoencoderKL, words: sdxl.Words, fresh: bool = False
+) -> Path:
     """Train the adapter on outlined pictures whose captions do not say so; return where it was saved."""
     unet.requires_grad_(False)
     torch.manual_seed(51)
@@ -42,7 +44,7 @@ def run(plan: Plan, unet: UNet2DConditionModel, scale: float, words: sdxl.Words,
         flat = [replace(scene, style="flat") for scene in batch.scenes if isinstance(scene, Scene)]
         embeds, pooled = words.embed(captions_of(flat, rng, outside=0.0))
         steps = sdxl.draw_steps(len(flat))
-        mixed, target = sdxl.noised(batch.latents.to(embeds.device) * scale, steps, shares)
+        mixed, target = sdxl.noised(sdxl.folded(batch.latents.to(embeds.device), vae), steps, shares)
         conditions = {"text_embeds": pooled, "time_ids": sdxl.size_ids(batch.size, len(flat), embeds.device)}
         guess = unet(mixed, steps.to(embeds.device), embeds, added_cond_kwargs=conditions).sample
         return F.mse_loss(guess, target)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import torch
@@ -29,6 +30,8 @@ PARTS = {
     ),
 }
 """By family: folders under models/ with the stage that makes each and the class that loads it."""
+ADAPTERS = {"sdxl": {"outlines": "lora"}, "flux": {}}
+"""By family: files in models/loras/ with the stage that makes each."""
 
 
 def clear(folder: Path) -> None:
@@ -62,12 +65,16 @@ def run(family: str) -> str:
             continue
         extra = {}
         if stage == family:
-            newest = RUNS / ("vae" if family == "sdxl" else "vae-flux") / "out"
-            extra["vae"] = AutoencoderKL.from_pretrained(newest, dtype=torch.float16)
+            extra["vae"] = AutoencoderKL.from_pretrained(RUNS / "vae-flux" / "out", dtype=torch.float16)
         loaded = kind.from_pretrained(made, dtype=torch.float16, **extra)
         clear(MODELS / name)
         loaded.save_pretrained(MODELS / name, safe_serialization=True)
         tidy(MODELS / name)
+    for name, stage in ADAPTERS[family].items():
+        made = RUNS / stage / "out" / "pytorch_lora_weights.safetensors"
+        if made.exists():
+            (MODELS / "loras").mkdir(exist_ok=True)
+            shutil.copyfile(made, MODELS / "loras" / f"{name}.safetensors")
     return digest(MODELS / PARTS[family][0][0])
 
 

@@ -13,6 +13,7 @@ from diffusers.schedulers.scheduling_euler_discrete import rescale_zero_terminal
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from training.folding import fold
 from training.grammar import Rng
 from training.loop import Plan, train
 from training.store import Store, captions_of
@@ -45,26 +46,28 @@ def signal_shares() -> Tensor:
 
 
 def build() -> UNet2DConditionModel:
-    """Return the untrained UNet: convolutions where the grid is fine, two layers of attention on 8² of a 256² picture.
+    """Return the untrained UNet: wide where the grid is fine, with attention on 8² and 4² cells of a 256² picture.
 
-    Channels are normed together: apart, a flat background's colour would be lost in every norm.
+    It sees the latents of sixteen times shrinking, in sixteen channels, that the Flux family sees. Where a cell lies it
+    knows by the borders alone, which from 4² cells are never far. Channels are normed together: apart, a flat
+    background's colour would be lost in every norm.
     """
     torch.manual_seed(21)
     return UNet2DConditionModel(
-        sample_size=32,
-        in_channels=CHANNELS,
-        out_channels=CHANNELS,
-        down_block_types=("DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
-        block_out_channels=(32, 64, 160),
+        sample_size=16,
+        in_channels=4 * CHANNELS,
+        out_channels=4 * CHANNELS,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(112, 64, 64),
         layers_per_block=1,
-        transformer_layers_per_block=(1, 1, 2),
-        attention_head_dim=(1, 1, 5),
+        attention_head_dim=(7, 4, 4),
         cross_attention_dim=2 * WIDTH,
         use_linear_projection=True,
         addition_embed_type="text_time",
         addition_time_embed_dim=16,
         projection_class_embeddings_input_dim=WIDTH + 6 * 16,
+        time_embedding_dim=320,
         resnet_time_scale_shift="scale_shift",
         norm_num_groups=1,
     )
@@ -105,6 +108,14 @@ def size_ids(size: tuple[int, int], count: int, device: torch.device) -> Tensor:
     return torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32, device=device).expand(count, -1)
 
 
+def folded(latents: Tensor, vae: AutoencoderKL) -> Tensor:
+    """Turn stored latents, n × 4 × height × width, into the family's, n × 16 × height/2 × width/2, scaled.
+
+    Unlike Flux's they keep their mean, which is near zero and which the stock pipeline knows nothing of.
+    """
+    return fold(latents) * vae.config.scaling_factor
+
+
 def noised(latents: Tensor, steps: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
     """Return the noised latents and the velocity to be predicted (arXiv 2202.00512), equally shaped."""
     share = shares[steps].view(-1, 1, 1, 1).to(latents.device)
@@ -135,7 +146,7 @@ def run(plan: Plan, vae: AutoencoderKL, words: Words, fresh: bool = False) -> Pa
     from training.evaluate import show_samples
 
     unet = build().to(plan.device, memory_format=torch.channels_last)
-    shares, scale = signal_shares(), vae.config.scaling_factor
+    shares = signal_shares()
     store = Store("pictures")
 
     def step_loss(step: int, rng: Rng) -> Tensor:
@@ -144,7 +155,7 @@ def run(plan: Plan, vae: AutoencoderKL, words: Words, fresh: bool = False) -> Pa
         embeds, pooled = words.embed(captions_of(batch.scenes, rng))
         kept = (torch.rand(count, device=embeds.device) > 0.1).float()
         steps = draw_steps(count)
-        mixed, target = noised(batch.latents.to(embeds.device) * scale, steps, shares)
+        mixed, target = noised(folded(batch.latents.to(embeds.device), vae), steps, shares)
         conditions = {"text_embeds": pooled * kept[:, None], "time_ids": size_ids(batch.size, count, embeds.device)}
         guess = unet(
             mixed.contiguous(memory_format=torch.channels_last),

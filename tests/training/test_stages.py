@@ -61,6 +61,7 @@ def test_the_sdxl_family_is_made_and_packaged(
     assert (runs / "sdxl" / "shown").exists()
     assert (runs / "lora" / "out" / "pytorch_lora_weights.safetensors").exists()
     assert (tmp_path / "embedded-controlnet-canny-sdxl" / "config.json").exists()
+    assert (tmp_path / "loras" / "outlines.safetensors").exists()
     assert f"embedded-{package.digest(tmp_path / 'embedded-sdxl')}" in capsys.readouterr().out
 
 
