@@ -17,12 +17,13 @@ class Line:
         return cls(port, *await asyncio.open_connection("127.0.0.1", port))
 
     async def get(self, target: str) -> bytes:
-        """The body of the answer to a GET of a path with its query. Exits the program when it is not a 200."""
+        """The body of the answer to a GET. Exits the program when it is no 200 that tells its length."""
         self._writer.write(f"GET {target} HTTP/1.1\r\nHost: 127.0.0.1:{self._port}\r\n\r\n".encode())
         head = (await self._reader.readuntil(b"\r\n\r\n")).lower()
-        if not head.startswith(b"http/1.1 200"):
+        _, _, length = head.partition(b"content-length: ")
+        if not head.startswith(b"http/1.1 200") or not length:
             raise SystemExit(f"not an answer: {head!r}")
-        return await self._reader.readexactly(int(head.split(b"content-length: ")[1].split(b"\r\n")[0]))
+        return await self._reader.readexactly(int(length.split(b"\r\n")[0]))
 
     def close(self) -> None:
         """Disconnect."""

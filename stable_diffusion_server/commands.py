@@ -20,6 +20,7 @@ from stable_diffusion_server.engine import Phase
 from stable_diffusion_server.errors import StorageUnavailable
 from stable_diffusion_server.pipelines.catalog import REAL_MODELS
 from stable_diffusion_server.settings import Settings
+from stable_diffusion_server.settings.surroundings import keep_compiled
 
 FORMATS = {".webp": "webp", ".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg"}
 _LOOK_EVERY = 0.1
@@ -40,9 +41,12 @@ def draw(settings: Settings, wanted: Mapping[str, Any], out: Path) -> None:
             "data_dir": Path(folder, "data"),
             "local_bucket_dir": Path(folder, "bucket"),
         }
-        alone = settings.model_copy(
-            update={**here, "log_level": "error", "ui": False, "api_keys": (), "rate_limit": ""}
-        )
+        if settings.performance == "fast":
+            keep_compiled(
+                (settings.data_dir / "compiled").resolve()
+            )  # and not in the folder that goes with the picture
+        bare = {"log_level": "error", "ui": False, "api_keys": (), "rate_limit": "", "warm_sizes": ()}
+        alone = settings.model_copy(update={**here, **bare})
         answer = asyncio.run(_answered(alone, {**wanted, "format": FORMATS[out.suffix.lower()]}))
     if answer.status_code != HTTPStatus.OK:
         problem = answer.json()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -137,11 +138,14 @@ class Visiting(PaintedSquares):
 
 @dataclass
 class Kept(PaintedSquares):
-    """Squares by one thread that is kept waiting 10 ms for a canvas, and five times as long for two."""
+    """Squares by a thread that computes for 3 ms a step, and is kept waiting the longer the more canvases there are."""
 
     cpu_threads: int = 1
 
     def step(self, states: Sequence[Canvas]) -> None:
+        end = time.thread_time() + 0.003
+        while time.thread_time() < end:
+            pass
         self.seconds_per_step = 0.01 if len(states) == 1 else 0.05
         super().step(states)
 

@@ -30,9 +30,7 @@ def draw_outlined(rng: Rng) -> Scene:
     return scene
 
 
-def run(
-    plan: Plan, unet: UNet2DConditionModel, vae: AutoencoderKL, words: sdxl.Words, fresh: bool = False
-) -> Path:
+def run(plan: Plan, unet: UNet2DConditionModel, vae: AutoencoderKL, words: sdxl.Words, fresh: bool = False) -> Path:
     """Train the adapter on outlined pictures whose captions do not say so; return where it was saved."""
     unet.requires_grad_(False)
     torch.manual_seed(51)

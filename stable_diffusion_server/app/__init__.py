@@ -53,11 +53,10 @@ def create_app(
         return [*reasons, engine.reason] if engine.phase is not Phase.READY else reasons
 
     def ready() -> object:
-        settle()
         return missing() or announce()
 
     metrics, tracing = Metrics(), Tracing(settings.otel_exporter_otlp_endpoint, __version__)
-    engine = build_engine(settings, loaded, load, metrics, ready, poisoned)
+    engine = build_engine(settings, loaded, load, metrics, settle, ready, poisoned)
     stores = Stores(settings, metrics)
     options = options_of(settings, loaded)
     fetcher, decoder = readers = build_readers(settings)

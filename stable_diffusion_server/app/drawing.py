@@ -12,7 +12,7 @@ import structlog
 
 from stable_diffusion_server.app.warming import warm_up
 from stable_diffusion_server.decoding.pool import Decoder
-from stable_diffusion_server.engine import Denoiser, Engine
+from stable_diffusion_server.engine import Abilities, Denoiser, Engine
 from stable_diffusion_server.errors import NotReady, WeightsUnusable
 from stable_diffusion_server.fetching.fetcher import Bounds, Fetcher
 from stable_diffusion_server.fetching.targets import Allowance
@@ -142,6 +142,7 @@ def build_engine(
     loaded: Loaded,
     load: Callable[[Settings], Models] | None,
     metrics: Metrics,
+    settle: Callable[[], object],
     ready: Callable[[], object],
     poisoned: Callable[[], object],
 ) -> Engine[Any, Any]:
@@ -150,9 +151,13 @@ def build_engine(
     def load_and_tell() -> Models:
         started = perf_counter()
         loaded.models = load(settings) if load is not None else load_models(settings, loaded)
-        warm_up(loaded.models, loaded.facts, settings.sizes_to_warm())
         _log.info("models loaded", seconds=round(perf_counter() - started, 1))
         return loaded.models
+
+    def begin(models: Denoiser[Any, Any], abilities: Abilities) -> None:
+        together = settings.max_batch > 1
+        warm_up(models, abilities, loaded.facts, settings.sizes_to_warm(), together=together)
+        settle()
 
     observers = (
         metrics.observe,
@@ -166,6 +171,7 @@ def build_engine(
         lanes=settings.lanes,
         learn=True,
         observe=each(observers),
+        begin=begin,
         ready=ready,
         poisoned=poisoned,
     )

@@ -1,43 +1,68 @@
-"""Draws with every model before the server is ready, so that no caller waits for a compiler. Stores nothing."""
+"""Draws with every model before the server is ready, so that few callers wait for a compiler. Stores nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from time import perf_counter
 from typing import Any
 
 import structlog
 
-from stable_diffusion_server.engine import Denoiser
+from stable_diffusion_server.engine import Abilities, Denoiser
+from stable_diffusion_server.errors import DevicePoisoned
 from stable_diffusion_server.image_processing import plan_canvas
 from stable_diffusion_server.orders import Job, Task
 from stable_diffusion_server.pipelines.catalog import ModelFacts
 
 _log = structlog.get_logger(__name__)
 
+_NO_GUIDANCE = 1.0
 
-def warm_up(models: Denoiser[Any, Any], facts: Mapping[str, ModelFacts], sizes: Iterable[tuple[int, int]]) -> None:
-    """Draw two pictures of each size (width, height) with each model, one that joins the other after its first step.
 
-    A compiler takes a batch of one for a program of its own, and the first larger one for any other. Raises what
-    drawing raises: what fails now would fail every caller.
+def warm_up(
+    models: Denoiser[Any, Any],
+    abilities: Abilities,
+    facts: Mapping[str, ModelFacts],
+    sizes: Collection[tuple[int, int]],
+    *,
+    together: bool,
+) -> None:
+    """Draw on the canvas of each size (width, height) with each model, with its usual guidance and without.
+
+    With `together` a second job joins the first after a step: a compiler takes a batch of one for a program of its own,
+    and the first larger one for any other. What fails is told in the log and nothing else, since the engine can do what
+    drawing alone cannot: it frees memory and tries again. Nothing is done where weights travel, which are not compiled.
+    Raises `DevicePoisoned`.
     """
-    for name, size in ((name, size) for name in facts for size in sizes):
+    for job in dict.fromkeys(_jobs(facts, sizes)) if abilities.resident else ():
         started = perf_counter()
-        job = _job_of(facts[name], *size)
-        first, second = models.prepare(job), models.prepare(job)
-        models.step([first])
-        while not first.done:
-            models.step([first, second])
-        while not second.done:
-            models.step([second])
-        models.finish(first)
-        _log.info("warmed up", model=name, width=size[0], height=size[1], seconds=round(perf_counter() - started, 1))
+        try:
+            _draw(models, job, together=together)
+        except DevicePoisoned:
+            raise
+        except Exception as error:
+            abilities.release_memory()
+            _log.warning("not warmed up", model=job.model, width=job.width, height=job.height, exc_info=error)
+        else:
+            seconds = round(perf_counter() - started, 1)
+            _log.info("warmed up", model=job.model, width=job.width, height=job.height, seconds=seconds)
 
 
-def _job_of(facts: ModelFacts, width: int, height: int) -> Job:
-    canvas = plan_canvas(width, height, facts.native_pixels, facts.floor)
-    steps, guidance = max(2, facts.default_steps), facts.default_guidance
-    words = (facts.name, facts.revision, "", "" if facts.takes_negative_prompt else None)
-    drawn = (0, steps, guidance, facts.default_scheduler)
-    return Job(Task.TEXT_TO_IMAGE, *words, canvas.width, canvas.height, *drawn)
+def _draw(models: Denoiser[Any, Any], job: Job, *, together: bool) -> None:
+    first = models.prepare(job)
+    models.step([first])
+    states = [first, models.prepare(job)] if together else [first]
+    while not first.done:
+        models.step(states)
+    models.finish(first)
+
+
+def _jobs(facts: Mapping[str, ModelFacts], sizes: Collection[tuple[int, int]]) -> Iterator[Job]:
+    for model in facts.values():
+        usual = model.default_guidance
+        for guidance in (usual, _NO_GUIDANCE) if usual > _NO_GUIDANCE else (usual,):
+            for width, height in sizes:
+                canvas = plan_canvas(width, height, model.native_pixels, model.floor)
+                words = (model.name, model.revision, "", "" if model.takes_negative_prompt else None)
+                drawn = (0, max(2, model.default_steps), guidance, model.default_scheduler)
+                yield Job(Task.TEXT_TO_IMAGE, *words, canvas.width, canvas.height, *drawn)

@@ -21,7 +21,8 @@ from stable_diffusion_server.orders import Event, Job
 class Engine(Generic[S, P]):
     """Draws jobs, those of one shape together; see `waiting` for the order and `lane` for the steps.
 
-    `load` is called on the engine's first thread, `ready` after it. `lanes` threads draw side by side, as many
+    `load` is called on the engine's first thread, then `begin` with what it made and its abilities, as a lane would
+    draw, before any job is taken; `ready` once jobs are. `lanes` threads draw side by side, as many
     as the denoiser finds best when it is 0. With `learn`
     groups grow from one as far as it pays, up to `max_batch`. `poisoned` is called when the device can only be used
     again by another process.
@@ -36,6 +37,7 @@ class Engine(Generic[S, P]):
         lanes: int = 1,
         learn: bool = False,
         observe: Callable[[Event], None] = lambda event: None,
+        begin: Callable[[Denoiser[S, P], Abilities], object] = lambda denoiser, abilities: None,
         ready: Callable[[], object] = lambda: None,
         poisoned: Callable[[], object] = lambda: None,
     ) -> None:
@@ -43,6 +45,7 @@ class Engine(Generic[S, P]):
         self._queue_limit = queue_limit
         self._max_batch = max_batch
         self._lanes = lanes
+        self._begin = begin
         self._ready = ready
         self._desk: Desk[S, P] = Desk(Paces(max_batch, learn=learn), News(observe), poisoned)
         self._threads: list[threading.Thread] = []
@@ -144,6 +147,9 @@ class Engine(Generic[S, P]):
             abilities = Abilities.of(denoiser)
             self._lanes = self._lanes or abilities.best_lanes
             self._check_lanes(abilities)
+            if self._lanes > 1:
+                abilities.enter_lane(self._lanes)
+            self._begin(denoiser, abilities)
         except BaseException as error:  # whatever it is, /readyz has to say that no model will come
             desk.give_up(error, "The models could not be loaded.")
             return

@@ -48,7 +48,7 @@ class Lane(Generic[S, P]):
         self._preparing = preparing
         self._lanes = lanes
         # Of a thread that computes all by itself, what other work on the machine takes can be told apart.
-        self._cost = time.thread_time if 0 < abilities.cpu_threads <= lanes else time.perf_counter
+        self._cost = time.thread_time if 0 < abilities.cpu_threads < 2 * lanes else time.perf_counter
         self._previews = Previews(abilities.preview)
         self._seats: list[Seat[S, P]] = []
         self._contested = 0

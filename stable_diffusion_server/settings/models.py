@@ -64,7 +64,7 @@ class Models(Group):
         "safe",
         description=(
             "`safe`: memory layouts and TF32, which change rounding alone. `fast`: also a VAE in bf16 and compiled "
-            "blocks; the first picture of each size waits for the compiler, unless WARM_SIZES names it."
+            "blocks; the first picture of each size waits for the compiler, but for those of WARM_SIZES."
         ),
     )
     warm_sizes: Names = Field(

@@ -26,7 +26,7 @@ def test_lanes_draw_side_by_side_and_prepare_in_turns(engine_of: EngineOf) -> No
         ticket.result.result(10)
     assert len(painter.threads) == 2
     assert painter.most["prepare"] == 1
-    assert painter.lanes_told == [2, 2]
+    assert painter.lanes_told == [2, 2, 2]  # the first thread also before it is asked to be warm
 
 
 def test_the_denoiser_says_how_many_lanes_are_best_where_nobody_else_does(engine_of: EngineOf) -> None:

@@ -12,6 +12,7 @@ import torch
 from drawing import draw, job_for
 
 from stable_diffusion_server.app.warming import warm_up
+from stable_diffusion_server.engine import Abilities
 from stable_diffusion_server.pipelines.catalog import MODELS
 from stable_diffusion_server.pipelines.performance import OneDnnConv2d, OneDnnLinear
 from stable_diffusion_server.settings.surroundings import keep_compiled
@@ -47,10 +48,11 @@ def test_a_convolution_by_onednn_is_the_convolution(rows: int, side: int, stride
 
 @pytest.mark.parametrize("model", ["sdxl", "flux"])
 def test_a_model_that_was_warmed_up_draws_as_before(registry: Any, model: str) -> None:
-    """Nothing of what was drawn to be warm stays."""
+    """Pictures are the same to the bit."""
     job = job_for(model, seed=11)
     before = draw(registry, job)
-    warm_up(registry, {model: MODELS[model]}, [(128, 128), (192, 128)])
+    abilities = Abilities.of(registry)
+    warm_up(registry, abilities, {model: MODELS[model]}, [(128, 128), (192, 128)], together=True)
     np.testing.assert_array_equal(draw(registry, job), before)
 
 
