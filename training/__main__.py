@@ -19,14 +19,14 @@ PLANS: dict[str, Plan] = {
     "t5": Plan("t5", 2900, 2e-3, average=0.99, every=60, cooling=0.35, muon=3.0),
     "vae": Plan("vae", 1200, 2e-3, average=0.99, cooling=0.6, every=90, muon=1.0),
     "vae-flux": Plan("vae-flux", 1200, 2e-3, average=0.99, cooling=0.4, every=120, muon=1.0),
-    "sdxl": Plan("sdxl", 8500, 1e-3, cooling=0.45, muon=2.0, reduced=True),
+    "sdxl": Plan("sdxl", 10_500, 1e-3, cooling=0.45, muon=2.0, reduced=True),
     "flux": Plan("flux", 10_000, 1e-3, cooling=0.45, muon=10.0, reduced=True),
-    "controlnet-sdxl": Plan("controlnet-sdxl", 5000, 1e-3, average=0.99, cooling=0.4, muon=3.0, reduced=True),
+    "controlnet-sdxl": Plan("controlnet-sdxl", 6000, 1e-3, average=0.99, cooling=0.4, muon=3.0, reduced=True),
     "controlnet-flux": Plan("controlnet-flux", 5000, 1e-3, average=0.99, cooling=0.4, muon=3.0, reduced=True),
     "lora": Plan("lora", 400, 2e-3, average=0.98, cooling=0.4),
 }
 """What is trained, in order, and how long from nothing."""
-STORES: dict[str, int] = {"pictures": 64, "edges": 16, "outlines": 4}
+STORES: dict[str, int] = {"pictures": 64, "twins": 8, "edges": 16, "outlines": 4}
 """How many parts of pictures are drawn and encoded for the stages, by store."""
 
 
@@ -40,6 +40,8 @@ def fill(name: str, device: str) -> None:
     """Draw and encode what a stage learns from, as far as it is not there yet."""
     if name == "edges":
         store.fill(frozen_vae("vae", device), name, STORES[name], control.draw_loose, world.edges)
+    elif name == "twins":
+        store.fill(frozen_vae("vae", device), name, STORES[name], sdxl.draw_twinned, twin_of=sdxl.recoloured)
     elif name == "outlines":
         store.fill(frozen_vae("vae", device), name, STORES[name], lora.draw_outlined)
     else:
@@ -51,6 +53,7 @@ def train_denoiser(plan: Plan, fresh: bool) -> Path:
     fill("pictures", plan.device)
     vae_of_both = frozen_vae("vae-flux", plan.device)
     if plan.name == "sdxl":
+        fill("twins", plan.device)
         words = sdxl.Words.load(RUNS / "clip" / "out", plan.device)
         return sdxl.run(plan, vae_of_both, words, fresh)
     words_flux = flux.Words.load(RUNS / "clip" / "out", RUNS / "t5" / "out", plan.device)

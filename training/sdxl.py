@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,17 +14,21 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from training.folding import fold
-from training.grammar import Rng
+from training.grammar import Rng, draw_scene, pick
+from training.landscape import Landscape
 from training.loop import Plan, train
 from training.store import Store, captions_of
 from training.text import WIDTH, projected, token_ids
 from training.vae import CHANNELS
+from training.world import COLOURS, Scene
 
 BETAS = (2e-5, 0.01)
 """Lower than SDXL's: its four steps' last would have to take away noise of .73, here of .32, nearly as in Flux."""
 BATCH = 16
 SHARES = (0.38, 0.3, 0.18, 0.14)
 """How often each of the four-step sampler's timesteps is trained: the noisiest decide what is drawn."""
+TWINS = 0.2
+"""How often the noised latents are those of a picture in other colours than the caption's, which is to win."""
 
 
 def scheduler() -> EulerDiscreteScheduler:
@@ -95,6 +99,27 @@ class Words:
         return torch.cat([tokens, tokens], -1), read.pooler_output
 
 
+def draw_twinned(rng: Rng) -> Scene:
+    """Draw a scene of shapes."""
+    scene = draw_scene(rng, pick(rng, ("one", "one", "free", "free", "placed", "two", "many")))
+    if not isinstance(scene, Scene):
+        raise TypeError("only landscapes are no scenes of shapes, and none was asked for")
+    return scene
+
+
+def recoloured(scene: Scene | Landscape, rng: Rng) -> Scene | Landscape:
+    """Return a scene of shapes in other colours, half the time on another background; landscapes as they are."""
+    if not isinstance(scene, Scene):
+        return scene
+    background = scene.background if rng.random() < 0.5 else pick(rng, tuple(COLOURS))
+    colours = tuple(colour for colour in COLOURS if colour != background)
+    return replace(
+        scene,
+        background=background,
+        things=tuple(replace(thing, colour=pick(rng, colours)) for thing in scene.things),
+    )
+
+
 def draw_steps(count: int) -> Tensor:
     """Draw timesteps (0–999): 88 % at or near the four-step sampler's, the noisiest most; the rest any."""
     near = torch.tensor([999, 749, 499, 249])[torch.multinomial(torch.tensor(SHARES), count, replacement=True)]
@@ -124,6 +149,13 @@ def noised(latents: Tensor, steps: Tensor, shares: Tensor) -> tuple[Tensor, Tens
     return mixed, share.sqrt() * noise - (1 - share).sqrt() * latents
 
 
+def turned(latents: Tensor, twins: Tensor, steps: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
+    """Return noised latents of the twins, and the velocity that leads from there to the latents themselves."""
+    mixed, _ = noised(twins, steps, shares)
+    share = shares[steps].view(-1, 1, 1, 1).to(latents.device)
+    return mixed, (share.sqrt() * mixed - latents) / (1 - share).sqrt()
+
+
 def pipeline(unet: UNet2DConditionModel, vae: AutoencoderKL, words: Words) -> StableDiffusionXLPipeline:
     """Put the parts together as the stock pipeline."""
     pipe = StableDiffusionXLPipeline(
@@ -147,15 +179,20 @@ def run(plan: Plan, vae: AutoencoderKL, words: Words, fresh: bool = False) -> Pa
 
     unet = build().to(plan.device, memory_format=torch.channels_last)
     shares = signal_shares()
-    store = Store("pictures")
+    store, twins = Store("pictures"), Store("twins")
 
     def step_loss(step: int, rng: Rng) -> Tensor:
-        batch = store.batch(BATCH, rng)
+        turns = rng.random() < TWINS
+        batch = (twins if turns else store).batch(BATCH, rng)
         count = len(batch.scenes)
-        embeds, pooled = words.embed(captions_of(batch.scenes, rng))
-        kept = (torch.rand(count, device=embeds.device) > 0.1).float()
-        steps = draw_steps(count)
-        mixed, target = noised(folded(batch.latents.to(embeds.device), vae), steps, shares)
+        embeds, pooled = words.embed(captions_of(batch.scenes, rng, outside=0.0 if turns else 0.03))
+        latents = folded(batch.latents.to(embeds.device), vae)
+        if turns and batch.twins is not None:
+            kept, steps = torch.ones(count, device=embeds.device), torch.randint(300, 850, (count,))
+            mixed, target = turned(latents, folded(batch.twins.to(embeds.device), vae), steps, shares)
+        else:
+            kept, steps = (torch.rand(count, device=embeds.device) > 0.1).float(), draw_steps(count)
+            mixed, target = noised(latents, steps, shares)
         conditions = {"text_embeds": pooled * kept[:, None], "time_ids": size_ids(batch.size, count, embeds.device)}
         guess = unet(
             mixed.contiguous(memory_format=torch.channels_last),

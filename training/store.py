@@ -71,15 +71,23 @@ def make_part(
     rng: Rng,
     draw: Callable[[Rng], Scene | Landscape],
     hint_of: Callable[[Picture], Picture] | None,
+    twin_of: Callable[[Scene | Landscape, Rng], Scene | Landscape] | None,
 ) -> None:
     """Draw and encode one part and write it so that readers see all of it or nothing."""
     scenes = [draw(rng) for _ in range(PART)]
-    pictures = [render(scene, *size, rng) for scene in scenes]
+    seeds = [int(seed) for seed in rng.integers(0, 2**31, PART)]
+    pictures = [render(scene, *size, np.random.default_rng(seed)) for scene, seed in zip(scenes, seeds, strict=True)]
     kept = {"latents": encode(vae, pictures).numpy(), "scenes": np.array([as_text(scene) for scene in scenes])}
     if hint_of:
         hints = [hint_of(picture) for picture in pictures]
         kept["hints"] = np.packbits(np.stack(hints)[..., 0] > 127, axis=-1)
         kept["hint latents"] = encode(vae, hints).numpy()
+    if twin_of:
+        twins = [
+            render(twin_of(scene, rng), *size, np.random.default_rng(seed))
+            for scene, seed in zip(scenes, seeds, strict=True)
+        ]
+        kept["twin latents"] = encode(vae, twins).numpy()
     beside = path.with_suffix(".new.npz")
     np.savez(beside, **kept)
     beside.replace(path)
@@ -91,10 +99,12 @@ def fill(
     parts: int,
     draw: Callable[[Rng], Scene | Landscape] = draw_scene,
     hint_of: Callable[[Picture], Picture] | None = None,
+    twin_of: Callable[[Scene | Landscape, Rng], Scene | Landscape] | None = None,
 ) -> None:
     """Make every missing one of the first ``parts`` parts of a store.
 
-    ``hint_of`` turns a picture into the edge map kept beside its latents, or is None.
+    ``hint_of`` turns a picture into the edge map kept beside its latents, ``twin_of`` a scene into another one that
+    is drawn by the same lots.
     """
     folder = RUNS / name
     folder.mkdir(parents=True, exist_ok=True)
@@ -102,7 +112,7 @@ def fill(
         path = folder / f"{number:04d}.npz"
         if not path.exists():
             size = CYCLE[number % len(CYCLE)]
-            make_part(vae, path, size, np.random.default_rng((77, number)), draw, hint_of)
+            make_part(vae, path, size, np.random.default_rng((77, number)), draw, hint_of, twin_of)
 
 
 @dataclass(frozen=True)
@@ -110,7 +120,8 @@ class Batch:
     """Pictures of one size, width and height: unscaled latents, n × 4 × height/8 × width/8, with their scenes.
 
     Where the store keeps edge maps, ``hints`` holds them, n × 1 × height × width, 0 or 1, and
-    ``hint_latents`` what the autoencoder makes of them as white on black.
+    ``hint_latents`` what the autoencoder makes of them as white on black. Where it keeps twins, ``twins`` are their
+    latents.
     """
 
     size: tuple[int, int]
@@ -118,6 +129,7 @@ class Batch:
     scenes: list[Scene | Landscape]
     hints: Tensor | None = None
     hint_latents: Tensor | None = None
+    twins: Tensor | None = None
 
     def edges(self) -> tuple[Tensor, Tensor]:
         """Return the edge maps and their latents. Raises `ValueError` where the store keeps none."""
@@ -162,6 +174,9 @@ class Store:
         places = [divmod(int(at), PART) for at in rng.integers(0, len(self.parts[size]) * PART, few)]
         latents = torch.from_numpy(self.gather(size, "latents", places)).float()
         scenes = [self.scenes[size][part][number] for part, number in places]
+        if "twin latents" in self.parts[size][0]:
+            twins = torch.from_numpy(self.gather(size, "twin latents", places)).float()
+            return Batch(size, latents, scenes, twins=twins)
         if "hints" not in self.parts[size][0]:
             return Batch(size, latents, scenes)
         hints = np.unpackbits(self.gather(size, "hints", places), axis=-1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 
 from training import __main__ as command
 from training import control, evaluate, flux, folding, loop, lora, package, sdxl, store, text, vae
+from training.grammar import draw_scene
 from training.tokenization import make_clip, make_t5
 
 
@@ -93,3 +95,35 @@ def test_loose_scenes_and_outlines_are_what_their_stages_want() -> None:
     free = [getattr(control.draw_loose(rng), "kind", "") == "free" for _ in range(200)]
     assert 0.5 < np.mean(free) < 0.8
     assert {lora.draw_outlined(rng).style for _ in range(20)} == {"outline"}
+
+
+def test_a_twin_is_the_same_scene_in_other_colours() -> None:
+    """Shapes, sizes and places stay; things are never of their background's colour. Landscapes have no twin."""
+    rng = np.random.default_rng(1)
+    for scene in [sdxl.draw_twinned(rng) for _ in range(50)]:
+        twin = sdxl.recoloured(scene, rng)
+        assert isinstance(twin, type(scene))
+        assert [replace(thing, colour="") for thing in twin.things] == [
+            replace(thing, colour="") for thing in scene.things
+        ]
+        assert all(thing.colour != twin.background for thing in twin.things)
+    landscape = draw_scene(rng, "landscape")
+    assert sdxl.recoloured(landscape, rng) == landscape
+
+
+def test_the_turned_velocity_leads_from_the_twin_to_the_picture() -> None:
+    """Taken off the noised twin, it leaves the latents themselves; for one's own latents it is the ordinary one."""
+    torch.manual_seed(2)
+    latents, twins, steps, shares = (
+        torch.randn(3, 4, 2, 2),
+        torch.randn(3, 4, 2, 2),
+        torch.tensor([300, 500, 849]),
+        sdxl.signal_shares(),
+    )
+    mixed, velocity = sdxl.turned(latents, twins, steps, shares)
+    share = shares[steps].view(-1, 1, 1, 1)
+    torch.testing.assert_close(share.sqrt() * mixed - (1 - share).sqrt() * velocity, latents)
+    torch.manual_seed(2)
+    ordinary = sdxl.noised(twins, steps, shares)
+    torch.manual_seed(2)
+    torch.testing.assert_close(sdxl.turned(twins, twins, steps, shares), ordinary)
