@@ -11,7 +11,10 @@ from stable_diffusion_server.orders import Stored
 
 
 class Knowledge:
-    """At most `capacity` objects, each known for `seconds` since it was seen. Safe from any thread."""
+    """At most `capacity` objects, each known for `seconds` since it was seen. Safe from any thread.
+
+    What is known no longer takes no room: a server that draws new pictures all day would hold its last thousands.
+    """
 
     def __init__(self, capacity: int, seconds: float, now: Callable[[], float] = time.monotonic) -> None:
         self._capacity = capacity
@@ -20,6 +23,9 @@ class Knowledge:
         self._known: OrderedDict[str, tuple[float, Stored]] = OrderedDict()
         self._lock = threading.Lock()
         self.changes = 0
+
+    def __len__(self) -> int:
+        return len(self._known)
 
     def of(self, key: str) -> Stored | None:
         """What is known of `key`; an event loop may ask."""
@@ -40,6 +46,11 @@ class Knowledge:
             self._known.pop(key, None)
             if stored is not None and not stored.waiting and self._capacity:
                 self._known[key] = (self._now() + self._seconds, stored)
-                if len(self._known) > self._capacity:
-                    self._known.popitem(last=False)
+                self._forget()
         return stored
+
+    def _forget(self) -> None:
+        """Let go of what is known no longer, and of the oldest where there is too much; the oldest are in front."""
+        now = self._now()
+        while self._known and (len(self._known) > self._capacity or next(iter(self._known.values()))[0] <= now):
+            self._known.popitem(last=False)

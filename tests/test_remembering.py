@@ -116,6 +116,20 @@ def test_what_others_deleted_is_forgotten_when_it_cannot_be_read(house: House) -
     assert house.bucket.stat("k") is None
 
 
+def test_what_is_known_no_longer_takes_no_room() -> None:
+    """As many objects as were stored within the time, however many there were before; none for no time at all."""
+    clock = [0.0]
+    knowledge = Knowledge(1000, 2.0, now=lambda: clock[0])
+    for n in range(500):
+        clock[0] = n / 10
+        knowledge.learn(f"k{n}", Stored(f"k{n}", 4, "etag", "image/webp", {}))
+    assert len(knowledge) == 20
+    assert (knowledge.of("k480") is not None, knowledge.of("k479")) == (True, None)
+    nothing = Knowledge(1000, 0.0, now=lambda: clock[0])
+    nothing.learn("k", Stored("k", 4, "etag", "image/webp", {}))
+    assert (len(nothing), nothing.of("k")) == (0, None)
+
+
 def test_what_was_seen_before_a_write_is_no_news_after_it() -> None:
     """A slow look that began before a delete does not bring the deleted object back."""
     knowledge = Knowledge(10, 60.0)
