@@ -205,14 +205,14 @@ def test_a_scene_has_all_pictures_at_the_size_of_the_canvas() -> None:
     image, mask = disc(100, 60), np.full((6, 10, 3), 90, np.uint8)
     scene = compose(plan, image, mask)
     job = scene.job
-    assert (scene.width, scene.height, job.width, job.height) == (100, 60, 128, 128)
+    assert (scene.width, scene.height, job.width, job.height) == (100, 60, 384, 256)
     assert job.image is not None
     assert job.mask is not None
     assert job.control is not None
-    assert job.image.pixels.shape == job.control.pixels.shape == (128, 128, 3)
+    assert job.image.pixels.shape == job.control.pixels.shape == (256, 384, 3)
     assert set(np.unique(job.mask.pixels)) == {0, 255}
-    assert not job.mask.pixels[:20].any()
-    drawn = np.full((128, 128, 3), 7, np.uint8)
+    assert not job.mask.pixels[:12].any()
+    drawn = np.full((256, 384, 3), 7, np.uint8)
     assert scene.finished(drawn).shape == image.shape
 
 

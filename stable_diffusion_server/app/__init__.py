@@ -39,9 +39,9 @@ def create_app(
 ) -> FastAPI:
     """The application over `settings`. Opens nothing and starts nothing; the lifespan does.
 
-    `load` makes what draws, the models of the settings unless told otherwise; `announce` is called when it is done.
-    Both run on the engine's thread, as `poisoned` does, when the device can only be used again by another process.
-    `settle` is called, on whatever thread, when much was loaded that stays; see `settling`.
+    `load` makes what draws, the models of the settings unless told otherwise; `announce` is called when it is done, and
+    `poisoned` when the device can only be used again by another process: all of them on the engine's thread. `settle`
+    is called, on any thread, when much was loaded that stays; see `settling`.
     """
     loaded, faults = Loaded.of(settings), dict[str, str]()
 
@@ -52,11 +52,8 @@ def create_app(
         reasons = [*faults.values(), *filter(None, [stores.bucket.fault()])]
         return [*reasons, engine.reason] if engine.phase is not Phase.READY else reasons
 
-    def ready() -> object:
-        return missing() or announce()
-
     metrics, tracing = Metrics(), Tracing(settings.otel_exporter_otlp_endpoint, __version__)
-    engine = build_engine(settings, loaded, load, metrics, settle, ready, poisoned)
+    engine = build_engine(settings, loaded, load, metrics, settle, lambda: missing() or announce(), poisoned)
     stores = Stores(settings, metrics)
     options = options_of(settings, loaded)
     fetcher, decoder = readers = build_readers(settings)
