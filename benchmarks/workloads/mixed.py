@@ -1,4 +1,7 @@
-"""Measures pictures a second where tasks are mixed: half text, a quarter image to image, a quarter inpainting."""
+"""Measures pictures a second where tasks are mixed: half text, half image to image.
+
+Not inpainting: diffusers' own pipeline for it takes a UNet of four or nine channels, and the embedded one has sixteen.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from itertools import count
 
 from benchmarks.contestants import OURS, PLAIN, Server, alone
 from benchmarks.tables import Result, ratio, ratios, table
-from benchmarks.workloads.memory import as_text, inpaint, mask, picture, restyle
+from benchmarks.workloads.memory import as_text, picture, restyle
 
 AT_ONCE = 16
 _numbers = count(1)
@@ -48,14 +51,11 @@ def burst(server: Server) -> float:
 
 
 def ask(server: Server, n: int) -> None:
-    """The n-th order: by turns text, image to image, text, inpainting."""
+    """The n-th order: by turns text and image to image."""
     name = f"mixed-{n}"
     if server.entry.script is not None:
-        further = {1: {"image": as_text(picture())}, 3: {"image": as_text(picture()), "mask": as_text(mask())}}
-        server.draw(name, n, 256, **further.get(n % 4, {}))
-    elif n % 4 == 1:
+        server.draw(name, n, 256, **({"image": as_text(picture())} if n % 2 else {}))
+    elif n % 2:
         restyle(server, name, canny=False, seed=n)
-    elif n % 4 == 3:
-        inpaint(server, name, seed=n)
     else:
         server.draw(name, n, 256)
