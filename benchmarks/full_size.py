@@ -125,7 +125,7 @@ def random_pipeline(facts: ModelFacts, folder: Path, device: torch.device, *, co
     guide = parts.pop("control", None)
     dtype = dtype_of(facts, device)
     for part in [*parts.values(), *([guide] if control and guide is not None else [])]:
-        part.to_empty(device=device).to(dtype).eval().requires_grad_(False)
+        part.to(dtype).to_empty(device=device).eval().requires_grad_(False)
         for name, parameter in part.named_parameters():
             if parameter.ndim > 1:
                 torch.nn.init.normal_(parameter, std=0.02)
@@ -138,5 +138,7 @@ def random_pipeline(facts: ModelFacts, folder: Path, device: torch.device, *, co
     stock = getattr(diffusers, facts.pipeline_class)
     embedded = stock.from_pretrained(EMBEDDED / MODELS[facts.name].folder)
     pipeline = stock(**{**embedded.components, **parts})
+    if pipeline.vae.config.force_upcast and dtype == torch.float16:
+        pipeline.vae.to(torch.float32)  # as it is loaded
     pipeline.set_progress_bar_config(disable=True)
     return pipeline, (guide if control else None)

@@ -1,11 +1,11 @@
 """Measures full-size SDXL and FLUX.1-schnell with random weights on one accelerator, through the server's own families.
 
-    python -m benchmarks.gpu --device cuda --out gpu.md          everything, a few minutes on a large card
+    python -m benchmarks.gpu --device cuda --out gpu.md          everything, some minutes on a large card
     python -m benchmarks.gpu --device cpu --tiny --out tiny.md   the same path with the embedded models
 
-Needs PyTorch, diffusers and transformers, and no network; `scripts/collect_wheels.sh` fetches what a bare machine with
-PyTorch lacks. Operations are counted by torch's own counter in one step; the limit is what a large bf16 matrix
-product reaches on the same card in the same run.
+Needs no network; `scripts/collect_wheels.sh` fetches what a bare machine with PyTorch lacks. Operations are counted by
+torch's own counter in one picture; the limit is what a large bf16 matrix product reaches on the same card in the same
+run. What is measured is written at once, and what no time is left for (`--seconds`) is named.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.full_size import EMBEDDED, random_pipeline, write_configurations
+from benchmarks.tables import table
 from stable_diffusion_server.engine import Engine
 from stable_diffusion_server.engine.contract import Phase
 from stable_diffusion_server.orders import Job, Task
@@ -38,33 +39,42 @@ from stable_diffusion_server.pipelines.components import bytes_of, load_pipeline
 from stable_diffusion_server.pipelines.conversion import quantize_parts
 from stable_diffusion_server.pipelines.embeddings import Embeddings
 from stable_diffusion_server.pipelines.flux import Flux
-from stable_diffusion_server.pipelines.performance import Performance, speed_up
-from stable_diffusion_server.pipelines.placement import Quantization, Residency
+from stable_diffusion_server.pipelines.performance import LEVELS, speed_up
+from stable_diffusion_server.pipelines.placement import CONTROL, Quantization, Residency
+from stable_diffusion_server.pipelines.registry import COMPUTED_FAST
 from stable_diffusion_server.pipelines.sdxl import Sdxl
 
 PROMPT = "a red circle on a blue background"
 KINDS = {"sdxl": Sdxl, "flux": Flux}
-LEVELS: tuple[Performance, ...] = ("off", "safe", "fast")
+TABLES = ("speeds", "stages", "together", "served", "memory", "placements")
+BATCHES = (1, 2, 4, 8)
+STEPS = 4
+HELD = (Quantization.NONE, Quantization.INT8, Quantization.FLOAT8, Quantization.TORCHAO_FLOAT8_DYNAMIC)
+# Seconds after which a measurement is not repeated.
+ENOUGH = 0.8
 
 
 @dataclass
 class Rig:
-    """One model ready to be measured, and how to make it anew."""
+    """One model ready to be measured, and how to make it anew; `sides` of squares in pixels, the largest first."""
 
     facts: ModelFacts
     make: Callable[[], Any]
     device: torch.device
     sides: tuple[int, ...]
-    levels: tuple[Performance, ...] = LEVELS
+    rounds: int = 3
+    operations: dict[int, float] = field(default_factory=dict)
+    plain: dict[int, Any] = field(default_factory=dict)
 
-    def family(self, performance: Performance = "off") -> Any:
+    def family(self, performance: str = "off", quantization: Quantization = Quantization.NONE) -> Any:
         """The family over a fresh pipeline with the same weights each time."""
         torch.manual_seed(0)
         pipeline = self.make()
+        quantize_parts([getattr(pipeline, name) for name in self.facts.quantized if name != CONTROL], quantization)
         speed_up(pipeline, None, self.device, performance)
         return KINDS[self.facts.name](pipeline, self.facts)
 
-    def job(self, side: int, seed: int = 0, steps: int = 4) -> Job:
+    def job(self, side: int, seed: int = 0) -> Job:
         """A text-to-image job without guidance: what a distilled model draws."""
         return Job(
             task=Task.TEXT_TO_IMAGE,
@@ -75,10 +85,37 @@ class Rig:
             width=side,
             height=side,
             seed=seed,
-            num_inference_steps=steps,
+            num_inference_steps=STEPS,
             guidance_scale=self.facts.default_guidance if self.facts.name == "flux" else 1.0,
             scheduler=self.facts.default_scheduler,
         )
+
+
+class Report:
+    """Sections of Markdown, written to a file as they come, within a number of seconds."""
+
+    def __init__(self, path: Path, seconds: float) -> None:
+        self._path, self._end, self._lines = path, time.perf_counter() + seconds, list[str]()
+
+    def say(self, *lines: str) -> None:
+        """Add lines."""
+        print("\n".join(lines), flush=True)  # noqa: T201  # its output
+        self._lines += lines
+        self._path.write_text("\n".join(self._lines) + "\n")
+
+    def section(self, title: str, columns: Sequence[str], rows: Iterator[Sequence[Any]]) -> None:
+        """A table, or a sentence where no time is left or nothing can be measured."""
+        began = time.perf_counter()
+        if began > self._end:
+            self.say(f"{title}: left out for lack of time.", "")
+            return
+        self.say(title, "", *table(columns, ()))
+        try:
+            for row in rows:
+                self.say(*table((), [row])[2:])
+        except Exception as error:  # what fails is told, and the rest measured
+            self.say(f"failed: {type(error).__name__}: {str(error)[:300]}")
+        self.say("", f"({time.perf_counter() - began:.0f} s)", "")
 
 
 def main() -> None:
@@ -87,32 +124,59 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="the embedded models, to try the script itself")
     parser.add_argument("--models", nargs="+", default=["sdxl", "flux"], choices=list(KINDS))
-    parser.add_argument("--levels", nargs="+", default=LEVELS, choices=LEVELS, help="fast waits for the compiler")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--levels", nargs="+", default=list(LEVELS), help="values of PERFORMANCE; the last one serves")
+    parser.add_argument("--sides", nargs="+", type=int, help="sides of the squares in pixels")
+    parser.add_argument("--tables", nargs="+", default=TABLES, choices=TABLES)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=3600, help="no table is begun after so many")
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
-    device = torch.device(given.device)
+    device, report = torch.device(given.device), Report(given.out, given.seconds)
     peak = matrix_rate(device)
-    lines = [f"# {machine(device)}", "", f"A bf16 matrix product reaches {peak / 1e12:.1f} TFLOP/s here.", ""]
+    report.say(f"# {machine(device)}", "", f"A bf16 matrix product reaches {peak / 1e12:.1f} TFLOP/s here.", "")
     with tempfile.TemporaryDirectory() as folder:
         for name in given.models:
-            rig = replace(rig_for(name, device, Path(folder), tiny=given.tiny), levels=tuple(given.levels))
-            lines += [f"## {name}, 4 steps, {rig.facts.default_scheduler}", ""]
-            for table in (speeds, stages, memory, placements, together):
-                lines += [*table(rig, given.rounds, peak), ""]
-                given.out.write_text("\n".join(lines))  # what was measured stays, whatever the next one does
-                free(device)
-    print("\n".join(lines))  # noqa: T201  # its output
+            rig = rig_for(name, device, Path(folder), tiny=given.tiny)
+            rig = replace(rig, rounds=given.rounds, sides=tuple(given.sides or rig.sides))
+            report.say(f"## {name}, {STEPS} steps, {rig.facts.default_scheduler}", "")
+            measure(rig, given.levels, given.tables, peak, report)
+
+
+def measure(rig: Rig, levels: Sequence[str], tables: Sequence[str], peak: float, report: Report) -> None:
+    """All tables of a model."""
+    speed = ("side", "batch", "s/picture", "pictures/s", "share of the limit", "PSNR to plain", "s until the first")
+    stage = ("side", "text encoders", "their share", "the rest of prepare", "one step", "decode", "decode's share")
+    for level in levels:
+        family = rig.family(level)
+        if "speeds" in tables:
+            report.section(f"PERFORMANCE={level}, seconds a picture", speed, speeds(rig, family, peak))
+        if "stages" in tables:
+            report.section(f"PERFORMANCE={level}, seconds of one picture's stages", stage, stages(rig, family))
+        if level == levels[-1]:
+            if "together" in tables:
+                title = f"PERFORMANCE={level}, eight orders at once through the engine"
+                report.section(title, ("side", "most at once", "s for eight", "pictures/s"), together(rig, family))
+            if "served" in tables:
+                title = f"PERFORMANCE={level}, lone orders over HTTP with a local bucket, seconds"
+                report.section(title, ("side", "format", *SERVED), served(rig, family))
+        del family
+        free(rig.device)
+    if "memory" in tables:
+        columns = ("QUANTIZE", "PERFORMANCE", "GB of weights", "GB at the worst moment", "s/picture", "PSNR")
+        report.section(f"Memory by weights, side {rig.sides[0]}", columns, memory(rig, levels[-1]))
+    if "placements" in tables:
+        columns = ("placement", "s/picture", "GB at the worst moment")
+        report.section(f"Memory by placement, side {rig.sides[-1]}", columns, placements(rig))
 
 
 def rig_for(name: str, device: torch.device, folder: Path, *, tiny: bool) -> Rig:
     """The model at full size with random weights, or the embedded one."""
     if tiny:
         facts = MODELS[name]
-        return Rig(facts, lambda: load_pipeline(facts, EMBEDDED, device), device, (128, 256))
+        return Rig(facts, lambda: load_pipeline(facts, EMBEDDED, device), device, (256, 128))
     facts = with_lcm(REAL_MODELS[name][-1])
     write_configurations(folder, facts)
-    return Rig(facts, lambda: random_pipeline(facts, folder, device)[0], device, (512, 1024))
+    return Rig(facts, lambda: random_pipeline(facts, folder, device)[0], device, (1024, 512))
 
 
 def machine(device: torch.device) -> str:
@@ -127,10 +191,11 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def free(device: torch.device) -> None:
-    """Give back what the last table left."""
+def free(device: torch.device, *, reset: bool = True) -> None:
+    """Give back what the last table left, with what was compiled where `reset` says so."""
     gc.collect()
-    torch._dynamo.reset()
+    if reset:
+        torch._dynamo.reset()
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
@@ -143,11 +208,12 @@ def matrix_rate(device: torch.device) -> float:
     return 2 * side**3 / median(lambda: left @ right, device, 10)
 
 
-def median(work: Callable[[], object], device: torch.device, rounds: int) -> float:
-    """Seconds of one run, after a run to warm up."""
-    work()
-    seconds = []
-    for _ in range(rounds):
+def median(work: Callable[[], object], device: torch.device, rounds: int, *, warm: bool = False) -> float:
+    """Seconds of one run, after a run to warm up unless it is `warm`; fewer rounds where they take long."""
+    if not warm:
+        work()
+    seconds: list[float] = []
+    while len(seconds) < rounds and sum(seconds) < ENOUGH:
         synchronize(device)
         started = time.perf_counter()
         work()
@@ -170,102 +236,78 @@ def psnr(one: Any, other: Any) -> float:
     return 99.0 if error == 0 else 10 * float(np.log10(255**2 / error))
 
 
-def speeds(rig: Rig, rounds: int, peak: float) -> list[str]:
-    """Seconds a picture by size, batch and level, with the share of the limit and the likeness to the plain picture."""
-    lines = [
-        "| side | batch | level | s/picture | pictures/s | share of the limit | PSNR to plain |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    operations: dict[int, float] = {}
-    plain: dict[int, Any] = {}
-    for level in rig.levels:
-        lines += _speeds_of(rig, level, rounds, peak, operations, plain)
-        free(rig.device)
-    return lines
-
-
-def _speeds_of(
-    rig: Rig, level: Performance, rounds: int, peak: float, operations: dict[int, float], plain: dict[int, Any]
-) -> list[str]:
-    family, lines = rig.family(level), []
+def speeds(rig: Rig, family: Any, peak: float) -> Iterator[tuple[Any, ...]]:
+    """Seconds a picture by size and batch, with the share of the limit and the likeness to the plain picture."""
     for side in rig.sides:
-        if side not in operations:
-            operations[side] = count_operations(family, rig.job(side))
-        picture = draw(family, [rig.job(side)])[0]
-        likeness = psnr(picture, plain.setdefault(side, picture))
-        for batch in (1, 2, 4, 8):
+        for batch in BATCHES:
             jobs = [rig.job(side, seed) for seed in range(batch)]
-            seconds = median(partial(draw, family, jobs), rig.device, rounds) / batch
-            share = operations[side] / peak / seconds
-            cells = (side, batch, level, f"{seconds:.4f}", f"{1 / seconds:.2f}", f"{share:.0%}", f"{likeness:.1f}")
-            lines.append(f"| {' | '.join(map(str, cells))} |")
-    return lines
+            started = time.perf_counter()
+            pictures = draw(family, jobs)
+            first = time.perf_counter() - started
+            likeness = psnr(pictures[0], rig.plain.setdefault(side, pictures[0]))
+            if side not in rig.operations:
+                rig.operations[side] = count_operations(family, jobs[0])
+            seconds = median(partial(draw, family, jobs), rig.device, rig.rounds, warm=True) / batch
+            share = rig.operations[side] / peak / seconds
+            cells = (f"{seconds:.4f}", f"{1 / seconds:.2f}", f"{share:.0%}", f"{likeness:.1f}", f"{first:.1f}")
+            yield side, batch, *cells
 
 
 def count_operations(family: Any, job: Job) -> float:
-    """FLOP of one whole picture: encoders, every step, decoder."""
+    """FLOP of one whole picture: encoders, every step, decoder. Count them before anything is recorded or compiled."""
+    kept, family.embeddings = family.embeddings, Embeddings(0)
     with FlopCounterMode(display=False) as counter:
         draw(family, [job])
+    family.embeddings = kept
     return float(counter.get_total_flops())
 
 
-def stages(rig: Rig, rounds: int, peak: float) -> list[str]:
+def stages(rig: Rig, family: Any) -> Iterator[tuple[Any, ...]]:
     """Where the time of one picture goes."""
-    lines = [
-        "| side | level | text encoders | their share | the rest of prepare | one step | decode | decode's share |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for level in rig.levels:
-        lines += _stages_of(rig, level, rounds)
-        free(rig.device)
-    return lines
-
-
-def _stages_of(rig: Rig, level: Performance, rounds: int) -> list[str]:
-    family, lines = rig.family(level), []
 
     def begin(job: Job) -> None:
         family.step([family.prepare(job)])
 
     for side in rig.sides:
         job = rig.job(side)
-        prepare = median(partial(family.prepare, job), rig.device, rounds)
+        prepare = median(partial(family.prepare, job), rig.device, rig.rounds)
         kept, family.embeddings = family.embeddings, Embeddings(0)
-        encoders = median(partial(family.prepare, job), rig.device, rounds) - prepare
+        encoders = median(partial(family.prepare, job), rig.device, rig.rounds) - prepare
         family.embeddings = kept
-        step = median(partial(begin, job), rig.device, rounds) - prepare
-        decode = median(partial(family.finish, family.prepare(job)), rig.device, rounds)
-        whole = encoders + prepare + 4 * step + decode
-        cells = (f"{encoders:.4f} | {encoders / whole:.0%} | {prepare:.4f}", f"{step:.4f}", f"{decode:.4f}")
-        lines.append(f"| {side} | {level} | {' | '.join(cells)} | {decode / whole:.0%} |")
-    return lines
+        step = median(partial(begin, job), rig.device, rig.rounds) - prepare
+        decode = median(partial(family.finish, family.prepare(job)), rig.device, rig.rounds)
+        whole = encoders + prepare + STEPS * step + decode
+        cells = (f"{prepare:.4f}", f"{step:.4f}", f"{decode:.4f}", f"{decode / whole:.0%}")
+        yield side, f"{encoders:.4f}", f"{encoders / whole:.0%}", *cells
 
 
-def memory(rig: Rig, rounds: int, peak: float) -> list[str]:
-    """Bytes of weights, and at the worst moment of a picture, by what the weights are held in."""
-    lines = ["| weights | GB of weights | GB at the worst moment | PSNR |", "| --- | --- | --- | --- |"]
+def memory(rig: Rig, fastest: str) -> Iterator[tuple[Any, ...]]:
+    """Bytes of weights, and at the worst moment of a picture, by what the weights are held in; as the server does it,
+    only products in float8 are made faster than by the type.
+    """
     plain = None
-    for quantization in (Quantization.NONE, Quantization.INT8, Quantization.FLOAT8):
-        family = rig.family()
+    for quantization in HELD:
+        level = fastest if quantization in COMPUTED_FAST and quantization is not Quantization.NONE else "off"
         try:
-            quantize_parts([getattr(family.pipeline, rig.facts.denoiser)], quantization)
-            free(rig.device)
-            parts = [part for part in family.pipeline.components.values() if isinstance(part, torch.nn.Module)]
-            picture = draw(family, [rig.job(rig.sides[0])])[0]
+            family = rig.family(level, quantization)
+            job = rig.job(rig.sides[0])
+            draw(family, [job])  # what is compiled or recorded takes memory once
+            free(rig.device, reset=False)
+            picture = draw(family, [job])[0]
+            seconds = median(partial(draw, family, [job]), rig.device, rig.rounds)
         except Exception as error:  # a package may lack a kernel for this card: the table says so
-            lines.append(f"| {quantization} | failed: {type(error).__name__} | | |")
+            yield quantization, level, f"failed: {type(error).__name__}: {str(error)[:100]}", "", "", ""
             continue
         plain = picture if plain is None else plain
-        worst = torch.cuda.max_memory_allocated(rig.device) / 1e9 if rig.device.type == "cuda" else float("nan")
-        lines.append(f"| {quantization} | {bytes_of(*parts) / 1e9:.3f} | {worst:.2f} | {psnr(picture, plain):.1f} |")
-        del family
+        parts = [part for part in family.pipeline.components.values() if isinstance(part, torch.nn.Module)]
+        likeness = f"{psnr(picture, plain):.1f}"
+        yield quantization, level, f"{bytes_of(*parts) / 1e9:.3f}", worst(rig.device), f"{seconds:.4f}", likeness
+        del family, parts
         free(rig.device)
-    return lines
 
 
-def placements(rig: Rig, rounds: int, peak: float) -> list[str]:
+def placements(rig: Rig) -> Iterator[tuple[Any, ...]]:
     """Seconds and memory at the worst moment by where the weights live; a CPU alone knows one place."""
-    lines = ["| placement | s/picture | GB at the worst moment |", "| --- | --- | --- |"]
     for residency in Residency if rig.device.type == "cuda" else (Residency.RESIDENT,):
         torch.manual_seed(0)
         pipeline = rig.make()
@@ -274,28 +316,28 @@ def placements(rig: Rig, rounds: int, peak: float) -> list[str]:
             free(rig.device)
             settle(pipeline, None, rig.device, residency)
             family = KINDS[rig.facts.name](pipeline, rig.facts)
-            seconds = median(partial(draw, family, [rig.job(rig.sides[0])]), rig.device, rounds)
+            seconds = median(partial(draw, family, [rig.job(rig.sides[-1])]), rig.device, 1)
         except Exception as error:  # a hook may lack what this card needs: the table says so
-            lines.append(f"| {residency} | failed: {type(error).__name__} | |")
+            yield residency, f"failed: {type(error).__name__}", ""
             continue
-        worst = torch.cuda.max_memory_allocated(rig.device) / 1e9 if rig.device.type == "cuda" else float("nan")
-        lines.append(f"| {residency} | {seconds:.4f} | {worst:.2f} |")
+        yield residency, f"{seconds:.4f}", worst(rig.device)
         del family, pipeline
         free(rig.device)
-    return lines
 
 
-def together(rig: Rig, rounds: int, peak: float) -> list[str]:
+def worst(device: torch.device) -> str:
+    """GB at the worst moment since the last `free`, for people."""
+    return f"{torch.cuda.max_memory_allocated(device) / 1e9:.2f}" if device.type == "cuda" else "not counted"
+
+
+def together(rig: Rig, family: Any) -> Iterator[tuple[Any, ...]]:
     """Eight pictures at once through the engine, with step batching and without."""
-    lines = ["| side | most at once | s for eight | pictures/s |", "| --- | --- | --- | --- |"]
     for side in rig.sides:
         for most in (1, 8):
-            with engine_over(rig, most) as submit:
-                seconds = [eight(rig, side, submit, turn) for turn in range(rounds + 1)][1:]
+            with engine_over(family, most) as submit:
+                seconds = [eight(rig, side, submit, turn) for turn in range(rig.rounds + 1)][1:]
             middle = statistics.median(seconds)
-            lines.append(f"| {side} | {most} | {middle:.3f} | {8 / middle:.2f} |")
-        free(rig.device)
-    return lines
+            yield side, most, f"{middle:.3f}", f"{8 / middle:.2f}"
 
 
 def eight(rig: Rig, side: int, submit: Callable[[Job], Any], turn: int) -> float:
@@ -308,10 +350,10 @@ def eight(rig: Rig, side: int, submit: Callable[[Job], Any], turn: int) -> float
 
 
 @contextmanager
-def engine_over(rig: Rig, most: int) -> Iterator[Callable[[Job], Any]]:
+def engine_over(family: Any, most: int) -> Iterator[Callable[[Job], Any]]:
     """An engine with one family on its own thread: the function that hands it a job."""
     ready = threading.Event()
-    engine: Engine[Any, Any] = Engine(rig.family, queue_limit=64, max_batch=most, ready=ready.set)
+    engine: Engine[Any, Any] = Engine(lambda: family, queue_limit=64, max_batch=most, ready=ready.set)
     engine.start()
     while not ready.wait(0.1) and engine.phase is not Phase.FAILED:
         pass
@@ -319,6 +361,83 @@ def engine_over(rig: Rig, most: int) -> Iterator[Callable[[Job], Any]]:
         yield engine.submit
     finally:
         engine.stop(60)
+
+
+SERVED = ("whole", "the model alone", "beyond it", "encode", "store", "queue")
+
+
+def served(rig: Rig, family: Any) -> Iterator[tuple[Any, ...]]:
+    """The whole server in this process, asked over loopback: each order has a prompt of its own."""
+    for side in rig.sides:
+        alone = median(partial(afresh, rig, family, side), rig.device, 2 * rig.rounds)
+        for kind in ("webp", "jpeg"):
+            with serving(rig, family) as ask:
+                answers = [ask(side, kind, turn) for turn in range(2 * rig.rounds + 1)][1:]
+            whole = statistics.median(seconds for seconds, _ in answers)
+            names = ("encode", "store", "queue")
+            parts = [statistics.median(timings.get(name, 0.0) for _, timings in answers) for name in names]
+            yield side, kind, *(f"{seconds:.4f}" for seconds in (whole, alone, whole - alone, *parts))
+
+
+def afresh(rig: Rig, family: Any, side: int) -> None:
+    """A picture whose prompt has to be encoded."""
+    kept, family.embeddings = family.embeddings, Embeddings(0)
+    draw(family, [rig.job(side)])
+    family.embeddings = kept
+
+
+@contextmanager
+def serving(rig: Rig, family: Any) -> Iterator[Callable[[str, int, int], tuple[float, dict[str, float]]]]:
+    """A server over a family: the function that asks for a picture, and gives its seconds and their parts."""
+    import httpx  # what the server needs may be missing where the model alone is measured
+    import uvicorn
+
+    from benchmarks.loopback import free_port, wait_for
+    from stable_diffusion_server.app import create_app
+    from stable_diffusion_server.pipelines.registry import Loaded, Registry
+    from stable_diffusion_server.settings import Settings
+
+    name, facts = rig.facts.name, rig.facts
+    told = Loaded(name, facts.folder, facts.revision, str(rig.device), "half", "resident", "none", 0, False, ())
+    models = Registry({name: family}, [told], {name: facts})
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "models" / facts.folder).mkdir(parents=True)
+        settings = Settings(
+            models="local" if facts.repo else "embedded",
+            models_dir=Path(folder) / "models",
+            load_lcm_lora=bool(facts.always),
+            text_to_image_model=name,
+            data_dir=Path(folder) / "data",
+            local_bucket_dir=Path(folder) / "bucket",
+            storage_provider="local",
+            bumpy_redraws="0",  # what random weights draw is noise
+            ui=False,
+            log_level="error",
+        )
+        port = free_port()
+        server = uvicorn.Server(uvicorn.Config(create_app(settings, lambda _: models), port=port, log_level="error"))
+        thread = threading.Thread(target=server.run)
+        thread.start()
+        try:
+            with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=600) as client:
+                wait_for(client)
+
+                def ask(side: int, kind: str, turn: int) -> tuple[float, dict[str, float]]:
+                    size = {"width": side, "height": side, "num_inference_steps": STEPS}
+                    order = {"prompt": f"{PROMPT}, number {turn}", "format": kind, "guidance_scale": 1.0, **size}
+                    if name == "flux":
+                        del order["guidance_scale"]
+                    started = time.perf_counter()
+                    answer = client.post("/create_and_upload_image", json=order)
+                    seconds = time.perf_counter() - started
+                    if answer.status_code != 200:
+                        raise SystemExit(answer.text)
+                    return seconds, answer.json()["timings"]
+
+                yield ask
+        finally:
+            server.should_exit = True
+            thread.join()
 
 
 if __name__ == "__main__":

@@ -41,10 +41,7 @@ def draw(settings: Settings, wanted: Mapping[str, Any], out: Path) -> None:
             "data_dir": Path(folder, "data"),
             "local_bucket_dir": Path(folder, "bucket"),
         }
-        if settings.performance == "fast":
-            keep_compiled(
-                (settings.data_dir / "compiled").resolve()
-            )  # and not in the folder that goes with the picture
+        keep_compiled((settings.data_dir / "compiled").resolve())  # and not in the folder that goes with the picture
         bare = {"log_level": "error", "ui": False, "api_keys": (), "rate_limit": "", "warm_sizes": ()}
         alone = settings.model_copy(update={**here, **bare})
         answer = asyncio.run(_answered(alone, {**wanted, "format": FORMATS[out.suffix.lower()]}))

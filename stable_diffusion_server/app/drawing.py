@@ -112,8 +112,7 @@ def load_models(settings: Settings, loaded: Loaded) -> Models:
     """The models of the settings, loaded. Takes seconds. Raises `WeightsUnusable`."""
     if loaded.fault is not None:
         raise loaded.fault
-    if settings.performance == "fast":
-        keep_compiled((settings.data_dir / "compiled").resolve())
+    keep_compiled((settings.data_dir / "compiled").resolve())
     # Imported here, on the engine's thread: torch takes seconds, and the port should answer meanwhile.
     from stable_diffusion_server.pipelines import registry
 

@@ -10,18 +10,21 @@ import torch
 from stable_diffusion_server.errors import WeightsUnusable
 from stable_diffusion_server.pipelines.placement import Quantization
 
+# From which on NVIDIA's GPUs multiply in float8.
+FLOAT8_CAPABILITY = (8, 9)
+
 
 def quantize_parts(modules: Iterable[torch.nn.Module], quantization: Quantization) -> None:
     """Hold the weights of `modules` in one byte each; adapters among them are left as they are.
 
-    Raises `WeightsUnusable` when the package that does it is not installed.
+    Raises `WeightsUnusable` when the package that does it is not installed, or the machine cannot compute so.
     """
     match quantization:
         case Quantization.NONE:
             return
         case Quantization.INT8 | Quantization.FLOAT8:
             quantize = _by_quanto(quantization)
-        case Quantization.TORCHAO_INT8 | Quantization.TORCHAO_FLOAT8:
+        case Quantization.TORCHAO_INT8 | Quantization.TORCHAO_FLOAT8 | Quantization.TORCHAO_FLOAT8_DYNAMIC:
             quantize = _by_torchao(quantization)
     for module in modules:
         quantize(module)
@@ -63,12 +66,24 @@ def _by_torchao(quantization: Quantization) -> Callable[[torch.nn.Module], None]
         from torchao import quantization as torchao  # optional
     except ImportError as error:
         raise WeightsUnusable(f"QUANTIZE={quantization} needs the package torchao (pip install torchao).") from error
-    kind = {
-        Quantization.TORCHAO_INT8: torchao.Int8WeightOnlyConfig,
-        Quantization.TORCHAO_FLOAT8: torchao.Float8WeightOnlyConfig,
-    }[quantization]
+    dynamic = quantization is Quantization.TORCHAO_FLOAT8_DYNAMIC
+    if dynamic and not (torch.cuda.is_available() and torch.cuda.get_device_capability() >= FLOAT8_CAPABILITY):
+        raise WeightsUnusable(f"QUANTIZE={quantization} needs an NVIDIA GPU of compute capability 8.9 or later.")
 
-    def is_linear(module: Any, name: str) -> bool:
-        return isinstance(module, torch.nn.Linear) and "lora_" not in name
+    def config(module: Any) -> Any:
+        match quantization:
+            case Quantization.TORCHAO_INT8:
+                return torchao.Int8WeightOnlyConfig()
+            case Quantization.TORCHAO_FLOAT8:
+                return torchao.Float8WeightOnlyConfig()
+        # A factor for each row, where the products know it: those of bf16 alone.
+        granularity = torchao.PerRow() if module.dtype == torch.bfloat16 else torchao.PerTensor()
+        return torchao.Float8DynamicActivationFloat8WeightConfig(granularity=granularity)
 
-    return lambda module: torchao.quantize_(module, kind(), filter_fn=is_linear)
+    def is_meant(layer: Any, name: str) -> bool:
+        if not isinstance(layer, torch.nn.Linear) or "lora_" in name:
+            return False
+        # Float8 products take multiples of 16; and what is rounded is the bulk, not what leads in and out of it.
+        return not dynamic or ("block" in name and layer.in_features % 16 == layer.out_features % 16 == 0)
+
+    return lambda module: torchao.quantize_(module, config(module), filter_fn=is_meant)

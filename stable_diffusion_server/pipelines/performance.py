@@ -1,13 +1,47 @@
-"""Makes loaded models faster without other weights: layout, oneDNN, the VAE's precision, compiling. Knows no jobs."""
+"""Makes loaded models faster without other weights: layout, oneDNN, precision, compiling, graphs. Knows no jobs."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Mapping
+from enum import StrEnum
+from types import MappingProxyType
+from typing import Any
 
+import structlog
 import torch
 from torch.nn import functional
 
-Performance = Literal["off", "safe", "fast"]
+from stable_diffusion_server.pipelines.graphs import Graphs, record
+
+_log = structlog.get_logger(__name__)
+
+
+class Part(StrEnum):
+    """One way to be faster.
+
+    `layout`: convolutions channels last. `onednn`: linear layers and convolutions of the CPU by oneDNN. `tf32`: fp32
+    products on CUDA in TF32. `vae-bf16`: a VAE that had to be fp32 in bf16, on CUDA. `compile`: the denoiser's repeated
+    blocks, and `compile-vae` the VAE's decoder; the first picture of each size waits for the compiler. `graphs`:
+    forward passes replayed on CUDA.
+    """
+
+    LAYOUT = "layout"
+    ONEDNN = "onednn"
+    TF32 = "tf32"
+    VAE_BF16 = "vae-bf16"
+    COMPILE = "compile"
+    COMPILE_VAE = "compile-vae"
+    GRAPHS = "graphs"
+
+
+# `safe` changes rounding and nothing else.
+LEVELS: Mapping[str, frozenset[Part]] = MappingProxyType(
+    {
+        "off": frozenset(),
+        "safe": frozenset({Part.LAYOUT, Part.ONEDNN, Part.TF32}),
+        "fast": frozenset(Part) - {Part.COMPILE_VAE},
+    }
+)
 
 # With fewer rows than this MKL, which has less to set up, is the faster one (4 against 13 µs for two).
 _FEW_ROWS = 32
@@ -42,35 +76,60 @@ class OneDnnConv2d(torch.nn.Conv2d):  # type: ignore[misc]  # as above
         return made
 
 
-def speed_up(pipeline: Any, controlnet: Any, device: torch.device, performance: Performance) -> None:
-    """Change how the modules compute, in place, once they are where they live.
+def parts_of(performance: str) -> frozenset[Part]:
+    """The parts of levels and parts, named with commas between. Raises `ValueError` for other names."""
+    names = performance.split(",")
+    return frozenset[Part]().union(*(LEVELS[name] if name in LEVELS else {Part(name)} for name in names))
 
-    `safe` lays convolutions out by channels last, multiplies by oneDNN on a CPU, and lets CUDA multiply fp32 matrices
-    in TF32: rounding differs and nothing else. `fast` also holds a VAE that had to be fp32, since it overflows in fp16,
-    in bf16, which has fp32's range, and compiles the denoiser's repeated blocks and the VAE's decoder: the first
-    picture of each size waits for the compiler. What cannot be compiled, since a compiler is missing or fails, runs as
-    it is, and a warning says so.
+
+def speed_up(
+    pipeline: Any, controlnet: Any, device: torch.device, performance: str, *, steady: bool = True
+) -> list[Graphs]:
+    """Change how the modules compute, in place, once they are where they live; gives what is recorded of them.
+
+    `performance` names a level or parts. What a device has no use for is left out, and so are graphs where weights
+    may change (`steady` is false), since they hold adapters as they were. What cannot be compiled, since a compiler is
+    missing or fails, runs as it is, and a warning says so.
     """
-    if performance == "off":
-        return
+    parts, cuda = parts_of(performance), device.type == "cuda"
     vae, denoiser = pipeline.vae, getattr(pipeline, "unet", None) or pipeline.transformer
-    for module in (denoiser, vae, controlnet):
-        if module is not None and any(isinstance(part, torch.nn.Conv2d) for part in module.modules()):
-            module.to(memory_format=torch.channels_last)
-    if device.type == "cpu" and torch.backends.mkldnn.is_available():
-        use_onednn(pipeline, controlnet)
-    if device.type == "cuda":
+    if Part.TF32 in parts and cuda:
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.allow_tf32 = True
-    if performance == "fast":
-        if vae.config.force_upcast and vae.dtype == torch.float32 and device.type == "cuda":
-            vae.to(torch.bfloat16)
+    # It overflows in fp16, and bf16 has the range of fp32.
+    if Part.VAE_BF16 in parts and cuda and vae.config.force_upcast and vae.dtype == torch.float32:
+        vae.to(torch.bfloat16)
+    if Part.LAYOUT in parts:
+        for module in (denoiser, vae, controlnet):
+            if module is not None and any(isinstance(part, torch.nn.Conv2d) for part in module.modules()):
+                _lay_out(module, device)
+    if Part.ONEDNN in parts and device.type == "cpu" and torch.backends.mkldnn.is_available():
+        use_onednn(pipeline, controlnet)
+    if parts & {Part.COMPILE, Part.COMPILE_VAE}:
         from torch import _dynamo  # takes a second, and nobody else needs it
 
         # Not `fullgraph`, under which a failure of the compiler would be the caller's.
         _dynamo.config.suppress_errors = True
+    if Part.COMPILE in parts:
         denoiser.compile_repeated_blocks()
+    if Part.COMPILE_VAE in parts:
         vae.decoder.compile()
+    if Part.GRAPHS not in parts or not cuda or not steady:
+        return []
+    return [record(part) for part in (denoiser, controlnet, pipeline.text_encoder, pipeline.text_encoder_2) if part]
+
+
+def _lay_out(module: Any, device: torch.device) -> None:
+    """Channels last; on CUDA only together with normalisations that take it: PyTorch's turn it around twice each."""
+    if device.type != "cuda":
+        module.to(memory_format=torch.channels_last)
+        return
+    try:
+        from stable_diffusion_server.pipelines.channels_last import lay_out  # Triton comes with CUDA alone
+
+        lay_out(module)
+    except Exception as error:  # a missing compiler shows in many ways
+        _log.warning("not laid out channels last", module=type(module).__name__, exc_info=error)
 
 
 def use_onednn(pipeline: Any, controlnet: Any) -> None:

@@ -10,7 +10,7 @@ from typing import Literal
 from stable_diffusion_server.errors import DoesNotFit, WeightsUnusable
 
 Offload = Literal["auto", "none", "model", "group", "sequential"]
-Quantize = Literal["auto", "none", "int8", "float8", "torchao-int8", "torchao-float8"]
+Quantize = Literal["auto", "none", "int8", "float8", "torchao-int8", "torchao-float8", "torchao-float8-dynamic"]
 
 # Free memory is never all ours: fragmentation, the allocator's own blocks, other processes.
 USABLE = 0.9
@@ -32,13 +32,17 @@ class Residency(StrEnum):
 
 
 class Quantization(StrEnum):
-    """What the weights of the large parts are held in, and by which package; `none` is the type they were loaded in."""
+    """What the weights of the large parts are held in, and by which package; `none` is the type they were loaded in.
+
+    `torchao-float8-dynamic` computes in float8 as well: it rounds what layers are given too, by its largest number.
+    """
 
     NONE = "none"
     INT8 = "int8"
     FLOAT8 = "float8"
     TORCHAO_INT8 = "torchao-int8"
     TORCHAO_FLOAT8 = "torchao-float8"
+    TORCHAO_FLOAT8_DYNAMIC = "torchao-float8-dynamic"
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,8 +33,9 @@ from stable_diffusion_server.pipelines.components import (
 from stable_diffusion_server.pipelines.conversion import compress, quantize_parts
 from stable_diffusion_server.pipelines.denoising import Drawn, Family, State
 from stable_diffusion_server.pipelines.embeddings import LIMIT_BYTES, Embeddings
+from stable_diffusion_server.pipelines.graphs import Graphs
 from stable_diffusion_server.pipelines.memory import free_memory, memory_of
-from stable_diffusion_server.pipelines.performance import Performance, speed_up
+from stable_diffusion_server.pipelines.performance import speed_up
 from stable_diffusion_server.pipelines.placement import (
     CONTROL,
     Offload,
@@ -69,7 +70,7 @@ class LoadOptions:
     dfloat11: str = ""
     offload: Offload = "auto"
     quantize: Quantize = "auto"
-    performance: Performance = "off"
+    performance: str = "off"
     attention_slicing: bool = False
     vae_slicing: bool = False
     vae_tiling: bool = False
@@ -92,11 +93,16 @@ class Loaded:
     loras: tuple[str, ...]
 
 
+# Weights in other types are turned into the loaded one for every product, which no layout or compiler makes fast.
+COMPUTED_FAST = (Quantization.NONE, Quantization.TORCHAO_FLOAT8_DYNAMIC)
+
+
 class _Placed(NamedTuple):
     pipeline: Any
     controlnet: Any
     adapters: Adapters
     placement: Placement
+    graphs: list[Graphs]
 
 
 class Registry:
@@ -113,6 +119,7 @@ class Registry:
         loaded: Sequence[Loaded] = (),
         models: Mapping[str, ModelFacts] | None = None,
         caches: Mapping[str, Embeddings] | None = None,
+        graphs: Sequence[Graphs] = (),
         *,
         adaptable: bool = False,
     ) -> None:
@@ -121,6 +128,7 @@ class Registry:
         self.loaded = tuple(loaded)
         self.models = dict(models or {})
         self._caches = dict(caches or {})
+        self._graphs = tuple(graphs)
         self._threads = torch.get_num_threads()
         self.resident = all(model.residency == Residency.RESIDENT for model in loaded)
 
@@ -147,6 +155,8 @@ class Registry:
             return "the weights travel between memory and device."
         if any(model.dtype != "float32" for model in self.loaded):
             return "weights in half precision change theirs to decode what overflows."
+        if self._graphs:
+            return "what is recorded as a CUDA graph has one place for its inputs."
         return ""
 
     @property
@@ -172,7 +182,9 @@ class Registry:
         return any(shrunk)
 
     def release_memory(self) -> None:
-        """Give back what the allocators hold and no drawing uses."""
+        """Give back what the allocators and the recordings hold and no drawing uses."""
+        for graphs in self._graphs:
+            graphs.forget()
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -202,8 +214,11 @@ def load(models_dir: Path, device_name: str, cpu_threads: int, options: LoadOpti
     options = options or LoadOptions()
     kinds = _kinds()
     families, loaded, models, caches = {}, [], {}, {}
+    graphs: list[Graphs] = []
     for name, wanted in options.models.items():
-        facts, (pipeline, controlnet, adapters, placement) = _place_or_instead(wanted, models_dir, device, options)
+        facts, placed = _place_or_instead(wanted, models_dir, device, options)
+        pipeline, controlnet, adapters, placement, recorded = placed
+        graphs += recorded
         models[name] = facts
         caches[name] = Embeddings(options.prompt_cache_bytes)
         families[name] = kinds[facts.pipeline_class](pipeline, facts, controlnet, adapters, caches[name])
@@ -222,7 +237,7 @@ def load(models_dir: Path, device_name: str, cpu_threads: int, options: LoadOpti
                 loras=names_in(options.lora_dir),
             )
         )
-    return Registry(families, loaded, models, caches, adaptable=options.lora_dir is not None)
+    return Registry(families, loaded, models, caches, graphs, adaptable=options.lora_dir is not None)
 
 
 def _place_or_instead(
@@ -266,15 +281,16 @@ def _place_model(facts: ModelFacts, models_dir: Path, device: torch.device, opti
     if facts.name == "flux" and options.dfloat11:
         compress(pipeline.transformer, options.dfloat11, device)
     settle(pipeline, controlnet, device, placement.residency)
-    if (placement.residency, placement.quantization) == (Residency.RESIDENT, Quantization.NONE):
-        speed_up(pipeline, controlnet, device, options.performance)
+    graphs: list[Graphs] = []
+    if placement.residency == Residency.RESIDENT and placement.quantization in COMPUTED_FAST:
+        graphs = speed_up(pipeline, controlnet, device, options.performance, steady=options.lora_dir is None)
     if options.attention_slicing:
         pipeline.enable_attention_slicing()
     if options.vae_slicing:
         pipeline.vae.enable_slicing()
     if options.vae_tiling:
         pipeline.vae.enable_tiling()
-    return _Placed(pipeline, controlnet, adapters, placement)
+    return _Placed(pipeline, controlnet, adapters, placement, graphs)
 
 
 def _kinds() -> Mapping[str, Callable[[Any, ModelFacts, Any, Adapters, Embeddings], Family]]:

@@ -26,6 +26,7 @@ from stable_diffusion_server.pipelines.denoising import (
     Keep,
     Stage,
     State,
+    await_device,
     decode,
     encode,
     latent_mask,
@@ -142,6 +143,7 @@ class Sdxl:
             predicted = self.pipeline.unet(**inputs, **residuals, return_dict=False)[0]
             for state, prediction in zip(states, predicted.split(rows), strict=True):
                 state.advance(_guide(prediction, state))
+            await_device(predicted.device)
 
     def finish(self, state: State[Conditioning]) -> Drawn:
         """Decode the latents; SDXL's VAE is unscaled without a shift."""

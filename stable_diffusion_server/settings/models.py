@@ -14,6 +14,9 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 # In the source tree its own folder; an installed package has none, and its user's is where the server is started.
 _IN_TREE = (ROOT / "models" / "README.md").is_file()
 
+# One of the names in PERFORMANCE, as pipelines/performance.py has them.
+_PART = "(off|safe|fast|layout|onednn|tf32|vae-bf16|compile|compile-vae|graphs)"
+
 
 class Models(Group):
     """Weights, adapters and devices."""
@@ -53,18 +56,24 @@ class Models(Group):
             "`sequential` move parts, groups of layers or single layers there. `auto` decides by free memory."
         ),
     )
-    quantize: Literal["auto", "none", "int8", "float8", "torchao-int8", "torchao-float8"] = Field(
-        "auto",
-        description=(
-            "Weights in one byte each, by optimum-quanto or torchao (the latter to be installed). `auto`: int8 where "
-            "the device cannot hold them otherwise."
-        ),
+    quantize: Literal["auto", "none", "int8", "float8", "torchao-int8", "torchao-float8", "torchao-float8-dynamic"] = (
+        Field(
+            "auto",
+            description=(
+                "Weights in one byte each, by optimum-quanto or torchao (the latter to be installed). `auto`: int8 where "
+                "the device cannot hold them otherwise. `torchao-float8-dynamic` computes in float8 too, faster and "
+                "coarser, on NVIDIA from compute capability 8.9 on."
+            ),
+        )
     )
-    performance: Literal["off", "safe", "fast"] = Field(
+    performance: str = Field(
         "safe",
+        pattern=rf"^{_PART}(,{_PART})*$",
         description=(
-            "`safe`: memory layouts and TF32, which change rounding alone. `fast`: also a VAE in bf16 and compiled "
-            "blocks; the first picture of each size waits for the compiler, but for those of WARM_SIZES."
+            "`off`; `safe`: memory layouts, oneDNN and TF32, which change rounding alone; `fast`: also a VAE in bf16, "
+            "compiled blocks and CUDA graphs, for which the first picture of each size waits, but for those of "
+            "WARM_SIZES. Or parts, with commas between: `layout`, `onednn`, `tf32`, `vae-bf16`, `compile`, "
+            "`compile-vae`, `graphs`."
         ),
     )
     warm_sizes: Names = Field(

@@ -1,0 +1,140 @@
+"""Replays a module's forward pass as a CUDA graph: one launch instead of a thousand. Knows tensors, and no jobs."""
+
+from __future__ import annotations
+
+import functools
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import structlog
+import torch
+
+_log = structlog.get_logger(__name__)
+
+# Kinds of calls that stay recorded; the one used longest ago goes first.
+KEPT = 16
+
+
+@dataclass(frozen=True, slots=True)
+class _Recording:
+    """A graph, the tensors it reads and the answer it writes, in memory that stays where it is."""
+
+    graph: Any
+    inputs: list[torch.Tensor]
+    answer: Any
+
+
+class Graphs:
+    """A forward pass that is recorded for each kind of call, and replayed: put it in place of a module's `forward`.
+
+    A kind is the arguments with shapes, types and strides in place of tensors. The first call of a kind runs as it is,
+    so that compilers and tuners are done by the second, which is recorded. Answers are the caller's own copies.
+
+    The weights must stay where they are, and the calls on one thread. What cannot be recorded runs as it is from then
+    on, and a warning says so; a lack of memory is the caller's.
+    """
+
+    def __init__(self, forward: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, forward)  # its signature is looked at
+        self._forward = forward
+        self._name = forward.__qualname__
+        self._kinds: OrderedDict[Hashable, _Recording | None] = OrderedDict()
+        self._recordable = True
+        self._pool: Any = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The answer of the forward pass."""
+        call = (args, kwargs)
+        kind = _kind_of(call)
+        if not self._recordable or kind not in self._kinds:
+            self._remember(kind, None)
+            return self._forward(*args, **kwargs)
+        recording = self._kinds[kind]
+        if recording is None:
+            recording = self._record(call)
+            if recording is None:
+                return self._forward(*args, **kwargs)
+        self._remember(kind, recording)
+        for place, given in zip(recording.inputs, _tensors_of(call), strict=True):
+            place.copy_(given)
+        recording.graph.replay()
+        return _filled(recording.answer, (tensor.clone() for tensor in _tensors_of(recording.answer)))
+
+    def forget(self) -> None:
+        """Give back the memory of all recordings."""
+        self._kinds.clear()
+        self._pool = None
+
+    def _remember(self, kind: Hashable, recording: _Recording | None) -> None:
+        self._kinds[kind] = recording
+        self._kinds.move_to_end(kind)
+        if len(self._kinds) > KEPT:
+            self._kinds.popitem(last=False)
+
+    def _record(self, call: tuple[Any, Any]) -> _Recording | None:
+        inputs = [tensor.clone() for tensor in _tensors_of(call)]
+        args, kwargs = _filled(call, iter(inputs))
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        stream.wait_stream(torch.cuda.current_stream())
+        try:
+            with torch.cuda.stream(stream):
+                self._forward(*args, **kwargs)  # libraries get their memory for this stream outside of the recording
+            torch.cuda.current_stream().wait_stream(stream)
+            with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
+                answer = self._forward(*args, **kwargs)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            self._recordable = False
+            self.forget()
+            _log.warning("not recorded as a CUDA graph", module=self._name, exc_info=error)
+            return None
+        return _Recording(graph, inputs, answer)
+
+
+def record(module: torch.nn.Module) -> Graphs:
+    """Have a module's forward pass recorded from now on."""
+    graphs = Graphs(module.forward)
+    module.forward = graphs
+    return graphs
+
+
+def _kind_of(value: Any) -> Hashable:
+    match value:
+        case torch.Tensor():
+            return value.shape, value.dtype, value.device, value.stride()
+        case Mapping():
+            return tuple((name, _kind_of(part)) for name, part in value.items())
+        case list() | tuple():
+            return tuple(_kind_of(part) for part in value)
+        case _:
+            return type(value), value
+
+
+def _tensors_of(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors in a value, in its order."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for part in value.values():
+            yield from _tensors_of(part)
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _tensors_of(part)
+
+
+def _filled(value: Any, tensors: Iterator[torch.Tensor]) -> Any:
+    """The same value with other tensors in the places of its own."""
+    match value:
+        case torch.Tensor():
+            return next(tensors)
+        case Mapping():
+            # Also the answers of transformers, which are mappings made by keywords.
+            return type(value)(**{name: _filled(part, tensors) for name, part in value.items()})
+        case list() | tuple():
+            return type(value)(_filled(part, tensors) for part in value)
+        case _:
+            return value

@@ -1,0 +1,97 @@
+"""What PERFORMANCE changes on an accelerator: the same pictures, by other kernels and by replayed passes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from drawing import MODELS_DIR, disc_mask, draw, draw_together, job_for, outline, psnr, scene
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
+
+# Rows, channels, groups, height and width: one pixel, channels that are no power of two, more chunks than one.
+SHAPES = [(1, 48, 8, 1, 1), (2, 320, 32, 16, 24), (1, 2560, 32, 9, 7), (3, 128, 32, 200, 130), (1, 128, 32, 1024, 1024)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_groups_are_normalised_as_by_pytorch(shape: tuple[int, int, int, int, int], dtype: torch.dtype) -> None:
+    """To rounding, with SiLU and without, and the layout stays."""
+    from stable_diffusion_server.pipelines.group_norm import GroupNorm
+
+    rows, channels, groups, height, width = shape
+    norm = GroupNorm(groups, channels, device="cuda", dtype=dtype)
+    given = 3 * torch.randn(rows, channels, height, width, device="cuda", dtype=dtype) + 2
+    given = given.to(memory_format=torch.channels_last)
+    with torch.inference_mode():
+        torch.nn.init.normal_(norm.weight)
+        torch.nn.init.normal_(norm.bias)
+        exact = torch.nn.functional.group_norm(given.double(), groups, norm.weight.double(), norm.bias.double())
+        for made, wanted in ((norm(given), exact), (norm.activated(given), torch.nn.functional.silu(exact))):
+            assert made.is_contiguous(memory_format=torch.channels_last)
+            off = (made.double() - wanted).norm() / wanted.norm()
+            assert off < {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
+
+
+@pytest.fixture(scope="module", params=["safe", "layout,graphs"])
+def faster(request: pytest.FixtureRequest) -> Any:
+    """The embedded models on CUDA, without the compiler, which takes minutes."""
+    from stable_diffusion_server.pipelines.registry import LoadOptions, load
+
+    registry = load(MODELS_DIR, "cuda", 1, LoadOptions(performance=request.param))
+    assert bool(registry._graphs) == ("graphs" in request.param)
+    assert type(registry._families["sdxl"].pipeline.vae.decoder.conv_norm_out).__module__.endswith("group_norm")
+    return registry
+
+
+@pytest.mark.parametrize("name", ["sdxl", "flux"])
+def test_every_task_draws_as_on_the_cpu(name: str, faster: Any, families: dict[str, Any]) -> None:
+    """Twice, since the second time passes are replayed."""
+    for changes in (
+        {},
+        {"image": scene(), "strength": 0.6},
+        {"image": scene(), "mask": disc_mask()},
+        {"control": outline()},
+        {"width": 192},
+    ):
+        job = job_for(name, **changes)
+        wanted = draw(families[name], job)
+        for _ in range(2):
+            assert psnr(draw(faster, job), wanted) > 30, changes
+
+
+@pytest.mark.parametrize("name", ["sdxl", "flux"])
+def test_replayed_batches_are_those_drawn_alone(name: str, faster: Any) -> None:
+    """Jobs that leave early, so that groups of three, two and one replace one another."""
+    jobs = [replace(job_for(name, seed=seed), num_inference_steps=2 + seed) for seed in range(3)]
+    alone = [draw(faster, job) for job in jobs]
+    for _ in range(3):
+        for made, wanted in zip(draw_together(faster, jobs), alone, strict=True):
+            assert psnr(made, wanted) > 40
+
+
+def test_what_was_recorded_is_given_back_and_recorded_again(faster: Any) -> None:
+    """As after a lack of memory."""
+    job = job_for("sdxl")
+    before = draw(faster, job)
+    faster.release_memory()
+    for _ in range(3):
+        assert psnr(draw(faster, job), before) > 40
+
+
+@pytest.mark.parametrize("name", ["sdxl", "flux"])
+def test_products_in_float8_draw_nearly_the_same_picture(name: str, families: dict[str, Any]) -> None:
+    """QUANTIZE=torchao-float8-dynamic, as far as the card and the packages know it."""
+    pytest.importorskip("torchao")
+    from stable_diffusion_server.pipelines.catalog import MODELS
+    from stable_diffusion_server.pipelines.conversion import FLOAT8_CAPABILITY
+    from stable_diffusion_server.pipelines.registry import LoadOptions, load
+
+    if torch.cuda.get_device_capability() < FLOAT8_CAPABILITY:
+        pytest.skip("the card multiplies no float8")
+    options = LoadOptions(models={name: MODELS[name]}, quantize="torchao-float8-dynamic", performance="safe")
+    ratio = psnr(draw(load(MODELS_DIR, "cuda", 1, options), job_for(name)), draw(families[name], job_for(name)))
+    print(f"\n| {name} | torchao-float8-dynamic | {ratio:.1f} dB |")  # noqa: T201  # the table
+    assert ratio > 25
