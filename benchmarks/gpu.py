@@ -282,8 +282,9 @@ def stages(rig: Rig, family: Any) -> Iterator[tuple[Any, ...]]:
 
 
 def memory(rig: Rig, fastest: str) -> Iterator[tuple[Any, ...]]:
-    """Bytes of weights, and at the worst moment of a picture, by what the weights are held in; as the server does it,
-    only products in float8 are made faster than by the type.
+    """Bytes of weights, and at the worst moment of a picture, by what the weights are held in.
+
+    As the server does it, only products in float8 are made faster than by their type.
     """
     plain = None
     for quantization in HELD:

@@ -9,39 +9,97 @@ from typing import Any
 
 import torch
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.models.upsampling import Upsample2D
 from torch.nn import functional
 
-from stable_diffusion_server.pipelines.group_norm import GroupNorm
+from stable_diffusion_server.pipelines.group_norm import GroupNorm, add_shifted, is_channels_last
 
 
 class Resnet(ResnetBlock2D):  # type: ignore[misc]  # diffusers is read without its types
-    """A residual block whose normalisations bring SiLU along; equal to the stock block but for rounding."""
+    """A residual block whose normalisations bring SiLU and biases along; equal to the stock block but for rounding."""
 
     @classmethod
     def can_be(cls, block: ResnetBlock2D) -> bool:
         """Whether a block is of the kind that the models here are made of."""
         return (
-            isinstance(block.nonlinearity, torch.nn.SiLU)
+            type(block.norm1) is type(block.norm2) is GroupNorm
+            and isinstance(block.nonlinearity, torch.nn.SiLU)
             and (block.time_emb_proj is None or block.time_embedding_norm == "default")
             and block.upsample is None
             and block.downsample is None
             and not block.skip_time_act
+            and block.output_scale_factor == 1
         )
 
     def forward(self, input_tensor: torch.Tensor, temb: torch.Tensor | None, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Rows × channels × height × width, and rows × channels of what the timestep says."""
-        made: torch.Tensor = self.conv1(self.norm1.activated(input_tensor))
+        made, shift = _unbiased(self.conv1, self.norm1.activated(input_tensor))
         if self.time_emb_proj is not None:
-            made = made + self.time_emb_proj(functional.silu(temb))[:, :, None, None]
-        made = self.conv2(self.norm2.activated(made))
+            told = self.time_emb_proj(functional.silu(temb))
+            shift = told if shift is None else told + shift
+        made, shift = _unbiased(self.conv2, self.norm2.activated(made, shift))
         if self.conv_shortcut is not None:
-            input_tensor = self.conv_shortcut(input_tensor)
-        made = input_tensor + made
-        return made if self.output_scale_factor == 1 else made / self.output_scale_factor
+            input_tensor, more = _unbiased(self.conv_shortcut, input_tensor)
+            shift = more if shift is None else shift if more is None else shift + more
+        if shift is None:
+            return input_tensor + made
+        if is_channels_last(made) and is_channels_last(input_tensor):
+            joined: torch.Tensor = add_shifted(made, shift, input_tensor)
+            return joined
+        return input_tensor + (made + shift[:, None, None])
+
+
+class Transformer(Transformer2DModel):  # type: ignore[misc]  # as above
+    """A UNet's transformer whose answer stays channels last, as its layers have it."""
+
+    @classmethod
+    def can_be(cls, block: Transformer2DModel) -> bool:
+        """Whether a block is of the kind that SDXL is made of."""
+        return bool(block.is_input_continuous and block.use_linear_projection)
+
+    def _get_output_for_continuous_inputs(
+        self,
+        hidden_states: torch.Tensor,
+        residual: torch.Tensor,
+        batch_size: int,
+        height: int,
+        width: int,
+        inner_dim: int,
+    ) -> torch.Tensor:
+        made: torch.Tensor = self.proj_out(hidden_states).reshape(batch_size, height, width, inner_dim)
+        return made.permute(0, 3, 1, 2) + residual
+
+
+class Upsample(Upsample2D):  # type: ignore[misc]  # as above
+    """A doubling of both sides that copies several channels at once; PyTorch's own takes number by number."""
+
+    @classmethod
+    def can_be(cls, block: Upsample2D) -> bool:
+        """Whether a block doubles, and convolves then, and does nothing else."""
+        return (
+            block.norm is None
+            and block.use_conv
+            and not block.use_conv_transpose
+            and block.interpolate
+            and block.name == "conv"
+        )
+
+    def forward(self, hidden_states: torch.Tensor, output_size: Any = None, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Rows × channels × height × width to twice the height and width, or to `output_size`."""
+        made: torch.Tensor
+        if output_size is not None or hidden_states.shape[1] % 8 != 0 or not is_channels_last(hidden_states):
+            made = super().forward(hidden_states, output_size)
+            return made
+        rows, _, height, width = hidden_states.shape
+        wide = hidden_states.permute(0, 2, 3, 1).view(torch.float64)[:, :, None, :, None, :]
+        doubled = wide.expand(rows, height, 2, width, 2, -1).reshape(rows, 2 * height, 2 * width, -1)
+        made = self.conv(doubled.view(hidden_states.dtype).permute(0, 3, 1, 2))
+        return made
 
 
 def lay_out(module: torch.nn.Module) -> None:
-    """Lay a network's convolutions out channels last, with normalisations that keep it so.
+    """Lay a network's convolutions out channels last, with blocks that keep it so.
 
     Whatever derives from the plain classes stays as it is. Raises whatever Triton does where it cannot compile, before
     anything is changed.
@@ -53,8 +111,16 @@ def lay_out(module: torch.nn.Module) -> None:
         if type(part) is torch.nn.GroupNorm and part.affine:
             part.__class__ = GroupNorm
     for part in parts:
-        if type(part) is ResnetBlock2D and type(part.norm1) is type(part.norm2) is GroupNorm and Resnet.can_be(part):
-            part.__class__ = Resnet
+        for stock, ours in ((ResnetBlock2D, Resnet), (Transformer2DModel, Transformer), (Upsample2D, Upsample)):
+            if type(part) is stock and ours.can_be(part):
+                part.__class__ = ours
+
+
+def _unbiased(layer: torch.nn.Module, given: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What a convolution makes before its bias, and the bias; of a layer with an adapter all that it makes."""
+    if type(layer) is torch.nn.Conv2d:
+        return layer._conv_forward(given, layer.weight, None), layer.bias
+    return layer(given), None
 
 
 def _try_out(module: torch.nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -76,6 +77,12 @@ class Flux:
         self.embeddings = Embeddings() if embeddings is None else embeddings
         self._previewer = Previewer(pipeline.vae, self._unscaled)
         self._count = token_counter(pipeline.tokenizer_2)
+
+    @functools.cached_property
+    def device(self) -> torch.device:
+        """Where it draws; looked up once it is settled, since that takes a walk over every module there is."""
+        device: torch.device = self.pipeline._execution_device
+        return device
 
     def count_tokens(self, prompt: str) -> int:
         """Tokens of T5, which reads the whole prompt; CLIP's pooled reading only sets the mood."""
@@ -168,7 +175,7 @@ class Flux:
 
     def _encode(self, job: Job) -> Conditioning:
         pipe = self.pipeline
-        device = pipe._execution_device
+        device = self.device
         text = self._text(job.prompt)
         embeds, pooled, text_ids = self.embeddings.of(
             (text, job.loras),
@@ -190,13 +197,13 @@ class Flux:
         if self.controlnet.input_hint_block is None:
             hint = self._latents_of(job.control, generator)
         else:
-            hint = 2 * to_tensor(job.control, self.pipeline._execution_device) - 1
+            hint = 2 * to_tensor(job.control, self.device) - 1
         return Control(hint.to(self.controlnet.dtype), job.control_scale)
 
     def _latents_of(self, picture: Picture, generator: torch.Generator) -> torch.Tensor:
         """The packed latents of a picture, scaled as the transformer sees them."""
         vae = self.pipeline.vae
-        latents = encode(vae, to_tensor(picture, self.pipeline._execution_device), generator)
+        latents = encode(vae, to_tensor(picture, self.device), generator)
         return self._packed((latents - vae.config.shift_factor) * vae.config.scaling_factor)
 
     def _packed(self, latents: torch.Tensor) -> torch.Tensor:
@@ -215,7 +222,7 @@ class Flux:
         The schedule shifts with the number of patches.
         """
         pipe = self.pipeline
-        device = pipe._execution_device
+        device = self.device
         steps = job.num_inference_steps
         # A patch packs 2 × 2 latent pixels into channels.
         shape = (1, pipe.transformer.config.in_channels // 4, *self._size(job))

@@ -1,8 +1,9 @@
-"""Group normalisation of tensors laid out channels last, with SiLU behind it or not, by Triton. Knows no models.
+"""Group normalisation and sums of tensors laid out channels last, by Triton. Knows no models.
 
-PyTorch's own takes one program for each group of each picture, 32 of a GPU's hundreds, and turns the layout around for
-it: half of the time of decoding 1024² on an H200. Here the pixels are divided (benchmarks/results/). Import it where
-Triton is installed.
+PyTorch's own normalisation takes one program for each group of each picture, 32 of a GPU's hundreds, and turns the
+layout around for it: half of the time of decoding 1024² on an H200. Here the pixels are divided (benchmarks/results/).
+What is added to a whole channel, as a convolution's bias is, comes along for nothing. Import it where Triton is
+installed.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import triton.language as tl
 from torch.nn import functional
 
 # Numbers a program holds at once, chunks a picture is divided in at most, and chunks added up at once.
-_TILE, _CHUNKS, _AT_ONCE = 8192, 512, 64
+_TILE, _CHUNKS, _AT_ONCE = 4096, 256, 64
 
 
 class GroupNorm(torch.nn.GroupNorm):  # type: ignore[misc]  # torch is read without its types
@@ -24,25 +25,39 @@ class GroupNorm(torch.nn.GroupNorm):  # type: ignore[misc]  # torch is read with
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Rows × channels × height × width, as it comes."""
-        return self._normed(input, activated=False)
+        return self._normed(input, None, activated=False)
 
-    def activated(self, input: torch.Tensor) -> torch.Tensor:
-        """The same with SiLU behind it."""
-        return self._normed(input, activated=True)
+    def activated(self, input: torch.Tensor, shift: torch.Tensor | None = None) -> torch.Tensor:
+        """The same of `input + shift`, and with SiLU behind it; `shift` is of channels, or rows × channels."""
+        return self._normed(input, shift, activated=True)
 
-    def _normed(self, input: torch.Tensor, *, activated: bool) -> torch.Tensor:
-        if input.dim() == 4 and input.is_contiguous(memory_format=torch.channels_last):
-            made: torch.Tensor = normed(input, self.num_groups, self.weight, self.bias, self.eps, activated)
+    def _normed(self, input: torch.Tensor, shift: torch.Tensor | None, *, activated: bool) -> torch.Tensor:
+        if is_channels_last(input):
+            made: torch.Tensor = normed(input, shift, self.num_groups, self.weight, self.bias, self.eps, activated)
             return made
-        made = super().forward(input)
+        made = super().forward(input if shift is None else input + shift[..., None, None])
         return functional.silu(made) if activated else made
+
+
+def is_channels_last(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is laid out as the kernels here read it."""
+    return tensor.dim() == 4 and bool(tensor.is_contiguous(memory_format=torch.channels_last))
 
 
 @torch.library.custom_op("stable_diffusion_server::group_norm", mutates_args=())  # type: ignore[untyped-decorator]  # as above
 def normed(
-    x: torch.Tensor, groups: int, weight: torch.Tensor, bias: torch.Tensor, eps: float, activated: bool
+    x: torch.Tensor,
+    shift: torch.Tensor | None,
+    groups: int,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+    activated: bool,
 ) -> torch.Tensor:
-    """Group normalisation (Wu & He 2018, arXiv 1803.08494) of `x`, channels last, in its type; sums are fp32."""
+    """Group normalisation (Wu & He 2018, arXiv 1803.08494) of `x + shift`, channels last, in x's type; sums are fp32.
+
+    `shift` is of channels, or rows × channels.
+    """
     rows, channels, height, width = x.shape
     pixels = height * width
     lanes = triton.next_power_of_2(channels)
@@ -55,7 +70,20 @@ def normed(
     _add_up[(chunks, rows)](x, sums, pixels, each, channels, lanes, step, num_warps=8)
     size = channels // groups
     _conclude[(groups, rows)](
-        sums, factors, weight, bias, pixels * size, chunks, eps, channels, size, triton.next_power_of_2(size), _AT_ONCE
+        sums,
+        factors,
+        weight,
+        bias,
+        x if shift is None else shift.contiguous(),
+        0 if shift is None or shift.dim() == 1 else channels,
+        pixels,
+        chunks,
+        eps,
+        channels,
+        size,
+        triton.next_power_of_2(size),
+        _AT_ONCE,
+        shift is not None,
     )
     _apply[(triton.cdiv(pixels, step), rows)](x, made, factors, pixels, channels, lanes, step, activated, num_warps=8)
     return made
@@ -63,8 +91,27 @@ def normed(
 
 @normed.register_fake  # type: ignore[untyped-decorator]  # as above
 def _(
-    x: torch.Tensor, groups: int, weight: torch.Tensor, bias: torch.Tensor, eps: float, activated: bool
+    x: torch.Tensor,
+    shift: torch.Tensor | None,
+    groups: int,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+    activated: bool,
 ) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("stable_diffusion_server::add_shifted", mutates_args=())  # type: ignore[untyped-decorator]  # as above
+def add_shifted(x: torch.Tensor, shift: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """`x + shift + other` in one pass and in x's type, for two tensors channels last and a shift of channels."""
+    made = torch.empty_like(x)
+    _add_shifted[(triton.cdiv(x.numel(), _TILE),)](x, shift, other, made, x.numel(), x.shape[1], _TILE, num_warps=8)
+    return made
+
+
+@add_shifted.register_fake  # type: ignore[untyped-decorator]  # as above
+def _(x: torch.Tensor, shift: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(x)
 
 
@@ -73,19 +120,19 @@ def _add_up(x, sums, pixels, each, channels: tl.constexpr, lanes: tl.constexpr, 
     """Sums and sums of squares of each channel over `each` pixels: one program for each chunk of each picture."""
     chunk, row = tl.program_id(0), tl.program_id(1)
     channel = tl.arange(0, lanes)
-    total = tl.zeros([lanes], dtype=tl.float32)
-    squares = tl.zeros([lanes], dtype=tl.float32)
+    total = tl.zeros([step, lanes], dtype=tl.float32)
+    squares = tl.zeros([step, lanes], dtype=tl.float32)
     first = chunk * each
     for start in range(first, first + each, step):
         pixel = start + tl.arange(0, step)
         inside = (pixel[:, None] < pixels) & (channel[None, :] < channels)
         at = (row.to(tl.int64) * pixels + pixel[:, None]) * channels + channel[None, :]
         tile = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-        total += tl.sum(tile, axis=0)
-        squares += tl.sum(tile * tile, axis=0)
+        total += tile
+        squares += tile * tile
     place = sums + (row * tl.num_programs(0) + chunk) * 2 * channels + channel
-    tl.store(place, total, mask=channel < channels)
-    tl.store(place + channels, squares, mask=channel < channels)
+    tl.store(place, tl.sum(total, axis=0), mask=channel < channels)
+    tl.store(place + channels, tl.sum(squares, axis=0), mask=channel < channels)
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # as above
@@ -94,15 +141,18 @@ def _conclude(  # type: ignore[no-untyped-def]  # as above
     factors,
     weight,
     bias,
-    count,
+    shifts,
+    shifts_of_a_row,
+    pixels,
     chunks,
     eps,
     channels: tl.constexpr,
     size: tl.constexpr,
     lanes: tl.constexpr,
     at_once: tl.constexpr,
+    shifted: tl.constexpr,
 ):
-    """Factor and shift of each channel of a group: one program for each group of each picture."""
+    """Factor and offset of each channel of a group: one program for each group of each picture."""
     group, row = tl.program_id(0), tl.program_id(1)
     lane = tl.arange(0, lanes)
     channel = group * size + lane
@@ -114,27 +164,45 @@ def _conclude(  # type: ignore[no-untyped-def]  # as above
         at = (row * chunks + chunk[:, None]) * 2 * channels + channel[None, :]
         total += tl.load(sums + at, mask=inside, other=0.0)
         squares += tl.load(sums + at + channels, mask=inside, other=0.0)
-    mean = tl.sum(total) / count
-    variance = tl.maximum(tl.sum(squares) / count - mean * mean, 0.0)
+    means = tl.sum(total, axis=0) / pixels
+    mean_squares = tl.sum(squares, axis=0) / pixels
+    if shifted:
+        shift = tl.load(shifts + row * shifts_of_a_row + channel, mask=lane < size, other=0.0).to(tl.float32)
+        mean_squares += 2 * shift * means + shift * shift
+        means += shift
+    mean = tl.sum(means) / size
+    variance = tl.maximum(tl.sum(mean_squares) / size - mean * mean, 0.0)
     factor = tl.load(weight + channel, mask=lane < size, other=0.0).to(tl.float32) / tl.sqrt(variance + eps)
-    shift = tl.load(bias + channel, mask=lane < size, other=0.0).to(tl.float32) - mean * factor
+    offset = tl.load(bias + channel, mask=lane < size, other=0.0).to(tl.float32) - mean * factor
+    if shifted:
+        offset += shift * factor
     tl.store(factors + row * 2 * channels + channel, factor, mask=lane < size)
-    tl.store(factors + (row * 2 + 1) * channels + channel, shift, mask=lane < size)
+    tl.store(factors + (row * 2 + 1) * channels + channel, offset, mask=lane < size)
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # as above
 def _apply(  # type: ignore[no-untyped-def]  # as above
     x, made, factors, pixels, channels: tl.constexpr, lanes: tl.constexpr, step: tl.constexpr, activated: tl.constexpr
 ):
-    """Factor, shift and SiLU: one program for each `step` pixels of each picture."""
+    """Factor, offset and SiLU: one program for each `step` pixels of each picture."""
     row = tl.program_id(1)
     pixel = tl.program_id(0) * step + tl.arange(0, step)
     channel = tl.arange(0, lanes)
     inside = (pixel[:, None] < pixels) & (channel[None, :] < channels)
     at = (row.to(tl.int64) * pixels + pixel[:, None]) * channels + channel[None, :]
     factor = tl.load(factors + row * 2 * channels + channel, mask=channel < channels, other=0.0)
-    shift = tl.load(factors + (row * 2 + 1) * channels + channel, mask=channel < channels, other=0.0)
-    tile = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) * factor[None, :] + shift[None, :]
+    offset = tl.load(factors + (row * 2 + 1) * channels + channel, mask=channel < channels, other=0.0)
+    tile = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) * factor[None, :] + offset[None, :]
     if activated:
         tile = tile * tl.sigmoid(tile)
     tl.store(made + at, tile.to(made.dtype.element_ty), mask=inside)
+
+
+@triton.jit  # type: ignore[untyped-decorator]  # as above
+def _add_shifted(x, shifts, other, made, numbers, channels: tl.constexpr, tile: tl.constexpr):  # type: ignore[no-untyped-def]  # as above
+    at = tl.program_id(0).to(tl.int64) * tile + tl.arange(0, tile)
+    inside = at < numbers
+    added = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    added += tl.load(shifts + at % channels, mask=inside, other=0.0).to(tl.float32)
+    added += tl.load(other + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(made + at, added.to(made.dtype.element_ty), mask=inside)

@@ -21,8 +21,8 @@ class Part(StrEnum):
 
     `layout`: convolutions channels last. `onednn`: linear layers and convolutions of the CPU by oneDNN. `tf32`: fp32
     products on CUDA in TF32. `vae-bf16`: a VAE that had to be fp32 in bf16, on CUDA. `compile`: the denoiser's repeated
-    blocks, and `compile-vae` the VAE's decoder; the first picture of each size waits for the compiler. `graphs`:
-    forward passes replayed on CUDA.
+    blocks, for which the first picture of each size waits; `compile-whole`: the whole denoiser and the VAE's decoder,
+    for which it waits minutes. `graphs`: forward passes replayed on CUDA.
     """
 
     LAYOUT = "layout"
@@ -30,7 +30,7 @@ class Part(StrEnum):
     TF32 = "tf32"
     VAE_BF16 = "vae-bf16"
     COMPILE = "compile"
-    COMPILE_VAE = "compile-vae"
+    COMPILE_WHOLE = "compile-whole"
     GRAPHS = "graphs"
 
 
@@ -39,7 +39,7 @@ LEVELS: Mapping[str, frozenset[Part]] = MappingProxyType(
     {
         "off": frozenset(),
         "safe": frozenset({Part.LAYOUT, Part.ONEDNN, Part.TF32}),
-        "fast": frozenset(Part) - {Part.COMPILE_VAE},
+        "fast": frozenset(Part) - {Part.COMPILE_WHOLE},
     }
 )
 
@@ -105,15 +105,16 @@ def speed_up(
                 _lay_out(module, device)
     if Part.ONEDNN in parts and device.type == "cpu" and torch.backends.mkldnn.is_available():
         use_onednn(pipeline, controlnet)
-    if parts & {Part.COMPILE, Part.COMPILE_VAE}:
+    if parts & {Part.COMPILE, Part.COMPILE_WHOLE}:
         from torch import _dynamo  # takes a second, and nobody else needs it
 
         # Not `fullgraph`, under which a failure of the compiler would be the caller's.
         _dynamo.config.suppress_errors = True
-    if Part.COMPILE in parts:
-        denoiser.compile_repeated_blocks()
-    if Part.COMPILE_VAE in parts:
+    if Part.COMPILE_WHOLE in parts:
+        denoiser.forward = torch.compile(denoiser.forward)
         vae.decoder.compile()
+    elif Part.COMPILE in parts:
+        denoiser.compile_repeated_blocks()
     if Part.GRAPHS not in parts or not cuda or not steady:
         return []
     return [record(part) for part in (denoiser, controlnet, pipeline.text_encoder, pipeline.text_encoder_2) if part]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -81,6 +82,12 @@ class Sdxl:
         self._previewer = Previewer(pipeline.vae, self._unscaled)
         self._counters = [token_counter(pipeline.tokenizer), token_counter(pipeline.tokenizer_2)]
 
+    @functools.cached_property
+    def device(self) -> torch.device:
+        """Where it draws; looked up once it is settled, since that takes a walk over every module there is."""
+        device: torch.device = self.pipeline._execution_device
+        return device
+
     def count_tokens(self, prompt: str) -> int:
         """Tokens of the longer of the two encoders' readings."""
         return max(count(prompt) for count in self._counters)
@@ -101,7 +108,7 @@ class Sdxl:
             picture = None
             if job.image is not None:
                 scale = pipe.vae.config.scaling_factor
-                pixels = to_tensor(job.image, pipe._execution_device)
+                pixels = to_tensor(job.image, self.device)
                 picture = scale * encode(pipe.vae, pixels, generator).to(conditioning.embeds.dtype)
             stages = [self._stage(job, skipped, generator, conditioning.embeds.dtype)]
             latents, keep = self._begin(job, stages[0], picture)
@@ -131,7 +138,7 @@ class Sdxl:
             rows = [len(conditioning.embeds) for conditioning in told]
             inputs = {
                 "sample": _by_row([state.model_input for state in states], rows),
-                "timestep": _by_row([state.timestep.reshape(1) for state in states], rows),
+                "timestep": _by_row([state.timestep.reshape(1) for state in states], rows).to(self.device),
                 "encoder_hidden_states": torch.cat([c.embeds for c in told]),
                 "added_cond_kwargs": {
                     "text_embeds": torch.cat([c.pooled for c in told]),
@@ -164,16 +171,17 @@ class Sdxl:
     def _stage(self, job: Job, skipped: int, generator: torch.Generator, dtype: torch.dtype) -> Stage:
         """A run of the job's steps without the first `skipped`; draws its noise from `generator`."""
         pipe = self.pipeline
-        device = pipe._execution_device
+        device = self.device
         facts = scheduler_of(self.facts, job.scheduler, job.num_inference_steps)
         scheduler = make_scheduler(facts, like=pipe.scheduler)
-        set_timesteps(scheduler, job.num_inference_steps, device)
+        # On the CPU, where schedulers look at them: on a device each look would wait for what it computes.
+        set_timesteps(scheduler, job.num_inference_steps, torch.device("cpu"))
         first = skipped * scheduler.order
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(first)
         size = (job.height // pipe.vae_scale_factor, job.width // pipe.vae_scale_factor)
         noise = torch.randn((1, pipe.unet.config.in_channels, *size), generator=generator, dtype=dtype)
-        return Stage(scheduler, scheduler.timesteps[first:], generator, noise.to(device))
+        return Stage(scheduler, scheduler.timesteps[first:], generator, noise.to(self.device))
 
     def _begin(self, job: Job, stage: Stage, picture: torch.Tensor | None) -> tuple[torch.Tensor, Keep | None]:
         """The latents before the first step, and what of the picture's latents is kept."""
@@ -187,7 +195,7 @@ class Sdxl:
             return None
         if self.controlnet is None:
             raise InvalidInput(f"{self.facts.name} has no ControlNet here to follow edges with.", field="canny")
-        hint = to_tensor(job.control, self.pipeline._execution_device).to(self.controlnet.dtype)
+        hint = to_tensor(job.control, self.device).to(self.controlnet.dtype)
         return Control(hint, job.control_scale)
 
     def _encode(self, job: Job) -> Conditioning:
@@ -197,7 +205,7 @@ class Sdxl:
             lambda: self.pipeline.encode_prompt(
                 prompt=job.prompt,
                 negative_prompt=job.negative_prompt,
-                device=self.pipeline._execution_device,
+                device=self.device,
                 num_images_per_prompt=1,
                 do_classifier_free_guidance=guided,
             ),

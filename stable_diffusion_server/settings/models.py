@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 _IN_TREE = (ROOT / "models" / "README.md").is_file()
 
 # One of the names in PERFORMANCE, as pipelines/performance.py has them.
-_PART = "(off|safe|fast|layout|onednn|tf32|vae-bf16|compile|compile-vae|graphs)"
+_PART = "(off|safe|fast|layout|onednn|tf32|vae-bf16|compile|compile-whole|graphs)"
 
 
 class Models(Group):
@@ -60,9 +60,9 @@ class Models(Group):
         Field(
             "auto",
             description=(
-                "Weights in one byte each, by optimum-quanto or torchao (the latter to be installed). `auto`: int8 where "
-                "the device cannot hold them otherwise. `torchao-float8-dynamic` computes in float8 too, faster and "
-                "coarser, on NVIDIA from compute capability 8.9 on."
+                "Weights in one byte each, by optimum-quanto or torchao (to be installed). `auto`: int8 where the device "
+                "cannot hold them otherwise. `torchao-float8-dynamic` computes in float8 too, faster and coarser, on "
+                "NVIDIA from compute capability 8.9 on."
             ),
         )
     )
@@ -73,7 +73,7 @@ class Models(Group):
             "`off`; `safe`: memory layouts, oneDNN and TF32, which change rounding alone; `fast`: also a VAE in bf16, "
             "compiled blocks and CUDA graphs, for which the first picture of each size waits, but for those of "
             "WARM_SIZES. Or parts, with commas between: `layout`, `onednn`, `tf32`, `vae-bf16`, `compile`, "
-            "`compile-vae`, `graphs`."
+            "`compile-whole`, `graphs`."
         ),
     )
     warm_sizes: Names = Field(

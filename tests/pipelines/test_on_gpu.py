@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.upsampling import Upsample2D
 from drawing import MODELS_DIR, disc_mask, draw, draw_together, job_for, outline, psnr, scene
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 
+# The relative error of a tensor that was rounded once.
+ROUNDING = {torch.float32: 1e-6, torch.float16: 4e-4, torch.bfloat16: 3e-3}
 # Rows, channels, groups, height and width: one pixel, channels that are no power of two, more chunks than one.
 SHAPES = [(1, 48, 8, 1, 1), (2, 320, 32, 16, 24), (1, 2560, 32, 9, 7), (3, 128, 32, 200, 130), (1, 128, 32, 1024, 1024)]
 
@@ -32,7 +37,31 @@ def test_groups_are_normalised_as_by_pytorch(shape: tuple[int, int, int, int, in
         for made, wanted in ((norm(given), exact), (norm.activated(given), torch.nn.functional.silu(exact))):
             assert made.is_contiguous(memory_format=torch.channels_last)
             off = (made.double() - wanted).norm() / wanted.norm()
-            assert off < {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
+            assert off < ROUNDING[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("channels", "told"), [((64, 64), None), ((64, 96), 32), ((96, 64), None)], ids=str)
+def test_blocks_that_take_channels_last_are_the_stock_blocks(
+    channels: tuple[int, int], told: int | None, dtype: torch.dtype
+) -> None:
+    """A residual block with a timestep and without, with another number of channels and the same, and a doubling."""
+    from stable_diffusion_server.pipelines.channels_last import Resnet, Upsample, lay_out
+
+    block = ResnetBlock2D(in_channels=channels[0], out_channels=channels[1], temb_channels=told, groups=8)
+    parts = torch.nn.ModuleList([block, Upsample2D(channels[1], use_conv=True)]).to("cuda", dtype)
+    for parameter in parts.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    given = torch.randn(2, channels[0], 9, 7, device="cuda", dtype=dtype).to(memory_format=torch.channels_last)
+    temb = None if told is None else torch.randn(2, told, device="cuda", dtype=dtype)
+    exact = copy.deepcopy(parts).double()
+    with torch.inference_mode():
+        wanted = exact[1](exact[0](given.double(), None if temb is None else temb.double()))
+        lay_out(parts)
+        assert [type(part) for part in parts] == [Resnet, Upsample]
+        made = parts[1](parts[0](given, temb))
+    assert made.is_contiguous(memory_format=torch.channels_last)
+    assert (made.double() - wanted).norm() / wanted.norm() < 4 * ROUNDING[dtype]
 
 
 @pytest.fixture(scope="module", params=["safe", "layout,graphs"])
