@@ -47,7 +47,6 @@ from stable_diffusion_server.pipelines.sdxl import Sdxl
 PROMPT = "a red circle on a blue background"
 KINDS = {"sdxl": Sdxl, "flux": Flux}
 TABLES = ("speeds", "stages", "together", "served", "memory", "placements")
-BATCHES = (1, 2, 4, 8)
 STEPS = 4
 HELD = (Quantization.NONE, Quantization.INT8, Quantization.FLOAT8, Quantization.TORCHAO_FLOAT8_DYNAMIC)
 # Seconds after which a measurement is not repeated.
@@ -63,6 +62,7 @@ class Rig:
     device: torch.device
     sides: tuple[int, ...]
     rounds: int = 3
+    batches: tuple[int, ...] = (1, 2, 4, 8)
     operations: dict[int, float] = field(default_factory=dict)
     plain: dict[int, Any] = field(default_factory=dict)
 
@@ -126,6 +126,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["sdxl", "flux"], choices=list(KINDS))
     parser.add_argument("--levels", nargs="+", default=list(LEVELS), help="values of PERFORMANCE; the last one serves")
     parser.add_argument("--sides", nargs="+", type=int, help="sides of the squares in pixels")
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 2, 4, 8], help="pictures drawn together")
     parser.add_argument("--tables", nargs="+", default=TABLES, choices=TABLES)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=3600, help="no table is begun after so many")
@@ -137,7 +138,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name in given.models:
             rig = rig_for(name, device, Path(folder), tiny=given.tiny)
-            rig = replace(rig, rounds=given.rounds, sides=tuple(given.sides or rig.sides))
+            rig = replace(rig, rounds=given.rounds, sides=tuple(given.sides or rig.sides), batches=tuple(given.batches))
             report.say(f"## {name}, {STEPS} steps, {rig.facts.default_scheduler}", "")
             measure(rig, given.levels, given.tables, peak, report)
 
@@ -239,7 +240,7 @@ def psnr(one: Any, other: Any) -> float:
 def speeds(rig: Rig, family: Any, peak: float) -> Iterator[tuple[Any, ...]]:
     """Seconds a picture by size and batch, with the share of the limit and the likeness to the plain picture."""
     for side in rig.sides:
-        for batch in BATCHES:
+        for batch in rig.batches:
             jobs = [rig.job(side, seed) for seed in range(batch)]
             started = time.perf_counter()
             pictures = draw(family, jobs)

@@ -13,8 +13,9 @@ import triton
 import triton.language as tl
 from torch.nn import functional
 
-# Numbers a program holds at once, chunks a picture is divided in at most, and chunks added up at once.
-_TILE, _CHUNKS, _AT_ONCE = 4096, 256, 64
+# Numbers a program holds at once, and such tiles it reads at least; chunks a picture is divided in at most; sums that
+# are added up at once.
+_TILE, _TILES, _CHUNKS, _SUMS = 4096, 4, 512, 2048
 
 
 class GroupNorm(torch.nn.GroupNorm):  # type: ignore[misc]  # torch is read without its types
@@ -62,13 +63,14 @@ def normed(
     pixels = height * width
     lanes = triton.next_power_of_2(channels)
     step = max(1, _TILE // lanes)
-    each = step * triton.cdiv(triton.cdiv(pixels, step), _CHUNKS)
+    each = step * max(_TILES, triton.cdiv(triton.cdiv(pixels, step), _CHUNKS))
     chunks = triton.cdiv(pixels, each)
     sums = torch.empty((rows, chunks, 2, channels), device=x.device, dtype=torch.float32)
     factors = torch.empty((rows, 2, channels), device=x.device, dtype=torch.float32)
     made = torch.empty_like(x)
     _add_up[(chunks, rows)](x, sums, pixels, each, channels, lanes, step, num_warps=8)
     size = channels // groups
+    size_lanes = triton.next_power_of_2(size)
     _conclude[(groups, rows)](
         sums,
         factors,
@@ -81,8 +83,8 @@ def normed(
         eps,
         channels,
         size,
-        triton.next_power_of_2(size),
-        _AT_ONCE,
+        size_lanes,
+        max(1, _SUMS // size_lanes),
         shift is not None,
     )
     _apply[(triton.cdiv(pixels, step), rows)](x, made, factors, pixels, channels, lanes, step, activated, num_warps=8)

@@ -171,7 +171,6 @@ class Sdxl:
     def _stage(self, job: Job, skipped: int, generator: torch.Generator, dtype: torch.dtype) -> Stage:
         """A run of the job's steps without the first `skipped`; draws its noise from `generator`."""
         pipe = self.pipeline
-        device = self.device
         facts = scheduler_of(self.facts, job.scheduler, job.num_inference_steps)
         scheduler = make_scheduler(facts, like=pipe.scheduler)
         # On the CPU, where schedulers look at them: on a device each look would wait for what it computes.

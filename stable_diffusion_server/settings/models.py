@@ -60,9 +60,9 @@ class Models(Group):
         Field(
             "auto",
             description=(
-                "Weights in one byte each, by optimum-quanto or torchao (to be installed). `auto`: int8 where the device "
-                "cannot hold them otherwise. `torchao-float8-dynamic` computes in float8 too, faster and coarser, on "
-                "NVIDIA from compute capability 8.9 on."
+                "Weights in one byte each, by optimum-quanto or torchao (to be installed). `auto`: int8 where the "
+                "device cannot hold them otherwise. `torchao-float8-dynamic` computes in float8 too, faster and "
+                "coarser, on NVIDIA from compute capability 8.9 on."
             ),
         )
     )

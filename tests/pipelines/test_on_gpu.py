@@ -12,6 +12,8 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from drawing import MODELS_DIR, disc_mask, draw, draw_together, job_for, outline, psnr, scene
 
+from stable_diffusion_server.pipelines.catalog import MODELS
+
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 
 # The relative error of a tensor that was rounded once.
@@ -91,6 +93,13 @@ def test_every_task_draws_as_on_the_cpu(name: str, faster: Any, families: dict[s
             assert psnr(draw(faster, job), wanted) > 30, changes
 
 
+@pytest.mark.parametrize("scheduler", MODELS["sdxl"].schedulers)
+def test_every_scheduler_steps_as_on_the_cpu(scheduler: str, faster: Any, families: dict[str, Any]) -> None:
+    """Noisy ones draw their noise while the device computes."""
+    job = job_for("sdxl", scheduler=scheduler, image=scene(), mask=disc_mask(), num_inference_steps=6)
+    assert psnr(draw(faster, job), draw(families["sdxl"], job)) > 30
+
+
 @pytest.mark.parametrize("name", ["sdxl", "flux"])
 def test_replayed_batches_are_those_drawn_alone(name: str, faster: Any) -> None:
     """Jobs that leave early, so that groups of three, two and one replace one another."""
@@ -114,7 +123,6 @@ def test_what_was_recorded_is_given_back_and_recorded_again(faster: Any) -> None
 def test_products_in_float8_draw_nearly_the_same_picture(name: str, families: dict[str, Any]) -> None:
     """QUANTIZE=torchao-float8-dynamic, as far as the card and the packages know it."""
     pytest.importorskip("torchao")
-    from stable_diffusion_server.pipelines.catalog import MODELS
     from stable_diffusion_server.pipelines.conversion import FLOAT8_CAPABILITY
     from stable_diffusion_server.pipelines.registry import LoadOptions, load
 
