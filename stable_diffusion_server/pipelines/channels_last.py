@@ -45,8 +45,7 @@ class Resnet(ResnetBlock2D):  # type: ignore[misc]  # diffusers is read without 
         if shift is None:
             return input_tensor + made
         if is_channels_last(made) and is_channels_last(input_tensor):
-            joined: torch.Tensor = add_shifted(made, shift, input_tensor)
-            return joined
+            return add_shifted(made, shift, input_tensor)
         return input_tensor + (made + shift[:, None, None])
 
 

@@ -32,8 +32,8 @@ class Graphs:
     A kind is the arguments with shapes, types and strides in place of tensors. The first call of a kind runs as it is,
     so that compilers and tuners are done by the second, which is recorded. Answers are the caller's own copies.
 
-    The weights must stay where they are, and the calls on one thread. What cannot be recorded runs as it is from then
-    on, and a warning says so; a lack of memory is the caller's.
+    The weights must stay where they are, and the calls on one thread. What cannot be recorded, for a lack of memory
+    too, runs as it is from then on, and a warning says so.
     """
 
     def __init__(self, forward: Callable[..., Any]) -> None:
@@ -67,6 +67,11 @@ class Graphs:
         self._kinds.clear()
         self._pool = None
 
+    def give_up(self) -> None:
+        """Run as it is from now on."""
+        self._recordable = False
+        self.forget()
+
     def _remember(self, kind: Hashable, recording: _Recording | None) -> None:
         self._kinds[kind] = recording
         self._kinds.move_to_end(kind)
@@ -85,11 +90,8 @@ class Graphs:
             torch.cuda.current_stream().wait_stream(stream)
             with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
                 answer = self._forward(*args, **kwargs)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            self._recordable = False
-            self.forget()
+        except RuntimeError as error:  # a lack of memory is one
+            self.give_up()
             _log.warning("not recorded as a CUDA graph", module=self._name, exc_info=error)
             return None
         return _Recording(graph, inputs, answer)

@@ -19,10 +19,11 @@ _log = structlog.get_logger(__name__)
 class Part(StrEnum):
     """One way to be faster.
 
-    `layout`: convolutions channels last. `onednn`: linear layers and convolutions of the CPU by oneDNN. `tf32`: fp32
-    products on CUDA in TF32. `vae-bf16`: a VAE that had to be fp32 in bf16, on CUDA. `compile`: the denoiser's repeated
-    blocks, for which the first picture of each size waits; `compile-whole`: the whole denoiser and the VAE's decoder,
-    for which it waits minutes. `graphs`: forward passes replayed on CUDA.
+    `layout`: convolutions channels last, on CUDA those of the VAE and of what is replayed. `onednn`: linear layers and
+    convolutions of the CPU by oneDNN. `tf32`: fp32 products on CUDA in TF32. `vae-bf16`: a VAE that had to be fp32 in
+    bf16, on CUDA. `compile`: the denoiser's repeated blocks, for which the first picture of each size waits;
+    `compile-whole`: the whole denoiser and the VAE's decoder, for which it waits a minute or more. `graphs`: forward
+    passes replayed on CUDA.
     """
 
     LAYOUT = "layout"
@@ -99,8 +100,10 @@ def speed_up(
     # It overflows in fp16, and bf16 has the range of fp32.
     if Part.VAE_BF16 in parts and cuda and vae.config.force_upcast and vae.dtype == torch.float32:
         vae.to(torch.bfloat16)
+    replayed = Part.GRAPHS in parts and cuda and steady
     if Part.LAYOUT in parts:
-        for module in (denoiser, vae, controlnet):
+        # On CUDA our kernels take Python longer to launch than a denoiser takes for one picture, unless it is replayed.
+        for module in (denoiser, vae, controlnet) if replayed or not cuda else (vae,):
             if module is not None and any(isinstance(part, torch.nn.Conv2d) for part in module.modules()):
                 _lay_out(module, device)
     if Part.ONEDNN in parts and device.type == "cpu" and torch.backends.mkldnn.is_available():
@@ -115,7 +118,7 @@ def speed_up(
         vae.decoder.compile()
     elif Part.COMPILE in parts:
         denoiser.compile_repeated_blocks()
-    if Part.GRAPHS not in parts or not cuda or not steady:
+    if not replayed:
         return []
     return [record(part) for part in (denoiser, controlnet, pipeline.text_encoder, pipeline.text_encoder_2) if part]
 

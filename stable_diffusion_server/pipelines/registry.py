@@ -217,8 +217,8 @@ def load(models_dir: Path, device_name: str, cpu_threads: int, options: LoadOpti
     graphs: list[Graphs] = []
     for name, wanted in options.models.items():
         facts, placed = _place_or_instead(wanted, models_dir, device, options)
-        pipeline, controlnet, adapters, placement, recorded = placed
-        graphs += recorded
+        pipeline, controlnet, adapters, placement, replayed = placed
+        graphs += replayed
         models[name] = facts
         caches[name] = Embeddings(options.prompt_cache_bytes)
         families[name] = kinds[facts.pipeline_class](pipeline, facts, controlnet, adapters, caches[name])
@@ -237,7 +237,12 @@ def load(models_dir: Path, device_name: str, cpu_threads: int, options: LoadOpti
                 loras=names_in(options.lora_dir),
             )
         )
-    return Registry(families, loaded, models, caches, graphs, adaptable=options.lora_dir is not None)
+    registry = Registry(families, loaded, models, caches, graphs, adaptable=options.lora_dir is not None)
+    if not registry.resident:
+        # Memory is given back after every turn then, and recordings with it.
+        for recorded in graphs:
+            recorded.give_up()
+    return registry
 
 
 def _place_or_instead(
