@@ -79,21 +79,24 @@ class Graphs:
             self._kinds.popitem(last=False)
 
     def _record(self, call: tuple[Any, Any]) -> _Recording | None:
-        inputs = [tensor.clone() for tensor in _tensors_of(call)]
-        args, kwargs = _filled(call, iter(inputs))
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
-        stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-        stream.wait_stream(torch.cuda.current_stream())
         try:
-            with torch.cuda.stream(stream):
-                self._forward(*args, **kwargs)  # libraries get their memory for this stream outside of the recording
-            torch.cuda.current_stream().wait_stream(stream)
-            with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
-                answer = self._forward(*args, **kwargs)
+            return self._recorded(call)
         except RuntimeError as error:  # a lack of memory is one
             self.give_up()
             _log.warning("not recorded as a CUDA graph", module=self._name, exc_info=error)
             return None
+
+    def _recorded(self, call: tuple[Any, Any]) -> _Recording:
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        inputs = [tensor.clone() for tensor in _tensors_of(call)]
+        args, kwargs = _filled(call, iter(inputs))
+        stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self._forward(*args, **kwargs)  # libraries get their memory for this stream outside of the recording
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
+            answer = self._forward(*args, **kwargs)
         return _Recording(graph, inputs, answer)
 
 

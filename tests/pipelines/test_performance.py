@@ -1,4 +1,4 @@
-"""What PERFORMANCE=safe changes on a CPU: who multiplies, and nothing that shows."""
+"""What PERFORMANCE names, and what `safe` changes on a CPU: who multiplies, and nothing that shows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from drawing import draw, job_for
 from stable_diffusion_server.app.warming import warm_up
 from stable_diffusion_server.engine import Abilities
 from stable_diffusion_server.pipelines.catalog import MODELS
-from stable_diffusion_server.pipelines.performance import OneDnnConv2d, OneDnnLinear
+from stable_diffusion_server.pipelines.performance import LEVELS, OneDnnConv2d, OneDnnLinear, Part, parts_of
+from stable_diffusion_server.settings import Settings
 from stable_diffusion_server.settings.surroundings import keep_compiled
 
 
@@ -65,3 +66,28 @@ def test_compiled_code_is_kept_unless_the_user_said_where(monkeypatch: pytest.Mo
     keep_compiled(Path("data/compiled"))
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "data/compiled"
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+
+
+@pytest.mark.parametrize("name", [*LEVELS, *Part])
+def test_every_level_and_part_can_be_set(name: str) -> None:
+    """By itself and beside others; the settings know the same names as the pipelines."""
+    for value in (name, f"safe,{name}"):
+        settings = Settings(performance=value, _env_file=None)
+        assert parts_of(settings.performance) >= parts_of(name)
+
+
+@pytest.mark.parametrize("value", ["", "faster", "safe,", "safe fast", "SAFE", "safe,,fast"])
+def test_other_names_are_refused_at_the_start(value: str) -> None:
+    """The setting is named; so are none of the pipelines' own errors."""
+    with pytest.raises(ValueError, match="performance"):
+        Settings(performance=value, _env_file=None)
+    with pytest.raises(ValueError, match="is not a valid Part"):
+        parts_of(value)
+
+
+def test_levels_hold_one_another() -> None:
+    """What is safe is fast as well, and what compiles for minutes has to be asked for."""
+    assert parts_of("off") == frozenset()
+    assert parts_of("safe") < parts_of("fast")
+    assert parts_of("fast,compile-whole") == frozenset(Part)
+    assert parts_of("layout,tf32") == {Part.LAYOUT, Part.TF32}

@@ -1,0 +1,69 @@
+"""What of recording a forward pass needs no accelerator: which calls are alike, and going on without."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+from structlog.testing import capture_logs
+from transformers.modeling_outputs import BaseModelOutput
+
+from stable_diffusion_server.pipelines.graphs import _filled, _kind_of, _tensors_of, record
+
+BASE: dict[str, Any] = {
+    "sample": torch.zeros(2, 3),
+    "added": {"ids": torch.zeros(1, 6)},
+    "more": (torch.zeros(4), None),
+    "as_dict": False,
+}
+
+
+def test_calls_of_other_numbers_are_alike() -> None:
+    """A recording is replayed with them."""
+    other = {**BASE, "sample": torch.ones(2, 3), "added": {"ids": torch.ones(1, 6)}}
+    assert _kind_of(((), other)) == _kind_of(((), BASE))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sample": torch.zeros(3, 3)},
+        {"sample": torch.zeros(2, 3, dtype=torch.float64)},
+        {"sample": torch.zeros(3, 2).t()},
+        {"sample": torch.zeros(2, 3, device="meta")},
+        {"added": {"ids": torch.zeros(1, 5)}},
+        {"added": {"other": torch.zeros(1, 6)}},
+        {"more": (torch.zeros(4), torch.zeros(4))},
+        {"as_dict": 0},
+        {"one_more": 1},
+    ],
+    ids=["shape", "type", "strides", "device", "deeper shape", "name", "one more", "equal of another type", "argument"],
+)
+def test_calls_of_other_shapes_and_arguments_are_not(changes: dict[str, Any]) -> None:
+    """They are recorded by themselves."""
+    assert _kind_of(((), {**BASE, **changes})) != _kind_of(((), BASE))
+
+
+def test_tensors_are_put_in_the_places_they_came_from() -> None:
+    """In arguments, and in the answers of diffusers and transformers."""
+    answer = (BaseModelOutput(last_hidden_state=torch.zeros(1), hidden_states=(torch.ones(1), 2 * torch.ones(1))), 7)
+    again = _filled(answer, (tensor + 10 for tensor in _tensors_of(answer)))
+    assert isinstance(again[0], BaseModelOutput)
+    assert again[1] == 7
+    assert [float(tensor) for tensor in _tensors_of(again)] == [10, 11, 12]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without CUDA")
+def test_what_cannot_be_recorded_runs_as_it_is() -> None:
+    """With one warning, the same answers and the same signature."""
+    module = torch.nn.Linear(3, 2)
+    wanted = module(torch.ones(1, 3))
+    signature = inspect.signature(module.forward)
+    record(module)
+    assert inspect.signature(module.forward) == signature
+    with capture_logs() as told:
+        for _ in range(4):
+            torch.testing.assert_close(module(torch.ones(1, 3)), wanted)
+    assert [entry["event"] for entry in told] == ["not recorded as a CUDA graph"]
