@@ -11,6 +11,9 @@ import time
 # Of glibc's malloc.h. It gives each thread an arena, up to eight a core, none of which has what another one gave back:
 # tensors that were freed in one were asked of the system again in the next, until all had had their largest.
 _M_ARENA_MAX, _ARENAS = -8, 2
+# What was freed is used again for the next tensors of a picture, which had to be asked of the system at every step.
+_M_MMAP_THRESHOLD, _MAPPED_FROM = -3, 32 << 20  # the most glibc takes
+_M_TRIM_THRESHOLD, _KEPT_FREE = -1, 1 << 30
 # What is free amid what is held only goes back when it is asked for, which takes a millisecond.
 _TRIM_SECONDS = 30
 
@@ -33,7 +36,12 @@ def tend_heap() -> None:
     """
     if sys.platform != "linux" or not hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         return
-    libc.mallopt(_M_ARENA_MAX, _ARENAS)
+    for option, value in (
+        (_M_ARENA_MAX, _ARENAS),
+        (_M_MMAP_THRESHOLD, _MAPPED_FROM),
+        (_M_TRIM_THRESHOLD, _KEPT_FREE),
+    ):
+        libc.mallopt(option, value)
 
     def trim() -> None:
         while True:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
 
 import structlog
 import torch
+
+from stable_diffusion_server.pipelines.calls import filled, kind_of, tensors_of
 
 _log = structlog.get_logger(__name__)
 
@@ -47,7 +49,7 @@ class Graphs:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The answer of the forward pass."""
         call = (args, kwargs)
-        kind = _kind_of(call)
+        kind = kind_of(call)
         if not self._recordable or kind not in self._kinds:
             self._remember(kind, None)
             return self._forward(*args, **kwargs)
@@ -57,10 +59,10 @@ class Graphs:
             if recording is None:
                 return self._forward(*args, **kwargs)
         self._remember(kind, recording)
-        for place, given in zip(recording.inputs, _tensors_of(call), strict=True):
+        for place, given in zip(recording.inputs, tensors_of(call), strict=True):
             place.copy_(given)
         recording.graph.replay()
-        return _filled(recording.answer, (tensor.clone() for tensor in _tensors_of(recording.answer)))
+        return filled(recording.answer, (tensor.clone() for tensor in tensors_of(recording.answer)))
 
     def forget(self) -> None:
         """Give back the memory of all recordings."""
@@ -88,8 +90,8 @@ class Graphs:
 
     def _recorded(self, call: tuple[Any, Any]) -> _Recording:
         self._pool = self._pool or torch.cuda.graph_pool_handle()
-        inputs = [tensor.clone() for tensor in _tensors_of(call)]
-        args, kwargs = _filled(call, iter(inputs))
+        inputs = [tensor.clone() for tensor in tensors_of(call)]
+        args, kwargs = filled(call, iter(inputs))
         stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -105,41 +107,3 @@ def record(module: torch.nn.Module) -> Graphs:
     graphs = Graphs(module.forward)
     module.forward = graphs
     return graphs
-
-
-def _kind_of(value: Any) -> Hashable:
-    match value:
-        case torch.Tensor():
-            return value.shape, value.dtype, value.device, value.stride()
-        case Mapping():
-            return tuple((name, _kind_of(part)) for name, part in value.items())
-        case list() | tuple():
-            return tuple(_kind_of(part) for part in value)
-        case _:
-            return type(value), value
-
-
-def _tensors_of(value: Any) -> Iterator[torch.Tensor]:
-    """The tensors in a value, in its order."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for part in value.values():
-            yield from _tensors_of(part)
-    elif isinstance(value, list | tuple):
-        for part in value:
-            yield from _tensors_of(part)
-
-
-def _filled(value: Any, tensors: Iterator[torch.Tensor]) -> Any:
-    """The same value with other tensors in the places of its own."""
-    match value:
-        case torch.Tensor():
-            return next(tensors)
-        case Mapping():
-            # Also the answers of transformers, which are mappings made by keywords.
-            return type(value)(**{name: _filled(part, tensors) for name, part in value.items()})
-        case list() | tuple():
-            return type(value)(_filled(part, tensors) for part in value)
-        case _:
-            return value

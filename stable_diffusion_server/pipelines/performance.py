@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from enum import StrEnum
 from types import MappingProxyType
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from torch.nn import functional
 
 from stable_diffusion_server.pipelines.graphs import Graphs, record
+from stable_diffusion_server.pipelines.traces import trace
 
 _log = structlog.get_logger(__name__)
 
@@ -23,7 +25,7 @@ class Part(StrEnum):
     convolutions of the CPU by oneDNN. `tf32`: fp32 products on CUDA in TF32. `vae-bf16`: a VAE that had to be fp32 in
     bf16, on CUDA. `compile`: the denoiser's repeated blocks, for which the first picture of each size waits;
     `compile-whole`: the whole denoiser and the VAE's decoder, for which it waits a minute or more. `graphs`: forward
-    passes replayed on CUDA.
+    passes replayed on CUDA. `trace`: forward passes of the CPU without Python, for which threads would wait in turns.
     """
 
     LAYOUT = "layout"
@@ -33,19 +35,48 @@ class Part(StrEnum):
     COMPILE = "compile"
     COMPILE_WHOLE = "compile-whole"
     GRAPHS = "graphs"
+    TRACE = "trace"
 
 
 # `safe` changes rounding and nothing else.
 LEVELS: Mapping[str, frozenset[Part]] = MappingProxyType(
     {
         "off": frozenset(),
-        "safe": frozenset({Part.LAYOUT, Part.ONEDNN, Part.TF32}),
+        "safe": frozenset({Part.LAYOUT, Part.ONEDNN, Part.TF32, Part.TRACE}),
         "fast": frozenset(Part) - {Part.COMPILE_WHOLE},
     }
 )
 
-# With fewer rows than this MKL, which has less to set up, is the faster one (4 against 13 µs for two).
-_FEW_ROWS = 32
+def _by(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """A function, as TorchScript where it is traced: a tracer sees neither its branches nor what takes no tensors."""
+    return _scripted(function) if torch.jit.is_tracing() else function
+
+
+@functools.cache
+def _scripted(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    scripted: Callable[..., torch.Tensor] = torch.jit.script(function)
+    return scripted
+
+
+def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    # With fewer rows MKL, which has less to set up, is the faster one (4 against 13 µs for two).
+    if input.numel() < 32 * weight.size(1):
+        return functional.linear(input, weight, bias)
+    return torch.ops.mkldnn._linear_pointwise(input, weight, bias, "none", [], "")
+
+
+def _convolution(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    padding: list[int],
+    stride: list[int],
+    dilation: list[int],
+    groups: int,
+) -> torch.Tensor:
+    return torch.ops.mkldnn._convolution_pointwise(
+        input, weight, bias, padding, stride, dilation, groups, "none", [], ""
+    )
 
 
 class OneDnnLinear(torch.nn.Linear):  # type: ignore[misc]  # torch is read without its types
@@ -56,10 +87,7 @@ class OneDnnLinear(torch.nn.Linear):  # type: ignore[misc]  # torch is read with
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """… × in features → … × out features."""
-        if input.numel() < _FEW_ROWS * self.in_features:
-            return functional.linear(input, self.weight, self.bias)
-        product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(input, self.weight, self.bias, "none", [], "")
-        return product
+        return _by(_linear)(input, self.weight, self.bias)
 
 
 class OneDnnConv2d(torch.nn.Conv2d):  # type: ignore[misc]  # as above
@@ -70,11 +98,8 @@ class OneDnnConv2d(torch.nn.Conv2d):  # type: ignore[misc]  # as above
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Rows × in channels × height × width → rows × out channels × height × width."""
-        sizes = (self.padding, self.stride, self.dilation, self.groups)
-        made: torch.Tensor = torch.ops.mkldnn._convolution_pointwise(
-            input, self.weight, self.bias, *sizes, "none", [], ""
-        )
-        return made
+        sizes = (self.padding, self.stride, self.dilation)
+        return _by(_convolution)(input, self.weight, self.bias, *sizes, self.groups)
 
 
 def parts_of(performance: str) -> frozenset[Part]:
@@ -118,6 +143,11 @@ def speed_up(
         vae.decoder.compile()
     elif Part.COMPILE in parts:
         denoiser.compile_repeated_blocks()
+    elif Part.TRACE in parts and device.type == "cpu" and steady:
+        encoders = (pipeline.text_encoder, pipeline.text_encoder_2)
+        for part in (denoiser, controlnet, vae.encoder, vae.decoder, *encoders):
+            if part is not None:
+                trace(part)
     if not replayed:
         return []
     return [record(part) for part in (denoiser, controlnet, pipeline.text_encoder, pipeline.text_encoder_2) if part]

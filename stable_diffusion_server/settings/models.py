@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 _IN_TREE = (ROOT / "models" / "README.md").is_file()
 
 # One of the names in PERFORMANCE, as pipelines/performance.py has them.
-_PART = "(off|safe|fast|layout|onednn|tf32|vae-bf16|compile|compile-whole|graphs)"
+_PART = "(off|safe|fast|layout|onednn|tf32|vae-bf16|compile|compile-whole|graphs|trace)"
 
 
 class Models(Group):

@@ -1,0 +1,64 @@
+"""Takes calls and answers apart into their tensors and what is around them. Knows no modules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+
+def _shape(tensor: torch.Tensor) -> Hashable:
+    return tensor.shape, tensor.dtype, tensor.device, tensor.stride()
+
+
+def _anything(_tensor: torch.Tensor) -> Hashable:
+    return torch.Tensor
+
+
+def kind_of(value: Any) -> Hashable:
+    """A value with shapes, types and strides in place of its tensors."""
+    return _key(value, _shape)
+
+
+def form_of(value: Any) -> Hashable:
+    """A value whatever its tensors are."""
+    return _key(value, _anything)
+
+
+def _key(value: Any, of_tensor: Callable[[torch.Tensor], Hashable]) -> Hashable:
+    match value:
+        case torch.Tensor():
+            return of_tensor(value)
+        case Mapping():
+            return tuple((name, _key(part, of_tensor)) for name, part in value.items())
+        case list() | tuple():
+            return tuple(_key(part, of_tensor) for part in value)
+        case _:
+            return type(value), value
+
+
+def tensors_of(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors in a value, in its order."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for part in value.values():
+            yield from tensors_of(part)
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from tensors_of(part)
+
+
+def filled(value: Any, tensors: Iterator[torch.Tensor]) -> Any:
+    """The same value with other tensors in the places of its own."""
+    match value:
+        case torch.Tensor():
+            return next(tensors)
+        case Mapping():
+            # Also the answers of transformers, which are mappings made by keywords.
+            return type(value)(**{name: filled(part, tensors) for name, part in value.items()})
+        case list() | tuple():
+            return type(value)(filled(part, tensors) for part in value)
+        case _:
+            return value

@@ -1,0 +1,131 @@
+"""Runs a module's forward pass on the CPU without Python, as TorchScript. Knows tensors, and no jobs."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import threading
+import time
+import warnings
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any
+
+import structlog
+import torch
+
+from stable_diffusion_server.pipelines.calls import filled, form_of, kind_of, tensors_of
+
+_log = structlog.get_logger(__name__)
+
+# What the tracer doubts is found out by comparing.
+warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)
+# TorchScript has no successor that needs neither Python nor a compiler at run time (docs/decisions/0034).
+warnings.filterwarnings("ignore", message=".torch.jit", category=DeprecationWarning)
+
+# Python takes some ten milliseconds of a pass: of one that takes longer than this, less than tracing it is worth.
+_WORTH_SECONDS = 0.5
+# Beyond these all are forgotten: kinds of calls, and traces of a module.
+_MOST_KINDS, _MOST_TRACES = 512, 16
+
+
+@dataclass(frozen=True, slots=True)
+class _Trace:
+    """A traced pass, the form of the calls it was made for, and what its answers look like."""
+
+    function: Any
+    form: Hashable
+    answer: Any
+
+    def run(self, call: Any) -> Any:
+        """The answer to a call of its form."""
+        given = self.function(*tensors_of(call))
+        return filled(self.answer, iter((given,) if isinstance(given, torch.Tensor) else given))
+
+
+class Traces:
+    """A forward pass that is traced, and run by the trace from then on: put it in place of a module's `forward`.
+
+    A kind of call is its arguments with shapes, types and strides in place of tensors. The second call of a kind is
+    answered as before, and looks for a trace that gives the same bits; one is made where there is none yet. The calls
+    after it are answered by that trace, which does not hold Python's lock: threads can compute side by side.
+
+    The weights must stay as they are; calls may come from any thread. What cannot be traced, or takes so long that
+    nothing is gained, runs as it is.
+    """
+
+    def __init__(self, forward: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, forward)  # its signature is looked at
+        self._forward = forward
+        self._name = forward.__qualname__
+        self._seen: set[Hashable] = set()
+        self._kinds: dict[Hashable, _Trace | None] = {}
+        self._traces: list[_Trace] = []
+        self._judging = threading.Lock()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The answer of the forward pass."""
+        call = (args, kwargs)
+        kind = kind_of(call)
+        if kind in self._kinds and (trace := self._kinds[kind]) is not None:
+            return trace.run(call)
+        began = time.perf_counter()
+        answer = self._forward(*args, **kwargs)
+        if kind not in self._seen:
+            self._seen.add(kind)
+        elif kind not in self._kinds and self._judging.acquire(blocking=False):
+            try:
+                worth = time.perf_counter() - began < _WORTH_SECONDS
+                self._remember(kind, self._trace_for(call, answer) if worth else None)
+            finally:
+                self._judging.release()
+        return answer
+
+    def _remember(self, kind: Hashable, trace: _Trace | None) -> None:
+        if len(self._seen) > _MOST_KINDS or len(self._traces) > _MOST_TRACES:
+            self._seen, self._kinds, self._traces = set(), {}, []
+        self._kinds[kind] = trace
+
+    def _trace_for(self, call: Any, answer: Any) -> _Trace | None:
+        """A trace that answers a call to the bit, if there can be one."""
+        form = form_of(call)
+        found = next((t for t in self._traces if t.form == form and self._same(t, call, answer)), None)
+        if found is not None:
+            return found
+        try:
+            made = _Trace(self._traced(call), form, filled(answer, itertools.repeat(torch.empty(0))))
+        except Exception as error:  # what a tracer cannot follow shows in many ways
+            _log.info("not traced", module=self._name, exc_info=error)
+            return None
+        if not self._same(made, call, answer):
+            _log.info("a trace gave other numbers and is not used", module=self._name)
+            return None
+        self._traces.append(made)
+        return made
+
+    @staticmethod
+    def _same(trace: _Trace, call: Any, answer: Any) -> bool:
+        try:
+            given = trace.run(call)
+        except RuntimeError:  # a size the trace cannot take
+            return False
+        pairs = zip(tensors_of(given), tensors_of(answer), strict=True)
+        return all(
+            one.stride() == other.stride()
+            and one.shape == other.shape
+            and torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
+            for one, other in pairs
+        )
+
+    def _traced(self, call: Any) -> Any:
+        def run(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            args, kwargs = filled(call, iter(tensors))
+            return tuple(tensors_of(self._forward(*args, **kwargs)))
+
+        return torch.jit.trace(run, tuple(tensors_of(call)), check_trace=False)
+
+
+def trace(module: torch.nn.Module) -> None:
+    """Have a module's forward pass traced from now on; its weights need no gradients then."""
+    module.requires_grad_(False)
+    module.forward = Traces(module.forward)
