@@ -21,7 +21,8 @@ from benchmarks.tables import machine, table
 from stable_diffusion_server.orders import Job, Task
 from stable_diffusion_server.pipelines.components import load_pipeline
 from stable_diffusion_server.pipelines.embeddings import Embeddings
-from stable_diffusion_server.pipelines.performance import speed_up, use_onednn
+from stable_diffusion_server.pipelines.onednn import use_onednn
+from stable_diffusion_server.pipelines.performance import speed_up
 from stable_diffusion_server.pipelines.sdxl import Sdxl
 
 CPU = torch.device("cpu")

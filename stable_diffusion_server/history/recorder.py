@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
+import time
 from contextlib import suppress
-from queue import Full, Queue
+from queue import Empty, Full, Queue
 
 import structlog
 
@@ -16,6 +17,8 @@ _log = structlog.get_logger(__name__)
 
 _WAITING, _TOGETHER = 1000, 100
 _SETTLE_SECONDS = 5.0
+# A transaction costs the same for one entry as for many.
+_GATHER_SECONDS = 0.1
 
 
 class Recorder:
@@ -95,13 +98,20 @@ class Recorder:
     def _write_until_told(self) -> None:
         self._write([])
         while not self._stop.is_set():
-            taken = [self._waiting.get()]
-            while len(taken) < _TOGETHER and not self._waiting.empty():
-                taken.append(self._waiting.get_nowait())
+            taken = self._taken()
             self._write([each for each in taken if isinstance(each, Entry)])
             for each in taken:
                 if isinstance(each, threading.Event):
                     each.set()
+
+    def _taken(self) -> list[Entry | threading.Event]:
+        """What is to be written together: all that comes within a moment, or until someone waits for it."""
+        taken = [self._waiting.get()]
+        until = time.monotonic() + _GATHER_SECONDS
+        with suppress(Empty):
+            while len(taken) < _TOGETHER and not isinstance(taken[-1], threading.Event):
+                taken.append(self._waiting.get(timeout=max(0.0, until - time.monotonic())))
+        return taken
 
     def _write(self, entries: list[Entry]) -> None:
         assert self._index is not None  # noqa: S101  # no thread without one; tells the type checker

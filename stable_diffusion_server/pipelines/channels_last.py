@@ -14,6 +14,7 @@ from diffusers.models.upsampling import Upsample2D
 from torch.nn import functional
 
 from stable_diffusion_server.pipelines.group_norm import GroupNorm, add_shifted, is_channels_last
+from stable_diffusion_server.pipelines.upsampling import doubles
 
 
 class Resnet(ResnetBlock2D):  # type: ignore[misc]  # diffusers is read without its types
@@ -73,16 +74,7 @@ class Transformer(Transformer2DModel):  # type: ignore[misc]  # as above
 class Upsample(Upsample2D):  # type: ignore[misc]  # as above
     """A doubling of both sides that copies several channels at once; PyTorch's own takes number by number."""
 
-    @classmethod
-    def can_be(cls, block: Upsample2D) -> bool:
-        """Whether a block doubles, and convolves then, and does nothing else."""
-        return (
-            block.norm is None
-            and block.use_conv
-            and not block.use_conv_transpose
-            and block.interpolate
-            and block.name == "conv"
-        )
+    can_be = staticmethod(doubles)
 
     def forward(self, hidden_states: torch.Tensor, output_size: Any = None, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Rows × channels × height × width to twice the height and width, or to `output_size`."""

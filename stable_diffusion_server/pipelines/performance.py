@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from enum import StrEnum
 from types import MappingProxyType
 from typing import Any
 
 import structlog
 import torch
-from torch.nn import functional
 
 from stable_diffusion_server.pipelines.graphs import Graphs, record
+from stable_diffusion_server.pipelines.onednn import use_onednn
 from stable_diffusion_server.pipelines.traces import trace
 
 _log = structlog.get_logger(__name__)
@@ -46,60 +45,6 @@ LEVELS: Mapping[str, frozenset[Part]] = MappingProxyType(
         "fast": frozenset(Part) - {Part.COMPILE_WHOLE},
     }
 )
-
-def _by(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """A function, as TorchScript where it is traced: a tracer sees neither its branches nor what takes no tensors."""
-    return _scripted(function) if torch.jit.is_tracing() else function
-
-
-@functools.cache
-def _scripted(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    scripted: Callable[..., torch.Tensor] = torch.jit.script(function)
-    return scripted
-
-
-def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    # With fewer rows MKL, which has less to set up, is the faster one (4 against 13 µs for two).
-    if input.numel() < 32 * weight.size(1):
-        return functional.linear(input, weight, bias)
-    return torch.ops.mkldnn._linear_pointwise(input, weight, bias, "none", [], "")
-
-
-def _convolution(
-    input: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    padding: list[int],
-    stride: list[int],
-    dilation: list[int],
-    groups: int,
-) -> torch.Tensor:
-    return torch.ops.mkldnn._convolution_pointwise(
-        input, weight, bias, padding, stride, dilation, groups, "none", [], ""
-    )
-
-
-class OneDnnLinear(torch.nn.Linear):  # type: ignore[misc]  # torch is read without its types
-    """A linear layer by oneDNN, which PyTorch leaves to MKL otherwise: that uses half of what AMD's CPUs can do.
-
-    For fp32 on the CPU without gradients. The weight stays as it is, for adapters and for what counts bytes.
-    """
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """… × in features → … × out features."""
-        return _by(_linear)(input, self.weight, self.bias)
-
-
-class OneDnnConv2d(torch.nn.Conv2d):  # type: ignore[misc]  # as above
-    """A convolution by oneDNN also where PyTorch thinks it too small: one picture, at most 20480 numbers.
-
-    For fp32 on the CPU without gradients, padded with zeros.
-    """
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Rows × in channels × height × width → rows × out channels × height × width."""
-        sizes = (self.padding, self.stride, self.dilation)
-        return _by(_convolution)(input, self.weight, self.bias, *sizes, self.groups)
 
 
 def parts_of(performance: str) -> frozenset[Part]:
@@ -164,18 +109,3 @@ def _lay_out(module: Any, device: torch.device) -> None:
         lay_out(module)
     except Exception as error:  # a missing compiler shows in many ways
         _log.warning("not laid out channels last", module=type(module).__name__, exc_info=error)
-
-
-def use_onednn(pipeline: Any, controlnet: Any) -> None:
-    """Let the plain linear layers and convolutions of all fp32 parts compute by oneDNN.
-
-    Whatever derives from the two stays as it is: it computes otherwise.
-    """
-    for module in [*pipeline.components.values(), controlnet]:
-        if not isinstance(module, torch.nn.Module) or module.dtype != torch.float32:
-            continue
-        for part in module.modules():
-            if type(part) is torch.nn.Linear:
-                part.__class__ = OneDnnLinear
-            elif type(part) is torch.nn.Conv2d and part.padding_mode == "zeros" and not isinstance(part.padding, str):
-                part.__class__ = OneDnnConv2d
