@@ -43,48 +43,64 @@ class _Trace:
         return filled(self.answer, iter((given,) if isinstance(given, torch.Tensor) else given))
 
 
+@dataclass(slots=True)
+class _Kind:
+    """What is known of a kind of call; `settled` once it is known how to answer it, by the trace or without one."""
+
+    calls: int = 0
+    trace: _Trace | None = None
+    settled: bool = False
+
+
 class Traces:
     """A forward pass that is traced, and run by the trace from then on: put it in place of a module's `forward`.
 
-    A kind of call is its arguments with shapes, types and strides in place of tensors. The second call of a kind is
-    answered as before, and looks for a trace that gives the same bits; one is made where there is none yet. The calls
-    after it are answered by that trace, which does not hold Python's lock: threads can compute side by side.
+    A kind of call is its arguments with shapes, types and strides in place of tensors. The second call of a kind looks
+    for a trace that gives the same bits as the pass itself, and makes one where there is none yet; the third has to
+    agree as well. The calls after it are answered by that trace, which does not hold Python's lock: threads compute
+    side by side.
 
-    The weights must stay as they are; calls may come from any thread. What cannot be traced, or takes so long that
-    nothing is gained, runs as it is.
+    The weights must stay as they are; calls may come from any thread. What cannot be traced, what answers otherwise
+    and what takes so long that nothing is gained runs as it is.
     """
 
     def __init__(self, forward: Callable[..., Any]) -> None:
         functools.update_wrapper(self, forward)  # its signature is looked at
         self._forward = forward
         self._name = forward.__qualname__
-        self._seen: set[Hashable] = set()
-        self._kinds: dict[Hashable, _Trace | None] = {}
+        self._kinds: dict[Hashable, _Kind] = {}
         self._traces: list[_Trace] = []
         self._judging = threading.Lock()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The answer of the forward pass."""
         call = (args, kwargs)
-        kind = kind_of(call)
-        if kind in self._kinds and (trace := self._kinds[kind]) is not None:
-            return trace.run(call)
+        kind = self._kinds.setdefault(kind_of(call), _Kind())
+        if kind.settled and kind.trace is not None:
+            return kind.trace.run(call)
         began = time.perf_counter()
         answer = self._forward(*args, **kwargs)
-        if kind not in self._seen:
-            self._seen.add(kind)
-        elif kind not in self._kinds and self._judging.acquire(blocking=False):
+        seconds = time.perf_counter() - began
+        if not kind.settled and self._judging.acquire(blocking=False):
             try:
-                worth = time.perf_counter() - began < _WORTH_SECONDS
-                self._remember(kind, self._trace_for(call, answer) if worth else None)
+                self._judge(kind, call, answer, seconds)
             finally:
                 self._judging.release()
         return answer
 
-    def _remember(self, kind: Hashable, trace: _Trace | None) -> None:
-        if len(self._seen) > _MOST_KINDS or len(self._traces) > _MOST_TRACES:
-            self._seen, self._kinds, self._traces = set(), {}, []
-        self._kinds[kind] = trace
+    def _judge(self, kind: _Kind, call: Any, answer: Any, seconds: float) -> None:
+        """Get to know a kind by one more of its calls."""
+        kind.calls += 1
+        if kind.calls == 1:  # sizes that come once are not worth a trace, nor is a pass judged that warms up
+            return
+        if kind.calls == 2:
+            kind.trace = self._trace_for(call, answer) if seconds < _WORTH_SECONDS else None
+            kind.settled = kind.trace is None
+        elif kind.trace is not None and not self._same(kind.trace, call, answer):
+            kind.trace = None  # it holds numbers of the call it was made by
+        kind.settled |= kind.calls > 2
+        if len(self._kinds) > _MOST_KINDS or len(self._traces) > _MOST_TRACES:
+            self._kinds, self._traces = {}, []
 
     def _trace_for(self, call: Any, answer: Any) -> _Trace | None:
         """A trace that answers a call to the bit, if there can be one."""

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from diffusers.models.upsampling import Upsample2D
 from drawing import draw, job_for
 
 from stable_diffusion_server.app.warming import warm_up
 from stable_diffusion_server.engine import Abilities
 from stable_diffusion_server.pipelines.catalog import MODELS
-from stable_diffusion_server.pipelines.onednn import OneDnnConv2d, OneDnnLinear
+from stable_diffusion_server.pipelines.onednn import OneDnnConv2d, OneDnnLinear, OneDnnUpsample, use_onednn
 from stable_diffusion_server.pipelines.performance import LEVELS, Part, parts_of
 from stable_diffusion_server.settings import Settings
 from stable_diffusion_server.settings.surroundings import keep_compiled
@@ -46,6 +49,37 @@ def test_a_convolution_by_onednn_is_the_convolution(rows: int, side: int, stride
     given = torch.randn(rows, 8, side, side)
     with torch.inference_mode():
         torch.testing.assert_close(other(given), plain(given), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(("rows", "height", "width"), [(1, 8, 8), (3, 5, 7), (2, 1, 1)])
+def test_a_doubling_by_onednn_is_the_doubling(rows: int, height: int, width: int, layout: Any) -> None:
+    """To rounding, at the borders too, and also where another size than the double is asked for."""
+    plain = Upsample2D(16, use_conv=True)
+    wanted, given = copy.deepcopy(plain), torch.randn(rows, 16, height, width).to(memory_format=layout)
+    use_onednn(SimpleNamespace(components={"vae": Dtyped(plain)}), None)
+    assert type(plain) is OneDnnUpsample
+    with torch.inference_mode():
+        torch.testing.assert_close(plain(given), wanted(given), rtol=1e-5, atol=1e-5)
+        size = (2 * height + 1, 2 * width)
+        torch.testing.assert_close(plain(given, size), wanted(given, size), rtol=1e-5, atol=1e-5)
+    assert list(plain.state_dict()) == list(wanted.state_dict())
+
+
+@pytest.mark.parametrize(
+    "block",
+    [Upsample2D(8), Upsample2D(8, use_conv_transpose=True), Upsample2D(8, use_conv=True, kernel_size=1, padding=0)],
+)
+def test_other_doublings_stay_as_they_are(block: Upsample2D) -> None:
+    """Without a convolution, with a transposed one, or with another kernel than the folded one is made for."""
+    use_onednn(SimpleNamespace(components={"vae": Dtyped(block)}), None)
+    assert type(block) is Upsample2D
+
+
+class Dtyped(torch.nn.Sequential):  # type: ignore[misc]  # torch is read without its types
+    """Modules that tell their type, as diffusers' do."""
+
+    dtype = torch.float32
 
 
 @pytest.mark.parametrize("model", ["sdxl", "flux"])

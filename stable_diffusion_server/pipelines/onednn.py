@@ -1,0 +1,133 @@
+"""Modules that compute by oneDNN on the CPU, and how plain ones become them. Knows no jobs."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers.models.upsampling import Upsample2D
+from torch.nn import functional
+
+from stable_diffusion_server.pipelines.upsampling import doubles
+
+
+def _by(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """A function, as TorchScript where it is traced: a tracer sees neither its branches nor what takes no tensors."""
+    return _scripted(function) if torch.jit.is_tracing() else function
+
+
+@functools.cache
+def _scripted(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    scripted: Callable[..., torch.Tensor] = torch.jit.script(function)
+    return scripted
+
+
+def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    # With fewer rows MKL, which has less to set up, is the faster one (4 against 13 µs for two).
+    if input.numel() < 32 * weight.size(1):
+        return functional.linear(input, weight, bias)
+    return torch.ops.mkldnn._linear_pointwise(input, weight, bias, "none", [], "")
+
+
+def _convolution(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    padding: list[int],
+    stride: list[int],
+    dilation: list[int],
+    groups: int,
+) -> torch.Tensor:
+    return torch.ops.mkldnn._convolution_pointwise(
+        input, weight, bias, padding, stride, dilation, groups, "none", [], ""
+    )
+
+
+class OneDnnLinear(torch.nn.Linear):  # type: ignore[misc]  # torch is read without its types
+    """A linear layer by oneDNN, which PyTorch leaves to MKL otherwise: that uses half of what AMD's CPUs can do.
+
+    For fp32 on the CPU without gradients. The weight stays as it is, for adapters and for what counts bytes.
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """… × in features → … × out features."""
+        return _by(_linear)(input, self.weight, self.bias)
+
+
+class OneDnnConv2d(torch.nn.Conv2d):  # type: ignore[misc]  # as above
+    """A convolution by oneDNN also where PyTorch thinks it too small: one picture, at most 20480 numbers.
+
+    For fp32 on the CPU without gradients, padded with zeros.
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Rows × in channels × height × width → rows × out channels × height × width."""
+        sizes = (self.padding, self.stride, self.dilation)
+        return _by(_convolution)(input, self.weight, self.bias, *sizes, self.groups)
+
+
+class OneDnnUpsample(Upsample2D):  # type: ignore[misc]  # as above
+    """A doubling of both sides with a convolution, as one transposed convolution: 4 products a number instead of 9.
+
+    Of the nine numbers that a 3 × 3 kernel looks at after a doubling, several are copies of one; their weights are
+    added up beforehand (Shi et al. 2016, arXiv 1609.05158, see such pairs as convolutions by sub-pixels). A second copy
+    of the weights, 16/9 as large, is what that takes. Equal to the stock block but for rounding.
+    """
+
+    @classmethod
+    def take(cls, block: Upsample2D) -> None:
+        """Have a block compute so."""
+        block.__class__ = cls
+        block._folded = _folded(block.conv.weight)
+
+    def forward(self, hidden_states: torch.Tensor, output_size: Any = None, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Rows × channels × height × width to twice the height and width, or to `output_size`."""
+        made: torch.Tensor
+        if output_size is not None or type(self.conv) is not OneDnnConv2d:  # an adapter has its own weights beside
+            made = super().forward(hidden_states, output_size)
+        else:
+            made = functional.conv_transpose2d(hidden_states, self._folded, self.conv.bias, stride=2, padding=1)
+        return made
+
+
+def _folded(weight: torch.Tensor) -> torch.Tensor:
+    """The kernel, in × out × 4 × 4, of the transposed convolution that doubles by copies and convolves with `weight`.
+
+    `weight` is out × in × 3 × 3, for a padding of 1. Each of the four copies of a number is seen through the kernel,
+    turned around, at its own place.
+    """
+    turned = weight.detach().flip(2, 3).transpose(0, 1)
+    folded = turned.new_zeros(*turned.shape[:2], 4, 4)
+    for row in (0, 1):
+        for column in (0, 1):
+            folded[:, :, row : row + 3, column : column + 3] += turned
+    return folded.contiguous(memory_format=torch.channels_last)
+
+
+def use_onednn(pipeline: Any, controlnet: Any) -> None:
+    """Let the plain linear layers, convolutions and doublings of all fp32 parts compute by oneDNN.
+
+    Whatever derives from them stays as it is: it computes otherwise.
+    """
+    for module in [*pipeline.components.values(), controlnet]:
+        if not isinstance(module, torch.nn.Module) or module.dtype != torch.float32:
+            continue
+        for part in module.modules():
+            if type(part) is torch.nn.Linear:
+                part.__class__ = OneDnnLinear
+            elif type(part) is torch.nn.Conv2d and part.padding_mode == "zeros" and not isinstance(part.padding, str):
+                part.__class__ = OneDnnConv2d
+        for part in module.modules():
+            if type(part) is Upsample2D and doubles(part) and _is_three_by_three(part.conv):
+                OneDnnUpsample.take(part)
+
+
+def _is_three_by_three(convolution: torch.nn.Module) -> bool:
+    return (
+        type(convolution) is OneDnnConv2d
+        and convolution.kernel_size == (3, 3)
+        and convolution.stride == convolution.padding == convolution.dilation == (1, 1)
+        and convolution.groups == 1
+    )

@@ -1,0 +1,231 @@
+"""Passes without Python: when a trace answers, that it answers to the bit, and what is never traced."""
+
+from __future__ import annotations
+
+import inspect
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from drawing import MODELS_DIR, disc_mask, draw, job_for, scene
+
+from stable_diffusion_server.pipelines import traces
+from stable_diffusion_server.pipelines.registry import LoadOptions, Registry, load
+from stable_diffusion_server.pipelines.traces import Traces, trace
+
+
+class Counting(torch.nn.Module):  # type: ignore[misc]  # torch is read without its types
+    """A layer that counts how often Python goes through it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(3, 2)
+        self.passes = 0
+
+    def forward(self, given: dict[str, torch.Tensor], *, double: bool = False) -> tuple[torch.Tensor, None]:
+        """Rows × 3 → rows × 2, and nothing."""
+        self.passes += 1
+        made = self.layer(given["sample"])
+        return (2 * made if double else made), None
+
+
+class Branching(Counting):
+    """Computes otherwise for many rows, which a tracer does not see."""
+
+    def forward(self, given: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        """Rows × 3 → rows × 2."""
+        self.passes += 1
+        made: torch.Tensor = self.layer(given)
+        return made + len(made) if len(made) > 4 else made
+
+
+class Looking(Counting):
+    """Looks at the numbers themselves, which a tracer takes for constant."""
+
+    def forward(self, given: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        """Rows × 3 → rows × 2."""
+        made: torch.Tensor = self.layer(given) * float(given[0, 0])
+        return made
+
+
+class Dicing(Counting):
+    """Never answers the same."""
+
+    def forward(self, given: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        """Rows × 3 → rows × 2."""
+        made: torch.Tensor = self.layer(given) + torch.rand(2)
+        return made
+
+
+class Refusing(Counting):
+    """Cannot be traced at all."""
+
+    def forward(self, given: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        """Rows × 3 → rows × 2."""
+        if torch.jit.is_tracing():
+            raise TypeError("not with me")
+        made: torch.Tensor = self.layer(given)
+        return made
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients() -> Any:
+    with torch.inference_mode():
+        yield
+
+
+def test_the_fourth_call_of_a_kind_is_answered_without_python() -> None:
+    """With the bits of the pass itself, in the form of its answer; two are compared before."""
+    module = Counting()
+    signature = inspect.signature(module.forward)
+    trace(module)
+    assert inspect.signature(module.forward) == signature
+    passes = []
+    for _ in range(6):
+        sample = torch.randn(4, 3)
+        made, nothing = module({"sample": sample})
+        assert torch.equal(made, module.layer(sample))
+        assert nothing is None
+        passes.append(module.passes)
+    assert passes[:1] == [1]
+    assert passes[2:] == passes[2:3] * 4  # the trace was made by going through it once more
+
+
+def test_other_sizes_share_a_trace_where_it_gives_their_bits() -> None:
+    """And other arguments do not."""
+    module = Counting()
+    trace(module)
+    for rows in (1, 2, 5, 8):
+        for _ in range(4):
+            module({"sample": torch.ones(rows, 3)})
+    assert len(module.forward._traces) == 1
+    for _ in range(4):
+        made, _ = module({"sample": torch.ones(2, 3)}, double=True)
+    assert torch.equal(made, 2 * module.layer(torch.ones(2, 3)))
+    assert len(module.forward._traces) == 2
+
+
+def test_branches_on_sizes_have_traces_of_their_own() -> None:
+    """What a trace made for few rows gives for many is found to be wrong, and never shown."""
+    module = Branching()
+    trace(module)
+    for rows in (2, 8, 3, 5, 6):
+        for _ in range(4):
+            wanted = module.layer(torch.ones(rows, 3)) + (rows if rows > 4 else 0)
+            assert torch.equal(module(torch.ones(rows, 3)), wanted)
+    assert all(kind.settled and kind.trace for kind in module.forward._kinds.values())
+
+
+@pytest.mark.parametrize("kind", [Looking, Dicing, Refusing])
+def test_what_a_trace_cannot_tell_runs_as_it_is(kind: type[Counting]) -> None:
+    """Numbers that are looked at, chance, and what cannot be traced."""
+    module = kind()
+    trace(module)
+    for n in range(1, 6):
+        sample = torch.full((2, 3), float(n))
+        torch.manual_seed(n)
+        made = module(sample)
+        torch.manual_seed(n)
+        assert torch.equal(made, type(module).forward(module, sample))
+    assert [kind.trace for kind in module.forward._kinds.values()] == [None]
+
+
+def test_passes_that_take_long_are_not_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python's share of them is not worth it."""
+    monkeypatch.setattr(traces, "_WORTH_SECONDS", 0.0)
+    module = Branching()
+    trace(module)
+    for n in range(5):
+        module(torch.ones(2, 3))
+        assert module.passes == n + 1
+
+
+def test_old_kinds_are_forgotten_when_there_are_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And known again when they come again."""
+    monkeypatch.setattr(traces, "_MOST_KINDS", 3)
+    module = Branching()
+    trace(module)
+    for rows in range(1, 12):
+        for _ in range(4):
+            assert torch.equal(module(torch.ones(rows, 3)), type(module).forward(module, torch.ones(rows, 3)))
+        assert len(module.forward._kinds) <= 4
+
+
+def test_numbers_that_are_none_are_compared_too() -> None:
+    """A pass that answers NaN is traced like any other."""
+    module = Branching()
+    trace(module)
+    for _ in range(4):
+        module(torch.full((2, 3), float("nan")))
+    assert all(kind.trace for kind in module.forward._kinds.values())
+
+
+def test_threads_may_call_at_once() -> None:
+    """Each gets its own answer, whoever makes the trace."""
+    module = Branching()
+    trace(module)
+
+    def ask(n: int) -> bool:
+        with torch.inference_mode():
+            sample = torch.full((1 + n % 7, 3), float(n))
+            return torch.equal(module(sample), type(module).forward(module, sample))
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(ask, range(400)))
+
+
+@pytest.fixture(scope="module")
+def traced() -> Registry:
+    """The embedded models as a server has them by default."""
+    return load(MODELS_DIR, "cpu", 1, LoadOptions(performance="safe"))
+
+
+@pytest.fixture(scope="module")
+def eager() -> Registry:
+    """The same, without traces."""
+    return load(MODELS_DIR, "cpu", 1, LoadOptions(performance="layout,onednn"))
+
+
+@pytest.mark.parametrize("model", ["sdxl", "flux"])
+@pytest.mark.parametrize(
+    "pictures",
+    [
+        {},
+        {"image": scene(), "strength": 0.6},
+        {"image": scene(), "mask": disc_mask(), "strength": 0.8},
+        {"image": scene(), "control": scene(), "strength": 0.8},
+    ],
+    ids=["text", "style", "inpainting", "edges"],
+)
+def test_pictures_are_the_same_to_the_bit(
+    traced: Registry, eager: Registry, model: str, pictures: dict[str, Any]
+) -> None:
+    """Of every task, from the first picture to the ones that traces draw; each has a prompt of its own."""
+    for seed in range(4):
+        job = job_for(model, seed=seed, prompt=f"a circle, {seed}", **pictures)
+        np.testing.assert_array_equal(draw(traced, job), draw(eager, job))
+
+
+@pytest.mark.parametrize("model", ["sdxl", "flux"])
+def test_the_models_can_be_traced(traced: Registry, model: str) -> None:
+    """All their parts, so that no change of a library takes that back unnoticed."""
+    for seed in range(4):
+        draw(traced, job_for(model, seed=seed, prompt=f"a square, {seed}"))
+    pipeline = traced._families[model].pipeline
+    parts = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
+    passes = {name: part.forward for name, part in parts.items() if name != "vae"} | {
+        "vae": pipeline.vae.decoder.forward
+    }
+    assert len(passes) == 4
+    for name, forward in passes.items():
+        assert isinstance(forward, Traces), name
+        assert any(kind.trace and kind.settled for kind in forward._kinds.values()), name
+
+
+def test_nothing_is_traced_where_weights_may_change(tmp_path: Path) -> None:
+    """A trace holds adapters as they were."""
+    registry = load(MODELS_DIR, "cpu", 1, LoadOptions(lora_dir=tmp_path, performance="safe"))
+    assert not isinstance(registry._families["sdxl"].pipeline.unet.forward, Traces)
