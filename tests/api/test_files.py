@@ -357,6 +357,25 @@ def test_a_caller_touches_only_what_is_under_its_prefix(tmp_path: Path) -> None:
     recorder.close()
 
 
+def test_what_comes_within_a_moment_is_recorded_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A transaction costs the same for one entry as for many; who looks for them does not wait for more to come."""
+    monkeypatch.setattr("stable_diffusion_server.history.recorder._GATHER_SECONDS", 30.0)
+    index, written = Index(tmp_path / "history.db", 100, 0), list[int]()
+    add = index.add
+    monkeypatch.setattr(index, "add", lambda entries: (written.append(len(entries)), add(entries)))
+    recorder = Recorder(index)
+    recorder.start()
+    for n in range(20):
+        recorder.record(
+            Entry(f"{n}.webp", "d", "a red square", "sdxl", "text_to_image", 7, 64, 64, "", time.time(), {})
+        )
+    assert len(recorder.search(Wanted())) == 20
+    assert written == [20]
+    recorder.record(Entry("last.webp", "d", "a red square", "sdxl", "text_to_image", 7, 64, 64, "", time.time(), {}))
+    recorder.close()
+    assert written == [20, 1]
+
+
 def test_a_cached_answer_repeats_what_the_guards_told(house_of: Callable[..., House]) -> None:
     """Drawn twice since the first was black: whoever finds the picture is told as well."""
     house = house_of(Retouchers(spoil=["black"]))

@@ -121,6 +121,20 @@ print(int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGESIZE"
     assert resident["tended"] < resident["not"] - 60_000_000
 
 
+@GLIBC
+def test_memory_of_a_picture_is_used_again_for_the_next() -> None:
+    """Of twenty megabytes that are freed and taken again, each page is asked of the system once and not each time."""
+    code = """
+import resource
+for _ in range(50):
+    held = [bytearray(5_000_000) for _ in range(4)]
+    del held
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+"""
+    faults = {how: int(told_by_a_process(code, how)) for how in ("tended", "not")}
+    assert faults["tended"] < faults["not"] / 5
+
+
 def test_what_is_to_be_warm_is_drawn_before_the_server_is_ready(tmp_path: Path) -> None:
     """Each size by each model, alone and shared, as a compiler has to see it; nothing of it is stored."""
     painter, told = PaintedSquares(), list[int]()

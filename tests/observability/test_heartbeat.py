@@ -1,0 +1,67 @@
+"""When `progress.txt` is written: at turns at once, in between a few times a second."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from stable_diffusion_server.observability import progress
+from stable_diffusion_server.observability.progress import Heartbeat
+from stable_diffusion_server.orders import Event, EventKind
+
+
+class Clock:
+    """A clock that is set by hand, and counts what was written."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
+        self.now, self._path = 100.0, path
+        monkeypatch.setattr(progress.time, "monotonic", lambda: self.now)
+
+    def written(self) -> str | None:
+        """Jobs under way by the file, `None` when it was not written since the last look."""
+        if not self._path.exists():
+            return None
+        text = self._path.read_text()
+        self._path.unlink()
+        return text.splitlines()[1]
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Clock:
+    """The clock of this test's file."""
+    return Clock(monkeypatch, tmp_path / "progress.txt")
+
+
+def test_steps_within_a_moment_are_one_sign_of_life(clock: Clock, tmp_path: Path) -> None:
+    """And the first after it is the next."""
+    heartbeat = Heartbeat(tmp_path / "progress.txt")
+    heartbeat.observe(Event(EventKind.STARTED, "a"))
+    assert clock.written() == "1"
+    for seconds, wanted in ((0.2, None), (0.04, None), (0.02, "1"), (0.24, None), (1.0, "1")):
+        clock.now += seconds
+        heartbeat.observe(Event(EventKind.STEP, "a"))
+        assert clock.written() == wanted
+
+
+def test_the_first_to_come_and_the_last_to_leave_are_told_at_once(clock: Clock, tmp_path: Path) -> None:
+    """A watchdog begins to count with the one, and stops with the other."""
+    heartbeat = Heartbeat(tmp_path / "progress.txt")
+    for _ in range(3):
+        heartbeat.observe(Event(EventKind.QUEUED, "a"))
+        assert clock.written() == "1"
+        heartbeat.observe(Event(EventKind.STARTED, "a"))
+        heartbeat.observe(Event(EventKind.DONE, "a"))
+        assert clock.written() == "0"
+
+
+def test_a_crowd_that_comes_and_leaves_the_line_is_no_sign_of_life(clock: Clock, tmp_path: Path) -> None:
+    """However long it goes on: the device does nothing meanwhile."""
+    heartbeat = Heartbeat(tmp_path / "progress.txt")
+    heartbeat.observe(Event(EventKind.STARTED, "a"))
+    assert clock.written() == "1"
+    for name in "bcdef":
+        clock.now += 10
+        heartbeat.observe(Event(EventKind.QUEUED, name))
+        heartbeat.observe(Event(EventKind.CANCELLED, name))
+        assert clock.written() is None
