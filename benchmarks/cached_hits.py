@@ -140,7 +140,7 @@ async def asked(port: int, end: float) -> int:
     """How many answers one connection got until `end`."""
     line, count = await Line.open(port), 0
     while time.perf_counter() < end:
-        await line.get(QUERY)
+        await line.ask(QUERY)
         count += 1
     line.close()
     return count

@@ -18,6 +18,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import urlencode
 
 import httpx
 import psutil
@@ -91,19 +92,27 @@ class Server:
     process: psutil.Process
     ready: float
 
+    def request_of(self, name: str, n: int, side: int, **further: Any) -> tuple[str, dict[str, Any] | None]:
+        """Target and JSON body (none: a GET) that draw the n-th of many different orders and store it under a name."""
+        if self.entry.script is None:
+            return f"/create_and_upload_image?{urlencode(order_of(name, n, side) | further)}", None
+        order = _peer_order(name, n, side) | further
+        if self.entry.script != "server_async.py":
+            return "/draw", order
+        body = {"prompt": order.pop("prompt"), "num_inference_steps": 4}
+        sizes = {key: value for key, value in order.items() if isinstance(value, int)}
+        return f"/api/diffusers/inference?{urlencode(sizes)}", body
+
     def draw(self, name: str, n: int, side: int, **further: Any) -> dict[str, Any]:
         """Draw the n-th of many different orders, `side` × `side`, and store it under a name: what it answered."""
-        if self.entry.script is None:
-            answer = self.client.get("/create_and_upload_image", params=order_of(name, n, side) | further)
-        else:
-            order = _peer_order(name, n, side) | further
-            if self.entry.script == "server_async.py":
-                body = {"prompt": order.pop("prompt"), "num_inference_steps": 4}
-                sizes = {key: value for key, value in order.items() if isinstance(value, int)}
-                answer = self.client.post("/api/diffusers/inference", json=body, params=sizes)
-            else:
-                answer = self.client.post("/draw", json=order)
+        target, body = self.request_of(name, n, side, **further)
+        answer = self.client.get(target) if body is None else self.client.post(target, json=body)
         return dict(answer.raise_for_status().json())
+
+    @property
+    def port(self) -> int:
+        """Where it listens on loopback."""
+        return self.client.base_url.port or 80
 
     def bare(self, name: str, n: int, side: int) -> float:
         """Seconds of the bare pipeline call and of enlarging, encoding and storing, as the plain server measures it."""

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
+from collections.abc import AsyncIterator
+from typing import Any
 
 
 class Line:
@@ -16,14 +19,26 @@ class Line:
         """Connect."""
         return cls(port, *await asyncio.open_connection("127.0.0.1", port))
 
-    async def get(self, target: str) -> bytes:
-        """The body of the answer to a GET. Exits the program when it is no 200 that tells its length."""
-        self._writer.write(f"GET {target} HTTP/1.1\r\nHost: 127.0.0.1:{self._port}\r\n\r\n".encode())
+    async def ask(self, target: str, body: Any = None) -> bytes:
+        """The body of the answer to a GET, or with a `body` to a POST of it as JSON. Exits when it is no 200."""
+        lines = [f"{'GET' if body is None else 'POST'} {target} HTTP/1.1", f"Host: 127.0.0.1:{self._port}"]
+        sent = b"" if body is None else json.dumps(body).encode()
+        if sent:
+            lines += ["Content-Type: application/json", f"Content-Length: {len(sent)}"]
+        self._writer.write("\r\n".join([*lines, "", ""]).encode() + sent)
         head = (await self._reader.readuntil(b"\r\n\r\n")).lower()
-        _, _, length = head.partition(b"content-length: ")
-        if not head.startswith(b"http/1.1 200") or not length:
+        if not head.startswith(b"http/1.1 200"):
             raise SystemExit(f"not an answer: {head!r}")
-        return await self._reader.readexactly(int(length.split(b"\r\n")[0]))
+        _, _, length = head.partition(b"content-length: ")
+        if length:
+            return await self._reader.readexactly(int(length.split(b"\r\n")[0]))
+        return b"".join([part async for part in self._chunks()])
+
+    async def _chunks(self) -> AsyncIterator[bytes]:
+        """The pieces of a body that did not tell its length (RFC 9112, 7.1)."""
+        while size := int(await self._reader.readuntil(b"\r\n"), 16):
+            yield (await self._reader.readexactly(size + 2))[:-2]
+        await self._reader.readuntil(b"\r\n")
 
     def close(self) -> None:
         """Disconnect."""

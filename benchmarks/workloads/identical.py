@@ -7,9 +7,8 @@ import json
 import statistics
 import time
 from collections.abc import Mapping
-from urllib.parse import urlencode
 
-from benchmarks.contestants import OURS, Server, alone, order_of
+from benchmarks.contestants import OURS, Server, alone
 from benchmarks.lines import Line
 from benchmarks.tables import Result, ratio, ratios, table
 
@@ -37,13 +36,14 @@ async def measured(server: Server, rounds: int, side: int) -> tuple[list[float],
 
     A first round is not counted.
     """
-    lines = await asyncio.gather(*(Line.open(server.client.base_url.port or 80) for _ in range(AT_ONCE)))
+    lines = await asyncio.gather(*(Line.open(server.port) for _ in range(AT_ONCE)))
     alone_seconds, together, more = [], [], 0
     for number in range(-1, rounds):
         singles = [
-            (await seconds(lines[:1], f"one-{number}-{n}", 7_000_000 + 100 * number + n, side))[0] for n in range(LONE)
+            (await seconds(server, lines[:1], f"one-{number}-{n}", 7_000_000 + 100 * number + n, side))[0]
+            for n in range(LONE)
         ]
-        took, drawn = await seconds(lines, f"same-{number}", 8_000_000 + number, side)
+        took, drawn = await seconds(server, lines, f"same-{number}", 8_000_000 + number, side)
         if number >= 0:
             alone_seconds.append(statistics.median(singles))
             together.append(took)
@@ -53,11 +53,11 @@ async def measured(server: Server, rounds: int, side: int) -> tuple[list[float],
     return alone_seconds, together, more
 
 
-async def seconds(lines: list[Line], name: str, n: int, side: int) -> tuple[float, int]:
+async def seconds(server: Server, lines: list[Line], name: str, n: int, side: int) -> tuple[float, int]:
     """How long it took until an order was answered on all the lines, and how many pictures were drawn for that."""
-    target = f"/create_and_upload_image?{urlencode(order_of(name, n, side))}"
+    target, _ = server.request_of(name, n, side)
     began = time.perf_counter()
-    answers = await asyncio.gather(*(line.get(target) for line in lines))
+    answers = await asyncio.gather(*(line.ask(target) for line in lines))
     took = time.perf_counter() - began
     receipts = [json.loads(answer) for answer in answers]
     return took, sum(not receipt["cached"] and not receipt["coalesced"] for receipt in receipts)
