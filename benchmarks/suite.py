@@ -25,8 +25,8 @@ from benchmarks.workloads import encoding, identical, lone, memory, mixed, stage
 
 # A ratio beyond its bound is a regression; far enough from what was measured to bear another machine's noise.
 BOUNDS: dict[str, Callable[[float], bool]] = {
-    "lone": lambda value: value <= 1.25,
-    "throughput": lambda value: value >= 1.3,
+    "lone": lambda value: value <= 0.9,
+    "throughput": lambda value: value >= 1.5,
     "identical": lambda value: value <= 2.0,
     "hits": lambda value: value >= 0.4,
     "memory": lambda value: value <= 1.1,

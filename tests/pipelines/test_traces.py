@@ -35,7 +35,7 @@ class Counting(torch.nn.Module):  # type: ignore[misc]  # torch is read without 
 class Branching(Counting):
     """Computes otherwise for many rows, which a tracer does not see."""
 
-    def forward(self, given: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    def forward(self, given: torch.Tensor) -> torch.Tensor:  # type: ignore[override]  # another pass on purpose
         """Rows × 3 → rows × 2."""
         self.passes += 1
         made: torch.Tensor = self.layer(given)
@@ -45,7 +45,7 @@ class Branching(Counting):
 class Looking(Counting):
     """Looks at the numbers themselves, which a tracer takes for constant."""
 
-    def forward(self, given: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    def forward(self, given: torch.Tensor) -> torch.Tensor:  # type: ignore[override]  # another pass on purpose
         """Rows × 3 → rows × 2."""
         made: torch.Tensor = self.layer(given) * float(given[0, 0])
         return made
@@ -54,7 +54,7 @@ class Looking(Counting):
 class Dicing(Counting):
     """Never answers the same."""
 
-    def forward(self, given: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    def forward(self, given: torch.Tensor) -> torch.Tensor:  # type: ignore[override]  # another pass on purpose
         """Rows × 3 → rows × 2."""
         made: torch.Tensor = self.layer(given) + torch.rand(2)
         return made
@@ -63,7 +63,7 @@ class Dicing(Counting):
 class Refusing(Counting):
     """Cannot be traced at all."""
 
-    def forward(self, given: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    def forward(self, given: torch.Tensor) -> torch.Tensor:  # type: ignore[override]  # another pass on purpose
         """Rows × 3 → rows × 2."""
         if torch.jit.is_tracing():
             raise TypeError("not with me")
