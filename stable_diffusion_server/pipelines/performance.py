@@ -1,4 +1,4 @@
-"""Makes loaded models faster without other weights: layout, oneDNN, precision, compiling, graphs. Knows no jobs."""
+"""Makes loaded models faster without other weights: layout, oneDNN, precision, compiling, recordings. Knows no jobs."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ class Part(StrEnum):
     """One way to be faster.
 
     `layout`: convolutions channels last, on CUDA those of the VAE and of what is replayed. `onednn`: linear layers and
-    convolutions of the CPU by oneDNN. `tf32`: fp32 products on CUDA in TF32. `vae-bf16`: a VAE that had to be fp32 in
+    convolutions of the CPU by oneDNN; they are not compiled then. `trace`: forward passes of the CPU without Python,
+    for which threads would take turns. `tf32`: fp32 products on CUDA in TF32. `vae-bf16`: a VAE that had to be fp32 in
     bf16, on CUDA. `compile`: the denoiser's repeated blocks, for which the first picture of each size waits;
     `compile-whole`: the whole denoiser and the VAE's decoder, for which it waits a minute or more. `graphs`: forward
-    passes replayed on CUDA. `trace`: forward passes of the CPU without Python, for which threads would wait in turns.
+    passes replayed on CUDA.
     """
 
     LAYOUT = "layout"
@@ -58,12 +59,13 @@ def speed_up(
 ) -> list[Graphs]:
     """Change how the modules compute, in place, once they are where they live; gives what is recorded of them.
 
-    `performance` names a level or parts. What a device has no use for is left out, and so are graphs where weights
-    may change (`steady` is false), since they hold adapters as they were. What cannot be compiled, since a compiler is
-    missing or fails, runs as it is, and a warning says so.
+    `performance` names a level or parts. What a device has no use for is left out, and so are graphs and traces where
+    weights may change (`steady` is false), since they hold adapters as they were. What cannot be compiled, since a
+    compiler is missing or fails, runs as it is, and a warning says so.
     """
     parts, cuda = parts_of(performance), device.type == "cuda"
     vae, denoiser = pipeline.vae, getattr(pipeline, "unet", None) or pipeline.transformer
+    encoders = (pipeline.text_encoder, pipeline.text_encoder_2)
     if Part.TF32 in parts and cuda:
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.allow_tf32 = True
@@ -76,26 +78,32 @@ def speed_up(
         for module in (denoiser, vae, controlnet) if replayed or not cuda else (vae,):
             if module is not None and any(isinstance(part, torch.nn.Conv2d) for part in module.modules()):
                 _lay_out(module, device)
-    if Part.ONEDNN in parts and device.type == "cpu" and torch.backends.mkldnn.is_available():
+    onednn = Part.ONEDNN in parts and device.type == "cpu" and torch.backends.mkldnn.is_available()
+    if onednn:
         use_onednn(pipeline, controlnet)
-    if parts & {Part.COMPILE, Part.COMPILE_WHOLE}:
-        from torch import _dynamo  # takes a second, and nobody else needs it
-
-        # Not `fullgraph`, under which a failure of the compiler would be the caller's.
-        _dynamo.config.suppress_errors = True
-    if Part.COMPILE_WHOLE in parts:
-        denoiser.forward = torch.compile(denoiser.forward)
-        vae.decoder.compile()
-    elif Part.COMPILE in parts:
-        denoiser.compile_repeated_blocks()
-    elif Part.TRACE in parts and device.type == "cpu" and steady:
-        encoders = (pipeline.text_encoder, pipeline.text_encoder_2)
+    else:  # the compiler takes none of oneDNN's modules
+        _compile(denoiser, vae, parts)
+    if Part.TRACE in parts and device.type == "cpu" and steady:
         for part in (denoiser, controlnet, vae.encoder, vae.decoder, *encoders):
             if part is not None:
                 trace(part)
     if not replayed:
         return []
-    return [record(part) for part in (denoiser, controlnet, pipeline.text_encoder, pipeline.text_encoder_2) if part]
+    return [record(part) for part in (denoiser, controlnet, *encoders) if part]
+
+
+def _compile(denoiser: Any, vae: Any, parts: frozenset[Part]) -> None:
+    if not parts & {Part.COMPILE, Part.COMPILE_WHOLE}:
+        return
+    from torch import _dynamo  # takes a second, and nobody else needs it
+
+    # Not `fullgraph`, under which a failure of the compiler would be the caller's.
+    _dynamo.config.suppress_errors = True
+    if Part.COMPILE_WHOLE in parts:
+        denoiser.forward = torch.compile(denoiser.forward)
+        vae.decoder.compile()
+    else:
+        denoiser.compile_repeated_blocks()
 
 
 def _lay_out(module: Any, device: torch.device) -> None:

@@ -71,9 +71,9 @@ class Models(Group):
         pattern=rf"^{_PART}(,{_PART})*$",
         description=(
             "`off`; `safe`: memory layouts, oneDNN and TF32, which change rounding alone, and on the CPU passes "
-            "without Python, which change nothing; `fast`: also a VAE in bf16, compiled blocks and CUDA graphs, for "
-            "which the first picture of each size waits, but for those of WARM_SIZES. Or parts, with commas between: "
-            "`layout`, `onednn`, `tf32`, `trace`, `vae-bf16`, `compile`, `compile-whole`, `graphs`."
+            "without Python, which change nothing; `fast`: on an accelerator also a VAE in bf16, compiled blocks and "
+            "CUDA graphs, for which the first picture of each size waits, but for those of WARM_SIZES. Or parts, with "
+            "commas between: `layout`, `onednn`, `tf32`, `trace`, `vae-bf16`, `compile`, `compile-whole`, `graphs`."
         ),
     )
     warm_sizes: Names = Field(

@@ -96,6 +96,7 @@ def test_with_a_digest_alone_the_history_knows_the_rest(house_of: Callable[..., 
     house = house_of(Retouchers(), embed_metadata="digest")
     picture = made(house, CREATE)
     assert replayed(house, picture).json()["replay"]["same_order"] is True
+    assert house.client.get("/history").status_code == 200  # what was recorded so far is written then
     with sqlite3.connect(house.folder / "data" / "history.db") as base:
         base.execute("DELETE FROM drawn")
     assert refused(replayed(house, picture)) == "picture_file"

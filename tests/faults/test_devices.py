@@ -85,7 +85,7 @@ def test_a_device_that_another_has_filled_is_used_as_it_is_or_refused_in_a_sente
 @pytest.mark.fault(59)
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method:DeprecationWarning")  # torch's own, when it compiles
 def test_without_a_compiler_the_model_draws_as_it_is(families: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """PERFORMANCE=fast where nothing can be compiled: the first picture comes all the same, and is the usual one."""
+    """PERFORMANCE=compile where nothing can be compiled: the first picture comes all the same, and is the usual one."""
     import torch._inductor.config as compiling
     from drawing import draw, job_for, psnr
 
@@ -93,7 +93,7 @@ def test_without_a_compiler_the_model_draws_as_it_is(families: Any, monkeypatch:
 
     monkeypatch.setattr(compiling.cpp, "cxx", ("no-such-compiler",))
     job = job_for("sdxl", width=64, height=64, num_inference_steps=1)
-    registry = load(ROOT / "models", "cpu", 1, LoadOptions(performance="fast"))
+    registry = load(ROOT / "models", "cpu", 1, LoadOptions(performance="layout,compile"))
     assert psnr(draw(registry, job), draw(families["sdxl"], job)) > 50
 
 
