@@ -56,6 +56,8 @@ def load_pipeline(
 ) -> Any:
     """The stock diffusers pipeline of a model, in its type for `device`, and moved there unless `move` is false.
 
+    Its weights take no gradients: of layers that could, PyTorch multiplies few rows in another order.
+
     Only with `hub` is a network reached for, when the folder is not there. Raises `WeightsUnusable` when files are
     missing, damaged or of another class.
     """
@@ -71,6 +73,9 @@ def load_pipeline(
         if pipeline.vae.config.force_upcast and dtype == torch.float16:
             pipeline.vae.to(torch.float32)  # it overflows in fp16, and is small
     pipeline.set_progress_bar_config(disable=True)
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.requires_grad_(False)
     return pipeline.to(device) if move else pipeline
 
 
@@ -97,6 +102,7 @@ def load_controlnet(
         network = getattr(diffusers, facts.control_class).from_pretrained(
             folder, dtype=dtype_of(facts, device), local_files_only=True, use_safetensors=True, variant=variant
         )
+    network.requires_grad_(False)
     return network.to(device) if move else network
 
 

@@ -38,7 +38,7 @@ class Part(StrEnum):
     TRACE = "trace"
 
 
-# `safe` changes rounding and nothing else.
+# `safe` changes nothing but rounding, and `trace` not even that.
 LEVELS: Mapping[str, frozenset[Part]] = MappingProxyType(
     {
         "off": frozenset(),

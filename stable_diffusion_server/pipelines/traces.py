@@ -25,8 +25,10 @@ warnings.filterwarnings("ignore", message=".torch.jit", category=DeprecationWarn
 
 # Python takes some ten milliseconds of a pass: of one that takes longer than this, less than tracing it is worth.
 _WORTH_SECONDS = 0.5
-# Beyond these all are forgotten: kinds of calls, and traces of a module.
-_MOST_KINDS, _MOST_TRACES = 512, 16
+# Beyond these all kinds of calls are forgotten, and get to know the traces there are anew.
+_MOST_KINDS = 512
+# A module's traces, counting those that were of no use: TorchScript never gives back the 20 MB that one takes.
+_MOST_TRACES = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,12 +72,13 @@ class Traces:
         self._name = forward.__qualname__
         self._kinds: dict[Hashable, _Kind] = {}
         self._traces: list[_Trace] = []
+        self._made = 0
         self._judging = threading.Lock()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The answer of the forward pass."""
         call = (args, kwargs)
-        kind = self._kinds.setdefault(kind_of(call), _Kind())
+        kind = self._kind(kind_of(call))
         if kind.settled and kind.trace is not None:
             return kind.trace.run(call)
         began = time.perf_counter()
@@ -88,50 +91,46 @@ class Traces:
                 self._judging.release()
         return answer
 
+    def _kind(self, name: Hashable) -> _Kind:
+        kinds = self._kinds
+        if name not in kinds and len(kinds) >= _MOST_KINDS:
+            self._kinds = kinds = {}
+        return kinds.setdefault(name, _Kind())
+
     def _judge(self, kind: _Kind, call: Any, answer: Any, seconds: float) -> None:
         """Get to know a kind by one more of its calls."""
+        if not _tells(answer):
+            return
         kind.calls += 1
         if kind.calls == 1:  # sizes that come once are not worth a trace, nor is a pass judged that warms up
             return
         if kind.calls == 2:
             kind.trace = self._trace_for(call, answer) if seconds < _WORTH_SECONDS else None
             kind.settled = kind.trace is None
-        elif kind.trace is not None and not self._same(kind.trace, call, answer):
-            kind.trace = None  # it holds numbers of the call it was made by
-        kind.settled |= kind.calls > 2
-        if len(self._kinds) > _MOST_KINDS or len(self._traces) > _MOST_TRACES:
-            self._kinds, self._traces = {}, []
+        else:
+            if kind.trace is not None and not _same(kind.trace, call, answer):
+                kind.trace = None  # it holds numbers of the call it was made by
+            kind.settled = True
 
     def _trace_for(self, call: Any, answer: Any) -> _Trace | None:
         """A trace that answers a call to the bit, if there can be one."""
         form = form_of(call)
-        found = next((t for t in self._traces if t.form == form and self._same(t, call, answer)), None)
-        if found is not None:
-            return found
+        for trace in self._traces:
+            if trace.form == form and _same(trace, call, answer):
+                return trace
+        if self._made == _MOST_TRACES:
+            return None
+        self._made += 1
         try:
             made = _Trace(self._traced(call), form, filled(answer, itertools.repeat(torch.empty(0))))
         except Exception as error:  # what a tracer cannot follow shows in many ways
             _log.info("not traced", module=self._name, exc_info=error)
             return None
-        if not self._same(made, call, answer):
+        if not _same(made, call, answer):
             _log.info("a trace gave other numbers and is not used", module=self._name)
             return None
         self._traces.append(made)
         return made
-
-    @staticmethod
-    def _same(trace: _Trace, call: Any, answer: Any) -> bool:
-        try:
-            given = trace.run(call)
-        except RuntimeError:  # a size the trace cannot take
-            return False
-        pairs = zip(tensors_of(given), tensors_of(answer), strict=True)
-        return all(
-            one.stride() == other.stride()
-            and one.shape == other.shape
-            and torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
-            for one, other in pairs
-        )
 
     def _traced(self, call: Any) -> Any:
         def run(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -145,3 +144,17 @@ def trace(module: torch.nn.Module) -> None:
     """Have a module's forward pass traced from now on; its weights need no gradients then."""
     module.requires_grad_(False)
     module.forward = Traces(module.forward)
+
+
+def _tells(answer: Any) -> bool:
+    """Whether an answer tells traces apart: numbers that are not finite, or all nought, any trace may give."""
+    return all(bool(torch.isfinite(tensor).all()) and bool(tensor.any()) for tensor in tensors_of(answer))
+
+
+def _same(trace: _Trace, call: Any, answer: Any) -> bool:
+    """Whether a trace answers a call with the very same bits, laid out the same."""
+    try:
+        given = trace.run(call)
+    except RuntimeError:  # a size the trace cannot take
+        return False
+    return kind_of(given) == kind_of(answer) and all(map(torch.equal, tensors_of(given), tensors_of(answer)))

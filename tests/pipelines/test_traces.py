@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from drawing import MODELS_DIR, disc_mask, draw, job_for, scene
+from drawing import MODELS_DIR, disc_mask, draw, draw_together, job_for, scene
 
 from stable_diffusion_server.pipelines import traces
 from stable_diffusion_server.pipelines.registry import LoadOptions, Registry, load
@@ -144,23 +144,42 @@ def test_passes_that_take_long_are_not_traced(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_old_kinds_are_forgotten_when_there_are_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And known again when they come again."""
+    """And known again when they come again, by the traces there are; also where each comes once."""
     monkeypatch.setattr(traces, "_MOST_KINDS", 3)
     module = Branching()
     trace(module)
-    for rows in range(1, 12):
-        for _ in range(4):
-            assert torch.equal(module(torch.ones(rows, 3)), type(module).forward(module, torch.ones(rows, 3)))
-        assert len(module.forward._kinds) <= 4
+    for calls in (1, 4, 4):
+        for rows in range(1, 12):
+            for _ in range(calls):
+                assert torch.equal(module(torch.ones(rows, 3)), type(module).forward(module, torch.ones(rows, 3)))
+            assert len(module.forward._kinds) <= 3
+    assert module.forward._made == len(module.forward._traces) <= 8  # few rows, and one for each number of many
 
 
-def test_numbers_that_are_none_are_compared_too() -> None:
-    """A pass that answers NaN is traced like any other."""
+def test_no_more_traces_are_made_than_memory_is_there_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TorchScript never gives them back; kinds beyond them, and after failures, run as they are."""
+    monkeypatch.setattr(traces, "_MOST_TRACES", 2)
+    for module, useful in ((Branching(), 2), (Dicing(), 0)):
+        trace(module)
+        for rows in (5, 6, 7, 8):
+            for _ in range(4):
+                module(torch.ones(rows, 3))
+        assert module.forward._made == 2
+        assert len(module.forward._traces) == useful
+        assert sum(kind.trace is not None for kind in module.forward._kinds.values()) == useful
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_answers_that_tell_nothing_are_not_judged_by(number: float) -> None:
+    """Any trace gives them: one that was made for other sizes would seem to be right."""
     module = Branching()
     trace(module)
     for _ in range(4):
-        module(torch.full((2, 3), float("nan")))
-    assert all(kind.trace for kind in module.forward._kinds.values())
+        module(torch.ones(2, 3))
+    for _ in range(4):
+        module(torch.full((8, 3), number))
+    for _ in range(4):
+        assert torch.equal(module(torch.ones(8, 3)), module.layer(torch.ones(8, 3)) + 8)
 
 
 def test_threads_may_call_at_once() -> None:
@@ -207,6 +226,19 @@ def test_pictures_are_the_same_to_the_bit(
     for seed in range(4):
         job = job_for(model, seed=seed, prompt=f"a circle, {seed}", **pictures)
         np.testing.assert_array_equal(draw(traced, job), draw(eager, job))
+
+
+@pytest.mark.parametrize("model", ["sdxl", "flux"])
+def test_pictures_drawn_together_are_the_same_to_the_bit(traced: Registry, eager: Registry, model: str) -> None:
+    """Also in small groups of odd numbers of rows, whose products PyTorch folds in different ways."""
+    for scales in ((2.0, 1.0), (2.0, 2.0, 1.0), (1.0, 1.0, 1.0)):
+        for seed in range(4):
+            jobs = [
+                job_for(model, seed=seed + n, width=64, height=128, guidance_scale=scale if model == "sdxl" else 0.0)
+                for n, scale in enumerate(scales)
+            ]
+            for one, other in zip(draw_together(traced, jobs), draw_together(eager, jobs), strict=True):
+                np.testing.assert_array_equal(one, other)
 
 
 @pytest.mark.parametrize("model", ["sdxl", "flux"])
