@@ -79,8 +79,9 @@ class Traces:
         """The answer of the forward pass."""
         call = (args, kwargs)
         kind = self._kind(kind_of(call))
-        if kind.settled and kind.trace is not None:
-            return kind.trace.run(call)
+        # Read once: another thread that was already judging may still take it back.
+        if kind.settled and (trace := kind.trace) is not None:
+            return trace.run(call)
         began = time.perf_counter()
         answer = self._forward(*args, **kwargs)
         seconds = time.perf_counter() - began
