@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import dataclass
 
 from limits import RateLimitItem
-from limits.aio.storage import MemoryStorage
-from limits.aio.strategies import MovingWindowRateLimiter
 
 from stable_diffusion_server.errors import Overasked
+
+# Callers whose windows are all past are forgotten when so many are remembered.
+_MOST_REMEMBERED = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,20 +24,63 @@ class Allowed:
     concurrency: int = 0
 
 
+class MovingWindows:
+    """Counts what each caller did within the last seconds, by a clock that is never set.
+
+    The storages of `limits` go by the time of day: set back by an hour, it keeps callers out for that hour.
+    """
+
+    def __init__(self) -> None:
+        self._hits: dict[tuple[str, int], deque[float]] = {}
+        self._sweep_at = _MOST_REMEMBERED
+
+    def hit(self, who: str, rate: RateLimitItem) -> bool:
+        """Count one more, if the rate allows it."""
+        hits = self._recent(who, rate)
+        if len(hits) >= rate.amount:
+            return False
+        hits.append(time.monotonic())
+        self._hits[who, rate.get_expiry()] = hits
+        if len(self._hits) > self._sweep_at:
+            self._sweep()
+        return True
+
+    def left(self, who: str, rate: RateLimitItem) -> tuple[int, float]:
+        """How many more there may be, and the seconds until the oldest one counts no more."""
+        hits = self._recent(who, rate)
+        seconds = hits[0] + rate.get_expiry() - time.monotonic() if hits else 0.0
+        return max(0, rate.amount - len(hits)), max(0.0, seconds)
+
+    def _recent(self, who: str, rate: RateLimitItem) -> deque[float]:
+        window = rate.get_expiry()
+        hits = self._hits.get((who, window), deque())
+        _drop_before(hits, time.monotonic() - window)
+        return hits
+
+    def _sweep(self) -> None:
+        now = time.monotonic()
+        for (who, window), hits in list(self._hits.items()):
+            _drop_before(hits, now - window)
+            if not hits:
+                del self._hits[who, window]
+        # A crowd that is all within its windows is looked through again when it has doubled, not at every request.
+        self._sweep_at = max(_MOST_REMEMBERED, 2 * len(self._hits))
+
+
 class Rates:
     """Counts requests in a moving window, and those under way. Used from the event loop alone."""
 
     def __init__(self) -> None:
-        self._limiter = MovingWindowRateLimiter(MemoryStorage())
+        self._windows = MovingWindows()
         self._under_way: Counter[str] = Counter()
 
     async def enter(self, allowed: Allowed) -> None:
         """Count a request in; `leave` counts it out. Raises `Overasked`, which counts nothing."""
         if allowed.concurrency and self._under_way[allowed.who] >= allowed.concurrency:
             raise Overasked(f"{allowed.concurrency} requests at a time are allowed here.", retry_after=1)
-        if allowed.rate is not None and not await self._limiter.hit(allowed.rate, allowed.who):
-            again = math.ceil(await self._reset(allowed.rate, allowed.who))
-            raise Overasked(f"{_told(allowed.rate)} are allowed here.", retry_after=max(1, again))
+        if allowed.rate is not None and not self._windows.hit(allowed.who, allowed.rate):
+            _, seconds = self._windows.left(allowed.who, allowed.rate)
+            raise Overasked(f"{_told(allowed.rate)} are allowed here.", retry_after=max(1, math.ceil(seconds)))
         self._under_way[allowed.who] += 1
 
     def leave(self, allowed: Allowed) -> None:
@@ -52,17 +96,18 @@ class Rates:
         """
         if allowed.rate is None:
             return {}
-        stats = await self._limiter.get_window_stats(allowed.rate, allowed.who)
-        left = max(0, stats.remaining)
+        left, seconds = self._windows.left(allowed.who, allowed.rate)
         return {
             "RateLimit-Limit": str(allowed.rate.amount),
             "RateLimit-Remaining": str(left),
-            "RateLimit-Reset": str(max(0, math.ceil(stats.reset_time - time.time()))),
+            "RateLimit-Reset": str(math.ceil(seconds)),
             "RateLimit-Policy": f"{allowed.rate.amount};w={allowed.rate.get_expiry()}",
         }
 
-    async def _reset(self, rate: RateLimitItem, who: str) -> float:
-        return (await self._limiter.get_window_stats(rate, who)).reset_time - time.time()
+
+def _drop_before(hits: deque[float], moment: float) -> None:
+    while hits and hits[0] <= moment:
+        hits.popleft()
 
 
 def _told(rate: RateLimitItem) -> str:
