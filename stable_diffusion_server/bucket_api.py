@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
@@ -16,9 +17,11 @@ from stable_diffusion_server.buckets.local import LocalBucket
 from stable_diffusion_server.buckets.s3.bucket import S3Bucket, S3Options
 from stable_diffusion_server.errors import InvalidInput, ServerError, StorageUnavailable
 from stable_diffusion_server.orders import Stored
+from stable_diffusion_server.picture_formats import ALWAYS, EXTRA, begins_like
 
 # S3's own bound on a key, in bytes of UTF-8; it holds for every bucket, so that a name is portable.
 KEY_MAX_BYTES = 1024
+_DOMAIN = re.compile(r"[a-z0-9][a-z0-9-]*(\.[a-z0-9][a-z0-9-]*)*\.[a-z]{2,}")
 _EMPTY = SecretStr("")
 
 
@@ -94,8 +97,7 @@ class StorageOptions:
 
 def open_bucket(options: StorageOptions) -> Bucket:
     """The bucket the options ask for, not yet opened. Connects to nothing and imports no client."""
-    # One rule for every answer, the first and the cached ones: below PUBLIC_BASE_URL, else below the bucket's name.
-    base_url = options.public_base_url or f"https://{options.bucket_name}"
+    base_url = options.public_base_url or _own_domain(options.bucket_name)
     match options.storage_provider:
         case "local":
             return LocalBucket(options.local_bucket_dir)
@@ -130,6 +132,17 @@ def open_bucket(options: StorageOptions) -> Bucket:
 def check_if_blob_exists(bucket: Bucket, key: str) -> bool:
     """Whether an object of that key is stored. The name is the one users know from the original server."""
     return bucket.stat(key) is not None
+
+
+def read_picture(bucket: Bucket, key: str) -> bytes:
+    """The whole object under `key`, of which the first bytes are a picture's.
+
+    Raises `NotFound`, and `StorageUnavailable` for what is no picture or could not be read.
+    """
+    data = bucket.read(key)
+    if not begins_like(data, (*ALWAYS, *EXTRA)):
+        raise StorageUnavailable("What the storage gives under this name is no picture.", retry_after=30)
+    return data
 
 
 def check_bucket(bucket: Bucket, key: str, get: Callable[[str], bytes]) -> Iterator[tuple[str, str | None]]:
@@ -209,6 +222,11 @@ def object_key(bucket_path: str, name: str) -> str:
 def url_path(key: str) -> str:
     """The key as the path of a URL: percent-encoded once, '/' kept."""
     return quote(key, safe="/")
+
+
+def _own_domain(bucket_name: str) -> str:
+    """The base URL of a bucket named after its own domain, as in `static.example.com`; empty for any other name."""
+    return f"https://{bucket_name}" if _DOMAIN.fullmatch(bucket_name) else ""
 
 
 def _refused(why: str) -> InvalidInput:

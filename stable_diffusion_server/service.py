@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import structlog
 
-from stable_diffusion_server.bucket_api import Bucket
+from stable_diffusion_server.bucket_api import Bucket, read_picture
 from stable_diffusion_server.composing import Scene, compose
 from stable_diffusion_server.drawing import Drawing, For, Queue
 from stable_diffusion_server.errors import DeadlineExceeded, NotFound
@@ -184,7 +184,7 @@ class Service:
 
     async def stored_file(self, receipt: Receipt) -> bytes:
         """The file that is stored under a receipt's name now. Raises `NotFound`, `StorageUnavailable`."""
-        return await asyncio.to_thread(self._bucket.read, receipt.key)
+        return await asyncio.to_thread(read_picture, self._bucket, receipt.key)
 
     def check_open(self) -> None:
         """Raise `NotReady` or `Busy` if nothing can be drawn now."""

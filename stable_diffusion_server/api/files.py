@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import FileResponse, JSONResponse, RedirectResponse
 from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import Headers
 from starlette.staticfiles import NotModifiedResponse
 
 from stable_diffusion_server.api.callers import caller_of
-from stable_diffusion_server.bucket_api import Bucket
+from stable_diffusion_server.bucket_api import Bucket, read_picture
 from stable_diffusion_server.buckets.local import LocalBucket
 from stable_diffusion_server.errors import Forbidden, InvalidInput, NotFound
 from stable_diffusion_server.orders import Stored
@@ -21,6 +22,7 @@ from stable_diffusion_server.shelf import Shelf
 from stable_diffusion_server.signing import Signer
 
 _RANGE = re.compile(r"bytes=\s*(\d+-\d*|-\d+)(\s*,\s*(\d+-\d*|-\d+))*")
+_ONE_RANGE = re.compile(r"bytes=\s*([0-9]{0,18})-([0-9]{0,18})\s*")
 _SHOWN_INLINE = ("image/webp", "image/png", "image/jpeg")
 
 
@@ -90,8 +92,9 @@ class _Giving:
         if (url := self.bucket.url(key)) is not None:
             # It waited here once, and is in the bucket now.
             return RedirectResponse(url, headers={"Cache-Control": "no-store"})
-        headers["Cache-Control"] = "no-store"
-        return Response(self.bucket.read(key), headers=headers, media_type=stored.content_type)
+        if stored.waiting:
+            headers["Cache-Control"] = "no-store"
+        return _of_bucket(request, self.bucket, stored, headers)
 
     def _signed_until(self, request: Request, key: str) -> int | None:
         if self.signer is None:
@@ -120,8 +123,47 @@ def _of_disk(request: Request, bucket: LocalBucket, stored: Stored, headers: dic
     if not _RANGE.fullmatch(request.headers.get("range", "bytes=0-")):
         # What is no range of bytes is to be ignored (RFC 9110, 14.2).
         request.scope["headers"] = [pair for pair in request.scope["headers"] if pair[0] != b"range"]
-    wanted = {tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")}
     response = FileResponse(bucket.path(stored.key), headers=headers, media_type=stored.content_type)
-    if wanted & {headers["ETag"], "*"}:
-        return NotModifiedResponse(response.headers)
-    return response
+    return NotModifiedResponse(response.headers) if _is_known(request, headers["ETag"]) else response
+
+
+def _of_bucket(request: Request, bucket: Bucket, stored: Stored, headers: dict[str, str]) -> Response:
+    """The object's bytes as this server reads them, one range of them too, or nothing for who has it already.
+
+    Raises `NotFound` and `StorageUnavailable`.
+    """
+    headers["Accept-Ranges"] = "bytes"
+    if _is_known(request, headers["ETag"]):
+        return NotModifiedResponse(Headers(headers))
+    if request.method == "HEAD":
+        headers["Content-Length"] = str(stored.size)
+        return Response(headers=headers, media_type=stored.content_type)
+    wanted = _range_of(request, headers["ETag"], stored.size)
+    if wanted is None:
+        is_picture = stored.content_type in _SHOWN_INLINE
+        data = read_picture(bucket, stored.key) if is_picture else bucket.read(stored.key)
+        return Response(data, headers=headers, media_type=stored.content_type)
+    start, end = wanted
+    if start >= end:
+        return Response(status_code=416, headers={"Content-Range": f"bytes */{stored.size}"})
+    headers["Content-Range"] = f"bytes {start}-{end - 1}/{stored.size}"
+    return Response(bucket.read(stored.key, start, end), 206, headers, stored.content_type)
+
+
+def _is_known(request: Request, etag: str) -> bool:
+    """Whether the client has this version already (`If-None-Match`)."""
+    known = {tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")}
+    return bool(known & {etag, "*"})
+
+
+def _range_of(request: Request, etag: str, size: int) -> tuple[int, int] | None:
+    """Start and end of the one range asked for, within `size`; `None` for the whole object, also for several ranges."""
+    match = _ONE_RANGE.fullmatch(request.headers.get("range", ""))
+    if match is None or request.headers.get("if-range", etag) != etag:
+        return None
+    first, last = match.groups()
+    if not first:
+        return (size - min(int(last), size), size) if last else None
+    if last and int(last) < int(first):
+        return None
+    return int(first), min(int(last) + 1 if last else size, size)

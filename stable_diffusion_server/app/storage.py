@@ -54,6 +54,7 @@ class Stores:
             except ServerError as error:
                 faults[name] = error.detail
         self.history.start()
+        _warn_of_addresses(self._settings)
         for fault in faults.values():
             _log.error("not able to draw", reason=fault)
 
@@ -71,19 +72,17 @@ class Stores:
         return self.bucket.figures() if isinstance(self.bucket, Remembering) else {}
 
     def base_of(self, request: Request) -> str:
-        """Where this server is: PUBLIC_BASE_URL, where that is not the bucket's, else where a trusted proxy is.
+        """The base URL of this server as the client wrote it: PUBLIC_BASE_URL, where that is not the bucket's.
 
-        Else the address the client's connection came in on; never the Host header, which the client writes.
+        Else scheme and Host header, port included, which the gate has checked against the names this server has;
+        behind a trusted proxy both are those the proxy was reached at.
         """
         settings = self._settings
-        public = settings.public_base_url if settings.storage_provider == "local" else ""
-        if base := public or str(request.scope.get("state", {}).get("base", "")):
-            return base
-        host, port = request.scope.get("server") or (settings.host, settings.port)
-        name = f"[{host}]" if ":" in host else host
+        if settings.storage_provider == "local" and settings.public_base_url:
+            return settings.public_base_url
         # A forwarded scheme may be a websocket's.
         scheme = "https" if request.scope["scheme"] in ("https", "wss") else "http"
-        return f"{scheme}://{name}:{port or settings.port}"
+        return f"{scheme}://{request.headers['host'].strip()}"
 
     def url_of(self, request: Request, key: str) -> str:
         """The URL of a key for the client at hand."""
@@ -95,6 +94,16 @@ class Stores:
             return url
         signed = f"?{self.signer.query(key)}" if self.signer is not None else ""
         return f"{base}/files/{url_path(key)}{signed}"
+
+
+def _warn_of_addresses(settings: Settings) -> None:
+    if settings.storage_provider == "local" or settings.public_base_url or settings.signed_url_seconds:
+        return
+    _log.warning(
+        "the bucket has no PUBLIC_BASE_URL, and SIGNED_URL_SECONDS is 0",
+        urls=open_bucket(StorageOptions.of(settings)).url("KEY")
+        or "of this server, which reads the bucket: /files/KEY",
+    )
 
 
 def _bucket_of(settings: Settings, metrics: Metrics) -> Bucket:

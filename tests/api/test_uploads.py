@@ -386,12 +386,6 @@ def test_the_public_base_url_makes_the_links(house_of: Callable[..., House]) -> 
     assert set(paths) == {"https://pictures.example/files/static/uploads/a.webp"}
 
 
-def test_a_link_is_never_made_from_the_host_header(house: House) -> None:
-    """The client writes that header; a shared answer must not carry it."""
-    answer = house.client.get(CREATE, params=ASKED, headers={"host": "localhost:1234"})
-    assert answer.json()["path"].startswith("http://127.0.0.1:8000/")
-
-
 @pytest.mark.fault(64)
 def test_cross_talk_is_impossible(house: House) -> None:
     """Five hundred different orders, a dozen at once: each picture has its own colour and its own seed's shade."""

@@ -232,10 +232,16 @@ def test_the_address_is_the_base_and_the_key_encoded_once(
 
 
 @pytest.mark.parametrize("kind", REMOTE)
-def test_without_a_base_the_address_is_the_buckets_name(kind: str, options_of: Callable[..., StorageOptions]) -> None:
-    """As the seed has it: https://BUCKET_NAME/key."""
+def test_without_a_base_only_a_bucket_named_after_its_domain_has_an_address(
+    kind: str, options_of: Callable[..., StorageOptions]
+) -> None:
+    """As the seed has it: https://BUCKET_NAME/key, where that can be a host's name at all; else the server gives it."""
     options = options_of(kind)
-    assert open_bucket(options).url("k.webp") == f"https://{options.bucket_name}/k.webp"
+    assert open_bucket(options).url("k.webp") is None
+    named = {
+        name: open_bucket(replace(options, bucket_name=name)).url("k.webp") for name in ("static.example.com", "a.1")
+    }
+    assert named == {"static.example.com": "https://static.example.com/k.webp", "a.1": None}
 
 
 def test_a_signed_address_gives_the_object(options_of: Callable[..., StorageOptions]) -> None:

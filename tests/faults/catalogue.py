@@ -96,6 +96,10 @@ GROUPS: dict[str, dict[str, str]] = {
         "63": "clients that send or read slowly, 1,000 idle connections",
         "64": "a restart under load, forged X-Forwarded-For, answers of 500 requests in disorder, a long soak",
     },
+    "Storage: what it refuses and answers": {
+        "130": "a Host of another name or port than the socket's, in every dialect; forwarded with and without trust",
+        "131": "a bucket that no PUBLIC_BASE_URL gives an address",
+    },
 }
 ROWS: dict[str, str] = {number: text for rows in GROUPS.values() for number, text in rows.items()}
 

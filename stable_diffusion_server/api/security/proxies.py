@@ -23,8 +23,8 @@ class Proxies:
         """The request as the proxies tell of it, when the connection comes from one of them; else as it is.
 
         The client becomes the last address that is no trusted proxy's, the scheme and the Host header what the
-        client used. `state.forwarded` tells that a request came through a proxy, trusted or not, and `state.base`
-        the address that a trusted one was reached at.
+        client used, with the port of `X-Forwarded-Port` where the name came without one. `state.forwarded` tells
+        that a request came through a proxy that is not trusted.
         """
         headers = Headers(scope=scope)
         state = scope.setdefault("state", {})
@@ -39,12 +39,11 @@ class Proxies:
             seen["client"] = (strangers[-1] if strangers else hops[0], 0)
         if (scheme := headers.get("x-forwarded-proto", "").strip().lower()) in ("http", "https"):
             seen["scheme"] = scheme
-        host = headers.get("x-forwarded-host", "").strip()
+        host = _with_port(headers.get("x-forwarded-host", "").strip() or headers.get("host", ""), headers)
         if host:
             others = [(name, value) for name, value in scope["headers"] if name != b"host"]
             seen["headers"] = [(b"host", host.encode("latin-1")), *others]
         state["forwarded"] = False  # what it says is believed, so the client is the one it names
-        state["base"] = f"{seen.get('scheme', 'http')}://{host or headers.get('host', '')}"
         return seen
 
     def _trusts(self, address: str) -> bool:
@@ -54,3 +53,10 @@ class Proxies:
             return False
         mapped = getattr(ip, "ipv4_mapped", None)
         return any((mapped or ip) in network for network in self.trusted)
+
+
+def _with_port(host: str, headers: Headers) -> str:
+    """The host with the forwarded port: some proxies pass the name alone. The ports of http and https go unsaid."""
+    port = headers.get("x-forwarded-port", "").strip()
+    unsaid = not (port.isascii() and port.isdigit()) or port in ("80", "443")
+    return host if unsaid or not host or ":" in host.rpartition("]")[2] else f"{host}:{port}"

@@ -125,10 +125,13 @@ class GCSBucket:
                     yield blob.name
 
     def url(self, key: str) -> str | None:
-        """Where the object is fetched: signed for a while where the bucket is private, else below the base URL."""
-        seconds = self._options.signed_url_seconds
+        """Where the object is fetched: signed for a while where the bucket is private, else below the base URL.
+
+        `None` without either: nothing is known of an address that opens.
+        """
+        seconds, base = self._options.signed_url_seconds, self._options.base_url
         if not seconds:
-            return f"{self._options.base_url}/{quote(key, safe='/')}"
+            return f"{base}/{quote(key, safe='/')}" if base else None
         blob = self._connected().blob(key)
         try:
             return str(blob.generate_signed_url(version="v4", expiration=timedelta(seconds=seconds), method="GET"))

@@ -144,10 +144,13 @@ class S3Bucket:
                         yield item["Key"]
 
     def url(self, key: str) -> str | None:
-        """Where the object is fetched: signed for a while where the bucket is private, else below the base URL."""
-        seconds = self._options.signed_url_seconds
+        """Where the object is fetched: signed for a while where the bucket is private, else below the base URL.
+
+        `None` without either: nothing is known of an address that opens.
+        """
+        seconds, base = self._options.signed_url_seconds, self._options.base_url
         if not seconds:
-            return f"{self._options.base_url}/{quote(key, safe='/')}"
+            return f"{base}/{quote(key, safe='/')}" if base else None
         with self._told("sign for it"):
             named = {"Bucket": self._options.name, "Key": key}
             return str(self._connected().generate_presigned_url("get_object", Params=named, ExpiresIn=seconds))
