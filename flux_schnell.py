@@ -12,6 +12,7 @@ from stable_diffusion_server.pipelines.catalog import facts_of
 from stable_diffusion_server.pipelines.components import choose_device, load_pipeline
 from stable_diffusion_server.pipelines.flux import Flux
 from stable_diffusion_server.prompts import shorten_too_long_text
+from stable_diffusion_server.provenance import DigitalSourceType, xmp_packet
 
 FORMATS = {".webp": Format.WEBP, ".png": Format.PNG, ".jpg": Format.JPEG, ".jpeg": Format.JPEG}
 
@@ -63,7 +64,8 @@ def draw(prompt: str, out: Path, steps: int, seed: int, width: int, height: int)
             flux.step([state])
         pixels = flux.finish(state).pixels
     sized = to_size(pixels, width, height, resample=canvas.resampled)
-    return encode(sized, FORMATS[out.suffix.lower()], 85, {"prompt": prompt, "seed": seed, "model": facts.name})
+    record = {"prompt": prompt, "seed": seed, "model": facts.name}
+    return encode(sized, FORMATS[out.suffix.lower()], 85, record, xmp_packet(DigitalSourceType.GENERATED))
 
 
 if __name__ == "__main__":

@@ -137,23 +137,26 @@ def paste_back(drawn: Pixels, image: Pixels, mask: Pixels) -> Pixels:
     return result
 
 
-def encode(pixels: Pixels, file_format: Format, quality: int, record: Mapping[str, object] | None) -> bytes:
+def encode(
+    pixels: Pixels, file_format: Format, quality: int, record: Mapping[str, object] | None, xmp: str = ""
+) -> bytes:
     """The picture as a file of `file_format`, with `record` inside it (JSON in EXIF; text chunks in PNG) when given.
 
-    `quality` is 1..100; WebP at 100 is lossless, PNG always is.
+    `quality` is 1..100; WebP at 100 is lossless, PNG always is. `xmp` is an XMP packet to embed, empty for none.
     """
     image = Image.fromarray(pixels)
     target = io.BytesIO()
     match file_format:
         case Format.PNG:
-            image.save(target, "PNG", compress_level=1, pnginfo=_png_text(record))
+            image.save(target, "PNG", compress_level=1, pnginfo=_png_text(record, xmp))
         case Format.WEBP:
             lossless = quality == 100
             # Of a lossless file `quality` is the effort: the most costs a multiple of the time for a few bytes less.
             effort = _LOSSLESS_EFFORT if lossless else quality
-            image.save(target, "WEBP", quality=effort, lossless=lossless, method=_WEBP_METHOD, exif=_exif(record))
+            inside = {"exif": _exif(record), "xmp": xmp.encode()}
+            image.save(target, "WEBP", quality=effort, lossless=lossless, method=_WEBP_METHOD, **inside)
         case Format.JPEG:
-            image.save(target, "JPEG", quality=quality, exif=_exif(record))
+            image.save(target, "JPEG", quality=quality, exif=_exif(record), **({"xmp": xmp.encode()} if xmp else {}))
     return target.getvalue()
 
 
@@ -188,13 +191,14 @@ def _align_up(side: int) -> int:
     return -(-side // ALIGNMENT) * ALIGNMENT
 
 
-def _png_text(record: Mapping[str, object] | None) -> PngInfo | None:
-    if record is None:
-        return None
+def _png_text(record: Mapping[str, object] | None, xmp: str) -> PngInfo:
     text = PngInfo()
     # iTXt, since tEXt is Latin-1 and prompts are not.
-    text.add_itxt("parameters", parameters_text(record))
-    text.add_itxt("record", json.dumps(record, ensure_ascii=False))
+    if xmp:
+        text.add_itxt("XML:com.adobe.xmp", xmp)
+    if record is not None:
+        text.add_itxt("parameters", parameters_text(record))
+        text.add_itxt("record", json.dumps(record, ensure_ascii=False))
     return text
 
 

@@ -16,6 +16,7 @@ from stable_diffusion_server.history.entries import Entry
 from stable_diffusion_server.image_processing import encode
 from stable_diffusion_server.judging import DrawnPicture, Judged
 from stable_diffusion_server.orders import Format, Stored, Warned
+from stable_diffusion_server.provenance import source_type_of, xmp_packet
 from stable_diffusion_server.records import entry_of, inscription_of, record_of
 from stable_diffusion_server.resolving import Plan
 
@@ -49,9 +50,11 @@ class Keeping:
         inscription = inscription_of(plan, scene, judged)
         told: dict[str, Mapping[str, object]] = {"full": inscription, "digest": {"digest": plan.content}}
         inside = told.get(self._embed)
+        source_type = source_type_of(has_input_image=plan.order.image is not None)
+        xmp = "" if self._embed == "none" else xmp_packet(source_type)
 
         def encoded() -> bytes:
-            return encode(scene.finished(judged.product.pixels), plan.file_format, plan.quality, inside)
+            return encode(scene.finished(judged.product.pixels), plan.file_format, plan.quality, inside, xmp)
 
         lossless = plan.file_format is not Format.JPEG and plan.quality == 100
         data = await self._encoders.encode(scene.width * scene.height * 3, encoded, lossless=lossless)

@@ -7,6 +7,10 @@ import sys
 
 import structlog
 
+# Characters of a text in a line, and of a traceback. JSON writes a character in up to six bytes, twelve beyond U+FFFF.
+MAX_VALUE = 512
+MAX_TRACEBACK = 16_384
+
 
 def configure_logging(level: str, log_format: str) -> None:
     """Structured lines on standard error: for people at a terminal, JSON otherwise, unless `log_format` says which."""
@@ -15,12 +19,13 @@ def configure_logging(level: str, log_format: str) -> None:
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
+        shorten_values,
     ]
     # Tracebacks without local variables: those hold prompts, and may hold keys.
     if for_people:
         processors.append(structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback))
     else:
-        processors += [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
+        processors += [structlog.processors.format_exc_info, shorten_values, structlog.processors.JSONRenderer()]
     structlog.configure(
         processors=processors,
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
@@ -29,3 +34,20 @@ def configure_logging(level: str, log_format: str) -> None:
     )
     # uvicorn's own lines hold query strings, and so prompts; the gate logs requests instead.
     logging.getLogger("uvicorn.access").disabled = True
+
+
+def shorten_values(logger: object, method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+    """Cut the texts of a line, so that its length is not the caller's to choose.
+
+    A text keeps `MAX_VALUE` characters and says how many there were; a traceback keeps its last `MAX_TRACEBACK`. A
+    prompt stays whole: MAX_PROMPT_CHARACTERS bounds it. Lists and the like are cut as their representation.
+    """
+    for name, value in event.items():
+        if isinstance(value, bool | int | float | None) or name in ("exc_info", "prompt"):
+            continue
+        text = value if isinstance(value, str) else repr(value)
+        if name == "exception" and len(text) > MAX_TRACEBACK:
+            event[name] = f"({len(text)} characters) … {text[-MAX_TRACEBACK:]}"
+        elif name != "exception" and len(text) > MAX_VALUE:
+            event[name] = f"{text[:MAX_VALUE]}… ({len(text)} characters)"
+    return event

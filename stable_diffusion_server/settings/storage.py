@@ -62,7 +62,11 @@ class Storage(Group):
     )
     data_dir: Path = Field(Path("data"), description="Folder for the server's own state, `progress.txt` among it.")
     embed_metadata: Literal["full", "digest", "none"] = Field(
-        "full", description="What the picture file tells about how it was made."
+        "full",
+        description=(
+            "What the picture file holds about how it was made: `full`, all of it; `digest`, one number; both with "
+            "IPTC's mark of generated pictures in XMP. `none`: nothing, and no mark."
+        ),
     )
 
     @field_validator("r2_endpoint_url")

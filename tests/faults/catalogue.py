@@ -96,9 +96,21 @@ GROUPS: dict[str, dict[str, str]] = {
         "63": "clients that send or read slowly, 1,000 idle connections",
         "64": "a restart under load, forged X-Forwarded-For, answers of 500 requests in disorder, a long soak",
     },
+    "Web interface: events and uploads": {},
+    "Waiting on children and peers": {},
+    "Bounds before parsing": {},
     "Storage: what it refuses and answers": {
         "130": "a Host of another name or port than the socket's, in every dialect; forwarded with and without trust",
         "131": "a bucket that no PUBLIC_BASE_URL gives an address",
+    },
+    "Strangers, sites and proxies": {},
+    "Deaths, journal and shares": {},
+    "Adapter files": {},
+    "Model files and the hub": {},
+    "Marks, logs and addresses": {
+        "170": "a picture is stored without a mark that a model made it",
+        "171": "paths and headers of 60 KB on their way into the log",
+        "172": "metadata services of clouds, sinks, relays and unassigned networks as addresses",
     },
 }
 ROWS: dict[str, str] = {number: text for rows in GROUPS.values() for number, text in rows.items()}

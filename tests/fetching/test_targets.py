@@ -18,12 +18,21 @@ CLOSED = (
     "::ffff:127.0.0.1 ::ffff:10.0.0.1 ::127.0.0.1 64:ff9b::7f00:1 64:ff9b::a9fe:a9fe 64:ff9b:1::1 2002:7f00:1:: "
     "2002:a00:1:: 2001:0:a00:1::1 2001:0:808:808:0:0:f5ff:fffe 2606:4700::5efe:a00:1 2606:4700::200:5efe:7f00:1 "
     # Translated (SIIT), what IANA has given to no one, private addresses that carry a public one.
+    # Metadata services of clouds: Azure, AWS, Google, Oracle, Alibaba; and Azure's inside transition forms.
+    "168.63.129.16 169.254.170.2 fd20:ce::254 192.0.0.192 100.100.100.200 ::ffff:168.63.129.16 64:ff9b::a83f:8110 "
+    "2002:a83f:8110::1 2606:4700::5efe:a83f:8110 2001:0:a83f:8110::1 "
+    # Sinks (AS112), relays (AMT), other special purposes, and networks that nobody was given.
+    "192.31.196.1 192.52.193.1 192.175.48.1 2620:4f:8000::1 2001:1::1 2001:3::1 2001:4:112::1 2001:30::1 2001:1ff::1 "
+    "2000::7f00:1 2000::1 2100::1 2500::1 3000::1 3ffe::1 "
     "::ffff:0:7f00:1 ::ffff:0:808:808 ::2 4000::1 8000::1 2001:20::1 fd00::5efe:808:808 fe80::5efe:808:808"
 ).split()
-OPEN = "8.8.8.8 93.184.216.34 172.32.0.1 2606:4700::1111 ::ffff:8.8.8.8 64:ff9b::808:808 2002:808:808::1".split()
+OPEN = (
+    "8.8.8.8 93.184.216.34 168.63.129.15 168.63.129.17 172.32.0.1 2001:200::1 2001:4860:4860::8888 2003::1 2600::1 "
+    "2a00::1 2c0f::1 2606:4700::1111 ::ffff:8.8.8.8 64:ff9b::808:808 2002:808:808::1"
+).split()
 
 
-@pytest.mark.fault(33, 34)
+@pytest.mark.fault(33, 34, 172)
 @pytest.mark.parametrize("address", CLOSED)
 def test_no_address_inside_is_public_in_any_disguise(address: str) -> None:
     """Loopback, private, link-local, reserved, and each of them inside an IPv6 transition form."""

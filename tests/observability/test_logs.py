@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 from conftest import House
 
+from stable_diffusion_server.observability.logs import MAX_TRACEBACK, MAX_VALUE, shorten_values
+
 CREATE = "/create_and_upload_image"
 KEY = {"X-API-Key": "secret-of-anna", "X-Request-ID": "the-id"}
 ORDER = {"prompt": "a confidential red square", "width": 64, "height": 64}
@@ -46,3 +48,46 @@ def test_prompts_are_logged_where_the_operator_says_so(
     house.client.get(CREATE, params=ORDER)
     with_prompt = [line for line in lines("".join(capfd.readouterr())) if "confidential" in json.dumps(line)]
     assert [(line["event"], line["prompt"]) for line in with_prompt] == [("picture stored", ORDER["prompt"])]
+
+
+@pytest.mark.fault(171)
+@pytest.mark.parametrize(
+    ("path", "headers"),
+    [
+        ("/x" + "%ff" * 20_000, {"Host": "elsewhere.example"}),
+        ("/" + "a" * 60_000, {}),
+        ("/files/" + "%F0%9F%98%80" * 5_000, {}),
+        ("/jobs/" + "%00" * 20_000, {}),
+        ("/docs/" + "%22%5C" * 10_000, {"Origin": "https://" + "e" * 9_000}),
+    ],
+)
+def test_no_request_makes_a_long_line(
+    house_of: Callable[..., House], capfd: pytest.CaptureFixture[str], path: str, headers: dict[str, str]
+) -> None:
+    """A path of 60 KB, refused or not found, costs a line of a few kilobytes, whatever JSON makes of it."""
+    house = house_of(log_format="json")
+    capfd.readouterr()
+    house.client.get(path, headers=headers)
+    logged = "".join(capfd.readouterr()).splitlines()
+    assert [json.loads(line)["event"] for line in logged if line.startswith("{")][-1] == "request"
+    assert max(map(len, logged)) < 12 * MAX_VALUE + 1000
+
+
+@pytest.mark.fault(171)
+def test_a_text_at_the_limit_stays_whole_and_a_longer_one_tells_its_length() -> None:
+    """Both sides of the edge, in texts, in what is no text, and in a traceback, which keeps its end."""
+    line: dict[str, Any] = {
+        "at": "a" * MAX_VALUE,
+        "over": "a" * (MAX_VALUE + 1),
+        "listed": ["b"] * MAX_VALUE,
+        "number": 7,
+        "exception": "c" * MAX_TRACEBACK + "Error: the end",
+        "prompt": "d" * (MAX_VALUE + 1),
+    }
+    cut = shorten_values(None, "info", dict(line))
+    assert (cut["at"], cut["number"], cut["prompt"]) == (line["at"], 7, line["prompt"])
+    assert cut["over"] == "a" * MAX_VALUE + f"… ({MAX_VALUE + 1} characters)"
+    assert cut["listed"].endswith(" characters)")
+    assert len(cut["listed"]) < MAX_VALUE + 40
+    assert cut["exception"].endswith("Error: the end")
+    assert len(cut["exception"]) < MAX_TRACEBACK + 40
