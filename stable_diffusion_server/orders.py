@@ -12,9 +12,12 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from stable_diffusion_server import callers
+
 SEED_MAX = 2**32 - 1
 LORA_WEIGHT_MAX = 2.0
 
+Caller = callers.Caller
 Seed = int | Literal["random"] | None
 
 
@@ -121,32 +124,6 @@ class Order:
     def sources(self) -> tuple[Source, ...]:
         """The pictures it comes with."""
         return tuple(source for source in (self.image, self.mask) if source is not None)
-
-
-@dataclass(frozen=True, slots=True)
-class Caller:
-    """Who asks. `name` is that of the API key, empty where none is needed.
-
-    `prefix` is the only part of the bucket's names it may write, overwrite, delete or list; empty: all.
-    `admin` marks a key that may read and change what belongs to others. `anonymous` marks a client without a key
-    under ALLOW_ANONYMOUS, who is a stranger to every other one. `address` is the client's, or its IPv6 /64 network.
-    """
-
-    name: str = ""
-    prefix: str = ""
-    admin: bool = False
-    anonymous: bool = False
-    address: str = ""
-
-    @property
-    def manages(self) -> bool:
-        """Whether it may read and change what belongs to others: an admin key, or the operator of a local server."""
-        return self.admin or not (self.name or self.anonymous)
-
-    @property
-    def share(self) -> str:
-        """The name under which limited capacity is shared out among callers: its key's, else its address's."""
-        return f"key {self.name}" if self.name else f"address {self.address}"
 
 
 @dataclass(frozen=True, slots=True)

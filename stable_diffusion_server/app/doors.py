@@ -101,7 +101,12 @@ def build_house(settings: Settings, options: Options) -> House:
 def build_keyring(settings: Settings) -> Keyring:
     """The keys of the settings, their secrets hashed."""
     return Keyring(
-        Key(Caller(key.name, key.prefix), hashed(key.secret.get_secret_value()), _rate(key.rate), key.concurrency)
+        Key(
+            Caller(key.name, key.prefix, key.admin),
+            hashed(key.secret.get_secret_value()),
+            _rate(key.rate),
+            key.concurrency,
+        )
         for key in settings.read_keys()
     )
 

@@ -157,7 +157,7 @@ class Jobs:
 
     async def listed(self, caller: Caller) -> list[Standing]:
         """The caller's latest accepted jobs, newest first."""
-        entries = await self._clerk(Journal.latest_of, caller.name, _LISTED)
+        entries = await self._clerk(Journal.latest_of, caller.owner, _LISTED)
         return [live.standing if (live := self._live.get(entry.id)) else Standing.of(entry) for entry in entries]
 
     async def cancel(self, job_id: str, caller: Caller) -> Standing:

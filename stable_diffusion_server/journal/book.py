@@ -66,7 +66,7 @@ class Journal:
                 "INSERT INTO jobs (id, caller, prefix, state, written, accepted_at, deadline, base, webhook_url) "
                 "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 (
-                    *(entry.id, entry.caller.name, entry.caller.prefix, entry.state, written_order(work.order)),
+                    *(entry.id, entry.caller.owner, entry.caller.prefix, entry.state, written_order(work.order)),
                     *(entry.accepted_at, entry.deadline, entry.base, entry.webhook_url),
                 ),
             )
@@ -246,7 +246,7 @@ def _entry_of(row: tuple[Any, ...]) -> Entry:
     job_id, caller, prefix, state, accepted_at, attempts, deadline, ended_at, base, webhook_url, outcome = row
     return Entry(
         id=job_id,
-        caller=Caller(caller, prefix),
+        caller=Caller.of_owner(caller, prefix),
         accepted_at=accepted_at,
         state=State(state),
         attempts=attempts,

@@ -33,13 +33,17 @@ class Doors(Group):
         (),
         description=(
             "Keys, separated by commas, of which drawing needs one: the secret alone, or "
-            "`name:secret;rate=60/minute;concurrency=4;prefix=team-a/`. Empty: no key."
+            "`name:secret;rate=60/minute;concurrency=4;prefix=team-a/;admin`. A sole key is admin; of several, those "
+            "marked may list, read and delete what others made. Empty: no key."
         ),
     )
     api_keys_file: Path | None = Field(
         None, description="File of further keys, one to a line, written as in API_KEYS; `#` begins a remark."
     )
-    allow_anonymous: bool = Field(False, description="1 lets clients that are not on this machine draw without a key.")
+    allow_anonymous: bool = Field(
+        False,
+        description="1 lets anyone draw without a key, as a stranger to all others: docs/security.md tells more.",
+    )
     rate_limit: str = Field(
         "",
         description=(

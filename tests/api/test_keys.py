@@ -34,10 +34,18 @@ def test_a_key_is_written_with_what_it_may() -> None:
     assert "s3cret" not in repr(ann)
 
 
+def test_a_sole_key_is_admin_and_of_several_only_those_that_are_marked() -> None:
+    """Whoever has one key is alone with the server; with two, one must be told apart by its owner."""
+    assert [key.admin for key in parse_keys(["only"])] == [True]
+    written = ["ann:a", "bob:b;admin", "cid:c;rate=1/minute;admin;prefix=x"]
+    assert [key.admin for key in parse_keys(written)] == [False, True, True]
+
+
 @pytest.mark.parametrize(
     "written",
     [
         *(["a:s;rate=often"], ["a:s;rate=0/minute"], ["a:s;concurrency=0"], ["a:s;prefix=../x"], ["a:s;prefix="]),
+        *(["a:s;admin;admin"], ["a:s;admin=1"], ["a:s;Admin"]),
         *(["a:s;colour=red"], ["a:s;rate=1/second;rate=2/second"], ["a:s", "a:t"], ["a:s", "b:s"], ["a:tw o"]),
     ],
 )

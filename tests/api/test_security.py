@@ -8,8 +8,11 @@ from typing import Any
 import httpx
 import pytest
 from conftest import House
+from starlette.datastructures import Headers
 
-from stable_diffusion_server.api.security.policy import allowed_host_names
+from stable_diffusion_server.api.security.keys import Key, Keyring, hashed
+from stable_diffusion_server.api.security.policy import Policy, allowed_host_names
+from stable_diffusion_server.orders import Caller
 
 ORDER = {"prompt": "a red square", "width": 64, "height": 64}
 
@@ -135,6 +138,38 @@ def test_a_client_elsewhere_is_refused_without_keys(house_of: Callable[..., Hous
 def test_anonymous_clients_are_let_in_when_the_operator_says_so(house_of: Callable[..., House]) -> None:
     """ALLOW_ANONYMOUS=1 is a decision, not a default."""
     assert ask(house_of(client=("192.168.1.9", 5), allow_anonymous=True)).status_code == 200
+
+
+def admitted(policy: Policy, address: str, path: str = "/jobs", **headers: str) -> Caller:
+    scope = {"type": "http", "method": "GET", "path": path, "query_string": b"", "client": (address, 5)}
+    return policy.admit(scope, Headers({"host": "localhost", **headers})).caller
+
+
+def test_who_asks_is_told_by_key_and_address() -> None:
+    """The operator on loopback, strangers apart by address (an IPv6 client has its whole /64), keys by name."""
+    keys = Keyring([Key(Caller("ann", "", admin=True), hashed("a"))])
+    assert admitted(Policy(), "127.0.0.1") == Caller(address="127.0.0.1")
+    assert admitted(Policy(), "127.0.0.1").manages
+    anyone = Policy(allow_anonymous=True)
+    for address, told in (
+        ("127.0.0.1", "127.0.0.1"),  # a proxy on this machine looks the same
+        ("203.0.113.5", "203.0.113.5"),
+        ("::ffff:203.0.113.5", "203.0.113.5"),
+        ("2001:db8:1:2:aaaa::1", "2001:db8:1:2::/64"),
+    ):
+        assert admitted(anyone, address) == Caller(anonymous=True, address=told)
+    assert admitted(anyone, "2001:db8:1:2::9").owner == admitted(anyone, "2001:db8:1:2:ffff::").owner
+    for policy in (Policy(keys=keys), Policy(keys=keys, allow_anonymous=True)):
+        held = admitted(policy, "203.0.113.5", **{"x-api-key": "a"})
+        assert held == Caller("ann", "", admin=True, address="203.0.113.5")
+    assert admitted(Policy(keys=keys, allow_anonymous=True), "203.0.113.5").anonymous
+    assert admitted(Policy(keys=keys), "203.0.113.5", "/docs") == Caller(anonymous=True, address="203.0.113.5")
+
+
+def test_an_owner_that_was_written_down_is_read_back() -> None:
+    """Names of keys hold no blank, so that none looks like an anonymous client."""
+    for caller in (Caller(), Caller("ann"), Caller(anonymous=True, address="203.0.113.5"), Caller(anonymous=True)):
+        assert Caller.of_owner(caller.owner, caller.prefix) == caller
 
 
 @pytest.mark.fault(64)

@@ -89,7 +89,7 @@ class Gate:
         """Pass a request on if it may go on, and answer it if not; `more` are headers for its answer."""
         allowed: Allowed | None = None
         state = scope["state"]
-        state["caller"] = Caller()
+        state["caller"] = Caller(anonymous=True)
         try:
             admitted = self._policy.admit(scope, headers)
             state["caller"] = admitted.caller

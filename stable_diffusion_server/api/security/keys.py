@@ -49,6 +49,11 @@ class Keyring:
         return matching[0]
 
 
+def holds_key(headers: Headers) -> bool:
+    """Whether a request was sent with a key at all, right or wrong."""
+    return "authorization" in headers or "x-api-key" in headers
+
+
 def _sent(headers: Headers) -> str:
     """The secret a request holds: as a bearer, as the password of HTTP Basic with any name, or in X-API-Key."""
     scheme, _, token = headers.get("authorization", "").partition(" ")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 import re
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from urllib.parse import urlsplit
 
@@ -13,7 +13,7 @@ from limits import RateLimitItem
 from starlette.datastructures import Headers, QueryParams
 from starlette.types import Scope
 
-from stable_diffusion_server.api.security.keys import Keyring
+from stable_diffusion_server.api.security.keys import Keyring, holds_key
 from stable_diffusion_server.api.security.rates import Allowed
 from stable_diffusion_server.errors import Forbidden, Misdirected, TooLarge
 from stable_diffusion_server.orders import Caller
@@ -67,11 +67,11 @@ class Policy:
         self._check_host(headers)
         path: str = scope["path"]
         if _is_open(scope):
-            return Admitted()
+            return Admitted(self._stranger(scope))
         if not (path in _PAGES and scope["method"] in ("GET", "HEAD")):
             self._check_origin(scope, headers)
         if scope["method"] == "OPTIONS":
-            return Admitted()  # a preflight carries no key, and draws nothing
+            return Admitted(self._stranger(scope))  # a preflight carries no key, and draws nothing
         admitted = self._admit_client(scope, headers)
         # A body without a length is counted while it is read, by BodyLimit.
         length = headers.get("content-length", "0")
@@ -80,20 +80,26 @@ class Policy:
         return Admitted(admitted.caller) if _is_under(path, _CHEAP_PATHS) else admitted
 
     def _admit_client(self, scope: Scope, headers: Headers) -> Admitted:
-        address = (scope.get("client") or ("",))[0]
+        stranger = self._stranger(scope)
         if self.keys and _is_under(scope["path"], ("/ui",)):
-            return Admitted()  # a page cannot send a key: the UI asks for one itself, and asks our doors with it
-        if self.keys:
+            # A page cannot send a key: the UI asks for one itself, and asks our doors with it.
+            return Admitted(stranger)
+        if self.keys and not (self.allow_anonymous and not holds_key(headers)):
             key = self.keys.holder(headers)
-            allowed = Allowed(f"key {key.caller.name}", key.rate or self.rate, key.concurrency or self.concurrency)
-            return Admitted(key.caller, allowed)
+            caller = replace(key.caller, address=stranger.address)
+            return Admitted(caller, Allowed(caller.share, key.rate or self.rate, key.concurrency or self.concurrency))
+        if self.allow_anonymous:
+            return Admitted(stranger, Allowed(stranger.share, self.rate, self.concurrency))
         # A proxy on this machine that the settings do not name makes everyone look as if they were on it.
-        here = is_loopback(address) and not scope.get("state", {}).get("forwarded")
-        if not self.allow_anonymous and not here:
+        if not is_loopback(stranger.address) or scope.get("state", {}).get("forwarded"):
             raise Forbidden(
                 "Without a key only clients on this machine may draw: set API_KEYS, or ALLOW_ANONYMOUS=1 for everyone."
             )
-        return Admitted(Caller(), Allowed(f"address {address}", self.rate, self.concurrency))
+        return Admitted(replace(stranger, anonymous=False), Allowed(stranger.share, self.rate, self.concurrency))
+
+    def _stranger(self, scope: Scope) -> Caller:
+        """Whoever has shown no key: nobody, but for the address."""
+        return Caller(anonymous=True, address=network_of((scope.get("client") or ("",))[0]))
 
     def _check_host(self, headers: Headers) -> None:
         hosts = headers.getlist("host")
@@ -125,6 +131,18 @@ def _is_open(scope: Scope) -> bool:
     if path.startswith("/files/"):
         return scope["method"] in ("GET", "HEAD") and "record" not in QueryParams(scope["query_string"])
     return path.startswith(_OPEN_PATHS) or path == "/"
+
+
+@lru_cache(1024)
+def network_of(address: str) -> str:
+    """What tells one client from others: an IPv4 address, or the /64 of an IPv6 one, which one client has whole."""
+    try:
+        ip = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return address
+    if isinstance(ip, ipaddress.IPv4Address) or ip.is_loopback:
+        return str(ip)
+    return str(ip.ipv4_mapped or ipaddress.ip_network((ip, 64), strict=False))
 
 
 @lru_cache(1024)
