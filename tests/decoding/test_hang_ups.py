@@ -1,0 +1,235 @@
+"""Clients that hang up while their picture is decoded, children that hang and crash: the places are free again."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fakes import file_of
+from test_pool import children
+
+from stable_diffusion_server.decoding.pool import Decoder
+from stable_diffusion_server.errors import InvalidInput, NotReady
+
+HANG_UPS = 1000
+SIDE = 600
+LIMITS = {"max_bytes": 4_000_000, "max_pixels": 20_000_000, "max_side": 5000}
+
+# A child that does as the first byte of its picture says, at any moment of the protocol.
+SCRIPTED = f"""
+import os, signal, struct, sys
+source, target = sys.stdin.buffer, sys.stdout.buffer
+REQUEST, ANSWER, SIZE = struct.Struct(">Q?"), struct.Struct(">cII"), {SIDE} * {SIDE} * 3
+while len(head := source.read(REQUEST.size)) == REQUEST.size:
+    length, _ = REQUEST.unpack(head)
+    deed = source.read(1)
+    if deed == b"w":
+        signal.pause()  # never reads the rest: the server is still writing
+    if deed == b"x":
+        os._exit(3)
+    source.read(length - 1)
+    if deed == b"s":
+        signal.pause()  # says nothing at all
+    if deed == b"k":
+        os.kill(os.getpid(), signal.SIGKILL)
+    target.write(ANSWER.pack(b"P", {SIDE}, {SIDE}))
+    target.flush()
+    if deed == b"h":
+        signal.pause()  # after the header
+    target.write(bytes(SIZE // 2))
+    target.flush()
+    if deed == b"p":
+        signal.pause()  # amid the pixels
+    if deed == b"c":
+        os._exit(1)
+    target.write(bytes(SIZE - SIZE // 2))
+    target.flush()
+"""
+DEEDS = b"wxskhpcnnn"
+
+
+@pytest.fixture
+def scripted(tmp_path: Path) -> str:
+    """The path of such a child's program."""
+    program = tmp_path / "scripted.py"
+    program.write_text(SCRIPTED)
+    return str(program)
+
+
+def zombies() -> set[int]:
+    """Children of this process that have ended and were not reaped."""
+    found = set()
+    for entry in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError, ValueError):
+            state, parent = (entry / "stat").read_text().rpartition(")")[2].split()[:2]
+            if state == "Z" and int(parent) == os.getpid():
+                found.add(int(entry.name))
+    return found
+
+
+def open_files() -> int:
+    """How many file descriptors this process has."""
+    return len(os.listdir("/proc/self/fd"))
+
+
+async def settled(condition: Callable[[], bool]) -> bool:
+    """Whether something has come true within ten seconds; the event loop goes on meanwhile."""
+    for _ in range(500):
+        if condition():
+            return True
+        await asyncio.sleep(0.02)
+    return False
+
+
+async def hang_up(decoder: Decoder, deed: bytes, after: float | None) -> str:
+    """Ask for a picture and leave after so many seconds (`None`: stay); what became of it."""
+    size = 700_000 if deed == b"w" else random.choice((2, 1000, 300_000))
+    decoding = asyncio.create_task(decoder.decode(deed.ljust(size, b"."), "image_file"))
+    if after is not None:
+        await asyncio.sleep(after)
+        decoding.cancel()
+    try:
+        await decoding
+    except asyncio.CancelledError:
+        return "left"
+    except InvalidInput as error:
+        return "late" if "too long" in error.detail else "crashed"
+    return "decoded"
+
+
+@pytest.mark.fault(110)
+async def test_after_a_thousand_hang_ups_at_random_moments_every_place_is_free(scripted: str) -> None:
+    """Left while writing, before the answer, amid the pixels; timed out; crashed: no place, process or file is lost."""
+    random.seed(21)
+    decoder = Decoder(**LIMITS, processes=4, seconds=0.5, program=scripted)
+    before, became, gate = open_files(), Counter[str](), asyncio.Semaphore(12)
+
+    async def one(number: int) -> None:
+        async with gate:
+            deed = bytes([random.choice(DEEDS)])
+            after = None if number % 10 == 0 else random.uniform(0, 0.06)
+            became[await asyncio.wait_for(hang_up(decoder, deed, after), 60)] += 1
+
+    await asyncio.gather(*map(one, range(HANG_UPS)))
+    assert became.total() == HANG_UPS
+    assert min(became[what] for what in ("left", "late", "crashed", "decoded")) > 0, became
+    async with asyncio.timeout(30):
+        whole = await asyncio.gather(*(decoder.decode(b"n.", "image_file") for _ in range(8)))
+    assert all(picture.shape == (SIDE, SIDE, 3) for picture in whole)
+    assert await settled(lambda: len(children(scripted)) <= 4 and not zombies())
+    await decoder.close()
+    assert await settled(lambda: not children(scripted) and not zombies())
+    assert open_files() <= before + 2
+
+
+@pytest.mark.fault(110)
+@pytest.mark.parametrize("seconds", [0.15, 20.0], ids=["timed out", "left"])
+async def test_the_real_decoder_loses_no_place_to_large_pictures(seconds: float) -> None:
+    """A picture of 4000 × 4000 in 54 KB, given up at any moment, forty times."""
+    random.seed(21)
+    picture = file_of(np.zeros((4000, 4000, 3), np.uint8))
+    decoder = Decoder(**LIMITS, processes=2, seconds=seconds)
+    small = file_of(np.zeros((8, 8, 3), np.uint8))
+    for _ in range(40):
+        decoding = asyncio.create_task(decoder.decode(picture, "image_file"))
+        await asyncio.wait([decoding], timeout=random.uniform(0.05, 0.7))
+        decoding.cancel()
+        done, stuck = await asyncio.wait([decoding], timeout=10)
+        assert done and not stuck, "a decode that was given up never ends"
+        if not decoding.cancelled():
+            decoding.exception()
+    await decoder.close()
+    decoder = Decoder(**LIMITS, processes=2, seconds=20)
+    async with asyncio.timeout(30):
+        assert (await decoder.decode(small, "image_file")).shape == (8, 8, 3)
+    await decoder.close()
+    assert await settled(lambda: not children() and not zombies())
+
+
+@pytest.mark.fault(110)
+async def test_a_caller_who_leaves_while_waiting_for_a_place_leaves_none_taken(scripted: str) -> None:
+    """A hundred wait behind a child that hangs, and all go: the next one is decoded."""
+    decoder = Decoder(**LIMITS, processes=1, seconds=20, program=scripted)
+    waiting = [asyncio.create_task(decoder.decode(b"s", "image_file")) for _ in range(100)]
+    await asyncio.sleep(0.2)
+    for decoding in waiting:
+        decoding.cancel()
+    await asyncio.wait_for(asyncio.gather(*waiting, return_exceptions=True), 20)
+    async with asyncio.timeout(20):
+        assert (await decoder.decode(b"n.", "image_file")).shape == (SIDE, SIDE, 3)
+    await decoder.close()
+
+
+@pytest.mark.fault(111)
+async def test_slow_pictures_of_one_caller_leave_places_for_others(scripted: str) -> None:
+    """Of three places one caller has two, however much it asks for; two others are answered meanwhile."""
+    decoder = Decoder(**LIMITS, processes=3, seconds=60, program=scripted)
+    slow = [asyncio.create_task(decoder.decode(b"s", "image_file", share="key a")) for _ in range(64)]
+    await asyncio.sleep(0.2)
+    async with asyncio.timeout(30):
+        for share in ("key b", "key c", "key b"):
+            assert (await decoder.decode(b"n.", "image_file", share=share)).shape == (SIDE, SIDE, 3)
+    assert not any(decoding.done() for decoding in slow)
+    for decoding in slow:
+        decoding.cancel()
+    await asyncio.wait_for(asyncio.gather(*slow, return_exceptions=True), 30)
+    await decoder.close()
+
+
+@pytest.mark.fault(112)
+async def test_a_pool_that_makes_no_progress_says_so(scripted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Were a deadline ever not to hold, the pool would be found to stand still; an idle or busy one is not."""
+
+    class Forever:
+        """A deadline that never comes."""
+
+        def __init__(self, seconds: float) -> None:
+            pass
+
+        async def __aenter__(self) -> None:
+            pass
+
+        async def __aexit__(self, *error: object) -> None:
+            pass
+
+    decoder = Decoder(**LIMITS, processes=1, seconds=0.1, program=scripted)
+    assert decoder.fault() is None
+    await decoder.decode(b"n.", "image_file")
+    monkeypatch.setattr("stable_diffusion_server.decoding.pool.asyncio.timeout", Forever)
+    monkeypatch.setattr(decoder._monitor, "_bound", 0.3)
+    hanging: asyncio.Task[Any] = asyncio.create_task(decoder.decode(b"s", "image_file"))
+    await asyncio.sleep(0.1)
+    assert decoder.fault() is None
+    await asyncio.sleep(0.4)
+    assert "makes no progress" in str(decoder.fault())
+    monkeypatch.undo()
+    hanging.cancel()
+    with suppress(asyncio.CancelledError):
+        await hanging
+    assert decoder.fault() is None
+    await decoder.close()
+
+
+async def test_a_machine_without_room_for_a_process_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no process can be started the caller is told to come back, and the place is free."""
+
+    def refuse(*given: object, **named: object) -> None:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    decoder = Decoder(**LIMITS, processes=1)
+    with monkeypatch.context() as full:
+        full.setattr("stable_diffusion_server.decoding.pool.subprocess.Popen", refuse)
+        for _ in range(3):
+            with pytest.raises(NotReady):
+                await decoder.decode(b"n.", "image_file")
+    small = file_of(np.zeros((8, 8, 3), np.uint8))
+    assert (await decoder.decode(small, "image_file")).shape == (8, 8, 3)
+    await decoder.close()

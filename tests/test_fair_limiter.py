@@ -1,0 +1,128 @@
+"""Shares of a limited capacity: who gets how much, who is next, and that nothing is lost, whoever leaves when."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from contextlib import suppress
+
+import pytest
+
+from stable_diffusion_server.fair_limiter import FairLimiter
+from stable_diffusion_server.progress_monitor import ProgressMonitor
+
+
+async def take_all(limiter: FairLimiter, caller: str, amount: int = 1) -> int:
+    """Take units for one caller until there are no more; how many it got."""
+    count = 0
+    while limiter.try_take(caller, amount):
+        count += amount
+    return count
+
+
+@pytest.mark.fault(111)
+@pytest.mark.parametrize(("capacity", "parts"), [(16, [8, 4, 2, 1, 1, 0]), (3, [2, 1, 0]), (2, [1, 1]), (1, [1, 0])])
+async def test_one_caller_gets_half_and_the_next_half_of_the_rest(capacity: int, parts: list[int]) -> None:
+    """Whoever comes finds a place, unless as many came before as the capacity can be halved."""
+    limiter = FairLimiter(capacity)
+    got = [await take_all(limiter, f"caller {number}") for number in range(len(parts))]
+    assert got == parts
+    assert limiter.held == sum(parts) <= capacity
+
+
+async def test_no_caller_has_more_than_its_most() -> None:
+    """A bound of its own holds beside the share; one who holds nothing gets even more than that."""
+    limiter = FairLimiter(100, most=10)
+    assert await take_all(limiter, "a") == 10
+    assert limiter.try_take("b", 60)
+    assert not limiter.try_take("b", 1)
+
+
+async def test_callers_who_wait_take_turns() -> None:
+    """Behind forty of one caller another one's first is next, and so is a third's."""
+    limiter, order = FairLimiter(1), list[str]()
+
+    async def work(caller: str) -> None:
+        async with limiter.hold(caller):
+            order.append(caller)
+            await asyncio.sleep(0)
+
+    first = [asyncio.create_task(work("a")) for _ in range(40)]
+    await asyncio.sleep(0)
+    others = [asyncio.create_task(work(caller)) for caller in ("b", "c", "b")]
+    await asyncio.gather(*first, *others)
+    assert {"b", "c"} <= set(order[:6])
+    assert len(order) == 43
+    assert (limiter.held, limiter.waiting) == (0, 0)
+
+
+async def test_a_large_request_does_not_keep_a_smaller_one_of_its_caller_when_it_leaves() -> None:
+    """What stood behind a request that was given up is served at once."""
+    limiter = FairLimiter(10)
+    await limiter.take("a", 6)
+    large = asyncio.create_task(limiter.take("b", 8))
+    small = asyncio.create_task(limiter.take("b", 2))
+    await asyncio.sleep(0)
+    assert not small.done()
+    large.cancel()
+    await asyncio.wait_for(small, 5)
+    assert limiter.held_by("b") == 2
+
+
+@pytest.mark.fault(110)
+async def test_nothing_is_lost_whoever_leaves_when() -> None:
+    """A thousand of five callers, of any size, half of them cancelled at any turn of the loop."""
+    random.seed(21)
+    limiter = FairLimiter(32)
+    most = 0
+
+    async def work(caller: str, amount: int) -> None:
+        nonlocal most
+        async with limiter.hold(caller, amount):
+            most = max(most, limiter.held)
+            for _ in range(random.randrange(4)):
+                await asyncio.sleep(0)
+
+    tasks = [asyncio.create_task(work(random.choice("abcde"), random.choice((1, 1, 2, 9, 30)))) for _ in range(1000)]
+    while any(not task.done() for task in tasks):
+        await asyncio.sleep(0)
+        for task in random.sample(tasks, 5):
+            if random.random() < 0.5:
+                task.cancel()
+    with suppress(asyncio.CancelledError):
+        await asyncio.gather(*tasks, return_exceptions=True)
+    assert 0 < most <= 32
+    assert (limiter.held, limiter.waiting) == (0, 0)
+    assert limiter.try_take("anyone", 32)
+
+
+async def test_all_who_wait_may_leave_in_the_same_moment_as_the_one_who_holds() -> None:
+    """A place that is given back among requests that were just cancelled goes to none of them."""
+    limiter = FairLimiter(1)
+
+    async def work() -> None:
+        async with limiter.hold("a"):
+            await asyncio.sleep(60)
+
+    tasks = [asyncio.create_task(work()) for _ in range(50)]
+    await asyncio.sleep(0)
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    assert (limiter.held, limiter.waiting) == (0, 0)
+
+
+@pytest.mark.fault(112)
+async def test_work_of_which_nothing_ends_is_a_stall() -> None:
+    """No work is none, and an end among others begins the time anew."""
+    monitor = ProgressMonitor(0.2)
+    await asyncio.sleep(0.3)
+    assert not monitor.stalled()
+    with monitor.working():
+        with monitor.working():
+            assert not monitor.stalled()
+            await asyncio.sleep(0.3)
+            assert monitor.stalled()
+        assert not monitor.stalled()
+        assert monitor.in_hand == 1
+    assert not monitor.in_hand
