@@ -87,9 +87,9 @@ class Replays:
         """The picture of an order made from a memo, drawn and compared. Raises what drawing raises, `InvalidInput`."""
         _check_sources(memo, order)
         plan = await asyncio.to_thread(resolve, order, self._options)
-        before = await self._decode(picture, PICTURE)
+        before = await self._decode(picture, PICTURE, share=caller.share)
         receipt, data = await self._service.picture(order, caller=caller)
-        after = await self._decode(data, PICTURE)
+        after = await self._decode(data, PICTURE, share=caller.share)
         decibels = await asyncio.to_thread(peak_signal_to_noise, before, after)
         return Replayed(receipt, plan.content == memo.digest, decibels is None, decibels)
 

@@ -13,8 +13,9 @@ import structlog
 
 from stable_diffusion_server.bucket_api import Bucket, read_picture
 from stable_diffusion_server.composing import Scene, compose
+from stable_diffusion_server.deadlines import within
 from stable_diffusion_server.drawing import Drawing, For, Queue
-from stable_diffusion_server.errors import DeadlineExceeded, NotFound
+from stable_diffusion_server.errors import NotFound
 from stable_diffusion_server.flights import Audience, Flights, Listener, Watcher
 from stable_diffusion_server.history.entries import Entry
 from stable_diffusion_server.image_processing import Pixels
@@ -32,15 +33,19 @@ _NOTHING: Mapping[str, bytes] = {}
 
 _log = structlog.get_logger(__name__)
 
-# From what a caller gave (bytes, or a URL) and the parameter it came by, to be named in errors.
-Fetch = Callable[[str, str], Coroutine[Any, Any, bytes]]
+
+class Fetch(Protocol):
+    """From a URL and the parameter it came by to bytes; `share` tells callers apart, who share the capacity."""
+
+    async def __call__(self, url: str, field: str, /, *, share: str = ...) -> bytes:
+        """The file."""
 
 
 class Decode(Protocol):
     """From a file and the parameter it came by to pixels; with `transparency`, white where it is transparent."""
 
-    async def __call__(self, data: bytes, field: str, /, *, transparency: bool = ...) -> Pixels:
-        """The pixels, uint8, height × width × 3."""
+    async def __call__(self, data: bytes, field: str, /, *, transparency: bool = ..., share: str = ...) -> Pixels:
+        """The pixels, uint8, height × width × 3; `share` tells callers apart, who share the capacity."""
 
 
 def ignore(progress: Progress) -> None:
@@ -169,18 +174,19 @@ class Service:
         """Raise what an order is refused for by itself, before anything it names is looked up."""
         await self._resolved(order)
 
-    async def settled(self, order: Order) -> tuple[Order, dict[str, bytes]]:
+    async def settled(self, order: Order, caller: Caller = _ANYONE) -> tuple[Order, dict[str, bytes]]:
         """The order as it can be kept and fulfilled later, and the files at its addresses, unless it is stored.
 
         A name made from the content has its random seed chosen, so that drawing it again is drawing the same. Raises
-        what `fulfil` raises before anything is drawn.
+        what `fulfil` raises before anything is drawn; waiting for addresses counts against the order's `timeout`.
         """
         plan = await self._resolved(order)
         if order.save_path is None:
             order = replace(order, seed=plan.seed) if order.seed == "random" else order
         elif plan.key_is_known and await self._find(plan) is not None:
             return order, {}
-        return order, await self._files_of(order, _NOTHING)
+        async with within(order.timeout or self._options.limits.max_timeout):
+            return order, await self._files_of(order, _NOTHING, caller)
 
     async def stored_file(self, receipt: Receipt) -> bytes:
         """The file that is stored under a receipt's name now. Raises `NotFound`, `StorageUnavailable`."""
@@ -201,13 +207,8 @@ class Service:
     ) -> tuple[Receipt, _Outcome]:
         plan = await self._resolved(order)
         timeout = order.timeout or self._options.limits.max_timeout
-        try:
-            async with asyncio.timeout(timeout) as deadline:
-                plan, outcome, shared = await self._stored(plan, fetched, whom, listener)
-        except TimeoutError as error:
-            if not deadline.expired():
-                raise
-            raise DeadlineExceeded(f"The picture was not stored within {timeout:g} seconds.") from error
+        async with within(timeout):
+            plan, outcome, shared = await self._stored(plan, fetched, whom, listener)
         if outcome.scene is None or outcome.judged is None:
             self._account.answered("cached")
             return receipt_of_stored(plan, outcome.stored), outcome
@@ -232,7 +233,7 @@ class Service:
             if plan.key_is_known and (found := await self._find(plan)) is not None:
                 return plan, _Outcome(found), False
             await self._check_room()
-            fetched = await self._files_of(order, fetched)
+            fetched = await self._files_of(order, fetched, whom.caller)
             plan = await asyncio.to_thread(resolve, order, self._options, fetched)
 
         def start(audience: Audience) -> Coroutine[Any, Any, _Outcome]:
@@ -246,16 +247,19 @@ class Service:
         self._queue.check_open()
         await asyncio.to_thread(self._bucket.admit)
 
-    async def _files_of(self, order: Order, fetched: Mapping[str, bytes]) -> dict[str, bytes]:
+    async def _files_of(self, order: Order, fetched: Mapping[str, bytes], caller: Caller) -> dict[str, bytes]:
         """The files at an order's addresses, by parameter, those that are missing fetched."""
         remote = [source for source in order.sources if source.url is not None and source.parameter not in fetched]
-        data = await asyncio.gather(*map(self._bytes_of, remote))
+        data = await asyncio.gather(*(self._bytes_of(source, caller.share) for source in remote))
         return {**fetched, **{source.parameter: file for source, file in zip(remote, data, strict=True)}}
 
-    async def _bytes_of(self, source: Source) -> bytes:
-        """The file at a URL; those who want it at the same time share one download."""
-        url = source.url or ""
-        data, _ = await self._fetching.join(url, source.parameter, lambda _: self._fetch(url, source.parameter))
+    async def _bytes_of(self, source: Source, share: str) -> bytes:
+        """The file at a URL; a caller who wants it several times at the same time shares one download.
+
+        Not with other callers, since a download waits for its turn among those of the caller who began it.
+        """
+        url, field = source.url or "", source.parameter
+        data, _ = await self._fetching.join(f"{share} {url}", field, lambda _: self._fetch(url, field, share=share))
         return data
 
     async def _find(self, plan: Plan) -> Stored | None:
@@ -273,7 +277,7 @@ class Service:
             return _Outcome(found)
         await self._check_room()
         with self._tracing.span("compose"):
-            scene = await self._scene(plan, fetched)
+            scene = await self._scene(plan, fetched, whom.caller.share)
             job = await asyncio.to_thread(self._drawing.fitted, scene.job)
         with self._tracing.span("draw", {"sds.model": job.model, "sds.steps": job.num_inference_steps}) as span:
             judged, twin = await self._drawing.draw(job, whom, audience)
@@ -298,16 +302,14 @@ class Service:
         _log.info("picture stored", name=plan.key, model=job.model, bytes=len(kept.data), **words, **rounded(timings))
         return _Outcome(kept.stored, scene, judged, kept.data, twin, tuple(warnings), timings)
 
-    async def _scene(self, plan: Plan, fetched: Mapping[str, bytes]) -> Scene:
+    async def _scene(self, plan: Plan, fetched: Mapping[str, bytes], share: str) -> Scene:
         """The plan with its pictures decoded and laid onto the canvas."""
 
         async def pixels_of(source: Source | None) -> Pixels | None:
             if source is None:
                 return None
             data = source.data if source.data is not None else fetched[source.parameter]
-            if source.transparency:
-                return await self._decode(data, source.parameter, transparency=True)
-            return await self._decode(data, source.parameter)
+            return await self._decode(data, source.parameter, transparency=source.transparency, share=share)
 
         image, mask = await asyncio.gather(pixels_of(plan.order.image), pixels_of(plan.order.mask))
         return await asyncio.to_thread(compose, plan, image, mask)

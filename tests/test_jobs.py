@@ -42,10 +42,10 @@ class Ear:
     deaf: int = 0
     heard: list[tuple[str, bytes, Mapping[str, str]]] = field(default_factory=list)
 
-    async def check(self, url: str) -> None:
+    async def check(self, url: str, share: str = "") -> None:
         assert url.startswith("https://")
 
-    async def post(self, url: str, body: bytes, headers: Mapping[str, str]) -> int:
+    async def post(self, url: str, body: bytes, headers: Mapping[str, str], share: str = "") -> int:
         if self.deaf > 0:
             self.deaf -= 1
             raise RemoteFailed("no connection")
@@ -67,10 +67,10 @@ class Office:
         self.engine.start()
         until(lambda: self.engine.phase is Phase.READY)
 
-        async def fetch(url: str, parameter: str) -> bytes:
+        async def fetch(url: str, parameter: str, *, share: str = "") -> bytes:
             raise RemoteFailed("nothing there", field=parameter)
 
-        async def decode(data: bytes, parameter: str) -> Any:
+        async def decode(data: bytes, parameter: str, *, transparency: bool = False, share: str = "") -> Any:
             raise AssertionError("no pictures come here")
 
         service = Service(self.bucket, self.engine, painter.count_tokens, OPTIONS, fetch=fetch, decode=decode)

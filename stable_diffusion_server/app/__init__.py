@@ -49,7 +49,7 @@ def create_app(
         """What keeps the server from drawing, in sentences; what was at fault before is looked at again."""
         if faults:
             stores.open(faults)
-        reasons = [*faults.values(), *filter(None, [stores.bucket.fault()])]
+        reasons = [*faults.values(), *filter(None, [stores.bucket.fault(), decoder.fault()])]
         return [*reasons, engine.reason] if engine.phase is not Phase.READY else reasons
 
     metrics, tracing = Metrics(), Tracing(settings.otel_exporter_otlp_endpoint, __version__)

@@ -88,7 +88,8 @@ class Decoder:
     def fault(self) -> str | None:
         """Why no picture is decoded although some are waited for, in a sentence; `None` while all is well."""
         if silent := self._monitor.stalled():
-            return f"The decoder of pictures makes no progress: {self._monitor.in_hand} wait, none ended in {silent:.0f} s."
+            count = self._monitor.in_hand
+            return f"The decoder of pictures makes no progress: {count} wait, and none ended in {silent:.0f} seconds."
         return None
 
     async def close(self) -> None:
@@ -121,9 +122,7 @@ class Decoder:
             raise self._refusal(verdict, width, height, field)
         return pixels.reshape(height, width, 3)
 
-    async def _ask(
-        self, worker: _Child, data: bytes, transparency: bool
-    ) -> tuple[bytes, int, int, NDArray[np.uint8]]:
+    async def _ask(self, worker: _Child, data: bytes, transparency: bool) -> tuple[bytes, int, int, NDArray[np.uint8]]:
         """What a child answers, which goes back to the idle ones only when it answered in full."""
         self._busy.add(worker)
         answered = False
@@ -197,12 +196,12 @@ class _Child:
         self._socket, theirs = socket.socketpair()
         with theirs:
             try:
-                self._process = subprocess.Popen(  # noqa: S603  # our own program
+                self._process: subprocess.Popen[bytes] = subprocess.Popen(  # noqa: S603  # our own program
                     command,
-                    stdin=theirs,
-                    stdout=theirs,
+                    stdin=theirs.fileno(),
+                    stdout=theirs.fileno(),
                     stderr=subprocess.DEVNULL,
-                    env={},
+                    env=dict[str, str](),
                     cwd=Path(sys.executable).anchor,
                 )
             except BaseException:
@@ -227,7 +226,7 @@ class _Child:
         try:
             await loop.sock_sendall(self._socket, child.REQUEST.pack(len(data), transparency))
             await loop.sock_sendall(self._socket, data)
-            verdict, width, height = child.ANSWER.unpack(await self._read(child.ANSWER.size))
+            verdict, width, height = child.ANSWER.unpack((await self._read(child.ANSWER.size)).data)
             if verdict == child.PIXELS and not fits(width, height):
                 raise _Died
             pixels = await self._read(width * height * 3 if verdict == child.PIXELS else 0)
@@ -255,7 +254,7 @@ class _Child:
         """So many bytes. Raises `_Died` when the process ended before."""
         loop, data, read = asyncio.get_running_loop(), np.empty(size, np.uint8), 0
         while read < size:
-            count = await loop.sock_recv_into(self._socket, data[read:])
+            count = await loop.sock_recv_into(self._socket, data[read:].data)
             if count == 0:
                 raise _Died
             read += count

@@ -16,12 +16,14 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 
 from stable_diffusion_server.errors import InvalidInput
+from stable_diffusion_server.fair_limiter import FairLimiter
 from stable_diffusion_server.fetching.addresses import Address, is_public
 from stable_diffusion_server.fetching.targets import PORTS, Allowance, Target, authority
 
 Resolve = Callable[[str, int], Awaitable[Sequence[str]]]
 
 _MAX_DIALS = 2
+_RESOLVERS = 16
 _HEADERS = {
     "User-Agent": "stable-diffusion-server",
     "Accept-Encoding": "identity",
@@ -39,8 +41,10 @@ class Dialler:
     def __init__(self, allowed: Sequence[Allowance] = (), resolve: Resolve | None = None) -> None:
         self._allowed = tuple(allowed)
         self._resolve = resolve or self._ask_system
-        # Threads of their own: a name server that keeps silent must not use up those that everything else needs.
-        self._resolvers = ThreadPoolExecutor(max_workers=8, thread_name_prefix="resolver")
+        # Threads of their own: a name server that keeps silent must not use up those that everything else needs. Shared
+        # by caller, and held until the thread has ended, which may be long after its caller has given up.
+        self._resolvers = ThreadPoolExecutor(max_workers=_RESOLVERS, thread_name_prefix="resolver")
+        self._lookups = FairLimiter(_RESOLVERS)
         self._tls: ssl.SSLContext | None = None
 
     async def client(self, patience: httpx.Timeout) -> httpx.AsyncClient:
@@ -60,13 +64,15 @@ class Dialler:
         *,
         headers: Mapping[str, str],
         content: bytes | None = None,
+        share: str = "",
     ) -> httpx.Response:
         """Ask the target's first address that takes a connection, by its number and under the target's name.
 
-        The body is not read yet. Raises `InvalidInput` for an address that may not be dialled, and httpx's errors.
+        The body is not read yet; `share` tells callers apart. Raises `InvalidInput` for an address that may not be
+        dialled, and httpx's errors.
         """
         failure: httpx.TransportError | None = None
-        for address in (await self.check(target, field))[:_MAX_DIALS]:
+        for address in (await self.check(target, field, share))[:_MAX_DIALS]:
             request = client.build_request(
                 method,
                 f"{target.scheme}://{authority(str(address), target.port, target.scheme)}{target.path}",
@@ -84,7 +90,7 @@ class Dialler:
         """Let go of the resolver's threads."""
         self._resolvers.shutdown(wait=False, cancel_futures=True)
 
-    async def check(self, target: Target, field: str) -> list[Address]:
+    async def check(self, target: Target, field: str, share: str = "") -> list[Address]:
         """Every address of the target's host, all of them fit to be dialled. Raises `InvalidInput`.
 
         A name without addresses is answered as one with closed ones: the difference would tell what exists inside.
@@ -92,14 +98,17 @@ class Dialler:
         try:
             addresses = [ipaddress.ip_address(target.host)]
         except ValueError:
-            addresses = await self._addresses_of(target)
+            addresses = await self._addresses_of(target, share)
         if not addresses or not all(self._may_dial(target, address) for address in addresses):
             raise InvalidInput(f"{field} does not lead to a public address at an ordinary port.", field=field)
         return addresses
 
-    async def _addresses_of(self, target: Target) -> list[Address]:
+    async def _addresses_of(self, target: Target, share: str) -> list[Address]:
+        await self._lookups.take(share)
+        looking = asyncio.ensure_future(self._resolve(target.host, target.port))
+        looking.add_done_callback(lambda _: self._lookups.release(share))
         try:
-            answers = await self._resolve(target.host, target.port)
+            answers = await asyncio.shield(looking)
             return [ipaddress.ip_address(answer.partition("%")[0]) for answer in dict.fromkeys(answers)]
         except (OSError, UnicodeError, ValueError):
             return []

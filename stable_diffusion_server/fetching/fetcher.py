@@ -11,6 +11,7 @@ from urllib.parse import urljoin
 import httpx
 
 from stable_diffusion_server.errors import InvalidInput, RemoteFailed, TooLarge, UnsupportedMedia
+from stable_diffusion_server.fair_limiter import FairLimiter
 from stable_diffusion_server.fetching.dialling import Dialler, Resolve, told_plainly
 from stable_diffusion_server.fetching.targets import Allowance, Target, parse
 from stable_diffusion_server.picture_formats import ALWAYS, SNIFFED_BYTES, begins_like, in_words, media_types
@@ -50,19 +51,21 @@ class Fetcher:
         self._formats = formats
         self._headers = {"Accept": media_types(formats)}
         self._dialler = Dialler(allowed, resolve)
-        self._places = asyncio.Semaphore(_MAX_AT_ONCE)
+        self._places = FairLimiter(_MAX_AT_ONCE)
 
-    async def fetch(self, url: str, field: str) -> bytes:
+    async def fetch(self, url: str, field: str, *, share: str = "") -> bytes:
         """The bytes at `url`, which begin like a picture that is taken; `field` is named in errors.
+
+        A few are fetched at a time, shared out by caller; `share` tells callers apart.
 
         Raises `InvalidInput` for an address that is malformed or not allowed, `TooLarge`, `UnsupportedMedia` for what
         is no picture, `RemoteFailed`.
         """
         target = parse(url, field)
-        async with self._places:
+        async with self._places.hold(share):
             try:
                 async with asyncio.timeout(self._bounds.total):
-                    return await self._follow(target, field)
+                    return await self._follow(target, field, share)
             except TimeoutError as error:
                 raise RemoteFailed(
                     f"{field} was not fetched in {self._bounds.total:g} seconds.", field=field
@@ -74,13 +77,13 @@ class Fetcher:
         """Let go of the resolver's threads."""
         self._dialler.close()
 
-    async def _follow(self, target: Target, field: str) -> bytes:
+    async def _follow(self, target: Target, field: str, share: str) -> bytes:
         """Go through redirects by hand, each judged like the first address."""
         timeout = httpx.Timeout(self._bounds.first_byte, connect=self._bounds.connect)
         async with await self._dialler.client(timeout) as client:
             for _ in range(MAX_REDIRECTS + 1):
                 client.cookies.clear()  # kept by number, they would go to whatever name has the same one
-                response = await self._dialler.send(client, "GET", target, field, headers=self._headers)
+                response = await self._dialler.send(client, "GET", target, field, headers=self._headers, share=share)
                 try:
                     if response.status_code not in _REDIRECTS:
                         return await self._read(response, field)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import httpx
 
-from stable_diffusion_server.errors import RemoteFailed
+from stable_diffusion_server.errors import InvalidInput, RemoteFailed
 from stable_diffusion_server.fetching.dialling import Dialler, Resolve, told_plainly
 from stable_diffusion_server.fetching.targets import Allowance, parse
 
@@ -21,18 +21,28 @@ class Poster:
         self._seconds = seconds
         self._dialler = Dialler(allowed, resolve)
 
-    async def check(self, url: str) -> None:
-        """Raise `InvalidInput` for an address that is malformed or may not be dialled."""
-        await self._dialler.check(parse(url, "webhook_url"), "webhook_url")
+    async def check(self, url: str, share: str = "") -> None:
+        """Raise `InvalidInput` for an address that is malformed or may not be dialled, or is not found in time.
 
-    async def post(self, url: str, body: bytes, headers: Mapping[str, str]) -> int:
+        `share` tells callers apart, who share what looks names up.
+        """
+        target = parse(url, "webhook_url")
+        try:
+            async with asyncio.timeout(self._seconds):
+                await self._dialler.check(target, "webhook_url", share)
+        except TimeoutError as error:
+            raise InvalidInput(
+                f"The host of webhook_url was not found in {self._seconds:g} seconds.", field="webhook_url"
+            ) from error
+
+    async def post(self, url: str, body: bytes, headers: Mapping[str, str], share: str = "") -> int:
         """The status of the answer. Raises `InvalidInput` for an address that may not be dialled, `RemoteFailed`."""
         target = parse(url, "webhook_url")
         timeout = httpx.Timeout(self._seconds, connect=_CONNECT)
         try:
             async with asyncio.timeout(self._seconds), await self._dialler.client(timeout) as client:
                 response = await self._dialler.send(
-                    client, "POST", target, "webhook_url", headers=headers, content=body
+                    client, "POST", target, "webhook_url", headers=headers, content=body, share=share
                 )
                 await response.aclose()
                 return response.status_code

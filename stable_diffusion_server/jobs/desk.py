@@ -119,8 +119,8 @@ class Jobs:
             return repeated(claim, before)
         if order.webhook_url is not None:
             await self._service.check(order)
-            await self._poster.check(order.webhook_url)
-        settled, fetched = await self._service.settled(order)
+            await self._poster.check(order.webhook_url, caller.share)
+        settled, fetched = await self._service.settled(order, caller)
         now = time.time()
         entry = Entry(
             id=job_id or self._new_id(),

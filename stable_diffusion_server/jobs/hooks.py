@@ -34,10 +34,10 @@ _PATIENCE = 5.0
 class Post(Protocol):
     """What reaches a webhook. Both raise `InvalidInput` for an address that may not be reached from here."""
 
-    async def check(self, url: str) -> None:
-        """Nothing, if the address may be reached."""
+    async def check(self, url: str, share: str = ...) -> None:
+        """Nothing, if the address may be reached. `share` tells callers apart, who share the capacity."""
 
-    async def post(self, url: str, body: bytes, headers: Mapping[str, str]) -> int:
+    async def post(self, url: str, body: bytes, headers: Mapping[str, str], share: str = ...) -> int:
         """The status a message was answered with. Raises `RemoteFailed`."""
 
     def close(self) -> None:

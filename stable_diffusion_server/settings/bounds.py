@@ -55,7 +55,12 @@ class Bounds(Group):
     extra_image_formats: Names = Field(
         (), description="Kinds of pictures taken beside PNG, JPEG and WebP, by their first frame: `avif`, `gif`."
     )
-    decode_processes: int = Field(2, ge=1, le=64, description="Processes that decode pictures, each one at a time.")
+    decode_processes: int = Field(
+        3,
+        ge=1,
+        le=64,
+        description="Processes that decode pictures, each one at a time; one caller has half of them, rounded up.",
+    )
     decode_timeout: float = Field(
         10.0, gt=0, allow_inf_nan=False, description="Seconds to decode a picture at the most."
     )

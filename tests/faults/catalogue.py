@@ -97,7 +97,11 @@ GROUPS: dict[str, dict[str, str]] = {
         "64": "a restart under load, forged X-Forwarded-For, answers of 500 requests in disorder, a long soak",
     },
     "Web interface: events and uploads": {},
-    "Waiting on children and peers": {},
+    "Waiting on children and peers": {
+        "110": "clients that hang up at any moment of a decode, decodes that time out, children that hang and crash",
+        "111": "slow pictures, silent hosts, silent name servers and silent webhooks of one caller, while others ask",
+        "112": "a decoder, or what draws accepted jobs, that makes no progress; an event loop that stands still",
+    },
     "Bounds before parsing": {},
     "Storage: what it refuses and answers": {
         "130": "a Host of another name or port than the socket's, in every dialect; forwarded with and without trust",
