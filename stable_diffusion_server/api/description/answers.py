@@ -24,7 +24,7 @@ def several(shape: Schema) -> Schema:
 
 
 def thing(_needed: dict[str, Schema], **may_be_there: Schema) -> Schema:
-    """An object of these parts; what may be there beside them is not closed, so that it can grow."""
+    """An object of these parts; it is not closed, so that it can grow. A test closes it against real answers."""
     return {"type": "object", "required": sorted(_needed), "properties": {**_needed, **may_be_there}}
 
 
@@ -48,29 +48,57 @@ _RECEIPT = {
     "warnings": several(_WARNING),
     "timings": {"type": "object", "additionalProperties": NUMBER},
 }
+_PROBLEM = {"type": TEXT, "title": TEXT, "status": WHOLE, "detail": TEXT}
+_LOADED = {
+    **dict.fromkeys(("name", "folder", "revision", "device", "dtype", "residency", "quantization"), TEXT),
+    **dict.fromkeys(("bytes", "default_steps", "native_pixels"), WHOLE),
+    **dict.fromkeys(("follows_edges", "usual", "takes_negative_prompt", "takes_guidance"), TRUTH),
+    "default_guidance": NUMBER,
+    "loras": several(TEXT),
+}
+_TASK_STATE = {
+    **dict.fromkeys(("skipped", "interrupted", "stopping_generation"), TRUTH),
+    **dict.fromkeys(("job", "job_timestamp"), TEXT),
+    **dict.fromkeys(("job_count", "job_no", "sampling_step", "sampling_steps"), WHOLE),
+}
+_HISTORY_ENTRY = {
+    **dict.fromkeys(("key", "prompt", "model", "task", "caller", "digest"), TEXT),
+    "path": {"type": "string", "format": "uri"},
+    **dict.fromkeys(("seed", "width", "height", "number"), WHOLE),
+    "drawn_at": {"type": "string", "format": "date-time"},
+}
 _EVENT_STATES = ["queued", "running", "done", "failed", "cancelled"]
+# Times are in seconds since 1970, UTC.
+_JOB = {
+    "id": TEXT,
+    "state": {"type": "string", "enum": _EVENT_STATES},
+    "accepted_at": NUMBER,
+    "ended_at": maybe(NUMBER),
+    "attempts": WHOLE,
+    "position": WHOLE,
+    "eta_seconds": maybe(NUMBER),
+    "step": WHOLE,
+    "steps": WHOLE,
+}
+_JOB_OUTCOME = {
+    "receipt": named("Receipt"),
+    "problem": thing(_PROBLEM, field=TEXT, errors=several(_FIELD)),
+}
 
 SCHEMAS: dict[str, Schema] = {
-    "Problem": thing(
-        {"type": TEXT, "title": TEXT, "status": WHOLE, "detail": TEXT, "request_id": TEXT},
-        field=TEXT,
-        errors=several(_FIELD),
-    ),
+    "Problem": thing({**_PROBLEM, "request_id": TEXT}, field=TEXT, errors=several(_FIELD)),
     "OpenAIError": thing({"error": thing({"message": TEXT, "type": TEXT, "param": maybe(TEXT), "code": maybe(TEXT)})}),
     "WebuiError": thing({"error": TEXT, "detail": TEXT, "body": TEXT, "errors": ANY, "request_id": TEXT}),
     "Receipt": thing(_RECEIPT, prompt_used=TEXT, batched=maybe(TRUTH)),
-    "Replayed": thing({**_RECEIPT, "replay": thing({"same_order": TRUTH, "equal": TRUTH, "decibels": maybe(NUMBER)})}),
-    "Job": thing(
-        {"id": TEXT, "state": {"type": "string", "enum": _EVENT_STATES}},
-        position=maybe(WHOLE),
-        eta_seconds=maybe(NUMBER),
-        step=maybe(WHOLE),
-        steps=maybe(WHOLE),
-        receipt=maybe(named("Receipt")),
-        problem=maybe(thing({"title": TEXT, "status": WHOLE, "detail": TEXT})),
+    "Replayed": thing(
+        {**_RECEIPT, "replay": thing({"same_order": TRUTH, "equal": TRUTH, "decibels": maybe(NUMBER)})},
+        prompt_used=TEXT,
+        batched=maybe(TRUTH),
     ),
+    "Job": thing(_JOB, **_JOB_OUTCOME),
+    "JobEvent": thing(_JOB, **_JOB_OUTCOME, content_type=TEXT, image=TEXT),
     "Jobs": thing({"jobs": several(named("Job"))}),
-    "History": thing({"pictures": several(thing({"path": TEXT, "key": TEXT})), "next": maybe(WHOLE)}),
+    "History": thing({"pictures": several(thing(_HISTORY_ENTRY)), "next": maybe(WHOLE)}),
     "Images": thing(
         {
             "created": WHOLE,
@@ -97,7 +125,7 @@ SCHEMAS: dict[str, Schema] = {
         {
             "progress": {"type": "number", "minimum": 0, "maximum": 1},
             "eta_relative": NUMBER,
-            "state": thing({"job": TEXT, "job_count": WHOLE, "sampling_step": WHOLE, "sampling_steps": WHOLE}),
+            "state": thing(_TASK_STATE),
             "current_image": maybe(TEXT),
             "textinfo": maybe(TEXT),
         }
@@ -108,14 +136,28 @@ SCHEMAS: dict[str, Schema] = {
             **dict.fromkeys(("progress", "eta"), maybe(NUMBER)),
             "live_preview": maybe(TEXT),
             "id_live_preview": WHOLE,
+            "textinfo": maybe(TEXT),
         }
     ),
-    "WebuiOptions": thing({"sd_model_checkpoint": TEXT, "samples_format": TEXT}),
-    "WebuiModels": several(thing({"title": TEXT, "model_name": TEXT, "hash": maybe(TEXT)})),
+    "WebuiOptions": thing(
+        {
+            **dict.fromkeys(("sd_model_checkpoint", "samples_format", "sd_vae"), TEXT),
+            "CLIP_stop_at_last_layers": WHOLE,
+        }
+    ),
+    "WebuiModels": several(
+        thing(
+            {
+                **dict.fromkeys(("title", "model_name", "filename"), TEXT),
+                **dict.fromkeys(("hash", "sha256", "config"), maybe(TEXT)),
+            }
+        )
+    ),
     "WebuiSamplers": several(thing({"name": TEXT, "aliases": several(TEXT), "options": {"type": "object"}})),
-    "WebuiLoras": several(thing({"name": TEXT, "alias": TEXT, "path": TEXT})),
+    "WebuiLoras": several(thing({"name": TEXT, "alias": TEXT, "path": TEXT, "metadata": {"type": "object"}})),
     "WebuiPngInfo": thing({"info": TEXT, "items": {"type": "object"}, "parameters": {"type": "object"}}),
     "Record": thing({"key": TEXT, "source": TEXT, "record": {"type": "object"}}),
     "Health": thing({"status": TEXT}),
-    "Readiness": thing({"status": TEXT, "missing": several(TEXT)}),
+    # `models` is there for callers with a key, or where no key is needed.
+    "Readiness": thing({"status": TEXT, "missing": several(TEXT)}, models=several(thing(_LOADED))),
 }

@@ -1,0 +1,130 @@
+"""What the server answers is what its OpenAPI document says, with every member of every answer named."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from conftest import House
+from fakes import disc, file_of, settings_in, until
+from jsonschema import Draft202012Validator
+
+from stable_diffusion_server.api.description.answers import SCHEMAS
+from stable_diffusion_server.app.drawing import Loaded
+
+_ASKED = {"prompt": "a red square", "width": 64, "height": 64}
+_BY_JOB = {"Prefer": "respond-async"}
+_TEXT = base64.b64encode(file_of(disc())).decode()
+
+
+def closed(shape: Any) -> Any:
+    """The schema with every object that names its members closed to others."""
+    if isinstance(shape, list):
+        return [closed(part) for part in shape]
+    if not isinstance(shape, dict):
+        return shape
+    parts = {name: closed(part) for name, part in shape.items()}
+    return {**parts, "additionalProperties": False} if "properties" in shape else parts
+
+
+def faults_of(document: dict[str, Any], name: str, body: Any) -> list[str]:
+    """Where a body is not what the schema of that name says, or has a member it does not name."""
+    schema = closed({"$ref": f"#/components/schemas/{name}", "components": document["components"]})
+    return [f"{fault.json_path}: {fault.message[:200]}" for fault in Draft202012Validator(schema).iter_errors(body)]
+
+
+def job_of(house: House, **changes: Any) -> dict[str, Any]:
+    """A job that has ended, as GET /jobs/ID answers it."""
+    asked = house.client.post("/create_and_upload_image", json={**_ASKED, **changes}, headers=_BY_JOB)
+    path = asked.headers["location"]
+    until(lambda: house.client.get(path).json()["state"] in ("done", "failed"))
+    body: dict[str, Any] = house.client.get(path).json()
+    return body
+
+
+def events_of(house: House) -> list[Any]:
+    """The data of every server-sent event of a job that is followed to its end."""
+    asked = house.client.post("/create_and_upload_image", json={**_ASKED, "seed": 7}, headers=_BY_JOB)
+    text = house.client.get(f"{asked.headers['location']}/events").text
+    return [json.loads(data) for data in re.findall(r"^data: (.*)$", text, re.MULTILINE)]
+
+
+def answers(house: House) -> Iterator[tuple[str, Any]]:
+    """Schema names and bodies of real answers: at least one of each schema, of some every variant."""
+    client = house.client
+    receipt = house.draw(prompt="a red square", save_path="a.png")
+    yield "Receipt", receipt.json()
+    yield "Receipt", house.draw(prompt="a blue square", save_path="a.png").json()
+    long = house.draw(prompt="a red square " * 60, width=70, height=70)
+    yield "Receipt", long.json()
+    assert "prompt_used" in long.json()
+    yield "Problem", house.draw(prompt="", width=1).json()
+    yield "Problem", client.get("/files/none.webp").json()
+    yield "OpenAIError", client.post("/v1/images/generations", json={"prompt": ""}).json()
+    yield "WebuiError", client.post("/sdapi/v1/txt2img", json={"prompt": "a", "width": 1}).json()
+    yield "Job", client.post("/create_and_upload_image", json=_ASKED, headers=_BY_JOB).json()
+    yield "Job", job_of(house, prompt="a green square")
+    yield "Job", job_of(house, prompt="unsteppable")
+    yield from (("JobEvent", body) for body in events_of(house))
+    yield "Jobs", client.get("/jobs").json()
+    yield "History", client.get("/history").json()
+    yield "History", client.get("/history?limit=1").json()
+    yield "Images", client.post("/v1/images/generations", json={"prompt": "a red square", "size": "64x64"}).json()
+    in_text = {"prompt": "a red square", "size": "64x64", "response_format": "b64_json", "quality": "high", "n": 2}
+    yield "Images", client.post("/v1/images/generations", json=in_text).json()
+    yield "Models", client.get("/v1/models").json()
+    yield "Model", client.get("/v1/models/sdxl").json()
+    pictures = client.post("/sdapi/v1/txt2img", json={**_ASKED, "restore_faces": True, "foo": 1}).json()
+    yield "WebuiPictures", pictures
+    yield "WebuiPictures", client.post("/sdapi/v1/img2img", json={**_ASKED, "init_images": [_TEXT]}).json()
+    yield "WebuiProgress", client.get("/sdapi/v1/progress").json()
+    yield "WebuiTask", client.post("/internal/progress", json={"id_task": "none"}).json()
+    yield "WebuiOptions", client.get("/sdapi/v1/options").json()
+    yield "WebuiModels", client.get("/sdapi/v1/sd-models").json()
+    yield "WebuiSamplers", client.get("/sdapi/v1/samplers").json()
+    yield "WebuiLoras", client.get("/sdapi/v1/loras").json()
+    yield "WebuiPngInfo", client.post("/sdapi/v1/png-info", json={"image": pictures["images"][0]}).json()
+    yield "WebuiPngInfo", client.post("/sdapi/v1/png-info", json={"image": _TEXT}).json()
+    picture = client.get(receipt.json()["path"]).content
+    yield "Replayed", client.post("/v1/replay", files={"picture_file": ("a.png", picture, "image/png")}).json()
+    yield "Record", client.get(f"/files/{receipt.json()['key']}?record=1").json()
+    yield "Health", client.get("/healthz").json()
+    yield "Readiness", client.get("/readyz").json()
+
+
+def test_every_answer_has_the_members_its_schema_names_and_no_others(house: House) -> None:
+    """Real answers against the document with every object closed; no schema goes without an answer."""
+    document = house.client.get("/openapi.json").json()
+    faults, seen = [], set()
+    for name, body in answers(house):
+        seen.add(name)
+        faults += [f"{name} {fault}" for fault in faults_of(document, name, body)]
+    assert faults == []
+    assert seen == set(SCHEMAS)
+
+
+def test_readiness_names_everything_that_is_said_of_a_loaded_model(registry: Any, house: House) -> None:
+    """The embedded models, as a server that loaded them says it."""
+    document = house.client.get("/openapi.json").json()
+    loaded = Loaded.of(settings_in(house.folder))
+    loaded.models = registry
+    models = json.loads(json.dumps(loaded.told()))
+    assert len(models) == 2
+    body = {"status": "ready", "missing": [], "models": models}
+    assert faults_of(document, "Readiness", body) == []
+
+
+@pytest.mark.parametrize("change", ["added", "removed", "of another type"])
+def test_the_check_itself_sees_a_difference(house: House, change: str) -> None:
+    """A member that is too many, missing or of another type is a fault: this test can fail."""
+    document = house.client.get("/openapi.json").json()
+    body = house.client.get("/readyz").json()
+    assert faults_of(document, "Readiness", body) == []
+    body = {"added": {**body, "extra": 1}, "removed": {"status": "ready"}, "of another type": {**body, "missing": "a"}}[
+        change
+    ]
+    assert faults_of(document, "Readiness", body)
