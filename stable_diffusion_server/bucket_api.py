@@ -17,7 +17,11 @@ from stable_diffusion_server.buckets.local import LocalBucket
 from stable_diffusion_server.buckets.s3.bucket import S3Bucket, S3Options
 from stable_diffusion_server.errors import InvalidInput, ServerError, StorageUnavailable
 from stable_diffusion_server.orders import Stored
+<<<<<<< HEAD
 from stable_diffusion_server.picture_formats import ALWAYS, EXTRA, begins_like
+=======
+from stable_diffusion_server.unicode_text import nfc
+>>>>>>> c0d869e (feat(api): measure callers' text before it is parsed, and read it in proportion to its length)
 
 # S3's own bound on a key, in bytes of UTF-8; it holds for every bucket, so that a name is portable.
 KEY_MAX_BYTES = 1024
@@ -196,9 +200,11 @@ def object_key(bucket_path: str, name: str) -> str:
     characters or a backslash, or makes a key longer than `KEY_MAX_BYTES`.
     """
     if len(name) > KEY_MAX_BYTES:
-        # Before anything else: normalizing takes time that grows with the square of a text of combining marks.
         raise _refused(f"makes a key longer than {KEY_MAX_BYTES} bytes")
-    name = unicodedata.normalize("NFC", name)
+    try:
+        name = nfc(name)
+    except ValueError as error:
+        raise _refused(str(error)) from error
     if not name:
         raise _refused("is empty; leave it out to have a name made")
     if name.startswith("/"):

@@ -65,6 +65,14 @@ class TooLarge(ServerError):
     title = "This is too large"
 
 
+class HeadersTooLarge(ServerError):
+    """The address and the headers of a request, or one header, are longer than is looked into."""
+
+    status = 431
+    kind = "headers-too-large"
+    title = "The head of the request is too large"
+
+
 class UnsupportedMedia(ServerError):
     """The body, or a picture in it, is of a type that is not taken here."""
 

@@ -6,24 +6,42 @@ apart here by lengths that are checked, and never handed to a decoder.
 
 from __future__ import annotations
 
-import json
 import struct
 from collections.abc import Iterator
+
+from stable_diffusion_server.errors import ServerError
+from stable_diffusion_server.strict_json import JsonLimits, parse_object
 
 _EXIF_HEAD = b"Exif\0\0"
 _EXIF_IFD, _USER_COMMENT = 0x8769, 0x9286
 _UNICODE = b"UNICODE\0"
-_MOST_BYTES = 1_000_000
+_LIMITS = JsonLimits(text_bytes=1_000_000)
+# Pieces of a file that are looked at: few files have a thousand.
+_MOST_PIECES = 100_000
+# Characters of the text AUTOMATIC1111 writes, of which most is the prompt.
+_LONGEST_PARAMETERS = 100_000
 
 
 def read_record(file: bytes) -> dict[str, object] | None:
     """The record a picture made here carries, or `None` for a file without one. What it says is to be checked."""
     try:
         text = _text_of(file)
-        found = json.loads(text) if text is not None and len(text) <= _MOST_BYTES else None
-    except (struct.error, ValueError, IndexError, RecursionError):
+        return parse_object(text.encode(), _LIMITS) if text is not None else None
+    except (struct.error, ValueError, IndexError, ServerError):
         return None
-    return found if isinstance(found, dict) else None
+
+
+def read_parameters_text(file: bytes) -> str:
+    """The text AUTOMATIC1111 writes into PNG files, uncompressed; empty where there is none, or a very long one."""
+    for kind, data in _png_chunks(file) if file.startswith(b"\x89PNG") else ():
+        if kind == b"tEXt" and data.startswith(b"parameters\0"):
+            text = data.partition(b"\0")[2].decode("latin-1")
+        elif kind == b"iTXt" and data.startswith(b"parameters\0\0"):
+            text = data.split(b"\0", 5)[-1].decode("utf-8", "replace")
+        else:
+            continue
+        return text if len(text) <= _LONGEST_PARAMETERS else ""
+    return ""
 
 
 def is_whole(head: bytes, tail: bytes, size: int) -> bool:
@@ -51,19 +69,27 @@ def _text_of(file: bytes) -> str | None:
 
 def _png_text(file: bytes) -> str | None:
     """The text of an iTXt chunk called `record`, which is not compressed (PNG, third edition, 11.3.3.4)."""
-    at = 8
-    while at + 8 <= len(file):
-        length, kind = struct.unpack_from(">I4s", file, at)
-        data = file[at + 8 : at + 8 + length]
+    for kind, data in _png_chunks(file):
         if kind == b"iTXt" and data.startswith(b"record\0\0"):
             return data.split(b"\0", 5)[-1].decode()
-        at += 12 + length
     return None
+
+
+def _png_chunks(file: bytes) -> Iterator[tuple[bytes, bytes]]:
+    at = 8
+    for _ in range(_MOST_PIECES):
+        if at + 8 > len(file):
+            return
+        length, kind = struct.unpack_from(">I4s", file, at)
+        yield kind, file[at + 8 : at + 8 + length]
+        at += 12 + length
 
 
 def _riff_chunks(file: bytes) -> Iterator[tuple[bytes, bytes]]:
     at = 12
-    while at + 8 <= len(file):
+    for _ in range(_MOST_PIECES):
+        if at + 8 > len(file):
+            return
         kind, length = struct.unpack_from("<4sI", file, at)
         yield kind, file[at + 8 : at + 8 + length]
         at += 8 + length + length % 2
@@ -72,7 +98,9 @@ def _riff_chunks(file: bytes) -> Iterator[tuple[bytes, bytes]]:
 def _jpeg_application_data(file: bytes) -> Iterator[bytes]:
     """What stands in the APP1 segments before the picture."""
     at = 2
-    while at + 4 <= len(file):
+    for _ in range(_MOST_PIECES):
+        if at + 4 > len(file):
+            return
         lead, marker, length = struct.unpack_from(">BBH", file, at)
         if lead != 0xFF or marker == 0xDA or length < 2:
             return

@@ -7,6 +7,16 @@ from dataclasses import dataclass
 from stable_diffusion_server.errors import InvalidInput
 from stable_diffusion_server.orders import LORA_WEIGHT_MAX, SEED_MAX, Order
 
+# Characters of a text and of a name, held before anything looks into one; the settings allow no longer prompts.
+TEXT_MAX, NAME_MAX = 10_000, 200
+# Digits of a whole number that is read out of a text: Python's `int` refuses thousands, and takes long for hundreds.
+_MOST_DIGITS = 18
+
+
+def whole_number(text: str) -> int | None:
+    """The number a text of ASCII digits says; `None` for another text, and for more than 18 digits."""
+    return int(text) if len(text) <= _MOST_DIGITS and text.isascii() and text.isdigit() else None
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:

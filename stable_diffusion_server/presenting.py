@@ -7,11 +7,14 @@ import unicodedata
 from collections.abc import Mapping
 from urllib.parse import quote
 
+from stable_diffusion_server.unicode_text import without_marks
+
 # In a record: the name is made from the content, so what is under it never changes.
 LASTING = "lasting"
 _FOR_EVER = "public, max-age=31536000, immutable"
 # A name may be overwritten; its ETag tells a cache cheaply whether it was.
 _A_MINUTE = "public, max-age=60"
+_UNSAFE = re.compile(r"[^A-Za-z0-9._ -]+")
 
 
 def caching_of(record: Mapping[str, str]) -> str:
@@ -22,8 +25,8 @@ def caching_of(record: Mapping[str, str]) -> str:
 def disposition_of(key: str, *, inline: bool = True) -> str:
     """`Content-Disposition` (RFC 6266) with the last part of the key as the name a browser saves it under."""
     name = key.rpartition("/")[2]
-    plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode()
-    safe = re.sub(r"[^A-Za-z0-9._ -]+", "_", plain).strip(". ") or "picture"
+    plain = unicodedata.normalize("NFKD", without_marks(name)).encode("ascii", "ignore").decode()
+    safe = _UNSAFE.sub("_", plain).strip(". ") or "picture"
     kind = "inline" if inline else "attachment"
     exact = "" if safe == name else f"; filename*=UTF-8''{quote(name, safe='')}"
     return f'{kind}; filename="{safe}"{exact}'

@@ -6,6 +6,8 @@ import re
 import unicodedata
 from collections.abc import Callable
 
+from stable_diffusion_server.unicode_text import nfc
+
 CountTokens = Callable[[str], int]
 
 # Dropped first when a prompt is too long: English function words, which move a picture least.
@@ -25,10 +27,11 @@ _SPACES = re.compile(r"\s+")
 def clean(prompt: str) -> str:
     """The prompt in NFC, with control, bidirectional and other invisible characters gone and blanks collapsed.
 
-    Raises `ValueError` when it holds a lone surrogate, which is no text.
+    Raises `ValueError` when it holds a lone surrogate, which is no text, or more combining marks in a row than `nfc`
+    takes.
     """
     kept = []
-    for character in unicodedata.normalize("NFC", prompt):
+    for character in nfc(prompt):
         category = unicodedata.category(character)
         if category == "Cs":
             raise ValueError("holds a lone surrogate, which is not text")

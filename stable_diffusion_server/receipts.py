@@ -11,6 +11,8 @@ from stable_diffusion_server.orders import Receipt, Stored, Warned
 from stable_diffusion_server.records import RETOLD
 from stable_diffusion_server.resolving import Plan
 
+# The largest number below which JSON's readers tell whole ones apart.
+_WHOLE_MAX = 2**53
 _STORED_LATER = Warned("stored-later", "The storage does not answer; the picture is kept here and brought there later.")
 
 
@@ -87,7 +89,7 @@ def _number(record: Mapping[str, str], name: str) -> float | None:
 
 def _whole(record: Mapping[str, str], name: str) -> int | None:
     value = _number(record, name)
-    return int(value) if value is not None else None
+    return int(value) if value is not None and 0 <= value <= _WHOLE_MAX else None
 
 
 def _delay_of(stored: Stored) -> tuple[Warned, ...]:

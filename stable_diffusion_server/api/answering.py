@@ -6,10 +6,10 @@ import asyncio
 from collections.abc import Awaitable, Callable
 
 from fastapi import Request, Response
-from fastapi.responses import JSONResponse
 
 from stable_diffusion_server.api.callers import caller_of
 from stable_diffusion_server.api.handlers import client_gone
+from stable_diffusion_server.api.json_responses import JSONResponse
 from stable_diffusion_server.api.leaving import unless_disconnected
 from stable_diffusion_server.api.preferences import Preferences, preferences_of
 from stable_diffusion_server.api.schemas import job_body

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSche
 
 from stable_diffusion_server.api.bodies import JsonText, Upload, read_parameters
 from stable_diffusion_server.errors import InvalidInput
+from stable_diffusion_server.limits import NAME_MAX, TEXT_MAX
 
 _BINARY = {"type": "string", "format": "binary"}
 _NUMBERS = frozenset(
@@ -18,6 +19,8 @@ _NUMBERS = frozenset(
     "control_scale n output_compression partial_images".split()
 )
 _TRUTHS = frozenset("overwrite refine canny stream".split())
+# Far more than MAX_LORAS adapters need, and few enough to be split before they are counted.
+_LORA_TEXT_MAX = 2000
 _LORA = re.compile(r"(?P<name>[A-Za-z0-9][A-Za-z0-9._-]{0,99})(:(?P<weight>[+-]?\d{1,3}(\.\d{1,6})?))?")
 
 
@@ -32,19 +35,25 @@ class Asked(BaseModel):
     # Names that may be files of a multipart form, and names that may come more than once.
     files: ClassVar[frozenset[str]] = frozenset()
     lists: ClassVar[frozenset[str]] = frozenset()
+    # Names that may hold a picture as text.
+    pictures: ClassVar[frozenset[str]] = frozenset()
     numbers: ClassVar[frozenset[str]] = _NUMBERS
 
-    prompt: str = Field(description="What to draw.", examples=["a red circle on a blue background"])
+    prompt: str = Field(
+        max_length=TEXT_MAX, description="What to draw.", examples=["a red circle on a blue background"]
+    )
     save_path: str | None = Field(None, description="Name of the picture in the bucket. Without it a name is made.")
-    model: str | None = Field(None, description="`flux` or `sdxl`.")
-    negative_prompt: str | None = Field(None, description="What not to draw, for models that have a use for it.")
+    model: str | None = Field(None, max_length=NAME_MAX, description="`flux` or `sdxl`.")
+    negative_prompt: str | None = Field(
+        None, max_length=TEXT_MAX, description="What not to draw, for models that have a use for it."
+    )
     seed: int | Literal["random"] | None = Field(
         None,
         description="Start of the noise; without it one is made from the order, so that it is the same each time.",
     )
     num_inference_steps: int | None = Field(None, description="Denoising steps.")
     guidance_scale: float | None = Field(None, description="How strongly to follow the prompt.")
-    scheduler: str | None = Field(None, description="Scheduler by its name in the catalogue.")
+    scheduler: str | None = Field(None, max_length=NAME_MAX, description="Scheduler by its name in the catalogue.")
     overwrite: bool = Field(False, description="Draw and store even if the name is taken.")
     timeout: float | None = Field(None, description="Seconds to wait for the picture at the most.")
     refine: bool = Field(False, description="A second pass at low strength over what was drawn.")
@@ -53,6 +62,7 @@ class Asked(BaseModel):
     )
     lora: str | None = Field(
         None,
+        max_length=_LORA_TEXT_MAX,
         description="Adapters to draw with, `name` or `name:weight`, separated by commas.",
         examples=["pastel:0.8"],
     )
@@ -94,7 +104,7 @@ async def read_as(schema: type[A], request: Request) -> A:
 
     Raises `Malformed`, `UnsupportedMedia`, and `InvalidInput`, which names every refused parameter.
     """
-    return validated(schema, await read_parameters(request, schema.files, schema.lists))
+    return validated(schema, await read_parameters(request, schema.files, schema.lists, schema.pictures))
 
 
 def validated(schema: type[M], parameters: Mapping[str, Any]) -> M:

@@ -2,29 +2,49 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Set
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any
 from urllib.parse import parse_qsl
 
 from fastapi import Request
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException
 
-from stable_diffusion_server.errors import InvalidInput, Malformed, UnsupportedMedia
+from stable_diffusion_server.api.aside import aside
+from stable_diffusion_server.errors import InvalidInput, Malformed, TooLarge, UnsupportedMedia
+from stable_diffusion_server.strict_json import JsonLimits, parse_object
 
 _FORM_TYPES = ("application/x-www-form-urlencoded", "multipart/form-data")
 BODY_TYPES = ("application/json", *_FORM_TYPES)
 _MAX_FIELDS = 100
 # Files under a name that may come more than once.
 _MAX_LISTED = 16
+# Of multipart texts: other codecs of Python's take time with the square of the text, raise errors of their own, or
+# make lone surrogates.
+_CHARSETS = frozenset((b"utf-8", b"utf8", b"us-ascii", b"ascii"))
+_LONGEST_MEDIA_TYPE = 500
 
 
 class JsonText(str):
     """A text of a JSON body: unlike one of a form or a query, it is never meant as a number."""
 
     __slots__ = ()
+
+
+@dataclass(frozen=True, slots=True)
+class BodyLimits:
+    """How long the parts of a body may be: all its texts together, and one picture, as a file. In bytes."""
+
+    text_bytes: int = 1_048_576
+    picture_bytes: int = 20_971_520
+
+    def for_json(self, pictures: Set[str]) -> JsonLimits:
+        """The limits of a JSON body with pictures in base64 below these names; a data URL has a few bytes more."""
+        return JsonLimits(
+            self.text_bytes, pictures=frozenset(pictures), picture_bytes=self.picture_bytes * 4 // 3 + 1024
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,15 +55,19 @@ class Upload:
 
 
 async def read_parameters(
-    request: Request, files: Set[str] = frozenset(), lists: Set[str] = frozenset()
+    request: Request,
+    files: Set[str] = frozenset(),
+    lists: Set[str] = frozenset(),
+    pictures: Set[str] = frozenset(),
 ) -> dict[str, object]:
     """Query and body of a request as one mapping. A parameter given twice is refused, wherever it stands.
 
     `files` are the names that may be files of a multipart form; they come as `Upload`. `lists` are the names that may
-    come more than once: their values come as a list, under the name without `[]`.
+    come more than once: their values come as a list, under the name without `[]`. `pictures` are the names that hold
+    pictures as text in JSON.
     """
     query = _read_pairs(request.scope["query_string"], "query")
-    return _merged([*query, *(await _read_body(request, files, lists))], lists)
+    return _merged([*query, *(await _read_body(request, files, lists, pictures))], lists)
 
 
 def read_query(query_string: bytes) -> dict[str, object]:
@@ -68,22 +92,45 @@ def _merged(pairs: list[tuple[str, object]], lists: Set[str]) -> dict[str, objec
     return merged
 
 
-def length_of(request: Request) -> int:
-    """How long the body of a request says it is."""
-    length = request.headers.get("content-length", "0")
-    return int(length) if length.isascii() and length.isdigit() else 0
+def limits_of(request: Request) -> BodyLimits:
+    """How long the parts of this request's body may be, as the settings say."""
+    limits = request.scope.get("state", {}).get("body_limits")
+    return limits if isinstance(limits, BodyLimits) else BodyLimits()
 
 
-async def _read_body(request: Request, files: Set[str], lists: Set[str]) -> list[tuple[str, object]]:
+async def read_json(request: Request, pictures: Set[str] = frozenset()) -> dict[str, Any]:
+    """A JSON body, which may be empty. Raises `Malformed`, `InvalidInput`, `TooLarge` and `UnsupportedMedia`."""
+    body = await request.body()
+    if not body:
+        return {}
+    if _media_type_of(request) != "application/json":
+        raise UnsupportedMedia("Send application/json.")
+    parsed = await aside(len(body), parse_object, body, limits_of(request).for_json(pictures))
+    if len(parsed) > _MAX_FIELDS:
+        raise Malformed(f"The body has more than {_MAX_FIELDS} fields.")
+    return parsed
+
+
+def _media_type_of(request: Request) -> str:
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
+async def _read_body(
+    request: Request, files: Set[str], lists: Set[str], pictures: Set[str]
+) -> list[tuple[str, object]]:
     if request.method == "GET":
         return []
-    media_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    media_type = _media_type_of(request)
     if media_type != _FORM_TYPES[1] and not await request.body():
         return []
     if media_type == "application/json":
-        return _read_json(await request.body())
+        parsed = await read_json(request, pictures)
+        return [(name, JsonText(value) if isinstance(value, str) else value) for name, value in parsed.items()]
     if media_type == _FORM_TYPES[0]:
-        return _read_pairs(await request.body(), "form")
+        body = await request.body()
+        if len(body) > (most := limits_of(request).text_bytes):
+            raise TooLarge(f"A form of this type may have {most} bytes; longer ones come as multipart/form-data.")
+        return await aside(len(body), _read_pairs, body, "form")
     if media_type == _FORM_TYPES[1]:
         return await _read_multipart(request, files, lists)
     raise UnsupportedMedia(f"Send application/json or one of {', '.join(_FORM_TYPES)}.")
@@ -97,58 +144,29 @@ def _read_pairs(encoded: bytes, what: str) -> list[tuple[str, object]]:
         raise Malformed(f"The {what} is not UTF-8, or has more than {_MAX_FIELDS} fields.") from error
 
 
-def json_object(body: bytes) -> dict[str, Any]:
-    """A JSON object with all that is in it. Raises `Malformed`, for a name given twice at any depth too."""
-
-    def not_a_number(name: str) -> NoReturn:
-        raise Malformed(f"{name} is not JSON.")
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            raise Malformed("The body has an object in which a name is given more than once.")
-        return found
-
-    try:
-        parsed = json.loads(body.decode("utf-8-sig") or "{}", object_pairs_hook=unique, parse_constant=not_a_number)
-    except (ValueError, RecursionError) as error:
-        raise Malformed("The body is not valid JSON.") from error
-    if not isinstance(parsed, dict):
-        raise Malformed("The body must be a JSON object.")
-    if len(parsed) > _MAX_FIELDS:
-        raise Malformed(f"The body has more than {_MAX_FIELDS} fields.")
-    return parsed
-
-
-def _read_json(body: bytes) -> list[tuple[str, object]]:
-    def not_a_number(name: str) -> NoReturn:
-        raise Malformed(f"{name} is not JSON.")
-
-    def every_pair(pairs: list[tuple[str, object]]) -> object:
-        # The outermost object comes last; as pairs, so that a name given twice is seen.
-        return pairs
-
-    try:
-        text = body.decode("utf-8-sig")
-        parsed = json.loads(text, object_pairs_hook=every_pair, parse_constant=not_a_number)
-    except (ValueError, RecursionError) as error:
-        raise Malformed("The body is not valid JSON.") from error
-    if not text.lstrip().startswith("{"):
-        raise Malformed("The body must be a JSON object.")
-    pairs: list[tuple[str, object]] = parsed
-    if len(pairs) > _MAX_FIELDS:
-        raise Malformed(f"The body has more than {_MAX_FIELDS} fields.")
-    return [(name, JsonText(value) if isinstance(value, str) else value) for name, value in pairs]
-
-
 async def _read_multipart(request: Request, files: Set[str], lists: Set[str]) -> list[tuple[str, object]]:
+    _check_charset(request.headers.get("content-type", ""))
     items: list[tuple[str, object]] = []
+    left = limits_of(request).text_bytes
+    most = len(files) + 1 + _MAX_LISTED * bool(lists)
     try:
-        async with request.form(max_files=len(files) + 1 + _MAX_LISTED * bool(lists), max_fields=_MAX_FIELDS) as form:
+        async with request.form(max_files=most, max_fields=_MAX_FIELDS, max_part_size=left) as form:
             for name, value in form.multi_items():
                 if isinstance(value, UploadFile) and name not in files:
                     raise InvalidInput(f"{name[:100]} takes no file here.", field=name[:100])
+                left -= len(name) + (len(value) if isinstance(value, str) else 0)
+                if left < 0:
+                    raise TooLarge(f"The texts of a form may have {limits_of(request).text_bytes} characters.")
                 items.append((name, Upload(await value.read()) if isinstance(value, UploadFile) else value))
     except MultiPartException as error:
         raise Malformed(f"The form could not be read ({error.message}).") from error
     return items
+
+
+def _check_charset(media_type: str) -> None:
+    """Raise `UnsupportedMedia` for a form in another encoding than UTF-8."""
+    if len(media_type) > _LONGEST_MEDIA_TYPE:
+        raise UnsupportedMedia(f"A media type may have {_LONGEST_MEDIA_TYPE} characters.")
+    _, options = parse_options_header(media_type)
+    if options.get(b"charset", b"utf-8").lower() not in _CHARSETS:
+        raise UnsupportedMedia("Forms are read as UTF-8.")

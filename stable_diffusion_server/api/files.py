@@ -7,12 +7,13 @@ import time
 from dataclasses import dataclass
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import FileResponse, JSONResponse, RedirectResponse
+from fastapi.responses import FileResponse, RedirectResponse
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers
 from starlette.staticfiles import NotModifiedResponse
 
 from stable_diffusion_server.api.callers import caller_of
+from stable_diffusion_server.api.json_responses import JSONResponse
 from stable_diffusion_server.bucket_api import Bucket, read_picture
 from stable_diffusion_server.buckets.local import LocalBucket
 from stable_diffusion_server.errors import Forbidden, InvalidInput, NotFound
@@ -23,6 +24,7 @@ from stable_diffusion_server.signing import Signer
 
 _RANGE = re.compile(r"bytes=\s*(\d+-\d*|-\d+)(\s*,\s*(\d+-\d*|-\d+))*")
 _ONE_RANGE = re.compile(r"bytes=\s*([0-9]{0,18})-([0-9]{0,18})\s*")
+_LONGEST_RANGE = 200
 _SHOWN_INLINE = ("image/webp", "image/png", "image/jpeg")
 
 
@@ -120,8 +122,9 @@ class _Giving:
 
 def _of_disk(request: Request, bucket: LocalBucket, stored: Stored, headers: dict[str, str]) -> Response:
     """The file itself, in ranges too, or nothing for who has it already."""
-    if not _RANGE.fullmatch(request.headers.get("range", "bytes=0-")):
-        # What is no range of bytes is to be ignored (RFC 9110, 14.2).
+    wanted_range = request.headers.get("range", "bytes=0-")
+    if len(wanted_range) > _LONGEST_RANGE or not _RANGE.fullmatch(wanted_range):
+        # What is no range of bytes is to be ignored, and many small ones may be (RFC 9110, 14.2).
         request.scope["headers"] = [pair for pair in request.scope["headers"] if pair[0] != b"range"]
     response = FileResponse(bucket.path(stored.key), headers=headers, media_type=stored.content_type)
     return NotModifiedResponse(response.headers) if _is_known(request, headers["ETag"]) else response

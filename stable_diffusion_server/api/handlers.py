@@ -7,11 +7,11 @@ from typing import Any
 
 import structlog
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.routing import Route
 
+from stable_diffusion_server.api.json_responses import JSONResponse
 from stable_diffusion_server.api.security.headers import protect
 from stable_diffusion_server.api.shapes import frameworks_refusal, refusal
 from stable_diffusion_server.errors import ServerError

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse
 from starlette.concurrency import run_in_threadpool
 
 from stable_diffusion_server.api.callers import caller_of
+from stable_diffusion_server.api.json_responses import JSONResponse
 from stable_diffusion_server.errors import InvalidInput
 from stable_diffusion_server.history.entries import Entry, Wanted
 from stable_diffusion_server.shelf import Shelf

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import json
 from collections.abc import AsyncIterator, Callable
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import StreamingResponse
 
 from stable_diffusion_server.api.callers import caller_of
+from stable_diffusion_server.api.json_responses import JSONResponse
 from stable_diffusion_server.api.schemas import job_body
 from stable_diffusion_server.image_processing import encode
 from stable_diffusion_server.jobs.desk import Jobs
 from stable_diffusion_server.jobs.happenings import Happening
 from stable_diffusion_server.orders import Format
+from stable_diffusion_server.strict_json import dumps
 
 UrlOf = Callable[[Request, str], str]
 
@@ -80,4 +81,4 @@ async def _stream(happenings: AsyncIterator[Happening | None], url: Callable[[st
         if happening.picture is not None:
             file = await asyncio.to_thread(encode, happening.picture, Format.WEBP, _PREVIEW_QUALITY, None)
             body |= {"content_type": Format.WEBP.content_type, "image": base64.b64encode(file).decode()}
-        yield f"id: {happening.id}\nevent: {happening.kind}\ndata: {json.dumps(body)}\n\n"
+        yield f"id: {happening.id}\nevent: {happening.kind}\ndata: {dumps(body)}\n\n"

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from fastapi import Request
 
 from stable_diffusion_server.errors import InvalidInput
+from stable_diffusion_server.limits import whole_number
 
 _JOB_ID = re.compile(r"[A-Za-z0-9_-]{16,64}")
 _KEY = re.compile(r"[!-~]{1,255}")
@@ -43,6 +44,6 @@ def preferences_of(request: Request) -> Preferences:
         raise InvalidInput("X-Job-ID must be 16 to 64 letters, digits, dashes or underscores.", field="X-Job-ID")
     if key is not None and not _KEY.fullmatch(key):
         raise InvalidInput("Idempotency-Key must be 1 to 255 printable characters.", field="Idempotency-Key")
-    seconds = wanted.get("wait", "")
-    wait = float(min(int(seconds), _MOST_SECONDS)) if seconds.isdecimal() and len(seconds) < len("999999999") else None
+    seconds = whole_number(wanted.get("wait", ""))
+    wait = None if seconds is None else float(min(seconds, _MOST_SECONDS))
     return Preferences("respond-async" in wanted, wait, job_id, key)

@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import ClassVar, Literal
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from stable_diffusion_server.api.answering import UrlOf
@@ -14,6 +13,7 @@ from stable_diffusion_server.api.asked import File, validated
 from stable_diffusion_server.api.bodies import read_parameters
 from stable_diffusion_server.api.callers import caller_of, within
 from stable_diffusion_server.api.handlers import client_gone
+from stable_diffusion_server.api.json_responses import JSONResponse
 from stable_diffusion_server.api.leaving import unless_disconnected
 from stable_diffusion_server.api.schemas import documented, receipt_body
 from stable_diffusion_server.errors import InvalidInput

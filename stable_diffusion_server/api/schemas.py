@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from fastapi import Request
 from pydantic import BaseModel, Field
 
+from stable_diffusion_server.api.aside import aside
 from stable_diffusion_server.api.asked import Asked, File, read_as, validated
 from stable_diffusion_server.api.bodies import BODY_TYPES, read_query
 from stable_diffusion_server.api.callers import caller_of, within
@@ -51,6 +52,7 @@ class StyleTransfer(Parameters):
     """Parameters of image to image. The defaults are the original server's."""
 
     files: ClassVar[frozenset[str]] = frozenset({"image_file"})
+    pictures: ClassVar[frozenset[str]] = frozenset({"image_url"})
 
     image_url: str | None = Field(
         None, description="Address of the picture to start from, or the picture in a data URL; or send `image_file`."
@@ -84,6 +86,7 @@ class Inpaint(Parameters):
     """Parameters of inpainting: white parts of the mask are repainted, black ones stay as they are."""
 
     files: ClassVar[frozenset[str]] = frozenset({"image_file", "mask_file"})
+    pictures: ClassVar[frozenset[str]] = frozenset({"image_url", "mask_url"})
 
     image_url: str | None = Field(
         None, description="Address of the picture to repaint, or a data URL; or send `image_file`."
@@ -125,7 +128,9 @@ async def read_order(request: Request, schema: type[Parameters]) -> Order:
     query = request.scope["query_string"]
     if request.method == "GET" and len(query) <= _SHORT:
         return within(caller_of(request), _order_of(schema, query))
-    return within(caller_of(request), (await read_as(schema, request)).order())
+    parameters = await read_as(schema, request)
+    size = sum(len(getattr(parameters, name) or "") for name in schema.pictures)
+    return within(caller_of(request), await aside(size, parameters.order))
 
 
 def receipt_body(receipt: Receipt, url: str) -> dict[str, object]:

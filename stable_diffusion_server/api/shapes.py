@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from http import HTTPStatus
 
-from fastapi.responses import JSONResponse
-
+from stable_diffusion_server.api.json_responses import JSONResponse
 from stable_diffusion_server.errors import ServerError
 
 _PROBLEM = "application/problem+json"

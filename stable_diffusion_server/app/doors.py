@@ -41,6 +41,7 @@ def add_middleware(app: FastAPI, settings: Settings, metrics: Metrics, tracing: 
         concurrency=settings.concurrency_limit,
         max_body_bytes=settings.max_body_bytes,
         max_upload_bytes=settings.max_upload_bytes,
+        max_image_bytes=settings.max_image_bytes,
     )
     proxies = Proxies(tuple(ip_network(entry) for entry in settings.trusted_proxies))
     app.add_middleware(BodyLimit, policy=policy)

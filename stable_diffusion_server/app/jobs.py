@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 from stable_diffusion_server.api.schemas import job_body
 from stable_diffusion_server.app.storage import Stores
 from stable_diffusion_server.fetching.poster import Poster
@@ -14,13 +12,14 @@ from stable_diffusion_server.journal.book import Journal
 from stable_diffusion_server.journal.entries import Entry
 from stable_diffusion_server.service import Service
 from stable_diffusion_server.settings import Settings
+from stable_diffusion_server.strict_json import dumps
 
 
 def build_jobs(settings: Settings, service: Service, stores: Stores) -> Jobs:
     """The jobs over a service, nothing opened or started."""
 
     def describe(entry: Entry) -> str:
-        return json.dumps(job_body(Standing.of(entry), lambda key: stores.url_at(entry.base, key)))
+        return dumps(job_body(Standing.of(entry), lambda key: stores.url_at(entry.base, key)))
 
     rules = Rules(
         most_waiting=settings.jobs_waiting,

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stable_diffusion_server.journal.entries import Entry, Problem, State
+from stable_diffusion_server.limits import whole_number
 from stable_diffusion_server.orders import EventKind, Progress, Receipt
 
 END = "end"
@@ -91,7 +92,7 @@ class Happenings:
         `None` whenever nothing happened for `beat` seconds.
         """
         epoch, _, number = (after or "").partition(".")
-        seen = int(number) if epoch == self._epoch and number.isdecimal() else 0
+        seen = (whole_number(number) or 0) if epoch == self._epoch else 0
         self.readers += 1
         try:
             while True:

@@ -146,7 +146,7 @@ def test_bad_input_is_refused_by_name(house: House, way: str, what: str, change:
         (b'"a red square"', 400, None),
         (b"null", 400, None),
         (b"", 422, "prompt"),
-        (b'{"prompt": "a", "width": NaN}', 400, None),
+        (b'{"prompt": "a", "width": NaN}', 400, "width"),
         (b'{"prompt": "a", "prompt": "b"}', 400, "prompt"),
         (b'{"prompt": ' + b"[" * 10_000 + b"]" * 10_000 + b"}", 400, None),
         (b'{"prompt": "\xff\xfe"}', 400, None),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from stable_diffusion_server.errors import ServerError
 from stable_diffusion_server.image_processing import media_type_of
 from stable_diffusion_server.orders import Receipt
 from stable_diffusion_server.pipelines.catalog import ModelFacts
+from stable_diffusion_server.strict_json import dumps
 
 _QUALITIES = {"hd": "high", "standard": "medium", None: "auto"}
 # The tokens OpenAI counts and bills: there are none here, and its clients want the fields.
@@ -75,7 +75,7 @@ def failed(error: ServerError) -> str:
 
 def event(kind: str, body: Mapping[str, object]) -> str:
     """A server-sent event as OpenAI sends them: the type in the event and in the data."""
-    return f"event: {kind}\ndata: {json.dumps({'type': kind, **body}, separators=(',', ':'))}\n\n"
+    return f"event: {kind}\ndata: {dumps({'type': kind, **body})}\n\n"
 
 
 def models_answer(models: Iterable[ModelFacts], aliases: Mapping[str, str]) -> dict[str, object]:

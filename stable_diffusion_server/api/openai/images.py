@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import StreamingResponse
 
 from stable_diffusion_server.api.answering import Answering
 from stable_diffusion_server.api.aside import aside
@@ -15,6 +15,7 @@ from stable_diffusion_server.api.asked import read_as
 from stable_diffusion_server.api.callers import caller_of, within
 from stable_diffusion_server.api.handlers import client_gone
 from stable_diffusion_server.api.house import House
+from stable_diffusion_server.api.json_responses import JSONResponse
 from stable_diffusion_server.api.leaving import disconnection, unless_disconnected
 from stable_diffusion_server.api.openai import answers
 from stable_diffusion_server.api.openai.answers import Made

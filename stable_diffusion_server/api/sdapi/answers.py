@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import struct
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,8 +12,9 @@ from stable_diffusion_server.api.sdapi.names import SAMPLERS, samplers_of, title
 from stable_diffusion_server.api.sdapi.parameters import Ordered, Txt2Img
 from stable_diffusion_server.api.sdapi.tasks import Task
 from stable_diffusion_server.image_processing import encode, parameters_text
-from stable_diffusion_server.inscriptions import read_record
+from stable_diffusion_server.inscriptions import read_parameters_text, read_record
 from stable_diffusion_server.orders import Format, Order, Receipt
+from stable_diffusion_server.strict_json import dumps
 
 _LONG_FIELDS = ("init_images", "mask", "alwayson_scripts")
 
@@ -29,7 +28,7 @@ def pictures_answer(asked: Txt2Img, what: Ordered, made: Sequence[Made], *, inte
     return {
         "images": [text_of(file) for _, _, _, file in made] if shown else [],
         "parameters": {name[:100]: value for name, value in parameters.items()},
-        "info": json.dumps(_info(what, made, interrupted=interrupted), ensure_ascii=False),
+        "info": dumps(_info(what, made, interrupted=interrupted)),
     }
 
 
@@ -114,8 +113,8 @@ def options_answer(house: House, model: str | None) -> dict[str, Any]:
 def png_info_answer(file: bytes) -> dict[str, Any]:
     """How a picture says it was made: by the record of this server, or the text AUTOMATIC1111 writes into PNG."""
     record = read_record(file)
-    text = parameters_text(record) if record is not None else _png_parameters(file)
-    items = {"parameters": text, **({"record": json.dumps(record, ensure_ascii=False)} if record is not None else {})}
+    text = parameters_text(record) if record is not None else read_parameters_text(file)
+    items = {"parameters": text, **({"record": dumps(record)} if record is not None else {})}
     return {"info": text, "items": items if text else {}, "parameters": _read(text)}
 
 
@@ -164,22 +163,6 @@ def _infotext(order: Order, receipt: Receipt) -> str:
         "height": receipt.height,
     }
     return parameters_text({name: value for name, value in told.items() if value is not None})
-
-
-def _png_parameters(file: bytes) -> str:
-    """The text chunk called `parameters`, uncompressed, read by lengths that are checked; empty where there is none."""
-    if not file.startswith(b"\x89PNG"):
-        return ""
-    at = 8
-    while at + 8 <= len(file):
-        length, kind = struct.unpack_from(">I4s", file, at)
-        data = file[at + 8 : at + 8 + length]
-        if kind == b"tEXt" and data.startswith(b"parameters\0"):
-            return data.partition(b"\0")[2].decode("latin-1")
-        if kind == b"iTXt" and data.startswith(b"parameters\0\0"):
-            return data.split(b"\0", 5)[-1].decode("utf-8", "replace")
-        at += 12 + length
-    return ""
 
 
 def _read(text: str) -> dict[str, str]:

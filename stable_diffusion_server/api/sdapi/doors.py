@@ -7,15 +7,15 @@ from typing import Any, TypeVar
 from uuid import uuid4
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 
 from stable_diffusion_server.api.aside import aside
 from stable_diffusion_server.api.asked import refuse
-from stable_diffusion_server.api.bodies import json_object, length_of, read_parameters
+from stable_diffusion_server.api.bodies import read_json, read_parameters
 from stable_diffusion_server.api.callers import caller_of, within
 from stable_diffusion_server.api.handlers import client_gone
 from stable_diffusion_server.api.house import House
+from stable_diffusion_server.api.json_responses import JSONResponse
 from stable_diffusion_server.api.leaving import unless_disconnected
 from stable_diffusion_server.api.pictures import bytes_of
 from stable_diffusion_server.api.schemas import properties_of
@@ -24,7 +24,7 @@ from stable_diffusion_server.api.sdapi.names import BOUNDED, model_named, rename
 from stable_diffusion_server.api.sdapi.parameters import Img2Img, Ordered, Txt2Img, ordered
 from stable_diffusion_server.api.sdapi.tasks import Task, Tasks
 from stable_diffusion_server.api.together import together
-from stable_diffusion_server.errors import InvalidInput, ServerError, TooLarge, UnsupportedMedia
+from stable_diffusion_server.errors import InvalidInput, ServerError, TooLarge
 from stable_diffusion_server.limits import Limits
 from stable_diffusion_server.orders import Caller, Order
 from stable_diffusion_server.service import Service
@@ -106,7 +106,7 @@ def router(service: Service, house: House, url_of: UrlOf) -> APIRouter:
     )
     async def png_info(request: Request) -> Response:
         """How a picture, in base64, says it was made."""
-        image = _text(await _json(request), "image")
+        image = _text(await read_json(request, frozenset({"image"})), "image")
         return JSONResponse(await aside(len(image), lambda: answers.png_info_answer(bytes_of(image, "image"))))
 
     _progress_doors(routes, tasks)
@@ -146,7 +146,7 @@ def _progress_doors(routes: APIRouter, tasks: Tasks) -> None:
     )
     async def internal_progress(request: Request) -> Response:
         """How far the caller's own task of `id_task` is, the `force_task_id` it was asked for with."""
-        asked = await _json(request)
+        asked = await read_json(request)
         own = tasks.of(caller_of(request), _text(asked, "id_task"))
         shown = asked.get("live_preview") is not False
         return JSONResponse(answers.internal_progress_answer(own[0] if own else None, with_picture=shown))
@@ -186,10 +186,11 @@ def _option_doors(routes: APIRouter, house: House, chosen: dict[str, str]) -> No
     )
     async def set_options(request: Request) -> Response:
         """Choose a model by `sd_model_checkpoint`, for this caller alone; other options are let be."""
-        asked, caller = await _json(request), caller_of(request)
+        asked, caller = await read_json(request), caller_of(request)
         if name := _text(asked, "sd_model_checkpoint"):
+            model = model_named(name, house)  # an unknown one changes nothing
             chosen.pop(caller.name, None)
-            chosen[caller.name] = model_named(name, house)
+            chosen[caller.name] = model
             if len(chosen) > _CHOICES_MAX:
                 del chosen[next(iter(chosen))]
         return JSONResponse(None)
@@ -220,7 +221,7 @@ async def _pictures(
     chosen: dict[str, str],
 ) -> Response:
     caller = caller_of(request)
-    what = await aside(length_of(request), ordered, asked, house, chosen.get(caller.name))
+    what = await aside(len(await request.body()), ordered, asked, house, chosen.get(caller.name))
     orders = [within(caller, order) for order in what.orders]
     with tasks.begun(caller, asked.force_task_id or f"task({uuid4().hex})", len(orders)) as task:
         work = [_one(number, order, service, caller, task) for number, order in enumerate(orders)]
@@ -248,17 +249,10 @@ async def _one(number: int, order: Order, service: Service, caller: Caller, task
 async def _read(schema: type[A], request: Request) -> A:
     """A JSON body as parameters. Raises `Malformed`, `UnsupportedMedia` and `InvalidInput`."""
     try:
-        return await aside(length_of(request), schema.model_validate, await _json(request))
+        parameters = await read_json(request, schema.pictures)
+        return await aside(len(await request.body()), schema.model_validate, parameters)
     except ValidationError as error:
         refuse(error)
-
-
-async def _json(request: Request) -> dict[str, Any]:
-    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    body = await request.body()
-    if body and media_type != "application/json":
-        raise UnsupportedMedia("Send application/json.")
-    return await aside(len(body), json_object, body)
 
 
 def _text(asked: dict[str, Any], name: str) -> str:

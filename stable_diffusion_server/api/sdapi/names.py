@@ -1,4 +1,4 @@
-"""AUTOMATIC1111's names for what has other names here: samplers, models, adapters in prompts, parameters in errors."""
+"""AUTOMATIC1111's names for what has other names here: samplers, models, parameters in errors."""
 
 from __future__ import annotations
 
@@ -31,9 +31,6 @@ SAMPLERS: Mapping[str, tuple[str, ...]] = {
 _EXACT = {"Euler", "Euler a", "DDIM", "LCM", "DPM++ 2M SDE"}
 _BY_LOWER = {name.lower(): name for name in SAMPLERS}
 _SCHEDULES = {"", "automatic", "none", "uniform", "normal", "simple"}
-_ADAPTER = re.compile(r"<lora:(?P<name>[^:<>]+)(:(?P<weight>[+-]?\d{0,3}(\.\d{1,6})?))?(:[^<>]*)?>")
-_OTHER_NETWORK = re.compile(r"<(lyco|hypernet):[^<>]*>")
-_EMPHASIS = re.compile(r"\([^()]*:\s*\d+(\.\d+)?\s*\)|\[[^\[\]]+:[^\[\]]+:[\d.]+\]")
 _FIELDS = {
     "num_inference_steps": "steps",
     "guidance_scale": "cfg_scale",
@@ -43,6 +40,7 @@ _FIELDS = {
     "feather": "mask_blur",
     "model": "override_settings",
 }
+_OUR_WORDS = re.compile("|".join(rf"\b{ours}\b" for ours in _FIELDS if ours not in ("model", "lora")))
 
 
 # Parameters that have bounds, with ours they are bounded by.
@@ -96,34 +94,12 @@ def model_named(name: str, house: House) -> str:
         raise InvalidInput(f"sd_model_checkpoint: {error.detail}", field="override_settings") from error
 
 
-def adapters_in(prompt: str) -> tuple[str, tuple[tuple[str, float], ...]]:
-    """A prompt without its `<lora:name:weight>`, and those."""
-    found = tuple((match["name"].strip(), _weight(match["weight"])) for match in _ADAPTER.finditer(prompt))
-    return re.sub(r"\s{2,}", " ", _OTHER_NETWORK.sub("", _ADAPTER.sub("", prompt))).strip(" ,"), found
-
-
-def unread_in(prompt: str) -> list[str]:
-    """Sentences about what AUTOMATIC1111 would read in a prompt and this server does not."""
-    told = []
-    if _OTHER_NETWORK.search(prompt):
-        told.append("prompt: only <lora:…> is known here; other networks are left out.")
-    if _EMPHASIS.search(prompt):
-        told.append("prompt: weights in brackets are read as plain words.")
-    return told
-
-
 def renamed(error: ServerError) -> ServerError:
     """The error with our parameters under AUTOMATIC1111's names."""
     if error.field not in _FIELDS:
         return error
-    words = re.compile("|".join(rf"\b{ours}\b" for ours in _FIELDS if ours not in ("model", "lora")))
-    detail = words.sub(lambda match: _FIELDS[match[0]], error.detail)
-    faults = [(_FIELDS.get(field, field), words.sub(lambda m: _FIELDS[m[0]], told)) for field, told in error.faults]
+    detail = _OUR_WORDS.sub(lambda match: _FIELDS[match[0]], error.detail)
+    faults = [
+        (_FIELDS.get(field, field), _OUR_WORDS.sub(lambda m: _FIELDS[m[0]], told)) for field, told in error.faults
+    ]
     return type(error)(detail, field=_FIELDS[error.field], faults=faults, retry_after=error.retry_after)
-
-
-def _weight(text: str | None) -> float:
-    try:
-        return float(text or 1)
-    except ValueError:
-        return 1.0

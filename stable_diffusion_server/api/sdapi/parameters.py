@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from secrets import randbelow
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from stable_diffusion_server.api.house import House
 from stable_diffusion_server.api.pictures import bytes_of
 from stable_diffusion_server.api.sdapi.controlnet import Edges, edges_in
-from stable_diffusion_server.api.sdapi.names import adapters_in, model_named, scheduler_for, unread_in
+from stable_diffusion_server.api.sdapi.names import model_named, scheduler_for
+from stable_diffusion_server.api.sdapi.prompt_syntax import adapters_in, unread_in
 from stable_diffusion_server.errors import InvalidInput
+from stable_diffusion_server.limits import NAME_MAX
 from stable_diffusion_server.orders import SEED_MAX, Fill, Fit, Format, Order, Source, Task
 
 _FITS = (Fit.STRETCH, Fit.CROP, Fit.PAD, Fit.STRETCH)
@@ -44,12 +46,19 @@ _ANYTHING = (
 )
 _SETTINGS = {"sd_model_checkpoint", "samples_format"}
 _MARGIN_MAX = 2048
+# Characters of a prompt that may be tags, beside MAX_PROMPT_CHARACTERS of words.
+_TAGS_MAX = 1000
+# Sentences about what is not honoured; the first tell enough.
+_MOST_TOLD = 100
 
 
 class Txt2Img(BaseModel):
     """Parameters of text to image. What is not named here is taken, and told where it asks for something."""
 
     model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False, strict=True)
+
+    # Names that may hold pictures, in base64.
+    pictures: ClassVar[frozenset[str]] = frozenset({"alwayson_scripts"})
 
     prompt: str = Field(
         "", description="What to draw; `<lora:name:0.8>` draws with an adapter.", examples=["a red circle"]
@@ -60,9 +69,13 @@ class Txt2Img(BaseModel):
     cfg_scale: float | None = Field(None, description="How strongly to follow the prompt.")
     width: int | None = Field(None, description="Width in pixels; 512 unless said.")
     height: int | None = Field(None, description="Height in pixels; 512 unless said.")
-    sampler_name: str | None = Field(None, description="A name of `/sdapi/v1/samplers`, or one close to them.")
-    sampler_index: str | None = Field(None, description="The same, as older clients have it.")
-    scheduler: str | None = Field(None, description="Spacing of the steps; told in `info` where it is not honoured.")
+    sampler_name: str | None = Field(
+        None, max_length=NAME_MAX, description="A name of `/sdapi/v1/samplers`, or one close to them."
+    )
+    sampler_index: str | None = Field(None, max_length=NAME_MAX, description="The same, as older clients have it.")
+    scheduler: str | None = Field(
+        None, max_length=NAME_MAX, description="Spacing of the steps; told in `info` where it is not honoured."
+    )
     batch_size: int | None = Field(None, ge=1, description="Pictures in a batch.")
     n_iter: int | None = Field(None, ge=1, description="Batches.")
     override_settings: dict[str, Any] | None = Field(None, description="`sd_model_checkpoint` and `samples_format`.")
@@ -82,6 +95,8 @@ class Txt2Img(BaseModel):
 
 class Img2Img(Txt2Img):
     """Parameters of image to image, and with a mask of inpainting."""
+
+    pictures: ClassVar[frozenset[str]] = Txt2Img.pictures | {"init_images", "mask"}
 
     init_images: list[str] | None = Field(None, description="The picture to start from, in base64; the first counts.")
     resize_mode: int | None = Field(None, ge=0, le=3, description="0 stretch, 1 crop, 2 pad to width and height.")
@@ -104,9 +119,12 @@ class Ordered:
 
 def ordered(asked: Txt2Img, house: House, model: str | None) -> Ordered:
     """The orders of a request; `model` is the caller's, unless the request names one. Raises `InvalidInput`."""
+    longest = house.limits.max_prompt_characters + _TAGS_MAX
+    if len(asked.prompt) > longest:
+        raise InvalidInput(f"prompt must not be longer than {longest} characters, tags included.", field="prompt")
     settings = asked.override_settings or {}
-    named = settings.get("sd_model_checkpoint")
-    own = model_named(str(named), house) if named else model
+    named = _text(settings, "sd_model_checkpoint")
+    own = model_named(named, house) if named else model
     facts = house.facts(own)
     scheduler, about_scheduler = scheduler_for(
         asked.sampler_name or asked.sampler_index or "", asked.scheduler or "", facts
@@ -134,7 +152,8 @@ def ordered(asked: Txt2Img, house: House, model: str | None) -> Ordered:
     )
     told = [*filter(None, [about_scheduler]), *about_scripts, *unread_in(asked.prompt), *_unheard(asked, settings)]
     order, about_pictures = _with_pictures(order, asked, edges)
-    return Ordered([replace(order, variation=number) for number in range(count)], [*told, *about_pictures])
+    told = [*told, *about_pictures][:_MOST_TOLD]
+    return Ordered([replace(order, variation=number) for number in range(count)], told)
 
 
 def _with_pictures(order: Order, asked: Txt2Img, edges: Edges | None) -> tuple[Order, list[str]]:
@@ -192,8 +211,16 @@ def _pixels(asked: Txt2Img, house: House) -> tuple[int, int]:
     return sides["width"], sides["height"]
 
 
+def _text(settings: dict[str, Any], name: str) -> str:
+    """An option that is a text; one that is left out, or null, is empty. Raises `InvalidInput`."""
+    value = settings.get(name)
+    if value is not None and not (isinstance(value, str) and len(value) <= NAME_MAX):
+        raise InvalidInput(f"{name} must be a text of up to {NAME_MAX} characters.", field="override_settings")
+    return value or ""
+
+
 def _format(settings: dict[str, Any]) -> Format:
-    wanted = str(settings.get("samples_format") or "png").lower()
+    wanted = (_text(settings, "samples_format") or "png").lower()
     if wanted not in _FORMATS:
         raise InvalidInput("samples_format must be png, jpg or webp.", field="override_settings")
     return _FORMATS[wanted]

@@ -13,6 +13,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from stable_diffusion_server.api.security.header_limits import check_head
 from stable_diffusion_server.api.security.headers import protect
 from stable_diffusion_server.api.security.policy import Policy
 from stable_diffusion_server.api.security.proxies import Proxies
@@ -91,6 +92,7 @@ class Gate:
         state = scope["state"]
         state["caller"] = Caller(anonymous=True)
         try:
+            check_head(scope)
             admitted = self._policy.admit(scope, headers)
             state["caller"] = admitted.caller
             if admitted.caller.name:
@@ -123,6 +125,8 @@ class BodyLimit:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on with its body counted."""
         headers = Headers(raw=scope.get("headers", []))
+        if scope["type"] == "http":
+            scope.setdefault("state", {})["body_limits"] = self._policy.body_limits
         await self._counted[self._policy.body_limit(scope.get("path", ""), headers)](scope, receive, send)
 
 

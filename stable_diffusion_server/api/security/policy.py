@@ -13,7 +13,12 @@ from limits import RateLimitItem
 from starlette.datastructures import Headers, QueryParams
 from starlette.types import Scope
 
+<<<<<<< HEAD
 from stable_diffusion_server.api.security.keys import Keyring, holds_key
+=======
+from stable_diffusion_server.api.bodies import BodyLimits
+from stable_diffusion_server.api.security.keys import Keyring
+>>>>>>> c0d869e (feat(api): measure callers' text before it is parsed, and read it in proportion to its length)
 from stable_diffusion_server.api.security.rates import Allowed
 from stable_diffusion_server.errors import Forbidden, Misdirected, TooLarge
 from stable_diffusion_server.orders import Caller
@@ -28,8 +33,10 @@ _CHEAP_PATHS = (
     "/metrics /jobs /history /files /ui /v1/models /internal/progress /sdapi/v1/progress /sdapi/v1/interrupt "
     "/sdapi/v1/sd-models /sdapi/v1/samplers /sdapi/v1/options /sdapi/v1/loras /sdapi/v1/png-info"
 ).split()
-# Where pictures come in, as files or in base64, and bodies are long.
-_PICTURE_PATHS = ("/inpaint_", "/style_transfer_", "/sdapi/", "/v1/images/edits", "/v1/replay")
+# Where pictures come in as text in JSON, and bodies are long.
+_PICTURE_PATHS = ("/inpaint_", "/style_transfer_", "/sdapi/v1/txt2img", "/sdapi/v1/img2img", "/sdapi/v1/png-info")
+# Digits of a `Content-Length`; Python's `int` refuses thousands.
+_LONGEST_LENGTH = 18
 _PREFETCH = ("purpose", "sec-purpose", "x-moz")
 
 
@@ -56,11 +63,19 @@ class Policy:
     concurrency: int = 0
     max_body_bytes: int = 1_048_576
     max_upload_bytes: int = 33_554_432
+    max_image_bytes: int = 20_971_520
+
+    @property
+    def body_limits(self) -> BodyLimits:
+        """How long the texts and the pictures within a body may be."""
+        return BodyLimits(self.max_body_bytes, self.max_image_bytes)
 
     def body_limit(self, path: str, headers: Headers) -> int:
-        """How many bytes a body may have: pictures come as files of multipart bodies, and at some doors in base64."""
-        multipart = headers.get("content-type", "").lower().startswith("multipart/form-data")
-        return self.max_upload_bytes if multipart or path.startswith(_PICTURE_PATHS) else self.max_body_bytes
+        """How many bytes a body may have: pictures come as files of multipart bodies, and in base64 in some JSON."""
+        media_type = headers.get("content-type", "").lstrip().lower()
+        pictures = media_type.startswith("application/json") and path.startswith(_PICTURE_PATHS)
+        long = pictures or media_type.startswith("multipart/form-data")
+        return self.max_upload_bytes if long else self.max_body_bytes
 
     def admit(self, scope: Scope, headers: Headers) -> Admitted:
         """Who asks. Raises `Misdirected`, `Forbidden`, `Unauthorized` or `TooLarge` for one that may not go on."""
@@ -74,8 +89,8 @@ class Policy:
             return Admitted(self._stranger(scope))  # a preflight carries no key, and draws nothing
         admitted = self._admit_client(scope, headers)
         # A body without a length is counted while it is read, by BodyLimit.
-        length = headers.get("content-length", "0")
-        if length.isascii() and length.isdigit() and int(length) > (limit := self.body_limit(path, headers)):
+        length, limit = headers.get("content-length", "0"), self.body_limit(path, headers)
+        if length.isascii() and length.isdigit() and (len(length) > _LONGEST_LENGTH or int(length) > limit):
             raise TooLarge(f"A body may have {limit} bytes here.")
         return Admitted(admitted.caller) if _is_under(path, _CHEAP_PATHS) else admitted
 

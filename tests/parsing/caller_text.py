@@ -1,0 +1,376 @@
+"""Every regular expression and every parser that meets callers' text, with its limit and the shapes it is tried with.
+
+`test_growth.py` measures them, and holds the list of expressions against the source; `benchmarks/parsers.py` prints
+the table. A parser is given its text and may refuse it in any way.
+"""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import importlib
+import re
+import struct
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from starlette.datastructures import Headers
+from starlette.requests import Request
+
+from stable_diffusion_server import inscriptions, limits, presenting, prompts, replaying, strict_json, unicode_text
+from stable_diffusion_server.api import asked, bodies, pictures, preferences, schemas
+from stable_diffusion_server.api.house import House
+from stable_diffusion_server.api.openai import parameters as openai_parameters
+from stable_diffusion_server.api.sdapi import answers, names, parameters, prompt_syntax
+from stable_diffusion_server.api.security import header_limits, keys, policy, proxies
+from stable_diffusion_server.bucket_api import KEY_MAX_BYTES, object_key
+from stable_diffusion_server.errors import ServerError
+from stable_diffusion_server.fetching import targets
+from stable_diffusion_server.jobs.happenings import Happenings
+from stable_diffusion_server.limits import Limits
+from stable_diffusion_server.orders import Stored
+from stable_diffusion_server.pipelines.catalog import MODELS
+
+PACKAGE = Path(strict_json.__file__).parent
+HEADER = 16_384
+MEBIBYTE = 1_048_576
+
+# Regular expressions that meet no caller's text, by module and source, with the reason.
+NEVER_CALLERS = {
+    "settings/models.py": "settings are the operator's",
+    "settings/keys.py": "settings are the operator's",
+    "settings/doors.py": "settings are the operator's",
+}
+
+# What costs most by the square: brackets that never close, separators, runs, escapes, marks, and what looks like ours.
+SHAPES: dict[str, str] = {
+    "[": "[",
+    "(": "(",
+    "<": "<",
+    "(:": "(:",
+    "[a:": "[a:",
+    "1:": "1:",
+    "digits": "1",
+    "dots": "1.",
+    "<lora:": "<lora:",
+    "<lora:a:1": "<lora:a:1",
+    "<lora:a>": "<lora:a>",
+    "(a:1)": "(a:1)",
+    "commas": ",",
+    "semicolons": ";",
+    "colons": ":",
+    "blanks": " ",
+    "a blank": "a ",
+    "lines": "\n",
+    "backslashes": "\\",
+    "quotes": '"',
+    "escaped quotes": '\\"',
+    "slashes": "/",
+    "dashes": "1-,",
+    "percents": "%41",
+    "pairs": "a=b&",
+    "letters": "a",
+    "data:a/b;": "data:a/b;",
+    "marks": "\u0315\u0323",
+    "composed marks": "\u0f73\u0323",
+    "wide": "\u732b",
+    "emoji": "\U0001f469\u200d",
+}
+
+
+def repeated(shape: str, size: int) -> str:
+    """`size` characters of a shape."""
+    return (shape * (size // len(shape) + 1))[:size]
+
+
+def opened(shape: str, size: int) -> str:
+    """The same behind a beginning that makes expressions look further."""
+    return ("[" + repeated(shape, size))[:size]
+
+
+@dataclass(frozen=True)
+class Parser:
+    """What reads callers' text of up to `limit` characters or bytes, as `built` from a text of the shapes.
+
+    `refuses` tells that it has that limit itself, so that what is beyond costs nothing.
+    """
+
+    name: str
+    limit: int
+    read: Callable[[Any], object]
+    built: Callable[[str], Any] = str
+    shapes: dict[str, str] = field(default_factory=lambda: SHAPES)
+    refuses: bool = True
+
+    def seconds(self, shape: str, size: int) -> float:
+        """CPU seconds it takes for a text of that size."""
+        given = [self.built(make(self.shapes[shape], size)) for make in (repeated, opened)]
+        return seconds_of(lambda: [self.tried(text) for text in given])
+
+    def tried(self, text: Any) -> object:
+        try:
+            return self.read(text)
+        except (ServerError, ValueError):
+            return None
+
+
+def seconds_of(work: Callable[[], object]) -> float:
+    """CPU seconds of one run: the least of several, which together take a fraction of a millisecond at the least."""
+    taken: list[float] = []
+    while sum(taken) < 0.0003 or len(taken) < 2:
+        began = time.thread_time()
+        work()
+        taken.append(time.thread_time() - began)
+        if taken[-1] > 0.02:
+            break
+    return min(taken)
+
+
+@dataclass(frozen=True)
+class Expression:
+    """A regular expression of the package, and the methods that are used of it."""
+
+    module: str
+    name: str
+    pattern: re.Pattern[str]
+    methods: tuple[str, ...]
+
+    def read(self, text: str) -> None:
+        for method in self.methods:
+            if method in ("sub", "subn"):
+                self.pattern.sub("", text)
+            elif method == "finditer":
+                list(self.pattern.finditer(text))
+            else:
+                getattr(self.pattern, method)(text)
+
+
+def calls_of_re() -> Iterator[tuple[str, ast.Call, str]]:
+    """Every call of `re` in the package: the module, the call, and the constant of the module it makes, if any."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        tree = ast.parse(path.read_text())
+        made = {
+            id(node.value): target.id
+            for node in tree.body
+            if isinstance(node, ast.Assign)
+            for target in node.targets
+            if isinstance(target, ast.Name)
+        }
+        for node in ast.walk(tree):
+            function = node.func if isinstance(node, ast.Call) else None
+            if (
+                isinstance(function, ast.Attribute)
+                and isinstance(function.value, ast.Name)
+                and function.value.id == "re"
+            ):
+                assert isinstance(node, ast.Call)
+                yield path.relative_to(PACKAGE).as_posix(), node, made.get(id(node), "")
+
+
+def expressions() -> list[Expression]:
+    """The expressions that meet callers' text, out of the source itself."""
+    found = []
+    for module, _, name in calls_of_re():
+        if module in NEVER_CALLERS:
+            continue
+        dotted = "stable_diffusion_server." + module.removesuffix(".py").replace("/", ".")
+        used = re.findall(rf"\b{name}\.(\w+)\(", (PACKAGE / module).read_text())
+        pattern = getattr(importlib.import_module(dotted), name)
+        found.append(Expression(module, name, pattern, tuple(sorted(set(used)))))
+    return found
+
+
+def request_of(body: bytes, media_type: str, query: bytes = b"") -> Request:
+    """A request as the routes are given it."""
+    messages = [
+        {"type": "http.request", "body": body[at : at + 65_536], "more_body": at + 65_536 < len(body)}
+        for at in range(0, max(len(body), 1), 65_536)
+    ]
+
+    async def receive() -> Any:
+        return messages.pop(0)
+
+    headers = [(b"content-type", media_type.encode())]
+    scope = {"type": "http", "method": "POST", "path": "/", "query_string": query, "headers": headers, "state": {}}
+    return Request(scope, receive)
+
+
+def run(work: Any) -> object:
+    with asyncio.Runner() as runner:
+        return runner.run(work)
+
+
+def sent(media_type: str) -> Callable[[bytes], object]:
+    """A body read as parameters."""
+
+    def read(body: bytes) -> object:
+        return run(bodies.read_parameters(request_of(body, media_type), frozenset({"image_file"})))
+
+    return read
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I4s", len(data), kind) + data + b"\0\0\0\0"
+
+
+def png(*chunks: bytes) -> bytes:
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks) + chunk(b"IEND", b"")
+
+
+def webp(exif: bytes) -> bytes:
+    inner = b"WEBP" + b"EXIF" + struct.pack("<I", len(exif)) + exif
+    return b"RIFF" + struct.pack("<I", len(inner)) + inner
+
+
+def exif(text: str) -> bytes:
+    """EXIF with a user comment in UTF-16, as this server writes it."""
+    comment = b"UNICODE\0" + text.encode("utf-16-be", "replace")
+    entry = struct.pack(">HHII", 0x9286, 7, len(comment), 44)
+    return (
+        b"MM\0*"
+        + struct.pack(">IH", 8, 1)
+        + struct.pack(">HHII", 0x8769, 4, 1, 26)
+        + b"\0\0\0\0"
+        + (struct.pack(">H", 1) + entry + b"\0\0\0\0")
+        + comment
+    )
+
+
+def quoted(text: str) -> str:
+    return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+
+
+def headers_of(name: str) -> Callable[[str], Headers]:
+    return lambda text: Headers({name: text.encode("latin-1", "replace").decode("latin-1")})
+
+
+class Carrier:
+    """What is asked of a request by those who look at headers alone."""
+
+    def __init__(self, headers: Headers) -> None:
+        self.headers = headers
+
+
+async def followed(after: str) -> None:
+    happenings = Happenings("epoch")
+    happenings.close()
+    async for _ in happenings.follow(f"epoch.{after}", 1.0):
+        pass
+
+
+HOUSE = House(Limits(), MODELS, "sdxl", {}, 4, 67_108_864)
+PICTURES = strict_json.JsonLimits(pictures=frozenset({"p"}), picture_bytes=27_963_051)
+TO_JSON: dict[str, str] = {
+    "lists": "[],",
+    "objects": "{},",
+    "open lists": "[",
+    "open objects": '{"a":',
+    "texts": '"",',
+    "escaped quotes": '\\"',
+    "backslashes": "\\",
+    "numbers": "1,",
+    "digits": "1",
+    "blanks": " ",
+    "letters": "a",
+    "pairs": '"a":1,',
+}
+
+
+def seen(text: str) -> object:
+    scope = {
+        "type": "http", "path": "/", "query_string": b"", "client": ("127.0.0.1", 1),
+        "headers": [(b"x-forwarded-for", text.encode("latin-1", "replace"))], "state": {},
+    }  # fmt: skip
+    header_limits.check_head(scope)
+    return proxies.Proxies((targets.ipaddress.ip_network("127.0.0.0/8"),)).seen_through(scope)
+
+
+def head(text: str) -> object:
+    sizes = [(b"a", text[at : at + 1000].encode("latin-1", "replace")) for at in range(0, min(len(text), 10**6), 1000)]
+    return header_limits.check_head({"type": "http", "path": "/", "query_string": b"", "headers": sizes})
+
+
+def traced(headers: Headers) -> object:
+    from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+    return TraceContextTextMapPropagator().extract(headers)
+
+
+PARSERS = [
+    Parser("a prompt, cleaned", limits.TEXT_MAX, prompts.clean, refuses=False),
+    Parser("a text in NFC", limits.TEXT_MAX, unicode_text.nfc, refuses=False),
+    Parser(
+        "prompt of our own routes", limits.TEXT_MAX, lambda text: asked.validated(schemas.TextToImage, {"prompt": text})
+    ),
+    Parser(
+        "lora of our own routes", 2000, lambda text: asked.validated(schemas.TextToImage, {"prompt": "a", "lora": text}).words()
+    ),
+    Parser("unknown names", 100_000, lambda text: asked.validated(schemas.TextToImage, {
+        text[at : at + len(text) // 100 + 1]: 1 for at in range(0, len(text), len(text) // 100 + 1)
+    }), refuses=False),
+    Parser("tags of an AUTOMATIC1111 prompt", limits.TEXT_MAX, prompt_syntax.adapters_in, refuses=False),
+    Parser("weights of an AUTOMATIC1111 prompt", limits.TEXT_MAX, prompt_syntax.unread_in, refuses=False),
+    Parser(
+        "prompt of /sdapi", 5000, lambda text: parameters.ordered(parameters.Txt2Img(prompt=text), HOUSE, None)
+    ),
+    Parser(
+        "sampler of /sdapi", limits.NAME_MAX, lambda text: parameters.ordered(parameters.Txt2Img(sampler_name=text), HOUSE, None)
+    ),
+    Parser("model of /sdapi", limits.NAME_MAX, lambda text: parameters.ordered(
+        parameters.Txt2Img(override_settings={"sd_model_checkpoint": text}), HOUSE, None)),
+    Parser("size of OpenAI", 10_000, lambda text: openai_parameters.Generation(prompt="a", size=text).pixels(), refuses=False),
+    Parser(
+        "JSON", MEBIBYTE, strict_json.parse_object,
+        lambda text: b'{"a":[' + text.encode() + b"1]}", TO_JSON,
+    ),
+    Parser(
+        "JSON with pictures", 28_000_000, lambda body: strict_json.parse_object(body, PICTURES),
+        lambda text: b'{"p":"' + text.encode() + b'"}', TO_JSON,
+    ),
+    Parser("JSON written", MEBIBYTE, strict_json.dumps, lambda text: ["\ud800", float("inf"), text], refuses=False),
+    Parser("a query", 65_536, bodies.read_query, lambda text: text.encode(), refuses=False),
+    Parser("a form", MEBIBYTE, sent("application/x-www-form-urlencoded"), lambda text: text.encode()),
+    Parser("a multipart text", MEBIBYTE, sent("multipart/form-data; boundary=edge"), lambda text: (
+        b'--edge\r\nContent-Disposition: form-data; name="prompt"\r\n\r\n' + text.encode() + b"\r\n--edge--\r\n")),
+    Parser("a multipart file", 4 * MEBIBYTE, sent("multipart/form-data; boundary=edge"), lambda text: (
+        b'--edge\r\nContent-Disposition: form-data; name="image_file"; filename="a"\r\n\r\n' + text.encode()
+        + b"\r\n--edge--\r\n"),
+        {"letters": "a", "near edges": "\r\n--edg", "carriage returns": "\r", "dashes": "-"}, refuses=False),
+    Parser("a media type", 500, lambda text: sent(f"multipart/form-data; boundary=edge; {text}")(b"--edge--\r\n")),
+    Parser("a picture in base64", 28_000_000, lambda text: pictures.bytes_of(text, "image"), shapes={
+        "letters": "a", "lines": "aaaa\n", "semicolons": ";", "data:a/b;": "data:a/b;", "equals": "="}, refuses=False),
+    Parser("Prefer", HEADER, lambda one: preferences.preferences_of(Carrier(one)), headers_of("prefer"), refuses=False),  # type: ignore[arg-type]  # has what is asked of it
+    Parser("Idempotency-Key", HEADER, lambda one: preferences.preferences_of(Carrier(one)), headers_of("idempotency-key"), refuses=False),  # type: ignore[arg-type]  # the same
+    Parser("X-Job-ID", HEADER, lambda one: preferences.preferences_of(Carrier(one)), headers_of("x-job-id"), refuses=False),  # type: ignore[arg-type]  # the same
+    Parser("Last-Event-ID", HEADER, lambda text: run(followed(text)), refuses=False),
+    Parser("Authorization", HEADER, lambda text: keys.Keyring().holder(Headers({"authorization": f"Basic {text}"})), refuses=False),
+    Parser("Host", HEADER, policy._host_name, refuses=False),
+    Parser("X-Forwarded-For", HEADER, seen),
+    Parser("traceparent", HEADER, traced, headers_of("traceparent"), refuses=False),
+    Parser("tracestate", HEADER, traced, lambda text: Headers({
+        "traceparent": f"00-{'1' * 32}-{'1' * 16}-01", "tracestate": text.encode("latin-1", "replace").decode("latin-1")}), refuses=False),
+    Parser("the head of a request", 65_536, head),
+    Parser("an address to fetch", targets.MAX_URL_LENGTH, lambda text: targets.parse(text, "image_url"), lambda text: "http://" + text),
+    Parser("an address with a path", targets.MAX_URL_LENGTH, lambda text: targets.parse(text, "image_url"), lambda text: "http://a/" + text),
+    Parser("save_path", KEY_MAX_BYTES, lambda text: object_key("static", text)),
+    Parser("the name of a file", KEY_MAX_BYTES, presenting.disposition_of, refuses=False),
+    Parser("a whole number", limits.TEXT_MAX, limits.whole_number),
+    Parser("record in a PNG", 1_000_000, inscriptions.read_record, lambda text: png(
+        chunk(b"iTXt", b"record\0\0\0\0\0" + f'{{"prompt":"{quoted(text)}"}}'.encode()))),
+    Parser("record in a WebP", 1_000_000, inscriptions.read_record, lambda text: webp(exif(f'{{"prompt":"{quoted(text)}"}}'))),
+    Parser("a PNG of many chunks", 1_200_000, inscriptions.read_record, lambda text: png(chunk(b"iTXt", b"") * (len(text) // 12)),
+           {"chunks": "a"}),
+    Parser("a JPEG of many segments", 400_000, inscriptions.read_record, lambda text: b"\xff\xd8" + b"\xff\xe1\0\2" * (len(text) // 4),
+           {"segments": "a"}),
+    Parser("a WebP of many chunks", 800_000, inscriptions.read_record, lambda text: (
+        b"RIFF\0\0\0\0WEBP" + b"ABCD\0\0\0\0" * (len(text) // 8)), {"chunks": "a"}),
+    Parser("AUTOMATIC1111's text in a PNG", 100_000, answers.png_info_answer, lambda text: png(
+        chunk(b"iTXt", b"parameters\0\0\0\0\0" + text.encode())),
+        {**SHAPES, "facts": "Steps: 4, ", "lines of facts": "Negative prompt: a\n"}),
+    Parser("a stored object's record", 10_000, lambda text: replaying.read_record(text.encode()), refuses=False),
+    Parser("a stored object's size", 10_000, lambda text: Stored("a", 1, "a", "a", {"bytes": text}).whole, refuses=False),
+    Parser("parameters in errors", 10_000, lambda text: names.renamed(ServerError(text, field="strength")), refuses=False),
+]  # fmt: skip
