@@ -281,9 +281,13 @@ TO_JSON: dict[str, str] = {
 
 def seen(text: str) -> object:
     scope = {
-        "type": "http", "path": "/", "query_string": b"", "client": ("127.0.0.1", 1),
-        "headers": [(b"x-forwarded-for", text.encode("latin-1", "replace"))], "state": {},
-    }  # fmt: skip
+        "type": "http",
+        "path": "/",
+        "query_string": b"",
+        "client": ("127.0.0.1", 1),
+        "headers": [(b"x-forwarded-for", text.encode("latin-1", "replace"))],
+        "state": {},
+    }
     header_limits.check_head(scope)
     return proxies.Proxies((targets.ipaddress.ip_network("127.0.0.0/8"),)).seen_through(scope)
 
@@ -306,71 +310,179 @@ PARSERS = [
         "prompt of our own routes", limits.TEXT_MAX, lambda text: asked.validated(schemas.TextToImage, {"prompt": text})
     ),
     Parser(
-        "lora of our own routes", 2000, lambda text: asked.validated(schemas.TextToImage, {"prompt": "a", "lora": text}).words()
+        "lora of our own routes",
+        2000,
+        lambda text: asked.validated(schemas.TextToImage, {"prompt": "a", "lora": text}).words(),
     ),
-    Parser("unknown names", 100_000, lambda text: asked.validated(schemas.TextToImage, {
-        text[at : at + len(text) // 100 + 1]: 1 for at in range(0, len(text), len(text) // 100 + 1)
-    }), refuses=False),
+    Parser(
+        "unknown names",
+        100_000,
+        lambda text: asked.validated(
+            schemas.TextToImage,
+            {text[at : at + len(text) // 100 + 1]: 1 for at in range(0, len(text), len(text) // 100 + 1)},
+        ),
+        refuses=False,
+    ),
     Parser("tags of an AUTOMATIC1111 prompt", limits.TEXT_MAX, prompt_syntax.adapters_in, refuses=False),
     Parser("weights of an AUTOMATIC1111 prompt", limits.TEXT_MAX, prompt_syntax.unread_in, refuses=False),
+    Parser("prompt of /sdapi", 5000, lambda text: parameters.ordered(parameters.Txt2Img(prompt=text), HOUSE, None)),
     Parser(
-        "prompt of /sdapi", 5000, lambda text: parameters.ordered(parameters.Txt2Img(prompt=text), HOUSE, None)
+        "sampler of /sdapi",
+        limits.NAME_MAX,
+        lambda text: parameters.ordered(parameters.Txt2Img(sampler_name=text), HOUSE, None),
     ),
     Parser(
-        "sampler of /sdapi", limits.NAME_MAX, lambda text: parameters.ordered(parameters.Txt2Img(sampler_name=text), HOUSE, None)
-    ),
-    Parser("model of /sdapi", limits.NAME_MAX, lambda text: parameters.ordered(
-        parameters.Txt2Img(override_settings={"sd_model_checkpoint": text}), HOUSE, None)),
-    Parser("size of OpenAI", 10_000, lambda text: openai_parameters.Generation(prompt="a", size=text).pixels(), refuses=False),
-    Parser(
-        "JSON", MEBIBYTE, strict_json.parse_object,
-        lambda text: b'{"a":[' + text.encode() + b"1]}", TO_JSON,
+        "model of /sdapi",
+        limits.NAME_MAX,
+        lambda text: parameters.ordered(
+            parameters.Txt2Img(override_settings={"sd_model_checkpoint": text}), HOUSE, None
+        ),
     ),
     Parser(
-        "JSON with pictures", 28_000_000, lambda body: strict_json.parse_object(body, PICTURES),
-        lambda text: b'{"p":"' + text.encode() + b'"}', TO_JSON,
+        "size of OpenAI",
+        10_000,
+        lambda text: openai_parameters.Generation(prompt="a", size=text).pixels(),
+        refuses=False,
+    ),
+    Parser(
+        "JSON",
+        MEBIBYTE,
+        strict_json.parse_object,
+        lambda text: b'{"a":[' + text.encode() + b"1]}",
+        TO_JSON,
+    ),
+    Parser(
+        "JSON with pictures",
+        28_000_000,
+        lambda body: strict_json.parse_object(body, PICTURES),
+        lambda text: b'{"p":"' + text.encode() + b'"}',
+        TO_JSON,
     ),
     Parser("JSON written", MEBIBYTE, strict_json.dumps, lambda text: ["\ud800", float("inf"), text], refuses=False),
     Parser("a query", 65_536, bodies.read_query, lambda text: text.encode(), refuses=False),
     Parser("a form", MEBIBYTE, sent("application/x-www-form-urlencoded"), lambda text: text.encode()),
-    Parser("a multipart text", MEBIBYTE, sent("multipart/form-data; boundary=edge"), lambda text: (
-        b'--edge\r\nContent-Disposition: form-data; name="prompt"\r\n\r\n' + text.encode() + b"\r\n--edge--\r\n")),
-    Parser("a multipart file", 4 * MEBIBYTE, sent("multipart/form-data; boundary=edge"), lambda text: (
-        b'--edge\r\nContent-Disposition: form-data; name="image_file"; filename="a"\r\n\r\n' + text.encode()
-        + b"\r\n--edge--\r\n"),
-        {"letters": "a", "near edges": "\r\n--edg", "carriage returns": "\r", "dashes": "-"}, refuses=False),
+    Parser(
+        "a multipart text",
+        MEBIBYTE,
+        sent("multipart/form-data; boundary=edge"),
+        lambda text: (
+            b'--edge\r\nContent-Disposition: form-data; name="prompt"\r\n\r\n' + text.encode() + b"\r\n--edge--\r\n"
+        ),
+    ),
+    Parser(
+        "a multipart file",
+        4 * MEBIBYTE,
+        sent("multipart/form-data; boundary=edge"),
+        lambda text: (
+            b'--edge\r\nContent-Disposition: form-data; name="image_file"; filename="a"\r\n\r\n'
+            + text.encode()
+            + b"\r\n--edge--\r\n"
+        ),
+        {"letters": "a", "near edges": "\r\n--edg", "carriage returns": "\r", "dashes": "-"},
+        refuses=False,
+    ),
     Parser("a media type", 500, lambda text: sent(f"multipart/form-data; boundary=edge; {text}")(b"--edge--\r\n")),
-    Parser("a picture in base64", 28_000_000, lambda text: pictures.bytes_of(text, "image"), shapes={
-        "letters": "a", "lines": "aaaa\n", "semicolons": ";", "data:a/b;": "data:a/b;", "equals": "="}, refuses=False),
+    Parser(
+        "a picture in base64",
+        28_000_000,
+        lambda text: pictures.bytes_of(text, "image"),
+        shapes={"letters": "a", "lines": "aaaa\n", "semicolons": ";", "data:a/b;": "data:a/b;", "equals": "="},
+        refuses=False,
+    ),
     Parser("Prefer", HEADER, lambda one: preferences.preferences_of(Carrier(one)), headers_of("prefer"), refuses=False),  # type: ignore[arg-type]  # has what is asked of it
-    Parser("Idempotency-Key", HEADER, lambda one: preferences.preferences_of(Carrier(one)), headers_of("idempotency-key"), refuses=False),  # type: ignore[arg-type]  # the same
-    Parser("X-Job-ID", HEADER, lambda one: preferences.preferences_of(Carrier(one)), headers_of("x-job-id"), refuses=False),  # type: ignore[arg-type]  # the same
+    Parser(
+        "Idempotency-Key",
+        HEADER,
+        lambda one: preferences.preferences_of(Carrier(one)),
+        headers_of("idempotency-key"),
+        refuses=False,
+    ),  # type: ignore[arg-type]  # the same
+    Parser(
+        "X-Job-ID", HEADER, lambda one: preferences.preferences_of(Carrier(one)), headers_of("x-job-id"), refuses=False
+    ),  # type: ignore[arg-type]  # the same
     Parser("Last-Event-ID", HEADER, lambda text: run(followed(text)), refuses=False),
-    Parser("Authorization", HEADER, lambda text: keys.Keyring().holder(Headers({"authorization": f"Basic {text}"})), refuses=False),
+    Parser(
+        "Authorization",
+        HEADER,
+        lambda text: keys.Keyring().holder(Headers({"authorization": f"Basic {text}"})),
+        refuses=False,
+    ),
     Parser("Host", HEADER, policy._host_name, refuses=False),
     Parser("X-Forwarded-For", HEADER, seen),
     Parser("traceparent", HEADER, traced, headers_of("traceparent"), refuses=False),
-    Parser("tracestate", HEADER, traced, lambda text: Headers({
-        "traceparent": f"00-{'1' * 32}-{'1' * 16}-01", "tracestate": text.encode("latin-1", "replace").decode("latin-1")}), refuses=False),
+    Parser(
+        "tracestate",
+        HEADER,
+        traced,
+        lambda text: Headers(
+            {
+                "traceparent": f"00-{'1' * 32}-{'1' * 16}-01",
+                "tracestate": text.encode("latin-1", "replace").decode("latin-1"),
+            }
+        ),
+        refuses=False,
+    ),
     Parser("the head of a request", 65_536, head),
-    Parser("an address to fetch", targets.MAX_URL_LENGTH, lambda text: targets.parse(text, "image_url"), lambda text: "http://" + text),
-    Parser("an address with a path", targets.MAX_URL_LENGTH, lambda text: targets.parse(text, "image_url"), lambda text: "http://a/" + text),
+    Parser(
+        "an address to fetch",
+        targets.MAX_URL_LENGTH,
+        lambda text: targets.parse(text, "image_url"),
+        lambda text: "http://" + text,
+    ),
+    Parser(
+        "an address with a path",
+        targets.MAX_URL_LENGTH,
+        lambda text: targets.parse(text, "image_url"),
+        lambda text: "http://a/" + text,
+    ),
     Parser("save_path", KEY_MAX_BYTES, lambda text: object_key("static", text)),
     Parser("the name of a file", KEY_MAX_BYTES, presenting.disposition_of, refuses=False),
     Parser("a whole number", limits.TEXT_MAX, limits.whole_number),
-    Parser("record in a PNG", 1_000_000, inscriptions.read_record, lambda text: png(
-        chunk(b"iTXt", b"record\0\0\0\0\0" + f'{{"prompt":"{quoted(text)}"}}'.encode()))),
-    Parser("record in a WebP", 1_000_000, inscriptions.read_record, lambda text: webp(exif(f'{{"prompt":"{quoted(text)}"}}'))),
-    Parser("a PNG of many chunks", 1_200_000, inscriptions.read_record, lambda text: png(chunk(b"iTXt", b"") * (len(text) // 12)),
-           {"chunks": "a"}),
-    Parser("a JPEG of many segments", 400_000, inscriptions.read_record, lambda text: b"\xff\xd8" + b"\xff\xe1\0\2" * (len(text) // 4),
-           {"segments": "a"}),
-    Parser("a WebP of many chunks", 800_000, inscriptions.read_record, lambda text: (
-        b"RIFF\0\0\0\0WEBP" + b"ABCD\0\0\0\0" * (len(text) // 8)), {"chunks": "a"}),
-    Parser("AUTOMATIC1111's text in a PNG", 100_000, answers.png_info_answer, lambda text: png(
-        chunk(b"iTXt", b"parameters\0\0\0\0\0" + text.encode())),
-        {**SHAPES, "facts": "Steps: 4, ", "lines of facts": "Negative prompt: a\n"}),
+    Parser(
+        "record in a PNG",
+        1_000_000,
+        inscriptions.read_record,
+        lambda text: png(chunk(b"iTXt", b"record\0\0\0\0\0" + f'{{"prompt":"{quoted(text)}"}}'.encode())),
+    ),
+    Parser(
+        "record in a WebP",
+        1_000_000,
+        inscriptions.read_record,
+        lambda text: webp(exif(f'{{"prompt":"{quoted(text)}"}}')),
+    ),
+    Parser(
+        "a PNG of many chunks",
+        1_200_000,
+        inscriptions.read_record,
+        lambda text: png(chunk(b"iTXt", b"") * (len(text) // 12)),
+        {"chunks": "a"},
+    ),
+    Parser(
+        "a JPEG of many segments",
+        400_000,
+        inscriptions.read_record,
+        lambda text: b"\xff\xd8" + b"\xff\xe1\0\2" * (len(text) // 4),
+        {"segments": "a"},
+    ),
+    Parser(
+        "a WebP of many chunks",
+        800_000,
+        inscriptions.read_record,
+        lambda text: b"RIFF\0\0\0\0WEBP" + b"ABCD\0\0\0\0" * (len(text) // 8),
+        {"chunks": "a"},
+    ),
+    Parser(
+        "AUTOMATIC1111's text in a PNG",
+        100_000,
+        answers.png_info_answer,
+        lambda text: png(chunk(b"iTXt", b"parameters\0\0\0\0\0" + text.encode())),
+        {**SHAPES, "facts": "Steps: 4, ", "lines of facts": "Negative prompt: a\n"},
+    ),
     Parser("a stored object's record", 10_000, lambda text: replaying.read_record(text.encode()), refuses=False),
-    Parser("a stored object's size", 10_000, lambda text: Stored("a", 1, "a", "a", {"bytes": text}).whole, refuses=False),
-    Parser("parameters in errors", 10_000, lambda text: names.renamed(ServerError(text, field="strength")), refuses=False),
-]  # fmt: skip
+    Parser(
+        "a stored object's size", 10_000, lambda text: Stored("a", 1, "a", "a", {"bytes": text}).whole, refuses=False
+    ),
+    Parser(
+        "parameters in errors", 10_000, lambda text: names.renamed(ServerError(text, field="strength")), refuses=False
+    ),
+]
