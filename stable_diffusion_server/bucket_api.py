@@ -17,11 +17,8 @@ from stable_diffusion_server.buckets.local import LocalBucket
 from stable_diffusion_server.buckets.s3.bucket import S3Bucket, S3Options
 from stable_diffusion_server.errors import InvalidInput, ServerError, StorageUnavailable
 from stable_diffusion_server.orders import Stored
-<<<<<<< HEAD
 from stable_diffusion_server.picture_formats import ALWAYS, EXTRA, begins_like
-=======
 from stable_diffusion_server.unicode_text import nfc
->>>>>>> c0d869e (feat(api): measure callers' text before it is parsed, and read it in proportion to its length)
 
 # S3's own bound on a key, in bytes of UTF-8; it holds for every bucket, so that a name is portable.
 KEY_MAX_BYTES = 1024

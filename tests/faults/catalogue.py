@@ -102,7 +102,16 @@ GROUPS: dict[str, dict[str, str]] = {
         "111": "slow pictures, silent hosts, silent name servers and silent webhooks of one caller, while others ask",
         "112": "a decoder, or what draws accepted jobs, that makes no progress; an event loop that stands still",
     },
-    "Bounds before parsing": {},
+    "Bounds before parsing": {
+        "120": "texts made for expressions and parsers that grow with the square: brackets, tags, separators, marks",
+        "121": "texts, lists and heads of requests far beyond their limits; bodies of tens of megabytes of anything",
+        "122": "JSON of millions of values, thousands of levels, or pictures where there are none, in every dialect",
+        "123": "NaN, infinities, huge numbers, lone surrogates, names given twice, at any depth, in every dialect",
+        "124": "records, metadata and outcomes of others that hold what JSON cannot, on their way into an answer",
+        "125": "numbers of thousands of digits in headers, ids and addresses",
+        "126": "forms in encodings that are slow, broken or no text",
+        "127": "an option that is refused, at a door that keeps options",
+    },
     "Storage: what it refuses and answers": {
         "130": "a Host of another name or port than the socket's, in every dialect; forwarded with and without trust",
         "131": "a bucket that no PUBLIC_BASE_URL gives an address",

@@ -13,12 +13,8 @@ from limits import RateLimitItem
 from starlette.datastructures import Headers, QueryParams
 from starlette.types import Scope
 
-<<<<<<< HEAD
-from stable_diffusion_server.api.security.keys import Keyring, holds_key
-=======
 from stable_diffusion_server.api.bodies import BodyLimits
-from stable_diffusion_server.api.security.keys import Keyring
->>>>>>> c0d869e (feat(api): measure callers' text before it is parsed, and read it in proportion to its length)
+from stable_diffusion_server.api.security.keys import Keyring, holds_key
 from stable_diffusion_server.api.security.rates import Allowed
 from stable_diffusion_server.errors import Forbidden, Misdirected, TooLarge
 from stable_diffusion_server.orders import Caller
