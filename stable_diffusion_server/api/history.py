@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 
 from fastapi import APIRouter, Request, Response
@@ -10,11 +12,14 @@ from starlette.concurrency import run_in_threadpool
 
 from stable_diffusion_server.api.callers import caller_of
 from stable_diffusion_server.api.json_responses import JSONResponse
-from stable_diffusion_server.errors import InvalidInput
+from stable_diffusion_server.errors import Busy, InvalidInput
+from stable_diffusion_server.fair_limiter import FairLimiter
 from stable_diffusion_server.history.entries import Entry, Wanted
 from stable_diffusion_server.shelf import Shelf
 
 _MOST, _USUAL = 200, 50
+# Searches that run at a time, and those of one caller that run or wait.
+AT_ONCE, MOST_ASKED = 2, 16
 _NUMBER_MAX = 2**63 - 1
 _LENGTHS = {"q": 1000, "model": 100}
 _PARAMETERS = {
@@ -38,6 +43,7 @@ _DOCUMENTED = {
 def router(shelf: Shelf, url_of: Callable[[Request, str], str]) -> APIRouter:
     """The door over a shelf; `url_of` makes the URL of a key for the client at hand."""
     routes = APIRouter(tags=["operate"])
+    searches = _Searches()
 
     @routes.get(
         "/history",
@@ -48,13 +54,36 @@ def router(shelf: Shelf, url_of: Callable[[Request, str], str]) -> APIRouter:
     )
     async def history(request: Request) -> Response:
         wanted = _wanted(request)
-        entries = await run_in_threadpool(shelf.listed, caller_of(request), wanted)
+        async with searches.one(caller_of(request).share):
+            entries = await run_in_threadpool(shelf.listed, caller_of(request), wanted)
         pictures = [{"path": url_of(request, entry.key), **_shown(entry)} for entry in entries]
         return JSONResponse(
             {"pictures": pictures, "next": entries[-1].number if len(entries) == wanted.limit else None}
         )
 
     return routes
+
+
+class _Searches:
+    """Two searches at a time, which leave the threads to others; callers take turns, and each may have a few wait."""
+
+    def __init__(self) -> None:
+        self._limiter = FairLimiter(AT_ONCE)
+        self._asked: Counter[str] = Counter()
+
+    @asynccontextmanager
+    async def one(self, caller: str) -> AsyncIterator[None]:
+        """Wait for this caller's turn to search. Raises `Busy` when too many of its searches wait."""
+        if self._asked[caller] >= MOST_ASKED:
+            raise Busy(f"{MOST_ASKED} of your searches are under way.", retry_after=1)
+        self._asked[caller] += 1
+        try:
+            async with self._limiter.hold(caller):
+                yield
+        finally:
+            self._asked[caller] -= 1
+            if not self._asked[caller]:
+                del self._asked[caller]
 
 
 def _wanted(request: Request) -> Wanted:

@@ -19,16 +19,40 @@ from stable_diffusion_server.history.entries import Entry, Wanted
 _log = structlog.get_logger(__name__)
 
 _COLUMNS = tuple(part.name for part in fields(Entry) if part.name != "number")
-# `words` is the prompt in folded case, since SQLite folds ASCII alone.
+# `words` is the prompt in folded case, since SQLite folds ASCII alone. `drawn_words` finds the entries that hold three
+# characters in a row (SQLite's FTS5 with its trigram tokenizer), of which a search reads only those that hold all of
+# a term's; positions are not kept, so `instr` has the last word.
 _TABLE = f"""
 CREATE TABLE IF NOT EXISTS drawn (number INTEGER PRIMARY KEY AUTOINCREMENT, words, {", ".join(_COLUMNS)});
 CREATE UNIQUE INDEX IF NOT EXISTS drawn_key ON drawn (key);
 CREATE INDEX IF NOT EXISTS drawn_digest ON drawn (digest);
 CREATE INDEX IF NOT EXISTS drawn_at ON drawn (drawn_at);
+CREATE INDEX IF NOT EXISTS drawn_model ON drawn (model, number);
+CREATE INDEX IF NOT EXISTS drawn_caller ON drawn (caller, number);
 """
+_WORDS = """
+CREATE VIRTUAL TABLE drawn_words USING fts5(
+  words, content='drawn', content_rowid='number', tokenize='trigram case_sensitive 1', detail='none'
+);
+INSERT INTO drawn_words(drawn_words) VALUES ('rebuild');
+CREATE TRIGGER drawn_added AFTER INSERT ON drawn BEGIN
+  INSERT INTO drawn_words(rowid, words) VALUES (new.number, new.words);
+END;
+CREATE TRIGGER drawn_removed AFTER DELETE ON drawn BEGIN
+  INSERT INTO drawn_words(drawn_words, rowid, words) VALUES ('delete', old.number, old.words);
+END;
+"""
+_INDEXED = "SELECT count(*) FROM sqlite_master WHERE name IN ('drawn_words', 'drawn_added', 'drawn_removed')"
+# Rows of three characters a search looks up: more of them find hardly fewer entries.
+_MOST_TRIGRAMS = 24
 _ADD = f"INSERT INTO drawn (words, {', '.join(_COLUMNS)}) VALUES ({', '.join('?' * (len(_COLUMNS) + 1))})"  # noqa: S608  # column names of our own
 _SHOW = f"SELECT number, {', '.join(_COLUMNS)} FROM drawn"  # noqa: S608  # column names of our own
 _BUSY_SECONDS = 5.0
+_FEW = 1000
+_WITHIN = "key >= ? AND key < ?"
+_WITHIN_UNINDEXED = "+key >= ? AND +key < ?"
+_HELD = f"SELECT count(*) FROM (SELECT 1 FROM drawn WHERE {_WITHIN} LIMIT ?)"  # noqa: S608  # text of our own
+_AFTER_ALL = "\U0010ffff"
 
 
 class Index:
@@ -68,13 +92,21 @@ class Index:
     def search(self, wanted: Wanted) -> list[Entry]:
         """The entries asked for, the newest first."""
         folder, words = wanted.folder, wanted.words.casefold()
+        if "\0" in words:
+            return []  # no prompt holds one, and FTS5 would read what stands before it alone
+        trigrams, within = _trigrams(words), (folder, folder + _AFTER_ALL)
+        with self._connected() as base:
+            # The index of keys finds a small folder at once, and is the slow way through one that holds nearly all.
+            (held,) = base.execute(_HELD, (*within, _FEW)).fetchone()
+        few = held < _FEW
         terms = {
             # Not LIKE, which would read % and _ in what it is given.
-            "substr(key, 1, ?) = ?": (len(folder), folder) if folder else None,
+            _WITHIN if few else _WITHIN_UNINDEXED: within if folder else None,
+            "number IN (SELECT rowid FROM drawn_words WHERE drawn_words MATCH ?)": (trigrams,) if trigrams else None,
             "instr(words, ?) > 0": (words,) if words else None,
             "model = ?": (wanted.model,) if wanted.model else None,
             "number < ?": (wanted.before,) if wanted.before is not None else None,
-            "drawn_at >= ?": (time.time() - self._seconds,) if self._seconds else None,
+            "+drawn_at >= ?": (time.time() - self._seconds,) if self._seconds else None,
         }
         asked = {term: values for term, values in terms.items() if values is not None}
         where = f" WHERE {' AND '.join(asked)}" if asked else ""
@@ -100,6 +132,8 @@ class Index:
         with closing(sqlite3.connect(self._path, timeout=_BUSY_SECONDS)) as base:
             base.execute("PRAGMA journal_mode = WAL")
             base.executescript(_TABLE)
+            if base.execute(_INDEXED).fetchone() == (0,):
+                base.executescript(f"BEGIN IMMEDIATE; {_WORDS} COMMIT;")
             base.execute(f"{_SHOW} LIMIT 1")  # a table of other columns is told here
 
     @contextmanager
@@ -111,6 +145,13 @@ class Index:
                 yield base
         except sqlite3.Error as error:
             raise _unusable(error) from error
+
+
+def _trigrams(words: str) -> str:
+    """What FTS5 is asked for: every row of three characters of the text, or a spread of them; empty under three."""
+    rows = [words[start : start + 3] for start in range(len(words) - 2)]
+    spread = dict.fromkeys(rows[:: -(-len(rows) // _MOST_TRIGRAMS) or 1])
+    return " AND ".join('"' + row.replace('"', '""') + '"' for row in spread)
 
 
 def _row(entry: Entry) -> tuple[object, ...]:

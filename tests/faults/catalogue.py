@@ -124,6 +124,7 @@ GROUPS: dict[str, dict[str, str]] = {
         "170": "a picture is stored without a mark that a model made it",
         "171": "paths and headers of 60 KB on their way into the log",
         "172": "metadata services of clouds, sinks, relays and unassigned networks as addresses",
+        "173": "fruitless searches of a long history, 120 at once; words that mean something to its index",
     },
 }
 ROWS: dict[str, str] = {number: text for rows in GROUPS.values() for number, text in rows.items()}

@@ -1,0 +1,174 @@
+"""Searching the history: exact in any text, by index, and rationed by caller."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+import threading
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from conftest import House
+from fakes import PaintedSquares, settings_in
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stable_diffusion_server.api.history import MOST_ASKED
+from stable_diffusion_server.app import create_app
+from stable_diffusion_server.history.entries import Entry, Wanted
+from stable_diffusion_server.history.index import Index
+
+_PROMPTS = [
+    "a red square",
+    'quotes " and "" and \'',
+    "Straße ÅNGSTRÖM İstanbul",
+    "日本語の猫 and 🟥🟦🟩🟥",
+    "100%_sure AND (NOT) OR * near^2 NEAR/2",
+    "ab",
+    "",
+    "aaa" * 600,
+]
+
+
+def filled(folder: Path, prompts: list[str], **changes: Any) -> Index:
+    """A history with a picture for each prompt."""
+    index = Index(folder / "history.db", 1_000_000, 0)
+    index.open()
+    index.add([entry_of(number, prompt, **changes) for number, prompt in enumerate(prompts)])
+    return index
+
+
+def entry_of(number: int, prompt: str, folder: str = "uploads/") -> Entry:
+    """An entry of a picture of that number."""
+    return Entry(f"{folder}{number}.webp", f"d{number}", prompt, "sdxl", "text_to_image", 7, 64, 64, "", number, {})
+
+
+@pytest.mark.fault(173)
+@pytest.mark.parametrize(
+    "words", ["red", "RED SQ", '"', '""', "STRASSE", "ångström", "i̇st", "猫 a", "🟦🟩", "%_", "AND (", "*", "^2"]
+)
+def test_a_search_finds_exactly_the_prompts_that_hold_the_words(tmp_path: Path, words: str) -> None:
+    """Signs that mean something to SQL or to its index are only text, short or long, in any script."""
+    index = filled(tmp_path, _PROMPTS)
+    found = {entry.prompt for entry in index.search(Wanted(words=words))}
+    assert found == {prompt for prompt in _PROMPTS if words.casefold() in prompt.casefold()}
+    assert found
+
+
+@pytest.mark.fault(173)
+@pytest.mark.parametrize("words", ["\0", "red\0square", "x" * 1000, "aab" * 300, "NOT red", '"red" OR "ab"'])
+def test_what_no_prompt_holds_finds_nothing(tmp_path: Path, words: str) -> None:
+    """NUL, which ends a text for SQLite's index; a thousand characters; words of the index's own language."""
+    assert filled(tmp_path, _PROMPTS).search(Wanted(words=words)) == []
+
+
+@given(
+    st.lists(st.text(alphabet="ab\"' %é🟥", max_size=9), max_size=6),
+    st.text(alphabet="ab\"' %é🟥", min_size=1, max_size=6),
+)
+def test_any_text_is_found_as_python_finds_it(
+    tmp_path_factory: pytest.TempPathFactory, prompts: list[str], words: str
+) -> None:
+    """The index and a plain look at every prompt agree."""
+    index = filled(tmp_path_factory.mktemp("history"), prompts)
+    found = sorted(entry.prompt for entry in index.search(Wanted(words=words, limit=100)))
+    assert found == sorted(prompt for prompt in prompts if words.casefold() in prompt.casefold())
+
+
+@pytest.mark.fault(173)
+def test_what_is_replaced_or_forgotten_is_found_no_more(tmp_path: Path) -> None:
+    """The index of words follows every change."""
+    index = filled(tmp_path, ["a red square", "a blue square"])
+    index.add([entry_of(0, "a green circle")])
+    index.forget("uploads/1.webp")
+    assert [entry.prompt for entry in index.search(Wanted(words="square"))] == []
+    assert [entry.prompt for entry in index.search(Wanted(words="green"))] == ["a green circle"]
+
+
+@pytest.mark.fault(173)
+def test_a_history_of_an_earlier_version_gets_its_index(tmp_path: Path) -> None:
+    """What is in it already is found too, and opening it again changes nothing."""
+    index = filled(tmp_path, _PROMPTS)
+    with sqlite3.connect(tmp_path / "history.db") as base:
+        base.executescript("DROP TRIGGER drawn_added; DROP TRIGGER drawn_removed; DROP TABLE drawn_words;")
+    for _ in range(2):
+        index.open()
+        assert [entry.prompt for entry in index.search(Wanted(words="red sq"))] == ["a red square"]
+    index.add([entry_of(99, "a red sqrt")])
+    assert len(index.search(Wanted(words="red sq"))) == 2
+
+
+@pytest.mark.fault(173)
+@pytest.mark.parametrize("wanted", [Wanted(words="zzzz"), Wanted(words="a b c d e f g h i"), Wanted(folder="other/")])
+def test_a_fruitless_search_reads_few_rows(tmp_path: Path, wanted: Wanted) -> None:
+    """SQLite's own count of steps grows by less than half of what ten times the entries would make it."""
+    steps = []
+    for entries in (300, 3000):
+        folder = tmp_path / str(entries)
+        folder.mkdir()
+        index = filled(folder, [f"a red square number {number} on blue" for number in range(entries)])
+        counted = 0
+
+        def count() -> int:
+            nonlocal counted
+            counted += 1
+            return 0
+
+        connect = sqlite3.connect
+
+        def counting(*given: Any, connect: Any = connect, count: Any = count, **named: Any) -> sqlite3.Connection:
+            base: sqlite3.Connection = connect(*given, **named)
+            base.set_progress_handler(count, 10)
+            return base
+
+        sqlite3.connect = counting  # type: ignore[assignment]  # counts what this search does, and nothing else
+        try:
+            assert index.search(wanted) == []
+        finally:
+            sqlite3.connect = connect
+        steps.append(counted)
+    assert steps[1] < 5 * max(steps[0], 20)
+
+
+@pytest.mark.fault(173)
+async def test_searches_of_one_caller_are_bounded_and_leave_the_threads_to_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With every search held up, one caller is told 429 beyond its number; readiness and files still answer."""
+    gate, entered = threading.Event(), threading.Semaphore(0)
+
+    def held(self: Index, wanted: Wanted) -> list[Entry]:
+        entered.release()
+        gate.wait(30)
+        return []
+
+    monkeypatch.setattr(Index, "search", held)
+    app = create_app(settings_in(tmp_path), load=lambda settings: PaintedSquares())
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://127.0.0.1:8000") as client,
+    ):
+        asked = [asyncio.create_task(client.get("/history?q=zzzz")) for _ in range(MOST_ASKED + 50)]
+        try:
+            for refused, done in enumerate(asyncio.as_completed(asked, timeout=30), 1):
+                answer = await done
+                assert answer.status_code == 429
+                assert answer.headers["retry-after"] == "1"
+                if refused == 50:
+                    break
+            async with asyncio.timeout(30):
+                assert (await client.get("/healthz")).status_code == 200
+                assert (await client.get("/readyz")).status_code in (200, 503)
+                assert (await client.get("/files/static/uploads/none.webp")).status_code == 404
+        finally:
+            gate.set()
+        answers = await asyncio.gather(*asked)
+    assert sorted(answer.status_code for answer in answers) == [200] * MOST_ASKED + [429] * 50
+
+
+def test_a_search_may_be_asked_again_when_the_others_have_ended(house: House) -> None:
+    """The count of a caller's searches goes down again."""
+    for _ in range(3 * MOST_ASKED):
+        assert house.client.get("/history?q=zzzz").status_code == 200
