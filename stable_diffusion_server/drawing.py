@@ -19,21 +19,34 @@ from stable_diffusion_server.resolving import Options
 class Queue(Protocol):
     """Where jobs are handed in. Both raise `NotReady` and `Busy`."""
 
-    def check_open(self) -> None:
+    def check_open(self, owner: str = "", *, background: bool = False) -> None:
         """Raise now what `submit` would raise."""
 
     def submit(
-        self, job: Job, *, owner: str, background: bool, previews: bool, watch: Callable[[Event], None]
+        self,
+        job: Job,
+        *,
+        owner: str,
+        background: bool,
+        previews: bool,
+        watch: Callable[[Event], None],
+        label: str,
+        exclusive: bool,
     ) -> engine.Ticket[DrawnPicture]:
         """Accept a job. `watch` is told of its events, on the queue's own thread."""
 
 
 @dataclass(frozen=True, slots=True)
 class For:
-    """For whom an effort is begun, and in what haste; those who join later do not change that."""
+    """For whom an effort is begun, and in what haste; those who join later do not change that.
+
+    `job_id` is the accepted job's, if it is one; a `suspect` may have ended the process, and has the device for itself.
+    """
 
     caller: Caller
     background: bool
+    job_id: str = ""
+    suspect: bool = False
 
 
 class Drawing:
@@ -66,10 +79,12 @@ class Drawing:
 
             ticket = self._queue.submit(
                 job,
-                owner=whom.caller.name,
+                owner=whom.caller.share,
                 background=whom.background,
                 previews=audience.wants_previews,
                 watch=lambda event: _tell_soon(loop, tell, event),
+                label=whom.job_id,
+                exclusive=whom.suspect,
             )
             return await asyncio.wrap_future(ticket.result)
 

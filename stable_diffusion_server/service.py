@@ -115,18 +115,21 @@ class Service:
         watch: Callable[[Progress], None] = ignore,
         previews: bool | Callable[[], bool] = False,
         fetched: Mapping[str, bytes] = _NOTHING,
+        job_id: str = "",
+        suspect: bool = False,
     ) -> Receipt:
         """The receipt for an order, once its picture is stored.
 
         `watch` is called on the event loop while it waits and is drawn (queued, started, step); how it ends is for
         this call to say. `previews`, which may be asked again at each step, has small pictures come with the steps.
-        `fetched` are the files at the order's addresses, by parameter, as far as they are known.
+        `fetched` are the files at the order's addresses, by parameter, as far as they are known. `job_id` is the
+        accepted job's, and a `suspect` has the device for itself.
 
         Raises `InvalidInput`, `TooLarge`, `UnsupportedMedia`, `RemoteFailed`, `Busy`, `NotReady`,
         `StorageUnavailable`, `DeadlineExceeded`, and what drawing raises. Cancelling the call takes the job off the
         device, unless others wait for it too.
         """
-        whom, listener = For(caller, background), Watcher(watch, previews)
+        whom, listener = For(caller, background, job_id, suspect), Watcher(watch, previews)
         return (await self._fulfilled(order, fetched, whom, listener))[0]
 
     def remembered(self, order: Order) -> Receipt | None:
@@ -232,7 +235,7 @@ class Service:
         if any(source.url is not None for source in order.sources):
             if plan.key_is_known and (found := await self._find(plan)) is not None:
                 return plan, _Outcome(found), False
-            await self._check_room()
+            await self._check_room(whom)
             fetched = await self._files_of(order, fetched, whom.caller)
             plan = await asyncio.to_thread(resolve, order, self._options, fetched)
 
@@ -242,9 +245,9 @@ class Service:
         outcome, shared = await self._storing.join(plan.key, plan.tag, start, listener)
         return plan, outcome, shared
 
-    async def _check_room(self) -> None:
+    async def _check_room(self, whom: For) -> None:
         """Refuse before the work that a full queue, or a storage without room, would throw away."""
-        self._queue.check_open()
+        self._queue.check_open(whom.caller.share, background=whom.background)
         await asyncio.to_thread(self._bucket.admit)
 
     async def _files_of(self, order: Order, fetched: Mapping[str, bytes], caller: Caller) -> dict[str, bytes]:
@@ -275,7 +278,7 @@ class Service:
             found = await self._find(plan)
         if found is not None:
             return _Outcome(found)
-        await self._check_room()
+        await self._check_room(whom)
         with self._tracing.span("compose"):
             scene = await self._scene(plan, fetched, whom.caller.share)
             job = await asyncio.to_thread(self._drawing.fitted, scene.job)

@@ -2,7 +2,8 @@
 
 `python -m stable_diffusion_server.watchdog -- python -m stable_diffusion_server serve`. Signals are passed on; only
 the process it started, with that one's own children, is ever ended. Whether there is work is read in `progress.txt`:
-the second line counts the pictures under way, and the file changes with each sign of life.
+the second line counts the pictures under way, and the file changes with each sign of life. How the server ended is
+written down for the next one to read (see `observability.deaths`): whoever is ended from outside has not failed.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from stable_diffusion_server.observability.deaths import Cause, report_death, run_of
 from stable_diffusion_server.settings.reading import SettingsError, read_settings
 
 _LOOK_EVERY = 0.5
 # Seconds before the first, second … start after deaths in quick succession; after the last there is no more.
 BACK_OFF = (0.0, 1.0, 2.0, 4.0, 8.0)
 _QUICK = 60.0
+_SHORT = 5.0
 # What a server ends with when it was told to, and when its settings or its address are wrong: no start can mend those.
 _FINAL = (0, 2)
 _PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -43,19 +46,29 @@ class Watchdog:
     _seen: tuple[int, int] = (0, 0)
     _seen_at: float = 0.0
     _is_childs: bool = False
+    _hung: bool = False
 
     def run(self) -> int:
         """The exit status to end with, once the command has ended for good."""
         for number in _PASSED_ON:
             signal.signal(number, self._pass_on)
         deaths = 0
+        folder = self.progress.parent
         while True:
-            started = time.monotonic()
+            started, run_before = time.monotonic(), run_of(folder)
             self._start()
             status = self._wait()
             if self._stopping or status in _FINAL:
                 return status
             lived = time.monotonic() - started
+            if report_death(folder, run_before, status, hung=self._hung) is Cause.OUTSIDE:
+                # No failure of the server's own, and no reason to give up: whoever does it may have theirs.
+                wait = 0.0 if lived > _SHORT else 1.0
+                _say(f"the server was ended from outside (status {status}); it is started again in {wait:g} s.")
+                self._pause(wait)
+                if self._stopping:
+                    return status
+                continue
             deaths = 1 if lived > _QUICK else deaths + 1
             if deaths > len(self.back_off):
                 _say(f"the server died {deaths} times within moments; giving up.")
@@ -68,6 +81,7 @@ class Watchdog:
 
     def _start(self) -> None:
         self._seen, self._seen_at, self._is_childs = self._read(), time.monotonic(), False
+        self._hung = False
         # A group of its own: a terminal's Ctrl-C comes here and is passed on once, since twice would mean at once.
         self._child = subprocess.Popen(  # noqa: S603  # the command this program was given
             self.command, process_group=0, preexec_fn=_die_with_parent
@@ -85,6 +99,7 @@ class Watchdog:
             except subprocess.TimeoutExpired:
                 if self._hangs():
                     _say(f"no sign of life for {self.hang:g} s with pictures under way; the server is killed.")
+                    self._hung = True
                     os.killpg(child.pid, signal.SIGKILL)
             else:
                 return status if status >= 0 else 128 - status

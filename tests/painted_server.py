@@ -1,11 +1,16 @@
 """A server process over painted squares that take their time: `painted_server.py [seconds a step]`, else 0.05.
 
-A prompt that says "poison" loses the device, as an assertion on it does.
+A prompt that says "poison" loses the device, as an assertion on it does. One that says "segfault", "abort", "exits" or
+"hangs" ends the process of itself, or never comes to an end, at its second step.
 """
 
+import ctypes
 import math
+import os
 import signal
 import sys
+import time
+from collections.abc import Sequence
 
 import uvicorn
 from fakes import Canvas, Retouchers
@@ -23,6 +28,25 @@ class Mortal(Retouchers):
         if "poison" in job.prompt:
             raise DevicePoisoned("The device reported an error it cannot recover from.")
         return super().prepare(job)
+
+    def step(self, states: Sequence[Canvas]) -> None:
+        """A step, at which what a prompt names comes true."""
+        super().step(states)
+        for state in states:
+            if state.index == 2:
+                end_as_told(state.job.prompt)
+
+
+def end_as_told(prompt: str) -> None:
+    """End the process in the way the prompt names."""
+    if "segfault" in prompt:
+        ctypes.string_at(0)
+    elif "abort" in prompt:
+        os.abort()
+    elif "exits" in prompt:
+        os._exit(3)
+    elif "hangs" in prompt:
+        time.sleep(600)
 
 
 if __name__ == "__main__":

@@ -180,20 +180,22 @@ def test_a_full_journal_refuses_whole_jobs_and_still_takes_ends(tmp_path: Path) 
 
 
 def test_a_journal_that_cannot_be_opened_is_told_and_refuses(tmp_path: Path) -> None:
-    """Not a journal at all, one that another process has, one of the future: each is refused, none is touched."""
-    (tmp_path / "noise.db").write_bytes(b"noise" * 1000)
+    """One that another process has, one of the future, one in no folder: each is refused, none is touched."""
     first = Journal(tmp_path / "held.db", 10_000_000)
     first.open()
-    with sqlite3.connect(tmp_path / "future.db") as future:
-        future.execute("PRAGMA user_version = 99")
+    future = Journal(tmp_path / "future.db", 10_000_000)
+    future.open()
     future.close()
-    for name in ("noise.db", "future.db", "absent/journal.db"):
+    with sqlite3.connect(tmp_path / "future.db") as later:
+        later.execute("PRAGMA user_version = 99")
+    later.close()
+    for name in ("held.db", "future.db", "absent/journal.db"):
         journal = Journal(tmp_path / name, 10_000_000)
         with pytest.raises(JournalUnavailable):
             journal.open()
         with pytest.raises(JournalUnavailable):
             journal.accept(ENTRY, WORK)
-    assert (tmp_path / "noise.db").read_bytes() == b"noise" * 1000
+    assert {path.name for path in tmp_path.iterdir() if "broken" in path.name} == set()
     first.close()
 
 

@@ -51,7 +51,7 @@ class Answering:
         claim = None
         if wanted.key is not None:
             print_ = await asyncio.to_thread(fingerprint, request.url.path, order)
-            claim = Claim(caller_of(request).owner, wanted.key, print_)
+            claim = Claim(caller_of(request).owner, wanted.key, print_, caller_of(request).share)
         if wanted.respond_async:
             return await self._by_job(request, order, render, wanted, claim, picture=picture)
         if order.webhook_url is not None:

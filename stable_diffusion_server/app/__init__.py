@@ -20,6 +20,7 @@ from stable_diffusion_server.app.stopping import drained_by_signals, leave_soon
 from stable_diffusion_server.app.storage import Stores
 from stable_diffusion_server.app.studio import add_studio
 from stable_diffusion_server.engine import Phase
+from stable_diffusion_server.observability.deaths import DeviceRecord
 from stable_diffusion_server.observability.logs import configure_logging
 from stable_diffusion_server.observability.metrics import Metrics
 from stable_diffusion_server.observability.tracing import Tracing
@@ -53,12 +54,14 @@ def create_app(
         return [*reasons, engine.reason] if engine.phase is not Phase.READY else reasons
 
     metrics, tracing = Metrics(), Tracing(settings.otel_exporter_otlp_endpoint, __version__)
-    engine = build_engine(settings, loaded, load, metrics, settle, lambda: missing() or announce(), poisoned)
+    record = DeviceRecord(settings.data_dir)
+    ready = lambda: missing() or announce()  # noqa: E731  # a word for what follows
+    engine = build_engine(settings, loaded, load, metrics, settle, ready, poisoned, record.occupied)
     stores = Stores(settings, metrics)
     options = options_of(settings, loaded)
     fetcher, decoder = readers = build_readers(settings)
     service = build_service(settings, engine, loaded, options, stores, readers, metrics, tracing)
-    jobs = build_jobs(settings, service, stores)
+    jobs = build_jobs(settings, service, stores, record)
     show(metrics, __version__, engine, jobs, stores, loaded, missing)
 
     @asynccontextmanager

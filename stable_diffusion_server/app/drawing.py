@@ -144,6 +144,7 @@ def build_engine(
     settle: Callable[[], object],
     ready: Callable[[], object],
     poisoned: Callable[[], object],
+    occupied: Callable[[list[str], bool], object],
 ) -> Engine[Any, Any]:
     """The engine with the observers of its events, not started."""
 
@@ -173,6 +174,7 @@ def build_engine(
         begin=begin,
         ready=ready,
         poisoned=poisoned,
+        occupied=occupied,
     )
     return engine
 

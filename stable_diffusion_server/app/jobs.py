@@ -6,16 +6,18 @@ from stable_diffusion_server.api.schemas import job_body
 from stable_diffusion_server.app.storage import Stores
 from stable_diffusion_server.fetching.poster import Poster
 from stable_diffusion_server.fetching.targets import Allowance
-from stable_diffusion_server.jobs.desk import Jobs, Rules
+from stable_diffusion_server.jobs.desk import Jobs
 from stable_diffusion_server.jobs.happenings import Standing
+from stable_diffusion_server.jobs.rules import Rules
 from stable_diffusion_server.journal.book import Journal
 from stable_diffusion_server.journal.entries import Entry
+from stable_diffusion_server.observability.deaths import DeviceRecord
 from stable_diffusion_server.service import Service
 from stable_diffusion_server.settings import Settings
 from stable_diffusion_server.strict_json import dumps
 
 
-def build_jobs(settings: Settings, service: Service, stores: Stores) -> Jobs:
+def build_jobs(settings: Settings, service: Service, stores: Stores, record: DeviceRecord) -> Jobs:
     """The jobs over a service, nothing opened or started."""
 
     def describe(entry: Entry) -> str:
@@ -23,6 +25,7 @@ def build_jobs(settings: Settings, service: Service, stores: Stores) -> Jobs:
 
     rules = Rules(
         most_waiting=settings.jobs_waiting,
+        journal_bytes=settings.journal_bytes,
         at_once=settings.jobs_at_once,
         keep_hours=settings.job_hours,
         repeat_hours=settings.idempotency_hours,
@@ -31,4 +34,4 @@ def build_jobs(settings: Settings, service: Service, stores: Stores) -> Jobs:
     )
     journal = Journal(settings.data_dir / "journal.db", settings.journal_bytes)
     poster = Poster(settings.fetch_timeout, [Allowance.parse(entry) for entry in settings.fetch_allow])
-    return Jobs(service, journal, rules, describe, poster)
+    return Jobs(service, journal, rules, describe, poster, record)

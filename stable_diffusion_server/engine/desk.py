@@ -16,6 +16,9 @@ from stable_diffusion_server.engine.waiting import WaitingLine
 from stable_diffusion_server.errors import DevicePoisoned, NotFinite, NotReady, ServerError, WeightsUnusable
 from stable_diffusion_server.orders import EventKind
 
+# Told of the labels on the device, one a job, and whether one of them has the device for itself.
+Occupied = Callable[[list[str], bool], object]
+
 # So many results in a row that are not finite are no fault of the jobs any more.
 SUSPECT_NOT_FINITE = 6
 
@@ -25,7 +28,13 @@ _log = structlog.get_logger(__name__)
 class Desk(Generic[S, P]):
     """Where lanes get their tickets and bring their failures. Safe from any thread."""
 
-    def __init__(self, paces: Paces, news: News, poisoned: Callable[[], object]) -> None:
+    def __init__(
+        self,
+        paces: Paces,
+        news: News,
+        poisoned: Callable[[], object],
+        occupied: Occupied = lambda labels, alone: None,
+    ) -> None:
         self.changed = threading.Condition()
         self.line: WaitingLine[P] = WaitingLine()
         self.paces = paces
@@ -35,6 +44,7 @@ class Desk(Generic[S, P]):
         # Tickets on the device, and their seats once they are prepared.
         self.drawn: dict[Ticket[P], Seat[S, P] | None] = {}
         self._poisoned = poisoned
+        self._occupied = occupied
         self._not_finite = 0
 
     def enter(self, phase: Phase, reason: str) -> None:
@@ -46,8 +56,18 @@ class Desk(Generic[S, P]):
     def wait_for_work(self) -> bool:
         """Block until a job waits; false when there is nothing left to do."""
         with self.changed:
-            self.changed.wait_for(lambda: len(self.line) or self.phase in (Phase.STOPPED, Phase.FAILED))
+            self.changed.wait_for(self._something_to_do)
             return len(self.line) > 0 and self.phase is not Phase.FAILED
+
+    def _something_to_do(self) -> bool:
+        if self.phase in (Phase.STOPPED, Phase.FAILED):
+            return self.phase is Phase.FAILED or not len(self.line) or not self._is_held_back(self.line.head())
+        return not self._is_held_back(self.line.head())
+
+    def _is_held_back(self, ticket: Ticket[P] | None) -> bool:
+        """Whether a ticket may not go on the device now: it, or one that is there, wants the device for itself."""
+        alone = ticket is None or ticket.exclusive or any(drawn.exclusive for drawn in self.drawn)
+        return ticket is None or (alone and bool(self.drawn))
 
     def admit(self, ticket: Ticket[P]) -> None:
         """Put a ticket into the line."""
@@ -65,10 +85,12 @@ class Desk(Generic[S, P]):
         with self.changed:
             cap = self.paces.cap(seats[0].ticket.job) if seats else 1
             ticket = self.line.mate_for(seats, cap) if seats else self.line.head()
-            if ticket is not None:
-                self.line.take(ticket)
-                self.drawn[ticket] = ticket.seat
-                self._tell_positions()
+            if ticket is None or self._is_held_back(ticket):
+                return None
+            self.line.take(ticket)
+            self.drawn[ticket] = ticket.seat
+            self._tell_occupied()
+            self._tell_positions()
             return ticket
 
     def first_waiting(self) -> Ticket[P] | None:
@@ -87,7 +109,7 @@ class Desk(Generic[S, P]):
             for seat in seats:
                 if not self.abandoned(seat):
                     seat.ticket.seat = seat
-                    self.drawn.pop(seat.ticket, None)
+                    self.leave(seat.ticket)
                     self.line.add(seat.ticket)
             self.changed.notify_all()
 
@@ -96,7 +118,7 @@ class Desk(Generic[S, P]):
         with self.changed:
             wanted = []
             for ticket in tickets:
-                self.drawn.pop(ticket, None)
+                self.leave(ticket)
                 ticket.seat = None
                 if not ticket.settled:
                     wanted.append(ticket)
@@ -109,7 +131,10 @@ class Desk(Generic[S, P]):
     def leave(self, ticket: Ticket[P]) -> None:
         """A ticket is off the device."""
         with self.changed:
-            self.drawn.pop(ticket, None)
+            if ticket in self.drawn:
+                del self.drawn[ticket]
+                self._tell_occupied()
+                self.changed.notify_all()  # one that wants the device for itself may wait for this
 
     def abandoned(self, seat: Seat[S, P]) -> bool:
         """Whether nobody waits for a seat's ticket any more; then it has left."""
@@ -165,6 +190,7 @@ class Desk(Generic[S, P]):
                     self.news.tell(EventKind.FAILED, ticket, cause=_kind_of(error))
             if self.phase is Phase.FAILED:
                 self.drawn.clear()
+                self._tell_occupied()
 
     def give_up(self, error: BaseException, reason: str) -> None:
         """No more pictures will come: say so, fail everyone, and have a poisoned process replaced."""
@@ -183,6 +209,11 @@ class Desk(Generic[S, P]):
         """Seconds until each ticket in the line is drawn, as far as it can be known."""
         seats = [seat for seat in self.drawn.values() if seat is not None]
         return self.paces.etas((place.ticket for place in self.line.in_order()), seats)
+
+    def _tell_occupied(self) -> None:
+        """Have it written down who is on the device, before anything happens to it there."""
+        alone = len(self.drawn) == 1 and all(ticket.exclusive for ticket in self.drawn)
+        self._occupied([ticket.label for ticket in self.drawn], alone)
 
     def _tell_positions(self) -> None:
         """Tell those who watch that they moved in the line."""

@@ -9,12 +9,13 @@ from collections.abc import Callable
 from typing import Generic
 
 from stable_diffusion_server.engine.contract import Abilities, Denoiser, P, Phase, S
-from stable_diffusion_server.engine.desk import Desk
+from stable_diffusion_server.engine.desk import Desk, Occupied
 from stable_diffusion_server.engine.lane import Lane
 from stable_diffusion_server.engine.news import News
 from stable_diffusion_server.engine.paces import Figure, Paces
 from stable_diffusion_server.engine.ticket import Ticket
 from stable_diffusion_server.errors import Busy, InvalidInput, NotReady, WeightsUnusable
+from stable_diffusion_server.fair_share import may_hold_more, named
 from stable_diffusion_server.orders import Event, Job
 
 
@@ -25,7 +26,7 @@ class Engine(Generic[S, P]):
     draw, before any job is taken; `ready` once jobs are. `lanes` threads draw side by side, as many
     as the denoiser finds best when it is 0. With `learn`
     groups grow from one as far as it pays, up to `max_batch`. `poisoned` is called when the device can only be used
-    again by another process.
+    again by another process, and `occupied`, on the engine's threads, whenever another job is on the device.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class Engine(Generic[S, P]):
         begin: Callable[[Denoiser[S, P], Abilities], object] = lambda denoiser, abilities: None,
         ready: Callable[[], object] = lambda: None,
         poisoned: Callable[[], object] = lambda: None,
+        occupied: Occupied = lambda labels, alone: None,
     ) -> None:
         self._load = load
         self._queue_limit = queue_limit
@@ -47,7 +49,7 @@ class Engine(Generic[S, P]):
         self._lanes = lanes
         self._begin = begin
         self._ready = ready
-        self._desk: Desk[S, P] = Desk(Paces(max_batch, learn=learn), News(observe), poisoned)
+        self._desk: Desk[S, P] = Desk(Paces(max_batch, learn=learn), News(observe), poisoned, occupied)
         self._threads: list[threading.Thread] = []
 
     @property
@@ -94,15 +96,22 @@ class Engine(Generic[S, P]):
             thread.join(max(0.0, end - time.monotonic()))
         self._desk.dismiss(running=True)
 
-    def check_open(self) -> None:
-        """Raise `NotReady` until the models are loaded, `Busy` while the line is full, as `submit` would."""
+    def check_open(self, owner: str = "", *, background: bool = False) -> None:
+        """Raise `NotReady` until the models are loaded, `Busy` while the line is full, as `submit` would.
+
+        `Busy` too for an owner who holds most of a line that is nearly full: others are to find room. Background work
+        is held to its share where it was accepted.
+        """
         desk = self._desk
         with desk.changed:
             if desk.phase is not Phase.READY:
                 raise NotReady(desk.reason, retry_after=5)
-            if (waiting := len(desk.line)) >= self._queue_limit:
-                seconds = desk.etas()[-1] or waiting / self._max_batch
-                raise Busy(f"{waiting} pictures are waiting already.", retry_after=max(1, math.ceil(seconds)))
+            waiting, held = len(desk.line), desk.line.held_by(owner) if owner and not background else 0
+            if waiting < self._queue_limit and may_hold_more(held, self._queue_limit - waiting):
+                return
+            retry_after = max(1, math.ceil(desk.etas()[-1] or waiting / self._max_batch))
+            whose = f", {held} of them for {named(owner)}: its share of {self._queue_limit}" if held else ""
+            raise Busy(f"{waiting} pictures are waiting already{whose}.", retry_after=retry_after)
 
     def submit(
         self,
@@ -112,21 +121,30 @@ class Engine(Generic[S, P]):
         background: bool = False,
         previews: bool = False,
         watch: Callable[[Event], None] | None = None,
+        label: str = "",
+        exclusive: bool = False,
     ) -> Ticket[P]:
-        """Accept a job. Raises `NotReady` until the models are loaded, `Busy` when the line is full.
+        """Accept a job. Raises `NotReady` until the models are loaded, `Busy` as `check_open` does.
 
-        Owners take turns, and background work lets all other go first. `watch` is told of the job's events, on
-        whichever thread they happen: queued again and again as it moves up, started, step, and its end. Raises
-        `InvalidInput` for adapters where several lanes share the weights.
+        With `exclusive` nothing else is on the device while it is; `label` names it to `occupied`. Owners take turns,
+        and background work lets all other go first. `watch` is told of the job's events, on whichever thread they
+        happen: queued again and again as it moves up, started, step, and its end. Raises `InvalidInput` for adapters
+        where several lanes share the weights.
         """
         desk = self._desk
         with desk.changed:
-            self.check_open()
+            self.check_open(owner, background=background)
             if job.loras and self._lanes > 1:
                 raise InvalidInput("Adapters change the weights that LANES share; they need LANES=1.", field="lora")
             ticket: Ticket[P] = Ticket(
-                job, owner=owner, background=background, wants_previews=previews, watch=watch, alone=job.alone
+                job,
+                owner=owner,
+                background=background,
+                wants_previews=previews,
+                watch=watch,
+                alone=job.alone or exclusive,
             )
+            ticket.label, ticket.exclusive = label, exclusive
             desk.admit(ticket)
         ticket.result.add_done_callback(lambda result: desk.forget(ticket) if result.cancelled() else None)
         return ticket

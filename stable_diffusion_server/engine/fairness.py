@@ -34,6 +34,10 @@ class FairQueue(Generic[P]):
     def __len__(self) -> int:
         return sum(map(len, self._queues.values()))
 
+    def held_by(self, owner: str) -> int:
+        """How many tickets of an owner are here."""
+        return len(self._queues.get(owner, ()))
+
     def add(self, ticket: Ticket[P]) -> None:
         """Put a ticket at the end of its owner's queue."""
         if ticket.owner not in self._queues:

@@ -19,8 +19,9 @@ class Ticket(Generic[P]):
     """A job that was accepted. `result.cancel()` takes it out of the line, or off the device at the next step.
 
     `owner` is who shares with others in turns; `background` work lets all other go first. `watch` is told of its
-    events, with previews while `wants_previews`. `alone`: it shares no forward pass any more. `seat` is kept while a
-    job that was begun waits for its next turn, `attempts` counts how often it was begun.
+    events, with previews while `wants_previews`. `alone`: it shares no forward pass any more; `exclusive`: nothing
+    else is on the device while it is. `seat` is kept while a job that was begun waits for its next turn, `attempts`
+    counts how often it was begun. `label` is what the record of the device names it by.
     """
 
     job: Job
@@ -32,6 +33,8 @@ class Ticket(Generic[P]):
     wants_previews: bool = False
     watch: Callable[[Event], None] | None = None
     alone: bool = False
+    exclusive: bool = False
+    label: str = ""
     seat: Seat[Any, P] | None = None
     attempts: int = 0
     queued_at: float = field(default_factory=time.perf_counter)

@@ -31,6 +31,11 @@ class WaitingLine(Generic[P]):
     def __len__(self) -> int:
         return len(self._again) + sum(map(len, self._classes.values()))
 
+    def held_by(self, owner: str) -> int:
+        """How many tickets of an owner wait, background work included."""
+        again = sum(ticket.owner == owner for ticket in self._again)
+        return again + sum(queue.held_by(owner) for queue in self._classes.values())
+
     def add(self, ticket: Ticket[P]) -> None:
         """Put a ticket at the end of its owner's queue."""
         self._order = None

@@ -8,18 +8,23 @@ import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import structlog
 
-from stable_diffusion_server.errors import Busy, InFlight, JournalUnavailable, KeyReused, NotFound, NotReady
+from stable_diffusion_server.errors import InFlight, JournalUnavailable, KeyReused, NotFound, NotReady
+from stable_diffusion_server.jobs.admission import Admission
+from stable_diffusion_server.jobs.blame import blamed
 from stable_diffusion_server.jobs.happenings import END, Happening, Happenings, Standing, only_end
-from stable_diffusion_server.jobs.hooks import BACK_OFF, Hooks, Post
+from stable_diffusion_server.jobs.hooks import Hooks, Post
 from stable_diffusion_server.jobs.live import Live
-from stable_diffusion_server.jobs.runner import MOST_DEATHS, Runner
+from stable_diffusion_server.jobs.rules import Rules
+from stable_diffusion_server.jobs.runner import MOST_DEATHS, MOST_KILLS, Runner
 from stable_diffusion_server.journal.book import Journal
 from stable_diffusion_server.journal.clerk import Clerk
 from stable_diffusion_server.journal.entries import Claim, Entry, Problem, Repeat, State, Work
+from stable_diffusion_server.journal.writing import size_of
+from stable_diffusion_server.observability.deaths import DeviceRecord
 from stable_diffusion_server.orders import Caller, Order, Receipt
 from stable_diffusion_server.service import Service
 
@@ -32,35 +37,28 @@ _HOUSEKEEPING = 60.0
 _BEAT = 10.0
 
 
-@dataclass(frozen=True, slots=True)
-class Rules:
-    """How many jobs wait and are drawn at once, how long ends and answers are kept, what signs webhooks.
+class Jobs:
+    """All jobs of this server. `describe` writes the message that tells a webhook of an end; `poster` sends it.
 
-    `id_prefix` is put before the ids made here. `back_off` are the seconds between tries to tell a webhook; `reopen`
-    those between tries to open the journal.
+    `record` knows what was on the device when the process before this one ended, and how that was.
     """
 
-    most_waiting: int = 1000
-    at_once: int = 8
-    keep_hours: float = 24.0
-    repeat_hours: float = 24.0
-    id_prefix: str = ""
-    webhook_secret: str = ""
-    back_off: tuple[float, ...] = BACK_OFF
-    reopen: float = 5.0
-
-
-class Jobs:
-    """All jobs of this server. `describe` writes the message that tells a webhook of an end; `poster` sends it."""
-
     def __init__(
-        self, service: Service, journal: Journal, rules: Rules, describe: Callable[[Entry], str], poster: Post
+        self,
+        service: Service,
+        journal: Journal,
+        rules: Rules,
+        describe: Callable[[Entry], str],
+        poster: Post,
+        record: DeviceRecord,
     ) -> None:
         self._service = service
         self._poster = poster
         self._clerk = Clerk(journal)
         self._rules = rules
+        self._record = record
         self._runner = Runner(service, self._clerk, rules.at_once, describe, self._ended)
+        self._admission = Admission(self._runner, rules.most_waiting, rules.journal_bytes)
         self._hooks = Hooks(self._clerk, poster, rules.webhook_secret, rules.back_off)
         self._live: dict[str, Live] = {}
         self._recent: OrderedDict[str, Live] = OrderedDict()
@@ -98,6 +96,7 @@ class Jobs:
         for task in self._tasks:
             task.cancel()
         await self._clerk.close()
+        self._record.end()
         self._poster.close()
 
     async def accept(
@@ -111,10 +110,12 @@ class Jobs:
     ) -> Standing | Repeat:
         """Take a job: it is written down with all its files when this returns. Or what its key was answered before.
 
-        Raises `NotReady` when the server goes down, `Busy` when too many jobs wait, `JournalUnavailable`, `InFlight`
-        for an id that is taken, and what the service raises for an order it cannot take.
+        Raises `NotReady` when the server goes down, `Busy` when too many jobs wait, or too many of this caller's,
+        `JournalUnavailable`, `InFlight` for an id that is taken, and what the service raises for an order it cannot
+        take.
         """
-        self._check_room()
+        self._check_open()
+        self._admission.check(caller.share)
         if claim is not None and (before := await self._clerk(Journal.repeated, claim)) is not None:
             return repeated(claim, before)
         if order.webhook_url is not None:
@@ -129,9 +130,11 @@ class Jobs:
             deadline=None if order.timeout is None else now + order.timeout,
             base=base,
             webhook_url=order.webhook_url,
+            share=caller.share,
+            bytes=size_of(work := Work(settled, fetched)),
         )
         # What is written is drawn, although its caller be gone meanwhile.
-        return await asyncio.shield(asyncio.create_task(self._written(entry, Work(settled, fetched), claim)))
+        return await asyncio.shield(asyncio.create_task(self._written(entry, work, claim)))
 
     def enter(self, caller: Caller, job_id: str | None = None) -> Live:
         """Let a request that waits for its answer be followed and cancelled by an id. Raises `InFlight`."""
@@ -220,25 +223,25 @@ class Jobs:
         """An id no one can guess: who knows it, and has the same key, may see the job and cancel it."""
         return self._rules.id_prefix + secrets.token_urlsafe(16)
 
-    def _check_room(self) -> None:
+    def _check_open(self) -> None:
         if self._closing:
             raise NotReady("The server is going down.", retry_after=5)
-        if self._runner.waiting >= self._rules.most_waiting:
-            raise Busy(f"{self._runner.waiting} jobs are waiting already.", retry_after=30)
 
     async def _written(self, entry: Entry, work: Work, claim: Claim | None) -> Standing | Repeat:
-        live = self.enter(entry.caller, entry.id)
-        live.entry = entry
-        try:
-            before = await self._clerk(Journal.accept, entry, work, claim)
-        except BaseException:
-            del self._live[entry.id]
-            raise
-        if before is not None and claim is not None:
-            del self._live[entry.id]
-            return repeated(claim, before)
-        self._runner.put(live)
-        return live.standing
+        self._check_open()
+        with self._admission.place(entry):
+            live = self.enter(entry.caller, entry.id)
+            live.entry = entry
+            try:
+                before = await self._clerk(Journal.accept, entry, work, claim)
+            except BaseException:
+                del self._live[entry.id]
+                raise
+            if before is not None and claim is not None:
+                del self._live[entry.id]
+                return repeated(claim, before)
+            self._runner.put(live)
+            return live.standing
 
     async def _find(self, job_id: str, caller: Caller) -> Live | Entry:
         """The job of that id, if it is the caller's: others are not told that it exists."""
@@ -262,13 +265,18 @@ class Jobs:
         except JournalUnavailable:
             self.usable = False
             return
+        death = await asyncio.to_thread(self._record.begin)
+        entries = blamed(found := entries, death)
+        with suppress(JournalUnavailable):  # told by the journal; what is not written counts in this process alone
+            for entry in set(entries) - set(found):
+                await self._clerk(Journal.count_death, entry)
         self.usable = True
         if entries:
             _log.info("jobs are taken up again", jobs=len(entries))
         for entry in entries:
             live = Live(replace(entry, state=State.QUEUED), Happenings(self._epoch))
             self._live[entry.id] = live
-            if entry.attempts >= MOST_DEATHS:
+            if entry.deaths >= MOST_DEATHS or entry.kills >= MOST_KILLS:
                 await self._runner.give_up(live)
             else:
                 self._runner.put(live)

@@ -15,8 +15,7 @@ from stable_diffusion_server.orders import EventKind, Progress, Receipt
 class Live:
     """One job in this process. `cancelled` is set by its caller; `settled` once its end is known.
 
-    A `suspect` may have ended the process before, and is drawn with no other job beside it. `due` is its deadline by
-    the clock that never jumps, `None` where it has none.
+    `due` is its deadline by the clock that never jumps, `None` where it has none.
     """
 
     entry: Entry
@@ -24,10 +23,14 @@ class Live:
     progress: Progress = field(default_factory=lambda: Progress(EventKind.QUEUED))
     task: asyncio.Task[Any] | None = None
     cancelled: bool = False
-    suspect: bool = False
     due: float | None = None
     settled: bool = False
     ended: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def suspect(self) -> bool:
+        """Whether the process has died of itself while it was drawn: then nothing is drawn beside it."""
+        return self.entry.deaths > 0
 
     @property
     def standing(self) -> Standing:

@@ -30,8 +30,11 @@ from stable_diffusion_server.service import Service
 
 _log = structlog.get_logger(__name__)
 
-# The third death of the process on one job is its last; after the second it is tried with nothing beside it.
+# The third death on one job is its last. After the first it has the device for itself, so that the next two are of
+# nothing else.
 MOST_DEATHS = 3
+# Ends of the process from outside, as far as can be known, prove nothing of the job that was drawn; so many of them do.
+MOST_KILLS = 100
 _PATIENCE = 0.5
 _PATIENCE_WITH_DISKS = 5.0
 _TO_WRITE = 2.0
@@ -74,6 +77,17 @@ class Runner:
         """How many jobs are in the service's hands."""
         return len(self._running)
 
+    def held_by(self, share: str) -> tuple[int, int]:
+        """How many jobs of a share wait, and the bytes of all of its that have not ended."""
+        waiting = [live.entry for live in self._waiting.values() if live.entry.share == share]
+        running = [live.entry for live in self._running.values() if live.entry.share == share]
+        return len(waiting), sum(entry.bytes for entry in (*waiting, *running))
+
+    @property
+    def bytes_held(self) -> int:
+        """The bytes of all jobs that wait or are drawn."""
+        return sum(live.entry.bytes for live in (*self._waiting.values(), *self._running.values()))
+
     @property
     def unfinished(self) -> int:
         """How many jobs wait or are drawn."""
@@ -114,8 +128,9 @@ class Runner:
 
     async def give_up(self, live: Live) -> None:
         """End a job that has ended the process too often."""
-        error = EndsTheServer(f"The server, or its device, was lost {live.entry.attempts} times while this was drawn.")
-        _log.error("a job is given up", job_id=live.entry.id, deaths=live.entry.attempts)
+        lost = live.entry.deaths if live.entry.deaths >= MOST_DEATHS else live.entry.kills
+        error = EndsTheServer(f"The server, or its device, was lost {lost} times while this was drawn.")
+        _log.error("a job is given up", job_id=live.entry.id, deaths=live.entry.deaths, kills=live.entry.kills)
         await self._end(live, State.FAILED, Problem.of(error))
 
     def drain(self) -> None:
@@ -151,10 +166,8 @@ class Runner:
         """The oldest job of a caller of whom the fewest are being drawn; a suspect when nothing else is."""
         if len(self._running) >= self._at_once or any(live.suspect for live in self._running.values()):
             return None
-        busy = Counter(live.entry.caller.name for live in self._running.values())
-        chosen = min(self._waiting.values(), key=lambda live: busy[live.entry.caller.name], default=None)
-        if chosen is not None:
-            chosen.suspect = chosen.entry.attempts >= MOST_DEATHS - 1
+        busy = Counter(live.entry.share for live in self._running.values())
+        chosen = min(self._waiting.values(), key=lambda live: busy[live.entry.share], default=None)
         return None if chosen is None or (chosen.suspect and self._running) else chosen
 
     async def _see_through(self, live: Live) -> None:
@@ -209,19 +222,29 @@ class Runner:
             watch=live.news,
             previews=live.wants_previews,
             fetched=work.fetched,
+            job_id=live.entry.id,
+            suspect=live.suspect,
         )
 
     async def _put_back(self, live: Live, *, forgiven: bool) -> None:
-        """Let a job that was begun wait again; one that may have ended the engine too often has failed."""
+        """Let a job that was begun wait again; one that has ended the engine too often has failed."""
         if live.cancelled:
             await self._end(live, State.CANCELLED, None)
-        elif not forgiven and live.entry.attempts >= MOST_DEATHS:
+            return
+        if not forgiven:
+            await self._count_death(live)
+        if live.entry.deaths >= MOST_DEATHS:
             await self.give_up(live)
         else:
             with suppress(JournalUnavailable):  # it says that the job was begun, and so it counts
                 await self._clerk(Journal.put_back, live.entry.id, forgiven=forgiven)
                 live.entry = replace(live.entry, attempts=live.entry.attempts - forgiven)
             self._wait_again(live)
+
+    async def _count_death(self, live: Live) -> None:
+        live.entry = replace(live.entry, deaths=live.entry.deaths + 1)
+        with suppress(JournalUnavailable):  # known here for as long as this process lives
+            await self._clerk(Journal.count_death, live.entry)
 
     def _wait_again(self, live: Live) -> None:
         """Have a job wait before all others."""

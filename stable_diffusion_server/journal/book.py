@@ -4,29 +4,41 @@ from __future__ import annotations
 
 import shutil
 import sqlite3
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import structlog
 
-from stable_diffusion_server.errors import InFlight, JournalUnavailable
+from stable_diffusion_server.errors import InFlight, JournalUnavailable, ServerError
 from stable_diffusion_server.journal import tables
-from stable_diffusion_server.journal.entries import Claim, Entry, Message, Problem, Repeat, State, Work
-from stable_diffusion_server.journal.writing import files_of, read_outcome, read_work, written_order, written_outcome
-from stable_diffusion_server.orders import Caller, Receipt
+from stable_diffusion_server.journal.entries import Claim, Entry, Message, Problem, Repeat, Work
+from stable_diffusion_server.journal.eviction import make_room
+from stable_diffusion_server.journal.rows import COLUMNS, DamagedRow, entry_of, repeat_of, told_entry_of
+from stable_diffusion_server.journal.writing import files_of, read_work, written_order, written_outcome
+from stable_diffusion_server.orders import Receipt
 
 _log = structlog.get_logger(__name__)
 
 _KEPT_FREE = 1_048_576
-_ENTRY = "id, caller, prefix, state, accepted_at, attempts, deadline, ended_at, base, webhook_url, outcome"
+# What ended is asked to give way so often for one job, since how much a row frees is known roughly.
+_MOST_ROUNDS = 8
+_BEGUN = f"SELECT {COLUMNS} FROM jobs WHERE ended_at IS NULL OR state IN ('queued', 'running')"  # noqa: S608  # names of columns
+
+T = TypeVar("T")
+
+
+class _Full(JournalUnavailable):
+    """There is no room, neither in the file nor on its disk."""
 
 
 class Journal:
     """Jobs from acceptance to end, idempotency keys and messages to webhooks. Every call raises `JournalUnavailable`.
 
-    `max_bytes` is how large it may be with all the files of waiting jobs; one job more is refused, and half of it is
+    `max_bytes` is how large it may be with all the files of waiting jobs. When it is full, jobs that ended and keys
+    that were answered give way, the oldest of whoever holds the most; one job more is refused then, and half of it is
     never written.
     """
 
@@ -36,11 +48,20 @@ class Journal:
         self._connection: sqlite3.Connection | None = None
 
     def open(self) -> None:
-        """Open the file, or make it; what a process that died had not answered may be asked again."""
+        """Open the file, or make it; what a process that died had not answered may be asked again.
+
+        A file that is no journal, or a broken one, is put aside for a new one. A job whose row is damaged is failed.
+        """
         with _told("opened"):
             self._connection = tables.connect(self._path)
         with self._change() as cursor:
             cursor.execute("DELETE FROM claims WHERE job_id IS NULL AND outcome IS NULL")
+            now = time.time()
+            for row in cursor.execute(_BEGUN).fetchall():
+                try:
+                    entry_of(row)
+                except DamagedRow:
+                    _write_end(cursor, told_entry_of(row, now))
 
     def close(self) -> None:
         """Close the file."""
@@ -58,31 +79,47 @@ class Journal:
 
         Raises `InFlight` when there is a job of that id.
         """
-        with self._change(accepting=True) as cursor:
-            self._check_disk(sum(map(len, files_of(work).values())))
+        files = files_of(work)
+        size = entry.bytes or sum(map(len, files.values()))
+
+        def write(cursor: sqlite3.Cursor) -> Repeat | None:
+            self._check_disk(size)
             if claim is not None and (before := _repeated(cursor, claim)) is not None:
                 return before
+            given = {
+                "id": entry.id,
+                "caller": entry.caller.owner,
+                "prefix": entry.caller.prefix,
+                "state": entry.state,
+                "written": written_order(work.order),
+                "accepted_at": entry.accepted_at,
+                "deadline": entry.deadline,
+                "base": entry.base,
+                "webhook_url": entry.webhook_url,
+                "share": entry.share,
+                "bytes": entry.bytes,
+            }
             cursor.execute(
-                "INSERT INTO jobs (id, caller, prefix, state, written, accepted_at, deadline, base, webhook_url) "
-                "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                (
-                    *(entry.id, entry.caller.owner, entry.caller.prefix, entry.state, written_order(work.order)),
-                    *(entry.accepted_at, entry.deadline, entry.base, entry.webhook_url),
-                ),
+                f"INSERT INTO jobs ({', '.join(given)}) VALUES ({', '.join('?' * len(given))})",  # noqa: S608  # names of columns
+                tuple(given.values()),
             )
-            rows = [(entry.id, parameter, data) for parameter, data in files_of(work).items()]
+            rows = [(entry.id, parameter, data) for parameter, data in files.items()]
             cursor.executemany("INSERT INTO files (job_id, parameter, data) VALUES (?, ?, ?)", rows)
             if claim is not None:
                 _insert_claim(cursor, claim, entry.accepted_at, entry.id)
-        return None
+            return None
+
+        return self._with_room(size, write)
 
     def begin(self, job_id: str) -> Work:
         """Count an attempt, and give what is to be drawn."""
         with self._change() as cursor:
             cursor.execute("UPDATE jobs SET attempts = attempts + 1, state = 'running' WHERE id = ?", (job_id,))
-            (text,) = cursor.execute("SELECT written FROM jobs WHERE id = ?", (job_id,)).fetchone()
+            row = cursor.execute("SELECT written FROM jobs WHERE id = ?", (job_id,)).fetchone()
+            if row is None:
+                raise ServerError("What was written down of this job is lost; ask again.")
             files = dict(cursor.execute("SELECT parameter, data FROM files WHERE job_id = ?", (job_id,)).fetchall())
-        return read_work(text, files)
+        return read_work(row[0], files)
 
     def put_back(self, job_id: str, *, forgiven: bool) -> None:
         """Let a job that was begun wait again; `forgiven` attempts do not count."""
@@ -91,14 +128,16 @@ class Journal:
                 "UPDATE jobs SET state = 'queued', attempts = attempts - ? WHERE id = ?", (int(forgiven), job_id)
             )
 
+    def count_death(self, entry: Entry) -> None:
+        """Write down how often the process has died while a job was on the device, and why."""
+        with self._change() as cursor:
+            counted = (entry.deaths, entry.kills, entry.id)
+            cursor.execute("UPDATE jobs SET deaths = ?, kills = ? WHERE id = ?", counted)
+
     def end(self, entry: Entry, message: str | None = None) -> None:
         """Write down how a job ended, with the message that tells its webhook; its files are of no more use."""
         with self._change() as cursor:
-            cursor.execute(
-                "UPDATE jobs SET state = ?, ended_at = ?, outcome = ? WHERE id = ?",
-                (entry.state, entry.ended_at, written_outcome(entry.outcome), entry.id),
-            )
-            freed = cursor.execute("DELETE FROM files WHERE job_id = ?", (entry.id,)).rowcount
+            freed = _write_end(cursor, entry)
             if message is not None:
                 cursor.execute(
                     "INSERT OR REPLACE INTO messages (job_id, url, body, due) VALUES (?, ?, ?, ?)",
@@ -126,11 +165,14 @@ class Journal:
 
     def claim(self, claim: Claim, now: float) -> Repeat | None:
         """Take a key for a request that waits for its answer, or tell what the key was answered with before."""
-        with self._change(accepting=True) as cursor:
+
+        def write(cursor: sqlite3.Cursor) -> Repeat | None:
             before = _repeated(cursor, claim)
             if before is None:
                 _insert_claim(cursor, claim, now, None)
             return before
+
+        return self._with_room(0, write)
 
     def answer(self, claim: Claim, outcome: Receipt | Problem) -> None:
         """Keep what a request with a key was answered with."""
@@ -173,11 +215,27 @@ class Journal:
             )
         self._give_room_back()
 
+    def _with_room(self, size: int, write: Callable[[sqlite3.Cursor], T]) -> T:
+        """Write what is accepted; where there is no room, what ended gives way."""
+        for _ in range(_MOST_ROUNDS):
+            try:
+                with self._change(accepting=True) as cursor:
+                    return write(cursor)
+            except _Full:
+                with self._change() as cursor:
+                    rows = make_room(cursor, size, self._max_bytes)
+                if not rows:
+                    break
+                _log.warning("the journal is full; the oldest that ended gives way", rows=rows)
+                self._give_room_back()
+        with self._change(accepting=True) as cursor:
+            return write(cursor)
+
     def _check_disk(self, size: int) -> None:
-        """Raise `JournalUnavailable` where a job would leave the disk no room for the ends of those before it."""
+        """Raise `_Full` where a job would leave the disk no room for the ends of those before it."""
         # Twice: what is written stands in SQLite's log and in its file.
         if shutil.disk_usage(self._path.parent).free < 2 * size + _KEPT_FREE:
-            raise JournalUnavailable("Jobs cannot be written down: the disk is full.", retry_after=30)
+            raise _Full("Jobs cannot be written down: the disk is full.", retry_after=30)
 
     def _give_room_back(self) -> None:
         """Let the disk have what is not used any more; where even that needs room that is not there, later."""
@@ -187,8 +245,8 @@ class Journal:
 
     def _entries(self, where: str, values: Sequence[object]) -> list[Entry]:
         with self._read() as cursor:
-            rows = cursor.execute(f"SELECT {_ENTRY} FROM jobs {where}", values)  # noqa: S608  # texts of this module
-            return [_entry_of(row) for row in rows.fetchall()]
+            rows = cursor.execute(f"SELECT {COLUMNS} FROM jobs {where}", values)  # noqa: S608  # texts of this module
+            return [told_entry_of(row, time.time()) for row in rows.fetchall()]
 
     @contextmanager
     def _read(self) -> Iterator[sqlite3.Cursor]:
@@ -222,37 +280,38 @@ def _told(what: str) -> Iterator[None]:
     except sqlite3.IntegrityError as error:
         raise InFlight("There is a job of this id already.", field="X-Job-ID") from error
     except sqlite3.Error as error:
-        _log.error("the journal cannot be used", attempted=what, reason=str(error))
         full = getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_FULL
+        if not full:
+            _log.error("the journal cannot be used", attempted=what, reason=str(error))
         why = "it is full (JOURNAL_BYTES, or the disk)" if full else f"it could not be {what}"
-        raise JournalUnavailable(f"Jobs cannot be written down: {why}.", retry_after=30) from error
+        raise (_Full if full else JournalUnavailable)(f"Jobs cannot be written down: {why}.", retry_after=30) from error
+    except OSError as error:
+        _log.error("the journal cannot be used", attempted=what, reason=str(error))
+        raise JournalUnavailable(f"Jobs cannot be written down: {error.strerror}.", retry_after=30) from error
+
+
+def _write_end(cursor: sqlite3.Cursor, entry: Entry) -> int:
+    """Write down how a job ended; how many files it had, which are of no more use."""
+    cursor.execute(
+        "UPDATE jobs SET state = ?1, ended_at = ?2, outcome = ?3, bytes = length(written) + coalesce(length(?3), 0) "
+        "WHERE id = ?4",
+        (entry.state, entry.ended_at, written_outcome(entry.outcome), entry.id),
+    )
+    return cursor.execute("DELETE FROM files WHERE job_id = ?", (entry.id,)).rowcount
 
 
 def _repeated(cursor: sqlite3.Cursor, claim: Claim) -> Repeat | None:
     row = cursor.execute(
         "SELECT fingerprint, job_id, outcome FROM claims WHERE caller = ? AND key = ?", (claim.caller, claim.key)
     ).fetchone()
-    return None if row is None else Repeat(row[0], row[1], read_outcome(row[2]))
+    if row is None or (repeat := repeat_of(row)) is not None:
+        return repeat if row is not None else None
+    cursor.execute("DELETE FROM claims WHERE caller = ? AND key = ?", (claim.caller, claim.key))
+    return None
 
 
 def _insert_claim(cursor: sqlite3.Cursor, claim: Claim, now: float, job_id: str | None) -> None:
     cursor.execute(
-        "INSERT INTO claims (caller, key, fingerprint, claimed_at, job_id) VALUES (?, ?, ?, ?, ?)",
-        (claim.caller, claim.key, claim.fingerprint, now, job_id),
-    )
-
-
-def _entry_of(row: tuple[Any, ...]) -> Entry:
-    job_id, caller, prefix, state, accepted_at, attempts, deadline, ended_at, base, webhook_url, outcome = row
-    return Entry(
-        id=job_id,
-        caller=Caller.of_owner(caller, prefix),
-        accepted_at=accepted_at,
-        state=State(state),
-        attempts=attempts,
-        deadline=deadline,
-        ended_at=ended_at,
-        base=base,
-        webhook_url=webhook_url,
-        outcome=read_outcome(outcome),
+        "INSERT INTO claims (caller, key, fingerprint, claimed_at, job_id, share) VALUES (?, ?, ?, ?, ?, ?)",
+        (claim.caller, claim.key, claim.fingerprint, now, job_id, claim.share),
     )

@@ -51,7 +51,9 @@ class Entry:
     """A job as it is written down. Times are seconds since the epoch; `deadline` is when its caller gives up.
 
     `attempts` counts the times it was begun without a recorded end; `base` is the address of this server as the caller
-    reached it; `webhook_url` is where its end is to be told. `outcome` is there once it is done or has failed.
+    reached it; `webhook_url` is where its end is to be told. `outcome` is there once it is done or has failed. `share`
+    is whose room it takes, `bytes` what its order and files are. `deaths` counts the times the process, or its device,
+    was lost of itself while the job was there, `kills` those when it was ended from outside, as far as can be known.
     """
 
     id: str
@@ -64,15 +66,20 @@ class Entry:
     base: str = ""
     webhook_url: str | None = None
     outcome: Receipt | Problem | None = None
+    share: str = ""
+    bytes: int = field(default=0, compare=False)
+    deaths: int = 0
+    kills: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """An idempotency key of a caller, and what identifies the request it came with first."""
+    """An idempotency key of a caller, and what identifies the request it came with; `share`: whose room it takes."""
 
     caller: str
     key: str
     fingerprint: str
+    share: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,6 +40,11 @@ def files_of(work: Work) -> dict[str, bytes]:
     return {**sent, **work.fetched}
 
 
+def size_of(work: Work) -> int:
+    """Bytes that a job's order and files take in the journal."""
+    return len(written_order(work.order)) + sum(map(len, files_of(work).values()))
+
+
 def fingerprint(door: str, order: Order) -> str:
     """What tells a request from others that come with the same idempotency key. Slow where files are large."""
     sent = {source.parameter: source.data for source in order.sources if source.data is not None}

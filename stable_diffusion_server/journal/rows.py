@@ -1,0 +1,102 @@
+"""Rows of the journal to its nouns. A row that is damaged is told as a job that failed, and holds up no other."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import structlog
+
+from stable_diffusion_server.errors import ServerError
+from stable_diffusion_server.journal.entries import Entry, Problem, Repeat, State
+from stable_diffusion_server.journal.writing import read_outcome
+from stable_diffusion_server.orders import Caller
+
+_log = structlog.get_logger(__name__)
+
+COLUMNS = (
+    "id, caller, prefix, state, accepted_at, attempts, deadline, ended_at, base, webhook_url, outcome, share, bytes, "
+    "deaths, kills"
+)
+_DAMAGED = Problem.of(ServerError("What was written down of this job is damaged; ask again."))
+# The latest time that is taken for one, in the year 5138.
+_LATEST = 1e11
+_MOST_COUNTED = 2**31
+
+
+class DamagedRow(ValueError):
+    """A row that no call of ours wrote."""
+
+
+def entry_of(row: tuple[Any, ...]) -> Entry:
+    """The job of a row. Raises `DamagedRow`."""
+    job_id, caller, prefix, state, accepted_at, attempts, deadline, ended_at, base, webhook_url, outcome, *more = row
+    share, size, deaths, kills = more
+    for name, text in (("id", job_id), ("caller", caller), ("prefix", prefix), ("base", base), ("share", share)):
+        _check(isinstance(text, str), name)
+    _check(webhook_url is None or isinstance(webhook_url, str), "webhook_url")
+    for name, moment in (("accepted_at", accepted_at), ("deadline", deadline), ("ended_at", ended_at)):
+        _check((moment is None and name != "accepted_at") or _is_time(moment), name)
+    for name, count in (("attempts", attempts), ("bytes", size), ("deaths", deaths), ("kills", kills)):
+        _check(isinstance(count, int) and 0 <= count < _MOST_COUNTED, name)
+    _check(state in tuple(State), "state")
+    _check((ended_at is not None) == State(state).ended, "ended_at")
+    try:
+        told = read_outcome(outcome)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise DamagedRow("outcome") from error
+    return Entry(
+        id=job_id,
+        caller=Caller.of_owner(caller, prefix),
+        accepted_at=accepted_at,
+        state=State(state),
+        attempts=attempts,
+        deadline=deadline,
+        ended_at=ended_at,
+        base=base,
+        webhook_url=webhook_url,
+        outcome=told,
+        share=share,
+        bytes=size,
+        deaths=deaths,
+        kills=kills,
+    )
+
+
+def told_entry_of(row: tuple[Any, ...], now: float) -> Entry:
+    """The job of a row; one that is damaged, as one that failed of that."""
+    try:
+        return entry_of(row)
+    except DamagedRow as damage:
+        job_id, caller, prefix = (str(value) for value in row[:3])
+        _log.error("what was written down of a job is damaged", job_id=job_id, column=str(damage))
+        accepted_at, ended_at = (value if _is_time(value) else now for value in (row[4], row[7]))
+        share = row[11] if isinstance(row[11], str) else ""
+        return Entry(
+            job_id,
+            Caller.of_owner(caller, prefix),
+            accepted_at,
+            State.FAILED,
+            ended_at=ended_at,
+            outcome=_DAMAGED,
+            share=share,
+        )
+
+
+def repeat_of(row: tuple[Any, ...]) -> Repeat | None:
+    """What a key was answered with; nothing where that is damaged, so that it may be asked again."""
+    fingerprint, job_id, outcome = row
+    try:
+        return Repeat(fingerprint, job_id, read_outcome(outcome))
+    except (ValueError, TypeError, KeyError, AttributeError):
+        _log.error("what was written down of an idempotency key is damaged")
+        return None
+
+
+def _is_time(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value) and abs(value) < _LATEST
+
+
+def _check(holds: bool, column: str) -> None:
+    if not holds:
+        raise DamagedRow(column)

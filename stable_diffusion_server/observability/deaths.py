@@ -1,0 +1,218 @@
+"""Why an earlier process ended, and what was on the device then: files in DATA_DIR that outlive it. Decides nothing.
+
+The server keeps in `device.json` which jobs are on the device; it is written in place, so that it holds whatever ends
+the process, and taken away by a stop in good order. A crash leaves its traceback in `crash.log`. The watchdog adds in
+`death.json` how the process ended. Without a watchdog the exit status of a process is not known, but a crash is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import os
+import signal
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import IO, Any
+from uuid import uuid4
+
+import structlog
+
+from stable_diffusion_server.damaged import set_aside
+
+_log = structlog.get_logger(__name__)
+
+DEVICE, DEATH, CRASH = "device.json", "death.json", "crash.log"
+# Signals that people, supervisors and the kernel's killer of memory send; all others a process brings on itself.
+_SENT = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+_TOLD = 2000
+
+
+class Cause(StrEnum):
+    """Whose doing the end of a process was."""
+
+    NONE = "none"
+    OUTSIDE = "outside"
+    OWN = "own"
+
+
+@dataclass(frozen=True, slots=True)
+class Death:
+    """How the process before this one ended: labels of what was on the device, and whether one had it for itself."""
+
+    cause: Cause = Cause.NONE
+    on_device: tuple[str, ...] = ()
+    alone: bool = False
+    reason: str = ""
+
+
+class DeviceRecord:
+    """What is on the device, written down in `folder` before anything happens to it there. Safe from any thread.
+
+    Nothing is written before `begin` was called; a disk that cannot be written to is told once.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._descriptor: int | None = None
+        self._run = uuid4().hex
+        self._killed: dict[str, int] = {}
+        self._length = 0
+        self._last: tuple[tuple[str, ...], bool] | None = None
+        self._crash: IO[bytes] | None = None
+
+    def begin(self) -> Death:
+        """How the process before this one ended; from here on what is on the device is written down."""
+        death = last_death(self._folder)
+        for name in (DEATH, DEVICE, CRASH):
+            _clear(self._folder / name)
+        self._killed = killed_for_memory()
+        try:
+            self._descriptor = os.open(self._folder / DEVICE, os.O_RDWR | os.O_CREAT, 0o600)
+            if not faulthandler.is_enabled():
+                self._crash = (self._folder / CRASH).open("wb")
+                faulthandler.enable(self._crash)
+        except OSError as error:
+            _log.warning("deaths of the server cannot be told from one another", reason=str(error))
+        self.occupied([], alone=False)
+        return death
+
+    def occupied(self, labels: list[str], alone: bool) -> None:
+        """Write down what is on the device now: a label for each, and whether it is one that has it for itself."""
+        descriptor, now = self._descriptor, (tuple(labels), alone)
+        if descriptor is None or now == self._last:
+            return
+        self._last = now
+        told = {"run": self._run, "killed": self._killed, "on_device": labels, "alone": alone}
+        written = json.dumps(told).encode()
+        # One call, the rest of what was longer blanked: a process that is killed has written all of it or nothing.
+        self._length = max(self._length, len(written))
+        with contextlib.suppress(OSError):
+            os.pwrite(descriptor, written.ljust(self._length), 0)
+
+    def end(self) -> None:
+        """A stop in good order: there is nothing to be told of this process."""
+        if self._crash is not None:
+            faulthandler.disable()
+            self._crash.close()
+            self._crash = None
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+            for name in (DEVICE, CRASH):
+                _clear(self._folder / name)
+
+
+def last_death(folder: Path) -> Death:
+    """How the process that kept the record in `folder` ended, if it did not stop in good order."""
+    device = _read(folder / DEVICE)
+    run, labels, alone = device.get("run"), device.get("on_device"), device.get("alone") is True
+    if not isinstance(run, str) or not isinstance(labels, list) or not all(isinstance(each, str) for each in labels):
+        return Death()
+    told = _read(folder / DEATH)
+    told = told if told.get("run") == run else {}
+    cause, reason = _judged(told, _crash_of(folder), _grown(device.get("killed"), killed_for_memory()))
+    return Death(cause, tuple(labels), alone, reason)
+
+
+def report_death(folder: Path, run_before: str, status: int, *, hung: bool) -> Cause:
+    """The watchdog's word on how the process ended, for the next one to read; whose doing it was.
+
+    `run_before` is what `run_of` gave before the process was started.
+    """
+    device = _read(folder / DEVICE)
+    told = {"run": device.get("run"), "status": status, "hung": hung}
+    if device.get("run") not in (None, run_before):
+        part = folder / f"{DEATH}.part"
+        with contextlib.suppress(OSError):
+            part.write_text(json.dumps(told))
+            part.replace(folder / DEATH)
+    return _judged(told, "", _grown(device.get("killed"), killed_for_memory()))[0]
+
+
+def run_of(folder: Path) -> str:
+    """What tells the process that keeps the record from others; empty where there is none."""
+    return str(_read(folder / DEVICE).get("run", ""))
+
+
+def killed_for_memory() -> dict[str, int]:
+    """How many processes the kernel has killed for want of memory, by where it counts them: this cgroup, this boot."""
+    counts: dict[str, int] = {}
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            root, name = (
+                ("memory", "memory.oom_control") if "memory" in controllers.split(",") else ("", "memory.events")
+            )
+            if controllers and not root:
+                continue
+            # Inside a container its own group is mounted as the root.
+            for group in (Path("/sys/fs/cgroup", root, path.lstrip("/")), Path("/sys/fs/cgroup", root)):
+                if (count := _counted(group / name)) is not None:
+                    counts[f"{group}:{group.stat().st_ino}"] = count
+                    break
+    with contextlib.suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        if (count := _counted(Path("/proc/vmstat"))) is not None:
+            counts[f"boot {boot}"] = count
+    return counts
+
+
+def _judged(told: dict[str, Any], crash: str, for_memory: bool) -> tuple[Cause, str]:
+    """Whose doing an end was, and why, from what the watchdog told, a crash's traceback and the kernel's count."""
+    status = told.get("status")
+    if told.get("hung") is True:
+        return Cause.OWN, "it hung"
+    if not isinstance(status, int):
+        status = -signal.SIGKILL if not crash else -signal.SIGABRT
+    number = -status if status < 0 else status - 128 if status > 128 else 0
+    if number in _SENT:
+        if number == signal.SIGKILL and for_memory:
+            return Cause.OWN, "the kernel killed it for want of memory"
+        return Cause.OUTSIDE, f"it was sent {signal.Signals(number).name}, or nothing is known"
+    return Cause.OWN, crash or (f"signal {number}" if number else f"status {status}")
+
+
+def _grown(before: object, now: dict[str, int]) -> bool:
+    """Whether the kernel has killed for memory since: in this group where that is known, else on this machine."""
+    before = before if isinstance(before, dict) else {}
+    same = [key for key in now if isinstance(before.get(key), int)]
+    groups = [key for key in same if not key.startswith("boot ")] or same
+    return any(now[key] > before[key] for key in groups)
+
+
+def _counted(path: Path) -> int | None:
+    try:
+        words = path.read_text().split()
+        return int(words[words.index("oom_kill") + 1])
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def _crash_of(folder: Path) -> str:
+    try:
+        with (folder / CRASH).open("rb") as file:
+            return file.read(_TOLD).decode("utf-8", "replace").strip().split("\n")[0]
+    except OSError:
+        return ""
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; an empty one where there is none, or anything else."""
+    try:
+        told = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return told if isinstance(told, dict) else {}
+
+
+def _clear(path: Path) -> None:
+    """Take a file away; anything else that stands there is put aside."""
+    try:
+        if path.is_dir() and not path.is_symlink():
+            set_aside(path, "it is a folder")
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        _log.warning("a file of an earlier process cannot be taken away", name=path.name, reason=str(error))

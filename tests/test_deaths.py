@@ -1,0 +1,261 @@
+"""Why a process ended, whose jobs that counts against, and that killing it proves nothing. Real processes die here."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from conftest import ROOT, Server, free_port, start_server
+from fakes import until
+from test_server_jobs import SERVE, WATCHED, accept, answers, child_of, job
+
+from stable_diffusion_server.jobs.blame import blamed
+from stable_diffusion_server.journal.entries import Entry, State
+from stable_diffusion_server.observability import deaths
+from stable_diffusion_server.observability.deaths import Cause, Death, DeviceRecord, last_death, report_death
+from stable_diffusion_server.orders import Caller
+
+LINUX = pytest.mark.skipif(not Path("/proc").exists(), reason="finds processes in /proc")
+RECORD = """
+import ctypes, os, signal, sys
+from pathlib import Path
+from stable_diffusion_server.observability.deaths import DeviceRecord
+record = DeviceRecord(Path("."))
+record.begin()
+record.occupied(["job-1", ""], False)
+"""
+# How a process ends, and whose doing that is: with its exit status known, and without.
+ENDS = {
+    "os.kill(os.getpid(), signal.SIGKILL)": (Cause.OUTSIDE, Cause.OUTSIDE),
+    "os.kill(os.getpid(), signal.SIGTERM)": (Cause.OUTSIDE, Cause.OUTSIDE),
+    "os.kill(os.getpid(), signal.SIGHUP)": (Cause.OUTSIDE, Cause.OUTSIDE),
+    "os._exit(128 + signal.SIGINT)": (Cause.OUTSIDE, Cause.OUTSIDE),
+    "ctypes.string_at(0)": (Cause.OWN, Cause.OWN),
+    "os.abort()": (Cause.OWN, Cause.OWN),
+    "os.kill(os.getpid(), signal.SIGBUS)": (Cause.OWN, Cause.OWN),
+    "os.kill(os.getpid(), signal.SIGFPE)": (Cause.OWN, Cause.OWN),
+    "os.kill(os.getpid(), signal.SIGILL)": (Cause.OWN, Cause.OWN),
+    "os.kill(os.getpid(), signal.SIGSYS)": (Cause.OWN, Cause.OUTSIDE),
+    "os._exit(3)": (Cause.OWN, Cause.OUTSIDE),
+    "os._exit(86)": (Cause.OWN, Cause.OUTSIDE),
+    "record.end()": (Cause.NONE, Cause.NONE),
+}
+
+
+def died(folder: Path, ending: str) -> int:
+    """The exit status of a process that had two jobs on the device and ended so."""
+    done = subprocess.run(  # noqa: S603  # our own interpreter on a program written here
+        [sys.executable, "-c", textwrap.dedent(RECORD) + ending],
+        cwd=folder,
+        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)},
+        stderr=subprocess.DEVNULL,
+        check=False,
+    )
+    return done.returncode
+
+
+@LINUX
+@pytest.mark.fault(159)
+@pytest.mark.parametrize("watched", [True, False])
+@pytest.mark.parametrize("ending", ENDS)
+def test_it_is_known_whose_doing_an_end_was(tmp_path: Path, ending: str, watched: bool) -> None:
+    """Signals from people are nobody's fault, crashes are the process's own; a stop in good order leaves nothing."""
+    cause = ENDS[ending][0 if watched else 1]
+    status = died(tmp_path, ending)
+    if watched and cause is not Cause.NONE:
+        assert report_death(tmp_path, "", status if status >= 0 else 128 - status, hung=False) is cause
+    death = last_death(tmp_path)
+    assert death.cause is cause
+    assert death.on_device == (() if cause is Cause.NONE else ("job-1", ""))
+    assert DeviceRecord(tmp_path).begin().cause is cause
+    assert last_death(tmp_path).on_device == (), "a death is told once"
+
+
+@LINUX
+@pytest.mark.fault(55, 159)
+def test_a_hang_and_a_kill_for_memory_are_the_servers_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both end by KILL: the watchdog knows the one, the kernel has counted the other."""
+    status = died(tmp_path, "os.kill(os.getpid(), signal.SIGKILL)")
+    assert report_death(tmp_path, "", 128 - status, hung=True) is Cause.OWN
+    assert last_death(tmp_path).cause is Cause.OWN
+    DeviceRecord(tmp_path).begin()
+    status = died(tmp_path, "os.kill(os.getpid(), signal.SIGKILL)")
+    before = deaths.killed_for_memory()
+    assert before, "the kernel's count is found on this machine"
+    for where in before:
+        counts = {key: count + (key == where) for key, count in before.items()}
+        monkeypatch.setattr(deaths, "killed_for_memory", lambda counts=counts: counts)
+        groups = [key for key in before if not key.startswith("boot ")]
+        told_by_it = where in groups or not groups
+        assert last_death(tmp_path).cause is (Cause.OWN if told_by_it else Cause.OUTSIDE)
+
+
+@pytest.mark.fault(153, 159)
+@pytest.mark.parametrize("name", [deaths.DEVICE, deaths.DEATH, deaths.CRASH])
+@pytest.mark.parametrize("damage", ["garbage", "empty", "folder", "other JSON", "deep", "cut"])
+def test_damaged_records_of_a_death_hold_up_nothing(tmp_path: Path, name: str, damage: str) -> None:
+    """Whatever stands there: the next process begins, keeps its record, and the one after that reads it."""
+    if not (tmp_path / name).exists():
+        (tmp_path / name).touch()
+    whole = json.dumps({"run": "x", "on_device": ["job-1"], "alone": True, "killed": {}, "status": 3}).encode()
+    match damage:
+        case "folder":
+            (tmp_path / name).unlink()
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "inside").touch()
+        case _:
+            written = {"garbage": os.urandom(99), "empty": b"", "deep": b"[" * 100_000, "cut": whole[:20]}
+            (tmp_path / name).write_bytes(written.get(damage, b'{"run": 1, "on_device": {"a": []}}'))
+    record = DeviceRecord(tmp_path)
+    assert record.begin().on_device == ()
+    record.occupied(["job-2"], True)
+    assert last_death(tmp_path).on_device == ("job-2",)
+    record.end()
+
+
+def entry(name: str, state: State = State.QUEUED, deaths: int = 0) -> Entry:
+    return Entry(name, Caller("ann"), 0.0, state, deaths=deaths)
+
+
+@pytest.mark.fault(150, 151)
+def test_only_what_was_on_the_device_is_blamed_and_only_alone_when_suspected() -> None:
+    """A death from outside counts apart; one of its own makes suspects; a suspect with company proves nothing."""
+    jobs = [entry("a", State.RUNNING), entry("b", State.RUNNING), entry("c"), entry("d", State.RUNNING, deaths=1)]
+
+    def counted(death: Death) -> dict[str, tuple[int, int]]:
+        return {each.id: (each.deaths, each.kills) for each in blamed(jobs, death)}
+
+    none = {"a": (0, 0), "b": (0, 0), "c": (0, 0), "d": (1, 0)}
+    assert counted(Death(Cause.NONE, ("a",))) == none
+    assert counted(Death(Cause.OUTSIDE, ("a",))) == {**none, "a": (0, 1)}
+    assert counted(Death(Cause.OWN, ("a", ""))) == {**none, "a": (1, 0)}
+    assert counted(Death(Cause.OWN, ("d", "a"))) == {**none, "a": (1, 0)}, "d was not alone"
+    assert counted(Death(Cause.OWN, ("d",), alone=True)) == {**none, "d": (2, 0)}
+    assert counted(Death(Cause.OWN, ("",))) == none, "a request that waited was there"
+    assert counted(Death(Cause.OWN, ())) == {"a": (1, 0), "b": (1, 0), "c": (0, 0), "d": (1, 0)}
+    assert [each.id for each in blamed(jobs, Death(Cause.OUTSIDE, ("a",)))] == ["b", "c", "a", "d"]
+
+
+def ended(server: Server, ids: list[str], seconds: float = 120) -> list[dict[str, Any]]:
+    def all_ended() -> bool:
+        try:
+            return all(job(server, job_id)["state"] in ("done", "failed", "cancelled") for job_id in ids)
+        except (httpx.TransportError, KeyError, ValueError):
+            return False  # between one process and the next
+
+    until(all_ended, seconds)
+    return [job(server, job_id) for job_id in ids]
+
+
+@LINUX
+@pytest.mark.fault(151)
+@pytest.mark.parametrize("how", ["segfault", "abort", "exits", "hangs"])
+def test_a_job_that_ends_the_server_is_failed_and_its_neighbours_are_drawn(tmp_path: Path, how: str) -> None:
+    """Drawn beside five others, then alone, then alone again: it is failed by name, and all others are done."""
+    port = free_port()
+    hang = {"HANG_SECONDS": "2"} if how == "hangs" else {}
+    server = start_server(tmp_path, port, *WATCHED, *SERVE, PORT=str(port), **hang)
+    try:
+        names = [*(f"a red circle {n}" for n in range(5)), f"it {how}"]
+        ids = [accept(server, name) for name in names]
+        told = ended(server, ids)
+        states = {each["id"]: each["state"] for each in told}
+        assert states.pop(ids[-1]) == "failed"
+        assert told[-1]["problem"]["type"].endswith("ends-the-server")
+        assert set(states.values()) == {"done"}
+        later = accept(server, "a green circle")
+        assert ended(server, [later])[0]["state"] == "done"
+    finally:
+        server.stop()
+
+
+@LINUX
+@pytest.mark.fault(151)
+def test_a_crash_is_known_for_one_without_a_watchdog_too(tmp_path: Path) -> None:
+    """An outer loop starts the server again and knows nothing of it: the traceback it left tells that it crashed."""
+    port = free_port()
+    server = start_server(tmp_path, port, *SERVE, PORT=str(port))
+    starts = 1
+    try:
+        ids = [accept(server, name) for name in ("a red circle", "a blue circle", "a segfault")]
+        while ended_or_dead(server, ids) is None:
+            starts += 1
+            server = start_server(tmp_path, port, *SERVE, PORT=str(port))
+        assert [each["state"] for each in ended(server, ids)] == ["done", "done", "failed"]
+        assert starts == 4, "three deaths"
+    finally:
+        server.stop()
+
+
+def ended_or_dead(server: Server, ids: list[str]) -> list[dict[str, Any]] | None:
+    """The jobs once all have ended; nothing when the server has died meanwhile."""
+    while server.process.poll() is None:
+        try:
+            return ended(server, ids, 0.5)
+        except AssertionError:
+            continue
+    return None
+
+
+@LINUX
+@pytest.mark.fault(150)
+@pytest.mark.parametrize("watched", [True, False])
+def test_killing_the_server_again_and_again_fails_no_job(tmp_path: Path, watched: bool) -> None:
+    """Eight times kill -9, each while a picture is drawn: more than twice what ends a job that kills by itself."""
+    port, chance = free_port(), random.Random(7)  # noqa: S311  # moments for a test
+    command: tuple[str, ...] = (*WATCHED, *SERVE) if watched else SERVE
+    server = start_server(tmp_path, port, *command, PORT=str(port))
+    try:
+        ids = [accept(server, f"a red circle {n}") for n in range(4)]
+        for _ in range(8):
+            until(lambda: on_device(tmp_path) != [], 60)
+            time.sleep(chance.uniform(0, 0.3))
+            server = killed(server, tmp_path, port, watched=watched)
+        assert [each["state"] for each in ended(server, ids)] == ["done"] * 4
+    finally:
+        server.stop()
+
+
+def on_device(folder: Path) -> list[str]:
+    """What is on the device, as the server has written it down."""
+    try:
+        told: list[str] = json.loads((folder / "data" / deaths.DEVICE).read_bytes())["on_device"]
+    except (OSError, ValueError):
+        return []
+    return told
+
+
+def killed(server: Server, folder: Path, port: int, *, watched: bool) -> Server:
+    """The server after its process was killed, started again by its watchdog or by us."""
+    if not watched:
+        server.process.kill()
+        server.process.wait(60)
+        return start_server(folder, port, *SERVE, PORT=str(port))
+    victim = child_of(server.process)
+    assert victim is not None
+    os.kill(victim, signal.SIGKILL)
+    until(lambda: child_of(server.process) not in (victim, None), 60)
+    until(lambda: answers(server, "/readyz"), 60)
+    return server
+
+
+def test_a_watchdog_that_was_not_heard_changes_nothing(tmp_path: Path) -> None:
+    """What it told of another process than the last one is not believed."""
+    record = DeviceRecord(tmp_path)
+    record.begin()
+    record.occupied(["job-1"], False)
+    (tmp_path / deaths.DEATH).write_text(json.dumps({"run": "another", "status": 139, "hung": False}))
+    assert last_death(tmp_path).cause is Cause.OUTSIDE
+    assert report_death(tmp_path, deaths.run_of(tmp_path), 139, hung=False) is Cause.OWN
+    assert json.loads((tmp_path / deaths.DEATH).read_text())["run"] == "another", "it had started another process"
+    record.end()
