@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from uuid import uuid4
 
+from stable_diffusion_server.damaged import set_aside
 from stable_diffusion_server.errors import StorageUnavailable
 
 _SECRET_BYTES = 32
@@ -29,10 +30,15 @@ class Signer:
         self._now = now
 
     def open(self) -> None:
-        """Read the secret, or make it; of several processes that make it, all use the first one's."""
+        """Read the secret, or make it; of several processes that make it, all use the first one's.
+
+        One that is damaged is put aside for a new one: addresses that were signed with it open nothing any more.
+        """
         if self._secret:
             return
         try:
+            if self._file.exists() and (fault := self._fault()):
+                set_aside(self._file, fault)
             if not self._file.exists():
                 part = self._file.with_suffix(f".{uuid4().hex}.part")
                 with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
@@ -48,9 +54,14 @@ class Signer:
             raise StorageUnavailable(
                 f"DATA_DIR cannot keep the secret of signed addresses ({error.strerror})."
             ) from error
-        if len(secret) < _SECRET_BYTES:
-            raise StorageUnavailable("The secret of signed addresses in DATA_DIR is cut short; delete the file.")
         self._secret = secret
+
+    def _fault(self) -> str:
+        """What is wrong with the file, in a few words; empty where nothing is."""
+        try:
+            return "" if len(self._file.read_bytes()) >= _SECRET_BYTES else "it is cut short"
+        except (IsADirectoryError, PermissionError) as error:
+            return str(error.strerror)
 
     def query(self, key: str) -> str:
         """What is put behind an address of `key`. Raises `StorageUnavailable` until opened."""

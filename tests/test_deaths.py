@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,6 @@ def died(folder: Path, ending: str) -> int:
 
 
 @LINUX
-@pytest.mark.fault(159)
 @pytest.mark.parametrize("watched", [True, False])
 @pytest.mark.parametrize("ending", ENDS)
 def test_it_is_known_whose_doing_an_end_was(tmp_path: Path, ending: str, watched: bool) -> None:
@@ -82,7 +82,6 @@ def test_it_is_known_whose_doing_an_end_was(tmp_path: Path, ending: str, watched
 
 
 @LINUX
-@pytest.mark.fault(55, 159)
 def test_a_hang_and_a_kill_for_memory_are_the_servers_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both end by KILL: the watchdog knows the one, the kernel has counted the other."""
     status = died(tmp_path, "os.kill(os.getpid(), signal.SIGKILL)")
@@ -100,7 +99,6 @@ def test_a_hang_and_a_kill_for_memory_are_the_servers_own(tmp_path: Path, monkey
         assert last_death(tmp_path).cause is (Cause.OWN if told_by_it else Cause.OUTSIDE)
 
 
-@pytest.mark.fault(153, 159)
 @pytest.mark.parametrize("name", [deaths.DEVICE, deaths.DEATH, deaths.CRASH])
 @pytest.mark.parametrize("damage", ["garbage", "empty", "folder", "other JSON", "deep", "cut"])
 def test_damaged_records_of_a_death_hold_up_nothing(tmp_path: Path, name: str, damage: str) -> None:
@@ -127,7 +125,6 @@ def entry(name: str, state: State = State.QUEUED, deaths: int = 0) -> Entry:
     return Entry(name, Caller("ann"), 0.0, state, deaths=deaths)
 
 
-@pytest.mark.fault(150, 151)
 def test_only_what_was_on_the_device_is_blamed_and_only_alone_when_suspected() -> None:
     """A death from outside counts apart; one of its own makes suspects; a suspect with company proves nothing."""
     jobs = [entry("a", State.RUNNING), entry("b", State.RUNNING), entry("c"), entry("d", State.RUNNING, deaths=1)]
@@ -158,7 +155,6 @@ def ended(server: Server, ids: list[str], seconds: float = 120) -> list[dict[str
 
 
 @LINUX
-@pytest.mark.fault(151)
 @pytest.mark.parametrize("how", ["segfault", "abort", "exits", "hangs"])
 def test_a_job_that_ends_the_server_is_failed_and_its_neighbours_are_drawn(tmp_path: Path, how: str) -> None:
     """Drawn beside five others, then alone, then alone again: it is failed by name, and all others are done."""
@@ -180,7 +176,6 @@ def test_a_job_that_ends_the_server_is_failed_and_its_neighbours_are_drawn(tmp_p
 
 
 @LINUX
-@pytest.mark.fault(151)
 def test_a_crash_is_known_for_one_without_a_watchdog_too(tmp_path: Path) -> None:
     """An outer loop starts the server again and knows nothing of it: the traceback it left tells that it crashed."""
     port = free_port()
@@ -190,7 +185,8 @@ def test_a_crash_is_known_for_one_without_a_watchdog_too(tmp_path: Path) -> None
         ids = [accept(server, name) for name in ("a red circle", "a blue circle", "a segfault")]
         while ended_or_dead(server, ids) is None:
             starts += 1
-            server = start_server(tmp_path, port, *SERVE, PORT=str(port))
+            with suppress(ProcessLookupError, AssertionError):  # it died again before it was asked whether it is ready
+                server = start_server(tmp_path, port, *SERVE, PORT=str(port))
         assert [each["state"] for each in ended(server, ids)] == ["done", "done", "failed"]
         assert starts == 4, "three deaths"
     finally:
@@ -208,16 +204,15 @@ def ended_or_dead(server: Server, ids: list[str]) -> list[dict[str, Any]] | None
 
 
 @LINUX
-@pytest.mark.fault(150)
 @pytest.mark.parametrize("watched", [True, False])
 def test_killing_the_server_again_and_again_fails_no_job(tmp_path: Path, watched: bool) -> None:
-    """Eight times kill -9, each while a picture is drawn: more than twice what ends a job that kills by itself."""
+    """Six times kill -9, each while a picture is drawn: twice what ends a job that kills by itself."""
     port, chance = free_port(), random.Random(7)  # noqa: S311  # moments for a test
     command: tuple[str, ...] = (*WATCHED, *SERVE) if watched else SERVE
     server = start_server(tmp_path, port, *command, PORT=str(port))
     try:
-        ids = [accept(server, f"a red circle {n}") for n in range(4)]
-        for _ in range(8):
+        ids = [accept(server, f"a red circle {n}", num_inference_steps=40) for n in range(4)]
+        for _ in range(6):
             until(lambda: on_device(tmp_path) != [], 60)
             time.sleep(chance.uniform(0, 0.3))
             server = killed(server, tmp_path, port, watched=watched)

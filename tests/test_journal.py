@@ -141,7 +141,7 @@ def test_a_job_goes_its_way(journal: Journal) -> None:
     journal.end(ended)
     assert journal.find(ENTRY.id) == ended
     assert journal.unfinished() == []
-    with pytest.raises(KeyError):
+    with pytest.raises(ServerError, match="damaged"):
         journal.begin(ENTRY.id)
 
 

@@ -9,10 +9,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
-from uuid import uuid4
 
 import structlog
 
+from stable_diffusion_server.damaged import is_blocked, set_aside
 from stable_diffusion_server.errors import StorageUnavailable
 from stable_diffusion_server.history.entries import Entry, Wanted
 
@@ -53,6 +53,13 @@ _WITHIN = "key >= ? AND key < ?"
 _WITHIN_UNINDEXED = "+key >= ? AND +key < ?"
 _HELD = f"SELECT count(*) FROM (SELECT 1 FROM drawn WHERE {_WITHIN} LIMIT ?)"  # noqa: S608  # text of our own
 _AFTER_ALL = "\U0010ffff"
+_KINDS: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("key", "digest", "prompt", "model", "task", "caller", "record"), str),
+    **dict.fromkeys(("seed", "width", "height"), int),
+    "drawn_at": (int, float),
+}
+# Errors that say that the file is no history, and not that it is locked, out of reach or out of room.
+_DAMAGE = (sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_FORMAT)
 
 
 class Index:
@@ -67,15 +74,14 @@ class Index:
         self._seconds = seconds
 
     def open(self) -> None:
-        """Make the table. A file that is no database is set aside: what it held can be lost, pictures cannot."""
+        """Make the table. A file that is no history is put aside: what it held can be lost, pictures cannot."""
         try:
             self._make()
         except sqlite3.DatabaseError as error:
-            if isinstance(error, sqlite3.OperationalError):
+            code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF
+            if code not in _DAMAGE and not is_blocked(self._path):
                 raise _unusable(error) from error
-            aside = self._path.with_suffix(f".{uuid4().hex[:8]}.broken")
-            _log.error("the history is broken and begins anew", kept_as=aside.name)
-            self._path.replace(aside)
+            set_aside(self._path, str(error))
             self._make()
 
     def add(self, entries: Sequence[Entry]) -> None:
@@ -113,7 +119,7 @@ class Index:
         given = [value for values in asked.values() for value in values]
         with self._connected() as base:
             rows = base.execute(f"{_SHOW}{where} ORDER BY number DESC LIMIT ?", (*given, wanted.limit))
-            return [_entry(row) for row in rows]
+            return [entry for row in rows if (entry := _entry(row)) is not None]
 
     def find(self, column: str, value: str) -> Entry | None:
         """The newest entry whose `key` or `digest` is this."""
@@ -135,6 +141,9 @@ class Index:
             if base.execute(_INDEXED).fetchone() == (0,):
                 base.executescript(f"BEGIN IMMEDIATE; {_WORDS} COMMIT;")
             base.execute(f"{_SHOW} LIMIT 1")  # a table of other columns is told here
+            (told,) = base.execute("PRAGMA quick_check(1)").fetchone()
+            if told != "ok":
+                raise sqlite3.DatabaseError(f"its pages are damaged: {told}")
 
     @contextmanager
     def _connected(self) -> Iterator[sqlite3.Connection]:
@@ -160,10 +169,20 @@ def _row(entry: Entry) -> tuple[object, ...]:
     return (entry.prompt.casefold(), *values.values())
 
 
-def _entry(row: Sequence[object]) -> Entry:
+def _entry(row: Sequence[object]) -> Entry | None:
+    """The entry of a row; nothing for one that is damaged, which is told in the log."""
     number, *values = row
-    entry = Entry(**dict(zip(_COLUMNS, values, strict=True)), number=int(str(number)))  # type: ignore[arg-type]  # as they were put there
-    return replace(entry, record=json.loads(str(entry.record)))
+    told = dict(zip(_COLUMNS, values, strict=True))
+    try:
+        record = json.loads(str(told["record"]))
+    except (ValueError, RecursionError):
+        record = None
+    damaged = [name for name, kind in _KINDS.items() if not isinstance(told[name], kind)]
+    if damaged or not isinstance(record, dict):
+        _log.error("an entry of the history is damaged and left out", number=number, columns=damaged or "record")
+        return None
+    entry = Entry(**told, number=int(str(number)))  # type: ignore[arg-type]  # looked at just now
+    return replace(entry, record=record)
 
 
 def _unusable(error: Exception) -> StorageUnavailable:

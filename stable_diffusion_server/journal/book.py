@@ -17,7 +17,7 @@ from stable_diffusion_server.journal import tables
 from stable_diffusion_server.journal.entries import Claim, Entry, Message, Problem, Repeat, Work
 from stable_diffusion_server.journal.eviction import make_room
 from stable_diffusion_server.journal.rows import COLUMNS, DamagedRow, entry_of, repeat_of, told_entry_of
-from stable_diffusion_server.journal.writing import files_of, read_work, written_order, written_outcome
+from stable_diffusion_server.journal.writing import UNREADABLE, files_of, read_work, written_order, written_outcome
 from stable_diffusion_server.orders import Receipt
 
 _log = structlog.get_logger(__name__)
@@ -119,7 +119,10 @@ class Journal:
             if row is None:
                 raise ServerError("What was written down of this job is lost; ask again.")
             files = dict(cursor.execute("SELECT parameter, data FROM files WHERE job_id = ?", (job_id,)).fetchall())
-        return read_work(row[0], files)
+        try:
+            return read_work(row[0], files)
+        except UNREADABLE as error:
+            raise ServerError("What was written down of this job is damaged; ask again.") from error
 
     def put_back(self, job_id: str, *, forgiven: bool) -> None:
         """Let a job that was begun wait again; `forgiven` attempts do not count."""

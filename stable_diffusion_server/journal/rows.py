@@ -9,7 +9,7 @@ import structlog
 
 from stable_diffusion_server.errors import ServerError
 from stable_diffusion_server.journal.entries import Entry, Problem, Repeat, State
-from stable_diffusion_server.journal.writing import read_outcome
+from stable_diffusion_server.journal.writing import UNREADABLE, read_outcome
 from stable_diffusion_server.orders import Caller
 
 _log = structlog.get_logger(__name__)
@@ -43,7 +43,7 @@ def entry_of(row: tuple[Any, ...]) -> Entry:
     _check((ended_at is not None) == State(state).ended, "ended_at")
     try:
         told = read_outcome(outcome)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except UNREADABLE as error:
         raise DamagedRow("outcome") from error
     return Entry(
         id=job_id,
@@ -88,7 +88,7 @@ def repeat_of(row: tuple[Any, ...]) -> Repeat | None:
     fingerprint, job_id, outcome = row
     try:
         return Repeat(fingerprint, job_id, read_outcome(outcome))
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except UNREADABLE:
         _log.error("what was written down of an idempotency key is damaged")
         return None
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import structlog
 
-from stable_diffusion_server.damaged import set_aside
+from stable_diffusion_server.damaged import is_blocked, set_aside
 
 _log = structlog.get_logger(__name__)
 
@@ -108,7 +108,7 @@ def connect(path: Path) -> sqlite3.Connection:
     try:
         return _connect(path)
     except sqlite3.DatabaseError as error:
-        if not _is_damage(error) and not any(part.is_dir() for part in (path, path.with_name(f"{path.name}-wal"))):
+        if not _is_damage(error) and not is_blocked(path):
             raise
         set_aside(path, str(error))
     return _connect(path)

@@ -14,6 +14,8 @@ from stable_diffusion_server.journal.entries import Problem, Work
 from stable_diffusion_server.orders import Fill, Fit, Format, Order, Receipt, Source, Task, Warned, digest
 
 VERSION = 1
+# What reading raises of what no call of ours wrote: nested too deep among it.
+UNREADABLE = (ValueError, TypeError, KeyError, AttributeError, RecursionError)
 _PICTURES = ("image", "mask")
 _CHOICES: dict[str, type[StrEnum]] = {"task": Task, "format": Format, "fit": Fit, "fill": Fill}
 

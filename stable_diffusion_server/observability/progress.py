@@ -11,6 +11,7 @@ from typing import IO
 
 from tqdm import tqdm
 
+from stable_diffusion_server.damaged import set_aside
 from stable_diffusion_server.orders import Event, EventKind
 
 Observer = Callable[[Event], None]
@@ -85,7 +86,14 @@ class Heartbeat:
         now = time.monotonic()
         if turns or (not came_or_left and now - self._written >= _HEARTBEAT_SECONDS):
             self._written = now
-            self._path.write_text(time.strftime("%H:%M:%S\n", time.gmtime()) + f"{len(self._under_way)}\n")
+            self._write(time.strftime("%H:%M:%S\n", time.gmtime()) + f"{len(self._under_way)}\n")
+
+    def _write(self, told: str) -> None:
+        try:
+            self._path.write_text(told)
+        except IsADirectoryError:
+            set_aside(self._path, "it is a folder")
+            self._path.write_text(told)
 
 
 def each(observers: Iterable[Observer]) -> Observer:

@@ -1,0 +1,294 @@
+"""Whatever is damaged in DATA_DIR is put aside or mended, is told in the log, and the rest starts and draws."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sqlite3
+import time
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from conftest import House
+from fakes import until
+from test_journal import CLAIM, ENTRY, RECEIPT, WORK
+
+from stable_diffusion_server.errors import JournalUnavailable
+from stable_diffusion_server.history.entries import Entry as Drawn
+from stable_diffusion_server.history.entries import Wanted
+from stable_diffusion_server.history.index import Index
+from stable_diffusion_server.journal.book import Journal
+from stable_diffusion_server.journal.entries import Entry, State, Work
+from stable_diffusion_server.journal.tables import connect
+from stable_diffusion_server.orders import Caller, Order, Task
+
+SIGNED = {"signed_url_seconds": 600}
+ASK = {"prompt": "a red square", "num_inference_steps": 2}
+# What others write into a column; whether it can stand there is for the table to say.
+VALUES: tuple[object, ...] = (
+    None,
+    "",
+    "quexed",
+    "{",
+    "[]",
+    "null",
+    '{"version": 1}',
+    -1,
+    2**62,
+    9e999,
+    -9e999,
+    b"\xff\x00",
+    "9" * 5000,
+    "[" * 9000,
+)
+MOST = 10_000_000
+
+
+def waiting(name: str) -> tuple[Entry, Work]:
+    order = Order(Task.TEXT_TO_IMAGE, f"a red square {name}", num_inference_steps=2, width=64, height=64)
+    return Entry(name, Caller(), time.time(), share="address 127.0.0.1"), Work(order)
+
+
+def kept(path: Path) -> Journal:
+    """A closed journal with jobs in every state, keys, messages and files."""
+    journal = Journal(path, MOST)
+    journal.open()
+    for name in ("whole-1", "damaged", "whole-2"):
+        journal.accept(*waiting(name))
+    ended = Entry("ended", Caller("ann", "ann/"), 1000.0, State.DONE, ended_at=time.time(), outcome=RECEIPT)
+    journal.accept(Entry("ended", Caller("ann", "ann/"), 1000.0, webhook_url="https://hook.example/"), WORK, CLAIM)
+    journal.end(Entry(**{**_fields(ended), "webhook_url": "https://hook.example/"}), "the body")
+    journal.accept(ENTRY, WORK)
+    journal.claim(CLAIM.__class__("ann", "key-2", "print-2"), 1.0)
+    journal.answer(CLAIM.__class__("ann", "key-2", "print-2"), RECEIPT)
+    journal.close()
+    return journal
+
+
+def _fields(entry: Entry) -> dict[str, Any]:
+    return {name: getattr(entry, name) for name in Entry.__slots__}
+
+
+def columns() -> list[tuple[str, str]]:
+    """Every column of every table of the journal."""
+    with closing(connect(Path(":memory:"))) as base:
+        tables = [name for (name,) in base.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+        return [
+            (table, column)
+            for table in tables
+            for (column,) in base.execute("SELECT name FROM pragma_table_info(?)", (table,)).fetchall()
+        ]
+
+
+def test_every_column_is_among_those_that_are_damaged() -> None:
+    """The tables of the journal, with all that later versions add."""
+    assert {table for table, _ in columns()} == {"jobs", "files", "claims", "messages"}
+    assert len(columns()) >= 30
+
+
+@pytest.mark.parametrize(("table", "column"), columns())
+def test_a_damaged_row_holds_up_no_other(tmp_path: Path, table: str, column: str) -> None:
+    """Any value in any column: the journal opens, whole jobs are given out, and the damaged one is told or ends."""
+    kept(tmp_path / "whole.db")
+    for number, value in enumerate(VALUES):
+        path = tmp_path / f"{number}.db"
+        shutil.copyfile(tmp_path / "whole.db", path)
+        journal = Journal(path, MOST)
+        where = {"jobs": "id = 'damaged'", "files": "1", "claims": "1", "messages": "1"}[table]
+        with closing(sqlite3.connect(path)) as base, base:
+            base.execute("PRAGMA foreign_keys = OFF")
+            try:
+                base.execute(f"UPDATE {table} SET {column} = ? WHERE {where}", (value,))  # noqa: S608  # of the schema
+            except sqlite3.Error:
+                continue  # the table does not let it be
+        journal.open()
+        unfinished = [entry.id for entry in journal.unfinished()]
+        assert {"whole-1", "whole-2"} <= set(unfinished), (column, value)
+        for name in ("whole-1", "whole-2"):
+            assert journal.begin(name).order.prompt == f"a red square {name}"
+        for caller in ("", "ann"):
+            assert all(isinstance(entry.state, State) for entry in journal.latest_of(caller, 99))
+        for name in ("damaged", "ended"):
+            told = journal.find(name)
+            assert told is None or isinstance(told.accepted_at, int | float)
+        for key in ("key-1", "key-2", "key-3"):
+            journal.claim(CLAIM.__class__("ann", key, "print"), 5.0)
+        for message in journal.messages(time.time(), 9):
+            assert isinstance(message.body, str)
+            journal.postpone(message, 9.0)
+        journal.expire(1.0, 1.0)
+        journal.accept(*waiting("later"))
+        journal.close()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "state = 'quexed'",
+        "deadline = 'soon'",
+        "written = '{'",
+        "attempts = 'x'",
+        "accepted_at = 'x'",
+        "caller = x'ff'",
+        "ended_at = 5",
+    ],
+)
+def test_a_server_draws_what_is_whole_beside_a_damaged_job(
+    house_of: Callable[..., House], tmp_path: Path, change: str
+) -> None:
+    """The whole ones are done; the damaged one has failed, and says so."""
+    (tmp_path / "data").mkdir()
+    path = tmp_path / "data" / "journal.db"
+    kept(path)
+    with closing(sqlite3.connect(path)) as base, base:
+        base.execute(f"UPDATE jobs SET {change} WHERE id = 'damaged'")  # noqa: S608  # written above
+    house = house_of()
+    for name in ("whole-1", "whole-2"):
+        until(lambda name=name: house.client.get(f"/jobs/{name}").json()["state"] == "done")
+    if not change.startswith("caller"):
+        until(lambda: house.client.get("/jobs/damaged").json()["state"] == "failed")
+        assert "damaged" in house.client.get("/jobs/damaged").json()["problem"]["detail"]
+    assert house.client.get("/jobs").status_code == 200
+
+
+FILES = (
+    "journal.db",
+    "journal.db-wal",
+    "history.db",
+    "history.db-wal",
+    "progress.txt",
+    "url-secret",
+    "device.json",
+    "death.json",
+    "crash.log",
+)
+
+
+def damaged(path: Path, how: str) -> None:
+    """Put something else where a file belongs."""
+    match how:
+        case "garbage":
+            path.write_bytes(os.urandom(5000))
+        case "empty":
+            path.write_bytes(b"")
+        case "folder":
+            path.mkdir()
+            (path / "inside").touch()
+        case "cut":
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2] if path.exists() else b"SQLite format 3\x00")
+        case "another program's":
+            with closing(sqlite3.connect(path)) as base, base:
+                base.execute("CREATE TABLE jobs (a, b)")
+                base.execute("CREATE TABLE drawn (a, b)")
+        case "a link to nothing":
+            path.symlink_to(path.parent / "nowhere")
+
+
+@pytest.mark.parametrize("how", ["garbage", "empty", "folder", "cut", "another program's", "a link to nothing"])
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_file_holds_up_nothing(house_of: Callable[..., House], tmp_path: Path, name: str, how: str) -> None:
+    """Whatever stands in the place of any file: ready, a picture, its signed address, a job, the history."""
+    data = tmp_path / "data"
+    data.mkdir()
+    damaged(data / name, how)
+    house = house_of(**SIGNED)
+    assert house.client.get("/readyz").json()["missing"] == []
+    receipt = house.client.get("/create_and_upload_image", params={**ASK, "seed": 5}).json()
+    assert httpx.URL(receipt["path"]).params["signature"]
+    assert house.client.get(receipt["path"]).status_code == 200
+    accepted = house.client.post("/create_and_upload_image", json=ASK, headers={"Prefer": "respond-async"})
+    assert accepted.status_code == 202, accepted.text
+    until(lambda: house.client.get(accepted.headers["location"]).json()["state"] == "done")
+    assert house.client.get("/history").status_code == 200
+    until(lambda: len(house.client.get("/history").json()["pictures"]) >= 1)
+
+
+@pytest.mark.parametrize("name", ["journal.db", "history.db"])
+def test_what_is_put_aside_is_kept_whole(house_of: Callable[..., House], tmp_path: Path, name: str) -> None:
+    """Under a name that says what it is, with the log beside it, and the new one starts empty."""
+    (tmp_path / "data").mkdir()
+    noise = os.urandom(5000)
+    (tmp_path / "data" / name).write_bytes(noise)
+    house_of()
+    until(lambda: bool(list((tmp_path / "data").glob(f"{name}.broken-*"))))
+    (aside,) = (tmp_path / "data").glob(f"{name}.broken-*")
+    assert aside.read_bytes() == noise
+
+
+@pytest.mark.parametrize("part", [0.2, 0.5, 0.9])
+def test_a_journal_whose_pages_are_damaged_is_put_aside(tmp_path: Path, part: float) -> None:
+    """Not only its header: noise in its midst, where a look at one row would not meet it."""
+    journal = Journal(tmp_path / "journal.db", MOST)
+    journal.open()
+    for number in range(300):
+        journal.accept(*waiting(f"job-{number}"))
+    journal.close()
+    content = bytearray((tmp_path / "journal.db").read_bytes())
+    at = int(len(content) * part) // 4096 * 4096
+    content[at : at + 12_288] = os.urandom(12_288)
+    (tmp_path / "journal.db").write_bytes(content)
+    journal.open()
+    assert journal.unfinished() == []
+    journal.accept(*waiting("later"))
+    journal.close()
+    assert len(list(tmp_path.glob("journal.db.broken-*"))) == 1
+
+
+def test_a_journal_that_is_only_out_of_reach_is_left_where_it_is(tmp_path: Path) -> None:
+    """Held by another process, or in a folder that is not there: refused, and not put aside."""
+    held, second = (Journal(tmp_path / "journal.db", MOST) for _ in range(2))
+    held.open()
+    held.accept(*waiting("job"))
+    for journal in (second, Journal(tmp_path / "absent" / "journal.db", MOST)):
+        with pytest.raises(JournalUnavailable):
+            journal.open()
+    assert [path.name for path in tmp_path.iterdir() if "broken" in path.name] == []
+    assert [entry.id for entry in held.unfinished()] == ["job"]
+    held.close()
+
+
+def test_a_journal_of_the_first_version_is_taken_up(tmp_path: Path) -> None:
+    """Its jobs, files, keys and messages are there, each with the share of its caller."""
+    journal = kept(tmp_path / "journal.db")
+    with closing(sqlite3.connect(tmp_path / "journal.db")) as base, base:
+        for index in ("jobs_by_share", "claims_by_share"):
+            base.execute(f"DROP INDEX {index}")
+        for column in ("share", "bytes", "deaths", "kills"):
+            base.execute(f"ALTER TABLE jobs DROP COLUMN {column}")
+        base.execute("ALTER TABLE claims DROP COLUMN share")
+        base.execute("PRAGMA user_version = 1")
+    journal.open()
+    assert [(entry.id, entry.share) for entry in journal.unfinished()] == [
+        *((name, "address ") for name in ("whole-1", "damaged", "whole-2")),
+        ("job-1", "key ann"),
+    ]
+    assert all(entry.bytes > 0 for entry in journal.unfinished())
+    assert journal.begin("job-1") == WORK
+    again = journal.claim(CLAIM, 5.0)
+    assert again is not None
+    assert again.job_id == "ended"
+    assert [message.body for message in journal.messages(time.time(), 9)] == ["the body"]
+    journal.close()
+
+
+@pytest.mark.parametrize("value", [None, b"\xff", "x", "[]", "{", "9" * 5000, "[" * 9000, 5])
+def test_a_damaged_entry_of_the_history_is_left_out(tmp_path: Path, value: object) -> None:
+    """Of any column: the others are found, whatever is asked for."""
+    names = [*Drawn.__slots__[:-1], "words"]
+    for number, column in enumerate(names):
+        index = Index(tmp_path / f"{number}.db", 100, 0)
+        index.open()
+        drawn = [Drawn(f"{key}.webp", key, "red", "sdxl", "t", 1, 8, 8, "ann", 5.0, {"a": 1}) for key in "abc"]
+        index.add(drawn)
+        with closing(sqlite3.connect(tmp_path / f"{number}.db")) as base, base:
+            base.execute(f"UPDATE drawn SET {column} = ? WHERE digest = 'b'", (value,))  # noqa: S608  # a column's name
+        found = {entry.key for entry in index.search(Wanted())}
+        assert {"a.webp", "c.webp"} <= found
+        assert index.find("key", "a.webp") is not None
+        index.find("digest", "b")
+        json.dumps([entry.prompt for entry in index.search(Wanted())])
