@@ -8,6 +8,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import httpx
+import limits
 import uvicorn
 from fastapi import FastAPI
 from starlette.routing import Route
@@ -16,10 +17,17 @@ from stable_diffusion_server.api.security.gate import BodyLimit, Gate
 from stable_diffusion_server.api.security.policy import Policy
 from stable_diffusion_server.api.security.proxies import Proxies
 from stable_diffusion_server.cli import main as command
+from stable_diffusion_server.decoding.pool import Decoder
 from stable_diffusion_server.settings.surroundings import quieten_gradio
 from stable_diffusion_server.ui import pages
 from stable_diffusion_server.ui.desks import Desks
 from stable_diffusion_server.ui.entrance import Entrance
+from stable_diffusion_server.ui.intake import Intake
+from stable_diffusion_server.ui.upload_routes import UploadRoutes
+from stable_diffusion_server.ui.uploads import UploadStore
+
+# As the settings of a server begin.
+_FILE_BYTES, _PIXELS, _SIDE, _EVENTS = 20_971_520, 16_777_216, 16_383, "1200/minute"
 
 
 def main() -> None:
@@ -44,22 +52,27 @@ def create_app(server: str, key: str) -> FastAPI:
     """The studio over `server`; the gate lets programs on this machine in, and no web page of others."""
     desks = Desks(httpx.AsyncClient(), base=server, key=key)
 
+    policy = Policy()
+    decoder = Decoder(max_bytes=_FILE_BYTES, max_pixels=_PIXELS, max_side=_SIDE)
+    intake = Intake(decoder.decode, UploadStore(), _FILE_BYTES)
+
     def build() -> FastAPI:
         quieten_gradio(Path(tempfile.gettempdir()) / "studio")
         # Imported here, on a thread: it takes seconds.
         from stable_diffusion_server.ui.tabs import studio
 
-        return studio.build(desks, policy.max_upload_bytes)
+        return studio.build(desks, intake, limits.parse(_EVENTS))
 
     parts = urlsplit(server)
-    entrance = Entrance(build, desks, keyed=False, sources={f"{parts.scheme}://{parts.netloc}"})
+    sources = {f"{parts.scheme}://{parts.netloc}"}
+    entrance = Entrance(build, desks, UploadRoutes(intake), keyed=False, sources=sources)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
         await entrance.close()
+        await decoder.close()
 
-    policy = Policy()
     app = FastAPI(lifespan=lifespan, openapi_url=None)
     for path in ("/ui", "/ui/{rest:path}"):
         app.router.routes.append(Route(path, entrance))

@@ -18,13 +18,14 @@ from stable_diffusion_server.app.fulfilling import build_service
 from stable_diffusion_server.app.jobs import build_jobs
 from stable_diffusion_server.app.stopping import drained_by_signals, leave_soon
 from stable_diffusion_server.app.storage import Stores
-from stable_diffusion_server.app.studio import add_studio
+from stable_diffusion_server.app.studio import add_studio, key_of_visitor
 from stable_diffusion_server.engine import Phase
 from stable_diffusion_server.observability.deaths import DeviceRecord
 from stable_diffusion_server.observability.logs import configure_logging
 from stable_diffusion_server.observability.metrics import Metrics
 from stable_diffusion_server.observability.tracing import Tracing
 from stable_diffusion_server.settings import Settings
+from stable_diffusion_server.ui.guests import Guests
 
 _log = structlog.get_logger(__name__)
 
@@ -86,9 +87,10 @@ def create_app(
     # For what runs this app in its own way (deploy/): how much work there is, and whether it can be done.
     app.state.engine, app.state.jobs = engine, jobs
     handlers.install(app)
-    add_middleware(app, settings, metrics, tracing)
+    guests = Guests()
+    add_middleware(app, settings, metrics, tracing, key_of_visitor(guests))
     add_doors(app, settings, service, jobs, stores, options)
     add_replay(app, service, stores, options, decoder.decode)
-    studio = add_studio(app, settings, settle)
+    studio = add_studio(app, settings, decoder.decode, guests, settle)
     app.include_router(ops.router(missing, metrics.exposition, loaded.told))
     return app

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from ipaddress import ip_network
 
 import limits as rates
 from fastapi import FastAPI
+from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
 
 from stable_diffusion_server.api import files, history, replay, uploads
@@ -30,12 +32,15 @@ from stable_diffusion_server.service import Decode, Service
 from stable_diffusion_server.settings import Settings
 
 
-def add_middleware(app: FastAPI, settings: Settings, metrics: Metrics, tracing: Tracing) -> None:
+def add_middleware(
+    app: FastAPI, settings: Settings, metrics: Metrics, tracing: Tracing, visitor_key: Callable[[Headers], str | None]
+) -> None:
     """What every request passes, the last added first: CORS (refusals need its headers), gate, count of bytes."""
     policy = Policy(
         hosts=allowed_host_names(settings.host, settings.allowed_hosts, settings.public_base_url),
         origins=frozenset(settings.cors_origins),
         keys=build_keyring(settings),
+        visitor_key=visitor_key,
         allow_anonymous=settings.allow_anonymous,
         rate=_rate(settings.rate_limit),
         concurrency=settings.concurrency_limit,

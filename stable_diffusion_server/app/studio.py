@@ -6,41 +6,67 @@ from collections.abc import Callable
 from urllib.parse import urlsplit
 
 import httpx
+import limits as rates
 from fastapi import FastAPI
+from starlette.datastructures import Headers
+from starlette.requests import cookie_parser
 from starlette.routing import Route
 
 from stable_diffusion_server.settings import Settings
 from stable_diffusion_server.settings.surroundings import quieten_gradio
 from stable_diffusion_server.ui import pages
-from stable_diffusion_server.ui.desks import Desks
+from stable_diffusion_server.ui.desks import COOKIE, Desks
 from stable_diffusion_server.ui.entrance import Entrance
+from stable_diffusion_server.ui.guests import Guests
 from stable_diffusion_server.ui.inside import Inside
+from stable_diffusion_server.ui.intake import Decode, Intake
+from stable_diffusion_server.ui.upload_routes import UploadRoutes
+from stable_diffusion_server.ui.uploads import UploadLimits, UploadStore
 
 _GOOGLE, _AMAZON = "https://storage.googleapis.com", "https://*.amazonaws.com"
 
 
-def add_studio(app: FastAPI, settings: Settings, settle: Callable[[], object]) -> Entrance:
+def add_studio(
+    app: FastAPI, settings: Settings, decode: Decode, guests: Guests, settle: Callable[[], object]
+) -> Entrance:
     """The way in, set into the app unless UI=0. Nothing of Gradio is loaded before someone asks for it.
 
-    `settle` is called when it is, on a thread.
+    `decode` is the sandboxed decoder, `guests` are who has shown a key. `settle` is called when Gradio is loaded, on a
+    thread.
     """
-    desks = Desks(httpx.AsyncClient(transport=Inside(app)))
+    desks = Desks(httpx.AsyncClient(transport=Inside(app)), guests)
+    intake = Intake(decode, UploadStore(_limits(settings)), settings.max_image_bytes)
 
     def build() -> FastAPI:
         quieten_gradio((settings.data_dir / "studio").resolve())
         # Imported here, on a thread: it takes seconds.
         from stable_diffusion_server.ui.tabs import studio
 
-        built = studio.build(desks, settings.max_upload_bytes)
+        built = studio.build(desks, intake, rates.parse(settings.ui_events) if settings.ui_events else None)
         settle()
         return built
 
-    entrance = Entrance(build, desks, keyed=bool(settings.read_keys()), sources=_sources(settings))
+    keyed = bool(settings.read_keys())
+    entrance = Entrance(build, desks, UploadRoutes(intake), keyed=keyed, sources=_sources(settings))
     if settings.ui:
         app.router.routes.append(Route("/favicon.ico", pages.icon, include_in_schema=False))
         for path in ("/ui", "/ui/{rest:path}"):
             app.router.routes.append(Route(path, entrance, include_in_schema=False))
     return entrance
+
+
+def key_of_visitor(guests: Guests) -> Callable[[Headers], str | None]:
+    """What tells the key that the visitor of a page has shown, from the headers of a request."""
+    return lambda headers: guests.key_of(cookie_parser(headers.get("cookie", "")).get(COOKIE, ""))
+
+
+def _limits(settings: Settings) -> UploadLimits:
+    return UploadLimits(
+        pictures=settings.ui_uploads,
+        bytes=settings.ui_upload_bytes,
+        total_bytes=settings.ui_upload_total_bytes,
+        seconds=settings.ui_upload_seconds,
+    )
 
 
 def _sources(settings: Settings) -> set[str]:

@@ -66,6 +66,25 @@ class Doors(Group):
         ),
     )
     ui: bool = Field(True, description="0 leaves the UI out, which is at `/ui`.")
+    ui_events: str = Field(
+        "1200/minute",
+        description="Events of the UI's pages by one visitor; those that draw count for RATE_LIMIT too. Empty: any.",
+    )
+    ui_uploads: int = Field(
+        16, ge=2, description="Pictures sent to the UI that are kept of one visitor; the oldest goes first."
+    )
+    ui_upload_bytes: int = Field(
+        100_663_296, ge=1024, description="Bytes of pictures sent to the UI that are kept of one visitor, in memory."
+    )
+    ui_upload_total_bytes: int = Field(
+        268_435_456, ge=1024, description="The same of all visitors together; who keeps most loses the oldest first."
+    )
+    ui_upload_seconds: float = Field(
+        3600.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Seconds that a picture sent to the UI is kept after its last use.",
+    )
     get_generates: bool = Field(True, description="0 has only POST draw.")
     max_n: int = Field(
         4, ge=1, le=64, description="Most pictures one request may ask for, where it may ask for several."
@@ -130,7 +149,7 @@ class Doors(Group):
         parse_keys(_lines(value))
         return value
 
-    @field_validator("rate_limit")
+    @field_validator("rate_limit", "ui_events")
     @classmethod
     def _is_a_rate(cls, value: str) -> str:
         if value and not is_rate(value):

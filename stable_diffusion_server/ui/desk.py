@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
@@ -13,6 +14,7 @@ import httpx
 Job = dict[str, Any]
 Files = Mapping[str, bytes]
 
+_JOB_ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
 _SHORT, _LONG = httpx.Timeout(30), httpx.Timeout(30, read=60)
 
 
@@ -37,12 +39,24 @@ class Wish:
 
 
 @dataclass(frozen=True, slots=True)
+class Client:
+    """The connection a visitor came by: its address, and whether through a proxy that nobody answers for."""
+
+    address: str = "127.0.0.1"
+    forwarded: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Desk:
-    """The server at `base`, asked with `key` where it wants one."""
+    """The server at `base`, asked with `key` where it wants one, on behalf of `client`.
+
+    A server in this process is told whose request it is: it holds for the visitor, not for this machine.
+    """
 
     http: httpx.AsyncClient
     base: str
     key: str = field(default="", repr=False)
+    client: Client = Client()
 
     async def start(self, wish: Wish) -> Job:
         """Have a picture drawn, as a job. Raises `RefusedError`."""
@@ -52,8 +66,8 @@ class Desk:
 
     async def events(self, job_id: str) -> AsyncIterator[tuple[str, Job]]:
         """What happens to a job, until it has ended. Raises `RefusedError`."""
-        url, headers = f"{self.base}/jobs/{job_id}/events", self._headers({})
-        async with self.http.stream("GET", url, headers=headers, timeout=_LONG) as answer:
+        url, headers = f"{self.base}/jobs/{_known(job_id)}/events", self._headers({})
+        async with self.http.stream("GET", url, headers=headers, timeout=_LONG, extensions=self._told()) as answer:
             if answer.status_code != HTTPStatus.OK:
                 await answer.aread()
                 raise _refused(answer)
@@ -67,11 +81,11 @@ class Desk:
 
     async def job(self, job_id: str) -> Job:
         """How a job stands. Raises `RefusedError`."""
-        return await self._json("GET", f"/jobs/{job_id}")
+        return await self._json("GET", f"/jobs/{_known(job_id)}")
 
     async def cancel(self, job_id: str) -> Job:
         """End a job. Raises `RefusedError`."""
-        return await self._json("DELETE", f"/jobs/{job_id}")
+        return await self._json("DELETE", f"/jobs/{_known(job_id)}")
 
     async def jobs(self) -> list[Job]:
         """The visitor's latest jobs, newest first. Raises `RefusedError`."""
@@ -121,15 +135,27 @@ class Desk:
         headers, timeout = self._headers(more.pop("headers", {})), more.pop("timeout", _SHORT)
         answers = more.pop("answers", ())
         try:
-            answer = await self.http.request(method, self.base + path, headers=headers, timeout=timeout, **more)
+            answer = await self.http.request(
+                method, self.base + path, headers=headers, timeout=timeout, extensions=self._told(), **more
+            )
         except httpx.HTTPError as error:
             raise RefusedError(0, f"The server cannot be reached ({type(error).__name__}).") from error
         if answer.status_code >= HTTPStatus.BAD_REQUEST and answer.status_code not in answers:
             raise _refused(answer)
         return answer
 
+    def _told(self) -> dict[str, Client]:
+        return {"client": self.client}
+
     def _headers(self, more: Mapping[str, str]) -> dict[str, str]:
         return {**more, "Authorization": f"Bearer {self.key}"} if self.key else dict(more)
+
+
+def _known(job_id: str) -> str:
+    """A job's id as a part of a path; pages send ids back, which may be anything. Raises `RefusedError`."""
+    if not _JOB_ID.fullmatch(job_id):
+        raise RefusedError(HTTPStatus.NOT_FOUND, "There is no job of this id.")
+    return job_id
 
 
 def _path(key: str) -> str:

@@ -1,13 +1,14 @@
-"""Which desk a visitor stands at: the server by the address they used, with the key they have shown. No requests."""
+"""Who a visitor is: the server by the address they used, the key they have shown, a name for what is theirs."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
 from dataclasses import dataclass, field
 
 import httpx
+from starlette.requests import Request
 
-from stable_diffusion_server.ui.desk import Desk
+from stable_diffusion_server.ui.desk import Client, Desk
 from stable_diffusion_server.ui.guests import Guests
 
 COOKIE = "studio"
@@ -22,10 +23,24 @@ class Desks:
     base: str = ""
     key: str = field(default="", repr=False)
 
-    def at(self, base: str, key: str) -> Desk:
+    def at(self, base: str, key: str, client: Client) -> Desk:
         """The desk for a key."""
-        return Desk(self.http, self.base or base.rstrip("/"), self.key or key)
+        return Desk(self.http, self.base or base.rstrip("/"), self.key or key, client)
 
-    def of(self, base: str, cookies: Mapping[str, str]) -> Desk:
+    def of(self, request: Request) -> Desk:
         """The desk of a visitor."""
-        return self.at(base, self.guests.key_of(cookies.get(COOKIE, "")) or "")
+        key = self.guests.key_of(request.cookies.get(COOKIE, "")) or ""
+        return self.at(f"{request.url.scheme}://{request.headers.get('host', '')}", key, client_of(request))
+
+    def owner_of(self, request: Request) -> str:
+        """The name under which a visitor's uploads and sessions are kept: by the key shown, else by the address."""
+        if key := self.guests.key_of(request.cookies.get(COOKIE, "")):
+            return f"key {hashlib.sha256(key.encode()).hexdigest()}"
+        caller = request.scope.get("state", {}).get("caller")
+        return f"address {getattr(caller, 'address', '') or client_of(request).address}"
+
+
+def client_of(request: Request) -> Client:
+    """The connection a request came by."""
+    address = request.client.host if request.client else ""
+    return Client(address, bool(request.scope.get("state", {}).get("forwarded")))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from http import HTTPStatus
+from urllib.parse import parse_qs
 
 import structlog
 from fastapi import FastAPI
@@ -14,14 +16,25 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.types import Message, Receive, Scope, Send
 
+from stable_diffusion_server.errors import Forbidden, InvalidInput, Malformed, NotFound, ServerError, UnsupportedMedia
 from stable_diffusion_server.ui import pages
+from stable_diffusion_server.ui.bodies import read_body
 from stable_diffusion_server.ui.desk import RefusedError
-from stable_diffusion_server.ui.desks import COOKIE, Desks
+from stable_diffusion_server.ui.desks import COOKIE, Desks, client_of
+from stable_diffusion_server.ui.problems import problem
+from stable_diffusion_server.ui.upload_routes import UploadRoutes
 
 _log = structlog.get_logger(__name__)
 
 _DAY = 86_400
 _KEY_BYTES = 4096
+_FORM = "application/x-www-form-urlencoded"
+_WRONG = "This is no key of this server."
+# As keys are written in the settings: what a header can carry.
+_KEY = re.compile(r"[!-~]+")
+_PAGES = ("/ui", "/ui/")
+# What a browser says it wants when someone opens a page; programs say nothing.
+_OPENING = ("", "document")
 
 
 class Entrance:
@@ -29,19 +42,22 @@ class Entrance:
 
     `build` imports Gradio and makes the studio, which takes seconds: on a thread, when someone first asks, so that a
     server nobody looks at pays nothing. `desks` lead back to the server; with `keyed`, a visitor
-    shows a key first. Pictures may also come from `sources`, the bucket's origins.
+    shows a key first. Pictures that visitors send go to `uploads`, and never to Gradio. Pictures may also be shown from
+    `sources`, the bucket's origins.
     """
 
     def __init__(
         self,
         build: Callable[[], FastAPI],
         desks: Desks,
+        uploads: UploadRoutes,
         *,
         keyed: bool,
         sources: Collection[str] = (),
     ) -> None:
         self._build = build
         self._desks = desks
+        self._uploads = uploads
         self._keyed = keyed
         self._headers = _headers(sources)
         self._studio: FastAPI | None = None
@@ -55,9 +71,12 @@ class Entrance:
         request = Request(scope, receive)
         if self._keyed and (refused := await self._checked(request)) is not None:
             await refused(scope, receive, send)
+        elif self._uploads.answers(request.url.path):
+            await (await self._uploads.answer(request, self._desks.owner_of(request)))(scope, receive, send)
         elif self._studio is None:
             await self._opened(request)(scope, receive, send)
         else:
+            scope.setdefault("state", {})["owner"] = self._desks.owner_of(request)
             await self._shown(self._studio, scope, receive, send)
 
     def drain(self) -> None:
@@ -79,14 +98,14 @@ class Entrance:
             return None
         if request.method != "POST" or request.url.path != "/ui/key":
             return pages.key_wanted()
-        if int(request.headers.get("content-length", _KEY_BYTES + 1)) > _KEY_BYTES:
-            return pages.key_wanted("That is too long for a key.")
-        key = str((await request.form()).get("key", ""))
         try:
-            await self._desks.at(str(request.base_url), key).jobs()
+            key = await _key_sent(request)
+            await self._desks.at(str(request.base_url), key, client_of(request)).jobs()
         except RefusedError as error:
             wrong = error.status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)
-            return pages.key_wanted("This is no key of this server." if wrong else error.detail)
+            return pages.key_wanted(_WRONG if wrong else error.detail)
+        except ServerError as error:
+            return pages.key_wanted(error.detail)
         answer = RedirectResponse("/ui/", HTTPStatus.SEE_OTHER)
         secure = request.url.scheme == "https"
         token = self._desks.guests.welcome(key)
@@ -94,6 +113,11 @@ class Entrance:
         return answer
 
     def _opened(self, request: Request) -> Response:
+        """What is answered while there is no studio. Only who opens a page has it built: no picture, no script."""
+        if request.method != "GET" or request.url.path not in _PAGES:
+            return problem(NotFound("There is nothing here before the page is opened."))
+        if request.headers.get("sec-fetch-dest", "") not in _OPENING:
+            return problem(Forbidden("The page is not opened as a part of another one."))
         if self._fault:
             return pages.closed(self._fault)
         if self._opening is None:
@@ -138,6 +162,20 @@ class Entrance:
 
 async def _run(studio: FastAPI, scope: Scope, receive: Receive, send: Send) -> None:
     await studio({**scope, "app": studio}, receive, send)
+
+
+async def _key_sent(request: Request) -> str:
+    """The key in the form of the page that asks for one. Raises a `ServerError` whose sentence is for people."""
+    body = await read_body(request.receive, _KEY_BYTES)
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != _FORM:
+        raise UnsupportedMedia("A key comes from the form on this page.")
+    try:
+        key = parse_qs(body.decode("ascii"), max_num_fields=4).get("key", [""])[0]
+    except ValueError as error:
+        raise Malformed("The form could not be read.") from error
+    if not _KEY.fullmatch(key):
+        raise InvalidInput(_WRONG)
+    return key
 
 
 def _headers(sources: Collection[str]) -> dict[str, str]:

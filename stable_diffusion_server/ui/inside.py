@@ -10,11 +10,16 @@ from urllib.parse import unquote
 import httpx
 from starlette.types import ASGIApp, Message, Scope
 
+from stable_diffusion_server.ui.desk import Client
+
 _AHEAD = 32
 
 
 class Inside(httpx.AsyncBaseTransport):
-    """Asks `app` as a client on this machine would; httpx's own transport waits for the whole answer."""
+    """Asks `app` as the client that a request's extension `client` names would, else as one on this machine.
+
+    httpx's own transport waits for the whole answer.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -81,6 +86,9 @@ class _Exchange(httpx.AsyncByteStream):
 
 
 def _scope_of(request: httpx.Request) -> Scope:
+    client = request.extensions.get("client", Client())
+    # What says that a request came through somebody else's proxy; who that is has no bearing.
+    forwarded = [(b"forwarded", b"for=unknown")] if client.forwarded else []
     path, _, query = request.url.raw_path.partition(b"?")
     return {
         "type": "http",
@@ -92,7 +100,7 @@ def _scope_of(request: httpx.Request) -> Scope:
         "raw_path": path,
         "query_string": query,
         "root_path": "",
-        "headers": [(name.lower(), value) for name, value in request.headers.raw],
-        "client": ("127.0.0.1", 0),
+        "headers": [*((name.lower(), value) for name, value in request.headers.raw), *forwarded],
+        "client": (client.address, 0),
         "server": (request.url.host, request.url.port),
     }

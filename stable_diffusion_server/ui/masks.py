@@ -1,53 +1,71 @@
-"""Pictures of the studio's editors as files and back: what was painted as a mask, edges to look at. No pages."""
+"""What is seen of a visitor's pictures: edges, what was painted as a mask. Pixels in, small pictures out; no pages."""
 
 from __future__ import annotations
 
-import io
-from collections.abc import Sequence
-from pathlib import Path
+import base64
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
-from stable_diffusion_server.image_processing import canny
+from stable_diffusion_server.image_processing import canny, feathered
+from stable_diffusion_server.ui.intake import encoded
 
 Pixels = NDArray[np.uint8]
 
-_LOOK = (768, 768)
+_LOOK = 768
 
 
-def edges(path: Path, low: int, high: int) -> Pixels:
-    """The edges of a picture as the server finds them, no larger than is looked at."""
-    with Image.open(path) as image:
-        image.thumbnail(_LOOK)
-        return canny(np.asarray(image.convert("RGB")), low, high)
+def edges(pixels: Pixels, low: int, high: int) -> str:
+    """The edges of a picture as the server finds them, no larger than is looked at, as a data URL."""
+    return _url(canny(_reduced(pixels), low, high), "PNG", compress_level=6)
 
 
-def painted(layers: Sequence[Pixels], height: int, width: int) -> Pixels:
-    """What was painted on layers (height × width × 4, the last their opacity), as a mask: 255 where anything was."""
-    mask = np.zeros((height, width), np.uint8)
-    for layer in layers:
-        mask[layer[..., 3] > 0] = 255
-    return mask
+def painted(mask: Pixels) -> bytes:
+    """What was painted (height × width × 3, black where nothing was) as a mask's PNG file: white where anything was.
+
+    Empty where nothing was painted at all.
+    """
+    flat = _flat(mask)
+    return encoded(flat, "PNG", compress_level=1) if flat.any() else b""
 
 
-def previewed(background: Pixels, mask: Pixels) -> Pixels:
-    """The picture with its masked part under black and white stripes, which are seen on every colour."""
+def previewed(picture: Pixels, mask: Pixels, feather: int) -> str:
+    """The picture with its masked part under black and white stripes, seen on every colour, as a data URL.
+
+    The mask fades in over `feather` pixels. Empty where nothing was painted.
+    """
+    height, width = picture.shape[:2]
+    flat = _flat(mask)
+    if not flat.any():
+        return ""
+    if flat.shape != (height, width):
+        flat = np.asarray(cv2.resize(flat, (width, height), interpolation=cv2.INTER_NEAREST), np.uint8)
+    return _url(striped(_reduced(picture), _reduced(feathered(flat, feather))), "JPEG", quality=85)
+
+
+def striped(picture: Pixels, mask: Pixels) -> Pixels:
+    """A picture (height × width × 3) under stripes where its mask (height × width) is white."""
     down, across = np.indices(mask.shape)
     width = max(4, max(mask.shape) // 48)
     stripes = np.where((down + across) // width % 2, 0, 255).astype(np.float32)[..., None]
     weight = (mask.astype(np.float32) / 255 * 0.6)[..., None]
-    return np.rint(background[..., :3] * (1 - weight) + stripes * weight).astype(np.uint8)
+    return np.rint(picture * (1 - weight) + stripes * weight).astype(np.uint8)
 
 
-def png(pixels: Pixels) -> bytes:
-    """A PNG file of pixels; opacity is left out."""
-    target = io.BytesIO()
-    Image.fromarray(pixels[..., :3] if pixels.ndim == 3 else pixels).save(target, "PNG", compress_level=1)
-    return target.getvalue()
+def _flat(mask: Pixels) -> Pixels:
+    return np.where(mask.max(axis=2) > 0, 255, 0).astype(np.uint8)
 
 
-def opened(file: bytes) -> Image.Image:
-    """A picture out of a file of our own making."""
-    return Image.open(io.BytesIO(file)).convert("RGB")
+def _reduced(pixels: Pixels) -> Pixels:
+    """No larger than is looked at."""
+    height, width = pixels.shape[:2]
+    scale = _LOOK / max(height, width)
+    if scale >= 1:
+        return pixels
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    return np.asarray(cv2.resize(pixels, size, interpolation=cv2.INTER_AREA), np.uint8)
+
+
+def _url(pixels: Pixels, kind: str, **options: int) -> str:
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(encoded(pixels, kind, **options)).decode()}"

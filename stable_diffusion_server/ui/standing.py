@@ -15,7 +15,7 @@ _FIGURES = {
     "sds_queue_running": "On the device",
     "sds_queue_waiting": "Waiting",
     "process_resident_memory_bytes": "Memory of the server",
-    "sds_spool_files": "Waiting for the storage",
+    "sds_spool_pictures": "Waiting for the storage",
 }
 _FACTS = {
     "folder": "Weights",

@@ -189,3 +189,21 @@ def facts(rows: Mapping[str, str]) -> str:
         f'<tr><th scope="row">{escape(name)}</th><td>{escape(value)}</td></tr>' for name, value in rows.items()
     )
     return f'<table class="sds-facts">{cells}</table>'
+
+
+def figure(caption: str, source: str) -> str:
+    """A picture under its caption, as HTML."""
+    return (
+        f'<figure class="sds-figure"><figcaption class="sds-label">{escape(caption)}</figcaption>'
+        f'<img src="{escape(source)}" alt="{escape(caption)}"></figure>'
+    )
+
+
+def before_and_after(before: str, after: str) -> str:
+    """Two pictures in one, with a slider between them, as HTML."""
+    return (
+        '<div class="sds-compare" style="--at: 50%"><span class="sds-label">Before and after</span>'
+        f'<div class="sds-both"><img src="{escape(after)}" alt="After"><img class="sds-before" '
+        f'src="{escape(before)}" alt="Before"></div>'
+        '<input type="range" min="0" max="100" value="50" aria-label="How much of the picture before is seen"></div>'
+    )

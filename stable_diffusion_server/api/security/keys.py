@@ -27,7 +27,7 @@ class Key:
 
 def hashed(secret: str) -> bytes:
     """The SHA-256 of a secret."""
-    return hashlib.sha256(secret.encode()).digest()
+    return hashlib.sha256(secret.encode("utf-8", "surrogatepass")).digest()
 
 
 class Keyring:
@@ -41,7 +41,11 @@ class Keyring:
 
     def holder(self, headers: Headers) -> Key:
         """The key a request was sent with. Raises `Unauthorized`."""
-        given = hashed(_sent(headers))
+        return self.of(_sent(headers))
+
+    def of(self, secret: str) -> Key:
+        """The key of a secret. Raises `Unauthorized`."""
+        given = hashed(secret)
         # Every key is compared, so that the time tells nothing about which one came close.
         matching = [key for key in self._keys if hmac.compare_digest(given, key.digest)]
         if not matching:

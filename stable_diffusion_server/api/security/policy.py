@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from urllib.parse import urlsplit
@@ -14,7 +14,7 @@ from starlette.datastructures import Headers, QueryParams
 from starlette.types import Scope
 
 from stable_diffusion_server.api.bodies import BodyLimits
-from stable_diffusion_server.api.security.keys import Keyring, holds_key
+from stable_diffusion_server.api.security.keys import Key, Keyring, holds_key
 from stable_diffusion_server.api.security.rates import Allowed
 from stable_diffusion_server.errors import Forbidden, Misdirected, TooLarge
 from stable_diffusion_server.orders import Caller
@@ -33,6 +33,8 @@ _CHEAP_PATHS = (
 _PICTURE_PATHS = ("/inpaint_", "/style_transfer_", "/sdapi/v1/txt2img", "/sdapi/v1/img2img", "/sdapi/v1/png-info")
 # Digits of a `Content-Length`; Python's `int` refuses thousands.
 _LONGEST_LENGTH = 18
+# Under a cheap path, and yet work: pictures sent to the UI are decoded.
+_UPLOAD_PATH = "/ui/pictures"
 _PREFETCH = ("purpose", "sec-purpose", "x-moz")
 
 
@@ -49,6 +51,7 @@ class Policy:
     """Who may draw. `hosts` are names this server answers to, beside loopback; `origins` are pages that may draw.
 
     `rate` and `concurrency` hold for keys without their own, and for each address where no key is needed.
+    `visitor_key` tells the key that a visitor of the UI has shown, from a request's headers.
     """
 
     hosts: frozenset[str] = frozenset()
@@ -60,6 +63,7 @@ class Policy:
     max_body_bytes: int = 1_048_576
     max_upload_bytes: int = 33_554_432
     max_image_bytes: int = 20_971_520
+    visitor_key: Callable[[Headers], str | None] = lambda headers: None
 
     @property
     def body_limits(self) -> BodyLimits:
@@ -70,7 +74,7 @@ class Policy:
         """How many bytes a body may have: pictures come as files of multipart bodies, and in base64 in some JSON."""
         media_type = headers.get("content-type", "").lstrip().lower()
         pictures = media_type.startswith("application/json") and path.startswith(_PICTURE_PATHS)
-        long = pictures or media_type.startswith("multipart/form-data")
+        long = pictures or media_type.startswith("multipart/form-data") or path == _UPLOAD_PATH
         return self.max_upload_bytes if long else self.max_body_bytes
 
     def admit(self, scope: Scope, headers: Headers) -> Admitted:
@@ -88,17 +92,17 @@ class Policy:
         length, limit = headers.get("content-length", "0"), self.body_limit(path, headers)
         if length.isascii() and length.isdigit() and (len(length) > _LONGEST_LENGTH or int(length) > limit):
             raise TooLarge(f"A body may have {limit} bytes here.")
-        return Admitted(admitted.caller) if _is_under(path, _CHEAP_PATHS) else admitted
+        cheap = _is_under(path, _CHEAP_PATHS) and not (path == _UPLOAD_PATH and scope["method"] == "POST")
+        return Admitted(admitted.caller) if cheap else admitted
 
     def _admit_client(self, scope: Scope, headers: Headers) -> Admitted:
         stranger = self._stranger(scope)
         if self.keys and _is_under(scope["path"], ("/ui",)):
             # A page cannot send a key: the UI asks for one itself, and asks our doors with it.
-            return Admitted(stranger)
+            shown = self.visitor_key(headers)
+            return self._admit_key(self.keys.of(shown), stranger) if shown else Admitted(stranger)
         if self.keys and not (self.allow_anonymous and not holds_key(headers)):
-            key = self.keys.holder(headers)
-            caller = replace(key.caller, address=stranger.address)
-            return Admitted(caller, Allowed(caller.share, key.rate or self.rate, key.concurrency or self.concurrency))
+            return self._admit_key(self.keys.holder(headers), stranger)
         if self.allow_anonymous:
             return Admitted(stranger, Allowed(stranger.share, self.rate, self.concurrency))
         # A proxy on this machine that the settings do not name makes everyone look as if they were on it.
@@ -111,6 +115,10 @@ class Policy:
     def _stranger(self, scope: Scope) -> Caller:
         """Whoever has shown no key: nobody, but for the address."""
         return Caller(anonymous=True, address=network_of((scope.get("client") or ("",))[0]))
+
+    def _admit_key(self, key: Key, stranger: Caller) -> Admitted:
+        caller = replace(key.caller, address=stranger.address)
+        return Admitted(caller, Allowed(caller.share, key.rate or self.rate, key.concurrency or self.concurrency))
 
     def _check_host(self, headers: Headers) -> None:
         hosts = headers.getlist("host")

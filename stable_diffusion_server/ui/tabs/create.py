@@ -49,7 +49,7 @@ def tab(desks: Desks, blocks: gr.Blocks) -> Create:
             chosen = fields(slots, prompt)
     here = panel.panel(slots, draw, cancel, chosen, at, beside=False)
 
-    def wishes(width: float | None, height: float | None, explore: bool, *values: Any) -> list[Wish]:
+    async def wishes(_: str, width: float | None, height: float | None, explore: bool, *values: Any) -> list[Wish]:
         common = common_of(*values)
         if explore and not common.seed:
             common = replace(common, seed=str(secrets.randbelow(asking.SEED_END)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +42,7 @@ class _One:
     address: gr.Textbox
     curl: gr.Code
     python: gr.Code
-    record: gr.JSON
+    record: gr.Code
     deeds: tuple[gr.Button, ...]
     below: gr.Column
 
@@ -115,7 +116,7 @@ def _one() -> _One:
             curl = gr.Code(label="curl", language="shell", interactive=False, elem_id="sds-curl")
             python = gr.Code(label="OpenAI's client", language="python", interactive=False, elem_id="sds-python")
         with gr.Accordion("The whole record", open=False):
-            record = gr.JSON(label="Record", open=True)
+            record = gr.Code(label="Record", language="json", interactive=False, elem_id="sds-record")
     return _One(told, whole, seen, facts, address, curl, python, record, deeds, below)
 
 
@@ -185,11 +186,19 @@ async def _told(desks: Desks, request: gr.Request, shown: list[Any], index: int)
         record = (await desk.record(picture["key"]))["record"]
     except RefusedError as error:
         facts = recounting.page(picture, {})
-        return index, telling.alert(error.detail), *seen, facts, picture["path"], "", "", None
+        return index, telling.alert(error.detail), *seen, facts, picture["path"], "", "", ""
     whole = {**picture, **record}
     keyed = bool(desk.key)
     calls = snippets.curl(desk.base, whole, keyed=keyed), snippets.openai(desk.base, whole, keyed=keyed)
-    return index, "", *seen, recounting.page(picture, record), picture["path"], *calls, record
+    return (
+        index,
+        "",
+        *seen,
+        recounting.page(picture, record),
+        picture["path"],
+        *calls,
+        json.dumps(record, indent=2, ensure_ascii=False),
+    )
 
 
 def _at(shown: list[Any], index: int) -> dict[str, Any]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
+from starlette.requests import Request
 
+from stable_diffusion_server.errors import ServerError
 from stable_diffusion_server.ui import following, telling
 from stable_diffusion_server.ui.asking import UnfitError
 from stable_diffusion_server.ui.desk import Desk, RefusedError, Wish
@@ -23,9 +25,18 @@ _IN_MORE = {"negative_prompt", "num_inference_steps", "guidance_scale"}
 
 def desk_of(desks: Desks, request: gr.Request) -> Desk:
     """The desk of who clicked."""
+    return desks.of(_inner(request))
+
+
+def owner_of(desks: Desks, request: gr.Request) -> str:
+    """The name under which the pictures of who clicked are kept."""
+    return desks.owner_of(_inner(request))
+
+
+def _inner(request: gr.Request) -> Request:
     inner = request.request
     assert inner is not None  # noqa: S101  # only Gradio's own client has none; tells the type checker
-    return desks.of(f"{inner.url.scheme}://{inner.headers.get('host', '')}", request.cookies)
+    return inner
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,19 +138,27 @@ def wire(
     here: Panel,
     triggers: Sequence[Any],
     inputs: Sequence[Any],
-    wishes_of: Callable[..., list[Wish]],
+    wishes_of: Callable[..., Awaitable[list[Wish]]],
+    js: str | None = None,
 ) -> None:
-    """Have `triggers` draw what `wishes_of` makes of the inputs, Cancel end it, and a new page go on with it."""
+    """Have `triggers` draw what `wishes_of` makes of the inputs, Cancel end it, and a new page go on with it.
+
+    `wishes_of` is also given the name of the visitor; `js` is run in the page before the inputs are sent.
+    """
     # A page that is not wholly laid out yet sends nothing for some fields; theirs are what they begin with.
     firsts = [getattr(field, "value", None) for field in inputs]
 
     async def draw(request: gr.Request, *values: Any) -> AsyncIterator[Outputs]:
         try:
-            wishes = wishes_of(
-                *(first if value is None else value for value, first in zip(values, firsts, strict=True))
+            wishes = await wishes_of(
+                owner_of(desks, request),
+                *(first if value is None else value for value, first in zip(values, firsts, strict=True)),
             )
         except UnfitError as error:
             yield here.outputs_of(following.Shown(refused=str(error), faults=((error.field, str(error)),), over=True))
+            return
+        except ServerError as error:
+            yield here.outputs_of(following.Shown(refused=error.detail, faults=error.faults, over=True))
             return
         async for shown in following.draw(desk_of(desks, request), wishes):
             yield here.outputs_of(shown)
@@ -158,7 +177,7 @@ def wire(
             yield here.outputs_of(shown)
 
     blocks.load(resume, here.kept, here.outputs, **QUIET)
-    gr.on(triggers, draw, list(inputs), here.outputs, **QUIET)
+    gr.on(triggers, draw, list(inputs), here.outputs, js=js, **QUIET)
     here.cancel.click(cancel, here.jobs, here.told, **QUIET)
 
     def choose(event: gr.SelectData) -> int:

@@ -3,40 +3,35 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import gradio as gr
-from PIL import Image
 
+from stable_diffusion_server.errors import ServerError
 from stable_diffusion_server.ui import asking, masks, telling
 from stable_diffusion_server.ui.desk import Wish
 from stable_diffusion_server.ui.desks import Desks
+from stable_diffusion_server.ui.intake import Intake
 from stable_diffusion_server.ui.tabs import panel, ways
 from stable_diffusion_server.ui.tabs.fields import QUIET, Slots, common_of, fields, prompt_box
+from stable_diffusion_server.ui.tabs.picture_field import PictureField
 
 
 @dataclass(frozen=True, slots=True)
 class Restyle:
     """What others touch: the picture to start from, and the panel."""
 
-    image: gr.Image
+    image: PictureField
     panel: panel.Panel
 
 
-def tab(desks: Desks, blocks: gr.Blocks) -> Restyle:
+def tab(desks: Desks, intake: Intake, blocks: gr.Blocks) -> Restyle:
     """Lay the tab out here."""
     slots = Slots("restyle")
     with gr.Row(elem_classes="sds-desk"):
         with gr.Column(elem_classes="sds-ask"):
-            image = gr.Image(
-                label="Picture",
-                type="filepath",
-                format="png",
-                sources=["upload", "clipboard", "webcam"],
-                height=300,
-                elem_id=slots.id_of("image_file"),
-            )
+            image = PictureField("Picture", paints=False, elem_id=slots.id_of("image_file"))
             slots.slot("image_file")
             prompt = prompt_box(slots, "What should it become?")
             draw, cancel = panel.buttons()
@@ -52,23 +47,27 @@ def tab(desks: Desks, blocks: gr.Blocks) -> Restyle:
                 elem_id=slots.id_of("strength"),
             )
             slots.slot("strength")
-            edges = _edges(slots, image)
+            edges = _edges(desks, intake, slots, image)
             chosen = fields(slots, prompt)
     with at.results:
-        slider = ways.comparison()
+        beside = gr.HTML()
     here = panel.panel(slots, draw, cancel, chosen, at, beside=True)
-    ways.compare(desks, here, slider, image, lambda path: Image.open(path) if path else None)
+    ways.compare(here, beside, image)
 
-    def wishes(path: str | None, strength: float, canny: bool, low: float, high: float, *values: Any) -> list[Wish]:
-        if path is None:
+    async def wishes(
+        owner: str, picture: tuple[str, str], strength: float, canny: bool, low: float, high: float, *values: Any
+    ) -> list[Wish]:
+        if not picture[0]:
             raise asking.UnfitError("image_file", "Choose a picture to start from first.")
-        return asking.restyle(common_of(*values), Path(path).read_bytes(), strength, canny=canny, low=low, high=high)
+        file = intake.file(owner, picture[0])
+        return asking.restyle(common_of(*values), file, strength, canny=canny, low=low, high=high)
 
-    panel.wire(desks, blocks, here, [draw.click, prompt.submit], [image, strength, *edges, *chosen.inputs], wishes)
+    inputs = [image, strength, *edges, *chosen.inputs]
+    panel.wire(desks, blocks, here, [draw.click, prompt.submit], inputs, wishes, image.settled())
     return Restyle(image, here)
 
 
-def _edges(slots: Slots, image: gr.Image) -> tuple[gr.Checkbox, gr.Slider, gr.Slider]:
+def _edges(desks: Desks, intake: Intake, slots: Slots, image: PictureField) -> tuple[gr.Checkbox, gr.Slider, gr.Slider]:
     """Whether edges are kept, which ones, and how they look."""
     canny = gr.Checkbox(
         label="Keep the edges (canny)", info="A ControlNet draws along them.", elem_id=slots.id_of("canny")
@@ -84,10 +83,16 @@ def _edges(slots: Slots, image: gr.Image) -> tuple[gr.Checkbox, gr.Slider, gr.Sl
         )
         high = gr.Slider(0, 1000, 200, step=1, label="Strong edges from", elem_id=slots.id_of("canny_high"))
         slots.slot("canny_low", "canny_high")
-        seen = gr.Image(label="Edges", interactive=False, height=260, format="png", buttons=[])
+        seen = gr.HTML()
 
-    def look(path: str | None, canny: bool, low: float, high: float) -> Any:
-        return masks.edges(Path(path), int(low), int(high)) if path and canny else None
+    async def look(request: gr.Request, picture: tuple[str, str], canny: bool, low: float, high: float) -> str:
+        if not picture[0] or not canny:
+            return ""
+        try:
+            made = partial(masks.edges, low=int(low), high=int(high))
+            return telling.figure("Edges", await intake.work(panel.owner_of(desks, request), picture[:1], made))
+        except ServerError as error:
+            return telling.alert(error.detail)
 
     canny.input(lambda canny: gr.Column(visible=canny), canny, more, **QUIET)
     gr.on(

@@ -5,7 +5,6 @@
 
   const name = () => {
     for (const empty of document.querySelectorAll(".empty[aria-label]:not([role])")) empty.setAttribute("role", "img");
-    for (const upload of document.querySelectorAll("button[aria-dropeffect][aria-label]")) upload.removeAttribute("aria-label");
     for (const frame of document.querySelectorAll("button:has(> .image-frame):not([aria-label])")) {
       const label = frame.closest(".block")?.querySelector("[data-testid=block-label]")?.textContent.trim();
       frame.setAttribute("aria-label", label || "Picture");
@@ -37,6 +36,10 @@
     for (const fault of faults) seen.add(fault);
     if (fresh.length && fresh[0][0].offsetParent) fresh[0][0].focus();
   };
+
+  document.addEventListener("input", ({ target }) => {
+    target.closest?.(".sds-compare")?.style.setProperty("--at", `${target.value}%`);
+  });
 
   let asked = false;
   const mend = () => {

@@ -7,10 +7,15 @@ from typing import Any
 
 import gradio as gr
 from fastapi import FastAPI
+from limits import RateLimitItem
+from starlette.types import Scope
 
 from stable_diffusion_server.ui import offering
 from stable_diffusion_server.ui.desk import RefusedError
 from stable_diffusion_server.ui.desks import Desks
+from stable_diffusion_server.ui.events import events_of
+from stable_diffusion_server.ui.guard import GradioGuard
+from stable_diffusion_server.ui.intake import Intake
 from stable_diffusion_server.ui.tabs import create, history, inpaint, look, restyle, status
 from stable_diffusion_server.ui.tabs.fields import QUIET, habits_of
 from stable_diffusion_server.ui.tabs.panel import Panel, desk_of
@@ -20,11 +25,11 @@ _STYLE, _SCRIPT = (Path(__file__).with_name(f"studio.{kind}") for kind in ("css"
 _HOUR, _DAY = 3600, 86_400
 
 
-def build(desks: Desks, max_upload_bytes: int) -> FastAPI:
-    """The studio. Takes seconds, as Gradio does."""
+def build(desks: Desks, intake: Intake, rate: RateLimitItem | None) -> FastAPI:
+    """The studio behind its guard. Takes seconds, as Gradio does. `rate` is how many events one visitor may send."""
     with gr.Blocks(title="Studio", analytics_enabled=False, delete_cache=(_HOUR, _DAY)) as blocks:
         gr.Markdown("# Studio", elem_classes="sds-title")
-        creating, panels, kept = _tabs(desks, blocks)
+        creating, panels, kept = _tabs(desks, intake, blocks)
         _offer(desks, blocks, creating, panels, kept)
     blocks.queue(default_concurrency_limit=None, api_open=False)
     shell = FastAPI(openapi_url=None)
@@ -34,7 +39,10 @@ def build(desks: Desks, max_upload_bytes: int) -> FastAPI:
         path="/ui",
         footer_links=[],
         run_history=False,
-        max_file_size=max_upload_bytes,
+        # No file comes in by Gradio, and none goes out: these hold should the guard ever let one through.
+        allowed_paths=[],
+        blocked_paths=[Path.cwd().anchor],
+        max_file_size=1,
         show_error=False,
         ssr_mode=False,
         enable_monitoring=False,
@@ -44,18 +52,27 @@ def build(desks: Desks, max_upload_bytes: int) -> FastAPI:
         css=_STYLE.read_text(encoding="utf-8"),
         js=_SCRIPT.read_text(encoding="utf-8"),
     )
+    # Without it Gradio checks no path at all that a page names.
+    blocks.has_launched = True
+    shell.add_middleware(GradioGuard, events=events_of(blocks.config), owner=_owner, rate=rate)
     return shell
 
 
-def _tabs(desks: Desks, blocks: gr.Blocks) -> tuple[create.Create, list[Panel], history.History]:
+def _owner(scope: Scope) -> str:
+    """Whose request this is, as the entrance found."""
+    owner: str = scope["state"]["owner"]
+    return owner
+
+
+def _tabs(desks: Desks, intake: Intake, blocks: gr.Blocks) -> tuple[create.Create, list[Panel], history.History]:
     """All tabs, and the ways between them."""
     with gr.Tabs() as tabs:
         with gr.Tab("Create", id="create"):
             creating = create.tab(desks, blocks)
         with gr.Tab("Restyle", id="restyle"):
-            restyling = restyle.tab(desks, blocks)
+            restyling = restyle.tab(desks, intake, blocks)
         with gr.Tab("Inpaint", id="inpaint"):
-            painting = inpaint.tab(desks, blocks)
+            painting = inpaint.tab(desks, intake, blocks)
         with gr.Tab("History", id="history") as past:
             kept = history.tab(desks, past)
         with gr.Tab("Status", id="status") as state:
@@ -65,9 +82,9 @@ def _tabs(desks: Desks, blocks: gr.Blocks) -> tuple[create.Create, list[Panel], 
     panels = [creating.panel, restyling.panel, painting.panel]
     for panel in panels:
         with panel.results:
-            onward(desks, panel.shown, panel.chosen, panel.told, ways)
+            onward(desks, intake, panel.shown, panel.chosen, panel.told, ways)
     with kept.below:
-        onward(desks, kept.shown, kept.chosen, kept.told, ways)
+        onward(desks, intake, kept.shown, kept.chosen, kept.told, ways)
     return creating, panels, kept
 
 

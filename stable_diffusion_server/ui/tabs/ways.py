@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
-from PIL import Image
 
-from stable_diffusion_server.ui import masks, offering, recounting, telling
+from stable_diffusion_server.errors import ServerError
+from stable_diffusion_server.ui import offering, recounting, telling
 from stable_diffusion_server.ui.desk import RefusedError
 from stable_diffusion_server.ui.desks import Desks
+from stable_diffusion_server.ui.intake import Intake
 from stable_diffusion_server.ui.tabs.create import Create
 from stable_diffusion_server.ui.tabs.fields import QUIET
-from stable_diffusion_server.ui.tabs.panel import Panel, desk_of
+from stable_diffusion_server.ui.tabs.panel import Panel, desk_of, owner_of
+from stable_diffusion_server.ui.tabs.picture_field import PictureField
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,47 +25,33 @@ class Ways:
 
     tabs: gr.Tabs
     create: Create
-    to: Mapping[str, tuple[str, Any]]
+    to: Mapping[str, tuple[str, PictureField]]
 
 
-def comparison() -> gr.ImageSlider:
-    """Where a picture and what it was made from are seen in one."""
-    return gr.ImageSlider(label="Before and after", type="filepath", interactive=False, format="png", buttons=[])
+def compare(here: Panel, beside: gr.HTML, before: PictureField) -> None:
+    """Show the chosen picture beside the one it was made from."""
+
+    def both(shown: list[Any], chosen: int, picture: tuple[str, str]) -> str:
+        if not picture[0] or chosen >= len(shown):
+            return ""
+        return telling.before_and_after(f"pictures/{picture[0]}", str(shown[chosen]["path"]))
+
+    gr.on([here.shown.change, here.chosen.change], both, [here.shown, here.chosen, before], beside, **QUIET)
 
 
-def compare(
-    desks: Desks, here: Panel, slider: gr.ImageSlider, before: Any, opened: Callable[[Any], Image.Image | None]
-) -> None:
-    """Show the chosen picture beside what it was made from, which `opened` makes of the value of `before`."""
-
-    async def beside(request: gr.Request, shown: list[Any], chosen: int, value: Any) -> Any:
-        first = opened(value)
-        if first is None or chosen >= len(shown):
-            return None
-        try:
-            second = masks.opened(await desk_of(desks, request).picture(shown[chosen]["path"]))
-        except RefusedError:
-            return None
-        return first.convert("RGB").resize(second.size), second
-
-    gr.on([here.shown.change, here.chosen.change], beside, [here.shown, here.chosen, before], slider, **QUIET)
-
-
-def onward(desks: Desks, shown: gr.State, chosen: gr.State, told: gr.HTML, ways: Ways) -> None:
+def onward(desks: Desks, intake: Intake, shown: gr.State, chosen: gr.State, told: gr.HTML, ways: Ways) -> None:
     """Buttons that take the chosen picture to other tabs, and its settings to Create."""
 
-    def button(tab: str, label: str, target: Any) -> None:
+    def button(tab: str, label: str, target: PictureField) -> None:
         async def send(request: gr.Request, shown: list[Any], chosen: int) -> tuple[Any, Any, Any]:
             if not 0 <= chosen < len(shown):
                 return gr.skip(), gr.skip(), telling.alert("There is no picture to take along yet.")
             try:
                 file = await desk_of(desks, request).picture(shown[chosen]["path"])
-            except RefusedError as error:
+                taken = await intake.take(owner_of(desks, request), file)
+            except (RefusedError, ServerError) as error:
                 return gr.skip(), gr.skip(), telling.alert(error.detail)
-            picture = await asyncio.to_thread(masks.opened, file)
-            edited = isinstance(target, gr.ImageEditor)
-            value = {"background": picture, "layers": [], "composite": None} if edited else picture
-            return value, gr.Tabs(selected=tab), gr.skip()
+            return taken.token, gr.Tabs(selected=tab), gr.skip()
 
         gr.Button(label, size="sm", min_width=90).click(send, [shown, chosen], [target, ways.tabs, told], **QUIET)
 

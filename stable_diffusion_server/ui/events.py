@@ -1,0 +1,154 @@
+"""What a page may send to one of the UI's events: JSON → a body of nothing but what that event takes. Pure.
+
+Gradio copies whatever file a FileData dictionary anywhere in a body names, and opens it. No event of ours takes a
+dictionary, so none is let through: a value is null, or of the one plain type its component has.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from stable_diffusion_server.errors import InvalidInput, Malformed
+
+SESSION = re.compile(r"[A-Za-z0-9]{1,64}")
+
+_MOST_DIGITS = 2**53
+_MOST_ITEMS, _LONGEST_ITEM = 64, 128
+_LONGEST_LABEL = 200
+
+# By the kind of a component, what its value is. A component that is not among these cannot be an event's input.
+_TYPES: Mapping[str, str] = {
+    "textbox": "text",
+    "dropdown": "text",
+    "radio": "text",
+    "html": "text",
+    "number": "number",
+    "slider": "number",
+    "checkbox": "yes or no",
+    "dataset": "index",
+    "browserstate": "list of texts",
+    "state": "nothing",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """An event of the page: the type of each of its inputs, and the ids of the components that trigger it."""
+
+    inputs: tuple[str, ...]
+    triggers: frozenset[int]
+
+
+Events = Mapping[int, Event]
+
+
+def events_of(config: Mapping[str, Any]) -> Events:
+    """The events of a page out of Gradio's own configuration. Raises `ValueError` for an input of an unknown kind."""
+    kinds = {component["id"]: component["type"] for component in config["components"]}
+    events: dict[int, Event] = {}
+    for dependency in config["dependencies"]:
+        inputs = [kinds[number] for number in dependency["inputs"]]
+        if unknown := set(inputs) - set(_TYPES):
+            raise ValueError(f"No component of the kind {sorted(unknown)} may be an event's input.")
+        triggers = frozenset(number for number, _ in dependency["targets"] if number is not None)
+        events[dependency["id"]] = Event(tuple(_TYPES[kind] for kind in inputs), triggers)
+    return events
+
+
+def sanitized(body: bytes, events: Events) -> dict[str, Any]:
+    """The body of an event with nothing in it but what the event takes, and no dictionary but `event_data`'s own.
+
+    Raises `Malformed` for what is no JSON, `InvalidInput` naming what is at fault.
+    """
+    given = _parsed(body)
+    number: Any = given.get("fn_index")
+    event = events.get(number) if _is_index(number) else None
+    if event is None:
+        raise InvalidInput("fn_index is no event of this page.", field="fn_index")
+    session, trigger, data = given.get("session_hash"), given.get("trigger_id"), given.get("data")
+    if not isinstance(session, str) or not SESSION.fullmatch(session):
+        raise InvalidInput("session_hash must be 1 to 64 letters and digits.", field="session_hash")
+    if trigger is not None and not (_is_index(trigger) and trigger in event.triggers):
+        raise InvalidInput("trigger_id is no component that triggers this event.", field="trigger_id")
+    if not isinstance(data, list) or len(data) != len(event.inputs):
+        raise InvalidInput(f"data must be a list of {len(event.inputs)} values.", field="data")
+    for place, (value, kind) in enumerate(zip(data, event.inputs, strict=True)):
+        if not _fits(value, kind):
+            raise InvalidInput(f"data[{place}] must be {kind}, or null.", field=f"data[{place}]")
+    return {
+        "data": data,
+        "event_data": _chosen(given.get("event_data")),
+        "fn_index": number,
+        "trigger_id": trigger,
+        "session_hash": session,
+    }
+
+
+def _parsed(body: bytes) -> dict[str, Any]:
+    try:
+        given = json.loads(body.decode("utf-8"), parse_constant=_refuse)
+        json.dumps(given, ensure_ascii=False).encode("utf-8")  # half of a surrogate pair cannot be sent on
+    except (ValueError, RecursionError) as error:
+        raise Malformed("The body is no JSON.") from error
+    if not isinstance(given, dict):
+        raise Malformed("The body is no JSON object.")
+    return given
+
+
+def _refuse(constant: str) -> Any:
+    raise ValueError(f"{constant} is no JSON.")
+
+
+def _fits(value: Any, kind: str) -> bool:
+    if value is None:
+        return True
+    match kind:
+        case "text":
+            return isinstance(value, str)
+        case "number":
+            return _is_number(value)
+        case "yes or no":
+            return isinstance(value, bool)
+        case "index":
+            return _is_index(value)
+        case "list of texts":
+            return _is_short_list(value)
+        case _:
+            return False
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and _is_small(value)
+
+
+def _is_small(value: float) -> bool:
+    return -_MOST_DIGITS <= value <= _MOST_DIGITS
+
+
+def _is_index(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MOST_DIGITS
+
+
+def _is_short_list(value: Any) -> bool:
+    return (
+        isinstance(value, Sequence)
+        and not isinstance(value, str)
+        and len(value) <= _MOST_ITEMS
+        and all(isinstance(item, str) and len(item) <= _LONGEST_ITEM for item in value)
+    )
+
+
+def _chosen(given: Any) -> dict[str, Any] | None:
+    """What was chosen, of all that components tell of it: its index and its label. The rest goes no further."""
+    if not isinstance(given, dict):
+        return None
+    index, value = given.get("index"), given.get("value")
+    return {
+        "index": index if _is_index(index) else None,
+        "value": value if isinstance(value, str) and len(value) <= _LONGEST_LABEL else None,
+    }

@@ -1,0 +1,141 @@
+"""Stands before Gradio: lets through the routes that our pages call and the events they have, and nothing else."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Callable
+from urllib.parse import parse_qs
+
+from limits import RateLimitItem
+from limits.aio.storage import MemoryStorage
+from limits.aio.strategies import MovingWindowRateLimiter
+from starlette.responses import RedirectResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from stable_diffusion_server.errors import InvalidInput, NotFound, Overasked, ServerError
+from stable_diffusion_server.ui.bodies import read_body
+from stable_diffusion_server.ui.events import SESSION, Events, sanitized
+from stable_diffusion_server.ui.problems import problem
+
+EVENT_BYTES = 65_536
+# Streams that one visitor may hold open: two for each page that is looked at.
+STREAMS = 64
+
+_NAME = r"[A-Za-z0-9_-][A-Za-z0-9_.-]*"
+_PAGE = re.compile(r"/ui/")
+_FILES = re.compile(rf"/ui/(?:theme\.css|assets/{_NAME}|static/(?:{_NAME}/)*{_NAME})")
+_HEARTBEAT = re.compile(r"/ui/gradio_api/heartbeat/(?P<session>[A-Za-z0-9]{1,64})")
+_NEWS, _EVENT = "/ui/gradio_api/queue/data", "/ui/gradio_api/queue/join"
+# Others name people, hosts and folders, and Gradio believes them.
+_HEADERS = frozenset(
+    b"host cookie accept accept-encoding content-type user-agent if-none-match if-modified-since".split()
+)
+
+
+class GradioGuard:
+    """ASGI middleware in front of the application that Gradio is mounted in.
+
+    Everything that is not named here is answered 404, so that another version of Gradio opens nothing. `events` are
+    those of the pages; `owner` tells visitors apart, `rate` is how many events one of them may send. A visitor's
+    session is of that visitor alone: its name goes on together with the visitor's.
+    """
+
+    def __init__(
+        self, app: ASGIApp, events: Events, owner: Callable[[Scope], str], rate: RateLimitItem | None = None
+    ) -> None:
+        self._app = app
+        self._events = events
+        self._owner = owner
+        self._rate = rate
+        self._limiter = MovingWindowRateLimiter(MemoryStorage())
+        self._streams: Counter[str] = Counter()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request, or let it through."""
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+        elif scope["type"] == "http":
+            try:
+                await self._answer(scope, receive, send)
+            except ServerError as error:
+                await problem(error)(scope, receive, send)
+        else:
+            raise NotFound("There is nothing here.")
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Raises a `ServerError` for what is not let through, before anything is sent."""
+        method, path, asked = scope["method"], scope["path"], scope["query_string"]
+        scope = {**scope, "headers": [pair for pair in scope["headers"] if pair[0] in _HEADERS], "query_string": b""}
+        if method in ("GET", "HEAD") and path == "/ui":
+            await RedirectResponse("/ui/")(scope, receive, send)
+        elif method in ("GET", "HEAD") and (_PAGE.fullmatch(path) or _FILES.fullmatch(path)):
+            await self._app(scope, _without_body(receive), send)
+        elif method == "GET" and (beating := _HEARTBEAT.fullmatch(path)):
+            whose = self._owner(scope)
+            kept = f"/ui/gradio_api/heartbeat/{_of(whose, beating['session'])}"
+            await self._stream(whose, {**scope, "path": kept, "raw_path": kept.encode()}, receive, send)
+        elif method == "GET" and path == _NEWS:
+            whose = self._owner(scope)
+            query = f"session_hash={_of(whose, _session(asked))}".encode()
+            await self._stream(whose, {**scope, "query_string": query}, receive, send)
+        elif method == "POST" and path == _EVENT:
+            await self._event(scope, receive, send)
+        else:
+            raise NotFound("There is nothing here.")
+
+    async def _event(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass an event on, its body made anew of what was understood of it."""
+        whose = self._owner(scope)
+        if self._rate is not None and not await self._limiter.hit(self._rate, whose):
+            raise Overasked(f"{self._rate.amount} events in {self._rate.get_expiry()} s are allowed.", retry_after=5)
+        event = sanitized(await read_body(receive, EVENT_BYTES), self._events)
+        event["session_hash"] = _of(whose, event["session_hash"])
+        body = json.dumps(event).encode()
+        more = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+        headers = [pair for pair in scope["headers"] if pair[0] != b"content-type"] + more
+        await self._app({**scope, "headers": headers}, _with_body(body, receive), send)
+
+    async def _stream(self, whose: str, scope: Scope, receive: Receive, send: Send) -> None:
+        if self._streams[whose] >= STREAMS:
+            raise Overasked(f"{STREAMS} streams at a time are allowed here.", retry_after=5)
+        self._streams[whose] += 1
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            self._streams[whose] -= 1
+            if not self._streams[whose]:
+                del self._streams[whose]
+
+
+def _of(owner: str, session: str) -> str:
+    """The name of a visitor's session among those of all visitors: nobody else's leads to it."""
+    return hashlib.sha256(f"{owner}\n{session}".encode()).hexdigest()[:40]
+
+
+def _session(query: bytes) -> str:
+    """The session that a query names. Raises `InvalidInput`."""
+    given = parse_qs(query.decode("latin-1"), max_num_fields=4).get("session_hash", [])
+    if len(given) != 1 or not SESSION.fullmatch(given[0]):
+        raise InvalidInput("session_hash must be 1 to 64 letters and digits.", field="session_hash")
+    return given[0]
+
+
+def _with_body(body: bytes, receive: Receive) -> Receive:
+    """What an application receives: this body, and then whatever else happens."""
+    sent = False
+
+    async def receive_body() -> Message:
+        nonlocal sent
+        if sent:
+            return await receive()
+        sent = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return receive_body
+
+
+def _without_body(receive: Receive) -> Receive:
+    return _with_body(b"", receive)

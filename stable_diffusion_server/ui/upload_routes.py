@@ -1,0 +1,56 @@
+"""The UI's own routes for pictures: one comes in, decoded in the sandbox; one that came in is shown to its owner."""
+
+from __future__ import annotations
+
+import re
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from stable_diffusion_server.errors import NotFound, ServerError
+from stable_diffusion_server.ui.bodies import read_body
+from stable_diffusion_server.ui.intake import Intake, media_type
+from stable_diffusion_server.ui.problems import problem
+
+PATH = "/ui/pictures"
+_TOKEN = re.compile(r"[A-Za-z0-9_-]{43}")
+
+
+class UploadRoutes:
+    """Answers `POST /ui/pictures`, whose body is a picture file, and `GET /ui/pictures/{token}`.
+
+    With `?instead=TOKEN` the picture takes the place of another one of the same visitor.
+    """
+
+    def __init__(self, intake: Intake) -> None:
+        self._intake = intake
+
+    def answers(self, path: str) -> bool:
+        """Whether a path is one of these."""
+        return path == PATH or path.startswith(f"{PATH}/")
+
+    async def answer(self, request: Request, owner: str) -> Response:
+        """Answer a request of a visitor."""
+        try:
+            if request.url.path == PATH and request.method == "POST":
+                return await self._take(request, owner)
+            if request.method in ("GET", "HEAD"):
+                return self._show(request.url.path.removeprefix(f"{PATH}/"), owner)
+            raise NotFound("There is nothing here.")
+        except ServerError as error:
+            return problem(error)
+
+    async def _take(self, request: Request, owner: str) -> Response:
+        with self._intake.place(owner):
+            taken = await self._intake.take(owner, await read_body(request.receive, self._intake.max_bytes))
+        if _TOKEN.fullmatch(instead := request.query_params.get("instead", "")):
+            self._intake.forget(owner, instead)
+        body = {"token": taken.token, "width": taken.width, "height": taken.height}
+        return JSONResponse(body, 201, {"Cache-Control": "no-store"})
+
+    def _show(self, token: str, owner: str) -> Response:
+        if not _TOKEN.fullmatch(token):
+            raise NotFound("There is nothing here.")
+        file = self._intake.file(owner, token)
+        headers = {"Cache-Control": "private, no-store", "Content-Security-Policy": "default-src 'none'"}
+        return Response(file, media_type=media_type(file), headers=headers)
