@@ -7,7 +7,6 @@ dictionary, so none is let through: a value is null, or of the one plain type it
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from stable_diffusion_server.errors import InvalidInput, Malformed
 
 SESSION = re.compile(r"[A-Za-z0-9]{1,64}")
 
-_MOST_DIGITS = 2**53
+_LARGEST = 2**53
 _MOST_ITEMS, _LONGEST_ITEM = 64, 128
 _LONGEST_LABEL = 200
 
@@ -56,6 +55,8 @@ def events_of(config: Mapping[str, Any]) -> Events:
         if unknown := set(inputs) - set(_TYPES):
             raise ValueError(f"No component of the kind {sorted(unknown)} may be an event's input.")
         triggers = frozenset(number for number, _ in dependency["targets"] if number is not None)
+        if (first := events.get(dependency.get("trigger_after"))) is not None:
+            triggers |= first.triggers  # what follows another event comes with that one's trigger
         events[dependency["id"]] = Event(tuple(_TYPES[kind] for kind in inputs), triggers)
     return events
 
@@ -123,15 +124,12 @@ def _fits(value: Any, kind: str) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and _is_small(value)
-
-
-def _is_small(value: float) -> bool:
-    return -_MOST_DIGITS <= value <= _MOST_DIGITS
+    # Of infinity and what is no number neither comparison holds.
+    return isinstance(value, int | float) and not isinstance(value, bool) and -_LARGEST <= value <= _LARGEST
 
 
 def _is_index(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MOST_DIGITS
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _LARGEST
 
 
 def _is_short_list(value: Any) -> bool:

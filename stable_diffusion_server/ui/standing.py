@@ -11,7 +11,8 @@ from stable_diffusion_server.ui import telling
 
 Job = Mapping[str, Any]
 
-_FIGURES = {
+# By the names of `/metrics`, which a test compares.
+FIGURES = {
     "sds_queue_running": "On the device",
     "sds_queue_waiting": "Waiting",
     "process_resident_memory_bytes": "Memory of the server",
@@ -53,7 +54,7 @@ def _figures(figures: str) -> str:
     values = dict(line.rsplit(" ", 1) for line in figures.splitlines() if line and not line.startswith("#"))
     told = "".join(
         f"<div class='sds-card'><dt>{label}</dt><dd>{escape(_figure(name, float(values[name])))}</dd></div>"
-        for name, label in _FIGURES.items()
+        for name, label in FIGURES.items()
         if name in values
     )
     return f'<dl class="sds-figures">{told}</dl>'

@@ -96,7 +96,16 @@ GROUPS: dict[str, dict[str, str]] = {
         "63": "clients that send or read slowly, 1,000 idle connections",
         "64": "a restart under load, forged X-Forwarded-For, answers of 500 requests in disorder, a long soak",
     },
-    "Web interface: events and uploads": {},
+    "Web interface: events and uploads": {
+        "100": "dictionaries, paths and addresses that name a file, in every field of every event of the web UI, by any role",
+        "101": "bombs and foreign kinds of picture files sent to the web UI",
+        "102": "pictures sent to the web UI and never used; very many of them; those of other visitors",
+        "103": "event bodies of the web UI that are no JSON, are nested 60,000 deep, or hold NaN and half a surrogate",
+        "104": "every route of Gradio that no page of ours calls; another visitor's session",
+        "105": "odd forms and characters beyond ASCII where a key is asked for or compared",
+        "106": "the web UI opened as a picture, a script or a frame of another page",
+        "107": "a stranger who asks by way of the web UI, which stands on the server's own machine",
+    },
     "Waiting on children and peers": {
         "110": "clients that hang up at any moment of a decode, decodes that time out, children that hang and crash",
         "111": "slow pictures, silent hosts, silent name servers and silent webhooks of one caller, while others ask",

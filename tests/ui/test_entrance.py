@@ -8,16 +8,21 @@ from collections.abc import Callable
 from contextlib import asynccontextmanager
 
 import httpx
+import numpy as np
 import pytest
 from conftest import House
 from fakes import until
 from fastapi import FastAPI, Request, Response
+from numpy.typing import NDArray
 from starlette.responses import StreamingResponse
 from starlette.types import ASGIApp
 
 from stable_diffusion_server.ui.desks import Desks
 from stable_diffusion_server.ui.entrance import Entrance
 from stable_diffusion_server.ui.inside import Inside
+from stable_diffusion_server.ui.intake import Intake
+from stable_diffusion_server.ui.upload_routes import UploadRoutes
+from stable_diffusion_server.ui.uploads import UploadStore
 
 BASE = "http://127.0.0.1:8000"
 
@@ -58,6 +63,11 @@ def server_with(keys: dict[str, str]) -> FastAPI:
     return server
 
 
+def request_with(cookies: str) -> Request:
+    headers = [(b"host", b"127.0.0.1:8000"), (b"cookie", cookies.encode())]
+    return Request({"type": "http", "method": "GET", "path": "/ui/", "query_string": b"", "headers": headers})
+
+
 async def opened(entrance: Entrance, client: httpx.AsyncClient) -> httpx.Response:
     """The first answer of the studio itself."""
     for _ in range(2000):
@@ -65,6 +75,13 @@ async def opened(entrance: Entrance, client: httpx.AsyncClient) -> httpx.Respons
             break
         await asyncio.sleep(0.01)
     return answer
+
+
+def entrance_of(build: Callable[[], FastAPI], desks: Desks, *, keyed: bool) -> Entrance:
+    async def no_decoder(data: bytes, field: str) -> NDArray[np.uint8]:
+        raise AssertionError("these tests send no pictures")
+
+    return Entrance(build, desks, UploadRoutes(Intake(no_decoder, UploadStore(), 1024)), keyed=keyed)
 
 
 def visitor(app: ASGIApp) -> httpx.AsyncClient:
@@ -75,7 +92,7 @@ async def test_it_is_built_when_someone_asks_and_lets_go_at_the_end() -> None:
     """Before, nothing is built; meanwhile a page that loads itself again; in the end, pages that listen are let go."""
     events: list[str] = []
     desks = Desks(visitor(server_with({})))
-    entrance = Entrance(lambda: small_studio(events), desks, keyed=False)
+    entrance = entrance_of(lambda: small_studio(events), desks, keyed=False)
     assert events == []
     client = visitor(entrance)
     first = await client.get("/ui")
@@ -97,7 +114,7 @@ async def test_a_studio_that_cannot_be_opened_says_so() -> None:
     def broken() -> FastAPI:
         raise ImportError("no gradio here")
 
-    client = visitor(Entrance(broken, Desks(visitor(server_with({}))), keyed=False))
+    client = visitor(entrance_of(broken, Desks(visitor(server_with({}))), keyed=False))
     for _ in range(1000):
         answer = await client.get("/ui/")
         if answer.status_code == 503:
@@ -109,7 +126,7 @@ async def test_a_studio_that_cannot_be_opened_says_so() -> None:
 async def test_behind_keys_nothing_is_shown_before_one_is() -> None:
     """Every path answers the page that asks; a wrong key is refused; the right one gives a cookie that is not it."""
     desks = Desks(visitor(server_with({"right": "ann"})))
-    entrance = Entrance(lambda: small_studio([]), desks, keyed=True)
+    entrance = entrance_of(lambda: small_studio([]), desks, keyed=True)
     client = visitor(entrance)
     for path in ("/ui", "/ui/", "/ui/listen", "/ui/gradio_api/upload"):
         asked = await client.get(path)
@@ -125,7 +142,9 @@ async def test_behind_keys_nothing_is_shown_before_one_is() -> None:
     assert "samesite=strict" in cookie.lower()
     assert "right" not in cookie
     await opened(entrance, client)
-    assert desks.of(BASE, dict(client.cookies)).key == "right"
+    shown = "; ".join(f"{name}={value}" for name, value in client.cookies.items())
+    assert desks.of(request_with(shown)).key == "right"
+    assert desks.of(request_with("studio=another")).key == ""
     await entrance.close()
 
 
@@ -175,3 +194,65 @@ async def test_a_request_inside_the_process_is_answered_while_it_is_made(body: b
     async with client.stream("POST", "/", content=body) as answer:
         await anext(answer.aiter_bytes())
     until(ended.is_set)
+
+
+BOUNDARY = b'--x\r\nContent-Disposition: form-data; name="key"; filename="k"\r\n\r\nsecret\r\n--x--\r\n'
+ODD_KEYS: dict[str, tuple[str, bytes]] = {
+    "beyond ASCII": ("application/x-www-form-urlencoded", b"key=%C3%A4"),
+    "half a surrogate pair": ("application/x-www-form-urlencoded", b"key=%ED%A0%80"),
+    "bytes that are no UTF-8": ("application/x-www-form-urlencoded", b"key=\xff\xfe"),
+    "line breaks": ("application/x-www-form-urlencoded", b"key=a%0D%0AX-Evil:%201"),
+    "NUL": ("application/x-www-form-urlencoded", b"key=%00"),
+    "none": ("application/x-www-form-urlencoded", b""),
+    "many fields": ("application/x-www-form-urlencoded", b"&".join(b"key=%d" % n for n in range(99))),
+    "a file": ("multipart/form-data; boundary=x", BOUNDARY),
+    "no boundary": ("multipart/form-data", BOUNDARY),
+    "a boundary of line breaks": ("multipart/form-data; boundary=%0d%0a", BOUNDARY),
+    "JSON": ("application/json", b'{"key": "a"}'),
+    "no type": ("", b"key=wrong"),
+    "too long": ("application/x-www-form-urlencoded", b"key=" + b"x" * 100_000),
+}
+
+
+@pytest.mark.fault(105)
+@pytest.mark.parametrize("name", ODD_KEYS)
+def test_an_odd_form_with_a_key_is_refused(house_of: Callable[..., House], name: str) -> None:
+    """Whatever is sent as a key by a stranger: 4xx and the page that asks for one, no traceback, no cookie."""
+    kind, body = ODD_KEYS[name]
+    headers = {"content-type": kind} if kind else {}
+    answer = house_of(api_keys=("a-secret-key",)).client.post("/ui/key", content=body, headers=headers)
+    assert (answer.status_code, "set-cookie" in answer.headers) == (403, False)
+    assert 'type="password"' in answer.text
+
+
+@pytest.mark.fault(105)
+@pytest.mark.parametrize(
+    "headers",
+    [{"x-api-key": "ä"}, {"authorization": "Bearer \udcff"}, {"authorization": "Basic w6Q="}, {"cookie": "studio=ä"}],
+    ids=["key", "bearer", "basic", "cookie"],
+)
+def test_a_secret_beyond_ascii_is_compared_and_refused(house_of: Callable[..., House], headers: dict[str, str]) -> None:
+    """In whatever header it comes: 401, and not an error of the comparison."""
+    house = house_of(api_keys=("a-secret-key",))
+    raw = [(name.encode(), value.encode("utf-8", "surrogateescape")) for name, value in headers.items()]
+    for path in ("/jobs", "/ui/"):
+        assert house.client.get(path, headers=raw).status_code == 401
+    assert house.client.get("/files/x.webp?expires=1&signature=%C3%A4").status_code == 404
+
+
+@pytest.mark.fault(106)
+@pytest.mark.parametrize("wanted", ["image", "script", "iframe", "empty", "style"])
+async def test_a_part_of_another_page_opens_nothing(wanted: str) -> None:
+    """A picture, a script, a frame, a fetch with the address of the page: refused, and Gradio is not loaded."""
+    events: list[str] = []
+    entrance = entrance_of(lambda: small_studio(events), Desks(visitor(server_with({}))), keyed=False)
+    client = visitor(entrance)
+    assert (await client.get("/ui/", headers={"sec-fetch-dest": wanted})).status_code == 403
+    for method, path in (("GET", "/ui/theme.css"), ("POST", "/ui/"), ("HEAD", "/ui"), ("GET", "/ui/gradio_api/info")):
+        assert (await client.request(method, path)).status_code == 404
+    await asyncio.sleep(0.05)
+    assert events == []
+    assert (await client.get("/ui/", headers={"sec-fetch-dest": "document"})).status_code == 200
+    await opened(entrance, client)
+    assert events == ["open"]
+    await entrance.close()

@@ -52,7 +52,7 @@ def test_a_file_is_restyled_by_its_edges(tab_of: Callable[..., Tab], tmp_path: P
     assert "Choose a picture" in fault.inner_text()
     inside.locator("input[type=file]").first.set_input_files(tmp_path / "disc.png")
     inside.get_by_label("Keep the edges").check()
-    inside.locator("img[src*='/gradio_api/file=']").nth(1).wait_for()
+    inside.get_by_role("img", name="Edges").wait_for()
     draw(inside, "a green circle on a yellow background")
     inside.get_by_text("256 × 256, sdxl").wait_for()
     inside.get_by_text("Before and after").wait_for()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shlex
 
 import numpy as np
+from conftest import House
+from PIL import Image
 
 from stable_diffusion_server.ui import asking, masks, offering, recounting, snippets, standing, telling
 from stable_diffusion_server.ui.asking import Common
@@ -112,14 +115,25 @@ def test_a_record_fills_the_fields_again() -> None:
 
 
 def test_what_was_painted_is_the_mask() -> None:
-    """Any opacity on any layer is white; the preview is tinted there and nowhere else."""
-    layer = np.zeros((4, 6, 4), np.uint8)
-    layer[1, 2, 3] = 9
-    mask = masks.painted([layer, np.zeros_like(layer)], 4, 6)
-    assert (mask.sum(), mask[1, 2]) == (255, 255)
-    seen = masks.previewed(np.zeros((4, 6, 4), np.uint8), mask)
+    """Any colour at all is white; the preview is striped there and nowhere else; nothing painted is no mask."""
+    layer = np.zeros((4, 6, 3), np.uint8)
+    assert (masks.painted(layer), masks.previewed(layer, layer, 0)) == (b"", "")
+    layer[1, 2, 0] = 9
+    with Image.open(io.BytesIO(masks.painted(layer))) as mask:
+        assert (mask.mode, mask.size, np.asarray(mask).sum(), np.asarray(mask)[1, 2]) == ("L", (6, 4), 255, 255)
+    seen = masks.striped(layer, np.asarray(np.where(layer[..., 0] > 0, 255, 0), np.uint8))
     assert (seen[1, 2, 0] > 100, seen[0].sum()) == (True, 0)
-    assert masks.opened(masks.png(np.zeros((4, 6, 4), np.uint8))).size == (6, 4)
+    assert masks.previewed(layer, layer, 2).startswith("data:image/jpeg;base64,")
+    assert masks.previewed(layer, np.full((2, 3, 3), 255, np.uint8), 0) != ""
+
+
+def test_the_status_reads_figures_that_there_are(house: House) -> None:
+    """Every figure of the Status tab is one of `/metrics`, and is told by its label."""
+    figures = house.client.get("/metrics").text
+    told = standing.page({}, figures, [])
+    for name, label in standing.FIGURES.items():
+        assert f"\n{name} " in figures
+        assert f"<dt>{label}</dt>" in told
 
 
 def test_a_record_becomes_calls_that_can_be_pasted() -> None:

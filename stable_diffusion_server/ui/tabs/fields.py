@@ -153,5 +153,5 @@ def common_of(
         steps=(steps or "").strip(),
         guidance=(guidance or "").strip(),
         seed=(seed or "").strip() if keep else "",
-        count=int(count),
+        count=min(max(int(count), 1), MOST_AT_ONCE),
     )

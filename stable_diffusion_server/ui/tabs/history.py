@@ -15,6 +15,8 @@ from stable_diffusion_server.ui.tabs.fields import QUIET
 from stable_diffusion_server.ui.tabs.panel import desk_of
 
 EVERY = ("Every model", "")
+# Of one page: it is all kept here, and sent anew with each step back.
+_MOST_SHOWN = 240
 
 # On a phone what was chosen stands below all that were found.
 _INTO_VIEW = "() => { document.querySelector('.sds-picture')?.scrollIntoView({ block: 'nearest' }); }"
@@ -82,6 +84,8 @@ def tab(desks: Desks, opened: gr.Tab) -> History:
     async def further(
         request: gr.Request, words: str, model: str, before: int | None, shown: list[Any]
     ) -> tuple[Any, ...]:
+        if before is None or len(shown) >= _MOST_SHOWN:
+            return (gr.skip(),) * len(listing)
         return await _listed(desks, request, (words, model), before, shown)
 
     async def choose(request: gr.Request, shown: list[Any], event: gr.SelectData) -> tuple[Any, ...]:
@@ -174,7 +178,8 @@ async def _listed(
     pictures = [*shown, *found["pictures"]]
     nothing = telling.NOTHING_FOUND if any(wanted) else telling.NOTHING_DRAWN
     seen = [(picture["path"], picture["prompt"][:60]) for picture in pictures]
-    more = gr.Button("Older pictures", interactive=found["next"] is not None)
+    older = found["next"] is not None and len(pictures) < _MOST_SHOWN
+    more = gr.Button("Older pictures" if len(pictures) < _MOST_SHOWN else "Search for older ones", interactive=older)
     rest = (gr.skip(),) * 3 if shown else (-1, telling.NONE_CHOSEN if pictures else nothing, gr.Column(visible=False))
     return gr.Gallery(seen, selected_index=None), pictures, found["next"], more, *rest
 

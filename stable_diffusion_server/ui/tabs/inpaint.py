@@ -15,17 +15,14 @@ from stable_diffusion_server.ui.desks import Desks
 from stable_diffusion_server.ui.intake import Intake
 from stable_diffusion_server.ui.tabs import panel, ways
 from stable_diffusion_server.ui.tabs.fields import QUIET, Slots, common_of, fields, prompt_box
-from stable_diffusion_server.ui.tabs.picture_field import PictureField
-
-# The token of a picture and that of its mask.
-Painted = tuple[str, str]
+from stable_diffusion_server.ui.tabs.picture_field import picture_field, settled, tokens_of
 
 
 @dataclass(frozen=True, slots=True)
 class Inpaint:
     """What others touch: the editor, and the panel."""
 
-    editor: PictureField
+    editor: gr.HTML
     panel: panel.Panel
 
 
@@ -34,7 +31,7 @@ def tab(desks: Desks, intake: Intake, blocks: gr.Blocks) -> Inpaint:
     slots = Slots("inpaint")
     with gr.Row(elem_classes="sds-desk"):
         with gr.Column(elem_classes="sds-ask"):
-            editor = PictureField("Picture and mask", paints=True, elem_id=slots.id_of("image_file"))
+            editor = picture_field("Picture and mask", paints=True, elem_id=slots.id_of("image_file"))
             slots.slot("image_file", "mask_file")
             prompt = prompt_box(slots, "What should be there instead?")
             draw, cancel = panel.buttons()
@@ -49,9 +46,9 @@ def tab(desks: Desks, intake: Intake, blocks: gr.Blocks) -> Inpaint:
     ways.compare(here, beside, editor)
 
     async def wishes(
-        owner: str, painted: Painted, strength: float, feather: float, refine: bool, *values: Any
+        owner: str, value: str | None, strength: float, feather: float, refine: bool, *values: Any
     ) -> list[Wish]:
-        picture, mask = painted
+        picture, mask = tokens_of(value)
         if not picture:
             raise asking.UnfitError("image_file", "Choose a picture first.")
         white = await intake.work(owner, [mask], masks.painted) if mask else b""
@@ -60,7 +57,8 @@ def tab(desks: Desks, intake: Intake, blocks: gr.Blocks) -> Inpaint:
         files = intake.file(owner, picture), white
         return asking.inpaint(common_of(*values), *files, strength, feather, refine=refine)
 
-    async def look(request: gr.Request, painted: Painted, feather: float) -> str:
+    async def look(request: gr.Request, value: str | None, feather: float) -> str:
+        painted = tokens_of(value)
         if not all(painted):
             return ""
         try:
@@ -71,7 +69,7 @@ def tab(desks: Desks, intake: Intake, blocks: gr.Blocks) -> Inpaint:
         return telling.figure("Mask: what is striped is drawn anew", striped) if striped else ""
 
     inputs = [editor, strength, feather, refine, *chosen.inputs]
-    panel.wire(desks, blocks, here, [draw.click, prompt.submit], inputs, wishes, editor.settled())
+    panel.wire(desks, blocks, here, [draw.click, prompt.submit], inputs, wishes, settled(slots.id_of("image_file")))
     gr.on([editor.change, feather.change], look, [editor, feather], seen, trigger_mode="always_last", **QUIET)
     return Inpaint(editor, here)
 

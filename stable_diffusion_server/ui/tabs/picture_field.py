@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from html import escape
 from pathlib import Path
-from typing import Any
 
 import gradio as gr
 
@@ -22,45 +21,41 @@ _BRUSHES = (
 )
 
 
-class PictureField(gr.HTML):
+def picture_field(label: str, *, paints: bool, elem_id: str) -> gr.HTML:
     """A picture that is chosen, dropped, pasted or taken by webcam, and painted over where it `paints`.
 
     Its value is the token of the picture and, where something was painted, a blank and that of the mask. The page
     sends pictures to `/ui/pictures` itself; Gradio sees nothing but the tokens.
     """
+    kind = "sds-paints" if paints else ""
+    surface = '<canvas role="img" aria-label="Paint here what is to be drawn anew"></canvas>' if paints else ""
+    template = (
+        f'<div class="sds-picture-field {kind}" role="group" aria-label="{escape(label)}">'
+        f'<span class="sds-label">{escape(label)}</span>'
+        f'<div class="sds-stage" hidden><img alt="The picture that was chosen">{surface}</div>'
+        "<video hidden playsinline muted></video>"
+        '<div class="sds-drop"><p>Drop or paste a picture here, or</p>'
+        '<label class="sds-choose">choose a file'
+        '<input type="file" accept="image/png,image/jpeg,image/webp,image/avif,image/gif"></label></div>'
+        f'<div class="sds-tools">{_BRUSHES if paints else ""}'
+        '<button type="button" data-does="paste">Paste</button>'
+        '<button type="button" data-does="webcam">Webcam</button>'
+        '<button type="button" data-does="remove" hidden>Remove</button></div>'
+        '<p class="sds-upload-told" role="status"></p></div>'
+    )
+    # No class of its own: of those Gradio writes a file beside their source.
+    return gr.HTML("", html_template=template, js_on_load=_SCRIPT.read_text(encoding="utf-8"), elem_id=elem_id)
 
-    def __init__(self, label: str, *, paints: bool, elem_id: str) -> None:
-        kind = "sds-paints" if paints else ""
-        surface = '<canvas role="img" aria-label="Paint here what is to be drawn anew"></canvas>' if paints else ""
-        template = (
-            f'<div class="sds-picture-field {kind}" role="group" aria-label="{escape(label)}">'
-            f'<span class="sds-label">{escape(label)}</span>'
-            f'<div class="sds-stage" hidden><img alt="The picture that was chosen">{surface}</div>'
-            "<video hidden playsinline muted></video>"
-            '<div class="sds-drop"><p>Drop or paste a picture here, or</p>'
-            '<label class="sds-choose">choose a file'
-            '<input type="file" accept="image/png,image/jpeg,image/webp,image/avif,image/gif"></label></div>'
-            f'<div class="sds-tools">{_BRUSHES if paints else ""}'
-            '<button type="button" data-does="paste">Paste</button>'
-            '<button type="button" data-does="webcam">Webcam</button>'
-            '<button type="button" data-does="remove" hidden>Remove</button></div>'
-            '<p class="sds-upload-told" role="status"></p></div>'
-        )
-        super().__init__("", html_template=template, js_on_load=_SCRIPT.read_text(encoding="utf-8"), elem_id=elem_id)
 
-    def preprocess(self, payload: str | None) -> Any:
-        """The token of the picture and that of its mask, a pair of texts; empty where there is none."""
-        tokens = (payload or "").split(" ")
-        picture, mask = tokens[0], tokens[1] if len(tokens) > 1 else ""
-        return picture if _TOKEN.fullmatch(picture) else "", mask if _TOKEN.fullmatch(mask) else ""
+def tokens_of(value: str | None) -> tuple[str, str]:
+    """The token of the picture and that of its mask; empty where there is none."""
+    picture, _, mask = (value or "").partition(" ")
+    return picture if _TOKEN.fullmatch(picture) else "", mask if _TOKEN.fullmatch(mask) else ""
 
-    def postprocess(self, value: Any) -> str:
-        """A token."""
-        return value if isinstance(value, str) and _TOKEN.fullmatch(value) else ""
 
-    def settled(self) -> str:
-        """JavaScript that waits, before an event whose first input this is, for what is still on its way."""
-        return (
-            "async (...values) => { const settled = window.sdsPictures?.get("
-            f'"{self.elem_id}"); if (settled) values[0] = await settled(); return values; }}'
-        )
+def settled(elem_id: str) -> str:
+    """JavaScript that waits, before an event whose first input is this field, for what is still on its way."""
+    return (
+        f'async (...values) => {{ const settled = window.sdsPictures?.get("{elem_id}"); '
+        "if (settled) values[0] = await settled(); return values; }"
+    )

@@ -15,14 +15,14 @@ from stable_diffusion_server.ui.desks import Desks
 from stable_diffusion_server.ui.intake import Intake
 from stable_diffusion_server.ui.tabs import panel, ways
 from stable_diffusion_server.ui.tabs.fields import QUIET, Slots, common_of, fields, prompt_box
-from stable_diffusion_server.ui.tabs.picture_field import PictureField
+from stable_diffusion_server.ui.tabs.picture_field import picture_field, settled, tokens_of
 
 
 @dataclass(frozen=True, slots=True)
 class Restyle:
     """What others touch: the picture to start from, and the panel."""
 
-    image: PictureField
+    image: gr.HTML
     panel: panel.Panel
 
 
@@ -31,7 +31,7 @@ def tab(desks: Desks, intake: Intake, blocks: gr.Blocks) -> Restyle:
     slots = Slots("restyle")
     with gr.Row(elem_classes="sds-desk"):
         with gr.Column(elem_classes="sds-ask"):
-            image = PictureField("Picture", paints=False, elem_id=slots.id_of("image_file"))
+            image = picture_field("Picture", paints=False, elem_id=slots.id_of("image_file"))
             slots.slot("image_file")
             prompt = prompt_box(slots, "What should it become?")
             draw, cancel = panel.buttons()
@@ -55,19 +55,20 @@ def tab(desks: Desks, intake: Intake, blocks: gr.Blocks) -> Restyle:
     ways.compare(here, beside, image)
 
     async def wishes(
-        owner: str, picture: tuple[str, str], strength: float, canny: bool, low: float, high: float, *values: Any
+        owner: str, value: str | None, strength: float, canny: bool, low: float, high: float, *values: Any
     ) -> list[Wish]:
-        if not picture[0]:
+        picture, _ = tokens_of(value)
+        if not picture:
             raise asking.UnfitError("image_file", "Choose a picture to start from first.")
-        file = intake.file(owner, picture[0])
+        file = intake.file(owner, picture)
         return asking.restyle(common_of(*values), file, strength, canny=canny, low=low, high=high)
 
     inputs = [image, strength, *edges, *chosen.inputs]
-    panel.wire(desks, blocks, here, [draw.click, prompt.submit], inputs, wishes, image.settled())
+    panel.wire(desks, blocks, here, [draw.click, prompt.submit], inputs, wishes, settled(slots.id_of("image_file")))
     return Restyle(image, here)
 
 
-def _edges(desks: Desks, intake: Intake, slots: Slots, image: PictureField) -> tuple[gr.Checkbox, gr.Slider, gr.Slider]:
+def _edges(desks: Desks, intake: Intake, slots: Slots, image: gr.HTML) -> tuple[gr.Checkbox, gr.Slider, gr.Slider]:
     """Whether edges are kept, which ones, and how they look."""
     canny = gr.Checkbox(
         label="Keep the edges (canny)", info="A ControlNet draws along them.", elem_id=slots.id_of("canny")
@@ -85,12 +86,13 @@ def _edges(desks: Desks, intake: Intake, slots: Slots, image: PictureField) -> t
         slots.slot("canny_low", "canny_high")
         seen = gr.HTML()
 
-    async def look(request: gr.Request, picture: tuple[str, str], canny: bool, low: float, high: float) -> str:
-        if not picture[0] or not canny:
+    async def look(request: gr.Request, value: str | None, canny: bool, low: float, high: float) -> str:
+        picture, _ = tokens_of(value)
+        if not picture or not canny:
             return ""
         try:
             made = partial(masks.edges, low=int(low), high=int(high))
-            return telling.figure("Edges", await intake.work(panel.owner_of(desks, request), picture[:1], made))
+            return telling.figure("Edges", await intake.work(panel.owner_of(desks, request), [picture], made))
         except ServerError as error:
             return telling.alert(error.detail)
 

@@ -23,6 +23,8 @@ from stable_diffusion_server.ui.tabs.ways import Ways, onward
 
 _STYLE, _SCRIPT = (Path(__file__).with_name(f"studio.{kind}") for kind in ("css", "js"))
 _HOUR, _DAY = 3600, 86_400
+# Pages whose state is kept; the longest unused go first.
+_SESSIONS = 1000
 
 
 def build(desks: Desks, intake: Intake, rate: RateLimitItem | None) -> FastAPI:
@@ -31,6 +33,7 @@ def build(desks: Desks, intake: Intake, rate: RateLimitItem | None) -> FastAPI:
         gr.Markdown("# Studio", elem_classes="sds-title")
         creating, panels, kept = _tabs(desks, intake, blocks)
         _offer(desks, blocks, creating, panels, kept)
+    blocks.state_session_capacity = _SESSIONS
     blocks.queue(default_concurrency_limit=None, api_open=False)
     shell = FastAPI(openapi_url=None)
     gr.mount_gradio_app(

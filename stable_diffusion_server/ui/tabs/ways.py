@@ -16,7 +16,7 @@ from stable_diffusion_server.ui.intake import Intake
 from stable_diffusion_server.ui.tabs.create import Create
 from stable_diffusion_server.ui.tabs.fields import QUIET
 from stable_diffusion_server.ui.tabs.panel import Panel, desk_of, owner_of
-from stable_diffusion_server.ui.tabs.picture_field import PictureField
+from stable_diffusion_server.ui.tabs.picture_field import tokens_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,16 +25,17 @@ class Ways:
 
     tabs: gr.Tabs
     create: Create
-    to: Mapping[str, tuple[str, PictureField]]
+    to: Mapping[str, tuple[str, gr.HTML]]
 
 
-def compare(here: Panel, beside: gr.HTML, before: PictureField) -> None:
+def compare(here: Panel, beside: gr.HTML, before: gr.HTML) -> None:
     """Show the chosen picture beside the one it was made from."""
 
-    def both(shown: list[Any], chosen: int, picture: tuple[str, str]) -> str:
-        if not picture[0] or chosen >= len(shown):
+    def both(shown: list[Any], chosen: int, value: str | None) -> str:
+        picture, _ = tokens_of(value)
+        if not picture or chosen >= len(shown):
             return ""
-        return telling.before_and_after(f"pictures/{picture[0]}", str(shown[chosen]["path"]))
+        return telling.before_and_after(f"pictures/{picture}", str(shown[chosen]["path"]))
 
     gr.on([here.shown.change, here.chosen.change], both, [here.shown, here.chosen, before], beside, **QUIET)
 
@@ -42,7 +43,7 @@ def compare(here: Panel, beside: gr.HTML, before: PictureField) -> None:
 def onward(desks: Desks, intake: Intake, shown: gr.State, chosen: gr.State, told: gr.HTML, ways: Ways) -> None:
     """Buttons that take the chosen picture to other tabs, and its settings to Create."""
 
-    def button(tab: str, label: str, target: PictureField) -> None:
+    def button(tab: str, label: str, target: gr.HTML) -> None:
         async def send(request: gr.Request, shown: list[Any], chosen: int) -> tuple[Any, Any, Any]:
             if not 0 <= chosen < len(shown):
                 return gr.skip(), gr.skip(), telling.alert("There is no picture to take along yet.")
