@@ -33,11 +33,12 @@ class Desks:
         return self.at(f"{request.url.scheme}://{request.headers.get('host', '')}", key, client_of(request))
 
     def owner_of(self, request: Request) -> str:
-        """The name under which a visitor's uploads and sessions are kept: by the key shown, else by the address."""
-        if key := self.guests.key_of(request.cookies.get(COOKIE, "")):
-            return f"key {hashlib.sha256(key.encode()).hexdigest()}"
+        """The name under which a visitor's uploads and sessions are kept, and shares of what is limited given out."""
         caller = request.scope.get("state", {}).get("caller")
-        return f"address {getattr(caller, 'address', '') or client_of(request).address}"
+        if caller is not None and (caller.name or caller.address):
+            return str(caller.share)
+        key = self.guests.key_of(request.cookies.get(COOKIE, ""))
+        return f"key {hashlib.sha256(key.encode()).hexdigest()}" if key else f"address {client_of(request).address}"
 
 
 def client_of(request: Request) -> Client:

@@ -29,7 +29,6 @@ class Decode(Protocol):
         ...
 
 
-
 # Uploads at a time: each may hold a whole file and its pixels in memory.
 PER_VISITOR, ALTOGETHER = 2, 8
 # Previews at a time, and those of one visitor that are made or wait.

@@ -97,7 +97,7 @@ GROUPS: dict[str, dict[str, str]] = {
         "64": "a restart under load, forged X-Forwarded-For, answers of 500 requests in disorder, a long soak",
     },
     "Web interface: events and uploads": {
-        "100": "dictionaries, paths and addresses that name a file, in every field of every event of the web UI, by any role",
+        "100": "dictionaries, paths and addresses of files in every field of every event of the web UI, by any role",
         "101": "bombs and foreign kinds of picture files sent to the web UI",
         "102": "pictures sent to the web UI and never used; very many of them; those of other visitors",
         "103": "event bodies of the web UI that are no JSON, are nested 60,000 deep, or hold NaN and half a surrogate",

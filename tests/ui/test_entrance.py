@@ -78,7 +78,7 @@ async def opened(entrance: Entrance, client: httpx.AsyncClient) -> httpx.Respons
 
 
 def entrance_of(build: Callable[[], FastAPI], desks: Desks, *, keyed: bool) -> Entrance:
-    async def no_decoder(data: bytes, field: str) -> NDArray[np.uint8]:
+    async def no_decoder(data: bytes, field: str, *, share: str) -> NDArray[np.uint8]:
         raise AssertionError("these tests send no pictures")
 
     return Entrance(build, desks, UploadRoutes(Intake(no_decoder, UploadStore(), 1024)), keyed=keyed)

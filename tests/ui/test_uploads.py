@@ -122,7 +122,7 @@ async def test_uploads_under_way_are_bounded_by_visitor_and_altogether() -> None
     """One more than the limit is refused at once, and nothing is left of any when they end or are broken off."""
     waits = asyncio.Event()
 
-    async def decode(data: bytes, field: str) -> NDArray[np.uint8]:
+    async def decode(data: bytes, field: str, *, share: str) -> NDArray[np.uint8]:
         await waits.wait()
         return disc(8, 8)
 
