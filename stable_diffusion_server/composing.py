@@ -105,6 +105,7 @@ def compose(plan: Plan, image: Pixels | None = None, mask: Pixels | None = None)
         refine=order.refine and words.num_inference_steps > 1,  # a single step leaves nothing to refine
         loras=order.loras,
         alone=order.alone,
+        lora_digests=plan.lora_digests,
     )
     soft = feathered(kept, order.feather) if kept is not None else None
     around_it = None

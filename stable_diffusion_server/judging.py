@@ -96,7 +96,8 @@ async def draw_well(job: Job, draw: Callable[[Job], Awaitable[Drawing[P]]], reme
     """The best of a few tries, one if it is good.
 
     Not finite or black: once more with a new seed, each at most once. Too bumpy: as `remedy` says. A try that fails
-    costs nothing once there is a picture. Raises what `draw` raises, `NotFinite` the second time.
+    costs nothing once there is a picture. Raises what `draw` raises, `NotFinite` the second time: with adapters
+    `InvalidInput`, since it is their doing as far as can be known.
     """
     best: _Try[P] | None = None
     timings: Counter[str] = Counter()
@@ -108,8 +109,10 @@ async def draw_well(job: Job, draw: Callable[[Job], Awaitable[Drawing[P]]], reme
             if best is not None:
                 _log.warning("a redraw failed; the picture at hand is kept", kind=error.kind)
                 break
-            if not isinstance(error, NotFinite) or faults["not-finite"]:
+            if not isinstance(error, NotFinite):
                 raise
+            if faults["not-finite"]:
+                raise _overflow_of(job, error) from error
             faults["not-finite"] += 1
             job = reseeded(job)
             continue
@@ -126,6 +129,14 @@ async def draw_well(job: Job, draw: Callable[[Job], Awaitable[Drawing[P]]], reme
         else:
             break
     return Judged(best.job, best.product, timings, _told(faults, best.badness), best.batched)
+
+
+def _overflow_of(job: Job, error: NotFinite) -> ServerError:
+    """What a job that is not finite with any seed is told."""
+    if not job.loras:
+        return error
+    names = ", ".join(f"{name}:{weight:g}" for name, weight in job.loras)
+    return InvalidInput(f"With {names} the picture is not finite; a smaller weight may help.", field="lora")
 
 
 def reseeded(job: Job) -> Job:

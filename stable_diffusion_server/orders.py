@@ -149,7 +149,8 @@ class Job:
 
     `width` and `height` are those of the canvas the model draws on, in pixels, and fit the model's grid; `image`,
     `mask` and `control` (edges) have that size. `strength` in 0..1 is how much of the image is drawn anew; `alone`: it
-    is to share no forward pass.
+    is to share no forward pass. `lora_digests` tell which content is meant under the name of each adapter; without
+    them it is what its file holds when the job is drawn.
     """
 
     task: Task
@@ -171,11 +172,12 @@ class Job:
     refine: bool = False
     loras: tuple[tuple[str, float], ...] = ()
     alone: bool = False
+    lora_digests: tuple[str, ...] = ()
 
     @property
     def shape(self) -> tuple[object, ...]:
         """What must be equal for two jobs to share a forward pass, as far as it is known before preparing."""
-        return (self.model, self.height, self.width, self.loras)
+        return (self.model, self.height, self.width, self.loras, self.lora_digests)
 
 
 @dataclass(frozen=True, slots=True)

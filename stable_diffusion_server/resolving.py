@@ -30,7 +30,8 @@ class Options:
 
     `bumpy_redraws` is how often a picture that is too bumpy is drawn again, `None` what the model's facts say.
     `models` are the facts of the models that draw here, by name; the default one is among them, or another is. `loras`
-    tells the adapters there are, with what their weights are told from others by.
+    are the adapters that can be used, each with the digest of its present content; to look one up may read its file,
+    and raises `InvalidInput` with the reason when it cannot be used.
     """
 
     limits: Limits
@@ -64,7 +65,7 @@ class Plan:
 
     Three digests tell it from others: `content` is the identity of the picture, `asked` that of the order with its
     seed left as asked, and `sent` the same with the addresses of remote pictures in the place of their bytes.
-    `pictures` are the SHA-256 of the files it comes with, once they are there.
+    `pictures` are the SHA-256 of the files it comes with, once they are there, `lora_digests` those of its adapters.
     """
 
     order: Order
@@ -77,6 +78,7 @@ class Plan:
     asked: str
     sent: str
     pictures: Mapping[str, str | None]
+    lora_digests: tuple[str, ...] = ()
 
     @property
     def tag(self) -> str:
@@ -110,7 +112,8 @@ def resolve(order: Order, options: Options, fetched: Mapping[str, bytes] | None 
     addresses = {source.parameter: source.url for source in order.sources if source.url is not None}
     sent_pictures = _identities(order, addresses)
     pictures = _identities(order, fetched) if fetched else sent_pictures
-    facts = _facts_told(order, words, _adapters(order, options))
+    adapters = _adapters(order, options)
+    facts = _facts_told(order, words, adapters)
     seed_asked = {"seed": order.seed, **({"variation": order.variation} if order.variation else {})}
     asked = digest({**facts, **pictures, **seed_asked})
     seed = _seed(order, asked)
@@ -132,12 +135,18 @@ def resolve(order: Order, options: Options, fetched: Mapping[str, bytes] | None 
         asked=asked,
         sent=digest({**facts, **sent_pictures, **seed_asked}),
         pictures=pictures,
+        lora_digests=tuple(digest for _, _, digest in adapters),
     )
 
 
-def _read_words(order: Order, options: Options) -> Words:
+def facts_for(order: Order, options: Options) -> ModelFacts:
+    """The facts of the model that draws an order. Raises `InvalidInput` for one that is not here."""
     default = options.default_model if options.default_model in options.models else next(iter(options.models))
-    facts = facts_of(order.model or default, options.models)
+    return facts_of(order.model or default, options.models)
+
+
+def _read_words(order: Order, options: Options) -> Words:
+    facts = facts_for(order, options)
     warnings = []
     negative = _cleaned(order.negative_prompt or "", "negative_prompt") or None
     if negative and not facts.takes_negative_prompt:
@@ -183,12 +192,18 @@ def _adapters(order: Order, options: Options) -> list[tuple[str, float, str]]:
     if not order.loras:
         return []
     there = options.loras()
-    if not there:
-        raise InvalidInput("No adapters are offered here.", field="lora")
+    digests = {}
     for name, _ in order.loras:
-        if name not in there:
-            raise InvalidInput(f"{name!r} is not an adapter here; there are {', '.join(sorted(there))}.", field="lora")
-    return [(name, weight, there[name]) for name, weight in order.loras]
+        try:
+            digests[name] = there[name]
+        except KeyError as error:
+            names = sorted(there)
+            if not names:
+                raise InvalidInput("No adapters are offered here.", field="lora") from error
+            raise InvalidInput(
+                f"{name!r} is not an adapter here; there are {', '.join(names)}.", field="lora"
+            ) from error
+    return [(name, weight, digests[name]) for name, weight in order.loras]
 
 
 def _facts_told(order: Order, words: Words, adapters: list[tuple[str, float, str]]) -> dict[str, object]:

@@ -25,7 +25,7 @@ from stable_diffusion_server.observability.account import Account
 from stable_diffusion_server.observability.tracing import Tracing
 from stable_diffusion_server.orders import Caller, Order, Progress, Receipt, Source, Stored, Warned
 from stable_diffusion_server.receipts import receipt_of_drawn, receipt_of_stored, rounded
-from stable_diffusion_server.resolving import Options, Plan, resolve
+from stable_diffusion_server.resolving import Options, Plan, facts_for, resolve
 
 _ANYONE = Caller()
 _PLANS = 1024
@@ -99,9 +99,9 @@ class Service:
         self._decode = decode
         self._keeping = Keeping(bucket, options.embed_metadata, record)
         self._known = known
-        # The same words come again and again; planning them is pure.
         self._told: dict[str, tuple[Plan, Stored, Receipt]] = {}
-        self._planned = lru_cache(_PLANS)(lambda order: resolve(order, options))
+        # The same words come again and again; planning them is pure, but for what the order's model is.
+        self._plans = lru_cache(_PLANS)(lambda order, facts: resolve(order, options))
         self._fetching: Flights[bytes] = Flights()
         self._storing: Flights[_Outcome] = Flights()
         self._drawing = Drawing(queue, count_tokens, options)
@@ -137,7 +137,7 @@ class Service:
 
         Blocks for nothing. Raises `InvalidInput`.
         """
-        if order.sources or order.overwrite or order.seed == "random":
+        if order.sources or order.loras or order.overwrite or order.seed == "random":
             return None
         plan = self._planned(order)
         stored = self._known(plan.key)
@@ -200,10 +200,14 @@ class Service:
         self._queue.check_open()
 
     async def _resolved(self, order: Order) -> Plan:
-        # Files are hashed; words alone take less time than a thread to take them to.
-        if order.sources:
+        # Files are hashed, adapters' files read; words alone take less time than a thread to take them to.
+        if order.sources or order.loras:
             return await asyncio.to_thread(resolve, order, self._options)
         return resolve(order, self._options) if order.seed == "random" else self._planned(order)
+
+    def _planned(self, order: Order) -> Plan:
+        """The plan of an order without pictures and adapters, whose model may become another one by being loaded."""
+        return self._plans(order, facts_for(order, self._options))
 
     async def _fulfilled(
         self, order: Order, fetched: Mapping[str, bytes], whom: For, listener: Listener

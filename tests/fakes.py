@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -92,6 +93,23 @@ class PaintedSquares:
         shade = np.array(COLOURS[named], np.int16) - job.seed % 16
         pixels = np.broadcast_to(shade.clip(0, 255).astype(np.uint8), (job.height, job.width, 3))
         return Painted(np.ascontiguousarray(pixels))
+
+
+def lora_file(file: Path, content: bytes = b"", layer: str = "unet.mid_block") -> Path:
+    """A file that reads as an adapter and fits no model, its numbers made of `content`."""
+    data = content.ljust(32, b"\0")[:32]
+    header = json.dumps(
+        {
+            f"{layer}.lora_{half}.weight": {
+                "dtype": "F32",
+                "shape": [2, 2],
+                "data_offsets": [16 * number, 16 * number + 16],
+            }
+            for number, half in enumerate("AB")
+        }
+    ).encode()
+    file.write_bytes(len(header).to_bytes(8, "little") + header + data)
+    return file
 
 
 def settings_in(folder: Path, **changes: Any) -> Settings:

@@ -102,6 +102,16 @@ async def test_not_finite_twice_is_the_callers_answer() -> None:
     assert len(easel.jobs) == 2
 
 
+@pytest.mark.fault(161)
+async def test_not_finite_twice_with_adapters_is_told_as_their_doing() -> None:
+    """One new seed, then a refusal of the parameter that names them and their weights."""
+    easel = Easel(NAN, NAN)
+    with pytest.raises(InvalidInput, match=r"With ink:2, pastel:-0\.5 the picture is not finite") as refused:
+        await judged(easel, replace(JOB, loras=(("ink", 2.0), ("pastel", -0.5))))
+    assert refused.value.field == "lora"
+    assert len(easel.jobs) == 2
+
+
 @pytest.mark.parametrize("error", [Busy("full"), InvalidInput("no adapter", field="lora")])
 async def test_a_fault_that_drawing_again_can_not_mend_is_not_tried_again(error: ServerError) -> None:
     """A full queue and a wrong parameter are answers."""

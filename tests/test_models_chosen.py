@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from conftest import House
-from fakes import PaintedSquares, settings_in, until
+from fakes import PaintedSquares, lora_file, settings_in, until
 from fastapi.testclient import TestClient
 
 from stable_diffusion_server.app import create_app
@@ -64,11 +64,12 @@ def test_an_adapter_is_known_by_the_name_of_its_file(house_of: Making, tmp_path:
     """LORA_DIR's files may be named; others, and paths, are refused by the parameter's name."""
     folder = tmp_path / "loras"
     folder.mkdir()
-    (folder / "pastel.safetensors").write_bytes(b"weights")
+    lora_file(folder / "pastel.safetensors")
     house = house_of(PaintedSquares(), lora_dir=folder)
     assert house.draw(prompt="a red disc", lora="pastel:0.8").status_code == 200
     (job,) = house.squares.prepared
     assert job.loras == (("pastel", 0.8),)
+    assert len(job.lora_digests) == 1
     for name in ("other", "../loras/pastel", "pastel.safetensors"):
         refused: Any = house.draw(prompt="a red disc", lora=name)
         assert (refused.status_code, refused.json()["field"]) == (422, "lora")

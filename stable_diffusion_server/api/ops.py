@@ -30,7 +30,8 @@ def router(
     @routes.get("/readyz", operation_id="readyz", summary="Can it draw? 503 says what is missing.")
     async def readyz() -> Response:
         reasons = await run_in_threadpool(missing)
-        body = {"status": "not ready" if reasons else "ready", "missing": reasons, "models": list(loaded())}
+        models = await run_in_threadpool(loaded)  # it looks through the folder of adapters
+        body = {"status": "not ready" if reasons else "ready", "missing": reasons, "models": list(models)}
         return JSONResponse(body, 503 if reasons else 200, {"Retry-After": "2"} if reasons else None)
 
     @routes.get("/metrics", operation_id="metrics", summary="Figures in Prometheus's text format")

@@ -80,7 +80,11 @@ def add_doors(app: FastAPI, settings: Settings, service: Service, jobs: Jobs, st
     app.include_router(files.router(stores.bucket, stores.shelf, stores.signer, stores.folder))
     app.include_router(history.router(stores.shelf, url_of))
     app.include_router(page.router())
-    schedulers = {name: facts.schedulers for name, facts in options.models.items()}
+
+
+    def schedulers() -> dict[str, tuple[str, ...]]:
+        return {name: facts.schedulers for name, facts in options.models.items()}
+
     document.install(app, schedulers, keys_needed=bool(settings.read_keys()))
 
 

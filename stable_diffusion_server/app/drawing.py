@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from time import perf_counter
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -20,7 +20,6 @@ from stable_diffusion_server.limits import Limits
 from stable_diffusion_server.observability.metrics import Metrics
 from stable_diffusion_server.observability.progress import ConsoleProgress, Heartbeat, each
 from stable_diffusion_server.picture_formats import ALWAYS
-from stable_diffusion_server.pipelines.adapters import digest_of, find, names_in
 from stable_diffusion_server.pipelines.catalog import (
     MODELS,
     REAL_MODELS,
@@ -29,6 +28,7 @@ from stable_diffusion_server.pipelines.catalog import (
     with_lcm,
     with_quantization,
 )
+from stable_diffusion_server.pipelines.lora_folder import LoraFolder
 from stable_diffusion_server.resolving import Options
 from stable_diffusion_server.settings import Settings
 from stable_diffusion_server.settings.surroundings import keep_compiled
@@ -49,13 +49,14 @@ class Loaded:
 
     `facts` are those of the models the settings ask for; where the device cannot hold one, the facts of the one that
     is loaded instead take their place. `fault` says why there can be no model at all, `usual` which model draws what
-    names none.
+    names none. `loras` is the folder of adapters.
     """
 
     facts: dict[str, ModelFacts]
     fault: WeightsUnusable | None = None
     usual: str = "sdxl"
     models: Models | None = None
+    loras: LoraFolder = field(default_factory=lambda: LoraFolder(None))
 
     @classmethod
     def of(cls, settings: Settings) -> Loaded:
@@ -65,10 +66,10 @@ class Loaded:
         try:
             chosen = choose_models(settings.models, present)
         except WeightsUnusable as error:
-            return cls(dict(MODELS), error, settings.text_to_image_model)
+            return cls(dict(MODELS), error, settings.text_to_image_model, loras=_loras_of(settings))
         lcm = with_lcm if settings.load_lcm_lora else lambda facts: facts
         drawing = {name: with_quantization(lcm(facts), settings.quantize) for name, facts in chosen.items()}
-        return cls(drawing, usual=settings.text_to_image_model)
+        return cls(drawing, usual=settings.text_to_image_model, loras=_loras_of(settings))
 
     def count_tokens(self, model: str, prompt: str) -> int:
         """Length of a prompt in a model's tokens. Raises `NotReady` until the models are loaded."""
@@ -80,12 +81,29 @@ class Loaded:
         """What is loaded, for people: name, folder, revision, device, placement, bytes and adapters of each model.
 
         And what it does where an order leaves it open: whether it is taken, its steps, guidance and native pixels.
+        Reads the folder of adapters: those are told that can be used now, and why the others cannot.
         """
         usual = self.usual if self.usual in self.facts else next(iter(self.facts), "")
         return [
-            {**asdict(model), "usual": model.name == usual, **_habits(self.facts[model.name])}
+            {
+                **asdict(model),
+                "usual": model.name == usual,
+                **_habits(self.facts[model.name]),
+                **self._adapters_told(self.facts[model.name]),
+            }
             for model in getattr(self.models, "loaded", ())
         ]
+
+    def offered_loras(self) -> Mapping[str, str]:
+        """The adapters that a model here can be drawn with, each with its digest, which is read when looked up."""
+        return self.loras.offered({facts.denoiser for facts in self.facts.values()})
+
+    def _adapters_told(self, facts: ModelFacts) -> dict[str, object]:
+        unusable = self.loras.faults()
+        return {
+            "loras": self.loras.names({facts.denoiser}),
+            **({"unusable_loras": unusable} if unusable else {}),
+        }
 
     def memory(self) -> Mapping[str, Mapping[str, int]]:
         """Bytes of memory by device and kind; nothing before the models are loaded."""
@@ -96,6 +114,10 @@ class Loaded:
         """Bytes of encoded prompts that are kept, by model."""
         read: Callable[[], Mapping[str, int]] = getattr(self.models, "prompt_caches", dict)
         return read()
+
+
+def _loras_of(settings: Settings) -> LoraFolder:
+    return LoraFolder(settings.lora_dir, settings.max_lora_bytes)
 
 
 def _habits(facts: ModelFacts) -> dict[str, object]:
@@ -120,7 +142,7 @@ def load_models(settings: Settings, loaded: Loaded) -> Models:
         models=loaded.facts,
         instead=MODELS if settings.models == "auto" else {},
         hub=settings.models == "hub",
-        lora_dir=settings.lora_dir,
+        loras=loaded.loras,
         controlnet_lora=settings.controlnet_lora,
         dfloat11=settings.df11_model_path,
         offload=settings.offload,
@@ -196,7 +218,7 @@ def options_of(settings: Settings, loaded: Loaded) -> Options:
         settings.embed_metadata,
         None if settings.bumpy_redraws == "auto" else int(settings.bumpy_redraws),
         MappingProxyType(loaded.facts),
-        lambda: {name: digest_of(find(settings.lora_dir, name)) for name in names_in(settings.lora_dir)},
+        loaded.offered_loras,
     )
 
 

@@ -46,6 +46,7 @@ class Desk(Generic[S, P]):
         self._poisoned = poisoned
         self._occupied = occupied
         self._not_finite = 0
+        self._not_finite_adapted = 0
 
     def enter(self, phase: Phase, reason: str) -> None:
         """Begin a phase, and let everyone who waits for one know."""
@@ -147,7 +148,7 @@ class Desk(Generic[S, P]):
     def succeed(self, seat: Seat[S, P], product: P) -> None:
         """Answer a job with what it came to."""
         ticket = seat.ticket
-        self._not_finite = 0
+        self._not_finite = self._not_finite_adapted = 0
         self.paces.drew(ticket.job, seat.timings["prepare"] + seat.timings["decode"])
         self.leave(ticket)
         if ticket.succeed(Drawing(product, seat.timings, seat.batched, ticket.attempts)):
@@ -164,16 +165,31 @@ class Desk(Generic[S, P]):
                 self._tell_positions()
 
     def fail(self, ticket: Ticket[P], error: Exception) -> None:
-        """Answer a job with an error. Raises `DevicePoisoned` when it is one of too many that are not finite."""
+        """Answer a job with an error. Raises `DevicePoisoned` when it is one of too many that are not finite.
+
+        With adapters it may be their doing, so such a job does not count; see `doubts`.
+        """
         self.leave(ticket)
         if ticket.fail(error):
             self.news.tell(EventKind.FAILED, ticket, cause=_kind_of(error))
         elif ticket.result.cancelled():
             self.news.tell(EventKind.CANCELLED, ticket)
-        if isinstance(error, NotFinite):
+        if isinstance(error, NotFinite) and ticket.job.loras:
+            self._not_finite_adapted += 1
+        elif isinstance(error, NotFinite):
             self._not_finite += 1
             if self._not_finite >= SUSPECT_NOT_FINITE:
                 raise DevicePoisoned("The device gives numbers that are not finite, whatever is drawn.") from error
+
+    def doubts(self) -> bool:
+        """Whether so many jobs with adapters in a row were not finite that one without is to tell whose fault it is.
+
+        True once for as many.
+        """
+        if self._not_finite_adapted < SUSPECT_NOT_FINITE:
+            return False
+        self._not_finite_adapted = 0
+        return True
 
     def dismiss(self, *, running: bool, lost: ServerError | None = None) -> None:
         """Fail what waits and was not begun, and with `running` all the rest: they may be handed in elsewhere.

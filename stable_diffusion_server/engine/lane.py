@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Generic, TypeVar
 
 import structlog
@@ -13,8 +14,8 @@ from stable_diffusion_server.engine.contract import Abilities, Denoiser, P, Phas
 from stable_diffusion_server.engine.desk import Desk
 from stable_diffusion_server.engine.previews import Previews
 from stable_diffusion_server.engine.ticket import Seat, Ticket
-from stable_diffusion_server.errors import DevicePoisoned, OutOfMemory
-from stable_diffusion_server.orders import EventKind
+from stable_diffusion_server.errors import DevicePoisoned, NotFinite, OutOfMemory
+from stable_diffusion_server.orders import EventKind, Job
 
 # A group lets others have the device after so many steps of their waiting; background work after fewer.
 TURN, BACKGROUND_TURN = 32, 8
@@ -200,9 +201,27 @@ class Lane(Generic[S, P]):
             raise
         except Exception as error:  # as in _step
             self._desk.fail(seat.ticket, error)
+            if self._desk.doubts():
+                self._try_without_adapters(seat.ticket.job)
             return
         seat.timings["decode"] = time.perf_counter() - started
         self._desk.succeed(seat, product)
+
+    def _try_without_adapters(self, job: Job) -> None:
+        """Draw a job without its adapters, for nobody. Raises `DevicePoisoned` when that is not finite either."""
+        plain = replace(job, loras=(), lora_digests=())
+        _log.warning("drawings with adapters are not finite; one without is tried", model=job.model)
+        try:
+            state = self._denoiser.prepare(plain)
+            while not state.done:
+                self._denoiser.step([state])
+            self._denoiser.finish(state)
+        except NotFinite as error:
+            raise DevicePoisoned("The device gives numbers that are not finite, whatever is drawn.") from error
+        except DevicePoisoned:
+            raise
+        except Exception as error:  # it was for nobody, and tells nothing of numbers
+            _log.warning("it could not be drawn without adapters", exc_info=error)
 
     def _with_less_memory(self, attempt: Callable[[], T]) -> T:
         """Try again with less memory for as long as there is less to be taken: a finished state is not thrown away."""

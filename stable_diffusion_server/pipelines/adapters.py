@@ -1,178 +1,193 @@
-"""LoRA adapters of one pipeline: which may be used, and which are on. Knows files and names, and neither jobs nor rows.
+"""LoRA adapters of one pipeline: which are loaded, which are on. Knows files by their digests, neither jobs nor rows.
 
 An adapter has one scaling for the whole model, so rows with and without it cannot share a forward pass: jobs are
-grouped by their adapters (`Job.shape`), and `use` switches when the group changes.
+grouped by their adapters (`Job.shape`), and `switch` changes over when the group changes.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import re
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
+
+import structlog
+from safetensors.torch import load
 
 from stable_diffusion_server.errors import InvalidInput, WeightsUnusable
+from stable_diffusion_server.pipelines import lora_weights
+from stable_diffusion_server.pipelines.lora_files import LoraFile, denoisers_of, digest_of, read_header, read_lora
+from stable_diffusion_server.pipelines.lora_folder import LoraFolder, find, names_in
+
+__all__ = [
+    "Adapters",
+    "Held",
+    "InUse",
+    "Loras",
+    "add_to_controlnet",
+    "by_digest",
+    "digest_of",
+    "find",
+    "names_in",
+    "read_header",
+]
 
 Loras = Sequence[tuple[str, float]]
 
 # Adapters kept in memory beside those in use; the one used longest ago goes first.
 KEPT = 8
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-_SUFFIX = ".safetensors"
-_HEADER_LIMIT = 100_000_000
+_MOST_REFUSED = 1024
+
+_log = structlog.get_logger(__name__)
 
 
-def names_in(folder: Path | None) -> tuple[str, ...]:
-    """The adapters of the allowed folder, by name and sorted: its `.safetensors` files."""
-    if folder is None or not folder.is_dir():
-        return ()
-    return tuple(sorted(p.stem for p in folder.iterdir() if p.suffix == _SUFFIX and _NAME.fullmatch(p.stem)))
+class Held:
+    """An adapter that is loaded, by its digest, and stays so for as long as someone has this."""
+
+    __slots__ = ("__weakref__", "digest")
+
+    def __init__(self, digest: str) -> None:
+        self.digest = digest
 
 
-def find(folder: Path | None, name: str) -> Path:
-    """The file of an adapter by its name. Raises `InvalidInput` for a name that is none of the folder's own.
-
-    Names are compared with what the folder holds and never joined into a path; links that lead out are refused.
-    """
-    if folder is None or not folder.is_dir():
-        raise InvalidInput("No adapters are offered here.", field="lora")
-    if name not in names_in(folder):
-        raise InvalidInput(f"{name[:100]!r} is not an adapter here.", field="lora")
-    file = (folder / f"{name}{_SUFFIX}").resolve()
-    if folder.resolve() not in file.parents or not file.is_file():
-        raise InvalidInput(f"{name!r} is not an adapter here.", field="lora")
-    return file
+InUse = tuple[tuple[Held, float], ...]
 
 
-def read_header(file: Path) -> Mapping[str, Any]:
-    """The header of a safetensors file: name of each tensor → its `dtype`, `shape` and `data_offsets`.
-
-    Raises `WeightsUnusable` when the file is none, or shorter than its header says.
-    """
-    try:
-        with file.open("rb") as source:
-            length = int.from_bytes(source.read(8), "little")
-            # A length out of bounds reads as nothing, which is no JSON.
-            header = json.loads(source.read(length if length <= _HEADER_LIMIT else 0))
-        tensors = {name: facts for name, facts in header.items() if name != "__metadata__"}
-        end = max((facts["data_offsets"][1] for facts in tensors.values()), default=0)
-        size = file.stat().st_size
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise WeightsUnusable(f"{file.name} is not a safetensors file.") from error
-    if size < 8 + length + end:
-        raise WeightsUnusable(f"{file.name} is truncated: {size} of {8 + length + end} bytes are there.")
-    return tensors
+def by_digest(used: InUse) -> tuple[tuple[str, float], ...]:
+    """What adapters in use are: the digest of each and its weight."""
+    return tuple((held.digest, weight) for held, weight in used)
 
 
-def digest_of(file: Path) -> str:
-    """What tells these weights from others of the same name: the first 16 hexadecimal digits of their SHA-256."""
-    facts = file.stat()
-    return _digest(file, facts.st_mtime_ns, facts.st_size)
-
-
-@lru_cache(maxsize=256)
-def _digest(file: Path, changed: int, size: int) -> str:  # the same file is read again when one of the two differs
-    with file.open("rb") as source:
-        return hashlib.file_digest(source, "sha256").hexdigest()[:16]
-
-
-def add_to_controlnet(controlnet: Any, file: Path) -> None:
+def add_to_controlnet(controlnet: Any, path: Path) -> None:
     """Put a LoRA on a ControlNet for good. Raises `WeightsUnusable` for one of another kind."""
-    refuse_control_lora(file)
     try:
-        controlnet.load_lora_adapter(str(file.parent), weight_name=file.name, prefix=_prefix(file), adapter_name="own")
-    except (ValueError, RuntimeError, KeyError, OSError, AttributeError) as error:
-        raise WeightsUnusable(f"CONTROLNET_LORA: {file.name} does not fit the ControlNet.") from error
+        file = read_lora(path)
+        first = next(iter(file.header.tensors), "").partition(".")[0]
+        prefix = first if first in ("transformer", "controlnet", "unet") else None
+        controlnet.load_lora_adapter(load(file.data), prefix=prefix, adapter_name="own")
+    except WeightsUnusable as error:
+        raise WeightsUnusable(f"CONTROLNET_LORA: {error.detail}") from error
+    except Exception as error:  # a file is input, and the library raises whatever it stumbles over
+        raise WeightsUnusable(f"CONTROLNET_LORA: {path.name} does not fit the ControlNet.") from error
     if "own" not in getattr(controlnet, "peft_config", {}):
-        raise WeightsUnusable(f"CONTROLNET_LORA: {file.name} holds nothing for the ControlNet.")
-
-
-def _prefix(file: Path) -> str | None:
-    """The part of a pipeline that the names in a LoRA file begin with, if they do."""
-    first = next(iter(read_header(file)), "").partition(".")[0]
-    return first if first in ("transformer", "controlnet", "unet") else None
-
-
-def refuse_control_lora(file: Path) -> None:
-    """Raise `WeightsUnusable` for a Flux control LoRA of Black Forest Labs' kind.
-
-    It widens the transformer's input in place, for the edges beside the latents, and so breaks every other job of
-    the model; ordinary adapters leave the input's width alone.
-    """
-    for name, facts in read_header(file).items():
-        part, _, kind = name.rpartition(".lora_A.")
-        embeds_input = kind == "weight" and part.rpartition(".")[2] in ("x_embedder", "img_in")
-        if embeds_input or "query_norm.scale" in name:
-            raise WeightsUnusable(
-                f"{file.name} is a control LoRA, which would change the input of the shared Flux transformer; "
-                f"use an ordinary LoRA, or a ControlNet for edges. Its tensor {name} has the shape {facts['shape']}."
-            )
+        raise WeightsUnusable(f"CONTROLNET_LORA: {path.name} holds nothing for the ControlNet.")
 
 
 class Adapters:
-    """The adapters of one pipeline, loaded when first asked for. For the device thread alone.
+    """The adapters of one pipeline, loaded when first asked for, by what their files hold. For the device thread alone.
 
     `always` are (file, weight) of those that belong to the model whatever a job asks for; they are loaded at once.
+    `settle` puts the weights where they live between drawings, should a load that failed have left them elsewhere.
     """
 
-    def __init__(self, pipeline: Any, folder: Path | None = None, always: Sequence[tuple[Path, float]] = ()) -> None:
+    def __init__(
+        self,
+        pipeline: Any,
+        folder: LoraFolder | Path | None = None,
+        always: Sequence[tuple[Path, float]] = (),
+        settle: Callable[[], object] = lambda: None,
+    ) -> None:
         self._pipeline = pipeline
-        self._folder = folder
+        self._denoiser = "unet" if hasattr(pipeline, "unet") else "transformer"
+        self._folder = folder if isinstance(folder, LoraFolder) else LoraFolder(folder)
+        self._settle = settle
         self._loaded: OrderedDict[str, None] = OrderedDict()
+        self._held: WeakValueDictionary[str, Held] = WeakValueDictionary()
+        # Why a content was refused, which stays so: it is not read through again.
+        self._refused: OrderedDict[str, str] = OrderedDict()
         self._always: list[tuple[str, float]] = []
-        self._active: Loras | None = None
+        self._active: list[tuple[str, float]] | None = None
         for number, (file, weight) in enumerate(always):
-            # "@" is in no name a job can give.
-            name = f"always@{number}"
-            self._load(name, file)
-            self._always.append((name, weight))
-        self.use(())
+            key = f"always{number}"
+            self._load(key, read_lora(file))
+            self._always.append((key, weight))
+        self.switch(())
 
-    def use(self, loras: Loras) -> None:
+    def use(self, loras: Loras, digests: Sequence[str] = ()) -> InUse:
         """Turn exactly these adapters on, by name and weight, loading what is not loaded.
 
-        Raises `InvalidInput` for an unknown name, or a file made for another model.
+        `digests`, one each, say which content is meant under a name; without them it is the present one. Raises
+        `InvalidInput` with the reason for an unknown name, a file that does not fit, and one that was replaced.
         """
-        wanted = tuple(loras)
-        if wanted == self._active:
-            return
-        files = {name: find(self._folder, name) for name, _ in wanted if name not in self._loaded}
-        self._active = None  # until all of it has worked: loading one turns it on
-        for name, _ in wanted:
-            if name in files:
-                self._load(name, files[name])
-                self._loaded[name] = None
-            self._loaded.move_to_end(name)
-        self._switch(wanted)
-        self._active = wanted
-        self._forget({name for name, _ in wanted})
+        wanted: list[tuple[Held, float]] = []
+        for number, (name, weight) in enumerate(loras):
+            digest = digests[number] if digests else self._folder.digest(name)
+            wanted.append((self._hold(name, digest), weight))
+        used = tuple(wanted)
+        self.switch(used)
+        self._forget()
+        return used
 
-    def _switch(self, loras: Loras) -> None:
-        on = [*((_key(name), weight) for name, weight in loras), *self._always]
+    def switch(self, used: InUse) -> None:
+        """Turn on exactly what `use` gave."""
+        weights: dict[str, float] = {}
+        for held, weight in used:
+            key = _key(held.digest)
+            weights[key] = weights.get(key, 0.0) + weight  # the library takes one weight of an adapter
+        on = [*weights.items(), *self._always]
+        if on == self._active:
+            return
+        self._active = None  # until it has worked
         if on:
             self._pipeline.enable_lora()
-            self._pipeline.set_adapters([name for name, _ in on], [weight for _, weight in on])
+            self._pipeline.set_adapters([key for key, _ in on], [weight for _, weight in on])
         elif self._loaded:
             self._pipeline.disable_lora()
+        self._active = on
 
-    def _load(self, name: str, file: Path) -> None:
-        refuse_control_lora(file)
+    def _hold(self, name: str, digest: str) -> Held:
+        """The adapter of that digest, loaded."""
+        if digest not in self._loaded:
+            if digest in self._refused:
+                raise InvalidInput(self._refused[digest], field="lora")
+            file = self._folder.read(name)
+            if file.digest != digest:
+                raise InvalidInput(f"{file.name} was replaced while the order waited; ask again.", field="lora")
+            try:
+                self._load(_key(digest), file)
+            except InvalidInput as error:
+                self._refuse(name, file, error.detail)
+                raise
+            self._loaded[digest] = None
+        self._loaded.move_to_end(digest)
+        held = self._held.get(digest) or Held(digest)
+        self._held[digest] = held
+        return held
+
+    def _load(self, key: str, file: LoraFile) -> None:
+        if self._denoiser not in denoisers_of(file.header):
+            raise InvalidInput(f"{file.name} is for models of another family.", field="lora")
+        fitting = lora_weights.fitted(file, self._pipeline)
+        self._active = None  # loading one turns it on
+        hooked = _hooked(self._pipeline)
         try:
-            self._pipeline.load_lora_weights(file.parent, weight_name=file.name, adapter_name=_key(name))
-        except (ValueError, RuntimeError, KeyError, OSError) as error:
-            self._active = None
-            raise InvalidInput(f"{file.stem!r} is not an adapter for this model.", field="lora") from error
+            lora_weights.put_on(fitting, self._pipeline, key, file.name)
+        except BaseException:
+            if _hooked(self._pipeline) != hooked:
+                self._settle()
+            raise
 
-    def _forget(self, used: set[str]) -> None:
-        for name in [name for name in self._loaded if name not in used][: max(0, len(self._loaded) - KEPT)]:
-            self._pipeline.delete_adapters(_key(name))
-            del self._loaded[name]
+    def _refuse(self, name: str, file: LoraFile, why: str) -> None:
+        self._refused[file.digest] = why
+        if len(self._refused) > _MOST_REFUSED:
+            self._refused.popitem(last=False)
+        _log.warning("an adapter is refused", name=name, why=why)
+        self._folder.refuse(name, self._denoiser, why)
+
+    def _forget(self) -> None:
+        """Take off those used longest ago, but none that someone holds."""
+        idle = [digest for digest in self._loaded if digest not in self._held]
+        for digest in idle[: max(0, len(self._loaded) - KEPT)]:
+            lora_weights.take_off(self._pipeline, _key(digest))
+            del self._loaded[digest]
 
 
-def _key(name: str) -> str:
-    """The adapter's name inside the pipeline, where a dot would separate modules."""
-    return name.replace(".", "@dot@")
+def _hooked(pipeline: Any) -> list[bool]:
+    """Which parts have hooks that move their weights."""
+    return [hasattr(part, "_hf_hook") for part in pipeline.components.values()]
+
+
+def _key(digest: str) -> str:
+    """The adapter's name inside the pipeline."""
+    return f"lora{digest}"

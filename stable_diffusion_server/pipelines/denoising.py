@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from stable_diffusion_server.errors import DevicePoisoned, NotFinite, OutOfMemory
 from stable_diffusion_server.orders import Job, Picture
+from stable_diffusion_server.pipelines.adapters import InUse
 from stable_diffusion_server.pipelines.control import Control
 
 C = TypeVar("C")
@@ -74,7 +75,8 @@ class State(Generic[C]):
 
     `latents` are 1 × …, `stages` what is left to do, `index` the number of steps done; `conditioning` is what the
     family made of the prompt. `keep` and `control` make a job an inpainting or a guided one, together or alone.
-    `expected` are the latents it seemed to end as at the last step, if known.
+    `expected` are the latents it seemed to end as at the last step, if known. `adapters` are those it is drawn with,
+    which stay loaded for as long as it has them.
     """
 
     job: Job
@@ -87,6 +89,7 @@ class State(Generic[C]):
     index: int = 0
     begun: int = 0
     expected: torch.Tensor | None = None
+    adapters: InUse = ()
 
     @property
     def steps(self) -> int:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from stable_diffusion_server.errors import InvalidInput
 from stable_diffusion_server.orders import Job, Picture
-from stable_diffusion_server.pipelines.adapters import Adapters
+from stable_diffusion_server.pipelines.adapters import Adapters, InUse, by_digest
 from stable_diffusion_server.pipelines.catalog import (
     ModelFacts,
     refine_steps_skipped,
@@ -97,8 +97,8 @@ class Flux:
         """
         with torch_errors_told():
             skipped = steps_skipped(self.facts, job.num_inference_steps, job.strength) if job.image else 0
-            self.adapters.use(job.loras)
-            conditioning = self._encode(job)
+            adapters = self.adapters.use(job.loras, job.lora_digests)
+            conditioning = self._encode(job, adapters)
             dtype = conditioning.embeds.dtype
             generator = seeded(job.seed)
             control = self._control(job, generator)
@@ -116,18 +116,19 @@ class Flux:
                 stages.append(self._stage(job, skipped, seeded(job.seed + 1), dtype))
             return State(
                 job=job,
-                shape=(*job.shape, conditioning.embeds.shape[1]),
+                shape=(*job.shape, conditioning.embeds.shape[1], *(held.digest for held, _ in adapters)),
                 latents=latents,
                 stages=tuple(stages),
                 conditioning=conditioning,
                 keep=keep,
                 control=control,
+                adapters=adapters,
             )
 
     def step(self, states: Sequence[State[Conditioning]]) -> None:
         """One transformer pass over all states, then each state's own scheduler step."""
         with torch_errors_told():
-            self.adapters.use(states[0].job.loras)
+            self.adapters.switch(states[0].adapters)
             told = [state.conditioning for state in states]
             guidance = torch.cat([c.guidance for c in told])
             latents = torch.cat([state.model_input for state in states])
@@ -173,12 +174,12 @@ class Flux:
     def _text(self, prompt: str) -> str:
         return prompt.lower() if self.facts.lowercase_prompts else prompt
 
-    def _encode(self, job: Job) -> Conditioning:
+    def _encode(self, job: Job, adapters: InUse = ()) -> Conditioning:
         pipe = self.pipeline
         device = self.device
         text = self._text(job.prompt)
         embeds, pooled, text_ids = self.embeddings.of(
-            (text, job.loras),
+            (text, by_digest(adapters)),
             lambda: pipe.encode_prompt(
                 prompt=text, prompt_2=None, device=device, max_sequence_length=self.facts.text_tokens
             ),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from stable_diffusion_server.errors import DoesNotFit, InvalidInput, WeightsUnusable
 from stable_diffusion_server.orders import Job
-from stable_diffusion_server.pipelines.adapters import Adapters, add_to_controlnet, names_in
+from stable_diffusion_server.pipelines.adapters import Adapters, add_to_controlnet
 from stable_diffusion_server.pipelines.catalog import MODELS, ModelFacts
 from stable_diffusion_server.pipelines.components import (
     bytes_of,
@@ -34,6 +34,7 @@ from stable_diffusion_server.pipelines.conversion import compress, quantize_part
 from stable_diffusion_server.pipelines.denoising import Drawn, Family, State
 from stable_diffusion_server.pipelines.embeddings import LIMIT_BYTES, Embeddings
 from stable_diffusion_server.pipelines.graphs import Graphs
+from stable_diffusion_server.pipelines.lora_folder import LoraFolder
 from stable_diffusion_server.pipelines.memory import free_memory, memory_of
 from stable_diffusion_server.pipelines.performance import speed_up
 from stable_diffusion_server.pipelines.placement import (
@@ -54,9 +55,9 @@ class LoadOptions:
     """What to load and how: `models` by family (see `catalog.choose_models`), from the hub too if `hub`.
 
     Where the device cannot hold one of them and `instead` has another of its name, that one is loaded. `lora_dir` holds
-    the adapters a job may name; `controlnet_lora` goes on Flux's ControlNet, the weights `dfloat11` into its
-    transformer. `offload` and `quantize` force what else follows from free memory;
-    `performance` is how weights that stay on the device, as they were loaded, are made to compute.
+    the adapters a job may name, or `loras`, where the folder is looked after by others too; `controlnet_lora` goes on
+    Flux's ControlNet, the weights `dfloat11` into its transformer. `offload` and `quantize` force what else follows
+    from free memory; `performance` is how weights that stay on the device, as they were loaded, are made to compute.
     The VAE may decode a batch one by one (`vae_slicing`) or a large picture in overlapping tiles (`vae_tiling`), which
     takes less memory and changes such pictures a little; so does attention computed in slices. Each model keeps up to
     `prompt_cache_bytes` of encoded prompts.
@@ -66,6 +67,7 @@ class LoadOptions:
     instead: Mapping[str, ModelFacts] = field(default_factory=dict)
     hub: bool = False
     lora_dir: Path | None = None
+    loras: LoraFolder | None = None
     controlnet_lora: str = ""
     dfloat11: str = ""
     offload: Offload = "auto"
@@ -75,6 +77,11 @@ class LoadOptions:
     vae_slicing: bool = False
     vae_tiling: bool = False
     prompt_cache_bytes: int = LIMIT_BYTES
+
+    @property
+    def adapters(self) -> LoraFolder:
+        """The folder of adapters."""
+        return self.loras or LoraFolder(self.lora_dir)
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,6 +219,7 @@ def load(models_dir: Path, device_name: str, cpu_threads: int, options: LoadOpti
         torch.set_num_threads(cpu_threads)
     device = choose_device(device_name)
     options = options or LoadOptions()
+    options = replace(options, loras=options.adapters)
     kinds = _kinds()
     families, loaded, models, caches = {}, [], {}, {}
     graphs: list[Graphs] = []
@@ -234,10 +242,10 @@ def load(models_dir: Path, device_name: str, cpu_threads: int, options: LoadOpti
                 quantization=placement.quantization,
                 bytes=bytes_of(*modules),
                 follows_edges=controlnet is not None,
-                loras=names_in(options.lora_dir),
+                loras=options.adapters.names({facts.denoiser}),
             )
         )
-    registry = Registry(families, loaded, models, caches, graphs, adaptable=options.lora_dir is not None)
+    registry = Registry(families, loaded, models, caches, graphs, adaptable=options.adapters.folder is not None)
     if not registry.resident:
         # Memory is given back after every turn then, and recordings with it.
         for recorded in graphs:
@@ -278,7 +286,9 @@ def _place_model(facts: ModelFacts, models_dir: Path, device: torch.device, opti
         add_to_controlnet(controlnet, lora_file(options.controlnet_lora, models_dir, hub=hub))
     always = [(lcm_file(facts, folder, models_dir, hub=hub), weight) for folder, weight in facts.always]
     try:
-        adapters = Adapters(pipeline, options.lora_dir, always)
+        adapters = Adapters(
+            pipeline, options.adapters, always, lambda: settle(pipeline, controlnet, device, placement.residency)
+        )
     except InvalidInput as error:  # of no request here
         raise WeightsUnusable(error.detail) from error
     parts = {**pipeline.components, CONTROL: controlnet}
@@ -288,7 +298,7 @@ def _place_model(facts: ModelFacts, models_dir: Path, device: torch.device, opti
     settle(pipeline, controlnet, device, placement.residency)
     graphs: list[Graphs] = []
     if placement.residency == Residency.RESIDENT and placement.quantization in COMPUTED_FAST:
-        graphs = speed_up(pipeline, controlnet, device, options.performance, steady=options.lora_dir is None)
+        graphs = speed_up(pipeline, controlnet, device, options.performance, steady=options.adapters.folder is None)
     if options.attention_slicing:
         pipeline.enable_attention_slicing()
     if options.vae_slicing:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from stable_diffusion_server.errors import InvalidInput
 from stable_diffusion_server.orders import Job
-from stable_diffusion_server.pipelines.adapters import Adapters
+from stable_diffusion_server.pipelines.adapters import Adapters, InUse, by_digest
 from stable_diffusion_server.pipelines.catalog import (
     ModelFacts,
     refine_steps_skipped,
@@ -102,8 +102,8 @@ class Sdxl:
             pipe = self.pipeline
             skipped = steps_skipped(self.facts, job.num_inference_steps, job.strength) if job.image else 0
             control = self._control(job)
-            self.adapters.use(job.loras)
-            conditioning = self._encode(job)
+            adapters = self.adapters.use(job.loras, job.lora_digests)
+            conditioning = self._encode(job, adapters)
             generator = seeded(job.seed)
             picture = None
             if job.image is not None:
@@ -122,18 +122,19 @@ class Sdxl:
                 stages.append(self._stage(job, skipped, seeded(job.seed + 1), conditioning.embeds.dtype))
             return State(
                 job=job,
-                shape=(*job.shape, conditioning.embeds.shape[1]),
+                shape=(*job.shape, conditioning.embeds.shape[1], *(held.digest for held, _ in adapters)),
                 latents=latents,
                 stages=tuple(stages),
                 conditioning=conditioning,
                 keep=keep,
                 control=control,
+                adapters=adapters,
             )
 
     def step(self, states: Sequence[State[Conditioning]]) -> None:
         """One UNet pass over the rows of all states, then each state's own guidance and scheduler step."""
         with torch_errors_told():
-            self.adapters.use(states[0].job.loras)
+            self.adapters.switch(states[0].adapters)
             told = [state.conditioning for state in states]
             rows = [len(conditioning.embeds) for conditioning in told]
             inputs = {
@@ -197,10 +198,10 @@ class Sdxl:
         hint = to_tensor(job.control, self.device).to(self.controlnet.dtype)
         return Control(hint, job.control_scale)
 
-    def _encode(self, job: Job) -> Conditioning:
+    def _encode(self, job: Job, adapters: InUse = ()) -> Conditioning:
         guided = job.guidance_scale > 1
         positive, negative, pooled, negative_pooled = self.embeddings.of(
-            (job.prompt, job.negative_prompt, guided, job.loras),
+            (job.prompt, job.negative_prompt, guided, by_digest(adapters)),
             lambda: self.pipeline.encode_prompt(
                 prompt=job.prompt,
                 negative_prompt=job.negative_prompt,

@@ -35,7 +35,16 @@ class Models(Group):
     )
     text_to_image_model: Literal["flux", "sdxl"] = Field("sdxl", description="Model used when a request names none.")
     lora_dir: Path | None = Field(
-        None, description="Folder of the LoRA adapters (`.safetensors`) that requests may name. Empty: none."
+        None,
+        description=(
+            "Folder of the LoRA adapters (`.safetensors`) that requests may name, with its sub-folders. Links are "
+            "followed, out of it too. Empty: none."
+        ),
+    )
+    max_lora_bytes: int = Field(
+        4 * 2**30,
+        ge=1,
+        description="Bytes of the largest adapter file that is read; it is held in memory while it is loaded.",
     )
     load_lcm_lora: bool = Field(
         False,

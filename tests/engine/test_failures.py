@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 
 import pytest
-from fakes import PaintedSquares, until
+from fakes import Canvas, Painted, PaintedSquares, until
 from squares import Cramped, EngineOf, Poisonous, job, open_gate
 
 from stable_diffusion_server.engine import Phase
@@ -100,6 +100,58 @@ def test_numbers_that_are_never_finite_are_the_devices_fault(engine_of: EngineOf
             engine.submit(job(f"job {n}")).result.result(10)
     until(lambda: ends == [True])
     assert engine.phase is Phase.FAILED
+
+
+@pytest.mark.fault(161)
+def test_adapters_that_are_not_finite_are_their_orders_fault_and_not_the_devices(engine_of: EngineOf) -> None:
+    """However many in a row: one without is tried for nobody, is fine, and everyone is drawn as before."""
+
+    class Overflowing(PaintedSquares):
+        def finish(self, state: Canvas) -> Painted:
+            if state.job.loras:
+                raise NotFinite("The latents are not finite.")
+            return super().finish(state)
+
+    painter, ends = Overflowing(), list[bool]()
+    engine = engine_of(painter, poisoned=lambda: ends.append(True))
+    for n in range(3 * SUSPECT_NOT_FINITE):
+        with pytest.raises(NotFinite):
+            engine.submit(job(f"job {n}", loras=(("hot", 1.0),), lora_digests=("1a",))).result.result(10)
+    assert engine.submit(job("plain")).result.result(10)
+    assert engine.phase is Phase.READY
+    assert ends == []
+    assert [(done.loras, done.lora_digests) for done in painter.finished] == [((), ())] * 4
+
+
+@pytest.mark.fault(161)
+def test_a_device_that_is_never_finite_is_found_out_by_orders_with_adapters_too(engine_of: EngineOf) -> None:
+    """Where all orders name adapters, the one without, tried for nobody, tells."""
+    painter, ends = Poisonous(finite=False), list[bool]()
+    engine = engine_of(painter, poisoned=lambda: ends.append(True))
+    for n in range(SUSPECT_NOT_FINITE):
+        with pytest.raises(NotFinite):
+            engine.submit(job(f"job {n}", loras=(("fine", 1.0),))).result.result(10)
+    until(lambda: ends == [True])
+    assert engine.phase is Phase.FAILED
+
+
+@pytest.mark.fault(161)
+def test_a_trial_that_fails_otherwise_tells_nothing(engine_of: EngineOf) -> None:
+    """A lack of memory in the drawing for nobody is nobody's answer, and no end of the device."""
+
+    class Unlucky(PaintedSquares):
+        def finish(self, state: Canvas) -> Painted:
+            if state.job.loras:
+                raise NotFinite("The latents are not finite.")
+            raise OutOfMemory("no room")
+
+    engine = engine_of(Unlucky())
+    for n in range(SUSPECT_NOT_FINITE):
+        with pytest.raises(NotFinite):
+            engine.submit(job(f"job {n}", loras=(("hot", 1.0),))).result.result(10)
+    with pytest.raises(OutOfMemory):
+        engine.submit(job("plain")).result.result(10)
+    assert engine.phase is Phase.READY
 
 
 def test_poison_while_preparing_or_finishing_ends_it_as_well(engine_of: EngineOf) -> None:

@@ -25,11 +25,11 @@ from stable_diffusion_server.pipelines.adapters import (
     find,
     names_in,
     read_header,
-    refuse_control_lora,
 )
 from stable_diffusion_server.pipelines.catalog import MODELS, scheduler_of, with_lcm
 from stable_diffusion_server.pipelines.components import load_pipeline, lora_file
 from stable_diffusion_server.pipelines.flux import Flux
+from stable_diffusion_server.pipelines.lora_files import read_lora
 from stable_diffusion_server.pipelines.registry import LoadOptions, load
 from stable_diffusion_server.pipelines.sdxl import Sdxl
 
@@ -161,9 +161,9 @@ def test_an_adapter_of_another_model_is_refused_and_harms_nothing(painter: Sdxl,
     wrong = {name: torch.zeros(3, 3) for name in load_file(loras / "green.safetensors")}
     save_file(wrong, loras / "wrong.safetensors")
     (loras / "torn.safetensors").write_bytes((loras / "green.safetensors").read_bytes()[:-10])
-    with pytest.raises(InvalidInput, match="'wrong' is not an adapter for this model"):
+    with pytest.raises(InvalidInput, match=r"wrong\.safetensors is for another model"):
         painter.prepare(job_for("sdxl", loras=(("wrong", 1.0),)))
-    with pytest.raises(WeightsUnusable, match="truncated"):
+    with pytest.raises(InvalidInput, match=r"torn\.safetensors is truncated"):
         painter.prepare(job_for("sdxl", loras=(("torn", 1.0),)))
     assert (draw(painter, job_for("sdxl")) == expected).all()
     assert middle(draw(painter, job_for("sdxl", loras=GREEN))).argmax() == 1
@@ -185,14 +185,40 @@ def test_adapters_that_were_not_used_for_long_are_forgotten(
 ) -> None:
     """A folder of many does not fill the memory, and a forgotten one is loaded again."""
     monkeypatch.setattr(adapters, "KEPT", 2)
-    for letter in "abcd":
-        shutil.copy(loras / "green.safetensors", tmp_path / f"{letter}.v1.safetensors")
+    for number, letter in enumerate("abcd"):  # the same content would be the same adapter
+        scaled = {name: tensor * number for name, tensor in load_file(loras / "green.safetensors").items()}
+        save_file(scaled, tmp_path / f"{letter}.v1.safetensors")
     pipeline = load_pipeline(MODELS["sdxl"], MODELS_DIR, CPU)
     own = Adapters(pipeline, tmp_path)
     for letter in "abcda":
         own.use(((f"{letter}.v1", 1.0),))
         assert len(pipeline.get_list_adapters()["unet"]) <= 3
-    assert pipeline.get_active_adapters() == [adapters._key("a.v1")]
+    assert pipeline.get_active_adapters() == [adapters._key(digest_of(find(tmp_path, "a.v1")))]
+
+
+def test_an_adapter_someone_draws_with_is_not_forgotten(
+    loras: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A drawing that waits for its turn ends as it began, whatever many others came between, its file gone too."""
+    monkeypatch.setattr(adapters, "KEPT", 1)
+    for number, letter in enumerate("abcd", 1):
+        scaled = {name: tensor / number for name, tensor in load_file(loras / "green.safetensors").items()}
+        save_file(scaled, tmp_path / f"{letter}.safetensors")
+    pipeline = load_pipeline(MODELS["sdxl"], MODELS_DIR, CPU)
+    own = Sdxl(pipeline, MODELS["sdxl"], adapters=Adapters(pipeline, tmp_path))
+    waiting, expected = (
+        own.prepare(job_for("sdxl", loras=(("a", 1.0),))),
+        draw(own, job_for("sdxl", loras=(("a", 1.0),))),
+    )
+    (tmp_path / "a.safetensors").unlink()
+    for letter in "bcd":
+        draw(own, job_for("sdxl", loras=((letter, 1.0),)))
+    while not waiting.done:
+        own.step([waiting])
+    assert (own.finish(waiting).pixels == expected).all()
+    del waiting
+    draw(own, job_for("sdxl", loras=(("d", 1.0),)))
+    assert len(pipeline.get_list_adapters()["unet"]) <= 2
 
 
 def test_a_control_lora_is_refused_in_one_sentence(tmp_path: Path) -> None:
@@ -204,9 +230,9 @@ def test_a_control_lora_is_refused_in_one_sentence(tmp_path: Path) -> None:
     ):
         save_file({name: torch.zeros(4, 128)}, tmp_path / "line.safetensors")
         with pytest.raises(WeightsUnusable, match=r"control LoRA.*ControlNet"):
-            refuse_control_lora(tmp_path / "line.safetensors")
+            read_lora(tmp_path / "line.safetensors")
     save_file({"transformer.blocks.0.attn.to_q.lora_A.weight": torch.zeros(4, 128)}, tmp_path / "plain.safetensors")
-    refuse_control_lora(tmp_path / "plain.safetensors")
+    assert read_lora(tmp_path / "plain.safetensors").digest == digest_of(tmp_path / "plain.safetensors")
 
 
 @pytest.fixture

@@ -59,14 +59,18 @@ _EVENTS = {"create_image", "create_image_edit"}
 _OPEN = {"healthz", "readyz", "file_get", "file_head"}
 
 
-def install(app: FastAPI, models: Mapping[str, tuple[str, ...]], *, keys_needed: bool) -> None:
-    """Have the app tell its whole document; `models` are the schedulers of each model by its name."""
-    made: dict[str, Any] = {}
+def install(app: FastAPI, models: Callable[[], Mapping[str, tuple[str, ...]]], *, keys_needed: bool) -> None:
+    """Have the app tell its whole document; `models` tells the schedulers of each model by its name.
+
+    It is made again when these are others, as they may be once the models are loaded.
+    """
+    made: list[tuple[Mapping[str, tuple[str, ...]], dict[str, Any]]] = []
 
     def document() -> dict[str, Any]:
-        if not made:
-            made.update(_described(app, models, keys_needed=keys_needed))
-        return made
+        now = dict(models())
+        if not made or made[0][0] != now:
+            made[:] = [(now, _described(app, now, keys_needed=keys_needed))]
+        return made[0][1]
 
     told: Callable[[], dict[str, Any]] = document
     app.openapi = told  # type: ignore[method-assign]  # FastAPI's own way to extend the document

@@ -8,6 +8,7 @@ from uuid import uuid4
 
 from fastapi import APIRouter, Request, Response
 from pydantic import ValidationError
+from starlette.concurrency import run_in_threadpool
 
 from stable_diffusion_server.api.aside import aside
 from stable_diffusion_server.api.asked import refuse
@@ -198,7 +199,7 @@ def _option_doors(routes: APIRouter, house: House, chosen: dict[str, str]) -> No
 
 def _list_door(routes: APIRouter, name: str, told: Callable[[House], list[dict[str, Any]]], house: House) -> None:
     async def listed() -> Response:
-        return JSONResponse(told(house))
+        return JSONResponse(await run_in_threadpool(told, house))  # adapters are looked for in their folder
 
     routes.add_api_route(
         f"/sdapi/v1/{name}",

@@ -1,0 +1,197 @@
+"""An adapter's file (LoRA): its header, its bytes, its digest, and what is wrong with it. Knows no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import stat
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from stable_diffusion_server.errors import WeightsUnusable
+
+LARGEST_BYTES = 4 * 2**30
+# A header of a few megabytes is that of a trainer's notes; parsing one holds Python's lock.
+LARGEST_HEADER = 8 * 2**20
+_ANY_HEADER = 100_000_000
+_POINTER = b"version https://git-lfs"
+
+# What the names of tensors begin with: in LoRA files for SDXL's UNet, and for Flux's transformer.
+_UNET = (
+    "unet. lora_unet_down_blocks lora_unet_mid_block lora_unet_up_blocks lora_unet_input_blocks lora_unet_middle_block "
+    "lora_unet_output_blocks lora_unet_time_embed lora_unet_label_emb lora_unet_conv_ lora_unet_out_"
+)
+_TRANSFORMER = (
+    "transformer. lora_transformer_ diffusion_model. double_blocks. single_blocks. base_model.model. "
+    "lora_unet_double_blocks lora_unet_single_blocks lora_unet_final_layer lora_unet_img_in lora_unet_txt_in "
+    "lora_unet_time_in lora_unet_vector_in lora_unet_guidance_in"
+)
+DENOISERS = {"unet": tuple(_UNET.split()), "transformer": tuple(_TRANSFORMER.split())}
+_OTHER_KINDS = {".hada_": "LoHa", ".lokr_": "LoKr", ".oft_": "OFT", ".on_input": "IA3", ".a1.": "GLoRA"}
+
+
+class Identity(NamedTuple):
+    """What a file's content is known by until one of these changes."""
+
+    device: int
+    inode: int
+    size: int
+    changed_ns: int
+    status_changed_ns: int
+
+
+class Header(NamedTuple):
+    """Name of each tensor → its `dtype`, `shape` and `data_offsets`; and the notes beside them."""
+
+    tensors: dict[str, dict[str, Any]]
+    notes: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class LoraFile:
+    """An adapter read whole: `digest` is that of `data`, the first 16 hexadecimal digits of its SHA-256."""
+
+    name: str
+    digest: str
+    header: Header
+    data: bytes = field(repr=False)
+
+
+@contextmanager
+def opened(file: Path) -> Iterator[tuple[BinaryIO, os.stat_result]]:
+    """A regular file open for reading, links followed, and what is known of it. Waits for no pipe and no device.
+
+    Raises `WeightsUnusable` with the file and the reason.
+    """
+    try:
+        _check_regular(file.name, os.stat(file))
+        source = os.fdopen(os.open(file, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0)), "rb")
+    except OSError as error:
+        dangling = isinstance(error, FileNotFoundError) and file.is_symlink()
+        why = "is a link to a file that is not there" if dangling else f"cannot be read: {error.strerror}"
+        raise WeightsUnusable(f"{file.name} {why}.") from error
+    with source:
+        facts = os.fstat(source.fileno())
+        _check_regular(file.name, facts)
+        yield source, facts
+
+
+def _check_regular(name: str, facts: os.stat_result) -> None:
+    if not stat.S_ISREG(facts.st_mode):
+        kind = "a folder" if stat.S_ISDIR(facts.st_mode) else "a device or a pipe"
+        raise WeightsUnusable(f"{name} is {kind}, not a file.")
+
+
+def read_header(file: Path) -> Mapping[str, Any]:
+    """The header of a safetensors file: name of each tensor → its `dtype`, `shape` and `data_offsets`.
+
+    Raises `WeightsUnusable` when the file is none, or shorter than its header says.
+    """
+    with opened(file) as (source, facts):
+        return header_of(source, facts.st_size, file.name, _ANY_HEADER).tensors
+
+
+def header_of(source: BinaryIO, size: int, name: str, limit: int = LARGEST_HEADER) -> Header:
+    """The header at the beginning of `source`, a file of `size` bytes. Raises `WeightsUnusable`."""
+    try:
+        begins = source.read(len(_POINTER))
+        if begins == _POINTER:
+            raise WeightsUnusable(f"{name} is a pointer of git-lfs; the weights themselves were not fetched.")
+        length = int.from_bytes(begins[:8], "little")
+        if limit < length < size - 8:
+            raise WeightsUnusable(f"{name} has a header of {length} bytes, and {limit} are taken.")
+        # A length out of bounds reads as nothing, which is no JSON.
+        read = json.loads(begins[8:] + source.read(length + 8 - len(begins)) if 8 < length <= limit else b"")
+        notes = read.pop("__metadata__", None)
+        end = max((_end_of(facts) for facts in read.values()), default=0)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise WeightsUnusable(f"{name} is not a safetensors file.") from error
+    if size < 8 + length + end:
+        raise WeightsUnusable(f"{name} is truncated: {size} of {8 + length + end} bytes are there.")
+    return Header(read, notes if isinstance(notes, dict) else {})
+
+
+def _end_of(facts: Any) -> int:
+    """Where a tensor's bytes end. Raises `ValueError` and its like for a description that is none."""
+    first, last = facts["data_offsets"]
+    if not isinstance(facts["dtype"], str) or not all(isinstance(side, int) and side >= 0 for side in facts["shape"]):
+        raise ValueError(facts)
+    if not (isinstance(first, int) and isinstance(last, int) and 0 <= first <= last):
+        raise ValueError(facts)
+    return last
+
+
+def read_lora(file: Path, largest: int = LARGEST_BYTES) -> LoraFile:
+    """An adapter's file, read once into memory. Raises `WeightsUnusable`."""
+    with opened(file) as (source, facts):
+        check_fit(source, facts, file.name, largest)
+        source.seek(0)
+        data = source.read(facts.st_size)
+        if len(data) != facts.st_size or identity_of(os.fstat(source.fileno())) != identity_of(facts):
+            raise WeightsUnusable(f"{file.name} is being written to at this moment; ask again.")
+    header = header_of(io.BytesIO(data), len(data), file.name)
+    return LoraFile(file.name, hashlib.sha256(data).hexdigest()[:16], header, data)
+
+
+def digest_of(file: Path) -> str:
+    """What tells these weights from others: the first 16 hexadecimal digits of their SHA-256."""
+    with opened(file) as (source, _):
+        return hashlib.file_digest(source, "sha256").hexdigest()[:16]  # type: ignore[arg-type]  # it is a binary file
+
+
+def identity_of(facts: os.stat_result) -> Identity:
+    """The identity of a file's content."""
+    return Identity(facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns)
+
+
+def unfit(header: Header) -> str:
+    """Why these tensors are no LoRA that can be drawn with, as the end of a sentence; empty where they may be one."""
+    names = header.tensors
+    if any("dora_scale" in name for name in names):
+        return "holds DoRA scales in kohya's form (dora_scale), which would be left out; save it in PEFT's form"
+    for mark, kind in _OTHER_KINDS.items():
+        if any(mark in name for name in names):
+            return f"is a {kind}, and only LoRA is taken here"
+    if control := _of_a_control_lora(names):
+        return (
+            "is a control LoRA, which would change the input of the shared Flux transformer; use an ordinary LoRA, or "
+            f"a ControlNet for edges. Its tensor {control} has the shape {names[control]['shape']}"
+        )
+    if not any("lora" in name for name in names):
+        return f"holds no LoRA; its tensors are named like {next(iter(names), 'nothing')[:60]!r}"
+    return ""
+
+
+def _of_a_control_lora(names: Iterable[str]) -> str:
+    """A tensor's name that tells a Flux control LoRA of Black Forest Labs' kind, if there is one.
+
+    It widens the transformer's input in place, for the edges beside the latents, and so breaks every other job of the
+    model; ordinary adapters leave the input's width alone.
+    """
+    for name in names:
+        part, _, kind = name.rpartition(".lora_A.")
+        embeds_input = kind == "weight" and part.rpartition(".")[2] in ("x_embedder", "img_in")
+        if embeds_input or "query_norm.scale" in name:
+            return name
+    return ""
+
+
+def denoisers_of(header: Header) -> Collection[str]:
+    """For which denoisers, `unet` or `transformer`, these tensors can be, as far as their names tell."""
+    meant = {kind for kind, begins in DENOISERS.items() for name in header.tensors if name.startswith(begins)}
+    return meant or DENOISERS
+
+
+def check_fit(source: BinaryIO, facts: os.stat_result, name: str, largest: int) -> Header:
+    """The header of a file that may be an adapter. Raises `WeightsUnusable`."""
+    if facts.st_size > largest:
+        raise WeightsUnusable(f"{name} has {facts.st_size} bytes, and MAX_LORA_BYTES is {largest}.")
+    header = header_of(source, facts.st_size, name)
+    if why := unfit(header):
+        raise WeightsUnusable(f"{name} {why}.")
+    return header

@@ -1,0 +1,226 @@
+"""The operator's folder of adapters (LoRA): which there are, which cannot be used and why. Knows no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import time
+from collections import OrderedDict, deque
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TypeVar
+
+import structlog
+
+from stable_diffusion_server.errors import InvalidInput, WeightsUnusable
+from stable_diffusion_server.pipelines.lora_files import (
+    DENOISERS,
+    LARGEST_BYTES,
+    Identity,
+    LoraFile,
+    check_fit,
+    denoisers_of,
+    identity_of,
+    opened,
+    read_lora,
+)
+
+SUFFIX = ".safetensors"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_DEPTH, _MOST_ENTRIES, _MOST_KEPT = 6, 50_000, 4096
+# A file that was changed so recently may be changed again within the resolution of its times.
+_UNSETTLED_SECONDS = 2.0
+
+_log = structlog.get_logger(__name__)
+
+K = TypeVar("K")
+V = TypeVar("V")
+
+
+class LoraFolder:
+    """The folder whose adapters orders may name. Safe from any thread; its calls read files.
+
+    Sub-folders are looked through and links followed, out of the folder too; of two files of one name the one nearer
+    to the top counts. What is known of a file is kept by its device, inode, size and times.
+    """
+
+    def __init__(self, folder: Path | None, largest: int = LARGEST_BYTES) -> None:
+        self.folder = folder
+        self._largest = largest
+        self._fits: OrderedDict[Identity, Collection[str]] = OrderedDict()
+        self._digests: OrderedDict[Identity, str] = OrderedDict()
+        self._refused: OrderedDict[tuple[Identity, str], str] = OrderedDict()
+        self._told: set[tuple[str, str]] = set()
+
+    def names(self, denoisers: Collection[str] = tuple(DENOISERS)) -> tuple[str, ...]:
+        """The adapters that can be used with one of these denoisers, as far as it is known, sorted."""
+        return tuple(name for name, (why, fits) in self._surveyed().items() if not why and set(fits) & set(denoisers))
+
+    def faults(self) -> dict[str, str]:
+        """What cannot be used: name of each adapter → why, in a sentence. Each is told in the log once."""
+        faults = {name: why for name, (why, _) in self._surveyed().items() if why}
+        for file in _walk(self.folder) if self.folder is not None else ():
+            if not _NAME.fullmatch(file.stem):
+                faults[file.name] = (
+                    f"{file.name} cannot be asked for: names have letters, digits, '.', '_' and '-' alone."
+                )
+        for name, why in faults.items():
+            if (name, why) not in self._told:
+                self._told.add((name, why))
+                _log.warning("an adapter cannot be used", name=name, why=why)
+        return faults
+
+    def __contains__(self, name: object) -> bool:
+        """Whether there is a file of that name, whatever it holds."""
+        return name in self._files()
+
+    def file(self, name: str) -> Path:
+        """The file of an adapter by its name. Raises `InvalidInput` for a name that is none of the folder's own.
+
+        Names are compared with what the folder holds and never joined into a path.
+        """
+        if self.folder is None or not self.folder.is_dir():
+            raise InvalidInput("No adapters are offered here.", field="lora")
+        file = self._files().get(name)
+        if file is None:
+            raise InvalidInput(f"{name[:100]!r} is not an adapter here.", field="lora")
+        return file
+
+    def check(self, name: str) -> None:
+        """Raise `InvalidInput` with the reason when an adapter's file is none, as far as its header tells."""
+        file = self.file(name)
+        with _told_of_the_order(), opened(file) as (source, facts):
+            check_fit(source, facts, file.name, self._largest)
+
+    def digest(self, name: str) -> str:
+        """The digest of an adapter's present content. Raises `InvalidInput` with the reason for one that is unfit."""
+        file = self.file(name)
+        with _told_of_the_order(), opened(file) as (source, facts):
+            now, identity = time.time(), identity_of(facts)
+            if (known := self._digests.get(identity)) is not None:
+                return known
+            check_fit(source, facts, file.name, self._largest)
+            source.seek(0)
+            digest = hashlib.file_digest(source, "sha256").hexdigest()[:16]  # type: ignore[arg-type]  # as above
+            if identity_of(os.fstat(source.fileno())) != identity:
+                raise WeightsUnusable(f"{file.name} is being written to at this moment; ask again.")
+        if now - max(facts.st_mtime, facts.st_ctime) > _UNSETTLED_SECONDS:
+            _keep(self._digests, identity, digest)
+        return digest
+
+    def read(self, name: str) -> LoraFile:
+        """An adapter's present content. Raises `InvalidInput` with the reason."""
+        with _told_of_the_order():
+            return read_lora(self.file(name), self._largest)
+
+    def refuse(self, name: str, denoiser: str, why: str) -> None:
+        """Take note that a file as it is now does not fit a denoiser, so that it is offered for it no longer."""
+        with _told_of_the_order(), opened(self.file(name)) as (_, facts):
+            _keep(self._refused, (identity_of(facts), denoiser), why)
+
+    def offered(self, denoisers: Collection[str]) -> Mapping[str, str]:
+        """The adapters that can be used with these denoisers, each with its digest, which is read when looked up.
+
+        Looking up one that cannot be used raises `InvalidInput` with the reason, and `KeyError` where there is none.
+        """
+        return _Offered(self, denoisers)
+
+    def _files(self) -> dict[str, Path]:
+        """Every adapter's file by its name."""
+        files: dict[str, Path] = {}
+        for file in _walk(self.folder) if self.folder is not None else ():
+            if _NAME.fullmatch(file.stem):
+                files.setdefault(file.stem, file)
+        return files
+
+    def _surveyed(self) -> dict[str, tuple[str, Collection[str]]]:
+        """Each adapter with what is wrong with it, in a sentence, and the denoisers it may fit."""
+        return {name: self._looked_at(file) for name, file in sorted(self._files().items())}
+
+    def _looked_at(self, file: Path) -> tuple[str, Collection[str]]:
+        try:
+            with opened(file) as (source, facts):
+                identity = identity_of(facts)
+                fits = self._fits.get(identity)
+                if fits is None:
+                    fits = denoisers_of(check_fit(source, facts, file.name, self._largest))
+                    _keep(self._fits, identity, fits)
+        except WeightsUnusable as error:
+            return error.detail, ()
+        known = {denoiser: self._refused.get((identity, denoiser), "") for denoiser in fits}
+        left = [denoiser for denoiser, why in known.items() if not why]
+        return ("" if left else next(iter(known.values()))), left
+
+
+class _Offered(Mapping[str, str]):
+    """What a folder offers to some denoisers, by name, with digests."""
+
+    def __init__(self, folder: LoraFolder, denoisers: Collection[str]) -> None:
+        self._folder = folder
+        self._denoisers = denoisers
+
+    def __getitem__(self, name: str) -> str:
+        if name not in self._folder:
+            raise KeyError(name)
+        return self._folder.digest(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._folder.names(self._denoisers))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """What is called like an adapter's file in a folder and its sub-folders, those near the top first.
+
+    Links are followed, and no folder is entered twice, so that they may lead in circles; a folder that cannot be
+    listed is passed over.
+    """
+    entered: set[tuple[int, int]] = set()
+    left, most = deque([(folder, 0)]), _MOST_ENTRIES
+    while left and most > 0:
+        place, depth = left.popleft()
+        try:
+            facts = place.stat()
+            known = (facts.st_dev, facts.st_ino) in entered
+            entered.add((facts.st_dev, facts.st_ino))
+            entries = [] if known else sorted(place / entry for entry in os.listdir(place))
+        except OSError:
+            continue
+        most -= len(entries)
+        for entry in entries:
+            if entry.suffix == SUFFIX:
+                yield entry
+            elif depth < _DEPTH and not entry.name.startswith(".") and entry.is_dir():
+                left.append((entry, depth + 1))
+
+
+@contextmanager
+def _told_of_the_order() -> Iterator[None]:
+    """Have what is wrong with a file be the order's that names it."""
+    try:
+        yield
+    except WeightsUnusable as error:
+        raise InvalidInput(error.detail, field="lora") from error
+
+
+def _keep(kept: OrderedDict[K, V], key: K, value: V) -> None:
+    kept[key] = value
+    while len(kept) > _MOST_KEPT:
+        with suppress(KeyError):  # another thread may have
+            kept.popitem(last=False)
+
+
+def names_in(folder: Path | None) -> tuple[str, ...]:
+    """The adapters of a folder that can be used, by name and sorted."""
+    return LoraFolder(folder).names()
+
+
+def find(folder: Path | None, name: str) -> Path:
+    """The file of an adapter by its name. Raises `InvalidInput` with the reason for one that cannot be used."""
+    offered = LoraFolder(folder)
+    offered.check(name)
+    return offered.file(name)

@@ -1,0 +1,307 @@
+"""An adapter's tensors: checked to be finite and to fit a pipeline whole, put on it and taken off without a trace."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import safetensors.torch
+import structlog
+import torch
+from diffusers.utils import (
+    convert_state_dict_to_diffusers,
+    convert_state_dict_to_peft,
+    convert_unet_state_dict_to_peft,
+    delete_adapter_layers,
+)
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+
+from stable_diffusion_server.errors import InvalidInput
+from stable_diffusion_server.pipelines.lora_files import LoraFile
+
+Tensors = dict[str, torch.Tensor]
+
+_NOTES = "lora_adapter_metadata"
+_MOST_TENSORS, _LONGEST_NAME = 8192, 300
+# The libraries' conversions count blocks, and take time by the square of them.
+_LARGE_NUMBER = re.compile(r"\d{4}")
+_ENDING = re.compile(
+    r"(lora_(down|up|A|B)\.(weight|bias)|\b(down|up)\.weight|\balpha|lora_magnitude_vector(\.weight)?)$"
+)
+_LAYER = re.compile(r"(?P<layer>.+)\.(?P<kind>lora_A|lora_B|lora_magnitude_vector)(?P<what>\.weight|\.bias)?")
+# What PEFT takes for patterns is names here, and what may change the weights below an adapter is left out.
+_PLAIN = re.compile(r"[\w.]+")
+_TAKEN = frozenset("r lora_alpha rank_pattern alpha_pattern target_modules use_rslora use_dora lora_bias".split())
+_OF_TRAINING = frozenset(
+    "lora_dropout inference_mode task_type peft_type auto_mapping base_model_name_or_path revision peft_version "
+    "megatron_core exclude_modules runtime_config qalora_group_size".split()
+)
+
+_log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Fitting:
+    """An adapter that fits a pipeline: tensors as diffusers takes them, and the layers they are for, by part.
+
+    `alphas` and `notes` tell what the tensors are scaled by, where they are not scaled already.
+    """
+
+    tensors: Tensors
+    layers: Mapping[str, frozenset[str]]
+    alphas: Mapping[str, float] | None
+    notes: Mapping[str, Any] | None
+
+
+class UnfitError(ValueError):
+    """Why an adapter cannot be used, as the end of a sentence."""
+
+
+def fitted(file: LoraFile, pipeline: Any) -> Fitting:
+    """What there is to put on a pipeline. Raises `InvalidInput` with the reason when not all of it fits."""
+    try:
+        tensors = _tensors_of(file)
+        state, alphas = _converted(tensors, pipeline)
+        parts = _by_part(state, pipeline)
+        _check_none_is_lost(tensors, parts)
+        layers = {part: _checked_layers(found, getattr(pipeline, part)) for part, found in parts.items()}
+        return Fitting(state, layers, alphas, _notes_of(file, parts))
+    except UnfitError as error:
+        raise InvalidInput(f"{file.name} {error}.", field="lora") from error
+
+
+def put_on(fitting: Fitting, pipeline: Any, key: str, name: str) -> None:
+    """Load an adapter under `key`, turned on. Raises `InvalidInput` and leaves nothing behind when that fails."""
+    try:
+        for part in fitting.layers:
+            _load(fitting, pipeline, part, key)
+        _check_loaded(fitting, pipeline, key)
+    except (torch.OutOfMemoryError, torch.AcceleratorError):
+        take_off(pipeline, key)
+        raise
+    except Exception as error:  # a file is input, and the libraries raise whatever they stumble over
+        take_off(pipeline, key)
+        _log.warning("an adapter cannot be loaded", file=name, exc_info=error)
+        raise InvalidInput(f"{name} cannot be loaded as an adapter of this model.", field="lora") from error
+
+
+def take_off(pipeline: Any, key: str) -> None:
+    """Remove all there is of an adapter, however far it came."""
+    for part in _parts_of(pipeline):
+        module = getattr(pipeline, part)
+        delete_adapter_layers(module, key)
+        configurations = getattr(module, "peft_config", None)
+        if configurations is not None:
+            configurations.pop(key, None)
+            if not configurations:  # as the library does it once something was loaded
+                del module.peft_config
+                module._hf_peft_config_loaded = None
+
+
+def _parts_of(pipeline: Any) -> tuple[str, ...]:
+    """The parts an adapter may change."""
+    return tuple(part for part in pipeline._lora_loadable_modules if getattr(pipeline, part, None) is not None)
+
+
+def _tensors_of(file: LoraFile) -> Tensors:
+    """The tensors in a file, in memory of their own. Raises `UnfitError` for what no adapter holds."""
+    names = file.header.tensors
+    if len(names) > _MOST_TENSORS:
+        raise UnfitError(f"holds {len(names)} tensors, and {_MOST_TENSORS} are taken")
+    if odd := [name for name in names if len(name) > _LONGEST_NAME or _LARGE_NUMBER.search(name)]:
+        raise UnfitError(f"holds {odd[0][:60]!r}, which is for no layer of a model")
+    if odd := [name for name in names if not _ENDING.search(name)]:
+        raise UnfitError(f"holds {odd[0][:100]!r}, which is no part of a LoRA and would be left out")
+    try:
+        tensors = safetensors.torch.load(file.data)
+    except Exception as error:  # it has errors of its own, and passes on those of torch and Python
+        raise UnfitError("cannot be read as safetensors") from error
+    for name, tensor in tensors.items():
+        _check_numbers(name, tensor)
+    return {name: _computable(tensor) for name, tensor in tensors.items()}
+
+
+def _check_numbers(name: str, tensor: torch.Tensor) -> None:
+    if name.endswith("alpha"):
+        if tensor.numel() != 1 or not math.isfinite(alpha := float(tensor.reshape(()).item().real)) or alpha < 0:
+            raise UnfitError(f"holds a scale that is none ({name[:100]})")
+    elif not tensor.is_floating_point() or not tensor.numel():
+        raise UnfitError(
+            f"holds a tensor of {str(tensor.dtype).removeprefix('torch.')}, {list(tensor.shape)} ({name[:100]})"
+        )
+    elif not torch.isfinite(_computable(tensor)).all():
+        raise UnfitError(f"holds numbers that are not finite ({name[:100]}); it may have been trained too fast")
+
+
+def _computable(tensor: torch.Tensor) -> torch.Tensor:
+    """Floats of one byte as wider ones: nothing is computed in them."""
+    return tensor.to(torch.bfloat16) if tensor.is_floating_point() and tensor.itemsize == 1 else tensor
+
+
+def _converted(tensors: Tensors, pipeline: Any) -> tuple[Tensors, Mapping[str, float] | None]:
+    """The tensors by diffusers' names, and their scales, by its own conversions."""
+    given = {"unet_config": pipeline.unet.config} if hasattr(pipeline, "unet") else {"return_alphas": True}
+    try:
+        state, alphas = pipeline.lora_state_dict(dict(tensors), **given)[:2]
+    except Exception as error:  # as in `put_on`
+        _log.info("an adapter cannot be converted", exc_info=error)
+        raise UnfitError("is not an adapter for this model, or in a form that is not known") from error
+    return state, alphas or None
+
+
+def _by_part(state: Tensors, pipeline: Any) -> dict[str, Tensors]:
+    """The tensors of each part, by PEFT's names within it, by the conversions diffusers uses when it loads them."""
+    parts: dict[str, Tensors] = {}
+    for name, tensor in state.items():
+        part, _, rest = name.partition(".")
+        if part not in _parts_of(pipeline):
+            raise UnfitError(f"holds tensors for no part of this model ({name[:100]})")
+        parts.setdefault(part, {})[rest] = tensor
+    try:
+        return {part: _as_peft(found, getattr(pipeline, part), part) for part, found in parts.items()}
+    except ValueError as error:
+        raise UnfitError("is in a form that is not known") from error
+
+
+def _as_peft(found: Tensors, module: Any, part: str) -> Tensors:
+    if not part.startswith("text_encoder"):
+        return found if "lora_A" in next(iter(found)) else convert_unet_state_dict_to_peft(found)
+    named: Tensors = convert_state_dict_to_peft(convert_state_dict_to_diffusers(found))
+    if hasattr(module, "text_model"):
+        return named
+    return {name.removeprefix("text_model."): tensor for name, tensor in named.items()}
+
+
+def _check_none_is_lost(tensors: Tensors, parts: Mapping[str, Tensors]) -> None:
+    """Raise `UnfitError` when the conversions left something out, which they mostly do without a word.
+
+    One tensor may become several, which are copies or views of it; so what is counted is their memory.
+    """
+    given = sum("lora_A." in name or name.endswith("down.weight") for name in tensors)
+    firsts = [tensor for found in parts.values() for name, tensor in found.items() if ".lora_A." in name]
+    left = len({tensor.untyped_storage().data_ptr() for tensor in firsts})
+    if not left:
+        raise UnfitError("holds nothing for this model")
+    if left < given:
+        raise UnfitError(f"fits this model in part: {given - left} of its {given} layers are for none of the model's")
+
+
+def _checked_layers(found: Tensors, part: Any) -> frozenset[str]:
+    """The names of the layers that tensors of a part are for. Raises `UnfitError` unless each fits its layer."""
+    layers: dict[str, Tensors] = {}
+    for name, tensor in found.items():
+        match = _LAYER.fullmatch(name)
+        if match is None:
+            raise UnfitError(f"holds {name[:100]!r}, which is no part of a LoRA")
+        layers.setdefault(match["layer"], {})[match["kind"] + (match["what"] or "")] = tensor
+    bases = {name: _layer_of(part, name) for name in layers}
+    if missing := [name for name, base in bases.items() if base is None]:
+        how = "is for another model" if len(missing) == len(layers) else "fits this model in part"
+        raise UnfitError(f"{how}: {len(missing)} of its {len(layers)} layers are not there ({missing[0][:100]})")
+    for name, base in bases.items():
+        _check_shapes(name, layers[name], base)
+    return frozenset(layers)
+
+
+def _layer_of(part: Any, name: str) -> Any:
+    """The layer of that name as it is without adapters; `None` where there is none."""
+    if any(step == "base_layer" or step.startswith("lora_") for step in name.split(".")):
+        return None
+    try:
+        layer = part.get_submodule(name)
+    except AttributeError:
+        return None
+    return layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
+
+
+def _check_shapes(name: str, found: Tensors, base: Any) -> None:
+    for kind in ("lora_A.weight", "lora_B.weight"):
+        if kind not in found:
+            raise UnfitError(f"lacks {name[:100]}.{kind}")
+    inner: tuple[int, ...]
+    ones: tuple[int, ...] = ()
+    if isinstance(base, torch.nn.Linear):
+        inner, outer = (base.in_features,), base.out_features
+    elif isinstance(base, torch.nn.Conv2d):
+        inner, outer, ones = (base.in_channels // base.groups, *base.kernel_size), base.out_channels, (1, 1)
+    else:
+        raise UnfitError(f"changes {name[:100]}, which takes no LoRA")
+    rank = found["lora_A.weight"].shape[:1]
+    wanted = {
+        "lora_A.weight": (*rank, *inner),
+        "lora_B.weight": (outer, *rank, *ones),
+        "lora_B.bias": (outer,),
+    }
+    for kind, tensor in found.items():
+        shape = tuple(tensor.shape)
+        fits = tensor.numel() == outer if kind.startswith("lora_magnitude") else shape == wanted.get(kind)
+        if not fits:
+            raise UnfitError(
+                f"is for another model: {name[:100]}.{kind} is {list(shape)}, and the layer {outer} × {inner[0]}"
+            )
+
+
+def _notes_of(file: LoraFile, parts: Mapping[str, Tensors]) -> dict[str, Any] | None:
+    """What diffusers' trainers note of an adapter's shape, without what would touch the weights below it."""
+    written = file.header.notes.get(_NOTES)
+    if written is None:
+        return None
+    try:
+        notes = json.loads(written)
+        split = [(name.partition("."), value) for name, value in notes.items()]
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise UnfitError(f"has notes that are none ({_NOTES})") from error
+    usual = asdict(LoraConfig())
+    kept = {}
+    for (part, _, name), value in split:
+        if part in parts and name in _TAKEN and _is_plain(value):
+            kept[f"{part}.{name}"] = value
+        elif part in parts and not _has_no_effect(name, value, usual):
+            raise UnfitError(f"was made with {name[:40]}={str(value)[:40]}, which is not taken here")
+    return kept or None
+
+
+def _has_no_effect(name: str, value: Any, usual: Mapping[str, Any]) -> bool:
+    if name == "init_lora_weights":
+        return value in (True, False, "gaussian")
+    return name in _OF_TRAINING or not value or value == usual.get(name)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a note is numbers and names alone; PEFT would take a text for a regular expression."""
+    if isinstance(value, bool | int | float):
+        return 0 <= value <= 1e6
+    if isinstance(value, dict):
+        return all(_PLAIN.fullmatch(name) and isinstance(number, int | float) for name, number in value.items())
+    return isinstance(value, list) and all(isinstance(name, str) and _PLAIN.fullmatch(name) for name in value)
+
+
+def _load(fitting: Fitting, pipeline: Any, part: str, key: str) -> None:
+    notes = {name: value for name, value in (fitting.notes or {}).items() if name.startswith(f"{part}.")}
+    given = {
+        "network_alphas": None if notes else fitting.alphas,
+        "adapter_name": key,
+        "metadata": notes or None,
+        "_pipeline": pipeline,
+        "low_cpu_mem_usage": True,
+    }
+    module = getattr(pipeline, part)
+    if part.startswith("text_encoder"):
+        pipeline.load_lora_into_text_encoder(fitting.tensors, text_encoder=module, prefix=part, **given)
+    else:
+        getattr(pipeline, f"load_lora_into_{part}")(fitting.tensors, **{part: module}, **given)
+
+
+def _check_loaded(fitting: Fitting, pipeline: Any, key: str) -> None:
+    """Raise `UnfitError` unless just the layers it is for have an adapter."""
+    for part, wanted in fitting.layers.items():
+        layers = getattr(pipeline, part).named_modules()
+        found = {name for name, layer in layers if isinstance(layer, LoraLayer) and key in layer.lora_A}
+        if found != wanted:
+            raise UnfitError(f"came onto {len(found)} layers of {part}, and is for {len(wanted)}")

@@ -1,0 +1,383 @@
+"""Adapter files as trainers write them, of random weights for a given pipeline, and files that are none or unfit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save, save_file
+
+RANK, ALPHA = 2, 1.0
+NOTES = "lora_adapter_metadata"
+Tensors = dict[str, torch.Tensor]
+Pairs = dict[str, tuple[torch.Tensor, torch.Tensor]]
+_ENCODER = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
+
+
+def pairs(module: Any, endings: tuple[str, ...], seed: int = 0, size: float = 0.4) -> Pairs:
+    """Down (rank × in) and up (out × rank) of each linear layer that ends so."""
+    chance = torch.Generator().manual_seed(seed)
+    layers = ((n.removesuffix(".base_layer"), m) for n, m in module.named_modules() if isinstance(m, torch.nn.Linear))
+    found = [(name, layer) for name, layer in layers if name.endswith(endings)]
+    return {
+        name: (
+            torch.randn(RANK, layer.in_features, generator=chance) * size / layer.in_features**0.5,
+            torch.randn(layer.out_features, RANK, generator=chance) * size,
+        )
+        for name, layer in found
+    }
+
+
+def unet_pairs(pipeline: Any) -> Pairs:
+    """Of the UNet's attention."""
+    return pairs(pipeline.unet, ("to_q", "to_k", "to_v", "to_out.0"))
+
+
+def flux_pairs(pipeline: Any) -> Pairs:
+    """Of the transformer's attention and feed-forward layers."""
+    return pairs(pipeline.transformer, ("to_q", "to_k", "to_v", "to_out.0", "ff.net.2", "proj_mlp"))
+
+
+def encoder_pairs(encoder: Any, seed: int = 1) -> Pairs:
+    """Of a text encoder, by the names trainers have for its layers."""
+    found = pairs(encoder, _ENCODER, seed)
+    return {name if name.startswith("text_model") else f"text_model.{name}": pair for name, pair in found.items()}
+
+
+def kohya(prefix: str, found: Pairs, alpha: float | None = ALPHA) -> Tensors:
+    """As kohya's scripts write them."""
+    tensors: Tensors = {}
+    for name, (down, up) in found.items():
+        key = f"{prefix}_{name.replace('.', '_')}"
+        tensors |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up}
+        tensors |= {} if alpha is None else {f"{key}.alpha": torch.tensor(alpha)}
+    return tensors
+
+
+def peft(prefix: str, found: Pairs, halves: str = "AB", scale: float = ALPHA / RANK) -> Tensors:
+    """As diffusers' trainers write them, scaled already."""
+    given = {"A": 0, "B": 1}
+    return {
+        f"{prefix}.{name}.lora_{half}.weight": pair[given[half]] * (scale if half == "B" else 1)
+        for name, pair in found.items()
+        for half in halves
+    }
+
+
+def processors(found: Pairs) -> Tensors:
+    """As diffusers' oldest trainer wrote them."""
+    tensors: Tensors = {}
+    for name, (down, up) in found.items():
+        head, _, tail = name.rpartition(".attn")
+        number, _, what = tail.partition(".")
+        key = f"unet.{head}.attn{number}.processor.{what.replace('to_out.0', 'to_out')}_lora"
+        tensors |= {f"{key}.down.weight": down, f"{key}.up.weight": up}
+    return tensors
+
+
+def xlabs(pipeline: Any) -> Tensors:
+    """As XLabs's trainer writes them: attention of the double blocks, its three projections fused."""
+    width, chance = pipeline.transformer.inner_dim, torch.Generator().manual_seed(2)
+    sizes = {"qkv_lora1": 3, "qkv_lora2": 3, "proj_lora1": 1, "proj_lora2": 1}
+    return {
+        f"double_blocks.0.processor.{name}.{half}.weight": torch.randn(*shape, generator=chance) * 0.05
+        for name, times in sizes.items()
+        for half, shape in (("down", (RANK, width)), ("up", (times * width, RANK)))
+    }
+
+
+def flux_originals(pipeline: Any) -> Pairs:
+    """Layers of the first double block by Black Forest Labs' names."""
+    width, chance = pipeline.transformer.inner_dim, torch.Generator().manual_seed(3)
+    shapes = {"img_attn.qkv": 3 * width, "img_attn.proj": width, "txt_attn.qkv": 3 * width, "txt_attn.proj": width}
+    return {
+        f"double_blocks.0.{name}": (
+            torch.randn(RANK, width, generator=chance) * 0.05,
+            torch.randn(out, RANK, generator=chance) * 0.3,
+        )
+        for name, out in shapes.items()
+    }
+
+
+def dora(found: Pairs, module: Any) -> Tensors:
+    """With PEFT's magnitudes."""
+    sizes = {
+        f"unet.{name}.lora_magnitude_vector": module.get_submodule(name).weight.norm(dim=1) * 1.2 for name in found
+    }
+    return {**peft("unet", found), **sizes}
+
+
+def noted(part: str, **more: Any) -> dict[str, str]:
+    """Notes beside the tensors: what PEFT was configured with."""
+    notes = {"r": RANK, "lora_alpha": ALPHA, "lora_dropout": 0.1, "bias": "none", "init_lora_weights": True, **more}
+    return {NOTES: json.dumps({f"{part}.{name}": value for name, value in notes.items()})}
+
+
+def write(file: Path, tensors: Tensors, notes: dict[str, str] | None = None) -> Path:
+    """An adapter's file."""
+    own = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
+    save_file(own, file, metadata={"format": "pt", **(notes or {})})
+    return file
+
+
+# What fits, by family: tensors, and notes where the trainer writes them.
+FITTING: dict[str, dict[str, Callable[[Any], tuple[Tensors, dict[str, str] | None]]]] = {
+    "sdxl": {
+        "kohya": lambda p: (kohya("lora_unet", unet_pairs(p)), None),
+        "kohya in bf16, no alpha": lambda p: (
+            {k: v.bfloat16() for k, v in kohya("lora_unet", unet_pairs(p), None).items()},
+            None,
+        ),
+        "kohya, both text encoders": lambda p: (
+            kohya("lora_unet", unet_pairs(p))
+            | kohya("lora_te1", encoder_pairs(p.text_encoder))
+            | kohya("lora_te2", encoder_pairs(p.text_encoder_2, 2)),
+            None,
+        ),
+        "kohya, text encoders alone": lambda p: (
+            kohya("lora_te1", encoder_pairs(p.text_encoder)) | kohya("lora_te2", encoder_pairs(p.text_encoder_2, 2)),
+            None,
+        ),
+        "peft": lambda p: (peft("unet", unet_pairs(p)), None),
+        "peft, both text encoders": lambda p: (
+            peft("unet", unet_pairs(p))
+            | peft("text_encoder", encoder_pairs(p.text_encoder))
+            | peft("text_encoder_2", encoder_pairs(p.text_encoder_2, 2)),
+            None,
+        ),
+        "peft with notes": lambda p: (
+            peft("unet", unet_pairs(p), scale=1.0),
+            noted("unet", lora_dropout=0.0, target_modules=sorted(unet_pairs(p))),
+        ),
+        "old processors": lambda p: (processors(unet_pairs(p)), None),
+        "DoRA": lambda p: (dora(unet_pairs(p), p.unet), None),
+    },
+    "flux": {
+        "diffusers": lambda p: (peft("transformer", flux_pairs(p)), None),
+        "diffusers, text encoder": lambda p: (
+            peft("transformer", flux_pairs(p)) | peft("text_encoder", encoder_pairs(p.text_encoder)),
+            None,
+        ),
+        "kohya": lambda p: (kohya("lora_unet", flux_originals(p)), None),
+        "xlabs": lambda p: (xlabs(p), None),
+    },
+}
+
+
+def with_one(tensors: Tensors, value: float, ending: str = "weight") -> Tensors:
+    """The tensors with one number of one of them replaced."""
+    name = [name for name in tensors if name.endswith(ending)][-1]
+    spoilt = tensors[name].clone()
+    spoilt.reshape(-1)[0] = value
+    return {**tensors, name: spoilt}
+
+
+def renamed_by_half(tensors: Tensors) -> Tensors:
+    """The tensors of every other layer under names of no layer."""
+    layers = sorted({name.rpartition(".lora_")[0] for name in tensors})
+    wrong = {layer: layer.replace("attn1", "attn9").replace("attn.", "attm.") for layer in layers[::2]}
+    return {
+        name.replace(layer := name.rpartition(".lora_")[0], wrong.get(layer, layer)): t for name, t in tensors.items()
+    }
+
+
+def _sd15() -> Tensors:
+    key = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
+    return {f"{key}.lora_down.weight": torch.ones(4, 768), f"{key}.lora_up.weight": torch.ones(320, 4)}
+
+
+def _lycoris(kind: str) -> Tensors:
+    key = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+    names = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b") if kind == "LoHa" else ("lokr_w1", "lokr_w2")
+    return {f"{key}.{name}": torch.ones(4, 4) for name in names}
+
+
+def _all(prefix: str, found: Pairs, kind: torch.dtype) -> Tensors:
+    return {name: tensor.to(kind) for name, tensor in peft(prefix, found).items()}
+
+
+def _bytes(tensors: Tensors, notes: dict[str, str] | None = None) -> bytes:
+    own = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
+    return save(own, {"format": "pt", **(notes or {})})
+
+
+def _headed(length: int, header: bytes) -> bytes:
+    return length.to_bytes(8, "little") + header
+
+
+# What is no adapter for a model, by family: the file's bytes, and what the sentence says of it.
+UNFIT: dict[str, dict[str, tuple[Callable[[Any], bytes], str]]] = {
+    "sdxl": {
+        "of Flux": (
+            lambda p: _bytes(peft("transformer", {"blocks.0": (torch.ones(2, 4), torch.ones(4, 2))})),
+            "family",
+        ),
+        "of Flux, kohya": (
+            lambda p: _bytes(
+                kohya("lora_unet", {"double_blocks.0.img_attn.proj": (torch.ones(2, 4), torch.ones(4, 2))})
+            ),
+            "family",
+        ),
+        "of SD 1.5": (lambda p: _bytes(_sd15()), "another model"),
+        "half of it matches": (lambda p: _bytes(renamed_by_half(peft("unet", unet_pairs(p)))), "in part"),
+        "half in names that are dropped": (
+            lambda p: _bytes(
+                kohya("lora_unet", unet_pairs(p))
+                | kohya("lora_unet", {"input_blocks.4.1.proj_in": (torch.ones(2, 4), torch.ones(4, 2))})
+            ),
+            "in part",
+        ),
+        "layers of no text encoder": (
+            lambda p: _bytes(
+                peft("unet", unet_pairs(p))
+                | peft("text_encoder", {"text_model.encoder.layers.99.mlp.fc1": (torch.ones(2, 4), torch.ones(4, 2))})
+            ),
+            "layers are not there",
+        ),
+        "a part there is none of": (
+            lambda p: _bytes(peft("unet", unet_pairs(p)) | peft("prior", unet_pairs(p))),
+            "for no part",
+        ),
+        "LoHa": (lambda p: _bytes(_lycoris("LoHa")), "LoHa"),
+        "LoKr": (lambda p: _bytes(_lycoris("LoKr")), "LoKr"),
+        "kohya's DoRA": (
+            lambda p: _bytes(kohya("lora_unet", unet_pairs(p)) | {"lora_unet_mid.dora_scale": torch.ones(4, 1)}),
+            "dora_scale",
+        ),
+        "no lora_B": (lambda p: _bytes(peft("unet", unet_pairs(p), "A")), "lacks .*lora_B"),
+        "no lora_B in a text encoder": (
+            lambda p: _bytes(peft("unet", unet_pairs(p)) | peft("text_encoder", encoder_pairs(p.text_encoder), "A")),
+            "lacks .*lora_B",
+        ),
+        "no lora_up": (
+            lambda p: _bytes({k: v for k, v in kohya("lora_unet", unet_pairs(p)).items() if "lora_up" not in k}),
+            "not an adapter for this model",
+        ),
+        "NaN": (lambda p: _bytes(with_one(peft("unet", unet_pairs(p)), float("nan"))), "not finite"),
+        "infinity in a text encoder": (
+            lambda p: _bytes(with_one(kohya("lora_te1", encoder_pairs(p.text_encoder)), float("inf"))),
+            "not finite",
+        ),
+        "a scale of NaN": (
+            lambda p: _bytes(kohya("lora_unet", unet_pairs(p), float("nan"))),
+            "a scale that is none",
+        ),
+        "whole numbers": (lambda p: _bytes(_all("unet", unet_pairs(p), torch.int32)), "a tensor of int32"),
+        "tensors without numbers": (
+            lambda p: _bytes(peft("unet", {n: (a[:0], b[:, :0]) for n, (a, b) in unet_pairs(p).items()})),
+            "a tensor of",
+        ),
+        "a layer within an adapter": (
+            lambda p: _bytes(
+                peft("unet", unet_pairs(p) | {f"{n}.base_layer": pair for n, pair in unet_pairs(p).items()})
+            ),
+            "in part",
+        ),
+        "notes that change the model below": (
+            lambda p: _bytes(
+                peft("unet", unet_pairs(p)),
+                noted("unet", init_lora_weights="pissa", target_modules=sorted(unet_pairs(p))),
+            ),
+            "init_lora_weights=pissa",
+        ),
+        "notes that train biases": (
+            lambda p: _bytes(
+                peft("unet", unet_pairs(p)), noted("unet", bias="all", target_modules=sorted(unet_pairs(p)))
+            ),
+            "bias=all",
+        ),
+        "notes with a pattern": (
+            lambda p: _bytes(peft("unet", unet_pairs(p)), noted("unet", target_modules="(a+)+$")),
+            "target_modules",
+        ),
+        "notes that name further layers": (
+            lambda p: _bytes(peft("unet", unet_pairs(p)), noted("unet", target_modules=["to_q", "proj_in", "conv1"])),
+            "cannot be loaded",
+        ),
+        "notes that are none": (lambda p: _bytes(peft("unet", unet_pairs(p)), {NOTES: "["}), "notes that are none"),
+        "an embedding": (lambda p: _bytes({"clip_l": torch.ones(2, 8), "clip_g": torch.ones(2, 8)}), "no LoRA"),
+        "a ControlNet": (lambda p: _bytes({"controlnet_cond_embedding.conv_in.weight": torch.ones(4, 3)}), "no LoRA"),
+        "a VAE": (lambda p: _bytes({"decoder.conv_in.weight": torch.ones(4, 3)}), "no LoRA"),
+        "nothing": (lambda p: b"", "not a safetensors file"),
+        "no tensors": (lambda p: _bytes({}), "no LoRA"),
+        "HTML": (lambda p: b"<!DOCTYPE html><title>404</title>" * 9, "not a safetensors file"),
+        "a pointer of git-lfs": (
+            lambda p: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n",
+            "pointer of git-lfs",
+        ),
+        "truncated": (lambda p: _bytes(peft("unet", unet_pairs(p)))[:-9], "truncated"),
+        "a huge header": (lambda p: _headed(9 * 2**20, b" " * (9 * 2**20 + 64)), "header of"),
+        "a header longer than the file": (lambda p: _headed(2**62, b"{}"), "not a safetensors file"),
+        "a deep header": (lambda p: _headed(200_000, b"[" * 200_000), "not a safetensors file"),
+        "offsets that overlap": (
+            lambda p: _headed(
+                len(
+                    header := json.dumps(
+                        {
+                            f"unet.mid.lora_{half}.weight": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}
+                            for half in "AB"
+                        }
+                    ).encode()
+                ),
+                header + b"\0" * 16,
+            ),
+            "cannot be read as safetensors",
+        ),
+    },
+    "flux": {
+        "of SDXL": (lambda p: _bytes(_sd15()), "family"),
+        "ComfyUI's names": (lambda p: _bytes(peft("diffusion_model", flux_originals(p))), "for no part|not an adapter"),
+        "the original's bare names": (
+            lambda p: _bytes({k.removeprefix("x."): v for k, v in peft("x", flux_originals(p)).items()}),
+            "for no part",
+        ),
+        "base_model.model": (
+            lambda p: _bytes(peft("base_model.model", flux_pairs(p))),
+            "not an adapter for this model",
+        ),
+        "half of it matches": (lambda p: _bytes(renamed_by_half(peft("transformer", flux_pairs(p)))), "in part"),
+        "too many blocks": (
+            lambda p: _bytes(
+                peft("transformer", {"single_transformer_blocks.77.attn.to_q": (torch.ones(2, 4), torch.ones(4, 2))})
+            ),
+            "another model",
+        ),
+        "norms that would be written over": (
+            lambda p: _bytes(
+                peft("transformer", flux_pairs(p))
+                | {"transformer.transformer_blocks.0.attn.norm_q.weight": torch.ones(8)}
+            ),
+            "would be left out",
+        ),
+        "a scale below nothing": (
+            lambda p: _bytes(kohya("lora_unet", flux_originals(p), -1.0)),
+            "a scale that is none",
+        ),
+        "differences of biases": (
+            lambda p: _bytes(
+                kohya("lora_unet", flux_originals(p)) | {"lora_unet_double_blocks_0_img_mod_lin.diff_b": torch.ones(8)}
+            ),
+            "would be left out",
+        ),
+        "an encoder there is none of": (
+            lambda p: _bytes(
+                kohya("lora_unet", flux_originals(p))
+                | {
+                    f"text_encoders.t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q.lora_{half}.weight": t
+                    for half, t in (("down", torch.ones(2, 4)), ("up", torch.ones(4, 2)))
+                }
+            ),
+            "in part",
+        ),
+        "LoHa": (lambda p: _bytes(_lycoris("LoHa")), "LoHa"),
+        "no lora_B": (lambda p: _bytes(peft("transformer", flux_pairs(p), "A")), "lacks .*lora_B"),
+        "NaN": (lambda p: _bytes(with_one(peft("transformer", flux_pairs(p)), float("nan"))), "not finite"),
+        "a control LoRA": (
+            lambda p: _bytes({"transformer.x_embedder.lora_A.weight": torch.ones(2, 4)}),
+            "control LoRA",
+        ),
+    },
+}

@@ -1,0 +1,190 @@
+"""What an adapter's file may hold: each trainer's layout as the stock pipeline loads it, and of all else no trace."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from drawing import MODELS_DIR, Pixels, draw, job_for
+from lora_layouts import FITTING, UNFIT, peft, unet_pairs, with_one, write
+from peft.tuners.lora import LoraLayer
+
+from stable_diffusion_server.errors import InvalidInput, NotFinite
+from stable_diffusion_server.pipelines.adapters import Adapters
+from stable_diffusion_server.pipelines.catalog import MODELS
+from stable_diffusion_server.pipelines.components import load_pipeline
+from stable_diffusion_server.pipelines.flux import Flux
+from stable_diffusion_server.pipelines.sdxl import Sdxl
+
+CPU = torch.device("cpu")
+KINDS: dict[str, Any] = {"sdxl": Sdxl, "flux": Flux}
+
+
+@dataclass(frozen=True)
+class Two:
+    """A family that may use a folder, one over a stock pipeline, and what both draw without adapters."""
+
+    ours: Any
+    stock: Any
+    folder: Path
+    plain: Pixels
+
+
+@pytest.fixture(scope="module")
+def twos(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> dict[str, Two]:
+    """Both families."""
+    made = {}
+    for name, kind in KINDS.items():
+        folder, facts = tmp_path_factory.mktemp(name), MODELS[name]
+        own, stock = (load_pipeline(facts, MODELS_DIR, CPU) for _ in range(2))
+        ours = kind(own, facts, adapters=Adapters(own, folder))
+        made[name] = Two(ours, kind(stock, facts), folder, draw(ours, job_for(name)))
+    return made
+
+
+def traces(pipeline: Any) -> set[str]:
+    """The names of all adapters that are left anywhere in a pipeline."""
+    found: set[str] = set()
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module):
+            found |= set(getattr(part, "peft_config", None) or {})
+            layers = (layer for layer in part.modules() if isinstance(layer, LoraLayer))
+            found |= {name for layer in layers for name in (*layer.lora_A, *layer.lora_B)}
+    return found
+
+
+@pytest.mark.parametrize("weight", [1.0, -0.7])
+@pytest.mark.parametrize(("family", "layout"), [(family, name) for family in FITTING for name in FITTING[family]])
+def test_an_adapter_is_drawn_as_the_stock_pipeline_draws_it(
+    family: str, layout: str, weight: float, twos: dict[str, Two]
+) -> None:
+    """Whatever trainer wrote it, to the last bit, though it is copied from its file; and it has an effect."""
+    two = twos[family]
+    tensors, notes = FITTING[family][layout](two.stock.pipeline)
+    write(two.folder / "style.safetensors", tensors, notes)
+    two.stock.pipeline.load_lora_weights(two.folder, weight_name="style.safetensors", adapter_name="style")
+    try:
+        two.stock.pipeline.set_adapters(["style"], [weight])
+        expected = draw(two.stock, job_for(family))
+    finally:
+        two.stock.pipeline.delete_adapters("style")
+    drawn = draw(two.ours, job_for(family, loras=(("style", weight),)))
+    assert (drawn == expected).all()
+    assert (drawn != two.plain).any()
+
+
+@pytest.mark.fault(160)
+@pytest.mark.parametrize(("family", "kind"), [(family, name) for family in UNFIT for name in UNFIT[family]])
+def test_a_file_that_does_not_fit_is_refused_in_a_sentence_and_leaves_nothing(
+    family: str, kind: str, twos: dict[str, Two]
+) -> None:
+    """The order that names it is refused by that parameter, and no part of the model knows of it afterwards."""
+    two = twos[family]
+    made, said = UNFIT[family][kind]
+    (two.folder / "bad.safetensors").write_bytes(made(two.stock.pipeline))
+    before = traces(two.ours.pipeline)
+    for _ in range(2):  # known as refused, it is refused in the same words
+        with pytest.raises(InvalidInput, match=rf"^bad\.safetensors .*({said})") as refused:
+            two.ours.prepare(job_for(family, loras=(("bad", 1.0),)))
+        assert refused.value.field == "lora"
+        assert refused.value.detail.endswith(".")
+        assert "\n" not in refused.value.detail
+    assert traces(two.ours.pipeline) == before
+
+
+@pytest.mark.fault(160)
+@pytest.mark.parametrize("family", UNFIT)
+def test_after_all_of_them_the_model_is_as_it_was(family: str, twos: dict[str, Two]) -> None:
+    """Its weights to the last bit, its picture, and the same file once it is mended."""
+    two = twos[family]
+    weights = {name: tensor.clone() for name, tensor in weights_below(two.ours).items()}
+    for made, _ in UNFIT[family].values():
+        (two.folder / "bad.safetensors").write_bytes(made(two.stock.pipeline))
+        with pytest.raises(InvalidInput):
+            two.ours.prepare(job_for(family, loras=(("bad", 1.0),)))
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in weights_below(two.ours).items())
+    assert (draw(two.ours, job_for(family)) == two.plain).all()
+    tensors, notes = next(iter(FITTING[family].values()))(two.stock.pipeline)
+    write(two.folder / "bad.safetensors", tensors, notes)
+    assert (draw(two.ours, job_for(family, loras=(("bad", 1.0),))) != two.plain).any()
+
+
+def weights_below(family: Any) -> dict[str, torch.Tensor]:
+    """All weights of a family's parts but the adapters', by name."""
+    return {
+        f"{part}.{name}".replace(".base_layer", ""): tensor
+        for part, module in family.pipeline.components.items()
+        if isinstance(module, torch.nn.Module)
+        for name, tensor in module.state_dict().items()
+        if ".lora_" not in name
+    }
+
+
+@pytest.mark.fault(160)
+def test_what_stumbles_while_it_is_loaded_is_taken_off_again(
+    twos: dict[str, Two], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A text encoder's half that fails after the denoiser's is on: the whole is gone, and works the next time."""
+    two = twos["sdxl"]
+    tensors, notes = FITTING["sdxl"]["kohya, both text encoders"](two.stock.pipeline)
+    write(two.folder / "late.safetensors", with_one(tensors, 0.5), notes)
+    before = traces(two.ours.pipeline)
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("the second text encoder stumbles")
+
+    with monkeypatch.context() as patched:  # no file is known that gets so far
+        patched.setattr(two.ours.pipeline.text_encoder_2, "load_adapter", fail)
+        with pytest.raises(InvalidInput, match=r"late\.safetensors cannot be loaded"):
+            two.ours.prepare(job_for("sdxl", loras=(("late", 1.0),)))
+    assert traces(two.ours.pipeline) == before
+    assert (draw(two.ours, job_for("sdxl")) == two.plain).all()
+
+
+@pytest.mark.fault(161)
+def test_finite_weights_that_overflow_are_told_and_leave_nothing_on(twos: dict[str, Two]) -> None:
+    """Each number is fine and their product is not: that drawing is not finite, and the next one is as ever."""
+    two = twos["sdxl"]
+    huge = {name: tensor * 1e25 for name, tensor in peft("unet", unet_pairs(two.stock.pipeline)).items()}
+    write(two.folder / "huge.safetensors", huge)
+    with pytest.raises(NotFinite):
+        draw(two.ours, job_for("sdxl", loras=(("huge", 1.0),)))
+    assert (draw(two.ours, job_for("sdxl")) == two.plain).all()
+
+
+def test_one_adapter_named_twice_is_on_with_both_weights(twos: dict[str, Two]) -> None:
+    """Under one name or under two: what counts is the content, and its weights add up."""
+    two = twos["sdxl"]
+    tensors, _ = FITTING["sdxl"]["peft"](two.stock.pipeline)
+    for name in ("one", "other"):
+        write(two.folder / f"{name}.safetensors", tensors)
+    whole = draw(two.ours, job_for("sdxl", loras=(("one", 0.75),)))
+    for loras in ((("one", 0.5), ("one", 0.25)), (("one", 0.5), ("other", 0.25))):
+        assert (draw(two.ours, job_for("sdxl", loras=loras)) == whole).all()
+
+
+def test_floats_of_one_byte_are_widened(twos: dict[str, Two]) -> None:
+    """Nothing is computed in them, so they are drawn as the same numbers in more bytes."""
+    two = twos["sdxl"]
+    small = {k: v.to(torch.float8_e4m3fn) for k, v in peft("unet", unet_pairs(two.stock.pipeline)).items()}
+    write(two.folder / "small.safetensors", small)
+    write(two.folder / "wide.safetensors", {name: tensor.bfloat16() for name, tensor in small.items()})
+    drawn = [draw(two.ours, job_for("sdxl", loras=((name, 1.0),))) for name in ("small", "wide")]
+    assert (drawn[0] == drawn[1]).all()
+
+
+def test_the_layouts_written_here_are_read_by_the_stock_pipeline(twos: dict[str, Two]) -> None:
+    """Notes say something about what they go with: without them the stock pipeline draws otherwise."""
+    two = twos["sdxl"]
+    tensors, notes = FITTING["sdxl"]["peft with notes"](two.stock.pipeline)
+    assert notes is not None
+    assert json.loads(notes["lora_adapter_metadata"])["unet.lora_alpha"] == 1.0
+    drawn = []
+    for number, told in enumerate((notes, None)):
+        write(two.folder / f"told{number}.safetensors", tensors, told)
+        drawn.append(draw(two.ours, job_for("sdxl", loras=((f"told{number}", 1.0),))))
+    assert (drawn[0] != drawn[1]).any()
