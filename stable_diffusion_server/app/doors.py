@@ -81,7 +81,6 @@ def add_doors(app: FastAPI, settings: Settings, service: Service, jobs: Jobs, st
     app.include_router(history.router(stores.shelf, url_of))
     app.include_router(page.router())
 
-
     def schedulers() -> dict[str, tuple[str, ...]]:
         return {name: facts.schedulers for name, facts in options.models.items()}
 

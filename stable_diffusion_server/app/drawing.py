@@ -99,10 +99,9 @@ class Loaded:
         return self.loras.offered({facts.denoiser for facts in self.facts.values()})
 
     def _adapters_told(self, facts: ModelFacts) -> dict[str, object]:
-        unusable = self.loras.faults()
         return {
             "loras": self.loras.names({facts.denoiser}),
-            **({"unusable_loras": unusable} if unusable else {}),
+            "unusable_loras": list(self.loras.faults().values()),
         }
 
     def memory(self) -> Mapping[str, Mapping[str, int]]:

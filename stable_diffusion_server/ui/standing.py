@@ -28,6 +28,7 @@ _FACTS = {
     "bytes": "Memory",
     "follows_edges": "Follows edges",
     "loras": "Adapters",
+    "unusable_loras": "Adapters that cannot be used",
 }
 _MOST_FAULTS = 5
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -188,3 +191,85 @@ def test_the_layouts_written_here_are_read_by_the_stock_pipeline(twos: dict[str,
         write(two.folder / f"told{number}.safetensors", tensors, told)
         drawn.append(draw(two.ours, job_for("sdxl", loras=((f"told{number}", 1.0),))))
     assert (drawn[0] != drawn[1]).any()
+
+
+@pytest.mark.fault(162, 164)
+@pytest.mark.parametrize("layout", ["peft", "kohya, text encoders alone", "peft, both text encoders"])
+def test_a_replaced_adapter_is_drawn_with_its_new_weights(layout: str, twos: dict[str, Two]) -> None:
+    """Written over in place with as many bytes, at once, in the denoiser and in what the prompt is encoded to."""
+    two, job = twos["sdxl"], job_for("sdxl", loras=(("ink", 1.0),))
+    tensors, _ = FITTING["sdxl"][layout](two.stock.pipeline)
+    other = {name: -tensor if "lora_B" in name or "lora_up" in name else tensor for name, tensor in tensors.items()}
+    file = write(two.folder / "ink.safetensors", tensors)
+    first, size = draw(two.ours, job), file.stat().st_size
+    write(two.folder / "new.safetensors", other)
+    file.write_bytes((two.folder / "new.safetensors").read_bytes())
+    assert file.stat().st_size == size
+    second = draw(two.ours, job)
+    assert (second == draw(two.ours, job_for("sdxl", loras=(("new", 1.0),)))).all()
+    assert (second != first).any()
+
+
+@pytest.mark.fault(162, 164)
+def test_a_job_draws_with_the_content_it_means_or_not_at_all(twos: dict[str, Two]) -> None:
+    """Replaced while the order waits: what is loaded is drawn with, what is not is refused and never another's."""
+    two = twos["sdxl"]
+    tensors, _ = FITTING["sdxl"]["peft"](two.stock.pipeline)
+    file = write(two.folder / "ink.safetensors", tensors)
+    before = two.ours.adapters._folder.digest("ink")
+    meant = job_for("sdxl", loras=(("ink", 1.0),), lora_digests=(before,))
+    expected = draw(two.ours, meant)
+    write(file, {name: 2 * tensor for name, tensor in tensors.items()})
+    after = two.ours.adapters._folder.digest("ink")
+    assert (draw(two.ours, meant) == expected).all()
+    assert (draw(two.ours, job_for("sdxl", loras=(("ink", 1.0),), lora_digests=(after,))) != expected).any()
+    file.unlink()
+    assert (draw(two.ours, meant) == expected).all()
+    write(file, {name: 3 * tensor for name, tensor in tensors.items()})
+    lost = job_for("sdxl", loras=(("ink", 1.0),), lora_digests=("0" * 16,))
+    with pytest.raises(InvalidInput, match=r"ink\.safetensors was replaced while the order waited") as refused:
+        two.ours.prepare(lost)
+    assert refused.value.field == "lora"
+
+
+_IN_USE = """
+import sys
+from pathlib import Path
+from drawing import draw, job_for
+from lora_layouts import peft, unet_pairs, write
+from stable_diffusion_server.pipelines.catalog import MODELS
+from stable_diffusion_server.pipelines.registry import LoadOptions, load
+
+folder, how = Path(sys.argv[1]), sys.argv[2]
+registry = load(Path(sys.argv[3]), "cpu", 1, LoadOptions(models={"sdxl": MODELS["sdxl"]}, lora_dir=folder))
+pipeline = registry._families["sdxl"].pipeline
+file = write(folder / "ink.safetensors", peft("unet", unet_pairs(pipeline)))
+state = registry.prepare(job_for("sdxl", loras=(("ink", 1.0),)))
+registry.step([state])
+if how == "truncated":
+    with file.open("r+b") as target:
+        target.truncate(0)
+elif how == "written over":
+    file.write_bytes(b"0" * 100)
+else:
+    file.unlink()
+while not state.done:
+    registry.step([state])
+print("drawn", registry.finish(state).pixels.std() > 5)
+"""
+
+
+@pytest.mark.fault(164)
+@pytest.mark.parametrize("how", ["truncated", "written over", "removed"])
+def test_a_file_that_goes_while_it_is_in_use_harms_nothing(how: str, tmp_path: Path) -> None:
+    """The process lives on, and the picture that is under way ends: nothing of the file is mapped into memory."""
+    ours = Path(__file__).parent
+    done = subprocess.run(  # noqa: S603  # our own code, in a process that may die of it
+        [sys.executable, "-c", _IN_USE, str(tmp_path), how, str(MODELS_DIR)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ours), str(ours.parents[1])])},
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, "drawn True"), done.stderr[-2000:]
