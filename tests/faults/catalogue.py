@@ -127,7 +127,13 @@ GROUPS: dict[str, dict[str, str]] = {
     },
     "Strangers, sites and proxies": {},
     "Deaths, journal and shares": {},
-    "Adapter files": {},
+    "Adapter files": {
+        "160": "an adapter's file of another family, half-matching, not finite, torn, or that would change the model",
+        "161": "adapters whose numbers are finite and whose pictures are not, many in a row",
+        "162": "an adapter or a model replaced under its name while the server runs; what was kept of the one before",
+        "163": "links that lead out, nowhere or in circles; folders, pipes, devices and pointers named like adapters",
+        "164": "an adapter's file written over, cut short, replaced or removed while it is in use",
+    },
     "Model files and the hub": {},
     "Marks, logs and addresses": {
         "170": "a picture is stored without a mark that a model made it",

@@ -55,6 +55,7 @@ _LOADED = {
     **dict.fromkeys(("follows_edges", "usual", "takes_negative_prompt", "takes_guidance"), TRUTH),
     "default_guidance": NUMBER,
     "loras": several(TEXT),
+    "unusable_loras": several(TEXT),
 }
 _TASK_STATE = {
     **dict.fromkeys(("skipped", "interrupted", "stopping_generation"), TRUTH),
