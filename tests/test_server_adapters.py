@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Iterator
@@ -14,7 +13,12 @@ import pytest
 from conftest import ROOT, Server, free_port, start_server
 
 CREATE = "/create_and_upload_image"
-ASKED = {"prompt": "a red circle on a blue background", "width": 128, "height": 128, "num_inference_steps": 2}
+ASKED: dict[str, Any] = {
+    "prompt": "a red circle on a blue background",
+    "width": 64,
+    "height": 64,
+    "num_inference_steps": 1,
+}
 OUTLINES = ROOT / "models" / "loras" / "outlines.safetensors"
 
 
@@ -89,10 +93,10 @@ def told(server: Server) -> dict[str, Any]:
 
 @pytest.mark.fault(160, 161, 163)
 def test_each_bad_file_costs_the_request_that_names_it(adapted: Server) -> None:
-    """A 422 of the field with the file and the reason, eight times over, and everyone else is drawn."""
+    """A 422 of the field with the file and the reason, some four times over, and everyone else is drawn."""
     plain = httpx.get(asked(adapted, seed=1, save_path="before.png").json()["path"]).content
     for name in REFUSED:
-        for seed in (1, 2, *((3, 4, 5, 6, 7, 8) if name in ("nan", "overflow") else ())):
+        for seed in (1, 2, 3, 4) if name in ("nan", "overflow") else (1,):
             answer = asked(adapted, lora=name, seed=seed)
             assert answer.status_code == 422, answer.text
             problem = answer.json()
@@ -125,11 +129,10 @@ def test_only_what_can_be_used_is_listed_and_the_rest_is_told_why(adapted: Serve
         assert sum(sentence.startswith(f"{name}.safetensors ") for sentence in model["unusable_loras"]) == 1
     for _ in range(3):
         told(adapted)
-    lines = [json.loads(line) for line in adapted.log.read_text().splitlines() if line.startswith("{")]
     text = adapted.log.read_text()
     for name in HEADERS_TELL:
         sentences = [s for s in model["unusable_loras"] if s.startswith(f"{name}.")]
-        assert text.count(sentences[0]) == 1, (sentences, lines[-3:])
+        assert text.count(sentences[0]) == 1
 
 
 @pytest.mark.fault(162, 164)

@@ -233,7 +233,11 @@ UNFIT: dict[str, dict[str, tuple[Callable[[Any], bytes], str]]] = {
         "layers of no text encoder": (
             lambda p: _bytes(
                 peft("unet", unet_pairs(p))
-                | peft("text_encoder", {"text_model.encoder.layers.99.mlp.fc1": (torch.ones(2, 4), torch.ones(4, 2))})
+                | peft(
+                    "text_encoder",
+                    encoder_pairs(p.text_encoder)
+                    | {"text_model.encoder.layers.99.mlp.fc1": (torch.ones(2, 4), torch.ones(4, 2))},
+                )
             ),
             "layers are not there",
         ),
