@@ -76,7 +76,9 @@ def adapted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     fill(folder / "loras", folder / "outside")
     port = free_port()
     command = (sys.executable, "-m", "stable_diffusion_server", "serve")
-    running = start_server(folder, port, *command, PORT=str(port), LORA_DIR=str(folder / "loras"), MODELS="embedded")
+    running = start_server(
+        folder, port, *command, PORT=str(port), LORA_DIR=str(folder / "loras"), MODELS="embedded", seconds=280.0
+    )
     yield running
     running.stop()
 

@@ -140,7 +140,7 @@ class Adapters:
         """The adapter of that digest, loaded."""
         if digest not in self._loaded:
             if digest in self._refused:
-                raise InvalidInput(self._refused[digest], field="lora")
+                raise InvalidInput(f"{name}{self._refused[digest]}", field="lora")
             file = self._folder.read(name)
             if file.digest != digest:
                 raise InvalidInput(f"{file.name} was replaced while the order waited; ask again.", field="lora")
@@ -169,7 +169,8 @@ class Adapters:
             raise
 
     def _refuse(self, name: str, file: LoraFile, why: str) -> None:
-        self._refused[file.digest] = why
+        # The same content may lie there under another name.
+        self._refused[file.digest] = why.removeprefix(Path(file.name).stem)
         if len(self._refused) > _MOST_REFUSED:
             self._refused.popitem(last=False)
         _log.warning("an adapter is refused", name=name, why=why)

@@ -160,10 +160,10 @@ def unfit(header: Header) -> str:
     if control := _of_a_control_lora(names):
         return (
             "is a control LoRA, which would change the input of the shared Flux transformer; use an ordinary LoRA, or "
-            f"a ControlNet for edges. Its tensor {control} has the shape {names[control]['shape']}"
+            f"a ControlNet for edges. Its tensor {control[:100]!a} has the shape {names[control]['shape'][:4]}"
         )
     if not any("lora" in name for name in names):
-        return f"holds no LoRA; its tensors are named like {next(iter(names), 'nothing')[:60]!r}"
+        return f"holds no LoRA; its tensors are named like {next(iter(names), 'nothing')[:60]!a}"
     return ""
 
 

@@ -63,9 +63,8 @@ class LoraFolder:
         faults = {name: why for name, (why, _) in self._surveyed().items() if why}
         for file in _walk(self.folder) if self.folder is not None else ():
             if not _NAME.fullmatch(file.stem):
-                faults[file.name] = (
-                    f"{file.name} cannot be asked for: names have letters, digits, '.', '_' and '-' alone."
-                )
+                name = ascii(file.name)  # which may be no text at all
+                faults[name] = f"{name} cannot be asked for: names have letters, digits, '.', '_' and '-' alone."
         for name, why in faults.items():
             if (name, why) not in self._told:
                 self._told.add((name, why))
@@ -98,7 +97,7 @@ class LoraFolder:
         """The digest of an adapter's present content. Raises `InvalidInput` with the reason for one that is unfit."""
         file = self.file(name)
         with _told_of_the_order(), opened(file) as (source, facts):
-            now, identity = time.time(), identity_of(facts)
+            settled, identity = _is_settled(facts), identity_of(facts)
             if (known := self._digests.get(identity)) is not None:
                 return known
             check_fit(source, facts, file.name, self._largest)
@@ -106,7 +105,7 @@ class LoraFolder:
             digest = hashlib.file_digest(source, "sha256").hexdigest()[:16]  # type: ignore[arg-type]  # as above
             if identity_of(os.fstat(source.fileno())) != identity:
                 raise WeightsUnusable(f"{file.name} is being written to at this moment; ask again.")
-        if now - max(facts.st_mtime, facts.st_ctime) > _UNSETTLED_SECONDS:
+        if settled:
             _keep(self._digests, identity, digest)
         return digest
 
@@ -140,18 +139,30 @@ class LoraFolder:
         return {name: self._looked_at(file) for name, file in sorted(self._files().items())}
 
     def _looked_at(self, file: Path) -> tuple[str, Collection[str]]:
+        with suppress(OSError):
+            identity = identity_of(os.stat(file))
+            if (known := self._fits.get(identity)) is not None:
+                return self._left_of(identity, known)
         try:
             with opened(file) as (source, facts):
-                identity = identity_of(facts)
-                fits = self._fits.get(identity)
-                if fits is None:
-                    fits = denoisers_of(check_fit(source, facts, file.name, self._largest))
-                    _keep(self._fits, identity, fits)
+                identity, settled = identity_of(facts), _is_settled(facts)
+                fits = denoisers_of(check_fit(source, facts, file.name, self._largest))
         except WeightsUnusable as error:
             return error.detail, ()
+        if settled:
+            _keep(self._fits, identity, fits)
+        return self._left_of(identity, fits)
+
+    def _left_of(self, identity: Identity, fits: Collection[str]) -> tuple[str, Collection[str]]:
+        """What was not refused since of the denoisers a content may fit; the reason where nothing is left."""
         known = {denoiser: self._refused.get((identity, denoiser), "") for denoiser in fits}
         left = [denoiser for denoiser, why in known.items() if not why]
         return ("" if left else next(iter(known.values()))), left
+
+
+def _is_settled(facts: os.stat_result) -> bool:
+    """Whether a change from now on would show in a file's times."""
+    return time.time() - max(facts.st_mtime, facts.st_ctime) > _UNSETTLED_SECONDS
 
 
 class _Offered(Mapping[str, str]):

@@ -115,9 +115,9 @@ def _tensors_of(file: LoraFile) -> Tensors:
     if len(names) > _MOST_TENSORS:
         raise UnfitError(f"holds {len(names)} tensors, and {_MOST_TENSORS} are taken")
     if odd := [name for name in names if len(name) > _LONGEST_NAME or _LARGE_NUMBER.search(name)]:
-        raise UnfitError(f"holds {odd[0][:60]!r}, which is for no layer of a model")
+        raise UnfitError(f"holds {_shown(odd[0])}, which is for no layer of a model")
     if odd := [name for name in names if not _ENDING.search(name)]:
-        raise UnfitError(f"holds {odd[0][:100]!r}, which is no part of a LoRA and would be left out")
+        raise UnfitError(f"holds {_shown(odd[0])}, which is no part of a LoRA and would be left out")
     try:
         tensors = safetensors.torch.load(file.data)
     except Exception as error:  # it has errors of its own, and passes on those of torch and Python
@@ -130,13 +130,18 @@ def _tensors_of(file: LoraFile) -> Tensors:
 def _check_numbers(name: str, tensor: torch.Tensor) -> None:
     if name.endswith("alpha"):
         if tensor.numel() != 1 or not math.isfinite(alpha := float(tensor.reshape(()).item().real)) or alpha < 0:
-            raise UnfitError(f"holds a scale that is none ({name[:100]})")
+            raise UnfitError(f"holds a scale that is none ({_shown(name)})")
     elif not tensor.is_floating_point() or not tensor.numel():
         raise UnfitError(
-            f"holds a tensor of {str(tensor.dtype).removeprefix('torch.')}, {list(tensor.shape)} ({name[:100]})"
+            f"holds a tensor of {str(tensor.dtype).removeprefix('torch.')}, {list(tensor.shape)} ({_shown(name)})"
         )
     elif not torch.isfinite(_computable(tensor)).all():
-        raise UnfitError(f"holds numbers that are not finite ({name[:100]}); it may have been trained too fast")
+        raise UnfitError(f"holds numbers that are not finite ({_shown(name)}); it may have been trained too fast")
+
+
+def _shown(name: str) -> str:
+    """A name in a file, which may hold anything, as a sentence can hold it."""
+    return ascii(name[:100])
 
 
 def _computable(tensor: torch.Tensor) -> torch.Tensor:
@@ -161,7 +166,7 @@ def _by_part(state: Tensors, pipeline: Any) -> dict[str, Tensors]:
     for name, tensor in state.items():
         part, _, rest = name.partition(".")
         if part not in _parts_of(pipeline):
-            raise UnfitError(f"holds tensors for no part of this model ({name[:100]})")
+            raise UnfitError(f"holds tensors for no part of this model ({_shown(name)})")
         parts.setdefault(part, {})[rest] = tensor
     try:
         return {part: _as_peft(found, getattr(pipeline, part), part) for part, found in parts.items()}
@@ -198,12 +203,12 @@ def _checked_layers(found: Tensors, part: Any) -> frozenset[str]:
     for name, tensor in found.items():
         match = _LAYER.fullmatch(name)
         if match is None:
-            raise UnfitError(f"holds {name[:100]!r}, which is no part of a LoRA")
+            raise UnfitError(f"holds {_shown(name)}, which is no part of a LoRA")
         layers.setdefault(match["layer"], {})[match["kind"] + (match["what"] or "")] = tensor
     bases = {name: _layer_of(part, name) for name in layers}
     if missing := [name for name, base in bases.items() if base is None]:
         how = "is for another model" if len(missing) == len(layers) else "fits this model in part"
-        raise UnfitError(f"{how}: {len(missing)} of its {len(layers)} layers are not there ({missing[0][:100]})")
+        raise UnfitError(f"{how}: {len(missing)} of its {len(layers)} layers are not there ({_shown(missing[0])})")
     for name, base in bases.items():
         _check_shapes(name, layers[name], base)
     return frozenset(layers)
@@ -223,7 +228,7 @@ def _layer_of(part: Any, name: str) -> Any:
 def _check_shapes(name: str, found: Tensors, base: Any) -> None:
     for kind in ("lora_A.weight", "lora_B.weight"):
         if kind not in found:
-            raise UnfitError(f"lacks {name[:100]}.{kind}")
+            raise UnfitError(f"lacks {_shown(f'{name}.{kind}')}")
     inner: tuple[int, ...]
     ones: tuple[int, ...] = ()
     if isinstance(base, torch.nn.Linear):
@@ -231,7 +236,7 @@ def _check_shapes(name: str, found: Tensors, base: Any) -> None:
     elif isinstance(base, torch.nn.Conv2d):
         inner, outer, ones = (base.in_channels // base.groups, *base.kernel_size), base.out_channels, (1, 1)
     else:
-        raise UnfitError(f"changes {name[:100]}, which takes no LoRA")
+        raise UnfitError(f"changes {_shown(name)}, which takes no LoRA")
     rank = found["lora_A.weight"].shape[:1]
     wanted = {
         "lora_A.weight": (*rank, *inner),
@@ -243,7 +248,7 @@ def _check_shapes(name: str, found: Tensors, base: Any) -> None:
         fits = tensor.numel() == outer if kind.startswith("lora_magnitude") else shape == wanted.get(kind)
         if not fits:
             raise UnfitError(
-                f"is for another model: {name[:100]}.{kind} is {list(shape)}, and the layer {outer} × {inner[0]}"
+                f"is for another model: {_shown(f'{name}.{kind}')} is {list(shape)}, and the layer {outer} × {inner[0]}"
             )
 
 
@@ -263,7 +268,7 @@ def _notes_of(file: LoraFile, parts: Mapping[str, Tensors]) -> dict[str, Any] | 
         if part in parts and name in _TAKEN and _is_plain(value):
             kept[f"{part}.{name}"] = value
         elif part in parts and not _has_no_effect(name, value, usual):
-            raise UnfitError(f"was made with {name[:40]}={str(value)[:40]}, which is not taken here")
+            raise UnfitError(f"was made with {_shown(f'{name}={value}')}, which is not taken here")
     return kept or None
 
 

@@ -252,6 +252,10 @@ UNFIT: dict[str, dict[str, tuple[Callable[[Any], bytes], str]]] = {
             "dora_scale",
         ),
         "no lora_B": (lambda p: _bytes(peft("unet", unet_pairs(p), "A")), "lacks .*lora_B"),
+        "names with line breaks and escapes": (
+            lambda p: _bytes(peft("unet", {"mid\n\x1b[2J\x85.x": (torch.ones(2, 4), torch.ones(4, 2))})),
+            r"\\n\\x1b\[2J\\x85",
+        ),
         "no lora_B in a text encoder": (
             lambda p: _bytes(peft("unet", unet_pairs(p)) | peft("text_encoder", encoder_pairs(p.text_encoder), "A")),
             "lacks .*lora_B",

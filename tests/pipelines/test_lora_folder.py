@@ -181,10 +181,13 @@ def test_what_cannot_be_used_is_told_in_the_log_once(tmp_path: Path, monkeypatch
     monkeypatch.setattr(lora_folder._log, "warning", lambda event, **more: told.append(more["name"]), raising=False)
     _dangling(tmp_path / "bad.safetensors")
     lora_file(tmp_path / "my style (v2).safetensors")
+    lora_file(tmp_path / os.fsdecode(b"no text \xff.safetensors"))
     folder = LoraFolder(tmp_path)
+    names = ["'my style (v2).safetensors'", "'no text \\udcff.safetensors'", "bad"]
     for _ in range(3):
-        assert sorted(folder.faults()) == ["bad", "my style (v2).safetensors"]
-    assert sorted(told) == ["bad", "my style (v2).safetensors"]
+        assert sorted(folder.faults()) == names
+        assert all(sentence.encode() for sentence in folder.faults().values())
+    assert sorted(told) == names
 
 
 def test_files_for_another_family_are_not_offered(tmp_path: Path) -> None:
