@@ -11,6 +11,9 @@ from typing import Any
 
 import httpx
 
+from stable_diffusion_server.errors import Overasked
+from stable_diffusion_server.ui.turns import Turns
+
 Job = dict[str, Any]
 Files = Mapping[str, bytes]
 
@@ -57,9 +60,19 @@ class Desk:
     base: str
     key: str = field(default="", repr=False)
     client: Client = Client()
+    turns: Turns = field(default_factory=Turns, repr=False)
 
     async def start(self, wish: Wish) -> Job:
-        """Have a picture drawn, as a job. Raises `RefusedError`."""
+        """Have a picture drawn, as a job; visitors take turns at sending files. Raises `RefusedError`."""
+        if not wish.files:
+            return await self._start(wish)
+        try:
+            async with self.turns.hold(f"{self.key} {self.client.address}"):
+                return await self._start(wish)
+        except Overasked as error:
+            raise RefusedError(error.status, error.detail) from error
+
+    async def _start(self, wish: Wish) -> Job:
         files = {name: (f"{name}.png", content) for name, content in wish.files.items()}
         body = {"data": dict(wish.fields), "files": files or None}
         return await self._json("POST", wish.door, headers={"Prefer": "respond-async"}, **body)

@@ -10,6 +10,7 @@ from starlette.requests import Request
 
 from stable_diffusion_server.ui.desk import Client, Desk
 from stable_diffusion_server.ui.guests import Guests
+from stable_diffusion_server.ui.turns import Turns
 
 COOKIE = "studio"
 
@@ -22,10 +23,11 @@ class Desks:
     guests: Guests = field(default_factory=Guests)
     base: str = ""
     key: str = field(default="", repr=False)
+    turns: Turns = field(default_factory=Turns)
 
     def at(self, base: str, key: str, client: Client) -> Desk:
         """The desk for a key."""
-        return Desk(self.http, self.base or base.rstrip("/"), self.key or key, client)
+        return Desk(self.http, self.base or base.rstrip("/"), self.key or key, client, self.turns)
 
     def of(self, request: Request) -> Desk:
         """The desk of a visitor."""

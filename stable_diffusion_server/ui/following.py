@@ -53,19 +53,24 @@ class Shown:
 
 async def draw(desk: Desk, wishes: Sequence[Wish]) -> AsyncIterator[Shown]:
     """Ask for pictures and follow them to their ends."""
-    jobs: list[Job] = []
-    refusal: RefusedError | None = None
+    names, refusal = await _started(desk, wishes)
+    del wishes  # they hold whole pictures, and the jobs may take long
+    if refusal is not None and not names:
+        yield Shown(refused=refusal.detail, faults=refusal.faults, over=True)
+        return
+    async for shown in follow(desk, list(names), names):
+        yield shown if refusal is None else replace(shown, refused=refusal.detail, faults=refusal.faults)
+
+
+async def _started(desk: Desk, wishes: Sequence[Wish]) -> tuple[dict[str, str], RefusedError | None]:
+    """The names of the jobs that were begun, by their ids, and why no more were."""
+    names: dict[str, str] = {}
     try:
         for wish in wishes:
-            jobs.append(await desk.start(wish))  # noqa: PERF401  # those started before one is refused must be known
+            names[(await desk.start(wish))["id"]] = wish.name
     except RefusedError as error:
-        refusal = error
-        if not jobs:
-            yield Shown(refused=error.detail, faults=error.faults, over=True)
-            return
-    names = {job["id"]: wish.name for job, wish in zip(jobs, wishes, strict=False)}  # fewer jobs where one was refused
-    async for shown in follow(desk, [job["id"] for job in jobs], names):
-        yield shown if refusal is None else replace(shown, refused=refusal.detail, faults=refusal.faults)
+        return names, error
+    return names, None
 
 
 async def resume(desk: Desk, ids: Sequence[str]) -> AsyncIterator[Shown]:

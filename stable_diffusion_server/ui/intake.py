@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from stable_diffusion_server.errors import Overasked
+from stable_diffusion_server.ui.turns import Turns
 from stable_diffusion_server.ui.uploads import UploadStore
 
 T = TypeVar("T")
@@ -31,8 +32,6 @@ class Decode(Protocol):
 
 # Uploads at a time: each may hold a whole file and its pixels in memory.
 PER_VISITOR, ALTOGETHER = 2, 8
-# Previews at a time, and those of one visitor that are made or wait.
-_WORKERS, WAITING_PER_VISITOR = 2, 8
 _JPEG_QUALITY = 95
 _PNG_MAGIC = b"\x89PNG"
 
@@ -57,8 +56,7 @@ class Intake:
         self._store = store
         self.max_bytes = max_bytes
         self._under_way: Counter[str] = Counter()
-        self._workers = asyncio.Semaphore(_WORKERS)
-        self._working: Counter[str] = Counter()
+        self._turns = Turns()
 
     @contextmanager
     def place(self, owner: str) -> Iterator[None]:
@@ -74,7 +72,10 @@ class Intake:
                 del self._under_way[owner]
 
     async def take(self, owner: str, data: bytes) -> Taken:
-        """Take a picture for `owner`. Raises `TooLarge`, `UnsupportedMedia` or `InvalidInput` naming `image_file`."""
+        """Take a picture for `owner`, within a `place`.
+
+        Raises `TooLarge`, `UnsupportedMedia` or `InvalidInput` naming `image_file`.
+        """
         pixels = await self._decode(data, "image_file", share=owner)
         height, width = pixels.shape[:2]
         encoded = await asyncio.to_thread(self._encoded, pixels)
@@ -89,19 +90,11 @@ class Intake:
 
         Raises `NotFound`, `Overasked`.
         """
-        if self._working[owner] >= WAITING_PER_VISITOR:
-            raise Overasked("Other pictures are being worked on; try again in a second.", retry_after=1)
-        self._working[owner] += 1
-        try:
-            async with self._workers:
-                pictures = [
-                    await self._decode(self._store.get(owner, token), "image_file", share=owner) for token in tokens
-                ]
-                return await asyncio.to_thread(make, *pictures)
-        finally:
-            self._working[owner] -= 1
-            if not self._working[owner]:
-                del self._working[owner]
+        async with self._turns.hold(owner):
+            pictures = [
+                await self._decode(self._store.get(owner, token), "image_file", share=owner) for token in tokens
+            ]
+            return await asyncio.to_thread(make, *pictures)
 
     def forget(self, owner: str, token: str) -> None:
         """Let a picture go."""

@@ -160,7 +160,9 @@ def wire(
         except ServerError as error:
             yield here.outputs_of(following.Shown(refused=error.detail, faults=error.faults, over=True))
             return
-        async for shown in following.draw(desk_of(desks, request), wishes):
+        drawing = following.draw(desk_of(desks, request), wishes)
+        del wishes  # they hold whole pictures
+        async for shown in drawing:
             yield here.outputs_of(shown)
 
     async def cancel(request: gr.Request, jobs: list[str]) -> Any:

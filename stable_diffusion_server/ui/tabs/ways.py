@@ -48,8 +48,9 @@ def onward(desks: Desks, intake: Intake, shown: gr.State, chosen: gr.State, told
             if not 0 <= chosen < len(shown):
                 return gr.skip(), gr.skip(), telling.alert("There is no picture to take along yet.")
             try:
-                file = await desk_of(desks, request).picture(shown[chosen]["path"])
-                taken = await intake.take(owner_of(desks, request), file)
+                owner = owner_of(desks, request)
+                with intake.place(owner):
+                    taken = await intake.take(owner, await desk_of(desks, request).picture(shown[chosen]["path"]))
             except (RefusedError, ServerError) as error:
                 return gr.skip(), gr.skip(), telling.alert(error.detail)
             return taken.token, gr.Tabs(selected=tab), gr.skip()
