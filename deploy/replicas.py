@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from fastapi import FastAPI
 from filelock import FileLock, Timeout
+from pydantic import SecretStr
 from starlette.datastructures import Headers
 from starlette.types import Message, Receive, Scope, Send
 
@@ -23,6 +24,7 @@ from stable_diffusion_server.api.shapes import refusal
 from stable_diffusion_server.engine import Phase
 from stable_diffusion_server.errors import NotReady
 from stable_diffusion_server.settings import Settings
+from stable_diffusion_server.signing import ServerSecret
 
 _FOLDER = "replica-{}"
 _MOST_FOLDERS = 10_000
@@ -64,8 +66,13 @@ class Claim:
         return f"r{self.number}-"
 
     def settings(self, shared: Settings) -> Settings:
-        """The settings all replicas share, with this one's folder and tag."""
-        return shared.model_copy(update={"data_dir": self.folder, "job_id_prefix": self.tag})
+        """The settings all replicas share, with this one's folder and tag, and a secret of all where none is set."""
+        secret = shared.url_secret
+        if not secret.get_secret_value():
+            common = ServerSecret("", self.folder.parent / "url-secret")
+            common.open()
+            secret = SecretStr(common.value.hex())
+        return shared.model_copy(update={"data_dir": self.folder, "job_id_prefix": self.tag, "url_secret": secret})
 
     def release(self) -> None:
         """Let another replica have it."""

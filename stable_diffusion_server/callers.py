@@ -28,6 +28,13 @@ class Caller:
         """Whether it may read and change what belongs to others: an admin key, or the operator of a local server."""
         return self.admin or not (self.name or self.anonymous)
 
+    def may_follow(self, owner: Caller) -> bool:
+        """Whether it may see and cancel the jobs of `owner`, whose ids it knows.
+
+        An anonymous client is known by nothing else: the id, which this server made, is all that tells whose a job is.
+        """
+        return self.manages or owner.anonymous or owner.owner == self.owner
+
     @property
     def share(self) -> str:
         """The name under which limited capacity is shared out among callers: its key's, else its address's."""

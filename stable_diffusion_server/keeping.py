@@ -15,7 +15,8 @@ from stable_diffusion_server.encoding import Encoders
 from stable_diffusion_server.history.entries import Entry
 from stable_diffusion_server.image_processing import encode
 from stable_diffusion_server.judging import DrawnPicture, Judged
-from stable_diffusion_server.orders import Format, Stored, Warned
+from stable_diffusion_server.orders import Caller, Format, Stored, Warned
+from stable_diffusion_server.ownership import Ownership
 from stable_diffusion_server.provenance import source_type_of, xmp_packet
 from stable_diffusion_server.records import entry_of, inscription_of, record_of
 from stable_diffusion_server.resolving import Plan
@@ -36,16 +37,17 @@ class Kept:
 class Keeping:
     """Encodes, stores and records. `embed` is full, digest or none; `record` takes an entry and never fails."""
 
-    def __init__(self, bucket: Bucket, embed: str, record: Callable[[Entry], None]) -> None:
+    def __init__(self, bucket: Bucket, embed: str, record: Callable[[Entry], None], ownership: Ownership) -> None:
         self._bucket = bucket
+        self._ownership = ownership
         self._embed = embed
         self._record = record
         self._encoders = Encoders()
 
     async def keep(
-        self, plan: Plan, scene: Scene, judged: Judged[DrawnPicture], warnings: tuple[Warned, ...], caller: str
+        self, plan: Plan, scene: Scene, judged: Judged[DrawnPicture], warnings: tuple[Warned, ...], caller: Caller
     ) -> Kept:
-        """Store the picture under the plan's key. Raises `StorageUnavailable` and `InvalidInput`."""
+        """Store the picture under the plan's key. Raises `StorageUnavailable`, `InvalidInput` and `Forbidden`."""
         started = time.perf_counter()
         inscription = inscription_of(plan, scene, judged)
         told: dict[str, Mapping[str, object]] = {"full": inscription, "digest": {"digest": plan.content}}
@@ -59,13 +61,17 @@ class Keeping:
         lossless = plan.file_format is not Format.JPEG and plan.quality == 100
         data = await self._encoders.encode(scene.width * scene.height * 3, encoded, lossless=lossless)
         record = record_of(plan, scene, judged, (warning.code for warning in warnings), len(data))
+        record |= self._ownership.record_of(caller)
         write = self._bucket.overwrite if plan.order.overwrite else self._bucket.create
         before = time.perf_counter()
+        if plan.order.overwrite and not caller.manages:
+            # Looked at again: another caller may have taken the name while this was drawn.
+            self._ownership.check_overwrite(caller, await asyncio.to_thread(self._bucket.stat, plan.key))
         written = partial(write, plan.key, data, plan.file_format.content_type, record)
         answer = await to_its_end(asyncio.to_thread(written))
         stored, won = answer if isinstance(answer, tuple) else (answer, True)
         if won:
-            self._record(entry_of(plan.key, caller, plan, judged.job, inscription))
+            self._record(entry_of(plan.key, caller.name, plan, judged.job, inscription))
         now = time.perf_counter()
         return Kept(stored, won, data, {"encode": before - started, "store": now - before})
 

@@ -83,7 +83,8 @@ class Order:
     out with so many pixels of margin, drawn at the asked size and put back; `fill` is what the mask hides. `feather`,
     in pixels, softens the mask's rim inwards. With `named_by_content` the order's digest goes before the file name, so
     that no two orders share one. `folder`, with a slash at its end, is where a picture without a `save_path` is stored.
-    `alone`: it is to share no forward pass with others, so that it can be drawn again bit for bit.
+    `alone`: it is to share no forward pass with others, so that it can be drawn again bit for bit. `named_for` is whose
+    a name made from the content is.
     """
 
     task: Task
@@ -119,6 +120,7 @@ class Order:
     fill: Fill = Fill.ORIGINAL
     only_masked: int | None = None
     alone: bool = False
+    named_for: str = ""
 
     @property
     def sources(self) -> tuple[Source, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 from stable_diffusion_server.composing import Scene, resampling_told
 from stable_diffusion_server.judging import DrawnPicture, Judged
@@ -75,6 +76,33 @@ def receipt_of_stored(plan: Plan, stored: Stored) -> Receipt:
         scheduler=record.get("scheduler"),
         batched=record["batched"] == "1" if "batched" in record else None,
         warnings=(*warnings, *_delay_of(stored)),
+    )
+
+
+def receipt_for_stranger(plan: Plan, receipt: Receipt, seconds: float) -> Receipt:
+    """The receipt of a picture that was there already, for a caller who may not know whose it is or of what order.
+
+    A name the server made is that of an equal order, so it is told as if it was drawn now. One the caller gave tells
+    the same whether or not the other order was equal: else prompts could be guessed.
+    """
+    if plan.order.save_path is None or plan.order.named_by_content:
+        stages = dict.fromkeys(("queue", "prepare", "denoise", "decode", "encode", "store"), 0.0)
+        return replace(receipt, cached=False, coalesced=False, timings=rounded({**stages, "total": seconds}))
+    taken = Warned("different-order", "Another caller has taken this name; it may hold the picture of another order.")
+    return Receipt(
+        key=receipt.key,
+        stored=receipt.stored,
+        cached=False,
+        coalesced=False,
+        task=plan.order.task,
+        model=None,
+        seed=None,
+        width=receipt.width,
+        height=receipt.height,
+        num_inference_steps=None,
+        guidance_scale=None,
+        scheduler=None,
+        warnings=(taken,),
     )
 
 

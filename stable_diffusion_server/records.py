@@ -14,7 +14,9 @@ from stable_diffusion_server.presenting import LASTING
 from stable_diffusion_server.resolving import Plan
 
 # What of an order is not told to have it drawn again: its pictures, and what only concerns where it is stored and when.
-NOT_ASKED = frozenset("image mask save_path named_by_content folder overwrite timeout alone webhook_url".split())
+NOT_ASKED = frozenset(
+    "image mask save_path named_by_content folder overwrite timeout alone webhook_url named_for".split()
+)
 # The codes of warnings that only drawing can tell, kept with the object for those who find it there.
 RETOLD = {
     "prompt-shortened": "The prompt was shortened; the picture says to what.",

@@ -17,9 +17,10 @@ from stable_diffusion_server.history.entries import Entry
 from stable_diffusion_server.image_processing import Pixels
 from stable_diffusion_server.inscriptions import read_record
 from stable_diffusion_server.orders import Caller, Order, Receipt, Source, Task
+from stable_diffusion_server.ports import Decode
 from stable_diffusion_server.records import NOT_ASKED
 from stable_diffusion_server.resolving import Options, resolve
-from stable_diffusion_server.service import Decode, Service
+from stable_diffusion_server.service import Service
 
 PICTURE = "picture_file"
 _ORDERS = TypeAdapter(Order)
@@ -63,20 +64,23 @@ class Replayed:
 class Replays:
     """Reads what pictures say of themselves, and has them drawn again.
 
-    `find` looks into the history, for pictures that carry nothing but a digest.
+    `find` looks into the history, for pictures that carry nothing but a digest, as far as a caller may read it.
     """
 
     def __init__(
-        self, service: Service, decode: Decode, options: Options, find: Callable[[str, str], Entry | None]
+        self, service: Service, decode: Decode, options: Options, find: Callable[[str, Caller], Entry | None]
     ) -> None:
         self._service = service
         self._decode = decode
         self._options = options
         self._find = find
 
-    async def memo_of(self, picture: bytes) -> Memo:
-        """What a picture says of itself, as far as an order can say it. Raises `InvalidInput`."""
-        record = await asyncio.to_thread(self._record_of, picture)
+    async def memo_of(self, picture: bytes, caller: Caller) -> Memo:
+        """What a picture says of itself, or the history to this caller, as far as an order can say it.
+
+        Raises `InvalidInput`, the same for a picture of which nothing is known as for another caller's.
+        """
+        record = await asyncio.to_thread(self._record_of, picture, caller)
         asked = record.get("asked")
         sources, digest = record.get("sources"), str(record.get("digest"))
         if not isinstance(asked, dict) or not isinstance(sources, dict) or not _DIGEST.fullmatch(digest):
@@ -93,10 +97,10 @@ class Replays:
         decibels = await asyncio.to_thread(peak_signal_to_noise, before, after)
         return Replayed(receipt, plan.content == memo.digest, decibels is None, decibels)
 
-    def _record_of(self, picture: bytes) -> dict[str, Any]:
+    def _record_of(self, picture: bytes, caller: Caller) -> dict[str, Any]:
         record = read_record(picture)
         if record is not None and "asked" not in record and isinstance(record.get("digest"), str):
-            entry = self._find("digest", str(record["digest"]))
+            entry = self._find(str(record["digest"]), caller)
             record = dict(entry.record) if entry is not None else None
         if record is None:
             raise _refused("does not tell how it was made, as pictures made here do")

@@ -13,6 +13,7 @@ from stable_diffusion_server.bucket_api import object_key
 from stable_diffusion_server.errors import InvalidInput
 from stable_diffusion_server.limits import Limits
 from stable_diffusion_server.orders import SEED_MAX, Fill, Fit, Format, Order, Source, Warned, digest
+from stable_diffusion_server.ownership import Ownership
 from stable_diffusion_server.pipelines.catalog import MODELS, ModelFacts, facts_of, scheduler_of, steps_skipped
 from stable_diffusion_server.prompts import clean
 
@@ -41,6 +42,7 @@ class Options:
     bumpy_redraws: int | None = None
     models: Mapping[str, ModelFacts] = field(default_factory=lambda: MODELS)
     loras: Callable[[], Mapping[str, str]] = dict
+    ownership: Ownership = field(default_factory=Ownership)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +123,9 @@ def resolve(order: Order, options: Options, fetched: Mapping[str, bytes] | None 
     file_format = _file_format(order)
     # PNG loses nothing at any quality, so it has none to tell two files apart by.
     quality = 100 if file_format is Format.PNG else _given(order.quality, DEFAULT_QUALITY)
-    made = f"{order.folder}{digest({'content': content, 'format': file_format, 'quality': quality})[:32]}.{file_format}"
+    conceal = options.ownership.concealed
+    told = conceal(digest({"content": content, "format": file_format, "quality": quality}), order)
+    made = f"{order.folder}{told[:32]}.{file_format}"
     return Plan(
         order=order,
         words=words,
@@ -129,7 +133,8 @@ def resolve(order: Order, options: Options, fetched: Mapping[str, bytes] | None 
         file_format=file_format,
         quality=quality,
         key=object_key(
-            options.bucket_path, made if order.save_path is None else _name(order, f"{asked}/{file_format}/{quality}")
+            options.bucket_path,
+            made if order.save_path is None else _name(order, conceal(f"{asked}/{file_format}/{quality}", order)),
         ),
         content=content,
         asked=asked,

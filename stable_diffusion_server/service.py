@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Coroutine, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any
 
 import structlog
 
@@ -15,7 +16,7 @@ from stable_diffusion_server.bucket_api import Bucket, read_picture
 from stable_diffusion_server.composing import Scene, compose
 from stable_diffusion_server.deadlines import within
 from stable_diffusion_server.drawing import Drawing, For, Queue
-from stable_diffusion_server.errors import NotFound
+from stable_diffusion_server.errors import NotFound, StorageUnavailable
 from stable_diffusion_server.flights import Audience, Flights, Listener, Watcher
 from stable_diffusion_server.history.entries import Entry
 from stable_diffusion_server.image_processing import Pixels
@@ -24,7 +25,8 @@ from stable_diffusion_server.keeping import Keeping
 from stable_diffusion_server.observability.account import Account
 from stable_diffusion_server.observability.tracing import Tracing
 from stable_diffusion_server.orders import Caller, Order, Progress, Receipt, Source, Stored, Warned
-from stable_diffusion_server.receipts import receipt_of_drawn, receipt_of_stored, rounded
+from stable_diffusion_server.ports import Decode, Fetch, ignore
+from stable_diffusion_server.receipts import receipt_for_stranger, receipt_of_drawn, receipt_of_stored, rounded
 from stable_diffusion_server.resolving import Options, Plan, facts_for, resolve
 
 _ANYONE = Caller()
@@ -32,24 +34,6 @@ _PLANS = 1024
 _NOTHING: Mapping[str, bytes] = {}
 
 _log = structlog.get_logger(__name__)
-
-
-class Fetch(Protocol):
-    """From a URL and the parameter it came by to bytes; `share` tells callers apart, who share the capacity."""
-
-    async def __call__(self, url: str, field: str, /, *, share: str = ...) -> bytes:
-        """The file."""
-
-
-class Decode(Protocol):
-    """From a file and the parameter it came by to pixels; with `transparency`, white where it is transparent."""
-
-    async def __call__(self, data: bytes, field: str, /, *, transparency: bool = ..., share: str = ...) -> Pixels:
-        """The pixels, uint8, height × width × 3; `share` tells callers apart, who share the capacity."""
-
-
-def ignore(progress: Progress) -> None:
-    """Take no note of how far an order is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +81,7 @@ class Service:
         self._log_prompts = log_prompts
         self._fetch = fetch
         self._decode = decode
-        self._keeping = Keeping(bucket, options.embed_metadata, record)
+        self._keeping = Keeping(bucket, options.embed_metadata, record, options.ownership)
         self._known = known
         self._told: dict[str, tuple[Plan, Stored, Receipt]] = {}
         # The same words come again and again; planning them is pure, but for what the order's model is.
@@ -132,16 +116,16 @@ class Service:
         whom, listener = For(caller, background, job_id, suspect), Watcher(watch, previews)
         return (await self._fulfilled(order, fetched, whom, listener))[0]
 
-    def remembered(self, order: Order) -> Receipt | None:
-        """The receipt for an order whose picture is known to be stored; `None` where that has to be found out.
+    def remembered(self, order: Order, caller: Caller = _ANYONE) -> Receipt | None:
+        """The receipt for an order whose picture is known to be stored, and which the caller may know.
 
-        Blocks for nothing. Raises `InvalidInput`.
+        `None` where that has to be found out. Blocks for nothing. Raises `InvalidInput`.
         """
         if order.sources or order.loras or order.overwrite or order.seed == "random":
             return None
         plan = self._planned(order)
         stored = self._known(plan.key)
-        if stored is None or plan.key in self._storing:
+        if stored is None or plan.key in self._storing or not self._options.ownership.may_know(caller, stored):
             return None
         self._account.answered("cached")
         # Made of the very same two things, the receipt is the same too.
@@ -195,6 +179,12 @@ class Service:
         """The file that is stored under a receipt's name now. Raises `NotFound`, `StorageUnavailable`."""
         return await asyncio.to_thread(read_picture, self._bucket, receipt.key)
 
+    async def is_gone(self, receipt: Receipt) -> bool:
+        """Whether nothing is stored under a receipt's name any more; not while the storage cannot tell."""
+        with suppress(StorageUnavailable):
+            return self._known(receipt.key) is None and await asyncio.to_thread(self._bucket.stat, receipt.key) is None
+        return False
+
     def check_open(self) -> None:
         """Raise `NotReady` or `Busy` if nothing can be drawn now."""
         self._queue.check_open()
@@ -212,15 +202,22 @@ class Service:
     async def _fulfilled(
         self, order: Order, fetched: Mapping[str, bytes], whom: For, listener: Listener
     ) -> tuple[Receipt, _Outcome]:
+        started = time.perf_counter()
         plan = await self._resolved(order)
-        timeout = order.timeout or self._options.limits.max_timeout
-        async with within(timeout):
+        async with within(order.timeout or self._options.limits.max_timeout):
+            if order.overwrite and not whom.caller.manages:
+                there = await asyncio.to_thread(self._bucket.stat, plan.key)
+                self._options.ownership.check_overwrite(whom.caller, there)
             plan, outcome, shared = await self._stored(plan, fetched, whom, listener)
+        may_know = self._options.ownership.may_know(whom.caller, outcome.stored)
         if outcome.scene is None or outcome.judged is None:
             self._account.answered("cached")
-            return receipt_of_stored(plan, outcome.stored), outcome
+            found, seconds = receipt_of_stored(plan, outcome.stored), time.perf_counter() - started
+            return (found if may_know else receipt_for_stranger(plan, found, seconds)), outcome
         twin = shared or outcome.twin
         self._account.answered("coalesced" if twin else "drawn")
+        # The effort under another name was perhaps another caller's.
+        twin = twin and may_know and (shared or self._options.ownership.keyed is None or whom.caller.manages)
         made = (outcome.stored, outcome.scene, outcome.judged, outcome.warnings, outcome.timings)
         return receipt_of_drawn(plan, *made, coalesced=twin), outcome
 
@@ -297,7 +294,7 @@ class Service:
         if judged.product.redecoded:
             warnings.append(Warned("redecoded", "The decoder overflowed and ran again in full precision."))
         with self._tracing.span("keep"):
-            kept = await self._keeping.keep(plan, scene, judged, tuple(warnings), whom.caller.name)
+            kept = await self._keeping.keep(plan, scene, judged, tuple(warnings), whom.caller)
         timings.update(kept.timings, total=time.perf_counter() - started)
         self._account.stored(timings)
         for warned in (*judged.warnings, *(warnings[-1:] if judged.product.redecoded else ())):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from stable_diffusion_server.bucket_api import Bucket
 from stable_diffusion_server.errors import Forbidden, InvalidInput, NotFound
@@ -11,22 +11,35 @@ from stable_diffusion_server.history.entries import Entry, Wanted
 from stable_diffusion_server.history.recorder import Recorder
 from stable_diffusion_server.inscriptions import read_record
 from stable_diffusion_server.orders import Caller, Stored
+from stable_diffusion_server.ownership import Ownership
 
 
 @dataclass(frozen=True, slots=True)
 class Shelf:
     """The pictures in `folder` of a bucket, with the history of those drawn here. Every method blocks.
 
-    A caller with a prefix has only what is in the folder of that name in `folder`.
+    A caller with a prefix has only what is in the folder of that name in `folder`, all of it; one without who does not
+    manage has what was made by its key, as `ownership` or the history tells; an anonymous one has nothing.
     """
 
     bucket: Bucket
     history: Recorder
     folder: str
+    ownership: Ownership = field(default_factory=Ownership)
 
     def listed(self, caller: Caller, wanted: Wanted) -> list[Entry]:
-        """The pictures drawn here that are asked for, the newest first."""
-        return self.history.search(replace(wanted, folder=self._folder_of(caller)))
+        """The pictures drawn here that are asked for, the newest first. Raises `Forbidden`."""
+        _check_known(caller)
+        own = None if caller.manages or caller.prefix else caller.name
+        return self.history.search(replace(wanted, folder=self._folder_of(caller), caller=own))
+
+    def entry_of(self, digest: str, caller: Caller) -> Entry | None:
+        """What the history has of a picture of that digest, among those whose records the caller may read."""
+        if caller.anonymous:
+            return None
+        own = None if caller.manages or caller.prefix else caller.name
+        found = self.history.search(Wanted(folder=self._folder_of(caller), digest=digest, caller=own, limit=1))
+        return found[0] if found else None
 
     def record_of(self, key: str, caller: Caller) -> tuple[str, Mapping[str, object]]:
         """Where it is known from (history, object or picture) and how the picture was made.
@@ -38,6 +51,7 @@ class Shelf:
         if stored is None:
             raise NotFound("There is no picture under this name.")
         entry = self.history.find("key", key)
+        self._check_own(stored, entry, caller)
         # Another server may have stored another picture under the name since.
         if entry is not None and stored.record.get("digest", entry.digest) == entry.digest:
             return "history", entry.record
@@ -51,6 +65,8 @@ class Shelf:
     def remove(self, key: str, caller: Caller) -> None:
         """Delete a picture, and forget it; one that is not there is no error. Raises `Forbidden`."""
         self._check(key, caller)
+        if not caller.manages and (stored := self._stat(key)) is not None:
+            self._check_own(stored, self.history.find("key", key), caller)
         self.bucket.delete(key)
         self.history.forget(key)
 
@@ -63,8 +79,21 @@ class Shelf:
     def _folder_of(self, caller: Caller) -> str:
         return self.folder + caller.prefix
 
+    def _check_own(self, stored: Stored, entry: Entry | None, caller: Caller) -> None:
+        """Raise `Forbidden` for a picture of another key. Those of before records told it are known by the history."""
+        if caller.manages or self.ownership.owns(caller, stored):
+            return
+        if "owner" in stored.record or entry is None or entry.caller != caller.name:
+            raise Forbidden("This picture was made by another key.")
+
     def _check(self, key: str, caller: Caller) -> None:
+        _check_known(caller)
         if "\0" in key or {"", ".", ".."} & set(key.split("/")):
             raise NotFound("There is no picture under this name.")
         if not key.startswith(self._folder_of(caller)):
             raise Forbidden("This key is for the pictures under another name.")
+
+
+def _check_known(caller: Caller) -> None:
+    if caller.anonymous:
+        raise Forbidden("Without a key pictures are neither listed, deleted, nor told how they were made.")

@@ -17,24 +17,22 @@ from stable_diffusion_server.errors import StorageUnavailable
 _SECRET_BYTES = 32
 
 
-class Signer:
-    """Signs keys for `seconds`. Without a `secret` one is made and kept in `file`, so that addresses outlive restarts.
+class ServerSecret:
+    """What this server alone knows. Without a `value` one is made and kept in `file`, so that it outlives restarts.
 
-    Servers that are to honour one another's addresses share a secret.
+    Servers that are to honour one another's addresses, and name pictures alike, share a value.
     """
 
-    def __init__(self, secret: str, file: Path, seconds: int, now: Callable[[], float] = time.time) -> None:
-        self._secret = secret.encode()
+    def __init__(self, value: str, file: Path) -> None:
+        self._value = value.encode()
         self._file = file
-        self._seconds = seconds
-        self._now = now
 
     def open(self) -> None:
         """Read the secret, or make it; of several processes that make it, all use the first one's.
 
         One that is damaged is put aside for a new one: addresses that were signed with it open nothing any more.
         """
-        if self._secret:
+        if self._value:
             return
         try:
             if self._file.exists() and (fault := self._fault()):
@@ -54,7 +52,18 @@ class Signer:
             raise StorageUnavailable(
                 f"DATA_DIR cannot keep the secret of signed addresses ({error.strerror})."
             ) from error
-        self._secret = secret
+        self._value = secret
+
+    @property
+    def value(self) -> bytes:
+        """The secret. Raises `StorageUnavailable` until opened."""
+        if not self._value:
+            raise StorageUnavailable("The secret of signed addresses is not there yet.", retry_after=5)
+        return self._value
+
+    def keyed(self, text: str) -> str:
+        """HMAC-SHA256 of a text, 64 hexadecimal digits. Raises `StorageUnavailable` until opened."""
+        return hmac.new(self.value, text.encode("utf-8", "replace"), hashlib.sha256).hexdigest()
 
     def _fault(self) -> str:
         """What is wrong with the file, in a few words; empty where nothing is."""
@@ -63,20 +72,35 @@ class Signer:
         except (IsADirectoryError, PermissionError) as error:
             return str(error.strerror)
 
+
+class Signer:
+    """Signs keys for `seconds`, with the secret of a server; see `ServerSecret`."""
+
+    def __init__(self, secret: str, file: Path, seconds: int, now: Callable[[], float] = time.time) -> None:
+        self._secret = ServerSecret(secret, file)
+        self._seconds = seconds
+        self._now = now
+
+    def open(self) -> None:
+        """Read the secret, or make it. Raises `StorageUnavailable`."""
+        self._secret.open()
+
     def query(self, key: str) -> str:
         """What is put behind an address of `key`. Raises `StorageUnavailable` until opened."""
-        if not self._secret:
-            raise StorageUnavailable("The secret of signed addresses is not there yet.", retry_after=5)
         expires = int(self._now()) + self._seconds
         return f"expires={expires}&signature={self._signature(key, str(expires))}"
 
     def checked(self, key: str, expires: str, signature: str) -> int | None:
         """Until when (seconds since 1970) an address holds; `None` for one that does not."""
-        if not self._secret or not (expires.isascii() and expires.isdigit() and len(expires) <= 12):
+        if not (expires.isascii() and expires.isdigit() and len(expires) <= 12):
+            return None
+        try:
+            right = self._signature(key, expires)
+        except StorageUnavailable:
             return None
         # Compared as bytes: text that is not ASCII cannot be.
-        right = hmac.compare_digest(self._signature(key, expires).encode(), signature.encode("utf-8", "replace"))
-        return int(expires) if right and self._now() < int(expires) else None
+        same = hmac.compare_digest(right.encode(), signature.encode("utf-8", "replace"))
+        return int(expires) if same and self._now() < int(expires) else None
 
     def _signature(self, key: str, expires: str) -> str:
-        return hmac.new(self._secret, f"{expires}\n{key}".encode("utf-8", "replace"), hashlib.sha256).hexdigest()
+        return self._secret.keyed(f"{expires}\n{key}")

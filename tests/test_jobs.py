@@ -88,7 +88,7 @@ class Office:
 
     async def ended(self, job_id: str, caller: Caller = ANN) -> Standing:
         assert (await self.jobs.standing(job_id, caller)).id == job_id
-        return await self.jobs.outcome(job_id, 20)
+        return await self.jobs.outcome(job_id, caller, 20)
 
     async def happened(self, job_id: str, after: str | None = None) -> list[Happening]:
         happenings = await self.jobs.follow(job_id, ANN, after)

@@ -13,13 +13,13 @@ from stable_diffusion_server.api.json_responses import JSONResponse
 from stable_diffusion_server.api.leaving import unless_disconnected
 from stable_diffusion_server.api.preferences import Preferences, preferences_of
 from stable_diffusion_server.api.schemas import job_body
-from stable_diffusion_server.errors import Cancelled, InvalidInput, ServerError
+from stable_diffusion_server.errors import Cancelled, Forbidden, InvalidInput, ServerError
 from stable_diffusion_server.jobs.desk import Jobs
 from stable_diffusion_server.jobs.happenings import Standing
 from stable_diffusion_server.jobs.live import Live
 from stable_diffusion_server.journal.entries import Claim, Problem, Repeat, State
 from stable_diffusion_server.journal.writing import fingerprint
-from stable_diffusion_server.orders import Order, Receipt
+from stable_diffusion_server.orders import Caller, Order, Receipt
 from stable_diffusion_server.service import Service
 
 UrlOf = Callable[[Request, str], str]
@@ -43,22 +43,28 @@ class Answering:
         The body must have been read. Raises what the service and the jobs raise, and `Cancelled` when someone cancels
         the job by its id.
         """
-        wanted = preferences_of(request)
+        wanted, caller = preferences_of(request), caller_of(request)
+        if wanted.job_id is not None and caller.anonymous:
+            raise Forbidden("Without a key jobs have ids that this server makes.", field="X-Job-ID")
         if wanted == _NONE and not picture and order.webhook_url is None:
-            receipt = self._service.remembered(order)
+            receipt = self._service.remembered(order, caller)
             if receipt is not None:
                 return await _rendered(render, request, receipt, b"")
         claim = None
         if wanted.key is not None:
             print_ = await asyncio.to_thread(fingerprint, request.url.path, order)
-            claim = Claim(caller_of(request).owner, wanted.key, print_, caller_of(request).share)
+            claim = Claim(caller.owner, wanted.key, print_, caller.share)
         if wanted.respond_async:
             return await self._by_job(request, order, render, wanted, claim, picture=picture)
         if order.webhook_url is not None:
             raise InvalidInput("webhook_url is told of jobs: send 'Prefer: respond-async' too.", field="webhook_url")
         if claim is None:
             return await self._at_once(request, order, render, wanted, None, picture=picture)
-        if (before := await self._jobs.claim(claim)) is not None:
+        before = await self._jobs.claim(claim)
+        if before is not None and await self._is_gone(before, caller):
+            await self._jobs.renew(claim, before)
+            before = await self._jobs.claim(claim)
+        if before is not None:
             return await self._again(request, before, render, picture=picture)
         return await self._at_once(request, order, render, wanted, claim, picture=picture)
 
@@ -73,14 +79,18 @@ class Answering:
         picture: bool,
     ) -> Response:
         """202 with the job, or its outcome when that is there in the time the client would rather wait."""
-        accepted = await self._jobs.accept(
-            order, caller_of(request), base=self._base_of(request), job_id=wanted.job_id, claim=claim
-        )
+        caller, base = caller_of(request), self._base_of(request)
+        accepted = await self._jobs.accept(order, caller, base=base, job_id=wanted.job_id, claim=claim)
+        if isinstance(accepted, Repeat) and claim is not None and await self._is_gone(accepted, caller):
+            await self._jobs.renew(claim, accepted)
+            # The id it asked for may be that of the job whose picture is gone.
+            job_id = wanted.job_id if accepted.job_id is None else None
+            accepted = await self._jobs.accept(order, caller, base=base, job_id=job_id, claim=claim)
         if isinstance(accepted, Repeat):
             return await self._again(request, accepted, render, picture=picture)
         applied = {"Preference-Applied": wanted.applied, "X-Job-ID": accepted.id}
         if wanted.wait is not None:
-            standing = await self._jobs.outcome(accepted.id, wanted.wait)
+            standing = await self._jobs.outcome(accepted.id, caller, wanted.wait)
             if standing.outcome is not None:
                 answer = await self._told(request, standing.outcome, render, picture=picture)
                 answer.headers.update(applied)
@@ -101,10 +111,10 @@ class Answering:
         outcome: Receipt | Problem | None = None
         state = State.CANCELLED
         try:
-            live = self._jobs.enter(caller_of(request), wanted.job_id)
-        except ServerError:
+            live = await self._jobs.enter(caller_of(request), wanted.job_id)
+        except BaseException:
             if claim is not None:
-                await self._jobs.answer(claim, None)
+                await asyncio.shield(asyncio.ensure_future(self._jobs.answer(claim, None)))
             raise
         try:
             drawn = await unless_disconnected(request, self._drawn(live, order, picture=picture))
@@ -112,7 +122,7 @@ class Answering:
                 return client_gone()
             state, outcome = State.DONE, drawn[0]
             answer = await _rendered(render, request, *drawn)
-            answer.headers["X-Job-ID"] = live.entry.id
+            answer.headers["X-Job-ID"] = live.standing.id
             return answer
         except Cancelled:
             raise
@@ -137,6 +147,13 @@ class Answering:
             if live.cancelled:
                 raise Cancelled("This job was cancelled by its id.") from None
             raise
+
+    async def _is_gone(self, before: Repeat, caller: Caller) -> bool:
+        """Whether a key was answered with a picture that is not there any more, so that it has to be drawn again."""
+        outcome = before.outcome
+        if before.job_id is not None:
+            outcome = (await self._jobs.standing(before.job_id, caller)).outcome
+        return isinstance(outcome, Receipt) and await self._service.is_gone(outcome)
 
     async def _again(self, request: Request, before: Repeat, render: Render, *, picture: bool) -> Response:
         """What a key was answered with before."""

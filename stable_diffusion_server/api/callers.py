@@ -13,11 +13,17 @@ from stable_diffusion_server.orders import Caller, Order
 def caller_of(request: Request) -> Caller:
     """Who asks, as the gate found out."""
     caller = request.scope.get("state", {}).get("caller")
-    return caller if isinstance(caller, Caller) else Caller()
+    return caller if isinstance(caller, Caller) else Caller(anonymous=True)
 
 
 def within(caller: Caller, order: Order) -> Order:
-    """The order, kept to the part of the bucket its caller may write. Raises `Forbidden` for a name outside of it."""
+    """The order, kept to the part of the bucket its caller may write.
+
+    Raises `Forbidden` for a name outside of it, and for an anonymous caller who would overwrite.
+    """
+    if caller.anonymous and order.overwrite:
+        raise Forbidden("Without a key nothing is overwritten.", field="overwrite")
+    order = replace(order, named_for=caller.name or ("anonymous" if caller.anonymous else ""))
     if not caller.prefix:
         return order
     if order.save_path is None:

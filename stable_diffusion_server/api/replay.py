@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
+from uuid import uuid4
 
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
@@ -18,7 +19,7 @@ from stable_diffusion_server.api.leaving import unless_disconnected
 from stable_diffusion_server.api.schemas import documented, receipt_body
 from stable_diffusion_server.errors import InvalidInput
 from stable_diffusion_server.limits import Limits
-from stable_diffusion_server.orders import Format, Order
+from stable_diffusion_server.orders import Caller, Format, Order
 from stable_diffusion_server.replaying import PICTURE, Memo, Replays, with_sources
 
 
@@ -44,10 +45,9 @@ class Replay(BaseModel):
         image, mask = (file.data if file is not None else None for file in (self.image_file, self.mask_file))
         order = with_sources(memo, image, mask)
         file_format = self.format or order.format or Format.WEBP
-        made = f"replays/{memo.digest[:32]}.{file_format}"
         return replace(
             order,
-            save_path=self.save_path or made,
+            save_path=self.save_path,
             overwrite=self.save_path is None if self.overwrite is None else self.overwrite,
             format=file_format,
             quality=order.quality if self.quality is None else self.quality,
@@ -73,10 +73,10 @@ def router(replays: Replays, limits: Limits, url_of: UrlOf) -> APIRouter:
         if asked.picture_file is None:
             raise InvalidInput(f"{PICTURE} is missing.", field=PICTURE)
         picture, caller = asked.picture_file.data, caller_of(request)
-        memo = await replays.memo_of(picture)
+        memo = await replays.memo_of(picture, caller)
         order = asked.order(memo)
         if asked.save_path is None:
-            order = replace(order, save_path=f"{caller.prefix}{order.save_path}")
+            order = replace(order, **_name_for(caller, memo.digest, f".{order.format}"))
         work = replays.draw(memo, within(caller, order), picture, caller)
         if (done := await unless_disconnected(request, work)) is None:
             return client_gone()
@@ -84,3 +84,15 @@ def router(replays: Replays, limits: Limits, url_of: UrlOf) -> APIRouter:
         return JSONResponse({**receipt_body(done.receipt, url_of(request, done.receipt.key)), "replay": told})
 
     return routes
+
+
+def _name_for(caller: Caller, digest: str, ending: str) -> dict[str, Any]:
+    """Where a replay without a name goes. The operator's are written over by the next of the same picture.
+
+    Others could tell by such a name what was replayed before: theirs have a folder of the key's own, and those of
+    anonymous callers a name each.
+    """
+    if caller.anonymous:
+        return {"save_path": f"replays/{uuid4().hex}{ending}", "overwrite": False}
+    own = f"{caller.name}/" if caller.name and not caller.prefix else ""
+    return {"save_path": f"{caller.prefix}replays/{own}{digest[:32]}{ending}"}

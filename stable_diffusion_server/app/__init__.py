@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import structlog
 from fastapi import FastAPI
@@ -59,7 +60,7 @@ def create_app(
     ready = lambda: missing() or announce()  # noqa: E731  # a word for what follows
     engine = build_engine(settings, loaded, load, metrics, settle, ready, poisoned, record.occupied)
     stores = Stores(settings, metrics)
-    options = options_of(settings, loaded)
+    options = replace(options_of(settings, loaded), ownership=stores.ownership)
     fetcher, decoder = readers = build_readers(settings)
     service = build_service(settings, engine, loaded, options, stores, readers, metrics, tracing)
     jobs = build_jobs(settings, service, stores, record)

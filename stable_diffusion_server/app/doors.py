@@ -19,6 +19,7 @@ from stable_diffusion_server.api.openai import images
 from stable_diffusion_server.api.sdapi import doors as sdapi
 from stable_diffusion_server.api.security.gate import BodyLimit, Gate
 from stable_diffusion_server.api.security.keys import Key, Keyring, hashed
+from stable_diffusion_server.api.security.origins import Origins
 from stable_diffusion_server.api.security.policy import Policy, allowed_host_names
 from stable_diffusion_server.api.security.proxies import Proxies
 from stable_diffusion_server.app.storage import Stores
@@ -26,9 +27,10 @@ from stable_diffusion_server.jobs.desk import Jobs
 from stable_diffusion_server.observability.metrics import Metrics
 from stable_diffusion_server.observability.tracing import Tracing
 from stable_diffusion_server.orders import Caller
+from stable_diffusion_server.ports import Decode
 from stable_diffusion_server.replaying import Replays
 from stable_diffusion_server.resolving import Options
-from stable_diffusion_server.service import Decode, Service
+from stable_diffusion_server.service import Service
 from stable_diffusion_server.settings import Settings
 
 
@@ -38,7 +40,7 @@ def add_middleware(
     """What every request passes, the last added first: CORS (refusals need its headers), gate, count of bytes."""
     policy = Policy(
         hosts=allowed_host_names(settings.host, settings.allowed_hosts, settings.public_base_url),
-        origins=frozenset(settings.cors_origins),
+        origins=Origins(frozenset(settings.cors_origins), settings.allow_same_site),
         keys=build_keyring(settings),
         visitor_key=visitor_key,
         allow_anonymous=settings.allow_anonymous,
@@ -89,7 +91,7 @@ def add_doors(app: FastAPI, settings: Settings, service: Service, jobs: Jobs, st
 
 def add_replay(app: FastAPI, service: Service, stores: Stores, options: Options, decode: Decode) -> None:
     """The door that draws a picture again."""
-    replays = Replays(service, decode, options, stores.history.find)
+    replays = Replays(service, decode, options, stores.shelf.entry_of)
     app.include_router(replay.router(replays, options.limits, stores.url_of))
 
 

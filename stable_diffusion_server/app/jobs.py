@@ -12,6 +12,7 @@ from stable_diffusion_server.jobs.rules import Rules
 from stable_diffusion_server.journal.book import Journal
 from stable_diffusion_server.journal.entries import Entry
 from stable_diffusion_server.observability.deaths import DeviceRecord
+from stable_diffusion_server.orders import Caller
 from stable_diffusion_server.service import Service
 from stable_diffusion_server.settings import Settings
 from stable_diffusion_server.strict_json import dumps
@@ -34,4 +35,9 @@ def build_jobs(settings: Settings, service: Service, stores: Stores, record: Dev
     )
     journal = Journal(settings.data_dir / "journal.db", settings.journal_bytes)
     poster = Poster(settings.fetch_timeout, [Allowance.parse(entry) for entry in settings.fetch_allow])
-    return Jobs(service, journal, rules, describe, poster, record)
+    callers = {key.name: Caller(key.name, key.prefix, key.admin) for key in settings.read_keys()}
+
+    def current(caller: Caller) -> Caller:
+        return callers.get(caller.name, caller)
+
+    return Jobs(service, journal, rules, describe, poster, record, current)

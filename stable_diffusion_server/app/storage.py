@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import structlog
 from fastapi import Request
@@ -14,9 +15,10 @@ from stable_diffusion_server.history.index import Index
 from stable_diffusion_server.history.recorder import Recorder
 from stable_diffusion_server.observability.metrics import Metrics
 from stable_diffusion_server.orders import Stored
+from stable_diffusion_server.ownership import Ownership
 from stable_diffusion_server.settings import Settings
 from stable_diffusion_server.shelf import Shelf
-from stable_diffusion_server.signing import Signer
+from stable_diffusion_server.signing import ServerSecret, Signer
 from stable_diffusion_server.spool.files import Spool
 from stable_diffusion_server.spool.remembering import Remembering
 from stable_diffusion_server.spool.spooling import Spooling
@@ -37,7 +39,10 @@ class Stores:
         self.folder = f"{settings.bucket_path.strip('/')}/".lstrip("/")
         self.signer = _signer_of(settings)
         self.history = _history_of(settings)
-        self.shelf = Shelf(self.bucket, self.history, self.folder)
+        # Without keys pictures are everyone's, and names are what they always were.
+        self.secret = ServerSecret(*_secret_of(settings)) if settings.read_keys() else None
+        self.ownership = Ownership(self.secret.keyed if self.secret is not None else None, self.folder)
+        self.shelf = Shelf(self.bucket, self.history, self.folder, self.ownership)
 
     def open(self, faults: dict[str, str]) -> None:
         """Make everything ready; what cannot be is kept in `faults` for `/readyz`, and the rest is served."""
@@ -47,7 +52,7 @@ class Stores:
             self._settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
             faults["data"] = f"DATA_DIR cannot be used ({error.strerror})."
-        for name, part in (("bucket", self.bucket), ("signer", self.signer)):
+        for name, part in (("bucket", self.bucket), ("signer", self.signer), ("secret", self.secret)):
             try:
                 if part is not None and (name == "bucket" or "data" not in faults):
                     part.open()
@@ -126,5 +131,9 @@ def _signer_of(settings: Settings) -> Signer | None:
     """What signs this server's own addresses, where they are to be signed."""
     if not settings.signed_url_seconds:
         return None
-    secret = settings.url_secret.get_secret_value()
-    return Signer(secret, settings.data_dir / "url-secret", settings.signed_url_seconds)
+    return Signer(*_secret_of(settings), settings.signed_url_seconds)
+
+
+def _secret_of(settings: Settings) -> tuple[str, Path]:
+    """The secret of the settings, if there is one, and the file of the one that is made else."""
+    return settings.url_secret.get_secret_value(), settings.data_dir / "url-secret"

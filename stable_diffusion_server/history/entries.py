@@ -30,10 +30,15 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """Which entries: keys that begin with `folder`, prompts that hold `words`, drawn by `model`, before `before`."""
+    """Which entries: keys that begin with `folder`, prompts that hold `words`, drawn by `model`, before `before`.
+
+    Of `caller` alone, unless that is `None`, and with that `digest`, unless it is empty.
+    """
 
     folder: str = ""
     words: str = ""
     model: str = ""
     before: int | None = None
     limit: int = 50
+    caller: str | None = None
+    digest: str = ""

@@ -111,6 +111,8 @@ class Index:
             "number IN (SELECT rowid FROM drawn_words WHERE drawn_words MATCH ?)": (trigrams,) if trigrams else None,
             "instr(words, ?) > 0": (words,) if words else None,
             "model = ?": (wanted.model,) if wanted.model else None,
+            "caller = ?": (wanted.caller,) if wanted.caller is not None else None,
+            "digest = ?": (wanted.digest,) if wanted.digest else None,
             "number < ?": (wanted.before,) if wanted.before is not None else None,
             "+drawn_at >= ?": (time.time() - self._seconds,) if self._seconds else None,
         }

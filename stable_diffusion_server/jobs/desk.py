@@ -12,11 +12,12 @@ from dataclasses import replace
 
 import structlog
 
-from stable_diffusion_server.errors import InFlight, JournalUnavailable, KeyReused, NotFound, NotReady
+from stable_diffusion_server.errors import Forbidden, JournalUnavailable, NotFound, NotReady
 from stable_diffusion_server.jobs.admission import Admission
 from stable_diffusion_server.jobs.blame import blamed
 from stable_diffusion_server.jobs.happenings import END, Happening, Happenings, Standing, only_end
 from stable_diffusion_server.jobs.hooks import Hooks, Post
+from stable_diffusion_server.jobs.ids import repeated, scoped, shown_to, taken
 from stable_diffusion_server.jobs.live import Live
 from stable_diffusion_server.jobs.rules import Rules
 from stable_diffusion_server.jobs.runner import MOST_DEATHS, MOST_KILLS, Runner
@@ -40,7 +41,8 @@ _BEAT = 10.0
 class Jobs:
     """All jobs of this server. `describe` writes the message that tells a webhook of an end; `poster` sends it.
 
-    `record` knows what was on the device when the process before this one ended, and how that was.
+    `record` knows what was on the device when the process before this one ended, and how that was. `current` gives the
+    caller of a job that was accepted before a restart as the keys of today have it.
     """
 
     def __init__(
@@ -51,7 +53,9 @@ class Jobs:
         describe: Callable[[Entry], str],
         poster: Post,
         record: DeviceRecord,
+        current: Callable[[Caller], Caller] = lambda caller: caller,
     ) -> None:
+        self._current = current
         self._service = service
         self._poster = poster
         self._clerk = Clerk(journal)
@@ -124,7 +128,7 @@ class Jobs:
         settled, fetched = await self._service.settled(order, caller)
         now = time.time()
         entry = Entry(
-            id=job_id or self._new_id(),
+            id=self._new_id() if job_id is None else scoped(job_id, caller),
             caller=caller,
             accepted_at=now,
             deadline=None if order.timeout is None else now + order.timeout,
@@ -136,12 +140,21 @@ class Jobs:
         # What is written is drawn, although its caller be gone meanwhile.
         return await asyncio.shield(asyncio.create_task(self._written(entry, work, claim)))
 
-    def enter(self, caller: Caller, job_id: str | None = None) -> Live:
+    async def enter(self, caller: Caller, job_id: str | None = None) -> Live:
         """Let a request that waits for its answer be followed and cancelled by an id. Raises `InFlight`."""
-        live = Live(Entry(job_id or self._new_id(), caller, time.time()), Happenings(self._epoch))
-        if live.entry.id in self._live:
-            raise InFlight("There is a job of this id already.", field="X-Job-ID")
-        self._live[live.entry.id] = live
+        live = self._registered(caller, self._new_id() if job_id is None else scoped(job_id, caller))
+        if job_id is None:
+            return live
+        known = None
+        try:
+            with suppress(JournalUnavailable):  # then no accepted job can be asked after either
+                known = await self._clerk(Journal.find, live.entry.id)
+        except BaseException:
+            del self._live[live.entry.id]
+            raise
+        if known is not None:
+            del self._live[live.entry.id]
+            raise taken()
         return live
 
     def leave(self, live: Live, state: State, outcome: Receipt | Problem | None) -> None:
@@ -155,13 +168,17 @@ class Jobs:
 
     async def standing(self, job_id: str, caller: Caller) -> Standing:
         """How a job stands. Raises `NotFound` for one that is not the caller's."""
-        found = await self._find(job_id, caller)
-        return found.standing if isinstance(found, Live) else Standing.of(found)
+        return shown_to(caller, await self._find(job_id, caller))
 
     async def listed(self, caller: Caller) -> list[Standing]:
-        """The caller's latest accepted jobs, newest first."""
-        entries = await self._clerk(Journal.latest_of, caller.owner, _LISTED)
-        return [live.standing if (live := self._live.get(entry.id)) else Standing.of(entry) for entry in entries]
+        """The latest accepted jobs, newest first: the caller's own, everyone's for who manages.
+
+        Raises `Forbidden` for an anonymous caller, whose jobs are known by their ids alone.
+        """
+        if caller.anonymous:
+            raise Forbidden("Without a key jobs are not listed: each is known by its id alone.")
+        entries = await self._clerk(Journal.latest_of, None if caller.manages else caller.owner, _LISTED)
+        return [shown_to(caller, self._live.get(entry.id) or entry) for entry in entries]
 
     async def cancel(self, job_id: str, caller: Caller) -> Standing:
         """Take a job out of the queue or off the device; one that has ended stays as it is. Raises `NotFound`."""
@@ -182,20 +199,14 @@ class Jobs:
         found = await self._find(job_id, caller)
         return found.happenings.follow(after, _BEAT) if isinstance(found, Live) else only_end(Standing.of(found))
 
-    async def outcome(self, job_id: str, seconds: float) -> Standing:
-        """How an accepted job stands when it has ended, or when so many seconds are over."""
-        live = self._live.get(job_id)
-        if live is None:
-            entry = await self._clerk(Journal.find, job_id)
-            if entry is None:
-                raise NotFound("There is no such job.")
-            return Standing.of(entry)
-        try:
-            async with asyncio.timeout(seconds):
-                await live.ended.wait()
-        except TimeoutError:
-            pass  # it goes on without its caller
-        return live.standing
+    async def outcome(self, job_id: str, caller: Caller, seconds: float) -> Standing:
+        """How an accepted job stands when it has ended, or when so many seconds are over. Raises `NotFound`."""
+        found = await self._find(job_id, caller)
+        if isinstance(found, Live):
+            with suppress(TimeoutError):  # it goes on without its caller
+                async with asyncio.timeout(seconds):
+                    await found.ended.wait()
+        return shown_to(caller, found)
 
     async def claim(self, claim: Claim) -> Repeat | None:
         """Take an idempotency key for a request that waits, or give what it was answered with before.
@@ -215,12 +226,16 @@ class Jobs:
         except JournalUnavailable:
             _log.warning("an answer could not be kept for its idempotency key")
 
+    async def renew(self, claim: Claim, before: Repeat) -> None:
+        """Let a key whose picture is gone be claimed anew, unless another request has done so meanwhile."""
+        await self._clerk(Journal.renew, claim, before.job_id)
+
     def figures(self) -> tuple[int, int, int]:
         """Jobs that wait, jobs in the service's hands, and the bytes of the journal on the disk."""
         return self._runner.waiting, self._runner.running, self._clerk.bytes_on_disk()
 
     def _new_id(self) -> str:
-        """An id no one can guess: who knows it, and has the same key, may see the job and cancel it."""
+        """An id no one can guess, of 128 random bits: of an anonymous caller's job it is all that is asked for."""
         return self._rules.id_prefix + secrets.token_urlsafe(16)
 
     def _check_open(self) -> None:
@@ -230,7 +245,7 @@ class Jobs:
     async def _written(self, entry: Entry, work: Work, claim: Claim | None) -> Standing | Repeat:
         self._check_open()
         with self._admission.place(entry):
-            live = self.enter(entry.caller, entry.id)
+            live = self._registered(entry.caller, entry.id)
             live.entry = entry
             try:
                 before = await self._clerk(Journal.accept, entry, work, claim)
@@ -240,18 +255,28 @@ class Jobs:
             if before is not None and claim is not None:
                 del self._live[entry.id]
                 return repeated(claim, before)
+            # An earlier request of this id that only waited would hide it.
+            self._recent.pop(entry.id, None)
             self._runner.put(live)
             return live.standing
 
+    def _registered(self, caller: Caller, job_id: str) -> Live:
+        live = Live(Entry(job_id, caller, time.time()), Happenings(self._epoch))
+        if live.entry.id in self._live:
+            raise taken()
+        self._live[live.entry.id] = live
+        return live
+
     async def _find(self, job_id: str, caller: Caller) -> Live | Entry:
-        """The job of that id, if it is the caller's: others are not told that it exists."""
-        found: Live | Entry | None = self._live.get(job_id) or self._recent.get(job_id)
-        if found is None:
-            found = await self._clerk(Journal.find, job_id)
-        owner = found.entry.caller if isinstance(found, Live) else found.caller if found is not None else None
-        if found is None or owner is None or owner.name != caller.name:
-            raise NotFound("There is no such job.")
-        return found
+        """The job of that id, if the caller may follow it: others are not told that it exists."""
+        for whole in dict.fromkeys((scoped(job_id, caller), job_id)):
+            found: Live | Entry | None = self._live.get(whole) or self._recent.get(whole)
+            if found is None:
+                found = await self._clerk(Journal.find, whole)
+            owner = found.entry.caller if isinstance(found, Live) else found.caller if found is not None else None
+            if found is not None and owner is not None and caller.may_follow(owner):
+                return found
+        raise NotFound("There is no such job.")
 
     def _ended(self, live: Live) -> None:
         self._live.pop(live.entry.id, None)
@@ -274,7 +299,8 @@ class Jobs:
         if entries:
             _log.info("jobs are taken up again", jobs=len(entries))
         for entry in entries:
-            live = Live(replace(entry, state=State.QUEUED), Happenings(self._epoch))
+            caller = self._current(entry.caller)
+            live = Live(replace(entry, state=State.QUEUED, caller=caller), Happenings(self._epoch))
             self._live[entry.id] = live
             if entry.deaths >= MOST_DEATHS or entry.kills >= MOST_KILLS:
                 await self._runner.give_up(live)
@@ -292,12 +318,3 @@ class Jobs:
             with suppress(JournalUnavailable):  # told by the journal, and tried again
                 await self._clerk(Journal.expire, now - rules.keep_hours * _HOUR, now - rules.repeat_hours * _HOUR)
             await asyncio.sleep(_HOUSEKEEPING)
-
-
-def repeated(claim: Claim, before: Repeat) -> Repeat:
-    """What a key was answered with. Raises `KeyReused` for another request, `InFlight` while nothing is."""
-    if before.fingerprint != claim.fingerprint:
-        raise KeyReused("This key came with another request before.", field="Idempotency-Key")
-    if before.job_id is None and before.outcome is None:
-        raise InFlight("The request with this key is being answered.", field="Idempotency-Key", retry_after=1)
-    return before

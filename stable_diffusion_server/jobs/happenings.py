@@ -38,7 +38,7 @@ class Standing:
     def of(cls, entry: Entry, now: Progress = _NOTHING_YET) -> Standing:
         """What is written down of a job, and how far it is; of one that has ended, how far it came."""
         position, eta = (0, None) if entry.state.ended else (now.position, now.eta_seconds)
-        told = (entry.id, entry.state, entry.accepted_at, entry.ended_at, entry.attempts)
+        told = (entry.id.rpartition(":")[2], entry.state, entry.accepted_at, entry.ended_at, entry.attempts)
         return cls(*told, position, eta, now.step, now.steps, entry.outcome)
 
 

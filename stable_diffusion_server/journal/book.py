@@ -14,9 +14,10 @@ import structlog
 
 from stable_diffusion_server.errors import InFlight, JournalUnavailable, ServerError
 from stable_diffusion_server.journal import tables
+from stable_diffusion_server.journal.claims import free_claim, insert_claim, repeated_in
 from stable_diffusion_server.journal.entries import Claim, Entry, Message, Problem, Repeat, Work
 from stable_diffusion_server.journal.eviction import make_room
-from stable_diffusion_server.journal.rows import COLUMNS, DamagedRow, entry_of, repeat_of, told_entry_of
+from stable_diffusion_server.journal.rows import COLUMNS, DamagedRow, entry_of, told_entry_of
 from stable_diffusion_server.journal.writing import UNREADABLE, files_of, read_work, written_order, written_outcome
 from stable_diffusion_server.orders import Receipt
 
@@ -84,7 +85,7 @@ class Journal:
 
         def write(cursor: sqlite3.Cursor) -> Repeat | None:
             self._check_disk(size)
-            if claim is not None and (before := _repeated(cursor, claim)) is not None:
+            if claim is not None and (before := repeated_in(cursor, claim)) is not None:
                 return before
             given = {
                 "id": entry.id,
@@ -106,7 +107,7 @@ class Journal:
             rows = [(entry.id, parameter, data) for parameter, data in files.items()]
             cursor.executemany("INSERT INTO files (job_id, parameter, data) VALUES (?, ?, ?)", rows)
             if claim is not None:
-                _insert_claim(cursor, claim, entry.accepted_at, entry.id)
+                insert_claim(cursor, claim, entry.accepted_at, entry.id)
             return None
 
         return self._with_room(size, write)
@@ -157,22 +158,23 @@ class Journal:
         """The jobs that wait or were begun, oldest first."""
         return self._entries("WHERE ended_at IS NULL ORDER BY number", ())
 
-    def latest_of(self, caller: str, most: int) -> list[Entry]:
-        """A caller's jobs, newest first."""
-        return self._entries("WHERE caller = ? ORDER BY number DESC LIMIT ?", (caller, most))
+    def latest_of(self, owner: str | None, most: int) -> list[Entry]:
+        """The jobs of an owner, newest first; `None`: of all."""
+        where, given = ("", ()) if owner is None else ("WHERE caller = ? ", (owner,))
+        return self._entries(f"{where}ORDER BY number DESC LIMIT ?", (*given, most))
 
     def repeated(self, claim: Claim) -> Repeat | None:
         """What a key was answered with before, if it is taken."""
         with self._read() as cursor:
-            return _repeated(cursor, claim)
+            return repeated_in(cursor, claim)
 
     def claim(self, claim: Claim, now: float) -> Repeat | None:
         """Take a key for a request that waits for its answer, or tell what the key was answered with before."""
 
         def write(cursor: sqlite3.Cursor) -> Repeat | None:
-            before = _repeated(cursor, claim)
+            before = repeated_in(cursor, claim)
             if before is None:
-                _insert_claim(cursor, claim, now, None)
+                insert_claim(cursor, claim, now, None)
             return before
 
         return self._with_room(0, write)
@@ -189,6 +191,11 @@ class Journal:
         """Give a key back that was not answered."""
         with self._change() as cursor:
             cursor.execute("DELETE FROM claims WHERE caller = ? AND key = ?", (claim.caller, claim.key))
+
+    def renew(self, claim: Claim, job_id: str | None) -> None:
+        """Give a key back that was answered, by that job or by an outcome; not one that is being answered."""
+        with self._change() as cursor:
+            free_claim(cursor, claim, job_id)
 
     def messages(self, now: float, most: int) -> list[Message]:
         """Messages whose time has come, the longest overdue first."""
@@ -301,20 +308,3 @@ def _write_end(cursor: sqlite3.Cursor, entry: Entry) -> int:
         (entry.state, entry.ended_at, written_outcome(entry.outcome), entry.id),
     )
     return cursor.execute("DELETE FROM files WHERE job_id = ?", (entry.id,)).rowcount
-
-
-def _repeated(cursor: sqlite3.Cursor, claim: Claim) -> Repeat | None:
-    row = cursor.execute(
-        "SELECT fingerprint, job_id, outcome FROM claims WHERE caller = ? AND key = ?", (claim.caller, claim.key)
-    ).fetchone()
-    if row is None or (repeat := repeat_of(row)) is not None:
-        return repeat if row is not None else None
-    cursor.execute("DELETE FROM claims WHERE caller = ? AND key = ?", (claim.caller, claim.key))
-    return None
-
-
-def _insert_claim(cursor: sqlite3.Cursor, claim: Claim, now: float, job_id: str | None) -> None:
-    cursor.execute(
-        "INSERT INTO claims (caller, key, fingerprint, claimed_at, job_id, share) VALUES (?, ?, ?, ?, ?, ?)",
-        (claim.caller, claim.key, claim.fingerprint, now, job_id, claim.share),
-    )

@@ -29,6 +29,10 @@ class Doors(Group):
         (),
         description="Origins of web pages that may draw, as in `https://app.example`, separated by commas.",
     )
+    allow_same_site: bool = Field(
+        False,
+        description="1 lets pages of other ports and subdomains of this server's site draw, which may be anyone's.",
+    )
     api_keys: Keys = Field(
         (),
         description=(

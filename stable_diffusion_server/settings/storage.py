@@ -42,7 +42,10 @@ class Storage(Group):
     )
     url_secret: SecretStr = Field(
         SecretStr(""),
-        description="Signs this server's own URLs; servers may share it. Empty: one in DATA_DIR.",
+        description=(
+            "Signs this server's own URLs and, with API_KEYS, makes the names of pictures and tells whose they are; "
+            "servers on one bucket share it. Empty: one in DATA_DIR."
+        ),
     )
     storage_timeout: float = Field(
         10.0, gt=0, le=300, allow_inf_nan=False, description="Seconds to wait for the bucket before going on without."

@@ -102,5 +102,6 @@ def _scope_of(request: httpx.Request) -> Scope:
         "root_path": "",
         "headers": [*((name.lower(), value) for name, value in request.headers.raw), *forwarded],
         "client": (client.address, 0),
+        "state": {"inside": True},
         "server": (request.url.host, request.url.port),
     }

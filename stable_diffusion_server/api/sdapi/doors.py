@@ -23,9 +23,9 @@ from stable_diffusion_server.api.schemas import properties_of
 from stable_diffusion_server.api.sdapi import answers
 from stable_diffusion_server.api.sdapi.names import BOUNDED, model_named, renamed
 from stable_diffusion_server.api.sdapi.parameters import Img2Img, Ordered, Txt2Img, ordered
-from stable_diffusion_server.api.sdapi.tasks import Task, Tasks
+from stable_diffusion_server.api.sdapi.tasks import LEAST_NAME, Task, Tasks
 from stable_diffusion_server.api.together import together
-from stable_diffusion_server.errors import InvalidInput, ServerError, TooLarge
+from stable_diffusion_server.errors import Forbidden, InvalidInput, ServerError, TooLarge
 from stable_diffusion_server.limits import Limits
 from stable_diffusion_server.orders import Caller, Order
 from stable_diffusion_server.service import Service
@@ -33,7 +33,7 @@ from stable_diffusion_server.service import Service
 UrlOf = Callable[[Request, str], str]
 A = TypeVar("A", bound=Txt2Img)
 
-# Model by caller, of those who set one; the oldest is forgotten.
+# Model by owner, of those who set one; the oldest is forgotten.
 _CHOICES_MAX = 1000
 
 
@@ -161,7 +161,10 @@ def _progress_doors(routes: APIRouter, tasks: Tasks) -> None:
     )
     async def interrupt(request: Request) -> Response:
         """Stop the caller's own tasks, or the one of `id_task`; they answer what is done."""
-        for task in tasks.of(caller_of(request), request.query_params.get("id_task", "")):
+        caller, name = caller_of(request), request.query_params.get("id_task", "")
+        if caller.anonymous and len(name) < LEAST_NAME:
+            raise Forbidden(f"Without a key a task is stopped by its id_task, of {LEAST_NAME} characters or more.")
+        for task in tasks.of(caller, name):
             task.interrupt()
         return JSONResponse({})
 
@@ -176,7 +179,7 @@ def _option_doors(routes: APIRouter, house: House, chosen: dict[str, str]) -> No
     )
     async def options(request: Request) -> Response:
         """The options that mean something here."""
-        return JSONResponse(answers.options_answer(house, chosen.get(caller_of(request).name)))
+        return JSONResponse(answers.options_answer(house, chosen.get(caller_of(request).owner)))
 
     @routes.post(
         "/sdapi/v1/options",
@@ -190,10 +193,11 @@ def _option_doors(routes: APIRouter, house: House, chosen: dict[str, str]) -> No
         asked, caller = await read_json(request), caller_of(request)
         if name := _text(asked, "sd_model_checkpoint"):
             model = model_named(name, house)  # an unknown one changes nothing
-            chosen.pop(caller.name, None)
-            chosen[caller.name] = model
+            chosen.pop(caller.owner, None)
+            chosen[caller.owner] = model
             if len(chosen) > _CHOICES_MAX:
-                del chosen[next(iter(chosen))]
+                # Strangers are any number of addresses: theirs make room first.
+                del chosen[next((owner for owner in chosen if " " in owner), next(iter(chosen)))]
         return JSONResponse(None)
 
 
@@ -222,7 +226,7 @@ async def _pictures(
     chosen: dict[str, str],
 ) -> Response:
     caller = caller_of(request)
-    what = await aside(len(await request.body()), ordered, asked, house, chosen.get(caller.name))
+    what = await aside(len(await request.body()), ordered, asked, house, chosen.get(caller.owner))
     orders = [within(caller, order) for order in what.orders]
     with tasks.begun(caller, asked.force_task_id or f"task({uuid4().hex})", len(orders)) as task:
         work = [_one(number, order, service, caller, task) for number, order in enumerate(orders)]

@@ -15,6 +15,9 @@ from stable_diffusion_server.orders import Caller, EventKind, Progress
 
 T = TypeVar("T")
 
+# Characters of a `force_task_id` that tells an anonymous caller's task from others'.
+LEAST_NAME = 16
+
 
 @dataclass(eq=False, slots=True)
 class Picture:
@@ -88,7 +91,11 @@ class Task:
 
 
 class Tasks:
-    """Everyone's tasks; a caller sees and stops its own."""
+    """Everyone's tasks; a caller sees and stops its own.
+
+    Anonymous callers are strangers to one another: theirs are known by their names alone, where those are long enough
+    not to be guessed.
+    """
 
     def __init__(self) -> None:
         self._under_way: defaultdict[str, list[Task]] = defaultdict(list)
@@ -96,15 +103,22 @@ class Tasks:
     @contextmanager
     def begun(self, caller: Caller, name: str, pictures: int) -> Iterator[Task]:
         """A task for as long as the block lasts."""
-        task = Task(name, [Picture() for _ in range(pictures)])
-        self._under_way[caller.name].append(task)
+        task, whose = Task(name, [Picture() for _ in range(pictures)]), _whose(caller)
+        self._under_way[whose].append(task)
         try:
             yield task
         finally:
-            self._under_way[caller.name].remove(task)
-            if not self._under_way[caller.name]:
-                del self._under_way[caller.name]
+            self._under_way[whose].remove(task)
+            if not self._under_way[whose]:
+                del self._under_way[whose]
 
     def of(self, caller: Caller, name: str = "") -> list[Task]:
         """A caller's tasks under way, the oldest first; those of a name if one is given."""
-        return [task for task in self._under_way.get(caller.name, ()) if not name or task.name == name]
+        if caller.anonymous and len(name) < LEAST_NAME:
+            return []
+        return [task for task in self._under_way.get(_whose(caller), ()) if not name or task.name == name]
+
+
+def _whose(caller: Caller) -> str:
+    """The name tasks are kept under; no key is named like the one of all anonymous callers."""
+    return "anonymous " if caller.anonymous else caller.name

@@ -57,7 +57,7 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        scope = self._proxies.seen_through(scope)
+        scope = self._proxies.seen_through(scope, receive)
         headers = Headers(scope=scope)
         request_id = _request_id(headers)
         scope["state"]["request_id"] = request_id

@@ -14,16 +14,22 @@ from starlette.datastructures import Headers, QueryParams
 from starlette.types import Scope
 
 from stable_diffusion_server.api.bodies import BodyLimits
+from stable_diffusion_server.api.security.attempts import WrongKeys
 from stable_diffusion_server.api.security.keys import Key, Keyring, holds_key
+from stable_diffusion_server.api.security.origins import Origins
 from stable_diffusion_server.api.security.rates import Allowed
-from stable_diffusion_server.errors import Forbidden, Misdirected, TooLarge
+from stable_diffusion_server.errors import Forbidden, Misdirected, Overasked, ServerError, TooLarge, Unauthorized
 from stable_diffusion_server.orders import Caller
 
 _HOST = re.compile(r"(\[(?P<v6>[0-9A-Fa-f:.]+)\]|(?P<name>[A-Za-z0-9._-]+))(:\d*)?")
-# Reading these draws nothing and tells no secret, so a link or an <img> on another page may lead here.
+# Reading these draws nothing and tells no secret, so a link on another page may lead here.
 _OPEN_PATHS = ("/healthz", "/favicon.ico", "/readyz", "/docs", "/openapi.json")
+# These cost nothing, and are shown in other pages too.
+_SHOWN_ELSEWHERE = ("/healthz", "/favicon.ico", "/files/")
 # Opening this page draws nothing, so that a link may lead here; what it does goes through doors that look.
 _PAGES = ("/ui", "/ui/")
+# How the server stands, in detail for who may know it.
+_READY = "/readyz"
 # Asked again and again by programs that wait, and cheap: they need a key, and are not counted against its rate.
 _CHEAP_PATHS = (
     "/metrics /jobs /history /files /ui /v1/models /internal/progress /sdapi/v1/progress /sdapi/v1/interrupt "
@@ -35,7 +41,6 @@ _PICTURE_PATHS = ("/inpaint_", "/style_transfer_", "/sdapi/v1/txt2img", "/sdapi/
 _LONGEST_LENGTH = 18
 # Under a cheap path, and yet work: pictures sent to the UI are decoded.
 _UPLOAD_PATH = "/ui/pictures"
-_PREFETCH = ("purpose", "sec-purpose", "x-moz")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,14 +53,14 @@ class Admitted:
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """Who may draw. `hosts` are names this server answers to, beside loopback; `origins` are pages that may draw.
+    """Who may draw. `hosts` are names this server answers to, beside loopback; `origins` tells which pages may draw.
 
     `rate` and `concurrency` hold for keys without their own, and for each address where no key is needed.
     `visitor_key` tells the key that a visitor of the UI has shown, from a request's headers.
     """
 
     hosts: frozenset[str] = frozenset()
-    origins: frozenset[str] = frozenset()
+    origins: Origins = field(default_factory=Origins)
     keys: Keyring = field(default_factory=Keyring)
     allow_anonymous: bool = False
     rate: RateLimitItem | None = None
@@ -64,6 +69,7 @@ class Policy:
     max_upload_bytes: int = 33_554_432
     max_image_bytes: int = 20_971_520
     visitor_key: Callable[[Headers], str | None] = lambda headers: None
+    wrong_keys: WrongKeys = field(default_factory=WrongKeys)
 
     @property
     def body_limits(self) -> BodyLimits:
@@ -78,13 +84,16 @@ class Policy:
         return self.max_upload_bytes if long else self.max_body_bytes
 
     def admit(self, scope: Scope, headers: Headers) -> Admitted:
-        """Who asks. Raises `Misdirected`, `Forbidden`, `Unauthorized` or `TooLarge` for one that may not go on."""
+        """Who asks. Raises `Misdirected`, `Forbidden`, `Unauthorized`, `Overasked` or `TooLarge` for others."""
         self._check_host(headers)
         path: str = scope["path"]
-        if _is_open(scope):
-            return Admitted(self._stranger(scope))
-        if not (path in _PAGES and scope["method"] in ("GET", "HEAD")):
-            self._check_origin(scope, headers)
+        opened = _is_open(scope)
+        if not opened and not (path in _PAGES and scope["method"] in ("GET", "HEAD")):
+            self.origins.check(scope, headers)
+        elif not path.startswith(_SHOWN_ELSEWHERE):
+            self.origins.check_page(scope, headers)
+        if opened:
+            return Admitted(self._known(scope, headers) if path == _READY else self._stranger(scope))
         if scope["method"] == "OPTIONS":
             return Admitted(self._stranger(scope))  # a preflight carries no key, and draws nothing
         admitted = self._admit_client(scope, headers)
@@ -102,15 +111,36 @@ class Policy:
             shown = self.visitor_key(headers)
             return self._admit_key(self.keys.of(shown), stranger) if shown else Admitted(stranger)
         if self.keys and not (self.allow_anonymous and not holds_key(headers)):
-            return self._admit_key(self.keys.holder(headers), stranger)
+            return self._admit_key(self._held(headers, stranger.address), stranger)
         if self.allow_anonymous:
             return Admitted(stranger, Allowed(stranger.share, self.rate, self.concurrency))
         # A proxy on this machine that the settings do not name makes everyone look as if they were on it.
         if not is_loopback(stranger.address) or scope.get("state", {}).get("forwarded"):
             raise Forbidden(
-                "Without a key only clients on this machine may draw: set API_KEYS, or ALLOW_ANONYMOUS=1 for everyone."
+                "Without a key only clients on this machine may draw: set API_KEYS, or ALLOW_ANONYMOUS=1 for everyone. "
+                "A proxy on this machine makes its clients look so only if TRUSTED_PROXIES names it."
             )
         return Admitted(replace(stranger, anonymous=False), Allowed(stranger.share, self.rate, self.concurrency))
+
+    def _known(self, scope: Scope, headers: Headers) -> Caller:
+        """Who asks, where nobody has to say so."""
+        try:
+            return self._admit_client(scope, headers).caller
+        except ServerError:
+            return self._stranger(scope)
+
+    def _held(self, headers: Headers, address: str) -> Key:
+        """The key a request was sent with. Raises `Unauthorized`, and `Overasked` after many wrong ones."""
+        try:
+            key = self.keys.holder(headers)
+        except Unauthorized:
+            if holds_key(headers) and (wait := self.wrong_keys.wrong(address)):
+                raise Overasked("Too many wrong keys came from this address.", retry_after=wait) from None
+            raise
+        # Everyone looks as if they were here behind a proxy that the settings do not name.
+        if not is_loopback(address) and (wait := self.wrong_keys.right(address, key.caller.name)):
+            raise Overasked("Too many wrong keys came from this address.", retry_after=wait)
+        return key
 
     def _stranger(self, scope: Scope) -> Caller:
         """Whoever has shown no key: nobody, but for the address."""
@@ -125,23 +155,6 @@ class Policy:
         name = _host_name(hosts[0]) if len(hosts) == 1 else ""
         if not (is_loopback(name) or name in self.hosts):
             raise Misdirected("This host name is not served here; the setting ALLOWED_HOSTS adds names.")
-
-    def _check_origin(self, scope: Scope, headers: Headers) -> None:
-        """Keep web pages of other origins from drawing (they could not read the answer, but would use the device)."""
-        origin = headers.get("origin")
-        if origin in self.origins:
-            return
-        own = f"{scope.get('scheme', 'http')}://{headers.get('host', '')}"
-        if origin is not None and origin != own:
-            raise Forbidden("Web pages of this origin may not draw; the setting CORS_ORIGINS adds origins.")
-        if headers.get("sec-fetch-site") == "cross-site":
-            raise Forbidden("Other web sites may not draw here; the setting CORS_ORIGINS adds origins.")
-        referer = headers.get("referer")
-        if origin is None and referer and "sec-fetch-site" not in headers and not _is_of(referer, {own, *self.origins}):
-            # Browsers that send no Sec-Fetch-Site (old ones, or plain http elsewhere than loopback) still say this.
-            raise Forbidden("Other web sites may not draw here; the setting CORS_ORIGINS adds origins.")
-        if any("prefetch" in headers.get(name, "").lower() for name in _PREFETCH):
-            raise Forbidden("A prefetch does not draw.")
 
 
 def _is_open(scope: Scope) -> bool:
@@ -185,10 +198,6 @@ def _host_name(host: str) -> str:
     """The name in a Host header or setting: without port, brackets and a final dot, lower-cased; empty if none."""
     match = _HOST.fullmatch(host.strip())
     return (match["v6"] or match["name"]).lower().removesuffix(".") if match else ""
-
-
-def _is_of(url: str, origins: set[str]) -> bool:
-    return any(url == origin or url.startswith(f"{origin}/") for origin in origins)
 
 
 def _is_under(path: str, roots: Collection[str]) -> bool:

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 from dataclasses import dataclass
 
 from starlette.datastructures import Headers
-from starlette.types import Scope
+from starlette.types import Receive, Scope
 
-_FORWARDING = frozenset((b"x-forwarded-for", b"x-forwarded-host", b"x-forwarded-proto", b"x-real-ip", b"forwarded"))
+# What proxies, balancers and content networks add to what they pass on; no client on this machine sends any of it.
+_FORWARDING = re.compile(
+    rb"via|forwarded.*|x-forwarded.*|x-original-.*|(x-|true-|wl-proxy-|ali-cdn-|incap-|x-sucuri-|x-cluster-|x-proxyuser-)"
+    rb"?(real-|client-?|remote-|originating-)ip|x-real-.*|x-client-.*|x-remote-.*|x-proxy-.*|x-scheme|x-nginx-.*"
+    rb"|cf-.*|cdn-.*|fastly-.*|fly-.*|akamai-.*|x-akamai-.*|x-azure-.*|x-arr-.*|x-fd-.*|x-amzn-.*|x-amz-cf-.*"
+    rb"|cloudfront-.*|x-appengine-.*|x-cloud-trace-context|x-envoy-.*|x-vercel-.*|x-nf-.*|x-varnish|x-haproxy-.*"
+    rb"|x-traefik-.*|x-coming-from|x-request-start|tailscale-.*|ngrok-.*|x-ngrok-.*|proxy-.*|max-forwards"
+)
+# A proxy that adds nothing at all still asks in the old version, as nginx does unless told otherwise.
+_OLD = ("0.9", "1.0")
+_LOOPBACK = "127.0.0.1"
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
@@ -19,16 +30,21 @@ class Proxies:
 
     trusted: tuple[Network, ...] = ()
 
-    def seen_through(self, scope: Scope) -> Scope:
+    def seen_through(self, scope: Scope, receive: Receive | None = None) -> Scope:
         """The request as the proxies tell of it, when the connection comes from one of them; else as it is.
+
+        Where it comes from is asked of the connection behind `receive`: what serves this application may have believed
+        a header before, as uvicorn does by default.
 
         The client becomes the last address that is no trusted proxy's, the scheme and the Host header what the
         client used, with the port of `X-Forwarded-Port` where the name came without one. `state.forwarded` tells
         that a request came through a proxy that is not trusted.
         """
+        scope = _as_connected(scope, receive)
         headers = Headers(scope=scope)
         state = scope.setdefault("state", {})
-        state["forwarded"] = not _FORWARDING.isdisjoint(name for name, _ in scope["headers"])
+        old = scope.get("http_version") in _OLD
+        state["forwarded"] = old or any(_FORWARDING.fullmatch(name.lower()) for name, _ in scope["headers"])
         client = scope.get("client")
         if not client or not self._trusts(client[0]):
             return scope
@@ -60,3 +76,17 @@ def _with_port(host: str, headers: Headers) -> str:
     port = headers.get("x-forwarded-port", "").strip()
     unsaid = not (port.isascii() and port.isdigit()) or port in ("80", "443")
     return host if unsaid or not host or ":" in host.rpartition("]")[2] else f"{host}:{port}"
+
+
+def _as_connected(scope: Scope, receive: Receive | None) -> Scope:
+    """The request with the client and the scheme of its own connection, whatever a server made of its headers."""
+    transport = getattr(getattr(receive, "__self__", None), "transport", None)
+    if (told := getattr(transport, "get_extra_info", None)) is not None:
+        peer = told("peername")
+        client = (str(peer[0]), int(peer[1])) if isinstance(peer, tuple | list) and len(peer) > 1 else None
+        return {**scope, "client": client, "scheme": "https" if told("sslcontext") else "http"}
+    client = scope.get("client")
+    if client and not client[1] and any(name.lower() == b"x-forwarded-for" for name, _ in scope["headers"]):
+        # No connection has port 0: another process has put the address of a header there. It believes this machine.
+        return {**scope, "client": (_LOOPBACK, 0), "scheme": "http"}
+    return scope

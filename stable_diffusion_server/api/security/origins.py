@@ -1,0 +1,68 @@
+"""Which web pages a request may come from: what browsers say of it in Origin, Referer and Sec-Fetch headers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from starlette.datastructures import Headers
+from starlette.types import Scope
+
+from stable_diffusion_server.errors import Forbidden
+
+_PREFETCH = ("purpose", "sec-purpose", "x-moz")
+# What browsers say where no page of another origin is behind a request; whatever else they say is refused.
+_OWN = frozenset(("same-origin", "none"))
+_SAME_SITE = "same-site"
+
+
+@dataclass(frozen=True, slots=True)
+class Origins:
+    """Pages that may draw: this server's own, those of the `allowed` origins, and with `same_site` those of its site.
+
+    Another port of the same host, and another subdomain, are the same site, and may be anyone's.
+    """
+
+    allowed: frozenset[str] = frozenset()
+    same_site: bool = False
+
+    def check(self, scope: Scope, headers: Headers) -> None:
+        """Raise `Forbidden` for a request that a page of another origin has made, or that a browser makes ahead."""
+        origin, sites = headers.get("origin"), headers.getlist("sec-fetch-site")
+        if origin in self.allowed:
+            return
+        if not (self.same_site and sites == [_SAME_SITE]):
+            self._check_foreign(scope, headers, origin, sites)
+        if any("prefetch" in headers.get(name, "").lower() for name in _PREFETCH):
+            raise Forbidden("A prefetch does not draw.")
+
+    def check_page(self, scope: Scope, headers: Headers) -> None:
+        """The same for pages that a link elsewhere may lead to, which draw nothing: only by following it.
+
+        As a picture, a script or a frame of another page they would have the server load what no one looks at.
+        """
+        foreign = [site for site in headers.getlist("sec-fetch-site") if site not in _OWN]
+        modes, destinations = headers.getlist("sec-fetch-mode"), headers.getlist("sec-fetch-dest")
+        by_link = modes in ([], ["navigate"]) and destinations in ([], ["document"])
+        # Browsers that say none of this still tell a page from a picture by what they take.
+        takes_pages = "sec-fetch-site" in headers or "text/html" in headers.get("accept", "text/html")
+        prefetched = any("prefetch" in headers.get(name, "").lower() for name in _PREFETCH)
+        if "origin" in headers or prefetched or not takes_pages or (foreign and not by_link):
+            self.check(scope, headers)
+
+    def _check_foreign(self, scope: Scope, headers: Headers, origin: str | None, sites: list[str]) -> None:
+        own = f"{scope.get('scheme', 'http')}://{headers.get('host', '')}"
+        if origin is not None and origin != own:
+            raise Forbidden("Web pages of this origin may not draw; the setting CORS_ORIGINS adds origins.")
+        if not _OWN.issuperset(sites):
+            raise Forbidden(
+                "Other web sites, and other ports and subdomains of this one, may not draw here; the setting "
+                "CORS_ORIGINS adds origins, and ALLOW_SAME_SITE=1 the ports and subdomains."
+            )
+        referer = headers.get("referer")
+        if origin is None and referer and not sites and not _is_of(referer, {own, *self.allowed}):
+            # Browsers that send no Sec-Fetch-Site (old ones, or plain http elsewhere than loopback) still say this.
+            raise Forbidden("Other web sites may not draw here; the setting CORS_ORIGINS adds origins.")
+
+
+def _is_of(url: str, origins: set[str]) -> bool:
+    return any(url == origin or url.startswith(f"{origin}/") for origin in origins)

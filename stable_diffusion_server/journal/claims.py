@@ -1,0 +1,36 @@
+"""Idempotency keys in the journal's tables: taken, looked up, given back. Within a transaction of the caller's."""
+
+from __future__ import annotations
+
+import sqlite3
+
+from stable_diffusion_server.journal.entries import Claim, Repeat
+from stable_diffusion_server.journal.rows import repeat_of
+
+
+def repeated_in(cursor: sqlite3.Cursor, claim: Claim) -> Repeat | None:
+    """What a key was answered with before, if it is taken; one that is damaged is deleted."""
+    row = cursor.execute(
+        "SELECT fingerprint, job_id, outcome FROM claims WHERE caller = ? AND key = ?", (claim.caller, claim.key)
+    ).fetchone()
+    if row is None or (repeat := repeat_of(row)) is not None:
+        return repeat if row is not None else None
+    cursor.execute("DELETE FROM claims WHERE caller = ? AND key = ?", (claim.caller, claim.key))
+    return None
+
+
+def insert_claim(cursor: sqlite3.Cursor, claim: Claim, now: float, job_id: str | None) -> None:
+    """Take a key, for a job or for a request that waits for its answer."""
+    cursor.execute(
+        "INSERT INTO claims (caller, key, fingerprint, claimed_at, job_id, share) VALUES (?, ?, ?, ?, ?, ?)",
+        (claim.caller, claim.key, claim.fingerprint, now, job_id, claim.share),
+    )
+
+
+def free_claim(cursor: sqlite3.Cursor, claim: Claim, job_id: str | None) -> None:
+    """Give a key back that was answered, by that job or by an outcome; not one that is being answered."""
+    cursor.execute(
+        "DELETE FROM claims WHERE caller = ? AND key = ? AND job_id IS ? "
+        "AND (job_id IS NOT NULL OR outcome IS NOT NULL)",
+        (claim.caller, claim.key, job_id),
+    )

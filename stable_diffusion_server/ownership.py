@@ -1,0 +1,52 @@
+"""Whose a stored picture is, and names of pictures that tell strangers nothing. Pure but for the secret handed in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from stable_diffusion_server.errors import Forbidden
+from stable_diffusion_server.orders import Caller, Order, Stored
+
+_OWNER = "owner"
+
+
+@dataclass(frozen=True, slots=True)
+class Ownership:
+    """Whose pictures are. `keyed` is a hash by a secret of this server, `None` where no keys are set.
+
+    `folder` is where all pictures are. An object's record says whose it is by a hash that only this server can make,
+    so that a public bucket does not tell the names of keys.
+    """
+
+    keyed: Callable[[str], str] | None = None
+    folder: str = ""
+
+    def concealed(self, digest: str, order: Order) -> str:
+        """The digest that names a picture: with keys, one that only this server can make, and another for each key.
+
+        Two keys' equal orders have different names: what one of them finds stored was drawn for itself.
+        """
+        return digest if self.keyed is None else self.keyed(f"name\n{order.named_for}\n{digest}")
+
+    def record_of(self, caller: Caller) -> dict[str, str]:
+        """What an object's record says of whose it is; nothing where there are no keys."""
+        return {_OWNER: self._mark(caller)} if self.keyed is not None and caller.name else {}
+
+    def owns(self, caller: Caller, stored: Stored) -> bool:
+        """Whether a picture is the caller's own: made by its key, or in the folder that is that key's alone."""
+        if caller.prefix and stored.key.startswith(self.folder + caller.prefix):
+            return True
+        return self.keyed is not None and bool(caller.name) and stored.record.get(_OWNER) == self._mark(caller)
+
+    def may_know(self, caller: Caller, stored: Stored) -> bool:
+        """Whether the caller may be told that a picture was there before it asked. Without keys names are no secret."""
+        return self.keyed is None or caller.manages or self.owns(caller, stored)
+
+    def check_overwrite(self, caller: Caller, stored: Stored | None) -> None:
+        """Raise `Forbidden` for a picture the caller must not write over."""
+        if stored is not None and not (caller.manages or self.owns(caller, stored)):
+            raise Forbidden("The picture of this name was made by another key.", field="save_path")
+
+    def _mark(self, caller: Caller) -> str:
+        return self.keyed(f"owner\n{caller.name}")[:32] if self.keyed is not None else ""

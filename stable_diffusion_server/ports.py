@@ -1,0 +1,26 @@
+"""What the service is handed in: how bytes come from an address, and pixels from bytes. Types alone."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from stable_diffusion_server.image_processing import Pixels
+from stable_diffusion_server.orders import Progress
+
+
+class Fetch(Protocol):
+    """From a URL and the parameter it came by to bytes; `share` tells callers apart, who share the capacity."""
+
+    async def __call__(self, url: str, field: str, /, *, share: str = ...) -> bytes:
+        """The file."""
+
+
+class Decode(Protocol):
+    """From a file and the parameter it came by to pixels; with `transparency`, white where it is transparent."""
+
+    async def __call__(self, data: bytes, field: str, /, *, transparency: bool = ..., share: str = ...) -> Pixels:
+        """The pixels, uint8, height × width × 3; `share` tells callers apart, who share the capacity."""
+
+
+def ignore(progress: Progress) -> None:
+    """Take no note of how far an order is."""

@@ -1,0 +1,163 @@
+"""Pages of other origins, by what browsers say of them; wrong keys by address; proxies that are not named."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from conftest import House
+from starlette.datastructures import Headers
+
+from stable_diffusion_server.api.security.attempts import WrongKeys
+from stable_diffusion_server.api.security.origins import Origins
+from stable_diffusion_server.errors import Forbidden
+
+ORDER = {"prompt": "a red square", "width": 64, "height": 64}
+IMG = {"sec-fetch-dest": "image", "sec-fetch-mode": "no-cors"}
+LINK = {"sec-fetch-dest": "document", "sec-fetch-mode": "navigate"}
+FOREIGN = [
+    {"sec-fetch-site": "same-site", **IMG},
+    {"sec-fetch-site": "same-site", **LINK},
+    {"sec-fetch-site": "same-site", "referer": "http://localhost:3000/"},
+    {"sec-fetch-site": "same-site", "origin": "http://127.0.0.1:3000"},
+    {"sec-fetch-site": "CROSS-SITE", **IMG},
+    {"sec-fetch-site": "same-origin, cross-site"},
+    {"sec-fetch-site": ""},
+    {"sec-fetch-site": "future-site"},
+    {"referer": "http://localhost:3000/page"},
+]
+
+
+@pytest.mark.parametrize("headers", FOREIGN, ids=str)
+def test_a_page_of_another_port_or_subdomain_has_no_effect(house: House, headers: dict[str, str]) -> None:
+    """Whatever the method: drawing, deleting, stopping and listing are refused before anything happens."""
+    key = house.draw(prompt="a red square").json()["key"]
+    drawn = len(house.squares.prepared)
+    for method, path in (
+        ("GET", "/create_and_upload_image?overwrite=true&save_path=x.webp&prompt=x"),
+        ("GET", "/make_image?prompt=x"),
+        ("POST", "/create_and_upload_image"),
+        ("POST", "/v1/images/generations"),
+        ("POST", "/sdapi/v1/interrupt"),
+        ("DELETE", f"/files/{key}"),
+        ("DELETE", "/jobs/none"),
+        ("GET", "/history"),
+        ("POST", "/ui/key"),
+    ):
+        answer = house.client.request(method, path, headers=headers, json=ORDER if method == "POST" else None)
+        assert answer.status_code == 403, (method, path)
+    assert len(house.squares.prepared) == drawn
+    assert house.client.get(f"/files/{key}", headers=headers).status_code == 200, "pictures are shown elsewhere"
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"sec-fetch-site": "cross-site", **IMG},
+        {"sec-fetch-site": "same-site", "sec-fetch-dest": "script", "sec-fetch-mode": "no-cors"},
+        {"sec-fetch-site": "cross-site", "sec-fetch-dest": "iframe", "sec-fetch-mode": "navigate"},
+        {"sec-fetch-site": "same-site", "sec-fetch-dest": "empty", "sec-fetch-mode": "cors"},
+        {"sec-fetch-site": "cross-site", "sec-fetch-dest": "document", "sec-fetch-mode": "no-cors"},
+        {"referer": "http://evil.example/", "accept": "image/avif,image/webp,*/*"},
+        {"origin": "http://evil.example"},
+        {"sec-fetch-site": "cross-site", "sec-purpose": "prefetch", **LINK},
+    ],
+    ids=str,
+)
+def test_the_ui_is_opened_by_a_link_and_not_as_a_part_of_another_page(headers: dict[str, str]) -> None:
+    """As a picture, a script or a frame it would load Gradio for a page that no one sees."""
+    scope, origins = {"scheme": "http"}, Origins()
+    host = {"host": "127.0.0.1:8000"}
+    with pytest.raises(Forbidden):
+        origins.check_page(scope, Headers({**host, **headers}))
+    for site in ("cross-site", "same-site", "same-origin", "none"):
+        origins.check_page(scope, Headers({**host, "sec-fetch-site": site, **LINK}))
+    origins.check_page(scope, Headers({**host, "referer": "http://evil.example/", "accept": "text/html,*/*"}))
+    origins.check_page(scope, Headers(host))
+
+
+def test_no_heavy_page_is_loaded_for_a_picture_elsewhere(house: House) -> None:
+    """The UI, the docs, the description and the state: 403 as a picture, answered by a link."""
+    for path in ("/ui", "/ui/", "/docs", "/openapi.json", "/readyz", "/"):
+        for site in ("cross-site", "same-site"):
+            assert house.client.get(path, headers={"sec-fetch-site": site, **IMG}).status_code == 403, path
+    link = {"sec-fetch-site": "cross-site", **LINK}
+    assert [house.client.get(path, headers=link).status_code for path in ("/docs", "/readyz")] == [200, 200]
+
+
+def test_same_site_is_let_in_where_the_operator_says_so(house_of: Callable[..., House]) -> None:
+    """ALLOW_SAME_SITE=1 opens it to ports and subdomains, and to nothing else."""
+    house = house_of(allow_same_site=True)
+
+    def asked(**headers: str) -> int:
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        return house.client.get("/create_and_upload_image", params=ORDER, headers=named).status_code
+
+    assert asked(sec_fetch_site="same-site") == 200
+    assert asked(sec_fetch_site="same-site", origin="http://localhost:3000") == 200
+    assert asked(sec_fetch_site="cross-site") == 403
+    assert asked(origin="http://localhost:3000") == 403
+    assert asked(sec_fetch_site="same-site", sec_purpose="prefetch") == 403
+
+
+SIGNS = (
+    "via x-forwarded-for x-forwarded-port x-forwarded-server x-forwarded x-real-ip x-client-ip true-client-ip "
+    "forwarded "
+    "cf-connecting-ip cf-ray fastly-client-ip fly-client-ip x-azure-clientip x-azure-fdid akamai-origin-hop client-ip "
+    "x-cluster-client-ip x-amzn-trace-id x-appengine-user-ip x-envoy-external-address x-vercel-id x-original-host "
+    "x-arr-log-id x-cloud-trace-context cdn-loop x-forwarded-prefix x-nginx-proxy tailscale-user-login x-real-port"
+).split()
+
+
+@pytest.mark.parametrize("name", SIGNS)
+def test_a_proxy_that_is_not_named_gives_itself_away(house: House, name: str) -> None:
+    """Whatever it adds, a server without keys is not opened by it to the network; even with an empty value."""
+    for value in ("127.0.0.1", ""):
+        answer = house.client.get("/create_and_upload_image", params=ORDER, headers={name: value})
+        assert answer.status_code == 403, name
+    assert house.squares.prepared == []
+    plain = {"accept-language": "de", "traceparent": "00-1", "x-request-id": "r", "dnt": "1", "user-agent": "Via/1"}
+    assert house.client.get("/history", headers=plain).status_code == 200
+
+
+def test_wrong_keys_from_one_address_slow_down(house_of: Callable[..., House]) -> None:
+    """401 a few times, then 429 with a time to wait; the right key is taken all the same, other addresses too."""
+    house = house_of(api_keys="right, other:second", trusted_proxies="127.0.0.1")
+
+    def asked(key: str, address: str = "203.0.113.5", **headers: str) -> int:
+        sent = {"x-forwarded-for": address, "x-api-key": key, **headers}
+        return house.client.get("/v1/models", headers=sent).status_code
+
+    told = [asked(f"wrong-{number}") for number in range(100)]
+    assert set(told[:20]) == {401}
+    assert set(told[20:]) == {429}
+    refused = house.client.get("/v1/models", headers={"x-forwarded-for": "203.0.113.5", "x-api-key": "w"})
+    assert 1 <= int(refused.headers["retry-after"]) <= 60
+    assert asked("right") == 200
+    assert asked("wrong", "203.0.113.6") == 401
+    # An IPv6 client has a whole /64 to send them from; keys come as HTTP Basic too.
+    for number in range(25):
+        last = asked("", f"2001:db8:1:2::{number:x}", authorization="Basic eHg6eHg=")
+    assert last == 429
+    # Without any key nothing was guessed.
+    house = house_of(api_keys="right")
+    assert {house.client.get("/v1/models").status_code for _ in range(60)} == {401}
+
+
+def test_addresses_of_wrong_keys_are_forgotten_and_bounded() -> None:
+    """By time and by number; after very many wrong ones only keys that were shown before are looked at."""
+    now = [0.0]
+    wrong = WrongKeys(a_minute=3, an_hour=10, now=lambda: now[0])
+    assert [wrong.wrong("a") for _ in range(5)] == [0, 0, 0, 60, 60]
+    assert wrong.right("a", "seen") == 0
+    for _ in range(8):
+        wrong.wrong("a")
+    assert (wrong.right("a", "seen"), wrong.right("b", "new")) == (0, 0)
+    assert wrong.right("a", "new") == 3600
+    now[0] = 61.0
+    assert wrong.wrong("a") == 0
+    now[0] = 3601.0
+    assert wrong.right("a", "new") == 0
+    for number in range(12_000):
+        wrong.wrong(f"address {number}")
+    assert len(wrong) == 10_000
