@@ -17,7 +17,7 @@ from safetensors.torch import load
 
 from stable_diffusion_server.errors import InvalidInput, WeightsUnusable
 from stable_diffusion_server.pipelines import lora_weights
-from stable_diffusion_server.pipelines.lora_files import LoraFile, denoisers_of, digest_of, read_header, read_lora
+from stable_diffusion_server.pipelines.lora_files import LoraFile, digest_of, read_header, read_lora
 from stable_diffusion_server.pipelines.lora_folder import LoraFolder, find, names_in
 
 __all__ = [
@@ -144,11 +144,7 @@ class Adapters:
             file = self._folder.read(name)
             if file.digest != digest:
                 raise InvalidInput(f"{file.name} was replaced while the order waited; ask again.", field="lora")
-            try:
-                self._load(_key(digest), file)
-            except InvalidInput as error:
-                self._refuse(name, file, error.detail)
-                raise
+            self._load(_key(digest), file)
             self._loaded[digest] = None
         self._loaded.move_to_end(digest)
         held = self._held.get(digest) or Held(digest)
@@ -156,9 +152,11 @@ class Adapters:
         return held
 
     def _load(self, key: str, file: LoraFile) -> None:
-        if self._denoiser not in denoisers_of(file.header):
-            raise InvalidInput(f"{file.name} is for models of another family.", field="lora")
-        fitting = lora_weights.fitted(file, self._pipeline)
+        try:
+            fitting = lora_weights.fitted(file, self._pipeline)
+        except InvalidInput as error:
+            self._refuse(file, error.detail)
+            raise
         self._active = None  # loading one turns it on
         hooked = _hooked(self._pipeline)
         try:
@@ -168,13 +166,14 @@ class Adapters:
                 self._settle()
             raise
 
-    def _refuse(self, name: str, file: LoraFile, why: str) -> None:
+    def _refuse(self, file: LoraFile, why: str) -> None:
+        """Take note of why a content does not fit, which another try will not change."""
         # The same content may lie there under another name.
         self._refused[file.digest] = why.removeprefix(Path(file.name).stem)
         if len(self._refused) > _MOST_REFUSED:
             self._refused.popitem(last=False)
-        _log.warning("an adapter is refused", name=name, why=why)
-        self._folder.refuse(name, self._denoiser, why)
+        _log.warning("an adapter is refused", file=file.name, why=why)
+        self._folder.refuse(file, self._denoiser, why)
 
     def _forget(self) -> None:
         """Take off those used longest ago, but none that someone holds."""

@@ -57,6 +57,7 @@ class LoraFile:
     """An adapter read whole: `digest` is that of `data`, the first 16 hexadecimal digits of its SHA-256."""
 
     name: str
+    identity: Identity
     digest: str
     header: Header
     data: bytes = field(repr=False)
@@ -135,7 +136,7 @@ def read_lora(file: Path, largest: int = LARGEST_BYTES) -> LoraFile:
         if len(data) != facts.st_size or identity_of(os.fstat(source.fileno())) != identity_of(facts):
             raise WeightsUnusable(f"{file.name} is being written to at this moment; ask again.")
     header = header_of(io.BytesIO(data), len(data), file.name)
-    return LoraFile(file.name, hashlib.sha256(data).hexdigest()[:16], header, data)
+    return LoraFile(file.name, identity_of(facts), hashlib.sha256(data).hexdigest()[:16], header, data)
 
 
 def digest_of(file: Path) -> str:

@@ -114,10 +114,9 @@ class LoraFolder:
         with _told_of_the_order():
             return read_lora(self.file(name), self._largest)
 
-    def refuse(self, name: str, denoiser: str, why: str) -> None:
-        """Take note that a file as it is now does not fit a denoiser, so that it is offered for it no longer."""
-        with _told_of_the_order(), opened(self.file(name)) as (_, facts):
-            _keep(self._refused, (identity_of(facts), denoiser), why)
+    def refuse(self, file: LoraFile, denoiser: str, why: str) -> None:
+        """Take note that a file as it was read does not fit a denoiser, so that it is offered for it no longer."""
+        _keep(self._refused, (file.identity, denoiser), why)
 
     def offered(self, denoisers: Collection[str]) -> Mapping[str, str]:
         """The adapters that can be used with these denoisers, each with its digest, which is read when looked up.

@@ -23,7 +23,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from stable_diffusion_server.errors import InvalidInput
-from stable_diffusion_server.pipelines.lora_files import LoraFile
+from stable_diffusion_server.pipelines.lora_files import LoraFile, denoisers_of
 
 Tensors = dict[str, torch.Tensor]
 
@@ -66,6 +66,7 @@ class UnfitError(ValueError):
 def fitted(file: LoraFile, pipeline: Any) -> Fitting:
     """What there is to put on a pipeline. Raises `InvalidInput` with the reason when not all of it fits."""
     try:
+        _check_family(file, pipeline)
         tensors = _tensors_of(file)
         state, alphas = _converted(tensors, pipeline)
         parts = _by_part(state, pipeline)
@@ -102,6 +103,11 @@ def take_off(pipeline: Any, key: str) -> None:
             if not configurations:  # as the library does it once something was loaded
                 del module.peft_config
                 module._hf_peft_config_loaded = None
+
+
+def _check_family(file: LoraFile, pipeline: Any) -> None:
+    if not any(hasattr(pipeline, denoiser) for denoiser in denoisers_of(file.header)):
+        raise UnfitError("is for models of another family")
 
 
 def _parts_of(pipeline: Any) -> tuple[str, ...]:
