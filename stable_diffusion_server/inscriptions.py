@@ -15,7 +15,8 @@ from stable_diffusion_server.strict_json import JsonLimits, parse_object
 _EXIF_HEAD = b"Exif\0\0"
 _EXIF_IFD, _USER_COMMENT = 0x8769, 0x9286
 _UNICODE = b"UNICODE\0"
-_LIMITS = JsonLimits(text_bytes=1_000_000)
+_MOST_BYTES = 1_000_000
+_LIMITS = JsonLimits(text_bytes=_MOST_BYTES)
 # Pieces of a file that are looked at: few files have a thousand.
 _MOST_PIECES = 100_000
 # Characters of the text AUTOMATIC1111 writes, of which most is the prompt.
@@ -81,7 +82,7 @@ def _png_chunks(file: bytes) -> Iterator[tuple[bytes, bytes]]:
         if at + 8 > len(file):
             return
         length, kind = struct.unpack_from(">I4s", file, at)
-        yield kind, file[at + 8 : at + 8 + length]
+        yield kind, file[at + 8 : at + 8 + length] if length <= _MOST_BYTES else b""
         at += 12 + length
 
 
@@ -91,7 +92,7 @@ def _riff_chunks(file: bytes) -> Iterator[tuple[bytes, bytes]]:
         if at + 8 > len(file):
             return
         kind, length = struct.unpack_from("<4sI", file, at)
-        yield kind, file[at + 8 : at + 8 + length]
+        yield kind, file[at + 8 : at + 8 + length] if length <= 4 * _MOST_BYTES else b""
         at += 8 + length + length % 2
 
 

@@ -69,7 +69,7 @@ def test_no_parser_of_callers_text_grows_with_the_square(parser: Parser) -> None
 @pytest.mark.fault(121)
 @pytest.mark.parametrize("parser", [one for one in PARSERS if one.refuses], ids=lambda one: one.name)
 def test_what_is_beyond_a_limit_costs_no_more_than_what_is_at_it(parser: Parser) -> None:
-    """Twenty times the limit is refused no slower than twice, but for reading past it."""
-    for name in parser.shapes:
+    """Ten times as far beyond it is refused in the same time; what is looked at does not depend on it."""
+    for name in list(parser.shapes)[:: 1 if parser.limit < 100_000 else 6]:
         near, far = (parser.seconds(name, parser.limit * times) for times in (2, 20))
-        assert growth(near, far) < MOST_GROWTH / 2 or far < 0.001, (name, near, far)
+        assert growth(near, far) < 4 or far < 0.001, (name, near, far)

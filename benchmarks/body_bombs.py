@@ -1,0 +1,134 @@
+"""Bodies made to take memory or time: what they cost the server, and everyone else who asks meanwhile.
+
+`python benchmarks/body_bombs.py [ROOT]` starts `serve` out of the checkout ROOT (this one unless told) with the embedded
+models, sends each of four bodies, and prints the answers, the seconds, the memory of the server before, at its peak and
+after, and how long `/healthz` took, which is asked all the while.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import psutil
+
+ROOT = Path(__file__).resolve().parent.parent
+SECONDS = 90.0
+SDAPI, CREATE = "/sdapi/v1/txt2img", "/create_and_upload_image"
+# Name → path, body, how many at once.
+BOMBS: dict[str, tuple[str, bytes, int]] = {
+    "56 KB '[' + '1:' × 28,000": (SDAPI, json.dumps({"prompt": "[" + "1:" * 28_000}).encode(), 1),
+    "1 MB of 'a,a,a' in lora, ten at once": (CREATE, json.dumps({"prompt": "a", "lora": "a," * 499_000}).encode(), 10),
+    "28 MB of '<lora:a>', four at once": (SDAPI, json.dumps({"prompt": "<lora:a>" * 3_670_016}).encode(), 4),
+    "30 MB of 10,000,000 empty objects": (SDAPI, b'{"prompt":"a","x":[' + b"{}," * 9_999_999 + b"{}]}", 1),
+}
+
+
+class Watch(threading.Thread):
+    """Asks `/healthz` every few milliseconds, and looks at the memory of the server."""
+
+    def __init__(self, url: str, process: psutil.Process) -> None:
+        super().__init__(daemon=True)
+        self._url = url
+        self._process = process
+        self._ended = threading.Event()
+        self.waits: list[float] = []
+        self.peak = 0
+
+    def run(self) -> None:
+        """Until it is ended."""
+        threading.Thread(target=self._weigh, daemon=True).start()
+        with httpx.Client(timeout=SECONDS) as client:
+            while not self._ended.is_set():
+                began = time.perf_counter()
+                client.get(f"{self._url}/healthz")
+                self.waits.append(time.perf_counter() - began)
+                time.sleep(0.005)
+
+    def _weigh(self) -> None:
+        while not self._ended.is_set():
+            self.peak = max(self.peak, self._process.memory_info().rss)
+            time.sleep(0.01)
+
+    def end(self) -> None:
+        """Stop, and wait for the last answer."""
+        self._ended.set()
+        self.join()
+
+
+def send(url: str, body: bytes) -> str:
+    """The status of the answer, or that there was none in time."""
+    try:
+        answer = httpx.post(url, content=body, headers={"content-type": "application/json"}, timeout=SECONDS)
+    except httpx.TransportError as error:
+        return type(error).__name__
+    return str(answer.status_code)
+
+
+def megabytes(size: float) -> str:
+    """Bytes in words."""
+    return f"{size / 1e6:.0f} MB"
+
+
+def measured(name: str, url: str, process: psutil.Process) -> str:
+    """A line of the table."""
+    path, body, count = BOMBS[name]
+    before = process.memory_info().rss
+    watch = Watch(url, process)
+    watch.start()
+    began = time.perf_counter()
+    with ThreadPoolExecutor(count) as pool:
+        answers = sorted(set(pool.map(lambda _: send(url + path, body), range(count))))
+    took = time.perf_counter() - began
+    time.sleep(0.5)
+    watch.end()
+    after = process.memory_info().rss
+    waits = sorted(watch.waits)
+    p99 = waits[min(len(waits) - 1, int(len(waits) * 0.99))]
+    memory = " / ".join(megabytes(size) for size in (before, watch.peak, after))
+    health = f"{statistics.median(waits) * 1000:.0f} / {p99 * 1000:.0f} / {waits[-1] * 1000:.0f} ms"
+    return f"| {name} | {', '.join(answers)} | {took:.2f} s | {memory} | {health} |"
+
+
+def main() -> None:
+    """Start the server, and print a line for each body."""
+    root = Path(sys.argv[1]).resolve() if len(sys.argv) > 1 else ROOT
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {"PATH": "/usr/bin:/bin", "HOME": folder, "PYTHONPATH": str(root), "PORT": str(port)}
+        environment |= {"DATA_DIR": f"{folder}/data", "LOCAL_BUCKET_DIR": f"{folder}/bucket", "UI": "0"}
+        command = [sys.executable, "-m", "stable_diffusion_server", "serve"]
+        server = subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.DEVNULL)  # noqa: S603  # our own command
+        try:
+            process = psutil.Process(server.pid)
+            while True:
+                try:
+                    if httpx.get(f"{url}/readyz").status_code == 200:
+                        break
+                except httpx.TransportError:
+                    pass
+                time.sleep(0.5)
+            sys.stdout.write("| body | answer | took | memory before / peak / after | /healthz median / p99 / most |\n")
+            sys.stdout.write("| --- | --- | --- | --- | --- |\n")
+            for name in BOMBS:
+                sys.stdout.write(measured(name, url, process) + "\n")
+                sys.stdout.flush()
+        finally:
+            server.terminate()
+            server.wait(60)
+
+
+if __name__ == "__main__":
+    main()
