@@ -1,8 +1,8 @@
 """Bodies made to take memory or time: what they cost the server, and everyone else who asks meanwhile.
 
-`python benchmarks/body_bombs.py [ROOT]` starts `serve` out of the checkout ROOT (this one unless told) with the embedded
-models, sends each of four bodies, and prints the answers, the seconds, the memory of the server before, at its peak and
-after, and how long `/healthz` took, which is asked all the while.
+`python benchmarks/body_bombs.py [ROOT]` starts the painted server (`tests/painted_server.py`: the whole server, but for
+models) out of the checkout ROOT, this one unless told, sends each of four bodies, and prints the answers, the seconds,
+the server's memory before, at its peak and after, and how long `/healthz` took, which is asked all the while.
 """
 
 from __future__ import annotations
@@ -107,9 +107,9 @@ def main() -> None:
         port = probe.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
     with tempfile.TemporaryDirectory() as folder:
-        environment = {"PATH": "/usr/bin:/bin", "HOME": folder, "PYTHONPATH": str(root), "PORT": str(port)}
+        environment = {"PATH": "/usr/bin:/bin", "HOME": folder, "PYTHONPATH": f"{root}:{root}/tests", "PORT": str(port)}
         environment |= {"DATA_DIR": f"{folder}/data", "LOCAL_BUCKET_DIR": f"{folder}/bucket", "UI": "0"}
-        command = [sys.executable, "-m", "stable_diffusion_server", "serve"]
+        command = [sys.executable, str(root / "tests" / "painted_server.py"), "0"]
         server = subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.DEVNULL)  # noqa: S603  # our own command
         try:
             process = psutil.Process(server.pid)

@@ -71,8 +71,9 @@ def router(service: Service, house: House, url_of: UrlOf) -> APIRouter:
     chosen: dict[str, str] = {}
 
     async def pictures(request: Request, schema: type[Txt2Img]) -> Response:
+        asked = await _read(schema, request)
         try:
-            return await _pictures(request, await _read(schema, request), service, house, url_of, tasks, chosen)
+            return await _pictures(request, asked, service, house, url_of, tasks, chosen)
         except ServerError as error:
             raise renamed(error) from error
 
