@@ -17,7 +17,7 @@ from stable_diffusion_server.app.drawing import Loaded, Models, build_engine, bu
 from stable_diffusion_server.app.figures import show
 from stable_diffusion_server.app.fulfilling import build_service
 from stable_diffusion_server.app.jobs import build_jobs
-from stable_diffusion_server.app.stopping import drained_by_signals, leave_soon
+from stable_diffusion_server.app.stopping import ClosesWhileStopping, Shutdown, drained_by_signals, leave_soon
 from stable_diffusion_server.app.storage import Stores
 from stable_diffusion_server.app.studio import add_studio, key_of_visitor
 from stable_diffusion_server.engine import Phase
@@ -64,6 +64,7 @@ def create_app(
     fetcher, decoder = readers = build_readers(settings)
     service = build_service(settings, engine, loaded, options, stores, readers, metrics, tracing)
     jobs = build_jobs(settings, service, stores, record)
+    shutdown = Shutdown(lambda: engine.running > 0 or jobs.running > 0, settings.stop_seconds)
     show(metrics, __version__, engine, jobs, stores, loaded, missing)
 
     @asynccontextmanager
@@ -74,9 +75,9 @@ def create_app(
         engine.start()
         await jobs.start()
         soon = asyncio.get_running_loop().call_soon_threadsafe
-        with drained_by_signals(engine.drain, lambda: soon(jobs.drain), lambda: soon(studio.drain)):
+        with drained_by_signals(shutdown, engine.drain, lambda: soon(jobs.drain), lambda: soon(studio.drain)):
             yield
-            grace = settings.stop_seconds
+            grace = shutdown.seconds_left()
             await asyncio.gather(studio.close(), asyncio.to_thread(engine.stop, grace), jobs.stop(grace))
         service.close()
         fetcher.close()
@@ -90,6 +91,7 @@ def create_app(
     handlers.install(app)
     guests = Guests()
     add_middleware(app, settings, metrics, tracing, key_of_visitor(guests))
+    app.add_middleware(ClosesWhileStopping, shutdown=shutdown)
     add_doors(app, settings, service, jobs, stores, options)
     add_replay(app, service, stores, options, decoder.decode)
     studio = add_studio(app, settings, decoder.decode, guests, settle)

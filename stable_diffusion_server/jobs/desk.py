@@ -69,12 +69,18 @@ class Jobs:
         self._epoch = secrets.token_hex(4)
         self._tasks: list[asyncio.Task[None]] = []
         self._closing = False
+        self._began = time.time() - time.monotonic()
         self.usable = False
 
     @property
     def waiting(self) -> int:
         """Accepted jobs that wait for their turn at the queue for the device."""
         return self._runner.waiting
+
+    @property
+    def running(self) -> int:
+        """Accepted jobs that are being drawn, or stored."""
+        return self._runner.running
 
     @property
     def unfinished(self) -> int:
@@ -314,7 +320,8 @@ class Jobs:
                 await asyncio.sleep(self._rules.reopen)
                 await self._open()
                 continue
-            now, rules = time.time(), self._rules
+            # Not forgotten early because the clock was set forward meanwhile: by both clocks its time must be over.
+            now, rules = min(time.time(), self._began + time.monotonic()), self._rules
             with suppress(JournalUnavailable):  # told by the journal, and tried again
                 await self._clerk(Journal.expire, now - rules.keep_hours * _HOUR, now - rules.repeat_hours * _HOUR)
             await asyncio.sleep(_HOUSEKEEPING)

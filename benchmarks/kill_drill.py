@@ -1,0 +1,183 @@
+"""Kills a working server again and again, and tells what became of every job it had accepted.
+
+    python benchmarks/kill_drill.py [--kills 30] [--rounds 5] [--without-watchdog]
+
+The real server with the embedded models, under its watchdog, or started again by this program alone, as a restart loop
+would. Jobs come all the while; each kill is SIGKILL to the process that draws, at a random moment within two seconds of
+a picture being on the device. Ends with status 1 when a job was lost, or failed. Needs Linux.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+import psutil
+from kill_matrix import ASYNC, CREATE, SMALL, House, alive, status_of, until
+from loopback import say
+from watching import ROOT, machine
+
+_WAITING = 12
+
+
+@dataclass
+class Load:
+    """Hands in jobs for as long as fewer than a dozen wait, whatever becomes of the server meanwhile."""
+
+    url: str
+    accepted: list[str] = field(default_factory=list)
+    refused: int = 0
+    broken_off: int = 0
+    stopped: threading.Event = field(default_factory=threading.Event)
+
+    def run(self) -> None:
+        """Hand in until stopped."""
+        with httpx.Client(base_url=self.url, timeout=60) as client:
+            number = 0
+            while not self.stopped.wait(0.05):
+                number += 1
+                asked = {"prompt": f"a red circle on a blue background, {number}", **SMALL}
+                try:
+                    if (
+                        sum(job["state"] in ("queued", "running") for job in client.get("/jobs").json()["jobs"])
+                        >= _WAITING
+                    ):
+                        continue
+                    answer = client.post(CREATE, json=asked, headers=ASYNC)
+                except (httpx.TransportError, KeyError, ValueError):
+                    self.broken_off += 1
+                    continue
+                if answer.status_code == 202:
+                    self.accepted.append(str(answer.json()["id"]))
+                else:
+                    self.refused += 1
+
+
+class Alone(House):
+    """A house whose servers nobody watches."""
+
+    def start(self) -> None:
+        """Start the server itself; does not wait."""
+        environment = {"PYTHONPATH": str(ROOT), "PORT": str(self.port), "PATH": os.environ["PATH"]}
+        environment |= {"MODELS": "embedded", "OMP_NUM_THREADS": "1", "LOG_LEVEL": "error", "HOME": str(self.folder)}
+        with (self.folder / "log").open("ab") as log:
+            self.process = subprocess.Popen(  # our own server
+                [sys.executable, "-m", "stable_diffusion_server", "serve"],
+                cwd=self.folder,
+                env=environment,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+    def worker(self) -> int:
+        """The server itself."""
+        assert self.process is not None  # noqa: S101  # started before
+        return self.process.pid
+
+
+def main() -> None:
+    """Run the rounds that were asked for, and print each as a line of a table."""
+    parser = argparse.ArgumentParser(description="Kills a working server again and again.")
+    parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--without-watchdog", action="store_true")
+    given = parser.parse_args()
+    say(f"{machine()}. {'No watchdog' if given.without_watchdog else 'Under the watchdog'}.\n")
+    columns = "round, kills, with a picture on the device, accepted, done, failed, lost, most attempts of one".split(
+        ", "
+    )
+    say(f"| {' | '.join(columns)} |")
+    say(f"|{' --- |' * len(columns)}")
+    bad = 0
+    for number in range(given.rounds):
+        with tempfile.TemporaryDirectory() as folder:
+            house = Alone(Path(folder)) if given.without_watchdog else House(Path(folder))
+            bad += drilled(number + 1, house, given.kills)
+    raise SystemExit(bool(bad))
+
+
+def drilled(number: int, house: House, kills: int) -> int:
+    """One round: how many jobs failed or were lost."""
+    chance, hits = random.Random(number), 0  # noqa: S311  # moments for kills
+    house.start()
+    load = Load(f"http://127.0.0.1:{house.port}")
+    thread = threading.Thread(target=load.run)
+    try:
+        with httpx.Client(base_url=load.url, timeout=60) as client:
+            until(lambda: status_of(client, "/readyz") == 200)
+            thread.start()
+            for _ in range(kills):
+                until(lambda: bool(on_device(house)))
+                time.sleep(chance.uniform(0, 2))
+                hits += bool(on_device(house))
+                killed(house)
+                until(lambda: status_of(client, "/readyz") == 200)
+            load.stopped.set()
+            thread.join()
+            ended = {job_id: state_at_the_end(client, job_id) for job_id in load.accepted}
+            stored = [client.get(each["receipt"]["path"]).status_code for each in ended.values() if each.get("receipt")]
+    finally:
+        load.stopped.set()
+        assert house.process is not None  # noqa: S101  # started above
+        house.process.terminate()
+        house.process.wait(120)
+    states = [str(each.get("state", "lost")) for each in ended.values()]
+    done = sum(status == 200 for status in stored)
+    failed, lost = states.count("failed"), len(states) - states.count("failed") - done
+    most = max((int(each.get("attempts", 0)) for each in ended.values()), default=0)
+    say(f"| {number} | {kills} | {hits} | {len(states)} | {done} | {failed} | {lost} | {most} |")
+    return failed + lost
+
+
+def killed(house: House) -> None:
+    """SIGKILL to the server; started again here where nobody watches it."""
+    victim = house.worker()
+    os.kill(victim, signal.SIGKILL)
+    if isinstance(house, Alone):
+        assert house.process is not None  # noqa: S101  # started before
+        house.process.wait(60)
+        house.start()
+        return
+    until(lambda: not alive(victim))
+    with suppress(psutil.NoSuchProcess, IndexError):
+        until(lambda: house.worker() != victim)
+
+
+def on_device(house: House) -> list[str]:
+    """What is on the device, as the server has written it down."""
+    try:
+        told: list[str] = json.loads((house.folder / "data" / "device.json").read_bytes())["on_device"]
+    except (OSError, ValueError, KeyError):
+        return []
+    return told
+
+
+def state_at_the_end(client: httpx.Client, job_id: str) -> dict[str, object]:
+    """How a job ended, as it is told; empty for one that is not known any more."""
+    told: dict[str, object] = {}
+
+    def over() -> bool:
+        answer = client.get(f"/jobs/{job_id}")
+        told.clear()
+        told.update(answer.json() if answer.status_code == 200 else {"state": "lost"})
+        return told["state"] not in ("queued", "running")
+
+    until(over)
+    return told
+
+
+if __name__ == "__main__":
+    main()

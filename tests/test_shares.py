@@ -1,0 +1,181 @@
+"""No caller fills what all share: the queue for the device, that of jobs, the journal. The newcomer finds room."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import House
+from fakes import PaintedSquares, until
+from squares import EngineOf
+from squares import job as small
+from test_journal import CLAIM, ENTRY, RECEIPT, WORK
+
+from stable_diffusion_server.errors import Busy, JournalUnavailable
+from stable_diffusion_server.fair_share import may_hold_more
+from stable_diffusion_server.jobs.admission import Admission
+from stable_diffusion_server.journal.book import Journal
+from stable_diffusion_server.journal.entries import Claim, State, Work
+from stable_diffusion_server.orders import Caller, Source
+
+ANN, BOB = "key ann", "key bob"
+KEYS = {"api_keys": "ann:a, bob:b, cid:c"}
+
+
+def taken_by(callers: int, room: int) -> list[int]:
+    """What each of so many callers gets who all want everything, asking in turns."""
+    held = [0] * callers
+    while any(may_hold_more(mine, room - sum(held)) for mine in held):
+        for number in range(callers):
+            if may_hold_more(held[number], room - sum(held)):
+                held[number] += 1
+    return held
+
+
+@pytest.mark.parametrize(
+    ("callers", "room", "each"), [(1, 32, 29), (1, 1000, 900), (1, 1, 1), (1, 9, 9), (2, 1000, 474), (5, 1000, 196)]
+)
+def test_who_wants_all_gets_most_and_leaves_some(callers: int, room: int, each: int) -> None:
+    """Alone nine tenths, all of a small room; together equal parts, and some is left for one who comes later."""
+    held = taken_by(callers, room)
+    assert max(held) <= each
+    assert max(held) - min(held) <= 1
+    assert sum(held) >= min(room, 0.85 * room)
+    assert may_hold_more(0, room - sum(held)) or room < 10
+
+
+def test_a_flood_leaves_room_in_the_queue_for_the_device(engine_of: EngineOf, gated: PaintedSquares) -> None:
+    """Of 32 places a flood gets 29 and is told whose share that is; another gets its place; jobs are not held up."""
+    engine = engine_of(gated, max_batch=1)
+    engine.submit(small("on the device"), owner=ANN)
+    until(lambda: engine.running == 1)
+    for number in range(29):
+        engine.submit(small(f"flood {number}"), owner=ANN)
+    with pytest.raises(Busy, match="29 of them for the key 'ann': its share of 32"):
+        engine.submit(small("one more"), owner=ANN)
+    engine.submit(small("another's"), owner=BOB)
+    engine.submit(small("an accepted job"), owner=ANN, background=True)
+    engine.check_open(BOB)
+    with pytest.raises(Busy):
+        engine.check_open(ANN)
+    assert gated.gate is not None
+    gated.gate.set()
+
+
+def test_a_flood_of_jobs_leaves_room_for_those_of_others(house_of: Callable[..., House]) -> None:
+    """Of 20 that may wait one key gets 18: 429 names its share; other keys hand theirs in."""
+    squares = PaintedSquares(gate=threading.Event())
+    house = house_of(squares, **KEYS, jobs_waiting=20, jobs_at_once=1)
+
+    def hand_in(secret: str, number: int) -> tuple[int, str]:
+        asked = {"prompt": f"a red square {number}", "width": 64, "height": 64}
+        headers = {"X-API-Key": secret, "Prefer": "respond-async"}
+        answer = house.client.post("/create_and_upload_image", json=asked, headers=headers)
+        return answer.status_code, answer.text
+
+    assert hand_in("a", 0)[0] == 202
+    until(lambda: bool(squares.batches))
+    flood = [hand_in("a", number) for number in range(1, 25)]
+    assert [status for status, _ in flood] == [202] * 18 + [429] * 6
+    assert "18 of them for the key 'ann'" in flood[-1][1]
+    assert [hand_in("b", 1)[0], hand_in("c", 1)[0]] == [202, 202]
+    assert squares.gate is not None
+    squares.gate.set()
+
+
+class Waiting:
+    """Jobs that have not ended, as many and as large as a test says."""
+
+    def __init__(self) -> None:
+        self.each: dict[str, list[int]] = {}
+
+    @property
+    def waiting(self) -> int:
+        return sum(map(len, self.each.values()))
+
+    @property
+    def bytes_held(self) -> int:
+        return sum(map(sum, self.each.values()))
+
+    def held_by(self, share: str) -> tuple[int, int]:
+        sizes = self.each.get(share, [])
+        return len(sizes), sum(sizes)
+
+
+def test_the_pictures_of_one_callers_waiting_jobs_do_not_fill_the_journal() -> None:
+    """A caller of large jobs is refused by its share of the bytes, one who comes is not; what is entering counts."""
+    waiting = Waiting()
+    admission = Admission(waiting, 1000, 100_000)
+    waiting.each[ANN] = [30_000, 30_000, 28_000]
+    with pytest.raises(Busy, match="key 'ann'"):
+        admission.check(ANN, 5_000)
+    admission.check(BOB, 5_000)
+    admission.check(ANN, 1_000)
+    entering = replace(ENTRY, id="entering", share=ANN, bytes=2_000)
+    with admission.place(entering), pytest.raises(Busy):
+        admission.check(ANN, 1_000)
+
+
+def full(path: Path, callers: dict[str, int], *, messages: bool = False) -> Journal:
+    """A small journal that is full of ended jobs of these callers, in turns, but for what the last one leaves."""
+    journal = Journal(path, 300_000)
+    journal.open()
+    number = 0
+    for name, most in callers.items():
+        for _ in range(most):
+            entry = replace(ENTRY, id=f"job-{number}", caller=Caller(name), share=f"key {name}", bytes=4_000)
+            journal.accept(entry, Work(replace(WORK.order, prompt="x" * 3_000, mask=None, image=None)))
+            ended = replace(entry, state=State.DONE, ended_at=float(number), outcome=RECEIPT)
+            journal.end(ended, "message" if messages else None)
+            number += 1
+    return journal
+
+
+@pytest.mark.parametrize("messages", [False, True])
+def test_ended_jobs_of_the_largest_holder_give_way_the_oldest_first(tmp_path: Path, messages: bool) -> None:
+    """A flood of many is taken, its own oldest go, and those of others stay, with webhooks to be told or not."""
+    journal = full(tmp_path / "journal.db", {"bob": 5, "ann": 90}, messages=messages)
+    assert len(journal.latest_of("bob", 99)) == 5, "the small holder's are all there"
+    left = [entry.id for entry in journal.latest_of("ann", 999)]
+    assert 20 < len(left) < 90
+    assert left == [f"job-{number}" for number in range(94, 94 - len(left), -1)], "the newest are there"
+    journal.accept(replace(ENTRY, id="newcomer", caller=Caller("cid"), share="key cid"), WORK)
+    assert journal.find("newcomer") is not None
+    journal.close()
+
+
+def test_answered_keys_of_one_caller_give_way_too(tmp_path: Path) -> None:
+    """Idempotency keys of requests that waited fill the journal like jobs; those being answered stay."""
+    journal = full(tmp_path / "journal.db", {"bob": 3})
+    journal.claim(replace(CLAIM, key="under way", share="key ann"), 0.0)
+    for number in range(700):
+        claim = Claim("ann", f"key-{number}", "print" * 20, "key ann")
+        journal.claim(claim, float(number))
+        journal.answer(claim, RECEIPT)
+    assert journal.claim(replace(CLAIM, key="under way", share="key ann"), 0.0) is not None
+    assert journal.claim(Claim("ann", "key-699", "print" * 20, "key ann"), 0.0) is not None
+    assert journal.claim(Claim("ann", "key-0", "print" * 20, "key ann"), 0.0) is None, "the oldest gave way"
+    assert len(journal.latest_of("bob", 9)) == 3
+    journal.close()
+
+
+def test_what_has_not_ended_never_gives_way(tmp_path: Path) -> None:
+    """Full of jobs that wait, the next one is refused, and all that were accepted are there."""
+    journal = Journal(tmp_path / "journal.db", 400_000)
+    journal.open()
+    large = Work(replace(WORK.order, image=None, mask=Source("mask_file", data=bytes(90_000))))
+    accepted: list[str] = []
+
+    def accept_many() -> None:
+        for number in range(9):
+            journal.accept(replace(ENTRY, id=f"job-{number}", share=ANN), large)
+            accepted.append(f"job-{number}")
+
+    with pytest.raises(JournalUnavailable, match="full"):
+        accept_many()
+    assert accepted
+    assert [entry.id for entry in journal.unfinished()] == accepted
+    journal.close()
