@@ -35,13 +35,15 @@ from stable_diffusion_server.engine import Engine
 from stable_diffusion_server.engine.contract import Phase
 from stable_diffusion_server.orders import Job, Task
 from stable_diffusion_server.pipelines.catalog import MODELS, REAL_MODELS, ModelFacts, with_lcm
-from stable_diffusion_server.pipelines.components import bytes_of, load_pipeline, settle
+from stable_diffusion_server.pipelines.components import load_pipeline
 from stable_diffusion_server.pipelines.conversion import quantize_parts
 from stable_diffusion_server.pipelines.embeddings import Embeddings
 from stable_diffusion_server.pipelines.flux import Flux
+from stable_diffusion_server.pipelines.footprint import bytes_of
+from stable_diffusion_server.pipelines.loader import COMPUTED_FAST
+from stable_diffusion_server.pipelines.offload import settle
 from stable_diffusion_server.pipelines.performance import LEVELS, speed_up
 from stable_diffusion_server.pipelines.placement import CONTROL, Quantization, Residency
-from stable_diffusion_server.pipelines.registry import COMPUTED_FAST
 from stable_diffusion_server.pipelines.sdxl import Sdxl
 
 PROMPT = "a red circle on a blue background"

@@ -62,7 +62,8 @@ async def _answered(settings: Settings, wanted: Mapping[str, Any]) -> httpx.Resp
     ):
         while True:
             ready = await client.get("/readyz")
-            if ready.status_code == HTTPStatus.OK:
+            # Ready but for another model: then the order itself is answered with what is wrong with its own.
+            if ready.status_code == HTTPStatus.OK or app.state.engine.phase is Phase.READY:
                 return await client.post("/make_image", json=wanted)
             if app.state.engine.phase is Phase.FAILED:
                 sentence = {"detail": " ".join(ready.json()["missing"])}

@@ -88,7 +88,7 @@ def compose(plan: Plan, image: Pixels | None = None, mask: Pixels | None = None)
     job = Job(
         task=order.task,
         model=facts.name,
-        revision=facts.revision,
+        revision=facts.revision_drawing(edges=words.canny),
         prompt=words.prompt,
         negative_prompt=words.negative_prompt,
         width=canvas.width,

@@ -10,7 +10,7 @@ from typing import TypeVar
 from uuid import NAMESPACE_OID, uuid5
 
 from stable_diffusion_server.bucket_api import object_key
-from stable_diffusion_server.errors import InvalidInput
+from stable_diffusion_server.errors import InvalidInput, WeightsUnusable
 from stable_diffusion_server.limits import Limits
 from stable_diffusion_server.orders import SEED_MAX, Fill, Fit, Format, Order, Source, Warned, digest
 from stable_diffusion_server.ownership import Ownership
@@ -32,7 +32,8 @@ class Options:
     `bumpy_redraws` is how often a picture that is too bumpy is drawn again, `None` what the model's facts say.
     `models` are the facts of the models that draw here, by name; the default one is among them, or another is. `loras`
     are the adapters that can be used, each with the digest of its present content; to look one up may read its file,
-    and raises `InvalidInput` with the reason when it cannot be used.
+    and raises `InvalidInput` with the reason when it cannot be used. `unusable`
+    are models that were asked for and cannot be loaded, by name.
     """
 
     limits: Limits
@@ -43,6 +44,7 @@ class Options:
     models: Mapping[str, ModelFacts] = field(default_factory=lambda: MODELS)
     loras: Callable[[], Mapping[str, str]] = dict
     ownership: Ownership = field(default_factory=Ownership)
+    unusable: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,9 +147,16 @@ def resolve(order: Order, options: Options, fetched: Mapping[str, bytes] | None 
 
 
 def facts_for(order: Order, options: Options) -> ModelFacts:
-    """The facts of the model that draws an order. Raises `InvalidInput` for one that is not here."""
-    default = options.default_model if options.default_model in options.models else next(iter(options.models))
-    return facts_of(order.model or default, options.models)
+    """The facts of the model that draws an order; another than the default one only where that was never asked for.
+
+    Raises `InvalidInput` for one that is not here, `WeightsUnusable` for one whose files cannot be used.
+    """
+    wanted = order.model or options.default_model
+    if wanted in options.unusable:
+        raise WeightsUnusable(f"The files of {wanted} cannot be used; /readyz and the server's log say why.")
+    if order.model is None and wanted not in options.models:
+        wanted = next(iter(options.models))
+    return facts_of(wanted, options.models)
 
 
 def _read_words(order: Order, options: Options) -> Words:
@@ -216,7 +225,7 @@ def _facts_told(order: Order, words: Words, adapters: list[tuple[str, float, str
     return {
         "task": order.task,
         "model": words.facts.name,
-        "revision": words.facts.revision,
+        "revision": words.facts.revision_drawing(edges=words.canny),
         "prompt": words.prompt,
         "negative_prompt": words.negative_prompt,
         "size": (order.width, order.height),

@@ -169,7 +169,7 @@ async def test_bumps_can_be_let_be() -> None:
     assert (await judged(Easel(BLACK, GOOD), redraws=0))[1] == ["redrawn-black"]
 
 
-def test_the_models_of_black_and_white_shapes_are_not_judged_by_bumps() -> None:
-    """A black disc on white is what their prompts ask for; real weights are judged."""
+def test_no_model_is_judged_by_bumps_unless_the_operator_asks() -> None:
+    """A black disc on white, line art and noir are what prompts ask for, embedded or real."""
     assert {facts.bumpy_redraws for facts in MODELS.values()} == {0}
-    assert {facts.bumpy_redraws for family in REAL_MODELS.values() for facts in family} == {2}
+    assert {facts.bumpy_redraws for family in REAL_MODELS.values() for facts in family} == {0}

@@ -19,8 +19,12 @@ def router(
     missing: Callable[[], list[str]],
     exposition: Callable[[], bytes],
     loaded: Callable[[], Sequence[Mapping[str, object]]] = tuple,
+    remarks: Callable[[], Sequence[str]] = tuple,
 ) -> APIRouter:
-    """The operator's doors. `missing` lists, in sentences, what keeps the server from drawing; `loaded`, its models."""
+    """The operator's doors. `missing` lists, in sentences, what keeps the server from drawing; `loaded`, its models.
+
+    `remarks` are what those do without, in sentences.
+    """
     routes = APIRouter(tags=["operate"])
 
     @routes.get("/", include_in_schema=False)
@@ -35,7 +39,8 @@ def router(
     async def readyz(request: Request) -> Response:
         reasons = await run_in_threadpool(missing)
         models = await run_in_threadpool(loaded)  # it looks through the folder of adapters
-        body = {"status": "not ready" if reasons else "ready", "missing": reasons, "models": list(models)}
+        status = "not ready" if reasons else "ready"
+        body = {"status": status, "missing": reasons, "models": list(models), "remarks": list(remarks())}
         if not _may_know(request):
             body = {**{name: [] for name in body}, "status": body["status"], "missing": [_ASK] if reasons else []}
         return JSONResponse(body, 503 if reasons else 200, {"Retry-After": "2"} if reasons else None)

@@ -52,8 +52,8 @@ def create_app(
         """What keeps the server from drawing, in sentences; what was at fault before is looked at again."""
         if faults:
             stores.open(faults)
-        reasons = [*faults.values(), *filter(None, [stores.bucket.fault(), decoder.fault()])]
-        return [*reasons, engine.reason] if engine.phase is not Phase.READY else reasons
+        reasons = [*faults.values(), *filter(None, [stores.bucket.fault(), decoder.fault()]), *loaded.missing()]
+        return [*reasons, loaded.progress() or engine.reason] if engine.phase is not Phase.READY else reasons
 
     metrics, tracing = Metrics(), Tracing(settings.otel_exporter_otlp_endpoint, __version__)
     record = DeviceRecord(settings.data_dir)
@@ -95,5 +95,5 @@ def create_app(
     add_doors(app, settings, service, jobs, stores, options)
     add_replay(app, service, stores, options, decoder.decode)
     studio = add_studio(app, settings, decoder.decode, guests, settle)
-    app.include_router(ops.router(missing, metrics.exposition, loaded.told))
+    app.include_router(ops.router(missing, metrics.exposition, loaded.told, loaded.remarks))
     return app

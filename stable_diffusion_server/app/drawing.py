@@ -25,10 +25,12 @@ from stable_diffusion_server.pipelines.catalog import (
     REAL_MODELS,
     ModelFacts,
     choose_models,
+    not_read,
     with_lcm,
     with_quantization,
 )
 from stable_diffusion_server.pipelines.lora_folder import LoraFolder
+from stable_diffusion_server.pipelines.weight_digest import WeightDigests
 from stable_diffusion_server.resolving import Options
 from stable_diffusion_server.settings import Settings
 from stable_diffusion_server.settings.surroundings import keep_compiled
@@ -47,29 +49,37 @@ class Models(Denoiser[Any, Any], Protocol):
 class Loaded:
     """The models that draw: what is known of them before, and they themselves once the engine's thread has them.
 
-    `facts` are those of the models the settings ask for; where the device cannot hold one, the facts of the one that
-    is loaded instead take their place. `fault` says why there can be no model at all, `usual` which model draws what
-    names none. `loras` is the folder of adapters.
+    `facts` are those of the models the settings ask for (`asked`) until those that were loaded take their places, with
+    the revision their files have; `unusable` says why others were not. `fault` says why there can be no model at all,
+    `usual` which model draws what names none, `progress` how far a download is, `loras` the folder of
+    adapters.
     """
 
     facts: dict[str, ModelFacts]
     fault: WeightsUnusable | None = None
     usual: str = "sdxl"
+    asked: Mapping[str, ModelFacts] = field(default_factory=dict)
     models: Models | None = None
+    unusable: dict[str, str] = field(default_factory=dict)
+    progress: Callable[[], str] = str
     loras: LoraFolder = field(default_factory=lambda: LoraFolder(None))
 
     @classmethod
     def of(cls, settings: Settings) -> Loaded:
         """What the settings ask for, by what lies in the models' folder."""
         folders = {facts.folder for candidates in REAL_MODELS.values() for facts in candidates}
-        present = [folder for folder in folders if (settings.models_dir / folder).is_dir()]
+        places = {folder: settings.models_dir / folder for folder in folders}
+        # A link that leads nowhere is a model too: it is told of, and not passed over.
+        present = [folder for folder, place in places.items() if place.is_dir() or place.is_symlink()]
+        wanted = settings.hub_models or (settings.text_to_image_model,)
         try:
-            chosen = choose_models(settings.models, present)
+            chosen = choose_models(settings.models, present, wanted)
         except WeightsUnusable as error:
             return cls(dict(MODELS), error, settings.text_to_image_model, loras=_loras_of(settings))
         lcm = with_lcm if settings.load_lcm_lora else lambda facts: facts
-        drawing = {name: with_quantization(lcm(facts), settings.quantize) for name, facts in chosen.items()}
-        return cls(drawing, usual=settings.text_to_image_model, loras=_loras_of(settings))
+        asked = {name: with_quantization(lcm(facts), settings.quantize) for name, facts in chosen.items()}
+        unread = {name: not_read(facts) for name, facts in asked.items()}
+        return cls(unread, usual=settings.text_to_image_model, asked=asked, loras=_loras_of(settings))
 
     def count_tokens(self, model: str, prompt: str) -> int:
         """Length of a prompt in a model's tokens. Raises `NotReady` until the models are loaded."""
@@ -104,6 +114,15 @@ class Loaded:
             "unusable_loras": list(self.loras.faults().values()),
         }
 
+    def missing(self) -> list[str]:
+        """What is not as it was asked for, in sentences, though others draw: the model that draws what names none."""
+        return [self.unusable[self.usual]] if self.usual in self.unusable else []
+
+    def remarks(self) -> list[str]:
+        """What the models that draw do without, and which other one cannot draw, in sentences."""
+        told = [remark for model in getattr(self.models, "loaded", ()) for remark in model.remarks]
+        return [*told, *(why for name, why in self.unusable.items() if name != self.usual)]
+
     def memory(self) -> Mapping[str, Mapping[str, int]]:
         """Bytes of memory by device and kind; nothing before the models are loaded."""
         read: Callable[[], Mapping[str, Mapping[str, int]]] = getattr(self.models, "memory", dict)
@@ -136,11 +155,17 @@ def load_models(settings: Settings, loaded: Loaded) -> Models:
     keep_compiled((settings.data_dir / "compiled").resolve())
     # Imported here, on the engine's thread: torch takes seconds, and the port should answer meanwhile.
     from stable_diffusion_server.pipelines import registry
+    from stable_diffusion_server.pipelines.hub import Hub
 
+    hub = Hub(settings.revisions(), settings.data_dir / "hub.json") if settings.models == "hub" else None
+    if hub is not None:
+        loaded.progress = lambda: hub.progress
     options = registry.LoadOptions(
-        models=loaded.facts,
+        models=loaded.asked,
         instead=MODELS if settings.models == "auto" else {},
-        hub=settings.models == "hub",
+        hub=hub,
+        digests=WeightDigests(settings.data_dir / "weights.json"),
+        mapped=settings.mmap_weights,
         loras=loaded.loras,
         controlnet_lora=settings.controlnet_lora,
         dfloat11=settings.df11_model_path,
@@ -153,6 +178,9 @@ def load_models(settings: Settings, loaded: Loaded) -> Models:
         prompt_cache_bytes=settings.prompt_cache_bytes,
     )
     models = registry.load(settings.models_dir, settings.device, settings.cpu_threads, options)
+    loaded.unusable.update(models.unusable)
+    for name in models.unusable:
+        del loaded.facts[name]
     loaded.facts.update(models.models)
     return models
 
@@ -218,6 +246,7 @@ def options_of(settings: Settings, loaded: Loaded) -> Options:
         None if settings.bumpy_redraws == "auto" else int(settings.bumpy_redraws),
         MappingProxyType(loaded.facts),
         loaded.offered_loras,
+        MappingProxyType(loaded.unusable),
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Literal
@@ -31,11 +31,12 @@ class ModelFacts:
 
     `native_pixels` is the largest area it draws well, in pixels; `floor` its smallest side. `text_tokens` is the
     length its prompt is read to, special tokens included. `revision` names these very weights: pictures of another
-    revision are other pictures. Folders are beside one another in the models' folder, and `repo` and `control_repo`
-    say where on the Hugging Face hub they come from. `bumpy_redraws` is how often a picture that is too bumpy is drawn
-    again. `rounds_steps_up` tells how a strength becomes steps.
-    `always` are adapters that belong to the model, by folder and weight. `dtype` and `cpu_dtype` name the torch type
-    of its weights on an accelerator and on the CPU, `variant` the files preferred, `denoiser` the part that takes the
+    revision are other pictures. `weights` and `control_weights` are the digests of the files that it stands for;
+    without them the loader adds what it finds (`with_weights`). Folders are beside one another in the models'
+    folder, and `repo` and `control_repo` say where on the Hugging Face hub they come from. `bumpy_redraws` is how
+    often a picture that is too bumpy is drawn again. `rounds_steps_up` tells how a strength becomes steps. `always`
+    are adapters that belong to the model, by folder and weight. `dtype` and `cpu_dtype` name the torch type of its
+    weights on an accelerator and on the CPU, `variant` the files preferred, `denoiser` the part that takes the
     steps, `quantized` the parts that are worth finer weights.
     """
 
@@ -52,8 +53,11 @@ class ModelFacts:
     schedulers: tuple[str, ...]
     takes_negative_prompt: bool
     takes_guidance: bool = True
-    bumpy_redraws: int = 2
+    bumpy_redraws: int = 0
     lowercase_prompts: bool = False
+    weights: str = ""
+    control_weights: str = ""
+    control_revision: str = ""
     rounds_steps_up: bool = False
     control_folder: str | None = None
     control_class: str = "ControlNetModel"
@@ -68,6 +72,10 @@ class ModelFacts:
     variant: str | None = None
     denoiser: str = "unet"
     quantized: tuple[str, ...] = ("unet", "control")
+
+    def revision_drawing(self, *, edges: bool) -> str:
+        """The revision of a picture: that of the weights, and of the ControlNet where it follows edges."""
+        return f"{self.revision}+edges-{self.control_revision}" if edges and self.control_revision else self.revision
 
 
 SCHEDULERS: Mapping[str, SchedulerFacts] = MappingProxyType(
@@ -91,6 +99,8 @@ _EMBEDDED_SDXL = ModelFacts(
     folder="embedded-sdxl",
     pipeline_class="StableDiffusionXLPipeline",
     revision="embedded-bcc6e75a55",
+    weights="ce32af6bf49128f14e39b8a4a0e21e4cca85f1d0d0d013bc3b78245bf70c75f5",
+    control_weights="b4c1683dfed2be1ffcea9500d626ea5d48ed081cd46dc63bbf13a92951da6c25",
     native_pixels=384 * 256,
     floor=128,
     text_tokens=77,
@@ -99,7 +109,6 @@ _EMBEDDED_SDXL = ModelFacts(
     default_scheduler="euler",
     schedulers=("euler", "euler_a", "ddim"),
     takes_negative_prompt=True,
-    bumpy_redraws=0,  # its world is of black and white shapes on purpose, which the measure takes for a fault
     control_folder="embedded-controlnet-canny-sdxl",
     control_scale=1.0,
 )
@@ -108,6 +117,8 @@ _EMBEDDED_FLUX = ModelFacts(
     folder="embedded-flux",
     pipeline_class="FluxPipeline",
     revision="embedded-e9b0776348",
+    weights="6ecec1f634fd04b9a46c542747964b8685cfe7f384eefc14166f8d0fdf38b02d",
+    control_weights="e5b9688df139a7db3252e2f16ea76c914261defe3d9f9d17dbf7e1f3e100dbe3",
     native_pixels=384 * 256,
     floor=128,
     text_tokens=32,
@@ -117,7 +128,6 @@ _EMBEDDED_FLUX = ModelFacts(
     schedulers=("flow_euler",),
     takes_negative_prompt=False,
     takes_guidance=False,
-    bumpy_redraws=0,  # as above
     lowercase_prompts=True,
     rounds_steps_up=True,
     control_folder="embedded-controlnet-canny-flux",
@@ -182,12 +192,14 @@ REAL_MODELS: Mapping[str, tuple[ModelFacts, ...]] = MappingProxyType(
 )
 
 
-def choose_models(source: Source, present: Collection[str]) -> Mapping[str, ModelFacts]:
+def choose_models(
+    source: Source, present: Collection[str], wanted: Sequence[str] = ("sdxl",)
+) -> Mapping[str, ModelFacts]:
     """The model of each family, by name.
 
-    `embedded` are those that come with the server; `local` the real ones whose folders are among `present`; `hub` the
-    real ones, from the hub where their folder is missing; `auto` the real ones that are present, else the embedded.
-    Raises `WeightsUnusable` when `local` finds none.
+    `embedded` are those that come with the server; `local` the real ones whose folders are among `present`; `hub`
+    these, and of the hub those that are `wanted` by family, folder or repository; `auto` the real ones that are
+    present, else the embedded. Raises `WeightsUnusable` when `local` finds none, or `hub` knows none of a wanted name.
     """
     if source == "embedded":
         return MODELS
@@ -195,15 +207,45 @@ def choose_models(source: Source, present: Collection[str]) -> Mapping[str, Mode
         name: next((facts for facts in candidates if facts.folder in present), None)
         for name, candidates in REAL_MODELS.items()
     }
+    here = {name: facts for name, facts in found.items() if facts is not None}
     if source == "hub":
-        return {name: facts or REAL_MODELS[name][0] for name, facts in found.items()}
+        here |= {facts.name: facts for facts in (_wanted(name, here) for name in wanted)}
+        return {name: here[name] for name in REAL_MODELS if name in here}
     if source == "auto":
         return {name: facts or MODELS[name] for name, facts in found.items()}
-    chosen = {name: facts for name, facts in found.items() if facts is not None}
-    if not chosen:
+    if not here:
         folders = ", ".join(facts.folder for candidates in REAL_MODELS.values() for facts in candidates)
         raise WeightsUnusable(f"MODELS=local was asked for, and MODELS_DIR holds none of {folders}.")
-    return chosen
+    return here
+
+
+def _wanted(name: str, here: Mapping[str, ModelFacts]) -> ModelFacts:
+    """The real model of a name: that of a family that is here, else its first one; or one by folder or repository."""
+    if name.lower() in REAL_MODELS:
+        return here.get(name.lower()) or REAL_MODELS[name.lower()][0]
+    known = [facts for candidates in REAL_MODELS.values() for facts in candidates]
+    for facts in known:
+        if name.lower() in (facts.folder.lower(), (facts.repo or "").lower()):
+            return facts
+    names = ", ".join([*REAL_MODELS, *(facts.folder for facts in known)])
+    raise WeightsUnusable(f"HUB_MODELS names {name[:100]!r}, and there are {names}.")
+
+
+def with_weights(facts: ModelFacts, weights: str, control: str) -> ModelFacts:
+    """The model as the files say that were loaded, by their digests; `control` is empty without a ControlNet.
+
+    A revision of the catalogue that stands for these very weights stays as it is.
+    """
+    return replace(
+        facts,
+        revision=facts.revision if weights == facts.weights else f"{facts.revision}-{weights[:16]}",
+        control_revision="" if control in ("", facts.control_weights) else control[:16],
+    )
+
+
+def not_read(facts: ModelFacts) -> ModelFacts:
+    """The model before its weights were read: nothing that is stored was drawn by one of this revision."""
+    return facts if facts.weights else replace(facts, revision=f"{facts.revision}-unread")
 
 
 def with_lcm(facts: ModelFacts) -> ModelFacts:

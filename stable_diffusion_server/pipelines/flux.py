@@ -21,7 +21,6 @@ from stable_diffusion_server.pipelines.catalog import (
     scheduler_of,
     steps_skipped,
 )
-from stable_diffusion_server.pipelines.components import make_scheduler, token_counter
 from stable_diffusion_server.pipelines.control import Control, transformer_residuals
 from stable_diffusion_server.pipelines.denoising import (
     Drawn,
@@ -39,6 +38,8 @@ from stable_diffusion_server.pipelines.denoising import (
 )
 from stable_diffusion_server.pipelines.embeddings import Embeddings
 from stable_diffusion_server.pipelines.previewing import Previewer
+from stable_diffusion_server.pipelines.schedulers import make_scheduler
+from stable_diffusion_server.pipelines.tokenizers import token_counter
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,8 @@ Quantize = Literal["auto", "none", "int8", "float8", "torchao-int8", "torchao-fl
 
 # Free memory is never all ours: fragmentation, the allocator's own blocks, other processes.
 USABLE = 0.9
+# With what OFFLOAD=sequential goes: accelerate moves plain tensors alone there and back.
+MOVED_BY_LAYERS = ("auto", "none")
 # The part that is no part of the pipeline: hooks that move whole parts, or single layers, pass it by.
 CONTROL = "control"
 
@@ -109,8 +111,14 @@ def place(
     """The first placement that fits into `free` bytes of the device's memory and that the settings allow.
 
     A setting other than `auto` is obeyed even where something else would do. On the CPU (`accelerated` false) weights
-    have nowhere to go to. Raises `DoesNotFit` when nothing fits, `WeightsUnusable` when OFFLOAD cannot be obeyed.
+    have nowhere to go to. Raises `DoesNotFit` when nothing fits, `WeightsUnusable` when OFFLOAD cannot be obeyed, or
+    not together with QUANTIZE.
     """
+    if offload == "sequential" and quantize not in MOVED_BY_LAYERS:
+        raise WeightsUnusable(
+            f"OFFLOAD=sequential cannot be combined with QUANTIZE={quantize}: quantized weights cannot be moved layer "
+            "by layer. Take OFFLOAD=group or OFFLOAD=model, or QUANTIZE=none."
+        )
     if not accelerated and offload not in ("auto", "none"):
         raise WeightsUnusable(f"OFFLOAD={offload} needs an accelerator: the CPU has its weights in its memory already.")
     candidates = [
@@ -136,6 +144,8 @@ def _allowed(accelerated: bool, offload: Offload, quantize: Quantize) -> list[tu
     if quantize == "auto":
         rungs = [rung for rung in _LADDER if rung[0] in residencies]
         return rungs or [(residency, Quantization.NONE) for residency in residencies]
+    if quantize not in MOVED_BY_LAYERS:
+        residencies -= {Residency.SEQUENTIAL}
     return [(residency, Quantization(quantize)) for residency in Residency if residency in residencies]
 
 

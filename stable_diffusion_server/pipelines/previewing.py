@@ -56,7 +56,9 @@ def fit(vae: Any) -> torch.Tensor:
     """
     count = _SIDE // _PATCH
     squares = torch.rand((1, 3, count, count), generator=torch.Generator("cpu").manual_seed(0))
-    picture = torch.nn.functional.interpolate(squares, scale_factor=_PATCH, mode="nearest").to(vae.device)
+    # Where weights travel, the VAE is brought to its device by the very call that encodes.
+    device = getattr(getattr(vae, "_hf_hook", None), "execution_device", None) or vae.device
+    picture = torch.nn.functional.interpolate(squares, scale_factor=_PATCH, mode="nearest").to(device)
     latents = vae.encode((2 * picture - 1).to(vae.dtype)).latent_dist.mode().float()
     colours = torch.nn.functional.adaptive_avg_pool2d(picture, latents.shape[-2:])
     known = torch.cat([latents.flatten(2)[0].T, torch.ones(latents[0, 0].numel(), 1, device=latents.device)], dim=1)

@@ -20,7 +20,6 @@ from stable_diffusion_server.pipelines.catalog import (
     scheduler_of,
     steps_skipped,
 )
-from stable_diffusion_server.pipelines.components import make_scheduler, set_timesteps, token_counter
 from stable_diffusion_server.pipelines.control import Control, check_grid, unet_residuals
 from stable_diffusion_server.pipelines.denoising import (
     Drawn,
@@ -38,6 +37,8 @@ from stable_diffusion_server.pipelines.denoising import (
 )
 from stable_diffusion_server.pipelines.embeddings import Embeddings
 from stable_diffusion_server.pipelines.previewing import Previewer
+from stable_diffusion_server.pipelines.schedulers import make_scheduler, set_timesteps
+from stable_diffusion_server.pipelines.tokenizers import token_counter
 
 
 @dataclass(frozen=True, slots=True)

@@ -75,7 +75,11 @@ class Bounds(Group):
         ),
     )
     bumpy_redraws: Literal["auto", "0", "1", "2"] = Field(
-        "auto", description="How often a picture that is too bumpy is drawn again; `auto`: as suits the model."
+        "auto",
+        description=(
+            "How often a picture that is too bumpy is drawn again, with ` detail` after its prompt and a step more: "
+            "comics and ink are taken for faults too. `auto`: as the model's facts say, never for those known here."
+        ),
     )
 
     @field_validator("extra_image_formats")

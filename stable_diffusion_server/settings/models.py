@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from stable_diffusion_server.settings.kinds import Group, Names
 
@@ -25,8 +25,23 @@ class Models(Group):
         "auto",
         description=(
             "Which weights draw: `embedded`, those that come with the server; `local`, the real ones in MODELS_DIR; "
-            "`hub`, the same, fetched from the Hugging Face hub where they are missing; `auto`, the real ones that are "
-            "in MODELS_DIR and that the device can hold, else the embedded ones."
+            "`hub`, these, and those of HUB_MODELS from the Hugging Face hub; `auto`, the real ones that are in "
+            "MODELS_DIR and that the device can hold, else the embedded ones."
+        ),
+    )
+    hub_models: Names = Field(
+        (),
+        description=(
+            "What MODELS=hub fetches where its folder is missing, by family (`sdxl`, `flux`), folder or repository, "
+            "with commas between. Empty: the family of TEXT_TO_IMAGE_MODEL. Repositories whose licence is to be "
+            "accepted need HF_TOKEN; HF_HOME is where the files go."
+        ),
+    )
+    hub_revisions: Names = Field(
+        (),
+        description=(
+            "Branch, tag or commit of repositories on the hub, as in `stabilityai/stable-diffusion-xl-base-1.0@main`, "
+            "with commas between. Of others the commit that was fetched first is kept, in DATA_DIR."
         ),
     )
     models_dir: Path = Field(
@@ -92,6 +107,13 @@ class Models(Group):
             "compiled then, where PERFORMANCE=fast."
         ),
     )
+    mmap_weights: bool = Field(
+        False,
+        description=(
+            "1 leaves weights on the CPU mapped from their files, which saves memory where several processes draw: "
+            "replace such files by renaming others over them, since writing into one ends the process. 0 copies them."
+        ),
+    )
     attention_slicing: bool = Field(False, description="1 computes attention in slices: less memory, slower.")
     vae_slicing: bool = Field(False, description="1 decodes the pictures of a batch one by one: less memory.")
     vae_tiling: bool = Field(False, description="1 decodes large pictures in tiles: less memory, faint differences.")
@@ -116,6 +138,26 @@ class Models(Group):
     def sizes_to_warm(self) -> list[tuple[int, int]]:
         """Width and height of each of WARM_SIZES, in pixels."""
         return [(int(width), int(height)) for width, _, height in (size.partition("x") for size in self.warm_sizes)]
+
+    @field_validator("hub_revisions")
+    @classmethod
+    def _repositories_at_revisions(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for entry in value:
+            if not re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}@[\w./-]{1,200}", entry):
+                raise ValueError(f"{entry!r} is not a repository and a revision, such as owner/name@main")
+        return value
+
+    @model_validator(mode="after")
+    def _placements_that_go_together(self) -> Self:
+        if self.offload == "sequential" and self.quantize not in ("auto", "none"):
+            raise ValueError(
+                f"OFFLOAD=sequential cannot be combined with QUANTIZE={self.quantize}: take OFFLOAD=group or model"
+            )
+        return self
+
+    def revisions(self) -> dict[str, str]:
+        """The revision of each repository of HUB_REVISIONS."""
+        return {repo: revision for repo, _, revision in (entry.partition("@") for entry in self.hub_revisions)}
 
     @field_validator("lora_dir", mode="before")
     @classmethod

@@ -134,7 +134,13 @@ GROUPS: dict[str, dict[str, str]] = {
         "163": "links that lead out, nowhere or in circles; folders, pipes, devices and pointers named like adapters",
         "164": "an adapter's file written over, cut short, replaced or removed while it is in use",
     },
-    "Model files and the hub": {},
+    "Model files and the hub": {
+        "165": "weight files that are pointers of git-lfs, cut short, pickles, quantized, links to nowhere, no shards",
+        "166": "parts that lack weights, or were made for another model",
+        "167": "weights replaced under their names: over a restart, while they load, written over in place",
+        "168": "a hub with gated, missing, changed repositories, without fp16 files, cut off, a full disk",
+        "169": "callers who hang up, and failures, while weights travel; placements that do not go together",
+    },
     "Marks, logs and addresses": {
         "170": "a picture is stored without a mark that a model made it",
         "171": "paths and headers of 60 KB on their way into the log",

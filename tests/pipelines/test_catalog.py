@@ -33,8 +33,9 @@ EVERY = [*MODELS.values(), *(facts for candidates in REAL_MODELS.values() for fa
         ("auto", {"FLUX.1-schnell", "something-else"}, "embedded-sdxl", "FLUX.1-schnell"),
         ("local", {"ProteusV0.2"}, "ProteusV0.2", None),
         ("local", {"FLUX.1-schnell", "ProteusV0.2"}, "ProteusV0.2", "FLUX.1-schnell"),
-        ("hub", set(), "ProteusV0.2", "FLUX.1-schnell"),
-        ("hub", {"stable-diffusion-xl-base-1.0"}, "stable-diffusion-xl-base-1.0", "FLUX.1-schnell"),
+        ("hub", set(), "ProteusV0.2", None),
+        ("hub", {"stable-diffusion-xl-base-1.0"}, "stable-diffusion-xl-base-1.0", None),
+        ("hub", {"FLUX.1-schnell"}, "ProteusV0.2", "FLUX.1-schnell"),
     ],
 )
 def test_the_source_and_the_folders_say_which_weights_draw(

@@ -21,11 +21,11 @@ from stable_diffusion_server.pipelines.components import (
     dtype_of,
     load_controlnet,
     load_pipeline,
-    make_scheduler,
-    set_timesteps,
 )
 from stable_diffusion_server.pipelines.denoising import decode, torch_errors_told
 from stable_diffusion_server.pipelines.flux import Flux
+from stable_diffusion_server.pipelines.hub import Hub
+from stable_diffusion_server.pipelines.schedulers import make_scheduler, set_timesteps
 from stable_diffusion_server.pipelines.sdxl import Sdxl
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -160,9 +160,9 @@ def test_a_hub_that_cannot_be_reached_is_told(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     for facts in (REAL_MODELS["sdxl"][0], REAL_MODELS["flux"][0]):
         with pytest.raises(WeightsUnusable, match=f"{facts.repo} cannot be had from the hub"):
-            load_pipeline(facts, tmp_path, CPU, hub=True)
+            load_pipeline(facts, tmp_path, CPU, hub=Hub())
         with pytest.raises(WeightsUnusable, match="cannot be had from the hub"):
-            load_controlnet(facts, tmp_path, CPU, hub=True)
+            load_controlnet(facts, tmp_path, CPU, hub=Hub())
         with pytest.raises(WeightsUnusable, match=f"The model {facts.name} is missing"):
             load_pipeline(facts, tmp_path, CPU)
 

@@ -13,10 +13,12 @@ import torch
 from drawing import MODELS_DIR, disc_mask, draw, job_for, outline, psnr, scene
 
 from stable_diffusion_server.errors import DoesNotFit, WeightsUnusable
-from stable_diffusion_server.pipelines import registry
+from stable_diffusion_server.pipelines import loader
 from stable_diffusion_server.pipelines.catalog import MODELS, ModelFacts, with_quantization
-from stable_diffusion_server.pipelines.components import bytes_of, load_controlnet, load_pipeline, settle
+from stable_diffusion_server.pipelines.components import load_controlnet, load_pipeline
 from stable_diffusion_server.pipelines.flux import Flux
+from stable_diffusion_server.pipelines.footprint import bytes_of
+from stable_diffusion_server.pipelines.offload import settle
 from stable_diffusion_server.pipelines.placement import Footprint, Quantize, Residency
 from stable_diffusion_server.pipelines.registry import LoadOptions, load
 from stable_diffusion_server.pipelines.sdxl import Sdxl
@@ -157,13 +159,13 @@ def test_offloading_on_the_cpu_is_refused_at_load() -> None:
 
 def test_a_model_that_does_not_fit_gives_way_to_one_that_does(monkeypatch: pytest.MonkeyPatch) -> None:
     """MODELS=auto on a machine that cannot hold the real weights: the embedded ones draw, and the facts say so."""
-    footprint = registry.footprint_of
+    footprint = loader.footprint_of
 
     def too_large(facts: ModelFacts, parts: Any, dtype: torch.dtype) -> Footprint:
         true = footprint(facts, parts, dtype)
         return replace(true, parts={"unet": 10**15}) if facts.revision == "real" else true
 
-    monkeypatch.setattr(registry, "footprint_of", too_large)
+    monkeypatch.setattr(loader, "footprint_of", too_large)
     real = replace(MODELS["flux"], revision="real")
     drawing = load(MODELS_DIR, "cpu", 1, LoadOptions(models={"flux": real}, instead=MODELS))
     assert drawing.models == {"flux": MODELS["flux"]}

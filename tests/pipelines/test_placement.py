@@ -42,7 +42,6 @@ FLUX = Footprint(
         (8, "auto", "none", "group none"),
         (28, "none", "auto", "resident int8"),
         (1, "none", "none", "resident none"),  # both told: obeyed, and the device will say so
-        (1, "sequential", "int8", "sequential int8"),
     ],
 )
 @pytest.mark.fault(52)

@@ -56,6 +56,8 @@ _LOADED = {
     "default_guidance": NUMBER,
     "loras": several(TEXT),
     "unusable_loras": several(TEXT),
+    "commit": TEXT,
+    "remarks": several(TEXT),
 }
 _TASK_STATE = {
     **dict.fromkeys(("skipped", "interrupted", "stopping_generation"), TRUTH),
@@ -159,6 +161,8 @@ SCHEMAS: dict[str, Schema] = {
     "WebuiPngInfo": thing({"info": TEXT, "items": {"type": "object"}, "parameters": {"type": "object"}}),
     "Record": thing({"key": TEXT, "source": TEXT, "record": {"type": "object"}}),
     "Health": thing({"status": TEXT}),
-    # `models` is there for callers with a key, or where no key is needed.
-    "Readiness": thing({"status": TEXT, "missing": several(TEXT)}, models=several(thing(_LOADED))),
+    # `models` and `remarks` are there for callers with a key, or where no key is needed.
+    "Readiness": thing(
+        {"status": TEXT, "missing": several(TEXT)}, models=several(thing(_LOADED)), remarks=several(TEXT)
+    ),
 }

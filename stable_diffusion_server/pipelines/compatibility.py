@@ -1,0 +1,105 @@
+"""Whether the parts of a model were made for one another, by their configurations. Knows no files and no jobs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from stable_diffusion_server.errors import WeightsUnusable
+
+
+def check_pipeline(told: str, pipeline: Any) -> None:
+    """Raise `WeightsUnusable` when a text-to-image pipeline's parts do not fit one another; `told` names its folder.
+
+    Left alone, each picture would fail in the middle, or be noise.
+    """
+    vae = pipeline.vae.config
+    if not hasattr(pipeline.vae, "quant_conv"):
+        raise WeightsUnusable(
+            f"{told}/vae holds a {type(pipeline.vae).__name__}, and an AutoencoderKL is needed to encode pictures."
+        )
+    if hasattr(pipeline, "unet"):
+        _check_unet(told, pipeline, vae.latent_channels)
+    else:
+        _check_transformer(told, pipeline, vae.latent_channels)
+    for tokenizer, encoder in (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")):
+        words, known = len(getattr(pipeline, tokenizer)), getattr(pipeline, encoder).config.vocab_size
+        if words > known:
+            raise WeightsUnusable(
+                f"{told}/{tokenizer} has {words} tokens, and {told}/{encoder} knows {known}: one of another model."
+            )
+
+
+def check_controlnet(told: str, pipeline: Any, controlnet: Any) -> None:
+    """Raise `WeightsUnusable` when a ControlNet was made for another model than `pipeline`'s."""
+    if hasattr(pipeline, "unet"):
+        names: Iterable[str] = ("in_channels", "cross_attention_dim", "block_out_channels", "addition_time_embed_dim")
+        whole = pipeline.unet.config
+    else:
+        names, whole = ("in_channels", "joint_attention_dim", "pooled_projection_dim"), pipeline.transformer.config
+    for name in names:
+        own, wanted = controlnet.config.get(name), whole.get(name)
+        if own != wanted and not (isinstance(own, list | tuple) and [*own] == [*wanted]):
+            raise WeightsUnusable(f"{told} was made for another model: its {name} is {own}, and the model's {wanted}.")
+
+
+def _check_unet(told: str, pipeline: Any, latent_channels: int) -> None:
+    config = pipeline.unet.config
+    if config.in_channels != latent_channels:
+        raise WeightsUnusable(
+            f"{told}/unet takes {config.in_channels} channels, and one that draws from text takes the VAE's "
+            f"{latent_channels}: it was made for inpainting or the like."
+        )
+    _check_equal(
+        told,
+        ("unet", "out_channels", config.out_channels, "the VAE's channels", latent_channels),
+        (
+            "unet",
+            "cross_attention_dim",
+            config.cross_attention_dim,
+            "what the text encoders give",
+            pipeline.text_encoder.config.hidden_size + pipeline.text_encoder_2.config.hidden_size,
+        ),
+        (
+            "unet",
+            "projection_class_embeddings_input_dim",
+            config.projection_class_embeddings_input_dim,
+            "what text_encoder_2 and the sizes give",
+            pipeline.text_encoder_2.config.projection_dim + 6 * config.addition_time_embed_dim,
+        ),
+    )
+    if config.time_cond_proj_dim is not None:
+        raise WeightsUnusable(f"{told}/unet was distilled with its guidance as an input, which is not given here.")
+
+
+def _check_transformer(told: str, pipeline: Any, latent_channels: int) -> None:
+    config = pipeline.transformer.config
+    # A patch packs 2 × 2 latent pixels into channels.
+    if config.in_channels != 4 * latent_channels:
+        raise WeightsUnusable(
+            f"{told}/transformer takes {config.in_channels} channels, and one that draws from text takes "
+            f"{4 * latent_channels}: it was made for filling, control or the like."
+        )
+    _check_equal(
+        told,
+        (
+            "transformer",
+            "joint_attention_dim",
+            config.joint_attention_dim,
+            "what text_encoder_2 gives",
+            pipeline.text_encoder_2.config.d_model,
+        ),
+        (
+            "transformer",
+            "pooled_projection_dim",
+            config.pooled_projection_dim,
+            "what text_encoder gives",
+            pipeline.text_encoder.config.hidden_size,
+        ),
+    )
+
+
+def _check_equal(told: str, *pairs: tuple[str, str, Any, str, Any]) -> None:
+    for part, name, own, whose, wanted in pairs:
+        if isinstance(own, int) and own != wanted:
+            raise WeightsUnusable(f"{told}/{part} has a {name} of {own}, and {whose} {wanted}: they do not fit.")

@@ -1,0 +1,287 @@
+"""Fetches models from the Hugging Face hub: only the files that are read, of a pinned revision. Knows no torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import structlog
+from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.file_download import repo_folder_name
+
+from stable_diffusion_server.errors import WeightsUnusable
+from stable_diffusion_server.pipelines.weight_files import (
+    DIFFUSERS,
+    INDEX,
+    SAFETENSORS,
+    TEXTS,
+    FileFault,
+    Part,
+    parts_of,
+)
+
+_log = structlog.get_logger(__name__)
+
+_MAIN = "main"
+# Seconds a request for a list of files may take; files themselves are taken up again by the client.
+_PATIENCE = 20.0
+
+
+@dataclass(frozen=True, slots=True)
+class Pinned:
+    """What was fetched of a repository: the commit, and the names of the files."""
+
+    commit: str
+    files: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Listed:
+    """The files of a repository at a commit: name → bytes, and name → the name of its blob in the cache."""
+
+    commit: str
+    sizes: Mapping[str, int]
+    blobs: Mapping[str, str]
+
+
+class Hub:
+    """Repositories of the hub, each fetched once into the hub's cache (HF_HOME).
+
+    `revisions` names the branch, tag or commit of a repository; of any other the commit that was fetched first is kept
+    in the file `pins`, so that a restart draws with the same weights. Progress is logged every `every` seconds. All
+    methods raise `WeightsUnusable` with a sentence that says what can be done.
+    """
+
+    def __init__(
+        self, revisions: Mapping[str, str] | None = None, pins: Path | None = None, *, every: float = 10.0
+    ) -> None:
+        self._revisions = dict(revisions or {})
+        self._file = pins
+        self._pins = _read(pins)
+        self._every = every
+        self._done: dict[str, Path | WeightsUnusable] = {}
+        self.progress = ""
+
+    def pipeline(self, repo: str, variant: str | None) -> Path:
+        """The folder of a whole pipeline: of each network one set of weight files, of `variant` if it has that."""
+
+        def choose(listed: _Listed) -> list[str]:
+            if INDEX not in listed.sizes:
+                raise FileFault(f"it holds no {INDEX}")
+            index = hf_hub_download(repo, INDEX, revision=listed.commit)
+            parts = parts_of(Path(index).parent)
+            return [INDEX, *(name for part in parts for name in _files_of(part, listed.sizes, variant))]
+
+        return self._fetched(repo, choose)
+
+    def network(self, repo: str, variant: str | None) -> Path:
+        """The folder of a single network, such as a ControlNet: its configuration and one set of weight files."""
+        return self._fetched(repo, lambda listed: ["config.json", *_weights(listed.sizes, "", DIFFUSERS, variant)])
+
+    def adapters(self, repo: str) -> Path:
+        """The folder of a repository of adapters: its safetensors files."""
+        return self._fetched(repo, lambda listed: [name for name in listed.sizes if name.endswith(SAFETENSORS)])
+
+    def commit(self, repo: str) -> str:
+        """The commit a repository was fetched at; empty where it was not asked for."""
+        return self._pins[repo].commit if repo in self._done and repo in self._pins else ""
+
+    def _fetched(self, repo: str, choose: Callable[[_Listed], Sequence[str]]) -> Path:
+        if repo not in self._done:
+            try:
+                self._done[repo] = self._fetch(repo, choose)
+            except WeightsUnusable as error:
+                self._done[repo] = error
+        done = self._done[repo]
+        if isinstance(done, WeightsUnusable):
+            raise done
+        return done
+
+    def _fetch(self, repo: str, choose: Callable[[_Listed], Sequence[str]]) -> Path:
+        asked, pin = self._revisions.get(repo), self._pins.get(repo)
+        if pin is not None and asked in (None, pin.commit) and (folder := _in_cache(repo, pin)) is not None:
+            return folder
+        revision = asked or (pin.commit if pin is not None else _MAIN)
+        try:
+            listed = _listed(repo, revision)
+        except (GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError) as error:
+            raise _refused(repo, revision, error) from error
+        except Exception as error:  # the client has a class for each of a dozen ways not to get through
+            return self._without_hub(repo, revision, error)
+        try:
+            names = list(dict.fromkeys(choose(listed)))
+            self._download(repo, listed, names)
+        except FileFault as fault:
+            raise WeightsUnusable(f"{repo} cannot be had from the hub: {fault}.") from fault
+        except WeightsUnusable:
+            raise
+        except Exception as error:  # as above
+            raise _refused(repo, revision, error) from error
+        self._pins[repo] = pin = Pinned(listed.commit, tuple(names))
+        _write(self._file, self._pins)
+        folder = _in_cache(repo, pin)
+        if folder is None:
+            raise WeightsUnusable(f"{repo} was fetched from the hub, and is not all in its cache (HF_HOME).")
+        return folder
+
+    def _without_hub(self, repo: str, revision: str, error: Exception) -> Path:
+        """What the cache holds of a repository when the hub does not answer."""
+        try:
+            folder = Path(snapshot_download(repo, revision=revision, local_files_only=True))
+        except Exception:  # whatever it is, why the hub was not reached says more
+            raise _refused(repo, revision, error) from error
+        _log.warning("the hub does not answer; what its cache holds is used", repo=repo, why=_sentence(error))
+        return folder
+
+    def _download(self, repo: str, listed: _Listed, names: Sequence[str]) -> None:
+        blobs = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repo, repo_type="model"), "blobs")
+        lacking = [name for name in names if name in listed.sizes and not (blobs / listed.blobs[name]).exists()]
+        total = sum(listed.sizes[name] for name in lacking)
+        place = next(folder for folder in (blobs, *blobs.parents) if folder.is_dir())
+        partly = _bytes_in(blobs, "*.incomplete")
+        if total - partly > (free := shutil.disk_usage(place).free):
+            raise WeightsUnusable(
+                f"{repo} takes {_gigabytes(total)}, and the disk of the hub's cache (HF_HOME) has {_gigabytes(free)} "
+                "free."
+            )
+        if not lacking:
+            snapshot_download(repo, revision=listed.commit, allow_patterns=list(names))
+            return
+        with self._told(repo, listed.commit, blobs, total):
+            snapshot_download(repo, revision=listed.commit, allow_patterns=list(names))
+
+    @contextmanager
+    def _told(self, repo: str, commit: str, blobs: Path, total: int) -> Iterator[None]:
+        """Log how far a download is, now and then, until the block ends; `progress` says it in a sentence."""
+        before, over = _bytes_in(blobs, "*"), threading.Event()
+
+        def tell() -> None:
+            while True:
+                done = min(total, max(0, _bytes_in(blobs, "*") - before))
+                self.progress = f"{repo} is being fetched from the hub: {_gigabytes(done)} of {_gigabytes(total)}."
+                _log.info("fetching from the hub", repo=repo, commit=commit, bytes=done, of=total)
+                if over.wait(self._every):
+                    return
+
+        teller = threading.Thread(target=tell, name="hub-progress", daemon=True)
+        teller.start()
+        try:
+            yield
+        finally:
+            over.set()
+            teller.join()
+            self.progress = ""
+        _log.info("fetched from the hub", repo=repo, commit=commit, bytes=total)
+
+
+def _listed(repo: str, revision: str) -> _Listed:
+    info = HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=_PATIENCE)
+    files = {file.rfilename: file for file in info.siblings or ()}
+    return _Listed(
+        commit=info.sha or revision,
+        sizes={name: file.size or 0 for name, file in files.items()},
+        blobs={
+            name: (file.lfs.sha256 if file.lfs is not None else file.blob_id) or name for name, file in files.items()
+        },
+    )
+
+
+def _files_of(part: Part, sizes: Mapping[str, int], variant: str | None) -> list[str]:
+    """The files of a part of a pipeline among those of its repository. Raises `FileFault`."""
+    texts = [
+        name
+        for name in sizes
+        if name.startswith(f"{part.name}/") and name.count("/") == 1 and name.endswith(TEXTS) and ".index." not in name
+    ]
+    return [*texts, *(_weights(sizes, f"{part.name}/", part.stem, variant) if part.has_weights else ())]
+
+
+def _weights(sizes: Mapping[str, int], folder: str, stem: str, variant: str | None) -> list[str]:
+    """One set of weight files below `folder`, of `variant` if there is one. Raises `FileFault` when there is none."""
+    for wanted in dict.fromkeys((variant, None)):
+        mark = f"\\.{re.escape(wanted)}" if wanted else ""
+        name = re.escape(folder + stem)
+        whole = re.compile(rf"{name}{mark}\.safetensors")
+        shards = re.compile(
+            rf"{name}{mark}-\d+-of-\d+\.safetensors|{name}-\d+-of-\d+{mark}\.safetensors"
+            rf"|{name}\.safetensors\.index{mark}\.json|{name}\.safetensors{mark}\.index\.json"
+        )
+        for kind in (whole, shards):
+            if found := [name for name in sizes if kind.fullmatch(name)]:
+                return found
+    raise FileFault(f"it holds no safetensors files {f'for {folder}' if folder else 'of weights'}".rstrip("/"))
+
+
+def _in_cache(repo: str, pin: Pinned) -> Path | None:
+    """The cached folder of a commit, when all of its files are there."""
+    folder = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repo, repo_type="model"), "snapshots", pin.commit)
+    return folder if pin.files and all((folder / name).is_file() for name in pin.files) else None
+
+
+def _refused(repo: str, revision: str, error: Exception) -> WeightsUnusable:
+    """Why a repository cannot be had, and what its reader can do about it."""
+    page = f"{constants.ENDPOINT}/{repo}"
+    match error:
+        case GatedRepoError():
+            why = (
+                f"it is gated. Accept its licence at {page} and set HF_TOKEN to a token of that account "
+                f"(made at {constants.ENDPOINT}/settings/tokens)"
+            )
+        case RevisionNotFoundError():
+            why = f"it has no revision {revision} (HUB_REVISIONS)"
+        case RepositoryNotFoundError():
+            why = f"there is no {page}, or it is private and HF_TOKEN is not a token that may read it"
+        case _:
+            why = _sentence(error)
+    return WeightsUnusable(f"{repo} cannot be had from the hub: {why}.")
+
+
+def _sentence(error: Exception) -> str:
+    """The client's own words, on one line, without the home folder, and not too many."""
+    words = " ".join(str(error).split()).replace(str(Path.home()), "~").rstrip(".")
+    return f"{type(error).__name__}: {words[:200]}" if words else type(error).__name__
+
+
+def _bytes_in(folder: Path, pattern: str) -> int:
+    sizes = 0
+    for file in folder.glob(pattern):
+        try:
+            sizes += file.stat().st_size
+        except OSError:  # renamed meanwhile
+            continue
+    return sizes
+
+
+def _read(file: Path | None) -> dict[str, Pinned]:
+    if file is None or not file.exists():
+        return {}
+    try:
+        read = json.loads(file.read_text())
+        return {repo: Pinned(str(pin["commit"]), tuple(map(str, pin["files"]))) for repo, pin in read.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        _log.warning("the record of what was fetched from the hub cannot be read", file=str(file), exc_info=error)
+        return {}
+
+
+def _write(file: Path | None, pins: Mapping[str, Pinned]) -> None:
+    if file is None:
+        return
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        new = file.with_suffix(".new")
+        new.write_text(json.dumps({repo: asdict(pin) for repo, pin in pins.items()}, indent=1))
+        os.replace(new, file)
+    except OSError as error:
+        _log.warning("the record of what was fetched from the hub cannot be kept", file=str(file), exc_info=error)
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:.1f} GB"

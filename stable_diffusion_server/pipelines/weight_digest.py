@@ -1,0 +1,112 @@
+"""What tells a model's weights from any others: a digest of its files, read once and remembered. Knows no models."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import structlog
+
+from stable_diffusion_server.errors import WeightsUnusable
+
+_log = structlog.get_logger(__name__)
+
+# A file that was changed so few seconds ago may be changed once more within the same tick of its clock.
+_SETTLED = 2.0
+# Reading so many bytes takes long enough to be told of.
+_LARGE = 1_000_000_000
+_KEPT = 4096
+
+
+class WeightDigests:
+    """SHA-256 of files, remembered in `file` by device, inode, size and times, so that a restart reads none again.
+
+    Whatever writes to a file changes its time of change, which no program can set. For one thread.
+    """
+
+    def __init__(self, file: Path | None = None, clock: Callable[[], float] = time.time) -> None:
+        self._file = file
+        self._clock = clock
+        self._known: dict[str, str] = _read(file)
+        self._fresh: dict[str, str] = {}
+
+    def of(self, files: Mapping[str, Path]) -> str:
+        """One digest of files by their names, 64 hexadecimal digits. Raises `WeightsUnusable` for one that is gone.
+
+        Names count, and what lies at the end of links; where that is does not.
+        """
+        lacking = [file for file in files.values() if self._remembered(_facts_of(file)) is None]
+        size = sum(file.stat().st_size for file in lacking)
+        started = time.perf_counter()
+        if size >= _LARGE:
+            _log.info("reading weights to know them by their content", files=len(lacking), bytes=size)
+        lines = [f"{name}\0{self._digest(file)}\n" for name, file in sorted(files.items())]
+        if size >= _LARGE:
+            _log.info("weights were read", bytes=size, seconds=round(time.perf_counter() - started, 1))
+        if lacking:
+            self._keep()
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+    def remembered(self, files: Mapping[str, Path]) -> str | None:
+        """The same when no file has to be read for it."""
+        try:
+            known = all(self._remembered(_facts_of(file)) is not None for file in files.values())
+        except WeightsUnusable:
+            return None
+        return self.of(files) if known else None
+
+    def _remembered(self, key: str) -> str | None:
+        return self._fresh.get(key) or self._known.get(key)
+
+    def _digest(self, file: Path) -> str:
+        key = _facts_of(file)
+        if (known := self._remembered(key)) is not None:
+            return known
+        try:
+            with file.open("rb") as source:
+                digest = hashlib.file_digest(source, "sha256").hexdigest()
+                changed = os.fstat(source.fileno()).st_ctime
+        except OSError as error:
+            raise WeightsUnusable(f"{file.parent.name}/{file.name} cannot be read ({error.strerror}).") from error
+        if _facts_of(file) != key:
+            raise WeightsUnusable(f"{file.parent.name}/{file.name} was changed while it was read; start again.")
+        self._fresh[key] = digest
+        if self._clock() - changed > _SETTLED:
+            self._known[key] = digest
+        return digest
+
+    def _keep(self) -> None:
+        if self._file is None:
+            return
+        kept = dict(list(self._known.items())[-_KEPT:])
+        try:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            new = self._file.with_suffix(".new")
+            new.write_text(json.dumps(kept, indent=0))
+            os.replace(new, self._file)
+        except OSError as error:
+            _log.warning("digests of weights cannot be kept; the next start reads them again", why=str(error))
+
+
+def _facts_of(file: Path) -> str:
+    """What changes whenever a file's content does."""
+    try:
+        facts = file.stat()
+    except OSError as error:
+        raise WeightsUnusable(f"{file.parent.name}/{file.name} cannot be read ({error.strerror}).") from error
+    return f"{facts.st_dev}:{facts.st_ino}:{facts.st_size}:{facts.st_mtime_ns}:{facts.st_ctime_ns}"
+
+
+def _read(file: Path | None) -> dict[str, str]:
+    if file is None or not file.exists():
+        return {}
+    try:
+        read = json.loads(file.read_text())
+        return {str(key): str(digest) for key, digest in read.items() if len(str(digest)) == 64}
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        _log.warning("remembered digests of weights cannot be read; the weights are", why=str(error))
+        return {}

@@ -1,0 +1,249 @@
+"""Which files the parts of a model are read from, and what is wrong with them. Knows no torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+SAFETENSORS = ".safetensors"
+# Kinds of weight files that are not read: most of them are pickles, which run whatever the file says.
+OTHER_WEIGHTS = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".msgpack", ".h5", ".gguf", ".onnx", ".onnx_data", ".pb")
+# What configurations and tokenizers are made of; a picture may depend on each of them.
+TEXTS = (".json", ".txt", ".model", ".jinja")
+INDEX = "model_index.json"
+# What the names of weight files begin with, by the library that writes them.
+DIFFUSERS, TRANSFORMERS = "diffusion_pytorch_model", "model"
+
+_HEADER_LIMIT = 100_000_000
+_POINTER = b"version https://git-lfs"
+_LEADS = (
+    (_POINTER, "is a pointer of git-lfs and not the file itself; `git lfs pull` in its folder fetches it"),
+    (b"PK\x03\x04", "is a pickle under another name; only safetensors files are read"),
+    (b"\x80\x02", "is a pickle under another name; only safetensors files are read"),
+    (b"GGUF", "is a GGUF file under another name; only safetensors files are read"),
+    (b"<!DOC", "is a web page and not weights"),
+    (b"<html", "is a web page and not weights"),
+)
+# Tensors that hold the factors of weights in fewer bits, as their makers name them.
+_FACTORS = ("scale_weight", "weight_scale", "scaled_fp8", "SCB", "absmax", "quant_map", "qweight", "qzeros")
+_WHOLE = ("I8", "U8")
+
+
+class FileFault(Exception):
+    """A file is not what it has to be: the message names it and says why, without a full stop."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A part of a model as its index lists it: from which library and class, and how its weight files begin."""
+
+    name: str
+    library: str
+    kind: str
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether it is a network: schedulers, tokenizers and the like are texts alone."""
+        if self.library == "diffusers":
+            return self.name != "scheduler"
+        return self.name.startswith(("text_encoder", "image_encoder", "safety_checker"))
+
+    @property
+    def stem(self) -> str:
+        """What the names of its weight files begin with."""
+        return DIFFUSERS if self.library == "diffusers" else TRANSFORMERS
+
+
+@dataclass(frozen=True, slots=True)
+class WeightFiles:
+    """The files a part is read from, the index of the shards first where there is one; `variant` is how they differ."""
+
+    variant: str | None
+    files: tuple[Path, ...]
+
+
+def parts_of(folder: Path) -> list[Part]:
+    """The parts of a model's folder by its index. Raises `FileFault`."""
+    index = read_json(folder / INDEX)
+    listed = {name: value for name, value in index.items() if isinstance(value, list) and len(value) == 2}
+    parts = [Part(name, str(value[0]), str(value[1])) for name, value in listed.items() if None not in value]
+    if not parts:
+        raise FileFault(f"{INDEX} lists no parts")
+    return parts
+
+
+def weight_files(folder: Path, stem: str, variant: str | None) -> WeightFiles:
+    """The weight files of a part, those of `variant` before the plain ones. Raises `FileFault` saying what is there."""
+    for wanted in dict.fromkeys((variant, None)):
+        for name in _names(stem, wanted):
+            file = folder / name
+            if file.is_file() or file.is_symlink():
+                shards = _shards(folder, file) if name.endswith(".json") else []
+                return WeightFiles(wanted, (file, *shards))
+    raise FileFault(_what_is_there(folder, stem))
+
+
+def check_part(folder: Path, stem: str, variant: str | None) -> WeightFiles:
+    """The weight files of a part, each of them whole and of a kind that is read. Raises `FileFault`."""
+    check_texts(folder)
+    config = read_json(folder / "config.json")
+    if isinstance(quantized := config.get("quantization_config"), dict):
+        method = quantized.get("quant_method", "another program")
+        raise FileFault(
+            f"{_shown(folder)} is quantized by {method}, which is not read here; take the plain weights, and QUANTIZE"
+        )
+    if "transformers_weights" in config:
+        raise FileFault(f"{_shown(folder / 'config.json')} names a weight file of its own, which is not followed")
+    found = weight_files(folder, stem, variant)
+    for file in found.files:
+        if file.suffix == SAFETENSORS:
+            check_weights(file)
+    return found
+
+
+def check_weights(file: Path) -> None:
+    """Raise `FileFault` for a file that is no safetensors file, not all there, or of weights in fewer bits."""
+    tensors = read_header(file)
+    factors = [name for name in tensors if name.rpartition(".")[2] in _FACTORS]
+    sizes = {name: facts["data_offsets"][1] - facts["data_offsets"][0] for name, facts in tensors.items()}
+    whole = sum(size for name, size in sizes.items() if tensors[name].get("dtype") in _WHOLE)
+    if factors or 2 * whole > sum(sizes.values()) > 0:
+        told = f"{factors[0]} among them" if factors else "whole numbers"
+        raise FileFault(f"{_shown(file)} holds quantized weights ({told}), which are not read; take the plain ones")
+
+
+def read_header(file: Path) -> Mapping[str, Any]:
+    """The header of a safetensors file: name of each tensor → `dtype`, `shape`, `data_offsets`. Raises `FileFault`."""
+    size = check_there(file)
+    try:
+        with file.open("rb") as source:
+            start = source.read(len(_POINTER))
+            for lead, told in _LEADS:
+                if start.startswith(lead):
+                    raise FileFault(f"{_shown(file)} {told}")
+            length = int.from_bytes(start[:8], "little")
+            source.seek(8)
+            # A length out of bounds reads as nothing, which is no JSON.
+            header = json.loads(source.read(length if length <= min(_HEADER_LIMIT, size) else 0))
+        tensors = {name: facts for name, facts in header.items() if name != "__metadata__"}
+        end = max((int(facts["data_offsets"][1]) for facts in tensors.values()), default=0)
+    except OSError as error:
+        raise FileFault(f"{_shown(file)} cannot be read ({error.strerror})") from error
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        raise FileFault(f"{_shown(file)} is not a safetensors file, or not all of it ({size:,} bytes)") from error
+    if size < 8 + length + end:
+        raise FileFault(f"{_shown(file)} is truncated: {size:,} of {8 + length + end:,} bytes are there")
+    return tensors
+
+
+def check_there(file: Path) -> int:
+    """The size of a file in bytes, wherever links lead to it. Raises `FileFault` where there is none, or nothing."""
+    try:
+        size = file.stat().st_size
+    except OSError as error:
+        leads = "is a link that leads nowhere" if file.is_symlink() else f"cannot be read ({error.strerror})"
+        raise FileFault(f"{_shown(file)} {leads}") from error
+    if not file.is_file():
+        raise FileFault(f"{_shown(file)} is not a file")
+    if not size:
+        raise FileFault(f"{_shown(file)} is empty")
+    return size
+
+
+def check_texts(folder: Path) -> None:
+    """Raise `FileFault` for a configuration or a tokenizer's file that cannot be read, or is a pointer of git-lfs."""
+    for file in texts_in(folder):
+        check_there(file)
+        with file.open("rb") as source:
+            if source.read(len(_POINTER)) == _POINTER:
+                raise FileFault(f"{_shown(file)} {_LEADS[0][1]}")
+        if file.suffix == ".json":
+            read_json(file)
+
+
+def texts_in(folder: Path) -> Iterator[Path]:
+    """The configurations and tokenizer files of a part, sorted."""
+    if folder.is_dir():
+        yield from sorted(file for file in folder.iterdir() if file.suffix in TEXTS and not file.is_dir())
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A file's JSON object. Raises `FileFault` where there is none."""
+    check_there(file)
+    try:
+        read = json.loads(file.read_bytes())
+    except OSError as error:
+        raise FileFault(f"{_shown(file)} cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
+        raise FileFault(f"{_shown(file)} is not JSON ({error})"[:200]) from error
+    if not isinstance(read, dict):
+        raise FileFault(f"{_shown(file)} is not a JSON object")
+    return read
+
+
+def files_of(folder: Path, parts: list[Part], variant: str | None) -> dict[str, Path]:
+    """All files of a model that decide what it draws, by their names within `folder`. Raises `FileFault`.
+
+    Other variants, pictures, and notes are not among them, so that they may come and go.
+    """
+    files = [folder / INDEX]
+    for part in parts:
+        files += (
+            files_of_part(folder / part.name, part.stem, variant) if part.has_weights else texts_in(folder / part.name)
+        )
+    return {file.relative_to(folder).as_posix(): file for file in files}
+
+
+def files_of_part(folder: Path, stem: str, variant: str | None) -> list[Path]:
+    """The configuration and the weight files of one network. Raises `FileFault`."""
+    weights = weight_files(folder, stem, variant).files
+    texts = (file for file in texts_in(folder) if ".index." not in file.name)  # the one in use is among the weights
+    return [*texts, *weights]
+
+
+def _names(stem: str, variant: str | None) -> tuple[str, ...]:
+    """How the weights of a variant may be stored: in one file, or as shards with an index."""
+    shards: tuple[str, ...]
+    if variant is None:
+        whole, shards = f"{stem}{SAFETENSORS}", (f"{stem}{SAFETENSORS}.index.json",)
+    else:
+        whole = f"{stem}.{variant}{SAFETENSORS}"
+        shards = f"{stem}{SAFETENSORS}.index.{variant}.json", f"{stem}{SAFETENSORS}.{variant}.index.json"
+    # Where both are there, diffusers reads the shards and transformers the one file.
+    return (*shards, whole) if stem == DIFFUSERS else (whole, *shards[:1])
+
+
+def _shards(folder: Path, index: Path) -> list[Path]:
+    """The shards an index lists, all of them there. Raises `FileFault`."""
+    listed = read_json(index).get("weight_map")
+    if not isinstance(listed, dict) or not listed:
+        raise FileFault(f"{_shown(index)} lists no files")
+    names = sorted({str(name) for name in listed.values()})
+    for name in names:
+        if Path(name).name != name or not name.endswith(SAFETENSORS):
+            raise FileFault(f"{_shown(index)} lists {name[:100]!r}, which is no safetensors file beside it")
+        if not (folder / name).exists():
+            leads = "is a link that leads nowhere" if (folder / name).is_symlink() else "is missing"
+            raise FileFault(f"{_shown(folder / name)} {leads}; {index.name} lists {len(names)} files")
+    return [folder / name for name in names]
+
+
+def _what_is_there(folder: Path, stem: str) -> str:
+    """Why a folder has none of the weight files that are looked for, as far as its names tell."""
+    wanted = f"{stem}{SAFETENSORS}"
+    if not folder.is_dir():
+        return f"{_shown(folder)} {'is a link that leads nowhere' if folder.is_symlink() else 'is missing'}"
+    names = sorted(file.name for file in folder.iterdir())
+    if other := [name for name in names if name.endswith(SAFETENSORS)]:
+        return f"{_shown(folder)} holds {other[0]}, and {wanted} is looked for"
+    if other := [name for name in names if name.endswith(OTHER_WEIGHTS)]:
+        return f"{_shown(folder)} holds {other[0]}, and only safetensors files are read ({wanted})"
+    return f"{_shown(folder)} holds no weights ({wanted} is looked for)"
+
+
+def _shown(file: Path) -> str:
+    """The last two names of a path: enough to find the file, and nothing of the machine."""
+    return f"{file.parent.name}/{file.name}"

@@ -1,0 +1,144 @@
+"""A small Hugging Face hub on 127.0.0.1 for `huggingface_hub` itself: repositories, commits, gates, ranges, cuts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import urllib.parse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import pytest
+
+
+@dataclass
+class HubServer:
+    """What it holds and what it was asked: `repositories` by name are files by name, those of `main` at `commits`.
+
+    Repositories in `gated` want a token; the first answer for a name in `cut` ends in the middle.
+    """
+
+    url: str = ""
+    repositories: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    gated: set[str] = field(default_factory=set)
+    cut: set[str] = field(default_factory=set)
+    asked: list[str] = field(default_factory=list)
+
+    def add(self, repo: str, folder: Path, *, mark: str = "") -> None:
+        """Take a folder's files; safetensors files with `mark` in their names."""
+        self.repositories[repo] = {
+            file.relative_to(folder).as_posix().replace(".safetensors", f"{mark}.safetensors"): file.read_bytes()
+            for file in sorted(folder.rglob("*"))
+            if file.is_file()
+        }
+
+    def commit(self, repo: str) -> str:
+        """The commit `main` is at: it changes with the files."""
+        parts = [name.encode() + data for name, data in sorted(self.repositories[repo].items())]
+        return hashlib.sha1(b"\0".join(parts), usedforsecurity=False).hexdigest()
+
+
+def answer(hub: HubServer, method: str, path: str, headers: Any) -> tuple[int, dict[str, str], bytes]:
+    """Status, headers and body of one request."""
+    parts = [urllib.parse.unquote(part) for part in urllib.parse.urlsplit(path).path.strip("/").split("/")]
+    repo = "/".join(parts[2:4] if parts[:2] == ["api", "models"] else parts[:2])
+    files = hub.repositories.get(repo)
+    if files is None:
+        return 404, {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"}, b""
+    revision = next(
+        (parts[n + 1] for n, part in enumerate(parts[:-1]) if part in ("revision", "resolve", "tree")), "main"
+    )
+    if revision not in ("main", hub.commit(repo)):
+        return 404, {"X-Error-Code": "RevisionNotFound", "X-Error-Message": "Revision not found"}, b""
+    if parts[:2] == ["api", "models"]:
+        listed = [
+            {
+                "rfilename": name,
+                "size": len(data),
+                "blobId": _etag(data),
+                "type": "file",
+                "path": name,
+                "oid": _etag(data),
+            }
+            for name, data in files.items()
+        ]
+        if "tree" in parts:
+            return 200, {}, json.dumps(listed).encode()
+        info = {"id": repo, "modelId": repo, "sha": hub.commit(repo), "private": False, "siblings": listed, "tags": []}
+        return 200, {}, json.dumps(info).encode()
+    if repo in hub.gated and not headers.get("Authorization"):
+        message = f"Access to model {repo} is restricted."
+        return 401, {"X-Error-Code": "GatedRepo", "X-Error-Message": message}, b""
+    data = files.get("/".join(parts[4:]))
+    if data is None:
+        return 404, {"X-Error-Code": "EntryNotFound", "X-Error-Message": "Entry not found"}, b""
+    given = {"ETag": f'"{_etag(data)}"', "X-Repo-Commit": hub.commit(repo), "Accept-Ranges": "bytes"}
+    given |= {"X-Linked-Size": str(len(data)), "X-Linked-Etag": f'"{_etag(data)}"'}
+    start = int(headers["Range"].split("=")[1].split("-")[0]) if headers.get("Range") and method == "GET" else 0
+    if start:
+        given["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
+    return (206 if start else 200), given, data[start:]
+
+
+def _etag(data: bytes) -> str:
+    return hashlib.sha1(data, usedforsecurity=False).hexdigest()
+
+
+@contextmanager
+def serve(hub: HubServer) -> Iterator[HubServer]:
+    """Listen on a free port of 127.0.0.1 until the block ends."""
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *arguments: object) -> None:
+            """Keep the console clean."""
+
+        def do_GET(self) -> None:
+            if self.command == "GET":
+                hub.asked.append(self.path)
+            status, headers, body = answer(hub, self.command, self.path, self.headers)
+            self.send_response(status)
+            for name, value in {"Content-Length": str(len(body)), **headers}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            if self.command == "HEAD":
+                return
+            name = self.path.rsplit("/", 1)[-1]
+            if name in hub.cut and status == 200 and "/resolve/" in self.path:
+                hub.cut.discard(name)
+                self.wfile.write(body[: len(body) // 2])
+                self.close_connection = True
+                return
+            self.wfile.write(body)
+
+        do_HEAD = do_GET  # noqa: N815  # the name http.server looks for
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.daemon_threads = True
+        hub.url = f"http://127.0.0.1:{server.server_port}"
+        thread = Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        yield hub
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def hub_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """A hub the client of this process asks, with an empty cache and no token."""
+    with serve(HubServer()) as hub:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+        template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub-cache"))
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "no-token"))
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        yield hub
