@@ -82,6 +82,7 @@ class Registry:
         self._caches = dict(caches or {})
         self._graphs = tuple(graphs)
         self._offloaded = dict(offloaded or {})
+        self._present = ""
         self._threads = torch.get_num_threads()
         self.resident = all(model.residency == Residency.RESIDENT for model in loaded)
 
@@ -103,6 +104,10 @@ class Registry:
 
     def _only(self, model: str, *parts: str) -> AbstractContextManager[None]:
         """A block that has these parts of a model alone on the device, where its weights travel."""
+        for name, other in self._offloaded.items():
+            if name != model and self._present != model:
+                other.release()
+        self._present = model
         offloaded = self._offloaded.get(model)
         return nullcontext() if offloaded is None else offloaded.only(*parts)
 
