@@ -246,7 +246,7 @@ def options_of(settings: Settings, loaded: Loaded) -> Options:
         None if settings.bumpy_redraws == "auto" else int(settings.bumpy_redraws),
         MappingProxyType(loaded.facts),
         loaded.offered_loras,
-        MappingProxyType(loaded.unusable),
+        unusable=MappingProxyType(loaded.unusable),
     )
 
 
