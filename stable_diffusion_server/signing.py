@@ -35,7 +35,7 @@ class ServerSecret:
         if self._value:
             return
         try:
-            if self._file.exists() and (fault := self._fault()):
+            if (self._file.exists() or self._file.is_symlink()) and (fault := self._fault()):
                 set_aside(self._file, fault)
             if not self._file.exists():
                 part = self._file.with_suffix(f".{uuid4().hex}.part")
@@ -69,7 +69,7 @@ class ServerSecret:
         """What is wrong with the file, in a few words; empty where nothing is."""
         try:
             return "" if len(self._file.read_bytes()) >= _SECRET_BYTES else "it is cut short"
-        except (IsADirectoryError, PermissionError) as error:
+        except OSError as error:  # a folder, a link to nothing, another user's
             return str(error.strerror)
 
 

@@ -91,6 +91,7 @@ def test_every_column_is_among_those_that_are_damaged() -> None:
     assert len(columns()) >= 30
 
 
+@pytest.mark.fault(152)
 @pytest.mark.parametrize(("table", "column"), columns())
 def test_a_damaged_row_holds_up_no_other(tmp_path: Path, table: str, column: str) -> None:
     """Any value in any column: the journal opens, whole jobs are given out, and the damaged one is told or ends."""
@@ -126,6 +127,7 @@ def test_a_damaged_row_holds_up_no_other(tmp_path: Path, table: str, column: str
         journal.close()
 
 
+@pytest.mark.fault(152)
 @pytest.mark.parametrize(
     "change",
     [
@@ -189,6 +191,7 @@ def damaged(path: Path, how: str) -> None:
             path.symlink_to(path.parent / "nowhere")
 
 
+@pytest.mark.fault(153)
 @pytest.mark.parametrize("how", ["garbage", "empty", "folder", "cut", "another program's", "a link to nothing"])
 @pytest.mark.parametrize("name", FILES)
 def test_a_damaged_file_holds_up_nothing(house_of: Callable[..., House], tmp_path: Path, name: str, how: str) -> None:
@@ -208,6 +211,7 @@ def test_a_damaged_file_holds_up_nothing(house_of: Callable[..., House], tmp_pat
     until(lambda: len(house.client.get("/history").json()["pictures"]) >= 1)
 
 
+@pytest.mark.fault(153)
 @pytest.mark.parametrize("name", ["journal.db", "history.db"])
 def test_what_is_put_aside_is_kept_whole(house_of: Callable[..., House], tmp_path: Path, name: str) -> None:
     """Under a name that says what it is, with the log beside it, and the new one starts empty."""
@@ -220,6 +224,7 @@ def test_what_is_put_aside_is_kept_whole(house_of: Callable[..., House], tmp_pat
     assert aside.read_bytes() == noise
 
 
+@pytest.mark.fault(153)
 @pytest.mark.parametrize("part", [0.2, 0.5, 0.9])
 def test_a_journal_whose_pages_are_damaged_is_put_aside(tmp_path: Path, part: float) -> None:
     """Not only its header: noise in its midst, where a look at one row would not meet it."""
@@ -239,6 +244,7 @@ def test_a_journal_whose_pages_are_damaged_is_put_aside(tmp_path: Path, part: fl
     assert len(list(tmp_path.glob("journal.db.broken-*"))) == 1
 
 
+@pytest.mark.fault(153)
 def test_a_journal_that_is_only_out_of_reach_is_left_where_it_is(tmp_path: Path) -> None:
     """Held by another process, or in a folder that is not there: refused, and not put aside."""
     held, second = (Journal(tmp_path / "journal.db", MOST) for _ in range(2))
@@ -252,6 +258,7 @@ def test_a_journal_that_is_only_out_of_reach_is_left_where_it_is(tmp_path: Path)
     held.close()
 
 
+@pytest.mark.fault(158)
 def test_a_journal_of_the_first_version_is_taken_up(tmp_path: Path) -> None:
     """Its jobs, files, keys and messages are there, each with the share of its caller."""
     journal = kept(tmp_path / "journal.db")
@@ -276,6 +283,7 @@ def test_a_journal_of_the_first_version_is_taken_up(tmp_path: Path) -> None:
     journal.close()
 
 
+@pytest.mark.fault(152)
 @pytest.mark.parametrize("value", [None, b"\xff", "x", "[]", "{", "9" * 5000, "[" * 9000, 5])
 def test_a_damaged_entry_of_the_history_is_left_out(tmp_path: Path, value: object) -> None:
     """Of any column: the others are found, whatever is asked for."""

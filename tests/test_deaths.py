@@ -65,6 +65,7 @@ def died(folder: Path, ending: str) -> int:
     return done.returncode
 
 
+@pytest.mark.fault(159)
 @LINUX
 @pytest.mark.parametrize("watched", [True, False])
 @pytest.mark.parametrize("ending", ENDS)
@@ -81,6 +82,7 @@ def test_it_is_known_whose_doing_an_end_was(tmp_path: Path, ending: str, watched
     assert last_death(tmp_path).on_device == (), "a death is told once"
 
 
+@pytest.mark.fault(159)
 @LINUX
 def test_a_hang_and_a_kill_for_memory_are_the_servers_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both end by KILL: the watchdog knows the one, the kernel has counted the other."""
@@ -99,6 +101,7 @@ def test_a_hang_and_a_kill_for_memory_are_the_servers_own(tmp_path: Path, monkey
         assert last_death(tmp_path).cause is (Cause.OWN if told_by_it else Cause.OUTSIDE)
 
 
+@pytest.mark.fault(153)
 @pytest.mark.parametrize("name", [deaths.DEVICE, deaths.DEATH, deaths.CRASH])
 @pytest.mark.parametrize("damage", ["garbage", "empty", "folder", "other JSON", "deep", "cut"])
 def test_damaged_records_of_a_death_hold_up_nothing(tmp_path: Path, name: str, damage: str) -> None:
@@ -125,6 +128,7 @@ def entry(name: str, state: State = State.QUEUED, deaths: int = 0) -> Entry:
     return Entry(name, Caller("ann"), 0.0, state, deaths=deaths)
 
 
+@pytest.mark.fault(150, 151)
 def test_only_what_was_on_the_device_is_blamed_and_only_alone_when_suspected() -> None:
     """A death from outside counts apart; one of its own makes suspects; a suspect with company proves nothing."""
     jobs = [entry("a", State.RUNNING), entry("b", State.RUNNING), entry("c"), entry("d", State.RUNNING, deaths=1)]
@@ -154,6 +158,7 @@ def ended(server: Server, ids: list[str], seconds: float = 120) -> list[dict[str
     return [job(server, job_id) for job_id in ids]
 
 
+@pytest.mark.fault(151)
 @LINUX
 @pytest.mark.parametrize("how", ["segfault", "abort", "exits", "hangs"])
 def test_a_job_that_ends_the_server_is_failed_and_its_neighbours_are_drawn(tmp_path: Path, how: str) -> None:
@@ -175,6 +180,7 @@ def test_a_job_that_ends_the_server_is_failed_and_its_neighbours_are_drawn(tmp_p
         server.stop()
 
 
+@pytest.mark.fault(151)
 @LINUX
 def test_a_crash_is_known_for_one_without_a_watchdog_too(tmp_path: Path) -> None:
     """An outer loop starts the server again and knows nothing of it: the traceback it left tells that it crashed."""
@@ -203,6 +209,7 @@ def ended_or_dead(server: Server, ids: list[str]) -> list[dict[str, Any]] | None
     return None
 
 
+@pytest.mark.fault(150)
 @LINUX
 @pytest.mark.parametrize("watched", [True, False])
 def test_killing_the_server_again_and_again_fails_no_job(tmp_path: Path, watched: bool) -> None:

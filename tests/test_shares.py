@@ -35,6 +35,7 @@ def taken_by(callers: int, room: int) -> list[int]:
     return held
 
 
+@pytest.mark.fault(154, 156)
 @pytest.mark.parametrize(
     ("callers", "room", "each"), [(1, 32, 29), (1, 1000, 900), (1, 1, 1), (1, 9, 9), (2, 1000, 474), (5, 1000, 196)]
 )
@@ -47,6 +48,7 @@ def test_who_wants_all_gets_most_and_leaves_some(callers: int, room: int, each: 
     assert may_hold_more(0, room - sum(held)) or room < 10
 
 
+@pytest.mark.fault(156)
 def test_a_flood_leaves_room_in_the_queue_for_the_device(engine_of: EngineOf, gated: PaintedSquares) -> None:
     """Of 32 places a flood gets 29 and is told whose share that is; another gets its place; jobs are not held up."""
     engine = engine_of(gated, max_batch=1)
@@ -65,6 +67,7 @@ def test_a_flood_leaves_room_in_the_queue_for_the_device(engine_of: EngineOf, ga
     gated.gate.set()
 
 
+@pytest.mark.fault(156)
 def test_a_flood_of_jobs_leaves_room_for_those_of_others(house_of: Callable[..., House]) -> None:
     """Of 20 that may wait one key gets 18: 429 names its share; other keys hand theirs in."""
     squares = PaintedSquares(gate=threading.Event())
@@ -105,6 +108,7 @@ class Waiting:
         return len(sizes), sum(sizes)
 
 
+@pytest.mark.fault(154)
 def test_the_pictures_of_one_callers_waiting_jobs_do_not_fill_the_journal() -> None:
     """A caller of large jobs is refused by its share of the bytes, one who comes is not; what is entering counts."""
     waiting = Waiting()
@@ -134,6 +138,7 @@ def full(path: Path, callers: dict[str, int], *, messages: bool = False) -> Jour
     return journal
 
 
+@pytest.mark.fault(154)
 @pytest.mark.parametrize("messages", [False, True])
 def test_ended_jobs_of_the_largest_holder_give_way_the_oldest_first(tmp_path: Path, messages: bool) -> None:
     """A flood of many is taken, its own oldest go, and those of others stay, with webhooks to be told or not."""
@@ -147,6 +152,7 @@ def test_ended_jobs_of_the_largest_holder_give_way_the_oldest_first(tmp_path: Pa
     journal.close()
 
 
+@pytest.mark.fault(154)
 def test_answered_keys_of_one_caller_give_way_too(tmp_path: Path) -> None:
     """Idempotency keys of requests that waited fill the journal like jobs; those being answered stay."""
     journal = full(tmp_path / "journal.db", {"bob": 3})
@@ -162,6 +168,7 @@ def test_answered_keys_of_one_caller_give_way_too(tmp_path: Path) -> None:
     journal.close()
 
 
+@pytest.mark.fault(154)
 def test_what_has_not_ended_never_gives_way(tmp_path: Path) -> None:
     """Full of jobs that wait, the next one is refused, and all that were accepted are there."""
     journal = Journal(tmp_path / "journal.db", 400_000)

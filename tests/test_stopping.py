@@ -27,6 +27,7 @@ def started(folder: Path, name: str) -> Server:
     return start_server(folder, port, *command, PORT=str(port), MODELS="embedded", OMP_NUM_THREADS="1")
 
 
+@pytest.mark.fault(157)
 @pytest.mark.parametrize("name", ["painted", "serve", "uvicorn"])
 def test_who_comes_while_the_server_stops_is_answered(tmp_path: Path, name: str) -> None:
     """Orders are refused with Retry-After, health and jobs are told, on new and on kept connections, until it ends."""
@@ -60,6 +61,7 @@ def test_who_comes_while_the_server_stops_is_answered(tmp_path: Path, name: str)
             server.process.kill()
 
 
+@pytest.mark.fault(157)
 def test_a_crowd_that_asks_all_the_while_is_answered_or_refused_as_a_whole(tmp_path: Path) -> None:
     """Eight clients ask over fresh connections from before the signal to the end: no answer breaks off."""
     server = started(tmp_path, "painted")

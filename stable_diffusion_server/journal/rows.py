@@ -21,6 +21,7 @@ COLUMNS = (
 _DAMAGED = Problem.of(ServerError("What was written down of this job is damaged; ask again."))
 # The latest time that is taken for one, in the year 5138.
 _LATEST = 1e11
+_ENDED = tuple(state for state in State if state.ended)
 _MOST_COUNTED = 2**31
 
 
@@ -70,7 +71,9 @@ def told_entry_of(row: tuple[Any, ...], now: float) -> Entry:
     except DamagedRow as damage:
         job_id, caller, prefix = (str(value) for value in row[:3])
         _log.error("what was written down of a job is damaged", job_id=job_id, column=str(damage))
-        accepted_at, ended_at = (value if _is_time(value) else now for value in (row[4], row[7]))
+        accepted_at = row[4] if _is_time(row[4]) else now
+        # It ends now, unless it had ended: what is told of it is to be there for a while.
+        ended_at = row[7] if _is_time(row[7]) and row[3] in _ENDED else now
         share = row[11] if isinstance(row[11], str) else ""
         return Entry(
             job_id,
