@@ -1,8 +1,9 @@
 """Kills a working server again and again, and tells what became of every job it had accepted.
 
-    python benchmarks/kill_drill.py [--kills 30] [--rounds 5] [--without-watchdog]
+    python benchmarks/kill_drill.py [--kills 30] [--rounds 5] [--without-watchdog] [--painted]
 
-The real server with the embedded models, under its watchdog, or started again by this program alone, as a restart loop
+The real server with the embedded models (with --painted, painted squares of a second each, which start in no time),
+under its watchdog, or started again by this program alone, as a restart loop
 would. Jobs come all the while; each kill is SIGKILL to the process that draws, at a random moment within two seconds of
 a picture being on the device. Ends with status 1 when a job was lost, or failed. Needs Linux.
 """
@@ -65,16 +66,23 @@ class Load:
                     self.refused += 1
 
 
-class Alone(House):
-    """A house whose servers nobody watches."""
+@dataclass
+class Drilled(House):
+    """A house whose servers are watched or not, and draw with the embedded models or paint."""
+
+    watched: bool = True
+    painted: bool = False
 
     def start(self) -> None:
-        """Start the server itself; does not wait."""
+        """Start the server; does not wait."""
         environment = {"PYTHONPATH": str(ROOT), "PORT": str(self.port), "PATH": os.environ["PATH"]}
         environment |= {"MODELS": "embedded", "OMP_NUM_THREADS": "1", "LOG_LEVEL": "error", "HOME": str(self.folder)}
+        serve = [sys.executable, "-m", "stable_diffusion_server", "serve"]
+        painted = [sys.executable, str(ROOT / "tests" / "painted_server.py"), "0.1"]
+        watchdog = [sys.executable, "-m", "stable_diffusion_server.watchdog", "--"] if self.watched else []
         with (self.folder / "log").open("ab") as log:
-            self.process = subprocess.Popen(  # our own server
-                [sys.executable, "-m", "stable_diffusion_server", "serve"],
+            self.process = subprocess.Popen(  # noqa: S603  # our own server
+                [*watchdog, *(painted if self.painted else serve)],
                 cwd=self.folder,
                 env=environment,
                 stdout=log,
@@ -85,7 +93,7 @@ class Alone(House):
     def worker(self) -> int:
         """The server itself."""
         assert self.process is not None  # noqa: S101  # started before
-        return self.process.pid
+        return super().worker() if self.watched else self.process.pid
 
 
 def main() -> None:
@@ -94,22 +102,25 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--without-watchdog", action="store_true")
+    parser.add_argument("--painted", action="store_true")
     given = parser.parse_args()
-    say(f"{machine()}. {'No watchdog' if given.without_watchdog else 'Under the watchdog'}.\n")
-    columns = "round, kills, with a picture on the device, accepted, done, failed, lost, most attempts of one".split(
-        ", "
-    )
+    how = f"{'no watchdog' if given.without_watchdog else 'under the watchdog'}{', painted' * given.painted}"
+    say(f"{machine()}; {how}.\n")
+    columns = [
+        *("round", "kills", "with a picture on the device", "accepted", "done", "failed", "lost"),
+        "most attempts of one",
+    ]
     say(f"| {' | '.join(columns)} |")
     say(f"|{' --- |' * len(columns)}")
     bad = 0
     for number in range(given.rounds):
         with tempfile.TemporaryDirectory() as folder:
-            house = Alone(Path(folder)) if given.without_watchdog else House(Path(folder))
+            house = Drilled(Path(folder), watched=not given.without_watchdog, painted=given.painted)
             bad += drilled(number + 1, house, given.kills)
     raise SystemExit(bool(bad))
 
 
-def drilled(number: int, house: House, kills: int) -> int:
+def drilled(number: int, house: Drilled, kills: int) -> int:
     """One round: how many jobs failed or were lost."""
     chance, hits = random.Random(number), 0  # noqa: S311  # moments for kills
     house.start()
@@ -142,11 +153,11 @@ def drilled(number: int, house: House, kills: int) -> int:
     return failed + lost
 
 
-def killed(house: House) -> None:
+def killed(house: Drilled) -> None:
     """SIGKILL to the server; started again here where nobody watches it."""
     victim = house.worker()
     os.kill(victim, signal.SIGKILL)
-    if isinstance(house, Alone):
+    if not house.watched:
         assert house.process is not None  # noqa: S101  # started before
         house.process.wait(60)
         house.start()
@@ -156,7 +167,7 @@ def killed(house: House) -> None:
         until(lambda: house.worker() != victim)
 
 
-def on_device(house: House) -> list[str]:
+def on_device(house: Drilled) -> list[str]:
     """What is on the device, as the server has written it down."""
     try:
         told: list[str] = json.loads((house.folder / "data" / "device.json").read_bytes())["on_device"]
