@@ -14,7 +14,8 @@ from pydantic import SecretStr
 
 from stable_diffusion_server.buckets.gcs.bucket import GCSBucket, GCSOptions
 from stable_diffusion_server.buckets.local import LocalBucket
-from stable_diffusion_server.buckets.s3.bucket import S3Bucket, S3Options
+from stable_diffusion_server.buckets.s3.bucket import S3Bucket
+from stable_diffusion_server.buckets.s3.client import S3Options
 from stable_diffusion_server.errors import InvalidInput, ServerError, StorageUnavailable
 from stable_diffusion_server.orders import Stored
 from stable_diffusion_server.picture_formats import ALWAYS, EXTRA, begins_like

@@ -37,6 +37,7 @@ def main(arguments: list[str] | None = None) -> None:
     commands.add_parser(
         "check-storage", help="try everything the server does with the bucket of the settings, one line each"
     )
+    _add_spool(commands)
     commands.add_parser("settings", help="print every setting with its default and meaning")
     commands.add_parser("api", help="print the doors with their parameters and answers, as in docs/api.md")
     given = parser.parse_args(arguments)
@@ -63,6 +64,8 @@ def _run(settings: Settings, given: argparse.Namespace) -> None:
             commands.list_models(settings)
         case "check-storage":
             commands.check_storage(settings)
+        case "spool":
+            commands.tend_dead_letters(settings.data_dir, given.action, given.ids)
 
 
 def _add_draw(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -76,6 +79,12 @@ def _add_draw(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     parser.add_argument("--steps", type=int, dest="num_inference_steps", help="denoising steps")
     parser.add_argument("--guidance", type=float, dest="guidance_scale", help="guidance scale")
     parser.add_argument("--negative-prompt", help="what not to draw")
+
+
+def _add_spool(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("spool", help="list, retry or drop the pictures that the storage refused for good")
+    parser.add_argument("action", choices=("list", "retry", "drop"))
+    parser.add_argument("ids", nargs="*", metavar="ID", help="as listed, or `all`; not for list")
 
 
 def describe_api() -> str:

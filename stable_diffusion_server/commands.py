@@ -21,6 +21,7 @@ from stable_diffusion_server.errors import StorageUnavailable
 from stable_diffusion_server.pipelines.catalog import REAL_MODELS
 from stable_diffusion_server.settings import Settings
 from stable_diffusion_server.settings.surroundings import keep_compiled
+from stable_diffusion_server.spool.dead_letters import DeadLetters
 
 FORMATS = {".webp": "webp", ".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg"}
 _LOOK_EVERY = 0.1
@@ -100,6 +101,31 @@ def check_storage(settings: Settings) -> None:
         sys.stdout.write(f"  ok    {tried}\n" if fault is None else f"  FAIL  {tried}: {fault}\n")
         faults += fault is not None
     sys.exit(1 if faults else 0)
+
+
+def tend_dead_letters(data_dir: Path, action: str, ids: list[str]) -> None:
+    """List the pictures that the storage refused for good, have them brought again, or remove them; a server may run.
+
+    Exits with 2 for an id that is not there, and with 1 when one of them cannot be moved.
+    """
+    letters = DeadLetters(data_dir / "dead-letters", sys.maxsize)
+    found = {letter.id: letter for letter in letters.listed()}
+    if action == "list":
+        for letter in found.values():
+            sys.stdout.write(f"{letter.id}  {letter.size} bytes  {letter.key!r}  {letter.reason}\n")
+        return
+    wanted = list(found) if ids == ["all"] else ids
+    if not wanted or set(wanted) - set(found):
+        _end(2, f"Give ids as `spool list` tells them, or `all`; there is no {' '.join(set(wanted) - set(found))}.")
+    act, failed = {"retry": letters.retry, "drop": letters.drop}[action], 0
+    for name in wanted:
+        try:
+            act(found[name])
+            sys.stdout.write(f"  ok    {action} {name}\n")
+        except (OSError, ValueError) as error:
+            failed += 1
+            sys.stdout.write(f"  FAIL  {action} {name}: {error.strerror if isinstance(error, OSError) else error}\n")
+    sys.exit(1 if failed else 0)
 
 
 def _fetched(url: str) -> bytes:

@@ -199,6 +199,18 @@ class StorageUnavailable(ServerError):
     retry_can_help = True
 
 
+class NameBusy(StorageUnavailable):
+    """The bucket did not take an object because others write its name right now; other names are not concerned."""
+
+
+class StorageRefused(ServerError):
+    """The bucket takes objects, but not this one, for a reason that is not the caller's: it would refuse it again."""
+
+    status = 502
+    kind = "storage-refused"
+    title = "The storage refused this picture"
+
+
 class DeadlineExceeded(ServerError):
     """The caller's `timeout` passed before the picture was stored."""
 

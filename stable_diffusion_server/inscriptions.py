@@ -21,6 +21,7 @@ _LIMITS = JsonLimits(text_bytes=_MOST_BYTES)
 _MOST_PIECES = 100_000
 # Characters of the text AUTOMATIC1111 writes, of which most is the prompt.
 _LONGEST_PARAMETERS = 100_000
+_ENDINGS = (".webp", ".png", ".jpg", ".jpeg", ".gif", ".avif")
 
 
 def read_record(file: bytes) -> dict[str, object] | None:
@@ -53,7 +54,13 @@ def is_whole(head: bytes, tail: bytes, size: int) -> bool:
         return tail.endswith(b"\xff\xd9")
     if head.startswith(b"RIFF") and head[8:12] == b"WEBP":
         return int.from_bytes(head[4:8], "little") + 8 <= size
-    return False
+    # Not made here, but someone may have put one there.
+    return head.startswith(b"GIF8") or head[4:11] == b"ftypavi"
+
+
+def claims_picture(name: str, content_type: str) -> bool:
+    """Whether an object of this name and type is to be a picture."""
+    return content_type.startswith("image/") or name.lower().endswith(_ENDINGS)
 
 
 def _text_of(file: bytes) -> str | None:

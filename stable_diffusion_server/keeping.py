@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -12,6 +13,7 @@ from typing import Any, TypeVar
 from stable_diffusion_server.bucket_api import Bucket
 from stable_diffusion_server.composing import Scene
 from stable_diffusion_server.encoding import Encoders
+from stable_diffusion_server.errors import InvalidInput, StorageRefused
 from stable_diffusion_server.history.entries import Entry
 from stable_diffusion_server.image_processing import encode
 from stable_diffusion_server.judging import DrawnPicture, Judged
@@ -47,7 +49,10 @@ class Keeping:
     async def keep(
         self, plan: Plan, scene: Scene, judged: Judged[DrawnPicture], warnings: tuple[Warned, ...], caller: Caller
     ) -> Kept:
-        """Store the picture under the plan's key. Raises `StorageUnavailable`, `InvalidInput` and `Forbidden`."""
+        """Store the picture under the plan's key.
+
+        Raises `StorageUnavailable`, `Forbidden`, and `InvalidInput` or `StorageRefused` for a name that is refused.
+        """
         started = time.perf_counter()
         inscription = inscription_of(plan, scene, judged)
         told: dict[str, Mapping[str, object]] = {"full": inscription, "digest": {"digest": plan.content}}
@@ -68,7 +73,8 @@ class Keeping:
             # Looked at again: another caller may have taken the name while this was drawn.
             self._ownership.check_overwrite(caller, await asyncio.to_thread(self._bucket.stat, plan.key))
         written = partial(write, plan.key, data, plan.file_format.content_type, record)
-        answer = await to_its_end(asyncio.to_thread(written))
+        with whose_name(plan):
+            answer = await to_its_end(asyncio.to_thread(written))
         stored, won = answer if isinstance(answer, tuple) else (answer, True)
         if won:
             self._record(entry_of(plan.key, caller.name, plan, judged.job, inscription))
@@ -78,6 +84,21 @@ class Keeping:
     def close(self) -> None:
         """Let go of the encoding threads."""
         self._encoders.close()
+
+
+@contextmanager
+def whose_name(plan: Plan) -> Iterator[None]:
+    """Blame a name that the bucket refuses on its caller, who may choose another, or on the storage if it chose none.
+
+    Raises `StorageRefused` then.
+    """
+    try:
+        yield
+    except InvalidInput as error:
+        if plan.order.save_path is not None:
+            raise
+        sentence = error.detail.removeprefix("save_path ")
+        raise StorageRefused(f"A name made by this server {sentence}") from error
 
 
 async def to_its_end(work: Coroutine[Any, Any, T]) -> T:

@@ -21,7 +21,7 @@ from stable_diffusion_server.flights import Audience, Flights, Listener, Watcher
 from stable_diffusion_server.history.entries import Entry
 from stable_diffusion_server.image_processing import Pixels
 from stable_diffusion_server.judging import DrawnPicture, Judged
-from stable_diffusion_server.keeping import Keeping
+from stable_diffusion_server.keeping import Keeping, whose_name
 from stable_diffusion_server.observability.account import Account
 from stable_diffusion_server.observability.tracing import Tracing
 from stable_diffusion_server.orders import Caller, Order, Progress, Receipt, Source, Stored, Warned
@@ -165,13 +165,19 @@ class Service:
         """The order as it can be kept and fulfilled later, and the files at its addresses, unless it is stored.
 
         A name made from the content has its random seed chosen, so that drawing it again is drawing the same. Raises
-        what `fulfil` raises before anything is drawn; waiting for addresses counts against the order's `timeout`.
+        what `fulfil` raises before anything is drawn, `StorageUnavailable` for a storage without room among it; waiting
+        for addresses counts against the order's `timeout`.
         """
         plan = await self._resolved(order)
         if order.save_path is None:
             order = replace(order, seed=plan.seed) if order.seed == "random" else order
         elif plan.key_is_known and await self._find(plan) is not None:
             return order, {}
+        try:
+            await asyncio.to_thread(self._bucket.admit)
+        except StorageUnavailable:
+            if not plan.key_is_known or await self._find(plan) is None:
+                raise
         async with within(order.timeout or self._options.limits.max_timeout):
             return order, await self._files_of(order, _NOTHING, caller)
 
@@ -269,7 +275,8 @@ class Service:
     async def _find(self, plan: Plan) -> Stored | None:
         """What is stored under the key; asked for when it is to be overwritten too, since that refuses bad names."""
         known = None if plan.order.overwrite else self._known(plan.key)
-        found = known or await asyncio.to_thread(self._bucket.stat, plan.key)
+        with whose_name(plan):
+            found = known or await asyncio.to_thread(self._bucket.stat, plan.key)
         return None if plan.order.overwrite else found
 
     async def _effort(self, plan: Plan, fetched: Mapping[str, bytes], whom: For, audience: Audience) -> _Outcome:

@@ -11,9 +11,9 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -164,6 +164,22 @@ class _Quiet(ThreadingHTTPServer):
         """Say nothing."""
 
 
+@dataclass
+class Said:
+    """What a go-between answers by itself; `after` the server did what was asked, with the server's status then."""
+
+    status: int
+    content: bytes = b""
+    headers: dict[str, str] = field(default_factory=dict)
+    after: bool = False
+
+
+def refused(code: str, status: int) -> Said:
+    """S3's way to refuse one request."""
+    content = f"<Error><Code>{code}</Code><Message>As the test asked.</Message></Error>".encode()
+    return Said(status, content, {"Content-Type": "application/xml"})
+
+
 class Rascal:
     """A go-between before a storage server that misbehaves, one request at a time, as `mischief` says.
 
@@ -171,6 +187,9 @@ class Rascal:
     `lose-answer` lets the server do what was asked, and then breaks the connection; `slow` waits until `release` is
     set; any other word is none. What is asked first gets the first word, by whichever method or by one of `only`;
     without words everything passes, but for the headers named in `drops`.
+
+    Before any word `rule` is asked with the method, the path and the headers of each request: it gives a word for it,
+    `close` (no answer at all) and `noise` (one that is no HTTP) among them, or what is said instead of the server.
     """
 
     def __init__(self, port: int) -> None:
@@ -178,6 +197,8 @@ class Rascal:
         self.requests: list[tuple[str, str, dict[str, str]]] = []
         self.drops: set[str] = set()
         self.only: set[str] = set()
+        self.rule: Callable[[str, str, Mapping[str, str]], str | Said] = lambda method, path, headers: ""
+        self.body_rule: Callable[[str, bytes], str | Said] = lambda method, body: ""
         self.release = Event()
         self._server = _Quiet(("127.0.0.1", 0), _handler(self, port))
         self.port = self._server.server_address[1]
@@ -209,7 +230,17 @@ def _handler(rascal: Rascal, port: int) -> Callable[..., BaseHTTPRequestHandler]
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             rascal.requests.append((self.command, self.path, dict(self.headers)))
             meant = not rascal.only or self.command in rascal.only
-            word = rascal.mischief.popleft() if rascal.mischief and meant else ""
+            word = rascal.rule(self.command, self.path, dict(self.headers)) or rascal.body_rule(self.command, body)
+            said, word = (word, "") if isinstance(word, Said) else (None, word)
+            if said is not None and not said.after:
+                self._answer(said.status, said.headers, said.content)
+                return
+            if word in ("close", "noise"):
+                self.wfile.write(b"\0\1 what you ask is none of my business\r\n" if word == "noise" else b"")
+                self._reset()
+                return
+            if not word and said is None:
+                word = rascal.mischief.popleft() if rascal.mischief and meant else ""
             if word in S3_REFUSALS:
                 status, code = S3_REFUSALS[word]
                 content = f"<Error><Code>{code}</Code><Message>As the test asked.</Message></Error>".encode()
@@ -223,7 +254,10 @@ def _handler(rascal: Rascal, port: int) -> Callable[..., BaseHTTPRequestHandler]
             answer = connection.getresponse()
             content = answer.read()
             connection.close()
-            if word == "lose-answer":
+            if said is not None:
+                kept = {name: value for name, value in answer.getheaders() if name.lower() not in ("etag",)}
+                self._answer(answer.status, {**kept, **said.headers}, said.content or content)
+            elif word == "lose-answer":
                 self._reset()
             elif word == "reset":
                 self._answer(answer.status, dict(answer.getheaders()), content[: len(content) // 2], len(content) or 10)

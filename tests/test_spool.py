@@ -14,6 +14,7 @@ from fakes import until
 from stable_diffusion_server.buckets.memory import MemoryBucket
 from stable_diffusion_server.errors import InvalidInput, NotFound, StorageUnavailable
 from stable_diffusion_server.orders import Stored
+from stable_diffusion_server.spool.dead_letters import DeadLetter, DeadLetters
 from stable_diffusion_server.spool.files import Spool
 from stable_diffusion_server.spool.spooling import Spooling
 
@@ -84,6 +85,10 @@ def files(folder: Path) -> list[str]:
     return sorted(path.suffix for path in (folder / "spool").iterdir())
 
 
+def letters(folder: Path) -> list[DeadLetter]:
+    return DeadLetters(folder / "dead-letters", 10**6).listed()
+
+
 def test_while_the_storage_is_up_nothing_stays_on_the_disk(
     made: Callable[..., tuple[Spooling, Switched]], tmp_path: Path
 ) -> None:
@@ -148,7 +153,8 @@ def test_a_crash_while_writing_leaves_nothing_half(
     spooled = next((tmp_path / "spool").glob("*.spool"))
     spooled.write_bytes(spooled.read_bytes()[:-1])
     made(store)
-    assert files(tmp_path) == [".part", ".refused"]
+    assert files(tmp_path) == [".part"]
+    assert [letter.path.name for letter in letters(tmp_path)] == [spooled.name]
     assert list(store.list()) == []
 
 
@@ -239,7 +245,8 @@ def test_a_picture_the_storage_refuses_for_good_is_set_aside(
     bucket, store = made(state="off")
     bucket.create("bad", b"data", "image/webp", RECORD)
     store.state = "picky"
-    until(lambda: files(tmp_path) == [".refused"])
+    until(lambda: files(tmp_path) == [])
+    assert [(letter.key, letter.told) for letter in letters(tmp_path)] == [("bad", False)]
     store.state = "on"
     assert bucket.create("good", b"data", "image/webp", RECORD)[1]
 
@@ -253,6 +260,7 @@ def test_a_refusal_for_the_callers_fault_is_not_spooled(
     with pytest.raises(InvalidInput):
         bucket.create("k", b"data", "image/webp", RECORD)
     assert files(tmp_path) == []
+    assert [(letter.key, letter.told) for letter in letters(tmp_path)] == [("k", True)]
 
 
 def test_deleting_reaches_what_waits(made: Callable[..., tuple[Spooling, Switched]]) -> None:
@@ -300,7 +308,7 @@ def test_a_write_that_lands_late_undoes_no_later_one(
     bucket, _ = made(store, patience=0.2)
     assert bucket.overwrite("k", b"old", "image/webp", RECORD).waiting
     assert bucket.overwrite("k", b"new", "image/webp", RECORD).waiting
-    until(lambda: bucket.fault() is None and "write" not in bucket._down)
+    until(lambda: bucket.fault() is None and bucket._calls.down("write") is None)
     assert bucket.create("other", b"data", "image/webp", RECORD)[1], "other names are not held up"
     assert store.stat("k") is None
     with pytest.raises(StorageUnavailable, match="busy"):
@@ -316,7 +324,7 @@ def test_a_write_that_lands_late_undoes_no_later_one(
 def test_the_figures_tell_what_waits(made: Callable[..., tuple[Spooling, Switched]]) -> None:
     """How many, how many bytes, for how long, and how often the storage failed."""
     bucket, store = made()
-    assert bucket.figures() == {"pictures": 0, "bytes": 0, "oldest_seconds": 0.0, "failures": 0}
+    assert bucket.figures() == {"pictures": 0, "bytes": 0, "oldest_seconds": 0.0, "failures": 0, "dead_letters": 0}
     store.state = "off"
     for number in range(3):
         bucket.create(f"{number}", b"data", "image/webp", RECORD)

@@ -64,6 +64,7 @@ def _show_stores(metrics: Metrics, jobs: Jobs, stores: Stores) -> None:
     metrics.show("sds_spool_pictures", "Pictures that wait for the storage", waiting("pictures"))
     metrics.show("sds_spool_bytes", "Bytes on disk of the pictures that wait", waiting("bytes"))
     metrics.show("sds_spool_oldest_seconds", "Age of the oldest picture that waits", waiting("oldest_seconds"))
+    metrics.show("sds_dead_letters", "Pictures that the storage refused for good", waiting("dead_letters"))
     metrics.show("sds_storage_failures", "Times the storage was found down", waiting("failures"), counts=True)
 
 

@@ -7,17 +7,18 @@ import hashlib
 import json
 import mimetypes
 import os
-import shutil
 import stat
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from functools import lru_cache
 from pathlib import Path
 from uuid import uuid4
 
 from filelock import FileLock
 
+from stable_diffusion_server.disk import Disk
 from stable_diffusion_server.errors import InvalidInput, NotFound, StorageUnavailable
 from stable_diffusion_server.inscriptions import is_whole
 from stable_diffusion_server.knowledge import Knowledge
@@ -30,11 +31,13 @@ _NAME_FAULTS = {
     errno.ENOTDIR: "uses a stored picture's name as a folder",
     errno.EEXIST: "uses a stored picture's name as a folder",
     errno.EISDIR: "is the name of a folder that is there already",
+    errno.ELOOP: "is in a folder that is a link to itself",
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "is in a folder that cannot be written to"),
+    **dict.fromkeys((errno.EINVAL, errno.EILSEQ), "is none that this disk can hold"),
 }
-# Below this much free disk a picture is not even begun.
-_SPARE_BYTES = 16 * 2**20
 # A file that someone removes by hand is missed after this long.
 _KNOWN_KEYS, _KNOWN_SECONDS = 10_000, 2.0
+_DIGESTS_KNOWN = 20_000
 
 
 class LocalBucket:
@@ -51,11 +54,12 @@ class LocalBucket:
         self._objects = root / "objects"
         self._records = root / "records"
         self._unfinished = root / "tmp"
+        self._disk = Disk(self._unfinished)
         self._turns = threading.Lock()
 
     def open(self) -> None:
         """Make the folders. Raises `StorageUnavailable` when they cannot be made or written to."""
-        with _told_as_ours():
+        with self._told():
             for folder in (self._objects, self._records, self._unfinished):
                 folder.mkdir(parents=True, exist_ok=True)
                 if not os.access(folder, os.W_OK):
@@ -65,21 +69,24 @@ class LocalBucket:
         """Nothing is held open."""
 
     def fault(self) -> str | None:
-        """Nothing is remembered here; every call tells its own fault."""
+        """Why the disk takes nothing, as when it is full."""
+        try:
+            self.admit()
+        except StorageUnavailable as error:
+            return error.detail
         return None
 
     def admit(self) -> None:
-        """Raises `StorageUnavailable` when the disk is as good as full, so that nothing is drawn in vain."""
-        with _told_as_ours():
-            if shutil.disk_usage(self._unfinished).free < _SPARE_BYTES:
-                raise OSError(errno.ENOSPC, "nearly full")
+        """Raises `StorageUnavailable` while the disk is full or broken, so that nothing is drawn in vain."""
+        with self._told():
+            self._disk.check()
 
     def stat(self, key: str) -> Stored | None:
         """The object under `key`, or `None`; a file that is empty or cut short is no object.
 
         Raises `InvalidInput` for a name that could not be stored either: of a folder, or too long for the disk.
         """
-        with _told_as_ours():
+        with self._told():
             since = self._knowledge.changes
             return self._knowledge.learn(key, self._look(key), since)
 
@@ -89,10 +96,11 @@ class LocalBucket:
         with self._finished(data, stored) as (finished, facts):
             if (there := self._find(key)) is not None:
                 return there, False
-            target = self._make_room(key)
-            target.unlink(missing_ok=True)  # what holds the name and is no object: an empty or broken file
-            os.link(finished, target)
-            os.replace(facts, self._records / key)
+            with self._name_blamed():
+                target = self._make_room(key)
+                target.unlink(missing_ok=True)  # what holds the name and is no object: an empty or broken file
+                os.link(finished, target)
+                os.replace(facts, self._records / key)
             self._knowledge.learn(key, stored)
         return stored, True
 
@@ -101,15 +109,15 @@ class LocalBucket:
         stored = _described(key, data, content_type, record)
         with self._finished(data, stored) as (finished, facts):
             self._find(key)  # refuses a name this disk takes for another one
-            target = self._make_room(key)
-            os.replace(finished, target)
-            os.replace(facts, self._records / key)
+            with self._name_blamed():
+                os.replace(finished, self._make_room(key))
+                os.replace(facts, self._records / key)
             self._knowledge.learn(key, stored)
         return stored
 
     def read(self, key: str, start: int = 0, end: int | None = None) -> bytes:
         """Bytes `start` to before `end`. Raises `NotFound`."""
-        with _told_as_ours():
+        with self._told():
             try:
                 with self.path(key).open("rb") as file:
                     file.seek(start)
@@ -120,7 +128,7 @@ class LocalBucket:
 
     def delete(self, key: str) -> None:
         """Remove the object and its facts, if they are there, and the folders that are empty then."""
-        with _told_as_ours(), self._locked():
+        with self._told(), self._locked():
             self._knowledge.learn(key, None)
             for root in (self._objects, self._records):
                 path = self.path(key) if root is self._objects else root / key
@@ -164,10 +172,20 @@ class LocalBucket:
         return target
 
     @contextmanager
+    def _told(self) -> Iterator[None]:
+        """Turn the operating system's errors into `StorageUnavailable`, which says why and names no path."""
+        try:
+            yield
+        except OSError as error:
+            self._disk.failed(error)
+            reason = os.strerror(error.errno) if error.errno else type(error).__name__
+            raise StorageUnavailable(f"The folder of pictures cannot be used ({reason}).", retry_after=30) from error
+
+    @contextmanager
     def _finished(self, data: bytes, stored: Stored) -> Iterator[tuple[Path, Path]]:
         """Files with the object and its facts, both safely on disk, while the lock is held."""
         with (
-            _told_as_ours(),
+            self._told(),
             self._written(data) as finished,
             self._written(json.dumps(asdict(stored)).encode()) as facts,
             self._locked(),
@@ -189,22 +207,27 @@ class LocalBucket:
 
     def _make_room(self, key: str) -> Path:
         """The path of an object to be written, with the folders that it and its facts need."""
-        with self._name_blamed():
-            target = self._checked(key)
-            for path in (target, self._records / key):
-                path.parent.mkdir(parents=True, exist_ok=True)
-            return target
+        target = self._checked(key)
+        for path in (target, self._records / key):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        return target
 
     @contextmanager
     def _name_blamed(self) -> Iterator[None]:
-        """Turn the errors of a step that a caller's name can fail into `InvalidInput`; the others pass."""
+        """Turn the errors of a step that a caller's name can fail into `InvalidInput`; the others pass.
+
+        What is wrong with the whole bucket is not blamed on a name: then its own folders cannot be written to either.
+        """
         try:
             yield
         except OSError as error:
             why = _NAME_FAULTS.get(error.errno or 0)
-            if why is None or not self._objects.is_dir():
+            if why is None or not self._takes_objects():
                 raise
             raise InvalidInput(f"save_path {why}.", field="save_path") from error
+
+    def _takes_objects(self) -> bool:
+        return all(os.access(folder, os.W_OK | os.X_OK) for folder in (self._objects, self._records, self._unfinished))
 
     def _checked(self, key: str) -> Path:
         """The path of a key, once it is known that a picture may stand there; raises the system's own errors."""
@@ -236,10 +259,17 @@ class LocalBucket:
 
     def _looks_whole(self, key: str, size: int) -> bool:
         """Whether the file under `key` has a picture's beginning and end."""
-        with (self._objects / key).open("rb") as file:
+        with suppress(OSError), (self._objects / key).open("rb") as file:
             head = file.read(12)
             file.seek(max(0, size - 12))
             return is_whole(head, file.read(12), size)
+        return False
+
+    def _check_folder_of(self, key: str) -> None:
+        """Raises `InvalidInput` for a name whose folder takes no files, while the bucket does: before it is drawn."""
+        folder = next(path for path in (self._objects / key).parents if path.exists())
+        if not os.access(folder, os.W_OK | os.X_OK) and self._takes_objects():
+            raise InvalidInput(f"save_path {_NAME_FAULTS[errno.EACCES]}.", field="save_path")
 
     def _find(self, key: str) -> Stored | None:
         try:
@@ -248,6 +278,7 @@ class LocalBucket:
         except FileNotFoundError:
             if not self._objects.is_dir():
                 raise
+            self._check_folder_of(key)
             return None
         if not stat.S_ISREG(found.st_mode) or found.st_size == 0:
             return None
@@ -255,7 +286,7 @@ class LocalBucket:
             facts = Stored(**json.loads((self._records / key).read_bytes()))
         except (OSError, ValueError, TypeError):
             facts = None
-        if facts is not None and facts.size == found.st_size:
+        if facts is not None and facts.size == found.st_size and _digest_of(self._objects / key, found) == facts.etag:
             if facts.key != key:
                 raise InvalidInput(
                     "save_path is taken in another letter case, which this disk cannot tell apart.",
@@ -270,15 +301,19 @@ class LocalBucket:
         return Stored(key, found.st_size, etag, content_type, {})
 
 
+def _digest_of(path: Path, found: os.stat_result) -> str:
+    """The SHA-256 of a file, read again only when it was changed; empty for one that cannot be read."""
+    try:
+        return _digest(path, (found.st_size, found.st_ino, found.st_mtime_ns))
+    except OSError:
+        return ""
+
+
+@lru_cache(_DIGESTS_KNOWN)
+def _digest(path: Path, seen: tuple[int, int, int]) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _described(key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> Stored:
     return Stored(key, len(data), hashlib.sha256(data).hexdigest(), content_type, dict(record))
-
-
-@contextmanager
-def _told_as_ours() -> Iterator[None]:
-    """Turn the operating system's errors into `StorageUnavailable`, which says why and names no path."""
-    try:
-        yield
-    except OSError as error:
-        reason = os.strerror(error.errno) if error.errno else type(error).__name__
-        raise StorageUnavailable(f"The folder of pictures cannot be used ({reason}).") from error

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import errno
-import hashlib
 import json
 import os
-import shutil
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from uuid import uuid4
 
 import structlog
 
-from stable_diffusion_server.errors import NotFound, StorageUnavailable
+from stable_diffusion_server.disk import SPARE_BYTES, Disk
+from stable_diffusion_server.errors import NotFound, StorageRefused, StorageUnavailable
 from stable_diffusion_server.orders import Stored
+from stable_diffusion_server.spool.dead_letters import RETRIED, DeadLetters, facts_of
 
 _log = structlog.get_logger(__name__)
 
-# Below this much free disk nothing more is taken in.
-_SPARE_BYTES = 16 * 2**20
 # No file takes as long to be written.
 _PART_SECONDS = 600.0
 
@@ -47,26 +44,35 @@ class Kept:
 class Spool:
     """Files in `folder`, one a picture: a line of facts, then the bytes; whole or not there at all.
 
-    `max_bytes` is where it counts as full. Safe from any thread; two processes may share a folder.
+    `max_bytes` is where it counts as full. What cannot be read, or is refused by the store, goes to the dead letters in
+    the folder beside. Safe from any thread; two processes may share a folder.
     """
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
         self._folder = folder
         self._max_bytes = max_bytes
+        self._disk = Disk(folder)
         self._lock = threading.Lock()
         self._kept: dict[Path, Kept] = {}
         self._newest: dict[str, Kept] = {}
+        # Those that a caller was given a URL of before the store refused them, by key: they are given still.
+        self._parked: dict[str, Kept] = {}
+        self.dead_letters = DeadLetters(folder.with_name("dead-letters"), max(max_bytes // 4, SPARE_BYTES))
 
     def open(self) -> None:
         """Make the folder and find what an earlier run left. Raises `StorageUnavailable` when it cannot be used."""
-        with _disk_blamed():
+        with self._disk_blamed():
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             for path in self._folder.glob("*.part"):
                 _sweep(path)
-            found = [self._look(path) for path in sorted(self._folder.glob("*.spool"))]
-        for kept in found:
-            if kept is not None:
+            left = sorted(self._folder.glob("*.spool"))
+        for path in left:
+            if (kept := self._look(path)) is not None:
                 self.hand_over(kept)
+        for letter in self.dead_letters.listed():
+            if letter.key and not letter.told:
+                with suppress(OSError, ValueError):
+                    self._parked[letter.key] = _kept(letter.path)
 
     def waiting(self) -> list[Kept]:
         """What waits, the oldest first."""
@@ -76,6 +82,10 @@ class Spool:
     def newest(self, key: str) -> Kept | None:
         """The newest of this key that waits."""
         return self._newest.get(key)
+
+    def parked(self, key: str) -> Kept | None:
+        """What was accepted under this key and refused by the store afterwards."""
+        return self._parked.get(key)
 
     def figures(self) -> tuple[int, int, float]:
         """How many pictures wait, their bytes on disk, and the age of the oldest in seconds."""
@@ -87,9 +97,8 @@ class Spool:
         """Raises `StorageUnavailable` when nothing more can be kept."""
         if self.figures()[1] >= self._max_bytes:
             raise StorageUnavailable("SPOOL_BYTES of pictures wait for it already.", retry_after=30)
-        with _disk_blamed():
-            if shutil.disk_usage(self._folder).free < _SPARE_BYTES:
-                raise OSError(errno.ENOSPC, "nearly full")
+        with self._disk_blamed():
+            self._disk.check()
 
     def put(self, data: bytes, stored: Stored, *, overwrite: bool) -> Kept:
         """Keep `data`: when this returns it survives a crash. Raises `StorageUnavailable` for a disk that does not.
@@ -107,7 +116,7 @@ class Spool:
         # Named by time, so that files sort as they came.
         path = self._folder / f"{time.time_ns():020d}-{uuid4().hex[:8]}.spool"
         part = path.with_suffix(".part")
-        with _disk_blamed():
+        with self._disk_blamed():
             try:
                 with part.open("xb") as file:
                     file.write(content)
@@ -131,17 +140,51 @@ class Spool:
             return kept.path.read_bytes().partition(b"\n")[2]
         except FileNotFoundError as error:
             raise NotFound("There is no picture under this name.") from error
+        except OSError as error:
+            raise StorageRefused(f"The waiting picture cannot be read ({error.strerror}).") from error
 
     def drop(self, kept: Kept) -> None:
         """Forget it and remove the file."""
         self._forget(kept)
-        kept.path.unlink(missing_ok=True)
+        with suppress(OSError):  # gone already; or the disk gives it back at the next start
+            kept.path.unlink()
 
-    def set_aside(self, kept: Kept) -> None:
-        """Forget it, but leave the file, under another ending, for a person to look at."""
+    def set_aside(self, kept: Kept, reason: str, *, told: bool = False) -> None:
+        """Forget it and put the file among the dead letters. `told`: its caller knows that the store refused it."""
+        _log.error("the storage refuses a picture, which is set aside", name=kept.stored.key, reason=reason)
         self._forget(kept)
-        with suppress(FileNotFoundError):
-            kept.path.replace(kept.path.with_suffix(".refused"))
+        path = self.dead_letters.add(kept.path, reason, told=told)
+        if path is not None and not told:
+            self._parked[kept.stored.key] = replace(kept, path=path)
+
+    def unpark(self, key: str) -> None:
+        """Remove what was set aside under this key: it is deleted, or another picture is stored there."""
+        kept = self._parked.pop(key, None)
+        for letter in self.dead_letters.listed() if kept is not None else ():
+            if letter.key == key:
+                with suppress(OSError):
+                    self.dead_letters.drop(letter)
+
+    def take_up_retries(self) -> None:
+        """Have those wait again that a person put back; see `DeadLetters.retry`."""
+        with suppress(OSError):
+            for path in sorted(self._folder.glob(f"*{RETRIED}")):
+                again = path.with_suffix(".spool")
+                with suppress(FileNotFoundError):  # another process was faster
+                    path.replace(again)
+                    if (kept := self._look(again)) is not None:
+                        self._parked.pop(kept.stored.key, None)
+                        self.hand_over(kept)
+
+    @contextmanager
+    def _disk_blamed(self) -> Iterator[None]:
+        """Turn the operating system's errors into `StorageUnavailable`, which names no path."""
+        try:
+            yield
+        except OSError as error:
+            self._disk.failed(error)
+            reason = os.strerror(error.errno) if error.errno else type(error).__name__
+            raise StorageUnavailable(f"DATA_DIR cannot keep pictures ({reason}).", retry_after=30) from error
 
     def _forget(self, kept: Kept) -> None:
         with self._lock:
@@ -150,36 +193,28 @@ class Spool:
                 del self._newest[kept.stored.key]
 
     def _look(self, path: Path) -> Kept | None:
-        """What a file left by an earlier run holds; one that is not whole is set aside."""
-        content = path.read_bytes()
-        head, _, data = content.partition(b"\n")
+        """What a file left by an earlier run holds; whatever else bears such a name is set aside."""
         try:
-            facts = json.loads(head)
-            if hashlib.sha256(data).hexdigest() != facts["sha256"]:
-                raise ValueError("its bytes are not those it was given")  # noqa: TRY301  # told below, like the others
-            stored = Stored(facts["key"], len(data), facts["sha256"], facts["content_type"], facts["record"], True)
-            return Kept(path, stored, bool(facts["overwrite"]), len(content))
-        except (ValueError, KeyError, TypeError) as error:
-            _log.error("a spooled picture cannot be read and is set aside", file=path.name, reason=str(error))
-            path.replace(path.with_suffix(".refused"))
+            return _kept(path)
+        except (OSError, ValueError, RecursionError) as error:
+            reason = os.strerror(error.errno or 0) if isinstance(error, OSError) else str(error)
+            _log.error("a spooled picture cannot be read and is set aside", file=path.name, reason=reason)
+            self.dead_letters.add(path, f"It could not be read: {reason}.", told=True)
             return None
+
+
+def _kept(path: Path) -> Kept:
+    """A whole file of this folder. Raises `OSError` and `ValueError`."""
+    facts, size = facts_of(path)
+    stored = Stored(facts["key"], size, facts["sha256"], facts["content_type"], facts["record"], waiting=True)
+    return Kept(path, stored, facts["overwrite"], path.stat().st_size)
 
 
 def _sweep(path: Path) -> None:
     """Remove a file that was begun long ago; a young one may be another process's, being written this moment."""
-    with suppress(FileNotFoundError):
-        if time.time() - path.stat().st_mtime > _PART_SECONDS:
+    with suppress(OSError):  # gone, or a folder of that name
+        if time.time() - path.lstat().st_mtime > _PART_SECONDS:
             path.unlink()
-
-
-@contextmanager
-def _disk_blamed() -> Iterator[None]:
-    """Turn the operating system's errors into `StorageUnavailable`, which names no path."""
-    try:
-        yield
-    except OSError as error:
-        reason = os.strerror(error.errno) if error.errno else type(error).__name__
-        raise StorageUnavailable(f"DATA_DIR cannot keep pictures ({reason}).") from error
 
 
 def _sync_folder(folder: Path) -> None:

@@ -26,7 +26,7 @@ from storage_servers import (
 
 from stable_diffusion_server.bucket_api import Bucket, StorageOptions, check_if_blob_exists, open_bucket
 from stable_diffusion_server.buckets.memory import MemoryBucket
-from stable_diffusion_server.errors import NotFound, StorageUnavailable
+from stable_diffusion_server.errors import NotFound, StorageRefused, StorageUnavailable
 
 RECORD = {"digest": "abc", "seed": "7", "model": "sdxl"}
 KINDS = ("memory", "local", "r2", "s3", "gcs")
@@ -363,7 +363,7 @@ def test_a_store_that_ignores_conditions_is_found_out_and_used_honestly(
 def test_a_record_too_long_for_s3_is_refused_at_once(options_of: Callable[..., StorageOptions]) -> None:
     """S3 takes 2 KB of it."""
     bucket = opened(options_of("r2"))
-    with pytest.raises(ValueError, match="2048"):
+    with pytest.raises(StorageRefused, match="2048"):
         bucket.create("k", b"data", "image/webp", {"note": "x" * 2048})
 
 

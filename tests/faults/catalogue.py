@@ -124,6 +124,13 @@ GROUPS: dict[str, dict[str, str]] = {
     "Storage: what it refuses and answers": {
         "130": "a Host of another name or port than the socket's, in every dialect; forwarded with and without trust",
         "131": "a bucket that no PUBLIC_BASE_URL gives an address",
+        "132": "a name that the storage refuses: too long, a denied folder, too large, bad metadata; or every name",
+        "133": "a spooled object that is refused, or fails for now, among others that are not",
+        "134": "a write that is answered 200 and stored nothing, or something else",
+        "135": "answers without headers, without a body, cut short, of another length, HTML; objects that are garbage",
+        "136": "a start while the bucket refuses, resets, hangs, answers HTML, noise, 500, nothing, wrong XML, no TLS",
+        "137": "a full, read-only or broken disk under the bucket or the spool, while jobs wait",
+        "138": "anything odd in DATA_DIR/spool: folders, links, pipes, files that are cut, forged, empty or foreign",
     },
     "Strangers, sites and proxies": {},
     "Deaths, journal and shares": {

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import base64
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -11,14 +13,25 @@ from typing import Any
 from urllib.parse import quote
 from uuid import uuid4
 
-from stable_diffusion_server.buckets.gcs.faults import ConditionFailed, told
-from stable_diffusion_server.errors import NotFound, StorageUnavailable
+from stable_diffusion_server.buckets.gcs.faults import FORBIDDEN, ConditionFailed, Refused, told, unreadable
+from stable_diffusion_server.errors import (
+    InvalidInput,
+    NameBusy,
+    NotFound,
+    ServerError,
+    StorageRefused,
+    StorageUnavailable,
+)
+from stable_diffusion_server.inscriptions import claims_picture, is_whole
 from stable_diffusion_server.orders import Stored
 from stable_diffusion_server.presenting import caching_of, disposition_of
 
-# An object of this name shows, at each start, that writing is allowed.
+# An object of this name shows, at each start, that writing is allowed. Later it shows whether a refusal is of one name
+# or of the store.
 PROBE = ".stable-diffusion-server"
-_WRITER = "writer"
+# In the metadata beside the record: which call wrote the object, and its bytes' MD5.
+_WRITER, _SUM = "writer", "md5"
+_LOOKED_AT = 12
 _ROUNDS = 5
 _SCOPE = "https://www.googleapis.com/auth/devstorage.read_write"
 
@@ -36,7 +49,11 @@ class GCSOptions:
 
 
 class GCSBucket:
-    """Objects of a GCS bucket. Every method is safe from any thread and blocks for network time."""
+    """Objects of a GCS bucket. Every method is safe from any thread and blocks for network time.
+
+    No answer is believed before it was checked: a write by the checksum Google has of it, an object by that or by its
+    first and last bytes.
+    """
 
     def __init__(self, options: GCSOptions) -> None:
         self._options = options
@@ -52,7 +69,7 @@ class GCSBucket:
             self._bucket = self._bucket or _client(self._options).bucket(self._options.name)
             # Lost when it is there from an earlier start, which shows as much.
             with suppress(ConditionFailed):
-                self._upload(self._probe, b"writable", "text/plain", {}, if_generation_match=0)
+                self._write_probe(if_generation_match=0)
         self.url(self._probe)  # credentials that cannot sign are told now, and not after the first picture
 
     def close(self) -> None:
@@ -68,45 +85,50 @@ class GCSBucket:
         """A store without a bound on its size."""
 
     def stat(self, key: str) -> Stored | None:
-        """The object under `key`, or `None`; one that is empty or cut short is none."""
-        blob = self._blob(key)
-        stored = _stored(blob) if blob is not None else None
-        return stored if stored is not None and stored.whole else None
+        """The object under `key`, or `None`; one that is empty, cut short or garbage is none."""
+        with self._told("look into it"):
+            blob = self._blob(key)
+            return self._sound(blob) if blob is not None else None
+        return None
 
     def create(self, key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> tuple[Stored, bool]:
         """Store `data` if `key` is absent; the first of several writers wins and the others get what it stored."""
         writer, generation = uuid4().hex, 0
         for _ in range(_ROUNDS):
             try:
-                with self._told("write to it", bucket_asked=True):
-                    metadata = {**record, _WRITER: writer}
-                    blob = self._upload(key, data, content_type, metadata, if_generation_match=generation)
-                return _stored(blob), True
+                metadata = {**record, _WRITER: writer}
+                return self._upload_named(key, data, content_type, metadata, if_generation_match=generation), True
             except ConditionFailed:
                 there = self._blob(key)
-            if there is None:
-                generation = 0  # removed meanwhile
-            elif _stored(there).whole or not data:
-                # An answer may be lost on its way and the write repeated: then the one who was first is oneself.
-                return _stored(there), (there.metadata or {}).get(_WRITER) == writer
-            else:
-                generation = there.generation  # one that is empty or cut short is none, and gives way
-        raise StorageUnavailable("The storage is busy with other writers of this name.", retry_after=5)
+            with self._told("look into it"):
+                if there is None:
+                    generation = 0  # removed meanwhile
+                elif (stored := self._sound(there)) is not None or not data:
+                    # An answer may be lost on its way and the write repeated: then the one who was first is oneself.
+                    return stored or _stored(there), _writer_of(there) == writer
+                else:
+                    generation = there.generation  # one that is empty, cut short or garbage gives way
+        raise NameBusy("The storage is busy with other writers of this name.", retry_after=5)
 
     def overwrite(self, key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> Stored:
         """Store `data` under `key`; a reader sees the old object or the new one, whole."""
-        with self._told("write to it", bucket_asked=True):
-            return _stored(self._upload(key, data, content_type, {**record, _WRITER: uuid4().hex}))
+        return self._upload_named(key, data, content_type, {**record, _WRITER: uuid4().hex})
 
     def read(self, key: str, start: int = 0, end: int | None = None) -> bytes:
         """Bytes `start` to before `end`. Raises `NotFound`."""
         if end is not None and end <= start:
             return b""
-        with self._told("read from it", beyond=True):
-            # Google's ends are included.
-            last = None if end is None else end - 1
-            blob = self._connected().blob(key)
-            return bytes(blob.download_as_bytes(start=start or None, end=last, **self._patience))
+        try:
+            with self._told("read from it", beyond=True):
+                # Google's ends are included.
+                last = None if end is None else end - 1
+                blob = self._connected().blob(key)
+                data = bytes(blob.download_as_bytes(start=start or None, end=last, **self._patience))
+                if not data and not start:
+                    raise unreadable("an object without bytes")
+                return data
+        except Refused as refused:
+            raise self._judged(refused, self._look_at_probe) from refused
         return b""
 
     def delete(self, key: str) -> None:
@@ -116,6 +138,8 @@ class GCSBucket:
                 self._connected().blob(key).delete(**self._patience)
         except NotFound:
             pass  # as wished
+        except Refused as refused:  # rights to write without those to delete are no outage
+            raise StorageRefused(refused.detail) from refused
 
     def list(self, prefix: str = "") -> Iterator[str]:
         """The keys that begin with `prefix`, in order."""
@@ -150,21 +174,98 @@ class GCSBucket:
         return {"timeout": (min(5.0, timeout), timeout), "retry": retry}
 
     def _blob(self, key: str) -> Any:
+        """What is told of the object, or `None`.
+
+        Raises `InvalidInput` for a name that is refused while others are not.
+        """
+        try:
+            return self._ask(key)
+        except Refused as refused:
+            judged = self._judged(refused, self._look_for_nothing)
+            if (
+                isinstance(judged, StorageUnavailable)
+                and refused.code == FORBIDDEN
+                and self._works(self._look_at_probe)
+            ):
+                return None  # who may not list is told 403 of whatever is absent
+            raise judged from refused
+
+    def _ask(self, key: str) -> Any:
         with self._told("look into it"):
             return self._connected().get_blob(key, **self._patience)
 
-    def _upload(self, key: str, data: bytes, content_type: str, metadata: Mapping[str, str], **condition: int) -> Any:
+    def _sound(self, blob: Any) -> Stored | None:
+        """What is told of an object, if it is what was written there, or a picture that someone else put there."""
+        stored, expected = _stored(blob), (blob.metadata or {}).get(_SUM)
+        if not stored.whole:
+            return None
+        if expected is not None:
+            return stored if blob.md5_hash in (None, expected) else None
+        if not claims_picture(stored.key, stored.content_type):
+            return stored
+        ends = (
+            self.read(stored.key, 0, _LOOKED_AT),
+            self.read(stored.key, max(0, stored.size - _LOOKED_AT), stored.size),
+        )
+        return stored if is_whole(*ends, stored.size) else None
+
+    def _upload_named(
+        self, key: str, data: bytes, content_type: str, metadata: Mapping[str, str], **condition: int
+    ) -> Stored:
+        """Store under a caller's name. Raises `InvalidInput` for one that is refused while others are not."""
+        try:
+            return self._upload(key, data, content_type, metadata, **condition)
+        except Refused as refused:
+            raise self._judged(refused, self._write_probe) from refused
+
+    def _judged(self, refused: Refused, try_another: Callable[[], object]) -> ServerError:
+        """The error for a refusal: of the name if the same is done for another one, else of the store."""
+        if not self._works(try_another):
+            return StorageUnavailable(refused.detail)
+        return InvalidInput(f"save_path makes a name that the storage refuses ({refused.code}).", field="save_path")
+
+    def _works(self, call: Callable[[], object]) -> bool:
+        try:
+            call()
+        except (NotFound, ConditionFailed):
+            return True
+        except StorageUnavailable:
+            return False
+        return True
+
+    def _look_for_nothing(self) -> None:
+        """Raises nothing for who may look and list."""
+        self._ask(f"{self._probe}-none")
+
+    def _look_at_probe(self) -> None:
+        self._ask(self._probe)
+
+    def _write_probe(self, **condition: int) -> None:
+        """Write the probe as a picture is written: what is wrong with all of them is wrong with it."""
+        self._upload(self._probe, b"writable", "text/plain", {_WRITER: uuid4().hex}, **condition)
+
+    def _upload(
+        self, key: str, data: bytes, content_type: str, metadata: Mapping[str, str], **condition: int
+    ) -> Stored:
+        """Store, and see that it is stored: by the checksum in the answer, else by a look at what is there."""
         from google.api_core.exceptions import PreconditionFailed
 
-        blob = self._connected().blob(key)
-        blob.metadata = dict(metadata)
-        blob.cache_control = caching_of(metadata)
-        blob.content_disposition = disposition_of(key)
-        try:
-            blob.upload_from_string(data, content_type, **self._patience, checksum="md5", **condition)
-        except PreconditionFailed as error:
-            raise ConditionFailed("The storage is busy with other writers of this name.", retry_after=5) from error
-        return blob
+        expected = base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()
+        with self._told("write to it", bucket_asked=True):
+            blob = self._connected().blob(key)
+            blob.metadata = {**metadata, _SUM: expected}
+            blob.cache_control = caching_of(metadata)
+            blob.content_disposition = disposition_of(key)
+            try:
+                blob.upload_from_string(data, content_type, **self._patience, checksum="md5", **condition)
+            except PreconditionFailed as error:
+                raise ConditionFailed("The storage is busy with other writers of this name.", retry_after=5) from error
+            if blob.md5_hash == expected and blob.size == len(data):
+                return _stored(blob)
+            there = self._ask(key)
+            if there is not None and there.size == len(data) and _writer_of(there) == metadata[_WRITER]:
+                return _stored(there)
+        raise StorageUnavailable("The storage said that it took a picture, and does not have it.", retry_after=30)
 
     def _connected(self) -> Any:
         if self._bucket is None:
@@ -190,7 +291,15 @@ def _client(options: GCSOptions) -> Any:
     return storage.Client(project=credentials.project_id, credentials=credentials)
 
 
+def _writer_of(blob: Any) -> str | None:
+    """Which call wrote the object, as its metadata tell."""
+    return (blob.metadata or {}).get(_WRITER)
+
+
 def _stored(blob: Any) -> Stored:
-    record = {name: value for name, value in (blob.metadata or {}).items() if name != _WRITER}
-    etag = (blob.etag or str(blob.generation)).strip('"')
+    """The object that an answer tells of. Raises `StorageUnavailable` where it lacks a size or a generation."""
+    etag = str(blob.etag or blob.generation or "").strip('"')
+    if not etag or not isinstance(blob.size, int):
+        raise unreadable("it has no generation" if not etag else "it has no size")
+    record = {name: value for name, value in (blob.metadata or {}).items() if name not in (_WRITER, _SUM)}
     return Stored(blob.name, blob.size, etag, blob.content_type or "application/octet-stream", record)

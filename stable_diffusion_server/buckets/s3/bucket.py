@@ -2,57 +2,56 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import string
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, suppress
 from typing import Any
-from urllib.parse import quote, unquote
+from urllib.parse import quote
 from uuid import uuid4
 
 import structlog
 
-from stable_diffusion_server.buckets.s3.faults import LOST, BeyondTheEnd, ConditionFailed, code_of, told
-from stable_diffusion_server.errors import NotFound, StorageUnavailable
+from stable_diffusion_server.buckets.s3 import objects
+from stable_diffusion_server.buckets.s3.client import S3Options, make_client
+from stable_diffusion_server.buckets.s3.faults import (
+    FORBIDDEN,
+    BeyondTheEnd,
+    ConditionFailed,
+    NotSupported,
+    Refused,
+    told,
+    unreadable,
+)
+from stable_diffusion_server.errors import (
+    InvalidInput,
+    NameBusy,
+    NotFound,
+    ServerError,
+    StorageRefused,
+    StorageUnavailable,
+)
+from stable_diffusion_server.inscriptions import claims_picture, is_whole
 from stable_diffusion_server.orders import Stored
 from stable_diffusion_server.presenting import caching_of, disposition_of
 
 _log = structlog.get_logger(__name__)
 
-# An object of this name shows, at each start, that writing is allowed and what a conditional write does here.
+# An object of this name shows, at each start, that writing is allowed and what a conditional write does here. Later it
+# shows whether a refusal is of one name or of the store.
 PROBE = ".stable-diffusion-server"
-PART_BYTES = 16 * 2**20
-# S3's bound on what an object tells about itself, names and values together.
-RECORD_MAX_BYTES = 2048
-_WRITER = "writer"
-_PLAIN = "".join(set(string.printable) - set("%" + string.whitespace)) + " "
 _ROUNDS = 5
-
-
-@dataclass(frozen=True, slots=True)
-class S3Options:
-    """Where the bucket is and how it is reached.
-
-    `timeout` in seconds, for each of three tries; empty `credentials` leave it to boto3's own chain.
-    """
-
-    name: str
-    endpoint_url: str = ""
-    region: str = ""
-    base_url: str = ""
-    signed_url_seconds: int = 0
-    acl: str = ""
-    prefix: str = ""
-    timeout: float = 10.0
-    credentials: Callable[[], tuple[str, str, str]] = lambda: ("", "", "")
+_LOOKED_AT = 12
+_BROKEN_KNOWN = 1024
 
 
 class S3Bucket:
-    """Objects of an S3 bucket. Every method is safe from any thread and blocks for network time."""
+    """Objects of an S3 bucket. Every method is safe from any thread and blocks for network time.
+
+    No answer is believed before it was checked: a write by its ETag or a look at what is stored, an object by its
+    checksum or its first and last bytes.
+    """
 
     def __init__(self, options: S3Options) -> None:
         self._options = options
@@ -60,15 +59,20 @@ class S3Bucket:
         self._client: Any = None
         self._conditional = True
         self._one_by_one = threading.Lock()
+        # Whether the last write's ETag was an MD5: not every store has such ones.
+        self._etags_are_sums = True
+        # ETags of objects that turned out to be broken when they were read.
+        self._broken: OrderedDict[str, str] = OrderedDict()
 
     def open(self) -> None:
         """Make the client, and try that the bucket can be written. May be called again after a failure.
 
-        Raises `StorageUnavailable` with one sentence: no or wrong credentials, no such bucket, denied, no answer.
+        Raises `StorageUnavailable` with one sentence: no or wrong credentials, no such bucket, denied, no answer, or
+        one that no S3 store gives.
         """
         with self._told("write to it"):
-            self._client = self._client or _client(self._options)
-            self._conditional = self._tries_conditional_writes()
+            self._client = self._client or make_client(self._options)
+        self._conditional = self._tries_conditional_writes()
         if not self._conditional:
             _log.warning(
                 "the storage ignores conditional writes: of two servers that store one name at once, the last one wins"
@@ -87,58 +91,63 @@ class S3Bucket:
         """A store without a bound on its size."""
 
     def stat(self, key: str) -> Stored | None:
-        """The object under `key`, or `None`; one that is empty or cut short is none."""
+        """The object under `key`, or `None`; one that is empty, cut short or garbage is none."""
         head = self._head(key)
-        stored = self._stored(key, head) if head is not None else None
-        return stored if stored is not None and stored.whole else None
+        return self._sound(key, head) if head is not None else None
 
     def create(self, key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> tuple[Stored, bool]:
         """Store `data` if `key` is absent; the first of several writers wins and the others get what it stored."""
         if not self._conditional:
             return self._create_unguarded(key, data, content_type, record)
-        about, condition = self._about(key, content_type, record), {"IfNoneMatch": "*"}
+        about, condition = self._about(key, data, content_type, record), {"IfNoneMatch": "*"}
         for turn in range(_ROUNDS):
             try:
-                return self._put(about, data, record, **condition), True
+                return self._put_named(about, data, record, **condition), True
             except ConditionFailed:
                 head = self._head(key)
             if head is None:
                 condition = {"IfNoneMatch": "*"}  # removed meanwhile, or another writer is at it right now
                 time.sleep(0.05 * turn)
-            elif (there := self._stored(key, head)).whole or not data:
+            elif (there := self._sound(key, head)) is not None or not data:
                 # An answer may be lost on its way and the write repeated: then the one who was first is oneself.
-                return there, head["Metadata"].get(_WRITER) == about["Metadata"][_WRITER]
+                return there or objects.stored_of(key, head), objects.metadata_of(head).get(objects.WRITER) == about[
+                    "Metadata"
+                ][objects.WRITER]
             else:
-                condition = {"IfMatch": head["ETag"]}  # one that is empty or cut short is none, and gives way
-        raise StorageUnavailable("The storage is busy with other writers of this name.", retry_after=5)
+                condition = {"IfMatch": head["ETag"]}  # one that is empty, cut short or garbage gives way
+        raise NameBusy("The storage is busy with other writers of this name.", retry_after=5)
 
     def overwrite(self, key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> Stored:
         """Store `data` under `key`; a reader sees the old object or the new one, whole."""
-        return self._put(self._about(key, content_type, record), data, record)
+        return self._put_named(self._about(key, data, content_type, record), data, record)
 
     def read(self, key: str, start: int = 0, end: int | None = None) -> bytes:
-        """Bytes `start` to before `end`. Raises `NotFound`."""
+        """Bytes `start` to before `end`. Raises `NotFound`, and for a whole object that is not what was written."""
         if end is not None and end <= start:
             return b""
-        part = {"Range": f"bytes={start}-{'' if end is None else end - 1}"} if start or end is not None else {}
         try:
-            with self._told("read from it"):
-                answer = self._connected().get_object(Bucket=self._options.name, Key=key, **part)
-                with answer["Body"] as body:
-                    return bytes(body.read())
+            with self._told("read from it", named=True):
+                return self._read(key, start, end)
         except BeyondTheEnd:
             return b""
+        except Refused as refused:
+            raise self._judged(refused, self._look_at_probe) from refused
 
     def delete(self, key: str) -> None:
         """Remove the object, if there is one."""
-        with self._told("delete from it"):
-            self._connected().delete_object(Bucket=self._options.name, Key=key)
+        try:
+            with suppress(NotFound), self._told("delete from it", named=True):
+                self._connected().delete_object(Bucket=self._options.name, Key=key)
+        except Refused as refused:  # rights to write without those to delete are no outage
+            raise StorageRefused(refused.detail) from refused
 
     def list(self, prefix: str = "") -> Iterator[str]:
         """The keys that begin with `prefix`, in order."""
         with self._told("list it"):
             pages = self._connected().get_paginator("list_objects_v2")
             for page in pages.paginate(Bucket=self._options.name, Prefix=prefix):
+                if not {"Name", "KeyCount", "Contents"} & set(page):
+                    raise unreadable("it is no list of objects")
                 for item in page.get("Contents", ()):
                     if item["Size"] and item["Key"] != self._probe:
                         yield item["Key"]
@@ -156,31 +165,129 @@ class S3Bucket:
             return str(self._connected().generate_presigned_url("get_object", Params=named, ExpiresIn=seconds))
 
     def _head(self, key: str) -> Any:
+        """The answer to HEAD, or `None` where nothing is there.
+
+        Raises `InvalidInput` for a name that is refused while others are not.
+        """
         try:
-            with self._told("look into it"):
-                return self._connected().head_object(Bucket=self._options.name, Key=key)
+            return self._ask_head(key)
         except NotFound:
             return None
+        except Refused as refused:
+            judged = self._judged(refused, self._look_for_nothing)
+            if (
+                isinstance(judged, StorageUnavailable)
+                and refused.code in FORBIDDEN
+                and self._works(self._look_at_probe)
+            ):
+                return None  # who may not list is told 403 of whatever is absent
+            raise judged from refused
 
-    def _about(self, key: str, content_type: str, record: Mapping[str, str]) -> dict[str, Any]:
+    def _ask_head(self, key: str) -> Any:
+        with self._told("look into it", named=True):
+            return self._connected().head_object(Bucket=self._options.name, Key=key)
+
+    def _sound(self, key: str, head: Any) -> Stored | None:
+        """What HEAD told of, if it is what was written there, or a picture that someone else put there."""
+        stored, metadata = objects.stored_of(key, head), objects.metadata_of(head)
+        if not stored.whole or self._broken.get(key) == stored.etag:
+            return None
+        if objects.SUM in metadata:
+            comparable = self._etags_are_sums and not objects.is_encrypted_otherwise(head)
+            if not comparable or "-" in metadata[objects.SUM] + stored.etag or metadata[objects.SUM] == stored.etag:
+                return stored
+            # Read before it is called broken: not every store's ETag is what it looks like.
+            return stored if self._reads_well(key) else None
+        if not claims_picture(key, stored.content_type):
+            return stored
+        ends = self.read(key, 0, _LOOKED_AT), self.read(key, max(0, stored.size - _LOOKED_AT), stored.size)
+        return stored if is_whole(*ends, stored.size) else None
+
+    def _reads_well(self, key: str) -> bool:
+        try:
+            self.read(key)
+        except NotFound:
+            return False
+        return True
+
+    def _read(self, key: str, start: int, end: int | None) -> bytes:
+        whole = not start and end is None
+        part = {} if whole else {"Range": f"bytes={start}-{'' if end is None else end - 1}"}
+        answer = self._connected().get_object(Bucket=self._options.name, Key=key, **part)
+        data = objects.bytes_of(answer, start, end)
+        expected = objects.metadata_of(answer).get(objects.SUM) if whole else None
+        if expected is not None and expected != objects.sum_of(data):
+            self._broken[key] = objects.etag_of(answer)
+            while len(self._broken) > _BROKEN_KNOWN:
+                self._broken.popitem(last=False)
+            raise NotFound("What is stored under this name is not what was written there.")
+        return data
+
+    def _about(self, key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> dict[str, Any]:
         return {
             "Bucket": self._options.name,
             "Key": key,
             "ContentType": content_type,
-            "Metadata": {**_as_metadata(record), _WRITER: uuid4().hex},
+            "Metadata": {**objects.as_metadata(record), objects.WRITER: uuid4().hex, objects.SUM: objects.sum_of(data)},
             "CacheControl": caching_of(record),
             "ContentDisposition": disposition_of(key),
             **({"ACL": self._options.acl} if self._options.acl else {}),
         }
 
+    def _put_named(self, about: dict[str, Any], data: bytes, record: Mapping[str, str], **condition: str) -> Stored:
+        """Put under a caller's name. Raises `InvalidInput` for one that is refused while others are not."""
+        try:
+            return self._put(about, data, record, **condition)
+        except Refused as refused:
+            raise self._judged(refused, self._write_probe) from refused
+
     def _put(self, about: dict[str, Any], data: bytes, record: Mapping[str, str], **condition: str) -> Stored:
         with self._told("write to it"):
-            client = self._connected()
-            if len(data) <= PART_BYTES:
-                answer = client.put_object(**about, Body=data, ContentMD5=_md5(data), **condition)
-            else:
-                answer = _put_in_parts(client, about, data, condition)
-            return Stored(about["Key"], len(data), answer["ETag"].strip('"'), about["ContentType"], dict(record))
+            etag = objects.etag_of(objects.send(self._connected(), about, data, condition))
+        self._etags_are_sums = etag == about["Metadata"][objects.SUM]
+        if not self._etags_are_sums:
+            etag = self._etag_as_stored(about, len(data))
+        return Stored(about["Key"], len(data), etag, about["ContentType"], dict(record))
+
+    def _etag_as_stored(self, about: dict[str, Any], size: int) -> str:
+        """The ETag of what was just written, where the answer to the write does not prove that it was."""
+        try:
+            head = self._ask_head(about["Key"])
+        except NotFound:
+            head = {}
+        if (
+            head.get("ContentLength") != size
+            or objects.metadata_of(head).get(objects.WRITER) != about["Metadata"][objects.WRITER]
+        ):
+            raise StorageUnavailable("The storage said that it took a picture, and does not have it.", retry_after=30)
+        return objects.stored_of(about["Key"], head).etag
+
+    def _judged(self, refused: Refused, try_another: Callable[[], object]) -> ServerError:
+        """The error for a refusal: of the name if the same is done for another one, else of the store."""
+        if not self._works(try_another):
+            return StorageUnavailable(refused.detail)
+        return InvalidInput(f"save_path makes a name that the storage refuses ({refused.code}).", field="save_path")
+
+    def _works(self, call: Callable[[], object]) -> bool:
+        try:
+            call()
+        except (NotFound, ConditionFailed):
+            return True
+        except StorageUnavailable:
+            return False
+        return True
+
+    def _look_for_nothing(self) -> None:
+        """Raises `NotFound` for who may look and list."""
+        self._ask_head(f"{self._probe}-none")
+
+    def _look_at_probe(self) -> None:
+        self._ask_head(self._probe)
+
+    def _write_probe(self, **condition: str) -> None:
+        """Write the probe as a picture is written: what is wrong with all of them is wrong with it."""
+        data = b"writable"
+        self._put(self._about(self._probe, data, "text/plain", {}), data, {}, **condition)
 
     def _create_unguarded(
         self, key: str, data: bytes, content_type: str, record: Mapping[str, str]
@@ -192,82 +299,19 @@ class S3Bucket:
 
     def _tries_conditional_writes(self) -> bool:
         """Whether a second write under a condition is refused, as it must be. Raises what writing raises."""
-        probe = {"Bucket": self._options.name, "Key": self._probe, "Body": b"writable"}
         for _ in range(2):
             try:
-                self._client.put_object(**probe, IfNoneMatch="*")
-            except Exception as error:
-                code = code_of(error)
-                if code in LOST:
-                    return True
-                if code not in ("NotImplemented", "501"):
-                    raise
-                self._client.put_object(**probe)
+                self._write_probe(IfNoneMatch="*")
+            except ConditionFailed:
+                return True
+            except NotSupported:
+                self._write_probe()
         return False
-
-    def _stored(self, key: str, head: Any) -> Stored:
-        record = {name: unquote(value) for name, value in head["Metadata"].items() if name != _WRITER}
-        content_type = head.get("ContentType") or "application/octet-stream"
-        return Stored(key, head["ContentLength"], head["ETag"].strip('"'), content_type, record)
 
     def _connected(self) -> Any:
         if self._client is None:
             raise StorageUnavailable("The storage is not opened yet.")
         return self._client
 
-    def _told(self, what: str) -> AbstractContextManager[None]:
-        return told(what, self._options.name)
-
-
-def _put_in_parts(client: Any, about: dict[str, Any], data: bytes, condition: Mapping[str, str]) -> Any:
-    """Send a big object part by part, so that a broken connection costs one part; the last act has the condition."""
-    upload = client.create_multipart_upload(**about)["UploadId"]
-    this = {"Bucket": about["Bucket"], "Key": about["Key"], "UploadId": upload}
-    try:
-        done = []
-        for number, start in enumerate(range(0, len(data), PART_BYTES), 1):
-            part = data[start : start + PART_BYTES]
-            answer = client.upload_part(**this, PartNumber=number, Body=part, ContentMD5=_md5(part))
-            done.append({"PartNumber": number, "ETag": answer["ETag"]})
-        return client.complete_multipart_upload(**this, MultipartUpload={"Parts": done}, **condition)
-    except Exception:
-        client.abort_multipart_upload(**this)
-        raise
-
-
-def _client(options: S3Options) -> Any:
-    # Imported here: it takes most of a second, and only those who use it should pay.
-    import boto3
-    from botocore.config import Config
-
-    session = boto3.session.Session(*(value or None for value in options.credentials()))
-    config = Config(
-        connect_timeout=min(5.0, options.timeout),
-        read_timeout=options.timeout,
-        retries={"mode": "standard", "total_max_attempts": 3},
-        max_pool_connections=32,
-        signature_version="s3v4",
-        # The newer checksums are AWS's own; R2 and others refuse or ignore them. Content-MD5 is understood by all.
-        request_checksum_calculation="when_required",
-        response_checksum_validation="when_required",
-        s3={"addressing_style": "path" if options.endpoint_url else "auto"},
-    )
-    region = options.region or session.region_name or "us-east-1"
-    return session.client("s3", endpoint_url=options.endpoint_url or None, region_name=region, config=config)
-
-
-def _as_metadata(record: Mapping[str, str]) -> dict[str, str]:
-    """The record as header values: what is no plain ASCII is percent-encoded. Raises `ValueError` beyond 2 KB."""
-    # Spaces at the ends would be lost in a header.
-    metadata = {
-        name: quote(value, safe=_PLAIN if value == value.strip() else _PLAIN.strip()) for name, value in record.items()
-    }
-    if sum(len(name) + len(value) for name, value in metadata.items()) > RECORD_MAX_BYTES - 64:
-        raise ValueError(f"a record of more than {RECORD_MAX_BYTES} bytes")
-    if any(name != name.lower() or name == _WRITER for name in metadata):
-        raise ValueError("names in a record are lower case, and 'writer' is taken")
-    return metadata
-
-
-def _md5(data: bytes) -> str:
-    return base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()
+    def _told(self, what: str, *, named: bool = False) -> AbstractContextManager[None]:
+        return told(what, self._options.name, named=named)

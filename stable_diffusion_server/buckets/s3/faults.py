@@ -4,18 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http import HTTPStatus
+from typing import Any
 
-from stable_diffusion_server.errors import NotFound, ServerError, StorageUnavailable
+from stable_diffusion_server.errors import NameBusy, NotFound, ServerError, StorageUnavailable
 
 _WRONG_KEYS = frozenset(
     "InvalidAccessKeyId SignatureDoesNotMatch InvalidToken ExpiredToken AuthFailure Unauthorized 401 "
     "TokenRefreshRequired AuthorizationHeaderMalformed InvalidSecurity".split()
 )
 _SLOW = frozenset("SlowDown Throttling ThrottlingException RequestLimitExceeded TooManyRequests 429 503".split())
-LOST = frozenset("PreconditionFailed 412 ConditionalRequestConflict OperationAborted 409".split())
+_LOST = frozenset("PreconditionFailed 412 ConditionalRequestConflict OperationAborted 409".split())
+_UNKNOWN_HERE = frozenset("NotImplemented 501".split())
+# Refusals with a status of 4xx that are of the whole store, whatever the name.
+_OF_THE_STORE = frozenset(
+    "AllAccessDisabled AccountProblem InvalidBucketName NoSuchUpload RequestTimeout 404 405 407 408".split()
+)
+FORBIDDEN = frozenset("AccessDenied Forbidden 403".split())
 
 
-class ConditionFailed(StorageUnavailable):
+class ConditionFailed(NameBusy):
     """Someone else was there first, or is there right now."""
 
 
@@ -23,24 +31,40 @@ class BeyondTheEnd(StorageUnavailable):
     """A range that begins after the object's last byte."""
 
 
-def _ours(code: str, what: str, name: str) -> ServerError:
-    """The error of ours for one of S3's codes; `what` was being tried, `name` is the bucket's."""
-    if code in LOST:
+class NotSupported(StorageUnavailable):
+    """The store does not know what was asked of it, such as a condition."""
+
+
+class Refused(StorageUnavailable):
+    """A refusal that may be of this one name or of everything: the bucket finds out which by trying another name."""
+
+    def __init__(self, detail: str, code: str) -> None:
+        super().__init__(detail)
+        self.code = code
+
+
+def _ours(code: str, status: int, what: str, name: str, *, named: bool) -> ServerError:
+    """The error of ours for one of S3's codes; see `told`."""
+    if code in _LOST:
         return ConditionFailed("The storage is busy with other writers of this name.", retry_after=5)
     if code in ("InvalidRange", "416"):
         return BeyondTheEnd("The object is shorter.")
     if code == "NoSuchBucket":
         return StorageUnavailable(f"There is no bucket {name!r} at the storage (BUCKET_NAME).")
-    if code in ("NoSuchKey", "404"):
+    if named and code in ("NoSuchKey", "404"):
         return NotFound("There is no picture under this name.")
     if code in _WRONG_KEYS:
         return StorageUnavailable(f"The storage does not accept the credentials ({code}).")
     if code == "RequestTimeTooSkewed":
         return StorageUnavailable(f"This machine's clock is too far from the storage's to sign for it ({code}).")
-    if code in ("AccessDenied", "403", "AllAccessDisabled"):
-        return StorageUnavailable(f"The storage does not let these credentials {what}: bucket {name!r} ({code}).")
     if code in _SLOW:
         return StorageUnavailable(f"The storage asks to slow down ({code}).", retry_after=5)
+    if code in _UNKNOWN_HERE:
+        return NotSupported(f"The storage does not know what it was asked ({code}).")
+    if code in FORBIDDEN:
+        return Refused(f"The storage does not let these credentials {what}: bucket {name!r} ({code}).", code)
+    if HTTPStatus.BAD_REQUEST <= status < HTTPStatus.INTERNAL_SERVER_ERROR and code not in _OF_THE_STORE:
+        return Refused(f"The storage refuses this ({code}).", code)
     return StorageUnavailable(f"The storage answered with an error ({code}).")
 
 
@@ -48,25 +72,39 @@ def _unreached(kind: str) -> StorageUnavailable:
     if kind in ("NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "ProfileNotFound"):
         names = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
         return StorageUnavailable(f"There are no credentials for the storage; {names} are one way ({kind}).")
+    if kind == "ParamValidationError":
+        return Refused(f"The storage's client refuses this ({kind}).", kind)
+    if kind == "ResponseParserError":
+        return unreadable(kind)
     return StorageUnavailable(f"The storage does not answer ({kind}).")
 
 
+def unreadable(why: str) -> StorageUnavailable:
+    """The error for an answer that is none of S3's: a proxy's page, headers that are missing, a body cut short."""
+    return StorageUnavailable(f"The storage's answer cannot be understood ({why}).")
+
+
 @contextmanager
-def told(what: str, name: str) -> Iterator[None]:
-    """Turn boto3's errors into ours. `what` is being tried with the bucket called `name`."""
+def told(what: str, name: str, *, named: bool = False) -> Iterator[None]:
+    """Turn boto3's errors into ours. `what` is being tried with the bucket called `name`; `named`: with what is there.
+
+    Whatever else is raised in there is raised by reading an answer, or the settings of boto3, and is of the store too.
+    """
     from botocore.exceptions import BotoCoreError, ClientError
 
     try:
         yield
+    except ServerError:
+        raise
     except ClientError as error:
-        raise _ours(code_of(error), what, name) from error
+        response: dict[str, Any] = getattr(error, "response", None) or {}
+        status = (response.get("ResponseMetadata") or {}).get("HTTPStatusCode") or 0
+        raise _ours(
+            str((response.get("Error") or {}).get("Code") or status), int(status), what, name, named=named
+        ) from error
     except BotoCoreError as error:
         raise _unreached(type(error).__name__) from error
-
-
-def code_of(error: Exception) -> str:
-    """The error's code, or the status where the answer had no body to name one; empty for what is no answer."""
-    response = getattr(error, "response", {})
-    code = str(response.get("Error", {}).get("Code", ""))
-    status = str(response.get("ResponseMetadata", {}).get("HTTPStatusCode", ""))
-    return code or status
+    except OSError as error:
+        raise StorageUnavailable(f"The storage does not answer ({type(error).__name__}).") from error
+    except Exception as error:
+        raise unreadable(type(error).__name__) from error

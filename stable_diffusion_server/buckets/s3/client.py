@@ -1,0 +1,47 @@
+"""The client of an S3 store: where it is, and how it is reached. Asks nothing of any store."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class S3Options:
+    """Where the bucket is and how it is reached.
+
+    `timeout` in seconds, for each of three tries; empty `credentials` leave it to boto3's own chain.
+    """
+
+    name: str
+    endpoint_url: str = ""
+    region: str = ""
+    base_url: str = ""
+    signed_url_seconds: int = 0
+    acl: str = ""
+    prefix: str = ""
+    timeout: float = 10.0
+    credentials: Callable[[], tuple[str, str, str]] = lambda: ("", "", "")
+
+
+def make_client(options: S3Options) -> Any:
+    """A client of boto3. Raises what boto3 raises for credentials or profiles that are wrong."""
+    # Imported here: it takes most of a second, and only those who use it should pay.
+    import boto3
+    from botocore.config import Config
+
+    session = boto3.session.Session(*(value or None for value in options.credentials()))
+    config = Config(
+        connect_timeout=min(5.0, options.timeout),
+        read_timeout=options.timeout,
+        retries={"mode": "standard", "total_max_attempts": 3},
+        max_pool_connections=32,
+        signature_version="s3v4",
+        # The newer checksums are AWS's own; R2 and others refuse or ignore them. Content-MD5 is understood by all.
+        request_checksum_calculation="when_required",
+        response_checksum_validation="when_required",
+        s3={"addressing_style": "path" if options.endpoint_url else "auto"},
+    )
+    region = options.region or session.region_name or "us-east-1"
+    return session.client("s3", endpoint_url=options.endpoint_url or None, region_name=region, config=config)

@@ -1,0 +1,121 @@
+"""Calls to a store that are waited for only so long, and what is known to be down. Knows no spool."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import structlog
+
+from stable_diffusion_server.errors import NameBusy, ServerError, StorageUnavailable
+from stable_diffusion_server.spool.store import Store
+
+_log = structlog.get_logger(__name__)
+
+T = TypeVar("T")
+
+# Calls to the bucket that may be under way at once.
+_CALLS = 8
+
+
+class Calls:
+    """Calls to `store`, each waited for no longer than `patience` seconds. Safe from any thread.
+
+    What does not work ("read", "write") is down until `up` is called; nobody asks for it meanwhile. `woken` is set
+    when something is newly down, for whoever tries it again.
+    """
+
+    def __init__(self, store: Store, patience: float) -> None:
+        self._store = store
+        self._patience = patience
+        self._pool = ThreadPoolExecutor(_CALLS, thread_name_prefix="storage")
+        # Reading may well work where writing is not allowed.
+        self._down: dict[str, str] = {}
+        # Writes by key that were not waited for to their end.
+        self._late: dict[str, Future[Any]] = {}
+        self._probe: Future[None] | None = None
+        self.was_up = False
+        self.failures = 0
+        self.woken = threading.Event()
+
+    def down(self, what: str) -> str | None:
+        """Why it does not work, or `None`."""
+        return self._down.get(what)
+
+    def ask(self, what: str, call: Callable[[], T], writes: str | None = None) -> T:
+        """The store's answer, not waited for at all while `what` is known to be down.
+
+        `writes` is the key that the call writes. Raises `StorageUnavailable`, and what the store says of a name.
+        """
+        if (why := self._down.get(what)) is not None:
+            raise StorageUnavailable(why, retry_after=30)
+        try:
+            return self.attempt(call, writes)
+        except NameBusy:
+            raise
+        except StorageUnavailable as error:
+            self.found_down(what, error.detail)
+            raise
+
+    def attempt(self, call: Callable[[], T], writes: str | None = None) -> T:
+        """The same without minding, or noting, what is down."""
+        try:
+            answer = self._pool.submit(call)
+        except RuntimeError as error:
+            raise StorageUnavailable("The storage is let go.") from error
+        return self._result(answer, writes)
+
+    def probe(self) -> None:
+        """Raises `StorageUnavailable` unless the store can be written now. One look at a time: a slow one is shared."""
+        if self._probe is None or self._probe.done():
+            try:
+                self._probe = self._pool.submit(self._store.open)
+            except RuntimeError as error:
+                raise StorageUnavailable("The storage is let go.") from error
+        self._result(self._probe, None)
+        self.was_up = True
+
+    def is_late(self, key: str) -> bool:
+        """Whether a write of this key that was given up is still under way."""
+        late = self._late.get(key)
+        if late is None or not late.done():
+            return late is not None
+        self._late.pop(key, None)
+        return False
+
+    def found_down(self, what: str, why: str) -> None:
+        """Note that it does not work."""
+        self.failures += 1
+        if what not in self._down:
+            _log.error("the storage is down", to=what, reason=why)
+            self._down[what] = why
+            self.woken.set()
+        self._down[what] = why
+
+    def found_up(self, what: str) -> None:
+        """Note that it works."""
+        if self._down.pop(what, None) is not None:
+            _log.info("the storage is up again", to=what)
+
+    def close(self) -> None:
+        """Start no more calls; those under way end by themselves."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _result(self, answer: Future[T], writes: str | None) -> T:
+        try:
+            return answer.result(self._patience)
+        except ServerError:
+            raise
+        except TimeoutError as error:
+            if writes is not None and not answer.cancel() and not answer.done():
+                self._late[writes] = answer
+            raise StorageUnavailable(
+                f"The storage did not answer within {self._patience:g} seconds.", retry_after=30
+            ) from error
+        except Exception as error:
+            _log.exception("the storage's client failed")
+            raise StorageUnavailable(
+                f"The storage's answer cannot be understood ({type(error).__name__}).", retry_after=30
+            ) from error

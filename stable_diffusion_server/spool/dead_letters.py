@@ -1,0 +1,158 @@
+"""Objects that the store refuses for good, kept in a folder with the reason until a person retries or drops them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import stat
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+_log = structlog.get_logger(__name__)
+
+# Where `retry` puts an object back for the server that runs, or the next one, to take up: beside those that wait.
+RETRIED = ".retry"
+_ENDING = ".spool"
+_HEAD_BYTES = 65_536
+_MOST_LETTERS = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class DeadLetter:
+    """One refused object. `told`: its caller was told so, and has no URL of it. `size` in bytes on disk."""
+
+    path: Path
+    key: str
+    reason: str
+    told: bool
+    size: int
+
+    @property
+    def id(self) -> str:
+        """What the commands call it."""
+        return self.path.name.removesuffix(_ENDING)
+
+
+class DeadLetters:
+    """The folder, made when the first object is put there. Safe from any thread; other processes may change it too.
+
+    At most `most` objects of `max_bytes` together: beyond that the oldest go, first those whose callers were told.
+    """
+
+    def __init__(self, folder: Path, max_bytes: int, most: int = _MOST_LETTERS) -> None:
+        self._folder = folder
+        self._max_bytes = max_bytes
+        self._most = most
+        self._lock = threading.Lock()
+
+    def add(self, path: Path, reason: str, *, told: bool = False) -> Path | None:
+        """Move a file, or whatever stands in its place, here with the reason; `None` where that cannot be done."""
+        target = self._folder / path.name
+        with self._lock:
+            try:
+                self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+                path.replace(target)
+                self._explain(target, {"reason": reason, "told": told, "refused_at": round(time.time(), 3)})
+            except OSError as error:
+                _log.warning("a refused object cannot be set aside", file=path.name, reason=error.strerror)
+                return None
+            self._forget_the_oldest()
+        return target
+
+    def __len__(self) -> int:
+        """How many are here."""
+        with suppress(OSError):
+            return sum(path.suffix != ".reason" for path in self._folder.iterdir())
+        return 0
+
+    def listed(self) -> list[DeadLetter]:
+        """What is here, the oldest first."""
+        with suppress(OSError):
+            paths = sorted(path for path in self._folder.iterdir() if path.suffix != ".reason")
+            return [letter for letter in map(self._read, paths) if letter is not None]
+        return []
+
+    def retry(self, letter: DeadLetter) -> None:
+        """Put it back to those that wait. Raises `OSError`, and `ValueError` for what is no whole object."""
+        facts_of(letter.path)
+        letter.path.replace(self._folder.with_name("spool") / f"{letter.id}{RETRIED}")
+        _sidecar(letter.path).unlink(missing_ok=True)
+
+    def drop(self, letter: DeadLetter) -> None:
+        """Remove it for good. Raises `OSError`."""
+        if letter.path.is_dir() and not letter.path.is_symlink():
+            letter.path.rmdir()
+        else:
+            letter.path.unlink(missing_ok=True)
+        _sidecar(letter.path).unlink(missing_ok=True)
+
+    def _explain(self, target: Path, why: dict[str, Any]) -> None:
+        """Write the reason beside the object, which stays as it is."""
+        with suppress(OSError):  # a full disk: the object is worth more than the reason
+            _sidecar(target).write_text(json.dumps(why))
+
+    def _read(self, path: Path) -> DeadLetter | None:
+        why: dict[str, Any] = {}
+        with suppress(OSError, ValueError, TypeError):
+            why = dict(json.loads(_sidecar(path).read_bytes()))
+        key = ""
+        with suppress(OSError, ValueError, RecursionError):
+            key = head_of(path)["key"]
+        with suppress(FileNotFoundError):
+            size = path.lstat().st_size
+            return DeadLetter(path, key, str(why.get("reason", "unknown")), bool(why.get("told")), size)
+        return None
+
+    def _forget_the_oldest(self) -> None:
+        letters = sorted(self.listed(), key=lambda letter: not letter.told)
+        size = sum(letter.size for letter in letters)
+        while letters and (len(letters) > self._most or size > self._max_bytes):
+            oldest = letters.pop(0)
+            size -= oldest.size
+            _log.warning("too many refused objects: the oldest is removed", name=oldest.key, reason=oldest.reason)
+            with suppress(OSError):
+                self.drop(oldest)
+
+
+def head_of(path: Path) -> dict[str, Any]:
+    """The line of facts before an object's bytes. Raises `OSError`, and `ValueError` for another kind of file."""
+    if not stat.S_ISREG(path.lstat().st_mode):
+        raise ValueError("it is no file")
+    with path.open("rb") as file:
+        line = file.readline(_HEAD_BYTES)
+    facts = json.loads(line) if line.endswith(b"\n") else None
+    kinds = {"key": str, "content_type": str, "record": dict, "sha256": str, "overwrite": bool}
+    if not isinstance(facts, dict) or not all(isinstance(facts.get(name), kind) for name, kind in kinds.items()):
+        raise ValueError("it does not begin with the facts of an object")
+    if not facts["key"] or not all(isinstance(text, str) for pair in facts["record"].items() for text in pair):
+        raise ValueError("its key or its record is none")
+    return facts
+
+
+def facts_of(path: Path) -> tuple[dict[str, Any], int]:
+    """The facts of an object and the number of its bytes, which are whole. Raises `OSError` and `ValueError`."""
+    facts, size, content = head_of(path), 0, hashlib.sha256()
+    with path.open("rb") as file:
+        file.readline(_HEAD_BYTES)
+        for part in _parts(file.read):
+            content.update(part)
+            size += len(part)
+    if content.hexdigest() != facts["sha256"]:
+        raise ValueError("its bytes are not those it was given")
+    return facts, size
+
+
+def _parts(read: Callable[[int], bytes]) -> Iterator[bytes]:
+    while part := read(1 << 20):
+        yield part
+
+
+def _sidecar(path: Path) -> Path:
+    return path.with_name(f"{path.name}.reason")

@@ -1,0 +1,166 @@
+"""Brings what waits in a spool to the store, in the background, past whatever the store does not take."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+
+from stable_diffusion_server.errors import (
+    InvalidInput,
+    NameBusy,
+    NotFound,
+    ServerError,
+    StorageRefused,
+    StorageUnavailable,
+)
+from stable_diffusion_server.spool.calls import Calls
+from stable_diffusion_server.spool.files import Kept, Spool
+from stable_diffusion_server.spool.store import Store
+
+_log = structlog.get_logger(__name__)
+
+_PAUSE_LONGEST = 60.0
+_BACK_OFF_LONGEST = 600.0
+# With pauses that double from a second on: about a quarter of an hour in which the store took others.
+_MOST_TRIES = 10
+
+
+@dataclass(slots=True)
+class _Failed:
+    """How often an object was tried in vain while the store was well, and when it may be tried again (monotonic)."""
+
+    tries: int = 0
+    due: float = 0.0
+
+
+class Drain:
+    """A thread that looks every `pause` seconds at what waits, and more and more seldom while the store is down.
+
+    An object that fails while the store takes others is tried again by itself, ever later, and in the end set aside;
+    one that is refused is set aside at once. Objects of one key are brought in the order in which they came.
+    """
+
+    def __init__(self, store: Store, spool: Spool, calls: Calls, pause: float) -> None:
+        self._store = store
+        self._spool = spool
+        self._calls = calls
+        self._pause = pause
+        self._failed: dict[Path, _Failed] = {}
+        self._stop = False
+        self._thread = threading.Thread(target=self._run, name="spool", daemon=True)
+        # Held while one object is brought.
+        self.bringing = threading.Lock()
+
+    @property
+    def started(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread.is_alive()
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def stop(self, seconds: float) -> None:
+        """Bring nothing more; the object at hand gets so long."""
+        self._stop = True
+        self._calls.woken.set()
+        if self._thread.is_alive():
+            self._thread.join(seconds)
+
+    def _run(self) -> None:
+        pause = self._pause
+        while not self._stop:
+            if self._calls.woken.wait(pause):
+                self._calls.woken.clear()
+                pause = self._pause
+            if self._stop:
+                return
+            # Each by itself: a bucket that may only be read is to be read again after an outage.
+            well = [self._tried("read", self._look), self._tried("write", self._empty)]
+            pause = self._pause if all(well) else min(2 * pause, _PAUSE_LONGEST)
+
+    def _tried(self, what: str, work: Callable[[], None]) -> bool:
+        try:
+            work()
+        except ServerError as error:
+            self._calls.found_down(what, error.detail)
+        except Exception:
+            _log.exception("the spool stumbled and goes on")
+        else:
+            return True
+        return False
+
+    def _look(self) -> None:
+        if self._calls.down("read") is None:
+            return
+        with suppress(InvalidInput, NotFound):  # an answer of a store that is well
+            self._calls.attempt(lambda: self._store.stat("?"))
+        self._calls.found_up("read")
+
+    def _empty(self) -> None:
+        """Bring what waits. Raises `StorageUnavailable` when the store turns out to be down."""
+        self._spool.take_up_retries()
+        if self._calls.down("write") is not None:
+            self._calls.probe()
+            self._calls.found_up("write")
+        waiting = self._spool.waiting()
+        self._failed = {kept.path: self._failed[kept.path] for kept in waiting if kept.path in self._failed}
+        oldest: dict[str, Kept] = {}
+        for kept in waiting:
+            oldest.setdefault(kept.stored.key, kept)
+        # What failed before is tried behind all that did not.
+        waiting.sort(key=lambda kept: (oldest[kept.stored.key].path in self._failed, kept.path))
+        held: set[str] = set()
+        for kept in waiting:
+            if self._stop:
+                return
+            if kept.stored.key not in held and not self._may_bring(kept):
+                held.add(kept.stored.key)
+
+    def _may_bring(self, kept: Kept) -> bool:
+        """Bring an object if it is its turn; whether the next one under its key may follow."""
+        failed = self._failed.get(kept.path)
+        if failed is not None and time.monotonic() < failed.due:
+            return False
+        with self.bringing:
+            if self._calls.is_late(kept.stored.key):
+                return False
+            try:
+                self._bring(kept)
+            except (InvalidInput, StorageRefused) as error:
+                self._spool.set_aside(kept, error.detail)
+            except StorageUnavailable as error:
+                if not isinstance(error, NameBusy):
+                    self._calls.probe()  # raises when it is the store, and not this object
+                return self._fails_again(kept, error.detail)
+        return True
+
+    def _bring(self, kept: Kept) -> None:
+        try:
+            data = self._spool.read(kept)
+        except NotFound:
+            self._spool.drop(kept)  # deleted, or brought by another process, since this round began
+            return
+        stored = kept.stored
+        arguments = stored.key, data, stored.content_type, stored.record
+        if kept.overwrite:
+            self._calls.attempt(lambda: self._store.overwrite(*arguments), stored.key)
+        elif not self._calls.attempt(lambda: self._store.create(*arguments), stored.key)[1]:
+            _log.warning("another server stored this name meanwhile; the spooled one is dropped", name=stored.key)
+        self._spool.drop(kept)
+
+    def _fails_again(self, kept: Kept, why: str) -> bool:
+        failed = self._failed.setdefault(kept.path, _Failed())
+        failed.tries += 1
+        failed.due = time.monotonic() + min(self._pause * 2**failed.tries, _BACK_OFF_LONGEST)
+        _log.warning("the storage does not take this picture yet", name=kept.stored.key, tries=failed.tries, reason=why)
+        if failed.tries < _MOST_TRIES:
+            return False
+        self._spool.set_aside(kept, why)
+        return True

@@ -1,0 +1,275 @@
+"""Answers of a storage that are no truth: each is one sentence of ours, none a lost picture, none a foreign error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+from conftest import House
+from fakes import until
+from storage_servers import (
+    KEYS,
+    Rascal,
+    Said,
+    StorageServer,
+    gcs_options,
+    make_gcs_bucket,
+    make_s3_bucket,
+    opened,
+    r2_options,
+    s3_client,
+)
+
+from stable_diffusion_server.bucket_api import Bucket
+from stable_diffusion_server.errors import NotFound, StorageUnavailable
+
+HTML = Said(200, b"<html><body>Welcome to the hotel's network</body></html>", {"Content-Type": "text/html"})
+PORTAL = Said(200, HTML.content, {**HTML.headers, "ETag": '"portal"'})
+NOTHING = Said(200)
+ETAG_X = Said(200, b"", {"ETag": '"x"'})
+
+
+@pytest.fixture
+def behind(s3_server: StorageServer, rascal_before: Callable[[StorageServer], Rascal]) -> tuple[str, Rascal]:
+    """A new bucket's name, and the go-between that leads to it."""
+    return make_s3_bucket(s3_server), rascal_before(s3_server)
+
+
+@pytest.fixture
+def bucket(behind: tuple[str, Rascal]) -> Bucket:
+    """The bucket, opened."""
+    return opened(r2_options(behind[1].url, behind[0], storage_timeout=5.0))
+
+
+@pytest.fixture
+def house(house_of: Callable[..., House], behind: tuple[str, Rascal]) -> House:
+    """A server whose pictures go there, and which asks the bucket each time."""
+    keys = {key: value.get_secret_value() for key, value in KEYS.items()}
+    where = {"bucket_name": behind[0], "r2_endpoint_url": behind[1].url}
+    return house_of(storage_provider="r2", storage_timeout=5.0, known_keys=0, **where, **keys)
+
+
+def answering(said: str | Said, *methods: str) -> Callable[[str, str, Mapping[str, str]], str | Said]:
+    """The same answer to every request of these methods."""
+    return lambda method, path, headers: said if method in methods else ""
+
+
+@pytest.mark.fault(134)
+@pytest.mark.parametrize(
+    ("said", "methods"),
+    [
+        (NOTHING, ["PUT"]),
+        (ETAG_X, ["PUT"]),
+        (PORTAL, ["PUT"]),
+        (PORTAL, ["PUT", "HEAD"]),
+        (NOTHING, ["PUT", "HEAD", "GET"]),
+        (Said(204, b"", {"ETag": '"d41d8cd98f00b204e9800998ecf8427e"'}), ["PUT"]),
+        (Said(404, HTML.content, HTML.headers), ["PUT"]),
+    ],
+)
+def test_a_write_that_is_only_said_to_be_done_is_spooled_and_brought_later(
+    house: House, behind: tuple[str, Rascal], s3_server: StorageServer, said: Said, methods: list[str]
+) -> None:
+    """The receipt says that the picture is not stored; it is in the bucket soon after the storage tells the truth."""
+    behind[1].rule = answering(said, *methods)
+    answer = house.draw(prompt="a red square", save_path="a.webp")
+    assert (answer.status_code, answer.json()["stored"]) == (200, False), answer.text
+    assert house.metric("sds_spool_pictures") == 1
+    behind[1].rule = answering("")
+    until(lambda: house.metric("sds_spool_pictures") == 0, 60)
+    body = s3_client(s3_server.url).get_object(Bucket=behind[0], Key="static/uploads/a.webp")["Body"].read()
+    assert body[8:12] == b"WEBP"
+
+
+@pytest.mark.fault(134)
+def test_a_big_object_whose_parts_are_swallowed_is_not_believed(bucket: Bucket, behind: tuple[str, Rascal]) -> None:
+    """Sent in parts: an answer without an id, to a part without an ETag, and a last one of something else."""
+    data = b"d" * (17 * 2**20)
+    for said, query in ((NOTHING, "uploads"), (NOTHING, "partNumber=1"), (HTML, "uploadId")):
+        asked = {"uploads": "POST", "partNumber=1": "PUT", "uploadId": "POST"}[query]
+        behind[1].rule = lambda method, path, headers, said=said, query=query, asked=asked: (  # type: ignore[misc]  # bound for this turn
+            said if method == asked and query in path else ""
+        )
+        with pytest.raises(StorageUnavailable):
+            bucket.overwrite("big", data, "image/png", {})
+    behind[1].rule = answering("")
+    assert bucket.overwrite("big", data, "image/png", {}).size == len(data)
+
+
+@pytest.mark.fault(134)
+def test_a_store_whose_etags_are_no_md5_is_looked_at_and_believed(bucket: Bucket, behind: tuple[str, Rascal]) -> None:
+    """As with SSE-KMS: the write is proved by a look at size and writer, and its object is found and read."""
+
+    def rule(method: str, path: str, headers: Mapping[str, str]) -> str | Said:
+        return Said(200, b"", {"ETag": '"0123456789abcdef0123456789abcdef"'}, after=True) if method != "GET" else ""
+
+    behind[1].rule = rule
+    assert bucket.create("k", b"data", "image/webp", {"seed": "7"})[1]
+    stored = bucket.stat("k")
+    assert stored is not None
+    assert (stored.size, dict(stored.record), bucket.read("k")) == (4, {"seed": "7"}, b"data")
+
+
+@pytest.mark.fault(135)
+@pytest.mark.parametrize("said", [NOTHING, HTML, PORTAL, Said(200, b"", {"ETag": ""}), "noise", "close"])
+def test_an_answer_to_a_look_that_tells_nothing_is_of_the_storage(
+    bucket: Bucket, behind: tuple[str, Rascal], said: str | Said
+) -> None:
+    """Without an ETag or a length, or no HTTP at all: one sentence, and never an object that is not there."""
+    bucket.create("k.webp", b"data", "image/webp", {})
+    behind[1].rule = answering(said, "HEAD")
+    if said is PORTAL:  # a page that has an ETag by chance
+        assert bucket.stat("k.webp") is None
+        return
+    with pytest.raises(StorageUnavailable) as told:
+        bucket.stat("k.webp")
+    assert told.value.detail.endswith(".")
+
+
+@pytest.mark.fault(135)
+@pytest.mark.parametrize("said", [NOTHING, HTML, "reset", "noise", "close"])
+def test_an_answer_to_a_read_that_is_no_object_is_of_the_storage(
+    bucket: Bucket, behind: tuple[str, Rascal], said: str | Said
+) -> None:
+    """No bytes, a page, half of it: an error, and neither an empty picture nor half a one."""
+    bucket.create("k", b"data" * 100, "image/webp", {})
+    behind[1].rule = answering(said, "GET")
+    with pytest.raises(StorageUnavailable):
+        bucket.read("k")
+    behind[1].rule = answering("")
+    assert bucket.read("k") == b"data" * 100
+
+
+@pytest.mark.fault(135)
+def test_a_store_that_knows_no_ranges_gives_the_part_all_the_same(bucket: Bucket, behind: tuple[str, Rascal]) -> None:
+    """The whole object with status 200: the part asked for is cut out here."""
+    bucket.create("k", b"0123456789", "image/webp", {})
+    behind[1].drops.add("Range")
+    assert (bucket.read("k", 3, 5), bucket.read("k", 8), bucket.read("k", 20)) == (b"34", b"89", b"")
+
+
+def replaced(server: StorageServer, name: str, key: str, body: bytes, **more: Any) -> None:
+    s3_client(server.url).put_object(Bucket=name, Key=key, Body=body, **more)
+
+
+@pytest.mark.fault(135)
+@pytest.mark.parametrize(
+    "garbage", ["html", "zeros of the length", "empty", "cut", "half a picture", "of another type"]
+)
+def test_garbage_in_the_bucket_is_drawn_anew(
+    house: House, behind: tuple[str, Rascal], s3_server: StorageServer, garbage: str
+) -> None:
+    """Replaced behind the server's back, with the object's own metadata or without: whoever asks gets a picture."""
+    key = house.draw(prompt="a red square", save_path="a.webp").json()["key"]
+    client = s3_client(s3_server.url)
+    there = client.get_object(Bucket=behind[0], Key=key)
+    data, about = there["Body"].read(), {"Metadata": there["Metadata"], "ContentType": there["ContentType"]}
+    bodies: dict[str, tuple[bytes, dict[str, Any]]] = {
+        "html": (b"<html>garbage</html>", {}),
+        "zeros of the length": (bytes(len(data)), about),
+        "empty": (b"", about),
+        "cut": (data[:-9], about),
+        "half a picture": (data[:-9], {}),
+        "of another type": (b"%PDF-1.7 of the accounts", {"ContentType": "application/pdf"}),
+    }
+    body, more = bodies[garbage]
+    replaced(s3_server, behind[0], key, body, **more)
+    asked = {"prompt": "a red square", "save_path": "a.webp", "width": 64, "height": 64}
+    for _ in range(2):
+        answer = house.client.post("/make_image", json=asked)
+        assert (answer.status_code, answer.content[8:12]) == (200, b"WEBP"), answer.text[:200]
+    assert house.client.get(f"/files/{key}").content == answer.content
+    assert client.get_object(Bucket=behind[0], Key=key)["Body"].read() == answer.content
+
+
+@pytest.mark.fault(135)
+def test_what_someone_else_put_there_is_never_drawn_over(
+    house: House, behind: tuple[str, Rascal], s3_server: StorageServer
+) -> None:
+    """A picture of any kind, and a file that claims to be none: found, told as another order's, and left as it is."""
+    house.draw(prompt="a red square", save_path="a.webp")
+    for key, body in (("b.webp", b"GIF89a of another"), ("c.png", b"\0\0\0\x1cftypavif0000"), ("conf", b'{"a": 1}')):
+        replaced(s3_server, behind[0], f"static/uploads/{key}", body)
+        answer = house.draw(prompt="a red square", save_path=key).json()
+        assert (answer["cached"], answer["warnings"][0]["code"]) == (True, "different-order")
+        kept = s3_client(s3_server.url).get_object(Bucket=behind[0], Key=f"static/uploads/{key}")["Body"].read()
+        assert kept == body
+    refused = house.client.post("/make_image", json={"prompt": "a red square", "save_path": "conf"})
+    assert refused.status_code == 503, "no picture is answered as one"
+
+
+@pytest.mark.fault(135)
+@pytest.mark.parametrize("said", [NOTHING, PORTAL, "reset", "close"])
+def test_a_read_that_fails_is_no_empty_picture(house: House, behind: tuple[str, Rascal], said: str | Said) -> None:
+    """/make_image of a stored picture while GET is answered with something else: an error, and then the picture."""
+    asked = {"prompt": "a red square", "save_path": "a.webp", "width": 64, "height": 64}
+    picture = house.client.post("/make_image", json=asked).content
+    behind[1].rule = answering(said, "GET")
+    answer = house.client.post("/make_image", json=asked)
+    assert answer.status_code == 503 or answer.content[8:12] == b"WEBP", answer.text[:200]
+    assert answer.headers["content-type"] in ("application/problem+json", "image/webp")
+    behind[1].rule = answering("")
+    until(lambda: house.client.post("/make_image", json=asked).content == picture)
+
+
+@pytest.fixture
+def google(
+    gcs_server: StorageServer, rascal_before: Callable[[StorageServer], Rascal], monkeypatch: pytest.MonkeyPatch
+) -> tuple[Bucket, Rascal, str]:
+    """An open bucket at the emulator behind a go-between, and the bucket's name."""
+    rascal = rascal_before(gcs_server)
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", rascal.url)
+    name = make_gcs_bucket(gcs_server)
+    return opened(gcs_options(name, storage_timeout=3.0)), rascal, name
+
+
+JSON = {"Content-Type": "application/json"}
+
+
+@pytest.mark.fault(134, 135)
+@pytest.mark.parametrize(
+    "said", [NOTHING, HTML, Said(200, b"{}", JSON), Said(200, b"[]", JSON), Said(200, b'{"a', JSON)]
+)
+def test_googles_answers_are_checked_too(google: tuple[Bucket, Rascal, str], said: Said) -> None:
+    """Writing, looking and reading: one sentence each for a page, nothing, and JSON of something else."""
+    bucket, rascal, _ = google
+    bucket.create("k", b"data", "image/webp", {})
+    rascal.rule = answering(said, "GET", "POST")
+    for call in (
+        lambda: bucket.create("other", b"data", "image/webp", {}),
+        lambda: bucket.overwrite("k", b"data", "image/webp", {}),
+        lambda: bucket.stat("k"),
+    ):
+        with pytest.raises(StorageUnavailable) as told:
+            call()
+        assert told.value.detail.endswith(".")
+    rascal.rule = answering("")
+    assert bucket.read("k") == b"data"
+    assert bucket.stat("other") is None
+
+
+@pytest.mark.fault(134)
+def test_googles_word_for_a_write_is_compared_with_what_is_there(google: tuple[Bucket, Rascal, str]) -> None:
+    """JSON that looks right and is of another object: not believed."""
+    bucket, rascal, _ = google
+    facts = b'{"name": "k", "bucket": "b", "size": "4", "generation": "1", "md5Hash": "AAAA", "etag": "e"}'
+    rascal.rule = answering(Said(200, facts, JSON), "POST")
+    with pytest.raises(StorageUnavailable, match="does not have it"):
+        bucket.create("k", b"data", "image/webp", {})
+
+
+@pytest.mark.fault(135)
+@pytest.mark.parametrize("garbage", [b"\0" * 8, b"<html>not a picture</html>", b""])
+def test_garbage_at_google_counts_as_absent(google: tuple[Bucket, Rascal, str], garbage: bytes) -> None:
+    """Of the same length with the metadata that was written, or of any length without."""
+    bucket, _, _ = google
+    bucket.create("k.webp", b"8 bytes!", "image/webp", {"bytes": "8"})
+    blob = bucket._bucket.blob("k.webp")  # type: ignore[attr-defined]  # the client's own way, from outside
+    blob.metadata = bucket._bucket.get_blob("k.webp").metadata if len(garbage) == 8 else None  # type: ignore[attr-defined]  # likewise
+    blob.upload_from_string(garbage, "image/webp")
+    assert bucket.stat("k.webp") is None
+    assert bucket.create("k.webp", b"8 bytes!", "image/webp", {"bytes": "8"})[1]
+    assert bucket.read("k.webp") == b"8 bytes!"
+    with pytest.raises(NotFound):
+        bucket.read("none")

@@ -1,0 +1,266 @@
+"""A name that the storage refuses costs its own caller a 422, and whatever is spooled behind it nothing."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import Any
+from urllib.parse import unquote
+
+import pytest
+from conftest import House
+from fakes import until
+from storage_servers import (
+    KEYS,
+    Rascal,
+    Said,
+    StorageServer,
+    make_gcs_bucket,
+    make_s3_bucket,
+    opened,
+    r2_options,
+    refused,
+    s3_client,
+)
+
+from stable_diffusion_server import commands
+from stable_diffusion_server.errors import InvalidInput, StorageRefused, StorageUnavailable
+from stable_diffusion_server.spool.dead_letters import DeadLetters
+
+Rule = Callable[[str, str, Mapping[str, str]], str | Said]
+
+
+def too_long(method: str, path: str, headers: Mapping[str, str]) -> str | Said:
+    """As MinIO: no part of a name has more than 255 bytes. HEAD has no body that could name a code."""
+    if max(map(len, unquote(path.partition("?")[0]).encode().split(b"/"))) <= 255:
+        return ""
+    return Said(400) if method == "HEAD" else refused("KeyTooLongError", 400)
+
+
+def denied_folder(method: str, path: str, headers: Mapping[str, str]) -> str | Said:
+    """As a bucket policy that denies one folder."""
+    return "" if "/poison" not in path else Said(403) if method == "HEAD" else refused("AccessDenied", 403)
+
+
+def poisoned(code: str, status: int, methods: str = "PUT") -> Rule:
+    """Every request of these methods about a name with "poison" in it is refused; none other is."""
+    return lambda method, path, headers: refused(code, status) if "poison" in path and method in methods else ""
+
+
+def word_for_poison(word: str) -> Rule:
+    return lambda method, path, headers: word if "poison" in path and method == "PUT" else ""
+
+
+# How one name is refused, and the name. Those of the first kind are refused for good.
+FOR_GOOD: dict[str, tuple[Rule, str]] = {
+    "too long for the store": (too_long, "a" * 250 + "poison.webp"),
+    "a denied folder": (denied_folder, "poison/a.webp"),
+    "a bad name": (poisoned("XMinioInvalidObjectName", 400), "poison.webp"),
+    "too large": (poisoned("EntityTooLarge", 413), "poison.webp"),
+    "bad metadata": (poisoned("MetadataTooLarge", 400), "poison.webp"),
+    "held by a lock": (poisoned("InvalidRequest", 422), "poison.webp"),
+}
+# And those that may pass.
+FOR_NOW: dict[str, tuple[Rule, str]] = {
+    "412 for what is not there": (poisoned("PreconditionFailed", 412), "poison.webp"),
+    "500 for one name": (poisoned("InternalError", 500), "poison.webp"),
+    "a connection that closes for one name": (word_for_poison("close"), "poison.webp"),
+    "a put that hangs for one name": (word_for_poison("slow"), "poison.webp"),
+}
+ALL = {**FOR_GOOD, **FOR_NOW}
+
+
+@pytest.fixture
+def behind(s3_server: StorageServer, rascal_before: Callable[[StorageServer], Rascal]) -> tuple[str, Rascal]:
+    """A new bucket's name, and the go-between that leads to it."""
+    return make_s3_bucket(s3_server), rascal_before(s3_server)
+
+
+@pytest.fixture
+def house(house_of: Callable[..., House], behind: tuple[str, Rascal]) -> House:
+    """A server whose pictures go there."""
+    return house_of(**settings_of(behind))
+
+
+def settings_of(behind: tuple[str, Rascal]) -> dict[str, Any]:
+    keys = {key: value.get_secret_value() for key, value in KEYS.items()}
+    where = {"bucket_name": behind[0], "r2_endpoint_url": behind[1].url}
+    return {"storage_provider": "r2", "storage_timeout": 4.0, "rate_limit": "", **where, **keys}
+
+
+def keys_in(server: StorageServer, name: str) -> set[str]:
+    listed = s3_client(server.url).list_objects_v2(Bucket=name).get("Contents", ())
+    return {item["Key"].removeprefix("static/uploads/") for item in listed} - {".stable-diffusion-server"}
+
+
+def letters(house: House) -> list[str]:
+    return [letter.key for letter in DeadLetters(house.folder / "data" / "dead-letters", 10**9).listed()]
+
+
+@pytest.mark.fault(132)
+@pytest.mark.parametrize("kind", FOR_GOOD)
+def test_a_refused_name_is_told_to_its_caller_and_to_nobody_else(
+    house: House, behind: tuple[str, Rascal], s3_server: StorageServer, kind: str
+) -> None:
+    """422 that names save_path; the next picture is stored at once, and nothing waits or is down."""
+    behind[1].rule, name = FOR_GOOD[kind]
+    before = house.metric("sds_storage_failures_total")
+    for _ in range(3):
+        answer = house.draw(prompt="a red square", save_path=name)
+        assert (answer.status_code, answer.json()["field"]) == (422, "save_path"), answer.text
+    after = house.draw(prompt="a blue square", save_path="next.webp")
+    assert (after.status_code, after.json()["stored"]) == (200, True)
+    assert keys_in(s3_server, behind[0]) == {"next.webp"}
+    assert (house.metric("sds_spool_pictures"), house.metric("sds_storage_failures_total")) == (0, before)
+    assert house.client.get("/readyz").status_code == 200
+
+
+@pytest.mark.fault(133)
+@pytest.mark.parametrize("kind", ALL)
+def test_a_poisoned_object_holds_up_nothing_that_is_spooled_behind_it(
+    house: House, behind: tuple[str, Rascal], s3_server: StorageServer, kind: str
+) -> None:
+    """An outage spools it first and six others after it; then it alone is refused: the others arrive, it is kept."""
+    rascal = behind[1]
+    rule, name = ALL[kind]
+    rascal.rule = lambda method, path, headers: "close"
+    drawn = [house.draw(prompt="a red square", save_path=name)]
+    drawn += [house.draw(prompt=f"a blue square {n}", save_path=f"{n}.webp") for n in range(6)]
+    assert [(answer.status_code, answer.json()["stored"]) for answer in drawn] == [(200, False)] * 7
+    rascal.rule = rule
+    until(lambda: keys_in(s3_server, behind[0]) == {f"{n}.webp" for n in range(6)}, 60)
+    fresh = house.draw(prompt="a green square", save_path="fresh.webp")
+    assert fresh.json()["stored"], "the storage does not count as down"
+    if kind in FOR_GOOD:
+        until(lambda: letters(house) == [f"static/uploads/{name}"])
+        assert house.metric("sds_dead_letters") == 1
+    else:
+        assert house.metric("sds_spool_pictures") == 1
+    given = house.client.get(drawn[0].json()["path"])
+    assert (given.status_code, given.content[8:12]) == (200, b"WEBP"), "its caller has an address of it"
+    rascal.rule = lambda method, path, headers: ""
+    rascal.release.set()
+    if kind in FOR_GOOD:
+        with suppress(SystemExit):
+            commands.tend_dead_letters(house.folder / "data", "retry", ["all"])
+    until(lambda: name in keys_in(s3_server, behind[0]), 60)
+    until(lambda: (house.metric("sds_spool_pictures"), house.metric("sds_dead_letters")) == (0, 0))
+
+
+@pytest.mark.fault(133)
+def test_what_no_try_brings_is_set_aside_in_the_end(
+    house: House, behind: tuple[str, Rascal], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After as many tries as the limit says, here two, with the storage's own words."""
+    monkeypatch.setattr("stable_diffusion_server.spool.drain._MOST_TRIES", 2)
+    behind[1].rule = poisoned("PreconditionFailed", 412)
+    assert not house.draw(prompt="a red square", save_path="poison.webp").json()["stored"]
+    until(lambda: letters(house) == ["static/uploads/poison.webp"], 60)
+    [letter] = DeadLetters(house.folder / "data" / "dead-letters", 10**9).listed()
+    assert "busy" in letter.reason
+
+
+@pytest.mark.fault(132)
+@pytest.mark.parametrize(("code", "status"), [("AccessDenied", 403), ("ExpiredToken", 400), ("InvalidRequest", 400)])
+def test_a_refusal_of_every_name_is_of_the_storage(
+    house: House, behind: tuple[str, Rascal], s3_server: StorageServer, code: str, status: int
+) -> None:
+    """Denied or expired for everything: the pictures wait, nobody is told that his name is bad, none is set aside."""
+    behind[1].rule = lambda method, path, headers: refused(code, status) if method == "PUT" else ""
+    for number in range(2):
+        answer = house.draw(prompt="a red square", save_path=f"{number}.webp")
+        assert (answer.status_code, answer.json()["stored"]) == (200, False), answer.text
+    assert letters(house) == []
+    behind[1].rule = lambda method, path, headers: ""
+    until(lambda: keys_in(s3_server, behind[0]) == {"0.webp", "1.webp"}, 60)
+
+
+@pytest.mark.fault(132)
+def test_a_name_made_here_that_is_refused_is_not_its_callers_fault(house: House, behind: tuple[str, Rascal]) -> None:
+    """No parameter is named, since none would mend it: 502, and the next named picture is stored."""
+    behind[1].rule = lambda method, path, headers: (
+        refused("InvalidArgument", 400) if re.search(r"/[0-9a-f]{16,}[^/]*$", path) and method == "PUT" else ""
+    )
+    answer = house.draw(prompt="a red square")
+    assert (answer.status_code, answer.json()["type"].rsplit(":", 1)[1]) == (502, "storage-refused"), answer.text
+    assert house.draw(prompt="a red square", save_path="fine.webp").json()["stored"]
+
+
+@pytest.mark.fault(132)
+def test_who_may_not_list_is_told_403_of_what_is_absent_and_draws(
+    house: House, behind: tuple[str, Rascal], s3_server: StorageServer
+) -> None:
+    """AWS answers so without s3:ListBucket: that is no refusal, and the picture is stored under its name."""
+    there = keys_in(s3_server, behind[0])
+
+    def rule(method: str, path: str, headers: Mapping[str, str]) -> str | Said:
+        absent = path.rsplit("/", 1)[1] not in (".stable-diffusion-server", *there)
+        return Said(403) if method == "HEAD" and absent else ""
+
+    behind[1].rule = rule
+    answer = house.draw(prompt="a red square", save_path="a.webp")
+    assert (answer.status_code, answer.json()["stored"]) == (200, True), answer.text
+
+
+@pytest.mark.fault(132)
+def test_what_is_refused_of_every_object_alike_is_found_at_the_start(behind: tuple[str, Rascal]) -> None:
+    """A bucket without ACLs and BUCKET_ACL set: the probe is written as pictures are, and refused as they would be."""
+    behind[1].rule = lambda method, path, headers: (
+        refused("AccessControlListNotSupported", 400) if "x-amz-acl" in {name.lower() for name in headers} else ""
+    )
+    with pytest.raises(StorageUnavailable, match="AccessControlListNotSupported"):
+        opened(r2_options(behind[1].url, behind[0], bucket_acl="public-read"))
+
+
+@pytest.mark.fault(132)
+def test_rights_without_those_to_delete_are_no_outage(house: House, behind: tuple[str, Rascal]) -> None:
+    """The deletion is refused to who asked for it; what is drawn then is stored at once."""
+    key = house.draw(prompt="a red square", save_path="a.webp").json()["key"]
+    before = house.metric("sds_storage_failures_total")
+    behind[1].rule = lambda method, path, headers: refused("AccessDenied", 403) if method == "DELETE" else ""
+    assert house.client.delete(f"/files/{key}").status_code == 502
+    assert house.draw(prompt="a red square", save_path="b.webp").json()["stored"]
+    assert house.metric("sds_storage_failures_total") == before
+
+
+@pytest.mark.fault(132)
+@pytest.mark.parametrize(("status", "methods"), [(400, "POST GET"), (403, "POST"), (413, "POST"), (412, "POST")])
+def test_googles_refusals_of_one_name_stay_with_it(
+    house_of: Callable[..., House],
+    gcs_server: StorageServer,
+    rascal_before: Callable[[StorageServer], Rascal],
+    monkeypatch: pytest.MonkeyPatch,
+    status: int,
+    methods: str,
+) -> None:
+    """422 for what is refused for good; what meets other writers waits. The next picture is stored either way."""
+    rascal = rascal_before(gcs_server)
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", rascal.url)
+    house = house_of(storage_provider="gcs", bucket_name=make_gcs_bucket(gcs_server), storage_timeout=2.0)
+    said = Said(status, b'{"error": {"message": "as the test asked"}}', {"Content-Type": "application/json"})
+    rascal.rule = lambda method, path, headers: said if "poison" in path and method in methods.split() else ""
+    rascal.body_rule = lambda method, body: said if method in methods.split() and b"poison" in body else ""
+    answer = house.draw(prompt="a red square", save_path="poison.webp")
+    assert answer.status_code == (200 if status == 412 else 422), answer.text
+    assert house.draw(prompt="a red square", save_path="fine.webp").json()["stored"]
+
+
+@pytest.mark.fault(132)
+def test_the_bucket_says_whose_refusal_it_is(behind: tuple[str, Rascal]) -> None:
+    """By class: of the name, of this object, of the storage."""
+    bucket = opened(r2_options(behind[1].url, behind[0]))
+    behind[1].rule = denied_folder
+    for call in (
+        lambda: bucket.stat("poison/a"),
+        lambda: bucket.create("poison/a", b"data", "image/webp", {}),
+        lambda: bucket.overwrite("poison/a", b"data", "image/webp", {}),
+        lambda: bucket.read("poison/a"),
+    ):
+        with pytest.raises(InvalidInput):
+            call()
+    with pytest.raises(StorageRefused):
+        bucket.create("k", b"data", "image/webp", {"note": "x" * 2048})
+    behind[1].rule = lambda method, path, headers: Said(403)
+    with pytest.raises(StorageUnavailable):
+        bucket.stat("poison/a")
