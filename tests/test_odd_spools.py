@@ -1,0 +1,181 @@
+"""Whatever lies in DATA_DIR/spool: the odd is set aside with a line of the log, the whole is brought."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import House
+from fakes import until
+from storage_servers import KEYS, StorageServer, make_s3_bucket
+
+from stable_diffusion_server import commands
+from stable_diffusion_server.buckets.memory import MemoryBucket
+from stable_diffusion_server.orders import Stored
+from stable_diffusion_server.spool.dead_letters import DeadLetters
+from stable_diffusion_server.spool.files import Spool
+from stable_diffusion_server.spool.spooling import Spooling
+
+
+def whole(folder: Path, number: int) -> Path:
+    """A file as a server leaves it."""
+    data = b"picture %d" % number
+    stored = Stored(f"k{number}", len(data), hashlib.sha256(data).hexdigest(), "image/webp", {"seed": "7"})
+    return Spool(folder, 10**9).put(data, stored, overwrite=False).path
+
+
+def folder_of_that_name(path: Path) -> None:
+    path.mkdir()
+    (path / "inside").write_text("not empty")
+
+
+def link_to_a_secret(path: Path) -> None:
+    path.symlink_to("/etc/passwd")
+
+
+def link_to_nothing(path: Path) -> None:
+    path.symlink_to("nowhere")
+
+
+def pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(whole(path.parent, 90).read_bytes()[:-3])
+
+
+def empty(path: Path) -> None:
+    path.touch()
+
+
+def of_other_facts(**facts: object) -> Callable[[Path], None]:
+    def make(path: Path) -> None:
+        right = {"key": "k", "content_type": "image/webp", "record": {}, "sha256": "0" * 64, "overwrite": False}
+        path.write_bytes(json.dumps({**right, **facts}).encode() + b"\ndata")
+
+    return make
+
+
+def no_facts(path: Path) -> None:
+    path.write_bytes(b"[" * 100_000 + b"\n")
+
+
+def binary(path: Path) -> None:
+    path.write_bytes(bytes(range(256)) * 1000)
+
+
+def unreadable(path: Path) -> None:
+    path.write_bytes(whole(path.parent, 91).read_bytes())
+    path.chmod(0)
+
+
+ODD: dict[str, Callable[[Path], None]] = {
+    "a folder": folder_of_that_name,
+    "a link to another file": link_to_a_secret,
+    "a link to nothing": link_to_nothing,
+    "a pipe, which no one writes to": pipe,
+    "a file that was cut": cut,
+    "an empty file": empty,
+    "a forged digest": of_other_facts(),
+    "a key that is a number": of_other_facts(key=7),
+    "a record that is a list": of_other_facts(record=[1]),
+    "a record of numbers": of_other_facts(record={"seed": 7}),
+    "deep brackets": no_facts,
+    "bytes of something else": binary,
+    "a file without rights": unreadable,
+}
+
+
+@pytest.mark.fault(138)
+@pytest.mark.parametrize("kind", ODD)
+def test_an_odd_entry_is_set_aside_and_the_rest_is_brought(
+    tmp_path: Path, kind: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Named so that it comes first; the three behind it are in the bucket, and it can be listed and dropped."""
+    folder, store = tmp_path / "spool", MemoryBucket()
+    folder.mkdir()
+    (folder / "an old one.part").mkdir()
+    ODD[kind](folder / "00.spool")
+    for path in folder.glob("0*-*.spool"):
+        path.unlink()
+    for number in range(3):
+        whole(folder, number)
+    spooling = Spooling(store, Spool(folder, 10**9), 20.0, pause=0.02)
+    spooling.open()
+    until(lambda: set(store.list()) >= {"k0", "k1", "k2"})
+    until(lambda: not list(folder.glob("*.spool")))
+    spooling.close()
+    if kind == "a file without rights" and os.geteuid() == 0:
+        return  # nothing is unreadable to root: it was brought
+    letters = DeadLetters(tmp_path / "dead-letters", 10**9)
+    [letter] = letters.listed()
+    assert (letter.id, letter.reason.startswith("It could not be read")) == ("00", True)
+    assert "is set aside" in "".join(capfd.readouterr())
+    if kind != "a folder":
+        letters.drop(letter)
+        assert letters.listed() == []
+    assert Path("/etc/passwd").exists()
+
+
+@pytest.mark.fault(138)
+def test_a_server_over_a_spool_of_oddities_draws(
+    house_of: Callable[..., House], tmp_path: Path, s3_server: StorageServer
+) -> None:
+    """All of them at once, in DATA_DIR of a whole server, which is ready all the same."""
+    folder = tmp_path / "data" / "spool"
+    folder.mkdir(parents=True)
+    for number, make in enumerate(ODD.values()):
+        make(folder / f"{number:02}.spool")
+    keys = {key: value.get_secret_value() for key, value in KEYS.items()}
+    name = make_s3_bucket(s3_server)
+    house = house_of(storage_provider="r2", bucket_name=name, r2_endpoint_url=s3_server.url, **keys)
+    assert house.draw(prompt="a red square", save_path="a.webp").json()["stored"]
+
+
+@pytest.mark.fault(138)
+def test_dead_letters_are_bounded_and_the_told_ones_go_first(tmp_path: Path) -> None:
+    """Five are kept of nine: of those whose callers know that they were refused, none, and of the others the newest."""
+    letters = DeadLetters(tmp_path / "dead-letters", 10**9, most=5)
+    (tmp_path / "spool").mkdir()
+    paths = [whole(tmp_path / "spool", number) for number in range(9)]
+    for number, path in enumerate(paths):
+        letters.add(path, "refused", told=number % 3 == 0)
+    assert [letter.key for letter in letters.listed()] == ["k2", "k4", "k5", "k7", "k8"]
+    size = letters.listed()[0].size
+    few = DeadLetters(tmp_path / "dead-letters", 3 * size)
+    few.add(whole(tmp_path / "spool", 9), "refused")
+    assert [letter.key for letter in few.listed()] == ["k7", "k8", "k9"], "their bytes are bounded too"
+
+
+@pytest.mark.fault(133)
+def test_the_command_lists_retries_and_drops(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By id or all; an id that is not there is told, and what was cut meanwhile is not brought again."""
+    letters = DeadLetters(tmp_path / "dead-letters", 10**9)
+    (tmp_path / "spool").mkdir()
+    for number in range(3):
+        letters.add(whole(tmp_path / "spool", number), "KeyTooLongError")
+    commands.tend_dead_letters(tmp_path, "list", [])
+    listed = capsys.readouterr().out.splitlines()
+    assert [("KeyTooLongError" in line, f"'k{n}'" in line) for n, line in enumerate(listed)] == [(True, True)] * 3
+    ids = [line.split()[0] for line in listed]
+
+    def status(*arguments: str) -> object:
+        with pytest.raises(SystemExit) as ended:
+            commands.tend_dead_letters(tmp_path, arguments[0], list(arguments[1:]))
+        return ended.value.code
+
+    assert (status("retry", ids[0]), status("drop", ids[1]), status("drop", "none"), status("retry")) == (0, 0, 2, 2)
+    left = tmp_path / "dead-letters" / f"{ids[2]}.spool"
+    left.write_bytes(left.read_bytes()[:-1])
+    assert status("retry", "all") == 1
+    assert [path.name for path in (tmp_path / "spool").iterdir()] == [f"{ids[0]}.retry"]
+    store = MemoryBucket()
+    spooling = Spooling(store, Spool(tmp_path / "spool", 10**9), 20.0, pause=0.02)
+    spooling.open()
+    until(lambda: list(store.list()) == ["k0"])
+    spooling.close()
