@@ -16,7 +16,7 @@ from stable_diffusion_server.bucket_api import Bucket, read_picture
 from stable_diffusion_server.composing import Scene, compose
 from stable_diffusion_server.deadlines import within
 from stable_diffusion_server.drawing import Drawing, For, Queue
-from stable_diffusion_server.errors import NotFound, StorageUnavailable
+from stable_diffusion_server.errors import NotFound
 from stable_diffusion_server.flights import Audience, Flights, Listener, Watcher
 from stable_diffusion_server.history.entries import Entry
 from stable_diffusion_server.image_processing import Pixels
@@ -165,19 +165,14 @@ class Service:
         """The order as it can be kept and fulfilled later, and the files at its addresses, unless it is stored.
 
         A name made from the content has its random seed chosen, so that drawing it again is drawing the same. Raises
-        what `fulfil` raises before anything is drawn, `StorageUnavailable` for a storage without room among it; waiting
-        for addresses counts against the order's `timeout`.
+        what `fulfil` raises before anything is drawn; waiting for addresses counts against the order's `timeout`.
         """
         plan = await self._resolved(order)
         if order.save_path is None:
             order = replace(order, seed=plan.seed) if order.seed == "random" else order
         elif plan.key_is_known and await self._find(plan) is not None:
             return order, {}
-        try:
-            await asyncio.to_thread(self._bucket.admit)
-        except StorageUnavailable:
-            if not plan.key_is_known or await self._find(plan) is None:
-                raise
+        await asyncio.to_thread(self._bucket.admit)
         async with within(order.timeout or self._options.limits.max_timeout):
             return order, await self._files_of(order, _NOTHING, caller)
 
@@ -242,7 +237,7 @@ class Service:
         if any(source.url is not None for source in order.sources):
             if plan.key_is_known and (found := await self._find(plan)) is not None:
                 return plan, _Outcome(found), False
-            await self._check_room(whom)
+            await self.check_room(whom)
             fetched = await self._files_of(order, fetched, whom.caller)
             plan = await asyncio.to_thread(resolve, order, self._options, fetched)
 
@@ -252,7 +247,7 @@ class Service:
         outcome, shared = await self._storing.join(plan.key, plan.tag, start, listener)
         return plan, outcome, shared
 
-    async def _check_room(self, whom: For) -> None:
+    async def check_room(self, whom: For) -> None:
         """Refuse before the work that a full queue, or a storage without room, would throw away."""
         self._queue.check_open(whom.caller.share, background=whom.background)
         await asyncio.to_thread(self._bucket.admit)
@@ -286,7 +281,7 @@ class Service:
             found = await self._find(plan)
         if found is not None:
             return _Outcome(found)
-        await self._check_room(whom)
+        await self.check_room(whom)
         with self._tracing.span("compose"):
             scene = await self._scene(plan, fetched, whom.caller.share)
             job = await asyncio.to_thread(self._drawing.fitted, scene.job)

@@ -15,7 +15,8 @@ from stable_diffusion_server.orders import EventKind, Progress, Receipt
 class Live:
     """One job in this process. `cancelled` is set by its caller; `settled` once its end is known.
 
-    `due` is its deadline by the clock that never jumps, `None` where it has none.
+    `due` is its deadline by the clock that never jumps, `None` where it has none. `unstored` counts how often the
+    storage did not take its picture.
     """
 
     entry: Entry
@@ -25,6 +26,7 @@ class Live:
     cancelled: bool = False
     due: float | None = None
     settled: bool = False
+    unstored: int = 0
     ended: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property

@@ -12,6 +12,7 @@ from typing import Any
 
 import structlog
 
+from stable_diffusion_server.drawing import For
 from stable_diffusion_server.errors import (
     Busy,
     DeadlineExceeded,
@@ -20,6 +21,7 @@ from stable_diffusion_server.errors import (
     JournalUnavailable,
     NotReady,
     ServerError,
+    StorageUnavailable,
 )
 from stable_diffusion_server.jobs.live import Live
 from stable_diffusion_server.journal.book import Journal
@@ -38,6 +40,8 @@ MOST_KILLS = 100
 _PATIENCE = 0.5
 _PATIENCE_WITH_DISKS = 5.0
 _TO_WRITE = 2.0
+# So often a picture is drawn that could not be stored, while the storage seems to have room.
+_MOST_UNSTORED = 5
 
 
 class Runner:
@@ -197,6 +201,10 @@ class Runner:
         except DevicePoisoned:
             await self._put_back(live, forgiven=False)
             return
+        except StorageUnavailable as error:
+            if await self._waits_for_storage(live):
+                return
+            state, outcome = State.FAILED, Problem.of(error)
         except ServerError as error:
             state, outcome = State.FAILED, Problem.of(error)
         except Exception as error:  # whatever it is, it is this job's answer and no one else's
@@ -240,6 +248,20 @@ class Runner:
                 await self._clerk(Journal.put_back, live.entry.id, forgiven=forgiven)
                 live.entry = replace(live.entry, attempts=live.entry.attempts - forgiven)
             self._wait_again(live)
+
+    async def _waits_for_storage(self, live: Live) -> bool:
+        """Let a job wait while the storage is down. Not one that fails again and again although there is room."""
+        live.unstored += 1
+        if live.unstored >= _MOST_UNSTORED:
+            try:
+                await self._service.check_room(For(live.entry.caller, background=True))
+                return False
+            except ServerError:
+                pass  # it is not this job that is at fault
+        if not self._draining:
+            await asyncio.sleep(_PATIENCE_WITH_DISKS)
+        await self._put_back(live, forgiven=True)
+        return True
 
     async def _count_death(self, live: Live) -> None:
         live.entry = replace(live.entry, deaths=live.entry.deaths + 1)
