@@ -52,7 +52,8 @@ class Disk:
         """Note an error that a write met; those that are of its name are no matter of the disk."""
         if error.errno in OF_THE_DISK:
             with self._lock:
-                self._fault, self._tried = error, time.monotonic()
+                if self._fault is None:  # else the next try would be put off for as long as anyone asks
+                    self._fault, self._tried = error, time.monotonic()
 
     def _try(self) -> OSError | None:
         path = self._folder / f"{uuid4().hex}.part"

@@ -251,13 +251,11 @@ class Runner:
 
     async def _waits_for_storage(self, live: Live) -> bool:
         """Let a job wait while the storage is down. Not one that fails again and again although there is room."""
-        live.unstored += 1
-        if live.unstored >= _MOST_UNSTORED:
-            try:
-                await self._service.check_room(For(live.entry.caller, background=True))
+        with suppress(ServerError):  # then it is not this job that is at fault
+            await self._service.check_room(For(live.entry.caller, background=True))
+            live.unstored += 1
+            if live.unstored >= _MOST_UNSTORED:
                 return False
-            except ServerError:
-                pass  # it is not this job that is at fault
         if not self._draining:
             await asyncio.sleep(_PATIENCE_WITH_DISKS)
         await self._put_back(live, forgiven=True)

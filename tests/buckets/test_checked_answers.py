@@ -39,7 +39,7 @@ def behind(s3_server: StorageServer, rascal_before: Callable[[StorageServer], Ra
 @pytest.fixture
 def bucket(behind: tuple[str, Rascal]) -> Bucket:
     """The bucket, opened."""
-    return opened(r2_options(behind[1].url, behind[0], storage_timeout=5.0))
+    return opened(r2_options(behind[1].url, behind[0], storage_timeout=20.0))
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def house(house_of: Callable[..., House], behind: tuple[str, Rascal]) -> House:
     """A server whose pictures go there, and which asks the bucket each time."""
     keys = {key: value.get_secret_value() for key, value in KEYS.items()}
     where = {"bucket_name": behind[0], "r2_endpoint_url": behind[1].url}
-    return house_of(storage_provider="r2", storage_timeout=5.0, known_keys=0, **where, **keys)
+    return house_of(storage_provider="r2", storage_timeout=20.0, known_keys=0, **where, **keys)
 
 
 def answering(said: str | Said, *methods: str) -> Callable[[str, str, Mapping[str, str]], str | Said]:

@@ -86,7 +86,7 @@ def house(house_of: Callable[..., House], behind: tuple[str, Rascal]) -> House:
 def settings_of(behind: tuple[str, Rascal]) -> dict[str, Any]:
     keys = {key: value.get_secret_value() for key, value in KEYS.items()}
     where = {"bucket_name": behind[0], "r2_endpoint_url": behind[1].url}
-    return {"storage_provider": "r2", "storage_timeout": 4.0, "rate_limit": "", **where, **keys}
+    return {"storage_provider": "r2", "storage_timeout": 15.0, "rate_limit": "", **where, **keys}
 
 
 def keys_in(server: StorageServer, name: str) -> set[str]:

@@ -58,7 +58,7 @@ def test_jobs_wait_for_a_disk_that_takes_nothing(
 
     monkeypatch.setattr(os, "fsync", fsync)
     assert house.client.post(CREATE, json=order(8)).status_code == 503
-    until(lambda: house.client.get("/readyz").status_code == 503)
+    until(lambda: house.client.get("/readyz").status_code == 503, 60)
     assert os.strerror(getattr(errno, name)) in house.client.get("/readyz").json()["missing"][0]
     refused = house.client.post(CREATE, json=order(7), headers=ASYNC)
     assert (refused.status_code, refused.json()["type"].rsplit(":", 1)[1]) == (503, "storage-unavailable")
@@ -67,8 +67,8 @@ def test_jobs_wait_for_a_disk_that_takes_nothing(
     states = {house.client.get(job).json()["state"] for job in jobs}
     assert states <= {"queued", "running", "done"}, states
     broken = False
-    until(lambda: {house.client.get(job).json()["state"] for job in jobs} == {"done"}, 60)
-    until(lambda: house.client.get("/readyz").status_code == 200)
+    until(lambda: {house.client.get(job).json()["state"] for job in jobs} == {"done"}, 180)
+    until(lambda: house.client.get("/readyz").status_code == 200, 60)
     assert house.client.post(CREATE, json=order(8)).status_code == 200
 
 
@@ -82,7 +82,7 @@ def test_a_job_that_waits_for_the_disk_can_be_cancelled_and_has_its_deadline(
     late = house.client.post(CREATE, json={**order(1), "timeout": 3}, headers=ASYNC).headers["location"]
     other = accepted(house.client, 2)
     monkeypatch.setattr("stable_diffusion_server.disk.SPARE_BYTES", 2**70)
-    until(lambda: house.client.get("/readyz").status_code == 503)
+    until(lambda: house.client.get("/readyz").status_code == 503, 60)
     if house.client.get(other).json()["state"] != "done":
         assert house.client.delete(other).json()["state"] == "cancelled"
     until(lambda: house.client.get(late).json()["state"] in ("failed", "done"), 30)
@@ -109,8 +109,8 @@ def test_jobs_wait_when_neither_the_bucket_nor_the_spool_takes_anything(
     assert house.client.post(CREATE, json=order(7), headers=ASYNC).status_code == 503
     assert not [job for job in jobs if house.client.get(job).json()["state"] == "failed"]
     rascal.rule = lambda method, path, headers: ""
-    until(lambda: {house.client.get(job).json()["state"] for job in jobs} == {"done"}, 90)
-    until(lambda: house.client.get("/readyz").status_code == 200)
+    until(lambda: {house.client.get(job).json()["state"] for job in jobs} == {"done"}, 180)
+    until(lambda: house.client.get("/readyz").status_code == 200, 60)
 
 
 _ON_A_SMALL_DISK = 'mount -t tmpfs -o size=40m none "$1" || exit 77; shift; exec "$@"'
@@ -171,7 +171,7 @@ def test_a_bucket_on_a_full_disk_loses_no_accepted_job(on_a_small_disk: tuple[st
         waiting = [client.get(job).json()["state"] for job in jobs]
         ballast.unlink()
         until(lambda: client.get("/readyz").status_code == 200, 90)
-        until(lambda: {client.get(job).json()["state"] for job in jobs} == {"done"}, 90)
+        until(lambda: {client.get(job).json()["state"] for job in jobs} == {"done"}, 180)
         print(f"full: new {new}, jobs {waiting}; with room: {len(jobs)} of {len(jobs)} done")  # noqa: T201  # told with -s
         assert new == [503, 503, 503]
         assert "failed" not in waiting
