@@ -16,7 +16,7 @@ from stable_diffusion_server.bucket_api import Bucket, read_picture
 from stable_diffusion_server.composing import Scene, compose
 from stable_diffusion_server.deadlines import within
 from stable_diffusion_server.drawing import Drawing, For, Queue
-from stable_diffusion_server.errors import NotFound
+from stable_diffusion_server.errors import NotFound, StorageUnavailable
 from stable_diffusion_server.flights import Audience, Flights, Listener, Watcher
 from stable_diffusion_server.history.entries import Entry
 from stable_diffusion_server.image_processing import Pixels
@@ -152,8 +152,7 @@ class Service:
         receipt, outcome = await self._fulfilled(order, fetched, whom, listener)
         try:
             return receipt, outcome.data or await self.stored_file(receipt)
-        except NotFound:
-            # Remembered as stored, and deleted by others: forgotten by now, so it is drawn.
+        except NotFound:  # remembered as stored, and deleted by others: forgotten by now, so it is drawn
             receipt, outcome = await self._fulfilled(order, fetched, whom, listener)
             return receipt, outcome.data or await self.stored_file(receipt)
 
