@@ -26,6 +26,7 @@ from stable_diffusion_server.decoding.pool import Decoder
 from stable_diffusion_server.errors import InvalidInput, NotFound, ServerError, StorageUnavailable
 from stable_diffusion_server.picture_formats import ALWAYS, EXTRA
 from stable_diffusion_server.prompts import clean
+from stable_diffusion_server.strict_json import dumps, parse_object
 
 # Of one test's own: an app or a pool is made once, and every example must leave it as it was.
 SHARED = settings(
@@ -219,6 +220,67 @@ SENT = {"prompt": "a red square", "width": 64, "height": 64}
 def test_any_json_is_drawn_or_refused(house: House, body: bytes) -> None:
     """Of every type, nested, infinite, doubled or cut off."""
     is_well_answered(house, house.client.post(CREATE, content=body, headers={"Content-Type": "application/json"}))
+
+
+SDAPI_NAMES = st.sampled_from(
+    "prompt negative_prompt seed steps cfg_scale width height sampler_name sampler_index scheduler batch_size n_iter "
+    "override_settings alwayson_scripts send_images force_task_id styles enable_hr init_images mask image".split()
+)
+
+
+@pytest.mark.fault(122, 123)
+@SHARED
+@given(
+    st.sampled_from(["/sdapi/v1/txt2img", "/sdapi/v1/img2img", "/sdapi/v1/options", "/sdapi/v1/png-info"]),
+    st.dictionaries(SDAPI_NAMES | ANY_TEXT, VALUES, max_size=4),
+)
+@example("/sdapi/v1/txt2img", {"alwayson_scripts": {"controlnet": {"args": [{"module": "canny", "image": "AAAA"}]}}})
+@example("/sdapi/v1/txt2img", {"override_settings": {"sd_model_checkpoint": {"a": []}}})
+@example("/sdapi/v1/txt2img", {"prompt": "<lora::::>" * 90 + "[a:b:1." * 90 + "(a:1" * 90})
+@example("/sdapi/v1/img2img", {"init_images": ["data:image/png;" * 900 + ",", "\ud800"]})
+def test_any_json_to_automatic1111_is_drawn_or_refused(house: House, path: str, odd: dict[str, Any]) -> None:
+    """In its own shape, and what is drawn can be told."""
+    body = json.dumps({"prompt": "a", "width": 64, "height": 64, **odd}).encode()
+    answer = house.client.post(path, content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 200 or 400 <= answer.status_code < 500, answer.text
+    json.loads(answer.content.decode(), parse_constant=pytest.fail)
+
+
+@pytest.mark.fault(123, 124)
+@SHARED
+@given(st.text() | VALUES.map(json.dumps) | st.binary().map(lambda data: data.decode("latin-1")), st.integers(0, 300))
+@example('{"a":' * 300, 0)
+@example('{"a": "\\ud800", "b": 1e999, "c": NaN}', 0)
+def test_any_text_is_json_that_can_be_written_again_or_refused(text: str, cut: int) -> None:
+    """What is read is what Python's json reads, and comes back the same."""
+    body = text.encode("utf-8", "surrogatepass")
+    body = body[: len(body) - cut] if cut < len(body) else body
+    try:
+        found = parse_object(body)
+    except ServerError as refused:
+        assert refused.status in (400, 413, 422)  # noqa: PT017  # either is right
+        return
+    assert json.loads(dumps(found)) == found == json.loads(body.decode("utf-8-sig"))
+
+
+@pytest.mark.fault(121, 125)
+@SHARED
+@given(
+    st.dictionaries(
+        st.sampled_from(
+            ["Prefer", "X-Job-ID", "Idempotency-Key", "Range", "Last-Event-ID", "Content-Length", "Cookie"]
+        ),
+        st.text(st.characters(min_codepoint=32, max_codepoint=126)) | st.integers(0, 10**30).map(str),
+        max_size=3,
+    )
+)
+@example({"Prefer": "respond-async, wait=" + "9" * 5_000})
+@example({"Content-Length": "9" * 5_000})
+def test_any_headers_are_read_or_refused(house: House, headers: dict[str, str]) -> None:
+    """Whatever they say."""
+    body = json.dumps(SENT).encode()
+    answer = house.client.post(CREATE, content=body, headers={"Content-Type": "application/json", **headers})
+    assert answer.status_code < 500, answer.text
 
 
 HEADS = st.lists(
