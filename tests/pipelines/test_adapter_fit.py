@@ -107,13 +107,25 @@ def test_a_file_that_does_not_fit_is_refused_in_a_sentence_and_leaves_nothing(
     assert traces(two.ours.pipeline) == before
 
 
+# Those that come furthest, or would change weights that others draw with.
+FAR = {
+    "sdxl": (
+        "notes that name further layers",
+        "notes that change the model below",
+        "no lora_B in a text encoder",
+        "NaN",
+    ),
+    "flux": ("norms that would be written over", "half of it matches", "too many blocks"),
+}
+
+
 @pytest.mark.fault(160)
 @pytest.mark.parametrize("family", UNFIT)
-def test_after_all_of_them_the_model_is_as_it_was(family: str, twos: dict[str, Two]) -> None:
+def test_after_those_that_come_far_the_model_is_as_it_was(family: str, twos: dict[str, Two]) -> None:
     """Its weights to the last bit, its picture, and the same file once it is mended."""
     two = twos[family]
     weights = {name: tensor.clone() for name, tensor in weights_below(two.ours).items()}
-    for made, _ in UNFIT[family].values():
+    for made, _ in (UNFIT[family][kind] for kind in FAR[family]):
         (two.folder / "bad.safetensors").write_bytes(made(two.stock.pipeline))
         with pytest.raises(InvalidInput):
             two.ours.prepare(quick(family, loras=(("bad", 1.0),)))
