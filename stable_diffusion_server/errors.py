@@ -131,6 +131,14 @@ class Overasked(ServerError):
     retry_can_help = True
 
 
+class RequestTimedOut(ServerError):
+    """The body of a request did not arrive in time."""
+
+    status = 408
+    kind = "request-timed-out"
+    title = "The request took too long to arrive"
+
+
 class NotReady(ServerError):
     """The models are still loading, or could not be loaded, or the server is going down."""
 

@@ -4,6 +4,7 @@
 the process it started, with that one's own children, is ever ended. Whether there is work is read in `progress.txt`:
 the second line counts the pictures under way, and the file changes with each sign of life. How the server ended is
 written down for the next one to read (see `observability.deaths`): whoever is ended from outside has not failed.
+Work or not, the event loop touches `event-loop.txt` while it runs and nothing it looks after stands still.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 from types import FrameType
 
 from stable_diffusion_server.observability.deaths import Cause, report_death, run_of
+from stable_diffusion_server.observability.loop_heartbeat import BEAT_FILE
 from stable_diffusion_server.settings.reading import SettingsError, read_settings
 
 _LOOK_EVERY = 0.5
@@ -27,6 +29,8 @@ _LOOK_EVERY = 0.5
 BACK_OFF = (0.0, 1.0, 2.0, 4.0, 8.0)
 _QUICK = 60.0
 _SHORT = 5.0
+# Beyond the seconds pictures are given, for answers, stores and the journal.
+_TO_STOP = 30.0
 # What a server ends with when it was told to, and when its settings or its address are wrong: no start can mend those.
 _FINAL = (0, 2)
 _PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -35,18 +39,26 @@ _PR_SET_PDEATHSIG = 1
 
 @dataclass
 class Watchdog:
-    """Keeps one command running. `hang` is the seconds without a sign of life that count as hanging; 0: never."""
+    """Keeps one command running. `hang` is the seconds without a sign of life that count as hanging; 0: never.
+
+    Told to stop, a server has `grace` seconds for it, and is killed then.
+    """
 
     command: Sequence[str]
     progress: Path
     hang: float
     back_off: Sequence[float] = BACK_OFF
+    grace: float = 3600.0
     _child: subprocess.Popen[bytes] | None = None
     _stopping: bool = False
     _seen: tuple[int, int] = (0, 0)
     _seen_at: float = 0.0
     _is_childs: bool = False
     _hung: bool = False
+    _beat: int = 0
+    _beat_at: float = 0.0
+    _beats: bool = False
+    _stopping_at: float = 0.0
 
     def run(self) -> int:
         """The exit status to end with, once the command has ended for good."""
@@ -82,6 +94,7 @@ class Watchdog:
     def _start(self) -> None:
         self._seen, self._seen_at, self._is_childs = self._read(), time.monotonic(), False
         self._hung = False
+        self._beat, self._beats = self._read_beat(), False
         # A group of its own: a terminal's Ctrl-C comes here and is passed on once, since twice would mean at once.
         self._child = subprocess.Popen(  # noqa: S603  # the command this program was given
             self.command, process_group=0, preexec_fn=_die_with_parent
@@ -97,9 +110,13 @@ class Watchdog:
             try:
                 status = child.wait(_LOOK_EVERY)
             except subprocess.TimeoutExpired:
-                if self._hangs():
-                    _say(f"no sign of life for {self.hang:g} s with pictures under way; the server is killed.")
-                    self._hung = True
+                hung = self._hangs()
+                if hung or self._stands_still():
+                    _say(f"no sign of life for {self.hang:g} s; the server is killed.")
+                    self._hung = hung  # an event loop that stands still is no fault of what is drawn
+                    os.killpg(child.pid, signal.SIGKILL)
+                elif self._stopping and time.monotonic() - self._stopping_at > self.grace:
+                    _say(f"the server did not stop within {self.grace:g} s; it is killed.")
                     os.killpg(child.pid, signal.SIGKILL)
             else:
                 return status if status >= 0 else 128 - status
@@ -111,6 +128,18 @@ class Watchdog:
             self._seen, self._seen_at, self._is_childs = now, time.monotonic(), True
         silent = time.monotonic() - self._seen_at
         return 0 < self.hang < silent and self._is_childs and self._seen[0] > 0
+
+    def _stands_still(self) -> bool:
+        """Whether the event loop, which beats work or not, has not for too long. One that ends takes its file away."""
+        if (beat := self._read_beat()) != self._beat:
+            self._beat, self._beat_at, self._beats = beat, time.monotonic(), beat != 0
+        return self._beats and 0 < self.hang < time.monotonic() - self._beat_at
+
+    def _read_beat(self) -> int:
+        try:
+            return self.progress.with_name(BEAT_FILE).stat().st_mtime_ns
+        except OSError:
+            return 0
 
     def _read(self) -> tuple[int, int]:
         """The pictures under way, and when that was written."""
@@ -126,7 +155,8 @@ class Watchdog:
             time.sleep(0.05)
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
-        self._stopping = True
+        if not self._stopping:
+            self._stopping, self._stopping_at = True, time.monotonic()
         if self._child is not None and self._child.poll() is None:
             self._child.send_signal(number)
 
@@ -143,7 +173,9 @@ def main() -> None:
         sys.stderr.write(f"{error}\n")
         sys.exit(2)
     try:
-        sys.exit(Watchdog(arguments[1:], settings.data_dir / "progress.txt", settings.hang_seconds).run())
+        grace = settings.stop_seconds + _TO_STOP
+        progress = settings.data_dir / "progress.txt"
+        sys.exit(Watchdog(arguments[1:], progress, settings.hang_seconds, grace=grace).run())
     except OSError as error:
         sys.stderr.write(f"{arguments[1]} cannot be started ({error.strerror}).\n")
         sys.exit(2)

@@ -238,11 +238,11 @@ def test_a_key_whose_request_died_with_the_process_is_free_again(tmp_path: Path)
 
 
 def test_messages_come_when_they_are_due_and_go_when_they_are_told(journal: Journal) -> None:
-    """Written with the end of the job; postponed with their tries counted."""
+    """Written with the end of the job, due at once; postponed with their tries counted."""
+    waits = (10.0, 60.0)
     journal.accept(ENTRY, WORK)
     journal.end(replace(ENTRY, state=State.DONE, ended_at=10.0, outcome=RECEIPT), "the body")
-    assert journal.messages(9.0, 5) == []
-    (message,) = journal.messages(10.0, 5)
+    (message,) = journal.messages(10.0, waits)
     assert (message.job_id, message.url, message.body, message.tries) == (
         "job-1",
         "https://hook.example/",
@@ -250,10 +250,43 @@ def test_messages_come_when_they_are_due_and_go_when_they_are_told(journal: Jour
         0,
     )
     journal.postpone(message, 20.0)
-    assert journal.messages(19.0, 5) == []
-    assert [message.tries for message in journal.messages(20.0, 5)] == [1]
+    assert journal.messages(19.0, waits) == []
+    assert [message.tries for message in journal.messages(20.0, waits)] == [1]
     journal.told(message)
-    assert journal.messages(99.0, 5) == []
+    assert journal.messages(99.0, waits) == []
+
+
+def test_a_message_waits_no_longer_than_its_tries_say_whatever_the_clock_says(journal: Journal) -> None:
+    """One never tried is due although the clock was set back since its job ended; so is one that was postponed."""
+    waits = (10.0, 60.0)
+    journal.accept(ENTRY, WORK)
+    journal.end(replace(ENTRY, state=State.DONE, ended_at=90_000.0, outcome=RECEIPT), "the body")
+    (message,) = journal.messages(10.0, waits)
+    journal.postpone(message, 90_010.0)
+    assert journal.messages(90_001.0, waits) == []
+    (message,) = journal.messages(80_000.0, waits)
+    journal.postpone(message, 80_060.0)
+    assert journal.messages(80_001.0, waits) == []
+    assert len(journal.messages(79_000.0, waits)) == 1
+
+
+def test_every_caller_and_every_receiver_has_messages_among_those_that_are_due(journal: Journal) -> None:
+    """However many one caller has, to however many receivers, the few of another, and to another, come too."""
+
+    def ended(number: int, caller: str, url: str) -> None:
+        entry = replace(ENTRY, id=f"{caller}-{number}", caller=Caller(caller), webhook_url=url)
+        journal.accept(entry, WORK)
+        journal.end(replace(entry, state=State.DONE, ended_at=float(number)), "body")
+
+    for number in range(400):
+        ended(number, "ann", "https://silent.example/?x=/")
+    for number in range(400, 900):
+        ended(number, "cid", f"https://silent-{number}.example/hook")
+    ended(900, "ann", "https://good.example/")
+    ended(901, "bob", "https://silent.example/")
+    due = journal.messages(1000.0, (10.0,))
+    assert {"ann-900", "bob-901"} <= {message.job_id for message in due}
+    assert len([message for message in due if message.share == "cid"]) < 300
 
 
 def test_the_past_is_forgotten_when_its_time_is_over(journal: Journal) -> None:
@@ -269,6 +302,6 @@ def test_the_past_is_forgotten_when_its_time_is_over(journal: Journal) -> None:
     journal.expire(jobs_before=10.0, claims_before=2000.0)
     assert {entry.id for entry in journal.latest_of("ann", 9)} == {"job-1"}
     assert [entry.id for entry in journal.unfinished()] == ["waits"]
-    assert [message.job_id for message in journal.messages(99.0, 9)] == ["job-1"]
+    assert [message.job_id for message in journal.messages(99.0, (10.0,))] == ["job-1"]
     assert journal.claim(replace(CLAIM, key="key-0"), 60.0) is None
     assert journal.claim(replace(CLAIM, key="waits"), 60.0) is not None

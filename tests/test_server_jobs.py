@@ -94,6 +94,24 @@ def test_a_server_that_hangs_is_replaced_and_loses_nothing(tmp_path: Path) -> No
         server.stop()
 
 
+@pytest.mark.fault(112)
+@pytest.mark.skipif(not Path("/proc").exists(), reason="finds the watchdog's child in /proc")
+def test_a_server_that_freezes_without_work_is_replaced(tmp_path: Path) -> None:
+    """Nothing is drawn, and nobody is answered: that is a hang too."""
+    port = free_port()
+    server = start_server(tmp_path, port, *WATCHED, *SERVE, PORT=str(port), HANG_SECONDS="3")
+    try:
+        until(lambda: (tmp_path / "data" / "event-loop.txt").exists())
+        time.sleep(2)
+        hanging = child_of(server.process)
+        assert hanging is not None
+        os.kill(hanging, signal.SIGSTOP)
+        until(lambda: child_of(server.process) not in (hanging, None), 60)
+        until(lambda: answers(server, "/readyz"), 60)
+    finally:
+        server.stop()
+
+
 @pytest.mark.fault(50)
 def test_a_signal_lets_what_is_drawn_end_and_keeps_the_rest_for_the_next_start(tmp_path: Path) -> None:
     """The picture on the device is stored and its waiting caller answered; jobs that waited are drawn later."""

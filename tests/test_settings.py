@@ -66,6 +66,11 @@ def test_nothing_has_to_be_set() -> None:
         ("MAX_SIDE", "16384"),
         ("MAX_PROMPT_CHARACTERS", "10001"),
         ("EXTRA_IMAGE_FORMATS", "gif,tiff"),
+        ("WEBHOOK_SECRET", "whsec_abc"),
+        ("WEBHOOK_SECRET", "whsec_"),
+        ("WEBHOOK_SECRET", "whsec_not base64!"),
+        ("WEBHOOK_SECRET", "  "),
+        ("WEBHOOK_SECRET", "\udcff is no UTF-8"),
     ],
 )
 def test_an_invalid_value_stops_the_start_in_one_sentence(

@@ -119,6 +119,79 @@ def test_an_idle_program_and_one_that_makes_progress_are_let_be(tmp_path: Path) 
     assert "no sign of life" not in watched.log.read_text()
 
 
+@pytest.mark.fault(112)
+@pytest.mark.parametrize(
+    "work", ["", 'progress.write_text("12:00:00\\n0\\n")', 'progress.write_text("12:00:00\\n1\\n")'],
+    ids=["never any work", "no work now", "work"],
+)  # fmt: skip
+def test_an_event_loop_that_stands_still_is_ended_work_or_not(tmp_path: Path, work: str) -> None:
+    """Once it has touched its file and then does not for HANG_SECONDS, the program is killed and started again."""
+    watched = Watched(
+        tmp_path,
+        f"""
+        if count > 1: sys.exit(0)
+        {work}
+        for _ in range(5):
+            Path("data/event-loop.txt").touch()
+            time.sleep(0.3)
+        time.sleep(600)
+        """,
+        HANG_SECONDS="1",
+    )
+    assert (watched.ends(), watched.starts) == (0, 2)
+    assert "no sign of life" in watched.log.read_text()
+
+
+@pytest.mark.fault(112)
+def test_an_event_loop_that_beats_or_has_ended_is_let_be(tmp_path: Path) -> None:
+    """Beats keep an idle program; what an earlier one left behind says nothing, nor does a file that was taken away."""
+    watched = Watched(
+        tmp_path,
+        """
+        beat = Path("data/event-loop.txt")
+        if count == 1:
+            beat.touch()
+            sys.exit(1)
+        time.sleep(2)
+        for _ in range(8):
+            beat.touch()
+            time.sleep(0.3)
+        beat.unlink()
+        time.sleep(2)
+        sys.exit(0)
+        """,
+        HANG_SECONDS="1",
+    )
+    assert (watched.ends(), watched.starts) == (0, 2)
+    assert "no sign of life" not in watched.log.read_text()
+
+
+@pytest.mark.fault(112)
+def test_a_program_that_does_not_stop_when_told_to_is_killed(tmp_path: Path) -> None:
+    """It has its grace, and is not waited for beyond it."""
+    code = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from stable_diffusion_server.watchdog import Watchdog\n"
+        "program = 'import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(1, flush=True); "
+        "time.sleep(600)'\n"
+        "sys.exit(Watchdog([sys.executable, '-c', program], Path('progress.txt'), 0, grace=1).run())\n"
+    )
+    watching = subprocess.Popen(  # noqa: S603  # our own program, written above
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert watching.stdout is not None
+    assert watching.stdout.readline() == b"1\n"
+    watching.send_signal(signal.SIGTERM)
+    _, told = watching.communicate(timeout=60)
+    assert b"did not stop within 1 s" in told
+    assert watching.returncode == 128 + signal.SIGKILL
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_is_passed_on_and_ends_both(tmp_path: Path, number: signal.Signals) -> None:
     """The program ends as it likes, and is not started again."""

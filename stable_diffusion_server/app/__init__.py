@@ -23,6 +23,7 @@ from stable_diffusion_server.app.studio import add_studio, key_of_visitor
 from stable_diffusion_server.engine import Phase
 from stable_diffusion_server.observability.deaths import DeviceRecord
 from stable_diffusion_server.observability.logs import configure_logging
+from stable_diffusion_server.observability.loop_heartbeat import BEAT_FILE, LoopHeartbeat
 from stable_diffusion_server.observability.metrics import Metrics
 from stable_diffusion_server.observability.tracing import Tracing
 from stable_diffusion_server.settings import Settings
@@ -48,11 +49,15 @@ def create_app(
     """
     loaded, faults = Loaded.of(settings), dict[str, str]()
 
+    def stalled() -> list[str]:
+        """What has work in hand and makes no progress, in sentences."""
+        return [fault for fault in (decoder.fault(), jobs.fault()) if fault is not None]
+
     def missing() -> list[str]:
         """What keeps the server from drawing, in sentences; what was at fault before is looked at again."""
         if faults:
             stores.open(faults)
-        reasons = [*faults.values(), *filter(None, [stores.bucket.fault(), decoder.fault()]), *loaded.missing()]
+        reasons = [*faults.values(), *filter(None, [stores.bucket.fault()]), *stalled(), *loaded.missing()]
         return [*reasons, loaded.progress() or engine.reason] if engine.phase is not Phase.READY else reasons
 
     metrics, tracing = Metrics(), Tracing(settings.otel_exporter_otlp_endpoint, __version__)
@@ -74,6 +79,7 @@ def create_app(
         await asyncio.to_thread(stores.open, faults)
         engine.start()
         await jobs.start()
+        beating = asyncio.create_task(LoopHeartbeat(settings.data_dir / BEAT_FILE, stalled).run())
         soon = asyncio.get_running_loop().call_soon_threadsafe
         with drained_by_signals(shutdown, engine.drain, lambda: soon(jobs.drain), lambda: soon(studio.drain)):
             yield
@@ -84,6 +90,8 @@ def create_app(
         await decoder.close()
         await asyncio.to_thread(stores.close)
         await asyncio.to_thread(tracing.close)
+        beating.cancel()
+        await asyncio.wait([beating], timeout=1)
 
     app = FastAPI(title=_TITLE, version=__version__, summary=_SUMMARY, lifespan=lifespan, docs_url=None, redoc_url=None)
     # For what runs this app in its own way (deploy/): how much work there is, and whether it can be done.

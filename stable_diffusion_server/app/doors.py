@@ -17,6 +17,7 @@ from stable_diffusion_server.api.description import document, page
 from stable_diffusion_server.api.house import House
 from stable_diffusion_server.api.openai import images
 from stable_diffusion_server.api.sdapi import doors as sdapi
+from stable_diffusion_server.api.security.body_intake import BodyIntake
 from stable_diffusion_server.api.security.gate import BodyLimit, Gate
 from stable_diffusion_server.api.security.keys import Key, Keyring, hashed
 from stable_diffusion_server.api.security.origins import Origins
@@ -37,7 +38,7 @@ from stable_diffusion_server.settings import Settings
 def add_middleware(
     app: FastAPI, settings: Settings, metrics: Metrics, tracing: Tracing, visitor_key: Callable[[Headers], str | None]
 ) -> None:
-    """What every request passes, the last added first: CORS (refusals need its headers), gate, count of bytes."""
+    """What every request passes, the last added first: CORS (refusals need its headers), gate, intake and count."""
     policy = Policy(
         hosts=allowed_host_names(settings.host, settings.allowed_hosts, settings.public_base_url),
         origins=Origins(frozenset(settings.cors_origins), settings.allow_same_site),
@@ -52,6 +53,13 @@ def add_middleware(
     )
     proxies = Proxies(tuple(ip_network(entry) for entry in settings.trusted_proxies))
     app.add_middleware(BodyLimit, policy=policy)
+    app.add_middleware(
+        BodyIntake,
+        policy=policy,
+        seconds=settings.body_timeout,
+        min_rate=settings.body_min_rate,
+        max_bytes=settings.bodies_bytes,
+    )
     app.add_middleware(Gate, policy=policy, proxies=proxies, visited=metrics.visited, tracing=tracing)
     if settings.cors_origins:
         app.add_middleware(

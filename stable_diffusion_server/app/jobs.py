@@ -31,6 +31,7 @@ def build_jobs(settings: Settings, service: Service, stores: Stores, record: Dev
         keep_hours=settings.job_hours,
         repeat_hours=settings.idempotency_hours,
         id_prefix=settings.job_id_prefix,
+        longest=settings.max_timeout,
         webhook_secret=settings.webhook_secret.get_secret_value(),
     )
     journal = Journal(settings.data_dir / "journal.db", settings.journal_bytes)

@@ -61,7 +61,7 @@ class Jobs:
         self._clerk = Clerk(journal)
         self._rules = rules
         self._record = record
-        self._runner = Runner(service, self._clerk, rules.at_once, describe, self._ended)
+        self._runner = Runner(service, self._clerk, rules.at_once, describe, self._ended, rules.longest)
         self._admission = Admission(self._runner, rules.most_waiting, rules.journal_bytes)
         self._hooks = Hooks(self._clerk, poster, rules.webhook_secret, rules.back_off)
         self._live: dict[str, Live] = {}
@@ -235,6 +235,12 @@ class Jobs:
     async def renew(self, claim: Claim, before: Repeat) -> None:
         """Let a key whose picture is gone be claimed anew, unless another request has done so meanwhile."""
         await self._clerk(Journal.renew, claim, before.job_id)
+
+    def fault(self) -> str | None:
+        """Why accepted jobs make no progress, in a sentence; `None` while all is well."""
+        if not self._closing and any(task.done() for task in self._tasks):
+            return "Accepted jobs make no progress: what tends them has ended, and the log says why."
+        return self._runner.fault()
 
     def figures(self) -> tuple[int, int, int]:
         """Jobs that wait, jobs in the service's hands, and the bytes of the journal on the disk."""

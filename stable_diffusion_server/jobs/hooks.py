@@ -11,24 +11,30 @@ import base64
 import hashlib
 import hmac
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from http import HTTPStatus
 from typing import Protocol
 
 import structlog
 
 from stable_diffusion_server.errors import JournalUnavailable, ServerError
+from stable_diffusion_server.fair_limiter import FairLimiter
 from stable_diffusion_server.journal.book import Journal
 from stable_diffusion_server.journal.clerk import Clerk
 from stable_diffusion_server.journal.entries import Message
+from stable_diffusion_server.journal.outbox import receiver_of
 
 _log = structlog.get_logger(__name__)
 
 # Seconds to the next try, after the first, the second …; the last one is repeated.
 BACK_OFF = (5.0, 30.0, 120.0, 600.0, 3600.0)
 MOST_TRIES = 28
-_AT_ONCE = 8
+_AT_ONCE, _AT_A_RECEIVER = 16, 4
+_ANY_NUMBER = 1_000_000_000
 _PATIENCE = 5.0
+# Between two looks at the journal, so that a thousand quick answers are not a thousand looks.
+_PAUSE = 0.02
 
 
 class Post(Protocol):
@@ -45,7 +51,11 @@ class Post(Protocol):
 
 
 class Hooks:
-    """Sends the journal's messages. `secret` signs them; without one they are not signed."""
+    """Sends the journal's messages. `secret` signs them; without one they are not signed.
+
+    What sends is shared out by the caller whose job it was, and of one caller's receivers each has a few places: one
+    that keeps silent holds up neither other callers' messages nor those to other receivers.
+    """
 
     def __init__(self, clerk: Clerk, poster: Post, secret: str, back_off: tuple[float, ...]) -> None:
         self._clerk = clerk
@@ -53,6 +63,11 @@ class Hooks:
         self._secret = secret
         self._back_off = back_off
         self._wake = asyncio.Event()
+        self._callers = FairLimiter(_AT_ONCE)
+        self._receivers = FairLimiter(_ANY_NUMBER, most=_AT_A_RECEIVER)
+        self._sending: dict[str, asyncio.Task[None]] = {}
+        # Waits last as long as they are meant to, whatever the clock is set to meanwhile.
+        self._epoch = time.time() - time.monotonic()
 
     def wake(self) -> None:
         """There is a new message."""
@@ -60,37 +75,69 @@ class Hooks:
 
     async def run(self) -> None:
         """Send what is due, for ever."""
-        while True:
-            self._wake.clear()
-            try:
-                due = await self._clerk(Journal.messages, time.time(), _AT_ONCE)
-                await asyncio.gather(*map(self._send, due))
-            except JournalUnavailable:
-                due = []  # told by the journal
-            if not due:
-                try:
+        try:
+            while True:
+                self._wake.clear()
+                with suppress(JournalUnavailable):  # told by the journal
+                    for message in await self._clerk(Journal.messages, self._now(), self._back_off):
+                        if message.job_id not in self._sending:
+                            self._start(message)
+                await asyncio.sleep(_PAUSE)
+                with suppress(TimeoutError):  # time to look again
                     async with asyncio.timeout(min(_PATIENCE, *self._back_off)):
                         await self._wake.wait()
-                except TimeoutError:
-                    pass  # time to look again
+        finally:
+            for task in self._sending.values():
+                task.cancel()
 
-    async def _send(self, message: Message) -> None:
+    def _now(self) -> float:
+        return self._epoch + time.monotonic()
+
+    def _start(self, message: Message) -> None:
+        task = self._sending[message.job_id] = asyncio.create_task(self._deliver(message))
+
+        def ended(task: asyncio.Task[None]) -> None:
+            del self._sending[message.job_id]
+            self._wake.set()
+
+        task.add_done_callback(ended)
+
+    async def _deliver(self, message: Message) -> None:
+        """Send a message in its turn, and write down what came of it; while that cannot be written, none is sent."""
+        async with (
+            self._receivers.hold(f"{message.share} {receiver_of(message.url)}"),
+            self._callers.hold(message.share),
+        ):
+            write = await self._send(message)
+        while True:
+            try:
+                await write()
+                return
+            except JournalUnavailable:
+                await asyncio.sleep(_PATIENCE)
+
+    async def _send(self, message: Message) -> Callable[[], Awaitable[None]]:
+        """Send a message; what is to be written down of it."""
         body, now = message.body.encode(), int(time.time())
+        status = 0
         try:
-            status = await self._poster.post(message.url, body, signed(message.job_id, now, body, self._secret))
-        except ServerError as error:
-            status, why = 0, error.detail
-        else:
+            headers = signed(message.job_id, now, body, self._secret)
+            status = await self._poster.post(message.url, body, headers, message.share)
             why = f"it answered {status}"
+        except ServerError as error:
+            why = error.detail
+        except Exception as error:  # whatever it is, other messages are to be sent
+            _log.error("unexpected error", job_id=message.job_id, exc_info=error)
+            why = "an unexpected error"
         if status // 100 == HTTPStatus.OK // 100:
-            await self._clerk(Journal.told, message)
-        elif status == HTTPStatus.GONE or message.tries + 1 >= MOST_TRIES:
+            return lambda: self._clerk(Journal.told, message)
+        if status == HTTPStatus.GONE or message.tries + 1 >= MOST_TRIES:
             _log.warning("a webhook is given up", job_id=message.job_id, reason=why)
-            await self._clerk(Journal.told, message)
-        else:
-            wait = self._back_off[min(message.tries, len(self._back_off) - 1)]
-            _log.info("a webhook is tried again", job_id=message.job_id, reason=why, seconds=wait)
-            await self._clerk(Journal.postpone, message, time.time() + wait)
+            return lambda: self._clerk(Journal.told, message)
+        wait = self._back_off[min(message.tries, len(self._back_off) - 1)]
+        _log.info("a webhook is tried again", job_id=message.job_id, reason=why, seconds=wait)
+        due = self._now() + wait
+        return lambda: self._clerk(Journal.postpone, message, due)
 
 
 def signed(job_id: str, timestamp: int, body: bytes, secret: str) -> dict[str, str]:
@@ -102,7 +149,11 @@ def signed(job_id: str, timestamp: int, body: bytes, secret: str) -> dict[str, s
     }
     if secret:
         prefix = "whsec_"
-        key = base64.b64decode(secret.removeprefix(prefix)) if secret.startswith(prefix) else secret.encode()
+        key = (
+            base64.b64decode(secret.removeprefix(prefix), validate=True)
+            if secret.startswith(prefix)
+            else secret.encode()
+        )
         content = f"{job_id}.{timestamp}.".encode() + body
         digest = hmac.new(key, content, hashlib.sha256).digest()
         headers["webhook-signature"] = f"v1,{base64.b64encode(digest).decode()}"

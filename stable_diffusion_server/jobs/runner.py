@@ -28,6 +28,7 @@ from stable_diffusion_server.journal.book import Journal
 from stable_diffusion_server.journal.clerk import Clerk
 from stable_diffusion_server.journal.entries import Entry, Problem, State
 from stable_diffusion_server.orders import Receipt
+from stable_diffusion_server.progress_monitor import ProgressMonitor
 from stable_diffusion_server.service import Service
 
 _log = structlog.get_logger(__name__)
@@ -42,13 +43,15 @@ _PATIENCE_WITH_DISKS = 5.0
 _TO_WRITE = 2.0
 # So often a picture is drawn that could not be stored, while the storage seems to have room.
 _MOST_UNSTORED = 5
+# Each job ends by its deadline; beyond it and this much more it does not end at all.
+_SLACK = 30.0
 
 
 class Runner:
     """The jobs that wait and those that are drawn. Lives on one event loop.
 
     `at_once` of them are in the service's hands at a time; `describe` writes the message a webhook is sent; `ended` is
-    called with each job whose end is written.
+    called with each job whose end is written. Each is drawn, or has failed, within `longest` seconds.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class Runner:
         at_once: int,
         describe: Callable[[Entry], str],
         ended: Callable[[Live], None],
+        longest: float,
     ) -> None:
         self._service = service
         self._clerk = clerk
@@ -70,6 +74,7 @@ class Runner:
         self._draining = False
         self._seconds_per_job: float | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._monitor = ProgressMonitor(longest + _SLACK)
 
     @property
     def waiting(self) -> int:
@@ -96,6 +101,13 @@ class Runner:
     def unfinished(self) -> int:
         """How many jobs wait or are drawn."""
         return self.waiting + self.running
+
+    def fault(self) -> str | None:
+        """Why accepted jobs make no progress, in a sentence; `None` while all is well."""
+        if silent := self._monitor.stalled():
+            count = self._monitor.in_hand
+            return f"Accepted jobs make no progress: {count} are under way, and none ended in {silent:.0f} seconds."
+        return None
 
     def put(self, live: Live) -> None:
         """Let a job wait for its turn, at most until its deadline."""
@@ -182,7 +194,8 @@ class Runner:
         if live.entry.caller.name:
             structlog.contextvars.bind_contextvars(key=live.entry.caller.name)
         live.task = asyncio.create_task(self._drawn(live))
-        await asyncio.wait([live.task])
+        with self._monitor.working():
+            await asyncio.wait([live.task])
         try:
             state, outcome = State.DONE, live.task.result()
         except asyncio.CancelledError:

@@ -15,8 +15,9 @@ import structlog
 from stable_diffusion_server.errors import InFlight, JournalUnavailable, ServerError
 from stable_diffusion_server.journal import tables
 from stable_diffusion_server.journal.claims import free_claim, insert_claim, repeated_in
-from stable_diffusion_server.journal.entries import Claim, Entry, Message, Problem, Repeat, Work
+from stable_diffusion_server.journal.entries import Claim, Entry, Problem, Repeat, Work
 from stable_diffusion_server.journal.eviction import make_room
+from stable_diffusion_server.journal.outbox import Outbox
 from stable_diffusion_server.journal.rows import COLUMNS, DamagedRow, entry_of, told_entry_of
 from stable_diffusion_server.journal.writing import UNREADABLE, files_of, read_work, written_order, written_outcome
 from stable_diffusion_server.orders import Receipt
@@ -35,7 +36,7 @@ class _Full(JournalUnavailable):
     """There is no room, neither in the file nor on its disk."""
 
 
-class Journal:
+class Journal(Outbox):
     """Jobs from acceptance to end, idempotency keys and messages to webhooks. Every call raises `JournalUnavailable`.
 
     `max_bytes` is how large it may be with all the files of waiting jobs. When it is full, jobs that ended and keys
@@ -196,24 +197,6 @@ class Journal:
         """Give a key back that was answered, by that job or by an outcome; not one that is being answered."""
         with self._change() as cursor:
             free_claim(cursor, claim, job_id)
-
-    def messages(self, now: float, most: int) -> list[Message]:
-        """Messages whose time has come, the longest overdue first."""
-        with self._read() as cursor:
-            rows = cursor.execute(
-                "SELECT job_id, url, body, tries, due FROM messages WHERE due <= ? ORDER BY due LIMIT ?", (now, most)
-            )
-            return [Message(*row) for row in rows.fetchall()]
-
-    def postpone(self, message: Message, due: float) -> None:
-        """Count a failed try, and set the time of the next."""
-        with self._change() as cursor:
-            cursor.execute("UPDATE messages SET tries = tries + 1, due = ? WHERE job_id = ?", (due, message.job_id))
-
-    def told(self, message: Message) -> None:
-        """Forget a message that was taken, or that no one will ever take."""
-        with self._change() as cursor:
-            cursor.execute("DELETE FROM messages WHERE job_id = ?", (message.job_id,))
 
     def expire(self, jobs_before: float, claims_before: float) -> None:
         """Forget jobs that ended, and keys that were taken, before those times."""

@@ -93,13 +93,17 @@ class Repeat:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """The end of a job on its way to its webhook. `tries` counts those that failed; `due` is the time of the next."""
+    """The end of a job on its way to its webhook. `tries` counts those that failed; `due` is the time of the next.
+
+    `share` tells callers apart, who share what sends.
+    """
 
     job_id: str
     url: str
     body: str
     tries: int
     due: float
+    share: str = ""
 
 
 @dataclass(frozen=True, slots=True)

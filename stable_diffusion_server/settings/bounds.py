@@ -44,6 +44,23 @@ class Bounds(Group):
     )
     max_body_bytes: int = Field(1_048_576, ge=1024, description="Largest request body in bytes, but for multipart.")
     max_upload_bytes: int = Field(33_554_432, ge=1024, description="Largest multipart body, files and all, in bytes.")
+    body_timeout: float = Field(
+        15.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Seconds a body may stand still, or wait for room to be read into; then it is refused.",
+    )
+    body_min_rate: float = Field(
+        16_384.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="Bytes a second a body arrives with at the least, measured over BODY_TIMEOUT.",
+    )
+    bodies_bytes: int = Field(
+        268_435_456,
+        ge=1_048_576,
+        description="Bytes of bodies that are being received at a time; one caller has half, and the rest waits.",
+    )
     max_response_bytes: int = Field(
         67_108_864, ge=1024, description="Largest answer that holds pictures as text, in bytes; else ask for addresses."
     )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import Field, SecretStr
+import base64
+
+from pydantic import Field, SecretStr, field_validator
 
 from stable_diffusion_server.settings.kinds import Group
 
@@ -32,7 +34,9 @@ class Jobs(Group):
         "a job is. Empty: nothing.",
     )
     webhook_secret: SecretStr = Field(
-        SecretStr(""), description="Signs what is sent to a `webhook_url` (HMAC-SHA256). Empty: it is not signed."
+        SecretStr(""),
+        description="Signs what is sent to a `webhook_url` (HMAC-SHA256): a text, or `whsec_` and base64. Empty: it is "
+        "not signed.",
     )
     stop_seconds: float = Field(
         30.0,
@@ -47,3 +51,19 @@ class Jobs(Group):
         allow_inf_nan=False,
         description="Seconds without progress after which the watchdog restarts a server that has work. 0: never.",
     )
+
+    @field_validator("webhook_secret")
+    @classmethod
+    def _can_sign(cls, value: SecretStr) -> SecretStr:
+        secret = value.get_secret_value()
+        prefix = "whsec_"
+        try:
+            encoded = secret.encode()
+            key = base64.b64decode(encoded[len(prefix) :], validate=True) if secret.startswith(prefix) else encoded
+        except ValueError:
+            key = b""
+        if secret and not key.strip():
+            raise ValueError(
+                "is no secret that can sign: any text in UTF-8, or whsec_ and base64 as Standard Webhooks has it"
+            )
+        return value

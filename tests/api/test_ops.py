@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 import threading
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from conftest import House
-from fakes import PaintedSquares, settings_in, until
+from fakes import PaintedSquares, disc, file_of, settings_in, until
 from fastapi.testclient import TestClient
 
 from stable_diffusion_server.app import create_app
@@ -95,3 +99,48 @@ def test_keys_and_prompts_stay_out_of_the_log(
     assert '"request_id": "the-id"' in logged
     assert "cannot prepare this" in logged
     assert not [word for word in ("secret", "hunter2", "hunter3") if word in logged]
+
+
+@pytest.mark.fault(112)
+@pytest.mark.parametrize("part", ["decoder", "jobs"])
+def test_what_makes_no_progress_is_told_and_stops_the_beat(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    """Work that does not end, not even when it is cancelled: /readyz names it, and a watchdog sees no beat."""
+    let_go = threading.Event()
+
+    async def deaf(*given: object, **named: object) -> None:
+        while not let_go.is_set():
+            with suppress(asyncio.CancelledError):
+                await asyncio.sleep(0.02)
+        raise WeightsUnusable("let go")
+
+    package = "stable_diffusion_server"
+    owner, told = {
+        "decoder": (f"{package}.decoding.pool._Child.ask", "The decoder of pictures makes no progress"),
+        "jobs": (f"{package}.service.Service.fulfil", "Accepted jobs make no progress"),
+    }[part]
+    monkeypatch.setattr(owner, deaf)
+    monkeypatch.setattr(f"{package}.decoding.pool._SLACK", 0.2)
+    monkeypatch.setattr(f"{package}.jobs.runner._SLACK", 0.2)
+    monkeypatch.setattr(f"{package}.observability.loop_heartbeat._SECONDS", 0.05)
+    settings = settings_in(tmp_path, decode_timeout=0.2, max_timeout=0.5 if part == "jobs" else 600.0)
+    app = create_app(settings, load=lambda settings: PaintedSquares())
+    beat = tmp_path / "data" / "event-loop.txt"
+    with TestClient(app, base_url="http://127.0.0.1", client=("127.0.0.1", 5)) as client:
+        until(lambda: client.get("/readyz").status_code == 200 and beat.exists())
+        sent = client.post(
+            "/style_transfer_bytes_and_upload_image",
+            data={"prompt": "a red square", "canny": "false"},
+            files={"image_file": ("a.png", file_of(disc()), "image/png")},
+            headers={"Prefer": "respond-async"},
+        )
+        assert sent.status_code == 202
+        until(lambda: client.get("/readyz").status_code == 503)
+        assert any(sentence.startswith(told) for sentence in client.get("/readyz").json()["missing"])
+        os.utime(beat, (1.0, 1.0))
+        time.sleep(0.3)
+        assert beat.stat().st_mtime == 1.0
+        let_go.set()
+        until(lambda: client.get("/readyz").status_code == 200 and beat.stat().st_mtime > 1.0)
+    assert not beat.exists()

@@ -110,6 +110,9 @@ GROUPS: dict[str, dict[str, str]] = {
         "110": "clients that hang up at any moment of a decode, decodes that time out, children that hang and crash",
         "111": "slow pictures, silent hosts, silent name servers and silent webhooks of one caller, while others ask",
         "112": "a decoder, or what draws accepted jobs, that makes no progress; an event loop that stands still",
+        "113": "the clock set back or forward while something is waited for; a secret that cannot sign",
+        "114": "bodies that stand still or drip, at every route; more and larger ones at a time than memory holds",
+        "115": "hundreds of followers of one job, some of whom read slowly or not at all",
     },
     "Bounds before parsing": {
         "120": "texts made for expressions and parsers that grow with the square: brackets, tags, separators, marks",

@@ -1,0 +1,50 @@
+"""Shows a watchdog that the event loop runs and that nothing stands still: a file touched again and again."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import structlog
+
+_log = structlog.get_logger(__name__)
+
+BEAT_FILE = "event-loop.txt"
+_SECONDS = 1.0
+
+
+class LoopHeartbeat:
+    """Touches `path` from the event loop, unless `stalled` names what makes no progress; removed at an orderly end.
+
+    It holds no content: a full disk takes no touch away.
+    """
+
+    def __init__(self, path: Path, stalled: Callable[[], list[str]]) -> None:
+        self._path = path
+        self._stalled = stalled
+
+    async def run(self) -> None:
+        """Beat until cancelled."""
+        told: list[str] = []
+        try:
+            while True:
+                stalled = self._stalled()
+                if stalled and not told:
+                    _log.error("something makes no progress", what=stalled)
+                told = stalled
+                if not stalled:
+                    with suppress(OSError):  # no file, no watch: the server is not to end for it
+                        self._beat()
+                await asyncio.sleep(_SECONDS)
+        finally:
+            with suppress(OSError):
+                self._path.unlink(missing_ok=True)
+
+    def _beat(self) -> None:
+        try:
+            os.utime(self._path)
+        except FileNotFoundError:
+            self._path.touch()

@@ -1,0 +1,170 @@
+"""Bodies that do not arrive: refused in time at every route, and no caller fills the memory with them."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import httpx
+import pytest
+from fakes import until
+from live_servers import Live
+
+MULTIPART = "multipart/form-data; boundary=x"
+ROUTES = [
+    ("/create_and_upload_image", "application/json", b'{"prompt": "a'),
+    ("/create_and_upload_image", "application/x-www-form-urlencoded", b"prompt=a"),
+    (
+        "/style_transfer_bytes_and_upload_image",
+        MULTIPART,
+        b"--x\r\nContent-Disposition: form-data; name=prompt\r\n\r\na",
+    ),
+    ("/v1/images/generations", "application/json", b"{"),
+    ("/v1/images/edits", MULTIPART, b"--x\r\n"),
+    ("/sdapi/v1/txt2img", "application/json", b"{"),
+    ("/sdapi/v1/img2img", "application/json", b'{"init_images": ["'),
+    ("/v1/replay", MULTIPART, b""),
+]
+KEYS = {"api_keys": "a:secret-of-a-1234567,b:secret-of-b-1234567"}
+
+
+def opened(
+    live: Live, stack: ExitStack, path: str, media_type: str, length: int | None, key: str = ""
+) -> socket.socket:
+    """A connection on which the head of a request was sent; without a length its body comes in chunks."""
+    host, _, port = live.url.removeprefix("http://").partition(":")
+    line = stack.enter_context(socket.create_connection((host, int(port)), timeout=30))
+    size = "Transfer-Encoding: chunked" if length is None else f"Content-Length: {length}"
+    head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: {media_type}\r\n{size}\r\n"
+    line.sendall(f"{head}{f'X-API-Key: {key}' if key else 'X-Nothing: 1'}\r\n\r\n".encode())
+    return line
+
+
+def answered(line: socket.socket) -> tuple[int, dict[str, Any]]:
+    """The status and the JSON of the answer, up to the end of the connection."""
+    data = b""
+    while part := line.recv(65_536):
+        data += part
+    head, _, body = data.partition(b"\r\n\r\n")
+    return int(head.split()[1]), json.loads(body)
+
+
+@pytest.mark.fault(114)
+@pytest.mark.parametrize(
+    ("path", "media_type", "begun"), ROUTES, ids=[f"{path} {kind[:19]}" for path, kind, _ in ROUTES]
+)
+@pytest.mark.parametrize("chunked", [False, True], ids=["length", "chunked"])
+def test_a_body_that_stands_still_is_refused_at_every_route(
+    live_of: Callable[..., Live],
+    path: str,
+    media_type: str,
+    begun: bytes,
+    chunked: bool,
+) -> None:
+    """408 in the shape of its dialect, and the connection is closed."""
+    live = live_of(body_timeout=0.5)
+    with ExitStack() as stack:
+        line = opened(live, stack, path, media_type, None if chunked else 100_000)
+        if begun:
+            line.sendall(b"%x\r\n%b\r\n" % (len(begun), begun) if chunked else begun)
+        status, told = answered(line)
+        assert status == 408
+        assert "0.5 seconds" in json.dumps(told)
+
+
+@pytest.mark.fault(114)
+def test_the_studios_own_routes_have_the_same_bound(live_of: Callable[..., Live]) -> None:
+    """The page that takes a key, before any key is known."""
+    live = live_of(body_timeout=0.5, ui=True, **KEYS)
+    with ExitStack() as stack:
+        line = opened(live, stack, "/ui/key", "application/x-www-form-urlencoded", 1000)
+        line.sendall(b"key=")
+        assert answered(line)[0] == 408
+
+
+@pytest.mark.fault(114)
+def test_a_body_that_drips_is_refused_and_one_that_comes_slowly_enough_is_not(
+    live_of: Callable[..., Live],
+) -> None:
+    """A byte now and then keeps no connection; BODY_MIN_RATE does, for longer than BODY_TIMEOUT."""
+    live = live_of(body_timeout=1.0, body_min_rate=2000.0)
+    body = json.dumps({"prompt": "a red square", "width": 64, "height": 64}).encode()
+    with ExitStack() as stack:
+        dripping = opened(live, stack, "/create_and_upload_image", "application/json", len(body) + 20_000)
+        slow = opened(live, stack, "/create_and_upload_image", "application/json", len(body) + 20_000)
+        slow.sendall(body)
+        dripping.sendall(body)
+        for _ in range(20):
+            slow.sendall(b" " * 1000)
+            dripping.settimeout(0.2)
+            try:
+                dripping.sendall(b" ")
+                if dripping.recv(1, socket.MSG_PEEK):
+                    break
+            except TimeoutError:
+                continue
+            except OSError:
+                break
+        else:
+            pytest.fail("a dripping body was never refused")
+        rest = len(body) + 20_000
+        slow.sendall(b" " * rest)  # more than is wanted: what is over is not read
+        slow.settimeout(30)
+        assert slow.recv(12).endswith(b"200")
+
+
+@pytest.mark.fault(114)
+def test_unfinished_bodies_of_one_caller_are_bounded_and_leave_room_for_others(
+    live_of: Callable[..., Live],
+) -> None:
+    """Of 24 large bodies of one key only as many are read as half the room holds; another key's is read at once."""
+    size, room = 12_000_000, 48_000_000
+    live = live_of(body_timeout=20.0, bodies_bytes=room, max_upload_bytes=size, **KEYS)
+    sent = 0
+    with ExitStack() as stack:
+        for _ in range(24):
+            line = opened(live, stack, "/sdapi/v1/img2img", "application/json", size, "secret-of-a-1234567")
+            line.setblocking(False)
+            stalled_at = time.monotonic() + 0.3
+            left = size - 1
+            while left and time.monotonic() < stalled_at:
+                try:
+                    left -= line.send(b" " * min(left, 65_536))
+                    stalled_at = time.monotonic() + 0.3
+                except BlockingIOError:
+                    time.sleep(0.01)
+            sent += left == 0
+        assert sent <= 2, "a body beyond the caller's part was read to its end"
+        asked = {"prompt": "a red square", "width": 64, "height": 64, "steps": 2}
+        answer = httpx.post(
+            f"{live.url}/sdapi/v1/txt2img", json=asked, headers={"X-API-Key": "secret-of-b-1234567"}, timeout=15
+        )
+        assert answer.status_code == 200
+    until(lambda: httpx.get(f"{live.url}/healthz").status_code == 200)
+    answer = httpx.post(
+        f"{live.url}/sdapi/v1/txt2img", json=asked, headers={"X-API-Key": "secret-of-a-1234567"}, timeout=15
+    )
+    assert answer.status_code == 200, "the room of those who left is free again"
+
+
+@pytest.mark.fault(114)
+def test_who_finds_no_room_for_a_body_is_told_to_come_back(live_of: Callable[..., Live]) -> None:
+    """A caller whose part is taken by bodies that still come is answered 429 after BODY_TIMEOUT."""
+    live = live_of(body_timeout=3.0, body_min_rate=0.0, bodies_bytes=2_000_000, max_upload_bytes=1_900_000)
+    with ExitStack() as stack:
+        first = opened(live, stack, "/sdapi/v1/img2img", "application/json", 1_900_000)
+        second = opened(live, stack, "/sdapi/v1/img2img", "application/json", 1_900_000)
+        second.settimeout(0.5)
+        while True:
+            first.sendall(b" ")
+            try:
+                if head := second.recv(4096):
+                    break
+            except TimeoutError:
+                continue
+        assert head.startswith(b"HTTP/1.1 429")
+        assert b"retry-after: 1" in head.lower()

@@ -1,0 +1,180 @@
+"""Webhooks that keep silent, and clocks that are set: others are told all the same, over real connections."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_service import order
+
+from stable_diffusion_server.fetching.poster import Poster
+from stable_diffusion_server.fetching.targets import Allowance
+from stable_diffusion_server.jobs.hooks import Hooks
+from stable_diffusion_server.journal.book import Journal
+from stable_diffusion_server.journal.clerk import Clerk
+from stable_diffusion_server.journal.entries import Entry, State, Work
+from stable_diffusion_server.orders import Caller
+
+HOST = "127.0.0.1"
+
+
+@dataclass
+class Listener:
+    """Takes connections; answers each request with a status, or never."""
+
+    status: int | None = None
+    heard: list[float] = field(default_factory=list)
+    port: int = 0
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """One connection."""
+        await reader.readuntil(b"\r\n\r\n")
+        self.heard.append(time.monotonic())
+        if self.status is None:
+            await reader.read()  # until the other side has had enough
+        else:
+            writer.write(f"HTTP/1.1 {self.status} X\r\nContent-Length: 0\r\n\r\n".encode())
+        writer.close()
+
+
+@asynccontextmanager
+async def listening(listener: Listener) -> AsyncIterator[Listener]:
+    """A listener on loopback."""
+    server = await asyncio.start_server(listener.serve, HOST, listener.port)
+    listener.port = server.sockets[0].getsockname()[1]
+    yield listener
+    server.close()
+
+
+@dataclass
+class Sending:
+    """A journal of ended jobs, and what sends their messages."""
+
+    clerk: Clerk
+    hooks: Hooks
+
+    async def ended(self, number: int, caller: str, url: str) -> None:
+        """A job of a caller has ended, and a webhook is to be told."""
+        entry = Entry(f"{caller}-{number}", Caller(caller), time.time(), webhook_url=url)
+        await self.clerk(Journal.accept, entry, Work(order()))
+        await self.clerk(Journal.end, replace(entry, state=State.DONE, ended_at=time.time()), "told")
+        self.hooks.wake()
+
+
+Send = Callable[..., Any]
+
+
+@asynccontextmanager
+async def sending(folder: Path, *listeners: Listener, seconds: float = 30.0, **more: Any) -> AsyncIterator[Sending]:
+    """Send to those listeners, who have so many seconds to answer."""
+    journal = Journal(folder / "journal.db", 50_000_000)
+    clerk = Clerk(journal)
+    await clerk(Journal.open)
+    poster = Poster(seconds, [Allowance.parse(f"{HOST}:{listener.port}") for listener in listeners])
+    hooks = Hooks(clerk, poster, more.get("secret", ""), more.get("back_off", (0.05,)))
+    running = asyncio.create_task(hooks.run())
+    yield Sending(clerk, hooks)
+    running.cancel()
+    await asyncio.wait([running], timeout=10)
+    await clerk.close()
+    poster.close()
+
+
+async def until_heard(listener: Listener, count: int = 1) -> None:
+    """Wait until a listener has heard so many; the bound is only there to end a hanging test."""
+    async with asyncio.timeout(60):
+        while len(listener.heard) < count:  # noqa: ASYNC110  # a test's wait
+            await asyncio.sleep(0.01)
+
+
+@pytest.mark.fault(111)
+async def test_silent_webhooks_of_one_caller_hold_up_nobody_elses(tmp_path: Path) -> None:
+    """Of 64 messages none has been given up when another caller's is told."""
+    async with listening(Listener()) as silent, listening(Listener(204)) as good, sending(tmp_path, silent, good) as at:
+        for number in range(64):
+            await at.ended(number, "ann", f"http://{HOST}:{silent.port}/{number}")
+        await until_heard(silent)
+        await at.ended(0, "bob", f"http://{HOST}:{good.port}/")
+        await until_heard(good)
+        due = await at.clerk(Journal.messages, time.time(), (1.0,))
+        assert all(message.tries == 0 for message in due)
+        assert len(silent.heard) <= 8
+
+
+@pytest.mark.fault(111)
+async def test_a_receiver_that_keeps_silent_holds_up_no_other_of_the_same_caller(tmp_path: Path) -> None:
+    """Without keys all are one caller: whoever runs a dead receiver delays that one alone."""
+    async with listening(Listener()) as silent, listening(Listener(204)) as good, sending(tmp_path, silent, good) as at:
+        for number in range(100):
+            await at.ended(number, "", f"http://{HOST}:{silent.port}/{number}?at=/")
+        await until_heard(silent)
+        for number in range(100, 130):
+            await at.ended(number, "", f"http://{HOST}:{good.port}/{number}")
+        await until_heard(good, 30)
+        assert len(silent.heard) <= 4
+
+
+@pytest.mark.fault(111)
+async def test_retries_of_one_callers_dead_webhooks_leave_places_for_others(tmp_path: Path) -> None:
+    """While fifty time out again and again, each of another caller's ten is told once."""
+    async with (
+        listening(Listener()) as silent,
+        listening(Listener(204)) as good,
+        sending(tmp_path, silent, good, seconds=0.2) as at,
+    ):
+        for number in range(50):
+            await at.ended(number, "ann", f"http://{HOST}:{silent.port}/")
+        await until_heard(silent, 12)
+        for number in range(10):
+            await at.ended(number, "bob", f"http://{HOST}:{good.port}/")
+        await until_heard(good, 10)
+        await asyncio.sleep(0.3)
+        assert len(good.heard) == 10
+
+
+@pytest.mark.fault(113)
+@pytest.mark.parametrize("step", [-7200.0, -60.0, 90_000.0], ids=["two hours back", "a minute back", "a day on"])
+async def test_a_webhook_is_tried_again_in_its_time_although_the_clock_was_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: float
+) -> None:
+    """Waits run by the clock that never jumps."""
+    async with listening(Listener(500)) as failing, sending(tmp_path, failing, back_off=(0.3,)) as at:
+        await at.ended(0, "ann", f"http://{HOST}:{failing.port}/")
+        await until_heard(failing)
+        right = time.time
+        monkeypatch.setattr(time, "time", lambda: right() + step)
+        await at.ended(1, "ann", f"http://{HOST}:{failing.port}/")
+        await until_heard(failing, 6)
+        gaps = [after - before for before, after in zip(failing.heard[::2], failing.heard[2::2], strict=False)]
+        assert min(gaps) > 0.1
+
+
+@pytest.mark.fault(113)
+async def test_what_was_postponed_by_a_clock_that_was_wrong_is_told_after_a_restart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A time that lies further ahead than any try sets it is no time to wait for."""
+    right = time.time
+    async with listening(Listener(500)) as failing, sending(tmp_path, failing, back_off=(0.3,)) as at:
+        monkeypatch.setattr(time, "time", lambda: right() + 90_000)
+        await at.ended(0, "ann", f"http://{HOST}:{failing.port}/")
+        await until_heard(failing)
+    monkeypatch.undo()
+    failing.status = 204
+    async with listening(failing), sending(tmp_path, failing, back_off=(0.3,)):
+        await until_heard(failing, len(failing.heard) + 1)
+
+
+async def test_an_error_no_one_thought_of_stops_no_other_message(tmp_path: Path) -> None:
+    """A secret that cannot sign, or an address that cannot be read, costs that message alone."""
+    async with listening(Listener(204)) as good, sending(tmp_path, good) as at:
+        await at.ended(0, "ann", "http://[broken")
+        await at.ended(1, "ann", "no address at all")
+        await at.ended(2, "bob", f"http://{HOST}:{good.port}/")
+        await until_heard(good)
