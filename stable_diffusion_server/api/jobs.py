@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
-import base64
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import StreamingResponse
 
 from stable_diffusion_server.api.callers import caller_of
+from stable_diffusion_server.api.event_response import EventResponse, Followers
 from stable_diffusion_server.api.json_responses import JSONResponse
+from stable_diffusion_server.api.previews import EncodedPreviews
 from stable_diffusion_server.api.schemas import job_body
-from stable_diffusion_server.image_processing import encode
 from stable_diffusion_server.jobs.desk import Jobs
 from stable_diffusion_server.jobs.happenings import Happening
 from stable_diffusion_server.orders import Format
@@ -20,13 +19,14 @@ from stable_diffusion_server.strict_json import dumps
 
 UrlOf = Callable[[Request, str], str]
 
-_PREVIEW_QUALITY = 60
 _NO_STORE = {"Cache-Control": "no-store"}
-_STREAM = {**_NO_STORE, "X-Accel-Buffering": "no"}  # a proxy that collects events defeats them
 
 
-def router(jobs: Jobs, url_of: UrlOf) -> APIRouter:
-    """The doors to jobs; `url_of` makes the URL of a key for the client at hand."""
+def router(jobs: Jobs, url_of: UrlOf, followers: Followers, previews: EncodedPreviews) -> APIRouter:
+    """The doors to jobs; `url_of` makes the URL of a key for the client at hand.
+
+    `followers` bounds who follows at a time; `previews` encodes for all of them.
+    """
     routes = APIRouter(prefix="/jobs", tags=["jobs"])
 
     def urls_for(request: Request) -> Callable[[str], str]:
@@ -61,24 +61,27 @@ def router(jobs: Jobs, url_of: UrlOf) -> APIRouter:
         response_model=None,
     )
     async def events(request: Request, job_id: str) -> Response:
-        happenings = await jobs.follow(job_id, caller_of(request), request.headers.get("last-event-id"))
+        caller = caller_of(request)
+        happenings = await jobs.follow(job_id, caller, request.headers.get("last-event-id"))
         if happenings is None:
             return Response(status_code=204)
-        stream = _stream(happenings, urls_for(request))
-        return StreamingResponse(stream, media_type="text/event-stream", headers=_STREAM)
+        return EventResponse(_stream(happenings, urls_for(request), previews), followers, job_id, caller.share)
 
     return routes
 
 
-async def _stream(happenings: AsyncIterator[Happening | None], url: Callable[[str], str]) -> AsyncIterator[str]:
+async def _stream(
+    happenings: AsyncGenerator[Happening | None], url: Callable[[str], str], previews: EncodedPreviews
+) -> AsyncGenerator[str]:
     """Events as they go over the wire; a comment keeps the line open while nothing happens."""
     yield "retry: 2000\n\n"
-    async for happening in happenings:
-        if happening is None:
-            yield ": still there\n\n"
-            continue
-        body = job_body(happening.standing, url)
-        if happening.picture is not None:
-            file = await asyncio.to_thread(encode, happening.picture, Format.WEBP, _PREVIEW_QUALITY, None)
-            body |= {"content_type": Format.WEBP.content_type, "image": base64.b64encode(file).decode()}
-        yield f"id: {happening.id}\nevent: {happening.kind}\ndata: {dumps(body)}\n\n"
+    async with aclosing(happenings):
+        async for happening in happenings:
+            if happening is None:
+                yield ": still there\n\n"
+                continue
+            body = job_body(happening.standing, url)
+            if happening.picture is not None:
+                image = await previews.text(happening.picture, Format.WEBP)
+                body |= {"content_type": Format.WEBP.content_type, "image": image}
+            yield f"id: {happening.id}\nevent: {happening.kind}\ndata: {dumps(body)}\n\n"

@@ -14,8 +14,10 @@ from stable_diffusion_server.api import files, history, replay, uploads
 from stable_diffusion_server.api import jobs as job_doors
 from stable_diffusion_server.api.answering import Answering
 from stable_diffusion_server.api.description import document, page
+from stable_diffusion_server.api.event_response import Followers
 from stable_diffusion_server.api.house import House
 from stable_diffusion_server.api.openai import images
+from stable_diffusion_server.api.previews import EncodedPreviews
 from stable_diffusion_server.api.sdapi import doors as sdapi
 from stable_diffusion_server.api.security.body_intake import BodyIntake
 from stable_diffusion_server.api.security.gate import BodyLimit, Gate
@@ -85,8 +87,10 @@ def add_doors(app: FastAPI, settings: Settings, service: Service, jobs: Jobs, st
     app.include_router(uploads.router(answering, options.limits, url_of, get_generates=settings.get_generates))
     house = build_house(settings, options)
     app.include_router(images.router(service, answering, house, url_of))
-    app.include_router(sdapi.router(service, house, url_of))
-    app.include_router(job_doors.router(jobs, url_of))
+    previews = EncodedPreviews()
+    followers = Followers(settings.followers, settings.followers_per_caller, settings.followers_per_job)
+    app.include_router(sdapi.router(service, house, url_of, previews))
+    app.include_router(job_doors.router(jobs, url_of, followers, previews))
     app.include_router(files.router(stores.bucket, stores.shelf, stores.signer, stores.folder))
     app.include_router(history.router(stores.shelf, url_of))
     app.include_router(page.router())

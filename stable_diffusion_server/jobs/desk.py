@@ -6,7 +6,7 @@ import asyncio
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
 from dataclasses import replace
 
@@ -195,7 +195,7 @@ class Jobs:
             await self._runner.cancel(found)
         return found.standing
 
-    async def follow(self, job_id: str, caller: Caller, after: str | None) -> AsyncIterator[Happening | None] | None:
+    async def follow(self, job_id: str, caller: Caller, after: str | None) -> AsyncGenerator[Happening | None] | None:
         """The job's events after one of them, `None` among them when nothing happens for a while. Raises `NotFound`.
 
         `None` instead when that was the last one.

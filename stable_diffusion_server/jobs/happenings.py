@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -86,7 +86,7 @@ class Happenings:
         self._over = True
         self._wake()
 
-    async def follow(self, after: str | None, beat: float) -> AsyncIterator[Happening | None]:
+    async def follow(self, after: str | None, beat: float) -> AsyncGenerator[Happening | None]:
         """The events after the one of that id, all of them for an id that is not known here, until the job ends.
 
         `None` whenever nothing happened for `beat` seconds.
@@ -97,10 +97,10 @@ class Happenings:
         try:
             while True:
                 changed, over = self._changed, self._over
-                for count, happening in tuple(self._kept):
-                    if count > seen:
-                        seen = count
-                        yield happening
+                # One at a time: who reads slowly holds no event that was superseded meanwhile.
+                while (following := self._following(seen)) is not None:
+                    seen = following[0]
+                    yield following[1]
                 if over:
                     return
                 try:
@@ -111,11 +111,20 @@ class Happenings:
         finally:
             self.readers -= 1
 
+    def _following(self, seen: int) -> tuple[int, Happening] | None:
+        """The first kept event after that number."""
+        found = None
+        for numbered in reversed(self._kept):
+            if numbered[0] <= seen:
+                break
+            found = numbered
+        return found
+
     def _wake(self) -> None:
         self._changed.set()
         self._changed = asyncio.Event()
 
 
-async def only_end(standing: Standing) -> AsyncIterator[Happening | None]:
+async def only_end(standing: Standing) -> AsyncGenerator[Happening | None]:
     """The last event of a job of which no others are known any more."""
     yield Happening(END, standing.state.value, replace(standing))

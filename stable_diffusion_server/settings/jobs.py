@@ -16,6 +16,9 @@ class Jobs(Group):
     jobs_at_once: int = Field(
         8, ge=1, le=1024, description="Accepted jobs that are in the queue for the device at a time; keep it below it."
     )
+    followers: int = Field(256, ge=1, description="Clients that follow the events of jobs at a time; more: 429.")
+    followers_per_caller: int = Field(64, ge=1, description="Those of one caller, who has half of all at the most.")
+    followers_per_job: int = Field(32, ge=1, description="Those of one job.")
     journal_bytes: int = Field(
         1_073_741_824,
         ge=1_048_576,

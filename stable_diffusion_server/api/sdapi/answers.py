@@ -11,9 +11,9 @@ from stable_diffusion_server.api.pictures import text_of
 from stable_diffusion_server.api.sdapi.names import SAMPLERS, samplers_of, title_of
 from stable_diffusion_server.api.sdapi.parameters import Ordered, Txt2Img
 from stable_diffusion_server.api.sdapi.tasks import Task
-from stable_diffusion_server.image_processing import encode, parameters_text
+from stable_diffusion_server.image_processing import parameters_text
 from stable_diffusion_server.inscriptions import read_parameters_text, read_record
-from stable_diffusion_server.orders import Format, Order, Receipt
+from stable_diffusion_server.orders import Order, Receipt
 from stable_diffusion_server.strict_json import dumps
 
 _LONG_FIELDS = ("init_images", "mask", "alwayson_scripts")
@@ -32,11 +32,10 @@ def pictures_answer(asked: Txt2Img, what: Ordered, made: Sequence[Made], *, inte
     }
 
 
-def progress_answer(tasks: Sequence[Task], *, with_picture: bool) -> dict[str, Any]:
-    """How far a caller's oldest task is; nothing is 0 of 0."""
+def progress_answer(tasks: Sequence[Task], preview: str | None) -> dict[str, Any]:
+    """How far a caller's oldest task is; nothing is 0 of 0. `preview` is a PNG in base64."""
     task = tasks[0] if tasks else None
     picture = task.current if task else None
-    preview = task.preview if task and with_picture else None
     return {
         "progress": round(min(task.share, 0.99), 4) if task else 0.0,
         "eta_relative": round(task.eta_seconds or 0.0, 2) if task else 0.0,
@@ -51,17 +50,13 @@ def progress_answer(tasks: Sequence[Task], *, with_picture: bool) -> dict[str, A
             "sampling_step": picture.step if picture else 0,
             "sampling_steps": picture.steps if picture else 0,
         },
-        "current_image": text_of(encode(preview, Format.PNG, 100, None)) if preview is not None else None,
+        "current_image": preview,
         "textinfo": None if task is None else "Drawing" if picture and picture.started else "Waiting",
     }
 
 
-def internal_progress_answer(task: Task | None, *, with_picture: bool) -> dict[str, Any]:
+def internal_progress_answer(task: Task | None, preview: str | None) -> dict[str, Any]:
     """The same for one task by its id, as AUTOMATIC1111's own page asks for it."""
-    preview = task.preview if task and with_picture else None
-    picture = (
-        "data:image/png;base64," + text_of(encode(preview, Format.PNG, 100, None)) if preview is not None else None
-    )
     started = bool(task and any(one.started for one in task.pictures))
     return {
         "active": started,
@@ -69,7 +64,7 @@ def internal_progress_answer(task: Task | None, *, with_picture: bool) -> dict[s
         "completed": task is None,
         "progress": round(task.share, 4) if task else None,
         "eta": task.eta_seconds if task else None,
-        "live_preview": picture,
+        "live_preview": None if preview is None else f"data:image/png;base64,{preview}",
         "id_live_preview": task.current.step if task else -1,
         "textinfo": None,
     }

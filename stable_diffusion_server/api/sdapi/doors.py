@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 from uuid import uuid4
 
@@ -19,6 +19,7 @@ from stable_diffusion_server.api.house import House
 from stable_diffusion_server.api.json_responses import JSONResponse
 from stable_diffusion_server.api.leaving import unless_disconnected
 from stable_diffusion_server.api.pictures import bytes_of
+from stable_diffusion_server.api.previews import EncodedPreviews
 from stable_diffusion_server.api.schemas import properties_of
 from stable_diffusion_server.api.sdapi import answers
 from stable_diffusion_server.api.sdapi.names import BOUNDED, model_named, renamed
@@ -27,7 +28,7 @@ from stable_diffusion_server.api.sdapi.tasks import LEAST_NAME, Task, Tasks
 from stable_diffusion_server.api.together import together
 from stable_diffusion_server.errors import Forbidden, InvalidInput, ServerError, TooLarge
 from stable_diffusion_server.limits import Limits
-from stable_diffusion_server.orders import Caller, Order
+from stable_diffusion_server.orders import Caller, Format, Order
 from stable_diffusion_server.service import Service
 
 UrlOf = Callable[[Request, str], str]
@@ -64,7 +65,7 @@ def described(schema: type[Txt2Img], limits: Limits, *required: str) -> dict[str
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": shape}}}}
 
 
-def router(service: Service, house: House, url_of: UrlOf) -> APIRouter:
+def router(service: Service, house: House, url_of: UrlOf, previews: EncodedPreviews) -> APIRouter:
     """The doors over a service; `url_of` makes the URL of a key for the client at hand."""
     routes = APIRouter(tags=["automatic1111"])
     tasks = Tasks()
@@ -111,7 +112,7 @@ def router(service: Service, house: House, url_of: UrlOf) -> APIRouter:
         image = _text(await read_json(request, frozenset({"image"})), "image")
         return JSONResponse(await aside(len(image), lambda: answers.png_info_answer(bytes_of(image, "image"))))
 
-    _progress_doors(routes, tasks)
+    _progress_doors(routes, tasks, previews)
     _option_doors(routes, house, chosen)
     for name, told in (
         ("sd-models", answers.models_answer),
@@ -122,7 +123,13 @@ def router(service: Service, house: House, url_of: UrlOf) -> APIRouter:
     return routes
 
 
-def _progress_doors(routes: APIRouter, tasks: Tasks) -> None:
+async def _preview_of(tasks: Sequence[Task], previews: EncodedPreviews) -> str | None:
+    """The latest preview of the oldest task, as a PNG in base64."""
+    pixels = tasks[0].preview if tasks else None
+    return None if pixels is None else await previews.text(pixels, Format.PNG)
+
+
+def _progress_doors(routes: APIRouter, tasks: Tasks, previews: EncodedPreviews) -> None:
     @routes.get(
         "/sdapi/v1/progress",
         summary="AUTOMATIC1111: how far your task is",
@@ -137,7 +144,8 @@ def _progress_doors(routes: APIRouter, tasks: Tasks) -> None:
         skip = str(query.get("skip_current_image", "false")).lower()
         if skip not in _TRUTHS:
             raise InvalidInput("skip_current_image must be true or false.", field="skip_current_image")
-        return JSONResponse(answers.progress_answer(own, with_picture=not _TRUTHS[skip]))
+        preview = None if _TRUTHS[skip] else await _preview_of(own, previews)
+        return JSONResponse(answers.progress_answer(own, preview))
 
     @routes.post(
         "/internal/progress",
@@ -151,7 +159,8 @@ def _progress_doors(routes: APIRouter, tasks: Tasks) -> None:
         asked = await read_json(request)
         own = tasks.of(caller_of(request), _text(asked, "id_task"))
         shown = asked.get("live_preview") is not False
-        return JSONResponse(answers.internal_progress_answer(own[0] if own else None, with_picture=shown))
+        preview = await _preview_of(own, previews) if shown else None
+        return JSONResponse(answers.internal_progress_answer(own[0] if own else None, preview))
 
     @routes.post(
         "/sdapi/v1/interrupt",

@@ -1,0 +1,207 @@
+"""Who follows jobs: a bounded number, one encoding for all of them, and nothing held for one who does not read."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import threading
+import weakref
+from collections import Counter
+from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from fakes import PaintedSquares, disc, until
+from live_servers import Live
+
+from stable_diffusion_server.api.event_response import EventResponse, Followers
+from stable_diffusion_server.api.previews import EncodedPreviews
+from stable_diffusion_server.errors import Overasked
+from stable_diffusion_server.jobs.happenings import Happenings, Standing
+from stable_diffusion_server.journal.entries import State
+from stable_diffusion_server.orders import Format
+
+KEYS = {"api_keys": "a:secret-of-a-1234567,b:secret-of-b-1234567"}
+A, B = {"X-API-Key": "secret-of-a-1234567"}, {"X-API-Key": "secret-of-b-1234567"}
+SQUARE = {"prompt": "a red square", "width": 64, "height": 64}
+
+
+def job_of(live: Live, headers: dict[str, str], name: str) -> str:
+    """The id of an accepted job that does not end while the gate is closed."""
+    sent = httpx.post(
+        f"{live.url}/create_and_upload_image",
+        json={**SQUARE, "save_path": f"{name}.webp"},
+        headers={**headers, "Prefer": "respond-async"},
+    )
+    assert sent.status_code == 202
+    return str(sent.json()["id"])
+
+
+@pytest.mark.fault(115)
+def test_followers_are_bounded_by_job_by_caller_and_in_all(live_of: Callable[..., Live]) -> None:
+    """What is too many is 429 with Retry-After; another caller finds a place; who leaves gives one back."""
+    gate = threading.Event()
+    live = live_of(PaintedSquares(gate=gate), followers=16, followers_per_caller=6, followers_per_job=4, **KEYS)
+    first, second, third, others = (
+        job_of(live, headers, name) for headers, name in ((A, "one"), (A, "two"), (A, "three"), (B, "four"))
+    )
+
+    with ExitStack() as stack, httpx.Client(limits=httpx.Limits(max_connections=None), timeout=30) as client:
+
+        def follow(job_id: str, headers: dict[str, str]) -> httpx.Response:
+            answer = client.send(
+                client.build_request("GET", f"{live.url}/jobs/{job_id}/events", headers=headers), stream=True
+            )
+            stack.callback(answer.close)
+            return answer
+
+        of_first = [follow(first, A) for _ in range(40)]
+        assert Counter(answer.status_code for answer in of_first) == {200: 4, 429: 36}
+        refused = next(answer for answer in of_first if answer.status_code == 429)
+        assert refused.headers["retry-after"] == "5"
+        assert Counter(follow(second, A).status_code for _ in range(4)) == {200: 2, 429: 2}
+        assert follow(third, A).status_code == 429
+        assert follow(others, B).status_code == 200
+        next(answer for answer in of_first if answer.status_code == 200).close()
+        until(lambda: follow(third, A).status_code == 200)
+        gate.set()
+
+
+@pytest.mark.fault(115)
+def test_four_hundred_followers_of_one_job_cost_the_others_nothing(live_of: Callable[..., Live]) -> None:
+    """The server answers beside them, they are told the end, and all places are free afterwards."""
+    gate = threading.Event()
+    live = live_of(PaintedSquares(gate=gate))
+    job_id = job_of(live, {}, "followed")
+
+    client = httpx.Client(limits=httpx.Limits(max_connections=None), timeout=60)
+
+    def follow(number: int) -> tuple[int, str]:
+        answer = client.get(f"{live.url}/jobs/{job_id}/events")
+        return answer.status_code, answer.text
+
+    with client, ThreadPoolExecutor(64) as threads:
+        following = [threads.submit(follow, number) for number in range(400)]
+        until(lambda: sum(each.done() for each in following) >= 300, 120)
+        assert client.get(f"{live.url}/healthz").status_code == 200
+        gate.set()
+        told = [each.result() for each in following]
+    counted = Counter(status for status, _ in told)
+    assert counted[429] > 300
+    assert 1 <= counted[200] <= 100
+    assert all("event: done" in text for status, text in told if status == 200)
+    assert "event: done" in httpx.get(f"{live.url}/jobs/{job_id}/events", timeout=60).text
+
+
+@pytest.mark.fault(115)
+async def test_a_preview_is_encoded_once_for_all_who_follow_it() -> None:
+    """Fifty at the same time and fifty later, in each format; another preview is another file; none is kept."""
+    previews, pixels = EncodedPreviews(), disc()
+    for _ in range(2):
+        texts = await asyncio.gather(*(previews.text(pixels, Format.WEBP) for _ in range(50)))
+        assert len(set(texts)) == 1
+    await previews.text(pixels, Format.PNG)
+    assert previews.encoded == 2
+    assert await previews.text(np.zeros((8, 8, 3), np.uint8), Format.WEBP) != texts[0]
+    gone = weakref.ref(pixels)
+    del pixels
+    gc.collect()
+    assert gone() is None
+    assert not previews._kept
+
+
+@pytest.mark.fault(115)
+async def test_a_follower_that_leaves_while_a_preview_is_encoded_takes_it_from_no_other() -> None:
+    """The encoding goes on for the rest."""
+    previews, pixels = EncodedPreviews(), np.zeros((2000, 2000, 3), np.uint8)
+    leaving, staying = (asyncio.create_task(previews.text(pixels, Format.PNG)) for _ in range(2))
+    await asyncio.sleep(0)
+    leaving.cancel()
+    assert len(await asyncio.wait_for(staying, 60)) > 100
+    assert previews.encoded == 1
+
+
+@pytest.mark.fault(115)
+async def test_a_slow_reader_holds_no_preview_that_was_superseded() -> None:
+    """It goes on with the last one, and those before it are gone from memory."""
+    happenings, standing = Happenings("e"), Standing("job", State.RUNNING, 0.0)
+    following = happenings.follow(None, 10.0)
+    happenings.add("step", standing)
+    happening = await anext(following)
+    assert happening is not None
+    passed: list[weakref.ref[Any]] = []
+    for _ in range(1000):
+        pixels = np.zeros((64, 64, 3), np.uint8)
+        passed.append(weakref.ref(pixels))
+        happenings.add("preview", standing, pixels)
+        del pixels
+    assert sum(ref() is not None for ref in passed) == 1
+    last = await anext(following)
+    assert last is not None
+    assert (last.id, last.kind) == ("e.1001", "preview")
+    await following.aclose()
+    assert happenings.readers == 0
+
+
+async def endless() -> AsyncGenerator[str]:
+    """Events without end."""
+    while True:
+        yield "data: x\n\n"
+        await asyncio.sleep(0)
+
+
+SCOPE = {"type": "http", "method": "GET", "path": "/", "headers": []}
+
+
+@pytest.mark.fault(115)
+@pytest.mark.parametrize("version", ["2.0", "2.4"])
+async def test_who_does_not_read_is_hung_up_on(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+    """A connection that takes nothing for its time gives its place back."""
+    monkeypatch.setattr("stable_diffusion_server.api.event_response._SECONDS_TO_READ", 0.2)
+    followers = Followers(1, 1, 1)
+    sent = 0
+
+    async def send(message: Any) -> None:
+        nonlocal sent
+        sent += 1
+        if sent > 3:
+            await asyncio.sleep(3600)
+
+    async def receive() -> Any:
+        await asyncio.sleep(3600)
+
+    response = EventResponse(endless(), followers, "job", "key a")
+    scope = {**SCOPE, "asgi": {"spec_version": version}}
+    async with asyncio.timeout(30):
+        await response(scope, receive, send)
+    with followers.follow("job", "key a"), pytest.raises(Overasked), followers.follow("job", "key b"):
+        pass
+    with followers.follow("job", "key b"):
+        pass
+
+
+@pytest.mark.fault(115)
+async def test_a_follower_who_is_gone_at_any_moment_is_counted_out() -> None:
+    """Cancelled before the first event, amid one, while sending: the place is free."""
+    followers = Followers(1, 1, 1)
+
+    async def send(message: Any) -> None:
+        await asyncio.sleep(0.001)
+
+    async def receive() -> Any:
+        await asyncio.sleep(3600)
+
+    for turns in range(30):
+        response = EventResponse(endless(), followers, "job", "key a")
+        following = asyncio.create_task(response({**SCOPE, "asgi": {"spec_version": "2.4"}}, receive, send))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        following.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await following
+        with followers.follow("job", "key a"):
+            pass
