@@ -61,7 +61,7 @@ class Sending:
 
     async def ended(self, number: int, caller: str, url: str) -> None:
         """A job of a caller has ended, and a webhook is to be told."""
-        entry = Entry(f"{caller}-{number}", Caller(caller), time.time(), webhook_url=url)
+        entry = Entry(f"{caller}-{number}", Caller(caller), time.time(), webhook_url=url, share=f"key {caller}")
         await self.clerk(Journal.accept, entry, Work(order()))
         await self.clerk(Journal.end, replace(entry, state=State.DONE, ended_at=time.time()), "told")
         self.hooks.wake()

@@ -274,7 +274,7 @@ def test_every_caller_and_every_receiver_has_messages_among_those_that_are_due(j
     """However many one caller has, to however many receivers, the few of another, and to another, come too."""
 
     def ended(number: int, caller: str, url: str) -> None:
-        entry = replace(ENTRY, id=f"{caller}-{number}", caller=Caller(caller), webhook_url=url)
+        entry = replace(ENTRY, id=f"{caller}-{number}", caller=Caller(caller), webhook_url=url, share=caller)
         journal.accept(entry, WORK)
         journal.end(replace(entry, state=State.DONE, ended_at=float(number)), "body")
 

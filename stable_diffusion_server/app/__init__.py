@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from functools import partial
 
 import structlog
 from fastapi import FastAPI
@@ -20,12 +21,16 @@ from stable_diffusion_server.app.jobs import build_jobs
 from stable_diffusion_server.app.stopping import ClosesWhileStopping, Shutdown, drained_by_signals, leave_soon
 from stable_diffusion_server.app.storage import Stores
 from stable_diffusion_server.app.studio import add_studio, key_of_visitor
+from stable_diffusion_server.decoding.pool import Decoder
 from stable_diffusion_server.engine import Phase
+from stable_diffusion_server.fetching.fetcher import Fetcher
+from stable_diffusion_server.jobs.desk import Jobs
 from stable_diffusion_server.observability.deaths import DeviceRecord
 from stable_diffusion_server.observability.logs import configure_logging
 from stable_diffusion_server.observability.loop_heartbeat import BEAT_FILE, LoopHeartbeat
 from stable_diffusion_server.observability.metrics import Metrics
 from stable_diffusion_server.observability.tracing import Tracing
+from stable_diffusion_server.service import Service
 from stable_diffusion_server.settings import Settings
 from stable_diffusion_server.ui.guests import Guests
 
@@ -49,10 +54,6 @@ def create_app(
     """
     loaded, faults = Loaded.of(settings), dict[str, str]()
 
-    def stalled() -> list[str]:
-        """What has work in hand and makes no progress, in sentences."""
-        return [fault for fault in (decoder.fault(), jobs.fault()) if fault is not None]
-
     def missing() -> list[str]:
         """What keeps the server from drawing, in sentences; what was at fault before is looked at again."""
         if faults:
@@ -70,6 +71,7 @@ def create_app(
     service = build_service(settings, engine, loaded, options, stores, readers, metrics, tracing)
     jobs = build_jobs(settings, service, stores, record)
     shutdown = Shutdown(lambda: engine.running > 0 or jobs.running > 0, settings.stop_seconds)
+    stalled = partial(_stalled, decoder, jobs)
     show(metrics, __version__, engine, jobs, stores, loaded, missing)
 
     @asynccontextmanager
@@ -79,19 +81,13 @@ def create_app(
         await asyncio.to_thread(stores.open, faults)
         engine.start()
         await jobs.start()
-        beating = asyncio.create_task(LoopHeartbeat(settings.data_dir / BEAT_FILE, stalled).run())
-        soon = asyncio.get_running_loop().call_soon_threadsafe
-        with drained_by_signals(shutdown, engine.drain, lambda: soon(jobs.drain), lambda: soon(studio.drain)):
-            yield
-            grace = shutdown.seconds_left()
-            await asyncio.gather(studio.close(), asyncio.to_thread(engine.stop, grace), jobs.stop(grace))
-        service.close()
-        fetcher.close()
-        await decoder.close()
-        await asyncio.to_thread(stores.close)
-        await asyncio.to_thread(tracing.close)
-        beating.cancel()
-        await asyncio.wait([beating], timeout=1)
+        async with LoopHeartbeat(settings.data_dir / BEAT_FILE, stalled):
+            soon = asyncio.get_running_loop().call_soon_threadsafe
+            with drained_by_signals(shutdown, engine.drain, lambda: soon(jobs.drain), lambda: soon(studio.drain)):
+                yield
+                grace = shutdown.seconds_left()
+                await asyncio.gather(studio.close(), asyncio.to_thread(engine.stop, grace), jobs.stop(grace))
+            await _close(service, fetcher, decoder, stores, tracing)
 
     app = FastAPI(title=_TITLE, version=__version__, summary=_SUMMARY, lifespan=lifespan, docs_url=None, redoc_url=None)
     # For what runs this app in its own way (deploy/): how much work there is, and whether it can be done.
@@ -105,3 +101,16 @@ def create_app(
     studio = add_studio(app, settings, decoder.decode, guests, settle)
     app.include_router(ops.router(missing, metrics.exposition, loaded.told, loaded.remarks))
     return app
+
+
+def _stalled(decoder: Decoder, jobs: Jobs) -> list[str]:
+    """What has work in hand and makes no progress, in sentences."""
+    return [fault for fault in (decoder.fault(), jobs.fault()) if fault is not None]
+
+
+async def _close(service: Service, fetcher: Fetcher, decoder: Decoder, stores: Stores, tracing: Tracing) -> None:
+    service.close()
+    fetcher.close()
+    await decoder.close()
+    await asyncio.to_thread(stores.close)
+    await asyncio.to_thread(tracing.close)

@@ -12,8 +12,8 @@ class Rules:
     """How many jobs wait and are drawn at once, how long ends and answers are kept, what signs webhooks.
 
     `journal_bytes` is what jobs that have not ended may take, `id_prefix` is put before the ids made here. `back_off`
-    are the seconds between tries to tell a webhook; `reopen` those between tries to open the journal; `longest` how many
-    seconds one job is drawn for at the most.
+    are the seconds between tries to tell a webhook; `reopen` those between tries to open the journal; `longest`
+    how many seconds one job is drawn for at the most.
     """
 
     most_waiting: int = 1000

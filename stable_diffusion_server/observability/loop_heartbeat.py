@@ -17,17 +17,27 @@ _SECONDS = 1.0
 
 
 class LoopHeartbeat:
-    """Touches `path` from the event loop, unless `stalled` names what makes no progress; removed at an orderly end.
+    """Touches `path` from the event loop for as long as the block lasts, unless `stalled` names what makes no progress.
 
-    It holds no content: a full disk takes no touch away.
+    The file holds nothing, so that a full disk takes no touch away, and is removed at the end.
     """
 
     def __init__(self, path: Path, stalled: Callable[[], list[str]]) -> None:
         self._path = path
         self._stalled = stalled
+        self._beating: asyncio.Task[None] | None = None
 
-    async def run(self) -> None:
-        """Beat until cancelled."""
+    async def __aenter__(self) -> None:
+        """Begin to beat."""
+        self._beating = asyncio.create_task(self._run())
+
+    async def __aexit__(self, *error: object) -> None:
+        """Beat no more."""
+        if self._beating is not None:
+            self._beating.cancel()
+            await asyncio.wait([self._beating], timeout=_SECONDS)
+
+    async def _run(self) -> None:
         told: list[str] = []
         try:
             while True:
