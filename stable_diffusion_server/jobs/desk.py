@@ -63,6 +63,7 @@ class Jobs:
         self._record = record
         self._runner = Runner(service, self._clerk, rules.at_once, describe, self._ended, rules.longest)
         self._admission = Admission(self._runner, rules.most_waiting, rules.journal_bytes)
+        self.fault = self._runner.fault
         self._hooks = Hooks(self._clerk, poster, rules.webhook_secret, rules.back_off)
         self._live: dict[str, Live] = {}
         self._recent: OrderedDict[str, Live] = OrderedDict()
@@ -91,6 +92,7 @@ class Jobs:
         """Open the journal and go on with what it holds; a journal that cannot be opened is tried again later."""
         await self._open()
         self._tasks = [asyncio.create_task(work()) for work in (self._runner.run, self._hooks.run, self._keep_house)]
+        self._runner.watch_over(self._tasks)
 
     def drain(self) -> None:
         """Take no more jobs, begin none, and send those who follow one home. What is being drawn goes on."""
@@ -235,12 +237,6 @@ class Jobs:
     async def renew(self, claim: Claim, before: Repeat) -> None:
         """Let a key whose picture is gone be claimed anew, unless another request has done so meanwhile."""
         await self._clerk(Journal.renew, claim, before.job_id)
-
-    def fault(self) -> str | None:
-        """Why accepted jobs make no progress, in a sentence; `None` while all is well."""
-        if not self._closing and any(task.done() for task in self._tasks):
-            return "Accepted jobs make no progress: what tends them has ended, and the log says why."
-        return self._runner.fault()
 
     def figures(self) -> tuple[int, int, int]:
         """Jobs that wait, jobs in the service's hands, and the bytes of the journal on the disk."""

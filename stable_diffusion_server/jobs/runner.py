@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -74,6 +74,7 @@ class Runner:
         self._draining = False
         self._seconds_per_job: float | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._beside: Sequence[asyncio.Task[None]] = ()
         self._monitor = ProgressMonitor(longest + _SLACK)
 
     @property
@@ -107,7 +108,13 @@ class Runner:
         if silent := self._monitor.stalled():
             count = self._monitor.in_hand
             return f"Accepted jobs make no progress: {count} are under way, and none ended in {silent:.0f} seconds."
+        if not self._draining and any(task.done() for task in self._beside):
+            return "Accepted jobs make no progress: what tends them has ended, and the log says why."
         return None
+
+    def watch_over(self, beside: Sequence[asyncio.Task[None]]) -> None:
+        """Take it for a fault when one of those ends before the runner is drained."""
+        self._beside = beside
 
     def put(self, live: Live) -> None:
         """Let a job wait for its turn, at most until its deadline."""

@@ -108,11 +108,12 @@ GROUPS: dict[str, dict[str, str]] = {
     },
     "Waiting on children and peers": {
         "110": "clients that hang up at any moment of a decode, decodes that time out, children that hang and crash",
-        "111": "slow pictures, silent hosts, silent name servers and silent webhooks of one caller, while others ask",
+        "111": "slow pictures and silent webhooks of one caller, while others ask",
         "112": "a decoder, or what draws accepted jobs, that makes no progress; an event loop that stands still",
         "113": "the clock set back or forward while something is waited for; a secret that cannot sign",
         "114": "bodies that stand still or drip, at every route; more and larger ones at a time than memory holds",
         "115": "hundreds of followers of one job, some of whom read slowly or not at all",
+        "116": "silent hosts and silent name servers of one caller, while others have pictures fetched",
     },
     "Bounds before parsing": {
         "120": "texts made for expressions and parsers that grow with the square: brackets, tags, separators, marks",
