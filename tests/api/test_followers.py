@@ -7,7 +7,7 @@ import gc
 import threading
 import weakref
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from fakes import PaintedSquares, disc, until
+from fakes import Canvas, PaintedSquares, disc, until
 from live_servers import Live
 
 from stable_diffusion_server.api.event_response import EventResponse, Followers
@@ -28,6 +28,15 @@ from stable_diffusion_server.orders import Format
 KEYS = {"api_keys": "a:secret-of-a-1234567,b:secret-of-b-1234567"}
 A, B = {"X-API-Key": "secret-of-a-1234567"}, {"X-API-Key": "secret-of-b-1234567"}
 SQUARE = {"prompt": "a red square", "width": 64, "height": 64}
+
+
+class Held(PaintedSquares):
+    """Painters who go on when the gate is opened, however long a busy machine takes until then."""
+
+    def step(self, states: Sequence[Canvas]) -> None:
+        assert self.gate is not None
+        assert self.gate.wait(600)
+        super().step(states)
 
 
 def job_of(live: Live, headers: dict[str, str], name: str) -> str:
@@ -45,7 +54,7 @@ def job_of(live: Live, headers: dict[str, str], name: str) -> str:
 def test_followers_are_bounded_by_job_by_caller_and_in_all(live_of: Callable[..., Live]) -> None:
     """What is too many is 429 with Retry-After; another caller finds a place; who leaves gives one back."""
     gate = threading.Event()
-    live = live_of(PaintedSquares(gate=gate), followers=16, followers_per_caller=6, followers_per_job=4, **KEYS)
+    live = live_of(Held(gate=gate), followers=16, followers_per_caller=6, followers_per_job=4, **KEYS)
     first, second, third, others = (
         job_of(live, headers, name) for headers, name in ((A, "one"), (A, "two"), (A, "three"), (B, "four"))
     )
@@ -75,7 +84,7 @@ def test_followers_are_bounded_by_job_by_caller_and_in_all(live_of: Callable[...
 def test_hundreds_of_followers_of_one_job_cost_the_others_nothing(live_of: Callable[..., Live]) -> None:
     """The server answers beside them, they are told the end, and all places are free afterwards."""
     gate = threading.Event()
-    live = live_of(PaintedSquares(gate=gate))
+    live = live_of(Held(gate=gate))
     job_id = job_of(live, {}, "followed")
 
     client = httpx.Client(limits=httpx.Limits(max_connections=None), timeout=120)
