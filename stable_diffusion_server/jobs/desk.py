@@ -32,10 +32,8 @@ from stable_diffusion_server.service import Service
 _log = structlog.get_logger(__name__)
 
 _HOUR = 3600.0
-_RECENT = 64
-_LISTED = 100
-_HOUSEKEEPING = 60.0
-_BEAT = 10.0
+_RECENT, _LISTED = 64, 100
+_HOUSEKEEPING, _BEAT = 60.0, 10.0
 
 
 class Jobs:
