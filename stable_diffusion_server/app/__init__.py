@@ -76,9 +76,7 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        configure_logging(settings.log_level, settings.log_format)
-        tracing.open()
-        await asyncio.to_thread(stores.open, faults)
+        await _open(settings, tracing, stores, faults)
         engine.start()
         await jobs.start()
         async with LoopHeartbeat(settings.data_dir / BEAT_FILE, stalled):
@@ -106,6 +104,12 @@ def create_app(
 def _stalled(decoder: Decoder, jobs: Jobs) -> list[str]:
     """What has work in hand and makes no progress, in sentences."""
     return [fault for fault in (decoder.fault(), jobs.fault()) if fault is not None]
+
+
+async def _open(settings: Settings, tracing: Tracing, stores: Stores, faults: dict[str, str]) -> None:
+    configure_logging(settings.log_level, settings.log_format)
+    tracing.open()
+    await asyncio.to_thread(stores.open, faults)
 
 
 async def _close(service: Service, fetcher: Fetcher, decoder: Decoder, stores: Stores, tracing: Tracing) -> None:

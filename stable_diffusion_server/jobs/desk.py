@@ -15,6 +15,7 @@ import structlog
 from stable_diffusion_server.errors import Forbidden, JournalUnavailable, NotFound, NotReady
 from stable_diffusion_server.jobs.admission import Admission
 from stable_diffusion_server.jobs.blame import blamed
+from stable_diffusion_server.jobs.claims import Claims
 from stable_diffusion_server.jobs.happenings import END, Happening, Happenings, Standing, only_end
 from stable_diffusion_server.jobs.hooks import Hooks, Post
 from stable_diffusion_server.jobs.ids import repeated, scoped, shown_to, taken
@@ -36,7 +37,7 @@ _RECENT, _LISTED = 64, 100
 _HOUSEKEEPING, _BEAT = 60.0, 10.0
 
 
-class Jobs:
+class Jobs(Claims):
     """All jobs of this server. `describe` writes the message that tells a webhook of an end; `poster` sends it.
 
     `record` knows what was on the device when the process before this one ended, and how that was. `current` gives the
@@ -213,28 +214,6 @@ class Jobs:
                 async with asyncio.timeout(seconds):
                     await found.ended.wait()
         return shown_to(caller, found)
-
-    async def claim(self, claim: Claim) -> Repeat | None:
-        """Take an idempotency key for a request that waits, or give what it was answered with before.
-
-        Raises `InFlight` while that is not known, and `KeyReused` when the key came with another request.
-        """
-        before = await self._clerk(Journal.claim, claim, time.time())
-        return None if before is None else repeated(claim, before)
-
-    async def answer(self, claim: Claim, outcome: Receipt | Problem | None) -> None:
-        """Keep what the request of a key was answered with; `None` lets the next one with the key try anew."""
-        try:
-            if outcome is None:
-                await self._clerk(Journal.release, claim)
-            else:
-                await self._clerk(Journal.answer, claim, outcome)
-        except JournalUnavailable:
-            _log.warning("an answer could not be kept for its idempotency key")
-
-    async def renew(self, claim: Claim, before: Repeat) -> None:
-        """Let a key whose picture is gone be claimed anew, unless another request has done so meanwhile."""
-        await self._clerk(Journal.renew, claim, before.job_id)
 
     def figures(self) -> tuple[int, int, int]:
         """Jobs that wait, jobs in the service's hands, and the bytes of the journal on the disk."""
