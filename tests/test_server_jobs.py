@@ -79,7 +79,7 @@ def test_a_server_that_is_killed_finishes_what_it_had_accepted(tmp_path: Path) -
 def test_a_server_that_hangs_is_replaced_and_loses_nothing(tmp_path: Path) -> None:
     """Stopped in the middle of a picture, it gives no sign of life; the next one draws what it had accepted."""
     port = free_port()
-    server = start_server(tmp_path, port, *WATCHED, *SERVE, PORT=str(port), HANG_SECONDS="3")
+    server = start_server(tmp_path, port, *WATCHED, *SERVE, PORT=str(port), HANG_SECONDS="10")
     try:
         job_id = accept(server, "a red circle on a blue background", num_inference_steps=60)
         until(lambda: job(server, job_id)["step"] > 2)
@@ -99,15 +99,15 @@ def test_a_server_that_hangs_is_replaced_and_loses_nothing(tmp_path: Path) -> No
 def test_a_server_that_freezes_without_work_is_replaced(tmp_path: Path) -> None:
     """Nothing is drawn, and nobody is answered: that is a hang too."""
     port = free_port()
-    server = start_server(tmp_path, port, *WATCHED, *SERVE, PORT=str(port), HANG_SECONDS="3")
+    server = start_server(tmp_path, port, *WATCHED, *SERVE, PORT=str(port), HANG_SECONDS="10")
     try:
-        until(lambda: (tmp_path / "data" / "event-loop.txt").exists())
+        until(lambda: (tmp_path / "data" / "event-loop.txt").exists(), 60)
         time.sleep(2)
         hanging = child_of(server.process)
         assert hanging is not None
         os.kill(hanging, signal.SIGSTOP)
-        until(lambda: child_of(server.process) not in (hanging, None), 60)
-        until(lambda: answers(server, "/readyz"), 60)
+        until(lambda: child_of(server.process) not in (hanging, None), 120)
+        until(lambda: answers(server, "/readyz"), 120)
     finally:
         server.stop()
 
