@@ -110,10 +110,11 @@ class Watchdog:
             try:
                 status = child.wait(_LOOK_EVERY)
             except subprocess.TimeoutExpired:
-                hung = self._hangs()
-                if hung or self._stands_still():
+                silent = self._silent()
+                if 0 < self.hang < silent or self._stands_still():
                     _say(f"no sign of life for {self.hang:g} s; the server is killed.")
-                    self._hung = hung  # an event loop that stands still is no fault of what is drawn
+                    # An event loop alone that stands still is no fault of what is drawn.
+                    self._hung = silent > self.hang / 2
                     os.killpg(child.pid, signal.SIGKILL)
                 elif self._stopping and time.monotonic() - self._stopping_at > self.grace:
                     _say(f"the server did not stop within {self.grace:g} s; it is killed.")
@@ -121,13 +122,12 @@ class Watchdog:
             else:
                 return status if status >= 0 else 128 - status
 
-    def _hangs(self) -> bool:
-        """Whether nothing happened for too long although there is work. What an earlier child left says nothing."""
+    def _silent(self) -> float:
+        """Seconds for which nothing happened although there is work. What an earlier child left says nothing."""
         now = self._read()
         if now != self._seen:
             self._seen, self._seen_at, self._is_childs = now, time.monotonic(), True
-        silent = time.monotonic() - self._seen_at
-        return 0 < self.hang < silent and self._is_childs and self._seen[0] > 0
+        return time.monotonic() - self._seen_at if self._is_childs and self._seen[0] > 0 else 0.0
 
     def _stands_still(self) -> bool:
         """Whether the event loop, which beats work or not, has not for too long. One that ends takes its file away."""
