@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -34,12 +34,13 @@ class Listener:
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One connection."""
-        await reader.readuntil(b"\r\n\r\n")
-        self.heard.append(time.monotonic())
-        if self.status is None:
-            await reader.read()  # until the other side has had enough
-        else:
-            writer.write(f"HTTP/1.1 {self.status} X\r\nContent-Length: 0\r\n\r\n".encode())
+        with suppress(asyncio.IncompleteReadError, OSError):  # who sends may have had enough before
+            await reader.readuntil(b"\r\n\r\n")
+            self.heard.append(time.monotonic())
+            if self.status is None:
+                await reader.read()  # until the other side has had enough
+            else:
+                writer.write(f"HTTP/1.1 {self.status} X\r\nContent-Length: 0\r\n\r\n".encode())
         writer.close()
 
 
@@ -88,7 +89,7 @@ async def sending(folder: Path, *listeners: Listener, seconds: float = 30.0, **m
 
 async def until_heard(listener: Listener, count: int = 1) -> None:
     """Wait until a listener has heard so many; the bound is only there to end a hanging test."""
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(240):
         while len(listener.heard) < count:  # noqa: ASYNC110  # a test's wait
             await asyncio.sleep(0.01)
 
@@ -126,11 +127,11 @@ async def test_retries_of_one_callers_dead_webhooks_leave_places_for_others(tmp_
     async with (
         listening(Listener()) as silent,
         listening(Listener(204)) as good,
-        sending(tmp_path, silent, good, seconds=1.0) as at,
+        sending(tmp_path, silent, good, seconds=2.0) as at,
     ):
         for number in range(50):
             await at.ended(number, "ann", f"http://{HOST}:{silent.port}/")
-        await until_heard(silent, 12)
+        await until_heard(silent, 9)
         for number in range(10):
             await at.ended(number, "bob", f"http://{HOST}:{good.port}/")
         await until_heard(good, 10)
