@@ -62,7 +62,7 @@ class Jobs(Claims):
         self._record = record
         self._runner = Runner(service, self._clerk, rules.at_once, describe, self._ended, rules.longest)
         self._admission = Admission(self._runner, rules.most_waiting, rules.journal_bytes)
-        self.fault = self._runner.fault
+        self.fault = self._runner.progress.fault
         self._hooks = Hooks(self._clerk, poster, rules.webhook_secret, rules.back_off)
         self._live: dict[str, Live] = {}
         self._recent: OrderedDict[str, Live] = OrderedDict()
@@ -91,7 +91,7 @@ class Jobs(Claims):
         """Open the journal and go on with what it holds; a journal that cannot be opened is tried again later."""
         await self._open()
         self._tasks = [asyncio.create_task(work()) for work in (self._runner.run, self._hooks.run, self._keep_house)]
-        self._runner.watch_over(self._tasks)
+        self._runner.progress.watch_over(self._tasks)
 
     def drain(self) -> None:
         """Take no more jobs, begin none, and send those who follow one home. What is being drawn goes on."""

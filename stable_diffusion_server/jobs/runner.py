@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -24,11 +24,11 @@ from stable_diffusion_server.errors import (
     StorageUnavailable,
 )
 from stable_diffusion_server.jobs.live import Live
+from stable_diffusion_server.jobs.progress import JobProgress
 from stable_diffusion_server.journal.book import Journal
 from stable_diffusion_server.journal.clerk import Clerk
 from stable_diffusion_server.journal.entries import Entry, Problem, State
 from stable_diffusion_server.orders import Receipt
-from stable_diffusion_server.progress_monitor import ProgressMonitor
 from stable_diffusion_server.service import Service
 
 _log = structlog.get_logger(__name__)
@@ -43,8 +43,6 @@ _PATIENCE_WITH_DISKS = 5.0
 _TO_WRITE = 2.0
 # So often a picture is drawn that could not be stored, while the storage seems to have room.
 _MOST_UNSTORED = 5
-# Each job ends by its deadline; beyond it and this much more it does not end at all.
-_SLACK = 30.0
 
 
 class Runner:
@@ -74,8 +72,7 @@ class Runner:
         self._draining = False
         self._seconds_per_job: float | None = None
         self._tasks: set[asyncio.Task[None]] = set()
-        self._beside: Sequence[asyncio.Task[None]] = ()
-        self._monitor = ProgressMonitor(longest + _SLACK)
+        self.progress = JobProgress(longest)
 
     @property
     def waiting(self) -> int:
@@ -102,19 +99,6 @@ class Runner:
     def unfinished(self) -> int:
         """How many jobs wait or are drawn."""
         return self.waiting + self.running
-
-    def fault(self) -> str | None:
-        """Why accepted jobs make no progress, in a sentence; `None` while all is well."""
-        if silent := self._monitor.stalled():
-            count = self._monitor.in_hand
-            return f"Accepted jobs make no progress: {count} are under way, and none ended in {silent:.0f} seconds."
-        if not self._draining and any(task.done() for task in self._beside):
-            return "Accepted jobs make no progress: what tends them has ended, and the log says why."
-        return None
-
-    def watch_over(self, beside: Sequence[asyncio.Task[None]]) -> None:
-        """Take it for a fault when one of those ends before the runner is drained."""
-        self._beside = beside
 
     def put(self, live: Live) -> None:
         """Let a job wait for its turn, at most until its deadline."""
@@ -159,6 +143,7 @@ class Runner:
     def drain(self) -> None:
         """Begin no more jobs. What is being drawn goes on."""
         self._draining = True
+        self.progress.watch_over(())
         self._wake.set()
 
     async def stop(self, grace: float) -> None:
@@ -201,7 +186,7 @@ class Runner:
         if live.entry.caller.name:
             structlog.contextvars.bind_contextvars(key=live.entry.caller.name)
         live.task = asyncio.create_task(self._drawn(live))
-        with self._monitor.working():
+        with self.progress.working():
             await asyncio.wait([live.task])
         try:
             state, outcome = State.DONE, live.task.result()

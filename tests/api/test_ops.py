@@ -122,7 +122,7 @@ def test_what_makes_no_progress_is_told_and_stops_the_beat(
     }[part]
     monkeypatch.setattr(owner, deaf)
     monkeypatch.setattr(f"{package}.decoding.pool._SLACK", 0.2)
-    monkeypatch.setattr(f"{package}.jobs.runner._SLACK", 0.2)
+    monkeypatch.setattr(f"{package}.jobs.progress._SLACK", 0.2)
     monkeypatch.setattr(f"{package}.observability.loop_heartbeat._SECONDS", 0.05)
     settings = settings_in(tmp_path, decode_timeout=0.2, max_timeout=0.5 if part == "jobs" else 600.0)
     app = create_app(settings, load=lambda settings: PaintedSquares())

@@ -1,0 +1,33 @@
+"""Tells whether accepted jobs make progress: each ends in its time, and what tends them goes on."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+from stable_diffusion_server.progress_monitor import ProgressMonitor
+
+# Each job ends by its deadline; beyond it and this much more it does not end at all.
+_SLACK = 30.0
+
+
+class JobProgress:
+    """Watches jobs of which each is drawn, or has failed, within `longest` seconds, and the tasks that tend them."""
+
+    def __init__(self, longest: float) -> None:
+        self._monitor = ProgressMonitor(longest + _SLACK)
+        self._tasks: Sequence[asyncio.Task[None]] = ()
+        self.working = self._monitor.working
+
+    def watch_over(self, tasks: Sequence[asyncio.Task[None]]) -> None:
+        """Take it for a fault when one of those ends; none are watched any more when there are none."""
+        self._tasks = tasks
+
+    def fault(self) -> str | None:
+        """Why accepted jobs make no progress, in a sentence; `None` while all is well."""
+        if silent := self._monitor.stalled():
+            count = self._monitor.in_hand
+            return f"Accepted jobs make no progress: {count} are under way, and none ended in {silent:.0f} seconds."
+        if any(task.done() for task in self._tasks):
+            return "Accepted jobs make no progress: what tends them has ended, and the log says why."
+        return None
