@@ -38,8 +38,7 @@ _log = structlog.get_logger(__name__)
 MOST_DEATHS = 3
 # Ends of the process from outside, as far as can be known, prove nothing of the job that was drawn; so many of them do.
 MOST_KILLS = 100
-_PATIENCE = 0.5
-_PATIENCE_WITH_DISKS = 5.0
+_PATIENCE, _PATIENCE_WITH_DISKS = 0.5, 5.0
 _TO_WRITE = 2.0
 # So often a picture is drawn that could not be stored, while the storage seems to have room.
 _MOST_UNSTORED = 5
