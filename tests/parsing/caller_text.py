@@ -45,9 +45,11 @@ NEVER_CALLERS = {
     "settings/keys.py": "settings are the operator's",
     "settings/doors.py": "settings are the operator's",
     "bucket_api.py": "the bucket's name and address are settings",
+    "pipelines/hub.py": "names of files in a repository the operator chose, a few dozen characters each",
 }
 
 # What costs most by the square: brackets that never close, separators, runs, escapes, marks, and what looks like ours.
+_METHODS = {"match", "fullmatch", "search", "sub", "subn", "finditer"}
 SHAPES: dict[str, str] = {
     "[": "[",
     "(": "(",
@@ -144,13 +146,15 @@ class Expression:
 
     module: str
     name: str
-    pattern: re.Pattern[str]
+    pattern: re.Pattern[Any]
     methods: tuple[str, ...]
 
-    def read(self, text: str) -> None:
+    def read(self, text: Any) -> None:
+        if isinstance(self.pattern.pattern, bytes):
+            text = text.encode()
         for method in self.methods:
             if method in ("sub", "subn"):
-                self.pattern.sub("", text)
+                self.pattern.sub(text[:0], text)
             elif method == "finditer":
                 list(self.pattern.finditer(text))
             else:
@@ -183,12 +187,14 @@ def expressions() -> list[Expression]:
     """The expressions that meet callers' text, out of the source itself."""
     found = []
     for module, _, name in calls_of_re():
-        if module in NEVER_CALLERS:
+        if module in NEVER_CALLERS or not name:
             continue
         dotted = "stable_diffusion_server." + module.removesuffix(".py").replace("/", ".")
         used = re.findall(rf"\b{name}\.(\w+)\(", (PACKAGE / module).read_text())
         pattern = getattr(importlib.import_module(dotted), name)
-        found.append(Expression(module, name, pattern, tuple(sorted(set(used)))))
+        # One that other modules use is tried in both ways that there are.
+        methods = tuple(sorted({*used} & _METHODS)) or ("fullmatch", "search")
+        found.append(Expression(module, name, pattern, methods))
     return found
 
 
@@ -303,9 +309,11 @@ def seen(text: str) -> object:
     return proxies.Proxies((targets.ipaddress.ip_network("127.0.0.0/8"),)).seen_through(scope)
 
 
-def head(text: str) -> object:
-    sizes = [(b"a", text[at : at + 1000].encode("latin-1", "replace")) for at in range(0, min(len(text), 10**6), 1000)]
-    return header_limits.check_head({"type": "http", "path": "/", "query_string": b"", "headers": sizes})
+def head_of(text: str) -> Any:
+    """The head of a request with this text in headers of a thousand characters."""
+    pieces = (text[at : at + 1000] for at in range(0, len(text), 1000))
+    headers = [(b"a", piece.encode("latin-1", "replace")) for piece in pieces]
+    return {"type": "http", "path": "/", "query_string": b"", "headers": headers}
 
 
 def traced(headers: Headers) -> object:
@@ -434,7 +442,7 @@ PARSERS = [
         ),
         refuses=False,
     ),
-    Parser("the head of a request", 65_536, head),
+    Parser("the head of a request", 65_536, header_limits.check_head, head_of),
     Parser(
         "an address to fetch",
         targets.MAX_URL_LENGTH,
