@@ -1,7 +1,7 @@
 """Runs the tests of the catalogue of faults and writes what came of them: `python scripts/fault_table.py [ROW ...]`.
 
 Without rows all are run; with rows theirs alone, and what `docs/faults.md` told of the others stays. The status is
-pytest's.
+pytest's. `--junit FILE` runs none: it takes the results from what `pytest --junitxml FILE` wrote of the whole suite.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import os
 import sys
 from collections import Counter
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -53,6 +54,16 @@ class Recorder:
             for pair in self._of[report.nodeid]:
                 self.outcomes.setdefault(pair, Counter())[report.outcome] += 1
 
+    def read(self, report: Path) -> None:
+        """Take the outcomes of a run from the file pytest wrote of it, for the tests that were collected."""
+        for case in ElementTree.parse(report).iter("testcase"):  # noqa: S314  # pytest's own file
+            room = case.get("classname", "").replace(".", "/")
+            nodeid = f"{room}.py::{case.get('name', '')}"
+            kinds = {part.tag for part in case}
+            outcome = "failed" if kinds & {"failure", "error"} else "skipped" if "skipped" in kinds else "passed"
+            for pair in self._of.get(nodeid, ()):
+                self.outcomes.setdefault(pair, Counter())[outcome] += 1
+
     def result(self, row: str, test: str) -> str:
         """How many of a test's cases ended in which way; empty for one that was not run."""
         counted = self.outcomes.get((row, test), Counter())
@@ -77,13 +88,17 @@ def table(recorder: Recorder, before: dict[str, dict[str, str]]) -> str:
 
 def main() -> None:
     """Run, write, and leave with pytest's status."""
-    asked = set(sys.argv[1:])
+    report = Path(sys.argv[2]).resolve() if sys.argv[1:2] == ["--junit"] else None
+    asked = set() if report is not None else set(sys.argv[1:])
     if unknown := asked - set(ROWS):
         sys.exit(f"not in the catalogue: {', '.join(sorted(unknown))}")
     os.chdir(ROOT)
     recorder = Recorder(asked or set(ROWS))
     files = sorted({name.partition("::")[0] for name, rows in marked().items() if not asked or asked & set(rows)})
-    status = pytest.main(["-p", "no:cacheprovider", *files], plugins=[recorder])
+    only = ["--collect-only", "-q"] if report is not None else []
+    status = pytest.main(["-p", "no:cacheprovider", *only, *files], plugins=[recorder])
+    if report is not None:
+        recorder.read(report)
     PAGE.write_text(_HEAD + table(recorder, told() if asked and PAGE.exists() else {}))
     sys.exit(status)
 
