@@ -58,7 +58,8 @@ def create_app(
         """What keeps the server from drawing, in sentences; what was at fault before is looked at again."""
         if faults:
             stores.open(faults)
-        reasons = [*faults.values(), *filter(None, [stores.bucket.fault()]), *stalled(), *loaded.missing()]
+        found = [*faults.values(), *filter(None, [stores.bucket.fault()]), *stalled(), *loaded.missing()]
+        reasons = list(dict.fromkeys(found))  # a bucket that cannot be opened says so in two places
         return [*reasons, loaded.progress() or engine.reason] if engine.phase is not Phase.READY else reasons
 
     metrics, tracing = Metrics(), Tracing(settings.otel_exporter_otlp_endpoint, __version__)
