@@ -15,12 +15,13 @@ _OWNER = "owner"
 class Ownership:
     """Whose pictures are. `keyed` is a hash by a secret of this server, `None` where no keys are set.
 
-    `folder` is where all pictures are. An object's record says whose it is by a hash that only this server can make,
-    so that a public bucket does not tell the names of keys.
+    `folder` is where all pictures are; `private` tells that their addresses are signed, so that none is anyone's. An
+    object's record says whose it is by a hash that only this server can make: a public bucket tells no names of keys.
     """
 
     keyed: Callable[[str], str] | None = None
     folder: str = ""
+    private: bool = False
 
     def concealed(self, digest: str, order: Order) -> str:
         """The digest that names a picture: with keys, one that only this server can make, and another for each key.
@@ -42,6 +43,16 @@ class Ownership:
     def may_know(self, caller: Caller, stored: Stored) -> bool:
         """Whether the caller may be told that a picture was there before it asked. Without keys names are no secret."""
         return self.keyed is None or caller.manages or self.owns(caller, stored)
+
+    def told_to(self, caller: Caller, stored: Stored, *, named: bool) -> bool:
+        """The same for what is answered to an order, which gave the name itself if `named`.
+
+        Raises `Forbidden` where the answer would open a private picture to another key that knows its name.
+        """
+        may_know = self.may_know(caller, stored)
+        if self.private and named and not may_know:
+            raise Forbidden("Another key has taken this name.", field="save_path")
+        return may_know
 
     def check_overwrite(self, caller: Caller, stored: Stored | None) -> None:
         """Raise `Forbidden` for a picture the caller must not write over."""

@@ -209,7 +209,7 @@ class Service:
                 there = await asyncio.to_thread(self._bucket.stat, plan.key)
                 self._options.ownership.check_overwrite(whom.caller, there)
             plan, outcome, shared = await self._stored(plan, fetched, whom, listener)
-        may_know = self._options.ownership.may_know(whom.caller, outcome.stored)
+        may_know = self._options.ownership.told_to(whom.caller, outcome.stored, named=plan.key_is_known)
         if outcome.scene is None or outcome.judged is None:
             self._account.answered("cached")
             found, seconds = receipt_of_stored(plan, outcome.stored), time.perf_counter() - started

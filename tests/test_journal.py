@@ -36,6 +36,7 @@ WHOLE = Order(
     quality=90,
     overwrite=True,
     timeout=9.5,
+    named_for="ann",
     image=Source("image_url", url="https://pictures.example/a.png"),
     mask=Source("mask_file", data=b"mask", transparency=True),
     strength=0.5,

@@ -62,6 +62,7 @@ NOT_IN_THE_PICTURE = {
     "folder",
     "alone",
     "webhook_url",
+    "named_for",
 }
 
 

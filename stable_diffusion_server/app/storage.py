@@ -41,7 +41,8 @@ class Stores:
         self.history = _history_of(settings)
         # Without keys pictures are everyone's, and names are what they always were.
         self.secret = ServerSecret(*_secret_of(settings)) if settings.read_keys() else None
-        self.ownership = Ownership(self.secret.keyed if self.secret is not None else None, self.folder)
+        keyed = self.secret.keyed if self.secret is not None else None
+        self.ownership = Ownership(keyed, self.folder, private=settings.signed_url_seconds > 0)
         self.shelf = Shelf(self.bucket, self.history, self.folder, self.ownership)
 
     def open(self, faults: dict[str, str]) -> None:

@@ -28,6 +28,7 @@ FOREIGN = [
 ]
 
 
+@pytest.mark.fault(147)
 @pytest.mark.parametrize("headers", FOREIGN, ids=str)
 def test_a_page_of_another_port_or_subdomain_has_no_effect(house: House, headers: dict[str, str]) -> None:
     """Whatever the method: drawing, deleting, stopping and listing are refused before anything happens."""
@@ -50,6 +51,7 @@ def test_a_page_of_another_port_or_subdomain_has_no_effect(house: House, headers
     assert house.client.get(f"/files/{key}", headers=headers).status_code == 200, "pictures are shown elsewhere"
 
 
+@pytest.mark.fault(147)
 @pytest.mark.parametrize(
     "headers",
     [
@@ -76,6 +78,7 @@ def test_the_ui_is_opened_by_a_link_and_not_as_a_part_of_another_page(headers: d
     origins.check_page(scope, Headers(host))
 
 
+@pytest.mark.fault(147)
 def test_no_heavy_page_is_loaded_for_a_picture_elsewhere(house: House) -> None:
     """The UI, the docs, the description and the state: 403 as a picture, answered by a link."""
     for path in ("/ui", "/ui/", "/docs", "/openapi.json", "/readyz", "/"):
@@ -85,6 +88,7 @@ def test_no_heavy_page_is_loaded_for_a_picture_elsewhere(house: House) -> None:
     assert [house.client.get(path, headers=link).status_code for path in ("/docs", "/readyz")] == [200, 200]
 
 
+@pytest.mark.fault(147)
 def test_same_site_is_let_in_where_the_operator_says_so(house_of: Callable[..., House]) -> None:
     """ALLOW_SAME_SITE=1 opens it to ports and subdomains, and to nothing else."""
     house = house_of(allow_same_site=True)
@@ -109,6 +113,7 @@ SIGNS = (
 ).split()
 
 
+@pytest.mark.fault(148)
 @pytest.mark.parametrize("name", SIGNS)
 def test_a_proxy_that_is_not_named_gives_itself_away(house: House, name: str) -> None:
     """Whatever it adds, a server without keys is not opened by it to the network; even with an empty value."""
@@ -120,6 +125,7 @@ def test_a_proxy_that_is_not_named_gives_itself_away(house: House, name: str) ->
     assert house.client.get("/history", headers=plain).status_code == 200
 
 
+@pytest.mark.fault(149)
 def test_wrong_keys_from_one_address_slow_down(house_of: Callable[..., House]) -> None:
     """401 a few times, then 429 with a time to wait; the right key is taken all the same, other addresses too."""
     house = house_of(api_keys="right, other:second", trusted_proxies="127.0.0.1")

@@ -66,6 +66,7 @@ def keys(house_of: Callable[..., House]) -> list[One]:
     return held(house_of(api_keys=KEYS), "secret-a", "secret-b", "secret-r", "secret-p")
 
 
+@pytest.mark.fault(140)
 def test_an_anonymous_caller_follows_its_job_by_the_id_and_no_list_tells_it(strangers: Two) -> None:
     """The id this server made is all that is asked for, from any address; lists are refused, chosen ids too."""
     _, one, other = strangers
@@ -83,6 +84,7 @@ def test_an_anonymous_caller_follows_its_job_by_the_id_and_no_list_tells_it(stra
         assert (refused.status_code, refused.json()["field"]) == (403, "X-Job-ID")
 
 
+@pytest.mark.fault(140)
 def test_an_anonymous_caller_changes_nothing_of_others(strangers: Two) -> None:
     """Deleting, overwriting and reading how it was made are refused; what it drew without a key is everyone's."""
     house, one, other = strangers
@@ -99,6 +101,7 @@ def test_an_anonymous_caller_changes_nothing_of_others(strangers: Two) -> None:
     assert house.client.get(f"/files/{key}").content == before
 
 
+@pytest.mark.fault(140)
 def test_idempotency_keys_and_choices_of_anonymous_callers_are_their_own(strangers: Two) -> None:
     """A key as likely as 1 neither fails nor answers another address; a model chosen by one is not the other's."""
     _, one, other = strangers
@@ -111,6 +114,7 @@ def test_idempotency_keys_and_choices_of_anonymous_callers_are_their_own(strange
     assert one.ask("GET", "/sdapi/v1/options").json()["sd_model_checkpoint"] == own
 
 
+@pytest.mark.fault(140)
 def test_an_anonymous_task_is_seen_and_stopped_by_its_own_id_alone(house_of: Callable[..., House]) -> None:
     """AUTOMATIC1111's progress, its preview and interrupt: by a force_task_id long enough, and by nothing else."""
     squares = PaintedSquares(gate=threading.Event())
@@ -133,6 +137,7 @@ def test_an_anonymous_task_is_seen_and_stopped_by_its_own_id_alone(house_of: Cal
         assert drawing.result().json()["images"] == []
 
 
+@pytest.mark.fault(141)
 def test_ids_that_keys_choose_are_their_own(keys: list[One]) -> None:
     """Two keys use one id, accepted or waiting, and neither is told of the other's; admin sees both by whole ids."""
     ann, bob, root, _ = keys
@@ -153,6 +158,7 @@ def test_ids_that_keys_choose_are_their_own(keys: list[One]) -> None:
     assert [root.ask("GET", f"/jobs/{job_id}").json()["state"] for job_id in whole] == ["done", "done"]
 
 
+@pytest.mark.fault(141)
 def test_an_accepted_job_is_never_hidden_by_a_request_of_its_id(house: House) -> None:
     """A request that failed before it, and one that would wait after it, under the very same id and caller."""
     one = One(house, {})
@@ -165,6 +171,7 @@ def test_an_accepted_job_is_never_hidden_by_a_request_of_its_id(house: House) ->
     assert one.ended(CHOSEN)["state"] == "done"
 
 
+@pytest.mark.fault(142)
 def test_a_key_without_the_mark_touches_its_own_pictures_alone(keys: list[One]) -> None:
     """Listed, read, deleted and overwritten: its own; admin has all; a prefix's are its key's."""
     ann, bob, root, pre = keys
@@ -192,6 +199,7 @@ def test_a_key_without_the_mark_touches_its_own_pictures_alone(keys: list[One]) 
     assert ann.ask("DELETE", f"/files/{made}").status_code == 204, "what is not there is no error"
 
 
+@pytest.mark.fault(142)
 def test_a_sole_key_and_the_operator_have_everything(house_of: Callable[..., House]) -> None:
     """What a local server drew before keys were set is the sole key's too."""
     house = house_of()
@@ -202,6 +210,7 @@ def test_a_sole_key_and_the_operator_have_everything(house_of: Callable[..., Hou
     assert sole.ask("DELETE", f"/files/{key}").status_code == 204
 
 
+@pytest.mark.fault(143)
 @pytest.mark.parametrize("where", ["record", "history", "job"])
 def test_a_replay_tells_no_more_than_the_picture_itself(house_of: Callable[..., House], where: str) -> None:
     """EMBED_METADATA=digest: who may not read the record cannot have it replayed into one of its own."""
@@ -224,6 +233,7 @@ def test_a_replay_tells_no_more_than_the_picture_itself(house_of: Callable[..., 
         assert owner.ask("POST", "/v1/replay", files=picture).json()["replay"]["equal"]
 
 
+@pytest.mark.fault(144)
 def test_names_made_from_orders_are_no_ones_to_compute(house_of: Callable[..., House]) -> None:
     """With keys another server's name is not this one's, nor another key's; without keys it is what it always was."""
     open_key = house_of().draw(prompt="a red square").json()["key"]
@@ -236,6 +246,7 @@ def test_names_made_from_orders_are_no_ones_to_compute(house_of: Callable[..., H
     assert held(other, "secret-a")[0].draw().json()["key"] != made[0]
 
 
+@pytest.mark.fault(144)
 def test_every_kind_of_made_name_is_concealed(tmp_path: Path) -> None:
     """Of orders without a name, of names with their content's digits before them, of variations; as the pure plan."""
     secret = ServerSecret("", tmp_path / "secret")
@@ -254,6 +265,7 @@ def test_every_kind_of_made_name_is_concealed(tmp_path: Path) -> None:
         assert plain.rpartition("/")[0] == hidden.rpartition("/")[0]
 
 
+@pytest.mark.fault(144)
 def test_what_was_there_is_told_to_its_owner_and_admin_alone(keys: list[One]) -> None:
     """cached, the stored seed, and whether the order was the same: another key is told the same whatever it guesses."""
     ann, bob, root, _ = keys
@@ -270,6 +282,22 @@ def test_what_was_there_is_told_to_its_owner_and_admin_alone(keys: list[One]) ->
     assert not ann.draw(prompt="a green square").json()["cached"]
 
 
+@pytest.mark.fault(142)
+@pytest.mark.parametrize("path", [CREATE, "/make_image", "/v1/images/generations"])
+def test_a_private_picture_is_not_opened_by_asking_for_its_name(house_of: Callable[..., House], path: str) -> None:
+    """Where addresses are signed, a name that another key has taken is refused, whatever the order."""
+    ann, bob, root = held(house_of(api_keys=KEYS, signed_url_seconds=60), "secret-a", "secret-b", "secret-r")
+    size = {"size": "64x64", "width": None, "height": None} if path.startswith("/v1") else {}
+    body = {name: value for name, value in {**ORDER, **size, "save_path": "p.webp", "seed": 3}.items() if value}
+    assert [one.ask("POST", path, json=body).status_code for one in (ann, ann, root)] == [200] * 3
+    for prompt in (ORDER["prompt"], "a blue square"):
+        refused = bob.ask("POST", path, json={**body, "prompt": prompt})
+        assert refused.status_code == 403, refused.text
+    job = bob.ask("POST", path, ASYNC, json=body).json()
+    assert bob.ended(job["id"])["state"] == "failed"
+
+
+@pytest.mark.fault(144)
 def test_keys_that_draw_one_picture_at_a_time_are_not_told_so(house_of: Callable[..., House]) -> None:
     """The effort is shared on the device; `coalesced` is for admin."""
     squares = PaintedSquares(gate=threading.Event())
@@ -285,6 +313,7 @@ def test_keys_that_draw_one_picture_at_a_time_are_not_told_so(house_of: Callable
     assert len({receipt["key"] for receipt in told}) == 3
 
 
+@pytest.mark.fault(145)
 @pytest.mark.parametrize("headers", [{}, ASYNC, {"prefer": "respond-async, wait=20"}], ids=["waiting", "job", "wait"])
 @pytest.mark.parametrize("path", [CREATE, "/make_image", "/v1/images/generations"])
 def test_a_repeated_key_draws_again_what_was_deleted(house: House, path: str, headers: dict[str, str]) -> None:
@@ -309,6 +338,7 @@ def test_a_repeated_key_draws_again_what_was_deleted(house: House, path: str, he
     assert len(house.squares.prepared) == drawn + 1
 
 
+@pytest.mark.fault(146)
 def test_how_the_server_stands_is_told_to_keys_alone(house_of: Callable[..., House]) -> None:
     """Without one the state alone: no folder, no revision, no device, nothing that is missing."""
     house = house_of(api_keys=KEYS)
