@@ -1,8 +1,9 @@
-"""Bodies made to take memory or time: what they cost the server, and everyone else who asks meanwhile.
+"""Bodies and searches made to take memory or time: what they cost the server, and everyone else who asks meanwhile.
 
 `python benchmarks/body_bombs.py [ROOT]` starts the painted server (`tests/painted_server.py`: the whole server, but for
-models) out of the checkout ROOT, this one unless told, sends each of four bodies, and prints the answers, the seconds,
-the server's memory before, at its peak and after, and how long `/healthz` took, which is asked all the while.
+models) out of the checkout ROOT, this one unless told, sends each of four bodies, and 120 fruitless searches of a
+history of 100,000 pictures. It prints the answers, the seconds, the server's memory before, at its peak and after, and
+how long `/healthz` took, which is asked all the while.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -25,13 +27,29 @@ import psutil
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 240.0
 SDAPI, CREATE = "/sdapi/v1/txt2img", "/create_and_upload_image"
-# Name → path, body, how many at once.
-BOMBS: dict[str, tuple[str, bytes, int]] = {
+# Name → path, body (`None`: a GET), how many at once.
+BOMBS: dict[str, tuple[str, bytes | None, int]] = {
     "56 KB '[' + '1:' × 28,000": (SDAPI, json.dumps({"prompt": "[" + "1:" * 28_000}).encode(), 1),
     "1 MB of 'a,a,a' in lora, ten at once": (CREATE, json.dumps({"prompt": "a", "lora": "a," * 499_000}).encode(), 10),
     "28 MB of '<lora:a>', four at once": (SDAPI, json.dumps({"prompt": "<lora:a>" * 3_670_016}).encode(), 4),
     "30 MB of 10,000,000 empty objects": (SDAPI, b'{"prompt":"a","x":[' + b"{}," * 9_999_999 + b"{}]}", 1),
+    "120 searches for what nobody drew": ("/history?q=zzzz", None, 120),
 }
+# Run with the code of ROOT: the history it has, of prompts of 1.8 KB.
+FILL = """
+import sys
+from pathlib import Path
+from stable_diffusion_server.history.entries import Entry
+from stable_diffusion_server.history.index import Index
+index = Index(Path(sys.argv[1]), 200_000, 0)
+index.open()
+words = "a red square on a blue background, "
+for start in range(0, 100_000, 5_000):
+    index.add([
+        Entry(f"static/uploads/{n}.webp", f"{n}", words * 51 + str(n), "sdxl", "text_to_image", n, 64, 64, "", n, {})
+        for n in range(start, start + 5_000)
+    ])
+"""
 
 
 class Watch(threading.Thread):
@@ -67,9 +85,11 @@ class Watch(threading.Thread):
         self.join()
 
 
-def send(url: str, body: bytes) -> str:
+def send(url: str, body: bytes | None) -> str:
     """The status of the answer, or that there was none in time."""
     try:
+        if body is None:
+            return str(httpx.get(url, timeout=SECONDS).status_code)
         answer = httpx.post(url, content=body, headers={"content-type": "application/json"}, timeout=SECONDS)
     except httpx.TransportError as error:
         return type(error).__name__
@@ -89,7 +109,7 @@ def measured(name: str, url: str, process: psutil.Process) -> str:
     watch.start()
     began = time.perf_counter()
     with ThreadPoolExecutor(count) as pool:
-        answers = sorted(set(pool.map(lambda _: send(url + path, body), range(count))))
+        answers = Counter(pool.map(lambda _: send(url + path, body), range(count)))
     took = time.perf_counter() - began
     time.sleep(0.5)
     watch.end()
@@ -98,7 +118,8 @@ def measured(name: str, url: str, process: psutil.Process) -> str:
     p99 = waits[min(len(waits) - 1, int(len(waits) * 0.99))]
     memory = " / ".join(megabytes(size) for size in (before, watch.peak, after))
     health = f"{statistics.median(waits) * 1000:.0f} / {p99 * 1000:.0f} / {waits[-1] * 1000:.0f} ms"
-    return f"| {name} | {', '.join(answers)} | {took:.2f} s | {memory} | {health} |"
+    told = ", ".join(f"{number} × {status}" for status, number in sorted(answers.items()))
+    return f"| {name} | {told} | {took:.2f} s | {memory} | {health} |"
 
 
 def main() -> None:
@@ -111,6 +132,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         environment = {"PATH": "/usr/bin:/bin", "HOME": folder, "PYTHONPATH": f"{root}:{root}/tests", "PORT": str(port)}
         environment |= {"DATA_DIR": f"{folder}/data", "LOCAL_BUCKET_DIR": f"{folder}/bucket", "UI": "0"}
+        environment |= {"HISTORY_ENTRIES": "200000"}
+        Path(folder, "data").mkdir(mode=0o700)
+        filled = [sys.executable, "-c", FILL, f"{folder}/data/history.db"]
+        subprocess.run(filled, cwd=folder, env=environment, check=True)  # noqa: S603  # our own command
         command = [sys.executable, str(root / "tests" / "painted_server.py"), "0"]
         server = subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.DEVNULL)  # noqa: S603  # our own command
         try:

@@ -46,7 +46,10 @@ class Bucket(Protocol):
         """Raises `StorageUnavailable` when a new picture could not be kept: asked before it is drawn."""
 
     def stat(self, key: str) -> Stored | None:
-        """The object under `key`, or `None`."""
+        """The object under `key`, or `None`; a bucket that spools says `None` as well while its store is down."""
+
+    def look(self, key: str) -> Stored | None:
+        """The same for what a right depends on: never `None` for an object that could not be looked for."""
 
     def create(self, key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> tuple[Stored, bool]:
         """Store `data` only if `key` is absent, atomically; returns what is stored, and whether by this call."""

@@ -71,7 +71,7 @@ class Keeping:
         before = time.perf_counter()
         if plan.order.overwrite and not caller.manages:
             # Looked at again: another caller may have taken the name while this was drawn.
-            self._ownership.check_overwrite(caller, await asyncio.to_thread(self._bucket.stat, plan.key))
+            self._ownership.check_overwrite(caller, await asyncio.to_thread(self._bucket.look, plan.key))
         written = partial(write, plan.key, data, plan.file_format.content_type, record)
         with whose_name(plan):
             answer = await to_its_end(asyncio.to_thread(written))

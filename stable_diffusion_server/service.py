@@ -182,7 +182,7 @@ class Service:
     async def is_gone(self, receipt: Receipt) -> bool:
         """Whether nothing is stored under a receipt's name any more; not while the storage cannot tell."""
         with suppress(StorageUnavailable):
-            return self._known(receipt.key) is None and await asyncio.to_thread(self._bucket.stat, receipt.key) is None
+            return self._known(receipt.key) is None and await asyncio.to_thread(self._bucket.look, receipt.key) is None
         return False
 
     def check_open(self) -> None:
@@ -206,7 +206,7 @@ class Service:
         plan = await self._resolved(order)
         async with within(order.timeout or self._options.limits.max_timeout):
             if order.overwrite and not whom.caller.manages:
-                there = await asyncio.to_thread(self._bucket.stat, plan.key)
+                there = await asyncio.to_thread(self._bucket.look, plan.key)
                 self._options.ownership.check_overwrite(whom.caller, there)
             plan, outcome, shared = await self._stored(plan, fetched, whom, listener)
         may_know = self._options.ownership.told_to(whom.caller, outcome.stored, named=plan.key_is_known)

@@ -72,7 +72,7 @@ class Shelf:
 
     def _stat(self, key: str) -> Stored | None:
         try:
-            return self.bucket.stat(key)
+            return self.bucket.look(key)
         except InvalidInput:
             return None  # a name no folder can hold names nothing in it
 

@@ -333,3 +333,21 @@ def test_the_figures_tell_what_waits(made: Callable[..., tuple[Spooling, Switche
     assert 0 < figures["oldest_seconds"] < 600
     store.state = "on"
     until(lambda: bucket.figures()["pictures"] == 0)
+
+
+def test_a_look_that_rights_depend_on_is_not_answered_while_the_storage_is_down(
+    made: Callable[..., tuple[Spooling, Switched]],
+) -> None:
+    """`stat` says that nothing is there, so that drawing goes on; `look` raises, so that nobody takes it for free."""
+    bucket, store = made()
+    bucket.create("k", b"data", "image/webp", RECORD)
+    assert bucket.look("k") == bucket.stat("k")
+    store.state = "off"
+    assert bucket.stat("k") is None
+    with pytest.raises(StorageUnavailable):
+        bucket.look("k")
+    store.state = "on"
+    bucket.create("other", b"data", "image/webp", RECORD)
+    until(lambda: bucket.stat("k") is not None)
+    found = bucket.look("k")
+    assert found is not None

@@ -55,11 +55,11 @@ def create_app(
     loaded, faults = Loaded.of(settings), dict[str, str]()
 
     def missing() -> list[str]:
-        """What keeps the server from drawing, in sentences; what was at fault before is looked at again."""
+        """What keeps the server from drawing, in sentences, each once; what was at fault before is looked at again."""
         if faults:
             stores.open(faults)
-        found = [*faults.values(), *filter(None, [stores.bucket.fault()]), *stalled(), *loaded.missing()]
-        reasons = list(dict.fromkeys(found))  # a bucket that cannot be opened says so in two places
+        found = filter(None, [*faults.values(), stores.bucket.fault(), *stalled(), *loaded.missing()])
+        reasons = [*dict.fromkeys(found)]
         return [*reasons, loaded.progress() or engine.reason] if engine.phase is not Phase.READY else reasons
 
     metrics, tracing = Metrics(), Tracing(settings.otel_exporter_otlp_endpoint, __version__)
@@ -92,8 +92,7 @@ def create_app(
     # For what runs this app in its own way (deploy/): how much work there is, and whether it can be done.
     app.state.engine, app.state.jobs = engine, jobs
     handlers.install(app)
-    guests = Guests()
-    add_middleware(app, settings, metrics, tracing, key_of_visitor(guests))
+    add_middleware(app, settings, metrics, tracing, key_of_visitor(guests := Guests()))
     app.add_middleware(ClosesWhileStopping, shutdown=shutdown)
     add_doors(app, settings, service, jobs, stores, options)
     add_replay(app, service, stores, options, decoder.decode)

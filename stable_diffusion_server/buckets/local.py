@@ -82,13 +82,12 @@ class LocalBucket:
             self._disk.check()
 
     def stat(self, key: str) -> Stored | None:
-        """The object under `key`, or `None`; a file that is empty or cut short is no object.
-
-        Raises `InvalidInput` for a name that could not be stored either: of a folder, or too long for the disk.
-        """
+        """The object under `key`, whole, or `None`. Raises `InvalidInput` for a folder's name or one too long."""
         with self._told():
             since = self._knowledge.changes
             return self._knowledge.learn(key, self._look(key), since)
+
+    look = stat
 
     def create(self, key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> tuple[Stored, bool]:
         """Store `data` if `key` is absent; the first of several writers wins and the others get what it stored."""

@@ -32,6 +32,10 @@ class Remembering:
         since = self._knowledge.changes
         return self.known(key) or self._learned(key, self._bucket.stat(key), since)
 
+    def look(self, key: str) -> Stored | None:
+        """As the bucket says, whatever is remembered."""
+        return self._bucket.look(key)
+
     def create(self, key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> tuple[Stored, bool]:
         """Ask the bucket, whatever is remembered, and remember what it answers."""
         stored, won = self._bucket.create(key, data, content_type, record)

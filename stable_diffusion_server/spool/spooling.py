@@ -83,12 +83,16 @@ class Spooling:
 
         What the store refused after it was accepted waits too. Raises `InvalidInput` for a name that the store refuses.
         """
-        if (kept := self._here(key)) is not None:
-            return kept.stored
         try:
-            return self._calls.ask("read", lambda: self._store.stat(key))
+            return self.look(key)
         except StorageUnavailable:
             return None
+
+    def look(self, key: str) -> Stored | None:
+        """The same. Raises `StorageUnavailable` while the store is down."""
+        if (kept := self._here(key)) is not None:
+            return kept.stored
+        return self._calls.ask("read", lambda: self._store.stat(key))
 
     def create(self, key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> tuple[Stored, bool]:
         """Store `data` if `key` is absent. Who was first while the store was down is settled when it is up again."""

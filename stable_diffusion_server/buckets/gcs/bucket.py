@@ -91,6 +91,8 @@ class GCSBucket:
             return self._sound(blob) if blob is not None else None
         return None
 
+    look = stat
+
     def create(self, key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> tuple[Stored, bool]:
         """Store `data` if `key` is absent; the first of several writers wins and the others get what it stored."""
         writer, generation = uuid4().hex, 0

@@ -95,6 +95,8 @@ class S3Bucket:
         head = self._head(key)
         return self._sound(key, head) if head is not None else None
 
+    look = stat
+
     def create(self, key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> tuple[Stored, bool]:
         """Store `data` if `key` is absent; the first of several writers wins and the others get what it stored."""
         if not self._conditional:
