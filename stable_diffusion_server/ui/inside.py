@@ -56,7 +56,8 @@ class _Exchange(httpx.AsyncByteStream):
             if not self.started.done():
                 self.started.set_exception(error)
         finally:
-            await self._parts.put(None)
+            if not self._left.is_set():  # who has left takes nothing more, and room would be waited for in vain
+                await self._parts.put(None)
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         """The parts of the body."""
@@ -81,7 +82,7 @@ class _Exchange(httpx.AsyncByteStream):
     async def _send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.started.set_result((message["status"], list(message.get("headers", []))))
-        elif message.get("body"):
+        elif message.get("body") and not self._left.is_set():
             await self._parts.put(message["body"])
 
 

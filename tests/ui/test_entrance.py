@@ -15,7 +15,7 @@ from fakes import until
 from fastapi import FastAPI, Request, Response
 from numpy.typing import NDArray
 from starlette.responses import StreamingResponse
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from stable_diffusion_server.ui.desks import Desks
 from stable_diffusion_server.ui.entrance import Entrance
@@ -256,3 +256,24 @@ async def test_a_part_of_another_page_opens_nothing(wanted: str) -> None:
     await opened(entrance, client)
     assert events == ["open"]
     await entrance.close()
+
+
+async def test_who_leaves_a_long_answer_half_read_is_not_kept() -> None:
+    """More is on its way than is read ahead: the server's side ends all the same, and at once."""
+    ended = asyncio.Event()
+
+    async def long(scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            for _ in range(1000):
+                await send({"type": "http.response.body", "body": b"part", "more_body": True})
+        finally:
+            ended.set()
+
+    began = asyncio.get_running_loop().time()
+    async with asyncio.timeout(5):
+        async with visitor(long).stream("GET", "/") as answer:
+            await anext(answer.aiter_raw())
+            await asyncio.sleep(0.05)
+        await ended.wait()
+    assert asyncio.get_running_loop().time() - began < 4
