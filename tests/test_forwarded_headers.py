@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from ipaddress import ip_network
 from pathlib import Path
 
 import httpx
@@ -101,3 +102,45 @@ def test_a_client_another_process_made_of_a_header_is_not_believed() -> None:
     assert Proxies().seen_through(direct)["client"][0] == "198.51.100.7"
     old = {**rewritten, "client": ("127.0.0.1", 5), "headers": [], "http_version": "1.0"}
     assert Proxies().seen_through(old)["state"]["forwarded"], "nginx's plain proxy_pass asks so and adds nothing"
+
+
+TRUSTED = Proxies((ip_network("127.0.0.1"), ip_network("172.16.0.0/12")))
+
+
+def behind(peer: str, *headers: tuple[bytes, bytes], version: str = "1.1") -> tuple[str, bool]:
+    """The client that is seen, and whether it came through a proxy that does not answer for it."""
+    scope = {"type": "http", "scheme": "http", "client": (peer, 5), "headers": list(headers), "http_version": version}
+    seen = TRUSTED.seen_through(scope)
+    return seen["client"][0], seen["state"]["forwarded"]
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        [(b"x-real-ip", b"9.9.9.9")],
+        [(b"forwarded", b"for=9.9.9.9")],
+        [(b"via", b"1.1 x")],
+        [(b"x-forwarded-proto", b"https")],
+    ],
+)
+def test_a_trusted_proxy_that_does_not_tell_who_asks_opens_nothing(headers: list[tuple[bytes, bytes]]) -> None:
+    """Its clients are not taken for the operator of this machine; one that tells who asks is believed."""
+    assert behind("127.0.0.1", *headers) == ("127.0.0.1", True)
+    assert behind("127.0.0.1", version="1.0") == ("127.0.0.1", True)
+    assert behind("127.0.0.1", *headers, (b"x-forwarded-for", b"9.9.9.9")) == ("9.9.9.9", False)
+    assert behind("127.0.0.1") == ("127.0.0.1", False)
+
+
+@pytest.mark.parametrize("forged", [b"127.0.0.1", b"::1", b"127.0.0.2", b"localhost", b"::ffff:127.0.0.1", b"[::1]:80"])
+def test_the_loopback_of_another_machine_is_not_this_one(forged: bytes) -> None:
+    """Docker's gateway stands for every client from outside: what they forged before it is not believed to be here."""
+    assert behind("127.0.0.1", (b"x-forwarded-for", forged + b", 172.18.0.1"))[1]
+    assert behind("172.18.0.1", (b"x-forwarded-for", forged))[1]
+    assert behind("127.0.0.1", (b"x-forwarded-for", b"127.0.0.1")) == ("127.0.0.1", False)
+
+
+def test_a_port_behind_an_address_makes_no_other_client() -> None:
+    """Azure's gateways write it, and each connection has another: rates go by the address."""
+    assert behind("127.0.0.1", (b"x-forwarded-for", b"9.9.9.9:1234"))[0] == "9.9.9.9"
+    assert behind("127.0.0.1", (b"x-forwarded-for", b"[2001:db8::1]:1234"))[0] == "2001:db8::1"
+    assert behind("127.0.0.1", (b"x-forwarded-for", b"2001:db8::1"))[0] == "2001:db8::1"

@@ -19,6 +19,7 @@ _FORWARDING = re.compile(
 )
 # A proxy that adds nothing at all still asks in the old version, as nginx does unless told otherwise.
 _OLD = ("0.9", "1.0")
+_HOP = re.compile(r"\[(?P<v6>[0-9A-Fa-f:.]+)\](:\d{1,5})?|(?P<v4>[0-9.]+):\d{1,5}")
 _LOOPBACK = "127.0.0.1"
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -38,7 +39,7 @@ class Proxies:
 
         The client becomes the last address that is no trusted proxy's, the scheme and the Host header what the
         client used, with the port of `X-Forwarded-Port` where the name came without one. `state.forwarded` tells
-        that a request came through a proxy that is not trusted.
+        that a request came through a proxy that is not trusted, or through one that does not tell who asks.
         """
         scope = _as_connected(scope, receive)
         headers = Headers(scope=scope)
@@ -49,17 +50,20 @@ class Proxies:
         if not client or not self._trusts(client[0]):
             return scope
         seen = {**scope}
-        hops = [hop.strip() for line in headers.getlist("x-forwarded-for") for hop in line.split(",")]
-        strangers = [hop for hop in hops if not self._trusts(hop)]
+        hops = [_address_in(hop) for line in headers.getlist("x-forwarded-for") for hop in line.split(",")]
         if hops:
-            seen["client"] = (strangers[-1] if strangers else hops[0], 0)
+            # The last that is no trusted proxy's: what stands before it anyone may have sent.
+            at = next((number for number in reversed(range(len(hops))) if not self._trusts(hops[number])), 0)
+            seen["client"] = (hops[at], 0)
+            # On this machine is only who is so by every hop; what another machine calls loopback is that machine.
+            local = [_is_loopback(hop) for hop in (*hops[at:], client[0])]
+            state["forwarded"] = local[0] and not all(local)
         if (scheme := headers.get("x-forwarded-proto", "").strip().lower()) in ("http", "https"):
             seen["scheme"] = scheme
         host = _with_port(headers.get("x-forwarded-host", "").strip() or headers.get("host", ""), headers)
         if host:
             others = [(name, value) for name, value in scope["headers"] if name != b"host"]
             seen["headers"] = [(b"host", host.encode("latin-1")), *others]
-        state["forwarded"] = False  # what it says is believed, so the client is the one it names
         return seen
 
     def _trusts(self, address: str) -> bool:
@@ -69,6 +73,20 @@ class Proxies:
             return False
         mapped = getattr(ip, "ipv4_mapped", None)
         return any((mapped or ip) in network for network in self.trusted)
+
+
+def _address_in(hop: str) -> str:
+    """The address of a hop without its port, which some proxies write too (Azure's): each connection has another."""
+    match = _HOP.fullmatch(hop.strip())
+    return (match["v6"] or match["v4"]) if match else hop.strip()
+
+
+def _is_loopback(address: str) -> bool:
+    try:
+        ip = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return address == "localhost"
+    return (getattr(ip, "ipv4_mapped", None) or ip).is_loopback
 
 
 def _with_port(host: str, headers: Headers) -> str:
