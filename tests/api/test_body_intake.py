@@ -168,3 +168,25 @@ def test_who_finds_no_room_for_a_body_is_told_to_come_back(live_of: Callable[...
                 continue
         assert head.startswith(b"HTTP/1.1 429")
         assert b"retry-after: 1" in head.lower()
+
+
+@pytest.mark.fault(114)
+@pytest.mark.parametrize("path", ["/ui/key", "/ui/gradio_api/queue/join", "/ui/nothing"])
+def test_strangers_at_the_studio_keep_no_room_for_more_than_its_routes_read(
+    live_of: Callable[..., Live], path: str
+) -> None:
+    """Whatever length and type they claim: a few addresses would else hold all the room of those with a key."""
+    room = 4_000_000
+    live = live_of(body_timeout=5.0, bodies_bytes=room, max_upload_bytes=room, ui=True, **KEYS)
+    with ExitStack() as stack:
+        line = opened(live, stack, path, MULTIPART, room)
+        line.settimeout(5)
+        assert line.recv(12).endswith((b"413", b"401"))
+        for _ in range(4):
+            opened(live, stack, path, MULTIPART, None)
+        asked = {"prompt": "a red square", "width": 64, "height": 64, "steps": 2, "styles": ["x" * 4000] * 500}
+        began = time.monotonic()
+        answer = httpx.post(
+            f"{live.url}/sdapi/v1/txt2img", json=asked, headers={"X-API-Key": "secret-of-b-1234567"}, timeout=15
+        )
+        assert time.monotonic() - began < 4, answer.status_code

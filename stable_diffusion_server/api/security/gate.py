@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from stable_diffusion_server.api.security.header_limits import check_head
 from stable_diffusion_server.api.security.headers import protect
-from stable_diffusion_server.api.security.policy import Policy
+from stable_diffusion_server.api.security.policy import PAGE_BYTES, Policy
 from stable_diffusion_server.api.security.proxies import Proxies
 from stable_diffusion_server.api.security.rates import Allowed, Rates
 from stable_diffusion_server.api.shapes import refusal
@@ -119,7 +119,7 @@ class BodyLimit:
 
     def __init__(self, app: ASGIApp, policy: Policy) -> None:
         self._policy = policy
-        limits = {policy.max_body_bytes, policy.max_upload_bytes}
+        limits = {policy.max_body_bytes, policy.max_upload_bytes, min(PAGE_BYTES, policy.max_body_bytes)}
         self._counted = {limit: RequestBodyLimitMiddleware(app, max_body_size=limit) for limit in limits}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -41,6 +41,8 @@ _PICTURE_PATHS = ("/inpaint_", "/style_transfer_", "/sdapi/v1/txt2img", "/sdapi/
 _LONGEST_LENGTH = 18
 # Under a cheap path, and yet work: pictures sent to the UI are decoded.
 _UPLOAD_PATH = "/ui/pictures"
+# The longest other body under /ui, an event of a page. Room is kept for no more: strangers without a key may send one.
+PAGE_BYTES = 65_536
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +80,8 @@ class Policy:
 
     def body_limit(self, path: str, headers: Headers) -> int:
         """How many bytes a body may have: pictures come as files of multipart bodies, and in base64 in some JSON."""
+        if _is_under(path, ("/ui",)) and path != _UPLOAD_PATH:
+            return min(PAGE_BYTES, self.max_body_bytes)
         media_type = headers.get("content-type", "").lstrip().lower()
         pictures = media_type.startswith("application/json") and path.startswith(_PICTURE_PATHS)
         long = pictures or media_type.startswith("multipart/form-data") or path == _UPLOAD_PATH
