@@ -6,6 +6,7 @@ from collections.abc import Callable
 from ipaddress import ip_network
 
 import limits as rates
+import structlog
 from fastapi import FastAPI
 from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
@@ -36,6 +37,8 @@ from stable_diffusion_server.resolving import Options
 from stable_diffusion_server.service import Service
 from stable_diffusion_server.settings import Settings
 
+_log = structlog.get_logger(__name__)
+
 
 def add_middleware(
     app: FastAPI, settings: Settings, metrics: Metrics, tracing: Tracing, visitor_key: Callable[[Headers], str | None]
@@ -53,6 +56,8 @@ def add_middleware(
         max_upload_bytes=settings.max_upload_bytes,
         max_image_bytes=settings.max_image_bytes,
     )
+    if policy.keys and policy.allow_anonymous:
+        _log.warning("API_KEYS and ALLOW_ANONYMOUS=1 are both set: clients without a key may draw, as strangers")
     proxies = Proxies(tuple(ip_network(entry) for entry in settings.trusted_proxies))
     app.add_middleware(BodyLimit, policy=policy)
     app.add_middleware(

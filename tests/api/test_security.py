@@ -197,3 +197,14 @@ def test_a_link_from_another_page_opens_the_docs_and_the_pictures(house: House) 
     path = ask(house).json()["path"]
     for url in ("/docs", "/openapi.json", path):
         assert house.client.get(url, headers={"sec-fetch-site": "cross-site"}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("keys", "anonymous", "warned"), [("hunter2", True, True), ("hunter2", False, False), ("", True, False)]
+)
+def test_keys_beside_anonymous_clients_are_warned_of_at_the_start(
+    house_of: Callable[..., House], capfd: pytest.CaptureFixture[str], keys: str, anonymous: bool, warned: bool
+) -> None:
+    """Until this version keys closed a server whatever ALLOW_ANONYMOUS said: who set both is told what it means now."""
+    house_of(api_keys=keys, allow_anonymous=anonymous)
+    assert ("clients without a key may draw" in "".join(capfd.readouterr())) == warned
