@@ -145,7 +145,7 @@ def test_a_replaced_file_is_another_picture_at_once_and_a_mended_one_works(adapt
     ink.write_bytes(scaled(1.0))
     first = asked(adapted, lora="ink", seed=3)
     assert asked(adapted, lora="ink", seed=3).json()["cached"] is True
-    ink.write_bytes(scaled(-1.0))
+    ink.write_bytes(scaled(0.1))
     second = asked(adapted, lora="ink", seed=3)
     assert (second.status_code, second.json()["cached"]) == (200, False)
     assert second.json()["path"] != first.json()["path"]
