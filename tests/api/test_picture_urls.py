@@ -92,7 +92,7 @@ def test_a_trusted_proxy_tells_what_it_was_reached_at(
 ) -> None:
     """Host, port and scheme are those the client wrote; what is no port is none."""
     house = house_of(trusted_proxies="127.0.0.1", allowed_hosts="draw.example")
-    answer = house.client.post(CREATE, json=ORDER, headers=forwarded)
+    answer = house.client.post(CREATE, json=ORDER, headers={**forwarded, "x-forwarded-for": "127.0.0.1"})
     assert answer.json()["path"].startswith(f"{base}/files/")
 
 

@@ -122,7 +122,8 @@ class Policy:
         if not is_loopback(stranger.address) or scope.get("state", {}).get("forwarded"):
             raise Forbidden(
                 "Without a key only clients on this machine may draw: set API_KEYS, or ALLOW_ANONYMOUS=1 for everyone. "
-                "A proxy on this machine makes its clients look so only if TRUSTED_PROXIES names it."
+                "A proxy on this machine makes its clients look so only if TRUSTED_PROXIES names it and it sends "
+                "X-Forwarded-For."
             )
         return Admitted(replace(stranger, anonymous=False), Allowed(stranger.share, self.rate, self.concurrency))
 
