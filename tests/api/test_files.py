@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sqlite3
 import time
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from fastapi.testclient import TestClient
 
 from stable_diffusion_server.api import files, handlers
 from stable_diffusion_server.buckets.memory import MemoryBucket
-from stable_diffusion_server.errors import Forbidden
+from stable_diffusion_server.errors import Forbidden, Overasked
 from stable_diffusion_server.history.entries import Entry, Wanted
 from stable_diffusion_server.history.index import Index
 from stable_diffusion_server.history.recorder import Recorder
@@ -385,3 +386,20 @@ def test_a_cached_answer_repeats_what_the_guards_told(house_of: Callable[..., Ho
     ]
     assert "redrawn-black" in codes[0]
     assert codes[1] == codes[0]
+
+
+async def test_who_looks_for_pictures_leaves_calls_to_the_bucket_to_those_who_draw() -> None:
+    """200 requests of one stranger have half of the places at a time; those beyond its part are told to come back."""
+    readers, under_way, most = files.Readers(), 0, 0
+
+    async def read() -> None:
+        nonlocal under_way, most
+        async with readers.one("address 203.0.113.5"):
+            under_way += 1
+            most = max(most, under_way)
+            await asyncio.sleep(0.001)
+            under_way -= 1
+
+    ends = await asyncio.gather(*(read() for _ in range(200)), return_exceptions=True)
+    assert sum(isinstance(end, Overasked) for end in ends) == 200 - files.MOST_ASKED
+    assert most <= files.AT_ONCE // 2
