@@ -13,7 +13,8 @@ _MOST_BYTES, _MOST_HEADERS, _LONGEST = 65_536, 128, 16_384
 def check_head(scope: Scope) -> None:
     """Raise `HeadersTooLarge` for a head that is too long to be looked into."""
     address = len(scope.get("raw_path") or scope["path"]) + len(scope.get("query_string", b""))
-    sizes = [len(name) + len(value) for name, value in scope["headers"]]
+    # One more than are taken is enough to know: what is beyond costs nothing.
+    sizes = [len(name) + len(value) for name, value in scope["headers"][: _MOST_HEADERS + 1]]
     if len(sizes) > _MOST_HEADERS or address + sum(sizes) > _MOST_BYTES:
         raise HeadersTooLarge(f"The head of a request may have {_MOST_BYTES} bytes and {_MOST_HEADERS} headers.")
     if max(sizes, default=0) > _LONGEST:
