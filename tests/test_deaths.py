@@ -31,6 +31,7 @@ RECORD = """
 import ctypes, os, signal, sys
 from pathlib import Path
 from stable_diffusion_server.observability.deaths import DeviceRecord
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # a suite started by nohup hands on that it is ignored
 record = DeviceRecord(Path("."))
 record.begin()
 record.occupied(["job-1", ""], False)
