@@ -270,7 +270,7 @@ def test_a_broken_history_fails_no_picture(house_of: Callable[..., House], tmp_p
     house = house_of()
     house.draw(prompt="a red square", save_path="a.webp")
     assert listed(house) == ["a.webp"]
-    assert len(list((tmp_path / "data").glob("*.broken"))) == 1
+    assert len(list((tmp_path / "data").glob("history.db.broken-*"))) == 1
     for file in (tmp_path / "data").glob("history.db*"):
         file.unlink()
     (tmp_path / "data" / "history.db").mkdir()
