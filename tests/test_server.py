@@ -228,7 +228,7 @@ def test_uvicorn_main_app_works_as_the_seed_says(tmp_path: Path) -> None:
     try:
         asked = {"prompt": "test", "save_path": "test.webp", **NATIVE}
         receipt = httpx.get(f"http://localhost:{port}{CREATE}", params=asked, timeout=120).json()
-        assert receipt["path"] == f"http://127.0.0.1:{port}/files/static/uploads/test.webp"
+        assert receipt["path"] == f"http://localhost:{port}/files/static/uploads/test.webp"
         assert (tmp_path / "bucket" / "objects" / "static" / "uploads" / "test.webp").is_file()
         assert "prompt=test" not in seed_server.log.read_text(), "prompts stay out of the access log"
     finally:
