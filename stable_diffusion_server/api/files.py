@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import re
 import time
-from collections import Counter
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from fastapi import APIRouter, Request, Response
@@ -19,8 +16,8 @@ from stable_diffusion_server.api.callers import caller_of
 from stable_diffusion_server.api.json_responses import JSONResponse
 from stable_diffusion_server.bucket_api import Bucket, read_picture
 from stable_diffusion_server.buckets.local import LocalBucket
-from stable_diffusion_server.errors import Forbidden, InvalidInput, NotFound, Overasked
-from stable_diffusion_server.fair_limiter import FairLimiter
+from stable_diffusion_server.errors import Forbidden, InvalidInput, NotFound
+from stable_diffusion_server.fair_queue import FairQueue
 from stable_diffusion_server.orders import Stored
 from stable_diffusion_server.presenting import caching_of, disposition_of
 from stable_diffusion_server.shelf import Shelf
@@ -41,13 +38,13 @@ def router(bucket: Bucket, shelf: Shelf, signer: Signer | None, folder: str = ""
     """
     routes = APIRouter(tags=["operate"])
     giving = _Giving(bucket, signer, folder)
-    readers = Readers()
+    readers = reading_queue()
 
     async def files(request: Request, key: str) -> Response:
         caller = caller_of(request)
         if isinstance(bucket, LocalBucket) and "record" not in request.query_params:
             return await run_in_threadpool(giving.give, request, key)
-        async with readers.one(caller.share):
+        async with readers.hold(caller.share):
             if "record" not in request.query_params:
                 return await run_in_threadpool(giving.give, request, key)
             # The gate has asked for a key, as for drawing: prompts are not for everyone.
@@ -79,26 +76,9 @@ def router(bucket: Bucket, shelf: Shelf, signer: Signer | None, folder: str = ""
     return routes
 
 
-class Readers:
-    """Who asks a bucket elsewhere, by caller: anyone may, and drawing needs the same few calls to it and threads."""
-
-    def __init__(self) -> None:
-        self._limiter = FairLimiter(AT_ONCE)
-        self._asked: Counter[str] = Counter()
-
-    @asynccontextmanager
-    async def one(self, caller: str) -> AsyncIterator[None]:
-        """Wait for this caller's turn to read. Raises `Overasked` when too many of its requests wait."""
-        if self._asked[caller] >= MOST_ASKED:
-            raise Overasked(f"{MOST_ASKED} pictures are being read for you.", retry_after=1)
-        self._asked[caller] += 1
-        try:
-            async with self._limiter.hold(caller):
-                yield
-        finally:
-            self._asked[caller] -= 1
-            if not self._asked[caller]:
-                del self._asked[caller]
+def reading_queue() -> FairQueue:
+    """Who reads from a bucket elsewhere: anyone may, and drawing needs the same few calls to it and threads."""
+    return FairQueue(AT_ONCE, MOST_ASKED, f"{MOST_ASKED} pictures are being read for you.")
 
 
 @dataclass(frozen=True, slots=True)

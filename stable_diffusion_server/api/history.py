@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from datetime import UTC, datetime
 
 from fastapi import APIRouter, Request, Response
@@ -12,8 +10,8 @@ from starlette.concurrency import run_in_threadpool
 
 from stable_diffusion_server.api.callers import caller_of
 from stable_diffusion_server.api.json_responses import JSONResponse
-from stable_diffusion_server.errors import Busy, InvalidInput
-from stable_diffusion_server.fair_limiter import FairLimiter
+from stable_diffusion_server.errors import InvalidInput
+from stable_diffusion_server.fair_queue import FairQueue
 from stable_diffusion_server.history.entries import Entry, Wanted
 from stable_diffusion_server.shelf import Shelf
 
@@ -43,7 +41,7 @@ _DOCUMENTED = {
 def router(shelf: Shelf, url_of: Callable[[Request, str], str]) -> APIRouter:
     """The door over a shelf; `url_of` makes the URL of a key for the client at hand."""
     routes = APIRouter(tags=["operate"])
-    searches = _Searches()
+    searches = FairQueue(AT_ONCE, MOST_ASKED, f"{MOST_ASKED} of your searches are under way.")
 
     @routes.get(
         "/history",
@@ -54,7 +52,7 @@ def router(shelf: Shelf, url_of: Callable[[Request, str], str]) -> APIRouter:
     )
     async def history(request: Request) -> Response:
         wanted = _wanted(request)
-        async with searches.one(caller_of(request).share):
+        async with searches.hold(caller_of(request).share):
             entries = await run_in_threadpool(shelf.listed, caller_of(request), wanted)
         pictures = [{"path": url_of(request, entry.key), **_shown(entry)} for entry in entries]
         return JSONResponse(
@@ -62,28 +60,6 @@ def router(shelf: Shelf, url_of: Callable[[Request, str], str]) -> APIRouter:
         )
 
     return routes
-
-
-class _Searches:
-    """Two searches at a time, which leave the threads to others; callers take turns, and each may have a few wait."""
-
-    def __init__(self) -> None:
-        self._limiter = FairLimiter(AT_ONCE)
-        self._asked: Counter[str] = Counter()
-
-    @asynccontextmanager
-    async def one(self, caller: str) -> AsyncIterator[None]:
-        """Wait for this caller's turn to search. Raises `Busy` when too many of its searches wait."""
-        if self._asked[caller] >= MOST_ASKED:
-            raise Busy(f"{MOST_ASKED} of your searches are under way.", retry_after=1)
-        self._asked[caller] += 1
-        try:
-            async with self._limiter.hold(caller):
-                yield
-        finally:
-            self._asked[caller] -= 1
-            if not self._asked[caller]:
-                del self._asked[caller]
 
 
 def _wanted(request: Request) -> Wanted:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from urllib.parse import urlsplit
@@ -25,14 +26,16 @@ SELECT job_id, url, body, tries, due, share FROM turns WHERE of_caller <= {_OF_C
 """  # noqa: S608  # numbers of this module
 
 
-class Outbox:
+class Outbox(ABC):
     """The part of the journal that holds messages; the rest of it reads and changes the file."""
 
+    @abstractmethod
     def _read(self) -> AbstractContextManager[sqlite3.Cursor]:
-        raise NotImplementedError
+        """A cursor to read with."""
 
+    @abstractmethod
     def _change(self) -> AbstractContextManager[sqlite3.Cursor]:
-        raise NotImplementedError
+        """A cursor whose changes are kept together, or not at all."""
 
     def messages(self, now: float, waits: Sequence[float]) -> list[Message]:
         """Messages whose time has come, some of each caller, of whom each receiver's some.

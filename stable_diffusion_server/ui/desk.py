@@ -12,7 +12,8 @@ from typing import Any
 import httpx
 
 from stable_diffusion_server.errors import Overasked
-from stable_diffusion_server.ui.turns import Turns
+from stable_diffusion_server.fair_queue import FairQueue
+from stable_diffusion_server.ui.turns import visitor_queue
 
 Job = dict[str, Any]
 Files = Mapping[str, bytes]
@@ -60,7 +61,7 @@ class Desk:
     base: str
     key: str = field(default="", repr=False)
     client: Client = Client()
-    turns: Turns = field(default_factory=Turns, repr=False)
+    turns: FairQueue = field(default_factory=visitor_queue, repr=False)
 
     async def start(self, wish: Wish) -> Job:
         """Have a picture drawn, as a job; visitors take turns at sending files. Raises `RefusedError`."""

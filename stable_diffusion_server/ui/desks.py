@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 import httpx
 from starlette.requests import Request
 
+from stable_diffusion_server.fair_queue import FairQueue
 from stable_diffusion_server.ui.desk import Client, Desk
 from stable_diffusion_server.ui.guests import Guests
-from stable_diffusion_server.ui.turns import Turns
+from stable_diffusion_server.ui.turns import visitor_queue
 
 COOKIE = "studio"
 
@@ -23,7 +24,7 @@ class Desks:
     guests: Guests = field(default_factory=Guests)
     base: str = ""
     key: str = field(default="", repr=False)
-    turns: Turns = field(default_factory=Turns)
+    turns: FairQueue = field(default_factory=visitor_queue)
 
     def at(self, base: str, key: str, client: Client) -> Desk:
         """The desk for a key."""

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from stable_diffusion_server.errors import Overasked
-from stable_diffusion_server.ui.turns import Turns
+from stable_diffusion_server.ui.turns import visitor_queue
 from stable_diffusion_server.ui.uploads import UploadStore
 
 T = TypeVar("T")
@@ -56,7 +56,7 @@ class Intake:
         self._store = store
         self.max_bytes = max_bytes
         self._under_way: Counter[str] = Counter()
-        self._turns = Turns()
+        self._turns = visitor_queue()
 
     @contextmanager
     def place(self, owner: str) -> Iterator[None]:
