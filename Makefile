@@ -13,7 +13,7 @@ run: $(VENV)/.run
 venv: $(VENV)/.run
 
 test: $(VENV)/.test lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.test
 	$(BIN)/ruff format --check .
