@@ -55,7 +55,8 @@ def test_a_server_without_sound_weights_says_so_and_serves_the_rest(
         assert "sdxl" in unready.json()["missing"][0]
         assert client.get("/healthz").status_code == 200
         refused = client.get(CREATE, params=ORDER)
-        assert (refused.status_code, refused.json()["type"].rsplit(":", 1)[1]) == (503, "not-ready")
+        assert (refused.status_code, refused.json()["type"].rsplit(":", 1)[1]) == (503, "weights-unusable")
+        assert "sdxl" in refused.json()["detail"]
     assert "Traceback" not in "".join(capfd.readouterr())
 
 
