@@ -59,7 +59,10 @@ class Bounds(Group):
     bodies_bytes: int = Field(
         268_435_456,
         ge=1_048_576,
-        description="Bytes of bodies that are being received at a time; one caller has half, and the rest waits.",
+        description=(
+            "Bytes of bodies that are being received at a time, taken as they arrive; one caller has half, anonymous "
+            "ones have half together, and the rest waits."
+        ),
     )
     max_response_bytes: int = Field(
         67_108_864, ge=1024, description="Largest answer that holds pictures as text, in bytes; else ask for addresses."

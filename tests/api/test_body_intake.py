@@ -6,7 +6,7 @@ import json
 import socket
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import httpx
@@ -153,21 +153,77 @@ def test_unfinished_bodies_of_one_caller_are_bounded_and_leave_room_for_others(
 
 @pytest.mark.fault(114)
 def test_who_finds_no_room_for_a_body_is_told_to_come_back(live_of: Callable[..., Live]) -> None:
-    """A caller whose part is taken by bodies that still come is answered 429 after BODY_TIMEOUT."""
-    live = live_of(body_timeout=3.0, body_min_rate=0.0, bodies_bytes=2_000_000, max_upload_bytes=1_900_000)
+    """Of two bodies that have come and for which there is not memory enough, one is answered 429 after BODY_TIMEOUT."""
+    size = 1_900_000
+    live = live_of(body_timeout=3.0, body_min_rate=0.0, bodies_bytes=2_000_000, max_upload_bytes=size)
     with ExitStack() as stack:
-        first = opened(live, stack, "/sdapi/v1/img2img", "application/json", 1_900_000)
-        second = opened(live, stack, "/sdapi/v1/img2img", "application/json", 1_900_000)
-        second.settimeout(0.5)
-        while True:
-            first.sendall(b" ")
-            try:
-                if head := second.recv(4096):
-                    break
-            except TimeoutError:
-                continue
-        assert head.startswith(b"HTTP/1.1 429")
-        assert b"retry-after: 1" in head.lower()
+        lines = [opened(live, stack, "/sdapi/v1/img2img", "application/json", size) for _ in range(2)]
+        left = [size - 1, size - 1]
+        refused: list[bytes] = []
+        until_when = time.monotonic() + 30
+        while not refused and time.monotonic() < until_when:
+            for number, line in enumerate(lines):
+                line.settimeout(0.1)
+                with suppress(TimeoutError, ConnectionError):  # what finds no memory is not read
+                    left[number] -= line.send(b" " * min(left[number], 65_536))
+                line.settimeout(0.05)
+                with suppress(TimeoutError):
+                    refused.append(line.recv(4096))
+        assert refused[0].startswith(b"HTTP/1.1 429")
+        assert b"retry-after: 1" in refused[0].lower()
+
+
+def opened_from(live: Live, stack: ExitStack, address: str, length: int | None, key: str = "") -> socket.socket:
+    """A connection from another address of this machine, with the head of a large body sent."""
+    host, _, port = live.url.removeprefix("http://").partition(":")
+    line = stack.enter_context(socket.create_connection((host, int(port)), 30, (address, 0)))
+    size = "Transfer-Encoding: chunked" if length is None else f"Content-Length: {length}"
+    head = f"POST /sdapi/v1/img2img HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n{size}\r\n"
+    line.sendall(f"{head}{f'X-API-Key: {key}' if key else 'X-Nothing: 1'}\r\n\r\n".encode())
+    return line
+
+
+def drawn_with(live: Live, padding: int, **headers: str) -> tuple[int, float]:
+    """The status of an order with so many bytes of blanks behind it, and the seconds it took."""
+    asked = json.dumps({"prompt": "a red square", "width": 64, "height": 64, "steps": 2}).encode() + b" " * padding
+    began = time.monotonic()
+    kind = {"Content-Type": "application/json", **headers}
+    answer = httpx.post(f"{live.url}/sdapi/v1/txt2img", content=asked, headers=kind, timeout=30)
+    return answer.status_code, time.monotonic() - began
+
+
+@pytest.mark.fault(190)
+@pytest.mark.parametrize("begun", [0, 1, 1000, 65_537], ids=lambda size: f"{size} bytes")
+@pytest.mark.parametrize("chunked", [False, True], ids=["length", "chunked"])
+def test_bodies_that_bring_nothing_keep_no_memory_from_others(
+    live_of: Callable[..., Live], begun: int, chunked: bool
+) -> None:
+    """Eight addresses that say they send 32 MB each, and stand still at once or after some: another is read at once."""
+    size = 33_554_432
+    live = live_of(body_timeout=20.0, allow_anonymous=True)
+    with ExitStack() as stack:
+        for number in range(16):
+            line = opened_from(live, stack, f"127.0.0.{number % 8 + 2}", None if chunked else size)
+            line.sendall(b"%x\r\n%b\r\n" % (begun, b" " * begun) if chunked and begun else b" " * begun)
+        status, seconds = drawn_with(live, 600_000)
+        assert status == 200
+        assert seconds < 10, "it waited for bodies that stand still"
+
+
+@pytest.mark.fault(190)
+def test_anonymous_bodies_that_do_arrive_leave_half_the_memory_to_keys(live_of: Callable[..., Live]) -> None:
+    """Twelve addresses that bring all but the last byte of what there is memory for: a key is read at once."""
+    size = 2_000_000
+    live = live_of(body_timeout=20.0, allow_anonymous=True, bodies_bytes=8_000_000, max_upload_bytes=size, **KEYS)
+    with ExitStack() as stack:
+        for number in range(12):
+            line = opened_from(live, stack, f"127.0.0.{number + 2}", size)
+            line.settimeout(0.3)
+            with suppress(TimeoutError):
+                line.sendall(b" " * (size - 1))
+        status, seconds = drawn_with(live, 900_000, **{"X-API-Key": "secret-of-a-1234567"})
+        assert status == 200
+        assert seconds < 10, "it waited for strangers"
 
 
 @pytest.mark.fault(114)

@@ -8,20 +8,18 @@ import time
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from stable_diffusion_server.api.security.byte_budget import ByteBudget, Reservation
 from stable_diffusion_server.api.security.policy import Policy
 from stable_diffusion_server.api.shapes import refusal
 from stable_diffusion_server.errors import Overasked, RequestTimedOut, ServerError
-from stable_diffusion_server.fair_limiter import FairLimiter
-
-# A body counts at least this much, so that the number of small ones is bounded too.
-_LEAST = 65_536
 
 
 class BodyIntake:
     """ASGI middleware: a body arrives at `min_rate` bytes a second at the least, else the request is answered 408.
 
-    It is measured over `seconds` at a time: so long a body may stand still. Before any of it is read, room for all
-    that it says it has is taken of `max_bytes`, shared out by caller; who gets none in `seconds` is answered 429.
+    It is measured over `seconds` at a time: so long a body may stand still. Before a part of it is read, memory for
+    that part is taken of `max_bytes`, shared out by caller; who gets none in `seconds` is answered 429, and gives back
+    what it held. Anonymous callers have half of it together, or as much as one upload takes, if that is more.
     """
 
     def __init__(self, app: ASGIApp, policy: Policy, seconds: float, min_rate: float, max_bytes: int) -> None:
@@ -29,15 +27,16 @@ class BodyIntake:
         self._policy = policy
         self._seconds = seconds
         self._quota = seconds * min_rate
-        self._max_bytes = max_bytes
-        self._room = FairLimiter(max_bytes)
+        self._budget = ByteBudget(max_bytes, max(max_bytes // 2, policy.max_upload_bytes))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, its body taken in within bounds."""
         if scope["type"] != "http" or not _has_body(scope):
             await self._app(scope, receive, send)
             return
-        body = _Body(self._room, _share_of(scope), self._expected(scope), self._seconds, self._quota, receive)
+        owner, anonymous = _owner_of(scope)
+        reservation = self._budget.reserve(owner, self._expected(scope), anonymous=anonymous)
+        body = _Body(self._budget, reservation, self._seconds, self._quota, receive)
         started = False
 
         async def answer(message: Message) -> None:
@@ -71,19 +70,19 @@ class BodyIntake:
         limit = self._policy.body_limit(scope["path"], headers)
         length = headers.get("content-length", "")
         told = int(length) if length.isascii() and length.isdigit() and len(length) < len(str(2**63)) else limit
-        return min(max(min(told, limit), _LEAST), self._max_bytes)
+        return min(told, limit)
 
 
 class _Body:
     """One body on its way in."""
 
     def __init__(
-        self, room: FairLimiter, share: str, expected: int, seconds: float, quota: float, receive: Receive
+        self, budget: ByteBudget, reservation: Reservation, seconds: float, quota: float, receive: Receive
     ) -> None:
-        self._room, self._share, self._expected = room, share, expected
+        self._budget, self._reservation = budget, reservation
         self._seconds, self._quota, self._receive = seconds, quota, receive
-        self._held = False
         self._complete = False
+        self._arrived = 0
         self._since = 0.0
         self._new = 0
         self.refused: ServerError | None = None
@@ -94,40 +93,43 @@ class _Body:
             return await self._receive()
         if self.refused is not None:
             raise self.refused
-        if not self._held:
-            await self._take()
+        await self._make_room()
         left = self._since + self._seconds - time.monotonic()
         try:
             async with asyncio.timeout(max(0.0, left)):
                 message = await self._receive()
         except TimeoutError:
-            self.release()
-            self.refused = RequestTimedOut(f"The body brought too little in {self._seconds:g} seconds.")
-            raise self.refused from None
+            raise self._refuse(RequestTimedOut(f"The body brought too little in {self._seconds:g} seconds.")) from None
         if message["type"] != "http.request" or not message.get("more_body", False):
             self._complete = True
             self.release()
             return message
-        self._new += len(message.get("body", b""))
+        brought = len(message.get("body", b""))
+        self._arrived += brought
+        self._new += brought
         if self._new >= self._quota:
             self._since, self._new = time.monotonic(), 0
         return message
 
     def release(self) -> None:
-        """Give the room back."""
-        if self._held:
-            self._held = False
-            self._room.release(self._share, self._expected)
+        """Give the memory back."""
+        self._budget.release(self._reservation)
 
-    async def _take(self) -> None:
+    async def _make_room(self) -> None:
+        began = time.monotonic()
+        self._since = self._since or began
         try:
             async with asyncio.timeout(self._seconds):
-                await self._room.take(self._share, self._expected)
+                await self._budget.make_room(self._reservation, self._arrived)
         except TimeoutError:
-            self.refused = Overasked("Too many bodies are being sent at a time.", retry_after=1)
-            raise self.refused from None
-        self._held = True
-        self._since = time.monotonic()
+            error = Overasked("Too many bodies are being sent at a time.", retry_after=1)
+            raise self._refuse(error) from None
+        self._since += time.monotonic() - began  # nothing was read meanwhile, whatever was sent
+
+    def _refuse(self, error: ServerError) -> ServerError:
+        self.release()
+        self.refused = error
+        return error
 
 
 def _has_body(scope: Scope) -> bool:
@@ -137,9 +139,9 @@ def _has_body(scope: Scope) -> bool:
     )
 
 
-def _share_of(scope: Scope) -> str:
-    """Who a body is of: the caller, or where none is known yet (the pages of the UI) its address."""
+def _owner_of(scope: Scope) -> tuple[str, bool]:
+    """Whose a body is (the caller's, or where none is known yet that of its address), and whether that is anonymous."""
     caller = scope.get("state", {}).get("caller")
     if caller is not None and (caller.name or caller.address):
-        return str(caller.share)
-    return f"address {(scope.get('client') or ('',))[0]}"
+        return str(caller.share), caller.anonymous
+    return f"address {(scope.get('client') or ('',))[0]}", True

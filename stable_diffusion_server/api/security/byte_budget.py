@@ -1,0 +1,177 @@
+"""Memory for bodies on their way in: taken as bytes arrive, shared out by caller, never promised to more than it holds.
+
+Knows no HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from bisect import bisect_left, insort
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from itertools import count
+
+# Memory is taken for so many bytes at a time, and at first.
+STEP = 65_536
+# A body that has brought more takes more at a time, but never more than this ahead of what it has brought.
+MOST_AHEAD = 4 * STEP
+
+
+@dataclass(eq=False, slots=True)
+class Reservation:
+    """What one body holds of a budget, in bytes. `claim` is how many it may come to, `owner` whose body it is."""
+
+    owner: str
+    claim: int
+    anonymous: bool = False
+    number: int = 0
+    held: int = 0
+    wanted: int = 0
+    granted: asyncio.Future[None] | None = field(default=None, repr=False)
+
+
+class ByteBudget:
+    """Lets bodies hold at most `capacity` bytes together, and those of anonymous callers at most `anonymous` of them.
+
+    A caller gets more only while all that it holds is no larger than what is free (half of it, when alone: the dynamic
+    threshold of Choudhury & Hahne, IEEE/ACM ToN 1998), but for its oldest body, which could else never be whole, and
+    the body that lacks least of all. Half-arrived bodies do not wait for one another: bytes are given only while all
+    bodies could be completed, one after the other (Dijkstra's banker's algorithm). Of the callers who wait, the one who
+    holds least is next. On one event loop.
+    """
+
+    def __init__(self, capacity: int, anonymous: int) -> None:
+        self._capacity = {False: capacity, True: min(anonymous, capacity)}
+        self._taken = {False: 0, True: 0}
+        self._held: Counter[str] = Counter()
+        self._bodies: dict[str, dict[Reservation, None]] = {}
+        self._waiting: dict[str, dict[Reservation, None]] = {}
+        # Of each body: the bytes it may still need, those it holds, and its number; in order.
+        self._needs: dict[bool, list[tuple[int, int, int]]] = {False: [], True: []}
+        self._numbers = count()
+        self._longest = 0
+        self._serving: asyncio.Handle | None = None
+
+    @property
+    def held(self) -> int:
+        """Bytes that are held by anyone."""
+        return self._taken[False]
+
+    def reserve(self, owner: str, claim: int, *, anonymous: bool = False) -> Reservation:
+        """A reservation that holds nothing yet. A body longer than all there is for it claims that much."""
+        reservation = Reservation(
+            owner, min(max(claim, STEP), self._capacity[anonymous]), anonymous, next(self._numbers)
+        )
+        self._longest = max(self._longest, reservation.claim)
+        return reservation
+
+    async def make_room(self, reservation: Reservation, arrived: int) -> None:
+        """Hold enough for the bytes that have arrived and the next ones; waits for others to end.
+
+        One call at a time for a reservation; who no longer waits for it has to release it.
+        """
+        least = min(reservation.claim, arrived + STEP)
+        if least <= reservation.held:
+            return
+        ahead = min(max(STEP, arrived // 4), MOST_AHEAD)
+        for wanted in (min(reservation.claim, arrived + ahead), least):
+            reservation.wanted = wanted
+            if self._fits(reservation):
+                self._grant(reservation)
+                return
+        reservation.granted = asyncio.get_running_loop().create_future()
+        self._waiting.setdefault(reservation.owner, {})[reservation] = None
+        try:
+            await reservation.granted
+        finally:
+            _discard(self._waiting, reservation)
+
+    def release(self, reservation: Reservation) -> None:
+        """Give everything back; more than once is no harm."""
+        if not reservation.held:
+            return
+        self._count(reservation, 0)
+        if not self._held[reservation.owner]:
+            del self._held[reservation.owner]
+        _discard(self._bodies, reservation)
+        if self._waiting and self._serving is None:  # many may end in one turn of the loop
+            self._serving = asyncio.get_running_loop().call_soon(self._serve)
+
+    def _fits(self, reservation: Reservation) -> bool:
+        more, holding = reservation.wanted - reservation.held, self._held[reservation.owner]
+        exempt = self._is_exempt(reservation)
+        for part in {False, reservation.anonymous}:
+            free = self._capacity[part] - self._taken[part]
+            if more > free or not (exempt or holding + more <= free):
+                return False
+            if free - more < self._longest and not self._can_complete(part, reservation, free - more):
+                return False
+        return True
+
+    def _is_exempt(self, reservation: Reservation) -> bool:
+        """Whether a body need not keep to its owner's part: those that all others may wait for."""
+        if next(iter(self._bodies.get(reservation.owner, ())), reservation) is reservation:
+            return True
+        return reservation.held > 0 and reservation.claim - reservation.held <= self._needs[False][0][0]
+
+    def _can_complete(self, part: bool, reservation: Reservation, free: int) -> bool:
+        """Whether every body of that part could still be completed if this one held what it wants."""
+        need, counted = reservation.claim - reservation.wanted, False
+        for other_need, other_held, number in self._needs[part]:
+            if number == reservation.number:
+                continue
+            if not counted and need <= min(other_need, free):
+                free, counted = free + reservation.wanted, True
+            if free >= self._longest:
+                return True
+            if other_need > free:
+                return False
+            free += other_held
+        return counted or need <= free
+
+    def _grant(self, reservation: Reservation) -> None:
+        self._count(reservation, reservation.wanted)
+        self._bodies.setdefault(reservation.owner, {})[reservation] = None
+
+    def _count(self, reservation: Reservation, held: int) -> None:
+        """Have a body hold so many bytes, of everything that is counted."""
+        for part in {False, reservation.anonymous}:
+            self._taken[part] += held - reservation.held
+            needs = self._needs[part]
+            if reservation.held:
+                del needs[bisect_left(needs, _need_of(reservation, reservation.held))]
+            if held:
+                insort(needs, _need_of(reservation, held))
+        self._held[reservation.owner] += held - reservation.held
+        reservation.held = held
+
+    def _serve(self) -> None:
+        """Grant what is waited for and fits now, to those who hold least first."""
+        self._serving = None
+        owners = sorted(self._waiting, key=lambda owner: self._held[owner])
+        while owners:
+            owners = [owner for owner in owners if self._serve_one(self._waiting.get(owner, ()))]
+
+    def _serve_one(self, waiting: Iterable[Reservation]) -> bool:
+        """Grant one of an owner's: the first, else the begun one that lacks least. Looking at all would take long."""
+        waiters = [waiter for waiter in waiting if waiter.granted is not None and not waiter.granted.done()]
+        if not waiters:
+            return False
+        for waiter in (waiters[0], min(waiters, key=lambda waiter: (not waiter.held, waiter.claim - waiter.held))):
+            if waiter.granted is not None and self._fits(waiter):
+                self._grant(waiter)
+                waiter.granted.set_result(None)
+                return True
+        return False
+
+
+def _need_of(reservation: Reservation, held: int) -> tuple[int, int, int]:
+    return reservation.claim - held, held, reservation.number
+
+
+def _discard(table: dict[str, dict[Reservation, None]], reservation: Reservation) -> None:
+    if (own := table.get(reservation.owner)) is not None:
+        own.pop(reservation, None)
+        if not own:
+            del table[reservation.owner]
