@@ -26,7 +26,7 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.request_router import PendingRequest, RunningReplica
 from starlette.types import Message, Scope
 
-from deploy.replicas import Claim, Hosted, fault_of, owner_of, ranked, sticks_to, work_of
+from deploy.replicas import Claim, Hosted, ReplicaHealth, owner_of, ranked, sticks_to, work_of
 from stable_diffusion_server.app import create_app
 from stable_diffusion_server.app.settling import settle
 from stable_diffusion_server.settings.reading import read_settings
@@ -138,6 +138,7 @@ class Replica:
         self._claim = Claim(shared.data_dir)
         self._settings = self._claim.settings(shared)
         self._drain_seconds = drain_seconds
+        self._health = ReplicaHealth(self._settings)
         self._app: FastAPI | None = None
         self._hosted: Hosted | None = None
 
@@ -163,7 +164,7 @@ class Replica:
 
     async def check_health(self) -> None:
         """Raise for a replica that can only be helped by another process; Ray then starts one."""
-        if self._app is not None and (fault := fault_of(self._app, self._settings)):
+        if self._app is not None and (fault := self._health.fault(self._app)):
             raise RuntimeError(fault)
 
     async def holds(self, scope: Scope) -> tuple[int, bool] | None:

@@ -248,22 +248,38 @@ class Hosted:
             await asyncio.sleep(_LOOK_EVERY)
 
 
-def fault_of(app: FastAPI, settings: Settings) -> str:
-    """Why a replica should be replaced, in a sentence; empty while it should not.
+class ReplicaHealth:
+    """Tells why a replica should be replaced; asked again and again.
 
-    A device that cannot draw, or one with work in hand and no sign of life for `HANG_SECONDS`. A storage that is down
-    is no reason, although `/readyz` names it: what is drawn is spooled, and another process would fare no better.
+    Silence is measured from when the last sign of life was seen, by a clock that is never set.
     """
-    engine = app.state.engine
-    if engine.phase not in (Phase.READY, Phase.LOADING):
-        return str(engine.reason)
-    try:
-        silent = time.time() - (settings.data_dir / "progress.txt").stat().st_mtime
-    except OSError:
-        return ""  # nothing was drawn yet
-    if 0 < settings.hang_seconds < silent and engine.running:
-        return f"There was no sign of life for {silent:.0f} s with pictures under way."
-    return ""
+
+    def __init__(self, settings: Settings) -> None:
+        self._hang = settings.hang_seconds
+        self._progress = settings.data_dir / "progress.txt"
+        self._sign = 0
+        self._seen_at = time.monotonic()
+
+    def fault(self, app: FastAPI) -> str:
+        """Why, in a sentence; empty while there is no reason.
+
+        A device that cannot draw, or one with work in hand and no sign of life for `HANG_SECONDS`. A storage that is
+        down is no reason, although `/readyz` names it: what is drawn is spooled, and another process would fare no
+        better.
+        """
+        engine = app.state.engine
+        if engine.phase not in (Phase.READY, Phase.LOADING):
+            return str(engine.reason)
+        try:
+            sign = self._progress.stat().st_mtime_ns
+        except OSError:
+            sign = 0  # nothing was drawn yet
+        if sign != self._sign or not engine.running:
+            self._sign, self._seen_at = sign, time.monotonic()
+        silent = time.monotonic() - self._seen_at
+        if sign and 0 < self._hang < silent:
+            return f"There was no sign of life for {silent:.0f} s with pictures under way."
+        return ""
 
 
 def work_of(app: FastAPI) -> int:

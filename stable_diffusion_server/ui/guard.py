@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Callable
 from urllib.parse import parse_qs
 
 from limits import RateLimitItem
-from limits.aio.storage import MemoryStorage
-from limits.aio.strategies import MovingWindowRateLimiter
 from starlette.responses import RedirectResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from stable_diffusion_server.errors import InvalidInput, NotFound, Overasked, ServerError
+from stable_diffusion_server.moving_windows import MovingWindows
 from stable_diffusion_server.ui.bodies import read_body
 from stable_diffusion_server.ui.events import SESSION, Events, sanitized
 from stable_diffusion_server.ui.problems import problem
@@ -50,7 +50,7 @@ class GradioGuard:
         self._events = events
         self._owner = owner
         self._rate = rate
-        self._limiter = MovingWindowRateLimiter(MemoryStorage())
+        self._events_sent = MovingWindows()
         self._streams: Counter[str] = Counter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -89,8 +89,10 @@ class GradioGuard:
     async def _event(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass an event on, its body made anew of what was understood of it."""
         whose = self._owner(scope)
-        if self._rate is not None and not await self._limiter.hit(self._rate, whose):
-            raise Overasked(f"{self._rate.amount} events in {self._rate.get_expiry()} s are allowed.", retry_after=5)
+        if self._rate is not None and not self._events_sent.hit(whose, self._rate):
+            _, seconds = self._events_sent.left(whose, self._rate)
+            allowed = f"{self._rate.amount} events in {self._rate.get_expiry()} s are allowed."
+            raise Overasked(allowed, retry_after=max(1, math.ceil(seconds)))
         event = sanitized(await read_body(receive, EVENT_BYTES), self._events)
         event["session_hash"] = _of(whose, event["session_hash"])
         body = json.dumps(event).encode()

@@ -10,9 +10,10 @@ import limits
 import pytest
 from conftest import House
 
-from stable_diffusion_server.api.security import rates
-from stable_diffusion_server.api.security.rates import Allowed, MovingWindows, Rates
+from stable_diffusion_server import moving_windows
+from stable_diffusion_server.api.security.rates import Allowed, Rates
 from stable_diffusion_server.errors import Overasked
+from stable_diffusion_server.moving_windows import MovingWindows
 
 STEPS = (-3_600.0, -7_200.0, 90_000.0, -4e8, 4e8)
 
@@ -36,7 +37,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """A clock that the test sets."""
     clock, module = Clock(), ModuleType("time")
     module.__dict__.update(monotonic=clock.monotonic, time=clock.time)
-    monkeypatch.setattr(rates, "time", module)
+    monkeypatch.setattr(moving_windows, "time", module)
     return clock
 
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -20,7 +21,7 @@ from conftest import ROOT
 from fakes import PaintedSquares, settings_in
 from starlette.types import Message, Scope
 
-from deploy.replicas import Claim, Hosted, fault_of, owner_of, ranked, sticks_to, work_of
+from deploy.replicas import Claim, Hosted, ReplicaHealth, owner_of, ranked, sticks_to, work_of
 from stable_diffusion_server.app import create_app
 from stable_diffusion_server.engine import Phase
 
@@ -190,19 +191,35 @@ async def test_a_replica_that_is_stopped_ends_its_accepted_jobs_first(tmp_path: 
     assert Claim(tmp_path / "data").number == claim.number
 
 
-def test_a_replica_is_replaced_for_its_device_and_not_for_its_storage(tmp_path: Path) -> None:
-    """A failed engine, or silence with work in hand, is a reason; being idle is none."""
+@pytest.mark.fault(191)
+@pytest.mark.parametrize("step", [0.0, -3_600.0, 3_600.0, -4e8, 4e8])
+def test_a_replica_is_replaced_for_its_device_and_not_for_its_storage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: float
+) -> None:
+    """A failed engine, or silence with work in hand, is a reason; being idle is none, nor is a clock that is set."""
     settings = settings_in(tmp_path, hang_seconds=60.0)
     engine = SimpleNamespace(phase=Phase.READY, reason="", running=1)
     app: Any = SimpleNamespace(state=SimpleNamespace(engine=engine))
-    assert fault_of(app, settings) == ""
+    health = ReplicaHealth(settings)
+    assert health.fault(app) == ""
     settings.data_dir.mkdir(parents=True)
     progress = settings.data_dir / "progress.txt"
     progress.write_text("")
-    assert fault_of(app, settings) == ""
-    os.utime(progress, (1, 1))
-    assert "no sign of life" in fault_of(app, settings)
+    assert health.fault(app) == ""
+    now, steady = time.time, time.monotonic
+    monkeypatch.setattr(time, "time", lambda: now() + step)
+    assert health.fault(app) == ""
+    monkeypatch.setattr(time, "monotonic", lambda: steady() + 59)
+    assert health.fault(app) == ""
+    monkeypatch.setattr(time, "monotonic", lambda: steady() + 61)
+    assert "no sign of life" in health.fault(app)
+    os.utime(progress, (1, 1))  # a sign of life, dated by a clock that was set back
+    assert health.fault(app) == ""
+    monkeypatch.setattr(time, "monotonic", lambda: steady() + 122)
+    assert "no sign of life" in health.fault(app)
     engine.running = 0
-    assert fault_of(app, settings) == ""
+    assert health.fault(app) == ""
+    engine.running = 1
+    assert health.fault(app) == "", "silence counts from when there was work"
     engine.phase, engine.reason = Phase.FAILED, "The device is lost."
-    assert fault_of(app, settings) == "The device is lost."
+    assert health.fault(app) == "The device is lost."

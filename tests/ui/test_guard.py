@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -102,6 +103,20 @@ async def test_events_and_streams_of_a_visitor_are_bounded() -> None:
     for stream in streams:
         await stream.__aexit__(None, None, None)
     assert (await client.get(beat)).status_code == 200
+
+
+@pytest.mark.fault(191)
+@pytest.mark.parametrize("step", [-3_600.0, -90_000.0, 90_000.0, -4e8, 4e8])
+async def test_a_step_of_the_clock_shuts_nobody_out_of_the_studio(monkeypatch: pytest.MonkeyPatch, step: float) -> None:
+    """Events count for as long as their window lasts, whatever the time of day is set to; nobody is let in early."""
+    client = guarded(Framework(), "2/second")
+    assert [(await client.post(EVENT, content=event())).status_code for _ in range(2)] == [200, 200]
+    right = time.time
+    monkeypatch.setattr(time, "time", lambda: right() + step)
+    refused = await client.post(EVENT, content=event())
+    assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
+    await asyncio.sleep(1.1)
+    assert (await client.post(EVENT, content=event())).status_code == 200
 
 
 def desk_of(house: House, client: Client) -> Desk:
