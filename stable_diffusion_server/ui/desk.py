@@ -20,6 +20,8 @@ Files = Mapping[str, bytes]
 
 _JOB_ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
 _SHORT, _LONG = httpx.Timeout(30), httpx.Timeout(30, read=60)
+# What is drawn while it is waited for has the server's own timeout, ten minutes unless it is set otherwise.
+_DRAWN = httpx.Timeout(30, read=660)
 
 
 class RefusedError(Exception):
@@ -121,7 +123,7 @@ class Desk:
 
     async def replay(self, picture: bytes) -> Job:
         """Draw a picture made here again. Raises `RefusedError`."""
-        return await self._json("POST", "/v1/replay", files={"picture_file": ("picture", picture)}, timeout=_LONG)
+        return await self._json("POST", "/v1/replay", files={"picture_file": ("picture", picture)}, timeout=_DRAWN)
 
     async def readiness(self) -> Job:
         """Whether the server can draw, what it misses, and its models. Raises `RefusedError`."""

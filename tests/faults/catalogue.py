@@ -180,6 +180,11 @@ GROUPS: dict[str, dict[str, str]] = {
         "172": "metadata services of clouds, sinks, relays and unassigned networks as addresses",
         "173": "fruitless searches of a long history, 120 at once; words that mean something to its index",
     },
+    "What is held while it is waited for": {
+        "190": "bodies that say they bring much and bring little, half-arrived ones, from many addresses at a time",
+        "191": "the clock set back or forward while events of the studio or signs of life are counted",
+        "192": "a route of this server that takes nothing, answers nothing or stops midway, asked by a page",
+    },
 }
 ROWS: dict[str, str] = {number: text for rows in GROUPS.values() for number, text in rows.items()}
 

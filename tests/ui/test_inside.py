@@ -1,0 +1,121 @@
+"""The way to our own application within the process: it ends in time, whatever the application does."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+
+import httpx
+import pytest
+from starlette.concurrency import run_in_threadpool
+from starlette.types import Receive, Scope, Send
+
+from stable_diffusion_server.ui.desk import Desk, RefusedError, Wish
+from stable_diffusion_server.ui.inside import Inside
+
+BASE = "http://127.0.0.1:8000"
+Application = Callable[[Scope, Receive, Send], Awaitable[None]]
+START = {"type": "http.response.start", "status": 200, "headers": []}
+
+
+async def silent(scope: Scope, receive: Receive, send: Send) -> None:
+    """Takes the body, and never answers."""
+    await receive()
+    await asyncio.Event().wait()
+
+
+async def deaf(scope: Scope, receive: Receive, send: Send) -> None:
+    """Does not even take the body."""
+    await asyncio.Event().wait()
+
+
+async def stopping_midway(scope: Scope, receive: Receive, send: Send) -> None:
+    """Begins its answer."""
+    await send(START)
+    await send({"type": "http.response.body", "body": b"begun", "more_body": True})
+    await asyncio.Event().wait()
+
+
+async def without_a_body(scope: Scope, receive: Receive, send: Send) -> None:
+    """Sends the head of its answer."""
+    await send(START)
+    await asyncio.Event().wait()
+
+
+async def in_a_thread(scope: Scope, receive: Receive, send: Send) -> None:
+    """Waits for a thread, which cannot be cancelled."""
+    await receive()
+    await run_in_threadpool(time.sleep, 4)
+
+
+async def refusing_to_end(scope: Scope, receive: Receive, send: Send) -> None:
+    """Goes on when it is cancelled."""
+    await receive()
+    end = time.monotonic() + 4
+    while time.monotonic() < end:
+        try:
+            await asyncio.sleep(4)
+        except asyncio.CancelledError:
+            continue
+
+
+async def slow_but_going_on(scope: Scope, receive: Receive, send: Send) -> None:
+    """Sends a part now and then, for longer than one of them may take."""
+    await send(START)
+    for _ in range(8):
+        await asyncio.sleep(0.1)
+        await send({"type": "http.response.body", "body": b"part", "more_body": True})
+    await send({"type": "http.response.body"})
+
+
+def client_of(app: Application, timeouts: httpx.Timeout) -> httpx.AsyncClient:
+    return httpx.AsyncClient(transport=Inside(app), base_url=BASE, timeout=timeouts)
+
+
+@pytest.mark.fault(192)
+@pytest.mark.parametrize(
+    ("app", "timeouts", "error"),
+    [
+        (silent, httpx.Timeout(None, read=0.3), httpx.ReadTimeout),
+        (silent, httpx.Timeout(0.3), httpx.ReadTimeout),
+        (deaf, httpx.Timeout(None, write=0.3), httpx.WriteTimeout),
+        (deaf, httpx.Timeout(0.3), httpx.WriteTimeout),
+        (stopping_midway, httpx.Timeout(None, read=0.3), httpx.ReadTimeout),
+        (without_a_body, httpx.Timeout(0.3), httpx.ReadTimeout),
+        (in_a_thread, httpx.Timeout(0.3), httpx.ReadTimeout),
+        (refusing_to_end, httpx.Timeout(0.3), httpx.ReadTimeout),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+async def test_a_route_that_does_not_answer_is_waited_for_so_long(
+    app: Application, timeouts: httpx.Timeout, error: type[httpx.HTTPError]
+) -> None:
+    """By httpx's own timeouts and with its own errors, as over a wire; the application's end is not waited for."""
+    began = time.monotonic()
+    with pytest.raises(error) as raised:
+        await client_of(app, timeouts).post("/", content=b"a body")
+    assert time.monotonic() - began < 3
+    assert raised.value.request.url.path == "/"
+
+
+@pytest.mark.fault(192)
+async def test_what_goes_on_may_take_longer_and_no_timeout_is_none() -> None:
+    """The timeout is of each part; without one an answer is waited for."""
+    for timeout in (httpx.Timeout(0.5), httpx.Timeout(None)):
+        answer = await client_of(slow_but_going_on, timeout).get("/")
+        assert answer.content == b"part" * 8
+
+
+@pytest.mark.fault(192)
+async def test_a_visitor_is_told_that_the_server_does_not_answer() -> None:
+    """In a sentence, at every request of a page; places that it held are free again."""
+    http = client_of(silent, httpx.Timeout(0.2))
+    request = http.request
+    # As the desk asks, but for how long.
+    http.request = lambda *given, **named: request(*given, **{**named, "timeout": 0.2})  # type: ignore[method-assign]  # to ask more briefly
+    desk = Desk(http, BASE)
+    wish = Wish("/v1/images/edits", {}, {"image": b"png"})
+    for ask in (desk.jobs, desk.history, desk.readiness, *[lambda: desk.start(wish)] * 10):
+        with pytest.raises(RefusedError, match="cannot be reached"):
+            await ask()
