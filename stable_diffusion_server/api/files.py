@@ -26,7 +26,8 @@ from stable_diffusion_server.signing import Signer
 _RANGE = re.compile(r"bytes=\s*(\d+-\d*|-\d+)(\s*,\s*(\d+-\d*|-\d+))*")
 _ONE_RANGE = re.compile(r"bytes=\s*([0-9]{0,18})-([0-9]{0,18})\s*")
 _LONGEST_RANGE = 200
-# Reads of a bucket elsewhere at a time, of the eight calls to it that there may be; those of one caller that wait.
+# Requests that ask the bucket at a time, of the eight calls that there may be to one elsewhere; those of one caller,
+# under way and waiting.
 AT_ONCE, MOST_ASKED = 6, 128
 _SHOWN_INLINE = ("image/webp", "image/png", "image/jpeg")
 
@@ -38,13 +39,13 @@ def router(bucket: Bucket, shelf: Shelf, signer: Signer | None, folder: str = ""
     """
     routes = APIRouter(tags=["operate"])
     giving = _Giving(bucket, signer, folder)
-    readers = reading_queue()
+    turns = bucket_queue()
 
     async def files(request: Request, key: str) -> Response:
         caller = caller_of(request)
         if isinstance(bucket, LocalBucket) and "record" not in request.query_params:
             return await run_in_threadpool(giving.give, request, key)
-        async with readers.hold(caller.share):
+        async with turns.hold(caller.share):
             if "record" not in request.query_params:
                 return await run_in_threadpool(giving.give, request, key)
             # The gate has asked for a key, as for drawing: prompts are not for everyone.
@@ -52,7 +53,9 @@ def router(bucket: Bucket, shelf: Shelf, signer: Signer | None, folder: str = ""
         return JSONResponse({"key": key, "source": source, "record": dict(record)})
 
     async def delete(request: Request, key: str) -> Response:
-        await run_in_threadpool(shelf.remove, key, caller_of(request))
+        caller = caller_of(request)
+        async with turns.hold(caller.share):
+            await run_in_threadpool(shelf.remove, key, caller)
         return Response(status_code=204)
 
     for method in ("GET", "HEAD"):
@@ -76,9 +79,9 @@ def router(bucket: Bucket, shelf: Shelf, signer: Signer | None, folder: str = ""
     return routes
 
 
-def reading_queue() -> FairQueue:
-    """Who reads from a bucket elsewhere: anyone may, and drawing needs the same few calls to it and threads."""
-    return FairQueue(AT_ONCE, MOST_ASKED, f"{MOST_ASKED} pictures are being read for you.")
+def bucket_queue() -> FairQueue:
+    """Who reads or deletes in the bucket: many may, and drawing needs the same few calls to it and threads."""
+    return FairQueue(AT_ONCE, MOST_ASKED, f"{MOST_ASKED} requests of yours for stored pictures are under way.")
 
 
 @dataclass(frozen=True, slots=True)

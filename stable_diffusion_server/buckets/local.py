@@ -20,7 +20,7 @@ from filelock import FileLock
 
 from stable_diffusion_server.disk import Disk
 from stable_diffusion_server.errors import InvalidInput, NotFound, StorageUnavailable
-from stable_diffusion_server.inscriptions import is_whole
+from stable_diffusion_server.inscriptions import claims_picture, is_whole
 from stable_diffusion_server.knowledge import Knowledge
 from stable_diffusion_server.orders import Stored
 
@@ -292,11 +292,11 @@ class LocalBucket:
                     field="save_path",
                 )
             return facts if facts.whole else None
-        if facts is not None and not self._looks_whole(key, found.st_size):
-            return None  # not the file that was written, and no other picture: cut short
+        content_type = mimetypes.guess_type(key)[0] or "application/octet-stream"
+        if (facts is not None or claims_picture(key, "")) and not self._looks_whole(key, found.st_size):
+            return None  # not the file that was written, and no other picture: cut short, or garbage
         # Put there by hand, or its facts were lost: still an object, of which only the file itself is known.
         etag = hashlib.sha256(f"{found.st_mtime_ns}-{found.st_size}".encode()).hexdigest()
-        content_type = mimetypes.guess_type(key)[0] or "application/octet-stream"
         return Stored(key, found.st_size, etag, content_type, {})
 
 

@@ -390,7 +390,7 @@ def test_a_cached_answer_repeats_what_the_guards_told(house_of: Callable[..., Ho
 
 async def test_who_looks_for_pictures_leaves_calls_to_the_bucket_to_those_who_draw() -> None:
     """200 requests of one stranger have half of the places at a time; those beyond its part are told to come back."""
-    readers, under_way, most = files.reading_queue(), 0, 0
+    readers, under_way, most = files.bucket_queue(), 0, 0
 
     async def read() -> None:
         nonlocal under_way, most

@@ -20,6 +20,9 @@ from stable_diffusion_server.errors import InvalidInput, NotFound, StorageUnavai
 
 RECORD = {"digest": "abc", "seed": "7"}
 
+# The frame of one: what is in it is nobody's business here.
+PNG = b"\x89PNG\r\n\x1a\n" + b"pixels" + b"\0\0\0\0IEND\xaeB`\x82"
+
 
 @pytest.fixture
 def bucket(tmp_path: Path) -> LocalBucket:
@@ -131,7 +134,7 @@ def test_an_empty_file_is_no_object_and_gives_way(bucket: LocalBucket, tmp_path:
 
 def test_a_file_put_there_by_hand_is_served_by_its_ending(bucket: LocalBucket, tmp_path: Path) -> None:
     """An object without facts has the type its name promises and an empty record."""
-    (tmp_path / "bucket" / "objects" / "mine.png").write_bytes(b"png")
+    (tmp_path / "bucket" / "objects" / "mine.png").write_bytes(PNG)
     stored = bucket.stat("mine.png")
     assert stored is not None
     assert (stored.content_type, dict(stored.record)) == ("image/png", {})

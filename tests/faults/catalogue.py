@@ -184,6 +184,8 @@ GROUPS: dict[str, dict[str, str]] = {
         "190": "bodies that say they bring much and bring little, half-arrived ones, from many addresses at a time",
         "191": "the clock set back or forward while events of the studio or signs of life are counted",
         "192": "a route of this server that takes nothing, answers nothing or stops midway, asked by a page",
+        "193": "a flood of reads, deletions and lists by one caller, before a bucket or a folder that takes its time",
+        "194": "garbage in the local bucket under a picture's name, with its record and without",
     },
 }
 ROWS: dict[str, str] = {number: text for rows in GROUPS.values() for number, text in rows.items()}

@@ -27,6 +27,7 @@ from stable_diffusion_server.api.sdapi.parameters import Img2Img, Ordered, Txt2I
 from stable_diffusion_server.api.sdapi.tasks import LEAST_NAME, Task, Tasks
 from stable_diffusion_server.api.together import together
 from stable_diffusion_server.errors import Forbidden, InvalidInput, ServerError, TooLarge
+from stable_diffusion_server.fair_queue import FairQueue
 from stable_diffusion_server.limits import Limits
 from stable_diffusion_server.orders import Caller, Format, Order
 from stable_diffusion_server.service import Service
@@ -35,6 +36,8 @@ UrlOf = Callable[[Request, str], str]
 A = TypeVar("A", bound=Txt2Img)
 
 # Model by owner, of those who set one; the oldest is forgotten.
+# Lists that are made at a time, each on a thread; those of one caller, under way and waiting.
+LISTS_AT_ONCE, MOST_LISTS = 4, 64
 _CHOICES_MAX = 1000
 
 
@@ -114,12 +117,13 @@ def router(service: Service, house: House, url_of: UrlOf, previews: EncodedPrevi
 
     _progress_doors(routes, tasks, previews)
     _option_doors(routes, house, chosen)
+    turns = FairQueue(LISTS_AT_ONCE, MOST_LISTS, f"{MOST_LISTS} lists are being made for you.")
     for name, told in (
         ("sd-models", answers.models_answer),
         ("samplers", answers.samplers_answer),
         ("loras", answers.loras_answer),
     ):
-        _list_door(routes, name, told, house)
+        _list_door(routes, name, told, house, turns)
     return routes
 
 
@@ -211,9 +215,12 @@ def _option_doors(routes: APIRouter, house: House, chosen: dict[str, str]) -> No
         return JSONResponse(None)
 
 
-def _list_door(routes: APIRouter, name: str, told: Callable[[House], list[dict[str, Any]]], house: House) -> None:
-    async def listed() -> Response:
-        return JSONResponse(await run_in_threadpool(told, house))  # adapters are looked for in their folder
+def _list_door(
+    routes: APIRouter, name: str, told: Callable[[House], list[dict[str, Any]]], house: House, turns: FairQueue
+) -> None:
+    async def listed(request: Request) -> Response:
+        async with turns.hold(caller_of(request).share):
+            return JSONResponse(await run_in_threadpool(told, house))  # adapters are looked for in their folder
 
     routes.add_api_route(
         f"/sdapi/v1/{name}",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,16 +15,15 @@ from uuid import uuid4
 
 from stable_diffusion_server.buckets.gcs.faults import FORBIDDEN, ConditionFailed, Refused, told, unreadable
 from stable_diffusion_server.errors import (
-    InvalidInput,
     NameBusy,
     NotFound,
-    ServerError,
     StorageRefused,
     StorageUnavailable,
 )
 from stable_diffusion_server.inscriptions import claims_picture, is_whole
 from stable_diffusion_server.orders import Stored
 from stable_diffusion_server.presenting import caching_of, disposition_of
+from stable_diffusion_server.storage_refusals import error_of_refusal, is_answered
 
 # An object of this name shows, at each start, that writing is allowed. Later it shows whether a refusal is of one name
 # or of the store.
@@ -130,7 +129,7 @@ class GCSBucket:
                     raise unreadable("an object without bytes")
                 return data
         except Refused as refused:
-            raise self._judged(refused, self._look_at_probe) from refused
+            raise error_of_refusal(refused.detail, refused.code, self._look_at_probe) from refused
         return b""
 
     def delete(self, key: str) -> None:
@@ -183,14 +182,10 @@ class GCSBucket:
         try:
             return self._ask(key)
         except Refused as refused:
-            judged = self._judged(refused, self._look_for_nothing)
-            if (
-                isinstance(judged, StorageUnavailable)
-                and refused.code == FORBIDDEN
-                and self._works(self._look_at_probe)
-            ):
+            error = error_of_refusal(refused.detail, refused.code, self._look_for_nothing)
+            if isinstance(error, StorageUnavailable) and refused.code == FORBIDDEN and is_answered(self._look_at_probe):
                 return None  # who may not list is told 403 of whatever is absent
-            raise judged from refused
+            raise error from refused
 
     def _ask(self, key: str) -> Any:
         with self._told("look into it"):
@@ -218,22 +213,7 @@ class GCSBucket:
         try:
             return self._upload(key, data, content_type, metadata, **condition)
         except Refused as refused:
-            raise self._judged(refused, self._write_probe) from refused
-
-    def _judged(self, refused: Refused, try_another: Callable[[], object]) -> ServerError:
-        """The error for a refusal: of the name if the same is done for another one, else of the store."""
-        if not self._works(try_another):
-            return StorageUnavailable(refused.detail)
-        return InvalidInput(f"save_path makes a name that the storage refuses ({refused.code}).", field="save_path")
-
-    def _works(self, call: Callable[[], object]) -> bool:
-        try:
-            call()
-        except (NotFound, ConditionFailed):
-            return True
-        except StorageUnavailable:
-            return False
-        return True
+            raise error_of_refusal(refused.detail, refused.code, self._write_probe) from refused
 
     def _look_for_nothing(self) -> None:
         """Raises nothing for who may look and list."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, suppress
 from typing import Any
 from urllib.parse import quote
@@ -25,16 +25,15 @@ from stable_diffusion_server.buckets.s3.faults import (
     unreadable,
 )
 from stable_diffusion_server.errors import (
-    InvalidInput,
     NameBusy,
     NotFound,
-    ServerError,
     StorageRefused,
     StorageUnavailable,
 )
 from stable_diffusion_server.inscriptions import claims_picture, is_whole
 from stable_diffusion_server.orders import Stored
 from stable_diffusion_server.presenting import caching_of, disposition_of
+from stable_diffusion_server.storage_refusals import error_of_refusal, is_answered
 
 _log = structlog.get_logger(__name__)
 
@@ -133,7 +132,7 @@ class S3Bucket:
         except BeyondTheEnd:
             return b""
         except Refused as refused:
-            raise self._judged(refused, self._look_at_probe) from refused
+            raise error_of_refusal(refused.detail, refused.code, self._look_at_probe) from refused
 
     def delete(self, key: str) -> None:
         """Remove the object, if there is one."""
@@ -176,14 +175,10 @@ class S3Bucket:
         except NotFound:
             return None
         except Refused as refused:
-            judged = self._judged(refused, self._look_for_nothing)
-            if (
-                isinstance(judged, StorageUnavailable)
-                and refused.code in FORBIDDEN
-                and self._works(self._look_at_probe)
-            ):
+            error = error_of_refusal(refused.detail, refused.code, self._look_for_nothing)
+            if isinstance(error, StorageUnavailable) and refused.code in FORBIDDEN and is_answered(self._look_at_probe):
                 return None  # who may not list is told 403 of whatever is absent
-            raise judged from refused
+            raise error from refused
 
     def _ask_head(self, key: str) -> Any:
         with self._told("look into it", named=True):
@@ -241,7 +236,7 @@ class S3Bucket:
         try:
             return self._put(about, data, record, **condition)
         except Refused as refused:
-            raise self._judged(refused, self._write_probe) from refused
+            raise error_of_refusal(refused.detail, refused.code, self._write_probe) from refused
 
     def _put(self, about: dict[str, Any], data: bytes, record: Mapping[str, str], **condition: str) -> Stored:
         with self._told("write to it"):
@@ -263,21 +258,6 @@ class S3Bucket:
         ):
             raise StorageUnavailable("The storage said that it took a picture, and does not have it.", retry_after=30)
         return objects.stored_of(about["Key"], head).etag
-
-    def _judged(self, refused: Refused, try_another: Callable[[], object]) -> ServerError:
-        """The error for a refusal: of the name if the same is done for another one, else of the store."""
-        if not self._works(try_another):
-            return StorageUnavailable(refused.detail)
-        return InvalidInput(f"save_path makes a name that the storage refuses ({refused.code}).", field="save_path")
-
-    def _works(self, call: Callable[[], object]) -> bool:
-        try:
-            call()
-        except (NotFound, ConditionFailed):
-            return True
-        except StorageUnavailable:
-            return False
-        return True
 
     def _look_for_nothing(self) -> None:
         """Raises `NotFound` for who may look and list."""

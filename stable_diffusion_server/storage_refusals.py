@@ -1,0 +1,29 @@
+"""Tells a store's refusal of one name from a refusal of everything, by trying another name. Knows no store."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from stable_diffusion_server.errors import InvalidInput, NameBusy, NotFound, ServerError, StorageUnavailable
+
+
+def error_of_refusal(detail: str, code: object, try_another: Callable[[], object]) -> ServerError:
+    """The error for a refusal: `InvalidInput` if the same is done for another name, else `StorageUnavailable`.
+
+    `detail` is the sentence of the refusal, `code` the store's word or number for it. `try_another` does the same under
+    a name of the server's own, and raises as the store does.
+    """
+    if not is_answered(try_another):
+        return StorageUnavailable(detail)
+    return InvalidInput(f"save_path makes a name that the storage refuses ({code}).", field="save_path")
+
+
+def is_answered(call: Callable[[], object]) -> bool:
+    """Whether the store does what a call asks, or says that the object is absent or was written by someone else."""
+    try:
+        call()
+    except (NotFound, NameBusy):
+        return True
+    except StorageUnavailable:
+        return False
+    return True

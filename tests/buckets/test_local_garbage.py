@@ -1,0 +1,58 @@
+"""Files in the local bucket that are not the pictures their names promise: drawn anew, and given to nobody."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from conftest import House
+
+from stable_diffusion_server.buckets.local import LocalBucket
+
+NAME = "static/uploads/a.webp"
+GARBAGE: dict[str, Callable[[bytes], bytes]] = {
+    "html": lambda picture: b"<html>garbage</html>",
+    "zeros of the length": lambda picture: bytes(len(picture)),
+    "text of the length": lambda picture: b"x" * len(picture),
+    "empty": lambda picture: b"",
+    "a byte": lambda picture: b"R",
+    "half a picture": lambda picture: picture[: len(picture) // 2],
+    "without its end": lambda picture: picture[:-1],
+    "without its beginning": lambda picture: picture[1:],
+}
+
+
+@pytest.mark.fault(194)
+@pytest.mark.parametrize("recorded", [True, False], ids=["with its record", "without a record"])
+@pytest.mark.parametrize("garbage", GARBAGE)
+def test_garbage_in_the_folder_counts_as_absent_and_is_drawn_anew(
+    house_of: Callable[..., House], garbage: str, recorded: bool
+) -> None:
+    """Whether its record is still there or not: 404 for who asks for it, a whole picture for who draws it."""
+    house = house_of()
+    house.draw(prompt="a red square", save_path="a.webp")
+    root = house.folder / "bucket"
+    file, record = root / "objects" / NAME, root / "records" / NAME
+    picture = file.read_bytes()
+    file.unlink()
+    file.write_bytes(GARBAGE[garbage](picture))
+    if not recorded:
+        record.unlink()
+    house = house_of()  # what was seen before is remembered for a moment, and not over a start
+    assert house.client.get(f"/files/{NAME}").status_code == 404
+    again = house.draw(prompt="a red square", save_path="a.webp")
+    assert (again.status_code, again.json()["cached"]) == (200, False), again.text
+    assert house.client.get(f"/files/{NAME}").content == file.read_bytes() == picture
+
+
+@pytest.mark.fault(194)
+@pytest.mark.parametrize("name", ["notes.txt", "model.bin", "page.html"])
+def test_what_claims_to_be_no_picture_is_let_be(house: House, name: str) -> None:
+    """Files of other kinds that someone put there are theirs."""
+    root = house.folder / "bucket"
+    (root / "objects" / name).write_bytes(b"something else")
+    bucket = LocalBucket(root)
+    bucket.open()
+    stored = bucket.stat(name)
+    assert stored is not None
+    assert (stored.size, bucket.read(name)) == (14, b"something else")

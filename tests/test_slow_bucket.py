@@ -1,0 +1,127 @@
+"""A bucket that takes its time: who floods it with reads and deletions keeps it and the threads from nobody else."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import httpx
+import pytest
+from live_servers import Live
+from storage_servers import KEYS, Rascal, StorageServer, make_s3_bucket
+
+STORED = "/files/static/uploads/none"
+FLOODS = {
+    "reads": ("GET", f"{STORED}-%d.webp"),
+    "records": ("GET", f"{STORED}-%d.webp?record=1"),
+    "heads": ("HEAD", f"{STORED}-%d.webp"),
+    "deletions": ("DELETE", f"{STORED}-%d.webp"),
+}
+SECRETS = {"ann": "secret-of-ann-1234567", "bob": "secret-of-bob-1234567"}
+CALL_SECONDS, PATIENCE = 0.4, 2.0
+
+
+@pytest.fixture
+def live(live_of: Callable[..., Live], s3_server: StorageServer, rascal_before: Callable[..., Rascal]) -> Live:
+    """A server of two keys whose bucket takes 0.4 s a call, and is down for who waits for 2 s."""
+    slow = rascal_before(s3_server)
+    keys = {key: value.get_secret_value() for key, value in KEYS.items()}
+    where = {"bucket_name": make_s3_bucket(s3_server), "r2_endpoint_url": slow.url, "storage_provider": "r2"}
+    named = ",".join(f"{name}:{secret}" for name, secret in SECRETS.items())
+    live = live_of(storage_timeout=PATIENCE, api_keys=named, **where, **keys)
+
+    def pass_on_late(method: str, path: str, headers: object) -> str:
+        time.sleep(CALL_SECONDS)
+        return ""
+
+    slow.rule = pass_on_late
+    return live
+
+
+@contextmanager
+def flooded(live: Live, floods: list[tuple[str, str]], at_once: int = 40) -> Iterator[list[int]]:
+    """So many requests of Ann's at a time, again and again while the block lasts; the statuses of their answers."""
+    statuses: list[int] = []
+    going = True
+
+    def ask(number: int) -> None:
+        with httpx.Client(base_url=live.url, headers={"X-API-Key": SECRETS["ann"]}, timeout=60) as client:
+            turn = number
+            while going:
+                method, path = floods[turn % len(floods)]
+                statuses.append(client.request(method, path % turn if "%d" in path else path).status_code)
+                turn += at_once + 1
+                if statuses[-1] == 429:
+                    time.sleep(0.2)
+
+    with ThreadPoolExecutor(at_once) as pool:
+        asked = [pool.submit(ask, number) for number in range(at_once)]
+        time.sleep(1.0)
+        try:
+            yield statuses
+        finally:
+            going = False
+    for one in asked:
+        one.result()
+
+
+def drawn(live: Live, prompt: str) -> dict[str, object]:
+    """What Bob gets for a prompt."""
+    asked = {"prompt": prompt, "width": 64, "height": 64, "num_inference_steps": 2}
+    answer = httpx.post(
+        f"{live.url}/create_and_upload_image", json=asked, headers={"X-API-Key": SECRETS["bob"]}, timeout=60
+    )
+    assert answer.status_code == 200, answer.text
+    return dict(answer.json())
+
+
+@pytest.mark.fault(193)
+@pytest.mark.parametrize("kinds", [*([kind] for kind in FLOODS), list(FLOODS)], ids=lambda kinds: " and ".join(kinds))
+def test_a_flood_at_a_slow_bucket_keeps_nobody_from_drawing(live: Live, kinds: list[str]) -> None:
+    """While one key's requests wait for the bucket, another key's pictures are stored, and nothing is called down."""
+    with flooded(live, [FLOODS[kind] for kind in kinds]) as statuses:
+        for number in range(2):
+            began = time.monotonic()
+            receipt = drawn(live, f"a red square {number}")
+            assert receipt["stored"] is True, receipt
+            assert time.monotonic() - began < 15
+        readiness = httpx.get(f"{live.url}/readyz", headers={"X-API-Key": SECRETS["bob"]}, timeout=30)
+        assert readiness.status_code == 200, readiness.text
+        told = httpx.get(f"{live.url}/metrics", headers={"X-API-Key": SECRETS["bob"]}, timeout=30).text
+    assert statuses, "nothing was flooded"
+    assert 503 not in statuses
+    failures = [line for line in told.splitlines() if line.startswith("sds_storage_failures")]
+    assert failures
+    assert float(failures[0].rsplit(" ", 1)[1]) == 0
+
+
+@pytest.mark.fault(193)
+@pytest.mark.parametrize("name", ["sd-models", "samplers", "loras"])
+def test_lists_of_one_caller_leave_threads_to_others(
+    live_of: Callable[..., Live], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Eighty at a time of lists that take long: at most half of their places are one caller's, the rest is 429."""
+    under_way, most = [0], [0]
+    from stable_diffusion_server.api.sdapi import answers, doors
+
+    told = {"sd-models": "models_answer", "samplers": "samplers_answer", "loras": "loras_answer"}[name]
+    right = getattr(answers, told)
+
+    def slow(house: object) -> object:
+        under_way[0] += 1
+        most[0] = max(most[0], under_way[0])
+        time.sleep(0.05)
+        under_way[0] -= 1
+        return right(house)
+
+    monkeypatch.setattr(answers, told, slow)
+    live = live_of(api_keys=",".join(f"{who}:{secret}" for who, secret in SECRETS.items()))
+    with flooded(live, [("GET", f"/sdapi/v1/{name}")], 80) as statuses:
+        headers = {"X-API-Key": SECRETS["bob"]}
+        answer = httpx.get(f"{live.url}/sdapi/v1/{name}", headers=headers, timeout=30)
+        assert answer.status_code == 200
+        assert httpx.get(f"{live.url}/readyz", headers=headers, timeout=30).status_code == 200
+    assert most[0] <= doors.LISTS_AT_ONCE
+    assert {200, 429} == set(statuses)
