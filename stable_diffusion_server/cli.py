@@ -14,6 +14,7 @@ from urllib.parse import quote
 import uvicorn
 
 from stable_diffusion_server import __version__
+from stable_diffusion_server.http_protocol import BoundedProtocol
 from stable_diffusion_server.settings import Settings
 from stable_diffusion_server.settings.reading import SettingsError, describe_settings, read_settings
 
@@ -123,8 +124,10 @@ def serve() -> None:
     sys.stdout.flush()
     config = uvicorn.Config(
         app,
+        http=BoundedProtocol,
         access_log=False,
         log_level="warning",
+        log_config=None,  # its loggers write lines of our log, see `configure_logging`
         # Longer than clients and proxies keep a line, so that none of them asks on one that is being closed.
         timeout_keep_alive=75,
         timeout_graceful_shutdown=math.ceil(settings.stop_seconds),

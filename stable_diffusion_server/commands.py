@@ -112,20 +112,30 @@ def tend_dead_letters(data_dir: Path, action: str, ids: list[str]) -> None:
     found = {letter.id: letter for letter in letters.listed()}
     if action == "list":
         for letter in found.values():
-            sys.stdout.write(f"{letter.id}  {letter.size} bytes  {letter.key!r}  {letter.reason}\n")
+            sys.stdout.write(
+                f"{printable(letter.id)}  {letter.size} bytes  {letter.key!r}  {printable(letter.reason)}\n"
+            )
         return
-    wanted = list(found) if ids == ["all"] else ids
+    called = {printable(name): name for name in found}
+    wanted = list(found) if ids == ["all"] else [called.get(name, name) for name in dict.fromkeys(ids)]
     if not wanted or set(wanted) - set(found):
-        _end(2, f"Give ids as `spool list` tells them, or `all`; there is no {' '.join(set(wanted) - set(found))}.")
+        absent = ", ".join(sorted(map(printable, set(wanted) - set(found))))
+        _end(2, f"Give ids as `spool list` tells them, or `all`{f'; there is no {absent}' if absent else ''}.")
     act, failed = {"retry": letters.retry, "drop": letters.drop}[action], 0
     for name in wanted:
         try:
             act(found[name])
-            sys.stdout.write(f"  ok    {action} {name}\n")
+            sys.stdout.write(f"  ok    {action} {printable(name)}\n")
         except (OSError, ValueError) as error:
             failed += 1
-            sys.stdout.write(f"  FAIL  {action} {name}: {error.strerror if isinstance(error, OSError) else error}\n")
+            why = error.strerror if isinstance(error, OSError) else error
+            sys.stdout.write(f"  FAIL  {action} {printable(name)}: {why}\n")
     sys.exit(1 if failed else 0)
+
+
+def printable(text: str) -> str:
+    """A text on one line of a terminal, whatever is in it: what is no printable ASCII is escaped."""
+    return text if text.isascii() and text.isprintable() else ascii(text)[1:-1]
 
 
 def _fetched(url: str) -> bytes:

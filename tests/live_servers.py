@@ -15,6 +15,7 @@ from fakes import PaintedSquares, settings_in, until
 
 from stable_diffusion_server.app import create_app
 from stable_diffusion_server.cli import _listen
+from stable_diffusion_server.http_protocol import BoundedProtocol
 
 
 @dataclass
@@ -36,7 +37,8 @@ def live_of(tmp_path: Path) -> Iterator[Callable[..., Live]]:
         settings = settings_in(tmp_path, **{"port": 0, **changes})
         listening = _listen(settings)
         app = create_app(settings, load=lambda settings: painter)
-        config = uvicorn.Config(app, access_log=False, log_level="warning", proxy_headers=False, log_config=None)
+        quiet: dict[str, Any] = {"access_log": False, "log_level": "warning", "log_config": None}
+        config = uvicorn.Config(app, http=BoundedProtocol, proxy_headers=False, **quiet)
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()

@@ -17,6 +17,7 @@ from fakes import Canvas, Retouchers
 
 from stable_diffusion_server.app import create_app
 from stable_diffusion_server.errors import DevicePoisoned
+from stable_diffusion_server.http_protocol import BoundedProtocol
 from stable_diffusion_server.orders import Job
 from stable_diffusion_server.settings.reading import read_settings
 
@@ -55,7 +56,13 @@ if __name__ == "__main__":
     app = create_app(settings, load=lambda settings: Mortal(seconds_per_step=seconds))
     grace = math.ceil(settings.stop_seconds)
     config = uvicorn.Config(
-        app, port=settings.port, log_level="warning", proxy_headers=False, timeout_graceful_shutdown=grace
+        app,
+        port=settings.port,
+        http=BoundedProtocol,
+        log_level="warning",
+        log_config=None,
+        proxy_headers=False,
+        timeout_graceful_shutdown=grace,
     )
     try:
         uvicorn.Server(config).run()

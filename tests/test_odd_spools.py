@@ -179,3 +179,82 @@ def test_the_command_lists_retries_and_drops(tmp_path: Path, capsys: pytest.Capt
     spooling.open()
     until(lambda: list(store.list()) == ["k0"])
     spooling.close()
+
+
+def deep(path: Path) -> None:
+    path.write_text("[" * 50_000)
+
+
+def no_list_of_pairs(path: Path) -> None:
+    path.write_text(json.dumps([["reason", {"a": 1}]]))
+
+
+def escapes(path: Path) -> None:
+    path.write_text(json.dumps({"reason": "\x1b]0;own\x07\nanother line\u202e\ud800"}))
+
+
+def huge(path: Path) -> None:
+    path.touch()
+    os.truncate(path, 1 << 40)
+
+
+REASONS = [pipe, deep, no_list_of_pairs, escapes, huge, link_to_a_secret, binary]
+
+
+@pytest.mark.fault(176)
+@pytest.mark.parametrize("make", REASONS)
+def test_an_odd_reason_beside_a_dead_letter_holds_up_nothing(
+    tmp_path: Path, make: Callable[[Path], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Listed on one printable line, found by a server that starts, counted among the others, and dropped."""
+    letters, folder = DeadLetters(tmp_path / "dead-letters", 10**9), tmp_path / "spool"
+    folder.mkdir()
+    letter = letters.add(whole(folder, 0), "refused")
+    assert letter is not None
+    reason = letter.with_name(f"{letter.name}.reason")
+    reason.unlink()
+    make(reason)
+    commands.tend_dead_letters(tmp_path, "list", [])
+    [line] = capsys.readouterr().out.splitlines()
+    assert line.isprintable()
+    assert "'k0'" in line
+    Spool(folder, 10**9).open()
+    assert letters.add(whole(folder, 1), "refused") is not None
+    for one in letters.listed():
+        letters.drop(one)
+    assert letters.listed() == []
+
+
+@pytest.mark.fault(176)
+@pytest.mark.parametrize("name", ["0\x1b[2J", "0\nfake  7 bytes", "0\udcff\udcfe", "0\u202e", "0 'x'", "--help"])
+def test_the_command_tells_and_takes_odd_names(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """An id is one printable word as it is listed, and is taken as it was listed; what is no object is told."""
+    letters = DeadLetters(tmp_path / "dead-letters", 10**9)
+    (tmp_path / "spool").mkdir()
+    letters.add(whole(tmp_path / "spool", 0), "refused")
+    whole(tmp_path / "spool", 1).rename(tmp_path / "dead-letters" / f"{name}.spool")
+    no_facts(tmp_path / "dead-letters" / "deep.spool")
+    commands.tend_dead_letters(tmp_path, "list", [])
+    lines = capsys.readouterr().out.splitlines()
+    assert (len(lines), all(line.isprintable() and line.isascii() for line in lines)) == (3, True)
+    listed = next(line.partition("  ")[0] for line in lines if "'k1'" in line)
+    for action, ids, status in (("retry", ["all"], 1), ("drop", ["deep", "deep"], 0), ("drop", [listed], 2)):
+        with pytest.raises(SystemExit) as ended:
+            commands.tend_dead_letters(tmp_path, action, ids)
+        assert ended.value.code == status
+    told = capsys.readouterr()
+    assert (told.out.count("  ok    retry"), told.out.count("FAIL  retry deep"), told.err.isascii()) == (2, 1, True)
+    assert len(list((tmp_path / "spool").glob("*.retry"))) == 2
+
+
+@pytest.mark.fault(176)
+def test_a_retry_that_cannot_be_taken_up_holds_up_no_other(tmp_path: Path) -> None:
+    """A folder stands where the first is to be put; the second waits to be brought."""
+    folder = tmp_path / "spool"
+    folder.mkdir()
+    whole(folder, 0).rename(folder / "00.retry")
+    whole(folder, 1).rename(folder / "01.retry")
+    spool = Spool(folder, 10**9)
+    folder_of_that_name(folder / "00.spool")  # behind the spool's back, which sets such things aside as it opens
+    spool.take_up_retries()
+    assert [kept.stored.key for kept in spool.waiting()] == ["k1"]

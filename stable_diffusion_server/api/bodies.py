@@ -19,6 +19,8 @@ from stable_diffusion_server.strict_json import JsonLimits, parse_object
 _FORM_TYPES = ("application/x-www-form-urlencoded", "multipart/form-data")
 BODY_TYPES = ("application/json", *_FORM_TYPES)
 _MAX_FIELDS = 100
+# Escapes of a form: each costs as much as a thousand letters where it is none, and a text of 32,000 emoji has as many.
+_MOST_ESCAPES = 131_072
 # Files under a name that may come more than once.
 _MAX_LISTED = 16
 # Of multipart texts: other codecs of Python's take time with the square of the text, raise errors of their own, or
@@ -130,6 +132,8 @@ async def _read_body(
         body = await request.body()
         if len(body) > (most := limits_of(request).text_bytes):
             raise TooLarge(f"A form of this type may have {most} bytes; longer ones come as multipart/form-data.")
+        if body.count(b"%") > _MOST_ESCAPES:
+            raise TooLarge(f"A form of this type may have {_MOST_ESCAPES} percent signs; send multipart/form-data.")
         return await aside(len(body), _read_pairs, body, "form")
     if media_type == _FORM_TYPES[1]:
         return await _read_multipart(request, files, lists)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from contextlib import suppress
 
 import structlog
 
@@ -32,8 +33,35 @@ def configure_logging(level: str, log_format: str) -> None:
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
         cache_logger_on_first_use=False,
     )
+    if not for_people:
+        _take_over()
     # uvicorn's own lines hold query strings, and so prompts; the gate logs requests instead.
     logging.getLogger("uvicorn.access").disabled = True
+
+
+def _take_over() -> None:
+    """Have what libraries log come out as lines of ours, uvicorn's and asyncio's among them."""
+    root = logging.getLogger()
+    for handler in [handler for handler in root.handlers if isinstance(handler, LibraryLines)]:
+        root.removeHandler(handler)
+    root.addHandler(LibraryLines(logging.WARNING))
+    uvicorn = logging.getLogger("uvicorn")
+    uvicorn.handlers.clear()
+    uvicorn.propagate = True
+
+
+class LibraryLines(logging.Handler):
+    """What others log, as lines of this log."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one line, whatever is in the record; what cannot be written ends nothing that logs it."""
+        try:
+            text = record.getMessage()
+        except Exception:  # arguments that do not fit the message
+            text = str(record.msg)
+        exc_info = record.exc_info if record.exc_info and record.exc_info[0] is not None else None
+        with suppress(OSError, ValueError):  # a stream that is closed
+            structlog.get_logger().log(record.levelno, text, logger=record.name, exc_info=exc_info)
 
 
 def shorten_values(logger: object, method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:

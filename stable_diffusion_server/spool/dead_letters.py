@@ -82,7 +82,10 @@ class DeadLetters:
     def retry(self, letter: DeadLetter) -> None:
         """Put it back to those that wait. Raises `OSError`, and `ValueError` for what is no whole object."""
         facts_of(letter.path)
-        letter.path.replace(self._folder.with_name("spool") / f"{letter.id}{RETRIED}")
+        target = self._folder.with_name("spool") / f"{letter.id}{RETRIED}"
+        if target.exists():
+            raise ValueError("another of this id is being retried")
+        letter.path.replace(target)
         _sidecar(letter.path).unlink(missing_ok=True)
 
     def drop(self, letter: DeadLetter) -> None:
@@ -100,10 +103,10 @@ class DeadLetters:
 
     def _read(self, path: Path) -> DeadLetter | None:
         why: dict[str, Any] = {}
-        with suppress(OSError, ValueError, TypeError):
-            why = dict(json.loads(_sidecar(path).read_bytes()))
+        with suppress(OSError, ValueError):
+            why = _object_in(_first_line_of(_sidecar(path)))
         key = ""
-        with suppress(OSError, ValueError, RecursionError):
+        with suppress(OSError, ValueError):
             key = head_of(path)["key"]
         with suppress(FileNotFoundError):
             size = path.lstat().st_size
@@ -123,11 +126,8 @@ class DeadLetters:
 
 def head_of(path: Path) -> dict[str, Any]:
     """The line of facts before an object's bytes. Raises `OSError`, and `ValueError` for another kind of file."""
-    if not stat.S_ISREG(path.lstat().st_mode):
-        raise ValueError("it is no file")
-    with path.open("rb") as file:
-        line = file.readline(_HEAD_BYTES)
-    facts = json.loads(line) if line.endswith(b"\n") else None
+    line = _first_line_of(path)
+    facts = _object_in(line) if line.endswith(b"\n") else None
     kinds = {"key": str, "content_type": str, "record": dict, "sha256": str, "overwrite": bool}
     if not isinstance(facts, dict) or not all(isinstance(facts.get(name), kind) for name, kind in kinds.items()):
         raise ValueError("it does not begin with the facts of an object")
@@ -147,6 +147,22 @@ def facts_of(path: Path) -> tuple[dict[str, Any], int]:
     if content.hexdigest() != facts["sha256"]:
         raise ValueError("its bytes are not those it was given")
     return facts, size
+
+
+def _first_line_of(path: Path) -> bytes:
+    """The beginning of a file, no more of it than a head may be. Raises `OSError`, and `ValueError` for no file."""
+    if not stat.S_ISREG(path.lstat().st_mode):
+        raise ValueError("it is no file")
+    with path.open("rb") as file:
+        return file.readline(_HEAD_BYTES)
+
+
+def _object_in(line: bytes) -> dict[str, Any]:
+    """The JSON object of a line. Raises `ValueError`, for one that is nested too deep too."""
+    try:
+        return dict(json.loads(line))
+    except (RecursionError, TypeError) as error:
+        raise ValueError("it does not begin with the facts of an object") from error
 
 
 def _parts(read: Callable[[int], bytes]) -> Iterator[bytes]:

@@ -170,7 +170,7 @@ class Spool:
         with suppress(OSError):
             for path in sorted(self._folder.glob(f"*{RETRIED}")):
                 again = path.with_suffix(".spool")
-                with suppress(FileNotFoundError):  # another process was faster
+                with suppress(OSError):  # another process was faster, or something stands in its way
                     path.replace(again)
                     if (kept := self._look(again)) is not None:
                         self._parked.pop(kept.stored.key, None)

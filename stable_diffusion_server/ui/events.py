@@ -37,10 +37,14 @@ _TYPES: Mapping[str, str] = {
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """An event of the page: the type of each of its inputs, and the ids of the components that trigger it."""
+    """An event of the page: the type of each of its inputs, and the ids of the components that trigger it.
+
+    `firsts` are the values its inputs begin with: what null stands for, if there is one.
+    """
 
     inputs: tuple[str, ...]
     triggers: frozenset[int]
+    firsts: tuple[Any, ...] = ()
 
 
 Events = Mapping[int, Event]
@@ -49,6 +53,7 @@ Events = Mapping[int, Event]
 def events_of(config: Mapping[str, Any]) -> Events:
     """The events of a page out of Gradio's own configuration. Raises `ValueError` for an input of an unknown kind."""
     kinds = {component["id"]: component["type"] for component in config["components"]}
+    values = {component["id"]: component.get("props", {}).get("value") for component in config["components"]}
     events: dict[int, Event] = {}
     for dependency in config["dependencies"]:
         inputs = [kinds[number] for number in dependency["inputs"]]
@@ -57,7 +62,9 @@ def events_of(config: Mapping[str, Any]) -> Events:
         triggers = frozenset(number for number, _ in dependency["targets"] if number is not None)
         if (first := events.get(dependency.get("trigger_after"))) is not None:
             triggers |= first.triggers  # what follows another event comes with that one's trigger
-        events[dependency["id"]] = Event(tuple(_TYPES[kind] for kind in inputs), triggers)
+        types = tuple(_TYPES[kind] for kind in inputs)
+        firsts = tuple(_first(values[number], kind) for number, kind in zip(dependency["inputs"], types, strict=True))
+        events[dependency["id"]] = Event(types, triggers, firsts)
     return events
 
 
@@ -81,8 +88,9 @@ def sanitized(body: bytes, events: Events) -> dict[str, Any]:
     for place, (value, kind) in enumerate(zip(data, event.inputs, strict=True)):
         if not _fits(value, kind):
             raise InvalidInput(f"data[{place}] must be {kind}, or null.", field=f"data[{place}]")
+    firsts = event.firsts or (None,) * len(data)
     return {
-        "data": data,
+        "data": [first if value is None else value for value, first in zip(data, firsts, strict=True)],
         "event_data": _chosen(given.get("event_data")),
         "fn_index": number,
         "trigger_id": trigger,
@@ -123,6 +131,11 @@ def _fits(value: Any, kind: str) -> bool:
             return False
 
 
+def _first(value: Any, kind: str) -> Any:
+    """What a component begins with, where that is a value a page may send."""
+    return value if kind in ("text", "number", "yes or no") and _fits(value, kind) else None
+
+
 def _is_number(value: Any) -> bool:
     # Of infinity and what is no number neither comparison holds.
     return isinstance(value, int | float) and not isinstance(value, bool) and -_LARGEST <= value <= _LARGEST
@@ -141,11 +154,10 @@ def _is_short_list(value: Any) -> bool:
     )
 
 
-def _chosen(given: Any) -> dict[str, Any] | None:
+def _chosen(given: Any) -> dict[str, Any]:
     """What was chosen, of all that components tell of it: its index and its label. The rest goes no further."""
-    if not isinstance(given, dict):
-        return None
-    index, value = given.get("index"), given.get("value")
+    told = given if isinstance(given, dict) else {}
+    index, value = told.get("index"), told.get("value")
     return {
         "index": index if _is_index(index) else None,
         "value": value if isinstance(value, str) and len(value) <= _LONGEST_LABEL else None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -273,3 +274,38 @@ def test_garbage_at_google_counts_as_absent(google: tuple[Bucket, Rascal, str], 
     assert bucket.read("k.webp") == b"8 bytes!"
     with pytest.raises(NotFound):
         bucket.read("none")
+
+
+@pytest.mark.fault(178)
+@pytest.mark.parametrize(
+    "fact",
+    [
+        {"metadata": {"prompt": {"a": 1}}},
+        {"metadata": {"seed": None}},
+        {"metadata": ["x"]},
+        {"contentType": "image/webp\r\nX-Evil: 1"},
+        {"contentType": 5},
+        {"etag": [{}]},
+        {"etag": "a\r\nb"},
+        {"etag": "\ud800"},
+        {"size": "-5"},
+    ],
+)
+def test_facts_of_google_that_are_none_are_of_the_storage(
+    google: tuple[Bucket, Rascal, str], fact: dict[str, Any]
+) -> None:
+    """An answer to a write with the right sum whose other facts no receipt and no header can hold: not believed."""
+    bucket, rascal, _ = google
+    right = {
+        "name": "k",
+        "bucket": "b",
+        "size": "4",
+        "generation": "1",
+        "md5Hash": "jXd/OF09/siBXSD3SWAm3A==",
+        "etag": "e",
+    }
+    rascal.rule = answering(Said(200, json.dumps({**right, "size": "4", "metadata": {}}).encode(), JSON), "POST")
+    assert bucket.overwrite("k", b"data", "image/webp", {}).etag == "e"
+    rascal.rule = lambda method, path, headers: Said(200, json.dumps({**right, "metadata": {}, **fact}).encode(), JSON)
+    with pytest.raises(StorageUnavailable):
+        bucket.overwrite("k", b"data", "image/webp", {})

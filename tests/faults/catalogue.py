@@ -187,6 +187,13 @@ GROUPS: dict[str, dict[str, str]] = {
         "193": "a flood of reads, deletions and lists by one caller, before a bucket or a folder that takes its time",
         "194": "garbage in the local bucket under a picture's name, with its record and without",
     },
+    "A second hour of attack": {
+        "174": "bodies in 200,000 chunks of a byte, heads that do not come, what is no HTTP behind an answer",
+        "175": "events of the UI with null in every field, or with values that no component takes",
+        "176": "odd names, reasons and folders among the dead letters, for the server and for `spool`",
+        "177": "a form of a million bare percent signs",
+        "178": "facts of an object at Google that no header and no receipt can hold",
+    },
 }
 ROWS: dict[str, str] = {number: text for rows in GROUPS.values() for number, text in rows.items()}
 

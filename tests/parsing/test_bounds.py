@@ -401,3 +401,17 @@ def test_pictures_come_back_whole_whatever_their_length() -> None:
         "q": "b" * 5_000,
     }
     assert parse_object(b'{"q":"' + b"\\n\\u00e4" * 1_000 + b'"}', JsonLimits())["q"] == "\nä" * 1_000
+
+
+@pytest.mark.fault(177)
+@pytest.mark.parametrize("escape", ["%", "%%", "%zz", "%F0%9F%98%80", "a=%&"])
+def test_a_form_has_so_many_escapes_and_is_refused_unread_beyond(house: House, escape: str) -> None:
+    """Bare percent signs cost a thousand letters each: at the limit they are read, beyond it they are only counted."""
+    count = 131_072 // escape.count("%")
+    for path in ("/create_and_upload_image", "/v1/images/generations"):
+        for more, refused in ((0, False), (1, True)):
+            body = b"prompt=" + escape.encode() * (count + more)
+            headers = {"Content-Type": "application/x-www-form-urlencoded"}
+            answer = house.client.post(path, content=body, headers=headers)
+            assert 400 <= answer.status_code < 500
+            assert ("percent signs" in answer.text) == refused, answer.text

@@ -157,6 +157,6 @@ def test_a_component_that_opens_files_cannot_be_an_input(kind: str) -> None:
     }
     follows = {"id": 1, "inputs": [], "targets": [(None, "then")], "trigger_after": 0}
     both = {**config("textbox"), "dependencies": [*config("textbox")["dependencies"], follows]}
-    assert events_of(both) == {0: Event(("text",), frozenset({1})), 1: Event((), frozenset({1}))}
+    assert events_of(both) == {0: Event(("text",), frozenset({1}), (None,)), 1: Event((), frozenset({1}))}
     with pytest.raises(ValueError, match=kind):
         events_of(config(kind))

@@ -279,9 +279,18 @@ def _writer_of(blob: Any) -> str | None:
 
 
 def _stored(blob: Any) -> Stored:
-    """The object that an answer tells of. Raises `StorageUnavailable` where it lacks a size or a generation."""
-    etag = str(blob.etag or blob.generation or "").strip('"')
-    if not etag or not isinstance(blob.size, int):
-        raise unreadable("it has no generation" if not etag else "it has no size")
-    record = {name: value for name, value in (blob.metadata or {}).items() if name not in (_WRITER, _SUM)}
-    return Stored(blob.name, blob.size, etag, blob.content_type or "application/octet-stream", record)
+    """The object that an answer tells of. Raises `StorageUnavailable` where a fact of it is missing, or is none."""
+    etag, kind, said = (
+        blob.etag or blob.generation,
+        blob.content_type or "application/octet-stream",
+        blob.metadata or {},
+    )
+    etag = str(etag).strip('"') if isinstance(etag, str | int) else ""
+    if not etag or not isinstance(blob.size, int) or blob.size < 0:
+        raise unreadable("it has no size" if etag else "it has no generation")
+    if not (isinstance(kind, str) and f"{kind}{etag}".isascii() and f"{kind}{etag}".isprintable()):  # for a header
+        raise unreadable("its type or its ETag is none")
+    if not isinstance(said, dict) or not all(isinstance(text, str) for pair in said.items() for text in pair):
+        raise unreadable("its metadata are none")
+    record = {name: value for name, value in said.items() if name not in (_WRITER, _SUM)}
+    return Stored(blob.name, blob.size, etag, kind, record)

@@ -55,7 +55,7 @@ def tab(desks: Desks, blocks: gr.Blocks) -> Create:
             common = replace(common, seed=str(secrets.randbelow(asking.SEED_END)))
         return asking.create(common, width, height, explore=explore)
 
-    examples.click(lambda row: row[0], examples, prompt, **QUIET)
+    examples.click(lambda row: row[0] if row else gr.skip(), examples, prompt, **QUIET)
     panel.wire(desks, blocks, here, [draw.click, prompt.submit], [width, height, explore, *chosen.inputs], wishes)
     return Create(examples, words, (preset, width, height), here)
 

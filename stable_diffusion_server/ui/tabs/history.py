@@ -12,7 +12,7 @@ from stable_diffusion_server.ui import offering, recounting, snippets, telling
 from stable_diffusion_server.ui.desk import RefusedError
 from stable_diffusion_server.ui.desks import Desks
 from stable_diffusion_server.ui.tabs.fields import QUIET
-from stable_diffusion_server.ui.tabs.panel import desk_of
+from stable_diffusion_server.ui.tabs.panel import desk_of, index_of
 
 EVERY = ("Every model", "")
 # Of one page: it is all kept here, and sent anew with each step back.
@@ -89,7 +89,10 @@ def tab(desks: Desks, opened: gr.Tab) -> History:
         return await _listed(desks, request, (words, model), before, shown)
 
     async def choose(request: gr.Request, shown: list[Any], event: gr.SelectData) -> tuple[Any, ...]:
-        return await _told(desks, request, shown, int(event.index))
+        try:
+            return await _told(desks, request, shown, index_of(event))
+        except ValueError as error:
+            return gr.skip(), telling.alert(str(error)), *(gr.skip(),) * (len(one.outputs) - 1)
 
     by = [words, model]
     # `change`, since `input` is not told of words that are pasted; it is told of Enter too.

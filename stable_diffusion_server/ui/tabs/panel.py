@@ -39,6 +39,11 @@ def _inner(request: gr.Request) -> Request:
     return inner
 
 
+def index_of(event: gr.SelectData) -> int:
+    """Which picture of a gallery was chosen; the first where a page does not say."""
+    return event.index if isinstance(event.index, int) else 0
+
+
 @dataclass(frozen=True, slots=True)
 class Panel:
     """The components. `jobs` holds the ids under way, `shown` the receipts in the gallery, `chosen` which is picked.
@@ -183,6 +188,6 @@ def wire(
     here.cancel.click(cancel, here.jobs, here.told, **QUIET)
 
     def choose(event: gr.SelectData) -> int:
-        return int(event.index)
+        return index_of(event)
 
     here.gallery.select(choose, None, here.chosen, **QUIET)

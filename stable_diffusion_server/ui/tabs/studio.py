@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+import structlog
 from fastapi import FastAPI
 from limits import RateLimitItem
 from starlette.types import Scope
@@ -21,15 +22,31 @@ from stable_diffusion_server.ui.tabs.fields import QUIET, habits_of
 from stable_diffusion_server.ui.tabs.panel import Panel, desk_of
 from stable_diffusion_server.ui.tabs.ways import Ways, onward
 
+_log = structlog.get_logger(__name__)
+
 _STYLE, _SCRIPT = (Path(__file__).with_name(f"studio.{kind}") for kind in ("css", "js"))
 _HOUR, _DAY = 3600, 86_400
 # Pages whose state is kept; the longest unused go first.
 _SESSIONS = 1000
 
 
+class Studio(gr.Blocks):
+    """Gradio's blocks, whose events tell of what failed in a line of our log."""
+
+    async def process_api(self, *given: Any, **named: Any) -> dict[str, Any]:
+        """Run an event. Raises Gradio's error for whatever is raised, told already, and in words of ours."""
+        try:
+            return await super().process_api(*given, **named)
+        except gr.Error as error:  # a value that a component does not take, which Gradio's sentence repeats
+            _log.warning("an event of the UI was refused", reason=type(error).__name__)
+        except Exception as error:
+            _log.error("an event of the UI failed", exc_info=error)
+        raise gr.Error("This cannot be done; load the page again.", print_exception=False)
+
+
 def build(desks: Desks, intake: Intake, rate: RateLimitItem | None) -> FastAPI:
     """The studio behind its guard. Takes seconds, as Gradio does. `rate` is how many events one visitor may send."""
-    with gr.Blocks(title="Studio", analytics_enabled=False, delete_cache=(_HOUR, _DAY)) as blocks:
+    with Studio(title="Studio", analytics_enabled=False, delete_cache=(_HOUR, _DAY)) as blocks:
         gr.Markdown("# Studio", elem_classes="sds-title")
         creating, panels, kept = _tabs(desks, intake, blocks)
         _offer(desks, blocks, creating, panels, kept)

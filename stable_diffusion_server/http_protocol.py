@@ -1,0 +1,90 @@
+"""Reads HTTP off a connection under `serve`: uvicorn's protocol, with bounds on chunks and on the wait for a head."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+# A chunk costs the event loop the same whether it holds one byte or a thousand: so many are free, and then they must
+# hold so many bytes on the average.
+FREE_CHUNKS, LEAST_CHUNK_BYTES = 1024, 256
+_HEAD_BYTES = 65_536
+
+
+class BoundedConnection(h11.Connection):
+    """A server's side of a connection whose requests come in chunks of a useful size, or not at all."""
+
+    def __init__(self, max_incomplete_event_size: int) -> None:
+        super().__init__(h11.SERVER, max_incomplete_event_size)
+        self._chunks = 0
+        self._bytes = 0
+
+    def next_event(self) -> Any:
+        """The next event. Raises `h11.RemoteProtocolError` for what is no HTTP, and for too many small chunks."""
+        event = super().next_event()
+        if isinstance(event, h11.Request):
+            self._chunks = self._bytes = 0
+        elif isinstance(event, h11.Data):
+            self._chunks += event.chunk_end
+            self._bytes += len(event.data)
+            if self._chunks > FREE_CHUNKS + self._bytes // LEAST_CHUNK_BYTES:
+                raise h11.RemoteProtocolError("too many small chunks", error_status_hint=400)
+        return event
+
+
+class BoundedProtocol(H11Protocol):
+    """uvicorn's HTTP/1.1 for clients that may be hostile: `uvicorn main:app --http MODULE:BoundedProtocol` as well.
+
+    A connection is closed unless the head of a request is there within `head_seconds` of its first byte, or of the
+    connection's beginning. What is no HTTP behind an answer that was begun closes the connection, and nothing more.
+    """
+
+    head_seconds = 30.0
+
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named)
+        self.conn: h11.Connection = BoundedConnection(self.config.h11_max_incomplete_event_size or _HEAD_BYTES)
+        self._head_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
+        """Wait for the first head."""
+        super().connection_made(transport)
+        self._start_timer()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Wait for nothing more."""
+        super().connection_lost(exc)
+        self._stop_timer()
+
+    def data_received(self, data: bytes) -> None:
+        """Read on."""
+        super().data_received(data)
+        if self.conn.their_state is not h11.IDLE:
+            self._stop_timer()
+        elif self.conn.trailing_data[0]:
+            self._start_timer()
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse what is no HTTP; where an answer was begun there is no place for another."""
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            super().send_400_response(msg)
+        else:
+            self.transport.close()
+
+    def _start_timer(self) -> None:
+        """Have a head come whole in time; one that is waited for already has no more time for what came of it."""
+        if self._head_timer is None:
+            self._head_timer = self.loop.call_later(self.head_seconds, self._head_is_late)
+
+    def _head_is_late(self) -> None:
+        self._head_timer = None
+        if self.conn.their_state is h11.IDLE and not self.transport.is_closing():
+            self.transport.close()
+
+    def _stop_timer(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
