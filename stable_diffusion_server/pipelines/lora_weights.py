@@ -28,7 +28,7 @@ from stable_diffusion_server.pipelines.lora_files import LoraFile, denoisers_of
 Tensors = dict[str, torch.Tensor]
 
 _NOTES = "lora_adapter_metadata"
-_MOST_TENSORS, _LONGEST_NAME = 8192, 300
+_MOST_TENSORS, _LONGEST_NAME, _MOST_SIDES = 8192, 300, 8
 # The libraries' conversions count blocks, and take time by the square of them.
 _LARGE_NUMBER = re.compile(r"\d{4}")
 _ENDING = re.compile(
@@ -129,6 +129,8 @@ def _tensors_of(file: LoraFile) -> Tensors:
     except Exception as error:  # it has errors of its own, and passes on those of torch and Python
         raise UnfitError("cannot be read as safetensors") from error
     for name, tensor in tensors.items():
+        if tensor.ndim > _MOST_SIDES:  # PyTorch computes with none of more than 64
+            raise UnfitError(f"holds a tensor of {tensor.ndim} dimensions ({_shown(name)})")
         _check_numbers(name, tensor)
     return {name: _computable(tensor) for name, tensor in tensors.items()}
 

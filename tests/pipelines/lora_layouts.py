@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -208,6 +209,13 @@ def _headed(length: int, header: bytes) -> bytes:
     return length.to_bytes(8, "little") + header
 
 
+def _of_dimensions(name: str, number: int) -> bytes:
+    """A file of one tensor with so many dimensions, which safetensors takes in any number and PyTorch does not."""
+    facts = {"dtype": "F32", "shape": [1] * (number - 2) + [4, 4], "data_offsets": [0, 64]}
+    header = json.dumps({name: facts}).encode()
+    return _headed(len(header), header) + bytes(64)
+
+
 # What is no adapter for a model, by family: the file's bytes, and what the sentence says of it.
 UNFIT: dict[str, dict[str, tuple[Callable[[Any], bytes], str]]] = {
     "sdxl": {
@@ -264,6 +272,13 @@ UNFIT: dict[str, dict[str, tuple[Callable[[Any], bytes], str]]] = {
             lambda p: _bytes({k: v for k, v in kohya("lora_unet", unet_pairs(p)).items() if "lora_up" not in k}),
             "not an adapter for this model",
         ),
+        **{
+            f"{number} dimensions": (
+                partial(lambda number, p: _of_dimensions("unet.mid_block.proj_in.lora_A.weight", number), number),
+                "dimensions",
+            )
+            for number in (9, 65, 9_000)
+        },
         "NaN": (lambda p: _bytes(with_one(peft("unet", unet_pairs(p)), float("nan"))), "not finite"),
         "infinity in a text encoder": (
             lambda p: _bytes(with_one(kohya("lora_te1", encoder_pairs(p.text_encoder)), float("inf"))),
