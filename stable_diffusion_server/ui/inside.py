@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping
+from typing import Any
 from urllib.parse import unquote
 
 import httpx
@@ -57,7 +58,8 @@ class _Exchange(httpx.AsyncByteStream):
         """Status and headers of the answer. Raises `httpx.WriteTimeout` and `httpx.ReadTimeout`."""
         if self._body:
             taken = asyncio.create_task(self._taken.wait())
-            await asyncio.wait([taken, self._started], timeout=self._write, return_when=asyncio.FIRST_COMPLETED)
+            either: list[asyncio.Future[Any]] = [taken, self._started]
+            await asyncio.wait(either, timeout=self._write, return_when=asyncio.FIRST_COMPLETED)
             taken.cancel()
             if not (self._taken.is_set() or self._started.done()):
                 raise httpx.WriteTimeout("The server did not take the body.")
