@@ -33,7 +33,6 @@ from benchmarks.full_size import EMBEDDED, random_pipeline, write_configurations
 from benchmarks.tables import table
 from stable_diffusion_server.engine import Engine
 from stable_diffusion_server.engine.contract import Phase
-from stable_diffusion_server.orders import Job, Task
 from stable_diffusion_server.pipelines.catalog import MODELS, REAL_MODELS, ModelFacts, with_lcm
 from stable_diffusion_server.pipelines.components import load_pipeline
 from stable_diffusion_server.pipelines.conversion import quantize_parts
@@ -45,6 +44,7 @@ from stable_diffusion_server.pipelines.offload import settle
 from stable_diffusion_server.pipelines.performance import LEVELS, speed_up
 from stable_diffusion_server.pipelines.placement import CONTROL, Quantization, Residency
 from stable_diffusion_server.pipelines.sdxl import Sdxl
+from stable_diffusion_server.types import Job, Task
 
 PROMPT = "a red circle on a blue background"
 KINDS = {"sdxl": Sdxl, "flux": Flux}

@@ -22,9 +22,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stable_diffusion_server.engine import Drawing, Engine, Phase
-from stable_diffusion_server.orders import Job, Picture, Task
 from stable_diffusion_server.pipelines import registry
 from stable_diffusion_server.pipelines.catalog import MODELS
+from stable_diffusion_server.types import Job, Picture, Task
 
 ROOT = Path(__file__).resolve().parent.parent
 SIDE = 128

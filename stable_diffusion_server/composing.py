@@ -17,10 +17,10 @@ from stable_diffusion_server.image_processing import (
     to_size,
     whole,
 )
-from stable_diffusion_server.orders import Job, Order, Picture, Warned
 from stable_diffusion_server.pipelines.catalog import ModelFacts
 from stable_diffusion_server.regions import Box, around, filled, fitted, resized
 from stable_diffusion_server.resolving import Plan
+from stable_diffusion_server.types import Job, Order, Picture, Warned
 
 
 @dataclass(frozen=True, slots=True)

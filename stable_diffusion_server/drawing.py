@@ -10,10 +10,10 @@ from typing import Protocol
 from stable_diffusion_server import engine
 from stable_diffusion_server.flights import Audience, Flights, Listener
 from stable_diffusion_server.judging import DrawnPicture, Judged, Remedy, draw_well
-from stable_diffusion_server.orders import Caller, Event, EventKind, Job, Progress, picture_digest
 from stable_diffusion_server.pipelines.catalog import facts_of
 from stable_diffusion_server.prompts import shorten_too_long_text
 from stable_diffusion_server.resolving import Options
+from stable_diffusion_server.types import Caller, Event, EventKind, Job, Progress, picture_digest
 
 
 class Queue(Protocol):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
-from stable_diffusion_server.orders import Progress
+from stable_diffusion_server.types import Progress
 
 T = TypeVar("T")
 

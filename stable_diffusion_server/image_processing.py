@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from stable_diffusion_server.orders import Format
+from stable_diffusion_server.types import Format
 
 Pixels = NDArray[np.uint8]
 

@@ -14,8 +14,8 @@ from stable_diffusion_server.bumpy_detection import bumpiness, is_black
 from stable_diffusion_server.engine import Drawing
 from stable_diffusion_server.errors import InvalidInput, NotFinite, ServerError
 from stable_diffusion_server.image_processing import Pixels
-from stable_diffusion_server.orders import Job, Task, Warned, digest
 from stable_diffusion_server.pipelines.catalog import SCHEDULERS, ModelFacts, steps_skipped
+from stable_diffusion_server.types import Job, Task, Warned, digest
 
 _log = structlog.get_logger(__name__)
 

@@ -7,7 +7,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 
-from stable_diffusion_server.orders import Stored
+from stable_diffusion_server.types import Stored
 
 
 class Knowledge:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from stable_diffusion_server.errors import InvalidInput
-from stable_diffusion_server.orders import LORA_WEIGHT_MAX, SEED_MAX, Order
+from stable_diffusion_server.types import LORA_WEIGHT_MAX, SEED_MAX, Order
 
 # Characters of a text and of a name, held before anything looks into one; the settings allow no longer prompts.
 TEXT_MAX, NAME_MAX = 10_000, 200

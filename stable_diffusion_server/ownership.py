@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from stable_diffusion_server.errors import Forbidden
-from stable_diffusion_server.orders import Caller, Order, Stored
+from stable_diffusion_server.types import Caller, Order, Stored
 
 _OWNER = "owner"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from stable_diffusion_server.image_processing import Pixels
-from stable_diffusion_server.orders import Progress
+from stable_diffusion_server.types import Progress
 
 
 class Fetch(Protocol):

@@ -8,9 +8,9 @@ from dataclasses import replace
 
 from stable_diffusion_server.composing import Scene, resampling_told
 from stable_diffusion_server.judging import DrawnPicture, Judged
-from stable_diffusion_server.orders import Receipt, Stored, Warned
 from stable_diffusion_server.records import RETOLD
 from stable_diffusion_server.resolving import Plan
+from stable_diffusion_server.types import Receipt, Stored, Warned
 
 # The largest number below which JSON's readers tell whole ones apart.
 _WHOLE_MAX = 2**53

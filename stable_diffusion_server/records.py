@@ -9,9 +9,9 @@ from dataclasses import fields
 from stable_diffusion_server.composing import Scene
 from stable_diffusion_server.history.entries import Entry
 from stable_diffusion_server.judging import DrawnPicture, Judged
-from stable_diffusion_server.orders import Job, job_facts
 from stable_diffusion_server.presenting import LASTING
 from stable_diffusion_server.resolving import Plan
+from stable_diffusion_server.types import Job, job_facts
 
 # What of an order is not told to have it drawn again: its pictures, and what only concerns where it is stored and when.
 NOT_ASKED = frozenset(

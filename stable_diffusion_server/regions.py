@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from stable_diffusion_server.image_processing import Pixels
-from stable_diffusion_server.orders import Fill, Fit
+from stable_diffusion_server.types import Fill, Fit
 
 _GREY = 127
 

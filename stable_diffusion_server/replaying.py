@@ -16,11 +16,11 @@ from stable_diffusion_server.errors import InvalidInput
 from stable_diffusion_server.history.entries import Entry
 from stable_diffusion_server.image_processing import Pixels
 from stable_diffusion_server.inscriptions import read_record
-from stable_diffusion_server.orders import Caller, Order, Receipt, Source, Task
 from stable_diffusion_server.ports import Decode
 from stable_diffusion_server.records import NOT_ASKED
 from stable_diffusion_server.resolving import Options, resolve
 from stable_diffusion_server.service import Service
+from stable_diffusion_server.types import Caller, Order, Receipt, Source, Task
 
 PICTURE = "picture_file"
 _ORDERS = TypeAdapter(Order)

@@ -14,7 +14,7 @@ import structlog
 
 from stable_diffusion_server.bucket_api import Bucket, read_picture
 from stable_diffusion_server.composing import Scene, compose
-from stable_diffusion_server.deadlines import within
+from stable_diffusion_server.concurrency.deadlines import within
 from stable_diffusion_server.drawing import Drawing, For, Queue
 from stable_diffusion_server.errors import NotFound, StorageUnavailable
 from stable_diffusion_server.flights import Audience, Flights, Listener, Watcher
@@ -24,10 +24,10 @@ from stable_diffusion_server.judging import DrawnPicture, Judged
 from stable_diffusion_server.keeping import Keeping, whose_name
 from stable_diffusion_server.observability.account import Account
 from stable_diffusion_server.observability.tracing import Tracing
-from stable_diffusion_server.orders import Caller, Order, Progress, Receipt, Source, Stored, Warned
 from stable_diffusion_server.ports import Decode, Fetch, ignore
 from stable_diffusion_server.receipts import receipt_for_stranger, receipt_of_drawn, receipt_of_stored, rounded
 from stable_diffusion_server.resolving import Options, Plan, facts_for, resolve
+from stable_diffusion_server.types import Caller, Order, Progress, Receipt, Source, Stored, Warned
 
 _ANYONE = Caller()
 _PLANS = 1024

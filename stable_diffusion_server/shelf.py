@@ -10,8 +10,8 @@ from stable_diffusion_server.errors import Forbidden, InvalidInput, NotFound
 from stable_diffusion_server.history.entries import Entry, Wanted
 from stable_diffusion_server.history.recorder import Recorder
 from stable_diffusion_server.inscriptions import read_record
-from stable_diffusion_server.orders import Caller, Stored
 from stable_diffusion_server.ownership import Ownership
+from stable_diffusion_server.types import Caller, Stored
 
 
 @dataclass(frozen=True, slots=True)

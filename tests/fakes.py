@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from stable_diffusion_server.errors import Busy, NotFinite
-from stable_diffusion_server.orders import Job
 from stable_diffusion_server.settings import Settings
+from stable_diffusion_server.types import Job
 
 COLOURS = {
     "red": (215, 40, 40),

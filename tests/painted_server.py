@@ -18,8 +18,8 @@ from fakes import Canvas, Retouchers
 from stable_diffusion_server.app import create_app
 from stable_diffusion_server.errors import DevicePoisoned
 from stable_diffusion_server.http_protocol import BoundedProtocol
-from stable_diffusion_server.orders import Job
 from stable_diffusion_server.settings.reading import read_settings
+from stable_diffusion_server.types import Job
 
 
 class Mortal(Retouchers):

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from stable_diffusion_server.engine import Engine, Phase
 from stable_diffusion_server.errors import DevicePoisoned, NotFinite, OutOfMemory
-from stable_diffusion_server.orders import Job, Task
+from stable_diffusion_server.types import Job, Task
 
 EngineOf = Callable[..., Engine[Any, Any]]
 

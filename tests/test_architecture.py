@@ -87,7 +87,7 @@ def test_nothing_is_imported_by_string(path: Path) -> None:
 
 
 PURE = (
-    "image_processing.py regions.py bumpy_detection.py composing.py resolving.py prompts.py orders.py flights.py "
+    "image_processing.py regions.py bumpy_detection.py composing.py resolving.py prompts.py types.py flights.py "
     "presenting.py picture_formats.py inscriptions.py records.py receipts.py history/entries.py "
     "fetching/addresses.py fetching/targets.py pipelines/catalog.py"
 ).split()

@@ -25,7 +25,7 @@ from stable_diffusion_server.history.index import Index
 from stable_diffusion_server.journal.book import Journal
 from stable_diffusion_server.journal.entries import Entry, State, Work
 from stable_diffusion_server.journal.tables import connect
-from stable_diffusion_server.orders import Caller, Order, Task
+from stable_diffusion_server.types import Caller, Order, Task
 
 SIGNED = {"signed_url_seconds": 600}
 ASK = {"prompt": "a red square", "num_inference_steps": 2}

@@ -24,7 +24,7 @@ from stable_diffusion_server.jobs.blame import blamed
 from stable_diffusion_server.journal.entries import Entry, State
 from stable_diffusion_server.observability import deaths
 from stable_diffusion_server.observability.deaths import Cause, Death, DeviceRecord, last_death, report_death
-from stable_diffusion_server.orders import Caller
+from stable_diffusion_server.types import Caller
 
 LINUX = pytest.mark.skipif(not Path("/proc").exists(), reason="finds processes in /proc")
 RECORD = """

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from stable_diffusion_server.flights import Audience, Flights, Watcher
-from stable_diffusion_server.orders import EventKind, Progress
+from stable_diffusion_server.types import EventKind, Progress
 
 
 class Effort:

@@ -19,7 +19,7 @@ from stable_diffusion_server.jobs.hooks import Hooks
 from stable_diffusion_server.journal.book import Journal
 from stable_diffusion_server.journal.clerk import Clerk
 from stable_diffusion_server.journal.entries import Entry, State, Work
-from stable_diffusion_server.orders import Caller
+from stable_diffusion_server.types import Caller
 
 HOST = "127.0.0.1"
 

@@ -23,7 +23,7 @@ from stable_diffusion_server.image_processing import (
     to_mask,
     to_size,
 )
-from stable_diffusion_server.orders import Format
+from stable_diffusion_server.types import Format
 
 RECORD = {"prompt": "ein grünes Herz 💚", "seed": 7, "num_inference_steps": 4, "width": 60, "height": 40}
 

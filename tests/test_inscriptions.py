@@ -12,7 +12,7 @@ from PIL import Image
 
 from stable_diffusion_server.image_processing import encode
 from stable_diffusion_server.inscriptions import is_whole, read_record
-from stable_diffusion_server.orders import Format
+from stable_diffusion_server.types import Format
 
 RECORD = {"prompt": "ein größeres 🟥\n\0 " * 50, "seed": 7, "asked": {"loras": [["pastel", 0.5]]}}
 FILES = {file_format: encode(disc(), file_format, 85, RECORD) for file_format in Format}

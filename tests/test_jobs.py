@@ -31,8 +31,8 @@ from stable_diffusion_server.jobs.rules import Rules
 from stable_diffusion_server.journal.book import Journal
 from stable_diffusion_server.journal.entries import Entry, Problem, State, Work
 from stable_diffusion_server.observability.deaths import DeviceRecord
-from stable_diffusion_server.orders import Caller, Order, Receipt
 from stable_diffusion_server.service import Service
+from stable_diffusion_server.types import Caller, Order, Receipt
 
 ANN, BOB = Caller("ann"), Caller("bob")
 

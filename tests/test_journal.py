@@ -17,7 +17,7 @@ from stable_diffusion_server.errors import Busy, InFlight, JournalUnavailable, S
 from stable_diffusion_server.journal.book import Journal
 from stable_diffusion_server.journal.entries import Claim, Entry, Problem, State, Work
 from stable_diffusion_server.journal.writing import files_of, read_outcome, read_work, written_order, written_outcome
-from stable_diffusion_server.orders import Caller, Fill, Fit, Format, Order, Receipt, Source, Task, Warned
+from stable_diffusion_server.types import Caller, Fill, Fit, Format, Order, Receipt, Source, Task, Warned
 
 ROOT = Path(__file__).resolve().parent.parent
 WHOLE = Order(

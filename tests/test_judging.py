@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from stable_diffusion_server.engine import Drawing
 from stable_diffusion_server.errors import Busy, InvalidInput, NotFinite, ServerError
 from stable_diffusion_server.judging import Judged, Remedy, draw_well
-from stable_diffusion_server.orders import Job, Picture, Task
 from stable_diffusion_server.pipelines.catalog import MODELS, REAL_MODELS
+from stable_diffusion_server.types import Job, Picture, Task
 
 GOOD, BLACK = disc(), np.zeros((64, 64, 3), np.uint8)
 BUMPY, VERY_BUMPY = (bumpy_pixels(128, 128, ends) for ends in (0.012, 0.2))

@@ -15,10 +15,10 @@ from storage_servers import KEYS, StorageServer, make_s3_bucket
 
 from stable_diffusion_server import commands
 from stable_diffusion_server.buckets.memory import MemoryBucket
-from stable_diffusion_server.orders import Stored
 from stable_diffusion_server.spool.dead_letters import DeadLetters
 from stable_diffusion_server.spool.files import Spool
 from stable_diffusion_server.spool.spooling import Spooling
+from stable_diffusion_server.types import Stored
 
 
 def whole(folder: Path, number: int) -> Path:

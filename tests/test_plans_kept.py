@@ -17,11 +17,11 @@ from stable_diffusion_server.decoding.pool import Decoder
 from stable_diffusion_server.engine import Engine, Phase
 from stable_diffusion_server.errors import InvalidInput
 from stable_diffusion_server.limits import Limits
-from stable_diffusion_server.orders import Job, Order, Stored, Task, picture_digest
 from stable_diffusion_server.pipelines.catalog import MODELS, ModelFacts
 from stable_diffusion_server.pipelines.lora_folder import LoraFolder
 from stable_diffusion_server.resolving import Options
 from stable_diffusion_server.service import Service
+from stable_diffusion_server.types import Job, Order, Stored, Task, picture_digest
 
 ORDER = Order(Task.TEXT_TO_IMAGE, "a red square", 64, 64)
 

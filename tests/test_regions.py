@@ -8,8 +8,8 @@ from fakes import disc
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stable_diffusion_server.orders import Fill, Fit
 from stable_diffusion_server.regions import around, filled, fitted
+from stable_diffusion_server.types import Fill, Fit
 
 
 @given(st.data())

@@ -9,10 +9,10 @@ import pytest
 from stable_diffusion_server.buckets.memory import MemoryBucket
 from stable_diffusion_server.errors import NotFound, StorageUnavailable
 from stable_diffusion_server.knowledge import Knowledge
-from stable_diffusion_server.orders import Stored
 from stable_diffusion_server.spool.files import Spool
 from stable_diffusion_server.spool.remembering import Remembering
 from stable_diffusion_server.spool.spooling import Spooling
+from stable_diffusion_server.types import Stored
 
 
 class Counted(MemoryBucket):

@@ -12,9 +12,9 @@ from fakes import disc
 from stable_diffusion_server.composing import compose
 from stable_diffusion_server.errors import InvalidInput
 from stable_diffusion_server.limits import Limits
-from stable_diffusion_server.orders import Fill, Fit, Format, Order, Source, Task
 from stable_diffusion_server.pipelines.catalog import MODELS
 from stable_diffusion_server.resolving import Options, resolve
+from stable_diffusion_server.types import Fill, Fit, Format, Order, Source, Task
 
 OPTIONS = Options(Limits(), "sdxl", "up", loras=lambda: {"pastel": "1a2b", "ink": "3c4d"})
 EDGELESS_FLUX = replace(OPTIONS, models={**MODELS, "flux": replace(MODELS["flux"], control_folder=None)})

@@ -20,9 +20,9 @@ from stable_diffusion_server.engine import Engine, Phase
 from stable_diffusion_server.errors import DeadlineExceeded, InvalidInput, StorageUnavailable
 from stable_diffusion_server.fetching.fetcher import Bounds, Fetcher
 from stable_diffusion_server.limits import Limits
-from stable_diffusion_server.orders import EventKind, Format, Order, Progress, Task
 from stable_diffusion_server.resolving import Options, resolve
 from stable_diffusion_server.service import Service
+from stable_diffusion_server.types import EventKind, Format, Order, Progress, Task
 
 OPTIONS = Options(Limits(), "sdxl", "static/uploads")
 

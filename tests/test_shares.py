@@ -14,12 +14,12 @@ from squares import EngineOf
 from squares import job as small
 from test_journal import CLAIM, ENTRY, RECEIPT, WORK
 
+from stable_diffusion_server.concurrency.fair_share import may_hold_more
 from stable_diffusion_server.errors import Busy, JournalUnavailable
-from stable_diffusion_server.fair_share import may_hold_more
 from stable_diffusion_server.jobs.admission import Admission
 from stable_diffusion_server.journal.book import Journal
 from stable_diffusion_server.journal.entries import Claim, State, Work
-from stable_diffusion_server.orders import Caller, Source
+from stable_diffusion_server.types import Caller, Source
 
 ANN, BOB = "key ann", "key bob"
 KEYS = {"api_keys": "ann:a, bob:b, cid:c"}

@@ -13,10 +13,10 @@ from fakes import until
 
 from stable_diffusion_server.buckets.memory import MemoryBucket
 from stable_diffusion_server.errors import InvalidInput, NotFound, StorageUnavailable
-from stable_diffusion_server.orders import Stored
 from stable_diffusion_server.spool.dead_letters import DeadLetter, DeadLetters
 from stable_diffusion_server.spool.files import Spool
 from stable_diffusion_server.spool.spooling import Spooling
+from stable_diffusion_server.types import Stored
 
 RECORD = {"digest": "abc", "seed": "7"}
 

@@ -19,8 +19,8 @@ from stable_diffusion_server.jobs.happenings import Standing
 from stable_diffusion_server.jobs.live import Live
 from stable_diffusion_server.journal.entries import Claim, Problem, Repeat, State
 from stable_diffusion_server.journal.writing import fingerprint
-from stable_diffusion_server.orders import Caller, Order, Receipt
 from stable_diffusion_server.service import Service
+from stable_diffusion_server.types import Caller, Order, Receipt
 
 UrlOf = Callable[[Request, str], str]
 # A door's own way to tell a receipt; the picture's file is empty unless the door asked for it.

@@ -7,7 +7,7 @@ from dataclasses import replace
 from fastapi import Request
 
 from stable_diffusion_server.errors import Forbidden
-from stable_diffusion_server.orders import Caller, Order
+from stable_diffusion_server.types import Caller, Order
 
 
 def caller_of(request: Request) -> Caller:

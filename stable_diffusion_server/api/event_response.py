@@ -12,8 +12,8 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
+from stable_diffusion_server.concurrency.fair_limiter import FairLimiter
 from stable_diffusion_server.errors import Overasked
-from stable_diffusion_server.fair_limiter import FairLimiter
 
 _log = structlog.get_logger(__name__)
 

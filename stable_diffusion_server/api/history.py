@@ -10,8 +10,8 @@ from starlette.concurrency import run_in_threadpool
 
 from stable_diffusion_server.api.callers import caller_of
 from stable_diffusion_server.api.json_responses import JSONResponse
+from stable_diffusion_server.concurrency.fair_queue import FairQueue
 from stable_diffusion_server.errors import InvalidInput
-from stable_diffusion_server.fair_queue import FairQueue
 from stable_diffusion_server.history.entries import Entry, Wanted
 from stable_diffusion_server.shelf import Shelf
 

@@ -14,8 +14,8 @@ from stable_diffusion_server.api.previews import EncodedPreviews
 from stable_diffusion_server.api.schemas import job_body
 from stable_diffusion_server.jobs.desk import Jobs
 from stable_diffusion_server.jobs.happenings import Happening
-from stable_diffusion_server.orders import Format
-from stable_diffusion_server.strict_json import dumps
+from stable_diffusion_server.parsing.strict_json import dumps
+from stable_diffusion_server.types import Format
 
 UrlOf = Callable[[Request, str], str]
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from starlette import responses
 
-from stable_diffusion_server import strict_json
+from stable_diffusion_server.parsing import strict_json
 
 
 class JSONResponse(responses.JSONResponse):

@@ -20,7 +20,7 @@ from stable_diffusion_server.api.shapes import problem_body
 from stable_diffusion_server.errors import InvalidInput
 from stable_diffusion_server.jobs.happenings import Standing
 from stable_diffusion_server.limits import Limits
-from stable_diffusion_server.orders import Format, Order, Receipt, Source, Task
+from stable_diffusion_server.types import Format, Order, Receipt, Source, Task
 
 
 class Parameters(Asked, ABC):

@@ -18,7 +18,7 @@ from stable_diffusion_server.api.schemas import (
 )
 from stable_diffusion_server.image_processing import media_type_of
 from stable_diffusion_server.limits import Limits
-from stable_diffusion_server.orders import Receipt
+from stable_diffusion_server.types import Receipt
 
 _DOORS: tuple[tuple[str, type[Parameters], str, str], ...] = (
     (

@@ -30,12 +30,12 @@ from stable_diffusion_server.app.storage import Stores
 from stable_diffusion_server.jobs.desk import Jobs
 from stable_diffusion_server.observability.metrics import Metrics
 from stable_diffusion_server.observability.tracing import Tracing
-from stable_diffusion_server.orders import Caller
 from stable_diffusion_server.ports import Decode
 from stable_diffusion_server.replaying import Replays
 from stable_diffusion_server.resolving import Options
 from stable_diffusion_server.service import Service
 from stable_diffusion_server.settings import Settings
+from stable_diffusion_server.types import Caller
 
 _log = structlog.get_logger(__name__)
 

@@ -12,10 +12,10 @@ from stable_diffusion_server.jobs.rules import Rules
 from stable_diffusion_server.journal.book import Journal
 from stable_diffusion_server.journal.entries import Entry
 from stable_diffusion_server.observability.deaths import DeviceRecord
-from stable_diffusion_server.orders import Caller
+from stable_diffusion_server.parsing.strict_json import dumps
 from stable_diffusion_server.service import Service
 from stable_diffusion_server.settings import Settings
-from stable_diffusion_server.strict_json import dumps
+from stable_diffusion_server.types import Caller
 
 
 def build_jobs(settings: Settings, service: Service, stores: Stores, record: DeviceRecord) -> Jobs:

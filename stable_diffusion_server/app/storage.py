@@ -14,7 +14,6 @@ from stable_diffusion_server.errors import ServerError
 from stable_diffusion_server.history.index import Index
 from stable_diffusion_server.history.recorder import Recorder
 from stable_diffusion_server.observability.metrics import Metrics
-from stable_diffusion_server.orders import Stored
 from stable_diffusion_server.ownership import Ownership
 from stable_diffusion_server.settings import Settings
 from stable_diffusion_server.shelf import Shelf
@@ -23,6 +22,7 @@ from stable_diffusion_server.spool.files import Spool
 from stable_diffusion_server.spool.remembering import Remembering
 from stable_diffusion_server.spool.spooling import Spooling
 from stable_diffusion_server.spool.timing import Timed
+from stable_diffusion_server.types import Stored
 
 _log = structlog.get_logger(__name__)
 

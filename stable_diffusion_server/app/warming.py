@@ -11,8 +11,8 @@ import structlog
 from stable_diffusion_server.engine import Abilities, Denoiser
 from stable_diffusion_server.errors import DevicePoisoned
 from stable_diffusion_server.image_processing import plan_canvas
-from stable_diffusion_server.orders import Job, Task
 from stable_diffusion_server.pipelines.catalog import ModelFacts
+from stable_diffusion_server.types import Job, Task
 
 _log = structlog.get_logger(__name__)
 

@@ -18,11 +18,11 @@ from uuid import uuid4
 
 from filelock import FileLock
 
-from stable_diffusion_server.disk import Disk
 from stable_diffusion_server.errors import InvalidInput, NotFound, StorageUnavailable
+from stable_diffusion_server.files.disk_space import Disk
 from stable_diffusion_server.inscriptions import claims_picture, is_whole
 from stable_diffusion_server.knowledge import Knowledge
-from stable_diffusion_server.orders import Stored
+from stable_diffusion_server.types import Stored
 
 # What Linux, macOS and Windows file systems hold.
 _SEGMENT_MAX_BYTES = 255

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator, Mapping
 
 from stable_diffusion_server.errors import NotFound
-from stable_diffusion_server.orders import Stored
+from stable_diffusion_server.types import Stored
 
 
 class MemoryBucket:

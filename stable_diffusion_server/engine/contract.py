@@ -10,7 +10,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from stable_diffusion_server.orders import Job
+from stable_diffusion_server.types import Job
 
 S = TypeVar("S", bound="Steppable")
 P = TypeVar("P")

@@ -14,7 +14,7 @@ from stable_diffusion_server.engine.paces import Paces
 from stable_diffusion_server.engine.ticket import Seat, Ticket
 from stable_diffusion_server.engine.waiting import WaitingLine
 from stable_diffusion_server.errors import DevicePoisoned, NotFinite, NotReady, ServerError, WeightsUnusable
-from stable_diffusion_server.orders import EventKind
+from stable_diffusion_server.types import EventKind
 
 # Told of the labels on the device, one a job, and whether one of them has the device for itself.
 Occupied = Callable[[list[str], bool], object]

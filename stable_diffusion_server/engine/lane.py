@@ -15,7 +15,7 @@ from stable_diffusion_server.engine.desk import Desk
 from stable_diffusion_server.engine.previews import Previews
 from stable_diffusion_server.engine.ticket import Seat, Ticket
 from stable_diffusion_server.errors import DevicePoisoned, NotFinite, OutOfMemory
-from stable_diffusion_server.orders import EventKind, Job
+from stable_diffusion_server.types import EventKind, Job
 
 # A group lets others have the device after so many steps of their waiting; background work after fewer.
 TURN, BACKGROUND_TURN = 32, 8

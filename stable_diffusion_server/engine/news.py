@@ -12,7 +12,7 @@ import structlog
 from numpy.typing import NDArray
 
 from stable_diffusion_server.engine.ticket import Ticket
-from stable_diffusion_server.orders import Event, EventKind
+from stable_diffusion_server.types import Event, EventKind
 
 _log = structlog.get_logger(__name__)
 

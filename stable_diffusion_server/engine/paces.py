@@ -10,7 +10,7 @@ from typing import Any
 
 from stable_diffusion_server.engine.contract import P
 from stable_diffusion_server.engine.ticket import Seat, Ticket
-from stable_diffusion_server.orders import Job
+from stable_diffusion_server.types import Job
 
 # Samples kept of each group size, how many are enough to compare sizes, and how many shapes are remembered.
 KEPT, ENOUGH, SHAPES = 8, 4, 64

@@ -11,7 +11,7 @@ from typing import Any, Generic
 from uuid import uuid4
 
 from stable_diffusion_server.engine.contract import Drawing, P, S
-from stable_diffusion_server.orders import Event, Job
+from stable_diffusion_server.types import Event, Job
 
 
 @dataclass(eq=False, slots=True)

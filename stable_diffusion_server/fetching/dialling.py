@@ -15,8 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 
+from stable_diffusion_server.concurrency.fair_limiter import FairLimiter
 from stable_diffusion_server.errors import InvalidInput
-from stable_diffusion_server.fair_limiter import FairLimiter
 from stable_diffusion_server.fetching.addresses import Address, is_public
 from stable_diffusion_server.fetching.targets import PORTS, Allowance, Target, authority
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import structlog
 
-from stable_diffusion_server.damaged import is_blocked, set_aside
 from stable_diffusion_server.errors import StorageUnavailable
+from stable_diffusion_server.files.damaged_files import is_blocked, set_aside
 from stable_diffusion_server.history.entries import Entry, Wanted
 
 _log = structlog.get_logger(__name__)

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
+from stable_diffusion_server.concurrency.fair_share import may_hold_more, named
 from stable_diffusion_server.errors import Busy
-from stable_diffusion_server.fair_share import may_hold_more, named
 from stable_diffusion_server.journal.entries import Entry
 
 _RETRY_AFTER = 30

@@ -11,7 +11,7 @@ from stable_diffusion_server.jobs.ids import repeated
 from stable_diffusion_server.journal.book import Journal
 from stable_diffusion_server.journal.clerk import Clerk
 from stable_diffusion_server.journal.entries import Claim, Problem, Repeat
-from stable_diffusion_server.orders import Receipt
+from stable_diffusion_server.types import Receipt
 
 _log = structlog.get_logger(__name__)
 

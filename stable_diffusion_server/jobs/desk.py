@@ -27,8 +27,8 @@ from stable_diffusion_server.journal.clerk import Clerk
 from stable_diffusion_server.journal.entries import Claim, Entry, Problem, Repeat, State, Work
 from stable_diffusion_server.journal.writing import size_of
 from stable_diffusion_server.observability.deaths import DeviceRecord
-from stable_diffusion_server.orders import Caller, Order, Receipt
 from stable_diffusion_server.service import Service
+from stable_diffusion_server.types import Caller, Order, Receipt
 
 _log = structlog.get_logger(__name__)
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from stable_diffusion_server.journal.entries import Entry, Problem, State
 from stable_diffusion_server.limits import whole_number
-from stable_diffusion_server.orders import EventKind, Progress, Receipt
+from stable_diffusion_server.types import EventKind, Progress, Receipt
 
 END = "end"
 _MOST = 600

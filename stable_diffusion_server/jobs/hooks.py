@@ -18,8 +18,8 @@ from typing import Protocol
 
 import structlog
 
+from stable_diffusion_server.concurrency.fair_limiter import FairLimiter
 from stable_diffusion_server.errors import JournalUnavailable, ServerError
-from stable_diffusion_server.fair_limiter import FairLimiter
 from stable_diffusion_server.journal.book import Journal
 from stable_diffusion_server.journal.clerk import Clerk
 from stable_diffusion_server.journal.entries import Message

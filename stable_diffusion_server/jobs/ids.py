@@ -8,7 +8,7 @@ from stable_diffusion_server.errors import InFlight, KeyReused
 from stable_diffusion_server.jobs.happenings import Standing
 from stable_diffusion_server.jobs.live import Live
 from stable_diffusion_server.journal.entries import Claim, Entry, Repeat
-from stable_diffusion_server.orders import Caller
+from stable_diffusion_server.types import Caller
 
 
 def scoped(job_id: str, caller: Caller) -> str:

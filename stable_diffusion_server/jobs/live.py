@@ -8,7 +8,7 @@ from typing import Any
 
 from stable_diffusion_server.jobs.happenings import Happenings, Standing
 from stable_diffusion_server.journal.entries import Entry, Problem, State
-from stable_diffusion_server.orders import EventKind, Progress, Receipt
+from stable_diffusion_server.types import EventKind, Progress, Receipt
 
 
 @dataclass(eq=False, slots=True)

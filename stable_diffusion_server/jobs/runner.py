@@ -28,8 +28,8 @@ from stable_diffusion_server.jobs.progress import JobProgress
 from stable_diffusion_server.journal.book import Journal
 from stable_diffusion_server.journal.clerk import Clerk
 from stable_diffusion_server.journal.entries import Entry, Problem, State
-from stable_diffusion_server.orders import Receipt
 from stable_diffusion_server.service import Service
+from stable_diffusion_server.types import Receipt
 
 _log = structlog.get_logger(__name__)
 

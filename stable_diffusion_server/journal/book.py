@@ -20,7 +20,7 @@ from stable_diffusion_server.journal.eviction import make_room
 from stable_diffusion_server.journal.outbox import Outbox
 from stable_diffusion_server.journal.rows import COLUMNS, DamagedRow, entry_of, told_entry_of
 from stable_diffusion_server.journal.writing import UNREADABLE, files_of, read_work, written_order, written_outcome
-from stable_diffusion_server.orders import Receipt
+from stable_diffusion_server.types import Receipt
 
 _log = structlog.get_logger(__name__)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from stable_diffusion_server.errors import ServerError, error_of_kind
-from stable_diffusion_server.orders import Caller, Order, Receipt
+from stable_diffusion_server.types import Caller, Order, Receipt
 
 
 class State(StrEnum):

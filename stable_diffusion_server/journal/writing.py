@@ -11,7 +11,7 @@ from typing import Any
 
 from stable_diffusion_server.errors import ServerError
 from stable_diffusion_server.journal.entries import Problem, Work
-from stable_diffusion_server.orders import Fill, Fit, Format, Order, Receipt, Source, Task, Warned, digest
+from stable_diffusion_server.types import Fill, Fit, Format, Order, Receipt, Source, Task, Warned, digest
 
 VERSION = 1
 # What reading raises of what no call of ours wrote: nested too deep among it.

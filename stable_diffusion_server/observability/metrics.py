@@ -10,7 +10,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from stable_diffusion_server.observability.account import Account
-from stable_diffusion_server.orders import Event, EventKind
+from stable_diffusion_server.types import Event, EventKind
 
 # A figure's labels and its value.
 Sample = tuple[Sequence[str], float]

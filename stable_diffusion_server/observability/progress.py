@@ -11,8 +11,8 @@ from typing import IO
 
 from tqdm import tqdm
 
-from stable_diffusion_server.damaged import set_aside
-from stable_diffusion_server.orders import Event, EventKind
+from stable_diffusion_server.files.damaged_files import set_aside
+from stable_diffusion_server.types import Event, EventKind
 
 Observer = Callable[[Event], None]
 

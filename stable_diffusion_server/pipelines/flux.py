@@ -13,7 +13,6 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from numpy.typing import NDArray
 
 from stable_diffusion_server.errors import InvalidInput
-from stable_diffusion_server.orders import Job, Picture
 from stable_diffusion_server.pipelines.adapters import Adapters, InUse, by_digest
 from stable_diffusion_server.pipelines.catalog import (
     ModelFacts,
@@ -40,6 +39,7 @@ from stable_diffusion_server.pipelines.embeddings import Embeddings
 from stable_diffusion_server.pipelines.previewing import Previewer
 from stable_diffusion_server.pipelines.schedulers import make_scheduler
 from stable_diffusion_server.pipelines.tokenizers import token_counter
+from stable_diffusion_server.types import Job, Picture
 
 
 @dataclass(frozen=True, slots=True)

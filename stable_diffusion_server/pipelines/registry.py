@@ -15,7 +15,6 @@ import torch
 from numpy.typing import NDArray
 
 from stable_diffusion_server.errors import WeightsUnusable
-from stable_diffusion_server.orders import Job
 from stable_diffusion_server.pipelines.adapters import Adapters
 from stable_diffusion_server.pipelines.catalog import ModelFacts
 from stable_diffusion_server.pipelines.components import choose_device, dtype_of, quieten_libraries
@@ -27,6 +26,7 @@ from stable_diffusion_server.pipelines.loader import LoadOptions, Placed, place_
 from stable_diffusion_server.pipelines.memory import memory_of
 from stable_diffusion_server.pipelines.offload import Offloaded
 from stable_diffusion_server.pipelines.placement import Residency
+from stable_diffusion_server.types import Job
 
 __all__ = ["LoadOptions", "Loaded", "Registry", "load"]
 

@@ -12,7 +12,6 @@ import torch
 from numpy.typing import NDArray
 
 from stable_diffusion_server.errors import InvalidInput
-from stable_diffusion_server.orders import Job
 from stable_diffusion_server.pipelines.adapters import Adapters, InUse, by_digest
 from stable_diffusion_server.pipelines.catalog import (
     ModelFacts,
@@ -39,6 +38,7 @@ from stable_diffusion_server.pipelines.embeddings import Embeddings
 from stable_diffusion_server.pipelines.previewing import Previewer
 from stable_diffusion_server.pipelines.schedulers import make_scheduler, set_timesteps
 from stable_diffusion_server.pipelines.tokenizers import token_counter
+from stable_diffusion_server.types import Job
 
 
 @dataclass(frozen=True, slots=True)

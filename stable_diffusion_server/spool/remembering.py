@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 
 from stable_diffusion_server.errors import NotFound
 from stable_diffusion_server.knowledge import Knowledge
-from stable_diffusion_server.orders import Stored
 from stable_diffusion_server.spool.spooling import Spooling
+from stable_diffusion_server.types import Stored
 
 
 class Remembering:

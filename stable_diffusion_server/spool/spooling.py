@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 
 from stable_diffusion_server.errors import InvalidInput, NotFound, ServerError, StorageRefused, StorageUnavailable
-from stable_diffusion_server.orders import Stored
 from stable_diffusion_server.spool.calls import Calls
 from stable_diffusion_server.spool.drain import Drain
 from stable_diffusion_server.spool.files import Kept, Spool
 from stable_diffusion_server.spool.store import Store
+from stable_diffusion_server.types import Stored
 
 
 class Spooling:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Protocol
 
-from stable_diffusion_server.orders import Stored
+from stable_diffusion_server.types import Stored
 
 
 class Store(Protocol):

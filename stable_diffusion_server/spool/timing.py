@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from stable_diffusion_server.errors import InvalidInput, NotFound
-from stable_diffusion_server.orders import Stored
 from stable_diffusion_server.spool.store import Store
+from stable_diffusion_server.types import Stored
 
 
 class Timed:

@@ -11,8 +11,8 @@ from typing import Any
 
 import httpx
 
+from stable_diffusion_server.concurrency.fair_queue import FairQueue
 from stable_diffusion_server.errors import Overasked
-from stable_diffusion_server.fair_queue import FairQueue
 from stable_diffusion_server.ui.turns import visitor_queue
 
 Job = dict[str, Any]

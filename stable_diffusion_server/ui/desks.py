@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import httpx
 from starlette.requests import Request
 
-from stable_diffusion_server.fair_queue import FairQueue
+from stable_diffusion_server.concurrency.fair_queue import FairQueue
 from stable_diffusion_server.ui.desk import Client, Desk
 from stable_diffusion_server.ui.guests import Guests
 from stable_diffusion_server.ui.turns import visitor_queue

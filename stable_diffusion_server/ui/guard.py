@@ -14,8 +14,8 @@ from limits import RateLimitItem
 from starlette.responses import RedirectResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from stable_diffusion_server.concurrency.moving_windows import MovingWindows
 from stable_diffusion_server.errors import InvalidInput, NotFound, Overasked, ServerError
-from stable_diffusion_server.moving_windows import MovingWindows
 from stable_diffusion_server.ui.bodies import read_body
 from stable_diffusion_server.ui.events import SESSION, Events, sanitized
 from stable_diffusion_server.ui.problems import problem

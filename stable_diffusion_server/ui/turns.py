@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from stable_diffusion_server.fair_queue import FairQueue
+from stable_diffusion_server.concurrency.fair_queue import FairQueue
 
 
 def visitor_queue() -> FairQueue:

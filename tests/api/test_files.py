@@ -21,9 +21,9 @@ from stable_diffusion_server.errors import Forbidden, Overasked
 from stable_diffusion_server.history.entries import Entry, Wanted
 from stable_diffusion_server.history.index import Index
 from stable_diffusion_server.history.recorder import Recorder
-from stable_diffusion_server.orders import Caller
 from stable_diffusion_server.shelf import Shelf
 from stable_diffusion_server.signing import Signer
+from stable_diffusion_server.types import Caller
 
 
 @pytest.fixture

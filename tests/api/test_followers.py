@@ -23,7 +23,7 @@ from stable_diffusion_server.api.previews import EncodedPreviews
 from stable_diffusion_server.errors import Overasked
 from stable_diffusion_server.jobs.happenings import Happenings, Standing
 from stable_diffusion_server.journal.entries import State
-from stable_diffusion_server.orders import Format
+from stable_diffusion_server.types import Format
 
 KEYS = {"api_keys": "a:secret-of-a-1234567,b:secret-of-b-1234567"}
 A, B = {"X-API-Key": "secret-of-a-1234567"}, {"X-API-Key": "secret-of-b-1234567"}

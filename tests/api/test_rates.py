@@ -10,10 +10,10 @@ import limits
 import pytest
 from conftest import House
 
-from stable_diffusion_server import moving_windows
 from stable_diffusion_server.api.security.rates import Allowed, Rates
+from stable_diffusion_server.concurrency import moving_windows
+from stable_diffusion_server.concurrency.moving_windows import MovingWindows
 from stable_diffusion_server.errors import Overasked
-from stable_diffusion_server.moving_windows import MovingWindows
 
 STEPS = (-3_600.0, -7_200.0, 90_000.0, -4e8, 4e8)
 

@@ -16,8 +16,8 @@ from fakes import Retouchers, disc, file_of
 
 from stable_diffusion_server.image_processing import encode
 from stable_diffusion_server.inscriptions import read_record
-from stable_diffusion_server.orders import Format, Order
 from stable_diffusion_server.records import NOT_ASKED
+from stable_diffusion_server.types import Format, Order
 
 IMAGE = file_of(disc(96, 80))
 _MASK = np.zeros((80, 96, 3), np.uint8)

@@ -12,7 +12,7 @@ from starlette.datastructures import Headers
 
 from stable_diffusion_server.api.security.keys import Key, Keyring, hashed
 from stable_diffusion_server.api.security.policy import Policy, allowed_host_names
-from stable_diffusion_server.orders import Caller
+from stable_diffusion_server.types import Caller
 
 ORDER = {"prompt": "a red square", "width": 64, "height": 64}
 

@@ -252,6 +252,6 @@ def test_a_nearly_full_disk_is_told_before_anything_is_drawn(
 ) -> None:
     """Room as of now: admitted. Asked for more than any disk has: 503."""
     bucket.admit()
-    monkeypatch.setattr("stable_diffusion_server.disk.SPARE_BYTES", 2**70)
+    monkeypatch.setattr("stable_diffusion_server.files.disk_space.SPARE_BYTES", 2**70)
     with pytest.raises(StorageUnavailable, match="No space left"):
         bucket.admit()

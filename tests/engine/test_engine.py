@@ -12,7 +12,7 @@ from squares import EngineOf, job, open_gate
 
 from stable_diffusion_server.engine import Engine, Phase
 from stable_diffusion_server.errors import Busy, NotReady, WeightsUnusable
-from stable_diffusion_server.orders import Event, EventKind, Job
+from stable_diffusion_server.types import Event, EventKind, Job
 
 
 def test_a_job_comes_out_with_its_timings(engine_of: EngineOf) -> None:

@@ -14,7 +14,7 @@ from squares import Crowd, EngineOf, Kept, Sketching, Visiting, job, open_gate
 from stable_diffusion_server.engine import Engine, Phase
 from stable_diffusion_server.engine.previews import EVERY
 from stable_diffusion_server.errors import InvalidInput
-from stable_diffusion_server.orders import Event
+from stable_diffusion_server.types import Event
 
 
 def test_lanes_draw_side_by_side_and_prepare_in_turns(engine_of: EngineOf) -> None:

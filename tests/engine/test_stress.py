@@ -17,7 +17,7 @@ from squares import EngineOf, job
 
 from stable_diffusion_server.engine import Phase, Ticket
 from stable_diffusion_server.errors import OutOfMemory
-from stable_diffusion_server.orders import Event, EventKind
+from stable_diffusion_server.types import Event, EventKind
 
 JOBS = 500
 

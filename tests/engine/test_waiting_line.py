@@ -11,7 +11,7 @@ from squares import EngineOf, job, open_gate
 from stable_diffusion_server.engine import Ticket
 from stable_diffusion_server.engine.lane import BACKGROUND_TURN, TURN
 from stable_diffusion_server.engine.waiting import BACKGROUND_EVERY, WaitingLine
-from stable_diffusion_server.orders import EventKind
+from stable_diffusion_server.types import EventKind
 
 
 def first_and_last(painter: PaintedSquares, prompt: str) -> tuple[int, int]:

@@ -14,7 +14,7 @@ from conftest import ROOT, Server
 
 from stable_diffusion_server.errors import ServerError
 from stable_diffusion_server.observability.metrics import Metrics, Visit
-from stable_diffusion_server.orders import Event, EventKind
+from stable_diffusion_server.types import Event, EventKind
 
 DASHBOARD = ROOT / "deploy" / "grafana" / "stable-diffusion-server.json"
 ALERTS = ROOT / "deploy" / "prometheus" / "alerts.yml"

@@ -8,7 +8,7 @@ import pytest
 
 from stable_diffusion_server.observability import progress
 from stable_diffusion_server.observability.progress import Heartbeat
-from stable_diffusion_server.orders import Event, EventKind
+from stable_diffusion_server.types import Event, EventKind
 
 
 class Clock:

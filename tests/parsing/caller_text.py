@@ -21,7 +21,7 @@ from typing import Any
 from starlette.datastructures import Headers
 from starlette.requests import Request
 
-from stable_diffusion_server import inscriptions, limits, presenting, prompts, replaying, strict_json, unicode_text
+from stable_diffusion_server import inscriptions, limits, presenting, prompts, replaying
 from stable_diffusion_server.api import asked, bodies, pictures, preferences, schemas
 from stable_diffusion_server.api.house import House
 from stable_diffusion_server.api.openai import parameters as openai_parameters
@@ -32,8 +32,9 @@ from stable_diffusion_server.errors import ServerError
 from stable_diffusion_server.fetching import targets
 from stable_diffusion_server.jobs.happenings import Happenings
 from stable_diffusion_server.limits import Limits
-from stable_diffusion_server.orders import Stored
+from stable_diffusion_server.parsing import strict_json, unicode_text
 from stable_diffusion_server.pipelines.catalog import MODELS
+from stable_diffusion_server.types import Stored
 
 PACKAGE = Path(strict_json.__file__).parent
 HEADER = 16_384

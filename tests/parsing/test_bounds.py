@@ -20,8 +20,8 @@ from fastapi.testclient import TestClient
 from stable_diffusion_server.api.bodies import BodyLimits
 from stable_diffusion_server.app import create_app
 from stable_diffusion_server.errors import InvalidInput, Malformed, ServerError, TooLarge
-from stable_diffusion_server.strict_json import JsonLimits, dumps, parse_object
-from stable_diffusion_server.unicode_text import MOST_MARKS, nfc
+from stable_diffusion_server.parsing.strict_json import JsonLimits, dumps, parse_object
+from stable_diffusion_server.parsing.unicode_text import MOST_MARKS, nfc
 
 CREATE, STYLE, INPAINT = "/create_and_upload_image", "/style_transfer_and_upload_image", "/inpaint_and_upload_image"
 OPENAI, TXT2IMG, IMG2IMG = "/v1/images/generations", "/sdapi/v1/txt2img", "/sdapi/v1/img2img"

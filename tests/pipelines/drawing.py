@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stable_diffusion_server.orders import Job, Picture, Task
 from stable_diffusion_server.pipelines.catalog import MODELS
+from stable_diffusion_server.types import Job, Picture, Task
 
 MODELS_DIR = Path(__file__).parents[2] / "models"
 SIDE = 128  # enough for every path, and quick

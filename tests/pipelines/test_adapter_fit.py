@@ -17,13 +17,13 @@ from lora_layouts import FITTING, UNFIT, peft, unet_pairs, with_one, write
 from peft.tuners.lora import LoraLayer
 
 from stable_diffusion_server.errors import InvalidInput, NotFinite
-from stable_diffusion_server.orders import Job
 from stable_diffusion_server.pipelines.adapters import Adapters
 from stable_diffusion_server.pipelines.catalog import MODELS
 from stable_diffusion_server.pipelines.components import load_pipeline
 from stable_diffusion_server.pipelines.embeddings import Embeddings
 from stable_diffusion_server.pipelines.flux import Flux
 from stable_diffusion_server.pipelines.sdxl import Sdxl
+from stable_diffusion_server.types import Job
 
 CPU = torch.device("cpu")
 KINDS: dict[str, Any] = {"sdxl": Sdxl, "flux": Flux}

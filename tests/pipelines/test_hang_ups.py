@@ -19,13 +19,13 @@ from drawing import MODELS_DIR, disc_mask, draw, job_for, scene
 
 from stable_diffusion_server.engine import Engine, Phase
 from stable_diffusion_server.errors import WeightsUnusable
-from stable_diffusion_server.orders import Event, EventKind, Job
 from stable_diffusion_server.pipelines import loader
 from stable_diffusion_server.pipelines.catalog import MODELS
 from stable_diffusion_server.pipelines.components import load_pipeline
 from stable_diffusion_server.pipelines.offload import Offloaded, settle
 from stable_diffusion_server.pipelines.placement import Footprint, Placement, Quantization, Quantize, Residency, place
 from stable_diffusion_server.pipelines.registry import LoadOptions, load
+from stable_diffusion_server.types import Event, EventKind, Job
 
 # To PyTorch they are two devices, and tensors are computed with on both.
 CPU, DEVICE = torch.device("cpu"), torch.device("cpu:0")

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from stable_diffusion_server.orders import Job, Task
 from stable_diffusion_server.pipelines.catalog import MODELS
+from stable_diffusion_server.types import Job, Task
 
 PROMPT = "a red circle on a blue background"
 

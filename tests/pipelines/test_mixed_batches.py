@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from drawing import disc_mask, draw, draw_together, job_for, largest_difference, outline, psnr, scene
 
-from stable_diffusion_server.orders import Job
+from stable_diffusion_server.types import Job
 
 SDXL_JOBS = {
     "text": job_for("sdxl", seed=1),

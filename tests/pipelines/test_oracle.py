@@ -14,12 +14,12 @@ import torch
 from drawing import SIDE, Pixels, disc_mask, draw, job_for, largest_difference, outline, scene
 from PIL import Image
 
-from stable_diffusion_server.orders import Job, Picture
 from stable_diffusion_server.pipelines.catalog import (
     refine_steps_skipped,
     scheduler_of,
 )
 from stable_diffusion_server.pipelines.schedulers import make_scheduler
+from stable_diffusion_server.types import Job, Picture
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # the stock calls' own, on their own attributes
 

@@ -11,9 +11,9 @@ from stable_diffusion_server.api.pictures import text_of
 from stable_diffusion_server.api.shapes import openai_error
 from stable_diffusion_server.errors import ServerError
 from stable_diffusion_server.image_processing import media_type_of
-from stable_diffusion_server.orders import Receipt
+from stable_diffusion_server.parsing.strict_json import dumps
 from stable_diffusion_server.pipelines.catalog import ModelFacts
-from stable_diffusion_server.strict_json import dumps
+from stable_diffusion_server.types import Receipt
 
 _QUALITIES = {"hd": "high", "standard": "medium", None: "auto"}
 # The tokens OpenAI counts and bills: there are none here, and its clients want the fields.

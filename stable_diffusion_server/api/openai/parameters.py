@@ -14,7 +14,7 @@ from stable_diffusion_server.api.asked import Asked, File
 from stable_diffusion_server.api.bodies import Upload
 from stable_diffusion_server.api.house import House
 from stable_diffusion_server.errors import InvalidInput
-from stable_diffusion_server.orders import Fit, Format, Order, Source, Task, Warned
+from stable_diffusion_server.types import Fit, Format, Order, Source, Task, Warned
 
 _SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
 # Steps against the model's default, and none at all where it is to decide.

@@ -10,7 +10,7 @@ import structlog
 
 from stable_diffusion_server.errors import ServerError
 from stable_diffusion_server.image_processing import Pixels
-from stable_diffusion_server.orders import Progress
+from stable_diffusion_server.types import Progress
 
 _log = structlog.get_logger(__name__)
 

@@ -13,8 +13,8 @@ from stable_diffusion_server.api.sdapi.parameters import Ordered, Txt2Img
 from stable_diffusion_server.api.sdapi.tasks import Task
 from stable_diffusion_server.image_processing import parameters_text
 from stable_diffusion_server.inscriptions import read_parameters_text, read_record
-from stable_diffusion_server.orders import Order, Receipt
-from stable_diffusion_server.strict_json import dumps
+from stable_diffusion_server.parsing.strict_json import dumps
+from stable_diffusion_server.types import Order, Receipt
 
 _LONG_FIELDS = ("init_images", "mask", "alwayson_scripts")
 

@@ -26,11 +26,11 @@ from stable_diffusion_server.api.sdapi.names import BOUNDED, model_named, rename
 from stable_diffusion_server.api.sdapi.parameters import Img2Img, Ordered, Txt2Img, ordered
 from stable_diffusion_server.api.sdapi.tasks import LEAST_NAME, Task, Tasks
 from stable_diffusion_server.api.together import together
+from stable_diffusion_server.concurrency.fair_queue import FairQueue
 from stable_diffusion_server.errors import Forbidden, InvalidInput, ServerError, TooLarge
-from stable_diffusion_server.fair_queue import FairQueue
 from stable_diffusion_server.limits import Limits
-from stable_diffusion_server.orders import Caller, Format, Order
 from stable_diffusion_server.service import Service
+from stable_diffusion_server.types import Caller, Format, Order
 
 UrlOf = Callable[[Request, str], str]
 A = TypeVar("A", bound=Txt2Img)

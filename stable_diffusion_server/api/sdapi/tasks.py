@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from stable_diffusion_server.image_processing import Pixels
-from stable_diffusion_server.orders import Caller, EventKind, Progress
+from stable_diffusion_server.types import Caller, EventKind, Progress
 
 T = TypeVar("T")
 

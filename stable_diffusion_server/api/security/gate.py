@@ -22,7 +22,7 @@ from stable_diffusion_server.api.shapes import refusal
 from stable_diffusion_server.errors import ServerError
 from stable_diffusion_server.observability.metrics import Visit
 from stable_diffusion_server.observability.tracing import Tracing
-from stable_diffusion_server.orders import Caller
+from stable_diffusion_server.types import Caller
 
 _log = structlog.get_logger("access")
 

@@ -12,7 +12,7 @@ from limits import RateLimitItem
 from starlette.datastructures import Headers
 
 from stable_diffusion_server.errors import Unauthorized
-from stable_diffusion_server.orders import Caller
+from stable_diffusion_server.types import Caller
 
 
 @dataclass(frozen=True, slots=True)

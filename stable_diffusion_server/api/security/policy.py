@@ -19,7 +19,7 @@ from stable_diffusion_server.api.security.keys import Key, Keyring, holds_key
 from stable_diffusion_server.api.security.origins import Origins
 from stable_diffusion_server.api.security.rates import Allowed
 from stable_diffusion_server.errors import Forbidden, Misdirected, Overasked, ServerError, TooLarge, Unauthorized
-from stable_diffusion_server.orders import Caller
+from stable_diffusion_server.types import Caller
 
 _HOST = re.compile(r"(\[(?P<v6>[0-9A-Fa-f:.]+)\]|(?P<name>[A-Za-z0-9._-]+))(:\d*)?")
 # Reading these draws nothing and tells no secret, so a link on another page may lead here.

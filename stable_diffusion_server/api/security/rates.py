@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from limits import RateLimitItem
 
+from stable_diffusion_server.concurrency.moving_windows import MovingWindows
 from stable_diffusion_server.errors import Overasked
-from stable_diffusion_server.moving_windows import MovingWindows
 
 
 @dataclass(frozen=True, slots=True)

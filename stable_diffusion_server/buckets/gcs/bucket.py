@@ -21,9 +21,9 @@ from stable_diffusion_server.errors import (
     StorageUnavailable,
 )
 from stable_diffusion_server.inscriptions import claims_picture, is_whole
-from stable_diffusion_server.orders import Stored
 from stable_diffusion_server.presenting import caching_of, disposition_of
 from stable_diffusion_server.storage_refusals import error_of_refusal, is_answered
+from stable_diffusion_server.types import Stored
 
 # An object of this name shows, at each start, that writing is allowed. Later it shows whether a refusal is of one name
 # or of the store.

@@ -13,7 +13,7 @@ from urllib.parse import quote, unquote
 
 from stable_diffusion_server.buckets.s3.faults import unreadable
 from stable_diffusion_server.errors import StorageRefused
-from stable_diffusion_server.orders import Stored
+from stable_diffusion_server.types import Stored
 
 PART_BYTES = 16 * 2**20
 # S3's bound on what an object tells about itself, names and values together.

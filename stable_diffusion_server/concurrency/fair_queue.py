@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+from stable_diffusion_server.concurrency.fair_limiter import FairLimiter
 from stable_diffusion_server.errors import Overasked
-from stable_diffusion_server.fair_limiter import FairLimiter
 
 
 class FairQueue:

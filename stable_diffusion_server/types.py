@@ -12,12 +12,12 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from stable_diffusion_server import callers
+from stable_diffusion_server import caller
 
 SEED_MAX = 2**32 - 1
 LORA_WEIGHT_MAX = 2.0
 
-Caller = callers.Caller
+Caller = caller.Caller
 Seed = int | Literal["random"] | None
 
 

@@ -1,0 +1,1 @@
+"""Strict, bounded parsing of untrusted JSON and Unicode text."""
