@@ -17,7 +17,7 @@ from stable_diffusion_server.api.security.gate import BodyLimit, Gate
 from stable_diffusion_server.api.security.policy import Policy
 from stable_diffusion_server.api.security.proxies import Proxies
 from stable_diffusion_server.cli import main as command
-from stable_diffusion_server.decoding.pool import Decoder
+from stable_diffusion_server.imaging.sandbox.pool import Decoder
 from stable_diffusion_server.settings.surroundings import quieten_gradio
 from stable_diffusion_server.ui import pages
 from stable_diffusion_server.ui.desks import Desks

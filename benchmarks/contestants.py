@@ -24,7 +24,7 @@ import httpx
 import psutil
 
 from benchmarks.loopback import free_port
-from stable_diffusion_server.image_processing import plan_canvas
+from stable_diffusion_server.imaging.processing import plan_canvas
 from stable_diffusion_server.pipelines.catalog import MODELS
 
 ROOT = Path(__file__).resolve().parent.parent

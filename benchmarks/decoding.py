@@ -27,10 +27,10 @@ import numpy as np
 from loopback import say
 from PIL import Image, ImageFilter
 
-from stable_diffusion_server.decoding import child
-from stable_diffusion_server.decoding.pool import Decoder
 from stable_diffusion_server.errors import ServerError
-from stable_diffusion_server.picture_formats import ALWAYS
+from stable_diffusion_server.imaging.formats import ALWAYS
+from stable_diffusion_server.imaging.sandbox import worker
+from stable_diffusion_server.imaging.sandbox.pool import Decoder
 
 ROUNDS = int(sys.argv[1]) if len(sys.argv) > 1 else 15
 SIDES = (256, 512, 1024, 2048)
@@ -55,8 +55,8 @@ async def seconds_of(work: Callable[[], Awaitable[object]]) -> float:
 
 async def here(data: bytes) -> None:
     """Decode in this process, as a thread of the server would."""
-    verdict, width, height, pixels = child.decode(data, list(ALWAYS), LIMITS["max_pixels"], LIMITS["max_side"])
-    if verdict != child.PIXELS:
+    verdict, width, height, pixels = worker.decode(data, list(ALWAYS), LIMITS["max_pixels"], LIMITS["max_side"])
+    if verdict != worker.PIXELS:
         raise SystemExit("not decoded")
     np.frombuffer(pixels, np.uint8).reshape(height, width, 3)
 
@@ -141,7 +141,7 @@ async def main() -> None:
         crash = f"os.kill(os.getpid(), {int(signal.SIGSEGV)})"
         await mischief("a crash (SIGSEGV)", good, program_that(crash, folder), 2)
         await mischief("an endless loop, bound of 2 s", good, program_that("while True: pass", folder), 2)
-        await mischief("a PNG of 50,000 × 50,000", bomb(), child.__file__, 2)
+        await mischief("a PNG of 50,000 × 50,000", bomb(), worker.__file__, 2)
 
 
 if __name__ == "__main__":

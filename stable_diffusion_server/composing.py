@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from stable_diffusion_server.errors import InvalidInput
-from stable_diffusion_server.image_processing import (
+from stable_diffusion_server.imaging.processing import (
     Canvas,
     Pixels,
     canny,
@@ -17,8 +17,8 @@ from stable_diffusion_server.image_processing import (
     to_size,
     whole,
 )
+from stable_diffusion_server.imaging.resize import Box, around, filled, fitted, resized
 from stable_diffusion_server.pipelines.catalog import ModelFacts
-from stable_diffusion_server.regions import Box, around, filled, fitted, resized
 from stable_diffusion_server.resolving import Plan
 from stable_diffusion_server.types import Job, Order, Picture, Warned
 

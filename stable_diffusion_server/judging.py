@@ -10,10 +10,10 @@ from typing import Generic, Protocol, TypeVar
 
 import structlog
 
-from stable_diffusion_server.bumpy_detection import bumpiness, is_black
 from stable_diffusion_server.engine import Drawing
 from stable_diffusion_server.errors import InvalidInput, NotFinite, ServerError
-from stable_diffusion_server.image_processing import Pixels
+from stable_diffusion_server.imaging.artifact_detection import bumpiness, is_black
+from stable_diffusion_server.imaging.processing import Pixels
 from stable_diffusion_server.pipelines.catalog import SCHEDULERS, ModelFacts, steps_skipped
 from stable_diffusion_server.types import Job, Task, Warned, digest
 

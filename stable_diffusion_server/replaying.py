@@ -14,8 +14,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from stable_diffusion_server.errors import InvalidInput
 from stable_diffusion_server.history.entries import Entry
-from stable_diffusion_server.image_processing import Pixels
-from stable_diffusion_server.inscriptions import read_record
+from stable_diffusion_server.imaging.metadata import read_record
+from stable_diffusion_server.imaging.processing import Pixels
 from stable_diffusion_server.ports import Decode
 from stable_diffusion_server.records import NOT_ASKED
 from stable_diffusion_server.resolving import Options, resolve

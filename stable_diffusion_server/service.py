@@ -19,7 +19,7 @@ from stable_diffusion_server.drawing import Drawing, For, Queue
 from stable_diffusion_server.errors import NotFound, StorageUnavailable
 from stable_diffusion_server.flights import Audience, Flights, Listener, Watcher
 from stable_diffusion_server.history.entries import Entry
-from stable_diffusion_server.image_processing import Pixels
+from stable_diffusion_server.imaging.processing import Pixels
 from stable_diffusion_server.judging import DrawnPicture, Judged
 from stable_diffusion_server.keeping import Keeping, whose_name
 from stable_diffusion_server.observability.account import Account

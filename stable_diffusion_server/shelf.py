@@ -9,7 +9,7 @@ from stable_diffusion_server.bucket_api import Bucket
 from stable_diffusion_server.errors import Forbidden, InvalidInput, NotFound
 from stable_diffusion_server.history.entries import Entry, Wanted
 from stable_diffusion_server.history.recorder import Recorder
-from stable_diffusion_server.inscriptions import read_record
+from stable_diffusion_server.imaging.metadata import read_record
 from stable_diffusion_server.ownership import Ownership
 from stable_diffusion_server.types import Caller, Stored
 

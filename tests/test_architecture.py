@@ -87,8 +87,8 @@ def test_nothing_is_imported_by_string(path: Path) -> None:
 
 
 PURE = (
-    "image_processing.py regions.py bumpy_detection.py composing.py resolving.py prompts.py types.py flights.py "
-    "presenting.py picture_formats.py inscriptions.py records.py receipts.py history/entries.py "
+    "imaging/processing.py imaging/resize.py imaging/artifact_detection.py composing.py resolving.py prompts.py types.py flights.py "
+    "presenting.py imaging/formats.py imaging/metadata.py records.py receipts.py history/entries.py "
     "fetching/addresses.py fetching/targets.py pipelines/catalog.py"
 ).split()
 IO_MODULES = {"os", "pathlib", "socket", "subprocess", "shutil", "tempfile", "sqlite3", "httpx", "requests", "boto3"}

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
-from stable_diffusion_server.bumpy_detection import bumpiness, is_black
+from stable_diffusion_server.imaging.artifact_detection import bumpiness, is_black
 
 
 def originals_rule(pixels: NDArray[np.uint8]) -> bool:

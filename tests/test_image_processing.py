@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from stable_diffusion_server.image_processing import (
+from stable_diffusion_server.imaging.processing import (
     Canvas,
     canny,
     encode,

@@ -13,9 +13,9 @@ import pytest
 from fakes import PaintedSquares, until
 
 from stable_diffusion_server.buckets.memory import MemoryBucket
-from stable_diffusion_server.decoding.pool import Decoder
 from stable_diffusion_server.engine import Engine, Phase
 from stable_diffusion_server.errors import InvalidInput
+from stable_diffusion_server.imaging.sandbox.pool import Decoder
 from stable_diffusion_server.limits import Limits
 from stable_diffusion_server.pipelines.catalog import MODELS, ModelFacts
 from stable_diffusion_server.pipelines.lora_folder import LoraFolder

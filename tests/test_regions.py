@@ -8,7 +8,7 @@ from fakes import disc
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stable_diffusion_server.regions import around, filled, fitted
+from stable_diffusion_server.imaging.resize import around, filled, fitted
 from stable_diffusion_server.types import Fill, Fit
 
 

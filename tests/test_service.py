@@ -15,10 +15,10 @@ from fakes import COLOURS, PaintedSquares, until
 from PIL import Image
 
 from stable_diffusion_server.buckets.local import LocalBucket
-from stable_diffusion_server.decoding.pool import Decoder
 from stable_diffusion_server.engine import Engine, Phase
 from stable_diffusion_server.errors import DeadlineExceeded, InvalidInput, StorageUnavailable
 from stable_diffusion_server.fetching.fetcher import Bounds, Fetcher
+from stable_diffusion_server.imaging.sandbox.pool import Decoder
 from stable_diffusion_server.limits import Limits
 from stable_diffusion_server.resolving import Options, resolve
 from stable_diffusion_server.service import Service

@@ -16,7 +16,7 @@ from stable_diffusion_server.api.schemas import (
     read_order,
     receipt_body,
 )
-from stable_diffusion_server.image_processing import media_type_of
+from stable_diffusion_server.imaging.processing import media_type_of
 from stable_diffusion_server.limits import Limits
 from stable_diffusion_server.types import Receipt
 

@@ -21,9 +21,9 @@ from stable_diffusion_server.app.jobs import build_jobs
 from stable_diffusion_server.app.stopping import ClosesWhileStopping, Shutdown, drained_by_signals, leave_soon
 from stable_diffusion_server.app.storage import Stores
 from stable_diffusion_server.app.studio import add_studio, key_of_visitor
-from stable_diffusion_server.decoding.pool import Decoder
 from stable_diffusion_server.engine import Phase
 from stable_diffusion_server.fetching.fetcher import Fetcher
+from stable_diffusion_server.imaging.sandbox.pool import Decoder
 from stable_diffusion_server.jobs.desk import Jobs
 from stable_diffusion_server.observability.deaths import DeviceRecord
 from stable_diffusion_server.observability.logs import configure_logging

@@ -11,15 +11,15 @@ from typing import Any, Protocol
 import structlog
 
 from stable_diffusion_server.app.warming import warm_up
-from stable_diffusion_server.decoding.pool import Decoder
 from stable_diffusion_server.engine import Abilities, Denoiser, Engine
 from stable_diffusion_server.errors import NotReady, WeightsUnusable
 from stable_diffusion_server.fetching.fetcher import Bounds, Fetcher
 from stable_diffusion_server.fetching.targets import Allowance
+from stable_diffusion_server.imaging.formats import ALWAYS
+from stable_diffusion_server.imaging.sandbox.pool import Decoder
 from stable_diffusion_server.limits import Limits
 from stable_diffusion_server.observability.metrics import Metrics
 from stable_diffusion_server.observability.progress import ConsoleProgress, Heartbeat, each
-from stable_diffusion_server.picture_formats import ALWAYS
 from stable_diffusion_server.pipelines.catalog import (
     MODELS,
     REAL_MODELS,

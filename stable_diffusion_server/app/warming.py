@@ -10,7 +10,7 @@ import structlog
 
 from stable_diffusion_server.engine import Abilities, Denoiser
 from stable_diffusion_server.errors import DevicePoisoned
-from stable_diffusion_server.image_processing import plan_canvas
+from stable_diffusion_server.imaging.processing import plan_canvas
 from stable_diffusion_server.pipelines.catalog import ModelFacts
 from stable_diffusion_server.types import Job, Task
 

@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from stable_diffusion_server.image_processing import canny, feathered
+from stable_diffusion_server.imaging.processing import canny, feathered
 from stable_diffusion_server.ui.intake import encoded
 
 Pixels = NDArray[np.uint8]

@@ -14,8 +14,8 @@ import pytest
 from conftest import House
 from fakes import Retouchers, disc, file_of
 
-from stable_diffusion_server.image_processing import encode
-from stable_diffusion_server.inscriptions import read_record
+from stable_diffusion_server.imaging.metadata import read_record
+from stable_diffusion_server.imaging.processing import encode
 from stable_diffusion_server.records import NOT_ASKED
 from stable_diffusion_server.types import Format, Order
 

@@ -16,8 +16,8 @@ import pytest
 from fakes import file_of
 from test_pool import children
 
-from stable_diffusion_server.decoding.pool import Decoder
 from stable_diffusion_server.errors import InvalidInput, NotReady
+from stable_diffusion_server.imaging.sandbox.pool import Decoder
 
 HANG_UPS = 1000
 SIDE = 600
@@ -205,7 +205,7 @@ async def test_a_pool_that_makes_no_progress_says_so(scripted: str, monkeypatch:
     decoder = Decoder(**LIMITS, processes=1, seconds=20, program=scripted)
     assert decoder.fault() is None
     await decoder.decode(b"n.", "image_file")
-    monkeypatch.setattr("stable_diffusion_server.decoding.pool.asyncio.timeout", Forever)
+    monkeypatch.setattr("stable_diffusion_server.imaging.sandbox.pool.asyncio.timeout", Forever)
     monkeypatch.setattr(decoder._monitor, "_bound", 0.3)
     hanging: asyncio.Task[Any] = asyncio.create_task(decoder.decode(b"s", "image_file"))
     await asyncio.sleep(0.1)
@@ -228,7 +228,7 @@ async def test_a_machine_without_room_for_a_process_is_told(monkeypatch: pytest.
 
     decoder = Decoder(**LIMITS, processes=1)
     with monkeypatch.context() as full:
-        full.setattr("stable_diffusion_server.decoding.pool.subprocess.Popen", refuse)
+        full.setattr("stable_diffusion_server.imaging.sandbox.pool.subprocess.Popen", refuse)
         for _ in range(3):
             with pytest.raises(NotReady):
                 await decoder.decode(b"n.", "image_file")

@@ -27,9 +27,9 @@ from hostile_pictures import (
     webp_of_frames,
 )
 
-from stable_diffusion_server.decoding.pool import Decoder
 from stable_diffusion_server.errors import InvalidInput, UnsupportedMedia
-from stable_diffusion_server.picture_formats import ALWAYS, EXTRA
+from stable_diffusion_server.imaging.formats import ALWAYS, EXTRA
+from stable_diffusion_server.imaging.sandbox.pool import Decoder
 
 GOOD = file_of(disc())
 RED = (255, 0, 0)

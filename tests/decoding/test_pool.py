@@ -17,9 +17,9 @@ import pytest
 from fakes import disc, file_of, until
 from PIL import Image
 
-from stable_diffusion_server.decoding import child
-from stable_diffusion_server.decoding.pool import Decoder
 from stable_diffusion_server.errors import InvalidInput, NotReady, ServerError, TooLarge, UnsupportedMedia
+from stable_diffusion_server.imaging.sandbox import worker
+from stable_diffusion_server.imaging.sandbox.pool import Decoder
 
 LIMITS = {"max_bytes": 1_000_000, "max_pixels": 40_000, "max_side": 1000}
 
@@ -32,7 +32,7 @@ async def decoder() -> AsyncIterator[Decoder]:
     await decoder.close()
 
 
-def children(program: str = child.__file__) -> set[int]:
+def children(program: str = worker.__file__) -> set[int]:
     """Decoding processes of this one that are still there."""
     found = set()
     for entry in Path("/proc").glob("[0-9]*"):

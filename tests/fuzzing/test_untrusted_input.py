@@ -22,10 +22,10 @@ from hypothesis import strategies as st
 
 from stable_diffusion_server.bucket_api import object_key, url_path
 from stable_diffusion_server.buckets.local import LocalBucket
-from stable_diffusion_server.decoding.pool import Decoder
 from stable_diffusion_server.errors import InvalidInput, NotFound, ServerError, StorageUnavailable
+from stable_diffusion_server.imaging.formats import ALWAYS, EXTRA
+from stable_diffusion_server.imaging.sandbox.pool import Decoder
 from stable_diffusion_server.parsing.strict_json import dumps, parse_object
-from stable_diffusion_server.picture_formats import ALWAYS, EXTRA
 from stable_diffusion_server.prompts import clean
 
 # Of one test's own: an app or a pool is made once, and every example must leave it as it was.

@@ -21,7 +21,7 @@ from typing import Any
 from starlette.datastructures import Headers
 from starlette.requests import Request
 
-from stable_diffusion_server import inscriptions, limits, presenting, prompts, replaying
+from stable_diffusion_server import limits, presenting, prompts, replaying
 from stable_diffusion_server.api import asked, bodies, pictures, preferences, schemas
 from stable_diffusion_server.api.house import House
 from stable_diffusion_server.api.openai import parameters as openai_parameters
@@ -30,6 +30,7 @@ from stable_diffusion_server.api.security import header_limits, keys, policy, pr
 from stable_diffusion_server.bucket_api import KEY_MAX_BYTES, object_key
 from stable_diffusion_server.errors import ServerError
 from stable_diffusion_server.fetching import targets
+from stable_diffusion_server.imaging import metadata
 from stable_diffusion_server.jobs.happenings import Happenings
 from stable_diffusion_server.limits import Limits
 from stable_diffusion_server.parsing import strict_json, unicode_text
@@ -462,33 +463,33 @@ PARSERS = [
     Parser(
         "record in a PNG",
         1_000_000,
-        inscriptions.read_record,
+        metadata.read_record,
         lambda text: png(chunk(b"iTXt", b"record\0\0\0\0\0" + f'{{"prompt":"{quoted(text)}"}}'.encode())),
     ),
     Parser(
         "record in a WebP",
         1_000_000,
-        inscriptions.read_record,
+        metadata.read_record,
         lambda text: webp(exif(f'{{"prompt":"{quoted(text)}"}}')),
     ),
     Parser(
         "a PNG of many chunks",
         1_200_000,
-        inscriptions.read_record,
+        metadata.read_record,
         lambda text: png(chunk(b"iTXt", b"") * (len(text) // 12)),
         {"chunks": "a"},
     ),
     Parser(
         "a JPEG of many segments",
         400_000,
-        inscriptions.read_record,
+        metadata.read_record,
         lambda text: b"\xff\xd8" + b"\xff\xe1\0\2" * (len(text) // 4),
         {"segments": "a"},
     ),
     Parser(
         "a WebP of many chunks",
         800_000,
-        inscriptions.read_record,
+        metadata.read_record,
         lambda text: b"RIFF\0\0\0\0WEBP" + b"ABCD\0\0\0\0" * (len(text) // 8),
         {"chunks": "a"},
     ),

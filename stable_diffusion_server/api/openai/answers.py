@@ -10,7 +10,7 @@ from stable_diffusion_server.api.openai.parameters import ImagesParameters
 from stable_diffusion_server.api.pictures import text_of
 from stable_diffusion_server.api.shapes import openai_error
 from stable_diffusion_server.errors import ServerError
-from stable_diffusion_server.image_processing import media_type_of
+from stable_diffusion_server.imaging.processing import media_type_of
 from stable_diffusion_server.parsing.strict_json import dumps
 from stable_diffusion_server.pipelines.catalog import ModelFacts
 from stable_diffusion_server.types import Receipt

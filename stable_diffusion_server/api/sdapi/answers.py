@@ -11,8 +11,8 @@ from stable_diffusion_server.api.pictures import text_of
 from stable_diffusion_server.api.sdapi.names import SAMPLERS, samplers_of, title_of
 from stable_diffusion_server.api.sdapi.parameters import Ordered, Txt2Img
 from stable_diffusion_server.api.sdapi.tasks import Task
-from stable_diffusion_server.image_processing import parameters_text
-from stable_diffusion_server.inscriptions import read_parameters_text, read_record
+from stable_diffusion_server.imaging.metadata import read_parameters_text, read_record
+from stable_diffusion_server.imaging.processing import parameters_text
 from stable_diffusion_server.parsing.strict_json import dumps
 from stable_diffusion_server.types import Order, Receipt
 

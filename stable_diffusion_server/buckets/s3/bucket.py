@@ -30,7 +30,7 @@ from stable_diffusion_server.errors import (
     StorageRefused,
     StorageUnavailable,
 )
-from stable_diffusion_server.inscriptions import claims_picture, is_whole
+from stable_diffusion_server.imaging.metadata import claims_picture, is_whole
 from stable_diffusion_server.presenting import caching_of, disposition_of
 from stable_diffusion_server.storage_refusals import error_of_refusal, is_answered
 from stable_diffusion_server.types import Stored

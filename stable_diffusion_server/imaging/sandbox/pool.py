@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from stable_diffusion_server.concurrency.fair_limiter import FairLimiter
 from stable_diffusion_server.concurrency.progress_monitor import ProgressMonitor
-from stable_diffusion_server.decoding import child
 from stable_diffusion_server.errors import InvalidInput, NotReady, ServerError, TooLarge, UnsupportedMedia
-from stable_diffusion_server.picture_formats import ALWAYS, in_words
+from stable_diffusion_server.imaging.formats import ALWAYS, in_words
+from stable_diffusion_server.imaging.sandbox import worker as child
 
 _log = structlog.get_logger(__name__)
 

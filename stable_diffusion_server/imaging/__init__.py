@@ -1,0 +1,1 @@
+"""Pure image functions, image metadata, and sandboxed decoding."""
