@@ -39,8 +39,8 @@ BOMBS: dict[str, tuple[str, bytes | None, int]] = {
 FILL = """
 import sys
 from pathlib import Path
-from stable_diffusion_server.history.entries import Entry
-from stable_diffusion_server.history.index import Index
+from stable_diffusion_server.storage.history.entries import Entry
+from stable_diffusion_server.storage.history.index import Index
 index = Index(Path(sys.argv[1]), 200_000, 0)
 index.open()
 words = "a red square on a blue background, "

@@ -15,13 +15,13 @@ import httpx
 
 from stable_diffusion_server.app import create_app
 from stable_diffusion_server.app.drawing import Loaded
-from stable_diffusion_server.bucket_api import StorageOptions, check_bucket, object_key, open_bucket
 from stable_diffusion_server.engine import Phase
 from stable_diffusion_server.errors import StorageUnavailable
 from stable_diffusion_server.pipelines.catalog import REAL_MODELS
 from stable_diffusion_server.settings import Settings
 from stable_diffusion_server.settings.surroundings import keep_compiled
-from stable_diffusion_server.spool.dead_letters import DeadLetters
+from stable_diffusion_server.storage.api import StorageOptions, check_bucket, object_key, open_bucket
+from stable_diffusion_server.storage.dead_letters import DeadLetters
 
 FORMATS = {".webp": "webp", ".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg"}
 _LOOK_EVERY = 0.1

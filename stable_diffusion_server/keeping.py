@@ -10,17 +10,17 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
-from stable_diffusion_server.bucket_api import Bucket
 from stable_diffusion_server.composing import Scene
 from stable_diffusion_server.encoding import Encoders
 from stable_diffusion_server.errors import InvalidInput, StorageRefused
-from stable_diffusion_server.history.entries import Entry
 from stable_diffusion_server.imaging.digital_source_type import source_type_of, xmp_packet
 from stable_diffusion_server.imaging.processing import encode
 from stable_diffusion_server.judging import DrawnPicture, Judged
 from stable_diffusion_server.ownership import Ownership
 from stable_diffusion_server.records import entry_of, inscription_of, record_of
 from stable_diffusion_server.resolving import Plan
+from stable_diffusion_server.storage.api import Bucket
+from stable_diffusion_server.storage.history.entries import Entry
 from stable_diffusion_server.types import Caller, Format, Stored, Warned
 
 T = TypeVar("T")

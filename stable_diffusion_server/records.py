@@ -7,10 +7,10 @@ from collections.abc import Iterable
 from dataclasses import fields
 
 from stable_diffusion_server.composing import Scene
-from stable_diffusion_server.history.entries import Entry
 from stable_diffusion_server.judging import DrawnPicture, Judged
-from stable_diffusion_server.presenting import LASTING
 from stable_diffusion_server.resolving import Plan
+from stable_diffusion_server.storage.history.entries import Entry
+from stable_diffusion_server.storage.object_headers import LASTING
 from stable_diffusion_server.types import Job, job_facts
 
 # What of an order is not told to have it drawn again: its pictures, and what only concerns where it is stored and when.

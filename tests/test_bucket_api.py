@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stable_diffusion_server.bucket_api import KEY_MAX_BYTES, StorageOptions, object_key, open_bucket, url_path
 from stable_diffusion_server.errors import InvalidInput
+from stable_diffusion_server.storage.api import KEY_MAX_BYTES, StorageOptions, object_key, open_bucket, url_path
 
 
 @pytest.mark.parametrize(

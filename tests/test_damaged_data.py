@@ -19,12 +19,12 @@ from fakes import until
 from test_journal import CLAIM, ENTRY, RECEIPT, WORK
 
 from stable_diffusion_server.errors import JournalUnavailable
-from stable_diffusion_server.history.entries import Entry as Drawn
-from stable_diffusion_server.history.entries import Wanted
-from stable_diffusion_server.history.index import Index
 from stable_diffusion_server.journal.book import Journal
 from stable_diffusion_server.journal.entries import Entry, State, Work
 from stable_diffusion_server.journal.tables import connect
+from stable_diffusion_server.storage.history.entries import Entry as Drawn
+from stable_diffusion_server.storage.history.entries import Wanted
+from stable_diffusion_server.storage.history.index import Index
 from stable_diffusion_server.types import Caller, Order, Task
 
 SIGNED = {"signed_url_seconds": 600}

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from stable_diffusion_server.api.history import MOST_ASKED
 from stable_diffusion_server.app import create_app
-from stable_diffusion_server.history.entries import Entry, Wanted
-from stable_diffusion_server.history.index import Index
+from stable_diffusion_server.storage.history.entries import Entry, Wanted
+from stable_diffusion_server.storage.history.index import Index
 
 _PROMPTS = [
     "a red square",

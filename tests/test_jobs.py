@@ -14,7 +14,6 @@ import pytest
 from fakes import PaintedSquares, until
 from test_service import OPTIONS, order
 
-from stable_diffusion_server.buckets.local import LocalBucket
 from stable_diffusion_server.engine import Engine, Phase
 from stable_diffusion_server.errors import (
     Busy,
@@ -32,6 +31,7 @@ from stable_diffusion_server.journal.book import Journal
 from stable_diffusion_server.journal.entries import Entry, Problem, State, Work
 from stable_diffusion_server.observability.deaths import DeviceRecord
 from stable_diffusion_server.service import Service
+from stable_diffusion_server.storage.local import LocalBucket
 from stable_diffusion_server.types import Caller, Order, Receipt
 
 ANN, BOB = Caller("ann"), Caller("bob")

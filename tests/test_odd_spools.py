@@ -14,10 +14,10 @@ from fakes import until
 from storage_servers import KEYS, StorageServer, make_s3_bucket
 
 from stable_diffusion_server import commands
-from stable_diffusion_server.buckets.memory import MemoryBucket
-from stable_diffusion_server.spool.dead_letters import DeadLetters
-from stable_diffusion_server.spool.files import Spool
-from stable_diffusion_server.spool.spooling import Spooling
+from stable_diffusion_server.storage.dead_letters import DeadLetters
+from stable_diffusion_server.storage.memory import MemoryBucket
+from stable_diffusion_server.storage.spool import Spool
+from stable_diffusion_server.storage.write_behind import Spooling
 from stable_diffusion_server.types import Stored
 
 

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 from fakes import PaintedSquares, until
 
-from stable_diffusion_server.buckets.memory import MemoryBucket
 from stable_diffusion_server.engine import Engine, Phase
 from stable_diffusion_server.errors import InvalidInput
 from stable_diffusion_server.imaging.sandbox.pool import Decoder
@@ -21,6 +20,7 @@ from stable_diffusion_server.pipelines.catalog import MODELS, ModelFacts
 from stable_diffusion_server.pipelines.lora_folder import LoraFolder
 from stable_diffusion_server.resolving import Options
 from stable_diffusion_server.service import Service
+from stable_diffusion_server.storage.memory import MemoryBucket
 from stable_diffusion_server.types import Job, Order, Stored, Task, picture_digest
 
 ORDER = Order(Task.TEXT_TO_IMAGE, "a red square", 64, 64)

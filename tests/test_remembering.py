@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from stable_diffusion_server.buckets.memory import MemoryBucket
 from stable_diffusion_server.errors import NotFound, StorageUnavailable
-from stable_diffusion_server.knowledge import Knowledge
-from stable_diffusion_server.spool.files import Spool
-from stable_diffusion_server.spool.remembering import Remembering
-from stable_diffusion_server.spool.spooling import Spooling
+from stable_diffusion_server.storage.cached_bucket import Remembering
+from stable_diffusion_server.storage.existence_cache import Knowledge
+from stable_diffusion_server.storage.memory import MemoryBucket
+from stable_diffusion_server.storage.spool import Spool
+from stable_diffusion_server.storage.write_behind import Spooling
 from stable_diffusion_server.types import Stored
 
 

@@ -14,7 +14,6 @@ import pytest
 from fakes import COLOURS, PaintedSquares, until
 from PIL import Image
 
-from stable_diffusion_server.buckets.local import LocalBucket
 from stable_diffusion_server.engine import Engine, Phase
 from stable_diffusion_server.errors import DeadlineExceeded, InvalidInput, StorageUnavailable
 from stable_diffusion_server.fetching.fetcher import Bounds, Fetcher
@@ -22,6 +21,7 @@ from stable_diffusion_server.imaging.sandbox.pool import Decoder
 from stable_diffusion_server.limits import Limits
 from stable_diffusion_server.resolving import Options, resolve
 from stable_diffusion_server.service import Service
+from stable_diffusion_server.storage.local import LocalBucket
 from stable_diffusion_server.types import EventKind, Format, Order, Progress, Task
 
 OPTIONS = Options(Limits(), "sdxl", "static/uploads")

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stable_diffusion_server.bucket_api import StorageOptions
 from stable_diffusion_server.settings import Settings
 from stable_diffusion_server.settings.reading import SettingsError, describe_settings, read_settings
+from stable_diffusion_server.storage.api import StorageOptions
 
 ROOT = Path(__file__).resolve().parent.parent
 

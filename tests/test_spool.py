@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from fakes import until
 
-from stable_diffusion_server.buckets.memory import MemoryBucket
 from stable_diffusion_server.errors import InvalidInput, NotFound, StorageUnavailable
-from stable_diffusion_server.spool.dead_letters import DeadLetter, DeadLetters
-from stable_diffusion_server.spool.files import Spool
-from stable_diffusion_server.spool.spooling import Spooling
+from stable_diffusion_server.storage.dead_letters import DeadLetter, DeadLetters
+from stable_diffusion_server.storage.memory import MemoryBucket
+from stable_diffusion_server.storage.spool import Spool
+from stable_diffusion_server.storage.write_behind import Spooling
 from stable_diffusion_server.types import Stored
 
 RECORD = {"digest": "abc", "seed": "7"}

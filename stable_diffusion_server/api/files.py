@@ -14,13 +14,13 @@ from starlette.staticfiles import NotModifiedResponse
 
 from stable_diffusion_server.api.callers import caller_of
 from stable_diffusion_server.api.json_responses import JSONResponse
-from stable_diffusion_server.bucket_api import Bucket, read_picture
-from stable_diffusion_server.buckets.local import LocalBucket
 from stable_diffusion_server.concurrency.fair_queue import FairQueue
 from stable_diffusion_server.errors import Forbidden, InvalidInput, NotFound
-from stable_diffusion_server.presenting import caching_of, disposition_of
 from stable_diffusion_server.shelf import Shelf
-from stable_diffusion_server.signing import Signer
+from stable_diffusion_server.storage.api import Bucket, read_picture
+from stable_diffusion_server.storage.local import LocalBucket
+from stable_diffusion_server.storage.object_headers import caching_of, disposition_of
+from stable_diffusion_server.storage.signed_urls import Signer
 from stable_diffusion_server.types import Stored
 
 _RANGE = re.compile(r"bytes=\s*(\d+-\d*|-\d+)(\s*,\s*(\d+-\d*|-\d+))*")

@@ -12,8 +12,8 @@ from stable_diffusion_server.api.callers import caller_of
 from stable_diffusion_server.api.json_responses import JSONResponse
 from stable_diffusion_server.concurrency.fair_queue import FairQueue
 from stable_diffusion_server.errors import InvalidInput
-from stable_diffusion_server.history.entries import Entry, Wanted
 from stable_diffusion_server.shelf import Shelf
+from stable_diffusion_server.storage.history.entries import Entry, Wanted
 
 _MOST, _USUAL = 200, 50
 # Searches that run at a time, and those of one caller that run or wait.

@@ -8,20 +8,20 @@ from pathlib import Path
 import structlog
 from fastapi import Request
 
-from stable_diffusion_server.bucket_api import Bucket, StorageOptions, open_bucket, url_path
-from stable_diffusion_server.buckets.local import LocalBucket
 from stable_diffusion_server.errors import ServerError
-from stable_diffusion_server.history.index import Index
-from stable_diffusion_server.history.recorder import Recorder
 from stable_diffusion_server.observability.metrics import Metrics
 from stable_diffusion_server.ownership import Ownership
 from stable_diffusion_server.settings import Settings
 from stable_diffusion_server.shelf import Shelf
-from stable_diffusion_server.signing import ServerSecret, Signer
-from stable_diffusion_server.spool.files import Spool
-from stable_diffusion_server.spool.remembering import Remembering
-from stable_diffusion_server.spool.spooling import Spooling
-from stable_diffusion_server.spool.timing import Timed
+from stable_diffusion_server.storage.api import Bucket, StorageOptions, open_bucket, url_path
+from stable_diffusion_server.storage.cached_bucket import Remembering
+from stable_diffusion_server.storage.history.index import Index
+from stable_diffusion_server.storage.history.writer import Recorder
+from stable_diffusion_server.storage.instrumented import Timed
+from stable_diffusion_server.storage.local import LocalBucket
+from stable_diffusion_server.storage.signed_urls import ServerSecret, Signer
+from stable_diffusion_server.storage.spool import Spool
+from stable_diffusion_server.storage.write_behind import Spooling
 from stable_diffusion_server.types import Stored
 
 _log = structlog.get_logger(__name__)

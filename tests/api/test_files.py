@@ -16,13 +16,13 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from stable_diffusion_server.api import files, handlers
-from stable_diffusion_server.buckets.memory import MemoryBucket
 from stable_diffusion_server.errors import Forbidden, Overasked
-from stable_diffusion_server.history.entries import Entry, Wanted
-from stable_diffusion_server.history.index import Index
-from stable_diffusion_server.history.recorder import Recorder
 from stable_diffusion_server.shelf import Shelf
-from stable_diffusion_server.signing import Signer
+from stable_diffusion_server.storage.history.entries import Entry, Wanted
+from stable_diffusion_server.storage.history.index import Index
+from stable_diffusion_server.storage.history.writer import Recorder
+from stable_diffusion_server.storage.memory import MemoryBucket
+from stable_diffusion_server.storage.signed_urls import Signer
 from stable_diffusion_server.types import Caller
 
 
@@ -360,7 +360,7 @@ def test_a_caller_touches_only_what_is_under_its_prefix(tmp_path: Path) -> None:
 
 def test_what_comes_within_a_moment_is_recorded_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A transaction costs the same for one entry as for many; who looks for them does not wait for more to come."""
-    monkeypatch.setattr("stable_diffusion_server.history.recorder._GATHER_SECONDS", 30.0)
+    monkeypatch.setattr("stable_diffusion_server.storage.history.writer._GATHER_SECONDS", 30.0)
     index, written = Index(tmp_path / "history.db", 100, 0), list[int]()
     add = index.add
     monkeypatch.setattr(index, "add", lambda entries: (written.append(len(entries)), add(entries)))

@@ -17,7 +17,7 @@ from test_service import OPTIONS, order
 
 from stable_diffusion_server.ownership import Ownership
 from stable_diffusion_server.resolving import resolve
-from stable_diffusion_server.signing import ServerSecret
+from stable_diffusion_server.storage.signed_urls import ServerSecret
 
 CREATE = "/create_and_upload_image"
 ORDER: dict[str, Any] = {"prompt": "a red square", "width": 64, "height": 64}

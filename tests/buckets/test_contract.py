@@ -24,9 +24,9 @@ from storage_servers import (
     s3_client,
 )
 
-from stable_diffusion_server.bucket_api import Bucket, StorageOptions, check_if_blob_exists, open_bucket
-from stable_diffusion_server.buckets.memory import MemoryBucket
 from stable_diffusion_server.errors import NotFound, StorageRefused, StorageUnavailable
+from stable_diffusion_server.storage.api import Bucket, StorageOptions, check_if_blob_exists, open_bucket
+from stable_diffusion_server.storage.memory import MemoryBucket
 
 RECORD = {"digest": "abc", "seed": "7", "model": "sdxl"}
 KINDS = ("memory", "local", "r2", "s3", "gcs")

@@ -14,9 +14,9 @@ import pytest
 from fakes import disc, file_of
 from filelock import FileLock
 
-from stable_diffusion_server.bucket_api import check_if_blob_exists
-from stable_diffusion_server.buckets.local import LocalBucket
 from stable_diffusion_server.errors import InvalidInput, NotFound, StorageUnavailable
+from stable_diffusion_server.storage.api import check_if_blob_exists
+from stable_diffusion_server.storage.local import LocalBucket
 
 RECORD = {"digest": "abc", "seed": "7"}
 
@@ -82,7 +82,7 @@ def test_threads_of_one_server_never_wait_for_the_lock_file(
     bucket: LocalBucket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It can only be asked for again and again; here it must be free whenever it is asked for."""
-    monkeypatch.setattr("stable_diffusion_server.buckets.local.FileLock", partial(FileLock, timeout=0))
+    monkeypatch.setattr("stable_diffusion_server.storage.local.FileLock", partial(FileLock, timeout=0))
     with ThreadPoolExecutor(8) as threads:
         stored = threads.map(lambda n: bucket.create(f"k{n}", b"bytes", "image/webp", {}), range(64))
         assert all(won for _, won in stored)
@@ -231,7 +231,7 @@ def test_a_disk_that_takes_no_more_is_told_and_keeps_nothing_half(tmp_path: Path
     code = f"""
 import resource
 from pathlib import Path
-from stable_diffusion_server.buckets.local import LocalBucket
+from stable_diffusion_server.storage.local import LocalBucket
 from stable_diffusion_server.errors import StorageUnavailable
 bucket = LocalBucket(Path({str(tmp_path / "bucket")!r}))
 bucket.open()

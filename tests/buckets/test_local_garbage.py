@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 from conftest import House
 
-from stable_diffusion_server.buckets.local import LocalBucket
+from stable_diffusion_server.storage.local import LocalBucket
 
 NAME = "static/uploads/a.webp"
 GARBAGE: dict[str, Callable[[bytes], bytes]] = {

@@ -11,8 +11,8 @@ from conftest import House
 from fakes import until
 from storage_servers import KEYS, Rascal, StorageServer, make_s3_bucket, opened, r2_options, s3_client
 
-from stable_diffusion_server.bucket_api import Bucket
 from stable_diffusion_server.errors import StorageUnavailable
+from stable_diffusion_server.storage.api import Bucket
 
 
 @pytest.fixture

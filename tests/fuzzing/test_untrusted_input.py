@@ -20,13 +20,13 @@ from hostile_pictures import gif_of_frames, jpeg_of_many_scans, png_claiming, pn
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from stable_diffusion_server.bucket_api import object_key, url_path
-from stable_diffusion_server.buckets.local import LocalBucket
 from stable_diffusion_server.errors import InvalidInput, NotFound, ServerError, StorageUnavailable
 from stable_diffusion_server.imaging.formats import ALWAYS, EXTRA
 from stable_diffusion_server.imaging.sandbox.pool import Decoder
 from stable_diffusion_server.parsing.strict_json import dumps, parse_object
 from stable_diffusion_server.prompts import clean
+from stable_diffusion_server.storage.api import object_key, url_path
+from stable_diffusion_server.storage.local import LocalBucket
 
 # Of one test's own: an app or a pool is made once, and every example must leave it as it was.
 SHARED = settings(

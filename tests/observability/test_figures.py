@@ -15,9 +15,9 @@ from fastapi.testclient import TestClient
 from squares import Cramped
 
 from stable_diffusion_server.app import create_app
-from stable_diffusion_server.buckets.memory import MemoryBucket
 from stable_diffusion_server.errors import NotFound, StorageUnavailable
-from stable_diffusion_server.spool.timing import Timed
+from stable_diffusion_server.storage.instrumented import Timed
+from stable_diffusion_server.storage.memory import MemoryBucket
 
 CREATE = "/create_and_upload_image"
 KEY = {"X-API-Key": "secret-of-anna"}

@@ -21,13 +21,12 @@ from typing import Any
 from starlette.datastructures import Headers
 from starlette.requests import Request
 
-from stable_diffusion_server import limits, presenting, prompts, replaying
+from stable_diffusion_server import limits, prompts, replaying
 from stable_diffusion_server.api import asked, bodies, pictures, preferences, schemas
 from stable_diffusion_server.api.house import House
 from stable_diffusion_server.api.openai import parameters as openai_parameters
 from stable_diffusion_server.api.sdapi import answers, names, parameters, prompt_syntax
 from stable_diffusion_server.api.security import header_limits, keys, policy, proxies
-from stable_diffusion_server.bucket_api import KEY_MAX_BYTES, object_key
 from stable_diffusion_server.errors import ServerError
 from stable_diffusion_server.fetching import targets
 from stable_diffusion_server.imaging import metadata
@@ -35,6 +34,8 @@ from stable_diffusion_server.jobs.happenings import Happenings
 from stable_diffusion_server.limits import Limits
 from stable_diffusion_server.parsing import strict_json, unicode_text
 from stable_diffusion_server.pipelines.catalog import MODELS
+from stable_diffusion_server.storage import object_headers
+from stable_diffusion_server.storage.api import KEY_MAX_BYTES, object_key
 from stable_diffusion_server.types import Stored
 
 PACKAGE = Path(strict_json.__file__).parent
@@ -458,7 +459,7 @@ PARSERS = [
         lambda text: "http://a/" + text,
     ),
     Parser("save_path", KEY_MAX_BYTES, lambda text: object_key("static", text)),
-    Parser("the name of a file", KEY_MAX_BYTES, presenting.disposition_of, refuses=False),
+    Parser("the name of a file", KEY_MAX_BYTES, object_headers.disposition_of, refuses=False),
     Parser("a whole number", limits.TEXT_MAX, limits.whole_number),
     Parser(
         "record in a PNG",

@@ -14,7 +14,7 @@ import structlog
 
 from stable_diffusion_server.errors import StorageUnavailable
 from stable_diffusion_server.files.damaged_files import is_blocked, set_aside
-from stable_diffusion_server.history.entries import Entry, Wanted
+from stable_diffusion_server.storage.history.entries import Entry, Wanted
 
 _log = structlog.get_logger(__name__)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from stable_diffusion_server.errors import InvalidInput, NotFound
-from stable_diffusion_server.spool.store import Store
+from stable_diffusion_server.storage.store_protocol import Store
 from stable_diffusion_server.types import Stored
 
 

@@ -19,9 +19,9 @@ from stable_diffusion_server.errors import (
     StorageRefused,
     StorageUnavailable,
 )
-from stable_diffusion_server.spool.calls import Calls
-from stable_diffusion_server.spool.files import Kept, Spool
-from stable_diffusion_server.spool.store import Store
+from stable_diffusion_server.storage.bounded_calls import Calls
+from stable_diffusion_server.storage.spool import Kept, Spool
+from stable_diffusion_server.storage.store_protocol import Store
 
 _log = structlog.get_logger(__name__)
 

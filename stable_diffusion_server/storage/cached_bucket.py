@@ -6,8 +6,8 @@ import time
 from collections.abc import Callable, Mapping
 
 from stable_diffusion_server.errors import NotFound
-from stable_diffusion_server.knowledge import Knowledge
-from stable_diffusion_server.spool.spooling import Spooling
+from stable_diffusion_server.storage.existence_cache import Knowledge
+from stable_diffusion_server.storage.write_behind import Spooling
 from stable_diffusion_server.types import Stored
 
 

@@ -11,8 +11,8 @@ from http import HTTPStatus
 from typing import Any
 from urllib.parse import quote, unquote
 
-from stable_diffusion_server.buckets.s3.faults import unreadable
 from stable_diffusion_server.errors import StorageRefused
+from stable_diffusion_server.storage.s3.errors import unreadable
 from stable_diffusion_server.types import Stored
 
 PART_BYTES = 16 * 2**20

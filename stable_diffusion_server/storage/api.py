@@ -12,13 +12,13 @@ from urllib.parse import quote
 
 from pydantic import SecretStr
 
-from stable_diffusion_server.buckets.gcs.bucket import GCSBucket, GCSOptions
-from stable_diffusion_server.buckets.local import LocalBucket
-from stable_diffusion_server.buckets.s3.bucket import S3Bucket
-from stable_diffusion_server.buckets.s3.client import S3Options
 from stable_diffusion_server.errors import InvalidInput, ServerError, StorageUnavailable
 from stable_diffusion_server.imaging.formats import ALWAYS, EXTRA, begins_like
 from stable_diffusion_server.parsing.unicode_text import nfc
+from stable_diffusion_server.storage.gcs.bucket import GCSBucket, GCSOptions
+from stable_diffusion_server.storage.local import LocalBucket
+from stable_diffusion_server.storage.s3.bucket import S3Bucket
+from stable_diffusion_server.storage.s3.client import S3Options
 from stable_diffusion_server.types import Stored
 
 # S3's own bound on a key, in bytes of UTF-8; it holds for every bucket, so that a name is portable.

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 
 from stable_diffusion_server.errors import InvalidInput, NotFound, ServerError, StorageRefused, StorageUnavailable
-from stable_diffusion_server.spool.calls import Calls
-from stable_diffusion_server.spool.drain import Drain
-from stable_diffusion_server.spool.files import Kept, Spool
-from stable_diffusion_server.spool.store import Store
+from stable_diffusion_server.storage.bounded_calls import Calls
+from stable_diffusion_server.storage.spool import Kept, Spool
+from stable_diffusion_server.storage.spool_uploader import Drain
+from stable_diffusion_server.storage.store_protocol import Store
 from stable_diffusion_server.types import Stored
 
 

@@ -10,8 +10,8 @@ from queue import Empty, Full, Queue
 import structlog
 
 from stable_diffusion_server.errors import ServerError
-from stable_diffusion_server.history.entries import Entry, Wanted
-from stable_diffusion_server.history.index import Index
+from stable_diffusion_server.storage.history.entries import Entry, Wanted
+from stable_diffusion_server.storage.history.index import Index
 
 _log = structlog.get_logger(__name__)
 

@@ -13,9 +13,18 @@ from uuid import uuid4
 
 import structlog
 
-from stable_diffusion_server.buckets.s3 import objects
-from stable_diffusion_server.buckets.s3.client import S3Options, make_client
-from stable_diffusion_server.buckets.s3.faults import (
+from stable_diffusion_server.errors import (
+    NameBusy,
+    NotFound,
+    StorageRefused,
+    StorageUnavailable,
+)
+from stable_diffusion_server.imaging.metadata import claims_picture, is_whole
+from stable_diffusion_server.storage.object_headers import caching_of, disposition_of
+from stable_diffusion_server.storage.refusals import error_of_refusal, is_answered
+from stable_diffusion_server.storage.s3 import objects
+from stable_diffusion_server.storage.s3.client import S3Options, make_client
+from stable_diffusion_server.storage.s3.errors import (
     FORBIDDEN,
     BeyondTheEnd,
     ConditionFailed,
@@ -24,15 +33,6 @@ from stable_diffusion_server.buckets.s3.faults import (
     told,
     unreadable,
 )
-from stable_diffusion_server.errors import (
-    NameBusy,
-    NotFound,
-    StorageRefused,
-    StorageUnavailable,
-)
-from stable_diffusion_server.imaging.metadata import claims_picture, is_whole
-from stable_diffusion_server.presenting import caching_of, disposition_of
-from stable_diffusion_server.storage_refusals import error_of_refusal, is_answered
 from stable_diffusion_server.types import Stored
 
 _log = structlog.get_logger(__name__)

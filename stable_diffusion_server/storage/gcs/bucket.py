@@ -13,7 +13,6 @@ from typing import Any
 from urllib.parse import quote
 from uuid import uuid4
 
-from stable_diffusion_server.buckets.gcs.faults import FORBIDDEN, ConditionFailed, Refused, told, unreadable
 from stable_diffusion_server.errors import (
     NameBusy,
     NotFound,
@@ -21,8 +20,9 @@ from stable_diffusion_server.errors import (
     StorageUnavailable,
 )
 from stable_diffusion_server.imaging.metadata import claims_picture, is_whole
-from stable_diffusion_server.presenting import caching_of, disposition_of
-from stable_diffusion_server.storage_refusals import error_of_refusal, is_answered
+from stable_diffusion_server.storage.gcs.errors import FORBIDDEN, ConditionFailed, Refused, told, unreadable
+from stable_diffusion_server.storage.object_headers import caching_of, disposition_of
+from stable_diffusion_server.storage.refusals import error_of_refusal, is_answered
 from stable_diffusion_server.types import Stored
 
 # An object of this name shows, at each start, that writing is allowed. Later it shows whether a refusal is of one name

@@ -21,7 +21,7 @@ from filelock import FileLock
 from stable_diffusion_server.errors import InvalidInput, NotFound, StorageUnavailable
 from stable_diffusion_server.files.disk_space import Disk
 from stable_diffusion_server.imaging.metadata import claims_picture, is_whole
-from stable_diffusion_server.knowledge import Knowledge
+from stable_diffusion_server.storage.existence_cache import Knowledge
 from stable_diffusion_server.types import Stored
 
 # What Linux, macOS and Windows file systems hold.

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import structlog
 
 from stable_diffusion_server.errors import NameBusy, ServerError, StorageUnavailable
-from stable_diffusion_server.spool.store import Store
+from stable_diffusion_server.storage.store_protocol import Store
 
 _log = structlog.get_logger(__name__)
 

@@ -1,0 +1,1 @@
+"""Object storage: backends, write-behind, existence cache, signed URLs, history index."""
