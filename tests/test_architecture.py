@@ -89,7 +89,7 @@ def test_nothing_is_imported_by_string(path: Path) -> None:
 PURE = (
     "imaging/processing.py imaging/resize.py imaging/artifact_detection.py composing.py resolving.py prompts.py types.py flights.py "
     "storage/object_headers.py imaging/formats.py imaging/metadata.py records.py receipts.py storage/history/entries.py "
-    "fetching/addresses.py fetching/targets.py pipelines/catalog.py"
+    "net/public_ip.py net/url_policy.py pipelines/catalog.py"
 ).split()
 IO_MODULES = {"os", "pathlib", "socket", "subprocess", "shutil", "tempfile", "sqlite3", "httpx", "requests", "boto3"}
 

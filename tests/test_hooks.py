@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 from test_service import order
 
-from stable_diffusion_server.fetching.poster import Poster
-from stable_diffusion_server.fetching.targets import Allowance
 from stable_diffusion_server.jobs.hooks import Hooks
 from stable_diffusion_server.journal.book import Journal
 from stable_diffusion_server.journal.clerk import Clerk
 from stable_diffusion_server.journal.entries import Entry, State, Work
+from stable_diffusion_server.net.url_policy import Allowance
+from stable_diffusion_server.net.webhook_client import Poster
 from stable_diffusion_server.types import Caller
 
 HOST = "127.0.0.1"

@@ -16,9 +16,9 @@ from PIL import Image
 
 from stable_diffusion_server.engine import Engine, Phase
 from stable_diffusion_server.errors import DeadlineExceeded, InvalidInput, StorageUnavailable
-from stable_diffusion_server.fetching.fetcher import Bounds, Fetcher
 from stable_diffusion_server.imaging.sandbox.pool import Decoder
 from stable_diffusion_server.limits import Limits
+from stable_diffusion_server.net.image_fetcher import Bounds, Fetcher
 from stable_diffusion_server.resolving import Options, resolve
 from stable_diffusion_server.service import Service
 from stable_diffusion_server.storage.local import LocalBucket

@@ -13,11 +13,11 @@ import structlog
 from stable_diffusion_server.app.warming import warm_up
 from stable_diffusion_server.engine import Abilities, Denoiser, Engine
 from stable_diffusion_server.errors import NotReady, WeightsUnusable
-from stable_diffusion_server.fetching.fetcher import Bounds, Fetcher
-from stable_diffusion_server.fetching.targets import Allowance
 from stable_diffusion_server.imaging.formats import ALWAYS
 from stable_diffusion_server.imaging.sandbox.pool import Decoder
 from stable_diffusion_server.limits import Limits
+from stable_diffusion_server.net.image_fetcher import Bounds, Fetcher
+from stable_diffusion_server.net.url_policy import Allowance
 from stable_diffusion_server.observability.metrics import Metrics
 from stable_diffusion_server.observability.progress import ConsoleProgress, Heartbeat, each
 from stable_diffusion_server.pipelines.catalog import (

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from stable_diffusion_server.api.schemas import job_body
 from stable_diffusion_server.app.storage import Stores
-from stable_diffusion_server.fetching.poster import Poster
-from stable_diffusion_server.fetching.targets import Allowance
 from stable_diffusion_server.jobs.desk import Jobs
 from stable_diffusion_server.jobs.happenings import Standing
 from stable_diffusion_server.jobs.rules import Rules
 from stable_diffusion_server.journal.book import Journal
 from stable_diffusion_server.journal.entries import Entry
+from stable_diffusion_server.net.url_policy import Allowance
+from stable_diffusion_server.net.webhook_client import Poster
 from stable_diffusion_server.observability.deaths import DeviceRecord
 from stable_diffusion_server.parsing.strict_json import dumps
 from stable_diffusion_server.service import Service

@@ -11,9 +11,9 @@ import pytest
 from fakes import disc, file_of
 
 from stable_diffusion_server.errors import InvalidInput
-from stable_diffusion_server.fetching.fetcher import Bounds, Fetcher
-from stable_diffusion_server.fetching.poster import Poster
-from stable_diffusion_server.fetching.targets import Allowance
+from stable_diffusion_server.net.image_fetcher import Bounds, Fetcher
+from stable_diffusion_server.net.url_policy import Allowance
+from stable_diffusion_server.net.webhook_client import Poster
 
 HOST = "127.0.0.1"
 PICTURE = file_of(disc())

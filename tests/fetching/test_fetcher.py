@@ -11,8 +11,8 @@ from fakes import until
 from web_rascal import PICTURE, Names, Rascal
 
 from stable_diffusion_server.errors import InvalidInput, RemoteFailed, ServerError, TooLarge, UnsupportedMedia
-from stable_diffusion_server.fetching.fetcher import MAX_REDIRECTS, Bounds, Fetcher
-from stable_diffusion_server.fetching.targets import Allowance
+from stable_diffusion_server.net.image_fetcher import MAX_REDIRECTS, Bounds, Fetcher
+from stable_diffusion_server.net.url_policy import Allowance
 
 MAX_BYTES = 100_000
 

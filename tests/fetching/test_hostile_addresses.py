@@ -20,9 +20,9 @@ from storage_servers import StorageServer, make_s3_bucket, s3_client
 from web_rascal import PICTURE, Rascal, beside
 
 from stable_diffusion_server.errors import InvalidInput
-from stable_diffusion_server.fetching import dialling, fetcher
-from stable_diffusion_server.fetching.fetcher import Bounds, Fetcher, _redirected
-from stable_diffusion_server.fetching.targets import PORTS, Allowance, parse
+from stable_diffusion_server.net import image_fetcher, safe_client
+from stable_diffusion_server.net.image_fetcher import Bounds, Fetcher, _redirected
+from stable_diffusion_server.net.url_policy import PORTS, Allowance, parse
 
 STYLE = "/style_transfer_and_upload_image"
 PUBLIC = "93.184.216.34"
@@ -98,7 +98,7 @@ def dials(monkeypatch: pytest.MonkeyPatch, trap: Trap) -> Dials:
     monkeypatch.setitem(PORTS, "http", trap.port)
     # httpx has its own idea of the port that may be left out.
     monkeypatch.setattr(
-        dialling, "authority", lambda host, port, _: f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        safe_client, "authority", lambda host, port, _: f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     )
     for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "all_proxy", "ALL_PROXY"):
         monkeypatch.setenv(name, f"http://127.0.0.1:{trap.port}")
@@ -186,12 +186,12 @@ async def test_without_the_rules_the_trap_would_have_caught_them(
     monkeypatch: pytest.MonkeyPatch, trap: Trap, dials: Dials
 ) -> None:
     """What shows that the two tests above can fail: were every address public, the sockets would have seen it."""
-    monkeypatch.setattr(dialling, "is_public", lambda address: True)
+    monkeypatch.setattr(safe_client, "is_public", lambda address: True)
     fetching = Fetcher(Bounds(100_000))
     spellings = ["http://127.0.0.1/", "http://[::ffff:127.0.0.1]/", "http://127.0.0.1.nip.io/", "http://127.0.0.1./"]
     with watched(dials):
         for url in spellings:
-            with pytest.raises(fetcher.RemoteFailed):
+            with pytest.raises(image_fetcher.RemoteFailed):
                 await fetching.fetch(url, "image_url")
     fetching.close()
     assert len(dials.dialled) == len(spellings)
@@ -220,7 +220,7 @@ async def test_tls_is_checked_and_never_left(tmp_path: Path) -> None:
         fetching._dialler._tls = client_side
         base = f"https://pictures.test:{secure.port}"
         assert await fetching.fetch(f"{base}/picture", "image_url") == PICTURE
-        with pytest.raises(fetcher.RemoteFailed):
+        with pytest.raises(image_fetcher.RemoteFailed):
             await fetching.fetch(f"https://other.test:{secure.port}/picture", "image_url")
         with pytest.raises(InvalidInput, match="from https to http"):
             await fetching.fetch(f"{base}/to/http://pictures.test:{secure.port}/picture", "image_url")

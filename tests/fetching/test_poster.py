@@ -14,9 +14,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from stable_diffusion_server.errors import InvalidInput, RemoteFailed
-from stable_diffusion_server.fetching.poster import Poster
-from stable_diffusion_server.fetching.targets import Allowance
 from stable_diffusion_server.jobs.hooks import signed
+from stable_diffusion_server.net.url_policy import Allowance
+from stable_diffusion_server.net.webhook_client import Poster
 
 
 @dataclass

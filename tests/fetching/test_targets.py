@@ -7,8 +7,8 @@ import ipaddress
 import pytest
 
 from stable_diffusion_server.errors import InvalidInput
-from stable_diffusion_server.fetching.addresses import is_public
-from stable_diffusion_server.fetching.targets import MAX_URL_LENGTH, Allowance, Target, parse
+from stable_diffusion_server.net.public_ip import is_public
+from stable_diffusion_server.net.url_policy import MAX_URL_LENGTH, Allowance, Target, parse
 
 CLOSED = (
     "0.0.0.0 10.1.2.3 100.64.0.1 127.0.0.1 127.255.255.254 169.254.169.254 172.16.0.1 172.31.255.255 192.0.0.1 "

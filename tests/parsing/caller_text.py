@@ -28,10 +28,10 @@ from stable_diffusion_server.api.openai import parameters as openai_parameters
 from stable_diffusion_server.api.sdapi import answers, names, parameters, prompt_syntax
 from stable_diffusion_server.api.security import header_limits, keys, policy, proxies
 from stable_diffusion_server.errors import ServerError
-from stable_diffusion_server.fetching import targets
 from stable_diffusion_server.imaging import metadata
 from stable_diffusion_server.jobs.happenings import Happenings
 from stable_diffusion_server.limits import Limits
+from stable_diffusion_server.net import url_policy
 from stable_diffusion_server.parsing import strict_json, unicode_text
 from stable_diffusion_server.pipelines.catalog import MODELS
 from stable_diffusion_server.storage import object_headers
@@ -309,7 +309,7 @@ def seen(text: str) -> object:
         "state": {},
     }
     header_limits.check_head(scope)
-    return proxies.Proxies((targets.ipaddress.ip_network("127.0.0.0/8"),)).seen_through(scope)
+    return proxies.Proxies((url_policy.ipaddress.ip_network("127.0.0.0/8"),)).seen_through(scope)
 
 
 def head_of(text: str) -> Any:
@@ -448,14 +448,14 @@ PARSERS = [
     Parser("the head of a request", 65_536, header_limits.check_head, head_of),
     Parser(
         "an address to fetch",
-        targets.MAX_URL_LENGTH,
-        lambda text: targets.parse(text, "image_url"),
+        url_policy.MAX_URL_LENGTH,
+        lambda text: url_policy.parse(text, "image_url"),
         lambda text: "http://" + text,
     ),
     Parser(
         "an address with a path",
-        targets.MAX_URL_LENGTH,
-        lambda text: targets.parse(text, "image_url"),
+        url_policy.MAX_URL_LENGTH,
+        lambda text: url_policy.parse(text, "image_url"),
         lambda text: "http://a/" + text,
     ),
     Parser("save_path", KEY_MAX_BYTES, lambda text: object_key("static", text)),

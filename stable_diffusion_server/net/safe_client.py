@@ -17,8 +17,8 @@ import httpx
 
 from stable_diffusion_server.concurrency.fair_limiter import FairLimiter
 from stable_diffusion_server.errors import InvalidInput
-from stable_diffusion_server.fetching.addresses import Address, is_public
-from stable_diffusion_server.fetching.targets import PORTS, Allowance, Target, authority
+from stable_diffusion_server.net.public_ip import Address, is_public
+from stable_diffusion_server.net.url_policy import PORTS, Allowance, Target, authority
 
 Resolve = Callable[[str, int], Awaitable[Sequence[str]]]
 

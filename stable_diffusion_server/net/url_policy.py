@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from urllib.parse import quote, urlsplit
 
 from stable_diffusion_server.errors import InvalidInput
-from stable_diffusion_server.fetching.addresses import Address, Network
+from stable_diffusion_server.net.public_ip import Address, Network
 
 MAX_URL_LENGTH = 2048
 PORTS = {"http": 80, "https": 443}

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 import httpx
 
 from stable_diffusion_server.errors import InvalidInput, RemoteFailed
-from stable_diffusion_server.fetching.dialling import Dialler, Resolve, told_plainly
-from stable_diffusion_server.fetching.targets import Allowance, parse
+from stable_diffusion_server.net.safe_client import Dialler, Resolve, told_plainly
+from stable_diffusion_server.net.url_policy import Allowance, parse
 
 _CONNECT = 3.0
 

@@ -12,9 +12,9 @@ import httpx
 
 from stable_diffusion_server.concurrency.fair_limiter import FairLimiter
 from stable_diffusion_server.errors import InvalidInput, RemoteFailed, TooLarge, UnsupportedMedia
-from stable_diffusion_server.fetching.dialling import Dialler, Resolve, told_plainly
-from stable_diffusion_server.fetching.targets import Allowance, Target, parse
 from stable_diffusion_server.imaging.formats import ALWAYS, SNIFFED_BYTES, begins_like, in_words, media_types
+from stable_diffusion_server.net.safe_client import Dialler, Resolve, told_plainly
+from stable_diffusion_server.net.url_policy import Allowance, Target, parse
 
 MAX_REDIRECTS = 3
 _MAX_AT_ONCE = 16
