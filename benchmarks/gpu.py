@@ -32,7 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.full_size import EMBEDDED, random_pipeline, write_configurations
 from benchmarks.tables import table
 from stable_diffusion_server.engine import Engine
-from stable_diffusion_server.engine.contract import Phase
+from stable_diffusion_server.engine.interface import Phase
 from stable_diffusion_server.pipelines.catalog import MODELS, REAL_MODELS, ModelFacts, with_lcm
 from stable_diffusion_server.pipelines.components import load_pipeline
 from stable_diffusion_server.pipelines.conversion import quantize_parts

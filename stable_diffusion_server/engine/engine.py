@@ -9,12 +9,12 @@ from collections.abc import Callable
 from typing import Generic
 
 from stable_diffusion_server.concurrency.fair_share import may_hold_more, named
-from stable_diffusion_server.engine.contract import Abilities, Denoiser, P, Phase, S
-from stable_diffusion_server.engine.desk import Desk, Occupied
-from stable_diffusion_server.engine.lane import Lane
-from stable_diffusion_server.engine.news import News
-from stable_diffusion_server.engine.paces import Figure, Paces
+from stable_diffusion_server.engine.batch_tuner import Figure, Paces
+from stable_diffusion_server.engine.events import News
+from stable_diffusion_server.engine.interface import Abilities, Denoiser, P, Phase, S
+from stable_diffusion_server.engine.scheduler import Desk, Occupied
 from stable_diffusion_server.engine.ticket import Ticket
+from stable_diffusion_server.engine.worker import Lane
 from stable_diffusion_server.errors import Busy, InvalidInput, NotReady, WeightsUnusable
 from stable_diffusion_server.types import Event, Job
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic
 from uuid import uuid4
 
-from stable_diffusion_server.engine.contract import Drawing, P, S
+from stable_diffusion_server.engine.interface import Drawing, P, S
 from stable_diffusion_server.types import Event, Job
 
 

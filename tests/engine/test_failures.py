@@ -9,7 +9,7 @@ from fakes import Canvas, Painted, PaintedSquares, until
 from squares import Cramped, EngineOf, Poisonous, job, open_gate
 
 from stable_diffusion_server.engine import Phase
-from stable_diffusion_server.engine.desk import SUSPECT_NOT_FINITE
+from stable_diffusion_server.engine.scheduler import SUSPECT_NOT_FINITE
 from stable_diffusion_server.errors import DevicePoisoned, NotFinite, NotReady, OutOfMemory
 
 

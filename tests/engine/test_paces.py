@@ -8,7 +8,7 @@ from dataclasses import replace
 from squares import job
 
 from stable_diffusion_server.engine import Ticket
-from stable_diffusion_server.engine.paces import AUDIT, PATIENCE, RECOVERY, Paces
+from stable_diffusion_server.engine.batch_tuner import AUDIT, PATIENCE, RECOVERY, Paces
 
 SQUARE = job("square")
 

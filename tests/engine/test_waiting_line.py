@@ -9,8 +9,8 @@ from fakes import PaintedSquares, until
 from squares import EngineOf, job, open_gate
 
 from stable_diffusion_server.engine import Ticket
-from stable_diffusion_server.engine.lane import BACKGROUND_TURN, TURN
-from stable_diffusion_server.engine.waiting import BACKGROUND_EVERY, WaitingLine
+from stable_diffusion_server.engine.request_queue import BACKGROUND_EVERY, WaitingLine
+from stable_diffusion_server.engine.worker import BACKGROUND_TURN, TURN
 from stable_diffusion_server.types import EventKind
 
 

@@ -8,7 +8,7 @@ from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from stable_diffusion_server.engine.contract import P
+from stable_diffusion_server.engine.interface import P
 from stable_diffusion_server.engine.ticket import Seat, Ticket
 from stable_diffusion_server.types import Job
 

@@ -10,9 +10,9 @@ from typing import Generic, TypeVar
 
 import structlog
 
-from stable_diffusion_server.engine.contract import Abilities, Denoiser, P, Phase, S
-from stable_diffusion_server.engine.desk import Desk
+from stable_diffusion_server.engine.interface import Abilities, Denoiser, P, Phase, S
 from stable_diffusion_server.engine.previews import Previews
+from stable_diffusion_server.engine.scheduler import Desk
 from stable_diffusion_server.engine.ticket import Seat, Ticket
 from stable_diffusion_server.errors import DevicePoisoned, NotFinite, OutOfMemory
 from stable_diffusion_server.types import EventKind, Job

@@ -8,11 +8,11 @@ from typing import Generic
 
 import structlog
 
-from stable_diffusion_server.engine.contract import Drawing, P, Phase, S
-from stable_diffusion_server.engine.news import News
-from stable_diffusion_server.engine.paces import Paces
+from stable_diffusion_server.engine.batch_tuner import Paces
+from stable_diffusion_server.engine.events import News
+from stable_diffusion_server.engine.interface import Drawing, P, Phase, S
+from stable_diffusion_server.engine.request_queue import WaitingLine
 from stable_diffusion_server.engine.ticket import Seat, Ticket
-from stable_diffusion_server.engine.waiting import WaitingLine
 from stable_diffusion_server.errors import DevicePoisoned, NotFinite, NotReady, ServerError, WeightsUnusable
 from stable_diffusion_server.types import EventKind
 

@@ -6,8 +6,8 @@ from collections import deque
 from collections.abc import Iterable
 from typing import Any, Generic
 
-from stable_diffusion_server.engine.contract import P
-from stable_diffusion_server.engine.fairness import FairQueue, Place
+from stable_diffusion_server.engine.fair_queueing import FairQueue, Place
+from stable_diffusion_server.engine.interface import P
 from stable_diffusion_server.engine.ticket import Seat, Ticket
 
 # While others wait, one in so many taken is background work, so that it comes to an end as well.

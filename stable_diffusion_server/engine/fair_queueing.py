@@ -11,7 +11,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Generic
 
-from stable_diffusion_server.engine.contract import P
+from stable_diffusion_server.engine.interface import P
 from stable_diffusion_server.engine.ticket import Ticket
 
 
