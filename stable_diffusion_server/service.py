@@ -20,7 +20,7 @@ from stable_diffusion_server.flights import Audience, Flights, Listener, Watcher
 from stable_diffusion_server.imaging.processing import Pixels
 from stable_diffusion_server.judging import DrawnPicture, Judged
 from stable_diffusion_server.keeping import Keeping, whose_name
-from stable_diffusion_server.observability.account import Account
+from stable_diffusion_server.observability.interfaces import Account
 from stable_diffusion_server.observability.tracing import Tracing
 from stable_diffusion_server.ports import Decode, Fetch, ignore
 from stable_diffusion_server.receipts import receipt_for_stranger, receipt_of_drawn, receipt_of_stored, rounded

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from stable_diffusion_server.observability.deaths import Cause, report_death, run_of
-from stable_diffusion_server.observability.loop_heartbeat import BEAT_FILE
+from stable_diffusion_server.observability.crash_reports import Cause, report_death, run_of
+from stable_diffusion_server.observability.event_loop_heartbeat import BEAT_FILE
 from stable_diffusion_server.settings.reading import SettingsError, read_settings
 
 _LOOK_EVERY = 0.5

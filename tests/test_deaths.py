@@ -22,15 +22,15 @@ from test_server_jobs import SERVE, WATCHED, accept, answers, child_of, job
 
 from stable_diffusion_server.jobs.blame import blamed
 from stable_diffusion_server.journal.entries import Entry, State
-from stable_diffusion_server.observability import deaths
-from stable_diffusion_server.observability.deaths import Cause, Death, DeviceRecord, last_death, report_death
+from stable_diffusion_server.observability import crash_reports
+from stable_diffusion_server.observability.crash_reports import Cause, Death, DeviceRecord, last_death, report_death
 from stable_diffusion_server.types import Caller
 
 LINUX = pytest.mark.skipif(not Path("/proc").exists(), reason="finds processes in /proc")
 RECORD = """
 import ctypes, os, signal, sys
 from pathlib import Path
-from stable_diffusion_server.observability.deaths import DeviceRecord
+from stable_diffusion_server.observability.crash_reports import DeviceRecord
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # a suite started by nohup hands on that it is ignored
 record = DeviceRecord(Path("."))
 record.begin()
@@ -92,18 +92,18 @@ def test_a_hang_and_a_kill_for_memory_are_the_servers_own(tmp_path: Path, monkey
     assert last_death(tmp_path).cause is Cause.OWN
     DeviceRecord(tmp_path).begin()
     status = died(tmp_path, "os.kill(os.getpid(), signal.SIGKILL)")
-    before = deaths.killed_for_memory()
+    before = crash_reports.killed_for_memory()
     assert before, "the kernel's count is found on this machine"
     for where in before:
         counts = {key: count + (key == where) for key, count in before.items()}
-        monkeypatch.setattr(deaths, "killed_for_memory", lambda counts=counts: counts)
+        monkeypatch.setattr(crash_reports, "killed_for_memory", lambda counts=counts: counts)
         groups = [key for key in before if not key.startswith("boot ")]
         told_by_it = where in groups or not groups
         assert last_death(tmp_path).cause is (Cause.OWN if told_by_it else Cause.OUTSIDE)
 
 
 @pytest.mark.fault(153)
-@pytest.mark.parametrize("name", [deaths.DEVICE, deaths.DEATH, deaths.CRASH])
+@pytest.mark.parametrize("name", [crash_reports.DEVICE, crash_reports.DEATH, crash_reports.CRASH])
 @pytest.mark.parametrize("damage", ["garbage", "empty", "folder", "other JSON", "deep", "cut"])
 def test_damaged_records_of_a_death_hold_up_nothing(tmp_path: Path, name: str, damage: str) -> None:
     """Whatever stands there: the next process begins, keeps its record, and the one after that reads it."""
@@ -126,7 +126,7 @@ def test_damaged_records_of_a_death_hold_up_nothing(tmp_path: Path, name: str, d
 
 
 def entry(name: str, state: State = State.QUEUED, deaths: int = 0) -> Entry:
-    return Entry(name, Caller("ann"), 0.0, state, deaths=deaths)
+    return Entry(name, Caller("ann"), 0.0, state, deaths=crash_reports)
 
 
 @pytest.mark.fault(150, 151)
@@ -232,7 +232,7 @@ def test_killing_the_server_again_and_again_fails_no_job(tmp_path: Path, watched
 def on_device(folder: Path) -> list[str]:
     """What is on the device, as the server has written it down."""
     try:
-        told: list[str] = json.loads((folder / "data" / deaths.DEVICE).read_bytes())["on_device"]
+        told: list[str] = json.loads((folder / "data" / crash_reports.DEVICE).read_bytes())["on_device"]
     except (OSError, ValueError):
         return []
     return told
@@ -257,8 +257,10 @@ def test_a_watchdog_that_was_not_heard_changes_nothing(tmp_path: Path) -> None:
     record = DeviceRecord(tmp_path)
     record.begin()
     record.occupied(["job-1"], False)
-    (tmp_path / deaths.DEATH).write_text(json.dumps({"run": "another", "status": 139, "hung": False}))
+    (tmp_path / crash_reports.DEATH).write_text(json.dumps({"run": "another", "status": 139, "hung": False}))
     assert last_death(tmp_path).cause is Cause.OUTSIDE
-    assert report_death(tmp_path, deaths.run_of(tmp_path), 139, hung=False) is Cause.OWN
-    assert json.loads((tmp_path / deaths.DEATH).read_text())["run"] == "another", "it had started another process"
+    assert report_death(tmp_path, crash_reports.run_of(tmp_path), 139, hung=False) is Cause.OWN
+    assert json.loads((tmp_path / crash_reports.DEATH).read_text())["run"] == "another", (
+        "it had started another process"
+    )
     record.end()

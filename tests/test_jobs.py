@@ -29,7 +29,7 @@ from stable_diffusion_server.jobs.happenings import Happening, Standing
 from stable_diffusion_server.jobs.rules import Rules
 from stable_diffusion_server.journal.book import Journal
 from stable_diffusion_server.journal.entries import Entry, Problem, State, Work
-from stable_diffusion_server.observability.deaths import DeviceRecord
+from stable_diffusion_server.observability.crash_reports import DeviceRecord
 from stable_diffusion_server.service import Service
 from stable_diffusion_server.storage.local import LocalBucket
 from stable_diffusion_server.types import Caller, Order, Receipt

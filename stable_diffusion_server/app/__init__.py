@@ -25,9 +25,9 @@ from stable_diffusion_server.engine import Phase
 from stable_diffusion_server.imaging.sandbox.pool import Decoder
 from stable_diffusion_server.jobs.desk import Jobs
 from stable_diffusion_server.net.image_fetcher import Fetcher
-from stable_diffusion_server.observability.deaths import DeviceRecord
+from stable_diffusion_server.observability.crash_reports import DeviceRecord
+from stable_diffusion_server.observability.event_loop_heartbeat import BEAT_FILE, LoopHeartbeat
 from stable_diffusion_server.observability.logs import configure_logging
-from stable_diffusion_server.observability.loop_heartbeat import BEAT_FILE, LoopHeartbeat
 from stable_diffusion_server.observability.metrics import Metrics
 from stable_diffusion_server.observability.tracing import Tracing
 from stable_diffusion_server.service import Service

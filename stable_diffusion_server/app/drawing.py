@@ -18,8 +18,8 @@ from stable_diffusion_server.imaging.sandbox.pool import Decoder
 from stable_diffusion_server.limits import Limits
 from stable_diffusion_server.net.image_fetcher import Bounds, Fetcher
 from stable_diffusion_server.net.url_policy import Allowance
+from stable_diffusion_server.observability.console_progress import ConsoleProgress, Heartbeat, each
 from stable_diffusion_server.observability.metrics import Metrics
-from stable_diffusion_server.observability.progress import ConsoleProgress, Heartbeat, each
 from stable_diffusion_server.pipelines.catalog import (
     MODELS,
     REAL_MODELS,

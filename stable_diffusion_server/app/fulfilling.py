@@ -9,7 +9,7 @@ from stable_diffusion_server.app.storage import Stores
 from stable_diffusion_server.engine import Engine
 from stable_diffusion_server.imaging.sandbox.pool import Decoder
 from stable_diffusion_server.net.image_fetcher import Fetcher
-from stable_diffusion_server.observability.account import Account
+from stable_diffusion_server.observability.interfaces import Account
 from stable_diffusion_server.observability.tracing import Tracing
 from stable_diffusion_server.resolving import Options
 from stable_diffusion_server.service import Service

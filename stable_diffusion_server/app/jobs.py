@@ -11,7 +11,7 @@ from stable_diffusion_server.journal.book import Journal
 from stable_diffusion_server.journal.entries import Entry
 from stable_diffusion_server.net.url_policy import Allowance
 from stable_diffusion_server.net.webhook_client import Poster
-from stable_diffusion_server.observability.deaths import DeviceRecord
+from stable_diffusion_server.observability.crash_reports import DeviceRecord
 from stable_diffusion_server.parsing.strict_json import dumps
 from stable_diffusion_server.service import Service
 from stable_diffusion_server.settings import Settings

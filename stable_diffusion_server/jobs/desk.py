@@ -26,7 +26,7 @@ from stable_diffusion_server.journal.book import Journal
 from stable_diffusion_server.journal.clerk import Clerk
 from stable_diffusion_server.journal.entries import Claim, Entry, Problem, Repeat, State, Work
 from stable_diffusion_server.journal.writing import size_of
-from stable_diffusion_server.observability.deaths import DeviceRecord
+from stable_diffusion_server.observability.crash_reports import DeviceRecord
 from stable_diffusion_server.service import Service
 from stable_diffusion_server.types import Caller, Order, Receipt
 

@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from stable_diffusion_server.observability.account import Account
+from stable_diffusion_server.observability.interfaces import Account
 from stable_diffusion_server.types import Event, EventKind
 
 # A figure's labels and its value.

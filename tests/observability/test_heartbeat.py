@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from stable_diffusion_server.observability import progress
-from stable_diffusion_server.observability.progress import Heartbeat
+from stable_diffusion_server.observability import console_progress
+from stable_diffusion_server.observability.console_progress import Heartbeat
 from stable_diffusion_server.types import Event, EventKind
 
 
@@ -16,7 +16,7 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
         self.now, self._path = 100.0, path
-        monkeypatch.setattr(progress.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(console_progress.time, "monotonic", lambda: self.now)
 
     def written(self) -> str | None:
         """Jobs under way by the file, `None` when it was not written since the last look."""
