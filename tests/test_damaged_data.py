@@ -19,9 +19,9 @@ from fakes import until
 from test_journal import CLAIM, ENTRY, RECEIPT, WORK
 
 from stable_diffusion_server.errors import JournalUnavailable
-from stable_diffusion_server.journal.book import Journal
-from stable_diffusion_server.journal.entries import Entry, State, Work
-from stable_diffusion_server.journal.tables import connect
+from stable_diffusion_server.jobs.store.records import Entry, State, Work
+from stable_diffusion_server.jobs.store.schema import connect
+from stable_diffusion_server.jobs.store.sqlite_store import Journal
 from stable_diffusion_server.storage.history.entries import Entry as Drawn
 from stable_diffusion_server.storage.history.entries import Wanted
 from stable_diffusion_server.storage.history.index import Index

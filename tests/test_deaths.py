@@ -20,8 +20,8 @@ from conftest import ROOT, Server, free_port, start_server
 from fakes import until
 from test_server_jobs import SERVE, WATCHED, accept, answers, child_of, job
 
-from stable_diffusion_server.jobs.blame import blamed
-from stable_diffusion_server.journal.entries import Entry, State
+from stable_diffusion_server.jobs.crash_attribution import blamed
+from stable_diffusion_server.jobs.store.records import Entry, State
 from stable_diffusion_server.observability import crash_reports
 from stable_diffusion_server.observability.crash_reports import Cause, Death, DeviceRecord, last_death, report_death
 from stable_diffusion_server.types import Caller

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 from test_service import order
 
-from stable_diffusion_server.jobs.hooks import Hooks
-from stable_diffusion_server.journal.book import Journal
-from stable_diffusion_server.journal.clerk import Clerk
-from stable_diffusion_server.journal.entries import Entry, State, Work
+from stable_diffusion_server.jobs.store.async_store import Clerk
+from stable_diffusion_server.jobs.store.records import Entry, State, Work
+from stable_diffusion_server.jobs.store.sqlite_store import Journal
+from stable_diffusion_server.jobs.webhooks import Hooks
 from stable_diffusion_server.net.url_policy import Allowance
 from stable_diffusion_server.net.webhook_client import Poster
 from stable_diffusion_server.types import Caller

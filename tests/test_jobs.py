@@ -24,11 +24,11 @@ from stable_diffusion_server.errors import (
     NotReady,
     RemoteFailed,
 )
-from stable_diffusion_server.jobs.desk import Jobs
-from stable_diffusion_server.jobs.happenings import Happening, Standing
-from stable_diffusion_server.jobs.rules import Rules
-from stable_diffusion_server.journal.book import Journal
-from stable_diffusion_server.journal.entries import Entry, Problem, State, Work
+from stable_diffusion_server.jobs.events import Happening, Standing
+from stable_diffusion_server.jobs.manager import Jobs
+from stable_diffusion_server.jobs.policy import Rules
+from stable_diffusion_server.jobs.store.records import Entry, Problem, State, Work
+from stable_diffusion_server.jobs.store.sqlite_store import Journal
 from stable_diffusion_server.observability.crash_reports import DeviceRecord
 from stable_diffusion_server.service import Service
 from stable_diffusion_server.storage.local import LocalBucket

@@ -14,9 +14,15 @@ from pathlib import Path
 import pytest
 
 from stable_diffusion_server.errors import Busy, InFlight, JournalUnavailable, ServerError
-from stable_diffusion_server.journal.book import Journal
-from stable_diffusion_server.journal.entries import Claim, Entry, Problem, State, Work
-from stable_diffusion_server.journal.writing import files_of, read_outcome, read_work, written_order, written_outcome
+from stable_diffusion_server.jobs.store.records import Claim, Entry, Problem, State, Work
+from stable_diffusion_server.jobs.store.serialization import (
+    files_of,
+    read_outcome,
+    read_work,
+    written_order,
+    written_outcome,
+)
+from stable_diffusion_server.jobs.store.sqlite_store import Journal
 from stable_diffusion_server.types import Caller, Fill, Fit, Format, Order, Receipt, Source, Task, Warned
 
 ROOT = Path(__file__).resolve().parent.parent

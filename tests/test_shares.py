@@ -17,8 +17,8 @@ from test_journal import CLAIM, ENTRY, RECEIPT, WORK
 from stable_diffusion_server.concurrency.fair_share import may_hold_more
 from stable_diffusion_server.errors import Busy, JournalUnavailable
 from stable_diffusion_server.jobs.admission import Admission
-from stable_diffusion_server.journal.book import Journal
-from stable_diffusion_server.journal.entries import Claim, State, Work
+from stable_diffusion_server.jobs.store.records import Claim, State, Work
+from stable_diffusion_server.jobs.store.sqlite_store import Journal
 from stable_diffusion_server.types import Caller, Source
 
 ANN, BOB = "key ann", "key bob"

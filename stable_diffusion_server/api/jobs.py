@@ -12,8 +12,8 @@ from stable_diffusion_server.api.event_response import EventResponse, Followers
 from stable_diffusion_server.api.json_responses import JSONResponse
 from stable_diffusion_server.api.previews import EncodedPreviews
 from stable_diffusion_server.api.schemas import job_body
-from stable_diffusion_server.jobs.desk import Jobs
-from stable_diffusion_server.jobs.happenings import Happening
+from stable_diffusion_server.jobs.events import Happening
+from stable_diffusion_server.jobs.manager import Jobs
 from stable_diffusion_server.parsing.strict_json import dumps
 from stable_diffusion_server.types import Format
 

@@ -23,7 +23,7 @@ from stable_diffusion_server.app.storage import Stores
 from stable_diffusion_server.app.studio import add_studio, key_of_visitor
 from stable_diffusion_server.engine import Phase
 from stable_diffusion_server.imaging.sandbox.pool import Decoder
-from stable_diffusion_server.jobs.desk import Jobs
+from stable_diffusion_server.jobs.manager import Jobs
 from stable_diffusion_server.net.image_fetcher import Fetcher
 from stable_diffusion_server.observability.crash_reports import DeviceRecord
 from stable_diffusion_server.observability.event_loop_heartbeat import BEAT_FILE, LoopHeartbeat

@@ -27,7 +27,7 @@ from stable_diffusion_server.api.security.origins import Origins
 from stable_diffusion_server.api.security.policy import Policy, allowed_host_names
 from stable_diffusion_server.api.security.proxies import Proxies
 from stable_diffusion_server.app.storage import Stores
-from stable_diffusion_server.jobs.desk import Jobs
+from stable_diffusion_server.jobs.manager import Jobs
 from stable_diffusion_server.observability.metrics import Metrics
 from stable_diffusion_server.observability.tracing import Tracing
 from stable_diffusion_server.ports import Decode

@@ -9,7 +9,7 @@ from typing import Any
 from stable_diffusion_server.app.drawing import Loaded
 from stable_diffusion_server.app.storage import Stores
 from stable_diffusion_server.engine import Engine
-from stable_diffusion_server.jobs.desk import Jobs
+from stable_diffusion_server.jobs.manager import Jobs
 from stable_diffusion_server.observability.metrics import Metrics, Sample
 
 _MODEL = ("name", "folder", "revision", "device", "dtype", "residency", "quantization")

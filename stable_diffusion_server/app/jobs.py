@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from stable_diffusion_server.api.schemas import job_body
 from stable_diffusion_server.app.storage import Stores
-from stable_diffusion_server.jobs.desk import Jobs
-from stable_diffusion_server.jobs.happenings import Standing
-from stable_diffusion_server.jobs.rules import Rules
-from stable_diffusion_server.journal.book import Journal
-from stable_diffusion_server.journal.entries import Entry
+from stable_diffusion_server.jobs.events import Standing
+from stable_diffusion_server.jobs.manager import Jobs
+from stable_diffusion_server.jobs.policy import Rules
+from stable_diffusion_server.jobs.store.records import Entry
+from stable_diffusion_server.jobs.store.sqlite_store import Journal
 from stable_diffusion_server.net.url_policy import Allowance
 from stable_diffusion_server.net.webhook_client import Poster
 from stable_diffusion_server.observability.crash_reports import DeviceRecord

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from stable_diffusion_server.concurrency.fair_share import may_hold_more, named
 from stable_diffusion_server.errors import Busy
-from stable_diffusion_server.journal.entries import Entry
+from stable_diffusion_server.jobs.store.records import Entry
 
 _RETRY_AFTER = 30
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from stable_diffusion_server.errors import InFlight, KeyReused
-from stable_diffusion_server.jobs.happenings import Standing
-from stable_diffusion_server.jobs.live import Live
-from stable_diffusion_server.journal.entries import Claim, Entry, Repeat
+from stable_diffusion_server.jobs.events import Standing
+from stable_diffusion_server.jobs.store.records import Claim, Entry, Repeat
+from stable_diffusion_server.jobs.tracked_job import Live
 from stable_diffusion_server.types import Caller
 
 

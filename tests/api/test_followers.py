@@ -21,8 +21,8 @@ from live_servers import Live
 from stable_diffusion_server.api.event_response import EventResponse, Followers
 from stable_diffusion_server.api.previews import EncodedPreviews
 from stable_diffusion_server.errors import Overasked
-from stable_diffusion_server.jobs.happenings import Happenings, Standing
-from stable_diffusion_server.journal.entries import State
+from stable_diffusion_server.jobs.events import Happenings, Standing
+from stable_diffusion_server.jobs.store.records import State
 from stable_diffusion_server.types import Format
 
 KEYS = {"api_keys": "a:secret-of-a-1234567,b:secret-of-b-1234567"}

@@ -14,7 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from stable_diffusion_server.errors import InvalidInput, RemoteFailed
-from stable_diffusion_server.jobs.hooks import signed
+from stable_diffusion_server.jobs.webhooks import signed
 from stable_diffusion_server.net.url_policy import Allowance
 from stable_diffusion_server.net.webhook_client import Poster
 

@@ -29,7 +29,7 @@ from stable_diffusion_server.api.sdapi import answers, names, parameters, prompt
 from stable_diffusion_server.api.security import header_limits, keys, policy, proxies
 from stable_diffusion_server.errors import ServerError
 from stable_diffusion_server.imaging import metadata
-from stable_diffusion_server.jobs.happenings import Happenings
+from stable_diffusion_server.jobs.events import Happenings
 from stable_diffusion_server.limits import Limits
 from stable_diffusion_server.net import url_policy
 from stable_diffusion_server.parsing import strict_json, unicode_text

@@ -10,7 +10,7 @@ from enum import StrEnum
 from typing import Any
 
 from stable_diffusion_server.errors import ServerError
-from stable_diffusion_server.journal.entries import Problem, Work
+from stable_diffusion_server.jobs.store.records import Problem, Work
 from stable_diffusion_server.types import Fill, Fit, Format, Order, Receipt, Source, Task, Warned, digest
 
 VERSION = 1

@@ -8,8 +8,8 @@ from typing import Any
 import structlog
 
 from stable_diffusion_server.errors import ServerError
-from stable_diffusion_server.journal.entries import Entry, Problem, Repeat, State
-from stable_diffusion_server.journal.writing import UNREADABLE, read_outcome
+from stable_diffusion_server.jobs.store.records import Entry, Problem, Repeat, State
+from stable_diffusion_server.jobs.store.serialization import UNREADABLE, read_outcome
 from stable_diffusion_server.types import Caller
 
 _log = structlog.get_logger(__name__)

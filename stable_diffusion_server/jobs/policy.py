@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from stable_diffusion_server.jobs.hooks import BACK_OFF
+from stable_diffusion_server.jobs.webhooks import BACK_OFF
 
 
 @dataclass(frozen=True, slots=True)

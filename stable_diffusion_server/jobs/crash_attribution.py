@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import structlog
 
-from stable_diffusion_server.journal.entries import Entry, State
+from stable_diffusion_server.jobs.store.records import Entry, State
 from stable_diffusion_server.observability.crash_reports import Cause, Death
 
 _log = structlog.get_logger(__name__)

@@ -14,18 +14,18 @@ import structlog
 
 from stable_diffusion_server.errors import Forbidden, JournalUnavailable, NotFound, NotReady
 from stable_diffusion_server.jobs.admission import Admission
-from stable_diffusion_server.jobs.blame import blamed
-from stable_diffusion_server.jobs.claims import Claims
-from stable_diffusion_server.jobs.happenings import END, Happening, Happenings, Standing, only_end
-from stable_diffusion_server.jobs.hooks import Hooks, Post
+from stable_diffusion_server.jobs.crash_attribution import blamed
+from stable_diffusion_server.jobs.events import END, Happening, Happenings, Standing, only_end
+from stable_diffusion_server.jobs.idempotency import Claims
 from stable_diffusion_server.jobs.ids import repeated, scoped, shown_to, taken
-from stable_diffusion_server.jobs.live import Live
-from stable_diffusion_server.jobs.rules import Rules
-from stable_diffusion_server.jobs.runner import MOST_DEATHS, MOST_KILLS, Runner
-from stable_diffusion_server.journal.book import Journal
-from stable_diffusion_server.journal.clerk import Clerk
-from stable_diffusion_server.journal.entries import Claim, Entry, Problem, Repeat, State, Work
-from stable_diffusion_server.journal.writing import size_of
+from stable_diffusion_server.jobs.policy import Rules
+from stable_diffusion_server.jobs.store.async_store import Clerk
+from stable_diffusion_server.jobs.store.records import Claim, Entry, Problem, Repeat, State, Work
+from stable_diffusion_server.jobs.store.serialization import size_of
+from stable_diffusion_server.jobs.store.sqlite_store import Journal
+from stable_diffusion_server.jobs.tracked_job import Live
+from stable_diffusion_server.jobs.webhooks import Hooks, Post
+from stable_diffusion_server.jobs.worker import MOST_DEATHS, MOST_KILLS, Runner
 from stable_diffusion_server.observability.crash_reports import DeviceRecord
 from stable_diffusion_server.service import Service
 from stable_diffusion_server.types import Caller, Order, Receipt

@@ -13,13 +13,19 @@ from typing import TypeVar
 import structlog
 
 from stable_diffusion_server.errors import InFlight, JournalUnavailable, ServerError
-from stable_diffusion_server.journal import tables
-from stable_diffusion_server.journal.claims import free_claim, insert_claim, repeated_in
-from stable_diffusion_server.journal.entries import Claim, Entry, Problem, Repeat, Work
-from stable_diffusion_server.journal.eviction import make_room
-from stable_diffusion_server.journal.outbox import Outbox
-from stable_diffusion_server.journal.rows import COLUMNS, DamagedRow, entry_of, told_entry_of
-from stable_diffusion_server.journal.writing import UNREADABLE, files_of, read_work, written_order, written_outcome
+from stable_diffusion_server.jobs.store import schema
+from stable_diffusion_server.jobs.store.claims import free_claim, insert_claim, repeated_in
+from stable_diffusion_server.jobs.store.eviction import make_room
+from stable_diffusion_server.jobs.store.outbox import Outbox
+from stable_diffusion_server.jobs.store.records import Claim, Entry, Problem, Repeat, Work
+from stable_diffusion_server.jobs.store.rows import COLUMNS, DamagedRow, entry_of, told_entry_of
+from stable_diffusion_server.jobs.store.serialization import (
+    UNREADABLE,
+    files_of,
+    read_work,
+    written_order,
+    written_outcome,
+)
 from stable_diffusion_server.types import Receipt
 
 _log = structlog.get_logger(__name__)
@@ -55,7 +61,7 @@ class Journal(Outbox):
         A file that is no journal, or a broken one, is put aside for a new one. A job whose row is damaged is failed.
         """
         with _told("opened"):
-            self._connection = tables.connect(self._path)
+            self._connection = schema.connect(self._path)
         with self._change() as cursor:
             cursor.execute("DELETE FROM claims WHERE job_id IS NULL AND outcome IS NULL")
             now = time.time()
@@ -254,7 +260,7 @@ class Journal(Outbox):
     def _change(self, *, accepting: bool = False) -> Iterator[sqlite3.Cursor]:
         """A transaction: all of it is on the disk at the end, or nothing."""
         with self._read() as cursor, _told("written"):
-            tables.bound(cursor.connection, self._max_bytes, accepting=accepting)
+            schema.bound(cursor.connection, self._max_bytes, accepting=accepting)
             cursor.execute("BEGIN IMMEDIATE")
             try:
                 yield cursor

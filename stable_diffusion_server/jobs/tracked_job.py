@@ -6,8 +6,8 @@ import asyncio
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from stable_diffusion_server.jobs.happenings import Happenings, Standing
-from stable_diffusion_server.journal.entries import Entry, Problem, State
+from stable_diffusion_server.jobs.events import Happenings, Standing
+from stable_diffusion_server.jobs.store.records import Entry, Problem, State
 from stable_diffusion_server.types import EventKind, Progress, Receipt
 
 

@@ -20,10 +20,10 @@ import structlog
 
 from stable_diffusion_server.concurrency.fair_limiter import FairLimiter
 from stable_diffusion_server.errors import JournalUnavailable, ServerError
-from stable_diffusion_server.journal.book import Journal
-from stable_diffusion_server.journal.clerk import Clerk
-from stable_diffusion_server.journal.entries import Message
-from stable_diffusion_server.journal.outbox import receiver_of
+from stable_diffusion_server.jobs.store.async_store import Clerk
+from stable_diffusion_server.jobs.store.outbox import receiver_of
+from stable_diffusion_server.jobs.store.records import Message
+from stable_diffusion_server.jobs.store.sqlite_store import Journal
 
 _log = structlog.get_logger(__name__)
 

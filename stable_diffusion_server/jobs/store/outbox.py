@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from urllib.parse import urlsplit
 
-from stable_diffusion_server.journal.entries import Message
+from stable_diffusion_server.jobs.store.records import Message
 
 # As many are given out at a time: of one receiver of a caller, and of one caller.
 _OF_RECEIVER, _OF_CALLER = 16, 256

@@ -23,11 +23,11 @@ from stable_diffusion_server.errors import (
     ServerError,
     StorageUnavailable,
 )
-from stable_diffusion_server.jobs.live import Live
-from stable_diffusion_server.jobs.progress import JobProgress
-from stable_diffusion_server.journal.book import Journal
-from stable_diffusion_server.journal.clerk import Clerk
-from stable_diffusion_server.journal.entries import Entry, Problem, State
+from stable_diffusion_server.jobs.runner_progress import JobProgress
+from stable_diffusion_server.jobs.store.async_store import Clerk
+from stable_diffusion_server.jobs.store.records import Entry, Problem, State
+from stable_diffusion_server.jobs.store.sqlite_store import Journal
+from stable_diffusion_server.jobs.tracked_job import Live
 from stable_diffusion_server.service import Service
 from stable_diffusion_server.types import Receipt
 

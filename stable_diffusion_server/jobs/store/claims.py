@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sqlite3
 
-from stable_diffusion_server.journal.entries import Claim, Repeat
-from stable_diffusion_server.journal.rows import repeat_of
+from stable_diffusion_server.jobs.store.records import Claim, Repeat
+from stable_diffusion_server.jobs.store.rows import repeat_of
 
 
 def repeated_in(cursor: sqlite3.Cursor, claim: Claim) -> Repeat | None:

@@ -8,9 +8,9 @@ import structlog
 
 from stable_diffusion_server.errors import JournalUnavailable
 from stable_diffusion_server.jobs.ids import repeated
-from stable_diffusion_server.journal.book import Journal
-from stable_diffusion_server.journal.clerk import Clerk
-from stable_diffusion_server.journal.entries import Claim, Problem, Repeat
+from stable_diffusion_server.jobs.store.async_store import Clerk
+from stable_diffusion_server.jobs.store.records import Claim, Problem, Repeat
+from stable_diffusion_server.jobs.store.sqlite_store import Journal
 from stable_diffusion_server.types import Receipt
 
 _log = structlog.get_logger(__name__)

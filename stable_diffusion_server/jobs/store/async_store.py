@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Concatenate, ParamSpec, TypeVar
 
-from stable_diffusion_server.journal.book import Journal
+from stable_diffusion_server.jobs.store.sqlite_store import Journal
 
 P = ParamSpec("P")
 T = TypeVar("T")
