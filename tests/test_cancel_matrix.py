@@ -17,8 +17,8 @@ import uvicorn
 from conftest import free_port
 from fakes import PaintedSquares, settings_in, until
 
-from stable_diffusion_server import keeping
 from stable_diffusion_server.app import create_app
+from stable_diffusion_server.generation import output
 
 CREATE = "/create_and_upload_image"
 STEPS = 6
@@ -33,7 +33,7 @@ class Studio:
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.painter = PaintedSquares(gate=threading.Event())
         self.encoding, self.may_encode = threading.Event(), threading.Event()
-        encode = keeping.encode
+        encode = output.encode
 
         def held(pixels: Any, *more: Any) -> bytes:
             self.encoding.set()
@@ -41,7 +41,7 @@ class Studio:
             return encode(pixels, *more)
 
         # Patched to hold the one moment that lasts too short to be met from outside.
-        monkeypatch.setattr(keeping, "encode", held)
+        monkeypatch.setattr(output, "encode", held)
         self.port = free_port()
         app = create_app(settings_in(folder, max_batch=1, port=self.port), load=lambda settings: self.painter)
         self.server = uvicorn.Server(uvicorn.Config(app, port=self.port, log_level="warning"))

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from stable_diffusion_server.encoding import Encoders
+from stable_diffusion_server.generation.encoder_pool import Encoders
 
 LARGE, SMALL = 2048 * 2048 * 3, 64 * 64 * 3
 

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from stable_diffusion_server.flights import Audience, Flights, Watcher
+from stable_diffusion_server.generation.single_flight import Audience, Flights, Watcher
 from stable_diffusion_server.types import EventKind, Progress
 
 

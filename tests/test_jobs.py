@@ -24,13 +24,13 @@ from stable_diffusion_server.errors import (
     NotReady,
     RemoteFailed,
 )
+from stable_diffusion_server.generation.service import Service
 from stable_diffusion_server.jobs.events import Happening, Standing
 from stable_diffusion_server.jobs.manager import Jobs
 from stable_diffusion_server.jobs.policy import Rules
 from stable_diffusion_server.jobs.store.records import Entry, Problem, State, Work
 from stable_diffusion_server.jobs.store.sqlite_store import Journal
 from stable_diffusion_server.observability.crash_reports import DeviceRecord
-from stable_diffusion_server.service import Service
 from stable_diffusion_server.storage.local import LocalBucket
 from stable_diffusion_server.types import Caller, Order, Receipt
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from stable_diffusion_server.engine import Drawing
 from stable_diffusion_server.errors import Busy, InvalidInput, NotFinite, ServerError
-from stable_diffusion_server.judging import Judged, Remedy, draw_well
+from stable_diffusion_server.generation.quality import Judged, Remedy, draw_well
 from stable_diffusion_server.pipelines.catalog import MODELS, REAL_MODELS
 from stable_diffusion_server.types import Job, Picture, Task
 

@@ -14,12 +14,12 @@ from fakes import PaintedSquares, until
 
 from stable_diffusion_server.engine import Engine, Phase
 from stable_diffusion_server.errors import InvalidInput
+from stable_diffusion_server.generation.limits import Limits
+from stable_diffusion_server.generation.resolver import Options
+from stable_diffusion_server.generation.service import Service
 from stable_diffusion_server.imaging.sandbox.pool import Decoder
-from stable_diffusion_server.limits import Limits
 from stable_diffusion_server.pipelines.catalog import MODELS, ModelFacts
 from stable_diffusion_server.pipelines.lora_folder import LoraFolder
-from stable_diffusion_server.resolving import Options
-from stable_diffusion_server.service import Service
 from stable_diffusion_server.storage.memory import MemoryBucket
 from stable_diffusion_server.types import Job, Order, Stored, Task, picture_digest
 

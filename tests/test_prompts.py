@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stable_diffusion_server.prompts import clean, remove_stopwords, shorten_too_long_text
+from stable_diffusion_server.generation.prompts import clean, remove_stopwords, shorten_too_long_text
 
 
 def count_words(text: str) -> int:

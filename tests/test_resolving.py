@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from fakes import disc
 
-from stable_diffusion_server.composing import compose
 from stable_diffusion_server.errors import InvalidInput
-from stable_diffusion_server.limits import Limits
+from stable_diffusion_server.generation.layout import compose
+from stable_diffusion_server.generation.limits import Limits
+from stable_diffusion_server.generation.resolver import Options, resolve
 from stable_diffusion_server.pipelines.catalog import MODELS
-from stable_diffusion_server.resolving import Options, resolve
 from stable_diffusion_server.types import Fill, Fit, Format, Order, Source, Task
 
 OPTIONS = Options(Limits(), "sdxl", "up", loras=lambda: {"pastel": "1a2b", "ink": "3c4d"})

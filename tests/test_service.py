@@ -16,11 +16,11 @@ from PIL import Image
 
 from stable_diffusion_server.engine import Engine, Phase
 from stable_diffusion_server.errors import DeadlineExceeded, InvalidInput, StorageUnavailable
+from stable_diffusion_server.generation.limits import Limits
+from stable_diffusion_server.generation.resolver import Options, resolve
+from stable_diffusion_server.generation.service import Service
 from stable_diffusion_server.imaging.sandbox.pool import Decoder
-from stable_diffusion_server.limits import Limits
 from stable_diffusion_server.net.image_fetcher import Bounds, Fetcher
-from stable_diffusion_server.resolving import Options, resolve
-from stable_diffusion_server.service import Service
 from stable_diffusion_server.storage.local import LocalBucket
 from stable_diffusion_server.types import EventKind, Format, Order, Progress, Task
 

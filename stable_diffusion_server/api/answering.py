@@ -14,12 +14,12 @@ from stable_diffusion_server.api.leaving import unless_disconnected
 from stable_diffusion_server.api.preferences import Preferences, preferences_of
 from stable_diffusion_server.api.schemas import job_body
 from stable_diffusion_server.errors import Cancelled, Forbidden, InvalidInput, ServerError
+from stable_diffusion_server.generation.service import Service
 from stable_diffusion_server.jobs.events import Standing
 from stable_diffusion_server.jobs.manager import Jobs
 from stable_diffusion_server.jobs.store.records import Claim, Problem, Repeat, State
 from stable_diffusion_server.jobs.store.serialization import fingerprint
 from stable_diffusion_server.jobs.tracked_job import Live
-from stable_diffusion_server.service import Service
 from stable_diffusion_server.types import Caller, Order, Receipt
 
 UrlOf = Callable[[Request, str], str]

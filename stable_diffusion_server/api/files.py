@@ -16,7 +16,7 @@ from stable_diffusion_server.api.callers import caller_of
 from stable_diffusion_server.api.json_responses import JSONResponse
 from stable_diffusion_server.concurrency.fair_queue import FairQueue
 from stable_diffusion_server.errors import Forbidden, InvalidInput, NotFound
-from stable_diffusion_server.shelf import Shelf
+from stable_diffusion_server.generation.library import Shelf
 from stable_diffusion_server.storage.api import Bucket, read_picture
 from stable_diffusion_server.storage.local import LocalBucket
 from stable_diffusion_server.storage.object_headers import caching_of, disposition_of

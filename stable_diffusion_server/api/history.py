@@ -12,7 +12,7 @@ from stable_diffusion_server.api.callers import caller_of
 from stable_diffusion_server.api.json_responses import JSONResponse
 from stable_diffusion_server.concurrency.fair_queue import FairQueue
 from stable_diffusion_server.errors import InvalidInput
-from stable_diffusion_server.shelf import Shelf
+from stable_diffusion_server.generation.library import Shelf
 from stable_diffusion_server.storage.history.entries import Entry, Wanted
 
 _MOST, _USUAL = 200, 50

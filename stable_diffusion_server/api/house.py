@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from stable_diffusion_server.errors import InvalidInput
-from stable_diffusion_server.limits import Limits
+from stable_diffusion_server.generation.limits import Limits
 from stable_diffusion_server.pipelines.catalog import ModelFacts
 
 

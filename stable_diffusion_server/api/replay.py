@@ -18,8 +18,8 @@ from stable_diffusion_server.api.json_responses import JSONResponse
 from stable_diffusion_server.api.leaving import unless_disconnected
 from stable_diffusion_server.api.schemas import documented, receipt_body
 from stable_diffusion_server.errors import InvalidInput
-from stable_diffusion_server.limits import Limits
-from stable_diffusion_server.replaying import PICTURE, Memo, Replays, with_sources
+from stable_diffusion_server.generation.limits import Limits
+from stable_diffusion_server.generation.replay import PICTURE, Memo, Replays, with_sources
 from stable_diffusion_server.types import Caller, Format, Order
 
 

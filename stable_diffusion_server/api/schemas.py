@@ -18,8 +18,8 @@ from stable_diffusion_server.api.callers import caller_of, within
 from stable_diffusion_server.api.pictures import bytes_of, is_data_url
 from stable_diffusion_server.api.shapes import problem_body
 from stable_diffusion_server.errors import InvalidInput
+from stable_diffusion_server.generation.limits import Limits
 from stable_diffusion_server.jobs.events import Standing
-from stable_diffusion_server.limits import Limits
 from stable_diffusion_server.types import Format, Order, Receipt, Source, Task
 
 

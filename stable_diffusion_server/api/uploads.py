@@ -16,8 +16,8 @@ from stable_diffusion_server.api.schemas import (
     read_order,
     receipt_body,
 )
+from stable_diffusion_server.generation.limits import Limits
 from stable_diffusion_server.imaging.processing import media_type_of
-from stable_diffusion_server.limits import Limits
 from stable_diffusion_server.types import Receipt
 
 _DOORS: tuple[tuple[str, type[Parameters], str, str], ...] = (

@@ -22,6 +22,7 @@ from stable_diffusion_server.app.stopping import ClosesWhileStopping, Shutdown, 
 from stable_diffusion_server.app.storage import Stores
 from stable_diffusion_server.app.studio import add_studio, key_of_visitor
 from stable_diffusion_server.engine import Phase
+from stable_diffusion_server.generation.service import Service
 from stable_diffusion_server.imaging.sandbox.pool import Decoder
 from stable_diffusion_server.jobs.manager import Jobs
 from stable_diffusion_server.net.image_fetcher import Fetcher
@@ -30,7 +31,6 @@ from stable_diffusion_server.observability.event_loop_heartbeat import BEAT_FILE
 from stable_diffusion_server.observability.logs import configure_logging
 from stable_diffusion_server.observability.metrics import Metrics
 from stable_diffusion_server.observability.tracing import Tracing
-from stable_diffusion_server.service import Service
 from stable_diffusion_server.settings import Settings
 from stable_diffusion_server.ui.guests import Guests
 

@@ -27,13 +27,13 @@ from stable_diffusion_server.api.security.origins import Origins
 from stable_diffusion_server.api.security.policy import Policy, allowed_host_names
 from stable_diffusion_server.api.security.proxies import Proxies
 from stable_diffusion_server.app.storage import Stores
+from stable_diffusion_server.generation.interfaces import Decode
+from stable_diffusion_server.generation.replay import Replays
+from stable_diffusion_server.generation.resolver import Options
+from stable_diffusion_server.generation.service import Service
 from stable_diffusion_server.jobs.manager import Jobs
 from stable_diffusion_server.observability.metrics import Metrics
 from stable_diffusion_server.observability.tracing import Tracing
-from stable_diffusion_server.ports import Decode
-from stable_diffusion_server.replaying import Replays
-from stable_diffusion_server.resolving import Options
-from stable_diffusion_server.service import Service
 from stable_diffusion_server.settings import Settings
 from stable_diffusion_server.types import Caller
 

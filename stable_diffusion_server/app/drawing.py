@@ -13,9 +13,10 @@ import structlog
 from stable_diffusion_server.app.warming import warm_up
 from stable_diffusion_server.engine import Abilities, Denoiser, Engine
 from stable_diffusion_server.errors import NotReady, WeightsUnusable
+from stable_diffusion_server.generation.limits import Limits
+from stable_diffusion_server.generation.resolver import Options
 from stable_diffusion_server.imaging.formats import ALWAYS
 from stable_diffusion_server.imaging.sandbox.pool import Decoder
-from stable_diffusion_server.limits import Limits
 from stable_diffusion_server.net.image_fetcher import Bounds, Fetcher
 from stable_diffusion_server.net.url_policy import Allowance
 from stable_diffusion_server.observability.console_progress import ConsoleProgress, Heartbeat, each
@@ -31,7 +32,6 @@ from stable_diffusion_server.pipelines.catalog import (
 )
 from stable_diffusion_server.pipelines.lora_folder import LoraFolder
 from stable_diffusion_server.pipelines.weight_digest import WeightDigests
-from stable_diffusion_server.resolving import Options
 from stable_diffusion_server.settings import Settings
 from stable_diffusion_server.settings.surroundings import keep_compiled
 

@@ -7,12 +7,12 @@ from typing import Any
 from stable_diffusion_server.app.drawing import Loaded
 from stable_diffusion_server.app.storage import Stores
 from stable_diffusion_server.engine import Engine
+from stable_diffusion_server.generation.resolver import Options
+from stable_diffusion_server.generation.service import Service
 from stable_diffusion_server.imaging.sandbox.pool import Decoder
 from stable_diffusion_server.net.image_fetcher import Fetcher
 from stable_diffusion_server.observability.interfaces import Account
 from stable_diffusion_server.observability.tracing import Tracing
-from stable_diffusion_server.resolving import Options
-from stable_diffusion_server.service import Service
 from stable_diffusion_server.settings import Settings
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from stable_diffusion_server.api.schemas import job_body
 from stable_diffusion_server.app.storage import Stores
+from stable_diffusion_server.generation.service import Service
 from stable_diffusion_server.jobs.events import Standing
 from stable_diffusion_server.jobs.manager import Jobs
 from stable_diffusion_server.jobs.policy import Rules
@@ -13,7 +14,6 @@ from stable_diffusion_server.net.url_policy import Allowance
 from stable_diffusion_server.net.webhook_client import Poster
 from stable_diffusion_server.observability.crash_reports import DeviceRecord
 from stable_diffusion_server.parsing.strict_json import dumps
-from stable_diffusion_server.service import Service
 from stable_diffusion_server.settings import Settings
 from stable_diffusion_server.types import Caller
 

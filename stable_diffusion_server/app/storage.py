@@ -9,10 +9,10 @@ import structlog
 from fastapi import Request
 
 from stable_diffusion_server.errors import ServerError
+from stable_diffusion_server.generation.library import Shelf
+from stable_diffusion_server.generation.ownership import Ownership
 from stable_diffusion_server.observability.metrics import Metrics
-from stable_diffusion_server.ownership import Ownership
 from stable_diffusion_server.settings import Settings
-from stable_diffusion_server.shelf import Shelf
 from stable_diffusion_server.storage.api import Bucket, StorageOptions, open_bucket, url_path
 from stable_diffusion_server.storage.cached_bucket import Remembering
 from stable_diffusion_server.storage.history.index import Index

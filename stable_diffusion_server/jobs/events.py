@@ -10,8 +10,8 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from stable_diffusion_server.generation.limits import whole_number
 from stable_diffusion_server.jobs.store.records import Entry, Problem, State
-from stable_diffusion_server.limits import whole_number
 from stable_diffusion_server.types import EventKind, Progress, Receipt
 
 END = "end"

@@ -13,6 +13,7 @@ from dataclasses import replace
 import structlog
 
 from stable_diffusion_server.errors import Forbidden, JournalUnavailable, NotFound, NotReady
+from stable_diffusion_server.generation.service import Service
 from stable_diffusion_server.jobs.admission import Admission
 from stable_diffusion_server.jobs.crash_attribution import blamed
 from stable_diffusion_server.jobs.events import END, Happening, Happenings, Standing, only_end
@@ -27,7 +28,6 @@ from stable_diffusion_server.jobs.tracked_job import Live
 from stable_diffusion_server.jobs.webhooks import Hooks, Post
 from stable_diffusion_server.jobs.worker import MOST_DEATHS, MOST_KILLS, Runner
 from stable_diffusion_server.observability.crash_reports import DeviceRecord
-from stable_diffusion_server.service import Service
 from stable_diffusion_server.types import Caller, Order, Receipt
 
 _log = structlog.get_logger(__name__)

@@ -12,7 +12,6 @@ from typing import Any
 
 import structlog
 
-from stable_diffusion_server.drawing import For
 from stable_diffusion_server.errors import (
     Busy,
     DeadlineExceeded,
@@ -23,12 +22,13 @@ from stable_diffusion_server.errors import (
     ServerError,
     StorageUnavailable,
 )
+from stable_diffusion_server.generation.executor import For
+from stable_diffusion_server.generation.service import Service
 from stable_diffusion_server.jobs.runner_progress import JobProgress
 from stable_diffusion_server.jobs.store.async_store import Clerk
 from stable_diffusion_server.jobs.store.records import Entry, Problem, State
 from stable_diffusion_server.jobs.store.sqlite_store import Journal
 from stable_diffusion_server.jobs.tracked_job import Live
-from stable_diffusion_server.service import Service
 from stable_diffusion_server.types import Receipt
 
 _log = structlog.get_logger(__name__)

@@ -17,7 +17,7 @@ from fastapi.testclient import TestClient
 
 from stable_diffusion_server.api import files, handlers
 from stable_diffusion_server.errors import Forbidden, Overasked
-from stable_diffusion_server.shelf import Shelf
+from stable_diffusion_server.generation.library import Shelf
 from stable_diffusion_server.storage.history.entries import Entry, Wanted
 from stable_diffusion_server.storage.history.index import Index
 from stable_diffusion_server.storage.history.writer import Recorder

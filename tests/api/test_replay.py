@@ -14,9 +14,9 @@ import pytest
 from conftest import House
 from fakes import Retouchers, disc, file_of
 
+from stable_diffusion_server.generation.provenance import NOT_ASKED
 from stable_diffusion_server.imaging.metadata import read_record
 from stable_diffusion_server.imaging.processing import encode
-from stable_diffusion_server.records import NOT_ASKED
 from stable_diffusion_server.types import Format, Order
 
 IMAGE = file_of(disc(96, 80))

@@ -15,8 +15,8 @@ from conftest import House
 from fakes import PaintedSquares, until
 from test_service import OPTIONS, order
 
-from stable_diffusion_server.ownership import Ownership
-from stable_diffusion_server.resolving import resolve
+from stable_diffusion_server.generation.ownership import Ownership
+from stable_diffusion_server.generation.resolver import resolve
 from stable_diffusion_server.storage.signed_urls import ServerSecret
 
 CREATE = "/create_and_upload_image"

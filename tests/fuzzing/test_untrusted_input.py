@@ -21,10 +21,10 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from stable_diffusion_server.errors import InvalidInput, NotFound, ServerError, StorageUnavailable
+from stable_diffusion_server.generation.prompts import clean
 from stable_diffusion_server.imaging.formats import ALWAYS, EXTRA
 from stable_diffusion_server.imaging.sandbox.pool import Decoder
 from stable_diffusion_server.parsing.strict_json import dumps, parse_object
-from stable_diffusion_server.prompts import clean
 from stable_diffusion_server.storage.api import object_key, url_path
 from stable_diffusion_server.storage.local import LocalBucket
 

@@ -21,16 +21,16 @@ from typing import Any
 from starlette.datastructures import Headers
 from starlette.requests import Request
 
-from stable_diffusion_server import limits, prompts, replaying
 from stable_diffusion_server.api import asked, bodies, pictures, preferences, schemas
 from stable_diffusion_server.api.house import House
 from stable_diffusion_server.api.openai import parameters as openai_parameters
 from stable_diffusion_server.api.sdapi import answers, names, parameters, prompt_syntax
 from stable_diffusion_server.api.security import header_limits, keys, policy, proxies
 from stable_diffusion_server.errors import ServerError
+from stable_diffusion_server.generation import limits, prompts, replay
+from stable_diffusion_server.generation.limits import Limits
 from stable_diffusion_server.imaging import metadata
 from stable_diffusion_server.jobs.events import Happenings
-from stable_diffusion_server.limits import Limits
 from stable_diffusion_server.net import url_policy
 from stable_diffusion_server.parsing import strict_json, unicode_text
 from stable_diffusion_server.pipelines.catalog import MODELS
@@ -501,7 +501,7 @@ PARSERS = [
         lambda text: png(chunk(b"iTXt", b"parameters\0\0\0\0\0" + text.encode())),
         {**SHAPES, "facts": "Steps: 4, ", "lines of facts": "Negative prompt: a\n"},
     ),
-    Parser("a stored object's record", 10_000, lambda text: replaying.read_record(text.encode()), refuses=False),
+    Parser("a stored object's record", 10_000, lambda text: replay.read_record(text.encode()), refuses=False),
     Parser(
         "a stored object's size", 10_000, lambda text: Stored("a", 1, "a", "a", {"bytes": text}).whole, refuses=False
     ),

@@ -24,8 +24,8 @@ from stable_diffusion_server.api.openai.streams import EventStream, Partials
 from stable_diffusion_server.api.schemas import documented
 from stable_diffusion_server.api.together import together
 from stable_diffusion_server.errors import InvalidInput, NotFound, TooLarge
+from stable_diffusion_server.generation.service import Service
 from stable_diffusion_server.imaging.processing import Pixels, encode
-from stable_diffusion_server.service import Service
 from stable_diffusion_server.types import Caller, EventKind, Format, Order, Progress, Receipt
 
 UrlOf = Callable[[Request, str], str]

@@ -28,8 +28,8 @@ from stable_diffusion_server.api.sdapi.tasks import LEAST_NAME, Task, Tasks
 from stable_diffusion_server.api.together import together
 from stable_diffusion_server.concurrency.fair_queue import FairQueue
 from stable_diffusion_server.errors import Forbidden, InvalidInput, ServerError, TooLarge
-from stable_diffusion_server.limits import Limits
-from stable_diffusion_server.service import Service
+from stable_diffusion_server.generation.limits import Limits
+from stable_diffusion_server.generation.service import Service
 from stable_diffusion_server.types import Caller, Format, Order
 
 UrlOf = Callable[[Request, str], str]

@@ -14,7 +14,7 @@ from stable_diffusion_server.api.sdapi.controlnet import Edges, edges_in
 from stable_diffusion_server.api.sdapi.names import model_named, scheduler_for
 from stable_diffusion_server.api.sdapi.prompt_syntax import adapters_in, unread_in
 from stable_diffusion_server.errors import InvalidInput
-from stable_diffusion_server.limits import NAME_MAX
+from stable_diffusion_server.generation.limits import NAME_MAX
 from stable_diffusion_server.types import SEED_MAX, Fill, Fit, Format, Order, Source, Task
 
 _FITS = (Fit.STRETCH, Fit.CROP, Fit.PAD, Fit.STRETCH)

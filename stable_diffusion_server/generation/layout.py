@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from stable_diffusion_server.errors import InvalidInput
+from stable_diffusion_server.generation.resolver import Plan
 from stable_diffusion_server.imaging.processing import (
     Canvas,
     Pixels,
@@ -19,7 +20,6 @@ from stable_diffusion_server.imaging.processing import (
 )
 from stable_diffusion_server.imaging.resize import Box, around, filled, fitted, resized
 from stable_diffusion_server.pipelines.catalog import ModelFacts
-from stable_diffusion_server.resolving import Plan
 from stable_diffusion_server.types import Job, Order, Picture, Warned
 
 

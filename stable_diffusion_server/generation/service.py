@@ -12,19 +12,24 @@ from typing import Any
 
 import structlog
 
-from stable_diffusion_server.composing import Scene, compose
 from stable_diffusion_server.concurrency.deadlines import within
-from stable_diffusion_server.drawing import Drawing, For, Queue
 from stable_diffusion_server.errors import NotFound, StorageUnavailable
-from stable_diffusion_server.flights import Audience, Flights, Listener, Watcher
+from stable_diffusion_server.generation.executor import Drawing, For, Queue
+from stable_diffusion_server.generation.interfaces import Decode, Fetch, ignore
+from stable_diffusion_server.generation.layout import Scene, compose
+from stable_diffusion_server.generation.output import Keeping, whose_name
+from stable_diffusion_server.generation.quality import DrawnPicture, Judged
+from stable_diffusion_server.generation.resolver import Options, Plan, facts_for, resolve
+from stable_diffusion_server.generation.results import (
+    receipt_for_stranger,
+    receipt_of_drawn,
+    receipt_of_stored,
+    rounded,
+)
+from stable_diffusion_server.generation.single_flight import Audience, Flights, Listener, Watcher
 from stable_diffusion_server.imaging.processing import Pixels
-from stable_diffusion_server.judging import DrawnPicture, Judged
-from stable_diffusion_server.keeping import Keeping, whose_name
 from stable_diffusion_server.observability.interfaces import Account
 from stable_diffusion_server.observability.tracing import Tracing
-from stable_diffusion_server.ports import Decode, Fetch, ignore
-from stable_diffusion_server.receipts import receipt_for_stranger, receipt_of_drawn, receipt_of_stored, rounded
-from stable_diffusion_server.resolving import Options, Plan, facts_for, resolve
 from stable_diffusion_server.storage.api import Bucket, read_picture
 from stable_diffusion_server.storage.history.entries import Entry
 from stable_diffusion_server.types import Caller, Order, Progress, Receipt, Source, Stored, Warned

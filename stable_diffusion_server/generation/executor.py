@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from stable_diffusion_server import engine
-from stable_diffusion_server.flights import Audience, Flights, Listener
-from stable_diffusion_server.judging import DrawnPicture, Judged, Remedy, draw_well
+from stable_diffusion_server.generation.prompts import shorten_too_long_text
+from stable_diffusion_server.generation.quality import DrawnPicture, Judged, Remedy, draw_well
+from stable_diffusion_server.generation.resolver import Options
+from stable_diffusion_server.generation.single_flight import Audience, Flights, Listener
 from stable_diffusion_server.pipelines.catalog import facts_of
-from stable_diffusion_server.prompts import shorten_too_long_text
-from stable_diffusion_server.resolving import Options
 from stable_diffusion_server.types import Caller, Event, EventKind, Job, Progress, picture_digest
 
 

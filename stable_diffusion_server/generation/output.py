@@ -10,15 +10,15 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
-from stable_diffusion_server.composing import Scene
-from stable_diffusion_server.encoding import Encoders
 from stable_diffusion_server.errors import InvalidInput, StorageRefused
+from stable_diffusion_server.generation.encoder_pool import Encoders
+from stable_diffusion_server.generation.layout import Scene
+from stable_diffusion_server.generation.ownership import Ownership
+from stable_diffusion_server.generation.provenance import entry_of, inscription_of, record_of
+from stable_diffusion_server.generation.quality import DrawnPicture, Judged
+from stable_diffusion_server.generation.resolver import Plan
 from stable_diffusion_server.imaging.digital_source_type import source_type_of, xmp_packet
 from stable_diffusion_server.imaging.processing import encode
-from stable_diffusion_server.judging import DrawnPicture, Judged
-from stable_diffusion_server.ownership import Ownership
-from stable_diffusion_server.records import entry_of, inscription_of, record_of
-from stable_diffusion_server.resolving import Plan
 from stable_diffusion_server.storage.api import Bucket
 from stable_diffusion_server.storage.history.entries import Entry
 from stable_diffusion_server.types import Caller, Format, Stored, Warned

@@ -6,10 +6,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 
-from stable_diffusion_server.composing import Scene, resampling_told
-from stable_diffusion_server.judging import DrawnPicture, Judged
-from stable_diffusion_server.records import RETOLD
-from stable_diffusion_server.resolving import Plan
+from stable_diffusion_server.generation.layout import Scene, resampling_told
+from stable_diffusion_server.generation.provenance import RETOLD
+from stable_diffusion_server.generation.quality import DrawnPicture, Judged
+from stable_diffusion_server.generation.resolver import Plan
 from stable_diffusion_server.types import Receipt, Stored, Warned
 
 # The largest number below which JSON's readers tell whole ones apart.

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from stable_diffusion_server.errors import Forbidden, InvalidInput, NotFound
+from stable_diffusion_server.generation.ownership import Ownership
 from stable_diffusion_server.imaging.metadata import read_record
-from stable_diffusion_server.ownership import Ownership
 from stable_diffusion_server.storage.api import Bucket
 from stable_diffusion_server.storage.history.entries import Entry, Wanted
 from stable_diffusion_server.storage.history.writer import Recorder

@@ -13,12 +13,12 @@ import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from stable_diffusion_server.errors import InvalidInput
+from stable_diffusion_server.generation.interfaces import Decode
+from stable_diffusion_server.generation.provenance import NOT_ASKED
+from stable_diffusion_server.generation.resolver import Options, resolve
+from stable_diffusion_server.generation.service import Service
 from stable_diffusion_server.imaging.metadata import read_record
 from stable_diffusion_server.imaging.processing import Pixels
-from stable_diffusion_server.ports import Decode
-from stable_diffusion_server.records import NOT_ASKED
-from stable_diffusion_server.resolving import Options, resolve
-from stable_diffusion_server.service import Service
 from stable_diffusion_server.storage.history.entries import Entry
 from stable_diffusion_server.types import Caller, Order, Receipt, Source, Task
 

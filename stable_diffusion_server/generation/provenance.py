@@ -6,9 +6,9 @@ import time
 from collections.abc import Iterable
 from dataclasses import fields
 
-from stable_diffusion_server.composing import Scene
-from stable_diffusion_server.judging import DrawnPicture, Judged
-from stable_diffusion_server.resolving import Plan
+from stable_diffusion_server.generation.layout import Scene
+from stable_diffusion_server.generation.quality import DrawnPicture, Judged
+from stable_diffusion_server.generation.resolver import Plan
 from stable_diffusion_server.storage.history.entries import Entry
 from stable_diffusion_server.storage.object_headers import LASTING
 from stable_diffusion_server.types import Job, job_facts

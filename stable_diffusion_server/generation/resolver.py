@@ -10,10 +10,10 @@ from typing import TypeVar
 from uuid import NAMESPACE_OID, uuid5
 
 from stable_diffusion_server.errors import InvalidInput, WeightsUnusable
-from stable_diffusion_server.limits import Limits
-from stable_diffusion_server.ownership import Ownership
+from stable_diffusion_server.generation.limits import Limits
+from stable_diffusion_server.generation.ownership import Ownership
+from stable_diffusion_server.generation.prompts import clean
 from stable_diffusion_server.pipelines.catalog import MODELS, ModelFacts, facts_of, scheduler_of, steps_skipped
-from stable_diffusion_server.prompts import clean
 from stable_diffusion_server.storage.api import object_key
 from stable_diffusion_server.types import SEED_MAX, Fill, Fit, Format, Order, Source, Warned, digest
 

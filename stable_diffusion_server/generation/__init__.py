@@ -1,0 +1,1 @@
+"""The use case: request, image, stored result; and replay, library and provenance."""
