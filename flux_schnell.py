@@ -10,8 +10,8 @@ from stable_diffusion_server.generation.prompts import shorten_too_long_text
 from stable_diffusion_server.imaging.digital_source_type import DigitalSourceType, xmp_packet
 from stable_diffusion_server.imaging.processing import encode, plan_canvas, to_size
 from stable_diffusion_server.pipelines.catalog import facts_of
-from stable_diffusion_server.pipelines.components import choose_device, load_pipeline
-from stable_diffusion_server.pipelines.flux import Flux
+from stable_diffusion_server.pipelines.families.flux import Flux
+from stable_diffusion_server.pipelines.loading.components import choose_device, load_pipeline
 from stable_diffusion_server.types import Format, Job, Task
 
 FORMATS = {".webp": Format.WEBP, ".png": Format.PNG, ".jpg": Format.JPEG, ".jpeg": Format.JPEG}

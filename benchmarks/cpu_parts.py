@@ -18,11 +18,11 @@ import torch
 from benchmarks.contestants import FACTS, ROOT
 from benchmarks.loopback import say
 from benchmarks.tables import machine, table
-from stable_diffusion_server.pipelines.components import load_pipeline
-from stable_diffusion_server.pipelines.embeddings import Embeddings
-from stable_diffusion_server.pipelines.onednn import use_onednn
-from stable_diffusion_server.pipelines.performance import speed_up
-from stable_diffusion_server.pipelines.sdxl import Sdxl
+from stable_diffusion_server.pipelines.acceleration.apply import speed_up
+from stable_diffusion_server.pipelines.acceleration.onednn import use_onednn
+from stable_diffusion_server.pipelines.conditioning.prompt_cache import Embeddings
+from stable_diffusion_server.pipelines.families.sdxl import Sdxl
+from stable_diffusion_server.pipelines.loading.components import load_pipeline
 from stable_diffusion_server.types import Job, Task
 
 CPU = torch.device("cpu")

@@ -14,7 +14,7 @@ import diffusers
 import torch
 
 from stable_diffusion_server.pipelines.catalog import MODELS, ModelFacts
-from stable_diffusion_server.pipelines.components import dtype_of, skeleton
+from stable_diffusion_server.pipelines.loading.components import dtype_of, skeleton
 
 EMBEDDED = Path(__file__).resolve().parent.parent / "models"
 

@@ -33,17 +33,17 @@ from benchmarks.full_size import EMBEDDED, random_pipeline, write_configurations
 from benchmarks.tables import table
 from stable_diffusion_server.engine import Engine
 from stable_diffusion_server.engine.interface import Phase
+from stable_diffusion_server.pipelines.acceleration.apply import LEVELS, speed_up
 from stable_diffusion_server.pipelines.catalog import MODELS, REAL_MODELS, ModelFacts, with_lcm
-from stable_diffusion_server.pipelines.components import load_pipeline
-from stable_diffusion_server.pipelines.conversion import quantize_parts
-from stable_diffusion_server.pipelines.embeddings import Embeddings
-from stable_diffusion_server.pipelines.flux import Flux
-from stable_diffusion_server.pipelines.footprint import bytes_of
-from stable_diffusion_server.pipelines.loader import COMPUTED_FAST
-from stable_diffusion_server.pipelines.offload import settle
-from stable_diffusion_server.pipelines.performance import LEVELS, speed_up
-from stable_diffusion_server.pipelines.placement import CONTROL, Quantization, Residency
-from stable_diffusion_server.pipelines.sdxl import Sdxl
+from stable_diffusion_server.pipelines.conditioning.prompt_cache import Embeddings
+from stable_diffusion_server.pipelines.families.flux import Flux
+from stable_diffusion_server.pipelines.families.sdxl import Sdxl
+from stable_diffusion_server.pipelines.loading.components import load_pipeline
+from stable_diffusion_server.pipelines.loading.footprint import bytes_of
+from stable_diffusion_server.pipelines.loading.loader import COMPUTED_FAST
+from stable_diffusion_server.pipelines.loading.offload import settle
+from stable_diffusion_server.pipelines.loading.placement import CONTROL, Quantization, Residency
+from stable_diffusion_server.pipelines.loading.quantization import quantize_parts
 from stable_diffusion_server.types import Job, Task
 
 PROMPT = "a red circle on a blue background"

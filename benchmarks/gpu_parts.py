@@ -23,8 +23,8 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.gpu import KINDS, Rig, free, machine, matrix_rate, median, rig_for
-from stable_diffusion_server.pipelines.embeddings import Embeddings
-from stable_diffusion_server.pipelines.graphs import Graphs
+from stable_diffusion_server.pipelines.acceleration.cuda_graphs import Graphs
+from stable_diffusion_server.pipelines.conditioning.prompt_cache import Embeddings
 
 Change = tuple[str, Callable[[Any], object]]
 

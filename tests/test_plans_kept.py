@@ -19,7 +19,7 @@ from stable_diffusion_server.generation.resolver import Options
 from stable_diffusion_server.generation.service import Service
 from stable_diffusion_server.imaging.sandbox.pool import Decoder
 from stable_diffusion_server.pipelines.catalog import MODELS, ModelFacts
-from stable_diffusion_server.pipelines.lora_folder import LoraFolder
+from stable_diffusion_server.pipelines.conditioning.lora_folder import LoraFolder
 from stable_diffusion_server.storage.memory import MemoryBucket
 from stable_diffusion_server.types import Job, Order, Stored, Task, picture_digest
 

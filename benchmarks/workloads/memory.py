@@ -12,8 +12,8 @@ from PIL import Image
 
 from benchmarks.contestants import ENTRIES, FACTS, OURS, PLAIN, ROOT, Server, servers
 from benchmarks.tables import Result, table
-from stable_diffusion_server.pipelines.components import load_controlnet, load_pipeline
-from stable_diffusion_server.pipelines.footprint import bytes_of
+from stable_diffusion_server.pipelines.loading.components import load_controlnet, load_pipeline
+from stable_diffusion_server.pipelines.loading.footprint import bytes_of
 from stable_diffusion_server.pipelines.registry import load
 
 

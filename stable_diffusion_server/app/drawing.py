@@ -30,8 +30,8 @@ from stable_diffusion_server.pipelines.catalog import (
     with_lcm,
     with_quantization,
 )
-from stable_diffusion_server.pipelines.lora_folder import LoraFolder
-from stable_diffusion_server.pipelines.weight_digest import WeightDigests
+from stable_diffusion_server.pipelines.conditioning.lora_folder import LoraFolder
+from stable_diffusion_server.pipelines.loading.weight_digest import WeightDigests
 from stable_diffusion_server.settings import Settings
 from stable_diffusion_server.settings.surroundings import keep_compiled
 
@@ -155,7 +155,7 @@ def load_models(settings: Settings, loaded: Loaded) -> Models:
     keep_compiled((settings.data_dir / "compiled").resolve())
     # Imported here, on the engine's thread: torch takes seconds, and the port should answer meanwhile.
     from stable_diffusion_server.pipelines import registry
-    from stable_diffusion_server.pipelines.hub import Hub
+    from stable_diffusion_server.pipelines.loading.hub import Hub
 
     hub = Hub(settings.revisions(), settings.data_dir / "hub.json") if settings.models == "hub" else None
     if hub is not None:

@@ -15,17 +15,17 @@ import torch
 from numpy.typing import NDArray
 
 from stable_diffusion_server.errors import WeightsUnusable
-from stable_diffusion_server.pipelines.adapters import Adapters
+from stable_diffusion_server.pipelines.acceleration.cuda_graphs import Graphs
+from stable_diffusion_server.pipelines.base import Drawn, Family, State
 from stable_diffusion_server.pipelines.catalog import ModelFacts
-from stable_diffusion_server.pipelines.components import choose_device, dtype_of, quieten_libraries
-from stable_diffusion_server.pipelines.denoising import Drawn, Family, State
-from stable_diffusion_server.pipelines.embeddings import Embeddings
-from stable_diffusion_server.pipelines.footprint import bytes_of
-from stable_diffusion_server.pipelines.graphs import Graphs
-from stable_diffusion_server.pipelines.loader import LoadOptions, Placed, place_or_instead
-from stable_diffusion_server.pipelines.memory import memory_of
-from stable_diffusion_server.pipelines.offload import Offloaded
-from stable_diffusion_server.pipelines.placement import Residency
+from stable_diffusion_server.pipelines.conditioning.lora import Adapters
+from stable_diffusion_server.pipelines.conditioning.prompt_cache import Embeddings
+from stable_diffusion_server.pipelines.loading.components import choose_device, dtype_of, quieten_libraries
+from stable_diffusion_server.pipelines.loading.device_memory import memory_of
+from stable_diffusion_server.pipelines.loading.footprint import bytes_of
+from stable_diffusion_server.pipelines.loading.loader import LoadOptions, Placed, place_or_instead
+from stable_diffusion_server.pipelines.loading.offload import Offloaded
+from stable_diffusion_server.pipelines.loading.placement import Residency
 from stable_diffusion_server.types import Job
 
 __all__ = ["LoadOptions", "Loaded", "Registry", "load"]
@@ -247,7 +247,7 @@ def _kinds() -> Mapping[str, Callable[[Any, ModelFacts, Any, Adapters, Embedding
     """Each family by the stock pipeline it draws with."""
     quieten_libraries()
     # Imported behind it: what they bring along remarks on packages that are not needed here.
-    from stable_diffusion_server.pipelines.flux import Flux
-    from stable_diffusion_server.pipelines.sdxl import Sdxl
+    from stable_diffusion_server.pipelines.families.flux import Flux
+    from stable_diffusion_server.pipelines.families.sdxl import Sdxl
 
     return {"StableDiffusionXLPipeline": Sdxl, "FluxPipeline": Flux}

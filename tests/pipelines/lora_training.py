@@ -11,7 +11,7 @@ from drawing import draw, job_for
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
-from stable_diffusion_server.pipelines.denoising import encode, seeded, to_tensor
+from stable_diffusion_server.pipelines.base import encode, seeded, to_tensor
 from stable_diffusion_server.types import Picture
 
 PROMPTS = [f"a red {shape} on a blue background" for shape in ("circle", "square")]

@@ -26,8 +26,8 @@ def sdxl(one_thread: None) -> Any:
     from drawing import MODELS_DIR
 
     from stable_diffusion_server.pipelines.catalog import MODELS
-    from stable_diffusion_server.pipelines.components import load_controlnet, load_pipeline
-    from stable_diffusion_server.pipelines.sdxl import Sdxl
+    from stable_diffusion_server.pipelines.families.sdxl import Sdxl
+    from stable_diffusion_server.pipelines.loading.components import load_controlnet, load_pipeline
 
     facts, cpu = MODELS["sdxl"], torch.device("cpu")
     return Sdxl(load_pipeline(facts, MODELS_DIR, cpu), facts, load_controlnet(facts, MODELS_DIR, cpu))
@@ -40,8 +40,8 @@ def flux(one_thread: None) -> Any:
     from drawing import MODELS_DIR
 
     from stable_diffusion_server.pipelines.catalog import MODELS
-    from stable_diffusion_server.pipelines.components import load_controlnet, load_pipeline
-    from stable_diffusion_server.pipelines.flux import Flux
+    from stable_diffusion_server.pipelines.families.flux import Flux
+    from stable_diffusion_server.pipelines.loading.components import load_controlnet, load_pipeline
 
     facts, cpu = MODELS["flux"], torch.device("cpu")
     pipeline = load_pipeline(facts, MODELS_DIR, cpu)
@@ -56,8 +56,8 @@ def families(sdxl: Any, flux: Any) -> dict[str, Any]:
     """
     from twins import reshaped
 
-    from stable_diffusion_server.pipelines.flux import Flux
-    from stable_diffusion_server.pipelines.sdxl import Sdxl
+    from stable_diffusion_server.pipelines.families.flux import Flux
+    from stable_diffusion_server.pipelines.families.sdxl import Sdxl
 
     with_four, with_sixteen = reshaped(sdxl.pipeline, 4), reshaped(flux.pipeline, 16)
     return {

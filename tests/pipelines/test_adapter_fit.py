@@ -17,12 +17,12 @@ from lora_layouts import FITTING, UNFIT, peft, unet_pairs, with_one, write
 from peft.tuners.lora import LoraLayer
 
 from stable_diffusion_server.errors import InvalidInput, NotFinite
-from stable_diffusion_server.pipelines.adapters import Adapters
 from stable_diffusion_server.pipelines.catalog import MODELS
-from stable_diffusion_server.pipelines.components import load_pipeline
-from stable_diffusion_server.pipelines.embeddings import Embeddings
-from stable_diffusion_server.pipelines.flux import Flux
-from stable_diffusion_server.pipelines.sdxl import Sdxl
+from stable_diffusion_server.pipelines.conditioning.lora import Adapters
+from stable_diffusion_server.pipelines.conditioning.prompt_cache import Embeddings
+from stable_diffusion_server.pipelines.families.flux import Flux
+from stable_diffusion_server.pipelines.families.sdxl import Sdxl
+from stable_diffusion_server.pipelines.loading.components import load_pipeline
 from stable_diffusion_server.types import Job
 
 CPU = torch.device("cpu")

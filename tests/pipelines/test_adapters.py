@@ -17,8 +17,9 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from stable_diffusion_server.errors import InvalidInput, WeightsUnusable
-from stable_diffusion_server.pipelines import adapters
-from stable_diffusion_server.pipelines.adapters import (
+from stable_diffusion_server.pipelines.catalog import MODELS, scheduler_of, with_lcm
+from stable_diffusion_server.pipelines.conditioning import lora
+from stable_diffusion_server.pipelines.conditioning.lora import (
     Adapters,
     add_to_controlnet,
     digest_of,
@@ -26,12 +27,11 @@ from stable_diffusion_server.pipelines.adapters import (
     names_in,
     read_header,
 )
-from stable_diffusion_server.pipelines.catalog import MODELS, scheduler_of, with_lcm
-from stable_diffusion_server.pipelines.components import load_pipeline, lora_file
-from stable_diffusion_server.pipelines.flux import Flux
-from stable_diffusion_server.pipelines.lora_files import read_lora
+from stable_diffusion_server.pipelines.conditioning.lora_files import read_lora
+from stable_diffusion_server.pipelines.families.flux import Flux
+from stable_diffusion_server.pipelines.families.sdxl import Sdxl
+from stable_diffusion_server.pipelines.loading.components import load_pipeline, lora_file
 from stable_diffusion_server.pipelines.registry import LoadOptions, load
-from stable_diffusion_server.pipelines.sdxl import Sdxl
 
 CPU = torch.device("cpu")
 GREEN = (("green", 1.0),)
@@ -184,7 +184,7 @@ def test_adapters_that_were_not_used_for_long_are_forgotten(
     loras: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """A folder of many does not fill the memory, and a forgotten one is loaded again."""
-    monkeypatch.setattr(adapters, "KEPT", 2)
+    monkeypatch.setattr(lora, "KEPT", 2)
     for number, letter in enumerate("abcd"):  # the same content would be the same adapter
         scaled = {name: tensor * number for name, tensor in load_file(loras / "green.safetensors").items()}
         save_file(scaled, tmp_path / f"{letter}.v1.safetensors")
@@ -193,14 +193,14 @@ def test_adapters_that_were_not_used_for_long_are_forgotten(
     for letter in "abcda":
         own.use(((f"{letter}.v1", 1.0),))
         assert len(pipeline.get_list_adapters()["unet"]) <= 3
-    assert pipeline.get_active_adapters() == [adapters._key(digest_of(find(tmp_path, "a.v1")))]
+    assert pipeline.get_active_adapters() == [lora._key(digest_of(find(tmp_path, "a.v1")))]
 
 
 def test_an_adapter_someone_draws_with_is_not_forgotten(
     loras: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """A drawing that waits for its turn ends as it began, whatever many others came between, its file gone too."""
-    monkeypatch.setattr(adapters, "KEPT", 1)
+    monkeypatch.setattr(lora, "KEPT", 1)
     for number, letter in enumerate("abcd", 1):
         scaled = {name: tensor / number for name, tensor in load_file(loras / "green.safetensors").items()}
         save_file(scaled, tmp_path / f"{letter}.safetensors")

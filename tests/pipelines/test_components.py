@@ -15,18 +15,18 @@ from drawing import MODELS_DIR, disc_mask, draw, job_for, outline, psnr, scene
 from safetensors.torch import load_file, save_file
 
 from stable_diffusion_server.errors import DevicePoisoned, InvalidInput, NotFinite, OutOfMemory, WeightsUnusable
+from stable_diffusion_server.pipelines.base import decode, torch_errors_told
 from stable_diffusion_server.pipelines.catalog import MODELS, REAL_MODELS, facts_of, scheduler_of
-from stable_diffusion_server.pipelines.components import (
+from stable_diffusion_server.pipelines.families.flux import Flux
+from stable_diffusion_server.pipelines.families.sdxl import Sdxl
+from stable_diffusion_server.pipelines.loading.components import (
     choose_device,
     dtype_of,
     load_controlnet,
     load_pipeline,
 )
-from stable_diffusion_server.pipelines.denoising import decode, torch_errors_told
-from stable_diffusion_server.pipelines.flux import Flux
-from stable_diffusion_server.pipelines.hub import Hub
-from stable_diffusion_server.pipelines.schedulers import make_scheduler, set_timesteps
-from stable_diffusion_server.pipelines.sdxl import Sdxl
+from stable_diffusion_server.pipelines.loading.hub import Hub
+from stable_diffusion_server.pipelines.loading.schedulers import make_scheduler, set_timesteps
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CPU = torch.device("cpu")

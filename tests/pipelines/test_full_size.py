@@ -12,12 +12,12 @@ from drawing import draw, job_for
 
 from benchmarks.full_size import random_pipeline, write_configurations
 from stable_diffusion_server.pipelines.catalog import REAL_MODELS, ModelFacts
-from stable_diffusion_server.pipelines.components import dtype_of, skeleton
-from stable_diffusion_server.pipelines.flux import Flux
-from stable_diffusion_server.pipelines.footprint import footprint_of, parameters_of
-from stable_diffusion_server.pipelines.placement import Footprint, Residency, place
-from stable_diffusion_server.pipelines.sdxl import Sdxl
-from stable_diffusion_server.pipelines.tokenizers import token_counter
+from stable_diffusion_server.pipelines.families.flux import Flux
+from stable_diffusion_server.pipelines.families.sdxl import Sdxl
+from stable_diffusion_server.pipelines.loading.components import dtype_of, skeleton
+from stable_diffusion_server.pipelines.loading.footprint import footprint_of, parameters_of
+from stable_diffusion_server.pipelines.loading.placement import Footprint, Residency, place
+from stable_diffusion_server.pipelines.loading.tokenizers import token_counter
 
 SDXL, FLUX = REAL_MODELS["sdxl"][1], REAL_MODELS["flux"][0]
 

@@ -10,8 +10,8 @@ import torch
 from structlog.testing import capture_logs
 from transformers.modeling_outputs import BaseModelOutput
 
-from stable_diffusion_server.pipelines.calls import filled, kind_of, tensors_of
-from stable_diffusion_server.pipelines.graphs import record
+from stable_diffusion_server.pipelines.acceleration.call_signature import filled, kind_of, tensors_of
+from stable_diffusion_server.pipelines.acceleration.cuda_graphs import record
 
 BASE: dict[str, Any] = {
     "sample": torch.zeros(2, 3),

@@ -19,11 +19,18 @@ from drawing import MODELS_DIR, disc_mask, draw, job_for, scene
 
 from stable_diffusion_server.engine import Engine, Phase
 from stable_diffusion_server.errors import WeightsUnusable
-from stable_diffusion_server.pipelines import loader
 from stable_diffusion_server.pipelines.catalog import MODELS
-from stable_diffusion_server.pipelines.components import load_pipeline
-from stable_diffusion_server.pipelines.offload import Offloaded, settle
-from stable_diffusion_server.pipelines.placement import Footprint, Placement, Quantization, Quantize, Residency, place
+from stable_diffusion_server.pipelines.loading import loader
+from stable_diffusion_server.pipelines.loading.components import load_pipeline
+from stable_diffusion_server.pipelines.loading.offload import Offloaded, settle
+from stable_diffusion_server.pipelines.loading.placement import (
+    Footprint,
+    Placement,
+    Quantization,
+    Quantize,
+    Residency,
+    place,
+)
 from stable_diffusion_server.pipelines.registry import LoadOptions, load
 from stable_diffusion_server.types import Event, EventKind, Job
 

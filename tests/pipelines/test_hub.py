@@ -17,8 +17,8 @@ from structlog.testing import capture_logs
 
 from stable_diffusion_server.errors import WeightsUnusable
 from stable_diffusion_server.pipelines.catalog import MODELS, REAL_MODELS, choose_models
-from stable_diffusion_server.pipelines.components import load_controlnet, skeleton
-from stable_diffusion_server.pipelines.hub import Hub
+from stable_diffusion_server.pipelines.loading.components import load_controlnet, skeleton
+from stable_diffusion_server.pipelines.loading.hub import Hub
 from stable_diffusion_server.pipelines.registry import LoadOptions, load
 
 __all__ = ["hub_server"]

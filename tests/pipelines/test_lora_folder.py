@@ -13,9 +13,9 @@ import pytest
 from fakes import lora_file
 
 from stable_diffusion_server.errors import InvalidInput, WeightsUnusable
-from stable_diffusion_server.pipelines import lora_folder
-from stable_diffusion_server.pipelines.lora_files import digest_of, identity_of, read_header, read_lora
-from stable_diffusion_server.pipelines.lora_folder import LoraFolder, find, names_in
+from stable_diffusion_server.pipelines.conditioning import lora_folder
+from stable_diffusion_server.pipelines.conditioning.lora_files import digest_of, identity_of, read_header, read_lora
+from stable_diffusion_server.pipelines.conditioning.lora_folder import LoraFolder, find, names_in
 
 
 def _linked_out(folder: Path, outside: Path) -> None:

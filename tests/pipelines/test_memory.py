@@ -13,15 +13,15 @@ import torch
 from drawing import MODELS_DIR, disc_mask, draw, job_for, outline, psnr, scene
 
 from stable_diffusion_server.errors import DoesNotFit, WeightsUnusable
-from stable_diffusion_server.pipelines import loader
 from stable_diffusion_server.pipelines.catalog import MODELS, ModelFacts, with_quantization
-from stable_diffusion_server.pipelines.components import load_controlnet, load_pipeline
-from stable_diffusion_server.pipelines.flux import Flux
-from stable_diffusion_server.pipelines.footprint import bytes_of
-from stable_diffusion_server.pipelines.offload import settle
-from stable_diffusion_server.pipelines.placement import Footprint, Quantize, Residency
+from stable_diffusion_server.pipelines.families.flux import Flux
+from stable_diffusion_server.pipelines.families.sdxl import Sdxl
+from stable_diffusion_server.pipelines.loading import loader
+from stable_diffusion_server.pipelines.loading.components import load_controlnet, load_pipeline
+from stable_diffusion_server.pipelines.loading.footprint import bytes_of
+from stable_diffusion_server.pipelines.loading.offload import settle
+from stable_diffusion_server.pipelines.loading.placement import Footprint, Quantize, Residency
 from stable_diffusion_server.pipelines.registry import LoadOptions, load
-from stable_diffusion_server.pipelines.sdxl import Sdxl
 
 CPU = torch.device("cpu")
 KINDS: dict[str, Any] = {"sdxl": Sdxl, "flux": Flux}

@@ -26,7 +26,7 @@ SHAPES = [(1, 48, 8, 1, 1), (2, 320, 32, 16, 24), (1, 2560, 32, 9, 7), (3, 128, 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_groups_are_normalised_as_by_pytorch(shape: tuple[int, int, int, int, int], dtype: torch.dtype) -> None:
     """To rounding, with SiLU and without, and the layout stays."""
-    from stable_diffusion_server.pipelines.group_norm import GroupNorm
+    from stable_diffusion_server.pipelines.acceleration.group_norm import GroupNorm
 
     rows, channels, groups, height, width = shape
     norm = GroupNorm(groups, channels, device="cuda", dtype=dtype)
@@ -48,7 +48,7 @@ def test_blocks_that_take_channels_last_are_the_stock_blocks(
     channels: tuple[int, int], told: int | None, dtype: torch.dtype
 ) -> None:
     """A residual block with a timestep and without, with another number of channels and the same, and a doubling."""
-    from stable_diffusion_server.pipelines.channels_last import Resnet, Upsample, lay_out
+    from stable_diffusion_server.pipelines.acceleration.channels_last import Resnet, Upsample, lay_out
 
     block = ResnetBlock2D(in_channels=channels[0], out_channels=channels[1], temb_channels=told, groups=8)
     parts = torch.nn.ModuleList([block, Upsample2D(channels[1], use_conv=True)]).to("cuda", dtype)
@@ -123,7 +123,7 @@ def test_what_was_recorded_is_given_back_and_recorded_again(faster: Any) -> None
 def test_products_in_float8_draw_nearly_the_same_picture(name: str, families: dict[str, Any]) -> None:
     """QUANTIZE=torchao-float8-dynamic, as far as the card and the packages know it."""
     pytest.importorskip("torchao")
-    from stable_diffusion_server.pipelines.conversion import FLOAT8_CAPABILITY
+    from stable_diffusion_server.pipelines.loading.quantization import FLOAT8_CAPABILITY
     from stable_diffusion_server.pipelines.registry import LoadOptions, load
 
     if torch.cuda.get_device_capability() < FLOAT8_CAPABILITY:

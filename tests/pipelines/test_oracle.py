@@ -18,7 +18,7 @@ from stable_diffusion_server.pipelines.catalog import (
     refine_steps_skipped,
     scheduler_of,
 )
-from stable_diffusion_server.pipelines.schedulers import make_scheduler
+from stable_diffusion_server.pipelines.loading.schedulers import make_scheduler
 from stable_diffusion_server.types import Job, Picture
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # the stock calls' own, on their own attributes

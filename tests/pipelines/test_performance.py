@@ -16,9 +16,9 @@ from drawing import draw, job_for
 
 from stable_diffusion_server.app.warming import warm_up
 from stable_diffusion_server.engine import Abilities
+from stable_diffusion_server.pipelines.acceleration.apply import LEVELS, Part, parts_of
+from stable_diffusion_server.pipelines.acceleration.onednn import OneDnnConv2d, OneDnnLinear, OneDnnUpsample, use_onednn
 from stable_diffusion_server.pipelines.catalog import MODELS
-from stable_diffusion_server.pipelines.onednn import OneDnnConv2d, OneDnnLinear, OneDnnUpsample, use_onednn
-from stable_diffusion_server.pipelines.performance import LEVELS, Part, parts_of
 from stable_diffusion_server.settings import Settings
 from stable_diffusion_server.settings.surroundings import keep_compiled
 

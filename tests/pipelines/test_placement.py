@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from stable_diffusion_server.errors import WeightsUnusable
-from stable_diffusion_server.pipelines.placement import Footprint, Offload, Quantize, Residency, place
+from stable_diffusion_server.pipelines.loading.placement import Footprint, Offload, Quantize, Residency, place
 
 GB = 1_000_000_000
 # About FLUX.1-schnell in bfloat16, in round figures.

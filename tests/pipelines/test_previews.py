@@ -11,8 +11,8 @@ import torch
 from drawing import disc_mask, draw, job_for, psnr, scene
 from PIL import Image
 
-from stable_diffusion_server.pipelines.denoising import shrink_tiles
-from stable_diffusion_server.pipelines.embeddings import Embeddings
+from stable_diffusion_server.pipelines.base import shrink_tiles
+from stable_diffusion_server.pipelines.conditioning.prompt_cache import Embeddings
 from stable_diffusion_server.pipelines.registry import Registry
 
 

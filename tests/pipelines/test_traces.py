@@ -12,9 +12,9 @@ import pytest
 import torch
 from drawing import MODELS_DIR, disc_mask, draw, draw_together, job_for, scene
 
-from stable_diffusion_server.pipelines import traces
+from stable_diffusion_server.pipelines.acceleration import torchscript
+from stable_diffusion_server.pipelines.acceleration.torchscript import Traces, trace
 from stable_diffusion_server.pipelines.registry import LoadOptions, Registry, load
-from stable_diffusion_server.pipelines.traces import Traces, trace
 
 
 class Counting(torch.nn.Module):  # type: ignore[misc]  # torch is read without its types
@@ -135,7 +135,7 @@ def test_what_a_trace_cannot_tell_runs_as_it_is(kind: type[Counting]) -> None:
 
 def test_passes_that_take_long_are_not_traced(monkeypatch: pytest.MonkeyPatch) -> None:
     """Python's share of them is not worth it."""
-    monkeypatch.setattr(traces, "_WORTH_SECONDS", 0.0)
+    monkeypatch.setattr(torchscript, "_WORTH_SECONDS", 0.0)
     module = Branching()
     trace(module)
     for n in range(5):
@@ -145,7 +145,7 @@ def test_passes_that_take_long_are_not_traced(monkeypatch: pytest.MonkeyPatch) -
 
 def test_old_kinds_are_forgotten_when_there_are_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
     """And known again when they come again, by the traces there are; also where each comes once."""
-    monkeypatch.setattr(traces, "_MOST_KINDS", 3)
+    monkeypatch.setattr(torchscript, "_MOST_KINDS", 3)
     module = Branching()
     trace(module)
     for calls in (1, 4, 4):
@@ -158,7 +158,7 @@ def test_old_kinds_are_forgotten_when_there_are_too_many(monkeypatch: pytest.Mon
 
 def test_no_more_traces_are_made_than_memory_is_there_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """TorchScript never gives them back; kinds beyond them, and after failures, run as they are."""
-    monkeypatch.setattr(traces, "_MOST_TRACES", 2)
+    monkeypatch.setattr(torchscript, "_MOST_TRACES", 2)
     for module, useful in ((Branching(), 2), (Dicing(), 0)):
         trace(module)
         for rows in (5, 6, 7, 8):

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from stable_diffusion_server.errors import WeightsUnusable
 from stable_diffusion_server.pipelines.catalog import MODELS
-from stable_diffusion_server.pipelines.components import load_controlnet, load_pipeline, skeleton
+from stable_diffusion_server.pipelines.loading.components import load_controlnet, load_pipeline, skeleton
 from stable_diffusion_server.pipelines.registry import LoadOptions, load
 
 CPU = torch.device("cpu")

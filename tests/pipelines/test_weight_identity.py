@@ -17,11 +17,11 @@ from drawing import MODELS_DIR, draw, job_for
 from safetensors.torch import load_file, save_file
 
 from stable_diffusion_server.errors import WeightsUnusable
-from stable_diffusion_server.pipelines import loader
 from stable_diffusion_server.pipelines.catalog import MODELS, not_read, with_weights
-from stable_diffusion_server.pipelines.components import control_files, model_files
+from stable_diffusion_server.pipelines.loading import loader
+from stable_diffusion_server.pipelines.loading.components import control_files, model_files
+from stable_diffusion_server.pipelines.loading.weight_digest import WeightDigests
 from stable_diffusion_server.pipelines.registry import LoadOptions, load
-from stable_diffusion_server.pipelines.weight_digest import WeightDigests
 
 REAL = replace(MODELS["flux"], folder="my-flux", revision="flux.1-schnell", weights="", control_folder=None)
 

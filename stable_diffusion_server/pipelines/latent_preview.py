@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from stable_diffusion_server.pipelines.denoising import State, torch_errors_told
+from stable_diffusion_server.pipelines.base import State, torch_errors_told
 
 # Longest side of a preview in pixels, and what a shorter one is enlarged towards.
 LARGEST, SMALLEST = 128, 64

@@ -12,15 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from stable_diffusion_server.errors import InvalidInput
-from stable_diffusion_server.pipelines.adapters import Adapters, InUse, by_digest
-from stable_diffusion_server.pipelines.catalog import (
-    ModelFacts,
-    refine_steps_skipped,
-    scheduler_of,
-    steps_skipped,
-)
-from stable_diffusion_server.pipelines.control import Control, check_grid, unet_residuals
-from stable_diffusion_server.pipelines.denoising import (
+from stable_diffusion_server.pipelines.base import (
     Drawn,
     Keep,
     Stage,
@@ -34,10 +26,18 @@ from stable_diffusion_server.pipelines.denoising import (
     to_tensor,
     torch_errors_told,
 )
-from stable_diffusion_server.pipelines.embeddings import Embeddings
-from stable_diffusion_server.pipelines.previewing import Previewer
-from stable_diffusion_server.pipelines.schedulers import make_scheduler, set_timesteps
-from stable_diffusion_server.pipelines.tokenizers import token_counter
+from stable_diffusion_server.pipelines.catalog import (
+    ModelFacts,
+    refine_steps_skipped,
+    scheduler_of,
+    steps_skipped,
+)
+from stable_diffusion_server.pipelines.conditioning.controlnet import Control, check_grid, unet_residuals
+from stable_diffusion_server.pipelines.conditioning.lora import Adapters, InUse, by_digest
+from stable_diffusion_server.pipelines.conditioning.prompt_cache import Embeddings
+from stable_diffusion_server.pipelines.latent_preview import Previewer
+from stable_diffusion_server.pipelines.loading.schedulers import make_scheduler, set_timesteps
+from stable_diffusion_server.pipelines.loading.tokenizers import token_counter
 from stable_diffusion_server.types import Job
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import structlog
 import torch
 
-from stable_diffusion_server.pipelines.placement import Residency
+from stable_diffusion_server.pipelines.loading.placement import Residency
 
 _log = structlog.get_logger(__name__)
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from stable_diffusion_server.pipelines.catalog import ModelFacts
-from stable_diffusion_server.pipelines.placement import Footprint
+from stable_diffusion_server.pipelines.loading.placement import Footprint
 
 # What one drawing needs beside the weights, for each pixel: the widest layers of a VAE decoder, roughly.
 _WORKING_BYTES = 2048

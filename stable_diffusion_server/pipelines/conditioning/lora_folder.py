@@ -15,7 +15,7 @@ from typing import TypeVar
 import structlog
 
 from stable_diffusion_server.errors import InvalidInput, WeightsUnusable
-from stable_diffusion_server.pipelines.lora_files import (
+from stable_diffusion_server.pipelines.conditioning.lora_files import (
     DENOISERS,
     LARGEST_BYTES,
     Identity,

@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 
 from stable_diffusion_server.errors import DevicePoisoned, NotFinite, OutOfMemory
-from stable_diffusion_server.pipelines.adapters import InUse
-from stable_diffusion_server.pipelines.control import Control
+from stable_diffusion_server.pipelines.conditioning.controlnet import Control
+from stable_diffusion_server.pipelines.conditioning.lora import InUse
 from stable_diffusion_server.types import Job, Picture
 
 C = TypeVar("C")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from stable_diffusion_server.errors import WeightsUnusable
-from stable_diffusion_server.pipelines.placement import Quantization
+from stable_diffusion_server.pipelines.loading.placement import Quantization
 
 # From which on NVIDIA's GPUs multiply in float8.
 FLOAT8_CAPABILITY = (8, 9)

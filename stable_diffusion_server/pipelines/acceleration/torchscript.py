@@ -14,7 +14,7 @@ from typing import Any
 import structlog
 import torch
 
-from stable_diffusion_server.pipelines.calls import filled, form_of, kind_of, tensors_of
+from stable_diffusion_server.pipelines.acceleration.call_signature import filled, form_of, kind_of, tensors_of
 
 _log = structlog.get_logger(__name__)
 

@@ -10,7 +10,7 @@ import torch
 from diffusers.models.upsampling import Upsample2D
 from torch.nn import functional
 
-from stable_diffusion_server.pipelines.upsampling import doubles
+from stable_diffusion_server.pipelines.acceleration.upsampling import doubles
 
 
 def _by(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

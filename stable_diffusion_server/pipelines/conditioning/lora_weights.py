@@ -23,7 +23,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from stable_diffusion_server.errors import InvalidInput
-from stable_diffusion_server.pipelines.lora_files import LoraFile, denoisers_of
+from stable_diffusion_server.pipelines.conditioning.lora_files import LoraFile, denoisers_of
 
 Tensors = dict[str, torch.Tensor]
 

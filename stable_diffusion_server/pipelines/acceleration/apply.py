@@ -10,9 +10,9 @@ from typing import Any
 import structlog
 import torch
 
-from stable_diffusion_server.pipelines.graphs import Graphs, record
-from stable_diffusion_server.pipelines.onednn import use_onednn
-from stable_diffusion_server.pipelines.traces import trace
+from stable_diffusion_server.pipelines.acceleration.cuda_graphs import Graphs, record
+from stable_diffusion_server.pipelines.acceleration.onednn import use_onednn
+from stable_diffusion_server.pipelines.acceleration.torchscript import trace
 
 _log = structlog.get_logger(__name__)
 
@@ -112,7 +112,7 @@ def _lay_out(module: Any, device: torch.device) -> None:
         module.to(memory_format=torch.channels_last)
         return
     try:
-        from stable_diffusion_server.pipelines.channels_last import lay_out  # Triton comes with CUDA alone
+        from stable_diffusion_server.pipelines.acceleration.channels_last import lay_out  # Triton comes with CUDA alone
 
         lay_out(module)
     except Exception as error:  # a missing compiler shows in many ways

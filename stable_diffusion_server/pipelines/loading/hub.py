@@ -18,7 +18,7 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, Revi
 from huggingface_hub.file_download import repo_folder_name
 
 from stable_diffusion_server.errors import WeightsUnusable
-from stable_diffusion_server.pipelines.weight_files import (
+from stable_diffusion_server.pipelines.loading.weight_files import (
     DIFFUSERS,
     INDEX,
     SAFETENSORS,

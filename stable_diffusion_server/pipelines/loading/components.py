@@ -18,11 +18,11 @@ from transformers.utils import logging as transformers_logging
 
 from stable_diffusion_server.errors import ServerError, WeightsUnusable
 from stable_diffusion_server.pipelines.catalog import ModelFacts
-from stable_diffusion_server.pipelines.compatibility import check_pipeline
-from stable_diffusion_server.pipelines.folders import folder_in
-from stable_diffusion_server.pipelines.hub import Hub
-from stable_diffusion_server.pipelines.placement import CONTROL
-from stable_diffusion_server.pipelines.weight_files import (
+from stable_diffusion_server.pipelines.loading.compatibility import check_pipeline
+from stable_diffusion_server.pipelines.loading.folders import folder_in
+from stable_diffusion_server.pipelines.loading.hub import Hub
+from stable_diffusion_server.pipelines.loading.placement import CONTROL
+from stable_diffusion_server.pipelines.loading.weight_files import (
     DIFFUSERS,
     INDEX,
     FileFault,

@@ -11,10 +11,15 @@ import structlog
 import torch
 
 from stable_diffusion_server.errors import DoesNotFit, InvalidInput, WeightsUnusable
-from stable_diffusion_server.pipelines.adapters import Adapters, add_to_controlnet
+from stable_diffusion_server.pipelines.acceleration.apply import speed_up
+from stable_diffusion_server.pipelines.acceleration.cuda_graphs import Graphs
 from stable_diffusion_server.pipelines.catalog import MODELS, ModelFacts, with_quantization, with_weights
-from stable_diffusion_server.pipelines.compatibility import check_controlnet
-from stable_diffusion_server.pipelines.components import (
+from stable_diffusion_server.pipelines.conditioning.controlnet import check_grid
+from stable_diffusion_server.pipelines.conditioning.lora import Adapters, add_to_controlnet
+from stable_diffusion_server.pipelines.conditioning.lora_folder import LoraFolder
+from stable_diffusion_server.pipelines.conditioning.prompt_cache import LIMIT_BYTES
+from stable_diffusion_server.pipelines.loading.compatibility import check_controlnet
+from stable_diffusion_server.pipelines.loading.components import (
     control_files,
     dtype_of,
     lcm_file,
@@ -24,17 +29,11 @@ from stable_diffusion_server.pipelines.components import (
     model_files,
     skeleton,
 )
-from stable_diffusion_server.pipelines.control import check_grid
-from stable_diffusion_server.pipelines.conversion import compress, quantize_parts
-from stable_diffusion_server.pipelines.embeddings import LIMIT_BYTES
-from stable_diffusion_server.pipelines.footprint import footprint_of
-from stable_diffusion_server.pipelines.graphs import Graphs
-from stable_diffusion_server.pipelines.hub import Hub
-from stable_diffusion_server.pipelines.lora_folder import LoraFolder
-from stable_diffusion_server.pipelines.memory import free_memory
-from stable_diffusion_server.pipelines.offload import copy_out_of_files, settle
-from stable_diffusion_server.pipelines.performance import speed_up
-from stable_diffusion_server.pipelines.placement import (
+from stable_diffusion_server.pipelines.loading.device_memory import free_memory
+from stable_diffusion_server.pipelines.loading.footprint import footprint_of
+from stable_diffusion_server.pipelines.loading.hub import Hub
+from stable_diffusion_server.pipelines.loading.offload import copy_out_of_files, settle
+from stable_diffusion_server.pipelines.loading.placement import (
     CONTROL,
     Offload,
     Placement,
@@ -43,7 +42,8 @@ from stable_diffusion_server.pipelines.placement import (
     Residency,
     place,
 )
-from stable_diffusion_server.pipelines.weight_digest import WeightDigests
+from stable_diffusion_server.pipelines.loading.quantization import compress, quantize_parts
+from stable_diffusion_server.pipelines.loading.weight_digest import WeightDigests
 
 _log = structlog.get_logger(__name__)
 

@@ -16,9 +16,9 @@ import structlog
 from safetensors.torch import load
 
 from stable_diffusion_server.errors import InvalidInput, WeightsUnusable
-from stable_diffusion_server.pipelines import lora_weights
-from stable_diffusion_server.pipelines.lora_files import LoraFile, digest_of, read_header, read_lora
-from stable_diffusion_server.pipelines.lora_folder import LoraFolder, find, names_in
+from stable_diffusion_server.pipelines.conditioning import lora_weights
+from stable_diffusion_server.pipelines.conditioning.lora_files import LoraFile, digest_of, read_header, read_lora
+from stable_diffusion_server.pipelines.conditioning.lora_folder import LoraFolder, find, names_in
 
 __all__ = [
     "Adapters",

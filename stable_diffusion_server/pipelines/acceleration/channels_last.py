@@ -13,8 +13,8 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.upsampling import Upsample2D
 from torch.nn import functional
 
-from stable_diffusion_server.pipelines.group_norm import GroupNorm, add_shifted, is_channels_last
-from stable_diffusion_server.pipelines.upsampling import doubles
+from stable_diffusion_server.pipelines.acceleration.group_norm import GroupNorm, add_shifted, is_channels_last
+from stable_diffusion_server.pipelines.acceleration.upsampling import doubles
 
 
 class Resnet(ResnetBlock2D):  # type: ignore[misc]  # diffusers is read without its types

@@ -1,0 +1,1 @@
+"""Optimizations of loaded models: memory layout, compilation, graphs, fused kernels."""

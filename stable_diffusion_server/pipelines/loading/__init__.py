@@ -1,0 +1,1 @@
+"""Loads models from files and places them on devices."""
