@@ -13,9 +13,9 @@ import uvicorn
 from fastapi import FastAPI
 from starlette.routing import Route
 
-from stable_diffusion_server.api.security.gate import BodyLimit, Gate
-from stable_diffusion_server.api.security.policy import Policy
-from stable_diffusion_server.api.security.proxies import Proxies
+from stable_diffusion_server.api.middleware.access import BodyLimit, Gate
+from stable_diffusion_server.api.middleware.access_policy import Policy
+from stable_diffusion_server.api.middleware.proxy_headers import Proxies
 from stable_diffusion_server.cli import main as command
 from stable_diffusion_server.imaging.sandbox.pool import Decoder
 from stable_diffusion_server.settings.surroundings import quieten_gradio

@@ -20,7 +20,7 @@ from pydantic import SecretStr
 from starlette.datastructures import Headers
 from starlette.types import Message, Receive, Scope, Send
 
-from stable_diffusion_server.api.shapes import refusal
+from stable_diffusion_server.api.error_bodies import refusal
 from stable_diffusion_server.engine import Phase
 from stable_diffusion_server.errors import NotReady
 from stable_diffusion_server.settings import Settings

@@ -90,7 +90,7 @@ def _add_spool(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def describe_api() -> str:
     """The doors as a page of Markdown, with the defaults of every setting and the models that come along."""
-    from stable_diffusion_server.api.description.markdown import markdown
+    from stable_diffusion_server.api.openapi.markdown import markdown
     from stable_diffusion_server.app import create_app
 
     return markdown(create_app(Settings(_env_file=None, models="embedded")).openapi())

@@ -16,7 +16,7 @@ import pytest
 from conftest import ROOT, free_port
 from fakes import until
 
-from stable_diffusion_server.api.security.proxies import Proxies
+from stable_diffusion_server.api.middleware.proxy_headers import Proxies
 
 COMMANDS = {
     "uvicorn": ("-m", "uvicorn", "main:app", "--port"),

@@ -15,7 +15,7 @@ from fakes import PaintedSquares, settings_in
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stable_diffusion_server.api.history import MOST_ASKED
+from stable_diffusion_server.api.routes.history import MOST_ASKED
 from stable_diffusion_server.app import create_app
 from stable_diffusion_server.storage.history.entries import Entry, Wanted
 from stable_diffusion_server.storage.history.index import Index

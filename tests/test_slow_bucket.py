@@ -104,10 +104,10 @@ def test_lists_of_one_caller_leave_threads_to_others(
 ) -> None:
     """Eighty at a time of lists that take long: at most half of their places are one caller's, the rest is 429."""
     under_way, most = [0], [0]
-    from stable_diffusion_server.api.sdapi import answers, doors
+    from stable_diffusion_server.api.automatic1111 import responses, routes
 
     told = {"sd-models": "models_answer", "samplers": "samplers_answer", "loras": "loras_answer"}[name]
-    right = getattr(answers, told)
+    right = getattr(responses, told)
 
     def slow(house: object) -> object:
         under_way[0] += 1
@@ -116,12 +116,12 @@ def test_lists_of_one_caller_leave_threads_to_others(
         under_way[0] -= 1
         return right(house)
 
-    monkeypatch.setattr(answers, told, slow)
+    monkeypatch.setattr(responses, told, slow)
     live = live_of(api_keys=",".join(f"{who}:{secret}" for who, secret in SECRETS.items()))
     with flooded(live, [("GET", f"/sdapi/v1/{name}")], 80) as statuses:
         headers = {"X-API-Key": SECRETS["bob"]}
         answer = httpx.get(f"{live.url}/sdapi/v1/{name}", headers=headers, timeout=30)
         assert answer.status_code == 200
         assert httpx.get(f"{live.url}/readyz", headers=headers, timeout=30).status_code == 200
-    assert most[0] <= doors.LISTS_AT_ONCE
+    assert most[0] <= routes.LISTS_AT_ONCE
     assert {200, 429} == set(statuses)

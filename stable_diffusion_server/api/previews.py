@@ -6,7 +6,7 @@ import asyncio
 import weakref
 from functools import partial
 
-from stable_diffusion_server.api.pictures import text_of
+from stable_diffusion_server.api.base64_images import text_of
 from stable_diffusion_server.imaging.processing import Pixels, encode
 from stable_diffusion_server.types import Format
 

@@ -12,7 +12,8 @@ import structlog
 from fastapi import FastAPI
 
 from stable_diffusion_server import __version__
-from stable_diffusion_server.api import handlers, ops
+from stable_diffusion_server.api import problems
+from stable_diffusion_server.api.routes import health
 from stable_diffusion_server.app.doors import add_doors, add_middleware, add_replay
 from stable_diffusion_server.app.drawing import Loaded, Models, build_engine, build_readers, options_of
 from stable_diffusion_server.app.figures import show
@@ -91,13 +92,13 @@ def create_app(
     app = FastAPI(title=_TITLE, version=__version__, summary=_SUMMARY, lifespan=lifespan, docs_url=None, redoc_url=None)
     # For what runs this app in its own way (deploy/): how much work there is, and whether it can be done.
     app.state.engine, app.state.jobs = engine, jobs
-    handlers.install(app)
+    problems.install(app)
     add_middleware(app, settings, metrics, tracing, key_of_visitor(guests := Guests()))
     app.add_middleware(ClosesWhileStopping, shutdown=shutdown)
     add_doors(app, settings, service, jobs, stores, options)
     add_replay(app, service, stores, options, decoder.decode)
     studio = add_studio(app, settings, decoder.decode, guests, settle)
-    app.include_router(ops.router(missing, metrics.exposition, loaded.told, loaded.remarks))
+    app.include_router(health.router(missing, metrics.exposition, loaded.told, loaded.remarks))
     return app
 
 

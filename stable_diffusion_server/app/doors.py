@@ -11,21 +11,21 @@ from fastapi import FastAPI
 from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
 
-from stable_diffusion_server.api import files, history, replay, uploads
-from stable_diffusion_server.api import jobs as job_doors
-from stable_diffusion_server.api.answering import Answering
-from stable_diffusion_server.api.description import document, page
-from stable_diffusion_server.api.event_response import Followers
-from stable_diffusion_server.api.house import House
-from stable_diffusion_server.api.openai import images
+from stable_diffusion_server.api.automatic1111 import routes as sdapi
+from stable_diffusion_server.api.dialect_context import House
+from stable_diffusion_server.api.dispatch import Answering
+from stable_diffusion_server.api.event_stream import Followers
+from stable_diffusion_server.api.middleware.access import BodyLimit, Gate
+from stable_diffusion_server.api.middleware.access_policy import Policy, allowed_host_names
+from stable_diffusion_server.api.middleware.api_keys import Key, Keyring, hashed
+from stable_diffusion_server.api.middleware.body_intake import BodyIntake
+from stable_diffusion_server.api.middleware.origins import Origins
+from stable_diffusion_server.api.middleware.proxy_headers import Proxies
+from stable_diffusion_server.api.openai import routes
+from stable_diffusion_server.api.openapi import docs_page, document
 from stable_diffusion_server.api.previews import EncodedPreviews
-from stable_diffusion_server.api.sdapi import doors as sdapi
-from stable_diffusion_server.api.security.body_intake import BodyIntake
-from stable_diffusion_server.api.security.gate import BodyLimit, Gate
-from stable_diffusion_server.api.security.keys import Key, Keyring, hashed
-from stable_diffusion_server.api.security.origins import Origins
-from stable_diffusion_server.api.security.policy import Policy, allowed_host_names
-from stable_diffusion_server.api.security.proxies import Proxies
+from stable_diffusion_server.api.routes import files, generate, history, replay
+from stable_diffusion_server.api.routes import jobs as job_doors
 from stable_diffusion_server.app.storage import Stores
 from stable_diffusion_server.generation.interfaces import Decode
 from stable_diffusion_server.generation.replay import Replays
@@ -89,16 +89,16 @@ def add_doors(app: FastAPI, settings: Settings, service: Service, jobs: Jobs, st
     """The doors that draw, those to jobs, and those to what was drawn."""
     url_of = stores.url_of
     answering = Answering(service, jobs, url_of, stores.base_of)
-    app.include_router(uploads.router(answering, options.limits, url_of, get_generates=settings.get_generates))
+    app.include_router(generate.router(answering, options.limits, url_of, get_generates=settings.get_generates))
     house = build_house(settings, options)
-    app.include_router(images.router(service, answering, house, url_of))
+    app.include_router(routes.router(service, answering, house, url_of))
     previews = EncodedPreviews()
     followers = Followers(settings.followers, settings.followers_per_caller, settings.followers_per_job)
     app.include_router(sdapi.router(service, house, url_of, previews))
     app.include_router(job_doors.router(jobs, url_of, followers, previews))
     app.include_router(files.router(stores.bucket, stores.shelf, stores.signer, stores.folder))
     app.include_router(history.router(stores.shelf, url_of))
-    app.include_router(page.router())
+    app.include_router(docs_page.router())
 
     def schedulers() -> dict[str, tuple[str, ...]]:
         return {name: facts.schedulers for name, facts in options.models.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from stable_diffusion_server.api.schemas import job_body
+from stable_diffusion_server.api.schemas.wire import job_body
 from stable_diffusion_server.app.storage import Stores
 from stable_diffusion_server.generation.service import Service
 from stable_diffusion_server.jobs.events import Standing

@@ -13,7 +13,7 @@ from conftest import House
 from fakes import disc, file_of, settings_in, until
 from jsonschema import Draft202012Validator
 
-from stable_diffusion_server.api.description.answers import SCHEMAS
+from stable_diffusion_server.api.openapi.responses import SCHEMAS
 from stable_diffusion_server.app.drawing import Loaded
 
 _ASKED = {"prompt": "a red square", "width": 64, "height": 64}

@@ -8,7 +8,7 @@ from contextlib import suppress
 
 import pytest
 
-from stable_diffusion_server.api.security.byte_budget import MOST_AHEAD, STEP, ByteBudget
+from stable_diffusion_server.api.middleware.byte_budget import MOST_AHEAD, STEP, ByteBudget
 
 MEGABYTE = 1_000_000
 

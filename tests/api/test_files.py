@@ -15,7 +15,8 @@ from fakes import Retouchers
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
-from stable_diffusion_server.api import files, handlers
+from stable_diffusion_server.api import problems
+from stable_diffusion_server.api.routes import files
 from stable_diffusion_server.errors import Forbidden, Overasked
 from stable_diffusion_server.generation.library import Shelf
 from stable_diffusion_server.storage.history.entries import Entry, Wanted
@@ -141,7 +142,7 @@ def test_the_files_door_hands_private_addresses_to_those_who_hold_one(private: b
     signer = Signer("a secret", tmp_path / "none", 60) if private else None
     app = FastAPI()
     app.include_router(files.router(bucket, Shelf(bucket, Recorder(None), ""), signer, "static/uploads/"))
-    handlers.install(app)
+    problems.install(app)
     with TestClient(app, follow_redirects=False) as client:
         assert client.get("/files/static/uploads/a.webp").status_code == (403 if private else 307)
         if signer:

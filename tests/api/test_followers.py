@@ -18,7 +18,7 @@ import pytest
 from fakes import Canvas, PaintedSquares, disc, until
 from live_servers import Live
 
-from stable_diffusion_server.api.event_response import EventResponse, Followers
+from stable_diffusion_server.api.event_stream import EventResponse, Followers
 from stable_diffusion_server.api.previews import EncodedPreviews
 from stable_diffusion_server.errors import Overasked
 from stable_diffusion_server.jobs.events import Happenings, Standing
@@ -170,7 +170,7 @@ SCOPE = {"type": "http", "method": "GET", "path": "/", "headers": []}
 @pytest.mark.parametrize("version", ["2.0", "2.4"])
 async def test_who_does_not_read_is_hung_up_on(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
     """A connection that takes nothing for its time gives its place back."""
-    monkeypatch.setattr("stable_diffusion_server.api.event_response._SECONDS_TO_READ", 0.2)
+    monkeypatch.setattr("stable_diffusion_server.api.event_stream._SECONDS_TO_READ", 0.2)
     followers = Followers(1, 1, 1)
     sent = 0
 

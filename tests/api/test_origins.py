@@ -8,8 +8,8 @@ import pytest
 from conftest import House
 from starlette.datastructures import Headers
 
-from stable_diffusion_server.api.security.attempts import WrongKeys
-from stable_diffusion_server.api.security.origins import Origins
+from stable_diffusion_server.api.middleware.failed_logins import WrongKeys
+from stable_diffusion_server.api.middleware.origins import Origins
 from stable_diffusion_server.errors import Forbidden
 
 ORDER = {"prompt": "a red square", "width": 64, "height": 64}

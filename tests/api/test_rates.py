@@ -10,7 +10,7 @@ import limits
 import pytest
 from conftest import House
 
-from stable_diffusion_server.api.security.rates import Allowed, Rates
+from stable_diffusion_server.api.middleware.rate_limiter import Allowed, Rates
 from stable_diffusion_server.concurrency import moving_windows
 from stable_diffusion_server.concurrency.moving_windows import MovingWindows
 from stable_diffusion_server.errors import Overasked

@@ -10,8 +10,8 @@ import pytest
 from conftest import House
 from starlette.datastructures import Headers
 
-from stable_diffusion_server.api.security.keys import Key, Keyring, hashed
-from stable_diffusion_server.api.security.policy import Policy, allowed_host_names
+from stable_diffusion_server.api.middleware.access_policy import Policy, allowed_host_names
+from stable_diffusion_server.api.middleware.api_keys import Key, Keyring, hashed
 from stable_diffusion_server.types import Caller
 
 ORDER = {"prompt": "a red square", "width": 64, "height": 64}

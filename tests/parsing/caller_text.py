@@ -21,11 +21,12 @@ from typing import Any
 from starlette.datastructures import Headers
 from starlette.requests import Request
 
-from stable_diffusion_server.api import asked, bodies, pictures, preferences, schemas
-from stable_diffusion_server.api.house import House
-from stable_diffusion_server.api.openai import parameters as openai_parameters
-from stable_diffusion_server.api.sdapi import answers, names, parameters, prompt_syntax
-from stable_diffusion_server.api.security import header_limits, keys, policy, proxies
+from stable_diffusion_server.api import base64_images, preferences, request_parsing
+from stable_diffusion_server.api.automatic1111 import name_mapping, prompt_syntax, protocol, responses
+from stable_diffusion_server.api.dialect_context import House
+from stable_diffusion_server.api.middleware import access_policy, api_keys, header_limits, proxy_headers
+from stable_diffusion_server.api.openai import protocol as openai_parameters
+from stable_diffusion_server.api.schemas import params, wire
 from stable_diffusion_server.errors import ServerError
 from stable_diffusion_server.generation import limits, prompts, replay
 from stable_diffusion_server.generation.limits import Limits
@@ -227,7 +228,7 @@ def sent(media_type: str) -> Callable[[bytes], object]:
     """A body read as parameters."""
 
     def read(body: bytes) -> object:
-        return run(bodies.read_parameters(request_of(body, media_type), frozenset({"image_file"})))
+        return run(request_parsing.read_parameters(request_of(body, media_type), frozenset({"image_file"})))
 
     return read
 
@@ -309,7 +310,7 @@ def seen(text: str) -> object:
         "state": {},
     }
     header_limits.check_head(scope)
-    return proxies.Proxies((url_policy.ipaddress.ip_network("127.0.0.0/8"),)).seen_through(scope)
+    return proxy_headers.Proxies((url_policy.ipaddress.ip_network("127.0.0.0/8"),)).seen_through(scope)
 
 
 def head_of(text: str) -> Any:
@@ -329,36 +330,34 @@ PARSERS = [
     Parser("a prompt, cleaned", limits.TEXT_MAX, prompts.clean, refuses=False),
     Parser("a text in NFC", limits.TEXT_MAX, unicode_text.nfc, refuses=False),
     Parser(
-        "prompt of our own routes", limits.TEXT_MAX, lambda text: asked.validated(schemas.TextToImage, {"prompt": text})
+        "prompt of our own routes", limits.TEXT_MAX, lambda text: params.validated(wire.TextToImage, {"prompt": text})
     ),
     Parser(
         "lora of our own routes",
         2000,
-        lambda text: asked.validated(schemas.TextToImage, {"prompt": "a", "lora": text}).words(),
+        lambda text: params.validated(wire.TextToImage, {"prompt": "a", "lora": text}).words(),
     ),
     Parser(
         "unknown names",
         100_000,
-        lambda text: asked.validated(
-            schemas.TextToImage,
+        lambda text: params.validated(
+            wire.TextToImage,
             {text[at : at + len(text) // 100 + 1]: 1 for at in range(0, len(text), len(text) // 100 + 1)},
         ),
         refuses=False,
     ),
     Parser("tags of an AUTOMATIC1111 prompt", limits.TEXT_MAX, prompt_syntax.adapters_in, refuses=False),
     Parser("weights of an AUTOMATIC1111 prompt", limits.TEXT_MAX, prompt_syntax.unread_in, refuses=False),
-    Parser("prompt of /sdapi", 5000, lambda text: parameters.ordered(parameters.Txt2Img(prompt=text), HOUSE, None)),
+    Parser("prompt of /sdapi", 5000, lambda text: protocol.ordered(protocol.Txt2Img(prompt=text), HOUSE, None)),
     Parser(
         "sampler of /sdapi",
         limits.NAME_MAX,
-        lambda text: parameters.ordered(parameters.Txt2Img(sampler_name=text), HOUSE, None),
+        lambda text: protocol.ordered(protocol.Txt2Img(sampler_name=text), HOUSE, None),
     ),
     Parser(
         "model of /sdapi",
         limits.NAME_MAX,
-        lambda text: parameters.ordered(
-            parameters.Txt2Img(override_settings={"sd_model_checkpoint": text}), HOUSE, None
-        ),
+        lambda text: protocol.ordered(protocol.Txt2Img(override_settings={"sd_model_checkpoint": text}), HOUSE, None),
     ),
     Parser(
         "size of OpenAI",
@@ -382,7 +381,7 @@ PARSERS = [
         refuses=False,  # beyond it there is the limit of bodies
     ),
     Parser("JSON written", MEBIBYTE, strict_json.dumps, lambda text: ["\ud800", float("inf"), text], refuses=False),
-    Parser("a query", 65_536, bodies.read_query, lambda text: text.encode(), refuses=False),
+    Parser("a query", 65_536, request_parsing.read_query, lambda text: text.encode(), refuses=False),
     Parser("a form", MEBIBYTE, sent("application/x-www-form-urlencoded"), lambda text: text.encode()),
     Parser(
         "a multipart text",
@@ -408,7 +407,7 @@ PARSERS = [
     Parser(
         "a picture in base64",
         28_000_000,
-        lambda text: pictures.bytes_of(text, "image"),
+        lambda text: base64_images.bytes_of(text, "image"),
         shapes={"letters": "a", "lines": "aaaa\n", "semicolons": ";", "data:a/b;": "data:a/b;", "equals": "="},
         refuses=False,
     ),
@@ -427,10 +426,10 @@ PARSERS = [
     Parser(
         "Authorization",
         HEADER,
-        lambda text: keys.Keyring().holder(Headers({"authorization": f"Basic {text}"})),
+        lambda text: api_keys.Keyring().holder(Headers({"authorization": f"Basic {text}"})),
         refuses=False,
     ),
-    Parser("Host", HEADER, policy._host_name, refuses=False),
+    Parser("Host", HEADER, access_policy._host_name, refuses=False),
     Parser("X-Forwarded-For", HEADER, seen),
     Parser("traceparent", HEADER, traced, headers_of("traceparent"), refuses=False),
     Parser(
@@ -497,7 +496,7 @@ PARSERS = [
     Parser(
         "AUTOMATIC1111's text in a PNG",
         100_000,
-        answers.png_info_answer,
+        responses.png_info_answer,
         lambda text: png(chunk(b"iTXt", b"parameters\0\0\0\0\0" + text.encode())),
         {**SHAPES, "facts": "Steps: 4, ", "lines of facts": "Negative prompt: a\n"},
     ),
@@ -506,6 +505,9 @@ PARSERS = [
         "a stored object's size", 10_000, lambda text: Stored("a", 1, "a", "a", {"bytes": text}).whole, refuses=False
     ),
     Parser(
-        "parameters in errors", 10_000, lambda text: names.renamed(ServerError(text, field="strength")), refuses=False
+        "parameters in errors",
+        10_000,
+        lambda text: name_mapping.renamed(ServerError(text, field="strength")),
+        refuses=False,
     ),
 ]

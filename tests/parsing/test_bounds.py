@@ -17,7 +17,7 @@ from conftest import House
 from fakes import Retouchers, disc, file_of, settings_in, until
 from fastapi.testclient import TestClient
 
-from stable_diffusion_server.api.bodies import BodyLimits
+from stable_diffusion_server.api.request_parsing import BodyLimits
 from stable_diffusion_server.app import create_app
 from stable_diffusion_server.errors import InvalidInput, Malformed, ServerError, TooLarge
 from stable_diffusion_server.parsing.strict_json import JsonLimits, dumps, parse_object

@@ -13,11 +13,11 @@ from limits import RateLimitItem
 from starlette.datastructures import Headers, QueryParams
 from starlette.types import Scope
 
-from stable_diffusion_server.api.bodies import BodyLimits
-from stable_diffusion_server.api.security.attempts import WrongKeys
-from stable_diffusion_server.api.security.keys import Key, Keyring, holds_key
-from stable_diffusion_server.api.security.origins import Origins
-from stable_diffusion_server.api.security.rates import Allowed
+from stable_diffusion_server.api.middleware.api_keys import Key, Keyring, holds_key
+from stable_diffusion_server.api.middleware.failed_logins import WrongKeys
+from stable_diffusion_server.api.middleware.origins import Origins
+from stable_diffusion_server.api.middleware.rate_limiter import Allowed
+from stable_diffusion_server.api.request_parsing import BodyLimits
 from stable_diffusion_server.errors import Forbidden, Misdirected, Overasked, ServerError, TooLarge, Unauthorized
 from stable_diffusion_server.types import Caller
 

@@ -13,12 +13,12 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from stable_diffusion_server.api.security.header_limits import check_head
-from stable_diffusion_server.api.security.headers import protect
-from stable_diffusion_server.api.security.policy import PAGE_BYTES, Policy
-from stable_diffusion_server.api.security.proxies import Proxies
-from stable_diffusion_server.api.security.rates import Allowed, Rates
-from stable_diffusion_server.api.shapes import refusal
+from stable_diffusion_server.api.error_bodies import refusal
+from stable_diffusion_server.api.middleware.access_policy import PAGE_BYTES, Policy
+from stable_diffusion_server.api.middleware.header_limits import check_head
+from stable_diffusion_server.api.middleware.proxy_headers import Proxies
+from stable_diffusion_server.api.middleware.rate_limiter import Allowed, Rates
+from stable_diffusion_server.api.middleware.security_headers import protect
 from stable_diffusion_server.errors import ServerError
 from stable_diffusion_server.observability.metrics import Visit
 from stable_diffusion_server.observability.tracing import Tracing

@@ -11,9 +11,9 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.routing import Route
 
+from stable_diffusion_server.api.error_bodies import frameworks_refusal, refusal
 from stable_diffusion_server.api.json_responses import JSONResponse
-from stable_diffusion_server.api.security.headers import protect
-from stable_diffusion_server.api.shapes import frameworks_refusal, refusal
+from stable_diffusion_server.api.middleware.security_headers import protect
 from stable_diffusion_server.errors import ServerError
 
 _log = structlog.get_logger(__name__)

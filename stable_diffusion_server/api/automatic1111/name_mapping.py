@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from stable_diffusion_server.api.house import House
+from stable_diffusion_server.api.dialect_context import House
 from stable_diffusion_server.errors import InvalidInput, ServerError
 from stable_diffusion_server.pipelines.catalog import ModelFacts
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal, NoReturn, TypeVar
 from fastapi import Request
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema, field_validator, model_validator
 
-from stable_diffusion_server.api.bodies import JsonText, Upload, read_parameters
+from stable_diffusion_server.api.request_parsing import JsonText, Upload, read_parameters
 from stable_diffusion_server.errors import InvalidInput
 from stable_diffusion_server.generation.limits import NAME_MAX, TEXT_MAX
 

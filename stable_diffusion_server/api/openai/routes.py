@@ -9,19 +9,19 @@ from dataclasses import dataclass
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import StreamingResponse
 
-from stable_diffusion_server.api.answering import Answering
 from stable_diffusion_server.api.aside import aside
-from stable_diffusion_server.api.asked import read_as
-from stable_diffusion_server.api.callers import caller_of, within
-from stable_diffusion_server.api.handlers import client_gone
-from stable_diffusion_server.api.house import House
+from stable_diffusion_server.api.concurrency import disconnection, unless_disconnected
+from stable_diffusion_server.api.dependencies import caller_of, within
+from stable_diffusion_server.api.dialect_context import House
+from stable_diffusion_server.api.dispatch import Answering
 from stable_diffusion_server.api.json_responses import JSONResponse
-from stable_diffusion_server.api.leaving import disconnection, unless_disconnected
-from stable_diffusion_server.api.openai import answers
-from stable_diffusion_server.api.openai.answers import Made
-from stable_diffusion_server.api.openai.parameters import Edit, Generation, ImagesParameters
-from stable_diffusion_server.api.openai.streams import EventStream, Partials
-from stable_diffusion_server.api.schemas import documented
+from stable_diffusion_server.api.openai import responses
+from stable_diffusion_server.api.openai.protocol import Edit, Generation, ImagesParameters
+from stable_diffusion_server.api.openai.responses import Made
+from stable_diffusion_server.api.openai.streaming import EventStream, Partials
+from stable_diffusion_server.api.problems import client_gone
+from stable_diffusion_server.api.schemas.params import read_as
+from stable_diffusion_server.api.schemas.wire import documented
 from stable_diffusion_server.api.together import together
 from stable_diffusion_server.errors import InvalidInput, NotFound, TooLarge
 from stable_diffusion_server.generation.service import Service
@@ -90,7 +90,7 @@ def router(service: Service, answering: Answering, house: House, url_of: UrlOf) 
     @routes.get("/models", summary="OpenAI: the models", operation_id="list_models", response_model=None)
     async def models() -> Response:
         """The models, and the further names they are known by."""
-        return JSONResponse(answers.models_answer(house.models.values(), house.aliases))
+        return JSONResponse(responses.models_answer(house.models.values(), house.aliases))
 
     @routes.get("/models/{model}", summary="OpenAI: one model", operation_id="retrieve_model", response_model=None)
     async def model(model: str) -> Response:
@@ -98,7 +98,7 @@ def router(service: Service, answering: Answering, house: House, url_of: UrlOf) 
         facts = house.models.get(house.aliases.get(model, model))
         if facts is None:
             raise NotFound(f"{model[:100]!r} is not a model here.", field="model")
-        return JSONResponse(answers.model_answer(model, facts.revision))
+        return JSONResponse(responses.model_answer(model, facts.revision))
 
     return routes
 
@@ -119,11 +119,11 @@ async def _told(house: House, what: _Asked, made: list[Made]) -> Response:
     if sum(len(one.file) for one in made) * 4 // 3 > house.max_response_bytes:
         raise TooLarge("The pictures are too large for one answer; ask for fewer, or response_format url.")
     size = sum(len(one.file) for one in made)
-    return await aside(size, lambda: JSONResponse(answers.answer(what.parameters, made)))
+    return await aside(size, lambda: JSONResponse(responses.answer(what.parameters, made)))
 
 
 async def _streamed(request: Request, service: Service, house: House, url_of: UrlOf, what: _Asked) -> Response:
-    stream = EventStream(answers.failed)
+    stream = EventStream(responses.failed)
 
     async def one(order: Order) -> None:
         size = f"{order.width}x{order.height}" if order.width else "auto"
@@ -135,7 +135,7 @@ async def _streamed(request: Request, service: Service, house: House, url_of: Ur
         async def partial(index: int, preview: Pixels) -> None:
             file_format = order.format or Format.PNG
             file = await asyncio.to_thread(encode, preview, file_format, _PREVIEW_QUALITY, None)
-            stream.send(answers.partial(what.parameters, file, index, size, what.kind))
+            stream.send(responses.partial(what.parameters, file, index, size, what.kind))
 
         partials = Partials(what.parameters.partial_images or 0, send)
 
@@ -148,7 +148,7 @@ async def _streamed(request: Request, service: Service, house: House, url_of: Ur
         receipt, file = await service.picture(order, caller=what.caller, watch=watch, previews=previews)
         await asyncio.gather(*encoding)
         made = Made(receipt, url_of(request, receipt.key), file)
-        stream.send(await aside(len(file), answers.completed, what.parameters, made, what.kind))
+        stream.send(await aside(len(file), responses.completed, what.parameters, made, what.kind))
 
     async def work() -> None:
         await together([one(order) for order in what.orders])

@@ -7,11 +7,11 @@ from contextlib import aclosing
 
 from fastapi import APIRouter, Request, Response
 
-from stable_diffusion_server.api.callers import caller_of
-from stable_diffusion_server.api.event_response import EventResponse, Followers
+from stable_diffusion_server.api.dependencies import caller_of
+from stable_diffusion_server.api.event_stream import EventResponse, Followers
 from stable_diffusion_server.api.json_responses import JSONResponse
 from stable_diffusion_server.api.previews import EncodedPreviews
-from stable_diffusion_server.api.schemas import job_body
+from stable_diffusion_server.api.schemas.wire import job_body
 from stable_diffusion_server.jobs.events import Happening
 from stable_diffusion_server.jobs.manager import Jobs
 from stable_diffusion_server.parsing.strict_json import dumps

@@ -7,12 +7,12 @@ from collections.abc import Awaitable, Callable
 
 from fastapi import Request, Response
 
-from stable_diffusion_server.api.callers import caller_of
-from stable_diffusion_server.api.handlers import client_gone
+from stable_diffusion_server.api.concurrency import unless_disconnected
+from stable_diffusion_server.api.dependencies import caller_of
 from stable_diffusion_server.api.json_responses import JSONResponse
-from stable_diffusion_server.api.leaving import unless_disconnected
 from stable_diffusion_server.api.preferences import Preferences, preferences_of
-from stable_diffusion_server.api.schemas import job_body
+from stable_diffusion_server.api.problems import client_gone
+from stable_diffusion_server.api.schemas.wire import job_body
 from stable_diffusion_server.errors import Cancelled, Forbidden, InvalidInput, ServerError
 from stable_diffusion_server.generation.service import Service
 from stable_diffusion_server.jobs.events import Standing

@@ -6,11 +6,11 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from stable_diffusion_server.api.house import House
-from stable_diffusion_server.api.pictures import text_of
-from stable_diffusion_server.api.sdapi.names import SAMPLERS, samplers_of, title_of
-from stable_diffusion_server.api.sdapi.parameters import Ordered, Txt2Img
-from stable_diffusion_server.api.sdapi.tasks import Task
+from stable_diffusion_server.api.automatic1111.name_mapping import SAMPLERS, samplers_of, title_of
+from stable_diffusion_server.api.automatic1111.progress import Task
+from stable_diffusion_server.api.automatic1111.protocol import Ordered, Txt2Img
+from stable_diffusion_server.api.base64_images import text_of
+from stable_diffusion_server.api.dialect_context import House
 from stable_diffusion_server.imaging.metadata import read_parameters_text, read_record
 from stable_diffusion_server.imaging.processing import parameters_text
 from stable_diffusion_server.parsing.strict_json import dumps

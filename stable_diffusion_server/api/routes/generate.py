@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Request, Response
 
-from stable_diffusion_server.api.answering import Answering, Render, UrlOf
+from stable_diffusion_server.api.dispatch import Answering, Render, UrlOf
 from stable_diffusion_server.api.json_responses import JSONResponse
-from stable_diffusion_server.api.schemas import (
+from stable_diffusion_server.api.schemas.wire import (
     Inpaint,
     Parameters,
     StyleTransfer,

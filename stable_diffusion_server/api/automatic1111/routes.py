@@ -11,20 +11,20 @@ from pydantic import ValidationError
 from starlette.concurrency import run_in_threadpool
 
 from stable_diffusion_server.api.aside import aside
-from stable_diffusion_server.api.asked import refuse
-from stable_diffusion_server.api.bodies import read_json, read_parameters
-from stable_diffusion_server.api.callers import caller_of, within
-from stable_diffusion_server.api.handlers import client_gone
-from stable_diffusion_server.api.house import House
+from stable_diffusion_server.api.automatic1111 import responses
+from stable_diffusion_server.api.automatic1111.name_mapping import BOUNDED, model_named, renamed
+from stable_diffusion_server.api.automatic1111.progress import LEAST_NAME, Task, Tasks
+from stable_diffusion_server.api.automatic1111.protocol import Img2Img, Ordered, Txt2Img, ordered
+from stable_diffusion_server.api.base64_images import bytes_of
+from stable_diffusion_server.api.concurrency import unless_disconnected
+from stable_diffusion_server.api.dependencies import caller_of, within
+from stable_diffusion_server.api.dialect_context import House
 from stable_diffusion_server.api.json_responses import JSONResponse
-from stable_diffusion_server.api.leaving import unless_disconnected
-from stable_diffusion_server.api.pictures import bytes_of
 from stable_diffusion_server.api.previews import EncodedPreviews
-from stable_diffusion_server.api.schemas import properties_of
-from stable_diffusion_server.api.sdapi import answers
-from stable_diffusion_server.api.sdapi.names import BOUNDED, model_named, renamed
-from stable_diffusion_server.api.sdapi.parameters import Img2Img, Ordered, Txt2Img, ordered
-from stable_diffusion_server.api.sdapi.tasks import LEAST_NAME, Task, Tasks
+from stable_diffusion_server.api.problems import client_gone
+from stable_diffusion_server.api.request_parsing import read_json, read_parameters
+from stable_diffusion_server.api.schemas.params import refuse
+from stable_diffusion_server.api.schemas.wire import properties_of
 from stable_diffusion_server.api.together import together
 from stable_diffusion_server.concurrency.fair_queue import FairQueue
 from stable_diffusion_server.errors import Forbidden, InvalidInput, ServerError, TooLarge
@@ -113,15 +113,15 @@ def router(service: Service, house: House, url_of: UrlOf, previews: EncodedPrevi
     async def png_info(request: Request) -> Response:
         """How a picture, in base64, says it was made."""
         image = _text(await read_json(request, frozenset({"image"})), "image")
-        return JSONResponse(await aside(len(image), lambda: answers.png_info_answer(bytes_of(image, "image"))))
+        return JSONResponse(await aside(len(image), lambda: responses.png_info_answer(bytes_of(image, "image"))))
 
     _progress_doors(routes, tasks, previews)
     _option_doors(routes, house, chosen)
     turns = FairQueue(LISTS_AT_ONCE, MOST_LISTS, f"{MOST_LISTS} lists are being made for you.")
     for name, told in (
-        ("sd-models", answers.models_answer),
-        ("samplers", answers.samplers_answer),
-        ("loras", answers.loras_answer),
+        ("sd-models", responses.models_answer),
+        ("samplers", responses.samplers_answer),
+        ("loras", responses.loras_answer),
     ):
         _list_door(routes, name, told, house, turns)
     return routes
@@ -149,7 +149,7 @@ def _progress_doors(routes: APIRouter, tasks: Tasks, previews: EncodedPreviews) 
         if skip not in _TRUTHS:
             raise InvalidInput("skip_current_image must be true or false.", field="skip_current_image")
         preview = None if _TRUTHS[skip] else await _preview_of(own, previews)
-        return JSONResponse(answers.progress_answer(own, preview))
+        return JSONResponse(responses.progress_answer(own, preview))
 
     @routes.post(
         "/internal/progress",
@@ -164,7 +164,7 @@ def _progress_doors(routes: APIRouter, tasks: Tasks, previews: EncodedPreviews) 
         own = tasks.of(caller_of(request), _text(asked, "id_task"))
         shown = asked.get("live_preview") is not False
         preview = await _preview_of(own, previews) if shown else None
-        return JSONResponse(answers.internal_progress_answer(own[0] if own else None, preview))
+        return JSONResponse(responses.internal_progress_answer(own[0] if own else None, preview))
 
     @routes.post(
         "/sdapi/v1/interrupt",
@@ -193,7 +193,7 @@ def _option_doors(routes: APIRouter, house: House, chosen: dict[str, str]) -> No
     )
     async def options(request: Request) -> Response:
         """The options that mean something here."""
-        return JSONResponse(answers.options_answer(house, chosen.get(caller_of(request).owner)))
+        return JSONResponse(responses.options_answer(house, chosen.get(caller_of(request).owner)))
 
     @routes.post(
         "/sdapi/v1/options",
@@ -257,7 +257,7 @@ async def _pictures(
     told = Ordered(orders, what.told)
 
     def answer() -> Response:
-        return JSONResponse(answers.pictures_answer(asked, told, finished, interrupted=task.interrupted))
+        return JSONResponse(responses.pictures_answer(asked, told, finished, interrupted=task.interrupted))
 
     return await aside(sum(len(file) for *_, file in finished), answer)
 

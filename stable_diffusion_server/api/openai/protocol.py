@@ -10,9 +10,9 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from stable_diffusion_server.api.asked import Asked, File
-from stable_diffusion_server.api.bodies import Upload
-from stable_diffusion_server.api.house import House
+from stable_diffusion_server.api.dialect_context import House
+from stable_diffusion_server.api.request_parsing import Upload
+from stable_diffusion_server.api.schemas.params import Asked, File
 from stable_diffusion_server.errors import InvalidInput
 from stable_diffusion_server.types import Fit, Format, Order, Source, Task, Warned
 

@@ -9,14 +9,14 @@ from uuid import uuid4
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
-from stable_diffusion_server.api.answering import UrlOf
-from stable_diffusion_server.api.asked import File, validated
-from stable_diffusion_server.api.bodies import read_parameters
-from stable_diffusion_server.api.callers import caller_of, within
-from stable_diffusion_server.api.handlers import client_gone
+from stable_diffusion_server.api.concurrency import unless_disconnected
+from stable_diffusion_server.api.dependencies import caller_of, within
+from stable_diffusion_server.api.dispatch import UrlOf
 from stable_diffusion_server.api.json_responses import JSONResponse
-from stable_diffusion_server.api.leaving import unless_disconnected
-from stable_diffusion_server.api.schemas import documented, receipt_body
+from stable_diffusion_server.api.problems import client_gone
+from stable_diffusion_server.api.request_parsing import read_parameters
+from stable_diffusion_server.api.schemas.params import File, validated
+from stable_diffusion_server.api.schemas.wire import documented, receipt_body
 from stable_diffusion_server.errors import InvalidInput
 from stable_diffusion_server.generation.limits import Limits
 from stable_diffusion_server.generation.replay import PICTURE, Memo, Replays, with_sources

@@ -12,11 +12,11 @@ from fastapi import Request
 from pydantic import BaseModel, Field
 
 from stable_diffusion_server.api.aside import aside
-from stable_diffusion_server.api.asked import Asked, File, read_as, validated
-from stable_diffusion_server.api.bodies import BODY_TYPES, read_query
-from stable_diffusion_server.api.callers import caller_of, within
-from stable_diffusion_server.api.pictures import bytes_of, is_data_url
-from stable_diffusion_server.api.shapes import problem_body
+from stable_diffusion_server.api.base64_images import bytes_of, is_data_url
+from stable_diffusion_server.api.dependencies import caller_of, within
+from stable_diffusion_server.api.error_bodies import problem_body
+from stable_diffusion_server.api.request_parsing import BODY_TYPES, read_query
+from stable_diffusion_server.api.schemas.params import Asked, File, read_as, validated
 from stable_diffusion_server.errors import InvalidInput
 from stable_diffusion_server.generation.limits import Limits
 from stable_diffusion_server.jobs.events import Standing

@@ -9,7 +9,7 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
-from stable_diffusion_server.api.description.answers import SCHEMAS, Schema, maybe, named
+from stable_diffusion_server.api.openapi.responses import SCHEMAS, Schema, maybe, named
 
 _BINARY: Schema = {"type": "string", "format": "binary"}
 _PICTURE = {f"image/{kind}": {"schema": _BINARY} for kind in ("webp", "png", "jpeg")}

@@ -8,11 +8,11 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from stable_diffusion_server.api.house import House
-from stable_diffusion_server.api.pictures import bytes_of
-from stable_diffusion_server.api.sdapi.controlnet import Edges, edges_in
-from stable_diffusion_server.api.sdapi.names import model_named, scheduler_for
-from stable_diffusion_server.api.sdapi.prompt_syntax import adapters_in, unread_in
+from stable_diffusion_server.api.automatic1111.controlnet_units import Edges, edges_in
+from stable_diffusion_server.api.automatic1111.name_mapping import model_named, scheduler_for
+from stable_diffusion_server.api.automatic1111.prompt_syntax import adapters_in, unread_in
+from stable_diffusion_server.api.base64_images import bytes_of
+from stable_diffusion_server.api.dialect_context import House
 from stable_diffusion_server.errors import InvalidInput
 from stable_diffusion_server.generation.limits import NAME_MAX
 from stable_diffusion_server.types import SEED_MAX, Fill, Fit, Format, Order, Source, Task

@@ -8,9 +8,9 @@ import time
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from stable_diffusion_server.api.security.byte_budget import ByteBudget, Reservation
-from stable_diffusion_server.api.security.policy import Policy
-from stable_diffusion_server.api.shapes import refusal
+from stable_diffusion_server.api.error_bodies import refusal
+from stable_diffusion_server.api.middleware.access_policy import Policy
+from stable_diffusion_server.api.middleware.byte_budget import ByteBudget, Reservation
 from stable_diffusion_server.errors import Overasked, RequestTimedOut, ServerError
 
 

@@ -6,9 +6,9 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from stable_diffusion_server.api.openai.parameters import ImagesParameters
-from stable_diffusion_server.api.pictures import text_of
-from stable_diffusion_server.api.shapes import openai_error
+from stable_diffusion_server.api.base64_images import text_of
+from stable_diffusion_server.api.error_bodies import openai_error
+from stable_diffusion_server.api.openai.protocol import ImagesParameters
 from stable_diffusion_server.errors import ServerError
 from stable_diffusion_server.imaging.processing import media_type_of
 from stable_diffusion_server.parsing.strict_json import dumps
