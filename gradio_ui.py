@@ -19,12 +19,12 @@ from stable_diffusion_server.api.middleware.proxy_headers import Proxies
 from stable_diffusion_server.cli import main as command
 from stable_diffusion_server.imaging.sandbox.pool import Decoder
 from stable_diffusion_server.settings.surroundings import quieten_gradio
-from stable_diffusion_server.ui import pages
-from stable_diffusion_server.ui.desks import Desks
-from stable_diffusion_server.ui.entrance import Entrance
-from stable_diffusion_server.ui.intake import Intake
+from stable_diffusion_server.ui import static_pages
+from stable_diffusion_server.ui.app import Entrance
+from stable_diffusion_server.ui.client_factory import Desks
+from stable_diffusion_server.ui.image_intake import Intake
 from stable_diffusion_server.ui.upload_routes import UploadRoutes
-from stable_diffusion_server.ui.uploads import UploadStore
+from stable_diffusion_server.ui.upload_store import UploadStore
 
 # As the settings of a server begin.
 _FILE_BYTES, _PIXELS, _SIDE, _EVENTS = 20_971_520, 16_777_216, 16_383, "1200/minute"
@@ -59,9 +59,9 @@ def create_app(server: str, key: str) -> FastAPI:
     def build() -> FastAPI:
         quieten_gradio(Path(tempfile.gettempdir()) / "studio")
         # Imported here, on a thread: it takes seconds.
-        from stable_diffusion_server.ui.tabs import studio
+        from stable_diffusion_server.ui.tabs import blocks
 
-        return studio.build(desks, intake, limits.parse(_EVENTS))
+        return blocks.build(desks, intake, limits.parse(_EVENTS))
 
     parts = urlsplit(server)
     sources = {f"{parts.scheme}://{parts.netloc}"}
@@ -76,7 +76,7 @@ def create_app(server: str, key: str) -> FastAPI:
     app = FastAPI(lifespan=lifespan, openapi_url=None)
     for path in ("/ui", "/ui/{rest:path}"):
         app.router.routes.append(Route(path, entrance))
-    app.router.routes.append(Route("/favicon.ico", pages.icon))
+    app.router.routes.append(Route("/favicon.ico", static_pages.icon))
     app.add_middleware(BodyLimit, policy=policy)
     app.add_middleware(Gate, policy=policy, proxies=Proxies())
     return app

@@ -33,7 +33,7 @@ from stable_diffusion_server.observability.logs import configure_logging
 from stable_diffusion_server.observability.metrics import Metrics
 from stable_diffusion_server.observability.tracing import Tracing
 from stable_diffusion_server.settings import Settings
-from stable_diffusion_server.ui.guests import Guests
+from stable_diffusion_server.ui.sessions import Guests
 
 _log = structlog.get_logger(__name__)
 

@@ -14,14 +14,14 @@ from starlette.routing import Route
 
 from stable_diffusion_server.settings import Settings
 from stable_diffusion_server.settings.surroundings import quieten_gradio
-from stable_diffusion_server.ui import pages
-from stable_diffusion_server.ui.desks import COOKIE, Desks
-from stable_diffusion_server.ui.entrance import Entrance
-from stable_diffusion_server.ui.guests import Guests
-from stable_diffusion_server.ui.inside import Inside
-from stable_diffusion_server.ui.intake import Decode, Intake
+from stable_diffusion_server.ui import static_pages
+from stable_diffusion_server.ui.app import Entrance
+from stable_diffusion_server.ui.asgi_transport import Inside
+from stable_diffusion_server.ui.client_factory import COOKIE, Desks
+from stable_diffusion_server.ui.image_intake import Decode, Intake
+from stable_diffusion_server.ui.sessions import Guests
 from stable_diffusion_server.ui.upload_routes import UploadRoutes
-from stable_diffusion_server.ui.uploads import UploadLimits, UploadStore
+from stable_diffusion_server.ui.upload_store import UploadLimits, UploadStore
 
 _GOOGLE, _AMAZON = "https://storage.googleapis.com", "https://*.amazonaws.com"
 
@@ -40,16 +40,16 @@ def add_studio(
     def build() -> FastAPI:
         quieten_gradio((settings.data_dir / "studio").resolve())
         # Imported here, on a thread: it takes seconds.
-        from stable_diffusion_server.ui.tabs import studio
+        from stable_diffusion_server.ui.tabs import blocks
 
-        built = studio.build(desks, intake, rates.parse(settings.ui_events) if settings.ui_events else None)
+        built = blocks.build(desks, intake, rates.parse(settings.ui_events) if settings.ui_events else None)
         settle()
         return built
 
     keyed = bool(settings.read_keys())
     entrance = Entrance(build, desks, UploadRoutes(intake), keyed=keyed, sources=_sources(settings))
     if settings.ui:
-        app.router.routes.append(Route("/favicon.ico", pages.icon, include_in_schema=False))
+        app.router.routes.append(Route("/favicon.ico", static_pages.icon, include_in_schema=False))
         for path in ("/ui", "/ui/{rest:path}"):
             app.router.routes.append(Route(path, entrance, include_in_schema=False))
     return entrance

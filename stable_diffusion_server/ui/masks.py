@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stable_diffusion_server.imaging.processing import canny, feathered
-from stable_diffusion_server.ui.intake import encoded
+from stable_diffusion_server.ui.image_intake import encoded
 
 Pixels = NDArray[np.uint8]
 

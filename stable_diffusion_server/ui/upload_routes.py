@@ -8,9 +8,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from stable_diffusion_server.errors import NotFound, ServerError
-from stable_diffusion_server.ui.bodies import read_body
-from stable_diffusion_server.ui.intake import Intake, media_type
+from stable_diffusion_server.ui.image_intake import Intake, media_type
 from stable_diffusion_server.ui.problems import problem
+from stable_diffusion_server.ui.request_body import read_body
 
 PATH = "/ui/pictures"
 _TOKEN = re.compile(r"[A-Za-z0-9_-]{43}")

@@ -17,12 +17,12 @@ from numpy.typing import NDArray
 from starlette.responses import StreamingResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from stable_diffusion_server.ui.desks import Desks
-from stable_diffusion_server.ui.entrance import Entrance
-from stable_diffusion_server.ui.inside import Inside
-from stable_diffusion_server.ui.intake import Intake
+from stable_diffusion_server.ui.app import Entrance
+from stable_diffusion_server.ui.asgi_transport import Inside
+from stable_diffusion_server.ui.client_factory import Desks
+from stable_diffusion_server.ui.image_intake import Intake
 from stable_diffusion_server.ui.upload_routes import UploadRoutes
-from stable_diffusion_server.ui.uploads import UploadStore
+from stable_diffusion_server.ui.upload_store import UploadStore
 
 BASE = "http://127.0.0.1:8000"
 

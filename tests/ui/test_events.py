@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stable_diffusion_server.errors import ServerError
-from stable_diffusion_server.ui.events import Event, events_of, sanitized
+from stable_diffusion_server.ui.gradio_events import Event, events_of, sanitized
 
 EVENTS = {
     3: Event(("text", "number", "yes or no", "index", "list of texts", "nothing"), frozenset({7})),

@@ -14,10 +14,10 @@ import pytest
 from conftest import House
 from starlette.types import Receive, Scope, Send
 
-from stable_diffusion_server.ui.desk import Client, Desk, RefusedError, Wish
-from stable_diffusion_server.ui.events import Event
-from stable_diffusion_server.ui.guard import EVENT_BYTES, STREAMS, GradioGuard
-from stable_diffusion_server.ui.inside import Inside
+from stable_diffusion_server.ui.asgi_transport import Inside
+from stable_diffusion_server.ui.client import Client, Desk, RefusedError, Wish
+from stable_diffusion_server.ui.gradio_events import Event
+from stable_diffusion_server.ui.gradio_guard import EVENT_BYTES, STREAMS, GradioGuard
 
 BASE = "http://127.0.0.1:8000"
 EVENT = "/ui/gradio_api/queue/join"

@@ -11,8 +11,8 @@ import pytest
 from starlette.concurrency import run_in_threadpool
 from starlette.types import Receive, Scope, Send
 
-from stable_diffusion_server.ui.desk import Desk, RefusedError, Wish
-from stable_diffusion_server.ui.inside import Inside
+from stable_diffusion_server.ui.asgi_transport import Inside
+from stable_diffusion_server.ui.client import Desk, RefusedError, Wish
 
 BASE = "http://127.0.0.1:8000"
 Application = Callable[[Scope, Receive, Send], Awaitable[None]]

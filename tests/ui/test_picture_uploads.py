@@ -14,8 +14,8 @@ from hostile_pictures import foreign, png_claiming
 from numpy.typing import NDArray
 
 from stable_diffusion_server.errors import NotFound, Overasked, TooLarge
-from stable_diffusion_server.ui.intake import ALTOGETHER, PER_VISITOR, Intake
-from stable_diffusion_server.ui.uploads import UploadLimits, UploadStore
+from stable_diffusion_server.ui.image_intake import ALTOGETHER, PER_VISITOR, Intake
+from stable_diffusion_server.ui.upload_store import UploadLimits, UploadStore
 
 LIMITS = UploadLimits(pictures=3, bytes=100, total_bytes=150, seconds=60)
 

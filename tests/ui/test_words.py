@@ -10,9 +10,11 @@ import numpy as np
 from conftest import House
 from PIL import Image
 
-from stable_diffusion_server.ui import asking, masks, offering, recounting, snippets, standing, telling
-from stable_diffusion_server.ui.asking import Common
-from stable_diffusion_server.ui.guests import Guests
+from stable_diffusion_server.ui import code_snippets, forms, masks, model_options
+from stable_diffusion_server.ui.forms import Common
+from stable_diffusion_server.ui.html import details, status
+from stable_diffusion_server.ui.html import progress as telling
+from stable_diffusion_server.ui.sessions import Guests
 
 
 def job(state: str, **more: object) -> dict[str, object]:
@@ -21,25 +23,25 @@ def job(state: str, **more: object) -> dict[str, object]:
 
 def test_several_pictures_have_seeds_of_their_own() -> None:
     """Kept seeds count up; without one each is left to chance; what is no number is left for the server to refuse."""
-    kept = asking.create(Common("a star", seed="7", count=3), 512, 256)
+    kept = forms.create(Common("a star", seed="7", count=3), 512, 256)
     assert [wish.fields["seed"] for wish in kept] == ["7", "8", "9"]
     assert (kept[0].fields["width"], kept[0].fields["height"]) == ("512", "256")
-    free = asking.create(Common("a star", count=2), 64, 64)
+    free = forms.create(Common("a star", count=2), 64, 64)
     assert [wish.fields["seed"] for wish in free] == ["random", "random"]
-    assert asking.create(Common("a star", seed="x"), 64, 64)[0].fields["seed"] == "x"
+    assert forms.create(Common("a star", seed="x"), 64, 64)[0].fields["seed"] == "x"
     assert "model" not in free[0].fields
 
 
 def test_exploring_draws_the_originals_six() -> None:
     """The prompt alone, and with each suffix, at one seed."""
-    wishes = asking.create(Common("a star", seed="7"), 64, 64, explore=True)
+    wishes = forms.create(Common("a star", seed="7"), 64, 64, explore=True)
     assert [wish.fields["prompt"] for wish in wishes][:2] == ["a star", "a star awesome"]
     assert (len(wishes), {wish.fields["seed"] for wish in wishes}) == (6, {"7"})
 
 
 def test_edges_are_asked_for_only_when_wanted() -> None:
     """Thresholds go along with canny, and not without."""
-    plain, by_edges = (asking.restyle(Common("a"), b"x", 0.5, canny=canny)[0] for canny in (False, True))
+    plain, by_edges = (forms.restyle(Common("a"), b"x", 0.5, canny=canny)[0] for canny in (False, True))
     assert ("canny_low" in plain.fields, by_edges.fields["canny_low"], by_edges.fields["strength"]) == (
         False,
         "100",
@@ -68,7 +70,7 @@ def test_what_others_wrote_is_shown_as_text() -> None:
         telling.progress([job("failed", problem={"detail": evil})], {}),
         telling.alert(evil, [("width", evil)]),
         telling.remark(evil),
-        standing.page({"missing": [evil], "models": [{"name": evil}]}, "", [job("failed", problem={"detail": evil})]),
+        status.page({"missing": [evil], "models": [{"name": evil}]}, "", [job("failed", problem={"detail": evil})]),
     ]
     assert not any("<img" in html for html in shown)
 
@@ -94,23 +96,26 @@ def test_fields_offer_what_the_models_have() -> None:
         {"name": "sdxl", "folder": "embedded-sdxl", "usual": True, "default_steps": 4, "default_guidance": 2.0},
         {"name": "flux", "folder": "real", "takes_guidance": False, "takes_negative_prompt": False, "default_steps": 4},
     ]
-    assert offering.choices(models)[0] == ("The server's own choice (sdxl)", "")
-    assert offering.habits(offering.chosen(models, ""))[:2] == ("4, its own", "2, its own")
-    assert offering.habits(offering.chosen(models, "flux"))[1:] == ("it takes none", "Flux has no use for it.")
-    sides = [offering.side({"native_pixels": side * side}) for side in (128, 600, 1024)]
+    assert model_options.choices(models)[0] == ("The server's own choice (sdxl)", "")
+    assert model_options.habits(model_options.chosen(models, ""))[:2] == ("4, its own", "2, its own")
+    assert model_options.habits(model_options.chosen(models, "flux"))[1:] == (
+        "it takes none",
+        "Flux has no use for it.",
+    )
+    sides = [model_options.side({"native_pixels": side * side}) for side in (128, 600, 1024)]
     assert sides == [256, 512, 1024]
-    assert (offering.preset(768, 512), offering.preset(768, None)) == ("768x512", None)
-    assert "hexagons" in offering.words(models)
-    assert offering.words(models[1:]) == ""
+    assert (model_options.preset(768, 512), model_options.preset(768, None)) == ("768x512", None)
+    assert "hexagons" in model_options.words(models)
+    assert model_options.words(models[1:]) == ""
 
 
 def test_a_record_fills_the_fields_again() -> None:
     """The prompt as it was asked for, and what may be left empty as text."""
     record = {"prompt": "a star detail", "asked": {"prompt": "a star"}, "seed": 0, "guidance_scale": 0.0, "width": 64}
-    was = recounting.settings(record)
+    was = details.settings(record)
     assert (was["prompt"], was["seed"], was["guidance"], was["steps"], was["width"]) == ("a star", "0", "0", "", 64)
     evil = "<img src=x onerror=alert(1)>"
-    told = recounting.page({"prompt": evil, "model": evil}, {}) + recounting.picture({"path": evil, "prompt": evil})
+    told = details.page({"prompt": evil, "model": evil}, {}) + details.picture({"path": evil, "prompt": evil})
     assert told.count("<img") == 1
 
 
@@ -130,8 +135,8 @@ def test_what_was_painted_is_the_mask() -> None:
 def test_the_status_reads_figures_that_there_are(house: House) -> None:
     """Every figure of the Status tab is one of `/metrics`, and is told by its label."""
     figures = house.client.get("/metrics").text
-    told = standing.page({}, figures, [])
-    for name, label in standing.FIGURES.items():
+    told = status.page({}, figures, [])
+    for name, label in status.FIGURES.items():
         assert f"\n{name} " in figures
         assert f"<dt>{label}</dt>" in told
 
@@ -146,13 +151,13 @@ def test_a_record_becomes_calls_that_can_be_pasted() -> None:
         "height": 32,
         "model": "sdxl",
     }
-    line = snippets.curl("http://x", record, keyed=True)
+    line = code_snippets.curl("http://x", record, keyed=True)
     assert json.loads(shlex.split(line.replace("\\\n", ""))[-1])["prompt"] == record["prompt"]
     assert "$API_KEY" in line
-    compile(snippets.openai("http://x", record, keyed=True), "call", "exec")
-    files = snippets.curl("http://x", {**record, "task": "inpaint"})
+    compile(code_snippets.openai("http://x", record, keyed=True), "call", "exec")
+    files = code_snippets.curl("http://x", {**record, "task": "inpaint"})
     assert "--form mask_file=@mask.png" in files
-    compile(snippets.openai("http://x", {**record, "task": "inpaint"}), "call", "exec")
+    compile(code_snippets.openai("http://x", {**record, "task": "inpaint"}), "call", "exec")
 
 
 def test_the_oldest_guests_are_forgotten() -> None:

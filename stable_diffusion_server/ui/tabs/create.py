@@ -8,11 +8,12 @@ from typing import Any
 
 import gradio as gr
 
-from stable_diffusion_server.ui import asking, offering, telling
-from stable_diffusion_server.ui.desk import Wish
-from stable_diffusion_server.ui.desks import Desks
-from stable_diffusion_server.ui.tabs import panel
-from stable_diffusion_server.ui.tabs.fields import QUIET, Slots, common_of, fields, prompt_box
+from stable_diffusion_server.ui import forms, model_options
+from stable_diffusion_server.ui.client import Wish
+from stable_diffusion_server.ui.client_factory import Desks
+from stable_diffusion_server.ui.html import progress
+from stable_diffusion_server.ui.tabs import results_panel
+from stable_diffusion_server.ui.tabs.controls import QUIET, Slots, common_of, fields, prompt_box
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +23,7 @@ class Create:
     examples: gr.Dataset
     words: gr.Markdown
     size: tuple[gr.Radio, gr.Number, gr.Number]
-    panel: panel.Panel
+    panel: results_panel.Panel
 
 
 def tab(desks: Desks, blocks: gr.Blocks) -> Create:
@@ -31,39 +32,41 @@ def tab(desks: Desks, blocks: gr.Blocks) -> Create:
     with gr.Row(elem_classes="sds-desk"):
         with gr.Column(elem_classes="sds-ask"):
             prompt = prompt_box(slots, "What should be in the picture? Enter draws it.")
-            draw, cancel = panel.buttons()
-        at = panel.place(telling.EMPTY)
+            draw, cancel = results_panel.buttons()
+        at = results_panel.place(progress.EMPTY)
         with gr.Column(elem_classes="sds-settings"):
             examples = gr.Dataset(
                 label="Try one of these",
                 components=[gr.Textbox(visible=False)],
-                samples=[[text] for text in offering.EMBEDDED_PROMPTS],
+                samples=[[text] for text in model_options.EMBEDDED_PROMPTS],
                 type="values",
             )
-            words = gr.Markdown(offering.EMBEDDED_WORDS, elem_classes="sds-words")
+            words = gr.Markdown(model_options.EMBEDDED_WORDS, elem_classes="sds-words")
             preset, width, height = _sizes(slots)
             explore = gr.Checkbox(
                 label="Explore",
                 info="Six pictures of one seed: the prompt alone, then with awesome, amazing, anime hd … behind it.",
             )
             chosen = fields(slots, prompt)
-    here = panel.panel(slots, draw, cancel, chosen, at, beside=False)
+    here = results_panel.panel(slots, draw, cancel, chosen, at, beside=False)
 
     async def wishes(_: str, width: float | None, height: float | None, explore: bool, *values: Any) -> list[Wish]:
         common = common_of(*values)
         if explore and not common.seed:
-            common = replace(common, seed=str(secrets.randbelow(asking.SEED_END)))
-        return asking.create(common, width, height, explore=explore)
+            common = replace(common, seed=str(secrets.randbelow(forms.SEED_END)))
+        return forms.create(common, width, height, explore=explore)
 
     examples.click(lambda row: row[0] if row else gr.skip(), examples, prompt, **QUIET)
-    panel.wire(desks, blocks, here, [draw.click, prompt.submit], [width, height, explore, *chosen.inputs], wishes)
+    results_panel.wire(
+        desks, blocks, here, [draw.click, prompt.submit], [width, height, explore, *chosen.inputs], wishes
+    )
     return Create(examples, words, (preset, width, height), here)
 
 
 def _sizes(slots: Slots) -> tuple[gr.Radio, gr.Number, gr.Number]:
     """Presets, and the two sides for any other size."""
-    sizes = [(f"{width} × {height}", f"{width}x{height}") for width, height in offering.SIZES]
-    usual = offering.USUAL_SIDE
+    sizes = [(f"{width} × {height}", f"{width}x{height}") for width, height in model_options.SIZES]
+    usual = model_options.USUAL_SIDE
     preset = gr.Radio(sizes, value=f"{usual}x{usual}", label="Size")
     with gr.Row():
         width = gr.Number(usual, label="Width", precision=0, min_width=100, elem_id=slots.id_of("width"))
@@ -74,5 +77,5 @@ def _sizes(slots: Slots) -> tuple[gr.Radio, gr.Number, gr.Number]:
         return [int(side) for side in chosen.split("x")]
 
     preset.input(size, preset, [width, height], **QUIET)
-    gr.on([width.input, height.input], offering.preset, [width, height], preset, **QUIET)
+    gr.on([width.input, height.input], model_options.preset, [width, height], preset, **QUIET)
     return preset, width, height

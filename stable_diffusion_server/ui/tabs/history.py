@@ -8,11 +8,12 @@ from typing import Any
 
 import gradio as gr
 
-from stable_diffusion_server.ui import offering, recounting, snippets, telling
-from stable_diffusion_server.ui.desk import RefusedError
-from stable_diffusion_server.ui.desks import Desks
-from stable_diffusion_server.ui.tabs.fields import QUIET
-from stable_diffusion_server.ui.tabs.panel import desk_of, index_of
+from stable_diffusion_server.ui import code_snippets, model_options
+from stable_diffusion_server.ui.client import RefusedError
+from stable_diffusion_server.ui.client_factory import Desks
+from stable_diffusion_server.ui.html import details, progress
+from stable_diffusion_server.ui.tabs.controls import QUIET
+from stable_diffusion_server.ui.tabs.results_panel import desk_of, index_of
 
 EVERY = ("Every model", "")
 # Of one page: it is all kept here, and sent anew with each step back.
@@ -61,7 +62,9 @@ def tab(desks: Desks, opened: gr.Tab) -> History:
         with gr.Column(min_width=300):
             with gr.Row():
                 words = gr.Textbox(label="Search", placeholder="e.g. star", max_length=1000, min_width=160)
-                model = gr.Dropdown([EVERY, *((name, name) for name in offering.names(()))], value="", label="Model")
+                model = gr.Dropdown(
+                    [EVERY, *((name, name) for name in model_options.names(()))], value="", label="Model"
+                )
             gallery = gr.Gallery(
                 label="Drawn here, newest first",
                 columns=3,
@@ -92,7 +95,7 @@ def tab(desks: Desks, opened: gr.Tab) -> History:
         try:
             return await _told(desks, request, shown, index_of(event))
         except ValueError as error:
-            return gr.skip(), telling.alert(str(error)), *(gr.skip(),) * (len(one.outputs) - 1)
+            return gr.skip(), progress.alert(str(error)), *(gr.skip(),) * (len(one.outputs) - 1)
 
     by = [words, model]
     # `change`, since `input` is not told of words that are pasted; it is told of Enter too.
@@ -112,7 +115,7 @@ def tab(desks: Desks, opened: gr.Tab) -> History:
 
 def _one() -> _One:
     """Lay out what is told of a picture."""
-    told = gr.HTML(telling.NONE_CHOSEN)
+    told = gr.HTML(progress.NONE_CHOSEN)
     with gr.Column(visible=False) as whole:
         seen = gr.HTML()
         deeds = _deeds()
@@ -145,23 +148,23 @@ def _act(desks: Desks, at: tuple[Any, ...], deeds: tuple[gr.Button, ...], listin
     async def replay(request: gr.Request, shown: list[Any], chosen: int) -> str:
         desk = desk_of(desks, request)
         try:
-            return telling.replayed(await desk.replay(await desk.picture(_at(shown, chosen)["path"])))
+            return progress.replayed(await desk.replay(await desk.picture(_at(shown, chosen)["path"])))
         except (RefusedError, ValueError) as error:
-            return telling.alert(str(error))
+            return progress.alert(str(error))
 
     async def remove(request: gr.Request, shown: list[Any], chosen: int, words: str, model: str) -> tuple[Any, ...]:
         try:
             await desk_of(desks, request).remove(_at(shown, chosen)["key"])
         except (RefusedError, ValueError) as error:
-            return *(gr.skip(),) * (len(outputs) - 2), telling.alert(str(error)), gr.skip()
+            return *(gr.skip(),) * (len(outputs) - 2), progress.alert(str(error)), gr.skip()
         *listed, told, whole = await search(request, words, model)
-        listing_failed = told not in (telling.NONE_CHOSEN, telling.NOTHING_FOUND, telling.NOTHING_DRAWN)
-        return *listed, told if listing_failed else telling.remark("Deleted."), whole
+        listing_failed = told not in (progress.NONE_CHOSEN, progress.NOTHING_FOUND, progress.NOTHING_DRAWN)
+        return *listed, told if listing_failed else progress.remark("Deleted."), whole
 
     def ask(sure: bool) -> list[Any]:  # one of two buttons was pressed
         return [gr.Button(visible=not sure), gr.Button(visible=sure), gr.Button(visible=sure)]
 
-    again.click(lambda: telling.remark("Drawing it again …"), None, told, **QUIET).then(
+    again.click(lambda: progress.remark("Drawing it again …"), None, told, **QUIET).then(
         replay, [shown, chosen], told, **QUIET
     )
     delete.click(lambda: ask(True), None, [delete, sure, keep], **QUIET)
@@ -177,32 +180,32 @@ async def _listed(
         words, model = (text or "" for text in wanted)
         found = await desk_of(desks, request).history(words, model, before=before)
     except RefusedError as error:
-        return *(gr.skip(),) * 5, telling.alert(error.detail), gr.skip()
+        return *(gr.skip(),) * 5, progress.alert(error.detail), gr.skip()
     pictures = [*shown, *found["pictures"]]
-    nothing = telling.NOTHING_FOUND if any(wanted) else telling.NOTHING_DRAWN
+    nothing = progress.NOTHING_FOUND if any(wanted) else progress.NOTHING_DRAWN
     seen = [(picture["path"], picture["prompt"][:60]) for picture in pictures]
     older = found["next"] is not None and len(pictures) < _MOST_SHOWN
     more = gr.Button("Older pictures" if len(pictures) < _MOST_SHOWN else "Search for older ones", interactive=older)
-    rest = (gr.skip(),) * 3 if shown else (-1, telling.NONE_CHOSEN if pictures else nothing, gr.Column(visible=False))
+    rest = (gr.skip(),) * 3 if shown else (-1, progress.NONE_CHOSEN if pictures else nothing, gr.Column(visible=False))
     return gr.Gallery(seen, selected_index=None), pictures, found["next"], more, *rest
 
 
 async def _told(desks: Desks, request: gr.Request, shown: list[Any], index: int) -> tuple[Any, ...]:
     desk, picture = desk_of(desks, request), _at(shown, index)
-    seen = (gr.Column(visible=True), recounting.picture(picture))
+    seen = (gr.Column(visible=True), details.picture(picture))
     try:
         record = (await desk.record(picture["key"]))["record"]
     except RefusedError as error:
-        facts = recounting.page(picture, {})
-        return index, telling.alert(error.detail), *seen, facts, picture["path"], "", "", ""
+        facts = details.page(picture, {})
+        return index, progress.alert(error.detail), *seen, facts, picture["path"], "", "", ""
     whole = {**picture, **record}
     keyed = bool(desk.key)
-    calls = snippets.curl(desk.base, whole, keyed=keyed), snippets.openai(desk.base, whole, keyed=keyed)
+    calls = code_snippets.curl(desk.base, whole, keyed=keyed), code_snippets.openai(desk.base, whole, keyed=keyed)
     return (
         index,
         "",
         *seen,
-        recounting.page(picture, record),
+        details.page(picture, record),
         picture["path"],
         *calls,
         json.dumps(record, indent=2, ensure_ascii=False),

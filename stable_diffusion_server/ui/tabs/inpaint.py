@@ -9,12 +9,13 @@ from typing import Any
 import gradio as gr
 
 from stable_diffusion_server.errors import ServerError
-from stable_diffusion_server.ui import asking, masks, telling
-from stable_diffusion_server.ui.desk import Wish
-from stable_diffusion_server.ui.desks import Desks
-from stable_diffusion_server.ui.intake import Intake
-from stable_diffusion_server.ui.tabs import panel, ways
-from stable_diffusion_server.ui.tabs.fields import QUIET, Slots, common_of, fields, prompt_box
+from stable_diffusion_server.ui import forms, masks
+from stable_diffusion_server.ui.client import Wish
+from stable_diffusion_server.ui.client_factory import Desks
+from stable_diffusion_server.ui.html import progress
+from stable_diffusion_server.ui.image_intake import Intake
+from stable_diffusion_server.ui.tabs import navigation, results_panel
+from stable_diffusion_server.ui.tabs.controls import QUIET, Slots, common_of, fields, prompt_box
 from stable_diffusion_server.ui.tabs.picture_field import picture_field, settled, tokens_of
 
 
@@ -23,7 +24,7 @@ class Inpaint:
     """What others touch: the editor, and the panel."""
 
     editor: gr.HTML
-    panel: panel.Panel
+    panel: results_panel.Panel
 
 
 def tab(desks: Desks, intake: Intake, blocks: gr.Blocks) -> Inpaint:
@@ -34,28 +35,28 @@ def tab(desks: Desks, intake: Intake, blocks: gr.Blocks) -> Inpaint:
             editor = picture_field("Picture and mask", paints=True, elem_id=slots.id_of("image_file"))
             slots.slot("image_file", "mask_file")
             prompt = prompt_box(slots, "What should be there instead?")
-            draw, cancel = panel.buttons()
-        at = panel.place(telling.EMPTY_INPAINT)
+            draw, cancel = results_panel.buttons()
+        at = results_panel.place(progress.EMPTY_INPAINT)
         with gr.Column(elem_classes="sds-settings"):
             seen = gr.HTML()
             strength, feather, refine = _settings(slots)
             chosen = fields(slots, prompt)
     with at.results:
         beside = gr.HTML()
-    here = panel.panel(slots, draw, cancel, chosen, at, beside=True)
-    ways.compare(here, beside, editor)
+    here = results_panel.panel(slots, draw, cancel, chosen, at, beside=True)
+    navigation.compare(here, beside, editor)
 
     async def wishes(
         owner: str, value: str | None, strength: float, feather: float, refine: bool, *values: Any
     ) -> list[Wish]:
         picture, mask = tokens_of(value)
         if not picture:
-            raise asking.UnfitError("image_file", "Choose a picture first.")
+            raise forms.UnfitError("image_file", "Choose a picture first.")
         white = await intake.work(owner, [mask], masks.painted) if mask else b""
         if not white:
-            raise asking.UnfitError("mask_file", "Paint over the part that is to be drawn anew first.")
+            raise forms.UnfitError("mask_file", "Paint over the part that is to be drawn anew first.")
         files = intake.file(owner, picture), white
-        return asking.inpaint(common_of(*values), *files, strength, feather, refine=refine)
+        return forms.inpaint(common_of(*values), *files, strength, feather, refine=refine)
 
     async def look(request: gr.Request, value: str | None, feather: float) -> str:
         painted = tokens_of(value)
@@ -63,13 +64,15 @@ def tab(desks: Desks, intake: Intake, blocks: gr.Blocks) -> Inpaint:
             return ""
         try:
             made = partial(masks.previewed, feather=int(feather))
-            striped = await intake.work(panel.owner_of(desks, request), painted, made)
+            striped = await intake.work(results_panel.owner_of(desks, request), painted, made)
         except ServerError as error:
-            return telling.alert(error.detail)
-        return telling.figure("Mask: what is striped is drawn anew", striped) if striped else ""
+            return progress.alert(error.detail)
+        return progress.figure("Mask: what is striped is drawn anew", striped) if striped else ""
 
     inputs = [editor, strength, feather, refine, *chosen.inputs]
-    panel.wire(desks, blocks, here, [draw.click, prompt.submit], inputs, wishes, settled(slots.id_of("image_file")))
+    results_panel.wire(
+        desks, blocks, here, [draw.click, prompt.submit], inputs, wishes, settled(slots.id_of("image_file"))
+    )
     gr.on([editor.change, feather.change], look, [editor, feather], seen, trigger_mode="always_last", **QUIET)
     return Inpaint(editor, here)
 

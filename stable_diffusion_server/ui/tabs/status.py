@@ -6,11 +6,12 @@ from typing import Any
 
 import gradio as gr
 
-from stable_diffusion_server.ui import standing, telling
-from stable_diffusion_server.ui.desk import RefusedError
-from stable_diffusion_server.ui.desks import Desks
-from stable_diffusion_server.ui.tabs.fields import QUIET
-from stable_diffusion_server.ui.tabs.panel import desk_of
+from stable_diffusion_server.ui.client import RefusedError
+from stable_diffusion_server.ui.client_factory import Desks
+from stable_diffusion_server.ui.html import progress
+from stable_diffusion_server.ui.html import status as standing
+from stable_diffusion_server.ui.tabs.controls import QUIET
+from stable_diffusion_server.ui.tabs.results_panel import desk_of
 
 _SECONDS = 3
 
@@ -25,7 +26,7 @@ def tab(desks: Desks, tabs: gr.Tabs, opened: gr.Tab) -> None:
         try:
             return standing.page(await desk.readiness(), await desk.figures(), await desk.jobs())
         except RefusedError as error:
-            return telling.alert(error.detail)
+            return progress.alert(error.detail)
 
     def wind(event: gr.SelectData) -> Any:
         return gr.Timer(active=event.value == opened.label)

@@ -10,11 +10,12 @@ import gradio as gr
 from starlette.requests import Request
 
 from stable_diffusion_server.errors import ServerError
-from stable_diffusion_server.ui import following, telling
-from stable_diffusion_server.ui.asking import UnfitError
-from stable_diffusion_server.ui.desk import Desk, RefusedError, Wish
-from stable_diffusion_server.ui.desks import Desks
-from stable_diffusion_server.ui.tabs.fields import QUIET, Fields, Slots
+from stable_diffusion_server.ui import job_updates
+from stable_diffusion_server.ui.client import Desk, RefusedError, Wish
+from stable_diffusion_server.ui.client_factory import Desks
+from stable_diffusion_server.ui.forms import UnfitError
+from stable_diffusion_server.ui.html import progress
+from stable_diffusion_server.ui.tabs.controls import QUIET, Fields, Slots
 
 Outputs = tuple[Any, ...]
 
@@ -72,10 +73,10 @@ class Panel:
         buttons = [self.fields.seed, self.kept, self.draw, self.cancel, self.fields.more]
         return [*pictures, *buttons, *self.slots.below.values()]
 
-    def outputs_of(self, shown: following.Shown) -> Outputs:
+    def outputs_of(self, shown: job_updates.Shown) -> Outputs:
         """What a moment of drawing changes."""
         changed = shown.fresh or shown.over
-        refused = telling.refusal(shown.refused, shown.faults, self.slots.below) if shown.refused else ""
+        refused = progress.refusal(shown.refused, shown.faults, self.slots.below) if shown.refused else ""
         opened = shown.over and any(name in _IN_MORE for name, _ in shown.faults)
         return (
             refused + shown.told,
@@ -160,12 +161,12 @@ def wire(
                 *(first if value is None else value for value, first in zip(values, firsts, strict=True)),
             )
         except UnfitError as error:
-            yield here.outputs_of(following.Shown(refused=str(error), faults=((error.field, str(error)),), over=True))
+            yield here.outputs_of(job_updates.Shown(refused=str(error), faults=((error.field, str(error)),), over=True))
             return
         except ServerError as error:
-            yield here.outputs_of(following.Shown(refused=error.detail, faults=error.faults, over=True))
+            yield here.outputs_of(job_updates.Shown(refused=error.detail, faults=error.faults, over=True))
             return
-        drawing = following.draw(desk_of(desks, request), wishes)
+        drawing = job_updates.draw(desk_of(desks, request), wishes)
         del wishes  # they hold whole pictures
         async for shown in drawing:
             yield here.outputs_of(shown)
@@ -175,12 +176,12 @@ def wire(
             try:
                 await desk_of(desks, request).cancel(job)
             except RefusedError as error:
-                return telling.alert(error.detail)
+                return progress.alert(error.detail)
         return gr.skip()
 
     async def resume(request: gr.Request, jobs: list[str] | None) -> AsyncIterator[Outputs]:
         yield (gr.skip(),) * len(here.outputs)  # whoever says nothing empties everything
-        async for shown in following.resume(desk_of(desks, request), jobs or []):
+        async for shown in job_updates.resume(desk_of(desks, request), jobs or []):
             yield here.outputs_of(shown)
 
     blocks.load(resume, here.kept, here.outputs, **QUIET)

@@ -9,12 +9,13 @@ from typing import Any
 import gradio as gr
 
 from stable_diffusion_server.errors import ServerError
-from stable_diffusion_server.ui import asking, masks, telling
-from stable_diffusion_server.ui.desk import Wish
-from stable_diffusion_server.ui.desks import Desks
-from stable_diffusion_server.ui.intake import Intake
-from stable_diffusion_server.ui.tabs import panel, ways
-from stable_diffusion_server.ui.tabs.fields import QUIET, Slots, common_of, fields, prompt_box
+from stable_diffusion_server.ui import forms, masks
+from stable_diffusion_server.ui.client import Wish
+from stable_diffusion_server.ui.client_factory import Desks
+from stable_diffusion_server.ui.html import progress
+from stable_diffusion_server.ui.image_intake import Intake
+from stable_diffusion_server.ui.tabs import navigation, results_panel
+from stable_diffusion_server.ui.tabs.controls import QUIET, Slots, common_of, fields, prompt_box
 from stable_diffusion_server.ui.tabs.picture_field import picture_field, settled, tokens_of
 
 
@@ -23,7 +24,7 @@ class Restyle:
     """What others touch: the picture to start from, and the panel."""
 
     image: gr.HTML
-    panel: panel.Panel
+    panel: results_panel.Panel
 
 
 def tab(desks: Desks, intake: Intake, blocks: gr.Blocks) -> Restyle:
@@ -34,8 +35,8 @@ def tab(desks: Desks, intake: Intake, blocks: gr.Blocks) -> Restyle:
             image = picture_field("Picture", paints=False, elem_id=slots.id_of("image_file"))
             slots.slot("image_file")
             prompt = prompt_box(slots, "What should it become?")
-            draw, cancel = panel.buttons()
-        at = panel.place(telling.EMPTY_RESTYLE)
+            draw, cancel = results_panel.buttons()
+        at = results_panel.place(progress.EMPTY_RESTYLE)
         with gr.Column(elem_classes="sds-settings"):
             strength = gr.Slider(
                 0,
@@ -51,20 +52,22 @@ def tab(desks: Desks, intake: Intake, blocks: gr.Blocks) -> Restyle:
             chosen = fields(slots, prompt)
     with at.results:
         beside = gr.HTML()
-    here = panel.panel(slots, draw, cancel, chosen, at, beside=True)
-    ways.compare(here, beside, image)
+    here = results_panel.panel(slots, draw, cancel, chosen, at, beside=True)
+    navigation.compare(here, beside, image)
 
     async def wishes(
         owner: str, value: str | None, strength: float, canny: bool, low: float, high: float, *values: Any
     ) -> list[Wish]:
         picture, _ = tokens_of(value)
         if not picture:
-            raise asking.UnfitError("image_file", "Choose a picture to start from first.")
+            raise forms.UnfitError("image_file", "Choose a picture to start from first.")
         file = intake.file(owner, picture)
-        return asking.restyle(common_of(*values), file, strength, canny=canny, low=low, high=high)
+        return forms.restyle(common_of(*values), file, strength, canny=canny, low=low, high=high)
 
     inputs = [image, strength, *edges, *chosen.inputs]
-    panel.wire(desks, blocks, here, [draw.click, prompt.submit], inputs, wishes, settled(slots.id_of("image_file")))
+    results_panel.wire(
+        desks, blocks, here, [draw.click, prompt.submit], inputs, wishes, settled(slots.id_of("image_file"))
+    )
     return Restyle(image, here)
 
 
@@ -92,9 +95,9 @@ def _edges(desks: Desks, intake: Intake, slots: Slots, image: gr.HTML) -> tuple[
             return ""
         try:
             made = partial(masks.edges, low=int(low), high=int(high))
-            return telling.figure("Edges", await intake.work(panel.owner_of(desks, request), [picture], made))
+            return progress.figure("Edges", await intake.work(results_panel.owner_of(desks, request), [picture], made))
         except ServerError as error:
-            return telling.alert(error.detail)
+            return progress.alert(error.detail)
 
     canny.input(lambda canny: gr.Column(visible=canny), canny, more, **QUIET)
     gr.on(

@@ -13,7 +13,7 @@ import httpx
 
 from stable_diffusion_server.concurrency.fair_queue import FairQueue
 from stable_diffusion_server.errors import Overasked
-from stable_diffusion_server.ui.turns import visitor_queue
+from stable_diffusion_server.ui.work_queue import visitor_queue
 
 Job = dict[str, Any]
 Files = Mapping[str, bytes]

@@ -9,9 +9,9 @@ import httpx
 from starlette.requests import Request
 
 from stable_diffusion_server.concurrency.fair_queue import FairQueue
-from stable_diffusion_server.ui.desk import Client, Desk
-from stable_diffusion_server.ui.guests import Guests
-from stable_diffusion_server.ui.turns import visitor_queue
+from stable_diffusion_server.ui.client import Client, Desk
+from stable_diffusion_server.ui.sessions import Guests
+from stable_diffusion_server.ui.work_queue import visitor_queue
 
 COOKIE = "studio"
 

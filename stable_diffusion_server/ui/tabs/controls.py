@@ -8,8 +8,9 @@ from typing import Any
 
 import gradio as gr
 
-from stable_diffusion_server.ui import offering, telling
-from stable_diffusion_server.ui.asking import MOST_AT_ONCE, SEED_END, Common
+from stable_diffusion_server.ui import model_options
+from stable_diffusion_server.ui.forms import MOST_AT_ONCE, SEED_END, Common
+from stable_diffusion_server.ui.html import progress
 
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 
@@ -33,7 +34,7 @@ class Slots:
     def told(self, faults: tuple[tuple[str, str], ...]) -> list[str]:
         """What stands in each slot; nothing where nothing is wrong."""
         wrong = dict(reversed(faults))
-        return [telling.fault(self.tab, name, wrong[name]) if name in wrong else "" for name in self.below]
+        return [progress.fault(self.tab, name, wrong[name]) if name in wrong else "" for name in self.below]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,10 +88,10 @@ def fields(slots: Slots, prompt: gr.Textbox) -> Fields:
     """Lay the fields out here, below a prompt."""
     count = gr.Slider(1, MOST_AT_ONCE, 1, step=1, label="How many", elem_id=slots.id_of("count"))
     seed, keep = _seed(slots)
-    model = gr.Dropdown(offering.choices(()), value="", label="Model", elem_id=slots.id_of("model"))
+    model = gr.Dropdown(model_options.choices(()), value="", label="Model", elem_id=slots.id_of("model"))
     slots.slot("model")
     with gr.Accordion("More: negative prompt, steps, guidance", open=False) as more:
-        steps_hint, guidance_hint, use = offering.habits({"name": ""})
+        steps_hint, guidance_hint, use = model_options.habits({"name": ""})
         negative = gr.Textbox(
             label="Not in the picture", info=use, max_length=4000, elem_id=slots.id_of("negative_prompt")
         )
@@ -129,9 +130,9 @@ def _seed(slots: Slots) -> tuple[gr.Textbox, gr.Checkbox]:
     return seed, keep
 
 
-def habits_of(models: offering.Models, name: str) -> list[Any]:
+def habits_of(models: model_options.Models, name: str) -> list[Any]:
     """The fields that change with the model, told how it draws where nothing is said."""
-    steps, guidance, use = offering.habits(offering.chosen(models, name) or {"name": name})
+    steps, guidance, use = model_options.habits(model_options.chosen(models, name) or {"name": name})
     return [gr.Textbox(placeholder=steps), gr.Textbox(placeholder=guidance), gr.Textbox(info=use)]
 
 

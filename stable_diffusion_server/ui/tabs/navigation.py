@@ -9,14 +9,15 @@ from typing import Any
 import gradio as gr
 
 from stable_diffusion_server.errors import ServerError
-from stable_diffusion_server.ui import offering, recounting, telling
-from stable_diffusion_server.ui.desk import RefusedError
-from stable_diffusion_server.ui.desks import Desks
-from stable_diffusion_server.ui.intake import Intake
+from stable_diffusion_server.ui import model_options
+from stable_diffusion_server.ui.client import RefusedError
+from stable_diffusion_server.ui.client_factory import Desks
+from stable_diffusion_server.ui.html import details, progress
+from stable_diffusion_server.ui.image_intake import Intake
+from stable_diffusion_server.ui.tabs.controls import QUIET
 from stable_diffusion_server.ui.tabs.create import Create
-from stable_diffusion_server.ui.tabs.fields import QUIET
-from stable_diffusion_server.ui.tabs.panel import Panel, desk_of, owner_of
 from stable_diffusion_server.ui.tabs.picture_field import tokens_of
+from stable_diffusion_server.ui.tabs.results_panel import Panel, desk_of, owner_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,7 @@ def compare(here: Panel, beside: gr.HTML, before: gr.HTML) -> None:
         picture, _ = tokens_of(value)
         if not picture or chosen >= len(shown):
             return ""
-        return telling.before_and_after(f"pictures/{picture}", str(shown[chosen]["path"]))
+        return progress.before_and_after(f"pictures/{picture}", str(shown[chosen]["path"]))
 
     gr.on([here.shown.change, here.chosen.change], both, [here.shown, here.chosen, before], beside, **QUIET)
 
@@ -46,13 +47,13 @@ def onward(desks: Desks, intake: Intake, shown: gr.State, chosen: gr.State, told
     def button(tab: str, label: str, target: gr.HTML) -> None:
         async def send(request: gr.Request, shown: list[Any], chosen: int) -> tuple[Any, Any, Any]:
             if not 0 <= chosen < len(shown):
-                return gr.skip(), gr.skip(), telling.alert("There is no picture to take along yet.")
+                return gr.skip(), gr.skip(), progress.alert("There is no picture to take along yet.")
             try:
                 owner = owner_of(desks, request)
                 with intake.place(owner):
                     taken = await intake.take(owner, await desk_of(desks, request).picture(shown[chosen]["path"]))
             except (RefusedError, ServerError) as error:
-                return gr.skip(), gr.skip(), telling.alert(error.detail)
+                return gr.skip(), gr.skip(), progress.alert(error.detail)
             return taken.token, gr.Tabs(selected=tab), gr.skip()
 
         gr.Button(label, size="sm", min_width=90).click(send, [shown, chosen], [target, ways.tabs, told], **QUIET)
@@ -74,14 +75,14 @@ def _back(desks: Desks, again: gr.Button, at: tuple[Any, ...], ways: Ways) -> No
     async def use(request: gr.Request, shown: list[Any], chosen: int) -> tuple[Any, ...]:
         nothing = (gr.skip(),) * (len(outputs) - 1)
         if not 0 <= chosen < len(shown):
-            return *nothing, telling.alert("There is no picture to take settings from yet.")
+            return *nothing, progress.alert("There is no picture to take settings from yet.")
         try:
             record = (await desk_of(desks, request).record(shown[chosen]["key"]))["record"]
         except RefusedError as error:
-            return *nothing, telling.alert(error.detail)
-        was = recounting.settings(record)
+            return *nothing, progress.alert(error.detail)
+        was = details.settings(record)
         texts = [was[name] for name in ("prompt", "model", "negative", "steps", "guidance", "seed")]
-        size = offering.preset(was["width"], was["height"]), was["width"], was["height"]
+        size = model_options.preset(was["width"], was["height"]), was["width"], was["height"]
         return *texts, True, *size, gr.Tabs(selected="create"), gr.skip()
 
     again.click(use, [shown, chosen], outputs, **QUIET)

@@ -7,7 +7,7 @@ from datetime import datetime
 from html import escape
 from typing import Any
 
-from stable_diffusion_server.ui import telling
+from stable_diffusion_server.ui.html import progress
 
 _TASKS = {"text_to_image": "Created", "image_to_image": "Restyled", "inpaint": "Inpainted"}
 
@@ -35,7 +35,7 @@ def page(entry: Mapping[str, Any], record: Mapping[str, Any]) -> str:
         "Strength": whole.get("strength") if whole.get("task") != "text_to_image" else None,
         how: _when(whole.get("drawn_at")),
     }
-    return telling.facts({name: str(value) for name, value in rows.items() if value not in (None, "")})
+    return progress.facts({name: str(value) for name, value in rows.items() if value not in (None, "")})
 
 
 def settings(record: Mapping[str, Any]) -> dict[str, Any]:

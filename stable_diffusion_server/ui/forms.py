@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from stable_diffusion_server.ui.desk import Wish
+from stable_diffusion_server.ui.client import Wish
 
 CREATE, RESTYLE = "/create_and_upload_image", "/style_transfer_bytes_and_upload_image"
 INPAINT = "/inpaint_and_upload_image"

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from html import escape
 from typing import Any
 
-from stable_diffusion_server.ui import telling
+from stable_diffusion_server.ui.html import progress
 
 Job = Mapping[str, Any]
 
@@ -68,7 +68,7 @@ def _figure(name: str, value: float) -> str:
 def _work(jobs: Sequence[Job]) -> str:
     """What is drawn and waits of the visitor's own."""
     under_way = [job for job in jobs if job["state"] in ("queued", "running")]
-    rows = "".join(f"<li>{escape(telling.sentence(job))}</li>" for job in under_way)
+    rows = "".join(f"<li>{escape(progress.sentence(job))}</li>" for job in under_way)
     return f"<p>Yours:</p><ul>{rows}</ul>" if rows else ""
 
 
@@ -76,7 +76,7 @@ def _card(model: Mapping[str, Any]) -> str:
     """A model's facts."""
     rows = {label: _told(name, model[name]) for name, label in _FACTS.items() if model.get(name) not in (None, "", [])}
     usual = " (draws where none is named)" if model.get("usual") else ""
-    return f'<div class="sds-card"><h3>{escape(str(model["name"]))}{usual}</h3>{telling.facts(rows)}</div>'
+    return f'<div class="sds-card"><h3>{escape(str(model["name"]))}{usual}</h3>{progress.facts(rows)}</div>'
 
 
 def _told(name: str, value: Any) -> str:
@@ -89,7 +89,7 @@ def _told(name: str, value: Any) -> str:
 
 def _failures(jobs: Sequence[Job]) -> str:
     failed = [job for job in jobs if job["state"] == "failed"][:_MOST_FAULTS]
-    rows = "".join(f"<li>{escape(_when(job) + telling.sentence(job))}</li>" for job in failed)
+    rows = "".join(f"<li>{escape(_when(job) + progress.sentence(job))}</li>" for job in failed)
     return f"<ul>{rows}</ul>" if rows else "<p>None.</p>"
 
 

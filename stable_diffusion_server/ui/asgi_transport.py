@@ -10,7 +10,7 @@ from urllib.parse import unquote
 import httpx
 from starlette.types import ASGIApp, Message, Scope
 
-from stable_diffusion_server.ui.desk import Client
+from stable_diffusion_server.ui.client import Client
 
 _AHEAD = 32
 # So long an application that was told to end is waited for; one that waits for a thread ends with that.

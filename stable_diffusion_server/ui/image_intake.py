@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from stable_diffusion_server.errors import Overasked
-from stable_diffusion_server.ui.turns import visitor_queue
-from stable_diffusion_server.ui.uploads import UploadStore
+from stable_diffusion_server.ui.upload_store import UploadStore
+from stable_diffusion_server.ui.work_queue import visitor_queue
 
 T = TypeVar("T")
 Pixels = NDArray[np.uint8]

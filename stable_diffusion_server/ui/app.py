@@ -17,11 +17,11 @@ from starlette.responses import RedirectResponse, Response
 from starlette.types import Message, Receive, Scope, Send
 
 from stable_diffusion_server.errors import Forbidden, InvalidInput, Malformed, NotFound, ServerError, UnsupportedMedia
-from stable_diffusion_server.ui import pages
-from stable_diffusion_server.ui.bodies import read_body
-from stable_diffusion_server.ui.desk import RefusedError
-from stable_diffusion_server.ui.desks import COOKIE, Desks, client_of
+from stable_diffusion_server.ui import static_pages
+from stable_diffusion_server.ui.client import RefusedError
+from stable_diffusion_server.ui.client_factory import COOKIE, Desks, client_of
 from stable_diffusion_server.ui.problems import problem
+from stable_diffusion_server.ui.request_body import read_body
 from stable_diffusion_server.ui.upload_routes import UploadRoutes
 
 _log = structlog.get_logger(__name__)
@@ -97,15 +97,15 @@ class Entrance:
         if self._desks.guests.key_of(request.cookies.get(COOKIE, "")) is not None:
             return None
         if request.method != "POST" or request.url.path != "/ui/key":
-            return pages.key_wanted()
+            return static_pages.key_wanted()
         try:
             key = await _key_sent(request)
             await self._desks.at(str(request.base_url), key, client_of(request)).jobs()
         except RefusedError as error:
             wrong = error.status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)
-            return pages.key_wanted(_WRONG if wrong else error.detail)
+            return static_pages.key_wanted(_WRONG if wrong else error.detail)
         except ServerError as error:
-            return pages.key_wanted(error.detail)
+            return static_pages.key_wanted(error.detail)
         answer = RedirectResponse("/ui/", HTTPStatus.SEE_OTHER)
         secure = request.url.scheme == "https"
         token = self._desks.guests.welcome(key)
@@ -119,11 +119,11 @@ class Entrance:
         if request.headers.get("sec-fetch-dest", "") not in _OPENING:
             return problem(Forbidden("The page is not opened as a part of another one."))
         if self._fault:
-            return pages.closed(self._fault)
+            return static_pages.closed(self._fault)
         if self._opening is None:
             ready = asyncio.Event()
             self._opening = asyncio.create_task(self._open(ready))
-        return pages.opening()
+        return static_pages.opening()
 
     async def _open(self, ready: asyncio.Event) -> None:
         """Build the studio, and keep it open until the server ends."""

@@ -11,16 +11,17 @@ from fastapi import FastAPI
 from limits import RateLimitItem
 from starlette.types import Scope
 
-from stable_diffusion_server.ui import offering
-from stable_diffusion_server.ui.desk import RefusedError
-from stable_diffusion_server.ui.desks import Desks
-from stable_diffusion_server.ui.events import events_of
-from stable_diffusion_server.ui.guard import GradioGuard
-from stable_diffusion_server.ui.intake import Intake
-from stable_diffusion_server.ui.tabs import create, history, inpaint, look, restyle, status
-from stable_diffusion_server.ui.tabs.fields import QUIET, habits_of
-from stable_diffusion_server.ui.tabs.panel import Panel, desk_of
-from stable_diffusion_server.ui.tabs.ways import Ways, onward
+from stable_diffusion_server.ui import model_options
+from stable_diffusion_server.ui.client import RefusedError
+from stable_diffusion_server.ui.client_factory import Desks
+from stable_diffusion_server.ui.gradio_events import events_of
+from stable_diffusion_server.ui.gradio_guard import GradioGuard
+from stable_diffusion_server.ui.image_intake import Intake
+from stable_diffusion_server.ui.tabs import create, history, img2img, inpaint, status
+from stable_diffusion_server.ui.tabs import theme as look
+from stable_diffusion_server.ui.tabs.controls import QUIET, habits_of
+from stable_diffusion_server.ui.tabs.navigation import Ways, onward
+from stable_diffusion_server.ui.tabs.results_panel import Panel, desk_of
 
 _log = structlog.get_logger(__name__)
 
@@ -90,7 +91,7 @@ def _tabs(desks: Desks, intake: Intake, blocks: gr.Blocks) -> tuple[create.Creat
         with gr.Tab("Create", id="create"):
             creating = create.tab(desks, blocks)
         with gr.Tab("Restyle", id="restyle"):
-            restyling = restyle.tab(desks, intake, blocks)
+            restyling = img2img.tab(desks, intake, blocks)
         with gr.Tab("Inpaint", id="inpaint"):
             painting = inpaint.tab(desks, intake, blocks)
         with gr.Tab("History", id="history") as past:
@@ -122,13 +123,13 @@ def _offer(
             told = (await desk_of(desks, request).readiness()).get("models", [])
         except RefusedError:
             told = []
-        side = offering.side(offering.chosen(told, ""))
-        names = [history.EVERY, *((name, name) for name in offering.names(told))]
-        habits = (gr.Dropdown(choices=offering.choices(told), value=""), *habits_of(told, ""))
+        side = model_options.side(model_options.chosen(told, ""))
+        names = [history.EVERY, *((name, name) for name in model_options.names(told))]
+        habits = (gr.Dropdown(choices=model_options.choices(told), value=""), *habits_of(told, ""))
         return (
             told,
-            gr.Dataset(samples=[[text] for text in offering.prompts(told)]),
-            gr.Markdown(offering.words(told)),
+            gr.Dataset(samples=[[text] for text in model_options.prompts(told)]),
+            gr.Markdown(model_options.words(told)),
             *(f"{side}x{side}", side, side),
             gr.Dropdown(choices=names, value=""),
             *habits * len(panels),

@@ -10,8 +10,8 @@ from typing import Any
 
 import httpx
 
-from stable_diffusion_server.ui import telling
-from stable_diffusion_server.ui.desk import Desk, Job, RefusedError, Wish
+from stable_diffusion_server.ui.client import Desk, Job, RefusedError, Wish
+from stable_diffusion_server.ui.html import progress as telling
 
 # A browser that is told more often than this shows no more.
 _PAUSE = 0.12

@@ -16,9 +16,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from stable_diffusion_server.concurrency.moving_windows import MovingWindows
 from stable_diffusion_server.errors import InvalidInput, NotFound, Overasked, ServerError
-from stable_diffusion_server.ui.bodies import read_body
-from stable_diffusion_server.ui.events import SESSION, Events, sanitized
+from stable_diffusion_server.ui.gradio_events import SESSION, Events, sanitized
 from stable_diffusion_server.ui.problems import problem
+from stable_diffusion_server.ui.request_body import read_body
 
 EVENT_BYTES = 65_536
 # Streams that one visitor may hold open: two for each page that is looked at.

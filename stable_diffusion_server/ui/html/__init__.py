@@ -1,0 +1,1 @@
+"""HTML fragments: progress, image details, status page."""
