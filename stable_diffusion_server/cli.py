@@ -14,7 +14,7 @@ from urllib.parse import quote
 import uvicorn
 
 from stable_diffusion_server import __version__
-from stable_diffusion_server.http_protocol import BoundedProtocol
+from stable_diffusion_server.app.http_protocol import BoundedProtocol
 from stable_diffusion_server.settings import Settings
 from stable_diffusion_server.settings.reading import SettingsError, describe_settings, read_settings
 
@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _run(settings: Settings, given: argparse.Namespace) -> None:
     # Imported after the settings were read, so that a wrong one is told at once.
-    from stable_diffusion_server import commands
+    from stable_diffusion_server.app import commands
 
     match given.command:
         case "draw":
@@ -109,7 +109,7 @@ def serve() -> None:
     settings = _settings()
     # Imported after the settings were read, so that a wrong one is told at once.
     from stable_diffusion_server.app import create_app
-    from stable_diffusion_server.app.settling import settle, tend_heap
+    from stable_diffusion_server.app.process_tuning import settle, tend_heap
 
     def announce() -> None:
         sys.stdout.write(welcome(settings, port))

@@ -14,8 +14,8 @@ import uvicorn
 from fakes import PaintedSquares, settings_in, until
 
 from stable_diffusion_server.app import create_app
+from stable_diffusion_server.app.http_protocol import BoundedProtocol
 from stable_diffusion_server.cli import _listen
-from stable_diffusion_server.http_protocol import BoundedProtocol
 
 
 @dataclass

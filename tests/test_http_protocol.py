@@ -17,7 +17,7 @@ from fakes import until
 from live_servers import Live
 from starlette.types import Receive, Scope, Send
 
-from stable_diffusion_server.http_protocol import FREE_CHUNKS, LEAST_CHUNK_BYTES, BoundedProtocol
+from stable_diffusion_server.app.http_protocol import FREE_CHUNKS, LEAST_CHUNK_BYTES, BoundedProtocol
 from stable_diffusion_server.observability.logs import LibraryLines, configure_logging
 
 SMALL = b"1\r\n \r\n"

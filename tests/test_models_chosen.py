@@ -13,7 +13,7 @@ from fakes import PaintedSquares, lora_file, settings_in, until
 from fastapi.testclient import TestClient
 
 from stable_diffusion_server.app import create_app
-from stable_diffusion_server.app.drawing import Loaded
+from stable_diffusion_server.app.models import Loaded
 from stable_diffusion_server.settings import Settings
 
 Making = Callable[..., House]

@@ -13,7 +13,7 @@ from conftest import House
 from fakes import until
 from storage_servers import KEYS, StorageServer, make_s3_bucket
 
-from stable_diffusion_server import commands
+from stable_diffusion_server.app import commands
 from stable_diffusion_server.storage.dead_letters import DeadLetters
 from stable_diffusion_server.storage.memory import MemoryBucket
 from stable_diffusion_server.storage.spool import Spool

@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT
 from fakes import until
 
-from stable_diffusion_server.app.stopping import POISONED
+from stable_diffusion_server.app.lifecycle import POISONED
 
 # Counts its starts in a file, then does what it is told to.
 PROGRAM = """

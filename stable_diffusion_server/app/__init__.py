@@ -14,14 +14,14 @@ from fastapi import FastAPI
 from stable_diffusion_server import __version__
 from stable_diffusion_server.api import problems
 from stable_diffusion_server.api.routes import health
-from stable_diffusion_server.app.doors import add_doors, add_middleware, add_replay
-from stable_diffusion_server.app.drawing import Loaded, Models, build_engine, build_readers, options_of
-from stable_diffusion_server.app.figures import show
-from stable_diffusion_server.app.fulfilling import build_service
-from stable_diffusion_server.app.jobs import build_jobs
-from stable_diffusion_server.app.stopping import ClosesWhileStopping, Shutdown, drained_by_signals, leave_soon
+from stable_diffusion_server.app.http import add_doors, add_middleware, add_replay
+from stable_diffusion_server.app.job_services import build_jobs
+from stable_diffusion_server.app.lifecycle import ClosesWhileStopping, Shutdown, drained_by_signals, leave_soon
+from stable_diffusion_server.app.metrics import show
+from stable_diffusion_server.app.models import Loaded, Models, build_engine, build_readers, options_of
+from stable_diffusion_server.app.services import build_service
 from stable_diffusion_server.app.storage import Stores
-from stable_diffusion_server.app.studio import add_studio, key_of_visitor
+from stable_diffusion_server.app.ui import add_studio, key_of_visitor
 from stable_diffusion_server.engine import Phase
 from stable_diffusion_server.generation.service import Service
 from stable_diffusion_server.imaging.sandbox.pool import Decoder

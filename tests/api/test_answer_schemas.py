@@ -14,7 +14,7 @@ from fakes import disc, file_of, settings_in, until
 from jsonschema import Draft202012Validator
 
 from stable_diffusion_server.api.openapi.responses import SCHEMAS
-from stable_diffusion_server.app.drawing import Loaded
+from stable_diffusion_server.app.models import Loaded
 
 _ASKED = {"prompt": "a red square", "width": 64, "height": 64}
 _BY_JOB = {"Prefer": "respond-async"}

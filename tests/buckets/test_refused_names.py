@@ -24,7 +24,7 @@ from storage_servers import (
     s3_client,
 )
 
-from stable_diffusion_server import commands
+from stable_diffusion_server.app import commands
 from stable_diffusion_server.errors import InvalidInput, StorageRefused, StorageUnavailable
 from stable_diffusion_server.storage.dead_letters import DeadLetters
 

@@ -18,8 +18,8 @@ from fastapi.testclient import TestClient
 from squares import Cramped, PaintedSquares, Poisonous
 
 from stable_diffusion_server.app import create_app
-from stable_diffusion_server.app.settling import settle
-from stable_diffusion_server.app.stopping import POISONED
+from stable_diffusion_server.app.lifecycle import POISONED
+from stable_diffusion_server.app.process_tuning import settle
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -53,7 +53,7 @@ def test_a_poisoned_device_is_told_and_the_process_is_to_be_replaced(tmp_path: P
 
 def test_a_process_whose_device_is_lost_leaves_with_its_own_status() -> None:
     """So that a watchdog can tell it from an ordinary end, whatever threads still wait for the device."""
-    code = "from stable_diffusion_server.app.stopping import leave_soon; import time; leave_soon(); time.sleep(60)"
+    code = "from stable_diffusion_server.app.lifecycle import leave_soon; import time; leave_soon(); time.sleep(60)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60, check=False)  # noqa: S603  # our own
     assert done.returncode == POISONED == 86
 

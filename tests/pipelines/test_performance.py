@@ -14,7 +14,7 @@ import torch
 from diffusers.models.upsampling import Upsample2D
 from drawing import draw, job_for
 
-from stable_diffusion_server.app.warming import warm_up
+from stable_diffusion_server.app.warmup import warm_up
 from stable_diffusion_server.engine import Abilities
 from stable_diffusion_server.pipelines.acceleration.apply import LEVELS, Part, parts_of
 from stable_diffusion_server.pipelines.acceleration.onednn import OneDnnConv2d, OneDnnLinear, OneDnnUpsample, use_onednn

@@ -6,7 +6,7 @@ import platform
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from stable_diffusion_server.app.drawing import Loaded
+from stable_diffusion_server.app.models import Loaded
 from stable_diffusion_server.app.storage import Stores
 from stable_diffusion_server.engine import Engine
 from stable_diffusion_server.jobs.manager import Jobs

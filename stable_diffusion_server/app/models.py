@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import structlog
 
-from stable_diffusion_server.app.warming import warm_up
+from stable_diffusion_server.app.warmup import warm_up
 from stable_diffusion_server.engine import Abilities, Denoiser, Engine
 from stable_diffusion_server.errors import NotReady, WeightsUnusable
 from stable_diffusion_server.generation.limits import Limits

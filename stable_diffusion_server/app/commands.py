@@ -14,7 +14,7 @@ from uuid import uuid4
 import httpx
 
 from stable_diffusion_server.app import create_app
-from stable_diffusion_server.app.drawing import Loaded
+from stable_diffusion_server.app.models import Loaded
 from stable_diffusion_server.engine import Phase
 from stable_diffusion_server.errors import StorageUnavailable
 from stable_diffusion_server.pipelines.catalog import REAL_MODELS

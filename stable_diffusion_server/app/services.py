@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from stable_diffusion_server.app.drawing import Loaded
+from stable_diffusion_server.app.models import Loaded
 from stable_diffusion_server.app.storage import Stores
 from stable_diffusion_server.engine import Engine
 from stable_diffusion_server.generation.resolver import Options
