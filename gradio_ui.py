@@ -18,7 +18,7 @@ from stable_diffusion_server.api.middleware.access_policy import Policy
 from stable_diffusion_server.api.middleware.proxy_headers import Proxies
 from stable_diffusion_server.cli import main as command
 from stable_diffusion_server.imaging.sandbox.pool import Decoder
-from stable_diffusion_server.settings.surroundings import quieten_gradio
+from stable_diffusion_server.settings.library_env import quieten_gradio
 from stable_diffusion_server.ui import static_pages
 from stable_diffusion_server.ui.app import Entrance
 from stable_diffusion_server.ui.client_factory import Desks

@@ -4,7 +4,7 @@ import sys
 
 from stable_diffusion_server.app import create_app
 from stable_diffusion_server.app.process_tuning import settle
-from stable_diffusion_server.settings.reading import SettingsError, read_settings
+from stable_diffusion_server.settings.loader import SettingsError, read_settings
 
 try:
     settings = read_settings()

@@ -29,7 +29,7 @@ from starlette.types import Message, Scope
 from deploy.replicas import Claim, Hosted, ReplicaHealth, owner_of, ranked, sticks_to, work_of
 from stable_diffusion_server.app import create_app
 from stable_diffusion_server.app.process_tuning import settle
-from stable_diffusion_server.settings.reading import read_settings
+from stable_diffusion_server.settings.loader import read_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 APPLICATION, DEPLOYMENT = "draw", "Replica"

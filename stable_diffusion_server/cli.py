@@ -16,7 +16,7 @@ import uvicorn
 from stable_diffusion_server import __version__
 from stable_diffusion_server.app.http_protocol import BoundedProtocol
 from stable_diffusion_server.settings import Settings
-from stable_diffusion_server.settings.reading import SettingsError, describe_settings, read_settings
+from stable_diffusion_server.settings.loader import SettingsError, describe_settings, read_settings
 
 _PROMPT = "a red circle on a blue background"
 # The parameters of an order that `draw` takes, by their names at the doors.

@@ -18,7 +18,7 @@ from fakes import Canvas, Retouchers
 from stable_diffusion_server.app import create_app
 from stable_diffusion_server.app.http_protocol import BoundedProtocol
 from stable_diffusion_server.errors import DevicePoisoned
-from stable_diffusion_server.settings.reading import read_settings
+from stable_diffusion_server.settings.loader import read_settings
 from stable_diffusion_server.types import Job
 
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stable_diffusion_server.settings import Settings
-from stable_diffusion_server.settings.reading import SettingsError, describe_settings, read_settings
+from stable_diffusion_server.settings.loader import SettingsError, describe_settings, read_settings
 from stable_diffusion_server.storage.api import StorageOptions
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -121,7 +121,7 @@ def test_other_programs_variables_are_let_be(name: str, monkeypatch: pytest.Monk
 @given(st.sampled_from([name for name in Settings.model_fields if len(name) > 6]), st.data())
 def test_every_single_slip_is_recognised(name: str, data: st.DataObject) -> None:
     """Dropping any one letter of a setting's name gives the setting back as the one that was meant."""
-    from stable_diffusion_server.settings.reading import _misspelt
+    from stable_diffusion_server.settings.loader import _misspelt
 
     place = data.draw(st.integers(0, len(name) - 1))
     slip = name[:place] + name[place + 1 :]

@@ -19,7 +19,7 @@ from stable_diffusion_server.engine import Phase
 from stable_diffusion_server.errors import StorageUnavailable
 from stable_diffusion_server.pipelines.catalog import REAL_MODELS
 from stable_diffusion_server.settings import Settings
-from stable_diffusion_server.settings.surroundings import keep_compiled
+from stable_diffusion_server.settings.library_env import keep_compiled
 from stable_diffusion_server.storage.api import StorageOptions, check_bucket, object_key, open_bucket
 from stable_diffusion_server.storage.dead_letters import DeadLetters
 

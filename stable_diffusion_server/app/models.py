@@ -33,7 +33,7 @@ from stable_diffusion_server.pipelines.catalog import (
 from stable_diffusion_server.pipelines.conditioning.lora_folder import LoraFolder
 from stable_diffusion_server.pipelines.loading.weight_digest import WeightDigests
 from stable_diffusion_server.settings import Settings
-from stable_diffusion_server.settings.surroundings import keep_compiled
+from stable_diffusion_server.settings.library_env import keep_compiled
 
 _log = structlog.get_logger(__name__)
 

@@ -13,7 +13,7 @@ from starlette.requests import cookie_parser
 from starlette.routing import Route
 
 from stable_diffusion_server.settings import Settings
-from stable_diffusion_server.settings.surroundings import quieten_gradio
+from stable_diffusion_server.settings.library_env import quieten_gradio
 from stable_diffusion_server.ui import static_pages
 from stable_diffusion_server.ui.app import Entrance
 from stable_diffusion_server.ui.asgi_transport import Inside

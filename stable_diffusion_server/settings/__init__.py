@@ -6,9 +6,9 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from stable_diffusion_server.settings.bounds import Bounds
-from stable_diffusion_server.settings.doors import Doors
+from stable_diffusion_server.settings.http import Doors
 from stable_diffusion_server.settings.jobs import Jobs
+from stable_diffusion_server.settings.limits import Bounds
 from stable_diffusion_server.settings.models import Models
 from stable_diffusion_server.settings.storage import Storage
 

@@ -6,7 +6,7 @@ import base64
 
 from pydantic import Field, SecretStr, field_validator
 
-from stable_diffusion_server.settings.kinds import Group
+from stable_diffusion_server.settings.base import Group
 
 
 class Jobs(Group):

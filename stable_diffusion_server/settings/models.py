@@ -8,7 +8,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from stable_diffusion_server.settings.kinds import Group, Names
+from stable_diffusion_server.settings.base import Group, Names
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 # In the source tree its own folder; an installed package has none, and its user's is where the server is started.

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, field_validator
 
-from stable_diffusion_server.settings.kinds import Group
+from stable_diffusion_server.settings.base import Group
 
 
 class Storage(Group):

@@ -20,7 +20,7 @@ from stable_diffusion_server.pipelines.acceleration.apply import LEVELS, Part, p
 from stable_diffusion_server.pipelines.acceleration.onednn import OneDnnConv2d, OneDnnLinear, OneDnnUpsample, use_onednn
 from stable_diffusion_server.pipelines.catalog import MODELS
 from stable_diffusion_server.settings import Settings
-from stable_diffusion_server.settings.surroundings import keep_compiled
+from stable_diffusion_server.settings.library_env import keep_compiled
 
 
 @pytest.mark.parametrize("rows", [1, 31, 32, 500])

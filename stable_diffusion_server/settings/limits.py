@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator
 
-from stable_diffusion_server.settings.kinds import Group, Names
+from stable_diffusion_server.settings.base import Group, Names
 
 
 class Bounds(Group):

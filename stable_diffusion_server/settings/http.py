@@ -11,8 +11,8 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, field_validator
 
-from stable_diffusion_server.settings.keys import ApiKey, is_rate, parse_keys
-from stable_diffusion_server.settings.kinds import Group, Keys, Names
+from stable_diffusion_server.settings.api_keys import ApiKey, is_rate, parse_keys
+from stable_diffusion_server.settings.base import Group, Keys, Names
 
 
 class Doors(Group):
