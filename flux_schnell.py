@@ -8,11 +8,11 @@ import torch
 from stable_diffusion_server.errors import ServerError
 from stable_diffusion_server.generation.prompts import shorten_too_long_text
 from stable_diffusion_server.imaging.digital_source_type import DigitalSourceType, xmp_packet
-from stable_diffusion_server.imaging.processing import encode, plan_canvas, to_size
-from stable_diffusion_server.pipelines.catalog import facts_of
+from stable_diffusion_server.imaging.processing import crop_to_size, encode_image, plan_canvas
+from stable_diffusion_server.pipelines.catalog import spec_of
 from stable_diffusion_server.pipelines.families.flux import Flux
 from stable_diffusion_server.pipelines.loading.components import choose_device, load_pipeline
-from stable_diffusion_server.types import Format, Job, Task
+from stable_diffusion_server.types import DiffusionRequest, Format, Task
 
 FORMATS = {".webp": Format.WEBP, ".png": Format.PNG, ".jpg": Format.JPEG, ".jpeg": Format.JPEG}
 
@@ -42,10 +42,10 @@ def main() -> None:
 
 def draw(prompt: str, out: Path, steps: int, seed: int, width: int, height: int) -> bytes:
     """The encoded picture of `prompt`, `width` × `height` pixels, in the format `out` is named for."""
-    facts = facts_of("flux")
+    facts = spec_of("flux")
     flux = Flux(load_pipeline(facts, Path(__file__).parent / "models", choose_device("auto")), facts)
     canvas = plan_canvas(width, height, facts.native_pixels, facts.floor)
-    job = Job(
+    job = DiffusionRequest(
         task=Task.TEXT_TO_IMAGE,
         model=facts.name,
         revision=facts.revision,
@@ -63,9 +63,9 @@ def draw(prompt: str, out: Path, steps: int, seed: int, width: int, height: int)
         while not state.done:
             flux.step([state])
         pixels = flux.finish(state).pixels
-    sized = to_size(pixels, width, height, resample=canvas.resampled)
+    sized = crop_to_size(pixels, width, height, resample=canvas.resampled)
     record = {"prompt": prompt, "seed": seed, "model": facts.name}
-    return encode(sized, FORMATS[out.suffix.lower()], 85, record, xmp_packet(DigitalSourceType.GENERATED))
+    return encode_image(sized, FORMATS[out.suffix.lower()], 85, record, xmp_packet(DigitalSourceType.GENERATED))
 
 
 if __name__ == "__main__":

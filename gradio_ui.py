@@ -13,16 +13,16 @@ import uvicorn
 from fastapi import FastAPI
 from starlette.routing import Route
 
-from stable_diffusion_server.api.middleware.access import BodyLimit, Gate
-from stable_diffusion_server.api.middleware.access_policy import Policy
-from stable_diffusion_server.api.middleware.proxy_headers import Proxies
+from stable_diffusion_server.api.middleware.access import AccessMiddleware, BodyLimitMiddleware
+from stable_diffusion_server.api.middleware.access_policy import AccessPolicy
+from stable_diffusion_server.api.middleware.proxy_headers import TrustedProxies
 from stable_diffusion_server.cli import main as command
-from stable_diffusion_server.imaging.sandbox.pool import Decoder
+from stable_diffusion_server.imaging.sandbox.pool import DecoderPool
 from stable_diffusion_server.settings.library_env import quieten_gradio
 from stable_diffusion_server.ui import static_pages
-from stable_diffusion_server.ui.app import Entrance
-from stable_diffusion_server.ui.client_factory import Desks
-from stable_diffusion_server.ui.image_intake import Intake
+from stable_diffusion_server.ui.app import LazyUiApp
+from stable_diffusion_server.ui.client_factory import ApiClients
+from stable_diffusion_server.ui.image_intake import ImageIntake
 from stable_diffusion_server.ui.upload_routes import UploadRoutes
 from stable_diffusion_server.ui.upload_store import UploadStore
 
@@ -50,11 +50,11 @@ def main() -> None:
 
 def create_app(server: str, key: str) -> FastAPI:
     """The studio over `server`; the gate lets programs on this machine in, and no web page of others."""
-    desks = Desks(httpx.AsyncClient(), base=server, key=key)
+    desks = ApiClients(httpx.AsyncClient(), base=server, key=key)
 
-    policy = Policy()
-    decoder = Decoder(max_bytes=_FILE_BYTES, max_pixels=_PIXELS, max_side=_SIDE)
-    intake = Intake(decoder.decode, UploadStore(), _FILE_BYTES)
+    policy = AccessPolicy()
+    decoder = DecoderPool(max_bytes=_FILE_BYTES, max_pixels=_PIXELS, max_side=_SIDE)
+    intake = ImageIntake(decoder.decode, UploadStore(), _FILE_BYTES)
 
     def build() -> FastAPI:
         quieten_gradio(Path(tempfile.gettempdir()) / "studio")
@@ -65,7 +65,7 @@ def create_app(server: str, key: str) -> FastAPI:
 
     parts = urlsplit(server)
     sources = {f"{parts.scheme}://{parts.netloc}"}
-    entrance = Entrance(build, desks, UploadRoutes(intake), keyed=False, sources=sources)
+    entrance = LazyUiApp(build, desks, UploadRoutes(intake), keyed=False, sources=sources)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -76,9 +76,9 @@ def create_app(server: str, key: str) -> FastAPI:
     app = FastAPI(lifespan=lifespan, openapi_url=None)
     for path in ("/ui", "/ui/{rest:path}"):
         app.router.routes.append(Route(path, entrance))
-    app.router.routes.append(Route("/favicon.ico", static_pages.icon))
-    app.add_middleware(BodyLimit, policy=policy)
-    app.add_middleware(Gate, policy=policy, proxies=Proxies())
+    app.router.routes.append(Route("/favicon.ico", static_pages.favicon))
+    app.add_middleware(BodyLimitMiddleware, policy=policy)
+    app.add_middleware(AccessMiddleware, policy=policy, proxies=TrustedProxies())
     return app
 
 

@@ -3,7 +3,7 @@
 import sys
 
 from stable_diffusion_server.app import create_app
-from stable_diffusion_server.app.process_tuning import settle
+from stable_diffusion_server.app.process_tuning import freeze_gc
 from stable_diffusion_server.settings.loader import SettingsError, read_settings
 
 try:
@@ -11,4 +11,4 @@ try:
 except SettingsError as error:
     sys.exit(str(error))
 
-app = create_app(settings, settle=settle)
+app = create_app(settings, settle=freeze_gc)

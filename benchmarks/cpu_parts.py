@@ -18,12 +18,12 @@ import torch
 from benchmarks.contestants import FACTS, ROOT
 from benchmarks.loopback import say
 from benchmarks.tables import machine, table
-from stable_diffusion_server.pipelines.acceleration.apply import speed_up
+from stable_diffusion_server.pipelines.acceleration.apply import apply_optimizations
 from stable_diffusion_server.pipelines.acceleration.onednn import use_onednn
-from stable_diffusion_server.pipelines.conditioning.prompt_cache import Embeddings
+from stable_diffusion_server.pipelines.conditioning.prompt_cache import PromptCache
 from stable_diffusion_server.pipelines.families.sdxl import Sdxl
 from stable_diffusion_server.pipelines.loading.components import load_pipeline
-from stable_diffusion_server.types import Job, Task
+from stable_diffusion_server.types import DiffusionRequest, Task
 
 CPU = torch.device("cpu")
 SIDES, ROWS = (128, 256), (1, 8)
@@ -54,8 +54,8 @@ def family(way: str) -> Sdxl:
     elif way == "oneDNN":
         use_onednn(pipeline, None)
     elif way != "stock":
-        speed_up(pipeline, None, CPU, "safe")
-    return Sdxl(pipeline, FACTS, embeddings=Embeddings(0))
+        apply_optimizations(pipeline, None, CPU, "safe")
+    return Sdxl(pipeline, FACTS, embeddings=PromptCache(0))
 
 
 def parts(drawing: Any, rounds: int) -> dict[str, float]:
@@ -70,7 +70,7 @@ def parts(drawing: Any, rounds: int) -> dict[str, float]:
     return found
 
 
-def step_of(drawing: Any, jobs: list[Job]) -> Callable[[], None]:
+def step_of(drawing: Any, jobs: list[DiffusionRequest]) -> Callable[[], None]:
     """A step of states that were prepared outside of what is timed."""
     states = [drawing.prepare(job) for job in jobs]
     return lambda: drawing.step(states)
@@ -89,9 +89,9 @@ def least(work: Callable[[], Any], rounds: int) -> float:
     return min(seconds[1:])
 
 
-def job(side: int, seed: int) -> Job:
+def job(side: int, seed: int) -> DiffusionRequest:
     """A text-to-image job with guidance."""
-    return Job(
+    return DiffusionRequest(
         task=Task.TEXT_TO_IMAGE,
         model=FACTS.name,
         revision=FACTS.revision,

@@ -30,7 +30,7 @@ from PIL import Image, ImageFilter
 from stable_diffusion_server.errors import ServerError
 from stable_diffusion_server.imaging.formats import ALWAYS
 from stable_diffusion_server.imaging.sandbox import worker
-from stable_diffusion_server.imaging.sandbox.pool import Decoder
+from stable_diffusion_server.imaging.sandbox.pool import DecoderPool
 
 ROUNDS = int(sys.argv[1]) if len(sys.argv) > 1 else 15
 SIDES = (256, 512, 1024, 2048)
@@ -63,7 +63,7 @@ async def here(data: bytes) -> None:
 
 async def costs() -> None:
     """The table by kind and size."""
-    decoder = Decoder(**LIMITS, processes=1, seconds=60)
+    decoder = DecoderPool(**LIMITS, processes=1, seconds=60)
     say("| picture | file KB | here ms | in a child ms | costs ms | costs |\n| --- | --- | --- | --- | --- | --- |")
     for file_format in OPTIONS:
         for side in SIDES:
@@ -84,7 +84,7 @@ async def costs() -> None:
 
 async def first_picture() -> float:
     """Milliseconds to the first small picture of a pool, which starts its child."""
-    decoder, data = Decoder(**LIMITS, processes=1, seconds=60), picture(256, "PNG")
+    decoder, data = DecoderPool(**LIMITS, processes=1, seconds=60), picture(256, "PNG")
     seconds = await seconds_of(lambda: decoder.decode(data, "image"))
     await decoder.close()
     return 1000 * seconds
@@ -92,7 +92,7 @@ async def first_picture() -> float:
 
 async def mischief(what: str, data: bytes, program: str, seconds: float) -> None:
     """One line: how a bad picture is answered, and how soon the next good one is decoded."""
-    decoder = Decoder(**LIMITS, processes=1, seconds=seconds, program=program)
+    decoder = DecoderPool(**LIMITS, processes=1, seconds=seconds, program=program)
     started = time.perf_counter()
     try:
         await decoder.decode(data, "image_file")
@@ -123,7 +123,7 @@ def program_that(deed: str, folder: Path) -> str:
     program.write_text(
         f"import os, pathlib, runpy, signal, sys\nmark = pathlib.Path({mark!r})\n"
         f"if not mark.exists():\n    sys.stdin.buffer.read(8)\n    mark.touch()\n    {deed}\n"
-        f"runpy.run_path({child.__file__!r}, run_name='__main__')\n"
+        f"runpy.run_path({worker.__file__!r}, run_name='__main__')\n"
     )
     return str(program)
 

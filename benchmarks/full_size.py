@@ -13,8 +13,8 @@ from typing import Any
 import diffusers
 import torch
 
-from stable_diffusion_server.pipelines.catalog import MODELS, ModelFacts
-from stable_diffusion_server.pipelines.loading.components import dtype_of, skeleton
+from stable_diffusion_server.pipelines.catalog import MODELS, ModelSpec
+from stable_diffusion_server.pipelines.loading.components import dtype_of, empty_pipeline
 
 EMBEDDED = Path(__file__).resolve().parent.parent / "models"
 
@@ -100,7 +100,7 @@ CONFIGURATIONS: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
-def write_configurations(folder: Path, facts: ModelFacts) -> None:
+def write_configurations(folder: Path, facts: ModelSpec) -> None:
     """Lay a real model's configurations out below `folder` as its files would be, without weights."""
     embedded = EMBEDDED / MODELS[facts.name].folder
     shutil.copytree(embedded, folder / facts.folder, ignore=shutil.ignore_patterns("*.safetensors"))
@@ -116,12 +116,12 @@ def write_config(folder: Path, configuration: dict[str, Any]) -> None:
     (folder / "config.json").write_text(json.dumps(configuration))
 
 
-def random_pipeline(facts: ModelFacts, folder: Path, device: torch.device, *, control: bool = False) -> Any:
+def random_pipeline(facts: ModelSpec, folder: Path, device: torch.device, *, control: bool = False) -> Any:
     """The stock pipeline over what `write_configurations` laid out, with small random weights, and its ControlNet.
 
     Its numbers mean nothing and are finite; returns (pipeline, ControlNet or None).
     """
-    parts: dict[str, Any] = skeleton(facts, folder)
+    parts: dict[str, Any] = empty_pipeline(facts, folder)
     guide = parts.pop("control", None)
     dtype = dtype_of(facts, device)
     for part in [*parts.values(), *([guide] if control and guide is not None else [])]:

@@ -32,19 +32,19 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.full_size import EMBEDDED, random_pipeline, write_configurations
 from benchmarks.tables import table
 from stable_diffusion_server.engine import Engine
-from stable_diffusion_server.engine.interface import Phase
-from stable_diffusion_server.pipelines.acceleration.apply import LEVELS, speed_up
-from stable_diffusion_server.pipelines.catalog import MODELS, REAL_MODELS, ModelFacts, with_lcm
-from stable_diffusion_server.pipelines.conditioning.prompt_cache import Embeddings
+from stable_diffusion_server.engine.interface import EngineState
+from stable_diffusion_server.pipelines.acceleration.apply import PRESETS, apply_optimizations
+from stable_diffusion_server.pipelines.catalog import MODELS, REAL_MODELS, ModelSpec, with_lcm
+from stable_diffusion_server.pipelines.conditioning.prompt_cache import PromptCache
 from stable_diffusion_server.pipelines.families.flux import Flux
 from stable_diffusion_server.pipelines.families.sdxl import Sdxl
 from stable_diffusion_server.pipelines.loading.components import load_pipeline
 from stable_diffusion_server.pipelines.loading.footprint import bytes_of
 from stable_diffusion_server.pipelines.loading.loader import COMPUTED_FAST
-from stable_diffusion_server.pipelines.loading.offload import settle
+from stable_diffusion_server.pipelines.loading.offload import apply_residency
 from stable_diffusion_server.pipelines.loading.placement import CONTROL, Quantization, Residency
 from stable_diffusion_server.pipelines.loading.quantization import quantize_parts
-from stable_diffusion_server.types import Job, Task
+from stable_diffusion_server.types import DiffusionRequest, Task
 
 PROMPT = "a red circle on a blue background"
 KINDS = {"sdxl": Sdxl, "flux": Flux}
@@ -59,7 +59,7 @@ ENOUGH = 0.8
 class Rig:
     """One model ready to be measured, and how to make it anew; `sides` of squares in pixels, the largest first."""
 
-    facts: ModelFacts
+    facts: ModelSpec
     make: Callable[[], Any]
     device: torch.device
     sides: tuple[int, ...]
@@ -73,12 +73,12 @@ class Rig:
         torch.manual_seed(0)
         pipeline = self.make()
         quantize_parts([getattr(pipeline, name) for name in self.facts.quantized if name != CONTROL], quantization)
-        speed_up(pipeline, None, self.device, performance)
+        apply_optimizations(pipeline, None, self.device, performance)
         return KINDS[self.facts.name](pipeline, self.facts)
 
-    def job(self, side: int, seed: int = 0) -> Job:
+    def job(self, side: int, seed: int = 0) -> DiffusionRequest:
         """A text-to-image job without guidance: what a distilled model draws."""
-        return Job(
+        return DiffusionRequest(
             task=Task.TEXT_TO_IMAGE,
             model=self.facts.name,
             revision=self.facts.revision,
@@ -126,7 +126,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="the embedded models, to try the script itself")
     parser.add_argument("--models", nargs="+", default=["sdxl", "flux"], choices=list(KINDS))
-    parser.add_argument("--levels", nargs="+", default=list(LEVELS), help="values of PERFORMANCE; the last one serves")
+    parser.add_argument("--levels", nargs="+", default=list(PRESETS), help="values of PERFORMANCE; the last one serves")
     parser.add_argument("--sides", nargs="+", type=int, help="sides of the squares in pixels")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 2, 4, 8], help="pictures drawn together")
     parser.add_argument("--tables", nargs="+", default=TABLES, choices=TABLES)
@@ -225,7 +225,7 @@ def median(work: Callable[[], object], device: torch.device, rounds: int, *, war
     return statistics.median(seconds)
 
 
-def draw(family: Any, jobs: Sequence[Job]) -> list[Any]:
+def draw(family: Any, jobs: Sequence[DiffusionRequest]) -> list[Any]:
     """Draw jobs of one shape together: their pixels."""
     states = [family.prepare(job) for job in jobs]
     while not states[0].done:
@@ -256,9 +256,9 @@ def speeds(rig: Rig, family: Any, peak: float) -> Iterator[tuple[Any, ...]]:
             yield side, batch, *cells
 
 
-def count_operations(family: Any, job: Job) -> float:
+def count_operations(family: Any, job: DiffusionRequest) -> float:
     """FLOP of one whole picture: encoders, every step, decoder. Count them before anything is recorded or compiled."""
-    kept, family.embeddings = family.embeddings, Embeddings(0)
+    kept, family.embeddings = family.embeddings, PromptCache(0)
     with FlopCounterMode(display=False) as counter:
         draw(family, [job])
     family.embeddings = kept
@@ -268,13 +268,13 @@ def count_operations(family: Any, job: Job) -> float:
 def stages(rig: Rig, family: Any) -> Iterator[tuple[Any, ...]]:
     """Where the time of one picture goes."""
 
-    def begin(job: Job) -> None:
+    def begin(job: DiffusionRequest) -> None:
         family.step([family.prepare(job)])
 
     for side in rig.sides:
         job = rig.job(side)
         prepare = median(partial(family.prepare, job), rig.device, rig.rounds)
-        kept, family.embeddings = family.embeddings, Embeddings(0)
+        kept, family.embeddings = family.embeddings, PromptCache(0)
         encoders = median(partial(family.prepare, job), rig.device, rig.rounds) - prepare
         family.embeddings = kept
         step = median(partial(begin, job), rig.device, rig.rounds) - prepare
@@ -318,7 +318,7 @@ def placements(rig: Rig) -> Iterator[tuple[Any, ...]]:
         try:
             pipeline.to("cpu")
             free(rig.device)
-            settle(pipeline, None, rig.device, residency)
+            apply_residency(pipeline, None, rig.device, residency)
             family = KINDS[rig.facts.name](pipeline, rig.facts)
             seconds = median(partial(draw, family, [rig.job(rig.sides[-1])]), rig.device, 1)
         except Exception as error:  # a hook may lack what this card needs: the table says so
@@ -344,7 +344,7 @@ def together(rig: Rig, family: Any) -> Iterator[tuple[Any, ...]]:
             yield side, most, f"{middle:.3f}", f"{8 / middle:.2f}"
 
 
-def eight(rig: Rig, side: int, submit: Callable[[Job], Any], turn: int) -> float:
+def eight(rig: Rig, side: int, submit: Callable[[DiffusionRequest], Any], turn: int) -> float:
     """Seconds until eight jobs, handed in at once, are drawn."""
     started = time.perf_counter()
     tickets = [submit(rig.job(side, 8 * turn + seed)) for seed in range(8)]
@@ -354,12 +354,12 @@ def eight(rig: Rig, side: int, submit: Callable[[Job], Any], turn: int) -> float
 
 
 @contextmanager
-def engine_over(family: Any, most: int) -> Iterator[Callable[[Job], Any]]:
+def engine_over(family: Any, most: int) -> Iterator[Callable[[DiffusionRequest], Any]]:
     """An engine with one family on its own thread: the function that hands it a job."""
     ready = threading.Event()
     engine: Engine[Any, Any] = Engine(lambda: family, queue_limit=64, max_batch=most, ready=ready.set)
     engine.start()
-    while not ready.wait(0.1) and engine.phase is not Phase.FAILED:
+    while not ready.wait(0.1) and engine.phase is not EngineState.FAILED:
         pass
     try:
         yield engine.submit
@@ -385,7 +385,7 @@ def served(rig: Rig, family: Any) -> Iterator[tuple[Any, ...]]:
 
 def afresh(rig: Rig, family: Any, side: int) -> None:
     """A picture whose prompt has to be encoded."""
-    kept, family.embeddings = family.embeddings, Embeddings(0)
+    kept, family.embeddings = family.embeddings, PromptCache(0)
     draw(family, [rig.job(side)])
     family.embeddings = kept
 
@@ -398,11 +398,13 @@ def serving(rig: Rig, family: Any) -> Iterator[Callable[[str, int, int], tuple[f
 
     from benchmarks.loopback import free_port, wait_for
     from stable_diffusion_server.app import create_app
-    from stable_diffusion_server.pipelines.registry import Loaded, Registry
+    from stable_diffusion_server.pipelines.registry import LoadedModelInfo, Registry
     from stable_diffusion_server.settings import Settings
 
     name, facts = rig.facts.name, rig.facts
-    told = Loaded(name, facts.folder, facts.revision, str(rig.device), "half", "resident", "none", 0, False, ())
+    told = LoadedModelInfo(
+        name, facts.folder, facts.revision, str(rig.device), "half", "resident", "none", 0, False, ()
+    )
     models = Registry({name: family}, [told], {name: facts})
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "models" / facts.folder).mkdir(parents=True)

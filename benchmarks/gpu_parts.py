@@ -23,8 +23,8 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.gpu import KINDS, Rig, free, machine, matrix_rate, median, rig_for
-from stable_diffusion_server.pipelines.acceleration.cuda_graphs import Graphs
-from stable_diffusion_server.pipelines.conditioning.prompt_cache import Embeddings
+from stable_diffusion_server.pipelines.acceleration.cuda_graphs import CudaGraphRunner
+from stable_diffusion_server.pipelines.conditioning.prompt_cache import PromptCache
 
 Change = tuple[str, Callable[[Any], object]]
 
@@ -103,7 +103,7 @@ def attention(device: torch.device, rounds: int, *, tiny: bool) -> Iterator[str]
 
 def measure(pipeline: Any, rig: Rig, rounds: int, report: Report) -> None:
     """All parts of one model."""
-    family = KINDS[rig.facts.name](pipeline, rig.facts, embeddings=Embeddings(0))
+    family = KINDS[rig.facts.name](pipeline, rig.facts, embeddings=PromptCache(0))
     side = rig.sides[-1]
     report.say("| part | change | ms of one | ms of four, each | seconds to begin | difference |")
     report.say("| --- | --- | --- | --- | --- | --- |")
@@ -127,7 +127,7 @@ def encoders(family: Any, job: Any, rig: Rig, rounds: int) -> Iterator[str]:
     if rig.device.type == "cuda":
         began = time.perf_counter()
         for part in (pipe.text_encoder, pipe.text_encoder_2):
-            part.forward = Graphs(part.forward)
+            part.forward = CudaGraphRunner(part.forward)
         for _ in range(3):
             family._encode(job)
         begin = time.perf_counter() - began
@@ -189,7 +189,7 @@ def denoisers(family: Any, states: Sequence[Any], rig: Rig, rounds: int) -> Iter
         return predicted
 
     def graphed(module: Any) -> None:
-        module.forward = Graphs(module.forward)
+        module.forward = CudaGraphRunner(module.forward)
 
     def plain_again(module: Any) -> None:
         module.forward = own

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from benchmarks.cached_hits import KEYS, ROOT, free_port, wait_for
 from stable_diffusion_server.app import create_app
 from stable_diffusion_server.settings.loader import read_settings
-from stable_diffusion_server.types import Job
+from stable_diffusion_server.types import DiffusionRequest
 
 ORDERS = int(sys.argv[1]) if len(sys.argv) > 1 else 60
 STEPS, STEP_SECONDS = 4, 0.25
@@ -42,7 +42,7 @@ TIMEOUT = 10.0
 class Sleep:
     """A picture on its way."""
 
-    job: Job
+    job: DiffusionRequest
     index: int = 0
 
     @property
@@ -76,7 +76,7 @@ class Sleeper:
         """Few enough."""
         return 5
 
-    def prepare(self, job: Job) -> Sleep:
+    def prepare(self, job: DiffusionRequest) -> Sleep:
         """Nothing is to be done."""
         return Sleep(job)
 

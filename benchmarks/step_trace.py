@@ -21,10 +21,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stable_diffusion_server.engine import Drawing, Engine, Phase
+from stable_diffusion_server.engine import Engine, EngineResult, EngineState
 from stable_diffusion_server.pipelines import registry
 from stable_diffusion_server.pipelines.catalog import MODELS
-from stable_diffusion_server.types import Job, Picture, Task
+from stable_diffusion_server.types import DiffusionRequest, ImageArray, Task
 
 ROOT = Path(__file__).resolve().parent.parent
 SIDE = 128
@@ -40,7 +40,7 @@ class Traced:
     steps: list[tuple[float, float, dict[str, tuple[int, int]]]] = field(default_factory=list)
     changed: threading.Condition = field(default_factory=threading.Condition)
 
-    def prepare(self, job: Job) -> Any:
+    def prepare(self, job: DiffusionRequest) -> Any:
         """As the denoiser does."""
         return self.denoiser.prepare(job)
 
@@ -65,7 +65,7 @@ def main() -> None:
     traced.names.update({job.seed: name for name, (job, _) in jobs.items()})
     engine: Engine[Any, Any] = Engine(lambda: traced, queue_limit=16, max_batch=8)
     engine.start()
-    while engine.phase is not Phase.READY:
+    while engine.phase is not EngineState.READY:
         time.sleep(0.01)
     warm = engine.submit(replace(jobs["A"][0], seed=1_000_000))
     traced.names[1_000_000] = "warm"
@@ -81,20 +81,24 @@ def main() -> None:
     (folder / f"{time.strftime('%Y-%m-%d')}-step-trace.md").write_text(text + "\n")
 
 
-def six_jobs() -> dict[str, tuple[Job, int]]:
+def six_jobs() -> dict[str, tuple[DiffusionRequest, int]]:
     """Jobs by name, each with the number of device steps after which it arrives."""
     y, x = np.mgrid[:SIDE, :SIDE]
     inside = (x - SIDE / 2) ** 2 + (y - SIDE / 2) ** 2 < (SIDE * 0.3) ** 2
-    scene = Picture(np.where(inside[..., None], (40, 160, 60), (240, 220, 60)).astype(np.uint8))
-    mask = Picture((inside * 255).astype(np.uint8))
+    scene = ImageArray(np.where(inside[..., None], (40, 160, 60), (240, 220, 60)).astype(np.uint8))
+    mask = ImageArray((inside * 255).astype(np.uint8))
     rim = inside ^ (np.roll(inside, 1, 0) & np.roll(inside, -1, 0) & np.roll(inside, 1, 1) & np.roll(inside, -1, 1))
-    edges = Picture(((rim & inside) * 255).astype(np.uint8))
+    edges = ImageArray(((rim & inside) * 255).astype(np.uint8))
 
     facts = MODELS["sdxl"]
     text, image, inpaint = Task.TEXT_TO_IMAGE, Task.IMAGE_TO_IMAGE, Task.INPAINT
 
-    def job(seed: int, task: Task, steps: int, guidance: float = 2.0, scheduler: str = "euler", **more: Any) -> Job:
-        return Job(task, "sdxl", facts.revision, PROMPT, None, SIDE, SIDE, seed, steps, guidance, scheduler, **more)
+    def job(
+        seed: int, task: Task, steps: int, guidance: float = 2.0, scheduler: str = "euler", **more: Any
+    ) -> DiffusionRequest:
+        return DiffusionRequest(
+            task, "sdxl", facts.revision, PROMPT, None, SIDE, SIDE, seed, steps, guidance, scheduler, **more
+        )
 
     return {
         "A": (job(1, text, 12), 0),
@@ -107,8 +111,8 @@ def six_jobs() -> dict[str, tuple[Job, int]]:
 
 
 def draw_together(
-    engine: Engine[Any, Any], traced: Traced, jobs: dict[str, tuple[Job, int]]
-) -> tuple[dict[str, Drawing[Any]], dict[str, float], float]:
+    engine: Engine[Any, Any], traced: Traced, jobs: dict[str, tuple[DiffusionRequest, int]]
+) -> tuple[dict[str, EngineResult[Any]], dict[str, float], float]:
     """Hand each job in when the device has taken its number of steps; drawings, arrivals and the beginning."""
     origin, tickets, arrivals = time.perf_counter(), {}, {}
     for name, (job, after) in jobs.items():
@@ -120,11 +124,11 @@ def draw_together(
 
 
 def report(
-    jobs: dict[str, tuple[Job, int]],
+    jobs: dict[str, tuple[DiffusionRequest, int]],
     arrivals: dict[str, float],
     trace: list[tuple[float, float, dict[str, tuple[int, int]]]],
-    together: dict[str, Drawing[Any]],
-    alone: dict[str, Drawing[Any]],
+    together: dict[str, EngineResult[Any]],
+    alone: dict[str, EngineResult[Any]],
     origin: float,
 ) -> str:
     """The tables, in Markdown."""

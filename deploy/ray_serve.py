@@ -28,7 +28,7 @@ from starlette.types import Message, Scope
 
 from deploy.replicas import Claim, Hosted, ReplicaHealth, owner_of, ranked, sticks_to, work_of
 from stable_diffusion_server.app import create_app
-from stable_diffusion_server.app.process_tuning import settle
+from stable_diffusion_server.app.process_tuning import freeze_gc
 from stable_diffusion_server.settings.loader import read_settings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -144,7 +144,7 @@ class Replica:
 
     def __serve_build_asgi_app__(self) -> Hosted:
         """The application; its lifespan ends its start when the models are loaded."""
-        self._app = create_app(self._settings, settle=settle)
+        self._app = create_app(self._settings, settle=freeze_gc)
         self._hosted = Hosted(
             self._app,
             self._claim,

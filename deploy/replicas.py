@@ -21,7 +21,7 @@ from starlette.datastructures import Headers
 from starlette.types import Message, Receive, Scope, Send
 
 from stable_diffusion_server.api.error_bodies import refusal
-from stable_diffusion_server.engine import Phase
+from stable_diffusion_server.engine import EngineState
 from stable_diffusion_server.errors import NotReady
 from stable_diffusion_server.settings import Settings
 from stable_diffusion_server.storage.signed_urls import ServerSecret
@@ -238,9 +238,9 @@ class Hosted:
     def _begun(self) -> bool:
         """Whether the models are loaded. Raises `RuntimeError` if they cannot be, so that another replica is tried."""
         engine = self._app.state.engine
-        if engine.phase is Phase.FAILED:
+        if engine.phase is EngineState.FAILED:
             raise RuntimeError(engine.reason)
-        return engine.phase is Phase.READY
+        return engine.phase is EngineState.READY
 
     async def _until(self, condition: Callable[[], bool], seconds: float) -> None:
         end = time.monotonic() + seconds
@@ -268,7 +268,7 @@ class ReplicaHealth:
         better.
         """
         engine = app.state.engine
-        if engine.phase not in (Phase.READY, Phase.LOADING):
+        if engine.phase not in (EngineState.READY, EngineState.LOADING):
             return str(engine.reason)
         try:
             sign = self._progress.stat().st_mtime_ns

@@ -60,13 +60,13 @@ def _run(settings: Settings, given: argparse.Namespace) -> None:
     match given.command:
         case "draw":
             wanted = {name: value for name in _DRAWN_BY if (value := getattr(given, name)) is not None}
-            commands.draw(settings, wanted, given.out)
+            commands.draw_to_file(settings, wanted, given.out)
         case "models":
             commands.list_models(settings)
         case "check-storage":
             commands.check_storage(settings)
         case "spool":
-            commands.tend_dead_letters(settings.data_dir, given.action, given.ids)
+            commands.manage_dead_letters(settings.data_dir, given.action, given.ids)
 
 
 def _add_draw(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -90,10 +90,10 @@ def _add_spool(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def describe_api() -> str:
     """The doors as a page of Markdown, with the defaults of every setting and the models that come along."""
-    from stable_diffusion_server.api.openapi.markdown import markdown
+    from stable_diffusion_server.api.openapi.markdown import openapi_markdown
     from stable_diffusion_server.app import create_app
 
-    return markdown(create_app(Settings(_env_file=None, models="embedded")).openapi())
+    return openapi_markdown(create_app(Settings(_env_file=None, models="embedded")).openapi())
 
 
 def _settings() -> Settings:
@@ -109,17 +109,17 @@ def serve() -> None:
     settings = _settings()
     # Imported after the settings were read, so that a wrong one is told at once.
     from stable_diffusion_server.app import create_app
-    from stable_diffusion_server.app.process_tuning import settle, tend_heap
+    from stable_diffusion_server.app.process_tuning import freeze_gc, tune_malloc
 
     def announce() -> None:
         sys.stdout.write(welcome(settings, port))
         sys.stdout.flush()
 
-    tend_heap()
+    tune_malloc()
     # Bound before anything is loaded: a port that is taken is told at once, and PORT=0 has a number to show.
     listening = _listen(settings)
     port = listening.getsockname()[1]
-    app = create_app(settings, announce=announce, settle=settle)
+    app = create_app(settings, announce=announce, settle=freeze_gc)
     sys.stdout.write("Loading the models; the first picture can be asked for in a few seconds.\n")
     sys.stdout.flush()
     config = uvicorn.Config(

@@ -34,7 +34,7 @@ class ServerError(Exception):
         self.retry_after = retry_after
 
 
-class Malformed(ServerError):
+class MalformedRequest(ServerError):
     """The body could not be read at all: broken JSON, a broken multipart, a parameter given twice."""
 
     status = 400
@@ -105,7 +105,7 @@ class NotFound(ServerError):
     title = "There is nothing under this name"
 
 
-class Misdirected(ServerError):
+class UnknownHost(ServerError):
     """The Host header names a server this one is not (a rebinding attack, or a missing setting)."""
 
     status = 421
@@ -113,7 +113,7 @@ class Misdirected(ServerError):
     title = "This host name is not served here"
 
 
-class Busy(ServerError):
+class QueueFull(ServerError):
     """The queue is full; the caller may come back after `retry_after` seconds."""
 
     status = 429
@@ -122,7 +122,7 @@ class Busy(ServerError):
     retry_can_help = True
 
 
-class Overasked(ServerError):
+class RateLimited(ServerError):
     """The caller asks more often, or for more at a time, than its key allows."""
 
     status = 429
@@ -148,7 +148,7 @@ class NotReady(ServerError):
     retry_can_help = True
 
 
-class JournalUnavailable(ServerError):
+class JobStoreUnavailable(ServerError):
     """A job could not be written down, so it is not accepted: the disk is full, or the journal cannot be used."""
 
     status = 503
@@ -157,7 +157,7 @@ class JournalUnavailable(ServerError):
     retry_can_help = True
 
 
-class InFlight(ServerError):
+class RequestInProgress(ServerError):
     """A request with this idempotency key, or this job id, is being answered already."""
 
     status = 409
@@ -166,7 +166,7 @@ class InFlight(ServerError):
     retry_can_help = True
 
 
-class KeyReused(ServerError):
+class IdempotencyKeyReused(ServerError):
     """The idempotency key came with another request before."""
 
     status = 422
@@ -174,7 +174,7 @@ class KeyReused(ServerError):
     title = "This idempotency key belongs to another request"
 
 
-class Cancelled(ServerError):
+class RequestCancelled(ServerError):
     """The job was cancelled by its id while someone waited for its answer."""
 
     status = 409
@@ -182,14 +182,14 @@ class Cancelled(ServerError):
     title = "The job was cancelled"
 
 
-class EndsTheServer(ServerError):
+class PoisonJob(ServerError):
     """The server has died too often while this job was drawn; it is not tried again."""
 
     kind = "ends-the-server"
     title = "The server does not survive this job"
 
 
-class RemoteFailed(ServerError):
+class RemoteFetchFailed(ServerError):
     """The server a picture was to be fetched from did not give it: an error, silence, or too slow."""
 
     status = 502
@@ -207,7 +207,7 @@ class StorageUnavailable(ServerError):
     retry_can_help = True
 
 
-class NameBusy(StorageUnavailable):
+class KeyBusy(StorageUnavailable):
     """The bucket did not take an object because others write its name right now; other names are not concerned."""
 
 
@@ -245,7 +245,7 @@ class OutOfMemory(ServerError):
     retry_can_help = True
 
 
-class DevicePoisoned(ServerError):
+class DeviceLost(ServerError):
     """The device context is unusable until the process is replaced (a device-side assert)."""
 
     status = 503
@@ -254,7 +254,7 @@ class DevicePoisoned(ServerError):
     retry_can_help = True
 
 
-class WeightsUnusable(ServerError):
+class ModelLoadError(ServerError):
     """Model files are missing, truncated or of another class. Told once, at load, in `/readyz` and the log."""
 
     status = 503
@@ -262,7 +262,7 @@ class WeightsUnusable(ServerError):
     title = "The model files cannot be used"
 
 
-class DoesNotFit(WeightsUnusable):
+class ModelTooLarge(ModelLoadError):
     """A model needs more memory than the device has free, or a device of another kind."""
 
 

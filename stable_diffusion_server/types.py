@@ -43,7 +43,7 @@ class Format(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class ImageInput:
     """A picture a caller gave: a file's bytes, or the URL they are at. `parameter` is what it came by.
 
     Of a mask, `transparency` tells that its transparent parts are those to repaint, and not its white ones, and
@@ -75,7 +75,7 @@ class Fill(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
+class GenerationRequest:
     """What the caller asked, as asked. `None` means "you decide"; `width` and `height` in pixels.
 
     Without a size the picture has that of `image`; with one the image is brought to it by `fit`. `variation` counts
@@ -102,8 +102,8 @@ class Order:
     quality: int | None = None
     overwrite: bool = False
     timeout: float | None = None
-    image: Source | None = None
-    mask: Source | None = None
+    image: ImageInput | None = None
+    mask: ImageInput | None = None
     strength: float | None = None
     feather: int = 0
     canny: bool | None = False
@@ -123,13 +123,13 @@ class Order:
     named_for: str = ""
 
     @property
-    def sources(self) -> tuple[Source, ...]:
+    def sources(self) -> tuple[ImageInput, ...]:
         """The pictures it comes with."""
         return tuple(source for source in (self.image, self.mask) if source is not None)
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
+class ImageArray:
     """Pixels that travel in a job: uint8, height × width × 3, or height × width for a mask (255 = repaint).
 
     Compared, hashed and digested by content.
@@ -146,7 +146,7 @@ class Picture:
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class DiffusionRequest:
     """What will be drawn, with nothing left to decide: running it twice draws the same picture.
 
     `width` and `height` are those of the canvas the model draws on, in pixels, and fit the model's grid; `image`,
@@ -166,9 +166,9 @@ class Job:
     num_inference_steps: int
     guidance_scale: float
     scheduler: str
-    image: Picture | None = None
-    mask: Picture | None = None
-    control: Picture | None = None
+    image: ImageArray | None = None
+    mask: ImageArray | None = None
+    control: ImageArray | None = None
     strength: float = 1.0
     control_scale: float = 0.5
     refine: bool = False
@@ -183,7 +183,7 @@ class Job:
 
 
 @dataclass(frozen=True, slots=True)
-class Warned:
+class RequestWarning:
     """Something the caller should know about a request that succeeded: a code for programs, a sentence for people."""
 
     code: str
@@ -191,7 +191,7 @@ class Warned:
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class StoredObject:
     """An object in the bucket. `etag` has no quotes; `size` in bytes; `record` says how it was made, ASCII only.
 
     `waiting`: finished and kept here, and not yet in the bucket.
@@ -211,7 +211,7 @@ class Stored:
 
 
 @dataclass(frozen=True, slots=True)
-class Receipt:
+class GenerationResult:
     """The answer to an order: where the picture is and what was really done. `timings` in seconds by stage.
 
     `batched`: it shared forward passes, `None` where that is not known.
@@ -232,11 +232,11 @@ class Receipt:
     scheduler: str | None
     batched: bool | None = None
     prompt_used: str | None = None
-    warnings: tuple[Warned, ...] = ()
+    warnings: tuple[RequestWarning, ...] = ()
     timings: Mapping[str, float] = field(default_factory=dict)
 
 
-class EventKind(StrEnum):
+class EngineEventKind(StrEnum):
     """Moments in the life of a job on the device."""
 
     QUEUED = "queued"
@@ -249,14 +249,14 @@ class EventKind(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Event:
+class EngineEvent:
     """One moment in a job's life. `step` counts finished steps out of `steps`; `seconds` since it was queued.
 
     `together` jobs shared that step. `cause` is the kind of error a job failed with, or is begun anew for (`AGAIN`).
-    The rest is as in `Progress`.
+    The rest is as in `GenerationProgress`.
     """
 
-    kind: EventKind
+    kind: EngineEventKind
     job_id: str
     step: int = 0
     steps: int = 0
@@ -269,13 +269,13 @@ class Event:
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
+class GenerationProgress:
     """How far an order is. `position` counts the jobs before it while it waits (0: on the device).
 
     `eta_seconds` is `None` where unknown; `preview` a small picture, height × width × 3 uint8, or `None`.
     """
 
-    kind: EventKind
+    kind: EngineEventKind
     step: int = 0
     steps: int = 0
     position: int = 0
@@ -289,12 +289,12 @@ def digest(value: Mapping[str, object]) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def picture_digest(job: Job) -> str:
+def image_digest(job: DiffusionRequest) -> str:
     """Identity of what is drawn: equal jobs are equal pictures. Knows nothing of format, quality or name."""
-    return digest(job_facts(job))
+    return digest(diffusion_request_fields(job))
 
 
-def job_facts(job: Job) -> dict[str, object]:
+def diffusion_request_fields(job: DiffusionRequest) -> dict[str, object]:
     """The job's fields as JSON can hold them, with the digest in the place of each picture."""
     values = {part.name: getattr(job, part.name) for part in fields(job)}
-    return {name: value.digest if isinstance(value, Picture) else value for name, value in values.items()}
+    return {name: value.digest if isinstance(value, ImageArray) else value for name, value in values.items()}

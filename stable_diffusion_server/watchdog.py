@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from stable_diffusion_server.observability.crash_reports import Cause, report_death, run_of
+from stable_diffusion_server.observability.crash_reports import CrashCause, report_crash, run_of
 from stable_diffusion_server.observability.event_loop_heartbeat import BEAT_FILE
 from stable_diffusion_server.settings.loader import SettingsError, read_settings
 
@@ -73,7 +73,7 @@ class Watchdog:
             if self._stopping or status in _FINAL:
                 return status
             lived = time.monotonic() - started
-            if report_death(folder, run_before, status, hung=self._hung) is Cause.OUTSIDE:
+            if report_crash(folder, run_before, status, hung=self._hung) is CrashCause.OUTSIDE:
                 # No failure of the server's own, and no reason to give up: whoever does it may have theirs.
                 wait = 0.0 if lived > _SHORT else 1.0
                 _say(f"the server was ended from outside (status {status}); it is started again in {wait:g} s.")

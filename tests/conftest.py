@@ -17,7 +17,7 @@ import httpx
 import hypothesis
 import pytest
 import structlog
-from fakes import PaintedSquares, settings_in, until
+from fakes import FakeDenoiser, settings_in, until
 from fastapi.testclient import TestClient
 
 from stable_diffusion_server.app import create_app
@@ -32,11 +32,11 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclass
-class House:
+class RunningApp:
     """A running app, its client and what draws in it."""
 
     client: TestClient
-    squares: PaintedSquares
+    squares: FakeDenoiser
     folder: Path
 
     def draw(self, **parameters: Any) -> httpx.Response:
@@ -57,21 +57,21 @@ def _log_of_its_own() -> Iterator[None]:
 
 
 @pytest.fixture
-def house_of(tmp_path: Path) -> Iterator[Callable[..., House]]:
+def house_of(tmp_path: Path) -> Iterator[Callable[..., RunningApp]]:
     """Make a running app with other settings, or with squares of one's own."""
     open_clients: list[TestClient] = []
 
     def make(
-        squares: PaintedSquares | None = None, client: tuple[str, int] = ("127.0.0.1", 5), **changes: Any
-    ) -> House:
-        painter = squares or PaintedSquares()
+        squares: FakeDenoiser | None = None, client: tuple[str, int] = ("127.0.0.1", 5), **changes: Any
+    ) -> RunningApp:
+        painter = squares or FakeDenoiser()
         app = create_app(settings_in(tmp_path, **changes), load=lambda settings: painter)
         test_client = TestClient(
             app, base_url="http://127.0.0.1:8000", client=client, raise_server_exceptions=False
         ).__enter__()
         open_clients.append(test_client)
         until(lambda: test_client.get("/readyz").status_code == 200)
-        return House(test_client, painter, tmp_path)
+        return RunningApp(test_client, painter, tmp_path)
 
     yield make
     for test_client in open_clients:
@@ -79,7 +79,7 @@ def house_of(tmp_path: Path) -> Iterator[Callable[..., House]]:
 
 
 @pytest.fixture
-def house(house_of: Callable[..., House]) -> House:
+def house(house_of: Callable[..., RunningApp]) -> RunningApp:
     """A running app over painted squares."""
     return house_of()
 

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 
 _DIALS = ("socket.connect", "socket.sendto", "socket.sendmsg")
-_watching: list[Dials] = []
+_watching: list[OutboundConnections] = []
 _installed = False
 
 
 @dataclass
-class Dials:
+class OutboundConnections:
     """What was dialled and which names were asked for, in order. What lies beyond loopback is refused at the socket.
 
     `names` answers for the name server: a host's addresses, or several answers that are given one after the other.
@@ -58,7 +58,7 @@ def _hear(event: str, arguments: tuple[Any, ...]) -> None:
 
 
 @contextmanager
-def watched(dials: Dials) -> Iterator[Dials]:
+def watched(dials: OutboundConnections) -> Iterator[OutboundConnections]:
     """Hear of every connection and datagram of any thread meanwhile."""
     global _installed  # the interpreter keeps an audit hook for good, so there is one
     if not _installed:

@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from stable_diffusion_server.errors import Busy, NotFinite
+from stable_diffusion_server.errors import NotFinite, QueueFull
 from stable_diffusion_server.settings import Settings
-from stable_diffusion_server.types import Job
+from stable_diffusion_server.types import DiffusionRequest
 
 COLOURS = {
     "red": (215, 40, 40),
@@ -33,7 +33,7 @@ COLOURS = {
 class Canvas:
     """A square on its way to being painted."""
 
-    job: Job
+    job: DiffusionRequest
     steps: int
     index: int = 0
 
@@ -47,7 +47,7 @@ class Canvas:
 
 
 @dataclass(frozen=True, slots=True)
-class Painted:
+class FakePixels:
     """What `PaintedSquares` draws."""
 
     pixels: NDArray[np.uint8]
@@ -55,7 +55,7 @@ class Painted:
 
 
 @dataclass
-class PaintedSquares:
+class FakeDenoiser:
     """Paints the whole canvas in the first colour the prompt names; its brightness shifts with the seed.
 
     Counts what it does, and can be slowed down, held at a gate, or made to fail by words in a prompt.
@@ -63,14 +63,14 @@ class PaintedSquares:
 
     seconds_per_step: float = 0.0
     gate: threading.Event | None = None
-    prepared: list[Job] = field(default_factory=list)
-    finished: list[Job] = field(default_factory=list)
+    prepared: list[DiffusionRequest] = field(default_factory=list)
+    finished: list[DiffusionRequest] = field(default_factory=list)
     batches: list[list[str]] = field(default_factory=list)
 
     def count_tokens(self, model: str, prompt: str) -> int:
         return len(prompt.split()) + 2
 
-    def prepare(self, job: Job) -> Canvas:
+    def prepare(self, job: DiffusionRequest) -> Canvas:
         if "unpreparable" in job.prompt:
             raise RuntimeError("cannot prepare this")
         self.prepared.append(job)
@@ -86,13 +86,13 @@ class PaintedSquares:
         for state in states:
             state.index += 1
 
-    def finish(self, state: Canvas) -> Painted:
+    def finish(self, state: Canvas) -> FakePixels:
         job = state.job
         self.finished.append(job)
         named = next((word for word in job.prompt.split() if word in COLOURS), "white")
         shade = np.array(COLOURS[named], np.int16) - job.seed % 16
         pixels = np.broadcast_to(shade.clip(0, 255).astype(np.uint8), (job.height, job.width, 3))
-        return Painted(np.ascontiguousarray(pixels))
+        return FakePixels(np.ascontiguousarray(pixels))
 
 
 def lora_file(file: Path, content: bytes = b"", layer: str = "unet.mid_block") -> Path:
@@ -127,7 +127,7 @@ def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
 
 
 @dataclass
-class Retouchers(PaintedSquares):
+class FakeImageDenoiser(FakeDenoiser):
     """Painters who use what a job comes with, and spoil the next pictures in turn when told to.
 
     An image is mixed with the colour by `strength`, but for what a mask keeps; edges are drawn in white. `spoil` names
@@ -136,26 +136,26 @@ class Retouchers(PaintedSquares):
 
     spoil: list[str] = field(default_factory=list)
 
-    def finish(self, state: Canvas) -> Painted:
+    def finish(self, state: Canvas) -> FakePixels:
         job, fault = state.job, self.spoil.pop(0) if self.spoil else ""
         colour = super().finish(state).pixels
         match fault:
             case "not finite":
                 raise NotFinite("The latents are not finite.")
             case "busy":
-                raise Busy("Too many pictures wait.")
+                raise QueueFull("Too many pictures wait.")
             case "black":
-                return Painted(np.zeros_like(colour))
+                return FakePixels(np.zeros_like(colour))
             case "bumpy" | "very bumpy":
-                return Painted(bumpy_pixels(job.width, job.height, ends=0.05 if fault == "bumpy" else 0.2))
+                return FakePixels(bumpy_pixels(job.width, job.height, ends=0.05 if fault == "bumpy" else 0.2))
         if job.image is None:
-            return Painted(colour)
+            return FakePixels(colour)
         mixed = (1 - job.strength) * job.image.pixels + job.strength * colour
         if job.mask is not None:
             mixed = np.where(job.mask.pixels[..., None] > 0, colour, job.image.pixels)
         if job.control is not None:
             mixed = np.where(job.control.pixels > 0, 255, mixed)
-        return Painted(np.rint(mixed).astype(np.uint8))
+        return FakePixels(np.rint(mixed).astype(np.uint8))
 
 
 def bumpy_pixels(width: int, height: int, ends: float) -> NDArray[np.uint8]:

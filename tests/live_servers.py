@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 import uvicorn
-from fakes import PaintedSquares, settings_in, until
+from fakes import FakeDenoiser, settings_in, until
 
 from stable_diffusion_server.app import create_app
 from stable_diffusion_server.app.http_protocol import BoundedProtocol
@@ -19,21 +19,21 @@ from stable_diffusion_server.cli import _listen
 
 
 @dataclass
-class Live:
+class LiveServer:
     """A listening server and what draws in it."""
 
     url: str
-    squares: PaintedSquares
+    squares: FakeDenoiser
     folder: Path
 
 
 @pytest.fixture
-def live_of(tmp_path: Path) -> Iterator[Callable[..., Live]]:
+def live_of(tmp_path: Path) -> Iterator[Callable[..., LiveServer]]:
     """Start a server with other settings, or with squares of one's own."""
     running: list[tuple[uvicorn.Server, threading.Thread]] = []
 
-    def start(squares: PaintedSquares | None = None, **changes: Any) -> Live:
-        painter = squares or PaintedSquares()
+    def start(squares: FakeDenoiser | None = None, **changes: Any) -> LiveServer:
+        painter = squares or FakeDenoiser()
         settings = settings_in(tmp_path, **{"port": 0, **changes})
         listening = _listen(settings)
         app = create_app(settings, load=lambda settings: painter)
@@ -45,7 +45,7 @@ def live_of(tmp_path: Path) -> Iterator[Callable[..., Live]]:
         running.append((server, thread))
         url = f"http://127.0.0.1:{listening.getsockname()[1]}"
         until(lambda: server.started and httpx.get(f"{url}/readyz").status_code == 200)
-        return Live(url, painter, tmp_path)
+        return LiveServer(url, painter, tmp_path)
 
     yield start
     for server, thread in running:

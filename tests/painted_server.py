@@ -13,21 +13,21 @@ import time
 from collections.abc import Sequence
 
 import uvicorn
-from fakes import Canvas, Retouchers
+from fakes import Canvas, FakeImageDenoiser
 
 from stable_diffusion_server.app import create_app
 from stable_diffusion_server.app.http_protocol import BoundedProtocol
-from stable_diffusion_server.errors import DevicePoisoned
+from stable_diffusion_server.errors import DeviceLost
 from stable_diffusion_server.settings.loader import read_settings
-from stable_diffusion_server.types import Job
+from stable_diffusion_server.types import DiffusionRequest
 
 
-class Mortal(Retouchers):
+class CrashingDenoiser(FakeImageDenoiser):
     """Painters whose device can be lost."""
 
-    def prepare(self, job: Job) -> Canvas:
+    def prepare(self, job: DiffusionRequest) -> Canvas:
         if "poison" in job.prompt:
-            raise DevicePoisoned("The device reported an error it cannot recover from.")
+            raise DeviceLost("The device reported an error it cannot recover from.")
         return super().prepare(job)
 
     def step(self, states: Sequence[Canvas]) -> None:
@@ -53,7 +53,7 @@ def end_as_told(prompt: str) -> None:
 if __name__ == "__main__":
     settings = read_settings()
     seconds = float(sys.argv[1]) if len(sys.argv) > 1 else 0.05
-    app = create_app(settings, load=lambda settings: Mortal(seconds_per_step=seconds))
+    app = create_app(settings, load=lambda settings: CrashingDenoiser(seconds_per_step=seconds))
     grace = math.ceil(settings.stop_seconds)
     config = uvicorn.Config(
         app,

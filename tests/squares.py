@@ -11,22 +11,22 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fakes import Canvas, Painted, PaintedSquares, until
+from fakes import Canvas, FakeDenoiser, FakePixels, until
 from numpy.typing import NDArray
 
-from stable_diffusion_server.engine import Engine, Phase
-from stable_diffusion_server.errors import DevicePoisoned, NotFinite, OutOfMemory
-from stable_diffusion_server.types import Job, Task
+from stable_diffusion_server.engine import Engine, EngineState
+from stable_diffusion_server.errors import DeviceLost, NotFinite, OutOfMemory
+from stable_diffusion_server.types import DiffusionRequest, Task
 
 EngineOf = Callable[..., Engine[Any, Any]]
 
 
-def job(prompt: str, steps: int = 4, width: int = 64, **more: Any) -> Job:
+def job(prompt: str, steps: int = 4, width: int = 64, **more: Any) -> DiffusionRequest:
     """A job of few pixels."""
-    return Job(Task.TEXT_TO_IMAGE, "sdxl", "test", prompt, None, width, 64, 1, steps, 1.0, "euler", **more)
+    return DiffusionRequest(Task.TEXT_TO_IMAGE, "sdxl", "test", prompt, None, width, 64, 1, steps, 1.0, "euler", **more)
 
 
-def open_gate(painter: PaintedSquares) -> None:
+def open_gate(painter: FakeDenoiser) -> None:
     """Let a painter's steps go."""
     assert painter.gate is not None
     painter.gate.set()
@@ -37,10 +37,10 @@ def engine_of() -> Iterator[EngineOf]:
     """Make a running engine."""
     made: list[Engine[Any, Any]] = []
 
-    def make(painter: PaintedSquares, queue_limit: int = 32, max_batch: int = 4, **more: Any) -> Engine[Any, Any]:
+    def make(painter: FakeDenoiser, queue_limit: int = 32, max_batch: int = 4, **more: Any) -> Engine[Any, Any]:
         engine: Engine[Any, Any] = Engine(lambda: painter, queue_limit=queue_limit, max_batch=max_batch, **more)
         engine.start()
-        until(lambda: engine.phase is Phase.READY)
+        until(lambda: engine.phase is EngineState.READY)
         made.append(engine)
         return engine
 
@@ -50,15 +50,15 @@ def engine_of() -> Iterator[EngineOf]:
 
 
 @pytest.fixture
-def gated() -> Iterator[PaintedSquares]:
+def gated() -> Iterator[FakeDenoiser]:
     """Squares whose every step waits until the gate is open."""
-    painter = PaintedSquares(gate=threading.Event())
+    painter = FakeDenoiser(gate=threading.Event())
     yield painter
     open_gate(painter)
 
 
 @dataclass
-class Cramped(PaintedSquares):
+class OutOfMemoryDenoiser(FakeDenoiser):
     """Paints with room for so many canvases in a step, and so many in a finish; counts what it is asked to free.
 
     Shrinking makes room for one more canvas while it is decoded, `shrinks` times.
@@ -79,7 +79,7 @@ class Cramped(PaintedSquares):
             raise OutOfMemory("no room in the third step")
         super().step(states)
 
-    def finish(self, state: Canvas) -> Painted:
+    def finish(self, state: Canvas) -> FakePixels:
         if self.shrunk < self.decodes_with:
             raise OutOfMemory("no room to decode")
         return super().finish(state)
@@ -97,7 +97,7 @@ class Cramped(PaintedSquares):
 
 
 @dataclass
-class Poisonous(PaintedSquares):
+class DeviceLostDenoiser(FakeDenoiser):
     """A device that is lost in the step after a prompt says "poison", or whose pictures are not finite."""
 
     finite: bool = True
@@ -105,22 +105,22 @@ class Poisonous(PaintedSquares):
     def step(self, states: Sequence[Canvas]) -> None:
         super().step(states)
         if any("poison" in state.job.prompt for state in states):
-            raise DevicePoisoned("The device reported an error it cannot recover from.")
+            raise DeviceLost("The device reported an error it cannot recover from.")
 
-    def finish(self, state: Canvas) -> Painted:
+    def finish(self, state: Canvas) -> FakePixels:
         if not self.finite:
             raise NotFinite("The latents are not finite.")
         return super().finish(state)
 
 
 @dataclass
-class Visiting(PaintedSquares):
+class RecordingDenoiser(FakeDenoiser):
     """Squares whose paint is not on the device between drawings; `did` is what was done, in order."""
 
     resident: bool = False
     did: list[str] = field(default_factory=list)
 
-    def prepare(self, job: Job) -> Canvas:
+    def prepare(self, job: DiffusionRequest) -> Canvas:
         self.did.append("prepare")
         return super().prepare(job)
 
@@ -128,7 +128,7 @@ class Visiting(PaintedSquares):
         self.did.append(f"step {len(states)}")
         super().step(states)
 
-    def finish(self, state: Canvas) -> Painted:
+    def finish(self, state: Canvas) -> FakePixels:
         self.did.append("finish")
         return super().finish(state)
 
@@ -137,7 +137,7 @@ class Visiting(PaintedSquares):
 
 
 @dataclass
-class Kept(PaintedSquares):
+class CpuBoundDenoiser(FakeDenoiser):
     """Squares by a thread that computes for 3 ms a step, and is kept waiting the longer the more canvases there are."""
 
     cpu_threads: int = 1
@@ -151,7 +151,7 @@ class Kept(PaintedSquares):
 
 
 @dataclass
-class Sketching(PaintedSquares):
+class PreviewingDenoiser(FakeDenoiser):
     """Squares with a preview: a grey that is the number of steps done."""
 
     sketches: int = 0
@@ -162,7 +162,7 @@ class Sketching(PaintedSquares):
 
 
 @dataclass
-class Crowd(PaintedSquares):
+class ConcurrentDenoiser(FakeDenoiser):
     """Painters who may work side by side; knows how many did, and whether two ever prepared at once."""
 
     threads: set[int] = field(default_factory=set)
@@ -182,7 +182,7 @@ class Crowd(PaintedSquares):
             self.at_once[what] += by
             self.most[what] = max(self.most[what], self.at_once[what])
 
-    def prepare(self, job: Job) -> Canvas:
+    def prepare(self, job: DiffusionRequest) -> Canvas:
         self._within("prepare", 1)
         try:
             return super().prepare(job)

@@ -180,7 +180,7 @@ def refused(code: str, status: int) -> Said:
     return Said(status, content, {"Content-Type": "application/xml"})
 
 
-class Rascal:
+class MisbehavingStore:
     """A go-between before a storage server that misbehaves, one request at a time, as `mischief` says.
 
     A word of `S3_REFUSALS` answers with that error; `reset` breaks the connection half way through the answer;
@@ -212,7 +212,7 @@ class Rascal:
         self._server.server_close()
 
 
-def _handler(rascal: Rascal, port: int) -> Callable[..., BaseHTTPRequestHandler]:
+def _handler(rascal: MisbehavingStore, port: int) -> Callable[..., BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         def log_message(self, format: str, *args: Any) -> None:
             """Say nothing."""
@@ -289,12 +289,12 @@ def _handler(rascal: Rascal, port: int) -> Callable[..., BaseHTTPRequestHandler]
 
 
 @pytest.fixture
-def rascal_before() -> Iterator[Callable[[StorageServer], Rascal]]:
+def rascal_before() -> Iterator[Callable[[StorageServer], MisbehavingStore]]:
     """Put a go-between before a storage server."""
-    made: list[Rascal] = []
+    made: list[MisbehavingStore] = []
 
-    def put(server: StorageServer) -> Rascal:
-        made.append(Rascal(server.port))
+    def put(server: StorageServer) -> MisbehavingStore:
+        made.append(MisbehavingStore(server.port))
         return made[-1]
 
     yield put

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
-from stable_diffusion_server.imaging.artifact_detection import bumpiness, is_black
+from stable_diffusion_server.imaging.artifact_detection import is_black, score_artifacts
 
 
 def originals_rule(pixels: NDArray[np.uint8]) -> bool:
@@ -39,36 +39,36 @@ def scene(seed: int, side: int = 1024) -> NDArray[np.uint8]:
 def test_at_the_originals_size_the_verdict_is_the_originals(seed: int) -> None:
     """The same rule to the last count at 1024 × 1024."""
     pixels = scene(seed)
-    assert bumpiness(pixels).too_bumpy is originals_rule(pixels)
+    assert score_artifacts(pixels).has_artifacts is originals_rule(pixels)
 
 
 @pytest.mark.parametrize("seed", range(8))
 def test_the_verdict_is_the_same_at_every_size(seed: int) -> None:
     """The same picture at a half, a quarter and twice the size is as bumpy, unless it is close to the threshold."""
     pixels = scene(seed)
-    measured = bumpiness(pixels)
+    measured = score_artifacts(pixels)
     if not 0.6 < measured.score < 1.6:
         others = [np.ascontiguousarray(pixels[::2, ::2]), np.ascontiguousarray(pixels[1::4, 1::4])]
         others.append(pixels.repeat(2, 0).repeat(2, 1))
-        assert {bumpiness(other).too_bumpy for other in others} == {measured.too_bumpy}
+        assert {score_artifacts(other).has_artifacts for other in others} == {measured.has_artifacts}
 
 
 @pytest.mark.parametrize("side", [64, 128, 512, 1024])
 def test_noise_with_black_and_white_is_too_bumpy_and_flat_shapes_are_not(side: int) -> None:
     """What the embedded models draw, discs on grounds, passes at every size; television snow does not."""
-    assert bumpiness(bumpy_pixels(side, side, ends=0.05)).too_bumpy
-    assert bumpiness(bumpy_pixels(side, side, ends=0.2)).score > 1
+    assert score_artifacts(bumpy_pixels(side, side, ends=0.05)).has_artifacts
+    assert score_artifacts(bumpy_pixels(side, side, ends=0.2)).score > 1
     for inside, outside in (("black", "white"), ("red", "blue"), ("white", "black")):
-        assert not bumpiness(disc(side, side, inside, outside)).too_bumpy
+        assert not score_artifacts(disc(side, side, inside, outside)).has_artifacts
 
 
 def test_both_ends_and_uneven_greys_are_needed() -> None:
     """Much black alone, much white alone, or a ramp of all levels is no fault."""
     snow = bumpy_pixels(256, 256, ends=0.05)
-    assert not bumpiness(np.maximum(snow, 12)).too_bumpy
-    assert not bumpiness(np.minimum(snow, 240)).too_bumpy
+    assert not score_artifacts(np.maximum(snow, 12)).has_artifacts
+    assert not score_artifacts(np.minimum(snow, 240)).has_artifacts
     ramp = np.repeat(np.tile(np.arange(256, dtype=np.uint8), (256, 1))[..., None], 3, 2)
-    assert not bumpiness(np.ascontiguousarray(ramp)).too_bumpy
+    assert not score_artifacts(np.ascontiguousarray(ramp)).has_artifacts
 
 
 def test_a_picture_is_black_when_nothing_can_be_seen() -> None:

@@ -15,7 +15,7 @@ import httpx
 import pytest
 import uvicorn
 from conftest import free_port
-from fakes import PaintedSquares, settings_in, until
+from fakes import FakeDenoiser, settings_in, until
 
 from stable_diffusion_server.app import create_app
 from stable_diffusion_server.generation import output
@@ -31,9 +31,9 @@ class Studio:
     """A server over painters who work one picture at a time, and can be held before a step and before encoding."""
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.painter = PaintedSquares(gate=threading.Event())
+        self.painter = FakeDenoiser(gate=threading.Event())
         self.encoding, self.may_encode = threading.Event(), threading.Event()
-        encode = output.encode
+        encode = output.encode_image
 
         def held(pixels: Any, *more: Any) -> bytes:
             self.encoding.set()

@@ -14,18 +14,18 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import House
+from conftest import RunningApp
 from fakes import until
 from test_journal import CLAIM, ENTRY, RECEIPT, WORK
 
-from stable_diffusion_server.errors import JournalUnavailable
-from stable_diffusion_server.jobs.store.records import Entry, State, Work
+from stable_diffusion_server.errors import JobStoreUnavailable
+from stable_diffusion_server.jobs.store.records import JobPayload, JobRecord, JobState
 from stable_diffusion_server.jobs.store.schema import connect
-from stable_diffusion_server.jobs.store.sqlite_store import Journal
-from stable_diffusion_server.storage.history.entries import Entry as Drawn
-from stable_diffusion_server.storage.history.entries import Wanted
-from stable_diffusion_server.storage.history.index import Index
-from stable_diffusion_server.types import Caller, Order, Task
+from stable_diffusion_server.jobs.store.sqlite_store import SqliteJobStore
+from stable_diffusion_server.storage.history.entries import HistoryEntry as Drawn
+from stable_diffusion_server.storage.history.entries import HistoryQuery
+from stable_diffusion_server.storage.history.index import HistoryIndex
+from stable_diffusion_server.types import Caller, GenerationRequest, Task
 
 SIGNED = {"signed_url_seconds": 600}
 ASK = {"prompt": "a red square", "num_inference_steps": 2}
@@ -49,20 +49,20 @@ VALUES: tuple[object, ...] = (
 MOST = 10_000_000
 
 
-def waiting(name: str) -> tuple[Entry, Work]:
-    order = Order(Task.TEXT_TO_IMAGE, f"a red square {name}", num_inference_steps=2, width=64, height=64)
-    return Entry(name, Caller(), time.time(), share="address 127.0.0.1"), Work(order)
+def waiting(name: str) -> tuple[JobRecord, JobPayload]:
+    order = GenerationRequest(Task.TEXT_TO_IMAGE, f"a red square {name}", num_inference_steps=2, width=64, height=64)
+    return JobRecord(name, Caller(), time.time(), share="address 127.0.0.1"), JobPayload(order)
 
 
-def kept(path: Path) -> Journal:
+def kept(path: Path) -> SqliteJobStore:
     """A closed journal with jobs in every state, keys, messages and files."""
-    journal = Journal(path, MOST)
+    journal = SqliteJobStore(path, MOST)
     journal.open()
     for name in ("whole-1", "damaged", "whole-2"):
         journal.accept(*waiting(name))
-    ended = Entry("ended", Caller("ann", "ann/"), 1000.0, State.DONE, ended_at=time.time(), outcome=RECEIPT)
-    journal.accept(Entry("ended", Caller("ann", "ann/"), 1000.0, webhook_url="https://hook.example/"), WORK, CLAIM)
-    journal.end(Entry(**{**_fields(ended), "webhook_url": "https://hook.example/"}), "the body")
+    ended = JobRecord("ended", Caller("ann", "ann/"), 1000.0, JobState.DONE, ended_at=time.time(), outcome=RECEIPT)
+    journal.accept(JobRecord("ended", Caller("ann", "ann/"), 1000.0, webhook_url="https://hook.example/"), WORK, CLAIM)
+    journal.end(JobRecord(**{**_fields(ended), "webhook_url": "https://hook.example/"}), "the body")
     journal.accept(ENTRY, WORK)
     journal.claim(CLAIM.__class__("ann", "key-2", "print-2"), 1.0)
     journal.answer(CLAIM.__class__("ann", "key-2", "print-2"), RECEIPT)
@@ -70,8 +70,8 @@ def kept(path: Path) -> Journal:
     return journal
 
 
-def _fields(entry: Entry) -> dict[str, Any]:
-    return {name: getattr(entry, name) for name in Entry.__slots__}
+def _fields(entry: JobRecord) -> dict[str, Any]:
+    return {name: getattr(entry, name) for name in JobRecord.__slots__}
 
 
 def columns() -> list[tuple[str, str]]:
@@ -99,7 +99,7 @@ def test_a_damaged_row_holds_up_no_other(tmp_path: Path, table: str, column: str
     for number, value in enumerate(VALUES):
         path = tmp_path / f"{number}.db"
         shutil.copyfile(tmp_path / "whole.db", path)
-        journal = Journal(path, MOST)
+        journal = SqliteJobStore(path, MOST)
         where = {"jobs": "id = 'damaged'", "files": "1", "claims": "1", "messages": "1"}[table]
         with closing(sqlite3.connect(path)) as base, base:
             base.execute("PRAGMA foreign_keys = OFF")
@@ -113,7 +113,7 @@ def test_a_damaged_row_holds_up_no_other(tmp_path: Path, table: str, column: str
         for name in ("whole-1", "whole-2"):
             assert journal.begin(name).order.prompt == f"a red square {name}"
         for caller in ("", "ann"):
-            assert all(isinstance(entry.state, State) for entry in journal.latest_of(caller, 99))
+            assert all(isinstance(entry.state, JobState) for entry in journal.latest_of(caller, 99))
         for name in ("damaged", "ended"):
             told = journal.find(name)
             assert told is None or isinstance(told.accepted_at, int | float)
@@ -141,7 +141,7 @@ def test_a_damaged_row_holds_up_no_other(tmp_path: Path, table: str, column: str
     ],
 )
 def test_a_server_draws_what_is_whole_beside_a_damaged_job(
-    house_of: Callable[..., House], tmp_path: Path, change: str
+    house_of: Callable[..., RunningApp], tmp_path: Path, change: str
 ) -> None:
     """The whole ones are done; the damaged one has failed, and says so."""
     (tmp_path / "data").mkdir()
@@ -194,7 +194,9 @@ def damaged(path: Path, how: str) -> None:
 @pytest.mark.fault(153)
 @pytest.mark.parametrize("how", ["garbage", "empty", "folder", "cut", "another program's", "a link to nothing"])
 @pytest.mark.parametrize("name", FILES)
-def test_a_damaged_file_holds_up_nothing(house_of: Callable[..., House], tmp_path: Path, name: str, how: str) -> None:
+def test_a_damaged_file_holds_up_nothing(
+    house_of: Callable[..., RunningApp], tmp_path: Path, name: str, how: str
+) -> None:
     """Whatever stands in the place of any file: ready, a picture, its signed address, a job, the history."""
     data = tmp_path / "data"
     data.mkdir()
@@ -213,7 +215,7 @@ def test_a_damaged_file_holds_up_nothing(house_of: Callable[..., House], tmp_pat
 
 @pytest.mark.fault(153)
 @pytest.mark.parametrize("name", ["journal.db", "history.db"])
-def test_what_is_put_aside_is_kept_whole(house_of: Callable[..., House], tmp_path: Path, name: str) -> None:
+def test_what_is_put_aside_is_kept_whole(house_of: Callable[..., RunningApp], tmp_path: Path, name: str) -> None:
     """Under a name that says what it is, with the log beside it, and the new one starts empty."""
     (tmp_path / "data").mkdir()
     noise = os.urandom(5000)
@@ -228,7 +230,7 @@ def test_what_is_put_aside_is_kept_whole(house_of: Callable[..., House], tmp_pat
 @pytest.mark.parametrize("part", [0.2, 0.5, 0.9])
 def test_a_journal_whose_pages_are_damaged_is_put_aside(tmp_path: Path, part: float) -> None:
     """Not only its header: noise in its midst, where a look at one row would not meet it."""
-    journal = Journal(tmp_path / "journal.db", MOST)
+    journal = SqliteJobStore(tmp_path / "journal.db", MOST)
     journal.open()
     for number in range(300):
         journal.accept(*waiting(f"job-{number}"))
@@ -247,11 +249,11 @@ def test_a_journal_whose_pages_are_damaged_is_put_aside(tmp_path: Path, part: fl
 @pytest.mark.fault(153)
 def test_a_journal_that_is_only_out_of_reach_is_left_where_it_is(tmp_path: Path) -> None:
     """Held by another process, or in a folder that is not there: refused, and not put aside."""
-    held, second = (Journal(tmp_path / "journal.db", MOST) for _ in range(2))
+    held, second = (SqliteJobStore(tmp_path / "journal.db", MOST) for _ in range(2))
     held.open()
     held.accept(*waiting("job"))
-    for journal in (second, Journal(tmp_path / "absent" / "journal.db", MOST)):
-        with pytest.raises(JournalUnavailable):
+    for journal in (second, SqliteJobStore(tmp_path / "absent" / "journal.db", MOST)):
+        with pytest.raises(JobStoreUnavailable):
             journal.open()
     assert [path.name for path in tmp_path.iterdir() if "broken" in path.name] == []
     assert [entry.id for entry in held.unfinished()] == ["job"]
@@ -289,14 +291,14 @@ def test_a_damaged_entry_of_the_history_is_left_out(tmp_path: Path, value: objec
     """Of any column: the others are found, whatever is asked for."""
     names = [*Drawn.__slots__[:-1], "words"]
     for number, column in enumerate(names):
-        index = Index(tmp_path / f"{number}.db", 100, 0)
+        index = HistoryIndex(tmp_path / f"{number}.db", 100, 0)
         index.open()
         drawn = [Drawn(f"{key}.webp", key, "red", "sdxl", "t", 1, 8, 8, "ann", 5.0, {"a": 1}) for key in "abc"]
         index.add(drawn)
         with closing(sqlite3.connect(tmp_path / f"{number}.db")) as base, base:
             base.execute(f"UPDATE drawn SET {column} = ? WHERE digest = 'b'", (value,))  # noqa: S608  # a column's name
-        found = {entry.key for entry in index.search(Wanted())}
+        found = {entry.key for entry in index.search(HistoryQuery())}
         assert {"a.webp", "c.webp"} <= found
         assert index.find("key", "a.webp") is not None
         index.find("digest", "b")
-        json.dumps([entry.prompt for entry in index.search(Wanted())])
+        json.dumps([entry.prompt for entry in index.search(HistoryQuery())])

@@ -20,10 +20,16 @@ from conftest import ROOT, Server, free_port, start_server
 from fakes import until
 from test_server_jobs import SERVE, WATCHED, accept, answers, child_of, job
 
-from stable_diffusion_server.jobs.crash_attribution import blamed
-from stable_diffusion_server.jobs.store.records import Entry, State
+from stable_diffusion_server.jobs.crash_attribution import attribute_crash
+from stable_diffusion_server.jobs.store.records import JobRecord, JobState
 from stable_diffusion_server.observability import crash_reports
-from stable_diffusion_server.observability.crash_reports import Cause, Death, DeviceRecord, last_death, report_death
+from stable_diffusion_server.observability.crash_reports import (
+    CrashCause,
+    CrashReport,
+    DeviceRecord,
+    last_crash,
+    report_crash,
+)
 from stable_diffusion_server.types import Caller
 
 LINUX = pytest.mark.skipif(not Path("/proc").exists(), reason="finds processes in /proc")
@@ -38,19 +44,19 @@ record.occupied(["job-1", ""], False)
 """
 # How a process ends, and whose doing that is: with its exit status known, and without.
 ENDS = {
-    "os.kill(os.getpid(), signal.SIGKILL)": (Cause.OUTSIDE, Cause.OUTSIDE),
-    "os.kill(os.getpid(), signal.SIGTERM)": (Cause.OUTSIDE, Cause.OUTSIDE),
-    "os.kill(os.getpid(), signal.SIGHUP)": (Cause.OUTSIDE, Cause.OUTSIDE),
-    "os._exit(128 + signal.SIGINT)": (Cause.OUTSIDE, Cause.OUTSIDE),
-    "ctypes.string_at(0)": (Cause.OWN, Cause.OWN),
-    "os.abort()": (Cause.OWN, Cause.OWN),
-    "os.kill(os.getpid(), signal.SIGBUS)": (Cause.OWN, Cause.OWN),
-    "os.kill(os.getpid(), signal.SIGFPE)": (Cause.OWN, Cause.OWN),
-    "os.kill(os.getpid(), signal.SIGILL)": (Cause.OWN, Cause.OWN),
-    "os.kill(os.getpid(), signal.SIGSYS)": (Cause.OWN, Cause.OUTSIDE),
-    "os._exit(3)": (Cause.OWN, Cause.OUTSIDE),
-    "os._exit(86)": (Cause.OWN, Cause.OUTSIDE),
-    "record.end()": (Cause.NONE, Cause.NONE),
+    "os.kill(os.getpid(), signal.SIGKILL)": (CrashCause.OUTSIDE, CrashCause.OUTSIDE),
+    "os.kill(os.getpid(), signal.SIGTERM)": (CrashCause.OUTSIDE, CrashCause.OUTSIDE),
+    "os.kill(os.getpid(), signal.SIGHUP)": (CrashCause.OUTSIDE, CrashCause.OUTSIDE),
+    "os._exit(128 + signal.SIGINT)": (CrashCause.OUTSIDE, CrashCause.OUTSIDE),
+    "ctypes.string_at(0)": (CrashCause.OWN, CrashCause.OWN),
+    "os.abort()": (CrashCause.OWN, CrashCause.OWN),
+    "os.kill(os.getpid(), signal.SIGBUS)": (CrashCause.OWN, CrashCause.OWN),
+    "os.kill(os.getpid(), signal.SIGFPE)": (CrashCause.OWN, CrashCause.OWN),
+    "os.kill(os.getpid(), signal.SIGILL)": (CrashCause.OWN, CrashCause.OWN),
+    "os.kill(os.getpid(), signal.SIGSYS)": (CrashCause.OWN, CrashCause.OUTSIDE),
+    "os._exit(3)": (CrashCause.OWN, CrashCause.OUTSIDE),
+    "os._exit(86)": (CrashCause.OWN, CrashCause.OUTSIDE),
+    "record.end()": (CrashCause.NONE, CrashCause.NONE),
 }
 
 
@@ -74,13 +80,13 @@ def test_it_is_known_whose_doing_an_end_was(tmp_path: Path, ending: str, watched
     """Signals from people are nobody's fault, crashes are the process's own; a stop in good order leaves nothing."""
     cause = ENDS[ending][0 if watched else 1]
     status = died(tmp_path, ending)
-    if watched and cause is not Cause.NONE:
-        assert report_death(tmp_path, "", status if status >= 0 else 128 - status, hung=False) is cause
-    death = last_death(tmp_path)
+    if watched and cause is not CrashCause.NONE:
+        assert report_crash(tmp_path, "", status if status >= 0 else 128 - status, hung=False) is cause
+    death = last_crash(tmp_path)
     assert death.cause is cause
-    assert death.on_device == (() if cause is Cause.NONE else ("job-1", ""))
+    assert death.on_device == (() if cause is CrashCause.NONE else ("job-1", ""))
     assert DeviceRecord(tmp_path).begin().cause is cause
-    assert last_death(tmp_path).on_device == (), "a death is told once"
+    assert last_crash(tmp_path).on_device == (), "a death is told once"
 
 
 @pytest.mark.fault(159)
@@ -88,8 +94,8 @@ def test_it_is_known_whose_doing_an_end_was(tmp_path: Path, ending: str, watched
 def test_a_hang_and_a_kill_for_memory_are_the_servers_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both end by KILL: the watchdog knows the one, the kernel has counted the other."""
     status = died(tmp_path, "os.kill(os.getpid(), signal.SIGKILL)")
-    assert report_death(tmp_path, "", 128 - status, hung=True) is Cause.OWN
-    assert last_death(tmp_path).cause is Cause.OWN
+    assert report_crash(tmp_path, "", 128 - status, hung=True) is CrashCause.OWN
+    assert last_crash(tmp_path).cause is CrashCause.OWN
     DeviceRecord(tmp_path).begin()
     status = died(tmp_path, "os.kill(os.getpid(), signal.SIGKILL)")
     before = crash_reports.killed_for_memory()
@@ -99,7 +105,7 @@ def test_a_hang_and_a_kill_for_memory_are_the_servers_own(tmp_path: Path, monkey
         monkeypatch.setattr(crash_reports, "killed_for_memory", lambda counts=counts: counts)
         groups = [key for key in before if not key.startswith("boot ")]
         told_by_it = where in groups or not groups
-        assert last_death(tmp_path).cause is (Cause.OWN if told_by_it else Cause.OUTSIDE)
+        assert last_crash(tmp_path).cause is (CrashCause.OWN if told_by_it else CrashCause.OUTSIDE)
 
 
 @pytest.mark.fault(153)
@@ -121,31 +127,36 @@ def test_damaged_records_of_a_death_hold_up_nothing(tmp_path: Path, name: str, d
     record = DeviceRecord(tmp_path)
     assert record.begin().on_device == ()
     record.occupied(["job-2"], True)
-    assert last_death(tmp_path).on_device == ("job-2",)
+    assert last_crash(tmp_path).on_device == ("job-2",)
     record.end()
 
 
-def entry(name: str, state: State = State.QUEUED, deaths: int = 0) -> Entry:
-    return Entry(name, Caller("ann"), 0.0, state, deaths=crash_reports)
+def entry(name: str, state: JobState = JobState.QUEUED, deaths: int = 0) -> JobRecord:
+    return JobRecord(name, Caller("ann"), 0.0, state, deaths=deaths)
 
 
 @pytest.mark.fault(150, 151)
 def test_only_what_was_on_the_device_is_blamed_and_only_alone_when_suspected() -> None:
     """A death from outside counts apart; one of its own makes suspects; a suspect with company proves nothing."""
-    jobs = [entry("a", State.RUNNING), entry("b", State.RUNNING), entry("c"), entry("d", State.RUNNING, deaths=1)]
+    jobs = [
+        entry("a", JobState.RUNNING),
+        entry("b", JobState.RUNNING),
+        entry("c"),
+        entry("d", JobState.RUNNING, deaths=1),
+    ]
 
-    def counted(death: Death) -> dict[str, tuple[int, int]]:
-        return {each.id: (each.deaths, each.kills) for each in blamed(jobs, death)}
+    def counted(death: CrashReport) -> dict[str, tuple[int, int]]:
+        return {each.id: (each.deaths, each.kills) for each in attribute_crash(jobs, death)}
 
     none = {"a": (0, 0), "b": (0, 0), "c": (0, 0), "d": (1, 0)}
-    assert counted(Death(Cause.NONE, ("a",))) == none
-    assert counted(Death(Cause.OUTSIDE, ("a",))) == {**none, "a": (0, 1)}
-    assert counted(Death(Cause.OWN, ("a", ""))) == {**none, "a": (1, 0)}
-    assert counted(Death(Cause.OWN, ("d", "a"))) == {**none, "a": (1, 0)}, "d was not alone"
-    assert counted(Death(Cause.OWN, ("d",), alone=True)) == {**none, "d": (2, 0)}
-    assert counted(Death(Cause.OWN, ("",))) == none, "a request that waited was there"
-    assert counted(Death(Cause.OWN, ())) == {"a": (1, 0), "b": (1, 0), "c": (0, 0), "d": (1, 0)}
-    assert [each.id for each in blamed(jobs, Death(Cause.OUTSIDE, ("a",)))] == ["b", "c", "a", "d"]
+    assert counted(CrashReport(CrashCause.NONE, ("a",))) == none
+    assert counted(CrashReport(CrashCause.OUTSIDE, ("a",))) == {**none, "a": (0, 1)}
+    assert counted(CrashReport(CrashCause.OWN, ("a", ""))) == {**none, "a": (1, 0)}
+    assert counted(CrashReport(CrashCause.OWN, ("d", "a"))) == {**none, "a": (1, 0)}, "d was not alone"
+    assert counted(CrashReport(CrashCause.OWN, ("d",), alone=True)) == {**none, "d": (2, 0)}
+    assert counted(CrashReport(CrashCause.OWN, ("",))) == none, "a request that waited was there"
+    assert counted(CrashReport(CrashCause.OWN, ())) == {"a": (1, 0), "b": (1, 0), "c": (0, 0), "d": (1, 0)}
+    assert [each.id for each in attribute_crash(jobs, CrashReport(CrashCause.OUTSIDE, ("a",)))] == ["b", "c", "a", "d"]
 
 
 def ended(server: Server, ids: list[str], seconds: float = 120) -> list[dict[str, Any]]:
@@ -258,8 +269,8 @@ def test_a_watchdog_that_was_not_heard_changes_nothing(tmp_path: Path) -> None:
     record.begin()
     record.occupied(["job-1"], False)
     (tmp_path / crash_reports.DEATH).write_text(json.dumps({"run": "another", "status": 139, "hung": False}))
-    assert last_death(tmp_path).cause is Cause.OUTSIDE
-    assert report_death(tmp_path, crash_reports.run_of(tmp_path), 139, hung=False) is Cause.OWN
+    assert last_crash(tmp_path).cause is CrashCause.OUTSIDE
+    assert report_crash(tmp_path, crash_reports.run_of(tmp_path), 139, hung=False) is CrashCause.OWN
     assert json.loads((tmp_path / crash_reports.DEATH).read_text())["run"] == "another", (
         "it had started another process"
     )

@@ -88,11 +88,11 @@ def test_an_example_script_works(server: Server, tmp_path: Path, script: Path) -
 
 def test_the_orders_page_tells_the_truth_about_bounds_and_defaults() -> None:
     """Its table and the code agree."""
-    from stable_diffusion_server.generation.limits import Limits
+    from stable_diffusion_server.generation.limits import RequestLimits
     from stable_diffusion_server.pipelines.catalog import MODELS
     from stable_diffusion_server.types import SEED_MAX
 
-    limits = Limits()
+    limits = RequestLimits()
     assert f"{limits.min_side} to {limits.max_side:,}" in ORDERS
     assert f"0 to {SEED_MAX:,}" in ORDERS
     assert f"1 to {limits.max_steps}." in ORDERS

@@ -7,14 +7,14 @@ import threading
 
 import pytest
 
-from stable_diffusion_server.generation.encoder_pool import Encoders
+from stable_diffusion_server.generation.encoder_pool import EncoderPool
 
 LARGE, SMALL = 2048 * 2048 * 3, 64 * 64 * 3
 
 
 async def test_small_pictures_pass_large_ones() -> None:
     """Four large lossless ones at once: one is worked at, the others wait, and small ones go through."""
-    encoders, gate = Encoders(), threading.Event()
+    encoders, gate = EncoderPool(), threading.Event()
     at_work: list[int] = []
 
     def large(number: int) -> bytes:
@@ -36,7 +36,7 @@ async def test_small_pictures_pass_large_ones() -> None:
 
 async def test_who_leaves_makes_room_only_when_the_work_has_ended() -> None:
     """A thread cannot be stopped: the next large one begins when it is free."""
-    encoders, gate = Encoders(), threading.Event()
+    encoders, gate = EncoderPool(), threading.Event()
     first = asyncio.create_task(encoders.encode(LARGE, lambda: b"%d" % gate.wait(30), lossless=True))
     await asyncio.sleep(0.05)
     first.cancel()

@@ -4,8 +4,8 @@ import asyncio
 
 import pytest
 
-from stable_diffusion_server.generation.single_flight import Audience, Flights, Watcher
-from stable_diffusion_server.types import EventKind, Progress
+from stable_diffusion_server.generation.single_flight import CallbackListener, ProgressBroadcaster, SingleFlight
+from stable_diffusion_server.types import EngineEventKind, GenerationProgress
 
 
 class Effort:
@@ -16,7 +16,7 @@ class Effort:
         self.cancelled = 0
         self.go = asyncio.Event()
 
-    async def run(self, audience: Audience) -> str:
+    async def run(self, audience: ProgressBroadcaster) -> str:
         self.begun += 1
         try:
             await self.go.wait()
@@ -28,7 +28,7 @@ class Effort:
 
 async def test_callers_of_one_key_share_one_effort() -> None:
     """Ten callers, one run, and nine of them are told that they shared."""
-    flights: Flights[str] = Flights()
+    flights: SingleFlight[str] = SingleFlight()
     effort = Effort()
     callers = [asyncio.create_task(flights.join("k", "t", effort.run)) for _ in range(10)]
     await asyncio.sleep(0)
@@ -42,7 +42,7 @@ async def test_callers_of_one_key_share_one_effort() -> None:
 
 async def test_one_caller_leaving_does_not_end_the_effort_of_the_others() -> None:
     """Cancelling one of two leaves the other its result."""
-    flights: Flights[str] = Flights()
+    flights: SingleFlight[str] = SingleFlight()
     effort = Effort()
     leaving, staying = (asyncio.create_task(flights.join("k", "t", effort.run)) for _ in range(2))
     await asyncio.sleep(0.01)
@@ -55,7 +55,7 @@ async def test_one_caller_leaving_does_not_end_the_effort_of_the_others() -> Non
 
 async def test_the_last_caller_to_leave_ends_the_effort() -> None:
     """No one waits, so nothing is done; a newcomer starts afresh."""
-    flights: Flights[str] = Flights()
+    flights: SingleFlight[str] = SingleFlight()
     effort = Effort()
     callers = [asyncio.create_task(flights.join("k", "t", effort.run)) for _ in range(2)]
     await asyncio.sleep(0.01)
@@ -70,10 +70,10 @@ async def test_the_last_caller_to_leave_ends_the_effort() -> None:
 
 async def test_an_effort_that_was_given_up_ends_before_the_next_begins() -> None:
     """A newcomer under the key waits for the ending of what was abandoned, and does not share its fate."""
-    flights: Flights[str] = Flights()
+    flights: SingleFlight[str] = SingleFlight()
     order: list[str] = []
 
-    async def stubborn(audience: Audience) -> str:
+    async def stubborn(audience: ProgressBroadcaster) -> str:
         try:
             await asyncio.sleep(10)
         except asyncio.CancelledError:
@@ -82,7 +82,7 @@ async def test_an_effort_that_was_given_up_ends_before_the_next_begins() -> None
             raise
         return "old"
 
-    async def fresh(audience: Audience) -> str:
+    async def fresh(audience: ProgressBroadcaster) -> str:
         order.append("new began")
         return "new"
 
@@ -96,13 +96,13 @@ async def test_an_effort_that_was_given_up_ends_before_the_next_begins() -> None
 
 async def test_a_failure_reaches_every_caller_and_is_not_kept() -> None:
     """All callers get the error; the next one gets a new try."""
-    flights: Flights[str] = Flights()
+    flights: SingleFlight[str] = SingleFlight()
 
-    async def fail(audience: Audience) -> str:
+    async def fail(audience: ProgressBroadcaster) -> str:
         await asyncio.sleep(0)
         raise ConnectionError("no")
 
-    async def succeed(audience: Audience) -> str:
+    async def succeed(audience: ProgressBroadcaster) -> str:
         return "yes"
 
     results = await asyncio.gather(*(flights.join("k", "t", fail) for _ in range(3)), return_exceptions=True)
@@ -112,10 +112,10 @@ async def test_a_failure_reaches_every_caller_and_is_not_kept() -> None:
 
 async def test_another_tag_waits_for_the_effort_under_way() -> None:
     """Efforts under one key never overlap, however many different ones are asked for."""
-    flights: Flights[str] = Flights()
+    flights: SingleFlight[str] = SingleFlight()
     running = 0
 
-    async def alone(audience: Audience) -> str:
+    async def alone(audience: ProgressBroadcaster) -> str:
         nonlocal running
         running += 1
         assert running == 1
@@ -129,13 +129,13 @@ async def test_another_tag_waits_for_the_effort_under_way() -> None:
 
 async def test_another_tag_gets_its_turn_when_the_effort_before_it_fails() -> None:
     """A failed predecessor is not the newcomer's failure."""
-    flights: Flights[str] = Flights()
+    flights: SingleFlight[str] = SingleFlight()
 
-    async def fail(audience: Audience) -> str:
+    async def fail(audience: ProgressBroadcaster) -> str:
         await asyncio.sleep(0.005)
         raise ConnectionError("no")
 
-    async def succeed(audience: Audience) -> str:
+    async def succeed(audience: ProgressBroadcaster) -> str:
         return "yes"
 
     first = asyncio.create_task(flights.join("k", "a", fail))
@@ -147,17 +147,17 @@ async def test_another_tag_gets_its_turn_when_the_effort_before_it_fails() -> No
 
 async def test_all_passengers_are_told_and_a_latecomer_hears_the_latest_at_once() -> None:
     """News reaches everyone aboard; who leaves hears no more; previews are wanted while one wants them."""
-    flights: Flights[str] = Flights()
-    aboard: list[Audience] = []
+    flights: SingleFlight[str] = SingleFlight()
+    aboard: list[ProgressBroadcaster] = []
     go = asyncio.Event()
 
-    async def effort(audience: Audience) -> str:
+    async def effort(audience: ProgressBroadcaster) -> str:
         aboard.append(audience)
         await go.wait()
         return "done"
 
     def passenger(heard: list[int], previews: bool = False) -> asyncio.Task[tuple[str, bool]]:
-        listener = Watcher(lambda news: heard.append(news.step), previews)
+        listener = CallbackListener(lambda news: heard.append(news.step), previews)
         return asyncio.create_task(flights.join("k", "t", effort, listener))
 
     first: list[int] = []
@@ -166,11 +166,11 @@ async def test_all_passengers_are_told_and_a_latecomer_hears_the_latest_at_once(
     staying, leaving = passenger(first), passenger(second, previews=True)
     await asyncio.sleep(0.01)
     assert aboard[0].wants_previews
-    aboard[0].tell(Progress(EventKind.STEP, 1, 4))
+    aboard[0].tell(GenerationProgress(EngineEventKind.STEP, 1, 4))
     leaving.cancel()
     await asyncio.sleep(0.01)
     assert not aboard[0].wants_previews
-    aboard[0].tell(Progress(EventKind.STEP, 2, 4))
+    aboard[0].tell(GenerationProgress(EngineEventKind.STEP, 2, 4))
     latecomer = passenger(late)
     await asyncio.sleep(0.01)
     go.set()
@@ -181,18 +181,18 @@ async def test_all_passengers_are_told_and_a_latecomer_hears_the_latest_at_once(
 
 async def test_an_effort_may_follow_another_one() -> None:
     """An audience is a listener: news of an inner effort reaches those who wait for the outer one."""
-    inner: Flights[str] = Flights()
-    outer: Flights[str] = Flights()
+    inner: SingleFlight[str] = SingleFlight()
+    outer: SingleFlight[str] = SingleFlight()
     heard: list[int] = []
 
-    async def draw(audience: Audience) -> str:
+    async def draw(audience: ProgressBroadcaster) -> str:
         assert audience.wants_previews
-        audience.tell(Progress(EventKind.STEP, 3, 4))
+        audience.tell(GenerationProgress(EngineEventKind.STEP, 3, 4))
         return "drawn"
 
-    async def store(audience: Audience) -> str:
+    async def store(audience: ProgressBroadcaster) -> str:
         return (await inner.join("picture", "", draw, audience))[0] + " and stored"
 
-    watcher = Watcher(lambda news: heard.append(news.step), previews=True)
+    watcher = CallbackListener(lambda news: heard.append(news.step), previews=True)
     assert await outer.join("name", "", store, watcher) == ("drawn and stored", False)
     assert heard == [3]

@@ -16,7 +16,7 @@ import pytest
 from conftest import ROOT, free_port
 from fakes import until
 
-from stable_diffusion_server.api.middleware.proxy_headers import Proxies
+from stable_diffusion_server.api.middleware.proxy_headers import TrustedProxies
 
 COMMANDS = {
     "uvicorn": ("-m", "uvicorn", "main:app", "--port"),
@@ -96,15 +96,15 @@ def test_a_client_another_process_made_of_a_header_is_not_believed() -> None:
         "client": ("198.51.100.7", 0),
         "headers": [(b"x-forwarded-for", b"198.51.100.7"), (b"host", b"localhost")],
     }
-    seen = Proxies().seen_through(rewritten)
+    seen = TrustedProxies().seen_through(rewritten)
     assert (seen["client"][0], seen["scheme"], seen["state"]["forwarded"]) == ("127.0.0.1", "http", True)
     direct = {**rewritten, "client": ("198.51.100.7", 55_000)}
-    assert Proxies().seen_through(direct)["client"][0] == "198.51.100.7"
+    assert TrustedProxies().seen_through(direct)["client"][0] == "198.51.100.7"
     old = {**rewritten, "client": ("127.0.0.1", 5), "headers": [], "http_version": "1.0"}
-    assert Proxies().seen_through(old)["state"]["forwarded"], "nginx's plain proxy_pass asks so and adds nothing"
+    assert TrustedProxies().seen_through(old)["state"]["forwarded"], "nginx's plain proxy_pass asks so and adds nothing"
 
 
-TRUSTED = Proxies((ip_network("127.0.0.1"), ip_network("172.16.0.0/12")))
+TRUSTED = TrustedProxies((ip_network("127.0.0.1"), ip_network("172.16.0.0/12")))
 
 
 def behind(peer: str, *headers: tuple[bytes, bytes], version: str = "1.1") -> tuple[str, bool]:

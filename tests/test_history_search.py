@@ -10,15 +10,15 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import House
-from fakes import PaintedSquares, settings_in
+from conftest import RunningApp
+from fakes import FakeDenoiser, settings_in
 from hypothesis import given
 from hypothesis import strategies as st
 
 from stable_diffusion_server.api.routes.history import MOST_ASKED
 from stable_diffusion_server.app import create_app
-from stable_diffusion_server.storage.history.entries import Entry, Wanted
-from stable_diffusion_server.storage.history.index import Index
+from stable_diffusion_server.storage.history.entries import HistoryEntry, HistoryQuery
+from stable_diffusion_server.storage.history.index import HistoryIndex
 
 _PROMPTS = [
     "a red square",
@@ -32,17 +32,19 @@ _PROMPTS = [
 ]
 
 
-def filled(folder: Path, prompts: list[str], **changes: Any) -> Index:
+def filled(folder: Path, prompts: list[str], **changes: Any) -> HistoryIndex:
     """A history with a picture for each prompt."""
-    index = Index(folder / "history.db", 1_000_000, 0)
+    index = HistoryIndex(folder / "history.db", 1_000_000, 0)
     index.open()
     index.add([entry_of(number, prompt, **changes) for number, prompt in enumerate(prompts)])
     return index
 
 
-def entry_of(number: int, prompt: str, folder: str = "uploads/") -> Entry:
+def entry_of(number: int, prompt: str, folder: str = "uploads/") -> HistoryEntry:
     """An entry of a picture of that number."""
-    return Entry(f"{folder}{number}.webp", f"d{number}", prompt, "sdxl", "text_to_image", 7, 64, 64, "", number, {})
+    return HistoryEntry(
+        f"{folder}{number}.webp", f"d{number}", prompt, "sdxl", "text_to_image", 7, 64, 64, "", number, {}
+    )
 
 
 @pytest.mark.fault(173)
@@ -52,7 +54,7 @@ def entry_of(number: int, prompt: str, folder: str = "uploads/") -> Entry:
 def test_a_search_finds_exactly_the_prompts_that_hold_the_words(tmp_path: Path, words: str) -> None:
     """Signs that mean something to SQL or to its index are only text, short or long, in any script."""
     index = filled(tmp_path, _PROMPTS)
-    found = {entry.prompt for entry in index.search(Wanted(words=words))}
+    found = {entry.prompt for entry in index.search(HistoryQuery(words=words))}
     assert found == {prompt for prompt in _PROMPTS if words.casefold() in prompt.casefold()}
     assert found
 
@@ -61,7 +63,7 @@ def test_a_search_finds_exactly_the_prompts_that_hold_the_words(tmp_path: Path, 
 @pytest.mark.parametrize("words", ["\0", "red\0square", "x" * 1000, "aab" * 300, "NOT red", '"red" OR "ab"'])
 def test_what_no_prompt_holds_finds_nothing(tmp_path: Path, words: str) -> None:
     """NUL, which ends a text for SQLite's index; a thousand characters; words of the index's own language."""
-    assert filled(tmp_path, _PROMPTS).search(Wanted(words=words)) == []
+    assert filled(tmp_path, _PROMPTS).search(HistoryQuery(words=words)) == []
 
 
 @given(
@@ -73,7 +75,7 @@ def test_any_text_is_found_as_python_finds_it(
 ) -> None:
     """The index and a plain look at every prompt agree."""
     index = filled(tmp_path_factory.mktemp("history"), prompts)
-    found = sorted(entry.prompt for entry in index.search(Wanted(words=words, limit=100)))
+    found = sorted(entry.prompt for entry in index.search(HistoryQuery(words=words, limit=100)))
     assert found == sorted(prompt for prompt in prompts if words.casefold() in prompt.casefold())
 
 
@@ -83,8 +85,8 @@ def test_what_is_replaced_or_forgotten_is_found_no_more(tmp_path: Path) -> None:
     index = filled(tmp_path, ["a red square", "a blue square"])
     index.add([entry_of(0, "a green circle")])
     index.forget("uploads/1.webp")
-    assert [entry.prompt for entry in index.search(Wanted(words="square"))] == []
-    assert [entry.prompt for entry in index.search(Wanted(words="green"))] == ["a green circle"]
+    assert [entry.prompt for entry in index.search(HistoryQuery(words="square"))] == []
+    assert [entry.prompt for entry in index.search(HistoryQuery(words="green"))] == ["a green circle"]
 
 
 @pytest.mark.fault(173)
@@ -95,14 +97,16 @@ def test_a_history_of_an_earlier_version_gets_its_index(tmp_path: Path) -> None:
         base.executescript("DROP TRIGGER drawn_added; DROP TRIGGER drawn_removed; DROP TABLE drawn_words;")
     for _ in range(2):
         index.open()
-        assert [entry.prompt for entry in index.search(Wanted(words="red sq"))] == ["a red square"]
+        assert [entry.prompt for entry in index.search(HistoryQuery(words="red sq"))] == ["a red square"]
     index.add([entry_of(99, "a red sqrt")])
-    assert len(index.search(Wanted(words="red sq"))) == 2
+    assert len(index.search(HistoryQuery(words="red sq"))) == 2
 
 
 @pytest.mark.fault(173)
-@pytest.mark.parametrize("wanted", [Wanted(words="zzzz"), Wanted(words="a b c d e f g h i"), Wanted(folder="other/")])
-def test_a_fruitless_search_reads_few_rows(tmp_path: Path, wanted: Wanted) -> None:
+@pytest.mark.parametrize(
+    "wanted", [HistoryQuery(words="zzzz"), HistoryQuery(words="a b c d e f g h i"), HistoryQuery(folder="other/")]
+)
+def test_a_fruitless_search_reads_few_rows(tmp_path: Path, wanted: HistoryQuery) -> None:
     """SQLite's own count of steps grows by less than half of what ten times the entries would make it."""
     steps = []
     for entries in (300, 3000):
@@ -139,13 +143,13 @@ async def test_searches_of_one_caller_are_bounded_and_leave_the_threads_to_other
     """With every search held up, one caller is told 429 beyond its number; readiness and files still answer."""
     gate, entered = threading.Event(), threading.Semaphore(0)
 
-    def held(self: Index, wanted: Wanted) -> list[Entry]:
+    def held(self: HistoryIndex, wanted: HistoryQuery) -> list[HistoryEntry]:
         entered.release()
         gate.wait(30)
         return []
 
-    monkeypatch.setattr(Index, "search", held)
-    app = create_app(settings_in(tmp_path), load=lambda settings: PaintedSquares())
+    monkeypatch.setattr(HistoryIndex, "search", held)
+    app = create_app(settings_in(tmp_path), load=lambda settings: FakeDenoiser())
     async with (
         app.router.lifespan_context(app),
         httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://127.0.0.1:8000") as client,
@@ -168,7 +172,7 @@ async def test_searches_of_one_caller_are_bounded_and_leave_the_threads_to_other
     assert sorted(answer.status_code for answer in answers) == [200] * MOST_ASKED + [429] * 50
 
 
-def test_a_search_may_be_asked_again_when_the_others_have_ended(house: House) -> None:
+def test_a_search_may_be_asked_again_when_the_others_have_ended(house: RunningApp) -> None:
     """The count of a caller's searches goes down again."""
     for _ in range(3 * MOST_ASKED):
         assert house.client.get("/history?q=zzzz").status_code == 200

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 from test_service import order
 
-from stable_diffusion_server.jobs.store.async_store import Clerk
-from stable_diffusion_server.jobs.store.records import Entry, State, Work
-from stable_diffusion_server.jobs.store.sqlite_store import Journal
-from stable_diffusion_server.jobs.webhooks import Hooks
-from stable_diffusion_server.net.url_policy import Allowance
-from stable_diffusion_server.net.webhook_client import Poster
+from stable_diffusion_server.jobs.store.async_store import AsyncJobStore
+from stable_diffusion_server.jobs.store.records import JobPayload, JobRecord, JobState
+from stable_diffusion_server.jobs.store.sqlite_store import SqliteJobStore
+from stable_diffusion_server.jobs.webhooks import WebhookDispatcher
+from stable_diffusion_server.net.url_policy import UrlPolicy
+from stable_diffusion_server.net.webhook_client import WebhookClient
 from stable_diffusion_server.types import Caller
 
 HOST = "127.0.0.1"
@@ -57,14 +57,14 @@ async def listening(listener: Listener) -> AsyncIterator[Listener]:
 class Sending:
     """A journal of ended jobs, and what sends their messages."""
 
-    clerk: Clerk
-    hooks: Hooks
+    clerk: AsyncJobStore
+    hooks: WebhookDispatcher
 
     async def ended(self, number: int, caller: str, url: str) -> None:
         """A job of a caller has ended, and a webhook is to be told."""
-        entry = Entry(f"{caller}-{number}", Caller(caller), time.time(), webhook_url=url, share=f"key {caller}")
-        await self.clerk(Journal.accept, entry, Work(order()))
-        await self.clerk(Journal.end, replace(entry, state=State.DONE, ended_at=time.time()), "told")
+        entry = JobRecord(f"{caller}-{number}", Caller(caller), time.time(), webhook_url=url, share=f"key {caller}")
+        await self.clerk(SqliteJobStore.accept, entry, JobPayload(order()))
+        await self.clerk(SqliteJobStore.end, replace(entry, state=JobState.DONE, ended_at=time.time()), "told")
         self.hooks.wake()
 
 
@@ -74,11 +74,11 @@ Send = Callable[..., Any]
 @asynccontextmanager
 async def sending(folder: Path, *listeners: Listener, seconds: float = 30.0, **more: Any) -> AsyncIterator[Sending]:
     """Send to those listeners, who have so many seconds to answer."""
-    journal = Journal(folder / "journal.db", 50_000_000)
-    clerk = Clerk(journal)
-    await clerk(Journal.open)
-    poster = Poster(seconds, [Allowance.parse(f"{HOST}:{listener.port}") for listener in listeners])
-    hooks = Hooks(clerk, poster, more.get("secret", ""), more.get("back_off", (0.05,)))
+    journal = SqliteJobStore(folder / "journal.db", 50_000_000)
+    clerk = AsyncJobStore(journal)
+    await clerk(SqliteJobStore.open)
+    poster = WebhookClient(seconds, [UrlPolicy.parse(f"{HOST}:{listener.port}") for listener in listeners])
+    hooks = WebhookDispatcher(clerk, poster, more.get("secret", ""), more.get("back_off", (0.05,)))
     running = asyncio.create_task(hooks.run())
     yield Sending(clerk, hooks)
     running.cancel()
@@ -103,7 +103,7 @@ async def test_silent_webhooks_of_one_caller_hold_up_nobody_elses(tmp_path: Path
         await until_heard(silent)
         await at.ended(0, "bob", f"http://{HOST}:{good.port}/")
         await until_heard(good)
-        due = await at.clerk(Journal.messages, time.time(), (1.0,))
+        due = await at.clerk(SqliteJobStore.messages, time.time(), (1.0,))
         assert all(message.tries == 0 for message in due)
         assert len(silent.heard) <= 8
 

@@ -14,7 +14,7 @@ import httpx
 import pytest
 import uvicorn
 from fakes import until
-from live_servers import Live
+from live_servers import LiveServer
 from starlette.types import Receive, Scope, Send
 
 from stable_diffusion_server.app.http_protocol import FREE_CHUNKS, LEAST_CHUNK_BYTES, BoundedProtocol
@@ -153,7 +153,7 @@ def test_a_body_that_takes_its_time_is_not_taken_for_a_head(serving: Callable[[]
 
 
 @pytest.mark.fault(174)
-def test_a_server_answers_others_under_a_flood_of_small_chunks(live_of: Callable[..., Live]) -> None:
+def test_a_server_answers_others_under_a_flood_of_small_chunks(live_of: Callable[..., LiveServer]) -> None:
     """A stranger without a key is refused, and what follows of the body ends the connection at once."""
     live = live_of(api_keys="ann:secret-of-ann")
     port = int(live.url.rsplit(":", 1)[1])

@@ -15,13 +15,13 @@ from PIL import Image
 from stable_diffusion_server.imaging.processing import (
     Canvas,
     canny,
-    encode,
-    feathered,
+    crop_to_size,
+    encode_image,
+    feather_mask,
     paste_back,
     plan_canvas,
     to_canvas,
     to_mask,
-    to_size,
 )
 from stable_diffusion_server.types import Format
 
@@ -62,27 +62,27 @@ def test_every_size_has_a_canvas_that_can_be_cropped_to_it(width: int, height: i
     assert min(canvas.width, canvas.height) >= 128
     assert canvas.width % 64 == canvas.height % 64 == 0
     drawn = np.zeros((canvas.height, canvas.width, 3), np.uint8)
-    assert to_size(drawn, width, height, resample=canvas.resampled).shape == (height, width, 3)
+    assert crop_to_size(drawn, width, height, resample=canvas.resampled).shape == (height, width, 3)
 
 
 def test_a_crop_is_centred_and_changes_no_pixel() -> None:
     """Without resampling the output is a window of the canvas, equal borders on both sides."""
     drawn = picture(64, 64)
-    assert np.array_equal(to_size(drawn, 60, 40, resample=False), drawn[12:52, 2:62])
+    assert np.array_equal(crop_to_size(drawn, 60, 40, resample=False), drawn[12:52, 2:62])
 
 
 def test_resampling_keeps_the_aspect_ratio() -> None:
     """A square drawn on a square canvas is still as wide as high when the picture asked for is oblong."""
     drawn = np.zeros((128, 128, 3), np.uint8)
     drawn[48:80, 48:80] = 255
-    white = to_size(drawn, 512, 256, resample=True)[..., 0] > 128
+    white = crop_to_size(drawn, 512, 256, resample=True)[..., 0] > 128
     assert abs(int(white.any(0).sum()) - int(white.any(1).sum())) <= 2
 
 
 @pytest.mark.parametrize(("file_format", "kind"), [(Format.WEBP, "WEBP"), (Format.PNG, "PNG"), (Format.JPEG, "JPEG")])
 def test_a_file_is_of_the_format_asked_for_and_close_to_the_pixels(file_format: Format, kind: str) -> None:
     """Each format decodes to the asked size and to nearly the same picture."""
-    image = Image.open(io.BytesIO(encode(picture(), file_format, 90, None)))
+    image = Image.open(io.BytesIO(encode_image(picture(), file_format, 90, None)))
     assert (image.format, image.size) == (kind, (60, 40))
     assert np.abs(np.asarray(image.convert("RGB")).astype(int) - picture()).mean() < 6
 
@@ -90,14 +90,14 @@ def test_a_file_is_of_the_format_asked_for_and_close_to_the_pixels(file_format: 
 @pytest.mark.parametrize(("file_format", "quality"), [(Format.PNG, 1), (Format.WEBP, 100)])
 def test_lossless_formats_keep_every_pixel(file_format: Format, quality: int) -> None:
     """PNG always, WebP at quality 100."""
-    image = Image.open(io.BytesIO(encode(picture(), file_format, quality, None)))
+    image = Image.open(io.BytesIO(encode_image(picture(), file_format, quality, None)))
     assert np.array_equal(np.asarray(image.convert("RGB")), picture())
 
 
 @pytest.mark.parametrize("file_format", [Format.WEBP, Format.JPEG])
 def test_the_record_comes_back_out_of_the_exif(file_format: Format) -> None:
     """WebP and JPEG carry the record as a Unicode user comment, emoji and umlauts included."""
-    image = Image.open(io.BytesIO(encode(picture(), file_format, 85, RECORD)))
+    image = Image.open(io.BytesIO(encode_image(picture(), file_format, 85, RECORD)))
     comment = image.getexif().get_ifd(0x8769)[0x9286]
     assert comment.startswith(b"UNICODE\0")
     assert json.loads(comment[8:].decode("utf-16-be")) == RECORD
@@ -105,7 +105,7 @@ def test_the_record_comes_back_out_of_the_exif(file_format: Format) -> None:
 
 def test_a_png_carries_the_record_as_automatic1111_reads_it() -> None:
     """The `parameters` chunk starts with the prompt and names steps, seed and size."""
-    image = Image.open(io.BytesIO(encode(picture(), Format.PNG, 85, RECORD)))
+    image = Image.open(io.BytesIO(encode_image(picture(), Format.PNG, 85, RECORD)))
     assert image.text["parameters"] == "ein grünes Herz 💚\nSteps: 4, Seed: 7, Size: 60x40"
     assert json.loads(image.text["record"]) == RECORD
 
@@ -113,7 +113,7 @@ def test_a_png_carries_the_record_as_automatic1111_reads_it() -> None:
 @pytest.mark.parametrize("file_format", list(Format))
 def test_without_a_record_nothing_is_written_beside_the_pixels(file_format: Format) -> None:
     """EMBED_METADATA=none means none."""
-    image = Image.open(io.BytesIO(encode(picture(), file_format, 85, None)))
+    image = Image.open(io.BytesIO(encode_image(picture(), file_format, 85, None)))
     assert not image.getexif()
     assert not getattr(image, "text", {})
 
@@ -126,7 +126,7 @@ def test_pillow_is_not_older_than_the_release_that_mends_its_jpeg_decoder() -> N
 def test_encoding_ends() -> None:
     """A picture of the largest size is encoded at all; the bound only catches a hang."""
     started = time.monotonic()
-    encode(np.zeros((2048, 2048, 3), np.uint8), Format.WEBP, 85, RECORD)
+    encode_image(np.zeros((2048, 2048, 3), np.uint8), Format.WEBP, 85, RECORD)
     assert time.monotonic() - started < 60
 
 
@@ -139,7 +139,7 @@ def test_a_picture_laid_on_its_canvas_comes_back_at_its_size_and_place(width: in
     canvas = plan_canvas(width, height, 256 * 256, 128)
     laid = to_canvas(pixels, canvas)
     assert laid.shape == (canvas.height, canvas.width, 3)
-    back = to_size(laid, width, height, resample=canvas.resampled)
+    back = crop_to_size(laid, width, height, resample=canvas.resampled)
     assert back.shape == pixels.shape
     if not canvas.resampled:
         assert (back == pixels).all()
@@ -200,12 +200,12 @@ def test_a_feathered_mask_rises_inwards_and_never_leaves_the_mask() -> None:
     """Where the mask is 0 the feathered one is 0; it rises from the rim; far inside it is the mask."""
     mask = np.zeros((60, 60), np.uint8)
     mask[10:50, 10:50] = 255
-    soft = feathered(mask, 8)
+    soft = feather_mask(mask, 8)
     assert not soft[mask == 0].any()
     assert (np.diff(soft[30, 10:20].astype(int)) >= 0).all()
     assert 0 < soft[30, 10] < 64
     assert soft[30, 30] == 255
-    assert (feathered(mask, 0) == mask).all()
+    assert (feather_mask(mask, 0) == mask).all()
 
 
 @given(st.integers(0, 2**32 - 1))

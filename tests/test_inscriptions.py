@@ -10,20 +10,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from stable_diffusion_server.imaging.metadata import is_whole, read_record
-from stable_diffusion_server.imaging.processing import encode
+from stable_diffusion_server.imaging.metadata import is_complete_file, read_record
+from stable_diffusion_server.imaging.processing import encode_image
 from stable_diffusion_server.types import Format
 
 RECORD = {"prompt": "ein größeres 🟥\n\0 " * 50, "seed": 7, "asked": {"loras": [["pastel", 0.5]]}}
-FILES = {file_format: encode(disc(), file_format, 85, RECORD) for file_format in Format}
+FILES = {file_format: encode_image(disc(), file_format, 85, RECORD) for file_format in Format}
 
 
 @pytest.mark.parametrize("file_format", list(Format))
 @pytest.mark.parametrize("quality", [20, 100])
 def test_what_is_written_is_read_back(file_format: Format, quality: int) -> None:
     """In every format, with any text, and nothing where nothing was written."""
-    assert read_record(encode(disc(), file_format, quality, RECORD)) == RECORD
-    assert read_record(encode(disc(), file_format, quality, None)) is None
+    assert read_record(encode_image(disc(), file_format, quality, RECORD)) == RECORD
+    assert read_record(encode_image(disc(), file_format, quality, None)) is None
 
 
 def test_what_other_programs_wrote_is_no_record() -> None:
@@ -59,8 +59,8 @@ def test_no_bytes_at_all_raise(data: bytes, head: bytes) -> None:
 def test_a_whole_picture_is_told_from_one_cut_short(file_format: str) -> None:
     """By its beginning, its end and its length alone."""
     file = file_of(disc(), file_format)
-    assert is_whole(file[:12], file[-12:], len(file))
+    assert is_complete_file(file[:12], file[-12:], len(file))
     for size in (0, 1, 11, 12, 20, len(file) // 2, len(file) - 1):
         part = file[:size]
-        assert not is_whole(part[:12], part[-12:], size)
-    assert not is_whole(b"something el", b"se entirely.", 100)
+        assert not is_complete_file(part[:12], part[-12:], size)
+    assert not is_complete_file(b"something el", b"se entirely.", 100)

@@ -11,28 +11,28 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes import PaintedSquares, until
+from fakes import FakeDenoiser, until
 from test_service import OPTIONS, order
 
-from stable_diffusion_server.engine import Engine, Phase
+from stable_diffusion_server.engine import Engine, EngineState
 from stable_diffusion_server.errors import (
-    Busy,
-    DevicePoisoned,
-    InFlight,
-    JournalUnavailable,
+    DeviceLost,
+    JobStoreUnavailable,
     NotFound,
     NotReady,
-    RemoteFailed,
+    QueueFull,
+    RemoteFetchFailed,
+    RequestInProgress,
 )
-from stable_diffusion_server.generation.service import Service
-from stable_diffusion_server.jobs.events import Happening, Standing
-from stable_diffusion_server.jobs.manager import Jobs
-from stable_diffusion_server.jobs.policy import Rules
-from stable_diffusion_server.jobs.store.records import Entry, Problem, State, Work
-from stable_diffusion_server.jobs.store.sqlite_store import Journal
+from stable_diffusion_server.generation.service import GenerationService
+from stable_diffusion_server.jobs.events import JobEvent, JobStatus
+from stable_diffusion_server.jobs.manager import JobManager
+from stable_diffusion_server.jobs.policy import JobPolicy
+from stable_diffusion_server.jobs.store.records import JobPayload, JobRecord, JobState, StoredProblem
+from stable_diffusion_server.jobs.store.sqlite_store import SqliteJobStore
 from stable_diffusion_server.observability.crash_reports import DeviceRecord
 from stable_diffusion_server.storage.local import LocalBucket
-from stable_diffusion_server.types import Caller, Order, Receipt
+from stable_diffusion_server.types import Caller, GenerationRequest, GenerationResult
 
 ANN, BOB = Caller("ann"), Caller("bob")
 
@@ -50,7 +50,7 @@ class Ear:
     async def post(self, url: str, body: bytes, headers: Mapping[str, str], share: str = "") -> int:
         if self.deaf > 0:
             self.deaf -= 1
-            raise RemoteFailed("no connection")
+            raise RemoteFetchFailed("no connection")
         self.heard.append((url, body, headers))
         return 204
 
@@ -61,36 +61,36 @@ class Ear:
 class Office:
     """Jobs over painted squares in a folder."""
 
-    def __init__(self, folder: Path, painter: PaintedSquares, rules: Rules, ear: Ear) -> None:
+    def __init__(self, folder: Path, painter: FakeDenoiser, rules: JobPolicy, ear: Ear) -> None:
         self.painter = painter
         self.bucket = LocalBucket(folder / "bucket")
         self.bucket.open()
         record = DeviceRecord(folder)
         self.engine: Engine[Any, Any] = Engine(lambda: painter, queue_limit=64, max_batch=4, occupied=record.occupied)
         self.engine.start()
-        until(lambda: self.engine.phase is Phase.READY)
+        until(lambda: self.engine.phase is EngineState.READY)
 
         async def fetch(url: str, parameter: str, *, share: str = "") -> bytes:
-            raise RemoteFailed("nothing there", field=parameter)
+            raise RemoteFetchFailed("nothing there", field=parameter)
 
         async def decode(data: bytes, parameter: str, *, transparency: bool = False, share: str = "") -> Any:
             raise AssertionError("no pictures come here")
 
-        service = Service(self.bucket, self.engine, painter.count_tokens, OPTIONS, fetch=fetch, decode=decode)
-        self.jobs = Jobs(
-            service, Journal(folder / "journal.db", 10_000_000), rules, lambda entry: entry.id, ear, record
+        service = GenerationService(self.bucket, self.engine, painter.count_tokens, OPTIONS, fetch=fetch, decode=decode)
+        self.jobs = JobManager(
+            service, SqliteJobStore(folder / "journal.db", 10_000_000), rules, lambda entry: entry.id, ear, record
         )
 
-    async def accepted(self, order: Order, caller: Caller = ANN, **more: Any) -> Standing:
+    async def accepted(self, order: GenerationRequest, caller: Caller = ANN, **more: Any) -> JobStatus:
         standing = await self.jobs.accept(order, caller, **more)
-        assert isinstance(standing, Standing)
+        assert isinstance(standing, JobStatus)
         return standing
 
-    async def ended(self, job_id: str, caller: Caller = ANN) -> Standing:
+    async def ended(self, job_id: str, caller: Caller = ANN) -> JobStatus:
         assert (await self.jobs.standing(job_id, caller)).id == job_id
         return await self.jobs.outcome(job_id, caller, 20)
 
-    async def happened(self, job_id: str, after: str | None = None) -> list[Happening]:
+    async def happened(self, job_id: str, after: str | None = None) -> list[JobEvent]:
         happenings = await self.jobs.follow(job_id, ANN, after)
         assert happenings is not None
         async with asyncio.timeout(20):
@@ -112,10 +112,10 @@ async def office_of(tmp_path: Path) -> AsyncIterator[MakeOffice]:
     """Open an office; the second one takes up what the first left."""
     made: list[Office] = []
 
-    async def make(painter: PaintedSquares | None = None, ear: Ear | None = None, **rules: Any) -> Office:
+    async def make(painter: FakeDenoiser | None = None, ear: Ear | None = None, **rules: Any) -> Office:
         if made:
             await made[-1].close()
-        made.append(Office(tmp_path, painter or PaintedSquares(), Rules(**rules), ear or Ear()))
+        made.append(Office(tmp_path, painter or FakeDenoiser(), JobPolicy(**rules), ear or Ear()))
         await made[-1].jobs.start()
         return made[-1]
 
@@ -128,17 +128,17 @@ async def test_an_accepted_job_is_drawn_and_can_be_asked_after(office_of: MakeOf
     """Queued at first, done in the end, with its receipt; the picture is stored."""
     office = await office_of()
     accepted = await office.accepted(order())
-    assert accepted.state is State.QUEUED
+    assert accepted.state is JobState.QUEUED
     done = await office.ended(accepted.id)
-    assert (done.state, done.attempts) == (State.DONE, 1)
-    assert isinstance(done.outcome, Receipt)
+    assert (done.state, done.attempts) == (JobState.DONE, 1)
+    assert isinstance(done.outcome, GenerationResult)
     assert office.bucket.stat(done.outcome.key) is not None
     assert [standing.id for standing in await office.jobs.listed(ANN)] == [accepted.id]
 
 
 async def test_a_job_is_seen_and_cancelled_by_its_caller_alone(office_of: MakeOffice) -> None:
     """To anyone else it does not exist."""
-    office = await office_of(PaintedSquares(gate=threading.Event()))
+    office = await office_of(FakeDenoiser(gate=threading.Event()))
     job_id = (await office.accepted(order())).id
     for ask in (office.jobs.standing, office.jobs.cancel):
         with pytest.raises(NotFound):
@@ -146,12 +146,12 @@ async def test_a_job_is_seen_and_cancelled_by_its_caller_alone(office_of: MakeOf
     with pytest.raises(NotFound):
         await office.jobs.follow(job_id, BOB, None)
     assert await office.jobs.listed(BOB) == []
-    assert (await office.jobs.cancel(job_id, ANN)).state is State.CANCELLED
+    assert (await office.jobs.cancel(job_id, ANN)).state is JobState.CANCELLED
 
 
 async def test_the_events_of_a_job_are_told_in_order_and_from_any_point_on(office_of: MakeOffice) -> None:
     """Queued, the start, each step, done; who comes back with an id hears only what came after it."""
-    office = await office_of(PaintedSquares(seconds_per_step=0.02))
+    office = await office_of(FakeDenoiser(seconds_per_step=0.02))
     job_id = (await office.accepted(order())).id
     told = await office.happened(job_id)
     assert [(event.kind, event.standing.step) for event in told if event.kind != "queued"] == [
@@ -168,7 +168,7 @@ async def test_the_events_of_a_job_are_told_in_order_and_from_any_point_on(offic
 async def test_who_follows_a_job_may_go_on_where_it_was(office_of: MakeOffice) -> None:
     """The events after an id, while the job is still being drawn."""
     gate = threading.Event()
-    office = await office_of(PaintedSquares(gate=gate))
+    office = await office_of(FakeDenoiser(gate=gate))
     job_id = (await office.accepted(order())).id
     await asyncio.to_thread(until, lambda: bool(office.painter.batches))
     happenings = await office.jobs.follow(job_id, ANN, None)
@@ -186,13 +186,13 @@ async def test_who_follows_a_job_may_go_on_where_it_was(office_of: MakeOffice) -
 
 async def test_jobs_that_were_not_done_are_drawn_after_a_restart_and_end_once(office_of: MakeOffice) -> None:
     """Queued and running ones alike; the attempt a calm stop ended does not count."""
-    office = await office_of(PaintedSquares(gate=threading.Event()), at_once=2)
+    office = await office_of(FakeDenoiser(gate=threading.Event()), at_once=2)
     ids = [(await office.accepted(order(f"a red square {n}"))).id for n in range(5)]
     await asyncio.to_thread(until, lambda: bool(office.painter.batches))
     again = await office_of()
     for job_id in ids:
         done = await again.ended(job_id)
-        assert (done.state, done.attempts) == (State.DONE, 1)
+        assert (done.state, done.attempts) == (JobState.DONE, 1)
     assert len(again.painter.finished) == 5
 
 
@@ -201,22 +201,22 @@ async def test_a_job_on_which_the_process_died_three_times_is_failed_by_name(
     office_of: MakeOffice, tmp_path: Path
 ) -> None:
     """After the first death it is drawn alone; after three not at all. How often it was begun says nothing."""
-    journal = Journal(tmp_path / "journal.db", 10_000_000)
+    journal = SqliteJobStore(tmp_path / "journal.db", 10_000_000)
     journal.open()
     for job_id, deaths in (("suspect", 2), ("deadly", 3), ("innocent", 0)):
         prompt = f"a red square {job_id}"
-        journal.accept(Entry(job_id, ANN, time.time()), Work(order(prompt)))
+        journal.accept(JobRecord(job_id, ANN, time.time()), JobPayload(order(prompt)))
         for _ in range(5):
             journal.begin(job_id)
-        journal.count_death(Entry(job_id, ANN, time.time(), deaths=deaths))
+        journal.count_death(JobRecord(job_id, ANN, time.time(), deaths=deaths))
     journal.close()
     office = await office_of()
-    assert (await office.ended("innocent")).state is State.DONE
-    assert (await office.ended("suspect")).state is State.DONE
+    assert (await office.ended("innocent")).state is JobState.DONE
+    assert (await office.ended("suspect")).state is JobState.DONE
     assert all(len(batch) == 1 for batch in office.painter.batches)
     deadly = await office.ended("deadly")
-    assert isinstance(deadly.outcome, Problem)
-    assert (deadly.state, deadly.outcome.kind) == (State.FAILED, "ends-the-server")
+    assert isinstance(deadly.outcome, StoredProblem)
+    assert (deadly.state, deadly.outcome.kind) == (JobState.FAILED, "ends-the-server")
     assert not any("deadly" in job.prompt for job in office.painter.prepared)
 
 
@@ -225,27 +225,27 @@ async def test_a_failure_is_told(office_of: MakeOffice) -> None:
     office = await office_of()
     job_id = (await office.accepted(order("unsteppable"))).id
     failed = await office.ended(job_id)
-    assert failed.state is State.FAILED
-    assert isinstance(failed.outcome, Problem)
+    assert failed.state is JobState.FAILED
+    assert isinstance(failed.outcome, StoredProblem)
     assert failed.outcome.kind == "internal-error"
 
 
 async def test_waiting_jobs_are_cancelled_and_expire(office_of: MakeOffice) -> None:
     """Neither is ever drawn, and those behind them move up."""
     gate = threading.Event()
-    office = await office_of(PaintedSquares(gate=gate), at_once=1)
+    office = await office_of(FakeDenoiser(gate=gate), at_once=1)
     ids = [(await office.accepted(order(f"a red square {n}"))).id for n in range(2)]
     hasty = (await office.accepted(order("a red square in haste", timeout=0.05))).id
     last = (await office.accepted(order("a red square at last"))).id
     await asyncio.to_thread(until, lambda: bool(office.painter.batches))
     assert (await office.jobs.standing(last, ANN)).position == 3
-    assert (await office.jobs.cancel(ids[1], ANN)).state is State.CANCELLED
+    assert (await office.jobs.cancel(ids[1], ANN)).state is JobState.CANCELLED
     expired = await office.ended(hasty)
-    assert isinstance(expired.outcome, Problem)
+    assert isinstance(expired.outcome, StoredProblem)
     assert expired.outcome.kind == "deadline-exceeded"
     assert (await office.jobs.standing(last, ANN)).position == 1
     gate.set()
-    assert (await office.ended(last)).state is State.DONE
+    assert (await office.ended(last)).state is JobState.DONE
     assert len(office.painter.prepared) == 2
 
 
@@ -254,19 +254,19 @@ async def test_a_job_is_not_too_late_because_the_clock_was_set(
 ) -> None:
     """Its time runs by a clock that never jumps; only over a restart does the day's clock count."""
     gate = threading.Event()
-    office = await office_of(PaintedSquares(gate=gate), at_once=1)
+    office = await office_of(FakeDenoiser(gate=gate), at_once=1)
     ids = [(await office.accepted(order(f"a red square {n}", timeout=60.0))).id for n in range(2)]
     right = time.time
     monkeypatch.setattr(time, "time", lambda: right() + 86_400)
     gate.set()
     for job_id in ids:
-        assert (await office.ended(job_id)).state is State.DONE
+        assert (await office.ended(job_id)).state is JobState.DONE
 
 
 async def test_callers_take_turns(office_of: MakeOffice) -> None:
     """Who hands in one job does not wait for all those of who handed in many before."""
     gate = threading.Event()
-    office = await office_of(PaintedSquares(gate=gate), at_once=2)
+    office = await office_of(FakeDenoiser(gate=gate), at_once=2)
     many = [(await office.accepted(order(f"a red square {n}"))).id for n in range(6)]
     one = (await office.accepted(order("a blue square"), BOB)).id
     gate.set()
@@ -278,15 +278,15 @@ async def test_callers_take_turns(office_of: MakeOffice) -> None:
 
 async def test_too_many_jobs_and_a_stopping_server_are_refused(office_of: MakeOffice) -> None:
     """429 past the limit, 503 on the way down, 409 for an id that is taken; the accepted ones are kept."""
-    office = await office_of(PaintedSquares(gate=threading.Event()), at_once=1, most_waiting=2)
+    office = await office_of(FakeDenoiser(gate=threading.Event()), at_once=1, most_waiting=2)
     job_id = "an-id-of-the-caller"
     await office.accepted(order("a red square"), job_id=job_id)
-    with pytest.raises(InFlight):
+    with pytest.raises(RequestInProgress):
         await office.accepted(order("a red square"), job_id=job_id)
     await asyncio.to_thread(until, lambda: bool(office.painter.batches))
     for number in range(2):
         await office.accepted(order(f"a red square {number}"))
-    with pytest.raises(Busy):
+    with pytest.raises(QueueFull):
         await office.accepted(order("one more"))
     office.jobs.drain()
     with pytest.raises(NotReady):
@@ -295,13 +295,13 @@ async def test_too_many_jobs_and_a_stopping_server_are_refused(office_of: MakeOf
 
 async def test_a_random_seed_is_chosen_when_a_job_is_accepted(office_of: MakeOffice) -> None:
     """So that a job that is drawn again after a death is the same picture under the same name."""
-    office = await office_of(PaintedSquares(gate=threading.Event()))
+    office = await office_of(FakeDenoiser(gate=threading.Event()))
     job_id = (await office.accepted(order(seed="random"))).id
     await asyncio.to_thread(until, lambda: bool(office.painter.batches))
     seed = office.painter.prepared[0].seed
     again = await office_of()
     done = await again.ended(job_id)
-    assert isinstance(done.outcome, Receipt)
+    assert isinstance(done.outcome, GenerationResult)
     assert done.outcome.seed == seed
 
 
@@ -323,27 +323,27 @@ async def test_a_webhook_is_told_until_it_hears(office_of: MakeOffice) -> None:
 
 async def test_a_journal_that_is_held_is_opened_when_it_is_let_go(office_of: MakeOffice, tmp_path: Path) -> None:
     """Until then jobs are refused; then what it holds is taken up."""
-    held = Journal(tmp_path / "journal.db", 10_000_000)
+    held = SqliteJobStore(tmp_path / "journal.db", 10_000_000)
     held.open()
-    held.accept(Entry("left-behind", ANN, time.time()), Work(order()))
+    held.accept(JobRecord("left-behind", ANN, time.time()), JobPayload(order()))
     office = await office_of(reopen=0.05)
     assert not office.jobs.usable
-    with pytest.raises(JournalUnavailable):
+    with pytest.raises(JobStoreUnavailable):
         await office.accepted(order())
     held.close()
     await asyncio.to_thread(until, lambda: office.jobs.usable)
-    assert (await office.ended("left-behind")).state is State.DONE
+    assert (await office.ended("left-behind")).state is JobState.DONE
 
 
 @pytest.mark.fault(53)
 async def test_a_job_that_loses_the_device_is_tried_elsewhere_and_at_last_given_up(office_of: MakeOffice) -> None:
     """Each engine that fails under it counts as a death; a job that only waited is not blamed."""
 
-    class Lost(PaintedSquares):
+    class Lost(FakeDenoiser):
         def step(self, states: Any) -> None:
             self.batches.append([state.job.prompt for state in states])
             if any("poison" in state.job.prompt for state in states):
-                raise DevicePoisoned("The device is lost.")
+                raise DeviceLost("The device is lost.")
             super().step(states)
 
     office = await office_of(Lost(), at_once=1)
@@ -351,14 +351,14 @@ async def test_a_job_that_loses_the_device_is_tried_elsewhere_and_at_last_given_
     waits = (await office.accepted(order("a red square"))).id
     for attempts in (1, 2):
         engine = office.engine
-        await asyncio.to_thread(until, lambda engine=engine: engine.phase is Phase.FAILED)
+        await asyncio.to_thread(until, lambda engine=engine: engine.phase is EngineState.FAILED)
         async with asyncio.timeout(20):
-            while (await office.jobs.standing(poison, ANN)).state is not State.QUEUED:  # noqa: ASYNC110  # a test's wait
+            while (await office.jobs.standing(poison, ANN)).state is not JobState.QUEUED:  # noqa: ASYNC110  # a test's wait
                 await asyncio.sleep(0.01)
         assert (await office.jobs.standing(poison, ANN)).attempts == attempts
         office = await office_of(Lost(), at_once=1)
     given_up = await office.ended(poison)
-    assert isinstance(given_up.outcome, Problem)
+    assert isinstance(given_up.outcome, StoredProblem)
     assert given_up.outcome.kind == "ends-the-server"
     office = await office_of(Lost(), at_once=1)
-    assert (await office.ended(waits)).state is State.DONE
+    assert (await office.ended(waits)).state is JobState.DONE

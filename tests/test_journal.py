@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from stable_diffusion_server.errors import Busy, InFlight, JournalUnavailable, ServerError
-from stable_diffusion_server.jobs.store.records import Claim, Entry, Problem, State, Work
+from stable_diffusion_server.errors import JobStoreUnavailable, QueueFull, RequestInProgress, ServerError
+from stable_diffusion_server.jobs.store.records import IdempotencyClaim, JobPayload, JobRecord, JobState, StoredProblem
 from stable_diffusion_server.jobs.store.serialization import (
     files_of,
     read_outcome,
@@ -22,11 +22,21 @@ from stable_diffusion_server.jobs.store.serialization import (
     written_order,
     written_outcome,
 )
-from stable_diffusion_server.jobs.store.sqlite_store import Journal
-from stable_diffusion_server.types import Caller, Fill, Fit, Format, Order, Receipt, Source, Task, Warned
+from stable_diffusion_server.jobs.store.sqlite_store import SqliteJobStore
+from stable_diffusion_server.types import (
+    Caller,
+    Fill,
+    Fit,
+    Format,
+    GenerationRequest,
+    GenerationResult,
+    ImageInput,
+    RequestWarning,
+    Task,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
-WHOLE = Order(
+WHOLE = GenerationRequest(
     Task.INPAINT,
     "a red square",
     width=96,
@@ -43,8 +53,8 @@ WHOLE = Order(
     overwrite=True,
     timeout=9.5,
     named_for="ann",
-    image=Source("image_url", url="https://pictures.example/a.png"),
-    mask=Source("mask_file", data=b"mask", transparency=True),
+    image=ImageInput("image_url", url="https://pictures.example/a.png"),
+    mask=ImageInput("mask_file", data=b"mask", transparency=True),
     strength=0.5,
     feather=3,
     canny=None,
@@ -62,20 +72,20 @@ WHOLE = Order(
     alone=True,
     webhook_url="https://hook.example/",
 )
-WORK = Work(WHOLE, {"image_url": b"image"})
-RECEIPT = Receipt(
+WORK = JobPayload(WHOLE, {"image_url": b"image"})
+RECEIPT = GenerationResult(
     *("static/uploads/a.png", True, False, False, "inpaint", "sdxl", 7, 96, 80, 5, 1.5, "ddim"),
-    warnings=(Warned("bumpy", "It is."),),
+    warnings=(RequestWarning("bumpy", "It is."),),
     timings={"queue": 0.1},
 )
-ENTRY = Entry("job-1", Caller("ann", "ann/"), 1000.0, base="http://here", webhook_url="https://hook.example/")
-CLAIM = Claim("ann", "key-1", "print-1")
+ENTRY = JobRecord("job-1", Caller("ann", "ann/"), 1000.0, base="http://here", webhook_url="https://hook.example/")
+CLAIM = IdempotencyClaim("ann", "key-1", "print-1")
 
 
 @pytest.fixture
-def journal(tmp_path: Path) -> Iterator[Journal]:
+def journal(tmp_path: Path) -> Iterator[SqliteJobStore]:
     """An open journal."""
-    book = Journal(tmp_path / "journal.db", 10_000_000)
+    book = SqliteJobStore(tmp_path / "journal.db", 10_000_000)
     book.open()
     yield book
     book.close()
@@ -83,12 +93,12 @@ def journal(tmp_path: Path) -> Iterator[Journal]:
 
 def test_an_order_is_read_as_it_was_written() -> None:
     """Every field survives, the files beside it too; what it leaves open is not written."""
-    changed = {part.name for part in fields(Order) if getattr(WHOLE, part.name) == part.default}
+    changed = {part.name for part in fields(GenerationRequest) if getattr(WHOLE, part.name) == part.default}
     assert not changed, "a new field of Order belongs into WHOLE"
     assert read_work(written_order(WHOLE), files_of(WORK)) == WORK
-    plain = Order(Task.TEXT_TO_IMAGE, "a red square")
+    plain = GenerationRequest(Task.TEXT_TO_IMAGE, "a red square")
     assert written_order(plain) == '{"version": 1, "task": "text_to_image", "prompt": "a red square"}'
-    assert read_work(written_order(plain), {}) == Work(plain)
+    assert read_work(written_order(plain), {}) == JobPayload(plain)
 
 
 @pytest.mark.parametrize("written", ['{"version": 2, "task": "inpaint"}', '{"version": 1, "task": "inpaint", "x": 1}'])
@@ -98,17 +108,17 @@ def test_an_order_of_another_version_is_refused(written: str) -> None:
         read_work(written, {})
 
 
-@pytest.mark.parametrize("outcome", [RECEIPT, Problem.of(Busy("full", retry_after=3)), None])
-def test_an_outcome_is_read_as_it_was_written(outcome: Receipt | Problem | None) -> None:
+@pytest.mark.parametrize("outcome", [RECEIPT, StoredProblem.of(QueueFull("full", retry_after=3)), None])
+def test_an_outcome_is_read_as_it_was_written(outcome: GenerationResult | StoredProblem | None) -> None:
     """Receipts and problems alike."""
     assert read_outcome(written_outcome(outcome)) == outcome
 
 
 def test_a_problem_becomes_the_error_it_was() -> None:
     """Status and class come back by the kind; a kind of the future is opaque."""
-    error = Problem.of(Busy("full", retry_after=3)).as_error()
-    assert (type(error), error.detail, error.retry_after) == (Busy, "full", 3)
-    assert type(Problem("of-the-future", "?").as_error()) is ServerError
+    error = StoredProblem.of(QueueFull("full", retry_after=3)).as_error()
+    assert (type(error), error.detail, error.retry_after) == (QueueFull, "full", 3)
+    assert type(StoredProblem("of-the-future", "?").as_error()) is ServerError
 
 
 def test_what_was_accepted_is_there_after_the_process_has_died(tmp_path: Path) -> None:
@@ -128,14 +138,14 @@ def test_what_was_accepted_is_there_after_the_process_has_died(tmp_path: Path) -
         [sys.executable, "-c", textwrap.dedent(code)], check=False
     )
     assert done.returncode == -9
-    journal = Journal(tmp_path / "journal.db", 10_000_000)
+    journal = SqliteJobStore(tmp_path / "journal.db", 10_000_000)
     journal.open()
-    assert journal.unfinished() == [replace(ENTRY, state=State.RUNNING, attempts=1)]
+    assert journal.unfinished() == [replace(ENTRY, state=JobState.RUNNING, attempts=1)]
     assert journal.begin(ENTRY.id) == WORK
     journal.close()
 
 
-def test_a_job_goes_its_way(journal: Journal) -> None:
+def test_a_job_goes_its_way(journal: SqliteJobStore) -> None:
     """Begun, put back with and without its attempt counting, ended with an outcome; its files are gone then."""
     journal.accept(ENTRY, WORK)
     journal.begin(ENTRY.id)
@@ -144,7 +154,7 @@ def test_a_job_goes_its_way(journal: Journal) -> None:
     journal.begin(ENTRY.id)
     journal.put_back(ENTRY.id, forgiven=False)
     assert journal.find(ENTRY.id) == replace(ENTRY, attempts=1)
-    ended = replace(ENTRY, state=State.DONE, attempts=1, ended_at=1009.0, outcome=RECEIPT)
+    ended = replace(ENTRY, state=JobState.DONE, attempts=1, ended_at=1009.0, outcome=RECEIPT)
     journal.end(ended)
     assert journal.find(ENTRY.id) == ended
     assert journal.unfinished() == []
@@ -152,7 +162,7 @@ def test_a_job_goes_its_way(journal: Journal) -> None:
         journal.begin(ENTRY.id)
 
 
-def test_a_callers_jobs_are_listed_newest_first(journal: Journal) -> None:
+def test_a_callers_jobs_are_listed_newest_first(journal: SqliteJobStore) -> None:
     """Only its own, and no more than asked for."""
     for number, name in enumerate(["ann", "bob", "ann", "ann"]):
         journal.accept(replace(ENTRY, id=f"job-{number}", caller=Caller(name)), WORK)
@@ -162,9 +172,9 @@ def test_a_callers_jobs_are_listed_newest_first(journal: Journal) -> None:
 
 def test_a_full_journal_refuses_whole_jobs_and_still_takes_ends(tmp_path: Path) -> None:
     """Past its size the next job is refused by name, nothing of it is written, and the others go on."""
-    journal = Journal(tmp_path / "journal.db", 400_000)
+    journal = SqliteJobStore(tmp_path / "journal.db", 400_000)
     journal.open()
-    large = Work(replace(WHOLE, mask=Source("mask_file", data=os.urandom(100_000))), {"image_url": b"image"})
+    large = JobPayload(replace(WHOLE, mask=ImageInput("mask_file", data=os.urandom(100_000))), {"image_url": b"image"})
     accepted: list[str] = []
 
     def accept_many() -> None:
@@ -172,14 +182,14 @@ def test_a_full_journal_refuses_whole_jobs_and_still_takes_ends(tmp_path: Path) 
             journal.accept(replace(ENTRY, id=f"job-{number}"), large)
             accepted.append(f"job-{number}")
 
-    with pytest.raises(JournalUnavailable, match="full") as refused:
+    with pytest.raises(JobStoreUnavailable, match="full") as refused:
         accept_many()
     assert (refused.value.status, refused.value.retry_after) == (503, 30)
     assert 1 <= len(accepted) <= 4
     assert [entry.id for entry in journal.unfinished()] == accepted
     for job_id in accepted:
         assert journal.begin(job_id) == large
-        journal.end(replace(ENTRY, id=job_id, state=State.DONE, ended_at=1.0, outcome=RECEIPT), "told")
+        journal.end(replace(ENTRY, id=job_id, state=JobState.DONE, ended_at=1.0, outcome=RECEIPT), "told")
     room = sum(path.stat().st_size for path in tmp_path.iterdir())
     assert room < 200_000, "what ended gives its room on the disk back"
     journal.accept(replace(ENTRY, id="later"), large)
@@ -188,25 +198,25 @@ def test_a_full_journal_refuses_whole_jobs_and_still_takes_ends(tmp_path: Path) 
 
 def test_a_journal_that_cannot_be_opened_is_told_and_refuses(tmp_path: Path) -> None:
     """One that another process has, one of the future, one in no folder: each is refused, none is touched."""
-    first = Journal(tmp_path / "held.db", 10_000_000)
+    first = SqliteJobStore(tmp_path / "held.db", 10_000_000)
     first.open()
-    future = Journal(tmp_path / "future.db", 10_000_000)
+    future = SqliteJobStore(tmp_path / "future.db", 10_000_000)
     future.open()
     future.close()
     with sqlite3.connect(tmp_path / "future.db") as later:
         later.execute("PRAGMA user_version = 99")
     later.close()
     for name in ("held.db", "future.db", "absent/journal.db"):
-        journal = Journal(tmp_path / name, 10_000_000)
-        with pytest.raises(JournalUnavailable):
+        journal = SqliteJobStore(tmp_path / name, 10_000_000)
+        with pytest.raises(JobStoreUnavailable):
             journal.open()
-        with pytest.raises(JournalUnavailable):
+        with pytest.raises(JobStoreUnavailable):
             journal.accept(ENTRY, WORK)
     assert {path.name for path in tmp_path.iterdir() if "broken" in path.name} == set()
     first.close()
 
 
-def test_a_key_is_answered_once_and_then_repeated(journal: Journal) -> None:
+def test_a_key_is_answered_once_and_then_repeated(journal: SqliteJobStore) -> None:
     """Taken while in flight, then the answer; the key of another caller is another key; a released one is free."""
     assert journal.claim(CLAIM, 1.0) is None
     waits = journal.claim(replace(CLAIM, fingerprint="other"), 2.0)
@@ -221,7 +231,7 @@ def test_a_key_is_answered_once_and_then_repeated(journal: Journal) -> None:
     assert journal.claim(CLAIM, 5.0) is None
 
 
-def test_a_key_that_came_with_a_job_leads_to_it(journal: Journal) -> None:
+def test_a_key_that_came_with_a_job_leads_to_it(journal: SqliteJobStore) -> None:
     """The second acceptance with it writes nothing and names the first job."""
     assert journal.accept(ENTRY, WORK, CLAIM) is None
     again = journal.accept(replace(ENTRY, id="job-2"), WORK, CLAIM)
@@ -232,7 +242,7 @@ def test_a_key_that_came_with_a_job_leads_to_it(journal: Journal) -> None:
 
 def test_a_key_whose_request_died_with_the_process_is_free_again(tmp_path: Path) -> None:
     """Nobody was answered, so nothing is there to be repeated; an answered one stays."""
-    journal = Journal(tmp_path / "journal.db", 10_000_000)
+    journal = SqliteJobStore(tmp_path / "journal.db", 10_000_000)
     journal.open()
     journal.claim(CLAIM, 1.0)
     journal.claim(replace(CLAIM, key="answered"), 1.0)
@@ -244,11 +254,11 @@ def test_a_key_whose_request_died_with_the_process_is_free_again(tmp_path: Path)
     journal.close()
 
 
-def test_messages_come_when_they_are_due_and_go_when_they_are_told(journal: Journal) -> None:
+def test_messages_come_when_they_are_due_and_go_when_they_are_told(journal: SqliteJobStore) -> None:
     """Written with the end of the job, due at once; postponed with their tries counted."""
     waits = (10.0, 60.0)
     journal.accept(ENTRY, WORK)
-    journal.end(replace(ENTRY, state=State.DONE, ended_at=10.0, outcome=RECEIPT), "the body")
+    journal.end(replace(ENTRY, state=JobState.DONE, ended_at=10.0, outcome=RECEIPT), "the body")
     (message,) = journal.messages(10.0, waits)
     assert (message.job_id, message.url, message.body, message.tries) == (
         "job-1",
@@ -263,11 +273,11 @@ def test_messages_come_when_they_are_due_and_go_when_they_are_told(journal: Jour
     assert journal.messages(99.0, waits) == []
 
 
-def test_a_message_waits_no_longer_than_its_tries_say_whatever_the_clock_says(journal: Journal) -> None:
+def test_a_message_waits_no_longer_than_its_tries_say_whatever_the_clock_says(journal: SqliteJobStore) -> None:
     """One never tried is due although the clock was set back since its job ended; so is one that was postponed."""
     waits = (10.0, 60.0)
     journal.accept(ENTRY, WORK)
-    journal.end(replace(ENTRY, state=State.DONE, ended_at=90_000.0, outcome=RECEIPT), "the body")
+    journal.end(replace(ENTRY, state=JobState.DONE, ended_at=90_000.0, outcome=RECEIPT), "the body")
     (message,) = journal.messages(10.0, waits)
     journal.postpone(message, 90_010.0)
     assert journal.messages(90_001.0, waits) == []
@@ -277,13 +287,13 @@ def test_a_message_waits_no_longer_than_its_tries_say_whatever_the_clock_says(jo
     assert len(journal.messages(79_000.0, waits)) == 1
 
 
-def test_every_caller_and_every_receiver_has_messages_among_those_that_are_due(journal: Journal) -> None:
+def test_every_caller_and_every_receiver_has_messages_among_those_that_are_due(journal: SqliteJobStore) -> None:
     """However many one caller has, to however many receivers, the few of another, and to another, come too."""
 
     def ended(number: int, caller: str, url: str) -> None:
         entry = replace(ENTRY, id=f"{caller}-{number}", caller=Caller(caller), webhook_url=url, share=caller)
         journal.accept(entry, WORK)
-        journal.end(replace(entry, state=State.DONE, ended_at=float(number)), "body")
+        journal.end(replace(entry, state=JobState.DONE, ended_at=float(number)), "body")
 
     for number in range(400):
         ended(number, "ann", "https://silent.example/?x=/")
@@ -296,13 +306,13 @@ def test_every_caller_and_every_receiver_has_messages_among_those_that_are_due(j
     assert len([message for message in due if message.share == "cid"]) < 300
 
 
-def test_the_past_is_forgotten_when_its_time_is_over(journal: Journal) -> None:
+def test_the_past_is_forgotten_when_its_time_is_over(journal: SqliteJobStore) -> None:
     """Ended jobs and answered keys go; what waits stays, however old."""
     for number, ended in enumerate([5.0, 50.0]):
-        entry = replace(ENTRY, id=f"job-{number}", state=State.DONE, ended_at=ended, outcome=RECEIPT)
+        entry = replace(ENTRY, id=f"job-{number}", state=JobState.DONE, ended_at=ended, outcome=RECEIPT)
         journal.accept(entry, WORK, replace(CLAIM, key=f"key-{number}"))
         journal.end(entry, "message")
-    with pytest.raises(InFlight):
+    with pytest.raises(RequestInProgress):
         journal.accept(ENTRY, WORK)
     journal.accept(replace(ENTRY, id="waits", caller=Caller("bob")), WORK)
     journal.claim(replace(CLAIM, key="waits"), 1.0)

@@ -11,17 +11,17 @@ import pytest
 from fakes import bumpy_pixels, disc
 from numpy.typing import NDArray
 
-from stable_diffusion_server.engine import Drawing
-from stable_diffusion_server.errors import Busy, InvalidInput, NotFinite, ServerError
-from stable_diffusion_server.generation.quality import Judged, Remedy, draw_well
+from stable_diffusion_server.engine import EngineResult
+from stable_diffusion_server.errors import InvalidInput, NotFinite, QueueFull, ServerError
+from stable_diffusion_server.generation.quality import CheckedImage, RetryPolicy, generate_with_retries
 from stable_diffusion_server.pipelines.catalog import MODELS, REAL_MODELS
-from stable_diffusion_server.types import Job, Picture, Task
+from stable_diffusion_server.types import DiffusionRequest, ImageArray, Task
 
 GOOD, BLACK = disc(), np.zeros((64, 64, 3), np.uint8)
 BUMPY, VERY_BUMPY = (bumpy_pixels(128, 128, ends) for ends in (0.012, 0.2))
 NAN = NotFinite("not finite")
 
-JOB = Job(Task.TEXT_TO_IMAGE, "sdxl", "embedded-1", "a red disc", None, 128, 128, 7, 4, 2.0, "euler")
+JOB = DiffusionRequest(Task.TEXT_TO_IMAGE, "sdxl", "embedded-1", "a red disc", None, 128, 128, 7, 4, 2.0, "euler")
 
 
 @dataclass(frozen=True)
@@ -37,23 +37,23 @@ class Easel:
 
     def __init__(self, *results: NDArray[np.uint8] | ServerError) -> None:
         self.results = list(results)
-        self.jobs: list[Job] = []
+        self.jobs: list[DiffusionRequest] = []
 
-    async def draw(self, job: Job) -> Drawing[Product]:
+    async def draw(self, job: DiffusionRequest) -> EngineResult[Product]:
         self.jobs.append(job)
         result = self.results.pop(0)
         if isinstance(result, ServerError):
             raise result
-        return Drawing(Product(result), {"denoise": 1.0}, batched=False)
+        return EngineResult(Product(result), {"denoise": 1.0}, batched=False)
 
 
-def remedy(**changes: Any) -> Remedy:
+def remedy(**changes: Any) -> RetryPolicy:
     values = {"redraws": 2, "max_steps": 100, "facts": MODELS["sdxl"], "fit": lambda text: text, **changes}
-    return Remedy(**values)
+    return RetryPolicy(**values)
 
 
-async def judged(easel: Easel, job: Job = JOB, **changes: Any) -> tuple[Judged[Product], list[str]]:
-    result = await draw_well(job, easel.draw, remedy(**changes))
+async def judged(easel: Easel, job: DiffusionRequest = JOB, **changes: Any) -> tuple[CheckedImage[Product], list[str]]:
+    result = await generate_with_retries(job, easel.draw, remedy(**changes))
     return result, [warning.code for warning in result.warnings]
 
 
@@ -77,7 +77,7 @@ async def test_a_good_picture_is_drawn_once_and_nothing_is_told() -> None:
         ([BUMPY, VERY_BUMPY, GOOD], 2, ["redrawn-bumpy"]),
         ([BUMPY, BLACK], 0, ["redrawn-bumpy", "bumpy"]),
         ([BUMPY, NAN], 0, ["redrawn-bumpy", "bumpy"]),
-        ([BUMPY, Busy("full")], 0, ["redrawn-bumpy", "bumpy"]),
+        ([BUMPY, QueueFull("full")], 0, ["redrawn-bumpy", "bumpy"]),
         ([NAN, BLACK, BUMPY, BUMPY, BUMPY], 2, ["redrawn-not-finite", "redrawn-black", "redrawn-bumpy", "bumpy"]),
     ],
 )
@@ -112,7 +112,7 @@ async def test_not_finite_twice_with_adapters_is_told_as_their_doing() -> None:
     assert len(easel.jobs) == 2
 
 
-@pytest.mark.parametrize("error", [Busy("full"), InvalidInput("no adapter", field="lora")])
+@pytest.mark.parametrize("error", [QueueFull("full"), InvalidInput("no adapter", field="lora")])
 async def test_a_fault_that_drawing_again_can_not_mend_is_not_tried_again(error: ServerError) -> None:
     """A full queue and a wrong parameter are answers."""
     easel = Easel(error)
@@ -146,7 +146,7 @@ async def test_a_bumpy_picture_is_asked_for_with_detail_and_a_step_more() -> Non
 
 async def test_a_bumpy_style_transfer_stays_a_little_closer_to_its_image() -> None:
     """Strength goes down by a hundredth, the steps stay; not where that would leave no step to draw."""
-    style = replace(JOB, task=Task.IMAGE_TO_IMAGE, image=Picture(GOOD), strength=0.6)
+    style = replace(JOB, task=Task.IMAGE_TO_IMAGE, image=ImageArray(GOOD), strength=0.6)
     easel = Easel(BUMPY, BUMPY, GOOD)
     await judged(easel, style)
     assert [job.strength for job in easel.jobs] == [0.6, 0.59, 0.58]
@@ -158,7 +158,7 @@ async def test_a_bumpy_style_transfer_stays_a_little_closer_to_its_image() -> No
 
 async def test_an_inpainting_is_not_judged_by_the_bumps_of_the_rest() -> None:
     """Most of the picture is the caller's own; black is still seen."""
-    inpaint = replace(JOB, task=Task.INPAINT, image=Picture(BUMPY), mask=Picture(GOOD[..., 0]))
+    inpaint = replace(JOB, task=Task.INPAINT, image=ImageArray(BUMPY), mask=ImageArray(GOOD[..., 0]))
     assert (await judged(Easel(BUMPY), inpaint))[1] == []
     assert (await judged(Easel(BLACK, GOOD), inpaint))[1] == ["redrawn-black"]
 

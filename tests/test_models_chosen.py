@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, House
-from fakes import PaintedSquares, lora_file, settings_in, until
+from conftest import ROOT, RunningApp
+from fakes import FakeDenoiser, lora_file, settings_in, until
 from fastapi.testclient import TestClient
 
 from stable_diffusion_server.app import create_app
-from stable_diffusion_server.app.models import Loaded
+from stable_diffusion_server.app.models import ModelState
 from stable_diffusion_server.settings import Settings
 
-Making = Callable[..., House]
+Making = Callable[..., RunningApp]
 
 
 @pytest.mark.parametrize(
@@ -36,7 +36,7 @@ def test_the_models_folder_and_the_setting_decide(
     """MODELS × what lies in MODELS_DIR, before anything is loaded."""
     for folder in present:
         (tmp_path / "weights" / folder).mkdir(parents=True)
-    loaded = Loaded.of(settings_in(tmp_path, models=models, models_dir=tmp_path / "weights"))
+    loaded = ModelState.of(settings_in(tmp_path, models=models, models_dir=tmp_path / "weights"))
     assert {name: facts.folder for name, facts in loaded.facts.items()} == folders
     assert loaded.fault is None
 
@@ -45,7 +45,7 @@ def test_the_lcm_lora_and_finer_weights_are_other_models(tmp_path: Path) -> None
     """LOAD_LCM_LORA and QUANTIZE show in the revision, so pictures of one are never taken for those of the other."""
     (tmp_path / "weights" / "ProteusV0.2").mkdir(parents=True)
     settings = settings_in(tmp_path, models_dir=tmp_path / "weights", load_lcm_lora=True, quantize="int8")
-    facts = Loaded.of(settings).facts
+    facts = ModelState.of(settings).facts
     assert facts["sdxl"].revision == "proteus-0.2+lcm+int8-unread"  # until the digest of its files takes the place
     assert facts["sdxl"].default_scheduler == "lcm"
     assert facts["flux"].revision.endswith("+int8")
@@ -115,7 +115,7 @@ def test_a_link_that_leads_nowhere_is_a_model_that_is_told_of(tmp_path: Path) ->
     """MODELS=auto does not pass it over, and does not draw with toys in its place."""
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights" / BASE).symlink_to(tmp_path / "unmounted")
-    assert Loaded.of(settings_in(tmp_path, models_dir=tmp_path / "weights")).facts["sdxl"].folder == BASE
+    assert ModelState.of(settings_in(tmp_path, models_dir=tmp_path / "weights")).facts["sdxl"].folder == BASE
 
 
 def test_an_adapter_is_known_by_the_name_of_its_file(house_of: Making, tmp_path: Path) -> None:
@@ -123,7 +123,7 @@ def test_an_adapter_is_known_by_the_name_of_its_file(house_of: Making, tmp_path:
     folder = tmp_path / "loras"
     folder.mkdir()
     lora_file(folder / "pastel.safetensors")
-    house = house_of(PaintedSquares(), lora_dir=folder)
+    house = house_of(FakeDenoiser(), lora_dir=folder)
     assert house.draw(prompt="a red disc", lora="pastel:0.8").status_code == 200
     (job,) = house.squares.prepared
     assert job.loras == (("pastel", 0.8),)

@@ -9,23 +9,23 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import House
+from conftest import RunningApp
 from fakes import until
 from storage_servers import KEYS, StorageServer, make_s3_bucket
 
 from stable_diffusion_server.app import commands
 from stable_diffusion_server.storage.dead_letters import DeadLetters
 from stable_diffusion_server.storage.memory import MemoryBucket
-from stable_diffusion_server.storage.spool import Spool
-from stable_diffusion_server.storage.write_behind import Spooling
-from stable_diffusion_server.types import Stored
+from stable_diffusion_server.storage.spool import UploadSpool
+from stable_diffusion_server.storage.write_behind import WriteBehindBucket
+from stable_diffusion_server.types import StoredObject
 
 
 def whole(folder: Path, number: int) -> Path:
     """A file as a server leaves it."""
     data = b"picture %d" % number
-    stored = Stored(f"k{number}", len(data), hashlib.sha256(data).hexdigest(), "image/webp", {"seed": "7"})
-    return Spool(folder, 10**9).put(data, stored, overwrite=False).path
+    stored = StoredObject(f"k{number}", len(data), hashlib.sha256(data).hexdigest(), "image/webp", {"seed": "7"})
+    return UploadSpool(folder, 10**9).put(data, stored, overwrite=False).path
 
 
 def folder_of_that_name(path: Path) -> None:
@@ -105,7 +105,7 @@ def test_an_odd_entry_is_set_aside_and_the_rest_is_brought(
         path.unlink()
     for number in range(3):
         whole(folder, number)
-    spooling = Spooling(store, Spool(folder, 10**9), 20.0, pause=0.02)
+    spooling = WriteBehindBucket(store, UploadSpool(folder, 10**9), 20.0, pause=0.02)
     spooling.open()
     until(lambda: set(store.list()) >= {"k0", "k1", "k2"})
     until(lambda: not list(folder.glob("*.spool")))
@@ -124,7 +124,7 @@ def test_an_odd_entry_is_set_aside_and_the_rest_is_brought(
 
 @pytest.mark.fault(138)
 def test_a_server_over_a_spool_of_oddities_draws(
-    house_of: Callable[..., House], tmp_path: Path, s3_server: StorageServer
+    house_of: Callable[..., RunningApp], tmp_path: Path, s3_server: StorageServer
 ) -> None:
     """All of them at once, in DATA_DIR of a whole server, which is ready all the same."""
     folder = tmp_path / "data" / "spool"
@@ -159,14 +159,14 @@ def test_the_command_lists_retries_and_drops(tmp_path: Path, capsys: pytest.Capt
     (tmp_path / "spool").mkdir()
     for number in range(3):
         letters.add(whole(tmp_path / "spool", number), "KeyTooLongError")
-    commands.tend_dead_letters(tmp_path, "list", [])
+    commands.manage_dead_letters(tmp_path, "list", [])
     listed = capsys.readouterr().out.splitlines()
     assert [("KeyTooLongError" in line, f"'k{n}'" in line) for n, line in enumerate(listed)] == [(True, True)] * 3
     ids = [line.split()[0] for line in listed]
 
     def status(*arguments: str) -> object:
         with pytest.raises(SystemExit) as ended:
-            commands.tend_dead_letters(tmp_path, arguments[0], list(arguments[1:]))
+            commands.manage_dead_letters(tmp_path, arguments[0], list(arguments[1:]))
         return ended.value.code
 
     assert (status("retry", ids[0]), status("drop", ids[1]), status("drop", "none"), status("retry")) == (0, 0, 2, 2)
@@ -175,7 +175,7 @@ def test_the_command_lists_retries_and_drops(tmp_path: Path, capsys: pytest.Capt
     assert status("retry", "all") == 1
     assert [path.name for path in (tmp_path / "spool").iterdir()] == [f"{ids[0]}.retry"]
     store = MemoryBucket()
-    spooling = Spooling(store, Spool(tmp_path / "spool", 10**9), 20.0, pause=0.02)
+    spooling = WriteBehindBucket(store, UploadSpool(tmp_path / "spool", 10**9), 20.0, pause=0.02)
     spooling.open()
     until(lambda: list(store.list()) == ["k0"])
     spooling.close()
@@ -214,11 +214,11 @@ def test_an_odd_reason_beside_a_dead_letter_holds_up_nothing(
     reason = letter.with_name(f"{letter.name}.reason")
     reason.unlink()
     make(reason)
-    commands.tend_dead_letters(tmp_path, "list", [])
+    commands.manage_dead_letters(tmp_path, "list", [])
     [line] = capsys.readouterr().out.splitlines()
     assert line.isprintable()
     assert "'k0'" in line
-    Spool(folder, 10**9).open()
+    UploadSpool(folder, 10**9).open()
     assert letters.add(whole(folder, 1), "refused") is not None
     for one in letters.listed():
         letters.drop(one)
@@ -234,13 +234,13 @@ def test_the_command_tells_and_takes_odd_names(tmp_path: Path, name: str, capsys
     letters.add(whole(tmp_path / "spool", 0), "refused")
     whole(tmp_path / "spool", 1).rename(tmp_path / "dead-letters" / f"{name}.spool")
     no_facts(tmp_path / "dead-letters" / "deep.spool")
-    commands.tend_dead_letters(tmp_path, "list", [])
+    commands.manage_dead_letters(tmp_path, "list", [])
     lines = capsys.readouterr().out.splitlines()
     assert (len(lines), all(line.isprintable() and line.isascii() for line in lines)) == (3, True)
     listed = next(line.partition("  ")[0] for line in lines if "'k1'" in line)
     for action, ids, status in (("retry", ["all"], 1), ("drop", ["deep", "deep"], 0), ("drop", [listed], 2)):
         with pytest.raises(SystemExit) as ended:
-            commands.tend_dead_letters(tmp_path, action, ids)
+            commands.manage_dead_letters(tmp_path, action, ids)
         assert ended.value.code == status
     told = capsys.readouterr()
     assert (told.out.count("  ok    retry"), told.out.count("FAIL  retry deep"), told.err.isascii()) == (2, 1, True)
@@ -254,7 +254,7 @@ def test_a_retry_that_cannot_be_taken_up_holds_up_no_other(tmp_path: Path) -> No
     folder.mkdir()
     whole(folder, 0).rename(folder / "00.retry")
     whole(folder, 1).rename(folder / "01.retry")
-    spool = Spool(folder, 10**9)
+    spool = UploadSpool(folder, 10**9)
     folder_of_that_name(folder / "00.spool")  # behind the spool's back, which sets such things aside as it opens
     spool.take_up_retries()
     assert [kept.stored.key for kept in spool.waiting()] == ["k1"]

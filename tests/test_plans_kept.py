@@ -10,39 +10,41 @@ from types import MappingProxyType
 from typing import Any
 
 import pytest
-from fakes import PaintedSquares, until
+from fakes import FakeDenoiser, until
 
-from stable_diffusion_server.engine import Engine, Phase
+from stable_diffusion_server.engine import Engine, EngineState
 from stable_diffusion_server.errors import InvalidInput
-from stable_diffusion_server.generation.limits import Limits
-from stable_diffusion_server.generation.resolver import Options
-from stable_diffusion_server.generation.service import Service
-from stable_diffusion_server.imaging.sandbox.pool import Decoder
-from stable_diffusion_server.pipelines.catalog import MODELS, ModelFacts
+from stable_diffusion_server.generation.limits import RequestLimits
+from stable_diffusion_server.generation.resolver import GenerationOptions
+from stable_diffusion_server.generation.service import GenerationService
+from stable_diffusion_server.imaging.sandbox.pool import DecoderPool
+from stable_diffusion_server.pipelines.catalog import MODELS, ModelSpec
 from stable_diffusion_server.pipelines.conditioning.lora_folder import LoraFolder
 from stable_diffusion_server.storage.memory import MemoryBucket
-from stable_diffusion_server.types import Job, Order, Stored, Task, picture_digest
+from stable_diffusion_server.types import DiffusionRequest, GenerationRequest, StoredObject, Task, image_digest
 
-ORDER = Order(Task.TEXT_TO_IMAGE, "a red square", 64, 64)
+ORDER = GenerationRequest(Task.TEXT_TO_IMAGE, "a red square", 64, 64)
 
 
-class Rooms:
+class ResolverHarness:
     """A service over painted squares whose models and adapters can be exchanged while it runs."""
 
     def __init__(self) -> None:
-        self.painter = PaintedSquares()
-        self.models: dict[str, ModelFacts] = dict(MODELS)
+        self.painter = FakeDenoiser()
+        self.models: dict[str, ModelSpec] = dict(MODELS)
         self.loras: dict[str, str] = {"ink": "1a"}
         self.bucket = MemoryBucket()
         self.engine: Engine[Any, Any] = Engine(lambda: self.painter, queue_limit=64, max_batch=4)
         self.engine.start()
-        until(lambda: self.engine.phase is Phase.READY)
-        self.decoder = Decoder(max_bytes=1_000_000, max_pixels=1_000_000, max_side=2048)
-        self.service = Service(
+        until(lambda: self.engine.phase is EngineState.READY)
+        self.decoder = DecoderPool(max_bytes=1_000_000, max_pixels=1_000_000, max_side=2048)
+        self.service = GenerationService(
             self.bucket,
             self.engine,
             self.painter.count_tokens,
-            Options(Limits(), "sdxl", "up", models=MappingProxyType(self.models), loras=lambda: self.loras),
+            GenerationOptions(
+                RequestLimits(), "sdxl", "up", models=MappingProxyType(self.models), loras=lambda: self.loras
+            ),
             fetch=self.fetch,
             decode=self.decoder.decode,
             known=self.known,
@@ -51,7 +53,7 @@ class Rooms:
     async def fetch(self, url: str, parameter: str) -> bytes:
         raise AssertionError("nothing is fetched here")
 
-    def known(self, key: str) -> Stored | None:
+    def known(self, key: str) -> StoredObject | None:
         return self.bucket.stat(key)
 
     def change(self, **facts: Any) -> None:
@@ -59,9 +61,9 @@ class Rooms:
 
 
 @pytest.fixture
-async def rooms() -> AsyncIterator[Rooms]:
+async def rooms() -> AsyncIterator[ResolverHarness]:
     """One of them."""
-    made = Rooms()
+    made = ResolverHarness()
     yield made
     await asyncio.to_thread(made.engine.stop, 10)
     await made.decoder.close()
@@ -77,46 +79,48 @@ async def rooms() -> AsyncIterator[Rooms]:
         ("default_scheduler", "ddim", "scheduler"),
     ],
 )
-async def test_a_model_that_became_another_is_drawn_anew(fact: str, value: Any, told: str, rooms: Rooms) -> None:
+async def test_a_model_that_became_another_is_drawn_anew(
+    fact: str, value: Any, told: str, rooms: ResolverHarness
+) -> None:
     """Loading may put another in its place: neither its identity nor its defaults are those of the plan before."""
-    first = await rooms.service.fulfil(ORDER)
-    assert rooms.service.remembered(ORDER) is not None
+    first = await rooms.service.generate(ORDER)
+    assert rooms.service.lookup_cached(ORDER) is not None
     rooms.change(**{fact: value})
-    assert rooms.service.remembered(ORDER) is None
-    second = await rooms.service.fulfil(ORDER)
+    assert rooms.service.lookup_cached(ORDER) is None
+    second = await rooms.service.generate(ORDER)
     assert (second.cached, second.key == first.key, len(rooms.painter.finished)) == (False, False, 2)
     assert getattr(second, told) == (value if told != "model" else "sdxl")
     rooms.change(**{fact: getattr(MODELS["sdxl"], fact)})
-    again = rooms.service.remembered(ORDER)
+    again = rooms.service.lookup_cached(ORDER)
     assert again is not None
     assert again.key == first.key
 
 
 @pytest.mark.fault(162)
-async def test_a_model_that_is_no_longer_here_draws_nothing_from_memory(rooms: Rooms) -> None:
+async def test_a_model_that_is_no_longer_here_draws_nothing_from_memory(rooms: ResolverHarness) -> None:
     """The usual model became another family, and a named one went: neither is answered from what was kept."""
-    first = await rooms.service.fulfil(ORDER)
+    first = await rooms.service.generate(ORDER)
     named = replace(ORDER, model="sdxl")
-    assert (await rooms.service.fulfil(named)).key == first.key
+    assert (await rooms.service.generate(named)).key == first.key
     del rooms.models["sdxl"]
-    assert rooms.service.remembered(ORDER) is None
-    assert (await rooms.service.fulfil(ORDER)).model == "flux"
-    for ask in (rooms.service.remembered, rooms.service.check_open):
-        if ask == rooms.service.remembered:
+    assert rooms.service.lookup_cached(ORDER) is None
+    assert (await rooms.service.generate(ORDER)).model == "flux"
+    for ask in (rooms.service.lookup_cached, rooms.service.check_open):
+        if ask == rooms.service.lookup_cached:
             with pytest.raises(InvalidInput, match="not a model here"):
                 ask(named)
     with pytest.raises(InvalidInput, match="not a model here"):
-        await rooms.service.fulfil(named)
+        await rooms.service.generate(named)
 
 
 @pytest.mark.fault(162)
-async def test_an_adapter_with_other_content_is_another_picture_at_once(rooms: Rooms) -> None:
+async def test_an_adapter_with_other_content_is_another_picture_at_once(rooms: ResolverHarness) -> None:
     """The same order, in the same process: drawn again, under another name, and the job says which content is meant."""
     order = replace(ORDER, loras=(("ink", 1.0),))
-    first = await rooms.service.fulfil(order)
-    assert (await rooms.service.fulfil(order)).cached
+    first = await rooms.service.generate(order)
+    assert (await rooms.service.generate(order)).cached
     rooms.loras["ink"] = "2b"
-    second = await rooms.service.fulfil(order)
+    second = await rooms.service.generate(order)
     assert (second.cached, second.key == first.key) == (False, False)
     assert [job.lora_digests for job in rooms.painter.finished] == [("1a",), ("2b",)]
 
@@ -125,7 +129,7 @@ async def test_an_adapter_with_other_content_is_another_picture_at_once(rooms: R
 def test_jobs_with_other_adapter_contents_share_neither_flight_nor_forward_pass() -> None:
     """Equal names, unequal contents: unlike pictures, and unlike shapes."""
     jobs = [
-        Job(
+        DiffusionRequest(
             Task.TEXT_TO_IMAGE,
             "sdxl",
             "r",
@@ -142,17 +146,17 @@ def test_jobs_with_other_adapter_contents_share_neither_flight_nor_forward_pass(
         )
         for d in (("1a",), ("2b",), ())
     ]
-    assert len({picture_digest(job) for job in jobs}) == 3
+    assert len({image_digest(job) for job in jobs}) == 3
     assert len({job.shape for job in jobs}) == 3
 
 
 @pytest.mark.fault(162)
-async def test_a_name_is_looked_up_off_the_event_loop(rooms: Rooms) -> None:
+async def test_a_name_is_looked_up_off_the_event_loop(rooms: ResolverHarness) -> None:
     """What is remembered is answered without reading any file, so an order with adapters is never answered from it."""
     order = replace(ORDER, loras=(("ink", 1.0),))
-    await rooms.service.fulfil(order)
+    await rooms.service.generate(order)
     rooms.loras = _Unread()
-    assert rooms.service.remembered(order) is None
+    assert rooms.service.lookup_cached(order) is None
 
 
 class _Unread(dict[str, str]):

@@ -8,7 +8,7 @@ from fakes import disc
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stable_diffusion_server.imaging.resize import around, filled, fitted
+from stable_diffusion_server.imaging.resize import crop_around, fill_masked, fit_image
 from stable_diffusion_server.types import Fill, Fit
 
 
@@ -19,7 +19,7 @@ def test_the_part_around_a_mask_holds_it_all_and_lies_inside_the_picture(data: s
     mask = np.zeros((height, width), np.uint8)
     left, top = data.draw(st.integers(0, width - 1)), data.draw(st.integers(0, height - 1))
     mask[top : data.draw(st.integers(top + 1, height)), left : data.draw(st.integers(left + 1, width))] = 255
-    box = around(mask, data.draw(st.integers(0, 40)), data.draw(st.floats(0.1, 10)))
+    box = crop_around(mask, data.draw(st.integers(0, 40)), data.draw(st.floats(0.1, 10)))
     assert box.left >= 0
     assert box.top >= 0
     assert box.left + box.width <= width
@@ -31,7 +31,7 @@ def test_the_part_around_a_mask_has_the_asked_aspect_ratio_where_there_is_room()
     """A square for a square, though the mask is a strip."""
     mask = np.zeros((100, 100), np.uint8)
     mask[40:44, 30:70] = 255
-    box = around(mask, 2, 1.0)
+    box = crop_around(mask, 2, 1.0)
     assert (box.width, box.height) == (44, 44)
 
 
@@ -40,8 +40,8 @@ def test_the_part_around_a_mask_has_the_asked_aspect_ratio_where_there_is_room()
 def test_a_picture_is_brought_to_the_size_asked_for(fit: Fit, size: tuple[int, int]) -> None:
     """Exactly, by every way; a mask likewise."""
     picture = disc(96, 80)
-    assert fitted(picture, *size, fit).shape == (size[1], size[0], 3)
-    assert fitted(picture[..., 0], *size, fit).shape == (size[1], size[0])
+    assert fit_image(picture, *size, fit).shape == (size[1], size[0], 3)
+    assert fit_image(picture[..., 0], *size, fit).shape == (size[1], size[0])
 
 
 def test_cropping_and_padding_keep_shapes_and_stretching_does_not() -> None:
@@ -49,7 +49,7 @@ def test_cropping_and_padding_keep_shapes_and_stretching_does_not() -> None:
     wide = disc(160, 80)
 
     def sides(fit: Fit) -> tuple[int, int]:
-        red = fitted(wide, 80, 80, fit)[..., 0] > 130
+        red = fit_image(wide, 80, 80, fit)[..., 0] > 130
         return int(red.any(axis=0).sum()), int(red.any(axis=1).sum())
 
     for fit, (across, down) in ((Fit.CROP, (40, 40)), (Fit.PAD, (20, 20)), (Fit.STRETCH, (20, 40))):
@@ -62,7 +62,7 @@ def test_filling_leaves_what_is_not_masked(fill: Fill) -> None:
     picture = disc()
     mask = np.zeros(picture.shape[:2], np.uint8)
     mask[30:50, 40:56] = 255
-    result = filled(picture, mask, fill, 3)
+    result = fill_masked(picture, mask, fill, 3)
     assert (result[mask == 0] == picture[mask == 0]).all()
     assert (result != picture).any() == (fill is not Fill.ORIGINAL)
-    assert (filled(picture, mask, fill, 3) == result).all()
+    assert (fill_masked(picture, mask, fill, 3) == result).all()

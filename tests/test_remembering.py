@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from stable_diffusion_server.errors import NotFound, StorageUnavailable
-from stable_diffusion_server.storage.cached_bucket import Remembering
-from stable_diffusion_server.storage.existence_cache import Knowledge
+from stable_diffusion_server.storage.cached_bucket import CachedBucket
+from stable_diffusion_server.storage.existence_cache import ExistenceCache
 from stable_diffusion_server.storage.memory import MemoryBucket
-from stable_diffusion_server.storage.spool import Spool
-from stable_diffusion_server.storage.write_behind import Spooling
-from stable_diffusion_server.types import Stored
+from stable_diffusion_server.storage.spool import UploadSpool
+from stable_diffusion_server.storage.write_behind import WriteBehindBucket
+from stable_diffusion_server.types import StoredObject
 
 
 class Counted(MemoryBucket):
@@ -23,7 +23,7 @@ class Counted(MemoryBucket):
         self.asked = 0
         self.off = False
 
-    def stat(self, key: str) -> Stored | None:
+    def stat(self, key: str) -> StoredObject | None:
         self.asked += 1
         if self.off:
             raise StorageUnavailable("The storage is off.")
@@ -36,8 +36,8 @@ class House:
     def __init__(self, folder: Path, capacity: int = 10) -> None:
         self.store = Counted()
         self.time = 0.0
-        spooling = Spooling(self.store, Spool(folder / "spool", 10**6), 20.0, pause=60.0)
-        self.bucket = Remembering(spooling, capacity, 5.0, lambda: self.time)
+        spooling = WriteBehindBucket(self.store, UploadSpool(folder / "spool", 10**6), 20.0, pause=60.0)
+        self.bucket = CachedBucket(spooling, capacity, 5.0, lambda: self.time)
         self.bucket.open()
 
 
@@ -119,24 +119,24 @@ def test_what_others_deleted_is_forgotten_when_it_cannot_be_read(house: House) -
 def test_what_is_known_no_longer_takes_no_room() -> None:
     """As many objects as were stored within the time, however many there were before; none for no time at all."""
     clock = [0.0]
-    knowledge = Knowledge(1000, 2.0, now=lambda: clock[0])
+    knowledge = ExistenceCache(1000, 2.0, now=lambda: clock[0])
     for n in range(500):
         clock[0] = n / 10
-        knowledge.learn(f"k{n}", Stored(f"k{n}", 4, "etag", "image/webp", {}))
+        knowledge.remember(f"k{n}", StoredObject(f"k{n}", 4, "etag", "image/webp", {}))
     assert len(knowledge) == 20
     assert (knowledge.of("k480") is not None, knowledge.of("k479")) == (True, None)
-    nothing = Knowledge(1000, 0.0, now=lambda: clock[0])
-    nothing.learn("k", Stored("k", 4, "etag", "image/webp", {}))
+    nothing = ExistenceCache(1000, 0.0, now=lambda: clock[0])
+    nothing.remember("k", StoredObject("k", 4, "etag", "image/webp", {}))
     assert (len(nothing), nothing.of("k")) == (0, None)
 
 
 def test_what_was_seen_before_a_write_is_no_news_after_it() -> None:
     """A slow look that began before a delete does not bring the deleted object back."""
-    knowledge = Knowledge(10, 60.0)
-    stored = Stored("k", 4, "etag", "image/webp", {})
+    knowledge = ExistenceCache(10, 60.0)
+    stored = StoredObject("k", 4, "etag", "image/webp", {})
     since = knowledge.changes
-    knowledge.learn("k", None)
-    assert knowledge.learn("k", stored, since) == stored
+    knowledge.remember("k", None)
+    assert knowledge.remember("k", stored, since) == stored
     assert knowledge.of("k") is None
-    knowledge.learn("k", stored, knowledge.changes)
+    knowledge.remember("k", stored, knowledge.changes)
     assert knowledge.of("k") == stored

@@ -10,22 +10,22 @@ import pytest
 from fakes import disc
 
 from stable_diffusion_server.errors import InvalidInput
-from stable_diffusion_server.generation.layout import compose
-from stable_diffusion_server.generation.limits import Limits
-from stable_diffusion_server.generation.resolver import Options, resolve
+from stable_diffusion_server.generation.layout import lay_out_images
+from stable_diffusion_server.generation.limits import RequestLimits
+from stable_diffusion_server.generation.resolver import GenerationOptions, resolve_request
 from stable_diffusion_server.pipelines.catalog import MODELS
-from stable_diffusion_server.types import Fill, Fit, Format, Order, Source, Task
+from stable_diffusion_server.types import Fill, Fit, Format, GenerationRequest, ImageInput, Task
 
-OPTIONS = Options(Limits(), "sdxl", "up", loras=lambda: {"pastel": "1a2b", "ink": "3c4d"})
+OPTIONS = GenerationOptions(RequestLimits(), "sdxl", "up", loras=lambda: {"pastel": "1a2b", "ink": "3c4d"})
 EDGELESS_FLUX = replace(OPTIONS, models={**MODELS, "flux": replace(MODELS["flux"], control_folder=None)})
-BY_URL = Order(
+BY_URL = GenerationRequest(
     Task.INPAINT,
     "a red disc",
-    image=Source("image_url", url="http://a.example/i"),
-    mask=Source("mask_url", url="http://a.example/m"),
+    image=ImageInput("image_url", url="http://a.example/i"),
+    mask=ImageInput("mask_url", url="http://a.example/m"),
 )
 FETCHED = {"image_url": b"image", "mask_url": b"mask"}
-UPLOADED = replace(BY_URL, image=Source("image_file", data=b"image"), mask=Source("mask_file", data=b"mask"))
+UPLOADED = replace(BY_URL, image=ImageInput("image_file", data=b"image"), mask=ImageInput("mask_file", data=b"mask"))
 
 # A changed value for each field that changes the picture, and the fields that do not.
 CHANGED: dict[str, Any] = {
@@ -39,8 +39,8 @@ CHANGED: dict[str, Any] = {
     "num_inference_steps": 5,
     "guidance_scale": 3.0,
     "scheduler": "ddim",
-    "image": Source("image_file", data=b"other"),
-    "mask": Source("mask_file", data=b"other"),
+    "image": ImageInput("image_file", data=b"other"),
+    "mask": ImageInput("mask_file", data=b"other"),
     "strength": 0.5,
     "feather": 3,
     "canny": True,
@@ -70,7 +70,7 @@ def test_an_adapter_is_told_by_its_weights_and_not_by_its_name_alone() -> None:
     """Other weights under the same name are another picture; the same weights the same one."""
     order = replace(UPLOADED, loras=(("pastel", 0.5),))
     mine, same, other = (
-        resolve(order, replace(OPTIONS, loras=lambda told=told: {"pastel": told})).content
+        resolve_request(order, replace(OPTIONS, loras=lambda told=told: {"pastel": told})).content
         for told in ("1a", "1a", "2b")
     )
     assert mine == same != other
@@ -80,21 +80,26 @@ def test_an_adapter_is_told_by_its_weights_and_not_by_its_name_alone() -> None:
 def test_an_adapter_that_is_not_there_is_refused_before_anything_is_drawn(there: dict[str, str], said: str) -> None:
     """The parameter is named, and what there is instead."""
     with pytest.raises(InvalidInput, match=said) as caught:
-        resolve(replace(UPLOADED, loras=(("pastel", 1.0),)), replace(OPTIONS, loras=lambda: there))
+        resolve_request(replace(UPLOADED, loras=(("pastel", 1.0),)), replace(OPTIONS, loras=lambda: there))
     assert caught.value.field == "lora"
 
 
 def test_a_default_model_that_does_not_draw_here_gives_way() -> None:
     """With one family of weights, an order that names no model is for that family."""
     options = replace(OPTIONS, models={"flux": MODELS["flux"]})
-    assert resolve(Order(Task.TEXT_TO_IMAGE, "a red disc"), options).words.facts.name == "flux"
+    assert resolve_request(GenerationRequest(Task.TEXT_TO_IMAGE, "a red disc"), options).words.facts.name == "flux"
     with pytest.raises(InvalidInput, match="there are flux"):
-        resolve(Order(Task.TEXT_TO_IMAGE, "a red disc", model="sdxl"), options)
+        resolve_request(GenerationRequest(Task.TEXT_TO_IMAGE, "a red disc", model="sdxl"), options)
 
 
 def test_every_field_of_an_order_is_told_or_known_not_to_matter() -> None:
     """A new parameter cannot be forgotten in the identity of a picture."""
-    assert {field.name for field in fields(Order)} == {*CHANGED, *WITH_CANNY, *WITH_SIZE, *NOT_IN_THE_PICTURE}
+    assert {field.name for field in fields(GenerationRequest)} == {
+        *CHANGED,
+        *WITH_CANNY,
+        *WITH_SIZE,
+        *NOT_IN_THE_PICTURE,
+    }
 
 
 @pytest.mark.parametrize("name", [*CHANGED, *WITH_CANNY, *WITH_SIZE])
@@ -103,21 +108,21 @@ def test_what_changes_the_picture_changes_its_identity(name: str) -> None:
     sized = {"width": 64, "height": 128} if name in WITH_SIZE else {}
     base = replace(UPLOADED, canny=name in WITH_CANNY, **sized)
     change = {name: {**CHANGED, **WITH_CANNY, **WITH_SIZE}[name]}
-    plans = [resolve(order, OPTIONS) for order in (base, replace(base, **change))]
+    plans = [resolve_request(order, OPTIONS) for order in (base, replace(base, **change))]
     for part in ("key", "seed", "content", "asked", "sent"):
         assert len({getattr(plan, part) for plan in plans}) == 2, part
 
 
 def test_what_does_not_change_the_picture_does_not_change_its_identity() -> None:
     """Thresholds without canny, the format, the quality, the name."""
-    plan = resolve(UPLOADED, OPTIONS)
+    plan = resolve_request(UPLOADED, OPTIONS)
     for more in ({"canny_low": 90}, {"control_scale": 0.9}, {"format": Format.PNG}, {"quality": 9}, {"save_path": "a"}):
-        assert resolve(replace(UPLOADED, **more), OPTIONS).content == plan.content
+        assert resolve_request(replace(UPLOADED, **more), OPTIONS).content == plan.content
 
 
 def test_the_identity_is_that_of_the_bytes_however_they_came() -> None:
     """By address or as files: one picture; other bytes at the same address: another one, sent alike."""
-    by_url, by_file = resolve(BY_URL, OPTIONS, FETCHED), resolve(UPLOADED, OPTIONS)
+    by_url, by_file = resolve_request(BY_URL, OPTIONS, FETCHED), resolve_request(UPLOADED, OPTIONS)
     assert (by_url.content, by_url.asked, by_url.key, by_url.seed) == (
         by_file.content,
         by_file.asked,
@@ -125,10 +130,10 @@ def test_the_identity_is_that_of_the_bytes_however_they_came() -> None:
         by_file.seed,
     )
     assert by_url.sent != by_file.sent
-    changed = resolve(BY_URL, OPTIONS, {**FETCHED, "image_url": b"other"})
+    changed = resolve_request(BY_URL, OPTIONS, {**FETCHED, "image_url": b"other"})
     assert changed.content != by_url.content
-    assert changed.sent == by_url.sent == resolve(BY_URL, OPTIONS).sent
-    assert resolve(BY_URL, OPTIONS, {"image_url": b"mask", "mask_url": b"image"}).content != by_url.content
+    assert changed.sent == by_url.sent == resolve_request(BY_URL, OPTIONS).sent
+    assert resolve_request(BY_URL, OPTIONS, {"image_url": b"mask", "mask_url": b"image"}).content != by_url.content
 
 
 @pytest.mark.parametrize(
@@ -139,11 +144,11 @@ def test_the_identity_is_that_of_the_bytes_however_they_came() -> None:
         (replace(BY_URL, save_path="a.webp", named_by_content=True), False),
     ],
 )
-def test_a_key_is_known_before_fetching_when_the_caller_named_it(order: Order, known: bool) -> None:
+def test_a_key_is_known_before_fetching_when_the_caller_named_it(order: GenerationRequest, known: bool) -> None:
     """Then, and only then, the bucket can be asked first."""
-    plan = resolve(order, OPTIONS)
+    plan = resolve_request(order, OPTIONS)
     assert plan.key_is_known is known
-    assert (plan.key == resolve(order, OPTIONS, FETCHED).key) is known
+    assert (plan.key == resolve_request(order, OPTIONS, FETCHED).key) is known
 
 
 @pytest.mark.parametrize(
@@ -151,7 +156,9 @@ def test_a_key_is_known_before_fetching_when_the_caller_named_it(order: Order, k
 )
 def test_edges_are_followed_by_default_where_a_model_can(model: str, asked: bool | None, follows: bool) -> None:
     """The bytes door follows edges unless told otherwise; a model without a ControlNet says that it does not."""
-    plan = resolve(replace(UPLOADED, task=Task.IMAGE_TO_IMAGE, mask=None, model=model, canny=asked), EDGELESS_FLUX)
+    plan = resolve_request(
+        replace(UPLOADED, task=Task.IMAGE_TO_IMAGE, mask=None, model=model, canny=asked), EDGELESS_FLUX
+    )
     assert plan.words.canny is follows
     told = {warning.code for warning in plan.words.warnings}
     assert ("canny-unavailable" in told) is (model == "flux")
@@ -160,7 +167,7 @@ def test_edges_are_followed_by_default_where_a_model_can(model: str, asked: bool
 def test_edges_that_cannot_be_followed_are_refused_when_asked_for() -> None:
     """Before anything is decoded or queued, naming the parameter."""
     with pytest.raises(InvalidInput) as refused:
-        resolve(replace(UPLOADED, task=Task.IMAGE_TO_IMAGE, mask=None, model="flux", canny=True), EDGELESS_FLUX)
+        resolve_request(replace(UPLOADED, task=Task.IMAGE_TO_IMAGE, mask=None, model="flux", canny=True), EDGELESS_FLUX)
     assert refused.value.field == "canny"
 
 
@@ -168,18 +175,20 @@ def test_edges_that_cannot_be_followed_are_refused_when_asked_for() -> None:
 def test_files_that_differ_have_names_that_differ(first: dict[str, Any], second: dict[str, Any]) -> None:
     """Eight digits that tell the content tell the kind of file too."""
     order = replace(UPLOADED, save_path="no-ending", named_by_content=True)
-    assert resolve(replace(order, **first), OPTIONS).key != resolve(replace(order, **second), OPTIONS).key
+    assert (
+        resolve_request(replace(order, **first), OPTIONS).key != resolve_request(replace(order, **second), OPTIONS).key
+    )
 
 
 def test_a_name_that_tells_the_content_keeps_its_folder() -> None:
     """Eight hexadecimal digits before the file name, the same for the same order, also with a random seed."""
     order = replace(UPLOADED, save_path="a/b/out.webp", named_by_content=True, seed="random")
-    keys = {resolve(order, OPTIONS).key for _ in range(3)}
+    keys = {resolve_request(order, OPTIONS).key for _ in range(3)}
     assert len(keys) == 1
     assert np.all([len(key.rsplit("/", 1)[1]) == len("1b4e28ba-out.webp") for key in keys])
     assert keys.pop().startswith("up/a/b/")
     with pytest.raises(InvalidInput):
-        resolve(replace(order, save_path="a/b/"), OPTIONS)
+        resolve_request(replace(order, save_path="a/b/"), OPTIONS)
 
 
 @pytest.mark.fault(12)
@@ -193,18 +202,18 @@ def test_a_strength_that_leaves_no_step_is_refused_as_the_family_counts(
     """SDXL rounds steps × strength down and Flux up, as their stock pipelines do; both fields are named."""
     order = replace(UPLOADED, model=model, num_inference_steps=steps, strength=strength)
     if taken:
-        resolve(order, OPTIONS)
+        resolve_request(order, OPTIONS)
         return
     with pytest.raises(InvalidInput) as refused:
-        resolve(order, OPTIONS)
+        resolve_request(order, OPTIONS)
     assert {field for field, _ in refused.value.faults} == {"strength", "num_inference_steps"}
 
 
 def test_a_scene_has_all_pictures_at_the_size_of_the_canvas() -> None:
     """Image, mask and edges fit the model's grid; the mask is black and white, and black beyond the picture."""
-    plan = resolve(replace(UPLOADED, canny=True, feather=4), OPTIONS)
+    plan = resolve_request(replace(UPLOADED, canny=True, feather=4), OPTIONS)
     image, mask = disc(100, 60), np.full((6, 10, 3), 90, np.uint8)
-    scene = compose(plan, image, mask)
+    scene = lay_out_images(plan, image, mask)
     job = scene.job
     assert (scene.width, scene.height, job.width, job.height) == (100, 60, 384, 256)
     assert job.image is not None
@@ -219,16 +228,16 @@ def test_a_scene_has_all_pictures_at_the_size_of_the_canvas() -> None:
 
 def test_a_scene_without_pictures_is_as_large_as_was_asked() -> None:
     """Text to image: no image, no mask, and the picture cut out of its canvas."""
-    scene = compose(resolve(Order(Task.TEXT_TO_IMAGE, "a red disc", 100, 128), OPTIONS))
+    scene = lay_out_images(resolve_request(GenerationRequest(Task.TEXT_TO_IMAGE, "a red disc", 100, 128), OPTIONS))
     assert (scene.job.image, scene.job.mask, scene.job.control) == (None, None, None)
     assert scene.finished(np.zeros((128, 128, 3), np.uint8)).shape == (128, 100, 3)
 
 
 def test_two_jobs_of_equal_pictures_are_one_drawing() -> None:
     """Digests look at pixels, so the same picture in two file formats is drawn once."""
-    plan = resolve(UPLOADED, OPTIONS)
+    plan = resolve_request(UPLOADED, OPTIONS)
     mask = np.full((60, 100, 3), 255, np.uint8)
-    jobs = [compose(plan, disc(100, 60), mask.copy()).job for _ in range(2)]
+    jobs = [lay_out_images(plan, disc(100, 60), mask.copy()).job for _ in range(2)]
     assert jobs[0].image is not None
     assert jobs[0] == replace(jobs[1])
     assert jobs[0].image.digest == jobs[1].image.digest  # type: ignore[union-attr]  # both have one

@@ -11,43 +11,43 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes import COLOURS, PaintedSquares, until
+from fakes import COLOURS, FakeDenoiser, until
 from PIL import Image
 
-from stable_diffusion_server.engine import Engine, Phase
+from stable_diffusion_server.engine import Engine, EngineState
 from stable_diffusion_server.errors import DeadlineExceeded, InvalidInput, StorageUnavailable
-from stable_diffusion_server.generation.limits import Limits
-from stable_diffusion_server.generation.resolver import Options, resolve
-from stable_diffusion_server.generation.service import Service
-from stable_diffusion_server.imaging.sandbox.pool import Decoder
-from stable_diffusion_server.net.image_fetcher import Bounds, Fetcher
+from stable_diffusion_server.generation.limits import RequestLimits
+from stable_diffusion_server.generation.resolver import GenerationOptions, resolve_request
+from stable_diffusion_server.generation.service import GenerationService
+from stable_diffusion_server.imaging.sandbox.pool import DecoderPool
+from stable_diffusion_server.net.image_fetcher import FetchLimits, ImageFetcher
 from stable_diffusion_server.storage.local import LocalBucket
-from stable_diffusion_server.types import EventKind, Format, Order, Progress, Task
+from stable_diffusion_server.types import EngineEventKind, Format, GenerationProgress, GenerationRequest, Task
 
-OPTIONS = Options(Limits(), "sdxl", "static/uploads")
-
-
-def order(prompt: str = "a red square", **more: Any) -> Order:
-    return Order(Task.TEXT_TO_IMAGE, prompt, **{"width": 64, "height": 64, **more})
+OPTIONS = GenerationOptions(RequestLimits(), "sdxl", "static/uploads")
 
 
-class Rooms:
+def order(prompt: str = "a red square", **more: Any) -> GenerationRequest:
+    return GenerationRequest(Task.TEXT_TO_IMAGE, prompt, **{"width": 64, "height": 64, **more})
+
+
+class ServiceHarness:
     """A service with all it needs, and a view of what was drawn."""
 
-    def __init__(self, folder: Path, painter: PaintedSquares) -> None:
+    def __init__(self, folder: Path, painter: FakeDenoiser) -> None:
         self.painter = painter
         self.bucket = LocalBucket(folder)
         self.bucket.open()
         self.engine: Engine[Any, Any] = Engine(lambda: painter, queue_limit=64, max_batch=4)
         self.engine.start()
-        until(lambda: self.engine.phase is Phase.READY)
-        self.fetcher = Fetcher(Bounds(max_bytes=1_000_000))
-        self.decoder = Decoder(max_bytes=1_000_000, max_pixels=1_000_000, max_side=2048)
+        until(lambda: self.engine.phase is EngineState.READY)
+        self.fetcher = ImageFetcher(FetchLimits(max_bytes=1_000_000))
+        self.decoder = DecoderPool(max_bytes=1_000_000, max_pixels=1_000_000, max_side=2048)
         self.service = self.another_process()
 
-    def another_process(self) -> Service:
+    def another_process(self) -> GenerationService:
         """A second service over the same folder, as another server process would be."""
-        return Service(
+        return GenerationService(
             self.bucket,
             self.engine,
             self.painter.count_tokens,
@@ -62,12 +62,12 @@ class Rooms:
 
 
 @pytest.fixture
-async def rooms_of(tmp_path: Path) -> AsyncIterator[Callable[..., Rooms]]:
+async def rooms_of(tmp_path: Path) -> AsyncIterator[Callable[..., ServiceHarness]]:
     """Make a service over painted squares."""
-    made: list[Rooms] = []
+    made: list[ServiceHarness] = []
 
-    def make(painter: PaintedSquares | None = None) -> Rooms:
-        made.append(Rooms(tmp_path / "bucket", painter or PaintedSquares()))
+    def make(painter: FakeDenoiser | None = None) -> ServiceHarness:
+        made.append(ServiceHarness(tmp_path / "bucket", painter or FakeDenoiser()))
         return made[-1]
 
     yield make
@@ -79,107 +79,107 @@ async def rooms_of(tmp_path: Path) -> AsyncIterator[Callable[..., Rooms]]:
         await rooms.decoder.close()
 
 
-async def test_the_second_order_of_a_name_draws_nothing(rooms_of: Callable[..., Rooms]) -> None:
+async def test_the_second_order_of_a_name_draws_nothing(rooms_of: Callable[..., ServiceHarness]) -> None:
     """Check-exists comes before generate, and the receipt tells what the stored picture is."""
     rooms = rooms_of()
-    first = await rooms.service.fulfil(order(save_path="a.webp"))
-    second = await rooms.service.fulfil(order(save_path="a.webp"))
+    first = await rooms.service.generate(order(save_path="a.webp"))
+    second = await rooms.service.generate(order(save_path="a.webp"))
     assert rooms.drawn == 1
     assert (first.cached, second.cached) == (False, True)
     assert (first.key, first.seed, first.scheduler) == (second.key, second.seed, second.scheduler)
     assert not second.warnings or {w.code for w in second.warnings} == {w.code for w in first.warnings}
 
 
-async def test_equal_orders_without_a_name_meet(rooms_of: Callable[..., Rooms]) -> None:
+async def test_equal_orders_without_a_name_meet(rooms_of: Callable[..., ServiceHarness]) -> None:
     """The content is the name: the same order, however its prompt is spaced, is the same picture."""
     rooms = rooms_of()
-    first = await rooms.service.fulfil(order("a red  square"))
-    second = await rooms.service.fulfil(order(" a red square "))
-    other = await rooms.service.fulfil(order("a red square", num_inference_steps=5))
+    first = await rooms.service.generate(order("a red  square"))
+    second = await rooms.service.generate(order(" a red square "))
+    other = await rooms.service.generate(order("a red square", num_inference_steps=5))
     assert first.key == second.key != other.key
     assert rooms.drawn == 2
 
 
 @pytest.mark.fault(60)
-async def test_a_hundred_identical_orders_at_once_are_one_generation(rooms_of: Callable[..., Rooms]) -> None:
+async def test_a_hundred_identical_orders_at_once_are_one_generation(rooms_of: Callable[..., ServiceHarness]) -> None:
     """One picture drawn, one object stored, a hundred equal answers, ninety-nine of them told that they shared."""
-    rooms = rooms_of(PaintedSquares(seconds_per_step=0.01))
-    receipts = await asyncio.gather(*(rooms.service.fulfil(order()) for _ in range(100)))
+    rooms = rooms_of(FakeDenoiser(seconds_per_step=0.01))
+    receipts = await asyncio.gather(*(rooms.service.generate(order()) for _ in range(100)))
     assert rooms.drawn == 1
     assert len({(receipt.key, receipt.seed) for receipt in receipts}) == 1
     assert sum(receipt.coalesced or receipt.cached for receipt in receipts) == 99
 
 
-async def test_everyone_who_shares_a_picture_is_told_how_far_it_is(rooms_of: Callable[..., Rooms]) -> None:
+async def test_everyone_who_shares_a_picture_is_told_how_far_it_is(rooms_of: Callable[..., ServiceHarness]) -> None:
     """Two names of one picture, and a latecomer: each hears of the steps, the latecomer of the latest at once."""
-    rooms = rooms_of(PaintedSquares(gate=threading.Event()))
-    heard: dict[str, list[Progress]] = {"a.webp": [], "b.webp": [], "late": []}
+    rooms = rooms_of(FakeDenoiser(gate=threading.Event()))
+    heard: dict[str, list[GenerationProgress]] = {"a.webp": [], "b.webp": [], "late": []}
     waiting = [
-        asyncio.create_task(rooms.service.fulfil(order(save_path=name, seed=1), watch=heard[name].append))
+        asyncio.create_task(rooms.service.generate(order(save_path=name, seed=1), watch=heard[name].append))
         for name in ("a.webp", "b.webp")
     ]
     await asyncio.to_thread(until, lambda: bool(rooms.painter.batches))
-    late = rooms.service.fulfil(order(save_path="a.webp", seed=1), watch=heard["late"].append)
+    late = rooms.service.generate(order(save_path="a.webp", seed=1), watch=heard["late"].append)
     waiting.append(asyncio.create_task(late))
     await asyncio.sleep(0.05)
-    assert [news.kind for news in heard["late"]] == [EventKind.STARTED]
+    assert [news.kind for news in heard["late"]] == [EngineEventKind.STARTED]
     rooms.painter.gate.set()
     await asyncio.gather(*waiting)
     for name in heard:
-        steps = [news for news in heard[name] if news.kind is EventKind.STEP]
+        steps = [news for news in heard[name] if news.kind is EngineEventKind.STEP]
         assert [(news.step, news.steps) for news in steps] == [(1, 4), (2, 4), (3, 4), (4, 4)]
     assert rooms.drawn == 1
 
 
-async def test_the_same_picture_under_two_names_is_drawn_once(rooms_of: Callable[..., Rooms]) -> None:
+async def test_the_same_picture_under_two_names_is_drawn_once(rooms_of: Callable[..., ServiceHarness]) -> None:
     """What is drawn and what is stored are two identities."""
-    rooms = rooms_of(PaintedSquares(seconds_per_step=0.05))
-    names = [rooms.service.fulfil(order(save_path=name, seed=1)) for name in ("a.webp", "b.png")]
+    rooms = rooms_of(FakeDenoiser(seconds_per_step=0.05))
+    names = [rooms.service.generate(order(save_path=name, seed=1)) for name in ("a.webp", "b.png")]
     receipts = await asyncio.gather(*names)
     assert rooms.drawn == 1
     assert {receipt.key.rsplit("/", 1)[1] for receipt in receipts} == {"a.webp", "b.png"}
 
 
 async def test_another_order_under_a_taken_name_gets_what_is_stored_and_is_told(
-    rooms_of: Callable[..., Rooms],
+    rooms_of: Callable[..., ServiceHarness],
 ) -> None:
     """The name is the identity; the warning says that it is another order's picture."""
     rooms = rooms_of()
-    red = await rooms.service.fulfil(order("a red square", save_path="a.webp"))
-    blue = await rooms.service.fulfil(order("a blue square", save_path="a.webp"))
+    red = await rooms.service.generate(order("a red square", save_path="a.webp"))
+    blue = await rooms.service.generate(order("a blue square", save_path="a.webp"))
     assert rooms.drawn == 1
     assert [warning.code for warning in blue.warnings] == ["different-order"]
     assert blue.seed == red.seed
 
 
-async def test_another_order_under_a_name_in_flight_waits_for_it(rooms_of: Callable[..., Rooms]) -> None:
+async def test_another_order_under_a_name_in_flight_waits_for_it(rooms_of: Callable[..., ServiceHarness]) -> None:
     """Both at once: one is drawn, the other waits and is told, and nothing is overwritten."""
-    rooms = rooms_of(PaintedSquares(seconds_per_step=0.02))
+    rooms = rooms_of(FakeDenoiser(seconds_per_step=0.02))
     asked = (order("a red square", save_path="a.webp"), order("a blue square", save_path="a.webp"))
-    receipts = await asyncio.gather(*map(rooms.service.fulfil, asked))
+    receipts = await asyncio.gather(*map(rooms.service.generate, asked))
     assert rooms.drawn == 1
     assert sorted(receipt.cached for receipt in receipts) == [False, True]
     assert [w.code for receipt in receipts if receipt.cached for w in receipt.warnings] == ["different-order"]
 
 
-async def test_overwrite_draws_again_under_the_same_name(rooms_of: Callable[..., Rooms]) -> None:
+async def test_overwrite_draws_again_under_the_same_name(rooms_of: Callable[..., ServiceHarness]) -> None:
     """The new picture replaces the old one, record and all."""
     rooms = rooms_of()
-    await rooms.service.fulfil(order("a red square", save_path="a.webp"))
-    receipt = await rooms.service.fulfil(order("a blue square", save_path="a.webp", overwrite=True))
-    again = await rooms.service.fulfil(order("a blue square", save_path="a.webp"))
+    await rooms.service.generate(order("a red square", save_path="a.webp"))
+    receipt = await rooms.service.generate(order("a blue square", save_path="a.webp", overwrite=True))
+    again = await rooms.service.generate(order("a blue square", save_path="a.webp"))
     assert rooms.drawn == 2
     assert not receipt.cached
     assert (again.cached, again.seed, again.warnings) == (True, receipt.seed, receipt.warnings)
 
 
 @pytest.mark.fault(41)
-async def test_two_processes_store_one_object(rooms_of: Callable[..., Rooms]) -> None:
+async def test_two_processes_store_one_object(rooms_of: Callable[..., ServiceHarness]) -> None:
     """Without a shared memory the bucket decides: both draw, one stores, both answer with the stored one."""
-    rooms = rooms_of(PaintedSquares(gate=threading.Event()))
+    rooms = rooms_of(FakeDenoiser(gate=threading.Event()))
     other = rooms.another_process()
     both = [
-        asyncio.create_task(service.fulfil(order(prompt, save_path="a.webp")))
+        asyncio.create_task(service.generate(order(prompt, save_path="a.webp")))
         for service, prompt in ((rooms.service, "a red square"), (other, "a blue square"))
     ]
     await asyncio.to_thread(until, lambda: rooms.engine.running + rooms.engine.waiting == 2)
@@ -191,10 +191,12 @@ async def test_two_processes_store_one_object(rooms_of: Callable[..., Rooms]) ->
     assert len({receipt.seed for receipt in receipts}) == 1
 
 
-async def test_a_caller_who_leaves_takes_the_job_along_and_stores_nothing(rooms_of: Callable[..., Rooms]) -> None:
+async def test_a_caller_who_leaves_takes_the_job_along_and_stores_nothing(
+    rooms_of: Callable[..., ServiceHarness],
+) -> None:
     """The last one waiting for a picture frees the device."""
-    rooms = rooms_of(PaintedSquares(gate=threading.Event()))
-    call = asyncio.create_task(rooms.service.fulfil(order(save_path="a.webp", num_inference_steps=50)))
+    rooms = rooms_of(FakeDenoiser(gate=threading.Event()))
+    call = asyncio.create_task(rooms.service.generate(order(save_path="a.webp", num_inference_steps=50)))
     await asyncio.to_thread(until, lambda: rooms.engine.running == 1)
     call.cancel()
     await asyncio.gather(call, return_exceptions=True)
@@ -218,98 +220,102 @@ class SlowBucket(LocalBucket):
 
 
 async def test_a_write_that_was_given_up_never_lands_after_a_later_one(
-    rooms_of: Callable[..., Rooms], tmp_path: Path
+    rooms_of: Callable[..., ServiceHarness], tmp_path: Path
 ) -> None:
     """Whoever overwrites a name and gets a receipt finds that picture there, whatever was cancelled before."""
     rooms = rooms_of()
     rooms.bucket = SlowBucket(tmp_path / "bucket")
     service = rooms.another_process()
-    given_up = asyncio.create_task(service.fulfil(order("a red square", save_path="a.webp", overwrite=True)))
+    given_up = asyncio.create_task(service.generate(order("a red square", save_path="a.webp", overwrite=True)))
     await asyncio.to_thread(until, lambda: rooms.drawn == 1)
     await asyncio.sleep(0.05)
     given_up.cancel()
-    kept = await service.fulfil(order("a blue square", save_path="a.webp", overwrite=True))
+    kept = await service.generate(order("a blue square", save_path="a.webp", overwrite=True))
     await asyncio.sleep(0.3)
     stored = rooms.bucket.stat("static/uploads/a.webp")
     assert stored is not None
     assert stored.record["seed"] == str(kept.seed)
 
 
-async def test_each_order_is_answered_with_its_own_picture(rooms_of: Callable[..., Rooms], tmp_path: Path) -> None:
+async def test_each_order_is_answered_with_its_own_picture(
+    rooms_of: Callable[..., ServiceHarness], tmp_path: Path
+) -> None:
     """Three overwrite one name at once on a slow disk: every one gets the bytes it drew, not the last one's."""
     rooms = rooms_of()
     rooms.bucket = SlowBucket(tmp_path / "bucket")
     service = rooms.another_process()
     colours = ("red", "green", "blue")
     asked = [order(f"a {c} square", save_path="a.png", overwrite=True, seed=0) for c in colours]
-    answers = await asyncio.gather(*map(service.picture, asked))
+    answers = await asyncio.gather(*map(service.generate_with_bytes, asked))
     shown = [Image.open(io.BytesIO(data)).getpixel((32, 32)) for _, data in answers]
     assert shown == [COLOURS[c] for c in colours]
 
 
-async def test_a_follower_is_told_what_concerns_its_own_order(rooms_of: Callable[..., Rooms]) -> None:
+async def test_a_follower_is_told_what_concerns_its_own_order(rooms_of: Callable[..., ServiceHarness]) -> None:
     """Sharing an effort is not sharing the warnings of another's parameters."""
-    rooms = rooms_of(PaintedSquares(seconds_per_step=0.02))
+    rooms = rooms_of(FakeDenoiser(seconds_per_step=0.02))
     with_negative, without = (
         order("a red square", model="flux", negative_prompt="blur"),
         order("a red square", model="flux"),
     )
-    leader, follower = await asyncio.gather(rooms.service.fulfil(with_negative), rooms.service.fulfil(without))
+    leader, follower = await asyncio.gather(rooms.service.generate(with_negative), rooms.service.generate(without))
     assert rooms.drawn == 1
     assert "negative-prompt-ignored" in {warning.code for warning in leader.warnings}
     assert "negative-prompt-ignored" not in {warning.code for warning in follower.warnings}
 
 
-async def test_another_kind_of_file_under_a_taken_name_is_told(rooms_of: Callable[..., Rooms]) -> None:
+async def test_another_kind_of_file_under_a_taken_name_is_told(rooms_of: Callable[..., ServiceHarness]) -> None:
     """The same picture as WebP is not the PNG that was asked for."""
     rooms = rooms_of()
-    await rooms.service.fulfil(order(save_path="no-ending"))
-    receipt = await rooms.service.fulfil(order(save_path="no-ending", format=Format.PNG))
+    await rooms.service.generate(order(save_path="no-ending"))
+    receipt = await rooms.service.generate(order(save_path="no-ending", format=Format.PNG))
     assert receipt.cached
     assert [warning.code for warning in receipt.warnings if warning.code == "different-order"]
 
 
-async def test_a_cached_answer_remembers_that_the_prompt_was_shortened(rooms_of: Callable[..., Rooms]) -> None:
+async def test_a_cached_answer_remembers_that_the_prompt_was_shortened(rooms_of: Callable[..., ServiceHarness]) -> None:
     """The second caller is told as well."""
     rooms = rooms_of()
     asked = order("a red square " + "with the very best of details " * 60, save_path="a.webp")
-    codes = [{w.code for w in (await rooms.service.fulfil(asked)).warnings} for _ in range(2)]
+    codes = [{w.code for w in (await rooms.service.generate(asked)).warnings} for _ in range(2)]
     assert all("prompt-shortened" in told for told in codes)
 
 
 class FullBucket(LocalBucket):
     """A folder that takes nothing more."""
 
-    def admit(self) -> None:
+    def check_capacity(self) -> None:
         raise StorageUnavailable("No room is left.")
 
 
-async def test_a_storage_without_room_is_told_before_drawing(rooms_of: Callable[..., Rooms], tmp_path: Path) -> None:
+async def test_a_storage_without_room_is_told_before_drawing(
+    rooms_of: Callable[..., ServiceHarness], tmp_path: Path
+) -> None:
     """503 comes before the device has worked, and what is stored already is still answered."""
     rooms = rooms_of()
-    await rooms.service.fulfil(order("a red square", save_path="a.webp"))
+    await rooms.service.generate(order("a red square", save_path="a.webp"))
     rooms.bucket = FullBucket(tmp_path / "bucket")
     service = rooms.another_process()
     with pytest.raises(StorageUnavailable, match="No room"):
-        await service.fulfil(order("a blue square"))
-    assert (await service.fulfil(order("a red square", save_path="a.webp"))).cached
+        await service.generate(order("a blue square"))
+    assert (await service.generate(order("a red square", save_path="a.webp"))).cached
     assert rooms.drawn == 1
 
 
-async def test_a_record_of_someone_elses_making_does_no_harm(rooms_of: Callable[..., Rooms]) -> None:
+async def test_a_record_of_someone_elses_making_does_no_harm(rooms_of: Callable[..., ServiceHarness]) -> None:
     """Numbers that are none are left out of the receipt, and the name still answers."""
     rooms = rooms_of()
     rooms.bucket.create(
         "static/uploads/odd.webp", b"data", "image/webp", {"width": "12px", "seed": "None", "steps": "nan"}
     )
-    receipt = await rooms.service.fulfil(order(save_path="odd.webp"))
+    receipt = await rooms.service.generate(order(save_path="odd.webp"))
     assert (receipt.cached, receipt.width, receipt.seed, receipt.num_inference_steps) == (True, None, None, None)
 
 
-async def test_a_twin_stays_when_the_other_leaves(rooms_of: Callable[..., Rooms]) -> None:
+async def test_a_twin_stays_when_the_other_leaves(rooms_of: Callable[..., ServiceHarness]) -> None:
     """Leaving is private: the one who stays gets the picture."""
-    rooms = rooms_of(PaintedSquares(gate=threading.Event()))
-    leaver, stayer = (asyncio.create_task(rooms.service.fulfil(order())) for _ in range(2))
+    rooms = rooms_of(FakeDenoiser(gate=threading.Event()))
+    leaver, stayer = (asyncio.create_task(rooms.service.generate(order())) for _ in range(2))
     await asyncio.to_thread(until, lambda: rooms.engine.running == 1)
     leaver.cancel()
     await asyncio.sleep(0.01)
@@ -319,11 +325,11 @@ async def test_a_twin_stays_when_the_other_leaves(rooms_of: Callable[..., Rooms]
     assert rooms.drawn == 1
 
 
-async def test_a_deadline_ends_the_wait_and_the_job(rooms_of: Callable[..., Rooms]) -> None:
+async def test_a_deadline_ends_the_wait_and_the_job(rooms_of: Callable[..., ServiceHarness]) -> None:
     """After `timeout` seconds the caller hears it, and the device is free."""
-    rooms = rooms_of(PaintedSquares(gate=threading.Event()))
+    rooms = rooms_of(FakeDenoiser(gate=threading.Event()))
     with pytest.raises(DeadlineExceeded, match=r"0\.05 seconds"):
-        await rooms.service.fulfil(order(timeout=0.05))
+        await rooms.service.generate(order(timeout=0.05))
     assert rooms.painter.gate is not None
     rooms.painter.gate.set()
     await asyncio.to_thread(until, lambda: rooms.engine.running == 0)
@@ -331,23 +337,23 @@ async def test_a_deadline_ends_the_wait_and_the_job(rooms_of: Callable[..., Room
 
 
 @pytest.mark.fault(44)
-async def test_a_storage_that_fails_is_told_as_such(rooms_of: Callable[..., Rooms], tmp_path: Path) -> None:
+async def test_a_storage_that_fails_is_told_as_such(rooms_of: Callable[..., ServiceHarness], tmp_path: Path) -> None:
     """A folder that has become a file is a 503 of the storage, not an unknown error."""
     rooms = rooms_of()
     folder = tmp_path / "bucket" / "tmp"
     folder.rmdir()
     folder.write_text("in the way")
     with pytest.raises(StorageUnavailable):
-        await rooms.service.fulfil(order(save_path="a.webp"))
+        await rooms.service.generate(order(save_path="a.webp"))
     folder.unlink()
     folder.mkdir()
-    assert not (await rooms.service.fulfil(order(save_path="a.webp"))).cached
+    assert not (await rooms.service.generate(order(save_path="a.webp"))).cached
 
 
-async def test_a_prompt_that_is_too_long_is_shortened_and_told(rooms_of: Callable[..., Rooms]) -> None:
+async def test_a_prompt_that_is_too_long_is_shortened_and_told(rooms_of: Callable[..., ServiceHarness]) -> None:
     """No silent truncation: the prompt that was drawn is in the receipt."""
     rooms = rooms_of()
-    receipt = await rooms.service.fulfil(order("a red square " + "with the very best of details " * 60))
+    receipt = await rooms.service.generate(order("a red square " + "with the very best of details " * 60))
     assert receipt.prompt_used is not None
     assert receipt.prompt_used.startswith("red square best details")
     assert len(receipt.prompt_used.split()) == 75
@@ -357,14 +363,14 @@ async def test_a_prompt_that_is_too_long_is_shortened_and_told(rooms_of: Callabl
 @pytest.mark.fault(10)
 def test_the_seed_comes_from_the_order() -> None:
     """The same order has the same seed, another order another, and a given one is taken."""
-    seeds = [resolve(asked, OPTIONS).seed for asked in (order(), order(), order("another"), order(seed=5))]
+    seeds = [resolve_request(asked, OPTIONS).seed for asked in (order(), order(), order("another"), order(seed=5))]
     assert seeds[0] == seeds[1] != seeds[2]
     assert seeds[3] == 5
 
 
 def test_a_random_seed_is_another_picture_each_time() -> None:
     """Two orders with seed=random share neither seed nor name."""
-    first, second = (resolve(order(seed="random"), OPTIONS) for _ in range(2))
+    first, second = (resolve_request(order(seed="random"), OPTIONS) for _ in range(2))
     assert first.seed != second.seed
     assert first.key != second.key
     assert first.asked == second.asked
@@ -383,7 +389,7 @@ def test_a_random_seed_is_another_picture_each_time() -> None:
 )
 def test_the_format_is_the_one_asked_for_or_promised_by_the_name(more: dict[str, Any], file_format: Format) -> None:
     """Format wins, then the ending of the name, then WebP."""
-    assert resolve(order(**more), OPTIONS).file_format is file_format
+    assert resolve_request(order(**more), OPTIONS).file_format is file_format
 
 
 @pytest.mark.parametrize(
@@ -403,16 +409,18 @@ def test_the_format_is_the_one_asked_for_or_promised_by_the_name(more: dict[str,
 def test_what_cannot_be_done_is_refused_by_name(more: dict[str, Any], field: str) -> None:
     """Every refusal names the parameter it is about."""
     with pytest.raises(InvalidInput) as refused:
-        resolve(order(**{"prompt": "a red square", **more}), OPTIONS)
+        resolve_request(order(**{"prompt": "a red square", **more}), OPTIONS)
     assert refused.value.field == field
 
 
 @pytest.mark.fault(7, 8, 9, 10)
-@pytest.mark.parametrize(("name", "low", "high"), [(name, *bounds) for name, bounds in Limits().bounds().items()])
+@pytest.mark.parametrize(
+    ("name", "low", "high"), [(name, *bounds) for name, bounds in RequestLimits().bounds().items()]
+)
 def test_every_bound_holds_on_both_sides_of_its_edge(name: str, low: float, high: float) -> None:
     """At the edge a value is taken, one step beyond it is refused and named; so are NaN and infinity."""
     step = 1 if isinstance(low, int) and isinstance(high, int) else 0.0005
-    limits = Limits()
+    limits = RequestLimits()
     for inside in (low, high):
         limits.check(order(**{name: inside}))
     for outside in (low - step, high + step, float("nan"), float("inf")):
@@ -424,7 +432,7 @@ def test_every_bound_holds_on_both_sides_of_its_edge(name: str, low: float, high
 @pytest.mark.fault(4)
 def test_the_longest_prompt_is_taken_and_one_character_more_is_not() -> None:
     """For the prompt and the negative prompt alike."""
-    limits = Limits(max_prompt_characters=10)
+    limits = RequestLimits(max_prompt_characters=10)
     limits.check(order("x" * 10, negative_prompt="x" * 10))
     for more in ({"prompt": "x" * 11}, {"prompt": "x", "negative_prompt": "x" * 11}):
         with pytest.raises(InvalidInput):
@@ -434,45 +442,45 @@ def test_the_longest_prompt_is_taken_and_one_character_more_is_not() -> None:
 def test_several_faults_are_told_at_once() -> None:
     """A caller need not find them one by one."""
     with pytest.raises(InvalidInput) as refused:
-        Limits().check(order(width=1, height=9999, quality=0))
+        RequestLimits().check(order(width=1, height=9999, quality=0))
     assert [field for field, _ in refused.value.faults] == ["width", "height", "quality"]
 
 
 def test_a_negative_prompt_no_model_uses_is_told() -> None:
     """Flux has no use for one; the order is drawn without it, and says so."""
-    plan = resolve(order(model="flux", negative_prompt="blur"), OPTIONS)
+    plan = resolve_request(order(model="flux", negative_prompt="blur"), OPTIONS)
     assert plan.words.negative_prompt is None
     assert "negative-prompt-ignored" in {warning.code for warning in plan.words.warnings}
 
 
-async def test_what_is_known_is_told_without_a_look(rooms_of: Callable[..., Rooms]) -> None:
+async def test_what_is_known_is_told_without_a_look(rooms_of: Callable[..., ServiceHarness]) -> None:
     """The same receipt as by looking; nothing for what is not known, is to be overwritten, or is being overwritten."""
-    rooms = rooms_of(PaintedSquares(gate=threading.Event()))
+    rooms = rooms_of(FakeDenoiser(gate=threading.Event()))
     service = rooms.another_process()
     asked = order(save_path="a.webp")
-    assert service.remembered(asked) is None
+    assert service.lookup_cached(asked) is None
     rooms.painter.gate.set()  # type: ignore[union-attr]  # made with one above
-    await service.fulfil(asked)
+    await service.generate(asked)
     service._known = rooms.bucket.known
-    assert service.remembered(asked) == await service.fulfil(asked)
-    assert service.remembered(order("a blue square", save_path="a.webp")) is not None
-    assert service.remembered(order(save_path="a.webp", overwrite=True)) is None
+    assert service.lookup_cached(asked) == await service.generate(asked)
+    assert service.lookup_cached(order("a blue square", save_path="a.webp")) is not None
+    assert service.lookup_cached(order(save_path="a.webp", overwrite=True)) is None
     rooms.painter.gate.clear()  # type: ignore[union-attr]  # made with one above
-    under_way = asyncio.create_task(service.fulfil(order(save_path="a.webp", overwrite=True)))
+    under_way = asyncio.create_task(service.generate(order(save_path="a.webp", overwrite=True)))
     await asyncio.to_thread(until, lambda: len(rooms.painter.prepared) == 2)
-    assert service.remembered(asked) is None
+    assert service.lookup_cached(asked) is None
     rooms.painter.gate.set()  # type: ignore[union-attr]  # made with one above
     await under_way
     rooms.bucket.delete("static/uploads/a.webp")
-    assert service.remembered(asked) is None
+    assert service.lookup_cached(asked) is None
 
 
-async def test_a_picture_others_deleted_is_drawn_again(rooms_of: Callable[..., Rooms], tmp_path: Path) -> None:
+async def test_a_picture_others_deleted_is_drawn_again(rooms_of: Callable[..., ServiceHarness], tmp_path: Path) -> None:
     """Known to be stored, yet gone: who wants the file gets it all the same."""
     rooms = rooms_of()
     service = rooms.another_process()
     service._known = rooms.bucket.known
-    await service.fulfil(order(save_path="a.webp"))
+    await service.generate(order(save_path="a.webp"))
     (tmp_path / "bucket" / "objects" / "static" / "uploads" / "a.webp").unlink()
-    receipt, data = await service.picture(order(save_path="a.webp"))
+    receipt, data = await service.generate_with_bytes(order(save_path="a.webp"))
     assert (receipt.cached, data[8:12], rooms.drawn) == (False, b"WEBP", 2)

@@ -8,18 +8,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import House
-from fakes import PaintedSquares, until
+from conftest import RunningApp
+from fakes import FakeDenoiser, until
 from squares import EngineOf
 from squares import job as small
 from test_journal import CLAIM, ENTRY, RECEIPT, WORK
 
 from stable_diffusion_server.concurrency.fair_share import may_hold_more
-from stable_diffusion_server.errors import Busy, JournalUnavailable
-from stable_diffusion_server.jobs.admission import Admission
-from stable_diffusion_server.jobs.store.records import Claim, State, Work
-from stable_diffusion_server.jobs.store.sqlite_store import Journal
-from stable_diffusion_server.types import Caller, Source
+from stable_diffusion_server.errors import JobStoreUnavailable, QueueFull
+from stable_diffusion_server.jobs.admission import JobAdmission
+from stable_diffusion_server.jobs.store.records import IdempotencyClaim, JobPayload, JobState
+from stable_diffusion_server.jobs.store.sqlite_store import SqliteJobStore
+from stable_diffusion_server.types import Caller, ImageInput
 
 ANN, BOB = "key ann", "key bob"
 KEYS = {"api_keys": "ann:a, bob:b, cid:c"}
@@ -49,28 +49,28 @@ def test_who_wants_all_gets_most_and_leaves_some(callers: int, room: int, each: 
 
 
 @pytest.mark.fault(156)
-def test_a_flood_leaves_room_in_the_queue_for_the_device(engine_of: EngineOf, gated: PaintedSquares) -> None:
+def test_a_flood_leaves_room_in_the_queue_for_the_device(engine_of: EngineOf, gated: FakeDenoiser) -> None:
     """Of 32 places a flood gets 29 and is told whose share that is; another gets its place; jobs are not held up."""
     engine = engine_of(gated, max_batch=1)
     engine.submit(small("on the device"), owner=ANN)
     until(lambda: engine.running == 1)
     for number in range(29):
         engine.submit(small(f"flood {number}"), owner=ANN)
-    with pytest.raises(Busy, match="29 of them for the key 'ann': its share of 32"):
+    with pytest.raises(QueueFull, match="29 of them for the key 'ann': its share of 32"):
         engine.submit(small("one more"), owner=ANN)
     engine.submit(small("another's"), owner=BOB)
     engine.submit(small("an accepted job"), owner=ANN, background=True)
     engine.check_open(BOB)
-    with pytest.raises(Busy):
+    with pytest.raises(QueueFull):
         engine.check_open(ANN)
     assert gated.gate is not None
     gated.gate.set()
 
 
 @pytest.mark.fault(156)
-def test_a_flood_of_jobs_leaves_room_for_those_of_others(house_of: Callable[..., House]) -> None:
+def test_a_flood_of_jobs_leaves_room_for_those_of_others(house_of: Callable[..., RunningApp]) -> None:
     """Of 20 that may wait one key gets 18: 429 names its share; other keys hand theirs in."""
-    squares = PaintedSquares(gate=threading.Event())
+    squares = FakeDenoiser(gate=threading.Event())
     house = house_of(squares, **KEYS, jobs_waiting=20, jobs_at_once=1)
 
     def hand_in(secret: str, number: int) -> tuple[int, str]:
@@ -112,27 +112,27 @@ class Waiting:
 def test_the_pictures_of_one_callers_waiting_jobs_do_not_fill_the_journal() -> None:
     """A caller of large jobs is refused by its share of the bytes, one who comes is not; what is entering counts."""
     waiting = Waiting()
-    admission = Admission(waiting, 1000, 100_000)
+    admission = JobAdmission(waiting, 1000, 100_000)
     waiting.each[ANN] = [30_000, 30_000, 28_000]
-    with pytest.raises(Busy, match="key 'ann'"):
+    with pytest.raises(QueueFull, match="key 'ann'"):
         admission.check(ANN, 5_000)
     admission.check(BOB, 5_000)
     admission.check(ANN, 1_000)
     entering = replace(ENTRY, id="entering", share=ANN, bytes=2_000)
-    with admission.place(entering), pytest.raises(Busy):
+    with admission.place(entering), pytest.raises(QueueFull):
         admission.check(ANN, 1_000)
 
 
-def full(path: Path, callers: dict[str, int], *, messages: bool = False) -> Journal:
+def full(path: Path, callers: dict[str, int], *, messages: bool = False) -> SqliteJobStore:
     """A small journal that is full of ended jobs of these callers, in turns, but for what the last one leaves."""
-    journal = Journal(path, 300_000)
+    journal = SqliteJobStore(path, 300_000)
     journal.open()
     number = 0
     for name, most in callers.items():
         for _ in range(most):
             entry = replace(ENTRY, id=f"job-{number}", caller=Caller(name), share=f"key {name}", bytes=4_000)
-            journal.accept(entry, Work(replace(WORK.order, prompt="x" * 3_000, mask=None, image=None)))
-            ended = replace(entry, state=State.DONE, ended_at=float(number), outcome=RECEIPT)
+            journal.accept(entry, JobPayload(replace(WORK.order, prompt="x" * 3_000, mask=None, image=None)))
+            ended = replace(entry, state=JobState.DONE, ended_at=float(number), outcome=RECEIPT)
             journal.end(ended, "message" if messages else None)
             number += 1
     return journal
@@ -158,12 +158,12 @@ def test_answered_keys_of_one_caller_give_way_too(tmp_path: Path) -> None:
     journal = full(tmp_path / "journal.db", {"bob": 3})
     journal.claim(replace(CLAIM, key="under way", share="key ann"), 0.0)
     for number in range(700):
-        claim = Claim("ann", f"key-{number}", "print" * 20, "key ann")
+        claim = IdempotencyClaim("ann", f"key-{number}", "print" * 20, "key ann")
         journal.claim(claim, float(number))
         journal.answer(claim, RECEIPT)
     assert journal.claim(replace(CLAIM, key="under way", share="key ann"), 0.0) is not None
-    assert journal.claim(Claim("ann", "key-699", "print" * 20, "key ann"), 0.0) is not None
-    assert journal.claim(Claim("ann", "key-0", "print" * 20, "key ann"), 0.0) is None, "the oldest gave way"
+    assert journal.claim(IdempotencyClaim("ann", "key-699", "print" * 20, "key ann"), 0.0) is not None
+    assert journal.claim(IdempotencyClaim("ann", "key-0", "print" * 20, "key ann"), 0.0) is None, "the oldest gave way"
     assert len(journal.latest_of("bob", 9)) == 3
     journal.close()
 
@@ -171,9 +171,9 @@ def test_answered_keys_of_one_caller_give_way_too(tmp_path: Path) -> None:
 @pytest.mark.fault(154)
 def test_what_has_not_ended_never_gives_way(tmp_path: Path) -> None:
     """Full of jobs that wait, the next one is refused, and all that were accepted are there."""
-    journal = Journal(tmp_path / "journal.db", 400_000)
+    journal = SqliteJobStore(tmp_path / "journal.db", 400_000)
     journal.open()
-    large = Work(replace(WORK.order, image=None, mask=Source("mask_file", data=bytes(90_000))))
+    large = JobPayload(replace(WORK.order, image=None, mask=ImageInput("mask_file", data=bytes(90_000))))
     accepted: list[str] = []
 
     def accept_many() -> None:
@@ -181,7 +181,7 @@ def test_what_has_not_ended_never_gives_way(tmp_path: Path) -> None:
             journal.accept(replace(ENTRY, id=f"job-{number}", share=ANN), large)
             accepted.append(f"job-{number}")
 
-    with pytest.raises(JournalUnavailable, match="full"):
+    with pytest.raises(JobStoreUnavailable, match="full"):
         accept_many()
     assert accepted
     assert [entry.id for entry in journal.unfinished()] == accepted

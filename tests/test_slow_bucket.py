@@ -9,8 +9,8 @@ from contextlib import contextmanager
 
 import httpx
 import pytest
-from live_servers import Live
-from storage_servers import KEYS, Rascal, StorageServer, make_s3_bucket
+from live_servers import LiveServer
+from storage_servers import KEYS, MisbehavingStore, StorageServer, make_s3_bucket
 
 STORED = "/files/static/uploads/none"
 FLOODS = {
@@ -24,7 +24,9 @@ CALL_SECONDS, PATIENCE = 0.4, 2.0
 
 
 @pytest.fixture
-def live(live_of: Callable[..., Live], s3_server: StorageServer, rascal_before: Callable[..., Rascal]) -> Live:
+def live(
+    live_of: Callable[..., LiveServer], s3_server: StorageServer, rascal_before: Callable[..., MisbehavingStore]
+) -> LiveServer:
     """A server of two keys whose bucket takes 0.4 s a call, and is down for who waits for 2 s."""
     slow = rascal_before(s3_server)
     keys = {key: value.get_secret_value() for key, value in KEYS.items()}
@@ -41,7 +43,7 @@ def live(live_of: Callable[..., Live], s3_server: StorageServer, rascal_before: 
 
 
 @contextmanager
-def flooded(live: Live, floods: list[tuple[str, str]], at_once: int = 40) -> Iterator[list[int]]:
+def flooded(live: LiveServer, floods: list[tuple[str, str]], at_once: int = 40) -> Iterator[list[int]]:
     """So many requests of Ann's at a time, again and again while the block lasts; the statuses of their answers."""
     statuses: list[int] = []
     going = True
@@ -67,7 +69,7 @@ def flooded(live: Live, floods: list[tuple[str, str]], at_once: int = 40) -> Ite
         one.result()
 
 
-def drawn(live: Live, prompt: str) -> dict[str, object]:
+def drawn(live: LiveServer, prompt: str) -> dict[str, object]:
     """What Bob gets for a prompt."""
     asked = {"prompt": prompt, "width": 64, "height": 64, "num_inference_steps": 2}
     answer = httpx.post(
@@ -79,7 +81,7 @@ def drawn(live: Live, prompt: str) -> dict[str, object]:
 
 @pytest.mark.fault(193)
 @pytest.mark.parametrize("kinds", [*([kind] for kind in FLOODS), list(FLOODS)], ids=lambda kinds: " and ".join(kinds))
-def test_a_flood_at_a_slow_bucket_keeps_nobody_from_drawing(live: Live, kinds: list[str]) -> None:
+def test_a_flood_at_a_slow_bucket_keeps_nobody_from_drawing(live: LiveServer, kinds: list[str]) -> None:
     """While one key's requests wait for the bucket, another key's pictures are stored, and nothing is called down."""
     with flooded(live, [FLOODS[kind] for kind in kinds]) as statuses:
         for number in range(2):
@@ -100,7 +102,7 @@ def test_a_flood_at_a_slow_bucket_keeps_nobody_from_drawing(live: Live, kinds: l
 @pytest.mark.fault(193)
 @pytest.mark.parametrize("name", ["sd-models", "samplers", "loras"])
 def test_lists_of_one_caller_leave_threads_to_others(
-    live_of: Callable[..., Live], monkeypatch: pytest.MonkeyPatch, name: str
+    live_of: Callable[..., LiveServer], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     """Eighty at a time of lists that take long: at most half of their places are one caller's, the rest is 429."""
     under_way, most = [0], [0]

@@ -14,9 +14,9 @@ from fakes import until
 from stable_diffusion_server.errors import InvalidInput, NotFound, StorageUnavailable
 from stable_diffusion_server.storage.dead_letters import DeadLetter, DeadLetters
 from stable_diffusion_server.storage.memory import MemoryBucket
-from stable_diffusion_server.storage.spool import Spool
-from stable_diffusion_server.storage.write_behind import Spooling
-from stable_diffusion_server.types import Stored
+from stable_diffusion_server.storage.spool import UploadSpool
+from stable_diffusion_server.storage.write_behind import WriteBehindBucket
+from stable_diffusion_server.types import StoredObject
 
 RECORD = {"digest": "abc", "seed": "7"}
 
@@ -47,30 +47,30 @@ class Switched(MemoryBucket):
     def open(self) -> None:
         self._meet(writing=self.state != "picky")
 
-    def stat(self, key: str) -> Stored | None:
+    def stat(self, key: str) -> StoredObject | None:
         self._meet(writing=False)
         return super().stat(key)
 
-    def create(self, key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> tuple[Stored, bool]:
+    def create(self, key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> tuple[StoredObject, bool]:
         self._meet(writing=True)
         return super().create(key, data, content_type, record)
 
-    def overwrite(self, key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> Stored:
+    def overwrite(self, key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> StoredObject:
         self._meet(writing=True)
         return super().overwrite(key, data, content_type, record)
 
 
 @pytest.fixture
-def made(tmp_path: Path) -> Iterator[Callable[..., tuple[Spooling, Switched]]]:
+def made(tmp_path: Path) -> Iterator[Callable[..., tuple[WriteBehindBucket, Switched]]]:
     """Open a spooling bucket before a switched one, in the same folder each time, as restarts do."""
-    opened: list[tuple[Spooling, Switched]] = []
+    opened: list[tuple[WriteBehindBucket, Switched]] = []
 
     def make(
         store: Switched | None = None, state: str = "on", max_bytes: int = 10**6, patience: float = 20.0
-    ) -> tuple[Spooling, Switched]:
+    ) -> tuple[WriteBehindBucket, Switched]:
         behind = store or Switched()
         behind.state = state
-        bucket = Spooling(behind, Spool(tmp_path / "spool", max_bytes), patience, pause=0.02)
+        bucket = WriteBehindBucket(behind, UploadSpool(tmp_path / "spool", max_bytes), patience, pause=0.02)
         bucket.open()
         opened.append((bucket, behind))
         return bucket, behind
@@ -90,7 +90,7 @@ def letters(folder: Path) -> list[DeadLetter]:
 
 
 def test_while_the_storage_is_up_nothing_stays_on_the_disk(
-    made: Callable[..., tuple[Spooling, Switched]], tmp_path: Path
+    made: Callable[..., tuple[WriteBehindBucket, Switched]], tmp_path: Path
 ) -> None:
     """Stored there, found there, and the spool is empty: winners, losers and overwriters."""
     bucket, store = made()
@@ -105,7 +105,7 @@ def test_while_the_storage_is_up_nothing_stays_on_the_disk(
 
 @pytest.mark.fault(44)
 def test_while_the_storage_is_down_the_picture_is_kept_and_then_brought(
-    made: Callable[..., tuple[Spooling, Switched]], tmp_path: Path
+    made: Callable[..., tuple[WriteBehindBucket, Switched]], tmp_path: Path
 ) -> None:
     """Kept with all its facts, given to whoever asks, and in the bucket soon after it is up again."""
     bucket, store = made()
@@ -116,7 +116,7 @@ def test_while_the_storage_is_down_the_picture_is_kept_and_then_brought(
     assert bucket.read("k", 1, 3) == b"at"
     assert bucket.url("k") is None
     assert bucket.create("k", b"other", "image/webp", {}) == (stored, False)
-    assert bucket.fault() is None, "an outage with room in the spool keeps no one from drawing"
+    assert bucket.health() is None, "an outage with room in the spool keeps no one from drawing"
     store.state = "on"
     until(lambda: files(tmp_path) == [])
     brought = bucket.stat("k")
@@ -126,7 +126,9 @@ def test_while_the_storage_is_down_the_picture_is_kept_and_then_brought(
 
 
 @pytest.mark.fault(44)
-def test_what_is_spooled_survives_a_restart(made: Callable[..., tuple[Spooling, Switched]], tmp_path: Path) -> None:
+def test_what_is_spooled_survives_a_restart(
+    made: Callable[..., tuple[WriteBehindBucket, Switched]], tmp_path: Path
+) -> None:
     """Ten pictures, the process gone, the storage back: all ten are brought by the next one."""
     bucket, store = made()
     store.state = "off"
@@ -141,7 +143,7 @@ def test_what_is_spooled_survives_a_restart(made: Callable[..., tuple[Spooling, 
 
 
 def test_a_crash_while_writing_leaves_nothing_half(
-    made: Callable[..., tuple[Spooling, Switched]], tmp_path: Path
+    made: Callable[..., tuple[WriteBehindBucket, Switched]], tmp_path: Path
 ) -> None:
     """An unfinished file is swept away, a young one let be; one that was tampered with is set aside and not brought."""
     bucket, store = made(state="off")
@@ -159,7 +161,7 @@ def test_a_crash_while_writing_leaves_nothing_half(
 
 
 def test_a_storage_that_does_not_answer_is_not_waited_for_twice(
-    made: Callable[..., tuple[Spooling, Switched]],
+    made: Callable[..., tuple[WriteBehindBucket, Switched]],
 ) -> None:
     """The first call waits its patience, the others not at all: the spool takes what is drawn."""
     bucket, store = made(patience=0.2)
@@ -174,24 +176,24 @@ def test_a_storage_that_does_not_answer_is_not_waited_for_twice(
     until(lambda: len(list(store.list())) == 21)
 
 
-def test_a_full_spool_is_told_before_anything_is_drawn(made: Callable[..., tuple[Spooling, Switched]]) -> None:
+def test_a_full_spool_is_told_before_anything_is_drawn(made: Callable[..., tuple[WriteBehindBucket, Switched]]) -> None:
     """Up: no bound. Down: taken until the bytes are reached, then 503 and a fault for the operator."""
     bucket, store = made(max_bytes=400)
-    bucket.admit()
+    bucket.check_capacity()
     store.state = "off"
     bucket.create("a", b"d" * 300, "image/webp", RECORD)
     with pytest.raises(StorageUnavailable, match="SPOOL_BYTES") as told:
-        bucket.admit()
+        bucket.check_capacity()
     assert told.value.status == 503
     assert told.value.retry_after
-    assert "SPOOL_BYTES" in (bucket.fault() or "")
+    assert "SPOOL_BYTES" in (bucket.health() or "")
     store.state = "on"
-    until(lambda: bucket.fault() is None)
-    bucket.admit()
+    until(lambda: bucket.health() is None)
+    bucket.check_capacity()
 
 
 def test_the_first_to_reach_the_storage_keeps_the_name(
-    made: Callable[..., tuple[Spooling, Switched]], tmp_path: Path
+    made: Callable[..., tuple[WriteBehindBucket, Switched]], tmp_path: Path
 ) -> None:
     """Another server was faster: its picture stays, and the spooled one is let go."""
     bucket, store = made()
@@ -203,7 +205,9 @@ def test_the_first_to_reach_the_storage_keeps_the_name(
     assert store.read("k") == b"theirs"
 
 
-def test_overwrites_are_brought_in_their_order(made: Callable[..., tuple[Spooling, Switched]], tmp_path: Path) -> None:
+def test_overwrites_are_brought_in_their_order(
+    made: Callable[..., tuple[WriteBehindBucket, Switched]], tmp_path: Path
+) -> None:
     """The last one asked for is the one that stays, also when it came after one that waits."""
     bucket, store = made()
     bucket.create("k", b"old", "image/webp", RECORD)
@@ -217,13 +221,13 @@ def test_overwrites_are_brought_in_their_order(made: Callable[..., tuple[Spoolin
 
 
 def test_a_bucket_that_may_only_be_read_still_gives_what_it_has(
-    made: Callable[..., tuple[Spooling, Switched]],
+    made: Callable[..., tuple[WriteBehindBucket, Switched]],
 ) -> None:
     """Told as a fault from the start; hits are found and read, and what is drawn is kept here."""
     store = Switched()
     store.create("there", b"data", "image/webp", RECORD)
     bucket, _ = made(store, state="denied")
-    assert bucket.fault() == "The storage is denied."
+    assert bucket.health() == "The storage is denied."
     found = bucket.stat("there")
     assert found is not None
     assert not found.waiting
@@ -233,13 +237,13 @@ def test_a_bucket_that_may_only_be_read_still_gives_what_it_has(
     assert bucket.stat("there") is None
     store.state = "denied"
     until(lambda: bucket.stat("there") is not None)
-    assert bucket.fault() == "The storage is denied."
+    assert bucket.health() == "The storage is denied."
     store.state = "on"
-    until(lambda: bucket.fault() is None)
+    until(lambda: bucket.health() is None)
 
 
 def test_a_picture_the_storage_refuses_for_good_is_set_aside(
-    made: Callable[..., tuple[Spooling, Switched]], tmp_path: Path
+    made: Callable[..., tuple[WriteBehindBucket, Switched]], tmp_path: Path
 ) -> None:
     """It does not keep the others from being brought, and its file stays for a person to look at."""
     bucket, store = made(state="off")
@@ -252,7 +256,7 @@ def test_a_picture_the_storage_refuses_for_good_is_set_aside(
 
 
 def test_a_refusal_for_the_callers_fault_is_not_spooled(
-    made: Callable[..., tuple[Spooling, Switched]], tmp_path: Path
+    made: Callable[..., tuple[WriteBehindBucket, Switched]], tmp_path: Path
 ) -> None:
     """What no retry can mend is told at once."""
     bucket, store = made()
@@ -263,7 +267,7 @@ def test_a_refusal_for_the_callers_fault_is_not_spooled(
     assert [(letter.key, letter.told) for letter in letters(tmp_path)] == [("k", True)]
 
 
-def test_deleting_reaches_what_waits(made: Callable[..., tuple[Spooling, Switched]]) -> None:
+def test_deleting_reaches_what_waits(made: Callable[..., tuple[WriteBehindBucket, Switched]]) -> None:
     """A deleted picture is not brought afterwards."""
     bucket, store = made()
     store.state = "off"
@@ -272,7 +276,7 @@ def test_deleting_reaches_what_waits(made: Callable[..., tuple[Spooling, Switche
         bucket.delete("k")  # the store was not reached, and says so
     assert bucket.stat("k") is None
     store.state = "on"
-    until(lambda: bucket.fault() is None)
+    until(lambda: bucket.health() is None)
     with pytest.raises(NotFound):
         store.read("k")
 
@@ -280,7 +284,7 @@ def test_deleting_reaches_what_waits(made: Callable[..., tuple[Spooling, Switche
 def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
     """A file in the place of the spool's folder: one sentence, and no thread is started."""
     (tmp_path / "spool").write_text("in the way")
-    bucket = Spooling(Switched(), Spool(tmp_path / "spool", 100), 1.0)
+    bucket = WriteBehindBucket(Switched(), UploadSpool(tmp_path / "spool", 100), 1.0)
     with pytest.raises(StorageUnavailable, match="DATA_DIR cannot keep pictures"):
         bucket.open()
     bucket.close()
@@ -293,14 +297,14 @@ class Late(Switched):
         super().__init__()
         self.gates: dict[bytes, threading.Event] = {}
 
-    def overwrite(self, key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> Stored:
+    def overwrite(self, key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> StoredObject:
         if gate := self.gates.get(data):
             gate.wait(60)
         return super().overwrite(key, data, content_type, record)
 
 
 def test_a_write_that_lands_late_undoes_no_later_one(
-    made: Callable[..., tuple[Spooling, Switched]], tmp_path: Path
+    made: Callable[..., tuple[WriteBehindBucket, Switched]], tmp_path: Path
 ) -> None:
     """Given up after its patience, landing after a newer overwrite was asked for: the newer one stays."""
     store = Late()
@@ -308,7 +312,7 @@ def test_a_write_that_lands_late_undoes_no_later_one(
     bucket, _ = made(store, patience=0.2)
     assert bucket.overwrite("k", b"old", "image/webp", RECORD).waiting
     assert bucket.overwrite("k", b"new", "image/webp", RECORD).waiting
-    until(lambda: bucket.fault() is None and bucket._calls.down("write") is None)
+    until(lambda: bucket.health() is None and bucket._calls.down("write") is None)
     assert bucket.create("other", b"data", "image/webp", RECORD)[1], "other names are not held up"
     assert store.stat("k") is None
     with pytest.raises(StorageUnavailable, match="busy"):
@@ -321,7 +325,7 @@ def test_a_write_that_lands_late_undoes_no_later_one(
     assert store.stat("k") is None
 
 
-def test_the_figures_tell_what_waits(made: Callable[..., tuple[Spooling, Switched]]) -> None:
+def test_the_figures_tell_what_waits(made: Callable[..., tuple[WriteBehindBucket, Switched]]) -> None:
     """How many, how many bytes, for how long, and how often the storage failed."""
     bucket, store = made()
     assert bucket.figures() == {"pictures": 0, "bytes": 0, "oldest_seconds": 0.0, "failures": 0, "dead_letters": 0}
@@ -336,18 +340,18 @@ def test_the_figures_tell_what_waits(made: Callable[..., tuple[Spooling, Switche
 
 
 def test_a_look_that_rights_depend_on_is_not_answered_while_the_storage_is_down(
-    made: Callable[..., tuple[Spooling, Switched]],
+    made: Callable[..., tuple[WriteBehindBucket, Switched]],
 ) -> None:
     """`stat` says that nothing is there, so that drawing goes on; `look` raises, so that nobody takes it for free."""
     bucket, store = made()
     bucket.create("k", b"data", "image/webp", RECORD)
-    assert bucket.look("k") == bucket.stat("k")
+    assert bucket.peek("k") == bucket.stat("k")
     store.state = "off"
     assert bucket.stat("k") is None
     with pytest.raises(StorageUnavailable):
-        bucket.look("k")
+        bucket.peek("k")
     store.state = "on"
     bucket.create("other", b"data", "image/webp", RECORD)
     until(lambda: bucket.stat("k") is not None)
-    found = bucket.look("k")
+    found = bucket.peek("k")
     assert found is not None

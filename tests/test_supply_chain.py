@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-from conftest import House
+from conftest import RunningApp
 from packaging.requirements import Requirement
 from packaging.version import Version
 
@@ -87,7 +87,7 @@ def test_nothing_reads_files_that_may_run_code() -> None:
     assert found == []
 
 
-def test_what_is_kept_of_orders_is_for_this_user_alone(house_of: Callable[..., House], tmp_path: Path) -> None:
+def test_what_is_kept_of_orders_is_for_this_user_alone(house_of: Callable[..., RunningApp], tmp_path: Path) -> None:
     """The folder of journal, spool, history and keys is closed to others, whatever the umask; the bucket is not."""
     house = house_of()
     assert house.draw(prompt="a red square").status_code == 200

@@ -12,6 +12,6 @@ T = TypeVar("T")
 _LONG = 65_536
 
 
-async def aside(size: int, work: Callable[P, T], *given: P.args, **named: P.kwargs) -> T:
+async def run_if_large(size: int, work: Callable[P, T], *given: P.args, **named: P.kwargs) -> T:
     """What `work` gives, done in a thread if it is on `size` bytes or characters that are many."""
     return await asyncio.to_thread(work, *given, **named) if size > _LONG else work(*given, **named)

@@ -13,7 +13,7 @@ from stable_diffusion_server.errors import NotReady
 T = TypeVar("T")
 
 
-async def unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) -> T | None:
+async def cancel_on_disconnect(request: Request, work: Coroutine[Any, Any, T]) -> T | None:
     """The result of `work`, or `None` when the client went away first, which cancels it. Read the body before."""
     working = asyncio.create_task(work)
     watching = asyncio.create_task(disconnection(request))

@@ -7,7 +7,7 @@ from dataclasses import replace
 from fastapi import Request
 
 from stable_diffusion_server.errors import Forbidden
-from stable_diffusion_server.types import Caller, Order
+from stable_diffusion_server.types import Caller, GenerationRequest
 
 
 def caller_of(request: Request) -> Caller:
@@ -16,7 +16,7 @@ def caller_of(request: Request) -> Caller:
     return caller if isinstance(caller, Caller) else Caller(anonymous=True)
 
 
-def within(caller: Caller, order: Order) -> Order:
+def scope_to_caller(caller: Caller, order: GenerationRequest) -> GenerationRequest:
     """The order, kept to the part of the bucket its caller may write.
 
     Raises `Forbidden` for a name outside of it, and for an anonymous caller who would overwrite.

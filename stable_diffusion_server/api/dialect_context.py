@@ -6,23 +6,23 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from stable_diffusion_server.errors import InvalidInput
-from stable_diffusion_server.generation.limits import Limits
-from stable_diffusion_server.pipelines.catalog import ModelFacts
+from stable_diffusion_server.generation.limits import RequestLimits
+from stable_diffusion_server.pipelines.catalog import ModelSpec
 
 
 @dataclass(frozen=True, slots=True)
-class House:
+class DialectContext:
     """What the dialects' doors know of the server: bounds, models by name, further names of them, and adapters."""
 
-    limits: Limits
-    models: Mapping[str, ModelFacts]
+    limits: RequestLimits
+    models: Mapping[str, ModelSpec]
     default_model: str
     aliases: Mapping[str, str]
     max_n: int
     max_response_bytes: int
     loras: Callable[[], Iterable[str]] = tuple
 
-    def facts(self, name: str | None) -> ModelFacts:
+    def facts(self, name: str | None) -> ModelSpec:
         """The facts of a model by its own name or another server's. Raises `InvalidInput`."""
         own = self.aliases.get(name, name) if name else self.default_model
         if own not in self.models and (name is None or name in self.aliases):

@@ -7,53 +7,57 @@ from collections.abc import Awaitable, Callable
 
 from fastapi import Request, Response
 
-from stable_diffusion_server.api.concurrency import unless_disconnected
+from stable_diffusion_server.api.concurrency import cancel_on_disconnect
 from stable_diffusion_server.api.dependencies import caller_of
 from stable_diffusion_server.api.json_responses import JSONResponse
-from stable_diffusion_server.api.preferences import Preferences, preferences_of
+from stable_diffusion_server.api.preferences import RequestPreferences, preferences_of
 from stable_diffusion_server.api.problems import client_gone
 from stable_diffusion_server.api.schemas.wire import job_body
-from stable_diffusion_server.errors import Cancelled, Forbidden, InvalidInput, ServerError
-from stable_diffusion_server.generation.service import Service
-from stable_diffusion_server.jobs.events import Standing
-from stable_diffusion_server.jobs.manager import Jobs
-from stable_diffusion_server.jobs.store.records import Claim, Problem, Repeat, State
+from stable_diffusion_server.errors import Forbidden, InvalidInput, RequestCancelled, ServerError
+from stable_diffusion_server.generation.service import GenerationService
+from stable_diffusion_server.jobs.events import JobStatus
+from stable_diffusion_server.jobs.manager import JobManager
+from stable_diffusion_server.jobs.store.records import IdempotencyClaim, JobState, RecordedResponse, StoredProblem
 from stable_diffusion_server.jobs.store.serialization import fingerprint
-from stable_diffusion_server.jobs.tracked_job import Live
-from stable_diffusion_server.types import Caller, Order, Receipt
+from stable_diffusion_server.jobs.tracked_job import JobHandle
+from stable_diffusion_server.types import Caller, GenerationRequest, GenerationResult
 
 UrlOf = Callable[[Request, str], str]
 # A door's own way to tell a receipt; the picture's file is empty unless the door asked for it.
-Render = Callable[[Request, Receipt, bytes], Response | Awaitable[Response]]
-_NONE = Preferences()
+Render = Callable[[Request, GenerationResult, bytes], Response | Awaitable[Response]]
+_NONE = RequestPreferences()
 
 
-class Answering:
+class RequestDispatcher:
     """Answers orders. `url_of` makes the URL of a key for the client at hand, `base_of` that of this server."""
 
-    def __init__(self, service: Service, jobs: Jobs, url_of: UrlOf, base_of: Callable[[Request], str]) -> None:
+    def __init__(
+        self, service: GenerationService, jobs: JobManager, url_of: UrlOf, base_of: Callable[[Request], str]
+    ) -> None:
         self._service = service
         self._jobs = jobs
         self._url_of = url_of
         self._base_of = base_of
 
-    async def answer(self, request: Request, order: Order, render: Render, *, picture: bool = False) -> Response:
+    async def dispatch(
+        self, request: Request, order: GenerationRequest, render: Render, *, picture: bool = False
+    ) -> Response:
         """The answer to an order as the request prefers it. With `picture`, `render` is given the file.
 
-        The body must have been read. Raises what the service and the jobs raise, and `Cancelled` when someone cancels
-        the job by its id.
+        The body must have been read. Raises what the service and the jobs raise, and `RequestCancelled` when someone
+        cancels the job by its id.
         """
         wanted, caller = preferences_of(request), caller_of(request)
         if wanted.job_id is not None and caller.anonymous:
             raise Forbidden("Without a key jobs have ids that this server makes.", field="X-Job-ID")
         if wanted == _NONE and not picture and order.webhook_url is None:
-            receipt = self._service.remembered(order, caller)
+            receipt = self._service.lookup_cached(order, caller)
             if receipt is not None:
                 return await _rendered(render, request, receipt, b"")
         claim = None
         if wanted.key is not None:
             print_ = await asyncio.to_thread(fingerprint, request.url.path, order)
-            claim = Claim(caller.owner, wanted.key, print_, caller.share)
+            claim = IdempotencyClaim(caller.owner, wanted.key, print_, caller.share)
         if wanted.respond_async:
             return await self._by_job(request, order, render, wanted, claim, picture=picture)
         if order.webhook_url is not None:
@@ -71,22 +75,22 @@ class Answering:
     async def _by_job(
         self,
         request: Request,
-        order: Order,
+        order: GenerationRequest,
         render: Render,
-        wanted: Preferences,
-        claim: Claim | None,
+        wanted: RequestPreferences,
+        claim: IdempotencyClaim | None,
         *,
         picture: bool,
     ) -> Response:
         """202 with the job, or its outcome when that is there in the time the client would rather wait."""
         caller, base = caller_of(request), self._base_of(request)
         accepted = await self._jobs.accept(order, caller, base=base, job_id=wanted.job_id, claim=claim)
-        if isinstance(accepted, Repeat) and claim is not None and await self._is_gone(accepted, caller):
+        if isinstance(accepted, RecordedResponse) and claim is not None and await self._is_gone(accepted, caller):
             await self._jobs.renew(claim, accepted)
             # The id it asked for may be that of the job whose picture is gone.
             job_id = wanted.job_id if accepted.job_id is None else None
             accepted = await self._jobs.accept(order, caller, base=base, job_id=job_id, claim=claim)
-        if isinstance(accepted, Repeat):
+        if isinstance(accepted, RecordedResponse):
             return await self._again(request, accepted, render, picture=picture)
         applied = {"Preference-Applied": wanted.applied, "X-Job-ID": accepted.id}
         if wanted.wait is not None:
@@ -100,16 +104,16 @@ class Answering:
     async def _at_once(
         self,
         request: Request,
-        order: Order,
+        order: GenerationRequest,
         render: Render,
-        wanted: Preferences,
-        claim: Claim | None,
+        wanted: RequestPreferences,
+        claim: IdempotencyClaim | None,
         *,
         picture: bool,
     ) -> Response:
         """The picture, or nothing for a client that went away first, which cancels the work."""
-        outcome: Receipt | Problem | None = None
-        state = State.CANCELLED
+        outcome: GenerationResult | StoredProblem | None = None
+        state = JobState.CANCELLED
         try:
             live = await self._jobs.enter(caller_of(request), wanted.job_id)
         except BaseException:
@@ -117,45 +121,47 @@ class Answering:
                 await asyncio.shield(asyncio.ensure_future(self._jobs.answer(claim, None)))
             raise
         try:
-            drawn = await unless_disconnected(request, self._drawn(live, order, picture=picture))
+            drawn = await cancel_on_disconnect(request, self._drawn(live, order, picture=picture))
             if drawn is None:
                 return client_gone()
-            state, outcome = State.DONE, drawn[0]
+            state, outcome = JobState.DONE, drawn[0]
             answer = await _rendered(render, request, *drawn)
             answer.headers["X-Job-ID"] = live.standing.id
             return answer
-        except Cancelled:
+        except RequestCancelled:
             raise
         except Exception as error:
             known = error if isinstance(error, ServerError) else ServerError("An unexpected error happened.")
-            state, outcome = State.FAILED, Problem.of(known)
+            state, outcome = JobState.FAILED, StoredProblem.of(known)
             raise
         finally:
             self._jobs.leave(live, state, outcome)
             if claim is not None:
-                kept = outcome if state is State.DONE or _will_not_change(outcome) else None
+                kept = outcome if state is JobState.DONE or _will_not_change(outcome) else None
                 await asyncio.shield(asyncio.ensure_future(self._jobs.answer(claim, kept)))
 
-    async def _drawn(self, live: Live, order: Order, *, picture: bool) -> tuple[Receipt, bytes]:
+    async def _drawn(
+        self, live: JobHandle, order: GenerationRequest, *, picture: bool
+    ) -> tuple[GenerationResult, bytes]:
         live.task = asyncio.current_task()
         caller, watch, previews = live.entry.caller, live.news, live.wants_previews
         try:
             if picture:
-                return await self._service.picture(order, caller=caller, watch=watch, previews=previews)
-            return await self._service.fulfil(order, caller=caller, watch=watch, previews=previews), b""
+                return await self._service.generate_with_bytes(order, caller=caller, watch=watch, previews=previews)
+            return await self._service.generate(order, caller=caller, watch=watch, previews=previews), b""
         except asyncio.CancelledError:
             if live.cancelled:
-                raise Cancelled("This job was cancelled by its id.") from None
+                raise RequestCancelled("This job was cancelled by its id.") from None
             raise
 
-    async def _is_gone(self, before: Repeat, caller: Caller) -> bool:
+    async def _is_gone(self, before: RecordedResponse, caller: Caller) -> bool:
         """Whether a key was answered with a picture that is not there any more, so that it has to be drawn again."""
         outcome = before.outcome
         if before.job_id is not None:
             outcome = (await self._jobs.standing(before.job_id, caller)).outcome
-        return isinstance(outcome, Receipt) and await self._service.is_gone(outcome)
+        return isinstance(outcome, GenerationResult) and await self._service.is_gone(outcome)
 
-    async def _again(self, request: Request, before: Repeat, render: Render, *, picture: bool) -> Response:
+    async def _again(self, request: Request, before: RecordedResponse, render: Render, *, picture: bool) -> Response:
         """What a key was answered with before."""
         if before.job_id is not None:
             standing = await self._jobs.standing(before.job_id, caller_of(request))
@@ -166,25 +172,27 @@ class Answering:
         answer.headers["Idempotency-Replayed"] = "true"
         return answer
 
-    async def _told(self, request: Request, outcome: Receipt | Problem, render: Render, *, picture: bool) -> Response:
-        if isinstance(outcome, Problem):
+    async def _told(
+        self, request: Request, outcome: GenerationResult | StoredProblem, render: Render, *, picture: bool
+    ) -> Response:
+        if isinstance(outcome, StoredProblem):
             raise outcome.as_error()
         file = await self._service.stored_file(outcome) if picture else b""
         return await _rendered(render, request, outcome, file)
 
-    def _accepted(self, request: Request, standing: Standing, headers: dict[str, str]) -> Response:
+    def _accepted(self, request: Request, standing: JobStatus, headers: dict[str, str]) -> Response:
         body = job_body(standing, lambda key: self._url_of(request, key))
         return JSONResponse(body, 202, {"Location": f"/jobs/{standing.id}", **headers})
 
 
-async def _rendered(render: Render, request: Request, receipt: Receipt, file: bytes) -> Response:
+async def _rendered(render: Render, request: Request, receipt: GenerationResult, file: bytes) -> Response:
     answer = render(request, receipt, file)
     return answer if isinstance(answer, Response) else await answer
 
 
-def _will_not_change(outcome: Receipt | Problem | None) -> bool:
+def _will_not_change(outcome: GenerationResult | StoredProblem | None) -> bool:
     """Whether a request that failed would fail again, so that its key may be answered with that."""
-    if not isinstance(outcome, Problem):
+    if not isinstance(outcome, StoredProblem):
         return False
     error = outcome.as_error()
     return not error.retry_can_help and type(error) is not ServerError

@@ -13,7 +13,7 @@ from starlette.responses import StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
 from stable_diffusion_server.concurrency.fair_limiter import FairLimiter
-from stable_diffusion_server.errors import Overasked
+from stable_diffusion_server.errors import RateLimited
 
 _log = structlog.get_logger(__name__)
 
@@ -22,7 +22,7 @@ _NO_STORE = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # a proxy 
 _SECONDS_TO_READ = 30.0
 
 
-class Followers:
+class FollowerLimiter:
     """Counts who follows jobs: at most `most` in all, shared out by caller, of one caller and of one job."""
 
     def __init__(self, most: int, per_caller: int, per_job: int) -> None:
@@ -32,11 +32,11 @@ class Followers:
 
     @contextmanager
     def follow(self, job_id: str, share: str) -> Iterator[None]:
-        """Count a follower for as long as the block lasts. Raises `Overasked`, which counts nothing."""
+        """Count a follower for as long as the block lasts. Raises `RateLimited`, which counts nothing."""
         if self._of_job[job_id] >= self._per_job:
-            raise Overasked(f"{self._per_job} follow this job already.", retry_after=5)
+            raise RateLimited(f"{self._per_job} follow this job already.", retry_after=5)
         if not self._places.try_take(share):
-            raise Overasked("You follow as many jobs as can be followed at a time.", retry_after=5)
+            raise RateLimited("You follow as many jobs as can be followed at a time.", retry_after=5)
         self._of_job[job_id] += 1
         try:
             yield
@@ -53,13 +53,13 @@ class EventResponse(StreamingResponse):
     The follower is counted while the answer is sent, so that one who leaves at any moment is counted out.
     """
 
-    def __init__(self, events: AsyncGenerator[str], followers: Followers, job_id: str, share: str) -> None:
+    def __init__(self, events: AsyncGenerator[str], followers: FollowerLimiter, job_id: str, share: str) -> None:
         super().__init__(events, media_type="text/event-stream", headers=_NO_STORE)
         self._events = events
         self._followers, self._job_id, self._share = followers, job_id, share
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send them. Raises `Overasked` before anything is sent."""
+        """Send them. Raises `RateLimited` before anything is sent."""
         reads = True
 
         async def send_in_time(message: Message) -> None:

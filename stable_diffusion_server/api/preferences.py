@@ -16,7 +16,7 @@ _MOST_SECONDS = 600
 
 
 @dataclass(frozen=True, slots=True)
-class Preferences:
+class RequestPreferences:
     """`wait` is how many seconds an asynchronous request would rather wait for its answer than be sent to a job."""
 
     respond_async: bool = False
@@ -30,7 +30,7 @@ class Preferences:
         return "respond-async" + ("" if self.wait is None else f", wait={self.wait:g}")
 
 
-def preferences_of(request: Request) -> Preferences:
+def preferences_of(request: Request) -> RequestPreferences:
     """The preferences in a request's headers. What cannot be read of `Prefer` is ignored, as RFC 7240 says.
 
     Raises `InvalidInput` for an id or a key no job or answer can have.
@@ -46,4 +46,4 @@ def preferences_of(request: Request) -> Preferences:
         raise InvalidInput("Idempotency-Key must be 1 to 255 printable characters.", field="Idempotency-Key")
     seconds = whole_number(wanted.get("wait", ""))
     wait = None if seconds is None else float(min(seconds, _MOST_SECONDS))
-    return Preferences("respond-async" in wanted, wait, job_id, key)
+    return RequestPreferences("respond-async" in wanted, wait, job_id, key)

@@ -13,13 +13,13 @@ from starlette.routing import Route
 
 from stable_diffusion_server.api.error_bodies import frameworks_refusal, refusal
 from stable_diffusion_server.api.json_responses import JSONResponse
-from stable_diffusion_server.api.middleware.security_headers import protect
+from stable_diffusion_server.api.middleware.security_headers import add_security_headers
 from stable_diffusion_server.errors import ServerError
 
 _log = structlog.get_logger(__name__)
 
 
-def install(app: FastAPI) -> None:
+def install_exception_handlers(app: FastAPI) -> None:
     """Have the app answer every error in the shape of the door it came from."""
     app.add_exception_handler(ServerError, _ours)
     app.add_exception_handler(HTTPException, _frameworks)
@@ -81,6 +81,6 @@ async def _unknown(request: Request, error: Exception) -> JSONResponse:
     answer = refusal(opaque, request.url.path, request_id_of(request))
     # It is answered outside of the gate, which else does this.
     start: dict[str, Any] = {"type": "http.response.start", "headers": answer.raw_headers}
-    protect(start, request.url.path)
+    add_security_headers(start, request.url.path)
     answer.raw_headers = start["headers"]
     return answer

@@ -12,8 +12,8 @@ from python_multipart.multipart import parse_options_header
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException
 
-from stable_diffusion_server.api.aside import aside
-from stable_diffusion_server.errors import InvalidInput, Malformed, TooLarge, UnsupportedMedia
+from stable_diffusion_server.api.aside import run_if_large
+from stable_diffusion_server.errors import InvalidInput, MalformedRequest, TooLarge, UnsupportedMedia
 from stable_diffusion_server.parsing.strict_json import JsonLimits, parse_object
 
 _FORM_TYPES = ("application/x-www-form-urlencoded", "multipart/form-data")
@@ -29,7 +29,7 @@ _CHARSETS = frozenset((b"utf-8", b"utf8", b"us-ascii", b"ascii"))
 _LONGEST_MEDIA_TYPE = 500
 
 
-class JsonText(str):
+class RawJson(str):
     """A text of a JSON body: unlike one of a form or a query, it is never meant as a number."""
 
     __slots__ = ()
@@ -50,7 +50,7 @@ class BodyLimits:
 
 
 @dataclass(frozen=True, slots=True)
-class Upload:
+class UploadedFile:
     """A file of a multipart form, read."""
 
     data: bytes = field(repr=False)
@@ -64,9 +64,9 @@ async def read_parameters(
 ) -> dict[str, object]:
     """Query and body of a request as one mapping. A parameter given twice is refused, wherever it stands.
 
-    `files` are the names that may be files of a multipart form; they come as `Upload`. `lists` are the names that may
-    come more than once: their values come as a list, under the name without `[]`. `pictures` are the names that hold
-    pictures as text in JSON.
+    `files` are the names that may be files of a multipart form; they come as `UploadedFile`. `lists` are the names
+    that may come more than once: their values come as a list, under the name without `[]`. `pictures` are the names
+    that hold pictures as text in JSON.
     """
     query = _read_pairs(request.scope["query_string"], "query")
     return _merged([*query, *(await _read_body(request, files, lists, pictures))], lists)
@@ -89,7 +89,7 @@ def _merged(pairs: list[tuple[str, object]], lists: Set[str]) -> dict[str, objec
                 several.extend(value if isinstance(value, list) else [value])
             continue
         if name in merged:
-            raise Malformed(f"{name[:100]} is given more than once.", field=name[:100])
+            raise MalformedRequest(f"{name[:100]} is given more than once.", field=name[:100])
         merged[name] = value
     return merged
 
@@ -101,15 +101,15 @@ def limits_of(request: Request) -> BodyLimits:
 
 
 async def read_json(request: Request, pictures: Set[str] = frozenset()) -> dict[str, Any]:
-    """A JSON body, which may be empty. Raises `Malformed`, `InvalidInput`, `TooLarge` and `UnsupportedMedia`."""
+    """A JSON body, which may be empty. Raises `MalformedRequest`, `InvalidInput`, `TooLarge` and `UnsupportedMedia`."""
     body = await request.body()
     if not body:
         return {}
     if _media_type_of(request) != "application/json":
         raise UnsupportedMedia("Send application/json.")
-    parsed = await aside(len(body), parse_object, body, limits_of(request).for_json(pictures))
+    parsed = await run_if_large(len(body), parse_object, body, limits_of(request).for_json(pictures))
     if len(parsed) > _MAX_FIELDS:
-        raise Malformed(f"The body has more than {_MAX_FIELDS} fields.")
+        raise MalformedRequest(f"The body has more than {_MAX_FIELDS} fields.")
     return parsed
 
 
@@ -127,14 +127,14 @@ async def _read_body(
         return []
     if media_type == "application/json":
         parsed = await read_json(request, pictures)
-        return [(name, JsonText(value) if isinstance(value, str) else value) for name, value in parsed.items()]
+        return [(name, RawJson(value) if isinstance(value, str) else value) for name, value in parsed.items()]
     if media_type == _FORM_TYPES[0]:
         body = await request.body()
         if len(body) > (most := limits_of(request).text_bytes):
             raise TooLarge(f"A form of this type may have {most} bytes; longer ones come as multipart/form-data.")
         if body.count(b"%") > _MOST_ESCAPES:
             raise TooLarge(f"A form of this type may have {_MOST_ESCAPES} percent signs; send multipart/form-data.")
-        return await aside(len(body), _read_pairs, body, "form")
+        return await run_if_large(len(body), _read_pairs, body, "form")
     if media_type == _FORM_TYPES[1]:
         return await _read_multipart(request, files, lists)
     raise UnsupportedMedia(f"Send application/json or one of {', '.join(_FORM_TYPES)}.")
@@ -145,7 +145,7 @@ def _read_pairs(encoded: bytes, what: str) -> list[tuple[str, object]]:
     try:
         return list(parse_qsl(encoded.decode(), keep_blank_values=True, errors="strict", max_num_fields=_MAX_FIELDS))
     except ValueError as error:
-        raise Malformed(f"The {what} is not UTF-8, or has more than {_MAX_FIELDS} fields.") from error
+        raise MalformedRequest(f"The {what} is not UTF-8, or has more than {_MAX_FIELDS} fields.") from error
 
 
 async def _read_multipart(request: Request, files: Set[str], lists: Set[str]) -> list[tuple[str, object]]:
@@ -161,9 +161,9 @@ async def _read_multipart(request: Request, files: Set[str], lists: Set[str]) ->
                 left -= len(name) + (len(value) if isinstance(value, str) else 0)
                 if left < 0:
                     raise TooLarge(f"The texts of a form may have {limits_of(request).text_bytes} characters.")
-                items.append((name, Upload(await value.read()) if isinstance(value, UploadFile) else value))
+                items.append((name, UploadedFile(await value.read()) if isinstance(value, UploadFile) else value))
     except MultiPartException as error:
-        raise Malformed(f"The form could not be read ({error.message}).") from error
+        raise MalformedRequest(f"The form could not be read ({error.message}).") from error
     return items
 
 

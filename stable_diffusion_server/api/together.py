@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
-async def together(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+async def gather_or_cancel(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
     """The results in order. Raises what the first to fail raises, after the others were cancelled."""
     tasks = [asyncio.create_task(one) for one in work]
     try:

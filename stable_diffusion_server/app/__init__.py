@@ -14,26 +14,26 @@ from fastapi import FastAPI
 from stable_diffusion_server import __version__
 from stable_diffusion_server.api import problems
 from stable_diffusion_server.api.routes import health
-from stable_diffusion_server.app.http import add_doors, add_middleware, add_replay
+from stable_diffusion_server.app.http import add_middleware, add_replay, add_routes
 from stable_diffusion_server.app.job_services import build_jobs
-from stable_diffusion_server.app.lifecycle import ClosesWhileStopping, Shutdown, drained_by_signals, leave_soon
-from stable_diffusion_server.app.metrics import show
-from stable_diffusion_server.app.models import Loaded, Models, build_engine, build_readers, options_of
+from stable_diffusion_server.app.lifecycle import CloseConnectionsMiddleware, Shutdown, drain_on_signal, exit_soon
+from stable_diffusion_server.app.metrics import register_metrics
+from stable_diffusion_server.app.models import ModelBackend, ModelState, build_engine, build_readers, generation_options
 from stable_diffusion_server.app.services import build_service
-from stable_diffusion_server.app.storage import Stores
-from stable_diffusion_server.app.ui import add_studio, key_of_visitor
-from stable_diffusion_server.engine import Phase
-from stable_diffusion_server.generation.service import Service
-from stable_diffusion_server.imaging.sandbox.pool import Decoder
-from stable_diffusion_server.jobs.manager import Jobs
-from stable_diffusion_server.net.image_fetcher import Fetcher
+from stable_diffusion_server.app.storage import StorageStack
+from stable_diffusion_server.app.ui import key_of_visitor, mount_ui
+from stable_diffusion_server.engine import EngineState
+from stable_diffusion_server.generation.service import GenerationService
+from stable_diffusion_server.imaging.sandbox.pool import DecoderPool
+from stable_diffusion_server.jobs.manager import JobManager
+from stable_diffusion_server.net.image_fetcher import ImageFetcher
 from stable_diffusion_server.observability.crash_reports import DeviceRecord
 from stable_diffusion_server.observability.event_loop_heartbeat import BEAT_FILE, LoopHeartbeat
 from stable_diffusion_server.observability.logs import configure_logging
 from stable_diffusion_server.observability.metrics import Metrics
 from stable_diffusion_server.observability.tracing import Tracing
 from stable_diffusion_server.settings import Settings
-from stable_diffusion_server.ui.sessions import Guests
+from stable_diffusion_server.ui.sessions import SessionStore
 
 _log = structlog.get_logger(__name__)
 
@@ -42,9 +42,9 @@ _TITLE, _SUMMARY = "Stable Diffusion Server", "A prompt in, the URL of a stored 
 
 def create_app(
     settings: Settings,
-    load: Callable[[Settings], Models] | None = None,
+    load: Callable[[Settings], ModelBackend] | None = None,
     announce: Callable[[], object] = lambda: None,
-    poisoned: Callable[[], object] = leave_soon,
+    poisoned: Callable[[], object] = exit_soon,
     settle: Callable[[], object] = lambda: None,
 ) -> FastAPI:
     """The application over `settings`. Opens nothing and starts nothing; the lifespan does.
@@ -53,28 +53,28 @@ def create_app(
     `poisoned` when the device can only be used again by another process: all of them on the engine's thread. `settle`
     is called, on any thread, when much was loaded that stays; see `settling`.
     """
-    loaded, faults = Loaded.of(settings), dict[str, str]()
+    loaded, faults = ModelState.of(settings), dict[str, str]()
 
     def missing() -> list[str]:
         """What keeps the server from drawing, in sentences, each once; what was at fault before is looked at again."""
         if faults:
             stores.open(faults)
-        found = filter(None, [*faults.values(), stores.bucket.fault(), *stalled(), *loaded.missing()])
+        found = filter(None, [*faults.values(), stores.bucket.health(), *stalled(), *loaded.missing()])
         reasons = [*dict.fromkeys(found)]
-        return [*reasons, loaded.progress() or engine.reason] if engine.phase is not Phase.READY else reasons
+        return [*reasons, loaded.progress() or engine.reason] if engine.phase is not EngineState.READY else reasons
 
     metrics, tracing = Metrics(), Tracing(settings.otel_exporter_otlp_endpoint, __version__)
     record = DeviceRecord(settings.data_dir)
     ready = lambda: missing() or announce()  # noqa: E731  # a word for what follows
     engine = build_engine(settings, loaded, load, metrics, settle, ready, poisoned, record.occupied)
-    stores = Stores(settings, metrics)
-    options = replace(options_of(settings, loaded), ownership=stores.ownership)
+    stores = StorageStack(settings, metrics)
+    options = replace(generation_options(settings, loaded), ownership=stores.ownership)
     fetcher, decoder = readers = build_readers(settings)
     service = build_service(settings, engine, loaded, options, stores, readers, metrics, tracing)
     jobs = build_jobs(settings, service, stores, record)
     shutdown = Shutdown(lambda: engine.running > 0 or jobs.running > 0, settings.stop_seconds)
     stalled = partial(_stalled, decoder, jobs)
-    show(metrics, __version__, engine, jobs, stores, loaded, missing)
+    register_metrics(metrics, __version__, engine, jobs, stores, loaded, missing)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -83,7 +83,7 @@ def create_app(
         await jobs.start()
         async with LoopHeartbeat(settings.data_dir / BEAT_FILE, stalled):
             soon = asyncio.get_running_loop().call_soon_threadsafe
-            with drained_by_signals(shutdown, engine.drain, lambda: soon(jobs.drain), lambda: soon(studio.drain)):
+            with drain_on_signal(shutdown, engine.drain, lambda: soon(jobs.drain), lambda: soon(studio.drain)):
                 yield
                 grace = shutdown.seconds_left()
                 await asyncio.gather(studio.close(), asyncio.to_thread(engine.stop, grace), jobs.stop(grace))
@@ -92,28 +92,30 @@ def create_app(
     app = FastAPI(title=_TITLE, version=__version__, summary=_SUMMARY, lifespan=lifespan, docs_url=None, redoc_url=None)
     # For what runs this app in its own way (deploy/): how much work there is, and whether it can be done.
     app.state.engine, app.state.jobs = engine, jobs
-    problems.install(app)
-    add_middleware(app, settings, metrics, tracing, key_of_visitor(guests := Guests()))
-    app.add_middleware(ClosesWhileStopping, shutdown=shutdown)
-    add_doors(app, settings, service, jobs, stores, options)
+    problems.install_exception_handlers(app)
+    add_middleware(app, settings, metrics, tracing, key_of_visitor(guests := SessionStore()))
+    app.add_middleware(CloseConnectionsMiddleware, shutdown=shutdown)
+    add_routes(app, settings, service, jobs, stores, options)
     add_replay(app, service, stores, options, decoder.decode)
-    studio = add_studio(app, settings, decoder.decode, guests, settle)
-    app.include_router(health.router(missing, metrics.exposition, loaded.told, loaded.remarks))
+    studio = mount_ui(app, settings, decoder.decode, guests, settle)
+    app.include_router(health.health_router(missing, metrics.exposition, loaded.describe, loaded.remarks))
     return app
 
 
-def _stalled(decoder: Decoder, jobs: Jobs) -> list[str]:
+def _stalled(decoder: DecoderPool, jobs: JobManager) -> list[str]:
     """What has work in hand and makes no progress, in sentences."""
-    return [fault for fault in (decoder.fault(), jobs.fault()) if fault is not None]
+    return [fault for fault in (decoder.health(), jobs.fault()) if fault is not None]
 
 
-async def _open(settings: Settings, tracing: Tracing, stores: Stores, faults: dict[str, str]) -> None:
+async def _open(settings: Settings, tracing: Tracing, stores: StorageStack, faults: dict[str, str]) -> None:
     configure_logging(settings.log_level, settings.log_format)
     tracing.open()
     await asyncio.to_thread(stores.open, faults)
 
 
-async def _close(service: Service, fetcher: Fetcher, decoder: Decoder, stores: Stores, tracing: Tracing) -> None:
+async def _close(
+    service: GenerationService, fetcher: ImageFetcher, decoder: DecoderPool, stores: StorageStack, tracing: Tracing
+) -> None:
     service.close()
     fetcher.close()
     await decoder.close()

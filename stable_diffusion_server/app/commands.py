@@ -14,8 +14,8 @@ from uuid import uuid4
 import httpx
 
 from stable_diffusion_server.app import create_app
-from stable_diffusion_server.app.models import Loaded
-from stable_diffusion_server.engine import Phase
+from stable_diffusion_server.app.models import ModelState
+from stable_diffusion_server.engine import EngineState
 from stable_diffusion_server.errors import StorageUnavailable
 from stable_diffusion_server.pipelines.catalog import REAL_MODELS
 from stable_diffusion_server.settings import Settings
@@ -27,7 +27,7 @@ FORMATS = {".webp": "webp", ".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg"}
 _LOOK_EVERY = 0.1
 
 
-def draw(settings: Settings, wanted: Mapping[str, Any], out: Path) -> None:
+def draw_to_file(settings: Settings, wanted: Mapping[str, Any], out: Path) -> None:
     """Draw one picture into a file, by the doors a server would have. Nothing else is kept.
 
     Exits with 2 for an order that cannot be, or a file that cannot be written, and with 1 when drawing fails.
@@ -64,9 +64,9 @@ async def _answered(settings: Settings, wanted: Mapping[str, Any]) -> httpx.Resp
         while True:
             ready = await client.get("/readyz")
             # Ready but for another model: then the order itself is answered with what is wrong with its own.
-            if ready.status_code == HTTPStatus.OK or app.state.engine.phase is Phase.READY:
+            if ready.status_code == HTTPStatus.OK or app.state.engine.phase is EngineState.READY:
                 return await client.post("/make_image", json=wanted)
-            if app.state.engine.phase is Phase.FAILED:
+            if app.state.engine.phase is EngineState.FAILED:
                 sentence = {"detail": " ".join(ready.json()["missing"])}
                 return httpx.Response(HTTPStatus.SERVICE_UNAVAILABLE, json=sentence)
             await asyncio.sleep(_LOOK_EVERY)
@@ -74,7 +74,7 @@ async def _answered(settings: Settings, wanted: Mapping[str, Any]) -> httpx.Resp
 
 def list_models(settings: Settings) -> None:
     """What would draw with these settings, and which real weights there could be. Exits with 1 when nothing can."""
-    loaded = Loaded.of(settings)
+    loaded = ModelState.of(settings)
     if loaded.fault is not None:
         _end(1, loaded.fault.detail)
     sys.stdout.write(f"MODELS={settings.models}, MODELS_DIR={settings.models_dir}\n")
@@ -103,7 +103,7 @@ def check_storage(settings: Settings) -> None:
     sys.exit(1 if faults else 0)
 
 
-def tend_dead_letters(data_dir: Path, action: str, ids: list[str]) -> None:
+def manage_dead_letters(data_dir: Path, action: str, ids: list[str]) -> None:
     """List the pictures that the storage refused for good, have them brought again, or remove them; a server may run.
 
     Exits with 2 for an id that is not there, and with 1 when one of them cannot be moved.

@@ -12,26 +12,26 @@ from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
 
 from stable_diffusion_server.api.automatic1111 import routes as sdapi
-from stable_diffusion_server.api.dialect_context import House
-from stable_diffusion_server.api.dispatch import Answering
-from stable_diffusion_server.api.event_stream import Followers
-from stable_diffusion_server.api.middleware.access import BodyLimit, Gate
-from stable_diffusion_server.api.middleware.access_policy import Policy, allowed_host_names
-from stable_diffusion_server.api.middleware.api_keys import Key, Keyring, hashed
-from stable_diffusion_server.api.middleware.body_intake import BodyIntake
-from stable_diffusion_server.api.middleware.origins import Origins
-from stable_diffusion_server.api.middleware.proxy_headers import Proxies
+from stable_diffusion_server.api.dialect_context import DialectContext
+from stable_diffusion_server.api.dispatch import RequestDispatcher
+from stable_diffusion_server.api.event_stream import FollowerLimiter
+from stable_diffusion_server.api.middleware.access import AccessMiddleware, BodyLimitMiddleware
+from stable_diffusion_server.api.middleware.access_policy import AccessPolicy, allowed_host_names
+from stable_diffusion_server.api.middleware.api_keys import ApiKeyring, HashedApiKey, hashed
+from stable_diffusion_server.api.middleware.body_intake import BodyIntakeMiddleware
+from stable_diffusion_server.api.middleware.origins import OriginPolicy
+from stable_diffusion_server.api.middleware.proxy_headers import TrustedProxies
 from stable_diffusion_server.api.openai import routes
 from stable_diffusion_server.api.openapi import docs_page, document
 from stable_diffusion_server.api.previews import EncodedPreviews
 from stable_diffusion_server.api.routes import files, generate, history, replay
 from stable_diffusion_server.api.routes import jobs as job_doors
-from stable_diffusion_server.app.storage import Stores
-from stable_diffusion_server.generation.interfaces import Decode
-from stable_diffusion_server.generation.replay import Replays
-from stable_diffusion_server.generation.resolver import Options
-from stable_diffusion_server.generation.service import Service
-from stable_diffusion_server.jobs.manager import Jobs
+from stable_diffusion_server.app.storage import StorageStack
+from stable_diffusion_server.generation.interfaces import DecodeImage
+from stable_diffusion_server.generation.replay import ReplayService
+from stable_diffusion_server.generation.resolver import GenerationOptions
+from stable_diffusion_server.generation.service import GenerationService
+from stable_diffusion_server.jobs.manager import JobManager
 from stable_diffusion_server.observability.metrics import Metrics
 from stable_diffusion_server.observability.tracing import Tracing
 from stable_diffusion_server.settings import Settings
@@ -44,9 +44,9 @@ def add_middleware(
     app: FastAPI, settings: Settings, metrics: Metrics, tracing: Tracing, visitor_key: Callable[[Headers], str | None]
 ) -> None:
     """What every request passes, the last added first: CORS (refusals need its headers), gate, intake and count."""
-    policy = Policy(
+    policy = AccessPolicy(
         hosts=allowed_host_names(settings.host, settings.allowed_hosts, settings.public_base_url),
-        origins=Origins(frozenset(settings.cors_origins), settings.allow_same_site),
+        origins=OriginPolicy(frozenset(settings.cors_origins), settings.allow_same_site),
         keys=build_keyring(settings),
         visitor_key=visitor_key,
         allow_anonymous=settings.allow_anonymous,
@@ -58,16 +58,18 @@ def add_middleware(
     )
     if policy.keys and policy.allow_anonymous:
         _log.warning("API_KEYS and ALLOW_ANONYMOUS=1 are both set: clients without a key may draw, as strangers")
-    proxies = Proxies(tuple(ip_network(entry) for entry in settings.trusted_proxies))
-    app.add_middleware(BodyLimit, policy=policy)
+    proxies = TrustedProxies(tuple(ip_network(entry) for entry in settings.trusted_proxies))
+    app.add_middleware(BodyLimitMiddleware, policy=policy)
     app.add_middleware(
-        BodyIntake,
+        BodyIntakeMiddleware,
         policy=policy,
         seconds=settings.body_timeout,
         min_rate=settings.body_min_rate,
         max_bytes=settings.bodies_bytes,
     )
-    app.add_middleware(Gate, policy=policy, proxies=proxies, visited=metrics.visited, tracing=tracing)
+    app.add_middleware(
+        AccessMiddleware, policy=policy, proxies=proxies, visited=metrics.record_request, tracing=tracing
+    )
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -85,37 +87,48 @@ def add_middleware(
         )
 
 
-def add_doors(app: FastAPI, settings: Settings, service: Service, jobs: Jobs, stores: Stores, options: Options) -> None:
+def add_routes(
+    app: FastAPI,
+    settings: Settings,
+    service: GenerationService,
+    jobs: JobManager,
+    stores: StorageStack,
+    options: GenerationOptions,
+) -> None:
     """The doors that draw, those to jobs, and those to what was drawn."""
     url_of = stores.url_of
-    answering = Answering(service, jobs, url_of, stores.base_of)
-    app.include_router(generate.router(answering, options.limits, url_of, get_generates=settings.get_generates))
-    house = build_house(settings, options)
-    app.include_router(routes.router(service, answering, house, url_of))
+    answering = RequestDispatcher(service, jobs, url_of, stores.base_of)
+    app.include_router(
+        generate.generate_router(answering, options.limits, url_of, get_generates=settings.get_generates)
+    )
+    house = build_dialect_context(settings, options)
+    app.include_router(routes.openai_router(service, answering, house, url_of))
     previews = EncodedPreviews()
-    followers = Followers(settings.followers, settings.followers_per_caller, settings.followers_per_job)
-    app.include_router(sdapi.router(service, house, url_of, previews))
-    app.include_router(job_doors.router(jobs, url_of, followers, previews))
-    app.include_router(files.router(stores.bucket, stores.shelf, stores.signer, stores.folder))
-    app.include_router(history.router(stores.shelf, url_of))
-    app.include_router(docs_page.router())
+    followers = FollowerLimiter(settings.followers, settings.followers_per_caller, settings.followers_per_job)
+    app.include_router(sdapi.automatic1111_router(service, house, url_of, previews))
+    app.include_router(job_doors.jobs_router(jobs, url_of, followers, previews))
+    app.include_router(files.files_router(stores.bucket, stores.shelf, stores.signer, stores.folder))
+    app.include_router(history.history_router(stores.shelf, url_of))
+    app.include_router(docs_page.docs_router())
 
     def schedulers() -> dict[str, tuple[str, ...]]:
         return {name: facts.schedulers for name, facts in options.models.items()}
 
-    document.install(app, schedulers, keys_needed=bool(settings.read_keys()))
+    document.install_openapi(app, schedulers, keys_needed=bool(settings.read_keys()))
 
 
-def add_replay(app: FastAPI, service: Service, stores: Stores, options: Options, decode: Decode) -> None:
+def add_replay(
+    app: FastAPI, service: GenerationService, stores: StorageStack, options: GenerationOptions, decode: DecodeImage
+) -> None:
     """The door that draws a picture again."""
-    replays = Replays(service, decode, options, stores.shelf.entry_of)
-    app.include_router(replay.router(replays, options.limits, stores.url_of))
+    replays = ReplayService(service, decode, options, stores.shelf.entry_of)
+    app.include_router(replay.replay_router(replays, options.limits, stores.url_of))
 
 
-def build_house(settings: Settings, options: Options) -> House:
+def build_dialect_context(settings: Settings, options: GenerationOptions) -> DialectContext:
     """What the dialects' doors know of the server."""
     pairs = (entry.partition("=") for entry in settings.model_aliases)
-    return House(
+    return DialectContext(
         limits=options.limits,
         models=options.models,
         default_model=options.default_model,
@@ -126,10 +139,10 @@ def build_house(settings: Settings, options: Options) -> House:
     )
 
 
-def build_keyring(settings: Settings) -> Keyring:
+def build_keyring(settings: Settings) -> ApiKeyring:
     """The keys of the settings, their secrets hashed."""
-    return Keyring(
-        Key(
+    return ApiKeyring(
+        HashedApiKey(
             Caller(key.name, key.prefix, key.admin),
             hashed(key.secret.get_secret_value()),
             _rate(key.rate),

@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 from stable_diffusion_server.api.schemas.wire import job_body
-from stable_diffusion_server.app.storage import Stores
-from stable_diffusion_server.generation.service import Service
-from stable_diffusion_server.jobs.events import Standing
-from stable_diffusion_server.jobs.manager import Jobs
-from stable_diffusion_server.jobs.policy import Rules
-from stable_diffusion_server.jobs.store.records import Entry
-from stable_diffusion_server.jobs.store.sqlite_store import Journal
-from stable_diffusion_server.net.url_policy import Allowance
-from stable_diffusion_server.net.webhook_client import Poster
+from stable_diffusion_server.app.storage import StorageStack
+from stable_diffusion_server.generation.service import GenerationService
+from stable_diffusion_server.jobs.events import JobStatus
+from stable_diffusion_server.jobs.manager import JobManager
+from stable_diffusion_server.jobs.policy import JobPolicy
+from stable_diffusion_server.jobs.store.records import JobRecord
+from stable_diffusion_server.jobs.store.sqlite_store import SqliteJobStore
+from stable_diffusion_server.net.url_policy import UrlPolicy
+from stable_diffusion_server.net.webhook_client import WebhookClient
 from stable_diffusion_server.observability.crash_reports import DeviceRecord
 from stable_diffusion_server.parsing.strict_json import dumps
 from stable_diffusion_server.settings import Settings
 from stable_diffusion_server.types import Caller
 
 
-def build_jobs(settings: Settings, service: Service, stores: Stores, record: DeviceRecord) -> Jobs:
+def build_jobs(
+    settings: Settings, service: GenerationService, stores: StorageStack, record: DeviceRecord
+) -> JobManager:
     """The jobs over a service, nothing opened or started."""
 
-    def describe(entry: Entry) -> str:
-        return dumps(job_body(Standing.of(entry), lambda key: stores.url_at(entry.base, key)))
+    def describe(entry: JobRecord) -> str:
+        return dumps(job_body(JobStatus.of(entry), lambda key: stores.url_at(entry.base, key)))
 
-    rules = Rules(
+    rules = JobPolicy(
         most_waiting=settings.jobs_waiting,
         journal_bytes=settings.journal_bytes,
         at_once=settings.jobs_at_once,
@@ -34,11 +36,11 @@ def build_jobs(settings: Settings, service: Service, stores: Stores, record: Dev
         longest=settings.max_timeout,
         webhook_secret=settings.webhook_secret.get_secret_value(),
     )
-    journal = Journal(settings.data_dir / "journal.db", settings.journal_bytes)
-    poster = Poster(settings.fetch_timeout, [Allowance.parse(entry) for entry in settings.fetch_allow])
+    journal = SqliteJobStore(settings.data_dir / "journal.db", settings.journal_bytes)
+    poster = WebhookClient(settings.fetch_timeout, [UrlPolicy.parse(entry) for entry in settings.fetch_allow])
     callers = {key.name: Caller(key.name, key.prefix, key.admin) for key in settings.read_keys()}
 
     def current(caller: Caller) -> Caller:
         return callers.get(caller.name, caller)
 
-    return Jobs(service, journal, rules, describe, poster, record, current)
+    return JobManager(service, journal, rules, describe, poster, record, current)

@@ -27,7 +27,7 @@ _ARRIVING_SECONDS = 0.25
 _LOOK_EVERY = 0.02
 
 
-def leave_soon() -> None:
+def exit_soon() -> None:
     """End the process in a moment with its own exit status, so that whoever supervises it starts another.
 
     Not by the ordinary way out: what would be closed there may wait for the lost device for ever.
@@ -90,7 +90,7 @@ class Shutdown:
             server.config.timeout_graceful_shutdown = math.ceil(self.seconds_left()) + 1
 
 
-class ClosesWhileStopping:
+class CloseConnectionsMiddleware:
     """ASGI middleware: has clients close their connection after an answer, once the server stops."""
 
     def __init__(self, app: ASGIApp, shutdown: Shutdown) -> None:
@@ -117,7 +117,7 @@ class ClosesWhileStopping:
 
 
 @contextmanager
-def drained_by_signals(shutdown: Shutdown, *drains: Callable[[], object]) -> Iterator[None]:
+def drain_on_signal(shutdown: Shutdown, *drains: Callable[[], object]) -> Iterator[None]:
     """Have a signal take no more work, before what the server program does with it; a second one end all at once.
 
     uvicorn closes its sockets first, and breaks off who comes while pictures are drawn: it is told when they are.

@@ -6,27 +6,27 @@ import platform
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from stable_diffusion_server.app.models import Loaded
-from stable_diffusion_server.app.storage import Stores
+from stable_diffusion_server.app.models import ModelState
+from stable_diffusion_server.app.storage import StorageStack
 from stable_diffusion_server.engine import Engine
-from stable_diffusion_server.jobs.manager import Jobs
+from stable_diffusion_server.jobs.manager import JobManager
 from stable_diffusion_server.observability.metrics import Metrics, Sample
 
 _MODEL = ("name", "folder", "revision", "device", "dtype", "residency", "quantization")
 
 
-def show(
+def register_metrics(
     metrics: Metrics,
     version: str,
     engine: Engine[Any, Any],
-    jobs: Jobs,
-    stores: Stores,
-    loaded: Loaded,
+    jobs: JobManager,
+    stores: StorageStack,
+    loaded: ModelState,
     missing: Callable[[], list[str]],
 ) -> None:
     """Have the figures of all rooms among the metrics; they are asked for when someone reads them."""
-    metrics.state("sds_build_info", "What runs", {"version": version, "python": platform.python_version()})
-    metrics.show("sds_ready", "1 while the server can draw", lambda: float(not missing()))
+    metrics.register_info("sds_build_info", "What runs", {"version": version, "python": platform.python_version()})
+    metrics.register_gauge("sds_ready", "1 while the server can draw", lambda: float(not missing()))
     _show_engine(metrics, engine)
     _show_stores(metrics, jobs, stores)
     _show_models(metrics, loaded)
@@ -42,39 +42,43 @@ def _show_engine(metrics: Metrics, engine: Engine[Any, Any]) -> None:
             for size, seconds in figure.step_seconds.items():
                 yield (figure.label, str(size)), seconds
 
-    metrics.show("sds_queue_waiting", "Jobs waiting", lambda: float(engine.waiting))
-    metrics.show("sds_queue_running", "Jobs on the device", lambda: float(engine.running))
-    metrics.show("sds_batch_cap", "Most jobs of a shape that share a step", caps, ["shape"])
-    metrics.show("sds_step_seconds", "Seconds of one step, measured", paces, ["shape", "jobs"])
+    metrics.register_gauge("sds_queue_waiting", "Jobs waiting", lambda: float(engine.waiting))
+    metrics.register_gauge("sds_queue_running", "Jobs on the device", lambda: float(engine.running))
+    metrics.register_gauge("sds_batch_cap", "Most jobs of a shape that share a step", caps, ["shape"])
+    metrics.register_gauge("sds_step_seconds", "Seconds of one step, measured", paces, ["shape", "jobs"])
 
 
-def _show_stores(metrics: Metrics, jobs: Jobs, stores: Stores) -> None:
+def _show_stores(metrics: Metrics, jobs: JobManager, stores: StorageStack) -> None:
     def accepted() -> Iterator[Sample]:
         waiting, running, _ = jobs.figures()
         yield ("waiting",), waiting
         yield ("running",), running
 
-    metrics.show("sds_accepted_jobs", "Accepted jobs that have not ended", accepted, ["state"])
-    metrics.show("sds_journal_bytes", "Bytes on disk of the journal of jobs", lambda: float(jobs.figures()[2]))
-    metrics.show("sds_journal_usable", "1 while jobs can be written down", lambda: float(jobs.usable))
+    metrics.register_gauge("sds_accepted_jobs", "Accepted jobs that have not ended", accepted, ["state"])
+    metrics.register_gauge(
+        "sds_journal_bytes", "Bytes on disk of the journal of jobs", lambda: float(jobs.figures()[2])
+    )
+    metrics.register_gauge("sds_journal_usable", "1 while jobs can be written down", lambda: float(jobs.usable))
 
     def waiting(name: str) -> Callable[[], float]:
         return lambda: float(stores.waiting().get(name, 0))
 
-    metrics.show("sds_spool_pictures", "Pictures that wait for the storage", waiting("pictures"))
-    metrics.show("sds_spool_bytes", "Bytes on disk of the pictures that wait", waiting("bytes"))
-    metrics.show("sds_spool_oldest_seconds", "Age of the oldest picture that waits", waiting("oldest_seconds"))
-    metrics.show("sds_dead_letters", "Pictures that the storage refused for good", waiting("dead_letters"))
-    metrics.show("sds_storage_failures", "Times the storage was found down", waiting("failures"), counts=True)
+    metrics.register_gauge("sds_spool_pictures", "Pictures that wait for the storage", waiting("pictures"))
+    metrics.register_gauge("sds_spool_bytes", "Bytes on disk of the pictures that wait", waiting("bytes"))
+    metrics.register_gauge(
+        "sds_spool_oldest_seconds", "Age of the oldest picture that waits", waiting("oldest_seconds")
+    )
+    metrics.register_gauge("sds_dead_letters", "Pictures that the storage refused for good", waiting("dead_letters"))
+    metrics.register_gauge("sds_storage_failures", "Times the storage was found down", waiting("failures"), counts=True)
 
 
-def _show_models(metrics: Metrics, loaded: Loaded) -> None:
+def _show_models(metrics: Metrics, loaded: ModelState) -> None:
     def models() -> Iterator[Sample]:
-        for model in loaded.told():
+        for model in loaded.describe():
             yield tuple(str(model[fact]) for fact in _MODEL), 1
 
     def sizes() -> Iterator[Sample]:
-        for model in loaded.told():
+        for model in loaded.describe():
             yield (str(model["name"]),), float(str(model["bytes"]))
 
     def memory() -> Iterator[Sample]:
@@ -82,12 +86,12 @@ def _show_models(metrics: Metrics, loaded: Loaded) -> None:
             for kind, size in kinds.items():
                 yield (device, kind), size
 
-    metrics.show("sds_model_info", "The models that draw", models, _MODEL)
-    metrics.show("sds_model_bytes", "Bytes of a model's weights", sizes, ["name"])
+    metrics.register_gauge("sds_model_info", "The models that draw", models, _MODEL)
+    metrics.register_gauge("sds_model_bytes", "Bytes of a model's weights", sizes, ["name"])
 
     def caches() -> Iterator[Sample]:
         for name, size in loaded.prompt_caches().items():
             yield (name,), size
 
-    metrics.show("sds_prompt_cache_bytes", "Bytes of encoded prompts that are kept", caches, ["name"])
-    metrics.show("sds_device_memory_bytes", "Memory of the devices that draw", memory, ["device", "kind"])
+    metrics.register_gauge("sds_prompt_cache_bytes", "Bytes of encoded prompts that are kept", caches, ["name"])
+    metrics.register_gauge("sds_device_memory_bytes", "Memory of the devices that draw", memory, ["device", "kind"])

@@ -11,24 +11,24 @@ from typing import Any, Protocol
 import structlog
 
 from stable_diffusion_server.app.warmup import warm_up
-from stable_diffusion_server.engine import Abilities, Denoiser, Engine
-from stable_diffusion_server.errors import NotReady, WeightsUnusable
-from stable_diffusion_server.generation.limits import Limits
-from stable_diffusion_server.generation.resolver import Options
+from stable_diffusion_server.engine import Denoiser, DenoiserCapabilities, Engine
+from stable_diffusion_server.errors import ModelLoadError, NotReady
+from stable_diffusion_server.generation.limits import RequestLimits
+from stable_diffusion_server.generation.resolver import GenerationOptions
 from stable_diffusion_server.imaging.formats import ALWAYS
-from stable_diffusion_server.imaging.sandbox.pool import Decoder
-from stable_diffusion_server.net.image_fetcher import Bounds, Fetcher
-from stable_diffusion_server.net.url_policy import Allowance
-from stable_diffusion_server.observability.console_progress import ConsoleProgress, Heartbeat, each
+from stable_diffusion_server.imaging.sandbox.pool import DecoderPool
+from stable_diffusion_server.net.image_fetcher import FetchLimits, ImageFetcher
+from stable_diffusion_server.net.url_policy import UrlPolicy
+from stable_diffusion_server.observability.console_progress import ConsoleProgress, Heartbeat, broadcast
 from stable_diffusion_server.observability.metrics import Metrics
 from stable_diffusion_server.pipelines.catalog import (
     MODELS,
     REAL_MODELS,
-    ModelFacts,
+    ModelSpec,
     choose_models,
-    not_read,
     with_lcm,
     with_quantization,
+    without_identity,
 )
 from stable_diffusion_server.pipelines.conditioning.lora_folder import LoraFolder
 from stable_diffusion_server.pipelines.loading.weight_digest import WeightDigests
@@ -38,7 +38,7 @@ from stable_diffusion_server.settings.library_env import keep_compiled
 _log = structlog.get_logger(__name__)
 
 
-class Models(Denoiser[Any, Any], Protocol):
+class ModelBackend(Denoiser[Any, Any], Protocol):
     """What draws, and what counts a prompt's tokens as the model reads them."""
 
     def count_tokens(self, model: str, prompt: str) -> int:
@@ -46,7 +46,7 @@ class Models(Denoiser[Any, Any], Protocol):
 
 
 @dataclass(slots=True)
-class Loaded:
+class ModelState:
     """The models that draw: what is known of them before, and they themselves once the engine's thread has them.
 
     `facts` are those of the models the settings ask for (`asked`) until those that were loaded take their places, with
@@ -55,17 +55,17 @@ class Loaded:
     adapters.
     """
 
-    facts: dict[str, ModelFacts]
-    fault: WeightsUnusable | None = None
+    facts: dict[str, ModelSpec]
+    fault: ModelLoadError | None = None
     usual: str = "sdxl"
-    asked: Mapping[str, ModelFacts] = field(default_factory=dict)
-    models: Models | None = None
+    asked: Mapping[str, ModelSpec] = field(default_factory=dict)
+    models: ModelBackend | None = None
     unusable: dict[str, str] = field(default_factory=dict)
     progress: Callable[[], str] = str
     loras: LoraFolder = field(default_factory=lambda: LoraFolder(None))
 
     @classmethod
-    def of(cls, settings: Settings) -> Loaded:
+    def of(cls, settings: Settings) -> ModelState:
         """What the settings ask for, by what lies in the models' folder."""
         folders = {facts.folder for candidates in REAL_MODELS.values() for facts in candidates}
         places = {folder: settings.models_dir / folder for folder in folders}
@@ -74,11 +74,11 @@ class Loaded:
         wanted = settings.hub_models or (settings.text_to_image_model,)
         try:
             chosen = choose_models(settings.models, present, wanted)
-        except WeightsUnusable as error:
+        except ModelLoadError as error:
             return cls(dict(MODELS), error, settings.text_to_image_model, loras=_loras_of(settings))
         lcm = with_lcm if settings.load_lcm_lora else lambda facts: facts
         asked = {name: with_quantization(lcm(facts), settings.quantize) for name, facts in chosen.items()}
-        unread = {name: not_read(facts) for name, facts in asked.items()}
+        unread = {name: without_identity(facts) for name, facts in asked.items()}
         return cls(unread, usual=settings.text_to_image_model, asked=asked, loras=_loras_of(settings))
 
     def count_tokens(self, model: str, prompt: str) -> int:
@@ -87,7 +87,7 @@ class Loaded:
             raise NotReady("The models are loading.", retry_after=5)
         return self.models.count_tokens(model, prompt)
 
-    def told(self) -> list[dict[str, object]]:
+    def describe(self) -> list[dict[str, object]]:
         """What is loaded, for people: name, folder, revision, device, placement, bytes and adapters of each model.
 
         And what it does where an order leaves it open: whether it is taken, its steps, guidance and native pixels.
@@ -108,7 +108,7 @@ class Loaded:
         """The adapters that a model here can be drawn with, each with its digest, which is read when looked up."""
         return self.loras.offered({facts.denoiser for facts in self.facts.values()})
 
-    def _adapters_told(self, facts: ModelFacts) -> dict[str, object]:
+    def _adapters_told(self, facts: ModelSpec) -> dict[str, object]:
         return {
             "loras": self.loras.names({facts.denoiser}),
             "unusable_loras": list(self.loras.faults().values()),
@@ -138,7 +138,7 @@ def _loras_of(settings: Settings) -> LoraFolder:
     return LoraFolder(settings.lora_dir, settings.max_lora_bytes)
 
 
-def _habits(facts: ModelFacts) -> dict[str, object]:
+def _habits(facts: ModelSpec) -> dict[str, object]:
     return {
         "default_steps": facts.default_steps,
         "default_guidance": facts.default_guidance,
@@ -148,16 +148,16 @@ def _habits(facts: ModelFacts) -> dict[str, object]:
     }
 
 
-def load_models(settings: Settings, loaded: Loaded) -> Models:
-    """The models of the settings, loaded. Takes seconds. Raises `WeightsUnusable`."""
+def load_models(settings: Settings, loaded: ModelState) -> ModelBackend:
+    """The models of the settings, loaded. Takes seconds. Raises `ModelLoadError`."""
     if loaded.fault is not None:
         raise loaded.fault
     keep_compiled((settings.data_dir / "compiled").resolve())
     # Imported here, on the engine's thread: torch takes seconds, and the port should answer meanwhile.
     from stable_diffusion_server.pipelines import registry
-    from stable_diffusion_server.pipelines.loading.hub import Hub
+    from stable_diffusion_server.pipelines.loading.hub import HubClient
 
-    hub = Hub(settings.revisions(), settings.data_dir / "hub.json") if settings.models == "hub" else None
+    hub = HubClient(settings.revisions(), settings.data_dir / "hub.json") if settings.models == "hub" else None
     if hub is not None:
         loaded.progress = lambda: hub.progress
     options = registry.LoadOptions(
@@ -187,8 +187,8 @@ def load_models(settings: Settings, loaded: Loaded) -> Models:
 
 def build_engine(
     settings: Settings,
-    loaded: Loaded,
-    load: Callable[[Settings], Models] | None,
+    loaded: ModelState,
+    load: Callable[[Settings], ModelBackend] | None,
     metrics: Metrics,
     settle: Callable[[], object],
     ready: Callable[[], object],
@@ -197,13 +197,13 @@ def build_engine(
 ) -> Engine[Any, Any]:
     """The engine with the observers of its events, not started."""
 
-    def load_and_tell() -> Models:
+    def load_and_tell() -> ModelBackend:
         started = perf_counter()
         loaded.models = load(settings) if load is not None else load_models(settings, loaded)
         _log.info("models loaded", seconds=round(perf_counter() - started, 1))
         return loaded.models
 
-    def begin(models: Denoiser[Any, Any], abilities: Abilities) -> None:
+    def begin(models: Denoiser[Any, Any], abilities: DenoiserCapabilities) -> None:
         together = settings.max_batch > 1
         warm_up(models, abilities, loaded.facts, settings.sizes_to_warm(), together=together)
         settle()
@@ -219,7 +219,7 @@ def build_engine(
         max_batch=settings.max_batch,
         lanes=settings.lanes,
         learn=True,
-        observe=each(observers),
+        observe=broadcast(observers),
         begin=begin,
         ready=ready,
         poisoned=poisoned,
@@ -228,9 +228,9 @@ def build_engine(
     return engine
 
 
-def options_of(settings: Settings, loaded: Loaded) -> Options:
+def generation_options(settings: Settings, loaded: ModelState) -> GenerationOptions:
     """What an order may ask for, and what is taken where it asks for nothing."""
-    limits = Limits(
+    limits = RequestLimits(
         min_side=settings.min_side,
         max_side=settings.max_side,
         max_steps=settings.max_steps,
@@ -238,7 +238,7 @@ def options_of(settings: Settings, loaded: Loaded) -> Options:
         max_prompt_characters=settings.max_prompt_characters,
         max_timeout=settings.max_timeout,
     )
-    return Options(
+    return GenerationOptions(
         limits,
         settings.text_to_image_model,
         settings.bucket_path,
@@ -250,15 +250,15 @@ def options_of(settings: Settings, loaded: Loaded) -> Options:
     )
 
 
-def build_readers(settings: Settings) -> tuple[Fetcher, Decoder]:
+def build_readers(settings: Settings) -> tuple[ImageFetcher, DecoderPool]:
     """What turns URLs into bytes, and bytes into pixels; nothing is started before the first picture."""
     formats = (*ALWAYS, *(name.upper() for name in settings.extra_image_formats))
-    fetcher = Fetcher(
-        Bounds(max_bytes=settings.max_image_bytes, total=settings.fetch_timeout),
-        [Allowance.parse(entry) for entry in settings.fetch_allow],
+    fetcher = ImageFetcher(
+        FetchLimits(max_bytes=settings.max_image_bytes, total=settings.fetch_timeout),
+        [UrlPolicy.parse(entry) for entry in settings.fetch_allow],
         formats=formats,
     )
-    decoder = Decoder(
+    decoder = DecoderPool(
         max_bytes=settings.max_image_bytes,
         max_pixels=settings.max_image_pixels,
         max_side=settings.max_image_side,

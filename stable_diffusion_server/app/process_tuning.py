@@ -18,7 +18,7 @@ _M_TRIM_THRESHOLD, _KEPT_FREE = -1, 1 << 30
 _TRIM_SECONDS = 30
 
 
-def settle() -> None:
+def freeze_gc() -> None:
     """Drop what is garbage now and have the collector never look at the rest again.
 
     The models' libraries are some million objects. Python's full collections went through all of them every few
@@ -29,7 +29,7 @@ def settle() -> None:
     gc.freeze()
 
 
-def tend_heap() -> None:
+def tune_malloc() -> None:
     """Have all threads take memory from the same two heaps, and give back what is free in them every half minute.
 
     Nothing where the C library is not glibc. Call it once, before there are threads.

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from stable_diffusion_server.app.models import Loaded
-from stable_diffusion_server.app.storage import Stores
+from stable_diffusion_server.app.models import ModelState
+from stable_diffusion_server.app.storage import StorageStack
 from stable_diffusion_server.engine import Engine
-from stable_diffusion_server.generation.resolver import Options
-from stable_diffusion_server.generation.service import Service
-from stable_diffusion_server.imaging.sandbox.pool import Decoder
-from stable_diffusion_server.net.image_fetcher import Fetcher
-from stable_diffusion_server.observability.interfaces import Account
+from stable_diffusion_server.generation.resolver import GenerationOptions
+from stable_diffusion_server.generation.service import GenerationService
+from stable_diffusion_server.imaging.sandbox.pool import DecoderPool
+from stable_diffusion_server.net.image_fetcher import ImageFetcher
+from stable_diffusion_server.observability.interfaces import UsageMetrics
 from stable_diffusion_server.observability.tracing import Tracing
 from stable_diffusion_server.settings import Settings
 
@@ -19,16 +19,16 @@ from stable_diffusion_server.settings import Settings
 def build_service(
     settings: Settings,
     engine: Engine[Any, Any],
-    loaded: Loaded,
-    options: Options,
-    stores: Stores,
-    readers: tuple[Fetcher, Decoder],
-    account: Account,
+    loaded: ModelState,
+    options: GenerationOptions,
+    stores: StorageStack,
+    readers: tuple[ImageFetcher, DecoderPool],
+    account: UsageMetrics,
     tracing: Tracing,
-) -> Service:
+) -> GenerationService:
     """The service, nothing opened or started."""
     fetcher, decoder = readers
-    return Service(
+    return GenerationService(
         stores.bucket,
         engine,
         loaded.count_tokens,

@@ -9,25 +9,25 @@ import structlog
 from fastapi import Request
 
 from stable_diffusion_server.errors import ServerError
-from stable_diffusion_server.generation.library import Shelf
+from stable_diffusion_server.generation.library import ImageLibrary
 from stable_diffusion_server.generation.ownership import Ownership
 from stable_diffusion_server.observability.metrics import Metrics
 from stable_diffusion_server.settings import Settings
 from stable_diffusion_server.storage.api import Bucket, StorageOptions, open_bucket, url_path
-from stable_diffusion_server.storage.cached_bucket import Remembering
-from stable_diffusion_server.storage.history.index import Index
-from stable_diffusion_server.storage.history.writer import Recorder
-from stable_diffusion_server.storage.instrumented import Timed
+from stable_diffusion_server.storage.cached_bucket import CachedBucket
+from stable_diffusion_server.storage.history.index import HistoryIndex
+from stable_diffusion_server.storage.history.writer import HistoryWriter
+from stable_diffusion_server.storage.instrumented import InstrumentedBucket
 from stable_diffusion_server.storage.local import LocalBucket
-from stable_diffusion_server.storage.signed_urls import ServerSecret, Signer
-from stable_diffusion_server.storage.spool import Spool
-from stable_diffusion_server.storage.write_behind import Spooling
-from stable_diffusion_server.types import Stored
+from stable_diffusion_server.storage.signed_urls import ServerSecret, UrlSigner
+from stable_diffusion_server.storage.spool import UploadSpool
+from stable_diffusion_server.storage.write_behind import WriteBehindBucket
+from stable_diffusion_server.types import StoredObject
 
 _log = structlog.get_logger(__name__)
 
 
-class Stores:
+class StorageStack:
     """The bucket with what stands before it, the history beside it, and how a key becomes a URL. Opens nothing yet.
 
     `metrics` are told of the calls to a bucket elsewhere.
@@ -43,7 +43,7 @@ class Stores:
         self.secret = ServerSecret(*_secret_of(settings)) if settings.read_keys() else None
         keyed = self.secret.keyed if self.secret is not None else None
         self.ownership = Ownership(keyed, self.folder, private=settings.signed_url_seconds > 0)
-        self.shelf = Shelf(self.bucket, self.history, self.folder, self.ownership)
+        self.shelf = ImageLibrary(self.bucket, self.history, self.folder, self.ownership)
 
     def open(self, faults: dict[str, str]) -> None:
         """Make everything ready; what cannot be is kept in `faults` for `/readyz`, and the rest is served."""
@@ -69,13 +69,13 @@ class Stores:
         self.history.close()
         self.bucket.close()
 
-    def known(self, key: str) -> Stored | None:
+    def known(self, key: str) -> StoredObject | None:
         """What is known of a key without asking anyone."""
-        return self.bucket.known(key) if isinstance(self.bucket, Remembering | LocalBucket) else None
+        return self.bucket.known(key) if isinstance(self.bucket, CachedBucket | LocalBucket) else None
 
     def waiting(self) -> Mapping[str, float]:
-        """What waits for the storage, see `Spooling.figures`; nothing ever does before a folder."""
-        return self.bucket.figures() if isinstance(self.bucket, Remembering) else {}
+        """What waits for the storage, see `WriteBehindBucket.figures`; nothing ever does before a folder."""
+        return self.bucket.figures() if isinstance(self.bucket, CachedBucket) else {}
 
     def base_of(self, request: Request) -> str:
         """The base URL of this server as the client wrote it: PUBLIC_BASE_URL, where that is not the bucket's.
@@ -117,22 +117,26 @@ def _bucket_of(settings: Settings, metrics: Metrics) -> Bucket:
     bucket = open_bucket(StorageOptions.of(settings))
     if isinstance(bucket, LocalBucket):
         return bucket
-    spool = Spool(settings.data_dir / "spool", settings.spool_bytes)
-    spooling = Spooling(Timed(bucket, metrics.called), spool, settings.storage_timeout)
-    return Remembering(spooling, settings.known_keys, settings.known_seconds)
+    spool = UploadSpool(settings.data_dir / "spool", settings.spool_bytes)
+    spooling = WriteBehindBucket(
+        InstrumentedBucket(bucket, metrics.record_storage_call), spool, settings.storage_timeout
+    )
+    return CachedBucket(spooling, settings.known_keys, settings.known_seconds)
 
 
-def _history_of(settings: Settings) -> Recorder:
+def _history_of(settings: Settings) -> HistoryWriter:
     if not settings.history_entries:
-        return Recorder(None)
-    return Recorder(Index(settings.data_dir / "history.db", settings.history_entries, settings.history_days * 86_400))
+        return HistoryWriter(None)
+    return HistoryWriter(
+        HistoryIndex(settings.data_dir / "history.db", settings.history_entries, settings.history_days * 86_400)
+    )
 
 
-def _signer_of(settings: Settings) -> Signer | None:
+def _signer_of(settings: Settings) -> UrlSigner | None:
     """What signs this server's own addresses, where they are to be signed."""
     if not settings.signed_url_seconds:
         return None
-    return Signer(*_secret_of(settings), settings.signed_url_seconds)
+    return UrlSigner(*_secret_of(settings), settings.signed_url_seconds)
 
 
 def _secret_of(settings: Settings) -> tuple[str, Path]:

@@ -15,27 +15,27 @@ from starlette.routing import Route
 from stable_diffusion_server.settings import Settings
 from stable_diffusion_server.settings.library_env import quieten_gradio
 from stable_diffusion_server.ui import static_pages
-from stable_diffusion_server.ui.app import Entrance
-from stable_diffusion_server.ui.asgi_transport import Inside
-from stable_diffusion_server.ui.client_factory import COOKIE, Desks
-from stable_diffusion_server.ui.image_intake import Decode, Intake
-from stable_diffusion_server.ui.sessions import Guests
+from stable_diffusion_server.ui.app import LazyUiApp
+from stable_diffusion_server.ui.asgi_transport import StreamingASGITransport
+from stable_diffusion_server.ui.client_factory import COOKIE, ApiClients
+from stable_diffusion_server.ui.image_intake import DecodeUpload, ImageIntake
+from stable_diffusion_server.ui.sessions import SessionStore
 from stable_diffusion_server.ui.upload_routes import UploadRoutes
 from stable_diffusion_server.ui.upload_store import UploadLimits, UploadStore
 
 _GOOGLE, _AMAZON = "https://storage.googleapis.com", "https://*.amazonaws.com"
 
 
-def add_studio(
-    app: FastAPI, settings: Settings, decode: Decode, guests: Guests, settle: Callable[[], object]
-) -> Entrance:
+def mount_ui(
+    app: FastAPI, settings: Settings, decode: DecodeUpload, guests: SessionStore, settle: Callable[[], object]
+) -> LazyUiApp:
     """The way in, set into the app unless UI=0. Nothing of Gradio is loaded before someone asks for it.
 
     `decode` is the sandboxed decoder, `guests` are who has shown a key. `settle` is called when Gradio is loaded, on a
     thread.
     """
-    desks = Desks(httpx.AsyncClient(transport=Inside(app)), guests)
-    intake = Intake(decode, UploadStore(_limits(settings)), settings.max_image_bytes)
+    desks = ApiClients(httpx.AsyncClient(transport=StreamingASGITransport(app)), guests)
+    intake = ImageIntake(decode, UploadStore(_limits(settings)), settings.max_image_bytes)
 
     def build() -> FastAPI:
         quieten_gradio((settings.data_dir / "studio").resolve())
@@ -47,15 +47,15 @@ def add_studio(
         return built
 
     keyed = bool(settings.read_keys())
-    entrance = Entrance(build, desks, UploadRoutes(intake), keyed=keyed, sources=_sources(settings))
+    entrance = LazyUiApp(build, desks, UploadRoutes(intake), keyed=keyed, sources=_sources(settings))
     if settings.ui:
-        app.router.routes.append(Route("/favicon.ico", static_pages.icon, include_in_schema=False))
+        app.router.routes.append(Route("/favicon.ico", static_pages.favicon, include_in_schema=False))
         for path in ("/ui", "/ui/{rest:path}"):
             app.router.routes.append(Route(path, entrance, include_in_schema=False))
     return entrance
 
 
-def key_of_visitor(guests: Guests) -> Callable[[Headers], str | None]:
+def key_of_visitor(guests: SessionStore) -> Callable[[Headers], str | None]:
     """What tells the key that the visitor of a page has shown, from the headers of a request."""
     return lambda headers: guests.key_of(cookie_parser(headers.get("cookie", "")).get(COOKIE, ""))
 

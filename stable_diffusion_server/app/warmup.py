@@ -8,11 +8,11 @@ from typing import Any
 
 import structlog
 
-from stable_diffusion_server.engine import Abilities, Denoiser
-from stable_diffusion_server.errors import DevicePoisoned
+from stable_diffusion_server.engine import Denoiser, DenoiserCapabilities
+from stable_diffusion_server.errors import DeviceLost
 from stable_diffusion_server.imaging.processing import plan_canvas
-from stable_diffusion_server.pipelines.catalog import ModelFacts
-from stable_diffusion_server.types import Job, Task
+from stable_diffusion_server.pipelines.catalog import ModelSpec
+from stable_diffusion_server.types import DiffusionRequest, Task
 
 _log = structlog.get_logger(__name__)
 
@@ -21,8 +21,8 @@ _NO_GUIDANCE = 1.0
 
 def warm_up(
     models: Denoiser[Any, Any],
-    abilities: Abilities,
-    facts: Mapping[str, ModelFacts],
+    abilities: DenoiserCapabilities,
+    facts: Mapping[str, ModelSpec],
     sizes: Collection[tuple[int, int]],
     *,
     together: bool,
@@ -32,13 +32,13 @@ def warm_up(
     With `together` a second job joins the first after a step: a compiler takes a batch of one for a program of its own,
     and the first larger one for any other. What fails is told in the log and nothing else, since the engine can do what
     drawing alone cannot: it frees memory and tries again. Nothing is done where weights travel, which are not compiled.
-    Raises `DevicePoisoned`.
+    Raises `DeviceLost`.
     """
     for job in dict.fromkeys(_jobs(facts, sizes)) if abilities.resident else ():
         started = perf_counter()
         try:
             _draw(models, job, together=together)
-        except DevicePoisoned:
+        except DeviceLost:
             raise
         except Exception as error:
             abilities.release_memory()
@@ -48,7 +48,7 @@ def warm_up(
             _log.info("warmed up", model=job.model, width=job.width, height=job.height, seconds=seconds)
 
 
-def _draw(models: Denoiser[Any, Any], job: Job, *, together: bool) -> None:
+def _draw(models: Denoiser[Any, Any], job: DiffusionRequest, *, together: bool) -> None:
     first = models.prepare(job)
     models.step([first])
     states = [first, models.prepare(job)] if together else [first]
@@ -57,7 +57,7 @@ def _draw(models: Denoiser[Any, Any], job: Job, *, together: bool) -> None:
     models.finish(first)
 
 
-def _jobs(facts: Mapping[str, ModelFacts], sizes: Collection[tuple[int, int]]) -> Iterator[Job]:
+def _jobs(facts: Mapping[str, ModelSpec], sizes: Collection[tuple[int, int]]) -> Iterator[DiffusionRequest]:
     for model in facts.values():
         usual = model.default_guidance
         for guidance in (usual, _NO_GUIDANCE) if usual > _NO_GUIDANCE else (usual,):
@@ -65,4 +65,4 @@ def _jobs(facts: Mapping[str, ModelFacts], sizes: Collection[tuple[int, int]]) -
                 canvas = plan_canvas(width, height, model.native_pixels, model.floor)
                 words = (model.name, model.revision, "", "" if model.takes_negative_prompt else None)
                 drawn = (0, max(2, model.default_steps), guidance, model.default_scheduler)
-                yield Job(Task.TEXT_TO_IMAGE, *words, canvas.width, canvas.height, *drawn)
+                yield DiffusionRequest(Task.TEXT_TO_IMAGE, *words, canvas.width, canvas.height, *drawn)

@@ -10,7 +10,7 @@ from stable_diffusion_server.errors import DeadlineExceeded
 
 
 @asynccontextmanager
-async def within(seconds: float) -> AsyncIterator[None]:
+async def deadline(seconds: float) -> AsyncIterator[None]:
     """Cancel the block after so many seconds, and raise `DeadlineExceeded`."""
     try:
         async with asyncio.timeout(seconds) as deadline:

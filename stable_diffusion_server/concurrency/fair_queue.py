@@ -7,10 +7,10 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from stable_diffusion_server.concurrency.fair_limiter import FairLimiter
-from stable_diffusion_server.errors import Overasked
+from stable_diffusion_server.errors import RateLimited
 
 
-class FairQueue:
+class FairRequestQueue:
     """Lets `at_once` requests of all callers run at a time, and one caller have `most` of them running or waiting.
 
     `refusal` is the sentence that tells a caller who has more. On one event loop.
@@ -24,9 +24,9 @@ class FairQueue:
 
     @asynccontextmanager
     async def hold(self, caller: str) -> AsyncIterator[None]:
-        """Wait for this caller's turn, and hold it for as long as the block lasts. Raises `Overasked`."""
+        """Wait for this caller's turn, and hold it for as long as the block lasts. Raises `RateLimited`."""
         if self._asked[caller] >= self._most:
-            raise Overasked(self._refusal, retry_after=1)
+            raise RateLimited(self._refusal, retry_after=1)
         self._asked[caller] += 1
         try:
             async with self._limiter.hold(caller):

@@ -17,12 +17,12 @@ def may_hold_more(held: float, free: float) -> bool:
     return free > 0 and held < GROWTH * free
 
 
-def named(share: str) -> str:
+def by_caller(share: str) -> str:
     """A caller's share as a caller is told of it: what it goes by, and nothing else of the caller."""
     kind, _, name = share.partition(" ")
     return f"the key {name!r}" if kind == "key" else "your address"
 
 
-def largest(held: Mapping[str, float]) -> str:
+def largest_holder(held: Mapping[str, float]) -> str:
     """Who holds the most."""
     return max(held, key=lambda share: held[share])

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from stable_diffusion_server.engine.interface import P
-from stable_diffusion_server.engine.ticket import Seat, Ticket
-from stable_diffusion_server.types import Job
+from stable_diffusion_server.engine.ticket import RunningRequest, Ticket
+from stable_diffusion_server.types import DiffusionRequest
 
 # Samples kept of each group size, how many are enough to compare sizes, and how many shapes are remembered.
 KEPT, ENOUGH, SHAPES = 8, 4, 64
@@ -25,7 +25,7 @@ AUDIT = 512
 
 
 @dataclass(slots=True)
-class Pace:
+class ShapeProfile:
     """One shape's step times, and the largest group that is known to pay.
 
     `cap` is in force: `base` is settled, and another value is on trial. `ceiling` is where memory ended, `most` what
@@ -123,7 +123,7 @@ def _quickest(samples: Iterable[float]) -> float:
 
 
 @dataclass(frozen=True, slots=True)
-class Figure:
+class StepTimings:
     """A shape's figures for people: the cap in force, and seconds a step by group size."""
 
     label: str
@@ -131,7 +131,7 @@ class Figure:
     step_seconds: dict[int, float]
 
 
-class Paces:
+class BatchSizeTuner:
     """The paces of all shapes, safe from any thread.
 
     With `learn` a shape's groups begin at one and grow while a picture takes less time in a larger one; else
@@ -141,15 +141,15 @@ class Paces:
     def __init__(self, max_batch: int, *, learn: bool = False) -> None:
         self._max_batch = max_batch
         self._learn = learn
-        self._paces: OrderedDict[Hashable, Pace] = OrderedDict()
+        self._paces: OrderedDict[Hashable, ShapeProfile] = OrderedDict()
         self._lock = threading.Lock()
 
-    def cap(self, job: Job) -> int:
+    def cap(self, job: DiffusionRequest) -> int:
         """How many jobs of this shape may share a forward pass."""
         with self._lock:
             return self._of(job).cap
 
-    def stepped(self, job: Job, size: int, seconds: float, cost: float, *, more_wait: bool) -> None:
+    def record_step(self, job: DiffusionRequest, size: int, seconds: float, cost: float, *, more_wait: bool) -> None:
         """A group of `size` took a step; `more_wait` tells whether more of its shape would have joined.
 
         Sizes are judged by the `cost`: the seconds, or what of them the processor was the group's own.
@@ -162,18 +162,18 @@ class Paces:
             else:
                 pace.cap = pace.base = pace.ceiling
 
-    def drew(self, job: Job, seconds: float) -> None:
+    def record_overhead(self, job: DiffusionRequest, seconds: float) -> None:
         """A picture took so long beside its steps."""
         with self._lock:
             pace = self._of(job)
             pace.around = 0.8 * (pace.around or seconds) + 0.2 * seconds
 
-    def ran_out(self, job: Job, size: int) -> None:
+    def record_out_of_memory(self, job: DiffusionRequest, size: int) -> None:
         """A group of `size` was too large for the memory: halve it."""
         with self._lock:
             self._of(job).lower(size // 2)
 
-    def seconds_for(self, job: Job, steps: int, size: int = 1) -> float | None:
+    def seconds_for(self, job: DiffusionRequest, steps: int, size: int = 1) -> float | None:
         """How long so many steps of a job take in a group of that size, and what is around them.
 
         For a shape that was not measured yet: by another one of its model, by the number of pixels; else `None`.
@@ -181,7 +181,7 @@ class Paces:
         with self._lock:
             return self._seconds_for(job, steps, size)
 
-    def etas(self, line: Iterable[Ticket[P]], seats: Iterable[Seat[Any, P]]) -> list[float | None]:
+    def etas(self, line: Iterable[Ticket[P]], seats: Iterable[RunningRequest[Any, P]]) -> list[float | None]:
         """Seconds until each ticket of the line is drawn, with groups as large as they may be.
 
         What cannot be known counts as nothing for those behind it, and has no answer itself.
@@ -196,7 +196,7 @@ class Paces:
                 before += (own or 0.0) / cap
             return etas
 
-    def _seconds_for(self, job: Job, steps: int, size: int) -> float | None:
+    def _seconds_for(self, job: DiffusionRequest, steps: int, size: int) -> float | None:
         pace, scale = self._paces.get(job.shape), 1.0
         if pace is None or not pace.sizes():
             known = [other for other in self._paces.values() if other.model == job.model and other.sizes()]
@@ -206,19 +206,19 @@ class Paces:
             scale = job.width * job.height / pace.pixels
         return scale * (steps * (pace.seconds(size) or 0.0) + pace.around)
 
-    def figures(self) -> list[Figure]:
+    def figures(self) -> list[StepTimings]:
         """What is known, one figure for each label."""
         with self._lock:
             return [
-                Figure(pace.label, pace.cap, {n: s for n in pace.sizes() if (s := pace.seconds(n)) is not None})
+                StepTimings(pace.label, pace.cap, {n: s for n in pace.sizes() if (s := pace.seconds(n)) is not None})
                 for pace in {pace.label: pace for pace in self._paces.values()}.values()
             ]
 
-    def _of(self, job: Job) -> Pace:
+    def _of(self, job: DiffusionRequest) -> ShapeProfile:
         if job.shape not in self._paces:
             label = f"{job.model} {job.width}x{job.height}" + (" with adapters" if job.loras else "")
             start = 1 if self._learn else self._max_batch
-            self._paces[job.shape] = Pace(
+            self._paces[job.shape] = ShapeProfile(
                 label, job.model, job.width * job.height, self._max_batch, self._max_batch, start, start
             )
             if len(self._paces) > SHAPES:

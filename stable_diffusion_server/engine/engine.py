@@ -8,15 +8,15 @@ import time
 from collections.abc import Callable
 from typing import Generic
 
-from stable_diffusion_server.concurrency.fair_share import may_hold_more, named
-from stable_diffusion_server.engine.batch_tuner import Figure, Paces
-from stable_diffusion_server.engine.events import News
-from stable_diffusion_server.engine.interface import Abilities, Denoiser, P, Phase, S
-from stable_diffusion_server.engine.scheduler import Desk, Occupied
+from stable_diffusion_server.concurrency.fair_share import by_caller, may_hold_more
+from stable_diffusion_server.engine.batch_tuner import BatchSizeTuner, StepTimings
+from stable_diffusion_server.engine.events import EventDispatcher
+from stable_diffusion_server.engine.interface import Denoiser, DenoiserCapabilities, EngineState, P, S
+from stable_diffusion_server.engine.scheduler import Occupied, Scheduler
 from stable_diffusion_server.engine.ticket import Ticket
-from stable_diffusion_server.engine.worker import Lane
-from stable_diffusion_server.errors import Busy, InvalidInput, NotReady, WeightsUnusable
-from stable_diffusion_server.types import Event, Job
+from stable_diffusion_server.engine.worker import EngineWorker
+from stable_diffusion_server.errors import InvalidInput, ModelLoadError, NotReady, QueueFull
+from stable_diffusion_server.types import DiffusionRequest, EngineEvent
 
 
 class Engine(Generic[S, P]):
@@ -37,8 +37,8 @@ class Engine(Generic[S, P]):
         max_batch: int,
         lanes: int = 1,
         learn: bool = False,
-        observe: Callable[[Event], None] = lambda event: None,
-        begin: Callable[[Denoiser[S, P], Abilities], object] = lambda denoiser, abilities: None,
+        observe: Callable[[EngineEvent], None] = lambda event: None,
+        begin: Callable[[Denoiser[S, P], DenoiserCapabilities], object] = lambda denoiser, abilities: None,
         ready: Callable[[], object] = lambda: None,
         poisoned: Callable[[], object] = lambda: None,
         occupied: Occupied = lambda labels, alone: None,
@@ -49,11 +49,13 @@ class Engine(Generic[S, P]):
         self._lanes = lanes
         self._begin = begin
         self._ready = ready
-        self._desk: Desk[S, P] = Desk(Paces(max_batch, learn=learn), News(observe), poisoned, occupied)
+        self._desk: Scheduler[S, P] = Scheduler(
+            BatchSizeTuner(max_batch, learn=learn), EventDispatcher(observe), poisoned, occupied
+        )
         self._threads: list[threading.Thread] = []
 
     @property
-    def phase(self) -> Phase:
+    def phase(self) -> EngineState:
         """Where it is in its life."""
         return self._desk.phase
 
@@ -73,20 +75,20 @@ class Engine(Generic[S, P]):
         """Jobs on the device."""
         return len(self._desk.drawn)
 
-    def figures(self) -> list[Figure]:
+    def figures(self) -> list[StepTimings]:
         """Step times and batch caps by shape."""
         return self._desk.paces.figures()
 
     def start(self) -> None:
         """Start the device threads, the first of which loads the models. Returns at once."""
-        self._desk.enter(Phase.LOADING, "The models are loading.")
+        self._desk.enter(EngineState.LOADING, "The models are loading.")
         self._start(self._run, 1)
 
     def drain(self) -> None:
         """Take no more work and fail what was not begun; what was goes on to its end."""
-        if self.phase is not Phase.FAILED:
-            self._desk.enter(Phase.STOPPED, "The server is going down.")
-        self._desk.dismiss(running=False)
+        if self.phase is not EngineState.FAILED:
+            self._desk.enter(EngineState.STOPPED, "The server is going down.")
+        self._desk.fail_all(running=False)
 
     def stop(self, grace: float) -> None:
         """Drain, give what was begun `grace` seconds to end, and fail the rest with `NotReady`."""
@@ -94,37 +96,37 @@ class Engine(Generic[S, P]):
         end = time.monotonic() + grace
         for thread in self._threads:
             thread.join(max(0.0, end - time.monotonic()))
-        self._desk.dismiss(running=True)
+        self._desk.fail_all(running=True)
 
     def check_open(self, owner: str = "", *, background: bool = False) -> None:
-        """Raise `NotReady` until the models are loaded, `Busy` while the line is full, as `submit` would.
+        """Raise `NotReady` until the models are loaded, `QueueFull` while the line is full, as `submit` would.
 
-        `Busy` too for an owner who holds most of a line that is nearly full: others are to find room. Background work
-        is held to its share where it was accepted.
+        `QueueFull` too for an owner who holds most of a line that is nearly full: others are to find room. Background
+        work is held to its share where it was accepted.
         """
         desk = self._desk
         with desk.changed:
-            if desk.phase is not Phase.READY:
+            if desk.phase is not EngineState.READY:
                 raise NotReady(desk.reason, retry_after=5)
             waiting, held = len(desk.line), desk.line.held_by(owner) if owner and not background else 0
             if waiting < self._queue_limit and may_hold_more(held, self._queue_limit - waiting):
                 return
             retry_after = max(1, math.ceil(desk.etas()[-1] or waiting / self._max_batch))
-            whose = f", {held} of them for {named(owner)}: its share of {self._queue_limit}" if held else ""
-            raise Busy(f"{waiting} pictures are waiting already{whose}.", retry_after=retry_after)
+            whose = f", {held} of them for {by_caller(owner)}: its share of {self._queue_limit}" if held else ""
+            raise QueueFull(f"{waiting} pictures are waiting already{whose}.", retry_after=retry_after)
 
     def submit(
         self,
-        job: Job,
+        job: DiffusionRequest,
         *,
         owner: str = "",
         background: bool = False,
         previews: bool = False,
-        watch: Callable[[Event], None] | None = None,
+        watch: Callable[[EngineEvent], None] | None = None,
         label: str = "",
         exclusive: bool = False,
     ) -> Ticket[P]:
-        """Accept a job. Raises `NotReady` until the models are loaded, `Busy` as `check_open` does.
+        """Accept a job. Raises `NotReady` until the models are loaded, `QueueFull` as `check_open` does.
 
         With `exclusive` nothing else is on the device while it is; `label` names it to `occupied`. Owners take turns,
         and background work lets all other go first. `watch` is told of the job's events, on whichever thread they
@@ -153,29 +155,29 @@ class Engine(Generic[S, P]):
         self._threads.append(threading.Thread(target=run, name=f"engine-{number}", daemon=True))
         self._threads[-1].start()
 
-    def _check_lanes(self, abilities: Abilities) -> None:
+    def _check_lanes(self, abilities: DenoiserCapabilities) -> None:
         if self._lanes > 1 and abilities.unshareable:
-            raise WeightsUnusable(f"LANES={self._lanes} is not possible: {abilities.unshareable}")
+            raise ModelLoadError(f"LANES={self._lanes} is not possible: {abilities.unshareable}")
 
     def _run(self) -> None:
         """The first lane: load, let the others begin, draw."""
         desk = self._desk
         try:
             denoiser = self._load()
-            abilities = Abilities.of(denoiser)
+            abilities = DenoiserCapabilities.of(denoiser)
             self._lanes = self._lanes or abilities.best_lanes
             self._check_lanes(abilities)
             if self._lanes > 1:
                 abilities.enter_lane(self._lanes)
             self._begin(denoiser, abilities)
         except BaseException as error:  # whatever it is, /readyz has to say that no model will come
-            desk.give_up(error, "The models could not be loaded.")
+            desk.shut_down(error, "The models could not be loaded.")
             return
         prepare_lock = threading.Lock()
-        lanes = [Lane(desk, denoiser, abilities, prepare_lock, self._lanes) for _ in range(self._lanes)]
+        lanes = [EngineWorker(desk, denoiser, abilities, prepare_lock, self._lanes) for _ in range(self._lanes)]
         with desk.changed:
-            if desk.phase is Phase.LOADING:
-                desk.enter(Phase.READY, "")
+            if desk.phase is EngineState.LOADING:
+                desk.enter(EngineState.READY, "")
         self._ready()
         for number, lane in enumerate(lanes[1:], 2):
             self._start(lane.run, number)

@@ -12,21 +12,21 @@ import structlog
 from numpy.typing import NDArray
 
 from stable_diffusion_server.engine.ticket import Ticket
-from stable_diffusion_server.types import Event, EventKind
+from stable_diffusion_server.types import EngineEvent, EngineEventKind
 
 _log = structlog.get_logger(__name__)
 
 
-class News:
+class EventDispatcher:
     """Makes events and passes them on, one at a time; the faults of those who are told never reach the device."""
 
-    def __init__(self, observe: Callable[[Event], None]) -> None:
+    def __init__(self, observe: Callable[[EngineEvent], None]) -> None:
         self._observe = observe
         self._lock = threading.RLock()
 
-    def tell(
+    def dispatch(
         self,
-        kind: EventKind,
+        kind: EngineEventKind,
         ticket: Ticket[Any],
         state: Any = None,
         *,
@@ -43,20 +43,22 @@ class News:
             _pass_on(self._observe, event)
         _pass_on(ticket.watch, event)
 
-    def tell_position(self, ticket: Ticket[Any], position: int, eta_seconds: float | None) -> None:
+    def dispatch_position(self, ticket: Ticket[Any], position: int, eta_seconds: float | None) -> None:
         """Tell who watches a waiting job that it moved in the line; for all others that is no news."""
         if position != ticket.told_position:
             ticket.told_position = position
             state = ticket.seat.state if ticket.seat else None
-            _pass_on(ticket.watch, _event(EventKind.QUEUED, ticket, state, position=position, eta_seconds=eta_seconds))
+            _pass_on(
+                ticket.watch, _event(EngineEventKind.QUEUED, ticket, state, position=position, eta_seconds=eta_seconds)
+            )
 
 
-def _event(kind: EventKind, ticket: Ticket[Any], state: Any, **more: Any) -> Event:
+def _event(kind: EngineEventKind, ticket: Ticket[Any], state: Any, **more: Any) -> EngineEvent:
     index, steps = (state.index, state.steps) if state is not None else (0, ticket.job.num_inference_steps)
-    return Event(kind, ticket.id, index, steps, time.perf_counter() - ticket.accepted_at, **more)
+    return EngineEvent(kind, ticket.id, index, steps, time.perf_counter() - ticket.accepted_at, **more)
 
 
-def _pass_on(told: Callable[[Event], None] | None, event: Event) -> None:
+def _pass_on(told: Callable[[EngineEvent], None] | None, event: EngineEvent) -> None:
     try:
         if told is not None:
             told(event)

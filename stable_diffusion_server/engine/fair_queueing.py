@@ -16,7 +16,7 @@ from stable_diffusion_server.engine.ticket import Ticket
 
 
 @dataclass(frozen=True, slots=True)
-class Place(Generic[P]):
+class QueueEntry(Generic[P]):
     """A ticket in the line, and the tag it would be taken at."""
 
     tag: float
@@ -63,7 +63,7 @@ class FairQueue(Generic[P]):
         for owner in [owner for owner, tag in self._tags.items() if owner not in self._queues and tag <= self._now]:
             del self._tags[owner]
 
-    def in_order(self) -> list[Place[P]]:
+    def in_order(self) -> list[QueueEntry[P]]:
         """All tickets in the order in which they would be taken if nobody came."""
         heads = [
             (self._tags[owner], queue[0].queued_at, number, owner)
@@ -76,7 +76,7 @@ class FairQueue(Generic[P]):
         while heads:
             tag, _, number, owner = heapq.heappop(heads)
             ticket = nexts[owner]
-            order.append(Place(tag, ticket))
+            order.append(QueueEntry(tag, ticket))
             following = next(ahead[owner], None)
             if following is not None:
                 nexts[owner] = following

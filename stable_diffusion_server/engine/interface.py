@@ -10,14 +10,14 @@ from typing import Any, Generic, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from stable_diffusion_server.types import Job
+from stable_diffusion_server.types import DiffusionRequest
 
-S = TypeVar("S", bound="Steppable")
+S = TypeVar("S", bound="DenoisingState")
 P = TypeVar("P")
 P_co = TypeVar("P_co", covariant=True)
 
 
-class Steppable(Protocol):
+class DenoisingState(Protocol):
     """A job between two steps, as far as the engine has to know it."""
 
     index: int
@@ -36,9 +36,12 @@ class Steppable(Protocol):
 
 
 class Denoiser(Protocol[S, P_co]):
-    """What the engine draws with, called from the engine's own threads alone. It may offer more: see `Abilities`."""
+    """What the engine draws with, called from the engine's own threads alone.
 
-    def prepare(self, job: Job) -> S:
+    It may offer more: see `DenoiserCapabilities`.
+    """
+
+    def prepare(self, job: DiffusionRequest) -> S:
         """The job's state before its first step."""
 
     def step(self, states: Sequence[S]) -> None:
@@ -49,7 +52,7 @@ class Denoiser(Protocol[S, P_co]):
 
 
 @dataclass(frozen=True, slots=True)
-class Abilities:
+class DenoiserCapabilities:
     """What a denoiser can do beside the contract; whatever it has no attribute for is left out.
 
     `resident`: its weights stay on the device between drawings. `unshareable` says in a sentence why several
@@ -70,13 +73,13 @@ class Abilities:
     cpu_threads: int = 0
 
     @classmethod
-    def of(cls, denoiser: object) -> Abilities:
+    def of(cls, denoiser: object) -> DenoiserCapabilities:
         """The abilities a denoiser has."""
         offered = {name: getattr(denoiser, name) for name in cls.__slots__ if hasattr(denoiser, name)}
         return cls(**offered)
 
 
-class Phase(StrEnum):
+class EngineState(StrEnum):
     """Where the engine is in its own life."""
 
     LOADING = "loading"
@@ -86,7 +89,7 @@ class Phase(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Drawing(Generic[P]):
+class EngineResult(Generic[P]):
     """What came out of a job: the product, seconds spent per stage, and whether it shared forward passes.
 
     `attempts` is how often it was begun: more than once where the device or a mate had failed it.

@@ -10,7 +10,7 @@ import numpy as np
 import structlog
 from numpy.typing import NDArray
 
-from stable_diffusion_server.engine.ticket import Seat
+from stable_diffusion_server.engine.ticket import RunningRequest
 
 # At most every so many steps, and for at most this share of the time spent on steps.
 EVERY, SHARE = 2, 0.05
@@ -20,14 +20,14 @@ SHAPES = 64
 _log = structlog.get_logger(__name__)
 
 
-class Previews:
+class PreviewScheduler:
     """Asks a denoiser for previews, and keeps count of what they cost."""
 
     def __init__(self, preview: Callable[[Any], NDArray[np.uint8]] | None) -> None:
         self._preview = preview
         self._seconds: dict[Hashable, float] = {}
 
-    def of(self, seat: Seat[Any, Any]) -> NDArray[np.uint8] | None:
+    def of(self, seat: RunningRequest[Any, Any]) -> NDArray[np.uint8] | None:
         """A preview of where this seat stands, when one is wanted, due and affordable."""
         state = seat.state
         if self._preview is None or not seat.ticket.wants_previews or state.done:

@@ -6,9 +6,9 @@ from collections import deque
 from collections.abc import Iterable
 from typing import Any, Generic
 
-from stable_diffusion_server.engine.fair_queueing import FairQueue, Place
+from stable_diffusion_server.engine.fair_queueing import FairQueue, QueueEntry
 from stable_diffusion_server.engine.interface import P
-from stable_diffusion_server.engine.ticket import Seat, Ticket
+from stable_diffusion_server.engine.ticket import RunningRequest, Ticket
 
 # While others wait, one in so many taken is background work, so that it comes to an end as well.
 BACKGROUND_EVERY = 8
@@ -16,7 +16,7 @@ BACKGROUND_EVERY = 8
 SEARCHED = 64
 
 
-class WaitingLine(Generic[P]):
+class RequestQueue(Generic[P]):
     """Tickets in the order they are drawn: those to be drawn again, then interactive ones, then background work.
 
     Within a class owners take turns (see `fairness`). The first in the line decides which shape runs next.
@@ -26,7 +26,7 @@ class WaitingLine(Generic[P]):
         self._again: deque[Ticket[P]] = deque()
         self._classes: dict[bool, FairQueue[P]] = {False: FairQueue(), True: FairQueue()}
         self._passed = 0
-        self._order: list[Place[P]] | None = []
+        self._order: list[QueueEntry[P]] | None = []
 
     def __len__(self) -> int:
         return len(self._again) + sum(map(len, self._classes.values()))
@@ -64,10 +64,10 @@ class WaitingLine(Generic[P]):
         self._passed = self._passed + 1 if waits and not ticket.background else 0
         self._classes[ticket.background].take(ticket)
 
-    def in_order(self) -> list[Place[P]]:
+    def in_order(self) -> list[QueueEntry[P]]:
         """The whole line as it would be drawn if nobody came."""
         if self._order is None:
-            order = [Place(float("-inf"), ticket) for ticket in self._again]
+            order = [QueueEntry(float("-inf"), ticket) for ticket in self._again]
             interactive, background = (deque(self._classes[late].in_order()) for late in (False, True))
             passed = self._passed
             while interactive or background:
@@ -82,7 +82,7 @@ class WaitingLine(Generic[P]):
         order = self.in_order()
         return order[0].ticket if order else None
 
-    def mate_for(self, seats: list[Seat[Any, P]], cap: int) -> Ticket[P] | None:
+    def find_batch_compatible(self, seats: list[RunningRequest[Any, P]], cap: int) -> Ticket[P] | None:
         """Who may join these seats now, if there is room.
 
         The first in the line may when it fits. Others who fit may pass those who do not, so long as these wait no
@@ -90,17 +90,17 @@ class WaitingLine(Generic[P]):
         """
         if len(seats) >= cap or any(seat.ticket.alone for seat in seats):
             return None
-        left, ahead = max(seat.steps_left for seat in seats), list[Place[P]]()
+        left, ahead = max(seat.steps_left for seat in seats), list[QueueEntry[P]]()
         for place in self.in_order()[:SEARCHED]:
             ticket = place.ticket
             if ticket.alone or ticket.job.shape != seats[0].ticket.job.shape:
                 ahead.append(place)
-            elif not ahead or (ticket.steps_left <= left and may_pass(place, ahead, cap)):
+            elif not ahead or (ticket.steps_left <= left and may_overtake(place, ahead, cap)):
                 return ticket
         return None
 
 
-def may_pass(place: Place[P], ahead: Iterable[Place[P]], cap: int) -> bool:
+def may_overtake(place: QueueEntry[P], ahead: Iterable[QueueEntry[P]], cap: int) -> bool:
     """Whether a ticket may be taken before these: none of a higher class, and of no owner it got ahead of too far."""
     ticket = place.ticket
     most = (cap - 1) * ticket.cost

@@ -8,13 +8,13 @@ from typing import Generic
 
 import structlog
 
-from stable_diffusion_server.engine.batch_tuner import Paces
-from stable_diffusion_server.engine.events import News
-from stable_diffusion_server.engine.interface import Drawing, P, Phase, S
-from stable_diffusion_server.engine.request_queue import WaitingLine
-from stable_diffusion_server.engine.ticket import Seat, Ticket
-from stable_diffusion_server.errors import DevicePoisoned, NotFinite, NotReady, ServerError, WeightsUnusable
-from stable_diffusion_server.types import EventKind
+from stable_diffusion_server.engine.batch_tuner import BatchSizeTuner
+from stable_diffusion_server.engine.events import EventDispatcher
+from stable_diffusion_server.engine.interface import EngineResult, EngineState, P, S
+from stable_diffusion_server.engine.request_queue import RequestQueue
+from stable_diffusion_server.engine.ticket import RunningRequest, Ticket
+from stable_diffusion_server.errors import DeviceLost, ModelLoadError, NotFinite, NotReady, ServerError
+from stable_diffusion_server.types import EngineEventKind
 
 # Told of the labels on the device, one a job, and whether one of them has the device for itself.
 Occupied = Callable[[list[str], bool], object]
@@ -25,30 +25,30 @@ SUSPECT_NOT_FINITE = 6
 _log = structlog.get_logger(__name__)
 
 
-class Desk(Generic[S, P]):
+class Scheduler(Generic[S, P]):
     """Where lanes get their tickets and bring their failures. Safe from any thread."""
 
     def __init__(
         self,
-        paces: Paces,
-        news: News,
+        paces: BatchSizeTuner,
+        news: EventDispatcher,
         poisoned: Callable[[], object],
         occupied: Occupied = lambda labels, alone: None,
     ) -> None:
         self.changed = threading.Condition()
-        self.line: WaitingLine[P] = WaitingLine()
+        self.line: RequestQueue[P] = RequestQueue()
         self.paces = paces
         self.news = news
-        self.phase = Phase.STOPPED
+        self.phase = EngineState.STOPPED
         self.reason = "The engine was not started."
         # Tickets on the device, and their seats once they are prepared.
-        self.drawn: dict[Ticket[P], Seat[S, P] | None] = {}
+        self.drawn: dict[Ticket[P], RunningRequest[S, P] | None] = {}
         self._poisoned = poisoned
         self._occupied = occupied
         self._not_finite = 0
         self._not_finite_adapted = 0
 
-    def enter(self, phase: Phase, reason: str) -> None:
+    def enter(self, phase: EngineState, reason: str) -> None:
         """Begin a phase, and let everyone who waits for one know."""
         with self.changed:
             self.phase, self.reason = phase, reason
@@ -58,11 +58,11 @@ class Desk(Generic[S, P]):
         """Block until a job waits; false when there is nothing left to do."""
         with self.changed:
             self.changed.wait_for(self._something_to_do)
-            return len(self.line) > 0 and self.phase is not Phase.FAILED
+            return len(self.line) > 0 and self.phase is not EngineState.FAILED
 
     def _something_to_do(self) -> bool:
-        if self.phase in (Phase.STOPPED, Phase.FAILED):
-            return self.phase is Phase.FAILED or not len(self.line) or not self._is_held_back(self.line.head())
+        if self.phase in (EngineState.STOPPED, EngineState.FAILED):
+            return self.phase is EngineState.FAILED or not len(self.line) or not self._is_held_back(self.line.head())
         return not self._is_held_back(self.line.head())
 
     def _is_held_back(self, ticket: Ticket[P] | None) -> bool:
@@ -77,15 +77,15 @@ class Desk(Generic[S, P]):
             order = [place.ticket for place in self.line.in_order()]
             ticket.told_position = order.index(ticket) + 1
             eta = self.etas()[ticket.told_position - 1]
-            self.news.tell(EventKind.QUEUED, ticket, position=ticket.told_position, eta_seconds=eta)
+            self.news.dispatch(EngineEventKind.QUEUED, ticket, position=ticket.told_position, eta_seconds=eta)
             self._tell_positions()
             self.changed.notify_all()
 
-    def next_for(self, seats: list[Seat[S, P]]) -> Ticket[P] | None:
+    def pop_next(self, seats: list[RunningRequest[S, P]]) -> Ticket[P] | None:
         """Take the ticket that is to be seated with these, or the first one in the line when there are none."""
         with self.changed:
             cap = self.paces.cap(seats[0].ticket.job) if seats else 1
-            ticket = self.line.mate_for(seats, cap) if seats else self.line.head()
+            ticket = self.line.find_batch_compatible(seats, cap) if seats else self.line.head()
             if ticket is None or self._is_held_back(ticket):
                 return None
             self.line.take(ticket)
@@ -99,12 +99,12 @@ class Desk(Generic[S, P]):
         with self.changed:
             return self.line.head()
 
-    def more_wait(self, seats: list[Seat[S, P]]) -> bool:
+    def more_wait(self, seats: list[RunningRequest[S, P]]) -> bool:
         """Whether a larger group could be filled."""
         with self.changed:
-            return self.line.mate_for(seats, len(seats) + 1) is not None
+            return self.line.find_batch_compatible(seats, len(seats) + 1) is not None
 
-    def park(self, seats: Iterable[Seat[S, P]]) -> None:
+    def preempt(self, seats: Iterable[RunningRequest[S, P]]) -> None:
         """Let begun jobs wait for their next turn, with all that they have come to."""
         with self.changed:
             for seat in seats:
@@ -114,7 +114,7 @@ class Desk(Generic[S, P]):
                     self.line.add(seat.ticket)
             self.changed.notify_all()
 
-    def draw_again(self, tickets: Iterable[Ticket[P]], error: Exception) -> None:
+    def requeue(self, tickets: Iterable[Ticket[P]], error: Exception) -> None:
         """Let jobs begin anew after an error, before all others: a job is a value."""
         with self.changed:
             wanted = []
@@ -123,9 +123,9 @@ class Desk(Generic[S, P]):
                 ticket.seat = None
                 if not ticket.settled:
                     wanted.append(ticket)
-                    self.news.tell(EventKind.AGAIN, ticket, cause=_kind_of(error))
+                    self.news.dispatch(EngineEventKind.AGAIN, ticket, cause=_kind_of(error))
                 elif ticket.result.cancelled():
-                    self.news.tell(EventKind.CANCELLED, ticket)
+                    self.news.dispatch(EngineEventKind.CANCELLED, ticket)
             self.line.add_again(wanted)
             self.changed.notify_all()
 
@@ -137,49 +137,49 @@ class Desk(Generic[S, P]):
                 self._tell_occupied()
                 self.changed.notify_all()  # one that wants the device for itself may wait for this
 
-    def abandoned(self, seat: Seat[S, P]) -> bool:
+    def abandoned(self, seat: RunningRequest[S, P]) -> bool:
         """Whether nobody waits for a seat's ticket any more; then it has left."""
         if seat.ticket.settled:
             self.leave(seat.ticket)
             if seat.ticket.result.cancelled():
-                self.news.tell(EventKind.CANCELLED, seat.ticket, seat.state)
+                self.news.dispatch(EngineEventKind.CANCELLED, seat.ticket, seat.state)
         return seat.ticket.settled
 
-    def succeed(self, seat: Seat[S, P], product: P) -> None:
+    def succeed(self, seat: RunningRequest[S, P], product: P) -> None:
         """Answer a job with what it came to."""
         ticket = seat.ticket
         self._not_finite = self._not_finite_adapted = 0
-        self.paces.drew(ticket.job, seat.timings["prepare"] + seat.timings["decode"])
+        self.paces.record_overhead(ticket.job, seat.timings["prepare"] + seat.timings["decode"])
         self.leave(ticket)
-        if ticket.succeed(Drawing(product, seat.timings, seat.batched, ticket.attempts)):
-            self.news.tell(EventKind.DONE, ticket, seat.state)
+        if ticket.succeed(EngineResult(product, seat.timings, seat.batched, ticket.attempts)):
+            self.news.dispatch(EngineEventKind.DONE, ticket, seat.state)
         elif ticket.result.cancelled():
-            self.news.tell(EventKind.CANCELLED, ticket, seat.state)
+            self.news.dispatch(EngineEventKind.CANCELLED, ticket, seat.state)
 
     def forget(self, ticket: Ticket[P]) -> None:
         """Free the place of a cancelled ticket in the line; one on the device is dropped by its lane."""
         with self.changed:
             if self.line.remove(ticket):
                 ticket.seat = None
-                self.news.tell(EventKind.CANCELLED, ticket)
+                self.news.dispatch(EngineEventKind.CANCELLED, ticket)
                 self._tell_positions()
 
     def fail(self, ticket: Ticket[P], error: Exception) -> None:
-        """Answer a job with an error. Raises `DevicePoisoned` when it is one of too many that are not finite.
+        """Answer a job with an error. Raises `DeviceLost` when it is one of too many that are not finite.
 
         With adapters it may be their doing, so such a job does not count; see `doubts`.
         """
         self.leave(ticket)
         if ticket.fail(error):
-            self.news.tell(EventKind.FAILED, ticket, cause=_kind_of(error))
+            self.news.dispatch(EngineEventKind.FAILED, ticket, cause=_kind_of(error))
         elif ticket.result.cancelled():
-            self.news.tell(EventKind.CANCELLED, ticket)
+            self.news.dispatch(EngineEventKind.CANCELLED, ticket)
         if isinstance(error, NotFinite) and ticket.job.loras:
             self._not_finite_adapted += 1
         elif isinstance(error, NotFinite):
             self._not_finite += 1
             if self._not_finite >= SUSPECT_NOT_FINITE:
-                raise DevicePoisoned("The device gives numbers that are not finite, whatever is drawn.") from error
+                raise DeviceLost("The device gives numbers that are not finite, whatever is drawn.") from error
 
     def doubts(self) -> bool:
         """Whether so many jobs with adapters in a row were not finite that one without is to tell whose fault it is.
@@ -191,7 +191,7 @@ class Desk(Generic[S, P]):
         self._not_finite_adapted = 0
         return True
 
-    def dismiss(self, *, running: bool, lost: ServerError | None = None) -> None:
+    def fail_all(self, *, running: bool, lost: ServerError | None = None) -> None:
         """Fail what waits and was not begun, and with `running` all the rest: they may be handed in elsewhere.
 
         With `lost` those on the device are failed with it, since one of them may be why.
@@ -203,21 +203,19 @@ class Desk(Generic[S, P]):
             for ticket in [*waiting, *(self.drawn if running else ())]:
                 error = lost if lost is not None and ticket in self.drawn else NotReady(self.reason, retry_after=5)
                 if ticket.fail(error):
-                    self.news.tell(EventKind.FAILED, ticket, cause=_kind_of(error))
-            if self.phase is Phase.FAILED:
+                    self.news.dispatch(EngineEventKind.FAILED, ticket, cause=_kind_of(error))
+            if self.phase is EngineState.FAILED:
                 self.drawn.clear()
                 self._tell_occupied()
 
-    def give_up(self, error: BaseException, reason: str) -> None:
+    def shut_down(self, error: BaseException, reason: str) -> None:
         """No more pictures will come: say so, fail everyone, and have a poisoned process replaced."""
         told = error.detail if isinstance(error, ServerError) else reason
         # Unusable weights are told in a sentence; where the code stood when it met them helps nobody.
-        _log.error(
-            "the engine has stopped", reason=told, exc_info=None if isinstance(error, WeightsUnusable) else error
-        )
-        self.enter(Phase.FAILED, told)
-        poisoned = isinstance(error, DevicePoisoned)
-        self.dismiss(running=True, lost=DevicePoisoned(self.reason, retry_after=5) if poisoned else None)
+        _log.error("the engine has stopped", reason=told, exc_info=None if isinstance(error, ModelLoadError) else error)
+        self.enter(EngineState.FAILED, told)
+        poisoned = isinstance(error, DeviceLost)
+        self.fail_all(running=True, lost=DeviceLost(self.reason, retry_after=5) if poisoned else None)
         if poisoned:
             self._poisoned()
 
@@ -237,7 +235,7 @@ class Desk(Generic[S, P]):
         moved = [number for number, ticket in enumerate(order, 1) if ticket.watch and ticket.told_position != number]
         etas = self.etas() if moved else []
         for number in moved:
-            self.news.tell_position(order[number - 1], number, etas[number - 1])
+            self.news.dispatch_position(order[number - 1], number, etas[number - 1])
 
 
 def _kind_of(error: Exception) -> str:

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any, Generic
 from uuid import uuid4
 
-from stable_diffusion_server.engine.interface import Drawing, P, S
-from stable_diffusion_server.types import Event, Job
+from stable_diffusion_server.engine.interface import EngineResult, P, S
+from stable_diffusion_server.types import DiffusionRequest, EngineEvent
 
 
 @dataclass(eq=False, slots=True)
@@ -24,18 +24,18 @@ class Ticket(Generic[P]):
     counts how often it was begun. `label` is what the record of the device names it by.
     """
 
-    job: Job
+    job: DiffusionRequest
     id: str = field(default_factory=lambda: uuid4().hex)
-    result: Future[Drawing[P]] = field(default_factory=Future)
+    result: Future[EngineResult[P]] = field(default_factory=Future)
     accepted_at: float = field(default_factory=time.perf_counter)
     owner: str = ""
     background: bool = False
     wants_previews: bool = False
-    watch: Callable[[Event], None] | None = None
+    watch: Callable[[EngineEvent], None] | None = None
     alone: bool = False
     exclusive: bool = False
     label: str = ""
-    seat: Seat[Any, P] | None = None
+    seat: RunningRequest[Any, P] | None = None
     attempts: int = 0
     queued_at: float = field(default_factory=time.perf_counter)
     told_position: int = -1
@@ -57,7 +57,7 @@ class Ticket(Generic[P]):
         """Whether its result is there, or nobody wants it any more."""
         return self._claimed or self.result.done()
 
-    def succeed(self, drawing: Drawing[P]) -> bool:
+    def succeed(self, drawing: EngineResult[P]) -> bool:
         """Give the result; false when it was settled or cancelled before."""
         if claimed := self._claim():
             self.result.set_result(drawing)
@@ -78,7 +78,7 @@ class Ticket(Generic[P]):
 
 
 @dataclass(eq=False, slots=True)
-class Seat(Generic[S, P]):
+class RunningRequest(Generic[S, P]):
     """A ticket on the device, and what it has cost so far in seconds by stage.
 
     `share` is its part of the seconds its groups took for their steps, and `previews` what was spent on those.

@@ -10,12 +10,12 @@ from typing import Generic, TypeVar
 
 import structlog
 
-from stable_diffusion_server.engine.interface import Abilities, Denoiser, P, Phase, S
-from stable_diffusion_server.engine.previews import Previews
-from stable_diffusion_server.engine.scheduler import Desk
-from stable_diffusion_server.engine.ticket import Seat, Ticket
-from stable_diffusion_server.errors import DevicePoisoned, NotFinite, OutOfMemory
-from stable_diffusion_server.types import EventKind, Job
+from stable_diffusion_server.engine.interface import Denoiser, DenoiserCapabilities, EngineState, P, S
+from stable_diffusion_server.engine.previews import PreviewScheduler
+from stable_diffusion_server.engine.scheduler import Scheduler
+from stable_diffusion_server.engine.ticket import RunningRequest, Ticket
+from stable_diffusion_server.errors import DeviceLost, NotFinite, OutOfMemory
+from stable_diffusion_server.types import DiffusionRequest, EngineEventKind
 
 # A group lets others have the device after so many steps of their waiting; background work after fewer.
 TURN, BACKGROUND_TURN = 32, 8
@@ -27,7 +27,7 @@ T = TypeVar("T")
 _log = structlog.get_logger(__name__)
 
 
-class Lane(Generic[S, P]):
+class EngineWorker(Generic[S, P]):
     """Draws groups until there is nothing left to do.
 
     A group takes joins at every step boundary, and its seats leave when they are done, cancelled or failed. When the
@@ -36,9 +36,9 @@ class Lane(Generic[S, P]):
 
     def __init__(
         self,
-        desk: Desk[S, P],
+        desk: Scheduler[S, P],
         denoiser: Denoiser[S, P],
-        abilities: Abilities,
+        abilities: DenoiserCapabilities,
         preparing: threading.Lock,
         lanes: int,
     ) -> None:
@@ -50,8 +50,8 @@ class Lane(Generic[S, P]):
         self._lanes = lanes
         # Of a thread that computes all by itself, what other work on the machine takes can be told apart.
         self._cost = time.thread_time if 0 < abilities.cpu_threads < 2 * lanes else time.perf_counter
-        self._previews = Previews(abilities.preview)
-        self._seats: list[Seat[S, P]] = []
+        self._previews = PreviewScheduler(abilities.preview)
+        self._seats: list[RunningRequest[S, P]] = []
         self._contested = 0
 
     def run(self) -> None:
@@ -62,14 +62,14 @@ class Lane(Generic[S, P]):
             while self._desk.wait_for_work():
                 self._draw_group()
         except BaseException as error:  # no thread, no pictures: say so instead of letting callers wait for ever
-            self._desk.give_up(error, "Drawing has ended unexpectedly; the server has to be restarted.")
+            self._desk.shut_down(error, "Drawing has ended unexpectedly; the server has to be restarted.")
 
     def _draw_group(self) -> None:
         """Draw the first job in the line and all that can join it, until none is left on the device."""
-        self._contested, finished = 0, list[Seat[S, P]]()
+        self._contested, finished = 0, list[RunningRequest[S, P]]()
         resident = self._abilities.resident
         self._admit()
-        while self._seats and self._desk.phase is not Phase.FAILED:
+        while self._seats and self._desk.phase is not EngineState.FAILED:
             self._step()
             done = [seat for seat in self._seats if seat.state.done]
             self._seats = [seat for seat in self._seats if not seat.state.done]
@@ -77,8 +77,8 @@ class Lane(Generic[S, P]):
                 self._finish(seat)
             finished += () if resident else done
             self._seats = [seat for seat in self._seats if not self._desk.abandoned(seat)]
-            if resident and self._turn_is_over():
-                self._desk.park(self._seats)
+            if resident and self._time_slice_expired():
+                self._desk.preempt(self._seats)
                 self._seats = []
                 return
             if resident:
@@ -88,17 +88,17 @@ class Lane(Generic[S, P]):
         if not resident:
             self._abilities.release_memory()
 
-    def _turn_is_over(self) -> bool:
+    def _time_slice_expired(self) -> bool:
         """Whether others have waited long enough for a device this group is in the way of."""
         first = self._desk.first_waiting()
-        if first is None or not self._seats or not self._in_the_way_of(first):
+        if first is None or not self._seats or not self._conflicts_with(first):
             self._contested = 0
             return False
         self._contested += 1
         behind = all(seat.ticket.background for seat in self._seats) and not first.background
         return self._contested >= (BACKGROUND_TURN if behind else TURN)
 
-    def _in_the_way_of(self, first: Ticket[P]) -> bool:
+    def _conflicts_with(self, first: Ticket[P]) -> bool:
         tickets = [seat.ticket for seat in self._seats]
         return (
             first.alone
@@ -109,14 +109,14 @@ class Lane(Generic[S, P]):
 
     def _admit(self) -> None:
         """Seat those who are next for as long as they fit the group."""
-        while (ticket := self._desk.next_for(self._seats)) is not None:
+        while (ticket := self._desk.pop_next(self._seats)) is not None:
             seat = ticket.seat or self._prepared(ticket)
             if seat is not None and not self._desk.abandoned(seat):
                 ticket.seat = None
                 self._desk.drawn[ticket] = seat
                 self._seats.append(seat)
 
-    def _prepared(self, ticket: Ticket[P]) -> Seat[S, P] | None:
+    def _prepared(self, ticket: Ticket[P]) -> RunningRequest[S, P] | None:
         """The seat of a ticket that begins; none when it failed or has to wait."""
         desk = self._desk
         ticket.attempts += 1
@@ -124,7 +124,7 @@ class Lane(Generic[S, P]):
         try:
             with self._preparing:
                 state = self._denoiser.prepare(ticket.job)
-        except DevicePoisoned:
+        except DeviceLost:
             raise
         except OutOfMemory as error:
             self._out_of_memory([ticket], len(self._seats) + 1, error)
@@ -134,9 +134,9 @@ class Lane(Generic[S, P]):
             return None
         now = time.perf_counter()
         timings = {"queue": started - ticket.accepted_at, "prepare": now - started, "denoise": 0.0}
-        seat = Seat(ticket, state, timings)
-        desk.news.tell(
-            EventKind.STARTED, ticket, state, eta_seconds=desk.paces.seconds_for(ticket.job, seat.steps_left)
+        seat = RunningRequest(ticket, state, timings)
+        desk.news.dispatch(
+            EngineEventKind.STARTED, ticket, state, eta_seconds=desk.paces.seconds_for(ticket.job, seat.steps_left)
         )
         return seat
 
@@ -146,7 +146,7 @@ class Lane(Generic[S, P]):
         started, spent = time.perf_counter(), self._cost()
         try:
             self._denoiser.step([seat.state for seat in seats])
-        except DevicePoisoned:
+        except DeviceLost:
             raise
         except OutOfMemory as error:
             self._seats = []
@@ -157,19 +157,21 @@ class Lane(Generic[S, P]):
             self._step_failed(seats, error)
             return
         seconds, cost = time.perf_counter() - started, self._cost() - spent
-        self._desk.paces.stepped(job, len(seats), seconds, cost, more_wait=self._desk.more_wait(seats))
+        self._desk.paces.record_step(job, len(seats), seconds, cost, more_wait=self._desk.more_wait(seats))
         for seat in seats:
             seat.timings["denoise"] += seconds
             seat.share += seconds / len(seats)
             seat.batched |= len(seats) > 1
             self._tell_step(seat, len(seats))
 
-    def _tell_step(self, seat: Seat[S, P], size: int) -> None:
+    def _tell_step(self, seat: RunningRequest[S, P], size: int) -> None:
         left = self._desk.paces.seconds_for(seat.ticket.job, seat.steps_left, size)
         preview = self._previews.of(seat)
-        self._desk.news.tell(EventKind.STEP, seat.ticket, seat.state, eta_seconds=left, preview=preview, together=size)
+        self._desk.news.dispatch(
+            EngineEventKind.STEP, seat.ticket, seat.state, eta_seconds=left, preview=preview, together=size
+        )
 
-    def _step_failed(self, seats: list[Seat[S, P]], error: Exception) -> None:
+    def _step_failed(self, seats: list[RunningRequest[S, P]], error: Exception) -> None:
         """A lone job fails; a group is drawn again one by one, since a job is a value and one may be the culprit."""
         if len(seats) == 1:
             self._desk.fail(seats[0].ticket, error)
@@ -177,27 +179,27 @@ class Lane(Generic[S, P]):
         _log.warning("a step of a group failed; its jobs are drawn one by one", exc_info=error)
         for seat in seats:
             seat.ticket.alone = True
-        self._desk.draw_again((seat.ticket for seat in seats), error)
+        self._desk.requeue((seat.ticket for seat in seats), error)
 
     def _out_of_memory(self, tickets: list[Ticket[P]], size: int, error: OutOfMemory) -> None:
         """Begin anew in groups half as large; one that is alone, with less memory for what is around it."""
         job = tickets[0].job
-        self._desk.paces.ran_out(job, size)
+        self._desk.paces.record_out_of_memory(job, size)
         self._abilities.release_memory()
         again = size > 1 or self._abilities.shrink()
         _log.warning("out of memory", group=size, again=again, size=f"{job.width}x{job.height}")
         given_up = [ticket for ticket in tickets if not again or ticket.attempts >= ATTEMPTS]
         for ticket in given_up:
             self._desk.fail(ticket, error)
-        self._desk.draw_again((ticket for ticket in tickets if ticket not in given_up), error)
+        self._desk.requeue((ticket for ticket in tickets if ticket not in given_up), error)
 
-    def _finish(self, seat: Seat[S, P]) -> None:
+    def _finish(self, seat: RunningRequest[S, P]) -> None:
         if self._desk.abandoned(seat):
             return
         started = time.perf_counter()
         try:
             product = self._with_less_memory(lambda: self._denoiser.finish(seat.state))
-        except DevicePoisoned:
+        except DeviceLost:
             raise
         except Exception as error:  # as in _step
             self._desk.fail(seat.ticket, error)
@@ -207,8 +209,8 @@ class Lane(Generic[S, P]):
         seat.timings["decode"] = time.perf_counter() - started
         self._desk.succeed(seat, product)
 
-    def _try_without_adapters(self, job: Job) -> None:
-        """Draw a job without its adapters, for nobody. Raises `DevicePoisoned` when that is not finite either."""
+    def _try_without_adapters(self, job: DiffusionRequest) -> None:
+        """Draw a job without its adapters, for nobody. Raises `DeviceLost` when that is not finite either."""
         plain = replace(job, loras=(), lora_digests=())
         _log.warning("drawings with adapters are not finite; one without is tried", model=job.model)
         try:
@@ -217,8 +219,8 @@ class Lane(Generic[S, P]):
                 self._denoiser.step([state])
             self._denoiser.finish(state)
         except NotFinite as error:
-            raise DevicePoisoned("The device gives numbers that are not finite, whatever is drawn.") from error
-        except DevicePoisoned:
+            raise DeviceLost("The device gives numbers that are not finite, whatever is drawn.") from error
+        except DeviceLost:
             raise
         except Exception as error:  # it was for nobody, and tells nothing of numbers
             _log.warning("it could not be drawn without adapters", exc_info=error)

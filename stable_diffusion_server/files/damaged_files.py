@@ -13,7 +13,7 @@ _log = structlog.get_logger(__name__)
 _BESIDE = ("-wal", "-shm", "-journal")
 
 
-def is_blocked(path: Path) -> bool:
+def is_unavailable(path: Path) -> bool:
     """Whether something that is no file stands where a database, or what SQLite keeps beside it, belongs."""
     parts = [path.with_name(path.name + ending) for ending in ("", *_BESIDE)]
     return any(part.is_dir() or (part.is_symlink() and not part.exists()) for part in parts)

@@ -12,7 +12,7 @@ _LARGE_BYTES = 12_582_912
 _LOSSLESS_TIMES = 4
 
 
-class Encoders:
+class EncoderPool:
     """Two threads, of which only one ever works at a large picture. Lives on one event loop."""
 
     def __init__(self) -> None:

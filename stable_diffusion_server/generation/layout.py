@@ -5,29 +5,29 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from stable_diffusion_server.errors import InvalidInput
-from stable_diffusion_server.generation.resolver import Plan
+from stable_diffusion_server.generation.resolver import ResolvedRequest
 from stable_diffusion_server.imaging.processing import (
     Canvas,
     Pixels,
     canny,
-    feathered,
+    crop_to_size,
+    feather_mask,
+    is_whole_image,
     paste_back,
     plan_canvas,
     to_canvas,
     to_mask,
-    to_size,
-    whole,
 )
-from stable_diffusion_server.imaging.resize import Box, around, filled, fitted, resized
-from stable_diffusion_server.pipelines.catalog import ModelFacts
-from stable_diffusion_server.types import Job, Order, Picture, Warned
+from stable_diffusion_server.imaging.resize import CropBox, crop_around, fill_masked, fit_image, resize_image
+from stable_diffusion_server.pipelines.catalog import ModelSpec
+from stable_diffusion_server.types import DiffusionRequest, GenerationRequest, ImageArray, RequestWarning
 
 
 @dataclass(frozen=True, slots=True)
-class Around:
+class CropRegion:
     """The part of a picture that is drawn: where it is, the whole picture and its mask, the size it is drawn at."""
 
-    box: Box
+    box: CropBox
     picture: Pixels
     mask: Pixels
     width: int
@@ -35,7 +35,7 @@ class Around:
 
 
 @dataclass(frozen=True, slots=True)
-class Scene:
+class ImageLayout:
     """A plan with its pictures: the job to draw, and how what is drawn becomes the picture that was asked for.
 
     `width` and `height` are the picture's, in pixels. With `image` and `mask` (uint8, height × width × 3 and height ×
@@ -43,25 +43,25 @@ class Scene:
     picture, and is put back into it.
     """
 
-    job: Job
+    job: DiffusionRequest
     canvas: Canvas
     width: int
     height: int
     image: Pixels | None
     mask: Pixels | None
-    warnings: tuple[Warned, ...]
-    around: Around | None = None
+    warnings: tuple[RequestWarning, ...]
+    around: CropRegion | None = None
 
     def finished(self, drawn: Pixels) -> Pixels:
         """The picture asked for from the one drawn on the canvas (both uint8, height × width × 3)."""
         if self.around is not None:
-            part = to_size(drawn, self.around.width, self.around.height, resample=self.canvas.resampled)
+            part = crop_to_size(drawn, self.around.width, self.around.height, resample=self.canvas.resampled)
             return paste_back(self.around.box.put(part, self.around.picture), self.around.picture, self.around.mask)
-        sized = to_size(drawn, self.width, self.height, resample=self.canvas.resampled)
+        sized = crop_to_size(drawn, self.width, self.height, resample=self.canvas.resampled)
         return sized if self.image is None or self.mask is None else paste_back(sized, self.image, self.mask)
 
 
-def compose(plan: Plan, image: Pixels | None = None, mask: Pixels | None = None) -> Scene:
+def lay_out_images(plan: ResolvedRequest, image: Pixels | None = None, mask: Pixels | None = None) -> ImageLayout:
     """The scene of a plan with its decoded pictures (uint8, height × width × 3). Raises `InvalidInput`."""
     order, words, facts = plan.order, plan.words, plan.words.facts
     whole_image, whole_mask, box = image, None, None
@@ -83,9 +83,9 @@ def compose(plan: Plan, image: Pixels | None = None, mask: Pixels | None = None)
     else:
         raise ValueError("an order without an image has a size")
     canvas = plan_canvas(width, height, facts.native_pixels, facts.floor)
-    shown = filled(image, kept, order.fill, plan.seed) if image is not None and kept is not None else image
+    shown = fill_masked(image, kept, order.fill, plan.seed) if image is not None and kept is not None else image
     seen = to_canvas(shown, canvas) if shown is not None else None
-    job = Job(
+    job = DiffusionRequest(
         task=order.task,
         model=facts.name,
         revision=facts.revision_drawing(edges=words.canny),
@@ -97,9 +97,11 @@ def compose(plan: Plan, image: Pixels | None = None, mask: Pixels | None = None)
         num_inference_steps=words.num_inference_steps,
         guidance_scale=words.guidance_scale,
         scheduler=words.scheduler,
-        image=Picture(seen) if seen is not None else None,
-        mask=Picture(whole(to_canvas(kept, canvas, fill=0))) if kept is not None else None,
-        control=Picture(canny(seen, order.canny_low, order.canny_high)) if words.canny and seen is not None else None,
+        image=ImageArray(seen) if seen is not None else None,
+        mask=ImageArray(is_whole_image(to_canvas(kept, canvas, fill=0))) if kept is not None else None,
+        control=ImageArray(canny(seen, order.canny_low, order.canny_high))
+        if words.canny and seen is not None
+        else None,
         strength=words.strength,
         control_scale=words.control_scale,
         refine=order.refine and words.num_inference_steps > 1,  # a single step leaves nothing to refine
@@ -107,35 +109,39 @@ def compose(plan: Plan, image: Pixels | None = None, mask: Pixels | None = None)
         alone=order.alone,
         lora_digests=plan.lora_digests,
     )
-    soft = feathered(kept, order.feather) if kept is not None else None
+    soft = feather_mask(kept, order.feather) if kept is not None else None
     around_it = None
     if box is not None and whole_image is not None and whole_mask is not None:
-        around_it = Around(box, whole_image, feathered(whole_mask, order.feather), width, height)
-    resampling = resampling_told(facts, width, height)
+        around_it = CropRegion(box, whole_image, feather_mask(whole_mask, order.feather), width, height)
+    resampling = resampling_warnings(facts, width, height)
     if around_it is not None:
         height, width = around_it.picture.shape[:2]
     kept_image = image if kept is not None else None
-    return Scene(job, canvas, width, height, kept_image, soft, resampling, around_it)
+    return ImageLayout(job, canvas, width, height, kept_image, soft, resampling, around_it)
 
 
-def _laid_out(order: Order, image: Pixels, mask: Pixels | None) -> tuple[Pixels, Pixels | None, Box | None]:
+def _laid_out(
+    order: GenerationRequest, image: Pixels, mask: Pixels | None
+) -> tuple[Pixels, Pixels | None, CropBox | None]:
     """The image and its mask at the size to draw, and the part of the image that is, where it is not all of it."""
     if mask is not None and order.only_masked is not None:
         height, width = image.shape[:2]
         drawn_width, drawn_height = order.width or width, order.height or height
-        box = around(mask, order.only_masked, drawn_width / drawn_height)
+        box = crop_around(mask, order.only_masked, drawn_width / drawn_height)
         image, mask = box.cut(image), box.cut(mask)
-        return resized(image, drawn_width, drawn_height), resized(mask, drawn_width, drawn_height), box
+        return resize_image(image, drawn_width, drawn_height), resize_image(mask, drawn_width, drawn_height), box
     if order.width is not None and order.height is not None:
-        image = fitted(image, order.width, order.height, order.fit)
-        mask = fitted(mask, order.width, order.height, order.fit) if mask is not None else None
+        image = fit_image(image, order.width, order.height, order.fit)
+        mask = fit_image(mask, order.width, order.height, order.fit) if mask is not None else None
     return image, mask, None
 
 
-def resampling_told(facts: ModelFacts, width: int, height: int) -> tuple[Warned, ...]:
+def resampling_warnings(facts: ModelSpec, width: int, height: int) -> tuple[RequestWarning, ...]:
     """The warning for a size in pixels that the model does not draw itself, if it is one."""
     canvas = plan_canvas(width, height, facts.native_pixels, facts.floor)
     if not canvas.resampled:
         return ()
     drawn = f"{canvas.width} × {canvas.height}"
-    return (Warned("resampled", f"{facts.name} draws this best at {drawn}; it was scaled to {width} × {height}."),)
+    return (
+        RequestWarning("resampled", f"{facts.name} draws this best at {drawn}; it was scaled to {width} × {height}."),
+    )

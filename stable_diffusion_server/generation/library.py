@@ -9,13 +9,13 @@ from stable_diffusion_server.errors import Forbidden, InvalidInput, NotFound
 from stable_diffusion_server.generation.ownership import Ownership
 from stable_diffusion_server.imaging.metadata import read_record
 from stable_diffusion_server.storage.api import Bucket
-from stable_diffusion_server.storage.history.entries import Entry, Wanted
-from stable_diffusion_server.storage.history.writer import Recorder
-from stable_diffusion_server.types import Caller, Stored
+from stable_diffusion_server.storage.history.entries import HistoryEntry, HistoryQuery
+from stable_diffusion_server.storage.history.writer import HistoryWriter
+from stable_diffusion_server.types import Caller, StoredObject
 
 
 @dataclass(frozen=True, slots=True)
-class Shelf:
+class ImageLibrary:
     """The pictures in `folder` of a bucket, with the history of those drawn here. Every method blocks.
 
     A caller with a prefix has only what is in the folder of that name in `folder`, all of it; one without who does not
@@ -23,22 +23,22 @@ class Shelf:
     """
 
     bucket: Bucket
-    history: Recorder
+    history: HistoryWriter
     folder: str
     ownership: Ownership = field(default_factory=Ownership)
 
-    def listed(self, caller: Caller, wanted: Wanted) -> list[Entry]:
+    def listed(self, caller: Caller, wanted: HistoryQuery) -> list[HistoryEntry]:
         """The pictures drawn here that are asked for, the newest first. Raises `Forbidden`."""
         _check_known(caller)
         own = None if caller.manages or caller.prefix else caller.name
         return self.history.search(replace(wanted, folder=self._folder_of(caller), caller=own))
 
-    def entry_of(self, digest: str, caller: Caller) -> Entry | None:
+    def entry_of(self, digest: str, caller: Caller) -> HistoryEntry | None:
         """What the history has of a picture of that digest, among those whose records the caller may read."""
         if caller.anonymous:
             return None
         own = None if caller.manages or caller.prefix else caller.name
-        found = self.history.search(Wanted(folder=self._folder_of(caller), digest=digest, caller=own, limit=1))
+        found = self.history.search(HistoryQuery(folder=self._folder_of(caller), digest=digest, caller=own, limit=1))
         return found[0] if found else None
 
     def record_of(self, key: str, caller: Caller) -> tuple[str, Mapping[str, object]]:
@@ -70,16 +70,16 @@ class Shelf:
         self.bucket.delete(key)
         self.history.forget(key)
 
-    def _stat(self, key: str) -> Stored | None:
+    def _stat(self, key: str) -> StoredObject | None:
         try:
-            return self.bucket.look(key)
+            return self.bucket.peek(key)
         except InvalidInput:
             return None  # a name no folder can hold names nothing in it
 
     def _folder_of(self, caller: Caller) -> str:
         return self.folder + caller.prefix
 
-    def _check_own(self, stored: Stored, entry: Entry | None, caller: Caller) -> None:
+    def _check_own(self, stored: StoredObject, entry: HistoryEntry | None, caller: Caller) -> None:
         """Raise `Forbidden` for a picture of another key. Those of before records told it are known by the history."""
         if caller.manages or self.ownership.owns(caller, stored):
             return

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from stable_diffusion_server.errors import InvalidInput
-from stable_diffusion_server.types import LORA_WEIGHT_MAX, SEED_MAX, Order
+from stable_diffusion_server.types import LORA_WEIGHT_MAX, SEED_MAX, GenerationRequest
 
 # Characters of a text and of a name, held before anything looks into one; the settings allow no longer prompts.
 TEXT_MAX, NAME_MAX = 10_000, 200
@@ -19,7 +19,7 @@ def whole_number(text: str) -> int | None:
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class RequestLimits:
     """Bounds a caller must keep, from the settings. Sides in pixels, `timeout` in seconds; both ends included."""
 
     min_side: int = 64
@@ -49,7 +49,7 @@ class Limits:
             "control_scale": (0.0, 2.0),
         }
 
-    def check(self, order: Order) -> None:
+    def check(self, order: GenerationRequest) -> None:
         """Raise `InvalidInput` naming every parameter of `order` that is out of its bounds."""
         faults = []
         for name, (low, high) in self.bounds().items():

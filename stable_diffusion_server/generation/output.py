@@ -11,75 +11,82 @@ from functools import partial
 from typing import Any, TypeVar
 
 from stable_diffusion_server.errors import InvalidInput, StorageRefused
-from stable_diffusion_server.generation.encoder_pool import Encoders
-from stable_diffusion_server.generation.layout import Scene
+from stable_diffusion_server.generation.encoder_pool import EncoderPool
+from stable_diffusion_server.generation.layout import ImageLayout
 from stable_diffusion_server.generation.ownership import Ownership
-from stable_diffusion_server.generation.provenance import entry_of, inscription_of, record_of
-from stable_diffusion_server.generation.quality import DrawnPicture, Judged
-from stable_diffusion_server.generation.resolver import Plan
+from stable_diffusion_server.generation.provenance import build_record, embedded_metadata, history_entry
+from stable_diffusion_server.generation.quality import CheckedImage, DecodedPixels
+from stable_diffusion_server.generation.resolver import ResolvedRequest
 from stable_diffusion_server.imaging.digital_source_type import source_type_of, xmp_packet
-from stable_diffusion_server.imaging.processing import encode
+from stable_diffusion_server.imaging.processing import encode_image
 from stable_diffusion_server.storage.api import Bucket
-from stable_diffusion_server.storage.history.entries import Entry
-from stable_diffusion_server.types import Caller, Format, Stored, Warned
+from stable_diffusion_server.storage.history.entries import HistoryEntry
+from stable_diffusion_server.types import Caller, Format, RequestWarning, StoredObject
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
+class StoredOutput:
     """What is stored, whether by this call, the file's bytes, and seconds by stage."""
 
-    stored: Stored
+    stored: StoredObject
     won: bool
     data: bytes
     timings: dict[str, float]
 
 
-class Keeping:
+class OutputWriter:
     """Encodes, stores and records. `embed` is full, digest or none; `record` takes an entry and never fails."""
 
-    def __init__(self, bucket: Bucket, embed: str, record: Callable[[Entry], None], ownership: Ownership) -> None:
+    def __init__(
+        self, bucket: Bucket, embed: str, record: Callable[[HistoryEntry], None], ownership: Ownership
+    ) -> None:
         self._bucket = bucket
         self._ownership = ownership
         self._embed = embed
         self._record = record
-        self._encoders = Encoders()
+        self._encoders = EncoderPool()
 
-    async def keep(
-        self, plan: Plan, scene: Scene, judged: Judged[DrawnPicture], warnings: tuple[Warned, ...], caller: Caller
-    ) -> Kept:
+    async def write(
+        self,
+        plan: ResolvedRequest,
+        scene: ImageLayout,
+        judged: CheckedImage[DecodedPixels],
+        warnings: tuple[RequestWarning, ...],
+        caller: Caller,
+    ) -> StoredOutput:
         """Store the picture under the plan's key.
 
         Raises `StorageUnavailable`, `Forbidden`, and `InvalidInput` or `StorageRefused` for a name that is refused.
         """
         started = time.perf_counter()
-        inscription = inscription_of(plan, scene, judged)
+        inscription = embedded_metadata(plan, scene, judged)
         told: dict[str, Mapping[str, object]] = {"full": inscription, "digest": {"digest": plan.content}}
         inside = told.get(self._embed)
         source_type = source_type_of(has_input_image=plan.order.image is not None)
         xmp = "" if self._embed == "none" else xmp_packet(source_type)
 
         def encoded() -> bytes:
-            return encode(scene.finished(judged.product.pixels), plan.file_format, plan.quality, inside, xmp)
+            return encode_image(scene.finished(judged.product.pixels), plan.file_format, plan.quality, inside, xmp)
 
         lossless = plan.file_format is not Format.JPEG and plan.quality == 100
         data = await self._encoders.encode(scene.width * scene.height * 3, encoded, lossless=lossless)
-        record = record_of(plan, scene, judged, (warning.code for warning in warnings), len(data))
+        record = build_record(plan, scene, judged, (warning.code for warning in warnings), len(data))
         record |= self._ownership.record_of(caller)
         write = self._bucket.overwrite if plan.order.overwrite else self._bucket.create
         before = time.perf_counter()
         if plan.order.overwrite and not caller.manages:
             # Looked at again: another caller may have taken the name while this was drawn.
-            self._ownership.check_overwrite(caller, await asyncio.to_thread(self._bucket.look, plan.key))
+            self._ownership.check_overwrite(caller, await asyncio.to_thread(self._bucket.peek, plan.key))
         written = partial(write, plan.key, data, plan.file_format.content_type, record)
-        with whose_name(plan):
-            answer = await to_its_end(asyncio.to_thread(written))
+        with owner_of_key(plan):
+            answer = await shield_until_done(asyncio.to_thread(written))
         stored, won = answer if isinstance(answer, tuple) else (answer, True)
         if won:
-            self._record(entry_of(plan.key, caller.name, plan, judged.job, inscription))
+            self._record(history_entry(plan.key, caller.name, plan, judged.job, inscription))
         now = time.perf_counter()
-        return Kept(stored, won, data, {"encode": before - started, "store": now - before})
+        return StoredOutput(stored, won, data, {"encode": before - started, "store": now - before})
 
     def close(self) -> None:
         """Let go of the encoding threads."""
@@ -87,7 +94,7 @@ class Keeping:
 
 
 @contextmanager
-def whose_name(plan: Plan) -> Iterator[None]:
+def owner_of_key(plan: ResolvedRequest) -> Iterator[None]:
     """Blame a name that the bucket refuses on its caller, who may choose another, or on the storage if it chose none.
 
     Raises `StorageRefused` then.
@@ -101,7 +108,7 @@ def whose_name(plan: Plan) -> Iterator[None]:
         raise StorageRefused(f"A name made by this server {sentence}") from error
 
 
-async def to_its_end(work: Coroutine[Any, Any, T]) -> T:
+async def shield_until_done(work: Coroutine[Any, Any, T]) -> T:
     """The result of something that a thread does and no one can stop: whoever is cancelled waits for its end first.
 
     Else a write that was given up would land after a later one under the same name.

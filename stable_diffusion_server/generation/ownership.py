@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from stable_diffusion_server.errors import Forbidden
-from stable_diffusion_server.types import Caller, Order, Stored
+from stable_diffusion_server.types import Caller, GenerationRequest, StoredObject
 
 _OWNER = "owner"
 
@@ -23,7 +23,7 @@ class Ownership:
     folder: str = ""
     private: bool = False
 
-    def concealed(self, digest: str, order: Order) -> str:
+    def concealed(self, digest: str, order: GenerationRequest) -> str:
         """The digest that names a picture: with keys, one that only this server can make, and another for each key.
 
         Two keys' equal orders have different names: what one of them finds stored was drawn for itself.
@@ -34,17 +34,17 @@ class Ownership:
         """What an object's record says of whose it is; nothing where there are no keys."""
         return {_OWNER: self._mark(caller)} if self.keyed is not None and caller.name else {}
 
-    def owns(self, caller: Caller, stored: Stored) -> bool:
+    def owns(self, caller: Caller, stored: StoredObject) -> bool:
         """Whether a picture is the caller's own: made by its key, or in the folder that is that key's alone."""
         if caller.prefix and stored.key.startswith(self.folder + caller.prefix):
             return True
         return self.keyed is not None and bool(caller.name) and stored.record.get(_OWNER) == self._mark(caller)
 
-    def may_know(self, caller: Caller, stored: Stored) -> bool:
+    def may_know(self, caller: Caller, stored: StoredObject) -> bool:
         """Whether the caller may be told that a picture was there before it asked. Without keys names are no secret."""
         return self.keyed is None or caller.manages or self.owns(caller, stored)
 
-    def told_to(self, caller: Caller, stored: Stored, *, named: bool) -> bool:
+    def visible_record(self, caller: Caller, stored: StoredObject, *, named: bool) -> bool:
         """The same for what is answered to an order, which gave the name itself if `named`.
 
         Raises `Forbidden` where the answer would open a private picture to another key that knows its name.
@@ -54,7 +54,7 @@ class Ownership:
             raise Forbidden("Another key has taken this name.", field="save_path")
         return may_know
 
-    def check_overwrite(self, caller: Caller, stored: Stored | None) -> None:
+    def check_overwrite(self, caller: Caller, stored: StoredObject | None) -> None:
         """Raise `Forbidden` for a picture the caller must not write over."""
         if stored is not None and not (caller.manages or self.owns(caller, stored)):
             raise Forbidden("The picture of this name was made by another key.", field="save_path")

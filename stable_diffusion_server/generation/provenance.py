@@ -6,12 +6,12 @@ import time
 from collections.abc import Iterable
 from dataclasses import fields
 
-from stable_diffusion_server.generation.layout import Scene
-from stable_diffusion_server.generation.quality import DrawnPicture, Judged
-from stable_diffusion_server.generation.resolver import Plan
-from stable_diffusion_server.storage.history.entries import Entry
+from stable_diffusion_server.generation.layout import ImageLayout
+from stable_diffusion_server.generation.quality import CheckedImage, DecodedPixels
+from stable_diffusion_server.generation.resolver import ResolvedRequest
+from stable_diffusion_server.storage.history.entries import HistoryEntry
 from stable_diffusion_server.storage.object_headers import LASTING
-from stable_diffusion_server.types import Job, job_facts
+from stable_diffusion_server.types import DiffusionRequest, diffusion_request_fields
 
 # What of an order is not told to have it drawn again: its pictures, and what only concerns where it is stored and when.
 NOT_ASKED = frozenset(
@@ -29,8 +29,8 @@ RETOLD = {
 }
 
 
-def record_of(
-    plan: Plan, scene: Scene, judged: Judged[DrawnPicture], codes: Iterable[str], size: int
+def build_record(
+    plan: ResolvedRequest, scene: ImageLayout, judged: CheckedImage[DecodedPixels], codes: Iterable[str], size: int
 ) -> dict[str, str]:
     """What the object's metadata keeps: short and ASCII, since S3 allows 2 KB of it. `size` in bytes of the file."""
     job = judged.job
@@ -56,24 +56,26 @@ def record_of(
     }
 
 
-def inscription_of(plan: Plan, scene: Scene, judged: Judged[DrawnPicture]) -> dict[str, object]:
+def embedded_metadata(
+    plan: ResolvedRequest, scene: ImageLayout, judged: CheckedImage[DecodedPixels]
+) -> dict[str, object]:
     """What the file itself tells, as JSON can hold it: how it was drawn, and what to ask to have it drawn again.
 
     `asked` is the order; `sources` the SHA-256 of the files it was made from, `transparency` how its mask was meant.
     """
     return {
-        **job_facts(judged.job),
+        **diffusion_request_fields(judged.job),
         "width": scene.width,
         "height": scene.height,
         "digest": plan.content,
         "batched": judged.batched,
-        "asked": asked_of(plan),
+        "asked": requested_fields(plan),
         "sources": {name: digest for name, digest in plan.pictures.items() if digest is not None},
         **({"transparency": True} if plan.order.mask is not None and plan.order.mask.transparency else {}),
     }
 
 
-def asked_of(plan: Plan) -> dict[str, object]:
+def requested_fields(plan: ResolvedRequest) -> dict[str, object]:
     """The order itself, as JSON can hold it, with every default and the seed filled in, and without its pictures."""
     order, words = plan.order, plan.words
     decided = {
@@ -95,9 +97,11 @@ def asked_of(plan: Plan) -> dict[str, object]:
     return {name: decided.get(name, value) for name, value in asked.items()}
 
 
-def entry_of(key: str, caller: str, plan: Plan, job: Job, inscription: dict[str, object]) -> Entry:
+def history_entry(
+    key: str, caller: str, plan: ResolvedRequest, job: DiffusionRequest, inscription: dict[str, object]
+) -> HistoryEntry:
     """What the history keeps of a picture that was just drawn and stored."""
-    return Entry(
+    return HistoryEntry(
         key=key,
         digest=plan.content,
         prompt=plan.words.prompt,

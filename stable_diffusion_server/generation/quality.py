@@ -10,12 +10,12 @@ from typing import Generic, Protocol, TypeVar
 
 import structlog
 
-from stable_diffusion_server.engine import Drawing
+from stable_diffusion_server.engine import EngineResult
 from stable_diffusion_server.errors import InvalidInput, NotFinite, ServerError
-from stable_diffusion_server.imaging.artifact_detection import bumpiness, is_black
+from stable_diffusion_server.imaging.artifact_detection import is_black, score_artifacts
 from stable_diffusion_server.imaging.processing import Pixels
-from stable_diffusion_server.pipelines.catalog import SCHEDULERS, ModelFacts, steps_skipped
-from stable_diffusion_server.types import Job, Task, Warned, digest
+from stable_diffusion_server.pipelines.catalog import SCHEDULERS, ModelSpec, steps_skipped
+from stable_diffusion_server.types import DiffusionRequest, RequestWarning, Task, digest
 
 _log = structlog.get_logger(__name__)
 
@@ -24,7 +24,7 @@ _LESS_STRENGTH = 0.01
 _BLACK = float("inf")
 
 
-class DrawnPicture(Protocol):
+class DecodedPixels(Protocol):
     """What the engine hands back, as far as it has to be known here."""
 
     @property
@@ -36,11 +36,11 @@ class DrawnPicture(Protocol):
         """Whether the decoder had to run again in full precision."""
 
 
-P = TypeVar("P", bound=DrawnPicture)
+P = TypeVar("P", bound=DecodedPixels)
 
 
 @dataclass(frozen=True, slots=True)
-class Remedy:
+class RetryPolicy:
     """How a bumpy picture of a model is drawn again: how often (0 lets bumps be), up to which steps, in which words.
 
     `fit` shortens a prompt to what the model reads; it may block, and is called off the event loop.
@@ -48,10 +48,10 @@ class Remedy:
 
     redraws: int
     max_steps: int
-    facts: ModelFacts
+    facts: ModelSpec
     fit: Callable[[str], str]
 
-    def applied(self, job: Job) -> Job:
+    def applied(self, job: DiffusionRequest) -> DiffusionRequest:
         """The job as the original server tried it again: asking for detail; with a step more, or closer to the image.
 
         Steps stay within the scheduler's bounds, and the strength where less of it would leave no step to take.
@@ -69,16 +69,16 @@ class Remedy:
 
 
 @dataclass(frozen=True, slots=True)
-class Judged(Generic[P]):
+class CheckedImage(Generic[P]):
     """The picture that was kept, the job it was drawn from, seconds spent on all tries by stage, and what to tell.
 
     `batched`: it shared forward passes with others.
     """
 
-    job: Job
+    job: DiffusionRequest
     product: P
     timings: Mapping[str, float]
-    warnings: tuple[Warned, ...]
+    warnings: tuple[RequestWarning, ...]
     batched: bool = False
 
 
@@ -86,13 +86,15 @@ class Judged(Generic[P]):
 class _Try(Generic[P]):
     """A picture and how bad it is: above 1 too bumpy, infinite for black."""
 
-    job: Job
+    job: DiffusionRequest
     product: P
     badness: float
     batched: bool
 
 
-async def draw_well(job: Job, draw: Callable[[Job], Awaitable[Drawing[P]]], remedy: Remedy) -> Judged[P]:
+async def generate_with_retries(
+    job: DiffusionRequest, draw: Callable[[DiffusionRequest], Awaitable[EngineResult[P]]], remedy: RetryPolicy
+) -> CheckedImage[P]:
     """The best of a few tries, one if it is good.
 
     Not finite or black: once more with a new seed, each at most once. Too bumpy: as `remedy` says. A try that fails
@@ -128,10 +130,10 @@ async def draw_well(job: Job, draw: Callable[[Job], Awaitable[Drawing[P]]], reme
             job = await asyncio.to_thread(remedy.applied, job)
         else:
             break
-    return Judged(best.job, best.product, timings, _told(faults, best.badness), best.batched)
+    return CheckedImage(best.job, best.product, timings, _told(faults, best.badness), best.batched)
 
 
-def _overflow_of(job: Job, error: NotFinite) -> ServerError:
+def _overflow_of(job: DiffusionRequest, error: NotFinite) -> ServerError:
     """What a job that is not finite with any seed is told."""
     if not job.loras:
         return error
@@ -139,30 +141,36 @@ def _overflow_of(job: Job, error: NotFinite) -> ServerError:
     return InvalidInput(f"With {names} the picture is not finite; a smaller weight may help.", field="lora")
 
 
-def reseeded(job: Job) -> Job:
+def reseeded(job: DiffusionRequest) -> DiffusionRequest:
     """The job with another seed, always the same other one."""
     return replace(job, seed=int(digest({"instead of": job.seed})[:8], 16))
 
 
-def _badness(job: Job, pixels: Pixels, remedy: Remedy) -> float:
+def _badness(job: DiffusionRequest, pixels: Pixels, remedy: RetryPolicy) -> float:
     """Infinite for black, above 1 for too bumpy. What is repainted in a picture has the bumps of the rest: let be."""
     if is_black(pixels):
         return _BLACK
-    return bumpiness(pixels).score if remedy.redraws and job.task is not Task.INPAINT else 0.0
+    return score_artifacts(pixels).score if remedy.redraws and job.task is not Task.INPAINT else 0.0
 
 
-def _told(faults: Mapping[str, int], badness: float) -> tuple[Warned, ...]:
+def _told(faults: Mapping[str, int], badness: float) -> tuple[RequestWarning, ...]:
     """What the caller should know of the tries and of what came of them."""
     warnings = []
     if faults["not-finite"]:
-        warnings.append(Warned("redrawn-not-finite", "The numbers were not finite; it was drawn with another seed."))
+        warnings.append(
+            RequestWarning("redrawn-not-finite", "The numbers were not finite; it was drawn with another seed.")
+        )
     if faults["black"]:
-        warnings.append(Warned("redrawn-black", "The picture was black; it was drawn once more with another seed."))
+        warnings.append(
+            RequestWarning("redrawn-black", "The picture was black; it was drawn once more with another seed.")
+        )
     if faults["bumpy"]:
         tries = "once more" if faults["bumpy"] == 1 else f"{faults['bumpy']} times more"
-        warnings.append(Warned("redrawn-bumpy", f"The picture was too bumpy; it was drawn {tries}, the best is kept."))
+        warnings.append(
+            RequestWarning("redrawn-bumpy", f"The picture was too bumpy; it was drawn {tries}, the best is kept.")
+        )
     if badness == _BLACK:
-        warnings.append(Warned("black", "The picture is black."))
+        warnings.append(RequestWarning("black", "The picture is black."))
     elif badness > 1:
-        warnings.append(Warned("bumpy", "The picture has much black, much white and uneven greys."))
+        warnings.append(RequestWarning("bumpy", "The picture has much black, much white and uneven greys."))
     return tuple(warnings)

@@ -13,18 +13,18 @@ import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from stable_diffusion_server.errors import InvalidInput
-from stable_diffusion_server.generation.interfaces import Decode
+from stable_diffusion_server.generation.interfaces import DecodeImage
 from stable_diffusion_server.generation.provenance import NOT_ASKED
-from stable_diffusion_server.generation.resolver import Options, resolve
-from stable_diffusion_server.generation.service import Service
+from stable_diffusion_server.generation.resolver import GenerationOptions, resolve_request
+from stable_diffusion_server.generation.service import GenerationService
 from stable_diffusion_server.imaging.metadata import read_record
 from stable_diffusion_server.imaging.processing import Pixels
-from stable_diffusion_server.storage.history.entries import Entry
-from stable_diffusion_server.types import Caller, Order, Receipt, Source, Task
+from stable_diffusion_server.storage.history.entries import HistoryEntry
+from stable_diffusion_server.types import Caller, GenerationRequest, GenerationResult, ImageInput, Task
 
 PICTURE = "picture_file"
-_ORDERS = TypeAdapter(Order)
-_ASKED = frozenset(part.name for part in fields(Order)) - NOT_ASKED
+_ORDERS = TypeAdapter(GenerationRequest)
+_ASKED = frozenset(part.name for part in fields(GenerationRequest)) - NOT_ASKED
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _SOURCES: dict[Task, set[str]] = {
     Task.TEXT_TO_IMAGE: set(),
@@ -36,46 +36,50 @@ _LORA = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 @dataclass(frozen=True, slots=True)
-class Memo:
+class EmbeddedProvenance:
     """What a picture made here says of itself: the order with its pictures left out, and the digest of the whole.
 
     `sources` are the SHA-256 of the files it was made from, `image` and `mask`.
     """
 
-    order: Order
+    order: GenerationRequest
     digest: str
     sources: Mapping[str, object]
     transparency: bool
 
 
 @dataclass(frozen=True, slots=True)
-class Replayed:
+class ReplayResult:
     """A picture drawn again. `same_order`: by a model and parameters that are exactly those it was made with.
 
     `equal`: every pixel is the same; `decibels` is the peak signal-to-noise ratio where they differ.
     """
 
-    receipt: Receipt
+    receipt: GenerationResult
     same_order: bool
     equal: bool
     decibels: float | None
 
 
-class Replays:
+class ReplayService:
     """Reads what pictures say of themselves, and has them drawn again.
 
     `find` looks into the history, for pictures that carry nothing but a digest, as far as a caller may read it.
     """
 
     def __init__(
-        self, service: Service, decode: Decode, options: Options, find: Callable[[str, Caller], Entry | None]
+        self,
+        service: GenerationService,
+        decode: DecodeImage,
+        options: GenerationOptions,
+        find: Callable[[str, Caller], HistoryEntry | None],
     ) -> None:
         self._service = service
         self._decode = decode
         self._options = options
         self._find = find
 
-    async def memo_of(self, picture: bytes, caller: Caller) -> Memo:
+    async def read_provenance(self, picture: bytes, caller: Caller) -> EmbeddedProvenance:
         """What a picture says of itself, or the history to this caller, as far as an order can say it.
 
         Raises `InvalidInput`, the same for a picture of which nothing is known as for another caller's.
@@ -85,17 +89,19 @@ class Replays:
         sources, digest = record.get("sources"), str(record.get("digest"))
         if not isinstance(asked, dict) or not isinstance(sources, dict) or not _DIGEST.fullmatch(digest):
             raise _refused("tells how it was made in words that are not this server's")
-        return Memo(_order_of(asked), digest, sources, record.get("transparency") is True)
+        return EmbeddedProvenance(_order_of(asked), digest, sources, record.get("transparency") is True)
 
-    async def draw(self, memo: Memo, order: Order, picture: bytes, caller: Caller) -> Replayed:
+    async def draw(
+        self, memo: EmbeddedProvenance, order: GenerationRequest, picture: bytes, caller: Caller
+    ) -> ReplayResult:
         """The picture of an order made from a memo, drawn and compared. Raises what drawing raises, `InvalidInput`."""
         _check_sources(memo, order)
-        plan = await asyncio.to_thread(resolve, order, self._options)
+        plan = await asyncio.to_thread(resolve_request, order, self._options)
         before = await self._decode(picture, PICTURE, share=caller.share)
-        receipt, data = await self._service.picture(order, caller=caller)
+        receipt, data = await self._service.generate_with_bytes(order, caller=caller)
         after = await self._decode(data, PICTURE, share=caller.share)
         decibels = await asyncio.to_thread(peak_signal_to_noise, before, after)
-        return Replayed(receipt, plan.content == memo.digest, decibels is None, decibels)
+        return ReplayResult(receipt, plan.content == memo.digest, decibels is None, decibels)
 
     def _record_of(self, picture: bytes, caller: Caller) -> dict[str, Any]:
         record = read_record(picture)
@@ -107,12 +113,12 @@ class Replays:
         return record
 
 
-def with_sources(memo: Memo, image: bytes | None, mask: bytes | None) -> Order:
+def with_sources(memo: EmbeddedProvenance, image: bytes | None, mask: bytes | None) -> GenerationRequest:
     """The memo's order with the pictures it is to be made from."""
     return replace(
         memo.order,
-        image=Source("image_file", data=image) if image is not None else None,
-        mask=Source("mask_file", data=mask, transparency=memo.transparency) if mask is not None else None,
+        image=ImageInput("image_file", data=image) if image is not None else None,
+        mask=ImageInput("mask_file", data=mask, transparency=memo.transparency) if mask is not None else None,
     )
 
 
@@ -127,7 +133,7 @@ def peak_signal_to_noise(one: Pixels, other: Pixels) -> float | None:
     return None if error == 0 else round(10 * float(np.log10(255**2 / error)), 2)
 
 
-def _order_of(asked: Mapping[str, object]) -> Order:
+def _order_of(asked: Mapping[str, object]) -> GenerationRequest:
     """The order a record tells, its types checked here and its bounds wherever an order is resolved."""
     if unknown := sorted(set(asked) - _ASKED):
         raise _refused(f"was asked for with what is not known here: {', '.join(unknown)[:100]}")
@@ -145,7 +151,7 @@ def _order_of(asked: Mapping[str, object]) -> Order:
     return order
 
 
-def _check_sources(memo: Memo, order: Order) -> None:
+def _check_sources(memo: EmbeddedProvenance, order: GenerationRequest) -> None:
     if set(memo.sources) != _SOURCES[order.task]:
         raise _refused("was made from other files than its task needs")
     for name, source in (("image", order.image), ("mask", order.mask)):

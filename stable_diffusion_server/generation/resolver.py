@@ -9,13 +9,22 @@ from secrets import randbelow
 from typing import TypeVar
 from uuid import NAMESPACE_OID, uuid5
 
-from stable_diffusion_server.errors import InvalidInput, WeightsUnusable
-from stable_diffusion_server.generation.limits import Limits
+from stable_diffusion_server.errors import InvalidInput, ModelLoadError
+from stable_diffusion_server.generation.limits import RequestLimits
 from stable_diffusion_server.generation.ownership import Ownership
 from stable_diffusion_server.generation.prompts import clean
-from stable_diffusion_server.pipelines.catalog import MODELS, ModelFacts, facts_of, scheduler_of, steps_skipped
+from stable_diffusion_server.pipelines.catalog import MODELS, ModelSpec, scheduler_of, spec_of, steps_skipped
 from stable_diffusion_server.storage.api import object_key
-from stable_diffusion_server.types import SEED_MAX, Fill, Fit, Format, Order, Source, Warned, digest
+from stable_diffusion_server.types import (
+    SEED_MAX,
+    Fill,
+    Fit,
+    Format,
+    GenerationRequest,
+    ImageInput,
+    RequestWarning,
+    digest,
+)
 
 T = TypeVar("T")
 
@@ -26,7 +35,7 @@ _OTHER_IMAGE_EXTENSIONS = frozenset("gif svg bmp tif tiff avif heic heif jxl ico
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class GenerationOptions:
     """What the service was set up with. `embed_metadata` is full, digest or none.
 
     `bumpy_redraws` is how often a picture that is too bumpy is drawn again, `None` what the model's facts say.
@@ -36,22 +45,22 @@ class Options:
     are models that were asked for and cannot be loaded, by name.
     """
 
-    limits: Limits
+    limits: RequestLimits
     default_model: str
     bucket_path: str
     embed_metadata: str = "full"
     bumpy_redraws: int | None = None
-    models: Mapping[str, ModelFacts] = field(default_factory=lambda: MODELS)
+    models: Mapping[str, ModelSpec] = field(default_factory=lambda: MODELS)
     loras: Callable[[], Mapping[str, str]] = dict
     ownership: Ownership = field(default_factory=Ownership)
     unusable: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
-class Words:
+class ResolvedParameters:
     """What an order says beside its pictures, with every default filled in."""
 
-    facts: ModelFacts
+    facts: ModelSpec
     prompt: str
     negative_prompt: str | None
     num_inference_steps: int
@@ -60,11 +69,11 @@ class Words:
     strength: float
     canny: bool
     control_scale: float
-    warnings: tuple[Warned, ...]
+    warnings: tuple[RequestWarning, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class ResolvedRequest:
     """An order with everything decided that can be decided before its pictures are seen.
 
     Three digests tell it from others: `content` is the identity of the picture, `asked` that of the order with its
@@ -72,8 +81,8 @@ class Plan:
     `pictures` are the SHA-256 of the files it comes with, once they are there, `lora_digests` those of its adapters.
     """
 
-    order: Order
-    words: Words
+    order: GenerationRequest
+    words: ResolvedParameters
     seed: int
     file_format: Format
     quality: int
@@ -105,7 +114,9 @@ class Plan:
         return record.get("file") == self.file and bool(known & set(record.items()))
 
 
-def resolve(order: Order, options: Options, fetched: Mapping[str, bytes] | None = None) -> Plan:
+def resolve_request(
+    order: GenerationRequest, options: GenerationOptions, fetched: Mapping[str, bytes] | None = None
+) -> ResolvedRequest:
     """Decide what an order leaves open. Pure but for `seed=random`. Raises `InvalidInput`.
 
     `fetched` are the bytes of its remote pictures by field. Without them the addresses stand for the pictures, and
@@ -128,7 +139,7 @@ def resolve(order: Order, options: Options, fetched: Mapping[str, bytes] | None 
     conceal = options.ownership.concealed
     told = conceal(digest({"content": content, "format": file_format, "quality": quality}), order)
     made = f"{order.folder}{told[:32]}.{file_format}"
-    return Plan(
+    return ResolvedRequest(
         order=order,
         words=words,
         seed=seed,
@@ -146,33 +157,35 @@ def resolve(order: Order, options: Options, fetched: Mapping[str, bytes] | None 
     )
 
 
-def facts_for(order: Order, options: Options) -> ModelFacts:
+def facts_for(order: GenerationRequest, options: GenerationOptions) -> ModelSpec:
     """The facts of the model that draws an order; another than the default one only where that was never asked for.
 
-    Raises `InvalidInput` for one that is not here, `WeightsUnusable` for one whose files cannot be used.
+    Raises `InvalidInput` for one that is not here, `ModelLoadError` for one whose files cannot be used.
     """
     wanted = order.model or options.default_model
     if wanted in options.unusable:
-        raise WeightsUnusable(f"The files of {wanted} cannot be used; /readyz and the server's log say why.")
+        raise ModelLoadError(f"The files of {wanted} cannot be used; /readyz and the server's log say why.")
     if order.model is None and wanted not in options.models:
         wanted = next(iter(options.models))
-    return facts_of(wanted, options.models)
+    return spec_of(wanted, options.models)
 
 
-def _read_words(order: Order, options: Options) -> Words:
+def _read_words(order: GenerationRequest, options: GenerationOptions) -> ResolvedParameters:
     facts = facts_for(order, options)
     warnings = []
     negative = _cleaned(order.negative_prompt or "", "negative_prompt") or None
     if negative and not facts.takes_negative_prompt:
         negative = None
-        warnings.append(Warned("negative-prompt-ignored", f"{facts.name} has no use for a negative prompt."))
+        warnings.append(RequestWarning("negative-prompt-ignored", f"{facts.name} has no use for a negative prompt."))
     guidance = _given(order.guidance_scale, facts.default_guidance) + 0.0  # -0.0 is 0.0
     if negative and guidance <= 1:
         negative = None
-        warnings.append(Warned("negative-prompt-ignored", "A negative prompt has a use only with guidance above 1."))
+        warnings.append(
+            RequestWarning("negative-prompt-ignored", "A negative prompt has a use only with guidance above 1.")
+        )
     if guidance != facts.default_guidance and not facts.takes_guidance:
         guidance = facts.default_guidance
-        warnings.append(Warned("guidance-ignored", f"{facts.name} was distilled to draw without guidance."))
+        warnings.append(RequestWarning("guidance-ignored", f"{facts.name} was distilled to draw without guidance."))
     prompt = _cleaned(order.prompt, "prompt")
     if not prompt:
         raise InvalidInput("prompt is empty.", field="prompt")
@@ -180,8 +193,10 @@ def _read_words(order: Order, options: Options) -> Words:
         raise InvalidInput(f"{facts.name} has no ControlNet to follow edges with.", field="canny")
     follows = facts.control_folder is not None if order.canny is None else order.canny
     if order.canny is None and not follows:
-        warnings.append(Warned("canny-unavailable", f"{facts.name} has no ControlNet; the edges are not followed."))
-    words = Words(
+        warnings.append(
+            RequestWarning("canny-unavailable", f"{facts.name} has no ControlNet; the edges are not followed.")
+        )
+    words = ResolvedParameters(
         facts=facts,
         prompt=prompt,
         negative_prompt=negative,
@@ -201,7 +216,7 @@ def _read_words(order: Order, options: Options) -> Words:
     return words
 
 
-def _adapters(order: Order, options: Options) -> list[tuple[str, float, str]]:
+def _adapters(order: GenerationRequest, options: GenerationOptions) -> list[tuple[str, float, str]]:
     """The order's adapters: name, weight, and which weights these are. Raises `InvalidInput` for unknown ones."""
     if not order.loras:
         return []
@@ -220,7 +235,9 @@ def _adapters(order: Order, options: Options) -> list[tuple[str, float, str]]:
     return [(name, weight, digests[name]) for name, weight in order.loras]
 
 
-def _facts_told(order: Order, words: Words, adapters: list[tuple[str, float, str]]) -> dict[str, object]:
+def _facts_told(
+    order: GenerationRequest, words: ResolvedParameters, adapters: list[tuple[str, float, str]]
+) -> dict[str, object]:
     """All that makes this picture this one, but its seed and the pictures it comes from."""
     return {
         "task": order.task,
@@ -246,10 +263,10 @@ def _facts_told(order: Order, words: Words, adapters: list[tuple[str, float, str
     }
 
 
-def _identities(order: Order, given: Mapping[str, str | bytes]) -> dict[str, str | None]:
+def _identities(order: GenerationRequest, given: Mapping[str, str | bytes]) -> dict[str, str | None]:
     """What tells the order's pictures from others: the digest of their bytes, or an address standing for them."""
 
-    def identity(source: Source | None) -> str | None:
+    def identity(source: ImageInput | None) -> str | None:
         if source is None:
             return None
         known = source.data if source.data is not None else given[source.parameter]
@@ -258,14 +275,14 @@ def _identities(order: Order, given: Mapping[str, str | bytes]) -> dict[str, str
     return {"image": identity(order.image), "mask": identity(order.mask)}
 
 
-def _seed(order: Order, asked: str) -> int:
+def _seed(order: GenerationRequest, asked: str) -> int:
     """The seed asked for, one from the order's digest, so that equal orders are equal pictures, or a new one."""
     if order.seed == "random":
         return randbelow(SEED_MAX + 1)
     return int(asked[:8], 16) if order.seed is None else (order.seed + order.variation) % (SEED_MAX + 1)
 
 
-def _name(order: Order, asked: str) -> str:
+def _name(order: GenerationRequest, asked: str) -> str:
     """The name asked for; if it is to tell the content, with eight digits of a name-based UUID before the file name."""
     name = order.save_path or ""
     if not order.named_by_content or not name:
@@ -285,7 +302,7 @@ def _cleaned(text: str, field: str) -> str:
         raise InvalidInput(f"{field} {error}.", field=field) from error
 
 
-def _file_format(order: Order) -> Format:
+def _file_format(order: GenerationRequest) -> Format:
     """The format asked for, else the one the name's ending promises, else WebP. A contradiction is refused."""
     name = (order.save_path or "").rsplit("/", 1)[-1]
     ending = name.rsplit(".", 1)[1].lower() if "." in name else ""

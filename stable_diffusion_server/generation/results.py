@@ -6,30 +6,32 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 
-from stable_diffusion_server.generation.layout import Scene, resampling_told
+from stable_diffusion_server.generation.layout import ImageLayout, resampling_warnings
 from stable_diffusion_server.generation.provenance import RETOLD
-from stable_diffusion_server.generation.quality import DrawnPicture, Judged
-from stable_diffusion_server.generation.resolver import Plan
-from stable_diffusion_server.types import Receipt, Stored, Warned
+from stable_diffusion_server.generation.quality import CheckedImage, DecodedPixels
+from stable_diffusion_server.generation.resolver import ResolvedRequest
+from stable_diffusion_server.types import GenerationResult, RequestWarning, StoredObject
 
 # The largest number below which JSON's readers tell whole ones apart.
 _WHOLE_MAX = 2**53
-_STORED_LATER = Warned("stored-later", "The storage does not answer; the picture is kept here and brought there later.")
+_STORED_LATER = RequestWarning(
+    "stored-later", "The storage does not answer; the picture is kept here and brought there later."
+)
 
 
-def receipt_of_drawn(
-    plan: Plan,
-    stored: Stored,
-    scene: Scene,
-    judged: Judged[DrawnPicture],
-    warnings: tuple[Warned, ...],
+def result_of_generated(
+    plan: ResolvedRequest,
+    stored: StoredObject,
+    scene: ImageLayout,
+    judged: CheckedImage[DecodedPixels],
+    warnings: tuple[RequestWarning, ...],
     timings: Mapping[str, float],
     *,
     coalesced: bool,
-) -> Receipt:
+) -> GenerationResult:
     """The receipt for a picture that was drawn; `warnings` are those of the drawing."""
     job = judged.job
-    return Receipt(
+    return GenerationResult(
         key=plan.key,
         stored=not stored.waiting,
         cached=False,
@@ -49,19 +51,19 @@ def receipt_of_drawn(
     )
 
 
-def receipt_of_stored(plan: Plan, stored: Stored) -> Receipt:
+def result_of_stored(plan: ResolvedRequest, stored: StoredObject) -> GenerationResult:
     """The receipt for an object that was there: what its record tells, and whether it is what was asked for."""
     record = stored.record
     width, height = _whole(record, "width"), _whole(record, "height")
     if plan.is_that_of(record):
-        sized = resampling_told(plan.words.facts, width, height) if width and height else ()
+        sized = resampling_warnings(plan.words.facts, width, height) if width and height else ()
         codes = record.get("warned", "").split(",")
-        retold = tuple(Warned(code, RETOLD[code]) for code in codes if code in RETOLD)
+        retold = tuple(RequestWarning(code, RETOLD[code]) for code in codes if code in RETOLD)
         warnings = (*plan.words.warnings, *sized, *retold)
     else:
         known = "was made from another order" if "digest" in record else "has no record of how it was made"
-        warnings = (Warned("different-order", f"The picture stored under this name {known}."),)
-    return Receipt(
+        warnings = (RequestWarning("different-order", f"The picture stored under this name {known}."),)
+    return GenerationResult(
         key=stored.key,
         stored=not stored.waiting,
         cached=True,
@@ -79,7 +81,7 @@ def receipt_of_stored(plan: Plan, stored: Stored) -> Receipt:
     )
 
 
-def receipt_for_stranger(plan: Plan, receipt: Receipt, seconds: float) -> Receipt:
+def result_for_other_caller(plan: ResolvedRequest, receipt: GenerationResult, seconds: float) -> GenerationResult:
     """The receipt of a picture that was there already, for a caller who may not know whose it is or of what order.
 
     A name the server made is that of an equal order, so it is told as if it was drawn now. One the caller gave tells
@@ -88,8 +90,10 @@ def receipt_for_stranger(plan: Plan, receipt: Receipt, seconds: float) -> Receip
     if plan.order.save_path is None or plan.order.named_by_content:
         stages = dict.fromkeys(("queue", "prepare", "denoise", "decode", "encode", "store"), 0.0)
         return replace(receipt, cached=False, coalesced=False, timings=rounded({**stages, "total": seconds}))
-    taken = Warned("different-order", "Another caller has taken this name; it may hold the picture of another order.")
-    return Receipt(
+    taken = RequestWarning(
+        "different-order", "Another caller has taken this name; it may hold the picture of another order."
+    )
+    return GenerationResult(
         key=receipt.key,
         stored=receipt.stored,
         cached=False,
@@ -120,7 +124,7 @@ def _whole(record: Mapping[str, str], name: str) -> int | None:
     return int(value) if value is not None and 0 <= value <= _WHOLE_MAX else None
 
 
-def _delay_of(stored: Stored) -> tuple[Warned, ...]:
+def _delay_of(stored: StoredObject) -> tuple[RequestWarning, ...]:
     return (_STORED_LATER,) if stored.waiting else ()
 
 

@@ -7,27 +7,27 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
-from stable_diffusion_server.types import Progress
+from stable_diffusion_server.types import GenerationProgress
 
 T = TypeVar("T")
 
 
-class Listener(Protocol):
+class ProgressListener(Protocol):
     """Someone who follows an effort."""
 
     @property
     def wants_previews(self) -> bool:
         """Whether small pictures on the way are of use."""
 
-    def tell(self, news: Progress) -> None:
+    def tell(self, news: GenerationProgress) -> None:
         """Take one piece of news, on the event loop."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Watcher:
+class CallbackListener:
     """A listener that passes news on to a function. `previews` may change while it listens, as a function."""
 
-    watch: Callable[[Progress], None]
+    watch: Callable[[GenerationProgress], None]
     previews: bool | Callable[[], bool] = False
 
     @property
@@ -35,59 +35,59 @@ class Watcher:
         """Whether small pictures on the way are of use now."""
         return self.previews() if callable(self.previews) else self.previews
 
-    def tell(self, news: Progress) -> None:
+    def tell(self, news: GenerationProgress) -> None:
         """Pass it on."""
         self.watch(news)
 
 
-NOBODY = Watcher(lambda news: None)
+NOBODY = CallbackListener(lambda news: None)
 
 
 @dataclass(slots=True, eq=False)
-class Audience:
+class ProgressBroadcaster:
     """All who follow one effort, itself a listener, so that an effort can follow another it waits for.
 
     Who comes late is told the latest news at once.
     """
 
-    _listeners: list[Listener] = field(default_factory=list)
-    _latest: Progress | None = None
+    _listeners: list[ProgressListener] = field(default_factory=list)
+    _latest: GenerationProgress | None = None
 
     @property
     def wants_previews(self) -> bool:
         """Whether any of them has a use for previews."""
         return any(listener.wants_previews for listener in self._listeners)
 
-    def tell(self, news: Progress) -> None:
+    def tell(self, news: GenerationProgress) -> None:
         """Tell every one of them."""
         self._latest = news
         for listener in tuple(self._listeners):
             listener.tell(news)
 
-    def enter(self, listener: Listener) -> None:
+    def enter(self, listener: ProgressListener) -> None:
         """Let someone follow from here on."""
         self._listeners.append(listener)
         if self._latest is not None:
             listener.tell(self._latest)
 
-    def leave(self, listener: Listener) -> None:
+    def leave(self, listener: ProgressListener) -> None:
         """Tell someone no more."""
         self._listeners.remove(listener)
 
 
-Start = Callable[[Audience], Coroutine[Any, Any, T]]
+Start = Callable[[ProgressBroadcaster], Coroutine[Any, Any, T]]
 
 
 @dataclass(slots=True)
 class _Flight(Generic[T]):
     task: asyncio.Task[T]
     tag: str
-    audience: Audience
+    audience: ProgressBroadcaster
     passengers: int = 0
     abandoned: bool = False
 
 
-class Flights(Generic[T]):
+class SingleFlight(Generic[T]):
     """Efforts under way, by key. Lives on one event loop.
 
     `tag` says what exactly is being done under a key: callers with another tag do not share the effort but wait
@@ -104,7 +104,7 @@ class Flights(Generic[T]):
     def __len__(self) -> int:
         return len(self._flights)
 
-    async def join(self, key: str, tag: str, start: Start[T], listener: Listener = NOBODY) -> tuple[T, bool]:
+    async def join(self, key: str, tag: str, start: Start[T], listener: ProgressListener = NOBODY) -> tuple[T, bool]:
         """The result of the effort under `key`, and whether it was shared with one that was under way already.
 
         `start` is given the audience it is to tell of how far it is; `listener` is among it while the caller waits.
@@ -127,7 +127,7 @@ class Flights(Generic[T]):
                 flight.task.cancel()
 
     def _take_off(self, key: str, tag: str, start: Start[T]) -> _Flight[T]:
-        audience = Audience()
+        audience = ProgressBroadcaster()
         flight = _Flight(asyncio.create_task(start(audience)), tag, audience)
         self._flights[key] = flight
         flight.task.add_done_callback(lambda task: self._arrived(key, flight, task))

@@ -26,7 +26,7 @@ _BLACK_LEVEL = 2
 
 
 @dataclass(frozen=True, slots=True)
-class Bumpiness:
+class ArtifactScore:
     """How bumpy a picture is, in the original's counts at 1024 × 1024: samples at both ends, uneven grey levels."""
 
     bottom: float
@@ -39,7 +39,7 @@ class Bumpiness:
         return min(self.bottom / MAX_END_SAMPLES, self.top / MAX_END_SAMPLES, self.deviations / MAX_DEVIATIONS)
 
     @property
-    def too_bumpy(self) -> bool:
+    def has_artifacts(self) -> bool:
         """Whether the original's rule speaks."""
         return self.score > 1
 
@@ -49,7 +49,7 @@ def is_black(pixels: Pixels) -> bool:
     return bool(pixels.max(initial=0) <= _BLACK_LEVEL)
 
 
-def bumpiness(pixels: Pixels) -> Bumpiness:
+def score_artifacts(pixels: Pixels) -> ArtifactScore:
     """The measure of a picture (uint8, height × width × 3)."""
     scale = REFERENCE_PIXELS / (pixels.shape[0] * pixels.shape[1])
     samples = np.bincount(pixels.reshape(-1), minlength=256)
@@ -60,7 +60,7 @@ def bumpiness(pixels: Pixels) -> Bumpiness:
     steps, chance = np.abs(np.diff(levels)), levels[1:] + levels[:-1]
     true = np.maximum(0, 1 - chance / np.maximum(steps**2, 1))
     steps *= true * scale + (1 - true) * scale**0.5
-    return Bumpiness(
+    return ArtifactScore(
         bottom=float(samples[:_END_LEVELS].sum() * scale),
         top=float(samples[-_END_LEVELS:].sum() * scale),
         deviations=int((steps > _STEP).sum()),

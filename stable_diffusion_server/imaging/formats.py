@@ -20,7 +20,7 @@ _BEGINNINGS = {
 }
 
 
-def in_words(formats: Sequence[str]) -> str:
+def describe_formats(formats: Sequence[str]) -> str:
     """As in "PNG, JPEG or WebP"."""
     *others, last = (_WORDS.get(name, name) for name in formats)
     return f"{', '.join(others)} or {last}" if others else last
@@ -31,6 +31,6 @@ def media_types(formats: Sequence[str]) -> str:
     return ", ".join(f"image/{name.lower()}" for name in formats)
 
 
-def begins_like(data: bytes | bytearray, formats: Sequence[str]) -> bool:
+def matches_signature(data: bytes | bytearray, formats: Sequence[str]) -> bool:
     """Whether a file begins as one of these kinds does."""
     return any(all(data.startswith(mark, at) for at, mark in _BEGINNINGS[name]) for name in formats)

@@ -46,7 +46,7 @@ def read_parameters_text(file: bytes) -> str:
     return ""
 
 
-def is_whole(head: bytes, tail: bytes, size: int) -> bool:
+def is_complete_file(head: bytes, tail: bytes, size: int) -> bool:
     """Whether a file of `size` bytes with these first and last dozen is a whole picture, as far as its frame tells."""
     if head.startswith(b"\x89PNG"):
         return tail.endswith(b"IEND\xaeB`\x82")
@@ -58,7 +58,7 @@ def is_whole(head: bytes, tail: bytes, size: int) -> bool:
     return head.startswith(b"GIF8") or head[4:11] == b"ftypavi"
 
 
-def claims_picture(name: str, content_type: str) -> bool:
+def has_image_signature(name: str, content_type: str) -> bool:
     """Whether an object of this name and type is to be a picture."""
     return content_type.startswith("image/") or name.lower().endswith(_ENDINGS)
 

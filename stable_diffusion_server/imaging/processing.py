@@ -55,7 +55,7 @@ def plan_canvas(width: int, height: int, native_pixels: int, floor: int) -> Canv
     return Canvas(drawn_width, drawn_height, resampled=True)
 
 
-def to_size(pixels: Pixels, width: int, height: int, *, resample: bool) -> Pixels:
+def crop_to_size(pixels: Pixels, width: int, height: int, *, resample: bool) -> Pixels:
     """`pixels` (uint8, height × width × 3) centre-cropped to the asked aspect ratio and exactly `width` × `height`.
 
     Without `resample` no pixel is changed, only cut away; with it the crop is scaled by Lanczos.
@@ -114,17 +114,17 @@ def to_mask(pixels: Pixels, width: int, height: int) -> Pixels:
     return np.asarray(grey.point(_MASK_LEVELS))
 
 
-def whole(mask: Pixels) -> Pixels:
+def is_whole_image(mask: Pixels) -> Pixels:
     """The mask with every grey made white: all that is touched at all."""
     return np.where(mask > 0, np.uint8(255), np.uint8(0))
 
 
-def feathered(mask: Pixels, radius: int) -> Pixels:
+def feather_mask(mask: Pixels, radius: int) -> Pixels:
     """The mask rising over `radius` pixels from its rim inwards (by Euclidean distance); 0 stays 0 everywhere."""
     if radius == 0:
         return mask
     # A mask that is white to the picture's border has no rim there: pixels beyond the border do not count.
-    distance = cv2.distanceTransform(whole(mask), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+    distance = cv2.distanceTransform(is_whole_image(mask), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
     return np.rint(mask * np.clip(np.asarray(distance) / (radius + 1), 0, 1)).astype(np.uint8)
 
 
@@ -137,7 +137,7 @@ def paste_back(drawn: Pixels, image: Pixels, mask: Pixels) -> Pixels:
     return result
 
 
-def encode(
+def encode_image(
     pixels: Pixels, file_format: Format, quality: int, record: Mapping[str, object] | None, xmp: str = ""
 ) -> bytes:
     """The picture as a file of `file_format`, with `record` inside it (JSON in EXIF; text chunks in PNG) when given.

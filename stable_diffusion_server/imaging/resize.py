@@ -15,7 +15,7 @@ _GREY = 127
 
 
 @dataclass(frozen=True, slots=True)
-class Box:
+class CropBox:
     """A part of a picture, in pixels from its upper left corner."""
 
     left: int
@@ -31,12 +31,12 @@ class Box:
         """The picture with that part of it, scaled to its size, in its place."""
         result = pixels.copy()
         if part.shape[:2] != (self.height, self.width):
-            part = resized(part, self.width, self.height)
+            part = resize_image(part, self.width, self.height)
         self.cut(result)[...] = part
         return result
 
 
-def around(mask: Pixels, margin: int, aspect: float) -> Box:
+def crop_around(mask: Pixels, margin: int, aspect: float) -> CropBox:
     """The part around what a mask (uint8, height × width, somewhere above 0) covers, with a margin in pixels.
 
     It is widened to the aspect ratio `aspect` (width / height) as far as the picture reaches.
@@ -49,28 +49,30 @@ def around(mask: Pixels, margin: int, aspect: float) -> Box:
     wanted_height = max(bottom - top, round((right - left) / aspect))
     left, right = _widened(left, right, wanted_width, width)
     top, bottom = _widened(top, bottom, wanted_height, height)
-    return Box(left, top, right - left, bottom - top)
+    return CropBox(left, top, right - left, bottom - top)
 
 
-def fitted(pixels: Pixels, width: int, height: int, fit: Fit) -> Pixels:
+def fit_image(pixels: Pixels, width: int, height: int, fit: Fit) -> Pixels:
     """A picture or a mask (uint8, height × width [× 3]) brought to `width` × `height`."""
     own_height, own_width = pixels.shape[:2]
     if (own_width, own_height) == (width, height) or fit is Fit.STRETCH:
-        return resized(pixels, width, height)
+        return resize_image(pixels, width, height)
     across, down = width / own_width, height / own_height
     if fit is Fit.CROP:
         scale = max(across, down)
         cut_width, cut_height = min(own_width, round(width / scale)), min(own_height, round(height / scale))
-        box = Box((own_width - cut_width) // 2, (own_height - cut_height) // 2, max(1, cut_width), max(1, cut_height))
-        return resized(box.cut(pixels), width, height)
+        box = CropBox(
+            (own_width - cut_width) // 2, (own_height - cut_height) // 2, max(1, cut_width), max(1, cut_height)
+        )
+        return resize_image(box.cut(pixels), width, height)
     scale = min(across, down)
-    inner = resized(pixels, max(1, round(own_width * scale)), max(1, round(own_height * scale)))
+    inner = resize_image(pixels, max(1, round(own_width * scale)), max(1, round(own_height * scale)))
     left, top = (width - inner.shape[1]) // 2, (height - inner.shape[0]) // 2
     margins = [(top, height - inner.shape[0] - top), (left, width - inner.shape[1] - left), (0, 0)][: pixels.ndim]
     return np.pad(inner, margins, mode="edge")
 
 
-def filled(pixels: Pixels, mask: Pixels, fill: Fill, seed: int) -> Pixels:
+def fill_masked(pixels: Pixels, mask: Pixels, fill: Fill, seed: int) -> Pixels:
     """A picture (uint8, height × width × 3) with something else where its mask (height × width) is above 0."""
     where = mask > 0
     result = pixels.copy()
@@ -89,7 +91,7 @@ def filled(pixels: Pixels, mask: Pixels, fill: Fill, seed: int) -> Pixels:
     return result
 
 
-def resized(pixels: Pixels, width: int, height: int) -> Pixels:
+def resize_image(pixels: Pixels, width: int, height: int) -> Pixels:
     """A picture or a mask scaled; the same one where it has that size."""
     if pixels.shape[:2] == (height, width):
         return pixels

@@ -6,14 +6,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
-from stable_diffusion_server.concurrency.fair_share import may_hold_more, named
-from stable_diffusion_server.errors import Busy
-from stable_diffusion_server.jobs.store.records import Entry
+from stable_diffusion_server.concurrency.fair_share import by_caller, may_hold_more
+from stable_diffusion_server.errors import QueueFull
+from stable_diffusion_server.jobs.store.records import JobRecord
 
 _RETRY_AFTER = 30
 
 
-class Held(Protocol):
+class HeldCapacity(Protocol):
     """What the jobs that have not ended take."""
 
     @property
@@ -28,20 +28,20 @@ class Held(Protocol):
         """How many of a share wait, and the bytes of all of its."""
 
 
-class Admission:
+class JobAdmission:
     """Room for `most_waiting` jobs and `most_bytes`, of which nobody gets all. Lives on one event loop.
 
     Jobs that are just being written down count as waiting.
     """
 
-    def __init__(self, held: Held, most_waiting: int, most_bytes: int) -> None:
+    def __init__(self, held: HeldCapacity, most_waiting: int, most_bytes: int) -> None:
         self._held = held
         self._most_waiting = most_waiting
         self._most_bytes = most_bytes
-        self._entering: dict[str, Entry] = {}
+        self._entering: dict[str, JobRecord] = {}
 
     def check(self, share: str, size: int = 0) -> None:
-        """Raise `Busy` where a job of that many bytes may not wait now; it says whose share is used up."""
+        """Raise `QueueFull` where a job of that many bytes may not wait now; it says whose share is used up."""
         entering = self._entering.values()
         mine, mine_bytes = self._held.held_by(share)
         mine += sum(entry.share == share for entry in entering)
@@ -49,23 +49,23 @@ class Admission:
         waiting = self._held.waiting + len(entering)
         free = self._most_waiting - waiting
         if free <= 0:
-            raise Busy(f"{waiting} jobs are waiting already.", retry_after=_RETRY_AFTER)
+            raise QueueFull(f"{waiting} jobs are waiting already.", retry_after=_RETRY_AFTER)
         if not may_hold_more(mine, free):
-            raise Busy(
-                f"{waiting} jobs are waiting already, {mine} of them for {named(share)}: "
+            raise QueueFull(
+                f"{waiting} jobs are waiting already, {mine} of them for {by_caller(share)}: "
                 f"its share of {self._most_waiting}.",
                 retry_after=_RETRY_AFTER,
             )
         left = self._most_bytes - self._held.bytes_held - sum(entry.bytes for entry in entering) - size
         # One that has no room at all is refused by the journal, which knows exactly.
         if mine_bytes and left > 0 and not may_hold_more(mine_bytes, left):
-            raise Busy(
-                f"Jobs of {named(share)} take {mine_bytes} of JOURNAL_BYTES={self._most_bytes} already: its share.",
+            raise QueueFull(
+                f"Jobs of {by_caller(share)} take {mine_bytes} of JOURNAL_BYTES={self._most_bytes} already: its share.",
                 retry_after=_RETRY_AFTER,
             )
 
     @contextmanager
-    def place(self, entry: Entry) -> Iterator[None]:
+    def place(self, entry: JobRecord) -> Iterator[None]:
         """Hold room for a job while it is written down. Raises as `check` does."""
         self.check(entry.share, entry.bytes)
         self._entering[entry.id] = entry

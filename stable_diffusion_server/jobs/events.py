@@ -11,20 +11,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stable_diffusion_server.generation.limits import whole_number
-from stable_diffusion_server.jobs.store.records import Entry, Problem, State
-from stable_diffusion_server.types import EventKind, Progress, Receipt
+from stable_diffusion_server.jobs.store.records import JobRecord, JobState, StoredProblem
+from stable_diffusion_server.types import EngineEventKind, GenerationProgress, GenerationResult
 
 END = "end"
 _MOST = 600
-_NOTHING_YET = Progress(EventKind.QUEUED)
+_NOTHING_YET = GenerationProgress(EngineEventKind.QUEUED)
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
+class JobStatus:
     """How a job stands, as its caller is told. `position` counts the jobs before it; times are since the epoch."""
 
     id: str
-    state: State
+    state: JobState
     accepted_at: float
     ended_at: float | None = None
     attempts: int = 0
@@ -32,10 +32,10 @@ class Standing:
     eta_seconds: float | None = None
     step: int = 0
     steps: int = 0
-    outcome: Receipt | Problem | None = None
+    outcome: GenerationResult | StoredProblem | None = None
 
     @classmethod
-    def of(cls, entry: Entry, now: Progress = _NOTHING_YET) -> Standing:
+    def of(cls, entry: JobRecord, now: GenerationProgress = _NOTHING_YET) -> JobStatus:
         """What is written down of a job, and how far it is; of one that has ended, how far it came."""
         position, eta = (0, None) if entry.state.ended else (now.position, now.eta_seconds)
         told = (entry.id.rpartition(":")[2], entry.state, entry.accepted_at, entry.ended_at, entry.attempts)
@@ -43,7 +43,7 @@ class Standing:
 
 
 @dataclass(frozen=True, slots=True)
-class Happening:
+class JobEvent:
     """One event: `queued`, `step`, `preview`, `done`, `failed` or `cancelled`. `id` is where to go on after it.
 
     `picture` is height × width × 3 uint8, in a preview.
@@ -51,11 +51,11 @@ class Happening:
 
     id: str
     kind: str
-    standing: Standing
+    standing: JobStatus
     picture: NDArray[np.uint8] | None = field(default=None, compare=False, repr=False)
 
 
-class Happenings:
+class JobEventLog:
     """The events of one job in one process, which `epoch` tells from those of an earlier one.
 
     Of waiting only the last event is kept, and only the last preview.
@@ -63,13 +63,13 @@ class Happenings:
 
     def __init__(self, epoch: str) -> None:
         self._epoch = epoch
-        self._kept: deque[tuple[int, Happening]] = deque(maxlen=_MOST)
+        self._kept: deque[tuple[int, JobEvent]] = deque(maxlen=_MOST)
         self._count = 0
         self._changed = asyncio.Event()
         self._over = False
         self.readers = 0
 
-    def add(self, kind: str, standing: Standing, picture: NDArray[np.uint8] | None = None) -> None:
+    def add(self, kind: str, standing: JobStatus, picture: NDArray[np.uint8] | None = None) -> None:
         """Let all readers know. An event of an ended job is its last."""
         self._count += 1
         superseded = kind == "preview" or (kind == "queued" and bool(self._kept) and self._kept[-1][1].kind == kind)
@@ -77,7 +77,7 @@ class Happenings:
             self._kept = deque((kept for kept in self._kept if kept[1].kind != kind), _MOST)
         over = standing.state.ended
         number = END if over else f"{self._epoch}.{self._count}"
-        self._kept.append((self._count, Happening(number, kind, standing, picture)))
+        self._kept.append((self._count, JobEvent(number, kind, standing, picture)))
         self._over |= over
         self._wake()
 
@@ -86,7 +86,7 @@ class Happenings:
         self._over = True
         self._wake()
 
-    async def follow(self, after: str | None, beat: float) -> AsyncGenerator[Happening | None]:
+    async def follow(self, after: str | None, beat: float) -> AsyncGenerator[JobEvent | None]:
         """The events after the one of that id, all of them for an id that is not known here, until the job ends.
 
         `None` whenever nothing happened for `beat` seconds.
@@ -111,7 +111,7 @@ class Happenings:
         finally:
             self.readers -= 1
 
-    def _following(self, seen: int) -> tuple[int, Happening] | None:
+    def _following(self, seen: int) -> tuple[int, JobEvent] | None:
         """The first kept event after that number."""
         found = None
         for numbered in reversed(self._kept):
@@ -125,6 +125,6 @@ class Happenings:
         self._changed = asyncio.Event()
 
 
-async def only_end(standing: Standing) -> AsyncGenerator[Happening | None]:
+async def only_end(standing: JobStatus) -> AsyncGenerator[JobEvent | None]:
     """The last event of a job of which no others are known any more."""
-    yield Happening(END, standing.state.value, replace(standing))
+    yield JobEvent(END, standing.state.value, replace(standing))

@@ -6,39 +6,40 @@ import time
 
 import structlog
 
-from stable_diffusion_server.errors import JournalUnavailable
-from stable_diffusion_server.jobs.ids import repeated
-from stable_diffusion_server.jobs.store.async_store import Clerk
-from stable_diffusion_server.jobs.store.records import Claim, Problem, Repeat
-from stable_diffusion_server.jobs.store.sqlite_store import Journal
-from stable_diffusion_server.types import Receipt
+from stable_diffusion_server.errors import JobStoreUnavailable
+from stable_diffusion_server.jobs.ids import replayed_job_id
+from stable_diffusion_server.jobs.store.async_store import AsyncJobStore
+from stable_diffusion_server.jobs.store.records import IdempotencyClaim, RecordedResponse, StoredProblem
+from stable_diffusion_server.jobs.store.sqlite_store import SqliteJobStore
+from stable_diffusion_server.types import GenerationResult
 
 _log = structlog.get_logger(__name__)
 
 
-class Claims:
+class PendingIdempotencyClaims:
     """The part of jobs that keeps what keys were answered with."""
 
-    _clerk: Clerk
+    _clerk: AsyncJobStore
 
-    async def claim(self, claim: Claim) -> Repeat | None:
+    async def claim(self, claim: IdempotencyClaim) -> RecordedResponse | None:
         """Take an idempotency key for a request that waits, or give what it was answered with before.
 
-        Raises `InFlight` while that is not known, and `KeyReused` when the key came with another request.
+        Raises `RequestInProgress` while that is not known, and `IdempotencyKeyReused` when the key came with another
+        request.
         """
-        before = await self._clerk(Journal.claim, claim, time.time())
-        return None if before is None else repeated(claim, before)
+        before = await self._clerk(SqliteJobStore.claim, claim, time.time())
+        return None if before is None else replayed_job_id(claim, before)
 
-    async def answer(self, claim: Claim, outcome: Receipt | Problem | None) -> None:
+    async def answer(self, claim: IdempotencyClaim, outcome: GenerationResult | StoredProblem | None) -> None:
         """Keep what the request of a key was answered with; `None` lets the next one with the key try anew."""
         try:
             if outcome is None:
-                await self._clerk(Journal.release, claim)
+                await self._clerk(SqliteJobStore.release, claim)
             else:
-                await self._clerk(Journal.answer, claim, outcome)
-        except JournalUnavailable:
+                await self._clerk(SqliteJobStore.answer, claim, outcome)
+        except JobStoreUnavailable:
             _log.warning("an answer could not be kept for its idempotency key")
 
-    async def renew(self, claim: Claim, before: Repeat) -> None:
+    async def renew(self, claim: IdempotencyClaim, before: RecordedResponse) -> None:
         """Let a key whose picture is gone be claimed anew, unless another request has done so meanwhile."""
-        await self._clerk(Journal.renew, claim, before.job_id)
+        await self._clerk(SqliteJobStore.renew, claim, before.job_id)

@@ -12,23 +12,30 @@ from dataclasses import replace
 
 import structlog
 
-from stable_diffusion_server.errors import Forbidden, JournalUnavailable, NotFound, NotReady
-from stable_diffusion_server.generation.service import Service
-from stable_diffusion_server.jobs.admission import Admission
-from stable_diffusion_server.jobs.crash_attribution import blamed
-from stable_diffusion_server.jobs.events import END, Happening, Happenings, Standing, only_end
-from stable_diffusion_server.jobs.idempotency import Claims
-from stable_diffusion_server.jobs.ids import repeated, scoped, shown_to, taken
-from stable_diffusion_server.jobs.policy import Rules
-from stable_diffusion_server.jobs.store.async_store import Clerk
-from stable_diffusion_server.jobs.store.records import Claim, Entry, Problem, Repeat, State, Work
+from stable_diffusion_server.errors import Forbidden, JobStoreUnavailable, NotFound, NotReady
+from stable_diffusion_server.generation.service import GenerationService
+from stable_diffusion_server.jobs.admission import JobAdmission
+from stable_diffusion_server.jobs.crash_attribution import attribute_crash
+from stable_diffusion_server.jobs.events import END, JobEvent, JobEventLog, JobStatus, only_end
+from stable_diffusion_server.jobs.idempotency import PendingIdempotencyClaims
+from stable_diffusion_server.jobs.ids import replayed_job_id, scope_job_id, stored_job_id, visible_job_id
+from stable_diffusion_server.jobs.policy import JobPolicy
+from stable_diffusion_server.jobs.store.async_store import AsyncJobStore
+from stable_diffusion_server.jobs.store.records import (
+    IdempotencyClaim,
+    JobPayload,
+    JobRecord,
+    JobState,
+    RecordedResponse,
+    StoredProblem,
+)
 from stable_diffusion_server.jobs.store.serialization import size_of
-from stable_diffusion_server.jobs.store.sqlite_store import Journal
-from stable_diffusion_server.jobs.tracked_job import Live
-from stable_diffusion_server.jobs.webhooks import Hooks, Post
-from stable_diffusion_server.jobs.worker import MOST_DEATHS, MOST_KILLS, Runner
+from stable_diffusion_server.jobs.store.sqlite_store import SqliteJobStore
+from stable_diffusion_server.jobs.tracked_job import JobHandle
+from stable_diffusion_server.jobs.webhooks import WebhookDispatcher, WebhookTransport
+from stable_diffusion_server.jobs.worker import MOST_DEATHS, MOST_KILLS, JobWorker
 from stable_diffusion_server.observability.crash_reports import DeviceRecord
-from stable_diffusion_server.types import Caller, Order, Receipt
+from stable_diffusion_server.types import Caller, GenerationRequest, GenerationResult
 
 _log = structlog.get_logger(__name__)
 
@@ -37,7 +44,7 @@ _RECENT, _LISTED = 64, 100
 _HOUSEKEEPING, _BEAT = 60.0, 10.0
 
 
-class Jobs(Claims):
+class JobManager(PendingIdempotencyClaims):
     """All jobs of this server. `describe` writes the message that tells a webhook of an end; `poster` sends it.
 
     `record` knows what was on the device when the process before this one ended, and how that was. `current` gives the
@@ -46,26 +53,26 @@ class Jobs(Claims):
 
     def __init__(
         self,
-        service: Service,
-        journal: Journal,
-        rules: Rules,
-        describe: Callable[[Entry], str],
-        poster: Post,
+        service: GenerationService,
+        journal: SqliteJobStore,
+        rules: JobPolicy,
+        describe: Callable[[JobRecord], str],
+        poster: WebhookTransport,
         record: DeviceRecord,
         current: Callable[[Caller], Caller] = lambda caller: caller,
     ) -> None:
         self._current = current
         self._service = service
         self._poster = poster
-        self._clerk = Clerk(journal)
+        self._clerk = AsyncJobStore(journal)
         self._rules = rules
         self._record = record
-        self._runner = Runner(service, self._clerk, rules.at_once, describe, self._ended, rules.longest)
-        self._admission = Admission(self._runner, rules.most_waiting, rules.journal_bytes)
+        self._runner = JobWorker(service, self._clerk, rules.at_once, describe, self._ended, rules.longest)
+        self._admission = JobAdmission(self._runner, rules.most_waiting, rules.journal_bytes)
         self.fault = self._runner.progress.fault
-        self._hooks = Hooks(self._clerk, poster, rules.webhook_secret, rules.back_off)
-        self._live: dict[str, Live] = {}
-        self._recent: OrderedDict[str, Live] = OrderedDict()
+        self._hooks = WebhookDispatcher(self._clerk, poster, rules.webhook_secret, rules.back_off)
+        self._live: dict[str, JobHandle] = {}
+        self._recent: OrderedDict[str, JobHandle] = OrderedDict()
         self._epoch = secrets.token_hex(4)
         self._tasks: list[asyncio.Task[None]] = []
         self._closing = False
@@ -112,59 +119,59 @@ class Jobs(Claims):
 
     async def accept(
         self,
-        order: Order,
+        order: GenerationRequest,
         caller: Caller,
         *,
         base: str = "",
         job_id: str | None = None,
-        claim: Claim | None = None,
-    ) -> Standing | Repeat:
+        claim: IdempotencyClaim | None = None,
+    ) -> JobStatus | RecordedResponse:
         """Take a job: it is written down with all its files when this returns. Or what its key was answered before.
 
-        Raises `NotReady` when the server goes down, `Busy` when too many jobs wait, or too many of this caller's,
-        `JournalUnavailable`, `InFlight` for an id that is taken, and what the service raises for an order it cannot
-        take.
+        Raises `NotReady` when the server goes down, `QueueFull` when too many jobs wait, or too many of this caller's,
+        `JobStoreUnavailable`, `RequestInProgress` for an id that is taken, and what the service raises for an order it
+        cannot take.
         """
         self._check_open()
         self._admission.check(caller.share)
-        if claim is not None and (before := await self._clerk(Journal.repeated, claim)) is not None:
-            return repeated(claim, before)
+        if claim is not None and (before := await self._clerk(SqliteJobStore.repeated, claim)) is not None:
+            return replayed_job_id(claim, before)
         if order.webhook_url is not None:
-            await self._service.check(order)
+            await self._service.validate(order)
             await self._poster.check(order.webhook_url, caller.share)
-        settled, fetched = await self._service.settled(order, caller)
+        settled, fetched = await self._service.prepare_for_storage(order, caller)
         now = time.time()
-        entry = Entry(
-            id=self._new_id() if job_id is None else scoped(job_id, caller),
+        entry = JobRecord(
+            id=self._new_id() if job_id is None else scope_job_id(job_id, caller),
             caller=caller,
             accepted_at=now,
             deadline=None if order.timeout is None else now + order.timeout,
             base=base,
             webhook_url=order.webhook_url,
             share=caller.share,
-            bytes=size_of(work := Work(settled, fetched)),
+            bytes=size_of(work := JobPayload(settled, fetched)),
         )
         # What is written is drawn, although its caller be gone meanwhile.
         return await asyncio.shield(asyncio.create_task(self._written(entry, work, claim)))
 
-    async def enter(self, caller: Caller, job_id: str | None = None) -> Live:
-        """Let a request that waits for its answer be followed and cancelled by an id. Raises `InFlight`."""
-        live = self._registered(caller, self._new_id() if job_id is None else scoped(job_id, caller))
+    async def enter(self, caller: Caller, job_id: str | None = None) -> JobHandle:
+        """Let a request that waits for its answer be followed and cancelled by an id. Raises `RequestInProgress`."""
+        live = self._registered(caller, self._new_id() if job_id is None else scope_job_id(job_id, caller))
         if job_id is None:
             return live
         known = None
         try:
-            with suppress(JournalUnavailable):  # then no accepted job can be asked after either
-                known = await self._clerk(Journal.find, live.entry.id)
+            with suppress(JobStoreUnavailable):  # then no accepted job can be asked after either
+                known = await self._clerk(SqliteJobStore.find, live.entry.id)
         except BaseException:
             del self._live[live.entry.id]
             raise
         if known is not None:
             del self._live[live.entry.id]
-            raise taken()
+            raise stored_job_id()
         return live
 
-    def leave(self, live: Live, state: State, outcome: Receipt | Problem | None) -> None:
+    def leave(self, live: JobHandle, state: JobState, outcome: GenerationResult | StoredProblem | None) -> None:
         """Note how such a request was answered; it can be asked after for a while."""
         live.end(state, time.time(), outcome)
         live.tell_end()
@@ -173,30 +180,30 @@ class Jobs(Claims):
         while len(self._recent) > _RECENT:
             self._recent.popitem(last=False)
 
-    async def standing(self, job_id: str, caller: Caller) -> Standing:
+    async def standing(self, job_id: str, caller: Caller) -> JobStatus:
         """How a job stands. Raises `NotFound` for one that is not the caller's."""
-        return shown_to(caller, await self._find(job_id, caller))
+        return visible_job_id(caller, await self._find(job_id, caller))
 
-    async def listed(self, caller: Caller) -> list[Standing]:
+    async def listed(self, caller: Caller) -> list[JobStatus]:
         """The latest accepted jobs, newest first: the caller's own, everyone's for who manages.
 
         Raises `Forbidden` for an anonymous caller, whose jobs are known by their ids alone.
         """
         if caller.anonymous:
             raise Forbidden("Without a key jobs are not listed: each is known by its id alone.")
-        entries = await self._clerk(Journal.latest_of, None if caller.manages else caller.owner, _LISTED)
-        return [shown_to(caller, self._live.get(entry.id) or entry) for entry in entries]
+        entries = await self._clerk(SqliteJobStore.latest_of, None if caller.manages else caller.owner, _LISTED)
+        return [visible_job_id(caller, self._live.get(entry.id) or entry) for entry in entries]
 
-    async def cancel(self, job_id: str, caller: Caller) -> Standing:
+    async def cancel(self, job_id: str, caller: Caller) -> JobStatus:
         """Take a job out of the queue or off the device; one that has ended stays as it is. Raises `NotFound`."""
         found = await self._find(job_id, caller)
-        if not isinstance(found, Live):
-            return Standing.of(found)
+        if not isinstance(found, JobHandle):
+            return JobStatus.of(found)
         if not found.settled:
             await self._runner.cancel(found)
         return found.standing
 
-    async def follow(self, job_id: str, caller: Caller, after: str | None) -> AsyncGenerator[Happening | None] | None:
+    async def follow(self, job_id: str, caller: Caller, after: str | None) -> AsyncGenerator[JobEvent | None] | None:
         """The job's events after one of them, `None` among them when nothing happens for a while. Raises `NotFound`.
 
         `None` instead when that was the last one.
@@ -204,16 +211,16 @@ class Jobs(Claims):
         if after == END:
             return None
         found = await self._find(job_id, caller)
-        return found.happenings.follow(after, _BEAT) if isinstance(found, Live) else only_end(Standing.of(found))
+        return found.happenings.follow(after, _BEAT) if isinstance(found, JobHandle) else only_end(JobStatus.of(found))
 
-    async def outcome(self, job_id: str, caller: Caller, seconds: float) -> Standing:
+    async def outcome(self, job_id: str, caller: Caller, seconds: float) -> JobStatus:
         """How an accepted job stands when it has ended, or when so many seconds are over. Raises `NotFound`."""
         found = await self._find(job_id, caller)
-        if isinstance(found, Live):
+        if isinstance(found, JobHandle):
             with suppress(TimeoutError):  # it goes on without its caller
                 async with asyncio.timeout(seconds):
                     await found.ended.wait()
-        return shown_to(caller, found)
+        return visible_job_id(caller, found)
 
     def figures(self) -> tuple[int, int, int]:
         """Jobs that wait, jobs in the service's hands, and the bytes of the journal on the disk."""
@@ -227,65 +234,67 @@ class Jobs(Claims):
         if self._closing:
             raise NotReady("The server is going down.", retry_after=5)
 
-    async def _written(self, entry: Entry, work: Work, claim: Claim | None) -> Standing | Repeat:
+    async def _written(
+        self, entry: JobRecord, work: JobPayload, claim: IdempotencyClaim | None
+    ) -> JobStatus | RecordedResponse:
         self._check_open()
         with self._admission.place(entry):
             live = self._registered(entry.caller, entry.id)
             live.entry = entry
             try:
-                before = await self._clerk(Journal.accept, entry, work, claim)
+                before = await self._clerk(SqliteJobStore.accept, entry, work, claim)
             except BaseException:
                 del self._live[entry.id]
                 raise
             if before is not None and claim is not None:
                 del self._live[entry.id]
-                return repeated(claim, before)
+                return replayed_job_id(claim, before)
             # An earlier request of this id that only waited would hide it.
             self._recent.pop(entry.id, None)
             self._runner.put(live)
             return live.standing
 
-    def _registered(self, caller: Caller, job_id: str) -> Live:
-        live = Live(Entry(job_id, caller, time.time()), Happenings(self._epoch))
+    def _registered(self, caller: Caller, job_id: str) -> JobHandle:
+        live = JobHandle(JobRecord(job_id, caller, time.time()), JobEventLog(self._epoch))
         if live.entry.id in self._live:
-            raise taken()
+            raise stored_job_id()
         self._live[live.entry.id] = live
         return live
 
-    async def _find(self, job_id: str, caller: Caller) -> Live | Entry:
+    async def _find(self, job_id: str, caller: Caller) -> JobHandle | JobRecord:
         """The job of that id, if the caller may follow it: others are not told that it exists."""
-        for whole in dict.fromkeys((scoped(job_id, caller), job_id)):
-            found: Live | Entry | None = self._live.get(whole) or self._recent.get(whole)
+        for whole in dict.fromkeys((scope_job_id(job_id, caller), job_id)):
+            found: JobHandle | JobRecord | None = self._live.get(whole) or self._recent.get(whole)
             if found is None:
-                found = await self._clerk(Journal.find, whole)
-            owner = found.entry.caller if isinstance(found, Live) else found.caller if found is not None else None
+                found = await self._clerk(SqliteJobStore.find, whole)
+            owner = found.entry.caller if isinstance(found, JobHandle) else found.caller if found is not None else None
             if found is not None and owner is not None and caller.may_follow(owner):
                 return found
         raise NotFound("There is no such job.")
 
-    def _ended(self, live: Live) -> None:
+    def _ended(self, live: JobHandle) -> None:
         self._live.pop(live.entry.id, None)
         if live.entry.webhook_url is not None:
             self._hooks.wake()
 
     async def _open(self) -> None:
         try:
-            await self._clerk(Journal.open)
-            entries = await self._clerk(Journal.unfinished)
-        except JournalUnavailable:
+            await self._clerk(SqliteJobStore.open)
+            entries = await self._clerk(SqliteJobStore.unfinished)
+        except JobStoreUnavailable:
             self.usable = False
             return
         death = await asyncio.to_thread(self._record.begin)
-        entries = blamed(found := entries, death)
-        with suppress(JournalUnavailable):  # told by the journal; what is not written counts in this process alone
+        entries = attribute_crash(found := entries, death)
+        with suppress(JobStoreUnavailable):  # told by the journal; what is not written counts in this process alone
             for entry in set(entries) - set(found):
-                await self._clerk(Journal.count_death, entry)
+                await self._clerk(SqliteJobStore.count_death, entry)
         self.usable = True
         if entries:
             _log.info("jobs are taken up again", jobs=len(entries))
         for entry in entries:
             caller = self._current(entry.caller)
-            live = Live(replace(entry, state=State.QUEUED, caller=caller), Happenings(self._epoch))
+            live = JobHandle(replace(entry, state=JobState.QUEUED, caller=caller), JobEventLog(self._epoch))
             self._live[entry.id] = live
             if entry.deaths >= MOST_DEATHS or entry.kills >= MOST_KILLS:
                 await self._runner.give_up(live)
@@ -301,6 +310,8 @@ class Jobs(Claims):
                 continue
             # Not forgotten early because the clock was set forward meanwhile: by both clocks its time must be over.
             now, rules = min(time.time(), self._began + time.monotonic()), self._rules
-            with suppress(JournalUnavailable):  # told by the journal, and tried again
-                await self._clerk(Journal.expire, now - rules.keep_hours * _HOUR, now - rules.repeat_hours * _HOUR)
+            with suppress(JobStoreUnavailable):  # told by the journal, and tried again
+                await self._clerk(
+                    SqliteJobStore.expire, now - rules.keep_hours * _HOUR, now - rules.repeat_hours * _HOUR
+                )
             await asyncio.sleep(_HOUSEKEEPING)

@@ -8,7 +8,7 @@ from stable_diffusion_server.jobs.webhooks import BACK_OFF
 
 
 @dataclass(frozen=True, slots=True)
-class Rules:
+class JobPolicy:
     """How many jobs wait and are drawn at once, how long ends and answers are kept, what signs webhooks.
 
     `journal_bytes` is what jobs that have not ended may take, `id_prefix` is put before the ids made here. `back_off`

@@ -11,7 +11,7 @@ from stable_diffusion_server.concurrency.progress_monitor import ProgressMonitor
 _SLACK = 30.0
 
 
-class JobProgress:
+class WorkerProgress:
     """Watches jobs of which each is drawn, or has failed, within `longest` seconds, and the tasks that tend them."""
 
     def __init__(self, longest: float) -> None:

@@ -6,22 +6,22 @@ import asyncio
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from stable_diffusion_server.jobs.events import Happenings, Standing
-from stable_diffusion_server.jobs.store.records import Entry, Problem, State
-from stable_diffusion_server.types import EventKind, Progress, Receipt
+from stable_diffusion_server.jobs.events import JobEventLog, JobStatus
+from stable_diffusion_server.jobs.store.records import JobRecord, JobState, StoredProblem
+from stable_diffusion_server.types import EngineEventKind, GenerationProgress, GenerationResult
 
 
 @dataclass(eq=False, slots=True)
-class Live:
+class JobHandle:
     """One job in this process. `cancelled` is set by its caller; `settled` once its end is known.
 
     `due` is its deadline by the clock that never jumps, `None` where it has none. `unstored` counts how often the
     storage did not take its picture.
     """
 
-    entry: Entry
-    happenings: Happenings
-    progress: Progress = field(default_factory=lambda: Progress(EventKind.QUEUED))
+    entry: JobRecord
+    happenings: JobEventLog
+    progress: GenerationProgress = field(default_factory=lambda: GenerationProgress(EngineEventKind.QUEUED))
     task: asyncio.Task[Any] | None = None
     cancelled: bool = False
     due: float | None = None
@@ -35,22 +35,22 @@ class Live:
         return self.entry.deaths > 0
 
     @property
-    def standing(self) -> Standing:
+    def standing(self) -> JobStatus:
         """Where it stands now."""
-        return Standing.of(self.entry, self.progress)
+        return JobStatus.of(self.entry, self.progress)
 
     def wants_previews(self) -> bool:
         """Whether anyone follows it."""
         return self.happenings.readers > 0
 
-    def news(self, progress: Progress) -> None:
+    def news(self, progress: GenerationProgress) -> None:
         """Take note of how far it is."""
         if self.settled:
             return
-        waits = progress.kind is EventKind.QUEUED
+        waits = progress.kind is EngineEventKind.QUEUED
         # A hundred may follow one effort: nothing is copied that stays the same.
         self.progress = progress if progress.preview is None else replace(progress, preview=None)
-        state = State.QUEUED if waits else State.RUNNING
+        state = JobState.QUEUED if waits else JobState.RUNNING
         if self.entry.state is not state:
             self.entry = replace(self.entry, state=state)
         self.happenings.add("queued" if waits else "step", self.standing)
@@ -60,11 +60,11 @@ class Live:
     def waits(self, position: int, eta_seconds: float | None) -> None:
         """Take note of the jobs before it; told to those who follow it."""
         if (position, eta_seconds) != (self.progress.position, self.progress.eta_seconds):
-            self.progress = Progress(EventKind.QUEUED, position=position, eta_seconds=eta_seconds)
+            self.progress = GenerationProgress(EngineEventKind.QUEUED, position=position, eta_seconds=eta_seconds)
             if self.happenings.readers:
                 self.happenings.add("queued", self.standing)
 
-    def end(self, state: State, at: float, outcome: Receipt | Problem | None) -> Entry:
+    def end(self, state: JobState, at: float, outcome: GenerationResult | StoredProblem | None) -> JobRecord:
         """Note how it ended; the entry to be written down. Nothing changes that any more."""
         self.settled = True
         self.entry = replace(self.entry, state=state, ended_at=at, outcome=outcome)

@@ -19,11 +19,11 @@ from typing import Protocol
 import structlog
 
 from stable_diffusion_server.concurrency.fair_limiter import FairLimiter
-from stable_diffusion_server.errors import JournalUnavailable, ServerError
-from stable_diffusion_server.jobs.store.async_store import Clerk
+from stable_diffusion_server.errors import JobStoreUnavailable, ServerError
+from stable_diffusion_server.jobs.store.async_store import AsyncJobStore
 from stable_diffusion_server.jobs.store.outbox import receiver_of
-from stable_diffusion_server.jobs.store.records import Message
-from stable_diffusion_server.jobs.store.sqlite_store import Journal
+from stable_diffusion_server.jobs.store.records import OutboxMessage
+from stable_diffusion_server.jobs.store.sqlite_store import SqliteJobStore
 
 _log = structlog.get_logger(__name__)
 
@@ -37,27 +37,29 @@ _PATIENCE = 5.0
 _PAUSE = 0.02
 
 
-class Post(Protocol):
+class WebhookTransport(Protocol):
     """What reaches a webhook. Both raise `InvalidInput` for an address that may not be reached from here."""
 
     async def check(self, url: str, share: str = ...) -> None:
         """Nothing, if the address may be reached. `share` tells callers apart, who share the capacity."""
 
     async def post(self, url: str, body: bytes, headers: Mapping[str, str], share: str = ...) -> int:
-        """The status a message was answered with. Raises `RemoteFailed`."""
+        """The status a message was answered with. Raises `RemoteFetchFailed`."""
 
     def close(self) -> None:
         """Let go of what it holds."""
 
 
-class Hooks:
+class WebhookDispatcher:
     """Sends the journal's messages. `secret` signs them; without one they are not signed.
 
     What sends is shared out by the caller whose job it was, and of one caller's receivers each has a few places: one
     that keeps silent holds up neither other callers' messages nor those to other receivers.
     """
 
-    def __init__(self, clerk: Clerk, poster: Post, secret: str, back_off: tuple[float, ...]) -> None:
+    def __init__(
+        self, clerk: AsyncJobStore, poster: WebhookTransport, secret: str, back_off: tuple[float, ...]
+    ) -> None:
         self._clerk = clerk
         self._poster = poster
         self._secret = secret
@@ -78,8 +80,8 @@ class Hooks:
         try:
             while True:
                 self._wake.clear()
-                with suppress(JournalUnavailable):  # told by the journal
-                    for message in await self._clerk(Journal.messages, self._now(), self._back_off):
+                with suppress(JobStoreUnavailable):  # told by the journal
+                    for message in await self._clerk(SqliteJobStore.messages, self._now(), self._back_off):
                         if message.job_id not in self._sending:
                             self._start(message)
                 await asyncio.sleep(_PAUSE)
@@ -93,7 +95,7 @@ class Hooks:
     def _now(self) -> float:
         return self._epoch + time.monotonic()
 
-    def _start(self, message: Message) -> None:
+    def _start(self, message: OutboxMessage) -> None:
         task = self._sending[message.job_id] = asyncio.create_task(self._deliver(message))
 
         def ended(task: asyncio.Task[None]) -> None:
@@ -102,7 +104,7 @@ class Hooks:
 
         task.add_done_callback(ended)
 
-    async def _deliver(self, message: Message) -> None:
+    async def _deliver(self, message: OutboxMessage) -> None:
         """Send a message in its turn, and write down what came of it; while that cannot be written, none is sent."""
         async with (
             self._receivers.hold(f"{message.share} {receiver_of(message.url)}"),
@@ -113,15 +115,15 @@ class Hooks:
             try:
                 await write()
                 return
-            except JournalUnavailable:
+            except JobStoreUnavailable:
                 await asyncio.sleep(_PATIENCE)
 
-    async def _send(self, message: Message) -> Callable[[], Awaitable[None]]:
+    async def _send(self, message: OutboxMessage) -> Callable[[], Awaitable[None]]:
         """Send a message; what is to be written down of it."""
         body, now = message.body.encode(), int(time.time())
         status = 0
         try:
-            headers = signed(message.job_id, now, body, self._secret)
+            headers = sign_webhook(message.job_id, now, body, self._secret)
             status = await self._poster.post(message.url, body, headers, message.share)
             why = f"it answered {status}"
         except ServerError as error:
@@ -130,17 +132,17 @@ class Hooks:
             _log.error("unexpected error", job_id=message.job_id, exc_info=error)
             why = "an unexpected error"
         if status // 100 == HTTPStatus.OK // 100:
-            return lambda: self._clerk(Journal.told, message)
+            return lambda: self._clerk(SqliteJobStore.told, message)
         if status == HTTPStatus.GONE or message.tries + 1 >= MOST_TRIES:
             _log.warning("a webhook is given up", job_id=message.job_id, reason=why)
-            return lambda: self._clerk(Journal.told, message)
+            return lambda: self._clerk(SqliteJobStore.told, message)
         wait = self._back_off[min(message.tries, len(self._back_off) - 1)]
         _log.info("a webhook is tried again", job_id=message.job_id, reason=why, seconds=wait)
         due = self._now() + wait
-        return lambda: self._clerk(Journal.postpone, message, due)
+        return lambda: self._clerk(SqliteJobStore.postpone, message, due)
 
 
-def signed(job_id: str, timestamp: int, body: bytes, secret: str) -> dict[str, str]:
+def sign_webhook(job_id: str, timestamp: int, body: bytes, secret: str) -> dict[str, str]:
     """The headers of a message. A secret that begins with `whsec_` is base64 after that, as the standard has it."""
     headers = {
         "Content-Type": "application/json",

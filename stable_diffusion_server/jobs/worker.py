@@ -13,23 +13,23 @@ from typing import Any
 import structlog
 
 from stable_diffusion_server.errors import (
-    Busy,
     DeadlineExceeded,
-    DevicePoisoned,
-    EndsTheServer,
-    JournalUnavailable,
+    DeviceLost,
+    JobStoreUnavailable,
     NotReady,
+    PoisonJob,
+    QueueFull,
     ServerError,
     StorageUnavailable,
 )
-from stable_diffusion_server.generation.executor import For
-from stable_diffusion_server.generation.service import Service
-from stable_diffusion_server.jobs.runner_progress import JobProgress
-from stable_diffusion_server.jobs.store.async_store import Clerk
-from stable_diffusion_server.jobs.store.records import Entry, Problem, State
-from stable_diffusion_server.jobs.store.sqlite_store import Journal
-from stable_diffusion_server.jobs.tracked_job import Live
-from stable_diffusion_server.types import Receipt
+from stable_diffusion_server.generation.executor import SubmissionContext
+from stable_diffusion_server.generation.service import GenerationService
+from stable_diffusion_server.jobs.runner_progress import WorkerProgress
+from stable_diffusion_server.jobs.store.async_store import AsyncJobStore
+from stable_diffusion_server.jobs.store.records import JobRecord, JobState, StoredProblem
+from stable_diffusion_server.jobs.store.sqlite_store import SqliteJobStore
+from stable_diffusion_server.jobs.tracked_job import JobHandle
+from stable_diffusion_server.types import GenerationResult
 
 _log = structlog.get_logger(__name__)
 
@@ -44,7 +44,7 @@ _TO_WRITE = 2.0
 _MOST_UNSTORED = 5
 
 
-class Runner:
+class JobWorker:
     """The jobs that wait and those that are drawn. Lives on one event loop.
 
     `at_once` of them are in the service's hands at a time; `describe` writes the message a webhook is sent; `ended` is
@@ -53,11 +53,11 @@ class Runner:
 
     def __init__(
         self,
-        service: Service,
-        clerk: Clerk,
+        service: GenerationService,
+        clerk: AsyncJobStore,
         at_once: int,
-        describe: Callable[[Entry], str],
-        ended: Callable[[Live], None],
+        describe: Callable[[JobRecord], str],
+        ended: Callable[[JobHandle], None],
         longest: float,
     ) -> None:
         self._service = service
@@ -65,13 +65,13 @@ class Runner:
         self._at_once = at_once
         self._describe = describe
         self._ended = ended
-        self._waiting: dict[str, Live] = {}
-        self._running: dict[str, Live] = {}
+        self._waiting: dict[str, JobHandle] = {}
+        self._running: dict[str, JobHandle] = {}
         self._wake = asyncio.Event()
         self._draining = False
         self._seconds_per_job: float | None = None
         self._tasks: set[asyncio.Task[None]] = set()
-        self.progress = JobProgress(longest)
+        self.progress = WorkerProgress(longest)
 
     @property
     def waiting(self) -> int:
@@ -99,7 +99,7 @@ class Runner:
         """How many jobs wait or are drawn."""
         return self.waiting + self.running
 
-    def put(self, live: Live) -> None:
+    def put(self, live: JobHandle) -> None:
         """Let a job wait for its turn, at most until its deadline."""
         self._waiting[live.entry.id] = live
         if live.entry.deadline is not None:
@@ -123,21 +123,21 @@ class Runner:
             self._tell_positions()
             await self._wake.wait()
 
-    async def cancel(self, live: Live) -> None:
+    async def cancel(self, live: JobHandle) -> None:
         """Take a job out of the queue or off the device; returns when it has ended, whichever way."""
         live.cancelled = True
         if self._waiting.pop(live.entry.id, None) is not None:
-            await self._end(live, State.CANCELLED, None)
+            await self._end(live, JobState.CANCELLED, None)
         elif live.task is not None:
             live.task.cancel()
         await live.ended.wait()
 
-    async def give_up(self, live: Live) -> None:
+    async def give_up(self, live: JobHandle) -> None:
         """End a job that has ended the process too often."""
         lost = live.entry.deaths if live.entry.deaths >= MOST_DEATHS else live.entry.kills
-        error = EndsTheServer(f"The server, or its device, was lost {lost} times while this was drawn.")
+        error = PoisonJob(f"The server, or its device, was lost {lost} times while this was drawn.")
         _log.error("a job is given up", job_id=live.entry.id, deaths=live.entry.deaths, kills=live.entry.kills)
-        await self._end(live, State.FAILED, Problem.of(error))
+        await self._end(live, JobState.FAILED, StoredProblem.of(error))
 
     def drain(self) -> None:
         """Begin no more jobs. What is being drawn goes on."""
@@ -165,11 +165,11 @@ class Runner:
             return True
         try:
             self._service.check_open()
-        except (Busy, NotReady):
+        except (QueueFull, NotReady):
             return False
         return True
 
-    def _next(self) -> Live | None:
+    def _next(self) -> JobHandle | None:
         """The oldest job of a caller of whom the fewest are being drawn; a suspect when nothing else is."""
         if len(self._running) >= self._at_once or any(live.suspect for live in self._running.values()):
             return None
@@ -177,7 +177,7 @@ class Runner:
         chosen = min(self._waiting.values(), key=lambda live: busy[live.entry.share], default=None)
         return None if chosen is None or (chosen.suspect and self._running) else chosen
 
-    async def _see_through(self, live: Live) -> None:
+    async def _see_through(self, live: JobHandle) -> None:
         """Draw a job and write down how it ended, or let it wait again."""
         started = time.monotonic()
         # Whatever is logged of it says so.
@@ -188,38 +188,41 @@ class Runner:
         with self.progress.working():
             await asyncio.wait([live.task])
         try:
-            state, outcome = State.DONE, live.task.result()
+            state, outcome = JobState.DONE, live.task.result()
         except asyncio.CancelledError:
             if not live.cancelled:
                 await self._put_back(live, forgiven=True)
                 return
-            state, outcome = State.CANCELLED, None
-        except (Busy, NotReady):
+            state, outcome = JobState.CANCELLED, None
+        except (QueueFull, NotReady):
             # The engine that failed under a job may have failed of it; that counts as a death.
-            await self._put_back(live, forgiven=self._draining or live.entry.state is State.QUEUED)
+            await self._put_back(live, forgiven=self._draining or live.entry.state is JobState.QUEUED)
             return
-        except JournalUnavailable:
+        except JobStoreUnavailable:
             await asyncio.sleep(_PATIENCE_WITH_DISKS)
             self._wait_again(live)
             return
-        except DevicePoisoned:
+        except DeviceLost:
             await self._put_back(live, forgiven=False)
             return
         except StorageUnavailable as error:
             if await self._waits_for_storage(live):
                 return
-            state, outcome = State.FAILED, Problem.of(error)
+            state, outcome = JobState.FAILED, StoredProblem.of(error)
         except ServerError as error:
-            state, outcome = State.FAILED, Problem.of(error)
+            state, outcome = JobState.FAILED, StoredProblem.of(error)
         except Exception as error:  # whatever it is, it is this job's answer and no one else's
             _log.error("unexpected error", job_id=live.entry.id, exc_info=error)
-            state, outcome = State.FAILED, Problem.of(ServerError("An unexpected error happened; the log has more."))
+            state, outcome = (
+                JobState.FAILED,
+                StoredProblem.of(ServerError("An unexpected error happened; the log has more.")),
+            )
         self._learn((time.monotonic() - started) / len(self._running))
         await self._end(live, state, outcome)
 
-    async def _drawn(self, live: Live) -> Receipt | Problem:
+    async def _drawn(self, live: JobHandle) -> GenerationResult | StoredProblem:
         """The receipt of a job, its attempt counted before anything is tried."""
-        work = await self._clerk(Journal.begin, live.entry.id)
+        work = await self._clerk(SqliteJobStore.begin, live.entry.id)
         live.entry = replace(live.entry, attempts=live.entry.attempts + 1)
         order = work.order
         if live.due is not None:
@@ -227,7 +230,7 @@ class Runner:
             if left <= 0:
                 raise _too_late()
             order = replace(order, timeout=left)
-        return await self._service.fulfil(
+        return await self._service.generate(
             order,
             caller=live.entry.caller,
             background=True,
@@ -238,25 +241,25 @@ class Runner:
             suspect=live.suspect,
         )
 
-    async def _put_back(self, live: Live, *, forgiven: bool) -> None:
+    async def _put_back(self, live: JobHandle, *, forgiven: bool) -> None:
         """Let a job that was begun wait again; one that has ended the engine too often has failed."""
         if live.cancelled:
-            await self._end(live, State.CANCELLED, None)
+            await self._end(live, JobState.CANCELLED, None)
             return
         if not forgiven:
             await self._count_death(live)
         if live.entry.deaths >= MOST_DEATHS:
             await self.give_up(live)
         else:
-            with suppress(JournalUnavailable):  # it says that the job was begun, and so it counts
-                await self._clerk(Journal.put_back, live.entry.id, forgiven=forgiven)
+            with suppress(JobStoreUnavailable):  # it says that the job was begun, and so it counts
+                await self._clerk(SqliteJobStore.put_back, live.entry.id, forgiven=forgiven)
                 live.entry = replace(live.entry, attempts=live.entry.attempts - forgiven)
             self._wait_again(live)
 
-    async def _waits_for_storage(self, live: Live) -> bool:
+    async def _waits_for_storage(self, live: JobHandle) -> bool:
         """Let a job wait while the storage is down. Not one that fails again and again although there is room."""
         with suppress(ServerError):  # then it is not this job that is at fault
-            await self._service.check_room(For(live.entry.caller, background=True))
+            await self._service.check_room(SubmissionContext(live.entry.caller, background=True))
             live.unstored += 1
             if live.unstored >= _MOST_UNSTORED:
                 return False
@@ -265,33 +268,33 @@ class Runner:
         await self._put_back(live, forgiven=True)
         return True
 
-    async def _count_death(self, live: Live) -> None:
+    async def _count_death(self, live: JobHandle) -> None:
         live.entry = replace(live.entry, deaths=live.entry.deaths + 1)
-        with suppress(JournalUnavailable):  # known here for as long as this process lives
-            await self._clerk(Journal.count_death, live.entry)
+        with suppress(JobStoreUnavailable):  # known here for as long as this process lives
+            await self._clerk(SqliteJobStore.count_death, live.entry)
 
-    def _wait_again(self, live: Live) -> None:
+    def _wait_again(self, live: JobHandle) -> None:
         """Have a job wait before all others."""
         del self._running[live.entry.id]
         live.task = None
-        live.entry = replace(live.entry, state=State.QUEUED)
+        live.entry = replace(live.entry, state=JobState.QUEUED)
         self._waiting = {live.entry.id: live, **self._waiting}
         self._wake.set()
 
-    async def _expire(self, live: Live) -> None:
+    async def _expire(self, live: JobHandle) -> None:
         if self._waiting.pop(live.entry.id, None) is not None:
-            await self._end(live, State.FAILED, Problem.of(_too_late()))
+            await self._end(live, JobState.FAILED, StoredProblem.of(_too_late()))
 
-    async def _end(self, live: Live, state: State, outcome: Receipt | Problem | None) -> None:
+    async def _end(self, live: JobHandle, state: JobState, outcome: GenerationResult | StoredProblem | None) -> None:
         """Write the end down and tell it. While it cannot be written it is told all the same, and tried again."""
         entry = live.end(state, time.time(), outcome)
         message = self._describe(entry) if entry.webhook_url is not None else None
         written = False
         while not written:
             try:
-                await self._clerk(Journal.end, entry, message)
+                await self._clerk(SqliteJobStore.end, entry, message)
                 written = True
-            except JournalUnavailable:
+            except JobStoreUnavailable:
                 _log.warning("the end of a job is not written yet", job_id=entry.id)
             self._running.pop(entry.id, None)
             self._wake.set()

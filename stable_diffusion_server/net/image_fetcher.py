@@ -11,10 +11,16 @@ from urllib.parse import urljoin
 import httpx
 
 from stable_diffusion_server.concurrency.fair_limiter import FairLimiter
-from stable_diffusion_server.errors import InvalidInput, RemoteFailed, TooLarge, UnsupportedMedia
-from stable_diffusion_server.imaging.formats import ALWAYS, SNIFFED_BYTES, begins_like, in_words, media_types
-from stable_diffusion_server.net.safe_client import Dialler, Resolve, told_plainly
-from stable_diffusion_server.net.url_policy import Allowance, Target, parse
+from stable_diffusion_server.errors import InvalidInput, RemoteFetchFailed, TooLarge, UnsupportedMedia
+from stable_diffusion_server.imaging.formats import (
+    ALWAYS,
+    SNIFFED_BYTES,
+    describe_formats,
+    matches_signature,
+    media_types,
+)
+from stable_diffusion_server.net.safe_client import Resolve, SafeClient, translate_http_errors
+from stable_diffusion_server.net.url_policy import UrlPolicy, UrlTarget, parse
 
 MAX_REDIRECTS = 3
 _MAX_AT_ONCE = 16
@@ -22,7 +28,7 @@ _REDIRECTS = (301, 302, 303, 307, 308)
 
 
 @dataclass(frozen=True, slots=True)
-class Bounds:
+class FetchLimits:
     """How much a fetch may take: bytes, seconds, and bytes per second at the least once `patience` seconds passed."""
 
     max_bytes: int
@@ -33,7 +39,7 @@ class Bounds:
     patience: float = 2.0
 
 
-class Fetcher:
+class ImageFetcher:
     """Fetches pictures from public addresses and those that `allowed` covers. Used on one event loop.
 
     `resolve` gives the addresses of a host at a port; it is the system's resolver unless told otherwise. `formats` are
@@ -42,15 +48,15 @@ class Fetcher:
 
     def __init__(
         self,
-        bounds: Bounds,
-        allowed: Sequence[Allowance] = (),
+        bounds: FetchLimits,
+        allowed: Sequence[UrlPolicy] = (),
         resolve: Resolve | None = None,
         formats: Sequence[str] = ALWAYS,
     ) -> None:
         self._bounds = bounds
         self._formats = formats
         self._headers = {"Accept": media_types(formats)}
-        self._dialler = Dialler(allowed, resolve)
+        self._dialler = SafeClient(allowed, resolve)
         self._places = FairLimiter(_MAX_AT_ONCE)
 
     async def fetch(self, url: str, field: str, *, share: str = "") -> bytes:
@@ -59,7 +65,7 @@ class Fetcher:
         A few are fetched at a time, shared out by caller; `share` tells callers apart.
 
         Raises `InvalidInput` for an address that is malformed or not allowed, `TooLarge`, `UnsupportedMedia` for what
-        is no picture, `RemoteFailed`.
+        is no picture, `RemoteFetchFailed`.
         """
         target = parse(url, field)
         async with self._places.hold(share):
@@ -67,17 +73,19 @@ class Fetcher:
                 async with asyncio.timeout(self._bounds.total):
                     return await self._follow(target, field, share)
             except TimeoutError as error:
-                raise RemoteFailed(
+                raise RemoteFetchFailed(
                     f"{field} was not fetched in {self._bounds.total:g} seconds.", field=field
                 ) from error
             except (httpx.HTTPError, httpx.StreamError, httpx.InvalidURL, OSError) as error:
-                raise RemoteFailed(f"{field} could not be fetched: {told_plainly(error)}.", field=field) from error
+                raise RemoteFetchFailed(
+                    f"{field} could not be fetched: {translate_http_errors(error)}.", field=field
+                ) from error
 
     def close(self) -> None:
         """Let go of the resolver's threads."""
         self._dialler.close()
 
-    async def _follow(self, target: Target, field: str, share: str) -> bytes:
+    async def _follow(self, target: UrlTarget, field: str, share: str) -> bytes:
         """Go through redirects by hand, each judged like the first address."""
         timeout = httpx.Timeout(self._bounds.first_byte, connect=self._bounds.connect)
         async with await self._dialler.client(timeout) as client:
@@ -90,15 +98,15 @@ class Fetcher:
                     target = _redirected(target, response.headers.get("location", ""), field)
                 finally:
                     await response.aclose()
-        raise RemoteFailed(f"{field} redirects more than {MAX_REDIRECTS} times.", field=field)
+        raise RemoteFetchFailed(f"{field} redirects more than {MAX_REDIRECTS} times.", field=field)
 
     async def _read(self, response: httpx.Response, field: str) -> bytes:
         """The body as it comes over the wire, within the bounds."""
         bounds = self._bounds
         if response.status_code != httpx.codes.OK:
-            raise RemoteFailed(f"{field} was answered with status {response.status_code}.", field=field)
+            raise RemoteFetchFailed(f"{field} was answered with status {response.status_code}.", field=field)
         if response.headers.get("content-encoding", "identity").strip().lower() != "identity":
-            raise RemoteFailed(f"{field} is answered compressed, which was not asked for.", field=field)
+            raise RemoteFetchFailed(f"{field} is answered compressed, which was not asked for.", field=field)
         declared = response.headers.get("content-length", "")
         if declared.isdecimal() and int(declared) > bounds.max_bytes:
             raise TooLarge(f"{field} is larger than {bounds.max_bytes} bytes.", field=field)
@@ -111,22 +119,22 @@ class Fetcher:
                 self._sniff(data, field)
             elapsed = time.monotonic() - started
             if elapsed > bounds.patience and len(data) < bounds.min_rate * elapsed:
-                raise RemoteFailed(f"{field} comes too slowly.", field=field)
+                raise RemoteFetchFailed(f"{field} comes too slowly.", field=field)
         self._sniff(data, field)
         return bytes(data)
 
     def _sniff(self, data: bytearray, field: str) -> None:
         """Raise `UnsupportedMedia` for a body that does not begin as a picture does, whatever its Content-Type says."""
-        if not begins_like(data, self._formats):
+        if not matches_signature(data, self._formats):
             raise UnsupportedMedia(
-                f"{field} leads to something that is not a {in_words(self._formats)} picture.", field=field
+                f"{field} leads to something that is not a {describe_formats(self._formats)} picture.", field=field
             )
 
 
-def _redirected(target: Target, location: str, field: str) -> Target:
+def _redirected(target: UrlTarget, location: str, field: str) -> UrlTarget:
     """Where a redirect leads. Raises `InvalidInput` for a place one may not be led to."""
     if not location:
-        raise RemoteFailed(f"{field} redirects to nowhere.", field=field)
+        raise RemoteFetchFailed(f"{field} redirects to nowhere.", field=field)
     try:
         url = urljoin(target.url, location)
     except ValueError as error:

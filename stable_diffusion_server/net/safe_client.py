@@ -18,7 +18,7 @@ import httpx
 from stable_diffusion_server.concurrency.fair_limiter import FairLimiter
 from stable_diffusion_server.errors import InvalidInput
 from stable_diffusion_server.net.public_ip import Address, is_public
-from stable_diffusion_server.net.url_policy import PORTS, Allowance, Target, authority
+from stable_diffusion_server.net.url_policy import PORTS, UrlPolicy, UrlTarget, authority
 
 Resolve = Callable[[str, int], Awaitable[Sequence[str]]]
 
@@ -32,13 +32,13 @@ _HEADERS = {
 }
 
 
-class Dialler:
+class SafeClient:
     """Dials public addresses and those that `allowed` covers. Used on one event loop.
 
     `resolve` gives the addresses of a host at a port; it is the system's resolver unless told otherwise.
     """
 
-    def __init__(self, allowed: Sequence[Allowance] = (), resolve: Resolve | None = None) -> None:
+    def __init__(self, allowed: Sequence[UrlPolicy] = (), resolve: Resolve | None = None) -> None:
         self._allowed = tuple(allowed)
         self._resolve = resolve or self._ask_system
         # Threads of their own: a name server that keeps silent must not use up those that everything else needs. Shared
@@ -59,7 +59,7 @@ class Dialler:
         self,
         client: httpx.AsyncClient,
         method: str,
-        target: Target,
+        target: UrlTarget,
         field: str,
         *,
         headers: Mapping[str, str],
@@ -90,7 +90,7 @@ class Dialler:
         """Let go of the resolver's threads."""
         self._resolvers.shutdown(wait=False, cancel_futures=True)
 
-    async def check(self, target: Target, field: str, share: str = "") -> list[Address]:
+    async def check(self, target: UrlTarget, field: str, share: str = "") -> list[Address]:
         """Every address of the target's host, all of them fit to be dialled. Raises `InvalidInput`.
 
         A name without addresses is answered as one with closed ones: the difference would tell what exists inside.
@@ -103,7 +103,7 @@ class Dialler:
             raise InvalidInput(f"{field} does not lead to a public address at an ordinary port.", field=field)
         return addresses
 
-    async def _addresses_of(self, target: Target, share: str) -> list[Address]:
+    async def _addresses_of(self, target: UrlTarget, share: str) -> list[Address]:
         await self._lookups.take(share)
         looking = asyncio.ensure_future(self._resolve(target.host, target.port))
         looking.add_done_callback(lambda _: self._lookups.release(share))
@@ -113,7 +113,7 @@ class Dialler:
         except (OSError, UnicodeError, ValueError):
             return []
 
-    def _may_dial(self, target: Target, address: Address) -> bool:
+    def _may_dial(self, target: UrlTarget, address: Address) -> bool:
         if any(allowance.covers(target, address) for allowance in self._allowed):
             return True
         return target.port in PORTS.values() and is_public(address)
@@ -126,7 +126,7 @@ class Dialler:
         return [str(entry[4][0]) for entry in found]
 
 
-def told_plainly(error: Exception) -> str:
+def translate_http_errors(error: Exception) -> str:
     """What went wrong, told without addresses."""
     if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
         return "no connection"

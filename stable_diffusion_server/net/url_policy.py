@@ -19,7 +19,7 @@ _NUMERIC_LABEL = re.compile(r"\d+|0x[0-9a-f]*")
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class UrlTarget:
     """A URL taken apart: `host` in lower-case ASCII without brackets, `path` with the query, percent-encoded."""
 
     scheme: str
@@ -39,7 +39,7 @@ class Target:
 
 
 @dataclass(frozen=True, slots=True)
-class Allowance:
+class UrlPolicy:
     """An address the operator lets be fetched from although it is not public: a host name or a network, and a port.
 
     Without a port, that of the scheme.
@@ -50,7 +50,7 @@ class Allowance:
     port: int | None = None
 
     @classmethod
-    def parse(cls, text: str) -> Allowance:
+    def parse(cls, text: str) -> UrlPolicy:
         """From `name`, `name:port`, `10.0.0.0/8`, `127.0.0.1:9000` or `[::1]:9000`. Raises `ValueError`."""
         try:
             return cls(network=ipaddress.ip_network(text))
@@ -63,14 +63,14 @@ class Allowance:
         except ValueError:
             return cls(host=parts.hostname, port=parts.port)
 
-    def covers(self, target: Target, address: Address) -> bool:
+    def covers(self, target: UrlTarget, address: Address) -> bool:
         """Whether this address may be dialled for this target."""
         if target.port != (self.port or PORTS[target.scheme]):
             return False
         return address in self.network if self.network is not None else target.host == self.host
 
 
-def parse(url: str, field: str) -> Target:
+def parse(url: str, field: str) -> UrlTarget:
     """Take a URL apart. Raises `InvalidInput` for anything but a plain http or https address of a host."""
 
     def refused(why: str) -> InvalidInput:
@@ -91,7 +91,7 @@ def parse(url: str, field: str) -> Target:
         raise refused("holds a user name or password")
     query = f"?{parts.query}" if parts.query else ""
     path = quote((parts.path or "/") + query, safe="/?%:@!$&'()*+,;=~[]|", errors="replace")
-    return Target(parts.scheme, host, PORTS[parts.scheme] if port is None else port, path)
+    return UrlTarget(parts.scheme, host, PORTS[parts.scheme] if port is None else port, path)
 
 
 def authority(host: str, port: int, scheme: str) -> str:

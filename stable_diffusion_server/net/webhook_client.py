@@ -7,19 +7,19 @@ from collections.abc import Mapping, Sequence
 
 import httpx
 
-from stable_diffusion_server.errors import InvalidInput, RemoteFailed
-from stable_diffusion_server.net.safe_client import Dialler, Resolve, told_plainly
-from stable_diffusion_server.net.url_policy import Allowance, parse
+from stable_diffusion_server.errors import InvalidInput, RemoteFetchFailed
+from stable_diffusion_server.net.safe_client import Resolve, SafeClient, translate_http_errors
+from stable_diffusion_server.net.url_policy import UrlPolicy, parse
 
 _CONNECT = 3.0
 
 
-class Poster:
+class WebhookClient:
     """Posts to public addresses and those that `allowed` covers, within `seconds`; follows no redirect."""
 
-    def __init__(self, seconds: float, allowed: Sequence[Allowance] = (), resolve: Resolve | None = None) -> None:
+    def __init__(self, seconds: float, allowed: Sequence[UrlPolicy] = (), resolve: Resolve | None = None) -> None:
         self._seconds = seconds
-        self._dialler = Dialler(allowed, resolve)
+        self._dialler = SafeClient(allowed, resolve)
 
     async def check(self, url: str, share: str = "") -> None:
         """Raise `InvalidInput` for an address that is malformed or may not be dialled, or is not found in time.
@@ -36,7 +36,10 @@ class Poster:
             ) from error
 
     async def post(self, url: str, body: bytes, headers: Mapping[str, str], share: str = "") -> int:
-        """The status of the answer. Raises `InvalidInput` for an address that may not be dialled, `RemoteFailed`."""
+        """The status of the answer.
+
+        Raises `InvalidInput` for an address that may not be dialled, `RemoteFetchFailed`.
+        """
         target = parse(url, "webhook_url")
         timeout = httpx.Timeout(self._seconds, connect=_CONNECT)
         try:
@@ -47,9 +50,9 @@ class Poster:
                 await response.aclose()
                 return response.status_code
         except TimeoutError as error:
-            raise RemoteFailed(f"webhook_url did not answer in {self._seconds:g} seconds.") from error
+            raise RemoteFetchFailed(f"webhook_url did not answer in {self._seconds:g} seconds.") from error
         except (httpx.HTTPError, httpx.StreamError, httpx.InvalidURL, OSError) as error:
-            raise RemoteFailed(f"webhook_url could not be reached: {told_plainly(error)}.") from error
+            raise RemoteFetchFailed(f"webhook_url could not be reached: {translate_http_errors(error)}.") from error
 
     def close(self) -> None:
         """Let go of the resolver's threads."""

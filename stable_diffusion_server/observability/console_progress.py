@@ -12,14 +12,14 @@ from typing import IO
 from tqdm import tqdm
 
 from stable_diffusion_server.files.damaged_files import set_aside
-from stable_diffusion_server.types import Event, EventKind
+from stable_diffusion_server.types import EngineEvent, EngineEventKind
 
-Observer = Callable[[Event], None]
+Observer = Callable[[EngineEvent], None]
 
 # The file tells seconds, and who reads it waits for many; writing it more often took 3 of 70 ms a picture.
 _HEARTBEAT_SECONDS = 0.25
 
-_ENDS = (EventKind.DONE, EventKind.FAILED, EventKind.CANCELLED)
+_ENDS = (EngineEventKind.DONE, EngineEventKind.FAILED, EngineEventKind.CANCELLED)
 
 
 class ConsoleProgress:
@@ -30,24 +30,24 @@ class ConsoleProgress:
         self._bar: tqdm[None] | None = None
         self._left: dict[str, int] = {}
 
-    def observe(self, event: Event) -> None:
+    def observe(self, event: EngineEvent) -> None:
         """Move the bar on; it closes when nothing is under way."""
-        if event.kind is EventKind.STARTED:
+        if event.kind is EngineEventKind.STARTED:
             self._start(event)
-        elif event.kind is EventKind.STEP and self._bar is not None:
+        elif event.kind is EngineEventKind.STEP and self._bar is not None:
             self._left[event.job_id] = event.steps - event.step
             self._bar.update()
         elif event.kind in _ENDS:
             self._end(event)
 
-    def _start(self, event: Event) -> None:
+    def _start(self, event: EngineEvent) -> None:
         if self._bar is None:
             self._bar = tqdm(total=0, desc="drawing", unit="step", file=self._stream, disable=None, leave=False)
         self._left[event.job_id] = event.steps
         self._bar.total = (self._bar.total or 0) + event.steps
         self._bar.set_description(f"drawing {len(self._left)}")
 
-    def _end(self, event: Event) -> None:
+    def _end(self, event: EngineEvent) -> None:
         self._left.pop(event.job_id, None)
         if not self._left and self._bar is not None:
             self._bar.close()
@@ -67,7 +67,7 @@ class Heartbeat:
         self._begun: set[str] = set()
         self._written = -math.inf
 
-    def observe(self, event: Event) -> None:
+    def observe(self, event: EngineEvent) -> None:
         """Note a sign of life, which is what the device does.
 
         That jobs come, and leave the line, is none: a hung device with a crowd before it must look hung. But the first
@@ -79,9 +79,9 @@ class Heartbeat:
             self._begun.discard(event.job_id)
         else:
             self._under_way.add(event.job_id)
-            if event.kind is not EventKind.QUEUED:
+            if event.kind is not EngineEventKind.QUEUED:
                 self._begun.add(event.job_id)
-        came_or_left = event.kind is EventKind.QUEUED or (event.kind in _ENDS and waited)
+        came_or_left = event.kind is EngineEventKind.QUEUED or (event.kind in _ENDS and waited)
         turns = idle or not self._under_way
         now = time.monotonic()
         if turns or (not came_or_left and now - self._written >= _HEARTBEAT_SECONDS):
@@ -96,11 +96,11 @@ class Heartbeat:
             self._path.write_text(told)
 
 
-def each(observers: Iterable[Observer]) -> Observer:
+def broadcast(observers: Iterable[Observer]) -> Observer:
     """One observer that tells several, in order."""
     told = tuple(observers)
 
-    def observe(event: Event) -> None:
+    def observe(event: EngineEvent) -> None:
         for observer in told:
             observer(event)
 

@@ -30,7 +30,7 @@ _SENT = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SI
 _TOLD = 2000
 
 
-class Cause(StrEnum):
+class CrashCause(StrEnum):
     """Whose doing the end of a process was."""
 
     NONE = "none"
@@ -39,10 +39,10 @@ class Cause(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Death:
+class CrashReport:
     """How the process before this one ended: labels of what was on the device, and whether one had it for itself."""
 
-    cause: Cause = Cause.NONE
+    cause: CrashCause = CrashCause.NONE
     on_device: tuple[str, ...] = ()
     alone: bool = False
     reason: str = ""
@@ -63,9 +63,9 @@ class DeviceRecord:
         self._last: tuple[tuple[str, ...], bool] | None = None
         self._crash: IO[bytes] | None = None
 
-    def begin(self) -> Death:
+    def begin(self) -> CrashReport:
         """How the process before this one ended; from here on what is on the device is written down."""
-        death = last_death(self._folder)
+        death = last_crash(self._folder)
         for name in (DEATH, DEVICE, CRASH):
             _clear(self._folder / name)
         self._killed = killed_for_memory()
@@ -105,19 +105,19 @@ class DeviceRecord:
                 _clear(self._folder / name)
 
 
-def last_death(folder: Path) -> Death:
+def last_crash(folder: Path) -> CrashReport:
     """How the process that kept the record in `folder` ended, if it did not stop in good order."""
     device = _read(folder / DEVICE)
     run, labels, alone = device.get("run"), device.get("on_device"), device.get("alone") is True
     if not isinstance(run, str) or not isinstance(labels, list) or not all(isinstance(each, str) for each in labels):
-        return Death()
+        return CrashReport()
     told = _read(folder / DEATH)
     told = told if told.get("run") == run else {}
     cause, reason = _judged(told, _crash_of(folder), _grown(device.get("killed"), killed_for_memory()))
-    return Death(cause, tuple(labels), alone, reason)
+    return CrashReport(cause, tuple(labels), alone, reason)
 
 
-def report_death(folder: Path, run_before: str, status: int, *, hung: bool) -> Cause:
+def report_crash(folder: Path, run_before: str, status: int, *, hung: bool) -> CrashCause:
     """The watchdog's word on how the process ended, for the next one to read; whose doing it was.
 
     `run_before` is what `run_of` gave before the process was started.
@@ -160,19 +160,19 @@ def killed_for_memory() -> dict[str, int]:
     return counts
 
 
-def _judged(told: dict[str, Any], crash: str, for_memory: bool) -> tuple[Cause, str]:
+def _judged(told: dict[str, Any], crash: str, for_memory: bool) -> tuple[CrashCause, str]:
     """Whose doing an end was, and why, from what the watchdog told, a crash's traceback and the kernel's count."""
     status = told.get("status")
     if told.get("hung") is True:
-        return Cause.OWN, "it hung"
+        return CrashCause.OWN, "it hung"
     if not isinstance(status, int):
         status = -signal.SIGKILL if not crash else -signal.SIGABRT
     number = -status if status < 0 else status - 128 if status > 128 else 0
     if number in _SENT:
         if number == signal.SIGKILL and for_memory:
-            return Cause.OWN, "the kernel killed it for want of memory"
-        return Cause.OUTSIDE, f"it was sent {signal.Signals(number).name}, or nothing is known"
-    return Cause.OWN, crash or (f"signal {number}" if number else f"status {status}")
+            return CrashCause.OWN, "the kernel killed it for want of memory"
+        return CrashCause.OUTSIDE, f"it was sent {signal.Signals(number).name}, or nothing is known"
+    return CrashCause.OWN, crash or (f"signal {number}" if number else f"status {status}")
 
 
 def _grown(before: object, now: dict[str, int]) -> bool:

@@ -9,8 +9,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from stable_diffusion_server.observability.interfaces import Account
-from stable_diffusion_server.types import Event, EventKind
+from stable_diffusion_server.observability.interfaces import UsageMetrics
+from stable_diffusion_server.types import EngineEvent, EngineEventKind
 
 # A figure's labels and its value.
 Sample = tuple[Sequence[str], float]
@@ -21,7 +21,7 @@ _GROUPS = (1, 2, 4, 8, 16, 32, 64)
 
 
 @dataclass(frozen=True, slots=True)
-class Visit:
+class RequestSample:
     """A request that was answered: by which door, how, after how many seconds, and for which key.
 
     `door` is the path of its route, and empty for one that came to none; `reason` is the kind of error it was refused
@@ -35,7 +35,7 @@ class Visit:
     key: str = ""
 
 
-class Metrics(Account):
+class Metrics(UsageMetrics):
     """Prometheus figures, in a registry of their own. Safe from any thread."""
 
     def __init__(self) -> None:
@@ -77,7 +77,7 @@ class Metrics(Account):
             "sds_refusals", "Requests refused, by why and for whom", ["reason", "key"], registry=registry
         )
 
-    def show(
+    def register_gauge(
         self,
         name: str,
         told: str,
@@ -92,48 +92,48 @@ class Metrics(Account):
         """
         self.registry.register(_Read(name, told, read, labels, counts=counts))
 
-    def state(self, name: str, told: str, facts: Mapping[str, str]) -> None:
+    def register_info(self, name: str, told: str, facts: Mapping[str, str]) -> None:
         """Show facts that do not change, as the labels of a figure that is 1."""
         Gauge(name, told, list(facts), registry=self.registry).labels(**facts).set(1)
 
-    def observe(self, event: Event) -> None:
+    def observe(self, event: EngineEvent) -> None:
         """Count an event of the engine."""
         match event.kind:
-            case EventKind.STEP:
+            case EngineEventKind.STEP:
                 self._steps.inc()
                 self._together.observe(event.together)
                 return
-            case EventKind.AGAIN:
+            case EngineEventKind.AGAIN:
                 self._retries.labels(event.cause).inc()
                 return
-            case EventKind.STARTED:
+            case EngineEventKind.STARTED:
                 self._queued.observe(event.seconds)
-            case EventKind.DONE:
+            case EngineEventKind.DONE:
                 self._seconds.observe(event.seconds)
-            case EventKind.FAILED:
+            case EngineEventKind.FAILED:
                 self._failures.labels(event.cause).inc()
         self._jobs.labels(event.kind.value).inc()
 
-    def answered(self, source: str) -> None:
+    def record_generation(self, source: str) -> None:
         """Count an order answered from `source`: drawn, cached or coalesced."""
         self._orders.labels(source).inc()
 
-    def guarded(self, guard: str) -> None:
+    def record_quality_check(self, guard: str) -> None:
         """Count a picture in which a guard of quality saw something."""
         self._guards.labels(guard).inc()
 
-    def stored(self, timings: Mapping[str, float]) -> None:
+    def record_stored(self, timings: Mapping[str, float]) -> None:
         """Note the seconds of a picture's stages."""
         for stage, seconds in timings.items():
             self._stages.labels(stage).observe(seconds)
 
-    def called(self, call: str, seconds: float, failed: bool) -> None:
+    def record_storage_call(self, call: str, seconds: float, failed: bool) -> None:
         """Note a call to the bucket."""
         self._storage.labels(call).observe(seconds)
         if failed:
             self._storage_errors.labels(call).inc()
 
-    def visited(self, visit: Visit) -> None:
+    def record_request(self, visit: RequestSample) -> None:
         """Count a request."""
         self._requests.labels(visit.door, str(visit.status)).inc()
         self._request_seconds.labels(visit.door).observe(visit.seconds)

@@ -19,7 +19,7 @@ class Span:
     def __init__(self, span: Any = None) -> None:
         self._span = span
 
-    def tell(self, facts: Mapping[str, Fact]) -> None:
+    def set_attributes(self, facts: Mapping[str, Fact]) -> None:
         """Add facts, by the names of OpenTelemetry's conventions where there are any."""
         if self._span is not None:
             self._span.set_attributes(dict(facts))

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from secrets import token_hex
 from typing import Any
 
-from stable_diffusion_server.errors import InvalidInput, Malformed, ServerError, TooLarge
+from stable_diffusion_server.errors import InvalidInput, MalformedRequest, ServerError, TooLarge
 
 # Longest string that is read in its place, longest text that is no picture, both in bytes as sent.
 _SHORT, _LONGEST_TEXT = 4096, 131_072
@@ -70,7 +70,7 @@ class _Scan:
 def parse_object(body: bytes, limits: JsonLimits | None = None) -> dict[str, Any]:
     """The JSON object in a body, in UTF-8.
 
-    Raises `Malformed` for what is no JSON (NaN and names given twice included), too many values, or too deep;
+    Raises `MalformedRequest` for what is no JSON (NaN and names given twice included), too many values, or too deep;
     `TooLarge` for too many bytes; `InvalidInput` for values that cannot be kept: numbers that overflow, surrogates.
     """
     limits = limits or JsonLimits()
@@ -83,7 +83,7 @@ def parse_object(body: bytes, limits: JsonLimits | None = None) -> dict[str, Any
     if isinstance(parsed, _Unreadable):
         raise parsed.error(f"{parsed.field} {parsed.why}.", field=parsed.field)
     if not isinstance(parsed, dict):
-        raise Malformed("The body must be a JSON object.")
+        raise MalformedRequest("The body must be a JSON object.")
     _Filling(scan).fill(parsed)
     return parsed
 
@@ -137,25 +137,25 @@ def _end_of_string(body: bytes, start: int, most: int) -> tuple[int, int]:
     for quotes in range(1, most + 1):
         end = body.find(b'"', at)
         if end < 0:
-            raise Malformed("The body is not valid JSON.")
+            raise MalformedRequest("The body is not valid JSON.")
         if end == start or body[end - 1] != ord("\\"):
             return end, quotes
         before = body[at:end]
         if (len(before) - len(before.rstrip(b"\\"))) % 2 == 0:
             return end, quotes
         at = end + 1
-    raise Malformed(f"The body has more than {_MOST_QUOTES} quotes.")
+    raise MalformedRequest(f"The body has more than {_MOST_QUOTES} quotes.")
 
 
 def _measure(outside: bytes, limits: JsonLimits) -> None:
     """Count what stands between the strings: each value follows a bracket or a comma."""
     if outside.count(b",") + outside.count(b"[") + outside.count(b"{") > limits.nodes:
-        raise Malformed(f"The body has more than {limits.nodes} values.")
+        raise MalformedRequest(f"The body has more than {limits.nodes} values.")
     depth = 0
     for bracket in outside.translate(None, _ALL_BUT_BRACKETS):
         depth += 1 if bracket in b"[{" else -1
         if depth > limits.depth:
-            raise Malformed(f"The body has lists or objects more than {limits.depth} deep in one another.")
+            raise MalformedRequest(f"The body has lists or objects more than {limits.depth} deep in one another.")
 
 
 def _loads(text: bytes) -> Any:
@@ -163,12 +163,12 @@ def _loads(text: bytes) -> Any:
         return json.loads(
             text.decode(),
             object_pairs_hook=_object,
-            parse_constant=lambda name: _Unreadable(f"holds {name}, which is not JSON", Malformed),
+            parse_constant=lambda name: _Unreadable(f"holds {name}, which is not JSON", MalformedRequest),
             parse_float=_number,
             parse_int=_whole,
         )
     except (ValueError, RecursionError) as error:
-        raise Malformed("The body is not valid JSON.") from error
+        raise MalformedRequest("The body is not valid JSON.") from error
 
 
 def _object(pairs: list[tuple[str, Any]]) -> object:
@@ -177,7 +177,7 @@ def _object(pairs: list[tuple[str, Any]]) -> object:
         return found
     seen: set[str] = set()
     twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]  # `add` gives None, which goes on
-    return _Unreadable("is given more than once", Malformed, _printable(twice)[:100])
+    return _Unreadable("is given more than once", MalformedRequest, _printable(twice)[:100])
 
 
 def _number(text: str) -> object:
@@ -258,7 +258,7 @@ def _unescaped(sent: bytes) -> str:
     try:
         return read(f'"{sent.decode()}"')
     except ValueError as error:
-        raise Malformed("The body is not valid JSON.") from error
+        raise MalformedRequest("The body is not valid JSON.") from error
 
 
 def _check_text(text: str, field: str) -> str:

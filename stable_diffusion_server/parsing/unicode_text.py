@@ -20,7 +20,7 @@ def nfc(text: str) -> str:
     return unicodedata.normalize("NFC", text)
 
 
-def without_marks(text: str) -> str:
+def strip_marks(text: str) -> str:
     """The text without the combining marks that stand in it by themselves; those of composed letters stay."""
     return text if text.isascii() else "".join(character for character in text if not _is_mark(character))
 

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from stable_diffusion_server.errors import DevicePoisoned, NotFinite, OutOfMemory
-from stable_diffusion_server.pipelines.conditioning.controlnet import Control
-from stable_diffusion_server.pipelines.conditioning.lora import InUse
-from stable_diffusion_server.types import Job, Picture
+from stable_diffusion_server.errors import DeviceLost, NotFinite, OutOfMemory
+from stable_diffusion_server.pipelines.conditioning.controlnet import ControlNetInput
+from stable_diffusion_server.pipelines.conditioning.lora import LorasInUse
+from stable_diffusion_server.types import DiffusionRequest, ImageArray
 
 C = TypeVar("C")
 
@@ -23,7 +23,7 @@ _SMALLEST_TILE = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Stage:
+class DenoisingSegment:
     """A run of steps: its schedule, and the noise it begins with (shaped like the latents) with its generator.
 
     A job has one; a refined job has a second one, which begins with what the first one came to.
@@ -62,7 +62,7 @@ class Stage:
 
 
 @dataclass(frozen=True, slots=True)
-class Keep:
+class InpaintConstraint:
     """What stays as it was: `latents` of a picture, wherever `mask` (shaped like them, or 1 × 1 × h × w) is 0."""
 
     mask: torch.Tensor
@@ -70,7 +70,7 @@ class Keep:
 
 
 @dataclass(slots=True)
-class State(Generic[C]):
+class PipelineState(Generic[C]):
     """One job between two steps. Owns its schedulers and generators, so that jobs in a batch never touch each other.
 
     `latents` are 1 × …, `stages` what is left to do, `index` the number of steps done; `conditioning` is what the
@@ -79,17 +79,17 @@ class State(Generic[C]):
     which stay loaded for as long as it has them.
     """
 
-    job: Job
+    job: DiffusionRequest
     shape: tuple[object, ...]
     latents: torch.Tensor
-    stages: tuple[Stage, ...]
+    stages: tuple[DenoisingSegment, ...]
     conditioning: C
-    keep: Keep | None = None
-    control: Control | None = None
+    keep: InpaintConstraint | None = None
+    control: ControlNetInput | None = None
     index: int = 0
     begun: int = 0
     expected: torch.Tensor | None = None
-    adapters: InUse = ()
+    adapters: LorasInUse = ()
 
     @property
     def steps(self) -> int:
@@ -138,12 +138,12 @@ class State(Generic[C]):
         """The next stage takes the finished latents for its picture, as a second call of a pipeline would."""
         self.stages, self.begun = self.stages[1:], self.index
         if self.keep is not None:
-            self.keep = Keep(self.keep.mask, self.latents)
+            self.keep = InpaintConstraint(self.keep.mask, self.latents)
         self.latents = self.stages[0].noised(self.latents, 0)
 
 
 @dataclass(frozen=True, slots=True)
-class Drawn:
+class DecodedImage:
     """A finished picture: `pixels` uint8, height × width × 3; `redecoded` when the VAE had to run again in fp32."""
 
     pixels: NDArray[np.uint8]
@@ -153,19 +153,19 @@ class Drawn:
 class Family(Protocol):
     """A model family. All three run on the device thread alone; states passed to `step` share one shape.
 
-    They raise `OutOfMemory` and `DevicePoisoned`; `finish` raises `NotFinite` too.
+    They raise `OutOfMemory` and `DeviceLost`; `finish` raises `NotFinite` too.
     """
 
-    def prepare(self, job: Job) -> State[Any]:
+    def prepare(self, job: DiffusionRequest) -> PipelineState[Any]:
         """Encode the prompt, make the latents, set the timesteps."""
 
-    def step(self, states: Sequence[State[Any]]) -> None:
+    def step(self, states: Sequence[PipelineState[Any]]) -> None:
         """One denoising step for every state, in one forward pass."""
 
-    def finish(self, state: State[Any]) -> Drawn:
+    def finish(self, state: PipelineState[Any]) -> DecodedImage:
         """Decode the latents."""
 
-    def preview(self, state: State[Any]) -> NDArray[np.uint8]:
+    def preview(self, state: PipelineState[Any]) -> NDArray[np.uint8]:
         """A small picture of where a state stands, made without decoding."""
 
     def shrink(self) -> bool:
@@ -176,7 +176,7 @@ class Family(Protocol):
 
 
 @contextmanager
-def torch_errors_told() -> Iterator[None]:
+def translate_torch_errors() -> Iterator[None]:
     """Run a block in inference mode and turn torch's errors into ours."""
     try:
         with torch.inference_mode():
@@ -184,7 +184,7 @@ def torch_errors_told() -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         raise OutOfMemory("The device has no memory left for this picture.") from error
     except torch.AcceleratorError as error:
-        raise DevicePoisoned("The device reported an error it cannot recover from.") from error
+        raise DeviceLost("The device reported an error it cannot recover from.") from error
 
 
 def await_device(device: torch.device) -> None:
@@ -201,14 +201,14 @@ def seeded(seed: int) -> torch.Generator:
     return torch.Generator("cpu").manual_seed(seed)
 
 
-def to_tensor(picture: Picture, device: torch.device) -> torch.Tensor:
+def to_tensor(picture: ImageArray, device: torch.device) -> torch.Tensor:
     """A picture as floats in 0..1, 1 × 3 × height × width; a mask or edges become three equal channels."""
     pixels = np.atleast_3d(picture.pixels).astype(np.float32) / 255
     # Laid out as diffusers' image processor does, since convolutions round by it.
     return torch.from_numpy(pixels[None].transpose(0, 3, 1, 2)).to(device).expand(1, 3, -1, -1)
 
 
-def latent_mask(mask: Picture, like: torch.Tensor) -> torch.Tensor:
+def latent_mask(mask: ImageArray, like: torch.Tensor) -> torch.Tensor:
     """The mask over latents `like` (1 × channels × h × w): 1 × 1 × h × w, 1 to repaint and 0 to keep.
 
     Binarized at one half, then shrunk to the nearest pixel, as diffusers' inpaint pipelines do.
@@ -223,7 +223,7 @@ def encode(vae: Any, image: torch.Tensor, generator: torch.Generator) -> torch.T
     return latents
 
 
-def decode(vae: Any, latents: torch.Tensor) -> Drawn:
+def decode(vae: Any, latents: torch.Tensor) -> DecodedImage:
     """Decode unscaled latents (1 × channels × h × w) by the VAE to pixels.
 
     Decoded floats that are not finite are decoded again in fp32; raises `NotFinite` when the latents themselves are
@@ -243,7 +243,7 @@ def decode(vae: Any, latents: torch.Tensor) -> Drawn:
     # which a quarter of the bytes has to come then.
     scaled = (image[0] * 0.5 + 0.5).clamp(0, 1).permute(1, 2, 0).float()
     levels = (scaled * 255).round().to(torch.uint8).contiguous()
-    return Drawn(levels.cpu().numpy(), redecoded)
+    return DecodedImage(levels.cpu().numpy(), redecoded)
 
 
 def _is_finite(image: torch.Tensor) -> bool:

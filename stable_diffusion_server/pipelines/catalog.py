@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Literal
 
-from stable_diffusion_server.errors import InvalidInput, WeightsUnusable
+from stable_diffusion_server.errors import InvalidInput, ModelLoadError
 
 # How much a refining second pass draws anew: the original handed over at 0.7 of the way.
 REFINE_STRENGTH = 0.3
@@ -16,7 +16,7 @@ Source = Literal["embedded", "local", "hub", "auto"]
 
 
 @dataclass(frozen=True, slots=True)
-class SchedulerFacts:
+class SchedulerSpec:
     """A scheduler by its diffusers class, with the configuration that makes it this one, and its step bounds."""
 
     class_name: str
@@ -26,7 +26,7 @@ class SchedulerFacts:
 
 
 @dataclass(frozen=True, slots=True)
-class ModelFacts:
+class ModelSpec:
     """What has to be known of a model before it is loaded.
 
     `native_pixels` is the largest area it draws well, in pixels; `floor` its smallest side. `text_tokens` is the
@@ -78,23 +78,23 @@ class ModelFacts:
         return f"{self.revision}+edges-{self.control_revision}" if edges and self.control_revision else self.revision
 
 
-SCHEDULERS: Mapping[str, SchedulerFacts] = MappingProxyType(
+SCHEDULERS: Mapping[str, SchedulerSpec] = MappingProxyType(
     {
-        "euler": SchedulerFacts("EulerDiscreteScheduler"),
-        "euler_a": SchedulerFacts("EulerAncestralDiscreteScheduler"),
+        "euler": SchedulerSpec("EulerDiscreteScheduler"),
+        "euler_a": SchedulerSpec("EulerAncestralDiscreteScheduler"),
         # Clipping is meant for pixels; in latents it greys the picture.
-        "ddim": SchedulerFacts("DDIMScheduler", options=MappingProxyType({"clip_sample": False})),
+        "ddim": SchedulerSpec("DDIMScheduler", options=MappingProxyType({"clip_sample": False})),
         # It skips through the 50 steps it was distilled on, so it has no more.
-        "lcm": SchedulerFacts("LCMScheduler", max_steps=50, options=MappingProxyType({"clip_sample": False})),
-        "dpm": SchedulerFacts(
+        "lcm": SchedulerSpec("LCMScheduler", max_steps=50, options=MappingProxyType({"clip_sample": False})),
+        "dpm": SchedulerSpec(
             "DPMSolverMultistepScheduler",
             options=MappingProxyType({"algorithm_type": "sde-dpmsolver++", "timestep_spacing": "trailing"}),
         ),
-        "flow_euler": SchedulerFacts("FlowMatchEulerDiscreteScheduler"),
+        "flow_euler": SchedulerSpec("FlowMatchEulerDiscreteScheduler"),
     }
 )
 
-_EMBEDDED_SDXL = ModelFacts(
+_EMBEDDED_SDXL = ModelSpec(
     name="sdxl",
     folder="embedded-sdxl",
     pipeline_class="StableDiffusionXLPipeline",
@@ -112,7 +112,7 @@ _EMBEDDED_SDXL = ModelFacts(
     control_folder="embedded-controlnet-canny-sdxl",
     control_scale=1.0,
 )
-_EMBEDDED_FLUX = ModelFacts(
+_EMBEDDED_FLUX = ModelSpec(
     name="flux",
     folder="embedded-flux",
     pipeline_class="FluxPipeline",
@@ -136,7 +136,7 @@ _EMBEDDED_FLUX = ModelFacts(
     denoiser="transformer",
     quantized=("transformer", "text_encoder_2", "control"),
 )
-_SDXL_BASE = ModelFacts(
+_SDXL_BASE = ModelSpec(
     name="sdxl",
     folder="stable-diffusion-xl-base-1.0",
     repo="stabilityai/stable-diffusion-xl-base-1.0",
@@ -158,7 +158,7 @@ _SDXL_BASE = ModelFacts(
     variant="fp16",
 )
 _PROTEUS = replace(_SDXL_BASE, folder="ProteusV0.2", repo="dataautogpt3/ProteusV0.2", revision="proteus-0.2")
-_FLUX_SCHNELL = ModelFacts(
+_FLUX_SCHNELL = ModelSpec(
     name="flux",
     folder="FLUX.1-schnell",
     repo="black-forest-labs/FLUX.1-schnell",
@@ -185,21 +185,21 @@ _FLUX_SCHNELL = ModelFacts(
 )
 
 # What comes with the server; `choose_models` may put real weights in their places.
-MODELS: Mapping[str, ModelFacts] = MappingProxyType({"sdxl": _EMBEDDED_SDXL, "flux": _EMBEDDED_FLUX})
+MODELS: Mapping[str, ModelSpec] = MappingProxyType({"sdxl": _EMBEDDED_SDXL, "flux": _EMBEDDED_FLUX})
 # The weights the original used, by family, the preferred one first.
-REAL_MODELS: Mapping[str, tuple[ModelFacts, ...]] = MappingProxyType(
+REAL_MODELS: Mapping[str, tuple[ModelSpec, ...]] = MappingProxyType(
     {"sdxl": (_PROTEUS, _SDXL_BASE), "flux": (_FLUX_SCHNELL,)}
 )
 
 
 def choose_models(
     source: Source, present: Collection[str], wanted: Sequence[str] = ("sdxl",)
-) -> Mapping[str, ModelFacts]:
+) -> Mapping[str, ModelSpec]:
     """The model of each family, by name.
 
     `embedded` are those that come with the server; `local` the real ones whose folders are among `present`; `hub`
     these, and of the hub those that are `wanted` by family, folder or repository; `auto` the real ones that are
-    present, else the embedded. Raises `WeightsUnusable` when `local` finds none, or `hub` knows none of a wanted name.
+    present, else the embedded. Raises `ModelLoadError` when `local` finds none, or `hub` knows none of a wanted name.
     """
     if source == "embedded":
         return MODELS
@@ -215,11 +215,11 @@ def choose_models(
         return {name: facts or MODELS[name] for name, facts in found.items()}
     if not here:
         folders = ", ".join(facts.folder for candidates in REAL_MODELS.values() for facts in candidates)
-        raise WeightsUnusable(f"MODELS=local was asked for, and MODELS_DIR holds none of {folders}.")
+        raise ModelLoadError(f"MODELS=local was asked for, and MODELS_DIR holds none of {folders}.")
     return here
 
 
-def _wanted(name: str, here: Mapping[str, ModelFacts]) -> ModelFacts:
+def _wanted(name: str, here: Mapping[str, ModelSpec]) -> ModelSpec:
     """The real model of a name: that of a family that is here, else its first one; or one by folder or repository."""
     if name.lower() in REAL_MODELS:
         return here.get(name.lower()) or REAL_MODELS[name.lower()][0]
@@ -228,10 +228,10 @@ def _wanted(name: str, here: Mapping[str, ModelFacts]) -> ModelFacts:
         if name.lower() in (facts.folder.lower(), (facts.repo or "").lower()):
             return facts
     names = ", ".join([*REAL_MODELS, *(facts.folder for facts in known)])
-    raise WeightsUnusable(f"HUB_MODELS names {name[:100]!r}, and there are {names}.")
+    raise ModelLoadError(f"HUB_MODELS names {name[:100]!r}, and there are {names}.")
 
 
-def with_weights(facts: ModelFacts, weights: str, control: str) -> ModelFacts:
+def with_weights(facts: ModelSpec, weights: str, control: str) -> ModelSpec:
     """The model as the files say that were loaded, by their digests; `control` is empty without a ControlNet.
 
     A revision of the catalogue that stands for these very weights stays as it is.
@@ -243,12 +243,12 @@ def with_weights(facts: ModelFacts, weights: str, control: str) -> ModelFacts:
     )
 
 
-def not_read(facts: ModelFacts) -> ModelFacts:
+def without_identity(facts: ModelSpec) -> ModelSpec:
     """The model before its weights were read: nothing that is stored was drawn by one of this revision."""
     return facts if facts.weights else replace(facts, revision=f"{facts.revision}-unread")
 
 
-def with_lcm(facts: ModelFacts) -> ModelFacts:
+def with_lcm(facts: ModelSpec) -> ModelSpec:
     """The model drawn by its latent-consistency LoRA (Luo et al. 2023, arXiv 2311.05556); itself where there is none.
 
     Few steps and hardly any guidance, as its authors have it.
@@ -266,12 +266,12 @@ def with_lcm(facts: ModelFacts) -> ModelFacts:
     )
 
 
-def with_quantization(facts: ModelFacts, quantize: str) -> ModelFacts:
+def with_quantization(facts: ModelSpec, quantize: str) -> ModelSpec:
     """The model with weights in one byte each: other weights, and so other pictures."""
     return facts if quantize in ("auto", "none") else replace(facts, revision=f"{facts.revision}+{quantize}")
 
 
-def facts_of(model: str, models: Mapping[str, ModelFacts] = MODELS) -> ModelFacts:
+def spec_of(model: str, models: Mapping[str, ModelSpec] = MODELS) -> ModelSpec:
     """The facts of a model by name. Raises `InvalidInput` for a name that is not among `models`."""
     if model not in models:
         raise InvalidInput(
@@ -280,7 +280,7 @@ def facts_of(model: str, models: Mapping[str, ModelFacts] = MODELS) -> ModelFact
     return models[model]
 
 
-def scheduler_of(model: ModelFacts, scheduler: str, steps: int) -> SchedulerFacts:
+def scheduler_of(model: ModelSpec, scheduler: str, steps: int) -> SchedulerSpec:
     """The facts of a scheduler. Raises `InvalidInput` when the model has none of that name or not for `steps`."""
     if scheduler not in model.schedulers:
         names = ", ".join(model.schedulers)
@@ -294,7 +294,7 @@ def scheduler_of(model: ModelFacts, scheduler: str, steps: int) -> SchedulerFact
     return facts
 
 
-def steps_skipped(model: ModelFacts, steps: int, strength: float) -> int:
+def steps_skipped(model: ModelSpec, steps: int, strength: float) -> int:
     """How many of `steps` a picture drawn anew by `strength` (0..1) leaves out, rounded as diffusers does.
 
     Raises `InvalidInput` naming both parameters when no step would be left.
@@ -306,12 +306,12 @@ def steps_skipped(model: ModelFacts, steps: int, strength: float) -> int:
     return skipped
 
 
-def refine_steps_skipped(model: ModelFacts, steps: int) -> int:
+def refine_steps_skipped(model: ModelSpec, steps: int) -> int:
     """How many of `steps` a refining second pass leaves out; it takes at least one."""
     return min(_skipped(model, steps, REFINE_STRENGTH), steps - 1)
 
 
-def _skipped(model: ModelFacts, steps: int, strength: float) -> int:
+def _skipped(model: ModelSpec, steps: int, strength: float) -> int:
     """The arithmetic of diffusers' `get_timesteps`, which differs between the families."""
     if model.rounds_steps_up:
         return int(max(steps - min(steps * strength, steps), 0))

@@ -9,27 +9,27 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from stable_diffusion_server.pipelines.base import State, torch_errors_told
+from stable_diffusion_server.pipelines.base import PipelineState, translate_torch_errors
 
 # Longest side of a preview in pixels, and what a shorter one is enlarged towards.
 LARGEST, SMALLEST = 128, 64
 _PATCH, _SIDE = 32, 256
 
 
-class Previewer:
+class LatentPreviewer:
     """Previews of one family's states.
 
     `unscaled(state, latents)` gives the VAE's latents, 1 × channels × h × w, of latents as the state has them.
     """
 
-    def __init__(self, vae: Any, unscaled: Callable[[State[Any], torch.Tensor], torch.Tensor]) -> None:
+    def __init__(self, vae: Any, unscaled: Callable[[PipelineState[Any], torch.Tensor], torch.Tensor]) -> None:
         self._vae = vae
         self._unscaled = unscaled
         self._map: torch.Tensor | None = None
 
-    def preview(self, state: State[Any]) -> NDArray[np.uint8]:
+    def preview(self, state: PipelineState[Any]) -> NDArray[np.uint8]:
         """Where a state stands, height × width × 3, at most 128 pixels a side: what it expects to come to."""
-        with torch_errors_told():
+        with translate_torch_errors():
             if self._map is None:
                 self._map = fit(self._vae)
             expected = state.latents if state.expected is None else state.expected

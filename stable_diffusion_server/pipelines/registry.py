@@ -14,27 +14,27 @@ import structlog
 import torch
 from numpy.typing import NDArray
 
-from stable_diffusion_server.errors import WeightsUnusable
-from stable_diffusion_server.pipelines.acceleration.cuda_graphs import Graphs
-from stable_diffusion_server.pipelines.base import Drawn, Family, State
-from stable_diffusion_server.pipelines.catalog import ModelFacts
-from stable_diffusion_server.pipelines.conditioning.lora import Adapters
-from stable_diffusion_server.pipelines.conditioning.prompt_cache import Embeddings
+from stable_diffusion_server.errors import ModelLoadError
+from stable_diffusion_server.pipelines.acceleration.cuda_graphs import CudaGraphRunner
+from stable_diffusion_server.pipelines.base import DecodedImage, Family, PipelineState
+from stable_diffusion_server.pipelines.catalog import ModelSpec
+from stable_diffusion_server.pipelines.conditioning.lora import LoraManager
+from stable_diffusion_server.pipelines.conditioning.prompt_cache import PromptCache
 from stable_diffusion_server.pipelines.loading.components import choose_device, dtype_of, quieten_libraries
 from stable_diffusion_server.pipelines.loading.device_memory import memory_of
 from stable_diffusion_server.pipelines.loading.footprint import bytes_of
-from stable_diffusion_server.pipelines.loading.loader import LoadOptions, Placed, place_or_instead
-from stable_diffusion_server.pipelines.loading.offload import Offloaded
+from stable_diffusion_server.pipelines.loading.loader import LoadOptions, PlacedModel, place_or_fall_back
+from stable_diffusion_server.pipelines.loading.offload import OffloadedModel
 from stable_diffusion_server.pipelines.loading.placement import Residency
-from stable_diffusion_server.types import Job
+from stable_diffusion_server.types import DiffusionRequest
 
-__all__ = ["LoadOptions", "Loaded", "Registry", "load"]
+__all__ = ["LoadOptions", "LoadedModelInfo", "Registry", "load"]
 
 _log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Loaded:
+class LoadedModelInfo:
     """A model as it was loaded, for people: from where, on what, in which placement; `bytes` of all its weights.
 
     `commit` is that of its repository where it came from the hub, `remarks` say what it does without.
@@ -65,13 +65,13 @@ class Registry:
     def __init__(
         self,
         families: Mapping[str, Family],
-        loaded: Sequence[Loaded] = (),
-        models: Mapping[str, ModelFacts] | None = None,
-        caches: Mapping[str, Embeddings] | None = None,
-        graphs: Sequence[Graphs] = (),
+        loaded: Sequence[LoadedModelInfo] = (),
+        models: Mapping[str, ModelSpec] | None = None,
+        caches: Mapping[str, PromptCache] | None = None,
+        graphs: Sequence[CudaGraphRunner] = (),
         *,
         adaptable: bool = False,
-        offloaded: Mapping[str, Offloaded] | None = None,
+        offloaded: Mapping[str, OffloadedModel] | None = None,
         unusable: Mapping[str, str] | None = None,
     ) -> None:
         self._families = families
@@ -86,18 +86,18 @@ class Registry:
         self._threads = torch.get_num_threads()
         self.resident = all(model.residency == Residency.RESIDENT for model in loaded)
 
-    def prepare(self, job: Job) -> State[Any]:
+    def prepare(self, job: DiffusionRequest) -> PipelineState[Any]:
         """The job's state before its first step."""
         with self._only(job.model, "text_encoder", "text_encoder_2"):
             return self._families[job.model].prepare(job)
 
-    def step(self, states: Sequence[State[Any]]) -> None:
+    def step(self, states: Sequence[PipelineState[Any]]) -> None:
         """One denoising step for states of one shape, and so of one family."""
         model = states[0].job.model
         with self._only(model, "unet", "transformer"):
             self._families[model].step(states)
 
-    def finish(self, state: State[Any]) -> Drawn:
+    def finish(self, state: PipelineState[Any]) -> DecodedImage:
         """The picture of a state that is done."""
         with self._only(state.job.model, "vae"):
             return self._families[state.job.model].finish(state)
@@ -111,7 +111,7 @@ class Registry:
         offloaded = self._offloaded.get(model)
         return nullcontext() if offloaded is None else offloaded.only(*parts)
 
-    def preview(self, state: State[Any]) -> NDArray[np.uint8]:
+    def preview(self, state: PipelineState[Any]) -> NDArray[np.uint8]:
         """A small picture of where a state stands."""
         return self._families[state.job.model].preview(state)
 
@@ -174,7 +174,7 @@ class Registry:
 def load(models_dir: Path, device_name: str, cpu_threads: int, options: LoadOptions | None = None) -> Registry:
     """Load the models of `options`, those that come with the server by default, on one device.
 
-    A model that cannot be loaded costs itself alone: `Registry.unusable` says why. Raises `WeightsUnusable` with a
+    A model that cannot be loaded costs itself alone: `Registry.unusable` says why. Raises `ModelLoadError` with a
     sentence for each when none can be loaded. Call it on the thread that will draw: PyTorch's number of threads is set
     for it.
     """
@@ -183,24 +183,24 @@ def load(models_dir: Path, device_name: str, cpu_threads: int, options: LoadOpti
     device = choose_device(device_name)
     options = options or LoadOptions()
     options = replace(options, loras=options.adapters)
-    placed: dict[str, Placed] = {}
+    placed: dict[str, PlacedModel] = {}
     families: dict[str, Family] = {}
-    caches: dict[str, Embeddings] = {}
-    errors: dict[str, WeightsUnusable] = {}
+    caches: dict[str, PromptCache] = {}
+    errors: dict[str, ModelLoadError] = {}
     kinds = _kinds()
     for name, wanted in options.models.items():
         try:
-            model = place_or_instead(wanted, models_dir, device, options)
-            caches[name] = Embeddings(options.prompt_cache_bytes)
+            model = place_or_fall_back(wanted, models_dir, device, options)
+            caches[name] = PromptCache(options.prompt_cache_bytes)
             given = (model.pipeline, model.facts, model.controlnet, model.adapters, caches[name])
             families[name] = kinds[model.facts.pipeline_class](*given)
             placed[name] = model
-        except WeightsUnusable as error:
+        except ModelLoadError as error:
             errors[name] = error
             _log.error("a model cannot be loaded", model=name, folder=wanted.folder, why=error.detail)  # it is all
     if errors and not placed:
         sentences = " ".join(error.detail for error in errors.values())
-        raise next(iter(errors.values())) if len(errors) == 1 else WeightsUnusable(sentences)
+        raise next(iter(errors.values())) if len(errors) == 1 else ModelLoadError(sentences)
     registry = Registry(
         families,
         [_told(name, model, device, options) for name, model in placed.items()],
@@ -209,7 +209,7 @@ def load(models_dir: Path, device_name: str, cpu_threads: int, options: LoadOpti
         [graphs for model in placed.values() for graphs in model.graphs],
         adaptable=options.adapters.folder is not None,
         offloaded={
-            name: Offloaded(model.pipeline, model.controlnet, model.placement.residency)
+            name: OffloadedModel(model.pipeline, model.controlnet, model.placement.residency)
             for name, model in placed.items()
         },
         unusable={name: error.detail for name, error in errors.items()},
@@ -222,12 +222,12 @@ def load(models_dir: Path, device_name: str, cpu_threads: int, options: LoadOpti
     return registry
 
 
-def _told(name: str, placed: Placed, device: torch.device, options: LoadOptions) -> Loaded:
+def _told(name: str, placed: PlacedModel, device: torch.device, options: LoadOptions) -> LoadedModelInfo:
     modules = [
         part for part in [*placed.pipeline.components.values(), placed.controlnet] if isinstance(part, torch.nn.Module)
     ]
     facts = placed.facts
-    return Loaded(
+    return LoadedModelInfo(
         name=name,
         folder=facts.folder,
         revision=facts.revision,
@@ -243,7 +243,7 @@ def _told(name: str, placed: Placed, device: torch.device, options: LoadOptions)
     )
 
 
-def _kinds() -> Mapping[str, Callable[[Any, ModelFacts, Any, Adapters, Embeddings], Family]]:
+def _kinds() -> Mapping[str, Callable[[Any, ModelSpec, Any, LoraManager, PromptCache], Family]]:
     """Each family by the stock pipeline it draws with."""
     quieten_libraries()
     # Imported behind it: what they bring along remarks on packages that are not needed here.

@@ -6,14 +6,14 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from stable_diffusion_server.settings.http import Doors
-from stable_diffusion_server.settings.jobs import Jobs
-from stable_diffusion_server.settings.limits import Bounds
-from stable_diffusion_server.settings.models import Models
-from stable_diffusion_server.settings.storage import Storage
+from stable_diffusion_server.settings.http import HttpSettings
+from stable_diffusion_server.settings.jobs import JobSettings
+from stable_diffusion_server.settings.limits import LimitSettings
+from stable_diffusion_server.settings.models import ModelSettings
+from stable_diffusion_server.settings.storage import StorageSettings
 
 
-class Settings(Jobs, Bounds, Storage, Models, Doors):
+class Settings(JobSettings, LimitSettings, StorageSettings, ModelSettings, HttpSettings):
     """Every setting of the server. Names are those of environment variables, in any case; `.env` is read too."""
 
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe line logged.")

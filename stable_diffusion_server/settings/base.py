@@ -16,7 +16,7 @@ Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split_commas)]
 Keys = Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_split_commas)]
 
 
-class Group(BaseSettings):
+class SettingsGroup(BaseSettings):
     """Settings that belong together."""
 
     model_config = SettingsConfigDict(env_file=".env", extra="ignore", frozen=True, validate_default=True)

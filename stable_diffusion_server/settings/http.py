@@ -12,10 +12,10 @@ from urllib.parse import urlsplit
 from pydantic import Field, SecretStr, field_validator
 
 from stable_diffusion_server.settings.api_keys import ApiKey, is_rate, parse_keys
-from stable_diffusion_server.settings.base import Group, Keys, Names
+from stable_diffusion_server.settings.base import Keys, Names, SettingsGroup
 
 
-class Doors(Group):
+class HttpSettings(SettingsGroup):
     """Addresses, origins and keys."""
 
     host: str = Field("127.0.0.1", min_length=1, description="Address to listen on.")

@@ -6,10 +6,10 @@ import base64
 
 from pydantic import Field, SecretStr, field_validator
 
-from stable_diffusion_server.settings.base import Group
+from stable_diffusion_server.settings.base import SettingsGroup
 
 
-class Jobs(Group):
+class JobSettings(SettingsGroup):
     """Accepted jobs, idempotency keys, webhooks, stopping and hanging."""
 
     jobs_waiting: int = Field(1000, ge=1, description="Accepted jobs that may wait; one more is answered 429.")

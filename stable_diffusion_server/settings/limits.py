@@ -8,10 +8,10 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator
 
-from stable_diffusion_server.settings.base import Group, Names
+from stable_diffusion_server.settings.base import Names, SettingsGroup
 
 
-class Bounds(Group):
+class LimitSettings(SettingsGroup):
     """Queue, sizes, bytes and seconds."""
 
     queue_limit: int = Field(32, ge=1, description="Jobs that may wait; one more is answered 429.")

@@ -8,7 +8,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from stable_diffusion_server.settings.base import Group, Names
+from stable_diffusion_server.settings.base import Names, SettingsGroup
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 # In the source tree its own folder; an installed package has none, and its user's is where the server is started.
@@ -18,7 +18,7 @@ _IN_TREE = (ROOT / "models" / "README.md").is_file()
 _PART = "(off|safe|fast|layout|onednn|tf32|vae-bf16|compile|compile-whole|graphs|trace)"
 
 
-class Models(Group):
+class ModelSettings(SettingsGroup):
     """Weights, adapters and devices."""
 
     models: Literal["embedded", "local", "hub", "auto"] = Field(

@@ -8,10 +8,10 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, field_validator
 
-from stable_diffusion_server.settings.base import Group
+from stable_diffusion_server.settings.base import SettingsGroup
 
 
-class Storage(Group):
+class StorageSettings(SettingsGroup):
     """Buckets, their keys, and the folder of the server's own state."""
 
     storage_provider: Literal["local", "r2", "s3", "gcs"] = Field(

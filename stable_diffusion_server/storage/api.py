@@ -13,13 +13,13 @@ from urllib.parse import quote
 from pydantic import SecretStr
 
 from stable_diffusion_server.errors import InvalidInput, ServerError, StorageUnavailable
-from stable_diffusion_server.imaging.formats import ALWAYS, EXTRA, begins_like
+from stable_diffusion_server.imaging.formats import ALWAYS, EXTRA, matches_signature
 from stable_diffusion_server.parsing.unicode_text import nfc
 from stable_diffusion_server.storage.gcs.bucket import GCSBucket, GCSOptions
 from stable_diffusion_server.storage.local import LocalBucket
 from stable_diffusion_server.storage.s3.bucket import S3Bucket
 from stable_diffusion_server.storage.s3.client import S3Options
-from stable_diffusion_server.types import Stored
+from stable_diffusion_server.types import StoredObject
 
 # S3's own bound on a key, in bytes of UTF-8; it holds for every bucket, so that a name is portable.
 KEY_MAX_BYTES = 1024
@@ -39,22 +39,22 @@ class Bucket(Protocol):
     def close(self) -> None:
         """Let go of connections and threads."""
 
-    def fault(self) -> str | None:
+    def health(self) -> str | None:
         """One sentence on what keeps the store from taking pictures, as far as it is known without asking it."""
 
-    def admit(self) -> None:
+    def check_capacity(self) -> None:
         """Raises `StorageUnavailable` when a new picture could not be kept: asked before it is drawn."""
 
-    def stat(self, key: str) -> Stored | None:
+    def stat(self, key: str) -> StoredObject | None:
         """The object under `key`, or `None`; a bucket that spools says `None` as well while its store is down."""
 
-    def look(self, key: str) -> Stored | None:
+    def peek(self, key: str) -> StoredObject | None:
         """The same for what a right depends on: never `None` for an object that could not be looked for."""
 
-    def create(self, key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> tuple[Stored, bool]:
+    def create(self, key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> tuple[StoredObject, bool]:
         """Store `data` only if `key` is absent, atomically; returns what is stored, and whether by this call."""
 
-    def overwrite(self, key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> Stored:
+    def overwrite(self, key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> StoredObject:
         """Store `data` under `key` whether or not something was there; no reader sees half of it."""
 
     def read(self, key: str, start: int = 0, end: int | None = None) -> bytes:
@@ -145,7 +145,7 @@ def read_picture(bucket: Bucket, key: str) -> bytes:
     Raises `NotFound`, and `StorageUnavailable` for what is no picture or could not be read.
     """
     data = bucket.read(key)
-    if not begins_like(data, (*ALWAYS, *EXTRA)):
+    if not matches_signature(data, (*ALWAYS, *EXTRA)):
         raise StorageUnavailable("What the storage gives under this name is no picture.", retry_after=30)
     return data
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import structlog
 
-from stable_diffusion_server.errors import NameBusy, ServerError, StorageUnavailable
+from stable_diffusion_server.errors import KeyBusy, ServerError, StorageUnavailable
 from stable_diffusion_server.storage.store_protocol import Store
 
 _log = structlog.get_logger(__name__)
@@ -20,7 +20,7 @@ T = TypeVar("T")
 _CALLS = 8
 
 
-class Calls:
+class BoundedCalls:
     """Calls to `store`, each waited for no longer than `patience` seconds. Safe from any thread.
 
     What does not work ("read", "write") is down until `up` is called; nobody asks for it meanwhile. `woken` is set
@@ -53,7 +53,7 @@ class Calls:
             raise StorageUnavailable(why, retry_after=30)
         try:
             return self.attempt(call, writes)
-        except NameBusy:
+        except KeyBusy:
             raise
         except StorageUnavailable as error:
             self.found_down(what, error.detail)

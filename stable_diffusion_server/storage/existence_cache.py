@@ -7,10 +7,10 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 
-from stable_diffusion_server.types import Stored
+from stable_diffusion_server.types import StoredObject
 
 
-class Knowledge:
+class ExistenceCache:
     """At most `capacity` objects, each known for `seconds` since it was seen. Safe from any thread.
 
     What is known no longer takes no room: a server that draws new pictures all day would hold its last thousands.
@@ -20,20 +20,20 @@ class Knowledge:
         self._capacity = capacity
         self._seconds = seconds
         self._now = now
-        self._known: OrderedDict[str, tuple[float, Stored]] = OrderedDict()
+        self._known: OrderedDict[str, tuple[float, StoredObject]] = OrderedDict()
         self._lock = threading.Lock()
         self.changes = 0
 
     def __len__(self) -> int:
         return len(self._known)
 
-    def of(self, key: str) -> Stored | None:
+    def of(self, key: str) -> StoredObject | None:
         """What is known of `key`; an event loop may ask."""
         with self._lock:
             until, stored = self._known.get(key, (0.0, None))
         return stored if self._now() < until else None
 
-    def learn(self, key: str, stored: Stored | None, since: int | None = None) -> Stored | None:
+    def remember(self, key: str, stored: StoredObject | None, since: int | None = None) -> StoredObject | None:
         """Take note of what was written or seen, and give it back; what is absent or waits elsewhere is not kept.
 
         Whoever only looked says how many `changes` there had been before: a write since then makes it no news.

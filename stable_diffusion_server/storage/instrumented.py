@@ -8,10 +8,10 @@ from contextlib import contextmanager
 
 from stable_diffusion_server.errors import InvalidInput, NotFound
 from stable_diffusion_server.storage.store_protocol import Store
-from stable_diffusion_server.types import Stored
+from stable_diffusion_server.types import StoredObject
 
 
-class Timed:
+class InstrumentedBucket:
     """A bucket before a bucket: `called` is told of each call, its seconds, and whether it failed.
 
     That nothing is there, or that a name is refused, is an answer and no failure. Listing is not timed: it goes on for
@@ -28,17 +28,17 @@ class Timed:
         with self._timed("open"):
             self._store.open()
 
-    def stat(self, key: str) -> Stored | None:
+    def stat(self, key: str) -> StoredObject | None:
         """The object or `None`."""
         with self._timed("stat"):
             return self._store.stat(key)
 
-    def create(self, key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> tuple[Stored, bool]:
+    def create(self, key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> tuple[StoredObject, bool]:
         """Store if absent."""
         with self._timed("create"):
             return self._store.create(key, data, content_type, record)
 
-    def overwrite(self, key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> Stored:
+    def overwrite(self, key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> StoredObject:
         """Store."""
         with self._timed("overwrite"):
             return self._store.overwrite(key, data, content_type, record)

@@ -20,9 +20,9 @@ from filelock import FileLock
 
 from stable_diffusion_server.errors import InvalidInput, NotFound, StorageUnavailable
 from stable_diffusion_server.files.disk_space import Disk
-from stable_diffusion_server.imaging.metadata import claims_picture, is_whole
-from stable_diffusion_server.storage.existence_cache import Knowledge
-from stable_diffusion_server.types import Stored
+from stable_diffusion_server.imaging.metadata import has_image_signature, is_complete_file
+from stable_diffusion_server.storage.existence_cache import ExistenceCache
+from stable_diffusion_server.types import StoredObject
 
 # What Linux, macOS and Windows file systems hold.
 _SEGMENT_MAX_BYTES = 255
@@ -49,7 +49,7 @@ class LocalBucket:
     """
 
     def __init__(self, root: Path) -> None:
-        self._knowledge = Knowledge(_KNOWN_KEYS, _KNOWN_SECONDS)
+        self._knowledge = ExistenceCache(_KNOWN_KEYS, _KNOWN_SECONDS)
         self.known = self._knowledge.of
         self._objects = root / "objects"
         self._records = root / "records"
@@ -68,28 +68,28 @@ class LocalBucket:
     def close(self) -> None:
         """Nothing is held open."""
 
-    def fault(self) -> str | None:
+    def health(self) -> str | None:
         """Why the disk takes nothing, as when it is full."""
         try:
-            self.admit()
+            self.check_capacity()
         except StorageUnavailable as error:
             return error.detail
         return None
 
-    def admit(self) -> None:
+    def check_capacity(self) -> None:
         """Raises `StorageUnavailable` while the disk is full or broken, so that nothing is drawn in vain."""
         with self._told():
             self._disk.check()
 
-    def stat(self, key: str) -> Stored | None:
+    def stat(self, key: str) -> StoredObject | None:
         """The object under `key`, whole, or `None`. Raises `InvalidInput` for a folder's name or one too long."""
         with self._told():
             since = self._knowledge.changes
-            return self._knowledge.learn(key, self._look(key), since)
+            return self._knowledge.remember(key, self._look(key), since)
 
-    look = stat
+    peek = stat
 
-    def create(self, key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> tuple[Stored, bool]:
+    def create(self, key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> tuple[StoredObject, bool]:
         """Store `data` if `key` is absent; the first of several writers wins and the others get what it stored."""
         stored = _described(key, data, content_type, record)
         with self._finished(data, stored) as (finished, facts):
@@ -100,10 +100,10 @@ class LocalBucket:
                 target.unlink(missing_ok=True)  # what holds the name and is no object: an empty or broken file
                 os.link(finished, target)
                 os.replace(facts, self._records / key)
-            self._knowledge.learn(key, stored)
+            self._knowledge.remember(key, stored)
         return stored, True
 
-    def overwrite(self, key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> Stored:
+    def overwrite(self, key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> StoredObject:
         """Store `data` under `key`; a reader sees the old object or the new one, whole."""
         stored = _described(key, data, content_type, record)
         with self._finished(data, stored) as (finished, facts):
@@ -111,7 +111,7 @@ class LocalBucket:
             with self._name_blamed():
                 os.replace(finished, self._make_room(key))
                 os.replace(facts, self._records / key)
-            self._knowledge.learn(key, stored)
+            self._knowledge.remember(key, stored)
         return stored
 
     def read(self, key: str, start: int = 0, end: int | None = None) -> bytes:
@@ -122,13 +122,13 @@ class LocalBucket:
                     file.seek(start)
                     return file.read(-1 if end is None else max(0, end - start))
             except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
-                self._knowledge.learn(key, None)
+                self._knowledge.remember(key, None)
                 raise NotFound("There is no picture under this name.") from error
 
     def delete(self, key: str) -> None:
         """Remove the object and its facts, if they are there, and the folders that are empty then."""
         with self._told(), self._locked():
-            self._knowledge.learn(key, None)
+            self._knowledge.remember(key, None)
             for root in (self._objects, self._records):
                 path = self.path(key) if root is self._objects else root / key
                 try:
@@ -181,7 +181,7 @@ class LocalBucket:
             raise StorageUnavailable(f"The folder of pictures cannot be used ({reason}).", retry_after=30) from error
 
     @contextmanager
-    def _finished(self, data: bytes, stored: Stored) -> Iterator[tuple[Path, Path]]:
+    def _finished(self, data: bytes, stored: StoredObject) -> Iterator[tuple[Path, Path]]:
         """Files with the object and its facts, both safely on disk, while the lock is held."""
         with (
             self._told(),
@@ -248,7 +248,7 @@ class LocalBucket:
         with self._turns, FileLock(self._unfinished / ".lock", thread_local=False, is_singleton=False):
             yield
 
-    def _look(self, key: str) -> Stored | None:
+    def _look(self, key: str) -> StoredObject | None:
         found = self._find(key)
         if found.record if found is not None else not (self._records / key).is_file():
             return found
@@ -261,7 +261,7 @@ class LocalBucket:
         with suppress(OSError), (self._objects / key).open("rb") as file:
             head = file.read(12)
             file.seek(max(0, size - 12))
-            return is_whole(head, file.read(12), size)
+            return is_complete_file(head, file.read(12), size)
         return False
 
     def _check_folder_of(self, key: str) -> None:
@@ -270,7 +270,7 @@ class LocalBucket:
         if not os.access(folder, os.W_OK | os.X_OK) and self._takes_objects():
             raise InvalidInput(f"save_path {_NAME_FAULTS[errno.EACCES]}.", field="save_path")
 
-    def _find(self, key: str) -> Stored | None:
+    def _find(self, key: str) -> StoredObject | None:
         try:
             with self._name_blamed():
                 found = self._checked(key).lstat()
@@ -282,7 +282,7 @@ class LocalBucket:
         if not stat.S_ISREG(found.st_mode) or found.st_size == 0:
             return None
         try:
-            facts = Stored(**json.loads((self._records / key).read_bytes()))
+            facts = StoredObject(**json.loads((self._records / key).read_bytes()))
         except (OSError, ValueError, TypeError):
             facts = None
         if facts is not None and facts.size == found.st_size and _digest_of(self._objects / key, found) == facts.etag:
@@ -293,11 +293,11 @@ class LocalBucket:
                 )
             return facts if facts.whole else None
         content_type = mimetypes.guess_type(key)[0] or "application/octet-stream"
-        if (facts is not None or claims_picture(key, "")) and not self._looks_whole(key, found.st_size):
+        if (facts is not None or has_image_signature(key, "")) and not self._looks_whole(key, found.st_size):
             return None  # not the file that was written, and no other picture: cut short, or garbage
         # Put there by hand, or its facts were lost: still an object, of which only the file itself is known.
         etag = hashlib.sha256(f"{found.st_mtime_ns}-{found.st_size}".encode()).hexdigest()
-        return Stored(key, found.st_size, etag, content_type, {})
+        return StoredObject(key, found.st_size, etag, content_type, {})
 
 
 def _digest_of(path: Path, found: os.stat_result) -> str:
@@ -314,5 +314,5 @@ def _digest(path: Path, seen: tuple[int, int, int]) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _described(key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> Stored:
-    return Stored(key, len(data), hashlib.sha256(data).hexdigest(), content_type, dict(record))
+def _described(key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> StoredObject:
+    return StoredObject(key, len(data), hashlib.sha256(data).hexdigest(), content_type, dict(record))

@@ -7,14 +7,14 @@ import threading
 from collections.abc import Iterator, Mapping
 
 from stable_diffusion_server.errors import NotFound
-from stable_diffusion_server.types import Stored
+from stable_diffusion_server.types import StoredObject
 
 
 class MemoryBucket:
     """Objects in a dictionary, safe from any thread; gone with the process."""
 
     def __init__(self) -> None:
-        self._objects: dict[str, tuple[bytes, Stored]] = {}
+        self._objects: dict[str, tuple[bytes, StoredObject]] = {}
         self._lock = threading.Lock()
 
     def open(self) -> None:
@@ -23,30 +23,30 @@ class MemoryBucket:
     def close(self) -> None:
         """Nothing is to be done; the objects stay."""
 
-    def fault(self) -> str | None:
+    def health(self) -> str | None:
         """Nothing can be wrong with it."""
         return None
 
-    def admit(self) -> None:
+    def check_capacity(self) -> None:
         """There is room as long as there is memory."""
 
-    def stat(self, key: str) -> Stored | None:
+    def stat(self, key: str) -> StoredObject | None:
         """The object under `key`, or `None`; one that is empty or cut short is none."""
         _, stored = self._objects.get(key, (b"", None))
         return stored if stored is not None and stored.whole else None
 
-    def look(self, key: str) -> Stored | None:
+    def peek(self, key: str) -> StoredObject | None:
         """The same: there is no store that could be down."""
         return self.stat(key)
 
-    def create(self, key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> tuple[Stored, bool]:
+    def create(self, key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> tuple[StoredObject, bool]:
         """Store `data` if `key` is absent; the first of several writers wins and the others get what it stored."""
         with self._lock:
             if (there := self.stat(key)) is not None:
                 return there, False
             return self._put(key, data, content_type, record), True
 
-    def overwrite(self, key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> Stored:
+    def overwrite(self, key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> StoredObject:
         """Store `data` under `key`, whatever was there."""
         with self._lock:
             return self._put(key, data, content_type, record)
@@ -72,7 +72,7 @@ class MemoryBucket:
         """None: this server gives the bytes itself."""
         return None
 
-    def _put(self, key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> Stored:
-        stored = Stored(key, len(data), hashlib.sha256(data).hexdigest(), content_type, dict(record))
+    def _put(self, key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> StoredObject:
+        stored = StoredObject(key, len(data), hashlib.sha256(data).hexdigest(), content_type, dict(record))
         self._objects[key] = (bytes(data), stored)
         return stored

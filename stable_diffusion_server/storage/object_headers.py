@@ -7,7 +7,7 @@ import unicodedata
 from collections.abc import Mapping
 from urllib.parse import quote
 
-from stable_diffusion_server.parsing.unicode_text import without_marks
+from stable_diffusion_server.parsing.unicode_text import strip_marks
 
 # In a record: the name is made from the content, so what is under it never changes.
 LASTING = "lasting"
@@ -17,15 +17,15 @@ _A_MINUTE = "public, max-age=60"
 _UNSAFE = re.compile(r"[^A-Za-z0-9._ -]+")
 
 
-def caching_of(record: Mapping[str, str]) -> str:
+def cache_control(record: Mapping[str, str]) -> str:
     """`Cache-Control` for an object with this record."""
     return _FOR_EVER if LASTING in record else _A_MINUTE
 
 
-def disposition_of(key: str, *, inline: bool = True) -> str:
+def content_disposition(key: str, *, inline: bool = True) -> str:
     """`Content-Disposition` (RFC 6266) with the last part of the key as the name a browser saves it under."""
     name = key.rpartition("/")[2]
-    plain = unicodedata.normalize("NFKD", without_marks(name)).encode("ascii", "ignore").decode()
+    plain = unicodedata.normalize("NFKD", strip_marks(name)).encode("ascii", "ignore").decode()
     safe = _UNSAFE.sub("_", plain).strip(". ") or "picture"
     kind = "inline" if inline else "attachment"
     exact = "" if safe == name else f"; filename*=UTF-8''{quote(name, safe='')}"

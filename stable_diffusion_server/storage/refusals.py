@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from stable_diffusion_server.errors import InvalidInput, NameBusy, NotFound, ServerError, StorageUnavailable
+from stable_diffusion_server.errors import InvalidInput, KeyBusy, NotFound, ServerError, StorageUnavailable
 
 
 def error_of_refusal(detail: str, code: object, try_another: Callable[[], object]) -> ServerError:
@@ -22,7 +22,7 @@ def is_answered(call: Callable[[], object]) -> bool:
     """Whether the store does what a call asks, or says that the object is absent or was written by someone else."""
     try:
         call()
-    except (NotFound, NameBusy):
+    except (NotFound, KeyBusy):
         return True
     except StorageUnavailable:
         return False

@@ -73,7 +73,7 @@ class ServerSecret:
             return str(error.strerror)
 
 
-class Signer:
+class UrlSigner:
     """Signs keys for `seconds`, with the secret of a server; see `ServerSecret`."""
 
     def __init__(self, secret: str, file: Path, seconds: int, now: Callable[[], float] = time.time) -> None:

@@ -17,7 +17,7 @@ import structlog
 from stable_diffusion_server.errors import NotFound, StorageRefused, StorageUnavailable
 from stable_diffusion_server.files.disk_space import SPARE_BYTES, Disk
 from stable_diffusion_server.storage.dead_letters import RETRIED, DeadLetters, facts_of
-from stable_diffusion_server.types import Stored
+from stable_diffusion_server.types import StoredObject
 
 _log = structlog.get_logger(__name__)
 
@@ -26,11 +26,11 @@ _PART_SECONDS = 600.0
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
+class SpooledObject:
     """A finished picture on disk. `overwrite`: it is to replace what is stored under its key."""
 
     path: Path
-    stored: Stored
+    stored: StoredObject
     overwrite: bool
     bytes_on_disk: int
 
@@ -41,7 +41,7 @@ class Kept:
         return int(stamp) / 1e9 if stamp.isascii() and stamp.isdigit() else 0.0
 
 
-class Spool:
+class UploadSpool:
     """Files in `folder`, one a picture: a line of facts, then the bytes; whole or not there at all.
 
     `max_bytes` is where it counts as full. What cannot be read, or is refused by the store, goes to the dead letters in
@@ -53,10 +53,10 @@ class Spool:
         self._max_bytes = max_bytes
         self._disk = Disk(folder)
         self._lock = threading.Lock()
-        self._kept: dict[Path, Kept] = {}
-        self._newest: dict[str, Kept] = {}
+        self._kept: dict[Path, SpooledObject] = {}
+        self._newest: dict[str, SpooledObject] = {}
         # Those that a caller was given a URL of before the store refused them, by key: they are given still.
-        self._parked: dict[str, Kept] = {}
+        self._parked: dict[str, SpooledObject] = {}
         self.dead_letters = DeadLetters(folder.with_name("dead-letters"), max(max_bytes // 4, SPARE_BYTES))
 
     def open(self) -> None:
@@ -74,16 +74,16 @@ class Spool:
                 with suppress(OSError, ValueError):
                     self._parked[letter.key] = _kept(letter.path)
 
-    def waiting(self) -> list[Kept]:
+    def waiting(self) -> list[SpooledObject]:
         """What waits, the oldest first."""
         with self._lock:
             return [self._kept[path] for path in sorted(self._kept)]
 
-    def newest(self, key: str) -> Kept | None:
+    def newest(self, key: str) -> SpooledObject | None:
         """The newest of this key that waits."""
         return self._newest.get(key)
 
-    def parked(self, key: str) -> Kept | None:
+    def parked(self, key: str) -> SpooledObject | None:
         """What was accepted under this key and refused by the store afterwards."""
         return self._parked.get(key)
 
@@ -100,7 +100,7 @@ class Spool:
         with self._disk_blamed():
             self._disk.check()
 
-    def put(self, data: bytes, stored: Stored, *, overwrite: bool) -> Kept:
+    def put(self, data: bytes, stored: StoredObject, *, overwrite: bool) -> SpooledObject:
         """Keep `data`: when this returns it survives a crash. Raises `StorageUnavailable` for a disk that does not.
 
         It is the caller's to bring to the store until `hand_over`.
@@ -126,15 +126,15 @@ class Spool:
             finally:
                 part.unlink(missing_ok=True)
             _sync_folder(self._folder)
-        return Kept(path, stored, overwrite, len(content))
+        return SpooledObject(path, stored, overwrite, len(content))
 
-    def hand_over(self, kept: Kept) -> None:
+    def hand_over(self, kept: SpooledObject) -> None:
         """From here on it waits, to be found and brought."""
         with self._lock:
             self._kept[kept.path] = kept
             self._newest[kept.stored.key] = kept
 
-    def read(self, kept: Kept) -> bytes:
+    def read(self, kept: SpooledObject) -> bytes:
         """The picture. Raises `NotFound` when it is gone meanwhile."""
         try:
             return kept.path.read_bytes().partition(b"\n")[2]
@@ -143,13 +143,13 @@ class Spool:
         except OSError as error:
             raise StorageRefused(f"The waiting picture cannot be read ({error.strerror}).") from error
 
-    def drop(self, kept: Kept) -> None:
+    def drop(self, kept: SpooledObject) -> None:
         """Forget it and remove the file."""
         self._forget(kept)
         with suppress(OSError):  # gone already; or the disk gives it back at the next start
             kept.path.unlink()
 
-    def set_aside(self, kept: Kept, reason: str, *, told: bool = False) -> None:
+    def set_aside(self, kept: SpooledObject, reason: str, *, told: bool = False) -> None:
         """Forget it and put the file among the dead letters. `told`: its caller knows that the store refused it."""
         _log.error("the storage refuses a picture, which is set aside", name=kept.stored.key, reason=reason)
         self._forget(kept)
@@ -186,13 +186,13 @@ class Spool:
             reason = os.strerror(error.errno) if error.errno else type(error).__name__
             raise StorageUnavailable(f"DATA_DIR cannot keep pictures ({reason}).", retry_after=30) from error
 
-    def _forget(self, kept: Kept) -> None:
+    def _forget(self, kept: SpooledObject) -> None:
         with self._lock:
             self._kept.pop(kept.path, None)
             if self._newest.get(kept.stored.key) == kept:
                 del self._newest[kept.stored.key]
 
-    def _look(self, path: Path) -> Kept | None:
+    def _look(self, path: Path) -> SpooledObject | None:
         """What a file left by an earlier run holds; whatever else bears such a name is set aside."""
         try:
             return _kept(path)
@@ -203,11 +203,11 @@ class Spool:
             return None
 
 
-def _kept(path: Path) -> Kept:
+def _kept(path: Path) -> SpooledObject:
     """A whole file of this folder. Raises `OSError` and `ValueError`."""
     facts, size = facts_of(path)
-    stored = Stored(facts["key"], size, facts["sha256"], facts["content_type"], facts["record"], waiting=True)
-    return Kept(path, stored, facts["overwrite"], path.stat().st_size)
+    stored = StoredObject(facts["key"], size, facts["sha256"], facts["content_type"], facts["record"], waiting=True)
+    return SpooledObject(path, stored, facts["overwrite"], path.stat().st_size)
 
 
 def _sweep(path: Path) -> None:

@@ -13,14 +13,14 @@ import structlog
 
 from stable_diffusion_server.errors import (
     InvalidInput,
-    NameBusy,
+    KeyBusy,
     NotFound,
     ServerError,
     StorageRefused,
     StorageUnavailable,
 )
-from stable_diffusion_server.storage.bounded_calls import Calls
-from stable_diffusion_server.storage.spool import Kept, Spool
+from stable_diffusion_server.storage.bounded_calls import BoundedCalls
+from stable_diffusion_server.storage.spool import SpooledObject, UploadSpool
 from stable_diffusion_server.storage.store_protocol import Store
 
 _log = structlog.get_logger(__name__)
@@ -39,14 +39,14 @@ class _Failed:
     due: float = 0.0
 
 
-class Drain:
+class SpoolUploader:
     """A thread that looks every `pause` seconds at what waits, and more and more seldom while the store is down.
 
     An object that fails while the store takes others is tried again by itself, ever later, and in the end set aside;
     one that is refused is set aside at once. Objects of one key are brought in the order in which they came.
     """
 
-    def __init__(self, store: Store, spool: Spool, calls: Calls, pause: float) -> None:
+    def __init__(self, store: Store, spool: UploadSpool, calls: BoundedCalls, pause: float) -> None:
         self._store = store
         self._spool = spool
         self._calls = calls
@@ -111,7 +111,7 @@ class Drain:
             self._calls.found_up("write")
         waiting = self._spool.waiting()
         self._failed = {kept.path: self._failed[kept.path] for kept in waiting if kept.path in self._failed}
-        oldest: dict[str, Kept] = {}
+        oldest: dict[str, SpooledObject] = {}
         for kept in waiting:
             oldest.setdefault(kept.stored.key, kept)
         # What failed before is tried behind all that did not.
@@ -123,7 +123,7 @@ class Drain:
             if kept.stored.key not in held and not self._may_bring(kept):
                 held.add(kept.stored.key)
 
-    def _may_bring(self, kept: Kept) -> bool:
+    def _may_bring(self, kept: SpooledObject) -> bool:
         """Bring an object if it is its turn; whether the next one under its key may follow."""
         failed = self._failed.get(kept.path)
         if failed is not None and time.monotonic() < failed.due:
@@ -136,12 +136,12 @@ class Drain:
             except (InvalidInput, StorageRefused) as error:
                 self._spool.set_aside(kept, error.detail)
             except StorageUnavailable as error:
-                if not isinstance(error, NameBusy):
+                if not isinstance(error, KeyBusy):
                     self._calls.probe()  # raises when it is the store, and not this object
                 return self._fails_again(kept, error.detail)
         return True
 
-    def _bring(self, kept: Kept) -> None:
+    def _bring(self, kept: SpooledObject) -> None:
         try:
             data = self._spool.read(kept)
         except NotFound:
@@ -155,7 +155,7 @@ class Drain:
             _log.warning("another server stored this name meanwhile; the spooled one is dropped", name=stored.key)
         self._spool.drop(kept)
 
-    def _fails_again(self, kept: Kept, why: str) -> bool:
+    def _fails_again(self, kept: SpooledObject, why: str) -> bool:
         failed = self._failed.setdefault(kept.path, _Failed())
         failed.tries += 1
         failed.due = time.monotonic() + min(self._pause * 2**failed.tries, _BACK_OFF_LONGEST)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Protocol
 
-from stable_diffusion_server.types import Stored
+from stable_diffusion_server.types import StoredObject
 
 
 class Store(Protocol):
@@ -17,13 +17,13 @@ class Store(Protocol):
     def close(self) -> None:
         """Let go."""
 
-    def stat(self, key: str) -> Stored | None:
+    def stat(self, key: str) -> StoredObject | None:
         """The object or `None`."""
 
-    def create(self, key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> tuple[Stored, bool]:
+    def create(self, key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> tuple[StoredObject, bool]:
         """Store if absent."""
 
-    def overwrite(self, key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> Stored:
+    def overwrite(self, key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> StoredObject:
         """Store."""
 
     def read(self, key: str, start: int = 0, end: int | None = None) -> bytes:

@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 
 from stable_diffusion_server.errors import InvalidInput, NotFound, ServerError, StorageRefused, StorageUnavailable
-from stable_diffusion_server.storage.bounded_calls import Calls
-from stable_diffusion_server.storage.spool import Kept, Spool
-from stable_diffusion_server.storage.spool_uploader import Drain
+from stable_diffusion_server.storage.bounded_calls import BoundedCalls
+from stable_diffusion_server.storage.spool import SpooledObject, UploadSpool
+from stable_diffusion_server.storage.spool_uploader import SpoolUploader
 from stable_diffusion_server.storage.store_protocol import Store
-from stable_diffusion_server.types import Stored
+from stable_diffusion_server.types import StoredObject
 
 
-class Spooling:
+class WriteBehindBucket:
     """A bucket in front of `store` that takes a picture whether or not the store does.
 
     A picture goes to the spool's disk first, then to the store, then off the disk. When the store fails, or does not
@@ -26,12 +26,12 @@ class Spooling:
     under its key, so that it undoes no later one.
     """
 
-    def __init__(self, store: Store, spool: Spool, patience: float, pause: float = 1.0) -> None:
+    def __init__(self, store: Store, spool: UploadSpool, patience: float, pause: float = 1.0) -> None:
         self._store = store
         self._spool = spool
         self._patience = patience
-        self._calls = Calls(store, patience)
-        self._drain = Drain(store, spool, self._calls, pause)
+        self._calls = BoundedCalls(store, patience)
+        self._drain = SpoolUploader(store, spool, self._calls, pause)
 
     def open(self) -> None:
         """Open spool and store and start the drain. A store that cannot be opened is told by `fault` and tried again.
@@ -53,18 +53,18 @@ class Spooling:
         self._calls.close()
         self._store.close()
 
-    def fault(self) -> str | None:
+    def health(self) -> str | None:
         """Why the store could not be opened since the start, or that it is down and the spool full."""
         down = self._calls.down("write")
         if down is not None and not self._calls.was_up:
             return down
         try:
-            self.admit()
+            self.check_capacity()
         except StorageUnavailable as error:
             return error.detail
         return None
 
-    def admit(self) -> None:
+    def check_capacity(self) -> None:
         """Raises `StorageUnavailable` when the store is down and the spool full: asked before anything is drawn."""
         if (down := self._calls.down("write")) is not None:
             try:
@@ -78,37 +78,37 @@ class Spooling:
         dead, failures = len(self._spool.dead_letters), self._calls.failures
         return {"pictures": count, "bytes": size, "oldest_seconds": age, "failures": failures, "dead_letters": dead}
 
-    def stat(self, key: str) -> Stored | None:
+    def stat(self, key: str) -> StoredObject | None:
         """What waits under `key`, else what the store has; `None` as well while the store is down.
 
         What the store refused after it was accepted waits too. Raises `InvalidInput` for a name that the store refuses.
         """
         try:
-            return self.look(key)
+            return self.peek(key)
         except StorageUnavailable:
             return None
 
-    def look(self, key: str) -> Stored | None:
+    def peek(self, key: str) -> StoredObject | None:
         """The same. Raises `StorageUnavailable` while the store is down."""
         if (kept := self._here(key)) is not None:
             return kept.stored
         return self._calls.ask("read", lambda: self._store.stat(key))
 
-    def create(self, key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> tuple[Stored, bool]:
+    def create(self, key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> tuple[StoredObject, bool]:
         """Store `data` if `key` is absent. Who was first while the store was down is settled when it is up again."""
         if (kept := self._spool.newest(key)) is not None:
             return kept.stored, False
         stored = _waiting(key, data, content_type, record)
         return self._give(data, stored, lambda: self._store.create(key, data, content_type, record), overwrite=False)
 
-    def overwrite(self, key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> Stored:
+    def overwrite(self, key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> StoredObject:
         """Store `data` under `key`, after whatever waits there already."""
         stored = _waiting(key, data, content_type, record)
         if self._spool.newest(key) is not None or self._calls.is_late(key):
             self._spool.hand_over(self._spool.put(data, stored, overwrite=True))
             return stored
 
-        def bring() -> tuple[Stored, bool]:
+        def bring() -> tuple[StoredObject, bool]:
             return self._store.overwrite(key, data, content_type, record), True
 
         return self._give(data, stored, bring, overwrite=True)[0]
@@ -141,15 +141,15 @@ class Spooling:
         """The store's address; `None` for what waits here, which only this server can give."""
         return None if self._here(key) is not None else self._store.url(key)
 
-    def _here(self, key: str) -> Kept | None:
+    def _here(self, key: str) -> SpooledObject | None:
         """What is kept here and not in the store."""
         return self._spool.newest(key) or self._spool.parked(key)
 
     def _give(
-        self, data: bytes, stored: Stored, bring: Callable[[], tuple[Stored, bool]], *, overwrite: bool
-    ) -> tuple[Stored, bool]:
+        self, data: bytes, stored: StoredObject, bring: Callable[[], tuple[StoredObject, bool]], *, overwrite: bool
+    ) -> tuple[StoredObject, bool]:
         """Spool, bring, and take off the spool; or leave it there, waiting; or set it aside, and tell the caller."""
-        kept: Kept | None = None
+        kept: SpooledObject | None = None
         with suppress(StorageUnavailable):  # a full disk here is no harm as long as the store is up
             kept = self._spool.put(data, stored, overwrite=overwrite)
         try:
@@ -169,5 +169,5 @@ class Spooling:
         return answer
 
 
-def _waiting(key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> Stored:
-    return Stored(key, len(data), hashlib.sha256(data).hexdigest(), content_type, dict(record), waiting=True)
+def _waiting(key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> StoredObject:
+    return StoredObject(key, len(data), hashlib.sha256(data).hexdigest(), content_type, dict(record), waiting=True)

@@ -16,10 +16,17 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.types import Message, Receive, Scope, Send
 
-from stable_diffusion_server.errors import Forbidden, InvalidInput, Malformed, NotFound, ServerError, UnsupportedMedia
+from stable_diffusion_server.errors import (
+    Forbidden,
+    InvalidInput,
+    MalformedRequest,
+    NotFound,
+    ServerError,
+    UnsupportedMedia,
+)
 from stable_diffusion_server.ui import static_pages
 from stable_diffusion_server.ui.client import RefusedError
-from stable_diffusion_server.ui.client_factory import COOKIE, Desks, client_of
+from stable_diffusion_server.ui.client_factory import COOKIE, ApiClients, client_of
 from stable_diffusion_server.ui.problems import problem
 from stable_diffusion_server.ui.request_body import read_body
 from stable_diffusion_server.ui.upload_routes import UploadRoutes
@@ -37,7 +44,7 @@ _PAGES = ("/ui", "/ui/")
 _OPENING = ("", "document")
 
 
-class Entrance:
+class LazyUiApp:
     """ASGI application for everything under `/ui`.
 
     `build` imports Gradio and makes the studio, which takes seconds: on a thread, when someone first asks, so that a
@@ -49,7 +56,7 @@ class Entrance:
     def __init__(
         self,
         build: Callable[[], FastAPI],
-        desks: Desks,
+        desks: ApiClients,
         uploads: UploadRoutes,
         *,
         keyed: bool,
@@ -108,7 +115,7 @@ class Entrance:
             return static_pages.key_wanted(error.detail)
         answer = RedirectResponse("/ui/", HTTPStatus.SEE_OTHER)
         secure = request.url.scheme == "https"
-        token = self._desks.guests.welcome(key)
+        token = self._desks.guests.start(key)
         answer.set_cookie(COOKIE, token, max_age=_DAY, path="/ui", secure=secure, httponly=True, samesite="strict")
         return answer
 
@@ -172,7 +179,7 @@ async def _key_sent(request: Request) -> str:
     try:
         key = parse_qs(body.decode("ascii"), max_num_fields=4).get("key", [""])[0]
     except ValueError as error:
-        raise Malformed("The form could not be read.") from error
+        raise MalformedRequest("The form could not be read.") from error
     if not _KEY.fullmatch(key):
         raise InvalidInput(_WRONG)
     return key

@@ -10,14 +10,14 @@ from urllib.parse import unquote
 import httpx
 from starlette.types import ASGIApp, Message, Scope
 
-from stable_diffusion_server.ui.client import Client
+from stable_diffusion_server.ui.client import ServerAddress
 
 _AHEAD = 32
 # So long an application that was told to end is waited for; one that waits for a thread ends with that.
 _END_SECONDS = 1.0
 
 
-class Inside(httpx.AsyncBaseTransport):
+class StreamingASGITransport(httpx.AsyncBaseTransport):
     """Asks `app` as the client that a request's extension `client` names would, else as one on this machine.
 
     httpx's own transport waits for the whole answer, and for ever. Of a request's timeouts `write` is for the body to
@@ -116,7 +116,7 @@ class _Exchange(httpx.AsyncByteStream):
 
 
 def _scope_of(request: httpx.Request) -> Scope:
-    client = request.extensions.get("client", Client())
+    client = request.extensions.get("client", ServerAddress())
     # What says that a request came through somebody else's proxy; who that is has no bearing.
     forwarded = [(b"forwarded", b"for=unknown")] if client.forwarded else []
     path, _, query = request.url.raw_path.partition(b"?")

@@ -11,8 +11,8 @@ from typing import Any
 
 import httpx
 
-from stable_diffusion_server.concurrency.fair_queue import FairQueue
-from stable_diffusion_server.errors import Overasked
+from stable_diffusion_server.concurrency.fair_queue import FairRequestQueue
+from stable_diffusion_server.errors import RateLimited
 from stable_diffusion_server.ui.work_queue import visitor_queue
 
 Job = dict[str, Any]
@@ -35,7 +35,7 @@ class RefusedError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
+class UiRequest:
     """One picture to ask for: the door, its fields in words, files by field, and its name, if it is not its seed."""
 
     door: str
@@ -45,7 +45,7 @@ class Wish:
 
 
 @dataclass(frozen=True, slots=True)
-class Client:
+class ServerAddress:
     """The connection a visitor came by: its address, and whether through a proxy that nobody answers for."""
 
     address: str = "127.0.0.1"
@@ -53,7 +53,7 @@ class Client:
 
 
 @dataclass(frozen=True, slots=True)
-class Desk:
+class ApiClient:
     """The server at `base`, asked with `key` where it wants one, on behalf of `client`.
 
     A server in this process is told whose request it is: it holds for the visitor, not for this machine.
@@ -62,20 +62,20 @@ class Desk:
     http: httpx.AsyncClient
     base: str
     key: str = field(default="", repr=False)
-    client: Client = Client()
-    turns: FairQueue = field(default_factory=visitor_queue, repr=False)
+    client: ServerAddress = ServerAddress()
+    turns: FairRequestQueue = field(default_factory=visitor_queue, repr=False)
 
-    async def start(self, wish: Wish) -> Job:
+    async def start(self, wish: UiRequest) -> Job:
         """Have a picture drawn, as a job; visitors take turns at sending files. Raises `RefusedError`."""
         if not wish.files:
             return await self._start(wish)
         try:
             async with self.turns.hold(f"{self.key} {self.client.address}"):
                 return await self._start(wish)
-        except Overasked as error:
+        except RateLimited as error:
             raise RefusedError(error.status, error.detail) from error
 
-    async def _start(self, wish: Wish) -> Job:
+    async def _start(self, wish: UiRequest) -> Job:
         files = {name: (f"{name}.png", content) for name, content in wish.files.items()}
         body = {"data": dict(wish.fields), "files": files or None}
         return await self._json("POST", wish.door, headers={"Prefer": "respond-async"}, **body)
@@ -160,7 +160,7 @@ class Desk:
             raise _refused(answer)
         return answer
 
-    def _told(self) -> dict[str, Client]:
+    def _told(self) -> dict[str, ServerAddress]:
         return {"client": self.client}
 
     def _headers(self, more: Mapping[str, str]) -> dict[str, str]:

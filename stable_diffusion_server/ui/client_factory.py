@@ -8,29 +8,29 @@ from dataclasses import dataclass, field
 import httpx
 from starlette.requests import Request
 
-from stable_diffusion_server.concurrency.fair_queue import FairQueue
-from stable_diffusion_server.ui.client import Client, Desk
-from stable_diffusion_server.ui.sessions import Guests
+from stable_diffusion_server.concurrency.fair_queue import FairRequestQueue
+from stable_diffusion_server.ui.client import ApiClient, ServerAddress
+from stable_diffusion_server.ui.sessions import SessionStore
 from stable_diffusion_server.ui.work_queue import visitor_queue
 
 COOKIE = "studio"
 
 
 @dataclass(frozen=True, slots=True)
-class Desks:
+class ApiClients:
     """Desks over one client. With `base`, they are all at that server, with that `key`, whoever visits."""
 
     http: httpx.AsyncClient
-    guests: Guests = field(default_factory=Guests)
+    guests: SessionStore = field(default_factory=SessionStore)
     base: str = ""
     key: str = field(default="", repr=False)
-    turns: FairQueue = field(default_factory=visitor_queue)
+    turns: FairRequestQueue = field(default_factory=visitor_queue)
 
-    def at(self, base: str, key: str, client: Client) -> Desk:
+    def at(self, base: str, key: str, client: ServerAddress) -> ApiClient:
         """The desk for a key."""
-        return Desk(self.http, self.base or base.rstrip("/"), self.key or key, client, self.turns)
+        return ApiClient(self.http, self.base or base.rstrip("/"), self.key or key, client, self.turns)
 
-    def of(self, request: Request) -> Desk:
+    def of(self, request: Request) -> ApiClient:
         """The desk of a visitor."""
         key = self.guests.key_of(request.cookies.get(COOKIE, "")) or ""
         return self.at(f"{request.url.scheme}://{request.headers.get('host', '')}", key, client_of(request))
@@ -44,7 +44,7 @@ class Desks:
         return f"key {hashlib.sha256(key.encode()).hexdigest()}" if key else f"address {client_of(request).address}"
 
 
-def client_of(request: Request) -> Client:
+def client_of(request: Request) -> ServerAddress:
     """The connection a request came by."""
     address = request.client.host if request.client else ""
-    return Client(address, bool(request.scope.get("state", {}).get("forwarded")))
+    return ServerAddress(address, bool(request.scope.get("state", {}).get("forwarded")))

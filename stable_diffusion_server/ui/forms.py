@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from stable_diffusion_server.ui.client import Wish
+from stable_diffusion_server.ui.client import UiRequest
 
 CREATE, RESTYLE = "/create_and_upload_image", "/style_transfer_bytes_and_upload_image"
 INPAINT = "/inpaint_and_upload_image"
@@ -15,7 +15,7 @@ MOST_AT_ONCE = 8
 EXPLORED = ("", "awesome", "amazing", "detailed aesthetic", "wonderful", "anime hd")
 
 
-class UnfitError(ValueError):
+class FormError(ValueError):
     """What can be seen to be wrong before anything is asked: the field, and a sentence."""
 
     def __init__(self, field: str, sentence: str) -> None:
@@ -24,7 +24,7 @@ class UnfitError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class Common:
+class CommonFields:
     """What every tab asks of a picture; empty text leaves it to the server."""
 
     prompt: str
@@ -47,18 +47,20 @@ class Common:
         return {name: value for name, value in given.items() if value or name == "prompt"}
 
 
-def create(common: Common, width: float | None, height: float | None, *, explore: bool = False) -> list[Wish]:
+def create(
+    common: CommonFields, width: float | None, height: float | None, *, explore: bool = False
+) -> list[UiRequest]:
     """Text to image: as many as asked, each with a seed one further; or the six of `explore`, all with one seed."""
     fields = {**common.fields(), "width": number(width), "height": number(height)}
     if not explore:
-        return several(common, Wish(CREATE, fields))
+        return several(common, UiRequest(CREATE, fields))
     one = replace(common, count=1)
     return [
         wish
         for suffix in EXPLORED
         for wish in several(
             one,
-            Wish(
+            UiRequest(
                 CREATE, {**fields, "prompt": f"{common.prompt} {suffix}".rstrip()}, name=suffix or "as it was written"
             ),
         )
@@ -66,16 +68,18 @@ def create(common: Common, width: float | None, height: float | None, *, explore
 
 
 def restyle(
-    common: Common, image: bytes, strength: float, *, canny: bool, low: float = 100, high: float = 200
-) -> list[Wish]:
+    common: CommonFields, image: bytes, strength: float, *, canny: bool, low: float = 100, high: float = 200
+) -> list[UiRequest]:
     """A picture drawn anew, by its edges if `canny`."""
     fields = {**common.fields(), "strength": number(strength), "canny": str(canny).lower()}
     if canny:
         fields |= {"canny_low": number(low), "canny_high": number(high)}
-    return several(common, Wish(RESTYLE, fields, {"image_file": image}))
+    return several(common, UiRequest(RESTYLE, fields, {"image_file": image}))
 
 
-def inpaint(common: Common, image: bytes, mask: bytes, strength: float, feather: float, *, refine: bool) -> list[Wish]:
+def inpaint(
+    common: CommonFields, image: bytes, mask: bytes, strength: float, feather: float, *, refine: bool
+) -> list[UiRequest]:
     """The masked part of a picture drawn anew."""
     fields = {
         **common.fields(),
@@ -83,10 +87,10 @@ def inpaint(common: Common, image: bytes, mask: bytes, strength: float, feather:
         "feather": number(feather),
         "refine": str(refine).lower(),
     }
-    return several(common, Wish(INPAINT, fields, {"image_file": image, "mask_file": mask}))
+    return several(common, UiRequest(INPAINT, fields, {"image_file": image, "mask_file": mask}))
 
 
-def several(common: Common, wish: Wish) -> list[Wish]:
+def several(common: CommonFields, wish: UiRequest) -> list[UiRequest]:
     """So many pictures of one wish, their seeds counted up from the one given."""
     if common.seed.isdecimal():
         seeds = [str(int(common.seed) + further) for further in range(common.count)]

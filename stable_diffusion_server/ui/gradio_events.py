@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from stable_diffusion_server.errors import InvalidInput, Malformed
+from stable_diffusion_server.errors import InvalidInput, MalformedRequest
 
 SESSION = re.compile(r"[A-Za-z0-9]{1,64}")
 
@@ -36,7 +36,7 @@ _TYPES: Mapping[str, str] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Event:
+class GradioEvent:
     """An event of the page: the type of each of its inputs, and the ids of the components that trigger it.
 
     `firsts` are the values its inputs begin with: what null stands for, if there is one.
@@ -47,14 +47,14 @@ class Event:
     firsts: tuple[Any, ...] = ()
 
 
-Events = Mapping[int, Event]
+Events = Mapping[int, GradioEvent]
 
 
 def events_of(config: Mapping[str, Any]) -> Events:
     """The events of a page out of Gradio's own configuration. Raises `ValueError` for an input of an unknown kind."""
     kinds = {component["id"]: component["type"] for component in config["components"]}
     values = {component["id"]: component.get("props", {}).get("value") for component in config["components"]}
-    events: dict[int, Event] = {}
+    events: dict[int, GradioEvent] = {}
     for dependency in config["dependencies"]:
         inputs = [kinds[number] for number in dependency["inputs"]]
         if unknown := set(inputs) - set(_TYPES):
@@ -64,14 +64,14 @@ def events_of(config: Mapping[str, Any]) -> Events:
             triggers |= first.triggers  # what follows another event comes with that one's trigger
         types = tuple(_TYPES[kind] for kind in inputs)
         firsts = tuple(_first(values[number], kind) for number, kind in zip(dependency["inputs"], types, strict=True))
-        events[dependency["id"]] = Event(types, triggers, firsts)
+        events[dependency["id"]] = GradioEvent(types, triggers, firsts)
     return events
 
 
 def sanitized(body: bytes, events: Events) -> dict[str, Any]:
     """The body of an event with nothing in it but what the event takes, and no dictionary but `event_data`'s own.
 
-    Raises `Malformed` for what is no JSON, `InvalidInput` naming what is at fault.
+    Raises `MalformedRequest` for what is no JSON, `InvalidInput` naming what is at fault.
     """
     given = _parsed(body)
     number: Any = given.get("fn_index")
@@ -103,9 +103,9 @@ def _parsed(body: bytes) -> dict[str, Any]:
         given = json.loads(body.decode("utf-8"), parse_constant=_refuse)
         json.dumps(given, ensure_ascii=False).encode("utf-8")  # half of a surrogate pair cannot be sent on
     except (ValueError, RecursionError) as error:
-        raise Malformed("The body is no JSON.") from error
+        raise MalformedRequest("The body is no JSON.") from error
     if not isinstance(given, dict):
-        raise Malformed("The body is no JSON object.")
+        raise MalformedRequest("The body is no JSON object.")
     return given
 
 

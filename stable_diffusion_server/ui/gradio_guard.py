@@ -15,7 +15,7 @@ from starlette.responses import RedirectResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from stable_diffusion_server.concurrency.moving_windows import MovingWindows
-from stable_diffusion_server.errors import InvalidInput, NotFound, Overasked, ServerError
+from stable_diffusion_server.errors import InvalidInput, NotFound, RateLimited, ServerError
 from stable_diffusion_server.ui.gradio_events import SESSION, Events, sanitized
 from stable_diffusion_server.ui.problems import problem
 from stable_diffusion_server.ui.request_body import read_body
@@ -92,7 +92,7 @@ class GradioGuard:
         if self._rate is not None and not self._events_sent.hit(whose, self._rate):
             _, seconds = self._events_sent.left(whose, self._rate)
             allowed = f"{self._rate.amount} events in {self._rate.get_expiry()} s are allowed."
-            raise Overasked(allowed, retry_after=max(1, math.ceil(seconds)))
+            raise RateLimited(allowed, retry_after=max(1, math.ceil(seconds)))
         event = sanitized(await read_body(receive, EVENT_BYTES), self._events)
         event["session_hash"] = _of(whose, event["session_hash"])
         body = json.dumps(event).encode()
@@ -102,7 +102,7 @@ class GradioGuard:
 
     async def _stream(self, whose: str, scope: Scope, receive: Receive, send: Send) -> None:
         if self._streams[whose] >= STREAMS:
-            raise Overasked(f"{STREAMS} streams at a time are allowed here.", retry_after=5)
+            raise RateLimited(f"{STREAMS} streams at a time are allowed here.", retry_after=5)
         self._streams[whose] += 1
         try:
             await self._app(scope, receive, send)

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from stable_diffusion_server.errors import Overasked
+from stable_diffusion_server.errors import RateLimited
 from stable_diffusion_server.ui.upload_store import UploadStore
 from stable_diffusion_server.ui.work_queue import visitor_queue
 
@@ -22,7 +22,7 @@ T = TypeVar("T")
 Pixels = NDArray[np.uint8]
 
 
-class Decode(Protocol):
+class DecodeUpload(Protocol):
     """The sandboxed decoder."""
 
     async def __call__(self, data: bytes, field: str, *, share: str) -> Pixels:
@@ -37,7 +37,7 @@ _PNG_MAGIC = b"\x89PNG"
 
 
 @dataclass(frozen=True, slots=True)
-class Taken:
+class TakenImage:
     """A picture that was taken: its token, and its size in pixels."""
 
     token: str
@@ -45,13 +45,13 @@ class Taken:
     height: int
 
 
-class Intake:
+class ImageIntake:
     """Takes pictures of at most `max_bytes` bytes. Lives on one event loop.
 
     `decode` is the sandboxed decoder: no file of a visitor is opened in this process.
     """
 
-    def __init__(self, decode: Decode, store: UploadStore, max_bytes: int) -> None:
+    def __init__(self, decode: DecodeUpload, store: UploadStore, max_bytes: int) -> None:
         self._decode = decode
         self._store = store
         self.max_bytes = max_bytes
@@ -60,9 +60,9 @@ class Intake:
 
     @contextmanager
     def place(self, owner: str) -> Iterator[None]:
-        """A place among the uploads under way. Raises `Overasked` where there is none."""
+        """A place among the uploads under way. Raises `RateLimited` where there is none."""
         if self._under_way[owner] >= PER_VISITOR or self._under_way.total() >= ALTOGETHER:
-            raise Overasked("Other pictures are being taken in; try again in a second.", retry_after=1)
+            raise RateLimited("Other pictures are being taken in; try again in a second.", retry_after=1)
         self._under_way[owner] += 1
         try:
             yield
@@ -71,7 +71,7 @@ class Intake:
             if not self._under_way[owner]:
                 del self._under_way[owner]
 
-    async def take(self, owner: str, data: bytes) -> Taken:
+    async def take(self, owner: str, data: bytes) -> TakenImage:
         """Take a picture for `owner`, within a `place`.
 
         Raises `TooLarge`, `UnsupportedMedia` or `InvalidInput` naming `image_file`.
@@ -79,7 +79,7 @@ class Intake:
         pixels = await self._decode(data, "image_file", share=owner)
         height, width = pixels.shape[:2]
         encoded = await asyncio.to_thread(self._encoded, pixels)
-        return Taken(self._store.add(owner, encoded), width, height)
+        return TakenImage(self._store.add(owner, encoded), width, height)
 
     def file(self, owner: str, token: str) -> bytes:
         """The file under a token, as it was encoded here. Raises `NotFound`."""
@@ -88,7 +88,7 @@ class Intake:
     async def work(self, owner: str, tokens: Sequence[str], make: Callable[..., T]) -> T:
         """What `make`, on a thread, makes of the pictures under tokens: each uint8, height × width × 3.
 
-        Raises `NotFound`, `Overasked`.
+        Raises `NotFound`, `RateLimited`.
         """
         async with self._turns.hold(owner):
             pictures = [

@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 
-from stable_diffusion_server.ui.client import Desk, Job, RefusedError, Wish
+from stable_diffusion_server.ui.client import ApiClient, Job, RefusedError, UiRequest
 from stable_diffusion_server.ui.html import progress as telling
 
 # A browser that is told more often than this shows no more.
@@ -20,7 +20,7 @@ _ENDED = ("done", "failed", "cancelled")
 
 
 @dataclass(frozen=True, slots=True)
-class Shown:
+class GalleryUpdate:
     """What is to be seen now. `told` and `made` are HTML; `jobs` are ids; `fresh` tells that `pictures` changed.
 
     `refused` is the sentence of what was not even begun, `faults` are pairs of a parameter and what is wrong with it;
@@ -51,18 +51,18 @@ class Shown:
         return telling.made(self.receipts)
 
 
-async def draw(desk: Desk, wishes: Sequence[Wish]) -> AsyncIterator[Shown]:
+async def draw(desk: ApiClient, wishes: Sequence[UiRequest]) -> AsyncIterator[GalleryUpdate]:
     """Ask for pictures and follow them to their ends."""
     names, refusal = await _started(desk, wishes)
     del wishes  # they hold whole pictures, and the jobs may take long
     if refusal is not None and not names:
-        yield Shown(refused=refusal.detail, faults=refusal.faults, over=True)
+        yield GalleryUpdate(refused=refusal.detail, faults=refusal.faults, over=True)
         return
     async for shown in follow(desk, list(names), names):
         yield shown if refusal is None else replace(shown, refused=refusal.detail, faults=refusal.faults)
 
 
-async def _started(desk: Desk, wishes: Sequence[Wish]) -> tuple[dict[str, str], RefusedError | None]:
+async def _started(desk: ApiClient, wishes: Sequence[UiRequest]) -> tuple[dict[str, str], RefusedError | None]:
     """The names of the jobs that were begun, by their ids, and why no more were."""
     names: dict[str, str] = {}
     try:
@@ -73,7 +73,7 @@ async def _started(desk: Desk, wishes: Sequence[Wish]) -> tuple[dict[str, str], 
     return names, None
 
 
-async def resume(desk: Desk, ids: Sequence[str]) -> AsyncIterator[Shown]:
+async def resume(desk: ApiClient, ids: Sequence[str]) -> AsyncIterator[GalleryUpdate]:
     """The same for jobs asked for before; those that are not known any more are left out."""
     known = []
     for job_id in ids:
@@ -86,12 +86,14 @@ async def resume(desk: Desk, ids: Sequence[str]) -> AsyncIterator[Shown]:
             yield shown
 
 
-async def follow(desk: Desk, ids: Sequence[str], names: Mapping[str, str] = _NO_NAMES) -> AsyncIterator[Shown]:
+async def follow(
+    desk: ApiClient, ids: Sequence[str], names: Mapping[str, str] = _NO_NAMES
+) -> AsyncIterator[GalleryUpdate]:
     """How jobs stand, until all have ended; `names` are what to call their pictures."""
     board: dict[str, Job] = {job_id: {"id": job_id, "state": "queued"} for job_id in ids}
     previews: dict[str, str] = {}
     news: asyncio.Queue[tuple[str, str, Job]] = asyncio.Queue()
-    yield Shown(telling.progress(list(board.values()), previews), tuple(ids), fresh=True)
+    yield GalleryUpdate(telling.progress(list(board.values()), previews), tuple(ids), fresh=True)
     # No task group: it would wrap what closes this generator when a page goes away.
     readers = [asyncio.create_task(_read(desk, job_id, news)) for job_id in ids]
     try:
@@ -104,7 +106,7 @@ async def follow(desk: Desk, ids: Sequence[str], names: Mapping[str, str] = _NO_
             done = [(job["receipt"], names.get(job["id"], "")) for job in board.values() if job["state"] == "done"]
             told = telling.progress(list(board.values()), previews)
             faults = tuple(fault for job in board.values() for fault in _faults_of(job))
-            yield Shown(
+            yield GalleryUpdate(
                 told,
                 tuple(ids),
                 tuple(receipt for receipt, _ in done),
@@ -135,7 +137,7 @@ def _take(news: tuple[str, str, Job], board: dict[str, Job], previews: dict[str,
     return kind == "done"
 
 
-async def _read(desk: Desk, job_id: str, news: asyncio.Queue[tuple[str, str, Job]]) -> None:
+async def _read(desk: ApiClient, job_id: str, news: asyncio.Queue[tuple[str, str, Job]]) -> None:
     try:
         async for kind, job in desk.events(job_id):
             await news.put((job_id, kind, job))

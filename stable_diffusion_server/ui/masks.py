@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from stable_diffusion_server.imaging.processing import canny, feathered
+from stable_diffusion_server.imaging.processing import canny, feather_mask
 from stable_diffusion_server.ui.image_intake import encoded
 
 Pixels = NDArray[np.uint8]
@@ -41,7 +41,7 @@ def previewed(picture: Pixels, mask: Pixels, feather: int) -> str:
         return ""
     if flat.shape != (height, width):
         flat = np.asarray(cv2.resize(flat, (width, height), interpolation=cv2.INTER_NEAREST), np.uint8)
-    return _url(striped(_reduced(picture), _reduced(feathered(flat, feather))), "JPEG", quality=85)
+    return _url(striped(_reduced(picture), _reduced(feather_mask(flat, feather))), "JPEG", quality=85)
 
 
 def striped(picture: Pixels, mask: Pixels) -> Pixels:

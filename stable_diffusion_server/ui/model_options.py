@@ -66,7 +66,7 @@ def names(models: Models) -> list[str]:
     return [str(model["name"]) for model in models] or ["sdxl", "flux"]
 
 
-def habits(model: Model) -> tuple[str, str, str]:
+def defaults(model: Model) -> tuple[str, str, str]:
     """How a model draws where nothing is said: its steps, its guidance; and of what use a negative prompt is."""
     steps, guidance = model.get("default_steps"), model.get("default_guidance")
     takes_guidance, negative = model.get("takes_guidance", True), model.get("takes_negative_prompt", True)

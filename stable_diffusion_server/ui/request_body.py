@@ -6,13 +6,16 @@ import asyncio
 
 from starlette.types import Receive
 
-from stable_diffusion_server.errors import Malformed, TooLarge
+from stable_diffusion_server.errors import MalformedRequest, TooLarge
 
 SECONDS = 60.0
 
 
 async def read_body(receive: Receive, limit: int, seconds: float = SECONDS) -> bytes:
-    """The body of a request. Raises `TooLarge` beyond `limit` bytes, `Malformed` where it is late or breaks off."""
+    """The body of a request.
+
+    Raises `TooLarge` beyond `limit` bytes, `MalformedRequest` where it is late or breaks off.
+    """
     parts: list[bytes] = []
     size = 0
     try:
@@ -20,7 +23,7 @@ async def read_body(receive: Receive, limit: int, seconds: float = SECONDS) -> b
             while True:
                 message = await receive()
                 if message["type"] == "http.disconnect":
-                    raise Malformed("The request broke off.")
+                    raise MalformedRequest("The request broke off.")
                 part = message.get("body", b"")
                 size += len(part)
                 if size > limit:
@@ -29,4 +32,4 @@ async def read_body(receive: Receive, limit: int, seconds: float = SECONDS) -> b
                 if not message.get("more_body", False):
                     return b"".join(parts)
     except TimeoutError as error:
-        raise Malformed(f"The body did not arrive within {seconds:g} s.") from error
+        raise MalformedRequest(f"The body did not arrive within {seconds:g} s.") from error

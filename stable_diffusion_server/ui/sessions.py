@@ -8,13 +8,13 @@ from collections import OrderedDict
 _MOST = 1000
 
 
-class Guests:
+class SessionStore:
     """The keys of visitors by their tokens; the longest absent go first."""
 
     def __init__(self) -> None:
         self._keys: OrderedDict[str, str] = OrderedDict()
 
-    def welcome(self, key: str) -> str:
+    def start(self, key: str) -> str:
         """A token for a key."""
         token = secrets.token_urlsafe(32)
         self._keys[token] = key
@@ -29,6 +29,6 @@ class Guests:
         self._keys.move_to_end(token)
         return self._keys[token]
 
-    def leave(self, token: str) -> None:
+    def end(self, token: str) -> None:
         """Forget a token."""
         self._keys.pop(token, None)

@@ -22,7 +22,7 @@ _STYLE = (
 )
 
 
-async def icon(_: Request) -> Response:
+async def favicon(_: Request) -> Response:
     """A red circle on a blue background, for browsers, which ask for one by themselves."""
     return Response(ICON, media_type="image/svg+xml", headers={"Cache-Control": "max-age=86400"})
 

@@ -8,7 +8,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from stable_diffusion_server.errors import NotFound, ServerError
-from stable_diffusion_server.ui.image_intake import Intake, media_type
+from stable_diffusion_server.ui.image_intake import ImageIntake, media_type
 from stable_diffusion_server.ui.problems import problem
 from stable_diffusion_server.ui.request_body import read_body
 
@@ -22,7 +22,7 @@ class UploadRoutes:
     With `?instead=TOKEN` the picture takes the place of another one of the same visitor.
     """
 
-    def __init__(self, intake: Intake) -> None:
+    def __init__(self, intake: ImageIntake) -> None:
         self._intake = intake
 
     def answers(self, path: str) -> bool:

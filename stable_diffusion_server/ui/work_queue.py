@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from stable_diffusion_server.concurrency.fair_queue import FairQueue
+from stable_diffusion_server.concurrency.fair_queue import FairRequestQueue
 
 
-def visitor_queue() -> FairQueue:
+def visitor_queue() -> FairRequestQueue:
     """Two pieces of work of all visitors at a time; eight of one visitor run or wait."""
-    return FairQueue(2, 8, "Other pictures of yours are being worked on; try again in a second.")
+    return FairRequestQueue(2, 8, "Other pictures of yours are being worked on; try again in a second.")

@@ -9,12 +9,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from conftest import House
+from conftest import RunningApp
 from fakes import disc, file_of, settings_in, until
 from jsonschema import Draft202012Validator
 
 from stable_diffusion_server.api.openapi.responses import SCHEMAS
-from stable_diffusion_server.app.models import Loaded
+from stable_diffusion_server.app.models import ModelState
 
 _ASKED = {"prompt": "a red square", "width": 64, "height": 64}
 _BY_JOB = {"Prefer": "respond-async"}
@@ -37,7 +37,7 @@ def faults_of(document: dict[str, Any], name: str, body: Any) -> list[str]:
     return [f"{fault.json_path}: {fault.message[:200]}" for fault in Draft202012Validator(schema).iter_errors(body)]
 
 
-def job_of(house: House, **changes: Any) -> dict[str, Any]:
+def job_of(house: RunningApp, **changes: Any) -> dict[str, Any]:
     """A job that has ended, as GET /jobs/ID answers it."""
     asked = house.client.post("/create_and_upload_image", json={**_ASKED, **changes}, headers=_BY_JOB)
     path = asked.headers["location"]
@@ -46,14 +46,14 @@ def job_of(house: House, **changes: Any) -> dict[str, Any]:
     return body
 
 
-def events_of(house: House) -> list[Any]:
+def events_of(house: RunningApp) -> list[Any]:
     """The data of every server-sent event of a job that is followed to its end."""
     asked = house.client.post("/create_and_upload_image", json={**_ASKED, "seed": 7}, headers=_BY_JOB)
     text = house.client.get(f"{asked.headers['location']}/events").text
     return [json.loads(data) for data in re.findall(r"^data: (.*)$", text, re.MULTILINE)]
 
 
-def answers(house: House) -> Iterator[tuple[str, Any]]:
+def answers(house: RunningApp) -> Iterator[tuple[str, Any]]:
     """Schema names and bodies of real answers: at least one of each schema, of some every variant."""
     client = house.client
     receipt = house.draw(prompt="a red square", save_path="a.png")
@@ -96,7 +96,7 @@ def answers(house: House) -> Iterator[tuple[str, Any]]:
     yield "Readiness", client.get("/readyz").json()
 
 
-def test_every_answer_has_the_members_its_schema_names_and_no_others(house: House) -> None:
+def test_every_answer_has_the_members_its_schema_names_and_no_others(house: RunningApp) -> None:
     """Real answers against the document with every object closed; no schema goes without an answer."""
     document = house.client.get("/openapi.json").json()
     faults, seen = [], set()
@@ -107,19 +107,19 @@ def test_every_answer_has_the_members_its_schema_names_and_no_others(house: Hous
     assert seen == set(SCHEMAS)
 
 
-def test_readiness_names_everything_that_is_said_of_a_loaded_model(registry: Any, house: House) -> None:
+def test_readiness_names_everything_that_is_said_of_a_loaded_model(registry: Any, house: RunningApp) -> None:
     """The embedded models, as a server that loaded them says it."""
     document = house.client.get("/openapi.json").json()
-    loaded = Loaded.of(settings_in(house.folder))
+    loaded = ModelState.of(settings_in(house.folder))
     loaded.models = registry
-    models = json.loads(json.dumps(loaded.told()))
+    models = json.loads(json.dumps(loaded.describe()))
     assert len(models) == 2
     body = {"status": "ready", "missing": [], "models": models}
     assert faults_of(document, "Readiness", body) == []
 
 
 @pytest.mark.parametrize("change", ["added", "removed", "of another type"])
-def test_the_check_itself_sees_a_difference(house: House, change: str) -> None:
+def test_the_check_itself_sees_a_difference(house: RunningApp, change: str) -> None:
     """A member that is too many, missing or of another type is a fault: this test can fail."""
     document = house.client.get("/openapi.json").json()
     body = house.client.get("/readyz").json()

@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 from fakes import until
-from live_servers import Live
+from live_servers import LiveServer
 
 MULTIPART = "multipart/form-data; boundary=x"
 ROUTES = [
@@ -33,7 +33,7 @@ KEYS = {"api_keys": "a:secret-of-a-1234567,b:secret-of-b-1234567"}
 
 
 def opened(
-    live: Live, stack: ExitStack, path: str, media_type: str, length: int | None, key: str = ""
+    live: LiveServer, stack: ExitStack, path: str, media_type: str, length: int | None, key: str = ""
 ) -> socket.socket:
     """A connection on which the head of a request was sent; without a length its body comes in chunks."""
     host, _, port = live.url.removeprefix("http://").partition(":")
@@ -59,7 +59,7 @@ def answered(line: socket.socket) -> tuple[int, dict[str, Any]]:
 )
 @pytest.mark.parametrize("chunked", [False, True], ids=["length", "chunked"])
 def test_a_body_that_stands_still_is_refused_at_every_route(
-    live_of: Callable[..., Live],
+    live_of: Callable[..., LiveServer],
     path: str,
     media_type: str,
     begun: bytes,
@@ -77,7 +77,7 @@ def test_a_body_that_stands_still_is_refused_at_every_route(
 
 
 @pytest.mark.fault(114)
-def test_the_studios_own_routes_have_the_same_bound(live_of: Callable[..., Live]) -> None:
+def test_the_studios_own_routes_have_the_same_bound(live_of: Callable[..., LiveServer]) -> None:
     """The page that takes a key, before any key is known."""
     live = live_of(body_timeout=0.5, ui=True, **KEYS)
     with ExitStack() as stack:
@@ -88,7 +88,7 @@ def test_the_studios_own_routes_have_the_same_bound(live_of: Callable[..., Live]
 
 @pytest.mark.fault(114)
 def test_a_body_that_drips_is_refused_and_one_that_comes_slowly_enough_is_not(
-    live_of: Callable[..., Live],
+    live_of: Callable[..., LiveServer],
 ) -> None:
     """A byte now and then keeps no connection; BODY_MIN_RATE does, for longer than BODY_TIMEOUT."""
     live = live_of(body_timeout=1.0, body_min_rate=2000.0)
@@ -119,7 +119,7 @@ def test_a_body_that_drips_is_refused_and_one_that_comes_slowly_enough_is_not(
 
 @pytest.mark.fault(114)
 def test_unfinished_bodies_of_one_caller_are_bounded_and_leave_room_for_others(
-    live_of: Callable[..., Live],
+    live_of: Callable[..., LiveServer],
 ) -> None:
     """Of 24 large bodies of one key only as many are read as half the room holds; another key's is read at once."""
     size, room = 12_000_000, 48_000_000
@@ -152,7 +152,7 @@ def test_unfinished_bodies_of_one_caller_are_bounded_and_leave_room_for_others(
 
 
 @pytest.mark.fault(114)
-def test_who_finds_no_room_for_a_body_is_told_to_come_back(live_of: Callable[..., Live]) -> None:
+def test_who_finds_no_room_for_a_body_is_told_to_come_back(live_of: Callable[..., LiveServer]) -> None:
     """Of two bodies that have come and for which there is not memory enough, one is answered 429 after BODY_TIMEOUT."""
     size = 1_900_000
     live = live_of(body_timeout=3.0, body_min_rate=0.0, bodies_bytes=2_000_000, max_upload_bytes=size)
@@ -173,7 +173,7 @@ def test_who_finds_no_room_for_a_body_is_told_to_come_back(live_of: Callable[...
         assert b"retry-after: 1" in refused[0].lower()
 
 
-def opened_from(live: Live, stack: ExitStack, address: str, length: int | None, key: str = "") -> socket.socket:
+def opened_from(live: LiveServer, stack: ExitStack, address: str, length: int | None, key: str = "") -> socket.socket:
     """A connection from another address of this machine, with the head of a large body sent."""
     host, _, port = live.url.removeprefix("http://").partition(":")
     line = stack.enter_context(socket.create_connection((host, int(port)), 30, (address, 0)))
@@ -183,7 +183,7 @@ def opened_from(live: Live, stack: ExitStack, address: str, length: int | None, 
     return line
 
 
-def drawn_with(live: Live, padding: int, **headers: str) -> tuple[int, float]:
+def drawn_with(live: LiveServer, padding: int, **headers: str) -> tuple[int, float]:
     """The status of an order with so many bytes of blanks behind it, and the seconds it took."""
     asked = json.dumps({"prompt": "a red square", "width": 64, "height": 64, "steps": 2}).encode() + b" " * padding
     began = time.monotonic()
@@ -196,7 +196,7 @@ def drawn_with(live: Live, padding: int, **headers: str) -> tuple[int, float]:
 @pytest.mark.parametrize("begun", [0, 1, 1000, 65_537], ids=lambda size: f"{size} bytes")
 @pytest.mark.parametrize("chunked", [False, True], ids=["length", "chunked"])
 def test_bodies_that_bring_nothing_keep_no_memory_from_others(
-    live_of: Callable[..., Live], begun: int, chunked: bool
+    live_of: Callable[..., LiveServer], begun: int, chunked: bool
 ) -> None:
     """Eight addresses that say they send 32 MB each, and stand still at once or after some: another is read at once."""
     size = 33_554_432
@@ -211,7 +211,7 @@ def test_bodies_that_bring_nothing_keep_no_memory_from_others(
 
 
 @pytest.mark.fault(190)
-def test_anonymous_bodies_that_do_arrive_leave_half_the_memory_to_keys(live_of: Callable[..., Live]) -> None:
+def test_anonymous_bodies_that_do_arrive_leave_half_the_memory_to_keys(live_of: Callable[..., LiveServer]) -> None:
     """Twelve addresses that bring all but the last byte of what there is memory for: a key is read at once."""
     size = 2_000_000
     live = live_of(body_timeout=20.0, allow_anonymous=True, bodies_bytes=8_000_000, max_upload_bytes=size, **KEYS)
@@ -229,7 +229,7 @@ def test_anonymous_bodies_that_do_arrive_leave_half_the_memory_to_keys(live_of: 
 @pytest.mark.fault(114)
 @pytest.mark.parametrize("path", ["/ui/key", "/ui/gradio_api/queue/join", "/ui/nothing"])
 def test_strangers_at_the_studio_keep_no_room_for_more_than_its_routes_read(
-    live_of: Callable[..., Live], path: str
+    live_of: Callable[..., LiveServer], path: str
 ) -> None:
     """Whatever length and type they claim: a few addresses would else hold all the room of those with a key."""
     room = 4_000_000

@@ -7,19 +7,19 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from conftest import ROOT, House
+from conftest import ROOT, RunningApp
 
 from stable_diffusion_server.cli import describe_api
 
 
-def operations(house: House) -> Iterator[tuple[str, str, dict[str, Any]]]:
+def operations(house: RunningApp) -> Iterator[tuple[str, str, dict[str, Any]]]:
     document = house.client.get("/openapi.json").json()
     for path, methods in document["paths"].items():
         for method, operation in methods.items():
             yield method, path, operation
 
 
-def test_the_page_loads_nothing_from_elsewhere(house: House) -> None:
+def test_the_page_loads_nothing_from_elsewhere(house: RunningApp) -> None:
     """Every address on it is this server's, all of them answer, and its policy forbids others to a browser."""
     page = house.client.get("/docs")
     assert page.status_code == 200
@@ -37,7 +37,7 @@ def test_the_page_loads_nothing_from_elsewhere(house: House) -> None:
     assert house.client.get("/docs/secrets.js").status_code == 404
 
 
-def test_every_operation_is_told_whole(house: House) -> None:
+def test_every_operation_is_told_whole(house: RunningApp) -> None:
     """An id of its own that a generator can name a function by, what it is for, and every answer with its shape."""
     ids = []
     for method, path, operation in operations(house):
@@ -53,14 +53,14 @@ def test_every_operation_is_told_whole(house: House) -> None:
     assert len(set(ids)) == len(ids)
 
 
-def test_references_lead_somewhere(house: House) -> None:
+def test_references_lead_somewhere(house: RunningApp) -> None:
     """No schema is named that is not there."""
     text = house.client.get("/openapi.json").text
     known = set(house.client.get("/openapi.json").json()["components"]["schemas"])
     assert set(re.findall(r'"#/components/schemas/([^"]+)"', text)) <= known
 
 
-def test_words_of_a_kind_are_enumerated_and_numbers_bounded(house: House) -> None:
+def test_words_of_a_kind_are_enumerated_and_numbers_bounded(house: RunningApp) -> None:
     """Models, schedulers, formats; sides and steps as the settings have them."""
     shapes = next(
         operation["requestBody"]["content"]["application/json"]["schema"]["properties"]
@@ -75,7 +75,7 @@ def test_words_of_a_kind_are_enumerated_and_numbers_bounded(house: House) -> Non
 
 
 @pytest.mark.parametrize("keys", ["", "right"])
-def test_keys_are_told_where_they_are_needed(house_of: Callable[..., House], keys: str) -> None:
+def test_keys_are_told_where_they_are_needed(house_of: Callable[..., RunningApp], keys: str) -> None:
     """With API_KEYS every operation that needs one says so, and only then."""
     house = house_of(api_keys=keys)
     for _, path, operation in operations(house):
@@ -88,7 +88,7 @@ def test_the_page_of_the_api_is_up_to_date() -> None:
     assert (ROOT / "docs" / "api.md").read_text() == describe_api()
 
 
-def test_a_wrong_method_is_told_every_right_one(house: House) -> None:
+def test_a_wrong_method_is_told_every_right_one(house: RunningApp) -> None:
     """405 names all methods of the path, though each is a route of its own."""
     answer = house.client.patch("/create_and_upload_image")
     assert (answer.status_code, answer.headers["allow"]) == (405, "GET, POST")

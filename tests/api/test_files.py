@@ -10,30 +10,30 @@ from pathlib import Path
 
 import httpx
 import pytest
-from conftest import House
-from fakes import Retouchers
+from conftest import RunningApp
+from fakes import FakeImageDenoiser
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from stable_diffusion_server.api import problems
 from stable_diffusion_server.api.routes import files
-from stable_diffusion_server.errors import Forbidden, Overasked
-from stable_diffusion_server.generation.library import Shelf
-from stable_diffusion_server.storage.history.entries import Entry, Wanted
-from stable_diffusion_server.storage.history.index import Index
-from stable_diffusion_server.storage.history.writer import Recorder
+from stable_diffusion_server.errors import Forbidden, RateLimited
+from stable_diffusion_server.generation.library import ImageLibrary
+from stable_diffusion_server.storage.history.entries import HistoryEntry, HistoryQuery
+from stable_diffusion_server.storage.history.index import HistoryIndex
+from stable_diffusion_server.storage.history.writer import HistoryWriter
 from stable_diffusion_server.storage.memory import MemoryBucket
-from stable_diffusion_server.storage.signed_urls import Signer
+from stable_diffusion_server.storage.signed_urls import UrlSigner
 from stable_diffusion_server.types import Caller
 
 
 @pytest.fixture
-def picture(house: House) -> httpx.Response:
+def picture(house: RunningApp) -> httpx.Response:
     """A stored picture, fetched."""
     return house.client.get(house.draw(prompt="a red square", save_path="a.webp").json()["path"])
 
 
-def again(house: House, **headers: str) -> httpx.Response:
+def again(house: RunningApp, **headers: str) -> httpx.Response:
     return house.client.get(
         "/files/static/uploads/a.webp", headers={k.replace("_", "-"): v for k, v in headers.items()}
     )
@@ -49,7 +49,7 @@ def test_a_picture_comes_with_its_type_and_its_name(picture: httpx.Response) -> 
     assert int(headers["content-length"]) == len(picture.content)
 
 
-def test_a_known_etag_is_answered_304(house: House, picture: httpx.Response) -> None:
+def test_a_known_etag_is_answered_304(house: RunningApp, picture: httpx.Response) -> None:
     """Exact, weak, listed and star: 304 without a body; another one: the picture."""
     etag = picture.headers["etag"]
     for known in (etag, f"W/{etag}", f'"other", {etag}', "*"):
@@ -59,7 +59,7 @@ def test_a_known_etag_is_answered_304(house: House, picture: httpx.Response) -> 
     assert again(house, if_none_match='"other"').status_code == 200
 
 
-def test_a_range_is_answered_in_part(house: House, picture: httpx.Response) -> None:
+def test_a_range_is_answered_in_part(house: RunningApp, picture: httpx.Response) -> None:
     """First bytes, last bytes, one byte; beyond the end is 416."""
     size = len(picture.content)
     for wanted, part in (("0-9", slice(0, 10)), ("-5", slice(size - 5, size)), ("7-7", slice(7, 8))):
@@ -70,13 +70,13 @@ def test_a_range_is_answered_in_part(house: House, picture: httpx.Response) -> N
         assert again(house, range=no_range).content == picture.content
 
 
-def test_a_range_of_another_version_gets_the_whole_picture(house: House, picture: httpx.Response) -> None:
+def test_a_range_of_another_version_gets_the_whole_picture(house: RunningApp, picture: httpx.Response) -> None:
     """If-Range keeps parts of two pictures from being glued together."""
     assert again(house, range="bytes=0-9", if_range='"other"').content == picture.content
     assert len(again(house, range="bytes=0-9", if_range=picture.headers["etag"]).content) == 10
 
 
-def test_head_tells_without_sending(house: House, picture: httpx.Response) -> None:
+def test_head_tells_without_sending(house: RunningApp, picture: httpx.Response) -> None:
     """The same headers and no body."""
     answer = house.client.head("/files/static/uploads/a.webp")
     assert (answer.status_code, answer.content) == (200, b"")
@@ -100,7 +100,7 @@ def test_head_tells_without_sending(house: House, picture: httpx.Response) -> No
         *("static/uploads/a.webp/below", "....//", "%5c..%5c"),
     ],
 )
-def test_nothing_but_pictures_is_served(house: House, picture: httpx.Response, path: str) -> None:
+def test_nothing_but_pictures_is_served(house: RunningApp, picture: httpx.Response, path: str) -> None:
     """Absent, folders, and every way out of the bucket: 404, although there is something to be found."""
     (house.folder / "bucket" / "secret").write_text("secret")
     assert (house.folder / "bucket" / "records" / "static" / "uploads" / "a.webp").is_file()
@@ -109,7 +109,7 @@ def test_nothing_but_pictures_is_served(house: House, picture: httpx.Response, p
     assert answer.headers["content-type"] == "application/problem+json"
 
 
-def test_a_file_that_is_no_picture_is_not_shown_inline(house: House) -> None:
+def test_a_file_that_is_no_picture_is_not_shown_inline(house: RunningApp) -> None:
     """HTML put into the folder by hand must not run under this server's name."""
     folder = house.folder / "bucket" / "objects"
     (folder / "page.html").write_text("<script>alert(1)</script>")
@@ -118,7 +118,7 @@ def test_a_file_that_is_no_picture_is_not_shown_inline(house: House) -> None:
     assert "sandbox" in answer.headers["content-security-policy"]
 
 
-def test_what_is_named_by_its_content_may_be_kept_for_ever(house: House) -> None:
+def test_what_is_named_by_its_content_may_be_kept_for_ever(house: RunningApp) -> None:
     """A content key never means another picture; a name can be overwritten, so a cache asks again after a minute."""
     content = house.client.get(house.draw(prompt="a red square").json()["path"])
     assert content.headers["cache-control"] == "public, max-age=31536000, immutable"
@@ -139,10 +139,12 @@ def test_the_files_door_hands_private_addresses_to_those_who_hold_one(private: b
     bucket = AddressedBucket()
     for key in ("static/uploads/a.webp", "backups/db.sql", "static/uploads-not/a.webp"):
         bucket.create(key, b"data", "image/webp", {})
-    signer = Signer("a secret", tmp_path / "none", 60) if private else None
+    signer = UrlSigner("a secret", tmp_path / "none", 60) if private else None
     app = FastAPI()
-    app.include_router(files.router(bucket, Shelf(bucket, Recorder(None), ""), signer, "static/uploads/"))
-    problems.install(app)
+    app.include_router(
+        files.files_router(bucket, ImageLibrary(bucket, HistoryWriter(None), ""), signer, "static/uploads/")
+    )
+    problems.install_exception_handlers(app)
     with TestClient(app, follow_redirects=False) as client:
         assert client.get("/files/static/uploads/a.webp").status_code == (403 if private else 307)
         if signer:
@@ -155,7 +157,9 @@ def test_the_files_door_hands_private_addresses_to_those_who_hold_one(private: b
             assert "location" not in answer.headers
 
 
-def test_a_signed_address_of_the_local_bucket_gives_the_picture_for_a_while(house_of: Callable[..., House]) -> None:
+def test_a_signed_address_of_the_local_bucket_gives_the_picture_for_a_while(
+    house_of: Callable[..., RunningApp],
+) -> None:
     """Signed for that name and time alone, kept by no shared cache, the same for the first and the cached answer."""
     house = house_of(signed_url_seconds=60)
     first, again = (house.draw(prompt="a red square", save_path="b c.webp").json() for _ in range(2))
@@ -177,21 +181,21 @@ def test_a_signed_address_of_the_local_bucket_gives_the_picture_for_a_while(hous
 def test_a_signature_ends(tmp_path: Path) -> None:
     """Good until its second, not after, and with another secret never."""
     time = 1000.0
-    signer = Signer("one", tmp_path / "none", 60, lambda: time)
+    signer = UrlSigner("one", tmp_path / "none", 60, lambda: time)
     expires, signature = (part.partition("=")[2] for part in signer.query("k").split("&"))
     assert signer.checked("k", expires, signature) == 1060
-    assert Signer("two", tmp_path / "none", 60, lambda: time).checked("k", expires, signature) is None
+    assert UrlSigner("two", tmp_path / "none", 60, lambda: time).checked("k", expires, signature) is None
     time = 1060.0
     assert signer.checked("k", expires, signature) is None
 
 
-def listed(house: House, **query: object) -> list[str]:
+def listed(house: RunningApp, **query: object) -> list[str]:
     answer = house.client.get("/history", params=query)  # type: ignore[arg-type]  # httpx takes numbers too
     assert answer.status_code == 200, answer.text
     return [picture["key"].rpartition("/")[2] for picture in answer.json()["pictures"]]
 
 
-def test_the_history_lists_what_was_drawn_newest_first(house: House) -> None:
+def test_the_history_lists_what_was_drawn_newest_first(house: RunningApp) -> None:
     """Drawn pictures with their facts and addresses, each once; cached answers add nothing."""
     for name, prompt in (("a", "a red square"), ("b", "A BLUE Straße"), ("c", "100% _red_"), ("a", "a red square")):
         house.draw(prompt=prompt, save_path=f"{name}.webp")
@@ -206,7 +210,7 @@ def test_the_history_lists_what_was_drawn_newest_first(house: House) -> None:
     assert listed(house, q="green") == []
 
 
-def test_the_history_is_filtered_by_model(house: House) -> None:
+def test_the_history_is_filtered_by_model(house: RunningApp) -> None:
     """By the one that drew, together with words; one that drew nothing has nothing."""
     for name, prompt, model in (("a", "a red square", "sdxl"), ("b", "a red square", "flux"), ("c", "blue", "flux")):
         house.draw(prompt=prompt, save_path=f"{name}.webp", model=model)
@@ -215,7 +219,7 @@ def test_the_history_is_filtered_by_model(house: House) -> None:
     assert listed(house, model="flu") == []
 
 
-def test_the_history_is_turned_over_page_by_page(house: House) -> None:
+def test_the_history_is_turned_over_page_by_page(house: RunningApp) -> None:
     """`next` goes on behind the last one, until there is none."""
     for name in "abcde":
         house.draw(prompt=f"a red square {name}", save_path=f"{name}.webp")
@@ -232,20 +236,20 @@ def test_the_history_is_turned_over_page_by_page(house: House) -> None:
     "query",
     ["limit=0", "limit=201", "limit=x", "before=0", "before=²", "page=2", "q=" + "x" * 1001, "model=" + "x" * 101],
 )
-def test_the_history_refuses_by_name(house: House, query: str) -> None:
+def test_the_history_refuses_by_name(house: RunningApp, query: str) -> None:
     """422 with the field."""
     answer = house.client.get(f"/history?{query}")
     assert (answer.status_code, answer.json()["field"]) == (422, query.partition("=")[0])
 
 
-def test_an_overwritten_picture_has_one_entry(house: House) -> None:
+def test_an_overwritten_picture_has_one_entry(house: RunningApp) -> None:
     """The one that is there."""
     house.draw(prompt="a red square", save_path="a.webp")
     house.draw(prompt="a blue square", save_path="a.webp", overwrite=True)
     assert [picture["prompt"] for picture in house.client.get("/history").json()["pictures"]] == ["a blue square"]
 
 
-def test_the_history_is_bounded_in_number_and_age(house_of: Callable[..., House]) -> None:
+def test_the_history_is_bounded_in_number_and_age(house_of: Callable[..., RunningApp]) -> None:
     """The newest stay; what is too old is not told."""
     house = house_of(history_entries=3, history_days=1)
     for name in "abcde":
@@ -256,7 +260,7 @@ def test_the_history_is_bounded_in_number_and_age(house_of: Callable[..., House]
     assert listed(house) == ["e.webp", "c.webp"]
 
 
-def test_without_a_history_nothing_is_kept(house_of: Callable[..., House]) -> None:
+def test_without_a_history_nothing_is_kept(house_of: Callable[..., RunningApp]) -> None:
     """HISTORY_ENTRIES=0: no file, an empty list, and pictures all the same."""
     house = house_of(history_entries=0)
     assert house.draw(prompt="a red square").status_code == 200
@@ -264,7 +268,7 @@ def test_without_a_history_nothing_is_kept(house_of: Callable[..., House]) -> No
     assert not (house.folder / "data" / "history.db").exists()
 
 
-def test_a_broken_history_fails_no_picture(house_of: Callable[..., House], tmp_path: Path) -> None:
+def test_a_broken_history_fails_no_picture(house_of: Callable[..., RunningApp], tmp_path: Path) -> None:
     """No database: set aside and begun anew. A folder in its place: told to who asks for it, and drawn all the same."""
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "history.db").write_bytes(b"this is no database, and longer than a header of one " * 50)
@@ -282,7 +286,7 @@ def test_a_broken_history_fails_no_picture(house_of: Callable[..., House], tmp_p
 
 
 @pytest.mark.parametrize(("file_format", "embedded"), [("webp", "full"), ("png", "none"), ("jpeg", "full")])
-def test_the_record_of_a_picture_is_told(house_of: Callable[..., House], file_format: str, embedded: str) -> None:
+def test_the_record_of_a_picture_is_told(house_of: Callable[..., RunningApp], file_format: str, embedded: str) -> None:
     """From the history, else from the object, else from the picture itself."""
     house = house_of(embed_metadata=embedded)
     key = house.draw(prompt="a red square", save_path=f"a.{file_format}").json()["key"]
@@ -304,7 +308,7 @@ def test_the_record_of_a_picture_is_told(house_of: Callable[..., House], file_fo
     assert house.client.get("/files/static/uploads/none.webp?record=1").status_code == 404
 
 
-def test_records_and_deleting_ask_for_a_key(house_of: Callable[..., House]) -> None:
+def test_records_and_deleting_ask_for_a_key(house_of: Callable[..., RunningApp]) -> None:
     """A picture is for everyone who has its address; its prompt, the history and its end are not."""
     house = house_of(api_keys="hunter2")
     with_key = {"X-API-Key": "hunter2"}
@@ -324,7 +328,7 @@ def test_records_and_deleting_ask_for_a_key(house_of: Callable[..., House]) -> N
     assert house.client.delete(path, headers=with_key).status_code == 204
 
 
-def test_a_deleted_picture_is_gone_and_drawn_anew(house: House) -> None:
+def test_a_deleted_picture_is_gone_and_drawn_anew(house: RunningApp) -> None:
     """From the bucket and the history; deleting it again is no error, and its name is free."""
     house.draw(prompt="a red square", save_path="a.webp")
     for _ in range(2):
@@ -338,49 +342,51 @@ def test_a_deleted_picture_is_gone_and_drawn_anew(house: House) -> None:
 
 def test_a_caller_touches_only_what_is_under_its_prefix(tmp_path: Path) -> None:
     """Its history, records and deletions end at its folder; what others have is refused."""
-    recorder = Recorder(Index(tmp_path / "history.db", 10, 0))
+    recorder = HistoryWriter(HistoryIndex(tmp_path / "history.db", 10, 0))
     recorder.start()
     bucket, caller = MemoryBucket(), Caller("a", "team-a/")
-    shelf = Shelf(bucket, recorder, "static/uploads/")
+    shelf = ImageLibrary(bucket, recorder, "static/uploads/")
     for key in ("static/uploads/team-a/x.webp", "static/uploads/team-b/x.webp", "static/uploads/team-a.webp"):
         bucket.create(key, b"data", "image/webp", {"digest": "d"})
         recorder.record(
-            Entry(key, "d", "a red square", "sdxl", "text_to_image", 7, 64, 64, "a", time.time(), {"seed": 7})
+            HistoryEntry(key, "d", "a red square", "sdxl", "text_to_image", 7, 64, 64, "a", time.time(), {"seed": 7})
         )
-    assert [entry.key for entry in shelf.listed(caller, Wanted())] == ["static/uploads/team-a/x.webp"]
-    assert len(shelf.listed(Caller(), Wanted())) == 3
+    assert [entry.key for entry in shelf.listed(caller, HistoryQuery())] == ["static/uploads/team-a/x.webp"]
+    assert len(shelf.listed(Caller(), HistoryQuery())) == 3
     for key in ("static/uploads/team-b/x.webp", "static/uploads/team-a.webp", "team-a/x.webp"):
         for touch in (shelf.record_of, shelf.remove):
             with pytest.raises(Forbidden):
                 touch(key, caller)
     assert shelf.record_of("static/uploads/team-a/x.webp", caller) == ("history", {"seed": 7})
     shelf.remove("static/uploads/team-a/x.webp", caller)
-    assert len(shelf.listed(Caller(), Wanted())) == 2
+    assert len(shelf.listed(Caller(), HistoryQuery())) == 2
     recorder.close()
 
 
 def test_what_comes_within_a_moment_is_recorded_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A transaction costs the same for one entry as for many; who looks for them does not wait for more to come."""
     monkeypatch.setattr("stable_diffusion_server.storage.history.writer._GATHER_SECONDS", 30.0)
-    index, written = Index(tmp_path / "history.db", 100, 0), list[int]()
+    index, written = HistoryIndex(tmp_path / "history.db", 100, 0), list[int]()
     add = index.add
     monkeypatch.setattr(index, "add", lambda entries: (written.append(len(entries)), add(entries)))
-    recorder = Recorder(index)
+    recorder = HistoryWriter(index)
     recorder.start()
     for n in range(20):
         recorder.record(
-            Entry(f"{n}.webp", "d", "a red square", "sdxl", "text_to_image", 7, 64, 64, "", time.time(), {})
+            HistoryEntry(f"{n}.webp", "d", "a red square", "sdxl", "text_to_image", 7, 64, 64, "", time.time(), {})
         )
-    assert len(recorder.search(Wanted())) == 20
+    assert len(recorder.search(HistoryQuery())) == 20
     assert written == [20]
-    recorder.record(Entry("last.webp", "d", "a red square", "sdxl", "text_to_image", 7, 64, 64, "", time.time(), {}))
+    recorder.record(
+        HistoryEntry("last.webp", "d", "a red square", "sdxl", "text_to_image", 7, 64, 64, "", time.time(), {})
+    )
     recorder.close()
     assert written == [20, 1]
 
 
-def test_a_cached_answer_repeats_what_the_guards_told(house_of: Callable[..., House]) -> None:
+def test_a_cached_answer_repeats_what_the_guards_told(house_of: Callable[..., RunningApp]) -> None:
     """Drawn twice since the first was black: whoever finds the picture is told as well."""
-    house = house_of(Retouchers(spoil=["black"]))
+    house = house_of(FakeImageDenoiser(spoil=["black"]))
     codes = [
         [warning["code"] for warning in house.draw(prompt="a red square", save_path="a.webp").json()["warnings"]]
         for _ in range(2)
@@ -402,5 +408,5 @@ async def test_who_looks_for_pictures_leaves_calls_to_the_bucket_to_those_who_dr
             under_way -= 1
 
     ends = await asyncio.gather(*(read() for _ in range(200)), return_exceptions=True)
-    assert sum(isinstance(end, Overasked) for end in ends) == 200 - files.MOST_ASKED
+    assert sum(isinstance(end, RateLimited) for end in ends) == 200 - files.MOST_ASKED
     assert most <= files.AT_ONCE // 2

@@ -15,14 +15,14 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from fakes import Canvas, PaintedSquares, disc, until
-from live_servers import Live
+from fakes import Canvas, FakeDenoiser, disc, until
+from live_servers import LiveServer
 
-from stable_diffusion_server.api.event_stream import EventResponse, Followers
+from stable_diffusion_server.api.event_stream import EventResponse, FollowerLimiter
 from stable_diffusion_server.api.previews import EncodedPreviews
-from stable_diffusion_server.errors import Overasked
-from stable_diffusion_server.jobs.events import Happenings, Standing
-from stable_diffusion_server.jobs.store.records import State
+from stable_diffusion_server.errors import RateLimited
+from stable_diffusion_server.jobs.events import JobEventLog, JobStatus
+from stable_diffusion_server.jobs.store.records import JobState
 from stable_diffusion_server.types import Format
 
 KEYS = {"api_keys": "a:secret-of-a-1234567,b:secret-of-b-1234567"}
@@ -30,7 +30,7 @@ A, B = {"X-API-Key": "secret-of-a-1234567"}, {"X-API-Key": "secret-of-b-1234567"
 SQUARE = {"prompt": "a red square", "width": 64, "height": 64}
 
 
-class Held(PaintedSquares):
+class Held(FakeDenoiser):
     """Painters who go on when the gate is opened, however long a busy machine takes until then."""
 
     def step(self, states: Sequence[Canvas]) -> None:
@@ -39,7 +39,7 @@ class Held(PaintedSquares):
         super().step(states)
 
 
-def job_of(live: Live, headers: dict[str, str], name: str) -> str:
+def job_of(live: LiveServer, headers: dict[str, str], name: str) -> str:
     """The id of an accepted job that does not end while the gate is closed."""
     sent = httpx.post(
         f"{live.url}/create_and_upload_image",
@@ -51,7 +51,7 @@ def job_of(live: Live, headers: dict[str, str], name: str) -> str:
 
 
 @pytest.mark.fault(115)
-def test_followers_are_bounded_by_job_by_caller_and_in_all(live_of: Callable[..., Live]) -> None:
+def test_followers_are_bounded_by_job_by_caller_and_in_all(live_of: Callable[..., LiveServer]) -> None:
     """What is too many is 429 with Retry-After; another caller finds a place; who leaves gives one back."""
     gate = threading.Event()
     live = live_of(Held(gate=gate), followers=16, followers_per_caller=6, followers_per_job=4, **KEYS)
@@ -81,7 +81,7 @@ def test_followers_are_bounded_by_job_by_caller_and_in_all(live_of: Callable[...
 
 
 @pytest.mark.fault(115)
-def test_hundreds_of_followers_of_one_job_cost_the_others_nothing(live_of: Callable[..., Live]) -> None:
+def test_hundreds_of_followers_of_one_job_cost_the_others_nothing(live_of: Callable[..., LiveServer]) -> None:
     """The server answers beside them, they are told the end, and all places are free afterwards."""
     gate = threading.Event()
     live = live_of(Held(gate=gate))
@@ -137,7 +137,7 @@ async def test_a_follower_that_leaves_while_a_preview_is_encoded_takes_it_from_n
 @pytest.mark.fault(115)
 async def test_a_slow_reader_holds_no_preview_that_was_superseded() -> None:
     """It goes on with the last one, and those before it are gone from memory."""
-    happenings, standing = Happenings("e"), Standing("job", State.RUNNING, 0.0)
+    happenings, standing = JobEventLog("e"), JobStatus("job", JobState.RUNNING, 0.0)
     following = happenings.follow(None, 10.0)
     happenings.add("step", standing)
     happening = await anext(following)
@@ -171,7 +171,7 @@ SCOPE = {"type": "http", "method": "GET", "path": "/", "headers": []}
 async def test_who_does_not_read_is_hung_up_on(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
     """A connection that takes nothing for its time gives its place back."""
     monkeypatch.setattr("stable_diffusion_server.api.event_stream._SECONDS_TO_READ", 0.2)
-    followers = Followers(1, 1, 1)
+    followers = FollowerLimiter(1, 1, 1)
     sent = 0
 
     async def send(message: Any) -> None:
@@ -187,7 +187,7 @@ async def test_who_does_not_read_is_hung_up_on(monkeypatch: pytest.MonkeyPatch, 
     scope = {**SCOPE, "asgi": {"spec_version": version}}
     async with asyncio.timeout(30):
         await response(scope, receive, send)
-    with followers.follow("job", "key a"), pytest.raises(Overasked), followers.follow("job", "key b"):
+    with followers.follow("job", "key a"), pytest.raises(RateLimited), followers.follow("job", "key b"):
         pass
     with followers.follow("job", "key b"):
         pass
@@ -196,7 +196,7 @@ async def test_who_does_not_read_is_hung_up_on(monkeypatch: pytest.MonkeyPatch, 
 @pytest.mark.fault(115)
 async def test_a_follower_who_is_gone_at_any_moment_is_counted_out() -> None:
     """Cancelled before the first event, amid one, while sending: the place is free."""
-    followers = Followers(1, 1, 1)
+    followers = FollowerLimiter(1, 1, 1)
 
     async def send(message: Any) -> None:
         await asyncio.sleep(0.001)

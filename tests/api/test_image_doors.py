@@ -14,8 +14,8 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from conftest import House
-from fakes import COLOURS, Retouchers, disc, file_of, until
+from conftest import RunningApp
+from fakes import COLOURS, FakeImageDenoiser, disc, file_of, until
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -70,24 +70,24 @@ def pictures() -> Iterator[Pictures]:
 
 
 @pytest.fixture
-def house(house_of: Callable[..., House], pictures: Pictures) -> House:
+def house(house_of: Callable[..., RunningApp], pictures: Pictures) -> RunningApp:
     """A running app over retouchers that may fetch from the pictures' server."""
-    return house_of(Retouchers(), fetch_allow=f"127.0.0.1:{pictures.port}")
+    return house_of(FakeImageDenoiser(), fetch_allow=f"127.0.0.1:{pictures.port}")
 
 
-def stored(house: House, answer: httpx.Response) -> NDArray[np.uint8]:
+def stored(house: RunningApp, answer: httpx.Response) -> NDArray[np.uint8]:
     """The stored picture of a receipt."""
     assert answer.status_code == 200, answer.text
     return np.asarray(Image.open(io.BytesIO(house.client.get(answer.json()["path"]).content)).convert("RGB"))
 
 
-def post(house: House, path: str, files: dict[str, bytes], **words: Any) -> httpx.Response:
+def post(house: RunningApp, path: str, files: dict[str, bytes], **words: Any) -> httpx.Response:
     """A multipart request as curl's -F makes it."""
     parts = {name: (f"{name}.png", data) for name, data in files.items()}
     return house.client.post(path, data={"prompt": "a red square", **words}, files=parts)
 
 
-def test_the_seeds_curl_call_works_as_printed(house: House) -> None:
+def test_the_seeds_curl_call_works_as_printed(house: RunningApp) -> None:
     """-F prompt, -F image_file, -F save_path: a receipt, the input's size, the name with eight digits before it."""
     photograph = file_of(disc(100, 75), "JPEG", quality=90)
     form = {"prompt": "anime style", "save_path": "output.webp"}
@@ -104,7 +104,7 @@ def test_the_seeds_curl_call_works_as_printed(house: House) -> None:
     assert job.strength == 0.6
 
 
-def test_repeats_of_an_upload_meet_and_other_uploads_never_clash(house: House) -> None:
+def test_repeats_of_an_upload_meet_and_other_uploads_never_clash(house: RunningApp) -> None:
     """The same order again is found; another picture, prompt or strength under the same name is another object."""
     first = post(house, BYTES, {"image_file": IMAGE}, save_path="a/output.webp").json()
     again = post(house, BYTES, {"image_file": IMAGE}, save_path="a/output.webp").json()
@@ -122,7 +122,7 @@ def test_repeats_of_an_upload_meet_and_other_uploads_never_clash(house: House) -
 @pytest.mark.parametrize("way", ["get query", "post query", "post form", "post json", "post multipart"])
 @pytest.mark.parametrize("path", [STYLE, BYTES, INPAINT])
 def test_a_picture_can_be_told_by_its_address_in_every_way(
-    house: House, pictures: Pictures, path: str, way: str
+    house: RunningApp, pictures: Pictures, path: str, way: str
 ) -> None:
     """GET and POST, query, form, multipart and JSON take `image_url`, and inpainting `mask_url`."""
     asked = {"prompt": "a red square", "save_path": "a.png", "image_url": pictures.url("image")}
@@ -138,7 +138,7 @@ def test_a_picture_can_be_told_by_its_address_in_every_way(
     assert stored(house, ways[way]()).shape == PIXELS.shape
 
 
-def test_style_transfer_mixes_the_picture_by_strength_at_its_own_size(house: House) -> None:
+def test_style_transfer_mixes_the_picture_by_strength_at_its_own_size(house: RunningApp) -> None:
     """Without canny there are no edges in the job; with it they are; the size is the input's, drawn on a canvas."""
     plain = stored(house, post(house, STYLE, {"image_file": IMAGE}, save_path="a.png", strength=0.5))
     assert plain.shape == PIXELS.shape
@@ -152,7 +152,7 @@ def test_style_transfer_mixes_the_picture_by_strength_at_its_own_size(house: Hou
     assert 0 < (job.control.pixels > 0).mean() < 0.1
 
 
-def test_the_thresholds_of_canny_reach_the_edges(house: House) -> None:
+def test_the_thresholds_of_canny_reach_the_edges(house: RunningApp) -> None:
     """Thresholds no gradient reaches find nothing, and another order it is."""
     edges = []
     for low, high in ((100, 200), (2040, 2040)):
@@ -164,7 +164,7 @@ def test_the_thresholds_of_canny_reach_the_edges(house: House) -> None:
 
 @pytest.mark.parametrize("ending", ["png", "webp"])
 @pytest.mark.parametrize("size", [(96, 80), (128, 128), (300, 170)])
-def test_inpainting_keeps_every_pixel_outside_the_mask(house: House, ending: str, size: tuple[int, int]) -> None:
+def test_inpainting_keeps_every_pixel_outside_the_mask(house: RunningApp, ending: str, size: tuple[int, int]) -> None:
     """To the last bit in lossless files, also when the picture was scaled to be drawn; inside it is repainted."""
     image = np.random.default_rng(1).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     files = {"image_file": file_of(image), "mask_file": MASK}
@@ -175,7 +175,7 @@ def test_inpainting_keeps_every_pixel_outside_the_mask(house: House, ending: str
     assert house.squares.finished[-1].refine
 
 
-def test_a_feather_softens_the_rim_inside_the_mask_alone(house: House) -> None:
+def test_a_feather_softens_the_rim_inside_the_mask_alone(house: RunningApp) -> None:
     """Outside nothing changes; the rim lies between the old and the new; the middle is new."""
     image = np.full((80, 96, 3), 250, np.uint8)
     files = {"image_file": file_of(image), "mask_file": MASK}
@@ -188,7 +188,7 @@ def test_a_feather_softens_the_rim_inside_the_mask_alone(house: House) -> None:
 
 
 @pytest.mark.fault(29)
-def test_a_mask_of_another_size_is_fitted(house: House) -> None:
+def test_a_mask_of_another_size_is_fitted(house: RunningApp) -> None:
     """A mask a quarter as large covers the same part."""
     small = file_of(MASK_PIXELS[::4, ::4].copy())
     result = stored(house, post(house, INPAINT, {"image_file": IMAGE, "mask_file": small}, save_path="a.png"))
@@ -196,7 +196,7 @@ def test_a_mask_of_another_size_is_fitted(house: House) -> None:
     assert np.abs(result[40, 50].astype(int) - COLOURS["red"]).max() <= 20
 
 
-def test_a_known_name_is_answered_without_fetching_or_decoding(house: House, pictures: Pictures) -> None:
+def test_a_known_name_is_answered_without_fetching_or_decoding(house: RunningApp, pictures: Pictures) -> None:
     """Check-exists comes first: no download, and no look at the bytes; the receipt says if the order was another."""
     asked = {"prompt": "a red square", "save_path": "a.webp", "image_url": pictures.url("image")}
     first = house.client.get(STYLE, params=asked).json()
@@ -210,7 +210,7 @@ def test_a_known_name_is_answered_without_fetching_or_decoding(house: House, pic
     assert (broken.status_code, broken.json()["cached"]) == (200, True)
 
 
-def test_overwriting_fetches_and_draws_again(house: House, pictures: Pictures) -> None:
+def test_overwriting_fetches_and_draws_again(house: RunningApp, pictures: Pictures) -> None:
     """The caller asked for it."""
     asked = {"prompt": "a red square", "save_path": "a.webp", "image_url": pictures.url("image"), "overwrite": True}
     receipts = [house.client.get(STYLE, params=asked).json() for _ in range(2)]
@@ -218,7 +218,7 @@ def test_overwriting_fetches_and_draws_again(house: House, pictures: Pictures) -
     assert len(house.squares.finished) == 2
 
 
-def test_the_same_bytes_by_address_or_file_are_the_same_picture(house: House, pictures: Pictures) -> None:
+def test_the_same_bytes_by_address_or_file_are_the_same_picture(house: RunningApp, pictures: Pictures) -> None:
     """Identity is content: without a name both come to one object, with one seed."""
     by_url = house.client.get(STYLE, params={"prompt": "a red square", "image_url": pictures.url("image")}).json()
     by_file = post(house, STYLE, {"image_file": IMAGE}).json()
@@ -228,10 +228,10 @@ def test_the_same_bytes_by_address_or_file_are_the_same_picture(house: House, pi
 
 
 def test_identical_orders_at_once_are_one_download_and_one_generation(
-    house_of: Callable[..., House], pictures: Pictures
+    house_of: Callable[..., RunningApp], pictures: Pictures
 ) -> None:
     """Ten callers, one picture drawn; those who came while it was fetched shared the download."""
-    house = house_of(Retouchers(seconds_per_step=0.05), fetch_allow=f"127.0.0.1:{pictures.port}")
+    house = house_of(FakeImageDenoiser(seconds_per_step=0.05), fetch_allow=f"127.0.0.1:{pictures.port}")
     asked = {"prompt": "a red square", "image_url": pictures.url("image")}
     with ThreadPoolExecutor(10) as pool:
         answers = list(pool.map(lambda _: house.client.get(STYLE, params=asked), range(10)))
@@ -291,7 +291,7 @@ REFUSED: list[tuple[str, str, dict[str, bytes], dict[str, Any], int, set[str]]] 
     ("path", "files", "words", "status", "fields"), [row[1:] for row in REFUSED], ids=[row[0] for row in REFUSED]
 )
 def test_a_bad_request_is_a_problem_that_names_the_field(
-    house: House, path: str, files: dict[str, bytes], words: dict[str, Any], status: int, fields: set[str]
+    house: RunningApp, path: str, files: dict[str, bytes], words: dict[str, Any], status: int, fields: set[str]
 ) -> None:
     """4xx as problem+json with every offending field, nothing drawn, and the next request works."""
     answer = post(house, path, files, **words)
@@ -302,14 +302,14 @@ def test_a_bad_request_is_a_problem_that_names_the_field(
     assert post(house, STYLE, ONE).status_code == 200
 
 
-def test_a_remote_that_fails_is_502_and_names_the_field(house: House, pictures: Pictures) -> None:
+def test_a_remote_that_fails_is_502_and_names_the_field(house: RunningApp, pictures: Pictures) -> None:
     """Not found there is not the caller's parameter being wrong, and not ours."""
     answer = house.client.get(STYLE, params={"prompt": "a red square", "image_url": pictures.url("gone")})
     assert (answer.status_code, answer.json()["field"]) == (502, "image_url")
 
 
 @pytest.mark.parametrize("name", ["strength", "feather", "canny_low", "canny_high", "control_scale"])
-def test_true_is_no_number(house: House, name: str) -> None:
+def test_true_is_no_number(house: RunningApp, name: str) -> None:
     """JSON's true is not 1."""
     path = INPAINT if name == "feather" else STYLE
     answer = house.client.post(path, json={"prompt": "a red square", "image_url": "http://a.example/", name: True})
@@ -317,11 +317,11 @@ def test_true_is_no_number(house: House, name: str) -> None:
 
 
 def test_a_full_queue_is_told_before_anything_is_fetched_or_decoded(
-    house_of: Callable[..., House], pictures: Pictures
+    house_of: Callable[..., RunningApp], pictures: Pictures
 ) -> None:
     """429 with Retry-After at once: a caller who cannot be served costs no download and no decoding process."""
     gate = threading.Event()
-    house = house_of(Retouchers(gate=gate), fetch_allow=f"127.0.0.1:{pictures.port}", queue_limit=1, max_batch=1)
+    house = house_of(FakeImageDenoiser(gate=gate), fetch_allow=f"127.0.0.1:{pictures.port}", queue_limit=1, max_batch=1)
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(house.draw, prompt="a red square")
         until(lambda: len(house.squares.prepared) == 1)
@@ -336,9 +336,9 @@ def test_a_full_queue_is_told_before_anything_is_fetched_or_decoded(
     assert pictures.asked == []
 
 
-def test_limits_of_bytes_hold_on_both_sides_of_their_edges(house_of: Callable[..., House]) -> None:
+def test_limits_of_bytes_hold_on_both_sides_of_their_edges(house_of: Callable[..., RunningApp]) -> None:
     """A picture of MAX_IMAGE_BYTES is taken and one byte more is 413; so is a multipart body over MAX_UPLOAD_BYTES."""
-    house = house_of(Retouchers(), max_image_bytes=3000, max_upload_bytes=8000, max_body_bytes=1024)
+    house = house_of(FakeImageDenoiser(), max_image_bytes=3000, max_upload_bytes=8000, max_body_bytes=1024)
     assert post(house, STYLE, {"image_file": IMAGE.ljust(3000, b"\0")}).status_code == 200
     over = post(house, STYLE, {"image_file": IMAGE.ljust(3001, b"\0")})
     assert (over.status_code, over.json()["field"]) == (413, "image_file")
@@ -358,9 +358,9 @@ def test_limits_of_bytes_hold_on_both_sides_of_their_edges(house_of: Callable[..
     assert json_body.status_code == 413
 
 
-def test_a_picture_may_come_in_base64(house_of: Callable[..., House]) -> None:
+def test_a_picture_may_come_in_base64(house_of: Callable[..., RunningApp]) -> None:
     """A data URL in JSON is the same picture as the file; what is none is refused by name."""
-    house = house_of(Retouchers())
+    house = house_of(FakeImageDenoiser())
     by_file = post(house, STYLE, {"image_file": IMAGE}).json()
     data_url = "data:image/png;base64," + base64.b64encode(IMAGE).decode()
     by_text = house.client.post(STYLE, json={"prompt": "a red square", "image_url": data_url}).json()
@@ -371,9 +371,9 @@ def test_a_picture_may_come_in_base64(house_of: Callable[..., House]) -> None:
 
 
 @pytest.mark.fault(24)
-def test_limits_of_pixels_hold_on_both_sides_of_their_edges(house_of: Callable[..., House]) -> None:
+def test_limits_of_pixels_hold_on_both_sides_of_their_edges(house_of: Callable[..., RunningApp]) -> None:
     """MAX_IMAGE_PIXELS and MAX_IMAGE_SIDE: at them a picture is taken, beyond them 422 names it."""
-    house = house_of(Retouchers(), max_image_pixels=10_000, max_image_side=200)
+    house = house_of(FakeImageDenoiser(), max_image_pixels=10_000, max_image_side=200)
     for width, height, status in ((100, 100, 200), (200, 50, 200), (101, 100, 422), (201, 10, 422)):
         answer = post(house, STYLE, {"image_file": file_of(np.full((height, width, 3), 9, np.uint8))})
         assert answer.status_code == status, answer.text
@@ -381,7 +381,7 @@ def test_limits_of_pixels_hold_on_both_sides_of_their_edges(house_of: Callable[.
 
 @pytest.mark.fault(30)
 @pytest.mark.parametrize("size", [(1, 1), (1, 300), (300, 1), (63, 65), (1500, 20)])
-def test_a_picture_of_any_shape_comes_back_at_its_size(house: House, size: tuple[int, int]) -> None:
+def test_a_picture_of_any_shape_comes_back_at_its_size(house: RunningApp, size: tuple[int, int]) -> None:
     """Down to a single pixel: the answer has exactly the input's size."""
     answer = post(
         house, STYLE, {"image_file": file_of(np.full((size[1], size[0], 3), 99, np.uint8))}, save_path="a.png"
@@ -390,9 +390,11 @@ def test_a_picture_of_any_shape_comes_back_at_its_size(house: House, size: tuple
 
 
 @pytest.mark.fault(54)
-def test_guards_are_told_in_the_receipt(house_of: Callable[..., House]) -> None:
+def test_guards_are_told_in_the_receipt(house_of: Callable[..., RunningApp]) -> None:
     """Black, then good: served with a warning and the seed that was drawn; black twice: served, told, nothing dies."""
-    painters = Retouchers(spoil=["black", "", "black", "black", "bumpy", "bumpy", "very bumpy", "not finite", ""])
+    painters = FakeImageDenoiser(
+        spoil=["black", "", "black", "black", "bumpy", "bumpy", "very bumpy", "not finite", ""]
+    )
     house = house_of(painters, bumpy_redraws="2")
     codes = []
     for name in "abcd":
@@ -404,17 +406,17 @@ def test_guards_are_told_in_the_receipt(house_of: Callable[..., House]) -> None:
 
 
 @pytest.mark.fault(54)
-def test_numbers_that_are_never_finite_are_a_named_error_and_store_nothing(house_of: Callable[..., House]) -> None:
+def test_numbers_that_are_never_finite_are_a_named_error_and_store_nothing(house_of: Callable[..., RunningApp]) -> None:
     """One new seed, then 500 with its own problem type; the next order under the name draws."""
-    house = house_of(Retouchers(spoil=["not finite", "not finite"]))
+    house = house_of(FakeImageDenoiser(spoil=["not finite", "not finite"]))
     answer = house.draw(prompt="a red square", save_path="a.webp")
     assert (answer.status_code, answer.json()["type"].rsplit(":", 1)[1]) == (500, "not-finite")
     assert house.draw(prompt="a red square", save_path="a.webp").json()["cached"] is False
 
 
-def test_the_picture_tells_how_a_redraw_was_made(house_of: Callable[..., House]) -> None:
+def test_the_picture_tells_how_a_redraw_was_made(house_of: Callable[..., RunningApp]) -> None:
     """prompt_used, steps and seed are those of the picture that was kept."""
-    house = house_of(Retouchers(spoil=["bumpy", ""]), bumpy_redraws="1")
+    house = house_of(FakeImageDenoiser(spoil=["bumpy", ""]), bumpy_redraws="1")
     receipt = house.draw(prompt="a red square", width=128, height=128).json()
     assert receipt["prompt_used"] == "a red square detail"
     assert receipt["num_inference_steps"] == 5

@@ -13,8 +13,8 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from conftest import House
-from fakes import Canvas, PaintedSquares, until
+from conftest import RunningApp
+from fakes import Canvas, FakeDenoiser, until
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -23,11 +23,11 @@ ASYNC = {"Prefer": "respond-async"}
 ORDER: dict[str, Any] = {"prompt": "a red square", "width": 64, "height": 64}
 
 
-def ask(house: House, path: str = CREATE, headers: dict[str, str] | None = None, **more: Any) -> httpx.Response:
+def ask(house: RunningApp, path: str = CREATE, headers: dict[str, str] | None = None, **more: Any) -> httpx.Response:
     return house.client.post(path, json={**ORDER, **more}, headers=headers or {})
 
 
-def ended(house: House, job_id: str) -> dict[str, Any]:
+def ended(house: RunningApp, job_id: str) -> dict[str, Any]:
     def has_ended() -> bool:
         return house.client.get(f"/jobs/{job_id}").json()["state"] not in ("queued", "running")
 
@@ -42,7 +42,7 @@ def events_of(answer: httpx.Response) -> list[dict[str, str]]:
 
 
 @pytest.mark.parametrize("path", [CREATE, "/make_image"])
-def test_a_job_is_accepted_and_leads_to_the_receipt(house: House, path: str) -> None:
+def test_a_job_is_accepted_and_leads_to_the_receipt(house: RunningApp, path: str) -> None:
     """202 with where to look, the preference applied; then the receipt a waiting caller would have got."""
     answer = ask(house, path, ASYNC)
     assert answer.status_code == 202, answer.text
@@ -59,7 +59,7 @@ def test_a_job_is_accepted_and_leads_to_the_receipt(house: House, path: str) -> 
     assert [job["id"] for job in house.client.get("/jobs").json()["jobs"]] == [done["id"]]
 
 
-def test_a_file_sent_with_a_job_is_kept_with_it(house: House) -> None:
+def test_a_file_sent_with_a_job_is_kept_with_it(house: RunningApp) -> None:
     """Pictures in a multipart body are drawn from after the answer."""
     picture = io.BytesIO()
     Image.new("RGB", (96, 64), "red").save(picture, "PNG")
@@ -74,7 +74,7 @@ def test_a_file_sent_with_a_job_is_kept_with_it(house: House) -> None:
     assert (done["state"], done["receipt"]["width"], done["receipt"]["height"]) == ("done", 96, 64)
 
 
-def test_who_would_rather_wait_gets_the_receipt(house: House) -> None:
+def test_who_would_rather_wait_gets_the_receipt(house: RunningApp) -> None:
     """RFC 7240: a short job is answered within the seconds preferred, a long one by 202."""
     answer = ask(house, headers={"Prefer": "respond-async, wait=10"})
     assert (answer.status_code, answer.headers["preference-applied"]) == (200, "respond-async, wait=10")
@@ -84,7 +84,7 @@ def test_who_would_rather_wait_gets_the_receipt(house: House) -> None:
     assert ask(house, headers={"Prefer": "wait=oops, handling=lenient"}).status_code == 200
 
 
-def test_what_is_wrong_is_refused_before_a_job_is_made(house: House) -> None:
+def test_what_is_wrong_is_refused_before_a_job_is_made(house: RunningApp) -> None:
     """422 for a parameter, a name, an id, a key; nothing is accepted."""
     assert ask(house, headers=ASYNC, width=7).status_code == 422
     assert ask(house, headers=ASYNC, save_path="a/../b").status_code == 422
@@ -93,7 +93,7 @@ def test_what_is_wrong_is_refused_before_a_job_is_made(house: House) -> None:
     assert house.client.get("/jobs").json() == {"jobs": []}
 
 
-def test_a_webhook_is_for_jobs_and_for_public_addresses(house: House) -> None:
+def test_a_webhook_is_for_jobs_and_for_public_addresses(house: RunningApp) -> None:
     """Asked for at once it is refused, as is an address inside."""
     assert ask(house, webhook_url="https://example.com/").json()["field"] == "webhook_url"
     for url in ("http://127.0.0.1:9/", "ftp://example.com/", "http://169.254.169.254/latest"):
@@ -101,13 +101,13 @@ def test_a_webhook_is_for_jobs_and_for_public_addresses(house: House) -> None:
         assert (refused.status_code, refused.json()["field"]) == (422, "webhook_url"), url
 
 
-def test_a_job_no_one_has_is_not_found(house: House) -> None:
+def test_a_job_no_one_has_is_not_found(house: RunningApp) -> None:
     """404, whatever is asked of it."""
     for method, path in (("GET", "/jobs/x"), ("DELETE", "/jobs/x"), ("GET", "/jobs/x/events")):
         assert house.client.request(method, path).status_code == 404
 
 
-def test_jobs_belong_to_the_key_they_came_with(house_of: Callable[..., House]) -> None:
+def test_jobs_belong_to_the_key_they_came_with(house_of: Callable[..., RunningApp]) -> None:
     """Another key sees nothing of it."""
     house = house_of(api_keys="ann:first-secret,bob:second-secret")
     ann, bob = ({"X-API-Key": secret} for secret in ("first-secret", "second-secret"))
@@ -118,7 +118,7 @@ def test_jobs_belong_to_the_key_they_came_with(house_of: Callable[..., House]) -
     assert house.client.get(f"/jobs/{job_id}").status_code == 401
 
 
-def test_the_events_of_a_job_are_a_stream_that_can_be_resumed(house: House) -> None:
+def test_the_events_of_a_job_are_a_stream_that_can_be_resumed(house: RunningApp) -> None:
     """Steps and the end as server-sent events, each with an id; after the end there is nothing to come back for."""
     house.squares.seconds_per_step = 0.05
     job_id = ask(house, headers=ASYNC).json()["id"]
@@ -135,14 +135,14 @@ def test_the_events_of_a_job_are_a_stream_that_can_be_resumed(house: House) -> N
     assert over.status_code == 204
 
 
-class Sketchers(PaintedSquares):
+class Sketchers(FakeDenoiser):
     """Painters who show what they are at."""
 
     def preview(self, state: Canvas) -> NDArray[np.uint8]:
         return np.full((8, 8, 3), state.index * 10, np.uint8)
 
 
-def test_a_follower_sees_small_pictures_on_the_way(house_of: Callable[..., House]) -> None:
+def test_a_follower_sees_small_pictures_on_the_way(house_of: Callable[..., RunningApp]) -> None:
     """Previews come as WebP in base64 once someone follows."""
     house = house_of(Sketchers(seconds_per_step=0.2))
     job_id = ask(house, headers=ASYNC, num_inference_steps=8).json()["id"]
@@ -154,10 +154,10 @@ def test_a_follower_sees_small_pictures_on_the_way(house_of: Callable[..., House
 
 
 def test_a_request_that_waits_can_be_followed_and_cancelled_by_the_id_it_brings(
-    house_of: Callable[..., House],
+    house_of: Callable[..., RunningApp],
 ) -> None:
     """The caller chooses the id, since it hears of ours only with the answer; a cancelled one is told so."""
-    house = house_of(PaintedSquares(gate=threading.Event()))
+    house = house_of(FakeDenoiser(gate=threading.Event()))
     headers = {"X-Job-ID": "an-id-of-the-caller"}
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(ask, house, CREATE, headers)
@@ -176,7 +176,7 @@ def test_a_request_that_waits_can_be_followed_and_cancelled_by_the_id_it_brings(
     assert house.client.get(f"/jobs/{answer.headers['x-job-id']}").json()["state"] == "done"
 
 
-def test_a_key_repeats_the_first_answer(house: House) -> None:
+def test_a_key_repeats_the_first_answer(house: RunningApp) -> None:
     """Whether the caller waited or not; another request with the key is refused; another key is another request."""
     first = ask(house, headers={"Idempotency-Key": "k1"}, seed="random")
     again = ask(house, headers={"Idempotency-Key": "k1"}, seed="random")
@@ -192,9 +192,9 @@ def test_a_key_repeats_the_first_answer(house: House) -> None:
     assert picture[0] == picture[1]
 
 
-def test_a_key_is_in_flight_until_it_is_answered_and_free_if_it_never_is(house_of: Callable[..., House]) -> None:
+def test_a_key_is_in_flight_until_it_is_answered_and_free_if_it_never_is(house_of: Callable[..., RunningApp]) -> None:
     """409 meanwhile; a failure that may pass is not repeated, one that stays is."""
-    house = house_of(PaintedSquares(gate=threading.Event()))
+    house = house_of(FakeDenoiser(gate=threading.Event()))
     key = {"Idempotency-Key": "k1", "X-Job-ID": "an-id-of-the-caller"}
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(ask, house, CREATE, key)
@@ -209,7 +209,7 @@ def test_a_key_is_in_flight_until_it_is_answered_and_free_if_it_never_is(house_o
     assert [answer.status_code for answer in wrong] == [422, 422]
 
 
-def test_openais_door_answers_by_a_job_and_once_for_a_key(house: House) -> None:
+def test_openais_door_answers_by_a_job_and_once_for_a_key(house: RunningApp) -> None:
     """One picture at a time; for several, or a stream, a key is refused rather than ignored."""
     path, asked = "/v1/images/generations", {"prompt": "a red square", "size": "64x64"}
     job_id = house.client.post(path, json=asked, headers=ASYNC).json()["id"]

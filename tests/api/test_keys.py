@@ -10,8 +10,8 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import House
-from fakes import PaintedSquares, until
+from conftest import RunningApp
+from fakes import FakeDenoiser, until
 
 from stable_diffusion_server.settings.api_keys import parse_keys
 
@@ -19,7 +19,9 @@ ORDER = {"prompt": "a red square", "width": 64, "height": 64}
 KEYS = "ann:secret-a;rate=3/minute, bob:secret-b;concurrency=1, cid:secret-c;prefix=team-c/, secret-d"
 
 
-def ask(house: House, key: str | None = None, path: str = "/create_and_upload_image", **more: Any) -> httpx.Response:
+def ask(
+    house: RunningApp, key: str | None = None, path: str = "/create_and_upload_image", **more: Any
+) -> httpx.Response:
     headers = {"authorization": f"Bearer {key}"} if key else {}
     return house.client.get(path, params={**ORDER, **more}, headers=headers)
 
@@ -55,7 +57,7 @@ def test_a_key_that_is_written_wrong_is_refused(written: list[str]) -> None:
         parse_keys(written)
 
 
-def test_keys_may_lie_in_a_file(house_of: Callable[..., House], tmp_path: Path) -> None:
+def test_keys_may_lie_in_a_file(house_of: Callable[..., RunningApp], tmp_path: Path) -> None:
     """One to a line, with remarks, beside those of the setting."""
     file = tmp_path / "keys"
     file.write_text("# the team's\nann:from-file  # Ann\n\n")
@@ -98,7 +100,7 @@ DOORS = {
 
 @pytest.mark.parametrize(("door", "expected"), DOORS.items(), ids=lambda value: str(value))
 def test_the_table_of_doors_and_keys(
-    house_of: Callable[..., House], door: tuple[str, str], expected: tuple[int | None, ...]
+    house_of: Callable[..., RunningApp], door: tuple[str, str], expected: tuple[int | None, ...]
 ) -> None:
     """Only what draws nothing and tells nothing is open: health, docs, and pictures, which are meant to be shown."""
     house = house_of(api_keys="right")
@@ -109,7 +111,7 @@ def test_the_table_of_doors_and_keys(
         assert status is None or answer.status_code == status, (door, key, answer.text)
 
 
-def test_a_key_over_its_rate_is_told_when_to_come_back(house_of: Callable[..., House]) -> None:
+def test_a_key_over_its_rate_is_told_when_to_come_back(house_of: Callable[..., RunningApp]) -> None:
     """Three a minute: the fourth is 429 with Retry-After, the others' keys are not concerned, and polling is free."""
     house = house_of(api_keys=KEYS)
     answers = [ask(house, "secret-a") for _ in range(4)]
@@ -124,7 +126,7 @@ def test_a_key_over_its_rate_is_told_when_to_come_back(house_of: Callable[..., H
     assert "ratelimit-limit" not in ask(house, "secret-b").headers
 
 
-def test_a_key_may_be_the_password_of_http_basic(house_of: Callable[..., House]) -> None:
+def test_a_key_may_be_the_password_of_http_basic(house_of: Callable[..., RunningApp]) -> None:
     """As AUTOMATIC1111's clients send it, with any name."""
     house = house_of(api_keys="ann:right")
     for name, password, status in (("ann", "right", 200), ("", "right", 200), ("right", "", 401), ("ann", "x", 401)):
@@ -132,7 +134,7 @@ def test_a_key_may_be_the_password_of_http_basic(house_of: Callable[..., House])
         assert answer.status_code == status
 
 
-def test_a_rate_for_everyone_counts_keys_and_addresses_apart(house_of: Callable[..., House]) -> None:
+def test_a_rate_for_everyone_counts_keys_and_addresses_apart(house_of: Callable[..., RunningApp]) -> None:
     """RATE_LIMIT is the rate of keys without one, and of each address where no key is needed."""
     house = house_of(api_keys="one, two:second;rate=9/minute", rate_limit="1/minute")
     assert [ask(house, key).status_code for key in ("one", "one", "second", "second")] == [200, 429, 200, 200]
@@ -140,9 +142,9 @@ def test_a_rate_for_everyone_counts_keys_and_addresses_apart(house_of: Callable[
     assert [ask(house).status_code for _ in range(2)] == [200, 429]
 
 
-def test_a_key_over_its_concurrency_is_refused_until_one_ends(house_of: Callable[..., House]) -> None:
+def test_a_key_over_its_concurrency_is_refused_until_one_ends(house_of: Callable[..., RunningApp]) -> None:
     """One at a time: the second is 429 at once, another key draws, and afterwards so does this one."""
-    squares = PaintedSquares(gate=threading.Event())
+    squares = FakeDenoiser(gate=threading.Event())
     assert squares.gate is not None
     house = house_of(squares, api_keys=KEYS)
     with ThreadPoolExecutor(2) as pool:
@@ -156,7 +158,7 @@ def test_a_key_over_its_concurrency_is_refused_until_one_ends(house_of: Callable
     assert ask(house, "secret-b", seed=2).status_code == 200
 
 
-def test_a_key_with_a_prefix_writes_nowhere_else(house_of: Callable[..., House]) -> None:
+def test_a_key_with_a_prefix_writes_nowhere_else(house_of: Callable[..., RunningApp]) -> None:
     """Names outside of it are 403, overwriting too; what has no name gets one inside."""
     house = house_of(api_keys=KEYS)
     assert ask(house, "secret-d", save_path="free.webp").status_code == 200
@@ -170,14 +172,14 @@ def test_a_key_with_a_prefix_writes_nowhere_else(house_of: Callable[..., House])
 
 
 @pytest.mark.parametrize("header", ["x-forwarded-for", "x-real-ip", "forwarded", "x-forwarded-host"])
-def test_a_proxy_that_is_not_named_opens_nothing(house_of: Callable[..., House], header: str) -> None:
+def test_a_proxy_that_is_not_named_opens_nothing(house_of: Callable[..., RunningApp], header: str) -> None:
     """A proxy on this machine must not make every stranger look as if they were on it."""
     house = house_of()
     answer = house.client.get("/create_and_upload_image", params=ORDER, headers={header: "127.0.0.1"})
     assert answer.status_code == 403
 
 
-def test_a_proxy_that_is_named_is_believed(house_of: Callable[..., House]) -> None:
+def test_a_proxy_that_is_named_is_believed(house_of: Callable[..., RunningApp]) -> None:
     """The client is the last address that is no proxy of ours, whatever it says; host and scheme are its own."""
     house = house_of(trusted_proxies="127.0.0.1, 10.0.0.0/8", allowed_hosts="draw.example", rate_limit="1/minute")
 
@@ -193,7 +195,7 @@ def test_a_proxy_that_is_named_is_believed(house_of: Callable[..., House]) -> No
     assert answer.json()["path"].startswith("https://draw.example/files/")
 
 
-def test_rates_count_the_client_behind_the_proxy(house_of: Callable[..., House]) -> None:
+def test_rates_count_the_client_behind_the_proxy(house_of: Callable[..., RunningApp]) -> None:
     """Else one visitor would use up everyone's."""
     house = house_of(trusted_proxies="127.0.0.1", allow_anonymous=True, rate_limit="1/minute")
 
@@ -205,14 +207,14 @@ def test_rates_count_the_client_behind_the_proxy(house_of: Callable[..., House])
 
 
 @pytest.mark.parametrize("headers", [{"purpose": "prefetch"}, {"sec-purpose": "prefetch"}, {"x-moz": "prefetch"}])
-def test_a_prefetch_draws_nothing(house: House, headers: dict[str, str]) -> None:
+def test_a_prefetch_draws_nothing(house: RunningApp, headers: dict[str, str]) -> None:
     """A browser that guesses where its user goes next does not use the device."""
     answer = house.client.get("/create_and_upload_image", params=ORDER, headers=headers)
     assert answer.status_code == 403
     assert house.squares.prepared == []
 
 
-def test_head_draws_nothing_and_get_only_while_it_may(house_of: Callable[..., House]) -> None:
+def test_head_draws_nothing_and_get_only_while_it_may(house_of: Callable[..., RunningApp]) -> None:
     """HEAD is 405 at every door that draws; with GET_GENERATES=0 so is GET, and the answer tells what is allowed."""
     house = house_of(get_generates=False)
     for method in ("HEAD", "GET"):
@@ -223,7 +225,7 @@ def test_head_draws_nothing_and_get_only_while_it_may(house_of: Callable[..., Ho
     assert house_of().client.head("/create_and_upload_image", params=ORDER).status_code == 405
 
 
-def test_an_unexpected_error_is_as_well_protected(house: House) -> None:
+def test_an_unexpected_error_is_as_well_protected(house: RunningApp) -> None:
     """It is answered outside of everything else, and in the shape of its door."""
     for path, size in (("/create_and_upload_image", {"width": 64}), ("/v1/images/generations", {"size": "64x64"})):
         answer = house.client.post(path, json={"prompt": "an unpreparable square", **size})
@@ -234,7 +236,7 @@ def test_an_unexpected_error_is_as_well_protected(house: House) -> None:
 
 
 @pytest.mark.parametrize("path", ["/create_and_upload_image", "/healthz", "/nothing", "/files/none", "/metrics"])
-def test_every_answer_tells_browsers_what_it_is_not(house: House, path: str) -> None:
+def test_every_answer_tells_browsers_what_it_is_not(house: RunningApp, path: str) -> None:
     """Not to guess types, frame it, load from it, or keep what is not meant to be kept."""
     headers = house.client.get(path, params=ORDER).headers
     assert headers["x-content-type-options"] == "nosniff"

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from xml.etree import ElementTree
 
 import pytest
-from conftest import House
+from conftest import RunningApp
 from fakes import disc, file_of
 from PIL import Image
 
@@ -31,7 +31,7 @@ def source_type_in(file: bytes) -> str | None:
     return None if found is None else found.text
 
 
-def stored_files(house: House) -> list[bytes]:
+def stored_files(house: RunningApp) -> list[bytes]:
     """Every object in the local bucket."""
     folder = house.folder / "bucket" / "objects"
     return [path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()]
@@ -41,7 +41,7 @@ def stored_files(house: House) -> list[bytes]:
 @pytest.mark.parametrize("embedded", ["full", "digest"])
 @pytest.mark.parametrize("file_format", ["webp", "png", "jpeg"])
 def test_a_drawn_picture_is_marked_as_generated(
-    house_of: Callable[..., House], file_format: str, embedded: str
+    house_of: Callable[..., RunningApp], file_format: str, embedded: str
 ) -> None:
     """In every format, with the whole record and with the digest alone, lossless or not."""
     house = house_of(embed_metadata=embedded)
@@ -55,7 +55,7 @@ def test_a_drawn_picture_is_marked_as_generated(
 
 @pytest.mark.fault(170)
 @pytest.mark.parametrize("file_format", ["webp", "png", "jpeg"])
-def test_metadata_turned_off_leaves_no_mark(house_of: Callable[..., House], file_format: str) -> None:
+def test_metadata_turned_off_leaves_no_mark(house_of: Callable[..., RunningApp], file_format: str) -> None:
     """EMBED_METADATA=none stores pixels alone."""
     house = house_of(embed_metadata="none")
     assert house.draw(prompt="a red square", format=file_format).status_code == 200
@@ -66,7 +66,7 @@ def test_metadata_turned_off_leaves_no_mark(house_of: Callable[..., House], file
 
 @pytest.mark.fault(170)
 @pytest.mark.parametrize("path", ["/style_transfer_and_upload_image", "/style_transfer_bytes_and_upload_image"])
-def test_a_picture_made_from_a_picture_is_marked_as_edited(house: House, path: str) -> None:
+def test_a_picture_made_from_a_picture_is_marked_as_edited(house: RunningApp, path: str) -> None:
     """Image to image, whichever way the picture came."""
     answer = house.client.post(path, data={"prompt": "a red square", "canny": "false"}, files=_PICTURE)
     assert answer.status_code == 200, answer.text
@@ -75,7 +75,7 @@ def test_a_picture_made_from_a_picture_is_marked_as_edited(house: House, path: s
 
 
 @pytest.mark.fault(170)
-def test_an_inpainted_picture_is_marked_as_edited(house: House) -> None:
+def test_an_inpainted_picture_is_marked_as_edited(house: RunningApp) -> None:
     """The pixels that were kept are a photograph's."""
     mask = {"mask_file": ("m.png", file_of(disc()), "image/png")}
     answer = house.client.post("/inpaint_and_upload_image", data={"prompt": "a red square"}, files={**_PICTURE, **mask})
@@ -85,7 +85,7 @@ def test_an_inpainted_picture_is_marked_as_edited(house: House) -> None:
 
 
 @pytest.mark.fault(170)
-def test_the_dialects_and_direct_answers_are_marked_too(house: House) -> None:
+def test_the_dialects_and_direct_answers_are_marked_too(house: RunningApp) -> None:
     """/make_image, OpenAI's base64 and AUTOMATIC1111's base64 are files with the mark."""
     asked = {"prompt": "a red square", "width": 64, "height": 64}
     direct = house.client.post("/make_image", json=asked).content

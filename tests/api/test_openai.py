@@ -13,25 +13,25 @@ import httpx
 import numpy as np
 import openai
 import pytest
-from conftest import House
-from fakes import COLOURS, Canvas, PaintedSquares, Retouchers, disc, file_of, until
-from live_servers import Live
+from conftest import RunningApp
+from fakes import COLOURS, Canvas, FakeDenoiser, FakeImageDenoiser, disc, file_of, until
+from live_servers import LiveServer
 from numpy.typing import NDArray
 from PIL import Image
 
 SIZE = "64x64"
 
 
-def client_of(live: Live, **more: Any) -> openai.OpenAI:
+def client_of(live: LiveServer, **more: Any) -> openai.OpenAI:
     closing = {"Connection": "close"}  # no socket outlives its test
     key = more.pop("api_key", "none")
     return openai.OpenAI(base_url=f"{live.url}/v1", api_key=key, max_retries=0, default_headers=closing, **more)
 
 
 @pytest.fixture
-def client(live_of: Callable[..., Live]) -> openai.OpenAI:
+def client(live_of: Callable[..., LiveServer]) -> openai.OpenAI:
     """OpenAI's client against a server over retouchers."""
-    return client_of(live_of(Retouchers()))
+    return client_of(live_of(FakeImageDenoiser()))
 
 
 def picture(text: str | None) -> Image.Image:
@@ -71,7 +71,7 @@ def test_several_pictures_differ_and_come_again(client: openai.OpenAI) -> None:
     assert [datum.to_dict()["seed"] for datum in seeded] == [41, 42]
 
 
-def test_our_parameters_go_in_extra_body(live_of: Callable[..., Live]) -> None:
+def test_our_parameters_go_in_extra_body(live_of: Callable[..., LiveServer]) -> None:
     """Seed, steps, guidance, scheduler, a name: what the other doors take."""
     live = live_of()
     extra = {"seed": 3, "num_inference_steps": 5, "guidance_scale": 1.5, "scheduler": "ddim", "save_path": "o/a.webp"}
@@ -82,7 +82,7 @@ def test_our_parameters_go_in_extra_body(live_of: Callable[..., Live]) -> None:
 
 
 @pytest.mark.parametrize(("quality", "steps"), [("low", 2), ("medium", 4), ("auto", 4), ("hd", 8), ("max", 16)])
-def test_quality_is_steps(live_of: Callable[..., Live], quality: Any, steps: int) -> None:
+def test_quality_is_steps(live_of: Callable[..., LiveServer], quality: Any, steps: int) -> None:
     """Half, once, twice, four times the model's own."""
     live = live_of()
     client_of(live).images.generate(prompt="a red square", size=SIZE, quality=quality)
@@ -121,7 +121,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("change", "param"), REFUSED, ids=lambda value: str(value)[:40])
-def test_what_is_wrong_is_refused_in_openais_shape(house: House, change: dict[str, Any], param: str) -> None:
+def test_what_is_wrong_is_refused_in_openais_shape(house: RunningApp, change: dict[str, Any], param: str) -> None:
     """422 with message, type, param and code, before anything is drawn, streamed or not."""
     extra = change.get("extra_body", {})
     body = {"prompt": "a red square", "size": SIZE, **change, **extra}
@@ -141,7 +141,7 @@ def test_the_client_understands_a_refusal(client: openai.OpenAI) -> None:
     assert (refused.value.code, refused.value.param) == ("invalid_value", "size")
 
 
-def test_a_wrong_key_and_a_rate_are_what_the_client_expects(live_of: Callable[..., Live]) -> None:
+def test_a_wrong_key_and_a_rate_are_what_the_client_expects(live_of: Callable[..., LiveServer]) -> None:
     """401 with `invalid_api_key`; 429 with `rate_limit_exceeded`, and its own retry waits as Retry-After says."""
     live = live_of(api_keys="right;rate=1/second")
     with pytest.raises(openai.AuthenticationError) as wrong:
@@ -167,9 +167,9 @@ def test_models_are_listed_with_their_further_names(client: openai.OpenAI) -> No
         client.models.retrieve("gpt-7")
 
 
-def test_an_edit_repaints_what_the_mask_leaves_transparent(live_of: Callable[..., Live]) -> None:
+def test_an_edit_repaints_what_the_mask_leaves_transparent(live_of: Callable[..., LiveServer]) -> None:
     """Green inside the hole, and outside every pixel is the one that was sent."""
-    live = live_of(Retouchers())
+    live = live_of(FakeImageDenoiser())
     pixels = disc(96, 80)
     alpha = np.full((80, 96, 4), 255, np.uint8)
     alpha[20:60, 30:70, 3] = 0
@@ -184,9 +184,9 @@ def test_an_edit_repaints_what_the_mask_leaves_transparent(live_of: Callable[...
     assert live.squares.finished[0].refine
 
 
-def test_an_edit_without_a_mask_draws_anew_at_the_size_asked_for(live_of: Callable[..., Live]) -> None:
+def test_an_edit_without_a_mask_draws_anew_at_the_size_asked_for(live_of: Callable[..., LiveServer]) -> None:
     """By style transfer's strength; of several pictures the first, and the answer says so."""
-    live = live_of(Retouchers())
+    live = live_of(FakeImageDenoiser())
     files = [("a.png", file_of(disc())), ("b.png", file_of(disc(64, 64)))]
     answer = client_of(live).images.edit(image=files, prompt="a green square", size="128x64", n=2)
     assert answer.size == "128x64"
@@ -195,9 +195,9 @@ def test_an_edit_without_a_mask_draws_anew_at_the_size_asked_for(live_of: Callab
     assert {job.strength for job in live.squares.finished} == {0.6}
 
 
-def test_an_edit_without_a_picture_or_with_an_opaque_mask_is_refused(house_of: Callable[..., House]) -> None:
+def test_an_edit_without_a_picture_or_with_an_opaque_mask_is_refused(house_of: Callable[..., RunningApp]) -> None:
     """By name: there is nothing to edit, or nothing to repaint."""
-    house = house_of(Retouchers())
+    house = house_of(FakeImageDenoiser())
     files = {"image": ("a.png", file_of(disc())), "mask": ("m.png", file_of(disc()))}
     opaque = house.client.post("/v1/images/edits", data={"prompt": "a red square"}, files=files)
     assert (opaque.status_code, opaque.json()["error"]["param"]) == (422, "mask")
@@ -206,7 +206,7 @@ def test_an_edit_without_a_picture_or_with_an_opaque_mask_is_refused(house_of: C
     assert (none.status_code, none.json()["error"]["param"]) == (422, "image")
 
 
-def test_a_stream_ends_with_the_picture(live_of: Callable[..., Live]) -> None:
+def test_a_stream_ends_with_the_picture(live_of: Callable[..., LiveServer]) -> None:
     """Each picture of `n` is told by an event of its own, in base64, as it will lie in the bucket."""
     live = live_of()
     stream = client_of(live).images.generate(prompt="a red square", size=SIZE, n=2, stream=True)
@@ -217,7 +217,7 @@ def test_a_stream_ends_with_the_picture(live_of: Callable[..., Live]) -> None:
         assert httpx.get(event.to_dict()["url"]).content == base64.b64decode(event.b64_json)
 
 
-def test_a_single_picture_may_be_a_job_and_is_answered_once_for_its_key(house: House) -> None:
+def test_a_single_picture_may_be_a_job_and_is_answered_once_for_its_key(house: RunningApp) -> None:
     """`Prefer: respond-async` gives 202 with the job; a repeated Idempotency-Key the same answer."""
     asked = {"prompt": "a red square", "size": SIZE}
     job = house.client.post("/v1/images/generations", json=asked, headers={"prefer": "respond-async"})
@@ -232,7 +232,7 @@ def test_a_single_picture_may_be_a_job_and_is_answered_once_for_its_key(house: H
     assert len(house.squares.finished) == 2
 
 
-class Sketching(PaintedSquares):
+class Sketching(FakeDenoiser):
     """Painters who show how far they are: a grey that is the number of steps done."""
 
     def preview(self, state: Canvas) -> NDArray[np.uint8]:
@@ -240,7 +240,7 @@ class Sketching(PaintedSquares):
 
 
 @pytest.mark.parametrize("wanted", [0, 1, 3])
-def test_a_stream_shows_the_picture_on_its_way(live_of: Callable[..., Live], wanted: int) -> None:
+def test_a_stream_shows_the_picture_on_its_way(live_of: Callable[..., LiveServer], wanted: int) -> None:
     """As many partial pictures as were asked for, numbered, in order, and then the whole one."""
     live = live_of(Sketching(seconds_per_step=0.01))
     stream = client_of(live).images.generate(
@@ -255,7 +255,7 @@ def test_a_stream_shows_the_picture_on_its_way(live_of: Callable[..., Live], wan
     assert steps == sorted(set(steps))
 
 
-def test_a_stream_that_fails_tells_it_in_an_event(live_of: Callable[..., Live]) -> None:
+def test_a_stream_that_fails_tells_it_in_an_event(live_of: Callable[..., LiveServer]) -> None:
     """Once it began there is no status left to say it with; before, there is."""
     live = live_of()
     with pytest.raises(openai.APIError, match="error"):
@@ -264,9 +264,9 @@ def test_a_stream_that_fails_tells_it_in_an_event(live_of: Callable[..., Live]) 
         client_of(live).images.generate(prompt="", size=SIZE, stream=True)
 
 
-def test_who_stops_reading_a_stream_frees_the_device(live_of: Callable[..., Live]) -> None:
+def test_who_stops_reading_a_stream_frees_the_device(live_of: Callable[..., LiveServer]) -> None:
     """The job is gone within a step."""
-    squares = PaintedSquares(seconds_per_step=0.05)
+    squares = FakeDenoiser(seconds_per_step=0.05)
     live = live_of(squares)
     stream = client_of(live).images.generate(
         prompt="a red square", size=SIZE, stream=True, extra_body={"num_inference_steps": 100}
@@ -277,9 +277,9 @@ def test_who_stops_reading_a_stream_frees_the_device(live_of: Callable[..., Live
     assert squares.finished == []
 
 
-def test_a_failure_of_one_picture_ends_the_others(house_of: Callable[..., House]) -> None:
+def test_a_failure_of_one_picture_ends_the_others(house_of: Callable[..., RunningApp]) -> None:
     """429 for all: nobody waits for half an answer, and the device is free."""
-    squares = PaintedSquares(gate=threading.Event())
+    squares = FakeDenoiser(gate=threading.Event())
     assert squares.gate is not None
     house = house_of(squares, queue_limit=1, max_batch=1)
     answer = house.client.post("/v1/images/generations", json={"prompt": "a red square", "size": SIZE, "n": 4})
@@ -289,7 +289,7 @@ def test_a_failure_of_one_picture_ends_the_others(house_of: Callable[..., House]
     until(lambda: house.metric("sds_queue_running") == 0)
 
 
-def test_an_answer_that_would_be_too_large_is_refused_beforehand(house_of: Callable[..., House]) -> None:
+def test_an_answer_that_would_be_too_large_is_refused_beforehand(house_of: Callable[..., RunningApp]) -> None:
     """MAX_RESPONSE_BYTES: as text it is 422, by address it is drawn."""
     house = house_of(max_response_bytes=40_000)
     asked = {"prompt": "a red square", "size": "64x64", "response_format": "b64_json"}

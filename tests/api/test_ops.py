@@ -11,21 +11,21 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from conftest import House
-from fakes import PaintedSquares, disc, file_of, settings_in, until
+from conftest import RunningApp
+from fakes import FakeDenoiser, disc, file_of, settings_in, until
 from fastapi.testclient import TestClient
 
 from stable_diffusion_server.app import create_app
-from stable_diffusion_server.errors import WeightsUnusable
+from stable_diffusion_server.errors import ModelLoadError
 
 
 def test_the_process_is_alive_before_it_can_draw(tmp_path: Path) -> None:
     """While the models load: /healthz 200, /readyz 503 with the reason, orders 503 with Retry-After; then all 200."""
     gate = threading.Event()
 
-    def load(settings: object) -> PaintedSquares:
+    def load(settings: object) -> FakeDenoiser:
         gate.wait(30)
-        return PaintedSquares()
+        return FakeDenoiser()
 
     app = create_app(settings_in(tmp_path), load=load)
     with TestClient(app, base_url="http://127.0.0.1", client=("127.0.0.1", 5)) as client:
@@ -43,8 +43,8 @@ def test_the_process_is_alive_before_it_can_draw(tmp_path: Path) -> None:
 def test_models_that_cannot_be_loaded_leave_the_server_up_and_told(tmp_path: Path) -> None:
     """/readyz gives the sentence, and what is stored is still served."""
 
-    def load(settings: object) -> PaintedSquares:
-        raise WeightsUnusable("The model sdxl is missing: no model_index.json in embedded-sdxl.")
+    def load(settings: object) -> FakeDenoiser:
+        raise ModelLoadError("The model sdxl is missing: no model_index.json in embedded-sdxl.")
 
     app = create_app(settings_in(tmp_path), load=load)
     with TestClient(app, base_url="http://127.0.0.1", client=("127.0.0.1", 5)) as client:
@@ -56,7 +56,7 @@ def test_models_that_cannot_be_loaded_leave_the_server_up_and_told(tmp_path: Pat
 def test_a_bucket_that_cannot_be_opened_is_told(tmp_path: Path) -> None:
     """A file where the folder should be: one sentence in /readyz, 503 for orders, no crash."""
     (tmp_path / "bucket").write_text("in the way")
-    app = create_app(settings_in(tmp_path), load=lambda settings: PaintedSquares())
+    app = create_app(settings_in(tmp_path), load=lambda settings: FakeDenoiser())
     with TestClient(app, base_url="http://127.0.0.1", client=("127.0.0.1", 5)) as client:
         until(lambda: len(client.get("/readyz").json()["missing"]) == 1)
         assert "folder of pictures" in client.get("/readyz").json()["missing"][0]
@@ -67,7 +67,7 @@ def test_a_bucket_that_cannot_be_opened_is_told(tmp_path: Path) -> None:
         assert client.get("/create_and_upload_image?prompt=a").status_code == 200
 
 
-def test_the_figures_count_what_happened(house: House) -> None:
+def test_the_figures_count_what_happened(house: RunningApp) -> None:
     """One drawn, one cached: the counters say so, and steps are counted."""
     for _ in range(2):
         house.draw(prompt="a red square", save_path="a.webp")
@@ -77,7 +77,7 @@ def test_the_figures_count_what_happened(house: House) -> None:
     assert house.metric("sds_steps_total") == 4
 
 
-def test_the_heartbeat_is_written_while_drawing(house: House) -> None:
+def test_the_heartbeat_is_written_while_drawing(house: RunningApp) -> None:
     """progress.txt holds a time of day after a picture, as the seed document says, and that none is under way."""
     house.draw(prompt="a red square")
     text = (house.folder / "data" / "progress.txt").read_text()
@@ -87,7 +87,7 @@ def test_the_heartbeat_is_written_while_drawing(house: House) -> None:
 
 
 def test_keys_and_prompts_stay_out_of_the_log(
-    house_of: Callable[..., House], capfd: pytest.CaptureFixture[str]
+    house_of: Callable[..., RunningApp], capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Requests are logged by path and id; an error's traceback has no local variables."""
     house = house_of(api_keys="hunter2", log_format="json")
@@ -113,7 +113,7 @@ def test_what_makes_no_progress_is_told_and_stops_the_beat(
         while not let_go.is_set():
             with suppress(asyncio.CancelledError):
                 await asyncio.sleep(0.02)
-        raise WeightsUnusable("let go")
+        raise ModelLoadError("let go")
 
     package = "stable_diffusion_server"
     owner, told = {
@@ -125,7 +125,7 @@ def test_what_makes_no_progress_is_told_and_stops_the_beat(
     monkeypatch.setattr(f"{package}.jobs.progress._SLACK", 0.2)
     monkeypatch.setattr(f"{package}.observability.loop_heartbeat._SECONDS", 0.05)
     settings = settings_in(tmp_path, decode_timeout=0.2, max_timeout=0.5 if part == "jobs" else 600.0)
-    app = create_app(settings, load=lambda settings: PaintedSquares())
+    app = create_app(settings, load=lambda settings: FakeDenoiser())
     beat = tmp_path / "data" / "event-loop.txt"
     with TestClient(app, base_url="http://127.0.0.1", client=("127.0.0.1", 5)) as client:
         until(lambda: client.get("/readyz").status_code == 200 and beat.exists())

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from conftest import House
+from conftest import RunningApp
 from starlette.datastructures import Headers
 
-from stable_diffusion_server.api.middleware.failed_logins import WrongKeys
-from stable_diffusion_server.api.middleware.origins import Origins
+from stable_diffusion_server.api.middleware.failed_logins import FailedLoginLimiter
+from stable_diffusion_server.api.middleware.origins import OriginPolicy
 from stable_diffusion_server.errors import Forbidden
 
 ORDER = {"prompt": "a red square", "width": 64, "height": 64}
@@ -30,7 +30,7 @@ FOREIGN = [
 
 @pytest.mark.fault(147)
 @pytest.mark.parametrize("headers", FOREIGN, ids=str)
-def test_a_page_of_another_port_or_subdomain_has_no_effect(house: House, headers: dict[str, str]) -> None:
+def test_a_page_of_another_port_or_subdomain_has_no_effect(house: RunningApp, headers: dict[str, str]) -> None:
     """Whatever the method: drawing, deleting, stopping and listing are refused before anything happens."""
     key = house.draw(prompt="a red square").json()["key"]
     drawn = len(house.squares.prepared)
@@ -68,7 +68,7 @@ def test_a_page_of_another_port_or_subdomain_has_no_effect(house: House, headers
 )
 def test_the_ui_is_opened_by_a_link_and_not_as_a_part_of_another_page(headers: dict[str, str]) -> None:
     """As a picture, a script or a frame it would load Gradio for a page that no one sees."""
-    scope, origins = {"scheme": "http"}, Origins()
+    scope, origins = {"scheme": "http"}, OriginPolicy()
     host = {"host": "127.0.0.1:8000"}
     with pytest.raises(Forbidden):
         origins.check_page(scope, Headers({**host, **headers}))
@@ -79,7 +79,7 @@ def test_the_ui_is_opened_by_a_link_and_not_as_a_part_of_another_page(headers: d
 
 
 @pytest.mark.fault(147)
-def test_no_heavy_page_is_loaded_for_a_picture_elsewhere(house: House) -> None:
+def test_no_heavy_page_is_loaded_for_a_picture_elsewhere(house: RunningApp) -> None:
     """The UI, the docs, the description and the state: 403 as a picture, answered by a link."""
     for path in ("/ui", "/ui/", "/docs", "/openapi.json", "/readyz", "/"):
         for site in ("cross-site", "same-site"):
@@ -89,7 +89,7 @@ def test_no_heavy_page_is_loaded_for_a_picture_elsewhere(house: House) -> None:
 
 
 @pytest.mark.fault(147)
-def test_same_site_is_let_in_where_the_operator_says_so(house_of: Callable[..., House]) -> None:
+def test_same_site_is_let_in_where_the_operator_says_so(house_of: Callable[..., RunningApp]) -> None:
     """ALLOW_SAME_SITE=1 opens it to ports and subdomains, and to nothing else."""
     house = house_of(allow_same_site=True)
 
@@ -115,7 +115,7 @@ SIGNS = (
 
 @pytest.mark.fault(148)
 @pytest.mark.parametrize("name", SIGNS)
-def test_a_proxy_that_is_not_named_gives_itself_away(house: House, name: str) -> None:
+def test_a_proxy_that_is_not_named_gives_itself_away(house: RunningApp, name: str) -> None:
     """Whatever it adds, a server without keys is not opened by it to the network; even with an empty value."""
     for value in ("127.0.0.1", ""):
         answer = house.client.get("/create_and_upload_image", params=ORDER, headers={name: value})
@@ -126,7 +126,7 @@ def test_a_proxy_that_is_not_named_gives_itself_away(house: House, name: str) ->
 
 
 @pytest.mark.fault(149)
-def test_wrong_keys_from_one_address_slow_down(house_of: Callable[..., House]) -> None:
+def test_wrong_keys_from_one_address_slow_down(house_of: Callable[..., RunningApp]) -> None:
     """401 a few times, then 429 with a time to wait; the right key is taken all the same, other addresses too."""
     house = house_of(api_keys="right, other:second", trusted_proxies="127.0.0.1")
 
@@ -153,7 +153,7 @@ def test_wrong_keys_from_one_address_slow_down(house_of: Callable[..., House]) -
 def test_addresses_of_wrong_keys_are_forgotten_and_bounded() -> None:
     """By time and by number; after very many wrong ones only keys that were shown before are looked at."""
     now = [0.0]
-    wrong = WrongKeys(a_minute=3, an_hour=10, now=lambda: now[0])
+    wrong = FailedLoginLimiter(a_minute=3, an_hour=10, now=lambda: now[0])
     assert [wrong.wrong("a") for _ in range(5)] == [0, 0, 0, 60, 60]
     assert wrong.right("a", "seen") == 0
     for _ in range(8):

@@ -11,8 +11,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from conftest import House
-from fakes import PaintedSquares, until
+from conftest import RunningApp
+from fakes import FakeDenoiser, until
 from storage_servers import KEYS, StorageServer, make_gcs_bucket, make_s3_bucket, s3_client
 
 CREATE = "/create_and_upload_image"
@@ -21,12 +21,12 @@ HOSTS = ["localhost:9000", "127.0.0.1:8123", "[::1]:7000", "draw.example", "draw
 
 
 @pytest.fixture
-def house(house_of: Callable[..., House]) -> House:
+def house(house_of: Callable[..., RunningApp]) -> RunningApp:
     """A server that has a name besides loopback."""
     return house_of(allowed_hosts="draw.example", trusted_proxies="")
 
 
-def paths_of(house: House, host: str) -> dict[str, str]:
+def paths_of(house: RunningApp, host: str) -> dict[str, str]:
     """The picture's URL in the answers of every kind of request, all asked at one Host."""
     headers, client = {"host": host}, house.client
     drawn = client.post(CREATE, json=ORDER, headers=headers).json()
@@ -51,7 +51,7 @@ def paths_of(house: House, host: str) -> dict[str, str]:
 
 @pytest.mark.fault(130)
 @pytest.mark.parametrize("host", HOSTS)
-def test_every_answer_has_the_host_and_port_its_reader_used(house: House, host: str) -> None:
+def test_every_answer_has_the_host_and_port_its_reader_used(house: RunningApp, host: str) -> None:
     """Drawn before at another Host, so cached, replayed and journaled answers are asked for: each is the reader's."""
     paths_of(house, "127.0.0.1:8000")
     told = paths_of(house, host)
@@ -60,10 +60,10 @@ def test_every_answer_has_the_host_and_port_its_reader_used(house: House, host: 
 
 
 @pytest.mark.fault(130)
-def test_those_who_share_a_drawing_have_each_their_own_url(house_of: Callable[..., House]) -> None:
+def test_those_who_share_a_drawing_have_each_their_own_url(house_of: Callable[..., RunningApp]) -> None:
     """Three hosts, one drawing, held until all three wait for it."""
     gate = threading.Event()
-    house = house_of(PaintedSquares(gate=gate), allowed_hosts="draw.example")
+    house = house_of(FakeDenoiser(gate=gate), allowed_hosts="draw.example")
     hosts = ["localhost:9000", "draw.example", "127.0.0.1:8000"]
     with ThreadPoolExecutor(3) as pool:
         asked = [pool.submit(house.client.post, CREATE, json=ORDER, headers={"host": host}) for host in hosts]
@@ -88,7 +88,7 @@ def test_those_who_share_a_drawing_have_each_their_own_url(house_of: Callable[..
     ],
 )
 def test_a_trusted_proxy_tells_what_it_was_reached_at(
-    house_of: Callable[..., House], forwarded: dict[str, str], base: str
+    house_of: Callable[..., RunningApp], forwarded: dict[str, str], base: str
 ) -> None:
     """Host, port and scheme are those the client wrote; what is no port is none."""
     house = house_of(trusted_proxies="127.0.0.1", allowed_hosts="draw.example")
@@ -98,7 +98,7 @@ def test_a_trusted_proxy_tells_what_it_was_reached_at(
 
 @pytest.mark.fault(130)
 @pytest.mark.parametrize("header", ["x-forwarded-host", "x-forwarded-port", "x-forwarded-proto"])
-def test_a_proxy_without_trust_changes_no_url(house_of: Callable[..., House], header: str) -> None:
+def test_a_proxy_without_trust_changes_no_url(house_of: Callable[..., RunningApp], header: str) -> None:
     """The header counts for nothing, and no one behind it draws without a key."""
     house = house_of(api_keys="k", allowed_hosts="draw.example")
     value = {"x-forwarded-host": "draw.example", "x-forwarded-port": "9000", "x-forwarded-proto": "https"}[header]
@@ -107,7 +107,7 @@ def test_a_proxy_without_trust_changes_no_url(house_of: Callable[..., House], he
 
 
 @pytest.mark.fault(130)
-def test_a_webhook_is_told_the_host_that_accepted(house_of: Callable[..., House]) -> None:
+def test_a_webhook_is_told_the_host_that_accepted(house_of: Callable[..., RunningApp]) -> None:
     """Nobody reads the message at a Host of this server, so it has the one its job came in by."""
     heard: list[dict[str, Any]] = []
 
@@ -135,11 +135,11 @@ def test_a_webhook_is_told_the_host_that_accepted(house_of: Callable[..., House]
 @pytest.fixture(params=["r2", "s3", "gcs"])
 def without_address(
     request: pytest.FixtureRequest,
-    house_of: Callable[..., House],
+    house_of: Callable[..., RunningApp],
     s3_server: StorageServer,
     gcs_server: StorageServer,
     monkeypatch: pytest.MonkeyPatch,
-) -> House:
+) -> RunningApp:
     """A server whose pictures go to a bucket that PUBLIC_BASE_URL tells nothing of."""
     if request.param == "gcs":
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", gcs_server.url)
@@ -150,7 +150,7 @@ def without_address(
 
 
 @pytest.mark.fault(131)
-def test_a_bucket_without_an_address_has_its_pictures_given_by_the_server(without_address: House) -> None:
+def test_a_bucket_without_an_address_has_its_pictures_given_by_the_server(without_address: RunningApp) -> None:
     """The first and the cached answer have one URL, which opens: whole, in part, not again, and as a head alone."""
     ask = {**ORDER, "save_path": "folder/a b.webp"}
     first, cached = (without_address.client.post(CREATE, json=ask).json() for _ in range(2))
@@ -176,7 +176,7 @@ def test_a_bucket_without_an_address_has_its_pictures_given_by_the_server(withou
 
 @pytest.mark.fault(131)
 def test_of_such_a_bucket_only_the_servers_own_folder_is_given(
-    house_of: Callable[..., House], s3_server: StorageServer
+    house_of: Callable[..., RunningApp], s3_server: StorageServer
 ) -> None:
     """A bucket may hold what is no one's business: only what is below BUCKET_PATH is given."""
     keys = {key: value.get_secret_value() for key, value in KEYS.items()}

@@ -8,12 +8,12 @@ from types import ModuleType
 
 import limits
 import pytest
-from conftest import House
+from conftest import RunningApp
 
-from stable_diffusion_server.api.middleware.rate_limiter import Allowed, Rates
+from stable_diffusion_server.api.middleware.rate_limiter import RateLimiter, RateLimitStatus
 from stable_diffusion_server.concurrency import moving_windows
 from stable_diffusion_server.concurrency.moving_windows import MovingWindows
-from stable_diffusion_server.errors import Overasked
+from stable_diffusion_server.errors import RateLimited
 
 STEPS = (-3_600.0, -7_200.0, 90_000.0, -4e8, 4e8)
 
@@ -44,7 +44,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 @pytest.mark.fault(155)
 @pytest.mark.parametrize("step", STEPS)
 def test_a_step_of_the_clock_changes_no_rate(
-    house_of: Callable[..., House], monkeypatch: pytest.MonkeyPatch, step: float
+    house_of: Callable[..., RunningApp], monkeypatch: pytest.MonkeyPatch, step: float
 ) -> None:
     """At the limit, then the time of day jumps: still refused, and told to come back within the same minute."""
     house = house_of(rate_limit="2/minute")
@@ -63,18 +63,18 @@ def test_a_step_of_the_clock_changes_no_rate(
 @pytest.mark.parametrize("step", STEPS)
 async def test_a_caller_is_let_in_again_when_its_window_is_over(clock: Clock, step: float) -> None:
     """However the clock was set meanwhile: not a second before, and not one after."""
-    allowed, counted = Allowed("ann", limits.parse("2/minute")), Rates()
+    allowed, counted = RateLimitStatus("ann", limits.parse("2/minute")), RateLimiter()
     await counted.enter(allowed)
     clock.seconds += 30
     await counted.enter(allowed)
     clock.stepped = step
     clock.seconds += 29.5
-    with pytest.raises(Overasked) as refused:
+    with pytest.raises(RateLimited) as refused:
         await counted.enter(allowed)
     assert refused.value.retry_after == 1
     clock.seconds += 0.5
     await counted.enter(allowed)
-    with pytest.raises(Overasked) as refused:
+    with pytest.raises(RateLimited) as refused:
         await counted.enter(allowed)
     assert refused.value.retry_after == 30
 
@@ -94,13 +94,13 @@ def test_windows_that_are_past_are_forgotten(clock: Clock) -> None:
 
 async def test_many_at_once_are_no_more_than_the_rate() -> None:
     """Of fifty that come together ten are let in."""
-    allowed, counted = Allowed("ann", limits.parse("10/minute")), Rates()
+    allowed, counted = RateLimitStatus("ann", limits.parse("10/minute")), RateLimiter()
     let_in = 0
     for _ in range(50):
         try:
             await counted.enter(allowed)
             let_in += 1
-        except Overasked:
+        except RateLimited:
             pass
     assert let_in == 10
 

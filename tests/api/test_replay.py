@@ -11,13 +11,13 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from conftest import House
-from fakes import Retouchers, disc, file_of
+from conftest import RunningApp
+from fakes import FakeImageDenoiser, disc, file_of
 
 from stable_diffusion_server.generation.provenance import NOT_ASKED
 from stable_diffusion_server.imaging.metadata import read_record
-from stable_diffusion_server.imaging.processing import encode
-from stable_diffusion_server.types import Format, Order
+from stable_diffusion_server.imaging.processing import encode_image
+from stable_diffusion_server.types import Format, GenerationRequest
 
 IMAGE = file_of(disc(96, 80))
 _MASK = np.zeros((80, 96, 3), np.uint8)
@@ -30,12 +30,12 @@ CREATE = ("/create_and_upload_image", {})
 
 
 @pytest.fixture
-def rooms(house_of: Callable[..., House]) -> House:
+def rooms(house_of: Callable[..., RunningApp]) -> RunningApp:
     """A running app whose painters use what they are given."""
-    return house_of(Retouchers())
+    return house_of(FakeImageDenoiser())
 
 
-def made(house: House, door: tuple[str, dict[str, bytes]], **words: Any) -> bytes:
+def made(house: RunningApp, door: tuple[str, dict[str, bytes]], **words: Any) -> bytes:
     """The file of a picture drawn at a door."""
     data = {"prompt": "a red square", **({"width": 64, "height": 64} if door is CREATE else {}), **words}
     answer = house.client.post(door[0], data=data, files=door[1] or None)
@@ -43,7 +43,7 @@ def made(house: House, door: tuple[str, dict[str, bytes]], **words: Any) -> byte
     return house.client.get(answer.json()["path"]).content
 
 
-def replayed(house: House, picture: bytes, files: dict[str, bytes] | None = None, **words: Any) -> httpx.Response:
+def replayed(house: RunningApp, picture: bytes, files: dict[str, bytes] | None = None, **words: Any) -> httpx.Response:
     return house.client.post("/v1/replay", data=words, files={"picture_file": picture, **(files or {})})
 
 
@@ -59,7 +59,7 @@ def replayed(house: House, picture: bytes, files: dict[str, bytes] | None = None
     ids=["text", "random seed", "style", "inpaint"],
 )
 def test_a_picture_is_drawn_again_bit_for_bit(
-    rooms: House, door: tuple[str, dict[str, bytes]], words: dict[str, Any], file_format: str
+    rooms: RunningApp, door: tuple[str, dict[str, bytes]], words: dict[str, Any], file_format: str
 ) -> None:
     """Its own record and its sources are enough: the same order, the same digest, every pixel the same."""
     picture = made(rooms, door, format=file_format, **words)
@@ -79,7 +79,7 @@ def test_a_picture_is_drawn_again_bit_for_bit(
     assert rooms.squares.finished[-1].alone
 
 
-def test_it_is_drawn_anew_each_time_and_stored_where_one_likes(rooms: House) -> None:
+def test_it_is_drawn_anew_each_time_and_stored_where_one_likes(rooms: RunningApp) -> None:
     """Below `replays/` by default, drawn over; under a name given, the name is an identity as ever."""
     picture = made(rooms, CREATE)
     bodies = [replayed(rooms, picture).json() for _ in range(2)]
@@ -91,9 +91,9 @@ def test_it_is_drawn_anew_each_time_and_stored_where_one_likes(rooms: House) -> 
     assert named[0]["replay"]["decibels"] > 30, "a lossy file beside a lossless one"
 
 
-def test_with_a_digest_alone_the_history_knows_the_rest(house_of: Callable[..., House]) -> None:
+def test_with_a_digest_alone_the_history_knows_the_rest(house_of: Callable[..., RunningApp]) -> None:
     """EMBED_METADATA=digest: found in the history, and refused where it is in none."""
-    house = house_of(Retouchers(), embed_metadata="digest")
+    house = house_of(FakeImageDenoiser(), embed_metadata="digest")
     picture = made(house, CREATE)
     assert replayed(house, picture).json()["replay"]["same_order"] is True
     assert house.client.get("/history").status_code == 200  # what was recorded so far is written then
@@ -107,7 +107,7 @@ def refused(answer: httpx.Response) -> str:
     return str(answer.json()["field"])
 
 
-def test_the_sources_have_to_be_the_very_files(rooms: House) -> None:
+def test_the_sources_have_to_be_the_very_files(rooms: RunningApp) -> None:
     """Missing, another one, or one too many: told by name and by digest, before anything is drawn."""
     picture, before = made(rooms, INPAINT), len(rooms.squares.finished)
     other = file_of(disc(96, 80, "green", "white"))
@@ -122,7 +122,7 @@ def forged(picture: bytes, **changes: Any) -> bytes:
     """A picture whose record says something else."""
     record = read_record(picture) or {}
     asked = {**record["asked"], **changes.pop("asked", {})}  # type: ignore[dict-item]  # a mapping, as it was written
-    return encode(disc(), Format.PNG, 100, {**record, "asked": asked, **changes})
+    return encode_image(disc(), Format.PNG, 100, {**record, "asked": asked, **changes})
 
 
 @pytest.mark.parametrize(
@@ -155,11 +155,11 @@ def forged(picture: bytes, **changes: Any) -> bytes:
         ({"digest": None}, "picture_file"),
     ],
 )
-def test_what_a_file_says_is_checked_as_at_any_door(rooms: House, changes: dict[str, Any], field: str) -> None:
+def test_what_a_file_says_is_checked_as_at_any_door(rooms: RunningApp, changes: dict[str, Any], field: str) -> None:
     """A record can be forged: it reaches no file, no address and no number that a parameter could not."""
     picture, before = made(rooms, CREATE), len(rooms.squares.finished)
     if isinstance(changes.get("asked"), list):
-        picture = encode(disc(), Format.PNG, 100, {**(read_record(picture) or {}), "asked": []})
+        picture = encode_image(disc(), Format.PNG, 100, {**(read_record(picture) or {}), "asked": []})
     else:
         picture = forged(picture, **json.loads(json.dumps(changes)))
     answer = replayed(rooms, picture)
@@ -167,7 +167,7 @@ def test_what_a_file_says_is_checked_as_at_any_door(rooms: House, changes: dict[
     assert len(rooms.squares.finished) == before
 
 
-def test_another_order_is_told(rooms: House) -> None:
+def test_another_order_is_told(rooms: RunningApp) -> None:
     """A record that was changed is drawn as it says, and not called the same."""
     body = replayed(rooms, forged(made(rooms, CREATE), asked={"prompt": "a blue square"})).json()
     assert body["replay"]["same_order"] is False
@@ -175,13 +175,13 @@ def test_another_order_is_told(rooms: House) -> None:
 
 
 @pytest.mark.parametrize("picture", [b"", b"no picture", IMAGE, file_of(disc(), "WEBP")])
-def test_a_picture_that_says_nothing_is_refused(rooms: House, picture: bytes) -> None:
+def test_a_picture_that_says_nothing_is_refused(rooms: RunningApp, picture: bytes) -> None:
     """422 naming the field; so is none at all."""
     assert refused(replayed(rooms, picture)) == "picture_file"
     assert refused(rooms.client.post("/v1/replay", json={})) == "picture_file"
 
 
-def test_every_field_of_an_order_is_told_or_known_not_to_matter(rooms: House) -> None:
+def test_every_field_of_an_order_is_told_or_known_not_to_matter(rooms: RunningApp) -> None:
     """A new parameter cannot be forgotten in what a picture says of itself."""
     record = read_record(made(rooms, CREATE)) or {}
-    assert set(record["asked"]) == {part.name for part in fields(Order)} - NOT_ASKED  # type: ignore[call-overload]  # a mapping
+    assert set(record["asked"]) == {part.name for part in fields(GenerationRequest)} - NOT_ASKED  # type: ignore[call-overload]  # a mapping

@@ -9,8 +9,8 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import House
-from fakes import Retouchers, disc, file_of
+from conftest import RunningApp
+from fakes import FakeImageDenoiser, disc, file_of
 
 PICTURE = file_of(disc(96, 80))
 TEXT = base64.b64encode(PICTURE).decode()
@@ -95,15 +95,15 @@ def webuis(asked: dict[str, Any], *, picture: bool = False) -> dict[str, Any] | 
     return {**asked, "override_settings": {name: value for name, value in override.items() if value is not None}}
 
 
-def by_query(house: House, path: str, asked: dict[str, Any]) -> httpx.Response:
+def by_query(house: RunningApp, path: str, asked: dict[str, Any]) -> httpx.Response:
     return house.client.get(path, params={k: v for k, v in asked.items() if _fits(v)})
 
 
-def by_json(house: House, path: str, asked: dict[str, Any]) -> httpx.Response:
+def by_json(house: RunningApp, path: str, asked: dict[str, Any]) -> httpx.Response:
     return house.client.post(path, content=json.dumps(asked), headers={"content-type": "application/json"})
 
 
-def by_files(house: House, path: str, asked: dict[str, Any], *names: str) -> httpx.Response:
+def by_files(house: RunningApp, path: str, asked: dict[str, Any], *names: str) -> httpx.Response:
     parts: list[tuple[str, Any]] = [(name, (None, str(value))) for name, value in asked.items() if _fits(value)]
     return house.client.post(path, files=[*parts, *((name, ("a.png", PICTURE)) for name in names)])
 
@@ -113,7 +113,7 @@ def _fits(value: object) -> bool:
     return not isinstance(value, list) and (not isinstance(value, str) or (value.isascii() and len(value) < 50_000))
 
 
-Door = tuple[Callable[..., dict[str, Any] | None], bool, Callable[[House, dict[str, Any]], httpx.Response]]
+Door = tuple[Callable[..., dict[str, Any] | None], bool, Callable[[RunningApp, dict[str, Any]], httpx.Response]]
 STYLE, INPAINT = "/style_transfer_and_upload_image", "/inpaint_and_upload_image"
 DOORS: dict[str, Door] = {
     "GET create": (ours, False, lambda house, asked: by_query(house, "/create_and_upload_image", asked)),
@@ -135,9 +135,9 @@ DOORS: dict[str, Door] = {
 
 @pytest.mark.fault(1, 2, 3, 4, 6, 7, 8, 9, 10, 11, 12, 13, 16, 17)
 @pytest.mark.parametrize("door", DOORS)
-def test_the_same_mistake_is_answered_alike_through_every_door(house_of: Callable[..., House], door: str) -> None:
+def test_the_same_mistake_is_answered_alike_through_every_door(house_of: Callable[..., RunningApp], door: str) -> None:
     """The status of the table, in the shape of the door, and nothing is drawn; a good request is answered after all."""
-    house = house_of(Retouchers())
+    house = house_of(FakeImageDenoiser())
     translate, picture, ask = DOORS[door]
     answered: dict[str, int] = {}
     for mistake, (change, expected) in MISTAKES.items():
@@ -173,9 +173,9 @@ PATHS = ["/create_and_upload_image", STYLE, INPAINT, "/v1/images/generations", "
 
 @pytest.mark.fault(14)
 @pytest.mark.parametrize("path", PATHS)
-def test_a_body_that_cannot_be_read_is_refused_alike(house_of: Callable[..., House], path: str) -> None:
+def test_a_body_that_cannot_be_read_is_refused_alike(house_of: Callable[..., RunningApp], path: str) -> None:
     """400, 413, 415, whatever the dialect; a body in pieces is counted as well."""
-    house = house_of(Retouchers(), max_body_bytes=60_000, max_upload_bytes=60_000)
+    house = house_of(FakeImageDenoiser(), max_body_bytes=60_000, max_upload_bytes=60_000)
     for what, (body, media_type, expected) in BODIES.items():
         for content in (body, iter([body])):
             answer = house.client.post(path, content=content, headers={"content-type": media_type})
@@ -199,7 +199,7 @@ MULTIPART: dict[str, tuple[bytes, str, int]] = {
 @pytest.mark.parametrize(
     "path", ["/create_and_upload_image", STYLE, INPAINT, "/v1/images/generations", "/v1/images/edits"]
 )
-def test_a_form_that_cannot_be_read_is_refused_alike(house: House, path: str) -> None:
+def test_a_form_that_cannot_be_read_is_refused_alike(house: RunningApp, path: str) -> None:
     """400 for every multipart body that is none."""
     for what, (body, media_type, expected) in MULTIPART.items():
         answer = house.client.post(path, content=body, headers={"content-type": media_type})
@@ -219,7 +219,7 @@ def test_a_form_that_cannot_be_read_is_refused_alike(house: House, path: str) ->
         "a\r\nb: c",
     ],
 )
-def test_a_strange_prompt_is_only_a_prompt(house: House, prompt: str) -> None:
+def test_a_strange_prompt_is_only_a_prompt(house: RunningApp, prompt: str) -> None:
     """Drawn or refused alike through every dialect, under the same name, which holds nothing of it."""
     keys = set()
     for path in ("/create_and_upload_image", "/v1/images/generations", "/sdapi/v1/txt2img"):
@@ -237,7 +237,7 @@ def test_a_strange_prompt_is_only_a_prompt(house: House, prompt: str) -> None:
 
 
 @pytest.mark.fault(5)
-def test_composed_and_decomposed_text_are_the_same_order(house: House) -> None:
+def test_composed_and_decomposed_text_are_the_same_order(house: RunningApp) -> None:
     """é is é, however it was typed, in prompts and in names."""
     composed, decomposed = "caf\u00e9", "cafe\u0301"
     keys = {house.draw(prompt=prompt, save_path=f"{prompt}.webp").json()["key"] for prompt in (composed, decomposed)}

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 import webuiapi
-from conftest import House
-from fakes import COLOURS, Canvas, PaintedSquares, Retouchers, disc, file_of, until
-from live_servers import Live
+from conftest import RunningApp
+from fakes import COLOURS, Canvas, FakeDenoiser, FakeImageDenoiser, disc, file_of, until
+from live_servers import LiveServer
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -23,7 +23,7 @@ SIZE = {"width": 64, "height": 64}
 TXT2IMG, IMG2IMG = "/sdapi/v1/txt2img", "/sdapi/v1/img2img"
 
 
-def client_of(live: Live, **more: Any) -> webuiapi.WebUIApi:
+def client_of(live: LiveServer, **more: Any) -> webuiapi.WebUIApi:
     client = webuiapi.WebUIApi(baseurl=f"{live.url}/sdapi/v1", sampler="Euler", steps=4, **more)
     client.session.headers["Connection"] = "close"  # it never closes them itself
     client.session.close()
@@ -31,13 +31,13 @@ def client_of(live: Live, **more: Any) -> webuiapi.WebUIApi:
 
 
 @pytest.fixture
-def live(live_of: Callable[..., Live]) -> Live:
+def live(live_of: Callable[..., LiveServer]) -> LiveServer:
     """A server over retouchers."""
-    return live_of(Retouchers())
+    return live_of(FakeImageDenoiser())
 
 
 @pytest.fixture
-def client(live: Live) -> webuiapi.WebUIApi:
+def client(live: LiveServer) -> webuiapi.WebUIApi:
     """The client of that server."""
     return client_of(live)
 
@@ -50,7 +50,7 @@ def text(data: bytes) -> str:
     return base64.b64encode(data).decode()
 
 
-def test_a_picture_comes_with_how_it_was_made(live: Live, client: webuiapi.WebUIApi) -> None:
+def test_a_picture_comes_with_how_it_was_made(live: LiveServer, client: webuiapi.WebUIApi) -> None:
     """The asked size, seed, steps and guidance, in the answer and in the job; PNG as AUTOMATIC1111 sends it."""
     result = client.txt2img(prompt="a red square", seed=7, cfg_scale=2.0, **SIZE)
     assert (result.image.size, result.image.format) == ((64, 64), "PNG")
@@ -84,7 +84,7 @@ def test_no_seed_is_another_picture_each_time_and_several_count_on(client: webui
     ],
 )
 def test_samplers_are_mapped_and_what_is_not_quite_it_is_told(
-    live: Live, client: webuiapi.WebUIApi, sampler: str, ours: str, told: bool
+    live: LiveServer, client: webuiapi.WebUIApi, sampler: str, ours: str, told: bool
 ) -> None:
     """The closest scheduler there is, and a sentence where it is another or its spacing is."""
     result = client.txt2img(prompt="a red square", sampler_name=sampler, **SIZE)
@@ -106,7 +106,7 @@ def test_what_is_known_and_not_honoured_is_told(client: webuiapi.WebUIApi) -> No
     assert "spacing" in said
 
 
-def test_a_model_is_chosen_for_one_call_or_for_the_caller(live: Live, client: webuiapi.WebUIApi) -> None:
+def test_a_model_is_chosen_for_one_call_or_for_the_caller(live: LiveServer, client: webuiapi.WebUIApi) -> None:
     """By `override_settings` or by the options, under title, name or alias."""
     titles = client.util_get_model_names()
     flux = next(title for title in titles if title.startswith("flux"))
@@ -126,7 +126,7 @@ def test_lists_are_in_its_shapes(client: webuiapi.WebUIApi) -> None:
     assert client.get_options()["samples_format"] == "png"
 
 
-def test_an_image_is_drawn_anew_at_the_size_asked_for(live: Live, client: webuiapi.WebUIApi) -> None:
+def test_an_image_is_drawn_anew_at_the_size_asked_for(live: LiveServer, client: webuiapi.WebUIApi) -> None:
     """By `denoising_strength`, stretched, cropped or padded as `resize_mode` says."""
     image = Image.fromarray(disc(128, 64))
     for mode in (0, 1, 2):
@@ -156,7 +156,7 @@ def test_a_mask_is_repainted_and_nothing_else(client: webuiapi.WebUIApi, only_ma
     assert np.abs(drawn[43:57, 53:77].astype(int) - COLOURS["green"]).max() <= 3
 
 
-def test_only_the_part_around_the_mask_is_drawn_at_full_size(live: Live, client: webuiapi.WebUIApi) -> None:
+def test_only_the_part_around_the_mask_is_drawn_at_full_size(live: LiveServer, client: webuiapi.WebUIApi) -> None:
     """A small mask in a large picture gets all of the model's pixels; the answer has the picture's size."""
     mask = np.zeros((300, 400), np.uint8)
     mask[100:120, 200:220] = 255
@@ -171,7 +171,7 @@ def test_only_the_part_around_the_mask_is_drawn_at_full_size(live: Live, client:
     assert (result.info["width"], result.info["height"]) == (400, 300)
 
 
-def test_what_the_mask_hides_is_filled_as_asked(live: Live, client: webuiapi.WebUIApi) -> None:
+def test_what_the_mask_hides_is_filled_as_asked(live: LiveServer, client: webuiapi.WebUIApi) -> None:
     """Surroundings, the original, noise, grey: four pictures to start from."""
     mask = np.zeros((64, 64), np.uint8)
     mask[20:40, 20:40] = 255
@@ -183,7 +183,7 @@ def test_what_the_mask_hides_is_filled_as_asked(live: Live, client: webuiapi.Web
     assert len({job.image.digest for job in live.squares.finished if job.image}) == 4
 
 
-def test_a_controlnet_unit_follows_edges(live: Live, client: webuiapi.WebUIApi) -> None:
+def test_a_controlnet_unit_follows_edges(live: LiveServer, client: webuiapi.WebUIApi) -> None:
     """With its own picture in txt2img, of the picture to draw anew in img2img; thresholds and weight are taken."""
     image = Image.fromarray(disc(64, 64))
     unit = webuiapi.ControlNetUnit(
@@ -201,14 +201,14 @@ def test_a_controlnet_unit_follows_edges(live: Live, client: webuiapi.WebUIApi) 
     assert "openpose" in " ".join(refused.info["not_honoured"])
 
 
-class Sketching(PaintedSquares):
+class Sketching(FakeDenoiser):
     """Painters who show how far they are, and stop at a gate."""
 
     def preview(self, state: Canvas) -> NDArray[np.uint8]:
         return np.full((8, 8, 3), state.index, np.uint8)
 
 
-def test_progress_tells_of_ones_own_task_alone(live_of: Callable[..., Live]) -> None:
+def test_progress_tells_of_ones_own_task_alone(live_of: Callable[..., LiveServer]) -> None:
     """Steps, share, picture, by name too; another key sees nothing and stops nothing."""
     squares = Sketching(seconds_per_step=0.05)
     live = live_of(squares, api_keys="ann:a, bob:b")
@@ -241,9 +241,9 @@ def _task(client: webuiapi.WebUIApi, name: str, steps: int) -> Any:
     return client.session.post(f"{client.baseurl}/txt2img", json=asked).json()
 
 
-def test_who_hangs_up_frees_the_device(house_of: Callable[..., House]) -> None:
+def test_who_hangs_up_frees_the_device(house_of: Callable[..., RunningApp]) -> None:
     """The task is gone with its client, from the list too."""
-    squares = PaintedSquares(gate=threading.Event())
+    squares = FakeDenoiser(gate=threading.Event())
     house = house_of(squares)
     assert squares.gate is not None
     squares.gate.set()
@@ -298,7 +298,9 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("path", "change", "field"), REFUSED, ids=lambda value: str(value)[:60])
-def test_what_is_wrong_is_refused_by_its_own_name(house: House, path: str, change: dict[str, Any], field: str) -> None:
+def test_what_is_wrong_is_refused_by_its_own_name(
+    house: RunningApp, path: str, change: dict[str, Any], field: str
+) -> None:
     """422 in AUTOMATIC1111's shape, under the name the parameter has there; nothing is drawn."""
     answer = house.client.post(path, json={"prompt": "a red square", **SIZE, **change})
     assert answer.status_code == 422, answer.text
@@ -308,7 +310,7 @@ def test_what_is_wrong_is_refused_by_its_own_name(house: House, path: str, chang
     assert house.squares.prepared == []
 
 
-def test_bodies_that_are_no_json_objects_are_refused(house: House) -> None:
+def test_bodies_that_are_no_json_objects_are_refused(house: RunningApp) -> None:
     """400, and 415 for another type; nesting without end is no 500."""
     for body in (b"[]", b"{", b'{"a": 1, "a": 2}', b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"):
         answer = house.client.post(TXT2IMG, content=body, headers={"content-type": "application/json"})
@@ -316,7 +318,7 @@ def test_bodies_that_are_no_json_objects_are_refused(house: House) -> None:
     assert house.client.post(TXT2IMG, content=b"a", headers={"content-type": "text/plain"}).status_code == 415
 
 
-def test_pictures_may_be_left_out_of_the_answer(house: House) -> None:
+def test_pictures_may_be_left_out_of_the_answer(house: RunningApp) -> None:
     """`send_images: false`: they are stored, and `info` tells where."""
     answer = house.client.post(TXT2IMG, json={"prompt": "a red square", "send_images": False, **SIZE}).json()
     assert answer["images"] == []
@@ -324,7 +326,7 @@ def test_pictures_may_be_left_out_of_the_answer(house: House) -> None:
     assert house.client.get(url).status_code == 200
 
 
-def test_the_same_order_is_the_same_picture_through_every_dialect(house: House) -> None:
+def test_the_same_order_is_the_same_picture_through_every_dialect(house: RunningApp) -> None:
     """Three doors, one generation: the later two find what the first one drew."""
     words = {"prompt": "a red square", "seed": 7}
     ours = house.client.post(

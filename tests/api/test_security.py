@@ -7,17 +7,17 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import House
+from conftest import RunningApp
 from starlette.datastructures import Headers
 
-from stable_diffusion_server.api.middleware.access_policy import Policy, allowed_host_names
-from stable_diffusion_server.api.middleware.api_keys import Key, Keyring, hashed
+from stable_diffusion_server.api.middleware.access_policy import AccessPolicy, allowed_host_names
+from stable_diffusion_server.api.middleware.api_keys import ApiKeyring, HashedApiKey, hashed
 from stable_diffusion_server.types import Caller
 
 ORDER = {"prompt": "a red square", "width": 64, "height": 64}
 
 
-def ask(house: House, **headers: Any) -> httpx.Response:
+def ask(house: RunningApp, **headers: Any) -> httpx.Response:
     named = {name.replace("_", "-"): value for name, value in headers.items()}
     return house.client.get("/create_and_upload_image", params=ORDER, headers=named)
 
@@ -25,7 +25,7 @@ def ask(house: House, **headers: Any) -> httpx.Response:
 @pytest.mark.parametrize(
     "host", ["127.0.0.1:8000", "localhost", "LOCALHOST:99", "localhost.", "127.1.2.3", "[::1]:8000"]
 )
-def test_loopback_names_are_served(house: House, host: str) -> None:
+def test_loopback_names_are_served(house: RunningApp, host: str) -> None:
     """Every spelling of this machine."""
     assert ask(house, host=host).status_code == 200
 
@@ -38,7 +38,7 @@ def test_loopback_names_are_served(house: House, host: str) -> None:
     ],
 )
 @pytest.mark.parametrize("path", ["/create_and_upload_image", "/healthz", "/files/a.webp", "/docs"])
-def test_a_foreign_host_is_misdirected(house: House, host: str, path: str) -> None:
+def test_a_foreign_host_is_misdirected(house: RunningApp, host: str, path: str) -> None:
     """421 before anything else, on every path: a rebound name must not reach even the files."""
     answer = house.client.get(path, params=ORDER, headers={"host": host})
     assert answer.status_code == 421
@@ -46,7 +46,7 @@ def test_a_foreign_host_is_misdirected(house: House, host: str, path: str) -> No
     assert house.squares.prepared == []
 
 
-def test_names_from_the_settings_are_served(house_of: Callable[..., House]) -> None:
+def test_names_from_the_settings_are_served(house_of: Callable[..., RunningApp]) -> None:
     """ALLOWED_HOSTS and PUBLIC_BASE_URL name this server too, ports apart."""
     house = house_of(allowed_hosts="draw.example, other.example:9000", public_base_url="https://pictures.example:444")
     for host in ("draw.example", "Draw.Example:1", "other.example", "pictures.example"):
@@ -73,7 +73,7 @@ def test_a_wildcard_address_is_no_name() -> None:
         {"sec_purpose": "prefetch;prerender"},
     ],
 )
-def test_a_page_of_another_origin_never_draws(house: House, headers: dict[str, str]) -> None:
+def test_a_page_of_another_origin_never_draws(house: RunningApp, headers: dict[str, str]) -> None:
     """A web page the user happens to visit cannot use the device, whether or not it could read the answer."""
     assert ask(house, **headers).status_code == 403
     assert house.client.post("/create_and_upload_image", data=ORDER, headers={"origin": "null"}).status_code == 403
@@ -84,12 +84,12 @@ def test_a_page_of_another_origin_never_draws(house: House, headers: dict[str, s
     "headers",
     [{}, {"origin": "http://127.0.0.1:8000"}, {"sec_fetch_site": "same-origin"}, {"sec_fetch_site": "none"}],
 )
-def test_the_servers_own_pages_and_no_page_at_all_draw(house: House, headers: dict[str, str]) -> None:
+def test_the_servers_own_pages_and_no_page_at_all_draw(house: RunningApp, headers: dict[str, str]) -> None:
     """curl, the address bar and the server's own docs."""
     assert ask(house, **headers).status_code == 200
 
 
-def test_a_browser_that_only_sends_a_referer_is_held_to_it(house: House) -> None:
+def test_a_browser_that_only_sends_a_referer_is_held_to_it(house: RunningApp) -> None:
     """An <img> on another page, in a browser without Sec-Fetch-Site, still names its page."""
     assert ask(house, referer="http://evil.example/page").status_code == 403
     assert ask(house, referer="http://127.0.0.1:8000.evil.example/").status_code == 403
@@ -97,7 +97,7 @@ def test_a_browser_that_only_sends_a_referer_is_held_to_it(house: House) -> None
     assert ask(house, referer="http://evil.example/", sec_fetch_site="same-origin").status_code == 200
 
 
-def test_an_origin_from_the_settings_draws_and_reads(house_of: Callable[..., House]) -> None:
+def test_an_origin_from_the_settings_draws_and_reads(house_of: Callable[..., RunningApp]) -> None:
     """CORS_ORIGINS opens the door for one origin, preflight included, and for no other."""
     house = house_of(cors_origins="https://app.example", api_keys="key")
     asked = ask(house, origin="https://app.example", sec_fetch_site="cross-site", x_api_key="key")
@@ -117,14 +117,14 @@ def test_an_origin_from_the_settings_draws_and_reads(house_of: Callable[..., Hou
     assert (refused.status_code, refused.headers["access-control-allow-origin"]) == (401, "https://app.example")
 
 
-def test_without_cors_no_answer_is_readable_elsewhere(house: House) -> None:
+def test_without_cors_no_answer_is_readable_elsewhere(house: RunningApp) -> None:
     """No Access-Control header without the setting."""
     answer = ask(house, origin="http://127.0.0.1:8000")
     assert "access-control-allow-origin" not in answer.headers
 
 
 @pytest.mark.parametrize("address", ["192.168.1.9", "8.8.8.8", "fe80::1", "::ffff:8.8.8.8", "testclient"])
-def test_a_client_elsewhere_is_refused_without_keys(house_of: Callable[..., House], address: str) -> None:
+def test_a_client_elsewhere_is_refused_without_keys(house_of: Callable[..., RunningApp], address: str) -> None:
     """403 names the setting; what draws nothing is still answered."""
     house = house_of(client=(address, 5))
     refused = ask(house)
@@ -135,22 +135,22 @@ def test_a_client_elsewhere_is_refused_without_keys(house_of: Callable[..., Hous
     assert house.client.get("/healthz").status_code == 200
 
 
-def test_anonymous_clients_are_let_in_when_the_operator_says_so(house_of: Callable[..., House]) -> None:
+def test_anonymous_clients_are_let_in_when_the_operator_says_so(house_of: Callable[..., RunningApp]) -> None:
     """ALLOW_ANONYMOUS=1 is a decision, not a default."""
     assert ask(house_of(client=("192.168.1.9", 5), allow_anonymous=True)).status_code == 200
 
 
-def admitted(policy: Policy, address: str, path: str = "/jobs", **headers: str) -> Caller:
+def admitted(policy: AccessPolicy, address: str, path: str = "/jobs", **headers: str) -> Caller:
     scope = {"type": "http", "method": "GET", "path": path, "query_string": b"", "client": (address, 5)}
     return policy.admit(scope, Headers({"host": "localhost", **headers})).caller
 
 
 def test_who_asks_is_told_by_key_and_address() -> None:
     """The operator on loopback, strangers apart by address (an IPv6 client has its whole /64), keys by name."""
-    keys = Keyring([Key(Caller("ann", "", admin=True), hashed("a"))])
-    assert admitted(Policy(), "127.0.0.1") == Caller(address="127.0.0.1")
-    assert admitted(Policy(), "127.0.0.1").manages
-    anyone = Policy(allow_anonymous=True)
+    keys = ApiKeyring([HashedApiKey(Caller("ann", "", admin=True), hashed("a"))])
+    assert admitted(AccessPolicy(), "127.0.0.1") == Caller(address="127.0.0.1")
+    assert admitted(AccessPolicy(), "127.0.0.1").manages
+    anyone = AccessPolicy(allow_anonymous=True)
     for address, told in (
         ("127.0.0.1", "127.0.0.1"),  # a proxy on this machine looks the same
         ("203.0.113.5", "203.0.113.5"),
@@ -159,11 +159,11 @@ def test_who_asks_is_told_by_key_and_address() -> None:
     ):
         assert admitted(anyone, address) == Caller(anonymous=True, address=told)
     assert admitted(anyone, "2001:db8:1:2::9").owner == admitted(anyone, "2001:db8:1:2:ffff::").owner
-    for policy in (Policy(keys=keys), Policy(keys=keys, allow_anonymous=True)):
+    for policy in (AccessPolicy(keys=keys), AccessPolicy(keys=keys, allow_anonymous=True)):
         held = admitted(policy, "203.0.113.5", **{"x-api-key": "a"})
         assert held == Caller("ann", "", admin=True, address="203.0.113.5")
-    assert admitted(Policy(keys=keys, allow_anonymous=True), "203.0.113.5").anonymous
-    assert admitted(Policy(keys=keys), "203.0.113.5", "/docs") == Caller(anonymous=True, address="203.0.113.5")
+    assert admitted(AccessPolicy(keys=keys, allow_anonymous=True), "203.0.113.5").anonymous
+    assert admitted(AccessPolicy(keys=keys), "203.0.113.5", "/docs") == Caller(anonymous=True, address="203.0.113.5")
 
 
 def test_an_owner_that_was_written_down_is_read_back() -> None:
@@ -173,14 +173,14 @@ def test_an_owner_that_was_written_down_is_read_back() -> None:
 
 
 @pytest.mark.fault(64)
-def test_a_forged_forwarded_header_changes_nothing(house_of: Callable[..., House]) -> None:
+def test_a_forged_forwarded_header_changes_nothing(house_of: Callable[..., RunningApp]) -> None:
     """Who the client is comes from the connection."""
     house = house_of(client=("192.168.1.9", 5))
     assert ask(house, x_forwarded_for="127.0.0.1", x_real_ip="127.0.0.1", forwarded="for=127.0.0.1").status_code == 403
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "192.168.1.9"])
-def test_with_keys_everyone_needs_one(house_of: Callable[..., House], address: str) -> None:
+def test_with_keys_everyone_needs_one(house_of: Callable[..., RunningApp], address: str) -> None:
     """Any of the keys, by either header; none or a wrong one is 401, on this machine too."""
     house = house_of(client=(address, 5), api_keys="first, second")
     right = [{"authorization": "Bearer first"}, {"authorization": "bearer second"}, {"x_api_key": "second"}]
@@ -192,7 +192,7 @@ def test_with_keys_everyone_needs_one(house_of: Callable[..., House], address: s
     assert refused[0].headers["www-authenticate"] == "Bearer"
 
 
-def test_a_link_from_another_page_opens_the_docs_and_the_pictures(house: House) -> None:
+def test_a_link_from_another_page_opens_the_docs_and_the_pictures(house: RunningApp) -> None:
     """Reading draws nothing, so a link in a mail still works."""
     path = ask(house).json()["path"]
     for url in ("/docs", "/openapi.json", path):
@@ -203,7 +203,7 @@ def test_a_link_from_another_page_opens_the_docs_and_the_pictures(house: House) 
     ("keys", "anonymous", "warned"), [("hunter2", True, True), ("hunter2", False, False), ("", True, False)]
 )
 def test_keys_beside_anonymous_clients_are_warned_of_at_the_start(
-    house_of: Callable[..., House], capfd: pytest.CaptureFixture[str], keys: str, anonymous: bool, warned: bool
+    house_of: Callable[..., RunningApp], capfd: pytest.CaptureFixture[str], keys: str, anonymous: bool, warned: bool
 ) -> None:
     """Until this version keys closed a server whatever ALLOW_ANONYMOUS said: who set both is told what it means now."""
     house_of(api_keys=keys, allow_anonymous=anonymous)

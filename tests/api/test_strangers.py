@@ -11,12 +11,12 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import House
-from fakes import PaintedSquares, until
+from conftest import RunningApp
+from fakes import FakeDenoiser, until
 from test_service import OPTIONS, order
 
 from stable_diffusion_server.generation.ownership import Ownership
-from stable_diffusion_server.generation.resolver import resolve
+from stable_diffusion_server.generation.resolver import resolve_request
 from stable_diffusion_server.storage.signed_urls import ServerSecret
 
 CREATE = "/create_and_upload_image"
@@ -31,7 +31,7 @@ CHOSEN = "0123456789abcdef-job"
 class One:
     """One client of a house: by the headers it always sends."""
 
-    house: House
+    house: RunningApp
     headers: dict[str, str]
 
     def ask(self, method: str, path: str, headers: dict[str, str] | None = None, **more: Any) -> httpx.Response:
@@ -46,22 +46,22 @@ class One:
         return told
 
 
-Two = tuple[House, One, One]
+Two = tuple[RunningApp, One, One]
 
 
 @pytest.fixture
-def strangers(house_of: Callable[..., House]) -> Two:
+def strangers(house_of: Callable[..., RunningApp]) -> Two:
     """Two clients without a key, at two addresses."""
     house = house_of(allow_anonymous=True, trusted_proxies="127.0.0.1")
     return house, *(One(house, {"x-forwarded-for": address}) for address in ("203.0.113.5", "198.51.100.9"))
 
 
-def held(house: House, *secrets: str) -> list[One]:
+def held(house: RunningApp, *secrets: str) -> list[One]:
     return [One(house, {"x-api-key": secret}) for secret in secrets]
 
 
 @pytest.fixture
-def keys(house_of: Callable[..., House]) -> list[One]:
+def keys(house_of: Callable[..., RunningApp]) -> list[One]:
     """Clients with the keys ann, bob (neither marked), root (admin) and pre (with a prefix)."""
     return held(house_of(api_keys=KEYS), "secret-a", "secret-b", "secret-r", "secret-p")
 
@@ -115,9 +115,9 @@ def test_idempotency_keys_and_choices_of_anonymous_callers_are_their_own(strange
 
 
 @pytest.mark.fault(140)
-def test_an_anonymous_task_is_seen_and_stopped_by_its_own_id_alone(house_of: Callable[..., House]) -> None:
+def test_an_anonymous_task_is_seen_and_stopped_by_its_own_id_alone(house_of: Callable[..., RunningApp]) -> None:
     """AUTOMATIC1111's progress, its preview and interrupt: by a force_task_id long enough, and by nothing else."""
-    squares = PaintedSquares(gate=threading.Event())
+    squares = FakeDenoiser(gate=threading.Event())
     house = house_of(squares, allow_anonymous=True, trusted_proxies="127.0.0.1")
     one, other = (One(house, {"x-forwarded-for": address}) for address in ("203.0.113.5", "198.51.100.9"))
     name = "task(abcdefghij12345)"
@@ -163,7 +163,7 @@ def test_ids_that_keys_choose_are_their_own(keys: list[One]) -> None:
 
 
 @pytest.mark.fault(141)
-def test_an_accepted_job_is_never_hidden_by_a_request_of_its_id(house: House) -> None:
+def test_an_accepted_job_is_never_hidden_by_a_request_of_its_id(house: RunningApp) -> None:
     """A request that failed before it, and one that would wait after it, under the very same id and caller."""
     one = One(house, {})
     assert one.draw({"x-job-id": CHOSEN}, timeout=0.0001).status_code in (422, 504)
@@ -204,7 +204,7 @@ def test_a_key_without_the_mark_touches_its_own_pictures_alone(keys: list[One]) 
 
 
 @pytest.mark.fault(142)
-def test_a_sole_key_and_the_operator_have_everything(house_of: Callable[..., House]) -> None:
+def test_a_sole_key_and_the_operator_have_everything(house_of: Callable[..., RunningApp]) -> None:
     """What a local server drew before keys were set is the sole key's too."""
     house = house_of()
     key = house.draw(prompt="a red square", save_path="old.webp").json()["key"]
@@ -216,7 +216,7 @@ def test_a_sole_key_and_the_operator_have_everything(house_of: Callable[..., Hou
 
 @pytest.mark.fault(143)
 @pytest.mark.parametrize("where", ["record", "history", "job"])
-def test_a_replay_tells_no_more_than_the_picture_itself(house_of: Callable[..., House], where: str) -> None:
+def test_a_replay_tells_no_more_than_the_picture_itself(house_of: Callable[..., RunningApp], where: str) -> None:
     """EMBED_METADATA=digest: who may not read the record cannot have it replayed into one of its own."""
     ann, bob, root, pre = held(
         house_of(api_keys=KEYS, embed_metadata="digest"), "secret-a", "secret-b", "secret-r", "secret-p"
@@ -238,7 +238,7 @@ def test_a_replay_tells_no_more_than_the_picture_itself(house_of: Callable[..., 
 
 
 @pytest.mark.fault(144)
-def test_names_made_from_orders_are_no_ones_to_compute(house_of: Callable[..., House]) -> None:
+def test_names_made_from_orders_are_no_ones_to_compute(house_of: Callable[..., RunningApp]) -> None:
     """With keys another server's name is not this one's, nor another key's; without keys it is what it always was."""
     open_key = house_of().draw(prompt="a red square").json()["key"]
     house = house_of(api_keys=KEYS, url_secret=ONE)
@@ -262,10 +262,13 @@ def test_every_kind_of_made_name_is_concealed(tmp_path: Path) -> None:
         order(prompt="a red square", save_path="cat.webp", named_by_content=True),
         order(prompt="a red square", folder="team/"),
     ):
-        plain, hidden = resolve(asked, OPTIONS).key, resolve(replace(asked, named_for="ann"), closed).key
+        plain, hidden = (
+            resolve_request(asked, OPTIONS).key,
+            resolve_request(replace(asked, named_for="ann"), closed).key,
+        )
         assert plain != hidden
-        assert hidden == resolve(replace(asked, named_for="ann"), closed).key
-        assert hidden != resolve(replace(asked, named_for="bob"), closed).key
+        assert hidden == resolve_request(replace(asked, named_for="ann"), closed).key
+        assert hidden != resolve_request(replace(asked, named_for="bob"), closed).key
         assert plain.rpartition("/")[0] == hidden.rpartition("/")[0]
 
 
@@ -288,7 +291,7 @@ def test_what_was_there_is_told_to_its_owner_and_admin_alone(keys: list[One]) ->
 
 @pytest.mark.fault(142)
 @pytest.mark.parametrize("path", [CREATE, "/make_image", "/v1/images/generations"])
-def test_a_private_picture_is_not_opened_by_asking_for_its_name(house_of: Callable[..., House], path: str) -> None:
+def test_a_private_picture_is_not_opened_by_asking_for_its_name(house_of: Callable[..., RunningApp], path: str) -> None:
     """Where addresses are signed, a name that another key has taken is refused, whatever the order."""
     ann, bob, root = held(house_of(api_keys=KEYS, signed_url_seconds=60), "secret-a", "secret-b", "secret-r")
     size = {"size": "64x64", "width": None, "height": None} if path.startswith("/v1") else {}
@@ -302,9 +305,9 @@ def test_a_private_picture_is_not_opened_by_asking_for_its_name(house_of: Callab
 
 
 @pytest.mark.fault(144)
-def test_keys_that_draw_one_picture_at_a_time_are_not_told_so(house_of: Callable[..., House]) -> None:
+def test_keys_that_draw_one_picture_at_a_time_are_not_told_so(house_of: Callable[..., RunningApp]) -> None:
     """The effort is shared on the device; `coalesced` is for admin."""
-    squares = PaintedSquares(gate=threading.Event())
+    squares = FakeDenoiser(gate=threading.Event())
     ann, bob, root = held(house_of(squares, api_keys=KEYS), "secret-a", "secret-b", "secret-r")
     with ThreadPoolExecutor(3) as pool:
         first = pool.submit(ann.draw, seed=3)
@@ -320,7 +323,7 @@ def test_keys_that_draw_one_picture_at_a_time_are_not_told_so(house_of: Callable
 @pytest.mark.fault(145)
 @pytest.mark.parametrize("headers", [{}, ASYNC, {"prefer": "respond-async, wait=20"}], ids=["waiting", "job", "wait"])
 @pytest.mark.parametrize("path", [CREATE, "/make_image", "/v1/images/generations"])
-def test_a_repeated_key_draws_again_what_was_deleted(house: House, path: str, headers: dict[str, str]) -> None:
+def test_a_repeated_key_draws_again_what_was_deleted(house: RunningApp, path: str, headers: dict[str, str]) -> None:
     """The picture is gone: the key is as good as new, at every door and in every way to be answered."""
     one, sent = One(house, {}), {"idempotency-key": "k", **headers}
     size = {"size": "64x64"} if path.startswith("/v1") else {"width": 64, "height": 64}
@@ -351,14 +354,14 @@ class _LoadedModel:
     remarks: tuple[str, ...] = ()
 
 
-class _Telling(PaintedSquares):
+class _Telling(FakeDenoiser):
     """Painters that have a model to tell of."""
 
     loaded = (_LoadedModel(),)
 
 
 @pytest.mark.fault(146)
-def test_how_the_server_stands_is_told_to_keys_alone(house_of: Callable[..., House], tmp_path: Path) -> None:
+def test_how_the_server_stands_is_told_to_keys_alone(house_of: Callable[..., RunningApp], tmp_path: Path) -> None:
     """Without one the state alone: no folder of a model, and no sentence of what is missing."""
     house = house_of(_Telling(), api_keys=KEYS)
     for headers in ({}, {"x-api-key": "wrong"}, {"authorization": "Basic eHg6eHg="}):

@@ -11,15 +11,15 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import House
-from fakes import COLOURS, PaintedSquares, until
+from conftest import RunningApp
+from fakes import COLOURS, FakeDenoiser, until
 from PIL import Image
 
 CREATE = "/create_and_upload_image"
 ASKED = {"prompt": "a red square", "save_path": "demo/first.webp", "width": 100, "height": 70}
 
 
-def ask_by(house: House, way: str, path: str = CREATE, asked: dict[str, Any] = ASKED) -> httpx.Response:
+def ask_by(house: RunningApp, way: str, path: str = CREATE, asked: dict[str, Any] = ASKED) -> httpx.Response:
     ways: dict[str, Callable[[], httpx.Response]] = {
         "get query": lambda: house.client.get(path, params=asked),
         "post query": lambda: house.client.post(path, params=asked),
@@ -34,7 +34,7 @@ WAYS = ["get query", "post query", "post form", "post multipart", "post json"]
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_every_way_to_ask_is_answered_with_a_receipt(house: House, way: str) -> None:
+def test_every_way_to_ask_is_answered_with_a_receipt(house: RunningApp, way: str) -> None:
     """Query, form, multipart and JSON: the same receipt, and the picture has exactly the asked size."""
     answer = ask_by(house, way)
     assert answer.status_code == 200, answer.text
@@ -51,7 +51,7 @@ def test_every_way_to_ask_is_answered_with_a_receipt(house: House, way: str) -> 
     assert Image.open(io.BytesIO(picture.content)).size == (100, 70)
 
 
-def test_all_ways_lead_to_the_same_picture(house: House) -> None:
+def test_all_ways_lead_to_the_same_picture(house: RunningApp) -> None:
     """The first draws, the other four find it; the answers agree but for `cached`, `timings` and the warnings."""
     receipts = [ask_by(house, way).json() for way in WAYS]
     assert [receipt["cached"] for receipt in receipts] == [False, True, True, True, True]
@@ -61,7 +61,7 @@ def test_all_ways_lead_to_the_same_picture(house: House) -> None:
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("ending", ["webp", "png", "jpg"])
-def test_make_image_answers_the_picture_itself(house: House, way: str, ending: str) -> None:
+def test_make_image_answers_the_picture_itself(house: RunningApp, way: str, ending: str) -> None:
     """The bytes, their true type, and where they are stored."""
     answer = ask_by(house, way, "/make_image", {**ASKED, "save_path": f"demo/first.{ending}"})
     image = Image.open(io.BytesIO(answer.content))
@@ -121,7 +121,9 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
 
 @pytest.mark.parametrize("way", ["get query", "post json"])
 @pytest.mark.parametrize(("what", "change", "field"), BAD, ids=[what for what, _, _ in BAD])
-def test_bad_input_is_refused_by_name(house: House, way: str, what: str, change: dict[str, Any], field: str) -> None:
+def test_bad_input_is_refused_by_name(
+    house: RunningApp, way: str, what: str, change: dict[str, Any], field: str
+) -> None:
     """422 with a problem document that names the field; nothing is drawn and nothing stored."""
     asked = {name: value for name, value in {**ASKED, **change}.items() if value is not None}
     answer = ask_by(house, way, CREATE, asked)
@@ -162,7 +164,7 @@ def test_bad_input_is_refused_by_name(house: House, way: str, what: str, change:
         (b'{"prompt": "a", "\\ud800": 1}', 422, "?"),
     ],
 )
-def test_a_broken_body_is_refused(house: House, body: bytes, status: int, field: str | None) -> None:
+def test_a_broken_body_is_refused(house: RunningApp, body: bytes, status: int, field: str | None) -> None:
     """400 for what cannot be read, 422 for what was read and is wrong; never a 500."""
     answer = house.client.post(CREATE, content=body, headers={"content-type": "application/json"})
     assert answer.status_code == status, answer.text
@@ -171,13 +173,13 @@ def test_a_broken_body_is_refused(house: House, body: bytes, status: int, field:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_text_beyond_ascii_is_the_same_by_every_way(house: House, way: str) -> None:
+def test_text_beyond_ascii_is_the_same_by_every_way(house: RunningApp, way: str) -> None:
     """A name in UTF-8 is that name, percent-encoded or not."""
     receipt = ask_by(house, way, CREATE, {**ASKED, "prompt": "ein grüner Kreis", "save_path": "ü/猫.webp"}).json()
     assert receipt["key"] == "static/uploads/ü/猫.webp"
 
 
-def test_raw_utf8_in_a_form_is_read_as_utf8(house: House) -> None:
+def test_raw_utf8_in_a_form_is_read_as_utf8(house: RunningApp) -> None:
     """That is how curl -d sends what is typed."""
     headers = {"content-type": "application/x-www-form-urlencoded"}
     answer = house.client.post(
@@ -187,7 +189,7 @@ def test_raw_utf8_in_a_form_is_read_as_utf8(house: House) -> None:
     assert house.squares.finished[0].prompt == "grün"
 
 
-def test_bytes_that_are_no_text_are_refused(house: House) -> None:
+def test_bytes_that_are_no_text_are_refused(house: RunningApp) -> None:
     """Else two names would become one by a replacement character."""
     headers = {"content-type": "application/x-www-form-urlencoded"}
     assert house.client.get(f"{CREATE}?prompt=a&save_path=a%ff.webp").status_code == 400
@@ -197,7 +199,7 @@ def test_bytes_that_are_no_text_are_refused(house: House) -> None:
 
 @pytest.mark.fault(15)
 @pytest.mark.parametrize("count", [100, 101, 50_000])
-def test_too_many_fields_are_refused_in_few_words(house: House, count: int) -> None:
+def test_too_many_fields_are_refused_in_few_words(house: RunningApp, count: int) -> None:
     """A hundred are read and one more is not, by query, form and JSON; no long list is answered with a longer one."""
     fields = {"prompt": "a", **{f"f{n}": "" for n in range(count - 1)}}
     answers = [house.client.post(CREATE, json=fields), house.client.post(CREATE, data=fields)]
@@ -208,7 +210,7 @@ def test_too_many_fields_are_refused_in_few_words(house: House, count: int) -> N
         assert len(answer.content) < 20_000
 
 
-def test_json_may_begin_with_a_byte_order_mark_and_is_utf8(house: House) -> None:
+def test_json_may_begin_with_a_byte_order_mark_and_is_utf8(house: RunningApp) -> None:
     """Some editors write one; UTF-16 is not JSON on the wire."""
     headers = {"content-type": "application/json"}
     text = json.dumps(ASKED)
@@ -217,7 +219,7 @@ def test_json_may_begin_with_a_byte_order_mark_and_is_utf8(house: House) -> None
 
 
 @pytest.mark.fault(14)
-def test_a_body_without_a_truthful_length_is_read(house: House) -> None:
+def test_a_body_without_a_truthful_length_is_read(house: RunningApp) -> None:
     """A chunked body counts, whatever other header says there is none."""
     answer = house.client.post(
         CREATE, content=iter([json.dumps(ASKED).encode()]), headers={"content-type": "application/json"}
@@ -225,7 +227,7 @@ def test_a_body_without_a_truthful_length_is_read(house: House) -> None:
     assert answer.status_code == 200
 
 
-def test_parameters_that_have_no_effect_do_not_tell_pictures_apart(house: House) -> None:
+def test_parameters_that_have_no_effect_do_not_tell_pictures_apart(house: RunningApp) -> None:
     """PNG has no quality, -0.0 is 0.0, and a negative prompt without guidance is told to be unused."""
     keys = {house.draw(prompt="a red square", format="png", quality=quality).json()["key"] for quality in (1, 85)}
     assert len(keys) == 1
@@ -236,7 +238,7 @@ def test_parameters_that_have_no_effect_do_not_tell_pictures_apart(house: House)
     assert unused["key"] == house.draw(prompt="a red square", guidance_scale=1).json()["key"]
 
 
-def test_make_image_tells_its_warnings_in_a_header(house: House) -> None:
+def test_make_image_tells_its_warnings_in_a_header(house: RunningApp) -> None:
     """Another order's picture does not come silently."""
     asked = {"save_path": "a.webp", "width": 64, "height": 64}
     house.client.get("/make_image", params={"prompt": "a red square", **asked})
@@ -245,7 +247,7 @@ def test_make_image_tells_its_warnings_in_a_header(house: House) -> None:
 
 
 @pytest.mark.fault(15)
-def test_a_parameter_given_twice_is_refused(house: House) -> None:
+def test_a_parameter_given_twice_is_refused(house: RunningApp) -> None:
     """Which of the two was meant is not guessed, within the query or between query and body."""
     twice = house.client.get(f"{CREATE}?prompt=a&prompt=b")
     across = house.client.post(f"{CREATE}?prompt=a", data={"prompt": "b"})
@@ -253,7 +255,7 @@ def test_a_parameter_given_twice_is_refused(house: House) -> None:
 
 
 @pytest.mark.parametrize("media_type", ["text/plain", "application/xml", "image/png"])
-def test_other_bodies_are_refused(house: House, media_type: str) -> None:
+def test_other_bodies_are_refused(house: RunningApp, media_type: str) -> None:
     """415 names what is taken."""
     answer = house.client.post(CREATE, content=b"prompt", headers={"content-type": media_type})
     assert answer.status_code == 415
@@ -261,20 +263,20 @@ def test_other_bodies_are_refused(house: House, media_type: str) -> None:
 
 
 @pytest.mark.fault(18)
-def test_a_multipart_body_without_a_boundary_is_refused(house: House) -> None:
+def test_a_multipart_body_without_a_boundary_is_refused(house: RunningApp) -> None:
     """400, not a crash of the parser."""
     answer = house.client.post(CREATE, content=b"--x", headers={"content-type": "multipart/form-data"})
     assert answer.status_code == 400
 
 
-def test_a_file_where_none_is_taken_is_refused(house: House) -> None:
+def test_a_file_where_none_is_taken_is_refused(house: RunningApp) -> None:
     """Text to image takes no file; it is named and nothing is read into memory for it."""
     answer = house.client.post(CREATE, data={"prompt": "a"}, files={"image_file": ("a.png", b"png")})
     assert (answer.status_code, answer.json()["field"]) == (422, "image_file")
 
 
 @pytest.mark.fault(14)
-def test_a_body_over_the_limit_is_refused_and_one_at_the_limit_is_read(house_of: Callable[..., House]) -> None:
+def test_a_body_over_the_limit_is_refused_and_one_at_the_limit_is_read(house_of: Callable[..., RunningApp]) -> None:
     """413 one byte beyond MAX_BODY_BYTES; at it the JSON is read."""
     house = house_of(max_body_bytes=2000)
     body = json.dumps({**ASKED, "negative_prompt": ""})
@@ -289,15 +291,15 @@ def test_a_body_over_the_limit_is_refused_and_one_at_the_limit_is_read(house_of:
         assert answer.headers["content-type"] == "application/problem+json"
 
 
-def test_a_get_with_a_body_over_the_limit_is_told_so(house_of: Callable[..., House]) -> None:
+def test_a_get_with_a_body_over_the_limit_is_told_so(house_of: Callable[..., RunningApp]) -> None:
     """A body no one asked for is still counted, and its end is not taken for the client's."""
-    house = house_of(PaintedSquares(seconds_per_step=0.2), max_body_bytes=2000)
+    house = house_of(FakeDenoiser(seconds_per_step=0.2), max_body_bytes=2000)
     answer = house.client.request("GET", CREATE, params=ASKED, content=iter([b"x" * 1500] * 3))
     assert answer.status_code == 413
     assert answer.headers["content-type"] == "application/problem+json"
 
 
-def test_an_unknown_path_and_a_wrong_method_are_problems_too(house: House) -> None:
+def test_an_unknown_path_and_a_wrong_method_are_problems_too(house: RunningApp) -> None:
     """404 and 405 come in the same shape as everything else."""
     for answer, status in ((house.client.get("/nothing"), 404), (house.client.put(CREATE), 405)):
         assert answer.status_code == status
@@ -305,7 +307,7 @@ def test_an_unknown_path_and_a_wrong_method_are_problems_too(house: House) -> No
         assert answer.headers["content-type"] == "application/problem+json"
 
 
-def test_an_unexpected_error_stays_opaque(house_of: Callable[..., House]) -> None:
+def test_an_unexpected_error_stays_opaque(house_of: Callable[..., RunningApp]) -> None:
     """A fault inside drawing is a 500 with a request id and nothing of its text."""
     house = house_of()
     answer = house.draw(prompt="an unpreparable square")
@@ -316,9 +318,9 @@ def test_an_unexpected_error_stays_opaque(house_of: Callable[..., House]) -> Non
 
 
 @pytest.mark.fault(61)
-def test_a_full_queue_answers_429_with_retry_after(house_of: Callable[..., House]) -> None:
+def test_a_full_queue_answers_429_with_retry_after(house_of: Callable[..., RunningApp]) -> None:
     """One runs, one waits, the third is refused at once; both accepted ones are answered."""
-    squares = PaintedSquares(gate=threading.Event())
+    squares = FakeDenoiser(gate=threading.Event())
     assert squares.gate is not None
     house = house_of(squares, queue_limit=1, max_batch=1)
     with ThreadPoolExecutor(2) as pool:
@@ -333,9 +335,9 @@ def test_a_full_queue_answers_429_with_retry_after(house_of: Callable[..., House
         assert [running.result().status_code, waiting.result().status_code] == [200, 200]
 
 
-def test_a_deadline_is_a_504(house_of: Callable[..., House]) -> None:
+def test_a_deadline_is_a_504(house_of: Callable[..., RunningApp]) -> None:
     """`timeout` passes: 504, and the device is free for the next."""
-    squares = PaintedSquares(gate=threading.Event())
+    squares = FakeDenoiser(gate=threading.Event())
     assert squares.gate is not None
     house = house_of(squares)
     assert house.draw(prompt="slow", timeout=0.05).status_code == 504
@@ -343,7 +345,7 @@ def test_a_deadline_is_a_504(house_of: Callable[..., House]) -> None:
     assert house.draw(prompt="a red square").status_code == 200
 
 
-def test_the_caller_may_name_the_request(house: House) -> None:
+def test_the_caller_may_name_the_request(house: RunningApp) -> None:
     """A sound X-Request-ID comes back; one that is not is replaced."""
     kept = house.client.get("/healthz", headers={"X-Request-ID": "order-66.a_b"})
     replaced = house.client.get("/healthz", headers={"X-Request-ID": "bad id\t!"})
@@ -351,7 +353,7 @@ def test_the_caller_may_name_the_request(house: House) -> None:
     assert len(replaced.headers["x-request-id"]) == 32
 
 
-def test_seed_random_is_a_new_picture_each_time(house: House) -> None:
+def test_seed_random_is_a_new_picture_each_time(house: RunningApp) -> None:
     """Two answers, two seeds, two objects."""
     first, second = (house.draw(prompt="a red square", seed="random").json() for _ in range(2))
     assert first["seed"] != second["seed"]
@@ -361,7 +363,7 @@ def test_seed_random_is_a_new_picture_each_time(house: House) -> None:
 @pytest.mark.parametrize(
     "name", ["a/b.webp", "two words.webp", "a+b.webp", "a?b#c&d=e.webp", "über/猫.webp", "100%.webp"]
 )
-def test_a_named_picture_is_found_under_the_url_of_its_receipt(house: House, name: str) -> None:
+def test_a_named_picture_is_found_under_the_url_of_its_receipt(house: RunningApp, name: str) -> None:
     """Whatever is in a name, the URL leads to the picture and the key is the name as given."""
     receipt = house.draw(prompt="a red square", save_path=name).json()
     assert receipt["key"] == f"static/uploads/{name}"
@@ -372,14 +374,14 @@ def test_a_named_picture_is_found_under_the_url_of_its_receipt(house: House, nam
 
 
 @pytest.mark.fault(5)
-def test_composed_and_decomposed_names_are_one(house: House) -> None:
+def test_composed_and_decomposed_names_are_one(house: RunningApp) -> None:
     """NFC and NFD of a name lead to one object."""
     composed = house.draw(prompt="a red square", save_path="caf\u00e9.webp").json()
     decomposed = house.draw(prompt="a red square", save_path="cafe\u0301.webp").json()
     assert (composed["key"], decomposed["cached"]) == (decomposed["key"], True)
 
 
-def test_the_public_base_url_makes_the_links(house_of: Callable[..., House]) -> None:
+def test_the_public_base_url_makes_the_links(house_of: Callable[..., RunningApp]) -> None:
     """With PUBLIC_BASE_URL set, the path is under it, for new and for cached answers alike."""
     house = house_of(public_base_url="https://pictures.example")
     paths = [house.draw(prompt="a red square", save_path="a.webp").json()["path"] for _ in range(2)]
@@ -387,7 +389,7 @@ def test_the_public_base_url_makes_the_links(house_of: Callable[..., House]) -> 
 
 
 @pytest.mark.fault(64)
-def test_cross_talk_is_impossible(house: House) -> None:
+def test_cross_talk_is_impossible(house: RunningApp) -> None:
     """Five hundred different orders, a dozen at once: each picture has its own colour and its own seed's shade."""
     colours = ["red", "green", "blue", "yellow", "white", "black"]
 
@@ -402,7 +404,7 @@ def test_cross_talk_is_impossible(house: House) -> None:
         assert all(pool.map(check, range(500)))
 
 
-def test_the_docs_name_every_parameter_and_its_bounds(house: House) -> None:
+def test_the_docs_name_every_parameter_and_its_bounds(house: RunningApp) -> None:
     """/openapi.json is what a client generator reads: parameters, bounds, and both methods."""
     openapi = house.client.get("/openapi.json").json()
     operations = openapi["paths"][CREATE]

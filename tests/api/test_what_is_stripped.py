@@ -6,8 +6,8 @@ import io
 from collections.abc import Callable
 
 import pytest
-from conftest import House
-from fakes import Retouchers, disc, file_of
+from conftest import RunningApp
+from fakes import FakeImageDenoiser, disc, file_of
 from hostile_pictures import SECRET, exif_of_a_place, gif_of_frames, jpeg_with_profile, polyglots
 from PIL import Image
 
@@ -20,11 +20,11 @@ GPS = 0x8825
 @pytest.mark.fault(22, 28)
 @pytest.mark.parametrize("kind", ["webp", "png", "jpeg"])
 @pytest.mark.parametrize("brought", BROUGHT)
-def test_only_pixels_are_stored(house_of: Callable[..., House], brought: str, kind: str) -> None:
+def test_only_pixels_are_stored(house_of: Callable[..., RunningApp], brought: str, kind: str) -> None:
     """No place, no name, no profile and no second file, in any format, even where the picture hardly changes."""
     assert SECRET in PHOTOGRAPH
     assert Image.open(io.BytesIO(PHOTOGRAPH)).getexif().get_ifd(GPS)
-    house = house_of(Retouchers())
+    house = house_of(FakeImageDenoiser())
     asked = {"prompt": "a red square", "strength": "0.3", "save_path": f"out.{kind}"}
     answer = house.client.post(STYLE, data=asked, files={"image_file": ("photo.jpg", BROUGHT[brought])})
     assert answer.status_code == 200, answer.text
@@ -37,10 +37,10 @@ def test_only_pixels_are_stored(house_of: Callable[..., House], brought: str, ki
 
 
 @pytest.mark.fault(31)
-def test_more_kinds_are_taken_where_a_setting_names_them(house_of: Callable[..., House]) -> None:
+def test_more_kinds_are_taken_where_a_setting_names_them(house_of: Callable[..., RunningApp]) -> None:
     """GIF and AVIF by EXTRA_IMAGE_FORMATS; without it they are 415."""
     for changes, status in (({}, 415), ({"extra_image_formats": "gif,avif"}, 200)):
-        house = house_of(Retouchers(), **changes)
+        house = house_of(FakeImageDenoiser(), **changes)
         for data in (gif_of_frames(2), file_of(disc(), "AVIF")):
             files = {"image_file": ("odd", data)}
             asked = {"prompt": "a red square", "overwrite": "1"}

@@ -7,9 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes import PaintedSquares, settings_in, until
+from fakes import FakeDenoiser, settings_in, until
 from fastapi.testclient import TestClient
-from storage_servers import KEYS, Rascal, Said, StorageServer, free_port, make_gcs_bucket, make_s3_bucket, refused
+from storage_servers import (
+    KEYS,
+    MisbehavingStore,
+    Said,
+    StorageServer,
+    free_port,
+    make_gcs_bucket,
+    make_s3_bucket,
+    refused,
+)
 
 from stable_diffusion_server.app import create_app
 
@@ -45,7 +54,7 @@ def server_of(tmp_path: Path) -> Iterator[MakeServer]:
 
     def start(**changes: Any) -> TestClient:
         settings = settings_in(tmp_path, storage_timeout=2.0, **changes)
-        app = create_app(settings, load=lambda settings: PaintedSquares())
+        app = create_app(settings, load=lambda settings: FakeDenoiser())
         running.append(TestClient(app, base_url="http://127.0.0.1", client=("127.0.0.1", 5)).__enter__())
         return running[-1]
 
@@ -59,7 +68,7 @@ def s3_settings(url: str, name: str) -> dict[str, Any]:
     return {"storage_provider": "r2", "bucket_name": name, "r2_endpoint_url": url, **keys}
 
 
-def starts_and_recovers(client: TestClient, rascal: Rascal) -> None:
+def starts_and_recovers(client: TestClient, rascal: MisbehavingStore) -> None:
     """Alive; not ready with one sentence and no trace of a program; its pictures wait, and arrive when all is well."""
     until(lambda: client.get("/readyz").json()["missing"] not in ([], ["The models are loading."]), 60)
     assert client.get("/healthz").status_code == 200
@@ -77,7 +86,10 @@ def starts_and_recovers(client: TestClient, rascal: Rascal) -> None:
 @pytest.mark.fault(136)
 @pytest.mark.parametrize("kind", BROKEN)
 def test_a_server_starts_while_its_s3_bucket_is_broken(
-    server_of: MakeServer, s3_server: StorageServer, rascal_before: Callable[[StorageServer], Rascal], kind: str
+    server_of: MakeServer,
+    s3_server: StorageServer,
+    rascal_before: Callable[[StorageServer], MisbehavingStore],
+    kind: str,
 ) -> None:
     """In fifteen ways; the recovery needs nobody."""
     rascal = rascal_before(s3_server)
@@ -90,7 +102,7 @@ def test_a_server_starts_while_its_s3_bucket_is_broken(
 def test_a_server_starts_while_its_google_bucket_is_broken(
     server_of: MakeServer,
     gcs_server: StorageServer,
-    rascal_before: Callable[[StorageServer], Rascal],
+    rascal_before: Callable[[StorageServer], MisbehavingStore],
     monkeypatch: pytest.MonkeyPatch,
     kind: str,
 ) -> None:

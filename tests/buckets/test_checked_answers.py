@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
-from conftest import House
+from conftest import RunningApp
 from fakes import until
 from storage_servers import (
     KEYS,
-    Rascal,
+    MisbehavingStore,
     Said,
     StorageServer,
     gcs_options,
@@ -32,19 +32,21 @@ ETAG_X = Said(200, b"", {"ETag": '"x"'})
 
 
 @pytest.fixture
-def behind(s3_server: StorageServer, rascal_before: Callable[[StorageServer], Rascal]) -> tuple[str, Rascal]:
+def behind(
+    s3_server: StorageServer, rascal_before: Callable[[StorageServer], MisbehavingStore]
+) -> tuple[str, MisbehavingStore]:
     """A new bucket's name, and the go-between that leads to it."""
     return make_s3_bucket(s3_server), rascal_before(s3_server)
 
 
 @pytest.fixture
-def bucket(behind: tuple[str, Rascal]) -> Bucket:
+def bucket(behind: tuple[str, MisbehavingStore]) -> Bucket:
     """The bucket, opened."""
     return opened(r2_options(behind[1].url, behind[0], storage_timeout=20.0))
 
 
 @pytest.fixture
-def house(house_of: Callable[..., House], behind: tuple[str, Rascal]) -> House:
+def house(house_of: Callable[..., RunningApp], behind: tuple[str, MisbehavingStore]) -> RunningApp:
     """A server whose pictures go there, and which asks the bucket each time."""
     keys = {key: value.get_secret_value() for key, value in KEYS.items()}
     where = {"bucket_name": behind[0], "r2_endpoint_url": behind[1].url}
@@ -70,7 +72,7 @@ def answering(said: str | Said, *methods: str) -> Callable[[str, str, Mapping[st
     ],
 )
 def test_a_write_that_is_only_said_to_be_done_is_spooled_and_brought_later(
-    house: House, behind: tuple[str, Rascal], s3_server: StorageServer, said: Said, methods: list[str]
+    house: RunningApp, behind: tuple[str, MisbehavingStore], s3_server: StorageServer, said: Said, methods: list[str]
 ) -> None:
     """The receipt says that the picture is not stored; it is in the bucket soon after the storage tells the truth."""
     behind[1].rule = answering(said, *methods)
@@ -84,7 +86,9 @@ def test_a_write_that_is_only_said_to_be_done_is_spooled_and_brought_later(
 
 
 @pytest.mark.fault(134)
-def test_a_big_object_whose_parts_are_swallowed_is_not_believed(bucket: Bucket, behind: tuple[str, Rascal]) -> None:
+def test_a_big_object_whose_parts_are_swallowed_is_not_believed(
+    bucket: Bucket, behind: tuple[str, MisbehavingStore]
+) -> None:
     """Sent in parts: an answer without an id, to a part without an ETag, and a last one of something else."""
     data = b"d" * (17 * 2**20)
     for said, query in ((NOTHING, "uploads"), (NOTHING, "partNumber=1"), (HTML, "uploadId")):
@@ -99,7 +103,9 @@ def test_a_big_object_whose_parts_are_swallowed_is_not_believed(bucket: Bucket, 
 
 
 @pytest.mark.fault(134)
-def test_a_store_whose_etags_are_no_md5_is_looked_at_and_believed(bucket: Bucket, behind: tuple[str, Rascal]) -> None:
+def test_a_store_whose_etags_are_no_md5_is_looked_at_and_believed(
+    bucket: Bucket, behind: tuple[str, MisbehavingStore]
+) -> None:
     """As with SSE-KMS: the write is proved by a look at size and writer, and its object is found and read."""
 
     def rule(method: str, path: str, headers: Mapping[str, str]) -> str | Said:
@@ -115,7 +121,7 @@ def test_a_store_whose_etags_are_no_md5_is_looked_at_and_believed(bucket: Bucket
 @pytest.mark.fault(135)
 @pytest.mark.parametrize("said", [NOTHING, HTML, PORTAL, Said(200, b"", {"ETag": ""}), "noise", "close"])
 def test_an_answer_to_a_look_that_tells_nothing_is_of_the_storage(
-    bucket: Bucket, behind: tuple[str, Rascal], said: str | Said
+    bucket: Bucket, behind: tuple[str, MisbehavingStore], said: str | Said
 ) -> None:
     """Without an ETag or a length, or no HTTP at all: one sentence, and never an object that is not there."""
     bucket.create("k.webp", b"data", "image/webp", {})
@@ -131,7 +137,7 @@ def test_an_answer_to_a_look_that_tells_nothing_is_of_the_storage(
 @pytest.mark.fault(135)
 @pytest.mark.parametrize("said", [NOTHING, HTML, "reset", "noise", "close"])
 def test_an_answer_to_a_read_that_is_no_object_is_of_the_storage(
-    bucket: Bucket, behind: tuple[str, Rascal], said: str | Said
+    bucket: Bucket, behind: tuple[str, MisbehavingStore], said: str | Said
 ) -> None:
     """No bytes, a page, half of it: an error, and neither an empty picture nor half a one."""
     bucket.create("k", b"data" * 100, "image/webp", {})
@@ -143,7 +149,9 @@ def test_an_answer_to_a_read_that_is_no_object_is_of_the_storage(
 
 
 @pytest.mark.fault(135)
-def test_a_store_that_knows_no_ranges_gives_the_part_all_the_same(bucket: Bucket, behind: tuple[str, Rascal]) -> None:
+def test_a_store_that_knows_no_ranges_gives_the_part_all_the_same(
+    bucket: Bucket, behind: tuple[str, MisbehavingStore]
+) -> None:
     """The whole object with status 200: the part asked for is cut out here."""
     bucket.create("k", b"0123456789", "image/webp", {})
     behind[1].drops.add("Range")
@@ -159,7 +167,7 @@ def replaced(server: StorageServer, name: str, key: str, body: bytes, **more: An
     "garbage", ["html", "zeros of the length", "empty", "cut", "half a picture", "of another type"]
 )
 def test_garbage_in_the_bucket_is_drawn_anew(
-    house: House, behind: tuple[str, Rascal], s3_server: StorageServer, garbage: str
+    house: RunningApp, behind: tuple[str, MisbehavingStore], s3_server: StorageServer, garbage: str
 ) -> None:
     """Replaced behind the server's back, with the object's own metadata or without: whoever asks gets a picture."""
     key = house.draw(prompt="a red square", save_path="a.webp").json()["key"]
@@ -186,7 +194,7 @@ def test_garbage_in_the_bucket_is_drawn_anew(
 
 @pytest.mark.fault(135)
 def test_what_someone_else_put_there_is_never_drawn_over(
-    house: House, behind: tuple[str, Rascal], s3_server: StorageServer
+    house: RunningApp, behind: tuple[str, MisbehavingStore], s3_server: StorageServer
 ) -> None:
     """A picture of any kind, and a file that claims to be none: found, told as another order's, and left as it is."""
     house.draw(prompt="a red square", save_path="a.webp")
@@ -202,7 +210,9 @@ def test_what_someone_else_put_there_is_never_drawn_over(
 
 @pytest.mark.fault(135)
 @pytest.mark.parametrize("said", [NOTHING, PORTAL, "reset", "close"])
-def test_a_read_that_fails_is_no_empty_picture(house: House, behind: tuple[str, Rascal], said: str | Said) -> None:
+def test_a_read_that_fails_is_no_empty_picture(
+    house: RunningApp, behind: tuple[str, MisbehavingStore], said: str | Said
+) -> None:
     """/make_image of a stored picture while GET is answered with something else: an error, and then the picture."""
     asked = {"prompt": "a red square", "save_path": "a.webp", "width": 64, "height": 64}
     picture = house.client.post("/make_image", json=asked).content
@@ -216,8 +226,10 @@ def test_a_read_that_fails_is_no_empty_picture(house: House, behind: tuple[str, 
 
 @pytest.fixture
 def google(
-    gcs_server: StorageServer, rascal_before: Callable[[StorageServer], Rascal], monkeypatch: pytest.MonkeyPatch
-) -> tuple[Bucket, Rascal, str]:
+    gcs_server: StorageServer,
+    rascal_before: Callable[[StorageServer], MisbehavingStore],
+    monkeypatch: pytest.MonkeyPatch,
+) -> tuple[Bucket, MisbehavingStore, str]:
     """An open bucket at the emulator behind a go-between, and the bucket's name."""
     rascal = rascal_before(gcs_server)
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", rascal.url)
@@ -232,7 +244,7 @@ JSON = {"Content-Type": "application/json"}
 @pytest.mark.parametrize(
     "said", [NOTHING, HTML, Said(200, b"{}", JSON), Said(200, b"[]", JSON), Said(200, b'{"a', JSON)]
 )
-def test_googles_answers_are_checked_too(google: tuple[Bucket, Rascal, str], said: Said) -> None:
+def test_googles_answers_are_checked_too(google: tuple[Bucket, MisbehavingStore, str], said: Said) -> None:
     """Writing, looking and reading: one sentence each for a page, nothing, and JSON of something else."""
     bucket, rascal, _ = google
     bucket.create("k", b"data", "image/webp", {})
@@ -251,7 +263,7 @@ def test_googles_answers_are_checked_too(google: tuple[Bucket, Rascal, str], sai
 
 
 @pytest.mark.fault(134)
-def test_googles_word_for_a_write_is_compared_with_what_is_there(google: tuple[Bucket, Rascal, str]) -> None:
+def test_googles_word_for_a_write_is_compared_with_what_is_there(google: tuple[Bucket, MisbehavingStore, str]) -> None:
     """JSON that looks right and is of another object: not believed."""
     bucket, rascal, _ = google
     facts = b'{"name": "k", "bucket": "b", "size": "4", "generation": "1", "md5Hash": "AAAA", "etag": "e"}'
@@ -262,7 +274,7 @@ def test_googles_word_for_a_write_is_compared_with_what_is_there(google: tuple[B
 
 @pytest.mark.fault(135)
 @pytest.mark.parametrize("garbage", [b"\0" * 8, b"<html>not a picture</html>", b""])
-def test_garbage_at_google_counts_as_absent(google: tuple[Bucket, Rascal, str], garbage: bytes) -> None:
+def test_garbage_at_google_counts_as_absent(google: tuple[Bucket, MisbehavingStore, str], garbage: bytes) -> None:
     """Of the same length with the metadata that was written, or of any length without."""
     bucket, _, _ = google
     bucket.create("k.webp", b"8 bytes!", "image/webp", {"bytes": "8"})
@@ -292,7 +304,7 @@ def test_garbage_at_google_counts_as_absent(google: tuple[Bucket, Rascal, str], 
     ],
 )
 def test_facts_of_google_that_are_none_are_of_the_storage(
-    google: tuple[Bucket, Rascal, str], fact: dict[str, Any]
+    google: tuple[Bucket, MisbehavingStore, str], fact: dict[str, Any]
 ) -> None:
     """An answer to a write with the right sum whose other facts no receipt and no header can hold: not believed."""
     bucket, rascal, _ = google

@@ -13,7 +13,7 @@ import httpx
 import pytest
 from storage_servers import (
     KEYS,
-    Rascal,
+    MisbehavingStore,
     StorageServer,
     conditions_on_the_wire,
     gcs_options,
@@ -39,7 +39,7 @@ def options_of(
 ) -> Callable[..., StorageOptions]:
     """Options for a fresh bucket of a kind, reached directly or by a go-between."""
 
-    def make(kind: str, rascal: Rascal | None = None, **changes: object) -> StorageOptions:
+    def make(kind: str, rascal: MisbehavingStore | None = None, **changes: object) -> StorageOptions:
         if kind == "gcs":
             monkeypatch.setenv("STORAGE_EMULATOR_HOST", rascal.url if rascal else gcs_server.url)
             return gcs_options(make_gcs_bucket(gcs_server), **changes)
@@ -278,7 +278,7 @@ def test_google_is_asked_for_generation_zero(
 def test_no_acl_is_sent_unless_asked_for(
     options_of: Callable[..., StorageOptions],
     s3_server: StorageServer,
-    rascal_before: Callable[[StorageServer], Rascal],
+    rascal_before: Callable[[StorageServer], MisbehavingStore],
 ) -> None:
     """R2 knows none and many buckets refuse them; who wants one names it."""
     rascal = rascal_before(s3_server)
@@ -292,10 +292,10 @@ def test_no_acl_is_sent_unless_asked_for(
 def troubled(
     request: pytest.FixtureRequest,
     options_of: Callable[..., StorageOptions],
-    rascal_before: Callable[[StorageServer], Rascal],
+    rascal_before: Callable[[StorageServer], MisbehavingStore],
     s3_server: StorageServer,
     gcs_server: StorageServer,
-) -> tuple[Bucket, Rascal]:
+) -> tuple[Bucket, MisbehavingStore]:
     """An open bucket behind a go-between that can misbehave."""
     rascal = rascal_before(gcs_server if request.param == "gcs" else s3_server)
     return opened(options_of(request.param, rascal, storage_timeout=1.0)), rascal
@@ -303,7 +303,7 @@ def troubled(
 
 @pytest.mark.fault(40, 43)
 @pytest.mark.parametrize("word", ["slow-down", "reset", "lose-answer"])
-def test_one_mishap_is_mended_without_being_noticed(troubled: tuple[Bucket, Rascal], word: str) -> None:
+def test_one_mishap_is_mended_without_being_noticed(troubled: tuple[Bucket, MisbehavingStore], word: str) -> None:
     """Throttled, broken off half way, or the answer lost: tried again, and the writer still knows that it won."""
     bucket, rascal = troubled
     rascal.mischief.append(word)
@@ -314,7 +314,7 @@ def test_one_mishap_is_mended_without_being_noticed(troubled: tuple[Bucket, Rasc
 
 @pytest.mark.fault(40, 44)
 @pytest.mark.parametrize("word", ["slow-down", "lose-answer", "slow"])
-def test_lasting_trouble_is_told_as_storage_unavailable(troubled: tuple[Bucket, Rascal], word: str) -> None:
+def test_lasting_trouble_is_told_as_storage_unavailable(troubled: tuple[Bucket, MisbehavingStore], word: str) -> None:
     """No endless tries and no foreign error: 503 in one sentence, and the next good request succeeds."""
     bucket, rascal = troubled
     rascal.mischief.extend([word] * 50)
@@ -349,7 +349,7 @@ def test_a_storage_that_is_not_there_is_told(
 def test_a_store_that_ignores_conditions_is_found_out_and_used_honestly(
     options_of: Callable[..., StorageOptions],
     s3_server: StorageServer,
-    rascal_before: Callable[[StorageServer], Rascal],
+    rascal_before: Callable[[StorageServer], MisbehavingStore],
 ) -> None:
     """Conditions that never arrive: seen at open, and creating looks before it writes."""
     rascal = rascal_before(s3_server)

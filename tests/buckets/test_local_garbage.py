@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from conftest import House
+from conftest import RunningApp
 
 from stable_diffusion_server.storage.local import LocalBucket
 
@@ -26,7 +26,7 @@ GARBAGE: dict[str, Callable[[bytes], bytes]] = {
 @pytest.mark.parametrize("recorded", [True, False], ids=["with its record", "without a record"])
 @pytest.mark.parametrize("garbage", GARBAGE)
 def test_garbage_in_the_folder_counts_as_absent_and_is_drawn_anew(
-    house_of: Callable[..., House], garbage: str, recorded: bool
+    house_of: Callable[..., RunningApp], garbage: str, recorded: bool
 ) -> None:
     """Whether its record is still there or not: 404 for who asks for it, a whole picture for who draws it."""
     house = house_of()
@@ -47,7 +47,7 @@ def test_garbage_in_the_folder_counts_as_absent_and_is_drawn_anew(
 
 @pytest.mark.fault(194)
 @pytest.mark.parametrize("name", ["notes.txt", "model.bin", "page.html"])
-def test_what_claims_to_be_no_picture_is_let_be(house: House, name: str) -> None:
+def test_what_claims_to_be_no_picture_is_let_be(house: RunningApp, name: str) -> None:
     """Files of other kinds that someone put there are theirs."""
     root = house.folder / "bucket"
     (root / "objects" / name).write_bytes(b"something else")

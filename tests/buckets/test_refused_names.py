@@ -9,11 +9,11 @@ from typing import Any
 from urllib.parse import unquote
 
 import pytest
-from conftest import House
+from conftest import RunningApp
 from fakes import until
 from storage_servers import (
     KEYS,
-    Rascal,
+    MisbehavingStore,
     Said,
     StorageServer,
     make_gcs_bucket,
@@ -72,18 +72,20 @@ ALL = {**FOR_GOOD, **FOR_NOW}
 
 
 @pytest.fixture
-def behind(s3_server: StorageServer, rascal_before: Callable[[StorageServer], Rascal]) -> tuple[str, Rascal]:
+def behind(
+    s3_server: StorageServer, rascal_before: Callable[[StorageServer], MisbehavingStore]
+) -> tuple[str, MisbehavingStore]:
     """A new bucket's name, and the go-between that leads to it."""
     return make_s3_bucket(s3_server), rascal_before(s3_server)
 
 
 @pytest.fixture
-def house(house_of: Callable[..., House], behind: tuple[str, Rascal]) -> House:
+def house(house_of: Callable[..., RunningApp], behind: tuple[str, MisbehavingStore]) -> RunningApp:
     """A server whose pictures go there."""
     return house_of(**settings_of(behind))
 
 
-def settings_of(behind: tuple[str, Rascal]) -> dict[str, Any]:
+def settings_of(behind: tuple[str, MisbehavingStore]) -> dict[str, Any]:
     keys = {key: value.get_secret_value() for key, value in KEYS.items()}
     where = {"bucket_name": behind[0], "r2_endpoint_url": behind[1].url}
     return {"storage_provider": "r2", "storage_timeout": 15.0, "rate_limit": "", **where, **keys}
@@ -94,14 +96,14 @@ def keys_in(server: StorageServer, name: str) -> set[str]:
     return {item["Key"].removeprefix("static/uploads/") for item in listed} - {".stable-diffusion-server"}
 
 
-def letters(house: House) -> list[str]:
+def letters(house: RunningApp) -> list[str]:
     return [letter.key for letter in DeadLetters(house.folder / "data" / "dead-letters", 10**9).listed()]
 
 
 @pytest.mark.fault(132)
 @pytest.mark.parametrize("kind", FOR_GOOD)
 def test_a_refused_name_is_told_to_its_caller_and_to_nobody_else(
-    house: House, behind: tuple[str, Rascal], s3_server: StorageServer, kind: str
+    house: RunningApp, behind: tuple[str, MisbehavingStore], s3_server: StorageServer, kind: str
 ) -> None:
     """422 that names save_path; the next picture is stored at once, and nothing waits or is down."""
     behind[1].rule, name = FOR_GOOD[kind]
@@ -119,7 +121,7 @@ def test_a_refused_name_is_told_to_its_caller_and_to_nobody_else(
 @pytest.mark.fault(133)
 @pytest.mark.parametrize("kind", ALL)
 def test_a_poisoned_object_holds_up_nothing_that_is_spooled_behind_it(
-    house: House, behind: tuple[str, Rascal], s3_server: StorageServer, kind: str
+    house: RunningApp, behind: tuple[str, MisbehavingStore], s3_server: StorageServer, kind: str
 ) -> None:
     """An outage spools it first and six others after it; then it alone is refused: the others arrive, it is kept."""
     rascal = behind[1]
@@ -143,14 +145,14 @@ def test_a_poisoned_object_holds_up_nothing_that_is_spooled_behind_it(
     rascal.release.set()
     if kind in FOR_GOOD:
         with suppress(SystemExit):
-            commands.tend_dead_letters(house.folder / "data", "retry", ["all"])
+            commands.manage_dead_letters(house.folder / "data", "retry", ["all"])
     until(lambda: name in keys_in(s3_server, behind[0]), 60)
     until(lambda: (house.metric("sds_spool_pictures"), house.metric("sds_dead_letters")) == (0, 0))
 
 
 @pytest.mark.fault(133)
 def test_what_no_try_brings_is_set_aside_in_the_end(
-    house: House, behind: tuple[str, Rascal], monkeypatch: pytest.MonkeyPatch
+    house: RunningApp, behind: tuple[str, MisbehavingStore], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After as many tries as the limit says, here two, with the storage's own words."""
     monkeypatch.setattr("stable_diffusion_server.storage.spool_uploader._MOST_TRIES", 2)
@@ -164,7 +166,7 @@ def test_what_no_try_brings_is_set_aside_in_the_end(
 @pytest.mark.fault(132)
 @pytest.mark.parametrize(("code", "status"), [("AccessDenied", 403), ("ExpiredToken", 400), ("InvalidRequest", 400)])
 def test_a_refusal_of_every_name_is_of_the_storage(
-    house: House, behind: tuple[str, Rascal], s3_server: StorageServer, code: str, status: int
+    house: RunningApp, behind: tuple[str, MisbehavingStore], s3_server: StorageServer, code: str, status: int
 ) -> None:
     """Denied or expired for everything: the pictures wait, nobody is told that his name is bad, none is set aside."""
     behind[1].rule = lambda method, path, headers: refused(code, status) if method == "PUT" else ""
@@ -177,7 +179,9 @@ def test_a_refusal_of_every_name_is_of_the_storage(
 
 
 @pytest.mark.fault(132)
-def test_a_name_made_here_that_is_refused_is_not_its_callers_fault(house: House, behind: tuple[str, Rascal]) -> None:
+def test_a_name_made_here_that_is_refused_is_not_its_callers_fault(
+    house: RunningApp, behind: tuple[str, MisbehavingStore]
+) -> None:
     """No parameter is named, since none would mend it: 502, and the next named picture is stored."""
     behind[1].rule = lambda method, path, headers: (
         refused("InvalidArgument", 400) if re.search(r"/[0-9a-f]{16,}[^/]*$", path) and method == "PUT" else ""
@@ -189,7 +193,7 @@ def test_a_name_made_here_that_is_refused_is_not_its_callers_fault(house: House,
 
 @pytest.mark.fault(132)
 def test_who_may_not_list_is_told_403_of_what_is_absent_and_draws(
-    house: House, behind: tuple[str, Rascal], s3_server: StorageServer
+    house: RunningApp, behind: tuple[str, MisbehavingStore], s3_server: StorageServer
 ) -> None:
     """AWS answers so without s3:ListBucket: that is no refusal, and the picture is stored under its name."""
     there = keys_in(s3_server, behind[0])
@@ -204,7 +208,7 @@ def test_who_may_not_list_is_told_403_of_what_is_absent_and_draws(
 
 
 @pytest.mark.fault(132)
-def test_what_is_refused_of_every_object_alike_is_found_at_the_start(behind: tuple[str, Rascal]) -> None:
+def test_what_is_refused_of_every_object_alike_is_found_at_the_start(behind: tuple[str, MisbehavingStore]) -> None:
     """A bucket without ACLs and BUCKET_ACL set: the probe is written as pictures are, and refused as they would be."""
     behind[1].rule = lambda method, path, headers: (
         refused("AccessControlListNotSupported", 400) if "x-amz-acl" in {name.lower() for name in headers} else ""
@@ -214,7 +218,7 @@ def test_what_is_refused_of_every_object_alike_is_found_at_the_start(behind: tup
 
 
 @pytest.mark.fault(132)
-def test_rights_without_those_to_delete_are_no_outage(house: House, behind: tuple[str, Rascal]) -> None:
+def test_rights_without_those_to_delete_are_no_outage(house: RunningApp, behind: tuple[str, MisbehavingStore]) -> None:
     """The deletion is refused to who asked for it; what is drawn then is stored at once."""
     key = house.draw(prompt="a red square", save_path="a.webp").json()["key"]
     before = house.metric("sds_storage_failures_total")
@@ -227,9 +231,9 @@ def test_rights_without_those_to_delete_are_no_outage(house: House, behind: tupl
 @pytest.mark.fault(132)
 @pytest.mark.parametrize(("status", "methods"), [(400, "POST GET"), (403, "POST"), (413, "POST"), (412, "POST")])
 def test_googles_refusals_of_one_name_stay_with_it(
-    house_of: Callable[..., House],
+    house_of: Callable[..., RunningApp],
     gcs_server: StorageServer,
-    rascal_before: Callable[[StorageServer], Rascal],
+    rascal_before: Callable[[StorageServer], MisbehavingStore],
     monkeypatch: pytest.MonkeyPatch,
     status: int,
     methods: str,
@@ -247,7 +251,7 @@ def test_googles_refusals_of_one_name_stay_with_it(
 
 
 @pytest.mark.fault(132)
-def test_the_bucket_says_whose_refusal_it_is(behind: tuple[str, Rascal]) -> None:
+def test_the_bucket_says_whose_refusal_it_is(behind: tuple[str, MisbehavingStore]) -> None:
     """By class: of the name, of this object, of the storage."""
     bucket = opened(r2_options(behind[1].url, behind[0]))
     behind[1].rule = denied_folder

@@ -7,29 +7,31 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from conftest import House
+from conftest import RunningApp
 from fakes import until
-from storage_servers import KEYS, Rascal, StorageServer, make_s3_bucket, opened, r2_options, s3_client
+from storage_servers import KEYS, MisbehavingStore, StorageServer, make_s3_bucket, opened, r2_options, s3_client
 
 from stable_diffusion_server.errors import StorageUnavailable
 from stable_diffusion_server.storage.api import Bucket
 
 
 @pytest.fixture
-def behind(s3_server: StorageServer, rascal_before: Callable[[StorageServer], Rascal]) -> tuple[str, Rascal]:
+def behind(
+    s3_server: StorageServer, rascal_before: Callable[[StorageServer], MisbehavingStore]
+) -> tuple[str, MisbehavingStore]:
     """A new bucket's name, and the go-between that leads to it."""
     return make_s3_bucket(s3_server), rascal_before(s3_server)
 
 
 @pytest.fixture
-def bucket(behind: tuple[str, Rascal]) -> Bucket:
+def bucket(behind: tuple[str, MisbehavingStore]) -> Bucket:
     """The bucket, opened."""
     name, rascal = behind
     return opened(r2_options(rascal.url, name))
 
 
 @pytest.fixture
-def house(house_of: Callable[..., House], behind: tuple[str, Rascal]) -> House:
+def house(house_of: Callable[..., RunningApp], behind: tuple[str, MisbehavingStore]) -> RunningApp:
     """A server whose pictures go there."""
     name, rascal = behind
     keys = {key: value.get_secret_value() for key, value in KEYS.items()}
@@ -44,7 +46,9 @@ def keys_in(server: StorageServer, name: str) -> set[str]:
 
 @pytest.mark.fault(42)
 @pytest.mark.parametrize("times", [1, 2, 3])
-def test_a_conflict_passes_and_the_writer_wins(bucket: Bucket, behind: tuple[str, Rascal], times: int) -> None:
+def test_a_conflict_passes_and_the_writer_wins(
+    bucket: Bucket, behind: tuple[str, MisbehavingStore], times: int
+) -> None:
     """409 means that another writer is at it right now: looked again, tried again, and stored once."""
     rascal = behind[1]
     rascal.only, before = {"PUT"}, len(rascal.requests)
@@ -57,7 +61,9 @@ def test_a_conflict_passes_and_the_writer_wins(bucket: Bucket, behind: tuple[str
 
 
 @pytest.mark.fault(42)
-def test_a_conflict_that_another_writer_won_gives_what_is_stored(bucket: Bucket, behind: tuple[str, Rascal]) -> None:
+def test_a_conflict_that_another_writer_won_gives_what_is_stored(
+    bucket: Bucket, behind: tuple[str, MisbehavingStore]
+) -> None:
     """The loser is told the winner's object."""
     first, _ = bucket.create("k", b"first", "image/webp", {})
     rascal = behind[1]
@@ -69,7 +75,7 @@ def test_a_conflict_that_another_writer_won_gives_what_is_stored(bucket: Bucket,
 @pytest.mark.fault(46, 49)
 @pytest.mark.parametrize(("word", "sentence"), [("expired", "credentials"), ("skewed", "clock"), ("broken", "error")])
 def test_a_refusal_is_told_in_one_sentence_and_passes(
-    bucket: Bucket, behind: tuple[str, Rascal], word: str, sentence: str
+    bucket: Bucket, behind: tuple[str, MisbehavingStore], word: str, sentence: str
 ) -> None:
     """503 with the cause and no key; the same client goes on when the storage takes it again."""
     rascal = behind[1]
@@ -91,7 +97,7 @@ def test_a_refusal_is_told_in_one_sentence_and_passes(
 @pytest.mark.fault(46, 49)
 @pytest.mark.parametrize("word", ["expired", "skewed"])
 def test_while_writes_are_refused_no_picture_is_lost(
-    house: House, behind: tuple[str, Rascal], s3_server: StorageServer, word: str
+    house: RunningApp, behind: tuple[str, MisbehavingStore], s3_server: StorageServer, word: str
 ) -> None:
     """Drawn, answered, kept on the disk; in the bucket once the storage takes writes again."""
     name, rascal = behind
@@ -107,7 +113,7 @@ def test_while_writes_are_refused_no_picture_is_lost(
 
 @pytest.mark.fault(48)
 def test_a_slow_storage_does_not_hold_the_device(
-    house: House, behind: tuple[str, Rascal], s3_server: StorageServer
+    house: RunningApp, behind: tuple[str, MisbehavingStore], s3_server: StorageServer
 ) -> None:
     """While one picture is on its way to a storage that does not answer, the next ones are drawn, and all arrive."""
     name, rascal = behind

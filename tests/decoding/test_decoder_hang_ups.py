@@ -17,7 +17,7 @@ from fakes import file_of
 from test_pool import children
 
 from stable_diffusion_server.errors import InvalidInput, NotReady
-from stable_diffusion_server.imaging.sandbox.pool import Decoder
+from stable_diffusion_server.imaging.sandbox.pool import DecoderPool
 
 HANG_UPS = 1000
 SIDE = 600
@@ -89,7 +89,7 @@ async def settled(condition: Callable[[], bool]) -> bool:
     return False
 
 
-async def hang_up(decoder: Decoder, deed: bytes, size: int, after: float | None) -> str:
+async def hang_up(decoder: DecoderPool, deed: bytes, size: int, after: float | None) -> str:
     """Ask for a picture and leave after so many seconds (`None`: stay); what became of it."""
     decoding = asyncio.create_task(decoder.decode(deed.ljust(size, b"."), "image_file"))
     if after is not None:
@@ -108,7 +108,7 @@ async def hang_up(decoder: Decoder, deed: bytes, size: int, after: float | None)
 async def test_after_a_thousand_hang_ups_at_random_moments_every_place_is_free(scripted: str) -> None:
     """Left while writing, before the answer, amid the pixels; timed out; crashed: no place, process or file is lost."""
     chance = random.Random(21)  # noqa: S311  # the same moments in each run
-    decoder = Decoder(**LIMITS, processes=4, seconds=2, program=scripted)
+    decoder = DecoderPool(**LIMITS, processes=4, seconds=2, program=scripted)
     before, became, gate = open_files(), Counter[str](), asyncio.Semaphore(12)
 
     async def one(number: int) -> None:
@@ -138,7 +138,7 @@ async def test_the_real_decoder_loses_no_place_to_large_pictures(seconds: float)
     """A picture of 4000 × 4000 in 54 KB, given up at any moment, forty times."""
     chance = random.Random(21)  # noqa: S311  # the same moments in each run
     picture = file_of(np.zeros((4000, 4000, 3), np.uint8))
-    decoder = Decoder(**LIMITS, processes=2, seconds=seconds)
+    decoder = DecoderPool(**LIMITS, processes=2, seconds=seconds)
     small = file_of(np.zeros((8, 8, 3), np.uint8))
     for _ in range(40):
         decoding = asyncio.create_task(decoder.decode(picture, "image_file"))
@@ -149,7 +149,7 @@ async def test_the_real_decoder_loses_no_place_to_large_pictures(seconds: float)
         if not decoding.cancelled():
             decoding.exception()
     await decoder.close()
-    decoder = Decoder(**LIMITS, processes=2, seconds=20)
+    decoder = DecoderPool(**LIMITS, processes=2, seconds=20)
     async with asyncio.timeout(30):
         assert (await decoder.decode(small, "image_file")).shape == (8, 8, 3)
     await decoder.close()
@@ -159,7 +159,7 @@ async def test_the_real_decoder_loses_no_place_to_large_pictures(seconds: float)
 @pytest.mark.fault(110)
 async def test_a_caller_who_leaves_while_waiting_for_a_place_leaves_none_taken(scripted: str) -> None:
     """A hundred wait behind a child that hangs, and all go: the next one is decoded."""
-    decoder = Decoder(**LIMITS, processes=1, seconds=20, program=scripted)
+    decoder = DecoderPool(**LIMITS, processes=1, seconds=20, program=scripted)
     waiting = [asyncio.create_task(decoder.decode(b"s", "image_file")) for _ in range(100)]
     await asyncio.sleep(0.2)
     for decoding in waiting:
@@ -173,7 +173,7 @@ async def test_a_caller_who_leaves_while_waiting_for_a_place_leaves_none_taken(s
 @pytest.mark.fault(111)
 async def test_slow_pictures_of_one_caller_leave_places_for_others(scripted: str) -> None:
     """Of three places one caller has two, however much it asks for; two others are answered meanwhile."""
-    decoder = Decoder(**LIMITS, processes=3, seconds=60, program=scripted)
+    decoder = DecoderPool(**LIMITS, processes=3, seconds=60, program=scripted)
     slow = [asyncio.create_task(decoder.decode(b"s", "image_file", share="key a")) for _ in range(64)]
     await asyncio.sleep(0.2)
     async with asyncio.timeout(30):
@@ -202,21 +202,21 @@ async def test_a_pool_that_makes_no_progress_says_so(scripted: str, monkeypatch:
         async def __aexit__(self, *error: object) -> None:
             pass
 
-    decoder = Decoder(**LIMITS, processes=1, seconds=20, program=scripted)
-    assert decoder.fault() is None
+    decoder = DecoderPool(**LIMITS, processes=1, seconds=20, program=scripted)
+    assert decoder.health() is None
     await decoder.decode(b"n.", "image_file")
     monkeypatch.setattr("stable_diffusion_server.imaging.sandbox.pool.asyncio.timeout", Forever)
     monkeypatch.setattr(decoder._monitor, "_bound", 0.3)
     hanging: asyncio.Task[Any] = asyncio.create_task(decoder.decode(b"s", "image_file"))
     await asyncio.sleep(0.1)
-    assert decoder.fault() is None
+    assert decoder.health() is None
     await asyncio.sleep(0.4)
-    assert "makes no progress" in str(decoder.fault())
+    assert "makes no progress" in str(decoder.health())
     monkeypatch.undo()
     hanging.cancel()
     with suppress(asyncio.CancelledError):
         await hanging
-    assert decoder.fault() is None
+    assert decoder.health() is None
     await decoder.close()
 
 
@@ -226,7 +226,7 @@ async def test_a_machine_without_room_for_a_process_is_told(monkeypatch: pytest.
     def refuse(*given: object, **named: object) -> None:
         raise BlockingIOError(11, "Resource temporarily unavailable")
 
-    decoder = Decoder(**LIMITS, processes=1)
+    decoder = DecoderPool(**LIMITS, processes=1)
     with monkeypatch.context() as full:
         full.setattr("stable_diffusion_server.imaging.sandbox.pool.subprocess.Popen", refuse)
         for _ in range(3):

@@ -29,7 +29,7 @@ from hostile_pictures import (
 
 from stable_diffusion_server.errors import InvalidInput, UnsupportedMedia
 from stable_diffusion_server.imaging.formats import ALWAYS, EXTRA
-from stable_diffusion_server.imaging.sandbox.pool import Decoder
+from stable_diffusion_server.imaging.sandbox.pool import DecoderPool
 
 GOOD = file_of(disc())
 RED = (255, 0, 0)
@@ -37,14 +37,16 @@ EVERY = (*ALWAYS, *EXTRA)
 
 
 @pytest.fixture
-async def decoder() -> AsyncIterator[Decoder]:
+async def decoder() -> AsyncIterator[DecoderPool]:
     """One child that takes all there is to take, within the server's own limits."""
-    decoder = Decoder(max_bytes=20 * 2**20, max_pixels=2**24, max_side=16_383, processes=1, seconds=60, formats=EVERY)
+    decoder = DecoderPool(
+        max_bytes=20 * 2**20, max_pixels=2**24, max_side=16_383, processes=1, seconds=60, formats=EVERY
+    )
     yield decoder
     await decoder.close()
 
 
-async def same_child_serves_on(decoder: Decoder) -> None:
+async def same_child_serves_on(decoder: DecoderPool) -> None:
     """What shows that the picture before did the child no harm."""
     (worker,) = decoder._idle
     before = worker.pictures
@@ -55,7 +57,7 @@ async def same_child_serves_on(decoder: Decoder) -> None:
 
 @pytest.mark.fault(22)
 @pytest.mark.parametrize("other", ["zip", "svg", "pdf", "html"])
-async def test_a_png_that_is_also_something_else_is_its_picture_alone(decoder: Decoder, other: str) -> None:
+async def test_a_png_that_is_also_something_else_is_its_picture_alone(decoder: DecoderPool, other: str) -> None:
     """Only pixels come out of the child, and so only pixels can be stored."""
     assert SECRET in polyglots()[other] or other == "zip"
     assert (await decoder.decode(polyglots()[other], "image_file") == disc()).all()
@@ -80,7 +82,7 @@ BOMBS = {
 
 @pytest.mark.fault(23)
 @pytest.mark.parametrize("bomb", BOMBS)
-async def test_a_bomb_is_refused_by_what_its_header_claims(decoder: Decoder, bomb: str) -> None:
+async def test_a_bomb_is_refused_by_what_its_header_claims(decoder: DecoderPool, bomb: str) -> None:
     """Width and height are told before a byte is decoded: the child's memory stays what it was."""
     await decoder.decode(GOOD, "image_file")
     before = await asyncio.to_thread(peak_memory, decoder)
@@ -90,7 +92,7 @@ async def test_a_bomb_is_refused_by_what_its_header_claims(decoder: Decoder, bom
     await same_child_serves_on(decoder)
 
 
-def peak_memory(decoder: Decoder) -> int:
+def peak_memory(decoder: DecoderPool) -> int:
     """The most memory the one child has held, in bytes."""
     (worker,) = decoder._idle
     told = Path(f"/proc/{worker._process.pid}/status").read_text()
@@ -100,7 +102,7 @@ def peak_memory(decoder: Decoder) -> int:
 @pytest.mark.fault(32)
 async def test_what_takes_too_much_memory_costs_one_request() -> None:
     """Beyond its bound a child gets no memory: the picture is refused, and the next one decoded."""
-    decoder = Decoder(max_bytes=2**20, max_pixels=2**28, max_side=2**14, processes=1, seconds=60)
+    decoder = DecoderPool(max_bytes=2**20, max_pixels=2**28, max_side=2**14, processes=1, seconds=60)
     worker = await decoder._start()
     resource.prlimit(worker._process.pid, resource.RLIMIT_AS, (256 * 2**20, 256 * 2**20))
     decoder._idle.append(worker)
@@ -116,7 +118,7 @@ async def test_a_jpeg_of_very_many_scans_is_ended_after_its_time() -> None:
     """A hundred kilobytes that would take minutes: refused within the time of a picture, and the next is decoded."""
     bomb = jpeg_of_many_scans(2000, 2000, 20_000)
     assert len(bomb) < 2**20
-    decoder = Decoder(max_bytes=2**20, max_pixels=2**24, max_side=16_383, processes=1, seconds=2)
+    decoder = DecoderPool(max_bytes=2**20, max_pixels=2**24, max_side=16_383, processes=1, seconds=2)
     with pytest.raises(InvalidInput, match=r"took too long to decode|could not be decoded"):
         await decoder.decode(bomb, "image_file")
     decoder._seconds = 60  # the good one may be waited for, however busy the machine
@@ -127,7 +129,7 @@ async def test_a_jpeg_of_very_many_scans_is_ended_after_its_time() -> None:
 @pytest.mark.fault(25)
 async def test_the_kernel_ends_a_child_that_uses_up_its_time() -> None:
     """Where the server should be too late, the bound on CPU time is still there."""
-    limited = Decoder(max_bytes=2**20, max_pixels=2**24, max_side=16_383, processes=1, seconds=0.1)
+    limited = DecoderPool(max_bytes=2**20, max_pixels=2**24, max_side=16_383, processes=1, seconds=0.1)
     limited._idle.append(await limited._start())
     limited._seconds = 200  # the server's own clock shall not be what ends it
     with pytest.raises(InvalidInput, match="could not be decoded"):
@@ -138,7 +140,9 @@ async def test_the_kernel_ends_a_child_that_uses_up_its_time() -> None:
 
 @pytest.mark.fault(26)
 @pytest.mark.parametrize("make", [gif_of_frames, webp_of_frames, apng_of_frames])
-async def test_of_ten_thousand_frames_only_the_first_is_decoded(decoder: Decoder, make: Callable[[int], bytes]) -> None:
+async def test_of_ten_thousand_frames_only_the_first_is_decoded(
+    decoder: DecoderPool, make: Callable[[int], bytes]
+) -> None:
     """The picture is the first frame, and the child serves on."""
     decoded = await decoder.decode(make(10_000), "image_file")
     assert decoded.shape == (16, 16, 3)
@@ -148,7 +152,7 @@ async def test_of_ten_thousand_frames_only_the_first_is_decoded(decoder: Decoder
 
 @pytest.mark.fault(27)
 @pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:0"])
-async def test_an_avif_becomes_rgb(decoder: Decoder, subsampling: str) -> None:
+async def test_an_avif_becomes_rgb(decoder: DecoderPool, subsampling: str) -> None:
     """Where EXTRA_IMAGE_FORMATS takes it."""
     decoded = await decoder.decode(file_of(disc(), "AVIF", quality=95, subsampling=subsampling), "image_file")
     assert decoded.shape == disc().shape
@@ -156,7 +160,7 @@ async def test_an_avif_becomes_rgb(decoder: Decoder, subsampling: str) -> None:
 
 
 @pytest.mark.fault(27)
-async def test_an_avif_of_ten_bits_becomes_rgb(decoder: Decoder) -> None:
+async def test_an_avif_of_ten_bits_becomes_rgb(decoder: DecoderPool) -> None:
     """High dynamic range is brought to the 8 bits a picture has here."""
     deep = np.full((32, 32, 3), (50 * 4, 100 * 4, 200 * 4), np.uint16)  # blue first, as OpenCV has it
     _, data = cv2.imencode(".avif", deep, [cv2.IMWRITE_AVIF_QUALITY, 98, cv2.IMWRITE_AVIF_DEPTH, 10])
@@ -168,7 +172,7 @@ async def test_an_avif_of_ten_bits_becomes_rgb(decoder: Decoder) -> None:
 
 @pytest.mark.fault(28)
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
-async def test_exif_that_refers_to_itself_ends(decoder: Decoder, kind: str) -> None:
+async def test_exif_that_refers_to_itself_ends(decoder: DecoderPool, kind: str) -> None:
     """The picture is decoded, turned or not, and the child serves on."""
     exif, picture = exif_that_loops(), disc(96, 80)
     data = (
@@ -180,7 +184,7 @@ async def test_exif_that_refers_to_itself_ends(decoder: Decoder, kind: str) -> N
 
 
 @pytest.mark.fault(28)
-async def test_a_profile_of_ten_megabytes_changes_nothing(decoder: Decoder) -> None:
+async def test_a_profile_of_ten_megabytes_changes_nothing(decoder: DecoderPool) -> None:
     """Profiles are read past and not applied."""
     data = jpeg_with_profile(10 * 2**20, file_of(disc(), "JPEG", quality=95))
     assert np.abs((await decoder.decode(data, "image_file")).astype(int) - disc()).mean() < 3
@@ -192,7 +196,7 @@ async def test_a_profile_of_ten_megabytes_changes_nothing(decoder: Decoder) -> N
     ("kind", "head", "times"), [(b"iCCP", b"profile\0\0", 1), (b"zTXt", b"Comment\0\0", 20)], ids=["profile", "texts"]
 )
 async def test_what_a_png_says_of_itself_is_not_unpacked_without_bound(
-    decoder: Decoder, kind: bytes, head: bytes, times: int
+    decoder: DecoderPool, kind: bytes, head: bytes, times: int
 ) -> None:
     """A hundred megabytes packed into a tenth of one: refused as broken, in little memory."""
     packed = head + zlib.compress(bytes(100 * 2**20 // times), 1)
@@ -209,7 +213,7 @@ async def test_what_a_png_says_of_itself_is_not_unpacked_without_bound(
 @pytest.mark.parametrize("kind", foreign())
 async def test_other_kinds_of_files_have_no_decoder(kind: str) -> None:
     """Whatever Pillow could make of them, they are refused by name, and no decoder of theirs is loaded."""
-    decoder = Decoder(max_bytes=2**20, max_pixels=2**24, max_side=16_383, processes=1, seconds=60)
+    decoder = DecoderPool(max_bytes=2**20, max_pixels=2**24, max_side=16_383, processes=1, seconds=60)
     with pytest.raises(UnsupportedMedia, match=r"image_file is not a PNG, JPEG or WebP picture\."):
         await decoder.decode(foreign()[kind], "image_file")
     await same_child_serves_on(decoder)
@@ -217,7 +221,7 @@ async def test_other_kinds_of_files_have_no_decoder(kind: str) -> None:
 
 
 @pytest.mark.fault(31)
-async def test_gif_and_avif_are_taken_where_a_setting_says_so(decoder: Decoder) -> None:
+async def test_gif_and_avif_are_taken_where_a_setting_says_so(decoder: DecoderPool) -> None:
     """And the refusal of the others names them."""
     assert (await decoder.decode(gif_of_frames(2), "image_file") == RED).all()
     with pytest.raises(UnsupportedMedia, match="PNG, JPEG, WebP, AVIF or GIF"):

@@ -19,15 +19,15 @@ from PIL import Image
 
 from stable_diffusion_server.errors import InvalidInput, NotReady, ServerError, TooLarge, UnsupportedMedia
 from stable_diffusion_server.imaging.sandbox import worker
-from stable_diffusion_server.imaging.sandbox.pool import Decoder
+from stable_diffusion_server.imaging.sandbox.pool import DecoderPool
 
 LIMITS = {"max_bytes": 1_000_000, "max_pixels": 40_000, "max_side": 1000}
 
 
 @pytest.fixture
-async def decoder() -> AsyncIterator[Decoder]:
+async def decoder() -> AsyncIterator[DecoderPool]:
     """A pool of one child with small limits."""
-    decoder = Decoder(**LIMITS, processes=1, seconds=20)
+    decoder = DecoderPool(**LIMITS, processes=1, seconds=20)
     yield decoder
     await decoder.close()
 
@@ -56,7 +56,7 @@ def png_claiming(width: int, height: int) -> bytes:
 
 
 @pytest.mark.parametrize("file_format", ["PNG", "JPEG", "WEBP"])
-async def test_a_picture_comes_back_as_rgb_pixels(decoder: Decoder, file_format: str) -> None:
+async def test_a_picture_comes_back_as_rgb_pixels(decoder: DecoderPool, file_format: str) -> None:
     """Shape, type and colours; to the last bit where the format is lossless."""
     pixels = disc()
     options: dict[str, Any] = {"WEBP": {"lossless": True}, "JPEG": {"quality": 95, "subsampling": 0}, "PNG": {}}[
@@ -81,7 +81,9 @@ async def test_a_picture_comes_back_as_rgb_pixels(decoder: Decoder, file_format:
         ("CMYK", (0, 255, 255, 0), (254, 0, 0)),
     ],
 )
-async def test_every_mode_becomes_rgb_over_white(decoder: Decoder, mode: str, colour: Any, seen: tuple[int]) -> None:
+async def test_every_mode_becomes_rgb_over_white(
+    decoder: DecoderPool, mode: str, colour: Any, seen: tuple[int]
+) -> None:
     """Grey, one bit, sixteen bits (scaled, not clipped), transparency, print colours."""
     picture = Image.new(mode, (5, 4), colour)
     target = io.BytesIO()
@@ -91,7 +93,7 @@ async def test_every_mode_becomes_rgb_over_white(decoder: Decoder, mode: str, co
 
 
 @pytest.mark.fault(27)
-async def test_a_palette_with_transparency_becomes_rgb_over_white(decoder: Decoder) -> None:
+async def test_a_palette_with_transparency_becomes_rgb_over_white(decoder: DecoderPool) -> None:
     """A palette entry marked transparent shows the white behind it."""
     picture = Image.new("P", (4, 4), 0)
     picture.putpalette([255, 0, 0, 0, 0, 255])
@@ -101,7 +103,7 @@ async def test_a_palette_with_transparency_becomes_rgb_over_white(decoder: Decod
 
 
 @pytest.mark.fault(29)
-async def test_a_mask_may_be_told_by_its_transparency(decoder: Decoder) -> None:
+async def test_a_mask_may_be_told_by_its_transparency(decoder: DecoderPool) -> None:
     """White where the picture is transparent, black where it is not, whatever its colours; without alpha all black."""
     pixels = np.full((8, 6, 4), 255, np.uint8)
     pixels[2:5, 1:3, 3] = 0
@@ -114,7 +116,7 @@ async def test_a_mask_may_be_told_by_its_transparency(decoder: Decoder) -> None:
 
 @pytest.mark.fault(28)
 @pytest.mark.parametrize("orientation", range(1, 9))
-async def test_a_photograph_is_turned_as_its_exif_says(decoder: Decoder, orientation: int) -> None:
+async def test_a_photograph_is_turned_as_its_exif_says(decoder: DecoderPool, orientation: int) -> None:
     """All eight orientations of EXIF show the same picture upright."""
     upright = np.zeros((16, 24, 3), np.uint8)
     upright[:8, :8] = 255
@@ -134,7 +136,7 @@ async def test_a_photograph_is_turned_as_its_exif_says(decoder: Decoder, orienta
     assert (decoded == upright).all()
 
 
-async def test_only_the_first_frame_of_an_animation_is_seen(decoder: Decoder) -> None:
+async def test_only_the_first_frame_of_an_animation_is_seen(decoder: DecoderPool) -> None:
     """An animated WebP of two colours gives the first."""
     frames = [Image.new("RGB", (20, 10), colour) for colour in ("red", "blue")]
     target = io.BytesIO()
@@ -165,7 +167,7 @@ BAD: list[tuple[str, bytes, type[ServerError]]] = [
 @pytest.mark.fault(19, 20, 21, 23, 31)
 @pytest.mark.parametrize(("data", "error"), [bad[1:] for bad in BAD], ids=[bad[0] for bad in BAD])
 async def test_what_is_no_good_picture_is_refused_by_name(
-    decoder: Decoder, data: bytes, error: type[ServerError]
+    decoder: DecoderPool, data: bytes, error: type[ServerError]
 ) -> None:
     """The error names the parameter, and the next picture is decoded as if nothing had been."""
     with pytest.raises(error) as refused:
@@ -175,7 +177,7 @@ async def test_what_is_no_good_picture_is_refused_by_name(
 
 
 @pytest.mark.fault(24)
-async def test_a_picture_at_every_limit_is_taken(decoder: Decoder) -> None:
+async def test_a_picture_at_every_limit_is_taken(decoder: DecoderPool) -> None:
     """The most pixels, the longest side, the most bytes; one pixel more is not."""
     assert (await decoder.decode(file_of(np.zeros((200, 200, 3), np.uint8)), "image_file")).shape == (200, 200, 3)
     assert (await decoder.decode(file_of(np.zeros((40, 1000, 3), np.uint8)), "image_file")).shape == (40, 1000, 3)
@@ -187,7 +189,7 @@ async def test_a_picture_at_every_limit_is_taken(decoder: Decoder) -> None:
 @pytest.mark.fault(32)
 async def test_a_child_that_crashes_costs_one_request(tmp_path: Path) -> None:
     """A decoder that dies on a picture is a 4xx for that picture; a new child serves the next."""
-    decoder = Decoder(**LIMITS, processes=1, program=program_that("os.kill(os.getpid(), signal.SIGSEGV)", tmp_path))
+    decoder = DecoderPool(**LIMITS, processes=1, program=program_that("os.kill(os.getpid(), signal.SIGSEGV)", tmp_path))
     with pytest.raises(InvalidInput, match="could not be decoded"):
         await decoder.decode(PNG, "image_file")
     assert (await decoder.decode(PNG, "image_file")).shape == disc().shape
@@ -198,7 +200,7 @@ async def test_a_child_that_crashes_costs_one_request(tmp_path: Path) -> None:
 async def test_a_child_that_loops_is_ended(tmp_path: Path) -> None:
     """A picture on which a decoder never ends is refused after its time, and the child is gone."""
     program = program_that("signal.pause()", tmp_path)
-    decoder = Decoder(**LIMITS, processes=1, seconds=2, program=program)
+    decoder = DecoderPool(**LIMITS, processes=1, seconds=2, program=program)
     with pytest.raises(InvalidInput, match="too long"):
         await decoder.decode(PNG, "image_file")
     assert children(program) == set()
@@ -209,7 +211,7 @@ async def test_a_child_that_loops_is_ended(tmp_path: Path) -> None:
 async def test_a_caller_who_leaves_ends_the_child(tmp_path: Path) -> None:
     """The work of a cancelled request does not go on, and its place in the pool is free."""
     program = program_that("signal.pause()", tmp_path)
-    decoder = Decoder(**LIMITS, processes=1, program=program)
+    decoder = DecoderPool(**LIMITS, processes=1, program=program)
     decoding = asyncio.create_task(decoder.decode(PNG, "image_file"))
     await asyncio.to_thread(until, (tmp_path / "done-once").exists)
     decoding.cancel()
@@ -220,7 +222,7 @@ async def test_a_caller_who_leaves_ends_the_child(tmp_path: Path) -> None:
     await decoder.close()
 
 
-async def test_a_child_that_died_while_idle_is_replaced_unnoticed(decoder: Decoder) -> None:
+async def test_a_child_that_died_while_idle_is_replaced_unnoticed(decoder: DecoderPool) -> None:
     """The kernel may end a process at any time; the next picture is not to blame."""
     await decoder.decode(PNG, "image_file")
     for pid in children():
@@ -228,7 +230,9 @@ async def test_a_child_that_died_while_idle_is_replaced_unnoticed(decoder: Decod
     assert (await decoder.decode(PNG, "image_file")).shape == disc().shape
 
 
-async def test_a_child_sees_no_environment_and_bounds_itself(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_child_sees_no_environment_and_bounds_itself(
+    decoder: DecoderPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """No secret of the server's is there to be found, and memory, files and core dumps are limited."""
     monkeypatch.setenv("API_KEYS", "secret")
     await decoder.decode(PNG, "image_file")
@@ -243,7 +247,7 @@ async def test_a_child_sees_no_environment_and_bounds_itself(decoder: Decoder, m
 
 async def test_many_pictures_at_once_use_the_children_there_are() -> None:
     """Twenty at once, two children, twenty pictures, each its own."""
-    decoder = Decoder(**LIMITS, processes=2)
+    decoder = DecoderPool(**LIMITS, processes=2)
     shades = [np.full((8, 8, 3), shade, np.uint8) for shade in range(0, 200, 10)]
     decoded = await asyncio.gather(*(decoder.decode(file_of(shade), "image_file") for shade in shades))
     assert all((a == b).all() for a, b in zip(decoded, shades, strict=True))
@@ -253,7 +257,7 @@ async def test_many_pictures_at_once_use_the_children_there_are() -> None:
 
 async def test_nothing_is_left_when_the_pool_is_closed() -> None:
     """No child stays behind, and none is started again."""
-    decoder = Decoder(**LIMITS)
+    decoder = DecoderPool(**LIMITS)
     assert children() == set()
     await decoder.decode(PNG, "image_file")
     assert len(children()) == 1
@@ -273,6 +277,6 @@ def program_that(deed: str, folder: Path) -> str:
         "    sys.stdin.buffer.read(8)\n"
         "    mark.touch()\n"
         f"    {deed}\n"
-        f"runpy.run_path({child.__file__!r}, run_name='__main__')\n"
+        f"runpy.run_path({worker.__file__!r}, run_name='__main__')\n"
     )
     return str(program)

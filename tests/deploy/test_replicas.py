@@ -18,12 +18,12 @@ from typing import Any
 import httpx
 import pytest
 from conftest import ROOT
-from fakes import PaintedSquares, settings_in
+from fakes import FakeDenoiser, settings_in
 from starlette.types import Message, Scope
 
 from deploy.replicas import Claim, Hosted, ReplicaHealth, owner_of, ranked, sticks_to, work_of
 from stable_diffusion_server.app import create_app
-from stable_diffusion_server.engine import Phase
+from stable_diffusion_server.engine import EngineState
 
 CREATE = "/create_and_upload_image"
 ASYNC = {"Prefer": "respond-async"}
@@ -46,12 +46,12 @@ class Neighbours:
 
 @asynccontextmanager
 async def replica(
-    folder: Path, neighbours: Neighbours, squares: PaintedSquares | None = None
+    folder: Path, neighbours: Neighbours, squares: FakeDenoiser | None = None
 ) -> AsyncIterator[tuple[Claim, httpx.AsyncClient, Any]]:
     """One replica that can draw, its client and its application."""
     shared = settings_in(folder)
     claim = Claim(shared.data_dir)
-    app = create_app(claim.settings(shared), load=lambda settings: squares or PaintedSquares())
+    app = create_app(claim.settings(shared), load=lambda settings: squares or FakeDenoiser())
     others = Neighbours()
     others.hosts = neighbours.hosts
     host = Hosted(app, claim, others, drain_seconds=20, release=claim.release)
@@ -140,7 +140,7 @@ async def test_any_replica_answers_for_a_job_of_another(tmp_path: Path) -> None:
     """Its state, its events and its cancelling come out right at a replica that did not accept it."""
     neighbours = Neighbours()
     gate = threading.Event()
-    squares = PaintedSquares(gate=gate)
+    squares = FakeDenoiser(gate=gate)
     async with (
         replica(tmp_path, neighbours, squares) as (_, one, _),
         replica(tmp_path, neighbours) as (_, other, _),
@@ -179,7 +179,7 @@ async def test_a_job_of_a_replica_that_is_away_is_not_called_unknown(tmp_path: P
 async def test_a_replica_that_is_stopped_ends_its_accepted_jobs_first(tmp_path: Path) -> None:
     """Jobs that wait are drawn before the application goes down, and the folder is free afterwards."""
     neighbours = Neighbours()
-    squares = PaintedSquares(seconds_per_step=0.01)
+    squares = FakeDenoiser(seconds_per_step=0.01)
     async with replica(tmp_path, neighbours, squares) as (claim, client, app):
         for number in range(12):
             order = {"prompt": f"a red square {number}", **SMALL}
@@ -198,7 +198,7 @@ def test_a_replica_is_replaced_for_its_device_and_not_for_its_storage(
 ) -> None:
     """A failed engine, or silence with work in hand, is a reason; being idle is none, nor is a clock that is set."""
     settings = settings_in(tmp_path, hang_seconds=60.0)
-    engine = SimpleNamespace(phase=Phase.READY, reason="", running=1)
+    engine = SimpleNamespace(phase=EngineState.READY, reason="", running=1)
     app: Any = SimpleNamespace(state=SimpleNamespace(engine=engine))
     health = ReplicaHealth(settings)
     assert health.fault(app) == ""
@@ -221,5 +221,5 @@ def test_a_replica_is_replaced_for_its_device_and_not_for_its_storage(
     assert health.fault(app) == ""
     engine.running = 1
     assert health.fault(app) == "", "silence counts from when there was work"
-    engine.phase, engine.reason = Phase.FAILED, "The device is lost."
+    engine.phase, engine.reason = EngineState.FAILED, "The device is lost."
     assert health.fault(app) == "The device is lost."

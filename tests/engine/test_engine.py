@@ -7,23 +7,23 @@ from concurrent.futures import CancelledError
 from typing import Any
 
 import pytest
-from fakes import PaintedSquares, until
+from fakes import FakeDenoiser, until
 from squares import EngineOf, job, open_gate
 
-from stable_diffusion_server.engine import Engine, Phase
-from stable_diffusion_server.errors import Busy, NotReady, WeightsUnusable
-from stable_diffusion_server.types import Event, EventKind, Job
+from stable_diffusion_server.engine import Engine, EngineState
+from stable_diffusion_server.errors import ModelLoadError, NotReady, QueueFull
+from stable_diffusion_server.types import DiffusionRequest, EngineEvent, EngineEventKind
 
 
 def test_a_job_comes_out_with_its_timings(engine_of: EngineOf) -> None:
     """One job: its picture, the seconds of each stage, and that it was drawn alone."""
-    drawing = engine_of(PaintedSquares()).submit(job("a red square")).result.result(10)
+    drawing = engine_of(FakeDenoiser()).submit(job("a red square")).result.result(10)
     assert drawing.product.pixels.shape == (64, 64, 3)
     assert set(drawing.timings) == {"queue", "prepare", "denoise", "decode"}
     assert not drawing.batched
 
 
-def test_jobs_of_one_shape_share_steps_and_those_of_another_wait(engine_of: EngineOf, gated: PaintedSquares) -> None:
+def test_jobs_of_one_shape_share_steps_and_those_of_another_wait(engine_of: EngineOf, gated: FakeDenoiser) -> None:
     """Equal shapes run together from the next boundary on, even past one of another shape, which waits no longer."""
     engine = engine_of(gated)
     first = engine.submit(job("one"))
@@ -38,7 +38,7 @@ def test_jobs_of_one_shape_share_steps_and_those_of_another_wait(engine_of: Engi
     assert gated.batches[5:] == [*[["wide"]] * 4, *[["longer"]] * 5]
 
 
-def test_jobs_with_fewer_steps_leave_the_group_earlier(engine_of: EngineOf, gated: PaintedSquares) -> None:
+def test_jobs_with_fewer_steps_leave_the_group_earlier(engine_of: EngineOf, gated: FakeDenoiser) -> None:
     """A two-step job beside a six-step one is done after its own two steps."""
     engine = engine_of(gated)
     long, short = engine.submit(job("long", 6)), engine.submit(job("short", 2))
@@ -49,7 +49,7 @@ def test_jobs_with_fewer_steps_leave_the_group_earlier(engine_of: EngineOf, gate
     assert sum("long" in batch for batch in gated.batches) == 6
 
 
-def test_no_group_is_larger_than_the_cap(engine_of: EngineOf, gated: PaintedSquares) -> None:
+def test_no_group_is_larger_than_the_cap(engine_of: EngineOf, gated: FakeDenoiser) -> None:
     """Nine jobs with a cap of three: groups of at most three, and all are drawn."""
     engine = engine_of(gated, max_batch=3)
     tickets = [engine.submit(job(f"job {n}")) for n in range(9)]
@@ -60,13 +60,13 @@ def test_no_group_is_larger_than_the_cap(engine_of: EngineOf, gated: PaintedSqua
 
 
 @pytest.mark.fault(61)
-def test_a_full_queue_refuses_and_says_when_to_come_back(engine_of: EngineOf, gated: PaintedSquares) -> None:
+def test_a_full_queue_refuses_and_says_when_to_come_back(engine_of: EngineOf, gated: FakeDenoiser) -> None:
     """The limit counts waiting jobs: at the limit the next is refused, one fewer and it is taken."""
     engine = engine_of(gated, queue_limit=2)
     running = engine.submit(job("running", width=128))
     until(lambda: engine.running == 1)
     waiting = [engine.submit(job(f"waiting {n}")) for n in range(2)]
-    with pytest.raises(Busy) as refused:
+    with pytest.raises(QueueFull) as refused:
         engine.submit(job("one too many"))
     assert refused.value.retry_after is not None
     assert refused.value.retry_after >= 1
@@ -78,9 +78,9 @@ def test_a_full_queue_refuses_and_says_when_to_come_back(engine_of: EngineOf, ga
     assert "waiting 0" not in [done.prompt for done in gated.finished]
 
 
-def test_cancelling_frees_the_device_within_one_step(engine_of: EngineOf, gated: PaintedSquares) -> None:
+def test_cancelling_frees_the_device_within_one_step(engine_of: EngineOf, gated: FakeDenoiser) -> None:
     """A cancelled job takes part in no step after the one under way, and its neighbour is not touched."""
-    events: list[Event] = []
+    events: list[EngineEvent] = []
     engine = engine_of(gated, observe=events.append)
     doomed, neighbour = engine.submit(job("doomed", 50)), engine.submit(job("neighbour", 3))
     until(lambda: len(gated.batches) == 1)
@@ -91,19 +91,19 @@ def test_cancelling_frees_the_device_within_one_step(engine_of: EngineOf, gated:
     assert sum("doomed" in batch for batch in gated.batches) <= 2
     with pytest.raises(CancelledError):
         doomed.result.result(0)
-    assert [event.kind for event in events if event.job_id == doomed.id][-1] is EventKind.CANCELLED
+    assert [event.kind for event in events if event.job_id == doomed.id][-1] is EngineEventKind.CANCELLED
 
 
 def test_a_job_that_fails_to_prepare_fails_alone(engine_of: EngineOf) -> None:
     """Its error is its answer; the next job is drawn."""
-    engine = engine_of(PaintedSquares())
+    engine = engine_of(FakeDenoiser())
     bad, good = engine.submit(job("unpreparable")), engine.submit(job("good"))
     with pytest.raises(RuntimeError, match="prepare"):
         bad.result.result(10)
     assert good.result.result(10)
 
 
-def test_a_job_that_breaks_a_step_does_not_fail_its_mates(engine_of: EngineOf, gated: PaintedSquares) -> None:
+def test_a_job_that_breaks_a_step_does_not_fail_its_mates(engine_of: EngineOf, gated: FakeDenoiser) -> None:
     """The group is drawn again one by one: the culprit fails, the others come out."""
     engine = engine_of(gated)
     blocker = engine.submit(job("blocker", 1, width=128))
@@ -120,18 +120,18 @@ def test_a_job_that_breaks_a_step_does_not_fail_its_mates(engine_of: EngineOf, g
 def test_an_observer_that_fails_does_not_reach_the_device(engine_of: EngineOf) -> None:
     """A broken metric or a full disk under the heartbeat costs no picture."""
 
-    def broken(event: Event) -> None:
+    def broken(event: EngineEvent) -> None:
         raise OSError("disk full")
 
-    assert engine_of(PaintedSquares(), observe=broken).submit(job("fine")).result.result(10)
+    assert engine_of(FakeDenoiser(), observe=broken).submit(job("fine")).result.result(10)
 
 
 def test_events_tell_the_life_of_a_job(engine_of: EngineOf) -> None:
     """Queued, started, each step counted, done."""
-    events: list[Event] = []
-    engine = engine_of(PaintedSquares(), observe=events.append)
+    events: list[EngineEvent] = []
+    engine = engine_of(FakeDenoiser(), observe=events.append)
     engine.submit(job("a square", 3)).result.result(10)
-    until(lambda: events[-1].kind is EventKind.DONE)
+    until(lambda: events[-1].kind is EngineEventKind.DONE)
     told = [(event.kind.value, event.step, event.steps) for event in events]
     assert told == [("queued", 0, 3), ("started", 0, 3), ("step", 1, 3), ("step", 2, 3), ("step", 3, 3), ("done", 3, 3)]
 
@@ -140,11 +140,11 @@ def test_models_that_cannot_be_loaded_are_told_and_nothing_is_accepted() -> None
     """The phase and the reason say why, and a job is refused instead of waiting for ever."""
 
     def fail() -> Any:
-        raise WeightsUnusable("The model sdxl is missing.")
+        raise ModelLoadError("The model sdxl is missing.")
 
     engine: Engine[Any, Any] = Engine(fail, queue_limit=1, max_batch=1)
     engine.start()
-    until(lambda: engine.phase is Phase.FAILED)
+    until(lambda: engine.phase is EngineState.FAILED)
     assert engine.reason == "The model sdxl is missing."
     with pytest.raises(NotReady):
         engine.submit(job("too early"))
@@ -154,8 +154,8 @@ def test_models_that_cannot_be_loaded_are_told_and_nothing_is_accepted() -> None
 def test_an_engine_that_ends_says_so_and_leaves_nobody_waiting(where: str) -> None:
     """Even an exception that is no Exception: the phase tells, what waits is failed, and nothing more is accepted."""
 
-    class Exiting(PaintedSquares):
-        def prepare(self, job: Job) -> Any:
+    class Exiting(FakeDenoiser):
+        def prepare(self, job: DiffusionRequest) -> Any:
             raise SystemExit(1)
 
     def load() -> Any:
@@ -166,15 +166,15 @@ def test_an_engine_that_ends_says_so_and_leaves_nobody_waiting(where: str) -> No
     engine: Engine[Any, Any] = Engine(load, queue_limit=4, max_batch=1)
     engine.start()
     if where == "prepare":
-        until(lambda: engine.phase is Phase.READY)
+        until(lambda: engine.phase is EngineState.READY)
         engine.submit(job("the last"))
-    until(lambda: engine.phase is Phase.FAILED)
+    until(lambda: engine.phase is EngineState.FAILED)
     assert "engine" not in engine.reason
     with pytest.raises(NotReady):
         engine.submit(job("too late"))
 
 
-def test_stopping_fails_what_waits_and_finishes_what_runs(engine_of: EngineOf, gated: PaintedSquares) -> None:
+def test_stopping_fails_what_waits_and_finishes_what_runs(engine_of: EngineOf, gated: FakeDenoiser) -> None:
     """No caller is left hanging: the running job comes out, the waiting one is told to come back."""
     engine = engine_of(gated, max_batch=1)
     running, waiting = engine.submit(job("running")), engine.submit(job("waiting"))
@@ -188,7 +188,7 @@ def test_stopping_fails_what_waits_and_finishes_what_runs(engine_of: EngineOf, g
         engine.submit(job("too late"))
 
 
-def test_a_job_that_waits_for_its_next_turn_can_be_cancelled(engine_of: EngineOf, gated: PaintedSquares) -> None:
+def test_a_job_that_waits_for_its_next_turn_can_be_cancelled(engine_of: EngineOf, gated: FakeDenoiser) -> None:
     """A long job that was set aside for another shape is taken out of the line, and steps no more."""
     engine = engine_of(gated)
     long = engine.submit(job("long", steps=100))
@@ -196,7 +196,7 @@ def test_a_job_that_waits_for_its_next_turn_can_be_cancelled(engine_of: EngineOf
     # Sixty steps of another shape: begun after the turn of the first, and not over before it is cancelled.
     other = engine.submit(
         job("other", steps=60, width=128),
-        watch=lambda event: long.result.cancel() if event.kind is EventKind.STEP and event.step == 3 else None,
+        watch=lambda event: long.result.cancel() if event.kind is EngineEventKind.STEP and event.step == 3 else None,
     )
     open_gate(gated)
     other.result.result(10)
@@ -209,10 +209,10 @@ def test_a_job_that_waits_for_its_next_turn_can_be_cancelled(engine_of: EngineOf
 
 def test_a_job_cancelled_while_it_is_prepared_takes_no_step(engine_of: EngineOf) -> None:
     """The device is free at once, and the end is told once."""
-    tickets, handed_in, events = list[Any](), threading.Event(), list[Event]()
+    tickets, handed_in, events = list[Any](), threading.Event(), list[EngineEvent]()
 
-    class Hesitant(PaintedSquares):
-        def prepare(self, job: Job) -> Any:
+    class Hesitant(FakeDenoiser):
+        def prepare(self, job: DiffusionRequest) -> Any:
             handed_in.wait(10)
             tickets[0].result.cancel()
             return super().prepare(job)
@@ -221,6 +221,6 @@ def test_a_job_cancelled_while_it_is_prepared_takes_no_step(engine_of: EngineOf)
     engine = engine_of(painter, observe=events.append)
     tickets.append(engine.submit(job("doomed")))
     handed_in.set()
-    until(lambda: engine.running == 0 and events[-1].kind is EventKind.CANCELLED)
+    until(lambda: engine.running == 0 and events[-1].kind is EngineEventKind.CANCELLED)
     assert painter.batches == []
-    assert [event.kind for event in events].count(EventKind.CANCELLED) == 1
+    assert [event.kind for event in events].count(EngineEventKind.CANCELLED) == 1

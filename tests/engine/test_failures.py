@@ -5,18 +5,18 @@ from __future__ import annotations
 import threading
 
 import pytest
-from fakes import Canvas, Painted, PaintedSquares, until
-from squares import Cramped, EngineOf, Poisonous, job, open_gate
+from fakes import Canvas, FakeDenoiser, FakePixels, until
+from squares import DeviceLostDenoiser, EngineOf, OutOfMemoryDenoiser, job, open_gate
 
-from stable_diffusion_server.engine import Phase
+from stable_diffusion_server.engine import EngineState
 from stable_diffusion_server.engine.scheduler import SUSPECT_NOT_FINITE
-from stable_diffusion_server.errors import DevicePoisoned, NotFinite, NotReady, OutOfMemory
+from stable_diffusion_server.errors import DeviceLost, NotFinite, NotReady, OutOfMemory
 
 
 @pytest.mark.fault(51)
 def test_a_group_too_large_for_the_memory_is_drawn_in_smaller_ones(engine_of: EngineOf) -> None:
     """The shape's cap is halved until it fits, memory is released, and every job comes out."""
-    painter = Cramped(gate=threading.Event(), room=2)
+    painter = OutOfMemoryDenoiser(gate=threading.Event(), room=2)
     engine = engine_of(painter, max_batch=8)
     first = engine.submit(job("first", steps=1, width=128))
     until(lambda: len(painter.batches) == 1)
@@ -32,7 +32,7 @@ def test_a_group_too_large_for_the_memory_is_drawn_in_smaller_ones(engine_of: En
 @pytest.mark.fault(51)
 def test_running_out_of_memory_in_the_third_step_loses_nothing(engine_of: EngineOf) -> None:
     """The group begins anew from its jobs, and what comes next is drawn as ever."""
-    painter = Cramped(room=4, third_step_fails=True)
+    painter = OutOfMemoryDenoiser(room=4, third_step_fails=True)
     engine = engine_of(painter)
     tickets = [engine.submit(job(f"a red square {n}")) for n in range(4)]
     assert [ticket.result.result(10).product.pixels[0, 0, 0] for ticket in tickets] == [214] * 4
@@ -42,21 +42,21 @@ def test_running_out_of_memory_in_the_third_step_loses_nothing(engine_of: Engine
 @pytest.mark.fault(51)
 def test_a_lone_job_without_memory_tries_with_less_and_then_says_so(engine_of: EngineOf) -> None:
     """With smaller tiles it may fit; when there is nothing smaller it is that job's answer, and the next is drawn."""
-    fits = engine_of(Cramped(room=0, shrinks=1)).submit(job("a square"))
+    fits = engine_of(OutOfMemoryDenoiser(room=0, shrinks=1)).submit(job("a square"))
     assert fits.result.result(10).attempts == 2
-    engine = engine_of(Cramped(room=0))
+    engine = engine_of(OutOfMemoryDenoiser(room=0))
     with pytest.raises(OutOfMemory):
         engine.submit(job("a square")).result.result(10)
-    assert engine.phase is Phase.READY
+    assert engine.phase is EngineState.READY
 
 
 def test_a_drawn_picture_is_decoded_with_less_memory_and_not_drawn_again(engine_of: EngineOf) -> None:
     """Only the decoding is repeated: released, then in smaller tiles for as long as there are smaller ones."""
-    painter = Cramped(room=4, decodes_with=2, shrinks=2)
+    painter = OutOfMemoryDenoiser(room=4, decodes_with=2, shrinks=2)
     assert engine_of(painter).submit(job("a square")).result.result(10).attempts == 1
     assert len(painter.batches) == 4
     with pytest.raises(OutOfMemory):
-        engine_of(Cramped(decodes_with=3, shrinks=2)).submit(job("a square")).result.result(10)
+        engine_of(OutOfMemoryDenoiser(decodes_with=3, shrinks=2)).submit(job("a square")).result.result(10)
 
 
 @pytest.mark.fault(53)
@@ -65,18 +65,18 @@ def test_a_poisoned_device_is_given_up(engine_of: EngineOf) -> None:
 
     Those on the device hear that it was lost, as one of them may be why; those in the line have to come back.
     """
-    painter, ends = Poisonous(gate=threading.Event()), list[bool]()
+    painter, ends = DeviceLostDenoiser(gate=threading.Event()), list[bool]()
     engine = engine_of(painter, max_batch=2, poisoned=lambda: ends.append(True))
     tickets = [engine.submit(job(prompt)) for prompt in ("poison", "its mate", "waiting", "waiting too")]
     open_gate(painter)
     for ticket in tickets[:2]:
-        with pytest.raises(DevicePoisoned):
+        with pytest.raises(DeviceLost):
             ticket.result.result(10)
     for ticket in tickets[2:]:
         with pytest.raises(NotReady):
             ticket.result.result(10)
     until(lambda: ends == [True])
-    assert engine.phase is Phase.FAILED
+    assert engine.phase is EngineState.FAILED
     assert "device" in engine.reason
     with pytest.raises(NotReady):
         engine.submit(job("too late"))
@@ -85,7 +85,7 @@ def test_a_poisoned_device_is_given_up(engine_of: EngineOf) -> None:
 @pytest.mark.fault(54)
 def test_numbers_that_are_never_finite_are_the_devices_fault(engine_of: EngineOf) -> None:
     """Some in a row are their jobs' answers; one too many, and the device is given up. A good one begins it anew."""
-    painter, ends = Poisonous(finite=False), list[bool]()
+    painter, ends = DeviceLostDenoiser(finite=False), list[bool]()
     engine = engine_of(painter, poisoned=lambda: ends.append(True))
     for _ in range(2):
         painter.finite = False
@@ -99,15 +99,15 @@ def test_numbers_that_are_never_finite_are_the_devices_fault(engine_of: EngineOf
         with pytest.raises(NotFinite):
             engine.submit(job(f"job {n}")).result.result(10)
     until(lambda: ends == [True])
-    assert engine.phase is Phase.FAILED
+    assert engine.phase is EngineState.FAILED
 
 
 @pytest.mark.fault(161)
 def test_adapters_that_are_not_finite_are_their_orders_fault_and_not_the_devices(engine_of: EngineOf) -> None:
     """However many in a row: one without is tried for nobody, is fine, and everyone is drawn as before."""
 
-    class Overflowing(PaintedSquares):
-        def finish(self, state: Canvas) -> Painted:
+    class Overflowing(FakeDenoiser):
+        def finish(self, state: Canvas) -> FakePixels:
             if state.job.loras:
                 raise NotFinite("The latents are not finite.")
             return super().finish(state)
@@ -118,7 +118,7 @@ def test_adapters_that_are_not_finite_are_their_orders_fault_and_not_the_devices
         with pytest.raises(NotFinite):
             engine.submit(job(f"job {n}", loras=(("hot", 1.0),), lora_digests=("1a",))).result.result(10)
     assert engine.submit(job("plain")).result.result(10)
-    assert engine.phase is Phase.READY
+    assert engine.phase is EngineState.READY
     assert ends == []
     assert [(done.loras, done.lora_digests) for done in painter.finished] == [((), ())] * 4
 
@@ -126,21 +126,21 @@ def test_adapters_that_are_not_finite_are_their_orders_fault_and_not_the_devices
 @pytest.mark.fault(161)
 def test_a_device_that_is_never_finite_is_found_out_by_orders_with_adapters_too(engine_of: EngineOf) -> None:
     """Where all orders name adapters, the one without, tried for nobody, tells."""
-    painter, ends = Poisonous(finite=False), list[bool]()
+    painter, ends = DeviceLostDenoiser(finite=False), list[bool]()
     engine = engine_of(painter, poisoned=lambda: ends.append(True))
     for n in range(SUSPECT_NOT_FINITE):
         with pytest.raises(NotFinite):
             engine.submit(job(f"job {n}", loras=(("fine", 1.0),))).result.result(10)
     until(lambda: ends == [True])
-    assert engine.phase is Phase.FAILED
+    assert engine.phase is EngineState.FAILED
 
 
 @pytest.mark.fault(161)
 def test_a_trial_that_fails_otherwise_tells_nothing(engine_of: EngineOf) -> None:
     """A lack of memory in the drawing for nobody is nobody's answer, and no end of the device."""
 
-    class Unlucky(PaintedSquares):
-        def finish(self, state: Canvas) -> Painted:
+    class Unlucky(FakeDenoiser):
+        def finish(self, state: Canvas) -> FakePixels:
             if state.job.loras:
                 raise NotFinite("The latents are not finite.")
             raise OutOfMemory("no room")
@@ -151,30 +151,30 @@ def test_a_trial_that_fails_otherwise_tells_nothing(engine_of: EngineOf) -> None
             engine.submit(job(f"job {n}", loras=(("hot", 1.0),))).result.result(10)
     with pytest.raises(OutOfMemory):
         engine.submit(job("plain")).result.result(10)
-    assert engine.phase is Phase.READY
+    assert engine.phase is EngineState.READY
 
 
 def test_poison_while_preparing_or_finishing_ends_it_as_well(engine_of: EngineOf) -> None:
     """Wherever the device reports it."""
 
-    class PreparePoison(PaintedSquares):
+    class PreparePoison(FakeDenoiser):
         def prepare(self, job: object) -> object:  # type: ignore[override]  # it never gives anything
-            raise DevicePoisoned("lost")
+            raise DeviceLost("lost")
 
-    class FinishPoison(PaintedSquares):
+    class FinishPoison(FakeDenoiser):
         def finish(self, state: object) -> object:  # type: ignore[override]  # as above
-            raise DevicePoisoned("lost")
+            raise DeviceLost("lost")
 
     for painter in (PreparePoison(), FinishPoison()):
         engine = engine_of(painter)
-        with pytest.raises(DevicePoisoned):
+        with pytest.raises(DeviceLost):
             engine.submit(job("a square")).result.result(10)
-        assert engine.phase is Phase.FAILED
+        assert engine.phase is EngineState.FAILED
 
 
 def test_stopping_in_time_hands_back_what_is_not_done(engine_of: EngineOf) -> None:
     """A job that does not end within the grace is failed with an error that a retry can help, so it can be redone."""
-    painter = PaintedSquares(gate=threading.Event())
+    painter = FakeDenoiser(gate=threading.Event())
     engine = engine_of(painter)
     begun = engine.submit(job("begun"))
     until(lambda: len(painter.batches) == 1)

@@ -9,17 +9,25 @@ from typing import Any
 import numpy as np
 import pytest
 from fakes import until
-from squares import Crowd, EngineOf, Kept, Sketching, Visiting, job, open_gate
+from squares import (
+    ConcurrentDenoiser,
+    CpuBoundDenoiser,
+    EngineOf,
+    PreviewingDenoiser,
+    RecordingDenoiser,
+    job,
+    open_gate,
+)
 
-from stable_diffusion_server.engine import Engine, Phase
+from stable_diffusion_server.engine import Engine, EngineState
 from stable_diffusion_server.engine.previews import EVERY
 from stable_diffusion_server.errors import InvalidInput
-from stable_diffusion_server.types import Event
+from stable_diffusion_server.types import EngineEvent
 
 
 def test_lanes_draw_side_by_side_and_prepare_in_turns(engine_of: EngineOf) -> None:
     """Two threads step different jobs at the same time; preparing, which shares a tokenizer, is one at a time."""
-    painter = Crowd(together=threading.Barrier(2))
+    painter = ConcurrentDenoiser(together=threading.Barrier(2))
     engine = engine_of(painter, lanes=2, max_batch=1)
     tickets = [engine.submit(job(f"job {n}")) for n in range(8)]
     for ticket in tickets:
@@ -31,7 +39,7 @@ def test_lanes_draw_side_by_side_and_prepare_in_turns(engine_of: EngineOf) -> No
 
 def test_the_denoiser_says_how_many_lanes_are_best_where_nobody_else_does(engine_of: EngineOf) -> None:
     """No number given: as many threads draw as the denoiser finds best, and they refuse adapters like any other."""
-    painter = Crowd(together=threading.Barrier(2), best_lanes=2)
+    painter = ConcurrentDenoiser(together=threading.Barrier(2), best_lanes=2)
     engine = engine_of(painter, lanes=0, max_batch=1)
     for ticket in [engine.submit(job(f"job {n}")) for n in range(4)]:
         ticket.result.result(10)
@@ -45,7 +53,7 @@ def test_a_lane_on_one_thread_learns_by_what_the_processor_gave_it(
     engine_of: EngineOf, cpu_threads: int, grows: bool
 ) -> None:
     """Steps that wait the longer the larger the group is, as where other programs run, and compute the same."""
-    painter = Kept(gate=threading.Event())
+    painter = CpuBoundDenoiser(gate=threading.Event())
     painter.cpu_threads = cpu_threads
     engine = engine_of(painter, max_batch=2, learn=True)
     tickets = [engine.submit(job(f"job {n}")) for n in range(16)]
@@ -58,7 +66,7 @@ def test_a_lane_on_one_thread_learns_by_what_the_processor_gave_it(
 
 def test_lanes_refuse_adapters(engine_of: EngineOf) -> None:
     """An adapter changes the weights all lanes draw with, so the job is refused, by the parameter's name."""
-    engine = engine_of(Crowd(), lanes=2)
+    engine = engine_of(ConcurrentDenoiser(), lanes=2)
     with pytest.raises(InvalidInput) as refused:
         engine.submit(job("a square", loras=(("style", 1.0),)))
     assert refused.value.field == "lora"
@@ -67,16 +75,16 @@ def test_lanes_refuse_adapters(engine_of: EngineOf) -> None:
 
 def test_lanes_are_refused_where_weights_change_while_drawing() -> None:
     """One sentence says why, and nothing is accepted."""
-    painter = Crowd(unshareable="the weights travel between memory and device.")
+    painter = ConcurrentDenoiser(unshareable="the weights travel between memory and device.")
     engine: Engine[Any, Any] = Engine(lambda: painter, queue_limit=1, max_batch=1, lanes=2)
     engine.start()
-    until(lambda: engine.phase is Phase.FAILED)
+    until(lambda: engine.phase is EngineState.FAILED)
     assert engine.reason == "LANES=2 is not possible: the weights travel between memory and device."
 
 
 def test_weights_that_travel_are_used_in_phases(engine_of: EngineOf) -> None:
     """All are prepared, stepped until none is left, finished, and the memory is released: no joins in between."""
-    painter = Visiting(gate=threading.Event())
+    painter = RecordingDenoiser(gate=threading.Event())
     engine = engine_of(painter)
     first = engine.submit(job("first", steps=1, width=128))
     until(lambda: len(painter.batches) == 1)
@@ -93,7 +101,7 @@ def test_weights_that_travel_are_used_in_phases(engine_of: EngineOf) -> None:
 
 def test_previews_are_made_for_those_who_want_them(engine_of: EngineOf) -> None:
     """At most every other step, as a small picture; whoever did not ask costs nothing."""
-    painter, told = Sketching(seconds_per_step=0.01), list[Event]()
+    painter, told = PreviewingDenoiser(seconds_per_step=0.01), list[EngineEvent]()
     engine = engine_of(painter)
     engine.submit(job("plain", steps=8), watch=lambda event: None).result.result(10)
     assert painter.sketches == 0
@@ -113,7 +121,7 @@ def test_previews_are_made_for_those_who_want_them(engine_of: EngineOf) -> None:
 def test_previews_that_cost_too_much_are_left_out(engine_of: EngineOf) -> None:
     """Ten times as dear as a step: after the first, which tells the price, there are hardly any in sixty steps."""
 
-    class Slow(Sketching):
+    class Slow(PreviewingDenoiser):
         def preview(self, state: Any) -> Any:
             threading.Event().wait(0.02)
             return super().preview(state)
@@ -128,7 +136,7 @@ def test_previews_that_cost_too_much_are_left_out(engine_of: EngineOf) -> None:
 def test_a_preview_that_fails_costs_no_picture(engine_of: EngineOf) -> None:
     """It is left out, and the job goes on."""
 
-    class Clumsy(Sketching):
+    class Clumsy(PreviewingDenoiser):
         def preview(self, state: Any) -> Any:
             raise RuntimeError("spilt")
 

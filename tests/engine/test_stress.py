@@ -12,18 +12,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fakes import Canvas, Painted, PaintedSquares, until
+from fakes import Canvas, FakeDenoiser, FakePixels, until
 from squares import EngineOf, job
 
-from stable_diffusion_server.engine import Phase, Ticket
+from stable_diffusion_server.engine import EngineState, Ticket
 from stable_diffusion_server.errors import OutOfMemory
-from stable_diffusion_server.types import Event, EventKind
+from stable_diffusion_server.types import EngineEvent, EngineEventKind
 
 JOBS = 500
 
 
 @dataclass
-class Stepwise(PaintedSquares):
+class Stepwise(FakeDenoiser):
     """Paints by its steps: each adds the job's seed to its canvas, so a step too many, too few or of another shows.
 
     There is room for six canvases, and now and then for one only.
@@ -48,12 +48,12 @@ class Stepwise(PaintedSquares):
         for state in states:
             self.sums[id(state)] += state.job.seed
 
-    def finish(self, state: Canvas) -> Painted:
+    def finish(self, state: Canvas) -> FakePixels:
         total = self.sums.pop(id(state))
-        return Painted(np.frombuffer(np.int64(total).tobytes(), np.uint8).copy())
+        return FakePixels(np.frombuffer(np.int64(total).tobytes(), np.uint8).copy())
 
 
-def total_of(ticket: Ticket[Painted]) -> int:
+def total_of(ticket: Ticket[FakePixels]) -> int:
     """What a job's steps came to."""
     return int(ticket.result.result(0).product.pixels.view(np.int64)[0])
 
@@ -66,7 +66,7 @@ def test_whatever_happens_every_job_gets_its_own_answer(
 ) -> None:
     """Shapes, steps, owners, classes, cancels, culprits and full memory at random: each picture is its own job's."""
     chance = random.Random(seed)  # noqa: S311  # no secret
-    told: dict[str, list[Event]] = {}
+    told: dict[str, list[EngineEvent]] = {}
     painter = Stepwise(resident=resident, seconds_per_step=0.0002)
     engine = engine_of(
         painter,
@@ -75,7 +75,7 @@ def test_whatever_happens_every_job_gets_its_own_answer(
         lanes=lanes,
         observe=lambda event: told.setdefault(event.job_id, []).append(event),
     )
-    tickets: list[Ticket[Painted]] = []
+    tickets: list[Ticket[FakePixels]] = []
     for number in range(JOBS):
         culprit = chance.random() < 0.03
         wanted = job(
@@ -92,8 +92,8 @@ def test_whatever_happens_every_job_gets_its_own_answer(
             time.sleep(0.005)
     until(lambda: all(ticket.result.done() for ticket in tickets), 60)
     until(lambda: engine.running == engine.waiting == 0)
-    assert engine.phase is Phase.READY
-    ends = {EventKind.DONE, EventKind.FAILED, EventKind.CANCELLED}
+    assert engine.phase is EngineState.READY
+    ends = {EngineEventKind.DONE, EngineEventKind.FAILED, EngineEventKind.CANCELLED}
     for ticket in tickets:
         wanted = ticket.job
         try:

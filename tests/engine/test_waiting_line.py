@@ -5,22 +5,22 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Any
 
-from fakes import PaintedSquares, until
+from fakes import FakeDenoiser, until
 from squares import EngineOf, job, open_gate
 
 from stable_diffusion_server.engine import Ticket
-from stable_diffusion_server.engine.request_queue import BACKGROUND_EVERY, WaitingLine
+from stable_diffusion_server.engine.request_queue import BACKGROUND_EVERY, RequestQueue
 from stable_diffusion_server.engine.worker import BACKGROUND_TURN, TURN
-from stable_diffusion_server.types import EventKind
+from stable_diffusion_server.types import EngineEventKind
 
 
-def first_and_last(painter: PaintedSquares, prompt: str) -> tuple[int, int]:
+def first_and_last(painter: FakeDenoiser, prompt: str) -> tuple[int, int]:
     """The numbers of a job's first and last step among all steps of the device, from 1."""
     numbers = [number for number, batch in enumerate(painter.batches, 1) if prompt in batch]
     return numbers[0], numbers[-1]
 
 
-def test_two_unlike_jobs_end_one_after_the_other(engine_of: EngineOf, gated: PaintedSquares) -> None:
+def test_two_unlike_jobs_end_one_after_the_other(engine_of: EngineOf, gated: FakeDenoiser) -> None:
     """Four steps each: they end at 4 and 8, not step by step at 7 and 8."""
     engine = engine_of(gated)
     tickets = [engine.submit(job("square")), engine.submit(job("wide", width=128))]
@@ -30,7 +30,7 @@ def test_two_unlike_jobs_end_one_after_the_other(engine_of: EngineOf, gated: Pai
     assert (first_and_last(gated, "square"), first_and_last(gated, "wide")) == ((1, 4), (5, 8))
 
 
-def test_a_long_job_lets_another_shape_have_its_turn(engine_of: EngineOf, gated: PaintedSquares) -> None:
+def test_a_long_job_lets_another_shape_have_its_turn(engine_of: EngineOf, gated: FakeDenoiser) -> None:
     """Another shape waits for a bounded number of steps, and the long job goes on where it was."""
     engine = engine_of(gated)
     long = engine.submit(job("long", steps=100))
@@ -43,7 +43,7 @@ def test_a_long_job_lets_another_shape_have_its_turn(engine_of: EngineOf, gated:
     assert sum("long" in batch for batch in gated.batches) == 100
 
 
-def test_equal_shapes_that_keep_coming_do_not_starve_another(engine_of: EngineOf, gated: PaintedSquares) -> None:
+def test_equal_shapes_that_keep_coming_do_not_starve_another(engine_of: EngineOf, gated: FakeDenoiser) -> None:
     """Of thirty squares before and after it, one that is wide waits for no more than the group at work."""
     engine = engine_of(gated, queue_limit=64)
     before = [engine.submit(job(f"before {n}")) for n in range(4)]
@@ -56,7 +56,7 @@ def test_equal_shapes_that_keep_coming_do_not_starve_another(engine_of: EngineOf
     assert first_and_last(gated, "wide")[1] <= 1 + 4 + 4
 
 
-def test_owners_share_the_device_whoever_floods_it(engine_of: EngineOf, gated: PaintedSquares) -> None:
+def test_owners_share_the_device_whoever_floods_it(engine_of: EngineOf, gated: FakeDenoiser) -> None:
     """Beside someone with 300 jobs, someone who comes later with 60 has 45 % of the steps or more until they end."""
     for loras in ((), (("of another shape", 1.0),)):
         engine = engine_of(gated, queue_limit=400)
@@ -77,7 +77,7 @@ def test_owners_share_the_device_whoever_floods_it(engine_of: EngineOf, gated: P
 
 def test_an_owner_who_was_away_has_nothing_saved_up() -> None:
     """After ten jobs of one owner a newcomer takes turns with it, and does not get ten in a row."""
-    line: WaitingLine[Any] = WaitingLine()
+    line: RequestQueue[Any] = RequestQueue()
     for n in range(10):
         line.add(ticket := Ticket(job(f"early {n}"), owner="early"))
         line.take(ticket)
@@ -90,7 +90,7 @@ def test_an_owner_who_was_away_has_nothing_saved_up() -> None:
 
 def test_dear_jobs_take_more_of_a_turn_than_cheap_ones() -> None:
     """Owners share steps × pixels, so one job of 40 steps stands against ten of four."""
-    line: WaitingLine[Any] = WaitingLine()
+    line: RequestQueue[Any] = RequestQueue()
     for n in range(3):
         line.add(Ticket(job(f"dear {n}", steps=40), owner="dear"))
     for n in range(30):
@@ -99,7 +99,7 @@ def test_dear_jobs_take_more_of_a_turn_than_cheap_ones() -> None:
     assert [order[:11].count("dear"), order[:22].count("dear")] == [1, 2]
 
 
-def test_interactive_work_goes_before_background_work(engine_of: EngineOf, gated: PaintedSquares) -> None:
+def test_interactive_work_goes_before_background_work(engine_of: EngineOf, gated: FakeDenoiser) -> None:
     """What somebody waits for overtakes what nobody does, but background work comes in its turn as well."""
     engine = engine_of(gated, max_batch=1, queue_limit=64)
     running = engine.submit(job("running"))
@@ -116,7 +116,7 @@ def test_interactive_work_goes_before_background_work(engine_of: EngineOf, gated
     assert order.index("late 1") == 1 + 2 * BACKGROUND_EVERY + 1
 
 
-def test_background_work_makes_room_for_interactive_work(engine_of: EngineOf, gated: PaintedSquares) -> None:
+def test_background_work_makes_room_for_interactive_work(engine_of: EngineOf, gated: FakeDenoiser) -> None:
     """A long job in the background is set aside after a few steps, and goes on later."""
     engine = engine_of(gated, max_batch=1)
     late = engine.submit(job("late", steps=60), background=True)
@@ -129,7 +129,7 @@ def test_background_work_makes_room_for_interactive_work(engine_of: EngineOf, ga
     assert sum("late" in batch for batch in gated.batches) == 60
 
 
-def test_one_owners_long_job_lets_another_owner_in(engine_of: EngineOf, gated: PaintedSquares) -> None:
+def test_one_owners_long_job_lets_another_owner_in(engine_of: EngineOf, gated: FakeDenoiser) -> None:
     """Equal shapes too, where the group is full of one owner's jobs."""
     engine = engine_of(gated, max_batch=1)
     long = engine.submit(job("long", steps=100), owner="a")
@@ -142,7 +142,7 @@ def test_one_owners_long_job_lets_another_owner_in(engine_of: EngineOf, gated: P
 
 
 def test_who_watches_is_told_of_the_place_in_the_line_and_the_time_left(
-    engine_of: EngineOf, gated: PaintedSquares
+    engine_of: EngineOf, gated: FakeDenoiser
 ) -> None:
     """The place falls to nothing, the steps count up, and the time left is known once the shape was measured."""
     engine = engine_of(gated, max_batch=1)
@@ -156,10 +156,10 @@ def test_who_watches_is_told_of_the_place_in_the_line_and_the_time_left(
     open_gate(gated)
     for ticket in tickets:
         ticket.result.result(10)
-    until(lambda: told[-1].kind is EventKind.DONE)
-    places = [event.position for event in told if event.kind is EventKind.QUEUED]
+    until(lambda: told[-1].kind is EngineEventKind.DONE)
+    places = [event.position for event in told if event.kind is EngineEventKind.QUEUED]
     assert places == sorted(places, reverse=True)
     assert places[-1] == 1
-    assert [event.step for event in told if event.kind is EventKind.STEP] == [1, 2, 3, 4]
-    assert all(event.position == 0 for event in told if event.kind is EventKind.STEP)
+    assert [event.step for event in told if event.kind is EngineEventKind.STEP] == [1, 2, 3, 4]
+    assert all(event.position == 0 for event in told if event.kind is EngineEventKind.STEP)
     assert all(event.eta_seconds is not None and event.eta_seconds >= 0 for event in told if event.kind != "done")

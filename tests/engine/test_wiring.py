@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 from fakes import settings_in, until
 from fastapi.testclient import TestClient
-from squares import Cramped, PaintedSquares, Poisonous
+from squares import DeviceLostDenoiser, FakeDenoiser, OutOfMemoryDenoiser
 
 from stable_diffusion_server.app import create_app
 from stable_diffusion_server.app.lifecycle import POISONED
-from stable_diffusion_server.app.process_tuning import settle
+from stable_diffusion_server.app.process_tuning import freeze_gc
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -38,7 +38,9 @@ def test_caps_and_step_times_are_in_the_metrics(house_of: Callable[..., Any]) ->
 def test_a_poisoned_device_is_told_and_the_process_is_to_be_replaced(tmp_path: Path) -> None:
     """The caller is told to come back, /readyz says why it is not ready, and the hook is called."""
     ends = list[bool]()
-    app = create_app(settings_in(tmp_path), load=lambda settings: Poisonous(), poisoned=lambda: ends.append(True))
+    app = create_app(
+        settings_in(tmp_path), load=lambda settings: DeviceLostDenoiser(), poisoned=lambda: ends.append(True)
+    )
     with TestClient(app, base_url="http://127.0.0.1:8000", client=("127.0.0.1", 5)) as client:
         until(lambda: client.get("/readyz").status_code == 200)
         answer = client.get("/create_and_upload_image", params={"prompt": "poison", "width": 64, "height": 64})
@@ -63,7 +65,7 @@ def test_once_it_can_draw_the_process_settles(tmp_path: Path) -> None:
     told = list[str]()
     app = create_app(
         settings_in(tmp_path),
-        load=lambda settings: PaintedSquares(),
+        load=lambda settings: FakeDenoiser(),
         announce=lambda: told.append("ready"),
         settle=lambda: told.append("settled"),
     )
@@ -76,8 +78,8 @@ GLIBC = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc's
 
 def told_by_a_process(code: str, how: str) -> str:
     """What a Python process of its own prints, its heap tended or not."""
-    tend = "settling._TRIM_SECONDS = 0.1; settling.tend_heap()" if how == "tended" else ""
-    command = [sys.executable, "-c", f"from stable_diffusion_server.app import settling\n{tend}\n{code}"]
+    tend = "process_tuning._TRIM_SECONDS = 0.1; process_tuning.tune_malloc()" if how == "tended" else ""
+    command = [sys.executable, "-c", f"from stable_diffusion_server.app import process_tuning\n{tend}\n{code}"]
     environment = {
         name: value for name, value in os.environ.items() if name not in ("MALLOC_ARENA_MAX", "GLIBC_TUNABLES")
     }
@@ -137,7 +139,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
 
 def test_what_is_to_be_warm_is_drawn_before_the_server_is_ready(tmp_path: Path) -> None:
     """Each size by each model, alone and shared, as a compiler has to see it; nothing of it is stored."""
-    painter, told = PaintedSquares(), list[int]()
+    painter, told = FakeDenoiser(), list[int]()
     app = create_app(
         settings_in(tmp_path, warm_sizes=("256x256", "384x256", "4096x4096"), models="embedded"),
         load=lambda settings: painter,
@@ -160,7 +162,7 @@ def test_what_cannot_be_warmed_up_is_told_and_harms_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], wrong: dict[str, int]
 ) -> None:
     """Memory that suffices for no pair, no picture or no decoding: the server is ready all the same."""
-    painter = Cramped(**wrong)
+    painter = OutOfMemoryDenoiser(**wrong)
     app = create_app(settings_in(tmp_path, warm_sizes=("256x256",), models="embedded"), load=lambda settings: painter)
     with TestClient(app, base_url="http://127.0.0.1:8000") as client:
         until(lambda: client.get("/readyz").status_code == 200)
@@ -170,7 +172,7 @@ def test_what_cannot_be_warmed_up_is_told_and_harms_nothing(
 
 def test_with_one_job_at_a_time_no_pair_is_drawn_to_be_warm(tmp_path: Path) -> None:
     """Room for one is enough where never more are drawn."""
-    painter = Cramped(room=1)
+    painter = OutOfMemoryDenoiser(room=1)
     settings = settings_in(tmp_path, warm_sizes=("256x256",), models="embedded", max_batch=1)
     with TestClient(create_app(settings, load=lambda settings: painter)):
         until(lambda: len(painter.finished) == 3)
@@ -191,7 +193,7 @@ def test_a_settled_process_has_nothing_old_for_the_collector_to_look_through() -
     weakref.finalize(ring, ends.append, None)
     del ring
     try:
-        settle()
+        freeze_gc()
         assert ends == [None]
         assert gc.get_freeze_count() > 10_000
         assert len(gc.get_objects()) < 1000

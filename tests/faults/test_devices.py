@@ -11,12 +11,12 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import ROOT, House, free_port, start_server
+from conftest import ROOT, RunningApp, free_port, start_server
 from fakes import until
-from squares import Cramped
+from squares import OutOfMemoryDenoiser
 from test_server_jobs import SERVE, WATCHED, answers, child_of
 
-from stable_diffusion_server.errors import WeightsUnusable
+from stable_diffusion_server.errors import ModelLoadError
 
 CREATE = "/create_and_upload_image"
 ORDER = {"prompt": "a red square", "width": 64, "height": 64}
@@ -31,9 +31,9 @@ sys.stdin.read()
 
 
 @pytest.mark.fault(51, 52)
-def test_while_another_takes_the_memory_callers_are_told_to_come_back(house_of: Callable[..., House]) -> None:
+def test_while_another_takes_the_memory_callers_are_told_to_come_back(house_of: Callable[..., RunningApp]) -> None:
     """503 with Retry-After and nothing stored; when the other has gone, the same order is drawn."""
-    painter = Cramped(room=0)
+    painter = OutOfMemoryDenoiser(room=0)
     house = house_of(painter)
     refused = house.draw(prompt="a red square", save_path="a.webp")
     assert (refused.status_code, refused.json()["type"].rsplit(":", 1)[1]) == (503, "out-of-memory")
@@ -77,7 +77,7 @@ def test_a_device_that_another_has_filled_is_used_as_it_is_or_refused_in_a_sente
         devices, told = set(), ""
         try:
             devices = {model.device for model in registry.load(ROOT / "models", "cuda", 1).loaded}
-        except WeightsUnusable as error:
+        except ModelLoadError as error:
             told = error.detail
         assert devices == {"cuda"} or "memory" in told
 

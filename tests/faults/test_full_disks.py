@@ -13,9 +13,9 @@ from pathlib import Path
 
 import httpx
 import pytest
-from conftest import ROOT, House, free_port
-from fakes import PaintedSquares, until
-from storage_servers import KEYS, Rascal, StorageServer, make_s3_bucket
+from conftest import ROOT, RunningApp, free_port
+from fakes import FakeDenoiser, until
+from storage_servers import KEYS, MisbehavingStore, StorageServer, make_s3_bucket
 
 CREATE = "/create_and_upload_image"
 ASYNC = {"prefer": "respond-async"}
@@ -41,13 +41,13 @@ def quick_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("quick_waits")
 @pytest.mark.parametrize("name", ["ENOSPC", "EDQUOT", "EROFS", "EIO"])
 def test_jobs_wait_for_a_disk_that_takes_nothing(
-    house_of: Callable[..., House], monkeypatch: pytest.MonkeyPatch, name: str
+    house_of: Callable[..., RunningApp], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     """Six accepted, then every write to the disk fails: none of them fails, new ones are refused, /readyz says why.
 
     The disk's own error is raised where files are made sure of, since a test cannot break a disk in each way.
     """
-    house = house_of(PaintedSquares(seconds_per_step=0.1))
+    house = house_of(FakeDenoiser(seconds_per_step=0.1))
     jobs = [accepted(house.client, number) for number in range(6)]
     sure, broken = os.fsync, True
 
@@ -75,10 +75,10 @@ def test_jobs_wait_for_a_disk_that_takes_nothing(
 @pytest.mark.fault(137)
 @pytest.mark.usefixtures("quick_waits")
 def test_a_job_that_waits_for_the_disk_can_be_cancelled_and_has_its_deadline(
-    house_of: Callable[..., House], monkeypatch: pytest.MonkeyPatch
+    house_of: Callable[..., RunningApp], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Waiting is no prison: cancelled by its id, or ended by its own timeout, while the disk is still full."""
-    house = house_of(PaintedSquares(seconds_per_step=0.05))
+    house = house_of(FakeDenoiser(seconds_per_step=0.05))
     late = house.client.post(CREATE, json={**order(1), "timeout": 3}, headers=ASYNC).headers["location"]
     other = accepted(house.client, 2)
     monkeypatch.setattr("stable_diffusion_server.files.disk_space.SPARE_BYTES", 2**70)
@@ -91,16 +91,16 @@ def test_a_job_that_waits_for_the_disk_can_be_cancelled_and_has_its_deadline(
 @pytest.mark.fault(137)
 @pytest.mark.usefixtures("quick_waits")
 def test_jobs_wait_when_neither_the_bucket_nor_the_spool_takes_anything(
-    house_of: Callable[..., House],
+    house_of: Callable[..., RunningApp],
     s3_server: StorageServer,
-    rascal_before: Callable[[StorageServer], Rascal],
+    rascal_before: Callable[[StorageServer], MisbehavingStore],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The bucket down and DATA_DIR full: the same as a full folder, and mended by either of the two."""
     rascal, name = rascal_before(s3_server), make_s3_bucket(s3_server)
     keys = {key: value.get_secret_value() for key, value in KEYS.items()}
     where = {"storage_provider": "r2", "bucket_name": name, "r2_endpoint_url": rascal.url, "storage_timeout": 3.0}
-    house = house_of(PaintedSquares(seconds_per_step=0.05), **where, **keys)
+    house = house_of(FakeDenoiser(seconds_per_step=0.05), **where, **keys)
     jobs = [accepted(house.client, number) for number in range(4)]
     rascal.rule = lambda method, path, headers: "close"
     monkeypatch.setattr("stable_diffusion_server.files.disk_space.SPARE_BYTES", 2**70)

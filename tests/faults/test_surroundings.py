@@ -13,8 +13,8 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import ROOT, House, free_port
-from fakes import PaintedSquares, settings_in, until
+from conftest import ROOT, RunningApp, free_port
+from fakes import FakeDenoiser, settings_in, until
 from fastapi.testclient import TestClient
 
 from stable_diffusion_server.app import create_app
@@ -117,10 +117,10 @@ def answers(port: int, path: str) -> bool:
 
 @pytest.mark.parametrize("jump", [-3600.0, 86_400.0 * 400])
 def test_a_clock_that_jumps_while_pictures_are_drawn_changes_nothing(
-    house_of: Callable[..., House], monkeypatch: pytest.MonkeyPatch, jump: float
+    house_of: Callable[..., RunningApp], monkeypatch: pytest.MonkeyPatch, jump: float
 ) -> None:
     """Back an hour, or on for a year: orders with a timeout are drawn, jobs end, and what is stored is found."""
-    house = house_of(PaintedSquares(seconds_per_step=0.02), rate_limit="1000/minute")
+    house = house_of(FakeDenoiser(seconds_per_step=0.02), rate_limit="1000/minute")
     asked: dict[str, Any] = {"timeout": 30, "save_path": "before.webp"}
     answer = house.client.post(CREATE, json={**ORDER, **asked}, headers={"Prefer": "respond-async"})
     right = time.time

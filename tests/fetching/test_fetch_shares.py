@@ -11,9 +11,9 @@ import pytest
 from fakes import disc, file_of
 
 from stable_diffusion_server.errors import InvalidInput
-from stable_diffusion_server.net.image_fetcher import Bounds, Fetcher
-from stable_diffusion_server.net.url_policy import Allowance
-from stable_diffusion_server.net.webhook_client import Poster
+from stable_diffusion_server.net.image_fetcher import FetchLimits, ImageFetcher
+from stable_diffusion_server.net.url_policy import UrlPolicy
+from stable_diffusion_server.net.webhook_client import WebhookClient
 
 HOST = "127.0.0.1"
 PICTURE = file_of(disc())
@@ -46,7 +46,7 @@ async def ended(tasks: Sequence[asyncio.Task[bytes]]) -> None:
 @pytest.mark.fault(116)
 async def test_silent_hosts_of_one_caller_leave_places_for_others(port: int) -> None:
     """64 of one caller wait, half the places taken; four others are answered while not one of them has ended."""
-    fetcher = Fetcher(Bounds(1_000_000, total=60, first_byte=60), [Allowance.parse(f"{HOST}:{port}")])
+    fetcher = ImageFetcher(FetchLimits(1_000_000, total=60, first_byte=60), [UrlPolicy.parse(f"{HOST}:{port}")])
     silent = [
         asyncio.create_task(fetcher.fetch(f"http://{HOST}:{port}/silent-{n}", "image_url", share="key a"))
         for n in range(64)
@@ -75,7 +75,7 @@ async def test_silent_name_servers_of_one_caller_leave_threads_for_others(port: 
     async def resolve(host: str, port: int) -> list[str]:
         return await asyncio.get_running_loop().run_in_executor(threads, look_up, host)
 
-    fetcher = Fetcher(Bounds(1_000_000, total=60), [Allowance.parse(f"good.test:{port}")], resolve)
+    fetcher = ImageFetcher(FetchLimits(1_000_000, total=60), [UrlPolicy.parse(f"good.test:{port}")], resolve)
     silent = [
         asyncio.create_task(fetcher.fetch(f"http://silent-{n}.test:{port}/", "image_url", share="key a"))
         for n in range(64)
@@ -100,7 +100,7 @@ async def test_the_address_of_a_webhook_is_looked_up_within_its_time() -> None:
         await asyncio.sleep(3600)
         return []
 
-    poster = Poster(0.2, resolve=resolve)
+    poster = WebhookClient(0.2, resolve=resolve)
     async with asyncio.timeout(20):
         with pytest.raises(InvalidInput, match=r"was not found in 0\.2 seconds"):
             await poster.check("http://silent.test/hook", "key a")

@@ -10,9 +10,9 @@ import pytest
 from fakes import until
 from web_rascal import PICTURE, Names, Rascal
 
-from stable_diffusion_server.errors import InvalidInput, RemoteFailed, ServerError, TooLarge, UnsupportedMedia
-from stable_diffusion_server.net.image_fetcher import MAX_REDIRECTS, Bounds, Fetcher
-from stable_diffusion_server.net.url_policy import Allowance
+from stable_diffusion_server.errors import InvalidInput, RemoteFetchFailed, ServerError, TooLarge, UnsupportedMedia
+from stable_diffusion_server.net.image_fetcher import MAX_REDIRECTS, FetchLimits, ImageFetcher
+from stable_diffusion_server.net.url_policy import UrlPolicy
 
 MAX_BYTES = 100_000
 
@@ -30,8 +30,10 @@ async def rascal() -> AsyncIterator[Rascal]:
 @pytest.fixture
 async def fetch(rascal: Rascal) -> AsyncIterator[Callable[[str], Awaitable[bytes]]]:
     """Fetch a path of the misbehaving server, which is allowed, within tight bounds."""
-    bounds = Bounds(max_bytes=MAX_BYTES, total=3.0, connect=1.0, first_byte=0.5, min_rate=1024, patience=0.2)
-    fetcher = Fetcher(bounds, [Allowance.parse(f"pictures.test:{rascal.port}")], Names(pictures_test=["127.0.0.1"]))
+    bounds = FetchLimits(max_bytes=MAX_BYTES, total=3.0, connect=1.0, first_byte=0.5, min_rate=1024, patience=0.2)
+    fetcher = ImageFetcher(
+        bounds, [UrlPolicy.parse(f"pictures.test:{rascal.port}")], Names(pictures_test=["127.0.0.1"])
+    )
     yield lambda path: fetcher.fetch(f"http://pictures.test:{rascal.port}/{path}", "image_url")
     fetcher.close()
 
@@ -47,25 +49,25 @@ async def test_a_picture_is_fetched_however_it_is_sent(fetch: Callable[[str], Aw
     ("path", "error"),
     [
         ("html", UnsupportedMedia),
-        ("status/404", RemoteFailed),
-        ("status/500", RemoteFailed),
-        ("status/206", RemoteFailed),
-        ("gzip", RemoteFailed),
-        ("gzip-bomb", RemoteFailed),
-        ("gzip-transfer", RemoteFailed),
-        ("headers", RemoteFailed),
-        ("interim", RemoteFailed),
-        ("circle", RemoteFailed),
-        ("length/-1", RemoteFailed),
-        ("length/1e3", RemoteFailed),
-        ("length/huge", RemoteFailed),
-        ("length/200,300", RemoteFailed),
-        ("short", RemoteFailed),
-        ("garbage", RemoteFailed),
-        ("silent", RemoteFailed),
-        ("drip", RemoteFailed),
-        ("nowhere", RemoteFailed),
-        (f"hops/{MAX_REDIRECTS + 1}", RemoteFailed),
+        ("status/404", RemoteFetchFailed),
+        ("status/500", RemoteFetchFailed),
+        ("status/206", RemoteFetchFailed),
+        ("gzip", RemoteFetchFailed),
+        ("gzip-bomb", RemoteFetchFailed),
+        ("gzip-transfer", RemoteFetchFailed),
+        ("headers", RemoteFetchFailed),
+        ("interim", RemoteFetchFailed),
+        ("circle", RemoteFetchFailed),
+        ("length/-1", RemoteFetchFailed),
+        ("length/1e3", RemoteFetchFailed),
+        ("length/huge", RemoteFetchFailed),
+        ("length/200,300", RemoteFetchFailed),
+        ("short", RemoteFetchFailed),
+        ("garbage", RemoteFetchFailed),
+        ("silent", RemoteFetchFailed),
+        ("drip", RemoteFetchFailed),
+        ("nowhere", RemoteFetchFailed),
+        (f"hops/{MAX_REDIRECTS + 1}", RemoteFetchFailed),
         (f"size/{MAX_BYTES + 1}", TooLarge),
         ("endless", TooLarge),
         ("to/http://127.0.0.1/", InvalidInput),
@@ -76,8 +78,8 @@ async def test_a_picture_is_fetched_however_it_is_sent(fetch: Callable[[str], Aw
         ("to/file:///etc/passwd", InvalidInput),
         ("to/gopher://pictures.test/", InvalidInput),
         ("to///127.0.0.1/", InvalidInput),
-        ("to/http://[::1", RemoteFailed),
-        ("to///[x]/", RemoteFailed),
+        ("to/http://[::1", RemoteFetchFailed),
+        ("to///[x]/", RemoteFetchFailed),
         ("to/http://a:b@pictures.test/", InvalidInput),
         ("to-long", InvalidInput),
     ],
@@ -96,7 +98,7 @@ async def test_a_bad_answer_is_a_named_error(
 async def test_the_name_is_resolved_once_and_kept_for_the_host_header(rascal: Rascal) -> None:
     """A second answer of the name server is never asked for, so it can not turn private between check and dial."""
     names = Names(pictures_test=["127.0.0.1"])
-    fetcher = Fetcher(Bounds(MAX_BYTES), [Allowance.parse(f"pictures.test:{rascal.port}")], names)
+    fetcher = ImageFetcher(FetchLimits(MAX_BYTES), [UrlPolicy.parse(f"pictures.test:{rascal.port}")], names)
     await fetcher.fetch(f"http://pictures.test:{rascal.port}/picture", "image_url")
     fetcher.close()
     assert names.asked == ["pictures.test"]
@@ -131,7 +133,7 @@ async def test_no_cookie_is_carried_from_hop_to_hop_or_to_the_next_caller(
 )
 async def test_a_name_with_any_closed_address_is_refused_before_dialling(rascal: Rascal, answers: list[str]) -> None:
     """One bad answer among good ones is enough; no connection is made."""
-    fetcher = Fetcher(Bounds(MAX_BYTES), resolve=Names(pictures_test=answers))
+    fetcher = ImageFetcher(FetchLimits(MAX_BYTES), resolve=Names(pictures_test=answers))
     with pytest.raises(InvalidInput) as refused:
         await fetcher.fetch("http://pictures.test/picture", "image_url")
     fetcher.close()
@@ -141,7 +143,7 @@ async def test_a_name_with_any_closed_address_is_refused_before_dialling(rascal:
 
 async def test_a_name_that_is_not_there_is_answered_like_one_inside() -> None:
     """The answer does not tell which names exist in the operator's own network."""
-    fetcher = Fetcher(Bounds(MAX_BYTES), resolve=Names(inside_test=["10.0.0.1"]))
+    fetcher = ImageFetcher(FetchLimits(MAX_BYTES), resolve=Names(inside_test=["10.0.0.1"]))
     details = []
     for host in ("inside.test", "nowhere.test"):
         with pytest.raises(InvalidInput) as refused:
@@ -154,7 +156,7 @@ async def test_a_name_that_is_not_there_is_answered_like_one_inside() -> None:
 @pytest.mark.fault(38)
 async def test_a_public_address_at_an_odd_port_is_refused() -> None:
     """Mail, ssh and databases are not asked for pictures."""
-    fetcher = Fetcher(Bounds(MAX_BYTES), resolve=Names(pictures_test=["93.184.216.34"]))
+    fetcher = ImageFetcher(FetchLimits(MAX_BYTES), resolve=Names(pictures_test=["93.184.216.34"]))
     for port in (0, 22, 25, 5432, 8080):
         with pytest.raises(InvalidInput):
             await fetcher.fetch(f"http://pictures.test:{port}/", "image_url")
@@ -164,7 +166,7 @@ async def test_a_public_address_at_an_odd_port_is_refused() -> None:
 @pytest.mark.fault(33)
 async def test_the_system_resolver_finds_localhost_and_it_is_refused(rascal: Rascal) -> None:
     """With nothing handed in, names go the usual way, and loopback is still closed."""
-    fetcher = Fetcher(Bounds(MAX_BYTES))
+    fetcher = ImageFetcher(FetchLimits(MAX_BYTES))
     for host in ("localhost", "127.0.0.1", "[::1]", "[::ffff:127.0.0.1]"):
         with pytest.raises(InvalidInput):
             await fetcher.fetch(f"http://{host}/picture", "image_url")
@@ -189,9 +191,9 @@ async def test_tls_is_asked_for_the_name_and_not_the_number() -> None:
     tls.sni_callback = lambda connection, name, context: wanted.append(name)  # type: ignore[assignment]  # gives None
     rascal = Rascal()
     server = await rascal.start(tls)
-    allowed = [Allowance.parse(f"pictures.test:{rascal.port}")]
-    fetcher = Fetcher(Bounds(MAX_BYTES), allowed, Names(pictures_test=["127.0.0.1"]))
-    with pytest.raises(RemoteFailed):
+    allowed = [UrlPolicy.parse(f"pictures.test:{rascal.port}")]
+    fetcher = ImageFetcher(FetchLimits(MAX_BYTES), allowed, Names(pictures_test=["127.0.0.1"]))
+    with pytest.raises(RemoteFetchFailed):
         await fetcher.fetch(f"https://pictures.test:{rascal.port}/picture", "image_url")
     fetcher.close()
     server.close()
@@ -202,7 +204,9 @@ async def test_a_fetch_that_is_cancelled_lets_go_of_its_connection(
     rascal: Rascal,
 ) -> None:
     """The caller left: the remote sees the connection end."""
-    fetcher = Fetcher(Bounds(MAX_BYTES, total=600, patience=600), [Allowance.parse(f"127.0.0.1:{rascal.port}")])
+    fetcher = ImageFetcher(
+        FetchLimits(MAX_BYTES, total=600, patience=600), [UrlPolicy.parse(f"127.0.0.1:{rascal.port}")]
+    )
     fetching = asyncio.ensure_future(fetcher.fetch(f"http://127.0.0.1:{rascal.port}/drip", "image_url"))
     await asyncio.to_thread(until, lambda: bool(rascal.heads))
     fetching.cancel()
@@ -215,6 +219,6 @@ async def test_a_fetch_that_is_cancelled_lets_go_of_its_connection(
 async def test_the_next_address_is_dialled_when_the_first_takes_no_connection(rascal: Rascal) -> None:
     """A name with a dead address beside a living one still gives its picture."""
     names = Names(pictures_test=["127.9.9.9", "127.0.0.1"])
-    fetcher = Fetcher(Bounds(MAX_BYTES), [Allowance.parse(f"pictures.test:{rascal.port}")], names)
+    fetcher = ImageFetcher(FetchLimits(MAX_BYTES), [UrlPolicy.parse(f"pictures.test:{rascal.port}")], names)
     assert await fetcher.fetch(f"http://pictures.test:{rascal.port}/picture", "image_url") == PICTURE
     fetcher.close()

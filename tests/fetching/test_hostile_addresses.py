@@ -11,18 +11,18 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import House, free_port
-from dials import Dials, Trap, watched
-from fakes import PaintedSquares, Retouchers, until
-from live_servers import Live
-from storage_servers import Rascal as StorageRascal
+from conftest import RunningApp, free_port
+from dials import OutboundConnections, Trap, watched
+from fakes import FakeDenoiser, FakeImageDenoiser, until
+from live_servers import LiveServer
+from storage_servers import MisbehavingStore as StorageRascal
 from storage_servers import StorageServer, make_s3_bucket, s3_client
 from web_rascal import PICTURE, Rascal, beside
 
 from stable_diffusion_server.errors import InvalidInput
 from stable_diffusion_server.net import image_fetcher, safe_client
-from stable_diffusion_server.net.image_fetcher import Bounds, Fetcher, _redirected
-from stable_diffusion_server.net.url_policy import PORTS, Allowance, parse
+from stable_diffusion_server.net.image_fetcher import FetchLimits, ImageFetcher, _redirected
+from stable_diffusion_server.net.url_policy import PORTS, UrlPolicy, parse
 
 STYLE = "/style_transfer_and_upload_image"
 PUBLIC = "93.184.216.34"
@@ -91,9 +91,9 @@ def friend() -> Iterator[Rascal]:
 
 
 @pytest.fixture
-def dials(monkeypatch: pytest.MonkeyPatch, trap: Trap) -> Dials:
+def dials(monkeypatch: pytest.MonkeyPatch, trap: Trap) -> OutboundConnections:
     """The system's name server replaced by the table; http's port is the trap's, so that rules alone keep us off it."""
-    dials = Dials({name: [list(answer) for answer in answers] for name, answers in NAMES.items()})
+    dials = OutboundConnections({name: [list(answer) for answer in answers] for name, answers in NAMES.items()})
     monkeypatch.setattr("socket.getaddrinfo", dials.resolve)
     monkeypatch.setitem(PORTS, "http", trap.port)
     # httpx has its own idea of the port that may be left out.
@@ -106,10 +106,10 @@ def dials(monkeypatch: pytest.MonkeyPatch, trap: Trap) -> Dials:
 
 
 @pytest.fixture
-def house(house_of: Callable[..., House], friend: Rascal) -> House:
+def house(house_of: Callable[..., RunningApp], friend: Rascal) -> RunningApp:
     """A running app that may fetch from the friend, by two names and its number."""
     hosts = ("pictures.test", "pictures.test.", "xn--bcher-kva.test", "127.0.0.1")
-    return house_of(Retouchers(), fetch_allow=",".join(f"{host}:{friend.port}" for host in hosts))
+    return house_of(FakeImageDenoiser(), fetch_allow=",".join(f"{host}:{friend.port}" for host in hosts))
 
 
 def filled(url: str, friend: Rascal, trap: Trap) -> str:
@@ -117,7 +117,9 @@ def filled(url: str, friend: Rascal, trap: Trap) -> str:
 
 
 @pytest.mark.fault(33, 34, 35, 36, 38)
-def test_no_hostile_address_is_dialled(house: House, friend: Rascal, trap: Trap, dials: Dials) -> None:
+def test_no_hostile_address_is_dialled(
+    house: RunningApp, friend: Rascal, trap: Trap, dials: OutboundConnections
+) -> None:
     """Each is refused by its parameter; the sockets saw the friend, and the public half of a name that turns."""
     assert len(HOSTILE) >= 100
     with watched(dials):
@@ -133,7 +135,9 @@ def test_no_hostile_address_is_dialled(house: House, friend: Rascal, trap: Trap,
 
 
 @pytest.mark.fault(33, 36)
-def test_friendly_addresses_are_fetched_all_the_same(house: House, friend: Rascal, trap: Trap, dials: Dials) -> None:
+def test_friendly_addresses_are_fetched_all_the_same(
+    house: RunningApp, friend: Rascal, trap: Trap, dials: OutboundConnections
+) -> None:
     """By name, by number, beyond ASCII, with a trailing dot, through redirects: what the operator allows."""
     assert len(FRIENDLY) >= 5
     with watched(dials):
@@ -145,7 +149,9 @@ def test_friendly_addresses_are_fetched_all_the_same(house: House, friend: Rasca
 
 
 @pytest.mark.fault(33, 34, 38)
-def test_no_webhook_leads_inside_either(house: House, friend: Rascal, trap: Trap, dials: Dials) -> None:
+def test_no_webhook_leads_inside_either(
+    house: RunningApp, friend: Rascal, trap: Trap, dials: OutboundConnections
+) -> None:
     """The same addresses as `webhook_url`: refused when they are asked for, or when the message is to be sent."""
     with watched(dials):
         for url in SPELLINGS:
@@ -157,7 +163,7 @@ def test_no_webhook_leads_inside_either(house: House, friend: Rascal, trap: Trap
 
 
 @pytest.mark.fault(35)
-def test_a_webhook_whose_name_turns_is_not_told(house: House, trap: Trap, dials: Dials) -> None:
+def test_a_webhook_whose_name_turns_is_not_told(house: RunningApp, trap: Trap, dials: OutboundConnections) -> None:
     """Public when the job is accepted, inside when it has ended: the job is done, and nobody is dialled."""
     asked = {"prompt": "a red square", "width": 64, "height": 64, "webhook_url": "http://turns.test/hook"}
     with watched(dials):
@@ -170,10 +176,10 @@ def test_a_webhook_whose_name_turns_is_not_told(house: House, trap: Trap, dials:
 
 
 @pytest.mark.fault(35)
-async def test_every_hop_is_resolved_and_judged_anew(friend: Rascal, trap: Trap, dials: Dials) -> None:
+async def test_every_hop_is_resolved_and_judged_anew(friend: Rascal, trap: Trap, dials: OutboundConnections) -> None:
     """A name that is allowed by its network for the first hop and leads elsewhere for the second is not followed."""
-    allowed = [Allowance.parse(f"127.0.0.1:{friend.port}")]
-    fetching = Fetcher(Bounds(100_000), allowed)
+    allowed = [UrlPolicy.parse(f"127.0.0.1:{friend.port}")]
+    fetching = ImageFetcher(FetchLimits(100_000), allowed)
     url = f"http://turns-back.test:{friend.port}"
     with watched(dials), pytest.raises(InvalidInput):
         await fetching.fetch(f"{url}/to/{url}/picture", "image_url")
@@ -183,15 +189,15 @@ async def test_every_hop_is_resolved_and_judged_anew(friend: Rascal, trap: Trap,
 
 
 async def test_without_the_rules_the_trap_would_have_caught_them(
-    monkeypatch: pytest.MonkeyPatch, trap: Trap, dials: Dials
+    monkeypatch: pytest.MonkeyPatch, trap: Trap, dials: OutboundConnections
 ) -> None:
     """What shows that the two tests above can fail: were every address public, the sockets would have seen it."""
     monkeypatch.setattr(safe_client, "is_public", lambda address: True)
-    fetching = Fetcher(Bounds(100_000))
+    fetching = ImageFetcher(FetchLimits(100_000))
     spellings = ["http://127.0.0.1/", "http://[::ffff:127.0.0.1]/", "http://127.0.0.1.nip.io/", "http://127.0.0.1./"]
     with watched(dials):
         for url in spellings:
-            with pytest.raises(image_fetcher.RemoteFailed):
+            with pytest.raises(image_fetcher.RemoteFetchFailed):
                 await fetching.fetch(url, "image_url")
     fetching.close()
     assert len(dials.dialled) == len(spellings)
@@ -211,16 +217,16 @@ async def test_tls_is_checked_and_never_left(tmp_path: Path) -> None:
     """The certificate has to be the name's; a redirect from https to http is not followed."""
     server_side, client_side = tls_for("pictures.test", tmp_path)
     with beside(Rascal(), server_side) as secure:
-        hosts = [Allowance.parse(f"{host}:{secure.port}") for host in ("pictures.test", "other.test")]
+        hosts = [UrlPolicy.parse(f"{host}:{secure.port}") for host in ("pictures.test", "other.test")]
 
         async def resolve(host: str, port: int) -> list[str]:
             return ["127.0.0.1"]
 
-        fetching = Fetcher(Bounds(100_000), hosts, resolve)
+        fetching = ImageFetcher(FetchLimits(100_000), hosts, resolve)
         fetching._dialler._tls = client_side
         base = f"https://pictures.test:{secure.port}"
         assert await fetching.fetch(f"{base}/picture", "image_url") == PICTURE
-        with pytest.raises(image_fetcher.RemoteFailed):
+        with pytest.raises(image_fetcher.RemoteFetchFailed):
             await fetching.fetch(f"https://other.test:{secure.port}/picture", "image_url")
         with pytest.raises(InvalidInput, match="from https to http"):
             await fetching.fetch(f"{base}/to/http://pictures.test:{secure.port}/picture", "image_url")
@@ -251,10 +257,10 @@ def tls_for(name: str, folder: Path) -> tuple[ssl.SSLContext, ssl.SSLContext]:
 
 
 @pytest.mark.fault(39)
-def test_the_server_draws_nothing_for_itself(live_of: Callable[..., Live]) -> None:
+def test_the_server_draws_nothing_for_itself(live_of: Callable[..., LiveServer]) -> None:
     """Its own doors as the source of a picture: closed like all of loopback, and if allowed, they draw nothing."""
     port = free_port()
-    live = live_of(Retouchers(), port=port, fetch_allow=f"127.0.0.1:{port}")
+    live = live_of(FakeImageDenoiser(), port=port, fetch_allow=f"127.0.0.1:{port}")
     source = f"{live.url}/make_image?prompt=a+green+square&width=64&height=64"
     asked = {"prompt": "a red square", "image_url": source}
     answer = httpx.post(f"{live.url}{STYLE}", json=asked, timeout=60)
@@ -267,7 +273,9 @@ def test_the_server_draws_nothing_for_itself(live_of: Callable[..., Live]) -> No
 
 @pytest.mark.fault(39)
 def test_the_servers_storage_is_not_asked_with_its_keys(
-    house_of: Callable[..., House], s3_server: StorageServer, rascal_before: Callable[[StorageServer], StorageRascal]
+    house_of: Callable[..., RunningApp],
+    s3_server: StorageServer,
+    rascal_before: Callable[[StorageServer], StorageRascal],
 ) -> None:
     """The endpoint of the bucket is an address inside as others are; where it is allowed, no credentials go there."""
     name, rascal = make_s3_bucket(s3_server), rascal_before(s3_server)
@@ -276,14 +284,14 @@ def test_the_servers_storage_is_not_asked_with_its_keys(
     keys = {"aws_access_key_id": "AKIAEXAMPLE", "aws_secret_access_key": "sesame-open"}
     source = {"prompt": "a red square", "image_url": f"{rascal.url}/{name}/a.png"}
 
-    closed = house_of(Retouchers(), **storage, **keys)
+    closed = house_of(FakeImageDenoiser(), **storage, **keys)
     before = len(rascal.requests)
     answer = closed.client.post(STYLE, json=source)
     assert (answer.status_code, answer.json()["field"]) == (422, "image_url")
     assert not [path for _, path, _ in rascal.requests[before:] if path.endswith("a.png")]
 
     allowed = house_of(
-        Retouchers(), **storage, **keys, fetch_allow=f"127.0.0.1:{rascal.port}", data_dir=closed.folder / "two"
+        FakeImageDenoiser(), **storage, **keys, fetch_allow=f"127.0.0.1:{rascal.port}", data_dir=closed.folder / "two"
     )
     assert allowed.client.post(STYLE, json=source).status_code == 200
     asked = [headers for method, path, headers in rascal.requests if method == "GET" and path.endswith("a.png")]
@@ -310,11 +318,11 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, str], int]] = {
 
 @pytest.mark.parametrize("prefer", ["", "respond-async"])
 def test_nothing_is_fetched_or_looked_up_before_limits_and_keys_are_checked(
-    house_of: Callable[..., House], friend: Rascal, dials: Dials, prefer: str
+    house_of: Callable[..., RunningApp], friend: Rascal, dials: OutboundConnections, prefer: str
 ) -> None:
     """Whatever an order is refused for, its addresses are not even looked up, nor is its webhook; at last a rate."""
     house = house_of(
-        Retouchers(),
+        FakeImageDenoiser(),
         fetch_allow=f"pictures.test:{friend.port}",
         api_keys="ann:sesame;prefix=a/;rate=20/hour",
         jobs_waiting=1000,
@@ -335,10 +343,10 @@ def test_nothing_is_fetched_or_looked_up_before_limits_and_keys_are_checked(
 
 
 def test_a_server_that_goes_down_or_is_full_fetches_nothing(
-    house_of: Callable[..., House], friend: Rascal, dials: Dials
+    house_of: Callable[..., RunningApp], friend: Rascal, dials: OutboundConnections
 ) -> None:
     """A queue without room is told before an address is looked up."""
-    squares = PaintedSquares(gate=threading.Event())
+    squares = FakeDenoiser(gate=threading.Event())
     assert squares.gate is not None
     house = house_of(squares, fetch_allow=f"pictures.test:{friend.port}", queue_limit=1, max_batch=1, jobs_at_once=2)
     for prompt in ("one", "two"):

@@ -13,10 +13,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from stable_diffusion_server.errors import InvalidInput, RemoteFailed
-from stable_diffusion_server.jobs.webhooks import signed
-from stable_diffusion_server.net.url_policy import Allowance
-from stable_diffusion_server.net.webhook_client import Poster
+from stable_diffusion_server.errors import InvalidInput, RemoteFetchFailed
+from stable_diffusion_server.jobs.webhooks import sign_webhook
+from stable_diffusion_server.net.url_policy import UrlPolicy
+from stable_diffusion_server.net.webhook_client import WebhookClient
 
 
 @dataclass
@@ -56,8 +56,8 @@ def receiver() -> Iterator[Receiver]:
     thread.join()
 
 
-def poster_to(receiver: Receiver, seconds: float = 10.0) -> Poster:
-    return Poster(seconds, [Allowance.parse(f"127.0.0.1:{receiver.port}")])
+def poster_to(receiver: Receiver, seconds: float = 10.0) -> WebhookClient:
+    return WebhookClient(seconds, [UrlPolicy.parse(f"127.0.0.1:{receiver.port}")])
 
 
 async def test_a_message_arrives_signed(receiver: Receiver) -> None:
@@ -65,7 +65,7 @@ async def test_a_message_arrives_signed(receiver: Receiver) -> None:
     poster, body = poster_to(receiver), b'{"id": "job"}'
     url = f"http://127.0.0.1:{receiver.port}/hook?x=1"
     await poster.check(url)
-    assert await poster.post(url, body, signed("job", 1_700_000_000, body, "secret")) == 204
+    assert await poster.post(url, body, sign_webhook("job", 1_700_000_000, body, "secret")) == 204
     ((path, headers, got),) = receiver.heard
     assert (path, got, headers["content-type"]) == ("/hook?x=1", body, "application/json")
     content = f"{headers['webhook-id']}.{headers['webhook-timestamp']}.".encode() + got
@@ -77,9 +77,9 @@ async def test_a_message_arrives_signed(receiver: Receiver) -> None:
 def test_the_signature_is_that_of_the_standard() -> None:
     """The example of the specification's reference libraries; without a secret there is none."""
     secret = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"  # noqa: S105  # the specification's example
-    headers = signed("msg_p5jXN8AQM9LWM0D4loKWxJek", 1614265330, b'{"test": 2432232314}', secret)
+    headers = sign_webhook("msg_p5jXN8AQM9LWM0D4loKWxJek", 1614265330, b'{"test": 2432232314}', secret)
     assert headers["webhook-signature"] == "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE="
-    assert "webhook-signature" not in signed("id", 1, b"", "")
+    assert "webhook-signature" not in sign_webhook("id", 1, b"", "")
 
 
 async def test_a_redirect_is_an_answer_and_not_followed(receiver: Receiver) -> None:
@@ -95,11 +95,11 @@ async def test_a_receiver_that_keeps_silent_or_is_not_there_is_told(receiver: Re
     """Within the seconds that are allowed."""
     poster = poster_to(receiver, seconds=0.3)
     receiver.silence = 2
-    with pytest.raises(RemoteFailed, match="did not answer"):
+    with pytest.raises(RemoteFetchFailed, match="did not answer"):
         await poster.post(f"http://127.0.0.1:{receiver.port}/", b"{}", {})
     poster.close()
-    nobody = Poster(5, [Allowance.parse("127.0.0.1:1")])
-    with pytest.raises(RemoteFailed, match="no connection"):
+    nobody = WebhookClient(5, [UrlPolicy.parse("127.0.0.1:1")])
+    with pytest.raises(RemoteFetchFailed, match="no connection"):
         await nobody.post("http://127.0.0.1:1/", b"{}", {})
     nobody.close()
 
@@ -107,7 +107,7 @@ async def test_a_receiver_that_keeps_silent_or_is_not_there_is_told(receiver: Re
 @pytest.mark.parametrize("url", ["http://127.0.0.1/", "http://[::1]/", "http://10.0.0.1/", "file:///etc/passwd", "x"])
 async def test_no_message_goes_to_an_address_inside(url: str) -> None:
     """The rules pictures are fetched by, both when it is asked for and when it is sent."""
-    poster = Poster(5)
+    poster = WebhookClient(5)
     with pytest.raises(InvalidInput):
         await poster.check(url)
     with pytest.raises(InvalidInput):

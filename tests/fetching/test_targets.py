@@ -8,7 +8,7 @@ import pytest
 
 from stable_diffusion_server.errors import InvalidInput
 from stable_diffusion_server.net.public_ip import is_public
-from stable_diffusion_server.net.url_policy import MAX_URL_LENGTH, Allowance, Target, parse
+from stable_diffusion_server.net.url_policy import MAX_URL_LENGTH, UrlPolicy, UrlTarget, parse
 
 CLOSED = (
     "0.0.0.0 10.1.2.3 100.64.0.1 127.0.0.1 127.255.255.254 169.254.169.254 172.16.0.1 172.31.255.255 192.0.0.1 "
@@ -98,17 +98,21 @@ def test_the_longest_address_is_taken_and_one_character_more_is_not() -> None:
 @pytest.mark.parametrize(
     ("url", "target", "again"),
     [
-        ("http://A.Example/x.png", Target("http", "a.example", 80, "/x.png"), "http://a.example/x.png"),
-        ("https://a.example", Target("https", "a.example", 443, "/"), "https://a.example/"),
-        ("https://a.example:8443/?q=1#f", Target("https", "a.example", 8443, "/?q=1"), "https://a.example:8443/?q=1"),
-        ("http://[2001:DB8::1]/", Target("http", "2001:db8::1", 80, "/"), "http://[2001:db8::1]/"),
-        ("http://bücher.example/ü%20.png", Target("http", "xn--bcher-kva.example", 80, "/%C3%BC%20.png"), None),
+        ("http://A.Example/x.png", UrlTarget("http", "a.example", 80, "/x.png"), "http://a.example/x.png"),
+        ("https://a.example", UrlTarget("https", "a.example", 443, "/"), "https://a.example/"),
+        (
+            "https://a.example:8443/?q=1#f",
+            UrlTarget("https", "a.example", 8443, "/?q=1"),
+            "https://a.example:8443/?q=1",
+        ),
+        ("http://[2001:DB8::1]/", UrlTarget("http", "2001:db8::1", 80, "/"), "http://[2001:db8::1]/"),
+        ("http://bücher.example/ü%20.png", UrlTarget("http", "xn--bcher-kva.example", 80, "/%C3%BC%20.png"), None),
         # Full-width digits become what they stand for before anyone judges them.
-        ("http://①②⑦.⓪.⓪.①/", Target("http", "127.0.0.1", 80, "/"), "http://127.0.0.1/"),
-        ("http://127.0.0.1./", Target("http", "127.0.0.1", 80, "/"), "http://127.0.0.1/"),
+        ("http://①②⑦.⓪.⓪.①/", UrlTarget("http", "127.0.0.1", 80, "/"), "http://127.0.0.1/"),
+        ("http://127.0.0.1./", UrlTarget("http", "127.0.0.1", 80, "/"), "http://127.0.0.1/"),
     ],
 )
-def test_an_address_is_taken_apart_once_and_for_all(url: str, target: Target, again: str | None) -> None:
+def test_an_address_is_taken_apart_once_and_for_all(url: str, target: UrlTarget, again: str | None) -> None:
     """What is judged is what is dialled: one reading, in ASCII, lower case, without the fragment."""
     assert parse(url, "image_url") == target
     assert again is None or target.url == again
@@ -134,11 +138,11 @@ def test_what_the_operator_allows_is_covered_and_nothing_beside_it(
     text: str, url: str, address: str, covered: bool
 ) -> None:
     """A name or a network, at its port or that of the scheme."""
-    assert Allowance.parse(text).covers(parse(url, "image_url"), ipaddress.ip_address(address)) is covered
+    assert UrlPolicy.parse(text).covers(parse(url, "image_url"), ipaddress.ip_address(address)) is covered
 
 
 @pytest.mark.parametrize("text", ["", "http://a.example", "a.example/x", "u@a.example", "a.example:x", "10.0.0.1/8"])
 def test_an_allowance_that_is_no_host_or_network_is_refused(text: str) -> None:
     """A slip of the pen must not open more, or nothing, in silence."""
     with pytest.raises(ValueError, match=r"."):
-        Allowance.parse(text)
+        UrlPolicy.parse(text)

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import House
-from fakes import Retouchers, disc, file_of
+from conftest import RunningApp
+from fakes import FakeImageDenoiser, disc, file_of
 from hostile_pictures import gif_of_frames, jpeg_of_many_scans, png_claiming, png_with
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from stable_diffusion_server.errors import InvalidInput, NotFound, ServerError, StorageUnavailable
 from stable_diffusion_server.generation.prompts import clean
 from stable_diffusion_server.imaging.formats import ALWAYS, EXTRA
-from stable_diffusion_server.imaging.sandbox.pool import Decoder
+from stable_diffusion_server.imaging.sandbox.pool import DecoderPool
 from stable_diffusion_server.parsing.strict_json import dumps, parse_object
 from stable_diffusion_server.storage.api import object_key, url_path
 from stable_diffusion_server.storage.local import LocalBucket
@@ -72,7 +72,7 @@ class Pool:
     """A pool of one child on a loop of its own."""
 
     runner: asyncio.Runner
-    decoder: Decoder
+    decoder: DecoderPool
 
     def decode(self, data: bytes) -> np.ndarray[Any, Any]:
         return self.runner.run(self.decoder.decode(data, "image_file"))
@@ -83,8 +83,8 @@ def pool() -> Iterator[Pool]:
     """With every kind of file taken, and small limits."""
     with asyncio.Runner() as runner:
 
-        async def make() -> Decoder:
-            return Decoder(
+        async def make() -> DecoderPool:
+            return DecoderPool(
                 max_bytes=10**6, max_pixels=10**5, max_side=2000, processes=1, seconds=60, formats=(*ALWAYS, *EXTRA)
             )
 
@@ -154,12 +154,12 @@ def test_no_name_leads_out_of_the_folder(tmp_path: Path, name: str) -> None:
 
 
 @pytest.fixture
-def house(house_of: Callable[..., House]) -> House:
+def house(house_of: Callable[..., RunningApp]) -> RunningApp:
     """An app over retouchers, which draws small and quickly."""
-    return house_of(Retouchers(), max_side=256, max_body_bytes=100_000)
+    return house_of(FakeImageDenoiser(), max_side=256, max_body_bytes=100_000)
 
 
-def is_well_answered(house: House, answer: Any) -> None:
+def is_well_answered(house: RunningApp, answer: Any) -> None:
     """A picture or a refusal that says what is wrong; and the server is alive."""
     assert answer.status_code == 200 or 400 <= answer.status_code < 500, answer.text
     if answer.status_code != 200:
@@ -177,7 +177,7 @@ def is_well_answered(house: House, answer: Any) -> None:
 @example("e\u0301" * 2000)
 @example("\U0001f469\u200d\U0001f680")
 @example("%s%n{0}${jndi:ldap://x}<script>'\"; DROP TABLE jobs;--")
-def test_any_text_is_a_prompt_or_refused(house: House, prompt: str) -> None:
+def test_any_text_is_a_prompt_or_refused(house: RunningApp, prompt: str) -> None:
     """Cleaned once it is clean; through the door it is drawn, or refused as 4xx."""
     try:
         assert clean(clean(prompt)) == clean(prompt)
@@ -217,7 +217,7 @@ SENT = {"prompt": "a red square", "width": 64, "height": 64}
 @example(b"\xef\xbb\xbf{}")
 @example(b"\xff\xfe{\0}\0")
 @example(b"{'prompt': NaN}")
-def test_any_json_is_drawn_or_refused(house: House, body: bytes) -> None:
+def test_any_json_is_drawn_or_refused(house: RunningApp, body: bytes) -> None:
     """Of every type, nested, infinite, doubled or cut off."""
     is_well_answered(house, house.client.post(CREATE, content=body, headers={"Content-Type": "application/json"}))
 
@@ -238,7 +238,7 @@ SDAPI_NAMES = st.sampled_from(
 @example("/sdapi/v1/txt2img", {"override_settings": {"sd_model_checkpoint": {"a": []}}})
 @example("/sdapi/v1/txt2img", {"prompt": "<lora::::>" * 90 + "[a:b:1." * 90 + "(a:1" * 90})
 @example("/sdapi/v1/img2img", {"init_images": ["data:image/png;" * 900 + ",", "\ud800"]})
-def test_any_json_to_automatic1111_is_drawn_or_refused(house: House, path: str, odd: dict[str, Any]) -> None:
+def test_any_json_to_automatic1111_is_drawn_or_refused(house: RunningApp, path: str, odd: dict[str, Any]) -> None:
     """In its own shape, and what is drawn can be told."""
     body = json.dumps({"prompt": "a", "width": 64, "height": 64, **odd}).encode()
     answer = house.client.post(path, content=body, headers={"Content-Type": "application/json"})
@@ -276,7 +276,7 @@ def test_any_text_is_json_that_can_be_written_again_or_refused(text: str, cut: i
 )
 @example({"Prefer": "respond-async, wait=" + "9" * 5_000})
 @example({"Content-Length": "9" * 5_000})
-def test_any_headers_are_read_or_refused(house: House, headers: dict[str, str]) -> None:
+def test_any_headers_are_read_or_refused(house: RunningApp, headers: dict[str, str]) -> None:
     """Whatever they say."""
     body = json.dumps(SENT).encode()
     answer = house.client.post(CREATE, content=body, headers={"Content-Type": "application/json", **headers})
@@ -331,7 +331,7 @@ def form_of(parts: list[tuple[list[tuple[str, str]], bytes]]) -> bytes:
 @example(b'--edge\r\nContent-Disposition: form-data; name="prompt"; filename="\xff"\r\n\r\na\r\n--edge--\r\n')
 @example(b'--edge\r\nContent-Disposition: form-data; name="prompt"\r\n\r\n\xff\xfe\r\n--edge--\r\n')
 @example(b"--edge\n" * 1_000)
-def test_any_form_is_drawn_or_refused(house: House, body: bytes) -> None:
+def test_any_form_is_drawn_or_refused(house: RunningApp, body: bytes) -> None:
     """Parts without names, with two, in charsets nobody knows, cut off, or none."""
     kind = {"Content-Type": "multipart/form-data; boundary=edge"}
     is_well_answered(house, house.client.post(STYLE, content=body, headers=kind))

@@ -13,8 +13,8 @@ import yaml
 from conftest import ROOT, Server
 
 from stable_diffusion_server.errors import ServerError
-from stable_diffusion_server.observability.metrics import Metrics, Visit
-from stable_diffusion_server.types import Event, EventKind
+from stable_diffusion_server.observability.metrics import Metrics, RequestSample
+from stable_diffusion_server.types import EngineEvent, EngineEventKind
 
 DASHBOARD = ROOT / "deploy" / "grafana" / "stable-diffusion-server.json"
 ALERTS = ROOT / "deploy" / "prometheus" / "alerts.yml"
@@ -31,11 +31,11 @@ def emitted(server: Server) -> dict[str, set[str]]:
     asked = {"prompt": "a red circle", "width": 64, "height": 64, "save_path": "figures.webp"}
     assert httpx.get(f"{server.url}/create_and_upload_image", params=asked, timeout=120).status_code == 200
     metrics = Metrics()
-    metrics.observe(Event(EventKind.FAILED, "a", cause="internal-error"))
-    metrics.observe(Event(EventKind.AGAIN, "a", cause="out-of-memory"))
-    metrics.guarded("black")
-    metrics.called("stat", 0.1, failed=True)
-    metrics.visited(Visit("/a", 401, 0.1, "unauthorized", "anna"))
+    metrics.observe(EngineEvent(EngineEventKind.FAILED, "a", cause="internal-error"))
+    metrics.observe(EngineEvent(EngineEventKind.AGAIN, "a", cause="out-of-memory"))
+    metrics.record_quality_check("black")
+    metrics.record_storage_call("stat", 0.1, failed=True)
+    metrics.record_request(RequestSample("/a", 401, 0.1, "unauthorized", "anna"))
     return labels_of(httpx.get(f"{server.url}/metrics", timeout=60).text + metrics.exposition().decode())
 
 

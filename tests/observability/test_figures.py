@@ -9,14 +9,14 @@ from pathlib import Path
 
 import httpx
 import pytest
-from conftest import House
-from fakes import PaintedSquares, Retouchers, settings_in, until
+from conftest import RunningApp
+from fakes import FakeDenoiser, FakeImageDenoiser, settings_in, until
 from fastapi.testclient import TestClient
-from squares import Cramped
+from squares import OutOfMemoryDenoiser
 
 from stable_diffusion_server.app import create_app
 from stable_diffusion_server.errors import NotFound, StorageUnavailable
-from stable_diffusion_server.storage.instrumented import Timed
+from stable_diffusion_server.storage.instrumented import InstrumentedBucket
 from stable_diffusion_server.storage.memory import MemoryBucket
 
 CREATE = "/create_and_upload_image"
@@ -28,7 +28,7 @@ def figure(text: str, name: str) -> float:
     return next((float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.startswith(name + " ")), 0.0)
 
 
-def test_refusals_are_counted_by_reason_and_key(house_of: Callable[..., House]) -> None:
+def test_refusals_are_counted_by_reason_and_key(house_of: Callable[..., RunningApp]) -> None:
     """Who is refused, and why: a key by its name, never by its secret; who has none by an empty name."""
     house = house_of(api_keys="anna:secret-of-anna")
     order = {"prompt": "a red square", "width": 64, "height": 64}
@@ -45,7 +45,7 @@ def test_refusals_are_counted_by_reason_and_key(house_of: Callable[..., House]) 
     assert "secret-of-anna" not in text
 
 
-def test_what_callers_invent_makes_no_figures_of_its_own(house: House) -> None:
+def test_what_callers_invent_makes_no_figures_of_its_own(house: RunningApp) -> None:
     """A path, a name or a prompt never becomes a label, so nobody can fill the memory with them."""
     before = len(house.client.get("/metrics").text.splitlines())
     for number in range(30):
@@ -58,9 +58,9 @@ def test_what_callers_invent_makes_no_figures_of_its_own(house: House) -> None:
     assert len(text.splitlines()) - before < 100, "a line for each bucket of a few doors"
 
 
-def test_waits_groups_and_stages_are_measured(house_of: Callable[..., House]) -> None:
+def test_waits_groups_and_stages_are_measured(house_of: Callable[..., RunningApp]) -> None:
     """How long orders waited, how many shared a step, and where a picture's seconds went."""
-    squares = PaintedSquares(gate=threading.Event())
+    squares = FakeDenoiser(gate=threading.Event())
     assert squares.gate is not None
     house = house_of(squares, max_batch=4)
     with ThreadPoolExecutor(4) as pool:
@@ -76,9 +76,9 @@ def test_waits_groups_and_stages_are_measured(house_of: Callable[..., House]) ->
         assert figure(text, f'sds_stage_seconds_count{{stage="{stage}"}}') == 4
 
 
-def test_guards_retries_and_failures_are_counted_by_their_cause(house_of: Callable[..., House]) -> None:
+def test_guards_retries_and_failures_are_counted_by_their_cause(house_of: Callable[..., RunningApp]) -> None:
     """A black picture, one begun anew for want of memory, one that failed."""
-    house = house_of(Retouchers(spoil=["black"]))
+    house = house_of(FakeImageDenoiser(spoil=["black"]))
     assert house.draw(prompt="a red square").status_code == 200
     assert house.draw(prompt="an unpreparable square").status_code == 500
     text = house.client.get("/metrics").text
@@ -86,16 +86,16 @@ def test_guards_retries_and_failures_are_counted_by_their_cause(house_of: Callab
     assert figure(text, 'sds_job_failures_total{kind="internal-error"}') == 1
 
 
-def test_what_is_begun_anew_is_counted(house_of: Callable[..., House]) -> None:
+def test_what_is_begun_anew_is_counted(house_of: Callable[..., RunningApp]) -> None:
     """The device had no room for the step until its tiles were smaller; the picture came all the same."""
-    house = house_of(Cramped(room=0, shrinks=1))
+    house = house_of(OutOfMemoryDenoiser(room=0, shrinks=1))
     assert house.draw(prompt="a red square").status_code == 200
     assert house.metric('sds_job_retries_total{cause="out-of-memory"}') == 1
 
 
-def test_jobs_and_their_journal_have_figures(house_of: Callable[..., House]) -> None:
+def test_jobs_and_their_journal_have_figures(house_of: Callable[..., RunningApp]) -> None:
     """What was accepted and has not ended, and the bytes of the record of it."""
-    squares = PaintedSquares(gate=threading.Event())
+    squares = FakeDenoiser(gate=threading.Event())
     assert squares.gate is not None
     house = house_of(squares, jobs_at_once=1)
     for number in range(3):
@@ -113,9 +113,9 @@ def test_readiness_is_a_figure(tmp_path: Path) -> None:
     """0 while the models load, 1 afterwards."""
     gate = threading.Event()
 
-    def load(settings: object) -> PaintedSquares:
+    def load(settings: object) -> FakeDenoiser:
         gate.wait(30)
-        return PaintedSquares()
+        return FakeDenoiser()
 
     app = create_app(settings_in(tmp_path), load=load)
     with TestClient(app, base_url="http://127.0.0.1", client=("127.0.0.1", 5)) as client:
@@ -128,7 +128,7 @@ def test_calls_to_a_bucket_are_timed_and_their_failures_counted() -> None:
     """An answer of "not there" is an answer; trouble is trouble."""
     told: list[tuple[str, bool]] = []
     bucket = MemoryBucket()
-    timed = Timed(bucket, lambda call, seconds, failed: told.append((call, failed)))
+    timed = InstrumentedBucket(bucket, lambda call, seconds, failed: told.append((call, failed)))
     timed.open()
     timed.create("a", b"x", "image/webp", {})
     with pytest.raises(NotFound):

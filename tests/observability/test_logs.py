@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from conftest import House
+from conftest import RunningApp
 
 from stable_diffusion_server.observability.logs import MAX_TRACEBACK, MAX_VALUE, shorten_values
 
@@ -21,7 +21,7 @@ def lines(logged: str) -> list[dict[str, Any]]:
 
 
 def test_a_request_is_one_line_with_its_id_key_and_reason(
-    house_of: Callable[..., House], capfd: pytest.CaptureFixture[str]
+    house_of: Callable[..., RunningApp], capfd: pytest.CaptureFixture[str]
 ) -> None:
     """The path without its query, since that holds the prompt; what the request led to carries the same id."""
     house = house_of(api_keys="anna:secret-of-anna", log_format="json")
@@ -41,7 +41,7 @@ def test_a_request_is_one_line_with_its_id_key_and_reason(
 
 
 def test_prompts_are_logged_where_the_operator_says_so(
-    house_of: Callable[..., House], capfd: pytest.CaptureFixture[str]
+    house_of: Callable[..., RunningApp], capfd: pytest.CaptureFixture[str]
 ) -> None:
     """LOG_PROMPTS=1: with the picture they led to, and nowhere else."""
     house = house_of(log_prompts=True, log_format="json")
@@ -62,7 +62,7 @@ def test_prompts_are_logged_where_the_operator_says_so(
     ],
 )
 def test_no_request_makes_a_long_line(
-    house_of: Callable[..., House], capfd: pytest.CaptureFixture[str], path: str, headers: dict[str, str]
+    house_of: Callable[..., RunningApp], capfd: pytest.CaptureFixture[str], path: str, headers: dict[str, str]
 ) -> None:
     """A path of 60 KB, refused or not found, costs a line of a few kilobytes, whatever JSON makes of it."""
     house = house_of(log_format="json")

@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
-from conftest import House
+from conftest import RunningApp
 from fakes import until
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
@@ -70,7 +70,7 @@ def collector() -> Iterator[Collector]:
 
 
 def test_a_request_and_its_parts_are_spans_of_the_callers_trace(
-    house_of: Callable[..., House], collector: Collector
+    house_of: Callable[..., RunningApp], collector: Collector
 ) -> None:
     """The request by its door, and within it the looking, composing, drawing and keeping; no prompt in any of them."""
     house = house_of(otel_exporter_otlp_endpoint=collector.url, api_keys="anna:secret-of-anna")
@@ -90,7 +90,7 @@ def test_a_request_and_its_parts_are_spans_of_the_callers_trace(
     assert not [word for word in ("confidential", "secret-of-anna") if word in sent]
 
 
-def test_an_error_is_told_by_its_class_alone(house_of: Callable[..., House], collector: Collector) -> None:
+def test_an_error_is_told_by_its_class_alone(house_of: Callable[..., RunningApp], collector: Collector) -> None:
     """Messages may quote what was asked."""
     house = house_of(otel_exporter_otlp_endpoint=collector.url)
     assert house.draw(prompt="an unpreparable square").status_code == 500
@@ -100,7 +100,7 @@ def test_an_error_is_told_by_its_class_alone(house_of: Callable[..., House], col
     assert "cannot prepare" not in str(span)
 
 
-def test_a_collector_that_is_not_there_costs_no_request(house_of: Callable[..., House]) -> None:
+def test_a_collector_that_is_not_there_costs_no_request(house_of: Callable[..., RunningApp]) -> None:
     """Pictures are drawn, and the server ends."""
     house = house_of(otel_exporter_otlp_endpoint="http://127.0.0.1:1")
     assert house.draw(prompt="a red square").status_code == 200
@@ -111,6 +111,6 @@ def test_without_an_address_there_are_no_spans() -> None:
     tracing = Tracing()
     tracing.open()
     with tracing.span("anything") as span:
-        span.tell({"a": 1})
+        span.set_attributes({"a": 1})
         span.name("other")
     tracing.close()

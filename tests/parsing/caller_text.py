@@ -23,21 +23,21 @@ from starlette.requests import Request
 
 from stable_diffusion_server.api import base64_images, preferences, request_parsing
 from stable_diffusion_server.api.automatic1111 import name_mapping, prompt_syntax, protocol, responses
-from stable_diffusion_server.api.dialect_context import House
+from stable_diffusion_server.api.dialect_context import DialectContext
 from stable_diffusion_server.api.middleware import access_policy, api_keys, header_limits, proxy_headers
 from stable_diffusion_server.api.openai import protocol as openai_parameters
 from stable_diffusion_server.api.schemas import params, wire
 from stable_diffusion_server.errors import ServerError
 from stable_diffusion_server.generation import limits, prompts, replay
-from stable_diffusion_server.generation.limits import Limits
+from stable_diffusion_server.generation.limits import RequestLimits
 from stable_diffusion_server.imaging import metadata
-from stable_diffusion_server.jobs.events import Happenings
+from stable_diffusion_server.jobs.events import JobEventLog
 from stable_diffusion_server.net import url_policy
 from stable_diffusion_server.parsing import strict_json, unicode_text
 from stable_diffusion_server.pipelines.catalog import MODELS
 from stable_diffusion_server.storage import object_headers
 from stable_diffusion_server.storage.api import KEY_MAX_BYTES, object_key
-from stable_diffusion_server.types import Stored
+from stable_diffusion_server.types import StoredObject
 
 PACKAGE = Path(strict_json.__file__).parent
 HEADER = 16_384
@@ -276,13 +276,13 @@ class Carrier:
 
 
 async def followed(after: str) -> None:
-    happenings = Happenings("epoch")
+    happenings = JobEventLog("epoch")
     happenings.close()
     async for _ in happenings.follow(f"epoch.{after}", 1.0):
         pass
 
 
-HOUSE = House(Limits(), MODELS, "sdxl", {}, 4, 67_108_864)
+HOUSE = DialectContext(RequestLimits(), MODELS, "sdxl", {}, 4, 67_108_864)
 PICTURES = strict_json.JsonLimits(pictures=frozenset({"p"}), picture_bytes=27_963_051)
 TO_JSON: dict[str, str] = {
     "lists": "[],",
@@ -309,8 +309,8 @@ def seen(text: str) -> object:
         "headers": [(b"x-forwarded-for", text.encode("latin-1", "replace"))],
         "state": {},
     }
-    header_limits.check_head(scope)
-    return proxy_headers.Proxies((url_policy.ipaddress.ip_network("127.0.0.0/8"),)).seen_through(scope)
+    header_limits.check_header_limits(scope)
+    return proxy_headers.TrustedProxies((url_policy.ipaddress.ip_network("127.0.0.0/8"),)).seen_through(scope)
 
 
 def head_of(text: str) -> Any:
@@ -330,39 +330,43 @@ PARSERS = [
     Parser("a prompt, cleaned", limits.TEXT_MAX, prompts.clean, refuses=False),
     Parser("a text in NFC", limits.TEXT_MAX, unicode_text.nfc, refuses=False),
     Parser(
-        "prompt of our own routes", limits.TEXT_MAX, lambda text: params.validated(wire.TextToImage, {"prompt": text})
+        "prompt of our own routes",
+        limits.TEXT_MAX,
+        lambda text: params.validated(wire.TextToImageParams, {"prompt": text}),
     ),
     Parser(
         "lora of our own routes",
         2000,
-        lambda text: params.validated(wire.TextToImage, {"prompt": "a", "lora": text}).words(),
+        lambda text: params.validated(wire.TextToImageParams, {"prompt": "a", "lora": text}).to_request_fields(),
     ),
     Parser(
         "unknown names",
         100_000,
         lambda text: params.validated(
-            wire.TextToImage,
+            wire.TextToImageParams,
             {text[at : at + len(text) // 100 + 1]: 1 for at in range(0, len(text), len(text) // 100 + 1)},
         ),
         refuses=False,
     ),
     Parser("tags of an AUTOMATIC1111 prompt", limits.TEXT_MAX, prompt_syntax.adapters_in, refuses=False),
     Parser("weights of an AUTOMATIC1111 prompt", limits.TEXT_MAX, prompt_syntax.unread_in, refuses=False),
-    Parser("prompt of /sdapi", 5000, lambda text: protocol.ordered(protocol.Txt2Img(prompt=text), HOUSE, None)),
+    Parser("prompt of /sdapi", 5000, lambda text: protocol.parse_task(protocol.Txt2Img(prompt=text), HOUSE, None)),
     Parser(
         "sampler of /sdapi",
         limits.NAME_MAX,
-        lambda text: protocol.ordered(protocol.Txt2Img(sampler_name=text), HOUSE, None),
+        lambda text: protocol.parse_task(protocol.Txt2Img(sampler_name=text), HOUSE, None),
     ),
     Parser(
         "model of /sdapi",
         limits.NAME_MAX,
-        lambda text: protocol.ordered(protocol.Txt2Img(override_settings={"sd_model_checkpoint": text}), HOUSE, None),
+        lambda text: protocol.parse_task(
+            protocol.Txt2Img(override_settings={"sd_model_checkpoint": text}), HOUSE, None
+        ),
     ),
     Parser(
         "size of OpenAI",
         10_000,
-        lambda text: openai_parameters.Generation(prompt="a", size=text).pixels(),
+        lambda text: openai_parameters.GenerateImagesParams(prompt="a", size=text).pixels(),
         refuses=False,
     ),
     Parser(
@@ -426,7 +430,7 @@ PARSERS = [
     Parser(
         "Authorization",
         HEADER,
-        lambda text: api_keys.Keyring().holder(Headers({"authorization": f"Basic {text}"})),
+        lambda text: api_keys.ApiKeyring().holder(Headers({"authorization": f"Basic {text}"})),
         refuses=False,
     ),
     Parser("Host", HEADER, access_policy._host_name, refuses=False),
@@ -444,7 +448,7 @@ PARSERS = [
         ),
         refuses=False,
     ),
-    Parser("the head of a request", 65_536, header_limits.check_head, head_of),
+    Parser("the head of a request", 65_536, header_limits.check_header_limits, head_of),
     Parser(
         "an address to fetch",
         url_policy.MAX_URL_LENGTH,
@@ -458,7 +462,7 @@ PARSERS = [
         lambda text: "http://a/" + text,
     ),
     Parser("save_path", KEY_MAX_BYTES, lambda text: object_key("static", text)),
-    Parser("the name of a file", KEY_MAX_BYTES, object_headers.disposition_of, refuses=False),
+    Parser("the name of a file", KEY_MAX_BYTES, object_headers.content_disposition, refuses=False),
     Parser("a whole number", limits.TEXT_MAX, limits.whole_number),
     Parser(
         "record in a PNG",
@@ -502,7 +506,10 @@ PARSERS = [
     ),
     Parser("a stored object's record", 10_000, lambda text: replay.read_record(text.encode()), refuses=False),
     Parser(
-        "a stored object's size", 10_000, lambda text: Stored("a", 1, "a", "a", {"bytes": text}).whole, refuses=False
+        "a stored object's size",
+        10_000,
+        lambda text: StoredObject("a", 1, "a", "a", {"bytes": text}).whole,
+        refuses=False,
     ),
     Parser(
         "parameters in errors",

@@ -13,13 +13,13 @@ import httpx
 import pytest
 import structlog
 from caller_text import chunk, exif, png, webp
-from conftest import House
-from fakes import Retouchers, disc, file_of, settings_in, until
+from conftest import RunningApp
+from fakes import FakeImageDenoiser, disc, file_of, settings_in, until
 from fastapi.testclient import TestClient
 
 from stable_diffusion_server.api.request_parsing import BodyLimits
 from stable_diffusion_server.app import create_app
-from stable_diffusion_server.errors import InvalidInput, Malformed, ServerError, TooLarge
+from stable_diffusion_server.errors import InvalidInput, MalformedRequest, ServerError, TooLarge
 from stable_diffusion_server.parsing.strict_json import JsonLimits, dumps, parse_object
 from stable_diffusion_server.parsing.unicode_text import MOST_MARKS, nfc
 
@@ -33,9 +33,9 @@ PICTURE = base64.b64encode(file_of(disc(64, 64))).decode()
 
 
 @pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningApp]:
     """An app over retouchers for all that is refused: what is refused leaves it as it was."""
-    folder, squares = tmp_path_factory.mktemp("bounds"), Retouchers()
+    folder, squares = tmp_path_factory.mktemp("bounds"), FakeImageDenoiser()
     app = create_app(settings_in(folder), load=lambda settings: squares)
     # Its log goes to the standard error of the process, since that of the first test ends with it.
     structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.__stderr__))
@@ -43,11 +43,11 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
         app, base_url="http://127.0.0.1:8000", client=("127.0.0.1", 5), raise_server_exceptions=False
     ) as one:
         until(lambda: one.get("/readyz").status_code == 200)
-        yield House(one, squares, folder)
+        yield RunningApp(one, squares, folder)
 
 
 @pytest.fixture
-def house(shared: House) -> House:
+def house(shared: RunningApp) -> RunningApp:
     """The same app, with nothing drawn yet."""
     shared.squares.prepared.clear()
     return shared
@@ -57,7 +57,7 @@ def post(client: TestClient, path: str, body: bytes, **headers: str) -> httpx.Re
     return client.post(path, content=body, headers={**JSON, **headers})
 
 
-def is_refused(house: House, answer: httpx.Response, *statuses: int) -> None:
+def is_refused(house: RunningApp, answer: httpx.Response, *statuses: int) -> None:
     """A 4xx that says why, and nothing was drawn."""
     assert answer.status_code in (statuses or (400, 413, 422)), (answer.status_code, answer.text[:300])
     assert len(answer.content) < 5000
@@ -92,7 +92,7 @@ BOMBS: dict[str, bytes] = {
 @pytest.mark.fault(121, 122)
 @pytest.mark.parametrize("path", READING)
 @pytest.mark.parametrize("bomb", BOMBS)
-def test_a_body_made_to_take_memory_is_refused_in_every_dialect(house: House, path: str, bomb: str) -> None:
+def test_a_body_made_to_take_memory_is_refused_in_every_dialect(house: RunningApp, path: str, bomb: str) -> None:
     """4xx in few words, whether it is values, levels, quotes, names or digits that are many."""
     is_refused(house, post(house.client, path, BOMBS[bomb]))
 
@@ -101,7 +101,9 @@ def test_a_body_made_to_take_memory_is_refused_in_every_dialect(house: House, pa
 @pytest.mark.parametrize("path", DRAWING)
 @pytest.mark.parametrize("shape", ["[1:", "<lora:a>", "(", "\u0315\u0323", "a ", "\\", "\U0001f469"])
 @pytest.mark.parametrize("length", [24_000, 700_000])
-def test_a_long_prompt_is_refused_by_name_before_it_is_read(house: House, path: str, shape: str, length: int) -> None:
+def test_a_long_prompt_is_refused_by_name_before_it_is_read(
+    house: RunningApp, path: str, shape: str, length: int
+) -> None:
     """Of any shape, in every dialect, and so is what not to draw."""
     for name in ("prompt", "negative_prompt"):
         text = shape * (length // len(shape.encode()))
@@ -113,7 +115,7 @@ def test_a_long_prompt_is_refused_by_name_before_it_is_read(house: House, path: 
 @pytest.mark.fault(121, 122)
 @pytest.mark.parametrize("path", [TXT2IMG, IMG2IMG, STYLE])
 @pytest.mark.parametrize("name", ["prompt", "negative_prompt", "sampler_name", "x", "styles"])
-def test_only_pictures_may_be_megabytes(house: House, path: str, name: str) -> None:
+def test_only_pictures_may_be_megabytes(house: RunningApp, path: str, name: str) -> None:
     """A text as long as a picture is refused where pictures are not, by its name, and never decoded."""
     answer = post(house.client, path, json.dumps(asked(path, **{name: "<lora:a>" * 400_000})).encode())
     is_refused(house, answer, 422)
@@ -121,9 +123,9 @@ def test_only_pictures_may_be_megabytes(house: House, path: str, name: str) -> N
 
 
 @pytest.mark.fault(122)
-def test_pictures_in_json_have_a_size_and_a_number(house_of: Callable[..., House]) -> None:
+def test_pictures_in_json_have_a_size_and_a_number(house_of: Callable[..., RunningApp]) -> None:
     """One byte more than MAX_IMAGE_BYTES takes in base64 is refused, and so are 33 long ones."""
-    house = house_of(Retouchers(), max_image_bytes=30_000)
+    house = house_of(FakeImageDenoiser(), max_image_bytes=30_000)
     most = 30_000 * 4 // 3 + 1024
     for pictures in (["A" * (most + 4)], ["A" * 8_000] * 33, ["A" * 8_000 + "é"], ["<" * 20_000]):
         answer = post(house.client, IMG2IMG, json.dumps(asked(IMG2IMG, init_images=pictures)).encode())
@@ -156,7 +158,7 @@ ODD: dict[str, str] = {
 @pytest.mark.fault(123)
 @pytest.mark.parametrize("path", [*DRAWING, INPAINT, OPTIONS, PNG_INFO])
 @pytest.mark.parametrize("odd", ODD)
-def test_what_is_no_json_is_refused_by_name_before_anything_is_drawn(house: House, path: str, odd: str) -> None:
+def test_what_is_no_json_is_refused_by_name_before_anything_is_drawn(house: RunningApp, path: str, odd: str) -> None:
     """Under a name that is not known, within a list or an object, in every dialect."""
     whole = json.dumps(asked(path, something="@")).replace('"@"', ODD[odd])
     answer = post(house.client, path, whole.encode())
@@ -168,7 +170,7 @@ def test_what_is_no_json_is_refused_by_name_before_anything_is_drawn(house: Hous
 @pytest.mark.parametrize(
     "name", ["sampler_name", "sampler_index", "scheduler", "styles", "force_task_id", "alwayson_scripts"]
 )
-def test_no_parameter_of_automatic1111_takes_half_a_character(house: House, name: str) -> None:
+def test_no_parameter_of_automatic1111_takes_half_a_character(house: RunningApp, name: str) -> None:
     """Each is refused by name; once they were told after the picture was drawn, as a 500."""
     for value in ("\ud800", ["\udfff"], {"controlnet": {"args": [{"module": "\ud800canny"}]}}, {"\ud800": {}}):
         answer = post(house.client, TXT2IMG, json.dumps(asked(TXT2IMG, **{name: value})).encode())
@@ -202,7 +204,7 @@ RECORDS = [
 
 @pytest.mark.fault(124)
 @pytest.mark.parametrize("record", RECORDS)
-def test_whatever_a_picture_says_of_itself_png_info_can_answer(house: House, record: str) -> None:
+def test_whatever_a_picture_says_of_itself_png_info_can_answer(house: RunningApp, record: str) -> None:
     """Halves of characters, lists where texts belong, numbers that are none, thousands of levels: never a 500."""
     for picture in written(record):
         answer = house.client.post(PNG_INFO, json={"image": base64.b64encode(picture).decode()})
@@ -215,7 +217,7 @@ def test_whatever_a_picture_says_of_itself_png_info_can_answer(house: House, rec
 @pytest.mark.parametrize(
     "text", [b"\xff\xfe" * 100, b"Steps: 4, " * 5_000, b"\n" * 90_000, b"Negative prompt: a\n" * 4_000, b"a" * 200_000]
 )
-def test_whatever_text_others_wrote_png_info_can_answer(house: House, text: bytes) -> None:
+def test_whatever_text_others_wrote_png_info_can_answer(house: RunningApp, text: bytes) -> None:
     """AUTOMATIC1111's own text, which anyone may have written, in both kinds of chunks."""
     for picture in (png(chunk(b"tEXt", b"parameters\0" + text)), png(chunk(b"iTXt", b"parameters\0\0\0\0\0" + text))):
         answer = house.client.post(PNG_INFO, json={"image": base64.b64encode(picture).decode()})
@@ -234,7 +236,9 @@ def test_whatever_text_others_wrote_png_info_can_answer(house: House, text: byte
         {"task": "\udfff"},
     ],
 )
-def test_whatever_others_wrote_beside_an_object_its_receipt_can_be_sent(house: House, changes: dict[str, str]) -> None:
+def test_whatever_others_wrote_beside_an_object_its_receipt_can_be_sent(
+    house: RunningApp, changes: dict[str, str]
+) -> None:
     """Numbers that are none are left out, halves of characters replaced; the picture is found all the same."""
     name = {"prompt": "a red square", "width": 64, "height": 64, "save_path": "kept.webp"}
     assert house.client.post(CREATE, json=name).status_code == 200
@@ -263,7 +267,7 @@ DIGITS = "9" * 5000
 
 
 @pytest.mark.fault(125)
-def test_thousands_of_digits_are_no_number_anywhere(house: House) -> None:
+def test_thousands_of_digits_are_no_number_anywhere(house: RunningApp) -> None:
     """In headers, queries and ids: refused, or as if they were not there; never a 500 and never a broken stream."""
     client = house.client
     answers = [
@@ -306,13 +310,13 @@ def test_thousands_of_digits_are_no_number_anywhere(house: House) -> None:
         {f"X-{number}": "a" * 10_000 for number in range(8)},
     ],
 )
-def test_a_head_that_is_too_long_is_refused_unread(house: House, headers: dict[str, str]) -> None:
+def test_a_head_that_is_too_long_is_refused_unread(house: RunningApp, headers: dict[str, str]) -> None:
     """431, whichever header it is, whatever server reads it."""
     is_refused(house, house.client.post(CREATE, json=asked(CREATE), headers=headers), 431)
 
 
 @pytest.mark.fault(121)
-def test_a_query_that_is_too_long_is_refused_unread(house: House) -> None:
+def test_a_query_that_is_too_long_is_refused_unread(house: RunningApp) -> None:
     """431 for the head as a whole; and the longest prompt, percent-encoded, is well below."""
     is_refused(house, house.client.get(f"{CREATE}?prompt={'a' * 64_000}", headers={"X-More": "a" * 3_000}), 431)
     assert house.client.get(f"{CREATE}?width=64&height=64&prompt={'%C3%A4' * 4_000}").status_code == 200
@@ -323,7 +327,7 @@ def test_a_query_that_is_too_long_is_refused_unread(house: House) -> None:
     "charset",
     ["punycode", "idna", "utf-7", "utf-16", "unicode_escape", "raw_unicode_escape", "undefined", "hex", "none"],
 )
-def test_a_form_in_another_encoding_is_not_read(house: House, charset: str) -> None:
+def test_a_form_in_another_encoding_is_not_read(house: RunningApp, charset: str) -> None:
     """415: some of Python's codecs take time with the square of a text, raise errors of their own, make no text."""
     body = b'--edge\r\nContent-Disposition: form-data; name="prompt"\r\n\r\n\\ud800 xn--a \xff\r\n--edge--\r\n'
     for media_type in (
@@ -341,7 +345,7 @@ def test_a_form_in_another_encoding_is_not_read(house: House, charset: str) -> N
 
 
 @pytest.mark.fault(121, 126)
-def test_the_texts_of_a_form_are_bounded_together(house: House) -> None:
+def test_the_texts_of_a_form_are_bounded_together(house: RunningApp) -> None:
     """A hundred fields of half a megabyte, an encoded form of two, and media types of any length."""
     fields = {f"f{number}": (None, "a" * 500_000) for number in range(20)}
     is_refused(house, house.client.post(STYLE, files=fields), 400, 413)
@@ -351,7 +355,7 @@ def test_the_texts_of_a_form_are_bounded_together(house: House) -> None:
 
 
 @pytest.mark.fault(127)
-def test_an_option_that_is_refused_changes_nothing(house: House) -> None:
+def test_an_option_that_is_refused_changes_nothing(house: RunningApp) -> None:
     """The model a caller chose stays chosen, whatever it asks for next."""
     chosen = [
         model["title"] for model in house.client.get("/sdapi/v1/sd-models").json() if model["model_name"] == "flux"
@@ -372,8 +376,8 @@ def test_marks_in_a_row_are_bounded_on_both_sides_of_the_edge() -> None:
 
 
 EDGES: list[tuple[bytes, bytes, type[ServerError]]] = [
-    (b'{"a":[' + b"1," * 4_094 + b"1]}", b'{"a":[' + b"1," * 4_095 + b"1]}", Malformed),
-    (b'{"a":' + b"[" * 31 + b"]" * 31 + b"}", b'{"a":' + b"[" * 32 + b"]" * 32 + b"}", Malformed),
+    (b'{"a":[' + b"1," * 4_094 + b"1]}", b'{"a":[' + b"1," * 4_095 + b"1]}", MalformedRequest),
+    (b'{"a":' + b"[" * 31 + b"]" * 31 + b"}", b'{"a":' + b"[" * 32 + b"]" * 32 + b"}", MalformedRequest),
     (b'{"a":"' + b"a" * 131_000 + b'"}', b'{"a":"' + b"a" * 131_100 + b'"}', InvalidInput),
     (b'{"a":1' + b" " * 1_048_569 + b"}", b'{"a":1' + b" " * 1_048_570 + b"}", TooLarge),
     (b'{"a":' + b"9" * 20 + b"}", b'{"a":' + b"9" * 21 + b"}", InvalidInput),
@@ -405,7 +409,7 @@ def test_pictures_come_back_whole_whatever_their_length() -> None:
 
 @pytest.mark.fault(177)
 @pytest.mark.parametrize("escape", ["%", "%%", "%zz", "%F0%9F%98%80", "a=%&"])
-def test_a_form_has_so_many_escapes_and_is_refused_unread_beyond(house: House, escape: str) -> None:
+def test_a_form_has_so_many_escapes_and_is_refused_unread_beyond(house: RunningApp, escape: str) -> None:
     """Bare percent signs cost a thousand letters each: at the limit they are read, beyond it they are only counted."""
     count = 131_072 // escape.count("%")
     for path in ("/create_and_upload_image", "/v1/images/generations"):

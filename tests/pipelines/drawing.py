@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stable_diffusion_server.pipelines.catalog import MODELS
-from stable_diffusion_server.types import Job, Picture, Task
+from stable_diffusion_server.types import DiffusionRequest, ImageArray, Task
 
 MODELS_DIR = Path(__file__).parents[2] / "models"
 SIDE = 128  # enough for every path, and quick
@@ -19,10 +19,10 @@ PROMPT = "a red circle on a blue background"
 Pixels = NDArray[np.uint8]
 
 
-def job_for(model: str, **changes: Any) -> Job:
+def job_for(model: str, **changes: Any) -> DiffusionRequest:
     """A text-to-image job of a model's defaults, with `changes`; its task follows from the pictures in it."""
     facts = MODELS[model]
-    job = Job(
+    job = DiffusionRequest(
         task=Task.TEXT_TO_IMAGE,
         model=model,
         revision=facts.revision,
@@ -47,30 +47,30 @@ def disc(width: int = SIDE, height: int = SIDE) -> NDArray[np.bool_]:
     return np.asarray((x - width / 2) ** 2 + (y - height / 2) ** 2 < (min(width, height) * 0.3) ** 2)
 
 
-def scene(width: int = SIDE, height: int = SIDE) -> Picture:
+def scene(width: int = SIDE, height: int = SIDE) -> ImageArray:
     """A green disc on yellow."""
     pixels = np.where(disc(width, height)[..., None], (40, 160, 60), (240, 220, 60))
-    return Picture(pixels.astype(np.uint8))
+    return ImageArray(pixels.astype(np.uint8))
 
 
-def disc_mask(width: int = SIDE, height: int = SIDE) -> Picture:
+def disc_mask(width: int = SIDE, height: int = SIDE) -> ImageArray:
     """255 on the disc, which is to be repainted."""
-    return Picture((disc(width, height) * 255).astype(np.uint8))
+    return ImageArray((disc(width, height) * 255).astype(np.uint8))
 
 
-def outline(width: int = SIDE, height: int = SIDE) -> Picture:
+def outline(width: int = SIDE, height: int = SIDE) -> ImageArray:
     """White edges of the disc on black, one pixel wide, as canny draws them."""
     inside = disc(width, height)
     edge = inside ^ (np.roll(inside, 1, 0) & np.roll(inside, -1, 0) & np.roll(inside, 1, 1) & np.roll(inside, -1, 1))
-    return Picture(((edge & inside) * 255).astype(np.uint8))
+    return ImageArray(((edge & inside) * 255).astype(np.uint8))
 
 
-def draw(family: Any, job: Job) -> Pixels:
+def draw(family: Any, job: DiffusionRequest) -> Pixels:
     """The job's picture, drawn alone."""
     return draw_together(family, [job])[0]
 
 
-def draw_together(family: Any, jobs: list[Job]) -> list[Pixels]:
+def draw_together(family: Any, jobs: list[DiffusionRequest]) -> list[Pixels]:
     """The jobs' pictures, drawn in one batch that each leaves when it is done."""
     states = [family.prepare(job) for job in jobs]
     while waiting := [state for state in states if not state.done]:

@@ -12,7 +12,7 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
 from stable_diffusion_server.pipelines.base import encode, seeded, to_tensor
-from stable_diffusion_server.types import Picture
+from stable_diffusion_server.types import ImageArray
 
 PROMPTS = [f"a red {shape} on a blue background" for shape in ("circle", "square")]
 CPU = torch.device("cpu")
@@ -57,6 +57,6 @@ def _lesson(family: Any, prompt: str) -> tuple[torch.Tensor, Any]:
     picture = draw(family, job_for("sdxl", prompt=prompt.replace("red", "green")))
     vae = family.pipeline.vae
     with torch.no_grad():
-        latents = vae.config.scaling_factor * encode(vae, to_tensor(Picture(picture), CPU), seeded(0))
+        latents = vae.config.scaling_factor * encode(vae, to_tensor(ImageArray(picture), CPU), seeded(0))
         told = family._encode(job_for("sdxl", prompt=prompt))
     return latents, told

@@ -18,18 +18,18 @@ from peft.tuners.lora import LoraLayer
 
 from stable_diffusion_server.errors import InvalidInput, NotFinite
 from stable_diffusion_server.pipelines.catalog import MODELS
-from stable_diffusion_server.pipelines.conditioning.lora import Adapters
-from stable_diffusion_server.pipelines.conditioning.prompt_cache import Embeddings
+from stable_diffusion_server.pipelines.conditioning.lora import LoraManager
+from stable_diffusion_server.pipelines.conditioning.prompt_cache import PromptCache
 from stable_diffusion_server.pipelines.families.flux import Flux
 from stable_diffusion_server.pipelines.families.sdxl import Sdxl
 from stable_diffusion_server.pipelines.loading.components import load_pipeline
-from stable_diffusion_server.types import Job
+from stable_diffusion_server.types import DiffusionRequest
 
 CPU = torch.device("cpu")
 KINDS: dict[str, Any] = {"sdxl": Sdxl, "flux": Flux}
 
 
-def quick(family: str, **changes: Any) -> Job:
+def quick(family: str, **changes: Any) -> DiffusionRequest:
     """A job of few pixels and steps: what is looked at are weights."""
     return job_for(family, **{"width": 64, "height": 64, "num_inference_steps": 2, **changes})
 
@@ -51,9 +51,9 @@ def twos(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> dict[str
     for name, kind in KINDS.items():
         folder, facts = tmp_path_factory.mktemp(name), MODELS[name]
         own, stock = (load_pipeline(facts, MODELS_DIR, CPU) for _ in range(2))
-        ours = kind(own, facts, adapters=Adapters(own, folder))
+        ours = kind(own, facts, adapters=LoraManager(own, folder))
         # What is put on the stock pipeline is known to nobody, so no encoded prompt may be kept.
-        made[name] = Two(ours, kind(stock, facts, embeddings=Embeddings(0)), folder, draw(ours, quick(name)))
+        made[name] = Two(ours, kind(stock, facts, embeddings=PromptCache(0)), folder, draw(ours, quick(name)))
     return made
 
 

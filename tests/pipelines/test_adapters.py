@@ -16,11 +16,11 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
-from stable_diffusion_server.errors import InvalidInput, WeightsUnusable
+from stable_diffusion_server.errors import InvalidInput, ModelLoadError
 from stable_diffusion_server.pipelines.catalog import MODELS, scheduler_of, with_lcm
 from stable_diffusion_server.pipelines.conditioning import lora
 from stable_diffusion_server.pipelines.conditioning.lora import (
-    Adapters,
+    LoraManager,
     add_to_controlnet,
     digest_of,
     find,
@@ -55,7 +55,7 @@ def painter(loras: Path) -> Sdxl:
     """The embedded SDXL that may use the folder."""
     facts = MODELS["sdxl"]
     pipeline = load_pipeline(facts, MODELS_DIR, CPU)
-    return Sdxl(pipeline, facts, adapters=Adapters(pipeline, loras))
+    return Sdxl(pipeline, facts, adapters=LoraManager(pipeline, loras))
 
 
 def middle(pixels: Any) -> Any:
@@ -77,7 +77,7 @@ def test_the_adapter_that_comes_along_draws_outlines(sdxl: Sdxl, one_thread: Non
     """The middle of the thing is the background again, and there is still a thing."""
     facts = MODELS["sdxl"]
     pipeline = load_pipeline(facts, MODELS_DIR, CPU)
-    outlined = Sdxl(pipeline, facts, adapters=Adapters(pipeline, MODELS_DIR / "loras"))
+    outlined = Sdxl(pipeline, facts, adapters=LoraManager(pipeline, MODELS_DIR / "loras"))
     job = job_for("sdxl", prompt=f"a red {shape} on a blue background", width=256, height=256)
     assert middle(draw(sdxl, job)).argmax() == 0
     drawn = draw(outlined, replace(job, loras=(("outlines", 1.0),)))
@@ -174,7 +174,7 @@ def test_an_adapter_that_fails_first_of_all_leaves_the_model_as_it_was(loras: Pa
     wrong = {name: torch.ones(3, 3) for name in load_file(loras / "green.safetensors")}
     save_file(wrong, tmp_path / "wrong.safetensors")
     pipeline = load_pipeline(MODELS["sdxl"], MODELS_DIR, CPU)
-    own = Sdxl(pipeline, MODELS["sdxl"], adapters=Adapters(pipeline, tmp_path))
+    own = Sdxl(pipeline, MODELS["sdxl"], adapters=LoraManager(pipeline, tmp_path))
     with pytest.raises(InvalidInput):
         own.prepare(job_for("sdxl", loras=(("wrong", 1.0),)))
     assert (draw(own, job_for("sdxl")) == draw(sdxl, job_for("sdxl"))).all()
@@ -189,7 +189,7 @@ def test_adapters_that_were_not_used_for_long_are_forgotten(
         scaled = {name: tensor * number for name, tensor in load_file(loras / "green.safetensors").items()}
         save_file(scaled, tmp_path / f"{letter}.v1.safetensors")
     pipeline = load_pipeline(MODELS["sdxl"], MODELS_DIR, CPU)
-    own = Adapters(pipeline, tmp_path)
+    own = LoraManager(pipeline, tmp_path)
     for letter in "abcda":
         own.use(((f"{letter}.v1", 1.0),))
         assert len(pipeline.get_list_adapters()["unet"]) <= 3
@@ -205,7 +205,7 @@ def test_an_adapter_someone_draws_with_is_not_forgotten(
         scaled = {name: tensor / number for name, tensor in load_file(loras / "green.safetensors").items()}
         save_file(scaled, tmp_path / f"{letter}.safetensors")
     pipeline = load_pipeline(MODELS["sdxl"], MODELS_DIR, CPU)
-    own = Sdxl(pipeline, MODELS["sdxl"], adapters=Adapters(pipeline, tmp_path))
+    own = Sdxl(pipeline, MODELS["sdxl"], adapters=LoraManager(pipeline, tmp_path))
     waiting, expected = (
         own.prepare(job_for("sdxl", loras=(("a", 1.0),))),
         draw(own, job_for("sdxl", loras=(("a", 1.0),))),
@@ -229,7 +229,7 @@ def test_a_control_lora_is_refused_in_one_sentence(tmp_path: Path) -> None:
         "single_blocks.0.norm.query_norm.scale",
     ):
         save_file({name: torch.zeros(4, 128)}, tmp_path / "line.safetensors")
-        with pytest.raises(WeightsUnusable, match=r"control LoRA.*ControlNet"):
+        with pytest.raises(ModelLoadError, match=r"control LoRA.*ControlNet"):
             read_lora(tmp_path / "line.safetensors")
     save_file({"transformer.blocks.0.attn.to_q.lora_A.weight": torch.zeros(4, 128)}, tmp_path / "plain.safetensors")
     assert read_lora(tmp_path / "plain.safetensors").digest == digest_of(tmp_path / "plain.safetensors")
@@ -259,7 +259,7 @@ def test_a_lora_goes_on_the_controlnet_for_good(flux: Any, control_lora: Path) -
 
 def test_a_lora_of_something_else_is_refused_by_the_controlnet(flux: Any, loras: Path) -> None:
     """One for SDXL's UNet fits nowhere in Flux's ControlNet, and the sentence names the setting."""
-    with pytest.raises(WeightsUnusable, match="CONTROLNET_LORA"):
+    with pytest.raises(ModelLoadError, match="CONTROLNET_LORA"):
         add_to_controlnet(copy.deepcopy(flux.controlnet), loras / "green.safetensors")
 
 
@@ -270,7 +270,7 @@ def test_the_controlnets_lora_is_found_by_file_or_folder(control_lora: Path, tmp
     assert lora_file("line.safetensors", tmp_path) == control_lora
     (tmp_path / "second.safetensors").write_bytes(b"")
     for name, count in ((str(tmp_path), 2), ("nowhere", 0)):
-        with pytest.raises(WeightsUnusable, match=f"names {count} "):
+        with pytest.raises(ModelLoadError, match=f"names {count} "):
             lora_file(name, tmp_path)
 
 
@@ -289,7 +289,7 @@ def test_a_file_that_is_no_safetensors_is_told(content: bytes, tmp_path: Path) -
     """Empty, random, and JSON of another kind."""
     file = tmp_path / "broken.safetensors"
     file.write_bytes(content)
-    with pytest.raises(WeightsUnusable, match=r"broken\.safetensors is not a safetensors file"):
+    with pytest.raises(ModelLoadError, match=r"broken\.safetensors is not a safetensors file"):
         read_header(file)
 
 
@@ -326,7 +326,7 @@ def test_a_missing_lcm_lora_is_told_at_load(tmp_path: Path) -> None:
     """The sentence names the folder it should be in."""
     (tmp_path / "embedded-sdxl").symlink_to(MODELS_DIR / "embedded-sdxl")
     facts = with_lcm(replace(MODELS["sdxl"], lcm_folder="lcm-lora-sdxl"))
-    with pytest.raises(WeightsUnusable, match=r"no \.safetensors file in lcm-lora-sdxl"):
+    with pytest.raises(ModelLoadError, match=r"no \.safetensors file in lcm-lora-sdxl"):
         load(tmp_path, "cpu", 1, LoadOptions(models={"sdxl": facts}))
 
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from stable_diffusion_server.errors import InvalidInput, WeightsUnusable
+from stable_diffusion_server.errors import InvalidInput, ModelLoadError
 from stable_diffusion_server.pipelines.catalog import (
     MODELS,
     REAL_MODELS,
     SCHEDULERS,
-    ModelFacts,
+    ModelSpec,
     Source,
     choose_models,
-    facts_of,
     refine_steps_skipped,
+    spec_of,
     steps_skipped,
     with_lcm,
     with_quantization,
@@ -49,20 +49,20 @@ def test_the_source_and_the_folders_say_which_weights_draw(
 
 def test_local_models_that_are_not_there_are_told() -> None:
     """The sentence lists the folders that were looked for."""
-    with pytest.raises(WeightsUnusable, match=r"none of ProteusV0\.2, stable-diffusion-xl-base-1\.0, FLUX\.1-schnell"):
+    with pytest.raises(ModelLoadError, match=r"none of ProteusV0\.2, stable-diffusion-xl-base-1\.0, FLUX\.1-schnell"):
         choose_models("local", {"embedded-sdxl"})
 
 
 def test_a_name_is_looked_up_among_the_models_at_hand() -> None:
     """With MODELS=local and one family, the other one's name is refused, and what there is is told."""
     local = choose_models("local", {"ProteusV0.2"})
-    assert facts_of("sdxl", local).folder == "ProteusV0.2"
+    assert spec_of("sdxl", local).folder == "ProteusV0.2"
     with pytest.raises(InvalidInput, match="there are sdxl"):
-        facts_of("flux", local)
+        spec_of("flux", local)
 
 
 @pytest.mark.parametrize("facts", EVERY, ids=lambda facts: facts.folder)
-def test_the_defaults_of_every_model_are_within_its_own_bounds(facts: ModelFacts) -> None:
+def test_the_defaults_of_every_model_are_within_its_own_bounds(facts: ModelSpec) -> None:
     """A request that names nothing is never refused."""
     assert facts.default_scheduler in facts.schedulers
     bounds = SCHEDULERS[facts.default_scheduler]

@@ -14,9 +14,9 @@ import torch
 from drawing import MODELS_DIR, disc_mask, draw, job_for, outline, psnr, scene
 from safetensors.torch import load_file, save_file
 
-from stable_diffusion_server.errors import DevicePoisoned, InvalidInput, NotFinite, OutOfMemory, WeightsUnusable
-from stable_diffusion_server.pipelines.base import decode, torch_errors_told
-from stable_diffusion_server.pipelines.catalog import MODELS, REAL_MODELS, facts_of, scheduler_of
+from stable_diffusion_server.errors import DeviceLost, InvalidInput, ModelLoadError, NotFinite, OutOfMemory
+from stable_diffusion_server.pipelines.base import decode, translate_torch_errors
+from stable_diffusion_server.pipelines.catalog import MODELS, REAL_MODELS, scheduler_of, spec_of
 from stable_diffusion_server.pipelines.families.flux import Flux
 from stable_diffusion_server.pipelines.families.sdxl import Sdxl
 from stable_diffusion_server.pipelines.loading.components import (
@@ -25,7 +25,7 @@ from stable_diffusion_server.pipelines.loading.components import (
     load_controlnet,
     load_pipeline,
 )
-from stable_diffusion_server.pipelines.loading.hub import Hub
+from stable_diffusion_server.pipelines.loading.hub import HubClient
 from stable_diffusion_server.pipelines.loading.schedulers import make_scheduler, set_timesteps
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -42,7 +42,7 @@ def models(tmp_path: Path) -> Path:
 @pytest.mark.fault(57)
 def test_missing_files_are_told(tmp_path: Path) -> None:
     """An empty folder: the sentence names the model and what is not there."""
-    with pytest.raises(WeightsUnusable, match=r"The model flux is missing: no model_index\.json in embedded-flux\."):
+    with pytest.raises(ModelLoadError, match=r"The model flux is missing: no model_index\.json in embedded-flux\."):
         load_pipeline(MODELS["flux"], tmp_path, CPU)
 
 
@@ -51,7 +51,7 @@ def test_truncated_weights_are_told(models: Path) -> None:
     """Half a file is no model."""
     weights = models / "embedded-flux" / "transformer" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(WeightsUnusable, match="embedded-flux cannot be loaded"):
+    with pytest.raises(ModelLoadError, match="embedded-flux cannot be loaded"):
         load_pipeline(MODELS["flux"], models, CPU)
 
 
@@ -59,7 +59,7 @@ def test_weights_that_are_not_all_there_are_told(models: Path) -> None:
     """Left alone, diffusers would fill the gap with random numbers and draw on."""
     weights = models / "embedded-flux" / "transformer" / "diffusion_pytorch_model.safetensors"
     save_file(dict(list(load_file(weights).items())[1:]), weights)
-    with pytest.raises(WeightsUnusable, match="embedded-flux/transformer lacks 1 of its weights"):
+    with pytest.raises(ModelLoadError, match="embedded-flux/transformer lacks 1 of its weights"):
         load_pipeline(MODELS["flux"], models, CPU)
 
 
@@ -69,7 +69,7 @@ def test_weights_of_another_shape_are_told(models: Path) -> None:
     tensors = load_file(weights)
     tensors["proj_out.bias"] = tensors["proj_out.bias"][:-1].clone()
     save_file(tensors, weights)
-    with pytest.raises(WeightsUnusable, match="embedded-flux"):
+    with pytest.raises(ModelLoadError, match="embedded-flux"):
         load_pipeline(MODELS["flux"], models, CPU)
 
 
@@ -79,7 +79,7 @@ def test_pickled_weights_are_not_read(models: Path) -> None:
     weights = folder / "diffusion_pytorch_model.safetensors"
     torch.save(load_file(weights), folder / "diffusion_pytorch_model.bin")
     weights.unlink()
-    with pytest.raises(WeightsUnusable):
+    with pytest.raises(ModelLoadError):
         load_pipeline(MODELS["flux"], models, CPU)
 
 
@@ -89,7 +89,7 @@ def test_the_variant_is_taken_where_the_folder_has_it(models: Path) -> None:
         weights.rename(weights.with_suffix(".fp16.safetensors"))
     facts = replace(MODELS["flux"], variant="fp16")
     assert load_pipeline(facts, models, CPU).transformer.dtype == torch.float32
-    with pytest.raises(WeightsUnusable):
+    with pytest.raises(ModelLoadError):
         load_pipeline(MODELS["flux"], models, CPU)
 
 
@@ -126,10 +126,10 @@ def test_a_controlnet_of_another_class_is_told(models: Path) -> None:
     """SDXL's in the place of Flux's."""
     shutil.copytree(ROOT / "models" / "embedded-controlnet-canny-sdxl", models / "edges")
     facts = replace(MODELS["flux"], control_folder="edges")
-    with pytest.raises(WeightsUnusable, match="edges holds a ControlNetModel, and a FluxControlNetModel is needed"):
+    with pytest.raises(ModelLoadError, match="edges holds a ControlNetModel, and a FluxControlNetModel is needed"):
         load_controlnet(facts, models, CPU)
     (models / "edges" / "config.json").unlink()
-    with pytest.raises(WeightsUnusable, match="The files in edges cannot be loaded"):
+    with pytest.raises(ModelLoadError, match="The files in edges cannot be loaded"):
         load_controlnet(facts, models, CPU)
     assert load_controlnet(replace(facts, control_folder="nowhere"), models, CPU) is None
     assert load_controlnet(replace(facts, control_folder=None), models, CPU) is None
@@ -140,7 +140,7 @@ def test_a_controlnet_made_for_another_vae_is_told(sdxl: Any) -> None:
     config = dict(sdxl.controlnet.config)
     channels = (8, *config["conditioning_embedding_out_channels"])
     other = type(sdxl.controlnet).from_config({**config, "conditioning_embedding_out_channels": channels})
-    with pytest.raises(WeightsUnusable, match=r"The ControlNet takes \d+ pixels"):
+    with pytest.raises(ModelLoadError, match=r"The ControlNet takes \d+ pixels"):
         Sdxl(sdxl.pipeline, sdxl.facts, other)
 
 
@@ -159,11 +159,11 @@ def test_a_hub_that_cannot_be_reached_is_told(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     for facts in (REAL_MODELS["sdxl"][0], REAL_MODELS["flux"][0]):
-        with pytest.raises(WeightsUnusable, match=f"{facts.repo} cannot be had from the hub"):
-            load_pipeline(facts, tmp_path, CPU, hub=Hub())
-        with pytest.raises(WeightsUnusable, match="cannot be had from the hub"):
-            load_controlnet(facts, tmp_path, CPU, hub=Hub())
-        with pytest.raises(WeightsUnusable, match=f"The model {facts.name} is missing"):
+        with pytest.raises(ModelLoadError, match=f"{facts.repo} cannot be had from the hub"):
+            load_pipeline(facts, tmp_path, CPU, hub=HubClient())
+        with pytest.raises(ModelLoadError, match="cannot be had from the hub"):
+            load_controlnet(facts, tmp_path, CPU, hub=HubClient())
+        with pytest.raises(ModelLoadError, match=f"The model {facts.name} is missing"):
             load_pipeline(facts, tmp_path, CPU)
 
 
@@ -171,21 +171,21 @@ def test_a_hub_that_cannot_be_reached_is_told(tmp_path: Path, monkeypatch: pytes
 def test_weights_of_another_class_are_told(models: Path) -> None:
     """An SDXL in the place of a Flux is named as such."""
     facts = replace(MODELS["sdxl"], folder="embedded-flux")
-    with pytest.raises(WeightsUnusable, match="holds a FluxPipeline, and sdxl needs a StableDiffusionXLPipeline"):
+    with pytest.raises(ModelLoadError, match="holds a FluxPipeline, and sdxl needs a StableDiffusionXLPipeline"):
         load_pipeline(facts, models, CPU)
 
 
 def test_a_broken_index_is_told(models: Path) -> None:
     """JSON that is none does not become a stack trace."""
     (models / "embedded-flux" / "model_index.json").write_text("{")
-    with pytest.raises(WeightsUnusable):
+    with pytest.raises(ModelLoadError):
         load_pipeline(MODELS["flux"], models, CPU)
 
 
 @pytest.mark.fault(58)
 def test_a_device_that_is_not_there_is_told_in_one_sentence() -> None:
     """DEVICE=cuda:99 on this machine."""
-    with pytest.raises(WeightsUnusable, match="DEVICE=cuda:99"):
+    with pytest.raises(ModelLoadError, match="DEVICE=cuda:99"):
         choose_device("cuda:99")
     assert choose_device("cpu") == CPU
 
@@ -212,7 +212,7 @@ def test_the_embedded_models_hold_nothing_of_where_they_were_made(model: str) ->
 def test_what_is_not_in_the_catalogue_is_refused_by_name() -> None:
     """Model, scheduler and steps each name their field."""
     for refuse, field in (
-        (lambda: facts_of("sd15"), "model"),
+        (lambda: spec_of("sd15"), "model"),
         (lambda: scheduler_of(MODELS["flux"], "ddim", 4), "scheduler"),
         (lambda: scheduler_of(MODELS["sdxl"], "ddim", 1001), "num_inference_steps"),
     ):
@@ -289,10 +289,10 @@ def test_a_decoder_broken_in_every_precision_is_an_error() -> None:
 
 
 @pytest.mark.parametrize(
-    ("theirs", "ours"), [(torch.OutOfMemoryError, OutOfMemory), (torch.AcceleratorError, DevicePoisoned)]
+    ("theirs", "ours"), [(torch.OutOfMemoryError, OutOfMemory), (torch.AcceleratorError, DeviceLost)]
 )
 def test_torchs_errors_become_ours(theirs: type[Exception], ours: type[Exception]) -> None:
     """By their classes, not by their texts; so nothing above the pipelines has to know torch."""
     raised: Any = theirs("device says no") if theirs is torch.OutOfMemoryError else theirs.__new__(theirs)
-    with pytest.raises(ours), torch_errors_told():
+    with pytest.raises(ours), translate_torch_errors():
         raise raised

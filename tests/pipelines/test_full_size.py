@@ -11,10 +11,10 @@ import torch
 from drawing import draw, job_for
 
 from benchmarks.full_size import random_pipeline, write_configurations
-from stable_diffusion_server.pipelines.catalog import REAL_MODELS, ModelFacts
+from stable_diffusion_server.pipelines.catalog import REAL_MODELS, ModelSpec
 from stable_diffusion_server.pipelines.families.flux import Flux
 from stable_diffusion_server.pipelines.families.sdxl import Sdxl
-from stable_diffusion_server.pipelines.loading.components import dtype_of, skeleton
+from stable_diffusion_server.pipelines.loading.components import dtype_of, empty_pipeline
 from stable_diffusion_server.pipelines.loading.footprint import footprint_of, parameters_of
 from stable_diffusion_server.pipelines.loading.placement import Footprint, Residency, place
 from stable_diffusion_server.pipelines.loading.tokenizers import token_counter
@@ -34,7 +34,7 @@ def full_size(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def skeletons(full_size: Path) -> dict[str, dict[str, torch.nn.Module]]:
     """The parts of both by our loader, once."""
-    return {facts.name: skeleton(facts, full_size) for facts in (SDXL, FLUX)}
+    return {facts.name: empty_pipeline(facts, full_size) for facts in (SDXL, FLUX)}
 
 
 def test_the_loader_builds_sdxl_at_full_size(skeletons: dict[str, Any]) -> None:
@@ -80,7 +80,7 @@ def show(counts: dict[str, int]) -> None:
     ],
 )
 def test_real_models_are_placed_by_their_measured_footprints(
-    facts: ModelFacts, gigabytes: int, expected: str, skeletons: dict[str, Any]
+    facts: ModelSpec, gigabytes: int, expected: str, skeletons: dict[str, Any]
 ) -> None:
     """What common cards would do with them, in half precision, before a weight is read."""
     footprint = footprint_on_gpu(facts, skeletons[facts.name])
@@ -88,7 +88,7 @@ def test_real_models_are_placed_by_their_measured_footprints(
     assert f"{placement.residency} {placement.quantization}" == expected
 
 
-def footprint_on_gpu(facts: ModelFacts, parts: dict[str, torch.nn.Module]) -> Footprint:
+def footprint_on_gpu(facts: ModelSpec, parts: dict[str, torch.nn.Module]) -> Footprint:
     dtype = dtype_of(facts, torch.device("cuda"))
     assert dtype in (torch.float16, torch.bfloat16)
     footprint = footprint_of(facts, parts, dtype)
@@ -99,7 +99,7 @@ def footprint_on_gpu(facts: ModelFacts, parts: dict[str, torch.nn.Module]) -> Fo
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("facts", [SDXL, FLUX], ids=["sdxl", "flux"])
-def test_full_size_models_with_random_weights_run_on_a_gpu(facts: ModelFacts, full_size: Path) -> None:
+def test_full_size_models_with_random_weights_run_on_a_gpu(facts: ModelSpec, full_size: Path) -> None:
     """The very path that real weights take, at their native size: noise comes out, finite and of the right size."""
     pipeline, _ = random_pipeline(facts, full_size, torch.device("cuda"))
     family = {"sdxl": Sdxl, "flux": Flux}[facts.name](pipeline, facts)

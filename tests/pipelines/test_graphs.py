@@ -10,7 +10,7 @@ import torch
 from structlog.testing import capture_logs
 from transformers.modeling_outputs import BaseModelOutput
 
-from stable_diffusion_server.pipelines.acceleration.call_signature import filled, kind_of, tensors_of
+from stable_diffusion_server.pipelines.acceleration.call_signature import rebuild, signature, tensors_of
 from stable_diffusion_server.pipelines.acceleration.cuda_graphs import record
 
 BASE: dict[str, Any] = {
@@ -24,7 +24,7 @@ BASE: dict[str, Any] = {
 def test_calls_of_other_numbers_are_alike() -> None:
     """A recording is replayed with them."""
     other = {**BASE, "sample": torch.ones(2, 3), "added": {"ids": torch.ones(1, 6)}}
-    assert kind_of(((), other)) == kind_of(((), BASE))
+    assert signature(((), other)) == signature(((), BASE))
 
 
 @pytest.mark.parametrize(
@@ -44,13 +44,13 @@ def test_calls_of_other_numbers_are_alike() -> None:
 )
 def test_calls_of_other_shapes_and_arguments_are_not(changes: dict[str, Any]) -> None:
     """They are recorded by themselves."""
-    assert kind_of(((), {**BASE, **changes})) != kind_of(((), BASE))
+    assert signature(((), {**BASE, **changes})) != signature(((), BASE))
 
 
 def test_tensors_are_put_in_the_places_they_came_from() -> None:
     """In arguments, and in the answers of diffusers and transformers."""
     answer = (BaseModelOutput(last_hidden_state=torch.zeros(1), hidden_states=(torch.ones(1), 2 * torch.ones(1))), 7)
-    again = filled(answer, (tensor + 10 for tensor in tensors_of(answer)))
+    again = rebuild(answer, (tensor + 10 for tensor in tensors_of(answer)))
     assert isinstance(again[0], BaseModelOutput)
     assert again[1] == 7
     assert [float(tensor) for tensor in tensors_of(again)] == [10, 11, 12]

@@ -17,12 +17,12 @@ import torch
 from accelerate import cpu_offload
 from drawing import MODELS_DIR, disc_mask, draw, job_for, scene
 
-from stable_diffusion_server.engine import Engine, Phase
-from stable_diffusion_server.errors import WeightsUnusable
+from stable_diffusion_server.engine import Engine, EngineState
+from stable_diffusion_server.errors import ModelLoadError
 from stable_diffusion_server.pipelines.catalog import MODELS
 from stable_diffusion_server.pipelines.loading import loader
 from stable_diffusion_server.pipelines.loading.components import load_pipeline
-from stable_diffusion_server.pipelines.loading.offload import Offloaded, settle
+from stable_diffusion_server.pipelines.loading.offload import OffloadedModel, apply_residency
 from stable_diffusion_server.pipelines.loading.placement import (
     Footprint,
     Placement,
@@ -32,7 +32,7 @@ from stable_diffusion_server.pipelines.loading.placement import (
     place,
 )
 from stable_diffusion_server.pipelines.registry import LoadOptions, load
-from stable_diffusion_server.types import Event, EventKind, Job
+from stable_diffusion_server.types import DiffusionRequest, EngineEvent, EngineEventKind
 
 # To PyTorch they are two devices, and tensors are computed with on both.
 CPU, DEVICE = torch.device("cpu"), torch.device("cpu:0")
@@ -95,7 +95,7 @@ def placed(one_thread: None) -> tuple[Any, Travels]:
 
     def settled(pipeline: Any, controlnet: Any, device: torch.device, residency: Residency) -> None:
         travels.follow("sdxl" if hasattr(pipeline, "unet") else "flux", pipeline)
-        settle(pipeline, controlnet, DEVICE, residency)
+        apply_residency(pipeline, controlnet, DEVICE, residency)
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(loader, "settle", settled)
@@ -124,7 +124,7 @@ def engine(drawing: Any) -> Iterator[Engine[Any, Any]]:
     """An engine over them."""
     made: Engine[Any, Any] = Engine(lambda: drawing, queue_limit=9, max_batch=2)
     made.start()
-    wait(lambda: made.phase is Phase.READY)
+    wait(lambda: made.phase is EngineState.READY)
     yield made
     made.stop(PATIENCE)
 
@@ -138,11 +138,11 @@ def wait(reached: Callable[[], bool]) -> None:
     raise AssertionError("nothing came of it")
 
 
-def hung_up(engine: Engine[Any, Any], job: Job, kind: EventKind, step: int) -> None:
+def hung_up(engine: Engine[Any, Any], job: DiffusionRequest, kind: EngineEventKind, step: int) -> None:
     """A caller who leaves at an event, on the engine's own thread, where nothing has begun yet that follows it."""
     ready = threading.Event()
 
-    def leave(event: Event) -> None:
+    def leave(event: EngineEvent) -> None:
         if event.kind is kind and event.step == step:
             ready.wait(PATIENCE)
             ticket.result.cancel()
@@ -155,10 +155,11 @@ def hung_up(engine: Engine[Any, Any], job: Job, kind: EventKind, step: int) -> N
 @pytest.mark.fault(169)
 @pytest.mark.parametrize("model", ["sdxl", "flux"])
 @pytest.mark.parametrize(
-    ("kind", "step"), [(EventKind.STARTED, 0), (EventKind.STEP, 1), (EventKind.STEP, 3), (EventKind.STEP, 4)]
+    ("kind", "step"),
+    [(EngineEventKind.STARTED, 0), (EngineEventKind.STEP, 1), (EngineEventKind.STEP, 3), (EngineEventKind.STEP, 4)],
 )
 def test_a_caller_who_hangs_up_leaves_nothing_on_the_device(
-    model: str, kind: EventKind, step: int, engine: Engine[Any, Any], travels: Travels
+    model: str, kind: EngineEventKind, step: int, engine: Engine[Any, Any], travels: Travels
 ) -> None:
     """Whenever it was: the next one's text encoders, and the other family's parts, find the device empty."""
     hung_up(engine, job_for(model), kind, step)
@@ -217,7 +218,7 @@ def test_a_pass_that_fails_in_the_middle_leaves_no_layer_behind(where: str, one_
     """OFFLOAD=sequential: what one layer brought goes back, by accelerate's own hooks; here for real."""
     pipeline = load_pipeline(FACTS["sdxl"], MODELS_DIR, CPU)
     cpu_offload(pipeline.unet, CPU)  # as diffusers does it for each part, on a device that is not "cpu:0"
-    offloaded = Offloaded(pipeline, None, Residency.SEQUENTIAL)
+    offloaded = OffloadedModel(pipeline, None, Residency.SEQUENTIAL)
     layer = next(module for module in getattr(pipeline.unet, where).modules() if not list(module.children()))
     true = layer._old_forward
 
@@ -249,8 +250,8 @@ def test_a_pass_that_fails_in_the_middle_leaves_no_layer_behind(where: str, one_
 def test_the_device_is_empty_after_a_failure(residency: Residency) -> None:
     """On a device that is there: as many bytes as before."""
     pipeline = load_pipeline(FACTS["sdxl"], MODELS_DIR, CUDA, move=False)
-    settle(pipeline, None, CUDA, residency)
-    offloaded = Offloaded(pipeline, None, residency)
+    apply_residency(pipeline, None, CUDA, residency)
+    offloaded = OffloadedModel(pipeline, None, residency)
     before = torch.cuda.memory_allocated()
     layer = pipeline.unet.conv_out
     layer.register_forward_pre_hook(lambda *given: (_ for _ in ()).throw(ValueError("on purpose")))
@@ -267,7 +268,7 @@ def test_quantized_weights_that_cannot_travel_by_layers_are_refused_by_name(
 ) -> None:
     """OFFLOAD=sequential with QUANTIZE: both settings are in the sentence, and nothing chooses it by itself."""
     footprint = Footprint({"unet": 10**9}, quantized=("unet",), layer=10**6, weight_bytes=2)
-    with pytest.raises(WeightsUnusable, match=f"OFFLOAD=sequential cannot be combined with QUANTIZE={quantize}"):
+    with pytest.raises(ModelLoadError, match=f"OFFLOAD=sequential cannot be combined with QUANTIZE={quantize}"):
         place(10**9, footprint, accelerated=accelerated, offload="sequential", quantize=quantize)
     if accelerated:
         assert place(5 * 10**6, footprint, accelerated=True, quantize=quantize).residency is Residency.GROUP

@@ -15,10 +15,10 @@ from drawing import MODELS_DIR
 from hub_server import HubServer, hub_server
 from structlog.testing import capture_logs
 
-from stable_diffusion_server.errors import WeightsUnusable
+from stable_diffusion_server.errors import ModelLoadError
 from stable_diffusion_server.pipelines.catalog import MODELS, REAL_MODELS, choose_models
-from stable_diffusion_server.pipelines.loading.components import load_controlnet, skeleton
-from stable_diffusion_server.pipelines.loading.hub import Hub
+from stable_diffusion_server.pipelines.loading.components import empty_pipeline, load_controlnet
+from stable_diffusion_server.pipelines.loading.hub import HubClient
 from stable_diffusion_server.pipelines.registry import LoadOptions, load
 
 __all__ = ["hub_server"]
@@ -42,8 +42,8 @@ def hub(hub_server: HubServer) -> HubServer:
     return hub_server
 
 
-def refusal(hub: Hub, repo: str = SDXL) -> str:
-    with pytest.raises(WeightsUnusable) as refused:
+def refusal(hub: HubClient, repo: str = SDXL) -> str:
+    with pytest.raises(ModelLoadError) as refused:
         hub.pipeline(repo, "fp16")
     return refused.value.detail
 
@@ -61,7 +61,7 @@ def test_who_wants_one_family_gets_one() -> None:
     assert choose_models("hub", [], ("FLUX", "sdxl")) == {"sdxl": proteus, "flux": flux}
     assert choose_models("hub", [], ("stable-diffusion-xl-base-1.0",)) == {"sdxl": base}
     assert choose_models("hub", ["ProteusV0.2"], (str(base.repo),)) == {"sdxl": base}
-    with pytest.raises(WeightsUnusable, match="HUB_MODELS names 'sd15'"):
+    with pytest.raises(ModelLoadError, match="HUB_MODELS names 'sd15'"):
         choose_models("hub", [], ("sd15",))
 
 
@@ -78,7 +78,7 @@ def test_one_set_of_weights_is_fetched_of_each_part(hub: HubServer) -> None:
         "a.png": b"p",
     }
     hub.repositories[EDGES]["diffusion_pytorch_model.fp16.safetensors"] = b"finer"
-    source = Hub()
+    source = HubClient()
     fetched = names(source.pipeline(SDXL, "fp16"))
     assert "unet/diffusion_pytorch_model.fp16.safetensors" in fetched
     assert "vae/diffusion_pytorch_model.safetensors" in fetched
@@ -95,7 +95,7 @@ def test_sharded_weights_are_fetched_whole(hub: HubServer) -> None:
     shards = {f"transformer/diffusion_pytorch_model-0000{n}-of-00002.safetensors": whole + bytes([n]) for n in (1, 2)}
     listed = {"weight_map": {str(n): name.rpartition("/")[2] for n, name in enumerate(shards)}}
     files |= {**shards, "transformer/diffusion_pytorch_model.safetensors.index.json": json.dumps(listed).encode()}
-    fetched = names(Hub().pipeline(FLUX, None))
+    fetched = names(HubClient().pipeline(FLUX, None))
     assert {*shards, "transformer/diffusion_pytorch_model.safetensors.index.json"} <= fetched
 
 
@@ -103,13 +103,13 @@ def test_sharded_weights_are_fetched_whole(hub: HubServer) -> None:
 def test_the_commit_that_was_fetched_first_is_kept(hub: HubServer, tmp_path: Path) -> None:
     """A new commit on main changes nothing at a restart, which asks the hub nothing; HUB_REVISIONS asks for it."""
     pins = tmp_path / "data" / "hub.json"
-    first, commit = Hub(pins=pins).pipeline(SDXL, "fp16"), hub.commit(SDXL)
+    first, commit = HubClient(pins=pins).pipeline(SDXL, "fp16"), hub.commit(SDXL)
     hub.repositories[SDXL]["scheduler/scheduler_config.json"] += b"\n"
     asked = len(hub.asked)
-    again = Hub(pins=pins)
+    again = HubClient(pins=pins)
     assert again.pipeline(SDXL, "fp16") == first
     assert (again.commit(SDXL), len(hub.asked)) == (commit, asked)
-    newer = Hub({SDXL: "main"}, pins)
+    newer = HubClient({SDXL: "main"}, pins)
     assert newer.pipeline(SDXL, "fp16") != first
     assert newer.commit(SDXL) == hub.commit(SDXL) != commit
 
@@ -120,7 +120,7 @@ def test_a_broken_record_of_commits_is_made_anew(record: str, hub: HubServer, tm
     """It is told in the log, and the hub is asked."""
     pins = tmp_path / "hub.json"
     pins.write_text(record)
-    source = Hub({SDXL: "main"}, pins)
+    source = HubClient({SDXL: "main"}, pins)
     source.pipeline(SDXL, "fp16")
     assert json.loads(pins.read_text())[SDXL]["commit"] == hub.commit(SDXL)
 
@@ -129,17 +129,17 @@ def test_a_broken_record_of_commits_is_made_anew(record: str, hub: HubServer, tm
 def test_what_cannot_be_had_is_told_with_what_to_do(hub: HubServer) -> None:
     """Gated: the page of the licence and HF_TOKEN. Missing, private; no such revision; no safetensors; no model."""
     hub.gated.add(SDXL)
-    told = refusal(Hub())
+    told = refusal(HubClient())
     assert f"{hub.url}/{SDXL}" in told
     assert "licence" in told
     assert "HF_TOKEN" in told
-    assert "private" in refusal(Hub(), "owner/nothing")
-    assert "HUB_REVISIONS" in refusal(Hub({FLUX: "v9"}), FLUX)
+    assert "private" in refusal(HubClient(), "owner/nothing")
+    assert "HUB_REVISIONS" in refusal(HubClient({FLUX: "v9"}), FLUX)
     del hub.repositories[FLUX]["vae/diffusion_pytorch_model.safetensors"]
     hub.repositories[FLUX]["vae/diffusion_pytorch_model.bin"] = b"pickle"
-    assert "no safetensors files for vae" in refusal(Hub(), FLUX)
+    assert "no safetensors files for vae" in refusal(HubClient(), FLUX)
     del hub.repositories[FLUX]["model_index.json"]
-    assert "no model_index.json" in refusal(Hub(), FLUX)
+    assert "no model_index.json" in refusal(HubClient(), FLUX)
 
 
 @pytest.mark.fault(168)
@@ -147,14 +147,14 @@ def test_a_token_opens_what_is_gated(hub: HubServer, monkeypatch: pytest.MonkeyP
     """HF_TOKEN is read by the hub's own client."""
     hub.gated.add(FLUX)
     monkeypatch.setenv("HF_TOKEN", "hf_0123456789")
-    assert (Hub().pipeline(FLUX, None) / "model_index.json").is_file()
+    assert (HubClient().pipeline(FLUX, None) / "model_index.json").is_file()
 
 
 @pytest.mark.fault(168)
 def test_a_disk_that_is_too_small_is_told_before_the_download(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both figures; and not one weight was asked for."""
     monkeypatch.setattr("shutil.disk_usage", lambda place: SimpleNamespace(free=1_000_000))
-    told = refusal(Hub(), FLUX)
+    told = refusal(HubClient(), FLUX)
     assert "takes 0.0 GB" in told
     assert "HF_HOME" in told
     assert not [path for path in hub.asked if path.endswith(".safetensors")]
@@ -164,7 +164,7 @@ def test_a_disk_that_is_too_small_is_told_before_the_download(hub: HubServer, mo
 def test_a_download_tells_how_far_it_is(hub: HubServer) -> None:
     """Its repository, commit and bytes, at the start, now and then, and at the end."""
     with capture_logs() as lines:
-        Hub(every=0.01).pipeline(FLUX, None)
+        HubClient(every=0.01).pipeline(FLUX, None)
     told = [line for line in lines if line.get("repo") == FLUX]
     assert told[0]["event"] == "fetching from the hub"
     assert told[-1]["event"] == "fetched from the hub"
@@ -176,7 +176,7 @@ def test_a_download_tells_how_far_it_is(hub: HubServer) -> None:
 def test_a_connection_that_is_cut_is_taken_up_again(hub: HubServer) -> None:
     """By the hub's own client; what lies in the cache is whole in the end."""
     hub.cut.add("diffusion_pytorch_model.safetensors")
-    folder = Hub().pipeline(FLUX, None)
+    folder = HubClient().pipeline(FLUX, None)
     for name in ("transformer", "vae"):
         file = f"{name}/diffusion_pytorch_model.safetensors"
         assert (folder / file).read_bytes() == hub.repositories[FLUX][file]
@@ -186,18 +186,18 @@ def test_a_connection_that_is_cut_is_taken_up_again(hub: HubServer) -> None:
 def test_a_cache_draws_without_a_hub(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """HF_HUB_OFFLINE=1, or a hub that is down: with our record, and with what another program fetched."""
     pins = tmp_path / "hub.json"
-    folder = Hub(pins=pins).pipeline(FLUX, None)
+    folder = HubClient(pins=pins).pipeline(FLUX, None)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert Hub(pins=pins).pipeline(FLUX, None) == folder
+    assert HubClient(pins=pins).pipeline(FLUX, None) == folder
     shutil.rmtree(Path(tmp_path / "hub-cache"))
-    assert "cannot be had from the hub" in refusal(Hub(pins=pins), FLUX)
+    assert "cannot be had from the hub" in refusal(HubClient(pins=pins), FLUX)
 
 
 @pytest.mark.fault(168)
 def test_the_controlnet_of_the_hub_is_in_the_footprint(hub: HubServer, tmp_path: Path) -> None:
     """Its parts are those of the same folders on the disk, and it is what is loaded then."""
-    source = Hub()
-    assert set(skeleton(FACTS["sdxl"], tmp_path, hub=source)) == set(skeleton(MODELS["sdxl"], MODELS_DIR))
+    source = HubClient()
+    assert set(empty_pipeline(FACTS["sdxl"], tmp_path, hub=source)) == set(empty_pipeline(MODELS["sdxl"], MODELS_DIR))
     assert type(load_controlnet(FACTS["sdxl"], tmp_path, CPU, hub=source)).__name__ == "ControlNetModel"
 
 
@@ -208,7 +208,7 @@ def test_an_optional_or_gated_repository_stops_no_other(
 ) -> None:
     """Without the ControlNet, SDXL draws without edges; a gated Flux costs Flux. Both are told."""
     hub.gated.add(gone)
-    drawing: Any = load(tmp_path, "cpu", 1, LoadOptions(models=FACTS, hub=Hub()))
+    drawing: Any = load(tmp_path, "cpu", 1, LoadOptions(models=FACTS, hub=HubClient()))
     loaded = {model.name: model for model in drawing.loaded}
     assert loaded["sdxl"].commit == hub.commit(SDXL)
     if gone == EDGES:

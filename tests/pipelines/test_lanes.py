@@ -7,7 +7,7 @@ from typing import Any
 from drawing import disc_mask, draw, job_for, psnr, scene
 from fakes import until
 
-from stable_diffusion_server.engine import Engine, Phase
+from stable_diffusion_server.engine import Engine, EngineState
 
 
 def test_two_lanes_draw_what_one_draws(registry: Any) -> None:
@@ -24,7 +24,7 @@ def test_two_lanes_draw_what_one_draws(registry: Any) -> None:
     ]
     engine: Engine[Any, Any] = Engine(lambda: registry, queue_limit=16, max_batch=4, lanes=2)
     engine.start()
-    until(lambda: engine.phase is Phase.READY)
+    until(lambda: engine.phase is EngineState.READY)
     drawings = [ticket.result.result(120) for ticket in [engine.submit(job) for job in jobs]]
     engine.stop(10)
     for job, drawing in zip(jobs, drawings, strict=True):

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from fakes import lora_file
 
-from stable_diffusion_server.errors import InvalidInput, WeightsUnusable
+from stable_diffusion_server.errors import InvalidInput, ModelLoadError
 from stable_diffusion_server.pipelines.conditioning import lora_folder
 from stable_diffusion_server.pipelines.conditioning.lora_files import digest_of, identity_of, read_header, read_lora
 from stable_diffusion_server.pipelines.conditioning.lora_folder import LoraFolder, find, names_in
@@ -268,7 +268,7 @@ def test_a_limit_of_bytes_is_exact(tmp_path: Path) -> None:
     file = lora_file(tmp_path / "ink.safetensors")
     size = file.stat().st_size
     assert read_lora(file, size).digest == LoraFolder(tmp_path, size).digest("ink")
-    with pytest.raises(WeightsUnusable, match="MAX_LORA_BYTES"):
+    with pytest.raises(ModelLoadError, match="MAX_LORA_BYTES"):
         read_lora(file, size - 1)
     with pytest.raises(InvalidInput, match="MAX_LORA_BYTES"):
         LoraFolder(tmp_path, size - 1).digest("ink")
@@ -290,5 +290,5 @@ def test_descriptions_that_are_none_are_told_as_no_file_of_this_kind(header: byt
     """Offsets, shapes and types of other kinds end in the same sentence as noise."""
     file = tmp_path / "broken.safetensors"
     file.write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 16)
-    with pytest.raises(WeightsUnusable, match=r"broken\.safetensors is not a safetensors file"):
+    with pytest.raises(ModelLoadError, match=r"broken\.safetensors is not a safetensors file"):
         read_header(file)

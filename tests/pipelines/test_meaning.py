@@ -10,12 +10,12 @@ import pytest
 from numpy.typing import NDArray
 
 from stable_diffusion_server.pipelines.catalog import MODELS
-from stable_diffusion_server.types import Job, Task
+from stable_diffusion_server.types import DiffusionRequest, Task
 
 PROMPT = "a red circle on a blue background"
 
 
-def job(model: str, **changes: Any) -> Job:
+def job(model: str, **changes: Any) -> DiffusionRequest:
     facts = MODELS[model]
     side = facts.floor
     values: dict[str, Any] = {
@@ -31,10 +31,10 @@ def job(model: str, **changes: Any) -> Job:
         "guidance_scale": facts.default_guidance,
         "scheduler": facts.default_scheduler,
     }
-    return Job(**{**values, **changes})
+    return DiffusionRequest(**{**values, **changes})
 
 
-def draw(registry: Any, *jobs: Job) -> list[NDArray[np.uint8]]:
+def draw(registry: Any, *jobs: DiffusionRequest) -> list[NDArray[np.uint8]]:
     """Draw jobs of one shape together; those with fewer steps leave earlier."""
     states = [registry.prepare(each) for each in jobs]
     while running := [state for state in states if not state.done]:

@@ -12,14 +12,14 @@ import pytest
 import torch
 from drawing import MODELS_DIR, disc_mask, draw, job_for, outline, psnr, scene
 
-from stable_diffusion_server.errors import DoesNotFit, WeightsUnusable
-from stable_diffusion_server.pipelines.catalog import MODELS, ModelFacts, with_quantization
+from stable_diffusion_server.errors import ModelLoadError, ModelTooLarge
+from stable_diffusion_server.pipelines.catalog import MODELS, ModelSpec, with_quantization
 from stable_diffusion_server.pipelines.families.flux import Flux
 from stable_diffusion_server.pipelines.families.sdxl import Sdxl
 from stable_diffusion_server.pipelines.loading import loader
 from stable_diffusion_server.pipelines.loading.components import load_controlnet, load_pipeline
 from stable_diffusion_server.pipelines.loading.footprint import bytes_of
-from stable_diffusion_server.pipelines.loading.offload import settle
+from stable_diffusion_server.pipelines.loading.offload import apply_residency
 from stable_diffusion_server.pipelines.loading.placement import Footprint, Quantize, Residency
 from stable_diffusion_server.pipelines.registry import LoadOptions, load
 
@@ -111,7 +111,7 @@ def test_layers_that_travel_in_groups_draw_the_very_same_picture(name: str, fami
     """Group offloading works on the CPU too, where it saves nothing: its hooks leave the arithmetic alone."""
     facts = MODELS[name]
     family = KINDS[name](load_pipeline(facts, MODELS_DIR, CPU), facts, load_controlnet(facts, MODELS_DIR, CPU))
-    settle(family.pipeline, family.controlnet, CPU, Residency.GROUP)
+    apply_residency(family.pipeline, family.controlnet, CPU, Residency.GROUP)
     job = job_for(name, image=scene(), strength=0.6)
     assert psnr(draw(family, job), draw(families[name], job)) > 80
 
@@ -125,7 +125,7 @@ def test_every_residency_draws_on_a_gpu(name: str, residency: Residency, familie
     facts, cuda = MODELS[name], torch.device("cuda")
     pipeline = load_pipeline(facts, MODELS_DIR, cuda, move=False)
     family = KINDS[name](pipeline, facts, load_controlnet(facts, MODELS_DIR, cuda, move=False))
-    settle(family.pipeline, family.controlnet, cuda, residency)
+    apply_residency(family.pipeline, family.controlnet, cuda, residency)
     assert psnr(draw(family, job_for(name)), draw(families[name], job_for(name))) > 30
     draw_every_task(family)
 
@@ -153,7 +153,7 @@ def test_what_is_loaded_is_told(one_thread: None) -> None:
 
 def test_offloading_on_the_cpu_is_refused_at_load() -> None:
     """One sentence that names the setting."""
-    with pytest.raises(WeightsUnusable, match="OFFLOAD=model"):
+    with pytest.raises(ModelLoadError, match="OFFLOAD=model"):
         load(MODELS_DIR, "cpu", 1, LoadOptions(offload="model"))
 
 
@@ -161,7 +161,7 @@ def test_a_model_that_does_not_fit_gives_way_to_one_that_does(monkeypatch: pytes
     """MODELS=auto on a machine that cannot hold the real weights: the embedded ones draw, and the facts say so."""
     footprint = loader.footprint_of
 
-    def too_large(facts: ModelFacts, parts: Any, dtype: torch.dtype) -> Footprint:
+    def too_large(facts: ModelSpec, parts: Any, dtype: torch.dtype) -> Footprint:
         true = footprint(facts, parts, dtype)
         return replace(true, parts={"unet": 10**15}) if facts.revision == "real" else true
 
@@ -170,7 +170,7 @@ def test_a_model_that_does_not_fit_gives_way_to_one_that_does(monkeypatch: pytes
     drawing = load(MODELS_DIR, "cpu", 1, LoadOptions(models={"flux": real}, instead=MODELS))
     assert drawing.models == {"flux": MODELS["flux"]}
     assert [model.revision for model in drawing.loaded] == [MODELS["flux"].revision]
-    with pytest.raises(DoesNotFit, match="GB of memory"):
+    with pytest.raises(ModelTooLarge, match="GB of memory"):
         load(MODELS_DIR, "cpu", 1, LoadOptions(models={"flux": real}))
 
 
@@ -178,7 +178,7 @@ def test_a_model_that_is_damaged_does_not_give_way(tmp_path: Path) -> None:
     """Only lack of memory does: files that are not all there are for the operator to know of."""
     (tmp_path / "real").mkdir()
     damaged = replace(MODELS["flux"], folder="real")
-    with pytest.raises(WeightsUnusable, match="real"):
+    with pytest.raises(ModelLoadError, match="real"):
         load(tmp_path, "cpu", 1, LoadOptions(models={"flux": damaged}, instead=MODELS))
 
 
@@ -208,7 +208,7 @@ def test_safe_performance_changes_rounding_alone(families: dict[str, Any]) -> No
 
 def test_compressed_weights_need_cuda_and_say_so() -> None:
     """DF11_MODEL_PATH on the CPU: one sentence, and no trace of a package that cannot even be imported."""
-    with pytest.raises(WeightsUnusable, match="DF11_MODEL_PATH needs a CUDA device"):
+    with pytest.raises(ModelLoadError, match="DF11_MODEL_PATH needs a CUDA device"):
         load(
             MODELS_DIR, "cpu", 1, LoadOptions(models={"flux": MODELS["flux"]}, dfloat11="DFloat11/FLUX.1-schnell-DF11")
         )
@@ -217,7 +217,7 @@ def test_compressed_weights_need_cuda_and_say_so() -> None:
 def test_a_missing_torchao_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is not among the server's own packages, so the sentence says how to get it."""
     monkeypatch.setitem(sys.modules, "torchao", None)
-    with pytest.raises(WeightsUnusable, match="pip install torchao"):
+    with pytest.raises(ModelLoadError, match="pip install torchao"):
         load(MODELS_DIR, "cpu", 1, LoadOptions(models={"flux": MODELS["flux"]}, quantize="torchao-int8"))
 
 
@@ -226,5 +226,5 @@ def test_a_missing_quantizer_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
     monkeypatch.setitem(sys.modules, "optimum", None)  # as on a machine that has no such package
-    with pytest.raises(WeightsUnusable, match="pip install optimum-quanto"):
+    with pytest.raises(ModelLoadError, match="pip install optimum-quanto"):
         load(MODELS_DIR, "cpu", 1, LoadOptions(models={"flux": replace(MODELS["flux"])}, quantize="int8"))

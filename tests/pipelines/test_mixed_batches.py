@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from drawing import disc_mask, draw, draw_together, job_for, largest_difference, outline, psnr, scene
 
-from stable_diffusion_server.types import Job
+from stable_diffusion_server.types import DiffusionRequest
 
 SDXL_JOBS = {
     "text": job_for("sdxl", seed=1),
@@ -31,7 +31,7 @@ FLUX_JOBS = {
 
 @pytest.mark.parametrize(("family", "jobs"), [("sdxl", SDXL_JOBS), ("flux", FLUX_JOBS)])
 def test_a_batch_of_every_task_draws_each_as_if_it_were_alone(
-    family: str, jobs: dict[str, Job], families: dict[str, Any]
+    family: str, jobs: dict[str, DiffusionRequest], families: dict[str, Any]
 ) -> None:
     """Tasks, steps, guidance, strengths, schedulers and edges differ within one forward pass, to 45 dB or better."""
     alone = [draw(families[family], job) for job in jobs.values()]

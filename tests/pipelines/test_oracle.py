@@ -19,7 +19,7 @@ from stable_diffusion_server.pipelines.catalog import (
     scheduler_of,
 )
 from stable_diffusion_server.pipelines.loading.schedulers import make_scheduler
-from stable_diffusion_server.types import Job, Picture
+from stable_diffusion_server.types import DiffusionRequest, ImageArray
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # the stock calls' own, on their own attributes
 
@@ -113,7 +113,7 @@ def test_a_job_is_drawn_as_the_stock_pipeline_draws_it(case: Case, families: dic
     assert largest_difference(ours, stock) <= 2
 
 
-def draw_by_stock(family: Any, case: Case, job: Job) -> Pixels:
+def draw_by_stock(family: Any, case: Case, job: DiffusionRequest) -> Pixels:
     """The job by one or two stock calls over the same components."""
     arguments = stock_arguments(family, job)
     first = stock_pipeline(family, case.stock, job)
@@ -131,7 +131,7 @@ def draw_by_stock(family: Any, case: Case, job: Job) -> Pixels:
     return _pixels(stock_pipeline(family, case.refiner, job)(**arguments, **given, generator=_seeded(job.seed + 1)))
 
 
-def stock_pipeline(family: Any, name: str, job: Job) -> Any:
+def stock_pipeline(family: Any, name: str, job: DiffusionRequest) -> Any:
     """A stock pipeline over the family's own components, with a fresh scheduler of the job's kind."""
     kind = getattr(diffusers, name)
     parts = {part: module for part, module in family.pipeline.components.items() if part in signature(kind).parameters}
@@ -144,7 +144,7 @@ def stock_pipeline(family: Any, name: str, job: Job) -> Any:
     return pipeline
 
 
-def stock_arguments(family: Any, job: Job) -> dict[str, Any]:
+def stock_arguments(family: Any, job: DiffusionRequest) -> dict[str, Any]:
     """What every stock call of the family takes."""
     arguments: dict[str, Any] = {
         "prompt": job.prompt,
@@ -156,7 +156,7 @@ def stock_arguments(family: Any, job: Job) -> dict[str, Any]:
     return {**arguments, "negative_prompt": job.negative_prompt}
 
 
-def pictures_for(name: str, job: Job, image: Any) -> dict[str, Any]:
+def pictures_for(name: str, job: DiffusionRequest, image: Any) -> dict[str, Any]:
     """The pictures of a stock call, under the names that kind of pipeline has for them."""
     size = {"height": job.height, "width": job.width}
     starts = "Img2Img" in name or "Inpaint" in name
@@ -170,7 +170,7 @@ def pictures_for(name: str, job: Job, image: Any) -> dict[str, Any]:
     return given if takes_no_size else {**given, **size}
 
 
-def _as_pil(picture: Picture | None) -> Any:
+def _as_pil(picture: ImageArray | None) -> Any:
     return None if picture is None else Image.fromarray(picture.pixels)
 
 

@@ -15,8 +15,8 @@ from diffusers.models.upsampling import Upsample2D
 from drawing import draw, job_for
 
 from stable_diffusion_server.app.warmup import warm_up
-from stable_diffusion_server.engine import Abilities
-from stable_diffusion_server.pipelines.acceleration.apply import LEVELS, Part, parts_of
+from stable_diffusion_server.engine import DenoiserCapabilities
+from stable_diffusion_server.pipelines.acceleration.apply import PRESETS, Optimization, optimizations_of
 from stable_diffusion_server.pipelines.acceleration.onednn import OneDnnConv2d, OneDnnLinear, OneDnnUpsample, use_onednn
 from stable_diffusion_server.pipelines.catalog import MODELS
 from stable_diffusion_server.settings import Settings
@@ -87,7 +87,7 @@ def test_a_model_that_was_warmed_up_draws_as_before(registry: Any, model: str) -
     """Pictures are the same to the bit."""
     job = job_for(model, seed=11)
     before = draw(registry, job)
-    abilities = Abilities.of(registry)
+    abilities = DenoiserCapabilities.of(registry)
     warm_up(registry, abilities, {model: MODELS[model]}, [(128, 128), (192, 128)], together=True)
     np.testing.assert_array_equal(draw(registry, job), before)
 
@@ -103,12 +103,12 @@ def test_compiled_code_is_kept_unless_the_user_said_where(monkeypatch: pytest.Mo
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
 
 
-@pytest.mark.parametrize("name", [*LEVELS, *Part])
+@pytest.mark.parametrize("name", [*PRESETS, *Optimization])
 def test_every_level_and_part_can_be_set(name: str) -> None:
     """By itself and beside others; the settings know the same names as the pipelines."""
     for value in (name, f"safe,{name}"):
         settings = Settings(performance=value, _env_file=None)
-        assert parts_of(settings.performance) >= parts_of(name)
+        assert optimizations_of(settings.performance) >= optimizations_of(name)
 
 
 @pytest.mark.parametrize("value", ["", "faster", "safe,", "safe fast", "SAFE", "safe,,fast"])
@@ -117,12 +117,12 @@ def test_other_names_are_refused_at_the_start(value: str) -> None:
     with pytest.raises(ValueError, match="performance"):
         Settings(performance=value, _env_file=None)
     with pytest.raises(ValueError, match="is not a valid Part"):
-        parts_of(value)
+        optimizations_of(value)
 
 
 def test_levels_hold_one_another() -> None:
     """What is safe is fast as well, and what compiles for minutes has to be asked for."""
-    assert parts_of("off") == frozenset()
-    assert parts_of("safe") < parts_of("fast")
-    assert parts_of("fast,compile-whole") == frozenset(Part)
-    assert parts_of("layout,tf32") == {Part.LAYOUT, Part.TF32}
+    assert optimizations_of("off") == frozenset()
+    assert optimizations_of("safe") < optimizations_of("fast")
+    assert optimizations_of("fast,compile-whole") == frozenset(Optimization)
+    assert optimizations_of("layout,tf32") == {Optimization.LAYOUT, Optimization.TF32}

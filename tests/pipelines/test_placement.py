@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from stable_diffusion_server.errors import WeightsUnusable
+from stable_diffusion_server.errors import ModelLoadError
 from stable_diffusion_server.pipelines.loading.placement import Footprint, Offload, Quantize, Residency, place
 
 GB = 1_000_000_000
@@ -81,14 +81,14 @@ def test_what_is_chosen_by_itself_fits() -> None:
 @pytest.mark.parametrize("offload", ["model", "group", "sequential"])
 def test_offloading_from_the_cpu_is_refused_in_a_sentence(offload: Offload) -> None:
     """The setting is named, instead of diffusers' error about missing accelerators."""
-    with pytest.raises(WeightsUnusable, match=f"OFFLOAD={offload} needs an accelerator"):
+    with pytest.raises(ModelLoadError, match=f"OFFLOAD={offload} needs an accelerator"):
         place(99 * GB, FLUX, accelerated=False, offload=offload)
 
 
 @pytest.mark.fault(52)
 def test_a_machine_that_is_too_small_is_told_by_how_much() -> None:
     """Both figures are in the sentence."""
-    with pytest.raises(WeightsUnusable, match=r"needs 19\.4 GB of memory, and 16\.0 GB are free"):
+    with pytest.raises(ModelLoadError, match=r"needs 19\.4 GB of memory, and 16\.0 GB are free"):
         place(16 * GB, FLUX, accelerated=False)
 
 

@@ -12,7 +12,7 @@ from drawing import disc_mask, draw, job_for, psnr, scene
 from PIL import Image
 
 from stable_diffusion_server.pipelines.base import shrink_tiles
-from stable_diffusion_server.pipelines.conditioning.prompt_cache import Embeddings
+from stable_diffusion_server.pipelines.conditioning.prompt_cache import PromptCache
 from stable_diffusion_server.pipelines.registry import Registry
 
 
@@ -45,7 +45,7 @@ def test_the_preview_of_a_large_picture_is_small(sdxl: Any) -> None:
 def test_a_prompt_is_encoded_once(family: str, families: dict[str, Any]) -> None:
     """The same words give the same tensors; other words, another negative prompt or guidance are encoded anew."""
     model = families[family]
-    model.embeddings = Embeddings()
+    model.embeddings = PromptCache()
     first, again = (model.prepare(job_for(family, seed=seed)) for seed in (1, 2))
     assert len(model.embeddings) == 1
     assert torch.equal(first.conditioning.embeds, again.conditioning.embeds)
@@ -61,7 +61,7 @@ def test_a_prompt_is_encoded_once(family: str, families: dict[str, Any]) -> None
 
 def test_encoded_prompts_are_kept_within_their_bytes() -> None:
     """The one used longest ago goes first, and what is larger than all room is not kept."""
-    kept, made = Embeddings(limit_bytes=3 * 400), list[str]()
+    kept, made = PromptCache(limit_bytes=3 * 400), list[str]()
 
     def of(key: str, size: int = 100) -> torch.Tensor:
         def make() -> tuple[torch.Tensor, None]:

@@ -13,7 +13,7 @@ import torch
 from drawing import MODELS_DIR, disc_mask, draw, draw_together, job_for, scene
 
 from stable_diffusion_server.pipelines.acceleration import torchscript
-from stable_diffusion_server.pipelines.acceleration.torchscript import Traces, trace
+from stable_diffusion_server.pipelines.acceleration.torchscript import TorchScriptRunner, trace
 from stable_diffusion_server.pipelines.registry import LoadOptions, Registry, load
 
 
@@ -253,11 +253,11 @@ def test_the_models_can_be_traced(traced: Registry, model: str) -> None:
     }
     assert len(passes) == 4
     for name, forward in passes.items():
-        assert isinstance(forward, Traces), name
+        assert isinstance(forward, TorchScriptRunner), name
         assert any(kind.trace and kind.settled for kind in forward._kinds.values()), name
 
 
 def test_nothing_is_traced_where_weights_may_change(tmp_path: Path) -> None:
     """A trace holds adapters as they were."""
     registry = load(MODELS_DIR, "cpu", 1, LoadOptions(lora_dir=tmp_path, performance="safe"))
-    assert not isinstance(registry._families["sdxl"].pipeline.unet.forward, Traces)
+    assert not isinstance(registry._families["sdxl"].pipeline.unet.forward, TorchScriptRunner)

@@ -14,9 +14,9 @@ import torch
 from drawing import MODELS_DIR
 from safetensors.torch import load_file, save_file
 
-from stable_diffusion_server.errors import WeightsUnusable
+from stable_diffusion_server.errors import ModelLoadError
 from stable_diffusion_server.pipelines.catalog import MODELS
-from stable_diffusion_server.pipelines.loading.components import load_controlnet, load_pipeline, skeleton
+from stable_diffusion_server.pipelines.loading.components import empty_pipeline, load_controlnet, load_pipeline
 from stable_diffusion_server.pipelines.registry import LoadOptions, load
 
 CPU = torch.device("cpu")
@@ -32,7 +32,7 @@ def folder(tmp_path: Path) -> Path:
 
 def told(folder: Path, model: str = "sdxl") -> str:
     """What is said of a model that cannot be loaded."""
-    with pytest.raises(WeightsUnusable) as refused:
+    with pytest.raises(ModelLoadError) as refused:
         load_pipeline(MODELS[model], folder.parent, CPU)
     return refused.value.detail
 
@@ -222,7 +222,7 @@ def test_a_controlnet_that_cannot_be_used_costs_itself_alone(tmp_path: Path, one
     for damage, words in ((lacking, "edges lacks 1 of its weights"), (quantized, "bitsandbytes"), (pointer, "git-lfs")):
         shutil.copytree(whole, tmp_path / "edges", dirs_exist_ok=True)
         damage(tmp_path / "edges")
-        with pytest.raises(WeightsUnusable, match=words):
+        with pytest.raises(ModelLoadError, match=words):
             load_controlnet(facts, tmp_path, CPU)
     drawing = load(tmp_path, "cpu", 1, LoadOptions(models={"sdxl": facts}))
     (model,) = drawing.loaded
@@ -241,7 +241,7 @@ def test_a_model_that_cannot_be_used_costs_itself_alone(tmp_path: Path, one_thre
     assert [model.name for model in drawing.loaded] == ["flux"]
     assert "git-lfs" in drawing.unusable["sdxl"]
     shutil.rmtree(tmp_path / "embedded-flux" / "vae")
-    with pytest.raises(WeightsUnusable, match=r"git-lfs.*vae"):
+    with pytest.raises(ModelLoadError, match=r"git-lfs.*vae"):
         load(tmp_path, "cpu", 1)
 
 
@@ -260,11 +260,11 @@ def test_links_are_followed_wherever_they_lead(tmp_path: Path) -> None:
     models = tmp_path / "models"
     models.mkdir()
     (models / "embedded-flux").symlink_to(cached)
-    assert set(skeleton(MODELS["flux"], models)) == {"text_encoder", "text_encoder_2", "transformer", "vae"}
+    assert set(empty_pipeline(MODELS["flux"], models)) == {"text_encoder", "text_encoder_2", "transformer", "vae"}
     assert load_pipeline(MODELS["flux"], models, CPU).transformer is not None
     (models / "embedded-flux").unlink()
     (models / "embedded-flux").symlink_to(tmp_path / "nowhere")
-    with pytest.raises(WeightsUnusable, match="embedded-flux is a link that leads nowhere"):
+    with pytest.raises(ModelLoadError, match="embedded-flux is a link that leads nowhere"):
         load_pipeline(MODELS["flux"], models, CPU)
 
 

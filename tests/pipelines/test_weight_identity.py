@@ -16,8 +16,8 @@ import torch
 from drawing import MODELS_DIR, draw, job_for
 from safetensors.torch import load_file, save_file
 
-from stable_diffusion_server.errors import WeightsUnusable
-from stable_diffusion_server.pipelines.catalog import MODELS, not_read, with_weights
+from stable_diffusion_server.errors import ModelLoadError
+from stable_diffusion_server.pipelines.catalog import MODELS, with_weights, without_identity
 from stable_diffusion_server.pipelines.loading import loader
 from stable_diffusion_server.pipelines.loading.components import control_files, model_files
 from stable_diffusion_server.pipelines.loading.weight_digest import WeightDigests
@@ -129,7 +129,7 @@ def test_weights_that_change_while_they_are_loaded_are_not_drawn_with(
         return pipeline
 
     monkeypatch.setattr(loader, "load_pipeline", loading)
-    with pytest.raises(WeightsUnusable, match="changed while they were loaded"):
+    with pytest.raises(ModelLoadError, match="changed while they were loaded"):
         load(models, "cpu", 1, LoadOptions(models={"flux": REAL}))
 
 
@@ -140,7 +140,7 @@ def test_the_embedded_models_keep_the_revision_their_pictures_are_stored_under(m
     weights = digests.of(model_files(facts, MODELS_DIR))
     control = digests.of(control_files(facts, MODELS_DIR))
     assert (weights, control) == (facts.weights, facts.control_weights)
-    assert with_weights(facts, weights, control) == facts == not_read(facts)
+    assert with_weights(facts, weights, control) == facts == without_identity(facts)
     other = with_weights(facts, "a" * 64, "b" * 64)
     assert other.revision == f"{facts.revision}-{'a' * 16}"
     assert other.revision_drawing(edges=False) == other.revision
@@ -154,7 +154,7 @@ def test_the_loaded_revision_is_that_of_the_files(models: Path, one_thread: None
     scaled(models / "my-flux" / "transformer" / "diffusion_pytorch_model.safetensors")
     second = load(models, "cpu", 1, LoadOptions(models={"flux": REAL}))
     revisions = {drawing.models["flux"].revision for drawing in (first, second)}
-    assert len(revisions | {REAL.revision, not_read(REAL).revision}) == 4
+    assert len(revisions | {REAL.revision, without_identity(REAL).revision}) == 4
     assert all(revision.startswith("flux.1-schnell-") for revision in revisions)
     assert {first.loaded[0].revision, second.loaded[0].revision} == revisions
 

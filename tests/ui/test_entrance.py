@@ -10,17 +10,17 @@ from contextlib import asynccontextmanager
 import httpx
 import numpy as np
 import pytest
-from conftest import House
+from conftest import RunningApp
 from fakes import until
 from fastapi import FastAPI, Request, Response
 from numpy.typing import NDArray
 from starlette.responses import StreamingResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from stable_diffusion_server.ui.app import Entrance
-from stable_diffusion_server.ui.asgi_transport import Inside
-from stable_diffusion_server.ui.client_factory import Desks
-from stable_diffusion_server.ui.image_intake import Intake
+from stable_diffusion_server.ui.app import LazyUiApp
+from stable_diffusion_server.ui.asgi_transport import StreamingASGITransport
+from stable_diffusion_server.ui.client_factory import ApiClients
+from stable_diffusion_server.ui.image_intake import ImageIntake
 from stable_diffusion_server.ui.upload_routes import UploadRoutes
 from stable_diffusion_server.ui.upload_store import UploadStore
 
@@ -68,7 +68,7 @@ def request_with(cookies: str) -> Request:
     return Request({"type": "http", "method": "GET", "path": "/ui/", "query_string": b"", "headers": headers})
 
 
-async def opened(entrance: Entrance, client: httpx.AsyncClient) -> httpx.Response:
+async def opened(entrance: LazyUiApp, client: httpx.AsyncClient) -> httpx.Response:
     """The first answer of the studio itself."""
     for _ in range(2000):
         if "the studio" in (answer := await client.get("/ui/")).text:
@@ -77,21 +77,21 @@ async def opened(entrance: Entrance, client: httpx.AsyncClient) -> httpx.Respons
     return answer
 
 
-def entrance_of(build: Callable[[], FastAPI], desks: Desks, *, keyed: bool) -> Entrance:
+def entrance_of(build: Callable[[], FastAPI], desks: ApiClients, *, keyed: bool) -> LazyUiApp:
     async def no_decoder(data: bytes, field: str, *, share: str) -> NDArray[np.uint8]:
         raise AssertionError("these tests send no pictures")
 
-    return Entrance(build, desks, UploadRoutes(Intake(no_decoder, UploadStore(), 1024)), keyed=keyed)
+    return LazyUiApp(build, desks, UploadRoutes(ImageIntake(no_decoder, UploadStore(), 1024)), keyed=keyed)
 
 
 def visitor(app: ASGIApp) -> httpx.AsyncClient:
-    return httpx.AsyncClient(transport=Inside(app), base_url=BASE)
+    return httpx.AsyncClient(transport=StreamingASGITransport(app), base_url=BASE)
 
 
 async def test_it_is_built_when_someone_asks_and_lets_go_at_the_end() -> None:
     """Before, nothing is built; meanwhile a page that loads itself again; in the end, pages that listen are let go."""
     events: list[str] = []
-    desks = Desks(visitor(server_with({})))
+    desks = ApiClients(visitor(server_with({})))
     entrance = entrance_of(lambda: small_studio(events), desks, keyed=False)
     assert events == []
     client = visitor(entrance)
@@ -114,7 +114,7 @@ async def test_a_studio_that_cannot_be_opened_says_so() -> None:
     def broken() -> FastAPI:
         raise ImportError("no gradio here")
 
-    client = visitor(entrance_of(broken, Desks(visitor(server_with({}))), keyed=False))
+    client = visitor(entrance_of(broken, ApiClients(visitor(server_with({}))), keyed=False))
     for _ in range(1000):
         answer = await client.get("/ui/")
         if answer.status_code == 503:
@@ -125,7 +125,7 @@ async def test_a_studio_that_cannot_be_opened_says_so() -> None:
 
 async def test_behind_keys_nothing_is_shown_before_one_is() -> None:
     """Every path answers the page that asks; a wrong key is refused; the right one gives a cookie that is not it."""
-    desks = Desks(visitor(server_with({"right": "ann"})))
+    desks = ApiClients(visitor(server_with({"right": "ann"})))
     entrance = entrance_of(lambda: small_studio([]), desks, keyed=True)
     client = visitor(entrance)
     for path in ("/ui", "/ui/", "/ui/listen", "/ui/gradio_api/upload"):
@@ -148,7 +148,7 @@ async def test_behind_keys_nothing_is_shown_before_one_is() -> None:
     await entrance.close()
 
 
-def test_the_gate_lets_pages_through_and_nothing_else(house_of: Callable[..., House]) -> None:
+def test_the_gate_lets_pages_through_and_nothing_else(house_of: Callable[..., RunningApp]) -> None:
     """With keys, the UI asks for one itself; a link may lead to the page, and no other site may post to it."""
     house = house_of(api_keys=("a-secret-key",))
     assert 'type="password"' in house.client.get("/ui").text
@@ -160,7 +160,7 @@ def test_the_gate_lets_pages_through_and_nothing_else(house_of: Callable[..., Ho
     assert house.client.get("/history").status_code == 401
 
 
-def test_without_keys_strangers_see_no_studio(house_of: Callable[..., House]) -> None:
+def test_without_keys_strangers_see_no_studio(house_of: Callable[..., RunningApp]) -> None:
     """A client elsewhere is told the setting; UI=0 leaves the studio out."""
     house = house_of(client=("203.0.113.5", 5))
     assert house.client.get("/ui").status_code == 403
@@ -216,7 +216,7 @@ ODD_KEYS: dict[str, tuple[str, bytes]] = {
 
 @pytest.mark.fault(105)
 @pytest.mark.parametrize("name", ODD_KEYS)
-def test_an_odd_form_with_a_key_is_refused(house_of: Callable[..., House], name: str) -> None:
+def test_an_odd_form_with_a_key_is_refused(house_of: Callable[..., RunningApp], name: str) -> None:
     """Whatever is sent as a key by a stranger: 403 and the page that asks for one, no traceback, no cookie.
 
     A body over the limit of its route is refused before anything reads it, so no page comes of it.
@@ -238,7 +238,9 @@ def test_an_odd_form_with_a_key_is_refused(house_of: Callable[..., House], name:
     [{"x-api-key": "ä"}, {"authorization": "Bearer \udcff"}, {"authorization": "Basic w6Q="}, {"cookie": "studio=ä"}],
     ids=["key", "bearer", "basic", "cookie"],
 )
-def test_a_secret_beyond_ascii_is_compared_and_refused(house_of: Callable[..., House], headers: dict[str, str]) -> None:
+def test_a_secret_beyond_ascii_is_compared_and_refused(
+    house_of: Callable[..., RunningApp], headers: dict[str, str]
+) -> None:
     """In whatever header it comes: 401, and not an error of the comparison."""
     house = house_of(api_keys=("a-secret-key",))
     raw = [(name.encode(), value.encode("utf-8", "surrogateescape")) for name, value in headers.items()]
@@ -252,7 +254,7 @@ def test_a_secret_beyond_ascii_is_compared_and_refused(house_of: Callable[..., H
 async def test_a_part_of_another_page_opens_nothing(wanted: str) -> None:
     """A picture, a script, a frame, a fetch with the address of the page: refused, and Gradio is not loaded."""
     events: list[str] = []
-    entrance = entrance_of(lambda: small_studio(events), Desks(visitor(server_with({}))), keyed=False)
+    entrance = entrance_of(lambda: small_studio(events), ApiClients(visitor(server_with({}))), keyed=False)
     client = visitor(entrance)
     assert (await client.get("/ui/", headers={"sec-fetch-dest": wanted})).status_code == 403
     for method, path in (("GET", "/ui/theme.css"), ("POST", "/ui/"), ("HEAD", "/ui"), ("GET", "/ui/gradio_api/info")):

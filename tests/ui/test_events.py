@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stable_diffusion_server.errors import ServerError
-from stable_diffusion_server.ui.gradio_events import Event, events_of, sanitized
+from stable_diffusion_server.ui.gradio_events import GradioEvent, events_of, sanitized
 
 EVENTS = {
-    3: Event(("text", "number", "yes or no", "index", "list of texts", "nothing"), frozenset({7})),
-    4: Event((), frozenset({8})),
+    3: GradioEvent(("text", "number", "yes or no", "index", "list of texts", "nothing"), frozenset({7})),
+    4: GradioEvent((), frozenset({8})),
 }
 GOOD: dict[str, Any] = {
     "data": ["a", 1.5, True, 0, ["id"], None],
@@ -157,6 +157,6 @@ def test_a_component_that_opens_files_cannot_be_an_input(kind: str) -> None:
     }
     follows = {"id": 1, "inputs": [], "targets": [(None, "then")], "trigger_after": 0}
     both = {**config("textbox"), "dependencies": [*config("textbox")["dependencies"], follows]}
-    assert events_of(both) == {0: Event(("text",), frozenset({1}), (None,)), 1: Event((), frozenset({1}))}
+    assert events_of(both) == {0: GradioEvent(("text",), frozenset({1}), (None,)), 1: GradioEvent((), frozenset({1}))}
     with pytest.raises(ValueError, match=kind):
         events_of(config(kind))

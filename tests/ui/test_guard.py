@@ -11,12 +11,12 @@ from typing import Any
 import httpx
 import limits
 import pytest
-from conftest import House
+from conftest import RunningApp
 from starlette.types import Receive, Scope, Send
 
-from stable_diffusion_server.ui.asgi_transport import Inside
-from stable_diffusion_server.ui.client import Client, Desk, RefusedError, Wish
-from stable_diffusion_server.ui.gradio_events import Event
+from stable_diffusion_server.ui.asgi_transport import StreamingASGITransport
+from stable_diffusion_server.ui.client import ApiClient, RefusedError, ServerAddress, UiRequest
+from stable_diffusion_server.ui.gradio_events import GradioEvent
 from stable_diffusion_server.ui.gradio_guard import EVENT_BYTES, STREAMS, GradioGuard
 
 BASE = "http://127.0.0.1:8000"
@@ -42,9 +42,9 @@ class Framework:
 
 
 def guarded(framework: Framework, rate: str = "") -> httpx.AsyncClient:
-    events = {1: Event(("text",), frozenset({2}))}
+    events = {1: GradioEvent(("text",), frozenset({2}))}
     guard = GradioGuard(framework, events, lambda scope: scope["client"][0], limits.parse(rate) if rate else None)
-    return httpx.AsyncClient(transport=Inside(guard), base_url=BASE)
+    return httpx.AsyncClient(transport=StreamingASGITransport(guard), base_url=BASE)
 
 
 def event(text: str = "a", **more: Any) -> bytes:
@@ -67,7 +67,7 @@ async def test_what_gets_to_the_framework_is_made_anew() -> None:
     passed = json.loads(body)
     assert set(passed) == {"data", "event_data", "fn_index", "trigger_id", "session_hash"}
     await client.get(NEWS, params={"session_hash": "abc", "other": "1"})
-    await client.get(NEWS, params={"session_hash": "abc"}, extensions={"client": Client("203.0.113.9")})
+    await client.get(NEWS, params={"session_hash": "abc"}, extensions={"client": ServerAddress("203.0.113.9")})
     own, other = (scope["query_string"].decode() for scope, _ in framework.seen)
     assert (own == f"session_hash={passed['session_hash']}", own != other, "abc" in own) == (True, True, False)
     for query in (
@@ -89,7 +89,7 @@ async def test_events_and_streams_of_a_visitor_are_bounded() -> None:
     assert (await client.post(EVENT, content=event("x" * room))).status_code == 200
     assert (await client.post(EVENT, content=event("x" * (room + 1)))).status_code == 413
     assert [(await client.post(EVENT, content=event())).status_code for _ in range(3)] == [200, 200, 429]
-    other = {"client": Client("203.0.113.9")}
+    other = {"client": ServerAddress("203.0.113.9")}
     assert (await client.post(EVENT, content=event(), extensions=other)).status_code == 200
 
     beat = "/ui/gradio_api/heartbeat/abc"
@@ -119,8 +119,8 @@ async def test_a_step_of_the_clock_shuts_nobody_out_of_the_studio(monkeypatch: p
     assert (await client.post(EVENT, content=event())).status_code == 200
 
 
-def desk_of(house: House, client: Client) -> Desk:
-    return Desk(httpx.AsyncClient(transport=Inside(house.client.app)), BASE, client=client)
+def desk_of(house: RunningApp, client: ServerAddress) -> ApiClient:
+    return ApiClient(httpx.AsyncClient(transport=StreamingASGITransport(house.client.app)), BASE, client=client)
 
 
 async def status_of(asked: Any) -> int:
@@ -132,27 +132,32 @@ async def status_of(asked: Any) -> int:
 
 
 @pytest.mark.fault(107)
-async def test_a_stranger_is_one_by_way_of_the_ui_too(house: House) -> None:
+async def test_a_stranger_is_one_by_way_of_the_ui_too(house: RunningApp) -> None:
     """What a page asks holds for its visitor: a client elsewhere, or behind an unnamed proxy, is not the operator."""
-    clients = [Client(), Client("203.0.113.5"), Client("127.0.0.1", forwarded=True)]
+    clients = [ServerAddress(), ServerAddress("203.0.113.5"), ServerAddress("127.0.0.1", forwarded=True)]
     assert [await status_of(desk_of(house, client).jobs()) for client in clients] == [200, 403, 403]
     assert [await status_of(desk_of(house, client).history()) for client in clients] == [200, 403, 403]
 
 
 @pytest.mark.fault(107)
-async def test_what_a_page_draws_counts_for_its_visitor(house_of: Callable[..., House]) -> None:
+async def test_what_a_page_draws_counts_for_its_visitor(house_of: Callable[..., RunningApp]) -> None:
     """Under ALLOW_ANONYMOUS each address has its own rate, and none is that of the machine the UI stands on."""
     house = house_of(allow_anonymous=True, rate_limit="1/minute")
-    wish = Wish("/create_and_upload_image", {"prompt": "a red square", "width": "8", "height": "64"})
-    clients = [Client("203.0.113.6"), Client("203.0.113.6"), Client("203.0.113.7"), Client()]
+    wish = UiRequest("/create_and_upload_image", {"prompt": "a red square", "width": "8", "height": "64"})
+    clients = [
+        ServerAddress("203.0.113.6"),
+        ServerAddress("203.0.113.6"),
+        ServerAddress("203.0.113.7"),
+        ServerAddress(),
+    ]
     assert [await status_of(desk_of(house, client).start(wish)) for client in clients] == [422, 429, 422, 422]
 
 
 @pytest.mark.fault(107)
 @pytest.mark.parametrize("job_id", ["../history", "a/../../files/x", "a?b", "", "a" * 129, "a\nb"])
-async def test_a_job_id_from_a_page_leads_nowhere_else(house: House, job_id: str) -> None:
+async def test_a_job_id_from_a_page_leads_nowhere_else(house: RunningApp, job_id: str) -> None:
     """What a page sends back as a job's id is an id, or there is no such job."""
-    desk = Desk(httpx.AsyncClient(transport=Inside(house.client.app)), BASE)
+    desk = ApiClient(httpx.AsyncClient(transport=StreamingASGITransport(house.client.app)), BASE)
     for asked in (desk.job(job_id), desk.cancel(job_id), anext(desk.events(job_id))):
         with pytest.raises(RefusedError) as refused:
             await asked

@@ -11,8 +11,8 @@ import pytest
 from starlette.concurrency import run_in_threadpool
 from starlette.types import Receive, Scope, Send
 
-from stable_diffusion_server.ui.asgi_transport import Inside
-from stable_diffusion_server.ui.client import Desk, RefusedError, Wish
+from stable_diffusion_server.ui.asgi_transport import StreamingASGITransport
+from stable_diffusion_server.ui.client import ApiClient, RefusedError, UiRequest
 
 BASE = "http://127.0.0.1:8000"
 Application = Callable[[Scope, Receive, Send], Awaitable[None]]
@@ -70,7 +70,7 @@ async def slow_but_going_on(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 def client_of(app: Application, timeouts: httpx.Timeout) -> httpx.AsyncClient:
-    return httpx.AsyncClient(transport=Inside(app), base_url=BASE, timeout=timeouts)
+    return httpx.AsyncClient(transport=StreamingASGITransport(app), base_url=BASE, timeout=timeouts)
 
 
 @pytest.mark.fault(192)
@@ -114,8 +114,8 @@ async def test_a_visitor_is_told_that_the_server_does_not_answer() -> None:
     request = http.request
     # As the desk asks, but for how long.
     http.request = lambda *given, **named: request(*given, **{**named, "timeout": 0.2})  # type: ignore[method-assign]  # to ask more briefly
-    desk = Desk(http, BASE)
-    wish = Wish("/v1/images/edits", {}, {"image": b"png"})
+    desk = ApiClient(http, BASE)
+    wish = UiRequest("/v1/images/edits", {}, {"image": b"png"})
     for ask in (desk.jobs, desk.history, desk.readiness, *[lambda: desk.start(wish)] * 10):
         with pytest.raises(RefusedError, match="cannot be reached"):
             await ask()

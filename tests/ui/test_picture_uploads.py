@@ -8,13 +8,13 @@ from collections.abc import Callable
 import httpx
 import numpy as np
 import pytest
-from conftest import House
+from conftest import RunningApp
 from fakes import disc, file_of
 from hostile_pictures import foreign, png_claiming
 from numpy.typing import NDArray
 
-from stable_diffusion_server.errors import NotFound, Overasked, TooLarge
-from stable_diffusion_server.ui.image_intake import ALTOGETHER, PER_VISITOR, Intake
+from stable_diffusion_server.errors import NotFound, RateLimited, TooLarge
+from stable_diffusion_server.ui.image_intake import ALTOGETHER, PER_VISITOR, ImageIntake
 from stable_diffusion_server.ui.upload_store import UploadLimits, UploadStore
 
 LIMITS = UploadLimits(pictures=3, bytes=100, total_bytes=150, seconds=60)
@@ -126,7 +126,7 @@ async def test_uploads_under_way_are_bounded_by_visitor_and_altogether() -> None
         await waits.wait()
         return disc(8, 8)
 
-    intake = Intake(decode, UploadStore(), 1024)
+    intake = ImageIntake(decode, UploadStore(), 1024)
 
     async def take(owner: str) -> None:
         with intake.place(owner):
@@ -134,9 +134,9 @@ async def test_uploads_under_way_are_bounded_by_visitor_and_altogether() -> None
 
     tasks = [asyncio.create_task(take(f"{number // PER_VISITOR}")) for number in range(ALTOGETHER)]
     await asyncio.sleep(0)
-    with pytest.raises(Overasked), intake.place("0"):
+    with pytest.raises(RateLimited), intake.place("0"):
         pass
-    with pytest.raises(Overasked), intake.place("another"):
+    with pytest.raises(RateLimited), intake.place("another"):
         pass
     tasks[0].cancel()
     waits.set()
@@ -146,12 +146,12 @@ async def test_uploads_under_way_are_bounded_by_visitor_and_altogether() -> None
             pass
 
 
-def send(house: House, body: bytes, **headers: str) -> httpx.Response:
+def send(house: RunningApp, body: bytes, **headers: str) -> httpx.Response:
     return house.client.post("/ui/pictures", content=body, headers=headers)
 
 
 @pytest.mark.fault(101)
-def test_a_picture_comes_in_as_its_pixels_alone(house: House) -> None:
+def test_a_picture_comes_in_as_its_pixels_alone(house: RunningApp) -> None:
     """PNG, JPEG and WebP are taken, answered by token and size, and shown anew as PNG without what was behind it."""
     for kind in ("PNG", "JPEG", "WEBP"):
         answer = send(house, file_of(disc(64, 48), kind) + b"tail-of-the-file")
@@ -164,14 +164,14 @@ def test_a_picture_comes_in_as_its_pixels_alone(house: House) -> None:
 
 @pytest.mark.fault(101)
 @pytest.mark.parametrize("kind", foreign())
-def test_other_kinds_of_files_are_refused_by_our_decoder(house_of: Callable[..., House], kind: str) -> None:
+def test_other_kinds_of_files_are_refused_by_our_decoder(house_of: Callable[..., RunningApp], kind: str) -> None:
     """Twenty kinds, most of which Pillow would open: 415 that names the field."""
     answer = send(house_of(), foreign()[kind])
     assert (answer.status_code, answer.json()["field"]) == (415, "image_file")
 
 
 @pytest.mark.fault(101)
-def test_bombs_and_too_large_files_are_refused(house_of: Callable[..., House]) -> None:
+def test_bombs_and_too_large_files_are_refused(house_of: Callable[..., RunningApp]) -> None:
     """13,000² pixels in a header: 422. A file of MAX_IMAGE_BYTES is read, with one byte more 413; no bytes: 415."""
     picture = file_of(disc())
     house = house_of(max_image_bytes=len(picture) + 1024)
@@ -184,7 +184,7 @@ def test_bombs_and_too_large_files_are_refused(house_of: Callable[..., House]) -
 
 
 @pytest.mark.fault(102)
-def test_uploads_count_against_the_rate(house_of: Callable[..., House]) -> None:
+def test_uploads_count_against_the_rate(house_of: Callable[..., RunningApp]) -> None:
     """At the rate they are taken, one more is a 429 that says when to come back; so is an order, and reading is not."""
     house = house_of(rate_limit="3/minute")
     tokens = [send(house, file_of(disc())).json()["token"] for _ in range(3)]
@@ -195,7 +195,7 @@ def test_uploads_count_against_the_rate(house_of: Callable[..., House]) -> None:
 
 
 @pytest.mark.fault(102)
-def test_settings_bound_what_is_kept_of_a_visitor(house_of: Callable[..., House]) -> None:
+def test_settings_bound_what_is_kept_of_a_visitor(house_of: Callable[..., RunningApp]) -> None:
     """UI_UPLOADS pictures and no more, and a new one may take the place of one's own; nothing is written to disk."""
     house = house_of(ui_uploads=2)
 
@@ -216,7 +216,7 @@ def test_settings_bound_what_is_kept_of_a_visitor(house_of: Callable[..., House]
 
 
 @pytest.mark.fault(102)
-def test_a_picture_sent_with_a_key_is_of_that_key_alone(house_of: Callable[..., House]) -> None:
+def test_a_picture_sent_with_a_key_is_of_that_key_alone(house_of: Callable[..., RunningApp]) -> None:
     """Without a key nothing is taken; another key's visitor does not see it; a key's own rate counts."""
     house = house_of(api_keys=("ann:secret-of-ann", "bob:secret-of-bob;rate=1/minute"))
     assert send(house, file_of(disc())).status_code == 401

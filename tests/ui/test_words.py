@@ -7,14 +7,14 @@ import json
 import shlex
 
 import numpy as np
-from conftest import House
+from conftest import RunningApp
 from PIL import Image
 
 from stable_diffusion_server.ui import code_snippets, forms, masks, model_options
-from stable_diffusion_server.ui.forms import Common
+from stable_diffusion_server.ui.forms import CommonFields
 from stable_diffusion_server.ui.html import details, status
 from stable_diffusion_server.ui.html import progress as telling
-from stable_diffusion_server.ui.sessions import Guests
+from stable_diffusion_server.ui.sessions import SessionStore
 
 
 def job(state: str, **more: object) -> dict[str, object]:
@@ -23,25 +23,25 @@ def job(state: str, **more: object) -> dict[str, object]:
 
 def test_several_pictures_have_seeds_of_their_own() -> None:
     """Kept seeds count up; without one each is left to chance; what is no number is left for the server to refuse."""
-    kept = forms.create(Common("a star", seed="7", count=3), 512, 256)
+    kept = forms.create(CommonFields("a star", seed="7", count=3), 512, 256)
     assert [wish.fields["seed"] for wish in kept] == ["7", "8", "9"]
     assert (kept[0].fields["width"], kept[0].fields["height"]) == ("512", "256")
-    free = forms.create(Common("a star", count=2), 64, 64)
+    free = forms.create(CommonFields("a star", count=2), 64, 64)
     assert [wish.fields["seed"] for wish in free] == ["random", "random"]
-    assert forms.create(Common("a star", seed="x"), 64, 64)[0].fields["seed"] == "x"
+    assert forms.create(CommonFields("a star", seed="x"), 64, 64)[0].fields["seed"] == "x"
     assert "model" not in free[0].fields
 
 
 def test_exploring_draws_the_originals_six() -> None:
     """The prompt alone, and with each suffix, at one seed."""
-    wishes = forms.create(Common("a star", seed="7"), 64, 64, explore=True)
+    wishes = forms.create(CommonFields("a star", seed="7"), 64, 64, explore=True)
     assert [wish.fields["prompt"] for wish in wishes][:2] == ["a star", "a star awesome"]
     assert (len(wishes), {wish.fields["seed"] for wish in wishes}) == (6, {"7"})
 
 
 def test_edges_are_asked_for_only_when_wanted() -> None:
     """Thresholds go along with canny, and not without."""
-    plain, by_edges = (forms.restyle(Common("a"), b"x", 0.5, canny=canny)[0] for canny in (False, True))
+    plain, by_edges = (forms.restyle(CommonFields("a"), b"x", 0.5, canny=canny)[0] for canny in (False, True))
     assert ("canny_low" in plain.fields, by_edges.fields["canny_low"], by_edges.fields["strength"]) == (
         False,
         "100",
@@ -97,8 +97,8 @@ def test_fields_offer_what_the_models_have() -> None:
         {"name": "flux", "folder": "real", "takes_guidance": False, "takes_negative_prompt": False, "default_steps": 4},
     ]
     assert model_options.choices(models)[0] == ("The server's own choice (sdxl)", "")
-    assert model_options.habits(model_options.chosen(models, ""))[:2] == ("4, its own", "2, its own")
-    assert model_options.habits(model_options.chosen(models, "flux"))[1:] == (
+    assert model_options.defaults(model_options.chosen(models, ""))[:2] == ("4, its own", "2, its own")
+    assert model_options.defaults(model_options.chosen(models, "flux"))[1:] == (
         "it takes none",
         "Flux has no use for it.",
     )
@@ -132,7 +132,7 @@ def test_what_was_painted_is_the_mask() -> None:
     assert masks.previewed(layer, np.full((2, 3, 3), 255, np.uint8), 0) != ""
 
 
-def test_the_status_reads_figures_that_there_are(house: House) -> None:
+def test_the_status_reads_figures_that_there_are(house: RunningApp) -> None:
     """Every figure of the Status tab is one of `/metrics`, and is told by its label."""
     figures = house.client.get("/metrics").text
     told = status.page({}, figures, [])
@@ -162,8 +162,8 @@ def test_a_record_becomes_calls_that_can_be_pasted() -> None:
 
 def test_the_oldest_guests_are_forgotten() -> None:
     """Tokens are bounded, and none is another's."""
-    guests = Guests()
-    tokens = [guests.welcome(f"key {number}") for number in range(1001)]
+    guests = SessionStore()
+    tokens = [guests.start(f"key {number}") for number in range(1001)]
     assert (guests.key_of(tokens[0]), guests.key_of(tokens[1])) == (None, "key 1")
-    guests.leave(tokens[1])
+    guests.end(tokens[1])
     assert guests.key_of(tokens[1]) is None

@@ -14,7 +14,7 @@ _UNHEARD = {"guidance_start": (0, 0.0), "guidance_end": (1, 1.0), "mask": (None,
 
 
 @dataclass(frozen=True, slots=True)
-class Edges:
+class CannyUnit:
     """A unit that follows edges: of `image`, base64, or of the picture to draw anew where it is empty."""
 
     image: str
@@ -23,7 +23,7 @@ class Edges:
     high: int
 
 
-def edges_in(scripts: Mapping[str, Any]) -> tuple[Edges | None, list[str]]:
+def edges_in(scripts: Mapping[str, Any]) -> tuple[CannyUnit | None, list[str]]:
     """The first unit that follows edges, and sentences about scripts and units that are not honoured.
 
     Raises `InvalidInput` for units that cannot be read.
@@ -31,7 +31,7 @@ def edges_in(scripts: Mapping[str, Any]) -> tuple[Edges | None, list[str]]:
     told = [
         f"alwayson_scripts: {name[:50]} is not known here." for name, script in scripts.items() if _other(name, script)
     ]
-    found: Edges | None = None
+    found: CannyUnit | None = None
     for unit in _units(scripts):
         kind = f"{unit.get('module') or ''} {unit.get('model') or ''}".lower()
         if not unit.get("enabled", True):
@@ -44,7 +44,7 @@ def edges_in(scripts: Mapping[str, Any]) -> tuple[Edges | None, list[str]]:
         told += [
             f"controlnet: {name} is not honoured." for name, plain in _UNHEARD.items() if _is_odd(unit, name, plain)
         ]
-        found = Edges(
+        found = CannyUnit(
             image=str(unit.get("image") or unit.get("input_image") or ""),
             weight=_number(unit, "weight", 1.0),
             low=_threshold(unit, "threshold_a", _CANNY_LOW),

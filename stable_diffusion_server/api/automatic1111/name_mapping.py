@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from stable_diffusion_server.api.dialect_context import House
+from stable_diffusion_server.api.dialect_context import DialectContext
 from stable_diffusion_server.errors import InvalidInput, ServerError
-from stable_diffusion_server.pipelines.catalog import ModelFacts
+from stable_diffusion_server.pipelines.catalog import ModelSpec
 
 # Our schedulers under AUTOMATIC1111's names, the closest first; what ends in Karras is looked up without it.
 SAMPLERS: Mapping[str, tuple[str, ...]] = {
@@ -47,7 +47,7 @@ _OUR_WORDS = re.compile("|".join(rf"\b{ours}\b" for ours in _FIELDS if ours not 
 BOUNDED = {theirs: ours for ours, theirs in _FIELDS.items() if ours not in ("scheduler", "lora", "model")}
 
 
-def scheduler_for(sampler: str, schedule: str, facts: ModelFacts) -> tuple[str | None, str | None]:
+def scheduler_for(sampler: str, schedule: str, facts: ModelSpec) -> tuple[str | None, str | None]:
     """Our scheduler for a sampler and its schedule, and a sentence where it is not quite that one.
 
     Raises `InvalidInput` for a name that is no sampler's.
@@ -71,18 +71,18 @@ def scheduler_for(sampler: str, schedule: str, facts: ModelFacts) -> tuple[str |
     return taken, None
 
 
-def samplers_of(models: Mapping[str, ModelFacts]) -> list[str]:
+def samplers_of(models: Mapping[str, ModelSpec]) -> list[str]:
     """The samplers that are drawn as what they are."""
     here = {scheduler for facts in models.values() for scheduler in facts.schedulers}
     return [name for name in SAMPLERS if name in _EXACT and here & set(SAMPLERS[name])]
 
 
-def title_of(facts: ModelFacts) -> str:
+def title_of(facts: ModelSpec) -> str:
     """What AUTOMATIC1111's clients show a model as."""
     return f"{facts.name} [{facts.revision}]"
 
 
-def model_named(name: str, house: House) -> str:
+def model_named(name: str, house: DialectContext) -> str:
     """Our name of a model by any of its names: title, name, folder or alias. Raises `InvalidInput`."""
     wanted = name.strip().lower()
     for facts in house.models.values():

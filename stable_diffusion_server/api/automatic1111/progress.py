@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from stable_diffusion_server.imaging.processing import Pixels
-from stable_diffusion_server.types import Caller, EventKind, Progress
+from stable_diffusion_server.types import Caller, EngineEventKind, GenerationProgress
 
 T = TypeVar("T")
 
@@ -20,7 +20,7 @@ LEAST_NAME = 16
 
 
 @dataclass(eq=False, slots=True)
-class Picture:
+class ImageProgress:
     """One picture on its way."""
 
     step: int = 0
@@ -35,11 +35,11 @@ class Picture:
 
 
 @dataclass(eq=False, slots=True)
-class Task:
+class TrackedTask:
     """One request under way. `interrupted`: its caller has had enough."""
 
     name: str
-    pictures: list[Picture]
+    pictures: list[ImageProgress]
     began: float = field(default_factory=time.time)
     eta_seconds: float | None = None
     preview: Pixels | None = None
@@ -52,15 +52,15 @@ class Task:
         return sum(picture.share for picture in self.pictures) / len(self.pictures)
 
     @property
-    def current(self) -> Picture:
+    def current(self) -> ImageProgress:
         """The picture that is drawn at the moment, or the last."""
         return next((picture for picture in self.pictures if not picture.done), self.pictures[-1])
 
-    def watch(self, number: int, progress: Progress) -> None:
+    def watch(self, number: int, progress: GenerationProgress) -> None:
         """Take note of how far a picture is."""
         picture = self.pictures[number]
         picture.step, picture.steps = progress.step, progress.steps
-        picture.started = picture.started or progress.kind is not EventKind.QUEUED
+        picture.started = picture.started or progress.kind is not EngineEventKind.QUEUED
         self.eta_seconds = progress.eta_seconds
         if progress.preview is not None:
             self.preview = progress.preview
@@ -90,7 +90,7 @@ class Task:
             task.cancel()
 
 
-class Tasks:
+class TaskTracker:
     """Everyone's tasks; a caller sees and stops its own.
 
     Anonymous callers are strangers to one another: theirs are known by their names alone, where those are long enough
@@ -98,12 +98,12 @@ class Tasks:
     """
 
     def __init__(self) -> None:
-        self._under_way: defaultdict[str, list[Task]] = defaultdict(list)
+        self._under_way: defaultdict[str, list[TrackedTask]] = defaultdict(list)
 
     @contextmanager
-    def begun(self, caller: Caller, name: str, pictures: int) -> Iterator[Task]:
+    def begun(self, caller: Caller, name: str, pictures: int) -> Iterator[TrackedTask]:
         """A task for as long as the block lasts."""
-        task, whose = Task(name, [Picture() for _ in range(pictures)]), _whose(caller)
+        task, whose = TrackedTask(name, [ImageProgress() for _ in range(pictures)]), _whose(caller)
         self._under_way[whose].append(task)
         try:
             yield task
@@ -112,7 +112,7 @@ class Tasks:
             if not self._under_way[whose]:
                 del self._under_way[whose]
 
-    def of(self, caller: Caller, name: str = "") -> list[Task]:
+    def of(self, caller: Caller, name: str = "") -> list[TrackedTask]:
         """A caller's tasks under way, the oldest first; those of a name if one is given."""
         if caller.anonymous and len(name) < LEAST_NAME:
             return []

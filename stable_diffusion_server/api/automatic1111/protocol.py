@@ -8,14 +8,14 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from stable_diffusion_server.api.automatic1111.controlnet_units import Edges, edges_in
+from stable_diffusion_server.api.automatic1111.controlnet_units import CannyUnit, edges_in
 from stable_diffusion_server.api.automatic1111.name_mapping import model_named, scheduler_for
 from stable_diffusion_server.api.automatic1111.prompt_syntax import adapters_in, unread_in
 from stable_diffusion_server.api.base64_images import bytes_of
-from stable_diffusion_server.api.dialect_context import House
+from stable_diffusion_server.api.dialect_context import DialectContext
 from stable_diffusion_server.errors import InvalidInput
 from stable_diffusion_server.generation.limits import NAME_MAX
-from stable_diffusion_server.types import SEED_MAX, Fill, Fit, Format, Order, Source, Task
+from stable_diffusion_server.types import SEED_MAX, Fill, Fit, Format, GenerationRequest, ImageInput, Task
 
 _FITS = (Fit.STRETCH, Fit.CROP, Fit.PAD, Fit.STRETCH)
 _FILLS = (Fill.SURROUNDINGS, Fill.ORIGINAL, Fill.NOISE, Fill.GREY)
@@ -110,14 +110,14 @@ class Img2Img(Txt2Img):
 
 
 @dataclass(frozen=True, slots=True)
-class Ordered:
+class ParsedTask:
     """The orders of a request, one for each picture, and sentences about what of it is not honoured."""
 
-    orders: list[Order]
+    orders: list[GenerationRequest]
     told: list[str]
 
 
-def ordered(asked: Txt2Img, house: House, model: str | None) -> Ordered:
+def parse_task(asked: Txt2Img, house: DialectContext, model: str | None) -> ParsedTask:
     """The orders of a request; `model` is the caller's, unless the request names one. Raises `InvalidInput`."""
     longest = house.limits.max_prompt_characters + _TAGS_MAX
     if len(asked.prompt) > longest:
@@ -136,7 +136,7 @@ def ordered(asked: Txt2Img, house: House, model: str | None) -> Ordered:
         raise InvalidInput(f"batch_size × n_iter must not be more than {house.max_n}.", field="batch_size")
     width, height = _pixels(asked, house)
     house.check_size(count, width, height, "batch_size")
-    order = Order(
+    order = GenerationRequest(
         task=Task.TEXT_TO_IMAGE,
         prompt=prompt,
         width=width,
@@ -153,10 +153,12 @@ def ordered(asked: Txt2Img, house: House, model: str | None) -> Ordered:
     told = [*filter(None, [about_scheduler]), *about_scripts, *unread_in(asked.prompt), *_unheard(asked, settings)]
     order, about_pictures = _with_pictures(order, asked, edges)
     told = [*told, *about_pictures][:_MOST_TOLD]
-    return Ordered([replace(order, variation=number) for number in range(count)], told)
+    return ParsedTask([replace(order, variation=number) for number in range(count)], told)
 
 
-def _with_pictures(order: Order, asked: Txt2Img, edges: Edges | None) -> tuple[Order, list[str]]:
+def _with_pictures(
+    order: GenerationRequest, asked: Txt2Img, edges: CannyUnit | None
+) -> tuple[GenerationRequest, list[str]]:
     told: list[str] = []
     if edges is not None:
         order = replace(order, canny=True, canny_low=edges.low, canny_high=edges.high, control_scale=edges.weight)
@@ -166,7 +168,7 @@ def _with_pictures(order: Order, asked: Txt2Img, edges: Edges | None) -> tuple[O
         if not edges.image:
             raise InvalidInput("A ControlNet unit needs its image here.", field="alwayson_scripts")
         # Control alone: nothing of the picture but its edges.
-        image = Source("alwayson_scripts", data=bytes_of(edges.image, "alwayson_scripts"))
+        image = ImageInput("alwayson_scripts", data=bytes_of(edges.image, "alwayson_scripts"))
         return replace(order, task=Task.IMAGE_TO_IMAGE, image=image, strength=1.0), told
     if not asked.init_images:
         raise InvalidInput("init_images must hold a picture in base64.", field="init_images")
@@ -178,7 +180,7 @@ def _with_pictures(order: Order, asked: Txt2Img, edges: Edges | None) -> tuple[O
     order = replace(
         order,
         task=Task.IMAGE_TO_IMAGE,
-        image=Source("init_images", data=data),
+        image=ImageInput("init_images", data=data),
         fit=_FITS[asked.resize_mode or 0],
         strength=0.75 if asked.denoising_strength is None else asked.denoising_strength,
     )
@@ -191,14 +193,14 @@ def _with_pictures(order: Order, asked: Txt2Img, edges: Edges | None) -> tuple[O
         order,
         task=Task.INPAINT,
         canny=False,
-        mask=Source("mask", data=bytes_of(asked.mask, "mask"), inverted=asked.inpainting_mask_invert == 1),
+        mask=ImageInput("mask", data=bytes_of(asked.mask, "mask"), inverted=asked.inpainting_mask_invert == 1),
         feather=4 if asked.mask_blur is None else asked.mask_blur,
         fill=_FILLS[asked.inpainting_fill or 0],
         only_masked=None if whole else asked.inpaint_full_res_padding or 0,
     ), told
 
 
-def _pixels(asked: Txt2Img, house: House) -> tuple[int, int]:
+def _pixels(asked: Txt2Img, house: DialectContext) -> tuple[int, int]:
     """The size asked for, checked here because it is counted with before the order is. Raises `InvalidInput`."""
     sides = {
         "width": 512 if asked.width is None else asked.width,

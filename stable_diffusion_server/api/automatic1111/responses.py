@@ -7,21 +7,21 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from stable_diffusion_server.api.automatic1111.name_mapping import SAMPLERS, samplers_of, title_of
-from stable_diffusion_server.api.automatic1111.progress import Task
-from stable_diffusion_server.api.automatic1111.protocol import Ordered, Txt2Img
+from stable_diffusion_server.api.automatic1111.progress import TrackedTask
+from stable_diffusion_server.api.automatic1111.protocol import ParsedTask, Txt2Img
 from stable_diffusion_server.api.base64_images import text_of
-from stable_diffusion_server.api.dialect_context import House
+from stable_diffusion_server.api.dialect_context import DialectContext
 from stable_diffusion_server.imaging.metadata import read_parameters_text, read_record
 from stable_diffusion_server.imaging.processing import parameters_text
 from stable_diffusion_server.parsing.strict_json import dumps
-from stable_diffusion_server.types import Order, Receipt
+from stable_diffusion_server.types import GenerationRequest, GenerationResult
 
 _LONG_FIELDS = ("init_images", "mask", "alwayson_scripts")
 
-Made = tuple[Order, Receipt, str, bytes]
+Made = tuple[GenerationRequest, GenerationResult, str, bytes]
 
 
-def pictures_answer(asked: Txt2Img, what: Ordered, made: Sequence[Made], *, interrupted: bool) -> dict[str, Any]:
+def pictures_answer(asked: Txt2Img, what: ParsedTask, made: Sequence[Made], *, interrupted: bool) -> dict[str, Any]:
     """Pictures in base64 with the parameters and, as JSON in a text, how they were made and what was not honoured."""
     shown = asked.send_images is not False
     parameters = asked.model_dump(exclude=set(_LONG_FIELDS))
@@ -32,7 +32,7 @@ def pictures_answer(asked: Txt2Img, what: Ordered, made: Sequence[Made], *, inte
     }
 
 
-def progress_answer(tasks: Sequence[Task], preview: str | None) -> dict[str, Any]:
+def progress_answer(tasks: Sequence[TrackedTask], preview: str | None) -> dict[str, Any]:
     """How far a caller's oldest task is; nothing is 0 of 0. `preview` is a PNG in base64."""
     task = tasks[0] if tasks else None
     picture = task.current if task else None
@@ -55,7 +55,7 @@ def progress_answer(tasks: Sequence[Task], preview: str | None) -> dict[str, Any
     }
 
 
-def internal_progress_answer(task: Task | None, preview: str | None) -> dict[str, Any]:
+def internal_progress_answer(task: TrackedTask | None, preview: str | None) -> dict[str, Any]:
     """The same for one task by its id, as AUTOMATIC1111's own page asks for it."""
     started = bool(task and any(one.started for one in task.pictures))
     return {
@@ -70,7 +70,7 @@ def internal_progress_answer(task: Task | None, preview: str | None) -> dict[str
     }
 
 
-def models_answer(house: House) -> list[dict[str, Any]]:
+def models_answer(house: DialectContext) -> list[dict[str, Any]]:
     """The models."""
     return [
         {
@@ -85,17 +85,17 @@ def models_answer(house: House) -> list[dict[str, Any]]:
     ]
 
 
-def samplers_answer(house: House) -> list[dict[str, Any]]:
+def samplers_answer(house: DialectContext) -> list[dict[str, Any]]:
     """The samplers that are drawn as what they are."""
     return [{"name": name, "aliases": [SAMPLERS[name][0]], "options": {}} for name in samplers_of(house.models)]
 
 
-def loras_answer(house: House) -> list[dict[str, Any]]:
+def loras_answer(house: DialectContext) -> list[dict[str, Any]]:
     """The adapters."""
     return [{"name": name, "alias": name, "path": name, "metadata": {}} for name in sorted(house.loras())]
 
 
-def options_answer(house: House, model: str | None) -> dict[str, Any]:
+def options_answer(house: DialectContext, model: str | None) -> dict[str, Any]:
     """The options that mean something here."""
     return {
         "sd_model_checkpoint": title_of(house.facts(model)),
@@ -113,7 +113,7 @@ def png_info_answer(file: bytes) -> dict[str, Any]:
     return {"info": text, "items": items if text else {}, "parameters": _read(text)}
 
 
-def _info(what: Ordered, made: Sequence[Made], *, interrupted: bool) -> dict[str, Any]:
+def _info(what: ParsedTask, made: Sequence[Made], *, interrupted: bool) -> dict[str, Any]:
     order = what.orders[0]
     receipts = [receipt for _, receipt, _, _ in made]
     seeds = [receipt.seed for receipt in receipts]
@@ -145,7 +145,7 @@ def _info(what: Ordered, made: Sequence[Made], *, interrupted: bool) -> dict[str
     }
 
 
-def _infotext(order: Order, receipt: Receipt) -> str:
+def _infotext(order: GenerationRequest, receipt: GenerationResult) -> str:
     told: Mapping[str, object] = {
         "prompt": receipt.prompt_used or order.prompt,
         "negative_prompt": order.negative_prompt,

@@ -10,27 +10,27 @@ from fastapi import APIRouter, Request, Response
 from pydantic import ValidationError
 from starlette.concurrency import run_in_threadpool
 
-from stable_diffusion_server.api.aside import aside
+from stable_diffusion_server.api.aside import run_if_large
 from stable_diffusion_server.api.automatic1111 import responses
 from stable_diffusion_server.api.automatic1111.name_mapping import BOUNDED, model_named, renamed
-from stable_diffusion_server.api.automatic1111.progress import LEAST_NAME, Task, Tasks
-from stable_diffusion_server.api.automatic1111.protocol import Img2Img, Ordered, Txt2Img, ordered
+from stable_diffusion_server.api.automatic1111.progress import LEAST_NAME, TaskTracker, TrackedTask
+from stable_diffusion_server.api.automatic1111.protocol import Img2Img, ParsedTask, Txt2Img, parse_task
 from stable_diffusion_server.api.base64_images import bytes_of
-from stable_diffusion_server.api.concurrency import unless_disconnected
-from stable_diffusion_server.api.dependencies import caller_of, within
-from stable_diffusion_server.api.dialect_context import House
+from stable_diffusion_server.api.concurrency import cancel_on_disconnect
+from stable_diffusion_server.api.dependencies import caller_of, scope_to_caller
+from stable_diffusion_server.api.dialect_context import DialectContext
 from stable_diffusion_server.api.json_responses import JSONResponse
 from stable_diffusion_server.api.previews import EncodedPreviews
 from stable_diffusion_server.api.problems import client_gone
 from stable_diffusion_server.api.request_parsing import read_json, read_parameters
-from stable_diffusion_server.api.schemas.params import refuse
+from stable_diffusion_server.api.schemas.params import raise_invalid
 from stable_diffusion_server.api.schemas.wire import properties_of
-from stable_diffusion_server.api.together import together
-from stable_diffusion_server.concurrency.fair_queue import FairQueue
+from stable_diffusion_server.api.together import gather_or_cancel
+from stable_diffusion_server.concurrency.fair_queue import FairRequestQueue
 from stable_diffusion_server.errors import Forbidden, InvalidInput, ServerError, TooLarge
-from stable_diffusion_server.generation.limits import Limits
-from stable_diffusion_server.generation.service import Service
-from stable_diffusion_server.types import Caller, Format, Order
+from stable_diffusion_server.generation.limits import RequestLimits
+from stable_diffusion_server.generation.service import GenerationService
+from stable_diffusion_server.types import Caller, Format, GenerationRequest
 
 UrlOf = Callable[[Request, str], str]
 A = TypeVar("A", bound=Txt2Img)
@@ -55,7 +55,7 @@ def _texts(name: str, *, required: bool = False) -> dict[str, Any]:
     return {"requestBody": {"required": required, "content": {"application/json": {"schema": shape}}}}
 
 
-def described(schema: type[Txt2Img], limits: Limits, *required: str) -> dict[str, Any]:
+def described(schema: type[Txt2Img], limits: RequestLimits, *required: str) -> dict[str, Any]:
     """OpenAPI of a body in JSON, with the bounds the settings set; what it does not name may be there too."""
     bounds = limits.bounds()
     properties = properties_of(schema, limits)
@@ -68,10 +68,12 @@ def described(schema: type[Txt2Img], limits: Limits, *required: str) -> dict[str
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": shape}}}}
 
 
-def router(service: Service, house: House, url_of: UrlOf, previews: EncodedPreviews) -> APIRouter:
+def automatic1111_router(
+    service: GenerationService, house: DialectContext, url_of: UrlOf, previews: EncodedPreviews
+) -> APIRouter:
     """The doors over a service; `url_of` makes the URL of a key for the client at hand."""
     routes = APIRouter(tags=["automatic1111"])
-    tasks = Tasks()
+    tasks = TaskTracker()
     chosen: dict[str, str] = {}
 
     async def pictures(request: Request, schema: type[Txt2Img]) -> Response:
@@ -113,11 +115,11 @@ def router(service: Service, house: House, url_of: UrlOf, previews: EncodedPrevi
     async def png_info(request: Request) -> Response:
         """How a picture, in base64, says it was made."""
         image = _text(await read_json(request, frozenset({"image"})), "image")
-        return JSONResponse(await aside(len(image), lambda: responses.png_info_answer(bytes_of(image, "image"))))
+        return JSONResponse(await run_if_large(len(image), lambda: responses.png_info_answer(bytes_of(image, "image"))))
 
     _progress_doors(routes, tasks, previews)
     _option_doors(routes, house, chosen)
-    turns = FairQueue(LISTS_AT_ONCE, MOST_LISTS, f"{MOST_LISTS} lists are being made for you.")
+    turns = FairRequestQueue(LISTS_AT_ONCE, MOST_LISTS, f"{MOST_LISTS} lists are being made for you.")
     for name, told in (
         ("sd-models", responses.models_answer),
         ("samplers", responses.samplers_answer),
@@ -127,13 +129,13 @@ def router(service: Service, house: House, url_of: UrlOf, previews: EncodedPrevi
     return routes
 
 
-async def _preview_of(tasks: Sequence[Task], previews: EncodedPreviews) -> str | None:
+async def _preview_of(tasks: Sequence[TrackedTask], previews: EncodedPreviews) -> str | None:
     """The latest preview of the oldest task, as a PNG in base64."""
     pixels = tasks[0].preview if tasks else None
     return None if pixels is None else await previews.text(pixels, Format.PNG)
 
 
-def _progress_doors(routes: APIRouter, tasks: Tasks, previews: EncodedPreviews) -> None:
+def _progress_doors(routes: APIRouter, tasks: TaskTracker, previews: EncodedPreviews) -> None:
     @routes.get(
         "/sdapi/v1/progress",
         summary="AUTOMATIC1111: how far your task is",
@@ -183,7 +185,7 @@ def _progress_doors(routes: APIRouter, tasks: Tasks, previews: EncodedPreviews) 
         return JSONResponse({})
 
 
-def _option_doors(routes: APIRouter, house: House, chosen: dict[str, str]) -> None:
+def _option_doors(routes: APIRouter, house: DialectContext, chosen: dict[str, str]) -> None:
     @routes.get(
         "/sdapi/v1/options",
         summary="AUTOMATIC1111: the options",
@@ -216,7 +218,11 @@ def _option_doors(routes: APIRouter, house: House, chosen: dict[str, str]) -> No
 
 
 def _list_door(
-    routes: APIRouter, name: str, told: Callable[[House], list[dict[str, Any]]], house: House, turns: FairQueue
+    routes: APIRouter,
+    name: str,
+    told: Callable[[DialectContext], list[dict[str, Any]]],
+    house: DialectContext,
+    turns: FairRequestQueue,
 ) -> None:
     async def listed(request: Request) -> Response:
         async with turns.hold(caller_of(request).share):
@@ -236,45 +242,49 @@ def _list_door(
 async def _pictures(
     request: Request,
     asked: Txt2Img,
-    service: Service,
-    house: House,
+    service: GenerationService,
+    house: DialectContext,
     url_of: UrlOf,
-    tasks: Tasks,
+    tasks: TaskTracker,
     chosen: dict[str, str],
 ) -> Response:
     caller = caller_of(request)
-    what = await aside(len(await request.body()), ordered, asked, house, chosen.get(caller.owner))
-    orders = [within(caller, order) for order in what.orders]
+    what = await run_if_large(len(await request.body()), parse_task, asked, house, chosen.get(caller.owner))
+    orders = [scope_to_caller(caller, order) for order in what.orders]
     with tasks.begun(caller, asked.force_task_id or f"task({uuid4().hex})", len(orders)) as task:
         work = [_one(number, order, service, caller, task) for number, order in enumerate(orders)]
-        drawn = await unless_disconnected(request, together(work))
+        drawn = await cancel_on_disconnect(request, gather_or_cancel(work))
     if drawn is None:
         return client_gone()
     made = [(*one, url_of(request, one[1].key)) for one in drawn if one is not None]
     finished = [(order, receipt, url, file) for order, receipt, file, url in made]
     if sum(len(file) for *_, file in finished) * 4 // 3 > house.max_response_bytes:
         raise TooLarge("The pictures are too large for one answer; send_images=false answers their addresses.")
-    told = Ordered(orders, what.told)
+    told = ParsedTask(orders, what.told)
 
     def answer() -> Response:
         return JSONResponse(responses.pictures_answer(asked, told, finished, interrupted=task.interrupted))
 
-    return await aside(sum(len(file) for *_, file in finished), answer)
+    return await run_if_large(sum(len(file) for *_, file in finished), answer)
 
 
-async def _one(number: int, order: Order, service: Service, caller: Caller, task: Task) -> Any:
-    work = service.picture(order, caller=caller, watch=lambda progress: task.watch(number, progress), previews=True)
+async def _one(
+    number: int, order: GenerationRequest, service: GenerationService, caller: Caller, task: TrackedTask
+) -> Any:
+    work = service.generate_with_bytes(
+        order, caller=caller, watch=lambda progress: task.watch(number, progress), previews=True
+    )
     drawn = await task.drawn(number, work)
     return None if drawn is None else (order, *drawn)
 
 
 async def _read(schema: type[A], request: Request) -> A:
-    """A JSON body as parameters. Raises `Malformed`, `UnsupportedMedia` and `InvalidInput`."""
+    """A JSON body as parameters. Raises `MalformedRequest`, `UnsupportedMedia` and `InvalidInput`."""
     try:
         parameters = await read_json(request, schema.pictures)
-        return await aside(len(await request.body()), schema.model_validate, parameters)
+        return await run_if_large(len(await request.body()), schema.model_validate, parameters)
     except ValidationError as error:
-        refuse(error)
+        raise_invalid(error)
 
 
 def _text(asked: dict[str, Any], name: str) -> str:

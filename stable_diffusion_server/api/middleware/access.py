@@ -14,13 +14,13 @@ from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from stable_diffusion_server.api.error_bodies import refusal
-from stable_diffusion_server.api.middleware.access_policy import PAGE_BYTES, Policy
-from stable_diffusion_server.api.middleware.header_limits import check_head
-from stable_diffusion_server.api.middleware.proxy_headers import Proxies
-from stable_diffusion_server.api.middleware.rate_limiter import Allowed, Rates
-from stable_diffusion_server.api.middleware.security_headers import protect
+from stable_diffusion_server.api.middleware.access_policy import PAGE_BYTES, AccessPolicy
+from stable_diffusion_server.api.middleware.header_limits import check_header_limits
+from stable_diffusion_server.api.middleware.proxy_headers import TrustedProxies
+from stable_diffusion_server.api.middleware.rate_limiter import RateLimiter, RateLimitStatus
+from stable_diffusion_server.api.middleware.security_headers import add_security_headers
 from stable_diffusion_server.errors import ServerError
-from stable_diffusion_server.observability.metrics import Visit
+from stable_diffusion_server.observability.metrics import RequestSample
 from stable_diffusion_server.observability.tracing import Tracing
 from stable_diffusion_server.types import Caller
 
@@ -30,7 +30,7 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _QUIET = ("/healthz", "/readyz", "/metrics")
 
 
-class Gate:
+class AccessMiddleware:
     """ASGI middleware: gives each request an id, lets the policy decide, and logs what was answered.
 
     `state.caller` says who asks. Query strings are not logged: prompts are the caller's own business. `visited` is told
@@ -40,9 +40,9 @@ class Gate:
     def __init__(
         self,
         app: ASGIApp,
-        policy: Policy,
-        proxies: Proxies,
-        visited: Callable[[Visit], object] = lambda visit: None,
+        policy: AccessPolicy,
+        proxies: TrustedProxies,
+        visited: Callable[[RequestSample], object] = lambda visit: None,
         tracing: Tracing | None = None,
     ) -> None:
         self._app = app
@@ -50,7 +50,7 @@ class Gate:
         self._proxies = proxies
         self._visited = visited
         self._tracing = tracing or Tracing()
-        self._rates = Rates()
+        self._rates = RateLimiter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request, or pass on what is no request."""
@@ -69,7 +69,7 @@ class Gate:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 MutableHeaders(scope=message).update(more)
-                protect(message, scope["path"])
+                add_security_headers(message, scope["path"])
             await send(message)
 
         facts = {"http.request.method": scope["method"], "sds.request_id": request_id}
@@ -84,15 +84,17 @@ class Gate:
                 self._visited(visit)
                 _tell(scope, visit)
                 span.name(f"{scope['method']} {visit.door}".strip())
-                span.tell({"http.response.status_code": status, "http.route": visit.door, "sds.key": visit.key})
+                span.set_attributes(
+                    {"http.response.status_code": status, "http.route": visit.door, "sds.key": visit.key}
+                )
 
     async def _enter(self, scope: Scope, headers: Headers, receive: Receive, send: Send, more: dict[str, str]) -> None:
         """Pass a request on if it may go on, and answer it if not; `more` are headers for its answer."""
-        allowed: Allowed | None = None
+        allowed: RateLimitStatus | None = None
         state = scope["state"]
         state["caller"] = Caller(anonymous=True)
         try:
-            check_head(scope)
+            check_header_limits(scope)
             admitted = self._policy.admit(scope, headers)
             state["caller"] = admitted.caller
             if admitted.caller.name:
@@ -114,10 +116,10 @@ class Gate:
                 self._rates.leave(allowed)
 
 
-class BodyLimit:
+class BodyLimitMiddleware:
     """ASGI middleware: counts the bytes of a body while it is read, up to the policy's limit for that request."""
 
-    def __init__(self, app: ASGIApp, policy: Policy) -> None:
+    def __init__(self, app: ASGIApp, policy: AccessPolicy) -> None:
         self._policy = policy
         limits = {policy.max_body_bytes, policy.max_upload_bytes, min(PAGE_BYTES, policy.max_body_bytes)}
         self._counted = {limit: RequestBodyLimitMiddleware(app, max_body_size=limit) for limit in limits}
@@ -130,13 +132,13 @@ class BodyLimit:
         await self._counted[self._policy.body_limit(scope.get("path", ""), headers)](scope, receive, send)
 
 
-def _visit_of(scope: Scope, status: int, seconds: float) -> Visit:
+def _visit_of(scope: Scope, status: int, seconds: float) -> RequestSample:
     """What is counted of a request; the route is there once the request has come to it."""
     door = getattr(scope.get("route"), "path", "")
-    return Visit(door, status, seconds, scope["state"].get("reason", ""), scope["state"]["caller"].name)
+    return RequestSample(door, status, seconds, scope["state"].get("reason", ""), scope["state"]["caller"].name)
 
 
-def _tell(scope: Scope, visit: Visit) -> None:
+def _tell(scope: Scope, visit: RequestSample) -> None:
     """The line of the log for a request: its path without the query, which holds prompts."""
     path = scope["path"]
     quiet = visit.status == HTTPStatus.OK and (path in _QUIET or path.startswith("/ui/"))

@@ -13,12 +13,12 @@ from limits import RateLimitItem
 from starlette.datastructures import Headers, QueryParams
 from starlette.types import Scope
 
-from stable_diffusion_server.api.middleware.api_keys import Key, Keyring, holds_key
-from stable_diffusion_server.api.middleware.failed_logins import WrongKeys
-from stable_diffusion_server.api.middleware.origins import Origins
-from stable_diffusion_server.api.middleware.rate_limiter import Allowed
+from stable_diffusion_server.api.middleware.api_keys import ApiKeyring, HashedApiKey, holds_key
+from stable_diffusion_server.api.middleware.failed_logins import FailedLoginLimiter
+from stable_diffusion_server.api.middleware.origins import OriginPolicy
+from stable_diffusion_server.api.middleware.rate_limiter import RateLimitStatus
 from stable_diffusion_server.api.request_parsing import BodyLimits
-from stable_diffusion_server.errors import Forbidden, Misdirected, Overasked, ServerError, TooLarge, Unauthorized
+from stable_diffusion_server.errors import Forbidden, RateLimited, ServerError, TooLarge, Unauthorized, UnknownHost
 from stable_diffusion_server.types import Caller
 
 _HOST = re.compile(r"(\[(?P<v6>[0-9A-Fa-f:.]+)\]|(?P<name>[A-Za-z0-9._-]+))(:\d*)?")
@@ -46,15 +46,15 @@ PAGE_BYTES = 65_536
 
 
 @dataclass(frozen=True, slots=True)
-class Admitted:
+class AdmittedRequest:
     """A request that may go on: who asks, and what that one is allowed (`None`: the request is not counted)."""
 
     caller: Caller = field(default_factory=Caller)
-    allowed: Allowed | None = None
+    allowed: RateLimitStatus | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Policy:
+class AccessPolicy:
     """Who may draw. `hosts` are names this server answers to, beside loopback; `origins` tells which pages may draw.
 
     `rate` and `concurrency` hold for keys without their own, and for each address where no key is needed.
@@ -62,8 +62,8 @@ class Policy:
     """
 
     hosts: frozenset[str] = frozenset()
-    origins: Origins = field(default_factory=Origins)
-    keys: Keyring = field(default_factory=Keyring)
+    origins: OriginPolicy = field(default_factory=OriginPolicy)
+    keys: ApiKeyring = field(default_factory=ApiKeyring)
     allow_anonymous: bool = False
     rate: RateLimitItem | None = None
     concurrency: int = 0
@@ -71,7 +71,7 @@ class Policy:
     max_upload_bytes: int = 33_554_432
     max_image_bytes: int = 20_971_520
     visitor_key: Callable[[Headers], str | None] = lambda headers: None
-    wrong_keys: WrongKeys = field(default_factory=WrongKeys)
+    wrong_keys: FailedLoginLimiter = field(default_factory=FailedLoginLimiter)
 
     @property
     def body_limits(self) -> BodyLimits:
@@ -87,8 +87,8 @@ class Policy:
         long = pictures or media_type.startswith("multipart/form-data") or path == _UPLOAD_PATH
         return self.max_upload_bytes if long else self.max_body_bytes
 
-    def admit(self, scope: Scope, headers: Headers) -> Admitted:
-        """Who asks. Raises `Misdirected`, `Forbidden`, `Unauthorized`, `Overasked` or `TooLarge` for others."""
+    def admit(self, scope: Scope, headers: Headers) -> AdmittedRequest:
+        """Who asks. Raises `UnknownHost`, `Forbidden`, `Unauthorized`, `RateLimited` or `TooLarge` for others."""
         self._check_host(headers)
         path: str = scope["path"]
         opened = _is_open(scope)
@@ -97,27 +97,27 @@ class Policy:
         elif not path.startswith(_SHOWN_ELSEWHERE):
             self.origins.check_page(scope, headers)
         if opened:
-            return Admitted(self._known(scope, headers) if path == _READY else self._stranger(scope))
+            return AdmittedRequest(self._known(scope, headers) if path == _READY else self._stranger(scope))
         if scope["method"] == "OPTIONS":
-            return Admitted(self._stranger(scope))  # a preflight carries no key, and draws nothing
+            return AdmittedRequest(self._stranger(scope))  # a preflight carries no key, and draws nothing
         admitted = self._admit_client(scope, headers)
         # A body without a length is counted while it is read, by BodyLimit.
         length, limit = headers.get("content-length", "0"), self.body_limit(path, headers)
         if length.isascii() and length.isdigit() and (len(length) > _LONGEST_LENGTH or int(length) > limit):
             raise TooLarge(f"A body may have {limit} bytes here.")
         cheap = _is_under(path, _CHEAP_PATHS) and not (path == _UPLOAD_PATH and scope["method"] == "POST")
-        return Admitted(admitted.caller) if cheap else admitted
+        return AdmittedRequest(admitted.caller) if cheap else admitted
 
-    def _admit_client(self, scope: Scope, headers: Headers) -> Admitted:
+    def _admit_client(self, scope: Scope, headers: Headers) -> AdmittedRequest:
         stranger = self._stranger(scope)
         if self.keys and _is_under(scope["path"], ("/ui",)):
             # A page cannot send a key: the UI asks for one itself, and asks our doors with it.
             shown = self.visitor_key(headers)
-            return self._admit_key(self.keys.of(shown), stranger) if shown else Admitted(stranger)
+            return self._admit_key(self.keys.of(shown), stranger) if shown else AdmittedRequest(stranger)
         if self.keys and not (self.allow_anonymous and not holds_key(headers)):
             return self._admit_key(self._held(headers, stranger.address), stranger)
         if self.allow_anonymous:
-            return Admitted(stranger, Allowed(stranger.share, self.rate, self.concurrency))
+            return AdmittedRequest(stranger, RateLimitStatus(stranger.share, self.rate, self.concurrency))
         # A proxy on this machine that the settings do not name makes everyone look as if they were on it.
         if not is_loopback(stranger.address) or scope.get("state", {}).get("forwarded"):
             raise Forbidden(
@@ -125,7 +125,9 @@ class Policy:
                 "A proxy on this machine makes its clients look so only if TRUSTED_PROXIES names it and it sends "
                 "X-Forwarded-For."
             )
-        return Admitted(replace(stranger, anonymous=False), Allowed(stranger.share, self.rate, self.concurrency))
+        return AdmittedRequest(
+            replace(stranger, anonymous=False), RateLimitStatus(stranger.share, self.rate, self.concurrency)
+        )
 
     def _known(self, scope: Scope, headers: Headers) -> Caller:
         """Who asks, where nobody has to say so."""
@@ -134,32 +136,34 @@ class Policy:
         except ServerError:
             return self._stranger(scope)
 
-    def _held(self, headers: Headers, address: str) -> Key:
-        """The key a request was sent with. Raises `Unauthorized`, and `Overasked` after many wrong ones."""
+    def _held(self, headers: Headers, address: str) -> HashedApiKey:
+        """The key a request was sent with. Raises `Unauthorized`, and `RateLimited` after many wrong ones."""
         try:
             key = self.keys.holder(headers)
         except Unauthorized:
             if holds_key(headers) and (wait := self.wrong_keys.wrong(address)):
-                raise Overasked("Too many wrong keys came from this address.", retry_after=wait) from None
+                raise RateLimited("Too many wrong keys came from this address.", retry_after=wait) from None
             raise
         # Everyone looks as if they were here behind a proxy that the settings do not name.
         if not is_loopback(address) and (wait := self.wrong_keys.right(address, key.caller.name)):
-            raise Overasked("Too many wrong keys came from this address.", retry_after=wait)
+            raise RateLimited("Too many wrong keys came from this address.", retry_after=wait)
         return key
 
     def _stranger(self, scope: Scope) -> Caller:
         """Whoever has shown no key: nobody, but for the address."""
         return Caller(anonymous=True, address=network_of((scope.get("client") or ("",))[0]))
 
-    def _admit_key(self, key: Key, stranger: Caller) -> Admitted:
+    def _admit_key(self, key: HashedApiKey, stranger: Caller) -> AdmittedRequest:
         caller = replace(key.caller, address=stranger.address)
-        return Admitted(caller, Allowed(caller.share, key.rate or self.rate, key.concurrency or self.concurrency))
+        return AdmittedRequest(
+            caller, RateLimitStatus(caller.share, key.rate or self.rate, key.concurrency or self.concurrency)
+        )
 
     def _check_host(self, headers: Headers) -> None:
         hosts = headers.getlist("host")
         name = _host_name(hosts[0]) if len(hosts) == 1 else ""
         if not (is_loopback(name) or name in self.hosts):
-            raise Misdirected("This host name is not served here; the setting ALLOWED_HOSTS adds names.")
+            raise UnknownHost("This host name is not served here; the setting ALLOWED_HOSTS adds names.")
 
 
 def _is_open(scope: Scope) -> bool:

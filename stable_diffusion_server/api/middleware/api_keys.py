@@ -16,7 +16,7 @@ from stable_diffusion_server.types import Caller
 
 
 @dataclass(frozen=True, slots=True)
-class Key:
+class HashedApiKey:
     """A key by the SHA-256 of its secret, with what it may: `concurrency` 0 and `rate` `None` are no limit."""
 
     caller: Caller
@@ -30,20 +30,20 @@ def hashed(secret: str) -> bytes:
     return hashlib.sha256(secret.encode("utf-8", "surrogatepass")).digest()
 
 
-class Keyring:
+class ApiKeyring:
     """The keys of a server; without any, nobody needs one."""
 
-    def __init__(self, keys: Iterable[Key] = ()) -> None:
+    def __init__(self, keys: Iterable[HashedApiKey] = ()) -> None:
         self._keys = tuple(keys)
 
     def __bool__(self) -> bool:
         return bool(self._keys)
 
-    def holder(self, headers: Headers) -> Key:
+    def holder(self, headers: Headers) -> HashedApiKey:
         """The key a request was sent with. Raises `Unauthorized`."""
         return self.of(_sent(headers))
 
-    def of(self, secret: str) -> Key:
+    def of(self, secret: str) -> HashedApiKey:
         """The key of a secret. Raises `Unauthorized`."""
         given = hashed(secret)
         # Every key is compared, so that the time tells nothing about which one came close.

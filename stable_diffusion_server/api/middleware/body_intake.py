@@ -9,12 +9,12 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from stable_diffusion_server.api.error_bodies import refusal
-from stable_diffusion_server.api.middleware.access_policy import Policy
+from stable_diffusion_server.api.middleware.access_policy import AccessPolicy
 from stable_diffusion_server.api.middleware.byte_budget import ByteBudget, Reservation
-from stable_diffusion_server.errors import Overasked, RequestTimedOut, ServerError
+from stable_diffusion_server.errors import RateLimited, RequestTimedOut, ServerError
 
 
-class BodyIntake:
+class BodyIntakeMiddleware:
     """ASGI middleware: a body arrives at `min_rate` bytes a second at the least, else the request is answered 408.
 
     It is measured over `seconds` at a time: so long a body may stand still. Before a part of it is read, memory for
@@ -22,7 +22,7 @@ class BodyIntake:
     what it held. Anonymous callers have half of it together, or as much as one upload takes, if that is more.
     """
 
-    def __init__(self, app: ASGIApp, policy: Policy, seconds: float, min_rate: float, max_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, policy: AccessPolicy, seconds: float, min_rate: float, max_bytes: int) -> None:
         self._app = app
         self._policy = policy
         self._seconds = seconds
@@ -122,7 +122,7 @@ class _Body:
             async with asyncio.timeout(self._seconds):
                 await self._budget.make_room(self._reservation, self._arrived)
         except TimeoutError:
-            error = Overasked("Too many bodies are being sent at a time.", retry_after=1)
+            error = RateLimited("Too many bodies are being sent at a time.", retry_after=1)
             raise self._refuse(error) from None
         self._since += time.monotonic() - began  # nothing was read meanwhile, whatever was sent
 

@@ -23,7 +23,7 @@ class _Tries:
     good: set[str] = field(default_factory=set)
 
 
-class WrongKeys:
+class FailedLoginLimiter:
     """Counts wrong keys. After `a_minute` of them an address is told to wait, whatever wrong ones it sends.
 
     Others behind the same address are not locked out: a right key is taken all the same; after `an_hour` wrong ones,

@@ -10,7 +10,7 @@ from stable_diffusion_server.errors import HeadersTooLarge
 _MOST_BYTES, _MOST_HEADERS, _LONGEST = 65_536, 128, 16_384
 
 
-def check_head(scope: Scope) -> None:
+def check_header_limits(scope: Scope) -> None:
     """Raise `HeadersTooLarge` for a head that is too long to be looked into."""
     address = len(scope.get("raw_path") or scope["path"]) + len(scope.get("query_string", b""))
     # One more than are taken is enough to know: what is beyond costs nothing.

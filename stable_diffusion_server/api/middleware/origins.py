@@ -16,7 +16,7 @@ _SAME_SITE = "same-site"
 
 
 @dataclass(frozen=True, slots=True)
-class Origins:
+class OriginPolicy:
     """Pages that may draw: this server's own, those of the `allowed` origins, and with `same_site` those of its site.
 
     Another port of the same host, and another subdomain, are the same site, and may be anyone's.

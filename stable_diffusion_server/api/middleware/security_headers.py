@@ -14,7 +14,7 @@ _UNLESS_SAID = {
 }
 
 
-def protect(message: Message, path: str) -> None:
+def add_security_headers(message: Message, path: str) -> None:
     """Add the headers to the start of an answer. Pictures may be shown elsewhere; the pages of the UI say their own."""
     # On the raw list, in one pass: every answer goes through here.
     headers = [pair for pair in message["headers"] if pair[0] not in _ALWAYS]

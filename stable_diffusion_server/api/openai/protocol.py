@@ -10,11 +10,11 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from stable_diffusion_server.api.dialect_context import House
-from stable_diffusion_server.api.request_parsing import Upload
-from stable_diffusion_server.api.schemas.params import Asked, File
+from stable_diffusion_server.api.dialect_context import DialectContext
+from stable_diffusion_server.api.request_parsing import UploadedFile
+from stable_diffusion_server.api.schemas.params import File, GenerationParams
 from stable_diffusion_server.errors import InvalidInput
-from stable_diffusion_server.types import Fit, Format, Order, Source, Task, Warned
+from stable_diffusion_server.types import Fit, Format, GenerationRequest, ImageInput, RequestWarning, Task
 
 _SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
 # Steps against the model's default, and none at all where it is to decide.
@@ -27,7 +27,7 @@ _UNHEARD = {
 }
 
 
-class ImagesParameters(Asked):
+class ImagesParams(GenerationParams):
     """What both doors take. What is ours and not OpenAI's goes in `extra_body` of its clients."""
 
     n: int | None = Field(None, description="How many pictures; without a seed they differ.")
@@ -52,14 +52,14 @@ class ImagesParameters(Asked):
     input_fidelity: str | None = Field(None, description="Taken and not honoured; `warnings` says so.")
     complexity: str | None = Field(None, description="Taken and not honoured; `warnings` says so.")
 
-    numbers: ClassVar[frozenset[str]] = Asked.numbers - {"quality"}
+    numbers: ClassVar[frozenset[str]] = GenerationParams.numbers - {"quality"}
     own: ClassVar[frozenset[str]] = frozenset(
         "n size response_format output_format output_compression background quality stream partial_images moderation "
         "user safety_identifier style input_fidelity complexity".split()
     )
 
     @abstractmethod
-    def base(self, house: House) -> Order:
+    def base(self, house: DialectContext) -> GenerationRequest:
         """The order of the first picture, without format, quality and steps."""
 
     @property
@@ -74,7 +74,7 @@ class ImagesParameters(Asked):
             return (self.model or "").startswith(("gpt-image", "chatgpt-image"))
         return self.response_format == "b64_json"
 
-    def orders(self, house: House) -> list[Order]:
+    def orders(self, house: DialectContext) -> list[GenerationRequest]:
         """An order for each picture. Raises `InvalidInput`."""
         self._check(house)
         facts = house.facts(self.model)
@@ -93,10 +93,10 @@ class ImagesParameters(Asked):
         )
         return [replace(base, variation=number) for number in range(self.count)]
 
-    def warnings(self) -> list[Warned]:
+    def warnings(self) -> list[RequestWarning]:
         """What was asked for and cannot be honoured."""
         asked = {name: getattr(self, name) for name in _UNHEARD}
-        return [Warned("not-honoured", f"{name}: {_UNHEARD[name]}") for name, value in asked.items() if value]
+        return [RequestWarning("not-honoured", f"{name}: {_UNHEARD[name]}") for name, value in asked.items() if value]
 
     def pixels(self) -> tuple[int | None, int | None]:
         """Width and height asked for. Raises `InvalidInput`."""
@@ -107,7 +107,7 @@ class ImagesParameters(Asked):
             raise InvalidInput("size must be WIDTHxHEIGHT in pixels, or auto.", field="size")
         return int(match[1]), int(match[2])
 
-    def _check(self, house: House) -> None:
+    def _check(self, house: DialectContext) -> None:
         faults = []
         if not 1 <= self.count <= house.max_n:
             faults.append(("n", f"n must be between 1 and {house.max_n}."))
@@ -131,20 +131,20 @@ class ImagesParameters(Asked):
             house.check_size(self.count, width or _SIDE, height or _SIDE, "n")
 
     def _shared(self) -> dict[str, Any]:
-        return {name: value for name, value in self.words().items() if name not in self.own}
+        return {name: value for name, value in self.to_request_fields().items() if name not in self.own}
 
 
-class Generation(ImagesParameters):
+class GenerateImagesParams(ImagesParams):
     """Parameters of text to image."""
 
-    def base(self, house: House) -> Order:
+    def base(self, house: DialectContext) -> GenerationRequest:
         """The order of the first picture."""
         width, height = self.pixels()
         words = {**self._shared(), "width": width or _SIDE, "height": height or _SIDE}
-        return Order(task=Task.TEXT_TO_IMAGE, **words)
+        return GenerationRequest(task=Task.TEXT_TO_IMAGE, **words)
 
 
-class Edit(ImagesParameters):
+class EditImageParams(ImagesParams):
     """Parameters of image to image, and with a mask of inpainting: what is transparent in it is repainted."""
 
     files: ClassVar[frozenset[str]] = frozenset({"image", "image[]", "mask"})
@@ -160,18 +160,18 @@ class Edit(ImagesParameters):
     canny_high: int = Field(200, description="Gradient above which an edge is one.")
     control_scale: float | None = Field(None, description="How strongly to keep to the edges.")
 
-    def base(self, house: House) -> Order:
+    def base(self, house: DialectContext) -> GenerationRequest:
         """The order of the first picture."""
-        pictures = [picture for picture in self.image if isinstance(picture, Upload)]
+        pictures = [picture for picture in self.image if isinstance(picture, UploadedFile)]
         if not pictures:
             raise InvalidInput("image must be sent as a file of a multipart form.", field="image")
         width, height = self.pixels()
         words = self._shared()
         strength, refine = words.pop("strength"), words.pop("refine")
-        return Order(
+        return GenerationRequest(
             task=Task.INPAINT if self.mask else Task.IMAGE_TO_IMAGE,
-            image=Source("image", data=pictures[0].data),
-            mask=Source("mask", data=self.mask.data, transparency=True) if self.mask else None,
+            image=ImageInput("image", data=pictures[0].data),
+            mask=ImageInput("mask", data=self.mask.data, transparency=True) if self.mask else None,
             strength=strength if strength is not None else (1.0 if self.mask else 0.6),
             refine=refine if "refine" in self.model_fields_set else bool(self.mask),
             fit=Fit.CROP,
@@ -180,7 +180,7 @@ class Edit(ImagesParameters):
             **words,
         )
 
-    def warnings(self) -> list[Warned]:
+    def warnings(self) -> list[RequestWarning]:
         """What was asked for and cannot be honoured."""
-        more = [Warned("images-unused", "One picture is edited, the first; the others are not used.")]
+        more = [RequestWarning("images-unused", "One picture is edited, the first; the others are not used.")]
         return [*super().warnings(), *(more if len(self.image) > 1 else [])]

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 from stable_diffusion_server.api.base64_images import text_of
 from stable_diffusion_server.api.error_bodies import openai_error
-from stable_diffusion_server.api.openai.protocol import ImagesParameters
+from stable_diffusion_server.api.openai.protocol import ImagesParams
 from stable_diffusion_server.errors import ServerError
 from stable_diffusion_server.imaging.processing import media_type_of
 from stable_diffusion_server.parsing.strict_json import dumps
-from stable_diffusion_server.pipelines.catalog import ModelFacts
-from stable_diffusion_server.types import Receipt
+from stable_diffusion_server.pipelines.catalog import ModelSpec
+from stable_diffusion_server.types import GenerationResult
 
 _QUALITIES = {"hd": "high", "standard": "medium", None: "auto"}
 # The tokens OpenAI counts and bills: there are none here, and its clients want the fields.
@@ -27,15 +27,15 @@ _USAGE = {
 
 
 @dataclass(frozen=True, slots=True)
-class Made:
+class GeneratedImage:
     """A picture that was asked for: its receipt, its address, and its file where the answer holds it."""
 
-    receipt: Receipt
+    receipt: GenerationResult
     url: str
     file: bytes
 
 
-def answer(parameters: ImagesParameters, made: Sequence[Made]) -> dict[str, object]:
+def answer(parameters: ImagesParams, made: Sequence[GeneratedImage]) -> dict[str, object]:
     """The answer to a request for pictures, with what our receipts say beside what OpenAI's answers hold."""
     first = made[0].receipt
     told = {warning.code: warning for one in made for warning in one.receipt.warnings}
@@ -52,7 +52,7 @@ def answer(parameters: ImagesParameters, made: Sequence[Made]) -> dict[str, obje
     }
 
 
-def completed(parameters: ImagesParameters, made: Made, kind: str) -> str:
+def completed(parameters: ImagesParams, made: GeneratedImage, kind: str) -> str:
     """The event that ends a picture; `kind` is that of the door, as in `image_generation`."""
     receipt = made.receipt
     size = f"{receipt.width}x{receipt.height}"
@@ -61,7 +61,7 @@ def completed(parameters: ImagesParameters, made: Made, kind: str) -> str:
     return event(f"{kind}.completed", {**body, **facts, "usage": _USAGE})
 
 
-def partial(parameters: ImagesParameters, file: bytes, index: int, size: str, kind: str) -> str:
+def partial(parameters: ImagesParams, file: bytes, index: int, size: str, kind: str) -> str:
     """The event of a picture on its way: a small one, of which `size` tells the final one's."""
     body = _event_body(parameters, file, _format(file), size)
     return event(f"{kind}.partial_image", {**body, "partial_image_index": index})
@@ -78,7 +78,7 @@ def event(kind: str, body: Mapping[str, object]) -> str:
     return f"event: {kind}\ndata: {dumps({'type': kind, **body})}\n\n"
 
 
-def models_answer(models: Iterable[ModelFacts], aliases: Mapping[str, str]) -> dict[str, object]:
+def models_answer(models: Iterable[ModelSpec], aliases: Mapping[str, str]) -> dict[str, object]:
     """The list of models, ours and the names they also go by."""
     own = {facts.name: facts.revision for facts in models}
     names = [*own, *(alias for alias, name in aliases.items() if name in own and alias not in own)]
@@ -90,7 +90,7 @@ def model_answer(name: str, revision: str) -> dict[str, object]:
     return {"id": name, "object": "model", "created": 0, "owned_by": "stable-diffusion-server", "revision": revision}
 
 
-def _datum(parameters: ImagesParameters, made: Made) -> dict[str, object]:
+def _datum(parameters: ImagesParams, made: GeneratedImage) -> dict[str, object]:
     receipt = made.receipt
     picture = {"b64_json": text_of(made.file)} if parameters.as_text else {"url": made.url}
     revised = {"revised_prompt": receipt.prompt_used} if receipt.prompt_used else {}
@@ -98,7 +98,7 @@ def _datum(parameters: ImagesParameters, made: Made) -> dict[str, object]:
     return {**picture, **revised, **facts}
 
 
-def _event_body(parameters: ImagesParameters, file: bytes, file_format: str, size: str) -> dict[str, object]:
+def _event_body(parameters: ImagesParams, file: bytes, file_format: str, size: str) -> dict[str, object]:
     return {
         "b64_json": text_of(file),
         "created_at": int(time.time()),
@@ -109,11 +109,11 @@ def _event_body(parameters: ImagesParameters, file: bytes, file_format: str, siz
     }
 
 
-def _quality(parameters: ImagesParameters) -> str:
+def _quality(parameters: ImagesParams) -> str:
     return _QUALITIES.get(parameters.quality, parameters.quality or "auto")
 
 
-def _format_of(made: Made) -> str:
+def _format_of(made: GeneratedImage) -> str:
     if made.file:
         return _format(made.file)
     ending = made.receipt.key.rsplit(".", 1)[-1].lower()

@@ -9,24 +9,31 @@ from dataclasses import dataclass
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import StreamingResponse
 
-from stable_diffusion_server.api.aside import aside
-from stable_diffusion_server.api.concurrency import disconnection, unless_disconnected
-from stable_diffusion_server.api.dependencies import caller_of, within
-from stable_diffusion_server.api.dialect_context import House
-from stable_diffusion_server.api.dispatch import Answering
+from stable_diffusion_server.api.aside import run_if_large
+from stable_diffusion_server.api.concurrency import cancel_on_disconnect, disconnection
+from stable_diffusion_server.api.dependencies import caller_of, scope_to_caller
+from stable_diffusion_server.api.dialect_context import DialectContext
+from stable_diffusion_server.api.dispatch import RequestDispatcher
 from stable_diffusion_server.api.json_responses import JSONResponse
 from stable_diffusion_server.api.openai import responses
-from stable_diffusion_server.api.openai.protocol import Edit, Generation, ImagesParameters
-from stable_diffusion_server.api.openai.responses import Made
-from stable_diffusion_server.api.openai.streaming import EventStream, Partials
+from stable_diffusion_server.api.openai.protocol import EditImageParams, GenerateImagesParams, ImagesParams
+from stable_diffusion_server.api.openai.responses import GeneratedImage
+from stable_diffusion_server.api.openai.streaming import EventStream, PartialImages
 from stable_diffusion_server.api.problems import client_gone
 from stable_diffusion_server.api.schemas.params import read_as
 from stable_diffusion_server.api.schemas.wire import documented
-from stable_diffusion_server.api.together import together
+from stable_diffusion_server.api.together import gather_or_cancel
 from stable_diffusion_server.errors import InvalidInput, NotFound, TooLarge
-from stable_diffusion_server.generation.service import Service
-from stable_diffusion_server.imaging.processing import Pixels, encode
-from stable_diffusion_server.types import Caller, EventKind, Format, Order, Progress, Receipt
+from stable_diffusion_server.generation.service import GenerationService
+from stable_diffusion_server.imaging.processing import Pixels, encode_image
+from stable_diffusion_server.types import (
+    Caller,
+    EngineEventKind,
+    Format,
+    GenerationProgress,
+    GenerationRequest,
+    GenerationResult,
+)
 
 UrlOf = Callable[[Request, str], str]
 
@@ -37,30 +44,32 @@ _PREVIEW_QUALITY = 80
 class _Asked:
     """One request: its parameters, an order for each picture, and who asks."""
 
-    parameters: ImagesParameters
-    orders: list[Order]
+    parameters: ImagesParams
+    orders: list[GenerationRequest]
     caller: Caller
     kind: str
 
 
-def router(service: Service, answering: Answering, house: House, url_of: UrlOf) -> APIRouter:
+def openai_router(
+    service: GenerationService, answering: RequestDispatcher, house: DialectContext, url_of: UrlOf
+) -> APIRouter:
     """The doors over a service; `url_of` makes the URL of a key for the client at hand.
 
     A request for one picture that is not streamed may be answered by a job, and once for its idempotency key.
     """
     routes = APIRouter(tags=["openai"], prefix="/v1")
 
-    async def asked(request: Request, schema: type[ImagesParameters], kind: str) -> Response:
+    async def asked(request: Request, schema: type[ImagesParams], kind: str) -> Response:
         parameters = await read_as(schema, request)
         caller = caller_of(request)
-        orders = [within(caller, order) for order in parameters.orders(house)]
+        orders = [scope_to_caller(caller, order) for order in parameters.orders(house)]
         what = _Asked(parameters, orders, caller, kind)
         if len(orders) == 1 and not parameters.stream:
 
-            async def render(request: Request, receipt: Receipt, file: bytes) -> Response:
-                return await _told(house, what, [Made(receipt, url_of(request, receipt.key), file)])
+            async def render(request: Request, receipt: GenerationResult, file: bytes) -> Response:
+                return await _told(house, what, [GeneratedImage(receipt, url_of(request, receipt.key), file)])
 
-            return await answering.answer(request, orders[0], render, picture=parameters.as_text)
+            return await answering.dispatch(request, orders[0], render, picture=parameters.as_text)
         if request.headers.get("idempotency-key") is not None:
             raise InvalidInput("Idempotency-Key is for one picture that is not streamed.", field="Idempotency-Key")
         return await (_streamed if parameters.stream else _answered)(request, service, house, url_of, what)
@@ -69,23 +78,23 @@ def router(service: Service, answering: Answering, house: House, url_of: UrlOf) 
         "/images/generations",
         summary="OpenAI: draw pictures",
         operation_id="create_image",
-        openapi_extra=documented(Generation, house.limits, "POST"),
+        openapi_extra=documented(GenerateImagesParams, house.limits, "POST"),
         response_model=None,
     )
     async def generations(request: Request) -> Response:
         """Draw pictures from a prompt."""
-        return await asked(request, Generation, "image_generation")
+        return await asked(request, GenerateImagesParams, "image_generation")
 
     @routes.post(
         "/images/edits",
         summary="OpenAI: draw a picture anew, or a part of it",
         operation_id="create_image_edit",
-        openapi_extra=documented(Edit, house.limits, "POST", ("multipart/form-data",)),
+        openapi_extra=documented(EditImageParams, house.limits, "POST", ("multipart/form-data",)),
         response_model=None,
     )
     async def edits(request: Request) -> Response:
         """Draw a picture anew after a prompt, or what a mask leaves transparent."""
-        return await asked(request, Edit, "image_edit")
+        return await asked(request, EditImageParams, "image_edit")
 
     @routes.get("/models", summary="OpenAI: the models", operation_id="list_models", response_model=None)
     async def models() -> Response:
@@ -103,29 +112,33 @@ def router(service: Service, answering: Answering, house: House, url_of: UrlOf) 
     return routes
 
 
-async def _answered(request: Request, service: Service, house: House, url_of: UrlOf, what: _Asked) -> Response:
-    async def one(order: Order) -> Made:
+async def _answered(
+    request: Request, service: GenerationService, house: DialectContext, url_of: UrlOf, what: _Asked
+) -> Response:
+    async def one(order: GenerationRequest) -> GeneratedImage:
         if what.parameters.as_text:
-            receipt, file = await service.picture(order, caller=what.caller)
-            return Made(receipt, url_of(request, receipt.key), file)
-        receipt = await service.fulfil(order, caller=what.caller)
-        return Made(receipt, url_of(request, receipt.key), b"")
+            receipt, file = await service.generate_with_bytes(order, caller=what.caller)
+            return GeneratedImage(receipt, url_of(request, receipt.key), file)
+        receipt = await service.generate(order, caller=what.caller)
+        return GeneratedImage(receipt, url_of(request, receipt.key), b"")
 
-    made = await unless_disconnected(request, together([one(order) for order in what.orders]))
+    made = await cancel_on_disconnect(request, gather_or_cancel([one(order) for order in what.orders]))
     return client_gone() if made is None else await _told(house, what, made)
 
 
-async def _told(house: House, what: _Asked, made: list[Made]) -> Response:
+async def _told(house: DialectContext, what: _Asked, made: list[GeneratedImage]) -> Response:
     if sum(len(one.file) for one in made) * 4 // 3 > house.max_response_bytes:
         raise TooLarge("The pictures are too large for one answer; ask for fewer, or response_format url.")
     size = sum(len(one.file) for one in made)
-    return await aside(size, lambda: JSONResponse(responses.answer(what.parameters, made)))
+    return await run_if_large(size, lambda: JSONResponse(responses.answer(what.parameters, made)))
 
 
-async def _streamed(request: Request, service: Service, house: House, url_of: UrlOf, what: _Asked) -> Response:
+async def _streamed(
+    request: Request, service: GenerationService, house: DialectContext, url_of: UrlOf, what: _Asked
+) -> Response:
     stream = EventStream(responses.failed)
 
-    async def one(order: Order) -> None:
+    async def one(order: GenerationRequest) -> None:
         size = f"{order.width}x{order.height}" if order.width else "auto"
         encoding: list[asyncio.Task[None]] = []
 
@@ -134,24 +147,24 @@ async def _streamed(request: Request, service: Service, house: House, url_of: Ur
 
         async def partial(index: int, preview: Pixels) -> None:
             file_format = order.format or Format.PNG
-            file = await asyncio.to_thread(encode, preview, file_format, _PREVIEW_QUALITY, None)
+            file = await asyncio.to_thread(encode_image, preview, file_format, _PREVIEW_QUALITY, None)
             stream.send(responses.partial(what.parameters, file, index, size, what.kind))
 
-        partials = Partials(what.parameters.partial_images or 0, send)
+        partials = PartialImages(what.parameters.partial_images or 0, send)
 
-        def watch(progress: Progress) -> None:
-            if progress.kind is not EventKind.QUEUED:
+        def watch(progress: GenerationProgress) -> None:
+            if progress.kind is not EngineEventKind.QUEUED:
                 stream.begin()
             partials.watch(progress)
 
         previews = bool(what.parameters.partial_images)
-        receipt, file = await service.picture(order, caller=what.caller, watch=watch, previews=previews)
+        receipt, file = await service.generate_with_bytes(order, caller=what.caller, watch=watch, previews=previews)
         await asyncio.gather(*encoding)
-        made = Made(receipt, url_of(request, receipt.key), file)
-        stream.send(await aside(len(file), responses.completed, what.parameters, made, what.kind))
+        made = GeneratedImage(receipt, url_of(request, receipt.key), file)
+        stream.send(await run_if_large(len(file), responses.completed, what.parameters, made, what.kind))
 
     async def work() -> None:
-        await together([one(order) for order in what.orders])
+        await gather_or_cancel([one(order) for order in what.orders])
 
     leaving = asyncio.create_task(disconnection(request))
     leaving.add_done_callback(lambda done: None if done.cancelled() else stream.stop())

@@ -10,7 +10,7 @@ import structlog
 
 from stable_diffusion_server.errors import ServerError
 from stable_diffusion_server.imaging.processing import Pixels
-from stable_diffusion_server.types import Progress
+from stable_diffusion_server.types import GenerationProgress
 
 _log = structlog.get_logger(__name__)
 
@@ -18,10 +18,10 @@ _log = structlog.get_logger(__name__)
 _QUIET_SECONDS = 15.0
 _STILL_THERE = ": still drawing\n\n"
 
-Watch = Callable[[Progress], None]
+Watch = Callable[[GenerationProgress], None]
 
 
-class Partials:
+class PartialImages:
     """Chooses which of a picture's previews are sent: `wanted` of them, evenly over its steps."""
 
     def __init__(self, wanted: int, send: Callable[[int, Pixels], None]) -> None:
@@ -29,7 +29,7 @@ class Partials:
         self._send = send
         self._sent = 0
 
-    def watch(self, progress: Progress) -> None:
+    def watch(self, progress: GenerationProgress) -> None:
         """Take note of how far the picture is."""
         if progress.preview is None or progress.steps == 0 or self._sent >= self._wanted:
             return

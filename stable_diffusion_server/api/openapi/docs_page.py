@@ -48,7 +48,7 @@ _POLICY = (
 )
 
 
-def router() -> APIRouter:
+def docs_router() -> APIRouter:
     """`/docs` and what it loads."""
     routes = APIRouter(include_in_schema=False)
     folder = Path(fastapi_swagger.__file__).parent / "resources"

@@ -59,7 +59,7 @@ _EVENTS = {"create_image", "create_image_edit"}
 _OPEN = {"healthz", "readyz", "file_get", "file_head"}
 
 
-def install(app: FastAPI, models: Callable[[], Mapping[str, tuple[str, ...]]], *, keys_needed: bool) -> None:
+def install_openapi(app: FastAPI, models: Callable[[], Mapping[str, tuple[str, ...]]], *, keys_needed: bool) -> None:
     """Have the app tell its whole document; `models` tells the schedulers of each model by its name.
 
     It is made again when these are others, as they may be once the models are loaded.

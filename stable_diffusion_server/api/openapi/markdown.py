@@ -21,7 +21,7 @@ _TAGS = {
 }
 
 
-def markdown(document: Mapping[str, Any]) -> str:
+def openapi_markdown(document: Mapping[str, Any]) -> str:
     """The page of a document."""
     by_tag: dict[str, list[tuple[str, str, dict[str, Any]]]] = {}
     for path, operations in document["paths"].items():

@@ -14,14 +14,14 @@ from starlette.staticfiles import NotModifiedResponse
 
 from stable_diffusion_server.api.dependencies import caller_of
 from stable_diffusion_server.api.json_responses import JSONResponse
-from stable_diffusion_server.concurrency.fair_queue import FairQueue
+from stable_diffusion_server.concurrency.fair_queue import FairRequestQueue
 from stable_diffusion_server.errors import Forbidden, InvalidInput, NotFound
-from stable_diffusion_server.generation.library import Shelf
+from stable_diffusion_server.generation.library import ImageLibrary
 from stable_diffusion_server.storage.api import Bucket, read_picture
 from stable_diffusion_server.storage.local import LocalBucket
-from stable_diffusion_server.storage.object_headers import caching_of, disposition_of
-from stable_diffusion_server.storage.signed_urls import Signer
-from stable_diffusion_server.types import Stored
+from stable_diffusion_server.storage.object_headers import cache_control, content_disposition
+from stable_diffusion_server.storage.signed_urls import UrlSigner
+from stable_diffusion_server.types import StoredObject
 
 _RANGE = re.compile(r"bytes=\s*(\d+-\d*|-\d+)(\s*,\s*(\d+-\d*|-\d+))*")
 _ONE_RANGE = re.compile(r"bytes=\s*([0-9]{0,18})-([0-9]{0,18})\s*")
@@ -32,7 +32,7 @@ AT_ONCE, MOST_ASKED = 6, 128
 _SHOWN_INLINE = ("image/webp", "image/png", "image/jpeg")
 
 
-def router(bucket: Bucket, shelf: Shelf, signer: Signer | None, folder: str = "") -> APIRouter:
+def files_router(bucket: Bucket, shelf: ImageLibrary, signer: UrlSigner | None, folder: str = "") -> APIRouter:
     """The door to the pictures that have no address of their own: those of a local bucket, and those that wait.
 
     With a `signer` every address has to be signed. Of a bucket that is elsewhere only what is in `folder` is given.
@@ -79,9 +79,9 @@ def router(bucket: Bucket, shelf: Shelf, signer: Signer | None, folder: str = ""
     return routes
 
 
-def bucket_queue() -> FairQueue:
+def bucket_queue() -> FairRequestQueue:
     """Who reads or deletes in the bucket: many may, and drawing needs the same few calls to it and threads."""
-    return FairQueue(AT_ONCE, MOST_ASKED, f"{MOST_ASKED} requests of yours for stored pictures are under way.")
+    return FairRequestQueue(AT_ONCE, MOST_ASKED, f"{MOST_ASKED} requests of yours for stored pictures are under way.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,7 @@ class _Giving:
     """Gives files out of a bucket."""
 
     bucket: Bucket
-    signer: Signer | None
+    signer: UrlSigner | None
     folder: str
 
     def give(self, request: Request, key: str) -> Response:
@@ -98,8 +98,8 @@ class _Giving:
         stored = self._stored(key)
         headers = {
             "ETag": f'"{stored.etag}"',
-            "Cache-Control": caching_of(stored.record),
-            "Content-Disposition": disposition_of(key, inline=stored.content_type in _SHOWN_INLINE),
+            "Cache-Control": cache_control(stored.record),
+            "Content-Disposition": content_disposition(key, inline=stored.content_type in _SHOWN_INLINE),
             "X-Content-Type-Options": "nosniff",
             "Content-Security-Policy": "default-src 'none'; sandbox",
         }
@@ -123,7 +123,7 @@ class _Giving:
             raise Forbidden("Addresses of pictures are signed here, and this one is not, or its time is over.")
         return until
 
-    def _stored(self, key: str) -> Stored:
+    def _stored(self, key: str) -> StoredObject:
         stored = None
         inside = isinstance(self.bucket, LocalBucket) or key.startswith(self.folder)
         if inside and "\0" not in key and not {"", ".", ".."} & set(key.split("/")):
@@ -136,7 +136,7 @@ class _Giving:
         return stored
 
 
-def _of_disk(request: Request, bucket: LocalBucket, stored: Stored, headers: dict[str, str]) -> Response:
+def _of_disk(request: Request, bucket: LocalBucket, stored: StoredObject, headers: dict[str, str]) -> Response:
     """The file itself, in ranges too, or nothing for who has it already."""
     wanted_range = request.headers.get("range", "bytes=0-")
     if len(wanted_range) > _LONGEST_RANGE or not _RANGE.fullmatch(wanted_range):
@@ -146,7 +146,7 @@ def _of_disk(request: Request, bucket: LocalBucket, stored: Stored, headers: dic
     return NotModifiedResponse(response.headers) if _is_known(request, headers["ETag"]) else response
 
 
-def _of_bucket(request: Request, bucket: Bucket, stored: Stored, headers: dict[str, str]) -> Response:
+def _of_bucket(request: Request, bucket: Bucket, stored: StoredObject, headers: dict[str, str]) -> Response:
     """The object's bytes as this server reads them, one range of them too, or nothing for who has it already.
 
     Raises `NotFound` and `StorageUnavailable`.

@@ -4,78 +4,80 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Request, Response
 
-from stable_diffusion_server.api.dispatch import Answering, Render, UrlOf
+from stable_diffusion_server.api.dispatch import Render, RequestDispatcher, UrlOf
 from stable_diffusion_server.api.json_responses import JSONResponse
 from stable_diffusion_server.api.schemas.wire import (
-    Inpaint,
-    Parameters,
-    StyleTransfer,
-    StyleTransferBytes,
-    TextToImage,
+    ImageToImageParams,
+    ImageToImageUploadParams,
+    InpaintParams,
+    NativeParams,
+    TextToImageParams,
     documented,
-    read_order,
-    receipt_body,
+    read_generation_request,
+    result_body,
 )
-from stable_diffusion_server.generation.limits import Limits
+from stable_diffusion_server.generation.limits import RequestLimits
 from stable_diffusion_server.imaging.processing import media_type_of
-from stable_diffusion_server.types import Receipt
+from stable_diffusion_server.types import GenerationResult
 
-_DOORS: tuple[tuple[str, type[Parameters], str, str], ...] = (
+_DOORS: tuple[tuple[str, type[NativeParams], str, str], ...] = (
     (
         "/create_and_upload_image",
-        TextToImage,
+        TextToImageParams,
         "Text to image, stored",
         "Draw a picture from a prompt, store it, and answer where it is and how it was made.",
     ),
     (
         "/make_image",
-        TextToImage,
+        TextToImageParams,
         "Text to image, answered",
         "The same, answering the picture itself; `Content-Location` tells where it is stored.",
     ),
     (
         "/inpaint_and_upload_image",
-        Inpaint,
+        InpaintParams,
         "Inpainting, stored",
         "Repaint a picture where a mask is white, and keep every other pixel as it is.",
     ),
     (
         "/style_transfer_and_upload_image",
-        StyleTransfer,
+        ImageToImageParams,
         "Image to image, stored",
         "Draw a picture anew after a prompt, as much as `strength` says, with its edges kept if `canny` is set.",
     ),
     (
         "/style_transfer_bytes_and_upload_image",
-        StyleTransferBytes,
+        ImageToImageUploadParams,
         "Image to image for an uploaded file, stored",
         "The same for a file; its name in the bucket begins with eight digits that tell the content.",
     ),
 )
 
 
-def router(answering: Answering, limits: Limits, url_of: UrlOf, *, get_generates: bool = True) -> APIRouter:
+def generate_router(
+    answering: RequestDispatcher, limits: RequestLimits, url_of: UrlOf, *, get_generates: bool = True
+) -> APIRouter:
     """The upload doors; `url_of` makes the URL of a key for the client at hand.
 
     GET is there because the original had it; without `get_generates` only POST draws.
     """
     routes = APIRouter(tags=["draw"])
 
-    def told(request: Request, receipt: Receipt, _: bytes) -> Response:
-        return JSONResponse(receipt_body(receipt, url_of(request, receipt.key)))
+    def told(request: Request, receipt: GenerationResult, _: bytes) -> Response:
+        return JSONResponse(result_body(receipt, url_of(request, receipt.key)))
 
-    def shown(request: Request, receipt: Receipt, picture: bytes) -> Response:
+    def shown(request: Request, receipt: GenerationResult, picture: bytes) -> Response:
         headers = {"Content-Location": url_of(request, receipt.key)}
         if receipt.warnings:
             headers["X-Warnings"] = ", ".join(warning.code for warning in receipt.warnings)
         return Response(picture, media_type=media_type_of(picture), headers=headers)
 
-    def door(path: str, schema: type[Parameters], render: Render, summary: str, description: str) -> None:
+    def door(path: str, schema: type[NativeParams], render: Render, summary: str, description: str) -> None:
         """One path for GET and POST, over the parameters of `schema`."""
 
         async def handler(request: Request) -> Response:
-            order = await read_order(request, schema)
-            return await answering.answer(request, order, render, picture=render is shown)
+            order = await read_generation_request(request, schema)
+            return await answering.dispatch(request, order, render, picture=render is shown)
 
         for method in ("GET", "POST") if get_generates else ("POST",):
             routes.add_api_route(

@@ -15,7 +15,7 @@ from stable_diffusion_server.errors import Forbidden
 _ASK = "What is missing is told to those who send a key, and to clients on this machine where there are none."
 
 
-def router(
+def health_router(
     missing: Callable[[], list[str]],
     exposition: Callable[[], bytes],
     loaded: Callable[[], Sequence[Mapping[str, object]]] = tuple,

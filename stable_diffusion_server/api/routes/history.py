@@ -10,10 +10,10 @@ from starlette.concurrency import run_in_threadpool
 
 from stable_diffusion_server.api.dependencies import caller_of
 from stable_diffusion_server.api.json_responses import JSONResponse
-from stable_diffusion_server.concurrency.fair_queue import FairQueue
+from stable_diffusion_server.concurrency.fair_queue import FairRequestQueue
 from stable_diffusion_server.errors import InvalidInput
-from stable_diffusion_server.generation.library import Shelf
-from stable_diffusion_server.storage.history.entries import Entry, Wanted
+from stable_diffusion_server.generation.library import ImageLibrary
+from stable_diffusion_server.storage.history.entries import HistoryEntry, HistoryQuery
 
 _MOST, _USUAL = 200, 50
 # Searches that run at a time, and those of one caller that run or wait.
@@ -38,10 +38,10 @@ _DOCUMENTED = {
 }
 
 
-def router(shelf: Shelf, url_of: Callable[[Request, str], str]) -> APIRouter:
+def history_router(shelf: ImageLibrary, url_of: Callable[[Request, str], str]) -> APIRouter:
     """The door over a shelf; `url_of` makes the URL of a key for the client at hand."""
     routes = APIRouter(tags=["operate"])
-    searches = FairQueue(AT_ONCE, MOST_ASKED, f"{MOST_ASKED} of your searches are under way.")
+    searches = FairRequestQueue(AT_ONCE, MOST_ASKED, f"{MOST_ASKED} of your searches are under way.")
 
     @routes.get(
         "/history",
@@ -62,7 +62,7 @@ def router(shelf: Shelf, url_of: Callable[[Request, str], str]) -> APIRouter:
     return routes
 
 
-def _wanted(request: Request) -> Wanted:
+def _wanted(request: Request) -> HistoryQuery:
     given = request.query_params
     faults = [(name[:100], f"{name[:100]} is not a parameter here.") for name in given if name not in _PARAMETERS]
     faults += [
@@ -79,7 +79,7 @@ def _wanted(request: Request) -> Wanted:
                 numbers[name] = int(text)
     if faults:
         raise InvalidInput.of(faults)
-    return Wanted(
+    return HistoryQuery(
         words=given.get("q", ""),
         model=given.get("model", ""),
         before=numbers.get("before"),
@@ -87,7 +87,7 @@ def _wanted(request: Request) -> Wanted:
     )
 
 
-def _shown(entry: Entry) -> dict[str, object]:
+def _shown(entry: HistoryEntry) -> dict[str, object]:
     return {
         "key": entry.key,
         "prompt": entry.prompt,

@@ -8,12 +8,12 @@ from contextlib import aclosing
 from fastapi import APIRouter, Request, Response
 
 from stable_diffusion_server.api.dependencies import caller_of
-from stable_diffusion_server.api.event_stream import EventResponse, Followers
+from stable_diffusion_server.api.event_stream import EventResponse, FollowerLimiter
 from stable_diffusion_server.api.json_responses import JSONResponse
 from stable_diffusion_server.api.previews import EncodedPreviews
 from stable_diffusion_server.api.schemas.wire import job_body
-from stable_diffusion_server.jobs.events import Happening
-from stable_diffusion_server.jobs.manager import Jobs
+from stable_diffusion_server.jobs.events import JobEvent
+from stable_diffusion_server.jobs.manager import JobManager
 from stable_diffusion_server.parsing.strict_json import dumps
 from stable_diffusion_server.types import Format
 
@@ -22,7 +22,7 @@ UrlOf = Callable[[Request, str], str]
 _NO_STORE = {"Cache-Control": "no-store"}
 
 
-def router(jobs: Jobs, url_of: UrlOf, followers: Followers, previews: EncodedPreviews) -> APIRouter:
+def jobs_router(jobs: JobManager, url_of: UrlOf, followers: FollowerLimiter, previews: EncodedPreviews) -> APIRouter:
     """The doors to jobs; `url_of` makes the URL of a key for the client at hand.
 
     `followers` bounds who follows at a time; `previews` encodes for all of them.
@@ -71,7 +71,7 @@ def router(jobs: Jobs, url_of: UrlOf, followers: Followers, previews: EncodedPre
 
 
 async def _stream(
-    happenings: AsyncGenerator[Happening | None], url: Callable[[str], str], previews: EncodedPreviews
+    happenings: AsyncGenerator[JobEvent | None], url: Callable[[str], str], previews: EncodedPreviews
 ) -> AsyncGenerator[str]:
     """Events as they go over the wire; a comment keeps the line open while nothing happens."""
     yield "retry: 2000\n\n"

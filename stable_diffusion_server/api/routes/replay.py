@@ -9,21 +9,21 @@ from uuid import uuid4
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
-from stable_diffusion_server.api.concurrency import unless_disconnected
-from stable_diffusion_server.api.dependencies import caller_of, within
+from stable_diffusion_server.api.concurrency import cancel_on_disconnect
+from stable_diffusion_server.api.dependencies import caller_of, scope_to_caller
 from stable_diffusion_server.api.dispatch import UrlOf
 from stable_diffusion_server.api.json_responses import JSONResponse
 from stable_diffusion_server.api.problems import client_gone
 from stable_diffusion_server.api.request_parsing import read_parameters
 from stable_diffusion_server.api.schemas.params import File, validated
-from stable_diffusion_server.api.schemas.wire import documented, receipt_body
+from stable_diffusion_server.api.schemas.wire import documented, result_body
 from stable_diffusion_server.errors import InvalidInput
-from stable_diffusion_server.generation.limits import Limits
-from stable_diffusion_server.generation.replay import PICTURE, Memo, Replays, with_sources
-from stable_diffusion_server.types import Caller, Format, Order
+from stable_diffusion_server.generation.limits import RequestLimits
+from stable_diffusion_server.generation.replay import PICTURE, EmbeddedProvenance, ReplayService, with_sources
+from stable_diffusion_server.types import Caller, Format, GenerationRequest
 
 
-class Replay(BaseModel):
+class ReplayParams(BaseModel):
     """A picture made here, the files it was made from, and where the new one goes."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, arbitrary_types_allowed=True)
@@ -40,7 +40,7 @@ class Replay(BaseModel):
     timeout: float | None = Field(None, description="Seconds to wait for the picture at the most.")
     batch: Literal["any", "alone"] = Field("alone", description="`any` may share forward passes with others.")
 
-    def order(self, memo: Memo) -> Order:
+    def order(self, memo: EmbeddedProvenance) -> GenerationRequest:
         """The order of the picture, to be stored elsewhere."""
         image, mask = (file.data if file is not None else None for file in (self.image_file, self.mask_file))
         order = with_sources(memo, image, mask)
@@ -56,7 +56,7 @@ class Replay(BaseModel):
         )
 
 
-def router(replays: Replays, limits: Limits, url_of: UrlOf) -> APIRouter:
+def replay_router(replays: ReplayService, limits: RequestLimits, url_of: UrlOf) -> APIRouter:
     """The door over what draws again; `url_of` makes the URL of a key for the client at hand."""
     routes = APIRouter(tags=["draw"])
 
@@ -65,23 +65,23 @@ def router(replays: Replays, limits: Limits, url_of: UrlOf) -> APIRouter:
         summary="Draw a picture made here again",
         description="Reads how a picture was made, draws it once more, and tells how alike the two are.",
         operation_id="replay",
-        openapi_extra=documented(Replay, limits, "POST"),
+        openapi_extra=documented(ReplayParams, limits, "POST"),
         response_model=None,
     )
     async def replay(request: Request) -> Response:
-        asked = validated(Replay, await read_parameters(request, Replay.files))
+        asked = validated(ReplayParams, await read_parameters(request, ReplayParams.files))
         if asked.picture_file is None:
             raise InvalidInput(f"{PICTURE} is missing.", field=PICTURE)
         picture, caller = asked.picture_file.data, caller_of(request)
-        memo = await replays.memo_of(picture, caller)
+        memo = await replays.read_provenance(picture, caller)
         order = asked.order(memo)
         if asked.save_path is None:
             order = replace(order, **_name_for(caller, memo.digest, f".{order.format}"))
-        work = replays.draw(memo, within(caller, order), picture, caller)
-        if (done := await unless_disconnected(request, work)) is None:
+        work = replays.draw(memo, scope_to_caller(caller, order), picture, caller)
+        if (done := await cancel_on_disconnect(request, work)) is None:
             return client_gone()
         told = {"same_order": done.same_order, "equal": done.equal, "decibels": done.decibels}
-        return JSONResponse({**receipt_body(done.receipt, url_of(request, done.receipt.key)), "replay": told})
+        return JSONResponse({**result_body(done.receipt, url_of(request, done.receipt.key)), "replay": told})
 
     return routes
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal, NoReturn, TypeVar
 from fastapi import Request
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema, field_validator, model_validator
 
-from stable_diffusion_server.api.request_parsing import JsonText, Upload, read_parameters
+from stable_diffusion_server.api.request_parsing import RawJson, UploadedFile, read_parameters
 from stable_diffusion_server.errors import InvalidInput
 from stable_diffusion_server.generation.limits import NAME_MAX, TEXT_MAX
 
@@ -24,11 +24,14 @@ _LORA_TEXT_MAX = 2000
 _LORA = re.compile(r"(?P<name>[A-Za-z0-9][A-Za-z0-9._-]{0,99})(:(?P<weight>[+-]?\d{1,3}(\.\d{1,6})?))?")
 
 
-File = Annotated[Upload | None, WithJsonSchema(_BINARY)]
+File = Annotated[UploadedFile | None, WithJsonSchema(_BINARY)]
 
 
-class Asked(BaseModel):
-    """What may be asked of any picture, by every dialect. Bounds are checked by `Limits`, which the settings decide."""
+class GenerationParams(BaseModel):
+    """What may be asked of any picture, by every dialect.
+
+    Bounds are checked by `RequestLimits`, which the settings decide.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, arbitrary_types_allowed=True)
 
@@ -74,7 +77,7 @@ class Asked(BaseModel):
             raise ValueError("is not a name or name:weight")
         return value
 
-    def words(self) -> dict[str, Any]:
+    def to_request_fields(self) -> dict[str, Any]:
         """The parameters as an order holds them, without the pictures."""
         pictures = {"image_url", "image_file", "mask_url", "mask_file", "image", "mask"}
         matches = [_LORA.fullmatch(part.strip()) for part in self.lora.split(",")] if self.lora is not None else []
@@ -87,22 +90,22 @@ class Asked(BaseModel):
     def _no_other_types(cls, data: Any) -> Any:
         """Refuse `true` where a number belongs, which Python would take for 1, and in JSON texts and numbers alike."""
         for name, value in data.items() if isinstance(data, dict) else ():
-            text = isinstance(value, JsonText) and value != "random"
+            text = isinstance(value, RawJson) and value != "random"
             if name in cls.numbers and (isinstance(value, bool) or text):
                 raise InvalidInput(f"{name} must be a number.", field=name)
-            if name in _TRUTHS and (isinstance(value, JsonText | float) or type(value) is int):
+            if name in _TRUTHS and (isinstance(value, RawJson | float) or type(value) is int):
                 raise InvalidInput(f"{name} must be true or false.", field=name)
         return data
 
 
-A = TypeVar("A", bound=Asked)
+A = TypeVar("A", bound=GenerationParams)
 M = TypeVar("M", bound=BaseModel)
 
 
 async def read_as(schema: type[A], request: Request) -> A:
     """A request's query and body (form, multipart or JSON) as parameters.
 
-    Raises `Malformed`, `UnsupportedMedia`, and `InvalidInput`, which names every refused parameter.
+    Raises `MalformedRequest`, `UnsupportedMedia`, and `InvalidInput`, which names every refused parameter.
     """
     return validated(schema, await read_parameters(request, schema.files, schema.lists, schema.pictures))
 
@@ -112,10 +115,10 @@ def validated(schema: type[M], parameters: Mapping[str, Any]) -> M:
     try:
         return schema.model_validate(parameters)
     except ValidationError as error:
-        refuse(error)
+        raise_invalid(error)
 
 
-def refuse(error: ValidationError) -> NoReturn:
+def raise_invalid(error: ValidationError) -> NoReturn:
     """Turn pydantic's findings into one `InvalidInput`. Values are not repeated: they may be long, or secret."""
     faults: dict[str, str] = {}
     for fault in error.errors(include_url=False, include_input=False):

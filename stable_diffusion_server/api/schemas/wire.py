@@ -11,19 +11,19 @@ from typing import Any, ClassVar
 from fastapi import Request
 from pydantic import BaseModel, Field
 
-from stable_diffusion_server.api.aside import aside
+from stable_diffusion_server.api.aside import run_if_large
 from stable_diffusion_server.api.base64_images import bytes_of, is_data_url
-from stable_diffusion_server.api.dependencies import caller_of, within
+from stable_diffusion_server.api.dependencies import caller_of, scope_to_caller
 from stable_diffusion_server.api.error_bodies import problem_body
 from stable_diffusion_server.api.request_parsing import BODY_TYPES, read_query
-from stable_diffusion_server.api.schemas.params import Asked, File, read_as, validated
+from stable_diffusion_server.api.schemas.params import File, GenerationParams, read_as, validated
 from stable_diffusion_server.errors import InvalidInput
-from stable_diffusion_server.generation.limits import Limits
-from stable_diffusion_server.jobs.events import Standing
-from stable_diffusion_server.types import Format, Order, Receipt, Source, Task
+from stable_diffusion_server.generation.limits import RequestLimits
+from stable_diffusion_server.jobs.events import JobStatus
+from stable_diffusion_server.types import Format, GenerationRequest, GenerationResult, ImageInput, Task
 
 
-class Parameters(Asked, ABC):
+class NativeParams(GenerationParams, ABC):
     """What every door of our own takes."""
 
     format: Format | None = Field(None, description="File format; without it the ending of `save_path`, else webp.")
@@ -33,22 +33,22 @@ class Parameters(Asked, ABC):
     )
 
     @abstractmethod
-    def order(self) -> Order:
+    def order(self) -> GenerationRequest:
         """The order these parameters make."""
 
 
-class TextToImage(Parameters):
+class TextToImageParams(NativeParams):
     """Parameters of text to image. The defaults are the original server's."""
 
     width: int = Field(1024, description="Width of the picture in pixels.")
     height: int = Field(1024, description="Height of the picture in pixels.")
 
-    def order(self) -> Order:
+    def order(self) -> GenerationRequest:
         """The order these parameters make."""
-        return Order(task=Task.TEXT_TO_IMAGE, **self.words())
+        return GenerationRequest(task=Task.TEXT_TO_IMAGE, **self.to_request_fields())
 
 
-class StyleTransfer(Parameters):
+class ImageToImageParams(NativeParams):
     """Parameters of image to image. The defaults are the original server's."""
 
     files: ClassVar[frozenset[str]] = frozenset({"image_file"})
@@ -66,23 +66,23 @@ class StyleTransfer(Parameters):
         None, description="How strongly to keep to the edges; without it as the model's ControlNet likes it, sdxl 0.5."
     )
 
-    def order(self) -> Order:
+    def order(self) -> GenerationRequest:
         """The order these parameters make. Raises `InvalidInput` unless there is just one picture."""
         (image,) = _sources(self, "image")
-        return Order(task=Task.IMAGE_TO_IMAGE, image=image, **self.words())
+        return GenerationRequest(task=Task.IMAGE_TO_IMAGE, image=image, **self.to_request_fields())
 
 
-class StyleTransferBytes(StyleTransfer):
+class ImageToImageUploadParams(ImageToImageParams):
     """Parameters of image to image for an uploaded file, whose name in the bucket tells the content."""
 
     canny: bool | None = Field(None, description="The same; without it where the model has a ControlNet.")
 
-    def order(self) -> Order:
+    def order(self) -> GenerationRequest:
         """The order these parameters make. Raises `InvalidInput` unless there is just one picture."""
         return replace(super().order(), named_by_content=True)
 
 
-class Inpaint(Parameters):
+class InpaintParams(NativeParams):
     """Parameters of inpainting: white parts of the mask are repainted, black ones stay as they are."""
 
     files: ClassVar[frozenset[str]] = frozenset({"image_file", "mask_file"})
@@ -100,13 +100,13 @@ class Inpaint(Parameters):
     feather: int = Field(0, description="Pixels over which the repainted part fades in from the rim of the mask.")
     refine: bool = Field(True, description="A second pass at low strength over what was drawn.")
 
-    def order(self) -> Order:
+    def order(self) -> GenerationRequest:
         """The order these parameters make. Raises `InvalidInput` unless there is one picture and one mask."""
         image, mask = _sources(self, "image", "mask")
-        return Order(task=Task.INPAINT, image=image, mask=mask, **self.words())
+        return GenerationRequest(task=Task.INPAINT, image=image, mask=mask, **self.to_request_fields())
 
 
-_TOLD = tuple(part.name for part in fields(Receipt))
+_TOLD = tuple(part.name for part in fields(GenerationResult))
 
 
 # The longest query, in bytes, of which the order is kept at hand.
@@ -114,26 +114,26 @@ _SHORT = 1024
 
 
 @lru_cache(1024)
-def _order_of(schema: type[Parameters], query_string: bytes) -> Order:
+def _order_of(schema: type[NativeParams], query_string: bytes) -> GenerationRequest:
     """The order in a query. The same ones come again and again, and reading one is pure."""
     return validated(schema, read_query(query_string)).order()
 
 
-async def read_order(request: Request, schema: type[Parameters]) -> Order:
+async def read_generation_request(request: Request, schema: type[NativeParams]) -> GenerationRequest:
     """The order in a request's query and body (form, multipart or JSON).
 
-    Raises `Malformed`, `UnsupportedMedia`, `InvalidInput`, which names every refused parameter, and `Forbidden` for a
-    name that is not the caller's.
+    Raises `MalformedRequest`, `UnsupportedMedia`, `InvalidInput`, which names every refused parameter, and `Forbidden`
+    for a name that is not the caller's.
     """
     query = request.scope["query_string"]
     if request.method == "GET" and len(query) <= _SHORT:
-        return within(caller_of(request), _order_of(schema, query))
+        return scope_to_caller(caller_of(request), _order_of(schema, query))
     parameters = await read_as(schema, request)
     size = sum(len(getattr(parameters, name) or "") for name in schema.pictures)
-    return within(caller_of(request), await aside(size, parameters.order))
+    return scope_to_caller(caller_of(request), await run_if_large(size, parameters.order))
 
 
-def receipt_body(receipt: Receipt, url: str) -> dict[str, object]:
+def result_body(receipt: GenerationResult, url: str) -> dict[str, object]:
     """A receipt as JSON shows it, with the URL of the picture as `path`; `prompt_used` only when it differs."""
     # Field by field: `asdict` copies deeply, which is most of what a cached answer would cost.
     body: dict[str, object] = {"path": url, **{name: getattr(receipt, name) for name in _TOLD}}
@@ -144,20 +144,20 @@ def receipt_body(receipt: Receipt, url: str) -> dict[str, object]:
     return body
 
 
-def job_body(standing: Standing, url: Callable[[str], str]) -> dict[str, object]:
+def job_body(standing: JobStatus, url: Callable[[str], str]) -> dict[str, object]:
     """A job as JSON shows it, with the receipt of one that is done, or the problem of one that failed."""
     body = asdict(standing)
     outcome = standing.outcome
     del body["outcome"]
-    if isinstance(outcome, Receipt):
-        body["receipt"] = receipt_body(outcome, url(outcome.key))
+    if isinstance(outcome, GenerationResult):
+        body["receipt"] = result_body(outcome, url(outcome.key))
     elif outcome is not None:
         body["problem"] = problem_body(outcome.as_error())
     return body
 
 
 def documented(
-    schema: type[BaseModel], limits: Limits, method: str, kinds: tuple[str, ...] = BODY_TYPES
+    schema: type[BaseModel], limits: RequestLimits, method: str, kinds: tuple[str, ...] = BODY_TYPES
 ) -> dict[str, Any]:
     """OpenAPI of an operation whose parameters `read_parameters` reads, with the bounds the settings set.
 
@@ -189,7 +189,7 @@ def documented(
     return {"requestBody": {"required": bool(required), "content": content}}
 
 
-def properties_of(schema: type[BaseModel], limits: Limits) -> dict[str, Any]:
+def properties_of(schema: type[BaseModel], limits: RequestLimits) -> dict[str, Any]:
     """The parameters of a schema, as JSON Schema with the bounds the settings set."""
     whole = schema.model_json_schema()
     properties: dict[str, Any] = _inlined(whole["properties"], whole.get("$defs", {}))
@@ -231,7 +231,7 @@ def _bound(shape: dict[str, Any], low: float, high: float) -> None:
             part.update(minimum=low, maximum=high)
 
 
-def _sources(parameters: Parameters, *names: str) -> list[Source]:
+def _sources(parameters: NativeParams, *names: str) -> list[ImageInput]:
     """The pictures of those names, each by its URL or as a file. Raises `InvalidInput` for both, or neither."""
     sources, faults = [], []
     for name in names:
@@ -241,11 +241,11 @@ def _sources(parameters: Parameters, *names: str) -> list[Source]:
             sentence = f"Give {by_url} or {by_file}, and not both."
             faults += [(by_url, sentence), (by_file, sentence)]
         elif file is not None:
-            sources.append(Source(by_file, data=file.data))
+            sources.append(ImageInput(by_file, data=file.data))
         elif is_data_url(url):
-            sources.append(Source(by_url, data=bytes_of(url, by_url)))
+            sources.append(ImageInput(by_url, data=bytes_of(url, by_url)))
         else:
-            sources.append(Source(by_url, url=url))
+            sources.append(ImageInput(by_url, url=url))
     if faults:
         raise InvalidInput.of(faults)
     return sources

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from stable_diffusion_server.concurrency.fair_limiter import FairLimiter
 from stable_diffusion_server.concurrency.progress_monitor import ProgressMonitor
 from stable_diffusion_server.errors import InvalidInput, NotReady, ServerError, TooLarge, UnsupportedMedia
-from stable_diffusion_server.imaging.formats import ALWAYS, in_words
+from stable_diffusion_server.imaging.formats import ALWAYS, describe_formats
 from stable_diffusion_server.imaging.sandbox import worker as child
 
 _log = structlog.get_logger(__name__)
@@ -34,7 +34,7 @@ _MOMENT = 1.0
 _SLACK = 5.0
 
 
-class Decoder:
+class DecoderPool:
     """Decodes pictures in at most `processes` children, started when they are needed. Lives on one event loop.
 
     The places are shared out by caller: one caller alone gets about half of them. `max_bytes` bounds a file,
@@ -85,7 +85,7 @@ class Decoder:
                     await asyncio.wait(self._dying, timeout=_MOMENT)
                 raise
 
-    def fault(self) -> str | None:
+    def health(self) -> str | None:
         """Why no picture is decoded although some are waited for, in a sentence; `None` while all is well."""
         if silent := self._monitor.stalled():
             count = self._monitor.in_hand
@@ -171,7 +171,7 @@ class Decoder:
     def _refusal(self, verdict: bytes, width: int, height: int, field: str) -> ServerError:
         match verdict:
             case child.NOT_A_PICTURE:
-                return UnsupportedMedia(f"{field} is not a {in_words(self._formats)} picture.", field=field)
+                return UnsupportedMedia(f"{field} is not a {describe_formats(self._formats)} picture.", field=field)
             case child.TOO_LARGE:
                 most = f"{self._max_pixels} pixels and {self._max_side} a side"
                 return InvalidInput(f"{field} has {width} × {height} pixels; {most} are taken.", field=field)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import sqlite3
 
-from stable_diffusion_server.jobs.store.records import Claim, Repeat
+from stable_diffusion_server.jobs.store.records import IdempotencyClaim, RecordedResponse
 from stable_diffusion_server.jobs.store.rows import repeat_of
 
 
-def repeated_in(cursor: sqlite3.Cursor, claim: Claim) -> Repeat | None:
+def repeated_in(cursor: sqlite3.Cursor, claim: IdempotencyClaim) -> RecordedResponse | None:
     """What a key was answered with before, if it is taken; one that is damaged is deleted."""
     row = cursor.execute(
         "SELECT fingerprint, job_id, outcome FROM claims WHERE caller = ? AND key = ?", (claim.caller, claim.key)
@@ -19,7 +19,7 @@ def repeated_in(cursor: sqlite3.Cursor, claim: Claim) -> Repeat | None:
     return None
 
 
-def insert_claim(cursor: sqlite3.Cursor, claim: Claim, now: float, job_id: str | None) -> None:
+def insert_claim(cursor: sqlite3.Cursor, claim: IdempotencyClaim, now: float, job_id: str | None) -> None:
     """Take a key, for a job or for a request that waits for its answer."""
     cursor.execute(
         "INSERT INTO claims (caller, key, fingerprint, claimed_at, job_id, share) VALUES (?, ?, ?, ?, ?, ?)",
@@ -27,7 +27,7 @@ def insert_claim(cursor: sqlite3.Cursor, claim: Claim, now: float, job_id: str |
     )
 
 
-def free_claim(cursor: sqlite3.Cursor, claim: Claim, job_id: str | None) -> None:
+def free_claim(cursor: sqlite3.Cursor, claim: IdempotencyClaim, job_id: str | None) -> None:
     """Give a key back that was answered, by that job or by an outcome; not one that is being answered."""
     cursor.execute(
         "DELETE FROM claims WHERE caller = ? AND key = ? AND job_id IS ? "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sqlite3
 from collections import Counter
 
-from stable_diffusion_server.concurrency.fair_share import largest
+from stable_diffusion_server.concurrency.fair_share import largest_holder
 
 # So much of the journal is freed at a time, that those who fill it do not have it looked through for every job.
 _PART = 32
@@ -38,7 +38,7 @@ def make_room(cursor: sqlite3.Cursor, wanted: int, max_bytes: int) -> int:
         held.update(dict(cursor.execute(query).fetchall()))
     left, rows = max(wanted + _ROW, max_bytes // _PART), 0
     while left > 0 and held:
-        share = largest(held)
+        share = largest_holder(held)
         freed, gone = _delete_oldest(cursor, share, left)
         held[share], left, rows = held[share] - freed, left - freed, rows + gone
         if not gone:

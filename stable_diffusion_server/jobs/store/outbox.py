@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from urllib.parse import urlsplit
 
-from stable_diffusion_server.jobs.store.records import Message
+from stable_diffusion_server.jobs.store.records import OutboxMessage
 
 # As many are given out at a time: of one receiver of a caller, and of one caller.
 _OF_RECEIVER, _OF_CALLER = 16, 256
@@ -26,7 +26,7 @@ SELECT job_id, url, body, tries, due, share FROM turns WHERE of_caller <= {_OF_C
 """  # noqa: S608  # numbers of this module
 
 
-class Outbox(ABC):
+class OutboxStore(ABC):
     """The part of the journal that holds messages; the rest of it reads and changes the file."""
 
     @abstractmethod
@@ -37,7 +37,7 @@ class Outbox(ABC):
     def _change(self) -> AbstractContextManager[sqlite3.Cursor]:
         """A cursor whose changes are kept together, or not at all."""
 
-    def messages(self, now: float, waits: Sequence[float]) -> list[Message]:
+    def messages(self, now: float, waits: Sequence[float]) -> list[OutboxMessage]:
         """Messages whose time has come, some of each caller, of whom each receiver's some.
 
         `waits` are the seconds between tries. One that was never tried is due, and so is one whose time lies further
@@ -50,14 +50,14 @@ class Outbox(ABC):
         with self._read() as cursor:
             cursor.connection.create_function("receiver_of", 1, receiver_of, deterministic=True)
             cursor.connection.create_function("longest_wait", 1, longest_wait)
-            return [Message(*row) for row in cursor.execute(_DUE, (now,)).fetchall()]
+            return [OutboxMessage(*row) for row in cursor.execute(_DUE, (now,)).fetchall()]
 
-    def postpone(self, message: Message, due: float) -> None:
+    def postpone(self, message: OutboxMessage, due: float) -> None:
         """Count a failed try, and set the time of the next."""
         with self._change() as cursor:
             cursor.execute("UPDATE messages SET tries = tries + 1, due = ? WHERE job_id = ?", (due, message.job_id))
 
-    def told(self, message: Message) -> None:
+    def told(self, message: OutboxMessage) -> None:
         """Forget a message that was taken, or that no one will ever take."""
         with self._change() as cursor:
             cursor.execute("DELETE FROM messages WHERE job_id = ?", (message.job_id,))

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from stable_diffusion_server.errors import ServerError, error_of_kind
-from stable_diffusion_server.types import Caller, Order, Receipt
+from stable_diffusion_server.types import Caller, GenerationRequest, GenerationResult
 
 
-class State(StrEnum):
+class JobState(StrEnum):
     """Where a job is in its life."""
 
     QUEUED = "queued"
@@ -22,11 +22,11 @@ class State(StrEnum):
     @property
     def ended(self) -> bool:
         """Whether nothing more will happen to it."""
-        return self not in (State.QUEUED, State.RUNNING)
+        return self not in (JobState.QUEUED, JobState.RUNNING)
 
 
 @dataclass(frozen=True, slots=True)
-class Problem:
+class StoredProblem:
     """Why a job has no picture, as one of our errors tells it; `kind` names the class."""
 
     kind: str
@@ -36,7 +36,7 @@ class Problem:
     retry_after: int | None = None
 
     @classmethod
-    def of(cls, error: ServerError) -> Problem:
+    def of(cls, error: ServerError) -> StoredProblem:
         """What an error tells."""
         return cls(error.kind, error.detail, error.field, error.faults, error.retry_after)
 
@@ -47,7 +47,7 @@ class Problem:
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class JobRecord:
     """A job as it is written down. Times are seconds since the epoch; `deadline` is when its caller gives up.
 
     `attempts` counts the times it was begun without a recorded end; `base` is the address of this server as the caller
@@ -59,13 +59,13 @@ class Entry:
     id: str
     caller: Caller
     accepted_at: float
-    state: State = State.QUEUED
+    state: JobState = JobState.QUEUED
     attempts: int = 0
     deadline: float | None = None
     ended_at: float | None = None
     base: str = ""
     webhook_url: str | None = None
-    outcome: Receipt | Problem | None = None
+    outcome: GenerationResult | StoredProblem | None = None
     share: str = ""
     bytes: int = field(default=0, compare=False)
     deaths: int = 0
@@ -73,7 +73,7 @@ class Entry:
 
 
 @dataclass(frozen=True, slots=True)
-class Claim:
+class IdempotencyClaim:
     """An idempotency key of a caller, and what identifies the request it came with; `share`: whose room it takes."""
 
     caller: str
@@ -83,16 +83,16 @@ class Claim:
 
 
 @dataclass(frozen=True, slots=True)
-class Repeat:
+class RecordedResponse:
     """What was answered to a key before: a job, or the outcome of a request that waited; neither: it still waits."""
 
     fingerprint: str
     job_id: str | None = None
-    outcome: Receipt | Problem | None = None
+    outcome: GenerationResult | StoredProblem | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Message:
+class OutboxMessage:
     """The end of a job on its way to its webhook. `tries` counts those that failed; `due` is the time of the next.
 
     `share` tells callers apart, who share what sends.
@@ -107,8 +107,8 @@ class Message:
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class JobPayload:
     """All that is needed to draw a job: its order, and the files at the addresses in it, by parameter."""
 
-    order: Order
+    order: GenerationRequest
     fetched: Mapping[str, bytes] = field(default_factory=dict, repr=False)

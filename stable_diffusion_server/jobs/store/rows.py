@@ -8,7 +8,7 @@ from typing import Any
 import structlog
 
 from stable_diffusion_server.errors import ServerError
-from stable_diffusion_server.jobs.store.records import Entry, Problem, Repeat, State
+from stable_diffusion_server.jobs.store.records import JobRecord, JobState, RecordedResponse, StoredProblem
 from stable_diffusion_server.jobs.store.serialization import UNREADABLE, read_outcome
 from stable_diffusion_server.types import Caller
 
@@ -18,10 +18,10 @@ COLUMNS = (
     "id, caller, prefix, state, accepted_at, attempts, deadline, ended_at, base, webhook_url, outcome, share, bytes, "
     "deaths, kills"
 )
-_DAMAGED = Problem.of(ServerError("What was written down of this job is damaged; ask again."))
+_DAMAGED = StoredProblem.of(ServerError("What was written down of this job is damaged; ask again."))
 # The latest time that is taken for one, in the year 5138.
 _LATEST = 1e11
-_ENDED = tuple(state for state in State if state.ended)
+_ENDED = tuple(state for state in JobState if state.ended)
 _MOST_COUNTED = 2**31
 
 
@@ -29,7 +29,7 @@ class DamagedRow(ValueError):
     """A row that no call of ours wrote."""
 
 
-def entry_of(row: tuple[Any, ...]) -> Entry:
+def entry_of(row: tuple[Any, ...]) -> JobRecord:
     """The job of a row. Raises `DamagedRow`."""
     job_id, caller, prefix, state, accepted_at, attempts, deadline, ended_at, base, webhook_url, outcome, *more = row
     share, size, deaths, kills = more
@@ -40,17 +40,17 @@ def entry_of(row: tuple[Any, ...]) -> Entry:
         _check((moment is None and name != "accepted_at") or _is_time(moment), name)
     for name, count in (("attempts", attempts), ("bytes", size), ("deaths", deaths), ("kills", kills)):
         _check(isinstance(count, int) and 0 <= count < _MOST_COUNTED, name)
-    _check(state in tuple(State), "state")
-    _check((ended_at is not None) == State(state).ended, "ended_at")
+    _check(state in tuple(JobState), "state")
+    _check((ended_at is not None) == JobState(state).ended, "ended_at")
     try:
         told = read_outcome(outcome)
     except UNREADABLE as error:
         raise DamagedRow("outcome") from error
-    return Entry(
+    return JobRecord(
         id=job_id,
         caller=Caller.of_owner(caller, prefix),
         accepted_at=accepted_at,
-        state=State(state),
+        state=JobState(state),
         attempts=attempts,
         deadline=deadline,
         ended_at=ended_at,
@@ -64,7 +64,7 @@ def entry_of(row: tuple[Any, ...]) -> Entry:
     )
 
 
-def told_entry_of(row: tuple[Any, ...], now: float) -> Entry:
+def read_entry_or_set_aside(row: tuple[Any, ...], now: float) -> JobRecord:
     """The job of a row; one that is damaged, as one that failed of that."""
     try:
         return entry_of(row)
@@ -75,22 +75,22 @@ def told_entry_of(row: tuple[Any, ...], now: float) -> Entry:
         # It ends now, unless it had ended: what is told of it is to be there for a while.
         ended_at = row[7] if _is_time(row[7]) and row[3] in _ENDED else now
         share = row[11] if isinstance(row[11], str) else ""
-        return Entry(
+        return JobRecord(
             job_id,
             Caller.of_owner(caller, prefix),
             accepted_at,
-            State.FAILED,
+            JobState.FAILED,
             ended_at=ended_at,
             outcome=_DAMAGED,
             share=share,
         )
 
 
-def repeat_of(row: tuple[Any, ...]) -> Repeat | None:
+def repeat_of(row: tuple[Any, ...]) -> RecordedResponse | None:
     """What a key was answered with; nothing where that is damaged, so that it may be asked again."""
     fingerprint, job_id, outcome = row
     try:
-        return Repeat(fingerprint, job_id, read_outcome(outcome))
+        return RecordedResponse(fingerprint, job_id, read_outcome(outcome))
     except UNREADABLE:
         _log.error("what was written down of an idempotency key is damaged")
         return None

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import structlog
 
-from stable_diffusion_server.files.damaged_files import is_blocked, set_aside
+from stable_diffusion_server.files.damaged_files import is_unavailable, set_aside
 
 _log = structlog.get_logger(__name__)
 
@@ -96,7 +96,7 @@ _MENDED = {
 }
 
 
-class Foreign(sqlite3.DatabaseError):
+class ForeignSchema(sqlite3.DatabaseError):
     """A database, but not the journal."""
 
 
@@ -108,7 +108,7 @@ def connect(path: Path) -> sqlite3.Connection:
     try:
         return _connect(path)
     except sqlite3.DatabaseError as error:
-        if not _is_damage(error) and not is_blocked(path):
+        if not _is_damage(error) and not is_unavailable(path):
             raise
         set_aside(path, str(error))
     return _connect(path)
@@ -144,7 +144,7 @@ def _bring_up_to_date(connection: sqlite3.Connection) -> None:
     if version > _SCHEMA_VERSION and ours <= names:
         raise sqlite3.DatabaseError(f"the journal is of version {version}, and this server writes {_SCHEMA_VERSION}")
     if not 0 <= version <= _SCHEMA_VERSION or (version == 0 and names) or (version and not ours <= names):
-        raise Foreign(f"tables that are not the journal's: {', '.join(sorted(names))[:200]}")
+        raise ForeignSchema(f"tables that are not the journal's: {', '.join(sorted(names))[:200]}")
     # An UPDATE that fails on a table of other columns tells so by an error of its own.
     for statement in {0: _SCHEMA, 1: _FROM_1}.get(version, "").split(";"):
         connection.execute(statement)
@@ -159,13 +159,13 @@ def _check(connection: sqlite3.Connection) -> None:
         fresh.executescript(_SCHEMA)
         for table in ("jobs", "files", "claims", "messages"):
             if _columns(connection, table) != _columns(fresh, table):
-                raise Foreign(f"the table {table} has other columns than the journal's")
+                raise ForeignSchema(f"the table {table} has other columns than the journal's")
     fresh.close()
     if connection.execute("SELECT 1 FROM sqlite_master WHERE type = 'trigger'").fetchone() is not None:
-        raise Foreign("there are triggers, which the journal has not")
+        raise ForeignSchema("there are triggers, which the journal has not")
     (told,) = connection.execute("PRAGMA quick_check(1)").fetchone()
     if told != "ok":
-        raise Foreign(f"its pages are damaged: {str(told)[:200]}")
+        raise ForeignSchema(f"its pages are damaged: {str(told)[:200]}")
     for statement, what in _MENDED.items():
         if (rows := connection.execute(statement).rowcount) > 0:
             _log.error("the journal held something damaged, which is mended or left out", what=what, rows=rows)
@@ -180,7 +180,7 @@ def _is_damage(error: sqlite3.Error) -> bool:
     """Whether an error says that the file is no journal, and not that it is locked, out of reach or out of room."""
     code = getattr(error, "sqlite_errorcode", None)
     broken = (sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_FORMAT)
-    return isinstance(error, Foreign) or (code is not None and code & 0xFF in broken)
+    return isinstance(error, ForeignSchema) or (code is not None and code & 0xFF in broken)
 
 
 def bound(connection: sqlite3.Connection, max_bytes: int, *, accepting: bool) -> None:

@@ -10,8 +10,18 @@ from enum import StrEnum
 from typing import Any
 
 from stable_diffusion_server.errors import ServerError
-from stable_diffusion_server.jobs.store.records import Problem, Work
-from stable_diffusion_server.types import Fill, Fit, Format, Order, Receipt, Source, Task, Warned, digest
+from stable_diffusion_server.jobs.store.records import JobPayload, StoredProblem
+from stable_diffusion_server.types import (
+    Fill,
+    Fit,
+    Format,
+    GenerationRequest,
+    GenerationResult,
+    ImageInput,
+    RequestWarning,
+    Task,
+    digest,
+)
 
 VERSION = 1
 # What reading raises of what no call of ours wrote: nested too deep among it.
@@ -20,10 +30,10 @@ _PICTURES = ("image", "mask")
 _CHOICES: dict[str, type[StrEnum]] = {"task": Task, "format": Format, "fit": Fit, "fill": Fill}
 
 
-def written_order(order: Order) -> str:
+def written_order(order: GenerationRequest) -> str:
     """An order as JSON, without the files it comes with, and without what it leaves open."""
     told: dict[str, Any] = {"version": VERSION}
-    for part in fields(Order):
+    for part in fields(GenerationRequest):
         value = getattr(order, part.name)
         if part.default is not MISSING and value == part.default:
             continue
@@ -31,33 +41,33 @@ def written_order(order: Order) -> str:
     return json.dumps(told)
 
 
-def _written_source(source: Source) -> dict[str, object]:
+def _written_source(source: ImageInput) -> dict[str, object]:
     of_a_mask = {"transparency": source.transparency, "inverted": source.inverted}
     return {"parameter": source.parameter, "url": source.url, **of_a_mask}
 
 
-def files_of(work: Work) -> dict[str, bytes]:
+def files_of(work: JobPayload) -> dict[str, bytes]:
     """The files that belong to an order, sent or fetched, by parameter."""
     sent = {source.parameter: source.data for source in work.order.sources if source.data is not None}
     return {**sent, **work.fetched}
 
 
-def size_of(work: Work) -> int:
+def size_of(work: JobPayload) -> int:
     """Bytes that a job's order and files take in the journal."""
     return len(written_order(work.order)) + sum(map(len, files_of(work).values()))
 
 
-def fingerprint(door: str, order: Order) -> str:
+def fingerprint(door: str, order: GenerationRequest) -> str:
     """What tells a request from others that come with the same idempotency key. Slow where files are large."""
     sent = {source.parameter: source.data for source in order.sources if source.data is not None}
     files = {parameter: hashlib.sha256(data).hexdigest() for parameter, data in sent.items()}
     return digest({"door": door, "order": written_order(order), "files": files})
 
 
-def read_work(text: str, files: Mapping[str, bytes]) -> Work:
+def read_work(text: str, files: Mapping[str, bytes]) -> JobPayload:
     """The order that was written, with its files. Raises `ServerError` for what another version wrote."""
     told = json.loads(text)
-    known = {part.name for part in fields(Order)}
+    known = {part.name for part in fields(GenerationRequest)}
     if told.pop("version") != VERSION or not told.keys() <= known:
         raise ServerError("This job was accepted by another version of the server, which wrote it differently.")
     told |= {name: choice(told[name]) for name, choice in _CHOICES.items() if name in told}
@@ -65,30 +75,30 @@ def read_work(text: str, files: Mapping[str, bytes]) -> Work:
         told["loras"] = tuple((name, weight) for name, weight in told["loras"])
     for name in _PICTURES:
         if name in told:
-            source = Source(**told[name])
+            source = ImageInput(**told[name])
             told[name] = source if source.url is not None else replace(source, data=files[source.parameter])
-    order = Order(**told)
+    order = GenerationRequest(**told)
     remote = {source.parameter for source in order.sources if source.url is not None}
-    return Work(order, {name: data for name, data in files.items() if name in remote})
+    return JobPayload(order, {name: data for name, data in files.items() if name in remote})
 
 
-def written_outcome(outcome: Receipt | Problem | None) -> str | None:
+def written_outcome(outcome: GenerationResult | StoredProblem | None) -> str | None:
     """An outcome as JSON."""
     if outcome is None:
         return None
-    return json.dumps({"version": VERSION, "receipt": isinstance(outcome, Receipt), **asdict(outcome)})
+    return json.dumps({"version": VERSION, "receipt": isinstance(outcome, GenerationResult), **asdict(outcome)})
 
 
-def read_outcome(text: str | None) -> Receipt | Problem | None:
+def read_outcome(text: str | None) -> GenerationResult | StoredProblem | None:
     """The outcome that was written. What an older version did not write is as it is by default."""
     if text is None:
         return None
     told = json.loads(text)
-    kind = Receipt if told.pop("receipt") else Problem
+    kind = GenerationResult if told.pop("receipt") else StoredProblem
     known = {part.name for part in fields(kind)}
     told = {name: value for name, value in told.items() if name in known}
-    if kind is Receipt:
-        told["warnings"] = tuple(Warned(**warning) for warning in told["warnings"])
-        return Receipt(**told)
+    if kind is GenerationResult:
+        told["warnings"] = tuple(RequestWarning(**warning) for warning in told["warnings"])
+        return GenerationResult(**told)
     told["faults"] = tuple((name, sentence) for name, sentence in told["faults"])
-    return Problem(**told)
+    return StoredProblem(**told)

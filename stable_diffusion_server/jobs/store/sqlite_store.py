@@ -12,13 +12,19 @@ from typing import TypeVar
 
 import structlog
 
-from stable_diffusion_server.errors import InFlight, JournalUnavailable, ServerError
+from stable_diffusion_server.errors import JobStoreUnavailable, RequestInProgress, ServerError
 from stable_diffusion_server.jobs.store import schema
 from stable_diffusion_server.jobs.store.claims import free_claim, insert_claim, repeated_in
 from stable_diffusion_server.jobs.store.eviction import make_room
-from stable_diffusion_server.jobs.store.outbox import Outbox
-from stable_diffusion_server.jobs.store.records import Claim, Entry, Problem, Repeat, Work
-from stable_diffusion_server.jobs.store.rows import COLUMNS, DamagedRow, entry_of, told_entry_of
+from stable_diffusion_server.jobs.store.outbox import OutboxStore
+from stable_diffusion_server.jobs.store.records import (
+    IdempotencyClaim,
+    JobPayload,
+    JobRecord,
+    RecordedResponse,
+    StoredProblem,
+)
+from stable_diffusion_server.jobs.store.rows import COLUMNS, DamagedRow, entry_of, read_entry_or_set_aside
 from stable_diffusion_server.jobs.store.serialization import (
     UNREADABLE,
     files_of,
@@ -26,7 +32,7 @@ from stable_diffusion_server.jobs.store.serialization import (
     written_order,
     written_outcome,
 )
-from stable_diffusion_server.types import Receipt
+from stable_diffusion_server.types import GenerationResult
 
 _log = structlog.get_logger(__name__)
 
@@ -38,12 +44,12 @@ _BEGUN = f"SELECT {COLUMNS} FROM jobs WHERE ended_at IS NULL OR state IN ('queue
 T = TypeVar("T")
 
 
-class _Full(JournalUnavailable):
+class _Full(JobStoreUnavailable):
     """There is no room, neither in the file nor on its disk."""
 
 
-class Journal(Outbox):
-    """Jobs from acceptance to end, idempotency keys and messages to webhooks. Every call raises `JournalUnavailable`.
+class SqliteJobStore(OutboxStore):
+    """Jobs from acceptance to end, idempotency keys and messages to webhooks. Every call raises `JobStoreUnavailable`.
 
     `max_bytes` is how large it may be with all the files of waiting jobs. When it is full, jobs that ended and keys
     that were answered give way, the oldest of whoever holds the most; one job more is refused then, and half of it is
@@ -60,7 +66,7 @@ class Journal(Outbox):
 
         A file that is no journal, or a broken one, is put aside for a new one. A job whose row is damaged is failed.
         """
-        with _told("opened"):
+        with _translate_sqlite_errors("opened"):
             self._connection = schema.connect(self._path)
         with self._change() as cursor:
             cursor.execute("DELETE FROM claims WHERE job_id IS NULL AND outcome IS NULL")
@@ -69,7 +75,7 @@ class Journal(Outbox):
                 try:
                     entry_of(row)
                 except DamagedRow:
-                    _write_end(cursor, told_entry_of(row, now))
+                    _write_end(cursor, read_entry_or_set_aside(row, now))
 
     def close(self) -> None:
         """Close the file."""
@@ -82,15 +88,17 @@ class Journal(Outbox):
         files = (self._path, self._path.with_name(f"{self._path.name}-wal"))
         return sum(file.stat().st_size for file in files if file.exists())
 
-    def accept(self, entry: Entry, work: Work, claim: Claim | None = None) -> Repeat | None:
+    def accept(
+        self, entry: JobRecord, work: JobPayload, claim: IdempotencyClaim | None = None
+    ) -> RecordedResponse | None:
         """Write a job down with its files, or tell what its key was answered with before, and write nothing.
 
-        Raises `InFlight` when there is a job of that id.
+        Raises `RequestInProgress` when there is a job of that id.
         """
         files = files_of(work)
         size = entry.bytes or sum(map(len, files.values()))
 
-        def write(cursor: sqlite3.Cursor) -> Repeat | None:
+        def write(cursor: sqlite3.Cursor) -> RecordedResponse | None:
             self._check_disk(size)
             if claim is not None and (before := repeated_in(cursor, claim)) is not None:
                 return before
@@ -119,7 +127,7 @@ class Journal(Outbox):
 
         return self._with_room(size, write)
 
-    def begin(self, job_id: str) -> Work:
+    def begin(self, job_id: str) -> JobPayload:
         """Count an attempt, and give what is to be drawn."""
         with self._change() as cursor:
             cursor.execute("UPDATE jobs SET attempts = attempts + 1, state = 'running' WHERE id = ?", (job_id,))
@@ -139,13 +147,13 @@ class Journal(Outbox):
                 "UPDATE jobs SET state = 'queued', attempts = attempts - ? WHERE id = ?", (int(forgiven), job_id)
             )
 
-    def count_death(self, entry: Entry) -> None:
+    def count_death(self, entry: JobRecord) -> None:
         """Write down how often the process has died while a job was on the device, and why."""
         with self._change() as cursor:
             counted = (entry.deaths, entry.kills, entry.id)
             cursor.execute("UPDATE jobs SET deaths = ?, kills = ? WHERE id = ?", counted)
 
-    def end(self, entry: Entry, message: str | None = None) -> None:
+    def end(self, entry: JobRecord, message: str | None = None) -> None:
         """Write down how a job ended, with the message that tells its webhook; its files are of no more use."""
         with self._change() as cursor:
             freed = _write_end(cursor, entry)
@@ -157,28 +165,28 @@ class Journal(Outbox):
         if freed:
             self._give_room_back()
 
-    def find(self, job_id: str) -> Entry | None:
+    def find(self, job_id: str) -> JobRecord | None:
         """The job of that id."""
         return next(iter(self._entries("WHERE id = ?", (job_id,))), None)
 
-    def unfinished(self) -> list[Entry]:
+    def unfinished(self) -> list[JobRecord]:
         """The jobs that wait or were begun, oldest first."""
         return self._entries("WHERE ended_at IS NULL ORDER BY number", ())
 
-    def latest_of(self, owner: str | None, most: int) -> list[Entry]:
+    def latest_of(self, owner: str | None, most: int) -> list[JobRecord]:
         """The jobs of an owner, newest first; `None`: of all."""
         where, given = ("", ()) if owner is None else ("WHERE caller = ? ", (owner,))
         return self._entries(f"{where}ORDER BY number DESC LIMIT ?", (*given, most))
 
-    def repeated(self, claim: Claim) -> Repeat | None:
+    def repeated(self, claim: IdempotencyClaim) -> RecordedResponse | None:
         """What a key was answered with before, if it is taken."""
         with self._read() as cursor:
             return repeated_in(cursor, claim)
 
-    def claim(self, claim: Claim, now: float) -> Repeat | None:
+    def claim(self, claim: IdempotencyClaim, now: float) -> RecordedResponse | None:
         """Take a key for a request that waits for its answer, or tell what the key was answered with before."""
 
-        def write(cursor: sqlite3.Cursor) -> Repeat | None:
+        def write(cursor: sqlite3.Cursor) -> RecordedResponse | None:
             before = repeated_in(cursor, claim)
             if before is None:
                 insert_claim(cursor, claim, now, None)
@@ -186,7 +194,7 @@ class Journal(Outbox):
 
         return self._with_room(0, write)
 
-    def answer(self, claim: Claim, outcome: Receipt | Problem) -> None:
+    def answer(self, claim: IdempotencyClaim, outcome: GenerationResult | StoredProblem) -> None:
         """Keep what a request with a key was answered with."""
         with self._change() as cursor:
             cursor.execute(
@@ -194,12 +202,12 @@ class Journal(Outbox):
                 (written_outcome(outcome), claim.caller, claim.key),
             )
 
-    def release(self, claim: Claim) -> None:
+    def release(self, claim: IdempotencyClaim) -> None:
         """Give a key back that was not answered."""
         with self._change() as cursor:
             cursor.execute("DELETE FROM claims WHERE caller = ? AND key = ?", (claim.caller, claim.key))
 
-    def renew(self, claim: Claim, job_id: str | None) -> None:
+    def renew(self, claim: IdempotencyClaim, job_id: str | None) -> None:
         """Give a key back that was answered, by that job or by an outcome; not one that is being answered."""
         with self._change() as cursor:
             free_claim(cursor, claim, job_id)
@@ -238,28 +246,28 @@ class Journal(Outbox):
 
     def _give_room_back(self) -> None:
         """Let the disk have what is not used any more; where even that needs room that is not there, later."""
-        with suppress(JournalUnavailable), self._read() as cursor:
+        with suppress(JobStoreUnavailable), self._read() as cursor:
             cursor.executescript("PRAGMA incremental_vacuum")  # a page a step, and execute takes one step alone
             cursor.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
-    def _entries(self, where: str, values: Sequence[object]) -> list[Entry]:
+    def _entries(self, where: str, values: Sequence[object]) -> list[JobRecord]:
         with self._read() as cursor:
             rows = cursor.execute(f"SELECT {COLUMNS} FROM jobs {where}", values)  # noqa: S608  # texts of this module
-            return [told_entry_of(row, time.time()) for row in rows.fetchall()]
+            return [read_entry_or_set_aside(row, time.time()) for row in rows.fetchall()]
 
     @contextmanager
     def _read(self) -> Iterator[sqlite3.Cursor]:
         if self._connection is None:
-            raise JournalUnavailable(
+            raise JobStoreUnavailable(
                 "Jobs cannot be written down: their journal is not open, and the log says why.", retry_after=30
             )
-        with _told("read"):
+        with _translate_sqlite_errors("read"):
             yield self._connection.cursor()
 
     @contextmanager
     def _change(self, *, accepting: bool = False) -> Iterator[sqlite3.Cursor]:
         """A transaction: all of it is on the disk at the end, or nothing."""
-        with self._read() as cursor, _told("written"):
+        with self._read() as cursor, _translate_sqlite_errors("written"):
             schema.bound(cursor.connection, self._max_bytes, accepting=accepting)
             cursor.execute("BEGIN IMMEDIATE")
             try:
@@ -272,24 +280,26 @@ class Journal(Outbox):
 
 
 @contextmanager
-def _told(what: str) -> Iterator[None]:
+def _translate_sqlite_errors(what: str) -> Iterator[None]:
     """SQLite's errors to ours."""
     try:
         yield
     except sqlite3.IntegrityError as error:
-        raise InFlight("There is a job of this id already.", field="X-Job-ID") from error
+        raise RequestInProgress("There is a job of this id already.", field="X-Job-ID") from error
     except sqlite3.Error as error:
         full = getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_FULL
         if not full:
             _log.error("the journal cannot be used", attempted=what, reason=str(error))
         why = "it is full (JOURNAL_BYTES, or the disk)" if full else f"it could not be {what}"
-        raise (_Full if full else JournalUnavailable)(f"Jobs cannot be written down: {why}.", retry_after=30) from error
+        raise (_Full if full else JobStoreUnavailable)(
+            f"Jobs cannot be written down: {why}.", retry_after=30
+        ) from error
     except OSError as error:
         _log.error("the journal cannot be used", attempted=what, reason=str(error))
-        raise JournalUnavailable(f"Jobs cannot be written down: {error.strerror}.", retry_after=30) from error
+        raise JobStoreUnavailable(f"Jobs cannot be written down: {error.strerror}.", retry_after=30) from error
 
 
-def _write_end(cursor: sqlite3.Cursor, entry: Entry) -> int:
+def _write_end(cursor: sqlite3.Cursor, entry: JobRecord) -> int:
     """Write down how a job ended; how many files it had, which are of no more use."""
     cursor.execute(
         "UPDATE jobs SET state = ?1, ended_at = ?2, outcome = ?3, bytes = length(written) + coalesce(length(?3), 0) "

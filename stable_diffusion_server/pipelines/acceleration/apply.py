@@ -10,14 +10,14 @@ from typing import Any
 import structlog
 import torch
 
-from stable_diffusion_server.pipelines.acceleration.cuda_graphs import Graphs, record
+from stable_diffusion_server.pipelines.acceleration.cuda_graphs import CudaGraphRunner, record
 from stable_diffusion_server.pipelines.acceleration.onednn import use_onednn
 from stable_diffusion_server.pipelines.acceleration.torchscript import trace
 
 _log = structlog.get_logger(__name__)
 
 
-class Part(StrEnum):
+class Optimization(StrEnum):
     """One way to be faster.
 
     `layout`: convolutions channels last, on CUDA those of the VAE and of what is replayed. `onednn`: linear layers and
@@ -39,51 +39,53 @@ class Part(StrEnum):
 
 
 # `safe` changes nothing but rounding, and `trace` not even that.
-LEVELS: Mapping[str, frozenset[Part]] = MappingProxyType(
+PRESETS: Mapping[str, frozenset[Optimization]] = MappingProxyType(
     {
         "off": frozenset(),
-        "safe": frozenset({Part.LAYOUT, Part.ONEDNN, Part.TF32, Part.TRACE}),
-        "fast": frozenset(Part) - {Part.COMPILE_WHOLE},
+        "safe": frozenset({Optimization.LAYOUT, Optimization.ONEDNN, Optimization.TF32, Optimization.TRACE}),
+        "fast": frozenset(Optimization) - {Optimization.COMPILE_WHOLE},
     }
 )
 
 
-def parts_of(performance: str) -> frozenset[Part]:
+def optimizations_of(performance: str) -> frozenset[Optimization]:
     """The parts of levels and parts, named with commas between. Raises `ValueError` for other names."""
     names = performance.split(",")
-    return frozenset[Part]().union(*(LEVELS[name] if name in LEVELS else {Part(name)} for name in names))
+    return frozenset[Optimization]().union(
+        *(PRESETS[name] if name in PRESETS else {Optimization(name)} for name in names)
+    )
 
 
-def speed_up(
+def apply_optimizations(
     pipeline: Any, controlnet: Any, device: torch.device, performance: str, *, steady: bool = True
-) -> list[Graphs]:
+) -> list[CudaGraphRunner]:
     """Change how the modules compute, in place, once they are where they live; gives what is recorded of them.
 
     `performance` names a level or parts. What a device has no use for is left out, and so are graphs and traces where
     weights may change (`steady` is false), since they hold adapters as they were. What cannot be compiled, since a
     compiler is missing or fails, runs as it is, and a warning says so.
     """
-    parts, cuda = parts_of(performance), device.type == "cuda"
+    parts, cuda = optimizations_of(performance), device.type == "cuda"
     vae, denoiser = pipeline.vae, getattr(pipeline, "unet", None) or pipeline.transformer
     encoders = (pipeline.text_encoder, pipeline.text_encoder_2)
-    if Part.TF32 in parts and cuda:
+    if Optimization.TF32 in parts and cuda:
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.allow_tf32 = True
     # It overflows in fp16, and bf16 has the range of fp32.
-    if Part.VAE_BF16 in parts and cuda and vae.config.force_upcast and vae.dtype == torch.float32:
+    if Optimization.VAE_BF16 in parts and cuda and vae.config.force_upcast and vae.dtype == torch.float32:
         vae.to(torch.bfloat16)
-    replayed = Part.GRAPHS in parts and cuda and steady
-    if Part.LAYOUT in parts:
+    replayed = Optimization.GRAPHS in parts and cuda and steady
+    if Optimization.LAYOUT in parts:
         # On CUDA our kernels take Python longer to launch than a denoiser takes for one picture, unless it is replayed.
         for module in (denoiser, vae, controlnet) if replayed or not cuda else (vae,):
             if module is not None and any(isinstance(part, torch.nn.Conv2d) for part in module.modules()):
                 _lay_out(module, device)
-    onednn = Part.ONEDNN in parts and device.type == "cpu" and torch.backends.mkldnn.is_available()
+    onednn = Optimization.ONEDNN in parts and device.type == "cpu" and torch.backends.mkldnn.is_available()
     if onednn:
         use_onednn(pipeline, controlnet)
     else:  # the compiler takes none of oneDNN's modules
         _compile(denoiser, vae, parts)
-    if Part.TRACE in parts and device.type == "cpu" and steady:
+    if Optimization.TRACE in parts and device.type == "cpu" and steady:
         for part in (denoiser, controlnet, vae.encoder, vae.decoder, *encoders):
             if part is not None:
                 trace(part)
@@ -92,14 +94,14 @@ def speed_up(
     return [record(part) for part in (denoiser, controlnet, *encoders) if part]
 
 
-def _compile(denoiser: Any, vae: Any, parts: frozenset[Part]) -> None:
-    if not parts & {Part.COMPILE, Part.COMPILE_WHOLE}:
+def _compile(denoiser: Any, vae: Any, parts: frozenset[Optimization]) -> None:
+    if not parts & {Optimization.COMPILE, Optimization.COMPILE_WHOLE}:
         return
     from torch import _dynamo  # takes a second, and nobody else needs it
 
     # Not `fullgraph`, under which a failure of the compiler would be the caller's.
     _dynamo.config.suppress_errors = True
-    if Part.COMPILE_WHOLE in parts:
+    if Optimization.COMPILE_WHOLE in parts:
         denoiser.forward = torch.compile(denoiser.forward)
         vae.decoder.compile()
     else:

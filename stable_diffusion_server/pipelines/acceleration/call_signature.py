@@ -16,12 +16,12 @@ def _anything(_tensor: torch.Tensor) -> Hashable:
     return "tensor"
 
 
-def kind_of(value: Any) -> Hashable:
+def signature(value: Any) -> Hashable:
     """A value with shapes, types and strides in place of its tensors."""
     return _key(value, _layout)
 
 
-def form_of(value: Any) -> Hashable:
+def structure(value: Any) -> Hashable:
     """A value whatever its tensors are."""
     return _key(value, _anything)
 
@@ -50,15 +50,15 @@ def tensors_of(value: Any) -> Iterator[torch.Tensor]:
             yield from tensors_of(part)
 
 
-def filled(value: Any, tensors: Iterator[torch.Tensor]) -> Any:
+def rebuild(value: Any, tensors: Iterator[torch.Tensor]) -> Any:
     """The same value with other tensors in the places of its own."""
     match value:
         case torch.Tensor():
             return next(tensors)
         case Mapping():
             # Also the answers of transformers, which are mappings made by keywords.
-            return type(value)(**{name: filled(part, tensors) for name, part in value.items()})
+            return type(value)(**{name: rebuild(part, tensors) for name, part in value.items()})
         case list() | tuple():
-            return type(value)(filled(part, tensors) for part in value)
+            return type(value)(rebuild(part, tensors) for part in value)
         case _:
             return value

@@ -14,7 +14,7 @@ from diffusers.models.upsampling import Upsample2D
 from torch.nn import functional
 
 from stable_diffusion_server.pipelines.acceleration.group_norm import GroupNorm, add_shifted, is_channels_last
-from stable_diffusion_server.pipelines.acceleration.upsampling import doubles
+from stable_diffusion_server.pipelines.acceleration.upsampling import is_nearest_doubling
 
 
 class Resnet(ResnetBlock2D):  # type: ignore[misc]  # diffusers is read without its types
@@ -74,7 +74,7 @@ class Transformer(Transformer2DModel):  # type: ignore[misc]  # as above
 class Upsample(Upsample2D):  # type: ignore[misc]  # as above
     """A doubling of both sides that copies several channels at once; PyTorch's own takes number by number."""
 
-    can_be = staticmethod(doubles)
+    can_be = staticmethod(is_nearest_doubling)
 
     def forward(self, hidden_states: torch.Tensor, output_size: Any = None, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Rows × channels × height × width to twice the height and width, or to `output_size`."""

@@ -11,7 +11,7 @@ from typing import Any
 import structlog
 import torch
 
-from stable_diffusion_server.pipelines.acceleration.call_signature import filled, kind_of, tensors_of
+from stable_diffusion_server.pipelines.acceleration.call_signature import rebuild, signature, tensors_of
 
 _log = structlog.get_logger(__name__)
 
@@ -28,7 +28,7 @@ class _Recording:
     answer: Any
 
 
-class Graphs:
+class CudaGraphRunner:
     """A forward pass that is recorded for each kind of call, and replayed: put it in place of a module's `forward`.
 
     A kind is the arguments with shapes, types and strides in place of tensors. The first call of a kind runs as it is,
@@ -49,7 +49,7 @@ class Graphs:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The answer of the forward pass."""
         call = (args, kwargs)
-        kind = kind_of(call)
+        kind = signature(call)
         if not self._recordable or kind not in self._kinds:
             self._remember(kind, None)
             return self._forward(*args, **kwargs)
@@ -62,7 +62,7 @@ class Graphs:
         for place, given in zip(recording.inputs, tensors_of(call), strict=True):
             place.copy_(given)
         recording.graph.replay()
-        return filled(recording.answer, (tensor.clone() for tensor in tensors_of(recording.answer)))
+        return rebuild(recording.answer, (tensor.clone() for tensor in tensors_of(recording.answer)))
 
     def forget(self) -> None:
         """Give back the memory of all recordings."""
@@ -91,7 +91,7 @@ class Graphs:
     def _recorded(self, call: tuple[Any, Any]) -> _Recording:
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         inputs = [tensor.clone() for tensor in tensors_of(call)]
-        args, kwargs = filled(call, iter(inputs))
+        args, kwargs = rebuild(call, iter(inputs))
         stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -102,8 +102,8 @@ class Graphs:
         return _Recording(graph, inputs, answer)
 
 
-def record(module: torch.nn.Module) -> Graphs:
+def record(module: torch.nn.Module) -> CudaGraphRunner:
     """Have a module's forward pass recorded from now on."""
-    graphs = Graphs(module.forward)
+    graphs = CudaGraphRunner(module.forward)
     module.forward = graphs
     return graphs

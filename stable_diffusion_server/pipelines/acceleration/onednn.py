@@ -10,7 +10,7 @@ import torch
 from diffusers.models.upsampling import Upsample2D
 from torch.nn import functional
 
-from stable_diffusion_server.pipelines.acceleration.upsampling import doubles
+from stable_diffusion_server.pipelines.acceleration.upsampling import is_nearest_doubling
 
 
 def _by(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -120,7 +120,7 @@ def use_onednn(pipeline: Any, controlnet: Any) -> None:
             elif type(part) is torch.nn.Conv2d and part.padding_mode == "zeros" and not isinstance(part.padding, str):
                 part.__class__ = OneDnnConv2d
         for part in module.modules():
-            if type(part) is Upsample2D and doubles(part) and _is_three_by_three(part.conv):
+            if type(part) is Upsample2D and is_nearest_doubling(part) and _is_three_by_three(part.conv):
                 OneDnnUpsample.take(part)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import structlog
 import torch
 
-from stable_diffusion_server.pipelines.acceleration.call_signature import filled, form_of, kind_of, tensors_of
+from stable_diffusion_server.pipelines.acceleration.call_signature import rebuild, signature, structure, tensors_of
 
 _log = structlog.get_logger(__name__)
 
@@ -42,7 +42,7 @@ class _Trace:
     def run(self, call: Any) -> Any:
         """The answer to a call of its form."""
         given = self.function(*tensors_of(call))
-        return filled(self.answer, iter((given,) if isinstance(given, torch.Tensor) else given))
+        return rebuild(self.answer, iter((given,) if isinstance(given, torch.Tensor) else given))
 
 
 @dataclass(slots=True)
@@ -54,7 +54,7 @@ class _Kind:
     settled: bool = False
 
 
-class Traces:
+class TorchScriptRunner:
     """A forward pass that is traced, and run by the trace from then on: put it in place of a module's `forward`.
 
     A kind of call is its arguments with shapes, types and strides in place of tensors. The second call of a kind looks
@@ -78,7 +78,7 @@ class Traces:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The answer of the forward pass."""
         call = (args, kwargs)
-        kind = self._kind(kind_of(call))
+        kind = self._kind(signature(call))
         # Read once: another thread that was already judging may still take it back.
         if kind.settled and (trace := kind.trace) is not None:
             return trace.run(call)
@@ -115,7 +115,7 @@ class Traces:
 
     def _trace_for(self, call: Any, answer: Any) -> _Trace | None:
         """A trace that answers a call to the bit, if there can be one."""
-        form = form_of(call)
+        form = structure(call)
         for trace in self._traces:
             if trace.form == form and _same(trace, call, answer):
                 return trace
@@ -123,7 +123,7 @@ class Traces:
             return None
         self._made += 1
         try:
-            made = _Trace(self._traced(call), form, filled(answer, itertools.repeat(torch.empty(0))))
+            made = _Trace(self._traced(call), form, rebuild(answer, itertools.repeat(torch.empty(0))))
         except Exception as error:  # what a tracer cannot follow shows in many ways
             _log.info("not traced", module=self._name, exc_info=error)
             return None
@@ -135,7 +135,7 @@ class Traces:
 
     def _traced(self, call: Any) -> Any:
         def run(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            args, kwargs = filled(call, iter(tensors))
+            args, kwargs = rebuild(call, iter(tensors))
             return tuple(tensors_of(self._forward(*args, **kwargs)))
 
         return torch.jit.trace(run, tuple(tensors_of(call)), check_trace=False)
@@ -144,7 +144,7 @@ class Traces:
 def trace(module: torch.nn.Module) -> None:
     """Have a module's forward pass traced from now on; its weights need no gradients then."""
     module.requires_grad_(False)
-    module.forward = Traces(module.forward)
+    module.forward = TorchScriptRunner(module.forward)
 
 
 def _tells(answer: Any) -> bool:
@@ -158,4 +158,4 @@ def _same(trace: _Trace, call: Any, answer: Any) -> bool:
         given = trace.run(call)
     except RuntimeError:  # a size the trace cannot take
         return False
-    return kind_of(given) == kind_of(answer) and all(map(torch.equal, tensors_of(given), tensors_of(answer)))
+    return signature(given) == signature(answer) and all(map(torch.equal, tensors_of(given), tensors_of(answer)))

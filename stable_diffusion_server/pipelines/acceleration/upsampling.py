@@ -5,7 +5,7 @@ from __future__ import annotations
 from diffusers.models.upsampling import Upsample2D
 
 
-def doubles(block: Upsample2D) -> bool:
+def is_nearest_doubling(block: Upsample2D) -> bool:
     """Whether a block doubles both sides by copies, and convolves then, and does nothing else."""
     return (
         block.norm is None

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from stable_diffusion_server.errors import WeightsUnusable
+from stable_diffusion_server.errors import ModelLoadError
 
 
 @dataclass(frozen=True, slots=True)
-class Control:
+class ControlNetInput:
     """What guides one job: `hint` is the edges as its ControlNet takes them, `scale` how much they count.
 
     SDXL takes pixels in 0..1, 1 × 3 × height × width; Flux packed latents, 1 × patches × channels, or pixels in
@@ -24,18 +24,20 @@ class Control:
 
 
 def check_grid(controlnet: Any, pixels_per_latent: int) -> None:
-    """Raise `WeightsUnusable` when an SDXL ControlNet shrinks pixels to another grid than that of the latents.
+    """Raise `ModelLoadError` when an SDXL ControlNet shrinks pixels to another grid than that of the latents.
 
     Its convolutions halve a picture so and so often, whatever the VAE does.
     """
     shrinks = 2 ** (len(controlnet.config.conditioning_embedding_out_channels) - 1)
     if shrinks != pixels_per_latent:
-        raise WeightsUnusable(
+        raise ModelLoadError(
             f"The ControlNet takes {shrinks} pixels for one of the latents, and the model's VAE {pixels_per_latent}."
         )
 
 
-def unet_residuals(controlnet: Any, inputs: Mapping[str, Any], controls: Sequence[Control | None]) -> dict[str, Any]:
+def unet_residuals(
+    controlnet: Any, inputs: Mapping[str, Any], controls: Sequence[ControlNetInput | None]
+) -> dict[str, Any]:
     """The UNet's further arguments for a batch whose row `i` is guided by `controls[i]`; empty when none is.
 
     `inputs` are the UNet's own arguments, of which `sample`, `timestep`, `encoder_hidden_states` and
@@ -65,7 +67,7 @@ def transformer_residuals(
     controlnet: Any,
     inputs: Mapping[str, Any],
     guidance: torch.Tensor,
-    controls: Sequence[Control | None],
+    controls: Sequence[ControlNetInput | None],
 ) -> dict[str, Any]:
     """The Flux transformer's further arguments, as `unet_residuals`.
 
@@ -96,11 +98,11 @@ def transformer_residuals(
     }
 
 
-def _guided(controls: Sequence[Control | None]) -> list[tuple[int, Control]]:
+def _guided(controls: Sequence[ControlNetInput | None]) -> list[tuple[int, ControlNetInput]]:
     return [(row, control) for row, control in enumerate(controls) if control is not None]
 
 
-def _scales(guided: Sequence[tuple[int, Control]], like: torch.Tensor) -> torch.Tensor:
+def _scales(guided: Sequence[tuple[int, ControlNetInput]], like: torch.Tensor) -> torch.Tensor:
     """One factor a row, shaped to multiply tensors of as many dimensions as `like`."""
     scales = torch.tensor([control.scale for _, control in guided], device=like.device, dtype=like.dtype)
     return scales.reshape(-1, *[1] * (like.ndim - 1))

@@ -1,7 +1,7 @@
 """LoRA adapters of one pipeline: which are loaded, which are on. Knows files by their digests, neither jobs nor rows.
 
 An adapter has one scaling for the whole model, so rows with and without it cannot share a forward pass: jobs are
-grouped by their adapters (`Job.shape`), and `switch` changes over when the group changes.
+grouped by their adapters (`DiffusionRequest.shape`), and `switch` changes over when the group changes.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from weakref import WeakValueDictionary
 import structlog
 from safetensors.torch import load
 
-from stable_diffusion_server.errors import InvalidInput, WeightsUnusable
+from stable_diffusion_server.errors import InvalidInput, ModelLoadError
 from stable_diffusion_server.pipelines.conditioning import lora_weights
 from stable_diffusion_server.pipelines.conditioning.lora_files import LoraFile, digest_of, read_header, read_lora
 from stable_diffusion_server.pipelines.conditioning.lora_folder import LoraFolder, find, names_in
 
 __all__ = [
-    "Adapters",
-    "Held",
-    "InUse",
+    "LoadedLora",
+    "LoraManager",
     "Loras",
+    "LorasInUse",
     "add_to_controlnet",
     "by_digest",
     "digest_of",
@@ -42,7 +42,7 @@ _MOST_REFUSED = 1024
 _log = structlog.get_logger(__name__)
 
 
-class Held:
+class LoadedLora:
     """An adapter that is loaded, by its digest, and stays so for as long as someone has this."""
 
     __slots__ = ("__weakref__", "digest")
@@ -51,30 +51,30 @@ class Held:
         self.digest = digest
 
 
-InUse = tuple[tuple[Held, float], ...]
+LorasInUse = tuple[tuple[LoadedLora, float], ...]
 
 
-def by_digest(used: InUse) -> tuple[tuple[str, float], ...]:
+def by_digest(used: LorasInUse) -> tuple[tuple[str, float], ...]:
     """What adapters in use are: the digest of each and its weight."""
     return tuple((held.digest, weight) for held, weight in used)
 
 
 def add_to_controlnet(controlnet: Any, path: Path) -> None:
-    """Put a LoRA on a ControlNet for good. Raises `WeightsUnusable` for one of another kind."""
+    """Put a LoRA on a ControlNet for good. Raises `ModelLoadError` for one of another kind."""
     try:
         file = read_lora(path)
         first = next(iter(file.header.tensors), "").partition(".")[0]
         prefix = first if first in ("transformer", "controlnet", "unet") else None
         controlnet.load_lora_adapter(load(file.data), prefix=prefix, adapter_name="own")
-    except WeightsUnusable as error:
-        raise WeightsUnusable(f"CONTROLNET_LORA: {error.detail}") from error
+    except ModelLoadError as error:
+        raise ModelLoadError(f"CONTROLNET_LORA: {error.detail}") from error
     except Exception as error:  # a file is input, and the library raises whatever it stumbles over
-        raise WeightsUnusable(f"CONTROLNET_LORA: {path.name} does not fit the ControlNet.") from error
+        raise ModelLoadError(f"CONTROLNET_LORA: {path.name} does not fit the ControlNet.") from error
     if "own" not in getattr(controlnet, "peft_config", {}):
-        raise WeightsUnusable(f"CONTROLNET_LORA: {path.name} holds nothing for the ControlNet.")
+        raise ModelLoadError(f"CONTROLNET_LORA: {path.name} holds nothing for the ControlNet.")
 
 
-class Adapters:
+class LoraManager:
     """The adapters of one pipeline, loaded when first asked for, by what their files hold. For the device thread alone.
 
     `always` are (file, weight) of those that belong to the model whatever a job asks for; they are loaded at once.
@@ -93,7 +93,7 @@ class Adapters:
         self._folder = folder if isinstance(folder, LoraFolder) else LoraFolder(folder)
         self._settle = settle
         self._loaded: OrderedDict[str, None] = OrderedDict()
-        self._held: WeakValueDictionary[str, Held] = WeakValueDictionary()
+        self._held: WeakValueDictionary[str, LoadedLora] = WeakValueDictionary()
         # Why a content was refused, which stays so: it is not read through again.
         self._refused: OrderedDict[str, str] = OrderedDict()
         self._always: list[tuple[str, float]] = []
@@ -104,13 +104,13 @@ class Adapters:
             self._always.append((key, weight))
         self.switch(())
 
-    def use(self, loras: Loras, digests: Sequence[str] = ()) -> InUse:
+    def use(self, loras: Loras, digests: Sequence[str] = ()) -> LorasInUse:
         """Turn exactly these adapters on, by name and weight, loading what is not loaded.
 
         `digests`, one each, say which content is meant under a name; without them it is the present one. Raises
         `InvalidInput` with the reason for an unknown name, a file that does not fit, and one that was replaced.
         """
-        wanted: list[tuple[Held, float]] = []
+        wanted: list[tuple[LoadedLora, float]] = []
         for number, (name, weight) in enumerate(loras):
             digest = digests[number] if digests else self._folder.digest(name)
             wanted.append((self._hold(name, digest), weight))
@@ -119,7 +119,7 @@ class Adapters:
         self._forget()
         return used
 
-    def switch(self, used: InUse) -> None:
+    def switch(self, used: LorasInUse) -> None:
         """Turn on exactly what `use` gave."""
         weights: dict[str, float] = {}
         for held, weight in used:
@@ -136,7 +136,7 @@ class Adapters:
             self._pipeline.disable_lora()
         self._active = on
 
-    def _hold(self, name: str, digest: str) -> Held:
+    def _hold(self, name: str, digest: str) -> LoadedLora:
         """The adapter of that digest, loaded."""
         if digest not in self._loaded:
             if digest in self._refused:
@@ -147,7 +147,7 @@ class Adapters:
             self._load(_key(digest), file)
             self._loaded[digest] = None
         self._loaded.move_to_end(digest)
-        held = self._held.get(digest) or Held(digest)
+        held = self._held.get(digest) or LoadedLora(digest)
         self._held[digest] = held
         return held
 

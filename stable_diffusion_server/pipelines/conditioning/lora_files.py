@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from stable_diffusion_server.errors import WeightsUnusable
+from stable_diffusion_server.errors import ModelLoadError
 
 LARGEST_BYTES = 4 * 2**30
 # A header of a few megabytes is that of a trainer's notes; parsing one holds Python's lock.
@@ -35,7 +35,7 @@ DENOISERS = {"unet": tuple(_UNET.split()), "transformer": tuple(_TRANSFORMER.spl
 _OTHER_KINDS = {".hada_": "LoHa", ".lokr_": "LoKr", ".oft_": "OFT", ".on_input": "IA3", ".a1.": "GLoRA"}
 
 
-class Identity(NamedTuple):
+class LoraIdentity(NamedTuple):
     """What a file's content is known by until one of these changes."""
 
     device: int
@@ -45,7 +45,7 @@ class Identity(NamedTuple):
     status_changed_ns: int
 
 
-class Header(NamedTuple):
+class LoraHeader(NamedTuple):
     """Name of each tensor → its `dtype`, `shape` and `data_offsets`; and the notes beside them."""
 
     tensors: dict[str, dict[str, Any]]
@@ -57,9 +57,9 @@ class LoraFile:
     """An adapter read whole: `digest` is that of `data`, the first 16 hexadecimal digits of its SHA-256."""
 
     name: str
-    identity: Identity
+    identity: LoraIdentity
     digest: str
-    header: Header
+    header: LoraHeader
     data: bytes = field(repr=False)
 
 
@@ -67,7 +67,7 @@ class LoraFile:
 def opened(file: Path) -> Iterator[tuple[BinaryIO, os.stat_result]]:
     """A regular file open for reading, links followed, and what is known of it. Waits for no pipe and no device.
 
-    Raises `WeightsUnusable` with the file and the reason.
+    Raises `ModelLoadError` with the file and the reason.
     """
     try:
         _check_regular(file.name, os.stat(file))
@@ -75,7 +75,7 @@ def opened(file: Path) -> Iterator[tuple[BinaryIO, os.stat_result]]:
     except OSError as error:
         dangling = isinstance(error, FileNotFoundError) and file.is_symlink()
         why = "is a link to a file that is not there" if dangling else f"cannot be read: {error.strerror}"
-        raise WeightsUnusable(f"{file.name} {why}.") from error
+        raise ModelLoadError(f"{file.name} {why}.") from error
     with source:
         facts = os.fstat(source.fileno())
         _check_regular(file.name, facts)
@@ -85,36 +85,36 @@ def opened(file: Path) -> Iterator[tuple[BinaryIO, os.stat_result]]:
 def _check_regular(name: str, facts: os.stat_result) -> None:
     if not stat.S_ISREG(facts.st_mode):
         kind = "a folder" if stat.S_ISDIR(facts.st_mode) else "a device or a pipe"
-        raise WeightsUnusable(f"{name} is {kind}, not a file.")
+        raise ModelLoadError(f"{name} is {kind}, not a file.")
 
 
 def read_header(file: Path) -> Mapping[str, Any]:
     """The header of a safetensors file: name of each tensor → its `dtype`, `shape` and `data_offsets`.
 
-    Raises `WeightsUnusable` when the file is none, or shorter than its header says.
+    Raises `ModelLoadError` when the file is none, or shorter than its header says.
     """
     with opened(file) as (source, facts):
         return header_of(source, facts.st_size, file.name, _ANY_HEADER).tensors
 
 
-def header_of(source: BinaryIO, size: int, name: str, limit: int = LARGEST_HEADER) -> Header:
-    """The header at the beginning of `source`, a file of `size` bytes. Raises `WeightsUnusable`."""
+def header_of(source: BinaryIO, size: int, name: str, limit: int = LARGEST_HEADER) -> LoraHeader:
+    """The header at the beginning of `source`, a file of `size` bytes. Raises `ModelLoadError`."""
     try:
         begins = source.read(len(_POINTER))
         if begins == _POINTER:
-            raise WeightsUnusable(f"{name} is a pointer of git-lfs; the weights themselves were not fetched.")
+            raise ModelLoadError(f"{name} is a pointer of git-lfs; the weights themselves were not fetched.")
         length = int.from_bytes(begins[:8], "little")
         if limit < length < size - 8:
-            raise WeightsUnusable(f"{name} has a header of {length} bytes, and {limit} are taken.")
+            raise ModelLoadError(f"{name} has a header of {length} bytes, and {limit} are taken.")
         # A length out of bounds reads as nothing, which is no JSON.
         read = json.loads(begins[8:] + source.read(length + 8 - len(begins)) if 8 < length <= limit else b"")
         notes = read.pop("__metadata__", None)
         end = max((_end_of(facts) for facts in read.values()), default=0)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise WeightsUnusable(f"{name} is not a safetensors file.") from error
+        raise ModelLoadError(f"{name} is not a safetensors file.") from error
     if size < 8 + length + end:
-        raise WeightsUnusable(f"{name} is truncated: {size} of {8 + length + end} bytes are there.")
-    return Header(read, notes if isinstance(notes, dict) else {})
+        raise ModelLoadError(f"{name} is truncated: {size} of {8 + length + end} bytes are there.")
+    return LoraHeader(read, notes if isinstance(notes, dict) else {})
 
 
 def _end_of(facts: Any) -> int:
@@ -128,13 +128,13 @@ def _end_of(facts: Any) -> int:
 
 
 def read_lora(file: Path, largest: int = LARGEST_BYTES) -> LoraFile:
-    """An adapter's file, read once into memory. Raises `WeightsUnusable`."""
+    """An adapter's file, read once into memory. Raises `ModelLoadError`."""
     with opened(file) as (source, facts):
         check_fit(source, facts, file.name, largest)
         source.seek(0)
         data = source.read(facts.st_size)
         if len(data) != facts.st_size or identity_of(os.fstat(source.fileno())) != identity_of(facts):
-            raise WeightsUnusable(f"{file.name} is being written to at this moment; ask again.")
+            raise ModelLoadError(f"{file.name} is being written to at this moment; ask again.")
     header = header_of(io.BytesIO(data), len(data), file.name)
     return LoraFile(file.name, identity_of(facts), hashlib.sha256(data).hexdigest()[:16], header, data)
 
@@ -145,12 +145,12 @@ def digest_of(file: Path) -> str:
         return hashlib.file_digest(source, "sha256").hexdigest()[:16]  # type: ignore[arg-type]  # it is a binary file
 
 
-def identity_of(facts: os.stat_result) -> Identity:
+def identity_of(facts: os.stat_result) -> LoraIdentity:
     """The identity of a file's content."""
-    return Identity(facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns)
+    return LoraIdentity(facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns)
 
 
-def unfit(header: Header) -> str:
+def unfit(header: LoraHeader) -> str:
     """Why these tensors are no LoRA that can be drawn with, as the end of a sentence; empty where they may be one."""
     names = header.tensors
     if any("dora_scale" in name for name in names):
@@ -182,17 +182,17 @@ def _of_a_control_lora(names: Iterable[str]) -> str:
     return ""
 
 
-def denoisers_of(header: Header) -> Collection[str]:
+def denoisers_of(header: LoraHeader) -> Collection[str]:
     """For which denoisers, `unet` or `transformer`, these tensors can be, as far as their names tell."""
     meant = {kind for kind, begins in DENOISERS.items() for name in header.tensors if name.startswith(begins)}
     return meant or DENOISERS
 
 
-def check_fit(source: BinaryIO, facts: os.stat_result, name: str, largest: int) -> Header:
-    """The header of a file that may be an adapter. Raises `WeightsUnusable`."""
+def check_fit(source: BinaryIO, facts: os.stat_result, name: str, largest: int) -> LoraHeader:
+    """The header of a file that may be an adapter. Raises `ModelLoadError`."""
     if facts.st_size > largest:
-        raise WeightsUnusable(f"{name} has {facts.st_size} bytes, and MAX_LORA_BYTES is {largest}.")
+        raise ModelLoadError(f"{name} has {facts.st_size} bytes, and MAX_LORA_BYTES is {largest}.")
     header = header_of(source, facts.st_size, name)
     if why := unfit(header):
-        raise WeightsUnusable(f"{name} {why}.")
+        raise ModelLoadError(f"{name} {why}.")
     return header

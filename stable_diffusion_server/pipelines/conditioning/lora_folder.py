@@ -14,12 +14,12 @@ from typing import TypeVar
 
 import structlog
 
-from stable_diffusion_server.errors import InvalidInput, WeightsUnusable
+from stable_diffusion_server.errors import InvalidInput, ModelLoadError
 from stable_diffusion_server.pipelines.conditioning.lora_files import (
     DENOISERS,
     LARGEST_BYTES,
-    Identity,
     LoraFile,
+    LoraIdentity,
     check_fit,
     denoisers_of,
     identity_of,
@@ -49,9 +49,9 @@ class LoraFolder:
     def __init__(self, folder: Path | None, largest: int = LARGEST_BYTES) -> None:
         self.folder = folder
         self._largest = largest
-        self._fits: OrderedDict[Identity, Collection[str]] = OrderedDict()
-        self._digests: OrderedDict[Identity, str] = OrderedDict()
-        self._refused: OrderedDict[tuple[Identity, str], str] = OrderedDict()
+        self._fits: OrderedDict[LoraIdentity, Collection[str]] = OrderedDict()
+        self._digests: OrderedDict[LoraIdentity, str] = OrderedDict()
+        self._refused: OrderedDict[tuple[LoraIdentity, str], str] = OrderedDict()
         self._told: set[tuple[str, str]] = set()
 
     def names(self, denoisers: Collection[str] = tuple(DENOISERS)) -> tuple[str, ...]:
@@ -104,7 +104,7 @@ class LoraFolder:
             source.seek(0)
             digest = hashlib.file_digest(source, "sha256").hexdigest()[:16]  # type: ignore[arg-type]  # as above
             if identity_of(os.fstat(source.fileno())) != identity:
-                raise WeightsUnusable(f"{file.name} is being written to at this moment; ask again.")
+                raise ModelLoadError(f"{file.name} is being written to at this moment; ask again.")
         if settled:
             _keep(self._digests, identity, digest)
         return digest
@@ -146,13 +146,13 @@ class LoraFolder:
             with opened(file) as (source, facts):
                 identity, settled = identity_of(facts), _is_settled(facts)
                 fits = denoisers_of(check_fit(source, facts, file.name, self._largest))
-        except WeightsUnusable as error:
+        except ModelLoadError as error:
             return error.detail, ()
         if settled:
             _keep(self._fits, identity, fits)
         return self._left_of(identity, fits)
 
-    def _left_of(self, identity: Identity, fits: Collection[str]) -> tuple[str, Collection[str]]:
+    def _left_of(self, identity: LoraIdentity, fits: Collection[str]) -> tuple[str, Collection[str]]:
         """What was not refused since of the denoisers a content may fit; the reason where nothing is left."""
         known = {denoiser: self._refused.get((identity, denoiser), "") for denoiser in fits}
         left = [denoiser for denoiser, why in known.items() if not why]
@@ -213,7 +213,7 @@ def _told_of_the_order() -> Iterator[None]:
     """Have what is wrong with a file be the order's that names it."""
     try:
         yield
-    except WeightsUnusable as error:
+    except ModelLoadError as error:
         raise InvalidInput(error.detail, field="lora") from error
 
 

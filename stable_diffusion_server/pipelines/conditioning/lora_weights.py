@@ -47,7 +47,7 @@ _log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Fitting:
+class FittedLora:
     """An adapter that fits a pipeline: tensors as diffusers takes them, and the layers they are for, by part.
 
     `alphas` and `notes` tell what the tensors are scaled by, where they are not scaled already.
@@ -59,11 +59,11 @@ class Fitting:
     notes: Mapping[str, Any] | None
 
 
-class UnfitError(ValueError):
+class LoraMismatch(ValueError):
     """Why an adapter cannot be used, as the end of a sentence."""
 
 
-def fitted(file: LoraFile, pipeline: Any) -> Fitting:
+def fitted(file: LoraFile, pipeline: Any) -> FittedLora:
     """What there is to put on a pipeline. Raises `InvalidInput` with the reason when not all of it fits."""
     try:
         _check_family(file, pipeline)
@@ -72,12 +72,12 @@ def fitted(file: LoraFile, pipeline: Any) -> Fitting:
         parts = _by_part(state, pipeline)
         _check_none_is_lost(tensors, parts)
         layers = {part: _checked_layers(found, getattr(pipeline, part)) for part, found in parts.items()}
-        return Fitting(state, layers, alphas, _notes_of(file, parts))
-    except UnfitError as error:
+        return FittedLora(state, layers, alphas, _notes_of(file, parts))
+    except LoraMismatch as error:
         raise InvalidInput(f"{file.name} {error}.", field="lora") from error
 
 
-def put_on(fitting: Fitting, pipeline: Any, key: str, name: str) -> None:
+def put_on(fitting: FittedLora, pipeline: Any, key: str, name: str) -> None:
     """Load an adapter under `key`, turned on. Raises `InvalidInput` and leaves nothing behind when that fails."""
     try:
         for part in fitting.layers:
@@ -107,7 +107,7 @@ def take_off(pipeline: Any, key: str) -> None:
 
 def _check_family(file: LoraFile, pipeline: Any) -> None:
     if not any(hasattr(pipeline, denoiser) for denoiser in denoisers_of(file.header)):
-        raise UnfitError("is for models of another family")
+        raise LoraMismatch("is for models of another family")
 
 
 def _parts_of(pipeline: Any) -> tuple[str, ...]:
@@ -116,21 +116,21 @@ def _parts_of(pipeline: Any) -> tuple[str, ...]:
 
 
 def _tensors_of(file: LoraFile) -> Tensors:
-    """The tensors in a file, in memory of their own. Raises `UnfitError` for what no adapter holds."""
+    """The tensors in a file, in memory of their own. Raises `LoraMismatch` for what no adapter holds."""
     names = file.header.tensors
     if len(names) > _MOST_TENSORS:
-        raise UnfitError(f"holds {len(names)} tensors, and {_MOST_TENSORS} are taken")
+        raise LoraMismatch(f"holds {len(names)} tensors, and {_MOST_TENSORS} are taken")
     if odd := [name for name in names if len(name) > _LONGEST_NAME or _LARGE_NUMBER.search(name)]:
-        raise UnfitError(f"holds {_shown(odd[0])}, which is for no layer of a model")
+        raise LoraMismatch(f"holds {_shown(odd[0])}, which is for no layer of a model")
     if odd := [name for name in names if not _ENDING.search(name)]:
-        raise UnfitError(f"holds {_shown(odd[0])}, which is no part of a LoRA and would be left out")
+        raise LoraMismatch(f"holds {_shown(odd[0])}, which is no part of a LoRA and would be left out")
     try:
         tensors = safetensors.torch.load(file.data)
     except Exception as error:  # it has errors of its own, and passes on those of torch and Python
-        raise UnfitError("cannot be read as safetensors") from error
+        raise LoraMismatch("cannot be read as safetensors") from error
     for name, tensor in tensors.items():
         if tensor.ndim > _MOST_SIDES:  # PyTorch computes with none of more than 64
-            raise UnfitError(f"holds a tensor of {tensor.ndim} dimensions ({_shown(name)})")
+            raise LoraMismatch(f"holds a tensor of {tensor.ndim} dimensions ({_shown(name)})")
         _check_numbers(name, tensor)
     return {name: _computable(tensor) for name, tensor in tensors.items()}
 
@@ -138,13 +138,13 @@ def _tensors_of(file: LoraFile) -> Tensors:
 def _check_numbers(name: str, tensor: torch.Tensor) -> None:
     if name.endswith("alpha"):
         if tensor.numel() != 1 or not math.isfinite(alpha := float(tensor.reshape(()).item().real)) or alpha < 0:
-            raise UnfitError(f"holds a scale that is none ({_shown(name)})")
+            raise LoraMismatch(f"holds a scale that is none ({_shown(name)})")
     elif not tensor.is_floating_point() or not tensor.numel():
-        raise UnfitError(
+        raise LoraMismatch(
             f"holds a tensor of {str(tensor.dtype).removeprefix('torch.')}, {list(tensor.shape)} ({_shown(name)})"
         )
     elif not torch.isfinite(_computable(tensor)).all():
-        raise UnfitError(f"holds numbers that are not finite ({_shown(name)}); it may have been trained too fast")
+        raise LoraMismatch(f"holds numbers that are not finite ({_shown(name)}); it may have been trained too fast")
 
 
 def _shown(name: str) -> str:
@@ -164,7 +164,7 @@ def _converted(tensors: Tensors, pipeline: Any) -> tuple[Tensors, Mapping[str, f
         state, alphas = pipeline.lora_state_dict(dict(tensors), **given)[:2]
     except Exception as error:  # as in `put_on`
         _log.info("an adapter cannot be converted", exc_info=error)
-        raise UnfitError("is not an adapter for this model, or in a form that is not known") from error
+        raise LoraMismatch("is not an adapter for this model, or in a form that is not known") from error
     return state, alphas or None
 
 
@@ -174,12 +174,12 @@ def _by_part(state: Tensors, pipeline: Any) -> dict[str, Tensors]:
     for name, tensor in state.items():
         part, _, rest = name.partition(".")
         if part not in _parts_of(pipeline):
-            raise UnfitError(f"holds tensors for no part of this model ({_shown(name)})")
+            raise LoraMismatch(f"holds tensors for no part of this model ({_shown(name)})")
         parts.setdefault(part, {})[rest] = tensor
     try:
         return {part: _as_peft(found, getattr(pipeline, part), part) for part, found in parts.items()}
     except ValueError as error:
-        raise UnfitError("is in a form that is not known") from error
+        raise LoraMismatch("is in a form that is not known") from error
 
 
 def _as_peft(found: Tensors, module: Any, part: str) -> Tensors:
@@ -192,7 +192,7 @@ def _as_peft(found: Tensors, module: Any, part: str) -> Tensors:
 
 
 def _check_none_is_lost(tensors: Tensors, parts: Mapping[str, Tensors]) -> None:
-    """Raise `UnfitError` when the conversions left something out, which they mostly do without a word.
+    """Raise `LoraMismatch` when the conversions left something out, which they mostly do without a word.
 
     One tensor may become several, which are copies or views of it; so what is counted is their memory.
     """
@@ -200,23 +200,23 @@ def _check_none_is_lost(tensors: Tensors, parts: Mapping[str, Tensors]) -> None:
     firsts = [tensor for found in parts.values() for name, tensor in found.items() if ".lora_A." in name]
     left = len({tensor.untyped_storage().data_ptr() for tensor in firsts})
     if not left:
-        raise UnfitError("holds nothing for this model")
+        raise LoraMismatch("holds nothing for this model")
     if left < given:
-        raise UnfitError(f"fits this model in part: {given - left} of its {given} layers are for none of the model's")
+        raise LoraMismatch(f"fits this model in part: {given - left} of its {given} layers are for none of the model's")
 
 
 def _checked_layers(found: Tensors, part: Any) -> frozenset[str]:
-    """The names of the layers that tensors of a part are for. Raises `UnfitError` unless each fits its layer."""
+    """The names of the layers that tensors of a part are for. Raises `LoraMismatch` unless each fits its layer."""
     layers: dict[str, Tensors] = {}
     for name, tensor in found.items():
         match = _LAYER.fullmatch(name)
         if match is None:
-            raise UnfitError(f"holds {_shown(name)}, which is no part of a LoRA")
+            raise LoraMismatch(f"holds {_shown(name)}, which is no part of a LoRA")
         layers.setdefault(match["layer"], {})[match["kind"] + (match["what"] or "")] = tensor
     bases = {name: _layer_of(part, name) for name in layers}
     if missing := [name for name, base in bases.items() if base is None]:
         how = "is for another model" if len(missing) == len(layers) else "fits this model in part"
-        raise UnfitError(f"{how}: {len(missing)} of its {len(layers)} layers are not there ({_shown(missing[0])})")
+        raise LoraMismatch(f"{how}: {len(missing)} of its {len(layers)} layers are not there ({_shown(missing[0])})")
     for name, base in bases.items():
         _check_shapes(name, layers[name], base)
     return frozenset(layers)
@@ -236,7 +236,7 @@ def _layer_of(part: Any, name: str) -> Any:
 def _check_shapes(name: str, found: Tensors, base: Any) -> None:
     for kind in ("lora_A.weight", "lora_B.weight"):
         if kind not in found:
-            raise UnfitError(f"lacks {_shown(f'{name}.{kind}')}")
+            raise LoraMismatch(f"lacks {_shown(f'{name}.{kind}')}")
     inner: tuple[int, ...]
     ones: tuple[int, ...] = ()
     if isinstance(base, torch.nn.Linear):
@@ -244,7 +244,7 @@ def _check_shapes(name: str, found: Tensors, base: Any) -> None:
     elif isinstance(base, torch.nn.Conv2d):
         inner, outer, ones = (base.in_channels // base.groups, *base.kernel_size), base.out_channels, (1, 1)
     else:
-        raise UnfitError(f"changes {_shown(name)}, which takes no LoRA")
+        raise LoraMismatch(f"changes {_shown(name)}, which takes no LoRA")
     rank = found["lora_A.weight"].shape[:1]
     wanted = {
         "lora_A.weight": (*rank, *inner),
@@ -255,7 +255,7 @@ def _check_shapes(name: str, found: Tensors, base: Any) -> None:
         shape = tuple(tensor.shape)
         fits = tensor.numel() == outer if kind.startswith("lora_magnitude") else shape == wanted.get(kind)
         if not fits:
-            raise UnfitError(
+            raise LoraMismatch(
                 f"is for another model: {_shown(f'{name}.{kind}')} is {list(shape)}, and the layer {outer} × {inner[0]}"
             )
 
@@ -269,14 +269,14 @@ def _notes_of(file: LoraFile, parts: Mapping[str, Tensors]) -> dict[str, Any] | 
         notes = json.loads(written)
         split = [(name.partition("."), value) for name, value in notes.items()]
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise UnfitError(f"has notes that are none ({_NOTES})") from error
+        raise LoraMismatch(f"has notes that are none ({_NOTES})") from error
     usual = asdict(LoraConfig())
     kept = {}
     for (part, _, name), value in split:
         if part in parts and name in _TAKEN and _is_plain(value):
             kept[f"{part}.{name}"] = value
         elif part in parts and not _has_no_effect(name, value, usual):
-            raise UnfitError(f"was made with {_shown(f'{name}={value}')}, which is not taken here")
+            raise LoraMismatch(f"was made with {_shown(f'{name}={value}')}, which is not taken here")
     return kept or None
 
 
@@ -295,7 +295,7 @@ def _is_plain(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(name, str) and _PLAIN.fullmatch(name) for name in value)
 
 
-def _load(fitting: Fitting, pipeline: Any, part: str, key: str) -> None:
+def _load(fitting: FittedLora, pipeline: Any, part: str, key: str) -> None:
     notes = {name: value for name, value in (fitting.notes or {}).items() if name.startswith(f"{part}.")}
     given = {
         "network_alphas": None if notes else fitting.alphas,
@@ -311,10 +311,10 @@ def _load(fitting: Fitting, pipeline: Any, part: str, key: str) -> None:
         getattr(pipeline, f"load_lora_into_{part}")(fitting.tensors, **{part: module}, **given)
 
 
-def _check_loaded(fitting: Fitting, pipeline: Any, key: str) -> None:
-    """Raise `UnfitError` unless just the layers it is for have an adapter."""
+def _check_loaded(fitting: FittedLora, pipeline: Any, key: str) -> None:
+    """Raise `LoraMismatch` unless just the layers it is for have an adapter."""
     for part, wanted in fitting.layers.items():
         layers = getattr(pipeline, part).named_modules()
         found = {name for name, layer in layers if isinstance(layer, LoraLayer) and key in layer.lora_A}
         if found != wanted:
-            raise UnfitError(f"came onto {len(found)} layers of {part}, and is for {len(wanted)}")
+            raise LoraMismatch(f"came onto {len(found)} layers of {part}, and is for {len(wanted)}")

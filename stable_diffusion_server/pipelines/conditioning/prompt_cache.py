@@ -13,7 +13,7 @@ T = TypeVar("T", bound="tuple[torch.Tensor | None, ...]")
 LIMIT_BYTES = 64 * 2**20
 
 
-class Embeddings:
+class PromptCache:
     """The tensors last used, by what they were made from. For one thread at a time.
 
     They are handed out as they are, so nobody may write on them.

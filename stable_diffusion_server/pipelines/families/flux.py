@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 
 from stable_diffusion_server.errors import InvalidInput
 from stable_diffusion_server.pipelines.base import (
-    Drawn,
-    Keep,
-    Stage,
-    State,
+    DecodedImage,
+    DenoisingSegment,
+    InpaintConstraint,
+    PipelineState,
     await_device,
     decode,
     encode,
@@ -25,21 +25,21 @@ from stable_diffusion_server.pipelines.base import (
     seeded,
     shrink_tiles,
     to_tensor,
-    torch_errors_told,
+    translate_torch_errors,
 )
 from stable_diffusion_server.pipelines.catalog import (
-    ModelFacts,
+    ModelSpec,
     refine_steps_skipped,
     scheduler_of,
     steps_skipped,
 )
-from stable_diffusion_server.pipelines.conditioning.controlnet import Control, transformer_residuals
-from stable_diffusion_server.pipelines.conditioning.lora import Adapters, InUse, by_digest
-from stable_diffusion_server.pipelines.conditioning.prompt_cache import Embeddings
-from stable_diffusion_server.pipelines.latent_preview import Previewer
+from stable_diffusion_server.pipelines.conditioning.controlnet import ControlNetInput, transformer_residuals
+from stable_diffusion_server.pipelines.conditioning.lora import LoraManager, LorasInUse, by_digest
+from stable_diffusion_server.pipelines.conditioning.prompt_cache import PromptCache
+from stable_diffusion_server.pipelines.latent_preview import LatentPreviewer
 from stable_diffusion_server.pipelines.loading.schedulers import make_scheduler
 from stable_diffusion_server.pipelines.loading.tokenizers import token_counter
-from stable_diffusion_server.types import Job, Picture
+from stable_diffusion_server.types import DiffusionRequest, ImageArray
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,17 +66,17 @@ class Flux:
     def __init__(
         self,
         pipeline: Any,
-        facts: ModelFacts,
+        facts: ModelSpec,
         controlnet: Any = None,
-        adapters: Adapters | None = None,
-        embeddings: Embeddings | None = None,
+        adapters: LoraManager | None = None,
+        embeddings: PromptCache | None = None,
     ) -> None:
         self.pipeline = pipeline
         self.facts = facts
         self.controlnet = controlnet
-        self.adapters = adapters or Adapters(pipeline)
-        self.embeddings = Embeddings() if embeddings is None else embeddings
-        self._previewer = Previewer(pipeline.vae, self._unscaled)
+        self.adapters = adapters or LoraManager(pipeline)
+        self.embeddings = PromptCache() if embeddings is None else embeddings
+        self._previewer = LatentPreviewer(pipeline.vae, self._unscaled)
         self._count = token_counter(pipeline.tokenizer_2)
 
     @functools.cached_property
@@ -89,14 +89,14 @@ class Flux:
         """Tokens of T5, which reads the whole prompt; CLIP's pooled reading only sets the mood."""
         return self._count(self._text(prompt))
 
-    def prepare(self, job: Job) -> State[Conditioning]:
+    def prepare(self, job: DiffusionRequest) -> PipelineState[Conditioning]:
         """Encode the prompt and the pictures, draw the first noise, set the timesteps.
 
         Draws from the generator in the order of the stock pipelines: the edges' latents, the picture's latents, the
         noise. Raises `InvalidInput` for a strength that leaves no step, an unknown adapter, or edges without a
         ControlNet.
         """
-        with torch_errors_told():
+        with translate_torch_errors():
             skipped = steps_skipped(self.facts, job.num_inference_steps, job.strength) if job.image else 0
             adapters = self.adapters.use(job.loras, job.lora_digests)
             conditioning = self._encode(job, adapters)
@@ -110,12 +110,12 @@ class Flux:
             if job.mask is not None and picture is not None:
                 channels = self.pipeline.vae.config.latent_channels
                 like = torch.empty(1, 1, *self._size(job), device=picture.device, dtype=dtype)
-                keep = Keep(self._packed(latent_mask(job.mask, like).repeat(1, channels, 1, 1)), picture)
+                keep = InpaintConstraint(self._packed(latent_mask(job.mask, like).repeat(1, channels, 1, 1)), picture)
             if job.refine:
                 skipped = refine_steps_skipped(self.facts, job.num_inference_steps)
                 # Noise of its own: the first pass's noise, added twice, shows.
                 stages.append(self._stage(job, skipped, seeded(job.seed + 1), dtype))
-            return State(
+            return PipelineState(
                 job=job,
                 shape=(*job.shape, conditioning.embeds.shape[1], *(held.digest for held, _ in adapters)),
                 latents=latents,
@@ -126,9 +126,9 @@ class Flux:
                 adapters=adapters,
             )
 
-    def step(self, states: Sequence[State[Conditioning]]) -> None:
+    def step(self, states: Sequence[PipelineState[Conditioning]]) -> None:
         """One transformer pass over all states, then each state's own scheduler step."""
-        with torch_errors_told():
+        with translate_torch_errors():
             self.adapters.switch(states[0].adapters)
             told = [state.conditioning for state in states]
             guidance = torch.cat([c.guidance for c in told])
@@ -153,12 +153,12 @@ class Flux:
                 state.advance(prediction)
             await_device(predicted.device)
 
-    def finish(self, state: State[Conditioning]) -> Drawn:
+    def finish(self, state: PipelineState[Conditioning]) -> DecodedImage:
         """Unpack the patches and decode; Flux's VAE has a shift beside its scale."""
-        with torch_errors_told():
+        with translate_torch_errors():
             return decode(self.pipeline.vae, self._unscaled(state, state.latents))
 
-    def preview(self, state: State[Conditioning]) -> NDArray[np.uint8]:
+    def preview(self, state: PipelineState[Conditioning]) -> NDArray[np.uint8]:
         """A small picture of where a state stands, made without decoding."""
         return self._previewer.preview(state)
 
@@ -166,7 +166,7 @@ class Flux:
         """Decode in smaller tiles from now on; false when they are as small as they may be."""
         return shrink_tiles(self.pipeline.vae)
 
-    def _unscaled(self, state: State[Conditioning], latents: torch.Tensor) -> torch.Tensor:
+    def _unscaled(self, state: PipelineState[Conditioning], latents: torch.Tensor) -> torch.Tensor:
         pipe, job = self.pipeline, state.job
         # The stock packing and unpacking are static methods of the pipeline, private by name only.
         unpacked: torch.Tensor = pipe._unpack_latents(latents, job.height, job.width, pipe.vae_scale_factor)
@@ -175,7 +175,7 @@ class Flux:
     def _text(self, prompt: str) -> str:
         return prompt.lower() if self.facts.lowercase_prompts else prompt
 
-    def _encode(self, job: Job, adapters: InUse = ()) -> Conditioning:
+    def _encode(self, job: DiffusionRequest, adapters: LorasInUse = ()) -> Conditioning:
         pipe = self.pipeline
         device = self.device
         text = self._text(job.prompt)
@@ -190,7 +190,7 @@ class Flux:
         guidance = torch.full([1], job.guidance_scale, device=device, dtype=torch.float32)
         return Conditioning(embeds, pooled, guidance, text_ids, image_ids)
 
-    def _control(self, job: Job, generator: torch.Generator) -> Control | None:
+    def _control(self, job: DiffusionRequest, generator: torch.Generator) -> ControlNetInput | None:
         """The hint as this kind of ControlNet takes it: latents of the edges, or their pixels."""
         if job.control is None:
             return None
@@ -200,9 +200,9 @@ class Flux:
             hint = self._latents_of(job.control, generator)
         else:
             hint = 2 * to_tensor(job.control, self.device) - 1
-        return Control(hint.to(self.controlnet.dtype), job.control_scale)
+        return ControlNetInput(hint.to(self.controlnet.dtype), job.control_scale)
 
-    def _latents_of(self, picture: Picture, generator: torch.Generator) -> torch.Tensor:
+    def _latents_of(self, picture: ImageArray, generator: torch.Generator) -> torch.Tensor:
         """The packed latents of a picture, scaled as the transformer sees them."""
         vae = self.pipeline.vae
         latents = encode(vae, to_tensor(picture, self.device), generator)
@@ -213,12 +213,14 @@ class Flux:
         packed: torch.Tensor = self.pipeline._pack_latents(latents, *latents.shape)
         return packed
 
-    def _size(self, job: Job) -> tuple[int, int]:
+    def _size(self, job: DiffusionRequest) -> tuple[int, int]:
         """Height and width of the job's latents, both even."""
         patch = self.pipeline.vae_scale_factor * 2
         return 2 * (job.height // patch), 2 * (job.width // patch)
 
-    def _stage(self, job: Job, skipped: int, generator: torch.Generator, dtype: torch.dtype) -> Stage:
+    def _stage(
+        self, job: DiffusionRequest, skipped: int, generator: torch.Generator, dtype: torch.dtype
+    ) -> DenoisingSegment:
         """A run of the job's steps without the first `skipped`; draws its noise from `generator`.
 
         The schedule shifts with the number of patches.
@@ -237,4 +239,4 @@ class Flux:
         scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), device=device, mu=shift)
         first = skipped * scheduler.order
         scheduler.set_begin_index(first)
-        return Stage(scheduler, scheduler.timesteps[first:], generator, noise)
+        return DenoisingSegment(scheduler, scheduler.timesteps[first:], generator, noise)

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 
 from stable_diffusion_server.errors import InvalidInput
 from stable_diffusion_server.pipelines.base import (
-    Drawn,
-    Keep,
-    Stage,
-    State,
+    DecodedImage,
+    DenoisingSegment,
+    InpaintConstraint,
+    PipelineState,
     await_device,
     decode,
     encode,
@@ -24,21 +24,21 @@ from stable_diffusion_server.pipelines.base import (
     seeded,
     shrink_tiles,
     to_tensor,
-    torch_errors_told,
+    translate_torch_errors,
 )
 from stable_diffusion_server.pipelines.catalog import (
-    ModelFacts,
+    ModelSpec,
     refine_steps_skipped,
     scheduler_of,
     steps_skipped,
 )
-from stable_diffusion_server.pipelines.conditioning.controlnet import Control, check_grid, unet_residuals
-from stable_diffusion_server.pipelines.conditioning.lora import Adapters, InUse, by_digest
-from stable_diffusion_server.pipelines.conditioning.prompt_cache import Embeddings
-from stable_diffusion_server.pipelines.latent_preview import Previewer
+from stable_diffusion_server.pipelines.conditioning.controlnet import ControlNetInput, check_grid, unet_residuals
+from stable_diffusion_server.pipelines.conditioning.lora import LoraManager, LorasInUse, by_digest
+from stable_diffusion_server.pipelines.conditioning.prompt_cache import PromptCache
+from stable_diffusion_server.pipelines.latent_preview import LatentPreviewer
 from stable_diffusion_server.pipelines.loading.schedulers import make_scheduler, set_timesteps
 from stable_diffusion_server.pipelines.loading.tokenizers import token_counter
-from stable_diffusion_server.types import Job
+from stable_diffusion_server.types import DiffusionRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,25 +62,25 @@ class Sdxl:
     """Draws with a stock `StableDiffusionXLPipeline`'s own parts; equal to the stock calls (tests/pipelines).
 
     `controlnet` shares nothing with the pipeline and may be `None`; then guided jobs are refused. Raises
-    `WeightsUnusable` when the two were not made for one another.
+    `ModelLoadError` when the two were not made for one another.
     """
 
     def __init__(
         self,
         pipeline: Any,
-        facts: ModelFacts,
+        facts: ModelSpec,
         controlnet: Any = None,
-        adapters: Adapters | None = None,
-        embeddings: Embeddings | None = None,
+        adapters: LoraManager | None = None,
+        embeddings: PromptCache | None = None,
     ) -> None:
         if controlnet is not None:
             check_grid(controlnet, pipeline.vae_scale_factor)
         self.pipeline = pipeline
         self.facts = facts
         self.controlnet = controlnet
-        self.adapters = adapters or Adapters(pipeline)
-        self.embeddings = Embeddings() if embeddings is None else embeddings
-        self._previewer = Previewer(pipeline.vae, self._unscaled)
+        self.adapters = adapters or LoraManager(pipeline)
+        self.embeddings = PromptCache() if embeddings is None else embeddings
+        self._previewer = LatentPreviewer(pipeline.vae, self._unscaled)
         self._counters = [token_counter(pipeline.tokenizer), token_counter(pipeline.tokenizer_2)]
 
     @functools.cached_property
@@ -93,13 +93,13 @@ class Sdxl:
         """Tokens of the longer of the two encoders' readings."""
         return max(count(prompt) for count in self._counters)
 
-    def prepare(self, job: Job) -> State[Conditioning]:
+    def prepare(self, job: DiffusionRequest) -> PipelineState[Conditioning]:
         """Encode the prompt and the pictures, draw the first noise, set the timesteps.
 
         Draws from the generator in the order of the stock pipelines: the picture's latents, then the noise. Raises
         `InvalidInput` for a strength that leaves no step, an unknown adapter, or edges without a ControlNet.
         """
-        with torch_errors_told():
+        with translate_torch_errors():
             pipe = self.pipeline
             skipped = steps_skipped(self.facts, job.num_inference_steps, job.strength) if job.image else 0
             control = self._control(job)
@@ -121,7 +121,7 @@ class Sdxl:
                 skipped = refine_steps_skipped(self.facts, job.num_inference_steps)
                 # Noise of its own: the first pass's noise, added twice, shows.
                 stages.append(self._stage(job, skipped, seeded(job.seed + 1), conditioning.embeds.dtype))
-            return State(
+            return PipelineState(
                 job=job,
                 shape=(*job.shape, conditioning.embeds.shape[1], *(held.digest for held, _ in adapters)),
                 latents=latents,
@@ -132,9 +132,9 @@ class Sdxl:
                 adapters=adapters,
             )
 
-    def step(self, states: Sequence[State[Conditioning]]) -> None:
+    def step(self, states: Sequence[PipelineState[Conditioning]]) -> None:
         """One UNet pass over the rows of all states, then each state's own guidance and scheduler step."""
-        with torch_errors_told():
+        with translate_torch_errors():
             self.adapters.switch(states[0].adapters)
             told = [state.conditioning for state in states]
             rows = [len(conditioning.embeds) for conditioning in told]
@@ -154,12 +154,12 @@ class Sdxl:
                 state.advance(_guide(prediction, state))
             await_device(predicted.device)
 
-    def finish(self, state: State[Conditioning]) -> Drawn:
+    def finish(self, state: PipelineState[Conditioning]) -> DecodedImage:
         """Decode the latents; SDXL's VAE is unscaled without a shift."""
-        with torch_errors_told():
+        with translate_torch_errors():
             return decode(self.pipeline.vae, self._unscaled(state, state.latents))
 
-    def preview(self, state: State[Conditioning]) -> NDArray[np.uint8]:
+    def preview(self, state: PipelineState[Conditioning]) -> NDArray[np.uint8]:
         """A small picture of where a state stands, made without decoding."""
         return self._previewer.preview(state)
 
@@ -167,10 +167,12 @@ class Sdxl:
         """Decode in smaller tiles from now on; false when they are as small as they may be."""
         return shrink_tiles(self.pipeline.vae)
 
-    def _unscaled(self, state: State[Conditioning], latents: torch.Tensor) -> torch.Tensor:
+    def _unscaled(self, state: PipelineState[Conditioning], latents: torch.Tensor) -> torch.Tensor:
         return latents / self.pipeline.vae.config.scaling_factor
 
-    def _stage(self, job: Job, skipped: int, generator: torch.Generator, dtype: torch.dtype) -> Stage:
+    def _stage(
+        self, job: DiffusionRequest, skipped: int, generator: torch.Generator, dtype: torch.dtype
+    ) -> DenoisingSegment:
         """A run of the job's steps without the first `skipped`; draws its noise from `generator`."""
         pipe = self.pipeline
         facts = scheduler_of(self.facts, job.scheduler, job.num_inference_steps)
@@ -182,24 +184,30 @@ class Sdxl:
             scheduler.set_begin_index(first)
         size = (job.height // pipe.vae_scale_factor, job.width // pipe.vae_scale_factor)
         noise = torch.randn((1, pipe.unet.config.in_channels, *size), generator=generator, dtype=dtype)
-        return Stage(scheduler, scheduler.timesteps[first:], generator, noise.to(self.device))
+        return DenoisingSegment(scheduler, scheduler.timesteps[first:], generator, noise.to(self.device))
 
-    def _begin(self, job: Job, stage: Stage, picture: torch.Tensor | None) -> tuple[torch.Tensor, Keep | None]:
+    def _begin(
+        self, job: DiffusionRequest, stage: DenoisingSegment, picture: torch.Tensor | None
+    ) -> tuple[torch.Tensor, InpaintConstraint | None]:
         """The latents before the first step, and what of the picture's latents is kept."""
-        keep = Keep(latent_mask(job.mask, picture), picture) if job.mask is not None and picture is not None else None
+        keep = (
+            InpaintConstraint(latent_mask(job.mask, picture), picture)
+            if job.mask is not None and picture is not None
+            else None
+        )
         if picture is None or (keep is not None and job.strength == 1):
             return stage.noise * stage.scheduler.init_noise_sigma, keep
         return stage.noised(picture, 0), keep
 
-    def _control(self, job: Job) -> Control | None:
+    def _control(self, job: DiffusionRequest) -> ControlNetInput | None:
         if job.control is None:
             return None
         if self.controlnet is None:
             raise InvalidInput(f"{self.facts.name} has no ControlNet here to follow edges with.", field="canny")
         hint = to_tensor(job.control, self.device).to(self.controlnet.dtype)
-        return Control(hint, job.control_scale)
+        return ControlNetInput(hint, job.control_scale)
 
-    def _encode(self, job: Job, adapters: InUse = ()) -> Conditioning:
+    def _encode(self, job: DiffusionRequest, adapters: LorasInUse = ()) -> Conditioning:
         guided = job.guidance_scale > 1
         positive, negative, pooled, negative_pooled = self.embeddings.of(
             (job.prompt, job.negative_prompt, guided, by_digest(adapters)),
@@ -226,7 +234,7 @@ def _by_row(tensors: Sequence[torch.Tensor], rows: Sequence[int]) -> torch.Tenso
     return torch.cat([tensor for tensor, n in zip(tensors, rows, strict=True) for _ in range(n)])
 
 
-def _guide(prediction: torch.Tensor, state: State[Conditioning]) -> torch.Tensor:
+def _guide(prediction: torch.Tensor, state: PipelineState[Conditioning]) -> torch.Tensor:
     """Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598): negative + scale · (positive − negative)."""
     if not state.conditioning.guided:
         return prediction

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from stable_diffusion_server.errors import WeightsUnusable
+from stable_diffusion_server.errors import ModelLoadError
 
 
 def check_pipeline(told: str, pipeline: Any) -> None:
-    """Raise `WeightsUnusable` when a text-to-image pipeline's parts do not fit one another; `told` names its folder.
+    """Raise `ModelLoadError` when a text-to-image pipeline's parts do not fit one another; `told` names its folder.
 
     Left alone, each picture would fail in the middle, or be noise.
     """
     vae = pipeline.vae.config
     if not hasattr(pipeline.vae, "quant_conv"):
-        raise WeightsUnusable(
+        raise ModelLoadError(
             f"{told}/vae holds a {type(pipeline.vae).__name__}, and an AutoencoderKL is needed to encode pictures."
         )
     if hasattr(pipeline, "unet"):
@@ -25,13 +25,13 @@ def check_pipeline(told: str, pipeline: Any) -> None:
     for tokenizer, encoder in (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")):
         words, known = len(getattr(pipeline, tokenizer)), getattr(pipeline, encoder).config.vocab_size
         if words > known:
-            raise WeightsUnusable(
+            raise ModelLoadError(
                 f"{told}/{tokenizer} has {words} tokens, and {told}/{encoder} knows {known}: one of another model."
             )
 
 
 def check_controlnet(told: str, pipeline: Any, controlnet: Any) -> None:
-    """Raise `WeightsUnusable` when a ControlNet was made for another model than `pipeline`'s."""
+    """Raise `ModelLoadError` when a ControlNet was made for another model than `pipeline`'s."""
     if hasattr(pipeline, "unet"):
         names: Iterable[str] = ("in_channels", "cross_attention_dim", "block_out_channels", "addition_time_embed_dim")
         whole = pipeline.unet.config
@@ -40,13 +40,13 @@ def check_controlnet(told: str, pipeline: Any, controlnet: Any) -> None:
     for name in names:
         own, wanted = controlnet.config.get(name), whole.get(name)
         if own != wanted and not (isinstance(own, list | tuple) and [*own] == [*wanted]):
-            raise WeightsUnusable(f"{told} was made for another model: its {name} is {own}, and the model's {wanted}.")
+            raise ModelLoadError(f"{told} was made for another model: its {name} is {own}, and the model's {wanted}.")
 
 
 def _check_unet(told: str, pipeline: Any, latent_channels: int) -> None:
     config = pipeline.unet.config
     if config.in_channels != latent_channels:
-        raise WeightsUnusable(
+        raise ModelLoadError(
             f"{told}/unet takes {config.in_channels} channels, and one that draws from text takes the VAE's "
             f"{latent_channels}: it was made for inpainting or the like."
         )
@@ -69,14 +69,14 @@ def _check_unet(told: str, pipeline: Any, latent_channels: int) -> None:
         ),
     )
     if config.time_cond_proj_dim is not None:
-        raise WeightsUnusable(f"{told}/unet was distilled with its guidance as an input, which is not given here.")
+        raise ModelLoadError(f"{told}/unet was distilled with its guidance as an input, which is not given here.")
 
 
 def _check_transformer(told: str, pipeline: Any, latent_channels: int) -> None:
     config = pipeline.transformer.config
     # A patch packs 2 × 2 latent pixels into channels.
     if config.in_channels != 4 * latent_channels:
-        raise WeightsUnusable(
+        raise ModelLoadError(
             f"{told}/transformer takes {config.in_channels} channels, and one that draws from text takes "
             f"{4 * latent_channels}: it was made for filling, control or the like."
         )
@@ -102,4 +102,4 @@ def _check_transformer(told: str, pipeline: Any, latent_channels: int) -> None:
 def _check_equal(told: str, *pairs: tuple[str, str, Any, str, Any]) -> None:
     for part, name, own, whose, wanted in pairs:
         if isinstance(own, int) and own != wanted:
-            raise WeightsUnusable(f"{told}/{part} has a {name} of {own}, and {whose} {wanted}: they do not fit.")
+            raise ModelLoadError(f"{told}/{part} has a {name} of {own}, and {whose} {wanted}: they do not fit.")

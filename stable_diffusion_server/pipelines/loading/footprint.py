@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-from stable_diffusion_server.pipelines.catalog import ModelFacts
+from stable_diffusion_server.pipelines.catalog import ModelSpec
 from stable_diffusion_server.pipelines.loading.placement import Footprint
 
 # What one drawing needs beside the weights, for each pixel: the widest layers of a VAE decoder, roughly.
 _WORKING_BYTES = 2048
 
 
-def footprint_of(facts: ModelFacts, parts: Mapping[str, torch.nn.Module], dtype: torch.dtype) -> Footprint:
+def footprint_of(facts: ModelSpec, parts: Mapping[str, torch.nn.Module], dtype: torch.dtype) -> Footprint:
     """What these parts need in `dtype`, by their shapes; a ControlNet may be among them."""
     layers = [
         sum(parameter.numel() for parameter in module.parameters(recurse=False))

@@ -17,14 +17,14 @@ from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.file_download import repo_folder_name
 
-from stable_diffusion_server.errors import WeightsUnusable
+from stable_diffusion_server.errors import ModelLoadError
 from stable_diffusion_server.pipelines.loading.weight_files import (
     DIFFUSERS,
     INDEX,
     SAFETENSORS,
     TEXTS,
     FileFault,
-    Part,
+    WeightPart,
     parts_of,
 )
 
@@ -36,7 +36,7 @@ _PATIENCE = 20.0
 
 
 @dataclass(frozen=True, slots=True)
-class Pinned:
+class PinnedRevision:
     """What was fetched of a repository: the commit, and the names of the files."""
 
     commit: str
@@ -52,12 +52,12 @@ class _Listed:
     blobs: Mapping[str, str]
 
 
-class Hub:
+class HubClient:
     """Repositories of the hub, each fetched once into the hub's cache (HF_HOME).
 
     `revisions` names the branch, tag or commit of a repository; of any other the commit that was fetched first is kept
     in the file `pins`, so that a restart draws with the same weights. Progress is logged every `every` seconds. All
-    methods raise `WeightsUnusable` with a sentence that says what can be done.
+    methods raise `ModelLoadError` with a sentence that says what can be done.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Hub:
         self._file = pins
         self._pins = _read(pins)
         self._every = every
-        self._done: dict[str, Path | WeightsUnusable] = {}
+        self._done: dict[str, Path | ModelLoadError] = {}
         self.progress = ""
 
     def pipeline(self, repo: str, variant: str | None) -> Path:
@@ -98,10 +98,10 @@ class Hub:
         if repo not in self._done:
             try:
                 self._done[repo] = self._fetch(repo, choose)
-            except WeightsUnusable as error:
+            except ModelLoadError as error:
                 self._done[repo] = error
         done = self._done[repo]
-        if isinstance(done, WeightsUnusable):
+        if isinstance(done, ModelLoadError):
             raise done
         return done
 
@@ -120,16 +120,16 @@ class Hub:
             names = list(dict.fromkeys(choose(listed)))
             self._download(repo, listed, names)
         except FileFault as fault:
-            raise WeightsUnusable(f"{repo} cannot be had from the hub: {fault}.") from fault
-        except WeightsUnusable:
+            raise ModelLoadError(f"{repo} cannot be had from the hub: {fault}.") from fault
+        except ModelLoadError:
             raise
         except Exception as error:  # as above
             raise _refused(repo, revision, error) from error
-        self._pins[repo] = pin = Pinned(listed.commit, tuple(names))
+        self._pins[repo] = pin = PinnedRevision(listed.commit, tuple(names))
         _write(self._file, self._pins)
         folder = _in_cache(repo, pin)
         if folder is None:
-            raise WeightsUnusable(f"{repo} was fetched from the hub, and is not all in its cache (HF_HOME).")
+            raise ModelLoadError(f"{repo} was fetched from the hub, and is not all in its cache (HF_HOME).")
         return folder
 
     def _without_hub(self, repo: str, revision: str, error: Exception) -> Path:
@@ -148,7 +148,7 @@ class Hub:
         place = next(folder for folder in (blobs, *blobs.parents) if folder.is_dir())
         partly = _bytes_in(blobs, "*.incomplete")
         if total - partly > (free := shutil.disk_usage(place).free):
-            raise WeightsUnusable(
+            raise ModelLoadError(
                 f"{repo} takes {_gigabytes(total)}, and the disk of the hub's cache (HF_HOME) has {_gigabytes(free)} "
                 "free."
             )
@@ -194,7 +194,7 @@ def _listed(repo: str, revision: str) -> _Listed:
     )
 
 
-def _files_of(part: Part, sizes: Mapping[str, int], variant: str | None) -> list[str]:
+def _files_of(part: WeightPart, sizes: Mapping[str, int], variant: str | None) -> list[str]:
     """The files of a part of a pipeline among those of its repository. Raises `FileFault`."""
     texts = [
         name
@@ -220,13 +220,13 @@ def _weights(sizes: Mapping[str, int], folder: str, stem: str, variant: str | No
     raise FileFault(f"it holds no safetensors files {f'for {folder}' if folder else 'of weights'}".rstrip("/"))
 
 
-def _in_cache(repo: str, pin: Pinned) -> Path | None:
+def _in_cache(repo: str, pin: PinnedRevision) -> Path | None:
     """The cached folder of a commit, when all of its files are there."""
     folder = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repo, repo_type="model"), "snapshots", pin.commit)
     return folder if pin.files and all((folder / name).is_file() for name in pin.files) else None
 
 
-def _refused(repo: str, revision: str, error: Exception) -> WeightsUnusable:
+def _refused(repo: str, revision: str, error: Exception) -> ModelLoadError:
     """Why a repository cannot be had, and what its reader can do about it."""
     page = f"{constants.ENDPOINT}/{repo}"
     match error:
@@ -241,7 +241,7 @@ def _refused(repo: str, revision: str, error: Exception) -> WeightsUnusable:
             why = f"there is no {page}, or it is private and HF_TOKEN is not a token that may read it"
         case _:
             why = _sentence(error)
-    return WeightsUnusable(f"{repo} cannot be had from the hub: {why}.")
+    return ModelLoadError(f"{repo} cannot be had from the hub: {why}.")
 
 
 def _sentence(error: Exception) -> str:
@@ -260,18 +260,18 @@ def _bytes_in(folder: Path, pattern: str) -> int:
     return sizes
 
 
-def _read(file: Path | None) -> dict[str, Pinned]:
+def _read(file: Path | None) -> dict[str, PinnedRevision]:
     if file is None or not file.exists():
         return {}
     try:
         read = json.loads(file.read_text())
-        return {repo: Pinned(str(pin["commit"]), tuple(map(str, pin["files"]))) for repo, pin in read.items()}
+        return {repo: PinnedRevision(str(pin["commit"]), tuple(map(str, pin["files"]))) for repo, pin in read.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         _log.warning("the record of what was fetched from the hub cannot be read", file=str(file), exc_info=error)
         return {}
 
 
-def _write(file: Path | None, pins: Mapping[str, Pinned]) -> None:
+def _write(file: Path | None, pins: Mapping[str, PinnedRevision]) -> None:
     if file is None:
         return
     try:

@@ -10,29 +10,29 @@ from typing import Any
 import structlog
 import torch
 
-from stable_diffusion_server.errors import DoesNotFit, InvalidInput, WeightsUnusable
-from stable_diffusion_server.pipelines.acceleration.apply import speed_up
-from stable_diffusion_server.pipelines.acceleration.cuda_graphs import Graphs
-from stable_diffusion_server.pipelines.catalog import MODELS, ModelFacts, with_quantization, with_weights
+from stable_diffusion_server.errors import InvalidInput, ModelLoadError, ModelTooLarge
+from stable_diffusion_server.pipelines.acceleration.apply import apply_optimizations
+from stable_diffusion_server.pipelines.acceleration.cuda_graphs import CudaGraphRunner
+from stable_diffusion_server.pipelines.catalog import MODELS, ModelSpec, with_quantization, with_weights
 from stable_diffusion_server.pipelines.conditioning.controlnet import check_grid
-from stable_diffusion_server.pipelines.conditioning.lora import Adapters, add_to_controlnet
+from stable_diffusion_server.pipelines.conditioning.lora import LoraManager, add_to_controlnet
 from stable_diffusion_server.pipelines.conditioning.lora_folder import LoraFolder
 from stable_diffusion_server.pipelines.conditioning.prompt_cache import LIMIT_BYTES
 from stable_diffusion_server.pipelines.loading.compatibility import check_controlnet
 from stable_diffusion_server.pipelines.loading.components import (
     control_files,
     dtype_of,
+    empty_pipeline,
     lcm_file,
     load_controlnet,
     load_pipeline,
     lora_file,
     model_files,
-    skeleton,
 )
 from stable_diffusion_server.pipelines.loading.device_memory import free_memory
 from stable_diffusion_server.pipelines.loading.footprint import footprint_of
-from stable_diffusion_server.pipelines.loading.hub import Hub
-from stable_diffusion_server.pipelines.loading.offload import copy_out_of_files, settle
+from stable_diffusion_server.pipelines.loading.hub import HubClient
+from stable_diffusion_server.pipelines.loading.offload import apply_residency, copy_out_of_files
 from stable_diffusion_server.pipelines.loading.placement import (
     CONTROL,
     Offload,
@@ -65,9 +65,9 @@ class LoadOptions:
     slices. Each model keeps up to `prompt_cache_bytes` of encoded prompts.
     """
 
-    models: Mapping[str, ModelFacts] = field(default_factory=lambda: MODELS)
-    instead: Mapping[str, ModelFacts] = field(default_factory=dict)
-    hub: Hub | None = None
+    models: Mapping[str, ModelSpec] = field(default_factory=lambda: MODELS)
+    instead: Mapping[str, ModelSpec] = field(default_factory=dict)
+    hub: HubClient | None = None
     digests: WeightDigests = field(default_factory=WeightDigests)
     mapped: bool = False
     lora_dir: Path | None = None
@@ -89,27 +89,27 @@ class LoadOptions:
 
 
 @dataclass(slots=True)
-class Placed:
+class PlacedModel:
     """A model where it draws. `facts` are as its files have them, `commit` that of its repository on the hub.
 
     `remarks` say in sentences what it does without.
     """
 
-    facts: ModelFacts
+    facts: ModelSpec
     pipeline: Any
     controlnet: Any
-    adapters: Adapters
+    adapters: LoraManager
     placement: Placement
-    graphs: list[Graphs] = field(default_factory=list)
+    graphs: list[CudaGraphRunner] = field(default_factory=list)
     commit: str = ""
     remarks: list[str] = field(default_factory=list)
 
 
-def place_or_instead(facts: ModelFacts, models_dir: Path, device: torch.device, options: LoadOptions) -> Placed:
-    """The model, or the one that is loaded instead where the device cannot hold it. Raises `WeightsUnusable`."""
+def place_or_fall_back(facts: ModelSpec, models_dir: Path, device: torch.device, options: LoadOptions) -> PlacedModel:
+    """The model, or the one that is loaded instead where the device cannot hold it. Raises `ModelLoadError`."""
     try:
         return place_model(facts, models_dir, device, options)
-    except DoesNotFit as error:
+    except ModelTooLarge as error:
         other = options.instead.get(facts.name)
         if other is None or other == facts:
             raise
@@ -119,13 +119,13 @@ def place_or_instead(facts: ModelFacts, models_dir: Path, device: torch.device, 
         return place_model(other, models_dir, device, options)
 
 
-def place_model(facts: ModelFacts, models_dir: Path, device: torch.device, options: LoadOptions) -> Placed:
+def place_model(facts: ModelSpec, models_dir: Path, device: torch.device, options: LoadOptions) -> PlacedModel:
     """A model's pipeline, ControlNet and adapters, in the placement that fits the device's free memory now.
 
-    Raises `WeightsUnusable`; a ControlNet that cannot be used is done without, and remarked on.
+    Raises `ModelLoadError`; a ControlNet that cannot be used is done without, and remarked on.
     """
     hub = options.hub
-    footprint = footprint_of(facts, skeleton(facts, models_dir, hub=hub), dtype_of(facts, device))
+    footprint = footprint_of(facts, empty_pipeline(facts, models_dir, hub=hub), dtype_of(facts, device))
     placement = place(
         free_memory(device),
         footprint,
@@ -143,13 +143,16 @@ def place_model(facts: ModelFacts, models_dir: Path, device: torch.device, optio
     remarks: list[str] = []
     controlnet, control = _control(facts, models_dir, device, options, pipeline, remarks)
     if options.digests.of(files) != weights:
-        raise WeightsUnusable(f"The files in {facts.folder} were changed while they were loaded; start again.")
+        raise ModelLoadError(f"The files in {facts.folder} were changed while they were loaded; start again.")
     try:
-        adapters = Adapters(
-            pipeline, options.adapters, always, lambda: settle(pipeline, controlnet, device, placement.residency)
+        adapters = LoraManager(
+            pipeline,
+            options.adapters,
+            always,
+            lambda: apply_residency(pipeline, controlnet, device, placement.residency),
         )
     except InvalidInput as error:  # of no request here
-        raise WeightsUnusable(error.detail) from error
+        raise ModelLoadError(error.detail) from error
     known = facts if options.quantize != "auto" else with_quantization(facts, placement.quantization)
     known = with_weights(known, weights, control)
     if controlnet is None:
@@ -160,14 +163,14 @@ def place_model(facts: ModelFacts, models_dir: Path, device: torch.device, optio
         compress(pipeline.transformer, options.dfloat11, device)
     if not options.mapped and (device.type == "cpu" or placement.residency is not Residency.RESIDENT):
         copy_out_of_files(part for part in parts.values() if isinstance(part, torch.nn.Module))
-    settle(pipeline, controlnet, device, placement.residency)
+    apply_residency(pipeline, controlnet, device, placement.residency)
     commit = hub.commit(facts.repo) if hub and facts.repo else ""
     graphs = _made_fast(pipeline, controlnet, device, placement, options)
-    return Placed(known, pipeline, controlnet, adapters, placement, graphs, commit, remarks)
+    return PlacedModel(known, pipeline, controlnet, adapters, placement, graphs, commit, remarks)
 
 
 def _control(
-    facts: ModelFacts, models_dir: Path, device: torch.device, options: LoadOptions, pipeline: Any, remarks: list[str]
+    facts: ModelSpec, models_dir: Path, device: torch.device, options: LoadOptions, pipeline: Any, remarks: list[str]
 ) -> tuple[Any, str]:
     """The ControlNet with the LoRA that belongs to it, and the digest of both; without one, `None` and nothing."""
     hub = options.hub
@@ -179,7 +182,7 @@ def _control(
         check_controlnet(facts.control_folder or "", pipeline, controlnet)
         if hasattr(pipeline, "unet"):
             check_grid(controlnet, pipeline.vae_scale_factor)
-    except WeightsUnusable as error:
+    except ModelLoadError as error:
         _log.warning(
             "a ControlNet cannot be used", model=facts.name, folder=facts.control_folder, why=error.detail
         )  # told in a sentence
@@ -194,11 +197,13 @@ def _control(
 
 def _made_fast(
     pipeline: Any, controlnet: Any, device: torch.device, placement: Placement, options: LoadOptions
-) -> list[Graphs]:
+) -> list[CudaGraphRunner]:
     """Have the parts compute as the settings ask for; the recordings that are made then."""
-    graphs: list[Graphs] = []
+    graphs: list[CudaGraphRunner] = []
     if placement.residency == Residency.RESIDENT and placement.quantization in COMPUTED_FAST:
-        graphs = speed_up(pipeline, controlnet, device, options.performance, steady=options.adapters.folder is None)
+        graphs = apply_optimizations(
+            pipeline, controlnet, device, options.performance, steady=options.adapters.folder is None
+        )
     if options.attention_slicing:
         pipeline.enable_attention_slicing()
     if options.vae_slicing:

@@ -18,7 +18,7 @@ _CPU = torch.device("cpu")
 _GROUP = "group_offloading"
 
 
-def settle(pipeline: Any, controlnet: Any, device: torch.device, residency: Residency) -> None:
+def apply_residency(pipeline: Any, controlnet: Any, device: torch.device, residency: Residency) -> None:
     """Put the weights where they live between drawings, by diffusers' own hooks. Adapters come before."""
     match residency:
         case Residency.RESIDENT:
@@ -41,7 +41,7 @@ def settle(pipeline: Any, controlnet: Any, device: torch.device, residency: Resi
         controlnet.to(device)  # no part of the pipeline, so its hooks pass it by; it is small
 
 
-class Offloaded:
+class OffloadedModel:
     """The parts of one model whose weights travel: which of them may be on the device, and that they leave it.
 
     diffusers' hooks bring a part when it is called, and send away the one that stands before it in the order of a

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal
 
-from stable_diffusion_server.errors import DoesNotFit, WeightsUnusable
+from stable_diffusion_server.errors import ModelLoadError, ModelTooLarge
 
 Offload = Literal["auto", "none", "model", "group", "sequential"]
 Quantize = Literal["auto", "none", "int8", "float8", "torchao-int8", "torchao-float8", "torchao-float8-dynamic"]
@@ -111,16 +111,16 @@ def place(
     """The first placement that fits into `free` bytes of the device's memory and that the settings allow.
 
     A setting other than `auto` is obeyed even where something else would do. On the CPU (`accelerated` false) weights
-    have nowhere to go to. Raises `DoesNotFit` when nothing fits, `WeightsUnusable` when OFFLOAD cannot be obeyed, or
+    have nowhere to go to. Raises `ModelTooLarge` when nothing fits, `ModelLoadError` when OFFLOAD cannot be obeyed, or
     not together with QUANTIZE.
     """
     if offload == "sequential" and quantize not in MOVED_BY_LAYERS:
-        raise WeightsUnusable(
+        raise ModelLoadError(
             f"OFFLOAD=sequential cannot be combined with QUANTIZE={quantize}: quantized weights cannot be moved layer "
             "by layer. Take OFFLOAD=group or OFFLOAD=model, or QUANTIZE=none."
         )
     if not accelerated and offload not in ("auto", "none"):
-        raise WeightsUnusable(f"OFFLOAD={offload} needs an accelerator: the CPU has its weights in its memory already.")
+        raise ModelLoadError(f"OFFLOAD={offload} needs an accelerator: the CPU has its weights in its memory already.")
     candidates = [
         Placement(residency, quantization, footprint_then.needed(residency))
         for residency, quantization in _allowed(accelerated, offload, quantize)
@@ -132,7 +132,7 @@ def place(
     if offload != "auto" and quantize != "auto":
         return candidates[-1]  # told to do just this
     least = min(placement.needed for placement in candidates)
-    raise DoesNotFit(f"The model needs {_gigabytes(least)} of memory, and {_gigabytes(free)} are free.")
+    raise ModelTooLarge(f"The model needs {_gigabytes(least)} of memory, and {_gigabytes(free)} are free.")
 
 
 def _allowed(accelerated: bool, offload: Offload, quantize: Quantize) -> list[tuple[Residency, Quantization]]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from stable_diffusion_server.errors import WeightsUnusable
+from stable_diffusion_server.errors import ModelLoadError
 from stable_diffusion_server.pipelines.loading.placement import Quantization
 
 # From which on NVIDIA's GPUs multiply in float8.
@@ -17,7 +17,7 @@ FLOAT8_CAPABILITY = (8, 9)
 def quantize_parts(modules: Iterable[torch.nn.Module], quantization: Quantization) -> None:
     """Hold the weights of `modules` in one byte each; adapters among them are left as they are.
 
-    Raises `WeightsUnusable` when the package that does it is not installed, or the machine cannot compute so.
+    Raises `ModelLoadError` when the package that does it is not installed, or the machine cannot compute so.
     """
     match quantization:
         case Quantization.NONE:
@@ -33,25 +33,25 @@ def quantize_parts(modules: Iterable[torch.nn.Module], quantization: Quantizatio
 def compress(transformer: torch.nn.Module, path: str, device: torch.device) -> None:
     """Put the DFloat11 weights under `path` into `transformer` (Zhang et al. 2025, arXiv 2504.11651): bit-identical.
 
-    Raises `WeightsUnusable` without CUDA, whose kernels unpack them, or without the package.
+    Raises `ModelLoadError` without CUDA, whose kernels unpack them, or without the package.
     """
     if device.type != "cuda":
-        raise WeightsUnusable("DF11_MODEL_PATH needs a CUDA device: DFloat11 weights are unpacked there.")
+        raise ModelLoadError("DF11_MODEL_PATH needs a CUDA device: DFloat11 weights are unpacked there.")
     try:
         from dfloat11 import DFloat11Model  # CUDA alone can import it
     except ImportError as error:
-        raise WeightsUnusable("DF11_MODEL_PATH needs the package dfloat11 (pip install dfloat11[cuda12]).") from error
+        raise ModelLoadError("DF11_MODEL_PATH needs the package dfloat11 (pip install dfloat11[cuda12]).") from error
     try:
         DFloat11Model.from_pretrained(path, device="cpu", bfloat16_model=transformer)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise WeightsUnusable(f"The weights of DF11_MODEL_PATH cannot be loaded ({type(error).__name__}).") from error
+        raise ModelLoadError(f"The weights of DF11_MODEL_PATH cannot be loaded ({type(error).__name__}).") from error
 
 
 def _by_quanto(quantization: Quantization) -> Callable[[torch.nn.Module], None]:
     try:
         from optimum import quanto  # optional, and slow to import
     except ImportError as error:
-        raise WeightsUnusable("QUANTIZE needs the package optimum-quanto (pip install optimum-quanto).") from error
+        raise ModelLoadError("QUANTIZE needs the package optimum-quanto (pip install optimum-quanto).") from error
     kind = {Quantization.INT8: quanto.qint8, Quantization.FLOAT8: quanto.qfloat8}[quantization]
 
     def quantize(module: torch.nn.Module) -> None:
@@ -65,10 +65,10 @@ def _by_torchao(quantization: Quantization) -> Callable[[torch.nn.Module], None]
     try:
         from torchao import quantization as torchao  # optional
     except ImportError as error:
-        raise WeightsUnusable(f"QUANTIZE={quantization} needs the package torchao (pip install torchao).") from error
+        raise ModelLoadError(f"QUANTIZE={quantization} needs the package torchao (pip install torchao).") from error
     dynamic = quantization is Quantization.TORCHAO_FLOAT8_DYNAMIC
     if dynamic and not (torch.cuda.is_available() and torch.cuda.get_device_capability() >= FLOAT8_CAPABILITY):
-        raise WeightsUnusable(f"QUANTIZE={quantization} needs an NVIDIA GPU of compute capability 8.9 or later.")
+        raise ModelLoadError(f"QUANTIZE={quantization} needs an NVIDIA GPU of compute capability 8.9 or later.")
 
     def config(module: Any) -> Any:
         match quantization:

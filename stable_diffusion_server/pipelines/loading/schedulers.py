@@ -8,10 +8,10 @@ from typing import Any
 import diffusers
 import torch
 
-from stable_diffusion_server.pipelines.catalog import SchedulerFacts
+from stable_diffusion_server.pipelines.catalog import SchedulerSpec
 
 
-def make_scheduler(facts: SchedulerFacts, like: Any) -> Any:
+def make_scheduler(facts: SchedulerSpec, like: Any) -> Any:
     """A fresh scheduler of a kind, with the training facts (betas, prediction type …) of the model's own one.
 
     Carries `draws_noise`: whether its `step` takes a generator.

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import structlog
 
-from stable_diffusion_server.errors import WeightsUnusable
+from stable_diffusion_server.errors import ModelLoadError
 
 _log = structlog.get_logger(__name__)
 
@@ -35,7 +35,7 @@ class WeightDigests:
         self._fresh: dict[str, str] = {}
 
     def of(self, files: Mapping[str, Path]) -> str:
-        """One digest of files by their names, 64 hexadecimal digits. Raises `WeightsUnusable` for one that is gone.
+        """One digest of files by their names, 64 hexadecimal digits. Raises `ModelLoadError` for one that is gone.
 
         Names count, and what lies at the end of links; where that is does not.
         """
@@ -55,7 +55,7 @@ class WeightDigests:
         """The same when no file has to be read for it."""
         try:
             known = all(self._remembered(_facts_of(file)) is not None for file in files.values())
-        except WeightsUnusable:
+        except ModelLoadError:
             return None
         return self.of(files) if known else None
 
@@ -71,9 +71,9 @@ class WeightDigests:
                 digest = hashlib.file_digest(source, "sha256").hexdigest()
                 changed = os.fstat(source.fileno()).st_ctime
         except OSError as error:
-            raise WeightsUnusable(f"{file.parent.name}/{file.name} cannot be read ({error.strerror}).") from error
+            raise ModelLoadError(f"{file.parent.name}/{file.name} cannot be read ({error.strerror}).") from error
         if _facts_of(file) != key:
-            raise WeightsUnusable(f"{file.parent.name}/{file.name} was changed while it was read; start again.")
+            raise ModelLoadError(f"{file.parent.name}/{file.name} was changed while it was read; start again.")
         self._fresh[key] = digest
         if self._clock() - changed > _SETTLED:
             self._known[key] = digest
@@ -97,7 +97,7 @@ def _facts_of(file: Path) -> str:
     try:
         facts = file.stat()
     except OSError as error:
-        raise WeightsUnusable(f"{file.parent.name}/{file.name} cannot be read ({error.strerror}).") from error
+        raise ModelLoadError(f"{file.parent.name}/{file.name} cannot be read ({error.strerror}).") from error
     return f"{facts.st_dev}:{facts.st_ino}:{facts.st_size}:{facts.st_mtime_ns}:{facts.st_ctime_ns}"
 
 

@@ -37,7 +37,7 @@ class FileFault(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class WeightPart:
     """A part of a model as its index lists it: from which library and class, and how its weight files begin."""
 
     name: str
@@ -65,11 +65,11 @@ class WeightFiles:
     files: tuple[Path, ...]
 
 
-def parts_of(folder: Path) -> list[Part]:
+def parts_of(folder: Path) -> list[WeightPart]:
     """The parts of a model's folder by its index. Raises `FileFault`."""
     index = read_json(folder / INDEX)
     listed = {name: value for name, value in index.items() if isinstance(value, list) and len(value) == 2}
-    parts = [Part(name, str(value[0]), str(value[1])) for name, value in listed.items() if None not in value]
+    parts = [WeightPart(name, str(value[0]), str(value[1])) for name, value in listed.items() if None not in value]
     if not parts:
         raise FileFault(f"{INDEX} lists no parts")
     return parts
@@ -184,7 +184,7 @@ def read_json(file: Path) -> dict[str, Any]:
     return read
 
 
-def files_of(folder: Path, parts: list[Part], variant: str | None) -> dict[str, Path]:
+def files_of(folder: Path, parts: list[WeightPart], variant: str | None) -> dict[str, Path]:
     """All files of a model that decide what it draws, by their names within `folder`. Raises `FileFault`.
 
     Other variants, pictures, and notes are not among them, so that they may come and go.

@@ -14,16 +14,22 @@ from urllib.parse import quote
 from uuid import uuid4
 
 from stable_diffusion_server.errors import (
-    NameBusy,
+    KeyBusy,
     NotFound,
     StorageRefused,
     StorageUnavailable,
 )
-from stable_diffusion_server.imaging.metadata import claims_picture, is_whole
-from stable_diffusion_server.storage.gcs.errors import FORBIDDEN, ConditionFailed, Refused, told, unreadable
-from stable_diffusion_server.storage.object_headers import caching_of, disposition_of
+from stable_diffusion_server.imaging.metadata import has_image_signature, is_complete_file
+from stable_diffusion_server.storage.gcs.errors import (
+    FORBIDDEN,
+    ConditionFailed,
+    Refused,
+    translate_gcs_errors,
+    unreadable,
+)
+from stable_diffusion_server.storage.object_headers import cache_control, content_disposition
 from stable_diffusion_server.storage.refusals import error_of_refusal, is_answered
-from stable_diffusion_server.types import Stored
+from stable_diffusion_server.types import StoredObject
 
 # An object of this name shows, at each start, that writing is allowed. Later it shows whether a refusal is of one name
 # or of the store.
@@ -76,23 +82,23 @@ class GCSBucket:
         if self._bucket is not None:
             self._bucket.client.close()
 
-    def fault(self) -> str | None:
+    def health(self) -> str | None:
         """Nothing is remembered here; every call tells its own fault."""
         return None
 
-    def admit(self) -> None:
+    def check_capacity(self) -> None:
         """A store without a bound on its size."""
 
-    def stat(self, key: str) -> Stored | None:
+    def stat(self, key: str) -> StoredObject | None:
         """The object under `key`, or `None`; one that is empty, cut short or garbage is none."""
         with self._told("look into it"):
             blob = self._blob(key)
             return self._sound(blob) if blob is not None else None
         return None
 
-    look = stat
+    peek = stat
 
-    def create(self, key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> tuple[Stored, bool]:
+    def create(self, key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> tuple[StoredObject, bool]:
         """Store `data` if `key` is absent; the first of several writers wins and the others get what it stored."""
         writer, generation = uuid4().hex, 0
         for _ in range(_ROUNDS):
@@ -109,9 +115,9 @@ class GCSBucket:
                     return stored or _stored(there), _writer_of(there) == writer
                 else:
                     generation = there.generation  # one that is empty, cut short or garbage gives way
-        raise NameBusy("The storage is busy with other writers of this name.", retry_after=5)
+        raise KeyBusy("The storage is busy with other writers of this name.", retry_after=5)
 
-    def overwrite(self, key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> Stored:
+    def overwrite(self, key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> StoredObject:
         """Store `data` under `key`; a reader sees the old object or the new one, whole."""
         return self._upload_named(key, data, content_type, {**record, _WRITER: uuid4().hex})
 
@@ -191,24 +197,24 @@ class GCSBucket:
         with self._told("look into it"):
             return self._connected().get_blob(key, **self._patience)
 
-    def _sound(self, blob: Any) -> Stored | None:
+    def _sound(self, blob: Any) -> StoredObject | None:
         """What is told of an object, if it is what was written there, or a picture that someone else put there."""
         stored, expected = _stored(blob), (blob.metadata or {}).get(_SUM)
         if not stored.whole:
             return None
         if expected is not None:
             return stored if blob.md5_hash in (None, expected) else None
-        if not claims_picture(stored.key, stored.content_type):
+        if not has_image_signature(stored.key, stored.content_type):
             return stored
         ends = (
             self.read(stored.key, 0, _LOOKED_AT),
             self.read(stored.key, max(0, stored.size - _LOOKED_AT), stored.size),
         )
-        return stored if is_whole(*ends, stored.size) else None
+        return stored if is_complete_file(*ends, stored.size) else None
 
     def _upload_named(
         self, key: str, data: bytes, content_type: str, metadata: Mapping[str, str], **condition: int
-    ) -> Stored:
+    ) -> StoredObject:
         """Store under a caller's name. Raises `InvalidInput` for one that is refused while others are not."""
         try:
             return self._upload(key, data, content_type, metadata, **condition)
@@ -228,7 +234,7 @@ class GCSBucket:
 
     def _upload(
         self, key: str, data: bytes, content_type: str, metadata: Mapping[str, str], **condition: int
-    ) -> Stored:
+    ) -> StoredObject:
         """Store, and see that it is stored: by the checksum in the answer, else by a look at what is there."""
         from google.api_core.exceptions import PreconditionFailed
 
@@ -236,8 +242,8 @@ class GCSBucket:
         with self._told("write to it", bucket_asked=True):
             blob = self._connected().blob(key)
             blob.metadata = {**metadata, _SUM: expected}
-            blob.cache_control = caching_of(metadata)
-            blob.content_disposition = disposition_of(key)
+            blob.cache_control = cache_control(metadata)
+            blob.content_disposition = content_disposition(key)
             try:
                 blob.upload_from_string(data, content_type, **self._patience, checksum="md5", **condition)
             except PreconditionFailed as error:
@@ -255,7 +261,7 @@ class GCSBucket:
         return self._bucket
 
     def _told(self, what: str, *, bucket_asked: bool = False, beyond: bool = False) -> AbstractContextManager[None]:
-        return told(what, self._options.name, bucket_asked=bucket_asked, beyond=beyond)
+        return translate_gcs_errors(what, self._options.name, bucket_asked=bucket_asked, beyond=beyond)
 
 
 def _client(options: GCSOptions) -> Any:
@@ -278,7 +284,7 @@ def _writer_of(blob: Any) -> str | None:
     return (blob.metadata or {}).get(_WRITER)
 
 
-def _stored(blob: Any) -> Stored:
+def _stored(blob: Any) -> StoredObject:
     """The object that an answer tells of. Raises `StorageUnavailable` where a fact of it is missing, or is none."""
     etag, kind, said = (
         blob.etag or blob.generation,
@@ -293,4 +299,4 @@ def _stored(blob: Any) -> Stored:
     if not isinstance(said, dict) or not all(isinstance(text, str) for pair in said.items() for text in pair):
         raise unreadable("its metadata are none")
     record = {name: value for name, value in said.items() if name not in (_WRITER, _SUM)}
-    return Stored(blob.name, blob.size, etag, kind, record)
+    return StoredObject(blob.name, blob.size, etag, kind, record)

@@ -6,14 +6,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http import HTTPStatus
 
-from stable_diffusion_server.errors import NameBusy, NotFound, ServerError, StorageUnavailable
+from stable_diffusion_server.errors import KeyBusy, NotFound, ServerError, StorageUnavailable
 
 # Statuses of 4xx that are of the whole store, whatever the name.
 _OF_THE_STORE = frozenset((401, 404, 405, 407, 408, 429))
 FORBIDDEN = 403
 
 
-class ConditionFailed(NameBusy):
+class ConditionFailed(KeyBusy):
     """Someone else was there first."""
 
 
@@ -31,7 +31,7 @@ def unreadable(why: str) -> StorageUnavailable:
 
 
 @contextmanager
-def told(what: str, name: str, *, bucket_asked: bool = False, beyond: bool = False) -> Iterator[None]:
+def translate_gcs_errors(what: str, name: str, *, bucket_asked: bool = False, beyond: bool = False) -> Iterator[None]:
     """Turn Google's errors into ours, in sentences that hold no key.
 
     `what` is being tried with the bucket called `name`. `bucket_asked`: what is not found is the bucket.

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class HistoryEntry:
     """A picture drawn here. `caller` is the name of the key it was drawn for; `drawn_at` in seconds since 1970, UTC.
 
     `record` is what the picture itself tells where it tells all, as JSON can hold it; `number` counts entries upwards
@@ -29,7 +29,7 @@ class Entry:
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class HistoryQuery:
     """Which entries: keys that begin with `folder`, prompts that hold `words`, drawn by `model`, before `before`.
 
     Of `caller` alone, unless that is `None`, and with that `digest`, unless it is empty.

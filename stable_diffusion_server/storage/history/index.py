@@ -13,12 +13,12 @@ from pathlib import Path
 import structlog
 
 from stable_diffusion_server.errors import StorageUnavailable
-from stable_diffusion_server.files.damaged_files import is_blocked, set_aside
-from stable_diffusion_server.storage.history.entries import Entry, Wanted
+from stable_diffusion_server.files.damaged_files import is_unavailable, set_aside
+from stable_diffusion_server.storage.history.entries import HistoryEntry, HistoryQuery
 
 _log = structlog.get_logger(__name__)
 
-_COLUMNS = tuple(part.name for part in fields(Entry) if part.name != "number")
+_COLUMNS = tuple(part.name for part in fields(HistoryEntry) if part.name != "number")
 # `words` is the prompt in folded case, since SQLite folds ASCII alone. `drawn_words` finds the entries that hold three
 # characters in a row (SQLite's FTS5 with its trigram tokenizer), of which a search reads only those that hold all of
 # a term's; positions are not kept, so `instr` has the last word.
@@ -62,7 +62,7 @@ _KINDS: dict[str, type | tuple[type, ...]] = {
 _DAMAGE = (sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_FORMAT)
 
 
-class Index:
+class HistoryIndex:
     """Entries in the file `path`: the newest `most`, none older than `seconds` (0: of any age), one a key.
 
     Safe from any thread and for several processes. All raise `StorageUnavailable` when the file cannot be used.
@@ -79,12 +79,12 @@ class Index:
             self._make()
         except sqlite3.DatabaseError as error:
             code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF
-            if code not in _DAMAGE and not is_blocked(self._path):
+            if code not in _DAMAGE and not is_unavailable(self._path):
                 raise _unusable(error) from error
             set_aside(self._path, str(error))
             self._make()
 
-    def add(self, entries: Sequence[Entry]) -> None:
+    def add(self, entries: Sequence[HistoryEntry]) -> None:
         """Keep entries, the newest last; one under a key that is known takes its place."""
         with self._connected() as base:
             base.executemany("DELETE FROM drawn WHERE key = ?", [(entry.key,) for entry in entries])
@@ -95,7 +95,7 @@ class Index:
             if self._seconds:
                 base.execute("DELETE FROM drawn WHERE drawn_at < ?", (time.time() - self._seconds,))
 
-    def search(self, wanted: Wanted) -> list[Entry]:
+    def search(self, wanted: HistoryQuery) -> list[HistoryEntry]:
         """The entries asked for, the newest first."""
         folder, words = wanted.folder, wanted.words.casefold()
         if "\0" in words:
@@ -123,7 +123,7 @@ class Index:
             rows = base.execute(f"{_SHOW}{where} ORDER BY number DESC LIMIT ?", (*given, wanted.limit))
             return [entry for row in rows if (entry := _entry(row)) is not None]
 
-    def find(self, column: str, value: str) -> Entry | None:
+    def find(self, column: str, value: str) -> HistoryEntry | None:
         """The newest entry whose `key` or `digest` is this."""
         if column not in ("key", "digest"):
             raise ValueError(f"not a column to find by: {column}")
@@ -165,13 +165,13 @@ def _trigrams(words: str) -> str:
     return " AND ".join('"' + row.replace('"', '""') + '"' for row in spread)
 
 
-def _row(entry: Entry) -> tuple[object, ...]:
+def _row(entry: HistoryEntry) -> tuple[object, ...]:
     values = {name: getattr(entry, name) for name in _COLUMNS}
     values["record"] = json.dumps(entry.record, ensure_ascii=False)
     return (entry.prompt.casefold(), *values.values())
 
 
-def _entry(row: Sequence[object]) -> Entry | None:
+def _entry(row: Sequence[object]) -> HistoryEntry | None:
     """The entry of a row; nothing for one that is damaged, which is told in the log."""
     number, *values = row
     told = dict(zip(_COLUMNS, values, strict=True))
@@ -183,7 +183,7 @@ def _entry(row: Sequence[object]) -> Entry | None:
     if damaged or not isinstance(record, dict):
         _log.error("an entry of the history is damaged and left out", number=number, columns=damaged or "record")
         return None
-    entry = Entry(**told, number=int(str(number)))  # type: ignore[arg-type]  # looked at just now
+    entry = HistoryEntry(**told, number=int(str(number)))  # type: ignore[arg-type]  # looked at just now
     return replace(entry, record=record)
 
 

@@ -10,8 +10,8 @@ from queue import Empty, Full, Queue
 import structlog
 
 from stable_diffusion_server.errors import ServerError
-from stable_diffusion_server.storage.history.entries import Entry, Wanted
-from stable_diffusion_server.storage.history.index import Index
+from stable_diffusion_server.storage.history.entries import HistoryEntry, HistoryQuery
+from stable_diffusion_server.storage.history.index import HistoryIndex
 
 _log = structlog.get_logger(__name__)
 
@@ -21,15 +21,15 @@ _SETTLE_SECONDS = 5.0
 _GATHER_SECONDS = 0.1
 
 
-class Recorder:
+class HistoryWriter:
     """The history: what is recorded is found soon after. Without an `index` nothing is kept and nothing found.
 
     No failure of the index reaches who records; who reads is told of it.
     """
 
-    def __init__(self, index: Index | None) -> None:
+    def __init__(self, index: HistoryIndex | None) -> None:
         self._index = index
-        self._waiting: Queue[Entry | threading.Event] = Queue(_WAITING)
+        self._waiting: Queue[HistoryEntry | threading.Event] = Queue(_WAITING)
         self._thread = threading.Thread(target=self._write_until_told, name="history", daemon=True)
         self._stop = threading.Event()
         self._opened = False
@@ -48,7 +48,7 @@ class Recorder:
                 self._waiting.put_nowait(threading.Event())  # wakes it
             self._thread.join(_SETTLE_SECONDS)
 
-    def record(self, entry: Entry) -> None:
+    def record(self, entry: HistoryEntry) -> None:
         """Take an entry. Never blocks and never raises."""
         if self._index is None:
             return
@@ -57,12 +57,12 @@ class Recorder:
         except Full:
             _log.warning("the history is behind; a picture is left out of it", key=entry.key)
 
-    def search(self, wanted: Wanted) -> list[Entry]:
+    def search(self, wanted: HistoryQuery) -> list[HistoryEntry]:
         """The entries asked for, the newest first. Blocks; raises `StorageUnavailable`."""
         index = self._settled()
         return index.search(wanted) if index is not None else []
 
-    def find(self, column: str, value: str) -> Entry | None:
+    def find(self, column: str, value: str) -> HistoryEntry | None:
         """The newest entry whose `key` or `digest` is this. Blocks; `None` as well when the index is of no use."""
         try:
             index = self._settled()
@@ -80,7 +80,7 @@ class Recorder:
         except ServerError as error:
             _log.warning("a deleted picture stays in the history", key=key, reason=error.detail)
 
-    def _settled(self) -> Index | None:
+    def _settled(self) -> HistoryIndex | None:
         self._settle()
         return self._index
 
@@ -99,12 +99,12 @@ class Recorder:
         self._write([])
         while not self._stop.is_set():
             taken = self._taken()
-            self._write([each for each in taken if isinstance(each, Entry)])
+            self._write([each for each in taken if isinstance(each, HistoryEntry)])
             for each in taken:
                 if isinstance(each, threading.Event):
                     each.set()
 
-    def _taken(self) -> list[Entry | threading.Event]:
+    def _taken(self) -> list[HistoryEntry | threading.Event]:
         """What is to be written together: all that comes within a moment, or until someone waits for it."""
         taken = [self._waiting.get()]
         until = time.monotonic() + _GATHER_SECONDS
@@ -113,7 +113,7 @@ class Recorder:
                 taken.append(self._waiting.get(timeout=max(0.0, until - time.monotonic())))
         return taken
 
-    def _write(self, entries: list[Entry]) -> None:
+    def _write(self, entries: list[HistoryEntry]) -> None:
         assert self._index is not None  # noqa: S101  # no thread without one; tells the type checker
         try:
             if not self._opened:

@@ -14,13 +14,13 @@ from uuid import uuid4
 import structlog
 
 from stable_diffusion_server.errors import (
-    NameBusy,
+    KeyBusy,
     NotFound,
     StorageRefused,
     StorageUnavailable,
 )
-from stable_diffusion_server.imaging.metadata import claims_picture, is_whole
-from stable_diffusion_server.storage.object_headers import caching_of, disposition_of
+from stable_diffusion_server.imaging.metadata import has_image_signature, is_complete_file
+from stable_diffusion_server.storage.object_headers import cache_control, content_disposition
 from stable_diffusion_server.storage.refusals import error_of_refusal, is_answered
 from stable_diffusion_server.storage.s3 import objects
 from stable_diffusion_server.storage.s3.client import S3Options, make_client
@@ -30,10 +30,10 @@ from stable_diffusion_server.storage.s3.errors import (
     ConditionFailed,
     NotSupported,
     Refused,
-    told,
+    translate_s3_errors,
     unreadable,
 )
-from stable_diffusion_server.types import Stored
+from stable_diffusion_server.types import StoredObject
 
 _log = structlog.get_logger(__name__)
 
@@ -82,21 +82,21 @@ class S3Bucket:
         if self._client is not None:
             self._client.close()
 
-    def fault(self) -> str | None:
+    def health(self) -> str | None:
         """Nothing is remembered here; every call tells its own fault."""
         return None
 
-    def admit(self) -> None:
+    def check_capacity(self) -> None:
         """A store without a bound on its size."""
 
-    def stat(self, key: str) -> Stored | None:
+    def stat(self, key: str) -> StoredObject | None:
         """The object under `key`, or `None`; one that is empty, cut short or garbage is none."""
         head = self._head(key)
         return self._sound(key, head) if head is not None else None
 
-    look = stat
+    peek = stat
 
-    def create(self, key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> tuple[Stored, bool]:
+    def create(self, key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> tuple[StoredObject, bool]:
         """Store `data` if `key` is absent; the first of several writers wins and the others get what it stored."""
         if not self._conditional:
             return self._create_unguarded(key, data, content_type, record)
@@ -111,14 +111,14 @@ class S3Bucket:
                 time.sleep(0.05 * turn)
             elif (there := self._sound(key, head)) is not None or not data:
                 # An answer may be lost on its way and the write repeated: then the one who was first is oneself.
-                return there or objects.stored_of(key, head), objects.metadata_of(head).get(objects.WRITER) == about[
-                    "Metadata"
-                ][objects.WRITER]
+                return there or objects.to_stored_object(key, head), objects.metadata_of(head).get(
+                    objects.WRITER
+                ) == about["Metadata"][objects.WRITER]
             else:
                 condition = {"IfMatch": head["ETag"]}  # one that is empty, cut short or garbage gives way
-        raise NameBusy("The storage is busy with other writers of this name.", retry_after=5)
+        raise KeyBusy("The storage is busy with other writers of this name.", retry_after=5)
 
-    def overwrite(self, key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> Stored:
+    def overwrite(self, key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> StoredObject:
         """Store `data` under `key`; a reader sees the old object or the new one, whole."""
         return self._put_named(self._about(key, data, content_type, record), data, record)
 
@@ -184,9 +184,9 @@ class S3Bucket:
         with self._told("look into it", named=True):
             return self._connected().head_object(Bucket=self._options.name, Key=key)
 
-    def _sound(self, key: str, head: Any) -> Stored | None:
+    def _sound(self, key: str, head: Any) -> StoredObject | None:
         """What HEAD told of, if it is what was written there, or a picture that someone else put there."""
-        stored, metadata = objects.stored_of(key, head), objects.metadata_of(head)
+        stored, metadata = objects.to_stored_object(key, head), objects.metadata_of(head)
         if not stored.whole or self._broken.get(key) == stored.etag:
             return None
         if objects.SUM in metadata:
@@ -195,10 +195,10 @@ class S3Bucket:
                 return stored
             # Read before it is called broken: not every store's ETag is what it looks like.
             return stored if self._reads_well(key) else None
-        if not claims_picture(key, stored.content_type):
+        if not has_image_signature(key, stored.content_type):
             return stored
         ends = self.read(key, 0, _LOOKED_AT), self.read(key, max(0, stored.size - _LOOKED_AT), stored.size)
-        return stored if is_whole(*ends, stored.size) else None
+        return stored if is_complete_file(*ends, stored.size) else None
 
     def _reads_well(self, key: str) -> bool:
         try:
@@ -225,26 +225,28 @@ class S3Bucket:
             "Bucket": self._options.name,
             "Key": key,
             "ContentType": content_type,
-            "Metadata": {**objects.as_metadata(record), objects.WRITER: uuid4().hex, objects.SUM: objects.sum_of(data)},
-            "CacheControl": caching_of(record),
-            "ContentDisposition": disposition_of(key),
+            "Metadata": {**objects.to_metadata(record), objects.WRITER: uuid4().hex, objects.SUM: objects.sum_of(data)},
+            "CacheControl": cache_control(record),
+            "ContentDisposition": content_disposition(key),
             **({"ACL": self._options.acl} if self._options.acl else {}),
         }
 
-    def _put_named(self, about: dict[str, Any], data: bytes, record: Mapping[str, str], **condition: str) -> Stored:
+    def _put_named(
+        self, about: dict[str, Any], data: bytes, record: Mapping[str, str], **condition: str
+    ) -> StoredObject:
         """Put under a caller's name. Raises `InvalidInput` for one that is refused while others are not."""
         try:
             return self._put(about, data, record, **condition)
         except Refused as refused:
             raise error_of_refusal(refused.detail, refused.code, self._write_probe) from refused
 
-    def _put(self, about: dict[str, Any], data: bytes, record: Mapping[str, str], **condition: str) -> Stored:
+    def _put(self, about: dict[str, Any], data: bytes, record: Mapping[str, str], **condition: str) -> StoredObject:
         with self._told("write to it"):
             etag = objects.etag_of(objects.send(self._connected(), about, data, condition))
         self._etags_are_sums = etag == about["Metadata"][objects.SUM]
         if not self._etags_are_sums:
             etag = self._etag_as_stored(about, len(data))
-        return Stored(about["Key"], len(data), etag, about["ContentType"], dict(record))
+        return StoredObject(about["Key"], len(data), etag, about["ContentType"], dict(record))
 
     def _etag_as_stored(self, about: dict[str, Any], size: int) -> str:
         """The ETag of what was just written, where the answer to the write does not prove that it was."""
@@ -257,7 +259,7 @@ class S3Bucket:
             or objects.metadata_of(head).get(objects.WRITER) != about["Metadata"][objects.WRITER]
         ):
             raise StorageUnavailable("The storage said that it took a picture, and does not have it.", retry_after=30)
-        return objects.stored_of(about["Key"], head).etag
+        return objects.to_stored_object(about["Key"], head).etag
 
     def _look_for_nothing(self) -> None:
         """Raises `NotFound` for who may look and list."""
@@ -273,7 +275,7 @@ class S3Bucket:
 
     def _create_unguarded(
         self, key: str, data: bytes, content_type: str, record: Mapping[str, str]
-    ) -> tuple[Stored, bool]:
+    ) -> tuple[StoredObject, bool]:
         """Look, then write: the best there is without conditional writes, and exact within this process."""
         with self._one_by_one:
             there = self.stat(key)
@@ -296,4 +298,4 @@ class S3Bucket:
         return self._client
 
     def _told(self, what: str, *, named: bool = False) -> AbstractContextManager[None]:
-        return told(what, self._options.name, named=named)
+        return translate_s3_errors(what, self._options.name, named=named)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from http import HTTPStatus
 from typing import Any
 
-from stable_diffusion_server.errors import NameBusy, NotFound, ServerError, StorageUnavailable
+from stable_diffusion_server.errors import KeyBusy, NotFound, ServerError, StorageUnavailable
 
 _WRONG_KEYS = frozenset(
     "InvalidAccessKeyId SignatureDoesNotMatch InvalidToken ExpiredToken AuthFailure Unauthorized 401 "
@@ -23,7 +23,7 @@ _OF_THE_STORE = frozenset(
 FORBIDDEN = frozenset("AccessDenied Forbidden 403".split())
 
 
-class ConditionFailed(NameBusy):
+class ConditionFailed(KeyBusy):
     """Someone else was there first, or is there right now."""
 
 
@@ -85,7 +85,7 @@ def unreadable(why: str) -> StorageUnavailable:
 
 
 @contextmanager
-def told(what: str, name: str, *, named: bool = False) -> Iterator[None]:
+def translate_s3_errors(what: str, name: str, *, named: bool = False) -> Iterator[None]:
     """Turn boto3's errors into ours. `what` is being tried with the bucket called `name`; `named`: with what is there.
 
     Whatever else is raised in there is raised by reading an answer, or the settings of boto3, and is of the store too.

@@ -13,7 +13,7 @@ from urllib.parse import quote, unquote
 
 from stable_diffusion_server.errors import StorageRefused
 from stable_diffusion_server.storage.s3.errors import unreadable
-from stable_diffusion_server.types import Stored
+from stable_diffusion_server.types import StoredObject
 
 PART_BYTES = 16 * 2**20
 # S3's bound on what an object tells about itself, names and values together.
@@ -24,7 +24,7 @@ _OURS_BYTES = 128
 _PLAIN = "".join(set(string.printable) - set("%" + string.whitespace)) + " "
 
 
-def as_metadata(record: Mapping[str, str]) -> dict[str, str]:
+def to_metadata(record: Mapping[str, str]) -> dict[str, str]:
     """The record as header values: what is no plain ASCII is percent-encoded. Raises `StorageRefused` beyond 2 KB."""
     # Spaces at the ends would be lost in a header.
     metadata = {
@@ -47,13 +47,13 @@ def etag_of(answer: Mapping[str, Any]) -> str:
     return str(answer.get("ETag") or "").removeprefix("W/").strip('"')
 
 
-def stored_of(key: str, head: Mapping[str, Any]) -> Stored:
+def to_stored_object(key: str, head: Mapping[str, Any]) -> StoredObject:
     """The object that an answer to HEAD tells of. Raises `StorageUnavailable` where it lacks an ETag or a length."""
     etag, size = etag_of(head), head.get("ContentLength")
     if not etag or not isinstance(size, int):
         raise unreadable("it has no ETag" if not etag else "it has no length")
     record = {name: unquote(value) for name, value in metadata_of(head).items() if name not in (WRITER, SUM)}
-    return Stored(key, size, etag, str(head.get("ContentType") or "application/octet-stream"), record)
+    return StoredObject(key, size, etag, str(head.get("ContentType") or "application/octet-stream"), record)
 
 
 def bytes_of(answer: Mapping[str, Any], start: int, end: int | None) -> bytes:

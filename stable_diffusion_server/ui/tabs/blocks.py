@@ -13,15 +13,15 @@ from starlette.types import Scope
 
 from stable_diffusion_server.ui import model_options
 from stable_diffusion_server.ui.client import RefusedError
-from stable_diffusion_server.ui.client_factory import Desks
+from stable_diffusion_server.ui.client_factory import ApiClients
 from stable_diffusion_server.ui.gradio_events import events_of
 from stable_diffusion_server.ui.gradio_guard import GradioGuard
-from stable_diffusion_server.ui.image_intake import Intake
+from stable_diffusion_server.ui.image_intake import ImageIntake
 from stable_diffusion_server.ui.tabs import create, history, img2img, inpaint, status
 from stable_diffusion_server.ui.tabs import theme as look
-from stable_diffusion_server.ui.tabs.controls import QUIET, habits_of
-from stable_diffusion_server.ui.tabs.navigation import Ways, onward
-from stable_diffusion_server.ui.tabs.results_panel import Panel, desk_of
+from stable_diffusion_server.ui.tabs.controls import QUIET, defaults_of
+from stable_diffusion_server.ui.tabs.navigation import Navigation, onward
+from stable_diffusion_server.ui.tabs.results_panel import ResultsPanel, client_for
 
 _log = structlog.get_logger(__name__)
 
@@ -45,7 +45,7 @@ class Studio(gr.Blocks):
         raise gr.Error("This cannot be done; load the page again.", print_exception=False)
 
 
-def build(desks: Desks, intake: Intake, rate: RateLimitItem | None) -> FastAPI:
+def build(desks: ApiClients, intake: ImageIntake, rate: RateLimitItem | None) -> FastAPI:
     """The studio behind its guard. Takes seconds, as Gradio does. `rate` is how many events one visitor may send."""
     with Studio(title="Studio", analytics_enabled=False, delete_cache=(_HOUR, _DAY)) as blocks:
         gr.Markdown("# Studio", elem_classes="sds-title")
@@ -85,7 +85,9 @@ def _owner(scope: Scope) -> str:
     return owner
 
 
-def _tabs(desks: Desks, intake: Intake, blocks: gr.Blocks) -> tuple[create.Create, list[Panel], history.History]:
+def _tabs(
+    desks: ApiClients, intake: ImageIntake, blocks: gr.Blocks
+) -> tuple[create.CreateTab, list[ResultsPanel], history.HistoryTab]:
     """All tabs, and the ways between them."""
     with gr.Tabs() as tabs:
         with gr.Tab("Create", id="create"):
@@ -99,7 +101,7 @@ def _tabs(desks: Desks, intake: Intake, blocks: gr.Blocks) -> tuple[create.Creat
         with gr.Tab("Status", id="status") as state:
             status.tab(desks, tabs, state)
     to = {"restyle": ("Restyle this one", restyling.image), "inpaint": ("Inpaint this one", painting.editor)}
-    ways = Ways(tabs, creating, to)
+    ways = Navigation(tabs, creating, to)
     panels = [creating.panel, restyling.panel, painting.panel]
     for panel in panels:
         with panel.results:
@@ -110,7 +112,11 @@ def _tabs(desks: Desks, intake: Intake, blocks: gr.Blocks) -> tuple[create.Creat
 
 
 def _offer(
-    desks: Desks, blocks: gr.Blocks, creating: create.Create, panels: list[Panel], kept: history.History
+    desks: ApiClients,
+    blocks: gr.Blocks,
+    creating: create.CreateTab,
+    panels: list[ResultsPanel],
+    kept: history.HistoryTab,
 ) -> None:
     """Have the fields show what the server has to offer, when a page is opened and when a model is chosen."""
     models = gr.State([])
@@ -120,12 +126,12 @@ def _offer(
 
     async def offer(request: gr.Request) -> tuple[Any, ...]:
         try:
-            told = (await desk_of(desks, request).readiness()).get("models", [])
+            told = (await client_for(desks, request).readiness()).get("models", [])
         except RefusedError:
             told = []
         side = model_options.side(model_options.chosen(told, ""))
         names = [history.EVERY, *((name, name) for name in model_options.names(told))]
-        habits = (gr.Dropdown(choices=model_options.choices(told), value=""), *habits_of(told, ""))
+        habits = (gr.Dropdown(choices=model_options.choices(told), value=""), *defaults_of(told, ""))
         return (
             told,
             gr.Dataset(samples=[[text] for text in model_options.prompts(told)]),
@@ -138,4 +144,4 @@ def _offer(
     blocks.load(offer, None, outputs, **QUIET)
     for panel in panels:
         fields = panel.fields
-        fields.model.change(habits_of, [models, fields.model], fields.habits, **QUIET)
+        fields.model.change(defaults_of, [models, fields.model], fields.habits, **QUIET)

@@ -9,14 +9,14 @@ from typing import Any
 import gradio as gr
 
 from stable_diffusion_server.ui import model_options
-from stable_diffusion_server.ui.forms import MOST_AT_ONCE, SEED_END, Common
+from stable_diffusion_server.ui.forms import MOST_AT_ONCE, SEED_END, CommonFields
 from stable_diffusion_server.ui.html import progress
 
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 
 
 @dataclass(frozen=True, slots=True)
-class Slots:
+class ControlSlots:
     """Where a tab tells what is wrong with a field: below it, by the name of its parameter."""
 
     tab: str
@@ -38,7 +38,7 @@ class Slots:
 
 
 @dataclass(frozen=True, slots=True)
-class Fields:
+class SharedControls:
     """The components, in the order `common_of` reads their values.
 
     Numbers that may be left out are texts: Gradio's number fields turn into 0 by themselves, and the server tells what
@@ -69,7 +69,7 @@ class Fields:
         return [self.steps, self.guidance, self.negative]
 
 
-def prompt_box(slots: Slots, placeholder: str) -> gr.Textbox:
+def prompt_box(slots: ControlSlots, placeholder: str) -> gr.Textbox:
     """Where the prompt is written; Enter draws."""
     prompt = gr.Textbox(
         label="Prompt",
@@ -84,14 +84,14 @@ def prompt_box(slots: Slots, placeholder: str) -> gr.Textbox:
     return prompt
 
 
-def fields(slots: Slots, prompt: gr.Textbox) -> Fields:
+def fields(slots: ControlSlots, prompt: gr.Textbox) -> SharedControls:
     """Lay the fields out here, below a prompt."""
     count = gr.Slider(1, MOST_AT_ONCE, 1, step=1, label="How many", elem_id=slots.id_of("count"))
     seed, keep = _seed(slots)
     model = gr.Dropdown(model_options.choices(()), value="", label="Model", elem_id=slots.id_of("model"))
     slots.slot("model")
     with gr.Accordion("More: negative prompt, steps, guidance", open=False) as more:
-        steps_hint, guidance_hint, use = model_options.habits({"name": ""})
+        steps_hint, guidance_hint, use = model_options.defaults({"name": ""})
         negative = gr.Textbox(
             label="Not in the picture", info=use, max_length=4000, elem_id=slots.id_of("negative_prompt")
         )
@@ -105,10 +105,10 @@ def fields(slots: Slots, prompt: gr.Textbox) -> Fields:
                 )
             )
         slots.slot("num_inference_steps", "guidance_scale")
-    return Fields(prompt, model, negative, steps, guidance, seed, keep, count, more)
+    return SharedControls(prompt, model, negative, steps, guidance, seed, keep, count, more)
 
 
-def _seed(slots: Slots) -> tuple[gr.Textbox, gr.Checkbox]:
+def _seed(slots: ControlSlots) -> tuple[gr.Textbox, gr.Checkbox]:
     """The seed, whether it is kept, and dice for another."""
     with gr.Row(equal_height=True):
         seed = gr.Textbox(
@@ -130,13 +130,13 @@ def _seed(slots: Slots) -> tuple[gr.Textbox, gr.Checkbox]:
     return seed, keep
 
 
-def habits_of(models: model_options.Models, name: str) -> list[Any]:
+def defaults_of(models: model_options.Models, name: str) -> list[Any]:
     """The fields that change with the model, told how it draws where nothing is said."""
-    steps, guidance, use = model_options.habits(model_options.chosen(models, name) or {"name": name})
+    steps, guidance, use = model_options.defaults(model_options.chosen(models, name) or {"name": name})
     return [gr.Textbox(placeholder=steps), gr.Textbox(placeholder=guidance), gr.Textbox(info=use)]
 
 
-def common_of(
+def common_fields(
     prompt: str | None,
     model: str | None,
     negative: str | None,
@@ -145,9 +145,9 @@ def common_of(
     seed: str | None,
     keep: bool,  # values come in the order of the fields
     count: float,
-) -> Common:
+) -> CommonFields:
     """The fields' values; a seed counts when it is kept. Texts that were never shown are `None`."""
-    return Common(
+    return CommonFields(
         prompt=(prompt or "").strip(),
         negative=(negative or "").strip(),
         model=model or "",

@@ -9,26 +9,26 @@ from typing import Any
 import gradio as gr
 
 from stable_diffusion_server.ui import forms, model_options
-from stable_diffusion_server.ui.client import Wish
-from stable_diffusion_server.ui.client_factory import Desks
+from stable_diffusion_server.ui.client import UiRequest
+from stable_diffusion_server.ui.client_factory import ApiClients
 from stable_diffusion_server.ui.html import progress
 from stable_diffusion_server.ui.tabs import results_panel
-from stable_diffusion_server.ui.tabs.controls import QUIET, Slots, common_of, fields, prompt_box
+from stable_diffusion_server.ui.tabs.controls import QUIET, ControlSlots, common_fields, fields, prompt_box
 
 
 @dataclass(frozen=True, slots=True)
-class Create:
+class CreateTab:
     """What others touch: the examples, the words beside them, the size, and the panel."""
 
     examples: gr.Dataset
     words: gr.Markdown
     size: tuple[gr.Radio, gr.Number, gr.Number]
-    panel: results_panel.Panel
+    panel: results_panel.ResultsPanel
 
 
-def tab(desks: Desks, blocks: gr.Blocks) -> Create:
+def tab(desks: ApiClients, blocks: gr.Blocks) -> CreateTab:
     """Lay the tab out here."""
-    slots = Slots("create")
+    slots = ControlSlots("create")
     with gr.Row(elem_classes="sds-desk"):
         with gr.Column(elem_classes="sds-ask"):
             prompt = prompt_box(slots, "What should be in the picture? Enter draws it.")
@@ -50,8 +50,8 @@ def tab(desks: Desks, blocks: gr.Blocks) -> Create:
             chosen = fields(slots, prompt)
     here = results_panel.panel(slots, draw, cancel, chosen, at, beside=False)
 
-    async def wishes(_: str, width: float | None, height: float | None, explore: bool, *values: Any) -> list[Wish]:
-        common = common_of(*values)
+    async def wishes(_: str, width: float | None, height: float | None, explore: bool, *values: Any) -> list[UiRequest]:
+        common = common_fields(*values)
         if explore and not common.seed:
             common = replace(common, seed=str(secrets.randbelow(forms.SEED_END)))
         return forms.create(common, width, height, explore=explore)
@@ -60,10 +60,10 @@ def tab(desks: Desks, blocks: gr.Blocks) -> Create:
     results_panel.wire(
         desks, blocks, here, [draw.click, prompt.submit], [width, height, explore, *chosen.inputs], wishes
     )
-    return Create(examples, words, (preset, width, height), here)
+    return CreateTab(examples, words, (preset, width, height), here)
 
 
-def _sizes(slots: Slots) -> tuple[gr.Radio, gr.Number, gr.Number]:
+def _sizes(slots: ControlSlots) -> tuple[gr.Radio, gr.Number, gr.Number]:
     """Presets, and the two sides for any other size."""
     sizes = [(f"{width} × {height}", f"{width}x{height}") for width, height in model_options.SIZES]
     usual = model_options.USUAL_SIDE

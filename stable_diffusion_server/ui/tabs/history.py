@@ -10,10 +10,10 @@ import gradio as gr
 
 from stable_diffusion_server.ui import code_snippets, model_options
 from stable_diffusion_server.ui.client import RefusedError
-from stable_diffusion_server.ui.client_factory import Desks
+from stable_diffusion_server.ui.client_factory import ApiClients
 from stable_diffusion_server.ui.html import details, progress
 from stable_diffusion_server.ui.tabs.controls import QUIET
-from stable_diffusion_server.ui.tabs.results_panel import desk_of, index_of
+from stable_diffusion_server.ui.tabs.results_panel import client_for, index_of
 
 EVERY = ("Every model", "")
 # Of one page: it is all kept here, and sent anew with each step back.
@@ -24,7 +24,7 @@ _INTO_VIEW = "() => { document.querySelector('.sds-picture')?.scrollIntoView({ b
 
 
 @dataclass(frozen=True, slots=True)
-class History:
+class HistoryTab:
     """What others touch: the pictures that are listed, which is chosen, the models, and where ways on begin."""
 
     shown: gr.State
@@ -55,7 +55,7 @@ class _One:
         return [self.told, self.whole, self.seen, self.facts, self.address, self.curl, self.python, self.record]
 
 
-def tab(desks: Desks, opened: gr.Tab) -> History:
+def tab(desks: ApiClients, opened: gr.Tab) -> HistoryTab:
     """Lay the tab out here."""
     shown, chosen, behind = gr.State([]), gr.State(-1), gr.State(None)
     with gr.Row():
@@ -110,7 +110,7 @@ def tab(desks: Desks, opened: gr.Tab) -> History:
     older.click(further, [*by, behind, shown], listing, **QUIET)
     gallery.select(choose, shown, [chosen, *one.outputs], **QUIET).then(None, js=_INTO_VIEW, **QUIET)
     _act(desks, (shown, chosen, one.told), one.deeds, (search, by, listing))
-    return History(shown, chosen, one.told, model, one.below)
+    return HistoryTab(shown, chosen, one.told, model, one.below)
 
 
 def _one() -> _One:
@@ -140,13 +140,13 @@ def _deeds() -> tuple[gr.Button, ...]:
     return again, delete, sure, keep
 
 
-def _act(desks: Desks, at: tuple[Any, ...], deeds: tuple[gr.Button, ...], listing: tuple[Any, ...]) -> None:
+def _act(desks: ApiClients, at: tuple[Any, ...], deeds: tuple[gr.Button, ...], listing: tuple[Any, ...]) -> None:
     """Have the buttons act on the chosen picture."""
     (shown, chosen, told), (again, delete, sure, keep) = at, deeds
     search, by, outputs = listing
 
     async def replay(request: gr.Request, shown: list[Any], chosen: int) -> str:
-        desk = desk_of(desks, request)
+        desk = client_for(desks, request)
         try:
             return progress.replayed(await desk.replay(await desk.picture(_at(shown, chosen)["path"])))
         except (RefusedError, ValueError) as error:
@@ -154,7 +154,7 @@ def _act(desks: Desks, at: tuple[Any, ...], deeds: tuple[gr.Button, ...], listin
 
     async def remove(request: gr.Request, shown: list[Any], chosen: int, words: str, model: str) -> tuple[Any, ...]:
         try:
-            await desk_of(desks, request).remove(_at(shown, chosen)["key"])
+            await client_for(desks, request).remove(_at(shown, chosen)["key"])
         except (RefusedError, ValueError) as error:
             return *(gr.skip(),) * (len(outputs) - 2), progress.alert(str(error)), gr.skip()
         *listed, told, whole = await search(request, words, model)
@@ -173,12 +173,12 @@ def _act(desks: Desks, at: tuple[Any, ...], deeds: tuple[gr.Button, ...], listin
 
 
 async def _listed(
-    desks: Desks, request: gr.Request, wanted: tuple[str, str], before: int | None, shown: list[Any]
+    desks: ApiClients, request: gr.Request, wanted: tuple[str, str], before: int | None, shown: list[Any]
 ) -> tuple[Any, ...]:
     """The pictures that are found, behind those that are shown; none of them is chosen any more."""
     try:
         words, model = (text or "" for text in wanted)
-        found = await desk_of(desks, request).history(words, model, before=before)
+        found = await client_for(desks, request).history(words, model, before=before)
     except RefusedError as error:
         return *(gr.skip(),) * 5, progress.alert(error.detail), gr.skip()
     pictures = [*shown, *found["pictures"]]
@@ -190,8 +190,8 @@ async def _listed(
     return gr.Gallery(seen, selected_index=None), pictures, found["next"], more, *rest
 
 
-async def _told(desks: Desks, request: gr.Request, shown: list[Any], index: int) -> tuple[Any, ...]:
-    desk, picture = desk_of(desks, request), _at(shown, index)
+async def _told(desks: ApiClients, request: gr.Request, shown: list[Any], index: int) -> tuple[Any, ...]:
+    desk, picture = client_for(desks, request), _at(shown, index)
     seen = (gr.Column(visible=True), details.picture(picture))
     try:
         record = (await desk.record(picture["key"]))["record"]

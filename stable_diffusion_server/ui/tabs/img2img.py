@@ -10,26 +10,26 @@ import gradio as gr
 
 from stable_diffusion_server.errors import ServerError
 from stable_diffusion_server.ui import forms, masks
-from stable_diffusion_server.ui.client import Wish
-from stable_diffusion_server.ui.client_factory import Desks
+from stable_diffusion_server.ui.client import UiRequest
+from stable_diffusion_server.ui.client_factory import ApiClients
 from stable_diffusion_server.ui.html import progress
-from stable_diffusion_server.ui.image_intake import Intake
+from stable_diffusion_server.ui.image_intake import ImageIntake
 from stable_diffusion_server.ui.tabs import navigation, results_panel
-from stable_diffusion_server.ui.tabs.controls import QUIET, Slots, common_of, fields, prompt_box
+from stable_diffusion_server.ui.tabs.controls import QUIET, ControlSlots, common_fields, fields, prompt_box
 from stable_diffusion_server.ui.tabs.picture_field import picture_field, settled, tokens_of
 
 
 @dataclass(frozen=True, slots=True)
-class Restyle:
+class ImageToImageTab:
     """What others touch: the picture to start from, and the panel."""
 
     image: gr.HTML
-    panel: results_panel.Panel
+    panel: results_panel.ResultsPanel
 
 
-def tab(desks: Desks, intake: Intake, blocks: gr.Blocks) -> Restyle:
+def tab(desks: ApiClients, intake: ImageIntake, blocks: gr.Blocks) -> ImageToImageTab:
     """Lay the tab out here."""
-    slots = Slots("restyle")
+    slots = ControlSlots("restyle")
     with gr.Row(elem_classes="sds-desk"):
         with gr.Column(elem_classes="sds-ask"):
             image = picture_field("Picture", paints=False, elem_id=slots.id_of("image_file"))
@@ -57,21 +57,23 @@ def tab(desks: Desks, intake: Intake, blocks: gr.Blocks) -> Restyle:
 
     async def wishes(
         owner: str, value: str | None, strength: float, canny: bool, low: float, high: float, *values: Any
-    ) -> list[Wish]:
+    ) -> list[UiRequest]:
         picture, _ = tokens_of(value)
         if not picture:
-            raise forms.UnfitError("image_file", "Choose a picture to start from first.")
+            raise forms.FormError("image_file", "Choose a picture to start from first.")
         file = intake.file(owner, picture)
-        return forms.restyle(common_of(*values), file, strength, canny=canny, low=low, high=high)
+        return forms.restyle(common_fields(*values), file, strength, canny=canny, low=low, high=high)
 
     inputs = [image, strength, *edges, *chosen.inputs]
     results_panel.wire(
         desks, blocks, here, [draw.click, prompt.submit], inputs, wishes, settled(slots.id_of("image_file"))
     )
-    return Restyle(image, here)
+    return ImageToImageTab(image, here)
 
 
-def _edges(desks: Desks, intake: Intake, slots: Slots, image: gr.HTML) -> tuple[gr.Checkbox, gr.Slider, gr.Slider]:
+def _edges(
+    desks: ApiClients, intake: ImageIntake, slots: ControlSlots, image: gr.HTML
+) -> tuple[gr.Checkbox, gr.Slider, gr.Slider]:
     """Whether edges are kept, which ones, and how they look."""
     canny = gr.Checkbox(
         label="Keep the edges (canny)", info="A ControlNet draws along them.", elem_id=slots.id_of("canny")

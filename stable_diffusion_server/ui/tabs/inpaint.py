@@ -10,26 +10,26 @@ import gradio as gr
 
 from stable_diffusion_server.errors import ServerError
 from stable_diffusion_server.ui import forms, masks
-from stable_diffusion_server.ui.client import Wish
-from stable_diffusion_server.ui.client_factory import Desks
+from stable_diffusion_server.ui.client import UiRequest
+from stable_diffusion_server.ui.client_factory import ApiClients
 from stable_diffusion_server.ui.html import progress
-from stable_diffusion_server.ui.image_intake import Intake
+from stable_diffusion_server.ui.image_intake import ImageIntake
 from stable_diffusion_server.ui.tabs import navigation, results_panel
-from stable_diffusion_server.ui.tabs.controls import QUIET, Slots, common_of, fields, prompt_box
+from stable_diffusion_server.ui.tabs.controls import QUIET, ControlSlots, common_fields, fields, prompt_box
 from stable_diffusion_server.ui.tabs.picture_field import picture_field, settled, tokens_of
 
 
 @dataclass(frozen=True, slots=True)
-class Inpaint:
+class InpaintTab:
     """What others touch: the editor, and the panel."""
 
     editor: gr.HTML
-    panel: results_panel.Panel
+    panel: results_panel.ResultsPanel
 
 
-def tab(desks: Desks, intake: Intake, blocks: gr.Blocks) -> Inpaint:
+def tab(desks: ApiClients, intake: ImageIntake, blocks: gr.Blocks) -> InpaintTab:
     """Lay the tab out here."""
-    slots = Slots("inpaint")
+    slots = ControlSlots("inpaint")
     with gr.Row(elem_classes="sds-desk"):
         with gr.Column(elem_classes="sds-ask"):
             editor = picture_field("Picture and mask", paints=True, elem_id=slots.id_of("image_file"))
@@ -48,15 +48,15 @@ def tab(desks: Desks, intake: Intake, blocks: gr.Blocks) -> Inpaint:
 
     async def wishes(
         owner: str, value: str | None, strength: float, feather: float, refine: bool, *values: Any
-    ) -> list[Wish]:
+    ) -> list[UiRequest]:
         picture, mask = tokens_of(value)
         if not picture:
-            raise forms.UnfitError("image_file", "Choose a picture first.")
+            raise forms.FormError("image_file", "Choose a picture first.")
         white = await intake.work(owner, [mask], masks.painted) if mask else b""
         if not white:
-            raise forms.UnfitError("mask_file", "Paint over the part that is to be drawn anew first.")
+            raise forms.FormError("mask_file", "Paint over the part that is to be drawn anew first.")
         files = intake.file(owner, picture), white
-        return forms.inpaint(common_of(*values), *files, strength, feather, refine=refine)
+        return forms.inpaint(common_fields(*values), *files, strength, feather, refine=refine)
 
     async def look(request: gr.Request, value: str | None, feather: float) -> str:
         painted = tokens_of(value)
@@ -74,10 +74,10 @@ def tab(desks: Desks, intake: Intake, blocks: gr.Blocks) -> Inpaint:
         desks, blocks, here, [draw.click, prompt.submit], inputs, wishes, settled(slots.id_of("image_file"))
     )
     gr.on([editor.change, feather.change], look, [editor, feather], seen, trigger_mode="always_last", **QUIET)
-    return Inpaint(editor, here)
+    return InpaintTab(editor, here)
 
 
-def _settings(slots: Slots) -> tuple[gr.Slider, gr.Slider, gr.Checkbox]:
+def _settings(slots: ControlSlots) -> tuple[gr.Slider, gr.Slider, gr.Checkbox]:
     """How much is drawn anew, how it fades in, and whether it is gone over once more."""
     strength = gr.Slider(
         0,

@@ -11,25 +11,25 @@ import gradio as gr
 from stable_diffusion_server.errors import ServerError
 from stable_diffusion_server.ui import model_options
 from stable_diffusion_server.ui.client import RefusedError
-from stable_diffusion_server.ui.client_factory import Desks
+from stable_diffusion_server.ui.client_factory import ApiClients
 from stable_diffusion_server.ui.html import details, progress
-from stable_diffusion_server.ui.image_intake import Intake
+from stable_diffusion_server.ui.image_intake import ImageIntake
 from stable_diffusion_server.ui.tabs.controls import QUIET
-from stable_diffusion_server.ui.tabs.create import Create
+from stable_diffusion_server.ui.tabs.create import CreateTab
 from stable_diffusion_server.ui.tabs.picture_field import tokens_of
-from stable_diffusion_server.ui.tabs.results_panel import Panel, desk_of, owner_of
+from stable_diffusion_server.ui.tabs.results_panel import ResultsPanel, client_for, owner_of
 
 
 @dataclass(frozen=True, slots=True)
-class Ways:
+class Navigation:
     """Where ways lead: the tabs, Create with its fields, and by a tab's id a label and the component to fill."""
 
     tabs: gr.Tabs
-    create: Create
+    create: CreateTab
     to: Mapping[str, tuple[str, gr.HTML]]
 
 
-def compare(here: Panel, beside: gr.HTML, before: gr.HTML) -> None:
+def compare(here: ResultsPanel, beside: gr.HTML, before: gr.HTML) -> None:
     """Show the chosen picture beside the one it was made from."""
 
     def both(shown: list[Any], chosen: int, value: str | None) -> str:
@@ -41,7 +41,9 @@ def compare(here: Panel, beside: gr.HTML, before: gr.HTML) -> None:
     gr.on([here.shown.change, here.chosen.change], both, [here.shown, here.chosen, before], beside, **QUIET)
 
 
-def onward(desks: Desks, intake: Intake, shown: gr.State, chosen: gr.State, told: gr.HTML, ways: Ways) -> None:
+def onward(
+    desks: ApiClients, intake: ImageIntake, shown: gr.State, chosen: gr.State, told: gr.HTML, ways: Navigation
+) -> None:
     """Buttons that take the chosen picture to other tabs, and its settings to Create."""
 
     def button(tab: str, label: str, target: gr.HTML) -> None:
@@ -51,7 +53,7 @@ def onward(desks: Desks, intake: Intake, shown: gr.State, chosen: gr.State, told
             try:
                 owner = owner_of(desks, request)
                 with intake.place(owner):
-                    taken = await intake.take(owner, await desk_of(desks, request).picture(shown[chosen]["path"]))
+                    taken = await intake.take(owner, await client_for(desks, request).picture(shown[chosen]["path"]))
             except (RefusedError, ServerError) as error:
                 return gr.skip(), gr.skip(), progress.alert(error.detail)
             return taken.token, gr.Tabs(selected=tab), gr.skip()
@@ -65,7 +67,7 @@ def onward(desks: Desks, intake: Intake, shown: gr.State, chosen: gr.State, told
     _back(desks, again, (shown, chosen, told), ways)
 
 
-def _back(desks: Desks, again: gr.Button, at: tuple[Any, ...], ways: Ways) -> None:
+def _back(desks: ApiClients, again: gr.Button, at: tuple[Any, ...], ways: Navigation) -> None:
     """Have a button fill Create's fields with what would draw the chosen picture again."""
     shown, chosen, told = at
     fields = ways.create.panel.fields
@@ -77,7 +79,7 @@ def _back(desks: Desks, again: gr.Button, at: tuple[Any, ...], ways: Ways) -> No
         if not 0 <= chosen < len(shown):
             return *nothing, progress.alert("There is no picture to take settings from yet.")
         try:
-            record = (await desk_of(desks, request).record(shown[chosen]["key"]))["record"]
+            record = (await client_for(desks, request).record(shown[chosen]["key"]))["record"]
         except RefusedError as error:
             return *nothing, progress.alert(error.detail)
         was = details.settings(record)

@@ -11,11 +11,11 @@ from starlette.requests import Request
 
 from stable_diffusion_server.errors import ServerError
 from stable_diffusion_server.ui import job_updates
-from stable_diffusion_server.ui.client import Desk, RefusedError, Wish
-from stable_diffusion_server.ui.client_factory import Desks
-from stable_diffusion_server.ui.forms import UnfitError
+from stable_diffusion_server.ui.client import ApiClient, RefusedError, UiRequest
+from stable_diffusion_server.ui.client_factory import ApiClients
+from stable_diffusion_server.ui.forms import FormError
 from stable_diffusion_server.ui.html import progress
-from stable_diffusion_server.ui.tabs.controls import QUIET, Fields, Slots
+from stable_diffusion_server.ui.tabs.controls import QUIET, ControlSlots, SharedControls
 
 Outputs = tuple[Any, ...]
 
@@ -24,12 +24,12 @@ DRAW, CANCEL = "Draw", "Cancel"
 _IN_MORE = {"negative_prompt", "num_inference_steps", "guidance_scale"}
 
 
-def desk_of(desks: Desks, request: gr.Request) -> Desk:
+def client_for(desks: ApiClients, request: gr.Request) -> ApiClient:
     """The desk of who clicked."""
     return desks.of(_inner(request))
 
 
-def owner_of(desks: Desks, request: gr.Request) -> str:
+def owner_of(desks: ApiClients, request: gr.Request) -> str:
     """The name under which the pictures of who clicked are kept."""
     return desks.owner_of(_inner(request))
 
@@ -46,7 +46,7 @@ def index_of(event: gr.SelectData) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Panel:
+class ResultsPanel:
     """The components. `jobs` holds the ids under way, `shown` the receipts in the gallery, `chosen` which is picked.
 
     `kept` holds the ids under way in the browser, so that a page that is loaded again goes on with them. `results` is
@@ -62,9 +62,9 @@ class Panel:
     jobs: gr.State
     shown: gr.State
     chosen: gr.State
-    fields: Fields
+    fields: SharedControls
     kept: gr.BrowserState
-    slots: Slots
+    slots: ControlSlots
 
     @property
     def outputs(self) -> list[Any]:
@@ -73,7 +73,7 @@ class Panel:
         buttons = [self.fields.seed, self.kept, self.draw, self.cancel, self.fields.more]
         return [*pictures, *buttons, *self.slots.below.values()]
 
-    def outputs_of(self, shown: job_updates.Shown) -> Outputs:
+    def outputs_of(self, shown: job_updates.GalleryUpdate) -> Outputs:
         """What a moment of drawing changes."""
         changed = shown.fresh or shown.over
         refused = progress.refusal(shown.refused, shown.faults, self.slots.below) if shown.refused else ""
@@ -105,20 +105,22 @@ def buttons() -> tuple[gr.Button, gr.Button]:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class PanelSlots:
     """Where it is told what happens, and the results, which are not seen before there are any."""
 
     told: gr.HTML
     results: gr.Column
 
 
-def place(empty: str) -> Place:
+def place(empty: str) -> PanelSlots:
     """Make room for what comes of a click; `empty` is what is told before."""
     with gr.Column(elem_classes="sds-result"):
-        return Place(gr.HTML(empty), gr.Column(visible=False))
+        return PanelSlots(gr.HTML(empty), gr.Column(visible=False))
 
 
-def panel(slots: Slots, draw: gr.Button, cancel: gr.Button, fields: Fields, at: Place, *, beside: bool) -> Panel:
+def panel(
+    slots: ControlSlots, draw: gr.Button, cancel: gr.Button, fields: SharedControls, at: PanelSlots, *, beside: bool
+) -> ResultsPanel:
     """Lay the results out, for buttons that are elsewhere; small where they are shown `beside` something."""
     with at.results:
         gallery = gr.Gallery(
@@ -135,16 +137,16 @@ def panel(slots: Slots, draw: gr.Button, cancel: gr.Button, fields: Fields, at: 
     # Ids are of no use to who has not the key they came with; the secret only lets another process read them.
     kept = gr.BrowserState([], storage_key=f"studio-{slots.tab}", secret="studio")  # noqa: S106  # none is kept there
     states = gr.State([]), gr.State([]), gr.State(0)
-    return Panel(draw, cancel, at.told, at.results, gallery, made, *states, fields, kept, slots)
+    return ResultsPanel(draw, cancel, at.told, at.results, gallery, made, *states, fields, kept, slots)
 
 
 def wire(
-    desks: Desks,
+    desks: ApiClients,
     blocks: gr.Blocks,
-    here: Panel,
+    here: ResultsPanel,
     triggers: Sequence[Any],
     inputs: Sequence[Any],
-    wishes_of: Callable[..., Awaitable[list[Wish]]],
+    wishes_of: Callable[..., Awaitable[list[UiRequest]]],
     js: str | None = None,
 ) -> None:
     """Have `triggers` draw what `wishes_of` makes of the inputs, Cancel end it, and a new page go on with it.
@@ -160,13 +162,15 @@ def wire(
                 owner_of(desks, request),
                 *(first if value is None else value for value, first in zip(values, firsts, strict=True)),
             )
-        except UnfitError as error:
-            yield here.outputs_of(job_updates.Shown(refused=str(error), faults=((error.field, str(error)),), over=True))
+        except FormError as error:
+            yield here.outputs_of(
+                job_updates.GalleryUpdate(refused=str(error), faults=((error.field, str(error)),), over=True)
+            )
             return
         except ServerError as error:
-            yield here.outputs_of(job_updates.Shown(refused=error.detail, faults=error.faults, over=True))
+            yield here.outputs_of(job_updates.GalleryUpdate(refused=error.detail, faults=error.faults, over=True))
             return
-        drawing = job_updates.draw(desk_of(desks, request), wishes)
+        drawing = job_updates.draw(client_for(desks, request), wishes)
         del wishes  # they hold whole pictures
         async for shown in drawing:
             yield here.outputs_of(shown)
@@ -174,14 +178,14 @@ def wire(
     async def cancel(request: gr.Request, jobs: list[str]) -> Any:
         for job in jobs:
             try:
-                await desk_of(desks, request).cancel(job)
+                await client_for(desks, request).cancel(job)
             except RefusedError as error:
                 return progress.alert(error.detail)
         return gr.skip()
 
     async def resume(request: gr.Request, jobs: list[str] | None) -> AsyncIterator[Outputs]:
         yield (gr.skip(),) * len(here.outputs)  # whoever says nothing empties everything
-        async for shown in job_updates.resume(desk_of(desks, request), jobs or []):
+        async for shown in job_updates.resume(client_for(desks, request), jobs or []):
             yield here.outputs_of(shown)
 
     blocks.load(resume, here.kept, here.outputs, **QUIET)

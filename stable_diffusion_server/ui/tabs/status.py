@@ -7,22 +7,22 @@ from typing import Any
 import gradio as gr
 
 from stable_diffusion_server.ui.client import RefusedError
-from stable_diffusion_server.ui.client_factory import Desks
+from stable_diffusion_server.ui.client_factory import ApiClients
 from stable_diffusion_server.ui.html import progress
 from stable_diffusion_server.ui.html import status as standing
 from stable_diffusion_server.ui.tabs.controls import QUIET
-from stable_diffusion_server.ui.tabs.results_panel import desk_of
+from stable_diffusion_server.ui.tabs.results_panel import client_for
 
 _SECONDS = 3
 
 
-def tab(desks: Desks, tabs: gr.Tabs, opened: gr.Tab) -> None:
+def tab(desks: ApiClients, tabs: gr.Tabs, opened: gr.Tab) -> None:
     """Lay the tab out here. It is told anew every few seconds, as long as it is looked at."""
     told = gr.HTML()
     clock = gr.Timer(_SECONDS, active=False)
 
     async def status(request: gr.Request) -> str:
-        desk = desk_of(desks, request)
+        desk = client_for(desks, request)
         try:
             return standing.page(await desk.readiness(), await desk.figures(), await desk.jobs())
         except RefusedError as error:
