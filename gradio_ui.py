@@ -13,18 +13,11 @@ import uvicorn
 from fastapi import FastAPI
 from starlette.routing import Route
 
-from stable_diffusion_server.api.middleware.access import AccessMiddleware, BodyLimitMiddleware
-from stable_diffusion_server.api.middleware.access_policy import AccessPolicy
-from stable_diffusion_server.api.middleware.proxy_headers import TrustedProxies
+from stable_diffusion_server.api import AccessMiddleware, AccessPolicy, BodyLimitMiddleware, TrustedProxies
 from stable_diffusion_server.cli import main as command
-from stable_diffusion_server.imaging.sandbox.pool import DecoderPool
-from stable_diffusion_server.settings.library_env import quieten_gradio
-from stable_diffusion_server.ui import static_pages
-from stable_diffusion_server.ui.app import LazyUiApp
-from stable_diffusion_server.ui.client_factory import ApiClients
-from stable_diffusion_server.ui.image_intake import ImageIntake
-from stable_diffusion_server.ui.upload_routes import UploadRoutes
-from stable_diffusion_server.ui.upload_store import UploadStore
+from stable_diffusion_server.imaging import DecoderPool
+from stable_diffusion_server.settings import quieten_gradio
+from stable_diffusion_server.ui import ApiClients, ImageIntake, LazyUiApp, UploadRoutes, UploadStore, favicon
 
 # As the settings of a server begin.
 _FILE_BYTES, _PIXELS, _SIDE, _EVENTS = 20_971_520, 16_777_216, 16_383, "1200/minute"
@@ -76,7 +69,7 @@ def create_app(server: str, key: str) -> FastAPI:
     app = FastAPI(lifespan=lifespan, openapi_url=None)
     for path in ("/ui", "/ui/{rest:path}"):
         app.router.routes.append(Route(path, entrance))
-    app.router.routes.append(Route("/favicon.ico", static_pages.favicon))
+    app.router.routes.append(Route("/favicon.ico", favicon))
     app.add_middleware(BodyLimitMiddleware, policy=policy)
     app.add_middleware(AccessMiddleware, policy=policy, proxies=TrustedProxies())
     return app

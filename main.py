@@ -2,9 +2,8 @@
 
 import sys
 
-from stable_diffusion_server.app import create_app
-from stable_diffusion_server.app.process_tuning import freeze_gc
-from stable_diffusion_server.settings.loader import SettingsError, read_settings
+from stable_diffusion_server.app import create_app, freeze_gc
+from stable_diffusion_server.settings import SettingsError, read_settings
 
 try:
     settings = read_settings()

@@ -24,8 +24,8 @@ import httpx
 import psutil
 
 from benchmarks.loopback import free_port
-from stable_diffusion_server.imaging.processing import plan_canvas
-from stable_diffusion_server.pipelines.catalog import MODELS
+from stable_diffusion_server.imaging import plan_canvas
+from stable_diffusion_server.pipelines import MODELS
 
 ROOT = Path(__file__).resolve().parent.parent
 PEERS = ROOT / "benchmarks" / "peers"

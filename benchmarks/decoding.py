@@ -28,9 +28,8 @@ from loopback import say
 from PIL import Image, ImageFilter
 
 from stable_diffusion_server.errors import ServerError
-from stable_diffusion_server.imaging.formats import ALWAYS
+from stable_diffusion_server.imaging import ALWAYS, DecoderPool
 from stable_diffusion_server.imaging.sandbox import worker
-from stable_diffusion_server.imaging.sandbox.pool import DecoderPool
 
 ROUNDS = int(sys.argv[1]) if len(sys.argv) > 1 else 15
 SIDES = (256, 512, 1024, 2048)

@@ -13,7 +13,7 @@ from typing import Any
 import diffusers
 import torch
 
-from stable_diffusion_server.pipelines.catalog import MODELS, ModelSpec
+from stable_diffusion_server.pipelines import MODELS, ModelSpec
 from stable_diffusion_server.pipelines.loading.components import dtype_of, empty_pipeline
 
 EMBEDDED = Path(__file__).resolve().parent.parent / "models"

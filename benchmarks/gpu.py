@@ -31,10 +31,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.full_size import EMBEDDED, random_pipeline, write_configurations
 from benchmarks.tables import table
-from stable_diffusion_server.engine import Engine
-from stable_diffusion_server.engine.interface import EngineState
+from stable_diffusion_server.engine import Engine, EngineState
+from stable_diffusion_server.pipelines import MODELS, REAL_MODELS, ModelSpec, with_lcm
 from stable_diffusion_server.pipelines.acceleration.apply import PRESETS, apply_optimizations
-from stable_diffusion_server.pipelines.catalog import MODELS, REAL_MODELS, ModelSpec, with_lcm
 from stable_diffusion_server.pipelines.conditioning.prompt_cache import PromptCache
 from stable_diffusion_server.pipelines.families.flux import Flux
 from stable_diffusion_server.pipelines.families.sdxl import Sdxl

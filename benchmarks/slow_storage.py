@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from benchmarks.cached_hits import KEYS, ROOT, free_port, wait_for
 from stable_diffusion_server.app import create_app
-from stable_diffusion_server.settings.loader import read_settings
+from stable_diffusion_server.settings import read_settings
 from stable_diffusion_server.types import DiffusionRequest
 
 ORDERS = int(sys.argv[1]) if len(sys.argv) > 1 else 60

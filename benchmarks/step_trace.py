@@ -22,8 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stable_diffusion_server.engine import Engine, EngineResult, EngineState
-from stable_diffusion_server.pipelines import registry
-from stable_diffusion_server.pipelines.catalog import MODELS
+from stable_diffusion_server.pipelines import MODELS, registry
 from stable_diffusion_server.types import DiffusionRequest, ImageArray, Task
 
 ROOT = Path(__file__).resolve().parent.parent

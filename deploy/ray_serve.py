@@ -27,9 +27,8 @@ from ray.serve.request_router import PendingRequest, RunningReplica
 from starlette.types import Message, Scope
 
 from deploy.replicas import Claim, Hosted, ReplicaHealth, owner_of, ranked, sticks_to, work_of
-from stable_diffusion_server.app import create_app
-from stable_diffusion_server.app.process_tuning import freeze_gc
-from stable_diffusion_server.settings.loader import read_settings
+from stable_diffusion_server.app import create_app, freeze_gc
+from stable_diffusion_server.settings import read_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 APPLICATION, DEPLOYMENT = "draw", "Replica"

@@ -24,7 +24,7 @@ from stable_diffusion_server.api.error_bodies import refusal
 from stable_diffusion_server.engine import EngineState
 from stable_diffusion_server.errors import NotReady
 from stable_diffusion_server.settings import Settings
-from stable_diffusion_server.storage.signed_urls import ServerSecret
+from stable_diffusion_server.storage import ServerSecret
 
 _FOLDER = "replica-{}"
 _MOST_FOLDERS = 10_000

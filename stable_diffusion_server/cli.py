@@ -14,9 +14,7 @@ from urllib.parse import quote
 import uvicorn
 
 from stable_diffusion_server import __version__
-from stable_diffusion_server.app.http_protocol import BoundedProtocol
-from stable_diffusion_server.settings import Settings
-from stable_diffusion_server.settings.loader import SettingsError, describe_settings, read_settings
+from stable_diffusion_server.settings import Settings, SettingsError, describe_settings, read_settings
 
 _PROMPT = "a red circle on a blue background"
 # The parameters of an order that `draw` takes, by their names at the doors.
@@ -55,18 +53,18 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _run(settings: Settings, given: argparse.Namespace) -> None:
     # Imported after the settings were read, so that a wrong one is told at once.
-    from stable_diffusion_server.app import commands
+    from stable_diffusion_server.app import check_storage, draw_to_file, list_models, manage_dead_letters
 
     match given.command:
         case "draw":
             wanted = {name: value for name in _DRAWN_BY if (value := getattr(given, name)) is not None}
-            commands.draw_to_file(settings, wanted, given.out)
+            draw_to_file(settings, wanted, given.out)
         case "models":
-            commands.list_models(settings)
+            list_models(settings)
         case "check-storage":
-            commands.check_storage(settings)
+            check_storage(settings)
         case "spool":
-            commands.manage_dead_letters(settings.data_dir, given.action, given.ids)
+            manage_dead_letters(settings.data_dir, given.action, given.ids)
 
 
 def _add_draw(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -90,7 +88,7 @@ def _add_spool(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def describe_api() -> str:
     """The doors as a page of Markdown, with the defaults of every setting and the models that come along."""
-    from stable_diffusion_server.api.openapi.markdown import openapi_markdown
+    from stable_diffusion_server.api import openapi_markdown
     from stable_diffusion_server.app import create_app
 
     return openapi_markdown(create_app(Settings(_env_file=None, models="embedded")).openapi())
@@ -108,8 +106,7 @@ def serve() -> None:
     """Serve until a signal ends it."""
     settings = _settings()
     # Imported after the settings were read, so that a wrong one is told at once.
-    from stable_diffusion_server.app import create_app
-    from stable_diffusion_server.app.process_tuning import freeze_gc, tune_malloc
+    from stable_diffusion_server.app import BoundedProtocol, create_app, freeze_gc, tune_malloc
 
     def announce() -> None:
         sys.stdout.write(welcome(settings, port))

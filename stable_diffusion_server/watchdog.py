@@ -20,9 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from stable_diffusion_server.observability.crash_reports import CrashCause, report_crash, run_of
-from stable_diffusion_server.observability.event_loop_heartbeat import BEAT_FILE
-from stable_diffusion_server.settings.loader import SettingsError, read_settings
+from stable_diffusion_server.observability import BEAT_FILE, CrashCause, report_crash, run_of
+from stable_diffusion_server.settings import SettingsError, read_settings
 
 _LOOK_EVERY = 0.5
 # Seconds before the first, second … start after deaths in quick succession; after the last there is no more.

@@ -1,1 +1,57 @@
 """The doors: HTTP in, orders down, receipts up. Knows nothing of devices."""
+
+from __future__ import annotations
+
+from stable_diffusion_server.api.automatic1111.routes import automatic1111_router
+from stable_diffusion_server.api.dialect_context import DialectContext
+from stable_diffusion_server.api.dispatch import RequestDispatcher
+from stable_diffusion_server.api.event_stream import FollowerLimiter
+from stable_diffusion_server.api.middleware.access import AccessMiddleware, BodyLimitMiddleware
+from stable_diffusion_server.api.middleware.access_policy import AccessPolicy, allowed_host_names
+from stable_diffusion_server.api.middleware.api_keys import ApiKeyring, HashedApiKey, hashed
+from stable_diffusion_server.api.middleware.body_intake import BodyIntakeMiddleware
+from stable_diffusion_server.api.middleware.origins import OriginPolicy
+from stable_diffusion_server.api.middleware.proxy_headers import TrustedProxies
+from stable_diffusion_server.api.openai.routes import openai_router
+from stable_diffusion_server.api.openapi.docs_page import docs_router
+from stable_diffusion_server.api.openapi.document import install_openapi
+from stable_diffusion_server.api.openapi.markdown import openapi_markdown
+from stable_diffusion_server.api.previews import EncodedPreviews
+from stable_diffusion_server.api.problems import install_exception_handlers
+from stable_diffusion_server.api.routes.files import files_router
+from stable_diffusion_server.api.routes.generate import generate_router
+from stable_diffusion_server.api.routes.health import health_router
+from stable_diffusion_server.api.routes.history import history_router
+from stable_diffusion_server.api.routes.jobs import jobs_router
+from stable_diffusion_server.api.routes.replay import replay_router
+from stable_diffusion_server.api.schemas.wire import job_body
+
+__all__ = [
+    "AccessMiddleware",
+    "AccessPolicy",
+    "ApiKeyring",
+    "BodyIntakeMiddleware",
+    "BodyLimitMiddleware",
+    "DialectContext",
+    "EncodedPreviews",
+    "FollowerLimiter",
+    "HashedApiKey",
+    "OriginPolicy",
+    "RequestDispatcher",
+    "TrustedProxies",
+    "allowed_host_names",
+    "automatic1111_router",
+    "docs_router",
+    "files_router",
+    "generate_router",
+    "hashed",
+    "health_router",
+    "history_router",
+    "install_exception_handlers",
+    "install_openapi",
+    "job_body",
+    "jobs_router",
+    "openai_router",
+    "openapi_markdown",
+    "replay_router",
+]

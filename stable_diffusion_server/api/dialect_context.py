@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from stable_diffusion_server.errors import InvalidInput
-from stable_diffusion_server.generation.limits import RequestLimits
-from stable_diffusion_server.pipelines.catalog import ModelSpec
+from stable_diffusion_server.generation import RequestLimits
+from stable_diffusion_server.pipelines import ModelSpec
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,12 +14,17 @@ from stable_diffusion_server.api.preferences import RequestPreferences, preferen
 from stable_diffusion_server.api.problems import client_gone
 from stable_diffusion_server.api.schemas.wire import job_body
 from stable_diffusion_server.errors import Forbidden, InvalidInput, RequestCancelled, ServerError
-from stable_diffusion_server.generation.service import GenerationService
-from stable_diffusion_server.jobs.events import JobStatus
-from stable_diffusion_server.jobs.manager import JobManager
-from stable_diffusion_server.jobs.store.records import IdempotencyClaim, JobState, RecordedResponse, StoredProblem
-from stable_diffusion_server.jobs.store.serialization import fingerprint
-from stable_diffusion_server.jobs.tracked_job import JobHandle
+from stable_diffusion_server.generation import GenerationService
+from stable_diffusion_server.jobs import (
+    IdempotencyClaim,
+    JobHandle,
+    JobManager,
+    JobState,
+    JobStatus,
+    RecordedResponse,
+    StoredProblem,
+    fingerprint,
+)
 from stable_diffusion_server.types import Caller, GenerationRequest, GenerationResult
 
 UrlOf = Callable[[Request, str], str]

@@ -12,7 +12,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
-from stable_diffusion_server.concurrency.fair_limiter import FairLimiter
+from stable_diffusion_server.concurrency import FairLimiter
 from stable_diffusion_server.errors import RateLimited
 
 _log = structlog.get_logger(__name__)

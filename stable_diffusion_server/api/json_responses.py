@@ -6,7 +6,7 @@ from typing import Any
 
 from starlette import responses
 
-from stable_diffusion_server.parsing import strict_json
+from stable_diffusion_server.parsing import dumps
 
 
 class JSONResponse(responses.JSONResponse):
@@ -14,4 +14,4 @@ class JSONResponse(responses.JSONResponse):
 
     def render(self, content: Any) -> bytes:
         """The body."""
-        return strict_json.dumps(content).encode()
+        return dumps(content).encode()

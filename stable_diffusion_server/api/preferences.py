@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fastapi import Request
 
 from stable_diffusion_server.errors import InvalidInput
-from stable_diffusion_server.generation.limits import whole_number
+from stable_diffusion_server.generation import whole_number
 
 _JOB_ID = re.compile(r"[A-Za-z0-9_-]{16,64}")
 _KEY = re.compile(r"[!-~]{1,255}")

@@ -7,7 +7,7 @@ import weakref
 from functools import partial
 
 from stable_diffusion_server.api.base64_images import text_of
-from stable_diffusion_server.imaging.processing import Pixels, encode_image
+from stable_diffusion_server.imaging import Pixels, encode_image
 from stable_diffusion_server.types import Format
 
 _QUALITY = {Format.WEBP: 60, Format.PNG: 100, Format.JPEG: 80}

@@ -14,7 +14,7 @@ from starlette.formparsers import MultiPartException
 
 from stable_diffusion_server.api.aside import run_if_large
 from stable_diffusion_server.errors import InvalidInput, MalformedRequest, TooLarge, UnsupportedMedia
-from stable_diffusion_server.parsing.strict_json import JsonLimits, parse_object
+from stable_diffusion_server.parsing import JsonLimits, parse_object
 
 _FORM_TYPES = ("application/x-www-form-urlencoded", "multipart/form-data")
 BODY_TYPES = ("application/json", *_FORM_TYPES)

@@ -17,11 +17,9 @@ from stable_diffusion_server.app import create_app
 from stable_diffusion_server.app.models import ModelState
 from stable_diffusion_server.engine import EngineState
 from stable_diffusion_server.errors import StorageUnavailable
-from stable_diffusion_server.pipelines.catalog import REAL_MODELS
-from stable_diffusion_server.settings import Settings
-from stable_diffusion_server.settings.library_env import keep_compiled
-from stable_diffusion_server.storage.api import StorageOptions, check_bucket, object_key, open_bucket
-from stable_diffusion_server.storage.dead_letters import DeadLetters
+from stable_diffusion_server.pipelines import REAL_MODELS
+from stable_diffusion_server.settings import Settings, keep_compiled
+from stable_diffusion_server.storage import DeadLetters, StorageOptions, check_bucket, object_key, open_bucket
 
 FORMATS = {".webp": "webp", ".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg"}
 _LOOK_EVERY = 0.1

@@ -11,29 +11,35 @@ from fastapi import FastAPI
 from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
 
-from stable_diffusion_server.api.automatic1111 import routes as sdapi
-from stable_diffusion_server.api.dialect_context import DialectContext
-from stable_diffusion_server.api.dispatch import RequestDispatcher
-from stable_diffusion_server.api.event_stream import FollowerLimiter
-from stable_diffusion_server.api.middleware.access import AccessMiddleware, BodyLimitMiddleware
-from stable_diffusion_server.api.middleware.access_policy import AccessPolicy, allowed_host_names
-from stable_diffusion_server.api.middleware.api_keys import ApiKeyring, HashedApiKey, hashed
-from stable_diffusion_server.api.middleware.body_intake import BodyIntakeMiddleware
-from stable_diffusion_server.api.middleware.origins import OriginPolicy
-from stable_diffusion_server.api.middleware.proxy_headers import TrustedProxies
-from stable_diffusion_server.api.openai import routes
-from stable_diffusion_server.api.openapi import docs_page, document
-from stable_diffusion_server.api.previews import EncodedPreviews
-from stable_diffusion_server.api.routes import files, generate, history, replay
-from stable_diffusion_server.api.routes import jobs as job_doors
+from stable_diffusion_server.api import (
+    AccessMiddleware,
+    AccessPolicy,
+    ApiKeyring,
+    BodyIntakeMiddleware,
+    BodyLimitMiddleware,
+    DialectContext,
+    EncodedPreviews,
+    FollowerLimiter,
+    HashedApiKey,
+    OriginPolicy,
+    RequestDispatcher,
+    TrustedProxies,
+    allowed_host_names,
+    automatic1111_router,
+    docs_router,
+    files_router,
+    generate_router,
+    hashed,
+    history_router,
+    install_openapi,
+    jobs_router,
+    openai_router,
+    replay_router,
+)
 from stable_diffusion_server.app.storage import StorageStack
-from stable_diffusion_server.generation.interfaces import DecodeImage
-from stable_diffusion_server.generation.replay import ReplayService
-from stable_diffusion_server.generation.resolver import GenerationOptions
-from stable_diffusion_server.generation.service import GenerationService
-from stable_diffusion_server.jobs.manager import JobManager
-from stable_diffusion_server.observability.metrics import Metrics
-from stable_diffusion_server.observability.tracing import Tracing
+from stable_diffusion_server.generation import DecodeImage, GenerationOptions, GenerationService, ReplayService
+from stable_diffusion_server.jobs import JobManager
+from stable_diffusion_server.observability import Metrics, Tracing
 from stable_diffusion_server.settings import Settings
 from stable_diffusion_server.types import Caller
 
@@ -98,23 +104,21 @@ def add_routes(
     """The doors that draw, those to jobs, and those to what was drawn."""
     url_of = stores.url_of
     answering = RequestDispatcher(service, jobs, url_of, stores.base_of)
-    app.include_router(
-        generate.generate_router(answering, options.limits, url_of, get_generates=settings.get_generates)
-    )
+    app.include_router(generate_router(answering, options.limits, url_of, get_generates=settings.get_generates))
     house = build_dialect_context(settings, options)
-    app.include_router(routes.openai_router(service, answering, house, url_of))
+    app.include_router(openai_router(service, answering, house, url_of))
     previews = EncodedPreviews()
     followers = FollowerLimiter(settings.followers, settings.followers_per_caller, settings.followers_per_job)
-    app.include_router(sdapi.automatic1111_router(service, house, url_of, previews))
-    app.include_router(job_doors.jobs_router(jobs, url_of, followers, previews))
-    app.include_router(files.files_router(stores.bucket, stores.shelf, stores.signer, stores.folder))
-    app.include_router(history.history_router(stores.shelf, url_of))
-    app.include_router(docs_page.docs_router())
+    app.include_router(automatic1111_router(service, house, url_of, previews))
+    app.include_router(jobs_router(jobs, url_of, followers, previews))
+    app.include_router(files_router(stores.bucket, stores.shelf, stores.signer, stores.folder))
+    app.include_router(history_router(stores.shelf, url_of))
+    app.include_router(docs_router())
 
     def schedulers() -> dict[str, tuple[str, ...]]:
         return {name: facts.schedulers for name, facts in options.models.items()}
 
-    document.install_openapi(app, schedulers, keys_needed=bool(settings.read_keys()))
+    install_openapi(app, schedulers, keys_needed=bool(settings.read_keys()))
 
 
 def add_replay(
@@ -122,7 +126,7 @@ def add_replay(
 ) -> None:
     """The door that draws a picture again."""
     replays = ReplayService(service, decode, options, stores.shelf.entry_of)
-    app.include_router(replay.replay_router(replays, options.limits, stores.url_of))
+    app.include_router(replay_router(replays, options.limits, stores.url_of))
 
 
 def build_dialect_context(settings: Settings, options: GenerationOptions) -> DialectContext:

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from stable_diffusion_server.api.schemas.wire import job_body
+from stable_diffusion_server.api import job_body
 from stable_diffusion_server.app.storage import StorageStack
-from stable_diffusion_server.generation.service import GenerationService
-from stable_diffusion_server.jobs.events import JobStatus
-from stable_diffusion_server.jobs.manager import JobManager
-from stable_diffusion_server.jobs.policy import JobPolicy
-from stable_diffusion_server.jobs.store.records import JobRecord
-from stable_diffusion_server.jobs.store.sqlite_store import SqliteJobStore
-from stable_diffusion_server.net.url_policy import UrlPolicy
-from stable_diffusion_server.net.webhook_client import WebhookClient
-from stable_diffusion_server.observability.crash_reports import DeviceRecord
-from stable_diffusion_server.parsing.strict_json import dumps
+from stable_diffusion_server.generation import GenerationService
+from stable_diffusion_server.jobs import JobManager, JobPolicy, JobRecord, JobStatus, SqliteJobStore
+from stable_diffusion_server.net import UrlPolicy, WebhookClient
+from stable_diffusion_server.observability import DeviceRecord
+from stable_diffusion_server.parsing import dumps
 from stable_diffusion_server.settings import Settings
 from stable_diffusion_server.types import Caller
 

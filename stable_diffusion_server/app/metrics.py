@@ -9,8 +9,8 @@ from typing import Any
 from stable_diffusion_server.app.models import ModelState
 from stable_diffusion_server.app.storage import StorageStack
 from stable_diffusion_server.engine import Engine
-from stable_diffusion_server.jobs.manager import JobManager
-from stable_diffusion_server.observability.metrics import Metrics, Sample
+from stable_diffusion_server.jobs import JobManager
+from stable_diffusion_server.observability import Metrics, Sample
 
 _MODEL = ("name", "folder", "revision", "device", "dtype", "residency", "quantization")
 

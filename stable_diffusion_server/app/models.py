@@ -13,27 +13,22 @@ import structlog
 from stable_diffusion_server.app.warmup import warm_up
 from stable_diffusion_server.engine import Denoiser, DenoiserCapabilities, Engine
 from stable_diffusion_server.errors import ModelLoadError, NotReady
-from stable_diffusion_server.generation.limits import RequestLimits
-from stable_diffusion_server.generation.resolver import GenerationOptions
-from stable_diffusion_server.imaging.formats import ALWAYS
-from stable_diffusion_server.imaging.sandbox.pool import DecoderPool
-from stable_diffusion_server.net.image_fetcher import FetchLimits, ImageFetcher
-from stable_diffusion_server.net.url_policy import UrlPolicy
-from stable_diffusion_server.observability.console_progress import ConsoleProgress, Heartbeat, broadcast
-from stable_diffusion_server.observability.metrics import Metrics
-from stable_diffusion_server.pipelines.catalog import (
+from stable_diffusion_server.generation import GenerationOptions, RequestLimits
+from stable_diffusion_server.imaging import ALWAYS, DecoderPool
+from stable_diffusion_server.net import FetchLimits, ImageFetcher, UrlPolicy
+from stable_diffusion_server.observability import ConsoleProgress, Heartbeat, Metrics, broadcast
+from stable_diffusion_server.pipelines import (
     MODELS,
     REAL_MODELS,
+    LoraFolder,
     ModelSpec,
+    WeightDigests,
     choose_models,
     with_lcm,
     with_quantization,
     without_identity,
 )
-from stable_diffusion_server.pipelines.conditioning.lora_folder import LoraFolder
-from stable_diffusion_server.pipelines.loading.weight_digest import WeightDigests
-from stable_diffusion_server.settings import Settings
-from stable_diffusion_server.settings.library_env import keep_compiled
+from stable_diffusion_server.settings import Settings, keep_compiled
 
 _log = structlog.get_logger(__name__)
 
@@ -154,8 +149,7 @@ def load_models(settings: Settings, loaded: ModelState) -> ModelBackend:
         raise loaded.fault
     keep_compiled((settings.data_dir / "compiled").resolve())
     # Imported here, on the engine's thread: torch takes seconds, and the port should answer meanwhile.
-    from stable_diffusion_server.pipelines import registry
-    from stable_diffusion_server.pipelines.loading.hub import HubClient
+    from stable_diffusion_server.pipelines import HubClient, registry
 
     hub = HubClient(settings.revisions(), settings.data_dir / "hub.json") if settings.models == "hub" else None
     if hub is not None:

@@ -7,12 +7,10 @@ from typing import Any
 from stable_diffusion_server.app.models import ModelState
 from stable_diffusion_server.app.storage import StorageStack
 from stable_diffusion_server.engine import Engine
-from stable_diffusion_server.generation.resolver import GenerationOptions
-from stable_diffusion_server.generation.service import GenerationService
-from stable_diffusion_server.imaging.sandbox.pool import DecoderPool
-from stable_diffusion_server.net.image_fetcher import ImageFetcher
-from stable_diffusion_server.observability.interfaces import UsageMetrics
-from stable_diffusion_server.observability.tracing import Tracing
+from stable_diffusion_server.generation import GenerationOptions, GenerationService
+from stable_diffusion_server.imaging import DecoderPool
+from stable_diffusion_server.net import ImageFetcher
+from stable_diffusion_server.observability import Tracing, UsageMetrics
 from stable_diffusion_server.settings import Settings
 
 

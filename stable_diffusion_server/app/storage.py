@@ -9,19 +9,24 @@ import structlog
 from fastapi import Request
 
 from stable_diffusion_server.errors import ServerError
-from stable_diffusion_server.generation.library import ImageLibrary
-from stable_diffusion_server.generation.ownership import Ownership
-from stable_diffusion_server.observability.metrics import Metrics
+from stable_diffusion_server.generation import ImageLibrary, Ownership
+from stable_diffusion_server.observability import Metrics
 from stable_diffusion_server.settings import Settings
-from stable_diffusion_server.storage.api import Bucket, StorageOptions, open_bucket, url_path
-from stable_diffusion_server.storage.cached_bucket import CachedBucket
-from stable_diffusion_server.storage.history.index import HistoryIndex
-from stable_diffusion_server.storage.history.writer import HistoryWriter
-from stable_diffusion_server.storage.instrumented import InstrumentedBucket
-from stable_diffusion_server.storage.local import LocalBucket
-from stable_diffusion_server.storage.signed_urls import ServerSecret, UrlSigner
-from stable_diffusion_server.storage.spool import UploadSpool
-from stable_diffusion_server.storage.write_behind import WriteBehindBucket
+from stable_diffusion_server.storage import (
+    Bucket,
+    CachedBucket,
+    HistoryIndex,
+    HistoryWriter,
+    InstrumentedBucket,
+    LocalBucket,
+    ServerSecret,
+    StorageOptions,
+    UploadSpool,
+    UrlSigner,
+    WriteBehindBucket,
+    open_bucket,
+    url_path,
+)
 from stable_diffusion_server.types import StoredObject
 
 _log = structlog.get_logger(__name__)

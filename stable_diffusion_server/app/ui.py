@@ -12,16 +12,20 @@ from starlette.datastructures import Headers
 from starlette.requests import cookie_parser
 from starlette.routing import Route
 
-from stable_diffusion_server.settings import Settings
-from stable_diffusion_server.settings.library_env import quieten_gradio
-from stable_diffusion_server.ui import static_pages
-from stable_diffusion_server.ui.app import LazyUiApp
-from stable_diffusion_server.ui.asgi_transport import StreamingASGITransport
-from stable_diffusion_server.ui.client_factory import COOKIE, ApiClients
-from stable_diffusion_server.ui.image_intake import DecodeUpload, ImageIntake
-from stable_diffusion_server.ui.sessions import SessionStore
-from stable_diffusion_server.ui.upload_routes import UploadRoutes
-from stable_diffusion_server.ui.upload_store import UploadLimits, UploadStore
+from stable_diffusion_server.settings import Settings, quieten_gradio
+from stable_diffusion_server.ui import (
+    COOKIE,
+    ApiClients,
+    DecodeUpload,
+    ImageIntake,
+    LazyUiApp,
+    SessionStore,
+    StreamingASGITransport,
+    UploadLimits,
+    UploadRoutes,
+    UploadStore,
+    favicon,
+)
 
 _GOOGLE, _AMAZON = "https://storage.googleapis.com", "https://*.amazonaws.com"
 
@@ -49,7 +53,7 @@ def mount_ui(
     keyed = bool(settings.read_keys())
     entrance = LazyUiApp(build, desks, UploadRoutes(intake), keyed=keyed, sources=_sources(settings))
     if settings.ui:
-        app.router.routes.append(Route("/favicon.ico", static_pages.favicon, include_in_schema=False))
+        app.router.routes.append(Route("/favicon.ico", favicon, include_in_schema=False))
         for path in ("/ui", "/ui/{rest:path}"):
             app.router.routes.append(Route(path, entrance, include_in_schema=False))
     return entrance

@@ -10,8 +10,8 @@ import structlog
 
 from stable_diffusion_server.engine import Denoiser, DenoiserCapabilities
 from stable_diffusion_server.errors import DeviceLost
-from stable_diffusion_server.imaging.processing import plan_canvas
-from stable_diffusion_server.pipelines.catalog import ModelSpec
+from stable_diffusion_server.imaging import plan_canvas
+from stable_diffusion_server.pipelines import ModelSpec
 from stable_diffusion_server.types import DiffusionRequest, Task
 
 _log = structlog.get_logger(__name__)

@@ -1,5 +1,7 @@
 """Owns the device: a waiting line, and lanes that step jobs through it together. Knows time, and no diffusion."""
 
+from __future__ import annotations
+
 from stable_diffusion_server.engine.engine import Engine
 from stable_diffusion_server.engine.interface import (
     Denoiser,
@@ -10,4 +12,12 @@ from stable_diffusion_server.engine.interface import (
 )
 from stable_diffusion_server.engine.ticket import Ticket
 
-__all__ = ["Denoiser", "DenoiserCapabilities", "DenoisingState", "Engine", "EngineResult", "EngineState", "Ticket"]
+__all__ = [
+    "Denoiser",
+    "DenoiserCapabilities",
+    "DenoisingState",
+    "Engine",
+    "EngineResult",
+    "EngineState",
+    "Ticket",
+]

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Generic
 
-from stable_diffusion_server.concurrency.fair_share import by_caller, may_hold_more
+from stable_diffusion_server.concurrency import by_caller, may_hold_more
 from stable_diffusion_server.engine.batch_tuner import BatchSizeTuner, StepTimings
 from stable_diffusion_server.engine.events import EventDispatcher
 from stable_diffusion_server.engine.interface import Denoiser, DenoiserCapabilities, EngineState, P, S

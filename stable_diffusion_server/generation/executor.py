@@ -12,7 +12,7 @@ from stable_diffusion_server.generation.prompts import shorten_too_long_text
 from stable_diffusion_server.generation.quality import CheckedImage, DecodedPixels, RetryPolicy, generate_with_retries
 from stable_diffusion_server.generation.resolver import GenerationOptions
 from stable_diffusion_server.generation.single_flight import ProgressBroadcaster, ProgressListener, SingleFlight
-from stable_diffusion_server.pipelines.catalog import spec_of
+from stable_diffusion_server.pipelines import spec_of
 from stable_diffusion_server.types import (
     Caller,
     DiffusionRequest,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from stable_diffusion_server.imaging.processing import Pixels
+from stable_diffusion_server.imaging import Pixels
 from stable_diffusion_server.types import GenerationProgress
 
 

@@ -6,20 +6,24 @@ from dataclasses import dataclass
 
 from stable_diffusion_server.errors import InvalidInput
 from stable_diffusion_server.generation.resolver import ResolvedRequest
-from stable_diffusion_server.imaging.processing import (
+from stable_diffusion_server.imaging import (
     Canvas,
+    CropBox,
     Pixels,
     canny,
+    crop_around,
     crop_to_size,
     feather_mask,
+    fill_masked,
+    fit_image,
     is_whole_image,
     paste_back,
     plan_canvas,
+    resize_image,
     to_canvas,
     to_mask,
 )
-from stable_diffusion_server.imaging.resize import CropBox, crop_around, fill_masked, fit_image, resize_image
-from stable_diffusion_server.pipelines.catalog import ModelSpec
+from stable_diffusion_server.pipelines import ModelSpec
 from stable_diffusion_server.types import DiffusionRequest, GenerationRequest, ImageArray, RequestWarning
 
 

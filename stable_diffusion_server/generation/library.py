@@ -7,10 +7,8 @@ from dataclasses import dataclass, field, replace
 
 from stable_diffusion_server.errors import Forbidden, InvalidInput, NotFound
 from stable_diffusion_server.generation.ownership import Ownership
-from stable_diffusion_server.imaging.metadata import read_record
-from stable_diffusion_server.storage.api import Bucket
-from stable_diffusion_server.storage.history.entries import HistoryEntry, HistoryQuery
-from stable_diffusion_server.storage.history.writer import HistoryWriter
+from stable_diffusion_server.imaging import read_record
+from stable_diffusion_server.storage import Bucket, HistoryEntry, HistoryQuery, HistoryWriter
 from stable_diffusion_server.types import Caller, StoredObject
 
 

@@ -17,10 +17,8 @@ from stable_diffusion_server.generation.ownership import Ownership
 from stable_diffusion_server.generation.provenance import build_record, embedded_metadata, history_entry
 from stable_diffusion_server.generation.quality import CheckedImage, DecodedPixels
 from stable_diffusion_server.generation.resolver import ResolvedRequest
-from stable_diffusion_server.imaging.digital_source_type import source_type_of, xmp_packet
-from stable_diffusion_server.imaging.processing import encode_image
-from stable_diffusion_server.storage.api import Bucket
-from stable_diffusion_server.storage.history.entries import HistoryEntry
+from stable_diffusion_server.imaging import encode_image, source_type_of, xmp_packet
+from stable_diffusion_server.storage import Bucket, HistoryEntry
 from stable_diffusion_server.types import Caller, Format, RequestWarning, StoredObject
 
 T = TypeVar("T")

@@ -6,7 +6,7 @@ import re
 import unicodedata
 from collections.abc import Callable
 
-from stable_diffusion_server.parsing.unicode_text import nfc
+from stable_diffusion_server.parsing import nfc
 
 CountTokens = Callable[[str], int]
 

@@ -9,8 +9,7 @@ from dataclasses import fields
 from stable_diffusion_server.generation.layout import ImageLayout
 from stable_diffusion_server.generation.quality import CheckedImage, DecodedPixels
 from stable_diffusion_server.generation.resolver import ResolvedRequest
-from stable_diffusion_server.storage.history.entries import HistoryEntry
-from stable_diffusion_server.storage.object_headers import LASTING
+from stable_diffusion_server.storage import LASTING, HistoryEntry
 from stable_diffusion_server.types import DiffusionRequest, diffusion_request_fields
 
 # What of an order is not told to have it drawn again: its pictures, and what only concerns where it is stored and when.

@@ -12,9 +12,8 @@ import structlog
 
 from stable_diffusion_server.engine import EngineResult
 from stable_diffusion_server.errors import InvalidInput, NotFinite, ServerError
-from stable_diffusion_server.imaging.artifact_detection import is_black, score_artifacts
-from stable_diffusion_server.imaging.processing import Pixels
-from stable_diffusion_server.pipelines.catalog import SCHEDULERS, ModelSpec, steps_skipped
+from stable_diffusion_server.imaging import Pixels, is_black, score_artifacts
+from stable_diffusion_server.pipelines import SCHEDULERS, ModelSpec, steps_skipped
 from stable_diffusion_server.types import DiffusionRequest, RequestWarning, Task, digest
 
 _log = structlog.get_logger(__name__)

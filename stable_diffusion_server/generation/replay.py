@@ -17,9 +17,8 @@ from stable_diffusion_server.generation.interfaces import DecodeImage
 from stable_diffusion_server.generation.provenance import NOT_ASKED
 from stable_diffusion_server.generation.resolver import GenerationOptions, resolve_request
 from stable_diffusion_server.generation.service import GenerationService
-from stable_diffusion_server.imaging.metadata import read_record
-from stable_diffusion_server.imaging.processing import Pixels
-from stable_diffusion_server.storage.history.entries import HistoryEntry
+from stable_diffusion_server.imaging import Pixels, read_record
+from stable_diffusion_server.storage import HistoryEntry
 from stable_diffusion_server.types import Caller, GenerationRequest, GenerationResult, ImageInput, Task
 
 PICTURE = "picture_file"

@@ -13,8 +13,8 @@ from stable_diffusion_server.errors import InvalidInput, ModelLoadError
 from stable_diffusion_server.generation.limits import RequestLimits
 from stable_diffusion_server.generation.ownership import Ownership
 from stable_diffusion_server.generation.prompts import clean
-from stable_diffusion_server.pipelines.catalog import MODELS, ModelSpec, scheduler_of, spec_of, steps_skipped
-from stable_diffusion_server.storage.api import object_key
+from stable_diffusion_server.pipelines import MODELS, ModelSpec, scheduler_of, spec_of, steps_skipped
+from stable_diffusion_server.storage import object_key
 from stable_diffusion_server.types import (
     SEED_MAX,
     Fill,

@@ -12,7 +12,7 @@ from typing import Any
 
 import structlog
 
-from stable_diffusion_server.concurrency.deadlines import deadline
+from stable_diffusion_server.concurrency import deadline
 from stable_diffusion_server.errors import NotFound, StorageUnavailable
 from stable_diffusion_server.generation.executor import EngineQueue, GenerationExecutor, SubmissionContext
 from stable_diffusion_server.generation.interfaces import DecodeImage, FetchImage, ignore
@@ -32,11 +32,9 @@ from stable_diffusion_server.generation.single_flight import (
     ProgressListener,
     SingleFlight,
 )
-from stable_diffusion_server.imaging.processing import Pixels
-from stable_diffusion_server.observability.interfaces import UsageMetrics
-from stable_diffusion_server.observability.tracing import Tracing
-from stable_diffusion_server.storage.api import Bucket, read_picture
-from stable_diffusion_server.storage.history.entries import HistoryEntry
+from stable_diffusion_server.imaging import Pixels
+from stable_diffusion_server.observability import Tracing, UsageMetrics
+from stable_diffusion_server.storage import Bucket, HistoryEntry, read_picture
 from stable_diffusion_server.types import (
     Caller,
     GenerationProgress,

@@ -1,1 +1,73 @@
 """Pure image functions, image metadata, and sandboxed decoding."""
+
+from __future__ import annotations
+
+from stable_diffusion_server.imaging.artifact_detection import is_black, score_artifacts
+from stable_diffusion_server.imaging.digital_source_type import source_type_of, xmp_packet
+from stable_diffusion_server.imaging.formats import (
+    ALWAYS,
+    EXTRA,
+    SNIFFED_BYTES,
+    describe_formats,
+    matches_signature,
+    media_types,
+)
+from stable_diffusion_server.imaging.metadata import (
+    has_image_signature,
+    is_complete_file,
+    read_parameters_text,
+    read_record,
+)
+from stable_diffusion_server.imaging.processing import (
+    Canvas,
+    Pixels,
+    canny,
+    crop_to_size,
+    encode_image,
+    feather_mask,
+    is_whole_image,
+    media_type_of,
+    parameters_text,
+    paste_back,
+    plan_canvas,
+    to_canvas,
+    to_mask,
+)
+from stable_diffusion_server.imaging.resize import CropBox, crop_around, fill_masked, fit_image, resize_image
+from stable_diffusion_server.imaging.sandbox.pool import DecoderPool
+
+__all__ = [
+    "ALWAYS",
+    "EXTRA",
+    "SNIFFED_BYTES",
+    "Canvas",
+    "CropBox",
+    "DecoderPool",
+    "Pixels",
+    "canny",
+    "crop_around",
+    "crop_to_size",
+    "describe_formats",
+    "encode_image",
+    "feather_mask",
+    "fill_masked",
+    "fit_image",
+    "has_image_signature",
+    "is_black",
+    "is_complete_file",
+    "is_whole_image",
+    "matches_signature",
+    "media_type_of",
+    "media_types",
+    "parameters_text",
+    "paste_back",
+    "plan_canvas",
+    "read_parameters_text",
+    "read_record",
+    "resize_image",
+    "score_artifacts",
+    "source_type_of",
+    "to_canvas",
+    "to_mask",
+    "xmp_packet",
+]

@@ -10,7 +10,7 @@ import struct
 from collections.abc import Iterator
 
 from stable_diffusion_server.errors import ServerError
-from stable_diffusion_server.parsing.strict_json import JsonLimits, parse_object
+from stable_diffusion_server.parsing import JsonLimits, parse_object
 
 _EXIF_HEAD = b"Exif\0\0"
 _EXIF_IFD, _USER_COMMENT = 0x8769, 0x9286

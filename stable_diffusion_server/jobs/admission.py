@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
-from stable_diffusion_server.concurrency.fair_share import by_caller, may_hold_more
+from stable_diffusion_server.concurrency import by_caller, may_hold_more
 from stable_diffusion_server.errors import QueueFull
 from stable_diffusion_server.jobs.store.records import JobRecord
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import structlog
 
 from stable_diffusion_server.jobs.store.records import JobRecord, JobState
-from stable_diffusion_server.observability.crash_reports import CrashCause, CrashReport
+from stable_diffusion_server.observability import CrashCause, CrashReport
 
 _log = structlog.get_logger(__name__)
 

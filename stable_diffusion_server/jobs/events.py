@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from stable_diffusion_server.generation.limits import whole_number
+from stable_diffusion_server.generation import whole_number
 from stable_diffusion_server.jobs.store.records import JobRecord, JobState, StoredProblem
 from stable_diffusion_server.types import EngineEventKind, GenerationProgress, GenerationResult
 

@@ -13,7 +13,7 @@ from dataclasses import replace
 import structlog
 
 from stable_diffusion_server.errors import Forbidden, JobStoreUnavailable, NotFound, NotReady
-from stable_diffusion_server.generation.service import GenerationService
+from stable_diffusion_server.generation import GenerationService
 from stable_diffusion_server.jobs.admission import JobAdmission
 from stable_diffusion_server.jobs.crash_attribution import attribute_crash
 from stable_diffusion_server.jobs.events import END, JobEvent, JobEventLog, JobStatus, only_end
@@ -34,7 +34,7 @@ from stable_diffusion_server.jobs.store.sqlite_store import SqliteJobStore
 from stable_diffusion_server.jobs.tracked_job import JobHandle
 from stable_diffusion_server.jobs.webhooks import WebhookDispatcher, WebhookTransport
 from stable_diffusion_server.jobs.worker import MOST_DEATHS, MOST_KILLS, JobWorker
-from stable_diffusion_server.observability.crash_reports import DeviceRecord
+from stable_diffusion_server.observability import DeviceRecord
 from stable_diffusion_server.types import Caller, GenerationRequest, GenerationResult
 
 _log = structlog.get_logger(__name__)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
-from stable_diffusion_server.concurrency.progress_monitor import ProgressMonitor
+from stable_diffusion_server.concurrency import ProgressMonitor
 
 # Each job ends by its deadline; beyond it and this much more it does not end at all.
 _SLACK = 30.0

@@ -18,7 +18,7 @@ from typing import Protocol
 
 import structlog
 
-from stable_diffusion_server.concurrency.fair_limiter import FairLimiter
+from stable_diffusion_server.concurrency import FairLimiter
 from stable_diffusion_server.errors import JobStoreUnavailable, ServerError
 from stable_diffusion_server.jobs.store.async_store import AsyncJobStore
 from stable_diffusion_server.jobs.store.outbox import receiver_of

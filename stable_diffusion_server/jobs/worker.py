@@ -22,8 +22,7 @@ from stable_diffusion_server.errors import (
     ServerError,
     StorageUnavailable,
 )
-from stable_diffusion_server.generation.executor import SubmissionContext
-from stable_diffusion_server.generation.service import GenerationService
+from stable_diffusion_server.generation import GenerationService, SubmissionContext
 from stable_diffusion_server.jobs.runner_progress import WorkerProgress
 from stable_diffusion_server.jobs.store.async_store import AsyncJobStore
 from stable_diffusion_server.jobs.store.records import JobRecord, JobState, StoredProblem

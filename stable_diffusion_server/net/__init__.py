@@ -1,1 +1,14 @@
 """Remote pictures to bytes: `targets` reads URLs, `addresses` judges what they resolve to, `fetcher` dials."""
+
+from __future__ import annotations
+
+from stable_diffusion_server.net.image_fetcher import FetchLimits, ImageFetcher
+from stable_diffusion_server.net.url_policy import UrlPolicy
+from stable_diffusion_server.net.webhook_client import WebhookClient
+
+__all__ = [
+    "FetchLimits",
+    "ImageFetcher",
+    "UrlPolicy",
+    "WebhookClient",
+]

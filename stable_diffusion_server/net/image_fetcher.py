@@ -10,15 +10,9 @@ from urllib.parse import urljoin
 
 import httpx
 
-from stable_diffusion_server.concurrency.fair_limiter import FairLimiter
+from stable_diffusion_server.concurrency import FairLimiter
 from stable_diffusion_server.errors import InvalidInput, RemoteFetchFailed, TooLarge, UnsupportedMedia
-from stable_diffusion_server.imaging.formats import (
-    ALWAYS,
-    SNIFFED_BYTES,
-    describe_formats,
-    matches_signature,
-    media_types,
-)
+from stable_diffusion_server.imaging import ALWAYS, SNIFFED_BYTES, describe_formats, matches_signature, media_types
 from stable_diffusion_server.net.safe_client import Resolve, SafeClient, translate_http_errors
 from stable_diffusion_server.net.url_policy import UrlPolicy, UrlTarget, parse
 

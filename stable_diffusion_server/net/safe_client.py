@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 
-from stable_diffusion_server.concurrency.fair_limiter import FairLimiter
+from stable_diffusion_server.concurrency import FairLimiter
 from stable_diffusion_server.errors import InvalidInput
 from stable_diffusion_server.net.public_ip import Address, is_public
 from stable_diffusion_server.net.url_policy import PORTS, UrlPolicy, UrlTarget, authority

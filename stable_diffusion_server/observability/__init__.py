@@ -1,1 +1,36 @@
 """Turns what happens into logs, figures, spans, a console bar and a heartbeat file. Decides nothing."""
+
+from __future__ import annotations
+
+from stable_diffusion_server.observability.console_progress import ConsoleProgress, Heartbeat, broadcast
+from stable_diffusion_server.observability.crash_reports import (
+    CrashCause,
+    CrashReport,
+    DeviceRecord,
+    report_crash,
+    run_of,
+)
+from stable_diffusion_server.observability.event_loop_heartbeat import BEAT_FILE, LoopHeartbeat
+from stable_diffusion_server.observability.interfaces import UsageMetrics
+from stable_diffusion_server.observability.logs import configure_logging
+from stable_diffusion_server.observability.metrics import Metrics, RequestSample, Sample
+from stable_diffusion_server.observability.tracing import Tracing
+
+__all__ = [
+    "BEAT_FILE",
+    "ConsoleProgress",
+    "CrashCause",
+    "CrashReport",
+    "DeviceRecord",
+    "Heartbeat",
+    "LoopHeartbeat",
+    "Metrics",
+    "RequestSample",
+    "Sample",
+    "Tracing",
+    "UsageMetrics",
+    "broadcast",
+    "configure_logging",
+    "report_crash",
+    "run_of",
+]

@@ -11,7 +11,7 @@ from typing import IO
 
 from tqdm import tqdm
 
-from stable_diffusion_server.files.damaged_files import set_aside
+from stable_diffusion_server.files import set_aside
 from stable_diffusion_server.types import EngineEvent, EngineEventKind
 
 Observer = Callable[[EngineEvent], None]

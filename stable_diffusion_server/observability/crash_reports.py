@@ -20,7 +20,7 @@ from uuid import uuid4
 
 import structlog
 
-from stable_diffusion_server.files.damaged_files import set_aside
+from stable_diffusion_server.files import set_aside
 
 _log = structlog.get_logger(__name__)
 

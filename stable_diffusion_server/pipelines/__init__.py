@@ -1,1 +1,40 @@
-"""Where diffusion happens, and the only place torch is imported. Families are strangers to one another."""
+"""Diffusion: loads models and draws with them. The only package that imports torch.
+
+This face imports no torch: it holds the catalogue, the LoRA folder and the hub client. `registry` loads the rest.
+"""
+
+from __future__ import annotations
+
+from stable_diffusion_server.pipelines.catalog import (
+    MODELS,
+    REAL_MODELS,
+    SCHEDULERS,
+    ModelSpec,
+    choose_models,
+    scheduler_of,
+    spec_of,
+    steps_skipped,
+    with_lcm,
+    with_quantization,
+    without_identity,
+)
+from stable_diffusion_server.pipelines.conditioning.lora_folder import LoraFolder
+from stable_diffusion_server.pipelines.loading.hub import HubClient
+from stable_diffusion_server.pipelines.loading.weight_digest import WeightDigests
+
+__all__ = [
+    "MODELS",
+    "REAL_MODELS",
+    "SCHEDULERS",
+    "HubClient",
+    "LoraFolder",
+    "ModelSpec",
+    "WeightDigests",
+    "choose_models",
+    "scheduler_of",
+    "spec_of",
+    "steps_skipped",
+    "with_lcm",
+    "with_quantization",
+    "without_identity",
+]

@@ -1,39 +1,16 @@
-"""The settings: typed, with defaults and meanings, read from the environment once. The only reader of it."""
+"""Settings: typed, with defaults and descriptions, read from the environment once."""
 
 from __future__ import annotations
 
-from typing import Literal
+from stable_diffusion_server.settings.library_env import keep_compiled, quieten_gradio
+from stable_diffusion_server.settings.loader import SettingsError, describe_settings, read_settings
+from stable_diffusion_server.settings.server import Settings
 
-from pydantic import Field, model_validator
-
-from stable_diffusion_server.settings.http import HttpSettings
-from stable_diffusion_server.settings.jobs import JobSettings
-from stable_diffusion_server.settings.limits import LimitSettings
-from stable_diffusion_server.settings.models import ModelSettings
-from stable_diffusion_server.settings.storage import StorageSettings
-
-
-class Settings(JobSettings, LimitSettings, StorageSettings, ModelSettings, HttpSettings):
-    """Every setting of the server. Names are those of environment variables, in any case; `.env` is read too."""
-
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe line logged.")
-    log_format: Literal["auto", "console", "json"] = Field(
-        "auto", description="`console` for people, `json` for machines; `auto`: people at a terminal."
-    )
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Settings:
-        bucket, data = self.local_bucket_dir.resolve(), self.data_dir.resolve()
-        if bucket == data or bucket in data.parents or data in bucket.parents:
-            raise ValueError("LOCAL_BUCKET_DIR and DATA_DIR must not contain one another")
-        if self.storage_provider != "local" and not self.bucket_name:
-            raise ValueError(f"BUCKET_NAME is needed with STORAGE_PROVIDER={self.storage_provider}")
-        if self.storage_provider == "r2" and not self.r2_endpoint_url:
-            raise ValueError("R2_ENDPOINT_URL is needed with STORAGE_PROVIDER=r2")
-        try:
-            self.read_keys()
-        except ValueError as error:
-            raise ValueError(f"API_KEYS with API_KEYS_FILE {error}") from None
-        if self.min_side > self.max_side:
-            raise ValueError("MIN_SIDE is larger than MAX_SIDE")
-        return self
+__all__ = [
+    "Settings",
+    "SettingsError",
+    "describe_settings",
+    "keep_compiled",
+    "quieten_gradio",
+    "read_settings",
+]

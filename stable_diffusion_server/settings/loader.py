@@ -8,8 +8,8 @@ from pathlib import Path
 from dotenv import dotenv_values
 from pydantic import SecretStr, ValidationError
 
-from stable_diffusion_server.settings import Settings
 from stable_diffusion_server.settings.models import ROOT
+from stable_diffusion_server.settings.server import Settings
 
 
 class SettingsError(Exception):

@@ -13,8 +13,8 @@ from urllib.parse import quote
 from pydantic import SecretStr
 
 from stable_diffusion_server.errors import InvalidInput, ServerError, StorageUnavailable
-from stable_diffusion_server.imaging.formats import ALWAYS, EXTRA, matches_signature
-from stable_diffusion_server.parsing.unicode_text import nfc
+from stable_diffusion_server.imaging import ALWAYS, EXTRA, matches_signature
+from stable_diffusion_server.parsing import nfc
 from stable_diffusion_server.storage.gcs.bucket import GCSBucket, GCSOptions
 from stable_diffusion_server.storage.local import LocalBucket
 from stable_diffusion_server.storage.s3.bucket import S3Bucket

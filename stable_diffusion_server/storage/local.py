@@ -19,8 +19,8 @@ from uuid import uuid4
 from filelock import FileLock
 
 from stable_diffusion_server.errors import InvalidInput, NotFound, StorageUnavailable
-from stable_diffusion_server.files.disk_space import Disk
-from stable_diffusion_server.imaging.metadata import has_image_signature, is_complete_file
+from stable_diffusion_server.files import Disk
+from stable_diffusion_server.imaging import has_image_signature, is_complete_file
 from stable_diffusion_server.storage.existence_cache import ExistenceCache
 from stable_diffusion_server.types import StoredObject
 

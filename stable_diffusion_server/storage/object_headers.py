@@ -7,7 +7,7 @@ import unicodedata
 from collections.abc import Mapping
 from urllib.parse import quote
 
-from stable_diffusion_server.parsing.unicode_text import strip_marks
+from stable_diffusion_server.parsing import strip_marks
 
 # In a record: the name is made from the content, so what is under it never changes.
 LASTING = "lasting"

@@ -12,7 +12,7 @@ from pathlib import Path
 from uuid import uuid4
 
 from stable_diffusion_server.errors import StorageUnavailable
-from stable_diffusion_server.files.damaged_files import set_aside
+from stable_diffusion_server.files import set_aside
 
 _SECRET_BYTES = 32
 

@@ -15,7 +15,7 @@ from uuid import uuid4
 import structlog
 
 from stable_diffusion_server.errors import NotFound, StorageRefused, StorageUnavailable
-from stable_diffusion_server.files.disk_space import SPARE_BYTES, Disk
+from stable_diffusion_server.files import SPARE_BYTES, Disk
 from stable_diffusion_server.storage.dead_letters import RETRIED, DeadLetters, facts_of
 from stable_diffusion_server.types import StoredObject
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 
-from stable_diffusion_server.concurrency.fair_queue import FairRequestQueue
+from stable_diffusion_server.concurrency import FairRequestQueue
 from stable_diffusion_server.errors import RateLimited
 from stable_diffusion_server.ui.work_queue import visitor_queue
 

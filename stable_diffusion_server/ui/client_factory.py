@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import httpx
 from starlette.requests import Request
 
-from stable_diffusion_server.concurrency.fair_queue import FairRequestQueue
+from stable_diffusion_server.concurrency import FairRequestQueue
 from stable_diffusion_server.ui.client import ApiClient, ServerAddress
 from stable_diffusion_server.ui.sessions import SessionStore
 from stable_diffusion_server.ui.work_queue import visitor_queue

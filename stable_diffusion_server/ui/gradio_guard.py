@@ -14,7 +14,7 @@ from limits import RateLimitItem
 from starlette.responses import RedirectResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from stable_diffusion_server.concurrency.moving_windows import MovingWindows
+from stable_diffusion_server.concurrency import MovingWindows
 from stable_diffusion_server.errors import InvalidInput, NotFound, RateLimited, ServerError
 from stable_diffusion_server.ui.gradio_events import SESSION, Events, sanitized
 from stable_diffusion_server.ui.problems import problem

@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from stable_diffusion_server.imaging.processing import canny, feather_mask
+from stable_diffusion_server.imaging import canny, feather_mask
 from stable_diffusion_server.ui.image_intake import encoded
 
 Pixels = NDArray[np.uint8]

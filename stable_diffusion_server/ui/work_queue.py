@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from stable_diffusion_server.concurrency.fair_queue import FairRequestQueue
+from stable_diffusion_server.concurrency import FairRequestQueue
 
 
 def visitor_queue() -> FairRequestQueue:

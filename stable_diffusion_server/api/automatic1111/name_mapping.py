@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from stable_diffusion_server.api.dialect_context import DialectContext
 from stable_diffusion_server.errors import InvalidInput, ServerError
-from stable_diffusion_server.pipelines.catalog import ModelSpec
+from stable_diffusion_server.pipelines import ModelSpec
 
 # Our schedulers under AUTOMATIC1111's names, the closest first; what ends in Karras is looked up without it.
 SAMPLERS: Mapping[str, tuple[str, ...]] = {

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from stable_diffusion_server.imaging.processing import Pixels
+from stable_diffusion_server.imaging import Pixels
 from stable_diffusion_server.types import Caller, EngineEventKind, GenerationProgress
 
 T = TypeVar("T")

@@ -14,7 +14,7 @@ from stable_diffusion_server.api.automatic1111.prompt_syntax import adapters_in,
 from stable_diffusion_server.api.base64_images import bytes_of
 from stable_diffusion_server.api.dialect_context import DialectContext
 from stable_diffusion_server.errors import InvalidInput
-from stable_diffusion_server.generation.limits import NAME_MAX
+from stable_diffusion_server.generation import NAME_MAX
 from stable_diffusion_server.types import SEED_MAX, Fill, Fit, Format, GenerationRequest, ImageInput, Task
 
 _FITS = (Fit.STRETCH, Fit.CROP, Fit.PAD, Fit.STRETCH)

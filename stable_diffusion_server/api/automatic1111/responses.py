@@ -11,9 +11,8 @@ from stable_diffusion_server.api.automatic1111.progress import TrackedTask
 from stable_diffusion_server.api.automatic1111.protocol import ParsedTask, Txt2Img
 from stable_diffusion_server.api.base64_images import text_of
 from stable_diffusion_server.api.dialect_context import DialectContext
-from stable_diffusion_server.imaging.metadata import read_parameters_text, read_record
-from stable_diffusion_server.imaging.processing import parameters_text
-from stable_diffusion_server.parsing.strict_json import dumps
+from stable_diffusion_server.imaging import parameters_text, read_parameters_text, read_record
+from stable_diffusion_server.parsing import dumps
 from stable_diffusion_server.types import GenerationRequest, GenerationResult
 
 _LONG_FIELDS = ("init_images", "mask", "alwayson_scripts")

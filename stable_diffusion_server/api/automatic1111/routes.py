@@ -26,10 +26,9 @@ from stable_diffusion_server.api.request_parsing import read_json, read_paramete
 from stable_diffusion_server.api.schemas.params import raise_invalid
 from stable_diffusion_server.api.schemas.wire import properties_of
 from stable_diffusion_server.api.together import gather_or_cancel
-from stable_diffusion_server.concurrency.fair_queue import FairRequestQueue
+from stable_diffusion_server.concurrency import FairRequestQueue
 from stable_diffusion_server.errors import Forbidden, InvalidInput, ServerError, TooLarge
-from stable_diffusion_server.generation.limits import RequestLimits
-from stable_diffusion_server.generation.service import GenerationService
+from stable_diffusion_server.generation import GenerationService, RequestLimits
 from stable_diffusion_server.types import Caller, Format, GenerationRequest
 
 UrlOf = Callable[[Request, str], str]

@@ -20,8 +20,7 @@ from stable_diffusion_server.api.middleware.proxy_headers import TrustedProxies
 from stable_diffusion_server.api.middleware.rate_limiter import RateLimiter, RateLimitStatus
 from stable_diffusion_server.api.middleware.security_headers import add_security_headers
 from stable_diffusion_server.errors import ServerError
-from stable_diffusion_server.observability.metrics import RequestSample
-from stable_diffusion_server.observability.tracing import Tracing
+from stable_diffusion_server.observability import RequestSample, Tracing
 from stable_diffusion_server.types import Caller
 
 _log = structlog.get_logger("access")

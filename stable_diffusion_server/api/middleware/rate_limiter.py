@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from limits import RateLimitItem
 
-from stable_diffusion_server.concurrency.moving_windows import MovingWindows
+from stable_diffusion_server.concurrency import MovingWindows
 from stable_diffusion_server.errors import RateLimited
 
 

@@ -10,9 +10,9 @@ from stable_diffusion_server.api.base64_images import text_of
 from stable_diffusion_server.api.error_bodies import openai_error
 from stable_diffusion_server.api.openai.protocol import ImagesParams
 from stable_diffusion_server.errors import ServerError
-from stable_diffusion_server.imaging.processing import media_type_of
-from stable_diffusion_server.parsing.strict_json import dumps
-from stable_diffusion_server.pipelines.catalog import ModelSpec
+from stable_diffusion_server.imaging import media_type_of
+from stable_diffusion_server.parsing import dumps
+from stable_diffusion_server.pipelines import ModelSpec
 from stable_diffusion_server.types import GenerationResult
 
 _QUALITIES = {"hd": "high", "standard": "medium", None: "auto"}

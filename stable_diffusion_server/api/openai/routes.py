@@ -24,8 +24,8 @@ from stable_diffusion_server.api.schemas.params import read_as
 from stable_diffusion_server.api.schemas.wire import documented
 from stable_diffusion_server.api.together import gather_or_cancel
 from stable_diffusion_server.errors import InvalidInput, NotFound, TooLarge
-from stable_diffusion_server.generation.service import GenerationService
-from stable_diffusion_server.imaging.processing import Pixels, encode_image
+from stable_diffusion_server.generation import GenerationService
+from stable_diffusion_server.imaging import Pixels, encode_image
 from stable_diffusion_server.types import (
     Caller,
     EngineEventKind,

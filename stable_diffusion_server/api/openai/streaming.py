@@ -9,7 +9,7 @@ from typing import Any
 import structlog
 
 from stable_diffusion_server.errors import ServerError
-from stable_diffusion_server.imaging.processing import Pixels
+from stable_diffusion_server.imaging import Pixels
 from stable_diffusion_server.types import GenerationProgress
 
 _log = structlog.get_logger(__name__)

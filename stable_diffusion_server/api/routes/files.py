@@ -14,13 +14,17 @@ from starlette.staticfiles import NotModifiedResponse
 
 from stable_diffusion_server.api.dependencies import caller_of
 from stable_diffusion_server.api.json_responses import JSONResponse
-from stable_diffusion_server.concurrency.fair_queue import FairRequestQueue
+from stable_diffusion_server.concurrency import FairRequestQueue
 from stable_diffusion_server.errors import Forbidden, InvalidInput, NotFound
-from stable_diffusion_server.generation.library import ImageLibrary
-from stable_diffusion_server.storage.api import Bucket, read_picture
-from stable_diffusion_server.storage.local import LocalBucket
-from stable_diffusion_server.storage.object_headers import cache_control, content_disposition
-from stable_diffusion_server.storage.signed_urls import UrlSigner
+from stable_diffusion_server.generation import ImageLibrary
+from stable_diffusion_server.storage import (
+    Bucket,
+    LocalBucket,
+    UrlSigner,
+    cache_control,
+    content_disposition,
+    read_picture,
+)
 from stable_diffusion_server.types import StoredObject
 
 _RANGE = re.compile(r"bytes=\s*(\d+-\d*|-\d+)(\s*,\s*(\d+-\d*|-\d+))*")

@@ -16,8 +16,8 @@ from stable_diffusion_server.api.schemas.wire import (
     read_generation_request,
     result_body,
 )
-from stable_diffusion_server.generation.limits import RequestLimits
-from stable_diffusion_server.imaging.processing import media_type_of
+from stable_diffusion_server.generation import RequestLimits
+from stable_diffusion_server.imaging import media_type_of
 from stable_diffusion_server.types import GenerationResult
 
 _DOORS: tuple[tuple[str, type[NativeParams], str, str], ...] = (

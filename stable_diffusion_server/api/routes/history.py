@@ -10,10 +10,10 @@ from starlette.concurrency import run_in_threadpool
 
 from stable_diffusion_server.api.dependencies import caller_of
 from stable_diffusion_server.api.json_responses import JSONResponse
-from stable_diffusion_server.concurrency.fair_queue import FairRequestQueue
+from stable_diffusion_server.concurrency import FairRequestQueue
 from stable_diffusion_server.errors import InvalidInput
-from stable_diffusion_server.generation.library import ImageLibrary
-from stable_diffusion_server.storage.history.entries import HistoryEntry, HistoryQuery
+from stable_diffusion_server.generation import ImageLibrary
+from stable_diffusion_server.storage import HistoryEntry, HistoryQuery
 
 _MOST, _USUAL = 200, 50
 # Searches that run at a time, and those of one caller that run or wait.

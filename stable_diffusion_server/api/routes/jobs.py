@@ -12,9 +12,8 @@ from stable_diffusion_server.api.event_stream import EventResponse, FollowerLimi
 from stable_diffusion_server.api.json_responses import JSONResponse
 from stable_diffusion_server.api.previews import EncodedPreviews
 from stable_diffusion_server.api.schemas.wire import job_body
-from stable_diffusion_server.jobs.events import JobEvent
-from stable_diffusion_server.jobs.manager import JobManager
-from stable_diffusion_server.parsing.strict_json import dumps
+from stable_diffusion_server.jobs import JobEvent, JobManager
+from stable_diffusion_server.parsing import dumps
 from stable_diffusion_server.types import Format
 
 UrlOf = Callable[[Request, str], str]

@@ -18,8 +18,7 @@ from stable_diffusion_server.api.request_parsing import read_parameters
 from stable_diffusion_server.api.schemas.params import File, validated
 from stable_diffusion_server.api.schemas.wire import documented, result_body
 from stable_diffusion_server.errors import InvalidInput
-from stable_diffusion_server.generation.limits import RequestLimits
-from stable_diffusion_server.generation.replay import PICTURE, EmbeddedProvenance, ReplayService, with_sources
+from stable_diffusion_server.generation import PICTURE, EmbeddedProvenance, ReplayService, RequestLimits, with_sources
 from stable_diffusion_server.types import Caller, Format, GenerationRequest
 
 

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSche
 
 from stable_diffusion_server.api.request_parsing import RawJson, UploadedFile, read_parameters
 from stable_diffusion_server.errors import InvalidInput
-from stable_diffusion_server.generation.limits import NAME_MAX, TEXT_MAX
+from stable_diffusion_server.generation import NAME_MAX, TEXT_MAX
 
 _BINARY = {"type": "string", "format": "binary"}
 _NUMBERS = frozenset(

@@ -18,8 +18,8 @@ from stable_diffusion_server.api.error_bodies import problem_body
 from stable_diffusion_server.api.request_parsing import BODY_TYPES, read_query
 from stable_diffusion_server.api.schemas.params import File, GenerationParams, read_as, validated
 from stable_diffusion_server.errors import InvalidInput
-from stable_diffusion_server.generation.limits import RequestLimits
-from stable_diffusion_server.jobs.events import JobStatus
+from stable_diffusion_server.generation import RequestLimits
+from stable_diffusion_server.jobs import JobStatus
 from stable_diffusion_server.types import Format, GenerationRequest, GenerationResult, ImageInput, Task
 
 

@@ -13,8 +13,7 @@ import numpy as np
 import structlog
 from numpy.typing import NDArray
 
-from stable_diffusion_server.concurrency.fair_limiter import FairLimiter
-from stable_diffusion_server.concurrency.progress_monitor import ProgressMonitor
+from stable_diffusion_server.concurrency import FairLimiter, ProgressMonitor
 from stable_diffusion_server.errors import InvalidInput, NotReady, ServerError, TooLarge, UnsupportedMedia
 from stable_diffusion_server.imaging.formats import ALWAYS, describe_formats
 from stable_diffusion_server.imaging.sandbox import worker as child

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sqlite3
 from collections import Counter
 
-from stable_diffusion_server.concurrency.fair_share import largest_holder
+from stable_diffusion_server.concurrency import largest_holder
 
 # So much of the journal is freed at a time, that those who fill it do not have it looked through for every job.
 _PART = 32

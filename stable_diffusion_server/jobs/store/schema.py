@@ -7,7 +7,7 @@ from pathlib import Path
 
 import structlog
 
-from stable_diffusion_server.files.damaged_files import is_unavailable, set_aside
+from stable_diffusion_server.files import is_unavailable, set_aside
 
 _log = structlog.get_logger(__name__)
 

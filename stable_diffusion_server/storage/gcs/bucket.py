@@ -19,7 +19,7 @@ from stable_diffusion_server.errors import (
     StorageRefused,
     StorageUnavailable,
 )
-from stable_diffusion_server.imaging.metadata import has_image_signature, is_complete_file
+from stable_diffusion_server.imaging import has_image_signature, is_complete_file
 from stable_diffusion_server.storage.gcs.errors import (
     FORBIDDEN,
     ConditionFailed,

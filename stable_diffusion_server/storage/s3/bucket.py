@@ -19,7 +19,7 @@ from stable_diffusion_server.errors import (
     StorageRefused,
     StorageUnavailable,
 )
-from stable_diffusion_server.imaging.metadata import has_image_signature, is_complete_file
+from stable_diffusion_server.imaging import has_image_signature, is_complete_file
 from stable_diffusion_server.storage.object_headers import cache_control, content_disposition
 from stable_diffusion_server.storage.refusals import error_of_refusal, is_answered
 from stable_diffusion_server.storage.s3 import objects
