@@ -7,8 +7,9 @@ import torch
 
 from stable_diffusion_server.errors import ServerError
 from stable_diffusion_server.generation.prompts import shorten_too_long_text
+from stable_diffusion_server.imaging.canvas import crop_to_size, plan_canvas
 from stable_diffusion_server.imaging.digital_source_type import DigitalSourceType, xmp_packet
-from stable_diffusion_server.imaging.processing import crop_to_size, encode_image, plan_canvas
+from stable_diffusion_server.imaging.encode import encode_image
 from stable_diffusion_server.pipelines.catalog import spec_of
 from stable_diffusion_server.pipelines.families.flux import Flux
 from stable_diffusion_server.pipelines.loading.components import choose_device, load_pipeline

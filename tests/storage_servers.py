@@ -25,7 +25,8 @@ import httpx
 import pytest
 from pydantic import SecretStr
 
-from stable_diffusion_server.storage.api import Bucket, StorageOptions, open_bucket
+from stable_diffusion_server.storage.base import Bucket
+from stable_diffusion_server.storage.factory import StorageOptions, open_bucket
 
 HERE = Path(__file__).resolve().parent
 SECRET = "sesame-open-0123456789"  # noqa: S105  # what the S3 server on loopback is told, and takes

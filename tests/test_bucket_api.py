@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stable_diffusion_server.errors import InvalidInput
-from stable_diffusion_server.storage.api import KEY_MAX_BYTES, StorageOptions, object_key, open_bucket, url_path
+from stable_diffusion_server.storage.factory import StorageOptions, open_bucket
+from stable_diffusion_server.storage.keys import KEY_MAX_BYTES, object_key, url_path
 
 
 @pytest.mark.parametrize(

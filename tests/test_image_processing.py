@@ -12,17 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from stable_diffusion_server.imaging.processing import (
-    Canvas,
-    canny,
-    crop_to_size,
-    encode_image,
-    feather_mask,
-    paste_back,
-    plan_canvas,
-    to_canvas,
-    to_mask,
-)
+from stable_diffusion_server.imaging.canvas import Canvas, crop_to_size, plan_canvas, to_canvas
+from stable_diffusion_server.imaging.edges import canny
+from stable_diffusion_server.imaging.encode import encode_image
+from stable_diffusion_server.imaging.masks import feather_mask, paste_back, to_mask
 from stable_diffusion_server.types import Format
 
 RECORD = {"prompt": "ein grünes Herz 💚", "seed": 7, "num_inference_steps": 4, "width": 60, "height": 40}

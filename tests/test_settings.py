@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from stable_diffusion_server.settings import Settings
 from stable_diffusion_server.settings.loader import SettingsError, describe_settings, read_settings
-from stable_diffusion_server.storage.api import StorageOptions
+from stable_diffusion_server.storage.factory import StorageOptions
 
 ROOT = Path(__file__).resolve().parent.parent
 

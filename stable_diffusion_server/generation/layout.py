@@ -10,13 +10,13 @@ from stable_diffusion_server.imaging import (
     Canvas,
     CropBox,
     Pixels,
+    binarize_mask,
     canny,
     crop_around,
     crop_to_size,
     feather_mask,
     fill_masked,
     fit_image,
-    is_whole_image,
     paste_back,
     plan_canvas,
     resize_image,
@@ -102,7 +102,7 @@ def lay_out_images(plan: ResolvedRequest, image: Pixels | None = None, mask: Pix
         guidance_scale=words.guidance_scale,
         scheduler=words.scheduler,
         image=ImageArray(seen) if seen is not None else None,
-        mask=ImageArray(is_whole_image(to_canvas(kept, canvas, fill=0))) if kept is not None else None,
+        mask=ImageArray(binarize_mask(to_canvas(kept, canvas, fill=0))) if kept is not None else None,
         control=ImageArray(canny(seen, order.canny_low, order.canny_high))
         if words.canny and seen is not None
         else None,

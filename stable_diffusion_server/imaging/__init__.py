@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from stable_diffusion_server.imaging.artifact_detection import is_black, score_artifacts
+from stable_diffusion_server.imaging.canvas import ALIGNMENT, Canvas, Pixels, crop_to_size, plan_canvas, to_canvas
 from stable_diffusion_server.imaging.digital_source_type import source_type_of, xmp_packet
+from stable_diffusion_server.imaging.edges import canny
+from stable_diffusion_server.imaging.encode import encode_image, media_type_of, parameters_text
 from stable_diffusion_server.imaging.formats import (
     ALWAYS,
     EXTRA,
@@ -12,31 +15,18 @@ from stable_diffusion_server.imaging.formats import (
     matches_signature,
     media_types,
 )
+from stable_diffusion_server.imaging.masks import binarize_mask, feather_mask, paste_back, to_mask
 from stable_diffusion_server.imaging.metadata import (
     has_image_signature,
     is_complete_file,
     read_parameters_text,
     read_record,
 )
-from stable_diffusion_server.imaging.processing import (
-    Canvas,
-    Pixels,
-    canny,
-    crop_to_size,
-    encode_image,
-    feather_mask,
-    is_whole_image,
-    media_type_of,
-    parameters_text,
-    paste_back,
-    plan_canvas,
-    to_canvas,
-    to_mask,
-)
 from stable_diffusion_server.imaging.resize import CropBox, crop_around, fill_masked, fit_image, resize_image
 from stable_diffusion_server.imaging.sandbox.pool import DecoderPool
 
 __all__ = [
+    "ALIGNMENT",
     "ALWAYS",
     "EXTRA",
     "SNIFFED_BYTES",
@@ -44,6 +34,7 @@ __all__ = [
     "CropBox",
     "DecoderPool",
     "Pixels",
+    "binarize_mask",
     "canny",
     "crop_around",
     "crop_to_size",
@@ -55,7 +46,6 @@ __all__ = [
     "has_image_signature",
     "is_black",
     "is_complete_file",
-    "is_whole_image",
     "matches_signature",
     "media_type_of",
     "media_types",

@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from stable_diffusion_server.imaging.processing import Pixels
+from stable_diffusion_server.imaging.canvas import Pixels
 from stable_diffusion_server.types import Fill, Fit
 
 _GREY = 127

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from stable_diffusion_server.storage.api import (
-    Bucket,
-    StorageOptions,
-    check_bucket,
-    object_key,
-    open_bucket,
-    read_picture,
-    url_path,
-)
+from stable_diffusion_server.storage.base import Bucket, check_if_blob_exists, read_picture
 from stable_diffusion_server.storage.cached_bucket import CachedBucket
+from stable_diffusion_server.storage.check import check_bucket
 from stable_diffusion_server.storage.dead_letters import DeadLetters
+from stable_diffusion_server.storage.factory import StorageOptions, open_bucket
 from stable_diffusion_server.storage.history.entries import HistoryEntry, HistoryQuery
 from stable_diffusion_server.storage.history.index import HistoryIndex
 from stable_diffusion_server.storage.history.writer import HistoryWriter
 from stable_diffusion_server.storage.instrumented import InstrumentedBucket
+from stable_diffusion_server.storage.keys import object_key, url_path
 from stable_diffusion_server.storage.local import LocalBucket
 from stable_diffusion_server.storage.object_headers import LASTING, cache_control, content_disposition
 from stable_diffusion_server.storage.signed_urls import ServerSecret, UrlSigner
@@ -41,6 +36,7 @@ __all__ = [
     "WriteBehindBucket",
     "cache_control",
     "check_bucket",
+    "check_if_blob_exists",
     "content_disposition",
     "object_key",
     "open_bucket",

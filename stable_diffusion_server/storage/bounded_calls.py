@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import structlog
 
 from stable_diffusion_server.errors import KeyBusy, ServerError, StorageUnavailable
-from stable_diffusion_server.storage.store_protocol import Store
+from stable_diffusion_server.storage.base import Bucket
 
 _log = structlog.get_logger(__name__)
 
@@ -27,7 +27,7 @@ class BoundedCalls:
     when something is newly down, for whoever tries it again.
     """
 
-    def __init__(self, store: Store, patience: float) -> None:
+    def __init__(self, store: Bucket, patience: float) -> None:
         self._store = store
         self._patience = patience
         self._pool = ThreadPoolExecutor(_CALLS, thread_name_prefix="storage")

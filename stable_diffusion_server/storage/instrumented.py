@@ -1,4 +1,4 @@
-"""A bucket whose calls are timed. Knows no kind of bucket, and not what becomes of the times."""
+"""Bucket decorator that measures each call."""
 
 from __future__ import annotations
 
@@ -7,26 +7,50 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from stable_diffusion_server.errors import InvalidInput, NotFound
-from stable_diffusion_server.storage.store_protocol import Store
+from stable_diffusion_server.storage.base import Bucket
 from stable_diffusion_server.types import StoredObject
 
 
 class InstrumentedBucket:
-    """A bucket before a bucket: `called` is told of each call, its seconds, and whether it failed.
+    """Passes calls on to `store` and reports each to `called`: its name, its duration in seconds, whether it failed.
 
-    That nothing is there, or that a name is refused, is an answer and no failure. Listing is not timed: it goes on for
-    as long as its reader does.
+    `NotFound` and `InvalidInput` are answers, not failures. `list` is not measured, since it lasts as long as its
+    reader iterates.
     """
 
-    def __init__(self, store: Store, called: Callable[[str, float, bool], object]) -> None:
+    def __init__(self, store: Bucket, called: Callable[[str, float, bool], object]) -> None:
         self._store = store
         self._called = called
-        self.close, self.list, self.url = store.close, store.list, store.url
 
     def open(self) -> None:
         """Make ready."""
         with self._timed("open"):
             self._store.open()
+
+    def close(self) -> None:
+        """Close the store."""
+        self._store.close()
+
+    def health(self) -> str | None:
+        """What is wrong with the store, in a sentence; `None` when nothing is."""
+        return self._store.health()
+
+    def check_capacity(self) -> None:
+        """Raise `StorageUnavailable` when the store cannot take one more object."""
+        self._store.check_capacity()
+
+    def peek(self, key: str) -> StoredObject | None:
+        """The object or `None`, and never `None` for an object that could not be looked for."""
+        with self._timed("stat"):
+            return self._store.peek(key)
+
+    def list(self, prefix: str = "") -> Iterator[str]:
+        """The keys that begin with `prefix`."""
+        return self._store.list(prefix)
+
+    def url(self, key: str) -> str | None:
+        """The address of an object; `None` when only this server can give it."""
+        return self._store.url(key)
 
     def stat(self, key: str) -> StoredObject | None:
         """The object or `None`."""

@@ -19,9 +19,9 @@ from stable_diffusion_server.errors import (
     StorageRefused,
     StorageUnavailable,
 )
+from stable_diffusion_server.storage.base import Bucket
 from stable_diffusion_server.storage.bounded_calls import BoundedCalls
 from stable_diffusion_server.storage.spool import SpooledObject, UploadSpool
-from stable_diffusion_server.storage.store_protocol import Store
 
 _log = structlog.get_logger(__name__)
 
@@ -46,7 +46,7 @@ class SpoolUploader:
     one that is refused is set aside at once. Objects of one key are brought in the order in which they came.
     """
 
-    def __init__(self, store: Store, spool: UploadSpool, calls: BoundedCalls, pause: float) -> None:
+    def __init__(self, store: Bucket, spool: UploadSpool, calls: BoundedCalls, pause: float) -> None:
         self._store = store
         self._spool = spool
         self._calls = calls

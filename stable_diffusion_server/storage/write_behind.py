@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 
 from stable_diffusion_server.errors import InvalidInput, NotFound, ServerError, StorageRefused, StorageUnavailable
+from stable_diffusion_server.storage.base import Bucket
 from stable_diffusion_server.storage.bounded_calls import BoundedCalls
 from stable_diffusion_server.storage.spool import SpooledObject, UploadSpool
 from stable_diffusion_server.storage.spool_uploader import SpoolUploader
-from stable_diffusion_server.storage.store_protocol import Store
 from stable_diffusion_server.types import StoredObject
 
 
@@ -26,7 +26,7 @@ class WriteBehindBucket:
     under its key, so that it undoes no later one.
     """
 
-    def __init__(self, store: Store, spool: UploadSpool, patience: float, pause: float = 1.0) -> None:
+    def __init__(self, store: Bucket, spool: UploadSpool, patience: float, pause: float = 1.0) -> None:
         self._store = store
         self._spool = spool
         self._patience = patience

@@ -15,8 +15,8 @@ from conftest import RunningApp
 from fakes import FakeImageDenoiser, disc, file_of
 
 from stable_diffusion_server.generation.provenance import NOT_ASKED
+from stable_diffusion_server.imaging.encode import encode_image
 from stable_diffusion_server.imaging.metadata import read_record
-from stable_diffusion_server.imaging.processing import encode_image
 from stable_diffusion_server.types import Format, GenerationRequest
 
 IMAGE = file_of(disc(96, 80))

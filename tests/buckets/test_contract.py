@@ -25,7 +25,8 @@ from storage_servers import (
 )
 
 from stable_diffusion_server.errors import NotFound, StorageRefused, StorageUnavailable
-from stable_diffusion_server.storage.api import Bucket, StorageOptions, check_if_blob_exists, open_bucket
+from stable_diffusion_server.storage.base import Bucket, check_if_blob_exists
+from stable_diffusion_server.storage.factory import StorageOptions, open_bucket
 from stable_diffusion_server.storage.memory import MemoryBucket
 
 RECORD = {"digest": "abc", "seed": "7", "model": "sdxl"}

@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from storage_servers import StorageServer, gcs_options, make_gcs_bucket, opened
 
 from stable_diffusion_server.errors import StorageUnavailable
-from stable_diffusion_server.storage.api import open_bucket
+from stable_diffusion_server.storage.factory import open_bucket
 
 BARE = (serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
 

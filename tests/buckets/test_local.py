@@ -15,7 +15,7 @@ from fakes import disc, file_of
 from filelock import FileLock
 
 from stable_diffusion_server.errors import InvalidInput, NotFound, StorageUnavailable
-from stable_diffusion_server.storage.api import check_if_blob_exists
+from stable_diffusion_server.storage.base import check_if_blob_exists
 from stable_diffusion_server.storage.local import LocalBucket
 
 RECORD = {"digest": "abc", "seed": "7"}

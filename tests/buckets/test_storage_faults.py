@@ -12,7 +12,7 @@ from fakes import until
 from storage_servers import KEYS, MisbehavingStore, StorageServer, make_s3_bucket, opened, r2_options, s3_client
 
 from stable_diffusion_server.errors import StorageUnavailable
-from stable_diffusion_server.storage.api import Bucket
+from stable_diffusion_server.storage.base import Bucket
 
 
 @pytest.fixture

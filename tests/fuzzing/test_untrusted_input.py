@@ -25,7 +25,7 @@ from stable_diffusion_server.generation.prompts import clean
 from stable_diffusion_server.imaging.formats import ALWAYS, EXTRA
 from stable_diffusion_server.imaging.sandbox.pool import DecoderPool
 from stable_diffusion_server.parsing.strict_json import dumps, parse_object
-from stable_diffusion_server.storage.api import object_key, url_path
+from stable_diffusion_server.storage.keys import object_key, url_path
 from stable_diffusion_server.storage.local import LocalBucket
 
 # Of one test's own: an app or a pool is made once, and every example must leave it as it was.

@@ -36,20 +36,20 @@ from stable_diffusion_server.net import url_policy
 from stable_diffusion_server.parsing import strict_json, unicode_text
 from stable_diffusion_server.pipelines.catalog import MODELS
 from stable_diffusion_server.storage import object_headers
-from stable_diffusion_server.storage.api import KEY_MAX_BYTES, object_key
+from stable_diffusion_server.storage.keys import KEY_MAX_BYTES, object_key
 from stable_diffusion_server.types import StoredObject
 
-PACKAGE = Path(strict_json.__file__).parent
+PACKAGE = Path(strict_json.__file__).parent.parent
 HEADER = 16_384
 MEBIBYTE = 1_048_576
 
 # Regular expressions that meet no caller's text, by module and source, with the reason.
 NEVER_CALLERS = {
     "settings/models.py": "settings are the operator's",
-    "settings/keys.py": "settings are the operator's",
-    "settings/doors.py": "settings are the operator's",
-    "bucket_api.py": "the bucket's name and address are settings",
-    "pipelines/hub.py": "names of files in a repository the operator chose, a few dozen characters each",
+    "settings/api_keys.py": "settings are the operator's",
+    "settings/http.py": "settings are the operator's",
+    "storage/factory.py": "the bucket's name and address are settings",
+    "pipelines/loading/hub.py": "names of files in a repository the operator chose, a few dozen characters each",
 }
 
 # What costs most by the square: brackets that never close, separators, runs, escapes, marks, and what looks like ours.

@@ -1,0 +1,53 @@
+"""Object keys: how names become keys, their limits, and their URL paths."""
+
+from __future__ import annotations
+
+import unicodedata
+from urllib.parse import quote
+
+from stable_diffusion_server.errors import InvalidInput
+from stable_diffusion_server.parsing import nfc
+
+# S3's own bound on a key, in bytes of UTF-8; it holds for every bucket, so that a name is portable.
+KEY_MAX_BYTES = 1024
+
+
+def object_key(bucket_path: str, name: str) -> str:
+    """The key of `name` under `bucket_path`: segments kept as they are, Unicode in NFC, nothing encoded.
+
+    Raises `InvalidInput` naming `save_path` for a name that is empty, absolute, climbs (`..`), holds control
+    characters or a backslash, or makes a key longer than `KEY_MAX_BYTES`.
+    """
+    if len(name) > KEY_MAX_BYTES:
+        raise _refused(f"makes a key longer than {KEY_MAX_BYTES} bytes")
+    try:
+        name = nfc(name)
+    except ValueError as error:
+        raise _refused(str(error)) from error
+    if not name:
+        raise _refused("is empty; leave it out to have a name made")
+    if name.startswith("/"):
+        raise _refused("starts with '/'; names are relative")
+    if any(unicodedata.category(character) in ("Cc", "Cs") for character in name):
+        raise _refused("holds control characters or broken text")
+    if "\\" in name:
+        raise _refused("holds a backslash; folders are separated by '/'")
+    segments = name.split("/")
+    if any(not segment.strip() for segment in segments):
+        raise _refused("has an empty part between two '/' or at its end")
+    if any(segment in (".", "..") for segment in segments):
+        raise _refused("has a part '.' or '..'")
+    prefix = bucket_path.strip("/")
+    key = f"{prefix}/{name}" if prefix else name
+    if len(key.encode()) > KEY_MAX_BYTES:
+        raise _refused(f"makes a key longer than {KEY_MAX_BYTES} bytes")
+    return key
+
+
+def url_path(key: str) -> str:
+    """The key as the path of a URL: percent-encoded once, '/' kept."""
+    return quote(key, safe="/")
+
+
+def _refused(why: str) -> InvalidInput:
+    return InvalidInput(f"save_path {why}.", field="save_path")
