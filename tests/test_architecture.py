@@ -87,11 +87,11 @@ def test_nothing_is_imported_by_string(path: Path) -> None:
 
 
 PURE = (
-    "imaging/canvas.py imaging/masks.py imaging/encode.py imaging/resize.py imaging/artifact_detection.py imaging/formats.py imaging/metadata.py "
-    "generation/layout.py generation/resolver.py generation/prompts.py generation/single_flight.py "
-    "generation/provenance.py generation/results.py storage/object_headers.py storage/history/entries.py "
-    "net/public_ip.py net/url_policy.py pipelines/catalog.py types/requests.py "
-    "types/diffusion.py types/results.py types/events.py"
+    "imaging/canvas.py imaging/masks.py imaging/encode.py imaging/resize.py imaging/artifact_detection.py "
+    "imaging/formats.py imaging/metadata.py generation/layout.py generation/resolver.py "
+    "generation/prompts.py generation/single_flight.py generation/provenance.py generation/results.py "
+    "storage/object_headers.py storage/history/entries.py net/public_ip.py net/url_policy.py "
+    "pipelines/catalog.py types/requests.py types/diffusion.py types/results.py types/events.py"
 ).split()
 IO_MODULES = {"os", "pathlib", "socket", "subprocess", "shutil", "tempfile", "sqlite3", "httpx", "requests", "boto3"}
 
