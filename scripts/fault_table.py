@@ -1,6 +1,6 @@
 """Runs the tests of the catalogue of faults and writes what came of them: `python scripts/fault_table.py [ROW ...]`.
 
-Without rows all are run; with rows theirs alone, and what `docs/faults.md` told of the others stays. The status is
+Without rows all are run; with rows theirs alone, and what `docs/robustness-tests.md` told of the others stays. The status is
 pytest's. `--junit FILE` runs none: it takes the results from what `pytest --junitxml FILE` wrote of the whole suite.
 """
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 from scripts.documented_commands import Block, blocks, table
 
-ORDERS = (ROOT / "docs" / "orders.md").read_text()
+HTTP_API = (ROOT / "docs" / "http-api.md").read_text()
 HERE = [block for block in blocks() if not block.remark]
 
 
@@ -86,19 +86,19 @@ def test_an_example_script_works(server: Server, tmp_path: Path, script: Path) -
     assert "path" in json.loads(output) if output.startswith("{") else (tmp_path / output.strip()).is_file()
 
 
-def test_the_orders_page_tells_the_truth_about_bounds_and_defaults() -> None:
+def test_the_http_api_page_tells_the_truth_about_bounds_and_defaults() -> None:
     """Its table and the code agree."""
     from stable_diffusion_server.generation.limits import RequestLimits
     from stable_diffusion_server.pipelines.catalog import MODELS
     from stable_diffusion_server.types import SEED_MAX
 
     limits = RequestLimits()
-    assert f"{limits.min_side} to {limits.max_side:,}" in ORDERS
-    assert f"0 to {SEED_MAX:,}" in ORDERS
-    assert f"1 to {limits.max_steps}." in ORDERS
+    assert f"{limits.min_side} to {limits.max_side:,}" in HTTP_API
+    assert f"0 to {SEED_MAX:,}" in HTTP_API
+    assert f"1 to {limits.max_steps}." in HTTP_API
     assert {facts.default_steps for facts in MODELS.values()} == {4}
     for scheduler in {name for facts in MODELS.values() for name in facts.schedulers}:
-        assert f"`{scheduler}`" in ORDERS
+        assert f"`{scheduler}`" in HTTP_API
 
 
 def test_claude_md_points_to_agents_md_and_every_room_is_in_it() -> None:

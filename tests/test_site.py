@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT
 
 PAGES = (
-    "index orders jobs dialects api ui models storage settings security scaling deploying commands "
+    "index http-api jobs openai-and-automatic1111 api ui models storage settings security scaling deploying commands "
     "AGENTS CONTRIBUTING CHANGELOG models/index"
 ).split()
 

@@ -2,7 +2,7 @@
 
 A test is bound to rows by `@pytest.mark.fault(12)`, on the function or on one of its parameters; several numbers and
 "40b" are allowed. Tests stay where the tests of their room are. `scripts/fault_table.py` runs them all and writes
-`docs/faults.md`.
+`docs/robustness-tests.md`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent.parent
-PAGE = TESTS.parent / "docs" / "faults.md"
+PAGE = TESTS.parent / "docs" / "robustness-tests.md"
 _LINE = re.compile(r"^\| (\w*) \| (.*) \| `(tests/\S+)` \| (.+) \|$", re.MULTILINE)
 
 # What is done to the server, in the words of the table.

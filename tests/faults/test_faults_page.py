@@ -1,4 +1,4 @@
-"""docs/faults.md tells every row of the catalogue, with the tests that carry its number and no others."""
+"""docs/robustness-tests.md tells every row of the catalogue, with the tests that carry its number and no others."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ _HEAD = """# The API
 
 Made from the OpenAPI document that the server gives at `/openapi.json`, by `python -m stable_diffusion_server api`; a
 test compares. Every refusal is `application/problem+json`, but for the dialects of OpenAI and AUTOMATIC1111, which
-have their own shapes ([dialects.md](dialects.md)). Where keys are set they go as `Authorization: Bearer …`, as
+have their own shapes ([openai-and-automatic1111.md](openai-and-automatic1111.md)). Where keys are set they go as `Authorization: Bearer …`, as
 `X-API-Key: …` or as the password of HTTP Basic.
 """
 _TAGS = {
