@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-_HEAD = """# The API
+_HEAD = """# API reference
 
-Made from the OpenAPI document that the server gives at `/openapi.json`, by `python -m stable_diffusion_server api`; a
-test compares. Every refusal is `application/problem+json`, but for the dialects of OpenAI and AUTOMATIC1111, which
-have their own shapes ([openai-and-automatic1111.md](openai-and-automatic1111.md)). Where keys are set they go as `Authorization: Bearer …`, as
-`X-API-Key: …` or as the password of HTTP Basic.
+Generated from the OpenAPI document at `/openapi.json` by `python -m stable_diffusion_server api`; a test compares the
+two. Errors are `application/problem+json`. The OpenAI and AUTOMATIC1111 endpoints use the error shapes of those APIs
+([openai-and-automatic1111.md](openai-and-automatic1111.md)). Send an API key as `Authorization: Bearer …`, as
+`X-API-Key: …` or as the password of HTTP Basic. Complete example requests and answers: [http-api.md](http-api.md).
 """
 _TAGS = {
     "draw": "Drawing",
