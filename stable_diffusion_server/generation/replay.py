@@ -19,7 +19,14 @@ from stable_diffusion_server.generation.resolver import GenerationOptions, resol
 from stable_diffusion_server.generation.service import GenerationService
 from stable_diffusion_server.imaging import Pixels, read_record
 from stable_diffusion_server.storage import HistoryEntry
-from stable_diffusion_server.types import Caller, GenerationRequest, GenerationResult, ImageInput, Task
+from stable_diffusion_server.types import (
+    LORA_NAME_PATTERN,
+    Caller,
+    GenerationRequest,
+    GenerationResult,
+    ImageInput,
+    Task,
+)
 
 PICTURE = "picture_file"
 _ORDERS = TypeAdapter(GenerationRequest)
@@ -31,7 +38,7 @@ _SOURCES: dict[Task, set[str]] = {
     Task.INPAINT: {"image", "mask"},
 }
 _MOST_MARGIN = 16_384
-_LORA = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_LORA_NAME = re.compile(LORA_NAME_PATTERN)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +148,7 @@ def _order_of(asked: Mapping[str, object]) -> GenerationRequest:
     except ValidationError as error:
         names = sorted({str(fault["loc"][0])[:100] for fault in error.errors(include_input=False) if fault["loc"]})
         raise _refused(f"was asked for with values that are none: {', '.join(names)}") from error
-    if not all(_LORA.fullmatch(name) for name, _ in order.loras):
+    if not all(_LORA_NAME.fullmatch(name) for name, _ in order.loras):
         raise _refused("names an adapter that is none")
     if order.only_masked is not None and not 0 <= order.only_masked <= _MOST_MARGIN:
         raise _refused("has a margin around its mask that is none")

@@ -12,6 +12,7 @@ from stable_diffusion_server.types.diffusion import (
 )
 from stable_diffusion_server.types.events import EngineEvent, EngineEventKind, GenerationProgress
 from stable_diffusion_server.types.requests import (
+    LORA_NAME_PATTERN,
     LORA_WEIGHT_MAX,
     SEED_MAX,
     Fill,
@@ -25,6 +26,7 @@ from stable_diffusion_server.types.requests import (
 from stable_diffusion_server.types.results import GenerationResult, RequestWarning, StoredObject
 
 __all__ = [
+    "LORA_NAME_PATTERN",
     "LORA_WEIGHT_MAX",
     "SEED_MAX",
     "Caller",

@@ -10,6 +10,8 @@ SEED_MAX = 2**32 - 1
 
 
 LORA_WEIGHT_MAX = 2.0
+# A LoRA name: the stem of its file, without folders, at most 100 characters.
+LORA_NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
 
 
 Seed = int | Literal["random"] | None

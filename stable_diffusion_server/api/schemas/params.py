@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSche
 from stable_diffusion_server.api.request_parsing import RawJson, UploadedFile, read_parameters
 from stable_diffusion_server.errors import InvalidInput
 from stable_diffusion_server.generation import NAME_MAX, TEXT_MAX
+from stable_diffusion_server.types import LORA_NAME_PATTERN
 
 _BINARY = {"type": "string", "format": "binary"}
 _NUMBERS = frozenset(
@@ -21,7 +22,7 @@ _NUMBERS = frozenset(
 _TRUTHS = frozenset("overwrite refine canny stream".split())
 # Far more than MAX_LORAS adapters need, and few enough to be split before they are counted.
 _LORA_TEXT_MAX = 2000
-_LORA = re.compile(r"(?P<name>[A-Za-z0-9][A-Za-z0-9._-]{0,99})(:(?P<weight>[+-]?\d{1,3}(\.\d{1,6})?))?")
+_LORA = re.compile(rf"(?P<name>{LORA_NAME_PATTERN})(:(?P<weight>[+-]?\d{{1,3}}(\.\d{{1,6}})?))?")
 
 
 File = Annotated[UploadedFile | None, WithJsonSchema(_BINARY)]

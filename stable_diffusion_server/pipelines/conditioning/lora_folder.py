@@ -26,9 +26,10 @@ from stable_diffusion_server.pipelines.conditioning.lora_files import (
     opened,
     read_lora,
 )
+from stable_diffusion_server.types import LORA_NAME_PATTERN
 
 SUFFIX = ".safetensors"
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_NAME = re.compile(LORA_NAME_PATTERN)
 _DEPTH, _MOST_ENTRIES, _MOST_KEPT = 6, 50_000, 4096
 # A file that was changed so recently may be changed again within the resolution of its times.
 _UNSETTLED_SECONDS = 2.0
