@@ -71,8 +71,8 @@ ENTRIES: dict[str, Entry] = {
 }
 # What is tried, beside the above, before the tunings are settled.
 TUNINGS: dict[str, Entry] = {
-    "ours, LANES=1, 1 thread": Entry(None, Tuning(1, 1, 8)),
-    "ours, LANES=1, 2 threads": Entry(None, Tuning(1, 2, 8)),
+    "ours, ENGINE_WORKERS=1, 1 thread": Entry(None, Tuning(1, 1, 8)),
+    "ours, ENGINE_WORKERS=1, 2 threads": Entry(None, Tuning(1, 2, 8)),
     "plain, 1 thread": Entry("plain.py", Tuning(1, 1)),
     "server-async, 16 at a time": Entry("server_async.py", Tuning(16, 1)),
     "LitServe, 1 × 2": Entry("lit.py", Tuning(1, 2, 8)),
@@ -234,7 +234,7 @@ def start(name: str, entry: Entry, home: Path, started: Callable[[subprocess.Pop
             "MODELS": "embedded",
             "QUEUE_LIMIT": "128",
             "MAX_BATCH": str(tuning.batch),
-            "LANES": str(tuning.workers),
+            "ENGINE_WORKERS": str(tuning.workers),
             "CPU_THREADS": str(tuning.workers * tuning.threads),
             **entry.environment,
         }

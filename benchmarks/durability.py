@@ -73,8 +73,8 @@ def killed(folder: Path, rows: list[tuple[str, str]]) -> None:
 
 
 def hanging(folder: Path, rows: list[tuple[str, str]]) -> None:
-    """A server that is stopped in the middle of a picture, under HANG_SECONDS=5."""
-    with server(folder, HANG_SECONDS="5") as (watchdog, client):
+    """A server that is stopped in the middle of a picture, under WATCHDOG_TIMEOUT=5."""
+    with server(folder, WATCHDOG_TIMEOUT="5") as (watchdog, client):
         job_id = accept(client, "a red circle on a blue background", num_inference_steps=100)
         until(lambda: job(client, job_id)["step"] > 2)
         first, stopped_at = child_of(watchdog), time.perf_counter()
@@ -85,7 +85,7 @@ def hanging(folder: Path, rows: list[tuple[str, str]]) -> None:
         took, state = time.perf_counter() - stopped_at, job(client, job_id)["state"]
         status = client.get(CREATE, params={"prompt": "a green star", **SMALL}).status_code
     rows += [
-        ("stopped amid a job, HANG_SECONDS=5: replaced after", f"{noticed:.1f} s"),
+        ("stopped amid a job, WATCHDOG_TIMEOUT=5: replaced after", f"{noticed:.1f} s"),
         ("the job it had in hand, and after how long", f"{state}, {took:.1f} s"),
         ("the next request", f"{status}"),
     ]
@@ -97,9 +97,9 @@ def full(folder: Path, rows: list[tuple[str, str]]) -> None:
     data.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(data)]
     mounted = os.geteuid() == 0 and subprocess.run(mount, check=False).returncode == 0  # noqa: S603  # written above
-    quota = {} if mounted else {"JOURNAL_BYTES": "3145728"}
+    quota = {} if mounted else {"JOB_STORE_BYTES": "3145728"}
     try:
-        with server(folder, JOBS_AT_ONCE="1", **quota) as (_, client):
+        with server(folder, JOBS_CONCURRENCY="1", **quota) as (_, client):
             answers = []
             for number in range(16):
                 picture = noise(number)

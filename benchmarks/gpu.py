@@ -415,7 +415,7 @@ def serving(rig: Rig, family: Any) -> Iterator[Callable[[str, int, int], tuple[f
             data_dir=Path(folder) / "data",
             local_bucket_dir=Path(folder) / "bucket",
             storage_provider="local",
-            bumpy_redraws="0",  # what random weights draw is noise
+            bumpy_retries="0",  # what random weights draw is noise
             ui=False,
             log_level="error",
         )

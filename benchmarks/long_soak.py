@@ -286,7 +286,12 @@ def main() -> None:
     """Start a server in an empty folder, soak it, print, end it."""
     with tempfile.TemporaryDirectory() as folder:
         # Caches that are full within the first minutes, so that what grows afterwards is no cache.
-        settings = {"QUEUE_LIMIT": "64", "RATE_LIMIT": "", "PROMPT_CACHE_BYTES": "4000000", "KNOWN_KEYS": "500"}
+        settings = {
+            "QUEUE_LIMIT": "64",
+            "RATE_LIMIT": "",
+            "PROMPT_CACHE_BYTES": "4000000",
+            "EXISTENCE_CACHE_SIZE": "500",
+        }
         with serving(Path(folder), **settings) as (url, pid), Watch(pid) as watch, asked_for_health(url) as health:
             clients, before, after = asyncio.run(soak(url))
     outcomes, wrong = (sum((getattr(each, name) for each in clients), Counter[str]()) for name in ("outcomes", "wrong"))

@@ -72,7 +72,7 @@ def figures(folder: Path, store: StorageServer, python: str, rounds: int) -> Non
     say("| what draws | what is asked | pictures a second, median (least to most) | of one process |")
     say("| --- | --- | --- | --- |")
     for name, command in (("one process", one), ("Ray Serve, 2 replicas", ray)):
-        with server(folder / name.replace(" ", "-"), store, command, LANES="1") as (process, client, bucket):
+        with server(folder / name.replace(" ", "-"), store, command, ENGINE_WORKERS="1") as (process, client, bucket):
             burst(client, "warm up", 8, 0)
             for load, (number, steps) in LOADS.items():
                 seen = [burst(client, f"{steps} steps {turn}", number, 0, steps)[0] for turn in range(rounds)]

@@ -130,10 +130,10 @@ class Others:
 class Replica:
     """One process with its own models and its own folder below DATA_DIR."""
 
-    def __init__(self, drain_seconds: float, lanes: int) -> None:
+    def __init__(self, drain_seconds: float, engine_workers: int) -> None:
         shared = read_settings()
-        if shared.lanes == 0:  # which counts the machine's cores, and not those that are this replica's
-            shared = shared.model_copy(update={"lanes": lanes})
+        if shared.engine_workers == 0:  # which counts the machine's cores, and not those that are this replica's
+            shared = shared.model_copy(update={"engine_workers": engine_workers})
         self._claim = Claim(shared.data_dir)
         self._settings = self._claim.settings(shared)
         self._drain_seconds = drain_seconds
@@ -203,7 +203,7 @@ def application(scale: Scale) -> serve.Application:
         health_check_period_s=5,
         health_check_timeout_s=30,
         graceful_shutdown_wait_loop_s=0.5,
-        graceful_shutdown_timeout_s=scale.drain_seconds + read_settings().stop_seconds + 5,
+        graceful_shutdown_timeout_s=scale.drain_seconds + read_settings().shutdown_grace_seconds + 5,
         **options,
     ).bind(scale.drain_seconds, 0 if scale.cpus >= 2 else 1)
 

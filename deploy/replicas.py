@@ -255,7 +255,7 @@ class ReplicaHealth:
     """
 
     def __init__(self, settings: Settings) -> None:
-        self._hang = settings.hang_seconds
+        self._hang = settings.watchdog_timeout
         self._progress = settings.data_dir / "progress.txt"
         self._sign = 0
         self._seen_at = time.monotonic()
@@ -263,8 +263,8 @@ class ReplicaHealth:
     def fault(self, app: FastAPI) -> str:
         """Why, in a sentence; empty while there is no reason.
 
-        A device that cannot draw, or one with work in hand and no sign of life for `HANG_SECONDS`. A storage that is
-        down is no reason, although `/readyz` names it: what is drawn is spooled, and another process would fare no
+        A device that cannot draw, or one with work in hand and no sign of life for `WATCHDOG_TIMEOUT`. A storage that
+        is down is no reason, although `/readyz` names it: what is drawn is spooled, and another process would fare no
         better.
         """
         engine = app.state.engine

@@ -127,7 +127,7 @@ def serve() -> None:
         log_config=None,  # its loggers write lines of our log, see `configure_logging`
         # Longer than clients and proxies keep a line, so that none of them asks on one that is being closed.
         timeout_keep_alive=75,
-        timeout_graceful_shutdown=math.ceil(settings.stop_seconds),
+        timeout_graceful_shutdown=math.ceil(settings.shutdown_grace_seconds),
         proxy_headers=False,  # TRUSTED_PROXIES says whose are believed
         server_header=False,
     )

@@ -172,9 +172,9 @@ def main() -> None:
         sys.stderr.write(f"{error}\n")
         sys.exit(2)
     try:
-        grace = settings.stop_seconds + _TO_STOP
+        grace = settings.shutdown_grace_seconds + _TO_STOP
         progress = settings.data_dir / "progress.txt"
-        sys.exit(Watchdog(arguments[1:], progress, settings.hang_seconds, grace=grace).run())
+        sys.exit(Watchdog(arguments[1:], progress, settings.watchdog_timeout, grace=grace).run())
     except OSError as error:
         sys.stderr.write(f"{arguments[1]} cannot be started ({error.strerror}).\n")
         sys.exit(2)

@@ -54,7 +54,7 @@ if __name__ == "__main__":
     settings = read_settings()
     seconds = float(sys.argv[1]) if len(sys.argv) > 1 else 0.05
     app = create_app(settings, load=lambda settings: CrashingDenoiser(seconds_per_step=seconds))
-    grace = math.ceil(settings.stop_seconds)
+    grace = math.ceil(settings.shutdown_grace_seconds)
     config = uvicorn.Config(
         app,
         port=settings.port,

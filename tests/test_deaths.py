@@ -176,7 +176,7 @@ def ended(server: Server, ids: list[str], seconds: float = 120) -> list[dict[str
 def test_a_job_that_ends_the_server_is_failed_and_its_neighbours_are_drawn(tmp_path: Path, how: str) -> None:
     """Drawn beside five others, then alone, then alone again: it is failed by name, and all others are done."""
     port = free_port()
-    hang = {"HANG_SECONDS": "2"} if how == "hangs" else {}
+    hang = {"WATCHDOG_TIMEOUT": "2"} if how == "hangs" else {}
     server = start_server(tmp_path, port, *WATCHED, *SERVE, PORT=str(port), **hang)
     try:
         names = [*(f"a red circle {n}" for n in range(5)), f"it {how}"]

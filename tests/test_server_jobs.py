@@ -79,7 +79,7 @@ def test_a_server_that_is_killed_finishes_what_it_had_accepted(tmp_path: Path) -
 def test_a_server_that_hangs_is_replaced_and_loses_nothing(tmp_path: Path) -> None:
     """Stopped in the middle of a picture, it gives no sign of life; the next one draws what it had accepted."""
     port = free_port()
-    server = start_server(tmp_path, port, *WATCHED, *SERVE, PORT=str(port), HANG_SECONDS="10")
+    server = start_server(tmp_path, port, *WATCHED, *SERVE, PORT=str(port), WATCHDOG_TIMEOUT="10")
     try:
         job_id = accept(server, "a red circle on a blue background", num_inference_steps=60)
         until(lambda: job(server, job_id)["step"] > 2)
@@ -99,7 +99,7 @@ def test_a_server_that_hangs_is_replaced_and_loses_nothing(tmp_path: Path) -> No
 def test_a_server_that_freezes_without_work_is_replaced(tmp_path: Path) -> None:
     """Nothing is drawn, and nobody is answered: that is a hang too."""
     port = free_port()
-    server = start_server(tmp_path, port, *WATCHED, *SERVE, PORT=str(port), HANG_SECONDS="10")
+    server = start_server(tmp_path, port, *WATCHED, *SERVE, PORT=str(port), WATCHDOG_TIMEOUT="10")
     try:
         until(lambda: (tmp_path / "data" / "event-loop.txt").exists(), 60)
         time.sleep(2)
@@ -115,7 +115,7 @@ def test_a_server_that_freezes_without_work_is_replaced(tmp_path: Path) -> None:
 @pytest.mark.fault(50)
 def test_a_signal_lets_what_is_drawn_end_and_keeps_the_rest_for_the_next_start(tmp_path: Path) -> None:
     """The picture on the device is stored and its waiting caller answered; jobs that waited are drawn later."""
-    port, places = free_port(), {"JOBS_AT_ONCE": "1"}
+    port, places = free_port(), {"JOBS_CONCURRENCY": "1"}
     server = start_server(tmp_path, port, *SERVE, PORT=str(port), **places)
     asked = {"prompt": "a caller who waits", **SMALL}
     with ThreadPoolExecutor(1) as pool:

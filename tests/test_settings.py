@@ -7,11 +7,11 @@ import re
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from stable_diffusion_server.settings import Settings
-from stable_diffusion_server.settings.loader import SettingsError, describe_settings, read_settings
+from stable_diffusion_server.settings.loader import RENAMED, SettingsError, describe_settings, read_settings
 from stable_diffusion_server.storage.factory import StorageOptions
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,9 +42,9 @@ def test_nothing_has_to_be_set() -> None:
         ("TEXT_TO_IMAGE_MODEL", "dalle"),
         ("STORAGE_PROVIDER", "tape"),
         ("DEVICE", "quantum"),
-        ("WARM_SIZES", "1024"),
-        ("WARM_SIZES", "512x512,0x64"),
-        ("WARM_SIZES", "512X512"),
+        ("WARMUP_SIZES", "1024"),
+        ("WARMUP_SIZES", "512x512,0x64"),
+        ("WARMUP_SIZES", "512X512"),
         ("ALLOW_ANONYMOUS", "maybe"),
         ("PUBLIC_BASE_URL", "ftp://pictures.example"),
         ("PUBLIC_BASE_URL", "https://"),
@@ -102,6 +102,25 @@ def test_a_misspelt_name_stops_the_start(name: str, meant: str, monkeypatch: pyt
         read_settings()
 
 
+@pytest.mark.parametrize(("old", "new"), RENAMED.items())
+def test_an_old_name_stops_the_start_and_the_sentence_has_the_new_one(
+    old: str, new: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A setting that was renamed would be ignored in silence. The new name is a setting, the old one is not."""
+    assert new.lower() in Settings.model_fields
+    assert old.lower() not in Settings.model_fields
+    monkeypatch.setenv(old, "1")
+    with pytest.raises(SettingsError, match=f"^{old} is now called {new}: rename it.$"):
+        read_settings()
+
+
+def test_an_old_name_in_the_env_file_stops_the_start(tmp_path: Path) -> None:
+    """In any case of letters, as the settings are read."""
+    (tmp_path / ".env").write_text("Stop_Seconds=5\n")
+    with pytest.raises(SettingsError, match="SHUTDOWN_GRACE_SECONDS"):
+        read_settings()
+
+
 def test_a_misspelt_name_in_the_env_file_is_found_too(tmp_path: Path) -> None:
     """`.env` is read, checked for slips, and may hold what belongs to others."""
     (tmp_path / ".env").write_text("AWS_ACCESS_KEY_ID=x\nPORT=8001\n")
@@ -111,7 +130,13 @@ def test_a_misspelt_name_in_the_env_file_is_found_too(tmp_path: Path) -> None:
         read_settings()
 
 
-@pytest.mark.parametrize("name", ["HOSTNAME", "PORTS", "EDITOR", "AWS_ACCESS_KEY_ID", "DEVICES_LIST", "UI"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("HOSTNAME", "PORTS", "EDITOR", "AWS_ACCESS_KEY_ID", "AWS_ACCESS_KEY", "DEVICES_LIST", "UI"),
+        *("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_HEADERS"),
+    ],
+)
 def test_other_programs_variables_are_let_be(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only a single slip from a name of ours stops the start."""
     monkeypatch.setenv(name, "1")
@@ -120,11 +145,16 @@ def test_other_programs_variables_are_let_be(name: str, monkeypatch: pytest.Monk
 
 @given(st.sampled_from([name for name in Settings.model_fields if len(name) > 6]), st.data())
 def test_every_single_slip_is_recognised(name: str, data: st.DataObject) -> None:
-    """Dropping any one letter of a setting's name gives the setting back as the one that was meant."""
+    """A letter of a setting's name missing, doubled or or replaced: a setting is suggested."""
     from stable_diffusion_server.settings.loader import _misspelt
 
-    place = data.draw(st.integers(0, len(name) - 1))
-    slip = name[:place] + name[place + 1 :]
+    i = data.draw(st.integers(0, len(name) - 1))
+    slip = data.draw(
+        st.sampled_from(
+            [name[:i] + name[i + 1 :], name[:i] + name[i] * 2 + name[i + 1 :], name[:i] + "z" + name[i + 1 :]]
+        )
+    )
+    assume(slip not in Settings.model_fields)
     assert _misspelt(slip, set(Settings.model_fields)) is not None
 
 
@@ -150,9 +180,9 @@ def test_bucket_and_state_may_not_contain_one_another(bucket: str, data: str, mo
 
 def test_sizes_to_warm_are_read_as_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Widths first, blanks let be."""
-    assert read_settings().sizes_to_warm() == []
-    monkeypatch.setenv("WARM_SIZES", "1024x768, 512x512")
-    assert read_settings().sizes_to_warm() == [(1024, 768), (512, 512)]
+    assert read_settings().warmup_sizes_in_pixels() == []
+    monkeypatch.setenv("WARMUP_SIZES", "1024x768, 512x512")
+    assert read_settings().warmup_sizes_in_pixels() == [(1024, 768), (512, 512)]
 
 
 @pytest.mark.parametrize("url", ["https://pictures.example", "http://[::1]:9000", "https://a.example:444/some/path"])

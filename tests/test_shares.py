@@ -71,7 +71,7 @@ def test_a_flood_leaves_room_in_the_queue_for_the_device(engine_of: EngineOf, ga
 def test_a_flood_of_jobs_leaves_room_for_those_of_others(house_of: Callable[..., RunningApp]) -> None:
     """Of 20 that may wait one key gets 18: 429 names its share; other keys hand theirs in."""
     squares = FakeDenoiser(gate=threading.Event())
-    house = house_of(squares, **KEYS, jobs_waiting=20, jobs_at_once=1)
+    house = house_of(squares, **KEYS, jobs_max_queued=20, jobs_concurrency=1)
 
     def hand_in(secret: str, number: int) -> tuple[int, str]:
         asked = {"prompt": f"a red square {number}", "width": 64, "height": 64}

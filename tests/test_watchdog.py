@@ -84,7 +84,7 @@ def test_a_program_that_keeps_dying_is_given_up(tmp_path: Path) -> None:
 
 @pytest.mark.fault(55)
 def test_a_hang_with_work_in_hand_is_ended(tmp_path: Path) -> None:
-    """No sign of life for HANG_SECONDS with a picture under way: killed, with its children, and started again."""
+    """No sign of life for WATCHDOG_TIMEOUT with a picture under way: killed, with its children, and started again."""
     watched = Watched(
         tmp_path,
         """
@@ -92,7 +92,7 @@ def test_a_hang_with_work_in_hand_is_ended(tmp_path: Path) -> None:
         progress.write_text("12:00:00\\n1\\n")
         time.sleep(600)
         """,
-        HANG_SECONDS="1",
+        WATCHDOG_TIMEOUT="1",
     )
     assert (watched.ends(), watched.starts) == (0, 2)
     assert "no sign of life" in watched.log.read_text()
@@ -113,7 +113,7 @@ def test_an_idle_program_and_one_that_makes_progress_are_let_be(tmp_path: Path) 
         progress.write_text("12:00:09\\n0\\n")
         sys.exit(0)
         """,
-        HANG_SECONDS="1",
+        WATCHDOG_TIMEOUT="1",
     )
     assert (watched.ends(), watched.starts) == (0, 2)
     assert "no sign of life" not in watched.log.read_text()
@@ -125,7 +125,7 @@ def test_an_idle_program_and_one_that_makes_progress_are_let_be(tmp_path: Path) 
     ids=["never any work", "no work now", "work"],
 )  # fmt: skip
 def test_an_event_loop_that_stands_still_is_ended_work_or_not(tmp_path: Path, work: str) -> None:
-    """Once it has touched its file and then does not for HANG_SECONDS, the program is killed and started again."""
+    """Once it has touched its file and then does not for WATCHDOG_TIMEOUT, the program is killed and started again."""
     watched = Watched(
         tmp_path,
         f"""
@@ -136,7 +136,7 @@ def test_an_event_loop_that_stands_still_is_ended_work_or_not(tmp_path: Path, wo
             time.sleep(0.3)
         time.sleep(600)
         """,
-        HANG_SECONDS="1",
+        WATCHDOG_TIMEOUT="1",
     )
     assert (watched.ends(), watched.starts) == (0, 2)
     assert "no sign of life" in watched.log.read_text()
@@ -160,7 +160,7 @@ def test_an_event_loop_that_beats_or_has_ended_is_let_be(tmp_path: Path) -> None
         time.sleep(2)
         sys.exit(0)
         """,
-        HANG_SECONDS="1",
+        WATCHDOG_TIMEOUT="1",
     )
     assert (watched.ends(), watched.starts) == (0, 2)
     assert "no sign of life" not in watched.log.read_text()
@@ -235,7 +235,7 @@ def test_no_program_is_left_that_no_one_watches(tmp_path: Path) -> None:
         ([], {}, "usage"),
         (["serve"], {}, "usage"),
         (["--", "no-such-program"], {}, "no-such-program cannot be started"),
-        (["--", "true"], {"HANG_SECONDS": "soon"}, "HANG_SECONDS"),
+        (["--", "true"], {"WATCHDOG_TIMEOUT": "soon"}, "WATCHDOG_TIMEOUT"),
     ],
 )
 def test_what_is_wrong_is_told_in_one_sentence(

@@ -74,7 +74,7 @@ def create_app(
     fetcher, decoder = readers = build_readers(settings)
     service = build_service(settings, engine, loaded, options, stores, readers, metrics, tracing)
     jobs = build_jobs(settings, service, stores, record)
-    shutdown = Shutdown(lambda: engine.running > 0 or jobs.running > 0, settings.stop_seconds)
+    shutdown = Shutdown(lambda: engine.running > 0 or jobs.running > 0, settings.shutdown_grace_seconds)
     stalled = partial(_stalled, decoder, jobs)
     register_metrics(metrics, __version__, engine, jobs, stores, loaded, missing)
 

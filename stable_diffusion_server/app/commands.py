@@ -41,7 +41,7 @@ def draw_to_file(settings: Settings, wanted: Mapping[str, Any], out: Path) -> No
             "local_bucket_dir": Path(folder, "bucket"),
         }
         keep_compiled((settings.data_dir / "compiled").resolve())  # and not in the folder that goes with the picture
-        bare = {"log_level": "error", "ui": False, "api_keys": (), "rate_limit": "", "warm_sizes": ()}
+        bare = {"log_level": "error", "ui": False, "api_keys": (), "rate_limit": "", "warmup_sizes": ()}
         alone = settings.model_copy(update={**here, **bare})
         answer = asyncio.run(_answered(alone, {**wanted, "format": FORMATS[out.suffix.lower()]}))
     if answer.status_code != HTTPStatus.OK:

@@ -108,7 +108,9 @@ def add_routes(
     house = build_dialect_context(settings, options)
     app.include_router(openai_router(service, answering, house, url_of))
     previews = EncodedPreviews()
-    followers = FollowerLimiter(settings.followers, settings.followers_per_caller, settings.followers_per_job)
+    followers = FollowerLimiter(
+        settings.event_streams, settings.event_streams_per_caller, settings.event_streams_per_job
+    )
     app.include_router(automatic1111_router(service, house, url_of, previews))
     app.include_router(jobs_router(jobs, url_of, followers, previews))
     app.include_router(files_router(stores.bucket, stores.shelf, stores.signer, stores.folder))

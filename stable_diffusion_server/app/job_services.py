@@ -22,16 +22,16 @@ def build_jobs(
         return dumps(job_body(JobStatus.of(entry), lambda key: stores.url_at(entry.base, key)))
 
     rules = JobPolicy(
-        most_waiting=settings.jobs_waiting,
-        journal_bytes=settings.journal_bytes,
-        at_once=settings.jobs_at_once,
-        keep_hours=settings.job_hours,
+        most_waiting=settings.jobs_max_queued,
+        journal_bytes=settings.job_store_bytes,
+        at_once=settings.jobs_concurrency,
+        keep_hours=settings.job_retention_hours,
         repeat_hours=settings.idempotency_hours,
         id_prefix=settings.job_id_prefix,
         longest=settings.max_timeout,
         webhook_secret=settings.webhook_secret.get_secret_value(),
     )
-    journal = SqliteJobStore(settings.data_dir / "journal.db", settings.journal_bytes)
+    journal = SqliteJobStore(settings.data_dir / "journal.db", settings.job_store_bytes)
     poster = WebhookClient(settings.fetch_timeout, [UrlPolicy.parse(entry) for entry in settings.fetch_allow])
     callers = {key.name: Caller(key.name, key.prefix, key.admin) for key in settings.read_keys()}
 

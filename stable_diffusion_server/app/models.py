@@ -199,7 +199,7 @@ def build_engine(
 
     def begin(models: Denoiser[Any, Any], abilities: DenoiserCapabilities) -> None:
         together = settings.max_batch > 1
-        warm_up(models, abilities, loaded.facts, settings.sizes_to_warm(), together=together)
+        warm_up(models, abilities, loaded.facts, settings.warmup_sizes_in_pixels(), together=together)
         settle()
 
     observers = (
@@ -211,7 +211,7 @@ def build_engine(
         load_and_tell,
         queue_limit=settings.queue_limit,
         max_batch=settings.max_batch,
-        lanes=settings.lanes,
+        lanes=settings.engine_workers,
         learn=True,
         observe=broadcast(observers),
         begin=begin,
@@ -237,7 +237,7 @@ def generation_options(settings: Settings, loaded: ModelState) -> GenerationOpti
         settings.text_to_image_model,
         settings.bucket_path,
         settings.embed_metadata,
-        None if settings.bumpy_redraws == "auto" else int(settings.bumpy_redraws),
+        None if settings.bumpy_retries == "auto" else int(settings.bumpy_retries),
         MappingProxyType(loaded.facts),
         loaded.offered_loras,
         unusable=MappingProxyType(loaded.unusable),

@@ -126,7 +126,7 @@ def _bucket_of(settings: Settings, metrics: Metrics) -> Bucket:
     spooling = WriteBehindBucket(
         InstrumentedBucket(bucket, metrics.record_storage_call), spool, settings.storage_timeout
     )
-    return CachedBucket(spooling, settings.known_keys, settings.known_seconds)
+    return CachedBucket(spooling, settings.existence_cache_size, settings.existence_cache_ttl)
 
 
 def _history_of(settings: Settings) -> HistoryWriter:

@@ -46,7 +46,7 @@ def mount_ui(
         # Imported here, on a thread: it takes seconds.
         from stable_diffusion_server.ui.tabs import blocks
 
-        built = blocks.build(desks, intake, rates.parse(settings.ui_events) if settings.ui_events else None)
+        built = blocks.build(desks, intake, rates.parse(settings.ui_rate_limit) if settings.ui_rate_limit else None)
         settle()
         return built
 

@@ -137,7 +137,9 @@ class Engine(Generic[S, P]):
         with desk.changed:
             self.check_open(owner, background=background)
             if job.loras and self._lanes > 1:
-                raise InvalidInput("Adapters change the weights that LANES share; they need LANES=1.", field="lora")
+                raise InvalidInput(
+                    "Adapters change the weights that all workers share; they need ENGINE_WORKERS=1.", field="lora"
+                )
             ticket: Ticket[P] = Ticket(
                 job,
                 owner=owner,
@@ -157,7 +159,7 @@ class Engine(Generic[S, P]):
 
     def _check_lanes(self, abilities: DenoiserCapabilities) -> None:
         if self._lanes > 1 and abilities.unshareable:
-            raise ModelLoadError(f"LANES={self._lanes} is not possible: {abilities.unshareable}")
+            raise ModelLoadError(f"ENGINE_WORKERS={self._lanes} is not possible: {abilities.unshareable}")
 
     def _run(self) -> None:
         """The first lane: load, let the others begin, draw."""

@@ -60,7 +60,7 @@ class JobAdmission:
         # One that has no room at all is refused by the journal, which knows exactly.
         if mine_bytes and left > 0 and not may_hold_more(mine_bytes, left):
             raise QueueFull(
-                f"Jobs of {by_caller(share)} take {mine_bytes} of JOURNAL_BYTES={self._most_bytes} already: its share.",
+                f"Jobs of {by_caller(share)} take {mine_bytes} of JOB_STORE_BYTES={self._most_bytes}, its share.",
                 retry_after=_RETRY_AFTER,
             )
 

@@ -70,7 +70,7 @@ class HttpSettings(SettingsGroup):
         ),
     )
     ui: bool = Field(True, description="0 leaves the UI out, which is at `/ui`.")
-    ui_events: str = Field(
+    ui_rate_limit: str = Field(
         "1200/minute",
         description="Events of the UI's pages by one visitor; those that draw count for RATE_LIMIT too. Empty: any.",
     )
@@ -153,7 +153,7 @@ class HttpSettings(SettingsGroup):
         parse_keys(_lines(value))
         return value
 
-    @field_validator("rate_limit", "ui_events")
+    @field_validator("rate_limit", "ui_rate_limit")
     @classmethod
     def _is_a_rate(cls, value: str) -> str:
         if value and not is_rate(value):

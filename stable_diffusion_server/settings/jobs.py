@@ -12,19 +12,19 @@ from stable_diffusion_server.settings.base import SettingsGroup
 class JobSettings(SettingsGroup):
     """Accepted jobs, idempotency keys, webhooks, stopping and hanging."""
 
-    jobs_waiting: int = Field(1000, ge=1, description="Accepted jobs that may wait; one more is answered 429.")
-    jobs_at_once: int = Field(
+    jobs_max_queued: int = Field(1000, ge=1, description="Accepted jobs that may wait; one more is answered 429.")
+    jobs_concurrency: int = Field(
         8, ge=1, le=1024, description="Accepted jobs that are in the queue for the device at a time; keep it below it."
     )
-    followers: int = Field(256, ge=1, description="Clients that follow the events of jobs at a time; more: 429.")
-    followers_per_caller: int = Field(64, ge=1, description="Those of one caller, who has half of all at the most.")
-    followers_per_job: int = Field(32, ge=1, description="Those of one job.")
-    journal_bytes: int = Field(
+    event_streams: int = Field(256, ge=1, description="Clients that follow the events of jobs at a time; more: 429.")
+    event_streams_per_caller: int = Field(64, ge=1, description="Those of one caller, who has half of all at the most.")
+    event_streams_per_job: int = Field(32, ge=1, description="Those of one job.")
+    job_store_bytes: int = Field(
         1_073_741_824,
         ge=1_048_576,
         description="Largest journal of jobs, with their pictures; a full one refuses jobs.",
     )
-    job_hours: float = Field(
+    job_retention_hours: float = Field(
         24.0, gt=0, allow_inf_nan=False, description="Hours an accepted job that has ended can be asked after."
     )
     idempotency_hours: float = Field(
@@ -41,14 +41,14 @@ class JobSettings(SettingsGroup):
         description="Signs what is sent to a `webhook_url` (HMAC-SHA256): a text, or `whsec_` and base64. Empty: it is "
         "not signed.",
     )
-    stop_seconds: float = Field(
+    shutdown_grace_seconds: float = Field(
         30.0,
         ge=0,
         le=3600,
         allow_inf_nan=False,
         description="Seconds what is being drawn may go on after a stop signal.",
     )
-    hang_seconds: float = Field(
+    watchdog_timeout: float = Field(
         300.0,
         ge=0,
         allow_inf_nan=False,

@@ -21,7 +21,7 @@ class LimitSettings(SettingsGroup):
         le=64,
         description="Jobs that share a forward pass at the most; by shape it is as many as make pictures faster.",
     )
-    lanes: int = Field(
+    engine_workers: int = Field(
         0,
         ge=0,
         le=64,
@@ -94,7 +94,7 @@ class LimitSettings(SettingsGroup):
             "with a port where it is not that of http or https: `images.internal`, `10.0.0.0/8`, `127.0.0.1:9000`."
         ),
     )
-    bumpy_redraws: Literal["auto", "0", "1", "2"] = Field(
+    bumpy_retries: Literal["auto", "0", "1", "2"] = Field(
         "auto",
         description=(
             "How often a picture that is too bumpy is drawn again, with ` detail` after its prompt and a step more: "

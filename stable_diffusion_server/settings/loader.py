@@ -1,8 +1,9 @@
-"""Reads the environment and tells what may be set there, in sentences and as a table."""
+"""Reads the settings from the environment and `.env`, and lists them as a Markdown table."""
 
 from __future__ import annotations
 
 import os
+from difflib import get_close_matches
 from pathlib import Path
 
 from dotenv import dotenv_values
@@ -11,17 +12,37 @@ from pydantic import SecretStr, ValidationError
 from stable_diffusion_server.settings.models import ROOT
 from stable_diffusion_server.settings.server import Settings
 
+_SHORT = 6
+
+# Names that settings had before the first release, and their present ones.
+RENAMED = {
+    "KNOWN_KEYS": "EXISTENCE_CACHE_SIZE",
+    "KNOWN_SECONDS": "EXISTENCE_CACHE_TTL",
+    "LANES": "ENGINE_WORKERS",
+    "JOBS_WAITING": "JOBS_MAX_QUEUED",
+    "JOBS_AT_ONCE": "JOBS_CONCURRENCY",
+    "STOP_SECONDS": "SHUTDOWN_GRACE_SECONDS",
+    "HANG_SECONDS": "WATCHDOG_TIMEOUT",
+    "WARM_SIZES": "WARMUP_SIZES",
+    "FOLLOWERS": "EVENT_STREAMS",
+    "FOLLOWERS_PER_CALLER": "EVENT_STREAMS_PER_CALLER",
+    "FOLLOWERS_PER_JOB": "EVENT_STREAMS_PER_JOB",
+    "JOURNAL_BYTES": "JOB_STORE_BYTES",
+    "JOB_HOURS": "JOB_RETENTION_HOURS",
+    "BUMPY_REDRAWS": "BUMPY_RETRIES",
+    "UI_EVENTS": "UI_RATE_LIMIT",
+}
+
 
 class SettingsError(Exception):
     """A setting is misspelt or invalid. The message is one sentence naming it, and never holds a secret value."""
 
 
 def read_settings() -> Settings:
-    """The settings from the environment and `.env`. Raises `SettingsError` with one sentence for the first fault."""
+    """Read the settings from the environment and `.env`. Raises `SettingsError` for the first mistake found."""
     known = set(Settings.model_fields)
     for name in {**os.environ, **dotenv_values(".env")}:
-        if (meant := _misspelt(name.lower(), known)) is not None:
-            raise SettingsError(f"{name} is not a setting; {meant.upper()} may be meant (unset or rename it).")
+        _check_name(name, known)
     try:
         return Settings()
     except ValidationError as error:
@@ -33,7 +54,7 @@ def read_settings() -> Settings:
 
 
 def describe_settings() -> str:
-    """The settings as a Markdown table: name, default, meaning."""
+    """Return the settings as a Markdown table: name, default, meaning."""
     rows = ["| setting | default | meaning |", "| --- | --- | --- |"]
     for name, field in Settings.model_fields.items():
         default = None if field.default == SecretStr("") else field.default
@@ -54,22 +75,23 @@ def _plain(default: object) -> bool:
     return default is None or isinstance(default, str | tuple | bool)
 
 
+def _check_name(name: str, known: set[str]) -> None:
+    """Raise `SettingsError` if the variable is a renamed setting, or a setting's name with one typing error."""
+    if (new := RENAMED.get(name.upper())) is not None:
+        raise SettingsError(f"{name} is now called {new}: rename it.")
+    if (meant := _misspelt(name.lower(), known)) is not None:
+        raise SettingsError(f"{name} is not a setting; {meant.upper()} may be meant (unset or rename it).")
+
+
 def _misspelt(name: str, known: set[str]) -> str | None:
-    """The setting that `name` is one typing error away from, when it is none itself. Short names are let be."""
-    if name in known:
+    """Return the setting that `name` is a typing error away from; None for a setting itself.
+
+    Settings of up to six letters are not suggested: too many variables of other programs resemble them.
+    """
+    if len(name) < _SHORT or name in known:
         return None
-    return next((setting for setting in sorted(known) if len(setting) > 6 and _one_slip(name, setting)), None)
-
-
-def _one_slip(a: str, b: str) -> bool:
-    """Whether one letter more, less, other, or two swapped turn `a` into `b`."""
-    if abs(len(a) - len(b)) > 1:
-        return False
-    start = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-    rest_a, rest_b = a[start:], b[start:]
-    return (
-        rest_a[1:] == rest_b[1:]
-        or rest_a == rest_b[1:]
-        or rest_a[1:] == rest_b
-        or (rest_a[:2] == rest_b[1::-1] and rest_a[2:] == rest_b[2:])
+    # One letter replaced, or two swapped, leave all but one in common; a missing or an extra letter leaves more.
+    close = get_close_matches(
+        name, [setting for setting in sorted(known) if len(setting) > _SHORT], n=1, cutoff=(len(name) - 1) / len(name)
     )
+    return close[0] if close else None

@@ -96,11 +96,11 @@ class ModelSettings(SettingsGroup):
         description=(
             "`off`; `safe`: memory layouts, oneDNN and TF32, which change rounding alone, and on the CPU passes "
             "without Python, which change nothing; `fast`: on an accelerator also a VAE in bf16, compiled blocks and "
-            "CUDA graphs, for which the first picture of each size waits, but for those of WARM_SIZES. Or parts, with "
+            "CUDA graphs, for which the first picture of each size waits, but for those of WARMUP_SIZES. Or parts with "
             "commas between: `layout`, `onednn`, `tf32`, `trace`, `vae-bf16`, `compile`, `compile-whole`, `graphs`."
         ),
     )
-    warm_sizes: Names = Field(
+    warmup_sizes: Names = Field(
         (),
         description=(
             "Sizes, as in `1024x1024,512x768`, that every model draws once before the server is ready: they are "
@@ -127,7 +127,7 @@ class ModelSettings(SettingsGroup):
     )
     cpu_threads: int = Field(0, ge=0, le=1024, description="Threads for drawing on the CPU; 0 leaves it to PyTorch.")
 
-    @field_validator("warm_sizes")
+    @field_validator("warmup_sizes")
     @classmethod
     def _widths_by_heights(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for size in value:
@@ -135,9 +135,9 @@ class ModelSettings(SettingsGroup):
                 raise ValueError(f"{size!r} is not a width and a height in pixels, such as 1024x768")
         return value
 
-    def sizes_to_warm(self) -> list[tuple[int, int]]:
-        """Width and height of each of WARM_SIZES, in pixels."""
-        return [(int(width), int(height)) for width, _, height in (size.partition("x") for size in self.warm_sizes)]
+    def warmup_sizes_in_pixels(self) -> list[tuple[int, int]]:
+        """Width and height of each of WARMUP_SIZES, in pixels."""
+        return [(int(width), int(height)) for width, _, height in (size.partition("x") for size in self.warmup_sizes)]
 
     @field_validator("hub_revisions")
     @classmethod

@@ -53,8 +53,10 @@ class StorageSettings(SettingsGroup):
     spool_bytes: int = Field(
         1_073_741_824, ge=0, description="Most bytes of pictures kept in DATA_DIR while the bucket does not take them."
     )
-    known_keys: int = Field(100_000, ge=0, description="Most keys remembered as stored; 0 asks the bucket each time.")
-    known_seconds: float = Field(
+    existence_cache_size: int = Field(
+        100_000, ge=0, description="Most keys remembered as stored; 0 asks the bucket each time."
+    )
+    existence_cache_ttl: float = Field(
         300.0, ge=0, allow_inf_nan=False, description="Seconds a key is remembered, if deleted by others meanwhile."
     )
     history_entries: int = Field(

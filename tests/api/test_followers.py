@@ -54,7 +54,7 @@ def job_of(live: LiveServer, headers: dict[str, str], name: str) -> str:
 def test_followers_are_bounded_by_job_by_caller_and_in_all(live_of: Callable[..., LiveServer]) -> None:
     """What is too many is 429 with Retry-After; another caller finds a place; who leaves gives one back."""
     gate = threading.Event()
-    live = live_of(Held(gate=gate), followers=16, followers_per_caller=6, followers_per_job=4, **KEYS)
+    live = live_of(Held(gate=gate), event_streams=16, event_streams_per_caller=6, event_streams_per_job=4, **KEYS)
     first, second, third, others = (
         job_of(live, headers, name) for headers, name in ((A, "one"), (A, "two"), (A, "three"), (B, "four"))
     )

@@ -395,7 +395,7 @@ def test_guards_are_told_in_the_receipt(house_of: Callable[..., RunningApp]) -> 
     painters = FakeImageDenoiser(
         spoil=["black", "", "black", "black", "bumpy", "bumpy", "very bumpy", "not finite", ""]
     )
-    house = house_of(painters, bumpy_redraws="2")
+    house = house_of(painters, bumpy_retries="2")
     codes = []
     for name in "abcd":
         receipt = house.draw(prompt="a red square", width=128, height=128, save_path=f"{name}.webp").json()
@@ -416,7 +416,7 @@ def test_numbers_that_are_never_finite_are_a_named_error_and_store_nothing(house
 
 def test_the_picture_tells_how_a_redraw_was_made(house_of: Callable[..., RunningApp]) -> None:
     """prompt_used, steps and seed are those of the picture that was kept."""
-    house = house_of(FakeImageDenoiser(spoil=["bumpy", ""]), bumpy_redraws="1")
+    house = house_of(FakeImageDenoiser(spoil=["bumpy", ""]), bumpy_retries="1")
     receipt = house.draw(prompt="a red square", width=128, height=128).json()
     assert receipt["prompt_used"] == "a red square detail"
     assert receipt["num_inference_steps"] == 5

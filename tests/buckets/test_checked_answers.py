@@ -50,7 +50,7 @@ def house(house_of: Callable[..., RunningApp], behind: tuple[str, MisbehavingSto
     """A server whose pictures go there, and which asks the bucket each time."""
     keys = {key: value.get_secret_value() for key, value in KEYS.items()}
     where = {"bucket_name": behind[0], "r2_endpoint_url": behind[1].url}
-    return house_of(storage_provider="r2", storage_timeout=20.0, known_keys=0, **where, **keys)
+    return house_of(storage_provider="r2", storage_timeout=20.0, existence_cache_size=0, **where, **keys)
 
 
 def answering(said: str | Said, *methods: str) -> Callable[[str, str, Mapping[str, str]], str | Said]:

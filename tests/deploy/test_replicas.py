@@ -197,7 +197,7 @@ def test_a_replica_is_replaced_for_its_device_and_not_for_its_storage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: float
 ) -> None:
     """A failed engine, or silence with work in hand, is a reason; being idle is none, nor is a clock that is set."""
-    settings = settings_in(tmp_path, hang_seconds=60.0)
+    settings = settings_in(tmp_path, watchdog_timeout=60.0)
     engine = SimpleNamespace(phase=EngineState.READY, reason="", running=1)
     app: Any = SimpleNamespace(state=SimpleNamespace(engine=engine))
     health = ReplicaHealth(settings)

@@ -70,7 +70,7 @@ def test_lanes_refuse_adapters(engine_of: EngineOf) -> None:
     with pytest.raises(InvalidInput) as refused:
         engine.submit(job("a square", loras=(("style", 1.0),)))
     assert refused.value.field == "lora"
-    assert "LANES=1" in refused.value.detail
+    assert "ENGINE_WORKERS=1" in refused.value.detail
 
 
 def test_lanes_are_refused_where_weights_change_while_drawing() -> None:
@@ -79,7 +79,7 @@ def test_lanes_are_refused_where_weights_change_while_drawing() -> None:
     engine: Engine[Any, Any] = Engine(lambda: painter, queue_limit=1, max_batch=1, lanes=2)
     engine.start()
     until(lambda: engine.phase is EngineState.FAILED)
-    assert engine.reason == "LANES=2 is not possible: the weights travel between memory and device."
+    assert engine.reason == "ENGINE_WORKERS=2 is not possible: the weights travel between memory and device."
 
 
 def test_weights_that_travel_are_used_in_phases(engine_of: EngineOf) -> None:

@@ -141,7 +141,7 @@ def test_what_is_to_be_warm_is_drawn_before_the_server_is_ready(tmp_path: Path) 
     """Each size by each model, alone and shared, as a compiler has to see it; nothing of it is stored."""
     painter, told = FakeDenoiser(), list[int]()
     app = create_app(
-        settings_in(tmp_path, warm_sizes=("256x256", "384x256", "4096x4096"), models="embedded"),
+        settings_in(tmp_path, warmup_sizes=("256x256", "384x256", "4096x4096"), models="embedded"),
         load=lambda settings: painter,
         announce=lambda: told.append(len(painter.finished)),
     )
@@ -163,7 +163,7 @@ def test_what_cannot_be_warmed_up_is_told_and_harms_nothing(
 ) -> None:
     """Memory that suffices for no pair, no picture or no decoding: the server is ready all the same."""
     painter = OutOfMemoryDenoiser(**wrong)
-    app = create_app(settings_in(tmp_path, warm_sizes=("256x256",), models="embedded"), load=lambda settings: painter)
+    app = create_app(settings_in(tmp_path, warmup_sizes=("256x256",), models="embedded"), load=lambda settings: painter)
     with TestClient(app, base_url="http://127.0.0.1:8000") as client:
         until(lambda: client.get("/readyz").status_code == 200)
     assert painter.released >= 3
@@ -173,7 +173,7 @@ def test_what_cannot_be_warmed_up_is_told_and_harms_nothing(
 def test_with_one_job_at_a_time_no_pair_is_drawn_to_be_warm(tmp_path: Path) -> None:
     """Room for one is enough where never more are drawn."""
     painter = OutOfMemoryDenoiser(room=1)
-    settings = settings_in(tmp_path, warm_sizes=("256x256",), models="embedded", max_batch=1)
+    settings = settings_in(tmp_path, warmup_sizes=("256x256",), models="embedded", max_batch=1)
     with TestClient(create_app(settings, load=lambda settings: painter)):
         until(lambda: len(painter.finished) == 3)
     assert painter.released == 0

@@ -325,7 +325,7 @@ def test_nothing_is_fetched_or_looked_up_before_limits_and_keys_are_checked(
         FakeImageDenoiser(),
         fetch_allow=f"pictures.test:{friend.port}",
         api_keys="ann:sesame;prefix=a/;rate=20/hour",
-        jobs_waiting=1000,
+        jobs_max_queued=1000,
     )
     key = {"Authorization": "Bearer sesame", **({"Prefer": prefer} if prefer else {})}
     order = {"prompt": "a red square", "image_url": f"http://pictures.test:{friend.port}/picture"}
@@ -348,7 +348,9 @@ def test_a_server_that_goes_down_or_is_full_fetches_nothing(
     """A queue without room is told before an address is looked up."""
     squares = FakeDenoiser(gate=threading.Event())
     assert squares.gate is not None
-    house = house_of(squares, fetch_allow=f"pictures.test:{friend.port}", queue_limit=1, max_batch=1, jobs_at_once=2)
+    house = house_of(
+        squares, fetch_allow=f"pictures.test:{friend.port}", queue_limit=1, max_batch=1, jobs_concurrency=2
+    )
     for prompt in ("one", "two"):
         house.client.post(
             "/create_and_upload_image",

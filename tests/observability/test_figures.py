@@ -97,7 +97,7 @@ def test_jobs_and_their_journal_have_figures(house_of: Callable[..., RunningApp]
     """What was accepted and has not ended, and the bytes of the record of it."""
     squares = FakeDenoiser(gate=threading.Event())
     assert squares.gate is not None
-    house = house_of(squares, jobs_at_once=1)
+    house = house_of(squares, jobs_concurrency=1)
     for number in range(3):
         asked = {"prompt": f"a red square {number}", "width": 64, "height": 64}
         assert house.client.post(CREATE, json=asked, headers={"Prefer": "respond-async"}).status_code == 202

@@ -63,8 +63,8 @@ def environment_of(role: str, folder: Path) -> dict[str, str]:
     """The settings under which a visitor has a role; what may not be told stands in the environment as well."""
     (folder / "secret.txt").write_text(CANARY)
     (folder / "secret.png").write_bytes(file_of(disc()) + CANARY.encode())
-    kept = {"DATA_DIR": str(folder / "data"), "LOCAL_BUCKET_DIR": str(folder / "bucket"), "UI_EVENTS": ""}
-    secret = {"AWS_SECRET_ACCESS_KEY": CANARY, "QUEUE_LIMIT": "10000", "JOBS_WAITING": "10000"}
+    kept = {"DATA_DIR": str(folder / "data"), "LOCAL_BUCKET_DIR": str(folder / "bucket"), "UI_RATE_LIMIT": ""}
+    secret = {"AWS_SECRET_ACCESS_KEY": CANARY, "QUEUE_LIMIT": "10000", "JOBS_MAX_QUEUED": "10000"}
     more = {
         "operator": {},
         "key": {"API_KEYS": _KEYS},

@@ -290,7 +290,7 @@ def _translate_sqlite_errors(what: str) -> Iterator[None]:
         full = getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_FULL
         if not full:
             _log.error("the journal cannot be used", attempted=what, reason=str(error))
-        why = "it is full (JOURNAL_BYTES, or the disk)" if full else f"it could not be {what}"
+        why = "it is full (JOB_STORE_BYTES, or the disk)" if full else f"it could not be {what}"
         raise (_Full if full else JobStoreUnavailable)(
             f"Jobs cannot be written down: {why}.", retry_after=30
         ) from error
