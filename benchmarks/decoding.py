@@ -28,7 +28,7 @@ from loopback import say
 from PIL import Image, ImageFilter
 
 from stable_diffusion_server.errors import ServerError
-from stable_diffusion_server.imaging import ALWAYS, DecoderPool
+from stable_diffusion_server.imaging import DEFAULT_FORMATS, DecoderPool
 from stable_diffusion_server.imaging.sandbox import worker
 
 ROUNDS = int(sys.argv[1]) if len(sys.argv) > 1 else 15
@@ -54,7 +54,9 @@ async def seconds_of(work: Callable[[], Awaitable[object]]) -> float:
 
 async def here(data: bytes) -> None:
     """Decode in this process, as a thread of the server would."""
-    verdict, width, height, pixels = worker.decode(data, list(ALWAYS), LIMITS["max_pixels"], LIMITS["max_side"])
+    verdict, width, height, pixels = worker.decode(
+        data, list(DEFAULT_FORMATS), LIMITS["max_pixels"], LIMITS["max_side"]
+    )
     if verdict != worker.PIXELS:
         raise SystemExit("not decoded")
     np.frombuffer(pixels, np.uint8).reshape(height, width, 3)

@@ -17,7 +17,7 @@ class ServerError(Exception):
     status: ClassVar[int] = 500
     kind: ClassVar[str] = "internal-error"
     title: ClassVar[str] = "Something went wrong here"
-    retry_can_help: ClassVar[bool] = False
+    retryable: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -50,7 +50,7 @@ class InvalidInput(ServerError):
     title = "A parameter was refused"
 
     @classmethod
-    def of(cls, faults: Sequence[tuple[str, str]]) -> InvalidInput:
+    def from_faults(cls, faults: Sequence[tuple[str, str]]) -> InvalidInput:
         """The error for one or more faults; the first of them gives its sentence and its field."""
         field, detail = faults[0]
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
@@ -119,7 +119,7 @@ class QueueFull(ServerError):
     status = 429
     kind = "busy"
     title = "The queue is full"
-    retry_can_help = True
+    retryable = True
 
 
 class RateLimited(ServerError):
@@ -128,7 +128,7 @@ class RateLimited(ServerError):
     status = 429
     kind = "rate-limited"
     title = "Too many requests"
-    retry_can_help = True
+    retryable = True
 
 
 class RequestTimedOut(ServerError):
@@ -145,7 +145,7 @@ class NotReady(ServerError):
     status = 503
     kind = "not-ready"
     title = "Not able to draw yet"
-    retry_can_help = True
+    retryable = True
 
 
 class JobStoreUnavailable(ServerError):
@@ -154,7 +154,7 @@ class JobStoreUnavailable(ServerError):
     status = 503
     kind = "journal-unavailable"
     title = "The job could not be written down"
-    retry_can_help = True
+    retryable = True
 
 
 class RequestInProgress(ServerError):
@@ -163,7 +163,7 @@ class RequestInProgress(ServerError):
     status = 409
     kind = "in-flight"
     title = "This is being answered already"
-    retry_can_help = True
+    retryable = True
 
 
 class IdempotencyKeyReused(ServerError):
@@ -195,7 +195,7 @@ class RemoteFetchFailed(ServerError):
     status = 502
     kind = "remote-failed"
     title = "The remote picture could not be fetched"
-    retry_can_help = True
+    retryable = True
 
 
 class StorageUnavailable(ServerError):
@@ -204,7 +204,7 @@ class StorageUnavailable(ServerError):
     status = 503
     kind = "storage-unavailable"
     title = "The storage is not available"
-    retry_can_help = True
+    retryable = True
 
 
 class KeyBusy(StorageUnavailable):
@@ -225,7 +225,7 @@ class DeadlineExceeded(ServerError):
     status = 504
     kind = "deadline-exceeded"
     title = "The picture was not ready in time"
-    retry_can_help = True
+    retryable = True
 
 
 class NotFinite(ServerError):
@@ -233,7 +233,7 @@ class NotFinite(ServerError):
 
     kind = "not-finite"
     title = "The model produced numbers that are not finite"
-    retry_can_help = True
+    retryable = True
 
 
 class OutOfMemory(ServerError):
@@ -242,7 +242,7 @@ class OutOfMemory(ServerError):
     status = 503
     kind = "out-of-memory"
     title = "The device ran out of memory"
-    retry_can_help = True
+    retryable = True
 
 
 class DeviceLost(ServerError):
@@ -251,7 +251,7 @@ class DeviceLost(ServerError):
     status = 503
     kind = "device-lost"
     title = "The device has to be restarted"
-    retry_can_help = True
+    retryable = True
 
 
 class ModelLoadError(ServerError):

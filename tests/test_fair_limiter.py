@@ -32,7 +32,7 @@ async def test_one_caller_gets_half_and_the_next_half_of_the_rest(capacity: int,
 
 async def test_no_caller_has_more_than_its_most() -> None:
     """A bound of its own holds beside the share; one who holds nothing gets even more than that."""
-    limiter = FairLimiter(100, most=10)
+    limiter = FairLimiter(100, max_per_caller=10)
     assert await take_all(limiter, "a") == 10
     assert limiter.try_take("b", 60)
     assert not limiter.try_take("b", 1)
@@ -117,12 +117,12 @@ async def test_work_of_which_nothing_ends_is_a_stall() -> None:
     """No work is none, and an end among others begins the time anew."""
     monitor = ProgressMonitor(0.2)
     await asyncio.sleep(0.3)
-    assert not monitor.stalled()
-    with monitor.working():
-        with monitor.working():
-            assert not monitor.stalled()
+    assert not monitor.stalled_seconds()
+    with monitor.track():
+        with monitor.track():
+            assert not monitor.stalled_seconds()
             await asyncio.sleep(0.3)
-            assert monitor.stalled()
-        assert not monitor.stalled()
-        assert monitor.in_hand == 1
-    assert not monitor.in_hand
+            assert monitor.stalled_seconds()
+        assert not monitor.stalled_seconds()
+        assert monitor.pending == 1
+    assert not monitor.pending

@@ -17,7 +17,7 @@ from stable_diffusion_server.jobs.store.async_store import AsyncJobStore
 from stable_diffusion_server.jobs.store.records import JobPayload, JobRecord, JobState
 from stable_diffusion_server.jobs.store.sqlite_store import SqliteJobStore
 from stable_diffusion_server.jobs.webhooks import WebhookDispatcher
-from stable_diffusion_server.net.url_policy import UrlPolicy
+from stable_diffusion_server.net.url_policy import AllowedTarget
 from stable_diffusion_server.net.webhook_client import WebhookClient
 from stable_diffusion_server.types import Caller
 
@@ -77,7 +77,7 @@ async def sending(folder: Path, *listeners: Listener, seconds: float = 30.0, **m
     journal = SqliteJobStore(folder / "journal.db", 50_000_000)
     clerk = AsyncJobStore(journal)
     await clerk(SqliteJobStore.open)
-    poster = WebhookClient(seconds, [UrlPolicy.parse(f"{HOST}:{listener.port}") for listener in listeners])
+    poster = WebhookClient(seconds, [AllowedTarget.parse(f"{HOST}:{listener.port}") for listener in listeners])
     hooks = WebhookDispatcher(clerk, poster, more.get("secret", ""), more.get("back_off", (0.05,)))
     running = asyncio.create_task(hooks.run())
     yield Sending(clerk, hooks)

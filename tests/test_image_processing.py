@@ -43,14 +43,14 @@ def picture(width: int = 60, height: int = 40) -> np.ndarray:
 )
 def test_the_canvas_is_aligned_and_within_the_models_budget(asked: tuple[int, int], canvas: Canvas) -> None:
     """Within the budget: the next multiple of 64 up, uncut pixels; beyond it or below the floor: a native size."""
-    assert plan_canvas(*asked, native_pixels=256 * 256, floor=128) == canvas
+    assert plan_canvas(*asked, native_pixels=256 * 256, min_side=128) == canvas
 
 
 @given(st.integers(64, 2048), st.integers(64, 2048), st.sampled_from([128, 256, 512, 1024]))
 @settings(deadline=None)
 def test_every_size_has_a_canvas_that_can_be_cropped_to_it(width: int, height: int, native: int) -> None:
     """No asked size is left out, no canvas exceeds the budget, and the picture comes out exactly as large as asked."""
-    canvas = plan_canvas(width, height, native * native, floor=128)
+    canvas = plan_canvas(width, height, native * native, min_side=128)
     assert canvas.width * canvas.height <= native * native
     assert min(canvas.width, canvas.height) >= 128
     assert canvas.width % 64 == canvas.height % 64 == 0

@@ -24,7 +24,7 @@ def test_the_part_around_a_mask_holds_it_all_and_lies_inside_the_picture(data: s
     assert box.top >= 0
     assert box.left + box.width <= width
     assert box.top + box.height <= height
-    assert box.cut(mask).sum() == mask.sum()
+    assert box.crop(mask).sum() == mask.sum()
 
 
 def test_the_part_around_a_mask_has_the_asked_aspect_ratio_where_there_is_room() -> None:

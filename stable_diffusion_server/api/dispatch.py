@@ -200,4 +200,4 @@ def _will_not_change(outcome: GenerationResult | StoredProblem | None) -> bool:
     if not isinstance(outcome, StoredProblem):
         return False
     error = outcome.as_error()
-    return not error.retry_can_help and type(error) is not ServerError
+    return not error.retryable and type(error) is not ServerError

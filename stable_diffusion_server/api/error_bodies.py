@@ -27,7 +27,7 @@ _OPENAI_CODES = {
 def refusal(error: ServerError, path: str, request_id: str) -> JSONResponse:
     """The answer that tells one of our errors at a path, with `Retry-After` where coming back can help."""
     headers: dict[str, str] = {}
-    passes = error.retry_can_help and error.status == HTTPStatus.SERVICE_UNAVAILABLE
+    passes = error.retryable and error.status == HTTPStatus.SERVICE_UNAVAILABLE
     if (wait := _SOON if error.retry_after is None and passes else error.retry_after) is not None:
         headers["Retry-After"] = str(wait)
     if error.status == HTTPStatus.UNAUTHORIZED:

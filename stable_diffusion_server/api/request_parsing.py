@@ -45,7 +45,7 @@ class BodyLimits:
     def for_json(self, pictures: Set[str]) -> JsonLimits:
         """The limits of a JSON body with pictures in base64 below these names; a data URL has a few bytes more."""
         return JsonLimits(
-            self.text_bytes, pictures=frozenset(pictures), picture_bytes=self.picture_bytes * 4 // 3 + 1024
+            self.text_bytes, image_fields=frozenset(pictures), max_image_bytes=self.picture_bytes * 4 // 3 + 1024
         )
 
 

@@ -6,7 +6,7 @@ from stable_diffusion_server.api import job_body
 from stable_diffusion_server.app.storage import StorageStack
 from stable_diffusion_server.generation import GenerationService
 from stable_diffusion_server.jobs import JobManager, JobPolicy, JobRecord, JobStatus, SqliteJobStore
-from stable_diffusion_server.net import UrlPolicy, WebhookClient
+from stable_diffusion_server.net import AllowedTarget, WebhookClient
 from stable_diffusion_server.observability import DeviceRecord
 from stable_diffusion_server.parsing import dumps
 from stable_diffusion_server.settings import Settings
@@ -32,7 +32,7 @@ def build_jobs(
         webhook_secret=settings.webhook_secret.get_secret_value(),
     )
     journal = SqliteJobStore(settings.data_dir / "journal.db", settings.job_store_bytes)
-    poster = WebhookClient(settings.fetch_timeout, [UrlPolicy.parse(entry) for entry in settings.fetch_allow])
+    poster = WebhookClient(settings.fetch_timeout, [AllowedTarget.parse(entry) for entry in settings.fetch_allow])
     callers = {key.name: Caller(key.name, key.prefix, key.admin) for key in settings.read_keys()}
 
     def current(caller: Caller) -> Caller:

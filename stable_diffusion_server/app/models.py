@@ -14,8 +14,8 @@ from stable_diffusion_server.app.warmup import warm_up
 from stable_diffusion_server.engine import Denoiser, DenoiserCapabilities, Engine
 from stable_diffusion_server.errors import ModelLoadError, NotReady
 from stable_diffusion_server.generation import GenerationOptions, RequestLimits
-from stable_diffusion_server.imaging import ALWAYS, DecoderPool
-from stable_diffusion_server.net import FetchLimits, ImageFetcher, UrlPolicy
+from stable_diffusion_server.imaging import DEFAULT_FORMATS, DecoderPool
+from stable_diffusion_server.net import AllowedTarget, FetchLimits, ImageFetcher
 from stable_diffusion_server.observability import ConsoleProgress, Heartbeat, Metrics, broadcast
 from stable_diffusion_server.pipelines import (
     MODELS,
@@ -246,10 +246,10 @@ def generation_options(settings: Settings, loaded: ModelState) -> GenerationOpti
 
 def build_readers(settings: Settings) -> tuple[ImageFetcher, DecoderPool]:
     """What turns URLs into bytes, and bytes into pixels; nothing is started before the first picture."""
-    formats = (*ALWAYS, *(name.upper() for name in settings.extra_image_formats))
+    formats = (*DEFAULT_FORMATS, *(name.upper() for name in settings.extra_image_formats))
     fetcher = ImageFetcher(
         FetchLimits(max_bytes=settings.max_image_bytes, total=settings.fetch_timeout),
-        [UrlPolicy.parse(entry) for entry in settings.fetch_allow],
+        [AllowedTarget.parse(entry) for entry in settings.fetch_allow],
         formats=formats,
     )
     decoder = DecoderPool(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from stable_diffusion_server.concurrency.deadlines import deadline
 from stable_diffusion_server.concurrency.fair_limiter import FairLimiter
 from stable_diffusion_server.concurrency.fair_queue import FairRequestQueue
-from stable_diffusion_server.concurrency.fair_share import by_caller, largest_holder, may_hold_more
+from stable_diffusion_server.concurrency.fair_share import describe_caller, largest_holder, may_hold_more
 from stable_diffusion_server.concurrency.moving_windows import MovingWindows
 from stable_diffusion_server.concurrency.progress_monitor import ProgressMonitor
 
@@ -14,8 +14,8 @@ __all__ = [
     "FairRequestQueue",
     "MovingWindows",
     "ProgressMonitor",
-    "by_caller",
     "deadline",
+    "describe_caller",
     "largest_holder",
     "may_hold_more",
 ]

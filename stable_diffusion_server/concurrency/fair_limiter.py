@@ -23,9 +23,9 @@ class FairLimiter:
     1). Of the callers who wait, the one who holds least is next, and equals take turns.
     """
 
-    def __init__(self, capacity: int, most: int | None = None) -> None:
+    def __init__(self, capacity: int, max_per_caller: int | None = None) -> None:
         self._capacity = capacity
-        self._most = capacity if most is None else most
+        self._most = capacity if max_per_caller is None else max_per_caller
         self._held: Counter[str] = Counter()
         self._taken = 0
         self._waiting: dict[str, deque[_Waiter]] = {}

@@ -16,9 +16,9 @@ class FairRequestQueue:
     `refusal` is the sentence that tells a caller who has more. On one event loop.
     """
 
-    def __init__(self, at_once: int, most: int, refusal: str) -> None:
-        self._limiter = FairLimiter(at_once)
-        self._most = most
+    def __init__(self, max_running: int, max_per_caller: int, refusal: str) -> None:
+        self._limiter = FairLimiter(max_running)
+        self._most = max_per_caller
         self._refusal = refusal
         self._asked: Counter[str] = Counter()
 

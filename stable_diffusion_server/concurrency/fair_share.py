@@ -17,7 +17,7 @@ def may_hold_more(held: float, free: float) -> bool:
     return free > 0 and held < GROWTH * free
 
 
-def by_caller(share: str) -> str:
+def describe_caller(share: str) -> str:
     """A caller's share as a caller is told of it: what it goes by, and nothing else of the caller."""
     kind, _, name = share.partition(" ")
     return f"the key {name!r}" if kind == "key" else "your address"

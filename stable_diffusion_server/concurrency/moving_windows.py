@@ -32,7 +32,7 @@ class MovingWindows:
             self._sweep()
         return True
 
-    def left(self, who: str, rate: RateLimitItem) -> tuple[int, float]:
+    def remaining(self, who: str, rate: RateLimitItem) -> tuple[int, float]:
         """How many more there may be, and the seconds until the oldest one counts no more."""
         hits = self._recent(who, rate)
         seconds = hits[0] + rate.get_expiry() - time.monotonic() if hits else 0.0

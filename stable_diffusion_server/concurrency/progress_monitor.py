@@ -16,12 +16,12 @@ class ProgressMonitor:
         self._moved = 0.0
 
     @property
-    def in_hand(self) -> int:
+    def pending(self) -> int:
         """Pieces of work that were begun and have not ended."""
         return self._in_hand
 
     @contextmanager
-    def working(self) -> Iterator[None]:
+    def track(self) -> Iterator[None]:
         """A piece of work lasts as long as the block."""
         if not self._in_hand:
             self._moved = time.monotonic()
@@ -32,7 +32,7 @@ class ProgressMonitor:
             self._in_hand -= 1
             self._moved = time.monotonic()
 
-    def stalled(self) -> float:
+    def stalled_seconds(self) -> float:
         """Seconds for which nothing has ended, once they are more than the bound; 0 before, and without work."""
         silent = time.monotonic() - self._moved
         return silent if self._in_hand and silent > self._bound else 0.0

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Generic
 
-from stable_diffusion_server.concurrency import by_caller, may_hold_more
+from stable_diffusion_server.concurrency import describe_caller, may_hold_more
 from stable_diffusion_server.engine.batch_tuner import BatchSizeTuner, StepTimings
 from stable_diffusion_server.engine.events import EventDispatcher
 from stable_diffusion_server.engine.interface import Denoiser, DenoiserCapabilities, EngineState, P, S
@@ -112,7 +112,7 @@ class Engine(Generic[S, P]):
             if waiting < self._queue_limit and may_hold_more(held, self._queue_limit - waiting):
                 return
             retry_after = max(1, math.ceil(desk.etas()[-1] or waiting / self._max_batch))
-            whose = f", {held} of them for {by_caller(owner)}: its share of {self._queue_limit}" if held else ""
+            whose = f", {held} of them for {describe_caller(owner)}: its share of {self._queue_limit}" if held else ""
             raise QueueFull(f"{waiting} pictures are waiting already{whose}.", retry_after=retry_after)
 
     def submit(

@@ -33,12 +33,12 @@ class EventDispatcher:
         position: int = 0,
         eta_seconds: float | None = None,
         preview: NDArray[np.uint8] | None = None,
-        together: int = 1,
+        batch_size: int = 1,
         cause: str = "",
     ) -> None:
         """Tell everyone of a moment in a job's life."""
         more = {"position": position, "eta_seconds": eta_seconds, "preview": preview}
-        event = _event(kind, ticket, state, together=together, cause=cause, **more)
+        event = _event(kind, ticket, state, batch_size=batch_size, cause=cause, **more)
         with self._lock:
             _pass_on(self._observe, event)
         _pass_on(ticket.watch, event)

@@ -123,7 +123,7 @@ class Scheduler(Generic[S, P]):
                 ticket.seat = None
                 if not ticket.settled:
                     wanted.append(ticket)
-                    self.news.dispatch(EngineEventKind.AGAIN, ticket, cause=_kind_of(error))
+                    self.news.dispatch(EngineEventKind.RESTARTED, ticket, cause=_kind_of(error))
                 elif ticket.result.cancelled():
                     self.news.dispatch(EngineEventKind.CANCELLED, ticket)
             self.line.add_again(wanted)

@@ -168,7 +168,7 @@ class EngineWorker(Generic[S, P]):
         left = self._desk.paces.seconds_for(seat.ticket.job, seat.steps_left, size)
         preview = self._previews.of(seat)
         self._desk.news.dispatch(
-            EngineEventKind.STEP, seat.ticket, seat.state, eta_seconds=left, preview=preview, together=size
+            EngineEventKind.STEP, seat.ticket, seat.state, eta_seconds=left, preview=preview, batch_size=size
         )
 
     def _step_failed(self, seats: list[RunningRequest[S, P]], error: Exception) -> None:

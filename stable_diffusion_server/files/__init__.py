@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from stable_diffusion_server.files.damaged_files import is_unavailable, set_aside
-from stable_diffusion_server.files.disk_space import SPARE_BYTES, Disk
+from stable_diffusion_server.files.damaged_files import is_blocked, quarantine
+from stable_diffusion_server.files.disk_space import MIN_FREE_BYTES, Disk
 
 __all__ = [
-    "SPARE_BYTES",
+    "MIN_FREE_BYTES",
     "Disk",
-    "is_unavailable",
-    "set_aside",
+    "is_blocked",
+    "quarantine",
 ]

@@ -13,13 +13,13 @@ _log = structlog.get_logger(__name__)
 _BESIDE = ("-wal", "-shm", "-journal")
 
 
-def is_unavailable(path: Path) -> bool:
+def is_blocked(path: Path) -> bool:
     """Whether something that is no file stands where a database, or what SQLite keeps beside it, belongs."""
     parts = [path.with_name(path.name + ending) for ending in ("", *_BESIDE)]
     return any(part.is_dir() or (part.is_symlink() and not part.exists()) for part in parts)
 
 
-def set_aside(path: Path, reason: str) -> Path:
+def quarantine(path: Path, reason: str) -> Path:
     """Rename a file or folder to `<name>.broken-<time>`, with what SQLite keeps beside it; the new path.
 
     Raises `OSError` where the folder cannot be written to. A path that is not there is nothing to do.

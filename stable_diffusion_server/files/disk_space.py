@@ -12,9 +12,9 @@ from pathlib import Path
 from uuid import uuid4
 
 # Below this much free disk nothing more is taken in.
-SPARE_BYTES = 16 * 2**20
+MIN_FREE_BYTES = 16 * 2**20
 # What is wrong with a disk, and not with the name of a file on it.
-OF_THE_DISK = frozenset(
+DISK_ERRNOS = frozenset(
     (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ENODEV, errno.ESTALE, errno.EMFILE, errno.ENFILE)
 )
 _TRIED_BYTES = 65_536
@@ -35,7 +35,7 @@ class Disk:
 
     def check(self) -> None:
         """Raises `OSError` while a new file would not find room. A broken disk is tried once a second."""
-        if shutil.disk_usage(self._folder).free < SPARE_BYTES:
+        if shutil.disk_usage(self._folder).free < MIN_FREE_BYTES:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         if not os.access(self._folder, os.W_OK | os.X_OK):
             raise OSError(errno.EACCES, os.strerror(errno.EACCES))
@@ -48,9 +48,9 @@ class Disk:
             if self._fault is not None:
                 raise self._fault
 
-    def failed(self, error: OSError) -> None:
+    def record_failure(self, error: OSError) -> None:
         """Note an error that a write met; those that are of its name are no matter of the disk."""
-        if error.errno in OF_THE_DISK:
+        if error.errno in DISK_ERRNOS:
             with self._lock:
                 if self._fault is None:  # else the next try would be put off for as long as anyone asks
                     self._fault, self._tried = error, time.monotonic()

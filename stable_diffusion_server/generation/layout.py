@@ -60,7 +60,7 @@ class ImageLayout:
         """The picture asked for from the one drawn on the canvas (both uint8, height × width × 3)."""
         if self.around is not None:
             part = crop_to_size(drawn, self.around.width, self.around.height, resample=self.canvas.resampled)
-            return paste_back(self.around.box.put(part, self.around.picture), self.around.picture, self.around.mask)
+            return paste_back(self.around.box.paste(part, self.around.picture), self.around.picture, self.around.mask)
         sized = crop_to_size(drawn, self.width, self.height, resample=self.canvas.resampled)
         return sized if self.image is None or self.mask is None else paste_back(sized, self.image, self.mask)
 
@@ -132,7 +132,7 @@ def _laid_out(
         height, width = image.shape[:2]
         drawn_width, drawn_height = order.width or width, order.height or height
         box = crop_around(mask, order.only_masked, drawn_width / drawn_height)
-        image, mask = box.cut(image), box.cut(mask)
+        image, mask = box.crop(image), box.crop(mask)
         return resize_image(image, drawn_width, drawn_height), resize_image(mask, drawn_width, drawn_height), box
     if order.width is not None and order.height is not None:
         image = fit_image(image, order.width, order.height, order.fit)

@@ -28,14 +28,14 @@ class ImageLibrary:
     def listed(self, caller: Caller, wanted: HistoryQuery) -> list[HistoryEntry]:
         """The pictures drawn here that are asked for, the newest first. Raises `Forbidden`."""
         _check_known(caller)
-        own = None if caller.manages or caller.prefix else caller.name
+        own = None if caller.has_full_access or caller.prefix else caller.name
         return self.history.search(replace(wanted, folder=self._folder_of(caller), caller=own))
 
     def entry_of(self, digest: str, caller: Caller) -> HistoryEntry | None:
         """What the history has of a picture of that digest, among those whose records the caller may read."""
         if caller.anonymous:
             return None
-        own = None if caller.manages or caller.prefix else caller.name
+        own = None if caller.has_full_access or caller.prefix else caller.name
         found = self.history.search(HistoryQuery(folder=self._folder_of(caller), digest=digest, caller=own, limit=1))
         return found[0] if found else None
 
@@ -63,7 +63,7 @@ class ImageLibrary:
     def remove(self, key: str, caller: Caller) -> None:
         """Delete a picture, and forget it; one that is not there is no error. Raises `Forbidden`."""
         self._check(key, caller)
-        if not caller.manages and (stored := self._stat(key)) is not None:
+        if not caller.has_full_access and (stored := self._stat(key)) is not None:
             self._check_own(stored, self.history.find("key", key), caller)
         self.bucket.delete(key)
         self.history.forget(key)
@@ -79,7 +79,7 @@ class ImageLibrary:
 
     def _check_own(self, stored: StoredObject, entry: HistoryEntry | None, caller: Caller) -> None:
         """Raise `Forbidden` for a picture of another key. Those of before records told it are known by the history."""
-        if caller.manages or self.ownership.owns(caller, stored):
+        if caller.has_full_access or self.ownership.owns(caller, stored):
             return
         if "owner" in stored.record or entry is None or entry.caller != caller.name:
             raise Forbidden("This picture was made by another key.")

@@ -66,4 +66,4 @@ class RequestLimits:
         if not all(-LORA_WEIGHT_MAX <= weight <= LORA_WEIGHT_MAX for _, weight in order.loras):
             faults.append(("lora", f"lora weights must be between -{LORA_WEIGHT_MAX:g} and {LORA_WEIGHT_MAX:g}."))
         if faults:
-            raise InvalidInput.of(faults)
+            raise InvalidInput.from_faults(faults)

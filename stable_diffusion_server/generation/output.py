@@ -74,7 +74,7 @@ class OutputWriter:
         record |= self._ownership.record_of(caller)
         write = self._bucket.overwrite if plan.order.overwrite else self._bucket.create
         before = time.perf_counter()
-        if plan.order.overwrite and not caller.manages:
+        if plan.order.overwrite and not caller.has_full_access:
             # Looked at again: another caller may have taken the name while this was drawn.
             self._ownership.check_overwrite(caller, await asyncio.to_thread(self._bucket.peek, plan.key))
         written = partial(write, plan.key, data, plan.file_format.content_type, record)

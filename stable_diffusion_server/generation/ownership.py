@@ -42,7 +42,7 @@ class Ownership:
 
     def may_know(self, caller: Caller, stored: StoredObject) -> bool:
         """Whether the caller may be told that a picture was there before it asked. Without keys names are no secret."""
-        return self.keyed is None or caller.manages or self.owns(caller, stored)
+        return self.keyed is None or caller.has_full_access or self.owns(caller, stored)
 
     def visible_record(self, caller: Caller, stored: StoredObject, *, named: bool) -> bool:
         """The same for what is answered to an order, which gave the name itself if `named`.
@@ -56,7 +56,7 @@ class Ownership:
 
     def check_overwrite(self, caller: Caller, stored: StoredObject | None) -> None:
         """Raise `Forbidden` for a picture the caller must not write over."""
-        if stored is not None and not (caller.manages or self.owns(caller, stored)):
+        if stored is not None and not (caller.has_full_access or self.owns(caller, stored)):
             raise Forbidden("The picture of this name was made by another key.", field="save_path")
 
     def _mark(self, caller: Caller) -> str:

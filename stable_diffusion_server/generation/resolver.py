@@ -212,7 +212,7 @@ def _read_words(order: GenerationRequest, options: GenerationOptions) -> Resolve
     steps_skipped(facts, words.num_inference_steps, words.strength)  # refuses a strength that leaves no step
     if order.canny_low > order.canny_high:
         sentence = "canny_low must not be above canny_high."
-        raise InvalidInput.of([("canny_low", sentence), ("canny_high", sentence)])
+        raise InvalidInput.from_faults([("canny_low", sentence), ("canny_high", sentence)])
     return words
 
 

@@ -227,7 +227,7 @@ class GenerationService:
         started = time.perf_counter()
         plan = await self._resolved(order)
         async with deadline(order.timeout or self._options.limits.max_timeout):
-            if order.overwrite and not whom.caller.manages:
+            if order.overwrite and not whom.caller.has_full_access:
                 there = await asyncio.to_thread(self._bucket.peek, plan.key)
                 self._options.ownership.check_overwrite(whom.caller, there)
             plan, outcome, shared = await self._coalesce(plan, fetched, whom, listener)
@@ -239,7 +239,7 @@ class GenerationService:
         twin = shared or outcome.twin
         self._account.record_generation("coalesced" if twin else "drawn")
         # The effort under another name was perhaps another caller's.
-        twin = twin and may_know and (shared or self._options.ownership.keyed is None or whom.caller.manages)
+        twin = twin and may_know and (shared or self._options.ownership.keyed is None or whom.caller.has_full_access)
         made = (outcome.stored, outcome.scene, outcome.judged, outcome.warnings, outcome.timings)
         return result_of_generated(plan, *made, coalesced=twin), outcome
 

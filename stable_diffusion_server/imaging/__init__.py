@@ -8,17 +8,17 @@ from stable_diffusion_server.imaging.digital_source_type import source_type_of, 
 from stable_diffusion_server.imaging.edges import canny
 from stable_diffusion_server.imaging.encode import encode_image, media_type_of, parameters_text
 from stable_diffusion_server.imaging.formats import (
-    ALWAYS,
-    EXTRA,
-    SNIFFED_BYTES,
+    DEFAULT_FORMATS,
+    OPTIONAL_FORMATS,
+    SIGNATURE_BYTES,
     describe_formats,
     matches_signature,
     media_types,
 )
 from stable_diffusion_server.imaging.masks import binarize_mask, feather_mask, paste_back, to_mask
 from stable_diffusion_server.imaging.metadata import (
-    has_image_signature,
     is_complete_file,
+    is_image_object,
     read_parameters_text,
     read_record,
 )
@@ -27,9 +27,9 @@ from stable_diffusion_server.imaging.sandbox.pool import DecoderPool
 
 __all__ = [
     "ALIGNMENT",
-    "ALWAYS",
-    "EXTRA",
-    "SNIFFED_BYTES",
+    "DEFAULT_FORMATS",
+    "OPTIONAL_FORMATS",
+    "SIGNATURE_BYTES",
     "Canvas",
     "CropBox",
     "DecoderPool",
@@ -43,9 +43,9 @@ __all__ = [
     "feather_mask",
     "fill_masked",
     "fit_image",
-    "has_image_signature",
     "is_black",
     "is_complete_file",
+    "is_image_object",
     "matches_signature",
     "media_type_of",
     "media_types",

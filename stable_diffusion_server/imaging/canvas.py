@@ -23,7 +23,7 @@ class Canvas:
     resampled: bool
 
 
-def plan_canvas(width: int, height: int, native_pixels: int, floor: int) -> Canvas:
+def plan_canvas(width: int, height: int, native_pixels: int, min_side: int) -> Canvas:
     """The canvas for a picture of `width` × `height` pixels.
 
     Within the model's budget of `native_pixels` (an area) and not under its `floor` (a side): the next multiple of
@@ -31,10 +31,10 @@ def plan_canvas(width: int, height: int, native_pixels: int, floor: int) -> Canv
     resampled.
     """
     aligned_width, aligned_height = _align_up(width), _align_up(height)
-    if aligned_width * aligned_height <= native_pixels and min(aligned_width, aligned_height) >= floor:
+    if aligned_width * aligned_height <= native_pixels and min(aligned_width, aligned_height) >= min_side:
         return Canvas(aligned_width, aligned_height, resampled=False)
     aspect = width / height
-    sides = range(_align_up(floor), max(floor, native_pixels // floor) + 1, ALIGNMENT)
+    sides = range(_align_up(min_side), max(min_side, native_pixels // min_side) + 1, ALIGNMENT)
     candidates = [(w, h) for w in sides for h in sides if w * h <= native_pixels]
     # What is left of a canvas after cropping to the asked aspect ratio; among equals, the one cheapest to draw.
     drawn_width, drawn_height = max(

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 # By the names Pillow has for them: taken always, and taken if EXTRA_IMAGE_FORMATS names them.
-ALWAYS = ("PNG", "JPEG", "WEBP")
-EXTRA = ("AVIF", "GIF")
+DEFAULT_FORMATS = ("PNG", "JPEG", "WEBP")
+OPTIONAL_FORMATS = ("AVIF", "GIF")
 # So many bytes tell a kind.
-SNIFFED_BYTES = 12
+SIGNATURE_BYTES = 12
 
 _WORDS = {"WEBP": "WebP"}
 _BEGINNINGS = {

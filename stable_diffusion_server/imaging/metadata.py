@@ -16,7 +16,7 @@ _EXIF_HEAD = b"Exif\0\0"
 _EXIF_IFD, _USER_COMMENT = 0x8769, 0x9286
 _UNICODE = b"UNICODE\0"
 _MOST_BYTES = 1_000_000
-_LIMITS = JsonLimits(text_bytes=_MOST_BYTES)
+_LIMITS = JsonLimits(max_text_bytes=_MOST_BYTES)
 # Pieces of a file that are looked at: few files have a thousand.
 _MOST_PIECES = 100_000
 # Characters of the text AUTOMATIC1111 writes, of which most is the prompt.
@@ -58,7 +58,7 @@ def is_complete_file(head: bytes, tail: bytes, size: int) -> bool:
     return head.startswith(b"GIF8") or head[4:11] == b"ftypavi"
 
 
-def has_image_signature(name: str, content_type: str) -> bool:
+def is_image_object(name: str, content_type: str) -> bool:
     """Whether an object of this name and type is to be a picture."""
     return content_type.startswith("image/") or name.lower().endswith(_ENDINGS)
 

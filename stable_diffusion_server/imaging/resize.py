@@ -23,16 +23,16 @@ class CropBox:
     width: int
     height: int
 
-    def cut(self, pixels: Pixels) -> Pixels:
+    def crop(self, pixels: Pixels) -> Pixels:
         """That part of a picture (uint8, height × width [× 3])."""
         return pixels[self.top : self.top + self.height, self.left : self.left + self.width]
 
-    def put(self, part: Pixels, pixels: Pixels) -> Pixels:
+    def paste(self, part: Pixels, pixels: Pixels) -> Pixels:
         """The picture with that part of it, scaled to its size, in its place."""
         result = pixels.copy()
         if part.shape[:2] != (self.height, self.width):
             part = resize_image(part, self.width, self.height)
-        self.cut(result)[...] = part
+        self.crop(result)[...] = part
         return result
 
 
@@ -64,7 +64,7 @@ def fit_image(pixels: Pixels, width: int, height: int, fit: Fit) -> Pixels:
         box = CropBox(
             (own_width - cut_width) // 2, (own_height - cut_height) // 2, max(1, cut_width), max(1, cut_height)
         )
-        return resize_image(box.cut(pixels), width, height)
+        return resize_image(box.crop(pixels), width, height)
     scale = min(across, down)
     inner = resize_image(pixels, max(1, round(own_width * scale)), max(1, round(own_height * scale)))
     left, top = (width - inner.shape[1]) // 2, (height - inner.shape[0]) // 2

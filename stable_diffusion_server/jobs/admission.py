@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
-from stable_diffusion_server.concurrency import by_caller, may_hold_more
+from stable_diffusion_server.concurrency import describe_caller, may_hold_more
 from stable_diffusion_server.errors import QueueFull
 from stable_diffusion_server.jobs.store.records import JobRecord
 
@@ -52,7 +52,7 @@ class JobAdmission:
             raise QueueFull(f"{waiting} jobs are waiting already.", retry_after=_RETRY_AFTER)
         if not may_hold_more(mine, free):
             raise QueueFull(
-                f"{waiting} jobs are waiting already, {mine} of them for {by_caller(share)}: "
+                f"{waiting} jobs are waiting already, {mine} of them for {describe_caller(share)}: "
                 f"its share of {self._most_waiting}.",
                 retry_after=_RETRY_AFTER,
             )
@@ -60,7 +60,7 @@ class JobAdmission:
         # One that has no room at all is refused by the journal, which knows exactly.
         if mine_bytes and left > 0 and not may_hold_more(mine_bytes, left):
             raise QueueFull(
-                f"Jobs of {by_caller(share)} take {mine_bytes} of JOB_STORE_BYTES={self._most_bytes}, its share.",
+                f"Jobs of {describe_caller(share)} take {mine_bytes} of JOB_STORE_BYTES={self._most_bytes}, its share.",
                 retry_after=_RETRY_AFTER,
             )
 

@@ -191,7 +191,7 @@ class JobManager(PendingIdempotencyClaims):
         """
         if caller.anonymous:
             raise Forbidden("Without a key jobs are not listed: each is known by its id alone.")
-        entries = await self._clerk(SqliteJobStore.latest_of, None if caller.manages else caller.owner, _LISTED)
+        entries = await self._clerk(SqliteJobStore.latest_of, None if caller.has_full_access else caller.owner, _LISTED)
         return [visible_job_id(caller, self._live.get(entry.id) or entry) for entry in entries]
 
     async def cancel(self, job_id: str, caller: Caller) -> JobStatus:
@@ -268,7 +268,7 @@ class JobManager(PendingIdempotencyClaims):
             if found is None:
                 found = await self._clerk(SqliteJobStore.find, whole)
             owner = found.entry.caller if isinstance(found, JobHandle) else found.caller if found is not None else None
-            if found is not None and owner is not None and caller.may_follow(owner):
+            if found is not None and owner is not None and caller.may_access_jobs_of(owner):
                 return found
         raise NotFound("There is no such job.")
 

@@ -17,7 +17,7 @@ class WorkerProgress:
     def __init__(self, longest: float) -> None:
         self._monitor = ProgressMonitor(longest + _SLACK)
         self._tasks: Sequence[asyncio.Task[None]] = ()
-        self.working = self._monitor.working
+        self.working = self._monitor.track
 
     def watch_over(self, tasks: Sequence[asyncio.Task[None]]) -> None:
         """Take it for a fault when one of those ends; none are watched any more when there are none."""
@@ -25,8 +25,8 @@ class WorkerProgress:
 
     def fault(self) -> str | None:
         """Why accepted jobs make no progress, in a sentence; `None` while all is well."""
-        if silent := self._monitor.stalled():
-            count = self._monitor.in_hand
+        if silent := self._monitor.stalled_seconds():
+            count = self._monitor.pending
             return f"Accepted jobs make no progress: {count} are under way, and none ended in {silent:.0f} seconds."
         if any(task.done() for task in self._tasks):
             return "Accepted jobs make no progress: what tends them has ended, and the log says why."

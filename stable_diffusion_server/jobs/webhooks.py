@@ -66,7 +66,7 @@ class WebhookDispatcher:
         self._back_off = back_off
         self._wake = asyncio.Event()
         self._callers = FairLimiter(_AT_ONCE)
-        self._receivers = FairLimiter(_ANY_NUMBER, most=_AT_A_RECEIVER)
+        self._receivers = FairLimiter(_ANY_NUMBER, max_per_caller=_AT_A_RECEIVER)
         self._sending: dict[str, asyncio.Task[None]] = {}
         # Waits last as long as they are meant to, whatever the clock is set to meanwhile.
         self._epoch = time.time() - time.monotonic()

@@ -12,9 +12,15 @@ import httpx
 
 from stable_diffusion_server.concurrency import FairLimiter
 from stable_diffusion_server.errors import InvalidInput, RemoteFetchFailed, TooLarge, UnsupportedMedia
-from stable_diffusion_server.imaging import ALWAYS, SNIFFED_BYTES, describe_formats, matches_signature, media_types
-from stable_diffusion_server.net.safe_client import Resolve, SafeClient, translate_http_errors
-from stable_diffusion_server.net.url_policy import UrlPolicy, UrlTarget, parse
+from stable_diffusion_server.imaging import (
+    DEFAULT_FORMATS,
+    SIGNATURE_BYTES,
+    describe_formats,
+    matches_signature,
+    media_types,
+)
+from stable_diffusion_server.net.safe_client import Resolve, SafeClient, describe_http_error
+from stable_diffusion_server.net.url_policy import AllowedTarget, UrlTarget, parse_url
 
 MAX_REDIRECTS = 3
 _MAX_AT_ONCE = 16
@@ -30,7 +36,7 @@ class FetchLimits:
     connect: float = 3.0
     first_byte: float = 5.0
     min_rate: float = 1024.0
-    patience: float = 2.0
+    grace: float = 2.0
 
 
 class ImageFetcher:
@@ -42,12 +48,12 @@ class ImageFetcher:
 
     def __init__(
         self,
-        bounds: FetchLimits,
-        allowed: Sequence[UrlPolicy] = (),
+        limits: FetchLimits,
+        allowed: Sequence[AllowedTarget] = (),
         resolve: Resolve | None = None,
-        formats: Sequence[str] = ALWAYS,
+        formats: Sequence[str] = DEFAULT_FORMATS,
     ) -> None:
-        self._bounds = bounds
+        self._bounds = limits
         self._formats = formats
         self._headers = {"Accept": media_types(formats)}
         self._dialler = SafeClient(allowed, resolve)
@@ -61,7 +67,7 @@ class ImageFetcher:
         Raises `InvalidInput` for an address that is malformed or not allowed, `TooLarge`, `UnsupportedMedia` for what
         is no picture, `RemoteFetchFailed`.
         """
-        target = parse(url, field)
+        target = parse_url(url, field)
         async with self._places.hold(share):
             try:
                 async with asyncio.timeout(self._bounds.total):
@@ -72,7 +78,7 @@ class ImageFetcher:
                 ) from error
             except (httpx.HTTPError, httpx.StreamError, httpx.InvalidURL, OSError) as error:
                 raise RemoteFetchFailed(
-                    f"{field} could not be fetched: {translate_http_errors(error)}.", field=field
+                    f"{field} could not be fetched: {describe_http_error(error)}.", field=field
                 ) from error
 
     def close(self) -> None:
@@ -82,7 +88,7 @@ class ImageFetcher:
     async def _follow(self, target: UrlTarget, field: str, share: str) -> bytes:
         """Go through redirects by hand, each judged like the first address."""
         timeout = httpx.Timeout(self._bounds.first_byte, connect=self._bounds.connect)
-        async with await self._dialler.client(timeout) as client:
+        async with await self._dialler.open_client(timeout) as client:
             for _ in range(MAX_REDIRECTS + 1):
                 client.cookies.clear()  # kept by number, they would go to whatever name has the same one
                 response = await self._dialler.send(client, "GET", target, field, headers=self._headers, share=share)
@@ -109,10 +115,10 @@ class ImageFetcher:
             data += chunk
             if len(data) > bounds.max_bytes:
                 raise TooLarge(f"{field} is larger than {bounds.max_bytes} bytes.", field=field)
-            if len(data) >= SNIFFED_BYTES:
+            if len(data) >= SIGNATURE_BYTES:
                 self._sniff(data, field)
             elapsed = time.monotonic() - started
-            if elapsed > bounds.patience and len(data) < bounds.min_rate * elapsed:
+            if elapsed > bounds.grace and len(data) < bounds.min_rate * elapsed:
                 raise RemoteFetchFailed(f"{field} comes too slowly.", field=field)
         self._sniff(data, field)
         return bytes(data)
@@ -133,7 +139,7 @@ def _redirected(target: UrlTarget, location: str, field: str) -> UrlTarget:
         url = urljoin(target.url, location)
     except ValueError as error:
         raise InvalidInput(f"{field} redirects to what is not a URL.", field=field) from error
-    onward = parse(url, field)
+    onward = parse_url(url, field)
     if (target.scheme, onward.scheme) == ("https", "http"):
         raise InvalidInput(f"{field} redirects from https to http.", field=field)
     return onward

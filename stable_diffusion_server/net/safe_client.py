@@ -18,7 +18,7 @@ import httpx
 from stable_diffusion_server.concurrency import FairLimiter
 from stable_diffusion_server.errors import InvalidInput
 from stable_diffusion_server.net.public_ip import Address, is_public
-from stable_diffusion_server.net.url_policy import PORTS, UrlPolicy, UrlTarget, authority
+from stable_diffusion_server.net.url_policy import PORTS, AllowedTarget, UrlTarget, authority
 
 Resolve = Callable[[str, int], Awaitable[Sequence[str]]]
 
@@ -38,7 +38,7 @@ class SafeClient:
     `resolve` gives the addresses of a host at a port; it is the system's resolver unless told otherwise.
     """
 
-    def __init__(self, allowed: Sequence[UrlPolicy] = (), resolve: Resolve | None = None) -> None:
+    def __init__(self, allowed: Sequence[AllowedTarget] = (), resolve: Resolve | None = None) -> None:
         self._allowed = tuple(allowed)
         self._resolve = resolve or self._ask_system
         # Threads of their own: a name server that keeps silent must not use up those that everything else needs. Shared
@@ -47,7 +47,7 @@ class SafeClient:
         self._lookups = FairLimiter(_RESOLVERS)
         self._tls: ssl.SSLContext | None = None
 
-    async def client(self, patience: httpx.Timeout) -> httpx.AsyncClient:
+    async def open_client(self, patience: httpx.Timeout) -> httpx.AsyncClient:
         """A client for one errand: no connection is shared by two names or two callers."""
         if self._tls is None:
             self._tls = await asyncio.to_thread(httpx.create_ssl_context, trust_env=False)
@@ -126,7 +126,7 @@ class SafeClient:
         return [str(entry[4][0]) for entry in found]
 
 
-def translate_http_errors(error: Exception) -> str:
+def describe_http_error(error: Exception) -> str:
     """What went wrong, told without addresses."""
     if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
         return "no connection"

@@ -39,7 +39,7 @@ class UrlTarget:
 
 
 @dataclass(frozen=True, slots=True)
-class UrlPolicy:
+class AllowedTarget:
     """An address the operator lets be fetched from although it is not public: a host name or a network, and a port.
 
     Without a port, that of the scheme.
@@ -50,7 +50,7 @@ class UrlPolicy:
     port: int | None = None
 
     @classmethod
-    def parse(cls, text: str) -> UrlPolicy:
+    def parse(cls, text: str) -> AllowedTarget:
         """From `name`, `name:port`, `10.0.0.0/8`, `127.0.0.1:9000` or `[::1]:9000`. Raises `ValueError`."""
         try:
             return cls(network=ipaddress.ip_network(text))
@@ -70,7 +70,7 @@ class UrlPolicy:
         return address in self.network if self.network is not None else target.host == self.host
 
 
-def parse(url: str, field: str) -> UrlTarget:
+def parse_url(url: str, field: str) -> UrlTarget:
     """Take a URL apart. Raises `InvalidInput` for anything but a plain http or https address of a host."""
 
     def refused(why: str) -> InvalidInput:

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 import httpx
 
 from stable_diffusion_server.errors import InvalidInput, RemoteFetchFailed
-from stable_diffusion_server.net.safe_client import Resolve, SafeClient, translate_http_errors
-from stable_diffusion_server.net.url_policy import UrlPolicy, parse
+from stable_diffusion_server.net.safe_client import Resolve, SafeClient, describe_http_error
+from stable_diffusion_server.net.url_policy import AllowedTarget, parse_url
 
 _CONNECT = 3.0
 
@@ -17,7 +17,7 @@ _CONNECT = 3.0
 class WebhookClient:
     """Posts to public addresses and those that `allowed` covers, within `seconds`; follows no redirect."""
 
-    def __init__(self, seconds: float, allowed: Sequence[UrlPolicy] = (), resolve: Resolve | None = None) -> None:
+    def __init__(self, seconds: float, allowed: Sequence[AllowedTarget] = (), resolve: Resolve | None = None) -> None:
         self._seconds = seconds
         self._dialler = SafeClient(allowed, resolve)
 
@@ -26,7 +26,7 @@ class WebhookClient:
 
         `share` tells callers apart, who share what looks names up.
         """
-        target = parse(url, "webhook_url")
+        target = parse_url(url, "webhook_url")
         try:
             async with asyncio.timeout(self._seconds):
                 await self._dialler.check(target, "webhook_url", share)
@@ -40,10 +40,10 @@ class WebhookClient:
 
         Raises `InvalidInput` for an address that may not be dialled, `RemoteFetchFailed`.
         """
-        target = parse(url, "webhook_url")
+        target = parse_url(url, "webhook_url")
         timeout = httpx.Timeout(self._seconds, connect=_CONNECT)
         try:
-            async with asyncio.timeout(self._seconds), await self._dialler.client(timeout) as client:
+            async with asyncio.timeout(self._seconds), await self._dialler.open_client(timeout) as client:
                 response = await self._dialler.send(
                     client, "POST", target, "webhook_url", headers=headers, content=body, share=share
                 )
@@ -52,7 +52,7 @@ class WebhookClient:
         except TimeoutError as error:
             raise RemoteFetchFailed(f"webhook_url did not answer in {self._seconds:g} seconds.") from error
         except (httpx.HTTPError, httpx.StreamError, httpx.InvalidURL, OSError) as error:
-            raise RemoteFetchFailed(f"webhook_url could not be reached: {translate_http_errors(error)}.") from error
+            raise RemoteFetchFailed(f"webhook_url could not be reached: {describe_http_error(error)}.") from error
 
     def close(self) -> None:
         """Let go of the resolver's threads."""

@@ -11,7 +11,7 @@ from typing import IO
 
 from tqdm import tqdm
 
-from stable_diffusion_server.files import set_aside
+from stable_diffusion_server.files import quarantine
 from stable_diffusion_server.types import EngineEvent, EngineEventKind
 
 Observer = Callable[[EngineEvent], None]
@@ -92,7 +92,7 @@ class Heartbeat:
         try:
             self._path.write_text(told)
         except IsADirectoryError:
-            set_aside(self._path, "it is a folder")
+            quarantine(self._path, "it is a folder")
             self._path.write_text(told)
 
 

@@ -20,7 +20,7 @@ from uuid import uuid4
 
 import structlog
 
-from stable_diffusion_server.files import set_aside
+from stable_diffusion_server.files import quarantine
 
 _log = structlog.get_logger(__name__)
 
@@ -212,7 +212,7 @@ def _clear(path: Path) -> None:
     """Take a file away; anything else that stands there is put aside."""
     try:
         if path.is_dir() and not path.is_symlink():
-            set_aside(path, "it is a folder")
+            quarantine(path, "it is a folder")
         path.unlink(missing_ok=True)
     except OSError as error:
         _log.warning("a file of an earlier process cannot be taken away", name=path.name, reason=str(error))

@@ -101,9 +101,9 @@ class Metrics(UsageMetrics):
         match event.kind:
             case EngineEventKind.STEP:
                 self._steps.inc()
-                self._together.observe(event.together)
+                self._together.observe(event.batch_size)
                 return
-            case EngineEventKind.AGAIN:
+            case EngineEventKind.RESTARTED:
                 self._retries.labels(event.cause).inc()
                 return
             case EngineEventKind.STARTED:

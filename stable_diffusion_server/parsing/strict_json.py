@@ -32,12 +32,12 @@ class JsonLimits:
     Below the top-level names `pictures` there may be strings of `picture_bytes` each, `most_pictures` of them.
     """
 
-    text_bytes: int = 1_048_576
-    nodes: int = 4096
-    depth: int = 32
-    pictures: frozenset[str] = frozenset()
-    picture_bytes: int = 0
-    most_pictures: int = 32
+    max_text_bytes: int = 1_048_576
+    max_values: int = 4096
+    max_depth: int = 32
+    image_fields: frozenset[str] = frozenset()
+    max_image_bytes: int = 0
+    max_images: int = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +62,8 @@ class _Scan:
 
     def keep(self, part: bytes) -> None:
         self.size += len(part)
-        if self.size > self.limits.text_bytes:
-            raise TooLarge(f"JSON may have {self.limits.text_bytes} bytes here, beside pictures in base64.")
+        if self.size > self.limits.max_text_bytes:
+            raise TooLarge(f"JSON may have {self.limits.max_text_bytes} bytes here, beside pictures in base64.")
         self.kept.append(part)
 
 
@@ -75,8 +75,8 @@ def parse_object(body: bytes, limits: JsonLimits | None = None) -> dict[str, Any
     """
     limits = limits or JsonLimits()
     body = body.removeprefix(b"\xef\xbb\xbf")
-    if not limits.pictures and len(body) > limits.text_bytes:
-        raise TooLarge(f"JSON may have {limits.text_bytes} bytes here.")
+    if not limits.image_fields and len(body) > limits.max_text_bytes:
+        raise TooLarge(f"JSON may have {limits.max_text_bytes} bytes here.")
     scan = _scanned(body, limits)
     _measure(b"".join(scan.outside), limits)
     parsed = _loads(b"".join(scan.kept))
@@ -149,13 +149,13 @@ def _end_of_string(body: bytes, start: int, most: int) -> tuple[int, int]:
 
 def _measure(outside: bytes, limits: JsonLimits) -> None:
     """Count what stands between the strings: each value follows a bracket or a comma."""
-    if outside.count(b",") + outside.count(b"[") + outside.count(b"{") > limits.nodes:
-        raise MalformedRequest(f"The body has more than {limits.nodes} values.")
+    if outside.count(b",") + outside.count(b"[") + outside.count(b"{") > limits.max_values:
+        raise MalformedRequest(f"The body has more than {limits.max_values} values.")
     depth = 0
     for bracket in outside.translate(None, _ALL_BUT_BRACKETS):
         depth += 1 if bracket in b"[{" else -1
-        if depth > limits.depth:
-            raise MalformedRequest(f"The body has lists or objects more than {limits.depth} deep in one another.")
+        if depth > limits.max_depth:
+            raise MalformedRequest(f"The body has lists or objects more than {limits.max_depth} deep in one another.")
 
 
 def _loads(text: bytes) -> Any:
@@ -204,7 +204,7 @@ class _Filling:
 
     def fill(self, parsed: dict[str, Any]) -> None:
         for name, value in parsed.items():
-            parsed[name] = self._filled(value, _printable(name)[:100], name in self._scan.limits.pictures)
+            parsed[name] = self._filled(value, _printable(name)[:100], name in self._scan.limits.image_fields)
             self._check_name(name, _printable(name)[:100])
 
     def _filled(self, value: Any, field: str, pictures: bool) -> Any:
@@ -235,17 +235,19 @@ class _Filling:
         self._text_bytes += len(sent)
         if len(sent) > _LONGEST_TEXT:
             raise InvalidInput(f"{field} is longer than {_LONGEST_TEXT} bytes.", field=field)
-        if self._text_bytes > self._scan.limits.text_bytes:
-            raise TooLarge(f"JSON may have {self._scan.limits.text_bytes} bytes here, beside pictures in base64.")
+        if self._text_bytes > self._scan.limits.max_text_bytes:
+            raise TooLarge(f"JSON may have {self._scan.limits.max_text_bytes} bytes here, beside pictures in base64.")
         return _check_text(_unescaped(sent), field)
 
     def _picture(self, sent: bytes, field: str) -> str:
         self._pictures += 1
         limits = self._scan.limits
-        if self._pictures > limits.most_pictures:
-            raise TooLarge(f"More than {limits.most_pictures} pictures are not taken.", field=field)
-        if len(sent) > limits.picture_bytes:
-            raise TooLarge(f"{field} holds a picture of more than {limits.picture_bytes} bytes in base64.", field=field)
+        if self._pictures > limits.max_images:
+            raise TooLarge(f"More than {limits.max_images} pictures are not taken.", field=field)
+        if len(sent) > limits.max_image_bytes:
+            raise TooLarge(
+                f"{field} holds a picture of more than {limits.max_image_bytes} bytes in base64.", field=field
+            )
         # Some writers escape `/`, `+` and `=`, which are few in a compressed file; reading escapes takes its time.
         escapes = sent.count(b"\\")
         if not sent.isascii() or escapes > max(_LONGEST_TEXT, len(sent) // 16):

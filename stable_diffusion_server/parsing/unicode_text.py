@@ -5,7 +5,7 @@ from __future__ import annotations
 import unicodedata
 
 # As UAX #15 has it for its Stream-Safe Text Format: no language needs more.
-MOST_MARKS = 30
+MAX_MARKS = 30
 # Of class 0 themselves, and nothing but marks once they are taken apart.
 _COMPOSED_MARKS = frozenset("\u0f73\u0f75\u0f81")
 
@@ -29,8 +29,8 @@ def _check_marks(text: str) -> None:
     marks = 0
     for character in text:
         marks = marks + 1 if _is_mark(character) else 0
-        if marks > MOST_MARKS:
-            raise ValueError(f"holds more than {MOST_MARKS} combining marks in a row")
+        if marks > MAX_MARKS:
+            raise ValueError(f"holds more than {MAX_MARKS} combining marks in a row")
 
 
 def _is_mark(character: str) -> bool:

@@ -302,7 +302,7 @@ def steps_skipped(model: ModelSpec, steps: int, strength: float) -> int:
     skipped = _skipped(model, steps, strength)
     if skipped >= steps:
         sentence = f"strength {strength:g} of {steps} steps leaves none to draw; raise one of the two."
-        raise InvalidInput.of([("strength", sentence), ("num_inference_steps", sentence)])
+        raise InvalidInput.from_faults([("strength", sentence), ("num_inference_steps", sentence)])
     return skipped
 
 

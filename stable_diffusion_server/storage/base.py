@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Protocol
 
 from stable_diffusion_server.errors import StorageUnavailable
-from stable_diffusion_server.imaging import ALWAYS, EXTRA, matches_signature
+from stable_diffusion_server.imaging import DEFAULT_FORMATS, OPTIONAL_FORMATS, matches_signature
 from stable_diffusion_server.types import StoredObject
 
 
@@ -64,6 +64,6 @@ def read_picture(bucket: Bucket, key: str) -> bytes:
     Raises `NotFound`, and `StorageUnavailable` for what is no picture or could not be read.
     """
     data = bucket.read(key)
-    if not matches_signature(data, (*ALWAYS, *EXTRA)):
+    if not matches_signature(data, (*DEFAULT_FORMATS, *OPTIONAL_FORMATS)):
         raise StorageUnavailable("What the storage gives under this name is no picture.", retry_after=30)
     return data

@@ -20,7 +20,7 @@ from filelock import FileLock
 
 from stable_diffusion_server.errors import InvalidInput, NotFound, StorageUnavailable
 from stable_diffusion_server.files import Disk
-from stable_diffusion_server.imaging import has_image_signature, is_complete_file
+from stable_diffusion_server.imaging import is_complete_file, is_image_object
 from stable_diffusion_server.storage.existence_cache import ExistenceCache
 from stable_diffusion_server.types import StoredObject
 
@@ -176,7 +176,7 @@ class LocalBucket:
         try:
             yield
         except OSError as error:
-            self._disk.failed(error)
+            self._disk.record_failure(error)
             reason = os.strerror(error.errno) if error.errno else type(error).__name__
             raise StorageUnavailable(f"The folder of pictures cannot be used ({reason}).", retry_after=30) from error
 
@@ -291,9 +291,9 @@ class LocalBucket:
                     "save_path is taken in another letter case, which this disk cannot tell apart.",
                     field="save_path",
                 )
-            return facts if facts.whole else None
+            return facts if facts.is_complete else None
         content_type = mimetypes.guess_type(key)[0] or "application/octet-stream"
-        if (facts is not None or has_image_signature(key, "")) and not self._looks_whole(key, found.st_size):
+        if (facts is not None or is_image_object(key, "")) and not self._looks_whole(key, found.st_size):
             return None  # not the file that was written, and no other picture: cut short, or garbage
         # Put there by hand, or its facts were lost: still an object, of which only the file itself is known.
         etag = hashlib.sha256(f"{found.st_mtime_ns}-{found.st_size}".encode()).hexdigest()

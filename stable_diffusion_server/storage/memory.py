@@ -33,7 +33,7 @@ class MemoryBucket:
     def stat(self, key: str) -> StoredObject | None:
         """The object under `key`, or `None`; one that is empty or cut short is none."""
         _, stored = self._objects.get(key, (b"", None))
-        return stored if stored is not None and stored.whole else None
+        return stored if stored is not None and stored.is_complete else None
 
     def peek(self, key: str) -> StoredObject | None:
         """The same: there is no store that could be down."""

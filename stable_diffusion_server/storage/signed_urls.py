@@ -12,7 +12,7 @@ from pathlib import Path
 from uuid import uuid4
 
 from stable_diffusion_server.errors import StorageUnavailable
-from stable_diffusion_server.files import set_aside
+from stable_diffusion_server.files import quarantine
 
 _SECRET_BYTES = 32
 
@@ -36,7 +36,7 @@ class ServerSecret:
             return
         try:
             if (self._file.exists() or self._file.is_symlink()) and (fault := self._fault()):
-                set_aside(self._file, fault)
+                quarantine(self._file, fault)
             if not self._file.exists():
                 part = self._file.with_suffix(f".{uuid4().hex}.part")
                 with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:

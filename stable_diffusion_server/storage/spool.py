@@ -15,7 +15,7 @@ from uuid import uuid4
 import structlog
 
 from stable_diffusion_server.errors import NotFound, StorageRefused, StorageUnavailable
-from stable_diffusion_server.files import SPARE_BYTES, Disk
+from stable_diffusion_server.files import MIN_FREE_BYTES, Disk
 from stable_diffusion_server.storage.dead_letters import RETRIED, DeadLetters, facts_of
 from stable_diffusion_server.types import StoredObject
 
@@ -57,7 +57,7 @@ class UploadSpool:
         self._newest: dict[str, SpooledObject] = {}
         # Those that a caller was given a URL of before the store refused them, by key: they are given still.
         self._parked: dict[str, SpooledObject] = {}
-        self.dead_letters = DeadLetters(folder.with_name("dead-letters"), max(max_bytes // 4, SPARE_BYTES))
+        self.dead_letters = DeadLetters(folder.with_name("dead-letters"), max(max_bytes // 4, MIN_FREE_BYTES))
 
     def open(self) -> None:
         """Make the folder and find what an earlier run left. Raises `StorageUnavailable` when it cannot be used."""
@@ -182,7 +182,7 @@ class UploadSpool:
         try:
             yield
         except OSError as error:
-            self._disk.failed(error)
+            self._disk.record_failure(error)
             reason = os.strerror(error.errno) if error.errno else type(error).__name__
             raise StorageUnavailable(f"DATA_DIR cannot keep pictures ({reason}).", retry_after=30) from error
 

@@ -24,16 +24,16 @@ class Caller:
     address: str = ""
 
     @property
-    def manages(self) -> bool:
+    def has_full_access(self) -> bool:
         """Whether it may read and change what belongs to others: an admin key, or the operator of a local server."""
         return self.admin or not (self.name or self.anonymous)
 
-    def may_follow(self, owner: Caller) -> bool:
+    def may_access_jobs_of(self, owner: Caller) -> bool:
         """Whether it may see and cancel the jobs of `owner`, whose ids it knows.
 
         An anonymous client is known by nothing else: the id, which this server made, is all that tells whose a job is.
         """
-        return self.manages or owner.anonymous or owner.owner == self.owner
+        return self.has_full_access or owner.anonymous or owner.owner == self.owner
 
     @property
     def share(self) -> str:
@@ -49,7 +49,7 @@ class Caller:
         return f"{_ANONYMOUS}{self.address}" if self.anonymous else self.name
 
     @classmethod
-    def of_owner(cls, owner: str, prefix: str = "") -> Caller:
+    def from_owner(cls, owner: str, prefix: str = "") -> Caller:
         """The caller whose `owner` was written down; whether it is admin is for the keys of today to say."""
         if owner.startswith(_ANONYMOUS):
             return cls(anonymous=True, address=owner.removeprefix(_ANONYMOUS))

@@ -15,7 +15,7 @@ class EngineEventKind(StrEnum):
     QUEUED = "queued"
     STARTED = "started"
     STEP = "step"
-    AGAIN = "again"
+    RESTARTED = "again"
     DONE = "done"
     FAILED = "failed"
     CANCELLED = "cancelled"
@@ -37,7 +37,7 @@ class EngineEvent:
     position: int = 0
     eta_seconds: float | None = None
     preview: NDArray[np.uint8] | None = field(default=None, compare=False, repr=False)
-    together: int = 1
+    batch_size: int = 1
     cause: str = ""
 
 

@@ -29,7 +29,7 @@ class StoredObject:
     waiting: bool = False
 
     @property
-    def whole(self) -> bool:
+    def is_complete(self) -> bool:
         """Whether it can be a picture: not empty, and of as many bytes as its record says were written."""
         return self.size > 0 and self.record.get("bytes", str(self.size)) == str(self.size)
 

@@ -90,7 +90,7 @@ class GradioGuard:
         """Pass an event on, its body made anew of what was understood of it."""
         whose = self._owner(scope)
         if self._rate is not None and not self._events_sent.hit(whose, self._rate):
-            _, seconds = self._events_sent.left(whose, self._rate)
+            _, seconds = self._events_sent.remaining(whose, self._rate)
             allowed = f"{self._rate.amount} events in {self._rate.get_expiry()} s are allowed."
             raise RateLimited(allowed, retry_after=max(1, math.ceil(seconds)))
         event = sanitized(await read_body(receive, EVENT_BYTES), self._events)

@@ -149,7 +149,7 @@ def test_who_asks_is_told_by_key_and_address() -> None:
     """The operator on loopback, strangers apart by address (an IPv6 client has its whole /64), keys by name."""
     keys = ApiKeyring([HashedApiKey(Caller("ann", "", admin=True), hashed("a"))])
     assert admitted(AccessPolicy(), "127.0.0.1") == Caller(address="127.0.0.1")
-    assert admitted(AccessPolicy(), "127.0.0.1").manages
+    assert admitted(AccessPolicy(), "127.0.0.1").has_full_access
     anyone = AccessPolicy(allow_anonymous=True)
     for address, told in (
         ("127.0.0.1", "127.0.0.1"),  # a proxy on this machine looks the same
@@ -169,7 +169,7 @@ def test_who_asks_is_told_by_key_and_address() -> None:
 def test_an_owner_that_was_written_down_is_read_back() -> None:
     """Names of keys hold no blank, so that none looks like an anonymous client."""
     for caller in (Caller(), Caller("ann"), Caller(anonymous=True, address="203.0.113.5"), Caller(anonymous=True)):
-        assert Caller.of_owner(caller.owner, caller.prefix) == caller
+        assert Caller.from_owner(caller.owner, caller.prefix) == caller
 
 
 @pytest.mark.fault(64)

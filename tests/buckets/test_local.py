@@ -252,6 +252,6 @@ def test_a_nearly_full_disk_is_told_before_anything_is_drawn(
 ) -> None:
     """Room as of now: admitted. Asked for more than any disk has: 503."""
     bucket.check_capacity()
-    monkeypatch.setattr("stable_diffusion_server.files.disk_space.SPARE_BYTES", 2**70)
+    monkeypatch.setattr("stable_diffusion_server.files.disk_space.MIN_FREE_BYTES", 2**70)
     with pytest.raises(StorageUnavailable, match="No space left"):
         bucket.check_capacity()

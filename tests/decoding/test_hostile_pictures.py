@@ -28,12 +28,12 @@ from hostile_pictures import (
 )
 
 from stable_diffusion_server.errors import InvalidInput, UnsupportedMedia
-from stable_diffusion_server.imaging.formats import ALWAYS, EXTRA
+from stable_diffusion_server.imaging.formats import DEFAULT_FORMATS, OPTIONAL_FORMATS
 from stable_diffusion_server.imaging.sandbox.pool import DecoderPool
 
 GOOD = file_of(disc())
 RED = (255, 0, 0)
-EVERY = (*ALWAYS, *EXTRA)
+EVERY = (*DEFAULT_FORMATS, *OPTIONAL_FORMATS)
 
 
 @pytest.fixture

@@ -81,7 +81,7 @@ def test_a_job_that_waits_for_the_disk_can_be_cancelled_and_has_its_deadline(
     house = house_of(FakeDenoiser(seconds_per_step=0.05))
     late = house.client.post(CREATE, json={**order(1), "timeout": 3}, headers=ASYNC).headers["location"]
     other = accepted(house.client, 2)
-    monkeypatch.setattr("stable_diffusion_server.files.disk_space.SPARE_BYTES", 2**70)
+    monkeypatch.setattr("stable_diffusion_server.files.disk_space.MIN_FREE_BYTES", 2**70)
     until(lambda: house.client.get("/readyz").status_code == 503, 60)
     if house.client.get(other).json()["state"] != "done":
         assert house.client.delete(other).json()["state"] == "cancelled"
@@ -103,7 +103,7 @@ def test_jobs_wait_when_neither_the_bucket_nor_the_spool_takes_anything(
     house = house_of(FakeDenoiser(seconds_per_step=0.05), **where, **keys)
     jobs = [accepted(house.client, number) for number in range(4)]
     rascal.rule = lambda method, path, headers: "close"
-    monkeypatch.setattr("stable_diffusion_server.files.disk_space.SPARE_BYTES", 2**70)
+    monkeypatch.setattr("stable_diffusion_server.files.disk_space.MIN_FREE_BYTES", 2**70)
     house.client.post(CREATE, json=order(9))  # finds out that the bucket is down
     until(lambda: house.client.get("/readyz").status_code == 503, 60)
     assert house.client.post(CREATE, json=order(7), headers=ASYNC).status_code == 503

@@ -12,7 +12,7 @@ from fakes import disc, file_of
 
 from stable_diffusion_server.errors import InvalidInput
 from stable_diffusion_server.net.image_fetcher import FetchLimits, ImageFetcher
-from stable_diffusion_server.net.url_policy import UrlPolicy
+from stable_diffusion_server.net.url_policy import AllowedTarget
 from stable_diffusion_server.net.webhook_client import WebhookClient
 
 HOST = "127.0.0.1"
@@ -46,7 +46,7 @@ async def ended(tasks: Sequence[asyncio.Task[bytes]]) -> None:
 @pytest.mark.fault(116)
 async def test_silent_hosts_of_one_caller_leave_places_for_others(port: int) -> None:
     """64 of one caller wait, half the places taken; four others are answered while not one of them has ended."""
-    fetcher = ImageFetcher(FetchLimits(1_000_000, total=60, first_byte=60), [UrlPolicy.parse(f"{HOST}:{port}")])
+    fetcher = ImageFetcher(FetchLimits(1_000_000, total=60, first_byte=60), [AllowedTarget.parse(f"{HOST}:{port}")])
     silent = [
         asyncio.create_task(fetcher.fetch(f"http://{HOST}:{port}/silent-{n}", "image_url", share="key a"))
         for n in range(64)
@@ -75,7 +75,7 @@ async def test_silent_name_servers_of_one_caller_leave_threads_for_others(port: 
     async def resolve(host: str, port: int) -> list[str]:
         return await asyncio.get_running_loop().run_in_executor(threads, look_up, host)
 
-    fetcher = ImageFetcher(FetchLimits(1_000_000, total=60), [UrlPolicy.parse(f"good.test:{port}")], resolve)
+    fetcher = ImageFetcher(FetchLimits(1_000_000, total=60), [AllowedTarget.parse(f"good.test:{port}")], resolve)
     silent = [
         asyncio.create_task(fetcher.fetch(f"http://silent-{n}.test:{port}/", "image_url", share="key a"))
         for n in range(64)

@@ -12,7 +12,7 @@ from web_rascal import PICTURE, Names, Rascal
 
 from stable_diffusion_server.errors import InvalidInput, RemoteFetchFailed, ServerError, TooLarge, UnsupportedMedia
 from stable_diffusion_server.net.image_fetcher import MAX_REDIRECTS, FetchLimits, ImageFetcher
-from stable_diffusion_server.net.url_policy import UrlPolicy
+from stable_diffusion_server.net.url_policy import AllowedTarget
 
 MAX_BYTES = 100_000
 
@@ -30,9 +30,9 @@ async def rascal() -> AsyncIterator[Rascal]:
 @pytest.fixture
 async def fetch(rascal: Rascal) -> AsyncIterator[Callable[[str], Awaitable[bytes]]]:
     """Fetch a path of the misbehaving server, which is allowed, within tight bounds."""
-    bounds = FetchLimits(max_bytes=MAX_BYTES, total=3.0, connect=1.0, first_byte=0.5, min_rate=1024, patience=0.2)
+    bounds = FetchLimits(max_bytes=MAX_BYTES, total=3.0, connect=1.0, first_byte=0.5, min_rate=1024, grace=0.2)
     fetcher = ImageFetcher(
-        bounds, [UrlPolicy.parse(f"pictures.test:{rascal.port}")], Names(pictures_test=["127.0.0.1"])
+        bounds, [AllowedTarget.parse(f"pictures.test:{rascal.port}")], Names(pictures_test=["127.0.0.1"])
     )
     yield lambda path: fetcher.fetch(f"http://pictures.test:{rascal.port}/{path}", "image_url")
     fetcher.close()
@@ -98,7 +98,7 @@ async def test_a_bad_answer_is_a_named_error(
 async def test_the_name_is_resolved_once_and_kept_for_the_host_header(rascal: Rascal) -> None:
     """A second answer of the name server is never asked for, so it can not turn private between check and dial."""
     names = Names(pictures_test=["127.0.0.1"])
-    fetcher = ImageFetcher(FetchLimits(MAX_BYTES), [UrlPolicy.parse(f"pictures.test:{rascal.port}")], names)
+    fetcher = ImageFetcher(FetchLimits(MAX_BYTES), [AllowedTarget.parse(f"pictures.test:{rascal.port}")], names)
     await fetcher.fetch(f"http://pictures.test:{rascal.port}/picture", "image_url")
     fetcher.close()
     assert names.asked == ["pictures.test"]
@@ -191,7 +191,7 @@ async def test_tls_is_asked_for_the_name_and_not_the_number() -> None:
     tls.sni_callback = lambda connection, name, context: wanted.append(name)  # type: ignore[assignment]  # gives None
     rascal = Rascal()
     server = await rascal.start(tls)
-    allowed = [UrlPolicy.parse(f"pictures.test:{rascal.port}")]
+    allowed = [AllowedTarget.parse(f"pictures.test:{rascal.port}")]
     fetcher = ImageFetcher(FetchLimits(MAX_BYTES), allowed, Names(pictures_test=["127.0.0.1"]))
     with pytest.raises(RemoteFetchFailed):
         await fetcher.fetch(f"https://pictures.test:{rascal.port}/picture", "image_url")
@@ -205,7 +205,7 @@ async def test_a_fetch_that_is_cancelled_lets_go_of_its_connection(
 ) -> None:
     """The caller left: the remote sees the connection end."""
     fetcher = ImageFetcher(
-        FetchLimits(MAX_BYTES, total=600, patience=600), [UrlPolicy.parse(f"127.0.0.1:{rascal.port}")]
+        FetchLimits(MAX_BYTES, total=600, grace=600), [AllowedTarget.parse(f"127.0.0.1:{rascal.port}")]
     )
     fetching = asyncio.ensure_future(fetcher.fetch(f"http://127.0.0.1:{rascal.port}/drip", "image_url"))
     await asyncio.to_thread(until, lambda: bool(rascal.heads))
@@ -219,6 +219,6 @@ async def test_a_fetch_that_is_cancelled_lets_go_of_its_connection(
 async def test_the_next_address_is_dialled_when_the_first_takes_no_connection(rascal: Rascal) -> None:
     """A name with a dead address beside a living one still gives its picture."""
     names = Names(pictures_test=["127.9.9.9", "127.0.0.1"])
-    fetcher = ImageFetcher(FetchLimits(MAX_BYTES), [UrlPolicy.parse(f"pictures.test:{rascal.port}")], names)
+    fetcher = ImageFetcher(FetchLimits(MAX_BYTES), [AllowedTarget.parse(f"pictures.test:{rascal.port}")], names)
     assert await fetcher.fetch(f"http://pictures.test:{rascal.port}/picture", "image_url") == PICTURE
     fetcher.close()

@@ -22,7 +22,7 @@ from web_rascal import PICTURE, Rascal, beside
 from stable_diffusion_server.errors import InvalidInput
 from stable_diffusion_server.net import image_fetcher, safe_client
 from stable_diffusion_server.net.image_fetcher import FetchLimits, ImageFetcher, _redirected
-from stable_diffusion_server.net.url_policy import PORTS, UrlPolicy, parse
+from stable_diffusion_server.net.url_policy import PORTS, AllowedTarget, parse_url
 
 STYLE = "/style_transfer_and_upload_image"
 PUBLIC = "93.184.216.34"
@@ -178,7 +178,7 @@ def test_a_webhook_whose_name_turns_is_not_told(house: RunningApp, trap: Trap, d
 @pytest.mark.fault(35)
 async def test_every_hop_is_resolved_and_judged_anew(friend: Rascal, trap: Trap, dials: OutboundConnections) -> None:
     """A name that is allowed by its network for the first hop and leads elsewhere for the second is not followed."""
-    allowed = [UrlPolicy.parse(f"127.0.0.1:{friend.port}")]
+    allowed = [AllowedTarget.parse(f"127.0.0.1:{friend.port}")]
     fetching = ImageFetcher(FetchLimits(100_000), allowed)
     url = f"http://turns-back.test:{friend.port}"
     with watched(dials), pytest.raises(InvalidInput):
@@ -208,7 +208,7 @@ def test_where_a_redirect_leads_is_read_like_any_address() -> None:
     """What is no URL, and what leads from https to http, is refused by name."""
     for location in ("http://[::1", "//[x]/", "http://public.test/", "http:///"):
         with pytest.raises(InvalidInput) as refused:
-            _redirected(parse("https://public.test/", "image_url"), location, "image_url")
+            _redirected(parse_url("https://public.test/", "image_url"), location, "image_url")
         assert refused.value.field == "image_url"
 
 
@@ -217,7 +217,7 @@ async def test_tls_is_checked_and_never_left(tmp_path: Path) -> None:
     """The certificate has to be the name's; a redirect from https to http is not followed."""
     server_side, client_side = tls_for("pictures.test", tmp_path)
     with beside(Rascal(), server_side) as secure:
-        hosts = [UrlPolicy.parse(f"{host}:{secure.port}") for host in ("pictures.test", "other.test")]
+        hosts = [AllowedTarget.parse(f"{host}:{secure.port}") for host in ("pictures.test", "other.test")]
 
         async def resolve(host: str, port: int) -> list[str]:
             return ["127.0.0.1"]

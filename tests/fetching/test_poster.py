@@ -15,7 +15,7 @@ import pytest
 
 from stable_diffusion_server.errors import InvalidInput, RemoteFetchFailed
 from stable_diffusion_server.jobs.webhooks import sign_webhook
-from stable_diffusion_server.net.url_policy import UrlPolicy
+from stable_diffusion_server.net.url_policy import AllowedTarget
 from stable_diffusion_server.net.webhook_client import WebhookClient
 
 
@@ -57,7 +57,7 @@ def receiver() -> Iterator[Receiver]:
 
 
 def poster_to(receiver: Receiver, seconds: float = 10.0) -> WebhookClient:
-    return WebhookClient(seconds, [UrlPolicy.parse(f"127.0.0.1:{receiver.port}")])
+    return WebhookClient(seconds, [AllowedTarget.parse(f"127.0.0.1:{receiver.port}")])
 
 
 async def test_a_message_arrives_signed(receiver: Receiver) -> None:
@@ -98,7 +98,7 @@ async def test_a_receiver_that_keeps_silent_or_is_not_there_is_told(receiver: Re
     with pytest.raises(RemoteFetchFailed, match="did not answer"):
         await poster.post(f"http://127.0.0.1:{receiver.port}/", b"{}", {})
     poster.close()
-    nobody = WebhookClient(5, [UrlPolicy.parse("127.0.0.1:1")])
+    nobody = WebhookClient(5, [AllowedTarget.parse("127.0.0.1:1")])
     with pytest.raises(RemoteFetchFailed, match="no connection"):
         await nobody.post("http://127.0.0.1:1/", b"{}", {})
     nobody.close()

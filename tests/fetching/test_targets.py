@@ -8,7 +8,7 @@ import pytest
 
 from stable_diffusion_server.errors import InvalidInput
 from stable_diffusion_server.net.public_ip import is_public
-from stable_diffusion_server.net.url_policy import MAX_URL_LENGTH, UrlPolicy, UrlTarget, parse
+from stable_diffusion_server.net.url_policy import MAX_URL_LENGTH, AllowedTarget, UrlTarget, parse_url
 
 CLOSED = (
     "0.0.0.0 10.1.2.3 100.64.0.1 127.0.0.1 127.255.255.254 169.254.169.254 172.16.0.1 172.31.255.255 192.0.0.1 "
@@ -83,16 +83,16 @@ def test_an_address_of_the_internet_is_public(address: str) -> None:
 def test_a_malformed_or_foreign_address_is_refused_by_name(url: str) -> None:
     """Other schemes, users, odd ports, blanks, and numbers in spellings on which programs disagree."""
     with pytest.raises(InvalidInput) as refused:
-        parse(url, "image_url")
+        parse_url(url, "image_url")
     assert refused.value.field == "image_url"
 
 
 def test_the_longest_address_is_taken_and_one_character_more_is_not() -> None:
     """The edge of the length."""
     url = "http://a.example/".ljust(MAX_URL_LENGTH, "x")
-    parse(url, "image_url")
+    parse_url(url, "image_url")
     with pytest.raises(InvalidInput):
-        parse(url + "x", "image_url")
+        parse_url(url + "x", "image_url")
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_the_longest_address_is_taken_and_one_character_more_is_not() -> None:
 )
 def test_an_address_is_taken_apart_once_and_for_all(url: str, target: UrlTarget, again: str | None) -> None:
     """What is judged is what is dialled: one reading, in ASCII, lower case, without the fragment."""
-    assert parse(url, "image_url") == target
+    assert parse_url(url, "image_url") == target
     assert again is None or target.url == again
 
 
@@ -138,11 +138,11 @@ def test_what_the_operator_allows_is_covered_and_nothing_beside_it(
     text: str, url: str, address: str, covered: bool
 ) -> None:
     """A name or a network, at its port or that of the scheme."""
-    assert UrlPolicy.parse(text).covers(parse(url, "image_url"), ipaddress.ip_address(address)) is covered
+    assert AllowedTarget.parse(text).covers(parse_url(url, "image_url"), ipaddress.ip_address(address)) is covered
 
 
 @pytest.mark.parametrize("text", ["", "http://a.example", "a.example/x", "u@a.example", "a.example:x", "10.0.0.1/8"])
 def test_an_allowance_that_is_no_host_or_network_is_refused(text: str) -> None:
     """A slip of the pen must not open more, or nothing, in silence."""
     with pytest.raises(ValueError, match=r"."):
-        UrlPolicy.parse(text)
+        AllowedTarget.parse(text)

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from stable_diffusion_server.errors import InvalidInput, NotFound, ServerError, StorageUnavailable
 from stable_diffusion_server.generation.prompts import clean
-from stable_diffusion_server.imaging.formats import ALWAYS, EXTRA
+from stable_diffusion_server.imaging.formats import DEFAULT_FORMATS, OPTIONAL_FORMATS
 from stable_diffusion_server.imaging.sandbox.pool import DecoderPool
 from stable_diffusion_server.parsing.strict_json import dumps, parse_object
 from stable_diffusion_server.storage.keys import object_key, url_path
@@ -34,7 +34,10 @@ SHARED = settings(
     max_examples=150,
     derandomize=True,
 )
-WHOLE = [file_of(disc(24, 16), kind) for kind in (*ALWAYS, *EXTRA)] + [jpeg_of_many_scans(24, 16, 2), gif_of_frames(3)]
+WHOLE = [file_of(disc(24, 16), kind) for kind in (*DEFAULT_FORMATS, *OPTIONAL_FORMATS)] + [
+    jpeg_of_many_scans(24, 16, 2),
+    gif_of_frames(3),
+]
 CREATE, STYLE = "/create_and_upload_image", "/style_transfer_and_upload_image"
 ANY_TEXT = st.text(st.characters(), max_size=60)
 
@@ -85,7 +88,12 @@ def pool() -> Iterator[Pool]:
 
         async def make() -> DecoderPool:
             return DecoderPool(
-                max_bytes=10**6, max_pixels=10**5, max_side=2000, processes=1, seconds=60, formats=(*ALWAYS, *EXTRA)
+                max_bytes=10**6,
+                max_pixels=10**5,
+                max_side=2000,
+                processes=1,
+                seconds=60,
+                formats=(*DEFAULT_FORMATS, *OPTIONAL_FORMATS),
             )
 
         decoder = runner.run(make())

@@ -32,7 +32,7 @@ def emitted(server: Server) -> dict[str, set[str]]:
     assert httpx.get(f"{server.url}/create_and_upload_image", params=asked, timeout=120).status_code == 200
     metrics = Metrics()
     metrics.observe(EngineEvent(EngineEventKind.FAILED, "a", cause="internal-error"))
-    metrics.observe(EngineEvent(EngineEventKind.AGAIN, "a", cause="out-of-memory"))
+    metrics.observe(EngineEvent(EngineEventKind.RESTARTED, "a", cause="out-of-memory"))
     metrics.record_quality_check("black")
     metrics.record_storage_call("stat", 0.1, failed=True)
     metrics.record_request(RequestSample("/a", 401, 0.1, "unauthorized", "anna"))

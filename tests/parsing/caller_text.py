@@ -283,7 +283,7 @@ async def followed(after: str) -> None:
 
 
 HOUSE = DialectContext(RequestLimits(), MODELS, "sdxl", {}, 4, 67_108_864)
-PICTURES = strict_json.JsonLimits(pictures=frozenset({"p"}), picture_bytes=27_963_051)
+PICTURES = strict_json.JsonLimits(image_fields=frozenset({"p"}), max_image_bytes=27_963_051)
 TO_JSON: dict[str, str] = {
     "lists": "[],",
     "objects": "{},",
@@ -452,13 +452,13 @@ PARSERS = [
     Parser(
         "an address to fetch",
         url_policy.MAX_URL_LENGTH,
-        lambda text: url_policy.parse(text, "image_url"),
+        lambda text: url_policy.parse_url(text, "image_url"),
         lambda text: "http://" + text,
     ),
     Parser(
         "an address with a path",
         url_policy.MAX_URL_LENGTH,
-        lambda text: url_policy.parse(text, "image_url"),
+        lambda text: url_policy.parse_url(text, "image_url"),
         lambda text: "http://a/" + text,
     ),
     Parser("save_path", KEY_MAX_BYTES, lambda text: object_key("static", text)),
@@ -508,7 +508,7 @@ PARSERS = [
     Parser(
         "a stored object's size",
         10_000,
-        lambda text: StoredObject("a", 1, "a", "a", {"bytes": text}).whole,
+        lambda text: StoredObject("a", 1, "a", "a", {"bytes": text}).is_complete,
         refuses=False,
     ),
     Parser(

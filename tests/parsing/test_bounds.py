@@ -21,7 +21,7 @@ from stable_diffusion_server.api.request_parsing import BodyLimits
 from stable_diffusion_server.app import create_app
 from stable_diffusion_server.errors import InvalidInput, MalformedRequest, ServerError, TooLarge
 from stable_diffusion_server.parsing.strict_json import JsonLimits, dumps, parse_object
-from stable_diffusion_server.parsing.unicode_text import MOST_MARKS, nfc
+from stable_diffusion_server.parsing.unicode_text import MAX_MARKS, nfc
 
 CREATE, STYLE, INPAINT = "/create_and_upload_image", "/style_transfer_and_upload_image", "/inpaint_and_upload_image"
 OPENAI, TXT2IMG, IMG2IMG = "/v1/images/generations", "/sdapi/v1/txt2img", "/sdapi/v1/img2img"
@@ -369,8 +369,8 @@ def test_an_option_that_is_refused_changes_nothing(house: RunningApp) -> None:
 
 def test_marks_in_a_row_are_bounded_on_both_sides_of_the_edge() -> None:
     """Thirty are taken, as UAX #15 has it, and one more is not; composed marks count."""
-    assert nfc("a" + "\u0323" * MOST_MARKS)
-    for run in ("\u0323" * (MOST_MARKS + 1), "\u0f73" * (MOST_MARKS + 1)):
+    assert nfc("a" + "\u0323" * MAX_MARKS)
+    for run in ("\u0323" * (MAX_MARKS + 1), "\u0f73" * (MAX_MARKS + 1)):
         with pytest.raises(ValueError, match="marks"):
             nfc("a" + run)
 

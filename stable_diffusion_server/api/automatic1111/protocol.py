@@ -209,7 +209,7 @@ def _pixels(asked: Txt2Img, house: DialectContext) -> tuple[int, int]:
     low, high = house.limits.bounds()["width"]
     faults = [(n, f"{n} must be between {low:g} and {high:g}.") for n, side in sides.items() if not low <= side <= high]
     if faults:
-        raise InvalidInput.of(faults)
+        raise InvalidInput.from_faults(faults)
     return sides["width"], sides["height"]
 
 

@@ -33,7 +33,7 @@ class RateLimiter:
         if allowed.concurrency and self._under_way[allowed.who] >= allowed.concurrency:
             raise RateLimited(f"{allowed.concurrency} requests at a time are allowed here.", retry_after=1)
         if allowed.rate is not None and not self._windows.hit(allowed.who, allowed.rate):
-            _, seconds = self._windows.left(allowed.who, allowed.rate)
+            _, seconds = self._windows.remaining(allowed.who, allowed.rate)
             raise RateLimited(f"{_told(allowed.rate)} are allowed here.", retry_after=max(1, math.ceil(seconds)))
         self._under_way[allowed.who] += 1
 
@@ -50,7 +50,7 @@ class RateLimiter:
         """
         if allowed.rate is None:
             return {}
-        left, seconds = self._windows.left(allowed.who, allowed.rate)
+        left, seconds = self._windows.remaining(allowed.who, allowed.rate)
         return {
             "RateLimit-Limit": str(allowed.rate.amount),
             "RateLimit-Remaining": str(left),

@@ -126,7 +126,7 @@ class ImagesParams(GenerationParams):
             if side is not None and not low <= side <= high:
                 faults.append(("size", f"size: the {name} must be between {low:g} and {high:g}."))
         if faults:
-            raise InvalidInput.of(faults)
+            raise InvalidInput.from_faults(faults)
         if self.as_text:
             house.check_size(self.count, width or _SIDE, height or _SIDE, "n")
 

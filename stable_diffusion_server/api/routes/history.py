@@ -78,7 +78,7 @@ def _wanted(request: Request) -> HistoryQuery:
             else:
                 numbers[name] = int(text)
     if faults:
-        raise InvalidInput.of(faults)
+        raise InvalidInput.from_faults(faults)
     return HistoryQuery(
         words=given.get("q", ""),
         model=given.get("model", ""),

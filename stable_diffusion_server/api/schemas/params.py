@@ -125,7 +125,7 @@ def raise_invalid(error: ValidationError) -> NoReturn:
     for fault in error.errors(include_url=False, include_input=False):
         name = str(fault["loc"][0])
         faults.setdefault(name[:100], _sentence(name, fault["type"], fault["msg"]))
-    raise InvalidInput.of(list(faults.items())) from error
+    raise InvalidInput.from_faults(list(faults.items())) from error
 
 
 def _sentence(name: str, kind: str, message: str) -> str:

@@ -247,5 +247,5 @@ def _sources(parameters: NativeParams, *names: str) -> list[ImageInput]:
         else:
             sources.append(ImageInput(by_url, url=url))
     if faults:
-        raise InvalidInput.of(faults)
+        raise InvalidInput.from_faults(faults)
     return sources

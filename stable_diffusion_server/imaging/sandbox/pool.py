@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from stable_diffusion_server.concurrency import FairLimiter, ProgressMonitor
 from stable_diffusion_server.errors import InvalidInput, NotReady, ServerError, TooLarge, UnsupportedMedia
-from stable_diffusion_server.imaging.formats import ALWAYS, describe_formats
+from stable_diffusion_server.imaging.formats import DEFAULT_FORMATS, describe_formats
 from stable_diffusion_server.imaging.sandbox import worker as child
 
 _log = structlog.get_logger(__name__)
@@ -50,7 +50,7 @@ class DecoderPool:
         max_side: int,
         processes: int = 3,
         seconds: float = 10.0,
-        formats: Sequence[str] = ALWAYS,
+        formats: Sequence[str] = DEFAULT_FORMATS,
         program: str = child.__file__,
     ) -> None:
         self._max_bytes, self._max_pixels, self._max_side = max_bytes, max_pixels, max_side
@@ -75,7 +75,7 @@ class DecoderPool:
         """
         if len(data) > self._max_bytes:
             raise TooLarge(f"{field} is larger than {self._max_bytes} bytes.", field=field)
-        with self._monitor.working():
+        with self._monitor.track():
             try:
                 async with self._places.hold(share):
                     return await self._decode(data, field, transparency)
@@ -86,8 +86,8 @@ class DecoderPool:
 
     def health(self) -> str | None:
         """Why no picture is decoded although some are waited for, in a sentence; `None` while all is well."""
-        if silent := self._monitor.stalled():
-            count = self._monitor.in_hand
+        if silent := self._monitor.stalled_seconds():
+            count = self._monitor.pending
             return f"The decoder of pictures makes no progress: {count} wait, and none ended in {silent:.0f} seconds."
         return None
 

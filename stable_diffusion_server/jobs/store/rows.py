@@ -48,7 +48,7 @@ def entry_of(row: tuple[Any, ...]) -> JobRecord:
         raise DamagedRow("outcome") from error
     return JobRecord(
         id=job_id,
-        caller=Caller.of_owner(caller, prefix),
+        caller=Caller.from_owner(caller, prefix),
         accepted_at=accepted_at,
         state=JobState(state),
         attempts=attempts,
@@ -77,7 +77,7 @@ def read_entry_or_set_aside(row: tuple[Any, ...], now: float) -> JobRecord:
         share = row[11] if isinstance(row[11], str) else ""
         return JobRecord(
             job_id,
-            Caller.of_owner(caller, prefix),
+            Caller.from_owner(caller, prefix),
             accepted_at,
             JobState.FAILED,
             ended_at=ended_at,

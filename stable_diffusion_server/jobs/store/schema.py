@@ -7,7 +7,7 @@ from pathlib import Path
 
 import structlog
 
-from stable_diffusion_server.files import is_unavailable, set_aside
+from stable_diffusion_server.files import is_blocked, quarantine
 
 _log = structlog.get_logger(__name__)
 
@@ -108,9 +108,9 @@ def connect(path: Path) -> sqlite3.Connection:
     try:
         return _connect(path)
     except sqlite3.DatabaseError as error:
-        if not _is_damage(error) and not is_unavailable(path):
+        if not _is_damage(error) and not is_blocked(path):
             raise
-        set_aside(path, str(error))
+        quarantine(path, str(error))
     return _connect(path)
 
 

@@ -19,7 +19,7 @@ from stable_diffusion_server.errors import (
     StorageRefused,
     StorageUnavailable,
 )
-from stable_diffusion_server.imaging import has_image_signature, is_complete_file
+from stable_diffusion_server.imaging import is_complete_file, is_image_object
 from stable_diffusion_server.storage.gcs.errors import (
     FORBIDDEN,
     ConditionFailed,
@@ -200,11 +200,11 @@ class GCSBucket:
     def _sound(self, blob: Any) -> StoredObject | None:
         """What is told of an object, if it is what was written there, or a picture that someone else put there."""
         stored, expected = _stored(blob), (blob.metadata or {}).get(_SUM)
-        if not stored.whole:
+        if not stored.is_complete:
             return None
         if expected is not None:
             return stored if blob.md5_hash in (None, expected) else None
-        if not has_image_signature(stored.key, stored.content_type):
+        if not is_image_object(stored.key, stored.content_type):
             return stored
         ends = (
             self.read(stored.key, 0, _LOOKED_AT),

@@ -13,7 +13,7 @@ from pathlib import Path
 import structlog
 
 from stable_diffusion_server.errors import StorageUnavailable
-from stable_diffusion_server.files import is_unavailable, set_aside
+from stable_diffusion_server.files import is_blocked, quarantine
 from stable_diffusion_server.storage.history.entries import HistoryEntry, HistoryQuery
 
 _log = structlog.get_logger(__name__)
@@ -79,9 +79,9 @@ class HistoryIndex:
             self._make()
         except sqlite3.DatabaseError as error:
             code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF
-            if code not in _DAMAGE and not is_unavailable(self._path):
+            if code not in _DAMAGE and not is_blocked(self._path):
                 raise _unusable(error) from error
-            set_aside(self._path, str(error))
+            quarantine(self._path, str(error))
             self._make()
 
     def add(self, entries: Sequence[HistoryEntry]) -> None:

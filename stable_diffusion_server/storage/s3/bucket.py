@@ -19,7 +19,7 @@ from stable_diffusion_server.errors import (
     StorageRefused,
     StorageUnavailable,
 )
-from stable_diffusion_server.imaging import has_image_signature, is_complete_file
+from stable_diffusion_server.imaging import is_complete_file, is_image_object
 from stable_diffusion_server.storage.object_headers import cache_control, content_disposition
 from stable_diffusion_server.storage.refusals import error_of_refusal, is_answered
 from stable_diffusion_server.storage.s3 import objects
@@ -187,7 +187,7 @@ class S3Bucket:
     def _sound(self, key: str, head: Any) -> StoredObject | None:
         """What HEAD told of, if it is what was written there, or a picture that someone else put there."""
         stored, metadata = objects.to_stored_object(key, head), objects.metadata_of(head)
-        if not stored.whole or self._broken.get(key) == stored.etag:
+        if not stored.is_complete or self._broken.get(key) == stored.etag:
             return None
         if objects.SUM in metadata:
             comparable = self._etags_are_sums and not objects.is_encrypted_otherwise(head)
@@ -195,7 +195,7 @@ class S3Bucket:
                 return stored
             # Read before it is called broken: not every store's ETag is what it looks like.
             return stored if self._reads_well(key) else None
-        if not has_image_signature(key, stored.content_type):
+        if not is_image_object(key, stored.content_type):
             return stored
         ends = self.read(key, 0, _LOOKED_AT), self.read(key, max(0, stored.size - _LOOKED_AT), stored.size)
         return stored if is_complete_file(*ends, stored.size) else None
