@@ -356,9 +356,9 @@ def eight(rig: Rig, side: int, submit: Callable[[DiffusionRequest], Any], turn: 
 def engine_over(family: Any, most: int) -> Iterator[Callable[[DiffusionRequest], Any]]:
     """An engine with one family on its own thread: the function that hands it a job."""
     ready = threading.Event()
-    engine: Engine[Any, Any] = Engine(lambda: family, queue_limit=64, max_batch=most, ready=ready.set)
+    engine: Engine[Any, Any] = Engine(lambda: family, queue_limit=64, max_batch=most, on_ready=ready.set)
     engine.start()
-    while not ready.wait(0.1) and engine.phase is not EngineState.FAILED:
+    while not ready.wait(0.1) and engine.state is not EngineState.FAILED:
         pass
     try:
         yield engine.submit

@@ -64,7 +64,7 @@ def main() -> None:
     traced.names.update({job.seed: name for name, (job, _) in jobs.items()})
     engine: Engine[Any, Any] = Engine(lambda: traced, queue_limit=16, max_batch=8)
     engine.start()
-    while engine.phase is not EngineState.READY:
+    while engine.state is not EngineState.READY:
         time.sleep(0.01)
     warm = engine.submit(replace(jobs["A"][0], seed=1_000_000))
     traced.names[1_000_000] = "warm"

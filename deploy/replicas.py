@@ -238,9 +238,9 @@ class Hosted:
     def _begun(self) -> bool:
         """Whether the models are loaded. Raises `RuntimeError` if they cannot be, so that another replica is tried."""
         engine = self._app.state.engine
-        if engine.phase is EngineState.FAILED:
+        if engine.state is EngineState.FAILED:
             raise RuntimeError(engine.reason)
-        return engine.phase is EngineState.READY
+        return engine.state is EngineState.READY
 
     async def _until(self, condition: Callable[[], bool], seconds: float) -> None:
         end = time.monotonic() + seconds
@@ -268,7 +268,7 @@ class ReplicaHealth:
         better.
         """
         engine = app.state.engine
-        if engine.phase not in (EngineState.READY, EngineState.LOADING):
+        if engine.state not in (EngineState.READY, EngineState.LOADING):
             return str(engine.reason)
         try:
             sign = self._progress.stat().st_mtime_ns

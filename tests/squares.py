@@ -40,7 +40,7 @@ def engine_of() -> Iterator[EngineOf]:
     def make(painter: FakeDenoiser, queue_limit: int = 32, max_batch: int = 4, **more: Any) -> Engine[Any, Any]:
         engine: Engine[Any, Any] = Engine(lambda: painter, queue_limit=queue_limit, max_batch=max_batch, **more)
         engine.start()
-        until(lambda: engine.phase is EngineState.READY)
+        until(lambda: engine.state is EngineState.READY)
         made.append(engine)
         return engine
 
@@ -168,13 +168,13 @@ class ConcurrentDenoiser(FakeDenoiser):
     threads: set[int] = field(default_factory=set)
     lanes_told: list[int] = field(default_factory=list)
     unshareable: str = ""
-    best_lanes: int = 1
+    best_workers: int = 1
     at_once: Counter[str] = field(default_factory=Counter)
     most: Counter[str] = field(default_factory=Counter)
     together: threading.Barrier | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def enter_lane(self, lanes: int) -> None:
+    def enter_worker(self, lanes: int) -> None:
         self.lanes_told.append(lanes)
 
     def _within(self, what: str, by: int) -> None:

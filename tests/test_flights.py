@@ -166,11 +166,11 @@ async def test_all_passengers_are_told_and_a_latecomer_hears_the_latest_at_once(
     staying, leaving = passenger(first), passenger(second, previews=True)
     await asyncio.sleep(0.01)
     assert aboard[0].wants_previews
-    aboard[0].tell(GenerationProgress(EngineEventKind.STEP, 1, 4))
+    aboard[0].on_progress(GenerationProgress(EngineEventKind.STEP, 1, 4))
     leaving.cancel()
     await asyncio.sleep(0.01)
     assert not aboard[0].wants_previews
-    aboard[0].tell(GenerationProgress(EngineEventKind.STEP, 2, 4))
+    aboard[0].on_progress(GenerationProgress(EngineEventKind.STEP, 2, 4))
     latecomer = passenger(late)
     await asyncio.sleep(0.01)
     go.set()
@@ -187,7 +187,7 @@ async def test_an_effort_may_follow_another_one() -> None:
 
     async def draw(audience: ProgressBroadcaster) -> str:
         assert audience.wants_previews
-        audience.tell(GenerationProgress(EngineEventKind.STEP, 3, 4))
+        audience.on_progress(GenerationProgress(EngineEventKind.STEP, 3, 4))
         return "drawn"
 
     async def store(audience: ProgressBroadcaster) -> str:

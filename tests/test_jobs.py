@@ -66,9 +66,11 @@ class Office:
         self.bucket = LocalBucket(folder / "bucket")
         self.bucket.open()
         record = DeviceRecord(folder)
-        self.engine: Engine[Any, Any] = Engine(lambda: painter, queue_limit=64, max_batch=4, occupied=record.occupied)
+        self.engine: Engine[Any, Any] = Engine(
+            lambda: painter, queue_limit=64, max_batch=4, on_occupancy=record.occupied
+        )
         self.engine.start()
-        until(lambda: self.engine.phase is EngineState.READY)
+        until(lambda: self.engine.state is EngineState.READY)
 
         async def fetch(url: str, parameter: str, *, share: str = "") -> bytes:
             raise RemoteFetchFailed("nothing there", field=parameter)
@@ -351,7 +353,7 @@ async def test_a_job_that_loses_the_device_is_tried_elsewhere_and_at_last_given_
     waits = (await office.accepted(order("a red square"))).id
     for attempts in (1, 2):
         engine = office.engine
-        await asyncio.to_thread(until, lambda engine=engine: engine.phase is EngineState.FAILED)
+        await asyncio.to_thread(until, lambda engine=engine: engine.state is EngineState.FAILED)
         async with asyncio.timeout(20):
             while (await office.jobs.standing(poison, ANN)).state is not JobState.QUEUED:  # noqa: ASYNC110  # a test's wait
                 await asyncio.sleep(0.01)

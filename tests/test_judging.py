@@ -61,7 +61,7 @@ async def test_a_good_picture_is_drawn_once_and_nothing_is_told() -> None:
     """The common case costs one look."""
     easel = Easel(GOOD)
     result, codes = await judged(easel)
-    assert (easel.jobs, codes, result.job) == ([JOB], [], JOB)
+    assert (easel.jobs, codes, result.request) == ([JOB], [], JOB)
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ async def test_tries_are_few_the_best_is_kept_and_all_is_told(
     assert told == codes
     assert easel.results == []
     assert result.product.pixels is results[kept]
-    assert result.job == easel.jobs[kept]
+    assert result.request == easel.jobs[kept]
     assert result.timings == {"denoise": sum(not isinstance(drawn, ServerError) for drawn in results)}
 
 

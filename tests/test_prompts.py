@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stable_diffusion_server.generation.prompts import clean, remove_stopwords, shorten_too_long_text
+from stable_diffusion_server.generation.prompts import clean_prompt, remove_stopwords, shorten_too_long_text
 
 
 def count_words(text: str) -> int:
@@ -39,7 +39,7 @@ def test_a_prompt_of_stop_words_alone_keeps_them() -> None:
 @given(st.text(alphabet="abc de", max_size=60), st.integers(3, 20))
 def test_the_result_always_fits_and_only_loses_words(prompt: str, limit: int) -> None:
     """For any prompt and limit: within the limit, and every word stood in the prompt, in order."""
-    prompt = clean(prompt)
+    prompt = clean_prompt(prompt)
     shorter = shorten_too_long_text(prompt, limit, count_words)
     assert count_words(shorter) <= limit
     words = iter(prompt.split())
@@ -61,21 +61,21 @@ def test_the_result_always_fits_and_only_loses_words(prompt: str, limit: int) ->
 )
 def test_what_cannot_be_seen_is_removed(given_prompt: str, cleaned: str) -> None:
     """Control, bidirectional and zero-width characters go; joined emoji stay; Unicode comes out in NFC."""
-    assert clean(given_prompt) == cleaned
+    assert clean_prompt(given_prompt) == cleaned
 
 
 @pytest.mark.fault(5)
 def test_a_lone_surrogate_is_refused() -> None:
     """Half a character is no text."""
     with pytest.raises(ValueError, match="surrogate"):
-        clean("a \ud800 circle")
+        clean_prompt("a \ud800 circle")
 
 
 @given(st.text(max_size=40))
 def test_cleaning_twice_changes_nothing(text: str) -> None:
     """A cleaned prompt is clean, so equal prompts meet whichever way they came."""
     try:
-        once = clean(text)
+        once = clean_prompt(text)
     except ValueError:
         return
-    assert clean(once) == once
+    assert clean_prompt(once) == once

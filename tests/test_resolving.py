@@ -70,7 +70,7 @@ def test_an_adapter_is_told_by_its_weights_and_not_by_its_name_alone() -> None:
     """Other weights under the same name are another picture; the same weights the same one."""
     order = replace(UPLOADED, loras=(("pastel", 0.5),))
     mine, same, other = (
-        resolve_request(order, replace(OPTIONS, loras=lambda told=told: {"pastel": told})).content
+        resolve_request(order, replace(OPTIONS, loras=lambda told=told: {"pastel": told})).content_digest
         for told in ("1a", "1a", "2b")
     )
     assert mine == same != other
@@ -87,7 +87,7 @@ def test_an_adapter_that_is_not_there_is_refused_before_anything_is_drawn(there:
 def test_a_default_model_that_does_not_draw_here_gives_way() -> None:
     """With one family of weights, an order that names no model is for that family."""
     options = replace(OPTIONS, models={"flux": MODELS["flux"]})
-    assert resolve_request(GenerationRequest(Task.TEXT_TO_IMAGE, "a red disc"), options).words.facts.name == "flux"
+    assert resolve_request(GenerationRequest(Task.TEXT_TO_IMAGE, "a red disc"), options).parameters.spec.name == "flux"
     with pytest.raises(InvalidInput, match="there are flux"):
         resolve_request(GenerationRequest(Task.TEXT_TO_IMAGE, "a red disc", model="sdxl"), options)
 
@@ -117,23 +117,26 @@ def test_what_does_not_change_the_picture_does_not_change_its_identity() -> None
     """Thresholds without canny, the format, the quality, the name."""
     plan = resolve_request(UPLOADED, OPTIONS)
     for more in ({"canny_low": 90}, {"control_scale": 0.9}, {"format": Format.PNG}, {"quality": 9}, {"save_path": "a"}):
-        assert resolve_request(replace(UPLOADED, **more), OPTIONS).content == plan.content
+        assert resolve_request(replace(UPLOADED, **more), OPTIONS).content_digest == plan.content_digest
 
 
 def test_the_identity_is_that_of_the_bytes_however_they_came() -> None:
     """By address or as files: one picture; other bytes at the same address: another one, sent alike."""
     by_url, by_file = resolve_request(BY_URL, OPTIONS, FETCHED), resolve_request(UPLOADED, OPTIONS)
-    assert (by_url.content, by_url.asked, by_url.key, by_url.seed) == (
-        by_file.content,
-        by_file.asked,
+    assert (by_url.content_digest, by_url.request_digest, by_url.key, by_url.seed) == (
+        by_file.content_digest,
+        by_file.request_digest,
         by_file.key,
         by_file.seed,
     )
-    assert by_url.sent != by_file.sent
+    assert by_url.sent_digest != by_file.sent_digest
     changed = resolve_request(BY_URL, OPTIONS, {**FETCHED, "image_url": b"other"})
-    assert changed.content != by_url.content
-    assert changed.sent == by_url.sent == resolve_request(BY_URL, OPTIONS).sent
-    assert resolve_request(BY_URL, OPTIONS, {"image_url": b"mask", "mask_url": b"image"}).content != by_url.content
+    assert changed.content_digest != by_url.content_digest
+    assert changed.sent_digest == by_url.sent_digest == resolve_request(BY_URL, OPTIONS).sent_digest
+    assert (
+        resolve_request(BY_URL, OPTIONS, {"image_url": b"mask", "mask_url": b"image"}).content_digest
+        != by_url.content_digest
+    )
 
 
 @pytest.mark.parametrize(
@@ -159,8 +162,8 @@ def test_edges_are_followed_by_default_where_a_model_can(model: str, asked: bool
     plan = resolve_request(
         replace(UPLOADED, task=Task.IMAGE_TO_IMAGE, mask=None, model=model, canny=asked), EDGELESS_FLUX
     )
-    assert plan.words.canny is follows
-    told = {warning.code for warning in plan.words.warnings}
+    assert plan.parameters.canny is follows
+    told = {warning.code for warning in plan.parameters.warnings}
     assert ("canny-unavailable" in told) is (model == "flux")
 
 
@@ -214,7 +217,7 @@ def test_a_scene_has_all_pictures_at_the_size_of_the_canvas() -> None:
     plan = resolve_request(replace(UPLOADED, canny=True, feather=4), OPTIONS)
     image, mask = disc(100, 60), np.full((6, 10, 3), 90, np.uint8)
     scene = lay_out_images(plan, image, mask)
-    job = scene.job
+    job = scene.request
     assert (scene.width, scene.height, job.width, job.height) == (100, 60, 384, 256)
     assert job.image is not None
     assert job.mask is not None
@@ -223,21 +226,21 @@ def test_a_scene_has_all_pictures_at_the_size_of_the_canvas() -> None:
     assert set(np.unique(job.mask.pixels)) == {0, 255}
     assert not job.mask.pixels[:12].any()
     drawn = np.full((256, 384, 3), 7, np.uint8)
-    assert scene.finished(drawn).shape == image.shape
+    assert scene.compose_output(drawn).shape == image.shape
 
 
 def test_a_scene_without_pictures_is_as_large_as_was_asked() -> None:
     """Text to image: no image, no mask, and the picture cut out of its canvas."""
     scene = lay_out_images(resolve_request(GenerationRequest(Task.TEXT_TO_IMAGE, "a red disc", 100, 128), OPTIONS))
-    assert (scene.job.image, scene.job.mask, scene.job.control) == (None, None, None)
-    assert scene.finished(np.zeros((128, 128, 3), np.uint8)).shape == (128, 100, 3)
+    assert (scene.request.image, scene.request.mask, scene.request.control) == (None, None, None)
+    assert scene.compose_output(np.zeros((128, 128, 3), np.uint8)).shape == (128, 100, 3)
 
 
 def test_two_jobs_of_equal_pictures_are_one_drawing() -> None:
     """Digests look at pixels, so the same picture in two file formats is drawn once."""
     plan = resolve_request(UPLOADED, OPTIONS)
     mask = np.full((60, 100, 3), 255, np.uint8)
-    jobs = [lay_out_images(plan, disc(100, 60), mask.copy()).job for _ in range(2)]
+    jobs = [lay_out_images(plan, disc(100, 60), mask.copy()).request for _ in range(2)]
     assert jobs[0].image is not None
     assert jobs[0] == replace(jobs[1])
     assert jobs[0].image.digest == jobs[1].image.digest  # type: ignore[union-attr]  # both have one

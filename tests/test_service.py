@@ -40,7 +40,7 @@ class ServiceHarness:
         self.bucket.open()
         self.engine: Engine[Any, Any] = Engine(lambda: painter, queue_limit=64, max_batch=4)
         self.engine.start()
-        until(lambda: self.engine.phase is EngineState.READY)
+        until(lambda: self.engine.state is EngineState.READY)
         self.fetcher = ImageFetcher(FetchLimits(max_bytes=1_000_000))
         self.decoder = DecoderPool(max_bytes=1_000_000, max_pixels=1_000_000, max_side=2048)
         self.service = self.another_process()
@@ -373,7 +373,7 @@ def test_a_random_seed_is_another_picture_each_time() -> None:
     first, second = (resolve_request(order(seed="random"), OPTIONS) for _ in range(2))
     assert first.seed != second.seed
     assert first.key != second.key
-    assert first.asked == second.asked
+    assert first.request_digest == second.request_digest
 
 
 @pytest.mark.parametrize(
@@ -449,8 +449,8 @@ def test_several_faults_are_told_at_once() -> None:
 def test_a_negative_prompt_no_model_uses_is_told() -> None:
     """Flux has no use for one; the order is drawn without it, and says so."""
     plan = resolve_request(order(model="flux", negative_prompt="blur"), OPTIONS)
-    assert plan.words.negative_prompt is None
-    assert "negative-prompt-ignored" in {warning.code for warning in plan.words.warnings}
+    assert plan.parameters.negative_prompt is None
+    assert "negative-prompt-ignored" in {warning.code for warning in plan.parameters.warnings}
 
 
 async def test_what_is_known_is_told_without_a_look(rooms_of: Callable[..., ServiceHarness]) -> None:

@@ -182,7 +182,7 @@ class RequestDispatcher:
     ) -> Response:
         if isinstance(outcome, StoredProblem):
             raise outcome.as_error()
-        file = await self._service.stored_file(outcome) if picture else b""
+        file = await self._service.read_file(outcome) if picture else b""
         return await _rendered(render, request, outcome, file)
 
     def _accepted(self, request: Request, standing: JobStatus, headers: dict[str, str]) -> Response:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fastapi import Request
 
 from stable_diffusion_server.errors import InvalidInput
-from stable_diffusion_server.generation import whole_number
+from stable_diffusion_server.generation import parse_int
 
 _JOB_ID = re.compile(r"[A-Za-z0-9_-]{16,64}")
 _KEY = re.compile(r"[!-~]{1,255}")
@@ -44,6 +44,6 @@ def preferences_of(request: Request) -> RequestPreferences:
         raise InvalidInput("X-Job-ID must be 16 to 64 letters, digits, dashes or underscores.", field="X-Job-ID")
     if key is not None and not _KEY.fullmatch(key):
         raise InvalidInput("Idempotency-Key must be 1 to 255 printable characters.", field="Idempotency-Key")
-    seconds = whole_number(wanted.get("wait", ""))
+    seconds = parse_int(wanted.get("wait", ""))
     wait = None if seconds is None else float(min(seconds, _MOST_SECONDS))
     return RequestPreferences("respond-async" in wanted, wait, job_id, key)

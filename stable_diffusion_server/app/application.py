@@ -63,7 +63,7 @@ def create_app(
             stores.open(faults)
         found = filter(None, [*faults.values(), stores.bucket.health(), *stalled(), *loaded.missing()])
         reasons = [*dict.fromkeys(found)]
-        return [*reasons, loaded.progress() or engine.reason] if engine.phase is not EngineState.READY else reasons
+        return [*reasons, loaded.progress() or engine.reason] if engine.state is not EngineState.READY else reasons
 
     metrics, tracing = Metrics(), Tracing(settings.otel_exporter_otlp_endpoint, __version__)
     record = DeviceRecord(settings.data_dir)

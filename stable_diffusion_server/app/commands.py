@@ -62,9 +62,9 @@ async def _answered(settings: Settings, wanted: Mapping[str, Any]) -> httpx.Resp
         while True:
             ready = await client.get("/readyz")
             # Ready but for another model: then the order itself is answered with what is wrong with its own.
-            if ready.status_code == HTTPStatus.OK or app.state.engine.phase is EngineState.READY:
+            if ready.status_code == HTTPStatus.OK or app.state.engine.state is EngineState.READY:
                 return await client.post("/make_image", json=wanted)
-            if app.state.engine.phase is EngineState.FAILED:
+            if app.state.engine.state is EngineState.FAILED:
                 sentence = {"detail": " ".join(ready.json()["missing"])}
                 return httpx.Response(HTTPStatus.SERVICE_UNAVAILABLE, json=sentence)
             await asyncio.sleep(_LOOK_EVERY)

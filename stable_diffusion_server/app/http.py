@@ -127,7 +127,7 @@ def add_replay(
     app: FastAPI, service: GenerationService, stores: StorageStack, options: GenerationOptions, decode: DecodeImage
 ) -> None:
     """The door that draws a picture again."""
-    replays = ReplayService(service, decode, options, stores.shelf.entry_of)
+    replays = ReplayService(service, decode, options, stores.shelf.find_by_digest)
     app.include_router(replay_router(replays, options.limits, stores.url_of))
 
 

@@ -34,11 +34,11 @@ def register_metrics(
 
 def _show_engine(metrics: Metrics, engine: Engine[Any, Any]) -> None:
     def caps() -> Iterator[Sample]:
-        for figure in engine.figures():
+        for figure in engine.step_timings():
             yield (figure.label,), figure.cap
 
     def paces() -> Iterator[Sample]:
-        for figure in engine.figures():
+        for figure in engine.step_timings():
             for size, seconds in figure.step_seconds.items():
                 yield (figure.label, str(size)), seconds
 

@@ -211,13 +211,13 @@ def build_engine(
         load_and_tell,
         queue_limit=settings.queue_limit,
         max_batch=settings.max_batch,
-        lanes=settings.engine_workers,
+        workers=settings.engine_workers,
         learn=True,
         observe=broadcast(observers),
-        begin=begin,
-        ready=ready,
-        poisoned=poisoned,
-        occupied=occupied,
+        on_loaded=begin,
+        on_ready=ready,
+        on_device_lost=poisoned,
+        on_occupancy=occupied,
     )
     return engine
 

@@ -187,11 +187,11 @@ class BatchSizeTuner:
         What cannot be known counts as nothing for those behind it, and has no answer itself.
         """
         with self._lock:
-            left = [self._seconds_for(seat.ticket.job, seat.steps_left, 1) or 0.0 for seat in seats]
+            left = [self._seconds_for(seat.ticket.request, seat.steps_left, 1) or 0.0 for seat in seats]
             before, etas = max(left, default=0.0), list[float | None]()
             for ticket in line:
-                cap = self._of(ticket.job).cap
-                own = self._seconds_for(ticket.job, ticket.steps_left, cap)
+                cap = self._of(ticket.request).cap
+                own = self._seconds_for(ticket.request, ticket.steps_left, cap)
                 etas.append(None if own is None else before + own)
                 before += (own or 0.0) / cap
             return etas
@@ -206,7 +206,7 @@ class BatchSizeTuner:
             scale = job.width * job.height / pace.pixels
         return scale * (steps * (pace.seconds(size) or 0.0) + pace.around)
 
-    def figures(self) -> list[StepTimings]:
+    def step_timings(self) -> list[StepTimings]:
         """What is known, one figure for each label."""
         with self._lock:
             return [

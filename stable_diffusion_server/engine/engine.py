@@ -12,7 +12,7 @@ from stable_diffusion_server.concurrency import describe_caller, may_hold_more
 from stable_diffusion_server.engine.batch_tuner import BatchSizeTuner, StepTimings
 from stable_diffusion_server.engine.events import EventDispatcher
 from stable_diffusion_server.engine.interface import Denoiser, DenoiserCapabilities, EngineState, P, S
-from stable_diffusion_server.engine.scheduler import Occupied, Scheduler
+from stable_diffusion_server.engine.scheduler import OccupancyCallback, Scheduler
 from stable_diffusion_server.engine.ticket import Ticket
 from stable_diffusion_server.engine.worker import EngineWorker
 from stable_diffusion_server.errors import InvalidInput, ModelLoadError, NotReady, QueueFull
@@ -35,29 +35,29 @@ class Engine(Generic[S, P]):
         *,
         queue_limit: int,
         max_batch: int,
-        lanes: int = 1,
+        workers: int = 1,
         learn: bool = False,
         observe: Callable[[EngineEvent], None] = lambda event: None,
-        begin: Callable[[Denoiser[S, P], DenoiserCapabilities], object] = lambda denoiser, abilities: None,
-        ready: Callable[[], object] = lambda: None,
-        poisoned: Callable[[], object] = lambda: None,
-        occupied: Occupied = lambda labels, alone: None,
+        on_loaded: Callable[[Denoiser[S, P], DenoiserCapabilities], object] = lambda denoiser, abilities: None,
+        on_ready: Callable[[], object] = lambda: None,
+        on_device_lost: Callable[[], object] = lambda: None,
+        on_occupancy: OccupancyCallback = lambda labels, alone: None,
     ) -> None:
         self._load = load
         self._queue_limit = queue_limit
         self._max_batch = max_batch
-        self._lanes = lanes
-        self._begin = begin
-        self._ready = ready
+        self._lanes = workers
+        self._begin = on_loaded
+        self._ready = on_ready
         self._desk: Scheduler[S, P] = Scheduler(
-            BatchSizeTuner(max_batch, learn=learn), EventDispatcher(observe), poisoned, occupied
+            BatchSizeTuner(max_batch, learn=learn), EventDispatcher(observe), on_device_lost, on_occupancy
         )
         self._threads: list[threading.Thread] = []
 
     @property
-    def phase(self) -> EngineState:
+    def state(self) -> EngineState:
         """Where it is in its life."""
-        return self._desk.phase
+        return self._desk.state
 
     @property
     def reason(self) -> str:
@@ -68,16 +68,16 @@ class Engine(Generic[S, P]):
     def waiting(self) -> int:
         """Jobs accepted and not on the device."""
         with self._desk.changed:
-            return len(self._desk.line)
+            return len(self._desk.queue)
 
     @property
     def running(self) -> int:
         """Jobs on the device."""
-        return len(self._desk.drawn)
+        return len(self._desk.on_device)
 
-    def figures(self) -> list[StepTimings]:
+    def step_timings(self) -> list[StepTimings]:
         """Step times and batch caps by shape."""
-        return self._desk.paces.figures()
+        return self._desk.tuner.step_timings()
 
     def start(self) -> None:
         """Start the device threads, the first of which loads the models. Returns at once."""
@@ -86,7 +86,7 @@ class Engine(Generic[S, P]):
 
     def drain(self) -> None:
         """Take no more work and fail what was not begun; what was goes on to its end."""
-        if self.phase is not EngineState.FAILED:
+        if self.state is not EngineState.FAILED:
             self._desk.enter(EngineState.STOPPED, "The server is going down.")
         self._desk.fail_all(running=False)
 
@@ -106,9 +106,9 @@ class Engine(Generic[S, P]):
         """
         desk = self._desk
         with desk.changed:
-            if desk.phase is not EngineState.READY:
+            if desk.state is not EngineState.READY:
                 raise NotReady(desk.reason, retry_after=5)
-            waiting, held = len(desk.line), desk.line.held_by(owner) if owner and not background else 0
+            waiting, held = len(desk.queue), desk.queue.held_by(owner) if owner and not background else 0
             if waiting < self._queue_limit and may_hold_more(held, self._queue_limit - waiting):
                 return
             retry_after = max(1, math.ceil(desk.etas()[-1] or waiting / self._max_batch))
@@ -167,10 +167,10 @@ class Engine(Generic[S, P]):
         try:
             denoiser = self._load()
             abilities = DenoiserCapabilities.of(denoiser)
-            self._lanes = self._lanes or abilities.best_lanes
+            self._lanes = self._lanes or abilities.best_workers
             self._check_lanes(abilities)
             if self._lanes > 1:
-                abilities.enter_lane(self._lanes)
+                abilities.enter_worker(self._lanes)
             self._begin(denoiser, abilities)
         except BaseException as error:  # whatever it is, /readyz has to say that no model will come
             desk.shut_down(error, "The models could not be loaded.")
@@ -178,7 +178,7 @@ class Engine(Generic[S, P]):
         prepare_lock = threading.Lock()
         lanes = [EngineWorker(desk, denoiser, abilities, prepare_lock, self._lanes) for _ in range(self._lanes)]
         with desk.changed:
-            if desk.phase is EngineState.LOADING:
+            if desk.state is EngineState.LOADING:
                 desk.enter(EngineState.READY, "")
         self._ready()
         for number, lane in enumerate(lanes[1:], 2):

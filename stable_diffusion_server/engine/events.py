@@ -45,16 +45,16 @@ class EventDispatcher:
 
     def dispatch_position(self, ticket: Ticket[Any], position: int, eta_seconds: float | None) -> None:
         """Tell who watches a waiting job that it moved in the line; for all others that is no news."""
-        if position != ticket.told_position:
-            ticket.told_position = position
-            state = ticket.seat.state if ticket.seat else None
+        if position != ticket.reported_position:
+            ticket.reported_position = position
+            state = ticket.suspended.state if ticket.suspended else None
             _pass_on(
                 ticket.watch, _event(EngineEventKind.QUEUED, ticket, state, position=position, eta_seconds=eta_seconds)
             )
 
 
 def _event(kind: EngineEventKind, ticket: Ticket[Any], state: Any, **more: Any) -> EngineEvent:
-    index, steps = (state.index, state.steps) if state is not None else (0, ticket.job.num_inference_steps)
+    index, steps = (state.index, state.steps) if state is not None else (0, ticket.request.num_inference_steps)
     return EngineEvent(kind, ticket.id, index, steps, time.perf_counter() - ticket.accepted_at, **more)
 
 

@@ -68,8 +68,8 @@ class DenoiserCapabilities:
     preview: Callable[[Any], NDArray[np.uint8]] | None = None
     release_memory: Callable[[], object] = lambda: None
     shrink: Callable[[], bool] = lambda: False
-    enter_lane: Callable[[int], object] = lambda lanes: None
-    best_lanes: int = 1
+    enter_worker: Callable[[int], object] = lambda lanes: None
+    best_workers: int = 1
     cpu_threads: int = 0
 
     @classmethod

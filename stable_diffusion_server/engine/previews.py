@@ -32,7 +32,7 @@ class PreviewScheduler:
         state = seat.state
         if self._preview is None or not seat.ticket.wants_previews or state.done:
             return None
-        if seat.previewed_at >= 0 and state.index - seat.previewed_at < EVERY:
+        if seat.last_preview_step >= 0 and state.index - seat.last_preview_step < EVERY:
             return None
         try:
             if state.shape not in self._seconds:
@@ -41,14 +41,14 @@ class PreviewScheduler:
                 if len(self._seconds) >= SHAPES:
                     self._seconds.clear()
                 self._seconds[state.shape] = self._made(state)[1]
-            if seat.previews + self._seconds[state.shape] > SHARE * seat.share:
+            if seat.preview_seconds + self._seconds[state.shape] > SHARE * seat.attributed_step_seconds:
                 return None
             preview, seconds = self._made(state)
         except Exception as error:  # a preview is optional by nature
             _log.warning("a preview failed", exc_info=error)
             return None
-        seat.previewed_at = state.index
-        seat.previews += seconds
+        seat.last_preview_step = state.index
+        seat.preview_seconds += seconds
         self._seconds[state.shape] += 0.2 * (seconds - self._seconds[state.shape])
         return preview
 

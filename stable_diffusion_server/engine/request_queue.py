@@ -77,7 +77,7 @@ class RequestQueue(Generic[P]):
             self._order = order
         return self._order
 
-    def head(self) -> Ticket[P] | None:
+    def next_ticket(self) -> Ticket[P] | None:
         """Who is next."""
         order = self.in_order()
         return order[0].ticket if order else None
@@ -93,7 +93,7 @@ class RequestQueue(Generic[P]):
         left, ahead = max(seat.steps_left for seat in seats), list[QueueEntry[P]]()
         for place in self.in_order()[:SEARCHED]:
             ticket = place.ticket
-            if ticket.alone or ticket.job.shape != seats[0].ticket.job.shape:
+            if ticket.alone or ticket.request.shape != seats[0].ticket.request.shape:
                 ahead.append(place)
             elif not ahead or (ticket.steps_left <= left and may_overtake(place, ahead, cap)):
                 return ticket

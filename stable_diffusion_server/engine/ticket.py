@@ -24,7 +24,7 @@ class Ticket(Generic[P]):
     counts how often it was begun. `label` is what the record of the device names it by.
     """
 
-    job: DiffusionRequest
+    request: DiffusionRequest
     id: str = field(default_factory=lambda: uuid4().hex)
     result: Future[EngineResult[P]] = field(default_factory=Future)
     accepted_at: float = field(default_factory=time.perf_counter)
@@ -35,22 +35,24 @@ class Ticket(Generic[P]):
     alone: bool = False
     exclusive: bool = False
     label: str = ""
-    seat: RunningRequest[Any, P] | None = None
+    suspended: RunningRequest[Any, P] | None = None
     attempts: int = 0
     queued_at: float = field(default_factory=time.perf_counter)
-    told_position: int = -1
+    reported_position: int = -1
     _claimed: bool = False
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def cost(self) -> float:
         """Its share of the device in steps × pixels, which is what owners take turns by; paid once."""
-        return 0.0 if self.attempts else float(self.job.num_inference_steps * self.job.width * self.job.height)
+        return (
+            0.0 if self.attempts else float(self.request.num_inference_steps * self.request.width * self.request.height)
+        )
 
     @property
     def steps_left(self) -> int:
         """Steps it has still to take, as far as is known before it is prepared."""
-        return self.job.num_inference_steps if self.seat is None else self.seat.steps_left
+        return self.request.num_inference_steps if self.suspended is None else self.suspended.steps_left
 
     @property
     def settled(self) -> bool:
@@ -88,9 +90,9 @@ class RunningRequest(Generic[S, P]):
     state: S
     timings: dict[str, float]
     batched: bool = False
-    share: float = 0.0
-    previews: float = 0.0
-    previewed_at: int = -1
+    attributed_step_seconds: float = 0.0
+    preview_seconds: float = 0.0
+    last_preview_step: int = -1
 
     @property
     def steps_left(self) -> int:

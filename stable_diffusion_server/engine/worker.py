@@ -58,7 +58,7 @@ class EngineWorker(Generic[S, P]):
         """Draw until the engine stops; an end that is none of the jobs' doing is told to all."""
         try:
             if self._lanes > 1:
-                self._abilities.enter_lane(self._lanes)
+                self._abilities.enter_worker(self._lanes)
             while self._desk.wait_for_work():
                 self._draw_group()
         except BaseException as error:  # no thread, no pictures: say so instead of letting callers wait for ever
@@ -69,7 +69,7 @@ class EngineWorker(Generic[S, P]):
         self._contested, finished = 0, list[RunningRequest[S, P]]()
         resident = self._abilities.resident
         self._admit()
-        while self._seats and self._desk.phase is not EngineState.FAILED:
+        while self._seats and self._desk.state is not EngineState.FAILED:
             self._step()
             done = [seat for seat in self._seats if seat.state.done]
             self._seats = [seat for seat in self._seats if not seat.state.done]
@@ -102,7 +102,7 @@ class EngineWorker(Generic[S, P]):
         tickets = [seat.ticket for seat in self._seats]
         return (
             first.alone
-            or first.job.shape != tickets[0].job.shape
+            or first.request.shape != tickets[0].request.shape
             or first.owner not in {ticket.owner for ticket in tickets}
             or (not first.background and all(ticket.background for ticket in tickets))
         )
@@ -110,10 +110,10 @@ class EngineWorker(Generic[S, P]):
     def _admit(self) -> None:
         """Seat those who are next for as long as they fit the group."""
         while (ticket := self._desk.pop_next(self._seats)) is not None:
-            seat = ticket.seat or self._prepared(ticket)
+            seat = ticket.suspended or self._prepared(ticket)
             if seat is not None and not self._desk.abandoned(seat):
-                ticket.seat = None
-                self._desk.drawn[ticket] = seat
+                ticket.suspended = None
+                self._desk.on_device[ticket] = seat
                 self._seats.append(seat)
 
     def _prepared(self, ticket: Ticket[P]) -> RunningRequest[S, P] | None:
@@ -123,7 +123,7 @@ class EngineWorker(Generic[S, P]):
         started = time.perf_counter()
         try:
             with self._preparing:
-                state = self._denoiser.prepare(ticket.job)
+                state = self._denoiser.prepare(ticket.request)
         except DeviceLost:
             raise
         except OutOfMemory as error:
@@ -135,14 +135,14 @@ class EngineWorker(Generic[S, P]):
         now = time.perf_counter()
         timings = {"queue": started - ticket.accepted_at, "prepare": now - started, "denoise": 0.0}
         seat = RunningRequest(ticket, state, timings)
-        desk.news.dispatch(
-            EngineEventKind.STARTED, ticket, state, eta_seconds=desk.paces.seconds_for(ticket.job, seat.steps_left)
+        desk.events.dispatch(
+            EngineEventKind.STARTED, ticket, state, eta_seconds=desk.tuner.seconds_for(ticket.request, seat.steps_left)
         )
         return seat
 
     def _step(self) -> None:
         seats = self._seats
-        job = seats[0].ticket.job
+        job = seats[0].ticket.request
         started, spent = time.perf_counter(), self._cost()
         try:
             self._denoiser.step([seat.state for seat in seats])
@@ -157,17 +157,17 @@ class EngineWorker(Generic[S, P]):
             self._step_failed(seats, error)
             return
         seconds, cost = time.perf_counter() - started, self._cost() - spent
-        self._desk.paces.record_step(job, len(seats), seconds, cost, more_wait=self._desk.more_wait(seats))
+        self._desk.tuner.record_step(job, len(seats), seconds, cost, more_wait=self._desk.more_wait(seats))
         for seat in seats:
             seat.timings["denoise"] += seconds
-            seat.share += seconds / len(seats)
+            seat.attributed_step_seconds += seconds / len(seats)
             seat.batched |= len(seats) > 1
             self._tell_step(seat, len(seats))
 
     def _tell_step(self, seat: RunningRequest[S, P], size: int) -> None:
-        left = self._desk.paces.seconds_for(seat.ticket.job, seat.steps_left, size)
+        left = self._desk.tuner.seconds_for(seat.ticket.request, seat.steps_left, size)
         preview = self._previews.of(seat)
-        self._desk.news.dispatch(
+        self._desk.events.dispatch(
             EngineEventKind.STEP, seat.ticket, seat.state, eta_seconds=left, preview=preview, batch_size=size
         )
 
@@ -183,8 +183,8 @@ class EngineWorker(Generic[S, P]):
 
     def _out_of_memory(self, tickets: list[Ticket[P]], size: int, error: OutOfMemory) -> None:
         """Begin anew in groups half as large; one that is alone, with less memory for what is around it."""
-        job = tickets[0].job
-        self._desk.paces.record_out_of_memory(job, size)
+        job = tickets[0].request
+        self._desk.tuner.record_out_of_memory(job, size)
         self._abilities.release_memory()
         again = size > 1 or self._abilities.shrink()
         _log.warning("out of memory", group=size, again=again, size=f"{job.width}x{job.height}")
@@ -204,7 +204,7 @@ class EngineWorker(Generic[S, P]):
         except Exception as error:  # as in _step
             self._desk.fail(seat.ticket, error)
             if self._desk.doubts():
-                self._try_without_adapters(seat.ticket.job)
+                self._try_without_adapters(seat.ticket.request)
             return
         seat.timings["decode"] = time.perf_counter() - started
         self._desk.succeed(seat, product)

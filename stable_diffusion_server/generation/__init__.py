@@ -5,15 +5,15 @@ from __future__ import annotations
 from stable_diffusion_server.generation.executor import SubmissionContext
 from stable_diffusion_server.generation.interfaces import DecodeImage
 from stable_diffusion_server.generation.library import ImageLibrary
-from stable_diffusion_server.generation.limits import NAME_MAX, TEXT_MAX, RequestLimits, whole_number
+from stable_diffusion_server.generation.limits import NAME_MAX, TEXT_MAX, RequestLimits, parse_int
 from stable_diffusion_server.generation.ownership import Ownership
-from stable_diffusion_server.generation.replay import PICTURE, EmbeddedProvenance, ReplayService, with_sources
+from stable_diffusion_server.generation.replay import IMAGE_FIELD, EmbeddedProvenance, ReplayService, with_sources
 from stable_diffusion_server.generation.resolver import GenerationOptions
 from stable_diffusion_server.generation.service import GenerationService
 
 __all__ = [
+    "IMAGE_FIELD",
     "NAME_MAX",
-    "PICTURE",
     "TEXT_MAX",
     "DecodeImage",
     "EmbeddedProvenance",
@@ -24,6 +24,6 @@ __all__ = [
     "ReplayService",
     "RequestLimits",
     "SubmissionContext",
-    "whole_number",
+    "parse_int",
     "with_sources",
 ]

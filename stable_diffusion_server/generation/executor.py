@@ -65,12 +65,12 @@ class GenerationExecutor:
         self._options = options
         self._flights: SingleFlight[CheckedImage[DecodedPixels]] = SingleFlight()
 
-    def fitted(self, job: DiffusionRequest) -> DiffusionRequest:
+    def fit_prompts(self, job: DiffusionRequest) -> DiffusionRequest:
         """The job with its prompts as long as its model reads them. Slow where they are long."""
         negative = self._fit(job.model, job.negative_prompt) if job.negative_prompt else job.negative_prompt
         return replace(job, prompt=self._fit(job.model, job.prompt), negative_prompt=negative)
 
-    async def draw(
+    async def generate(
         self, job: DiffusionRequest, whom: SubmissionContext, listener: ProgressListener
     ) -> tuple[CheckedImage[DecodedPixels], bool]:
         """The picture, and whether the effort was another's. Raises what the queue and `draw_well` raise."""
@@ -86,7 +86,7 @@ class GenerationExecutor:
         async def once(job: DiffusionRequest) -> engine.EngineResult[DecodedPixels]:
             def tell(event: EngineEvent) -> None:
                 ticket.wants_previews = audience.wants_previews  # who joined late may want them
-                audience.tell(_progress_of(event))
+                audience.on_progress(_progress_of(event))
 
             ticket = self._queue.submit(
                 job,

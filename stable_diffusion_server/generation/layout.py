@@ -32,7 +32,7 @@ class CropRegion:
     """The part of a picture that is drawn: where it is, the whole picture and its mask, the size it is drawn at."""
 
     box: CropBox
-    picture: Pixels
+    image: Pixels
     mask: Pixels
     width: int
     height: int
@@ -47,27 +47,27 @@ class ImageLayout:
     picture, and is put back into it.
     """
 
-    job: DiffusionRequest
+    request: DiffusionRequest
     canvas: Canvas
     width: int
     height: int
     image: Pixels | None
     mask: Pixels | None
     warnings: tuple[RequestWarning, ...]
-    around: CropRegion | None = None
+    crop: CropRegion | None = None
 
-    def finished(self, drawn: Pixels) -> Pixels:
+    def compose_output(self, drawn: Pixels) -> Pixels:
         """The picture asked for from the one drawn on the canvas (both uint8, height × width × 3)."""
-        if self.around is not None:
-            part = crop_to_size(drawn, self.around.width, self.around.height, resample=self.canvas.resampled)
-            return paste_back(self.around.box.paste(part, self.around.picture), self.around.picture, self.around.mask)
+        if self.crop is not None:
+            part = crop_to_size(drawn, self.crop.width, self.crop.height, resample=self.canvas.resampled)
+            return paste_back(self.crop.box.paste(part, self.crop.image), self.crop.image, self.crop.mask)
         sized = crop_to_size(drawn, self.width, self.height, resample=self.canvas.resampled)
         return sized if self.image is None or self.mask is None else paste_back(sized, self.image, self.mask)
 
 
 def lay_out_images(plan: ResolvedRequest, image: Pixels | None = None, mask: Pixels | None = None) -> ImageLayout:
     """The scene of a plan with its decoded pictures (uint8, height × width × 3). Raises `InvalidInput`."""
-    order, words, facts = plan.order, plan.words, plan.words.facts
+    order, words, facts = plan.request, plan.parameters, plan.parameters.spec
     whole_image, whole_mask, box = image, None, None
     if image is not None:
         kept = to_mask(mask, image.shape[1], image.shape[0]) if mask is not None else None
@@ -119,7 +119,7 @@ def lay_out_images(plan: ResolvedRequest, image: Pixels | None = None, mask: Pix
         around_it = CropRegion(box, whole_image, feather_mask(whole_mask, order.feather), width, height)
     resampling = resampling_warnings(facts, width, height)
     if around_it is not None:
-        height, width = around_it.picture.shape[:2]
+        height, width = around_it.image.shape[:2]
     kept_image = image if kept is not None else None
     return ImageLayout(job, canvas, width, height, kept_image, soft, resampling, around_it)
 

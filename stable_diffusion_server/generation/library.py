@@ -25,13 +25,13 @@ class ImageLibrary:
     folder: str
     ownership: Ownership = field(default_factory=Ownership)
 
-    def listed(self, caller: Caller, wanted: HistoryQuery) -> list[HistoryEntry]:
+    def search(self, caller: Caller, wanted: HistoryQuery) -> list[HistoryEntry]:
         """The pictures drawn here that are asked for, the newest first. Raises `Forbidden`."""
         _check_known(caller)
         own = None if caller.has_full_access or caller.prefix else caller.name
         return self.history.search(replace(wanted, folder=self._folder_of(caller), caller=own))
 
-    def entry_of(self, digest: str, caller: Caller) -> HistoryEntry | None:
+    def find_by_digest(self, digest: str, caller: Caller) -> HistoryEntry | None:
         """What the history has of a picture of that digest, among those whose records the caller may read."""
         if caller.anonymous:
             return None
@@ -39,7 +39,7 @@ class ImageLibrary:
         found = self.history.search(HistoryQuery(folder=self._folder_of(caller), digest=digest, caller=own, limit=1))
         return found[0] if found else None
 
-    def record_of(self, key: str, caller: Caller) -> tuple[str, Mapping[str, object]]:
+    def read_record(self, key: str, caller: Caller) -> tuple[str, Mapping[str, object]]:
         """Where it is known from (history, object or picture) and how the picture was made.
 
         Raises `Forbidden`, and `NotFound` for a picture that is not there or of which nothing is known.
@@ -60,7 +60,7 @@ class ImageLibrary:
             raise NotFound("Nothing is known of how this picture was made.")
         return "picture", inside
 
-    def remove(self, key: str, caller: Caller) -> None:
+    def delete(self, key: str, caller: Caller) -> None:
         """Delete a picture, and forget it; one that is not there is no error. Raises `Forbidden`."""
         self._check(key, caller)
         if not caller.has_full_access and (stored := self._stat(key)) is not None:

@@ -13,7 +13,7 @@ TEXT_MAX, NAME_MAX = 10_000, 200
 _MOST_DIGITS = 18
 
 
-def whole_number(text: str) -> int | None:
+def parse_int(text: str) -> int | None:
     """The number a text of ASCII digits says; `None` for another text, and for more than 18 digits."""
     return int(text) if len(text) <= _MOST_DIGITS and text.isascii() and text.isdigit() else None
 

@@ -60,21 +60,23 @@ class OutputWriter:
         """
         started = time.perf_counter()
         inscription = embedded_metadata(plan, scene, judged)
-        told: dict[str, Mapping[str, object]] = {"full": inscription, "digest": {"digest": plan.content}}
+        told: dict[str, Mapping[str, object]] = {"full": inscription, "digest": {"digest": plan.content_digest}}
         inside = told.get(self._embed)
-        source_type = source_type_of(has_input_image=plan.order.image is not None)
+        source_type = source_type_of(has_input_image=plan.request.image is not None)
         xmp = "" if self._embed == "none" else xmp_packet(source_type)
 
         def encoded() -> bytes:
-            return encode_image(scene.finished(judged.product.pixels), plan.file_format, plan.quality, inside, xmp)
+            return encode_image(
+                scene.compose_output(judged.product.pixels), plan.file_format, plan.quality, inside, xmp
+            )
 
         lossless = plan.file_format is not Format.JPEG and plan.quality == 100
         data = await self._encoders.encode(scene.width * scene.height * 3, encoded, lossless=lossless)
         record = build_record(plan, scene, judged, (warning.code for warning in warnings), len(data))
-        record |= self._ownership.record_of(caller)
-        write = self._bucket.overwrite if plan.order.overwrite else self._bucket.create
+        record |= self._ownership.owner_record(caller)
+        write = self._bucket.overwrite if plan.request.overwrite else self._bucket.create
         before = time.perf_counter()
-        if plan.order.overwrite and not caller.has_full_access:
+        if plan.request.overwrite and not caller.has_full_access:
             # Looked at again: another caller may have taken the name while this was drawn.
             self._ownership.check_overwrite(caller, await asyncio.to_thread(self._bucket.peek, plan.key))
         written = partial(write, plan.key, data, plan.file_format.content_type, record)
@@ -82,7 +84,7 @@ class OutputWriter:
             answer = await shield_until_done(asyncio.to_thread(written))
         stored, won = answer if isinstance(answer, tuple) else (answer, True)
         if won:
-            self._record(history_entry(plan.key, caller.name, plan, judged.job, inscription))
+            self._record(history_entry(plan.key, caller.name, plan, judged.request, inscription))
         now = time.perf_counter()
         return StoredOutput(stored, won, data, {"encode": before - started, "store": now - before})
 
@@ -100,7 +102,7 @@ def owner_of_key(plan: ResolvedRequest) -> Iterator[None]:
     try:
         yield
     except InvalidInput as error:
-        if plan.order.save_path is not None:
+        if plan.request.save_path is not None:
             raise
         sentence = error.detail.removeprefix("save_path ")
         raise StorageRefused(f"A name made by this server {sentence}") from error

@@ -23,14 +23,14 @@ class Ownership:
     folder: str = ""
     private: bool = False
 
-    def concealed(self, digest: str, order: GenerationRequest) -> str:
+    def conceal(self, digest: str, order: GenerationRequest) -> str:
         """The digest that names a picture: with keys, one that only this server can make, and another for each key.
 
         Two keys' equal orders have different names: what one of them finds stored was drawn for itself.
         """
         return digest if self.keyed is None else self.keyed(f"name\n{order.named_for}\n{digest}")
 
-    def record_of(self, caller: Caller) -> dict[str, str]:
+    def owner_record(self, caller: Caller) -> dict[str, str]:
         """What an object's record says of whose it is; nothing where there are no keys."""
         return {_OWNER: self._mark(caller)} if self.keyed is not None and caller.name else {}
 

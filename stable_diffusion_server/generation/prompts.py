@@ -24,7 +24,7 @@ _KEPT_FORMAT_CHARACTERS = frozenset("\u200c\u200d")
 _SPACES = re.compile(r"\s+")
 
 
-def clean(prompt: str) -> str:
+def clean_prompt(prompt: str) -> str:
     """The prompt in NFC, with control, bidirectional and other invisible characters gone and blanks collapsed.
 
     Raises `ValueError` when it holds a lone surrogate, which is no text, or more combining marks in a row than `nfc`

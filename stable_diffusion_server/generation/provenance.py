@@ -13,11 +13,11 @@ from stable_diffusion_server.storage import LASTING, HistoryEntry
 from stable_diffusion_server.types import DiffusionRequest, diffusion_request_fields
 
 # What of an order is not told to have it drawn again: its pictures, and what only concerns where it is stored and when.
-NOT_ASKED = frozenset(
+NOT_RECORDED = frozenset(
     "image mask save_path named_by_content folder overwrite timeout alone webhook_url named_for".split()
 )
 # The codes of warnings that only drawing can tell, kept with the object for those who find it there.
-RETOLD = {
+RECORDED_WARNINGS = {
     "prompt-shortened": "The prompt was shortened; the picture says to what.",
     "redecoded": "The decoder overflowed and ran again in full precision.",
     "redrawn-not-finite": "The numbers were not finite; it was drawn with another seed.",
@@ -32,12 +32,12 @@ def build_record(
     plan: ResolvedRequest, scene: ImageLayout, judged: CheckedImage[DecodedPixels], codes: Iterable[str], size: int
 ) -> dict[str, str]:
     """What the object's metadata keeps: short and ASCII, since S3 allows 2 KB of it. `size` in bytes of the file."""
-    job = judged.job
-    told = ",".join(code for code in codes if code in RETOLD)
+    job = judged.request
+    told = ",".join(code for code in codes if code in RECORDED_WARNINGS)
     return {
-        "digest": plan.content,
-        "order": plan.asked,
-        "sent": plan.sent,
+        "digest": plan.content_digest,
+        "order": plan.request_digest,
+        "sent": plan.sent_digest,
         "task": job.task,
         "model": job.model,
         "revision": job.revision,
@@ -51,7 +51,7 @@ def build_record(
         "bytes": str(size),
         "batched": "1" if judged.batched else "0",
         **({"warned": told} if told else {}),
-        **({LASTING: "1"} if plan.order.save_path is None else {}),
+        **({LASTING: "1"} if plan.request.save_path is None else {}),
     }
 
 
@@ -63,23 +63,23 @@ def embedded_metadata(
     `asked` is the order; `sources` the SHA-256 of the files it was made from, `transparency` how its mask was meant.
     """
     return {
-        **diffusion_request_fields(judged.job),
+        **diffusion_request_fields(judged.request),
         "width": scene.width,
         "height": scene.height,
-        "digest": plan.content,
+        "digest": plan.content_digest,
         "batched": judged.batched,
         "asked": requested_fields(plan),
-        "sources": {name: digest for name, digest in plan.pictures.items() if digest is not None},
-        **({"transparency": True} if plan.order.mask is not None and plan.order.mask.transparency else {}),
+        "sources": {name: digest for name, digest in plan.source_digests.items() if digest is not None},
+        **({"transparency": True} if plan.request.mask is not None and plan.request.mask.transparency else {}),
     }
 
 
 def requested_fields(plan: ResolvedRequest) -> dict[str, object]:
     """The order itself, as JSON can hold it, with every default and the seed filled in, and without its pictures."""
-    order, words = plan.order, plan.words
+    order, words = plan.request, plan.parameters
     decided = {
         "prompt": words.prompt,
-        "model": words.facts.name,
+        "model": words.spec.name,
         "negative_prompt": words.negative_prompt,
         "seed": plan.seed,
         "variation": 0,
@@ -92,7 +92,7 @@ def requested_fields(plan: ResolvedRequest) -> dict[str, object]:
         "format": plan.file_format,
         "quality": plan.quality,
     }
-    asked = {part.name: getattr(order, part.name) for part in fields(order) if part.name not in NOT_ASKED}
+    asked = {part.name: getattr(order, part.name) for part in fields(order) if part.name not in NOT_RECORDED}
     return {name: decided.get(name, value) for name, value in asked.items()}
 
 
@@ -102,8 +102,8 @@ def history_entry(
     """What the history keeps of a picture that was just drawn and stored."""
     return HistoryEntry(
         key=key,
-        digest=plan.content,
-        prompt=plan.words.prompt,
+        digest=plan.content_digest,
+        prompt=plan.parameters.prompt,
         model=job.model,
         task=job.task,
         seed=job.seed,

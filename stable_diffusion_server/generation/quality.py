@@ -47,10 +47,10 @@ class RetryPolicy:
 
     redraws: int
     max_steps: int
-    facts: ModelSpec
+    spec: ModelSpec
     fit: Callable[[str], str]
 
-    def applied(self, job: DiffusionRequest) -> DiffusionRequest:
+    def adjust(self, job: DiffusionRequest) -> DiffusionRequest:
         """The job as the original server tried it again: asking for detail; with a step more, or closer to the image.
 
         Steps stay within the scheduler's bounds, and the strength where less of it would leave no step to take.
@@ -61,7 +61,7 @@ class RetryPolicy:
             return replace(job, num_inference_steps=min(job.num_inference_steps + 1, most))
         weaker = round(job.strength - _LESS_STRENGTH, 4)
         try:
-            steps_skipped(self.facts, job.num_inference_steps, weaker)
+            steps_skipped(self.spec, job.num_inference_steps, weaker)
         except InvalidInput:
             return job
         return replace(job, strength=weaker)
@@ -74,7 +74,7 @@ class CheckedImage(Generic[P]):
     `batched`: it shared forward passes with others.
     """
 
-    job: DiffusionRequest
+    request: DiffusionRequest
     product: P
     timings: Mapping[str, float]
     warnings: tuple[RequestWarning, ...]
@@ -126,7 +126,7 @@ async def generate_with_retries(
             job = reseeded(job)
         elif 1 < badness < _BLACK and faults["bumpy"] < remedy.redraws:
             faults["bumpy"] += 1
-            job = await asyncio.to_thread(remedy.applied, job)
+            job = await asyncio.to_thread(remedy.adjust, job)
         else:
             break
     return CheckedImage(best.job, best.product, timings, _told(faults, best.badness), best.batched)

@@ -14,7 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from stable_diffusion_server.errors import InvalidInput
 from stable_diffusion_server.generation.interfaces import DecodeImage
-from stable_diffusion_server.generation.provenance import NOT_ASKED
+from stable_diffusion_server.generation.provenance import NOT_RECORDED
 from stable_diffusion_server.generation.resolver import GenerationOptions, resolve_request
 from stable_diffusion_server.generation.service import GenerationService
 from stable_diffusion_server.imaging import Pixels, read_record
@@ -28,9 +28,9 @@ from stable_diffusion_server.types import (
     Task,
 )
 
-PICTURE = "picture_file"
+IMAGE_FIELD = "picture_file"
 _ORDERS = TypeAdapter(GenerationRequest)
-_ASKED = frozenset(part.name for part in fields(GenerationRequest)) - NOT_ASKED
+_ASKED = frozenset(part.name for part in fields(GenerationRequest)) - NOT_RECORDED
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _SOURCES: dict[Task, set[str]] = {
     Task.TEXT_TO_IMAGE: set(),
@@ -48,7 +48,7 @@ class EmbeddedProvenance:
     `sources` are the SHA-256 of the files it was made from, `image` and `mask`.
     """
 
-    order: GenerationRequest
+    request: GenerationRequest
     digest: str
     sources: Mapping[str, object]
     transparency: bool
@@ -61,8 +61,8 @@ class ReplayResult:
     `equal`: every pixel is the same; `decibels` is the peak signal-to-noise ratio where they differ.
     """
 
-    receipt: GenerationResult
-    same_order: bool
+    result: GenerationResult
+    same_request: bool
     equal: bool
     decibels: float | None
 
@@ -97,17 +97,17 @@ class ReplayService:
             raise _refused("tells how it was made in words that are not this server's")
         return EmbeddedProvenance(_order_of(asked), digest, sources, record.get("transparency") is True)
 
-    async def draw(
+    async def reproduce(
         self, memo: EmbeddedProvenance, order: GenerationRequest, picture: bytes, caller: Caller
     ) -> ReplayResult:
         """The picture of an order made from a memo, drawn and compared. Raises what drawing raises, `InvalidInput`."""
         _check_sources(memo, order)
         plan = await asyncio.to_thread(resolve_request, order, self._options)
-        before = await self._decode(picture, PICTURE, share=caller.share)
+        before = await self._decode(picture, IMAGE_FIELD, share=caller.share)
         receipt, data = await self._service.generate_with_bytes(order, caller=caller)
-        after = await self._decode(data, PICTURE, share=caller.share)
+        after = await self._decode(data, IMAGE_FIELD, share=caller.share)
         decibels = await asyncio.to_thread(peak_signal_to_noise, before, after)
-        return ReplayResult(receipt, plan.content == memo.digest, decibels is None, decibels)
+        return ReplayResult(receipt, plan.content_digest == memo.digest, decibels is None, decibels)
 
     def _record_of(self, picture: bytes, caller: Caller) -> dict[str, Any]:
         record = read_record(picture)
@@ -122,7 +122,7 @@ class ReplayService:
 def with_sources(memo: EmbeddedProvenance, image: bytes | None, mask: bytes | None) -> GenerationRequest:
     """The memo's order with the pictures it is to be made from."""
     return replace(
-        memo.order,
+        memo.request,
         image=ImageInput("image_file", data=image) if image is not None else None,
         mask=ImageInput("mask_file", data=mask, transparency=memo.transparency) if mask is not None else None,
     )
@@ -172,4 +172,4 @@ def _check_sources(memo: EmbeddedProvenance, order: GenerationRequest) -> None:
 
 
 def _refused(why: str) -> InvalidInput:
-    return InvalidInput(f"{PICTURE} {why}.", field=PICTURE)
+    return InvalidInput(f"{IMAGE_FIELD} {why}.", field=IMAGE_FIELD)

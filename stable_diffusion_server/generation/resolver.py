@@ -12,7 +12,7 @@ from uuid import NAMESPACE_OID, uuid5
 from stable_diffusion_server.errors import InvalidInput, ModelLoadError
 from stable_diffusion_server.generation.limits import RequestLimits
 from stable_diffusion_server.generation.ownership import Ownership
-from stable_diffusion_server.generation.prompts import clean
+from stable_diffusion_server.generation.prompts import clean_prompt
 from stable_diffusion_server.pipelines import MODELS, ModelSpec, scheduler_of, spec_of, steps_skipped
 from stable_diffusion_server.storage import object_key
 from stable_diffusion_server.types import (
@@ -60,7 +60,7 @@ class GenerationOptions:
 class ResolvedParameters:
     """What an order says beside its pictures, with every default filled in."""
 
-    facts: ModelSpec
+    spec: ModelSpec
     prompt: str
     negative_prompt: str | None
     num_inference_steps: int
@@ -81,22 +81,22 @@ class ResolvedRequest:
     `pictures` are the SHA-256 of the files it comes with, once they are there, `lora_digests` those of its adapters.
     """
 
-    order: GenerationRequest
-    words: ResolvedParameters
+    request: GenerationRequest
+    parameters: ResolvedParameters
     seed: int
     file_format: Format
     quality: int
     key: str
-    content: str
-    asked: str
-    sent: str
-    pictures: Mapping[str, str | None]
+    content_digest: str
+    request_digest: str
+    sent_digest: str
+    source_digests: Mapping[str, str | None]
     lora_digests: tuple[str, ...] = ()
 
     @property
     def tag(self) -> str:
         """What exactly is to be stored under the key: orders of one tag share one effort."""
-        return f"{self.content}/{self.file}/{self.order.overwrite}/{self.order.alone}"
+        return f"{self.content_digest}/{self.file}/{self.request.overwrite}/{self.request.alone}"
 
     @property
     def file(self) -> str:
@@ -106,11 +106,11 @@ class ResolvedRequest:
     @property
     def key_is_known(self) -> bool:
         """Whether the key was known before any picture was fetched."""
-        return self.order.save_path is not None and not self.order.named_by_content
+        return self.request.save_path is not None and not self.request.named_by_content
 
-    def is_that_of(self, record: Mapping[str, str]) -> bool:
+    def matches(self, record: Mapping[str, str]) -> bool:
         """Whether the object with this record was made from this order, or came to the same picture."""
-        known = {("sent", self.sent), ("order", self.asked), ("digest", self.content)}
+        known = {("sent", self.sent_digest), ("order", self.request_digest), ("digest", self.content_digest)}
         return record.get("file") == self.file and bool(known & set(record.items()))
 
 
@@ -136,12 +136,12 @@ def resolve_request(
     file_format = _file_format(order)
     # PNG loses nothing at any quality, so it has none to tell two files apart by.
     quality = 100 if file_format is Format.PNG else _given(order.quality, DEFAULT_QUALITY)
-    conceal = options.ownership.concealed
+    conceal = options.ownership.conceal
     told = conceal(digest({"content": content, "format": file_format, "quality": quality}), order)
     made = f"{order.folder}{told[:32]}.{file_format}"
     return ResolvedRequest(
-        order=order,
-        words=words,
+        request=order,
+        parameters=words,
         seed=seed,
         file_format=file_format,
         quality=quality,
@@ -149,15 +149,15 @@ def resolve_request(
             options.bucket_path,
             made if order.save_path is None else _name(order, conceal(f"{asked}/{file_format}/{quality}", order)),
         ),
-        content=content,
-        asked=asked,
-        sent=digest({**facts, **sent_pictures, **seed_asked}),
-        pictures=pictures,
+        content_digest=content,
+        request_digest=asked,
+        sent_digest=digest({**facts, **sent_pictures, **seed_asked}),
+        source_digests=pictures,
         lora_digests=tuple(digest for _, _, digest in adapters),
     )
 
 
-def facts_for(order: GenerationRequest, options: GenerationOptions) -> ModelSpec:
+def spec_for(order: GenerationRequest, options: GenerationOptions) -> ModelSpec:
     """The facts of the model that draws an order; another than the default one only where that was never asked for.
 
     Raises `InvalidInput` for one that is not here, `ModelLoadError` for one whose files cannot be used.
@@ -171,7 +171,7 @@ def facts_for(order: GenerationRequest, options: GenerationOptions) -> ModelSpec
 
 
 def _read_words(order: GenerationRequest, options: GenerationOptions) -> ResolvedParameters:
-    facts = facts_for(order, options)
+    facts = spec_for(order, options)
     warnings = []
     negative = _cleaned(order.negative_prompt or "", "negative_prompt") or None
     if negative and not facts.takes_negative_prompt:
@@ -197,7 +197,7 @@ def _read_words(order: GenerationRequest, options: GenerationOptions) -> Resolve
             RequestWarning("canny-unavailable", f"{facts.name} has no ControlNet; the edges are not followed.")
         )
     words = ResolvedParameters(
-        facts=facts,
+        spec=facts,
         prompt=prompt,
         negative_prompt=negative,
         num_inference_steps=_given(order.num_inference_steps, facts.default_steps),
@@ -241,8 +241,8 @@ def _facts_told(
     """All that makes this picture this one, but its seed and the pictures it comes from."""
     return {
         "task": order.task,
-        "model": words.facts.name,
-        "revision": words.facts.revision_drawing(edges=words.canny),
+        "model": words.spec.name,
+        "revision": words.spec.revision_drawing(edges=words.canny),
         "prompt": words.prompt,
         "negative_prompt": words.negative_prompt,
         "size": (order.width, order.height),
@@ -297,7 +297,7 @@ def _given(value: T | None, default: T) -> T:
 
 def _cleaned(text: str, field: str) -> str:
     try:
-        return clean(text)
+        return clean_prompt(text)
     except ValueError as error:
         raise InvalidInput(f"{field} {error}.", field=field) from error
 

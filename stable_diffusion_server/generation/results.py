@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from stable_diffusion_server.generation.layout import ImageLayout, resampling_warnings
-from stable_diffusion_server.generation.provenance import RETOLD
+from stable_diffusion_server.generation.provenance import RECORDED_WARNINGS
 from stable_diffusion_server.generation.quality import CheckedImage, DecodedPixels
 from stable_diffusion_server.generation.resolver import ResolvedRequest
 from stable_diffusion_server.types import GenerationResult, RequestWarning, StoredObject
@@ -30,7 +30,7 @@ def result_of_generated(
     coalesced: bool,
 ) -> GenerationResult:
     """The receipt for a picture that was drawn; `warnings` are those of the drawing."""
-    job = judged.job
+    job = judged.request
     return GenerationResult(
         key=plan.key,
         stored=not stored.waiting,
@@ -45,8 +45,8 @@ def result_of_generated(
         guidance_scale=job.guidance_scale,
         scheduler=job.scheduler,
         batched=judged.batched,
-        prompt_used=job.prompt if job.prompt != plan.order.prompt else None,
-        warnings=(*plan.words.warnings, *warnings, *_delay_of(stored)),
+        prompt_used=job.prompt if job.prompt != plan.request.prompt else None,
+        warnings=(*plan.parameters.warnings, *warnings, *_delay_of(stored)),
         timings=rounded(timings),
     )
 
@@ -55,11 +55,11 @@ def result_of_stored(plan: ResolvedRequest, stored: StoredObject) -> GenerationR
     """The receipt for an object that was there: what its record tells, and whether it is what was asked for."""
     record = stored.record
     width, height = _whole(record, "width"), _whole(record, "height")
-    if plan.is_that_of(record):
-        sized = resampling_warnings(plan.words.facts, width, height) if width and height else ()
+    if plan.matches(record):
+        sized = resampling_warnings(plan.parameters.spec, width, height) if width and height else ()
         codes = record.get("warned", "").split(",")
-        retold = tuple(RequestWarning(code, RETOLD[code]) for code in codes if code in RETOLD)
-        warnings = (*plan.words.warnings, *sized, *retold)
+        retold = tuple(RequestWarning(code, RECORDED_WARNINGS[code]) for code in codes if code in RECORDED_WARNINGS)
+        warnings = (*plan.parameters.warnings, *sized, *retold)
     else:
         known = "was made from another order" if "digest" in record else "has no record of how it was made"
         warnings = (RequestWarning("different-order", f"The picture stored under this name {known}."),)
@@ -68,7 +68,7 @@ def result_of_stored(plan: ResolvedRequest, stored: StoredObject) -> GenerationR
         stored=not stored.waiting,
         cached=True,
         coalesced=False,
-        task=record.get("task", plan.order.task),
+        task=record.get("task", plan.request.task),
         model=record.get("model"),
         seed=_whole(record, "seed"),
         width=width,
@@ -87,7 +87,7 @@ def result_for_other_caller(plan: ResolvedRequest, receipt: GenerationResult, se
     A name the server made is that of an equal order, so it is told as if it was drawn now. One the caller gave tells
     the same whether or not the other order was equal: else prompts could be guessed.
     """
-    if plan.order.save_path is None or plan.order.named_by_content:
+    if plan.request.save_path is None or plan.request.named_by_content:
         stages = dict.fromkeys(("queue", "prepare", "denoise", "decode", "encode", "store"), 0.0)
         return replace(receipt, cached=False, coalesced=False, timings=rounded({**stages, "total": seconds}))
     taken = RequestWarning(
@@ -98,7 +98,7 @@ def result_for_other_caller(plan: ResolvedRequest, receipt: GenerationResult, se
         stored=receipt.stored,
         cached=False,
         coalesced=False,
-        task=plan.order.task,
+        task=plan.request.task,
         model=None,
         seed=None,
         width=receipt.width,

@@ -19,7 +19,7 @@ from stable_diffusion_server.generation.interfaces import DecodeImage, FetchImag
 from stable_diffusion_server.generation.layout import ImageLayout, lay_out_images
 from stable_diffusion_server.generation.output import OutputWriter, owner_of_key
 from stable_diffusion_server.generation.quality import CheckedImage, DecodedPixels
-from stable_diffusion_server.generation.resolver import GenerationOptions, ResolvedRequest, facts_for, resolve_request
+from stable_diffusion_server.generation.resolver import GenerationOptions, ResolvedRequest, resolve_request, spec_for
 from stable_diffusion_server.generation.results import (
     result_for_other_caller,
     result_of_generated,
@@ -60,10 +60,10 @@ class GenerationOutcome:
     """
 
     stored: StoredObject
-    scene: ImageLayout | None = None
-    judged: CheckedImage[DecodedPixels] | None = None
+    layout: ImageLayout | None = None
+    image: CheckedImage[DecodedPixels] | None = None
     data: bytes = b""
-    twin: bool = False
+    coalesced: bool = False
     warnings: tuple[RequestWarning, ...] = ()
     timings: Mapping[str, float] = field(default_factory=dict)
 
@@ -167,10 +167,10 @@ class GenerationService:
         whom, listener = SubmissionContext(caller, background), CallbackListener(watch, previews)
         receipt, outcome = await self._generate_with_deadline(order, fetched, whom, listener)
         try:
-            return receipt, outcome.data or await self.stored_file(receipt)
+            return receipt, outcome.data or await self.read_file(receipt)
         except NotFound:  # remembered as stored, and deleted by others: forgotten by now, so it is drawn
             receipt, outcome = await self._generate_with_deadline(order, fetched, whom, listener)
-            return receipt, outcome.data or await self.stored_file(receipt)
+            return receipt, outcome.data or await self.read_file(receipt)
 
     async def validate(self, order: GenerationRequest) -> None:
         """Raise what an order is refused for by itself, before anything it names is looked up."""
@@ -193,7 +193,7 @@ class GenerationService:
         async with deadline(order.timeout or self._options.limits.max_timeout):
             return order, await self._files_of(order, _NOTHING, caller)
 
-    async def stored_file(self, receipt: GenerationResult) -> bytes:
+    async def read_file(self, receipt: GenerationResult) -> bytes:
         """The file that is stored under a receipt's name now. Raises `NotFound`, `StorageUnavailable`."""
         return await asyncio.to_thread(read_picture, self._bucket, receipt.key)
 
@@ -215,7 +215,7 @@ class GenerationService:
 
     def _planned(self, order: GenerationRequest) -> ResolvedRequest:
         """The plan of an order without pictures and adapters, whose model may become another one by being loaded."""
-        return self._plans(order, facts_for(order, self._options))
+        return self._plans(order, spec_for(order, self._options))
 
     async def _generate_with_deadline(
         self,
@@ -232,15 +232,15 @@ class GenerationService:
                 self._options.ownership.check_overwrite(whom.caller, there)
             plan, outcome, shared = await self._coalesce(plan, fetched, whom, listener)
         may_know = self._options.ownership.visible_record(whom.caller, outcome.stored, named=plan.key_is_known)
-        if outcome.scene is None or outcome.judged is None:
+        if outcome.layout is None or outcome.image is None:
             self._account.record_generation("cached")
             found, seconds = result_of_stored(plan, outcome.stored), time.perf_counter() - started
             return (found if may_know else result_for_other_caller(plan, found, seconds)), outcome
-        twin = shared or outcome.twin
+        twin = shared or outcome.coalesced
         self._account.record_generation("coalesced" if twin else "drawn")
         # The effort under another name was perhaps another caller's.
         twin = twin and may_know and (shared or self._options.ownership.keyed is None or whom.caller.has_full_access)
-        made = (outcome.stored, outcome.scene, outcome.judged, outcome.warnings, outcome.timings)
+        made = (outcome.stored, outcome.layout, outcome.image, outcome.warnings, outcome.timings)
         return result_of_generated(plan, *made, coalesced=twin), outcome
 
     def close(self) -> None:
@@ -254,11 +254,11 @@ class GenerationService:
 
         What is stored under a name that needs no look at the pictures is answered without fetching them.
         """
-        order = plan.order
+        order = plan.request
         if any(source.url is not None for source in order.sources):
             if plan.key_is_known and (found := await self._find(plan)) is not None:
                 return plan, GenerationOutcome(found), False
-            await self.check_room(whom)
+            await self.check_capacity(whom)
             fetched = await self._files_of(order, fetched, whom.caller)
             plan = await asyncio.to_thread(resolve_request, order, self._options, fetched)
 
@@ -268,7 +268,7 @@ class GenerationService:
         outcome, shared = await self._storing.join(plan.key, plan.tag, start, listener)
         return plan, outcome, shared
 
-    async def check_room(self, whom: SubmissionContext) -> None:
+    async def check_capacity(self, whom: SubmissionContext) -> None:
         """Refuse before the work that a full queue, or a storage without room, would throw away."""
         self._queue.check_open(whom.caller.share, background=whom.background)
         await asyncio.to_thread(self._bucket.check_capacity)
@@ -292,10 +292,10 @@ class GenerationService:
 
     async def _find(self, plan: ResolvedRequest) -> StoredObject | None:
         """What is stored under the key; asked for when it is to be overwritten too, since that refuses bad names."""
-        known = None if plan.order.overwrite else self._known(plan.key)
+        known = None if plan.request.overwrite else self._known(plan.key)
         with owner_of_key(plan):
             found = known or await asyncio.to_thread(self._bucket.stat, plan.key)
-        return None if plan.order.overwrite else found
+        return None if plan.request.overwrite else found
 
     async def _generate_uncached(
         self,
@@ -310,17 +310,17 @@ class GenerationService:
             found = await self._find(plan)
         if found is not None:
             return GenerationOutcome(found)
-        await self.check_room(whom)
+        await self.check_capacity(whom)
         with self._tracing.span("compose"):
             scene = await self._scene(plan, fetched, whom.caller.share)
-            job = await asyncio.to_thread(self._drawing.fitted, scene.job)
+            job = await asyncio.to_thread(self._drawing.fit_prompts, scene.request)
         with self._tracing.span("draw", {"sds.model": job.model, "sds.steps": job.num_inference_steps}) as span:
-            judged, twin = await self._drawing.draw(job, whom, audience)
+            judged, twin = await self._drawing.generate(job, whom, audience)
             span.set_attributes({f"sds.seconds.{stage}": seconds for stage, seconds in judged.timings.items()})
         timings = dict(judged.timings)
         warnings = [*scene.warnings, *judged.warnings]
-        if job.prompt != scene.job.prompt:
-            limit = plan.words.facts.text_tokens
+        if job.prompt != scene.request.prompt:
+            limit = plan.parameters.spec.text_tokens
             warnings.append(RequestWarning("prompt-shortened", f"{job.model} reads {limit} tokens; see prompt_used."))
         if judged.product.redecoded:
             warnings.append(RequestWarning("redecoded", "The decoder overflowed and ran again in full precision."))
@@ -346,5 +346,5 @@ class GenerationService:
             data = source.data if source.data is not None else fetched[source.parameter]
             return await self._decode(data, source.parameter, transparency=source.transparency, share=share)
 
-        image, mask = await asyncio.gather(pixels_of(plan.order.image), pixels_of(plan.order.mask))
+        image, mask = await asyncio.gather(pixels_of(plan.request.image), pixels_of(plan.request.mask))
         return await asyncio.to_thread(lay_out_images, plan, image, mask)

@@ -19,7 +19,7 @@ class ProgressListener(Protocol):
     def wants_previews(self) -> bool:
         """Whether small pictures on the way are of use."""
 
-    def tell(self, news: GenerationProgress) -> None:
+    def on_progress(self, news: GenerationProgress) -> None:
         """Take one piece of news, on the event loop."""
 
 
@@ -35,12 +35,12 @@ class CallbackListener:
         """Whether small pictures on the way are of use now."""
         return self.previews() if callable(self.previews) else self.previews
 
-    def tell(self, news: GenerationProgress) -> None:
+    def on_progress(self, news: GenerationProgress) -> None:
         """Pass it on."""
         self.watch(news)
 
 
-NOBODY = CallbackListener(lambda news: None)
+NO_LISTENER = CallbackListener(lambda news: None)
 
 
 @dataclass(slots=True, eq=False)
@@ -58,19 +58,19 @@ class ProgressBroadcaster:
         """Whether any of them has a use for previews."""
         return any(listener.wants_previews for listener in self._listeners)
 
-    def tell(self, news: GenerationProgress) -> None:
+    def on_progress(self, news: GenerationProgress) -> None:
         """Tell every one of them."""
         self._latest = news
         for listener in tuple(self._listeners):
-            listener.tell(news)
+            listener.on_progress(news)
 
-    def enter(self, listener: ProgressListener) -> None:
+    def add(self, listener: ProgressListener) -> None:
         """Let someone follow from here on."""
         self._listeners.append(listener)
         if self._latest is not None:
-            listener.tell(self._latest)
+            listener.on_progress(self._latest)
 
-    def leave(self, listener: ProgressListener) -> None:
+    def remove(self, listener: ProgressListener) -> None:
         """Tell someone no more."""
         self._listeners.remove(listener)
 
@@ -104,7 +104,9 @@ class SingleFlight(Generic[T]):
     def __len__(self) -> int:
         return len(self._flights)
 
-    async def join(self, key: str, tag: str, start: Start[T], listener: ProgressListener = NOBODY) -> tuple[T, bool]:
+    async def join(
+        self, key: str, tag: str, start: Start[T], listener: ProgressListener = NO_LISTENER
+    ) -> tuple[T, bool]:
         """The result of the effort under `key`, and whether it was shared with one that was under way already.
 
         `start` is given the audience it is to tell of how far it is; `listener` is among it while the caller waits.
@@ -116,11 +118,11 @@ class SingleFlight(Generic[T]):
         if flight is None:
             flight = self._take_off(key, tag, start)
         flight.passengers += 1
-        flight.audience.enter(listener)
+        flight.audience.add(listener)
         try:
             return await asyncio.shield(flight.task), shared
         finally:
-            flight.audience.leave(listener)
+            flight.audience.remove(listener)
             flight.passengers -= 1
             if flight.passengers == 0 and not flight.task.done():
                 flight.abandoned = True

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from stable_diffusion_server.generation import whole_number
+from stable_diffusion_server.generation import parse_int
 from stable_diffusion_server.jobs.store.records import JobRecord, JobState, StoredProblem
 from stable_diffusion_server.types import EngineEventKind, GenerationProgress, GenerationResult
 
@@ -92,7 +92,7 @@ class JobEventLog:
         `None` whenever nothing happened for `beat` seconds.
         """
         epoch, _, number = (after or "").partition(".")
-        seen = (whole_number(number) or 0) if epoch == self._epoch else 0
+        seen = (parse_int(number) or 0) if epoch == self._epoch else 0
         self.readers += 1
         try:
             while True:

@@ -258,7 +258,7 @@ class JobWorker:
     async def _waits_for_storage(self, live: JobHandle) -> bool:
         """Let a job wait while the storage is down. Not one that fails again and again although there is room."""
         with suppress(ServerError):  # then it is not this job that is at fault
-            await self._service.check_room(SubmissionContext(live.entry.caller, background=True))
+            await self._service.check_capacity(SubmissionContext(live.entry.caller, background=True))
             live.unstored += 1
             if live.unstored >= _MOST_UNSTORED:
                 return False

@@ -127,7 +127,7 @@ class Registry:
         return ""
 
     @property
-    def best_lanes(self) -> int:
+    def best_workers(self) -> int:
         """Two on a CPU of several cores, where no job may change the weights: small tensors gain less by threads.
 
         Measured on two cores: 1.5 times the pictures a second (benchmarks/results/).
@@ -139,7 +139,7 @@ class Registry:
         """How many threads of the CPU compute, 0 where another device does."""
         return self._threads if all(model.device == "cpu" for model in self.loaded) else 0
 
-    def enter_lane(self, lanes: int) -> None:
+    def enter_worker(self, lanes: int) -> None:
         """Divide the CPU's threads between the lanes; PyTorch counts them for each thread that draws."""
         torch.set_num_threads(max(1, self._threads // lanes))
 

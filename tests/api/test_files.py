@@ -351,15 +351,15 @@ def test_a_caller_touches_only_what_is_under_its_prefix(tmp_path: Path) -> None:
         recorder.record(
             HistoryEntry(key, "d", "a red square", "sdxl", "text_to_image", 7, 64, 64, "a", time.time(), {"seed": 7})
         )
-    assert [entry.key for entry in shelf.listed(caller, HistoryQuery())] == ["static/uploads/team-a/x.webp"]
-    assert len(shelf.listed(Caller(), HistoryQuery())) == 3
+    assert [entry.key for entry in shelf.search(caller, HistoryQuery())] == ["static/uploads/team-a/x.webp"]
+    assert len(shelf.search(Caller(), HistoryQuery())) == 3
     for key in ("static/uploads/team-b/x.webp", "static/uploads/team-a.webp", "team-a/x.webp"):
-        for touch in (shelf.record_of, shelf.remove):
+        for touch in (shelf.read_record, shelf.delete):
             with pytest.raises(Forbidden):
                 touch(key, caller)
-    assert shelf.record_of("static/uploads/team-a/x.webp", caller) == ("history", {"seed": 7})
-    shelf.remove("static/uploads/team-a/x.webp", caller)
-    assert len(shelf.listed(Caller(), HistoryQuery())) == 2
+    assert shelf.read_record("static/uploads/team-a/x.webp", caller) == ("history", {"seed": 7})
+    shelf.delete("static/uploads/team-a/x.webp", caller)
+    assert len(shelf.search(Caller(), HistoryQuery())) == 2
     recorder.close()
 
 

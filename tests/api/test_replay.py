@@ -14,7 +14,7 @@ import pytest
 from conftest import RunningApp
 from fakes import FakeImageDenoiser, disc, file_of
 
-from stable_diffusion_server.generation.provenance import NOT_ASKED
+from stable_diffusion_server.generation.provenance import NOT_RECORDED
 from stable_diffusion_server.imaging.encode import encode_image
 from stable_diffusion_server.imaging.metadata import read_record
 from stable_diffusion_server.types import Format, GenerationRequest
@@ -184,4 +184,4 @@ def test_a_picture_that_says_nothing_is_refused(rooms: RunningApp, picture: byte
 def test_every_field_of_an_order_is_told_or_known_not_to_matter(rooms: RunningApp) -> None:
     """A new parameter cannot be forgotten in what a picture says of itself."""
     record = read_record(made(rooms, CREATE)) or {}
-    assert set(record["asked"]) == {part.name for part in fields(GenerationRequest)} - NOT_ASKED  # type: ignore[call-overload]  # a mapping
+    assert set(record["asked"]) == {part.name for part in fields(GenerationRequest)} - NOT_RECORDED  # type: ignore[call-overload]  # a mapping

@@ -221,5 +221,5 @@ def test_a_replica_is_replaced_for_its_device_and_not_for_its_storage(
     assert health.fault(app) == ""
     engine.running = 1
     assert health.fault(app) == "", "silence counts from when there was work"
-    engine.phase, engine.reason = EngineState.FAILED, "The device is lost."
+    engine.state, engine.reason = EngineState.FAILED, "The device is lost."
     assert health.fault(app) == "The device is lost."

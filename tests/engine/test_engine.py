@@ -144,7 +144,7 @@ def test_models_that_cannot_be_loaded_are_told_and_nothing_is_accepted() -> None
 
     engine: Engine[Any, Any] = Engine(fail, queue_limit=1, max_batch=1)
     engine.start()
-    until(lambda: engine.phase is EngineState.FAILED)
+    until(lambda: engine.state is EngineState.FAILED)
     assert engine.reason == "The model sdxl is missing."
     with pytest.raises(NotReady):
         engine.submit(job("too early"))
@@ -166,9 +166,9 @@ def test_an_engine_that_ends_says_so_and_leaves_nobody_waiting(where: str) -> No
     engine: Engine[Any, Any] = Engine(load, queue_limit=4, max_batch=1)
     engine.start()
     if where == "prepare":
-        until(lambda: engine.phase is EngineState.READY)
+        until(lambda: engine.state is EngineState.READY)
         engine.submit(job("the last"))
-    until(lambda: engine.phase is EngineState.FAILED)
+    until(lambda: engine.state is EngineState.FAILED)
     assert "engine" not in engine.reason
     with pytest.raises(NotReady):
         engine.submit(job("too late"))

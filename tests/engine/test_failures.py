@@ -25,7 +25,7 @@ def test_a_group_too_large_for_the_memory_is_drawn_in_smaller_ones(engine_of: En
     drawings = [ticket.result.result(10) for ticket in (first, *tickets)]
     assert max(len(batch) for batch in painter.batches) == 2
     assert painter.released == 2
-    assert [figure.cap for figure in engine.figures()] == [8, 2]
+    assert [figure.cap for figure in engine.step_timings()] == [8, 2]
     assert max(drawing.attempts for drawing in drawings) == 3
 
 
@@ -47,7 +47,7 @@ def test_a_lone_job_without_memory_tries_with_less_and_then_says_so(engine_of: E
     engine = engine_of(OutOfMemoryDenoiser(room=0))
     with pytest.raises(OutOfMemory):
         engine.submit(job("a square")).result.result(10)
-    assert engine.phase is EngineState.READY
+    assert engine.state is EngineState.READY
 
 
 def test_a_drawn_picture_is_decoded_with_less_memory_and_not_drawn_again(engine_of: EngineOf) -> None:
@@ -66,7 +66,7 @@ def test_a_poisoned_device_is_given_up(engine_of: EngineOf) -> None:
     Those on the device hear that it was lost, as one of them may be why; those in the line have to come back.
     """
     painter, ends = DeviceLostDenoiser(gate=threading.Event()), list[bool]()
-    engine = engine_of(painter, max_batch=2, poisoned=lambda: ends.append(True))
+    engine = engine_of(painter, max_batch=2, on_device_lost=lambda: ends.append(True))
     tickets = [engine.submit(job(prompt)) for prompt in ("poison", "its mate", "waiting", "waiting too")]
     open_gate(painter)
     for ticket in tickets[:2]:
@@ -76,7 +76,7 @@ def test_a_poisoned_device_is_given_up(engine_of: EngineOf) -> None:
         with pytest.raises(NotReady):
             ticket.result.result(10)
     until(lambda: ends == [True])
-    assert engine.phase is EngineState.FAILED
+    assert engine.state is EngineState.FAILED
     assert "device" in engine.reason
     with pytest.raises(NotReady):
         engine.submit(job("too late"))
@@ -86,7 +86,7 @@ def test_a_poisoned_device_is_given_up(engine_of: EngineOf) -> None:
 def test_numbers_that_are_never_finite_are_the_devices_fault(engine_of: EngineOf) -> None:
     """Some in a row are their jobs' answers; one too many, and the device is given up. A good one begins it anew."""
     painter, ends = DeviceLostDenoiser(finite=False), list[bool]()
-    engine = engine_of(painter, poisoned=lambda: ends.append(True))
+    engine = engine_of(painter, on_device_lost=lambda: ends.append(True))
     for _ in range(2):
         painter.finite = False
         for n in range(SUSPECT_NOT_FINITE - 1):
@@ -99,7 +99,7 @@ def test_numbers_that_are_never_finite_are_the_devices_fault(engine_of: EngineOf
         with pytest.raises(NotFinite):
             engine.submit(job(f"job {n}")).result.result(10)
     until(lambda: ends == [True])
-    assert engine.phase is EngineState.FAILED
+    assert engine.state is EngineState.FAILED
 
 
 @pytest.mark.fault(161)
@@ -113,12 +113,12 @@ def test_adapters_that_are_not_finite_are_their_orders_fault_and_not_the_devices
             return super().finish(state)
 
     painter, ends = Overflowing(), list[bool]()
-    engine = engine_of(painter, poisoned=lambda: ends.append(True))
+    engine = engine_of(painter, on_device_lost=lambda: ends.append(True))
     for n in range(3 * SUSPECT_NOT_FINITE):
         with pytest.raises(NotFinite):
             engine.submit(job(f"job {n}", loras=(("hot", 1.0),), lora_digests=("1a",))).result.result(10)
     assert engine.submit(job("plain")).result.result(10)
-    assert engine.phase is EngineState.READY
+    assert engine.state is EngineState.READY
     assert ends == []
     assert [(done.loras, done.lora_digests) for done in painter.finished] == [((), ())] * 4
 
@@ -127,12 +127,12 @@ def test_adapters_that_are_not_finite_are_their_orders_fault_and_not_the_devices
 def test_a_device_that_is_never_finite_is_found_out_by_orders_with_adapters_too(engine_of: EngineOf) -> None:
     """Where all orders name adapters, the one without, tried for nobody, tells."""
     painter, ends = DeviceLostDenoiser(finite=False), list[bool]()
-    engine = engine_of(painter, poisoned=lambda: ends.append(True))
+    engine = engine_of(painter, on_device_lost=lambda: ends.append(True))
     for n in range(SUSPECT_NOT_FINITE):
         with pytest.raises(NotFinite):
             engine.submit(job(f"job {n}", loras=(("fine", 1.0),))).result.result(10)
     until(lambda: ends == [True])
-    assert engine.phase is EngineState.FAILED
+    assert engine.state is EngineState.FAILED
 
 
 @pytest.mark.fault(161)
@@ -151,7 +151,7 @@ def test_a_trial_that_fails_otherwise_tells_nothing(engine_of: EngineOf) -> None
             engine.submit(job(f"job {n}", loras=(("hot", 1.0),))).result.result(10)
     with pytest.raises(OutOfMemory):
         engine.submit(job("plain")).result.result(10)
-    assert engine.phase is EngineState.READY
+    assert engine.state is EngineState.READY
 
 
 def test_poison_while_preparing_or_finishing_ends_it_as_well(engine_of: EngineOf) -> None:
@@ -169,7 +169,7 @@ def test_poison_while_preparing_or_finishing_ends_it_as_well(engine_of: EngineOf
         engine = engine_of(painter)
         with pytest.raises(DeviceLost):
             engine.submit(job("a square")).result.result(10)
-        assert engine.phase is EngineState.FAILED
+        assert engine.state is EngineState.FAILED
 
 
 def test_stopping_in_time_hands_back_what_is_not_done(engine_of: EngineOf) -> None:

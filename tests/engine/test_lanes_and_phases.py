@@ -28,7 +28,7 @@ from stable_diffusion_server.types import EngineEvent
 def test_lanes_draw_side_by_side_and_prepare_in_turns(engine_of: EngineOf) -> None:
     """Two threads step different jobs at the same time; preparing, which shares a tokenizer, is one at a time."""
     painter = ConcurrentDenoiser(together=threading.Barrier(2))
-    engine = engine_of(painter, lanes=2, max_batch=1)
+    engine = engine_of(painter, workers=2, max_batch=1)
     tickets = [engine.submit(job(f"job {n}")) for n in range(8)]
     for ticket in tickets:
         ticket.result.result(10)
@@ -39,8 +39,8 @@ def test_lanes_draw_side_by_side_and_prepare_in_turns(engine_of: EngineOf) -> No
 
 def test_the_denoiser_says_how_many_lanes_are_best_where_nobody_else_does(engine_of: EngineOf) -> None:
     """No number given: as many threads draw as the denoiser finds best, and they refuse adapters like any other."""
-    painter = ConcurrentDenoiser(together=threading.Barrier(2), best_lanes=2)
-    engine = engine_of(painter, lanes=0, max_batch=1)
+    painter = ConcurrentDenoiser(together=threading.Barrier(2), best_workers=2)
+    engine = engine_of(painter, workers=0, max_batch=1)
     for ticket in [engine.submit(job(f"job {n}")) for n in range(4)]:
         ticket.result.result(10)
     assert len(painter.threads) == 2
@@ -66,7 +66,7 @@ def test_a_lane_on_one_thread_learns_by_what_the_processor_gave_it(
 
 def test_lanes_refuse_adapters(engine_of: EngineOf) -> None:
     """An adapter changes the weights all lanes draw with, so the job is refused, by the parameter's name."""
-    engine = engine_of(ConcurrentDenoiser(), lanes=2)
+    engine = engine_of(ConcurrentDenoiser(), workers=2)
     with pytest.raises(InvalidInput) as refused:
         engine.submit(job("a square", loras=(("style", 1.0),)))
     assert refused.value.field == "lora"
@@ -76,9 +76,9 @@ def test_lanes_refuse_adapters(engine_of: EngineOf) -> None:
 def test_lanes_are_refused_where_weights_change_while_drawing() -> None:
     """One sentence says why, and nothing is accepted."""
     painter = ConcurrentDenoiser(unshareable="the weights travel between memory and device.")
-    engine: Engine[Any, Any] = Engine(lambda: painter, queue_limit=1, max_batch=1, lanes=2)
+    engine: Engine[Any, Any] = Engine(lambda: painter, queue_limit=1, max_batch=1, workers=2)
     engine.start()
-    until(lambda: engine.phase is EngineState.FAILED)
+    until(lambda: engine.state is EngineState.FAILED)
     assert engine.reason == "ENGINE_WORKERS=2 is not possible: the weights travel between memory and device."
 
 

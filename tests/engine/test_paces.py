@@ -117,5 +117,5 @@ def test_figures_are_one_for_each_label() -> None:
     for loras in ((), (("a", 1.0),), (("b", 1.0),)):
         for _ in range(2):
             paces.record_step(job("square", loras=loras), 2, 0.25, 0.25, more_wait=False)
-    assert [figure.label for figure in paces.figures()] == ["sdxl 64x64", "sdxl 64x64 with adapters"]
-    assert paces.figures()[0].step_seconds == {2: 0.25}
+    assert [figure.label for figure in paces.step_timings()] == ["sdxl 64x64", "sdxl 64x64 with adapters"]
+    assert paces.step_timings()[0].step_seconds == {2: 0.25}

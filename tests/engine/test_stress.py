@@ -59,10 +59,10 @@ def total_of(ticket: Ticket[FakePixels]) -> int:
 
 
 @pytest.mark.parametrize(
-    ("lanes", "resident", "seed"), [(1, True, 1), (1, True, 2), (2, True, 3), (3, True, 4), (1, False, 5)]
+    ("workers", "resident", "seed"), [(1, True, 1), (1, True, 2), (2, True, 3), (3, True, 4), (1, False, 5)]
 )
 def test_whatever_happens_every_job_gets_its_own_answer(
-    lanes: int, resident: bool, seed: int, engine_of: EngineOf
+    workers: int, resident: bool, seed: int, engine_of: EngineOf
 ) -> None:
     """Shapes, steps, owners, classes, cancels, culprits and full memory at random: each picture is its own job's."""
     chance = random.Random(seed)  # noqa: S311  # no secret
@@ -72,7 +72,7 @@ def test_whatever_happens_every_job_gets_its_own_answer(
         painter,
         queue_limit=JOBS,
         max_batch=8,
-        lanes=lanes,
+        workers=workers,
         observe=lambda event: told.setdefault(event.job_id, []).append(event),
     )
     tickets: list[Ticket[FakePixels]] = []
@@ -92,10 +92,10 @@ def test_whatever_happens_every_job_gets_its_own_answer(
             time.sleep(0.005)
     until(lambda: all(ticket.result.done() for ticket in tickets), 60)
     until(lambda: engine.running == engine.waiting == 0)
-    assert engine.phase is EngineState.READY
+    assert engine.state is EngineState.READY
     ends = {EngineEventKind.DONE, EngineEventKind.FAILED, EngineEventKind.CANCELLED}
     for ticket in tickets:
-        wanted = ticket.job
+        wanted = ticket.request
         try:
             assert total_of(ticket) == wanted.seed * wanted.num_inference_steps
             assert wanted.prompt != "unsteppable"

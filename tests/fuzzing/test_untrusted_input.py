@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from stable_diffusion_server.errors import InvalidInput, NotFound, ServerError, StorageUnavailable
-from stable_diffusion_server.generation.prompts import clean
+from stable_diffusion_server.generation.prompts import clean_prompt
 from stable_diffusion_server.imaging.formats import DEFAULT_FORMATS, OPTIONAL_FORMATS
 from stable_diffusion_server.imaging.sandbox.pool import DecoderPool
 from stable_diffusion_server.parsing.strict_json import dumps, parse_object
@@ -188,7 +188,7 @@ def is_well_answered(house: RunningApp, answer: Any) -> None:
 def test_any_text_is_a_prompt_or_refused(house: RunningApp, prompt: str) -> None:
     """Cleaned once it is clean; through the door it is drawn, or refused as 4xx."""
     try:
-        assert clean(clean(prompt)) == clean(prompt)
+        assert clean_prompt(clean_prompt(prompt)) == clean_prompt(prompt)
     except ValueError:
         assert any("\ud800" <= letter <= "\udfff" for letter in prompt)
     body = json.dumps({"prompt": prompt, "width": 64, "height": 64}).encode()

@@ -327,7 +327,7 @@ def traced(headers: Headers) -> object:
 
 
 PARSERS = [
-    Parser("a prompt, cleaned", limits.TEXT_MAX, prompts.clean, refuses=False),
+    Parser("a prompt, cleaned", limits.TEXT_MAX, prompts.clean_prompt, refuses=False),
     Parser("a text in NFC", limits.TEXT_MAX, unicode_text.nfc, refuses=False),
     Parser(
         "prompt of our own routes",
@@ -463,7 +463,7 @@ PARSERS = [
     ),
     Parser("save_path", KEY_MAX_BYTES, lambda text: object_key("static", text)),
     Parser("the name of a file", KEY_MAX_BYTES, object_headers.content_disposition, refuses=False),
-    Parser("a whole number", limits.TEXT_MAX, limits.whole_number),
+    Parser("a whole number", limits.TEXT_MAX, limits.parse_int),
     Parser(
         "record in a PNG",
         1_000_000,

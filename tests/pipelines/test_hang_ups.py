@@ -124,7 +124,7 @@ def engine(drawing: Any) -> Iterator[Engine[Any, Any]]:
     """An engine over them."""
     made: Engine[Any, Any] = Engine(lambda: drawing, queue_limit=9, max_batch=2)
     made.start()
-    wait(lambda: made.phase is EngineState.READY)
+    wait(lambda: made.state is EngineState.READY)
     yield made
     made.stop(PATIENCE)
 

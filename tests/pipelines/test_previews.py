@@ -96,14 +96,14 @@ def test_two_lanes_are_best_on_a_cpu_of_several_cores(
 ) -> None:
     """Unless there is one core alone, or jobs may change the weights that lanes share."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)  # the machine is what is varied here
-    assert Registry({}, registry.loaded, adaptable=adaptable).best_lanes == lanes
+    assert Registry({}, registry.loaded, adaptable=adaptable).best_workers == lanes
 
 
 def test_the_registry_offers_what_the_engine_asks_for(registry: Any) -> None:
     """Previews, threads for lanes, and no objection to lanes on the CPU in full precision."""
     assert registry.unshareable == ""
     before = torch.get_num_threads()
-    registry.enter_lane(1)
+    registry.enter_worker(1)
     assert torch.get_num_threads() >= 1
     torch.set_num_threads(before)
     state = registry.prepare(job_for("flux"))

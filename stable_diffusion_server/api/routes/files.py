@@ -53,13 +53,13 @@ def files_router(bucket: Bucket, shelf: ImageLibrary, signer: UrlSigner | None, 
             if "record" not in request.query_params:
                 return await run_in_threadpool(giving.give, request, key)
             # The gate has asked for a key, as for drawing: prompts are not for everyone.
-            source, record = await run_in_threadpool(shelf.record_of, key, caller)
+            source, record = await run_in_threadpool(shelf.read_record, key, caller)
         return JSONResponse({"key": key, "source": source, "record": dict(record)})
 
     async def delete(request: Request, key: str) -> Response:
         caller = caller_of(request)
         async with turns.hold(caller.share):
-            await run_in_threadpool(shelf.remove, key, caller)
+            await run_in_threadpool(shelf.delete, key, caller)
         return Response(status_code=204)
 
     for method in ("GET", "HEAD"):

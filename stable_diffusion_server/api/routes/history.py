@@ -53,7 +53,7 @@ def history_router(shelf: ImageLibrary, url_of: Callable[[Request, str], str]) -
     async def history(request: Request) -> Response:
         wanted = _wanted(request)
         async with searches.hold(caller_of(request).share):
-            entries = await run_in_threadpool(shelf.listed, caller_of(request), wanted)
+            entries = await run_in_threadpool(shelf.search, caller_of(request), wanted)
         pictures = [{"path": url_of(request, entry.key), **_shown(entry)} for entry in entries]
         return JSONResponse(
             {"pictures": pictures, "next": entries[-1].number if len(entries) == wanted.limit else None}

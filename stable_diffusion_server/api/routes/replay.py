@@ -18,7 +18,13 @@ from stable_diffusion_server.api.request_parsing import read_parameters
 from stable_diffusion_server.api.schemas.params import File, validated
 from stable_diffusion_server.api.schemas.wire import documented, result_body
 from stable_diffusion_server.errors import InvalidInput
-from stable_diffusion_server.generation import PICTURE, EmbeddedProvenance, ReplayService, RequestLimits, with_sources
+from stable_diffusion_server.generation import (
+    IMAGE_FIELD,
+    EmbeddedProvenance,
+    ReplayService,
+    RequestLimits,
+    with_sources,
+)
 from stable_diffusion_server.types import Caller, Format, GenerationRequest
 
 
@@ -27,7 +33,7 @@ class ReplayParams(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, arbitrary_types_allowed=True)
 
-    files: ClassVar[frozenset[str]] = frozenset({PICTURE, "image_file", "mask_file"})
+    files: ClassVar[frozenset[str]] = frozenset({IMAGE_FIELD, "image_file", "mask_file"})
 
     picture_file: File = Field(None, description="A picture made here, with the record that was put into it.")
     image_file: File = Field(None, description="The very file it was made from, where it was made from one.")
@@ -70,17 +76,17 @@ def replay_router(replays: ReplayService, limits: RequestLimits, url_of: UrlOf) 
     async def replay(request: Request) -> Response:
         asked = validated(ReplayParams, await read_parameters(request, ReplayParams.files))
         if asked.picture_file is None:
-            raise InvalidInput(f"{PICTURE} is missing.", field=PICTURE)
+            raise InvalidInput(f"{IMAGE_FIELD} is missing.", field=IMAGE_FIELD)
         picture, caller = asked.picture_file.data, caller_of(request)
         memo = await replays.read_provenance(picture, caller)
         order = asked.order(memo)
         if asked.save_path is None:
             order = replace(order, **_name_for(caller, memo.digest, f".{order.format}"))
-        work = replays.draw(memo, scope_to_caller(caller, order), picture, caller)
+        work = replays.reproduce(memo, scope_to_caller(caller, order), picture, caller)
         if (done := await cancel_on_disconnect(request, work)) is None:
             return client_gone()
-        told = {"same_order": done.same_order, "equal": done.equal, "decibels": done.decibels}
-        return JSONResponse({**result_body(done.receipt, url_of(request, done.receipt.key)), "replay": told})
+        told = {"same_order": done.same_request, "equal": done.equal, "decibels": done.decibels}
+        return JSONResponse({**result_body(done.result, url_of(request, done.result.key)), "replay": told})
 
     return routes
 
