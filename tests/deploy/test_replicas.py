@@ -198,7 +198,7 @@ def test_a_replica_is_replaced_for_its_device_and_not_for_its_storage(
 ) -> None:
     """A failed engine, or silence with work in hand, is a reason; being idle is none, nor is a clock that is set."""
     settings = settings_in(tmp_path, watchdog_timeout=60.0)
-    engine = SimpleNamespace(phase=EngineState.READY, reason="", running=1)
+    engine = SimpleNamespace(state=EngineState.READY, reason="", running=1)
     app: Any = SimpleNamespace(state=SimpleNamespace(engine=engine))
     health = ReplicaHealth(settings)
     assert health.fault(app) == ""
