@@ -25,7 +25,7 @@ class EngineEventKind(StrEnum):
 class EngineEvent:
     """One moment in a job's life. `step` counts finished steps out of `steps`; `seconds` since it was queued.
 
-    `together` jobs shared that step. `cause` is the kind of error a job failed with, or is begun anew for (`AGAIN`).
+    `batch_size` jobs shared that step. `cause` is the kind of error a job failed with, or is begun anew for (`AGAIN`).
     The rest is as in `GenerationProgress`.
     """
 
