@@ -109,7 +109,7 @@ def test_what_changes_the_picture_changes_its_identity(name: str) -> None:
     base = replace(UPLOADED, canny=name in WITH_CANNY, **sized)
     change = {name: {**CHANGED, **WITH_CANNY, **WITH_SIZE}[name]}
     plans = [resolve_request(order, OPTIONS) for order in (base, replace(base, **change))]
-    for part in ("key", "seed", "content", "asked", "sent"):
+    for part in ("key", "seed", "content_digest", "request_digest", "sent_digest"):
         assert len({getattr(plan, part) for plan in plans}) == 2, part
 
 
