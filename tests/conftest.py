@@ -22,7 +22,7 @@ from fastapi.testclient import TestClient
 
 from stable_diffusion_server.app import create_app
 
-pytest_plugins = ["squares", "storage_servers", "pipeline_families", "live_servers", "browsers", "dials"]
+pytest_plugins = ["squares", "storage_servers", "pipeline_families", "live_servers", "browsers", "outbound_connections"]
 
 # A test never fails for the time it takes: this machine, or the one that checks, may be busy.
 hypothesis.settings.register_profile("unhurried", deadline=None)

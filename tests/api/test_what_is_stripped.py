@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 from conftest import RunningApp
 from fakes import FakeImageDenoiser, disc, file_of
-from hostile_pictures import SECRET, exif_of_a_place, gif_of_frames, jpeg_with_profile, polyglots
+from hostile_images import SECRET, exif_of_a_place, gif_of_frames, jpeg_with_profile, polyglots
 from PIL import Image
 
 STYLE = "/style_transfer_and_upload_image"

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from conftest import RunningApp
 from fakes import FakeImageDenoiser, disc, file_of
-from hostile_pictures import gif_of_frames, jpeg_of_many_scans, png_claiming, png_with
+from hostile_images import gif_of_frames, jpeg_of_many_scans, png_claiming, png_with
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 

@@ -21,7 +21,7 @@ import psutil
 import pytest
 from conftest import ROOT, Server, free_port, start_server
 from fakes import disc, file_of, until
-from hostile_pictures import foreign, png_claiming
+from hostile_images import foreign, png_claiming
 
 CANARY = "canary-7f3a91c2d85e4b60"
 SERVE = (sys.executable, str(ROOT / "tests" / "painted_server.py"), "0.001")

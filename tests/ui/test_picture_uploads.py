@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import RunningApp
 from fakes import disc, file_of
-from hostile_pictures import foreign, png_claiming
+from hostile_images import foreign, png_claiming
 from numpy.typing import NDArray
 
 from stable_diffusion_server.errors import NotFound, RateLimited, TooLarge

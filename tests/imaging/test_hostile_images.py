@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 import pytest
 from fakes import disc, file_of
-from hostile_pictures import (
+from hostile_images import (
     SECRET,
     apng_of_frames,
     exif_that_loops,

@@ -1,4 +1,4 @@
-"""A web server that misbehaves as its paths say, and a name server over a table. Knows nothing of who asks."""
+"""A web server that misbehaves as the path asks, and a fake DNS resolver over a table."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ GZIP_BOMB = gzip.compress(PICTURE + bytes(50_000_000))
 Writer = asyncio.StreamWriter
 
 
-class Rascal:
+class MisbehavingServer:
     """A web server that answers each path in its own bad way, and keeps the head of every request."""
 
     def __init__(self) -> None:
@@ -109,7 +109,7 @@ def answer(body: bytes, *headers: str, status: int = 200) -> bytes:
     return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
 
 
-class Names:
+class FakeResolver:
     """A resolver over a table; remembers what it was asked."""
 
     def __init__(self, **table: Sequence[str]) -> None:
@@ -124,13 +124,13 @@ class Names:
 
 
 @contextmanager
-def beside(rascal: Rascal, tls: ssl.SSLContext | None = None) -> Iterator[Rascal]:
+def serve_in_thread(site: MisbehavingServer, tls: ssl.SSLContext | None = None) -> Iterator[MisbehavingServer]:
     """The server on a thread and an event loop of its own, for tests that wait for answers themselves."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
-    server = asyncio.run_coroutine_threadsafe(rascal.start(tls), loop).result()
-    yield rascal
+    server = asyncio.run_coroutine_threadsafe(site.start(tls), loop).result()
+    yield site
 
     async def end() -> None:
         server.close()

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from fakes import file_of
-from test_pool import children
+from test_decoder_pool import children
 
 from stable_diffusion_server.errors import InvalidInput, NotReady
 from stable_diffusion_server.imaging.sandbox.pool import DecoderPool

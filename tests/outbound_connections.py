@@ -1,4 +1,4 @@
-"""Whom this process dials, as the interpreter itself reports it, and traps on loopback that count who comes."""
+"""Records which addresses this process connects to (by an audit hook), and listens on traps that count connections."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-_DIALS = ("socket.connect", "socket.sendto", "socket.sendmsg")
-_watching: list[OutboundConnections] = []
+_CONNECT_EVENTS = ("socket.connect", "socket.sendto", "socket.sendmsg")
+_recorders: list[OutboundConnections] = []
 _installed = False
 
 
@@ -46,29 +46,29 @@ class OutboundConnections:
         ]
 
 
-def _hear(event: str, arguments: tuple[Any, ...]) -> None:
-    if not _watching or event not in _DIALS:
+def _record(event: str, arguments: tuple[Any, ...]) -> None:
+    if not _recorders or event not in _CONNECT_EVENTS:
         return
     address = next((part for part in reversed(arguments) if isinstance(part, tuple)), None)
     if address is None:
         return  # a socket that is not of the network, or one that is connected already
-    _watching[-1].dialled.append((str(address[0]), int(address[1])))
+    _recorders[-1].dialled.append((str(address[0]), int(address[1])))
     if not (address[0] == "::1" or str(address[0]).startswith("127.")):
         raise ConnectionRefusedError("the test lets no packet out")
 
 
 @contextmanager
-def watched(dials: OutboundConnections) -> Iterator[OutboundConnections]:
+def recording(connections: OutboundConnections) -> Iterator[OutboundConnections]:
     """Hear of every connection and datagram of any thread meanwhile."""
     global _installed  # the interpreter keeps an audit hook for good, so there is one
     if not _installed:
-        sys.addaudithook(_hear)
+        sys.addaudithook(_record)
         _installed = True
-    _watching.append(dials)
+    _recorders.append(connections)
     try:
-        yield dials
+        yield connections
     finally:
-        _watching.remove(dials)
+        _recorders.remove(connections)
 
 
 class Trap:

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
 from fakes import until
-from web_rascal import PICTURE, Names, Rascal
+from misbehaving_server import PICTURE, FakeResolver, MisbehavingServer
 
 from stable_diffusion_server.errors import InvalidInput, RemoteFetchFailed, ServerError, TooLarge, UnsupportedMedia
 from stable_diffusion_server.net.image_fetcher import MAX_REDIRECTS, FetchLimits, ImageFetcher
@@ -18,23 +18,23 @@ MAX_BYTES = 100_000
 
 
 @pytest.fixture
-async def rascal() -> AsyncIterator[Rascal]:
+async def site() -> AsyncIterator[MisbehavingServer]:
     """The misbehaving server."""
-    rascal = Rascal()
-    server = await rascal.start()
-    yield rascal
+    site = MisbehavingServer()
+    server = await site.start()
+    yield site
     server.close()
-    await asyncio.to_thread(until, lambda: not rascal.open)
+    await asyncio.to_thread(until, lambda: not site.open)
 
 
 @pytest.fixture
-async def fetch(rascal: Rascal) -> AsyncIterator[Callable[[str], Awaitable[bytes]]]:
+async def fetch(site: MisbehavingServer) -> AsyncIterator[Callable[[str], Awaitable[bytes]]]:
     """Fetch a path of the misbehaving server, which is allowed, within tight bounds."""
     bounds = FetchLimits(max_bytes=MAX_BYTES, total=3.0, connect=1.0, first_byte=0.5, min_rate=1024, grace=0.2)
     fetcher = ImageFetcher(
-        bounds, [AllowedTarget.parse(f"pictures.test:{rascal.port}")], Names(pictures_test=["127.0.0.1"])
+        bounds, [AllowedTarget.parse(f"pictures.test:{site.port}")], FakeResolver(pictures_test=["127.0.0.1"])
     )
-    yield lambda path: fetcher.fetch(f"http://pictures.test:{rascal.port}/{path}", "image_url")
+    yield lambda path: fetcher.fetch(f"http://pictures.test:{site.port}/{path}", "image_url")
     fetcher.close()
 
 
@@ -95,27 +95,27 @@ async def test_a_bad_answer_is_a_named_error(
 
 
 @pytest.mark.fault(35)
-async def test_the_name_is_resolved_once_and_kept_for_the_host_header(rascal: Rascal) -> None:
+async def test_the_name_is_resolved_once_and_kept_for_the_host_header(site: MisbehavingServer) -> None:
     """A second answer of the name server is never asked for, so it can not turn private between check and dial."""
-    names = Names(pictures_test=["127.0.0.1"])
-    fetcher = ImageFetcher(FetchLimits(MAX_BYTES), [AllowedTarget.parse(f"pictures.test:{rascal.port}")], names)
-    await fetcher.fetch(f"http://pictures.test:{rascal.port}/picture", "image_url")
+    names = FakeResolver(pictures_test=["127.0.0.1"])
+    fetcher = ImageFetcher(FetchLimits(MAX_BYTES), [AllowedTarget.parse(f"pictures.test:{site.port}")], names)
+    await fetcher.fetch(f"http://pictures.test:{site.port}/picture", "image_url")
     fetcher.close()
     assert names.asked == ["pictures.test"]
-    (head,) = rascal.heads
-    assert f"host: pictures.test:{rascal.port}" in head.lower()
+    (head,) = site.heads
+    assert f"host: pictures.test:{site.port}" in head.lower()
     assert "accept-encoding: identity" in head.lower()
     assert "sec-fetch-site: cross-site" in head.lower()
 
 
 async def test_no_cookie_is_carried_from_hop_to_hop_or_to_the_next_caller(
-    rascal: Rascal, fetch: Callable[[str], Awaitable[bytes]]
+    site: MisbehavingServer, fetch: Callable[[str], Awaitable[bytes]]
 ) -> None:
     """Every answer sets one, and none comes back."""
     await fetch("hops/2")
     await fetch("picture")
-    assert len(rascal.heads) == 4
-    assert not any("cookie:" in head.lower() for head in rascal.heads)
+    assert len(site.heads) == 4
+    assert not any("cookie:" in head.lower() for head in site.heads)
 
 
 @pytest.mark.fault(33, 34)
@@ -131,19 +131,21 @@ async def test_no_cookie_is_carried_from_hop_to_hop_or_to_the_next_caller(
         [],
     ],
 )
-async def test_a_name_with_any_closed_address_is_refused_before_dialling(rascal: Rascal, answers: list[str]) -> None:
+async def test_a_name_with_any_closed_address_is_refused_before_dialling(
+    site: MisbehavingServer, answers: list[str]
+) -> None:
     """One bad answer among good ones is enough; no connection is made."""
-    fetcher = ImageFetcher(FetchLimits(MAX_BYTES), resolve=Names(pictures_test=answers))
+    fetcher = ImageFetcher(FetchLimits(MAX_BYTES), resolve=FakeResolver(pictures_test=answers))
     with pytest.raises(InvalidInput) as refused:
         await fetcher.fetch("http://pictures.test/picture", "image_url")
     fetcher.close()
     assert refused.value.field == "image_url"
-    assert rascal.heads == []
+    assert site.heads == []
 
 
 async def test_a_name_that_is_not_there_is_answered_like_one_inside() -> None:
     """The answer does not tell which names exist in the operator's own network."""
-    fetcher = ImageFetcher(FetchLimits(MAX_BYTES), resolve=Names(inside_test=["10.0.0.1"]))
+    fetcher = ImageFetcher(FetchLimits(MAX_BYTES), resolve=FakeResolver(inside_test=["10.0.0.1"]))
     details = []
     for host in ("inside.test", "nowhere.test"):
         with pytest.raises(InvalidInput) as refused:
@@ -156,7 +158,7 @@ async def test_a_name_that_is_not_there_is_answered_like_one_inside() -> None:
 @pytest.mark.fault(38)
 async def test_a_public_address_at_an_odd_port_is_refused() -> None:
     """Mail, ssh and databases are not asked for pictures."""
-    fetcher = ImageFetcher(FetchLimits(MAX_BYTES), resolve=Names(pictures_test=["93.184.216.34"]))
+    fetcher = ImageFetcher(FetchLimits(MAX_BYTES), resolve=FakeResolver(pictures_test=["93.184.216.34"]))
     for port in (0, 22, 25, 5432, 8080):
         with pytest.raises(InvalidInput):
             await fetcher.fetch(f"http://pictures.test:{port}/", "image_url")
@@ -164,19 +166,19 @@ async def test_a_public_address_at_an_odd_port_is_refused() -> None:
 
 
 @pytest.mark.fault(33)
-async def test_the_system_resolver_finds_localhost_and_it_is_refused(rascal: Rascal) -> None:
+async def test_the_system_resolver_finds_localhost_and_it_is_refused(site: MisbehavingServer) -> None:
     """With nothing handed in, names go the usual way, and loopback is still closed."""
     fetcher = ImageFetcher(FetchLimits(MAX_BYTES))
     for host in ("localhost", "127.0.0.1", "[::1]", "[::ffff:127.0.0.1]"):
         with pytest.raises(InvalidInput):
             await fetcher.fetch(f"http://{host}/picture", "image_url")
     fetcher.close()
-    assert rascal.heads == []
+    assert site.heads == []
 
 
 @pytest.mark.fault(38)
 async def test_a_proxy_in_the_environment_is_not_used(
-    rascal: Rascal, fetch: Callable[[str], Awaitable[bytes]], monkeypatch: pytest.MonkeyPatch
+    site: MisbehavingServer, fetch: Callable[[str], Awaitable[bytes]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A proxy would dial for us, and not the address that was judged."""
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
@@ -189,36 +191,36 @@ async def test_tls_is_asked_for_the_name_and_not_the_number() -> None:
     wanted: list[str | None] = []
     tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     tls.sni_callback = lambda connection, name, context: wanted.append(name)  # type: ignore[assignment]  # gives None
-    rascal = Rascal()
-    server = await rascal.start(tls)
-    allowed = [AllowedTarget.parse(f"pictures.test:{rascal.port}")]
-    fetcher = ImageFetcher(FetchLimits(MAX_BYTES), allowed, Names(pictures_test=["127.0.0.1"]))
+    site = MisbehavingServer()
+    server = await site.start(tls)
+    allowed = [AllowedTarget.parse(f"pictures.test:{site.port}")]
+    fetcher = ImageFetcher(FetchLimits(MAX_BYTES), allowed, FakeResolver(pictures_test=["127.0.0.1"]))
     with pytest.raises(RemoteFetchFailed):
-        await fetcher.fetch(f"https://pictures.test:{rascal.port}/picture", "image_url")
+        await fetcher.fetch(f"https://pictures.test:{site.port}/picture", "image_url")
     fetcher.close()
     server.close()
     assert wanted == ["pictures.test"]
 
 
 async def test_a_fetch_that_is_cancelled_lets_go_of_its_connection(
-    rascal: Rascal,
+    site: MisbehavingServer,
 ) -> None:
     """The caller left: the remote sees the connection end."""
     fetcher = ImageFetcher(
-        FetchLimits(MAX_BYTES, total=600, grace=600), [AllowedTarget.parse(f"127.0.0.1:{rascal.port}")]
+        FetchLimits(MAX_BYTES, total=600, grace=600), [AllowedTarget.parse(f"127.0.0.1:{site.port}")]
     )
-    fetching = asyncio.ensure_future(fetcher.fetch(f"http://127.0.0.1:{rascal.port}/drip", "image_url"))
-    await asyncio.to_thread(until, lambda: bool(rascal.heads))
+    fetching = asyncio.ensure_future(fetcher.fetch(f"http://127.0.0.1:{site.port}/drip", "image_url"))
+    await asyncio.to_thread(until, lambda: bool(site.heads))
     fetching.cancel()
     with pytest.raises(asyncio.CancelledError):
         await fetching
-    await asyncio.to_thread(until, lambda: not rascal.open)
+    await asyncio.to_thread(until, lambda: not site.open)
     fetcher.close()
 
 
-async def test_the_next_address_is_dialled_when_the_first_takes_no_connection(rascal: Rascal) -> None:
+async def test_the_next_address_is_dialled_when_the_first_takes_no_connection(site: MisbehavingServer) -> None:
     """A name with a dead address beside a living one still gives its picture."""
-    names = Names(pictures_test=["127.9.9.9", "127.0.0.1"])
-    fetcher = ImageFetcher(FetchLimits(MAX_BYTES), [AllowedTarget.parse(f"pictures.test:{rascal.port}")], names)
-    assert await fetcher.fetch(f"http://pictures.test:{rascal.port}/picture", "image_url") == PICTURE
+    names = FakeResolver(pictures_test=["127.9.9.9", "127.0.0.1"])
+    fetcher = ImageFetcher(FetchLimits(MAX_BYTES), [AllowedTarget.parse(f"pictures.test:{site.port}")], names)
+    assert await fetcher.fetch(f"http://pictures.test:{site.port}/picture", "image_url") == PICTURE
     fetcher.close()

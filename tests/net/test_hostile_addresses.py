@@ -12,12 +12,12 @@ from typing import Any
 import httpx
 import pytest
 from conftest import RunningApp, free_port
-from dials import OutboundConnections, Trap, watched
 from fakes import FakeDenoiser, FakeImageDenoiser, until
 from live_servers import LiveServer
+from misbehaving_server import PICTURE, MisbehavingServer, serve_in_thread
+from outbound_connections import OutboundConnections, Trap, recording
 from storage_servers import MisbehavingStore as StorageRascal
 from storage_servers import StorageServer, make_s3_bucket, s3_client
-from web_rascal import PICTURE, Rascal, beside
 
 from stable_diffusion_server.errors import InvalidInput
 from stable_diffusion_server.net import image_fetcher, safe_client
@@ -84,17 +84,17 @@ http://pictures.test.:{friend}/until-close
 
 
 @pytest.fixture
-def friend() -> Iterator[Rascal]:
+def friend() -> Iterator[MisbehavingServer]:
     """The one server that may be dialled."""
-    with beside(Rascal()) as rascal:
-        yield rascal
+    with serve_in_thread(MisbehavingServer()) as site:
+        yield site
 
 
 @pytest.fixture
-def dials(monkeypatch: pytest.MonkeyPatch, trap: Trap) -> OutboundConnections:
+def connections(monkeypatch: pytest.MonkeyPatch, trap: Trap) -> OutboundConnections:
     """The system's name server replaced by the table; http's port is the trap's, so that rules alone keep us off it."""
-    dials = OutboundConnections({name: [list(answer) for answer in answers] for name, answers in NAMES.items()})
-    monkeypatch.setattr("socket.getaddrinfo", dials.resolve)
+    connections = OutboundConnections({name: [list(answer) for answer in answers] for name, answers in NAMES.items()})
+    monkeypatch.setattr("socket.getaddrinfo", connections.resolve)
     monkeypatch.setitem(PORTS, "http", trap.port)
     # httpx has its own idea of the port that may be left out.
     monkeypatch.setattr(
@@ -102,105 +102,109 @@ def dials(monkeypatch: pytest.MonkeyPatch, trap: Trap) -> OutboundConnections:
     )
     for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "all_proxy", "ALL_PROXY"):
         monkeypatch.setenv(name, f"http://127.0.0.1:{trap.port}")
-    return dials
+    return connections
 
 
 @pytest.fixture
-def house(house_of: Callable[..., RunningApp], friend: Rascal) -> RunningApp:
+def house(house_of: Callable[..., RunningApp], friend: MisbehavingServer) -> RunningApp:
     """A running app that may fetch from the friend, by two names and its number."""
     hosts = ("pictures.test", "pictures.test.", "xn--bcher-kva.test", "127.0.0.1")
     return house_of(FakeImageDenoiser(), fetch_allow=",".join(f"{host}:{friend.port}" for host in hosts))
 
 
-def filled(url: str, friend: Rascal, trap: Trap) -> str:
+def filled(url: str, friend: MisbehavingServer, trap: Trap) -> str:
     return url.replace("{friend}", str(friend.port)).replace("{trap}", str(trap.port))
 
 
 @pytest.mark.fault(33, 34, 35, 36, 38)
 def test_no_hostile_address_is_dialled(
-    house: RunningApp, friend: Rascal, trap: Trap, dials: OutboundConnections
+    house: RunningApp, friend: MisbehavingServer, trap: Trap, connections: OutboundConnections
 ) -> None:
     """Each is refused by its parameter; the sockets saw the friend, and the public half of a name that turns."""
     assert len(HOSTILE) >= 100
-    with watched(dials):
+    with recording(connections):
         for url in HOSTILE:
             asked = {"prompt": "a red square", "image_url": filled(url, friend, trap)}
             answer = house.client.post(STYLE, json=asked)
             assert answer.status_code in (422, 502), (url, answer.text)
             assert answer.json()["field"] == "image_url", url
-    assert set(dials.dialled) == {("127.0.0.1", friend.port), (PUBLIC, trap.port)}
-    assert dials.dialled.count((PUBLIC, trap.port)) == 1, "the name that turns, at its public address"
+    assert set(connections.dialled) == {("127.0.0.1", friend.port), (PUBLIC, trap.port)}
+    assert connections.dialled.count((PUBLIC, trap.port)) == 1, "the name that turns, at its public address"
     assert trap.came == []
     assert house.squares.prepared == []
 
 
 @pytest.mark.fault(33, 36)
 def test_friendly_addresses_are_fetched_all_the_same(
-    house: RunningApp, friend: Rascal, trap: Trap, dials: OutboundConnections
+    house: RunningApp, friend: MisbehavingServer, trap: Trap, connections: OutboundConnections
 ) -> None:
     """By name, by number, beyond ASCII, with a trailing dot, through redirects: what the operator allows."""
     assert len(FRIENDLY) >= 5
-    with watched(dials):
+    with recording(connections):
         for url in FRIENDLY:
             asked = {"prompt": "a red square", "image_url": filled(url, friend, trap), "overwrite": True}
             assert house.client.post(STYLE, json=asked).status_code == 200, url
-    assert set(dials.dialled) == {("127.0.0.1", friend.port)}
+    assert set(connections.dialled) == {("127.0.0.1", friend.port)}
     assert trap.came == []
 
 
 @pytest.mark.fault(33, 34, 38)
 def test_no_webhook_leads_inside_either(
-    house: RunningApp, friend: Rascal, trap: Trap, dials: OutboundConnections
+    house: RunningApp, friend: MisbehavingServer, trap: Trap, connections: OutboundConnections
 ) -> None:
     """The same addresses as `webhook_url`: refused when they are asked for, or when the message is to be sent."""
-    with watched(dials):
+    with recording(connections):
         for url in SPELLINGS:
             asked = {"prompt": "a red square", "width": 64, "height": 64, "webhook_url": filled(url, friend, trap)}
             answer = house.client.post("/create_and_upload_image", json=asked, headers={"Prefer": "respond-async"})
             assert (answer.status_code, answer.json()["field"]) == (422, "webhook_url"), url
-    assert dials.dialled == []
+    assert connections.dialled == []
     assert trap.came == []
 
 
 @pytest.mark.fault(35)
-def test_a_webhook_whose_name_turns_is_not_told(house: RunningApp, trap: Trap, dials: OutboundConnections) -> None:
+def test_a_webhook_whose_name_turns_is_not_told(
+    house: RunningApp, trap: Trap, connections: OutboundConnections
+) -> None:
     """Public when the job is accepted, inside when it has ended: the job is done, and nobody is dialled."""
     asked = {"prompt": "a red square", "width": 64, "height": 64, "webhook_url": "http://turns.test/hook"}
-    with watched(dials):
+    with recording(connections):
         answer = house.client.post("/create_and_upload_image", json=asked, headers={"Prefer": "respond-async"})
         assert answer.status_code == 202, answer.text
         until(lambda: house.client.get(f"/jobs/{answer.json()['id']}").json()["state"] == "done")
-        until(lambda: dials.asked.count("turns.test") >= 2)
-    assert dials.dialled == []
+        until(lambda: connections.asked.count("turns.test") >= 2)
+    assert connections.dialled == []
     assert trap.came == []
 
 
 @pytest.mark.fault(35)
-async def test_every_hop_is_resolved_and_judged_anew(friend: Rascal, trap: Trap, dials: OutboundConnections) -> None:
+async def test_every_hop_is_resolved_and_judged_anew(
+    friend: MisbehavingServer, trap: Trap, connections: OutboundConnections
+) -> None:
     """A name that is allowed by its network for the first hop and leads elsewhere for the second is not followed."""
     allowed = [AllowedTarget.parse(f"127.0.0.1:{friend.port}")]
     fetching = ImageFetcher(FetchLimits(100_000), allowed)
     url = f"http://turns-back.test:{friend.port}"
-    with watched(dials), pytest.raises(InvalidInput):
+    with recording(connections), pytest.raises(InvalidInput):
         await fetching.fetch(f"{url}/to/{url}/picture", "image_url")
     fetching.close()
-    assert dials.asked == ["turns-back.test"] * 2
-    assert dials.dialled == [("127.0.0.1", friend.port)]
+    assert connections.asked == ["turns-back.test"] * 2
+    assert connections.dialled == [("127.0.0.1", friend.port)]
 
 
 async def test_without_the_rules_the_trap_would_have_caught_them(
-    monkeypatch: pytest.MonkeyPatch, trap: Trap, dials: OutboundConnections
+    monkeypatch: pytest.MonkeyPatch, trap: Trap, connections: OutboundConnections
 ) -> None:
     """What shows that the two tests above can fail: were every address public, the sockets would have seen it."""
     monkeypatch.setattr(safe_client, "is_public", lambda address: True)
     fetching = ImageFetcher(FetchLimits(100_000))
     spellings = ["http://127.0.0.1/", "http://[::ffff:127.0.0.1]/", "http://127.0.0.1.nip.io/", "http://127.0.0.1./"]
-    with watched(dials):
+    with recording(connections):
         for url in spellings:
             with pytest.raises(image_fetcher.RemoteFetchFailed):
                 await fetching.fetch(url, "image_url")
     fetching.close()
-    assert len(dials.dialled) == len(spellings)
+    assert len(connections.dialled) == len(spellings)
     until(lambda: len(trap.came) >= 3)
 
 
@@ -216,7 +220,7 @@ def test_where_a_redirect_leads_is_read_like_any_address() -> None:
 async def test_tls_is_checked_and_never_left(tmp_path: Path) -> None:
     """The certificate has to be the name's; a redirect from https to http is not followed."""
     server_side, client_side = tls_for("pictures.test", tmp_path)
-    with beside(Rascal(), server_side) as secure:
+    with serve_in_thread(MisbehavingServer(), server_side) as secure:
         hosts = [AllowedTarget.parse(f"{host}:{secure.port}") for host in ("pictures.test", "other.test")]
 
         async def resolve(host: str, port: int) -> list[str]:
@@ -318,7 +322,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, str], int]] = {
 
 @pytest.mark.parametrize("prefer", ["", "respond-async"])
 def test_nothing_is_fetched_or_looked_up_before_limits_and_keys_are_checked(
-    house_of: Callable[..., RunningApp], friend: Rascal, dials: OutboundConnections, prefer: str
+    house_of: Callable[..., RunningApp], friend: MisbehavingServer, connections: OutboundConnections, prefer: str
 ) -> None:
     """Whatever an order is refused for, its addresses are not even looked up, nor is its webhook; at last a rate."""
     house = house_of(
@@ -331,7 +335,7 @@ def test_nothing_is_fetched_or_looked_up_before_limits_and_keys_are_checked(
     order = {"prompt": "a red square", "image_url": f"http://pictures.test:{friend.port}/picture"}
     if prefer:
         order["webhook_url"] = "http://public.test/"
-    with watched(dials):
+    with recording(connections):
         for what, (change, headers, status) in REFUSED.items():
             answer = house.client.post(STYLE, json={**order, **change}, headers={**key, **headers})
             assert answer.status_code == status, (what, answer.text)
@@ -339,11 +343,11 @@ def test_nothing_is_fetched_or_looked_up_before_limits_and_keys_are_checked(
             pass
         assert answer.status_code == 429
         assert house.client.post(STYLE, json=order, headers=key).status_code == 429
-    assert (dials.asked, dials.dialled, friend.heads) == ([], [], [])
+    assert (connections.asked, connections.dialled, friend.heads) == ([], [], [])
 
 
 def test_a_server_that_goes_down_or_is_full_fetches_nothing(
-    house_of: Callable[..., RunningApp], friend: Rascal, dials: OutboundConnections
+    house_of: Callable[..., RunningApp], friend: MisbehavingServer, connections: OutboundConnections
 ) -> None:
     """A queue without room is told before an address is looked up."""
     squares = FakeDenoiser(gate=threading.Event())
@@ -359,7 +363,7 @@ def test_a_server_that_goes_down_or_is_full_fetches_nothing(
         )
     until(lambda: house.metric("sds_queue_waiting") == 1)
     order = {"prompt": "a red square", "image_url": f"http://pictures.test:{friend.port}/picture"}
-    with watched(dials):
+    with recording(connections):
         assert house.client.post(STYLE, json=order).status_code == 429
     squares.gate.set()
-    assert (dials.asked, friend.heads) == ([], [])
+    assert (connections.asked, friend.heads) == ([], [])
