@@ -16,7 +16,7 @@ from starlette.routing import Route
 from stable_diffusion_server.api import AccessMiddleware, AccessPolicy, BodyLimitMiddleware, TrustedProxies
 from stable_diffusion_server.cli import main as command
 from stable_diffusion_server.imaging import DecoderPool
-from stable_diffusion_server.settings import quieten_gradio
+from stable_diffusion_server.settings import configure_gradio
 from stable_diffusion_server.ui import ApiClients, ImageIntake, LazyUiApp, UploadRoutes, UploadStore, favicon
 
 # As the settings of a server begin.
@@ -50,7 +50,7 @@ def create_app(server: str, key: str) -> FastAPI:
     intake = ImageIntake(decoder.decode, UploadStore(), _FILE_BYTES)
 
     def build() -> FastAPI:
-        quieten_gradio(Path(tempfile.gettempdir()) / "studio")
+        configure_gradio(Path(tempfile.gettempdir()) / "studio")
         # Imported here, on a thread: it takes seconds.
         from stable_diffusion_server.ui.tabs import blocks
 

@@ -6,8 +6,6 @@ from stable_diffusion_server.app import create_app, freeze_gc
 from stable_diffusion_server.settings import SettingsError, read_settings
 
 try:
-    settings = read_settings()
+    app = create_app(read_settings(), settle=freeze_gc)
 except SettingsError as error:
     sys.exit(str(error))
-
-app = create_app(settings, settle=freeze_gc)

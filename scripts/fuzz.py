@@ -35,11 +35,11 @@ def main() -> None:
     from fakes import Retouchers, settings_in
 
     from stable_diffusion_server.app import create_app
-    from stable_diffusion_server.cli import _listen
+    from stable_diffusion_server.cli import open_listener
 
     with tempfile.TemporaryDirectory() as folder:
         settings = settings_in(Path(folder), port=0, log_level="error", max_side=256, queue_limit=1000)
-        listening = _listen(settings)
+        listening = open_listener(settings)
         app = create_app(settings, load=lambda settings: Retouchers())
         server = uvicorn.Server(uvicorn.Config(app, access_log=False, log_level="warning", proxy_headers=False))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})

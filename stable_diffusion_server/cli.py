@@ -39,7 +39,14 @@ def main(arguments: list[str] | None = None) -> None:
     _add_spool(commands)
     commands.add_parser("settings", help="print every setting with its default and meaning")
     commands.add_parser("api", help="print the doors with their parameters and answers, as in docs/api.md")
-    given = parser.parse_args(arguments)
+    try:
+        _run(parser.parse_args(arguments))
+    except SettingsError as error:
+        sys.stderr.write(f"{error}\n")
+        sys.exit(2)
+
+
+def _run(given: argparse.Namespace) -> None:
     match given.command:
         case "api":
             sys.stdout.write(describe_api())
@@ -48,11 +55,11 @@ def main(arguments: list[str] | None = None) -> None:
         case "serve":
             serve()
         case _:
-            _run(_settings(), given)
+            _run_with_settings(given, read_settings())
 
 
-def _run(settings: Settings, given: argparse.Namespace) -> None:
-    # Imported after the settings were read, so that a wrong one is told at once.
+def _run_with_settings(given: argparse.Namespace, settings: Settings) -> None:
+    # Imported after the settings were read: these imports take seconds, and a wrong setting is reported before.
     from stable_diffusion_server.app import check_storage, draw_to_file, list_models, manage_dead_letters
 
     match given.command:
@@ -94,18 +101,10 @@ def describe_api() -> str:
     return openapi_markdown(create_app(Settings(_env_file=None, models="embedded")).openapi())
 
 
-def _settings() -> Settings:
-    try:
-        return read_settings()
-    except SettingsError as error:
-        sys.stderr.write(f"{error}\n")
-        sys.exit(2)
-
-
 def serve() -> None:
     """Serve until a signal ends it."""
-    settings = _settings()
-    # Imported after the settings were read, so that a wrong one is told at once.
+    settings = read_settings()
+    # Imported after the settings were read: these imports take seconds, and a wrong setting is reported before.
     from stable_diffusion_server.app import BoundedProtocol, create_app, freeze_gc, tune_malloc
 
     def announce() -> None:
@@ -114,7 +113,7 @@ def serve() -> None:
 
     tune_malloc()
     # Bound before anything is loaded: a port that is taken is told at once, and PORT=0 has a number to show.
-    listening = _listen(settings)
+    listening = open_listener(settings)
     port = listening.getsockname()[1]
     app = create_app(settings, announce=announce, settle=freeze_gc)
     sys.stdout.write("Loading the models; the first picture can be asked for in a few seconds.\n")
@@ -137,7 +136,7 @@ def serve() -> None:
         sys.exit(128 + signal.SIGINT)
 
 
-def _listen(settings: Settings) -> socket.socket:
+def open_listener(settings: Settings) -> socket.socket:
     """The listening socket; ends the program with one sentence when the address cannot be had."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     try:

@@ -15,7 +15,7 @@ from fakes import FakeDenoiser, settings_in, until
 
 from stable_diffusion_server.app import create_app
 from stable_diffusion_server.app.http_protocol import BoundedProtocol
-from stable_diffusion_server.cli import _listen
+from stable_diffusion_server.cli import open_listener
 
 
 @dataclass
@@ -35,7 +35,7 @@ def live_of(tmp_path: Path) -> Iterator[Callable[..., LiveServer]]:
     def start(squares: FakeDenoiser | None = None, **changes: Any) -> LiveServer:
         painter = squares or FakeDenoiser()
         settings = settings_in(tmp_path, **{"port": 0, **changes})
-        listening = _listen(settings)
+        listening = open_listener(settings)
         app = create_app(settings, load=lambda settings: painter)
         quiet: dict[str, Any] = {"access_log": False, "log_level": "warning", "log_config": None}
         config = uvicorn.Config(app, http=BoundedProtocol, proxy_headers=False, **quiet)

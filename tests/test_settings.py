@@ -10,6 +10,8 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from stable_diffusion_server.app import create_app
+from stable_diffusion_server.cli import main
 from stable_diffusion_server.settings import Settings
 from stable_diffusion_server.settings.loader import RENAMED, SettingsError, describe_settings, read_settings
 from stable_diffusion_server.storage.factory import StorageOptions
@@ -39,7 +41,6 @@ def test_nothing_has_to_be_set() -> None:
         ("PORT", "eighty"),
         ("PORT", "65536"),
         ("QUEUE_LIMIT", "0"),
-        ("TEXT_TO_IMAGE_MODEL", "dalle"),
         ("STORAGE_PROVIDER", "tape"),
         ("DEVICE", "quantum"),
         ("WARMUP_SIZES", "1024"),
@@ -203,6 +204,32 @@ def test_the_page_of_settings_is_up_to_date() -> None:
     assert describe_settings() in (ROOT / "docs" / "settings.md").read_text()
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "sentence"),
+    [
+        ("TEXT_TO_IMAGE_MODEL", "dalle", "TEXT_TO_IMAGE_MODEL 'dalle' is not one of flux, sdxl."),
+        ("MODEL_ALIASES", "dall-e-3=dall-e", "MODEL_ALIASES 'dall-e-3=dall-e' names a model other than flux, sdxl."),
+    ],
+)
+def test_a_model_that_is_not_in_the_catalogue_stops_the_start(
+    name: str, value: str, sentence: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the command line with 2 and one sentence, before anything is loaded."""
+    monkeypatch.setenv(name, value)
+    with pytest.raises(SettingsError, match=f"^{re.escape(sentence)}$"):
+        create_app(read_settings())
+    with pytest.raises(SystemExit) as ended:
+        main(["models"])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == f"{sentence}\n"
+
+
+def test_the_table_holds_every_setting_once() -> None:
+    """The groups are listed beside the class that inherits them."""
+    rows = re.findall(r"^\| `([A-Z0-9_]+)` \|", describe_settings(), re.MULTILINE)
+    assert sorted(rows) == sorted(name.upper() for name in Settings.model_fields)
+
+
 def test_no_variable_of_the_tests_environment_is_taken_for_a_slip() -> None:
     """The check does not get in the way of the very environment it runs in."""
     assert os.environ
@@ -250,7 +277,7 @@ def test_every_storage_option_is_a_setting_of_that_name(monkeypatch: pytest.Monk
         ({"API_KEYS_FILE": "nowhere"}, "API_KEYS_FILE cannot be read"),
         ({"RATE_LIMIT": "fast"}, "RATE_LIMIT 'fast' is not a rate"),
         ({"TRUSTED_PROXIES": "proxy.example"}, "TRUSTED_PROXIES 'proxy.example' is not an address"),
-        ({"MODEL_ALIASES": "dall-e-3=dall-e"}, "MODEL_ALIASES 'dall-e-3=dall-e' is not like"),
+        ({"MODEL_ALIASES": "dall-e-3=Dall E"}, "MODEL_ALIASES 'dall-e-3=Dall E' is not like"),
     ],
 )
 def test_keys_and_limits_that_are_written_wrong_stop_the_start(

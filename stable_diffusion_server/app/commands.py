@@ -18,7 +18,7 @@ from stable_diffusion_server.app.models import ModelState
 from stable_diffusion_server.engine import EngineState
 from stable_diffusion_server.errors import StorageUnavailable
 from stable_diffusion_server.pipelines import REAL_MODELS
-from stable_diffusion_server.settings import Settings, keep_compiled
+from stable_diffusion_server.settings import Settings, set_compiler_cache
 from stable_diffusion_server.storage import DeadLetters, StorageOptions, check_bucket, object_key, open_bucket
 
 FORMATS = {".webp": "webp", ".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg"}
@@ -40,7 +40,8 @@ def draw_to_file(settings: Settings, wanted: Mapping[str, Any], out: Path) -> No
             "data_dir": Path(folder, "data"),
             "local_bucket_dir": Path(folder, "bucket"),
         }
-        keep_compiled((settings.data_dir / "compiled").resolve())  # and not in the folder that goes with the picture
+        # The compiler's cache outlives the temporary folder.
+        set_compiler_cache((settings.data_dir / "compiled").resolve())
         bare = {"log_level": "error", "ui": False, "api_keys": (), "rate_limit": "", "warmup_sizes": ()}
         alone = settings.model_copy(update={**here, **bare})
         answer = asyncio.run(_answered(alone, {**wanted, "format": FORMATS[out.suffix.lower()]}))

@@ -28,7 +28,7 @@ from stable_diffusion_server.pipelines import (
     with_quantization,
     without_identity,
 )
-from stable_diffusion_server.settings import Settings, keep_compiled
+from stable_diffusion_server.settings import Settings, SettingsError, set_compiler_cache
 
 _log = structlog.get_logger(__name__)
 
@@ -62,6 +62,7 @@ class ModelState:
     @classmethod
     def of(cls, settings: Settings) -> ModelState:
         """What the settings ask for, by what lies in the models' folder."""
+        check_model_names(settings)
         folders = {facts.folder for candidates in REAL_MODELS.values() for facts in candidates}
         places = {folder: settings.models_dir / folder for folder in folders}
         # A link that leads nowhere is a model too: it is told of, and not passed over.
@@ -129,6 +130,17 @@ class ModelState:
         return read()
 
 
+def check_model_names(settings: Settings) -> None:
+    """Raise `SettingsError` for a model that TEXT_TO_IMAGE_MODEL or MODEL_ALIASES names and the catalogue lacks."""
+    names = sorted({*MODELS, *REAL_MODELS})
+    known = ", ".join(names)
+    if settings.text_to_image_model not in names:
+        raise SettingsError(f"TEXT_TO_IMAGE_MODEL {settings.text_to_image_model!r} is not one of {known}.")
+    for alias in settings.model_aliases:
+        if "=" in alias and alias.partition("=")[2] not in names:
+            raise SettingsError(f"MODEL_ALIASES {alias!r} names a model other than {known}.")
+
+
 def _loras_of(settings: Settings) -> LoraFolder:
     return LoraFolder(settings.lora_dir, settings.max_lora_bytes)
 
@@ -147,7 +159,7 @@ def load_models(settings: Settings, loaded: ModelState) -> ModelBackend:
     """The models of the settings, loaded. Takes seconds. Raises `ModelLoadError`."""
     if loaded.fault is not None:
         raise loaded.fault
-    keep_compiled((settings.data_dir / "compiled").resolve())
+    set_compiler_cache((settings.data_dir / "compiled").resolve())
     # Imported here, on the engine's thread: torch takes seconds, and the port should answer meanwhile.
     from stable_diffusion_server.pipelines import HubClient, registry
 

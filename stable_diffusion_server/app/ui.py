@@ -12,7 +12,7 @@ from starlette.datastructures import Headers
 from starlette.requests import cookie_parser
 from starlette.routing import Route
 
-from stable_diffusion_server.settings import Settings, quieten_gradio
+from stable_diffusion_server.settings import Settings, configure_gradio
 from stable_diffusion_server.ui import (
     COOKIE,
     ApiClients,
@@ -42,7 +42,7 @@ def mount_ui(
     intake = ImageIntake(decode, UploadStore(_limits(settings)), settings.max_image_bytes)
 
     def build() -> FastAPI:
-        quieten_gradio((settings.data_dir / "studio").resolve())
+        configure_gradio((settings.data_dir / "studio").resolve())
         # Imported here, on a thread: it takes seconds.
         from stable_diffusion_server.ui.tabs import blocks
 

@@ -1,4 +1,4 @@
-"""What groups of settings have in common: how lists are written, and that nothing changes after the start."""
+"""Base class of the settings groups, and types for lists written with commas."""
 
 from __future__ import annotations
 
@@ -13,10 +13,15 @@ def _split_commas(value: Any) -> Any:
 
 
 Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split_commas)]
-Keys = Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_split_commas)]
+Secrets = Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_split_commas)]
+
+
+def none_if_empty(value: Any) -> Any:
+    """Read an empty text as None: `LORA_DIR=` means that there is no such folder, not the current one."""
+    return value or None
 
 
 class SettingsGroup(BaseSettings):
-    """Settings that belong together."""
+    """Settings of one subject: frozen, read from the environment and `.env`."""
 
     model_config = SettingsConfigDict(env_file=".env", extra="ignore", frozen=True, validate_default=True)

@@ -1,4 +1,4 @@
-"""How jobs are kept, told and ended."""
+"""Settings of asynchronous jobs, webhooks, shutdown and the watchdog."""
 
 from __future__ import annotations
 
@@ -8,45 +8,54 @@ from pydantic import Field, SecretStr, field_validator
 
 from stable_diffusion_server.settings.base import SettingsGroup
 
+_WEBHOOK_PREFIX = "whsec_"
+
 
 class JobSettings(SettingsGroup):
-    """Accepted jobs, idempotency keys, webhooks, stopping and hanging."""
+    """How many jobs are accepted, how long they are kept, and when a stopping or hanging server is ended."""
 
-    jobs_max_queued: int = Field(1000, ge=1, description="Accepted jobs that may wait; one more is answered 429.")
+    jobs_max_queued: int = Field(1000, ge=1, description="Maximum number of queued jobs; further ones get 429.")
     jobs_concurrency: int = Field(
-        8, ge=1, le=1024, description="Accepted jobs that are in the queue for the device at a time; keep it below it."
+        8,
+        ge=1,
+        le=1024,
+        description="Jobs that are in the engine's queue at a time; keep it below QUEUE_LIMIT.",
     )
-    event_streams: int = Field(256, ge=1, description="Clients that follow the events of jobs at a time; more: 429.")
-    event_streams_per_caller: int = Field(64, ge=1, description="Those of one caller, who has half of all at the most.")
-    event_streams_per_job: int = Field(32, ge=1, description="Those of one job.")
+    event_streams: int = Field(
+        256, ge=1, description="Maximum number of open event streams of jobs; further ones get 429."
+    )
+    event_streams_per_caller: int = Field(
+        64, ge=1, description="The same per caller, who also gets at most half of all."
+    )
+    event_streams_per_job: int = Field(32, ge=1, description="The same per job.")
     job_store_bytes: int = Field(
         1_073_741_824,
         ge=1_048_576,
-        description="Largest journal of jobs, with their pictures; a full one refuses jobs.",
+        description="Maximum size of the job store (`DATA_DIR/journal.db`) with its images; a full one refuses jobs.",
     )
     job_retention_hours: float = Field(
-        24.0, gt=0, allow_inf_nan=False, description="Hours an accepted job that has ended can be asked after."
+        24.0, gt=0, allow_inf_nan=False, description="Hours a finished job is kept and can be read."
     )
     idempotency_hours: float = Field(
-        24.0, gt=0, allow_inf_nan=False, description="Hours the answer to an `Idempotency-Key` is repeated."
+        24.0, gt=0, allow_inf_nan=False, description="Hours a response is repeated for the same `Idempotency-Key`."
     )
     job_id_prefix: str = Field(
         "",
         pattern=r"^([A-Za-z0-9]{1,16}-)?$",
-        description="Put before the ids this server makes for jobs, as in `r3-`: what balances servers can tell whose "
-        "a job is. Empty: nothing.",
+        description="Prefix of the job ids of this server, such as `r3-`, so that a load balancer can route by it.",
     )
     webhook_secret: SecretStr = Field(
         SecretStr(""),
-        description="Signs what is sent to a `webhook_url` (HMAC-SHA256): a text, or `whsec_` and base64. Empty: it is "
-        "not signed.",
+        description=(
+            "Secret that signs webhooks (HMAC-SHA256): any text, or `whsec_` and base64. Empty: they are not signed."
+        ),
     )
     shutdown_grace_seconds: float = Field(
         30.0,
         ge=0,
         le=3600,
         allow_inf_nan=False,
-        description="Seconds what is being drawn may go on after a stop signal.",
+        description="Seconds that running requests may take after a stop signal.",
     )
     watchdog_timeout: float = Field(
         300.0,
@@ -59,10 +68,10 @@ class JobSettings(SettingsGroup):
     @classmethod
     def _can_sign(cls, value: SecretStr) -> SecretStr:
         secret = value.get_secret_value()
-        prefix = "whsec_"
         try:
-            encoded = secret.encode()
-            key = base64.b64decode(encoded[len(prefix) :], validate=True) if secret.startswith(prefix) else encoded
+            key = secret.encode()
+            if secret.startswith(_WEBHOOK_PREFIX):
+                key = base64.b64decode(key[len(_WEBHOOK_PREFIX) :], validate=True)
         except ValueError:
             key = b""
         if secret and not key.strip():

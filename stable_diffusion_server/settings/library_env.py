@@ -1,4 +1,4 @@
-"""Writes into the environment what a library reads only there. The one writer, beside the only readers."""
+"""Sets environment variables that libraries read. Only this package reads or writes the environment."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import os
 from pathlib import Path
 
 
-def quieten_gradio(folder: Path) -> None:
-    """Have Gradio keep its files in `folder` and ask nobody else for anything. Call it before Gradio is imported."""
+def configure_gradio(folder: Path) -> None:
+    """Make Gradio keep its files in `folder` and send no analytics. Call before Gradio is imported."""
     os.environ["GRADIO_TEMP_DIR"] = str(folder)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 
-def keep_compiled(folder: Path) -> None:
-    """Have PyTorch's compiler keep what it makes in `folder`, for the next start, unless the user said where."""
+def set_compiler_cache(folder: Path) -> None:
+    """Make PyTorch's compiler cache its output in `folder` for the next start, unless the user chose a folder."""
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))

@@ -1,4 +1,4 @@
-"""How much of everything is taken at the most."""
+"""Settings of the request limits: queue, image sizes, seconds."""
 
 from __future__ import annotations
 
@@ -12,99 +12,79 @@ from stable_diffusion_server.settings.base import Names, SettingsGroup
 
 
 class LimitSettings(SettingsGroup):
-    """Queue, sizes, bytes and seconds."""
+    """Upper bounds of a request, and of the work done for it."""
 
-    queue_limit: int = Field(32, ge=1, description="Jobs that may wait; one more is answered 429.")
+    queue_limit: int = Field(
+        32, ge=1, description="Maximum number of requests in the engine's queue; further ones get 429."
+    )
     max_batch: int = Field(
         8,
         ge=1,
         le=64,
-        description="Jobs that share a forward pass at the most; by shape it is as many as make pictures faster.",
+        description="Maximum number of requests per forward pass; the batch size that is fastest is measured per size.",
     )
     engine_workers: int = Field(
         0,
         ge=0,
         le=64,
         description=(
-            "Threads that draw side by side with the same weights: for several CPU cores. With more than one there "
-            "are no adapters, and weights have to stay where they are. 0: two on a CPU of several cores where that "
-            "is possible and LORA_DIR is empty, else one."
+            "Worker threads that share the weights, for several CPU cores. With more than one, LoRA adapters are not "
+            "possible and weights are not moved. 0: two on a CPU of several cores where that is possible and LORA_DIR "
+            "is empty, otherwise one."
         ),
     )
-    min_side: int = Field(64, ge=8, description="Smallest width and height in pixels.")
-    max_side: int = Field(2048, ge=64, le=16383, description="Largest width and height in pixels.")
-    max_steps: int = Field(100, ge=1, le=1000, description="Most denoising steps.")
-    max_guidance: float = Field(20.0, ge=0, allow_inf_nan=False, description="Largest guidance scale.")
-    max_prompt_characters: int = Field(4000, ge=1, le=10_000, description="Longest prompt in characters.")
+    min_side: int = Field(64, ge=8, description="Minimum width and height in pixels.")
+    max_side: int = Field(2048, ge=64, le=16383, description="Maximum width and height in pixels.")
+    max_steps: int = Field(100, ge=1, le=1000, description="Maximum number of denoising steps.")
+    max_guidance: float = Field(20.0, ge=0, allow_inf_nan=False, description="Maximum guidance scale.")
+    max_prompt_characters: int = Field(4000, ge=1, le=10_000, description="Maximum length of a prompt in characters.")
     max_timeout: float = Field(
         600.0,
         gt=0,
         allow_inf_nan=False,
-        description="Longest `timeout` in seconds, and the one of a request without.",
+        description="Maximum `timeout` of a request in seconds, and the default.",
     )
-    max_body_bytes: int = Field(1_048_576, ge=1024, description="Largest request body in bytes, but for multipart.")
-    max_upload_bytes: int = Field(33_554_432, ge=1024, description="Largest multipart body, files and all, in bytes.")
-    body_timeout: float = Field(
-        15.0,
-        gt=0,
-        allow_inf_nan=False,
-        description="Seconds a body may stand still, or wait for room to be read into; then it is refused.",
+    max_image_bytes: int = Field(
+        20_971_520, ge=1024, description="Maximum size of an image file, uploaded or fetched, in bytes."
     )
-    body_min_rate: float = Field(
-        16_384.0,
-        ge=0,
-        allow_inf_nan=False,
-        description="Bytes a second a body arrives with at the least, measured over BODY_TIMEOUT.",
-    )
-    bodies_bytes: int = Field(
-        268_435_456,
-        ge=1_048_576,
-        description=(
-            "Bytes of bodies that are being received at a time, taken as they arrive; one caller has half, anonymous "
-            "ones have half together, and the rest waits."
-        ),
-    )
-    max_response_bytes: int = Field(
-        67_108_864, ge=1024, description="Largest answer that holds pictures as text, in bytes; else ask for addresses."
-    )
-    max_image_bytes: int = Field(20_971_520, ge=1024, description="Largest picture file sent or fetched, in bytes.")
-    max_image_pixels: int = Field(16_777_216, ge=4096, description="Largest area of a picture taken, in pixels.")
+    max_image_pixels: int = Field(16_777_216, ge=4096, description="Maximum area of an input image in pixels.")
     max_image_side: int = Field(
-        16_383, ge=64, le=16_383, description="Largest width and height of a picture taken; WebP holds no more."
+        16_383, ge=64, le=16_383, description="Maximum width and height of an input image; WebP cannot hold more."
     )
     extra_image_formats: Names = Field(
-        (), description="Kinds of pictures taken beside PNG, JPEG and WebP, by their first frame: `avif`, `gif`."
+        (), description="Input formats besides PNG, JPEG and WebP: `avif`, `gif`. The first frame is used."
     )
     decode_processes: int = Field(
         3,
         ge=1,
         le=64,
-        description="Processes that decode pictures, each one at a time; one caller has half of them, rounded up.",
+        description="Processes that decode images, one at a time each; one caller gets at most half, rounded up.",
     )
     decode_timeout: float = Field(
-        10.0, gt=0, allow_inf_nan=False, description="Seconds to decode a picture at the most."
+        10.0, gt=0, allow_inf_nan=False, description="Maximum seconds to decode an input image."
     )
     fetch_timeout: float = Field(
-        10.0, gt=0, allow_inf_nan=False, description="Seconds to fetch a picture by its URL at the most."
+        10.0, gt=0, allow_inf_nan=False, description="Maximum seconds to fetch an input image by its URL."
     )
     fetch_allow: Names = Field(
         (),
         description=(
-            "Hosts and networks pictures may be fetched from although they are not public, separated by commas, "
-            "with a port where it is not that of http or https: `images.internal`, `10.0.0.0/8`, `127.0.0.1:9000`."
+            "Hosts and networks that images may be fetched from although they are not public, separated by commas, "
+            "with the port if it is not 80 or 443: `images.internal`, `10.0.0.0/8`, `127.0.0.1:9000`."
         ),
     )
     bumpy_retries: Literal["auto", "0", "1", "2"] = Field(
         "auto",
         description=(
-            "How often a picture that is too bumpy is drawn again, with ` detail` after its prompt and a step more: "
-            "comics and ink are taken for faults too. `auto`: as the model's facts say, never for those known here."
+            "How often a too bumpy image is generated again, with ` detail` added to the prompt and one more step. "
+            "Comics and ink drawings also count as bumpy. `auto`: as the model's spec says, which is never for all "
+            "models known here."
         ),
     )
 
     @field_validator("extra_image_formats")
     @classmethod
-    def _known_formats(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+    def _are_known_formats(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for name in value:
             if name not in ("avif", "gif"):
                 raise ValueError(f"{name!r} is neither avif nor gif")
@@ -112,7 +92,7 @@ class LimitSettings(SettingsGroup):
 
     @field_validator("fetch_allow")
     @classmethod
-    def _hosts_or_networks(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+    def _are_hosts_or_networks(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for entry in value:
             if not _is_host_or_network(entry):
                 raise ValueError(f"{entry!r} is not a host or a network, such as 10.0.0.0/8 or 127.0.0.1:9000")

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 from dotenv import dotenv_values
 from pydantic import SecretStr, ValidationError
 
 from stable_diffusion_server.settings.models import ROOT
-from stable_diffusion_server.settings.server import Settings
+from stable_diffusion_server.settings.server import GROUPS, Settings
 
 _SHORT = 6
 
@@ -35,7 +36,7 @@ RENAMED = {
 
 
 class SettingsError(Exception):
-    """A setting is misspelt or invalid. The message is one sentence naming it, and never holds a secret value."""
+    """A setting is misspelt, renamed or invalid. The message is one sentence with its name and without secrets."""
 
 
 def read_settings() -> Settings:
@@ -49,30 +50,30 @@ def read_settings() -> Settings:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         message = first["msg"].removeprefix("Value error, ")
         name = str(first["loc"][0]).upper() if first["loc"] else ""
-        # from None: the chained error would show the values, and one of them may be a key.
+        # from None: the chained error would show the values, and one of them may be an API key.
         raise SettingsError(f"{name} {message}.".strip()) from None
 
 
 def describe_settings() -> str:
     """Return the settings as a Markdown table: name, default, meaning."""
     rows = ["| setting | default | meaning |", "| --- | --- | --- |"]
-    for name, field in Settings.model_fields.items():
-        default = None if field.default == SecretStr("") else field.default
-        if isinstance(default, Path) and default.is_relative_to(ROOT):
-            default = default.relative_to(ROOT)
-        if default and isinstance(default, tuple):
-            default = ", ".join(map(str, default))
-        shown = (
-            {"": "(empty)", (): "(empty)", None: "(empty)", True: "1", False: "0"}.get(default, default)
-            if (_plain(default))
-            else default
-        )
-        rows.append(f"| `{name.upper()}` | {shown} | {field.description} |")
+    for group in GROUPS:
+        for name, field in group.model_fields.items():
+            rows.append(f"| `{name.upper()}` | {_shown(field.default)} | {field.description} |")
     return "\n".join(rows)
 
 
-def _plain(default: object) -> bool:
-    return default is None or isinstance(default, str | tuple | bool)
+def _shown(default: Any) -> str:
+    """Return a default as the table shows it: as it would be written in the environment."""
+    if isinstance(default, bool):
+        return str(int(default))
+    if isinstance(default, SecretStr):
+        default = default.get_secret_value()
+    if isinstance(default, tuple):
+        default = ", ".join(default)
+    if isinstance(default, Path) and default.is_relative_to(ROOT):
+        default = default.relative_to(ROOT)
+    return "(empty)" if default in ("", None) else str(default)
 
 
 def _check_name(name: str, known: set[str]) -> None:

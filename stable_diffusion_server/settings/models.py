@@ -1,165 +1,162 @@
-"""Which models draw, in what placement, and on what."""
+"""Settings of the models: weights, adapters, placement, acceleration, device."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from stable_diffusion_server.settings.base import Names, SettingsGroup
+from stable_diffusion_server.settings.base import Names, SettingsGroup, none_if_empty
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-# In the source tree its own folder; an installed package has none, and its user's is where the server is started.
+# An installed package has no `models` folder beside it: there the folder is relative to the working directory.
 _IN_TREE = (ROOT / "models" / "README.md").is_file()
 
-# One of the names in PERFORMANCE, as pipelines/performance.py has them.
-_PART = "(off|safe|fast|layout|onednn|tf32|vae-bf16|compile|compile-whole|graphs|trace)"
+# Names of the optimizations in pipelines/acceleration/apply.py, which imports torch and so cannot be imported here.
+_OPTIMIZATION = "(off|safe|fast|layout|onednn|tf32|vae-bf16|compile|compile-whole|graphs|trace)"
 
 
 class ModelSettings(SettingsGroup):
-    """Weights, adapters and devices."""
+    """Which models are loaded, from where, and how they run."""
 
     models: Literal["embedded", "local", "hub", "auto"] = Field(
         "auto",
         description=(
-            "Which weights draw: `embedded`, those that come with the server; `local`, the real ones in MODELS_DIR; "
-            "`hub`, these, and those of HUB_MODELS from the Hugging Face hub; `auto`, the real ones that are in "
-            "MODELS_DIR and that the device can hold, else the embedded ones."
+            "Which weights are used: `embedded`, the small ones that come with the server; `local`, real ones in "
+            "MODELS_DIR; `hub`, those and HUB_MODELS from the Hugging Face hub; `auto`, real ones that are in "
+            "MODELS_DIR and that the device can hold, otherwise the embedded ones."
         ),
     )
     hub_models: Names = Field(
         (),
         description=(
-            "What MODELS=hub fetches where its folder is missing, by family (`sdxl`, `flux`), folder or repository, "
-            "with commas between. Empty: the family of TEXT_TO_IMAGE_MODEL. Repositories whose licence is to be "
-            "accepted need HF_TOKEN; HF_HOME is where the files go."
+            "Models that MODELS=hub downloads if their folder is missing, separated by commas: model name (`sdxl`, "
+            "`flux`), folder or repository. Empty: TEXT_TO_IMAGE_MODEL. Gated repositories need HF_TOKEN; HF_HOME "
+            "is where the files go."
         ),
     )
     hub_revisions: Names = Field(
         (),
         description=(
-            "Branch, tag or commit of repositories on the hub, as in `stabilityai/stable-diffusion-xl-base-1.0@main`, "
-            "with commas between. Of others the commit that was fetched first is kept, in DATA_DIR."
+            "Branch, tag or commit of hub repositories, such as `stabilityai/stable-diffusion-xl-base-1.0@main`, "
+            "separated by commas. For others the first downloaded commit stays pinned, in DATA_DIR."
         ),
     )
     models_dir: Path = Field(
         ROOT / "models" if _IN_TREE else Path("models"),
-        description="Folder of the model weights. The embedded ones come along with an installed package.",
+        description="Folder of the model weights. The embedded ones are part of the installed package.",
     )
-    text_to_image_model: Literal["flux", "sdxl"] = Field("sdxl", description="Model used when a request names none.")
-    lora_dir: Path | None = Field(
+    text_to_image_model: str = Field("sdxl", description="Model of a request that names none.")
+    lora_dir: Annotated[Path | None, BeforeValidator(none_if_empty)] = Field(
         None,
         description=(
-            "Folder of the LoRA adapters (`.safetensors`) that requests may name, with its sub-folders. Links are "
-            "followed, out of it too. Empty: none."
+            "Folder, with sub-folders, of the LoRA adapters (`.safetensors`) that requests may name. Links are "
+            "followed, also out of the folder. Empty: no adapters."
         ),
     )
     max_lora_bytes: int = Field(
         4 * 2**30,
         ge=1,
-        description="Bytes of the largest adapter file that is read; it is held in memory while it is loaded.",
+        description="Maximum size of an adapter file in bytes; it is held in memory while it is loaded.",
     )
     load_lcm_lora: bool = Field(
         False,
-        description="1 draws SDXL by its LCM LoRA (`lcm-lora-sdxl` in MODELS_DIR): 5 steps, hardly any guidance.",
+        description="1 loads the LCM LoRA (`lcm-lora-sdxl` in MODELS_DIR) into SDXL: 5 steps, almost no guidance.",
     )
     controlnet_lora: str = Field(
         "",
-        description="LoRA put on Flux's ControlNet for good: a `.safetensors` file, or a folder or repository of one.",
+        description=(
+            "LoRA fused into Flux's ControlNet at the start: a `.safetensors` file, or a folder or repository with one."
+        ),
     )
     df11_model_path: str = Field(
         "",
-        description="DFloat11 weights (lossless, CUDA only) for Flux's transformer: a folder or repository.",
+        description="DFloat11 weights (lossless, CUDA only) of Flux's transformer: a folder or repository.",
     )
     offload: Literal["auto", "none", "model", "group", "sequential"] = Field(
         "auto",
         description=(
-            "Where weights are while nothing is drawn: `none` keeps them on the device; `model`, `group` and "
-            "`sequential` move parts, groups of layers or single layers there. `auto` decides by free memory."
+            "Where idle weights are: `none` keeps them on the device; `model`, `group` and `sequential` move whole "
+            "components, groups of layers or single layers to it when needed. `auto` decides by free memory."
         ),
     )
     quantize: Literal["auto", "none", "int8", "float8", "torchao-int8", "torchao-float8", "torchao-float8-dynamic"] = (
         Field(
             "auto",
             description=(
-                "Weights in one byte each, by optimum-quanto or torchao (to be installed). `auto`: int8 where the "
-                "device cannot hold them otherwise. `torchao-float8-dynamic` computes in float8 too, faster and "
-                "coarser, on NVIDIA from compute capability 8.9 on."
+                "Weights in 8 bits, by optimum-quanto or torchao (to be installed). `auto`: int8 if the device cannot "
+                "hold them otherwise. `torchao-float8-dynamic` also computes in float8, faster and less exact, on "
+                "NVIDIA with compute capability 8.9 or higher."
             ),
         )
     )
     performance: str = Field(
         "safe",
-        pattern=rf"^{_PART}(,{_PART})*$",
+        pattern=rf"^{_OPTIMIZATION}(,{_OPTIMIZATION})*$",
         description=(
-            "`off`; `safe`: memory layouts, oneDNN and TF32, which change rounding alone, and on the CPU passes "
-            "without Python, which change nothing; `fast`: on an accelerator also a VAE in bf16, compiled blocks and "
-            "CUDA graphs, for which the first picture of each size waits, but for those of WARMUP_SIZES. Or parts with "
-            "commas between: `layout`, `onednn`, `tf32`, `trace`, `vae-bf16`, `compile`, `compile-whole`, `graphs`."
+            "`off`; `safe`: memory layouts, oneDNN and TF32, which change rounding only, and TorchScript on the CPU, "
+            "which changes nothing; `fast`: on an accelerator also a VAE in bf16, compiled blocks and CUDA graphs, "
+            "which delay the first image of each size, except WARMUP_SIZES. Or single optimizations, separated by "
+            "commas: `layout`, `onednn`, `tf32`, `trace`, `vae-bf16`, `compile`, `compile-whole`, `graphs`."
         ),
     )
     warmup_sizes: Names = Field(
         (),
         description=(
-            "Sizes, as in `1024x1024,512x768`, that every model draws once before the server is ready: they are "
-            "compiled then, where PERFORMANCE=fast."
+            "Sizes, such as `1024x1024,512x768`, that every model generates once before the server is ready, which "
+            "compiles them with PERFORMANCE=fast."
         ),
     )
     mmap_weights: bool = Field(
         False,
         description=(
-            "1 leaves weights on the CPU mapped from their files, which saves memory where several processes draw: "
-            "replace such files by renaming others over them, since writing into one ends the process. 0 copies them."
+            "1 keeps weights on the CPU memory-mapped, which saves memory when several processes use them. Replace "
+            "such files only by renaming others over them: writing into one ends the process. 0 copies them."
         ),
     )
     attention_slicing: bool = Field(False, description="1 computes attention in slices: less memory, slower.")
-    vae_slicing: bool = Field(False, description="1 decodes the pictures of a batch one by one: less memory.")
-    vae_tiling: bool = Field(False, description="1 decodes large pictures in tiles: less memory, faint differences.")
+    vae_slicing: bool = Field(False, description="1 decodes the images of a batch one by one: less memory.")
+    vae_tiling: bool = Field(False, description="1 decodes large images in tiles: less memory, faint differences.")
     prompt_cache_bytes: int = Field(
-        67_108_864, ge=0, description="Encoded prompts each model keeps for when they come again, in bytes; 0: none."
+        67_108_864, ge=0, description="Maximum bytes of cached prompt embeddings per model; 0: no cache."
     )
     device: str = Field(
         "auto",
         pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$",
         description="`auto`, `cpu`, `mps`, `cuda` or `cuda:1`.",
     )
-    cpu_threads: int = Field(0, ge=0, le=1024, description="Threads for drawing on the CPU; 0 leaves it to PyTorch.")
+    cpu_threads: int = Field(0, ge=0, le=1024, description="Threads that compute on the CPU; 0: PyTorch's default.")
 
     @field_validator("warmup_sizes")
     @classmethod
-    def _widths_by_heights(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+    def _are_sizes(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for size in value:
             if not re.fullmatch(r"[1-9]\d{1,4}x[1-9]\d{1,4}", size):
                 raise ValueError(f"{size!r} is not a width and a height in pixels, such as 1024x768")
         return value
 
-    def warmup_sizes_in_pixels(self) -> list[tuple[int, int]]:
-        """Width and height of each of WARMUP_SIZES, in pixels."""
-        return [(int(width), int(height)) for width, _, height in (size.partition("x") for size in self.warmup_sizes)]
-
     @field_validator("hub_revisions")
     @classmethod
-    def _repositories_at_revisions(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+    def _are_revisions(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for entry in value:
             if not re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}@[\w./-]{1,200}", entry):
                 raise ValueError(f"{entry!r} is not a repository and a revision, such as owner/name@main")
         return value
 
     @model_validator(mode="after")
-    def _placements_that_go_together(self) -> Self:
+    def _can_be_combined(self) -> Self:
         if self.offload == "sequential" and self.quantize not in ("auto", "none"):
             raise ValueError(
                 f"OFFLOAD=sequential cannot be combined with QUANTIZE={self.quantize}: take OFFLOAD=group or model"
             )
         return self
 
-    def revisions(self) -> dict[str, str]:
-        """The revision of each repository of HUB_REVISIONS."""
-        return {repo: revision for repo, _, revision in (entry.partition("@") for entry in self.hub_revisions)}
+    def warmup_sizes_in_pixels(self) -> list[tuple[int, int]]:
+        """Return WARMUP_SIZES as (width, height) pairs, in pixels."""
+        return [(int(width), int(height)) for width, _, height in (size.partition("x") for size in self.warmup_sizes)]
 
-    @field_validator("lora_dir", mode="before")
-    @classmethod
-    def _no_folder_if_empty(cls, value: Any) -> Any:
-        return value or None
+    def revisions(self) -> dict[str, str]:
+        """Return the revision of each repository named in HUB_REVISIONS."""
+        return {repo: revision for repo, _, revision in (entry.partition("@") for entry in self.hub_revisions)}

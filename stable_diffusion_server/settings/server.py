@@ -1,25 +1,45 @@
-"""All settings of the server, as one frozen value."""
+"""All settings of the server as one frozen value."""
 
 from __future__ import annotations
 
-from typing import Literal
+from pydantic import model_validator
 
-from pydantic import Field, model_validator
-
+from stable_diffusion_server.settings.auth import AuthSettings
 from stable_diffusion_server.settings.http import HttpSettings
 from stable_diffusion_server.settings.jobs import JobSettings
 from stable_diffusion_server.settings.limits import LimitSettings
 from stable_diffusion_server.settings.models import ModelSettings
+from stable_diffusion_server.settings.observability import ObservabilitySettings
 from stable_diffusion_server.settings.storage import StorageSettings
+from stable_diffusion_server.settings.ui import UiSettings
+
+# In the order of the table in docs/settings.md.
+GROUPS = (
+    HttpSettings,
+    AuthSettings,
+    UiSettings,
+    StorageSettings,
+    JobSettings,
+    ModelSettings,
+    LimitSettings,
+    ObservabilitySettings,
+)
 
 
-class Settings(JobSettings, LimitSettings, StorageSettings, ModelSettings, HttpSettings):
-    """Every setting of the server. Names are those of environment variables, in any case; `.env` is read too."""
+class Settings(
+    HttpSettings,
+    AuthSettings,
+    UiSettings,
+    StorageSettings,
+    JobSettings,
+    ModelSettings,
+    LimitSettings,
+    ObservabilitySettings,
+):
+    """Every setting. A name is that of the environment variable, in any case of letters; `.env` is read too.
 
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe line logged.")
-    log_format: Literal["auto", "console", "json"] = Field(
-        "auto", description="`console` for people, `json` for machines; `auto`: people at a terminal."
-    )
+    A `Settings` is a value of each group as well, so a function takes the group it needs.
+    """
 
     @model_validator(mode="after")
     def _consistent(self) -> Settings:

@@ -20,7 +20,7 @@ from stable_diffusion_server.pipelines.acceleration.apply import PRESETS, Optimi
 from stable_diffusion_server.pipelines.acceleration.onednn import OneDnnConv2d, OneDnnLinear, OneDnnUpsample, use_onednn
 from stable_diffusion_server.pipelines.catalog import MODELS
 from stable_diffusion_server.settings import Settings
-from stable_diffusion_server.settings.library_env import keep_compiled
+from stable_diffusion_server.settings.library_env import set_compiler_cache
 
 
 @pytest.mark.parametrize("rows", [1, 31, 32, 500])
@@ -95,10 +95,10 @@ def test_a_model_that_was_warmed_up_draws_as_before(registry: Any, model: str) -
 def test_compiled_code_is_kept_unless_the_user_said_where(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the folder named, or in that of the environment."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "elsewhere")
-    keep_compiled(Path("data/compiled"))
+    set_compiler_cache(Path("data/compiled"))
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "elsewhere"
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
-    keep_compiled(Path("data/compiled"))
+    set_compiler_cache(Path("data/compiled"))
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "data/compiled"
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
 
