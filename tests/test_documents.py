@@ -62,7 +62,7 @@ def test_the_list_of_commands_is_that_of_the_pages() -> None:
 
 @pytest.mark.parametrize("block", HERE, ids=lambda block: block.name)
 def test_a_command_of_the_pages_works_as_printed(server: Server, tmp_path: Path, block: Block) -> None:
-    """It ends well, and a curl that answers JSON answers a receipt or a state without a problem."""
+    """It exits with 0, and a JSON answer is not an error."""
     # What the pages take for granted: a picture and a mask beside the reader.
     Image.new("RGB", (128, 128), "blue").save(tmp_path / "picture.png")
     Image.new("L", (128, 128), 255).save(tmp_path / "mask.png")
