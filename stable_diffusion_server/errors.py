@@ -185,7 +185,7 @@ class RequestCancelled(ServerError):
 class PoisonJob(ServerError):
     """The server has died too often while this job was drawn; it is not tried again."""
 
-    kind = "ends-the-server"
+    kind = "poison-job"
     title = "The server does not survive this job"
 
 

@@ -184,7 +184,7 @@ def test_a_job_that_ends_the_server_is_failed_and_its_neighbours_are_drawn(tmp_p
         told = ended(server, ids)
         states = {each["id"]: each["state"] for each in told}
         assert states.pop(ids[-1]) == "failed"
-        assert told[-1]["problem"]["type"].endswith("ends-the-server")
+        assert told[-1]["problem"]["type"].endswith("poison-job")
         assert set(states.values()) == {"done"}
         later = accept(server, "a green circle")
         assert ended(server, [later])[0]["state"] == "done"

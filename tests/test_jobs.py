@@ -218,7 +218,7 @@ async def test_a_job_on_which_the_process_died_three_times_is_failed_by_name(
     assert all(len(batch) == 1 for batch in office.painter.batches)
     deadly = await office.ended("deadly")
     assert isinstance(deadly.outcome, StoredProblem)
-    assert (deadly.state, deadly.outcome.kind) == (JobState.FAILED, "ends-the-server")
+    assert (deadly.state, deadly.outcome.kind) == (JobState.FAILED, "poison-job")
     assert not any("deadly" in job.prompt for job in office.painter.prepared)
 
 
@@ -361,6 +361,6 @@ async def test_a_job_that_loses_the_device_is_tried_elsewhere_and_at_last_given_
         office = await office_of(Lost(), at_once=1)
     given_up = await office.ended(poison)
     assert isinstance(given_up.outcome, StoredProblem)
-    assert given_up.outcome.kind == "ends-the-server"
+    assert given_up.outcome.kind == "poison-job"
     office = await office_of(Lost(), at_once=1)
     assert (await office.ended(waits)).state is JobState.DONE

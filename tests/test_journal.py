@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from stable_diffusion_server.errors import JobStoreUnavailable, QueueFull, RequestInProgress, ServerError
+from stable_diffusion_server.errors import JobStoreUnavailable, PoisonJob, QueueFull, RequestInProgress, ServerError
 from stable_diffusion_server.jobs.store.records import IdempotencyClaim, JobPayload, JobRecord, JobState, StoredProblem
 from stable_diffusion_server.jobs.store.serialization import (
     files_of,
@@ -112,6 +112,14 @@ def test_an_order_of_another_version_is_refused(written: str) -> None:
 def test_an_outcome_is_read_as_it_was_written(outcome: GenerationResult | StoredProblem | None) -> None:
     """Receipts and problems alike."""
     assert read_outcome(written_outcome(outcome)) == outcome
+
+
+def test_a_stored_problem_of_an_earlier_name_is_read_under_its_new_one() -> None:
+    """`ends-the-server` became `poison-job`; jobs that failed before the change keep their cause."""
+    problem = StoredProblem.of(PoisonJob("given up"))
+    stored = written_outcome(problem)
+    assert stored is not None
+    assert read_outcome(stored.replace("poison-job", "ends-the-server")) == problem
 
 
 def test_a_problem_becomes_the_error_it_was() -> None:

@@ -28,6 +28,8 @@ VERSION = 1
 UNREADABLE = (ValueError, TypeError, KeyError, AttributeError, RecursionError)
 _PICTURES = ("image", "mask")
 _CHOICES: dict[str, type[StrEnum]] = {"task": Task, "format": Format, "fit": Fit, "fill": Fill}
+# Problem types that stores written by earlier versions hold under another name.
+_RENAMED_KINDS = {"ends-the-server": "poison-job"}
 
 
 def written_order(order: GenerationRequest) -> str:
@@ -100,5 +102,6 @@ def read_outcome(text: str | None) -> GenerationResult | StoredProblem | None:
     if kind is GenerationResult:
         told["warnings"] = tuple(RequestWarning(**warning) for warning in told["warnings"])
         return GenerationResult(**told)
+    told["kind"] = _RENAMED_KINDS.get(told["kind"], told["kind"])
     told["faults"] = tuple((name, sentence) for name, sentence in told["faults"])
     return StoredProblem(**told)
