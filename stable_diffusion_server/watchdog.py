@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from stable_diffusion_server.observability import BEAT_FILE, CrashCause, report_crash, run_of
+from stable_diffusion_server.observability import HEARTBEAT_FILE, CrashCause, current_run_id, report_crash
 from stable_diffusion_server.settings import SettingsError, read_settings
 
 _LOOK_EVERY = 0.5
@@ -66,7 +66,7 @@ class Watchdog:
         deaths = 0
         folder = self.progress.parent
         while True:
-            started, run_before = time.monotonic(), run_of(folder)
+            started, run_before = time.monotonic(), current_run_id(folder)
             self._start()
             status = self._wait()
             if self._stopping or status in _FINAL:
@@ -136,7 +136,7 @@ class Watchdog:
 
     def _read_beat(self) -> int:
         try:
-            return self.progress.with_name(BEAT_FILE).stat().st_mtime_ns
+            return self.progress.with_name(HEARTBEAT_FILE).stat().st_mtime_ns
         except OSError:
             return 0
 

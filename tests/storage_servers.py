@@ -25,6 +25,7 @@ import httpx
 import pytest
 from pydantic import SecretStr
 
+from stable_diffusion_server.settings import Settings
 from stable_diffusion_server.storage.base import Bucket
 from stable_diffusion_server.storage.factory import StorageOptions, open_bucket
 
@@ -127,16 +128,21 @@ def make_gcs_bucket(server: StorageServer) -> str:
     return name
 
 
+def storage_options(**values: Any) -> StorageOptions:
+    """The settings with defaults, independent of this process's environment; keys have no prefix."""
+    return Settings.model_construct(**{"bucket_path": "", **values})
+
+
 def r2_options(url: str, name: str, **changes: Any) -> StorageOptions:
     """Options for an S3 server on loopback, reached as R2 is: by endpoint, region auto."""
     values = {"storage_provider": "r2", "r2_endpoint_url": url, "bucket_name": name, "storage_timeout": 20.0, **KEYS}
-    return StorageOptions(**{**values, **changes})
+    return storage_options(**{**values, **changes})
 
 
 def gcs_options(name: str, **changes: Any) -> StorageOptions:
     """Options for the emulator, whose address is in STORAGE_EMULATOR_HOST."""
     values = {"storage_provider": "gcs", "bucket_name": name, "storage_timeout": 20.0}
-    return StorageOptions(**{**values, **changes})
+    return storage_options(**{**values, **changes})
 
 
 def opened(options: StorageOptions) -> Bucket:

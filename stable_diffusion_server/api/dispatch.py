@@ -89,17 +89,17 @@ class RequestDispatcher:
     ) -> Response:
         """202 with the job, or its outcome when that is there in the time the client would rather wait."""
         caller, base = caller_of(request), self._base_of(request)
-        accepted = await self._jobs.accept(order, caller, base=base, job_id=wanted.job_id, claim=claim)
+        accepted = await self._jobs.accept(order, caller, base_url=base, job_id=wanted.job_id, claim=claim)
         if isinstance(accepted, RecordedResponse) and claim is not None and await self._is_gone(accepted, caller):
             await self._jobs.renew(claim, accepted)
             # The id it asked for may be that of the job whose picture is gone.
             job_id = wanted.job_id if accepted.job_id is None else None
-            accepted = await self._jobs.accept(order, caller, base=base, job_id=job_id, claim=claim)
+            accepted = await self._jobs.accept(order, caller, base_url=base, job_id=job_id, claim=claim)
         if isinstance(accepted, RecordedResponse):
             return await self._again(request, accepted, render, picture=picture)
         applied = {"Preference-Applied": wanted.applied, "X-Job-ID": accepted.id}
         if wanted.wait is not None:
-            standing = await self._jobs.outcome(accepted.id, caller, wanted.wait)
+            standing = await self._jobs.wait_for(accepted.id, caller, wanted.wait)
             if standing.outcome is not None:
                 answer = await self._told(request, standing.outcome, render, picture=picture)
                 answer.headers.update(applied)
@@ -120,7 +120,7 @@ class RequestDispatcher:
         outcome: GenerationResult | StoredProblem | None = None
         state = JobState.CANCELLED
         try:
-            live = await self._jobs.enter(caller_of(request), wanted.job_id)
+            live = await self._jobs.track_request(caller_of(request), wanted.job_id)
         except BaseException:
             if claim is not None:
                 await asyncio.shield(asyncio.ensure_future(self._jobs.answer(claim, None)))
@@ -131,16 +131,16 @@ class RequestDispatcher:
                 return client_gone()
             state, outcome = JobState.DONE, drawn[0]
             answer = await _rendered(render, request, *drawn)
-            answer.headers["X-Job-ID"] = live.standing.id
+            answer.headers["X-Job-ID"] = live.status.id
             return answer
         except RequestCancelled:
             raise
         except Exception as error:
             known = error if isinstance(error, ServerError) else ServerError("An unexpected error happened.")
-            state, outcome = JobState.FAILED, StoredProblem.of(known)
+            state, outcome = JobState.FAILED, StoredProblem.from_error(known)
             raise
         finally:
-            self._jobs.leave(live, state, outcome)
+            self._jobs.finish_request(live, state, outcome)
             if claim is not None:
                 kept = outcome if state is JobState.DONE or _will_not_change(outcome) else None
                 await asyncio.shield(asyncio.ensure_future(self._jobs.answer(claim, kept)))
@@ -149,7 +149,7 @@ class RequestDispatcher:
         self, live: JobHandle, order: GenerationRequest, *, picture: bool
     ) -> tuple[GenerationResult, bytes]:
         live.task = asyncio.current_task()
-        caller, watch, previews = live.entry.caller, live.news, live.wants_previews
+        caller, watch, previews = live.record.caller, live.report_progress, live.wants_previews
         try:
             if picture:
                 return await self._service.generate_with_bytes(order, caller=caller, watch=watch, previews=previews)
@@ -163,13 +163,13 @@ class RequestDispatcher:
         """Whether a key was answered with a picture that is not there any more, so that it has to be drawn again."""
         outcome = before.outcome
         if before.job_id is not None:
-            outcome = (await self._jobs.standing(before.job_id, caller)).outcome
+            outcome = (await self._jobs.status(before.job_id, caller)).outcome
         return isinstance(outcome, GenerationResult) and await self._service.is_gone(outcome)
 
     async def _again(self, request: Request, before: RecordedResponse, render: Render, *, picture: bool) -> Response:
         """What a key was answered with before."""
         if before.job_id is not None:
-            standing = await self._jobs.standing(before.job_id, caller_of(request))
+            standing = await self._jobs.status(before.job_id, caller_of(request))
             answer = self._accepted(request, standing, {"X-Job-ID": standing.id})
         else:
             assert before.outcome is not None  # noqa: S101  # one of both is there; tells the type checker

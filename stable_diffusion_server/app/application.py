@@ -27,7 +27,7 @@ from stable_diffusion_server.imaging import DecoderPool
 from stable_diffusion_server.jobs import JobManager
 from stable_diffusion_server.net import ImageFetcher
 from stable_diffusion_server.observability import (
-    BEAT_FILE,
+    HEARTBEAT_FILE,
     DeviceRecord,
     LoopHeartbeat,
     Metrics,
@@ -68,7 +68,7 @@ def create_app(
     metrics, tracing = Metrics(), Tracing(settings.otel_exporter_otlp_endpoint, __version__)
     record = DeviceRecord(settings.data_dir)
     ready = lambda: missing() or announce()  # noqa: E731  # a word for what follows
-    engine = build_engine(settings, loaded, load, metrics, settle, ready, poisoned, record.occupied)
+    engine = build_engine(settings, loaded, load, metrics, settle, ready, poisoned, record.update)
     stores = StorageStack(settings, metrics)
     options = replace(generation_options(settings, loaded), ownership=stores.ownership)
     fetcher, decoder = readers = build_readers(settings)
@@ -83,7 +83,7 @@ def create_app(
         await _open(settings, tracing, stores, faults)
         engine.start()
         await jobs.start()
-        async with LoopHeartbeat(settings.data_dir / BEAT_FILE, stalled):
+        async with LoopHeartbeat(settings.data_dir / HEARTBEAT_FILE, stalled):
             soon = asyncio.get_running_loop().call_soon_threadsafe
             with drain_on_signal(shutdown, engine.drain, lambda: soon(jobs.drain), lambda: soon(studio.drain)):
                 yield
@@ -106,7 +106,7 @@ def create_app(
 
 def _stalled(decoder: DecoderPool, jobs: JobManager) -> list[str]:
     """What has work in hand and makes no progress, in sentences."""
-    return [fault for fault in (decoder.health(), jobs.fault()) if fault is not None]
+    return [fault for fault in (decoder.health(), jobs.health()) if fault is not None]
 
 
 async def _open(settings: Settings, tracing: Tracing, stores: StorageStack, faults: dict[str, str]) -> None:

@@ -19,7 +19,7 @@ from stable_diffusion_server.engine import EngineState
 from stable_diffusion_server.errors import StorageUnavailable
 from stable_diffusion_server.pipelines import REAL_MODELS
 from stable_diffusion_server.settings import Settings, set_compiler_cache
-from stable_diffusion_server.storage import DeadLetters, StorageOptions, check_bucket, object_key, open_bucket
+from stable_diffusion_server.storage import DeadLetters, check_bucket, object_key, open_bucket
 
 FORMATS = {".webp": "webp", ".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg"}
 _LOOK_EVERY = 0.1
@@ -91,12 +91,11 @@ def list_models(settings: Settings) -> None:
 
 def check_storage(settings: Settings) -> None:
     """Try the bucket with an object of its own, which is removed again; exits with 1 when something is wrong."""
-    options = StorageOptions.of(settings)
-    key = object_key(options.bucket_path, f"check-storage-{uuid4().hex}.txt")
-    where = options.local_bucket_dir if options.storage_provider == "local" else options.bucket_name
-    sys.stdout.write(f"{options.storage_provider}: {where}\n")
+    key = object_key(settings.bucket_path, f"check-storage-{uuid4().hex}.txt")
+    where = settings.local_bucket_dir if settings.storage_provider == "local" else settings.bucket_name
+    sys.stdout.write(f"{settings.storage_provider}: {where}\n")
     faults = 0
-    for tried, fault in check_bucket(open_bucket(options), key, _fetched):
+    for tried, fault in check_bucket(open_bucket(settings), key, _fetched):
         sys.stdout.write(f"  ok    {tried}\n" if fault is None else f"  FAIL  {tried}: {fault}\n")
         faults += fault is not None
     sys.exit(1 if faults else 0)
@@ -108,7 +107,7 @@ def manage_dead_letters(data_dir: Path, action: str, ids: list[str]) -> None:
     Exits with 2 for an id that is not there, and with 1 when one of them cannot be moved.
     """
     letters = DeadLetters(data_dir / "dead-letters", sys.maxsize)
-    found = {letter.id: letter for letter in letters.listed()}
+    found = {letter.id: letter for letter in letters.list_all()}
     if action == "list":
         for letter in found.values():
             sys.stdout.write(

@@ -18,24 +18,24 @@ def build_jobs(
 ) -> JobManager:
     """The jobs over a service, nothing opened or started."""
 
-    def describe(entry: JobRecord) -> str:
-        return dumps(job_body(JobStatus.of(entry), lambda key: stores.url_at(entry.base, key)))
+    def describe(job: JobRecord) -> str:
+        return dumps(job_body(JobStatus.from_record(job), lambda key: stores.url_at(job.base_url, key)))
 
-    rules = JobPolicy(
-        most_waiting=settings.jobs_max_queued,
-        journal_bytes=settings.job_store_bytes,
-        at_once=settings.jobs_concurrency,
-        keep_hours=settings.job_retention_hours,
-        repeat_hours=settings.idempotency_hours,
+    policy = JobPolicy(
+        max_queued=settings.jobs_max_queued,
+        store_bytes=settings.job_store_bytes,
+        concurrency=settings.jobs_concurrency,
+        retention_hours=settings.job_retention_hours,
+        idempotency_hours=settings.idempotency_hours,
         id_prefix=settings.job_id_prefix,
-        longest=settings.max_timeout,
+        max_seconds=settings.max_timeout,
         webhook_secret=settings.webhook_secret.get_secret_value(),
     )
-    journal = SqliteJobStore(settings.data_dir / "journal.db", settings.job_store_bytes)
-    poster = WebhookClient(settings.fetch_timeout, [AllowedTarget.parse(entry) for entry in settings.fetch_allow])
+    store = SqliteJobStore(settings.data_dir / "journal.db", settings.job_store_bytes)
+    transport = WebhookClient(settings.fetch_timeout, [AllowedTarget.parse(entry) for entry in settings.fetch_allow])
     callers = {key.name: Caller(key.name, key.prefix, key.admin) for key in settings.read_keys()}
 
-    def current(caller: Caller) -> Caller:
+    def refresh(caller: Caller) -> Caller:
         return callers.get(caller.name, caller)
 
-    return JobManager(service, journal, rules, describe, poster, record, current)
+    return JobManager(service, store, policy, describe, transport, record, refresh)

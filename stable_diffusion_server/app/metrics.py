@@ -50,13 +50,12 @@ def _show_engine(metrics: Metrics, engine: Engine[Any, Any]) -> None:
 
 def _show_stores(metrics: Metrics, jobs: JobManager, stores: StorageStack) -> None:
     def accepted() -> Iterator[Sample]:
-        waiting, running, _ = jobs.figures()
-        yield ("waiting",), waiting
-        yield ("running",), running
+        yield ("waiting",), jobs.waiting
+        yield ("running",), jobs.running
 
     metrics.register_gauge("sds_accepted_jobs", "Accepted jobs that have not ended", accepted, ["state"])
     metrics.register_gauge(
-        "sds_journal_bytes", "Bytes on disk of the journal of jobs", lambda: float(jobs.figures()[2])
+        "sds_journal_bytes", "Bytes on disk of the journal of jobs", lambda: float(jobs.store_bytes())
     )
     metrics.register_gauge("sds_journal_usable", "1 while jobs can be written down", lambda: float(jobs.usable))
 

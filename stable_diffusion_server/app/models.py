@@ -16,7 +16,7 @@ from stable_diffusion_server.errors import ModelLoadError, NotReady
 from stable_diffusion_server.generation import GenerationOptions, RequestLimits
 from stable_diffusion_server.imaging import DEFAULT_FORMATS, DecoderPool
 from stable_diffusion_server.net import AllowedTarget, FetchLimits, ImageFetcher
-from stable_diffusion_server.observability import ConsoleProgress, Heartbeat, Metrics, broadcast
+from stable_diffusion_server.observability import ConsoleProgress, Metrics, ProgressHeartbeat, broadcast
 from stable_diffusion_server.pipelines import (
     MODELS,
     REAL_MODELS,
@@ -217,7 +217,7 @@ def build_engine(
     observers = (
         metrics.observe,
         ConsoleProgress().observe,
-        Heartbeat(settings.data_dir / "progress.txt").observe,
+        ProgressHeartbeat(settings.data_dir / "progress.txt").observe,
     )
     engine: Engine[Any, Any] = Engine(
         load_and_tell,

@@ -20,7 +20,6 @@ from stable_diffusion_server.storage import (
     InstrumentedBucket,
     LocalBucket,
     ServerSecret,
-    StorageOptions,
     UploadSpool,
     UrlSigner,
     WriteBehindBucket,
@@ -46,7 +45,7 @@ class StorageStack:
         self.history = _history_of(settings)
         # Without keys pictures are everyone's, and names are what they always were.
         self.secret = ServerSecret(*_secret_of(settings)) if settings.read_keys() else None
-        keyed = self.secret.keyed if self.secret is not None else None
+        keyed = self.secret.hmac_hex if self.secret is not None else None
         self.ownership = Ownership(keyed, self.folder, private=settings.signed_url_seconds > 0)
         self.shelf = ImageLibrary(self.bucket, self.history, self.folder, self.ownership)
 
@@ -76,11 +75,11 @@ class StorageStack:
 
     def known(self, key: str) -> StoredObject | None:
         """What is known of a key without asking anyone."""
-        return self.bucket.known(key) if isinstance(self.bucket, CachedBucket | LocalBucket) else None
+        return self.bucket.cached(key)
 
     def waiting(self) -> Mapping[str, float]:
-        """What waits for the storage, see `WriteBehindBucket.figures`; nothing ever does before a folder."""
-        return self.bucket.figures() if isinstance(self.bucket, CachedBucket) else {}
+        """What waits for the storage, see `WriteBehindBucket.spool_stats`; nothing ever does before a folder."""
+        return self.bucket.spool_stats()
 
     def base_of(self, request: Request) -> str:
         """The base URL of this server as the client wrote it: PUBLIC_BASE_URL, where that is not the bucket's.
@@ -112,14 +111,13 @@ def _warn_of_addresses(settings: Settings) -> None:
         return
     _log.warning(
         "the bucket has no PUBLIC_BASE_URL, and SIGNED_URL_SECONDS is 0",
-        urls=open_bucket(StorageOptions.of(settings)).url("KEY")
-        or "of this server, which reads the bucket: /files/KEY",
+        urls=open_bucket(settings).url("KEY") or "of this server, which reads the bucket: /files/KEY",
     )
 
 
 def _bucket_of(settings: Settings, metrics: Metrics) -> Bucket:
     """The bucket of the settings; one that is elsewhere has a spool before it, and a memory of what it holds."""
-    bucket = open_bucket(StorageOptions.of(settings))
+    bucket = open_bucket(settings)
     if isinstance(bucket, LocalBucket):
         return bucket
     spool = UploadSpool(settings.data_dir / "spool", settings.spool_bytes)

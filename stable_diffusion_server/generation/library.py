@@ -29,14 +29,14 @@ class ImageLibrary:
         """The pictures drawn here that are asked for, the newest first. Raises `Forbidden`."""
         _check_known(caller)
         own = None if caller.has_full_access or caller.prefix else caller.name
-        return self.history.search(replace(wanted, folder=self._folder_of(caller), caller=own))
+        return self.history.search(replace(wanted, prefix=self._folder_of(caller), caller=own))
 
     def find_by_digest(self, digest: str, caller: Caller) -> HistoryEntry | None:
         """What the history has of a picture of that digest, among those whose records the caller may read."""
         if caller.anonymous:
             return None
         own = None if caller.has_full_access or caller.prefix else caller.name
-        found = self.history.search(HistoryQuery(folder=self._folder_of(caller), digest=digest, caller=own, limit=1))
+        found = self.history.search(HistoryQuery(prefix=self._folder_of(caller), digest=digest, caller=own, limit=1))
         return found[0] if found else None
 
     def read_record(self, key: str, caller: Caller) -> tuple[str, Mapping[str, object]]:
@@ -66,7 +66,7 @@ class ImageLibrary:
         if not caller.has_full_access and (stored := self._stat(key)) is not None:
             self._check_own(stored, self.history.find("key", key), caller)
         self.bucket.delete(key)
-        self.history.forget(key)
+        self.history.delete(key)
 
     def _stat(self, key: str) -> StoredObject | None:
         try:

@@ -9,7 +9,7 @@ from dataclasses import fields
 from stable_diffusion_server.generation.layout import ImageLayout
 from stable_diffusion_server.generation.quality import CheckedImage, DecodedPixels
 from stable_diffusion_server.generation.resolver import ResolvedRequest
-from stable_diffusion_server.storage import LASTING, HistoryEntry
+from stable_diffusion_server.storage import IMMUTABLE, HistoryEntry
 from stable_diffusion_server.types import DiffusionRequest, diffusion_request_fields
 
 # What of an order is not told to have it drawn again: its pictures, and what only concerns where it is stored and when.
@@ -51,7 +51,7 @@ def build_record(
         "bytes": str(size),
         "batched": "1" if judged.batched else "0",
         **({"warned": told} if told else {}),
-        **({LASTING: "1"} if plan.request.save_path is None else {}),
+        **({IMMUTABLE: "1"} if plan.request.save_path is None else {}),
     }
 
 

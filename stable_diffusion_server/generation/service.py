@@ -34,7 +34,7 @@ from stable_diffusion_server.generation.single_flight import (
 )
 from stable_diffusion_server.imaging import Pixels
 from stable_diffusion_server.observability import Tracing, UsageMetrics
-from stable_diffusion_server.storage import Bucket, HistoryEntry, read_picture
+from stable_diffusion_server.storage import Bucket, HistoryEntry, read_image
 from stable_diffusion_server.types import (
     Caller,
     GenerationProgress,
@@ -195,7 +195,7 @@ class GenerationService:
 
     async def read_file(self, receipt: GenerationResult) -> bytes:
         """The file that is stored under a receipt's name now. Raises `NotFound`, `StorageUnavailable`."""
-        return await asyncio.to_thread(read_picture, self._bucket, receipt.key)
+        return await asyncio.to_thread(read_image, self._bucket, receipt.key)
 
     async def is_gone(self, receipt: GenerationResult) -> bool:
         """Whether nothing is stored under a receipt's name any more; not while the storage cannot tell."""
@@ -306,15 +306,15 @@ class GenerationService:
     ) -> GenerationOutcome:
         """Find the object or make it: exists? → decode → draw → encode → create."""
         started = time.perf_counter()
-        with self._tracing.span("look for it"):
+        with self._tracing.span("cache_lookup"):
             found = await self._find(plan)
         if found is not None:
             return GenerationOutcome(found)
         await self.check_capacity(whom)
-        with self._tracing.span("compose"):
+        with self._tracing.span("prepare"):
             scene = await self._scene(plan, fetched, whom.caller.share)
             job = await asyncio.to_thread(self._drawing.fit_prompts, scene.request)
-        with self._tracing.span("draw", {"sds.model": job.model, "sds.steps": job.num_inference_steps}) as span:
+        with self._tracing.span("generate", {"sds.model": job.model, "sds.steps": job.num_inference_steps}) as span:
             judged, twin = await self._drawing.generate(job, whom, audience)
             span.set_attributes({f"sds.seconds.{stage}": seconds for stage, seconds in judged.timings.items()})
         timings = dict(judged.timings)
@@ -324,7 +324,7 @@ class GenerationService:
             warnings.append(RequestWarning("prompt-shortened", f"{job.model} reads {limit} tokens; see prompt_used."))
         if judged.product.redecoded:
             warnings.append(RequestWarning("redecoded", "The decoder overflowed and ran again in full precision."))
-        with self._tracing.span("keep"):
+        with self._tracing.span("store"):
             kept = await self._keeping.write(plan, scene, judged, tuple(warnings), whom.caller)
         timings.update(kept.timings, total=time.perf_counter() - started)
         self._account.record_stored(timings)

@@ -29,14 +29,14 @@ class HeldCapacity(Protocol):
 
 
 class JobAdmission:
-    """Room for `most_waiting` jobs and `most_bytes`, of which nobody gets all. Lives on one event loop.
+    """Room for `max_queued` jobs and `most_bytes`, of which nobody gets all. Lives on one event loop.
 
     Jobs that are just being written down count as waiting.
     """
 
-    def __init__(self, held: HeldCapacity, most_waiting: int, most_bytes: int) -> None:
+    def __init__(self, held: HeldCapacity, max_queued: int, most_bytes: int) -> None:
         self._held = held
-        self._most_waiting = most_waiting
+        self._most_waiting = max_queued
         self._most_bytes = most_bytes
         self._entering: dict[str, JobRecord] = {}
 
@@ -44,8 +44,8 @@ class JobAdmission:
         """Raise `QueueFull` where a job of that many bytes may not wait now; it says whose share is used up."""
         entering = self._entering.values()
         mine, mine_bytes = self._held.held_by(share)
-        mine += sum(entry.share == share for entry in entering)
-        mine_bytes += sum(entry.bytes for entry in entering if entry.share == share)
+        mine += sum(record.share == share for record in entering)
+        mine_bytes += sum(record.bytes for record in entering if record.share == share)
         waiting = self._held.waiting + len(entering)
         free = self._most_waiting - waiting
         if free <= 0:
@@ -56,7 +56,7 @@ class JobAdmission:
                 f"its share of {self._most_waiting}.",
                 retry_after=_RETRY_AFTER,
             )
-        left = self._most_bytes - self._held.bytes_held - sum(entry.bytes for entry in entering) - size
+        left = self._most_bytes - self._held.bytes_held - sum(record.bytes for record in entering) - size
         # One that has no room at all is refused by the journal, which knows exactly.
         if mine_bytes and left > 0 and not may_hold_more(mine_bytes, left):
             raise QueueFull(
@@ -65,11 +65,11 @@ class JobAdmission:
             )
 
     @contextmanager
-    def place(self, entry: JobRecord) -> Iterator[None]:
+    def reserve(self, record: JobRecord) -> Iterator[None]:
         """Hold room for a job while it is written down. Raises as `check` does."""
-        self.check(entry.share, entry.bytes)
-        self._entering[entry.id] = entry
+        self.check(record.share, record.bytes)
+        self._entering[record.id] = record
         try:
             yield
         finally:
-            del self._entering[entry.id]
+            del self._entering[record.id]

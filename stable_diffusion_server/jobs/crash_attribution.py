@@ -13,32 +13,32 @@ from stable_diffusion_server.observability import CrashCause, CrashReport
 _log = structlog.get_logger(__name__)
 
 
-def attribute_crash(entries: Sequence[JobRecord], death: CrashReport) -> list[JobRecord]:
+def attribute_crash(records: Sequence[JobRecord], death: CrashReport) -> list[JobRecord]:
     """The jobs that have not ended, with the last death counted; innocent ones first, each group in its order.
 
     A death the process brought on itself counts against the jobs that were on the device, which makes them suspects
     that are drawn alone; one from outside proves nothing, and is counted apart.
     """
-    counted = [_counted(entry, entries, death) for entry in entries]
+    counted = [_counted(record, records, death) for record in records]
     if death.on_device or death.cause is CrashCause.OWN:
-        suspects = [entry.id for entry in counted if entry.deaths]
+        suspects = [record.id for record in counted if record.crashes]
         _log.warning(
             "the server died while it drew", cause=death.cause, reason=death.reason, suspects=", ".join(suspects[:8])
         )
-    return sorted(counted, key=lambda entry: (entry.deaths, entry.id in death.on_device))
+    return sorted(counted, key=lambda record: (record.crashes, record.id in death.on_device))
 
 
-def _counted(entry: JobRecord, entries: Sequence[JobRecord], death: CrashReport) -> JobRecord:
-    here = entry.id in death.on_device
+def _counted(record: JobRecord, records: Sequence[JobRecord], death: CrashReport) -> JobRecord:
+    here = record.id in death.on_device
     if death.cause is CrashCause.OUTSIDE:
-        return replace(entry, kills=entry.kills + 1) if here else entry
+        return replace(record, kills=record.kills + 1) if here else record
     if death.cause is not CrashCause.OWN:
-        return entry
+        return record
     if death.on_device:
         # One that was a suspect had the device for itself; were it not so, nothing would be proved.
-        return replace(entry, deaths=entry.deaths + 1) if here and (death.alone or not entry.deaths) else entry
+        return replace(record, crashes=record.crashes + 1) if here and (death.alone or not record.crashes) else record
     # With nothing on the device it may have been one that was on its way there, or back.
-    in_hand = [other for other in entries if other.state is JobState.RUNNING]
-    if entry not in in_hand:
-        return entry
-    return replace(entry, deaths=entry.deaths + 1 if len(in_hand) == 1 else max(1, entry.deaths))
+    in_hand = [other for other in records if other.state is JobState.RUNNING]
+    if record not in in_hand:
+        return record
+    return replace(record, crashes=record.crashes + 1 if len(in_hand) == 1 else max(1, record.crashes))

@@ -7,7 +7,7 @@ import time
 import structlog
 
 from stable_diffusion_server.errors import JobStoreUnavailable
-from stable_diffusion_server.jobs.ids import replayed_job_id
+from stable_diffusion_server.jobs.ids import check_recorded_response
 from stable_diffusion_server.jobs.store.async_store import AsyncJobStore
 from stable_diffusion_server.jobs.store.records import IdempotencyClaim, RecordedResponse, StoredProblem
 from stable_diffusion_server.jobs.store.sqlite_store import SqliteJobStore
@@ -16,10 +16,10 @@ from stable_diffusion_server.types import GenerationResult
 _log = structlog.get_logger(__name__)
 
 
-class PendingIdempotencyClaims:
+class IdempotencyClaims:
     """The part of jobs that keeps what keys were answered with."""
 
-    _clerk: AsyncJobStore
+    _store: AsyncJobStore
 
     async def claim(self, claim: IdempotencyClaim) -> RecordedResponse | None:
         """Take an idempotency key for a request that waits, or give what it was answered with before.
@@ -27,19 +27,19 @@ class PendingIdempotencyClaims:
         Raises `RequestInProgress` while that is not known, and `IdempotencyKeyReused` when the key came with another
         request.
         """
-        before = await self._clerk(SqliteJobStore.claim, claim, time.time())
-        return None if before is None else replayed_job_id(claim, before)
+        before = await self._store(SqliteJobStore.claim, claim, time.time())
+        return None if before is None else check_recorded_response(claim, before)
 
     async def answer(self, claim: IdempotencyClaim, outcome: GenerationResult | StoredProblem | None) -> None:
         """Keep what the request of a key was answered with; `None` lets the next one with the key try anew."""
         try:
             if outcome is None:
-                await self._clerk(SqliteJobStore.release, claim)
+                await self._store(SqliteJobStore.release_claim, claim)
             else:
-                await self._clerk(SqliteJobStore.answer, claim, outcome)
+                await self._store(SqliteJobStore.record_response, claim, outcome)
         except JobStoreUnavailable:
             _log.warning("an answer could not be kept for its idempotency key")
 
     async def renew(self, claim: IdempotencyClaim, before: RecordedResponse) -> None:
         """Let a key whose picture is gone be claimed anew, unless another request has done so meanwhile."""
-        await self._clerk(SqliteJobStore.renew, claim, before.job_id)
+        await self._store(SqliteJobStore.discard_response, claim, before.job_id)

@@ -16,19 +16,19 @@ def scope_job_id(job_id: str, caller: Caller) -> str:
     return f"{caller.owner}:{job_id}" if caller.owner else job_id
 
 
-def stored_job_id() -> RequestInProgress:
+def duplicate_job_id_error() -> RequestInProgress:
     """The error for an id that its caller has given to another job already."""
     return RequestInProgress("There is a job of this id already.", field="X-Job-ID")
 
 
-def visible_job_id(caller: Caller, found: JobHandle | JobRecord) -> JobStatus:
+def visible_status(caller: Caller, found: JobHandle | JobRecord) -> JobStatus:
     """How a job stands; one of another caller under its whole id, since the other may have chosen its end."""
-    entry = found.entry if isinstance(found, JobHandle) else found
-    standing = found.standing if isinstance(found, JobHandle) else JobStatus.of(found)
-    return standing if entry.caller.owner == caller.owner else replace(standing, id=entry.id)
+    record = found.record if isinstance(found, JobHandle) else found
+    status = found.status if isinstance(found, JobHandle) else JobStatus.from_record(found)
+    return status if record.caller.owner == caller.owner else replace(status, id=record.id)
 
 
-def replayed_job_id(claim: IdempotencyClaim, before: RecordedResponse) -> RecordedResponse:
+def check_recorded_response(claim: IdempotencyClaim, before: RecordedResponse) -> RecordedResponse:
     """What a key was answered with.
 
     Raises `IdempotencyKeyReused` for another request, `RequestInProgress` while nothing is.

@@ -12,10 +12,10 @@ _SLACK = 30.0
 
 
 class WorkerProgress:
-    """Watches jobs of which each is drawn, or has failed, within `longest` seconds, and the tasks that tend them."""
+    """Watches that each running job ends within `max_seconds`, and that the background tasks run."""
 
-    def __init__(self, longest: float) -> None:
-        self._monitor = ProgressMonitor(longest + _SLACK)
+    def __init__(self, max_seconds: float) -> None:
+        self._monitor = ProgressMonitor(max_seconds + _SLACK)
         self._tasks: Sequence[asyncio.Task[None]] = ()
         self.working = self._monitor.track
 
@@ -23,7 +23,7 @@ class WorkerProgress:
         """Take it for a fault when one of those ends; none are watched any more when there are none."""
         self._tasks = tasks
 
-    def fault(self) -> str | None:
+    def health(self) -> str | None:
         """Why accepted jobs make no progress, in a sentence; `None` while all is well."""
         if silent := self._monitor.stalled_seconds():
             count = self._monitor.pending

@@ -21,20 +21,20 @@ import structlog
 from stable_diffusion_server.concurrency import FairLimiter
 from stable_diffusion_server.errors import JobStoreUnavailable, ServerError
 from stable_diffusion_server.jobs.store.async_store import AsyncJobStore
-from stable_diffusion_server.jobs.store.outbox import receiver_of
+from stable_diffusion_server.jobs.store.outbox import webhook_host
 from stable_diffusion_server.jobs.store.records import OutboxMessage
 from stable_diffusion_server.jobs.store.sqlite_store import SqliteJobStore
 
 _log = structlog.get_logger(__name__)
 
 # Seconds to the next try, after the first, the second …; the last one is repeated.
-BACK_OFF = (5.0, 30.0, 120.0, 600.0, 3600.0)
-MOST_TRIES = 28
-_AT_ONCE, _AT_A_RECEIVER = 16, 4
+WEBHOOK_BACKOFF = (5.0, 30.0, 120.0, 600.0, 3600.0)
+MAX_TRIES = 28
+_MAX_CONCURRENT, _MAX_PER_HOST = 16, 4
 _ANY_NUMBER = 1_000_000_000
-_PATIENCE = 5.0
+_POLL_SECONDS = 5.0
 # Between two looks at the journal, so that a thousand quick answers are not a thousand looks.
-_PAUSE = 0.02
+_MIN_POLL_SECONDS = 0.02
 
 
 class WebhookTransport(Protocol):
@@ -58,18 +58,18 @@ class WebhookDispatcher:
     """
 
     def __init__(
-        self, clerk: AsyncJobStore, poster: WebhookTransport, secret: str, back_off: tuple[float, ...]
+        self, store: AsyncJobStore, transport: WebhookTransport, secret: str, webhook_backoff: tuple[float, ...]
     ) -> None:
-        self._clerk = clerk
-        self._poster = poster
+        self._store = store
+        self._transport = transport
         self._secret = secret
-        self._back_off = back_off
+        self._backoff = webhook_backoff
         self._wake = asyncio.Event()
-        self._callers = FairLimiter(_AT_ONCE)
-        self._receivers = FairLimiter(_ANY_NUMBER, max_per_caller=_AT_A_RECEIVER)
+        self._caller_limiter = FairLimiter(_MAX_CONCURRENT)
+        self._host_limiter = FairLimiter(_ANY_NUMBER, max_per_caller=_MAX_PER_HOST)
         self._sending: dict[str, asyncio.Task[None]] = {}
         # Waits last as long as they are meant to, whatever the clock is set to meanwhile.
-        self._epoch = time.time() - time.monotonic()
+        self._clock_offset = time.time() - time.monotonic()
 
     def wake(self) -> None:
         """There is a new message."""
@@ -81,19 +81,19 @@ class WebhookDispatcher:
             while True:
                 self._wake.clear()
                 with suppress(JobStoreUnavailable):  # told by the journal
-                    for message in await self._clerk(SqliteJobStore.messages, self._now(), self._back_off):
+                    for message in await self._store(SqliteJobStore.due_messages, self._now(), self._backoff):
                         if message.job_id not in self._sending:
                             self._start(message)
-                await asyncio.sleep(_PAUSE)
+                await asyncio.sleep(_MIN_POLL_SECONDS)
                 with suppress(TimeoutError):  # time to look again
-                    async with asyncio.timeout(min(_PATIENCE, *self._back_off)):
+                    async with asyncio.timeout(min(_POLL_SECONDS, *self._backoff)):
                         await self._wake.wait()
         finally:
             for task in self._sending.values():
                 task.cancel()
 
     def _now(self) -> float:
-        return self._epoch + time.monotonic()
+        return self._clock_offset + time.monotonic()
 
     def _start(self, message: OutboxMessage) -> None:
         task = self._sending[message.job_id] = asyncio.create_task(self._deliver(message))
@@ -107,8 +107,8 @@ class WebhookDispatcher:
     async def _deliver(self, message: OutboxMessage) -> None:
         """Send a message in its turn, and write down what came of it; while that cannot be written, none is sent."""
         async with (
-            self._receivers.hold(f"{message.share} {receiver_of(message.url)}"),
-            self._callers.hold(message.share),
+            self._host_limiter.hold(f"{message.share} {webhook_host(message.url)}"),
+            self._caller_limiter.hold(message.share),
         ):
             write = await self._send(message)
         while True:
@@ -116,7 +116,7 @@ class WebhookDispatcher:
                 await write()
                 return
             except JobStoreUnavailable:
-                await asyncio.sleep(_PATIENCE)
+                await asyncio.sleep(_POLL_SECONDS)
 
     async def _send(self, message: OutboxMessage) -> Callable[[], Awaitable[None]]:
         """Send a message; what is to be written down of it."""
@@ -124,7 +124,7 @@ class WebhookDispatcher:
         status = 0
         try:
             headers = sign_webhook(message.job_id, now, body, self._secret)
-            status = await self._poster.post(message.url, body, headers, message.share)
+            status = await self._transport.post(message.url, body, headers, message.share)
             why = f"it answered {status}"
         except ServerError as error:
             why = error.detail
@@ -132,14 +132,14 @@ class WebhookDispatcher:
             _log.error("unexpected error", job_id=message.job_id, exc_info=error)
             why = "an unexpected error"
         if status // 100 == HTTPStatus.OK // 100:
-            return lambda: self._clerk(SqliteJobStore.told, message)
-        if status == HTTPStatus.GONE or message.tries + 1 >= MOST_TRIES:
+            return lambda: self._store(SqliteJobStore.delete_message, message)
+        if status == HTTPStatus.GONE or message.tries + 1 >= MAX_TRIES:
             _log.warning("a webhook is given up", job_id=message.job_id, reason=why)
-            return lambda: self._clerk(SqliteJobStore.told, message)
-        wait = self._back_off[min(message.tries, len(self._back_off) - 1)]
+            return lambda: self._store(SqliteJobStore.delete_message, message)
+        wait = self._backoff[min(message.tries, len(self._backoff) - 1)]
         _log.info("a webhook is tried again", job_id=message.job_id, reason=why, seconds=wait)
         due = self._now() + wait
-        return lambda: self._clerk(SqliteJobStore.postpone, message, due)
+        return lambda: self._store(SqliteJobStore.postpone, message, due)
 
 
 def sign_webhook(job_id: str, timestamp: int, body: bytes, secret: str) -> dict[str, str]:

@@ -34,43 +34,43 @@ _log = structlog.get_logger(__name__)
 
 # The third death on one job is its last. After the first it has the device for itself, so that the next two are of
 # nothing else.
-MOST_DEATHS = 3
+MAX_CRASHES = 3
 # Ends of the process from outside, as far as can be known, prove nothing of the job that was drawn; so many of them do.
-MOST_KILLS = 100
-_PATIENCE, _PATIENCE_WITH_DISKS = 0.5, 5.0
-_TO_WRITE = 2.0
+MAX_KILLS = 100
+_RETRY_SECONDS, _STORAGE_RETRY_SECONDS = 0.5, 5.0
+_CANCEL_GRACE_SECONDS = 2.0
 # So often a picture is drawn that could not be stored, while the storage seems to have room.
-_MOST_UNSTORED = 5
+_MAX_STORAGE_FAILURES = 5
 
 
 class JobWorker:
     """The jobs that wait and those that are drawn. Lives on one event loop.
 
-    `at_once` of them are in the service's hands at a time; `describe` writes the message a webhook is sent; `ended` is
-    called with each job whose end is written. Each is drawn, or has failed, within `longest` seconds.
+    `concurrency` of them are in the service's hands at a time; `describe` writes the message a webhook is sent;
+    `ended` is called with each job whose end is written. Each is drawn, or has failed, within `max_seconds` seconds.
     """
 
     def __init__(
         self,
         service: GenerationService,
-        clerk: AsyncJobStore,
-        at_once: int,
+        store: AsyncJobStore,
+        concurrency: int,
         describe: Callable[[JobRecord], str],
         ended: Callable[[JobHandle], None],
-        longest: float,
+        max_seconds: float,
     ) -> None:
         self._service = service
-        self._clerk = clerk
-        self._at_once = at_once
+        self._store = store
+        self._concurrency = concurrency
         self._describe = describe
-        self._ended = ended
+        self._on_ended = ended
         self._waiting: dict[str, JobHandle] = {}
         self._running: dict[str, JobHandle] = {}
         self._wake = asyncio.Event()
         self._draining = False
         self._seconds_per_job: float | None = None
         self._tasks: set[asyncio.Task[None]] = set()
-        self.progress = WorkerProgress(longest)
+        self.progress = WorkerProgress(max_seconds)
 
     @property
     def waiting(self) -> int:
@@ -84,59 +84,59 @@ class JobWorker:
 
     def held_by(self, share: str) -> tuple[int, int]:
         """How many jobs of a share wait, and the bytes of all of its that have not ended."""
-        waiting = [live.entry for live in self._waiting.values() if live.entry.share == share]
-        running = [live.entry for live in self._running.values() if live.entry.share == share]
-        return len(waiting), sum(entry.bytes for entry in (*waiting, *running))
+        waiting = [job.record for job in self._waiting.values() if job.record.share == share]
+        running = [job.record for job in self._running.values() if job.record.share == share]
+        return len(waiting), sum(record.bytes for record in (*waiting, *running))
 
     @property
     def bytes_held(self) -> int:
         """The bytes of all jobs that wait or are drawn."""
-        return sum(live.entry.bytes for live in (*self._waiting.values(), *self._running.values()))
+        return sum(job.record.bytes for job in (*self._waiting.values(), *self._running.values()))
 
     @property
     def unfinished(self) -> int:
         """How many jobs wait or are drawn."""
         return self.waiting + self.running
 
-    def put(self, live: JobHandle) -> None:
+    def enqueue(self, job: JobHandle) -> None:
         """Let a job wait for its turn, at most until its deadline."""
-        self._waiting[live.entry.id] = live
-        if live.entry.deadline is not None:
-            seconds = max(0.0, live.entry.deadline - time.time())
-            live.due = time.monotonic() + seconds
-            asyncio.get_running_loop().call_later(seconds, lambda: self._start(self._expire(live)))
-        self._tell_positions()
+        self._waiting[job.record.id] = job
+        if job.record.deadline is not None:
+            seconds = max(0.0, job.record.deadline - time.time())
+            job.expires_at = time.monotonic() + seconds
+            asyncio.get_running_loop().call_later(seconds, lambda: self._spawn(self._expire(job)))
+        self._report_positions()
         self._wake.set()
 
     async def run(self) -> None:
         """Draw what waits, until drained."""
         while not self._draining:
             self._wake.clear()
-            if not self._open():
-                await asyncio.sleep(_PATIENCE)
+            if not self._accepts_work():
+                await asyncio.sleep(_RETRY_SECONDS)
                 continue
-            while (live := self._next()) is not None:
-                del self._waiting[live.entry.id]
-                self._running[live.entry.id] = live
-                self._start(self._see_through(live))
-            self._tell_positions()
+            while (job := self._next()) is not None:
+                del self._waiting[job.record.id]
+                self._running[job.record.id] = job
+                self._spawn(self._run_job(job))
+            self._report_positions()
             await self._wake.wait()
 
-    async def cancel(self, live: JobHandle) -> None:
+    async def cancel(self, job: JobHandle) -> None:
         """Take a job out of the queue or off the device; returns when it has ended, whichever way."""
-        live.cancelled = True
-        if self._waiting.pop(live.entry.id, None) is not None:
-            await self._end(live, JobState.CANCELLED, None)
-        elif live.task is not None:
-            live.task.cancel()
-        await live.ended.wait()
+        job.cancelled = True
+        if self._waiting.pop(job.record.id, None) is not None:
+            await self._finish(job, JobState.CANCELLED, None)
+        elif job.task is not None:
+            job.task.cancel()
+        await job.ended.wait()
 
-    async def give_up(self, live: JobHandle) -> None:
+    async def fail_poisoned(self, job: JobHandle) -> None:
         """End a job that has ended the process too often."""
-        lost = live.entry.deaths if live.entry.deaths >= MOST_DEATHS else live.entry.kills
+        lost = job.record.crashes if job.record.crashes >= MAX_CRASHES else job.record.kills
         error = PoisonJob(f"The server, or its device, was lost {lost} times while this was drawn.")
-        _log.error("a job is given up", job_id=live.entry.id, deaths=live.entry.deaths, kills=live.entry.kills)
-        await self._end(live, JobState.FAILED, StoredProblem.of(error))
+        _log.error("a job is given up", job_id=job.record.id, crashes=job.record.crashes, kills=job.record.kills)
+        await self._finish(job, JobState.FAILED, StoredProblem.from_error(error))
 
     def drain(self) -> None:
         """Begin no more jobs. What is being drawn goes on."""
@@ -150,15 +150,15 @@ class JobWorker:
         if not self._tasks:
             return
         await asyncio.wait(self._tasks, timeout=grace)
-        for live in self._running.values():
-            if live.task is not None:
-                live.task.cancel()
+        for job in self._running.values():
+            if job.task is not None:
+                job.task.cancel()
         if self._tasks:
-            _, stuck = await asyncio.wait(self._tasks, timeout=_TO_WRITE)
+            _, stuck = await asyncio.wait(self._tasks, timeout=_CANCEL_GRACE_SECONDS)
             for task in stuck:
                 task.cancel()
 
-    def _open(self) -> bool:
+    def _accepts_work(self) -> bool:
         """Whether anything can be drawn now; a queue that is full, or models that load, are waited for."""
         if not self._waiting:
             return True
@@ -170,153 +170,153 @@ class JobWorker:
 
     def _next(self) -> JobHandle | None:
         """The oldest job of a caller of whom the fewest are being drawn; a suspect when nothing else is."""
-        if len(self._running) >= self._at_once or any(live.suspect for live in self._running.values()):
+        if len(self._running) >= self._concurrency or any(job.suspect for job in self._running.values()):
             return None
-        busy = Counter(live.entry.share for live in self._running.values())
-        chosen = min(self._waiting.values(), key=lambda live: busy[live.entry.share], default=None)
+        busy = Counter(job.record.share for job in self._running.values())
+        chosen = min(self._waiting.values(), key=lambda job: busy[job.record.share], default=None)
         return None if chosen is None or (chosen.suspect and self._running) else chosen
 
-    async def _see_through(self, live: JobHandle) -> None:
+    async def _run_job(self, job: JobHandle) -> None:
         """Draw a job and write down how it ended, or let it wait again."""
         started = time.monotonic()
         # Whatever is logged of it says so.
-        structlog.contextvars.bind_contextvars(job_id=live.entry.id)
-        if live.entry.caller.name:
-            structlog.contextvars.bind_contextvars(key=live.entry.caller.name)
-        live.task = asyncio.create_task(self._drawn(live))
+        structlog.contextvars.bind_contextvars(job_id=job.record.id)
+        if job.record.caller.name:
+            structlog.contextvars.bind_contextvars(key=job.record.caller.name)
+        job.task = asyncio.create_task(self._generate(job))
         with self.progress.working():
-            await asyncio.wait([live.task])
+            await asyncio.wait([job.task])
         try:
-            state, outcome = JobState.DONE, live.task.result()
+            state, outcome = JobState.DONE, job.task.result()
         except asyncio.CancelledError:
-            if not live.cancelled:
-                await self._put_back(live, forgiven=True)
+            if not job.cancelled:
+                await self._requeue_or_fail(job, forgiven=True)
                 return
             state, outcome = JobState.CANCELLED, None
         except (QueueFull, NotReady):
             # The engine that failed under a job may have failed of it; that counts as a death.
-            await self._put_back(live, forgiven=self._draining or live.entry.state is JobState.QUEUED)
+            await self._requeue_or_fail(job, forgiven=self._draining or job.record.state is JobState.QUEUED)
             return
         except JobStoreUnavailable:
-            await asyncio.sleep(_PATIENCE_WITH_DISKS)
-            self._wait_again(live)
+            await asyncio.sleep(_STORAGE_RETRY_SECONDS)
+            self._requeue(job)
             return
         except DeviceLost:
-            await self._put_back(live, forgiven=False)
+            await self._requeue_or_fail(job, forgiven=False)
             return
         except StorageUnavailable as error:
-            if await self._waits_for_storage(live):
+            if await self._retry_after_storage_failure(job):
                 return
-            state, outcome = JobState.FAILED, StoredProblem.of(error)
+            state, outcome = JobState.FAILED, StoredProblem.from_error(error)
         except ServerError as error:
-            state, outcome = JobState.FAILED, StoredProblem.of(error)
+            state, outcome = JobState.FAILED, StoredProblem.from_error(error)
         except Exception as error:  # whatever it is, it is this job's answer and no one else's
-            _log.error("unexpected error", job_id=live.entry.id, exc_info=error)
+            _log.error("unexpected error", job_id=job.record.id, exc_info=error)
             state, outcome = (
                 JobState.FAILED,
-                StoredProblem.of(ServerError("An unexpected error happened; the log has more.")),
+                StoredProblem.from_error(ServerError("An unexpected error happened; the log has more.")),
             )
-        self._learn((time.monotonic() - started) / len(self._running))
-        await self._end(live, state, outcome)
+        self._update_estimate((time.monotonic() - started) / len(self._running))
+        await self._finish(job, state, outcome)
 
-    async def _drawn(self, live: JobHandle) -> GenerationResult | StoredProblem:
+    async def _generate(self, job: JobHandle) -> GenerationResult | StoredProblem:
         """The receipt of a job, its attempt counted before anything is tried."""
-        work = await self._clerk(SqliteJobStore.begin, live.entry.id)
-        live.entry = replace(live.entry, attempts=live.entry.attempts + 1)
-        order = work.order
-        if live.due is not None:
-            left = live.due - time.monotonic()
+        payload = await self._store(SqliteJobStore.begin, job.record.id)
+        job.record = replace(job.record, attempts=job.record.attempts + 1)
+        request = payload.request
+        if job.expires_at is not None:
+            left = job.expires_at - time.monotonic()
             if left <= 0:
-                raise _too_late()
-            order = replace(order, timeout=left)
+                raise _deadline_error()
+            request = replace(request, timeout=left)
         return await self._service.generate(
-            order,
-            caller=live.entry.caller,
+            request,
+            caller=job.record.caller,
             background=True,
-            watch=live.news,
-            previews=live.wants_previews,
-            fetched=work.fetched,
-            job_id=live.entry.id,
-            suspect=live.suspect,
+            watch=job.report_progress,
+            previews=job.wants_previews,
+            fetched=payload.fetched,
+            job_id=job.record.id,
+            suspect=job.suspect,
         )
 
-    async def _put_back(self, live: JobHandle, *, forgiven: bool) -> None:
+    async def _requeue_or_fail(self, job: JobHandle, *, forgiven: bool) -> None:
         """Let a job that was begun wait again; one that has ended the engine too often has failed."""
-        if live.cancelled:
-            await self._end(live, JobState.CANCELLED, None)
+        if job.cancelled:
+            await self._finish(job, JobState.CANCELLED, None)
             return
         if not forgiven:
-            await self._count_death(live)
-        if live.entry.deaths >= MOST_DEATHS:
-            await self.give_up(live)
+            await self._record_crash(job)
+        if job.record.crashes >= MAX_CRASHES:
+            await self.fail_poisoned(job)
         else:
             with suppress(JobStoreUnavailable):  # it says that the job was begun, and so it counts
-                await self._clerk(SqliteJobStore.put_back, live.entry.id, forgiven=forgiven)
-                live.entry = replace(live.entry, attempts=live.entry.attempts - forgiven)
-            self._wait_again(live)
+                await self._store(SqliteJobStore.requeue, job.record.id, forgiven=forgiven)
+                job.record = replace(job.record, attempts=job.record.attempts - forgiven)
+            self._requeue(job)
 
-    async def _waits_for_storage(self, live: JobHandle) -> bool:
+    async def _retry_after_storage_failure(self, job: JobHandle) -> bool:
         """Let a job wait while the storage is down. Not one that fails again and again although there is room."""
         with suppress(ServerError):  # then it is not this job that is at fault
-            await self._service.check_capacity(SubmissionContext(live.entry.caller, background=True))
-            live.unstored += 1
-            if live.unstored >= _MOST_UNSTORED:
+            await self._service.check_capacity(SubmissionContext(job.record.caller, background=True))
+            job.storage_failures += 1
+            if job.storage_failures >= _MAX_STORAGE_FAILURES:
                 return False
         if not self._draining:
-            await asyncio.sleep(_PATIENCE_WITH_DISKS)
-        await self._put_back(live, forgiven=True)
+            await asyncio.sleep(_STORAGE_RETRY_SECONDS)
+        await self._requeue_or_fail(job, forgiven=True)
         return True
 
-    async def _count_death(self, live: JobHandle) -> None:
-        live.entry = replace(live.entry, deaths=live.entry.deaths + 1)
+    async def _record_crash(self, job: JobHandle) -> None:
+        job.record = replace(job.record, crashes=job.record.crashes + 1)
         with suppress(JobStoreUnavailable):  # known here for as long as this process lives
-            await self._clerk(SqliteJobStore.count_death, live.entry)
+            await self._store(SqliteJobStore.save_crash_counts, job.record)
 
-    def _wait_again(self, live: JobHandle) -> None:
+    def _requeue(self, job: JobHandle) -> None:
         """Have a job wait before all others."""
-        del self._running[live.entry.id]
-        live.task = None
-        live.entry = replace(live.entry, state=JobState.QUEUED)
-        self._waiting = {live.entry.id: live, **self._waiting}
+        del self._running[job.record.id]
+        job.task = None
+        job.record = replace(job.record, state=JobState.QUEUED)
+        self._waiting = {job.record.id: job, **self._waiting}
         self._wake.set()
 
-    async def _expire(self, live: JobHandle) -> None:
-        if self._waiting.pop(live.entry.id, None) is not None:
-            await self._end(live, JobState.FAILED, StoredProblem.of(_too_late()))
+    async def _expire(self, job: JobHandle) -> None:
+        if self._waiting.pop(job.record.id, None) is not None:
+            await self._finish(job, JobState.FAILED, StoredProblem.from_error(_deadline_error()))
 
-    async def _end(self, live: JobHandle, state: JobState, outcome: GenerationResult | StoredProblem | None) -> None:
+    async def _finish(self, job: JobHandle, state: JobState, outcome: GenerationResult | StoredProblem | None) -> None:
         """Write the end down and tell it. While it cannot be written it is told all the same, and tried again."""
-        entry = live.end(state, time.time(), outcome)
-        message = self._describe(entry) if entry.webhook_url is not None else None
+        record = job.end(state, time.time(), outcome)
+        message = self._describe(record) if record.webhook_url is not None else None
         written = False
         while not written:
             try:
-                await self._clerk(SqliteJobStore.end, entry, message)
+                await self._store(SqliteJobStore.end, record, message)
                 written = True
             except JobStoreUnavailable:
-                _log.warning("the end of a job is not written yet", job_id=entry.id)
-            self._running.pop(entry.id, None)
+                _log.warning("the end of a job is not written yet", job_id=record.id)
+            self._running.pop(record.id, None)
             self._wake.set()
-            if not live.ended.is_set():
-                live.tell_end()
+            if not job.ended.is_set():
+                job.publish_end()
             if not written:
-                await asyncio.sleep(_PATIENCE_WITH_DISKS)
-        self._ended(live)
+                await asyncio.sleep(_STORAGE_RETRY_SECONDS)
+        self._on_ended(job)
 
-    def _start(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(work)
+    def _spawn(self, payload: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(payload)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def _learn(self, seconds: float) -> None:
+    def _update_estimate(self, seconds: float) -> None:
         before = self._seconds_per_job
         self._seconds_per_job = seconds if before is None else 0.8 * before + 0.2 * seconds
 
-    def _tell_positions(self) -> None:
+    def _report_positions(self) -> None:
         each = self._seconds_per_job
-        for position, live in enumerate(self._waiting.values(), len(self._running)):
-            live.waits(position, None if each is None else round(each * (position + 1), 1))
+        for position, job in enumerate(self._waiting.values(), len(self._running)):
+            job.report_position(position, None if each is None else round(each * (position + 1), 1))
 
 
-def _too_late() -> DeadlineExceeded:
+def _deadline_error() -> DeadlineExceeded:
     return DeadlineExceeded("The picture was not stored before the job's timeout passed.")

@@ -2,35 +2,35 @@
 
 from __future__ import annotations
 
-from stable_diffusion_server.observability.console_progress import ConsoleProgress, Heartbeat, broadcast
+from stable_diffusion_server.observability.console_progress import ConsoleProgress, ProgressHeartbeat, broadcast
 from stable_diffusion_server.observability.crash_reports import (
     CrashCause,
     CrashReport,
     DeviceRecord,
+    current_run_id,
     report_crash,
-    run_of,
 )
-from stable_diffusion_server.observability.event_loop_heartbeat import BEAT_FILE, LoopHeartbeat
+from stable_diffusion_server.observability.event_loop_heartbeat import HEARTBEAT_FILE, LoopHeartbeat
 from stable_diffusion_server.observability.interfaces import UsageMetrics
 from stable_diffusion_server.observability.logs import configure_logging
 from stable_diffusion_server.observability.metrics import Metrics, RequestSample, Sample
 from stable_diffusion_server.observability.tracing import Tracing
 
 __all__ = [
-    "BEAT_FILE",
+    "HEARTBEAT_FILE",
     "ConsoleProgress",
     "CrashCause",
     "CrashReport",
     "DeviceRecord",
-    "Heartbeat",
     "LoopHeartbeat",
     "Metrics",
+    "ProgressHeartbeat",
     "RequestSample",
     "Sample",
     "Tracing",
     "UsageMetrics",
     "broadcast",
     "configure_logging",
+    "current_run_id",
     "report_crash",
-    "run_of",
 ]

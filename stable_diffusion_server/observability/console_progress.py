@@ -17,9 +17,9 @@ from stable_diffusion_server.types import EngineEvent, EngineEventKind
 Observer = Callable[[EngineEvent], None]
 
 # The file tells seconds, and who reads it waits for many; writing it more often took 3 of 70 ms a picture.
-_HEARTBEAT_SECONDS = 0.25
+_MIN_INTERVAL_SECONDS = 0.25
 
-_ENDS = (EngineEventKind.DONE, EngineEventKind.FAILED, EngineEventKind.CANCELLED)
+_FINAL_EVENTS = (EngineEventKind.DONE, EngineEventKind.FAILED, EngineEventKind.CANCELLED)
 
 
 class ConsoleProgress:
@@ -37,7 +37,7 @@ class ConsoleProgress:
         elif event.kind is EngineEventKind.STEP and self._bar is not None:
             self._left[event.job_id] = event.steps - event.step
             self._bar.update()
-        elif event.kind in _ENDS:
+        elif event.kind in _FINAL_EVENTS:
             self._end(event)
 
     def _start(self, event: EngineEvent) -> None:
@@ -54,7 +54,7 @@ class ConsoleProgress:
             self._bar = None
 
 
-class Heartbeat:
+class ProgressHeartbeat:
     """Touches `progress.txt` at signs of life, so that a watchdog can tell work from a hang.
 
     The first line is the time of day (UTC, HH:MM:SS), as users of the file expect, the second the jobs under way. While
@@ -63,8 +63,8 @@ class Heartbeat:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._under_way: set[str] = set()
-        self._begun: set[str] = set()
+        self._active: set[str] = set()
+        self._started: set[str] = set()
         self._written = -math.inf
 
     def observe(self, event: EngineEvent) -> None:
@@ -73,20 +73,20 @@ class Heartbeat:
         That jobs come, and leave the line, is none: a hung device with a crowd before it must look hung. But the first
         to come is noted, since from then on something is to happen, and the last to leave, since nothing is then.
         """
-        idle, waited = not self._under_way, event.job_id not in self._begun
-        if event.kind in _ENDS:
-            self._under_way.discard(event.job_id)
-            self._begun.discard(event.job_id)
+        idle, waited = not self._active, event.job_id not in self._started
+        if event.kind in _FINAL_EVENTS:
+            self._active.discard(event.job_id)
+            self._started.discard(event.job_id)
         else:
-            self._under_way.add(event.job_id)
+            self._active.add(event.job_id)
             if event.kind is not EngineEventKind.QUEUED:
-                self._begun.add(event.job_id)
-        came_or_left = event.kind is EngineEventKind.QUEUED or (event.kind in _ENDS and waited)
-        turns = idle or not self._under_way
+                self._started.add(event.job_id)
+        came_or_left = event.kind is EngineEventKind.QUEUED or (event.kind in _FINAL_EVENTS and waited)
+        turns = idle or not self._active
         now = time.monotonic()
-        if turns or (not came_or_left and now - self._written >= _HEARTBEAT_SECONDS):
+        if turns or (not came_or_left and now - self._written >= _MIN_INTERVAL_SECONDS):
             self._written = now
-            self._write(time.strftime("%H:%M:%S\n", time.gmtime()) + f"{len(self._under_way)}\n")
+            self._write(time.strftime("%H:%M:%S\n", time.gmtime()) + f"{len(self._active)}\n")
 
     def _write(self, told: str) -> None:
         try:

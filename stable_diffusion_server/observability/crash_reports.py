@@ -24,10 +24,10 @@ from stable_diffusion_server.files import quarantine
 
 _log = structlog.get_logger(__name__)
 
-DEVICE, DEATH, CRASH = "device.json", "death.json", "crash.log"
+DEVICE_FILE, EXIT_FILE, TRACEBACK_FILE = "device.json", "death.json", "crash.log"
 # Signals that people, supervisors and the kernel's killer of memory send; all others a process brings on itself.
-_SENT = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
-_TOLD = 2000
+_EXTERNAL_SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+_MAX_TRACEBACK_BYTES = 2000
 
 
 class CrashCause(StrEnum):
@@ -57,8 +57,8 @@ class DeviceRecord:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._descriptor: int | None = None
-        self._run = uuid4().hex
-        self._killed: dict[str, int] = {}
+        self._run_id = uuid4().hex
+        self._oom_kills: dict[str, int] = {}
         self._length = 0
         self._last: tuple[tuple[str, ...], bool] | None = None
         self._crash: IO[bytes] | None = None
@@ -66,26 +66,26 @@ class DeviceRecord:
     def begin(self) -> CrashReport:
         """How the process before this one ended; from here on what is on the device is written down."""
         death = last_crash(self._folder)
-        for name in (DEATH, DEVICE, CRASH):
-            _clear(self._folder / name)
-        self._killed = killed_for_memory()
+        for name in (EXIT_FILE, DEVICE_FILE, TRACEBACK_FILE):
+            _remove(self._folder / name)
+        self._oom_kills = count_oom_kills()
         try:
-            self._descriptor = os.open(self._folder / DEVICE, os.O_RDWR | os.O_CREAT, 0o600)
+            self._descriptor = os.open(self._folder / DEVICE_FILE, os.O_RDWR | os.O_CREAT, 0o600)
             if not faulthandler.is_enabled():
-                self._crash = (self._folder / CRASH).open("wb")
+                self._crash = (self._folder / TRACEBACK_FILE).open("wb")
                 faulthandler.enable(self._crash)
         except OSError as error:
             _log.warning("deaths of the server cannot be told from one another", reason=str(error))
-        self.occupied([], alone=False)
+        self.update([], alone=False)
         return death
 
-    def occupied(self, labels: list[str], alone: bool) -> None:
+    def update(self, labels: list[str], alone: bool) -> None:
         """Write down what is on the device now: a label for each, and whether it is one that has it for itself."""
         descriptor, now = self._descriptor, (tuple(labels), alone)
         if descriptor is None or now == self._last:
             return
         self._last = now
-        told = {"run": self._run, "killed": self._killed, "on_device": labels, "alone": alone}
+        told = {"run": self._run_id, "killed": self._oom_kills, "on_device": labels, "alone": alone}
         written = json.dumps(told).encode()
         # One call, the rest of what was longer blanked: a process that is killed has written all of it or nothing.
         self._length = max(self._length, len(written))
@@ -101,43 +101,45 @@ class DeviceRecord:
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
-            for name in (DEVICE, CRASH):
-                _clear(self._folder / name)
+            for name in (DEVICE_FILE, TRACEBACK_FILE):
+                _remove(self._folder / name)
 
 
 def last_crash(folder: Path) -> CrashReport:
     """How the process that kept the record in `folder` ended, if it did not stop in good order."""
-    device = _read(folder / DEVICE)
+    device = _read_json(folder / DEVICE_FILE)
     run, labels, alone = device.get("run"), device.get("on_device"), device.get("alone") is True
     if not isinstance(run, str) or not isinstance(labels, list) or not all(isinstance(each, str) for each in labels):
         return CrashReport()
-    told = _read(folder / DEATH)
+    told = _read_json(folder / EXIT_FILE)
     told = told if told.get("run") == run else {}
-    cause, reason = _judged(told, _crash_of(folder), _grown(device.get("killed"), killed_for_memory()))
+    cause, reason = _classify_exit(
+        told, _read_traceback(folder), _oom_killed_since(device.get("killed"), count_oom_kills())
+    )
     return CrashReport(cause, tuple(labels), alone, reason)
 
 
 def report_crash(folder: Path, run_before: str, status: int, *, hung: bool) -> CrashCause:
     """The watchdog's word on how the process ended, for the next one to read; whose doing it was.
 
-    `run_before` is what `run_of` gave before the process was started.
+    `run_before` is what `current_run_id` gave before the process was started.
     """
-    device = _read(folder / DEVICE)
+    device = _read_json(folder / DEVICE_FILE)
     told = {"run": device.get("run"), "status": status, "hung": hung}
     if device.get("run") not in (None, run_before):
-        part = folder / f"{DEATH}.part"
+        part = folder / f"{EXIT_FILE}.part"
         with contextlib.suppress(OSError):
             part.write_text(json.dumps(told))
-            part.replace(folder / DEATH)
-    return _judged(told, "", _grown(device.get("killed"), killed_for_memory()))[0]
+            part.replace(folder / EXIT_FILE)
+    return _classify_exit(told, "", _oom_killed_since(device.get("killed"), count_oom_kills()))[0]
 
 
-def run_of(folder: Path) -> str:
+def current_run_id(folder: Path) -> str:
     """What tells the process that keeps the record from others; empty where there is none."""
-    return str(_read(folder / DEVICE).get("run", ""))
+    return str(_read_json(folder / DEVICE_FILE).get("run", ""))
 
 
-def killed_for_memory() -> dict[str, int]:
+def count_oom_kills() -> dict[str, int]:
     """How many processes the kernel has killed for want of memory, by where it counts them: this cgroup, this boot."""
     counts: dict[str, int] = {}
     with contextlib.suppress(OSError, ValueError):
@@ -150,17 +152,17 @@ def killed_for_memory() -> dict[str, int]:
                 continue
             # Inside a container its own group is mounted as the root.
             for group in (Path("/sys/fs/cgroup", root, path.lstrip("/")), Path("/sys/fs/cgroup", root)):
-                if (count := _counted(group / name)) is not None:
+                if (count := _read_oom_kills(group / name)) is not None:
                     counts[f"{group}:{group.stat().st_ino}"] = count
                     break
     with contextlib.suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        if (count := _counted(Path("/proc/vmstat"))) is not None:
+        if (count := _read_oom_kills(Path("/proc/vmstat"))) is not None:
             counts[f"boot {boot}"] = count
     return counts
 
 
-def _judged(told: dict[str, Any], crash: str, for_memory: bool) -> tuple[CrashCause, str]:
+def _classify_exit(told: dict[str, Any], crash: str, for_memory: bool) -> tuple[CrashCause, str]:
     """Whose doing an end was, and why, from what the watchdog told, a crash's traceback and the kernel's count."""
     status = told.get("status")
     if told.get("hung") is True:
@@ -168,14 +170,14 @@ def _judged(told: dict[str, Any], crash: str, for_memory: bool) -> tuple[CrashCa
     if not isinstance(status, int):
         status = -signal.SIGKILL if not crash else -signal.SIGABRT
     number = -status if status < 0 else status - 128 if status > 128 else 0
-    if number in _SENT:
+    if number in _EXTERNAL_SIGNALS:
         if number == signal.SIGKILL and for_memory:
             return CrashCause.OWN, "the kernel killed it for want of memory"
         return CrashCause.OUTSIDE, f"it was sent {signal.Signals(number).name}, or nothing is known"
     return CrashCause.OWN, crash or (f"signal {number}" if number else f"status {status}")
 
 
-def _grown(before: object, now: dict[str, int]) -> bool:
+def _oom_killed_since(before: object, now: dict[str, int]) -> bool:
     """Whether the kernel has killed for memory since: in this group where that is known, else on this machine."""
     before = before if isinstance(before, dict) else {}
     same = [key for key in now if isinstance(before.get(key), int)]
@@ -183,7 +185,7 @@ def _grown(before: object, now: dict[str, int]) -> bool:
     return any(now[key] > before[key] for key in groups)
 
 
-def _counted(path: Path) -> int | None:
+def _read_oom_kills(path: Path) -> int | None:
     try:
         words = path.read_text().split()
         return int(words[words.index("oom_kill") + 1])
@@ -191,15 +193,15 @@ def _counted(path: Path) -> int | None:
         return None
 
 
-def _crash_of(folder: Path) -> str:
+def _read_traceback(folder: Path) -> str:
     try:
-        with (folder / CRASH).open("rb") as file:
-            return file.read(_TOLD).decode("utf-8", "replace").strip().split("\n")[0]
+        with (folder / TRACEBACK_FILE).open("rb") as file:
+            return file.read(_MAX_TRACEBACK_BYTES).decode("utf-8", "replace").strip().split("\n")[0]
     except OSError:
         return ""
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file; an empty one where there is none, or anything else."""
     try:
         told = json.loads(path.read_bytes())
@@ -208,7 +210,7 @@ def _read(path: Path) -> dict[str, Any]:
     return told if isinstance(told, dict) else {}
 
 
-def _clear(path: Path) -> None:
+def _remove(path: Path) -> None:
     """Take a file away; anything else that stands there is put aside."""
     try:
         if path.is_dir() and not path.is_symlink():

@@ -12,7 +12,7 @@ import structlog
 
 _log = structlog.get_logger(__name__)
 
-BEAT_FILE = "event-loop.txt"
+HEARTBEAT_FILE = "event-loop.txt"
 _SECONDS = 1.0
 
 
@@ -25,35 +25,35 @@ class LoopHeartbeat:
     def __init__(self, path: Path, stalled: Callable[[], list[str]]) -> None:
         self._path = path
         self._stalled = stalled
-        self._beating: asyncio.Task[None] | None = None
+        self._task: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> None:
         """Begin to beat."""
-        self._beating = asyncio.create_task(self._run())
+        self._task = asyncio.create_task(self._run())
 
     async def __aexit__(self, *error: object) -> None:
         """Beat no more."""
-        if self._beating is not None:
-            self._beating.cancel()
-            await asyncio.wait([self._beating], timeout=_SECONDS)
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task], timeout=_SECONDS)
 
     async def _run(self) -> None:
-        told: list[str] = []
+        reported: list[str] = []
         try:
             while True:
                 stalled = self._stalled()
-                if stalled and not told:
+                if stalled and not reported:
                     _log.error("something makes no progress", what=stalled)
-                told = stalled
+                reported = stalled
                 if not stalled:
                     with suppress(OSError):  # no file, no watch: the server is not to end for it
-                        self._beat()
+                        self._touch()
                 await asyncio.sleep(_SECONDS)
         finally:
             with suppress(OSError):
                 self._path.unlink(missing_ok=True)
 
-    def _beat(self) -> None:
+    def _touch(self) -> None:
         try:
             os.utime(self._path)
         except FileNotFoundError:

@@ -15,7 +15,7 @@ MAX_TRACEBACK = 16_384
 
 def configure_logging(level: str, log_format: str) -> None:
     """Structured lines on standard error: for people at a terminal, JSON otherwise, unless `log_format` says which."""
-    for_people = log_format == "console" or (log_format == "auto" and sys.stderr.isatty())
+    human_readable = log_format == "console" or (log_format == "auto" and sys.stderr.isatty())
     processors: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,
@@ -23,7 +23,7 @@ def configure_logging(level: str, log_format: str) -> None:
         shorten_values,
     ]
     # Tracebacks without local variables: those hold prompts, and may hold keys.
-    if for_people:
+    if human_readable:
         processors.append(structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback))
     else:
         processors += [structlog.processors.format_exc_info, shorten_values, structlog.processors.JSONRenderer()]
@@ -33,24 +33,24 @@ def configure_logging(level: str, log_format: str) -> None:
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
         cache_logger_on_first_use=False,
     )
-    if not for_people:
-        _take_over()
+    if not human_readable:
+        _redirect_library_logs()
     # uvicorn's own lines hold query strings, and so prompts; the gate logs requests instead.
     logging.getLogger("uvicorn.access").disabled = True
 
 
-def _take_over() -> None:
+def _redirect_library_logs() -> None:
     """Have what libraries log come out as lines of ours, uvicorn's and asyncio's among them."""
     root = logging.getLogger()
-    for handler in [handler for handler in root.handlers if isinstance(handler, LibraryLines)]:
+    for handler in [handler for handler in root.handlers if isinstance(handler, LibraryLogHandler)]:
         root.removeHandler(handler)
-    root.addHandler(LibraryLines(logging.WARNING))
+    root.addHandler(LibraryLogHandler(logging.WARNING))
     uvicorn = logging.getLogger("uvicorn")
     uvicorn.handlers.clear()
     uvicorn.propagate = True
 
 
-class LibraryLines(logging.Handler):
+class LibraryLogHandler(logging.Handler):
     """What others log, as lines of this log."""
 
     def emit(self, record: logging.LogRecord) -> None:

@@ -24,11 +24,11 @@ _GROUPS = (1, 2, 4, 8, 16, 32, 64)
 class RequestSample:
     """A request that was answered: by which door, how, after how many seconds, and for which key.
 
-    `door` is the path of its route, and empty for one that came to none; `reason` is the kind of error it was refused
+    `route` is the path of its route, and empty for one that came to none; `reason` is the kind of error it was refused
     with, and empty otherwise; `key` is the name of the caller's key. So each has few values, whatever is asked.
     """
 
-    door: str
+    route: str
     status: int
     seconds: float
     reason: str = ""
@@ -47,18 +47,18 @@ class Metrics(UsageMetrics):
         )
         self._retries = Counter("sds_job_retries", "Jobs begun anew, by what failed", ["cause"], registry=registry)
         self._steps = Counter("sds_steps", "Denoising steps done, summed over jobs", registry=registry)
-        self._together = Histogram(
-            "sds_step_jobs", "Jobs that shared a step, for each step of each", buckets=_GROUPS, registry=registry
+        self._batch_sizes = Histogram(
+            "sds_batch_size", "Jobs that shared a step, for each step of each", buckets=_GROUPS, registry=registry
         )
         self._queued = Histogram(
             "sds_queue_seconds", "From acceptance to the device", buckets=_SECONDS, registry=registry
         )
         self._seconds = Histogram("sds_job_seconds", "From acceptance to picture", buckets=_SECONDS, registry=registry)
-        self._orders = Counter(
-            "sds_orders", "Orders answered, by where the picture came from", ["source"], registry=registry
+        self._generations = Counter(
+            "sds_generations", "Orders answered, by where the picture came from", ["source"], registry=registry
         )
-        self._guards = Counter(
-            "sds_guards", "Pictures in which a guard of quality saw something", ["guard"], registry=registry
+        self._quality_checks = Counter(
+            "sds_quality_checks", "Pictures in which a guard of quality saw something", ["check"], registry=registry
         )
         self._stages = Histogram(
             "sds_stage_seconds", "Seconds of each stage of a picture", ["stage"], buckets=_MOMENTS, registry=registry
@@ -69,9 +69,9 @@ class Metrics(UsageMetrics):
         self._storage_errors = Counter(
             "sds_storage_errors", "Calls to the bucket that failed", ["call"], registry=registry
         )
-        self._requests = Counter("sds_http_requests", "Requests answered", ["door", "status"], registry=registry)
+        self._requests = Counter("sds_http_requests", "Requests answered", ["route", "status"], registry=registry)
         self._request_seconds = Histogram(
-            "sds_http_request_seconds", "Seconds of a request", ["door"], buckets=_MOMENTS, registry=registry
+            "sds_http_request_seconds", "Seconds of a request", ["route"], buckets=_MOMENTS, registry=registry
         )
         self._refusals = Counter(
             "sds_refusals", "Requests refused, by why and for whom", ["reason", "key"], registry=registry
@@ -80,7 +80,7 @@ class Metrics(UsageMetrics):
     def register_gauge(
         self,
         name: str,
-        told: str,
+        description: str,
         read: Callable[[], float | Iterable[Sample]],
         labels: Sequence[str] = (),
         *,
@@ -90,18 +90,18 @@ class Metrics(UsageMetrics):
 
         `counts`: it only grows.
         """
-        self.registry.register(_Read(name, told, read, labels, counts=counts))
+        self.registry.register(_CallbackCollector(name, description, read, labels, counts=counts))
 
-    def register_info(self, name: str, told: str, facts: Mapping[str, str]) -> None:
+    def register_info(self, name: str, description: str, labels: Mapping[str, str]) -> None:
         """Show facts that do not change, as the labels of a figure that is 1."""
-        Gauge(name, told, list(facts), registry=self.registry).labels(**facts).set(1)
+        Gauge(name, description, list(labels), registry=self.registry).labels(**labels).set(1)
 
     def observe(self, event: EngineEvent) -> None:
         """Count an event of the engine."""
         match event.kind:
             case EngineEventKind.STEP:
                 self._steps.inc()
-                self._together.observe(event.batch_size)
+                self._batch_sizes.observe(event.batch_size)
                 return
             case EngineEventKind.RESTARTED:
                 self._retries.labels(event.cause).inc()
@@ -116,11 +116,11 @@ class Metrics(UsageMetrics):
 
     def record_generation(self, source: str) -> None:
         """Count an order answered from `source`: drawn, cached or coalesced."""
-        self._orders.labels(source).inc()
+        self._generations.labels(source).inc()
 
-    def record_quality_check(self, guard: str) -> None:
+    def record_quality_check(self, check: str) -> None:
         """Count a picture in which a guard of quality saw something."""
-        self._guards.labels(guard).inc()
+        self._quality_checks.labels(check).inc()
 
     def record_stored(self, timings: Mapping[str, float]) -> None:
         """Note the seconds of a picture's stages."""
@@ -133,37 +133,37 @@ class Metrics(UsageMetrics):
         if failed:
             self._storage_errors.labels(call).inc()
 
-    def record_request(self, visit: RequestSample) -> None:
+    def record_request(self, sample: RequestSample) -> None:
         """Count a request."""
-        self._requests.labels(visit.door, str(visit.status)).inc()
-        self._request_seconds.labels(visit.door).observe(visit.seconds)
-        if visit.reason:
-            self._refusals.labels(visit.reason, visit.key).inc()
+        self._requests.labels(sample.route, str(sample.status)).inc()
+        self._request_seconds.labels(sample.route).observe(sample.seconds)
+        if sample.reason:
+            self._refusals.labels(sample.reason, sample.key).inc()
 
     def exposition(self) -> bytes:
         """The figures in Prometheus's text format. May look at disks and devices."""
         return generate_latest(self.registry)
 
 
-class _Read(Collector):
+class _CallbackCollector(Collector):
     """A figure that is asked for when it is read."""
 
     def __init__(
         self,
         name: str,
-        told: str,
+        description: str,
         read: Callable[[], float | Iterable[Sample]],
         labels: Sequence[str],
         *,
         counts: bool,
     ) -> None:
         self._family = CounterMetricFamily if counts else GaugeMetricFamily
-        self._name, self._told, self._read, self._labels = name, told, read, tuple(labels)
+        self._name, self._description, self._read, self._labels = name, description, read, tuple(labels)
 
     def collect(self) -> Iterator[Metric]:
         """The figure as it is now."""
         found = self._read()
-        family = self._family(self._name, self._told, labels=self._labels)
+        family = self._family(self._name, self._description, labels=self._labels)
         for labels, value in [((), found)] if isinstance(found, int | float) else found:
             family.add_metric(list(labels), value)
         yield family

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
 
-Fact = str | int | float | bool
-_NONE: Mapping[str, str] = {}
+AttributeValue = str | int | float | bool
+_NO_ATTRIBUTES: Mapping[str, str] = {}
 
 
 class Span:
@@ -19,10 +19,10 @@ class Span:
     def __init__(self, span: Any = None) -> None:
         self._span = span
 
-    def set_attributes(self, facts: Mapping[str, Fact]) -> None:
+    def set_attributes(self, attributes: Mapping[str, AttributeValue]) -> None:
         """Add facts, by the names of OpenTelemetry's conventions where there are any."""
         if self._span is not None:
-            self._span.set_attributes(dict(facts))
+            self._span.set_attributes(dict(attributes))
 
     def name(self, name: str) -> None:
         """Name it anew, since what it is was found out meanwhile."""
@@ -30,7 +30,7 @@ class Span:
             self._span.update_name(name)
 
 
-_NOTHING = Span()
+_NO_SPAN = Span()
 
 
 class Tracing:
@@ -71,25 +71,29 @@ class Tracing:
 
     @contextmanager
     def span(
-        self, name: str, facts: Mapping[str, Fact] = _NONE, *, within: Mapping[str, str] | None = None
+        self,
+        name: str,
+        attributes: Mapping[str, AttributeValue] = _NO_ATTRIBUTES,
+        *,
+        parent_headers: Mapping[str, str] | None = None,
     ) -> Iterator[Span]:
-        """A span around a block. `within`, the headers of a request, makes it that request's, in its caller's trace.
+        """A span around a block; with `parent_headers` a server span that continues the trace in those HTTP headers.
 
-        An error that leaves the block is told by its class alone: messages may quote what was asked.
+        An exception is recorded by its class only, because messages may quote the prompt.
         """
         if self._tracer is None:
-            yield _NOTHING
+            yield _NO_SPAN
             return
         from opentelemetry.trace import SpanKind, StatusCode
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-        parent = None if within is None else TraceContextTextMapPropagator().extract(within)
-        kind = SpanKind.INTERNAL if within is None else SpanKind.SERVER
+        parent = None if parent_headers is None else TraceContextTextMapPropagator().extract(parent_headers)
+        kind = SpanKind.INTERNAL if parent_headers is None else SpanKind.SERVER
         with self._tracer.start_as_current_span(
             name,
             context=parent,
             kind=kind,
-            attributes=dict(facts),
+            attributes=dict(attributes),
             record_exception=False,
             set_status_on_exception=False,
         ) as span:

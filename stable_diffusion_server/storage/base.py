@@ -1,7 +1,8 @@
-"""Bucket protocol: what every storage backend does, and how images are read from one."""
+"""Bucket protocol: the methods of every storage backend and bucket decorator."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import Protocol
 
@@ -11,57 +12,78 @@ from stable_diffusion_server.types import StoredObject
 
 
 class Bucket(Protocol):
-    """A store of objects by key. Methods block, so callers keep them off the event loop.
+    """A store of objects by key. Methods block on I/O, so call them off the event loop; safe from any thread.
 
-    All raise `StorageUnavailable` when the store does not answer, and `InvalidInput` for a key it cannot hold.
+    All methods raise `StorageUnavailable` when the store does not answer, and `InvalidInput` for a key that it cannot
+    hold. Methods that are not abstract have a default: backends without that ability inherit it.
     """
 
+    @abstractmethod
     def open(self) -> None:
-        """Make ready for use. May be called again after it failed."""
+        """Connect and check that the bucket is writable. May be called again after a failure."""
 
     def close(self) -> None:
-        """Let go of connections and threads."""
+        """Release connections and threads."""
+        return
 
     def health(self) -> str | None:
-        """One sentence on what keeps the store from taking pictures, as far as it is known without asking it."""
+        """Why the bucket cannot store images, in one sentence, without asking it; `None` when no reason is known."""
+        return None
 
     def check_capacity(self) -> None:
-        """Raises `StorageUnavailable` when a new picture could not be kept: asked before it is drawn."""
+        """Raise `StorageUnavailable` when one more image could not be stored. Called before an image is generated."""
+        return
 
+    @abstractmethod
     def stat(self, key: str) -> StoredObject | None:
-        """The object under `key`, or `None`; a bucket that spools says `None` as well while its store is down."""
+        """The object under `key`, or `None` if absent. A write-behind bucket returns `None` also during an outage."""
 
     def peek(self, key: str) -> StoredObject | None:
-        """The same for what a right depends on: never `None` for an object that could not be looked for."""
+        """Like `stat`, but raises `StorageUnavailable` during an outage. For decisions on access rights."""
+        return self.stat(key)
 
+    def cached(self, key: str) -> StoredObject | None:
+        """The object if it is known to be stored, without I/O; `None` means unknown."""
+        return None
+
+    @abstractmethod
     def create(self, key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> tuple[StoredObject, bool]:
-        """Store `data` only if `key` is absent, atomically; returns what is stored, and whether by this call."""
+        """Store `data` atomically if `key` is absent; returns the stored object and whether this call stored it."""
 
+    @abstractmethod
     def overwrite(self, key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> StoredObject:
-        """Store `data` under `key` whether or not something was there; no reader sees half of it."""
+        """Store `data` under `key`; concurrent readers get the old object or the new one, never a mix."""
 
+    @abstractmethod
     def read(self, key: str, start: int = 0, end: int | None = None) -> bytes:
-        """Bytes `start` to before `end` (to the last one for `None`); fewer beyond the end. Raises `NotFound`."""
+        """Bytes `start` (inclusive) to `end` (exclusive; `None`: to the last). Raises `NotFound`."""
 
+    @abstractmethod
     def delete(self, key: str) -> None:
-        """Remove the object; one that is not there is no error."""
+        """Remove the object; no error if it is absent."""
 
+    @abstractmethod
     def list(self, prefix: str = "") -> Iterator[str]:
-        """The keys that begin with `prefix`."""
+        """The keys that start with `prefix`."""
 
     def url(self, key: str) -> str | None:
-        """The address anyone may fetch the object at; `None` when only this server can give it. Asks no one."""
+        """The public or signed URL of the object, without I/O; `None` when only this server can serve it."""
+        return None
+
+    def spool_stats(self) -> Mapping[str, float]:
+        """Statistics of the upload spool, see `WriteBehindBucket.spool_stats`; empty for buckets without a spool."""
+        return {}
 
 
 def check_if_blob_exists(bucket: Bucket, key: str) -> bool:
-    """Whether an object of that key is stored. The name is the one users know from the original server."""
+    """Whether an object is stored under `key`. The function name is the original server's."""
     return bucket.stat(key) is not None
 
 
-def read_picture(bucket: Bucket, key: str) -> bytes:
-    """The whole object under `key`, of which the first bytes are a picture's.
+def read_image(bucket: Bucket, key: str) -> bytes:
+    """The whole object under `key`, checked to start with an image signature.
 
-    Raises `NotFound`, and `StorageUnavailable` for what is no picture or could not be read.
+    Raises `NotFound`, and `StorageUnavailable` if the object is not an image or cannot be read.
     """
     data = bucket.read(key)
     if not matches_signature(data, (*DEFAULT_FORMATS, *OPTIONAL_FORMATS)):

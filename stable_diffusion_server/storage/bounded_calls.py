@@ -21,30 +21,29 @@ _CALLS = 8
 
 
 class BoundedCalls:
-    """Calls to `store`, each waited for no longer than `patience` seconds. Safe from any thread.
+    """Calls `store` with a `timeout` in seconds, and remembers outages of "read" and "write". Thread-safe.
 
-    What does not work ("read", "write") is down until `up` is called; nobody asks for it meanwhile. `woken` is set
-    when something is newly down, for whoever tries it again.
+    During an outage calls fail at once, until `mark_up`. `outage_event` is set when an outage begins.
     """
 
-    def __init__(self, store: Bucket, patience: float) -> None:
+    def __init__(self, store: Bucket, timeout: float) -> None:
         self._store = store
-        self._patience = patience
+        self._timeout = timeout
         self._pool = ThreadPoolExecutor(_CALLS, thread_name_prefix="storage")
         # Reading may well work where writing is not allowed.
         self._down: dict[str, str] = {}
         # Writes by key that were not waited for to their end.
-        self._late: dict[str, Future[Any]] = {}
+        self._pending_writes: dict[str, Future[Any]] = {}
         self._probe: Future[None] | None = None
         self.was_up = False
         self.failures = 0
-        self.woken = threading.Event()
+        self.outage_event = threading.Event()
 
-    def down(self, what: str) -> str | None:
+    def outage(self, what: str) -> str | None:
         """Why it does not work, or `None`."""
         return self._down.get(what)
 
-    def ask(self, what: str, call: Callable[[], T], writes: str | None = None) -> T:
+    def call(self, what: str, call: Callable[[], T], writes: str | None = None) -> T:
         """The store's answer, not waited for at all while `what` is known to be down.
 
         `writes` is the key that the call writes. Raises `StorageUnavailable`, and what the store says of a name.
@@ -52,14 +51,14 @@ class BoundedCalls:
         if (why := self._down.get(what)) is not None:
             raise StorageUnavailable(why, retry_after=30)
         try:
-            return self.attempt(call, writes)
+            return self.call_even_if_down(call, writes)
         except KeyBusy:
             raise
         except StorageUnavailable as error:
-            self.found_down(what, error.detail)
+            self.mark_down(what, error.detail)
             raise
 
-    def attempt(self, call: Callable[[], T], writes: str | None = None) -> T:
+    def call_even_if_down(self, call: Callable[[], T], writes: str | None = None) -> T:
         """The same without minding, or noting, what is down."""
         try:
             answer = self._pool.submit(call)
@@ -77,24 +76,24 @@ class BoundedCalls:
         self._result(self._probe, None)
         self.was_up = True
 
-    def is_late(self, key: str) -> bool:
+    def has_pending_write(self, key: str) -> bool:
         """Whether a write of this key that was given up is still under way."""
-        late = self._late.get(key)
+        late = self._pending_writes.get(key)
         if late is None or not late.done():
             return late is not None
-        self._late.pop(key, None)
+        self._pending_writes.pop(key, None)
         return False
 
-    def found_down(self, what: str, why: str) -> None:
+    def mark_down(self, what: str, why: str) -> None:
         """Note that it does not work."""
         self.failures += 1
         if what not in self._down:
             _log.error("the storage is down", to=what, reason=why)
             self._down[what] = why
-            self.woken.set()
+            self.outage_event.set()
         self._down[what] = why
 
-    def found_up(self, what: str) -> None:
+    def mark_up(self, what: str) -> None:
         """Note that it works."""
         if self._down.pop(what, None) is not None:
             _log.info("the storage is up again", to=what)
@@ -105,14 +104,14 @@ class BoundedCalls:
 
     def _result(self, answer: Future[T], writes: str | None) -> T:
         try:
-            return answer.result(self._patience)
+            return answer.result(self._timeout)
         except ServerError:
             raise
         except TimeoutError as error:
             if writes is not None and not answer.cancel() and not answer.done():
-                self._late[writes] = answer
+                self._pending_writes[writes] = answer
             raise StorageUnavailable(
-                f"The storage did not answer within {self._patience:g} seconds.", retry_after=30
+                f"The storage did not answer within {self._timeout:g} seconds.", retry_after=30
             ) from error
         except Exception as error:
             _log.exception("the storage's client failed")

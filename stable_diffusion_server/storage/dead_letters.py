@@ -21,17 +21,17 @@ _log = structlog.get_logger(__name__)
 RETRIED = ".retry"
 _ENDING = ".spool"
 _HEAD_BYTES = 65_536
-_MOST_LETTERS = 1000
+_MAX_LETTERS = 1000
 
 
 @dataclass(frozen=True, slots=True)
 class DeadLetter:
-    """One refused object. `told`: its caller was told so, and has no URL of it. `size` in bytes on disk."""
+    """One refused object. `caller_informed`: its caller was told so, and has no URL of it. `size` in bytes on disk."""
 
     path: Path
     key: str
     reason: str
-    told: bool
+    caller_informed: bool
     size: int
 
     @property
@@ -46,24 +46,26 @@ class DeadLetters:
     At most `most` objects of `max_bytes` together: beyond that the oldest go, first those whose callers were told.
     """
 
-    def __init__(self, folder: Path, max_bytes: int, most: int = _MOST_LETTERS) -> None:
+    def __init__(self, folder: Path, max_bytes: int, most: int = _MAX_LETTERS) -> None:
         self._folder = folder
         self._max_bytes = max_bytes
         self._most = most
         self._lock = threading.Lock()
 
-    def add(self, path: Path, reason: str, *, told: bool = False) -> Path | None:
+    def add(self, path: Path, reason: str, *, caller_informed: bool = False) -> Path | None:
         """Move a file, or whatever stands in its place, here with the reason; `None` where that cannot be done."""
         target = self._folder / path.name
         with self._lock:
             try:
                 self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
                 path.replace(target)
-                self._explain(target, {"reason": reason, "told": told, "refused_at": round(time.time(), 3)})
+                self._write_sidecar(
+                    target, {"reason": reason, "told": caller_informed, "refused_at": round(time.time(), 3)}
+                )
             except OSError as error:
                 _log.warning("a refused object cannot be set aside", file=path.name, reason=error.strerror)
                 return None
-            self._forget_the_oldest()
+            self._evict_oldest()
         return target
 
     def __len__(self) -> int:
@@ -72,7 +74,7 @@ class DeadLetters:
             return sum(path.suffix != ".reason" for path in self._folder.iterdir())
         return 0
 
-    def listed(self) -> list[DeadLetter]:
+    def list_all(self) -> list[DeadLetter]:
         """What is here, the oldest first."""
         with suppress(OSError):
             paths = sorted(path for path in self._folder.iterdir() if path.suffix != ".reason")
@@ -81,7 +83,7 @@ class DeadLetters:
 
     def retry(self, letter: DeadLetter) -> None:
         """Put it back to those that wait. Raises `OSError`, and `ValueError` for what is no whole object."""
-        facts_of(letter.path)
+        verify_spool_file(letter.path)
         target = self._folder.with_name("spool") / f"{letter.id}{RETRIED}"
         if target.exists():
             raise ValueError("another of this id is being retried")
@@ -96,7 +98,7 @@ class DeadLetters:
             letter.path.unlink(missing_ok=True)
         _sidecar(letter.path).unlink(missing_ok=True)
 
-    def _explain(self, target: Path, why: dict[str, Any]) -> None:
+    def _write_sidecar(self, target: Path, why: dict[str, Any]) -> None:
         """Write the reason beside the object, which stays as it is."""
         with suppress(OSError):  # a full disk: the object is worth more than the reason
             _sidecar(target).write_text(json.dumps(why))
@@ -104,17 +106,17 @@ class DeadLetters:
     def _read(self, path: Path) -> DeadLetter | None:
         why: dict[str, Any] = {}
         with suppress(OSError, ValueError):
-            why = _object_in(_first_line_of(_sidecar(path)))
+            why = _parse_object(_read_first_line(_sidecar(path)))
         key = ""
         with suppress(OSError, ValueError):
-            key = head_of(path)["key"]
+            key = read_header(path)["key"]
         with suppress(FileNotFoundError):
             size = path.lstat().st_size
             return DeadLetter(path, key, str(why.get("reason", "unknown")), bool(why.get("told")), size)
         return None
 
-    def _forget_the_oldest(self) -> None:
-        letters = sorted(self.listed(), key=lambda letter: not letter.told)
+    def _evict_oldest(self) -> None:
+        letters = sorted(self.list_all(), key=lambda letter: not letter.caller_informed)
         size = sum(letter.size for letter in letters)
         while letters and (len(letters) > self._most or size > self._max_bytes):
             oldest = letters.pop(0)
@@ -124,10 +126,10 @@ class DeadLetters:
                 self.drop(oldest)
 
 
-def head_of(path: Path) -> dict[str, Any]:
+def read_header(path: Path) -> dict[str, Any]:
     """The line of facts before an object's bytes. Raises `OSError`, and `ValueError` for another kind of file."""
-    line = _first_line_of(path)
-    facts = _object_in(line) if line.endswith(b"\n") else None
+    line = _read_first_line(path)
+    facts = _parse_object(line) if line.endswith(b"\n") else None
     kinds = {"key": str, "content_type": str, "record": dict, "sha256": str, "overwrite": bool}
     if not isinstance(facts, dict) or not all(isinstance(facts.get(name), kind) for name, kind in kinds.items()):
         raise ValueError("it does not begin with the facts of an object")
@@ -136,9 +138,9 @@ def head_of(path: Path) -> dict[str, Any]:
     return facts
 
 
-def facts_of(path: Path) -> tuple[dict[str, Any], int]:
+def verify_spool_file(path: Path) -> tuple[dict[str, Any], int]:
     """The facts of an object and the number of its bytes, which are whole. Raises `OSError` and `ValueError`."""
-    facts, size, content = head_of(path), 0, hashlib.sha256()
+    facts, size, content = read_header(path), 0, hashlib.sha256()
     with path.open("rb") as file:
         file.readline(_HEAD_BYTES)
         for part in _parts(file.read):
@@ -149,7 +151,7 @@ def facts_of(path: Path) -> tuple[dict[str, Any], int]:
     return facts, size
 
 
-def _first_line_of(path: Path) -> bytes:
+def _read_first_line(path: Path) -> bytes:
     """The beginning of a file, no more of it than a head may be. Raises `OSError`, and `ValueError` for no file."""
     if not stat.S_ISREG(path.lstat().st_mode):
         raise ValueError("it is no file")
@@ -157,7 +159,7 @@ def _first_line_of(path: Path) -> bytes:
         return file.readline(_HEAD_BYTES)
 
 
-def _object_in(line: bytes) -> dict[str, Any]:
+def _parse_object(line: bytes) -> dict[str, Any]:
     """The JSON object of a line. Raises `ValueError`, for one that is nested too deep too."""
     try:
         return dict(json.loads(line))

@@ -1,56 +1,134 @@
-"""Which keys are known to be stored: only those that are, only for a while, and bounded. Asks nobody."""
+"""Caches which keys are stored, so that a repeated request makes no bucket call: the cache, and a bucket using it."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 
+from cachetools import TTLCache
+
+from stable_diffusion_server.errors import NotFound
+from stable_diffusion_server.storage.base import Bucket
 from stable_diffusion_server.types import StoredObject
 
 
 class ExistenceCache:
-    """At most `capacity` objects, each known for `seconds` since it was seen. Safe from any thread.
+    """At most `capacity` stored objects, each for `seconds`; `capacity` 0 turns the cache off. Thread-safe.
 
-    What is known no longer takes no room: a server that draws new pictures all day would hold its last thousands.
+    Expired entries are evicted eagerly, at each write; otherwise a busy server would keep thousands of dead entries.
     """
 
     def __init__(self, capacity: int, seconds: float, now: Callable[[], float] = time.monotonic) -> None:
-        self._capacity = capacity
-        self._seconds = seconds
-        self._now = now
-        self._known: OrderedDict[str, tuple[float, StoredObject]] = OrderedDict()
+        self._entries: TTLCache[str, StoredObject] = TTLCache(capacity, seconds, timer=now)
         self._lock = threading.Lock()
         self.changes = 0
 
     def __len__(self) -> int:
-        return len(self._known)
-
-    def of(self, key: str) -> StoredObject | None:
-        """What is known of `key`; an event loop may ask."""
+        """The number of entries that have not expired."""
         with self._lock:
-            until, stored = self._known.get(key, (0.0, None))
-        return stored if self._now() < until else None
+            return len(self._entries)
+
+    def get(self, key: str) -> StoredObject | None:
+        """The cached object, or `None`. Needs no I/O, so the event loop may call it."""
+        with self._lock:
+            found: StoredObject | None = self._entries.get(key)
+            return found
 
     def remember(self, key: str, stored: StoredObject | None, since: int | None = None) -> StoredObject | None:
-        """Take note of what was written or seen, and give it back; what is absent or waits elsewhere is not kept.
+        """Cache `stored` and return it; `None` and objects that wait in the spool remove the entry instead.
 
-        Whoever only looked says how many `changes` there had been before: a write since then makes it no news.
+        For a value read with `stat`, pass the `changes` counter taken before the read; if a write happened since, the
+        stale value is not cached.
         """
         with self._lock:
             if since is None:
                 self.changes += 1
             elif since != self.changes:
                 return stored
-            self._known.pop(key, None)
-            if stored is not None and not stored.waiting and self._capacity:
-                self._known[key] = (self._now() + self._seconds, stored)
-                self._forget()
+            self._entries.pop(key, None)
+            if stored is not None and not stored.waiting and self._entries.maxsize >= 1:
+                self._entries[key] = stored  # evicts expired entries first, then the oldest
         return stored
 
-    def _forget(self) -> None:
-        """Let go of what is known no longer, and of the oldest where there is too much; the oldest are in front."""
-        now = self._now()
-        while self._known and (len(self._known) > self._capacity or next(iter(self._known.values()))[0] <= now):
-            self._known.popitem(last=False)
+
+class CachedBucket(Bucket):
+    """Bucket decorator with an existence cache of `capacity` keys for `seconds` each.
+
+    It caches presence, never absence. Deletions and overwrites through this object take effect at once; those of other
+    processes when the entry expires.
+    """
+
+    def __init__(
+        self, bucket: Bucket, capacity: int, seconds: float, now: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._bucket = bucket
+        self._cache = ExistenceCache(capacity, seconds, now)
+
+    def open(self) -> None:
+        """Open the bucket."""
+        self._bucket.open()
+
+    def close(self) -> None:
+        """Close the bucket."""
+        self._bucket.close()
+
+    def health(self) -> str | None:
+        """As the bucket reports."""
+        return self._bucket.health()
+
+    def check_capacity(self) -> None:
+        """As the bucket decides."""
+        self._bucket.check_capacity()
+
+    def spool_stats(self) -> Mapping[str, float]:
+        """As the bucket reports."""
+        return self._bucket.spool_stats()
+
+    def list(self, prefix: str = "") -> Iterator[str]:
+        """The keys in the bucket; the cache is not used."""
+        return self._bucket.list(prefix)
+
+    def url(self, key: str) -> str | None:
+        """The bucket's URL of the object."""
+        return self._bucket.url(key)
+
+    def cached(self, key: str) -> StoredObject | None:
+        """The object if it is in the cache."""
+        return self._cache.get(key)
+
+    def stat(self, key: str) -> StoredObject | None:
+        """From the cache, otherwise from the bucket."""
+        since = self._cache.changes
+        return self.cached(key) or self._cache.remember(key, self._bucket.stat(key), since)
+
+    def peek(self, key: str) -> StoredObject | None:
+        """From the bucket; the cache is not used."""
+        return self._bucket.peek(key)
+
+    def create(self, key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> tuple[StoredObject, bool]:
+        """Create in the bucket, whatever is cached, and cache the result."""
+        stored, created = self._bucket.create(key, data, content_type, record)
+        self._cache.remember(key, stored)
+        return stored, created
+
+    def overwrite(self, key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> StoredObject:
+        """Remove the entry, write, and cache the result."""
+        self._cache.remember(key, None)
+        stored = self._bucket.overwrite(key, data, content_type, record)
+        self._cache.remember(key, stored)
+        return stored
+
+    def read(self, key: str, start: int = 0, end: int | None = None) -> bytes:
+        """Read from the bucket. On `NotFound` the entry is removed, since another process deleted the object."""
+        try:
+            return self._bucket.read(key, start, end)
+        except NotFound:
+            self._cache.remember(key, None)
+            raise
+
+    def delete(self, key: str) -> None:
+        """Delete the object. The entry is removed before and after, because a concurrent `stat` may cache it again."""
+        self._cache.remember(key, None)
+        self._bucket.delete(key)
+        self._cache.remember(key, None)

@@ -1,10 +1,11 @@
-"""Opens the bucket that the settings name."""
+"""Creates the bucket backend that the settings select."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 from pydantic import SecretStr
 
@@ -17,41 +18,64 @@ from stable_diffusion_server.storage.s3.client import S3Options
 _DOMAIN = re.compile(r"[a-z0-9][a-z0-9-]*(\.[a-z0-9][a-z0-9-]*)*\.[a-z]{2,}")
 
 
-_EMPTY = SecretStr("")
+class StorageOptions(Protocol):
+    """The settings a bucket is created from; `settings.StorageSettings` describes each of them."""
 
+    @property
+    def storage_provider(self) -> str:
+        """STORAGE_PROVIDER."""
 
-@dataclass(frozen=True, slots=True)
-class StorageOptions:
-    """What a bucket is opened with; each field is the setting of that name."""
+    @property
+    def local_bucket_dir(self) -> Path:
+        """LOCAL_BUCKET_DIR."""
 
-    storage_provider: str = "local"
-    local_bucket_dir: Path = Path("bucket")
-    bucket_name: str = ""
-    bucket_path: str = ""
-    r2_endpoint_url: str = ""
-    public_base_url: str = ""
-    signed_url_seconds: int = 0
-    bucket_acl: str = ""
-    storage_timeout: float = 10.0
-    google_application_credentials: Path | None = None
-    aws_access_key_id: SecretStr = _EMPTY
-    aws_secret_access_key: SecretStr = _EMPTY
-    aws_session_token: SecretStr = _EMPTY
+    @property
+    def bucket_name(self) -> str:
+        """BUCKET_NAME."""
 
-    @classmethod
-    def of(cls, settings: object) -> StorageOptions:
-        """The options out of something that has an attribute for each of them."""
-        return cls(**{part.name: getattr(settings, part.name) for part in fields(cls)})
+    @property
+    def bucket_path(self) -> str:
+        """BUCKET_PATH."""
 
-    def credentials(self) -> tuple[str, str, str]:
-        """Key, secret and session token as they were set; empty ones leave it to boto3's own chain."""
-        secrets = (self.aws_access_key_id, self.aws_secret_access_key, self.aws_session_token)
-        key, secret, token = (each.get_secret_value() for each in secrets)
-        return key, secret, token
+    @property
+    def r2_endpoint_url(self) -> str:
+        """R2_ENDPOINT_URL."""
+
+    @property
+    def public_base_url(self) -> str:
+        """PUBLIC_BASE_URL."""
+
+    @property
+    def signed_url_seconds(self) -> int:
+        """SIGNED_URL_SECONDS."""
+
+    @property
+    def bucket_acl(self) -> str:
+        """BUCKET_ACL."""
+
+    @property
+    def storage_timeout(self) -> float:
+        """STORAGE_TIMEOUT, in seconds."""
+
+    @property
+    def google_application_credentials(self) -> Path | None:
+        """GOOGLE_APPLICATION_CREDENTIALS."""
+
+    @property
+    def aws_access_key_id(self) -> SecretStr:
+        """AWS_ACCESS_KEY_ID."""
+
+    @property
+    def aws_secret_access_key(self) -> SecretStr:
+        """AWS_SECRET_ACCESS_KEY."""
+
+    @property
+    def aws_session_token(self) -> SecretStr:
+        """AWS_SESSION_TOKEN."""
 
 
 def open_bucket(options: StorageOptions) -> Bucket:
-    """The bucket the options ask for, not yet opened. Connects to nothing and imports no client."""
+    """Create the selected backend. `Bucket.open` connects it; this function makes no request, imports no client."""
     base_url = options.public_base_url or _own_domain(options.bucket_name)
     match options.storage_provider:
         case "local":
@@ -67,7 +91,7 @@ def open_bucket(options: StorageOptions) -> Bucket:
                     acl=options.bucket_acl,
                     prefix=options.bucket_path,
                     timeout=options.storage_timeout,
-                    credentials=options.credentials,
+                    credentials=partial(aws_credentials, options),
                 )
             )
         case "gcs":
@@ -84,6 +108,15 @@ def open_bucket(options: StorageOptions) -> Bucket:
     raise ValueError(f"no bucket provider {options.storage_provider!r}")
 
 
+def aws_credentials(options: StorageOptions) -> tuple[str, str, str]:
+    """Access key, secret key and session token in plain text; empty strings select boto3's credential chain."""
+    return (
+        options.aws_access_key_id.get_secret_value(),
+        options.aws_secret_access_key.get_secret_value(),
+        options.aws_session_token.get_secret_value(),
+    )
+
+
 def _own_domain(bucket_name: str) -> str:
-    """The base URL of a bucket named after its own domain, as in `static.example.com`; empty for any other name."""
+    """`https://NAME` for a bucket that is named after a domain, such as `static.example.com`; otherwise empty."""
     return f"https://{bucket_name}" if _DOMAIN.fullmatch(bucket_name) else ""

@@ -11,7 +11,7 @@ from stable_diffusion_server.storage.base import Bucket
 from stable_diffusion_server.types import StoredObject
 
 
-class InstrumentedBucket:
+class InstrumentedBucket(Bucket):
     """Passes calls on to `store` and reports each to `called`: its name, its duration in seconds, whether it failed.
 
     `NotFound` and `InvalidInput` are answers, not failures. `list` is not measured, since it lasts as long as its

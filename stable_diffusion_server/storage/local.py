@@ -21,6 +21,7 @@ from filelock import FileLock
 from stable_diffusion_server.errors import InvalidInput, NotFound, StorageUnavailable
 from stable_diffusion_server.files import Disk
 from stable_diffusion_server.imaging import is_complete_file, is_image_object
+from stable_diffusion_server.storage.base import Bucket
 from stable_diffusion_server.storage.existence_cache import ExistenceCache
 from stable_diffusion_server.types import StoredObject
 
@@ -36,11 +37,11 @@ _NAME_FAULTS = {
     **dict.fromkeys((errno.EINVAL, errno.EILSEQ), "is none that this disk can hold"),
 }
 # A file that someone removes by hand is missed after this long.
-_KNOWN_KEYS, _KNOWN_SECONDS = 10_000, 2.0
-_DIGESTS_KNOWN = 20_000
+_CACHE_SIZE, _CACHE_SECONDS = 10_000, 2.0
+_DIGEST_CACHE_SIZE = 20_000
 
 
-class LocalBucket:
+class LocalBucket(Bucket):
     """Objects in `root`/objects under their keys, facts about them in `root`/records, half-written ones in `root`/tmp.
 
     Keys are taken as cleaned by `bucket_api.object_key`. Several processes may share the folder: a lock file
@@ -49,18 +50,17 @@ class LocalBucket:
     """
 
     def __init__(self, root: Path) -> None:
-        self._knowledge = ExistenceCache(_KNOWN_KEYS, _KNOWN_SECONDS)
-        self.known = self._knowledge.of
+        self._cache = ExistenceCache(_CACHE_SIZE, _CACHE_SECONDS)
         self._objects = root / "objects"
         self._records = root / "records"
-        self._unfinished = root / "tmp"
-        self._disk = Disk(self._unfinished)
-        self._turns = threading.Lock()
+        self._staging = root / "tmp"
+        self._disk = Disk(self._staging)
+        self._thread_lock = threading.Lock()
 
     def open(self) -> None:
         """Make the folders. Raises `StorageUnavailable` when they cannot be made or written to."""
-        with self._told():
-            for folder in (self._objects, self._records, self._unfinished):
+        with self._translated_errors():
+            for folder in (self._objects, self._records, self._staging):
                 folder.mkdir(parents=True, exist_ok=True)
                 if not os.access(folder, os.W_OK):
                     raise PermissionError(errno.EACCES, "not writable")
@@ -78,57 +78,59 @@ class LocalBucket:
 
     def check_capacity(self) -> None:
         """Raises `StorageUnavailable` while the disk is full or broken, so that nothing is drawn in vain."""
-        with self._told():
+        with self._translated_errors():
             self._disk.check()
 
     def stat(self, key: str) -> StoredObject | None:
         """The object under `key`, whole, or `None`. Raises `InvalidInput` for a folder's name or one too long."""
-        with self._told():
-            since = self._knowledge.changes
-            return self._knowledge.remember(key, self._look(key), since)
+        with self._translated_errors():
+            since = self._cache.changes
+            return self._cache.remember(key, self._find_consistent(key), since)
 
-    peek = stat
+    def cached(self, key: str) -> StoredObject | None:
+        """The object if it was seen less than 2 s ago."""
+        return self._cache.get(key)
 
     def create(self, key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> tuple[StoredObject, bool]:
         """Store `data` if `key` is absent; the first of several writers wins and the others get what it stored."""
-        stored = _described(key, data, content_type, record)
-        with self._finished(data, stored) as (finished, facts):
+        stored = _describe(key, data, content_type, record)
+        with self._staged_object(data, stored) as (finished, facts):
             if (there := self._find(key)) is not None:
                 return there, False
-            with self._name_blamed():
-                target = self._make_room(key)
+            with self._translated_name_errors():
+                target = self._prepare_target(key)
                 target.unlink(missing_ok=True)  # what holds the name and is no object: an empty or broken file
                 os.link(finished, target)
                 os.replace(facts, self._records / key)
-            self._knowledge.remember(key, stored)
+            self._cache.remember(key, stored)
         return stored, True
 
     def overwrite(self, key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> StoredObject:
         """Store `data` under `key`; a reader sees the old object or the new one, whole."""
-        stored = _described(key, data, content_type, record)
-        with self._finished(data, stored) as (finished, facts):
+        stored = _describe(key, data, content_type, record)
+        with self._staged_object(data, stored) as (finished, facts):
             self._find(key)  # refuses a name this disk takes for another one
-            with self._name_blamed():
-                os.replace(finished, self._make_room(key))
+            with self._translated_name_errors():
+                os.replace(finished, self._prepare_target(key))
                 os.replace(facts, self._records / key)
-            self._knowledge.remember(key, stored)
+            self._cache.remember(key, stored)
         return stored
 
     def read(self, key: str, start: int = 0, end: int | None = None) -> bytes:
         """Bytes `start` to before `end`. Raises `NotFound`."""
-        with self._told():
+        with self._translated_errors():
             try:
                 with self.path(key).open("rb") as file:
                     file.seek(start)
                     return file.read(-1 if end is None else max(0, end - start))
             except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
-                self._knowledge.remember(key, None)
+                self._cache.remember(key, None)
                 raise NotFound("There is no picture under this name.") from error
 
     def delete(self, key: str) -> None:
         """Remove the object and its facts, if they are there, and the folders that are empty then."""
-        with self._told(), self._locked():
-            self._knowledge.remember(key, None)
+        with self._translated_errors(), self._locked():
+            self._cache.remember(key, None)
             for root in (self._objects, self._records):
                 path = self.path(key) if root is self._objects else root / key
                 try:
@@ -156,10 +158,6 @@ class LocalBucket:
                 if key.startswith(prefix) and not path.is_symlink() and path.stat().st_size:
                     yield key
 
-    def url(self, key: str) -> str | None:
-        """None: this server gives the bytes itself."""
-        return None
-
     def path(self, key: str) -> Path:
         """Where the object's file lies, for a server that can send files by itself.
 
@@ -171,7 +169,7 @@ class LocalBucket:
         return target
 
     @contextmanager
-    def _told(self) -> Iterator[None]:
+    def _translated_errors(self) -> Iterator[None]:
         """Turn the operating system's errors into `StorageUnavailable`, which says why and names no path."""
         try:
             yield
@@ -181,20 +179,20 @@ class LocalBucket:
             raise StorageUnavailable(f"The folder of pictures cannot be used ({reason}).", retry_after=30) from error
 
     @contextmanager
-    def _finished(self, data: bytes, stored: StoredObject) -> Iterator[tuple[Path, Path]]:
+    def _staged_object(self, data: bytes, stored: StoredObject) -> Iterator[tuple[Path, Path]]:
         """Files with the object and its facts, both safely on disk, while the lock is held."""
         with (
-            self._told(),
-            self._written(data) as finished,
-            self._written(json.dumps(asdict(stored)).encode()) as facts,
+            self._translated_errors(),
+            self._staged_file(data) as finished,
+            self._staged_file(json.dumps(asdict(stored)).encode()) as facts,
             self._locked(),
         ):
             yield finished, facts
 
     @contextmanager
-    def _written(self, data: bytes) -> Iterator[Path]:
+    def _staged_file(self, data: bytes) -> Iterator[Path]:
         """A file of its own in the same file system with `data` safely on disk; gone afterwards."""
-        path = self._unfinished / uuid4().hex
+        path = self._staging / uuid4().hex
         try:
             with path.open("xb") as file:
                 file.write(data)
@@ -204,15 +202,15 @@ class LocalBucket:
         finally:
             path.unlink(missing_ok=True)
 
-    def _make_room(self, key: str) -> Path:
+    def _prepare_target(self, key: str) -> Path:
         """The path of an object to be written, with the folders that it and its facts need."""
-        target = self._checked(key)
+        target = self._checked_path(key)
         for path in (target, self._records / key):
             path.parent.mkdir(parents=True, exist_ok=True)
         return target
 
     @contextmanager
-    def _name_blamed(self) -> Iterator[None]:
+    def _translated_name_errors(self) -> Iterator[None]:
         """Turn the errors of a step that a caller's name can fail into `InvalidInput`; the others pass.
 
         What is wrong with the whole bucket is not blamed on a name: then its own folders cannot be written to either.
@@ -221,14 +219,14 @@ class LocalBucket:
             yield
         except OSError as error:
             why = _NAME_FAULTS.get(error.errno or 0)
-            if why is None or not self._takes_objects():
+            if why is None or not self._is_writable():
                 raise
             raise InvalidInput(f"save_path {why}.", field="save_path") from error
 
-    def _takes_objects(self) -> bool:
-        return all(os.access(folder, os.W_OK | os.X_OK) for folder in (self._objects, self._records, self._unfinished))
+    def _is_writable(self) -> bool:
+        return all(os.access(folder, os.W_OK | os.X_OK) for folder in (self._objects, self._records, self._staging))
 
-    def _checked(self, key: str) -> Path:
+    def _checked_path(self, key: str) -> Path:
         """The path of a key, once it is known that a picture may stand there; raises the system's own errors."""
         if max(map(len, key.encode().split(b"/"))) > _SEGMENT_MAX_BYTES:
             # Asked for first: a missing folder would hide it, and the picture would be drawn in vain.
@@ -245,10 +243,10 @@ class LocalBucket:
         Our own threads take turns first: a file's lock can only be asked for again and again, 50 ms apart, which
         under load kept every thread of the server asleep.
         """
-        with self._turns, FileLock(self._unfinished / ".lock", thread_local=False, is_singleton=False):
+        with self._thread_lock, FileLock(self._staging / ".lock", thread_local=False, is_singleton=False):
             yield
 
-    def _look(self, key: str) -> StoredObject | None:
+    def _find_consistent(self, key: str) -> StoredObject | None:
         found = self._find(key)
         if found.record if found is not None else not (self._records / key).is_file():
             return found
@@ -267,13 +265,13 @@ class LocalBucket:
     def _check_folder_of(self, key: str) -> None:
         """Raises `InvalidInput` for a name whose folder takes no files, while the bucket does: before it is drawn."""
         folder = next(path for path in (self._objects / key).parents if path.exists())
-        if not os.access(folder, os.W_OK | os.X_OK) and self._takes_objects():
+        if not os.access(folder, os.W_OK | os.X_OK) and self._is_writable():
             raise InvalidInput(f"save_path {_NAME_FAULTS[errno.EACCES]}.", field="save_path")
 
     def _find(self, key: str) -> StoredObject | None:
         try:
-            with self._name_blamed():
-                found = self._checked(key).lstat()
+            with self._translated_name_errors():
+                found = self._checked_path(key).lstat()
         except FileNotFoundError:
             if not self._objects.is_dir():
                 raise
@@ -285,7 +283,11 @@ class LocalBucket:
             facts = StoredObject(**json.loads((self._records / key).read_bytes()))
         except (OSError, ValueError, TypeError):
             facts = None
-        if facts is not None and facts.size == found.st_size and _digest_of(self._objects / key, found) == facts.etag:
+        if (
+            facts is not None
+            and facts.size == found.st_size
+            and _sha256_or_empty(self._objects / key, found) == facts.etag
+        ):
             if facts.key != key:
                 raise InvalidInput(
                     "save_path is taken in another letter case, which this disk cannot tell apart.",
@@ -300,19 +302,19 @@ class LocalBucket:
         return StoredObject(key, found.st_size, etag, content_type, {})
 
 
-def _digest_of(path: Path, found: os.stat_result) -> str:
+def _sha256_or_empty(path: Path, found: os.stat_result) -> str:
     """The SHA-256 of a file, read again only when it was changed; empty for one that cannot be read."""
     try:
-        return _digest(path, (found.st_size, found.st_ino, found.st_mtime_ns))
+        return _cached_sha256(path, (found.st_size, found.st_ino, found.st_mtime_ns))
     except OSError:
         return ""
 
 
-@lru_cache(_DIGESTS_KNOWN)
-def _digest(path: Path, seen: tuple[int, int, int]) -> str:
+@lru_cache(_DIGEST_CACHE_SIZE)
+def _cached_sha256(path: Path, seen: tuple[int, int, int]) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _described(key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> StoredObject:
+def _describe(key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> StoredObject:
     return StoredObject(key, len(data), hashlib.sha256(data).hexdigest(), content_type, dict(record))

@@ -7,10 +7,11 @@ import threading
 from collections.abc import Iterator, Mapping
 
 from stable_diffusion_server.errors import NotFound
+from stable_diffusion_server.storage.base import Bucket
 from stable_diffusion_server.types import StoredObject
 
 
-class MemoryBucket:
+class MemoryBucket(Bucket):
     """Objects in a dictionary, safe from any thread; gone with the process."""
 
     def __init__(self) -> None:
@@ -20,24 +21,10 @@ class MemoryBucket:
     def open(self) -> None:
         """Nothing is to be done."""
 
-    def close(self) -> None:
-        """Nothing is to be done; the objects stay."""
-
-    def health(self) -> str | None:
-        """Nothing can be wrong with it."""
-        return None
-
-    def check_capacity(self) -> None:
-        """There is room as long as there is memory."""
-
     def stat(self, key: str) -> StoredObject | None:
         """The object under `key`, or `None`; one that is empty or cut short is none."""
         _, stored = self._objects.get(key, (b"", None))
         return stored if stored is not None and stored.is_complete else None
-
-    def peek(self, key: str) -> StoredObject | None:
-        """The same: there is no store that could be down."""
-        return self.stat(key)
 
     def create(self, key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> tuple[StoredObject, bool]:
         """Store `data` if `key` is absent; the first of several writers wins and the others get what it stored."""
@@ -67,10 +54,6 @@ class MemoryBucket:
         with self._lock:
             found = sorted(key for key, (data, _) in self._objects.items() if data and key.startswith(prefix))
         return iter(found)
-
-    def url(self, key: str) -> str | None:
-        """None: this server gives the bytes itself."""
-        return None
 
     def _put(self, key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> StoredObject:
         stored = StoredObject(key, len(data), hashlib.sha256(data).hexdigest(), content_type, dict(record))

@@ -10,16 +10,16 @@ from urllib.parse import quote
 from stable_diffusion_server.parsing import strip_marks
 
 # In a record: the name is made from the content, so what is under it never changes.
-LASTING = "lasting"
-_FOR_EVER = "public, max-age=31536000, immutable"
+IMMUTABLE = "lasting"
+_CACHE_IMMUTABLE = "public, max-age=31536000, immutable"
 # A name may be overwritten; its ETag tells a cache cheaply whether it was.
-_A_MINUTE = "public, max-age=60"
+_CACHE_ONE_MINUTE = "public, max-age=60"
 _UNSAFE = re.compile(r"[^A-Za-z0-9._ -]+")
 
 
 def cache_control(record: Mapping[str, str]) -> str:
     """`Cache-Control` for an object with this record."""
-    return _FOR_EVER if LASTING in record else _A_MINUTE
+    return _CACHE_IMMUTABLE if IMMUTABLE in record else _CACHE_ONE_MINUTE
 
 
 def content_disposition(key: str, *, inline: bool = True) -> str:

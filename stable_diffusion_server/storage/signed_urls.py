@@ -61,7 +61,7 @@ class ServerSecret:
             raise StorageUnavailable("The secret of signed addresses is not there yet.", retry_after=5)
         return self._value
 
-    def keyed(self, text: str) -> str:
+    def hmac_hex(self, text: str) -> str:
         """HMAC-SHA256 of a text, 64 hexadecimal digits. Raises `StorageUnavailable` until opened."""
         return hmac.new(self.value, text.encode("utf-8", "replace"), hashlib.sha256).hexdigest()
 
@@ -90,7 +90,7 @@ class UrlSigner:
         expires = int(self._now()) + self._seconds
         return f"expires={expires}&signature={self._signature(key, str(expires))}"
 
-    def checked(self, key: str, expires: str, signature: str) -> int | None:
+    def verify(self, key: str, expires: str, signature: str) -> int | None:
         """Until when (seconds since 1970) an address holds; `None` for one that does not."""
         if not (expires.isascii() and expires.isdigit() and len(expires) <= 12):
             return None
@@ -103,4 +103,4 @@ class UrlSigner:
         return int(expires) if same and self._now() < int(expires) else None
 
     def _signature(self, key: str, expires: str) -> str:
-        return self._secret.keyed(f"{expires}\n{key}")
+        return self._secret.hmac_hex(f"{expires}\n{key}")

@@ -25,14 +25,14 @@ from stable_diffusion_server.storage.spool import SpooledObject, UploadSpool
 
 _log = structlog.get_logger(__name__)
 
-_PAUSE_LONGEST = 60.0
-_BACK_OFF_LONGEST = 600.0
+_MAX_POLL_SECONDS = 60.0
+_MAX_BACKOFF_SECONDS = 600.0
 # With pauses that double from a second on: about a quarter of an hour in which the store took others.
-_MOST_TRIES = 10
+_MAX_TRIES = 10
 
 
 @dataclass(slots=True)
-class _Failed:
+class _FailedUpload:
     """How often an object was tried in vain while the store was well, and when it may be tried again (monotonic)."""
 
     tries: int = 0
@@ -40,22 +40,22 @@ class _Failed:
 
 
 class SpoolUploader:
-    """A thread that looks every `pause` seconds at what waits, and more and more seldom while the store is down.
+    """A thread that looks every `poll_seconds` seconds at what waits, and more and more seldom while the store is down.
 
     An object that fails while the store takes others is tried again by itself, ever later, and in the end set aside;
     one that is refused is set aside at once. Objects of one key are brought in the order in which they came.
     """
 
-    def __init__(self, store: Bucket, spool: UploadSpool, calls: BoundedCalls, pause: float) -> None:
+    def __init__(self, store: Bucket, spool: UploadSpool, calls: BoundedCalls, poll_seconds: float) -> None:
         self._store = store
         self._spool = spool
         self._calls = calls
-        self._pause = pause
-        self._failed: dict[Path, _Failed] = {}
+        self._poll_seconds = poll_seconds
+        self._failures: dict[Path, _FailedUpload] = {}
         self._stop = False
         self._thread = threading.Thread(target=self._run, name="spool", daemon=True)
         # Held while one object is brought.
-        self.bringing = threading.Lock()
+        self.upload_lock = threading.Lock()
 
     @property
     def started(self) -> bool:
@@ -69,79 +69,79 @@ class SpoolUploader:
     def stop(self, seconds: float) -> None:
         """Bring nothing more; the object at hand gets so long."""
         self._stop = True
-        self._calls.woken.set()
+        self._calls.outage_event.set()
         if self._thread.is_alive():
             self._thread.join(seconds)
 
     def _run(self) -> None:
-        pause = self._pause
+        poll_seconds = self._poll_seconds
         while not self._stop:
-            if self._calls.woken.wait(pause):
-                self._calls.woken.clear()
-                pause = self._pause
+            if self._calls.outage_event.wait(poll_seconds):
+                self._calls.outage_event.clear()
+                poll_seconds = self._poll_seconds
             if self._stop:
                 return
             # Each by itself: a bucket that may only be read is to be read again after an outage.
-            well = [self._tried("read", self._look), self._tried("write", self._empty)]
-            pause = self._pause if all(well) else min(2 * pause, _PAUSE_LONGEST)
+            well = [self._succeeds("read", self._probe_read), self._succeeds("write", self._upload_queued)]
+            poll_seconds = self._poll_seconds if all(well) else min(2 * poll_seconds, _MAX_POLL_SECONDS)
 
-    def _tried(self, what: str, work: Callable[[], None]) -> bool:
+    def _succeeds(self, what: str, work: Callable[[], None]) -> bool:
         try:
             work()
         except ServerError as error:
-            self._calls.found_down(what, error.detail)
+            self._calls.mark_down(what, error.detail)
         except Exception:
             _log.exception("the spool stumbled and goes on")
         else:
             return True
         return False
 
-    def _look(self) -> None:
-        if self._calls.down("read") is None:
+    def _probe_read(self) -> None:
+        if self._calls.outage("read") is None:
             return
         with suppress(InvalidInput, NotFound):  # an answer of a store that is well
-            self._calls.attempt(lambda: self._store.stat("?"))
-        self._calls.found_up("read")
+            self._calls.call_even_if_down(lambda: self._store.stat("?"))
+        self._calls.mark_up("read")
 
-    def _empty(self) -> None:
+    def _upload_queued(self) -> None:
         """Bring what waits. Raises `StorageUnavailable` when the store turns out to be down."""
-        self._spool.take_up_retries()
-        if self._calls.down("write") is not None:
+        self._spool.enqueue_retried()
+        if self._calls.outage("write") is not None:
             self._calls.probe()
-            self._calls.found_up("write")
+            self._calls.mark_up("write")
         waiting = self._spool.waiting()
-        self._failed = {kept.path: self._failed[kept.path] for kept in waiting if kept.path in self._failed}
+        self._failures = {kept.path: self._failures[kept.path] for kept in waiting if kept.path in self._failures}
         oldest: dict[str, SpooledObject] = {}
         for kept in waiting:
             oldest.setdefault(kept.stored.key, kept)
         # What failed before is tried behind all that did not.
-        waiting.sort(key=lambda kept: (oldest[kept.stored.key].path in self._failed, kept.path))
+        waiting.sort(key=lambda kept: (oldest[kept.stored.key].path in self._failures, kept.path))
         held: set[str] = set()
         for kept in waiting:
             if self._stop:
                 return
-            if kept.stored.key not in held and not self._may_bring(kept):
+            if kept.stored.key not in held and not self._try_upload(kept):
                 held.add(kept.stored.key)
 
-    def _may_bring(self, kept: SpooledObject) -> bool:
+    def _try_upload(self, kept: SpooledObject) -> bool:
         """Bring an object if it is its turn; whether the next one under its key may follow."""
-        failed = self._failed.get(kept.path)
+        failed = self._failures.get(kept.path)
         if failed is not None and time.monotonic() < failed.due:
             return False
-        with self.bringing:
-            if self._calls.is_late(kept.stored.key):
+        with self.upload_lock:
+            if self._calls.has_pending_write(kept.stored.key):
                 return False
             try:
-                self._bring(kept)
+                self._upload(kept)
             except (InvalidInput, StorageRefused) as error:
-                self._spool.set_aside(kept, error.detail)
+                self._spool.reject(kept, error.detail)
             except StorageUnavailable as error:
                 if not isinstance(error, KeyBusy):
                     self._calls.probe()  # raises when it is the store, and not this object
-                return self._fails_again(kept, error.detail)
+                return self._record_failure(kept, error.detail)
         return True
 
-    def _bring(self, kept: SpooledObject) -> None:
+    def _upload(self, kept: SpooledObject) -> None:
         try:
             data = self._spool.read(kept)
         except NotFound:
@@ -150,17 +150,17 @@ class SpoolUploader:
         stored = kept.stored
         arguments = stored.key, data, stored.content_type, stored.record
         if kept.overwrite:
-            self._calls.attempt(lambda: self._store.overwrite(*arguments), stored.key)
-        elif not self._calls.attempt(lambda: self._store.create(*arguments), stored.key)[1]:
+            self._calls.call_even_if_down(lambda: self._store.overwrite(*arguments), stored.key)
+        elif not self._calls.call_even_if_down(lambda: self._store.create(*arguments), stored.key)[1]:
             _log.warning("another server stored this name meanwhile; the spooled one is dropped", name=stored.key)
         self._spool.drop(kept)
 
-    def _fails_again(self, kept: SpooledObject, why: str) -> bool:
-        failed = self._failed.setdefault(kept.path, _Failed())
+    def _record_failure(self, kept: SpooledObject, why: str) -> bool:
+        failed = self._failures.setdefault(kept.path, _FailedUpload())
         failed.tries += 1
-        failed.due = time.monotonic() + min(self._pause * 2**failed.tries, _BACK_OFF_LONGEST)
+        failed.due = time.monotonic() + min(self._poll_seconds * 2**failed.tries, _MAX_BACKOFF_SECONDS)
         _log.warning("the storage does not take this picture yet", name=kept.stored.key, tries=failed.tries, reason=why)
-        if failed.tries < _MOST_TRIES:
+        if failed.tries < _MAX_TRIES:
             return False
-        self._spool.set_aside(kept, why)
+        self._spool.reject(kept, why)
         return True

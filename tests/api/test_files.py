@@ -183,10 +183,10 @@ def test_a_signature_ends(tmp_path: Path) -> None:
     time = 1000.0
     signer = UrlSigner("one", tmp_path / "none", 60, lambda: time)
     expires, signature = (part.partition("=")[2] for part in signer.query("k").split("&"))
-    assert signer.checked("k", expires, signature) == 1060
-    assert UrlSigner("two", tmp_path / "none", 60, lambda: time).checked("k", expires, signature) is None
+    assert signer.verify("k", expires, signature) == 1060
+    assert UrlSigner("two", tmp_path / "none", 60, lambda: time).verify("k", expires, signature) is None
     time = 1060.0
-    assert signer.checked("k", expires, signature) is None
+    assert signer.verify("k", expires, signature) is None
 
 
 def listed(house: RunningApp, **query: object) -> list[str]:

@@ -72,8 +72,8 @@ def test_the_figures_count_what_happened(house: RunningApp) -> None:
     for _ in range(2):
         house.draw(prompt="a red square", save_path="a.webp")
     assert house.metric('sds_jobs_total{outcome="done"}') == 1
-    assert house.metric('sds_orders_total{source="drawn"}') == 1
-    assert house.metric('sds_orders_total{source="cached"}') == 1
+    assert house.metric('sds_generations_total{source="drawn"}') == 1
+    assert house.metric('sds_generations_total{source="cached"}') == 1
     assert house.metric("sds_steps_total") == 4
 
 

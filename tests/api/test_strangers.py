@@ -255,7 +255,7 @@ def test_every_kind_of_made_name_is_concealed(tmp_path: Path) -> None:
     """Of orders without a name, of names with their content's digits before them, of variations; as the pure plan."""
     secret = ServerSecret("", tmp_path / "secret")
     secret.open()
-    closed = replace(OPTIONS, ownership=Ownership(secret.keyed))
+    closed = replace(OPTIONS, ownership=Ownership(secret.hmac_hex))
     for asked in (
         order(prompt="a red square"),
         order(prompt="a red square", variation=3, seed=4),

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from conftest import RunningApp
 from fakes import FakeDenoiser, until
+from job_records import CLAIM, ENTRY, RECEIPT, WORK
 from squares import EngineOf
 from squares import job as small
-from test_journal import CLAIM, ENTRY, RECEIPT, WORK
 
 from stable_diffusion_server.concurrency.fair_share import may_hold_more
 from stable_diffusion_server.errors import JobStoreUnavailable, QueueFull
@@ -119,7 +119,7 @@ def test_the_pictures_of_one_callers_waiting_jobs_do_not_fill_the_journal() -> N
     admission.check(BOB, 5_000)
     admission.check(ANN, 1_000)
     entering = replace(ENTRY, id="entering", share=ANN, bytes=2_000)
-    with admission.place(entering), pytest.raises(QueueFull):
+    with admission.reserve(entering), pytest.raises(QueueFull):
         admission.check(ANN, 1_000)
 
 
@@ -143,8 +143,8 @@ def full(path: Path, callers: dict[str, int], *, messages: bool = False) -> Sqli
 def test_ended_jobs_of_the_largest_holder_give_way_the_oldest_first(tmp_path: Path, messages: bool) -> None:
     """A flood of many is taken, its own oldest go, and those of others stay, with webhooks to be told or not."""
     journal = full(tmp_path / "journal.db", {"bob": 5, "ann": 90}, messages=messages)
-    assert len(journal.latest_of("bob", 99)) == 5, "the small holder's are all there"
-    left = [entry.id for entry in journal.latest_of("ann", 999)]
+    assert len(journal.list_recent("bob", 99)) == 5, "the small holder's are all there"
+    left = [entry.id for entry in journal.list_recent("ann", 999)]
     assert 20 < len(left) < 90
     assert left == [f"job-{number}" for number in range(94, 94 - len(left), -1)], "the newest are there"
     journal.accept(replace(ENTRY, id="newcomer", caller=Caller("cid"), share="key cid"), WORK)
@@ -160,11 +160,11 @@ def test_answered_keys_of_one_caller_give_way_too(tmp_path: Path) -> None:
     for number in range(700):
         claim = IdempotencyClaim("ann", f"key-{number}", "print" * 20, "key ann")
         journal.claim(claim, float(number))
-        journal.answer(claim, RECEIPT)
+        journal.record_response(claim, RECEIPT)
     assert journal.claim(replace(CLAIM, key="under way", share="key ann"), 0.0) is not None
     assert journal.claim(IdempotencyClaim("ann", "key-699", "print" * 20, "key ann"), 0.0) is not None
     assert journal.claim(IdempotencyClaim("ann", "key-0", "print" * 20, "key ann"), 0.0) is None, "the oldest gave way"
-    assert len(journal.latest_of("bob", 9)) == 3
+    assert len(journal.list_recent("bob", 9)) == 3
     journal.close()
 
 

@@ -34,7 +34,7 @@ def accepted(client: httpx.Client, number: int) -> str:
 @pytest.fixture
 def quick_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Jobs that wait for a disk try again soon."""
-    monkeypatch.setattr("stable_diffusion_server.jobs.worker._PATIENCE_WITH_DISKS", 0.2)
+    monkeypatch.setattr("stable_diffusion_server.jobs.worker._STORAGE_RETRY_SECONDS", 0.2)
 
 
 @pytest.mark.fault(137)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from stable_diffusion_server.observability import console_progress
-from stable_diffusion_server.observability.console_progress import Heartbeat
+from stable_diffusion_server.observability.console_progress import ProgressHeartbeat
 from stable_diffusion_server.types import EngineEvent, EngineEventKind
 
 
@@ -35,7 +35,7 @@ def clock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Clock:
 
 def test_steps_within_a_moment_are_one_sign_of_life(clock: Clock, tmp_path: Path) -> None:
     """And the first after it is the next."""
-    heartbeat = Heartbeat(tmp_path / "progress.txt")
+    heartbeat = ProgressHeartbeat(tmp_path / "progress.txt")
     heartbeat.observe(EngineEvent(EngineEventKind.STARTED, "a"))
     assert clock.written() == "1"
     for seconds, wanted in ((0.2, None), (0.04, None), (0.02, "1"), (0.24, None), (1.0, "1")):
@@ -46,7 +46,7 @@ def test_steps_within_a_moment_are_one_sign_of_life(clock: Clock, tmp_path: Path
 
 def test_the_first_to_come_and_the_last_to_leave_are_told_at_once(clock: Clock, tmp_path: Path) -> None:
     """A watchdog begins to count with the one, and stops with the other."""
-    heartbeat = Heartbeat(tmp_path / "progress.txt")
+    heartbeat = ProgressHeartbeat(tmp_path / "progress.txt")
     for _ in range(3):
         heartbeat.observe(EngineEvent(EngineEventKind.QUEUED, "a"))
         assert clock.written() == "1"
@@ -57,7 +57,7 @@ def test_the_first_to_come_and_the_last_to_leave_are_told_at_once(clock: Clock, 
 
 def test_a_crowd_that_comes_and_leaves_the_line_is_no_sign_of_life(clock: Clock, tmp_path: Path) -> None:
     """However long it goes on: the device does nothing meanwhile."""
-    heartbeat = Heartbeat(tmp_path / "progress.txt")
+    heartbeat = ProgressHeartbeat(tmp_path / "progress.txt")
     heartbeat.observe(EngineEvent(EngineEventKind.STARTED, "a"))
     assert clock.written() == "1"
     for name in "bcdef":

@@ -82,10 +82,10 @@ def test_a_request_and_its_parts_are_spans_of_the_callers_trace(
     told = facts(request)
     assert (told["http.response.status_code"], told["http.route"], told["sds.key"]) == (200, CREATE, "anna")
     assert told["sds.request_id"] == "the-id"
-    for name in ("look for it", "compose", "draw", "keep"):
+    for name in ("cache_lookup", "prepare", "generate", "store"):
         (part,) = collector.named(name)
         assert (part.trace_id.hex(), part.parent_span_id) == (CALLERS, request.span_id)
-    assert facts(collector.named("draw")[0])["sds.steps"] == 4
+    assert facts(collector.named("generate")[0])["sds.steps"] == 4
     sent = "".join(map(str, collector.spans))
     assert not [word for word in ("confidential", "secret-of-anna") if word in sent]
 
@@ -94,8 +94,8 @@ def test_an_error_is_told_by_its_class_alone(house_of: Callable[..., RunningApp]
     """Messages may quote what was asked."""
     house = house_of(otel_exporter_otlp_endpoint=collector.url)
     assert house.draw(prompt="an unpreparable square").status_code == 500
-    until(lambda: len(collector.named("draw")) == 1, 30)
-    (span,) = collector.named("draw")
+    until(lambda: len(collector.named("generate")) == 1, 30)
+    (span,) = collector.named("generate")
     assert facts(span)["error.type"]
     assert "cannot prepare" not in str(span)
 

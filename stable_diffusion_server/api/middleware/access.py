@@ -74,7 +74,7 @@ class AccessMiddleware:
         facts = {"http.request.method": scope["method"], "sds.request_id": request_id}
         with (
             structlog.contextvars.bound_contextvars(request_id=request_id),
-            self._tracing.span(scope["method"], facts, within=headers) as span,
+            self._tracing.span(scope["method"], facts, parent_headers=headers) as span,
         ):
             try:
                 await self._enter(scope, headers, receive, send_with_headers, more)
@@ -82,9 +82,9 @@ class AccessMiddleware:
                 visit = _visit_of(scope, status, time.perf_counter() - started)
                 self._visited(visit)
                 _tell(scope, visit)
-                span.name(f"{scope['method']} {visit.door}".strip())
+                span.name(f"{scope['method']} {visit.route}".strip())
                 span.set_attributes(
-                    {"http.response.status_code": status, "http.route": visit.door, "sds.key": visit.key}
+                    {"http.response.status_code": status, "http.route": visit.route, "sds.key": visit.key}
                 )
 
     async def _enter(self, scope: Scope, headers: Headers, receive: Receive, send: Send, more: dict[str, str]) -> None:
@@ -133,8 +133,8 @@ class BodyLimitMiddleware:
 
 def _visit_of(scope: Scope, status: int, seconds: float) -> RequestSample:
     """What is counted of a request; the route is there once the request has come to it."""
-    door = getattr(scope.get("route"), "path", "")
-    return RequestSample(door, status, seconds, scope["state"].get("reason", ""), scope["state"]["caller"].name)
+    route = getattr(scope.get("route"), "path", "")
+    return RequestSample(route, status, seconds, scope["state"].get("reason", ""), scope["state"]["caller"].name)
 
 
 def _tell(scope: Scope, visit: RequestSample) -> None:

@@ -23,7 +23,7 @@ from stable_diffusion_server.storage import (
     UrlSigner,
     cache_control,
     content_disposition,
-    read_picture,
+    read_image,
 )
 from stable_diffusion_server.types import StoredObject
 
@@ -122,7 +122,7 @@ class _Giving:
         if self.signer is None:
             return None
         given = request.query_params
-        until = self.signer.checked(key, given.get("expires", ""), given.get("signature", ""))
+        until = self.signer.verify(key, given.get("expires", ""), given.get("signature", ""))
         if until is None:
             raise Forbidden("Addresses of pictures are signed here, and this one is not, or its time is over.")
         return until
@@ -164,7 +164,7 @@ def _of_bucket(request: Request, bucket: Bucket, stored: StoredObject, headers: 
     wanted = _range_of(request, headers["ETag"], stored.size)
     if wanted is None:
         is_picture = stored.content_type in _SHOWN_INLINE
-        data = read_picture(bucket, stored.key) if is_picture else bucket.read(stored.key)
+        data = read_image(bucket, stored.key) if is_picture else bucket.read(stored.key)
         return Response(data, headers=headers, media_type=stored.content_type)
     start, end = wanted
     if start >= end:

@@ -80,7 +80,7 @@ def _wanted(request: Request) -> HistoryQuery:
     if faults:
         raise InvalidInput.from_faults(faults)
     return HistoryQuery(
-        words=given.get("q", ""),
+        text=given.get("q", ""),
         model=given.get("model", ""),
         before=numbers.get("before"),
         limit=numbers.get("limit", _USUAL),

@@ -32,13 +32,13 @@ def jobs_router(jobs: JobManager, url_of: UrlOf, followers: FollowerLimiter, pre
         return lambda key: url_of(request, key)
 
     @routes.get("", summary="Your latest accepted jobs, newest first", operation_id="list_jobs", response_model=None)
-    async def listed(request: Request) -> Response:
-        told = [job_body(standing, urls_for(request)) for standing in await jobs.listed(caller_of(request))]
+    async def list_jobs(request: Request) -> Response:
+        told = [job_body(standing, urls_for(request)) for standing in await jobs.list_jobs(caller_of(request))]
         return JSONResponse({"jobs": told}, headers=_NO_STORE)
 
     @routes.get("/{job_id}", summary="How a job stands", operation_id="get_job", response_model=None)
-    async def standing(request: Request, job_id: str) -> Response:
-        found = await jobs.standing(job_id, caller_of(request))
+    async def status(request: Request, job_id: str) -> Response:
+        found = await jobs.status(job_id, caller_of(request))
         return JSONResponse(job_body(found, urls_for(request)), headers=_NO_STORE)
 
     @routes.delete(
@@ -79,8 +79,8 @@ async def _stream(
             if happening is None:
                 yield ": still there\n\n"
                 continue
-            body = job_body(happening.standing, url)
-            if happening.picture is not None:
-                image = await previews.text(happening.picture, Format.WEBP)
+            body = job_body(happening.status, url)
+            if happening.preview is not None:
+                image = await previews.text(happening.preview, Format.WEBP)
                 body |= {"content_type": Format.WEBP.content_type, "image": image}
             yield f"id: {happening.id}\nevent: {happening.kind}\ndata: {dumps(body)}\n\n"

@@ -5,15 +5,15 @@ from __future__ import annotations
 import sqlite3
 
 from stable_diffusion_server.jobs.store.records import IdempotencyClaim, RecordedResponse
-from stable_diffusion_server.jobs.store.rows import repeat_of
+from stable_diffusion_server.jobs.store.rows import parse_recorded_response
 
 
-def repeated_in(cursor: sqlite3.Cursor, claim: IdempotencyClaim) -> RecordedResponse | None:
+def find_recorded_response(cursor: sqlite3.Cursor, claim: IdempotencyClaim) -> RecordedResponse | None:
     """What a key was answered with before, if it is taken; one that is damaged is deleted."""
     row = cursor.execute(
         "SELECT fingerprint, job_id, outcome FROM claims WHERE caller = ? AND key = ?", (claim.caller, claim.key)
     ).fetchone()
-    if row is None or (repeat := repeat_of(row)) is not None:
+    if row is None or (repeat := parse_recorded_response(row)) is not None:
         return repeat if row is not None else None
     cursor.execute("DELETE FROM claims WHERE caller = ? AND key = ?", (claim.caller, claim.key))
     return None

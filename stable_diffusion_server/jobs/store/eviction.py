@@ -28,7 +28,7 @@ _OLDEST_KEYS = (
 )
 
 
-def make_room(cursor: sqlite3.Cursor, wanted: int, max_bytes: int) -> int:
+def evict_finished(cursor: sqlite3.Cursor, wanted: int, max_bytes: int) -> int:
     """Delete ended jobs and answered keys of the largest holders until so many bytes are free, roughly; how many rows.
 
     Jobs that have not ended stay, and so do their keys and those of requests that are being answered.

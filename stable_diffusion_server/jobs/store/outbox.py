@@ -34,10 +34,10 @@ class OutboxStore(ABC):
         """A cursor to read with."""
 
     @abstractmethod
-    def _change(self) -> AbstractContextManager[sqlite3.Cursor]:
+    def _transaction(self) -> AbstractContextManager[sqlite3.Cursor]:
         """A cursor whose changes are kept together, or not at all."""
 
-    def messages(self, now: float, waits: Sequence[float]) -> list[OutboxMessage]:
+    def due_messages(self, now: float, waits: Sequence[float]) -> list[OutboxMessage]:
         """Messages whose time has come, some of each caller, of whom each receiver's some.
 
         `waits` are the seconds between tries. One that was never tried is due, and so is one whose time lies further
@@ -48,22 +48,22 @@ class OutboxStore(ABC):
             return waits[min(max(tries - 1, 0), len(waits) - 1)]
 
         with self._read() as cursor:
-            cursor.connection.create_function("receiver_of", 1, receiver_of, deterministic=True)
+            cursor.connection.create_function("receiver_of", 1, webhook_host, deterministic=True)
             cursor.connection.create_function("longest_wait", 1, longest_wait)
             return [OutboxMessage(*row) for row in cursor.execute(_DUE, (now,)).fetchall()]
 
     def postpone(self, message: OutboxMessage, due: float) -> None:
         """Count a failed try, and set the time of the next."""
-        with self._change() as cursor:
+        with self._transaction() as cursor:
             cursor.execute("UPDATE messages SET tries = tries + 1, due = ? WHERE job_id = ?", (due, message.job_id))
 
-    def told(self, message: OutboxMessage) -> None:
+    def delete_message(self, message: OutboxMessage) -> None:
         """Forget a message that was taken, or that no one will ever take."""
-        with self._change() as cursor:
+        with self._transaction() as cursor:
             cursor.execute("DELETE FROM messages WHERE job_id = ?", (message.job_id,))
 
 
-def receiver_of(url: str) -> str:
+def webhook_host(url: str) -> str:
     """The host and port a message goes to."""
     try:
         return urlsplit(url).netloc.lower()

@@ -36,7 +36,7 @@ class StoredProblem:
     retry_after: int | None = None
 
     @classmethod
-    def of(cls, error: ServerError) -> StoredProblem:
+    def from_error(cls, error: ServerError) -> StoredProblem:
         """What an error tells."""
         return cls(error.kind, error.detail, error.field, error.faults, error.retry_after)
 
@@ -50,10 +50,11 @@ class StoredProblem:
 class JobRecord:
     """A job as it is written down. Times are seconds since the epoch; `deadline` is when its caller gives up.
 
-    `attempts` counts the times it was begun without a recorded end; `base` is the address of this server as the caller
-    reached it; `webhook_url` is where its end is to be told. `outcome` is there once it is done or has failed. `share`
-    is whose room it takes, `bytes` what its order and files are. `deaths` counts the times the process, or its device,
-    was lost of itself while the job was there, `kills` those when it was ended from outside, as far as can be known.
+    `attempts` counts the times it was begun without a recorded end; `base_url` is the address of this server as the
+    caller reached it; `webhook_url` is where its end is to be told. `outcome` is there once it is done or has failed.
+    `share` is whose room it takes, `bytes` what its order and files are. `crashes` counts the times the process, or
+    its device, was lost of itself while the job was there, `kills` those when it was ended from outside, as far as can
+    be known.
     """
 
     id: str
@@ -63,12 +64,12 @@ class JobRecord:
     attempts: int = 0
     deadline: float | None = None
     ended_at: float | None = None
-    base: str = ""
+    base_url: str = ""
     webhook_url: str | None = None
     outcome: GenerationResult | StoredProblem | None = None
     share: str = ""
     bytes: int = field(default=0, compare=False)
-    deaths: int = 0
+    crashes: int = 0
     kills: int = 0
 
 
@@ -110,5 +111,5 @@ class OutboxMessage:
 class JobPayload:
     """All that is needed to draw a job: its order, and the files at the addresses in it, by parameter."""
 
-    order: GenerationRequest
+    request: GenerationRequest
     fetched: Mapping[str, bytes] = field(default_factory=dict, repr=False)

@@ -9,7 +9,7 @@ import structlog
 
 from stable_diffusion_server.errors import ServerError
 from stable_diffusion_server.jobs.store.records import JobRecord, JobState, RecordedResponse, StoredProblem
-from stable_diffusion_server.jobs.store.serialization import UNREADABLE, read_outcome
+from stable_diffusion_server.jobs.store.serialization import DECODE_ERRORS, load_outcome
 from stable_diffusion_server.types import Caller
 
 _log = structlog.get_logger(__name__)
@@ -18,7 +18,7 @@ COLUMNS = (
     "id, caller, prefix, state, accepted_at, attempts, deadline, ended_at, base, webhook_url, outcome, share, bytes, "
     "deaths, kills"
 )
-_DAMAGED = StoredProblem.of(ServerError("What was written down of this job is damaged; ask again."))
+_DAMAGED = StoredProblem.from_error(ServerError("What was written down of this job is damaged; ask again."))
 # The latest time that is taken for one, in the year 5138.
 _LATEST = 1e11
 _ENDED = tuple(state for state in JobState if state.ended)
@@ -29,22 +29,24 @@ class DamagedRow(ValueError):
     """A row that no call of ours wrote."""
 
 
-def entry_of(row: tuple[Any, ...]) -> JobRecord:
+def parse_job(row: tuple[Any, ...]) -> JobRecord:
     """The job of a row. Raises `DamagedRow`."""
-    job_id, caller, prefix, state, accepted_at, attempts, deadline, ended_at, base, webhook_url, outcome, *more = row
-    share, size, deaths, kills = more
-    for name, text in (("id", job_id), ("caller", caller), ("prefix", prefix), ("base", base), ("share", share)):
+    job_id, caller, prefix, state, accepted_at, attempts, deadline, ended_at, base_url, webhook_url, outcome, *more = (
+        row
+    )
+    share, size, crashes, kills = more
+    for name, text in (("id", job_id), ("caller", caller), ("prefix", prefix), ("base", base_url), ("share", share)):
         _check(isinstance(text, str), name)
     _check(webhook_url is None or isinstance(webhook_url, str), "webhook_url")
     for name, moment in (("accepted_at", accepted_at), ("deadline", deadline), ("ended_at", ended_at)):
         _check((moment is None and name != "accepted_at") or _is_time(moment), name)
-    for name, count in (("attempts", attempts), ("bytes", size), ("deaths", deaths), ("kills", kills)):
+    for name, count in (("attempts", attempts), ("bytes", size), ("deaths", crashes), ("kills", kills)):
         _check(isinstance(count, int) and 0 <= count < _MOST_COUNTED, name)
     _check(state in tuple(JobState), "state")
     _check((ended_at is not None) == JobState(state).ended, "ended_at")
     try:
-        told = read_outcome(outcome)
-    except UNREADABLE as error:
+        told = load_outcome(outcome)
+    except DECODE_ERRORS as error:
         raise DamagedRow("outcome") from error
     return JobRecord(
         id=job_id,
@@ -54,20 +56,20 @@ def entry_of(row: tuple[Any, ...]) -> JobRecord:
         attempts=attempts,
         deadline=deadline,
         ended_at=ended_at,
-        base=base,
+        base_url=base_url,
         webhook_url=webhook_url,
         outcome=told,
         share=share,
         bytes=size,
-        deaths=deaths,
+        crashes=crashes,
         kills=kills,
     )
 
 
-def read_entry_or_set_aside(row: tuple[Any, ...], now: float) -> JobRecord:
+def parse_job_or_failed(row: tuple[Any, ...], now: float) -> JobRecord:
     """The job of a row; one that is damaged, as one that failed of that."""
     try:
-        return entry_of(row)
+        return parse_job(row)
     except DamagedRow as damage:
         job_id, caller, prefix = (str(value) for value in row[:3])
         _log.error("what was written down of a job is damaged", job_id=job_id, column=str(damage))
@@ -86,12 +88,12 @@ def read_entry_or_set_aside(row: tuple[Any, ...], now: float) -> JobRecord:
         )
 
 
-def repeat_of(row: tuple[Any, ...]) -> RecordedResponse | None:
+def parse_recorded_response(row: tuple[Any, ...]) -> RecordedResponse | None:
     """What a key was answered with; nothing where that is damaged, so that it may be asked again."""
     fingerprint, job_id, outcome = row
     try:
-        return RecordedResponse(fingerprint, job_id, read_outcome(outcome))
-    except UNREADABLE:
+        return RecordedResponse(fingerprint, job_id, load_outcome(outcome))
+    except DECODE_ERRORS:
         _log.error("what was written down of an idempotency key is damaged")
         return None
 

@@ -82,7 +82,7 @@ CREATE INDEX claims_by_share ON claims (share, claimed_at);
 """
 # What no call of ours leaves behind: rows that others wrote, or a disk damaged. Each is named in the log and mended,
 # or deleted where nothing is left to go by; jobs that have not ended are looked through one by one, see `book`.
-_MENDED = {
+_REPAIRS = {
     "DELETE FROM jobs WHERE typeof(id) <> 'text' OR id = ''": "a job without an id",
     "DELETE FROM files WHERE job_id NOT IN (SELECT id FROM jobs)": "a file without a job",
     "DELETE FROM claims WHERE typeof(caller) <> 'text' OR typeof(key) <> 'text' OR typeof(fingerprint) <> 'text' "
@@ -128,7 +128,7 @@ def _connect(path: Path) -> sqlite3.Connection:
         connection.execute("PRAGMA journal_size_limit = 1048576")
         connection.execute("PRAGMA foreign_keys = ON")
         connection.execute("BEGIN IMMEDIATE")
-        _bring_up_to_date(connection)
+        _migrate(connection)
         connection.execute("COMMIT")
     except sqlite3.Error:
         connection.close()
@@ -136,7 +136,7 @@ def _connect(path: Path) -> sqlite3.Connection:
     return connection
 
 
-def _bring_up_to_date(connection: sqlite3.Connection) -> None:
+def _migrate(connection: sqlite3.Connection) -> None:
     """Make the tables, or bring those of an earlier version to this one, within a transaction."""
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     names = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
@@ -166,7 +166,7 @@ def _check(connection: sqlite3.Connection) -> None:
     (told,) = connection.execute("PRAGMA quick_check(1)").fetchone()
     if told != "ok":
         raise ForeignSchema(f"its pages are damaged: {str(told)[:200]}")
-    for statement, what in _MENDED.items():
+    for statement, what in _REPAIRS.items():
         if (rows := connection.execute(statement).rowcount) > 0:
             _log.error("the journal held something damaged, which is mended or left out", what=what, rows=rows)
 
@@ -183,7 +183,7 @@ def _is_damage(error: sqlite3.Error) -> bool:
     return isinstance(error, ForeignSchema) or (code is not None and code & 0xFF in broken)
 
 
-def bound(connection: sqlite3.Connection, max_bytes: int, *, accepting: bool) -> None:
+def limit_size(connection: sqlite3.Connection, max_bytes: int, *, accepting: bool) -> None:
     """Let the file grow to `max_bytes` for what is to be accepted, and a little more for all else."""
     pages = max(1, max_bytes // _PAGE) + (0 if accepting else _RESERVED_PAGES)
     connection.execute(f"PRAGMA max_page_count = {pages}")

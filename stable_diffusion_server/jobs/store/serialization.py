@@ -25,18 +25,18 @@ from stable_diffusion_server.types import (
 
 VERSION = 1
 # What reading raises of what no call of ours wrote: nested too deep among it.
-UNREADABLE = (ValueError, TypeError, KeyError, AttributeError, RecursionError)
+DECODE_ERRORS = (ValueError, TypeError, KeyError, AttributeError, RecursionError)
 _PICTURES = ("image", "mask")
 _CHOICES: dict[str, type[StrEnum]] = {"task": Task, "format": Format, "fit": Fit, "fill": Fill}
 # Problem types that stores written by earlier versions hold under another name.
 _RENAMED_KINDS = {"ends-the-server": "poison-job"}
 
 
-def written_order(order: GenerationRequest) -> str:
+def dump_request(request: GenerationRequest) -> str:
     """An order as JSON, without the files it comes with, and without what it leaves open."""
     told: dict[str, Any] = {"version": VERSION}
     for part in fields(GenerationRequest):
-        value = getattr(order, part.name)
+        value = getattr(request, part.name)
         if part.default is not MISSING and value == part.default:
             continue
         told[part.name] = _written_source(value) if part.name in _PICTURES else value
@@ -48,25 +48,25 @@ def _written_source(source: ImageInput) -> dict[str, object]:
     return {"parameter": source.parameter, "url": source.url, **of_a_mask}
 
 
-def files_of(work: JobPayload) -> dict[str, bytes]:
+def payload_files(payload: JobPayload) -> dict[str, bytes]:
     """The files that belong to an order, sent or fetched, by parameter."""
-    sent = {source.parameter: source.data for source in work.order.sources if source.data is not None}
-    return {**sent, **work.fetched}
+    sent = {source.parameter: source.data for source in payload.request.sources if source.data is not None}
+    return {**sent, **payload.fetched}
 
 
-def size_of(work: JobPayload) -> int:
+def payload_bytes(payload: JobPayload) -> int:
     """Bytes that a job's order and files take in the journal."""
-    return len(written_order(work.order)) + sum(map(len, files_of(work).values()))
+    return len(dump_request(payload.request)) + sum(map(len, payload_files(payload).values()))
 
 
-def fingerprint(door: str, order: GenerationRequest) -> str:
+def fingerprint(route: str, request: GenerationRequest) -> str:
     """What tells a request from others that come with the same idempotency key. Slow where files are large."""
-    sent = {source.parameter: source.data for source in order.sources if source.data is not None}
+    sent = {source.parameter: source.data for source in request.sources if source.data is not None}
     files = {parameter: hashlib.sha256(data).hexdigest() for parameter, data in sent.items()}
-    return digest({"door": door, "order": written_order(order), "files": files})
+    return digest({"door": route, "order": dump_request(request), "files": files})
 
 
-def read_work(text: str, files: Mapping[str, bytes]) -> JobPayload:
+def load_payload(text: str, files: Mapping[str, bytes]) -> JobPayload:
     """The order that was written, with its files. Raises `ServerError` for what another version wrote."""
     told = json.loads(text)
     known = {part.name for part in fields(GenerationRequest)}
@@ -79,19 +79,19 @@ def read_work(text: str, files: Mapping[str, bytes]) -> JobPayload:
         if name in told:
             source = ImageInput(**told[name])
             told[name] = source if source.url is not None else replace(source, data=files[source.parameter])
-    order = GenerationRequest(**told)
-    remote = {source.parameter for source in order.sources if source.url is not None}
-    return JobPayload(order, {name: data for name, data in files.items() if name in remote})
+    request = GenerationRequest(**told)
+    remote = {source.parameter for source in request.sources if source.url is not None}
+    return JobPayload(request, {name: data for name, data in files.items() if name in remote})
 
 
-def written_outcome(outcome: GenerationResult | StoredProblem | None) -> str | None:
+def dump_outcome(outcome: GenerationResult | StoredProblem | None) -> str | None:
     """An outcome as JSON."""
     if outcome is None:
         return None
     return json.dumps({"version": VERSION, "receipt": isinstance(outcome, GenerationResult), **asdict(outcome)})
 
 
-def read_outcome(text: str | None) -> GenerationResult | StoredProblem | None:
+def load_outcome(text: str | None) -> GenerationResult | StoredProblem | None:
     """The outcome that was written. What an older version did not write is as it is by default."""
     if text is None:
         return None

@@ -14,8 +14,8 @@ import structlog
 
 from stable_diffusion_server.errors import JobStoreUnavailable, RequestInProgress, ServerError
 from stable_diffusion_server.jobs.store import schema
-from stable_diffusion_server.jobs.store.claims import free_claim, insert_claim, repeated_in
-from stable_diffusion_server.jobs.store.eviction import make_room
+from stable_diffusion_server.jobs.store.claims import find_recorded_response, free_claim, insert_claim
+from stable_diffusion_server.jobs.store.eviction import evict_finished
 from stable_diffusion_server.jobs.store.outbox import OutboxStore
 from stable_diffusion_server.jobs.store.records import (
     IdempotencyClaim,
@@ -24,27 +24,27 @@ from stable_diffusion_server.jobs.store.records import (
     RecordedResponse,
     StoredProblem,
 )
-from stable_diffusion_server.jobs.store.rows import COLUMNS, DamagedRow, entry_of, read_entry_or_set_aside
+from stable_diffusion_server.jobs.store.rows import COLUMNS, DamagedRow, parse_job, parse_job_or_failed
 from stable_diffusion_server.jobs.store.serialization import (
-    UNREADABLE,
-    files_of,
-    read_work,
-    written_order,
-    written_outcome,
+    DECODE_ERRORS,
+    dump_outcome,
+    dump_request,
+    load_payload,
+    payload_files,
 )
 from stable_diffusion_server.types import GenerationResult
 
 _log = structlog.get_logger(__name__)
 
-_KEPT_FREE = 1_048_576
+_MIN_FREE_BYTES = 1_048_576
 # What ended is asked to give way so often for one job, since how much a row frees is known roughly.
-_MOST_ROUNDS = 8
-_BEGUN = f"SELECT {COLUMNS} FROM jobs WHERE ended_at IS NULL OR state IN ('queued', 'running')"  # noqa: S608  # names of columns
+_MAX_EVICTION_ROUNDS = 8
+_SELECT_UNFINISHED = f"SELECT {COLUMNS} FROM jobs WHERE ended_at IS NULL OR state IN ('queued', 'running')"  # noqa: S608  # names of columns
 
 T = TypeVar("T")
 
 
-class _Full(JobStoreUnavailable):
+class _StoreFull(JobStoreUnavailable):
     """There is no room, neither in the file nor on its disk."""
 
 
@@ -68,14 +68,14 @@ class SqliteJobStore(OutboxStore):
         """
         with _translate_sqlite_errors("opened"):
             self._connection = schema.connect(self._path)
-        with self._change() as cursor:
+        with self._transaction() as cursor:
             cursor.execute("DELETE FROM claims WHERE job_id IS NULL AND outcome IS NULL")
             now = time.time()
-            for row in cursor.execute(_BEGUN).fetchall():
+            for row in cursor.execute(_SELECT_UNFINISHED).fetchall():
                 try:
-                    entry_of(row)
+                    parse_job(row)
                 except DamagedRow:
-                    _write_end(cursor, read_entry_or_set_aside(row, now))
+                    _write_end(cursor, parse_job_or_failed(row, now))
 
     def close(self) -> None:
         """Close the file."""
@@ -89,171 +89,171 @@ class SqliteJobStore(OutboxStore):
         return sum(file.stat().st_size for file in files if file.exists())
 
     def accept(
-        self, entry: JobRecord, work: JobPayload, claim: IdempotencyClaim | None = None
+        self, record: JobRecord, payload: JobPayload, claim: IdempotencyClaim | None = None
     ) -> RecordedResponse | None:
         """Write a job down with its files, or tell what its key was answered with before, and write nothing.
 
         Raises `RequestInProgress` when there is a job of that id.
         """
-        files = files_of(work)
-        size = entry.bytes or sum(map(len, files.values()))
+        files = payload_files(payload)
+        size = record.bytes or sum(map(len, files.values()))
 
         def write(cursor: sqlite3.Cursor) -> RecordedResponse | None:
             self._check_disk(size)
-            if claim is not None and (before := repeated_in(cursor, claim)) is not None:
+            if claim is not None and (before := find_recorded_response(cursor, claim)) is not None:
                 return before
             given = {
-                "id": entry.id,
-                "caller": entry.caller.owner,
-                "prefix": entry.caller.prefix,
-                "state": entry.state,
-                "written": written_order(work.order),
-                "accepted_at": entry.accepted_at,
-                "deadline": entry.deadline,
-                "base": entry.base,
-                "webhook_url": entry.webhook_url,
-                "share": entry.share,
-                "bytes": entry.bytes,
+                "id": record.id,
+                "caller": record.caller.owner,
+                "prefix": record.caller.prefix,
+                "state": record.state,
+                "written": dump_request(payload.request),
+                "accepted_at": record.accepted_at,
+                "deadline": record.deadline,
+                "base": record.base_url,
+                "webhook_url": record.webhook_url,
+                "share": record.share,
+                "bytes": record.bytes,
             }
             cursor.execute(
                 f"INSERT INTO jobs ({', '.join(given)}) VALUES ({', '.join('?' * len(given))})",  # noqa: S608  # names of columns
                 tuple(given.values()),
             )
-            rows = [(entry.id, parameter, data) for parameter, data in files.items()]
+            rows = [(record.id, parameter, data) for parameter, data in files.items()]
             cursor.executemany("INSERT INTO files (job_id, parameter, data) VALUES (?, ?, ?)", rows)
             if claim is not None:
-                insert_claim(cursor, claim, entry.accepted_at, entry.id)
+                insert_claim(cursor, claim, record.accepted_at, record.id)
             return None
 
-        return self._with_room(size, write)
+        return self._insert_with_eviction(size, write)
 
     def begin(self, job_id: str) -> JobPayload:
         """Count an attempt, and give what is to be drawn."""
-        with self._change() as cursor:
+        with self._transaction() as cursor:
             cursor.execute("UPDATE jobs SET attempts = attempts + 1, state = 'running' WHERE id = ?", (job_id,))
             row = cursor.execute("SELECT written FROM jobs WHERE id = ?", (job_id,)).fetchone()
             if row is None:
                 raise ServerError("What was written down of this job is lost; ask again.")
             files = dict(cursor.execute("SELECT parameter, data FROM files WHERE job_id = ?", (job_id,)).fetchall())
         try:
-            return read_work(row[0], files)
-        except UNREADABLE as error:
+            return load_payload(row[0], files)
+        except DECODE_ERRORS as error:
             raise ServerError("What was written down of this job is damaged; ask again.") from error
 
-    def put_back(self, job_id: str, *, forgiven: bool) -> None:
+    def requeue(self, job_id: str, *, forgiven: bool) -> None:
         """Let a job that was begun wait again; `forgiven` attempts do not count."""
-        with self._change() as cursor:
+        with self._transaction() as cursor:
             cursor.execute(
                 "UPDATE jobs SET state = 'queued', attempts = attempts - ? WHERE id = ?", (int(forgiven), job_id)
             )
 
-    def count_death(self, entry: JobRecord) -> None:
+    def save_crash_counts(self, record: JobRecord) -> None:
         """Write down how often the process has died while a job was on the device, and why."""
-        with self._change() as cursor:
-            counted = (entry.deaths, entry.kills, entry.id)
+        with self._transaction() as cursor:
+            counted = (record.crashes, record.kills, record.id)
             cursor.execute("UPDATE jobs SET deaths = ?, kills = ? WHERE id = ?", counted)
 
-    def end(self, entry: JobRecord, message: str | None = None) -> None:
+    def end(self, record: JobRecord, message: str | None = None) -> None:
         """Write down how a job ended, with the message that tells its webhook; its files are of no more use."""
-        with self._change() as cursor:
-            freed = _write_end(cursor, entry)
+        with self._transaction() as cursor:
+            freed = _write_end(cursor, record)
             if message is not None:
                 cursor.execute(
                     "INSERT OR REPLACE INTO messages (job_id, url, body, due) VALUES (?, ?, ?, ?)",
-                    (entry.id, entry.webhook_url, message, entry.ended_at),
+                    (record.id, record.webhook_url, message, record.ended_at),
                 )
         if freed:
-            self._give_room_back()
+            self._reclaim_disk_space()
 
     def find(self, job_id: str) -> JobRecord | None:
         """The job of that id."""
-        return next(iter(self._entries("WHERE id = ?", (job_id,))), None)
+        return next(iter(self._select_jobs("WHERE id = ?", (job_id,))), None)
 
     def unfinished(self) -> list[JobRecord]:
         """The jobs that wait or were begun, oldest first."""
-        return self._entries("WHERE ended_at IS NULL ORDER BY number", ())
+        return self._select_jobs("WHERE ended_at IS NULL ORDER BY number", ())
 
-    def latest_of(self, owner: str | None, most: int) -> list[JobRecord]:
+    def list_recent(self, owner: str | None, most: int) -> list[JobRecord]:
         """The jobs of an owner, newest first; `None`: of all."""
         where, given = ("", ()) if owner is None else ("WHERE caller = ? ", (owner,))
-        return self._entries(f"{where}ORDER BY number DESC LIMIT ?", (*given, most))
+        return self._select_jobs(f"{where}ORDER BY number DESC LIMIT ?", (*given, most))
 
-    def repeated(self, claim: IdempotencyClaim) -> RecordedResponse | None:
+    def recorded_response(self, claim: IdempotencyClaim) -> RecordedResponse | None:
         """What a key was answered with before, if it is taken."""
         with self._read() as cursor:
-            return repeated_in(cursor, claim)
+            return find_recorded_response(cursor, claim)
 
     def claim(self, claim: IdempotencyClaim, now: float) -> RecordedResponse | None:
         """Take a key for a request that waits for its answer, or tell what the key was answered with before."""
 
         def write(cursor: sqlite3.Cursor) -> RecordedResponse | None:
-            before = repeated_in(cursor, claim)
+            before = find_recorded_response(cursor, claim)
             if before is None:
                 insert_claim(cursor, claim, now, None)
             return before
 
-        return self._with_room(0, write)
+        return self._insert_with_eviction(0, write)
 
-    def answer(self, claim: IdempotencyClaim, outcome: GenerationResult | StoredProblem) -> None:
+    def record_response(self, claim: IdempotencyClaim, outcome: GenerationResult | StoredProblem) -> None:
         """Keep what a request with a key was answered with."""
-        with self._change() as cursor:
+        with self._transaction() as cursor:
             cursor.execute(
                 "UPDATE claims SET outcome = ? WHERE caller = ? AND key = ?",
-                (written_outcome(outcome), claim.caller, claim.key),
+                (dump_outcome(outcome), claim.caller, claim.key),
             )
 
-    def release(self, claim: IdempotencyClaim) -> None:
+    def release_claim(self, claim: IdempotencyClaim) -> None:
         """Give a key back that was not answered."""
-        with self._change() as cursor:
+        with self._transaction() as cursor:
             cursor.execute("DELETE FROM claims WHERE caller = ? AND key = ?", (claim.caller, claim.key))
 
-    def renew(self, claim: IdempotencyClaim, job_id: str | None) -> None:
+    def discard_response(self, claim: IdempotencyClaim, job_id: str | None) -> None:
         """Give a key back that was answered, by that job or by an outcome; not one that is being answered."""
-        with self._change() as cursor:
+        with self._transaction() as cursor:
             free_claim(cursor, claim, job_id)
 
     def expire(self, jobs_before: float, claims_before: float) -> None:
         """Forget jobs that ended, and keys that were taken, before those times."""
-        with self._change() as cursor:
+        with self._transaction() as cursor:
             cursor.execute("DELETE FROM jobs WHERE ended_at < ?", (jobs_before,))
             cursor.execute(
                 "DELETE FROM claims WHERE claimed_at < ? AND (outcome IS NOT NULL OR job_id IS NOT NULL)",
                 (claims_before,),
             )
-        self._give_room_back()
+        self._reclaim_disk_space()
 
-    def _with_room(self, size: int, write: Callable[[sqlite3.Cursor], T]) -> T:
+    def _insert_with_eviction(self, size: int, write: Callable[[sqlite3.Cursor], T]) -> T:
         """Write what is accepted; where there is no room, what ended gives way."""
-        for _ in range(_MOST_ROUNDS):
+        for _ in range(_MAX_EVICTION_ROUNDS):
             try:
-                with self._change(accepting=True) as cursor:
+                with self._transaction(accepting=True) as cursor:
                     return write(cursor)
-            except _Full:
-                with self._change() as cursor:
-                    rows = make_room(cursor, size, self._max_bytes)
+            except _StoreFull:
+                with self._transaction() as cursor:
+                    rows = evict_finished(cursor, size, self._max_bytes)
                 if not rows:
                     break
                 _log.warning("the journal is full; the oldest that ended gives way", rows=rows)
-                self._give_room_back()
-        with self._change(accepting=True) as cursor:
+                self._reclaim_disk_space()
+        with self._transaction(accepting=True) as cursor:
             return write(cursor)
 
     def _check_disk(self, size: int) -> None:
-        """Raise `_Full` where a job would leave the disk no room for the ends of those before it."""
+        """Raise `_StoreFull` where a job would leave the disk no room for the ends of those before it."""
         # Twice: what is written stands in SQLite's log and in its file.
-        if shutil.disk_usage(self._path.parent).free < 2 * size + _KEPT_FREE:
-            raise _Full("Jobs cannot be written down: the disk is full.", retry_after=30)
+        if shutil.disk_usage(self._path.parent).free < 2 * size + _MIN_FREE_BYTES:
+            raise _StoreFull("Jobs cannot be written down: the disk is full.", retry_after=30)
 
-    def _give_room_back(self) -> None:
+    def _reclaim_disk_space(self) -> None:
         """Let the disk have what is not used any more; where even that needs room that is not there, later."""
         with suppress(JobStoreUnavailable), self._read() as cursor:
             cursor.executescript("PRAGMA incremental_vacuum")  # a page a step, and execute takes one step alone
             cursor.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
-    def _entries(self, where: str, values: Sequence[object]) -> list[JobRecord]:
+    def _select_jobs(self, where: str, values: Sequence[object]) -> list[JobRecord]:
         with self._read() as cursor:
             rows = cursor.execute(f"SELECT {COLUMNS} FROM jobs {where}", values)  # noqa: S608  # texts of this module
-            return [read_entry_or_set_aside(row, time.time()) for row in rows.fetchall()]
+            return [parse_job_or_failed(row, time.time()) for row in rows.fetchall()]
 
     @contextmanager
     def _read(self) -> Iterator[sqlite3.Cursor]:
@@ -265,10 +265,10 @@ class SqliteJobStore(OutboxStore):
             yield self._connection.cursor()
 
     @contextmanager
-    def _change(self, *, accepting: bool = False) -> Iterator[sqlite3.Cursor]:
+    def _transaction(self, *, accepting: bool = False) -> Iterator[sqlite3.Cursor]:
         """A transaction: all of it is on the disk at the end, or nothing."""
         with self._read() as cursor, _translate_sqlite_errors("written"):
-            schema.bound(cursor.connection, self._max_bytes, accepting=accepting)
+            schema.limit_size(cursor.connection, self._max_bytes, accepting=accepting)
             cursor.execute("BEGIN IMMEDIATE")
             try:
                 yield cursor
@@ -291,7 +291,7 @@ def _translate_sqlite_errors(what: str) -> Iterator[None]:
         if not full:
             _log.error("the journal cannot be used", attempted=what, reason=str(error))
         why = "it is full (JOB_STORE_BYTES, or the disk)" if full else f"it could not be {what}"
-        raise (_Full if full else JobStoreUnavailable)(
+        raise (_StoreFull if full else JobStoreUnavailable)(
             f"Jobs cannot be written down: {why}.", retry_after=30
         ) from error
     except OSError as error:
@@ -299,11 +299,11 @@ def _translate_sqlite_errors(what: str) -> Iterator[None]:
         raise JobStoreUnavailable(f"Jobs cannot be written down: {error.strerror}.", retry_after=30) from error
 
 
-def _write_end(cursor: sqlite3.Cursor, entry: JobRecord) -> int:
+def _write_end(cursor: sqlite3.Cursor, record: JobRecord) -> int:
     """Write down how a job ended; how many files it had, which are of no more use."""
     cursor.execute(
         "UPDATE jobs SET state = ?1, ended_at = ?2, outcome = ?3, bytes = length(written) + coalesce(length(?3), 0) "
         "WHERE id = ?4",
-        (entry.state, entry.ended_at, written_outcome(entry.outcome), entry.id),
+        (record.state, record.ended_at, dump_outcome(record.outcome), record.id),
     )
-    return cursor.execute("DELETE FROM files WHERE job_id = ?", (entry.id,)).rowcount
+    return cursor.execute("DELETE FROM files WHERE job_id = ?", (record.id,)).rowcount

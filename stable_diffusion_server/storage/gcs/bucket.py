@@ -20,24 +20,25 @@ from stable_diffusion_server.errors import (
     StorageUnavailable,
 )
 from stable_diffusion_server.imaging import is_complete_file, is_image_object
+from stable_diffusion_server.storage.base import Bucket
 from stable_diffusion_server.storage.gcs.errors import (
     FORBIDDEN,
     ConditionFailed,
     Refused,
+    malformed_response,
     translate_gcs_errors,
-    unreadable,
 )
 from stable_diffusion_server.storage.object_headers import cache_control, content_disposition
-from stable_diffusion_server.storage.refusals import error_of_refusal, is_answered
+from stable_diffusion_server.storage.refusals import classify_refusal, is_store_available
 from stable_diffusion_server.types import StoredObject
 
 # An object of this name shows, at each start, that writing is allowed. Later it shows whether a refusal is of one name
 # or of the store.
 PROBE = ".stable-diffusion-server"
 # In the metadata beside the record: which call wrote the object, and its bytes' MD5.
-_WRITER, _SUM = "writer", "md5"
-_LOOKED_AT = 12
-_ROUNDS = 5
+_WRITER, _MD5 = "writer", "md5"
+_SIGNATURE_BYTES = 12
+_MAX_CREATE_ATTEMPTS = 5
 _SCOPE = "https://www.googleapis.com/auth/devstorage.read_write"
 
 
@@ -53,7 +54,7 @@ class GCSOptions:
     timeout: float = 10.0
 
 
-class GCSBucket:
+class GCSBucket(Bucket):
     """Objects of a GCS bucket. Every method is safe from any thread and blocks for network time.
 
     No answer is believed before it was checked: a write by the checksum Google has of it, an object by that or by its
@@ -70,7 +71,7 @@ class GCSBucket:
 
         Raises `StorageUnavailable` with one sentence: no or wrong credentials, no such bucket, denied, no answer.
         """
-        with self._told("write to it", bucket_asked=True):
+        with self._translated_errors("write to it", bucket_asked=True):
             self._bucket = self._bucket or _client(self._options).bucket(self._options.name)
             # Lost when it is there from an earlier start, which shows as much.
             with suppress(ConditionFailed):
@@ -82,67 +83,58 @@ class GCSBucket:
         if self._bucket is not None:
             self._bucket.client.close()
 
-    def health(self) -> str | None:
-        """Nothing is remembered here; every call tells its own fault."""
-        return None
-
-    def check_capacity(self) -> None:
-        """A store without a bound on its size."""
-
     def stat(self, key: str) -> StoredObject | None:
         """The object under `key`, or `None`; one that is empty, cut short or garbage is none."""
-        with self._told("look into it"):
-            blob = self._blob(key)
-            return self._sound(blob) if blob is not None else None
+        with self._translated_errors("look into it"):
+            blob = self._find_blob(key)
+            return self._verified(blob) if blob is not None else None
         return None
-
-    peek = stat
 
     def create(self, key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> tuple[StoredObject, bool]:
         """Store `data` if `key` is absent; the first of several writers wins and the others get what it stored."""
         writer, generation = uuid4().hex, 0
-        for _ in range(_ROUNDS):
+        for _ in range(_MAX_CREATE_ATTEMPTS):
             try:
                 metadata = {**record, _WRITER: writer}
-                return self._upload_named(key, data, content_type, metadata, if_generation_match=generation), True
+                return self._upload_for_caller(key, data, content_type, metadata, if_generation_match=generation), True
             except ConditionFailed:
-                there = self._blob(key)
-            with self._told("look into it"):
+                there = self._find_blob(key)
+            with self._translated_errors("look into it"):
                 if there is None:
                     generation = 0  # removed meanwhile
-                elif (stored := self._sound(there)) is not None or not data:
+                elif (stored := self._verified(there)) is not None or not data:
                     # An answer may be lost on its way and the write repeated: then the one who was first is oneself.
-                    return stored or _stored(there), _writer_of(there) == writer
+                    return stored or _to_stored_object(there), _writer_of(there) == writer
                 else:
                     generation = there.generation  # one that is empty, cut short or garbage gives way
         raise KeyBusy("The storage is busy with other writers of this name.", retry_after=5)
 
     def overwrite(self, key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> StoredObject:
         """Store `data` under `key`; a reader sees the old object or the new one, whole."""
-        return self._upload_named(key, data, content_type, {**record, _WRITER: uuid4().hex})
+        return self._upload_for_caller(key, data, content_type, {**record, _WRITER: uuid4().hex})
 
     def read(self, key: str, start: int = 0, end: int | None = None) -> bytes:
         """Bytes `start` to before `end`. Raises `NotFound`."""
         if end is not None and end <= start:
             return b""
         try:
-            with self._told("read from it", beyond=True):
+            with self._translated_errors("read from it", beyond=True):
                 # Google's ends are included.
                 last = None if end is None else end - 1
-                blob = self._connected().blob(key)
-                data = bytes(blob.download_as_bytes(start=start or None, end=last, **self._patience))
+                blob = self._open_bucket().blob(key)
+                data = bytes(blob.download_as_bytes(start=start or None, end=last, **self._request_options))
                 if not data and not start:
-                    raise unreadable("an object without bytes")
+                    raise malformed_response("an object without bytes")
                 return data
         except Refused as refused:
-            raise error_of_refusal(refused.detail, refused.code, self._look_at_probe) from refused
+            raise classify_refusal(refused.detail, refused.code, self._head_probe) from refused
         return b""
 
     def delete(self, key: str) -> None:
         """Remove the object, if there is one."""
         try:
-            with self._told("delete from it"):
-                self._connected().blob(key).delete(**self._patience)
+            with self._translated_errors("delete from it"):
+                self._open_bucket().blob(key).delete(**self._request_options)
         except NotFound:
             pass  # as wished
         except Refused as refused:  # rights to write without those to delete are no outage
@@ -150,8 +142,8 @@ class GCSBucket:
 
     def list(self, prefix: str = "") -> Iterator[str]:
         """The keys that begin with `prefix`, in order."""
-        with self._told("list it", bucket_asked=True):
-            for blob in self._connected().list_blobs(prefix=prefix, **self._patience):
+        with self._translated_errors("list it", bucket_asked=True):
+            for blob in self._open_bucket().list_blobs(prefix=prefix, **self._request_options):
                 if blob.size and blob.name != self._probe:
                     yield blob.name
 
@@ -163,7 +155,7 @@ class GCSBucket:
         seconds, base = self._options.signed_url_seconds, self._options.base_url
         if not seconds:
             return f"{base}/{quote(key, safe='/')}" if base else None
-        blob = self._connected().blob(key)
+        blob = self._open_bucket().blob(key)
         try:
             return str(blob.generate_signed_url(version="v4", expiration=timedelta(seconds=seconds), method="GET"))
         except (AttributeError, TypeError) as error:
@@ -172,7 +164,7 @@ class GCSBucket:
             ) from error
 
     @property
-    def _patience(self) -> dict[str, Any]:
+    def _request_options(self) -> dict[str, Any]:
         """Seconds to connect and to answer, and Google's own rule for what is worth another try."""
         from google.cloud.storage.retry import DEFAULT_RETRY
 
@@ -180,26 +172,30 @@ class GCSBucket:
         retry = DEFAULT_RETRY.with_timeout(3 * timeout).with_delay(initial=0.2, maximum=2.0)
         return {"timeout": (min(5.0, timeout), timeout), "retry": retry}
 
-    def _blob(self, key: str) -> Any:
+    def _find_blob(self, key: str) -> Any:
         """What is told of the object, or `None`.
 
         Raises `InvalidInput` for a name that is refused while others are not.
         """
         try:
-            return self._ask(key)
+            return self._get_blob(key)
         except Refused as refused:
-            error = error_of_refusal(refused.detail, refused.code, self._look_for_nothing)
-            if isinstance(error, StorageUnavailable) and refused.code == FORBIDDEN and is_answered(self._look_at_probe):
+            error = classify_refusal(refused.detail, refused.code, self._head_absent_probe)
+            if (
+                isinstance(error, StorageUnavailable)
+                and refused.code == FORBIDDEN
+                and is_store_available(self._head_probe)
+            ):
                 return None  # who may not list is told 403 of whatever is absent
             raise error from refused
 
-    def _ask(self, key: str) -> Any:
-        with self._told("look into it"):
-            return self._connected().get_blob(key, **self._patience)
+    def _get_blob(self, key: str) -> Any:
+        with self._translated_errors("look into it"):
+            return self._open_bucket().get_blob(key, **self._request_options)
 
-    def _sound(self, blob: Any) -> StoredObject | None:
+    def _verified(self, blob: Any) -> StoredObject | None:
         """What is told of an object, if it is what was written there, or a picture that someone else put there."""
-        stored, expected = _stored(blob), (blob.metadata or {}).get(_SUM)
+        stored, expected = _to_stored_object(blob), (blob.metadata or {}).get(_MD5)
         if not stored.is_complete:
             return None
         if expected is not None:
@@ -207,26 +203,26 @@ class GCSBucket:
         if not is_image_object(stored.key, stored.content_type):
             return stored
         ends = (
-            self.read(stored.key, 0, _LOOKED_AT),
-            self.read(stored.key, max(0, stored.size - _LOOKED_AT), stored.size),
+            self.read(stored.key, 0, _SIGNATURE_BYTES),
+            self.read(stored.key, max(0, stored.size - _SIGNATURE_BYTES), stored.size),
         )
         return stored if is_complete_file(*ends, stored.size) else None
 
-    def _upload_named(
+    def _upload_for_caller(
         self, key: str, data: bytes, content_type: str, metadata: Mapping[str, str], **condition: int
     ) -> StoredObject:
         """Store under a caller's name. Raises `InvalidInput` for one that is refused while others are not."""
         try:
             return self._upload(key, data, content_type, metadata, **condition)
         except Refused as refused:
-            raise error_of_refusal(refused.detail, refused.code, self._write_probe) from refused
+            raise classify_refusal(refused.detail, refused.code, self._write_probe) from refused
 
-    def _look_for_nothing(self) -> None:
+    def _head_absent_probe(self) -> None:
         """Raises nothing for who may look and list."""
-        self._ask(f"{self._probe}-none")
+        self._get_blob(f"{self._probe}-none")
 
-    def _look_at_probe(self) -> None:
-        self._ask(self._probe)
+    def _head_probe(self) -> None:
+        self._get_blob(self._probe)
 
     def _write_probe(self, **condition: int) -> None:
         """Write the probe as a picture is written: what is wrong with all of them is wrong with it."""
@@ -239,28 +235,30 @@ class GCSBucket:
         from google.api_core.exceptions import PreconditionFailed
 
         expected = base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()
-        with self._told("write to it", bucket_asked=True):
-            blob = self._connected().blob(key)
-            blob.metadata = {**metadata, _SUM: expected}
+        with self._translated_errors("write to it", bucket_asked=True):
+            blob = self._open_bucket().blob(key)
+            blob.metadata = {**metadata, _MD5: expected}
             blob.cache_control = cache_control(metadata)
             blob.content_disposition = content_disposition(key)
             try:
-                blob.upload_from_string(data, content_type, **self._patience, checksum="md5", **condition)
+                blob.upload_from_string(data, content_type, **self._request_options, checksum="md5", **condition)
             except PreconditionFailed as error:
                 raise ConditionFailed("The storage is busy with other writers of this name.", retry_after=5) from error
             if blob.md5_hash == expected and blob.size == len(data):
-                return _stored(blob)
-            there = self._ask(key)
+                return _to_stored_object(blob)
+            there = self._get_blob(key)
             if there is not None and there.size == len(data) and _writer_of(there) == metadata[_WRITER]:
-                return _stored(there)
+                return _to_stored_object(there)
         raise StorageUnavailable("The storage said that it took a picture, and does not have it.", retry_after=30)
 
-    def _connected(self) -> Any:
+    def _open_bucket(self) -> Any:
         if self._bucket is None:
             raise StorageUnavailable("The storage is not opened yet.")
         return self._bucket
 
-    def _told(self, what: str, *, bucket_asked: bool = False, beyond: bool = False) -> AbstractContextManager[None]:
+    def _translated_errors(
+        self, what: str, *, bucket_asked: bool = False, beyond: bool = False
+    ) -> AbstractContextManager[None]:
         return translate_gcs_errors(what, self._options.name, bucket_asked=bucket_asked, beyond=beyond)
 
 
@@ -284,7 +282,7 @@ def _writer_of(blob: Any) -> str | None:
     return (blob.metadata or {}).get(_WRITER)
 
 
-def _stored(blob: Any) -> StoredObject:
+def _to_stored_object(blob: Any) -> StoredObject:
     """The object that an answer tells of. Raises `StorageUnavailable` where a fact of it is missing, or is none."""
     etag, kind, said = (
         blob.etag or blob.generation,
@@ -293,10 +291,10 @@ def _stored(blob: Any) -> StoredObject:
     )
     etag = str(etag).strip('"') if isinstance(etag, str | int) else ""
     if not etag or not isinstance(blob.size, int) or blob.size < 0:
-        raise unreadable("it has no size" if etag else "it has no generation")
+        raise malformed_response("it has no size" if etag else "it has no generation")
     if not (isinstance(kind, str) and f"{kind}{etag}".isascii() and f"{kind}{etag}".isprintable()):  # for a header
-        raise unreadable("its type or its ETag is none")
+        raise malformed_response("its type or its ETag is none")
     if not isinstance(said, dict) or not all(isinstance(text, str) for pair in said.items() for text in pair):
-        raise unreadable("its metadata are none")
-    record = {name: value for name, value in said.items() if name not in (_WRITER, _SUM)}
+        raise malformed_response("its metadata are none")
+    record = {name: value for name, value in said.items() if name not in (_WRITER, _MD5)}
     return StoredObject(blob.name, blob.size, etag, kind, record)

@@ -9,7 +9,7 @@ from http import HTTPStatus
 from stable_diffusion_server.errors import KeyBusy, NotFound, ServerError, StorageUnavailable
 
 # Statuses of 4xx that are of the whole store, whatever the name.
-_OF_THE_STORE = frozenset((401, 404, 405, 407, 408, 429))
+_STORE_WIDE_STATUSES = frozenset((401, 404, 405, 407, 408, 429))
 FORBIDDEN = 403
 
 
@@ -25,7 +25,7 @@ class Refused(StorageUnavailable):
         self.code = code
 
 
-def unreadable(why: str) -> StorageUnavailable:
+def malformed_response(why: str) -> StorageUnavailable:
     """The error for an answer that is none of Google's: a proxy's page, facts that are missing, a body cut short."""
     return StorageUnavailable(f"The storage's answer cannot be understood ({why}).")
 
@@ -51,21 +51,21 @@ def translate_gcs_errors(what: str, name: str, *, bucket_asked: bool = False, be
             "There are no usable credentials for the storage (GOOGLE_APPLICATION_CREDENTIALS)."
         ) from error
     except TransportError as error:  # where keys are made into tokens
-        raise _ours(0, what, name, bucket_asked=bucket_asked, kind=type(error).__name__) from error
+        raise _error_for_status(0, what, name, bucket_asked=bucket_asked, kind=type(error).__name__) from error
     except GoogleAuthError as error:
         raise StorageUnavailable(f"The storage does not accept the credentials ({type(error).__name__}).") from error
     except JSONDecodeError as error:
-        raise unreadable(type(error).__name__) from error
+        raise malformed_response(type(error).__name__) from error
     except (GoogleAPIError, RequestException, OSError) as error:
         code = int(getattr(error, "code", None) or 0)
         if beyond and code == 416:
             return
-        raise _ours(code, what, name, bucket_asked=bucket_asked, kind=type(error).__name__) from error
+        raise _error_for_status(code, what, name, bucket_asked=bucket_asked, kind=type(error).__name__) from error
     except Exception as error:
-        raise unreadable(type(error).__name__) from error
+        raise malformed_response(type(error).__name__) from error
 
 
-def _ours(code: int, what: str, name: str, *, bucket_asked: bool, kind: str) -> ServerError:
+def _error_for_status(code: int, what: str, name: str, *, bucket_asked: bool, kind: str) -> ServerError:
     """The error of ours for one of HTTP's statuses, 0 for no answer."""
     if code == 404 and bucket_asked:
         return StorageUnavailable(f"There is no bucket {name!r} at the storage (BUCKET_NAME).")
@@ -77,7 +77,7 @@ def _ours(code: int, what: str, name: str, *, bucket_asked: bool, kind: str) -> 
         return Refused(f"The storage does not let these credentials {what}: bucket {name!r} (403).", code)
     if code in (429, 503):
         return StorageUnavailable(f"The storage asks to slow down ({code}).", retry_after=5)
-    if HTTPStatus.BAD_REQUEST <= code < HTTPStatus.INTERNAL_SERVER_ERROR and code not in _OF_THE_STORE:
+    if HTTPStatus.BAD_REQUEST <= code < HTTPStatus.INTERNAL_SERVER_ERROR and code not in _STORE_WIDE_STATUSES:
         return Refused(f"The storage refuses this ({code}).", code)
     return StorageUnavailable(
         f"The storage answered with an error ({code})." if code else f"The storage does not answer ({kind})."

@@ -1,4 +1,4 @@
-"""What the history keeps of a picture, and how it is asked. Frozen values; no I/O."""
+"""Value types of the history: one generated image, and a search for images."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True)
 class HistoryEntry:
-    """A picture drawn here. `caller` is the name of the key it was drawn for; `drawn_at` in seconds since 1970, UTC.
+    """A generated image. Field names are column names of the SQLite table.
 
-    `record` is what the picture itself tells where it tells all, as JSON can hold it; `number` counts entries upwards
-    in the order they came, 0 before it is kept.
+    `caller` is the name of the API key, `drawn_at` seconds since 1970 (UTC), `record` the JSON-compatible provenance
+    that `EMBED_METADATA=full` writes into the file. `number` increases in order of insertion; 0 before insertion.
     """
 
     key: str
@@ -30,13 +30,13 @@ class HistoryEntry:
 
 @dataclass(frozen=True, slots=True)
 class HistoryQuery:
-    """Which entries: keys that begin with `folder`, prompts that hold `words`, drawn by `model`, before `before`.
+    """A search: key prefix, text within the prompt, model, request digest, and caller (`None`: all callers).
 
-    Of `caller` alone, unless that is `None`, and with that `digest`, unless it is empty.
+    Empty strings match everything. `before` is an entry number: only older entries are returned, at most `limit`.
     """
 
-    folder: str = ""
-    words: str = ""
+    prefix: str = ""
+    text: str = ""
     model: str = ""
     before: int | None = None
     limit: int = 50

@@ -63,45 +63,47 @@ _DAMAGE = (sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, 
 
 
 class HistoryIndex:
-    """Entries in the file `path`: the newest `most`, none older than `seconds` (0: of any age), one a key.
+    """The newest `max_entries` entries, one per key, none older than `max_age_seconds` (0: no age limit).
 
-    Safe from any thread and for several processes. All raise `StorageUnavailable` when the file cannot be used.
+    Safe from any thread and for several processes. All methods raise `StorageUnavailable` when the file is unusable.
     """
 
-    def __init__(self, path: Path, most: int, seconds: float) -> None:
+    def __init__(self, path: Path, max_entries: int, max_age_seconds: float) -> None:
         self._path = path
-        self._most = most
-        self._seconds = seconds
+        self._max_entries = max_entries
+        self._max_age_seconds = max_age_seconds
 
     def open(self) -> None:
         """Make the table. A file that is no history is put aside: what it held can be lost, pictures cannot."""
         try:
-            self._make()
+            self._create_schema()
         except sqlite3.DatabaseError as error:
             code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF
             if code not in _DAMAGE and not is_blocked(self._path):
-                raise _unusable(error) from error
+                raise _unavailable(error) from error
             quarantine(self._path, str(error))
-            self._make()
+            self._create_schema()
 
     def add(self, entries: Sequence[HistoryEntry]) -> None:
         """Keep entries, the newest last; one under a key that is known takes its place."""
-        with self._connected() as base:
+        with self._transaction() as base:
             base.executemany("DELETE FROM drawn WHERE key = ?", [(entry.key,) for entry in entries])
-            base.executemany(_ADD, [_row(entry) for entry in entries])
-            oldest = base.execute("SELECT number FROM drawn ORDER BY number DESC LIMIT 1 OFFSET ?", (self._most,))
+            base.executemany(_ADD, [_to_row(entry) for entry in entries])
+            oldest = base.execute(
+                "SELECT number FROM drawn ORDER BY number DESC LIMIT 1 OFFSET ?", (self._max_entries,)
+            )
             for (number,) in oldest.fetchall():
                 base.execute("DELETE FROM drawn WHERE number <= ?", (number,))
-            if self._seconds:
-                base.execute("DELETE FROM drawn WHERE drawn_at < ?", (time.time() - self._seconds,))
+            if self._max_age_seconds:
+                base.execute("DELETE FROM drawn WHERE drawn_at < ?", (time.time() - self._max_age_seconds,))
 
-    def search(self, wanted: HistoryQuery) -> list[HistoryEntry]:
+    def search(self, query: HistoryQuery) -> list[HistoryEntry]:
         """The entries asked for, the newest first."""
-        folder, words = wanted.folder, wanted.words.casefold()
+        folder, words = query.prefix, query.text.casefold()
         if "\0" in words:
             return []  # no prompt holds one, and FTS5 would read what stands before it alone
         trigrams, within = _trigrams(words), (folder, folder + _AFTER_ALL)
-        with self._connected() as base:
+        with self._transaction() as base:
             # The index of keys finds a small folder at once, and is the slow way through one that holds nearly all.
             (held,) = base.execute(_HELD, (*within, _FEW)).fetchone()
         few = held < _FEW
@@ -110,33 +112,33 @@ class HistoryIndex:
             _WITHIN if few else _WITHIN_UNINDEXED: within if folder else None,
             "number IN (SELECT rowid FROM drawn_words WHERE drawn_words MATCH ?)": (trigrams,) if trigrams else None,
             "instr(words, ?) > 0": (words,) if words else None,
-            "model = ?": (wanted.model,) if wanted.model else None,
-            "caller = ?": (wanted.caller,) if wanted.caller is not None else None,
-            "digest = ?": (wanted.digest,) if wanted.digest else None,
-            "number < ?": (wanted.before,) if wanted.before is not None else None,
-            "+drawn_at >= ?": (time.time() - self._seconds,) if self._seconds else None,
+            "model = ?": (query.model,) if query.model else None,
+            "caller = ?": (query.caller,) if query.caller is not None else None,
+            "digest = ?": (query.digest,) if query.digest else None,
+            "number < ?": (query.before,) if query.before is not None else None,
+            "+drawn_at >= ?": (time.time() - self._max_age_seconds,) if self._max_age_seconds else None,
         }
         asked = {term: values for term, values in terms.items() if values is not None}
         where = f" WHERE {' AND '.join(asked)}" if asked else ""
         given = [value for values in asked.values() for value in values]
-        with self._connected() as base:
-            rows = base.execute(f"{_SHOW}{where} ORDER BY number DESC LIMIT ?", (*given, wanted.limit))
-            return [entry for row in rows if (entry := _entry(row)) is not None]
+        with self._transaction() as base:
+            rows = base.execute(f"{_SHOW}{where} ORDER BY number DESC LIMIT ?", (*given, query.limit))
+            return [entry for row in rows if (entry := _parse_entry(row)) is not None]
 
     def find(self, column: str, value: str) -> HistoryEntry | None:
         """The newest entry whose `key` or `digest` is this."""
         if column not in ("key", "digest"):
             raise ValueError(f"not a column to find by: {column}")
-        with self._connected() as base:
+        with self._transaction() as base:
             row = base.execute(f"{_SHOW} WHERE {column} = ? ORDER BY number DESC LIMIT 1", (value,)).fetchone()
-            return _entry(row) if row is not None else None
+            return _parse_entry(row) if row is not None else None
 
-    def forget(self, key: str) -> None:
+    def delete(self, key: str) -> None:
         """Keep nothing of this key."""
-        with self._connected() as base:
+        with self._transaction() as base:
             base.execute("DELETE FROM drawn WHERE key = ?", (key,))
 
-    def _make(self) -> None:
+    def _create_schema(self) -> None:
         with closing(sqlite3.connect(self._path, timeout=_BUSY_SECONDS)) as base:
             base.execute("PRAGMA journal_mode = WAL")
             base.executescript(_TABLE)
@@ -148,14 +150,14 @@ class HistoryIndex:
                 raise sqlite3.DatabaseError(f"its pages are damaged: {told}")
 
     @contextmanager
-    def _connected(self) -> Iterator[sqlite3.Connection]:
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
         """A connection whose changes are kept together, or not at all."""
         try:
             with closing(sqlite3.connect(f"file:{self._path}?mode=rw", uri=True, timeout=_BUSY_SECONDS)) as base, base:
                 base.execute("PRAGMA synchronous = NORMAL")
                 yield base
         except sqlite3.Error as error:
-            raise _unusable(error) from error
+            raise _unavailable(error) from error
 
 
 def _trigrams(words: str) -> str:
@@ -165,13 +167,13 @@ def _trigrams(words: str) -> str:
     return " AND ".join('"' + row.replace('"', '""') + '"' for row in spread)
 
 
-def _row(entry: HistoryEntry) -> tuple[object, ...]:
+def _to_row(entry: HistoryEntry) -> tuple[object, ...]:
     values = {name: getattr(entry, name) for name in _COLUMNS}
     values["record"] = json.dumps(entry.record, ensure_ascii=False)
     return (entry.prompt.casefold(), *values.values())
 
 
-def _entry(row: Sequence[object]) -> HistoryEntry | None:
+def _parse_entry(row: Sequence[object]) -> HistoryEntry | None:
     """The entry of a row; nothing for one that is damaged, which is told in the log."""
     number, *values = row
     told = dict(zip(_COLUMNS, values, strict=True))
@@ -187,5 +189,5 @@ def _entry(row: Sequence[object]) -> HistoryEntry | None:
     return replace(entry, record=record)
 
 
-def _unusable(error: Exception) -> StorageUnavailable:
+def _unavailable(error: Exception) -> StorageUnavailable:
     return StorageUnavailable(f"The history cannot be used ({type(error).__name__}: {error}).", retry_after=30)

@@ -29,8 +29,8 @@ class HistoryWriter:
 
     def __init__(self, index: HistoryIndex | None) -> None:
         self._index = index
-        self._waiting: Queue[HistoryEntry | threading.Event] = Queue(_WAITING)
-        self._thread = threading.Thread(target=self._write_until_told, name="history", daemon=True)
+        self._queue: Queue[HistoryEntry | threading.Event] = Queue(_WAITING)
+        self._thread = threading.Thread(target=self._run, name="history", daemon=True)
         self._stop = threading.Event()
         self._opened = False
 
@@ -42,10 +42,10 @@ class HistoryWriter:
     def close(self) -> None:
         """Write what waits, and end."""
         if self._thread.is_alive():
-            self._settle()
+            self._flush()
             self._stop.set()
             with suppress(Full):
-                self._waiting.put_nowait(threading.Event())  # wakes it
+                self._queue.put_nowait(threading.Event())  # wakes it
             self._thread.join(_SETTLE_SECONDS)
 
     def record(self, entry: HistoryEntry) -> None:
@@ -53,64 +53,64 @@ class HistoryWriter:
         if self._index is None:
             return
         try:
-            self._waiting.put_nowait(entry)
+            self._queue.put_nowait(entry)
         except Full:
             _log.warning("the history is behind; a picture is left out of it", key=entry.key)
 
-    def search(self, wanted: HistoryQuery) -> list[HistoryEntry]:
+    def search(self, query: HistoryQuery) -> list[HistoryEntry]:
         """The entries asked for, the newest first. Blocks; raises `StorageUnavailable`."""
-        index = self._settled()
-        return index.search(wanted) if index is not None else []
+        index = self._flushed_index()
+        return index.search(query) if index is not None else []
 
     def find(self, column: str, value: str) -> HistoryEntry | None:
         """The newest entry whose `key` or `digest` is this. Blocks; `None` as well when the index is of no use."""
         try:
-            index = self._settled()
+            index = self._flushed_index()
             return index.find(column, value) if index is not None else None
         except ServerError as error:
             _log.warning("the history cannot be read", reason=error.detail)
             return None
 
-    def forget(self, key: str) -> None:
+    def delete(self, key: str) -> None:
         """Keep nothing of this key. Blocks; an index of no use is logged."""
         try:
-            index = self._settled()
+            index = self._flushed_index()
             if index is not None:
-                index.forget(key)
+                index.delete(key)
         except ServerError as error:
             _log.warning("a deleted picture stays in the history", key=key, reason=error.detail)
 
-    def _settled(self) -> HistoryIndex | None:
-        self._settle()
+    def _flushed_index(self) -> HistoryIndex | None:
+        self._flush()
         return self._index
 
-    def _settle(self) -> None:
+    def _flush(self) -> None:
         """Wait until what was recorded so far is written, for a moment at the most."""
         if not self._thread.is_alive():
             return
         mark = threading.Event()
         try:
-            self._waiting.put_nowait(mark)
+            self._queue.put_nowait(mark)
         except Full:
             return
         mark.wait(_SETTLE_SECONDS)
 
-    def _write_until_told(self) -> None:
+    def _run(self) -> None:
         self._write([])
         while not self._stop.is_set():
-            taken = self._taken()
+            taken = self._next_batch()
             self._write([each for each in taken if isinstance(each, HistoryEntry)])
             for each in taken:
                 if isinstance(each, threading.Event):
                     each.set()
 
-    def _taken(self) -> list[HistoryEntry | threading.Event]:
+    def _next_batch(self) -> list[HistoryEntry | threading.Event]:
         """What is to be written together: all that comes within a moment, or until someone waits for it."""
-        taken = [self._waiting.get()]
+        taken = [self._queue.get()]
         until = time.monotonic() + _GATHER_SECONDS
         with suppress(Empty):
             while len(taken) < _TOGETHER and not isinstance(taken[-1], threading.Event):
-                taken.append(self._waiting.get(timeout=max(0.0, until - time.monotonic())))
+                taken.append(self._queue.get(timeout=max(0.0, until - time.monotonic())))
         return taken
 
     def _write(self, entries: list[HistoryEntry]) -> None:

@@ -20,18 +20,19 @@ from stable_diffusion_server.errors import (
     StorageUnavailable,
 )
 from stable_diffusion_server.imaging import is_complete_file, is_image_object
+from stable_diffusion_server.storage.base import Bucket
 from stable_diffusion_server.storage.object_headers import cache_control, content_disposition
-from stable_diffusion_server.storage.refusals import error_of_refusal, is_answered
+from stable_diffusion_server.storage.refusals import classify_refusal, is_store_available
 from stable_diffusion_server.storage.s3 import objects
 from stable_diffusion_server.storage.s3.client import S3Options, make_client
 from stable_diffusion_server.storage.s3.errors import (
     FORBIDDEN,
-    BeyondTheEnd,
     ConditionFailed,
     NotSupported,
+    RangeNotSatisfiable,
     Refused,
+    malformed_response,
     translate_s3_errors,
-    unreadable,
 )
 from stable_diffusion_server.types import StoredObject
 
@@ -40,12 +41,12 @@ _log = structlog.get_logger(__name__)
 # An object of this name shows, at each start, that writing is allowed and what a conditional write does here. Later it
 # shows whether a refusal is of one name or of the store.
 PROBE = ".stable-diffusion-server"
-_ROUNDS = 5
-_LOOKED_AT = 12
-_BROKEN_KNOWN = 1024
+_MAX_CREATE_ATTEMPTS = 5
+_SIGNATURE_BYTES = 12
+_BROKEN_CACHE_SIZE = 1024
 
 
-class S3Bucket:
+class S3Bucket(Bucket):
     """Objects of an S3 bucket. Every method is safe from any thread and blocks for network time.
 
     No answer is believed before it was checked: a write by its ETag or a look at what is stored, an object by its
@@ -57,9 +58,9 @@ class S3Bucket:
         self._probe = f"{options.prefix.strip('/')}/{PROBE}".lstrip("/")
         self._client: Any = None
         self._conditional = True
-        self._one_by_one = threading.Lock()
+        self._create_lock = threading.Lock()
         # Whether the last write's ETag was an MD5: not every store has such ones.
-        self._etags_are_sums = True
+        self._etags_are_md5 = True
         # ETags of objects that turned out to be broken when they were read.
         self._broken: OrderedDict[str, str] = OrderedDict()
 
@@ -69,9 +70,9 @@ class S3Bucket:
         Raises `StorageUnavailable` with one sentence: no or wrong credentials, no such bucket, denied, no answer, or
         one that no S3 store gives.
         """
-        with self._told("write to it"):
+        with self._translated_errors("write to it"):
             self._client = self._client or make_client(self._options)
-        self._conditional = self._tries_conditional_writes()
+        self._conditional = self._supports_conditional_writes()
         if not self._conditional:
             _log.warning(
                 "the storage ignores conditional writes: of two servers that store one name at once, the last one wins"
@@ -82,73 +83,64 @@ class S3Bucket:
         if self._client is not None:
             self._client.close()
 
-    def health(self) -> str | None:
-        """Nothing is remembered here; every call tells its own fault."""
-        return None
-
-    def check_capacity(self) -> None:
-        """A store without a bound on its size."""
-
     def stat(self, key: str) -> StoredObject | None:
         """The object under `key`, or `None`; one that is empty, cut short or garbage is none."""
         head = self._head(key)
-        return self._sound(key, head) if head is not None else None
-
-    peek = stat
+        return self._verified(key, head) if head is not None else None
 
     def create(self, key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> tuple[StoredObject, bool]:
         """Store `data` if `key` is absent; the first of several writers wins and the others get what it stored."""
         if not self._conditional:
-            return self._create_unguarded(key, data, content_type, record)
-        about, condition = self._about(key, data, content_type, record), {"IfNoneMatch": "*"}
-        for turn in range(_ROUNDS):
+            return self._create_unconditionally(key, data, content_type, record)
+        arguments, condition = self._put_arguments(key, data, content_type, record), {"IfNoneMatch": "*"}
+        for turn in range(_MAX_CREATE_ATTEMPTS):
             try:
-                return self._put_named(about, data, record, **condition), True
+                return self._put_for_caller(arguments, data, record, **condition), True
             except ConditionFailed:
                 head = self._head(key)
             if head is None:
                 condition = {"IfNoneMatch": "*"}  # removed meanwhile, or another writer is at it right now
                 time.sleep(0.05 * turn)
-            elif (there := self._sound(key, head)) is not None or not data:
+            elif (there := self._verified(key, head)) is not None or not data:
                 # An answer may be lost on its way and the write repeated: then the one who was first is oneself.
                 return there or objects.to_stored_object(key, head), objects.metadata_of(head).get(
                     objects.WRITER
-                ) == about["Metadata"][objects.WRITER]
+                ) == arguments["Metadata"][objects.WRITER]
             else:
                 condition = {"IfMatch": head["ETag"]}  # one that is empty, cut short or garbage gives way
         raise KeyBusy("The storage is busy with other writers of this name.", retry_after=5)
 
     def overwrite(self, key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> StoredObject:
         """Store `data` under `key`; a reader sees the old object or the new one, whole."""
-        return self._put_named(self._about(key, data, content_type, record), data, record)
+        return self._put_for_caller(self._put_arguments(key, data, content_type, record), data, record)
 
     def read(self, key: str, start: int = 0, end: int | None = None) -> bytes:
         """Bytes `start` to before `end`. Raises `NotFound`, and for a whole object that is not what was written."""
         if end is not None and end <= start:
             return b""
         try:
-            with self._told("read from it", named=True):
+            with self._translated_errors("read from it", named=True):
                 return self._read(key, start, end)
-        except BeyondTheEnd:
+        except RangeNotSatisfiable:
             return b""
         except Refused as refused:
-            raise error_of_refusal(refused.detail, refused.code, self._look_at_probe) from refused
+            raise classify_refusal(refused.detail, refused.code, self._head_probe) from refused
 
     def delete(self, key: str) -> None:
         """Remove the object, if there is one."""
         try:
-            with suppress(NotFound), self._told("delete from it", named=True):
-                self._connected().delete_object(Bucket=self._options.name, Key=key)
+            with suppress(NotFound), self._translated_errors("delete from it", named=True):
+                self._open_client().delete_object(Bucket=self._options.name, Key=key)
         except Refused as refused:  # rights to write without those to delete are no outage
             raise StorageRefused(refused.detail) from refused
 
     def list(self, prefix: str = "") -> Iterator[str]:
         """The keys that begin with `prefix`, in order."""
-        with self._told("list it"):
-            pages = self._connected().get_paginator("list_objects_v2")
+        with self._translated_errors("list it"):
+            pages = self._open_client().get_paginator("list_objects_v2")
             for page in pages.paginate(Bucket=self._options.name, Prefix=prefix):
                 if not {"Name", "KeyCount", "Contents"} & set(page):
-                    raise unreadable("it is no list of objects")
+                    raise malformed_response("it is no list of objects")
                 for item in page.get("Contents", ()):
                     if item["Size"] and item["Key"] != self._probe:
                         yield item["Key"]
@@ -161,9 +153,9 @@ class S3Bucket:
         seconds, base = self._options.signed_url_seconds, self._options.base_url
         if not seconds:
             return f"{base}/{quote(key, safe='/')}" if base else None
-        with self._told("sign for it"):
+        with self._translated_errors("sign for it"):
             named = {"Bucket": self._options.name, "Key": key}
-            return str(self._connected().generate_presigned_url("get_object", Params=named, ExpiresIn=seconds))
+            return str(self._open_client().generate_presigned_url("get_object", Params=named, ExpiresIn=seconds))
 
     def _head(self, key: str) -> Any:
         """The answer to HEAD, or `None` where nothing is there.
@@ -171,36 +163,40 @@ class S3Bucket:
         Raises `InvalidInput` for a name that is refused while others are not.
         """
         try:
-            return self._ask_head(key)
+            return self._head_or_raise(key)
         except NotFound:
             return None
         except Refused as refused:
-            error = error_of_refusal(refused.detail, refused.code, self._look_for_nothing)
-            if isinstance(error, StorageUnavailable) and refused.code in FORBIDDEN and is_answered(self._look_at_probe):
+            error = classify_refusal(refused.detail, refused.code, self._head_absent_probe)
+            if (
+                isinstance(error, StorageUnavailable)
+                and refused.code in FORBIDDEN
+                and is_store_available(self._head_probe)
+            ):
                 return None  # who may not list is told 403 of whatever is absent
             raise error from refused
 
-    def _ask_head(self, key: str) -> Any:
-        with self._told("look into it", named=True):
-            return self._connected().head_object(Bucket=self._options.name, Key=key)
+    def _head_or_raise(self, key: str) -> Any:
+        with self._translated_errors("look into it", named=True):
+            return self._open_client().head_object(Bucket=self._options.name, Key=key)
 
-    def _sound(self, key: str, head: Any) -> StoredObject | None:
+    def _verified(self, key: str, head: Any) -> StoredObject | None:
         """What HEAD told of, if it is what was written there, or a picture that someone else put there."""
         stored, metadata = objects.to_stored_object(key, head), objects.metadata_of(head)
         if not stored.is_complete or self._broken.get(key) == stored.etag:
             return None
-        if objects.SUM in metadata:
-            comparable = self._etags_are_sums and not objects.is_encrypted_otherwise(head)
-            if not comparable or "-" in metadata[objects.SUM] + stored.etag or metadata[objects.SUM] == stored.etag:
+        if objects.MD5 in metadata:
+            comparable = self._etags_are_md5 and not objects.has_opaque_etag(head)
+            if not comparable or "-" in metadata[objects.MD5] + stored.etag or metadata[objects.MD5] == stored.etag:
                 return stored
             # Read before it is called broken: not every store's ETag is what it looks like.
-            return stored if self._reads_well(key) else None
+            return stored if self._is_readable(key) else None
         if not is_image_object(key, stored.content_type):
             return stored
-        ends = self.read(key, 0, _LOOKED_AT), self.read(key, max(0, stored.size - _LOOKED_AT), stored.size)
+        ends = self.read(key, 0, _SIGNATURE_BYTES), self.read(key, max(0, stored.size - _SIGNATURE_BYTES), stored.size)
         return stored if is_complete_file(*ends, stored.size) else None
 
-    def _reads_well(self, key: str) -> bool:
+    def _is_readable(self, key: str) -> bool:
         try:
             self.read(key)
         except NotFound:
@@ -210,78 +206,82 @@ class S3Bucket:
     def _read(self, key: str, start: int, end: int | None) -> bytes:
         whole = not start and end is None
         part = {} if whole else {"Range": f"bytes={start}-{'' if end is None else end - 1}"}
-        answer = self._connected().get_object(Bucket=self._options.name, Key=key, **part)
-        data = objects.bytes_of(answer, start, end)
-        expected = objects.metadata_of(answer).get(objects.SUM) if whole else None
-        if expected is not None and expected != objects.sum_of(data):
+        answer = self._open_client().get_object(Bucket=self._options.name, Key=key, **part)
+        data = objects.read_body(answer, start, end)
+        expected = objects.metadata_of(answer).get(objects.MD5) if whole else None
+        if expected is not None and expected != objects.expected_etag(data):
             self._broken[key] = objects.etag_of(answer)
-            while len(self._broken) > _BROKEN_KNOWN:
+            while len(self._broken) > _BROKEN_CACHE_SIZE:
                 self._broken.popitem(last=False)
             raise NotFound("What is stored under this name is not what was written there.")
         return data
 
-    def _about(self, key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> dict[str, Any]:
+    def _put_arguments(self, key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> dict[str, Any]:
         return {
             "Bucket": self._options.name,
             "Key": key,
             "ContentType": content_type,
-            "Metadata": {**objects.to_metadata(record), objects.WRITER: uuid4().hex, objects.SUM: objects.sum_of(data)},
+            "Metadata": {
+                **objects.to_metadata(record),
+                objects.WRITER: uuid4().hex,
+                objects.MD5: objects.expected_etag(data),
+            },
             "CacheControl": cache_control(record),
             "ContentDisposition": content_disposition(key),
             **({"ACL": self._options.acl} if self._options.acl else {}),
         }
 
-    def _put_named(
-        self, about: dict[str, Any], data: bytes, record: Mapping[str, str], **condition: str
+    def _put_for_caller(
+        self, arguments: dict[str, Any], data: bytes, record: Mapping[str, str], **condition: str
     ) -> StoredObject:
         """Put under a caller's name. Raises `InvalidInput` for one that is refused while others are not."""
         try:
-            return self._put(about, data, record, **condition)
+            return self._put(arguments, data, record, **condition)
         except Refused as refused:
-            raise error_of_refusal(refused.detail, refused.code, self._write_probe) from refused
+            raise classify_refusal(refused.detail, refused.code, self._write_probe) from refused
 
-    def _put(self, about: dict[str, Any], data: bytes, record: Mapping[str, str], **condition: str) -> StoredObject:
-        with self._told("write to it"):
-            etag = objects.etag_of(objects.send(self._connected(), about, data, condition))
-        self._etags_are_sums = etag == about["Metadata"][objects.SUM]
-        if not self._etags_are_sums:
-            etag = self._etag_as_stored(about, len(data))
-        return StoredObject(about["Key"], len(data), etag, about["ContentType"], dict(record))
+    def _put(self, arguments: dict[str, Any], data: bytes, record: Mapping[str, str], **condition: str) -> StoredObject:
+        with self._translated_errors("write to it"):
+            etag = objects.etag_of(objects.put_object(self._open_client(), arguments, data, condition))
+        self._etags_are_md5 = etag == arguments["Metadata"][objects.MD5]
+        if not self._etags_are_md5:
+            etag = self._verify_written(arguments, len(data))
+        return StoredObject(arguments["Key"], len(data), etag, arguments["ContentType"], dict(record))
 
-    def _etag_as_stored(self, about: dict[str, Any], size: int) -> str:
+    def _verify_written(self, arguments: dict[str, Any], size: int) -> str:
         """The ETag of what was just written, where the answer to the write does not prove that it was."""
         try:
-            head = self._ask_head(about["Key"])
+            head = self._head_or_raise(arguments["Key"])
         except NotFound:
             head = {}
         if (
             head.get("ContentLength") != size
-            or objects.metadata_of(head).get(objects.WRITER) != about["Metadata"][objects.WRITER]
+            or objects.metadata_of(head).get(objects.WRITER) != arguments["Metadata"][objects.WRITER]
         ):
             raise StorageUnavailable("The storage said that it took a picture, and does not have it.", retry_after=30)
-        return objects.to_stored_object(about["Key"], head).etag
+        return objects.to_stored_object(arguments["Key"], head).etag
 
-    def _look_for_nothing(self) -> None:
+    def _head_absent_probe(self) -> None:
         """Raises `NotFound` for who may look and list."""
-        self._ask_head(f"{self._probe}-none")
+        self._head_or_raise(f"{self._probe}-none")
 
-    def _look_at_probe(self) -> None:
-        self._ask_head(self._probe)
+    def _head_probe(self) -> None:
+        self._head_or_raise(self._probe)
 
     def _write_probe(self, **condition: str) -> None:
         """Write the probe as a picture is written: what is wrong with all of them is wrong with it."""
         data = b"writable"
-        self._put(self._about(self._probe, data, "text/plain", {}), data, {}, **condition)
+        self._put(self._put_arguments(self._probe, data, "text/plain", {}), data, {}, **condition)
 
-    def _create_unguarded(
+    def _create_unconditionally(
         self, key: str, data: bytes, content_type: str, record: Mapping[str, str]
     ) -> tuple[StoredObject, bool]:
         """Look, then write: the best there is without conditional writes, and exact within this process."""
-        with self._one_by_one:
+        with self._create_lock:
             there = self.stat(key)
             return (there, False) if there is not None else (self.overwrite(key, data, content_type, record), True)
 
-    def _tries_conditional_writes(self) -> bool:
+    def _supports_conditional_writes(self) -> bool:
         """Whether a second write under a condition is refused, as it must be. Raises what writing raises."""
         for _ in range(2):
             try:
@@ -292,10 +292,10 @@ class S3Bucket:
                 self._write_probe()
         return False
 
-    def _connected(self) -> Any:
+    def _open_client(self) -> Any:
         if self._client is None:
             raise StorageUnavailable("The storage is not opened yet.")
         return self._client
 
-    def _told(self, what: str, *, named: bool = False) -> AbstractContextManager[None]:
+    def _translated_errors(self, what: str, *, named: bool = False) -> AbstractContextManager[None]:
         return translate_s3_errors(what, self._options.name, named=named)

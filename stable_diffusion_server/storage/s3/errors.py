@@ -9,15 +9,17 @@ from typing import Any
 
 from stable_diffusion_server.errors import KeyBusy, NotFound, ServerError, StorageUnavailable
 
-_WRONG_KEYS = frozenset(
+_CREDENTIAL_CODES = frozenset(
     "InvalidAccessKeyId SignatureDoesNotMatch InvalidToken ExpiredToken AuthFailure Unauthorized 401 "
     "TokenRefreshRequired AuthorizationHeaderMalformed InvalidSecurity".split()
 )
-_SLOW = frozenset("SlowDown Throttling ThrottlingException RequestLimitExceeded TooManyRequests 429 503".split())
-_LOST = frozenset("PreconditionFailed 412 ConditionalRequestConflict OperationAborted 409".split())
-_UNKNOWN_HERE = frozenset("NotImplemented 501".split())
+_THROTTLE_CODES = frozenset(
+    "SlowDown Throttling ThrottlingException RequestLimitExceeded TooManyRequests 429 503".split()
+)
+_CONFLICT_CODES = frozenset("PreconditionFailed 412 ConditionalRequestConflict OperationAborted 409".split())
+_UNSUPPORTED_CODES = frozenset("NotImplemented 501".split())
 # Refusals with a status of 4xx that are of the whole store, whatever the name.
-_OF_THE_STORE = frozenset(
+_STORE_WIDE_CODES = frozenset(
     "AllAccessDisabled AccountProblem InvalidBucketName NoSuchUpload RequestTimeout 404 405 407 408".split()
 )
 FORBIDDEN = frozenset("AccessDenied Forbidden 403".split())
@@ -27,7 +29,7 @@ class ConditionFailed(KeyBusy):
     """Someone else was there first, or is there right now."""
 
 
-class BeyondTheEnd(StorageUnavailable):
+class RangeNotSatisfiable(StorageUnavailable):
     """A range that begins after the object's last byte."""
 
 
@@ -43,43 +45,43 @@ class Refused(StorageUnavailable):
         self.code = code
 
 
-def _ours(code: str, status: int, what: str, name: str, *, named: bool) -> ServerError:
+def _error_for_code(code: str, status: int, what: str, name: str, *, named: bool) -> ServerError:
     """The error of ours for one of S3's codes; see `told`."""
-    if code in _LOST:
+    if code in _CONFLICT_CODES:
         return ConditionFailed("The storage is busy with other writers of this name.", retry_after=5)
     if code in ("InvalidRange", "416"):
-        return BeyondTheEnd("The object is shorter.")
+        return RangeNotSatisfiable("The object is shorter.")
     if code == "NoSuchBucket":
         return StorageUnavailable(f"There is no bucket {name!r} at the storage (BUCKET_NAME).")
     if named and code in ("NoSuchKey", "404"):
         return NotFound("There is no picture under this name.")
-    if code in _WRONG_KEYS:
+    if code in _CREDENTIAL_CODES:
         return StorageUnavailable(f"The storage does not accept the credentials ({code}).")
     if code == "RequestTimeTooSkewed":
         return StorageUnavailable(f"This machine's clock is too far from the storage's to sign for it ({code}).")
-    if code in _SLOW:
+    if code in _THROTTLE_CODES:
         return StorageUnavailable(f"The storage asks to slow down ({code}).", retry_after=5)
-    if code in _UNKNOWN_HERE:
+    if code in _UNSUPPORTED_CODES:
         return NotSupported(f"The storage does not know what it was asked ({code}).")
     if code in FORBIDDEN:
         return Refused(f"The storage does not let these credentials {what}: bucket {name!r} ({code}).", code)
-    if HTTPStatus.BAD_REQUEST <= status < HTTPStatus.INTERNAL_SERVER_ERROR and code not in _OF_THE_STORE:
+    if HTTPStatus.BAD_REQUEST <= status < HTTPStatus.INTERNAL_SERVER_ERROR and code not in _STORE_WIDE_CODES:
         return Refused(f"The storage refuses this ({code}).", code)
     return StorageUnavailable(f"The storage answered with an error ({code}).")
 
 
-def _unreached(kind: str) -> StorageUnavailable:
+def _connection_error(kind: str) -> StorageUnavailable:
     if kind in ("NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "ProfileNotFound"):
         names = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
         return StorageUnavailable(f"There are no credentials for the storage; {names} are one way ({kind}).")
     if kind == "ParamValidationError":
         return Refused(f"The storage's client refuses this ({kind}).", kind)
     if kind == "ResponseParserError":
-        return unreadable(kind)
+        return malformed_response(kind)
     return StorageUnavailable(f"The storage does not answer ({kind}).")
 
 
-def unreadable(why: str) -> StorageUnavailable:
+def malformed_response(why: str) -> StorageUnavailable:
     """The error for an answer that is none of S3's: a proxy's page, headers that are missing, a body cut short."""
     return StorageUnavailable(f"The storage's answer cannot be understood ({why}).")
 
@@ -99,12 +101,12 @@ def translate_s3_errors(what: str, name: str, *, named: bool = False) -> Iterato
     except ClientError as error:
         response: dict[str, Any] = getattr(error, "response", None) or {}
         status = (response.get("ResponseMetadata") or {}).get("HTTPStatusCode") or 0
-        raise _ours(
+        raise _error_for_code(
             str((response.get("Error") or {}).get("Code") or status), int(status), what, name, named=named
         ) from error
     except BotoCoreError as error:
-        raise _unreached(type(error).__name__) from error
+        raise _connection_error(type(error).__name__) from error
     except OSError as error:
         raise StorageUnavailable(f"The storage does not answer ({type(error).__name__}).") from error
     except Exception as error:
-        raise unreadable(type(error).__name__) from error
+        raise malformed_response(type(error).__name__) from error

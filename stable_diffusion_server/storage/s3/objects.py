@@ -12,15 +12,15 @@ from typing import Any
 from urllib.parse import quote, unquote
 
 from stable_diffusion_server.errors import StorageRefused
-from stable_diffusion_server.storage.s3.errors import unreadable
+from stable_diffusion_server.storage.s3.errors import malformed_response
 from stable_diffusion_server.types import StoredObject
 
 PART_BYTES = 16 * 2**20
 # S3's bound on what an object tells about itself, names and values together.
 RECORD_MAX_BYTES = 2048
 # In the metadata beside the record: which call wrote the object, and the ETag it has where an ETag is an MD5.
-WRITER, SUM = "writer", "md5"
-_OURS_BYTES = 128
+WRITER, MD5 = "writer", "md5"
+_RESERVED_BYTES = 128
 _PLAIN = "".join(set(string.printable) - set("%" + string.whitespace)) + " "
 
 
@@ -30,10 +30,10 @@ def to_metadata(record: Mapping[str, str]) -> dict[str, str]:
     metadata = {
         name: quote(value, safe=_PLAIN if value == value.strip() else _PLAIN.strip()) for name, value in record.items()
     }
-    if sum(len(name) + len(value) for name, value in metadata.items()) > RECORD_MAX_BYTES - _OURS_BYTES:
+    if sum(len(name) + len(value) for name, value in metadata.items()) > RECORD_MAX_BYTES - _RESERVED_BYTES:
         raise StorageRefused(f"The picture's record has more than the {RECORD_MAX_BYTES} bytes that a store takes.")
-    if any(name != name.lower() or name in (WRITER, SUM) for name in metadata):
-        raise ValueError(f"names in a record are lower case, and {WRITER!r} and {SUM!r} are taken")
+    if any(name != name.lower() or name in (WRITER, MD5) for name in metadata):
+        raise ValueError(f"names in a record are lower case, and {WRITER!r} and {MD5!r} are taken")
     return metadata
 
 
@@ -51,12 +51,12 @@ def to_stored_object(key: str, head: Mapping[str, Any]) -> StoredObject:
     """The object that an answer to HEAD tells of. Raises `StorageUnavailable` where it lacks an ETag or a length."""
     etag, size = etag_of(head), head.get("ContentLength")
     if not etag or not isinstance(size, int):
-        raise unreadable("it has no ETag" if not etag else "it has no length")
-    record = {name: unquote(value) for name, value in metadata_of(head).items() if name not in (WRITER, SUM)}
+        raise malformed_response("it has no ETag" if not etag else "it has no length")
+    record = {name: unquote(value) for name, value in metadata_of(head).items() if name not in (WRITER, MD5)}
     return StoredObject(key, size, etag, str(head.get("ContentType") or "application/octet-stream"), record)
 
 
-def bytes_of(answer: Mapping[str, Any], start: int, end: int | None) -> bytes:
+def read_body(answer: Mapping[str, Any], start: int, end: int | None) -> bytes:
     """The bytes in an answer to GET, `start` to before `end` of the object.
 
     Raises `StorageUnavailable` for an answer that no store gives of a picture, and what reading it raises.
@@ -64,20 +64,20 @@ def bytes_of(answer: Mapping[str, Any], start: int, end: int | None) -> bytes:
     with answer["Body"] as body:
         data = bytes(body.read())
     if not etag_of(answer):
-        raise unreadable("it has no ETag")
+        raise malformed_response("it has no ETag")
     if answer["ResponseMetadata"]["HTTPStatusCode"] == HTTPStatus.PARTIAL_CONTENT:
         return data
     if not data:
-        raise unreadable("an object without bytes")
+        raise malformed_response("an object without bytes")
     return data[start:end]  # all of it, also from a store, or a proxy, that knows no ranges
 
 
-def is_encrypted_otherwise(head: Mapping[str, Any]) -> bool:
+def has_opaque_etag(head: Mapping[str, Any]) -> bool:
     """Whether the object is encrypted so that its ETag is no MD5 (SSE-KMS, SSE-C)."""
     return "kms" in str(head.get("ServerSideEncryption")) or bool(head.get("SSECustomerAlgorithm"))
 
 
-def sum_of(data: bytes) -> str:
+def expected_etag(data: bytes) -> str:
     """The ETag of these bytes in a store whose ETags are MD5s, in one piece or sent in parts."""
     if len(data) <= PART_BYTES:
         return _md5(data).hex()
@@ -85,16 +85,16 @@ def sum_of(data: bytes) -> str:
     return f"{_md5(b''.join(sums)).hex()}-{len(sums)}"
 
 
-def send(client: Any, about: dict[str, Any], data: bytes, condition: Mapping[str, str]) -> Any:
+def put_object(client: Any, arguments: dict[str, Any], data: bytes, condition: Mapping[str, str]) -> Any:
     """Put an object, a big one in parts; the answer of the last act, which has the condition."""
     if len(data) <= PART_BYTES:
-        return client.put_object(**about, Body=data, ContentMD5=_header(data), **condition)
-    upload = client.create_multipart_upload(**about)["UploadId"]
-    this = {"Bucket": about["Bucket"], "Key": about["Key"], "UploadId": upload}
+        return client.put_object(**arguments, Body=data, ContentMD5=_content_md5(data), **condition)
+    upload = client.create_multipart_upload(**arguments)["UploadId"]
+    this = {"Bucket": arguments["Bucket"], "Key": arguments["Key"], "UploadId": upload}
     try:
         done = []
         for number, part in enumerate(_parts(data), 1):
-            answer = client.upload_part(**this, PartNumber=number, Body=part, ContentMD5=_header(part))
+            answer = client.upload_part(**this, PartNumber=number, Body=part, ContentMD5=_content_md5(part))
             done.append({"PartNumber": number, "ETag": answer["ETag"]})
         return client.complete_multipart_upload(**this, MultipartUpload={"Parts": done}, **condition)
     except Exception:
@@ -112,5 +112,5 @@ def _md5(data: bytes) -> bytes:
     return hashlib.md5(data, usedforsecurity=False).digest()
 
 
-def _header(data: bytes) -> str:
+def _content_md5(data: bytes) -> str:
     return base64.b64encode(_md5(data)).decode()

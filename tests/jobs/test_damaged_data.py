@@ -16,7 +16,7 @@ import httpx
 import pytest
 from conftest import RunningApp
 from fakes import until
-from test_journal import CLAIM, ENTRY, RECEIPT, WORK
+from job_records import CLAIM, ENTRY, RECEIPT, WORK
 
 from stable_diffusion_server.errors import JobStoreUnavailable
 from stable_diffusion_server.jobs.store.records import JobPayload, JobRecord, JobState
@@ -65,7 +65,7 @@ def kept(path: Path) -> SqliteJobStore:
     journal.end(JobRecord(**{**_fields(ended), "webhook_url": "https://hook.example/"}), "the body")
     journal.accept(ENTRY, WORK)
     journal.claim(CLAIM.__class__("ann", "key-2", "print-2"), 1.0)
-    journal.answer(CLAIM.__class__("ann", "key-2", "print-2"), RECEIPT)
+    journal.record_response(CLAIM.__class__("ann", "key-2", "print-2"), RECEIPT)
     journal.close()
     return journal
 
@@ -76,12 +76,12 @@ def _fields(entry: JobRecord) -> dict[str, Any]:
 
 def columns() -> list[tuple[str, str]]:
     """Every column of every table of the journal."""
-    with closing(connect(Path(":memory:"))) as base:
-        tables = [name for (name,) in base.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+    with closing(connect(Path(":memory:"))) as base_url:
+        tables = [name for (name,) in base_url.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
         return [
             (table, column)
             for table in tables
-            for (column,) in base.execute("SELECT name FROM pragma_table_info(?)", (table,)).fetchall()
+            for (column,) in base_url.execute("SELECT name FROM pragma_table_info(?)", (table,)).fetchall()
         ]
 
 
@@ -101,25 +101,25 @@ def test_a_damaged_row_holds_up_no_other(tmp_path: Path, table: str, column: str
         shutil.copyfile(tmp_path / "whole.db", path)
         journal = SqliteJobStore(path, MOST)
         where = {"jobs": "id = 'damaged'", "files": "1", "claims": "1", "messages": "1"}[table]
-        with closing(sqlite3.connect(path)) as base, base:
-            base.execute("PRAGMA foreign_keys = OFF")
+        with closing(sqlite3.connect(path)) as base_url, base_url:
+            base_url.execute("PRAGMA foreign_keys = OFF")
             try:
-                base.execute(f"UPDATE {table} SET {column} = ? WHERE {where}", (value,))  # noqa: S608  # of the schema
+                base_url.execute(f"UPDATE {table} SET {column} = ? WHERE {where}", (value,))  # noqa: S608  # of the schema
             except sqlite3.Error:
                 continue  # the table does not let it be
         journal.open()
         unfinished = [entry.id for entry in journal.unfinished()]
         assert {"whole-1", "whole-2"} <= set(unfinished), (column, value)
         for name in ("whole-1", "whole-2"):
-            assert journal.begin(name).order.prompt == f"a red square {name}"
+            assert journal.begin(name).request.prompt == f"a red square {name}"
         for caller in ("", "ann"):
-            assert all(isinstance(entry.state, JobState) for entry in journal.latest_of(caller, 99))
+            assert all(isinstance(entry.state, JobState) for entry in journal.list_recent(caller, 99))
         for name in ("damaged", "ended"):
             told = journal.find(name)
             assert told is None or isinstance(told.accepted_at, int | float)
         for key in ("key-1", "key-2", "key-3"):
             journal.claim(CLAIM.__class__("ann", key, "print"), 5.0)
-        for message in journal.messages(time.time(), 9):
+        for message in journal.due_messages(time.time(), 9):
             assert isinstance(message.body, str)
             journal.postpone(message, 9.0)
         journal.expire(1.0, 1.0)
@@ -147,8 +147,8 @@ def test_a_server_draws_what_is_whole_beside_a_damaged_job(
     (tmp_path / "data").mkdir()
     path = tmp_path / "data" / "journal.db"
     kept(path)
-    with closing(sqlite3.connect(path)) as base, base:
-        base.execute(f"UPDATE jobs SET {change} WHERE id = 'damaged'")  # noqa: S608  # written above
+    with closing(sqlite3.connect(path)) as base_url, base_url:
+        base_url.execute(f"UPDATE jobs SET {change} WHERE id = 'damaged'")  # noqa: S608  # written above
     house = house_of()
     for name in ("whole-1", "whole-2"):
         until(lambda name=name: house.client.get(f"/jobs/{name}").json()["state"] == "done")
@@ -184,9 +184,9 @@ def damaged(path: Path, how: str) -> None:
         case "cut":
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2] if path.exists() else b"SQLite format 3\x00")
         case "another program's":
-            with closing(sqlite3.connect(path)) as base, base:
-                base.execute("CREATE TABLE jobs (a, b)")
-                base.execute("CREATE TABLE drawn (a, b)")
+            with closing(sqlite3.connect(path)) as base_url, base_url:
+                base_url.execute("CREATE TABLE jobs (a, b)")
+                base_url.execute("CREATE TABLE drawn (a, b)")
         case "a link to nothing":
             path.symlink_to(path.parent / "nowhere")
 
@@ -264,13 +264,13 @@ def test_a_journal_that_is_only_out_of_reach_is_left_where_it_is(tmp_path: Path)
 def test_a_journal_of_the_first_version_is_taken_up(tmp_path: Path) -> None:
     """Its jobs, files, keys and messages are there, each with the share of its caller."""
     journal = kept(tmp_path / "journal.db")
-    with closing(sqlite3.connect(tmp_path / "journal.db")) as base, base:
+    with closing(sqlite3.connect(tmp_path / "journal.db")) as base_url, base_url:
         for index in ("jobs_by_share", "claims_by_share"):
-            base.execute(f"DROP INDEX {index}")
+            base_url.execute(f"DROP INDEX {index}")
         for column in ("share", "bytes", "deaths", "kills"):
-            base.execute(f"ALTER TABLE jobs DROP COLUMN {column}")
-        base.execute("ALTER TABLE claims DROP COLUMN share")
-        base.execute("PRAGMA user_version = 1")
+            base_url.execute(f"ALTER TABLE jobs DROP COLUMN {column}")
+        base_url.execute("ALTER TABLE claims DROP COLUMN share")
+        base_url.execute("PRAGMA user_version = 1")
     journal.open()
     assert [(entry.id, entry.share) for entry in journal.unfinished()] == [
         *((name, "address ") for name in ("whole-1", "damaged", "whole-2")),
@@ -281,7 +281,7 @@ def test_a_journal_of_the_first_version_is_taken_up(tmp_path: Path) -> None:
     again = journal.claim(CLAIM, 5.0)
     assert again is not None
     assert again.job_id == "ended"
-    assert [message.body for message in journal.messages(time.time(), 9)] == ["the body"]
+    assert [message.body for message in journal.due_messages(time.time(), 9)] == ["the body"]
     journal.close()
 
 
@@ -295,8 +295,8 @@ def test_a_damaged_entry_of_the_history_is_left_out(tmp_path: Path, value: objec
         index.open()
         drawn = [Drawn(f"{key}.webp", key, "red", "sdxl", "t", 1, 8, 8, "ann", 5.0, {"a": 1}) for key in "abc"]
         index.add(drawn)
-        with closing(sqlite3.connect(tmp_path / f"{number}.db")) as base, base:
-            base.execute(f"UPDATE drawn SET {column} = ? WHERE digest = 'b'", (value,))  # noqa: S608  # a column's name
+        with closing(sqlite3.connect(tmp_path / f"{number}.db")) as base_url, base_url:
+            base_url.execute(f"UPDATE drawn SET {column} = ? WHERE digest = 'b'", (value,))  # noqa: S608  # a column's name
         found = {entry.key for entry in index.search(HistoryQuery())}
         assert {"a.webp", "c.webp"} <= found
         assert index.find("key", "a.webp") is not None

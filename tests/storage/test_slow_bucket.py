@@ -91,10 +91,10 @@ def test_a_flood_at_a_slow_bucket_keeps_nobody_from_drawing(live: LiveServer, ki
             assert time.monotonic() - began < 15
         readiness = httpx.get(f"{live.url}/readyz", headers={"X-API-Key": SECRETS["bob"]}, timeout=30)
         assert readiness.status_code == 200, readiness.text
-        told = httpx.get(f"{live.url}/metrics", headers={"X-API-Key": SECRETS["bob"]}, timeout=30).text
+        text = httpx.get(f"{live.url}/metrics", headers={"X-API-Key": SECRETS["bob"]}, timeout=30).text
     assert statuses, "nothing was flooded"
     assert 503 not in statuses
-    failures = [line for line in told.splitlines() if line.startswith("sds_storage_failures")]
+    failures = [line for line in text.splitlines() if line.startswith("sds_storage_failures")]
     assert failures
     assert float(failures[0].rsplit(" ", 1)[1]) == 0
 
@@ -108,8 +108,8 @@ def test_lists_of_one_caller_leave_threads_to_others(
     under_way, most = [0], [0]
     from stable_diffusion_server.api.automatic1111 import responses, routes
 
-    told = {"sd-models": "models_answer", "samplers": "samplers_answer", "loras": "loras_answer"}[name]
-    right = getattr(responses, told)
+    function = {"sd-models": "models_answer", "samplers": "samplers_answer", "loras": "loras_answer"}[name]
+    right = getattr(responses, function)
 
     def slow(house: object) -> object:
         under_way[0] += 1
@@ -118,7 +118,7 @@ def test_lists_of_one_caller_leave_threads_to_others(
         under_way[0] -= 1
         return right(house)
 
-    monkeypatch.setattr(responses, told, slow)
+    monkeypatch.setattr(responses, function, slow)
     live = live_of(api_keys=",".join(f"{who}:{secret}" for who, secret in SECRETS.items()))
     with flooded(live, [("GET", f"/sdapi/v1/{name}")], 80) as statuses:
         headers = {"X-API-Key": SECRETS["bob"]}

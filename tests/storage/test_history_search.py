@@ -54,7 +54,7 @@ def entry_of(number: int, prompt: str, folder: str = "uploads/") -> HistoryEntry
 def test_a_search_finds_exactly_the_prompts_that_hold_the_words(tmp_path: Path, words: str) -> None:
     """Signs that mean something to SQL or to its index are only text, short or long, in any script."""
     index = filled(tmp_path, _PROMPTS)
-    found = {entry.prompt for entry in index.search(HistoryQuery(words=words))}
+    found = {entry.prompt for entry in index.search(HistoryQuery(text=words))}
     assert found == {prompt for prompt in _PROMPTS if words.casefold() in prompt.casefold()}
     assert found
 
@@ -63,7 +63,7 @@ def test_a_search_finds_exactly_the_prompts_that_hold_the_words(tmp_path: Path, 
 @pytest.mark.parametrize("words", ["\0", "red\0square", "x" * 1000, "aab" * 300, "NOT red", '"red" OR "ab"'])
 def test_what_no_prompt_holds_finds_nothing(tmp_path: Path, words: str) -> None:
     """NUL, which ends a text for SQLite's index; a thousand characters; words of the index's own language."""
-    assert filled(tmp_path, _PROMPTS).search(HistoryQuery(words=words)) == []
+    assert filled(tmp_path, _PROMPTS).search(HistoryQuery(text=words)) == []
 
 
 @given(
@@ -75,7 +75,7 @@ def test_any_text_is_found_as_python_finds_it(
 ) -> None:
     """The index and a plain look at every prompt agree."""
     index = filled(tmp_path_factory.mktemp("history"), prompts)
-    found = sorted(entry.prompt for entry in index.search(HistoryQuery(words=words, limit=100)))
+    found = sorted(entry.prompt for entry in index.search(HistoryQuery(text=words, limit=100)))
     assert found == sorted(prompt for prompt in prompts if words.casefold() in prompt.casefold())
 
 
@@ -84,9 +84,9 @@ def test_what_is_replaced_or_forgotten_is_found_no_more(tmp_path: Path) -> None:
     """The index of words follows every change."""
     index = filled(tmp_path, ["a red square", "a blue square"])
     index.add([entry_of(0, "a green circle")])
-    index.forget("uploads/1.webp")
-    assert [entry.prompt for entry in index.search(HistoryQuery(words="square"))] == []
-    assert [entry.prompt for entry in index.search(HistoryQuery(words="green"))] == ["a green circle"]
+    index.delete("uploads/1.webp")
+    assert [entry.prompt for entry in index.search(HistoryQuery(text="square"))] == []
+    assert [entry.prompt for entry in index.search(HistoryQuery(text="green"))] == ["a green circle"]
 
 
 @pytest.mark.fault(173)
@@ -97,14 +97,14 @@ def test_a_history_of_an_earlier_version_gets_its_index(tmp_path: Path) -> None:
         base.executescript("DROP TRIGGER drawn_added; DROP TRIGGER drawn_removed; DROP TABLE drawn_words;")
     for _ in range(2):
         index.open()
-        assert [entry.prompt for entry in index.search(HistoryQuery(words="red sq"))] == ["a red square"]
+        assert [entry.prompt for entry in index.search(HistoryQuery(text="red sq"))] == ["a red square"]
     index.add([entry_of(99, "a red sqrt")])
-    assert len(index.search(HistoryQuery(words="red sq"))) == 2
+    assert len(index.search(HistoryQuery(text="red sq"))) == 2
 
 
 @pytest.mark.fault(173)
 @pytest.mark.parametrize(
-    "wanted", [HistoryQuery(words="zzzz"), HistoryQuery(words="a b c d e f g h i"), HistoryQuery(folder="other/")]
+    "wanted", [HistoryQuery(text="zzzz"), HistoryQuery(text="a b c d e f g h i"), HistoryQuery(prefix="other/")]
 )
 def test_a_fruitless_search_reads_few_rows(tmp_path: Path, wanted: HistoryQuery) -> None:
     """SQLite's own count of steps grows by less than half of what ten times the entries would make it."""

@@ -155,7 +155,7 @@ def test_what_no_try_brings_is_set_aside_in_the_end(
     house: RunningApp, behind: tuple[str, MisbehavingStore], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After as many tries as the limit says, here two, with the storage's own words."""
-    monkeypatch.setattr("stable_diffusion_server.storage.spool_uploader._MOST_TRIES", 2)
+    monkeypatch.setattr("stable_diffusion_server.storage.spool_uploader._MAX_TRIES", 2)
     behind[1].rule = poisoned("PreconditionFailed", 412)
     assert not house.draw(prompt="a red square", save_path="poison.webp").json()["stored"]
     until(lambda: letters(house) == ["static/uploads/poison.webp"], 60)

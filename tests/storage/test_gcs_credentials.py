@@ -86,6 +86,6 @@ def test_a_key_file_that_is_none_is_told(tmp_path: Path, content: str | None) ->
     if content is not None:
         path.write_text(content)
     bucket = open_bucket(gcs_options("pictures", google_application_credentials=path))
-    with pytest.raises(StorageUnavailable, match="GOOGLE_APPLICATION_CREDENTIALS") as told:
+    with pytest.raises(StorageUnavailable, match="GOOGLE_APPLICATION_CREDENTIALS") as raised:
         bucket.open()
-    assert "service_account" not in told.value.detail
+    assert "service_account" not in raised.value.detail

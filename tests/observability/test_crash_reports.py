@@ -98,18 +98,18 @@ def test_a_hang_and_a_kill_for_memory_are_the_servers_own(tmp_path: Path, monkey
     assert last_crash(tmp_path).cause is CrashCause.OWN
     DeviceRecord(tmp_path).begin()
     status = died(tmp_path, "os.kill(os.getpid(), signal.SIGKILL)")
-    before = crash_reports.killed_for_memory()
+    before = crash_reports.count_oom_kills()
     assert before, "the kernel's count is found on this machine"
     for where in before:
         counts = {key: count + (key == where) for key, count in before.items()}
-        monkeypatch.setattr(crash_reports, "killed_for_memory", lambda counts=counts: counts)
+        monkeypatch.setattr(crash_reports, "count_oom_kills", lambda counts=counts: counts)
         groups = [key for key in before if not key.startswith("boot ")]
         told_by_it = where in groups or not groups
         assert last_crash(tmp_path).cause is (CrashCause.OWN if told_by_it else CrashCause.OUTSIDE)
 
 
 @pytest.mark.fault(153)
-@pytest.mark.parametrize("name", [crash_reports.DEVICE, crash_reports.DEATH, crash_reports.CRASH])
+@pytest.mark.parametrize("name", [crash_reports.DEVICE_FILE, crash_reports.EXIT_FILE, crash_reports.TRACEBACK_FILE])
 @pytest.mark.parametrize("damage", ["garbage", "empty", "folder", "other JSON", "deep", "cut"])
 def test_damaged_records_of_a_death_hold_up_nothing(tmp_path: Path, name: str, damage: str) -> None:
     """Whatever stands there: the next process begins, keeps its record, and the one after that reads it."""
@@ -126,7 +126,7 @@ def test_damaged_records_of_a_death_hold_up_nothing(tmp_path: Path, name: str, d
             (tmp_path / name).write_bytes(written.get(damage, b'{"run": 1, "on_device": {"a": []}}'))
     record = DeviceRecord(tmp_path)
     assert record.begin().on_device == ()
-    record.occupied(["job-2"], True)
+    record.update(["job-2"], True)
     assert last_crash(tmp_path).on_device == ("job-2",)
     record.end()
 
@@ -243,7 +243,7 @@ def test_killing_the_server_again_and_again_fails_no_job(tmp_path: Path, watched
 def on_device(folder: Path) -> list[str]:
     """What is on the device, as the server has written it down."""
     try:
-        told: list[str] = json.loads((folder / "data" / crash_reports.DEVICE).read_bytes())["on_device"]
+        told: list[str] = json.loads((folder / "data" / crash_reports.DEVICE_FILE).read_bytes())["on_device"]
     except (OSError, ValueError):
         return []
     return told
@@ -267,11 +267,11 @@ def test_a_watchdog_that_was_not_heard_changes_nothing(tmp_path: Path) -> None:
     """What it told of another process than the last one is not believed."""
     record = DeviceRecord(tmp_path)
     record.begin()
-    record.occupied(["job-1"], False)
-    (tmp_path / crash_reports.DEATH).write_text(json.dumps({"run": "another", "status": 139, "hung": False}))
+    record.update(["job-1"], False)
+    (tmp_path / crash_reports.EXIT_FILE).write_text(json.dumps({"run": "another", "status": 139, "hung": False}))
     assert last_crash(tmp_path).cause is CrashCause.OUTSIDE
-    assert report_crash(tmp_path, crash_reports.run_of(tmp_path), 139, hung=False) is CrashCause.OWN
-    assert json.loads((tmp_path / crash_reports.DEATH).read_text())["run"] == "another", (
+    assert report_crash(tmp_path, crash_reports.current_run_id(tmp_path), 139, hung=False) is CrashCause.OWN
+    assert json.loads((tmp_path / crash_reports.EXIT_FILE).read_text())["run"] == "another", (
         "it had started another process"
     )
     record.end()

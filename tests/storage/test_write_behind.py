@@ -66,11 +66,11 @@ def made(tmp_path: Path) -> Iterator[Callable[..., tuple[WriteBehindBucket, Swit
     opened: list[tuple[WriteBehindBucket, Switched]] = []
 
     def make(
-        store: Switched | None = None, state: str = "on", max_bytes: int = 10**6, patience: float = 20.0
+        store: Switched | None = None, state: str = "on", max_bytes: int = 10**6, timeout: float = 20.0
     ) -> tuple[WriteBehindBucket, Switched]:
         behind = store or Switched()
         behind.state = state
-        bucket = WriteBehindBucket(behind, UploadSpool(tmp_path / "spool", max_bytes), patience, pause=0.02)
+        bucket = WriteBehindBucket(behind, UploadSpool(tmp_path / "spool", max_bytes), timeout, poll_seconds=0.02)
         bucket.open()
         opened.append((bucket, behind))
         return bucket, behind
@@ -86,7 +86,7 @@ def files(folder: Path) -> list[str]:
 
 
 def letters(folder: Path) -> list[DeadLetter]:
-    return DeadLetters(folder / "dead-letters", 10**6).listed()
+    return DeadLetters(folder / "dead-letters", 10**6).list_all()
 
 
 def test_while_the_storage_is_up_nothing_stays_on_the_disk(
@@ -164,7 +164,7 @@ def test_a_storage_that_does_not_answer_is_not_waited_for_twice(
     made: Callable[..., tuple[WriteBehindBucket, Switched]],
 ) -> None:
     """The first call waits its patience, the others not at all: the spool takes what is drawn."""
-    bucket, store = made(patience=0.2)
+    bucket, store = made(timeout=0.2)
     store.state = "stuck"
     assert bucket.create("a", b"data", "image/webp", RECORD)[0].waiting
     asked = store.asked
@@ -182,10 +182,10 @@ def test_a_full_spool_is_told_before_anything_is_drawn(made: Callable[..., tuple
     bucket.check_capacity()
     store.state = "off"
     bucket.create("a", b"d" * 300, "image/webp", RECORD)
-    with pytest.raises(StorageUnavailable, match="SPOOL_BYTES") as told:
+    with pytest.raises(StorageUnavailable, match="SPOOL_BYTES") as raised:
         bucket.check_capacity()
-    assert told.value.status == 503
-    assert told.value.retry_after
+    assert raised.value.status == 503
+    assert raised.value.retry_after
     assert "SPOOL_BYTES" in (bucket.health() or "")
     store.state = "on"
     until(lambda: bucket.health() is None)
@@ -250,7 +250,7 @@ def test_a_picture_the_storage_refuses_for_good_is_set_aside(
     bucket.create("bad", b"data", "image/webp", RECORD)
     store.state = "picky"
     until(lambda: files(tmp_path) == [])
-    assert [(letter.key, letter.told) for letter in letters(tmp_path)] == [("bad", False)]
+    assert [(letter.key, letter.caller_informed) for letter in letters(tmp_path)] == [("bad", False)]
     store.state = "on"
     assert bucket.create("good", b"data", "image/webp", RECORD)[1]
 
@@ -264,7 +264,7 @@ def test_a_refusal_for_the_callers_fault_is_not_spooled(
     with pytest.raises(InvalidInput):
         bucket.create("k", b"data", "image/webp", RECORD)
     assert files(tmp_path) == []
-    assert [(letter.key, letter.told) for letter in letters(tmp_path)] == [("k", True)]
+    assert [(letter.key, letter.caller_informed) for letter in letters(tmp_path)] == [("k", True)]
 
 
 def test_deleting_reaches_what_waits(made: Callable[..., tuple[WriteBehindBucket, Switched]]) -> None:
@@ -309,7 +309,7 @@ def test_a_write_that_lands_late_undoes_no_later_one(
     """Given up after its patience, landing after a newer overwrite was asked for: the newer one stays."""
     store = Late()
     gate = store.gates[b"old"] = threading.Event()
-    bucket, _ = made(store, patience=0.2)
+    bucket, _ = made(store, timeout=0.2)
     assert bucket.overwrite("k", b"old", "image/webp", RECORD).waiting
     assert bucket.overwrite("k", b"new", "image/webp", RECORD).waiting
     until(lambda: bucket.health() is None and bucket._calls.down("write") is None)
@@ -328,15 +328,15 @@ def test_a_write_that_lands_late_undoes_no_later_one(
 def test_the_figures_tell_what_waits(made: Callable[..., tuple[WriteBehindBucket, Switched]]) -> None:
     """How many, how many bytes, for how long, and how often the storage failed."""
     bucket, store = made()
-    assert bucket.figures() == {"pictures": 0, "bytes": 0, "oldest_seconds": 0.0, "failures": 0, "dead_letters": 0}
+    assert bucket.spool_stats() == {"pictures": 0, "bytes": 0, "oldest_seconds": 0.0, "failures": 0, "dead_letters": 0}
     store.state = "off"
     for number in range(3):
         bucket.create(f"{number}", b"data", "image/webp", RECORD)
-    figures = bucket.figures()
+    figures = bucket.spool_stats()
     assert (figures["pictures"], figures["bytes"] > 300, figures["failures"] > 0) == (3, True, True)
     assert 0 < figures["oldest_seconds"] < 600
     store.state = "on"
-    until(lambda: bucket.figures()["pictures"] == 0)
+    until(lambda: bucket.spool_stats()["pictures"] == 0)
 
 
 def test_a_look_that_rights_depend_on_is_not_answered_while_the_storage_is_down(

@@ -78,7 +78,7 @@ async def sending(folder: Path, *listeners: Listener, seconds: float = 30.0, **m
     clerk = AsyncJobStore(journal)
     await clerk(SqliteJobStore.open)
     poster = WebhookClient(seconds, [AllowedTarget.parse(f"{HOST}:{listener.port}") for listener in listeners])
-    hooks = WebhookDispatcher(clerk, poster, more.get("secret", ""), more.get("back_off", (0.05,)))
+    hooks = WebhookDispatcher(clerk, poster, more.get("secret", ""), more.get("webhook_backoff", (0.05,)))
     running = asyncio.create_task(hooks.run())
     yield Sending(clerk, hooks)
     running.cancel()
@@ -103,7 +103,7 @@ async def test_silent_webhooks_of_one_caller_hold_up_nobody_elses(tmp_path: Path
         await until_heard(silent)
         await at.ended(0, "bob", f"http://{HOST}:{good.port}/")
         await until_heard(good)
-        due = await at.clerk(SqliteJobStore.messages, time.time(), (1.0,))
+        due = await at.clerk(SqliteJobStore.due_messages, time.time(), (1.0,))
         assert all(message.tries == 0 for message in due)
         assert len(silent.heard) <= 8
 
@@ -143,7 +143,7 @@ async def test_a_webhook_is_tried_again_in_its_time_although_the_clock_was_set(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: float
 ) -> None:
     """Waits run by the clock that never jumps."""
-    async with listening(Listener(500)) as failing, sending(tmp_path, failing, back_off=(0.3,)) as at:
+    async with listening(Listener(500)) as failing, sending(tmp_path, failing, webhook_backoff=(0.3,)) as at:
         await at.ended(0, "ann", f"http://{HOST}:{failing.port}/")
         await until_heard(failing)
         right = time.time
@@ -158,13 +158,13 @@ async def test_what_was_postponed_by_a_clock_that_was_wrong_is_told_after_a_rest
 ) -> None:
     """A time that lies further ahead than any try sets it is no time to wait for."""
     right = time.time
-    async with listening(Listener(500)) as failing, sending(tmp_path, failing, back_off=(0.3,)) as at:
+    async with listening(Listener(500)) as failing, sending(tmp_path, failing, webhook_backoff=(0.3,)) as at:
         monkeypatch.setattr(time, "time", lambda: right() + 90_000)
         await at.ended(0, "ann", f"http://{HOST}:{failing.port}/")
         await until_heard(failing)
     monkeypatch.undo()
     failing.status = 204
-    async with listening(failing), sending(tmp_path, failing, back_off=(0.3,)):
+    async with listening(failing), sending(tmp_path, failing, webhook_backoff=(0.3,)):
         await until_heard(failing, len(failing.heard) + 1)
 
 

@@ -22,6 +22,7 @@ from storage_servers import (
     opened,
     r2_options,
     s3_client,
+    storage_options,
 )
 
 from stable_diffusion_server.errors import NotFound, StorageRefused, StorageUnavailable
@@ -48,7 +49,7 @@ def options_of(
         if kind == "s3":
             # As AWS: no endpoint of ours, the client's own way to its address.
             monkeypatch.setenv("AWS_ENDPOINT_URL_S3", url)
-            return StorageOptions(storage_provider="s3", bucket_name=name, **{**KEYS, **changes})  # type: ignore[arg-type]  # a test's own shorthand
+            return storage_options(storage_provider="s3", bucket_name=name, **{**KEYS, **changes})  # type: ignore[arg-type]  # a test's own shorthand
         return r2_options(url, name, **changes)
 
     return make
@@ -63,7 +64,7 @@ def bucket(
     if request.param == "memory":
         made = MemoryBucket()
     elif request.param == "local":
-        made = open_bucket(StorageOptions(local_bucket_dir=tmp_path / "bucket"))
+        made = open_bucket(storage_options(local_bucket_dir=tmp_path / "bucket"))
     else:
         made = open_bucket(options_of(request.param))
     made.open()
@@ -319,9 +320,9 @@ def test_lasting_trouble_is_told_as_storage_unavailable(troubled: tuple[Bucket, 
     """No endless tries and no foreign error: 503 in one sentence, and the next good request succeeds."""
     bucket, rascal = troubled
     rascal.mischief.extend([word] * 50)
-    with pytest.raises(StorageUnavailable) as told:
+    with pytest.raises(StorageUnavailable) as raised:
         bucket.stat("k")
-    assert told.value.status == 503
+    assert raised.value.status == 503
     rascal.mischief.clear()
     rascal.release.set()
     assert bucket.stat("k") is None
@@ -388,9 +389,9 @@ def test_a_name_from_the_content_may_be_kept_for_ever(kind: str, options_of: Cal
     bucket.create("pictures/k über.webp", b"data", "image/webp", {**RECORD, "lasting": "1"})
     if kind == "gcs":
         blob = bucket._bucket.get_blob("pictures/k über.webp")  # type: ignore[attr-defined]  # the client's own view
-        told = (blob.cache_control, blob.content_disposition)
+        headers = (blob.cache_control, blob.content_disposition)
     else:
         head = s3_client(options.r2_endpoint_url).head_object(Bucket=options.bucket_name, Key="pictures/k über.webp")
-        told = (head["CacheControl"], head["ContentDisposition"])
+        headers = (head["CacheControl"], head["ContentDisposition"])
     name = "inline; filename=\"k uber.webp\"; filename*=UTF-8''k%20%C3%BCber.webp"
-    assert told == ("public, max-age=31536000, immutable", name)
+    assert headers == ("public, max-age=31536000, immutable", name)

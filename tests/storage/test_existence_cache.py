@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from stable_diffusion_server.errors import NotFound, StorageUnavailable
-from stable_diffusion_server.storage.cached_bucket import CachedBucket
-from stable_diffusion_server.storage.existence_cache import ExistenceCache
+from stable_diffusion_server.storage.existence_cache import CachedBucket, ExistenceCache
 from stable_diffusion_server.storage.memory import MemoryBucket
 from stable_diffusion_server.storage.spool import UploadSpool
 from stable_diffusion_server.storage.write_behind import WriteBehindBucket
@@ -36,7 +35,7 @@ class House:
     def __init__(self, folder: Path, capacity: int = 10) -> None:
         self.store = Counted()
         self.time = 0.0
-        spooling = WriteBehindBucket(self.store, UploadSpool(folder / "spool", 10**6), 20.0, pause=60.0)
+        spooling = WriteBehindBucket(self.store, UploadSpool(folder / "spool", 10**6), 20.0, poll_seconds=60.0)
         self.bucket = CachedBucket(spooling, capacity, 5.0, lambda: self.time)
         self.bucket.open()
 
@@ -109,10 +108,10 @@ def test_what_others_deleted_is_forgotten_when_it_cannot_be_read(house: House) -
     """Remembered, yet gone: whoever reads it is told, and the next look asks the bucket."""
     house.bucket.create("k", b"data", "image/webp", {})
     house.store.delete("k")
-    assert house.bucket.known("k") is not None
+    assert house.bucket.cached("k") is not None
     with pytest.raises(NotFound):
         house.bucket.read("k")
-    assert house.bucket.known("k") is None
+    assert house.bucket.cached("k") is None
     assert house.bucket.stat("k") is None
 
 
@@ -124,10 +123,10 @@ def test_what_is_known_no_longer_takes_no_room() -> None:
         clock[0] = n / 10
         knowledge.remember(f"k{n}", StoredObject(f"k{n}", 4, "etag", "image/webp", {}))
     assert len(knowledge) == 20
-    assert (knowledge.of("k480") is not None, knowledge.of("k479")) == (True, None)
+    assert (knowledge.get("k480") is not None, knowledge.get("k479")) == (True, None)
     nothing = ExistenceCache(1000, 0.0, now=lambda: clock[0])
     nothing.remember("k", StoredObject("k", 4, "etag", "image/webp", {}))
-    assert (len(nothing), nothing.of("k")) == (0, None)
+    assert (len(nothing), nothing.get("k")) == (0, None)
 
 
 def test_what_was_seen_before_a_write_is_no_news_after_it() -> None:
@@ -137,6 +136,6 @@ def test_what_was_seen_before_a_write_is_no_news_after_it() -> None:
     since = knowledge.changes
     knowledge.remember("k", None)
     assert knowledge.remember("k", stored, since) == stored
-    assert knowledge.of("k") is None
+    assert knowledge.get("k") is None
     knowledge.remember("k", stored, knowledge.changes)
-    assert knowledge.of("k") == stored
+    assert knowledge.get("k") == stored

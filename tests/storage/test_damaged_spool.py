@@ -105,7 +105,7 @@ def test_an_odd_entry_is_set_aside_and_the_rest_is_brought(
         path.unlink()
     for number in range(3):
         whole(folder, number)
-    spooling = WriteBehindBucket(store, UploadSpool(folder, 10**9), 20.0, pause=0.02)
+    spooling = WriteBehindBucket(store, UploadSpool(folder, 10**9), 20.0, poll_seconds=0.02)
     spooling.open()
     until(lambda: set(store.list()) >= {"k0", "k1", "k2"})
     until(lambda: not list(folder.glob("*.spool")))
@@ -113,12 +113,12 @@ def test_an_odd_entry_is_set_aside_and_the_rest_is_brought(
     if kind == "a file without rights" and os.geteuid() == 0:
         return  # nothing is unreadable to root: it was brought
     letters = DeadLetters(tmp_path / "dead-letters", 10**9)
-    [letter] = letters.listed()
+    [letter] = letters.list_all()
     assert (letter.id, letter.reason.startswith("It could not be read")) == ("00", True)
     assert "is set aside" in "".join(capfd.readouterr())
     if kind != "a folder":
         letters.drop(letter)
-        assert letters.listed() == []
+        assert letters.list_all() == []
     assert Path("/etc/passwd").exists()
 
 
@@ -144,12 +144,12 @@ def test_dead_letters_are_bounded_and_the_told_ones_go_first(tmp_path: Path) -> 
     (tmp_path / "spool").mkdir()
     paths = [whole(tmp_path / "spool", number) for number in range(9)]
     for number, path in enumerate(paths):
-        letters.add(path, "refused", told=number % 3 == 0)
-    assert [letter.key for letter in letters.listed()] == ["k2", "k4", "k5", "k7", "k8"]
-    size = letters.listed()[0].size
+        letters.add(path, "refused", caller_informed=number % 3 == 0)
+    assert [letter.key for letter in letters.list_all()] == ["k2", "k4", "k5", "k7", "k8"]
+    size = letters.list_all()[0].size
     few = DeadLetters(tmp_path / "dead-letters", 3 * size)
     few.add(whole(tmp_path / "spool", 9), "refused")
-    assert [letter.key for letter in few.listed()] == ["k7", "k8", "k9"], "their bytes are bounded too"
+    assert [letter.key for letter in few.list_all()] == ["k7", "k8", "k9"], "their bytes are bounded too"
 
 
 @pytest.mark.fault(133)
@@ -175,7 +175,7 @@ def test_the_command_lists_retries_and_drops(tmp_path: Path, capsys: pytest.Capt
     assert status("retry", "all") == 1
     assert [path.name for path in (tmp_path / "spool").iterdir()] == [f"{ids[0]}.retry"]
     store = MemoryBucket()
-    spooling = WriteBehindBucket(store, UploadSpool(tmp_path / "spool", 10**9), 20.0, pause=0.02)
+    spooling = WriteBehindBucket(store, UploadSpool(tmp_path / "spool", 10**9), 20.0, poll_seconds=0.02)
     spooling.open()
     until(lambda: list(store.list()) == ["k0"])
     spooling.close()
@@ -220,9 +220,9 @@ def test_an_odd_reason_beside_a_dead_letter_holds_up_nothing(
     assert "'k0'" in line
     UploadSpool(folder, 10**9).open()
     assert letters.add(whole(folder, 1), "refused") is not None
-    for one in letters.listed():
+    for one in letters.list_all():
         letters.drop(one)
-    assert letters.listed() == []
+    assert letters.list_all() == []
 
 
 @pytest.mark.fault(176)
@@ -242,8 +242,12 @@ def test_the_command_tells_and_takes_odd_names(tmp_path: Path, name: str, capsys
         with pytest.raises(SystemExit) as ended:
             commands.manage_dead_letters(tmp_path, action, ids)
         assert ended.value.code == status
-    told = capsys.readouterr()
-    assert (told.out.count("  ok    retry"), told.out.count("FAIL  retry deep"), told.err.isascii()) == (2, 1, True)
+    printed = capsys.readouterr()
+    assert (
+        printed.out.count("  ok    retry"),
+        printed.out.count("FAIL  retry deep"),
+        printed.err.isascii(),
+    ) == (2, 1, True)
     assert len(list((tmp_path / "spool").glob("*.retry"))) == 2
 
 

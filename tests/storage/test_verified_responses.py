@@ -129,9 +129,9 @@ def test_an_answer_to_a_look_that_tells_nothing_is_of_the_storage(
     if said is PORTAL:  # a page that has an ETag by chance
         assert bucket.stat("k.webp") is None
         return
-    with pytest.raises(StorageUnavailable) as told:
+    with pytest.raises(StorageUnavailable) as raised:
         bucket.stat("k.webp")
-    assert told.value.detail.endswith(".")
+    assert raised.value.detail.endswith(".")
 
 
 @pytest.mark.fault(135)
@@ -254,9 +254,9 @@ def test_googles_answers_are_checked_too(google: tuple[Bucket, MisbehavingStore,
         lambda: bucket.overwrite("k", b"data", "image/webp", {}),
         lambda: bucket.stat("k"),
     ):
-        with pytest.raises(StorageUnavailable) as told:
+        with pytest.raises(StorageUnavailable) as raised:
             call()
-        assert told.value.detail.endswith(".")
+        assert raised.value.detail.endswith(".")
     rascal.rule = answering("")
     assert bucket.read("k") == b"data"
     assert bucket.stat("other") is None

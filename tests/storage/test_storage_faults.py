@@ -85,11 +85,11 @@ def test_a_refusal_is_told_in_one_sentence_and_passes(
         lambda: bucket.read("k"),
     ):
         rascal.mischief.extend([word] * 9)
-        with pytest.raises(StorageUnavailable) as told:
+        with pytest.raises(StorageUnavailable) as raised:
             act()
         # A HEAD has no body that could name a code.
-        assert sentence in told.value.detail or act.__code__.co_names[0] == "stat"
-        assert "AKIA" not in told.value.detail
+        assert sentence in raised.value.detail or act.__code__.co_names[0] == "stat"
+        assert "AKIA" not in raised.value.detail
         rascal.mischief.clear()
     assert bucket.create("k", b"data", "image/webp", {})[1]
 

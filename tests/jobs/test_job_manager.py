@@ -66,9 +66,7 @@ class Office:
         self.bucket = LocalBucket(folder / "bucket")
         self.bucket.open()
         record = DeviceRecord(folder)
-        self.engine: Engine[Any, Any] = Engine(
-            lambda: painter, queue_limit=64, max_batch=4, on_occupancy=record.occupied
-        )
+        self.engine: Engine[Any, Any] = Engine(lambda: painter, queue_limit=64, max_batch=4, on_occupancy=record.update)
         self.engine.start()
         until(lambda: self.engine.state is EngineState.READY)
 
@@ -80,7 +78,7 @@ class Office:
 
         service = GenerationService(self.bucket, self.engine, painter.count_tokens, OPTIONS, fetch=fetch, decode=decode)
         self.jobs = JobManager(
-            service, SqliteJobStore(folder / "journal.db", 10_000_000), rules, lambda entry: entry.id, ear, record
+            service, SqliteJobStore(folder / "journal.db", 10_000_000), rules, lambda record: record.id, ear, record
         )
 
     async def accepted(self, order: GenerationRequest, caller: Caller = ANN, **more: Any) -> JobStatus:
@@ -89,8 +87,8 @@ class Office:
         return standing
 
     async def ended(self, job_id: str, caller: Caller = ANN) -> JobStatus:
-        assert (await self.jobs.standing(job_id, caller)).id == job_id
-        return await self.jobs.outcome(job_id, caller, 20)
+        assert (await self.jobs.status(job_id, caller)).id == job_id
+        return await self.jobs.wait_for(job_id, caller, 20)
 
     async def happened(self, job_id: str, after: str | None = None) -> list[JobEvent]:
         happenings = await self.jobs.follow(job_id, ANN, after)
@@ -135,19 +133,19 @@ async def test_an_accepted_job_is_drawn_and_can_be_asked_after(office_of: MakeOf
     assert (done.state, done.attempts) == (JobState.DONE, 1)
     assert isinstance(done.outcome, GenerationResult)
     assert office.bucket.stat(done.outcome.key) is not None
-    assert [standing.id for standing in await office.jobs.listed(ANN)] == [accepted.id]
+    assert [standing.id for standing in await office.jobs.list_jobs(ANN)] == [accepted.id]
 
 
 async def test_a_job_is_seen_and_cancelled_by_its_caller_alone(office_of: MakeOffice) -> None:
     """To anyone else it does not exist."""
     office = await office_of(FakeDenoiser(gate=threading.Event()))
     job_id = (await office.accepted(order())).id
-    for ask in (office.jobs.standing, office.jobs.cancel):
+    for ask in (office.jobs.status, office.jobs.cancel):
         with pytest.raises(NotFound):
             await ask(job_id, BOB)
     with pytest.raises(NotFound):
         await office.jobs.follow(job_id, BOB, None)
-    assert await office.jobs.listed(BOB) == []
+    assert await office.jobs.list_jobs(BOB) == []
     assert (await office.jobs.cancel(job_id, ANN)).state is JobState.CANCELLED
 
 
@@ -156,7 +154,7 @@ async def test_the_events_of_a_job_are_told_in_order_and_from_any_point_on(offic
     office = await office_of(FakeDenoiser(seconds_per_step=0.02))
     job_id = (await office.accepted(order())).id
     told = await office.happened(job_id)
-    assert [(event.kind, event.standing.step) for event in told if event.kind != "queued"] == [
+    assert [(event.kind, event.status.step) for event in told if event.kind != "queued"] == [
         *(("step", number) for number in range(5)),
         ("done", 4),
     ]
@@ -180,7 +178,7 @@ async def test_who_follows_a_job_may_go_on_where_it_was(office_of: MakeOffice) -
     await happenings.aclose()
     gate.set()
     rest = await office.happened(job_id, first[-1].id)
-    assert [(event.kind, event.standing.step) for event in rest] == [
+    assert [(event.kind, event.status.step) for event in rest] == [
         *(("step", number) for number in range(1, 5)),
         ("done", 4),
     ]
@@ -188,7 +186,7 @@ async def test_who_follows_a_job_may_go_on_where_it_was(office_of: MakeOffice) -
 
 async def test_jobs_that_were_not_done_are_drawn_after_a_restart_and_end_once(office_of: MakeOffice) -> None:
     """Queued and running ones alike; the attempt a calm stop ended does not count."""
-    office = await office_of(FakeDenoiser(gate=threading.Event()), at_once=2)
+    office = await office_of(FakeDenoiser(gate=threading.Event()), concurrency=2)
     ids = [(await office.accepted(order(f"a red square {n}"))).id for n in range(5)]
     await asyncio.to_thread(until, lambda: bool(office.painter.batches))
     again = await office_of()
@@ -205,12 +203,12 @@ async def test_a_job_on_which_the_process_died_three_times_is_failed_by_name(
     """After the first death it is drawn alone; after three not at all. How often it was begun says nothing."""
     journal = SqliteJobStore(tmp_path / "journal.db", 10_000_000)
     journal.open()
-    for job_id, deaths in (("suspect", 2), ("deadly", 3), ("innocent", 0)):
+    for job_id, crashes in (("suspect", 2), ("deadly", 3), ("innocent", 0)):
         prompt = f"a red square {job_id}"
         journal.accept(JobRecord(job_id, ANN, time.time()), JobPayload(order(prompt)))
         for _ in range(5):
             journal.begin(job_id)
-        journal.count_death(JobRecord(job_id, ANN, time.time(), deaths=deaths))
+        journal.save_crash_counts(JobRecord(job_id, ANN, time.time(), crashes=crashes))
     journal.close()
     office = await office_of()
     assert (await office.ended("innocent")).state is JobState.DONE
@@ -235,17 +233,17 @@ async def test_a_failure_is_told(office_of: MakeOffice) -> None:
 async def test_waiting_jobs_are_cancelled_and_expire(office_of: MakeOffice) -> None:
     """Neither is ever drawn, and those behind them move up."""
     gate = threading.Event()
-    office = await office_of(FakeDenoiser(gate=gate), at_once=1)
+    office = await office_of(FakeDenoiser(gate=gate), concurrency=1)
     ids = [(await office.accepted(order(f"a red square {n}"))).id for n in range(2)]
     hasty = (await office.accepted(order("a red square in haste", timeout=0.05))).id
     last = (await office.accepted(order("a red square at last"))).id
     await asyncio.to_thread(until, lambda: bool(office.painter.batches))
-    assert (await office.jobs.standing(last, ANN)).position == 3
+    assert (await office.jobs.status(last, ANN)).position == 3
     assert (await office.jobs.cancel(ids[1], ANN)).state is JobState.CANCELLED
     expired = await office.ended(hasty)
     assert isinstance(expired.outcome, StoredProblem)
     assert expired.outcome.kind == "deadline-exceeded"
-    assert (await office.jobs.standing(last, ANN)).position == 1
+    assert (await office.jobs.status(last, ANN)).position == 1
     gate.set()
     assert (await office.ended(last)).state is JobState.DONE
     assert len(office.painter.prepared) == 2
@@ -256,7 +254,7 @@ async def test_a_job_is_not_too_late_because_the_clock_was_set(
 ) -> None:
     """Its time runs by a clock that never jumps; only over a restart does the day's clock count."""
     gate = threading.Event()
-    office = await office_of(FakeDenoiser(gate=gate), at_once=1)
+    office = await office_of(FakeDenoiser(gate=gate), concurrency=1)
     ids = [(await office.accepted(order(f"a red square {n}", timeout=60.0))).id for n in range(2)]
     right = time.time
     monkeypatch.setattr(time, "time", lambda: right() + 86_400)
@@ -268,7 +266,7 @@ async def test_a_job_is_not_too_late_because_the_clock_was_set(
 async def test_callers_take_turns(office_of: MakeOffice) -> None:
     """Who hands in one job does not wait for all those of who handed in many before."""
     gate = threading.Event()
-    office = await office_of(FakeDenoiser(gate=gate), at_once=2)
+    office = await office_of(FakeDenoiser(gate=gate), concurrency=2)
     many = [(await office.accepted(order(f"a red square {n}"))).id for n in range(6)]
     one = (await office.accepted(order("a blue square"), BOB)).id
     gate.set()
@@ -280,7 +278,7 @@ async def test_callers_take_turns(office_of: MakeOffice) -> None:
 
 async def test_too_many_jobs_and_a_stopping_server_are_refused(office_of: MakeOffice) -> None:
     """429 past the limit, 503 on the way down, 409 for an id that is taken; the accepted ones are kept."""
-    office = await office_of(FakeDenoiser(gate=threading.Event()), at_once=1, most_waiting=2)
+    office = await office_of(FakeDenoiser(gate=threading.Event()), concurrency=1, max_queued=2)
     job_id = "an-id-of-the-caller"
     await office.accepted(order("a red square"), job_id=job_id)
     with pytest.raises(RequestInProgress):
@@ -309,7 +307,7 @@ async def test_a_random_seed_is_chosen_when_a_job_is_accepted(office_of: MakeOff
 
 async def test_a_webhook_is_told_until_it_hears(office_of: MakeOffice) -> None:
     """Not heard twice, heard the third time, signed; what was not heard before a restart is told after it."""
-    rules = {"webhook_secret": "secret", "back_off": (0.02,)}
+    rules = {"webhook_secret": "secret", "webhook_backoff": (0.02,)}
     office = await office_of(ear=Ear(deaf=10**6), **rules)
     job_id = (await office.accepted(order(webhook_url="https://hook.example/done"))).id
     await office.ended(job_id)
@@ -328,7 +326,7 @@ async def test_a_journal_that_is_held_is_opened_when_it_is_let_go(office_of: Mak
     held = SqliteJobStore(tmp_path / "journal.db", 10_000_000)
     held.open()
     held.accept(JobRecord("left-behind", ANN, time.time()), JobPayload(order()))
-    office = await office_of(reopen=0.05)
+    office = await office_of(reopen_seconds=0.05)
     assert not office.jobs.usable
     with pytest.raises(JobStoreUnavailable):
         await office.accepted(order())
@@ -348,19 +346,19 @@ async def test_a_job_that_loses_the_device_is_tried_elsewhere_and_at_last_given_
                 raise DeviceLost("The device is lost.")
             super().step(states)
 
-    office = await office_of(Lost(), at_once=1)
+    office = await office_of(Lost(), concurrency=1)
     poison = (await office.accepted(order("poison"))).id
     waits = (await office.accepted(order("a red square"))).id
     for attempts in (1, 2):
         engine = office.engine
         await asyncio.to_thread(until, lambda engine=engine: engine.state is EngineState.FAILED)
         async with asyncio.timeout(20):
-            while (await office.jobs.standing(poison, ANN)).state is not JobState.QUEUED:  # noqa: ASYNC110  # a test's wait
+            while (await office.jobs.status(poison, ANN)).state is not JobState.QUEUED:  # noqa: ASYNC110  # a test's wait
                 await asyncio.sleep(0.01)
-        assert (await office.jobs.standing(poison, ANN)).attempts == attempts
-        office = await office_of(Lost(), at_once=1)
+        assert (await office.jobs.status(poison, ANN)).attempts == attempts
+        office = await office_of(Lost(), concurrency=1)
     given_up = await office.ended(poison)
     assert isinstance(given_up.outcome, StoredProblem)
     assert given_up.outcome.kind == "poison-job"
-    office = await office_of(Lost(), at_once=1)
+    office = await office_of(Lost(), concurrency=1)
     assert (await office.ended(waits)).state is JobState.DONE

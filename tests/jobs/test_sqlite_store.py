@@ -12,74 +12,27 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
+from job_records import CLAIM, ENTRY, RECEIPT, WHOLE, WORK
 
 from stable_diffusion_server.errors import JobStoreUnavailable, PoisonJob, QueueFull, RequestInProgress, ServerError
-from stable_diffusion_server.jobs.store.records import IdempotencyClaim, JobPayload, JobRecord, JobState, StoredProblem
+from stable_diffusion_server.jobs.store.records import JobPayload, JobState, StoredProblem
 from stable_diffusion_server.jobs.store.serialization import (
-    files_of,
-    read_outcome,
-    read_work,
-    written_order,
-    written_outcome,
+    dump_outcome,
+    dump_request,
+    load_outcome,
+    load_payload,
+    payload_files,
 )
 from stable_diffusion_server.jobs.store.sqlite_store import SqliteJobStore
 from stable_diffusion_server.types import (
     Caller,
-    Fill,
-    Fit,
-    Format,
     GenerationRequest,
     GenerationResult,
     ImageInput,
-    RequestWarning,
     Task,
 )
 
-ROOT = Path(__file__).resolve().parent.parent
-WHOLE = GenerationRequest(
-    Task.INPAINT,
-    "a red square",
-    width=96,
-    height=80,
-    save_path="a.png",
-    model="sdxl",
-    negative_prompt="blue",
-    seed=7,
-    num_inference_steps=5,
-    guidance_scale=1.5,
-    scheduler="ddim",
-    format=Format.PNG,
-    quality=90,
-    overwrite=True,
-    timeout=9.5,
-    named_for="ann",
-    image=ImageInput("image_url", url="https://pictures.example/a.png"),
-    mask=ImageInput("mask_file", data=b"mask", transparency=True),
-    strength=0.5,
-    feather=3,
-    canny=None,
-    canny_low=90,
-    canny_high=210,
-    control_scale=0.7,
-    refine=True,
-    loras=(("pastel", 0.5),),
-    named_by_content=True,
-    folder="ann/",
-    variation=1,
-    fit=Fit.PAD,
-    fill=Fill.NOISE,
-    only_masked=8,
-    alone=True,
-    webhook_url="https://hook.example/",
-)
-WORK = JobPayload(WHOLE, {"image_url": b"image"})
-RECEIPT = GenerationResult(
-    *("static/uploads/a.png", True, False, False, "inpaint", "sdxl", 7, 96, 80, 5, 1.5, "ddim"),
-    warnings=(RequestWarning("bumpy", "It is."),),
-    timings={"queue": 0.1},
-)
-ENTRY = JobRecord("job-1", Caller("ann", "ann/"), 1000.0, base="http://here", webhook_url="https://hook.example/")
-CLAIM = IdempotencyClaim("ann", "key-1", "print-1")
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -95,36 +48,36 @@ def test_an_order_is_read_as_it_was_written() -> None:
     """Every field survives, the files beside it too; what it leaves open is not written."""
     changed = {part.name for part in fields(GenerationRequest) if getattr(WHOLE, part.name) == part.default}
     assert not changed, "a new field of Order belongs into WHOLE"
-    assert read_work(written_order(WHOLE), files_of(WORK)) == WORK
+    assert load_payload(dump_request(WHOLE), payload_files(WORK)) == WORK
     plain = GenerationRequest(Task.TEXT_TO_IMAGE, "a red square")
-    assert written_order(plain) == '{"version": 1, "task": "text_to_image", "prompt": "a red square"}'
-    assert read_work(written_order(plain), {}) == JobPayload(plain)
+    assert dump_request(plain) == '{"version": 1, "task": "text_to_image", "prompt": "a red square"}'
+    assert load_payload(dump_request(plain), {}) == JobPayload(plain)
 
 
 @pytest.mark.parametrize("written", ['{"version": 2, "task": "inpaint"}', '{"version": 1, "task": "inpaint", "x": 1}'])
 def test_an_order_of_another_version_is_refused(written: str) -> None:
     """What this version does not know is not guessed at."""
     with pytest.raises(ServerError, match="another version"):
-        read_work(written, {})
+        load_payload(written, {})
 
 
-@pytest.mark.parametrize("outcome", [RECEIPT, StoredProblem.of(QueueFull("full", retry_after=3)), None])
+@pytest.mark.parametrize("outcome", [RECEIPT, StoredProblem.from_error(QueueFull("full", retry_after=3)), None])
 def test_an_outcome_is_read_as_it_was_written(outcome: GenerationResult | StoredProblem | None) -> None:
     """Receipts and problems alike."""
-    assert read_outcome(written_outcome(outcome)) == outcome
+    assert load_outcome(dump_outcome(outcome)) == outcome
 
 
 def test_a_stored_problem_of_an_earlier_name_is_read_under_its_new_one() -> None:
     """`ends-the-server` became `poison-job`; jobs that failed before the change keep their cause."""
-    problem = StoredProblem.of(PoisonJob("given up"))
-    stored = written_outcome(problem)
+    problem = StoredProblem.from_error(PoisonJob("given up"))
+    stored = dump_outcome(problem)
     assert stored is not None
-    assert read_outcome(stored.replace("poison-job", "ends-the-server")) == problem
+    assert load_outcome(stored.replace("poison-job", "ends-the-server")) == problem
 
 
 def test_a_problem_becomes_the_error_it_was() -> None:
     """Status and class come back by the kind; a kind of the future is opaque."""
-    error = StoredProblem.of(QueueFull("full", retry_after=3)).as_error()
+    error = StoredProblem.from_error(QueueFull("full", retry_after=3)).as_error()
     assert (type(error), error.detail, error.retry_after) == (QueueFull, "full", 3)
     assert type(StoredProblem("of-the-future", "?").as_error()) is ServerError
 
@@ -135,8 +88,9 @@ def test_what_was_accepted_is_there_after_the_process_has_died(tmp_path: Path) -
         import os, signal, sys
         sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
         from pathlib import Path
-        from test_journal import ENTRY, WORK, Journal
-        journal = Journal(Path({str(tmp_path / "journal.db")!r}), 10_000_000)
+        from job_records import ENTRY, WORK
+        from stable_diffusion_server.jobs import SqliteJobStore
+        journal = SqliteJobStore(Path({str(tmp_path / "journal.db")!r}), 10_000_000)
         journal.open()
         journal.accept(ENTRY, WORK)
         journal.begin(ENTRY.id)
@@ -157,10 +111,10 @@ def test_a_job_goes_its_way(journal: SqliteJobStore) -> None:
     """Begun, put back with and without its attempt counting, ended with an outcome; its files are gone then."""
     journal.accept(ENTRY, WORK)
     journal.begin(ENTRY.id)
-    journal.put_back(ENTRY.id, forgiven=True)
+    journal.requeue(ENTRY.id, forgiven=True)
     assert journal.find(ENTRY.id) == ENTRY
     journal.begin(ENTRY.id)
-    journal.put_back(ENTRY.id, forgiven=False)
+    journal.requeue(ENTRY.id, forgiven=False)
     assert journal.find(ENTRY.id) == replace(ENTRY, attempts=1)
     ended = replace(ENTRY, state=JobState.DONE, attempts=1, ended_at=1009.0, outcome=RECEIPT)
     journal.end(ended)
@@ -174,7 +128,7 @@ def test_a_callers_jobs_are_listed_newest_first(journal: SqliteJobStore) -> None
     """Only its own, and no more than asked for."""
     for number, name in enumerate(["ann", "bob", "ann", "ann"]):
         journal.accept(replace(ENTRY, id=f"job-{number}", caller=Caller(name)), WORK)
-    assert [entry.id for entry in journal.latest_of("ann", 2)] == ["job-3", "job-2"]
+    assert [entry.id for entry in journal.list_recent("ann", 2)] == ["job-3", "job-2"]
     assert journal.find("job-9") is None
 
 
@@ -231,11 +185,11 @@ def test_a_key_is_answered_once_and_then_repeated(journal: SqliteJobStore) -> No
     assert waits is not None
     assert (waits.fingerprint, waits.job_id, waits.outcome) == ("print-1", None, None)
     assert journal.claim(replace(CLAIM, caller="bob"), 3.0) is None
-    journal.answer(CLAIM, RECEIPT)
+    journal.record_response(CLAIM, RECEIPT)
     again = journal.claim(CLAIM, 4.0)
     assert again is not None
     assert again.outcome == RECEIPT
-    journal.release(CLAIM)
+    journal.release_claim(CLAIM)
     assert journal.claim(CLAIM, 5.0) is None
 
 
@@ -254,7 +208,7 @@ def test_a_key_whose_request_died_with_the_process_is_free_again(tmp_path: Path)
     journal.open()
     journal.claim(CLAIM, 1.0)
     journal.claim(replace(CLAIM, key="answered"), 1.0)
-    journal.answer(replace(CLAIM, key="answered"), RECEIPT)
+    journal.record_response(replace(CLAIM, key="answered"), RECEIPT)
     journal.close()
     journal.open()
     assert journal.claim(CLAIM, 2.0) is None
@@ -267,7 +221,7 @@ def test_messages_come_when_they_are_due_and_go_when_they_are_told(journal: Sqli
     waits = (10.0, 60.0)
     journal.accept(ENTRY, WORK)
     journal.end(replace(ENTRY, state=JobState.DONE, ended_at=10.0, outcome=RECEIPT), "the body")
-    (message,) = journal.messages(10.0, waits)
+    (message,) = journal.due_messages(10.0, waits)
     assert (message.job_id, message.url, message.body, message.tries) == (
         "job-1",
         "https://hook.example/",
@@ -275,10 +229,10 @@ def test_messages_come_when_they_are_due_and_go_when_they_are_told(journal: Sqli
         0,
     )
     journal.postpone(message, 20.0)
-    assert journal.messages(19.0, waits) == []
-    assert [message.tries for message in journal.messages(20.0, waits)] == [1]
-    journal.told(message)
-    assert journal.messages(99.0, waits) == []
+    assert journal.due_messages(19.0, waits) == []
+    assert [message.tries for message in journal.due_messages(20.0, waits)] == [1]
+    journal.delete_message(message)
+    assert journal.due_messages(99.0, waits) == []
 
 
 def test_a_message_waits_no_longer_than_its_tries_say_whatever_the_clock_says(journal: SqliteJobStore) -> None:
@@ -286,13 +240,13 @@ def test_a_message_waits_no_longer_than_its_tries_say_whatever_the_clock_says(jo
     waits = (10.0, 60.0)
     journal.accept(ENTRY, WORK)
     journal.end(replace(ENTRY, state=JobState.DONE, ended_at=90_000.0, outcome=RECEIPT), "the body")
-    (message,) = journal.messages(10.0, waits)
+    (message,) = journal.due_messages(10.0, waits)
     journal.postpone(message, 90_010.0)
-    assert journal.messages(90_001.0, waits) == []
-    (message,) = journal.messages(80_000.0, waits)
+    assert journal.due_messages(90_001.0, waits) == []
+    (message,) = journal.due_messages(80_000.0, waits)
     journal.postpone(message, 80_060.0)
-    assert journal.messages(80_001.0, waits) == []
-    assert len(journal.messages(79_000.0, waits)) == 1
+    assert journal.due_messages(80_001.0, waits) == []
+    assert len(journal.due_messages(79_000.0, waits)) == 1
 
 
 def test_every_caller_and_every_receiver_has_messages_among_those_that_are_due(journal: SqliteJobStore) -> None:
@@ -309,7 +263,7 @@ def test_every_caller_and_every_receiver_has_messages_among_those_that_are_due(j
         ended(number, "cid", f"https://silent-{number}.example/hook")
     ended(900, "ann", "https://good.example/")
     ended(901, "bob", "https://silent.example/")
-    due = journal.messages(1000.0, (10.0,))
+    due = journal.due_messages(1000.0, (10.0,))
     assert {"ann-900", "bob-901"} <= {message.job_id for message in due}
     assert len([message for message in due if message.share == "cid"]) < 300
 
@@ -325,8 +279,8 @@ def test_the_past_is_forgotten_when_its_time_is_over(journal: SqliteJobStore) ->
     journal.accept(replace(ENTRY, id="waits", caller=Caller("bob")), WORK)
     journal.claim(replace(CLAIM, key="waits"), 1.0)
     journal.expire(jobs_before=10.0, claims_before=2000.0)
-    assert {entry.id for entry in journal.latest_of("ann", 9)} == {"job-1"}
+    assert {entry.id for entry in journal.list_recent("ann", 9)} == {"job-1"}
     assert [entry.id for entry in journal.unfinished()] == ["waits"]
-    assert [message.job_id for message in journal.messages(99.0, (10.0,))] == ["job-1"]
+    assert [message.job_id for message in journal.due_messages(99.0, (10.0,))] == ["job-1"]
     assert journal.claim(replace(CLAIM, key="key-0"), 60.0) is None
     assert journal.claim(replace(CLAIM, key="waits"), 60.0) is not None

@@ -6,9 +6,10 @@ from urllib.parse import unquote
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from storage_servers import storage_options
 
 from stable_diffusion_server.errors import InvalidInput
-from stable_diffusion_server.storage.factory import StorageOptions, open_bucket
+from stable_diffusion_server.storage.factory import open_bucket
 from stable_diffusion_server.storage.keys import KEY_MAX_BYTES, object_key, url_path
 
 
@@ -85,4 +86,4 @@ def test_a_url_leads_back_to_its_key(name: str) -> None:
 def test_an_unknown_provider_opens_nothing() -> None:
     """A provider that is not built is an error at once, not a silent folder."""
     with pytest.raises(ValueError, match="tape"):
-        open_bucket(StorageOptions(storage_provider="tape"))
+        open_bucket(storage_options(storage_provider="tape"))

@@ -54,7 +54,7 @@ def test_what_callers_invent_makes_no_figures_of_its_own(house: RunningApp) -> N
         house.client.get(f"/jobs/{number}")
     text = house.client.get("/metrics").text
     assert "invented" not in text
-    assert figure(text, 'sds_http_requests_total{door="/files/{key:path}",status="404"}') == 30
+    assert figure(text, 'sds_http_requests_total{route="/files/{key:path}",status="404"}') == 30
     assert len(text.splitlines()) - before < 100, "a line for each bucket of a few doors"
 
 
@@ -70,8 +70,8 @@ def test_waits_groups_and_stages_are_measured(house_of: Callable[..., RunningApp
         assert [each.result().status_code for each in drawn] == [200] * 4
     text = house.client.get("/metrics").text
     assert figure(text, "sds_queue_seconds_count") == 4
-    assert figure(text, "sds_step_jobs_count") == figure(text, "sds_steps_total") == 16
-    assert figure(text, "sds_step_jobs_sum") > 16, "some steps were shared"
+    assert figure(text, "sds_batch_size_count") == figure(text, "sds_steps_total") == 16
+    assert figure(text, "sds_batch_size_sum") > 16, "some steps were shared"
     for stage in ("queue", "prepare", "denoise", "decode", "encode", "store", "total"):
         assert figure(text, f'sds_stage_seconds_count{{stage="{stage}"}}') == 4
 
@@ -82,7 +82,10 @@ def test_guards_retries_and_failures_are_counted_by_their_cause(house_of: Callab
     assert house.draw(prompt="a red square").status_code == 200
     assert house.draw(prompt="an unpreparable square").status_code == 500
     text = house.client.get("/metrics").text
-    assert sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.startswith("sds_guards_total{")) >= 1
+    assert (
+        sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.startswith("sds_quality_checks_total{"))
+        >= 1
+    )
     assert figure(text, 'sds_job_failures_total{kind="internal-error"}') == 1
 
 
