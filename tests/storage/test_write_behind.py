@@ -312,7 +312,7 @@ def test_a_write_that_lands_late_undoes_no_later_one(
     bucket, _ = made(store, timeout=0.2)
     assert bucket.overwrite("k", b"old", "image/webp", RECORD).waiting
     assert bucket.overwrite("k", b"new", "image/webp", RECORD).waiting
-    until(lambda: bucket.health() is None and bucket._calls.down("write") is None)
+    until(lambda: bucket.health() is None and bucket._calls.outage("write") is None)
     assert bucket.create("other", b"data", "image/webp", RECORD)[1], "other names are not held up"
     assert store.stat("k") is None
     with pytest.raises(StorageUnavailable, match="busy"):
