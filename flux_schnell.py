@@ -12,7 +12,8 @@ from stable_diffusion_server.imaging.digital_source_type import DigitalSourceTyp
 from stable_diffusion_server.imaging.encode import encode_image
 from stable_diffusion_server.pipelines.catalog import spec_of
 from stable_diffusion_server.pipelines.families.flux import Flux
-from stable_diffusion_server.pipelines.loading.components import choose_device, load_pipeline
+from stable_diffusion_server.pipelines.loading.components import load_pipeline
+from stable_diffusion_server.pipelines.loading.devices import choose_device
 from stable_diffusion_server.types import DiffusionRequest, Format, Task
 
 FORMATS = {".webp": Format.WEBP, ".png": Format.PNG, ".jpg": Format.JPEG, ".jpeg": Format.JPEG}
@@ -43,29 +44,29 @@ def main() -> None:
 
 def draw(prompt: str, out: Path, steps: int, seed: int, width: int, height: int) -> bytes:
     """The encoded picture of `prompt`, `width` × `height` pixels, in the format `out` is named for."""
-    facts = spec_of("flux")
-    flux = Flux(load_pipeline(facts, Path(__file__).parent / "models", choose_device("auto")), facts)
-    canvas = plan_canvas(width, height, facts.native_pixels, facts.floor)
-    job = DiffusionRequest(
+    spec = spec_of("flux")
+    flux = Flux(load_pipeline(spec, Path(__file__).parent / "models", choose_device("auto")), spec)
+    canvas = plan_canvas(width, height, spec.native_pixels, spec.min_side)
+    request = DiffusionRequest(
         task=Task.TEXT_TO_IMAGE,
-        model=facts.name,
-        revision=facts.revision,
-        prompt=shorten_too_long_text(prompt, facts.text_tokens, flux.count_tokens),
+        model=spec.name,
+        revision=spec.revision,
+        prompt=shorten_too_long_text(prompt, spec.text_tokens, flux.count_tokens),
         negative_prompt=None,
         width=canvas.width,
         height=canvas.height,
         seed=seed,
         num_inference_steps=steps,
-        guidance_scale=facts.default_guidance,
-        scheduler=facts.default_scheduler,
+        guidance_scale=spec.default_guidance,
+        scheduler=spec.default_scheduler,
     )
     with torch.inference_mode():
-        state = flux.prepare(job)
+        state = flux.prepare(request)
         while not state.done:
             flux.step([state])
         pixels = flux.finish(state).pixels
     sized = crop_to_size(pixels, width, height, resample=canvas.resampled)
-    record = {"prompt": prompt, "seed": seed, "model": facts.name}
+    record = {"prompt": prompt, "seed": seed, "model": spec.name}
     return encode_image(sized, FORMATS[out.suffix.lower()], 85, record, xmp_packet(DigitalSourceType.GENERATED))
 
 

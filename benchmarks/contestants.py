@@ -161,7 +161,7 @@ def order_of(name: str, n: int, side: int) -> dict[str, Any]:
 
 def _peer_order(name: str, n: int, side: int) -> dict[str, Any]:
     """An order as the peers take it: they are told the canvas that ours chooses."""
-    canvas = plan_canvas(side, side, FACTS.native_pixels, FACTS.floor)
+    canvas = plan_canvas(side, side, FACTS.native_pixels, FACTS.min_side)
     size = {"width": side, "height": side, "canvas_width": canvas.width, "canvas_height": canvas.height}
     return {"prompt": prompt(n), "seed": n, "name": name, **size}
 

@@ -55,7 +55,7 @@ def family(way: str) -> Sdxl:
         use_onednn(pipeline, None)
     elif way != "stock":
         apply_optimizations(pipeline, None, CPU, "safe")
-    return Sdxl(pipeline, FACTS, embeddings=PromptCache(0))
+    return Sdxl(pipeline, FACTS, prompt_cache=PromptCache(0))
 
 
 def parts(drawing: Any, rounds: int) -> dict[str, float]:

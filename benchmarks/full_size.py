@@ -14,7 +14,8 @@ import diffusers
 import torch
 
 from stable_diffusion_server.pipelines import MODELS, ModelSpec
-from stable_diffusion_server.pipelines.loading.components import dtype_of, empty_pipeline
+from stable_diffusion_server.pipelines.loading.components import empty_pipeline
+from stable_diffusion_server.pipelines.loading.devices import dtype_of
 
 EMBEDDED = Path(__file__).resolve().parent.parent / "models"
 

@@ -71,7 +71,9 @@ class Rig:
         """The family over a fresh pipeline with the same weights each time."""
         torch.manual_seed(0)
         pipeline = self.make()
-        quantize_parts([getattr(pipeline, name) for name in self.facts.quantized if name != CONTROL], quantization)
+        quantize_parts(
+            [getattr(pipeline, name) for name in self.facts.quantizable_parts if name != CONTROL], quantization
+        )
         apply_optimizations(pipeline, None, self.device, performance)
         return KINDS[self.facts.name](pipeline, self.facts)
 
@@ -257,10 +259,10 @@ def speeds(rig: Rig, family: Any, peak: float) -> Iterator[tuple[Any, ...]]:
 
 def count_operations(family: Any, job: DiffusionRequest) -> float:
     """FLOP of one whole picture: encoders, every step, decoder. Count them before anything is recorded or compiled."""
-    kept, family.embeddings = family.embeddings, PromptCache(0)
+    kept, family.prompt_cache = family.prompt_cache, PromptCache(0)
     with FlopCounterMode(display=False) as counter:
         draw(family, [job])
-    family.embeddings = kept
+    family.prompt_cache = kept
     return float(counter.get_total_flops())
 
 
@@ -273,9 +275,9 @@ def stages(rig: Rig, family: Any) -> Iterator[tuple[Any, ...]]:
     for side in rig.sides:
         job = rig.job(side)
         prepare = median(partial(family.prepare, job), rig.device, rig.rounds)
-        kept, family.embeddings = family.embeddings, PromptCache(0)
+        kept, family.prompt_cache = family.prompt_cache, PromptCache(0)
         encoders = median(partial(family.prepare, job), rig.device, rig.rounds) - prepare
-        family.embeddings = kept
+        family.prompt_cache = kept
         step = median(partial(begin, job), rig.device, rig.rounds) - prepare
         decode = median(partial(family.finish, family.prepare(job)), rig.device, rig.rounds)
         whole = encoders + prepare + STEPS * step + decode
@@ -384,9 +386,9 @@ def served(rig: Rig, family: Any) -> Iterator[tuple[Any, ...]]:
 
 def afresh(rig: Rig, family: Any, side: int) -> None:
     """A picture whose prompt has to be encoded."""
-    kept, family.embeddings = family.embeddings, PromptCache(0)
+    kept, family.prompt_cache = family.prompt_cache, PromptCache(0)
     draw(family, [rig.job(side)])
-    family.embeddings = kept
+    family.prompt_cache = kept
 
 
 @contextmanager
@@ -397,20 +399,20 @@ def serving(rig: Rig, family: Any) -> Iterator[Callable[[str, int, int], tuple[f
 
     from benchmarks.loopback import free_port, wait_for
     from stable_diffusion_server.app import create_app
-    from stable_diffusion_server.pipelines.registry import LoadedModelInfo, Registry
+    from stable_diffusion_server.pipelines.registry import LoadedFamily, LoadedModelInfo, Registry
     from stable_diffusion_server.settings import Settings
 
     name, facts = rig.facts.name, rig.facts
     told = LoadedModelInfo(
         name, facts.folder, facts.revision, str(rig.device), "half", "resident", "none", 0, False, ()
     )
-    models = Registry({name: family}, [told], {name: facts})
+    models = Registry([LoadedFamily(family, facts, told)])
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "models" / facts.folder).mkdir(parents=True)
         settings = Settings(
             models="local" if facts.repo else "embedded",
             models_dir=Path(folder) / "models",
-            load_lcm_lora=bool(facts.always),
+            load_lcm_lora=bool(facts.builtin_loras),
             text_to_image_model=name,
             data_dir=Path(folder) / "data",
             local_bucket_dir=Path(folder) / "bucket",

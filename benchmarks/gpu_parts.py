@@ -103,7 +103,7 @@ def attention(device: torch.device, rounds: int, *, tiny: bool) -> Iterator[str]
 
 def measure(pipeline: Any, rig: Rig, rounds: int, report: Report) -> None:
     """All parts of one model."""
-    family = KINDS[rig.facts.name](pipeline, rig.facts, embeddings=PromptCache(0))
+    family = KINDS[rig.facts.name](pipeline, rig.facts, prompt_cache=PromptCache(0))
     side = rig.sides[-1]
     report.say("| part | change | ms of one | ms of four, each | seconds to begin | difference |")
     report.say("| --- | --- | --- | --- | --- | --- |")

@@ -18,8 +18,9 @@ from stable_diffusion_server.generation.limits import RequestLimits
 from stable_diffusion_server.generation.resolver import GenerationOptions
 from stable_diffusion_server.generation.service import GenerationService
 from stable_diffusion_server.imaging.sandbox.pool import DecoderPool
-from stable_diffusion_server.pipelines.catalog import MODELS, ModelSpec
+from stable_diffusion_server.pipelines.catalog import MODELS
 from stable_diffusion_server.pipelines.conditioning.lora_folder import LoraFolder
+from stable_diffusion_server.pipelines.model_spec import ModelSpec
 from stable_diffusion_server.storage.memory import MemoryBucket
 from stable_diffusion_server.types import DiffusionRequest, GenerationRequest, StoredObject, Task, image_digest
 
@@ -169,7 +170,7 @@ class _Unread(dict[str, str]):
 @pytest.mark.fault(162)
 def test_no_adapters_are_told_apart_from_an_unknown_one(tmp_path: Path) -> None:
     """An empty folder offers nothing; the mapping reads no file to say so."""
-    offered = LoraFolder(tmp_path).offered({"unet"})
+    offered = LoraFolder(tmp_path).available({"unet"})
     assert (len(offered), "ink" in offered) == (0, False)
     with pytest.raises(KeyError):
         offered["ink"]

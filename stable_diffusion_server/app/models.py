@@ -102,11 +102,11 @@ class ModelState:
 
     def offered_loras(self) -> Mapping[str, str]:
         """The adapters that a model here can be drawn with, each with its digest, which is read when looked up."""
-        return self.loras.offered({facts.denoiser for facts in self.facts.values()})
+        return self.loras.available({facts.denoiser_part for facts in self.facts.values()})
 
     def _adapters_told(self, facts: ModelSpec) -> dict[str, object]:
         return {
-            "loras": self.loras.names({facts.denoiser}),
+            "loras": self.loras.names({facts.denoiser_part}),
             "unusable_loras": list(self.loras.faults().values()),
         }
 
@@ -168,7 +168,7 @@ def load_models(settings: Settings, loaded: ModelState) -> ModelBackend:
         loaded.progress = lambda: hub.progress
     options = registry.LoadOptions(
         models=loaded.asked,
-        instead=MODELS if settings.models == "auto" else {},
+        fallbacks=MODELS if settings.models == "auto" else {},
         hub=hub,
         digests=WeightDigests(settings.data_dir / "weights.json"),
         mapped=settings.mmap_weights,

@@ -62,7 +62,7 @@ def _jobs(facts: Mapping[str, ModelSpec], sizes: Collection[tuple[int, int]]) ->
         usual = model.default_guidance
         for guidance in (usual, _NO_GUIDANCE) if usual > _NO_GUIDANCE else (usual,):
             for width, height in sizes:
-                canvas = plan_canvas(width, height, model.native_pixels, model.floor)
+                canvas = plan_canvas(width, height, model.native_pixels, model.min_side)
                 words = (model.name, model.revision, "", "" if model.takes_negative_prompt else None)
                 drawn = (0, max(2, model.default_steps), guidance, model.default_scheduler)
                 yield DiffusionRequest(Task.TEXT_TO_IMAGE, *words, canvas.width, canvas.height, *drawn)

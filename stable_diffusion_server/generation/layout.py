@@ -86,13 +86,13 @@ def lay_out_images(plan: ResolvedRequest, image: Pixels | None = None, mask: Pix
         width, height, kept = order.width, order.height, None
     else:
         raise ValueError("an order without an image has a size")
-    canvas = plan_canvas(width, height, facts.native_pixels, facts.floor)
+    canvas = plan_canvas(width, height, facts.native_pixels, facts.min_side)
     shown = fill_masked(image, kept, order.fill, plan.seed) if image is not None and kept is not None else image
     seen = to_canvas(shown, canvas) if shown is not None else None
     job = DiffusionRequest(
         task=order.task,
         model=facts.name,
-        revision=facts.revision_drawing(edges=words.canny),
+        revision=facts.revision_for(edges=words.canny),
         prompt=words.prompt,
         negative_prompt=words.negative_prompt,
         width=canvas.width,
@@ -142,7 +142,7 @@ def _laid_out(
 
 def resampling_warnings(facts: ModelSpec, width: int, height: int) -> tuple[RequestWarning, ...]:
     """The warning for a size in pixels that the model does not draw itself, if it is one."""
-    canvas = plan_canvas(width, height, facts.native_pixels, facts.floor)
+    canvas = plan_canvas(width, height, facts.native_pixels, facts.min_side)
     if not canvas.resampled:
         return ()
     drawn = f"{canvas.width} × {canvas.height}"

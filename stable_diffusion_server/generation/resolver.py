@@ -242,7 +242,7 @@ def _facts_told(
     return {
         "task": order.task,
         "model": words.spec.name,
-        "revision": words.spec.revision_drawing(edges=words.canny),
+        "revision": words.spec.revision_for(edges=words.canny),
         "prompt": words.prompt,
         "negative_prompt": words.negative_prompt,
         "size": (order.width, order.height),

@@ -9,7 +9,6 @@ from stable_diffusion_server.pipelines.catalog import (
     MODELS,
     REAL_MODELS,
     SCHEDULERS,
-    ModelSpec,
     choose_models,
     scheduler_of,
     spec_of,
@@ -21,6 +20,7 @@ from stable_diffusion_server.pipelines.catalog import (
 from stable_diffusion_server.pipelines.conditioning.lora_folder import LoraFolder
 from stable_diffusion_server.pipelines.loading.hub import HubClient
 from stable_diffusion_server.pipelines.loading.weight_digest import WeightDigests
+from stable_diffusion_server.pipelines.model_spec import ModelSpec
 
 __all__ = [
     "MODELS",

@@ -1,4 +1,4 @@
-"""A small picture from latents without decoding them: the nearest linear map. Knows one VAE, and no jobs."""
+"""Previews of latents by a linear map to RGB, fitted to the VAE."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from numpy.typing import NDArray
 
 from stable_diffusion_server.pipelines.base import PipelineState, translate_torch_errors
 
-# Longest side of a preview in pixels, and what a shorter one is enlarged towards.
+# Longest side of a preview in pixels; one shorter than SMALLEST is enlarged to at most LARGEST.
 LARGEST, SMALLEST = 128, 64
 _PATCH, _SIDE = 32, 256
 
 
 class LatentPreviewer:
-    """Previews of one family's states.
+    """Makes the previews of one family.
 
-    `unscaled(state, latents)` gives the VAE's latents, 1 × channels × h × w, of latents as the state has them.
+    `unscaled(state, latents)` converts a state's latents to the VAE's own: 1 × channels × h × w.
     """
 
     def __init__(self, vae: Any, unscaled: Callable[[PipelineState[Any], torch.Tensor], torch.Tensor]) -> None:
@@ -28,12 +28,12 @@ class LatentPreviewer:
         self._map: torch.Tensor | None = None
 
     def preview(self, state: PipelineState[Any]) -> NDArray[np.uint8]:
-        """Where a state stands, height × width × 3, at most 128 pixels a side: what it expects to come to."""
+        """The predicted final image of a state, height × width × 3, at most 128 pixels a side."""
         with translate_torch_errors():
             if self._map is None:
                 self._map = fit(self._vae)
-            expected = state.latents if state.expected is None else state.expected
-            latents = self._unscaled(state, expected).float()
+            predicted = state.latents if state.predicted_original is None else state.predicted_original
+            latents = self._unscaled(state, predicted).float()
             longest = max(latents.shape[-2:])
             if longest > LARGEST:
                 latents = torch.nn.functional.adaptive_avg_pool2d(
@@ -50,18 +50,18 @@ class LatentPreviewer:
 
 
 def fit(vae: Any) -> torch.Tensor:
-    """The linear map, (channels + 1) × 3, from this VAE's latents to colours in 0..1; the last row is added.
+    """The linear map, (channels + 1) × 3, from this VAE's latents to RGB in 0..1; the last row is the offset.
 
-    Least squares over squares of chance colours, whose latents the VAE itself gives. One encoding of 256 × 256.
+    Least squares over a 256 × 256 image of randomly coloured squares that the VAE encodes once.
     """
     count = _SIDE // _PATCH
     squares = torch.rand((1, 3, count, count), generator=torch.Generator("cpu").manual_seed(0))
-    # Where weights travel, the VAE is brought to its device by the very call that encodes.
+    # With offloading, the VAE moves to its device during the call that encodes.
     device = getattr(getattr(vae, "_hf_hook", None), "execution_device", None) or vae.device
-    picture = torch.nn.functional.interpolate(squares, scale_factor=_PATCH, mode="nearest").to(device)
-    latents = vae.encode((2 * picture - 1).to(vae.dtype)).latent_dist.mode().float()
-    colours = torch.nn.functional.adaptive_avg_pool2d(picture, latents.shape[-2:])
-    known = torch.cat([latents.flatten(2)[0].T, torch.ones(latents[0, 0].numel(), 1, device=latents.device)], dim=1)
-    # On the CPU, where every backend has the solver.
-    solution = torch.linalg.lstsq(known.cpu(), colours.flatten(2)[0].T.cpu()).solution
+    image = torch.nn.functional.interpolate(squares, scale_factor=_PATCH, mode="nearest").to(device)
+    latents = vae.encode((2 * image - 1).to(vae.dtype)).latent_dist.mode().float()
+    colours = torch.nn.functional.adaptive_avg_pool2d(image, latents.shape[-2:])
+    inputs = torch.cat([latents.flatten(2)[0].T, torch.ones(latents[0, 0].numel(), 1, device=latents.device)], dim=1)
+    # On the CPU: not every backend has this solver.
+    solution = torch.linalg.lstsq(inputs.cpu(), colours.flatten(2)[0].T.cpu()).solution
     return solution.to(latents.device)

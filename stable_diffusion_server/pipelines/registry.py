@@ -1,253 +1,201 @@
-"""Which family answers a job: loads every family and hands each state to its own. The only door for `app`."""
+"""Loads the models of the catalogue and passes each request to the family of its model."""
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping, Sequence
+import pkgutil
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import structlog
 import torch
 from numpy.typing import NDArray
 
-from stable_diffusion_server.errors import ModelLoadError
-from stable_diffusion_server.pipelines.acceleration.cuda_graphs import CudaGraphRunner
-from stable_diffusion_server.pipelines.base import DecodedImage, Family, PipelineState
-from stable_diffusion_server.pipelines.catalog import ModelSpec
-from stable_diffusion_server.pipelines.conditioning.lora import LoraManager
-from stable_diffusion_server.pipelines.conditioning.prompt_cache import PromptCache
-from stable_diffusion_server.pipelines.loading.components import choose_device, dtype_of, quieten_libraries
-from stable_diffusion_server.pipelines.loading.device_memory import memory_of
-from stable_diffusion_server.pipelines.loading.footprint import bytes_of
-from stable_diffusion_server.pipelines.loading.loader import LoadOptions, PlacedModel, place_or_fall_back
-from stable_diffusion_server.pipelines.loading.offload import OffloadedModel
+from stable_diffusion_server.errors import ModelLoadError, ModelTooLarge
+from stable_diffusion_server.pipelines.base import DecodedImage, PipelineState
+from stable_diffusion_server.pipelines.family import FamilyClass, LoadedFamily, LoadedModelInfo
+from stable_diffusion_server.pipelines.loading.components import quieten_libraries
+from stable_diffusion_server.pipelines.loading.devices import choose_device, memory_of
+from stable_diffusion_server.pipelines.loading.loader import LoadOptions
 from stable_diffusion_server.pipelines.loading.placement import Residency
+from stable_diffusion_server.pipelines.model_spec import ModelSpec
 from stable_diffusion_server.types import DiffusionRequest
 
-__all__ = ["LoadOptions", "LoadedModelInfo", "Registry", "load"]
+__all__ = ["LoadOptions", "LoadedFamily", "LoadedModelInfo", "Registry", "load"]
 
 _log = structlog.get_logger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class LoadedModelInfo:
-    """A model as it was loaded, for people: from where, on what, in which placement; `bytes` of all its weights.
-
-    `commit` is that of its repository where it came from the hub, `remarks` say what it does without.
-    """
-
-    name: str
-    folder: str
-    revision: str
-    device: str
-    dtype: str
-    residency: str
-    quantization: str
-    bytes: int
-    follows_edges: bool
-    loras: tuple[str, ...]
-    commit: str = ""
-    remarks: tuple[str, ...] = ()
-
-
 class Registry:
-    """All loaded families behind one face: what the engine calls its denoiser.
+    """The loaded families, by model name: what the engine uses as its denoiser.
 
-    `loaded` tells what is there, `models` the facts of each model as it was loaded, `unusable` why another one was not;
-    `adaptable` whether jobs may name adapters. `resident` is false when weights travel between drawings: then many
-    joins thrash, and an engine does well to prepare, step and finish in phases.
+    `loaded` describes the models, `models` holds their specs as they were loaded, and `unusable` says in a sentence why
+    another model was not loaded. With `dynamic_loras`, requests may name LoRAs, so weights change between requests.
+    `resident` is false when weights move between memory and device; the engine then prepares, steps and finishes in
+    phases, since every join would move weights.
     """
 
     def __init__(
         self,
-        families: Mapping[str, Family],
-        loaded: Sequence[LoadedModelInfo] = (),
-        models: Mapping[str, ModelSpec] | None = None,
-        caches: Mapping[str, PromptCache] | None = None,
-        graphs: Sequence[CudaGraphRunner] = (),
+        families: Sequence[LoadedFamily] = (),
         *,
-        adaptable: bool = False,
-        offloaded: Mapping[str, OffloadedModel] | None = None,
+        dynamic_loras: bool = False,
         unusable: Mapping[str, str] | None = None,
     ) -> None:
-        self._families = families
-        self._adaptable = adaptable
-        self.loaded = tuple(loaded)
-        self.models = dict(models or {})
+        self._families = {loaded.spec.name: loaded.family for loaded in families}
+        self._dynamic_loras = dynamic_loras
+        self.loaded = tuple(loaded.info for loaded in families)
+        self.models = {loaded.spec.name: loaded.spec for loaded in families}
         self.unusable = dict(unusable or {})
-        self._caches = dict(caches or {})
-        self._graphs = tuple(graphs)
-        self._offloaded = dict(offloaded or {})
-        self._present = ""
+        caches = {loaded.spec.name: loaded.prompt_cache for loaded in families}
+        self._prompt_caches = {name: cache for name, cache in caches.items() if cache is not None}
+        self._cuda_graphs = [runner for loaded in families for runner in loaded.cuda_graphs]
+        offloaded = {loaded.spec.name: loaded.offloaded for loaded in families}
+        self._offloaded = {name: model for name, model in offloaded.items() if model is not None}
+        self._model_on_device = ""
         self._threads = torch.get_num_threads()
-        self.resident = all(model.residency == Residency.RESIDENT for model in loaded)
+        self.resident = all(info.residency == Residency.RESIDENT for info in self.loaded)
 
-    def prepare(self, job: DiffusionRequest) -> PipelineState[Any]:
-        """The job's state before its first step."""
-        with self._only(job.model, "text_encoder", "text_encoder_2"):
-            return self._families[job.model].prepare(job)
+    def prepare(self, request: DiffusionRequest) -> PipelineState[Any]:
+        """The state of a request before its first step."""
+        with self._only(request.model, "text_encoder", "text_encoder_2"):
+            return self._families[request.model].prepare(request)
 
     def step(self, states: Sequence[PipelineState[Any]]) -> None:
-        """One denoising step for states of one shape, and so of one family."""
-        model = states[0].job.model
+        """One denoising step for states of one shape, hence of one model."""
+        model = states[0].request.model
         with self._only(model, "unet", "transformer"):
             self._families[model].step(states)
 
     def finish(self, state: PipelineState[Any]) -> DecodedImage:
-        """The picture of a state that is done."""
-        with self._only(state.job.model, "vae"):
-            return self._families[state.job.model].finish(state)
+        """The image of a state that is done."""
+        with self._only(state.request.model, "vae"):
+            return self._families[state.request.model].finish(state)
+
+    def preview(self, state: PipelineState[Any]) -> NDArray[np.uint8]:
+        """A small image of the state, made without decoding: height × width × 3."""
+        return self._families[state.request.model].preview(state)
 
     def _only(self, model: str, *parts: str) -> AbstractContextManager[None]:
-        """A block that has these parts of a model alone on the device, where its weights travel."""
+        """A block in which, of the weights that move, only these parts of a model are on the device."""
         for name, other in self._offloaded.items():
-            if name != model and self._present != model:
+            if name != model and self._model_on_device != model:
                 other.release()
-        self._present = model
+        self._model_on_device = model
         offloaded = self._offloaded.get(model)
         return nullcontext() if offloaded is None else offloaded.only(*parts)
 
-    def preview(self, state: PipelineState[Any]) -> NDArray[np.uint8]:
-        """A small picture of where a state stands."""
-        return self._families[state.job.model].preview(state)
-
     @property
     def unshareable(self) -> str:
-        """Why threads may not draw side by side, empty where they may."""
+        """Why several threads may not draw at once, as a sentence; empty if they may."""
         if not self.resident:
             return "the weights travel between memory and device."
         if any(model.dtype != "float32" for model in self.loaded):
             return "weights in half precision change theirs to decode what overflows."
-        if self._graphs:
+        if self._cuda_graphs:
             return "what is recorded as a CUDA graph has one place for its inputs."
         return ""
 
     @property
     def best_workers(self) -> int:
-        """Two on a CPU of several cores, where no job may change the weights: small tensors gain less by threads.
+        """Recommended number of engine threads: 2 on a CPU of several cores whose weights never change, otherwise 1.
 
-        Measured on two cores: 1.5 times the pictures a second (benchmarks/results/).
+        Small tensors gain less from threads inside an operator: two engine threads drew 1.5 times the images per second
+        on two cores (benchmarks/results/).
         """
-        return 2 if self.cpu_threads > 1 and not self._adaptable and not self.unshareable else 1
+        return 2 if self.cpu_threads > 1 and not self._dynamic_loras and not self.unshareable else 1
 
     @property
     def cpu_threads(self) -> int:
-        """How many threads of the CPU compute, 0 where another device does."""
+        """Number of CPU threads that compute; 0 when another device does."""
         return self._threads if all(model.device == "cpu" for model in self.loaded) else 0
 
-    def enter_worker(self, lanes: int) -> None:
-        """Divide the CPU's threads between the lanes; PyTorch counts them for each thread that draws."""
-        torch.set_num_threads(max(1, self._threads // lanes))
+    def enter_worker(self, workers: int) -> None:
+        """Divide the CPU threads among the engine threads; each calls this, since PyTorch's setting is per thread."""
+        torch.set_num_threads(max(1, self._threads // workers))
 
     def shrink(self) -> bool:
-        """Decode in smaller tiles from now on; false when they are as small as they may be."""
-        shrunk = [family.shrink() for family in self._families.values()]  # each of them, so no short cut
+        """Use less memory from now on; false when no family can."""
+        shrunk = [family.shrink() for family in self._families.values()]  # every family, so no short circuit
         return any(shrunk)
 
     def release_memory(self) -> None:
-        """Give back what the allocators and the recordings hold and no drawing uses; weights that travel go home."""
+        """Free what no request uses: offloaded weights, CUDA graphs, allocator caches."""
         for offloaded in self._offloaded.values():
             offloaded.release()
-        for graphs in self._graphs:
-            graphs.forget()
+        for runner in self._cuda_graphs:
+            runner.clear()
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
     def memory(self) -> dict[str, dict[str, int]]:
-        """Bytes of memory by device: `used` by this process, `reserved` by it from the device, `free` for anyone."""
+        """Bytes by device: `used` by this process, `reserved` by it from the device, `free` for anyone."""
         return {name: memory_of(torch.device(name)) for name in sorted({model.device for model in self.loaded})}
 
     def prompt_caches(self) -> dict[str, int]:
-        """Bytes of encoded prompts that are kept, by model."""
-        return {name: cache.bytes for name, cache in self._caches.items()}
+        """Bytes of cached prompt embeddings, by model."""
+        return {name: cache.bytes for name, cache in self._prompt_caches.items()}
 
     def count_tokens(self, model: str, prompt: str) -> int:
-        """Length of a prompt in a model's tokens. Safe from any thread."""
+        """Length of a prompt in a model's tokens. Thread-safe."""
         return self._families[model].count_tokens(prompt)
 
 
 def load(models_dir: Path, device_name: str, cpu_threads: int, options: LoadOptions | None = None) -> Registry:
-    """Load the models of `options`, those that come with the server by default, on one device.
+    """Load the models of `options` (by default the embedded ones) onto one device.
 
-    A model that cannot be loaded costs itself alone: `Registry.unusable` says why. Raises `ModelLoadError` with a
-    sentence for each when none can be loaded. Call it on the thread that will draw: PyTorch's number of threads is set
-    for it.
+    A model that fails to load is left out and `Registry.unusable` says why. Raises `ModelLoadError` with a sentence for
+    each when all fail. Call this on the thread that draws: PyTorch's number of threads is set for the calling thread.
     """
     if cpu_threads:
         torch.set_num_threads(cpu_threads)
     device = choose_device(device_name)
     options = options or LoadOptions()
-    options = replace(options, loras=options.adapters)
-    placed: dict[str, PlacedModel] = {}
-    families: dict[str, Family] = {}
-    caches: dict[str, PromptCache] = {}
+    options = replace(options, loras=options.lora_folder)
+    quieten_libraries()  # before a family is imported: the libraries warn about optional packages on import
+    families: list[LoadedFamily] = []
     errors: dict[str, ModelLoadError] = {}
-    kinds = _kinds()
-    for name, wanted in options.models.items():
+    for name, spec in options.models.items():
         try:
-            model = place_or_fall_back(wanted, models_dir, device, options)
-            caches[name] = PromptCache(options.prompt_cache_bytes)
-            given = (model.pipeline, model.facts, model.controlnet, model.adapters, caches[name])
-            families[name] = kinds[model.facts.pipeline_class](*given)
-            placed[name] = model
+            families.append(_load_or_fall_back(spec, models_dir, device, options))
         except ModelLoadError as error:
             errors[name] = error
-            _log.error("a model cannot be loaded", model=name, folder=wanted.folder, why=error.detail)  # it is all
-    if errors and not placed:
+            _log.error("a model cannot be loaded", model=name, folder=spec.folder, why=error.detail)
+    if errors and not families:
         sentences = " ".join(error.detail for error in errors.values())
         raise next(iter(errors.values())) if len(errors) == 1 else ModelLoadError(sentences)
     registry = Registry(
         families,
-        [_told(name, model, device, options) for name, model in placed.items()],
-        {name: model.facts for name, model in placed.items()},
-        caches,
-        [graphs for model in placed.values() for graphs in model.graphs],
-        adaptable=options.adapters.folder is not None,
-        offloaded={
-            name: OffloadedModel(model.pipeline, model.controlnet, model.placement.residency)
-            for name, model in placed.items()
-        },
+        dynamic_loras=options.lora_folder.folder is not None,
         unusable={name: error.detail for name, error in errors.items()},
     )
     if not registry.resident:
-        # Memory is given back after every turn then, and recordings with it.
-        for model in placed.values():
-            for recorded in model.graphs:
-                recorded.give_up()
+        # Memory is released after every phase then, and CUDA graphs with it: recording them would not pay.
+        for loaded in families:
+            for runner in loaded.cuda_graphs:
+                runner.disable()
     return registry
 
 
-def _told(name: str, placed: PlacedModel, device: torch.device, options: LoadOptions) -> LoadedModelInfo:
-    modules = [
-        part for part in [*placed.pipeline.components.values(), placed.controlnet] if isinstance(part, torch.nn.Module)
-    ]
-    facts = placed.facts
-    return LoadedModelInfo(
-        name=name,
-        folder=facts.folder,
-        revision=facts.revision,
-        device=str(device),
-        dtype=str(dtype_of(facts, device)).removeprefix("torch."),
-        residency=placed.placement.residency,
-        quantization=placed.placement.quantization,
-        bytes=bytes_of(*modules),
-        follows_edges=placed.controlnet is not None,
-        loras=options.adapters.names({facts.denoiser}),
-        commit=placed.commit,
-        remarks=tuple(placed.remarks),
-    )
+def _load_or_fall_back(spec: ModelSpec, models_dir: Path, device: torch.device, options: LoadOptions) -> LoadedFamily:
+    """The model of `spec`, or its fallback when the device cannot hold it. Raises `ModelLoadError`."""
+    try:
+        return _family_class(spec).load(spec, models_dir, device, options)
+    except ModelTooLarge as error:
+        fallback = options.fallbacks.get(spec.name)
+        if fallback is None or fallback == spec:
+            raise
+        _log.warning(
+            "other weights are used", model=spec.name, wanted=spec.folder, used=fallback.folder, why=error.detail
+        )
+        return _family_class(fallback).load(fallback, models_dir, device, options)
 
 
-def _kinds() -> Mapping[str, Callable[[Any, ModelSpec, Any, LoraManager, PromptCache], Family]]:
-    """Each family by the stock pipeline it draws with."""
-    quieten_libraries()
-    # Imported behind it: what they bring along remarks on packages that are not needed here.
-    from stable_diffusion_server.pipelines.families.flux import Flux
-    from stable_diffusion_server.pipelines.families.sdxl import Sdxl
-
-    return {"StableDiffusionXLPipeline": Sdxl, "FluxPipeline": Flux}
+def _family_class(spec: ModelSpec) -> FamilyClass:
+    """The class that a catalogue row names; imported here, so that a new family needs its row and its file only."""
+    return cast(FamilyClass, pkgutil.resolve_name(spec.family))

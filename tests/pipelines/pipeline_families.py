@@ -63,8 +63,8 @@ def families(sdxl: Any, flux: Any) -> dict[str, Any]:
     return {
         "sdxl": sdxl,
         "flux": flux,
-        "sdxl-4": Sdxl(with_four, sdxl.facts, sdxl.controlnet if with_four is sdxl.pipeline else None),
-        "flux-16": Flux(with_sixteen, flux.facts, random_controlnet(with_sixteen)),
+        "sdxl-4": Sdxl(with_four, sdxl.spec, sdxl.controlnet if with_four is sdxl.pipeline else None),
+        "flux-16": Flux(with_sixteen, flux.spec, random_controlnet(with_sixteen)),
     }
 
 

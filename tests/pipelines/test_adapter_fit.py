@@ -51,9 +51,9 @@ def twos(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> dict[str
     for name, kind in KINDS.items():
         folder, facts = tmp_path_factory.mktemp(name), MODELS[name]
         own, stock = (load_pipeline(facts, MODELS_DIR, CPU) for _ in range(2))
-        ours = kind(own, facts, adapters=LoraManager(own, folder))
+        ours = kind(own, facts, loras=LoraManager(own, folder))
         # What is put on the stock pipeline is known to nobody, so no encoded prompt may be kept.
-        made[name] = Two(ours, kind(stock, facts, embeddings=PromptCache(0)), folder, draw(ours, quick(name)))
+        made[name] = Two(ours, kind(stock, facts, prompt_cache=PromptCache(0)), folder, draw(ours, quick(name)))
     return made
 
 
@@ -236,11 +236,11 @@ def test_a_job_draws_with_the_content_it_means_or_not_at_all(twos: dict[str, Two
     two = twos["sdxl"]
     tensors, _ = FITTING["sdxl"]["peft"](two.stock.pipeline)
     file = write(two.folder / "ink.safetensors", tensors)
-    before = two.ours.adapters._folder.digest("ink")
+    before = two.ours.loras._folder.digest("ink")
     meant = quick("sdxl", loras=(("ink", 1.0),), lora_digests=(before,))
     expected = draw(two.ours, meant)
     write(file, {name: 2 * tensor for name, tensor in tensors.items()})
-    after = two.ours.adapters._folder.digest("ink")
+    after = two.ours.loras._folder.digest("ink")
     assert (draw(two.ours, meant) == expected).all()
     assert (draw(two.ours, quick("sdxl", loras=(("ink", 1.0),), lora_digests=(after,))) != expected).any()
     file.unlink()
@@ -257,7 +257,7 @@ import sys
 from pathlib import Path
 from drawing import draw, job_for
 from lora_layouts import peft, unet_pairs, write
-from stable_diffusion_server.pipelines.catalog import MODELS
+from stable_diffusion_server.pipelines.catalog import (MODELS)
 from stable_diffusion_server.pipelines.registry import LoadOptions, load
 
 folder, how = Path(sys.argv[1]), sys.argv[2]

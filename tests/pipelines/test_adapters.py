@@ -30,7 +30,8 @@ from stable_diffusion_server.pipelines.conditioning.lora import (
 from stable_diffusion_server.pipelines.conditioning.lora_files import read_lora
 from stable_diffusion_server.pipelines.families.flux import Flux
 from stable_diffusion_server.pipelines.families.sdxl import Sdxl
-from stable_diffusion_server.pipelines.loading.components import load_pipeline, lora_file
+from stable_diffusion_server.pipelines.loading.components import load_pipeline
+from stable_diffusion_server.pipelines.loading.model_files import lora_file
 from stable_diffusion_server.pipelines.registry import LoadOptions, load
 
 CPU = torch.device("cpu")
@@ -55,7 +56,7 @@ def painter(loras: Path) -> Sdxl:
     """The embedded SDXL that may use the folder."""
     facts = MODELS["sdxl"]
     pipeline = load_pipeline(facts, MODELS_DIR, CPU)
-    return Sdxl(pipeline, facts, adapters=LoraManager(pipeline, loras))
+    return Sdxl(pipeline, facts, loras=LoraManager(pipeline, loras))
 
 
 def middle(pixels: Any) -> Any:
@@ -77,7 +78,7 @@ def test_the_adapter_that_comes_along_draws_outlines(sdxl: Sdxl, one_thread: Non
     """The middle of the thing is the background again, and there is still a thing."""
     facts = MODELS["sdxl"]
     pipeline = load_pipeline(facts, MODELS_DIR, CPU)
-    outlined = Sdxl(pipeline, facts, adapters=LoraManager(pipeline, MODELS_DIR / "loras"))
+    outlined = Sdxl(pipeline, facts, loras=LoraManager(pipeline, MODELS_DIR / "loras"))
     job = job_for("sdxl", prompt=f"a red {shape} on a blue background", width=256, height=256)
     assert middle(draw(sdxl, job)).argmax() == 0
     drawn = draw(outlined, replace(job, loras=(("outlines", 1.0),)))
@@ -174,7 +175,7 @@ def test_an_adapter_that_fails_first_of_all_leaves_the_model_as_it_was(loras: Pa
     wrong = {name: torch.ones(3, 3) for name in load_file(loras / "green.safetensors")}
     save_file(wrong, tmp_path / "wrong.safetensors")
     pipeline = load_pipeline(MODELS["sdxl"], MODELS_DIR, CPU)
-    own = Sdxl(pipeline, MODELS["sdxl"], adapters=LoraManager(pipeline, tmp_path))
+    own = Sdxl(pipeline, MODELS["sdxl"], loras=LoraManager(pipeline, tmp_path))
     with pytest.raises(InvalidInput):
         own.prepare(job_for("sdxl", loras=(("wrong", 1.0),)))
     assert (draw(own, job_for("sdxl")) == draw(sdxl, job_for("sdxl"))).all()
@@ -205,7 +206,7 @@ def test_an_adapter_someone_draws_with_is_not_forgotten(
         scaled = {name: tensor / number for name, tensor in load_file(loras / "green.safetensors").items()}
         save_file(scaled, tmp_path / f"{letter}.safetensors")
     pipeline = load_pipeline(MODELS["sdxl"], MODELS_DIR, CPU)
-    own = Sdxl(pipeline, MODELS["sdxl"], adapters=LoraManager(pipeline, tmp_path))
+    own = Sdxl(pipeline, MODELS["sdxl"], loras=LoraManager(pipeline, tmp_path))
     waiting, expected = (
         own.prepare(job_for("sdxl", loras=(("a", 1.0),))),
         draw(own, job_for("sdxl", loras=(("a", 1.0),))),
@@ -251,7 +252,7 @@ def test_a_lora_goes_on_the_controlnet_for_good(flux: Any, control_lora: Path) -
     """CONTROLNET_LORA changes what edges do, and the shared transformer is not touched."""
     net = copy.deepcopy(flux.controlnet)
     add_to_controlnet(net, control_lora)
-    guided = Flux(flux.pipeline, flux.facts, net)
+    guided = Flux(flux.pipeline, flux.spec, net)
     job = job_for("flux", control=scene())
     assert psnr(draw(guided, job), draw(flux, job)) < 60
     assert (draw(guided, job_for("flux")) == draw(flux, job_for("flux"))).all()

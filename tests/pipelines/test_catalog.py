@@ -9,7 +9,6 @@ from stable_diffusion_server.pipelines.catalog import (
     MODELS,
     REAL_MODELS,
     SCHEDULERS,
-    ModelSpec,
     Source,
     choose_models,
     refine_steps_skipped,
@@ -18,6 +17,7 @@ from stable_diffusion_server.pipelines.catalog import (
     with_lcm,
     with_quantization,
 )
+from stable_diffusion_server.pipelines.model_spec import ModelSpec
 
 EVERY = [*MODELS.values(), *(facts for candidates in REAL_MODELS.values() for facts in candidates)]
 
@@ -68,8 +68,8 @@ def test_the_defaults_of_every_model_are_within_its_own_bounds(facts: ModelSpec)
     bounds = SCHEDULERS[facts.default_scheduler]
     assert bounds.min_steps <= facts.default_steps <= bounds.max_steps
     assert set(facts.schedulers) <= set(SCHEDULERS)
-    assert facts.floor**2 <= facts.native_pixels
-    assert facts.floor % 64 == 0
+    assert facts.min_side**2 <= facts.native_pixels
+    assert facts.min_side % 64 == 0
 
 
 def test_real_models_have_the_defaults_of_their_authors() -> None:
@@ -80,7 +80,7 @@ def test_real_models_have_the_defaults_of_their_authors() -> None:
         fast = with_lcm(facts)
         assert 1 <= fast.default_guidance <= 2
         assert 4 <= fast.default_steps <= 8
-        assert fast.always == (("lcm-lora-sdxl", 1.0),)
+        assert fast.builtin_loras == (("lcm-lora-sdxl", 1.0),)
     (schnell,) = REAL_MODELS["flux"]
     assert (schnell.default_guidance, schnell.default_steps, schnell.text_tokens) == (0.0, 4, 256)
     assert {facts.native_pixels for candidates in REAL_MODELS.values() for facts in candidates} == {1024 * 1024}

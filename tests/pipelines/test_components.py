@@ -19,14 +19,10 @@ from stable_diffusion_server.pipelines.base import decode, translate_torch_error
 from stable_diffusion_server.pipelines.catalog import MODELS, REAL_MODELS, scheduler_of, spec_of
 from stable_diffusion_server.pipelines.families.flux import Flux
 from stable_diffusion_server.pipelines.families.sdxl import Sdxl
-from stable_diffusion_server.pipelines.loading.components import (
-    choose_device,
-    dtype_of,
-    load_controlnet,
-    load_pipeline,
-)
+from stable_diffusion_server.pipelines.loading.components import load_controlnet, load_pipeline
+from stable_diffusion_server.pipelines.loading.devices import choose_device, dtype_of
 from stable_diffusion_server.pipelines.loading.hub import HubClient
-from stable_diffusion_server.pipelines.loading.schedulers import make_scheduler, set_timesteps
+from stable_diffusion_server.pipelines.loading.schedulers_and_tokenizers import make_scheduler, set_timesteps
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CPU = torch.device("cpu")
@@ -141,7 +137,7 @@ def test_a_controlnet_made_for_another_vae_is_told(sdxl: Any) -> None:
     channels = (8, *config["conditioning_embedding_out_channels"])
     other = type(sdxl.controlnet).from_config({**config, "conditioning_embedding_out_channels": channels})
     with pytest.raises(ModelLoadError, match=r"The ControlNet takes \d+ pixels"):
-        Sdxl(sdxl.pipeline, sdxl.facts, other)
+        Sdxl(sdxl.pipeline, sdxl.spec, other)
 
 
 def test_edges_without_a_controlnet_are_refused(models: Path) -> None:

@@ -11,13 +11,15 @@ import torch
 from drawing import draw, job_for
 
 from benchmarks.full_size import random_pipeline, write_configurations
-from stable_diffusion_server.pipelines.catalog import REAL_MODELS, ModelSpec
+from stable_diffusion_server.pipelines.catalog import REAL_MODELS
 from stable_diffusion_server.pipelines.families.flux import Flux
 from stable_diffusion_server.pipelines.families.sdxl import Sdxl
-from stable_diffusion_server.pipelines.loading.components import dtype_of, empty_pipeline
+from stable_diffusion_server.pipelines.loading.components import empty_pipeline
+from stable_diffusion_server.pipelines.loading.devices import dtype_of
 from stable_diffusion_server.pipelines.loading.footprint import footprint_of, parameters_of
 from stable_diffusion_server.pipelines.loading.placement import Footprint, Residency, place
-from stable_diffusion_server.pipelines.loading.tokenizers import token_counter
+from stable_diffusion_server.pipelines.loading.schedulers_and_tokenizers import token_counter
+from stable_diffusion_server.pipelines.model_spec import ModelSpec
 
 SDXL, FLUX = REAL_MODELS["sdxl"][1], REAL_MODELS["flux"][0]
 

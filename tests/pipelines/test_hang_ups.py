@@ -98,7 +98,7 @@ def placed(one_thread: None) -> tuple[Any, Travels]:
         apply_residency(pipeline, controlnet, DEVICE, residency)
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(loader, "settle", settled)
+        patched.setattr(loader, "apply_residency", settled)
         patched.setattr(loader, "place", lambda *free, **more: Placement(Residency.MODEL, Quantization.NONE, 0))
         made: Any = load(MODELS_DIR, "cpu", 1, LoadOptions(models=FACTS))
     assert not made.resident

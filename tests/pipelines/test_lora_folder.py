@@ -49,7 +49,7 @@ def test_links_and_sub_folders_are_followed(made: Callable[[Path, Path], None], 
     outside.mkdir()
     lora_file(folder / "own.safetensors", b"own")
     made(folder, outside)
-    offered = LoraFolder(folder).offered({"unet"})
+    offered = LoraFolder(folder).available({"unet"})
     assert {"own", "linked"} <= set(offered)
     assert offered["linked"] != offered["own"] == digest_of(folder / "own.safetensors")
     assert LoraFolder(folder).read("linked").digest == offered["linked"]
@@ -126,7 +126,7 @@ def test_a_bad_file_costs_itself_alone(made: Callable[[Path], None], said: str, 
     lora_file(tmp_path / "own.safetensors")
     made(tmp_path / "bad.safetensors")
     folder = LoraFolder(tmp_path)
-    offered = folder.offered({"unet"})
+    offered = folder.available({"unet"})
     assert list(offered) == ["own"] == list(names_in(tmp_path))
     assert len(offered["own"]) == 16
     assert list(folder.faults()) == ["bad"]
@@ -258,7 +258,7 @@ def test_a_settled_file_is_hashed_once(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(lora_folder, "_UNSETTLED_SECONDS", -1.0)
     file, folder = lora_file(tmp_path / "ink.safetensors"), LoraFolder(tmp_path)
     first = folder.digest("ink")
-    monkeypatch.setattr(lora_folder, "check_fit", lambda *given: pytest.fail("it was read again"))
+    monkeypatch.setattr(lora_folder, "check_lora", lambda *given: pytest.fail("it was read again"))
     assert folder.digest("ink") == first
     assert list(folder._digests) == [identity_of(file.stat())]
 

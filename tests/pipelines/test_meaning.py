@@ -17,7 +17,7 @@ PROMPT = "a red circle on a blue background"
 
 def job(model: str, **changes: Any) -> DiffusionRequest:
     facts = MODELS[model]
-    side = facts.floor
+    side = facts.min_side
     values: dict[str, Any] = {
         "task": Task.TEXT_TO_IMAGE,
         "model": model,

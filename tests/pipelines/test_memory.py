@@ -13,7 +13,7 @@ import torch
 from drawing import MODELS_DIR, disc_mask, draw, job_for, outline, psnr, scene
 
 from stable_diffusion_server.errors import ModelLoadError, ModelTooLarge
-from stable_diffusion_server.pipelines.catalog import MODELS, ModelSpec, with_quantization
+from stable_diffusion_server.pipelines.catalog import MODELS, with_quantization
 from stable_diffusion_server.pipelines.families.flux import Flux
 from stable_diffusion_server.pipelines.families.sdxl import Sdxl
 from stable_diffusion_server.pipelines.loading import loader
@@ -21,6 +21,7 @@ from stable_diffusion_server.pipelines.loading.components import load_controlnet
 from stable_diffusion_server.pipelines.loading.footprint import bytes_of
 from stable_diffusion_server.pipelines.loading.offload import apply_residency
 from stable_diffusion_server.pipelines.loading.placement import Footprint, Quantize, Residency
+from stable_diffusion_server.pipelines.model_spec import ModelSpec
 from stable_diffusion_server.pipelines.registry import LoadOptions, load
 
 CPU = torch.device("cpu")
@@ -48,7 +49,7 @@ def modules_of(pipeline: Any) -> list[torch.nn.Module]:
 
 
 def draw_every_task(family: Any) -> None:
-    name = family.facts.name
+    name = family.spec.name
     jobs = [job_for(name), job_for(name, image=scene(), strength=0.5), job_for(name, image=scene(), mask=disc_mask())]
     for job in [*jobs, *([job_for(name, control=outline())] if family.controlnet is not None else [])]:
         draw(family, job)
@@ -95,7 +96,7 @@ def test_weights_of_one_byte_draw_nearly_the_same_picture(
     models = {name: with_quantization(facts, quantize) for name, facts in MODELS.items()}
     registry = load(MODELS_DIR, "cpu", 1, LoadOptions(models=models, quantize=quantize))
     for name, family in registry._families.items():
-        part = family.facts.denoiser
+        part = family.spec.denoiser
         fine, coarse = (bytes_of(getattr(f.pipeline, part)) for f in (families[name], family))
         ratio = psnr(draw(family, job_for(name)), draw(families[name], job_for(name)))
         print(f"\n| {name} | {quantize} | {part} {fine:,} → {coarse:,} bytes | {ratio:.1f} dB |")  # noqa: T201  # the table
@@ -167,7 +168,7 @@ def test_a_model_that_does_not_fit_gives_way_to_one_that_does(monkeypatch: pytes
 
     monkeypatch.setattr(loader, "footprint_of", too_large)
     real = replace(MODELS["flux"], revision="real")
-    drawing = load(MODELS_DIR, "cpu", 1, LoadOptions(models={"flux": real}, instead=MODELS))
+    drawing = load(MODELS_DIR, "cpu", 1, LoadOptions(models={"flux": real}, fallbacks=MODELS))
     assert drawing.models == {"flux": MODELS["flux"]}
     assert [model.revision for model in drawing.loaded] == [MODELS["flux"].revision]
     with pytest.raises(ModelTooLarge, match="GB of memory"):
@@ -179,7 +180,7 @@ def test_a_model_that_is_damaged_does_not_give_way(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     damaged = replace(MODELS["flux"], folder="real")
     with pytest.raises(ModelLoadError, match="real"):
-        load(tmp_path, "cpu", 1, LoadOptions(models={"flux": damaged}, instead=MODELS))
+        load(tmp_path, "cpu", 1, LoadOptions(models={"flux": damaged}, fallbacks=MODELS))
 
 
 def test_attention_in_slices_draws_nearly_the_same_picture(families: dict[str, Any]) -> None:

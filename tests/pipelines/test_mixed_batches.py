@@ -52,7 +52,7 @@ def test_a_job_may_join_a_batch_that_is_under_way(sdxl: Any) -> None:
     while waiting := [state for state in (first, second) if not state.done]:
         sdxl.step(waiting)
     for state in (first, second):
-        assert psnr(sdxl.finish(state).pixels, draw(sdxl, state.job)) >= 45
+        assert psnr(sdxl.finish(state).pixels, draw(sdxl, state.request)) >= 45
 
 
 def test_all_these_jobs_share_one_shape() -> None:
@@ -87,8 +87,8 @@ def test_outside_the_mask_the_latents_end_as_they_began(family: str, families: d
     """What an inpainting keeps is kept exactly, through a refining second pass too."""
     job = job_for(family, image=scene(), mask=disc_mask(), refine=True)
     state = families[family].prepare(job)
-    assert state.keep is not None
-    before, mask = state.keep.latents.clone(), state.keep.mask.clone()
+    assert state.inpaint is not None
+    before, mask = state.inpaint.latents.clone(), state.inpaint.mask.clone()
     while not state.done:
         families[family].step([state])
     kept = (mask == 0).expand_as(before)

@@ -48,7 +48,7 @@ def test_blocks_that_take_channels_last_are_the_stock_blocks(
     channels: tuple[int, int], told: int | None, dtype: torch.dtype
 ) -> None:
     """A residual block with a timestep and without, with another number of channels and the same, and a doubling."""
-    from stable_diffusion_server.pipelines.acceleration.channels_last import Resnet, Upsample, lay_out
+    from stable_diffusion_server.pipelines.acceleration.channels_last import Resnet, Upsample, use_channels_last
 
     block = ResnetBlock2D(in_channels=channels[0], out_channels=channels[1], temb_channels=told, groups=8)
     parts = torch.nn.ModuleList([block, Upsample2D(channels[1], use_conv=True)]).to("cuda", dtype)
@@ -59,7 +59,7 @@ def test_blocks_that_take_channels_last_are_the_stock_blocks(
     exact = copy.deepcopy(parts).double()
     with torch.inference_mode(), torch.backends.cudnn.flags(allow_tf32=False):
         wanted = exact[1](exact[0](given.double(), None if temb is None else temb.double()))
-        lay_out(parts)
+        use_channels_last(parts)
         assert [type(part) for part in parts] == [Resnet, Upsample]
         made = parts[1](parts[0](given, temb))
     assert made.is_contiguous(memory_format=torch.channels_last)

@@ -14,11 +14,8 @@ import torch
 from drawing import SIDE, Pixels, disc_mask, draw, job_for, largest_difference, outline, scene
 from PIL import Image
 
-from stable_diffusion_server.pipelines.catalog import (
-    refine_steps_skipped,
-    scheduler_of,
-)
-from stable_diffusion_server.pipelines.loading.schedulers import make_scheduler
+from stable_diffusion_server.pipelines.catalog import refine_steps_skipped, scheduler_of
+from stable_diffusion_server.pipelines.loading.schedulers_and_tokenizers import make_scheduler
 from stable_diffusion_server.types import DiffusionRequest, ImageArray
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # the stock calls' own, on their own attributes
@@ -121,10 +118,10 @@ def draw_by_stock(family: Any, case: Case, job: DiffusionRequest) -> Pixels:
     if case.refiner is None:
         return _pixels(first(**arguments, **given, generator=_seeded(job.seed)))
     latents = first(**arguments, **given, generator=_seeded(job.seed), output_type="latent").images
-    if family.facts.name == "flux":
+    if family.spec.name == "flux":
         latents = first._unpack_latents(latents, job.height, job.width, first.vae_scale_factor)
     steps = job.num_inference_steps
-    strength = (steps - refine_steps_skipped(family.facts, steps)) / steps
+    strength = (steps - refine_steps_skipped(family.spec, steps)) / steps
     given = {**pictures_for(case.refiner, job, latents), "strength": strength}
     if case.refiner == "FluxInpaintPipeline":
         given["masked_image_latents"] = torch.zeros_like(latents)  # only used by UNets with a mask channel
@@ -135,7 +132,7 @@ def stock_pipeline(family: Any, name: str, job: DiffusionRequest) -> Any:
     """A stock pipeline over the family's own components, with a fresh scheduler of the job's kind."""
     kind = getattr(diffusers, name)
     parts = {part: module for part, module in family.pipeline.components.items() if part in signature(kind).parameters}
-    facts = scheduler_of(family.facts, job.scheduler, job.num_inference_steps)
+    facts = scheduler_of(family.spec, job.scheduler, job.num_inference_steps)
     parts["scheduler"] = make_scheduler(facts, like=family.pipeline.scheduler)
     if "ControlNet" in name:
         parts["controlnet"] = family.controlnet
@@ -151,8 +148,8 @@ def stock_arguments(family: Any, job: DiffusionRequest) -> dict[str, Any]:
         "num_inference_steps": job.num_inference_steps,
         "guidance_scale": job.guidance_scale,
     }
-    if family.facts.name == "flux":
-        return {**arguments, "max_sequence_length": family.facts.text_tokens}
+    if family.spec.name == "flux":
+        return {**arguments, "max_sequence_length": family.spec.text_tokens}
     return {**arguments, "negative_prompt": job.negative_prompt}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from PIL import Image
 
 from stable_diffusion_server.pipelines.base import shrink_tiles
 from stable_diffusion_server.pipelines.conditioning.prompt_cache import PromptCache
-from stable_diffusion_server.pipelines.registry import Registry
+from stable_diffusion_server.pipelines.registry import LoadedFamily, Registry
 
 
 @pytest.mark.parametrize("family", ["sdxl", "flux"])
@@ -45,17 +45,17 @@ def test_the_preview_of_a_large_picture_is_small(sdxl: Any) -> None:
 def test_a_prompt_is_encoded_once(family: str, families: dict[str, Any]) -> None:
     """The same words give the same tensors; other words, another negative prompt or guidance are encoded anew."""
     model = families[family]
-    model.embeddings = PromptCache()
+    model.prompt_cache = PromptCache()
     first, again = (model.prepare(job_for(family, seed=seed)) for seed in (1, 2))
-    assert len(model.embeddings) == 1
+    assert len(model.prompt_cache) == 1
     assert torch.equal(first.conditioning.embeds, again.conditioning.embeds)
     before = draw(model, job_for(family))
     model.prepare(job_for(family, prompt="a green square"))
-    assert len(model.embeddings) == 2
+    assert len(model.prompt_cache) == 2
     if family == "sdxl":
         model.prepare(job_for(family, negative_prompt="blurred"))
         model.prepare(job_for(family, guidance_scale=1.0))
-        assert len(model.embeddings) == 4
+        assert len(model.prompt_cache) == 4
     assert (draw(model, job_for(family)) == before).all()
 
 
@@ -68,7 +68,7 @@ def test_encoded_prompts_are_kept_within_their_bytes() -> None:
             made.append(key)
             return torch.zeros(size), None
 
-        return kept.of(key, make)[0]
+        return kept.get_or_create(key, make)[0]
 
     for key in ("a", "b", "c", "a", "d"):
         of(key)
@@ -96,7 +96,8 @@ def test_two_lanes_are_best_on_a_cpu_of_several_cores(
 ) -> None:
     """Unless there is one core alone, or jobs may change the weights that lanes share."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)  # the machine is what is varied here
-    assert Registry({}, registry.loaded, adaptable=adaptable).best_workers == lanes
+    families = [LoadedFamily(cast(Any, None), registry.models[info.name], info) for info in registry.loaded]
+    assert Registry(families, dynamic_loras=adaptable).best_workers == lanes
 
 
 def test_the_registry_offers_what_the_engine_asks_for(registry: Any) -> None:

@@ -116,7 +116,7 @@ def test_branches_on_sizes_have_traces_of_their_own() -> None:
         for _ in range(4):
             wanted = module.layer(torch.ones(rows, 3)) + (rows if rows > 4 else 0)
             assert torch.equal(module(torch.ones(rows, 3)), wanted)
-    assert all(kind.settled and kind.trace for kind in module.forward._kinds.values())
+    assert all(kind.settled and kind.trace for kind in module.forward._signatures.values())
 
 
 @pytest.mark.parametrize("kind", [Looking, Dicing, Refusing])
@@ -130,7 +130,7 @@ def test_what_a_trace_cannot_tell_runs_as_it_is(kind: type[Counting]) -> None:
         made = module(sample)
         torch.manual_seed(n)
         assert torch.equal(made, type(module).forward(module, sample))
-    assert [kind.trace for kind in module.forward._kinds.values()] == [None]
+    assert [kind.trace for kind in module.forward._signatures.values()] == [None]
 
 
 def test_passes_that_take_long_are_not_traced(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,22 +143,22 @@ def test_passes_that_take_long_are_not_traced(monkeypatch: pytest.MonkeyPatch) -
         assert module.passes == n + 1
 
 
-def test_old_kinds_are_forgotten_when_there_are_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_least_recent_signatures_are_evicted(monkeypatch: pytest.MonkeyPatch) -> None:
     """And known again when they come again, by the traces there are; also where each comes once."""
-    monkeypatch.setattr(torchscript, "_MOST_KINDS", 3)
+    monkeypatch.setattr(torchscript, "_MAX_SIGNATURES", 3)
     module = Branching()
     trace(module)
     for calls in (1, 4, 4):
         for rows in range(1, 12):
             for _ in range(calls):
                 assert torch.equal(module(torch.ones(rows, 3)), type(module).forward(module, torch.ones(rows, 3)))
-            assert len(module.forward._kinds) <= 3
+            assert len(module.forward._signatures) <= 3
     assert module.forward._made == len(module.forward._traces) <= 8  # few rows, and one for each number of many
 
 
 def test_no_more_traces_are_made_than_memory_is_there_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """TorchScript never gives them back; kinds beyond them, and after failures, run as they are."""
-    monkeypatch.setattr(torchscript, "_MOST_TRACES", 2)
+    monkeypatch.setattr(torchscript, "_MAX_TRACES", 2)
     for module, useful in ((Branching(), 2), (Dicing(), 0)):
         trace(module)
         for rows in (5, 6, 7, 8):
@@ -166,7 +166,7 @@ def test_no_more_traces_are_made_than_memory_is_there_for(monkeypatch: pytest.Mo
                 module(torch.ones(rows, 3))
         assert module.forward._made == 2
         assert len(module.forward._traces) == useful
-        assert sum(kind.trace is not None for kind in module.forward._kinds.values()) == useful
+        assert sum(kind.trace is not None for kind in module.forward._signatures.values()) == useful
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
@@ -254,7 +254,7 @@ def test_the_models_can_be_traced(traced: Registry, model: str) -> None:
     assert len(passes) == 4
     for name, forward in passes.items():
         assert isinstance(forward, TorchScriptRunner), name
-        assert any(kind.trace and kind.settled for kind in forward._kinds.values()), name
+        assert any(kind.trace and kind.settled for kind in forward._signatures.values()), name
 
 
 def test_nothing_is_traced_where_weights_may_change(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from stable_diffusion_server.errors import ModelLoadError
 from stable_diffusion_server.pipelines.catalog import MODELS, with_weights, without_identity
 from stable_diffusion_server.pipelines.loading import loader
-from stable_diffusion_server.pipelines.loading.components import control_files, model_files
+from stable_diffusion_server.pipelines.loading.model_files import control_files, model_files
 from stable_diffusion_server.pipelines.loading.weight_digest import WeightDigests
 from stable_diffusion_server.pipelines.registry import LoadOptions, load
 
@@ -143,8 +143,8 @@ def test_the_embedded_models_keep_the_revision_their_pictures_are_stored_under(m
     assert with_weights(facts, weights, control) == facts == without_identity(facts)
     other = with_weights(facts, "a" * 64, "b" * 64)
     assert other.revision == f"{facts.revision}-{'a' * 16}"
-    assert other.revision_drawing(edges=False) == other.revision
-    assert other.revision_drawing(edges=True) == f"{other.revision}+edges-{'b' * 16}"
+    assert other.revision_for(edges=False) == other.revision
+    assert other.revision_for(edges=True) == f"{other.revision}+edges-{'b' * 16}"
 
 
 @pytest.mark.fault(167)
@@ -166,7 +166,7 @@ import torch
 from dataclasses import replace
 from pathlib import Path
 from drawing import draw, job_for
-from stable_diffusion_server.pipelines.catalog import MODELS
+from stable_diffusion_server.pipelines.catalog import (MODELS)
 from stable_diffusion_server.pipelines.registry import LoadOptions, load
 facts = replace(MODELS["flux"], folder="my-flux", control_folder=None)
 drawing = load(Path({models!r}), "cpu", 1, LoadOptions(models={{"flux": facts}}))

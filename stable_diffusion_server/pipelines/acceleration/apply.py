@@ -114,8 +114,10 @@ def _lay_out(module: Any, device: torch.device) -> None:
         module.to(memory_format=torch.channels_last)
         return
     try:
-        from stable_diffusion_server.pipelines.acceleration.channels_last import lay_out  # Triton comes with CUDA alone
+        from stable_diffusion_server.pipelines.acceleration.channels_last import (
+            use_channels_last,  # Triton comes with CUDA alone
+        )
 
-        lay_out(module)
+        use_channels_last(module)
     except Exception as error:  # a missing compiler shows in many ways
         _log.warning("not laid out channels last", module=type(module).__name__, exc_info=error)

@@ -14,7 +14,7 @@ from diffusers.models.upsampling import Upsample2D
 from torch.nn import functional
 
 from stable_diffusion_server.pipelines.acceleration.group_norm import GroupNorm, add_shifted, is_channels_last
-from stable_diffusion_server.pipelines.acceleration.upsampling import is_nearest_doubling
+from stable_diffusion_server.pipelines.acceleration.onednn import is_nearest_doubling
 
 
 class Resnet(ResnetBlock2D):  # type: ignore[misc]  # diffusers is read without its types
@@ -89,7 +89,7 @@ class Upsample(Upsample2D):  # type: ignore[misc]  # as above
         return made
 
 
-def lay_out(module: torch.nn.Module) -> None:
+def use_channels_last(module: torch.nn.Module) -> None:
     """Lay a network's convolutions out channels last, with blocks that keep it so.
 
     Whatever derives from the plain classes stays as it is. Raises whatever Triton does where it cannot compile, before

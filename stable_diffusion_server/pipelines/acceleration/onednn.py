@@ -10,8 +10,6 @@ import torch
 from diffusers.models.upsampling import Upsample2D
 from torch.nn import functional
 
-from stable_diffusion_server.pipelines.acceleration.upsampling import is_nearest_doubling
-
 
 def _by(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     """A function, as TorchScript where it is traced: a tracer sees neither its branches nor what takes no tensors."""
@@ -122,6 +120,17 @@ def use_onednn(pipeline: Any, controlnet: Any) -> None:
         for part in module.modules():
             if type(part) is Upsample2D and is_nearest_doubling(part) and _is_three_by_three(part.conv):
                 OneDnnUpsample.take(part)
+
+
+def is_nearest_doubling(block: Upsample2D) -> bool:
+    """True for nearest-neighbour 2× upsampling followed by one convolution."""
+    return (
+        block.norm is None
+        and block.use_conv
+        and not block.use_conv_transpose
+        and block.interpolate
+        and block.name == "conv"
+    )
 
 
 def _is_three_by_three(convolution: torch.nn.Module) -> bool:

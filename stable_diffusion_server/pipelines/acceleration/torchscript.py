@@ -1,4 +1,4 @@
-"""Runs a module's forward pass on the CPU without Python, as TorchScript. Knows tensors, and no jobs."""
+"""Runs a module's forward pass on the CPU as TorchScript, without holding Python's lock."""
 
 from __future__ import annotations
 
@@ -13,41 +13,42 @@ from typing import Any
 
 import structlog
 import torch
+from cachetools import LRUCache
 
 from stable_diffusion_server.pipelines.acceleration.call_signature import rebuild, signature, structure, tensors_of
 
 _log = structlog.get_logger(__name__)
 
-# What the tracer doubts is found out by comparing.
+# Traces are compared with the module itself, which replaces the tracer's own warnings.
 warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)
 # TorchScript has no successor that needs neither Python nor a compiler at run time (docs/decisions/0034).
 warnings.filterwarnings("ignore", message=".torch.jit", category=DeprecationWarning)
 
-# Python takes some ten milliseconds of a pass: of one that takes longer than this, less than tracing it is worth.
+# Python takes about 10 ms of a pass; for a pass longer than this, tracing gains too little.
 _WORTH_SECONDS = 0.5
-# Beyond these all kinds of calls are forgotten, and get to know the traces there are anew.
-_MOST_KINDS = 512
-# A module's traces, counting those that were of no use: TorchScript never gives back the 20 MB that one takes.
-_MOST_TRACES = 16
+# Call signatures that are remembered; the least recently used is evicted, and may reuse an existing trace later.
+_MAX_SIGNATURES = 512
+# Traces per module, discarded ones included: TorchScript never frees the 20 MB that one takes.
+_MAX_TRACES = 16
 
 
 @dataclass(frozen=True, slots=True)
 class _Trace:
-    """A traced pass, the form of the calls it was made for, and what its answers look like."""
+    """A traced pass, the structure of the calls it was made for, and an output as a template."""
 
     function: Any
-    form: Hashable
-    answer: Any
+    structure: Hashable
+    output: Any
 
     def run(self, call: Any) -> Any:
-        """The answer to a call of its form."""
-        given = self.function(*tensors_of(call))
-        return rebuild(self.answer, iter((given,) if isinstance(given, torch.Tensor) else given))
+        """The output for a call of its structure."""
+        tensors = self.function(*tensors_of(call))
+        return rebuild(self.output, iter((tensors,) if isinstance(tensors, torch.Tensor) else tensors))
 
 
 @dataclass(slots=True)
-class _Kind:
-    """What is known of a kind of call; `settled` once it is known how to answer it, by the trace or without one."""
+class _Signature:
+    """What is known of a call signature; `settled` once it is decided whether the trace is used."""
 
     calls: int = 0
     trace: _Trace | None = None
@@ -55,83 +56,80 @@ class _Kind:
 
 
 class TorchScriptRunner:
-    """A forward pass that is traced, and run by the trace from then on: put it in place of a module's `forward`.
+    """A replacement for a module's `forward` that traces it and runs the trace from then on. Thread-safe.
 
-    A kind of call is its arguments with shapes, types and strides in place of tensors. The second call of a kind looks
-    for a trace that gives the same bits as the pass itself, and makes one where there is none yet; the third has to
-    agree as well. The calls after it are answered by that trace, which does not hold Python's lock: threads compute
-    side by side.
+    The second call of a signature looks for a trace with bit-identical output, or makes one; the third call must agree
+    as well. Later calls run that trace, which does not hold Python's lock, so threads compute in parallel.
 
-    The weights must stay as they are; calls may come from any thread. What cannot be traced, what answers otherwise
-    and what takes so long that nothing is gained runs as it is.
+    The weights must not change. A pass that cannot be traced, whose trace differs, or that takes too long to gain from
+    it runs normally.
     """
 
     def __init__(self, forward: Callable[..., Any]) -> None:
-        functools.update_wrapper(self, forward)  # its signature is looked at
+        functools.update_wrapper(self, forward)  # diffusers inspects the signature
         self._forward = forward
         self._name = forward.__qualname__
-        self._kinds: dict[Hashable, _Kind] = {}
+        self._signatures: LRUCache[Hashable, _Signature] = LRUCache(_MAX_SIGNATURES)
+        self._signatures_lock = threading.Lock()
         self._traces: list[_Trace] = []
         self._made = 0
-        self._judging = threading.Lock()
+        self._comparing = threading.Lock()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The answer of the forward pass."""
+        """The output of the forward pass."""
         call = (args, kwargs)
-        kind = self._kind(signature(call))
-        # Read once: another thread that was already judging may still take it back.
-        if kind.settled and (trace := kind.trace) is not None:
+        known = self._known(signature(call))
+        # Read once: another thread that is comparing may still withdraw it.
+        if known.settled and (trace := known.trace) is not None:
             return trace.run(call)
-        began = time.perf_counter()
-        answer = self._forward(*args, **kwargs)
-        seconds = time.perf_counter() - began
-        if not kind.settled and self._judging.acquire(blocking=False):
+        started = time.perf_counter()
+        output = self._forward(*args, **kwargs)
+        seconds = time.perf_counter() - started
+        if not known.settled and self._comparing.acquire(blocking=False):
             try:
-                self._judge(kind, call, answer, seconds)
+                self._compare(known, call, output, seconds)
             finally:
-                self._judging.release()
-        return answer
+                self._comparing.release()
+        return output
 
-    def _kind(self, name: Hashable) -> _Kind:
-        kinds = self._kinds
-        if name not in kinds and len(kinds) >= _MOST_KINDS:
-            self._kinds = kinds = {}
-        return kinds.setdefault(name, _Kind())
+    def _known(self, key: Hashable) -> _Signature:
+        with self._signatures_lock:
+            return self._signatures.setdefault(key, _Signature())
 
-    def _judge(self, kind: _Kind, call: Any, answer: Any, seconds: float) -> None:
-        """Get to know a kind by one more of its calls."""
-        if not _tells(answer):
+    def _compare(self, known: _Signature, call: Any, output: Any, seconds: float) -> None:
+        """Decide on the trace of a signature by one more of its calls."""
+        if not _is_conclusive(output):
             return
-        kind.calls += 1
-        if kind.calls == 1:  # sizes that come once are not worth a trace, nor is a pass judged that warms up
+        known.calls += 1
+        if known.calls == 1:  # a size that comes once is not worth a trace, and the first pass includes warm-up
             return
-        if kind.calls == 2:
-            kind.trace = self._trace_for(call, answer) if seconds < _WORTH_SECONDS else None
-            kind.settled = kind.trace is None
+        if known.calls == 2:
+            known.trace = self._trace_for(call, output) if seconds < _WORTH_SECONDS else None
+            known.settled = known.trace is None
         else:
-            if kind.trace is not None and not _same(kind.trace, call, answer):
-                kind.trace = None  # it holds numbers of the call it was made by
-            kind.settled = True
+            if known.trace is not None and not _matches(known.trace, call, output):
+                known.trace = None  # values of the traced call became constants
+            known.settled = True
 
-    def _trace_for(self, call: Any, answer: Any) -> _Trace | None:
-        """A trace that answers a call to the bit, if there can be one."""
-        form = structure(call)
+    def _trace_for(self, call: Any, output: Any) -> _Trace | None:
+        """A trace whose output for a call is bit-identical, if there is one."""
+        call_structure = structure(call)
         for trace in self._traces:
-            if trace.form == form and _same(trace, call, answer):
+            if trace.structure == call_structure and _matches(trace, call, output):
                 return trace
-        if self._made == _MOST_TRACES:
+        if self._made == _MAX_TRACES:
             return None
         self._made += 1
         try:
-            made = _Trace(self._traced(call), form, rebuild(answer, itertools.repeat(torch.empty(0))))
-        except Exception as error:  # what a tracer cannot follow shows in many ways
+            trace = _Trace(self._traced(call), call_structure, rebuild(output, itertools.repeat(torch.empty(0))))
+        except Exception as error:  # torch raises many types for what it cannot trace
             _log.info("not traced", module=self._name, exc_info=error)
             return None
-        if not _same(made, call, answer):
+        if not _matches(trace, call, output):
             _log.info("a trace gave other numbers and is not used", module=self._name)
             return None
-        self._traces.append(made)
-        return made
+        self._traces.append(trace)
+        return trace
 
     def _traced(self, call: Any) -> Any:
         def run(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -142,20 +140,20 @@ class TorchScriptRunner:
 
 
 def trace(module: torch.nn.Module) -> None:
-    """Have a module's forward pass traced from now on; its weights need no gradients then."""
+    """Replace a module's `forward` by one that traces it; its weights get no gradients."""
     module.requires_grad_(False)
     module.forward = TorchScriptRunner(module.forward)
 
 
-def _tells(answer: Any) -> bool:
-    """Whether an answer tells traces apart: numbers that are not finite, or all nought, any trace may give."""
-    return all(bool(torch.isfinite(tensor).all()) and bool(tensor.any()) for tensor in tensors_of(answer))
+def _is_conclusive(output: Any) -> bool:
+    """Whether an output distinguishes traces: any trace may give zeros or numbers that are not finite."""
+    return all(bool(torch.isfinite(tensor).all()) and bool(tensor.any()) for tensor in tensors_of(output))
 
 
-def _same(trace: _Trace, call: Any, answer: Any) -> bool:
-    """Whether a trace answers a call with the very same bits, laid out the same."""
+def _matches(trace: _Trace, call: Any, output: Any) -> bool:
+    """Whether a trace gives the same bits in the same layout."""
     try:
-        given = trace.run(call)
-    except RuntimeError:  # a size the trace cannot take
+        traced = trace.run(call)
+    except RuntimeError:  # a size the trace does not take
         return False
-    return signature(given) == signature(answer) and all(map(torch.equal, tensors_of(given), tensors_of(answer)))
+    return signature(traced) == signature(output) and all(map(torch.equal, tensors_of(traced), tensors_of(output)))

@@ -1,4 +1,4 @@
-"""What a ControlNet adds to some rows of a batch, and zeros to the others. Knows no prompts, jobs or schedules."""
+"""What a ControlNet adds to some rows of a batch, and zeros to the others. Knows no prompts, requests or schedules."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from stable_diffusion_server.errors import ModelLoadError
 
 @dataclass(frozen=True, slots=True)
 class ControlNetInput:
-    """What guides one job: `hint` is the edges as its ControlNet takes them, `scale` how much they count.
+    """What guides one request: `hint` is the edges as its ControlNet takes them, `scale` how much they count.
 
     SDXL takes pixels in 0..1, 1 × 3 × height × width; Flux packed latents, 1 × patches × channels, or pixels in
     -1..1 where the network has a hint block of its own.

@@ -1,6 +1,6 @@
-"""LoRA adapters of one pipeline: which are loaded, which are on. Knows files by their digests, neither jobs nor rows.
+"""LoRA adapters of one pipeline: which are loaded, which are on. Knows files by their digests, neither requests nor rows.
 
-An adapter has one scaling for the whole model, so rows with and without it cannot share a forward pass: jobs are
+An adapter has one scaling for the whole model, so rows with and without it cannot share a forward pass: requests are
 grouped by their adapters (`DiffusionRequest.shape`), and `switch` changes over when the group changes.
 """
 
@@ -21,13 +21,13 @@ from stable_diffusion_server.pipelines.conditioning.lora_files import LoraFile, 
 from stable_diffusion_server.pipelines.conditioning.lora_folder import LoraFolder, find, names_in
 
 __all__ = [
+    "ActiveLoras",
     "LoadedLora",
     "LoraManager",
     "Loras",
-    "LorasInUse",
     "add_to_controlnet",
-    "by_digest",
     "digest_of",
+    "digests_and_weights",
     "find",
     "names_in",
     "read_header",
@@ -51,10 +51,10 @@ class LoadedLora:
         self.digest = digest
 
 
-LorasInUse = tuple[tuple[LoadedLora, float], ...]
+ActiveLoras = tuple[tuple[LoadedLora, float], ...]
 
 
-def by_digest(used: LorasInUse) -> tuple[tuple[str, float], ...]:
+def digests_and_weights(used: ActiveLoras) -> tuple[tuple[str, float], ...]:
     """What adapters in use are: the digest of each and its weight."""
     return tuple((held.digest, weight) for held, weight in used)
 
@@ -77,7 +77,7 @@ def add_to_controlnet(controlnet: Any, path: Path) -> None:
 class LoraManager:
     """The adapters of one pipeline, loaded when first asked for, by what their files hold. For the device thread alone.
 
-    `always` are (file, weight) of those that belong to the model whatever a job asks for; they are loaded at once.
+    `always` are (file, weight) of those that belong to the model whatever a request asks for; they are loaded at once.
     `settle` puts the weights where they live between drawings, should a load that failed have left them elsewhere.
     """
 
@@ -104,7 +104,7 @@ class LoraManager:
             self._always.append((key, weight))
         self.switch(())
 
-    def use(self, loras: Loras, digests: Sequence[str] = ()) -> LorasInUse:
+    def use(self, loras: Loras, digests: Sequence[str] = ()) -> ActiveLoras:
         """Turn exactly these adapters on, by name and weight, loading what is not loaded.
 
         `digests`, one each, say which content is meant under a name; without them it is the present one. Raises
@@ -119,7 +119,7 @@ class LoraManager:
         self._forget()
         return used
 
-    def switch(self, used: LorasInUse) -> None:
+    def switch(self, used: ActiveLoras) -> None:
         """Turn on exactly what `use` gave."""
         weights: dict[str, float] = {}
         for held, weight in used:
@@ -153,14 +153,14 @@ class LoraManager:
 
     def _load(self, key: str, file: LoraFile) -> None:
         try:
-            fitting = lora_weights.fitted(file, self._pipeline)
+            fitting = lora_weights.fit_lora(file, self._pipeline)
         except InvalidInput as error:
             self._refuse(file, error.detail)
             raise
         self._active = None  # loading one turns it on
         hooked = _hooked(self._pipeline)
         try:
-            lora_weights.put_on(fitting, self._pipeline, key, file.name)
+            lora_weights.attach(fitting, self._pipeline, key, file.name)
         except BaseException:
             if _hooked(self._pipeline) != hooked:
                 self._settle()
@@ -179,7 +179,7 @@ class LoraManager:
         """Take off those used longest ago, but none that someone holds."""
         idle = [digest for digest in self._loaded if digest not in self._held]
         for digest in idle[: max(0, len(self._loaded) - KEPT)]:
-            lora_weights.take_off(self._pipeline, _key(digest))
+            lora_weights.detach(self._pipeline, _key(digest))
             del self._loaded[digest]
 
 

@@ -130,7 +130,7 @@ def _end_of(facts: Any) -> int:
 def read_lora(file: Path, largest: int = LARGEST_BYTES) -> LoraFile:
     """An adapter's file, read once into memory. Raises `ModelLoadError`."""
     with opened(file) as (source, facts):
-        check_fit(source, facts, file.name, largest)
+        check_lora(source, facts, file.name, largest)
         source.seek(0)
         data = source.read(facts.st_size)
         if len(data) != facts.st_size or identity_of(os.fstat(source.fileno())) != identity_of(facts):
@@ -150,7 +150,7 @@ def identity_of(facts: os.stat_result) -> LoraIdentity:
     return LoraIdentity(facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns)
 
 
-def unfit(header: LoraHeader) -> str:
+def reason_unusable(header: LoraHeader) -> str:
     """Why these tensors are no LoRA that can be drawn with, as the end of a sentence; empty where they may be one."""
     names = header.tensors
     if any("dora_scale" in name for name in names):
@@ -188,11 +188,11 @@ def denoisers_of(header: LoraHeader) -> Collection[str]:
     return meant or DENOISERS
 
 
-def check_fit(source: BinaryIO, facts: os.stat_result, name: str, largest: int) -> LoraHeader:
+def check_lora(source: BinaryIO, facts: os.stat_result, name: str, largest: int) -> LoraHeader:
     """The header of a file that may be an adapter. Raises `ModelLoadError`."""
     if facts.st_size > largest:
         raise ModelLoadError(f"{name} has {facts.st_size} bytes, and MAX_LORA_BYTES is {largest}.")
     header = header_of(source, facts.st_size, name)
-    if why := unfit(header):
+    if why := reason_unusable(header):
         raise ModelLoadError(f"{name} {why}.")
     return header

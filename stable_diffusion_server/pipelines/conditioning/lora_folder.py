@@ -20,7 +20,7 @@ from stable_diffusion_server.pipelines.conditioning.lora_files import (
     LARGEST_BYTES,
     LoraFile,
     LoraIdentity,
-    check_fit,
+    check_lora,
     denoisers_of,
     identity_of,
     opened,
@@ -92,7 +92,7 @@ class LoraFolder:
         """Raise `InvalidInput` with the reason when an adapter's file is none, as far as its header tells."""
         file = self.file(name)
         with _told_of_the_order(), opened(file) as (source, facts):
-            check_fit(source, facts, file.name, self._largest)
+            check_lora(source, facts, file.name, self._largest)
 
     def digest(self, name: str) -> str:
         """The digest of an adapter's present content. Raises `InvalidInput` with the reason for one that is unfit."""
@@ -101,7 +101,7 @@ class LoraFolder:
             settled, identity = _is_settled(facts), identity_of(facts)
             if (known := self._digests.get(identity)) is not None:
                 return known
-            check_fit(source, facts, file.name, self._largest)
+            check_lora(source, facts, file.name, self._largest)
             source.seek(0)
             digest = hashlib.file_digest(source, "sha256").hexdigest()[:16]  # type: ignore[arg-type]  # as above
             if identity_of(os.fstat(source.fileno())) != identity:
@@ -119,7 +119,7 @@ class LoraFolder:
         """Take note that a file as it was read does not fit a denoiser, so that it is offered for it no longer."""
         _keep(self._refused, (file.identity, denoiser), why)
 
-    def offered(self, denoisers: Collection[str]) -> Mapping[str, str]:
+    def available(self, denoisers: Collection[str]) -> Mapping[str, str]:
         """The adapters that can be used with these denoisers, each with its digest, which is read when looked up.
 
         Looking up one that cannot be used raises `InvalidInput` with the reason, and `KeyError` where there is none.
@@ -146,7 +146,7 @@ class LoraFolder:
         try:
             with opened(file) as (source, facts):
                 identity, settled = identity_of(facts), _is_settled(facts)
-                fits = denoisers_of(check_fit(source, facts, file.name, self._largest))
+                fits = denoisers_of(check_lora(source, facts, file.name, self._largest))
         except ModelLoadError as error:
             return error.detail, ()
         if settled:

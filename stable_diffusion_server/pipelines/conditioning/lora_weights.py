@@ -63,7 +63,7 @@ class LoraMismatch(ValueError):
     """Why an adapter cannot be used, as the end of a sentence."""
 
 
-def fitted(file: LoraFile, pipeline: Any) -> FittedLora:
+def fit_lora(file: LoraFile, pipeline: Any) -> FittedLora:
     """What there is to put on a pipeline. Raises `InvalidInput` with the reason when not all of it fits."""
     try:
         _check_family(file, pipeline)
@@ -77,22 +77,22 @@ def fitted(file: LoraFile, pipeline: Any) -> FittedLora:
         raise InvalidInput(f"{file.name} {error}.", field="lora") from error
 
 
-def put_on(fitting: FittedLora, pipeline: Any, key: str, name: str) -> None:
+def attach(fitting: FittedLora, pipeline: Any, key: str, name: str) -> None:
     """Load an adapter under `key`, turned on. Raises `InvalidInput` and leaves nothing behind when that fails."""
     try:
         for part in fitting.layers:
             _load(fitting, pipeline, part, key)
         _check_loaded(fitting, pipeline, key)
     except (torch.OutOfMemoryError, torch.AcceleratorError):
-        take_off(pipeline, key)
+        detach(pipeline, key)
         raise
     except Exception as error:  # a file is input, and the libraries raise whatever they stumble over
-        take_off(pipeline, key)
+        detach(pipeline, key)
         _log.warning("an adapter cannot be loaded", file=name, exc_info=error)
         raise InvalidInput(f"{name} cannot be loaded as an adapter of this model.", field="lora") from error
 
 
-def take_off(pipeline: Any, key: str) -> None:
+def detach(pipeline: Any, key: str) -> None:
     """Remove all there is of an adapter, however far it came."""
     for part in _parts_of(pipeline):
         module = getattr(pipeline, part)

@@ -1,12 +1,13 @@
-"""What prompts were encoded to before, within a number of bytes. Knows tensors, and neither encoders nor jobs."""
+"""Caches prompt embeddings, up to a number of bytes."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from typing import TypeVar
+from threading import Lock
+from typing import TypeVar, cast
 
 import torch
+from cachetools import LRUCache
 
 T = TypeVar("T", bound="tuple[torch.Tensor | None, ...]")
 
@@ -14,32 +15,34 @@ LIMIT_BYTES = 64 * 2**20
 
 
 class PromptCache:
-    """The tensors last used, by what they were made from. For one thread at a time.
+    """Embeddings by everything they were computed from, the least recently used evicted first. Thread-safe.
 
-    They are handed out as they are, so nobody may write on them.
+    The cached tensors themselves are returned, so callers must not modify them.
     """
 
     def __init__(self, limit_bytes: int = LIMIT_BYTES) -> None:
         self.limit_bytes = limit_bytes
-        self.bytes = 0
-        self._kept: OrderedDict[Hashable, tuple[torch.Tensor | None, ...]] = OrderedDict()
+        self._entries: LRUCache[Hashable, tuple[torch.Tensor | None, ...]] = LRUCache(limit_bytes, getsizeof=size_of)
+        self._lock = Lock()
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return len(self._entries)
 
-    def of(self, key: Hashable, make: Callable[[], T]) -> T:
-        """What `make` gave for this key, or gives now. The key has to hold all that the result depends on."""
-        if key in self._kept:
-            self._kept.move_to_end(key)
-            kept: T = self._kept[key]  # type: ignore[assignment]  # a key is always asked for in one way
-            return kept
-        made = make()
-        self._kept[key] = made
-        self.bytes += size_of(made)
-        while self.bytes > self.limit_bytes:
-            _, dropped = self._kept.popitem(last=False)
-            self.bytes -= size_of(dropped)
-        return made
+    @property
+    def bytes(self) -> int:
+        """Bytes of the cached tensors."""
+        return int(self._entries.currsize)
+
+    def get_or_create(self, key: Hashable, make: Callable[[], T]) -> T:
+        """The cached value of `key`, or what `make` returns. The key must hold everything the value depends on."""
+        with self._lock:
+            if (cached := self._entries.get(key)) is not None:
+                return cast(T, cached)
+        value = make()
+        if size_of(value) <= self.limit_bytes:  # cachetools refuses an item that is larger than the cache
+            with self._lock:
+                self._entries[key] = value
+        return value
 
 
 def size_of(tensors: tuple[torch.Tensor | None, ...]) -> int:

@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-from stable_diffusion_server.pipelines.catalog import ModelSpec
 from stable_diffusion_server.pipelines.loading.placement import Footprint
+from stable_diffusion_server.pipelines.model_spec import ModelSpec
 
 # What one drawing needs beside the weights, for each pixel: the widest layers of a VAE decoder, roughly.
 _WORKING_BYTES = 2048
 
 
-def footprint_of(facts: ModelSpec, parts: Mapping[str, torch.nn.Module], dtype: torch.dtype) -> Footprint:
+def footprint_of(spec: ModelSpec, parts: Mapping[str, torch.nn.Module], dtype: torch.dtype) -> Footprint:
     """What these parts need in `dtype`, by their shapes; a ControlNet may be among them."""
     layers = [
         sum(parameter.numel() for parameter in module.parameters(recurse=False))
@@ -25,10 +25,10 @@ def footprint_of(facts: ModelSpec, parts: Mapping[str, torch.nn.Module], dtype: 
     size = dtype.itemsize
     return Footprint(
         parts={name: parameters_of(part) * size for name, part in parts.items()},
-        quantized=tuple(name for name in facts.quantized if name in parts),
+        quantized=tuple(name for name in spec.quantizable_parts if name in parts),
         layer=max(layers, default=0) * size,
         weight_bytes=size,
-        working=_WORKING_BYTES * facts.native_pixels,
+        working=_WORKING_BYTES * spec.native_pixels,
     )
 
 

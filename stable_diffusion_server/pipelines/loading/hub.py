@@ -23,7 +23,7 @@ from stable_diffusion_server.pipelines.loading.weight_files import (
     INDEX,
     SAFETENSORS,
     TEXTS,
-    FileFault,
+    WeightFileError,
     WeightPart,
     parts_of,
 )
@@ -75,7 +75,7 @@ class HubClient:
 
         def choose(listed: _Listed) -> list[str]:
             if INDEX not in listed.sizes:
-                raise FileFault(f"it holds no {INDEX}")
+                raise WeightFileError(f"it holds no {INDEX}")
             index = hf_hub_download(repo, INDEX, revision=listed.commit)
             parts = parts_of(Path(index).parent)
             return [INDEX, *(name for part in parts for name in _files_of(part, listed.sizes, variant))]
@@ -119,7 +119,7 @@ class HubClient:
         try:
             names = list(dict.fromkeys(choose(listed)))
             self._download(repo, listed, names)
-        except FileFault as fault:
+        except WeightFileError as fault:
             raise ModelLoadError(f"{repo} cannot be had from the hub: {fault}.") from fault
         except ModelLoadError:
             raise
@@ -217,7 +217,7 @@ def _weights(sizes: Mapping[str, int], folder: str, stem: str, variant: str | No
         for kind in (whole, shards):
             if found := [name for name in sizes if kind.fullmatch(name)]:
                 return found
-    raise FileFault(f"it holds no safetensors files {f'for {folder}' if folder else 'of weights'}".rstrip("/"))
+    raise WeightFileError(f"it holds no safetensors files {f'for {folder}' if folder else 'of weights'}".rstrip("/"))
 
 
 def _in_cache(repo: str, pin: PinnedRevision) -> Path | None:

@@ -30,7 +30,7 @@ def quantize_parts(modules: Iterable[torch.nn.Module], quantization: Quantizatio
         quantize(module)
 
 
-def compress(transformer: torch.nn.Module, path: str, device: torch.device) -> None:
+def load_dfloat11(transformer: torch.nn.Module, path: str, device: torch.device) -> None:
     """Put the DFloat11 weights under `path` into `transformer` (Zhang et al. 2025, arXiv 2504.11651): bit-identical.
 
     Raises `ModelLoadError` without CUDA, whose kernels unpack them, or without the package.

@@ -32,7 +32,7 @@ _FACTORS = ("scale_weight", "weight_scale", "scaled_fp8", "SCB", "absmax", "quan
 _WHOLE = ("I8", "U8")
 
 
-class FileFault(Exception):
+class WeightFileError(Exception):
     """A file is not what it has to be: the message names it and says why, without a full stop."""
 
 
@@ -71,7 +71,7 @@ def parts_of(folder: Path) -> list[WeightPart]:
     listed = {name: value for name, value in index.items() if isinstance(value, list) and len(value) == 2}
     parts = [WeightPart(name, str(value[0]), str(value[1])) for name, value in listed.items() if None not in value]
     if not parts:
-        raise FileFault(f"{INDEX} lists no parts")
+        raise WeightFileError(f"{INDEX} lists no parts")
     return parts
 
 
@@ -83,7 +83,7 @@ def weight_files(folder: Path, stem: str, variant: str | None) -> WeightFiles:
             if file.is_file() or file.is_symlink():
                 shards = _shards(folder, file) if name.endswith(".json") else []
                 return WeightFiles(wanted, (file, *shards))
-    raise FileFault(_what_is_there(folder, stem))
+    raise WeightFileError(_what_is_there(folder, stem))
 
 
 def check_part(folder: Path, stem: str, variant: str | None) -> WeightFiles:
@@ -92,11 +92,11 @@ def check_part(folder: Path, stem: str, variant: str | None) -> WeightFiles:
     config = read_json(folder / "config.json")
     if isinstance(quantized := config.get("quantization_config"), dict):
         method = quantized.get("quant_method", "another program")
-        raise FileFault(
+        raise WeightFileError(
             f"{_shown(folder)} is quantized by {method}, which is not read here; take the plain weights, and QUANTIZE"
         )
     if "transformers_weights" in config:
-        raise FileFault(f"{_shown(folder / 'config.json')} names a weight file of its own, which is not followed")
+        raise WeightFileError(f"{_shown(folder / 'config.json')} names a weight file of its own, which is not followed")
     found = weight_files(folder, stem, variant)
     for file in found.files:
         if file.suffix == SAFETENSORS:
@@ -112,7 +112,9 @@ def check_weights(file: Path) -> None:
     whole = sum(size for name, size in sizes.items() if tensors[name].get("dtype") in _WHOLE)
     if factors or 2 * whole > sum(sizes.values()) > 0:
         told = f"{factors[0]} among them" if factors else "whole numbers"
-        raise FileFault(f"{_shown(file)} holds quantized weights ({told}), which are not read; take the plain ones")
+        raise WeightFileError(
+            f"{_shown(file)} holds quantized weights ({told}), which are not read; take the plain ones"
+        )
 
 
 def read_header(file: Path) -> Mapping[str, Any]:
@@ -123,7 +125,7 @@ def read_header(file: Path) -> Mapping[str, Any]:
             start = source.read(len(_POINTER))
             for lead, told in _LEADS:
                 if start.startswith(lead):
-                    raise FileFault(f"{_shown(file)} {told}")
+                    raise WeightFileError(f"{_shown(file)} {told}")
             length = int.from_bytes(start[:8], "little")
             source.seek(8)
             # A length out of bounds reads as nothing, which is no JSON.
@@ -131,11 +133,11 @@ def read_header(file: Path) -> Mapping[str, Any]:
         tensors = {name: facts for name, facts in header.items() if name != "__metadata__"}
         end = max((int(facts["data_offsets"][1]) for facts in tensors.values()), default=0)
     except OSError as error:
-        raise FileFault(f"{_shown(file)} cannot be read ({error.strerror})") from error
+        raise WeightFileError(f"{_shown(file)} cannot be read ({error.strerror})") from error
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
-        raise FileFault(f"{_shown(file)} is not a safetensors file, or not all of it ({size:,} bytes)") from error
+        raise WeightFileError(f"{_shown(file)} is not a safetensors file, or not all of it ({size:,} bytes)") from error
     if size < 8 + length + end:
-        raise FileFault(f"{_shown(file)} is truncated: {size:,} of {8 + length + end:,} bytes are there")
+        raise WeightFileError(f"{_shown(file)} is truncated: {size:,} of {8 + length + end:,} bytes are there")
     return tensors
 
 
@@ -145,11 +147,11 @@ def check_there(file: Path) -> int:
         size = file.stat().st_size
     except OSError as error:
         leads = "is a link that leads nowhere" if file.is_symlink() else f"cannot be read ({error.strerror})"
-        raise FileFault(f"{_shown(file)} {leads}") from error
+        raise WeightFileError(f"{_shown(file)} {leads}") from error
     if not file.is_file():
-        raise FileFault(f"{_shown(file)} is not a file")
+        raise WeightFileError(f"{_shown(file)} is not a file")
     if not size:
-        raise FileFault(f"{_shown(file)} is empty")
+        raise WeightFileError(f"{_shown(file)} is empty")
     return size
 
 
@@ -159,7 +161,7 @@ def check_texts(folder: Path) -> None:
         check_there(file)
         with file.open("rb") as source:
             if source.read(len(_POINTER)) == _POINTER:
-                raise FileFault(f"{_shown(file)} {_LEADS[0][1]}")
+                raise WeightFileError(f"{_shown(file)} {_LEADS[0][1]}")
         if file.suffix == ".json":
             read_json(file)
 
@@ -176,11 +178,11 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         read = json.loads(file.read_bytes())
     except OSError as error:
-        raise FileFault(f"{_shown(file)} cannot be read ({error.strerror})") from error
+        raise WeightFileError(f"{_shown(file)} cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:
-        raise FileFault(f"{_shown(file)} is not JSON ({error})"[:200]) from error
+        raise WeightFileError(f"{_shown(file)} is not JSON ({error})"[:200]) from error
     if not isinstance(read, dict):
-        raise FileFault(f"{_shown(file)} is not a JSON object")
+        raise WeightFileError(f"{_shown(file)} is not a JSON object")
     return read
 
 
@@ -220,14 +222,14 @@ def _shards(folder: Path, index: Path) -> list[Path]:
     """The shards an index lists, all of them there. Raises `FileFault`."""
     listed = read_json(index).get("weight_map")
     if not isinstance(listed, dict) or not listed:
-        raise FileFault(f"{_shown(index)} lists no files")
+        raise WeightFileError(f"{_shown(index)} lists no files")
     names = sorted({str(name) for name in listed.values()})
     for name in names:
         if Path(name).name != name or not name.endswith(SAFETENSORS):
-            raise FileFault(f"{_shown(index)} lists {name[:100]!r}, which is no safetensors file beside it")
+            raise WeightFileError(f"{_shown(index)} lists {name[:100]!r}, which is no safetensors file beside it")
         if not (folder / name).exists():
             leads = "is a link that leads nowhere" if (folder / name).is_symlink() else "is missing"
-            raise FileFault(f"{_shown(folder / name)} {leads}; {index.name} lists {len(names)} files")
+            raise WeightFileError(f"{_shown(folder / name)} {leads}; {index.name} lists {len(names)} files")
     return [folder / name for name in names]
 
 

@@ -1,0 +1,109 @@
+"""What the families that draw with the components of a diffusers pipeline have in common."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from stable_diffusion_server.pipelines.base import (
+    DecodedImage,
+    PipelineState,
+    decode,
+    shrink_tiles,
+    translate_torch_errors,
+)
+from stable_diffusion_server.pipelines.conditioning.lora import LoraManager
+from stable_diffusion_server.pipelines.conditioning.prompt_cache import PromptCache
+from stable_diffusion_server.pipelines.family import Family, LoadedFamily, LoadedModelInfo
+from stable_diffusion_server.pipelines.latent_preview import LatentPreviewer
+from stable_diffusion_server.pipelines.loading.devices import dtype_of
+from stable_diffusion_server.pipelines.loading.footprint import bytes_of
+from stable_diffusion_server.pipelines.loading.loader import LoadOptions, PlacedModel, place_model
+from stable_diffusion_server.pipelines.loading.offload import OffloadedModel
+from stable_diffusion_server.pipelines.loading.placement import Residency
+from stable_diffusion_server.pipelines.model_spec import ModelSpec
+
+
+class DiffusersFamily(Family):
+    """Draws with the components of a loaded diffusers `pipeline`.
+
+    `controlnet` may be `None`; requests that follow edges are refused then.
+    """
+
+    def __init__(
+        self,
+        pipeline: Any,
+        spec: ModelSpec,
+        controlnet: Any = None,
+        loras: LoraManager | None = None,
+        prompt_cache: PromptCache | None = None,
+    ) -> None:
+        self.pipeline = pipeline
+        self.spec = spec
+        self.controlnet = controlnet
+        self.loras = loras or LoraManager(pipeline)
+        self.prompt_cache = PromptCache() if prompt_cache is None else prompt_cache
+        self._previewer = LatentPreviewer(pipeline.vae, self._vae_latents)
+
+    @classmethod
+    def load(cls, spec: ModelSpec, models_dir: Path, device: torch.device, options: LoadOptions) -> LoadedFamily:
+        """Load the pipeline of `spec` and place it. Raises `ModelLoadError`, `ModelTooLarge` when it does not fit."""
+        placed = place_model(spec, models_dir, device, options)
+        prompt_cache = PromptCache(options.prompt_cache_bytes)
+        return LoadedFamily(
+            family=cls(placed.pipeline, placed.spec, placed.controlnet, placed.loras, prompt_cache),
+            spec=placed.spec,
+            info=_info(placed, device, options),
+            prompt_cache=prompt_cache,
+            cuda_graphs=placed.cuda_graphs,
+            offloaded=None
+            if placed.placement.residency is Residency.RESIDENT
+            else OffloadedModel(placed.pipeline, placed.controlnet, placed.placement.residency),
+        )
+
+    @functools.cached_property
+    def device(self) -> torch.device:
+        """The device it draws on. Cached, since diffusers walks every module to find it."""
+        device: torch.device = self.pipeline._execution_device
+        return device
+
+    def finish(self, state: PipelineState[Any]) -> DecodedImage:
+        """Decode the latents. Raises `NotFinite`."""
+        with translate_torch_errors():
+            return decode(self.pipeline.vae, self._vae_latents(state, state.latents))
+
+    def preview(self, state: PipelineState[Any]) -> NDArray[np.uint8]:
+        """A small image of the state, made without decoding: height × width × 3."""
+        return self._previewer.preview(state)
+
+    def shrink(self) -> bool:
+        """Decode in smaller tiles from now on; false when they are as small as they can be."""
+        return shrink_tiles(self.pipeline.vae)
+
+    def _vae_latents(self, state: PipelineState[Any], latents: torch.Tensor) -> torch.Tensor:
+        """Latents of a state in the VAE's own scale and layout: 1 × channels × h × w."""
+        raise NotImplementedError
+
+
+def _info(placed: PlacedModel, device: torch.device, options: LoadOptions) -> LoadedModelInfo:
+    parts = [*placed.pipeline.components.values(), placed.controlnet]
+    spec = placed.spec
+    return LoadedModelInfo(
+        name=spec.name,
+        folder=spec.folder,
+        revision=spec.revision,
+        device=str(device),
+        dtype=str(dtype_of(spec, device)).removeprefix("torch."),
+        residency=placed.placement.residency,
+        quantization=placed.placement.quantization,
+        bytes=bytes_of(*(part for part in parts if isinstance(part, torch.nn.Module))),
+        follows_edges=placed.controlnet is not None,
+        loras=options.lora_folder.names({spec.denoiser_part}),
+        commit=placed.commit,
+        remarks=tuple(placed.remarks),
+    )

@@ -1,0 +1,89 @@
+"""What the registry expects of a model family, and what loading one gives."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from stable_diffusion_server.pipelines.acceleration.cuda_graphs import CudaGraphRunner
+from stable_diffusion_server.pipelines.base import DecodedImage, PipelineState
+from stable_diffusion_server.pipelines.conditioning.prompt_cache import PromptCache
+from stable_diffusion_server.pipelines.loading.loader import LoadOptions
+from stable_diffusion_server.pipelines.loading.offload import OffloadedModel
+from stable_diffusion_server.pipelines.model_spec import ModelSpec
+from stable_diffusion_server.types import DiffusionRequest
+
+
+class Family(Protocol):
+    """A loaded model. All methods but `count_tokens` run on the engine's thread; states given to `step` share a shape.
+
+    They raise `OutOfMemory` and `DeviceLost`; `finish` raises `NotFinite` too.
+    """
+
+    def prepare(self, request: DiffusionRequest) -> PipelineState[Any]:
+        """Encode the prompt, make the latents, set the timesteps."""
+
+    def step(self, states: Sequence[PipelineState[Any]]) -> None:
+        """One denoising step for every state, in one forward pass."""
+
+    def finish(self, state: PipelineState[Any]) -> DecodedImage:
+        """Decode the latents."""
+
+    def preview(self, state: PipelineState[Any]) -> NDArray[np.uint8]:
+        """A small image of the state, made without decoding: height × width × 3."""
+
+    def shrink(self) -> bool:
+        """Use less memory from now on; false when it cannot."""
+
+    def count_tokens(self, prompt: str) -> int:
+        """Length of the prompt in the encoder's tokens, special tokens included. Thread-safe."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModelInfo:
+    """A loaded model as `/readyz` describes it; `bytes` is the size of all its weights.
+
+    `commit` is that of its hub repository, if it has one; `remarks` are sentences on what could not be loaded.
+    """
+
+    name: str
+    folder: str
+    revision: str
+    device: str
+    dtype: str
+    residency: str
+    quantization: str
+    bytes: int
+    follows_edges: bool
+    loras: tuple[str, ...]
+    commit: str = ""
+    remarks: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedFamily:
+    """A family ready to draw. `spec` has the revision of the files that were loaded.
+
+    `prompt_cache`, `cuda_graphs` and `offloaded` are what the registry reports on, clears and moves, where a family has
+    them.
+    """
+
+    family: Family
+    spec: ModelSpec
+    info: LoadedModelInfo
+    prompt_cache: PromptCache | None = None
+    cuda_graphs: Sequence[CudaGraphRunner] = ()
+    offloaded: OffloadedModel | None = None
+
+
+class FamilyClass(Protocol):
+    """What the import path in a catalogue row (`ModelSpec.family`) leads to."""
+
+    def load(self, spec: ModelSpec, models_dir: Path, device: torch.device, options: LoadOptions) -> LoadedFamily:
+        """Load the model of `spec` and place it. Raises `ModelLoadError`, `ModelTooLarge` when it does not fit."""

@@ -1,0 +1,53 @@
+"""Builds schedulers and token counters from a pipeline's own ones."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable
+from threading import Lock
+from typing import Any
+
+import diffusers
+import torch
+
+from stable_diffusion_server.pipelines.model_spec import SchedulerSpec
+
+
+def make_scheduler(spec: SchedulerSpec, like: Any) -> Any:
+    """A new scheduler with the training configuration (betas, prediction type …) of the model's own one.
+
+    Its attribute `draws_noise` says whether `step` takes a generator.
+    """
+    scheduler_class = getattr(diffusers, spec.class_name)
+    scheduler = scheduler_class.from_config(like.config, **spec.options)
+    scheduler.draws_noise = "generator" in inspect.signature(scheduler.step).parameters
+    return scheduler
+
+
+def set_timesteps(scheduler: Any, steps: int, device: torch.device) -> None:
+    """Give a scheduler exactly `steps` timesteps.
+
+    diffusers' trailing spacing subtracts fractions from 1000; for some counts (61, for example) rounding adds a
+    timestep of −1 at the end. It is removed with its sigma.
+    """
+    scheduler.set_timesteps(steps, device=device)
+    if len(scheduler.timesteps) == steps + 1 and scheduler.timesteps[-1] < 0:
+        scheduler.timesteps = scheduler.timesteps[:-1]
+        if hasattr(scheduler, "sigmas"):
+            scheduler.sigmas = torch.cat([scheduler.sigmas[:-2], scheduler.sigmas[-1:]])
+
+
+def token_counter(tokenizer: Any) -> Callable[[str], int]:
+    """A thread-safe function that counts a text's tokens, special ones included.
+
+    It uses a copy of `tokenizer` and a lock: fast tokenizers keep truncation settings inside and are not thread-safe.
+    """
+    own, lock = copy.deepcopy(tokenizer), Lock()
+    own.model_max_length = int(1e9)  # no warning about texts that are too long: finding those is its purpose
+
+    def count(text: str) -> int:
+        with lock:
+            return len(own(text, truncation=False).input_ids)
+
+    return count
