@@ -52,7 +52,7 @@ class ModelState:
 
     facts: dict[str, ModelSpec]
     fault: ModelLoadError | None = None
-    usual: str = "sdxl"
+    usual: str = next(iter(MODELS))
     asked: Mapping[str, ModelSpec] = field(default_factory=dict)
     models: ModelBackend | None = None
     unusable: dict[str, str] = field(default_factory=dict)

@@ -36,7 +36,7 @@ def curl(base: str, record: Mapping[str, Any], *, keyed: bool = False) -> str:
 def openai(base: str, record: Mapping[str, Any], *, keyed: bool = False) -> str:
     """The same by OpenAI's client for Python."""
     words = _words(record)
-    prompt, model = words.pop("prompt", ""), words.pop("model", "sdxl")
+    prompt, model = words.pop("prompt", ""), words.pop("model", "")
     task = str(record.get("task", "text_to_image"))
     key = 'os.environ["API_KEY"]' if keyed else '"none"'
     names = {"image_to_image": {"image": "image.png"}, "inpaint": {"image": "image.png", "mask": "mask.png"}}

@@ -56,14 +56,14 @@ def chosen(models: Models, name: str) -> Model:
 def choices(models: Models) -> list[tuple[str, str]]:
     """The models to choose from, each as what is seen and its name; the first leaves the choice to the server."""
     if not models:
-        return [("The server's own choice", ""), ("sdxl", "sdxl"), ("flux", "flux")]
+        return [("The server's own choice", "")]
     usual = f"The server's own choice ({chosen(models, '')['name']})"
     return [(usual, ""), *((f"{model['name']} · {model.get('folder', '')}", str(model["name"])) for model in models)]
 
 
 def names(models: Models) -> list[str]:
     """The models' names."""
-    return [str(model["name"]) for model in models] or ["sdxl", "flux"]
+    return [str(model["name"]) for model in models]
 
 
 def defaults(model: Model) -> tuple[str, str, str]:

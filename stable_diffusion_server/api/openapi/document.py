@@ -10,6 +10,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
 from stable_diffusion_server.api.openapi.responses import SCHEMAS, Schema, maybe, named
+from stable_diffusion_server.pipelines import MODELS
 
 _BINARY: Schema = {"type": "string", "format": "binary"}
 _PICTURE = {f"image/{kind}": {"schema": _BINARY} for kind in ("webp", "png", "jpeg")}
@@ -22,7 +23,7 @@ _RECEIPT_EXAMPLE = {
     "cached": False,
     "coalesced": False,
     "task": "text_to_image",
-    "model": "sdxl",
+    "model": next(iter(MODELS)),
     "seed": 1234567,
     "width": 1024,
     "height": 1024,

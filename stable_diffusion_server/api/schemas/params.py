@@ -47,7 +47,7 @@ class GenerationParams(BaseModel):
         max_length=TEXT_MAX, description="What to draw.", examples=["a red circle on a blue background"]
     )
     save_path: str | None = Field(None, description="Name of the picture in the bucket. Without it a name is made.")
-    model: str | None = Field(None, max_length=NAME_MAX, description="`flux` or `sdxl`.")
+    model: str | None = Field(None, max_length=NAME_MAX, description="Name of the model.")
     negative_prompt: str | None = Field(
         None, max_length=TEXT_MAX, description="What not to draw, for models that have a use for it."
     )

@@ -63,7 +63,7 @@ class ImageToImageParams(NativeParams):
     canny_low: int = Field(100, description="Gradient above which what touches an edge is one.")
     canny_high: int = Field(200, description="Gradient above which an edge is one.")
     control_scale: float | None = Field(
-        None, description="How strongly to keep to the edges; without it as the model's ControlNet likes it, sdxl 0.5."
+        None, description="How strongly to keep to the edges; by default the model's own value."
     )
 
     def order(self) -> GenerationRequest:

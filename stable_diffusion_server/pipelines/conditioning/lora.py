@@ -1,4 +1,4 @@
-"""LoRA adapters of one pipeline: which are loaded, which are on. Knows files by their digests, neither requests nor rows.
+"""Loads, activates and removes the LoRAs of one pipeline.
 
 An adapter has one scaling for the whole model, so rows with and without it cannot share a forward pass: requests are
 grouped by their adapters (`DiffusionRequest.shape`), and `switch` changes over when the group changes.

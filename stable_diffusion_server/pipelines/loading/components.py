@@ -43,8 +43,8 @@ def load_pipeline(
     """The diffusers pipeline of a model, in its dtype for `device`, and moved there unless `move` is false.
 
     Its weights require no gradients: for layers that do, PyTorch multiplies small batches in another order, which
-    changes the rounding. Downloads a missing folder if there is a `hub`. Raises `ModelLoadError` when files are missing,
-    damaged or of another class, or when the components do not fit each other.
+    changes the rounding. Downloads a missing folder if there is a `hub`. Raises `ModelLoadError` when files are
+    missing, damaged or of another class, or when the components do not fit each other.
     """
     quieten_libraries()
     folder = model_folder(spec, models_dir, hub=hub)
