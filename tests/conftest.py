@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -29,6 +30,26 @@ hypothesis.settings.register_profile("unhurried", deadline=None)
 hypothesis.settings.load_profile("unhurried")
 
 ROOT = Path(__file__).resolve().parent.parent
+# Fixtures that load a model, start a server with models, or start a browser: tests with one of them are slow.
+SLOW_FIXTURES = {"server", "registry", "sdxl", "flux", "families", "chromium"}
+_SLOW_MODULE = re.compile(r"^pytestmark = .*pytest\.mark\.slow\b", re.MULTILINE)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """`-m "not slow"` does not import modules that are slow as a whole, since most of them import torch."""
+    if config.option.markexpr == "not slow" and collection_path.suffix == ".py" and collection_path.is_file():
+        return True if _SLOW_MODULE.search(collection_path.read_text(encoding="utf-8")) else None
+    return None
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark tests by their fixtures, before pytest deselects by marker."""
+    for item in items:
+        if SLOW_FIXTURES & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.slow)
+        if "torch" in sys.modules:  # naming the category in pyproject.toml would import torch
+            item.add_marker(pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"))
 
 
 @dataclass

@@ -13,6 +13,8 @@ import yaml
 from conftest import ROOT
 from packaging.requirements import Requirement
 
+pytestmark = pytest.mark.slow
+
 DOCKERFILE = (ROOT / "deploy" / "Dockerfile").read_text()
 BIN = Path(sys.executable).parent
 UNIT = ROOT / "deploy" / "stable-diffusion-server.service"

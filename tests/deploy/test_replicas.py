@@ -25,6 +25,8 @@ from deploy.replicas import Claim, Hosted, ReplicaHealth, owner_of, ranked, stic
 from stable_diffusion_server.app import create_app
 from stable_diffusion_server.engine import EngineState
 
+pytestmark = pytest.mark.slow
+
 CREATE = "/create_and_upload_image"
 ASYNC = {"Prefer": "respond-async"}
 SMALL = {"width": 64, "height": 64}

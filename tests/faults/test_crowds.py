@@ -14,6 +14,8 @@ import pytest
 from conftest import ROOT, Server, free_port, start_server
 from fakes import until
 
+pytestmark = pytest.mark.slow
+
 CREATE = "/create_and_upload_image"
 ORDER = {"prompt": "a red square", "width": 64, "height": 64}
 _HALF = b"POST /create_and_upload_image HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"

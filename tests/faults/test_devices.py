@@ -18,6 +18,8 @@ from test_server_jobs import SERVE, WATCHED, answers, child_of
 
 from stable_diffusion_server.errors import ModelLoadError
 
+pytestmark = pytest.mark.slow
+
 CREATE = "/create_and_upload_image"
 ORDER = {"prompt": "a red square", "width": 64, "height": 64}
 # Takes so much of the device's free memory, says so, and holds it until it is told to go.

@@ -16,6 +16,8 @@ from conftest import Server, free_port, start_server
 from fakes import until
 from test_server_jobs import SERVE, WATCHED, accept, answers, child_of, job
 
+pytestmark = pytest.mark.slow
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGKILL)
 
 

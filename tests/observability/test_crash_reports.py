@@ -32,6 +32,8 @@ from stable_diffusion_server.observability.crash_reports import (
 )
 from stable_diffusion_server.types import Caller
 
+pytestmark = pytest.mark.slow
+
 LINUX = pytest.mark.skipif(not Path("/proc").exists(), reason="finds processes in /proc")
 RECORD = """
 import ctypes, os, signal, sys

@@ -25,6 +25,8 @@ from stable_diffusion_server.pipelines.families.sdxl import Sdxl
 from stable_diffusion_server.pipelines.loading.components import load_pipeline
 from stable_diffusion_server.types import DiffusionRequest
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 KINDS: dict[str, Any] = {"sdxl": Sdxl, "flux": Flux}
 

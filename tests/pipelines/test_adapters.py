@@ -34,6 +34,8 @@ from stable_diffusion_server.pipelines.loading.components import load_pipeline
 from stable_diffusion_server.pipelines.loading.model_files import lora_file
 from stable_diffusion_server.pipelines.registry import LoadOptions, load
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 GREEN = (("green", 1.0),)
 

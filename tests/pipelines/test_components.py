@@ -24,6 +24,8 @@ from stable_diffusion_server.pipelines.loading.devices import choose_device, dty
 from stable_diffusion_server.pipelines.loading.hub import HubClient
 from stable_diffusion_server.pipelines.loading.schedulers_and_tokenizers import make_scheduler, set_timesteps
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 CPU = torch.device("cpu")
 

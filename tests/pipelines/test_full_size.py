@@ -21,6 +21,8 @@ from stable_diffusion_server.pipelines.loading.placement import Footprint, Resid
 from stable_diffusion_server.pipelines.loading.schedulers_and_tokenizers import token_counter
 from stable_diffusion_server.pipelines.model_spec import ModelSpec
 
+pytestmark = pytest.mark.slow
+
 SDXL, FLUX = REAL_MODELS["sdxl"][1], REAL_MODELS["flux"][0]
 
 

@@ -13,6 +13,8 @@ from transformers.modeling_outputs import BaseModelOutput
 from stable_diffusion_server.pipelines.acceleration.call_signature import rebuild, signature, tensors_of
 from stable_diffusion_server.pipelines.acceleration.cuda_graphs import record
 
+pytestmark = pytest.mark.slow
+
 BASE: dict[str, Any] = {
     "sample": torch.zeros(2, 3),
     "added": {"ids": torch.zeros(1, 6)},

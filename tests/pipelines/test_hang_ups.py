@@ -34,6 +34,8 @@ from stable_diffusion_server.pipelines.loading.placement import (
 from stable_diffusion_server.pipelines.registry import LoadOptions, load
 from stable_diffusion_server.types import DiffusionRequest, EngineEvent, EngineEventKind
 
+pytestmark = pytest.mark.slow
+
 # To PyTorch they are two devices, and tensors are computed with on both.
 CPU, DEVICE = torch.device("cpu"), torch.device("cpu:0")
 CUDA = torch.device("cuda:0")

@@ -21,6 +21,8 @@ from stable_diffusion_server.pipelines.loading.components import empty_pipeline,
 from stable_diffusion_server.pipelines.loading.hub import HubClient
 from stable_diffusion_server.pipelines.registry import LoadOptions, load
 
+pytestmark = pytest.mark.slow
+
 __all__ = ["hub_server"]
 
 CPU = torch.device("cpu")

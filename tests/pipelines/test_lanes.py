@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from drawing import disc_mask, draw, job_for, psnr, scene
 from fakes import until
 
 from stable_diffusion_server.engine import Engine, EngineState
+
+pytestmark = pytest.mark.slow
 
 
 def test_two_lanes_draw_what_one_draws(registry: Any) -> None:

@@ -24,6 +24,8 @@ from stable_diffusion_server.pipelines.loading.placement import Footprint, Quant
 from stable_diffusion_server.pipelines.model_spec import ModelSpec
 from stable_diffusion_server.pipelines.registry import LoadOptions, load
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 KINDS: dict[str, Any] = {"sdxl": Sdxl, "flux": Flux}
 TASKS = {

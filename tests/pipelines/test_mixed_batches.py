@@ -9,6 +9,8 @@ from drawing import disc_mask, draw, draw_together, job_for, largest_difference,
 
 from stable_diffusion_server.types import DiffusionRequest
 
+pytestmark = pytest.mark.slow
+
 SDXL_JOBS = {
     "text": job_for("sdxl", seed=1),
     "text, no guidance, 7 steps": job_for("sdxl", seed=2, guidance_scale=1.0, num_inference_steps=7),

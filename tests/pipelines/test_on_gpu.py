@@ -14,7 +14,7 @@ from drawing import MODELS_DIR, disc_mask, draw, draw_together, job_for, outline
 
 from stable_diffusion_server.pipelines.catalog import MODELS
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
+pytestmark = [pytest.mark.slow, pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 
 # The relative error of a tensor that was rounded once.
 ROUNDING = {torch.float32: 1e-6, torch.float16: 4e-4, torch.bfloat16: 3e-3}

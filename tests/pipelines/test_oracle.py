@@ -18,7 +18,8 @@ from stable_diffusion_server.pipelines.catalog import refine_steps_skipped, sche
 from stable_diffusion_server.pipelines.loading.schedulers_and_tokenizers import make_scheduler
 from stable_diffusion_server.types import DiffusionRequest, ImageArray
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # the stock calls' own, on their own attributes
+# The stock calls warn about their own attributes.
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::FutureWarning")]
 
 IMAGE = {"image": scene(), "strength": 0.6}
 MASKED = {"image": scene(), "mask": disc_mask(), "strength": 0.8}

@@ -22,6 +22,8 @@ from stable_diffusion_server.pipelines.catalog import MODELS
 from stable_diffusion_server.settings import Settings
 from stable_diffusion_server.settings.library_env import set_compiler_cache
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("rows", [1, 31, 32, 500])
 @pytest.mark.parametrize("bias", [True, False])

@@ -15,6 +15,8 @@ from stable_diffusion_server.pipelines.base import shrink_tiles
 from stable_diffusion_server.pipelines.conditioning.prompt_cache import PromptCache
 from stable_diffusion_server.pipelines.registry import LoadedFamily, Registry
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("family", ["sdxl", "flux"])
 @pytest.mark.parametrize("task", ["text", "inpaint"])

@@ -16,6 +16,8 @@ from stable_diffusion_server.pipelines.acceleration import torchscript
 from stable_diffusion_server.pipelines.acceleration.torchscript import TorchScriptRunner, trace
 from stable_diffusion_server.pipelines.registry import LoadOptions, Registry, load
 
+pytestmark = pytest.mark.slow
+
 
 class Counting(torch.nn.Module):  # type: ignore[misc]  # torch is read without its types
     """A layer that counts how often Python goes through it."""

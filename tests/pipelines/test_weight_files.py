@@ -19,6 +19,8 @@ from stable_diffusion_server.pipelines.catalog import MODELS
 from stable_diffusion_server.pipelines.loading.components import empty_pipeline, load_controlnet, load_pipeline
 from stable_diffusion_server.pipelines.registry import LoadOptions, load
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 UNET = "unet/diffusion_pytorch_model.safetensors"
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"

@@ -23,6 +23,8 @@ from stable_diffusion_server.pipelines.loading.model_files import control_files,
 from stable_diffusion_server.pipelines.loading.weight_digest import WeightDigests
 from stable_diffusion_server.pipelines.registry import LoadOptions, load
 
+pytestmark = pytest.mark.slow
+
 REAL = replace(MODELS["flux"], folder="my-flux", revision="flux.1-schnell", weights="", control_folder=None)
 
 

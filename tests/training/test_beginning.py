@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from training import vae
+
+pytestmark = pytest.mark.slow
 
 
 def test_untrained_it_brings_plain_colours_back() -> None:

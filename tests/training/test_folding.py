@@ -6,6 +6,8 @@ import torch.nn.functional as F  # noqa: N812  # the name torch's own documentat
 
 from training import folding, vae
 
+pytestmark = pytest.mark.slow
+
 
 def test_it_shrinks_twice_as_much_into_four_times_the_channels() -> None:
     """64 × 64 pixels become 4 × 4 cells of 16 numbers, and come back; without noise, once they are laid anew."""

@@ -6,6 +6,8 @@ import pytest
 from training import grammar, world
 from training.landscape import Landscape
 
+pytestmark = pytest.mark.slow
+
 
 def test_no_object_stands_on_its_own_colour() -> None:
     """Every object differs enough from the background to be seen."""

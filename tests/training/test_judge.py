@@ -7,6 +7,8 @@ import pytest
 
 from training import grammar, judge, landscape, world
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("kind", ["one", "two", "many", "placed"])
 def test_the_judge_reads_rendered_flat_scenes_at_least_99_times_of_100(kind: str) -> None:

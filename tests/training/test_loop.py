@@ -9,6 +9,8 @@ import torch
 
 from training import loop
 
+pytestmark = pytest.mark.slow
+
 
 def learn_a_line(steps: int, monkeypatch: pytest.MonkeyPatch, folder: Path) -> tuple[float, list[int]]:
     """Train one weight towards 3 and return it with the steps that were run."""

@@ -9,6 +9,8 @@ from torch import nn
 from training import loop
 from training.muon import Muon, orthogonalised
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("shape", [(3, 8, 24), (3, 24, 8)])
 def test_singular_values_come_near_one(shape: tuple[int, int, int]) -> None:

@@ -16,6 +16,8 @@ from training import control, evaluate, flux, folding, loop, lora, package, sdxl
 from training.grammar import draw_scene
 from training.tokenization import make_clip, make_t5
 
+pytestmark = pytest.mark.slow
+
 
 def remember_samples(pipe: object, folder: Path) -> None:
     """Stand in for the sheet of samples, which takes fifty pictures."""

@@ -8,6 +8,8 @@ import torch
 
 from training import control, grammar, store, vae, world
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:

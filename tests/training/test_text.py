@@ -12,6 +12,8 @@ from training.grammar import draw_scene
 from training.tokenization import make_clip, make_t5
 from training.world import Scene, Thing
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def clip_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> CLIPTokenizer:

@@ -5,6 +5,8 @@ import pytest
 
 from training import landscape, world
 
+pytestmark = pytest.mark.slow
+
 SIZES = [(128, 128), (256, 256), (384, 256), (256, 384), (512, 320)]
 
 

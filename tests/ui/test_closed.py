@@ -23,6 +23,8 @@ from conftest import ROOT, Server, free_port, start_server
 from fakes import disc, file_of, until
 from hostile_images import foreign, png_claiming
 
+pytestmark = pytest.mark.slow
+
 CANARY = "canary-7f3a91c2d85e4b60"
 SERVE = (sys.executable, str(ROOT / "tests" / "painted_server.py"), "0.001")
 ROLES = ("operator", "key", "anonymous")

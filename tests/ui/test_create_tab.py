@@ -7,12 +7,15 @@ from collections.abc import Callable
 from typing import Any
 
 import httpx
+import pytest
 from browsers import Tab
 from conftest import Server
 from fakes import until
 from playwright.sync_api import expect
 
 from scripts.visiting import ask, draw, settle
+
+pytestmark = pytest.mark.slow
 
 RED = "a red circle on a blue background"
 

@@ -14,6 +14,8 @@ from playwright.sync_api import expect
 
 from scripts.visiting import PHONE, TABS, draw, paint
 
+pytestmark = pytest.mark.slow
+
 RED = "a red circle on a blue background"
 
 
