@@ -7,9 +7,7 @@ import torch
 
 from stable_diffusion_server.errors import ServerError
 from stable_diffusion_server.generation.prompts import shorten_too_long_text
-from stable_diffusion_server.imaging.canvas import crop_to_size, plan_canvas
-from stable_diffusion_server.imaging.digital_source_type import DigitalSourceType, xmp_packet
-from stable_diffusion_server.imaging.encode import encode_image
+from stable_diffusion_server.imaging import DigitalSourceType, crop_to_size, encode_image, plan_canvas, xmp_packet
 from stable_diffusion_server.pipelines.catalog import spec_of
 from stable_diffusion_server.pipelines.families.flux import Flux
 from stable_diffusion_server.pipelines.loading.components import load_pipeline

@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 from stable_diffusion_server.imaging.artifact_detection import is_black, score_artifacts
-from stable_diffusion_server.imaging.canvas import ALIGNMENT, Canvas, Pixels, crop_to_size, plan_canvas, to_canvas
-from stable_diffusion_server.imaging.digital_source_type import source_type_of, xmp_packet
+from stable_diffusion_server.imaging.canvas import ALIGNMENT, Canvas, crop_to_size, plan_canvas, to_canvas
 from stable_diffusion_server.imaging.edges import canny
-from stable_diffusion_server.imaging.encode import encode_image, media_type_of, parameters_text
+from stable_diffusion_server.imaging.encode import encode_image
 from stable_diffusion_server.imaging.formats import (
     DEFAULT_FORMATS,
     OPTIONAL_FORMATS,
     SIGNATURE_BYTES,
     describe_formats,
+    is_complete_file,
+    is_image_object,
     matches_signature,
+    media_type_of,
     media_types,
 )
 from stable_diffusion_server.imaging.masks import binarize_mask, feather_mask, paste_back, to_mask
 from stable_diffusion_server.imaging.metadata import (
-    is_complete_file,
-    is_image_object,
+    DigitalSourceType,
+    parameters_text,
     read_parameters_text,
     read_record,
+    source_type_of,
+    xmp_packet,
 )
-from stable_diffusion_server.imaging.resize import CropBox, crop_around, fill_masked, fit_image, resize_image
+from stable_diffusion_server.imaging.resize import CropBox, Pixels, crop_around, fill_masked, fit_image, resize_image
 from stable_diffusion_server.imaging.sandbox.pool import DecoderPool
 
 __all__ = [
@@ -33,6 +37,7 @@ __all__ = [
     "Canvas",
     "CropBox",
     "DecoderPool",
+    "DigitalSourceType",
     "Pixels",
     "binarize_mask",
     "canny",

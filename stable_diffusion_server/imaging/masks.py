@@ -1,4 +1,4 @@
-"""Masks: levels, full masks, feathering, and pasting an image back."""
+"""Inpainting masks: conversion from images, feathering, and pasting the original image back."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from stable_diffusion_server.imaging.canvas import Pixels
+from stable_diffusion_server.imaging.resize import Pixels
 
-# Level of grey → level of a mask: 0 up to 32, 255 from 223, straight between.
+# Grey level → mask level: 0 up to 32, 255 from 223, linear between.
 _MASK_LEVELS = [round(min(max((level - 32) * 255 / 191, 0), 255)) for level in range(256)]
 
 
 def to_mask(pixels: Pixels, width: int, height: int) -> Pixels:
-    """An RGB picture of any size as a mask: uint8, height × width, grey by luma; 255 repaints, 0 keeps.
+    """Convert an RGB image of any size to a mask: uint8, height × width; 255 is repainted, 0 is kept.
 
-    Black and white are taken with a margin of an eighth, since a mask that was a JPEG or drawn is never quite either.
+    The darkest and brightest eighth of the luma levels become 0 and 255, because JPEG compression and drawing tools
+    leave black and white inexact.
     """
     grey = Image.fromarray(pixels).convert("L")
     if grey.size != (width, height):
@@ -24,21 +25,28 @@ def to_mask(pixels: Pixels, width: int, height: int) -> Pixels:
 
 
 def binarize_mask(mask: Pixels) -> Pixels:
-    """The mask with every grey made white: all that is touched at all."""
+    """The mask with every value above 0 set to 255."""
     return np.where(mask > 0, np.uint8(255), np.uint8(0))
 
 
 def feather_mask(mask: Pixels, radius: int) -> Pixels:
-    """The mask rising over `radius` pixels from its rim inwards (by Euclidean distance); 0 stays 0 everywhere."""
+    """Ramp the mask up from its edge inwards over `radius` pixels (Euclidean distance); pixels that are 0 stay 0."""
     if radius == 0:
         return mask
-    # A mask that is white to the picture's border has no rim there: pixels beyond the border do not count.
+    # Pixels outside the image are not 0 for the distance transform, so the mask is not feathered at the image border.
     distance = cv2.distanceTransform(binarize_mask(mask), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
     return np.rint(mask * np.clip(np.asarray(distance) / (radius + 1), 0, 1)).astype(np.uint8)
 
 
 def paste_back(drawn: Pixels, image: Pixels, mask: Pixels) -> Pixels:
-    """`drawn` over `image` (both uint8, height × width × 3) by `mask` (height × width): 0 keeps the image exactly."""
+    """Blend a repainted image over the original one; the original is unchanged where the mask is 0.
+
+    Args:
+        drawn: The repainted image, uint8, height × width × 3.
+        image: The original image, same shape.
+        mask: uint8, height × width; 255 takes `drawn`, 0 takes `image`.
+
+    """
     result = np.where((mask == 255)[..., None], drawn, image)
     soft = (mask > 0) & (mask < 255)
     weight = mask[soft][:, None].astype(np.uint16)

@@ -1,82 +1,146 @@
-"""The record inside a picture file: read back from PNG, WebP and JPEG without decoding anything. Pure.
+"""Writes metadata into image files, and reads it back from PNG, WebP and JPEG without a decoder.
 
-`image_processing.encode` writes it. The file may be anyone's, so nothing in it is believed but its bytes: it is taken
-apart here by lengths that are checked, and never handed to a decoder.
+Two kinds are embedded: the generation record (JSON in EXIF, in PNG as text chunks), and an XMP packet that marks the
+image as AI-generated. The readers accept files from anyone, so they check every length and never call a decoder.
 """
 
 from __future__ import annotations
 
+import json
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from enum import StrEnum
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from stable_diffusion_server.errors import ServerError
+from stable_diffusion_server.imaging.formats import detect_format
 from stable_diffusion_server.parsing import JsonLimits, parse_object
 
-_EXIF_HEAD = b"Exif\0\0"
+_EXIF_PREFIX = b"Exif\0\0"
+# Tags of the Exif IFD pointer and of UserComment (CIPA DC-008).
 _EXIF_IFD, _USER_COMMENT = 0x8769, 0x9286
-_UNICODE = b"UNICODE\0"
-_MOST_BYTES = 1_000_000
-_LIMITS = JsonLimits(max_text_bytes=_MOST_BYTES)
-# Pieces of a file that are looked at: few files have a thousand.
-_MOST_PIECES = 100_000
-# Characters of the text AUTOMATIC1111 writes, of which most is the prompt.
-_LONGEST_PARAMETERS = 100_000
-_ENDINGS = (".webp", ".png", ".jpg", ".jpeg", ".gif", ".avif")
+_UNICODE_PREFIX = b"UNICODE\0"
+_MAX_RECORD_BYTES = 1_000_000
+_LIMITS = JsonLimits(max_text_bytes=_MAX_RECORD_BYTES)
+# Chunks or segments that are read per file; ordinary files have fewer than a thousand.
+_MAX_CHUNKS = 100_000
+# Characters of AUTOMATIC1111's parameters text, most of which is the prompt.
+_MAX_PARAMETERS = 100_000
+
+_VOCABULARY = "http://cv.iptc.org/newscodes/digitalsourcetype/"
+# ISO 16684-1 (XMP) with the property "Digital Source Type" of the IPTC Photo Metadata Standard.
+_XMP_PACKET = (
+    '<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>'
+    '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
+    '<rdf:Description rdf:about="" xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/">'
+    "<Iptc4xmpExt:DigitalSourceType>{uri}</Iptc4xmpExt:DigitalSourceType>"
+    '</rdf:Description></rdf:RDF></x:xmpmeta><?xpacket end="r"?>'
+)
+
+
+class DigitalSourceType(StrEnum):
+    """How an image was made, as a term of IPTC's NewsCodes."""
+
+    GENERATED = "trainedAlgorithmicMedia"
+    EDITED = "compositeWithTrainedAlgorithmicMedia"
+
+    @property
+    def uri(self) -> str:
+        """The URI of the term in IPTC's vocabulary, which is the value that XMP holds."""
+        return _VOCABULARY + self.value
+
+
+def source_type_of(*, has_input_image: bool) -> DigitalSourceType:
+    """The source type of an image made from a prompt only, or from an image that the caller sent."""
+    return DigitalSourceType.EDITED if has_input_image else DigitalSourceType.GENERATED
+
+
+def xmp_packet(source_type: DigitalSourceType) -> str:
+    """The XMP packet for an image of this source type, about 450 characters."""
+    return _XMP_PACKET.format(uri=source_type.uri)
+
+
+def parameters_text(record: Mapping[str, object]) -> str:
+    """The record as AUTOMATIC1111's parameters text, which many tools read."""
+    lines = [str(record.get("prompt", ""))]
+    if record.get("negative_prompt"):
+        lines.append(f"Negative prompt: {record['negative_prompt']}")
+    labels = {
+        "num_inference_steps": "Steps",
+        "scheduler": "Sampler",
+        "guidance_scale": "CFG scale",
+        "seed": "Seed",
+        "model": "Model",
+        "revision": "Model hash",
+    }
+    values = [f"{label}: {record[name]}" for name, label in labels.items() if name in record]
+    if "width" in record and "height" in record:
+        values.append(f"Size: {record['width']}x{record['height']}")
+    lines.append(", ".join(values))
+    return "\n".join(lines)
+
+
+def png_text(record: Mapping[str, object] | None, xmp: str) -> PngInfo:
+    """PNG text chunks with the record, if there is one, and with the XMP packet, if it is not empty."""
+    text = PngInfo()
+    # iTXt, because tEXt is Latin-1 and prompts are Unicode.
+    if xmp:
+        text.add_itxt("XML:com.adobe.xmp", xmp)
+    if record is not None:
+        text.add_itxt("parameters", parameters_text(record))
+        text.add_itxt("record", json.dumps(record, ensure_ascii=False))
+    return text
+
+
+def exif_with_record(record: Mapping[str, object] | None) -> bytes:
+    """EXIF with the record as a Unicode UserComment; empty without a record."""
+    if record is None:
+        return b""
+    exif = Image.Exif()
+    comment = _UNICODE_PREFIX + json.dumps(record, ensure_ascii=False).encode("utf-16-be")
+    exif.get_ifd(_EXIF_IFD)[_USER_COMMENT] = comment
+    return exif.tobytes()
 
 
 def read_record(file: bytes) -> dict[str, object] | None:
-    """The record a picture made here carries, or `None` for a file without one. What it says is to be checked."""
+    """The generation record embedded in a file, not validated; `None` if there is none or it is unreadable."""
     try:
-        text = _text_of(file)
+        text = _read_record_text(file)
         return parse_object(text.encode(), _LIMITS) if text is not None else None
     except (struct.error, ValueError, IndexError, ServerError):
         return None
 
 
 def read_parameters_text(file: bytes) -> str:
-    """The text AUTOMATIC1111 writes into PNG files, uncompressed; empty where there is none, or a very long one."""
-    for kind, data in _png_chunks(file) if file.startswith(b"\x89PNG") else ():
+    """AUTOMATIC1111's uncompressed parameters text from a PNG file; empty if there is none or it is too long."""
+    for kind, data in _png_chunks(file) if detect_format(file) == "PNG" else ():
         if kind == b"tEXt" and data.startswith(b"parameters\0"):
             text = data.partition(b"\0")[2].decode("latin-1")
         elif kind == b"iTXt" and data.startswith(b"parameters\0\0"):
             text = data.split(b"\0", 5)[-1].decode("utf-8", "replace")
         else:
             continue
-        return text if len(text) <= _LONGEST_PARAMETERS else ""
+        return text if len(text) <= _MAX_PARAMETERS else ""
     return ""
 
 
-def is_complete_file(head: bytes, tail: bytes, size: int) -> bool:
-    """Whether a file of `size` bytes with these first and last dozen is a whole picture, as far as its frame tells."""
-    if head.startswith(b"\x89PNG"):
-        return tail.endswith(b"IEND\xaeB`\x82")
-    if head.startswith(b"\xff\xd8"):
-        return tail.endswith(b"\xff\xd9")
-    if head.startswith(b"RIFF") and head[8:12] == b"WEBP":
-        return int.from_bytes(head[4:8], "little") + 8 <= size
-    # Not made here, but someone may have put one there.
-    return head.startswith(b"GIF8") or head[4:11] == b"ftypavi"
+def _read_record_text(file: bytes) -> str | None:
+    match detect_format(file):
+        case "PNG":
+            return _read_png_record(file)
+        case "WEBP":
+            exif = next((data for kind, data in _riff_chunks(file) if kind == b"EXIF"), None)
+        case "JPEG":
+            exif = next((data for data in _jpeg_app1_segments(file) if data.startswith(_EXIF_PREFIX)), None)
+        case _:
+            exif = None
+    return _read_user_comment(exif.removeprefix(_EXIF_PREFIX)) if exif is not None else None
 
 
-def is_image_object(name: str, content_type: str) -> bool:
-    """Whether an object of this name and type is to be a picture."""
-    return content_type.startswith("image/") or name.lower().endswith(_ENDINGS)
-
-
-def _text_of(file: bytes) -> str | None:
-    if file.startswith(b"\x89PNG"):
-        return _png_text(file)
-    if file.startswith(b"RIFF") and file[8:12] == b"WEBP":
-        exif = next((data for kind, data in _riff_chunks(file) if kind == b"EXIF"), None)
-    elif file.startswith(b"\xff\xd8"):
-        exif = next((data for data in _jpeg_application_data(file) if data.startswith(_EXIF_HEAD)), None)
-    else:
-        exif = None
-    return _comment(exif.removeprefix(_EXIF_HEAD)) if exif is not None else None
-
-
-def _png_text(file: bytes) -> str | None:
-    """The text of an iTXt chunk called `record`, which is not compressed (PNG, third edition, 11.3.3.4)."""
+def _read_png_record(file: bytes) -> str | None:
+    """The text of the uncompressed iTXt chunk named `record` (PNG, third edition, 11.3.3.4)."""
     for kind, data in _png_chunks(file):
         if kind == b"iTXt" and data.startswith(b"record\0\0"):
             return data.split(b"\0", 5)[-1].decode()
@@ -84,57 +148,60 @@ def _png_text(file: bytes) -> str | None:
 
 
 def _png_chunks(file: bytes) -> Iterator[tuple[bytes, bytes]]:
-    at = 8
-    for _ in range(_MOST_PIECES):
-        if at + 8 > len(file):
+    """Type and data of each chunk; the data of chunks over the size limit is empty."""
+    offset = 8
+    for _ in range(_MAX_CHUNKS):
+        if offset + 8 > len(file):
             return
-        length, kind = struct.unpack_from(">I4s", file, at)
-        yield kind, file[at + 8 : at + 8 + length] if length <= _MOST_BYTES else b""
-        at += 12 + length
+        length, kind = struct.unpack_from(">I4s", file, offset)
+        yield kind, file[offset + 8 : offset + 8 + length] if length <= _MAX_RECORD_BYTES else b""
+        offset += 12 + length
 
 
 def _riff_chunks(file: bytes) -> Iterator[tuple[bytes, bytes]]:
-    at = 12
-    for _ in range(_MOST_PIECES):
-        if at + 8 > len(file):
+    """Type and data of each chunk; the data of chunks over four times the size limit is empty."""
+    offset = 12
+    for _ in range(_MAX_CHUNKS):
+        if offset + 8 > len(file):
             return
-        kind, length = struct.unpack_from("<4sI", file, at)
-        yield kind, file[at + 8 : at + 8 + length] if length <= 4 * _MOST_BYTES else b""
-        at += 8 + length + length % 2
+        kind, length = struct.unpack_from("<4sI", file, offset)
+        yield kind, file[offset + 8 : offset + 8 + length] if length <= 4 * _MAX_RECORD_BYTES else b""
+        offset += 8 + length + length % 2
 
 
-def _jpeg_application_data(file: bytes) -> Iterator[bytes]:
-    """What stands in the APP1 segments before the picture."""
-    at = 2
-    for _ in range(_MOST_PIECES):
-        if at + 4 > len(file):
+def _jpeg_app1_segments(file: bytes) -> Iterator[bytes]:
+    """The content of each APP1 segment before the image data."""
+    offset = 2
+    for _ in range(_MAX_CHUNKS):
+        if offset + 4 > len(file):
             return
-        lead, marker, length = struct.unpack_from(">BBH", file, at)
+        lead, marker, length = struct.unpack_from(">BBH", file, offset)
         if lead != 0xFF or marker == 0xDA or length < 2:
             return
         if marker == 0xE1:
-            yield file[at + 4 : at + 2 + length]
-        at += 2 + length
+            yield file[offset + 4 : offset + 2 + length]
+        offset += 2 + length
 
 
-def _comment(tiff: bytes) -> str | None:
-    """The UserComment of EXIF (CIPA DC-008), in the UTF-16 this server writes."""
-    order = {b"II*\0": "<", b"MM\0*": ">"}.get(tiff[:4])
-    if order is None:
+def _read_user_comment(tiff: bytes) -> str | None:
+    """The EXIF UserComment, if it is in UTF-16, as this server writes it."""
+    byte_order = {b"II*\0": "<", b"MM\0*": ">"}.get(tiff[:4])
+    if byte_order is None:
         return None
-    where = _entry(tiff, order, struct.unpack_from(f"{order}I", tiff, 4)[0], _EXIF_IFD)
-    found = _entry(tiff, order, where[1], _USER_COMMENT) if where is not None else None
-    if found is None:
+    exif_ifd = _find_tag(tiff, byte_order, struct.unpack_from(f"{byte_order}I", tiff, 4)[0], _EXIF_IFD)
+    comment = _find_tag(tiff, byte_order, exif_ifd[1], _USER_COMMENT) if exif_ifd is not None else None
+    if comment is None:
         return None
-    data = tiff[found[1] : found[1] + found[0]]
-    return data[len(_UNICODE) :].decode("utf-16-be") if data.startswith(_UNICODE) else None
+    count, offset = comment
+    data = tiff[offset : offset + count]
+    return data.removeprefix(_UNICODE_PREFIX).decode("utf-16-be") if data.startswith(_UNICODE_PREFIX) else None
 
 
-def _entry(tiff: bytes, order: str, at: int, wanted: int) -> tuple[int, int] | None:
+def _find_tag(tiff: bytes, byte_order: str, directory: int, tag: int) -> tuple[int, int] | None:
     """Count and value of a tag in the directory at an offset."""
-    (entries,) = struct.unpack_from(f"{order}H", tiff, at)
+    (entries,) = struct.unpack_from(f"{byte_order}H", tiff, directory)
     for number in range(entries):
-        tag, _, count, value = struct.unpack_from(f"{order}HHII", tiff, at + 2 + 12 * number)
-        if tag == wanted:
+        found, _, count, value = struct.unpack_from(f"{byte_order}HHII", tiff, directory + 2 + 12 * number)
+        if found == tag:
             return count, value
     return None

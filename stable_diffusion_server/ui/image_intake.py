@@ -33,7 +33,6 @@ class DecodeUpload(Protocol):
 # Uploads at a time: each may hold a whole file and its pixels in memory.
 PER_VISITOR, ALTOGETHER = 2, 8
 _JPEG_QUALITY = 95
-_PNG_MAGIC = b"\x89PNG"
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,8 +110,3 @@ def encoded(pixels: Pixels, kind: str, **options: int) -> bytes:
     target = io.BytesIO()
     Image.fromarray(pixels).save(target, kind, **options)
     return target.getvalue()
-
-
-def media_type(file: bytes) -> str:
-    """The type of a file that was encoded here."""
-    return "image/png" if file.startswith(_PNG_MAGIC) else "image/jpeg"

@@ -8,7 +8,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from stable_diffusion_server.errors import NotFound, ServerError
-from stable_diffusion_server.ui.image_intake import ImageIntake, media_type
+from stable_diffusion_server.imaging import media_type_of
+from stable_diffusion_server.ui.image_intake import ImageIntake
 from stable_diffusion_server.ui.problems import problem
 from stable_diffusion_server.ui.request_body import read_body
 
@@ -53,4 +54,4 @@ class UploadRoutes:
             raise NotFound("There is nothing here.")
         file = self._intake.file(owner, token)
         headers = {"Cache-Control": "private, no-store", "Content-Security-Policy": "default-src 'none'"}
-        return Response(file, media_type=media_type(file), headers=headers)
+        return Response(file, media_type=media_type_of(file), headers=headers)

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from stable_diffusion_server.imaging.encode import encode_image
-from stable_diffusion_server.imaging.metadata import is_complete_file, read_record
+from stable_diffusion_server.imaging.formats import is_complete_file
+from stable_diffusion_server.imaging.metadata import read_record
 from stable_diffusion_server.types import Format
 
 RECORD = {"prompt": "ein größeres 🟥\n\0 " * 50, "seed": 7, "asked": {"loras": [["pastel", 0.5]]}}
