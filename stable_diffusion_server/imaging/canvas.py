@@ -64,9 +64,10 @@ def crop_to_size(pixels: Pixels, width: int, height: int, *, resample: bool) -> 
         left, top = (canvas_width - width) // 2, (canvas_height - height) // 2
         return pixels[top : top + height, left : left + width]
     scale = max(width / canvas_width, height / canvas_height)
-    crop_width, crop_height = width / scale, height / scale
-    left_edge, top_edge = (canvas_width - crop_width) / 2, (canvas_height - crop_height) / 2
-    box = (left_edge, top_edge, left_edge + crop_width, top_edge + crop_height)
+    # Bounded, since rounding may exceed the canvas by 1 ulp, which Pillow refuses (154 × 1615 from 192 × 1344).
+    crop_width, crop_height = min(width / scale, canvas_width), min(height / scale, canvas_height)
+    left, top = (canvas_width - crop_width) / 2, (canvas_height - crop_height) / 2
+    box = (left, top, min(left + crop_width, canvas_width), min(top + crop_height, canvas_height))
     resized = Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS, box=box)
     return np.asarray(resized)
 

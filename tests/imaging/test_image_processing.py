@@ -8,7 +8,7 @@ import numpy as np
 import PIL
 import pytest
 from fakes import disc, file_of
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -47,6 +47,7 @@ def test_the_canvas_is_aligned_and_within_the_models_budget(asked: tuple[int, in
 
 
 @given(st.integers(64, 2048), st.integers(64, 2048), st.sampled_from([128, 256, 512, 1024]))
+@example(154, 1615, 512)
 @settings(deadline=None)
 def test_every_size_has_a_canvas_that_can_be_cropped_to_it(width: int, height: int, native: int) -> None:
     """No asked size is left out, no canvas exceeds the budget, and the picture comes out exactly as large as asked."""
