@@ -8,8 +8,8 @@ from contextlib import suppress
 
 import pytest
 
+from stable_diffusion_server.concurrency.deadlines import ProgressMonitor
 from stable_diffusion_server.concurrency.fair_limiter import FairLimiter
-from stable_diffusion_server.concurrency.progress_monitor import ProgressMonitor
 
 
 async def take_all(limiter: FairLimiter, caller: str, amount: int = 1) -> int:

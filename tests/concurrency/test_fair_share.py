@@ -14,7 +14,7 @@ from job_records import CLAIM, ENTRY, RECEIPT, WORK
 from squares import EngineOf
 from squares import job as small
 
-from stable_diffusion_server.concurrency.fair_share import may_hold_more
+from stable_diffusion_server.concurrency.fair_limiter import may_hold_more
 from stable_diffusion_server.errors import JobStoreUnavailable, QueueFull
 from stable_diffusion_server.jobs.admission import JobAdmission
 from stable_diffusion_server.jobs.store.records import IdempotencyClaim, JobPayload, JobState
