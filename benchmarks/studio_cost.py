@@ -20,7 +20,7 @@ from pathlib import Path
 import httpx
 
 from benchmarks.loopback import say
-from scripts.visiting import CHROMIUM, DESK, chromium, draw, open_tab, starting, studio
+from scripts.browser import CHROMIUM, DESK, chromium, draw, open_tab, starting, studio
 
 _PAUSE, _LONGEST = 0.02, 180.0
 

@@ -1,4 +1,4 @@
-"""Draws sixteen prompts with one model of a running server and lays them out in one picture.
+"""Generates sixteen prompts with one model of a server and puts them into one image.
 
 python scripts/contact_sheet.py --model sdxl --out docs/contact-sheet-sdxl.png
 """
@@ -34,7 +34,7 @@ SIDE, CAPTION, COLUMNS = 192, 30, 4
 
 
 def main() -> None:
-    """Ask for each prompt, and save the sheet."""
+    """Generate each prompt and save the sheet."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--server", default="http://127.0.0.1:8000")
     parser.add_argument("--model", default="sdxl")

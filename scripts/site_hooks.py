@@ -1,7 +1,7 @@
-"""What the documentation's site takes from outside docs/: pages of the root, results, the models' card. For MkDocs.
+"""MkDocs hooks: add pages from outside docs/ (root pages, benchmark results, the model card) to the site.
 
-Links between them work in the repository and in the site: `../CHANGELOG.md` of a page in docs/, and `docs/jobs.md` of
-one in the root, lead to the same pages here.
+Links between pages work in the repository and in the site: `../CHANGELOG.md` in docs/ and `docs/jobs.md` in the root
+are rewritten.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parent.parent
-BESIDE = ("AGENTS.md", "CHANGELOG.md", "CONTRIBUTING.md", "models/README.md", "benchmarks/results/*.*")
+EXTRA_PAGES = ("AGENTS.md", "CHANGELOG.md", "CONTRIBUTING.md", "models/README.md", "benchmarks/results/*.*")
 _LINK = re.compile(r"(\]\()([^)#\s]+)([)#])")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the pages that lie elsewhere, and make the patterns of `nav` names."""
-    for pattern in BESIDE:
+    """Add pages from elsewhere and expand the patterns in `nav`."""
+    for pattern in EXTRA_PAGES:
         for path in sorted(ROOT.glob(pattern)):
             files.append(File.generated(config, path.relative_to(ROOT).as_posix(), abs_src_path=str(path)))
     pages = sorted(file.src_uri for file in files.documentation_pages())
@@ -33,7 +33,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def _named(entries: list[Any], pages: list[str], taken: set[str]) -> list[Any]:
-    """Patterns to the pages they match and no earlier one did; titles without pages are left out."""
+    """Replace each pattern by the pages that it matches and that no earlier one took; drop empty titles."""
     named: list[Any] = []
     for entry in entries:
         if isinstance(entry, str):
@@ -50,12 +50,12 @@ def _named(entries: list[Any], pages: list[str], taken: set[str]) -> list[Any]:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Turn links as the repository has them into links as the site has them."""
+    """Rewrite repository links to site links."""
     source = page.file.src_uri
-    beside = any(fnmatch(source, pattern) for pattern in BESIDE)
-    folder = posixpath.dirname(source if beside else f"docs/{source}")
+    is_extra = any(fnmatch(source, pattern) for pattern in EXTRA_PAGES)
+    folder = posixpath.dirname(source if is_extra else f"docs/{source}")
 
-    def turned(match: re.Match[str]) -> str:
+    def rewritten(match: re.Match[str]) -> str:
         before, target, after = match.groups()
         if ":" in target or target.startswith("/"):
             return match[0]
@@ -68,4 +68,4 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
                 return match[0]
         return f"{before}{posixpath.relpath(inside, posixpath.dirname(source) or '.')}{after}"
 
-    return _LINK.sub(turned, markdown)
+    return _LINK.sub(rewritten, markdown)

@@ -1,8 +1,8 @@
-"""Uses the studio of a running server with the embedded models, and takes the pictures of docs/ of every tab.
+"""Takes the screenshots of the web UI for docs/, using every tab with the embedded models.
 
 python -m scripts.studio_pictures
 
-Light and dark on a desk, and light on a phone. It starts a server in an empty folder, unless one is named by --server.
+Desktop light and dark, phone light. Without --server the script starts a server in an empty folder.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from typing import Any
 import httpx
 from PIL import Image
 
-from scripts.visiting import DESK, PHONE, TABS, chromium, draw, open_tab, paint, server_at, studio
+from scripts.browser import DESK, PHONE, TABS, chromium, draw, open_tab, paint, server_at, studio
 
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """How the studio is looked at, and what is drawn, restyled and repainted there."""
+    """Browser options and the prompts for Create, Restyle and Inpaint."""
 
     options: Mapping[str, Any]
     drawn: str
@@ -58,21 +58,21 @@ PROMPTS = (
 
 
 def main() -> None:
-    """Draw something for the history, then use each tab in each look."""
+    """Generate images for the history, then use each tab in each look."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--server", default="", help="its address; without it one is started")
     parser.add_argument("--out", type=Path, default=Path("docs"))
     given = parser.parse_args()
     with server_at(given.server) as server, chromium() as browser:
         for number, prompt in enumerate(PROMPTS):
-            order = {
+            request = {
                 "prompt": prompt,
                 "width": 256,
                 "height": 256,
                 "seed": number,
                 "model": ("sdxl", "flux")[number % 2],
             }
-            httpx.post(f"{server}/create_and_upload_image", json=order, timeout=120).raise_for_status()
+            httpx.post(f"{server}/create_and_upload_image", json=request, timeout=120).raise_for_status()
         for name, look in LOOKS.items():
             page = studio(browser, server, **look.options)
             for tab in TABS:
@@ -85,13 +85,13 @@ def main() -> None:
 
 
 def save(page: Any, path: Path) -> None:
-    """What is seen of a page, in as few bytes as its texts can be read in."""
+    """Save a screenshot as a small WebP file with readable text."""
     picture = Image.open(io.BytesIO(page.screenshot(full_page=page.viewport_size["width"] < 500)))
     picture.convert("RGB").save(path, quality=55, method=6)
 
 
 def create(page: Any, look: Look) -> None:
-    """Four pictures, and the seed kept."""
+    """Generate four images."""
     inside = page.locator("[role=tabpanel]:visible")
     inside.get_by_label("number input for How many").fill("4")
     inside.get_by_label("number input for How many").press("Tab")
@@ -99,7 +99,7 @@ def create(page: Any, look: Look) -> None:
 
 
 def restyle(page: Any, look: Look) -> None:
-    """The picture taken along from Create, drawn anew by its edges."""
+    """Restyle the image from Create, following its edges."""
     open_tab(page, "Create").get_by_role("button", name="Restyle this one").click()
     inside = page.locator("[role=tabpanel]:visible", has=page.locator("#sds-restyle-image_file"))
     inside.locator("#sds-restyle-image_file img").first.wait_for()
@@ -109,7 +109,7 @@ def restyle(page: Any, look: Look) -> None:
 
 
 def inpaint(page: Any, look: Look) -> None:
-    """The picture taken along from Create, painted over and drawn anew there."""
+    """Inpaint a stroke in the image from Create."""
     open_tab(page, "Create").get_by_role("button", name="Inpaint this one").click()
     inside = page.locator("[role=tabpanel]:visible", has=page.locator("#sds-inpaint-image_file"))
     inside.wait_for()
@@ -119,14 +119,14 @@ def inpaint(page: Any, look: Look) -> None:
 
 
 def history(page: Any, look: Look) -> None:
-    """The newest picture chosen."""
+    """Select the newest image."""
     inside = page.locator("[role=tabpanel]:visible")
     inside.locator("button.thumbnail-item").first.click()
     inside.locator(".sds-picture img").wait_for()
 
 
 def status(page: Any, look: Look) -> None:
-    """As it is."""
+    """Wait for the status."""
     page.locator(".sds-standing").wait_for()
 
 

@@ -1,4 +1,4 @@
-"""Asks a running server for every task of every model and lays inputs and outputs out in one picture.
+"""Runs every task with every model of a server and puts inputs and outputs into one image.
 
 python -m scripts.task_sheet --out docs/tasks.png
 """
@@ -22,7 +22,7 @@ STYLE, INPAINT = "style_transfer_bytes_and_upload_image", "inpaint_and_upload_im
 
 
 def main() -> None:
-    """Draw, and save the sheet."""
+    """Generate the images and save the sheet."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--server", default="http://127.0.0.1:8000")
     parser.add_argument("--out", type=Path, required=True)
@@ -41,34 +41,34 @@ def main() -> None:
 
 
 def cases(edges_followed: bool, server: str, model: str) -> list[list[tuple[str, Picture]]]:
-    """The rows of one model: captions with pictures, inputs first."""
+    """The rows of one model: captions and images, inputs first."""
     rng = np.random.default_rng(7)
     star = render(Scene("free", "white", (Thing("star", "red"),)), 256, 256, rng)
     upright = render(Scene("one", "white", (Thing("star", "red"),)), 256, 256, rng)
-    house = render(Scene("one", "blue", (Thing("square", "yellow"),)), 256, 256, rng)
-    mask = np.zeros_like(house)
+    yellow_square = render(Scene("one", "blue", (Thing("square", "yellow"),)), 256, 256, rng)
+    mask = np.zeros_like(yellow_square)
     cv2.circle(mask, (128, 128), 112, (255, 255, 255), -1)
 
-    def ask(door: str, prompt: str, **more: Any) -> Picture:
+    def generate(endpoint: str, prompt: str, **more: Any) -> Picture:
         files = {name: (f"{name}.png", png(part), "image/png") for name, part in more.items() if name.endswith("_file")}
         asked = {"prompt": prompt, "model": model, "format": "png", "overwrite": "true", "seed": 5}
         asked |= {name: value for name, value in more.items() if not name.endswith("_file")}
-        answer = httpx.post(f"{server}/{door}", data=asked, files=files or None, timeout=300).raise_for_status()
+        answer = httpx.post(f"{server}/{endpoint}", data=asked, files=files or None, timeout=300).raise_for_status()
         return np.asarray(Image.open(io.BytesIO(httpx.get(answer.json()["path"]).content)).convert("RGB"))
 
     words, other = "a red circle above\na blue square on white", "a blue star somewhere\non a white background"
-    plain = ask("create_and_upload_image", words.replace("\n", " ") + " background", width=256, height=256)
-    refined = ask(
+    plain = generate("create_and_upload_image", words.replace("\n", " ") + " background", width=256, height=256)
+    refined = generate(
         "create_and_upload_image", words.replace("\n", " ") + " background", width=256, height=256, refine=True
     )
-    styled = ask(STYLE, "a blue star on a white background", image_file=upright, canny="false", strength=0.6)
-    repainted = ask(INPAINT, "a red heart on a blue background", image_file=house, mask_file=mask)
-    finer = ask(INPAINT, "a red heart on a blue background", image_file=house, mask_file=mask, refine=True)
+    styled = generate(STYLE, "a blue star on a white background", image_file=upright, canny="false", strength=0.6)
+    repainted = generate(INPAINT, "a red heart on a blue background", image_file=yellow_square, mask_file=mask)
+    finer = generate(INPAINT, "a red heart on a blue background", image_file=yellow_square, mask_file=mask, refine=True)
     rows = [
         [(f"{model}: {words}", plain), ("the same, refined", refined)],
         [(f"{model}: input", upright), ("a blue star\non a white background", styled)],
         [
-            (f"{model}: input", house),
+            (f"{model}: input", yellow_square),
             ("mask", mask),
             ("a red heart\non a blue background", repainted),
             ("refined", finer),
@@ -76,7 +76,7 @@ def cases(edges_followed: bool, server: str, model: str) -> list[list[tuple[str,
     ]
     if edges_followed:
         prompt = "a purple star somewhere\non a yellow background"
-        drawn = ask(
+        drawn = generate(
             STYLE,
             prompt.replace("\n", " "),
             image_file=star,
@@ -85,7 +85,7 @@ def cases(edges_followed: bool, server: str, model: str) -> list[list[tuple[str,
             control_scale=1,
             num_inference_steps=8,
         )
-        both = ask(STYLE, other.replace("\n", " "), image_file=star, canny="true", strength=0.6)
+        both = generate(STYLE, other.replace("\n", " "), image_file=star, canny="true", strength=0.6)
         row = [
             (f"{model}: input", star),
             ("its edges", edges(star)),
@@ -97,7 +97,7 @@ def cases(edges_followed: bool, server: str, model: str) -> list[list[tuple[str,
 
 
 def png(picture: Picture) -> bytes:
-    """The file of a picture."""
+    """The image as a PNG file."""
     file = io.BytesIO()
     Image.fromarray(picture).save(file, "PNG")
     return file.getvalue()

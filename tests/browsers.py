@@ -16,7 +16,7 @@ from fakes import until
 from numpy.typing import NDArray
 from PIL import Image
 
-from scripts import visiting
+from scripts import browser as ui_browser
 
 
 @dataclass
@@ -33,7 +33,7 @@ class Tab:
 
     def open(self, name: str) -> Any:
         """Go to a tab; what is in it."""
-        return visiting.open_tab(self.page, name)
+        return ui_browser.open_tab(self.page, name)
 
     @property
     def inside(self) -> Any:
@@ -63,9 +63,9 @@ def studio_server(server: Server) -> Server:
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
     """Debian's browser, where there is one."""
-    if not visiting.CHROMIUM.exists():
+    if not ui_browser.CHROMIUM.exists():
         pytest.skip("chromium is not installed")
-    with visiting.chromium() as browser:
+    with ui_browser.chromium() as browser:
         yield browser
 
 
@@ -75,9 +75,9 @@ def tab_of(chromium: Any, studio_server: Server) -> Iterator[Callable[..., Tab]]
     contexts: list[Any] = []
 
     def open_tab(url: str = studio_server.url, **options: Any) -> Tab:
-        contexts.append(chromium.new_context(**{**visiting.DESK, **options}))
+        contexts.append(chromium.new_context(**{**ui_browser.DESK, **options}))
         page = contexts[-1].new_page()
-        page.set_default_timeout(visiting.PATIENCE)
+        page.set_default_timeout(ui_browser.PATIENCE)
         tab = Tab(page)
         page.on("request", lambda request: tab.asked.add(urlsplit(request.url).hostname or ""))
         page.on("pageerror", lambda error: tab.complaints.append(str(error)))
@@ -86,7 +86,7 @@ def tab_of(chromium: Any, studio_server: Server) -> Iterator[Callable[..., Tab]]
             lambda message: tab.complaints.append(message.text) if message.type == "error" else None,
         )
         page.goto(f"{url}/ui/")
-        visiting.settle(page)
+        ui_browser.settle(page)
         return tab
 
     yield open_tab

@@ -1,4 +1,4 @@
-// Asks a running server for pictures by OpenAI's client for Node: `SERVER=http://127.0.0.1:8000 KEY=… node with_openai.mjs`
+// Sends requests with OpenAI's client for Node: `SERVER=http://127.0.0.1:8000 KEY=… node with_openai.mjs`
 // in a folder where `npm install openai` was run.
 import OpenAI from "openai";
 

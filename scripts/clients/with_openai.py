@@ -1,6 +1,6 @@
-"""Asks a running server for pictures by OpenAI's client: `SERVER=http://127.0.0.1:8000 KEY=… python with_openai.py`.
+"""Sends every kind of request with OpenAI's client: `SERVER=http://127.0.0.1:8000 KEY=… python with_openai.py`.
 
-Needs a server with API_KEYS="…;rate=…" to show a wrong key and a rate; without, those two are left out.
+With API_KEYS="…;rate=…" on the server it also shows a wrong key and the rate limit.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ WORDS = "a red circle on a blue background"
 
 
 def say(what: str, *facts: object) -> None:
-    """Print a line of what was asked and what came."""
+    """Print one result."""
     sys.stdout.write(f"{what}: {' '.join(map(str, facts))}\n")
     sys.stdout.flush()
 
 
 def opened(data: bytes) -> str:
-    """What a file is."""
+    """Format and size of an image file."""
     picture = Image.open(io.BytesIO(data))
     return f"{picture.format} {picture.size[0]}x{picture.size[1]}"
 

@@ -1,4 +1,4 @@
-"""Asks a running server for pictures by `webuiapi`: `PORT=8000 KEY=… python with_webuiapi.py`."""
+"""Sends every kind of request with `webuiapi`: `PORT=8000 KEY=… python with_webuiapi.py`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PORT, KEY = int(os.environ.get("PORT", "8000")), os.environ.get("KEY", "")
 
 
 def say(what: str, *facts: object) -> None:
-    """Print a line of what was asked and what came."""
+    """Print one result."""
     sys.stdout.write(f"{what}: {' '.join(map(str, facts))}\n")
     sys.stdout.flush()
 
@@ -35,8 +35,8 @@ def main() -> None:
         drawn.info["all_seeds"],
         drawn.info["not_honoured"],
     )
-    told = api.txt2img(prompt="a red circle", seed=8, restore_faces=True, sampler_name="DPM++ 2M Karras", **size)
-    say("not honoured", told.info["not_honoured"])
+    ignored = api.txt2img(prompt="a red circle", seed=8, restore_faces=True, sampler_name="DPM++ 2M Karras", **size)
+    say("not honoured", ignored.info["not_honoured"])
     picture, mask = Image.new("RGB", (128, 128), "blue"), Image.new("L", (128, 128), 0)
     ImageDraw.Draw(picture).ellipse((40, 40, 88, 88), fill="red")
     mask.paste(255, (44, 44, 84, 84))

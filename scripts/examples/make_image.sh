@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The picture itself into a file.
+# Save the image itself to a file.
 set -euo pipefail
 server="${SERVER:-http://localhost:8000}"
 out="${1:-picture.png}"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The seed document's second call: a picture of yours drawn anew, kept to its edges. Draws a test.jpg if there is none.
+# Restyle an image, following its edges. Generates test.jpg if it is missing.
 set -euo pipefail
 server="${SERVER:-http://localhost:8000}"
 [ -e test.jpg ] || curl --fail-with-body --silent --show-error --output test.jpg \

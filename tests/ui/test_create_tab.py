@@ -13,7 +13,7 @@ from conftest import Server
 from fakes import until
 from playwright.sync_api import expect
 
-from scripts.visiting import ask, draw, settle
+from scripts.browser import ask, draw, settle
 
 pytestmark = pytest.mark.slow
 

@@ -12,7 +12,7 @@ from conftest import Server
 from fakes import disc, file_of
 from playwright.sync_api import expect
 
-from scripts.visiting import PHONE, TABS, draw, paint
+from scripts.browser import PHONE, TABS, draw, paint
 
 pytestmark = pytest.mark.slow
 

@@ -1,4 +1,4 @@
-"""Opens the studio of a running server in Debian's Chromium and goes from tab to tab, for scripts and tests alike."""
+"""Drives the web UI of a running server in Chromium, for scripts and tests."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ OPTIONS = (
 TABS = ("Create", "Restyle", "Inpaint", "History", "Status")
 DESK = {"viewport": {"width": 1280, "height": 900}}
 PHONE = {"viewport": {"width": 390, "height": 844}, "is_mobile": True, "has_touch": True}
-# In milliseconds; it only ends what hangs.
+# Milliseconds; generous, it only ends hangs.
 PATIENCE = 120_000
 _STROKES, _SEEN_AFTER = 8, 6_000
 
 
 @contextmanager
 def starting(**settings: str) -> Iterator[tuple[subprocess.Popen[bytes], httpx.Client]]:
-    """A server process in an empty folder that has just been started, and its client; ended afterwards."""
+    """Start a server process in an empty folder; yield it with an HTTP client, and end it afterwards."""
     port = free_port()
     with tempfile.TemporaryDirectory() as folder:
         process = subprocess.Popen(  # our own server
@@ -52,7 +52,7 @@ def starting(**settings: str) -> Iterator[tuple[subprocess.Popen[bytes], httpx.C
 
 @contextmanager
 def server_at(url: str) -> Iterator[str]:
-    """The server at an address; without one a server of our own that can draw, with the embedded models."""
+    """Yield the URL of a ready server: the given one, or one started here with the embedded models."""
     if url:
         yield url.rstrip("/")
         return
@@ -63,7 +63,7 @@ def server_at(url: str) -> Iterator[str]:
 
 @contextmanager
 def chromium() -> Iterator[Any]:
-    """The browser."""
+    """Yield a headless browser."""
     from playwright.sync_api import expect, sync_playwright
 
     expect.set_options(timeout=PATIENCE)
@@ -74,7 +74,7 @@ def chromium() -> Iterator[Any]:
 
 
 def studio(browser: Any, server: str, **look: Any) -> Any:
-    """A page of its own with the studio, laid out."""
+    """Open the UI in a new browser context and wait until its fields are filled."""
     page = browser.new_context(**look).new_page()
     page.set_default_timeout(PATIENCE)
     page.goto(f"{server}/ui/")
@@ -83,14 +83,14 @@ def studio(browser: Any, server: str, **look: Any) -> Any:
 
 
 def settle(page: Any) -> None:
-    """Wait until the fields show what the server has to offer, which is asked when all else is there."""
+    """Wait until the model field has its options; they are requested last."""
     from playwright.sync_api import expect
 
     expect(page.locator("#sds-create-model input")).to_have_value(re.compile(r"\(.+\)"))
 
 
 def open_tab(page: Any, name: str) -> Any:
-    """Go to a tab; what is in it."""
+    """Open a tab and return its panel."""
     page.get_by_role("tab", name=name, exact=True).click()
     page.get_by_role("tab", name=name, exact=True, selected=True).wait_for()
     inside = page.locator("[role=tabpanel]:visible")
@@ -99,23 +99,23 @@ def open_tab(page: Any, name: str) -> Any:
 
 
 def draw(inside: Any, prompt: str) -> None:
-    """Write a prompt into a tab, press Enter, and wait for what comes of it."""
+    """Enter a prompt, press Enter, and wait for the images."""
     ask(inside, prompt)
     inside.locator(".sds-told", has_text=re.compile(r"^(Done in|All \d pictures are done)")).wait_for()
     inside.locator(".sds-gallery img").first.wait_for()
 
 
 def ask(inside: Any, prompt: str) -> None:
-    """Write a prompt into a tab and press Enter."""
+    """Enter a prompt and press Enter."""
     box = inside.get_by_label("Prompt", exact=True)
     box.fill(prompt)
     box.press("Enter")
 
 
 def paint(page: Any) -> None:
-    """Draw a stroke across the middle of Inpaint's picture with the mouse, until the mask is seen.
+    """Draw a stroke across the image in the Inpaint tab, and repeat it until the mask preview appears.
 
-    The editor lays its picture out by itself and says nothing of it: what is painted before is lost.
+    The editor lays its image out without an event, and strokes before that are lost.
     """
     from playwright.sync_api import TimeoutError as Late
 
