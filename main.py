@@ -2,10 +2,10 @@
 
 import sys
 
-from stable_diffusion_server.app import create_app, freeze_gc
+from stable_diffusion_server.app import ServingHooks, create_app
 from stable_diffusion_server.settings import SettingsError, read_settings
 
 try:
-    app = create_app(read_settings(), settle=freeze_gc)
+    app = create_app(read_settings(), hooks=ServingHooks())
 except SettingsError as error:
     sys.exit(str(error))

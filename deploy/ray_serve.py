@@ -27,7 +27,7 @@ from ray.serve.request_router import PendingRequest, RunningReplica
 from starlette.types import Message, Scope
 
 from deploy.replicas import Claim, Hosted, ReplicaHealth, owner_of, ranked, sticks_to, work_of
-from stable_diffusion_server.app import create_app, freeze_gc
+from stable_diffusion_server.app import ServingHooks, create_app
 from stable_diffusion_server.settings import read_settings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -143,7 +143,7 @@ class Replica:
 
     def __serve_build_asgi_app__(self) -> Hosted:
         """The application; its lifespan ends its start when the models are loaded."""
-        self._app = create_app(self._settings, settle=freeze_gc)
+        self._app = create_app(self._settings, hooks=ServingHooks())
         self._hosted = Hosted(
             self._app,
             self._claim,

@@ -1,4 +1,4 @@
-"""The command line: what is asked of it, and serving. Knows no HTTP and no models."""
+"""Command line: serve, draw, models, check-storage, spool, settings, api."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from stable_diffusion_server import __version__
 from stable_diffusion_server.settings import Settings, SettingsError, describe_settings, read_settings
 
 _PROMPT = "a red circle on a blue background"
-# The parameters of an order that `draw` takes, by their names at the doors.
-_DRAWN_BY = "prompt model width height seed num_inference_steps guidance_scale negative_prompt".split()
+# Request parameters that `draw` has options for.
+_DRAW_FIELDS = "prompt model width height seed num_inference_steps guidance_scale negative_prompt".split()
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run one command; exits with 2 and one sentence for a setting that is wrong."""
+    """Run one command. Exits with 2 and one sentence if a setting is wrong."""
     parser = argparse.ArgumentParser(
         prog="stable-diffusion-server", description="A prompt in, the URL of a stored picture out."
     )
@@ -32,13 +32,11 @@ def main(arguments: list[str] | None = None) -> None:
         "serve", help="start the server; HOST, PORT and the other settings are read from the environment"
     )
     _add_draw(commands)
-    commands.add_parser("models", help="list what draws with the settings, and the real weights there could be")
-    commands.add_parser(
-        "check-storage", help="try everything the server does with the bucket of the settings, one line each"
-    )
+    commands.add_parser("models", help="list the models of the settings, and the real weights that are present")
+    commands.add_parser("check-storage", help="try every operation of the bucket, one line each")
     _add_spool(commands)
     commands.add_parser("settings", help="print every setting with its default and meaning")
-    commands.add_parser("api", help="print the doors with their parameters and answers, as in docs/api.md")
+    commands.add_parser("api", help="print the HTTP API with parameters and responses, as in docs/api.md")
     try:
         _run(parser.parse_args(arguments))
     except SettingsError as error:
@@ -64,8 +62,8 @@ def _run_with_settings(given: argparse.Namespace, settings: Settings) -> None:
 
     match given.command:
         case "draw":
-            wanted = {name: value for name in _DRAWN_BY if (value := getattr(given, name)) is not None}
-            draw_to_file(settings, wanted, given.out)
+            fields = {name: value for name in _DRAW_FIELDS if (value := getattr(given, name)) is not None}
+            draw_to_file(settings, fields, given.out)
         case "models":
             list_models(settings)
         case "check-storage":
@@ -75,26 +73,26 @@ def _run_with_settings(given: argparse.Namespace, settings: Settings) -> None:
 
 
 def _add_draw(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser("draw", help="draw one picture into a file, and end")
+    parser = commands.add_parser("draw", help="generate one image into a file, and end")
     parser.add_argument("prompt")
     parser.add_argument("--out", type=Path, default=Path("picture.webp"), help="file: .webp, .png, .jpg")
-    parser.add_argument("--model", help="sdxl or flux; TEXT_TO_IMAGE_MODEL otherwise")
+    parser.add_argument("--model", help="name as listed by `models`; default TEXT_TO_IMAGE_MODEL")
     parser.add_argument("--width", type=int, help="pixels")
     parser.add_argument("--height", type=int, help="pixels")
-    parser.add_argument("--seed", type=int, help="another number, another picture")
+    parser.add_argument("--seed", type=int, help="the same seed gives the same image")
     parser.add_argument("--steps", type=int, dest="num_inference_steps", help="denoising steps")
     parser.add_argument("--guidance", type=float, dest="guidance_scale", help="guidance scale")
-    parser.add_argument("--negative-prompt", help="what not to draw")
+    parser.add_argument("--negative-prompt", help="what the image should not show")
 
 
 def _add_spool(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser("spool", help="list, retry or drop the pictures that the storage refused for good")
+    parser = commands.add_parser("spool", help="list, retry or drop the images that the bucket refused for good")
     parser.add_argument("action", choices=("list", "retry", "drop"))
     parser.add_argument("ids", nargs="*", metavar="ID", help="as listed, or `all`; not for list")
 
 
 def describe_api() -> str:
-    """The doors as a page of Markdown, with the defaults of every setting and the models that come along."""
+    """Return the HTTP API as Markdown, for default settings and the embedded models."""
     from stable_diffusion_server.api import openapi_markdown
     from stable_diffusion_server.app import create_app
 
@@ -105,17 +103,21 @@ def serve() -> None:
     """Serve until a signal ends it."""
     settings = read_settings()
     # Imported after the settings were read: these imports take seconds, and a wrong setting is reported before.
-    from stable_diffusion_server.app import BoundedProtocol, create_app, freeze_gc, tune_malloc
-
-    def announce() -> None:
-        sys.stdout.write(welcome(settings, port))
-        sys.stdout.flush()
+    from stable_diffusion_server.app import BoundedProtocol, ServingHooks, create_app, tune_malloc
 
     tune_malloc()
-    # Bound before anything is loaded: a port that is taken is told at once, and PORT=0 has a number to show.
-    listening = open_listener(settings)
-    port = listening.getsockname()[1]
-    app = create_app(settings, announce=announce, settle=freeze_gc)
+    # Bound before anything is loaded, so that a port in use is reported at once.
+    listener = open_listener(settings)
+    port = listener.getsockname()[1]  # with PORT=0 the one that the system chose
+
+    class ServeHooks(ServingHooks):
+        """Greets the user once the server is ready."""
+
+        def ready(self) -> None:
+            sys.stdout.write(welcome(settings, port))
+            sys.stdout.flush()
+
+    app = create_app(settings, hooks=ServeHooks())
     sys.stdout.write("Loading the models; the first picture can be asked for in a few seconds.\n")
     sys.stdout.flush()
     config = uvicorn.Config(
@@ -123,49 +125,49 @@ def serve() -> None:
         http=BoundedProtocol,
         access_log=False,
         log_level="warning",
-        log_config=None,  # its loggers write lines of our log, see `configure_logging`
-        # Longer than clients and proxies keep a line, so that none of them asks on one that is being closed.
+        log_config=None,  # `configure_logging` sends its records to our log
+        # Longer than clients and proxies keep idle connections, so that none sends a request on one being closed.
         timeout_keep_alive=75,
         timeout_graceful_shutdown=math.ceil(settings.shutdown_grace_seconds),
-        proxy_headers=False,  # TRUSTED_PROXIES says whose are believed
+        proxy_headers=False,  # the access middleware reads them, by TRUSTED_PROXIES
         server_header=False,
     )
     try:
-        uvicorn.Server(config).run(sockets=[listening])
-    except KeyboardInterrupt:  # it has stopped in good order by then
+        uvicorn.Server(config).run(sockets=[listener])
+    except KeyboardInterrupt:  # raised after a normal shutdown
         sys.exit(128 + signal.SIGINT)
 
 
 def open_listener(settings: Settings) -> socket.socket:
-    """The listening socket; ends the program with one sentence when the address cannot be had."""
+    """Return the listening socket. Exits with 2 and one sentence if the address is not available."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     try:
-        listening = socket.create_server((settings.host, settings.port), family=family)
+        listener = socket.create_server((settings.host, settings.port), family=family)
     except OSError as error:
         why = os.strerror(error.errno) if error.errno else str(error)
         sys.stderr.write(f"HOST {settings.host}, PORT {settings.port} cannot be listened on ({why}).\n")
         sys.exit(2)
-    # A socket made without naming TCP keeps Nagle's algorithm under asyncio, which costs 40 ms an answer.
-    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return listening
+    # asyncio only disables Nagle's algorithm on sockets created with IPPROTO_TCP; it costs 40 ms per response.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listener
 
 
 def welcome(settings: Settings, port: int) -> str:
-    """What a new user wants to see once the server can draw, with the port it really listens on."""
-    here = ("127.0.0.1", "0.0.0.0", "::", "::1")  # noqa: S104  # compared, not listened on
-    name = "localhost" if settings.host in here else settings.host
+    """Return the text that tells a new user how to generate and see a first image."""
+    loopback = ("127.0.0.1", "0.0.0.0", "::", "::1")  # noqa: S104  # compared, not listened on
+    name = "localhost" if settings.host in loopback else settings.host
     base = f"http://{name}:{port}"
     path = f"{settings.bucket_path.strip('/')}/".lstrip("/")
     local = settings.storage_provider == "local"
     place = settings.local_bucket_dir.resolve() if local else f"{settings.storage_provider}: {settings.bucket_name}"
-    studio = f"  or open       {base}/ui\n" if settings.ui else ""
+    ui = f"  or open       {base}/ui\n" if settings.ui else ""
     return f"""
 Ready. Draw something:
 
   curl "{base}/create_and_upload_image?prompt={quote(_PROMPT)}&save_path=demo/first.webp"
 
   then look at  {base}/files/{path}demo/first.webp
-{studio}  API docs      {base}/docs
+{ui}  API docs      {base}/docs
   pictures in   {place}
 
 """

@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT
 from fakes import until
 
-from stable_diffusion_server.app.lifecycle import POISONED
+from stable_diffusion_server.app.lifecycle import DEVICE_LOST_STATUS
 
 # Counts its starts in a file, then does what it is told to.
 PROGRAM = """
@@ -64,7 +64,9 @@ def test_a_program_that_ends_for_good_is_not_started_again(tmp_path: Path, ends:
     assert (watched.ends(), watched.starts) == (status, 1)
 
 
-@pytest.mark.parametrize("ends", ["os.kill(os.getpid(), signal.SIGKILL)", f"sys.exit({POISONED})", "sys.exit(1)"])
+@pytest.mark.parametrize(
+    "ends", ["os.kill(os.getpid(), signal.SIGKILL)", f"sys.exit({DEVICE_LOST_STATUS})", "sys.exit(1)"]
+)
 def test_a_program_that_dies_or_asks_for_it_is_started_again(tmp_path: Path, ends: str) -> None:
     """Killed, with a lost device, or by an error: the next one does its work."""
     watched = Watched(tmp_path, f"if count < 2: {ends}\nsys.exit(0)")

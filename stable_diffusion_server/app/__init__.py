@@ -5,14 +5,16 @@ from __future__ import annotations
 from stable_diffusion_server.app.application import create_app
 from stable_diffusion_server.app.commands import check_storage, draw_to_file, list_models, manage_dead_letters
 from stable_diffusion_server.app.http_protocol import BoundedProtocol
-from stable_diffusion_server.app.process_tuning import freeze_gc, tune_malloc
+from stable_diffusion_server.app.lifecycle import ProcessHooks
+from stable_diffusion_server.app.process_tuning import ServingHooks, tune_malloc
 
 __all__ = [
     "BoundedProtocol",
+    "ProcessHooks",
+    "ServingHooks",
     "check_storage",
     "create_app",
     "draw_to_file",
-    "freeze_gc",
     "list_models",
     "manage_dead_letters",
     "tune_malloc",

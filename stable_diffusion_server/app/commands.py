@@ -1,4 +1,4 @@
-"""What the command line does and ends: draw a file, list the models, try the storage. Serves nobody, knows no torch."""
+"""Commands that do one thing and end: draw a file, list models, check the storage, manage dead letters."""
 
 from __future__ import annotations
 
@@ -22,38 +22,38 @@ from stable_diffusion_server.settings import Settings, set_compiler_cache
 from stable_diffusion_server.storage import DeadLetters, check_bucket, object_key, open_bucket
 
 FORMATS = {".webp": "webp", ".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg"}
-_LOOK_EVERY = 0.1
+_POLL_SECONDS = 0.1
 
 
-def draw_to_file(settings: Settings, wanted: Mapping[str, Any], out: Path) -> None:
-    """Draw one picture into a file, by the doors a server would have. Nothing else is kept.
+def draw_to_file(settings: Settings, fields: Mapping[str, Any], out: Path) -> None:
+    """Generate one image into a file, through the HTTP API of an application in this process.
 
-    Exits with 2 for an order that cannot be, or a file that cannot be written, and with 1 when drawing fails.
+    Exits with 2 for an invalid request or a file that cannot be written, and with 1 if the generation fails.
     """
     if out.suffix.lower() not in FORMATS:
-        _end(2, f"--out must end in one of {', '.join(FORMATS)}.")
+        _exit(2, f"--out must end in one of {', '.join(FORMATS)}.")
     if not out.parent.is_dir():
-        _end(2, f"There is no folder {out.parent}.")
+        _exit(2, f"There is no folder {out.parent}.")
     with tempfile.TemporaryDirectory(prefix="draw-") as folder:
-        here = {
+        local = {
             "storage_provider": "local",
             "data_dir": Path(folder, "data"),
             "local_bucket_dir": Path(folder, "bucket"),
         }
         # The compiler's cache outlives the temporary folder.
         set_compiler_cache((settings.data_dir / "compiled").resolve())
-        bare = {"log_level": "error", "ui": False, "api_keys": (), "rate_limit": "", "warmup_sizes": ()}
-        alone = settings.model_copy(update={**here, **bare})
-        answer = asyncio.run(_answered(alone, {**wanted, "format": FORMATS[out.suffix.lower()]}))
-    if answer.status_code != HTTPStatus.OK:
-        problem = answer.json()
+        minimal = {"log_level": "error", "ui": False, "api_keys": (), "rate_limit": "", "warmup_sizes": ()}
+        temporary = settings.model_copy(update={**local, **minimal})
+        response = asyncio.run(_generate(temporary, {**fields, "format": FORMATS[out.suffix.lower()]}))
+    if response.status_code != HTTPStatus.OK:
+        problem = response.json()
         field = f"{problem['field']}: " if problem.get("field") else ""
-        _end(2 if answer.status_code < HTTPStatus.INTERNAL_SERVER_ERROR else 1, f"{field}{problem['detail']}")
-    out.write_bytes(answer.content)
+        _exit(2 if response.status_code < HTTPStatus.INTERNAL_SERVER_ERROR else 1, f"{field}{problem['detail']}")
+    out.write_bytes(response.content)
     sys.stdout.write(f"{out}\n")
 
 
-async def _answered(settings: Settings, wanted: Mapping[str, Any]) -> httpx.Response:
+async def _generate(settings: Settings, fields: Mapping[str, Any]) -> httpx.Response:
     app = create_app(settings)
     transport = httpx.ASGITransport(app)
     async with (
@@ -62,20 +62,20 @@ async def _answered(settings: Settings, wanted: Mapping[str, Any]) -> httpx.Resp
     ):
         while True:
             ready = await client.get("/readyz")
-            # Ready but for another model: then the order itself is answered with what is wrong with its own.
+            # The engine may be ready while /readyz misses another model; then the request gets its own answer.
             if ready.status_code == HTTPStatus.OK or app.state.engine.state is EngineState.READY:
-                return await client.post("/make_image", json=wanted)
+                return await client.post("/make_image", json=fields)
             if app.state.engine.state is EngineState.FAILED:
                 sentence = {"detail": " ".join(ready.json()["missing"])}
                 return httpx.Response(HTTPStatus.SERVICE_UNAVAILABLE, json=sentence)
-            await asyncio.sleep(_LOOK_EVERY)
+            await asyncio.sleep(_POLL_SECONDS)
 
 
 def list_models(settings: Settings) -> None:
-    """What would draw with these settings, and which real weights there could be. Exits with 1 when nothing can."""
+    """Print which models these settings select, and which real weights are present. Exits with 1 if there is none."""
     loaded = ModelState.of(settings)
     if loaded.fault is not None:
-        _end(1, loaded.fault.detail)
+        _exit(1, loaded.fault.detail)
     sys.stdout.write(f"MODELS={settings.models}, MODELS_DIR={settings.models_dir}\n")
     for name, facts in loaded.facts.items():
         side = round(facts.native_pixels**0.5)
@@ -90,21 +90,21 @@ def list_models(settings: Settings) -> None:
 
 
 def check_storage(settings: Settings) -> None:
-    """Try the bucket with an object of its own, which is removed again; exits with 1 when something is wrong."""
+    """Try every operation of the bucket with a temporary object, and exit: with 1 if something fails."""
     key = object_key(settings.bucket_path, f"check-storage-{uuid4().hex}.txt")
     where = settings.local_bucket_dir if settings.storage_provider == "local" else settings.bucket_name
     sys.stdout.write(f"{settings.storage_provider}: {where}\n")
     faults = 0
-    for tried, fault in check_bucket(open_bucket(settings), key, _fetched):
-        sys.stdout.write(f"  ok    {tried}\n" if fault is None else f"  FAIL  {tried}: {fault}\n")
+    for step, fault in check_bucket(open_bucket(settings), key, _fetch):
+        sys.stdout.write(f"  ok    {step}\n" if fault is None else f"  FAIL  {step}: {fault}\n")
         faults += fault is not None
     sys.exit(1 if faults else 0)
 
 
 def manage_dead_letters(data_dir: Path, action: str, ids: list[str]) -> None:
-    """List the pictures that the storage refused for good, have them brought again, or remove them; a server may run.
+    """List the images that the bucket refused for good, retry their upload, or delete them; a server may run meanwhile.
 
-    Exits with 2 for an id that is not there, and with 1 when one of them cannot be moved.
+    Exits with 2 for an unknown id, and with 1 if one of them cannot be moved.
     """
     letters = DeadLetters(data_dir / "dead-letters", sys.maxsize)
     found = {letter.id: letter for letter in letters.list_all()}
@@ -114,13 +114,13 @@ def manage_dead_letters(data_dir: Path, action: str, ids: list[str]) -> None:
                 f"{printable(letter.id)}  {letter.size} bytes  {letter.key!r}  {printable(letter.reason)}\n"
             )
         return
-    called = {printable(name): name for name in found}
-    wanted = list(found) if ids == ["all"] else [called.get(name, name) for name in dict.fromkeys(ids)]
-    if not wanted or set(wanted) - set(found):
-        absent = ", ".join(sorted(map(printable, set(wanted) - set(found))))
-        _end(2, f"Give ids as `spool list` tells them, or `all`{f'; there is no {absent}' if absent else ''}.")
+    by_printed_id = {printable(name): name for name in found}
+    chosen = list(found) if ids == ["all"] else [by_printed_id.get(name, name) for name in dict.fromkeys(ids)]
+    if not chosen or set(chosen) - set(found):
+        absent = ", ".join(sorted(map(printable, set(chosen) - set(found))))
+        _exit(2, f"Give ids as `spool list` prints them, or `all`{f'; there is no {absent}' if absent else ''}.")
     act, failed = {"retry": letters.retry, "drop": letters.drop}[action], 0
-    for name in wanted:
+    for name in chosen:
         try:
             act(found[name])
             sys.stdout.write(f"  ok    {action} {printable(name)}\n")
@@ -132,12 +132,12 @@ def manage_dead_letters(data_dir: Path, action: str, ids: list[str]) -> None:
 
 
 def printable(text: str) -> str:
-    """A text on one line of a terminal, whatever is in it: what is no printable ASCII is escaped."""
+    """Return a text that is safe to print on one line of a terminal: all but printable ASCII is escaped."""
     return text if text.isascii() and text.isprintable() else ascii(text)[1:-1]
 
 
-def _fetched(url: str) -> bytes:
-    """What anyone gets at an address. Raises `StorageUnavailable` naming it without its signature."""
+def _fetch(url: str) -> bytes:
+    """Return what anyone gets at a URL. Raises `StorageUnavailable` naming it without its signature."""
     shown = url.partition("?")[0]
     try:
         answer = httpx.get(url, timeout=20)
@@ -148,6 +148,6 @@ def _fetched(url: str) -> bytes:
     return answer.content
 
 
-def _end(status: int, sentence: str) -> None:
+def _exit(status: int, sentence: str) -> None:
     sys.stderr.write(f"{sentence}\n")
     sys.exit(status)

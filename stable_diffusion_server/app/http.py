@@ -1,4 +1,4 @@
-"""Sets the doors into the app, and before them what every request passes."""
+"""Adds middleware and routes to the application."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ _log = structlog.get_logger(__name__)
 def add_middleware(
     app: FastAPI, settings: Settings, metrics: Metrics, tracing: Tracing, visitor_key: Callable[[Headers], str | None]
 ) -> None:
-    """What every request passes, the last added first: CORS (refusals need its headers), gate, intake and count."""
+    """Add the middleware. Requests pass the last added first: CORS (refusals need its headers), access, body limits."""
     policy = AccessPolicy(
         hosts=allowed_host_names(settings.host, settings.allowed_hosts, settings.public_base_url),
         origins=OriginPolicy(frozenset(settings.cors_origins), settings.allow_same_site),
@@ -63,7 +63,7 @@ def add_middleware(
         max_image_bytes=settings.max_image_bytes,
     )
     if policy.keys and policy.allow_anonymous:
-        _log.warning("API_KEYS and ALLOW_ANONYMOUS=1 are both set: clients without a key may draw, as strangers")
+        _log.warning("API_KEYS and ALLOW_ANONYMOUS=1 are both set: clients without a key may generate images too")
     proxies = TrustedProxies(tuple(ip_network(entry) for entry in settings.trusted_proxies))
     app.add_middleware(BodyLimitMiddleware, policy=policy)
     app.add_middleware(
@@ -82,13 +82,28 @@ def add_middleware(
             allow_origins=settings.cors_origins,
             allow_methods=["GET", "POST", "DELETE"],
             allow_headers=[
-                *("Authorization", "Content-Type", "X-API-Key", "X-Request-ID"),
-                *("Prefer", "Idempotency-Key", "Last-Event-ID", "X-Job-ID"),
+                "Authorization",
+                "Content-Type",
+                "X-API-Key",
+                "X-Request-ID",
+                "Prefer",
+                "Idempotency-Key",
+                "Last-Event-ID",
+                "X-Job-ID",
             ],
             expose_headers=[
-                *("X-Request-ID", "Retry-After", "Location", "Content-Location", "X-Warnings", "Preference-Applied"),
-                *("X-Job-ID", "Idempotency-Replayed"),
-                *("RateLimit-Limit", "RateLimit-Remaining", "RateLimit-Reset", "RateLimit-Policy"),
+                "X-Request-ID",
+                "Retry-After",
+                "Location",
+                "Content-Location",
+                "X-Warnings",
+                "Preference-Applied",
+                "X-Job-ID",
+                "Idempotency-Replayed",
+                "RateLimit-Limit",
+                "RateLimit-Remaining",
+                "RateLimit-Reset",
+                "RateLimit-Policy",
             ],
         )
 
@@ -101,20 +116,20 @@ def add_routes(
     stores: StorageStack,
     options: GenerationOptions,
 ) -> None:
-    """The doors that draw, those to jobs, and those to what was drawn."""
+    """Add the routes that generate images, and those of jobs, files, history and the API's documentation."""
     url_of = stores.url_of
-    answering = RequestDispatcher(service, jobs, url_of, stores.base_of)
-    app.include_router(generate_router(answering, options.limits, url_of, get_generates=settings.get_generates))
-    house = build_dialect_context(settings, options)
-    app.include_router(openai_router(service, answering, house, url_of))
+    dispatcher = RequestDispatcher(service, jobs, url_of, stores.base_of)
+    app.include_router(generate_router(dispatcher, options.limits, url_of, get_generates=settings.get_generates))
+    dialects = build_dialect_context(settings, options)
+    app.include_router(openai_router(service, dispatcher, dialects, url_of))
     previews = EncodedPreviews()
     followers = FollowerLimiter(
         settings.event_streams, settings.event_streams_per_caller, settings.event_streams_per_job
     )
-    app.include_router(automatic1111_router(service, house, url_of, previews))
+    app.include_router(automatic1111_router(service, dialects, url_of, previews))
     app.include_router(jobs_router(jobs, url_of, followers, previews))
-    app.include_router(files_router(stores.bucket, stores.shelf, stores.signer, stores.folder))
-    app.include_router(history_router(stores.shelf, url_of))
+    app.include_router(files_router(stores.bucket, stores.library, stores.signer, stores.folder))
+    app.include_router(history_router(stores.library, url_of))
     app.include_router(docs_router())
 
     def schedulers() -> dict[str, tuple[str, ...]]:
@@ -126,13 +141,13 @@ def add_routes(
 def add_replay(
     app: FastAPI, service: GenerationService, stores: StorageStack, options: GenerationOptions, decode: DecodeImage
 ) -> None:
-    """The door that draws a picture again."""
-    replays = ReplayService(service, decode, options, stores.shelf.find_by_digest)
+    """Add the route that generates a stored image again."""
+    replays = ReplayService(service, decode, options, stores.library.find_by_digest)
     app.include_router(replay_router(replays, options.limits, stores.url_of))
 
 
 def build_dialect_context(settings: Settings, options: GenerationOptions) -> DialectContext:
-    """What the dialects' doors know of the server."""
+    """Return what the OpenAI and AUTOMATIC1111 routes need to know of the server."""
     pairs = (entry.partition("=") for entry in settings.model_aliases)
     return DialectContext(
         limits=options.limits,
@@ -146,7 +161,7 @@ def build_dialect_context(settings: Settings, options: GenerationOptions) -> Dia
 
 
 def build_keyring(settings: Settings) -> ApiKeyring:
-    """The keys of the settings, their secrets hashed."""
+    """Return the API keys of the settings with hashed secrets."""
     return ApiKeyring(
         HashedApiKey(
             Caller(key.name, key.prefix, key.admin),
@@ -158,5 +173,5 @@ def build_keyring(settings: Settings) -> ApiKeyring:
     )
 
 
-def _rate(written: str) -> rates.RateLimitItem | None:
-    return rates.parse(written) if written else None
+def _rate(text: str) -> rates.RateLimitItem | None:
+    return rates.parse(text) if text else None

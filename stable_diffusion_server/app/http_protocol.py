@@ -1,4 +1,4 @@
-"""Reads HTTP off a connection under `serve`: uvicorn's protocol, with bounds on chunks and on the wait for a head."""
+"""uvicorn's HTTP protocol with bounds on chunk counts and on the time for a request's head."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-# A chunk costs the event loop the same whether it holds one byte or a thousand: so many are free, and then they must
-# hold so many bytes on the average.
+# A chunk costs the event loop the same for one byte as for a thousand, so beyond the free ones they must have this size
+# on average.
 FREE_CHUNKS, LEAST_CHUNK_BYTES = 1024, 256
 _HEAD_BYTES = 65_536
 
 
 class BoundedConnection(h11.Connection):
-    """A server's side of a connection whose requests come in chunks of a useful size, or not at all."""
+    """h11 server connection that refuses requests in too many small chunks."""
 
     def __init__(self, max_incomplete_event_size: int) -> None:
         super().__init__(h11.SERVER, max_incomplete_event_size)
@@ -23,7 +23,7 @@ class BoundedConnection(h11.Connection):
         self._bytes = 0
 
     def next_event(self) -> Any:
-        """The next event. Raises `h11.RemoteProtocolError` for what is no HTTP, and for too many small chunks."""
+        """Return the next event. Raises `h11.RemoteProtocolError` for invalid HTTP and for too many small chunks."""
         event = super().next_event()
         if isinstance(event, h11.Request):
             self._chunks = self._bytes = 0
@@ -36,10 +36,10 @@ class BoundedConnection(h11.Connection):
 
 
 class BoundedProtocol(H11Protocol):
-    """uvicorn's HTTP/1.1 for clients that may be hostile: `uvicorn main:app --http MODULE:BoundedProtocol` as well.
+    """uvicorn's HTTP/1.1 for clients that may be hostile; also for `uvicorn main:app --http MODULE:BoundedProtocol`.
 
-    A connection is closed unless the head of a request is there within `head_seconds` of its first byte, or of the
-    connection's beginning. What is no HTTP behind an answer that was begun closes the connection, and nothing more.
+    A connection is closed if the head of a request is not complete within `head_seconds` of its first byte, or of the
+    start of the connection. Invalid HTTP after a response has begun closes the connection without another response.
     """
 
     head_seconds = 30.0
@@ -50,17 +50,17 @@ class BoundedProtocol(H11Protocol):
         self._head_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
-        """Wait for the first head."""
+        """Start the timer for the first head."""
         super().connection_made(transport)
         self._start_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Wait for nothing more."""
+        """Stop the timer."""
         super().connection_lost(exc)
         self._stop_timer()
 
     def data_received(self, data: bytes) -> None:
-        """Read on."""
+        """Process received bytes and update the timer."""
         super().data_received(data)
         if self.conn.their_state is not h11.IDLE:
             self._stop_timer()
@@ -68,18 +68,18 @@ class BoundedProtocol(H11Protocol):
             self._start_timer()
 
     def send_400_response(self, msg: str) -> None:
-        """Refuse what is no HTTP; where an answer was begun there is no place for another."""
+        """Respond 400 to invalid HTTP, or close the connection if a response has already begun."""
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             super().send_400_response(msg)
         else:
             self.transport.close()
 
     def _start_timer(self) -> None:
-        """Have a head come whole in time; one that is waited for already has no more time for what came of it."""
+        """Start the timer unless it runs: a head that arrives in pieces gets no extra time."""
         if self._head_timer is None:
-            self._head_timer = self.loop.call_later(self.head_seconds, self._head_is_late)
+            self._head_timer = self.loop.call_later(self.head_seconds, self._close_if_no_head)
 
-    def _head_is_late(self) -> None:
+    def _close_if_no_head(self) -> None:
         self._head_timer = None
         if self.conn.their_state is h11.IDLE and not self.transport.is_closing():
             self.transport.close()

@@ -1,4 +1,4 @@
-"""Ends: a signal drains the engine before the server program waits; a lost device ends the process."""
+"""Shuts down: drains on a signal, closes connections, and ends a process whose device is lost."""
 
 from __future__ import annotations
 
@@ -15,90 +15,103 @@ from types import FrameType
 import uvicorn
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-# What a process exits with whose device can only be used again by another one.
-POISONED = 86
-# A signal that comes twice within so many seconds is one: systemd and `docker compose` tell every process, and the
-# watchdog passes on its own.
+# Exit status of a process whose device is lost: only a new process can use it. The watchdog restarts on it.
+DEVICE_LOST_STATUS = 86
+# Two signals within this time count as one: systemd and `docker compose` signal every process, and the watchdog
+# forwards its own.
 _SAME_SIGNAL_SECONDS = 0.5
-# For the answers under way, which tell their callers to come back.
-_LAST_WORDS_SECONDS = 1.0
-# For the request of a connection that was just taken.
-_ARRIVING_SECONDS = 0.25
-_LOOK_EVERY = 0.02
+# Time for pending responses, which ask their callers to retry later.
+_FINAL_RESPONSE_SECONDS = 1.0
+# Time for the request of a connection that was just accepted to arrive.
+_ARRIVAL_SECONDS = 0.25
+_POLL_SECONDS = 0.02
+
+
+class ProcessHooks:
+    """Called at events of the application that concern its process. Threads: any."""
+
+    def ready(self) -> None:
+        """The models are loaded and nothing is missing. Does nothing by default."""
+
+    def libraries_loaded(self) -> None:
+        """Large long-lived objects were loaded: the models, or Gradio. Does nothing by default."""
+
+    def device_lost(self) -> None:
+        """The device can only be used by a new process. Ends this one by default."""
+        exit_soon()
 
 
 def exit_soon() -> None:
-    """End the process in a moment with its own exit status, so that whoever supervises it starts another.
+    """End the process in a second with `DEVICE_LOST_STATUS`, so that its supervisor starts another.
 
-    Not by the ordinary way out: what would be closed there may wait for the lost device for ever.
+    Not by the normal shutdown, which may wait for the lost device for ever.
     """
 
     def leave() -> None:
-        time.sleep(_LAST_WORDS_SECONDS)
-        os._exit(POISONED)
+        time.sleep(_FINAL_RESPONSE_SECONDS)
+        os._exit(DEVICE_LOST_STATUS)
 
-    threading.Thread(target=leave, name="leave", daemon=True).start()
+    threading.Thread(target=leave, name="exit", daemon=True).start()
 
 
 class Shutdown:
-    """What is under way while the server stops: new requests are answered, and their connections closed after that.
+    """Keeps the server listening while running work ends, so that new requests get 503 instead of a broken connection.
 
-    `working` tells whether pictures are still being drawn, `grace` the seconds they may take. Until then the server
-    listens, so that who comes is refused with 503 and not by a connection that breaks off.
+    `working` tells whether images are still being generated; `grace` is how many seconds they may take.
     """
 
     def __init__(self, working: Callable[[], bool], grace: float) -> None:
         self._working = working
         self._grace = grace
         self._since: float | None = None
-        self._under_way: set[object] = set()
-        self._before: set[object] = set()
+        self._requests: set[object] = set()
+        self._earlier: set[object] = set()
 
     @property
     def stopping(self) -> bool:
-        """Whether a signal has come."""
+        """Whether a stop signal has arrived."""
         return self._since is not None
 
     def seconds_left(self) -> float:
-        """How long what is being drawn may still take."""
+        """Return how many seconds running work may still take."""
         return self._grace if self._since is None else max(0.0, self._grace - (time.monotonic() - self._since))
 
     def begin(self) -> None:
-        """A signal has come; what is under way now is waited for."""
-        self._since, self._before = time.monotonic(), set(self._under_way)
+        """Start the grace period; requests that run now are waited for."""
+        self._since, self._earlier = time.monotonic(), set(self._requests)
 
-    def entered(self, request: object) -> None:
-        """A request has come."""
-        self._under_way.add(request)
+    def started(self, request: object) -> None:
+        """Count a request that has arrived."""
+        self._requests.add(request)
 
-    def left(self, request: object) -> None:
-        """A request was answered."""
-        self._under_way.discard(request)
-        self._before.discard(request)
+    def finished(self, request: object) -> None:
+        """Count a request that was answered."""
+        self._requests.discard(request)
+        self._earlier.discard(request)
 
     def finish(self, server: uvicorn.Server, loop: asyncio.AbstractEventLoop) -> None:
-        """Wait for what is under way, then listen no more and answer who had connected. Blocks; not on the loop."""
-        while (self._before or self._working()) and self.seconds_left():
-            time.sleep(_LOOK_EVERY)
+        """Wait for running work, stop listening, then wait for the last responses. Blocks: call it on a thread."""
+        while (self._earlier or self._working()) and self.seconds_left():
+            time.sleep(_POLL_SECONDS)
         for listening in server.servers:
             loop.call_soon_threadsafe(listening.close)
-        end = time.monotonic() + _LAST_WORDS_SECONDS
-        time.sleep(_ARRIVING_SECONDS)  # a connection may be there whose request is still on its way
-        while self._under_way and time.monotonic() < end:
-            time.sleep(_LOOK_EVERY)
+        end = time.monotonic() + _FINAL_RESPONSE_SECONDS
+        time.sleep(_ARRIVAL_SECONDS)
+        while self._requests and time.monotonic() < end:
+            time.sleep(_POLL_SECONDS)
         if server.config.timeout_graceful_shutdown is None:
             server.config.timeout_graceful_shutdown = math.ceil(self.seconds_left()) + 1
 
 
 class CloseConnectionsMiddleware:
-    """ASGI middleware: has clients close their connection after an answer, once the server stops."""
+    """ASGI middleware that adds `Connection: close` to responses once the server stops."""
 
     def __init__(self, app: ASGIApp, shutdown: Shutdown) -> None:
         self._app = app
         self._shutdown = shutdown
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on."""
+        """Handle one request."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -109,21 +122,21 @@ class CloseConnectionsMiddleware:
             await send(message)
 
         request = object()
-        self._shutdown.entered(request)
+        self._shutdown.started(request)
         try:
             await self._app(scope, receive, send_and_close)
         finally:
-            self._shutdown.left(request)
+            self._shutdown.finished(request)
 
 
 @contextmanager
 def drain_on_signal(shutdown: Shutdown, *drains: Callable[[], object]) -> Iterator[None]:
-    """Have a signal take no more work, before what the server program does with it; a second one end all at once.
+    """Within the context, SIGTERM and SIGINT first call `drains`, then shut down; a second signal ends at once.
 
-    uvicorn closes its sockets first, and breaks off who comes while pictures are drawn: it is told when they are.
+    uvicorn itself would close its sockets first and break off later requests, so its handler runs after the work ended.
     """
     if threading.current_thread() is not threading.main_thread():
-        yield  # a test's event loop: signals are not its business
+        yield  # signal handlers can only be set on the main thread; tests run elsewhere
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     loop = asyncio.get_running_loop()
@@ -134,20 +147,20 @@ def drain_on_signal(shutdown: Shutdown, *drains: Callable[[], object]) -> Iterat
         now = time.monotonic()
         if stopping_since is not None:
             if now - stopping_since > _SAME_SIGNAL_SECONDS:
-                os._exit(128 + number)  # what was accepted is in the journal
+                os._exit(128 + number)  # accepted jobs are in the job store
             return
         stopping_since = now
         handler = before[signal.Signals(number)]
         server = getattr(handler, "__self__", None)
 
-        def hand_over() -> None:
+        def finish_server() -> None:
             if isinstance(server, uvicorn.Server):
                 shutdown.finish(server, loop)
                 server.handle_exit(number, frame)
 
         shutdown.begin()
-        for call in (*drains, hand_over):
-            # On a thread of its own: a handler may interrupt the holder of the very lock it needs.
+        for call in (*drains, finish_server):
+            # On another thread: the handler may have interrupted the holder of a lock that it needs.
             threading.Thread(target=call, name="drain", daemon=True).start()
         if callable(handler) and not isinstance(server, uvicorn.Server):
             handler(number, frame)

@@ -1,4 +1,4 @@
-"""Shows how things stand among the figures: queue, jobs, stores, models, memory. Decides nothing."""
+"""Registers the gauges of the engine, jobs, storage and models, which are read at each scrape."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import platform
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from stable_diffusion_server.app.models import ModelState
+from stable_diffusion_server.app.models import ModelState, ReadinessCheck
 from stable_diffusion_server.app.storage import StorageStack
 from stable_diffusion_server.engine import Engine
 from stable_diffusion_server.jobs import JobManager
@@ -22,33 +22,33 @@ def register_metrics(
     jobs: JobManager,
     stores: StorageStack,
     loaded: ModelState,
-    missing: Callable[[], list[str]],
+    readiness: ReadinessCheck,
 ) -> None:
-    """Have the figures of all rooms among the metrics; they are asked for when someone reads them."""
+    """Register all gauges; their values are read when the metrics are."""
     metrics.register_info("sds_build_info", "What runs", {"version": version, "python": platform.python_version()})
-    metrics.register_gauge("sds_ready", "1 while the server can draw", lambda: float(not missing()))
-    _show_engine(metrics, engine)
-    _show_stores(metrics, jobs, stores)
-    _show_models(metrics, loaded)
+    metrics.register_gauge("sds_ready", "1 while the server can draw", lambda: float(not readiness.missing()))
+    _register_engine(metrics, engine)
+    _register_stores(metrics, jobs, stores)
+    _register_models(metrics, loaded)
 
 
-def _show_engine(metrics: Metrics, engine: Engine[Any, Any]) -> None:
+def _register_engine(metrics: Metrics, engine: Engine[Any, Any]) -> None:
     def caps() -> Iterator[Sample]:
-        for figure in engine.step_timings():
-            yield (figure.label,), figure.cap
+        for timings in engine.step_timings():
+            yield (timings.label,), timings.cap
 
-    def paces() -> Iterator[Sample]:
-        for figure in engine.step_timings():
-            for size, seconds in figure.step_seconds.items():
-                yield (figure.label, str(size)), seconds
+    def step_seconds() -> Iterator[Sample]:
+        for timings in engine.step_timings():
+            for size, seconds in timings.step_seconds.items():
+                yield (timings.label, str(size)), seconds
 
     metrics.register_gauge("sds_queue_waiting", "Jobs waiting", lambda: float(engine.waiting))
     metrics.register_gauge("sds_queue_running", "Jobs on the device", lambda: float(engine.running))
     metrics.register_gauge("sds_batch_cap", "Most jobs of a shape that share a step", caps, ["shape"])
-    metrics.register_gauge("sds_step_seconds", "Seconds of one step, measured", paces, ["shape", "jobs"])
+    metrics.register_gauge("sds_step_seconds", "Seconds of one step, measured", step_seconds, ["shape", "jobs"])
 
 
-def _show_stores(metrics: Metrics, jobs: JobManager, stores: StorageStack) -> None:
+def _register_stores(metrics: Metrics, jobs: JobManager, stores: StorageStack) -> None:
     def accepted() -> Iterator[Sample]:
         yield ("waiting",), jobs.waiting
         yield ("running",), jobs.running
@@ -71,7 +71,7 @@ def _show_stores(metrics: Metrics, jobs: JobManager, stores: StorageStack) -> No
     metrics.register_gauge("sds_storage_failures", "Times the storage was found down", waiting("failures"), counts=True)
 
 
-def _show_models(metrics: Metrics, loaded: ModelState) -> None:
+def _register_models(metrics: Metrics, loaded: ModelState) -> None:
     def models() -> Iterator[Sample]:
         for model in loaded.describe():
             yield tuple(str(model[fact]) for fact in _MODEL), 1

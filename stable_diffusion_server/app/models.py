@@ -1,4 +1,4 @@
-"""Builds what draws: the engine over the models, the observers of its events, and the bounds of an order."""
+"""Builds the engine over the models, and keeps what is known of the models before and after they are loaded."""
 
 from __future__ import annotations
 
@@ -10,13 +10,12 @@ from typing import Any, Protocol
 
 import structlog
 
+from stable_diffusion_server.app.lifecycle import ProcessHooks
 from stable_diffusion_server.app.warmup import warm_up
 from stable_diffusion_server.engine import Denoiser, DenoiserCapabilities, Engine
 from stable_diffusion_server.errors import ModelLoadError, NotReady
 from stable_diffusion_server.generation import GenerationOptions, RequestLimits
-from stable_diffusion_server.imaging import DEFAULT_FORMATS, DecoderPool
-from stable_diffusion_server.net import AllowedTarget, FetchLimits, ImageFetcher
-from stable_diffusion_server.observability import ConsoleProgress, Metrics, ProgressHeartbeat, broadcast
+from stable_diffusion_server.observability import ConsoleProgress, DeviceRecord, Metrics, ProgressHeartbeat, broadcast
 from stable_diffusion_server.pipelines import (
     MODELS,
     REAL_MODELS,
@@ -34,25 +33,32 @@ _log = structlog.get_logger(__name__)
 
 
 class ModelBackend(Denoiser[Any, Any], Protocol):
-    """What draws, and what counts a prompt's tokens as the model reads them."""
+    """A denoiser that also counts the tokens of a prompt."""
 
     def count_tokens(self, model: str, prompt: str) -> int:
-        """Length of a prompt in a model's tokens. Safe from any thread."""
+        """Return the number of tokens of a prompt for a model. Thread-safe."""
+
+
+class ReadinessCheck(Protocol):
+    """Tells what keeps the server from generating images."""
+
+    def missing(self) -> list[str]:
+        """Return the reasons in sentences; empty when the server is ready."""
 
 
 @dataclass(slots=True)
 class ModelState:
-    """The models that draw: what is known of them before, and they themselves once the engine's thread has them.
+    """The models: their specs before they are loaded, the backend afterwards.
 
-    `facts` are those of the models the settings ask for (`asked`) until those that were loaded take their places, with
-    the revision their files have; `unusable` says why others were not. `fault` says why there can be no model at all,
-    `usual` which model draws what names none, `progress` how far a download is, `loras` the folder of
-    adapters.
+    `facts` holds the specs of the models the settings ask for (`asked`); loading replaces them by specs with the
+    revision of the files. `unusable` maps models that could not be loaded to the reason. `fault` is why there can be no
+    model at all, `default_model` the model of requests that name none, `progress` tells how far a download is, `loras`
+    is the folder of adapters.
     """
 
     facts: dict[str, ModelSpec]
     fault: ModelLoadError | None = None
-    usual: str = next(iter(MODELS))
+    default_model: str = next(iter(MODELS))
     asked: Mapping[str, ModelSpec] = field(default_factory=dict)
     models: ModelBackend | None = None
     unusable: dict[str, str] = field(default_factory=dict)
@@ -61,11 +67,11 @@ class ModelState:
 
     @classmethod
     def of(cls, settings: Settings) -> ModelState:
-        """What the settings ask for, by what lies in the models' folder."""
+        """Choose the models by the settings and by what is in MODELS_DIR. Raises `SettingsError`."""
         check_model_names(settings)
         folders = {facts.folder for candidates in REAL_MODELS.values() for facts in candidates}
         places = {folder: settings.models_dir / folder for folder in folders}
-        # A link that leads nowhere is a model too: it is told of, and not passed over.
+        # A broken link counts as present, so that loading reports it instead of silently using another model.
         present = [folder for folder, place in places.items() if place.is_dir() or place.is_symlink()]
         wanted = settings.hub_models or (settings.text_to_image_model,)
         try:
@@ -75,57 +81,56 @@ class ModelState:
         lcm = with_lcm if settings.load_lcm_lora else lambda facts: facts
         asked = {name: with_quantization(lcm(facts), settings.quantize) for name, facts in chosen.items()}
         unread = {name: without_identity(facts) for name, facts in asked.items()}
-        return cls(unread, usual=settings.text_to_image_model, asked=asked, loras=_loras_of(settings))
+        return cls(unread, default_model=settings.text_to_image_model, asked=asked, loras=_loras_of(settings))
 
     def count_tokens(self, model: str, prompt: str) -> int:
-        """Length of a prompt in a model's tokens. Raises `NotReady` until the models are loaded."""
+        """Return the number of tokens of a prompt for a model. Raises `NotReady` until the models are loaded."""
         if self.models is None:
             raise NotReady("The models are loading.", retry_after=5)
         return self.models.count_tokens(model, prompt)
 
     def describe(self) -> list[dict[str, object]]:
-        """What is loaded, for people: name, folder, revision, device, placement, bytes and adapters of each model.
+        """Describe the loaded models: name, folder, revision, device, placement, bytes, defaults and adapters of each.
 
-        And what it does where an order leaves it open: whether it is taken, its steps, guidance and native pixels.
-        Reads the folder of adapters: those are told that can be used now, and why the others cannot.
+        Reads the folder of adapters: lists those that can be used now, and why the others cannot.
         """
-        usual = self.usual if self.usual in self.facts else next(iter(self.facts), "")
+        default = self.default_model if self.default_model in self.facts else next(iter(self.facts), "")
         return [
             {
                 **asdict(model),
-                "usual": model.name == usual,
-                **_habits(self.facts[model.name]),
-                **self._adapters_told(self.facts[model.name]),
+                "usual": model.name == default,
+                **_defaults_of(self.facts[model.name]),
+                **self._adapters_of(self.facts[model.name]),
             }
             for model in getattr(self.models, "loaded", ())
         ]
 
     def offered_loras(self) -> Mapping[str, str]:
-        """The adapters that a model here can be drawn with, each with its digest, which is read when looked up."""
+        """Return the adapters that fit a loaded model, with their digests, which are computed when looked up."""
         return self.loras.available({facts.denoiser_part for facts in self.facts.values()})
 
-    def _adapters_told(self, facts: ModelSpec) -> dict[str, object]:
+    def _adapters_of(self, facts: ModelSpec) -> dict[str, object]:
         return {
             "loras": self.loras.names({facts.denoiser_part}),
             "unusable_loras": list(self.loras.faults().values()),
         }
 
     def missing(self) -> list[str]:
-        """What is not as it was asked for, in sentences, though others draw: the model that draws what names none."""
-        return [self.unusable[self.usual]] if self.usual in self.unusable else []
+        """Return why the default model could not be loaded; empty if it was, whatever became of the others."""
+        return [self.unusable[self.default_model]] if self.default_model in self.unusable else []
 
     def remarks(self) -> list[str]:
-        """What the models that draw do without, and which other one cannot draw, in sentences."""
-        told = [remark for model in getattr(self.models, "loaded", ()) for remark in model.remarks]
-        return [*told, *(why for name, why in self.unusable.items() if name != self.usual)]
+        """Return what the loaded models lack, and why other models could not be loaded, in sentences."""
+        remarks = [remark for model in getattr(self.models, "loaded", ()) for remark in model.remarks]
+        return [*remarks, *(why for name, why in self.unusable.items() if name != self.default_model)]
 
     def memory(self) -> Mapping[str, Mapping[str, int]]:
-        """Bytes of memory by device and kind; nothing before the models are loaded."""
+        """Return the bytes of memory by device and kind; empty before the models are loaded."""
         read: Callable[[], Mapping[str, Mapping[str, int]]] = getattr(self.models, "memory", dict)
         return read()
 
     def prompt_caches(self) -> Mapping[str, int]:
-        """Bytes of encoded prompts that are kept, by model."""
+        """Return the bytes of cached prompt embeddings by model."""
         read: Callable[[], Mapping[str, int]] = getattr(self.models, "prompt_caches", dict)
         return read()
 
@@ -145,7 +150,7 @@ def _loras_of(settings: Settings) -> LoraFolder:
     return LoraFolder(settings.lora_dir, settings.max_lora_bytes)
 
 
-def _habits(facts: ModelSpec) -> dict[str, object]:
+def _defaults_of(facts: ModelSpec) -> dict[str, object]:
     return {
         "default_steps": facts.default_steps,
         "default_guidance": facts.default_guidance,
@@ -156,11 +161,11 @@ def _habits(facts: ModelSpec) -> dict[str, object]:
 
 
 def load_models(settings: Settings, loaded: ModelState) -> ModelBackend:
-    """The models of the settings, loaded. Takes seconds. Raises `ModelLoadError`."""
+    """Load the models of the settings, which takes seconds. Raises `ModelLoadError`."""
     if loaded.fault is not None:
         raise loaded.fault
     set_compiler_cache((settings.data_dir / "compiled").resolve())
-    # Imported here, on the engine's thread: torch takes seconds, and the port should answer meanwhile.
+    # Imported on the engine's thread: torch takes seconds, and the port should answer meanwhile.
     from stable_diffusion_server.pipelines import HubClient, registry
 
     hub = HubClient(settings.revisions(), settings.data_dir / "hub.json") if settings.models == "hub" else None
@@ -196,23 +201,30 @@ def build_engine(
     loaded: ModelState,
     load: Callable[[Settings], ModelBackend] | None,
     metrics: Metrics,
-    settle: Callable[[], object],
-    ready: Callable[[], object],
-    poisoned: Callable[[], object],
-    occupied: Callable[[list[str], bool], object],
+    hooks: ProcessHooks,
+    readiness: ReadinessCheck,
+    record: DeviceRecord,
 ) -> Engine[Any, Any]:
-    """The engine with the observers of its events, not started."""
+    """Build the engine with the observers of its events, not started.
 
-    def load_and_tell() -> ModelBackend:
+    `hooks.ready` is called once the models are loaded and `readiness` misses nothing; `record` is told which jobs are
+    on the device.
+    """
+
+    def load_and_log() -> ModelBackend:
         started = perf_counter()
         loaded.models = load(settings) if load is not None else load_models(settings, loaded)
         _log.info("models loaded", seconds=round(perf_counter() - started, 1))
         return loaded.models
 
-    def begin(models: Denoiser[Any, Any], abilities: DenoiserCapabilities) -> None:
-        together = settings.max_batch > 1
-        warm_up(models, abilities, loaded.facts, settings.warmup_sizes_in_pixels(), together=together)
-        settle()
+    def warm_up_all(models: Denoiser[Any, Any], capabilities: DenoiserCapabilities) -> None:
+        pairs = settings.max_batch > 1
+        warm_up(models, capabilities, loaded.facts, settings.warmup_sizes_in_pixels(), pairs=pairs)
+        hooks.libraries_loaded()
+
+    def announce() -> None:
+        if not readiness.missing():
+            hooks.ready()
 
     observers = (
         metrics.observe,
@@ -220,22 +232,22 @@ def build_engine(
         ProgressHeartbeat(settings.data_dir / "progress.txt").observe,
     )
     engine: Engine[Any, Any] = Engine(
-        load_and_tell,
+        load_and_log,
         queue_limit=settings.queue_limit,
         max_batch=settings.max_batch,
         workers=settings.engine_workers,
         learn=True,
         observe=broadcast(observers),
-        on_loaded=begin,
-        on_ready=ready,
-        on_device_lost=poisoned,
-        on_occupancy=occupied,
+        on_loaded=warm_up_all,
+        on_ready=announce,
+        on_device_lost=hooks.device_lost,
+        on_occupancy=record.update,
     )
     return engine
 
 
 def generation_options(settings: Settings, loaded: ModelState) -> GenerationOptions:
-    """What an order may ask for, and what is taken where it asks for nothing."""
+    """Return the limits and the defaults of requests."""
     limits = RequestLimits(
         min_side=settings.min_side,
         max_side=settings.max_side,
@@ -254,22 +266,3 @@ def generation_options(settings: Settings, loaded: ModelState) -> GenerationOpti
         loaded.offered_loras,
         unusable=MappingProxyType(loaded.unusable),
     )
-
-
-def build_readers(settings: Settings) -> tuple[ImageFetcher, DecoderPool]:
-    """What turns URLs into bytes, and bytes into pixels; nothing is started before the first picture."""
-    formats = (*DEFAULT_FORMATS, *(name.upper() for name in settings.extra_image_formats))
-    fetcher = ImageFetcher(
-        FetchLimits(max_bytes=settings.max_image_bytes, total=settings.fetch_timeout),
-        [AllowedTarget.parse(entry) for entry in settings.fetch_allow],
-        formats=formats,
-    )
-    decoder = DecoderPool(
-        max_bytes=settings.max_image_bytes,
-        max_pixels=settings.max_image_pixels,
-        max_side=settings.max_image_side,
-        processes=settings.decode_processes,
-        seconds=settings.decode_timeout,
-        formats=formats,
-    )
-    return fetcher, decoder

@@ -1,4 +1,4 @@
-"""Makes a process fit to serve for months: the collector spares what stays, and heaps keep little that is free."""
+"""Tunes garbage collection and malloc for a process that serves for months."""
 
 from __future__ import annotations
 
@@ -8,31 +8,33 @@ import sys
 import threading
 import time
 
-# Of glibc's malloc.h. It gives each thread an arena, up to eight a core, none of which has what another one gave back:
-# tensors that were freed in one were asked of the system again in the next, until all had had their largest.
+from stable_diffusion_server.app.lifecycle import ProcessHooks
+
+# Constants of glibc's malloc.h. By default each thread has an arena, up to eight per core, and memory freed in one is
+# not reused by another, so memory grew to the largest tensors of every thread.
 _M_ARENA_MAX, _ARENAS = -8, 2
-# What was freed is used again for the next tensors of a picture, which had to be asked of the system at every step.
-_M_MMAP_THRESHOLD, _MAPPED_FROM = -3, 32 << 20  # the most glibc takes
+# Keep freed memory for the tensors of the next step instead of requesting it from the system again.
+_M_MMAP_THRESHOLD, _MAPPED_FROM = -3, 32 << 20  # glibc's maximum
 _M_TRIM_THRESHOLD, _KEPT_FREE = -1, 1 << 30
-# What is free amid what is held only goes back when it is asked for, which takes a millisecond.
+# Free memory between used blocks only returns to the system by malloc_trim, which takes a millisecond.
 _TRIM_SECONDS = 30
 
 
 def freeze_gc() -> None:
-    """Drop what is garbage now and have the collector never look at the rest again.
+    """Collect garbage, then exclude all living objects from later collections.
 
-    The models' libraries are some million objects. Python's full collections went through all of them every few
-    seconds under load, and for 0.3 s nobody was answered. For a process that serves one app until it ends: what is
-    alive now and becomes garbage in a cycle later stays.
+    The models' libraries are about a million objects. Full collections went through them every few seconds under load
+    and paused all requests for 0.3 s. Only for a process that serves one app until it ends: an object that is alive now
+    and later becomes part of a garbage cycle is never freed.
     """
     gc.collect()
     gc.freeze()
 
 
 def tune_malloc() -> None:
-    """Have all threads take memory from the same two heaps, and give back what is free in them every half minute.
+    """Limit glibc to two arenas and trim them every 30 s; does nothing with another C library.
 
-    Nothing where the C library is not glibc. Call it once, before there are threads.
+    Call it once, before other threads start.
     """
     if sys.platform != "linux" or not hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         return
@@ -49,3 +51,11 @@ def tune_malloc() -> None:
             libc.malloc_trim(0)
 
     threading.Thread(target=trim, name="heap", daemon=True).start()
+
+
+class ServingHooks(ProcessHooks):
+    """Hooks of a process that serves one application until it ends."""
+
+    def libraries_loaded(self) -> None:
+        """Exclude what was loaded from garbage collection."""
+        freeze_gc()

@@ -1,41 +1,105 @@
-"""Builds what fulfils orders: the service over what draws, stores, fetches and decodes."""
+"""Builds the use cases: the generation service, the readers of input images, and the job manager."""
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Self
 
+from stable_diffusion_server.api import job_body
 from stable_diffusion_server.app.models import ModelState
 from stable_diffusion_server.app.storage import StorageStack
 from stable_diffusion_server.engine import Engine
 from stable_diffusion_server.generation import GenerationOptions, GenerationService
-from stable_diffusion_server.imaging import DecoderPool
-from stable_diffusion_server.net import ImageFetcher
-from stable_diffusion_server.observability import Tracing, UsageMetrics
+from stable_diffusion_server.imaging import DEFAULT_FORMATS, DecoderPool
+from stable_diffusion_server.jobs import JobManager, JobPolicy, JobRecord, JobStatus, SqliteJobStore
+from stable_diffusion_server.net import AllowedTarget, FetchLimits, ImageFetcher, WebhookClient
+from stable_diffusion_server.observability import DeviceRecord, Tracing, UsageMetrics
+from stable_diffusion_server.parsing import dumps
 from stable_diffusion_server.settings import Settings
+from stable_diffusion_server.types import Caller
+
+
+@dataclass(frozen=True, slots=True)
+class ImageReaders:
+    """Turn a URL into bytes, and bytes into pixels. Nothing starts before the first image."""
+
+    fetcher: ImageFetcher
+    decoder: DecoderPool
+
+    @classmethod
+    def of(cls, settings: Settings) -> Self:
+        """Build the readers with the limits of the settings."""
+        formats = (*DEFAULT_FORMATS, *(name.upper() for name in settings.extra_image_formats))
+        fetcher = ImageFetcher(
+            FetchLimits(max_bytes=settings.max_image_bytes, total=settings.fetch_timeout),
+            [AllowedTarget.parse(entry) for entry in settings.fetch_allow],
+            formats=formats,
+        )
+        decoder = DecoderPool(
+            max_bytes=settings.max_image_bytes,
+            max_pixels=settings.max_image_pixels,
+            max_side=settings.max_image_side,
+            processes=settings.decode_processes,
+            seconds=settings.decode_timeout,
+            formats=formats,
+        )
+        return cls(fetcher, decoder)
+
+    async def close(self) -> None:
+        """End connections and processes."""
+        self.fetcher.close()
+        await self.decoder.close()
 
 
 def build_service(
     settings: Settings,
     engine: Engine[Any, Any],
-    loaded: ModelState,
+    models: ModelState,
     options: GenerationOptions,
     stores: StorageStack,
-    readers: tuple[ImageFetcher, DecoderPool],
-    account: UsageMetrics,
+    readers: ImageReaders,
+    usage: UsageMetrics,
     tracing: Tracing,
 ) -> GenerationService:
-    """The service, nothing opened or started."""
-    fetcher, decoder = readers
+    """Build the generation service; nothing is opened or started."""
     return GenerationService(
         stores.bucket,
         engine,
-        loaded.count_tokens,
+        models.count_tokens,
         options,
-        account,
-        fetch=fetcher.fetch,
-        decode=decoder.decode,
+        usage,
+        fetch=readers.fetcher.fetch,
+        decode=readers.decoder.decode,
         known=stores.known,
         record=stores.history.record,
         tracing=tracing,
         log_prompts=settings.log_prompts,
     )
+
+
+def build_jobs(
+    settings: Settings, service: GenerationService, stores: StorageStack, record: DeviceRecord
+) -> JobManager:
+    """Build the job manager over a service; nothing is opened or started."""
+
+    def describe(job: JobRecord) -> str:
+        return dumps(job_body(JobStatus.from_record(job), lambda key: stores.url_at(job.base_url, key)))
+
+    policy = JobPolicy(
+        max_queued=settings.jobs_max_queued,
+        store_bytes=settings.job_store_bytes,
+        concurrency=settings.jobs_concurrency,
+        retention_hours=settings.job_retention_hours,
+        idempotency_hours=settings.idempotency_hours,
+        id_prefix=settings.job_id_prefix,
+        max_seconds=settings.max_timeout,
+        webhook_secret=settings.webhook_secret.get_secret_value(),
+    )
+    store = SqliteJobStore(settings.data_dir / "journal.db", settings.job_store_bytes)
+    transport = WebhookClient(settings.fetch_timeout, [AllowedTarget.parse(entry) for entry in settings.fetch_allow])
+    callers = {key.name: Caller(key.name, key.prefix, key.admin) for key in settings.read_keys()}
+
+    def refresh(caller: Caller) -> Caller:
+        return callers.get(caller.name, caller)
+
+    return JobManager(service, store, policy, describe, transport, record, refresh)

@@ -1,4 +1,4 @@
-"""Builds what stores: the bucket with what stands before it, the history beside it, and how a key becomes a URL."""
+"""Builds the storage: bucket with its decorators, history, image library, and URLs of keys."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ _log = structlog.get_logger(__name__)
 
 
 class StorageStack:
-    """The bucket with what stands before it, the history beside it, and how a key becomes a URL. Opens nothing yet.
+    """The bucket with its decorators, the history, the image library and the URLs of keys. `open` opens them.
 
-    `metrics` are told of the calls to a bucket elsewhere.
+    `metrics` records the calls to a remote bucket.
     """
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
@@ -43,17 +43,17 @@ class StorageStack:
         self.folder = f"{settings.bucket_path.strip('/')}/".lstrip("/")
         self.signer = _signer_of(settings)
         self.history = _history_of(settings)
-        # Without keys pictures are everyone's, and names are what they always were.
+        # Without API keys images have no owner, and object keys are derived from the request alone.
         self.secret = ServerSecret(*_secret_of(settings)) if settings.read_keys() else None
         keyed = self.secret.hmac_hex if self.secret is not None else None
         self.ownership = Ownership(keyed, self.folder, private=settings.signed_url_seconds > 0)
-        self.shelf = ImageLibrary(self.bucket, self.history, self.folder, self.ownership)
+        self.library = ImageLibrary(self.bucket, self.history, self.folder, self.ownership)
 
     def open(self, faults: dict[str, str]) -> None:
-        """Make everything ready; what cannot be is kept in `faults` for `/readyz`, and the rest is served."""
+        """Open all parts. Failures go into `faults`, for `/readyz`; the other parts work."""
         faults.clear()
         try:
-            # Prompts, pictures that wait and the key that signs: nobody else on this machine reads them.
+            # 0700: prompts, spooled images and the signing key are not for other users of this machine.
             self._settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
             faults["data"] = f"DATA_DIR cannot be used ({error.strerror})."
@@ -64,49 +64,49 @@ class StorageStack:
             except ServerError as error:
                 faults[name] = error.detail
         self.history.start()
-        _warn_of_addresses(self._settings)
+        _warn_without_public_url(self._settings)
         for fault in faults.values():
             _log.error("not able to draw", reason=fault)
 
     def close(self) -> None:
-        """Bring to an end what is under way, and let go."""
+        """Finish running writes and close all parts."""
         self.history.close()
         self.bucket.close()
 
     def known(self, key: str) -> StoredObject | None:
-        """What is known of a key without asking anyone."""
+        """Return what is known of a key without a request to the bucket."""
         return self.bucket.cached(key)
 
     def waiting(self) -> Mapping[str, float]:
-        """What waits for the storage, see `WriteBehindBucket.spool_stats`; nothing ever does before a folder."""
+        """Return the figures of the spool, see `WriteBehindBucket.spool_stats`; empty for a local bucket."""
         return self.bucket.spool_stats()
 
     def base_of(self, request: Request) -> str:
-        """The base URL of this server as the client wrote it: PUBLIC_BASE_URL, where that is not the bucket's.
+        """Return the base URL of this server: PUBLIC_BASE_URL if the bucket is local, otherwise as the client wrote it.
 
-        Else scheme and Host header, port included, which the gate has checked against the names this server has;
-        behind a trusted proxy both are those the proxy was reached at.
+        That is scheme and Host header, which the access middleware has checked against ALLOWED_HOSTS; behind a trusted
+        proxy they are those that the client sent to the proxy.
         """
         settings = self._settings
         if settings.storage_provider == "local" and settings.public_base_url:
             return settings.public_base_url
-        # A forwarded scheme may be a websocket's.
+        # X-Forwarded-Proto may name a websocket's scheme.
         scheme = "https" if request.scope["scheme"] in ("https", "wss") else "http"
         return f"{scheme}://{request.headers['host'].strip()}"
 
     def url_of(self, request: Request, key: str) -> str:
-        """The URL of a key for the client at hand."""
+        """Return the URL of a key for the client of a request."""
         return self.url_at(self.base_of(request), key)
 
     def url_at(self, base: str, key: str) -> str:
-        """The URL of a key for who reached this server at `base`: the bucket's own, else this server's."""
+        """Return the URL of a key: that of the bucket, or one below `base`, the URL of this server."""
         if (url := self.bucket.url(key)) is not None:
             return url
         signed = f"?{self.signer.query(key)}" if self.signer is not None else ""
         return f"{base}/files/{url_path(key)}{signed}"
 
 
-def _warn_of_addresses(settings: Settings) -> None:
+def _warn_without_public_url(settings: Settings) -> None:
     if settings.storage_provider == "local" or settings.public_base_url or settings.signed_url_seconds:
         return
     _log.warning(
@@ -116,15 +116,15 @@ def _warn_of_addresses(settings: Settings) -> None:
 
 
 def _bucket_of(settings: Settings, metrics: Metrics) -> Bucket:
-    """The bucket of the settings; one that is elsewhere has a spool before it, and a memory of what it holds."""
+    """Return the bucket of the settings; a remote one with metrics, write-behind spool and existence cache."""
     bucket = open_bucket(settings)
     if isinstance(bucket, LocalBucket):
         return bucket
     spool = UploadSpool(settings.data_dir / "spool", settings.spool_bytes)
-    spooling = WriteBehindBucket(
+    write_behind = WriteBehindBucket(
         InstrumentedBucket(bucket, metrics.record_storage_call), spool, settings.storage_timeout
     )
-    return CachedBucket(spooling, settings.existence_cache_size, settings.existence_cache_ttl)
+    return CachedBucket(write_behind, settings.existence_cache_size, settings.existence_cache_ttl)
 
 
 def _history_of(settings: Settings) -> HistoryWriter:
@@ -136,12 +136,12 @@ def _history_of(settings: Settings) -> HistoryWriter:
 
 
 def _signer_of(settings: Settings) -> UrlSigner | None:
-    """What signs this server's own addresses, where they are to be signed."""
+    """Return the signer of this server's own URLs, if they are signed."""
     if not settings.signed_url_seconds:
         return None
     return UrlSigner(*_secret_of(settings), settings.signed_url_seconds)
 
 
 def _secret_of(settings: Settings) -> tuple[str, Path]:
-    """The secret of the settings, if there is one, and the file of the one that is made else."""
+    """Return the secret of the settings, possibly empty, and the file of the generated one."""
     return settings.url_secret.get_secret_value(), settings.data_dir / "url-secret"

@@ -1,4 +1,4 @@
-"""Builds the way into the studio, over the server's own doors."""
+"""Mounts the web UI, a client of the server's own HTTP API."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from starlette.datastructures import Headers
 from starlette.requests import cookie_parser
 from starlette.routing import Route
 
+from stable_diffusion_server.app.lifecycle import ProcessHooks
 from stable_diffusion_server.settings import Settings, configure_gradio
 from stable_diffusion_server.ui import (
     COOKIE,
@@ -31,37 +32,36 @@ _GOOGLE, _AMAZON = "https://storage.googleapis.com", "https://*.amazonaws.com"
 
 
 def mount_ui(
-    app: FastAPI, settings: Settings, decode: DecodeUpload, guests: SessionStore, settle: Callable[[], object]
+    app: FastAPI, settings: Settings, decode: DecodeUpload, sessions: SessionStore, hooks: ProcessHooks
 ) -> LazyUiApp:
-    """The way in, set into the app unless UI=0. Nothing of Gradio is loaded before someone asks for it.
+    """Add the UI's routes, unless UI=0. Gradio is loaded, on a thread, when a visitor first opens the page.
 
-    `decode` is the sandboxed decoder, `guests` are who has shown a key. `settle` is called when Gradio is loaded, on a
-    thread.
+    `decode` is the sandboxed decoder; `sessions` holds the keys that visitors have entered.
     """
-    desks = ApiClients(httpx.AsyncClient(transport=StreamingASGITransport(app)), guests)
+    clients = ApiClients(httpx.AsyncClient(transport=StreamingASGITransport(app)), sessions)
     intake = ImageIntake(decode, UploadStore(_limits(settings)), settings.max_image_bytes)
 
     def build() -> FastAPI:
         configure_gradio((settings.data_dir / "studio").resolve())
-        # Imported here, on a thread: it takes seconds.
+        # Imported on a thread: it takes seconds.
         from stable_diffusion_server.ui.tabs import blocks
 
-        built = blocks.build(desks, intake, rates.parse(settings.ui_rate_limit) if settings.ui_rate_limit else None)
-        settle()
+        built = blocks.build(clients, intake, rates.parse(settings.ui_rate_limit) if settings.ui_rate_limit else None)
+        hooks.libraries_loaded()
         return built
 
     keyed = bool(settings.read_keys())
-    entrance = LazyUiApp(build, desks, UploadRoutes(intake), keyed=keyed, sources=_sources(settings))
+    lazy_app = LazyUiApp(build, clients, UploadRoutes(intake), keyed=keyed, sources=_sources(settings))
     if settings.ui:
         app.router.routes.append(Route("/favicon.ico", favicon, include_in_schema=False))
         for path in ("/ui", "/ui/{rest:path}"):
-            app.router.routes.append(Route(path, entrance, include_in_schema=False))
-    return entrance
+            app.router.routes.append(Route(path, lazy_app, include_in_schema=False))
+    return lazy_app
 
 
-def key_of_visitor(guests: SessionStore) -> Callable[[Headers], str | None]:
-    """What tells the key that the visitor of a page has shown, from the headers of a request."""
-    return lambda headers: guests.key_of(cookie_parser(headers.get("cookie", "")).get(COOKIE, ""))
+def visitor_key(sessions: SessionStore) -> Callable[[Headers], str | None]:
+    """Return a function that finds, by the cookie in a request's headers, the key that a visitor of the UI entered."""
+    return lambda headers: sessions.key_of(cookie_parser(headers.get("cookie", "")).get(COOKIE, ""))
 
 
 def _limits(settings: Settings) -> UploadLimits:
@@ -74,7 +74,7 @@ def _limits(settings: Settings) -> UploadLimits:
 
 
 def _sources(settings: Settings) -> set[str]:
-    """Where the bucket's pictures come from, as a browser is to be told."""
+    """Return the origins that the UI's pages may load images from, for their Content-Security-Policy."""
     if settings.storage_provider == "local":
         return set()
     named = {settings.public_base_url, settings.r2_endpoint_url}

@@ -1,4 +1,4 @@
-"""Draws with every model before the server is ready, so that few callers wait for a compiler. Stores nothing."""
+"""Generates with every model before the server is ready, so that few callers wait for a compiler."""
 
 from __future__ import annotations
 
@@ -21,48 +21,59 @@ _NO_GUIDANCE = 1.0
 
 def warm_up(
     models: Denoiser[Any, Any],
-    abilities: DenoiserCapabilities,
-    facts: Mapping[str, ModelSpec],
+    capabilities: DenoiserCapabilities,
+    specs: Mapping[str, ModelSpec],
     sizes: Collection[tuple[int, int]],
     *,
-    together: bool,
+    pairs: bool,
 ) -> None:
-    """Draw on the canvas of each size (width, height) with each model, with its usual guidance and without.
+    """Generate an image of each size (width, height) in pixels with each model, with its default guidance and without.
 
-    With `together` a second job joins the first after a step: a compiler takes a batch of one for a program of its own,
-    and the first larger one for any other. What fails is told in the log and nothing else, since the engine can do what
-    drawing alone cannot: it frees memory and tries again. Nothing is done where weights travel, which are not compiled.
-    Raises `DeviceLost`.
+    With `pairs` a second request joins the first after one step: compilers make one program for a batch of one, and one
+    for all larger batches. A failure is only logged, since the engine may still succeed: it frees memory and retries.
+    Weights that are offloaded are not compiled, so nothing is done for them. Raises `DeviceLost`.
     """
-    for job in dict.fromkeys(_jobs(facts, sizes)) if abilities.resident else ():
+    if not capabilities.resident:
+        return
+    for job in dict.fromkeys(_requests(specs, sizes)):
         started = perf_counter()
         try:
-            _draw(models, job, together=together)
+            _generate(models, job, pairs=pairs)
         except DeviceLost:
             raise
         except Exception as error:
-            abilities.release_memory()
+            capabilities.release_memory()
             _log.warning("not warmed up", model=job.model, width=job.width, height=job.height, exc_info=error)
         else:
             seconds = round(perf_counter() - started, 1)
             _log.info("warmed up", model=job.model, width=job.width, height=job.height, seconds=seconds)
 
 
-def _draw(models: Denoiser[Any, Any], job: DiffusionRequest, *, together: bool) -> None:
+def _generate(models: Denoiser[Any, Any], job: DiffusionRequest, *, pairs: bool) -> None:
     first = models.prepare(job)
     models.step([first])
-    states = [first, models.prepare(job)] if together else [first]
+    states = [first, models.prepare(job)] if pairs else [first]
     while not first.done:
         models.step(states)
     models.finish(first)
 
 
-def _jobs(facts: Mapping[str, ModelSpec], sizes: Collection[tuple[int, int]]) -> Iterator[DiffusionRequest]:
-    for model in facts.values():
-        usual = model.default_guidance
-        for guidance in (usual, _NO_GUIDANCE) if usual > _NO_GUIDANCE else (usual,):
+def _requests(specs: Mapping[str, ModelSpec], sizes: Collection[tuple[int, int]]) -> Iterator[DiffusionRequest]:
+    for model in specs.values():
+        default = model.default_guidance
+        for guidance in (default, _NO_GUIDANCE) if default > _NO_GUIDANCE else (default,):
             for width, height in sizes:
                 canvas = plan_canvas(width, height, model.native_pixels, model.min_side)
-                words = (model.name, model.revision, "", "" if model.takes_negative_prompt else None)
-                drawn = (0, max(2, model.default_steps), guidance, model.default_scheduler)
-                yield DiffusionRequest(Task.TEXT_TO_IMAGE, *words, canvas.width, canvas.height, *drawn)
+                yield DiffusionRequest(
+                    task=Task.TEXT_TO_IMAGE,
+                    model=model.name,
+                    revision=model.revision,
+                    prompt="",
+                    negative_prompt="" if model.takes_negative_prompt else None,
+                    width=canvas.width,
+                    height=canvas.height,
+                    seed=0,
+                    num_inference_steps=max(2, model.default_steps),
+                    guidance_scale=guidance,
+                    scheduler=model.default_scheduler,
+                )

@@ -17,8 +17,8 @@ from fakes import settings_in, until
 from fastapi.testclient import TestClient
 from squares import DeviceLostDenoiser, FakeDenoiser, OutOfMemoryDenoiser
 
-from stable_diffusion_server.app import create_app
-from stable_diffusion_server.app.lifecycle import POISONED
+from stable_diffusion_server.app import ProcessHooks, create_app
+from stable_diffusion_server.app.lifecycle import DEVICE_LOST_STATUS
 from stable_diffusion_server.app.process_tuning import freeze_gc
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,19 +34,33 @@ def test_caps_and_step_times_are_in_the_metrics(house_of: Callable[..., Any]) ->
     assert 'sds_step_seconds{jobs="1",shape="sdxl 128x192"}' in text
 
 
+class RecordedHooks(ProcessHooks):
+    """Remembers which events were reported, and ends no process."""
+
+    def __init__(self) -> None:
+        self.called = list[str]()
+
+    def ready(self) -> None:
+        self.called.append("ready")
+
+    def libraries_loaded(self) -> None:
+        self.called.append("libraries loaded")
+
+    def device_lost(self) -> None:
+        self.called.append("device lost")
+
+
 @pytest.mark.fault(53)
 def test_a_poisoned_device_is_told_and_the_process_is_to_be_replaced(tmp_path: Path) -> None:
     """The caller is told to come back, /readyz says why it is not ready, and the hook is called."""
-    ends = list[bool]()
-    app = create_app(
-        settings_in(tmp_path), load=lambda settings: DeviceLostDenoiser(), poisoned=lambda: ends.append(True)
-    )
+    hooks = RecordedHooks()
+    app = create_app(settings_in(tmp_path), load=lambda settings: DeviceLostDenoiser(), hooks=hooks)
     with TestClient(app, base_url="http://127.0.0.1:8000", client=("127.0.0.1", 5)) as client:
         until(lambda: client.get("/readyz").status_code == 200)
         answer = client.get("/create_and_upload_image", params={"prompt": "poison", "width": 64, "height": 64})
         assert answer.status_code == 503
         assert answer.headers["retry-after"]
-        until(lambda: ends == [True])
+        until(lambda: hooks.called[-1] == "device lost")
         unready = client.get("/readyz")
         assert unready.status_code == 503
         assert "device" in unready.text
@@ -55,22 +69,17 @@ def test_a_poisoned_device_is_told_and_the_process_is_to_be_replaced(tmp_path: P
 
 def test_a_process_whose_device_is_lost_leaves_with_its_own_status() -> None:
     """So that a watchdog can tell it from an ordinary end, whatever threads still wait for the device."""
-    code = "from stable_diffusion_server.app.lifecycle import leave_soon; import time; leave_soon(); time.sleep(60)"
+    code = "from stable_diffusion_server.app.lifecycle import exit_soon; import time; exit_soon(); time.sleep(60)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60, check=False)  # noqa: S603  # our own
-    assert done.returncode == POISONED == 86
+    assert done.returncode == DEVICE_LOST_STATUS == 86
 
 
 def test_once_it_can_draw_the_process_settles(tmp_path: Path) -> None:
     """Before any job is taken, so that nobody waits for it."""
-    told = list[str]()
-    app = create_app(
-        settings_in(tmp_path),
-        load=lambda settings: FakeDenoiser(),
-        announce=lambda: told.append("ready"),
-        settle=lambda: told.append("settled"),
-    )
+    hooks = RecordedHooks()
+    app = create_app(settings_in(tmp_path), load=lambda settings: FakeDenoiser(), hooks=hooks)
     with TestClient(app):
-        until(lambda: told == ["settled", "ready"])
+        until(lambda: hooks.called == ["libraries loaded", "ready"])
 
 
 GLIBC = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc's heaps")
@@ -140,10 +149,15 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
 def test_what_is_to_be_warm_is_drawn_before_the_server_is_ready(tmp_path: Path) -> None:
     """Each size by each model, alone and shared, as a compiler has to see it; nothing of it is stored."""
     painter, told = FakeDenoiser(), list[int]()
+
+    class Counting(ProcessHooks):
+        def ready(self) -> None:
+            told.append(len(painter.finished))
+
     app = create_app(
         settings_in(tmp_path, warmup_sizes=("256x256", "384x256", "4096x4096"), models="embedded"),
         load=lambda settings: painter,
-        announce=lambda: told.append(len(painter.finished)),
+        hooks=Counting(),
     )
     with TestClient(app):
         until(lambda: told == [6])  # the largest is drawn on the first one's canvas, and SDXL with guidance and without

@@ -90,7 +90,7 @@ def test_a_model_that_was_warmed_up_draws_as_before(registry: Any, model: str) -
     job = job_for(model, seed=11)
     before = draw(registry, job)
     abilities = DenoiserCapabilities.of(registry)
-    warm_up(registry, abilities, {model: MODELS[model]}, [(128, 128), (192, 128)], together=True)
+    warm_up(registry, abilities, {model: MODELS[model]}, [(128, 128), (192, 128)], pairs=True)
     np.testing.assert_array_equal(draw(registry, job), before)
 
 
