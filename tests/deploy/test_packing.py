@@ -22,7 +22,7 @@ SCHEMAS = [
     ("vendor.compose-spec", "deploy/compose.yaml"),
     ("vendor.github-workflows", ".github/workflows/check.yml"),
     ("vendor.github-issue-forms", ".github/ISSUE_TEMPLATE/bug.yml"),
-    ("vendor.github-issue-forms", ".github/ISSUE_TEMPLATE/wish.yml"),
+    ("vendor.github-issue-forms", ".github/ISSUE_TEMPLATE/feature.yml"),
 ]
 
 
