@@ -1,4 +1,4 @@
-"""What can go wrong, as one hierarchy: each error knows its status and problem type, and nothing of HTTP's shapes."""
+"""The error hierarchy: each class has an HTTP status, a problem type, and whether a retry can succeed."""
 
 from __future__ import annotations
 
@@ -7,16 +7,22 @@ from typing import ClassVar
 
 
 class ServerError(Exception):
-    """A failure the caller is told about.
+    """Base class of the errors that callers see; the details of all other exceptions are hidden from them.
 
-    `detail` is one sentence for a person. `field` names the offending parameter, where there is one; `faults` are
-    pairs of (field, sentence) where there may be several. `retry_after` is in seconds. Raise a subclass; anything
-    outside this tree stays opaque to callers.
+    Attributes:
+        status: HTTP status code.
+        kind: Last part of the problem type URN; clients and stored jobs compare it, so it never changes.
+        title: Short description of the class, for people.
+        retryable: Whether the same request can succeed later.
+        detail: One sentence about this failure, for people.
+        field: Name of the invalid parameter, if there is one.
+        faults: Pairs of field and sentence, one for each invalid parameter.
+        retry_after: Seconds to wait before a retry, if known.
     """
 
     status: ClassVar[int] = 500
     kind: ClassVar[str] = "internal-error"
-    title: ClassVar[str] = "Something went wrong here"
+    title: ClassVar[str] = "Internal error"
     retryable: ClassVar[bool] = False
 
     def __init__(
@@ -35,15 +41,15 @@ class ServerError(Exception):
 
 
 class MalformedRequest(ServerError):
-    """The body could not be read at all: broken JSON, a broken multipart, a parameter given twice."""
+    """The body cannot be parsed: broken JSON, broken multipart, or a parameter sent twice."""
 
     status = 400
     kind = "malformed"
-    title = "The request could not be read"
+    title = "The request could not be parsed"
 
 
 class InvalidInput(ServerError):
-    """A parameter was read and refused: missing, unknown, of the wrong type, out of its bounds."""
+    """A parameter is missing, unknown, of the wrong type or out of range."""
 
     status = 422
     kind = "invalid-input"
@@ -51,70 +57,70 @@ class InvalidInput(ServerError):
 
     @classmethod
     def from_faults(cls, faults: Sequence[tuple[str, str]]) -> InvalidInput:
-        """The error for one or more faults; the first of them gives its sentence and its field."""
+        """The error for one or more (field, sentence) pairs; the first pair becomes `field` and `detail`."""
         field, detail = faults[0]
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
         return cls(detail + more, field=field, faults=faults)
 
 
 class TooLarge(ServerError):
-    """A body, or a picture in it or behind a URL, has more bytes than the settings allow."""
+    """A body, or an image in it or at a URL, has more bytes than the settings allow."""
 
     status = 413
     kind = "too-large"
-    title = "This is too large"
+    title = "The request is too large"
 
 
 class HeadersTooLarge(ServerError):
-    """The address and the headers of a request, or one header, are longer than is looked into."""
+    """The URL and headers of a request, or one header, are longer than the server reads."""
 
     status = 431
     kind = "headers-too-large"
-    title = "The head of the request is too large"
+    title = "The URL or the headers are too large"
 
 
 class UnsupportedMedia(ServerError):
-    """The body, or a picture in it, is of a type that is not taken here."""
+    """The media type of the body, or of an image in it, is not supported."""
 
     status = 415
     kind = "unsupported-media-type"
-    title = "This type is not taken"
+    title = "The media type is not supported"
 
 
 class Unauthorized(ServerError):
-    """A key is asked for, and none or a wrong one was given."""
+    """An API key is required, and it is missing or wrong."""
 
     status = 401
     kind = "unauthorized"
-    title = "A valid API key is needed"
+    title = "A valid API key is required"
 
 
 class Forbidden(ServerError):
-    """A client, or a web page, that may not draw here."""
+    """The client, its API key or the web page that sends the request has no permission."""
 
     status = 403
     kind = "forbidden"
-    title = "Not allowed from here"
+    title = "Not allowed"
 
 
 class NotFound(ServerError):
-    """No object of that name."""
+    """No object, job or route has this name."""
 
     status = 404
     kind = "not-found"
-    title = "There is nothing under this name"
+    title = "Not found"
 
 
 class UnknownHost(ServerError):
-    """The Host header names a server this one is not (a rebinding attack, or a missing setting)."""
+    """The Host header is not in ALLOWED_HOSTS: a DNS rebinding attack, or a missing setting."""
 
     status = 421
     kind = "misdirected"
-    title = "This host name is not served here"
+    title = "The host name is not served here"
 
 
 class QueueFull(ServerError):
-    """The queue is full; the caller may come back after `retry_after` seconds."""
+    """The queue, or the caller's share of it, is full."""
 
     status = 429
     kind = "busy"
@@ -123,7 +129,7 @@ class QueueFull(ServerError):
 
 
 class RateLimited(ServerError):
-    """The caller asks more often, or for more at a time, than its key allows."""
+    """The caller sends more requests, or more at a time, than its API key allows."""
 
     status = 429
     kind = "rate-limited"
@@ -132,7 +138,7 @@ class RateLimited(ServerError):
 
 
 class RequestTimedOut(ServerError):
-    """The body of a request did not arrive in time."""
+    """The body of the request arrived too slowly."""
 
     status = 408
     kind = "request-timed-out"
@@ -140,42 +146,42 @@ class RequestTimedOut(ServerError):
 
 
 class NotReady(ServerError):
-    """The models are still loading, or could not be loaded, or the server is going down."""
+    """The models are loading or unusable, or the server is shutting down."""
 
     status = 503
     kind = "not-ready"
-    title = "Not able to draw yet"
+    title = "The server is not ready"
     retryable = True
 
 
 class JobStoreUnavailable(ServerError):
-    """A job could not be written down, so it is not accepted: the disk is full, or the journal cannot be used."""
+    """A job could not be stored, so it is not accepted: the job store is full or not writable."""
 
     status = 503
     kind = "journal-unavailable"
-    title = "The job could not be written down"
+    title = "The job could not be stored"
     retryable = True
 
 
 class RequestInProgress(ServerError):
-    """A request with this idempotency key, or this job id, is being answered already."""
+    """A request with this idempotency key or job id is still running."""
 
     status = 409
     kind = "in-flight"
-    title = "This is being answered already"
+    title = "This request is still running"
     retryable = True
 
 
 class IdempotencyKeyReused(ServerError):
-    """The idempotency key came with another request before."""
+    """The idempotency key was used for a different request before."""
 
     status = 422
     kind = "idempotency-key-reused"
-    title = "This idempotency key belongs to another request"
+    title = "The idempotency key belongs to another request"
 
 
 class RequestCancelled(ServerError):
-    """The job was cancelled by its id while someone waited for its answer."""
+    """The job was cancelled by its id while a caller waited for its result."""
 
     status = 409
     kind = "cancelled"
@@ -183,61 +189,61 @@ class RequestCancelled(ServerError):
 
 
 class PoisonJob(ServerError):
-    """The server has died too often while this job was drawn; it is not tried again."""
+    """The process crashed several times while it ran this job (a "poison message"); the job is not retried."""
 
     kind = "poison-job"
-    title = "The server does not survive this job"
+    title = "The job crashes the server"
 
 
 class RemoteFetchFailed(ServerError):
-    """The server a picture was to be fetched from did not give it: an error, silence, or too slow."""
+    """The host of an image URL did not deliver the image: an error, a timeout or a slow response."""
 
     status = 502
     kind = "remote-failed"
-    title = "The remote picture could not be fetched"
+    title = "The remote image could not be fetched"
     retryable = True
 
 
 class StorageUnavailable(ServerError):
-    """The bucket did not take or give an object."""
+    """The bucket failed to store or to return an object."""
 
     status = 503
     kind = "storage-unavailable"
-    title = "The storage is not available"
+    title = "The storage is unavailable"
     retryable = True
 
 
 class KeyBusy(StorageUnavailable):
-    """The bucket did not take an object because others write its name right now; other names are not concerned."""
+    """The bucket rejected a write because of concurrent writes to the same key; other keys are unaffected."""
 
 
 class StorageRefused(ServerError):
-    """The bucket takes objects, but not this one, for a reason that is not the caller's: it would refuse it again."""
+    """The bucket works, but rejects this object, and would again; the caller is not the cause."""
 
     status = 502
     kind = "storage-refused"
-    title = "The storage refused this picture"
+    title = "The storage refused this image"
 
 
 class DeadlineExceeded(ServerError):
-    """The caller's `timeout` passed before the picture was stored."""
+    """The request's `timeout` passed before the image was stored."""
 
     status = 504
     kind = "deadline-exceeded"
-    title = "The picture was not ready in time"
+    title = "The image was not ready in time"
     retryable = True
 
 
 class NotFinite(ServerError):
-    """The latents hold NaN or infinity, so there is no picture to decode."""
+    """The latents contain NaN or infinity, so there is no image to decode."""
 
     kind = "not-finite"
-    title = "The model produced numbers that are not finite"
+    title = "The model produced NaN or infinity"
     retryable = True
 
 
 class OutOfMemory(ServerError):
-    """The device had no memory left for this job."""
+    """The device has too little free memory for this request."""
 
     status = 503
     kind = "out-of-memory"
@@ -246,29 +252,29 @@ class OutOfMemory(ServerError):
 
 
 class DeviceLost(ServerError):
-    """The device context is unusable until the process is replaced (a device-side assert)."""
+    """The device context is unusable until the process restarts, for example after a device-side assert."""
 
     status = 503
     kind = "device-lost"
-    title = "The device has to be restarted"
+    title = "The device is lost until the server restarts"
     retryable = True
 
 
 class ModelLoadError(ServerError):
-    """Model files are missing, truncated or of another class. Told once, at load, in `/readyz` and the log."""
+    """Model files are missing, truncated or of another model class; reported at load in `/readyz` and the log."""
 
     status = 503
     kind = "weights-unusable"
-    title = "The model files cannot be used"
+    title = "The model files are unusable"
 
 
 class ModelTooLarge(ModelLoadError):
-    """A model needs more memory than the device has free, or a device of another kind."""
+    """A model needs more memory than the device has free, or another kind of device."""
 
 
 def error_of_kind(kind: str) -> type[ServerError]:
-    """The class of that kind; `ServerError` itself for one that is not known here."""
-    found = [ServerError]
-    for cause in found:
-        found += cause.__subclasses__()
-    return next((cause for cause in found if cause.kind == kind), ServerError)
+    """The error class with this `kind`, or `ServerError` if there is none."""
+    classes = [ServerError]
+    for cls in classes:
+        classes += cls.__subclasses__()
+    return next((cls for cls in classes if cls.kind == kind), ServerError)

@@ -34,7 +34,6 @@ def plan_canvas(width: int, height: int, native_pixels: int, min_side: int) -> C
         height: Requested height.
         native_pixels: Largest area that the model draws well, in pixels.
         min_side: Smallest side that the model draws well, in pixels.
-
     """
     aligned_width, aligned_height = _align_up(width), _align_up(height)
     if aligned_width * aligned_height <= native_pixels and min(aligned_width, aligned_height) >= min_side:
@@ -57,7 +56,6 @@ def crop_to_size(pixels: Pixels, width: int, height: int, *, resample: bool) -> 
         width: Width of the result in pixels.
         height: Height of the result in pixels.
         resample: Whether to scale the crop to the size (Lanczos); otherwise pixels are only cut off.
-
     """
     canvas_height, canvas_width = pixels.shape[:2]
     if not resample:

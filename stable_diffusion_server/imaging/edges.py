@@ -17,7 +17,6 @@ def canny(pixels: Pixels, low: int = 100, high: int = 200) -> Pixels:
         pixels: uint8, height × width × 3, RGB.
         low: Lower hysteresis threshold on the L1 norm of the 3 × 3 Sobel gradient.
         high: Upper hysteresis threshold.
-
     """
     edges = cv2.Canny(np.ascontiguousarray(pixels), low, high)
     return np.repeat(np.asarray(edges, np.uint8)[..., None], 3, axis=2)

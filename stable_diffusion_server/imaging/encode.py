@@ -28,7 +28,6 @@ def encode_image(
         quality: 1..100. WebP is lossless at 100; PNG is always lossless.
         record: Generation parameters to embed as JSON (in EXIF, in PNG as text chunks), or `None`.
         xmp: XMP packet to embed, or an empty string.
-
     """
     image = Image.fromarray(pixels)
     target = io.BytesIO()

@@ -68,7 +68,6 @@ def is_complete_file(head: bytes, tail: bytes, size: int) -> bool:
         head: The first 12 bytes of the file.
         tail: The last 12 bytes of the file.
         size: The size of the file in bytes.
-
     """
     match detect_format(head):
         case "PNG":

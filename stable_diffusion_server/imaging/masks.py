@@ -45,7 +45,6 @@ def paste_back(drawn: Pixels, image: Pixels, mask: Pixels) -> Pixels:
         drawn: The repainted image, uint8, height × width × 3.
         image: The original image, same shape.
         mask: uint8, height × width; 255 takes `drawn`, 0 takes `image`.
-
     """
     result = np.where((mask == 255)[..., None], drawn, image)
     soft = (mask > 0) & (mask < 255)

@@ -46,7 +46,6 @@ def crop_around(mask: Pixels, margin: int, aspect: float) -> CropBox:
         mask: uint8, height × width, with at least one value above 0.
         margin: Pixels added on each side.
         aspect: Width divided by height.
-
     """
     height, width = mask.shape
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
@@ -85,7 +84,6 @@ def fill_masked(pixels: Pixels, mask: Pixels, fill: Fill, seed: int) -> Pixels:
         mask: uint8, height × width; everything above 0 is replaced.
         fill: What to replace it with.
         seed: Seed of the noise for `Fill.NOISE`.
-
     """
     masked = mask > 0
     result = pixels.copy()

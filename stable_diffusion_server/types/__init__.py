@@ -1,4 +1,4 @@
-"""Domain types: requests, results and events as frozen values, and their digests. No I/O, no policy."""
+"""Domain types: frozen values for callers, requests, events and results, and their digests."""
 
 from __future__ import annotations
 

@@ -1,20 +1,23 @@
-"""Who asks: a key, the operator of a local server, or a stranger at an address. A frozen value; no policy."""
+"""The caller of a request: an API key, the operator of a local server, or an anonymous client."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-# No key has a name with a blank.
+# Ends with a space, which no key name contains.
 _ANONYMOUS = "anonymous "
 
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who asks. `name` is that of the API key, empty where none is needed.
+    """The caller of a request.
 
-    `prefix` is the only part of the bucket's names it may write, overwrite, delete or list; empty: all.
-    `admin` marks a key that may read and change what belongs to others. `anonymous` marks a client without a key
-    under ALLOW_ANONYMOUS, who is a stranger to every other one. `address` is the client's, or its IPv6 /64 network.
+    Attributes:
+        name: Name of the API key; empty if no key is required.
+        prefix: Object keys that the caller may write, delete and list start with this; empty for all.
+        admin: Whether the API key may read and change what belongs to others.
+        anonymous: Whether this is a client without a key under ALLOW_ANONYMOUS.
+        address: The client's IPv4 address, or its IPv6 /64 network.
     """
 
     name: str = ""
@@ -25,32 +28,32 @@ class Caller:
 
     @property
     def has_full_access(self) -> bool:
-        """Whether it may read and change what belongs to others: an admin key, or the operator of a local server."""
+        """Whether the caller may read and change everything: an admin key, or the operator of a local server."""
         return self.admin or not (self.name or self.anonymous)
 
     def may_access_jobs_of(self, owner: Caller) -> bool:
-        """Whether it may see and cancel the jobs of `owner`, whose ids it knows.
+        """Whether the caller may see and cancel those jobs of `owner` whose ids it knows.
 
-        An anonymous client is known by nothing else: the id, which this server made, is all that tells whose a job is.
+        Anyone who knows the id may access an anonymous client's job, because such clients have no other credential.
         """
         return self.has_full_access or owner.anonymous or owner.owner == self.owner
 
     @property
     def share(self) -> str:
-        """The name under which limited capacity is shared out among callers: its key's, else its address's."""
+        """Identifies the caller where capacity is shared fairly: by API key, or by address without one."""
         return f"key {self.name}" if self.name else f"address {self.address}"
 
     @property
     def owner(self) -> str:
-        """The name under which jobs, idempotency keys and choices are kept: no two strangers have the same.
+        """Identifies the owner of jobs, idempotency keys and options: the key name, or an anonymous client's address.
 
-        A key's own name, empty for the operator, and the address of an anonymous client, which no key can be named.
+        It is empty for the operator, and no key name equals an anonymous client's owner string.
         """
         return f"{_ANONYMOUS}{self.address}" if self.anonymous else self.name
 
     @classmethod
     def from_owner(cls, owner: str, prefix: str = "") -> Caller:
-        """The caller whose `owner` was written down; whether it is admin is for the keys of today to say."""
+        """The caller with this stored `owner`; `admin` is false, since it depends on the current keys."""
         if owner.startswith(_ANONYMOUS):
             return cls(anonymous=True, address=owner.removeprefix(_ANONYMOUS))
         return cls(owner, prefix)

@@ -1,4 +1,4 @@
-"""What a model draws: pixels and a pure, frozen request with its digests."""
+"""The request that a model executes, and digests of requests and pixels."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from stable_diffusion_server.types.requests import Task
 
 @dataclass(frozen=True, slots=True)
 class ImageArray:
-    """Pixels that travel in a job: uint8, height × width × 3, or height × width for a mask (255 = repaint).
+    """Pixels of an image (uint8, height × width × 3) or a mask (uint8, height × width; 255 is repainted).
 
-    Compared, hashed and digested by content.
+    Equality, hash and `digest` depend on shape and content.
     """
 
     pixels: NDArray[np.uint8] = field(compare=False, repr=False)
     digest: str = field(init=False)
 
     def __post_init__(self) -> None:
-        """Take the content's SHA-256, the shape included."""
+        """Compute the SHA-256 of shape and content."""
         content = hashlib.sha256(repr(self.pixels.shape).encode())
         content.update(np.ascontiguousarray(self.pixels).data)
         object.__setattr__(self, "digest", content.hexdigest())
@@ -32,12 +32,18 @@ class ImageArray:
 
 @dataclass(frozen=True, slots=True)
 class DiffusionRequest:
-    """What will be drawn, with nothing left to decide: running it twice draws the same picture.
+    """A complete request to a model; running it twice gives the same image.
 
-    `width` and `height` are those of the canvas the model draws on, in pixels, and fit the model's grid; `image`,
-    `mask` and `control` (edges) have that size. `strength` in 0..1 is how much of the image is drawn anew; `alone`: it
-    is to share no forward pass. `lora_digests` tell which content is meant under the name of each adapter; without
-    them it is what its file holds when the job is drawn.
+    Attributes:
+        width: Width of the canvas in pixels, a multiple of 64.
+        height: Height of the canvas in pixels, a multiple of 64.
+        image: Input image, of the canvas size.
+        mask: Inpainting mask, of the canvas size.
+        control: Edge map for ControlNet, of the canvas size.
+        strength: Share of the denoising steps applied to the input image, 0..1.
+        loras: Name and weight of each LoRA.
+        alone: Whether the request must not share forward passes, so that it can be reproduced bit for bit.
+        lora_digests: SHA-256 of each LoRA's file; if empty, the current content of the files is used.
     """
 
     task: Task
@@ -63,22 +69,22 @@ class DiffusionRequest:
 
     @property
     def shape(self) -> tuple[object, ...]:
-        """What must be equal for two jobs to share a forward pass, as far as it is known before preparing."""
+        """What must be equal for two requests to share a forward pass, as far as known before `prepare`."""
         return (self.model, self.height, self.width, self.loras, self.lora_digests)
 
 
 def digest(value: Mapping[str, object]) -> str:
-    """SHA-256 of a mapping in canonical JSON (sorted keys, no spaces), as 64 hexadecimal digits."""
+    """SHA-256 of a mapping as canonical JSON (sorted keys, no spaces), in 64 hexadecimal digits."""
     canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def image_digest(job: DiffusionRequest) -> str:
-    """Identity of what is drawn: equal jobs are equal pictures. Knows nothing of format, quality or name."""
-    return digest(diffusion_request_fields(job))
+def image_digest(request: DiffusionRequest) -> str:
+    """Digest of a request, which identifies the pixels it gives; file format, quality and key are not part of it."""
+    return digest(diffusion_request_fields(request))
 
 
-def diffusion_request_fields(job: DiffusionRequest) -> dict[str, object]:
-    """The job's fields as JSON can hold them, with the digest in the place of each picture."""
-    values = {part.name: getattr(job, part.name) for part in fields(job)}
+def diffusion_request_fields(request: DiffusionRequest) -> dict[str, object]:
+    """The fields of a request as JSON values; images are replaced by their digests."""
+    values = {part.name: getattr(request, part.name) for part in fields(request)}
     return {name: value.digest if isinstance(value, ImageArray) else value for name, value in values.items()}

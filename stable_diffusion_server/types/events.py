@@ -1,4 +1,4 @@
-"""What happens to a request in the engine, and how far it is."""
+"""Events of a request in the engine, and the progress that callers see."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 
 class EngineEventKind(StrEnum):
-    """Moments in the life of a job on the device."""
+    """States and steps of a request in the engine; `RESTARTED` begins it again after a failure or preemption."""
 
     QUEUED = "queued"
     STARTED = "started"
@@ -23,10 +23,12 @@ class EngineEventKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class EngineEvent:
-    """One moment in a job's life. `step` counts finished steps out of `steps`; `seconds` since it was queued.
+    """One event of a request in the engine; the other attributes are those of `GenerationProgress`.
 
-    `batch_size` jobs shared that step. `cause` is the kind of error a job failed with, or is begun anew for (`AGAIN`).
-    The rest is as in `GenerationProgress`.
+    Attributes:
+        seconds: Time since the request was queued.
+        batch_size: Number of requests that shared the step.
+        cause: The kind of error that the request failed with, or that restarted it.
     """
 
     kind: EngineEventKind
@@ -43,9 +45,13 @@ class EngineEvent:
 
 @dataclass(frozen=True, slots=True)
 class GenerationProgress:
-    """How far an order is. `position` counts the jobs before it while it waits (0: on the device).
+    """Progress of a request.
 
-    `eta_seconds` is `None` where unknown; `preview` a small picture, height × width × 3 uint8, or `None`.
+    Attributes:
+        step: Finished steps, out of `steps`.
+        position: Number of requests ahead in the queue; 0 on the device.
+        eta_seconds: Estimated seconds until the image is ready, or `None` if unknown.
+        preview: Small preview image (uint8, height × width × 3), or `None`.
     """
 
     kind: EngineEventKind

@@ -7,18 +7,15 @@ from enum import StrEnum
 from typing import Literal
 
 SEED_MAX = 2**32 - 1
-
-
 LORA_WEIGHT_MAX = 2.0
 # A LoRA name: the stem of its file, without folders, at most 100 characters.
 LORA_NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
-
 
 Seed = int | Literal["random"] | None
 
 
 class Task(StrEnum):
-    """What is asked for. Tasks differ in how a job is prepared, never in the path it takes."""
+    """The kind of generation. Tasks differ in how a request is prepared; all later stages are the same."""
 
     TEXT_TO_IMAGE = "text_to_image"
     IMAGE_TO_IMAGE = "image_to_image"
@@ -26,7 +23,7 @@ class Task(StrEnum):
 
 
 class Format(StrEnum):
-    """File formats a picture can be stored in."""
+    """File formats that images are stored in."""
 
     WEBP = "webp"
     PNG = "png"
@@ -40,10 +37,14 @@ class Format(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ImageInput:
-    """A picture a caller gave: a file's bytes, or the URL they are at. `parameter` is what it came by.
+    """An input image: the bytes of a file, or its URL.
 
-    Of a mask, `transparency` tells that its transparent parts are those to repaint, and not its white ones, and
-    `inverted` that it is all the rest.
+    Attributes:
+        parameter: Name of the request parameter that it came in.
+        url: URL of the file, or `None`.
+        data: Bytes of the file, or `None`.
+        transparency: Whether a mask's transparent pixels are repainted instead of its white ones.
+        inverted: Whether the mask is inverted.
     """
 
     parameter: str
@@ -54,7 +55,7 @@ class ImageInput:
 
 
 class Fit(StrEnum):
-    """How a picture is brought to a size of another aspect ratio."""
+    """How an input image is brought to a size of another aspect ratio."""
 
     STRETCH = "stretch"
     CROP = "crop"
@@ -62,7 +63,7 @@ class Fit(StrEnum):
 
 
 class Fill(StrEnum):
-    """What a masked part holds before it is drawn anew."""
+    """What replaces the masked part of an image before it is repainted."""
 
     ORIGINAL = "original"
     SURROUNDINGS = "surroundings"
@@ -72,15 +73,27 @@ class Fill(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """What the caller asked, as asked. `None` means "you decide"; `width` and `height` in pixels.
+    """A request as the caller sent it; `None` means that the server chooses.
 
-    Without a size the picture has that of `image`; with one the image is brought to it by `fit`. `variation` counts
-    further pictures of one order: its seed is that much further. With `only_masked` the part around the mask is cut
-    out with so many pixels of margin, drawn at the asked size and put back; `fill` is what the mask hides. `feather`,
-    in pixels, softens the mask's rim inwards. With `named_by_content` the order's digest goes before the file name, so
-    that no two orders share one. `folder`, with a slash at its end, is where a picture without a `save_path` is stored.
-    `alone`: it is to share no forward pass with others, so that it can be drawn again bit for bit. `named_for` is whose
-    a name made from the content is.
+    Attributes:
+        width: Width in pixels; by default that of `image`, or of the model.
+        height: Height in pixels, likewise.
+        save_path: Object key to store the image under; by default it is derived from the request.
+        overwrite: Whether to generate and store even if the object exists.
+        timeout: Seconds until the request fails with `DeadlineExceeded`.
+        strength: Share of the denoising steps applied to the input image, 0..1.
+        feather: Width in pixels over which the edge of the mask is softened inwards.
+        canny: Whether Canny edges of the input image guide the result, with the two thresholds.
+        loras: Name and weight of each LoRA.
+        named_by_content: Whether the request's digest is put before the file name, which makes it unique.
+        webhook_url: URL that is called when the job ends.
+        folder: Where an image without `save_path` is stored, with a slash at the end.
+        variation: Index of the image in a batch; it is added to the seed.
+        fit: How `image` is brought to the requested size.
+        fill: What replaces the masked part before it is repainted.
+        only_masked: If set, the area around the mask with this margin in pixels is repainted at the requested size.
+        alone: Whether the request must not share forward passes, so that it can be reproduced bit for bit.
+        named_for: Caller that a derived object key belongs to.
     """
 
     task: Task
@@ -120,5 +133,5 @@ class GenerationRequest:
 
     @property
     def sources(self) -> tuple[ImageInput, ...]:
-        """The pictures it comes with."""
+        """The input images of the request."""
         return tuple(source for source in (self.image, self.mask) if source is not None)

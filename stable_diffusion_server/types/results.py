@@ -1,4 +1,4 @@
-"""What comes back: stored objects, warnings and results."""
+"""Results of a request: the stored object, warnings and the result document."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True)
 class RequestWarning:
-    """Something the caller should know about a request that succeeded: a code for programs, a sentence for people."""
+    """A warning about a request that succeeded: a code for programs and a sentence for people."""
 
     code: str
     message: str
@@ -16,9 +16,15 @@ class RequestWarning:
 
 @dataclass(frozen=True, slots=True)
 class StoredObject:
-    """An object in the bucket. `etag` has no quotes; `size` in bytes; `record` says how it was made, ASCII only.
+    """An object in the bucket.
 
-    `waiting`: finished and kept here, and not yet in the bucket.
+    Attributes:
+        key: Object key.
+        size: Size in bytes.
+        etag: ETag without quotes.
+        content_type: Media type.
+        record: Generation parameters stored with the object, as ASCII strings.
+        waiting: Whether the object is still in the local spool and not yet in the bucket.
     """
 
     key: str
@@ -30,16 +36,21 @@ class StoredObject:
 
     @property
     def is_complete(self) -> bool:
-        """Whether it can be a picture: not empty, and of as many bytes as its record says were written."""
+        """Whether the object is not empty and has the number of bytes that its record says."""
         return self.size > 0 and self.record.get("bytes", str(self.size)) == str(self.size)
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationResult:
-    """The answer to an order: where the picture is and what was really done. `timings` in seconds by stage.
+    """The result of a request: the parameters that were used, and where the image is stored.
 
-    `batched`: it shared forward passes, `None` where that is not known.
-    `stored` is false while the picture is kept by this server and not yet in the bucket.
+    Attributes:
+        stored: Whether the image is in the bucket; false while it is only in the local spool.
+        cached: Whether the image existed before the request.
+        coalesced: Whether an identical concurrent request generated the image.
+        batched: Whether the request shared forward passes; `None` if unknown.
+        prompt_used: The prompt after truncation, if it was truncated.
+        timings: Seconds per stage.
     """
 
     key: str
