@@ -43,6 +43,7 @@ from stable_diffusion_server.pipelines.loading.loader import COMPUTED_FAST
 from stable_diffusion_server.pipelines.loading.offload import apply_residency
 from stable_diffusion_server.pipelines.loading.placement import CONTROL, Quantization, Residency
 from stable_diffusion_server.pipelines.loading.quantization import quantize_parts
+from stable_diffusion_server.pipelines.registry import LoadedFamily, LoadedModelInfo, Registry
 from stable_diffusion_server.types import DiffusionRequest, Task
 
 PROMPT = "a red circle on a blue background"
@@ -339,7 +340,7 @@ def together(rig: Rig, family: Any) -> Iterator[tuple[Any, ...]]:
     """Eight pictures at once through the engine, with step batching and without."""
     for side in rig.sides:
         for most in (1, 8):
-            with engine_over(family, most) as submit:
+            with engine_over(rig, family, most) as submit:
                 seconds = [eight(rig, side, submit, turn) for turn in range(rig.rounds + 1)][1:]
             middle = statistics.median(seconds)
             yield side, most, f"{middle:.3f}", f"{8 / middle:.2f}"
@@ -354,11 +355,21 @@ def eight(rig: Rig, side: int, submit: Callable[[DiffusionRequest], Any], turn: 
     return time.perf_counter() - started
 
 
+def registry_of(rig: Rig, family: Any) -> Registry:
+    """The registry of one family, which the engine runs."""
+    facts = rig.facts
+    info = LoadedModelInfo(
+        facts.name, facts.folder, facts.revision, str(rig.device), "half", "resident", "none", 0, False, ()
+    )
+    return Registry([LoadedFamily(family, facts, info)])
+
+
 @contextmanager
-def engine_over(family: Any, most: int) -> Iterator[Callable[[DiffusionRequest], Any]]:
+def engine_over(rig: Rig, family: Any, most: int) -> Iterator[Callable[[DiffusionRequest], Any]]:
     """An engine with one family on its own thread: the function that hands it a job."""
     ready = threading.Event()
-    engine: Engine[Any, Any] = Engine(lambda: family, queue_limit=64, max_batch=most, on_ready=ready.set)
+    models = registry_of(rig, family)
+    engine: Engine[Any] = Engine(lambda: models, queue_limit=64, max_batch=most, on_ready=ready.set)
     engine.start()
     while not ready.wait(0.1) and engine.state is not EngineState.FAILED:
         pass
@@ -399,14 +410,10 @@ def serving(rig: Rig, family: Any) -> Iterator[Callable[[str, int, int], tuple[f
 
     from benchmarks.loopback import free_port, wait_for
     from stable_diffusion_server.app import create_app
-    from stable_diffusion_server.pipelines.registry import LoadedFamily, LoadedModelInfo, Registry
     from stable_diffusion_server.settings import Settings
 
     name, facts = rig.facts.name, rig.facts
-    told = LoadedModelInfo(
-        name, facts.folder, facts.revision, str(rig.device), "half", "resident", "none", 0, False, ()
-    )
-    models = Registry([LoadedFamily(family, facts, told)])
+    models = registry_of(rig, family)
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "models" / facts.folder).mkdir(parents=True)
         settings = Settings(

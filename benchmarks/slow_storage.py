@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 
 from benchmarks.cached_hits import KEYS, ROOT, free_port, wait_for
 from stable_diffusion_server.app import create_app
+from stable_diffusion_server.engine import DenoiserCapabilities
 from stable_diffusion_server.settings import read_settings
 from stable_diffusion_server.types import DiffusionRequest
 
@@ -69,7 +70,7 @@ class Grey:
     redecoded: bool = False
 
 
-class Sleeper:
+class Sleeper(DenoiserCapabilities):
     """A device that takes the same time for every step, whatever else the machine does."""
 
     def count_tokens(self, model: str, prompt: str) -> int:

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stable_diffusion_server.engine import Engine, EngineResult, EngineState
+from stable_diffusion_server.engine import DenoiserCapabilities, Engine, EngineResult, EngineState
 from stable_diffusion_server.pipelines import MODELS, registry
 from stable_diffusion_server.types import DiffusionRequest, ImageArray, Task
 
@@ -31,7 +31,7 @@ PROMPT = "a red circle on a blue background"
 
 
 @dataclass
-class Traced:
+class Traced(DenoiserCapabilities):
     """A denoiser that notes each step: when it began, how long it took, and who took part at which of their steps."""
 
     denoiser: Any
@@ -62,7 +62,7 @@ def main() -> None:
     traced = Traced(registry.load(ROOT / "models", "cpu", 0))
     jobs = six_jobs()
     traced.names.update({job.seed: name for name, (job, _) in jobs.items()})
-    engine: Engine[Any, Any] = Engine(lambda: traced, queue_limit=16, max_batch=8)
+    engine: Engine[Any] = Engine(lambda: traced, queue_limit=16, max_batch=8)
     engine.start()
     while engine.state is not EngineState.READY:
         time.sleep(0.01)
@@ -110,7 +110,7 @@ def six_jobs() -> dict[str, tuple[DiffusionRequest, int]]:
 
 
 def draw_together(
-    engine: Engine[Any, Any], traced: Traced, jobs: dict[str, tuple[DiffusionRequest, int]]
+    engine: Engine[Any], traced: Traced, jobs: dict[str, tuple[DiffusionRequest, int]]
 ) -> tuple[dict[str, EngineResult[Any]], dict[str, float], float]:
     """Hand each job in when the device has taken its number of steps; drawings, arrivals and the beginning."""
     origin, tickets, arrivals = time.perf_counter(), {}, {}

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from stable_diffusion_server.engine import DenoiserCapabilities
 from stable_diffusion_server.errors import NotFinite, QueueFull
 from stable_diffusion_server.settings import Settings
 from stable_diffusion_server.types import DiffusionRequest
@@ -55,7 +56,7 @@ class FakePixels:
 
 
 @dataclass
-class FakeDenoiser:
+class FakeDenoiser(DenoiserCapabilities):
     """Paints the whole canvas in the first colour the prompt names; its brightness shifts with the seed.
 
     Counts what it does, and can be slowed down, held at a gate, or made to fail by words in a prompt.

@@ -18,7 +18,7 @@ from stable_diffusion_server.engine import Engine, EngineState
 from stable_diffusion_server.errors import DeviceLost, NotFinite, OutOfMemory
 from stable_diffusion_server.types import DiffusionRequest, Task
 
-EngineOf = Callable[..., Engine[Any, Any]]
+EngineOf = Callable[..., Engine[Any]]
 
 
 def job(prompt: str, steps: int = 4, width: int = 64, **more: Any) -> DiffusionRequest:
@@ -35,10 +35,10 @@ def open_gate(painter: FakeDenoiser) -> None:
 @pytest.fixture
 def engine_of() -> Iterator[EngineOf]:
     """Make a running engine."""
-    made: list[Engine[Any, Any]] = []
+    made: list[Engine[Any]] = []
 
-    def make(painter: FakeDenoiser, queue_limit: int = 32, max_batch: int = 4, **more: Any) -> Engine[Any, Any]:
-        engine: Engine[Any, Any] = Engine(lambda: painter, queue_limit=queue_limit, max_batch=max_batch, **more)
+    def make(painter: FakeDenoiser, queue_limit: int = 32, max_batch: int = 4, **more: Any) -> Engine[Any]:
+        engine: Engine[Any] = Engine(lambda: painter, queue_limit=queue_limit, max_batch=max_batch, **more)
         engine.start()
         until(lambda: engine.state is EngineState.READY)
         made.append(engine)

@@ -48,7 +48,7 @@ class Easel:
 
 
 def remedy(**changes: Any) -> RetryPolicy:
-    values = {"redraws": 2, "max_steps": 100, "facts": MODELS["sdxl"], "fit": lambda text: text, **changes}
+    values = {"redraws": 2, "max_steps": 100, "spec": MODELS["sdxl"], "fit": lambda text: text, **changes}
     return RetryPolicy(**values)
 
 

@@ -35,7 +35,7 @@ class ResolverHarness:
         self.models: dict[str, ModelSpec] = dict(MODELS)
         self.loras: dict[str, str] = {"ink": "1a"}
         self.bucket = MemoryBucket()
-        self.engine: Engine[Any, Any] = Engine(lambda: self.painter, queue_limit=64, max_batch=4)
+        self.engine: Engine[Any] = Engine(lambda: self.painter, queue_limit=64, max_batch=4)
         self.engine.start()
         until(lambda: self.engine.state is EngineState.READY)
         self.decoder = DecoderPool(max_bytes=1_000_000, max_pixels=1_000_000, max_side=2048)

@@ -38,7 +38,7 @@ class ServiceHarness:
         self.painter = painter
         self.bucket = LocalBucket(folder)
         self.bucket.open()
-        self.engine: Engine[Any, Any] = Engine(lambda: painter, queue_limit=64, max_batch=4)
+        self.engine: Engine[Any] = Engine(lambda: painter, queue_limit=64, max_batch=4)
         self.engine.start()
         until(lambda: self.engine.state is EngineState.READY)
         self.fetcher = ImageFetcher(FetchLimits(max_bytes=1_000_000))

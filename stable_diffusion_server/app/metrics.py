@@ -9,6 +9,7 @@ from typing import Any
 from stable_diffusion_server.app.models import ModelState, ReadinessCheck
 from stable_diffusion_server.app.storage import StorageStack
 from stable_diffusion_server.engine import Engine
+from stable_diffusion_server.generation import DecodedPixels
 from stable_diffusion_server.jobs import JobManager
 from stable_diffusion_server.observability import Metrics, Sample
 
@@ -18,7 +19,7 @@ _MODEL = ("name", "folder", "revision", "device", "dtype", "residency", "quantiz
 def register_metrics(
     metrics: Metrics,
     version: str,
-    engine: Engine[Any, Any],
+    engine: Engine[DecodedPixels],
     jobs: JobManager,
     stores: StorageStack,
     loaded: ModelState,
@@ -32,7 +33,7 @@ def register_metrics(
     _register_models(metrics, loaded)
 
 
-def _register_engine(metrics: Metrics, engine: Engine[Any, Any]) -> None:
+def _register_engine(metrics: Metrics, engine: Engine[DecodedPixels]) -> None:
     def caps() -> Iterator[Sample]:
         for timings in engine.step_timings():
             yield (timings.label,), timings.cap

@@ -12,9 +12,9 @@ import structlog
 
 from stable_diffusion_server.app.lifecycle import ProcessHooks
 from stable_diffusion_server.app.warmup import warm_up
-from stable_diffusion_server.engine import Denoiser, DenoiserCapabilities, Engine
+from stable_diffusion_server.engine import Denoiser, Engine
 from stable_diffusion_server.errors import ModelLoadError, NotReady
-from stable_diffusion_server.generation import GenerationOptions, RequestLimits
+from stable_diffusion_server.generation import DecodedPixels, GenerationOptions, RequestLimits
 from stable_diffusion_server.observability import ConsoleProgress, DeviceRecord, Metrics, ProgressHeartbeat, broadcast
 from stable_diffusion_server.pipelines import (
     MODELS,
@@ -32,7 +32,7 @@ from stable_diffusion_server.settings import Settings, SettingsError, set_compil
 _log = structlog.get_logger(__name__)
 
 
-class ModelBackend(Denoiser[Any, Any], Protocol):
+class ModelBackend(Denoiser[Any, DecodedPixels], Protocol):
     """A denoiser that also counts the tokens of a prompt."""
 
     def count_tokens(self, model: str, prompt: str) -> int:
@@ -204,7 +204,7 @@ def build_engine(
     hooks: ProcessHooks,
     readiness: ReadinessCheck,
     record: DeviceRecord,
-) -> Engine[Any, Any]:
+) -> Engine[DecodedPixels]:
     """Build the engine with the observers of its events, not started.
 
     `hooks.ready` is called once the models are loaded and `readiness` misses nothing; `record` is told which jobs are
@@ -217,9 +217,9 @@ def build_engine(
         _log.info("models loaded", seconds=round(perf_counter() - started, 1))
         return loaded.models
 
-    def warm_up_all(models: Denoiser[Any, Any], capabilities: DenoiserCapabilities) -> None:
+    def warm_up_all(models: Denoiser[Any, DecodedPixels]) -> None:
         pairs = settings.max_batch > 1
-        warm_up(models, capabilities, loaded.facts, settings.warmup_sizes_in_pixels(), pairs=pairs)
+        warm_up(models, loaded.facts, settings.warmup_sizes_in_pixels(), pairs=pairs)
         hooks.libraries_loaded()
 
     def announce() -> None:
@@ -231,7 +231,7 @@ def build_engine(
         ConsoleProgress().observe,
         ProgressHeartbeat(settings.data_dir / "progress.txt").observe,
     )
-    engine: Engine[Any, Any] = Engine(
+    engine: Engine[DecodedPixels] = Engine(
         load_and_log,
         queue_limit=settings.queue_limit,
         max_batch=settings.max_batch,

@@ -7,6 +7,7 @@ from typing import Any
 from stable_diffusion_server.app.models import ModelState
 from stable_diffusion_server.app.storage import StorageStack
 from stable_diffusion_server.engine import Engine, EngineState
+from stable_diffusion_server.generation import DecodedPixels
 from stable_diffusion_server.imaging import DecoderPool
 from stable_diffusion_server.jobs import JobManager
 
@@ -17,12 +18,12 @@ class Readiness:
     def __init__(self, models: ModelState, stores: StorageStack) -> None:
         self._models = models
         self._stores = stores
-        self._engine: Engine[Any, Any] | None = None
+        self._engine: Engine[DecodedPixels] | None = None
         self._decoder: DecoderPool | None = None
         self._jobs: JobManager | None = None
         self._storage_faults: dict[str, str] = {}
 
-    def watch(self, engine: Engine[Any, Any], decoder: DecoderPool, jobs: JobManager) -> None:
+    def watch(self, engine: Engine[DecodedPixels], decoder: DecoderPool, jobs: JobManager) -> None:
         """Set the parts that are built after this one; the engine reports that it is ready through it."""
         self._engine, self._decoder, self._jobs = engine, decoder, jobs
 

@@ -9,7 +9,7 @@ from stable_diffusion_server.api import job_body
 from stable_diffusion_server.app.models import ModelState
 from stable_diffusion_server.app.storage import StorageStack
 from stable_diffusion_server.engine import Engine
-from stable_diffusion_server.generation import GenerationOptions, GenerationService
+from stable_diffusion_server.generation import DecodedPixels, GenerationOptions, GenerationService
 from stable_diffusion_server.imaging import DEFAULT_FORMATS, DecoderPool
 from stable_diffusion_server.jobs import JobManager, JobPolicy, JobRecord, JobStatus, SqliteJobStore
 from stable_diffusion_server.net import AllowedTarget, FetchLimits, ImageFetcher, WebhookClient
@@ -53,7 +53,7 @@ class ImageReaders:
 
 def build_service(
     settings: Settings,
-    engine: Engine[Any, Any],
+    engine: Engine[DecodedPixels],
     models: ModelState,
     options: GenerationOptions,
     stores: StorageStack,

@@ -8,7 +8,7 @@ from typing import Any
 
 import structlog
 
-from stable_diffusion_server.engine import Denoiser, DenoiserCapabilities
+from stable_diffusion_server.engine import Denoiser
 from stable_diffusion_server.errors import DeviceLost
 from stable_diffusion_server.imaging import plan_canvas
 from stable_diffusion_server.pipelines import ModelSpec
@@ -21,7 +21,6 @@ _NO_GUIDANCE = 1.0
 
 def warm_up(
     models: Denoiser[Any, Any],
-    capabilities: DenoiserCapabilities,
     specs: Mapping[str, ModelSpec],
     sizes: Collection[tuple[int, int]],
     *,
@@ -33,7 +32,7 @@ def warm_up(
     for all larger batches. A failure is only logged, since the engine may still succeed: it frees memory and retries.
     Weights that are offloaded are not compiled, so nothing is done for them. Raises `DeviceLost`.
     """
-    if not capabilities.resident:
+    if not models.resident:
         return
     for job in dict.fromkeys(_requests(specs, sizes)):
         started = perf_counter()
@@ -42,7 +41,7 @@ def warm_up(
         except DeviceLost:
             raise
         except Exception as error:
-            capabilities.release_memory()
+            models.release_memory()
             _log.warning("not warmed up", model=job.model, width=job.width, height=job.height, exc_info=error)
         else:
             seconds = round(perf_counter() - started, 1)

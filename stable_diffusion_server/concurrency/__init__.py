@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from stable_diffusion_server.concurrency.averages import moving_average
 from stable_diffusion_server.concurrency.deadlines import ProgressMonitor, deadline
 from stable_diffusion_server.concurrency.fair_limiter import (
     FairLimiter,
@@ -21,4 +22,5 @@ __all__ = [
     "describe_caller",
     "largest_holder",
     "may_hold_more",
+    "moving_average",
 ]

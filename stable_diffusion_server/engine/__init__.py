@@ -1,4 +1,4 @@
-"""Owns the device: a waiting line, and lanes that step jobs through it together. Knows time, and no diffusion."""
+"""Device scheduling: a fair request queue, and worker threads that batch requests per denoising step."""
 
 from __future__ import annotations
 

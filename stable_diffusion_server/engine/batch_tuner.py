@@ -1,4 +1,4 @@
-"""What is known of the time things take: seconds a step by shape and group size, and from it the largest group."""
+"""Batch-size tuner: measures step times by shape and batch size, and finds the largest batch that is worth it."""
 
 from __future__ import annotations
 
@@ -6,125 +6,126 @@ import threading
 from collections import OrderedDict, deque
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
+from stable_diffusion_server.concurrency import moving_average
 from stable_diffusion_server.engine.interface import P
 from stable_diffusion_server.engine.ticket import RunningRequest, Ticket
 from stable_diffusion_server.types import DiffusionRequest
 
-# Samples kept of each group size, how many are enough to compare sizes, and how many shapes are remembered.
-KEPT, ENOUGH, SHAPES = 8, 4, 64
-# A larger group has to draw a picture in less than this share of the time, a smaller one may take this much of it.
-WORTH = 0.95
-# Steps of the largest size memory allows before twice as much is allowed again; twice as many after each failure.
-RECOVERY = 2048
-# Full steps before a size that did not pay is tried again (four times as many each time, a few times), and before a
-# smaller one is, to see whether the size still pays.
-PATIENCE, LONGEST_PATIENCE = 64, 4096
-AUDIT = 512
+# Samples kept per batch size, samples needed to compare two sizes, and shapes remembered.
+MAX_SAMPLES, MIN_SAMPLES, MAX_SHAPES = 8, 4, 64
+# A larger batch must take less than this share of the time per image; a smaller one may take this share more.
+WORTHWHILE = 0.95
+# Steps at the memory ceiling before a ceiling twice as high is tried; doubled after each out-of-memory error.
+RECOVERY_STEPS = 2048
+# Full-batch steps before a batch size that proved slower is retried (×4 after each failure, up to the maximum), and
+# before the next smaller size is re-tested.
+PATIENCE, MAX_PATIENCE = 64, 4096
+RETEST_STEPS = 512
 
 
 @dataclass(slots=True)
 class ShapeProfile:
-    """One shape's step times, and the largest group that is known to pay.
+    """Step times of one shape, and the largest batch size known to be worthwhile.
 
-    `cap` is in force: `base` is settled, and another value is on trial. `ceiling` is where memory ended, `most` what
-    was allowed before.
+    `cap` is in force: equal to `base`, the accepted size, or a size under test. `ceiling` is the limit of memory,
+    `max_batch` the configured one.
     """
 
     label: str
     model: str
     pixels: int
-    most: int
+    max_batch: int
     ceiling: int
     cap: int
     base: int
     times: dict[int, deque[float]] = field(default_factory=dict)
     costs: dict[int, deque[float]] = field(default_factory=dict)
-    around: float = 0.0
+    overhead: float | None = None
     patience: int = 0
-    audit: int = AUDIT
-    misses: int = 0
-    shortages: int = 0
-    recovery: int = 0
+    steps_to_retest: int = RETEST_STEPS
+    failed_tests: int = 0
+    out_of_memory_errors: int = 0
+    steps_to_recovery: int = 0
 
     def sizes(self) -> list[int]:
-        """The group sizes that were measured."""
+        """The measured batch sizes, ascending."""
         return sorted(size for size, times in self.times.items() if times)
 
     def seconds(self, size: int) -> float | None:
-        """Seconds of one step of a group of that size, or of the measured size next to it."""
+        """Seconds per step of a batch of `size`, or of the nearest measured size; `None` if there is none."""
         if not self.sizes():
             return None
-        return _quickest(self.times[min(self.sizes(), key=lambda n: abs(n - size))])
+        return _lower_quartile(self.times[min(self.sizes(), key=lambda n: abs(n - size))])
 
     def add(self, size: int, seconds: float, cost: float) -> None:
-        """Take note of a step; the first one of a size warms things up and does not count."""
+        """Record a step. The first one of a size includes warm-up and is left out."""
         if size not in self.times:
-            self.times[size], self.costs[size] = deque(maxlen=KEPT), deque(maxlen=KEPT)
+            self.times[size], self.costs[size] = deque(maxlen=MAX_SAMPLES), deque(maxlen=MAX_SAMPLES)
         else:
             self.times[size].append(seconds)
             self.costs[size].append(cost)
-        if size == self.ceiling < self.most:
-            self.recovery -= 1
-            if self.recovery <= 0:
-                self.ceiling, self.recovery = min(2 * self.ceiling, self.most), RECOVERY * 2**self.shortages
+        if size == self.ceiling < self.max_batch:
+            self.steps_to_recovery -= 1
+            if self.steps_to_recovery <= 0:
+                self.ceiling = min(2 * self.ceiling, self.max_batch)
+                self.steps_to_recovery = RECOVERY_STEPS * 2**self.out_of_memory_errors
 
-    def known(self, size: int) -> bool:
-        """Whether enough was measured to judge a size."""
-        return len(self.times.get(size, ())) >= ENOUGH
+    def is_measured(self, size: int) -> bool:
+        """Whether there are enough samples of a size to compare it."""
+        return len(self.times.get(size, ())) >= MIN_SAMPLES
 
-    def learn(self, size: int, more_wait: bool) -> None:
-        """Go on trial with another cap, or judge the one that is, after a step of `size`."""
-        if size != self.cap or not self.known(size):
+    def tune(self, size: int, more_wait: bool) -> None:
+        """After a step of `size`: compare the size under test, or start to test another one."""
+        if size != self.cap or not self.is_measured(size):
             return
         if self.cap != self.base:
-            self._judge()
+            self._compare()
         elif more_wait:
             self.patience -= 1
-            self.audit -= 1
+            self.steps_to_retest -= 1
             larger = min(2 * self.cap, self.ceiling)
             if self.patience <= 0 and larger > self.cap:
-                self._try(larger)
-            elif self.audit <= 0 and self.cap > 1:
-                self._try(self.cap // 2)
+                self._test(larger)
+            elif self.steps_to_retest <= 0 and self.cap > 1:
+                self._test(self.cap // 2)
 
-    def _try(self, size: int) -> None:
+    def _test(self, size: int) -> None:
         self.times.pop(size, None)
         self.costs.pop(size, None)
-        self.cap, self.audit = size, AUDIT
+        self.cap, self.steps_to_retest = size, RETEST_STEPS
 
-    def _judge(self) -> None:
-        pays = False
+    def _compare(self) -> None:
+        worthwhile = False
         if (base := self.costs.get(self.base)) and (cap := self.costs.get(self.cap)):
-            now, before = _quickest(cap) / self.cap, _quickest(base) / self.base
-            # A smaller one may be a little slower and still be the better size.
-            pays = now < WORTH * before if self.cap > self.base else WORTH * now < before
-        if pays:
-            self.base, self.misses, self.patience = self.cap, 0, 0
+            now, before = _lower_quartile(cap) / self.cap, _lower_quartile(base) / self.base
+            # A smaller batch has less latency, so it may be a little slower per image.
+            worthwhile = now < WORTHWHILE * before if self.cap > self.base else WORTHWHILE * now < before
+        if worthwhile:
+            self.base, self.failed_tests, self.patience = self.cap, 0, 0
             return
         if self.cap > self.base:
-            self.patience = min(PATIENCE * 4**self.misses, LONGEST_PATIENCE)
-            self.misses += 1
+            self.patience = min(PATIENCE * 4**self.failed_tests, MAX_PATIENCE)
+            self.failed_tests += 1
         self.cap = self.base
 
-    def lower(self, ceiling: int) -> None:
-        """Run out of memory: no more than `ceiling` for a long time."""
-        self.shortages += 1
-        self.recovery = RECOVERY * 2**self.shortages
+    def lower_ceiling(self, ceiling: int) -> None:
+        """Limit batches to `ceiling` for a long time, after an out-of-memory error."""
+        self.out_of_memory_errors += 1
+        self.steps_to_recovery = RECOVERY_STEPS * 2**self.out_of_memory_errors
         self.ceiling = max(1, min(self.ceiling, ceiling))
         self.cap, self.base = min(self.cap, self.ceiling), min(self.base, self.ceiling)
 
 
-def _quickest(samples: Iterable[float]) -> float:
-    """The lower quartile: other work on the machine only adds."""
+def _lower_quartile(samples: Iterable[float]) -> float:
+    """The lower quartile: other work on the machine can only make a step slower."""
     ordered = sorted(samples)
     return ordered[len(ordered) // 4]
 
 
 @dataclass(frozen=True, slots=True)
 class StepTimings:
-    """A shape's figures for people: the cap in force, and seconds a step by group size."""
+    """Timings of one shape for metrics: the batch cap in force, and seconds per step by batch size."""
 
     label: str
     cap: int
@@ -132,96 +133,108 @@ class StepTimings:
 
 
 class BatchSizeTuner:
-    """The paces of all shapes, safe from any thread.
+    """Profiles of all shapes. Thread-safe.
 
-    With `learn` a shape's groups begin at one and grow while a picture takes less time in a larger one; else
-    `max_batch` is the cap of all but those that ran out of memory.
+    With `learn`, the batches of a shape start at one request and grow while a larger batch takes less time per image;
+    otherwise the cap is `max_batch`, lowered by out-of-memory errors.
     """
 
     def __init__(self, max_batch: int, *, learn: bool = False) -> None:
         self._max_batch = max_batch
         self._learn = learn
-        self._paces: OrderedDict[Hashable, ShapeProfile] = OrderedDict()
+        # In order of use, which the estimates read too; cachetools.LRUCache does not show its order.
+        self._profiles: OrderedDict[Hashable, ShapeProfile] = OrderedDict()
         self._lock = threading.Lock()
 
-    def cap(self, job: DiffusionRequest) -> int:
-        """How many jobs of this shape may share a forward pass."""
+    def cap(self, request: DiffusionRequest) -> int:
+        """Largest number of requests of this shape that may share a forward pass."""
         with self._lock:
-            return self._of(job).cap
+            return self._profile_of(request).cap
 
-    def record_step(self, job: DiffusionRequest, size: int, seconds: float, cost: float, *, more_wait: bool) -> None:
-        """A group of `size` took a step; `more_wait` tells whether more of its shape would have joined.
+    def record_step(
+        self, request: DiffusionRequest, size: int, seconds: float, cost: float, *, more_wait: bool
+    ) -> None:
+        """Record a step of a batch of `size`; `more_wait` says whether more requests would have joined.
 
-        Sizes are judged by the `cost`: the seconds, or what of them the processor was the group's own.
+        Sizes are compared by `cost`: the seconds, or the CPU seconds of the worker's own thread.
         """
         with self._lock:
-            pace = self._of(job)
-            pace.add(size, seconds, cost)
+            profile = self._profile_of(request)
+            profile.add(size, seconds, cost)
             if self._learn:
-                pace.learn(size, more_wait)
+                profile.tune(size, more_wait)
             else:
-                pace.cap = pace.base = pace.ceiling
+                profile.cap = profile.base = profile.ceiling
 
-    def record_overhead(self, job: DiffusionRequest, seconds: float) -> None:
-        """A picture took so long beside its steps."""
+    def record_overhead(self, request: DiffusionRequest, seconds: float) -> None:
+        """Record the seconds of a request outside its steps: preparing and decoding."""
         with self._lock:
-            pace = self._of(job)
-            pace.around = 0.8 * (pace.around or seconds) + 0.2 * seconds
+            profile = self._profile_of(request)
+            profile.overhead = moving_average(profile.overhead, seconds)
 
-    def record_out_of_memory(self, job: DiffusionRequest, size: int) -> None:
-        """A group of `size` was too large for the memory: halve it."""
+    def record_out_of_memory(self, request: DiffusionRequest, size: int) -> None:
+        """Halve the ceiling after a batch of `size` was too large for the memory."""
         with self._lock:
-            self._of(job).lower(size // 2)
+            self._profile_of(request).lower_ceiling(size // 2)
 
-    def seconds_for(self, job: DiffusionRequest, steps: int, size: int = 1) -> float | None:
-        """How long so many steps of a job take in a group of that size, and what is around them.
+    def seconds_for(self, request: DiffusionRequest, steps: int, size: int = 1) -> float | None:
+        """Estimated seconds of `steps` steps in a batch of `size`, overhead included.
 
-        For a shape that was not measured yet: by another one of its model, by the number of pixels; else `None`.
+        For a shape without samples: scaled by pixels from another shape of the model; `None` if there is none.
         """
         with self._lock:
-            return self._seconds_for(job, steps, size)
+            return self._seconds_for(request, steps, size)
 
-    def etas(self, line: Iterable[Ticket[P]], seats: Iterable[RunningRequest[Any, P]]) -> list[float | None]:
-        """Seconds until each ticket of the line is drawn, with groups as large as they may be.
+    def etas(self, waiting: Iterable[Ticket[P]], running: Iterable[RunningRequest[P]]) -> list[float | None]:
+        """Seconds until each waiting ticket is done, if batches are as large as allowed.
 
-        What cannot be known counts as nothing for those behind it, and has no answer itself.
+        A ticket without an estimate gets `None`, and counts as 0 s for those behind it.
         """
         with self._lock:
-            left = [self._seconds_for(seat.ticket.request, seat.steps_left, 1) or 0.0 for seat in seats]
+            left = [self._seconds_for(one.ticket.request, one.steps_left, 1) or 0.0 for one in running]
             before, etas = max(left, default=0.0), list[float | None]()
-            for ticket in line:
-                cap = self._of(ticket.request).cap
+            for ticket in waiting:
+                cap = self._profile_of(ticket.request).cap
                 own = self._seconds_for(ticket.request, ticket.steps_left, cap)
                 etas.append(None if own is None else before + own)
                 before += (own or 0.0) / cap
             return etas
 
-    def _seconds_for(self, job: DiffusionRequest, steps: int, size: int) -> float | None:
-        pace, scale = self._paces.get(job.shape), 1.0
-        if pace is None or not pace.sizes():
-            known = [other for other in self._paces.values() if other.model == job.model and other.sizes()]
+    def _seconds_for(self, request: DiffusionRequest, steps: int, size: int) -> float | None:
+        profile, scale = self._profiles.get(request.shape), 1.0
+        if profile is None or not profile.sizes():
+            known = [other for other in self._profiles.values() if other.model == request.model and other.sizes()]
             if not known:
                 return None
-            pace = known[-1]
-            scale = job.width * job.height / pace.pixels
-        return scale * (steps * (pace.seconds(size) or 0.0) + pace.around)
+            profile = known[-1]
+            scale = request.width * request.height / profile.pixels
+        return scale * (steps * (profile.seconds(size) or 0.0) + (profile.overhead or 0.0))
 
     def step_timings(self) -> list[StepTimings]:
-        """What is known, one figure for each label."""
+        """The timings of all shapes, one for each label."""
         with self._lock:
             return [
-                StepTimings(pace.label, pace.cap, {n: s for n in pace.sizes() if (s := pace.seconds(n)) is not None})
-                for pace in {pace.label: pace for pace in self._paces.values()}.values()
+                StepTimings(
+                    profile.label,
+                    profile.cap,
+                    {size: seconds for size in profile.sizes() if (seconds := profile.seconds(size)) is not None},
+                )
+                for profile in {profile.label: profile for profile in self._profiles.values()}.values()
             ]
 
-    def _of(self, job: DiffusionRequest) -> ShapeProfile:
-        if job.shape not in self._paces:
-            label = f"{job.model} {job.width}x{job.height}" + (" with adapters" if job.loras else "")
+    def _profile_of(self, request: DiffusionRequest) -> ShapeProfile:
+        if request.shape not in self._profiles:
             start = 1 if self._learn else self._max_batch
-            self._paces[job.shape] = ShapeProfile(
-                label, job.model, job.width * job.height, self._max_batch, self._max_batch, start, start
+            self._profiles[request.shape] = ShapeProfile(
+                label=f"{request.model} {request.width}x{request.height}" + (" with adapters" if request.loras else ""),
+                model=request.model,
+                pixels=request.width * request.height,
+                max_batch=self._max_batch,
+                ceiling=self._max_batch,
+                cap=start,
+                base=start,
             )
-            if len(self._paces) > SHAPES:
-                self._paces.popitem(last=False)
-        self._paces.move_to_end(job.shape)
-        return self._paces[job.shape]
+            if len(self._profiles) > MAX_SHAPES:
+                self._profiles.popitem(last=False)
+        self._profiles.move_to_end(request.shape)
+        return self._profiles[request.shape]

@@ -1,4 +1,4 @@
-"""Tells what happens to jobs: to the observer of all of them, and to who watches one. Decides nothing."""
+"""Event dispatcher: sends engine events to the observer of all requests and to the watcher of one request."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _log = structlog.get_logger(__name__)
 
 
 class EventDispatcher:
-    """Makes events and passes them on, one at a time; the faults of those who are told never reach the device."""
+    """Builds events and sends them. `observe` is called by one thread at a time; its errors are logged only."""
 
     def __init__(self, observe: Callable[[EngineEvent], None]) -> None:
         self._observe = observe
@@ -36,31 +36,39 @@ class EventDispatcher:
         batch_size: int = 1,
         cause: str = "",
     ) -> None:
-        """Tell everyone of a moment in a job's life."""
-        more = {"position": position, "eta_seconds": eta_seconds, "preview": preview}
-        event = _event(kind, ticket, state, batch_size=batch_size, cause=cause, **more)
+        """Send an event to the observer and to the ticket's watcher."""
+        event = _event(
+            kind,
+            ticket,
+            state,
+            position=position,
+            eta_seconds=eta_seconds,
+            preview=preview,
+            batch_size=batch_size,
+            cause=cause,
+        )
         with self._lock:
-            _pass_on(self._observe, event)
-        _pass_on(ticket.watch, event)
+            _send(self._observe, event)
+        _send(ticket.watch, event)
 
     def dispatch_position(self, ticket: Ticket[Any], position: int, eta_seconds: float | None) -> None:
-        """Tell who watches a waiting job that it moved in the line; for all others that is no news."""
-        if position != ticket.reported_position:
-            ticket.reported_position = position
-            state = ticket.suspended.state if ticket.suspended else None
-            _pass_on(
-                ticket.watch, _event(EngineEventKind.QUEUED, ticket, state, position=position, eta_seconds=eta_seconds)
-            )
+        """Send a new queue position to the ticket's watcher only."""
+        if position == ticket.reported_position:
+            return
+        ticket.reported_position = position
+        state = ticket.suspended.state if ticket.suspended else None
+        event = _event(EngineEventKind.QUEUED, ticket, state, position=position, eta_seconds=eta_seconds)
+        _send(ticket.watch, event)
 
 
-def _event(kind: EngineEventKind, ticket: Ticket[Any], state: Any, **more: Any) -> EngineEvent:
+def _event(kind: EngineEventKind, ticket: Ticket[Any], state: Any, **fields: Any) -> EngineEvent:
     index, steps = (state.index, state.steps) if state is not None else (0, ticket.request.num_inference_steps)
-    return EngineEvent(kind, ticket.id, index, steps, time.perf_counter() - ticket.accepted_at, **more)
+    return EngineEvent(kind, ticket.id, index, steps, time.perf_counter() - ticket.accepted_at, **fields)
 
 
-def _pass_on(told: Callable[[EngineEvent], None] | None, event: EngineEvent) -> None:
+def _send(receive: Callable[[EngineEvent], None] | None, event: EngineEvent) -> None:
     try:
-        if told is not None:
-            told(event)
-    except Exception as error:  # an observer is optional by nature
-        _log.warning("an observer failed", exc_info=error)
+        if receive is not None:
+            receive(event)
+    except Exception as error:  # observers are optional
+        _log.warning("an event observer failed", exc_info=error)

@@ -1,8 +1,8 @@
-"""What the engine is given to draw with, and what it gives back. Nouns alone."""
+"""Types between the engine and a denoiser: the denoiser's protocol, its state, the engine's state and result."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Generic, Protocol, TypeVar
@@ -18,69 +18,76 @@ P_co = TypeVar("P_co", covariant=True)
 
 
 class DenoisingState(Protocol):
-    """A job between two steps, as far as the engine has to know it."""
+    """A request between two denoising steps. `index` counts the finished steps."""
 
     index: int
 
     @property
     def shape(self) -> Hashable:
-        """What must be equal to share a forward pass."""
+        """Key that must be equal for two states to share a forward pass."""
 
     @property
     def steps(self) -> int:
-        """Steps in all."""
+        """Total number of steps."""
 
     @property
     def done(self) -> bool:
-        """Whether no step is left."""
+        """Whether all steps are finished."""
 
 
-class Denoiser(Protocol[S, P_co]):
-    """What the engine draws with, called from the engine's own threads alone.
+class DenoiserCapabilities(Protocol):
+    """Optional abilities of a denoiser, each with a default. Inherit from it, or implement all of them."""
 
-    It may offer more: see `DenoiserCapabilities`.
-    """
+    @property
+    def resident(self) -> bool:
+        """Whether the weights stay on the device between requests."""
+        return True
 
-    def prepare(self, job: DiffusionRequest) -> S:
-        """The job's state before its first step."""
+    @property
+    def unshareable(self) -> str:
+        """Why several threads may not use the denoiser at once, as a sentence; empty if they may."""
+        return ""
+
+    @property
+    def best_workers(self) -> int:
+        """Number of worker threads that gives the best throughput."""
+        return 1
+
+    @property
+    def cpu_threads(self) -> int:
+        """Number of CPU threads that compute, over all workers; 0 if another device computes."""
+        return 0
+
+    def preview(self, state: Any) -> NDArray[np.uint8] | None:
+        """A small image of a state, uint8, height × width × 3; `None` if the denoiser has no previews."""
+        return None
+
+    def release_memory(self) -> None:
+        """Free cached device memory that no request uses."""
+
+    def shrink(self) -> bool:
+        """Use less memory from now on; false if that is not possible."""
+        return False
+
+    def enter_worker(self, workers: int) -> None:
+        """Prepare the calling thread, which is one of `workers` worker threads."""
+
+
+class Denoiser(DenoiserCapabilities, Protocol[S, P_co]):
+    """The model the engine runs. Only the engine's own threads call it."""
+
+    def prepare(self, request: DiffusionRequest) -> S:
+        """The state of a request before its first step."""
 
     def step(self, states: Sequence[S]) -> None:
-        """One step for every state; they share a shape."""
+        """Run one denoising step for all states, which have the same `shape`."""
 
     def finish(self, state: S) -> P_co:
-        """What a state that is done comes to. Leaves the state as it is."""
-
-
-@dataclass(frozen=True, slots=True)
-class DenoiserCapabilities:
-    """What a denoiser can do beside the contract; whatever it has no attribute for is left out.
-
-    `resident`: its weights stay on the device between drawings. `unshareable` says in a sentence why several
-    threads may not draw with it at once, and is empty where they may. `preview(state)` is a small picture of where a
-    state stands, height × width × 3 uint8. `release_memory()` gives back what no drawing uses, `shrink()` takes less
-    memory from now on and is false when there is no less. `enter_lane(lanes)` is called by each of several lanes, on
-    its own thread; `best_lanes` is how many are worth while. `cpu_threads` is how many it computes with, the
-    lanes together; 0 where another device computes.
-    """
-
-    resident: bool = True
-    unshareable: str = ""
-    preview: Callable[[Any], NDArray[np.uint8]] | None = None
-    release_memory: Callable[[], object] = lambda: None
-    shrink: Callable[[], bool] = lambda: False
-    enter_worker: Callable[[int], object] = lambda lanes: None
-    best_workers: int = 1
-    cpu_threads: int = 0
-
-    @classmethod
-    def of(cls, denoiser: object) -> DenoiserCapabilities:
-        """The abilities a denoiser has."""
-        offered = {name: getattr(denoiser, name) for name in cls.__slots__ if hasattr(denoiser, name)}
-        return cls(**offered)
+        """Decode a finished state. Does not change it, so it can be called again."""
 
 
 class EngineState(StrEnum):
-    """Where the engine is in its own life."""
+    """Lifecycle of the engine."""
 
     LOADING = "loading"
     READY = "ready"
@@ -90,9 +97,9 @@ class EngineState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class EngineResult(Generic[P]):
-    """What came out of a job: the product, seconds spent per stage, and whether it shared forward passes.
+    """The product of a request, and seconds per stage. `batched`: it shared at least one forward pass.
 
-    `attempts` is how often it was begun: more than once where the device or a mate had failed it.
+    `attempts` counts how often the request was started: more than 1 after a failure of the device or of its batch.
     """
 
     product: P

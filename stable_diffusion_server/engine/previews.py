@@ -1,58 +1,68 @@
-"""Small pictures on the way, for those who asked, and never for more than a small share of a job's time."""
+"""Preview scheduler: makes previews of running requests within a small share of their step time."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable
 from typing import Any
 
 import numpy as np
 import structlog
+from cachetools import LRUCache
 from numpy.typing import NDArray
 
+from stable_diffusion_server.concurrency import moving_average
+from stable_diffusion_server.engine.interface import DenoiserCapabilities
 from stable_diffusion_server.engine.ticket import RunningRequest
 
-# At most every so many steps, and for at most this share of the time spent on steps.
-EVERY, SHARE = 2, 0.05
-# Prices are remembered for so many shapes.
-SHAPES = 64
+# At most one preview per this many steps, and at most this share of the time spent on steps.
+MIN_STEPS_BETWEEN, MAX_TIME_SHARE = 2, 0.05
+# Number of shapes whose preview time is remembered.
+MAX_SHAPES = 64
 
 _log = structlog.get_logger(__name__)
 
 
 class PreviewScheduler:
-    """Asks a denoiser for previews, and keeps count of what they cost."""
+    """Asks a denoiser for previews and measures how long they take. Used by one thread."""
 
-    def __init__(self, preview: Callable[[Any], NDArray[np.uint8]] | None) -> None:
-        self._preview = preview
-        self._seconds: dict[Hashable, float] = {}
+    def __init__(self, denoiser: DenoiserCapabilities) -> None:
+        self._denoiser = denoiser
+        self._seconds: LRUCache[Any, float] = LRUCache(MAX_SHAPES)
 
-    def of(self, seat: RunningRequest[Any, Any]) -> NDArray[np.uint8] | None:
-        """A preview of where this seat stands, when one is wanted, due and affordable."""
-        state = seat.state
-        if self._preview is None or not seat.ticket.wants_previews or state.done:
+    def preview_of(self, running: RunningRequest[Any]) -> NDArray[np.uint8] | None:
+        """A preview of the request, uint8, height × width × 3; `None` if not wanted, not due, or too expensive now."""
+        state = running.state
+        if not running.ticket.wants_previews or state.done:
             return None
-        if seat.last_preview_step >= 0 and state.index - seat.last_preview_step < EVERY:
+        if running.last_preview_step >= 0 and state.index - running.last_preview_step < MIN_STEPS_BETWEEN:
             return None
         try:
-            if state.shape not in self._seconds:
-                # The first one of a shape may have to make what the others use, so it is not counted.
-                self._preview(state)
-                if len(self._seconds) >= SHAPES:
-                    self._seconds.clear()
-                self._seconds[state.shape] = self._made(state)[1]
-            if seat.preview_seconds + self._seconds[state.shape] > SHARE * seat.attributed_step_seconds:
+            expected = self._expected_seconds(state)
+            if (
+                expected is None
+                or running.preview_seconds + expected > MAX_TIME_SHARE * running.attributed_step_seconds
+            ):
                 return None
-            preview, seconds = self._made(state)
-        except Exception as error:  # a preview is optional by nature
+            preview, seconds = self._timed_preview(state)
+        except Exception as error:  # previews are optional
             _log.warning("a preview failed", exc_info=error)
             return None
-        seat.last_preview_step = state.index
-        seat.preview_seconds += seconds
-        self._seconds[state.shape] += 0.2 * (seconds - self._seconds[state.shape])
+        running.last_preview_step = state.index
+        running.preview_seconds += seconds
+        self._seconds[state.shape] = moving_average(expected, seconds)
         return preview
 
-    def _made(self, state: Any) -> tuple[NDArray[np.uint8], float]:
+    def _expected_seconds(self, state: Any) -> float | None:
+        """Seconds of a preview of this shape, measured at the first call; `None` if the denoiser has no previews."""
+        seconds = self._seconds.get(state.shape)
+        if seconds is None:
+            # The first preview of a shape may include one-off setup; exclude it from the timing.
+            if self._denoiser.preview(state) is None:
+                return None
+            seconds = self._seconds[state.shape] = self._timed_preview(state)[1]
+        return seconds
+
+    def _timed_preview(self, state: Any) -> tuple[NDArray[np.uint8] | None, float]:
         started = time.perf_counter()
-        preview = self._preview(state) if self._preview else np.zeros((1, 1, 3), np.uint8)
+        preview = self._denoiser.preview(state)
         return preview, time.perf_counter() - started

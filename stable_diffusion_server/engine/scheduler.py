@@ -1,177 +1,179 @@
-"""What the lanes share: the line, the phase, who is on the device, what is known of times. Draws nothing itself."""
+"""Scheduler state shared by all workers: request queue, engine state, running requests, step-time estimates."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Generic
 
 import structlog
 
 from stable_diffusion_server.engine.batch_tuner import BatchSizeTuner
 from stable_diffusion_server.engine.events import EventDispatcher
-from stable_diffusion_server.engine.interface import EngineResult, EngineState, P, S
+from stable_diffusion_server.engine.interface import EngineResult, EngineState, P
 from stable_diffusion_server.engine.request_queue import RequestQueue
 from stable_diffusion_server.engine.ticket import RunningRequest, Ticket
 from stable_diffusion_server.errors import DeviceLost, ModelLoadError, NotFinite, NotReady, ServerError
 from stable_diffusion_server.types import EngineEventKind
 
-# Told of the labels on the device, one a job, and whether one of them has the device for itself.
+# Called with the labels of the requests on the device, and whether one of them has it exclusively.
 OccupancyCallback = Callable[[list[str], bool], object]
 
-# So many results in a row that are not finite are no fault of the jobs any more.
-SUSPECT_NOT_FINITE = 6
+# This many non-finite results in a row are blamed on the device, not on the requests.
+MAX_NOT_FINITE = 6
 
 _log = structlog.get_logger(__name__)
 
 
-class Scheduler(Generic[S, P]):
-    """Where lanes get their tickets and bring their failures. Safe from any thread."""
+class Scheduler(Generic[P]):
+    """Gives workers their next requests and settles the results. Thread-safe.
+
+    `state` and `reason` say whether the engine runs and why not. `on_device` has the tickets on the device, each with
+    its running request once that is prepared. `changed` guards all of them.
+    """
 
     def __init__(
         self,
-        paces: BatchSizeTuner,
-        news: EventDispatcher,
-        poisoned: Callable[[], object],
-        occupied: OccupancyCallback = lambda labels, alone: None,
+        tuner: BatchSizeTuner,
+        events: EventDispatcher,
+        on_device_lost: Callable[[], object],
+        on_occupancy: OccupancyCallback = lambda labels, alone: None,
     ) -> None:
         self.changed = threading.Condition()
         self.queue: RequestQueue[P] = RequestQueue()
-        self.tuner = paces
-        self.events = news
+        self.tuner = tuner
+        self.events = events
         self.state = EngineState.STOPPED
         self.reason = "The engine was not started."
-        # Tickets on the device, and their seats once they are prepared.
-        self.on_device: dict[Ticket[P], RunningRequest[S, P] | None] = {}
-        self._poisoned = poisoned
-        self._occupied = occupied
+        self.on_device: dict[Ticket[P], RunningRequest[P] | None] = {}
+        self._on_device_lost = on_device_lost
+        self._on_occupancy = on_occupancy
         self._not_finite = 0
-        self._not_finite_adapted = 0
+        self._not_finite_with_loras = 0
 
-    def enter(self, phase: EngineState, reason: str) -> None:
-        """Begin a phase, and let everyone who waits for one know."""
+    def enter(self, state: EngineState, reason: str) -> None:
+        """Change the engine's state and wake all waiting threads."""
         with self.changed:
-            self.state, self.reason = phase, reason
+            self.state, self.reason = state, reason
             self.changed.notify_all()
 
     def wait_for_work(self) -> bool:
-        """Block until a job waits; false when there is nothing left to do."""
+        """Block until a request can go to the device; false if the worker has to end."""
         with self.changed:
-            self.changed.wait_for(self._something_to_do)
+            self.changed.wait_for(self._has_work_or_ends)
             return len(self.queue) > 0 and self.state is not EngineState.FAILED
 
-    def _something_to_do(self) -> bool:
-        if self.state in (EngineState.STOPPED, EngineState.FAILED):
-            return (
-                self.state is EngineState.FAILED
-                or not len(self.queue)
-                or not self._is_held_back(self.queue.next_ticket())
-            )
-        return not self._is_held_back(self.queue.next_ticket())
+    def _has_work_or_ends(self) -> bool:
+        if self.state is EngineState.FAILED or (self.state is EngineState.STOPPED and not len(self.queue)):
+            return True
+        first = self.queue.next_ticket()
+        return first is not None and not self._is_blocked(first)
 
-    def _is_held_back(self, ticket: Ticket[P] | None) -> bool:
-        """Whether a ticket may not go on the device now: it, or one that is there, wants the device for itself."""
-        alone = ticket is None or ticket.exclusive or any(drawn.exclusive for drawn in self.on_device)
-        return ticket is None or (alone and bool(self.on_device))
+    def _is_blocked(self, ticket: Ticket[P]) -> bool:
+        """Whether exclusive use of the device, by the ticket or by a running one, keeps the ticket off it now."""
+        exclusive = ticket.exclusive or any(running.exclusive for running in self.on_device)
+        return exclusive and bool(self.on_device)
 
     def admit(self, ticket: Ticket[P]) -> None:
-        """Put a ticket into the line."""
+        """Add a ticket to the queue and report its position."""
         with self.changed:
             self.queue.add(ticket)
-            order = [place.ticket for place in self.queue.in_order()]
-            ticket.reported_position = order.index(ticket) + 1
+            tickets = [entry.ticket for entry in self.queue.in_order()]
+            ticket.reported_position = tickets.index(ticket) + 1
             eta = self.etas()[ticket.reported_position - 1]
             self.events.dispatch(EngineEventKind.QUEUED, ticket, position=ticket.reported_position, eta_seconds=eta)
-            self._tell_positions()
+            self._report_positions()
             self.changed.notify_all()
 
-    def pop_next(self, seats: list[RunningRequest[S, P]]) -> Ticket[P] | None:
-        """Take the ticket that is to be seated with these, or the first one in the line when there are none."""
+    def pop_next(self, batch: Sequence[RunningRequest[P]]) -> Ticket[P] | None:
+        """Take the next ticket that may join `batch`, or the first one for an empty batch; `None` if there is none."""
         with self.changed:
-            cap = self.tuner.cap(seats[0].ticket.request) if seats else 1
-            ticket = self.queue.find_batch_compatible(seats, cap) if seats else self.queue.next_ticket()
-            if ticket is None or self._is_held_back(ticket):
+            if batch:
+                ticket = self.queue.find_batch_compatible(batch, self.tuner.cap(batch[0].ticket.request))
+            else:
+                ticket = self.queue.next_ticket()
+            if ticket is None or self._is_blocked(ticket):
                 return None
             self.queue.take(ticket)
             self.on_device[ticket] = ticket.suspended
-            self._tell_occupied()
-            self._tell_positions()
+            self._report_occupancy()
+            self._report_positions()
             return ticket
 
     def first_waiting(self) -> Ticket[P] | None:
-        """Who would be next."""
+        """The first ticket of the queue."""
         with self.changed:
             return self.queue.next_ticket()
 
-    def more_wait(self, seats: list[RunningRequest[S, P]]) -> bool:
-        """Whether a larger group could be filled."""
+    def could_grow(self, batch: Sequence[RunningRequest[P]]) -> bool:
+        """Whether a waiting request could join if the batch might be larger by one."""
         with self.changed:
-            return self.queue.find_batch_compatible(seats, len(seats) + 1) is not None
+            return self.queue.find_batch_compatible(batch, len(batch) + 1) is not None
 
-    def preempt(self, seats: Iterable[RunningRequest[S, P]]) -> None:
-        """Let begun jobs wait for their next turn, with all that they have come to."""
+    def preempt(self, batch: Iterable[RunningRequest[P]]) -> None:
+        """Put running requests back into the queue with their progress."""
         with self.changed:
-            for seat in seats:
-                if not self.abandoned(seat):
-                    seat.ticket.suspended = seat
-                    self.leave(seat.ticket)
-                    self.queue.add(seat.ticket)
+            for running in batch:
+                if not self.drop_if_settled(running):
+                    running.ticket.suspended = running
+                    self.leave(running.ticket)
+                    self.queue.add(running.ticket)
             self.changed.notify_all()
 
     def requeue(self, tickets: Iterable[Ticket[P]], error: Exception) -> None:
-        """Let jobs begin anew after an error, before all others: a job is a value."""
+        """Restart requests from their first step after an error, before all others."""
         with self.changed:
-            wanted = []
+            restarted = []
             for ticket in tickets:
                 self.leave(ticket)
                 ticket.suspended = None
                 if not ticket.settled:
-                    wanted.append(ticket)
+                    restarted.append(ticket)
                     self.events.dispatch(EngineEventKind.RESTARTED, ticket, cause=_kind_of(error))
                 elif ticket.result.cancelled():
                     self.events.dispatch(EngineEventKind.CANCELLED, ticket)
-            self.queue.add_again(wanted)
+            self.queue.add_restarted(restarted)
             self.changed.notify_all()
 
     def leave(self, ticket: Ticket[P]) -> None:
-        """A ticket is off the device."""
+        """Note that a ticket is off the device."""
         with self.changed:
             if ticket in self.on_device:
                 del self.on_device[ticket]
-                self._tell_occupied()
-                self.changed.notify_all()  # one that wants the device for itself may wait for this
+                self._report_occupancy()
+                self.changed.notify_all()  # an exclusive request may wait for this
 
-    def abandoned(self, seat: RunningRequest[S, P]) -> bool:
-        """Whether nobody waits for a seat's ticket any more; then it has left."""
-        if seat.ticket.settled:
-            self.leave(seat.ticket)
-            if seat.ticket.result.cancelled():
-                self.events.dispatch(EngineEventKind.CANCELLED, seat.ticket, seat.state)
-        return seat.ticket.settled
+    def drop_if_settled(self, running: RunningRequest[P]) -> bool:
+        """Take a request off the device if it was cancelled or failed meanwhile; whether it was."""
+        if running.ticket.settled:
+            self.leave(running.ticket)
+            if running.ticket.result.cancelled():
+                self.events.dispatch(EngineEventKind.CANCELLED, running.ticket, running.state)
+        return running.ticket.settled
 
-    def succeed(self, seat: RunningRequest[S, P], product: P) -> None:
-        """Answer a job with what it came to."""
-        ticket = seat.ticket
-        self._not_finite = self._not_finite_adapted = 0
-        self.tuner.record_overhead(ticket.request, seat.timings["prepare"] + seat.timings["decode"])
+    def succeed(self, running: RunningRequest[P], product: P) -> None:
+        """Settle a request with its product."""
+        ticket = running.ticket
+        self._not_finite = self._not_finite_with_loras = 0
+        self.tuner.record_overhead(ticket.request, running.timings["prepare"] + running.timings["decode"])
         self.leave(ticket)
-        if ticket.succeed(EngineResult(product, seat.timings, seat.batched, ticket.attempts)):
-            self.events.dispatch(EngineEventKind.DONE, ticket, seat.state)
+        if ticket.succeed(EngineResult(product, running.timings, running.batched, ticket.attempts)):
+            self.events.dispatch(EngineEventKind.DONE, ticket, running.state)
         elif ticket.result.cancelled():
-            self.events.dispatch(EngineEventKind.CANCELLED, ticket, seat.state)
+            self.events.dispatch(EngineEventKind.CANCELLED, ticket, running.state)
 
     def forget(self, ticket: Ticket[P]) -> None:
-        """Free the place of a cancelled ticket in the line; one on the device is dropped by its lane."""
+        """Remove a cancelled ticket from the queue. One on the device is dropped by its worker."""
         with self.changed:
             if self.queue.remove(ticket):
                 ticket.suspended = None
                 self.events.dispatch(EngineEventKind.CANCELLED, ticket)
-                self._tell_positions()
+                self._report_positions()
 
     def fail(self, ticket: Ticket[P], error: Exception) -> None:
-        """Answer a job with an error. Raises `DeviceLost` when it is one of too many that are not finite.
+        """Settle a request with an error. Raises `DeviceLost` after `MAX_NOT_FINITE` non-finite results in a row.
 
-        With adapters it may be their doing, so such a job does not count; see `doubts`.
+        Requests with LoRAs do not count, since the LoRA may be the cause; see `suspects_loras`.
         """
         self.leave(ticket)
         if ticket.fail(error):
@@ -179,29 +181,29 @@ class Scheduler(Generic[S, P]):
         elif ticket.result.cancelled():
             self.events.dispatch(EngineEventKind.CANCELLED, ticket)
         if isinstance(error, NotFinite) and ticket.request.loras:
-            self._not_finite_adapted += 1
+            self._not_finite_with_loras += 1
         elif isinstance(error, NotFinite):
             self._not_finite += 1
-            if self._not_finite >= SUSPECT_NOT_FINITE:
+            if self._not_finite >= MAX_NOT_FINITE:
                 raise DeviceLost("The device gives numbers that are not finite, whatever is drawn.") from error
 
-    def doubts(self) -> bool:
-        """Whether so many jobs with adapters in a row were not finite that one without is to tell whose fault it is.
+    def suspects_loras(self) -> bool:
+        """Whether `MAX_NOT_FINITE` requests with LoRAs in a row were not finite; true once, then counts again.
 
-        True once for as many.
+        The caller runs a request without LoRAs to find out whether the device is the cause.
         """
-        if self._not_finite_adapted < SUSPECT_NOT_FINITE:
+        if self._not_finite_with_loras < MAX_NOT_FINITE:
             return False
-        self._not_finite_adapted = 0
+        self._not_finite_with_loras = 0
         return True
 
     def fail_all(self, *, running: bool, lost: ServerError | None = None) -> None:
-        """Fail what waits and was not begun, and with `running` all the rest: they may be handed in elsewhere.
+        """Fail all waiting requests that were not started, and with `running` all others too, with `NotReady`.
 
-        With `lost` those on the device are failed with it, since one of them may be why.
+        With `lost`, those on the device fail with that error, since one of them may be its cause.
         """
         with self.changed:
-            waiting = [place.ticket for place in self.queue.in_order() if running or place.ticket.suspended is None]
+            waiting = [entry.ticket for entry in self.queue.in_order() if running or entry.ticket.suspended is None]
             for ticket in waiting:
                 self.queue.remove(ticket)
             for ticket in [*waiting, *(self.on_device if running else ())]:
@@ -210,40 +212,39 @@ class Scheduler(Generic[S, P]):
                     self.events.dispatch(EngineEventKind.FAILED, ticket, cause=_kind_of(error))
             if self.state is EngineState.FAILED:
                 self.on_device.clear()
-                self._tell_occupied()
+                self._report_occupancy()
 
     def shut_down(self, error: BaseException, reason: str) -> None:
-        """No more pictures will come: say so, fail everyone, and have a poisoned process replaced."""
-        told = error.detail if isinstance(error, ServerError) else reason
-        # Unusable weights are told in a sentence; where the code stood when it met them helps nobody.
-        _log.error("the engine has stopped", reason=told, exc_info=None if isinstance(error, ModelLoadError) else error)
-        self.enter(EngineState.FAILED, told)
-        poisoned = isinstance(error, DeviceLost)
-        self.fail_all(running=True, lost=DeviceLost(self.reason, retry_after=5) if poisoned else None)
-        if poisoned:
-            self._poisoned()
+        """Enter `FAILED`, fail all requests, and call `on_device_lost` if a new process is needed."""
+        sentence = error.detail if isinstance(error, ServerError) else reason
+        # A ModelLoadError is a complete sentence for the operator; its traceback adds nothing.
+        traceback = None if isinstance(error, ModelLoadError) else error
+        _log.error("the engine has stopped", reason=sentence, exc_info=traceback)
+        self.enter(EngineState.FAILED, sentence)
+        device_lost = isinstance(error, DeviceLost)
+        self.fail_all(running=True, lost=DeviceLost(self.reason, retry_after=5) if device_lost else None)
+        if device_lost:
+            self._on_device_lost()
 
     def etas(self) -> list[float | None]:
-        """Seconds until each ticket in the line is drawn, as far as it can be known."""
-        seats = [seat for seat in self.on_device.values() if seat is not None]
-        return self.tuner.etas((place.ticket for place in self.queue.in_order()), seats)
+        """Seconds until each waiting ticket is done, in queue order; `None` where unknown."""
+        running = [running for running in self.on_device.values() if running is not None]
+        return self.tuner.etas((entry.ticket for entry in self.queue.in_order()), running)
 
-    def _tell_occupied(self) -> None:
-        """Have it written down who is on the device, before anything happens to it there."""
-        alone = len(self.on_device) == 1 and all(ticket.exclusive for ticket in self.on_device)
-        self._occupied([ticket.label for ticket in self.on_device], alone)
+    def _report_occupancy(self) -> None:
+        """Write down who is on the device before anything runs there, so that a crash can be attributed."""
+        exclusive = len(self.on_device) == 1 and all(ticket.exclusive for ticket in self.on_device)
+        self._on_occupancy([ticket.label for ticket in self.on_device], exclusive)
 
-    def _tell_positions(self) -> None:
-        """Tell those who watch that they moved in the line."""
-        order = [place.ticket for place in self.queue.in_order()]
-        moved = [
-            number for number, ticket in enumerate(order, 1) if ticket.watch and ticket.reported_position != number
-        ]
+    def _report_positions(self) -> None:
+        """Send new queue positions to the watchers of waiting tickets."""
+        tickets = [entry.ticket for entry in self.queue.in_order()]
+        moved = [at for at, ticket in enumerate(tickets, 1) if ticket.watch and ticket.reported_position != at]
         etas = self.etas() if moved else []
-        for number in moved:
-            self.events.dispatch_position(order[number - 1], number, etas[number - 1])
+        for at in moved:
+            self.events.dispatch_position(tickets[at - 1], at, etas[at - 1])
 
 
 def _kind_of(error: Exception) -> str:
-    """The kind of one of our errors; all others are of one kind."""
+    """The `kind` of a `ServerError`; the generic kind for any other exception."""
     return error.kind if isinstance(error, ServerError) else ServerError.kind

@@ -1,4 +1,4 @@
-"""A job that was accepted, and its seat on the device. Knows how it is settled, and not by whom."""
+"""A submitted request (its future and options), and a request that runs on the device."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from dataclasses import dataclass, field
 from typing import Any, Generic
 from uuid import uuid4
 
-from stable_diffusion_server.engine.interface import EngineResult, P, S
+from stable_diffusion_server.engine.interface import EngineResult, P
 from stable_diffusion_server.types import DiffusionRequest, EngineEvent
 
 
 @dataclass(eq=False, slots=True)
 class Ticket(Generic[P]):
-    """A job that was accepted. `result.cancel()` takes it out of the line, or off the device at the next step.
+    """A submitted request. `result.cancel()` removes it from the queue, or from the device at the next step.
 
-    `owner` is who shares with others in turns; `background` work lets all other go first. `watch` is told of its
-    events, with previews while `wants_previews`. `alone`: it shares no forward pass any more; `exclusive`: nothing
-    else is on the device while it is. `seat` is kept while a job that was begun waits for its next turn, `attempts`
-    counts how often it was begun. `label` is what the record of the device names it by.
+    `owner` is the unit of fairness. `background` requests run after all others. `watch` receives the events of this
+    request, with previews while `wants_previews` is true. An `alone` request shares no forward pass; an `exclusive`
+    one shares the device with no other request. `suspended` holds the progress of a preempted request; `attempts`
+    counts how often it was started. `label` names it in the crash record.
     """
 
     request: DiffusionRequest
@@ -35,7 +35,7 @@ class Ticket(Generic[P]):
     alone: bool = False
     exclusive: bool = False
     label: str = ""
-    suspended: RunningRequest[Any, P] | None = None
+    suspended: RunningRequest[P] | None = None
     attempts: int = 0
     queued_at: float = field(default_factory=time.perf_counter)
     reported_position: int = -1
@@ -44,29 +44,28 @@ class Ticket(Generic[P]):
 
     @property
     def cost(self) -> float:
-        """Its share of the device in steps × pixels, which is what owners take turns by; paid once."""
-        return (
-            0.0 if self.attempts else float(self.request.num_inference_steps * self.request.width * self.request.height)
-        )
+        """Cost for fair queueing, in steps × pixels. 0 once started: an owner pays for a request once."""
+        request = self.request
+        return 0.0 if self.attempts else float(request.num_inference_steps * request.width * request.height)
 
     @property
     def steps_left(self) -> int:
-        """Steps it has still to take, as far as is known before it is prepared."""
+        """Remaining steps; an estimate until the request is prepared."""
         return self.request.num_inference_steps if self.suspended is None else self.suspended.steps_left
 
     @property
     def settled(self) -> bool:
-        """Whether its result is there, or nobody wants it any more."""
+        """Whether the request has a result or an error, or was cancelled."""
         return self._claimed or self.result.done()
 
-    def succeed(self, drawing: EngineResult[P]) -> bool:
-        """Give the result; false when it was settled or cancelled before."""
+    def succeed(self, result: EngineResult[P]) -> bool:
+        """Set the result; false if the request was already settled."""
         if claimed := self._claim():
-            self.result.set_result(drawing)
+            self.result.set_result(result)
         return claimed
 
     def fail(self, error: BaseException) -> bool:
-        """Give an error for the result; false when it was settled or cancelled before."""
+        """Set an error as the result; false if the request was already settled."""
         if claimed := self._claim():
             self.result.set_exception(error)
         return claimed
@@ -80,14 +79,15 @@ class Ticket(Generic[P]):
 
 
 @dataclass(eq=False, slots=True)
-class RunningRequest(Generic[S, P]):
-    """A ticket on the device, and what it has cost so far in seconds by stage.
+class RunningRequest(Generic[P]):
+    """A request on the device, with seconds per stage so far.
 
-    `share` is its part of the seconds its groups took for their steps, and `previews` what was spent on those.
+    `attributed_step_seconds` is its share of the step time of its batches, `preview_seconds` the time its previews
+    took.
     """
 
     ticket: Ticket[P]
-    state: S
+    state: Any
     timings: dict[str, float]
     batched: bool = False
     attributed_step_seconds: float = 0.0
@@ -96,5 +96,5 @@ class RunningRequest(Generic[S, P]):
 
     @property
     def steps_left(self) -> int:
-        """Steps it has still to take."""
-        return self.state.steps - self.state.index
+        """Remaining steps."""
+        return int(self.state.steps - self.state.index)

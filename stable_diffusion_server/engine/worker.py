@@ -1,105 +1,117 @@
-"""A thread that owns states: it seats tickets, steps them together and brings out what they come to."""
+"""Engine worker thread: admits requests into a batch, runs one denoising step at a time, returns finished images."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import structlog
 
-from stable_diffusion_server.engine.interface import Denoiser, DenoiserCapabilities, EngineState, P, S
+from stable_diffusion_server.engine.interface import Denoiser, EngineState, P
 from stable_diffusion_server.engine.previews import PreviewScheduler
 from stable_diffusion_server.engine.scheduler import Scheduler
 from stable_diffusion_server.engine.ticket import RunningRequest, Ticket
 from stable_diffusion_server.errors import DeviceLost, NotFinite, OutOfMemory
 from stable_diffusion_server.types import DiffusionRequest, EngineEventKind
 
-# A group lets others have the device after so many steps of their waiting; background work after fewer.
-TURN, BACKGROUND_TURN = 32, 8
-# How often a job is begun anew, after its mates' or the device's failures, before that is its answer.
-ATTEMPTS = 10
+# Steps after which a batch yields the device to others that wait; background requests yield earlier.
+TIME_SLICE, BACKGROUND_TIME_SLICE = 32, 8
+# How often a request is started, after failures of its batch or of the device, before it fails.
+MAX_ATTEMPTS = 10
 
 T = TypeVar("T")
 
 _log = structlog.get_logger(__name__)
 
 
-class EngineWorker(Generic[S, P]):
-    """Draws groups until there is nothing left to do.
+class EngineWorker(Generic[P]):
+    """Runs batches until the engine stops.
 
-    A group takes joins at every step boundary, and its seats leave when they are done, cancelled or failed. When the
-    weights are not resident, it has phases instead: all are prepared, stepped until none is left, and finished.
+    With resident weights, requests join and leave the batch at every step. Otherwise the batch runs in phases, since
+    moving weights is slow: prepare all requests, run all steps, decode all.
     """
 
     def __init__(
-        self,
-        desk: Scheduler[S, P],
-        denoiser: Denoiser[S, P],
-        abilities: DenoiserCapabilities,
-        preparing: threading.Lock,
-        lanes: int,
+        self, scheduler: Scheduler[P], denoiser: Denoiser[Any, P], prepare_lock: threading.Lock, workers: int
     ) -> None:
-        self._desk = desk
+        self._scheduler = scheduler
         self._denoiser = denoiser
-        self._abilities = abilities
-        # Tokenizers keep settings inside, so lanes take turns in preparing.
-        self._preparing = preparing
-        self._lanes = lanes
-        # Of a thread that computes all by itself, what other work on the machine takes can be told apart.
-        self._cost = time.thread_time if 0 < abilities.cpu_threads < 2 * lanes else time.perf_counter
-        self._previews = PreviewScheduler(abilities.preview)
-        self._seats: list[RunningRequest[S, P]] = []
-        self._contested = 0
+        # Tokenizers are not thread-safe, so only one worker prepares at a time.
+        self._prepare_lock = prepare_lock
+        self._workers = workers
+        # If each worker computes on one CPU thread, its CPU time leaves out what other processes take.
+        self._cost_clock = time.thread_time if 0 < denoiser.cpu_threads < 2 * workers else time.perf_counter
+        self._previews = PreviewScheduler(denoiser)
+        self._batch: list[RunningRequest[P]] = []
+        self._waiting_steps = 0
 
     def run(self) -> None:
-        """Draw until the engine stops; an end that is none of the jobs' doing is told to all."""
+        """Run batches until the engine stops. Shuts the engine down on an error that is not a request's."""
         try:
-            if self._lanes > 1:
-                self._abilities.enter_worker(self._lanes)
-            while self._desk.wait_for_work():
-                self._draw_group()
-        except BaseException as error:  # no thread, no pictures: say so instead of letting callers wait for ever
-            self._desk.shut_down(error, "Drawing has ended unexpectedly; the server has to be restarted.")
+            if self._workers > 1:
+                self._denoiser.enter_worker(self._workers)
+            while self._scheduler.wait_for_work():
+                self._run_batch()
+        except BaseException as error:  # without this thread callers would wait forever
+            self._scheduler.shut_down(error, "Drawing has ended unexpectedly; the server has to be restarted.")
 
-    def _draw_group(self) -> None:
-        """Draw the first job in the line and all that can join it, until none is left on the device."""
-        self._contested, finished = 0, list[RunningRequest[S, P]]()
-        resident = self._abilities.resident
+    def _run_batch(self) -> None:
+        """Run the first waiting request, and all that can join it, until the batch is empty or preempted."""
+        self._waiting_steps = 0
         self._admit()
-        while self._seats and self._desk.state is not EngineState.FAILED:
+        if self._denoiser.resident:
+            self._run_continuously()
+        else:
+            self._run_in_phases()
+
+    def _is_running(self) -> bool:
+        return bool(self._batch) and self._scheduler.state is not EngineState.FAILED
+
+    def _run_continuously(self) -> None:
+        while self._is_running():
             self._step()
-            done = [seat for seat in self._seats if seat.state.done]
-            self._seats = [seat for seat in self._seats if not seat.state.done]
-            for seat in done if resident else ():
-                self._finish(seat)
-            finished += () if resident else done
-            self._seats = [seat for seat in self._seats if not self._desk.abandoned(seat)]
-            if resident and self._time_slice_expired():
-                self._desk.preempt(self._seats)
-                self._seats = []
+            for running in self._take_done():
+                self._finish(running)
+            self._drop_settled()
+            if self._time_slice_expired():
+                self._scheduler.preempt(self._batch)
+                self._batch = []
                 return
-            if resident:
-                self._admit()
-        for seat in finished:
-            self._finish(seat)
-        if not resident:
-            self._abilities.release_memory()
+            self._admit()
+
+    def _run_in_phases(self) -> None:
+        finished: list[RunningRequest[P]] = []
+        while self._is_running():
+            self._step()
+            finished += self._take_done()
+            self._drop_settled()
+        for running in finished:
+            self._finish(running)
+        self._denoiser.release_memory()
+
+    def _take_done(self) -> list[RunningRequest[P]]:
+        done = [running for running in self._batch if running.state.done]
+        self._batch = [running for running in self._batch if not running.state.done]
+        return done
+
+    def _drop_settled(self) -> None:
+        self._batch = [running for running in self._batch if not self._scheduler.drop_if_settled(running)]
 
     def _time_slice_expired(self) -> bool:
-        """Whether others have waited long enough for a device this group is in the way of."""
-        first = self._desk.first_waiting()
-        if first is None or not self._seats or not self._conflicts_with(first):
-            self._contested = 0
+        """Whether a request that this batch blocks has waited for a full time slice."""
+        first = self._scheduler.first_waiting()
+        if first is None or not self._batch or not self._conflicts_with(first):
+            self._waiting_steps = 0
             return False
-        self._contested += 1
-        behind = all(seat.ticket.background for seat in self._seats) and not first.background
-        return self._contested >= (BACKGROUND_TURN if behind else TURN)
+        self._waiting_steps += 1
+        lower_class = all(running.ticket.background for running in self._batch) and not first.background
+        return self._waiting_steps >= (BACKGROUND_TIME_SLICE if lower_class else TIME_SLICE)
 
     def _conflicts_with(self, first: Ticket[P]) -> bool:
-        tickets = [seat.ticket for seat in self._seats]
+        tickets = [running.ticket for running in self._batch]
         return (
             first.alone
             or first.request.shape != tickets[0].request.shape
@@ -108,111 +120,114 @@ class EngineWorker(Generic[S, P]):
         )
 
     def _admit(self) -> None:
-        """Seat those who are next for as long as they fit the group."""
-        while (ticket := self._desk.pop_next(self._seats)) is not None:
-            seat = ticket.suspended or self._prepared(ticket)
-            if seat is not None and not self._desk.abandoned(seat):
+        """Add waiting requests to the batch while there are compatible ones."""
+        while (ticket := self._scheduler.pop_next(self._batch)) is not None:
+            running = ticket.suspended or self._prepare(ticket)
+            if running is not None and not self._scheduler.drop_if_settled(running):
                 ticket.suspended = None
-                self._desk.on_device[ticket] = seat
-                self._seats.append(seat)
+                self._scheduler.on_device[ticket] = running
+                self._batch.append(running)
 
-    def _prepared(self, ticket: Ticket[P]) -> RunningRequest[S, P] | None:
-        """The seat of a ticket that begins; none when it failed or has to wait."""
-        desk = self._desk
+    def _prepare(self, ticket: Ticket[P]) -> RunningRequest[P] | None:
+        """Prepare a request that starts; `None` if it failed or was put back into the queue."""
+        scheduler = self._scheduler
         ticket.attempts += 1
         started = time.perf_counter()
         try:
-            with self._preparing:
+            with self._prepare_lock:
                 state = self._denoiser.prepare(ticket.request)
         except DeviceLost:
             raise
         except OutOfMemory as error:
-            self._out_of_memory([ticket], len(self._seats) + 1, error)
+            self._out_of_memory([ticket], len(self._batch) + 1, error)
             return None
-        except Exception as error:  # one job's failure is that job's answer, and no one else's
-            desk.fail(ticket, error)
+        except Exception as error:  # the failure of one request is the result of that request only
+            scheduler.fail(ticket, error)
             return None
         now = time.perf_counter()
         timings = {"queue": started - ticket.accepted_at, "prepare": now - started, "denoise": 0.0}
-        seat = RunningRequest(ticket, state, timings)
-        desk.events.dispatch(
-            EngineEventKind.STARTED, ticket, state, eta_seconds=desk.tuner.seconds_for(ticket.request, seat.steps_left)
-        )
-        return seat
+        running: RunningRequest[P] = RunningRequest(ticket, state, timings)
+        eta = scheduler.tuner.seconds_for(ticket.request, running.steps_left)
+        scheduler.events.dispatch(EngineEventKind.STARTED, ticket, state, eta_seconds=eta)
+        return running
 
     def _step(self) -> None:
-        seats = self._seats
-        job = seats[0].ticket.request
-        started, spent = time.perf_counter(), self._cost()
+        batch = self._batch
+        started, cost_before = time.perf_counter(), self._cost_clock()
         try:
-            self._denoiser.step([seat.state for seat in seats])
+            self._denoiser.step([running.state for running in batch])
         except DeviceLost:
             raise
         except OutOfMemory as error:
-            self._seats = []
-            self._out_of_memory([seat.ticket for seat in seats], len(seats), error)
+            self._batch = []
+            self._out_of_memory([running.ticket for running in batch], len(batch), error)
             return
-        except Exception as error:  # whatever a model raises is an answer to a job, never the end of the thread
-            self._seats = []
-            self._step_failed(seats, error)
+        except Exception as error:  # whatever a model raises is a result, never the end of the thread
+            self._batch = []
+            self._step_failed(batch, error)
             return
-        seconds, cost = time.perf_counter() - started, self._cost() - spent
-        self._desk.tuner.record_step(job, len(seats), seconds, cost, more_wait=self._desk.more_wait(seats))
-        for seat in seats:
-            seat.timings["denoise"] += seconds
-            seat.attributed_step_seconds += seconds / len(seats)
-            seat.batched |= len(seats) > 1
-            self._tell_step(seat, len(seats))
+        seconds, cost = time.perf_counter() - started, self._cost_clock() - cost_before
+        self._scheduler.tuner.record_step(
+            batch[0].ticket.request, len(batch), seconds, cost, more_wait=self._scheduler.could_grow(batch)
+        )
+        for running in batch:
+            running.timings["denoise"] += seconds
+            running.attributed_step_seconds += seconds / len(batch)
+            running.batched |= len(batch) > 1
+            self._report_step(running, len(batch))
 
-    def _tell_step(self, seat: RunningRequest[S, P], size: int) -> None:
-        left = self._desk.tuner.seconds_for(seat.ticket.request, seat.steps_left, size)
-        preview = self._previews.of(seat)
-        self._desk.events.dispatch(
-            EngineEventKind.STEP, seat.ticket, seat.state, eta_seconds=left, preview=preview, batch_size=size
+    def _report_step(self, running: RunningRequest[P], batch_size: int) -> None:
+        self._scheduler.events.dispatch(
+            EngineEventKind.STEP,
+            running.ticket,
+            running.state,
+            eta_seconds=self._scheduler.tuner.seconds_for(running.ticket.request, running.steps_left, batch_size),
+            preview=self._previews.preview_of(running),
+            batch_size=batch_size,
         )
 
-    def _step_failed(self, seats: list[RunningRequest[S, P]], error: Exception) -> None:
-        """A lone job fails; a group is drawn again one by one, since a job is a value and one may be the culprit."""
-        if len(seats) == 1:
-            self._desk.fail(seats[0].ticket, error)
+    def _step_failed(self, batch: Sequence[RunningRequest[P]], error: Exception) -> None:
+        """Fail a single request; restart the requests of a batch one by one, since one of them may be the cause."""
+        if len(batch) == 1:
+            self._scheduler.fail(batch[0].ticket, error)
             return
-        _log.warning("a step of a group failed; its jobs are drawn one by one", exc_info=error)
-        for seat in seats:
-            seat.ticket.alone = True
-        self._desk.requeue((seat.ticket for seat in seats), error)
+        _log.warning("a batched step failed; its requests run one by one", exc_info=error)
+        for running in batch:
+            running.ticket.alone = True
+        self._scheduler.requeue((running.ticket for running in batch), error)
 
-    def _out_of_memory(self, tickets: list[Ticket[P]], size: int, error: OutOfMemory) -> None:
-        """Begin anew in groups half as large; one that is alone, with less memory for what is around it."""
-        job = tickets[0].request
-        self._desk.tuner.record_out_of_memory(job, size)
-        self._abilities.release_memory()
-        again = size > 1 or self._abilities.shrink()
-        _log.warning("out of memory", group=size, again=again, size=f"{job.width}x{job.height}")
-        given_up = [ticket for ticket in tickets if not again or ticket.attempts >= ATTEMPTS]
-        for ticket in given_up:
-            self._desk.fail(ticket, error)
-        self._desk.requeue((ticket for ticket in tickets if ticket not in given_up), error)
+    def _out_of_memory(self, tickets: Sequence[Ticket[P]], batch_size: int, error: OutOfMemory) -> None:
+        """Restart in batches of half the size; a single request with less memory for decoding."""
+        request = tickets[0].request
+        self._scheduler.tuner.record_out_of_memory(request, batch_size)
+        self._denoiser.release_memory()
+        retry = batch_size > 1 or self._denoiser.shrink()
+        _log.warning("out of memory", batch_size=batch_size, retry=retry, size=f"{request.width}x{request.height}")
+        failed = [ticket for ticket in tickets if not retry or ticket.attempts >= MAX_ATTEMPTS]
+        for ticket in failed:
+            self._scheduler.fail(ticket, error)
+        self._scheduler.requeue((ticket for ticket in tickets if ticket not in failed), error)
 
-    def _finish(self, seat: RunningRequest[S, P]) -> None:
-        if self._desk.abandoned(seat):
+    def _finish(self, running: RunningRequest[P]) -> None:
+        if self._scheduler.drop_if_settled(running):
             return
         started = time.perf_counter()
         try:
-            product = self._with_less_memory(lambda: self._denoiser.finish(seat.state))
+            product = self._retry_with_less_memory(lambda: self._denoiser.finish(running.state))
         except DeviceLost:
             raise
         except Exception as error:  # as in _step
-            self._desk.fail(seat.ticket, error)
-            if self._desk.doubts():
-                self._try_without_adapters(seat.ticket.request)
+            self._scheduler.fail(running.ticket, error)
+            if self._scheduler.suspects_loras():
+                self._try_without_loras(running.ticket.request)
             return
-        seat.timings["decode"] = time.perf_counter() - started
-        self._desk.succeed(seat, product)
+        running.timings["decode"] = time.perf_counter() - started
+        self._scheduler.succeed(running, product)
 
-    def _try_without_adapters(self, job: DiffusionRequest) -> None:
-        """Draw a job without its adapters, for nobody. Raises `DeviceLost` when that is not finite either."""
-        plain = replace(job, loras=(), lora_digests=())
-        _log.warning("drawings with adapters are not finite; one without is tried", model=job.model)
+    def _try_without_loras(self, request: DiffusionRequest) -> None:
+        """Run a request without its LoRAs to test the device. Raises `DeviceLost` if that is not finite either."""
+        plain = replace(request, loras=(), lora_digests=())
+        _log.warning("images with LoRAs are not finite; trying one without", model=request.model)
         try:
             state = self._denoiser.prepare(plain)
             while not state.done:
@@ -222,17 +237,17 @@ class EngineWorker(Generic[S, P]):
             raise DeviceLost("The device gives numbers that are not finite, whatever is drawn.") from error
         except DeviceLost:
             raise
-        except Exception as error:  # it was for nobody, and tells nothing of numbers
-            _log.warning("it could not be drawn without adapters", exc_info=error)
+        except Exception as error:  # says nothing about the numbers, and no caller waits for it
+            _log.warning("the trial without LoRAs failed", exc_info=error)
 
-    def _with_less_memory(self, attempt: Callable[[], T]) -> T:
-        """Try again with less memory for as long as there is less to be taken: a finished state is not thrown away."""
+    def _retry_with_less_memory(self, attempt: Callable[[], T]) -> T:
+        """Retry while memory can be freed, so that a finished state is not lost."""
         released = False
         while True:
             try:
                 return attempt()
             except OutOfMemory:
-                self._abilities.release_memory()
-                if released and not self._abilities.shrink():
+                self._denoiser.release_memory()
+                if released and not self._denoiser.shrink():
                     raise
                 released = True

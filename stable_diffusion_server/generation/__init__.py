@@ -7,6 +7,7 @@ from stable_diffusion_server.generation.interfaces import DecodeImage
 from stable_diffusion_server.generation.library import ImageLibrary
 from stable_diffusion_server.generation.limits import NAME_MAX, TEXT_MAX, RequestLimits, parse_int
 from stable_diffusion_server.generation.ownership import Ownership
+from stable_diffusion_server.generation.quality import DecodedPixels
 from stable_diffusion_server.generation.replay import IMAGE_FIELD, EmbeddedProvenance, ReplayService, with_sources
 from stable_diffusion_server.generation.resolver import GenerationOptions
 from stable_diffusion_server.generation.service import GenerationService
@@ -16,6 +17,7 @@ __all__ = [
     "NAME_MAX",
     "TEXT_MAX",
     "DecodeImage",
+    "DecodedPixels",
     "EmbeddedProvenance",
     "GenerationOptions",
     "GenerationService",

@@ -142,7 +142,7 @@ def test_models_that_cannot_be_loaded_are_told_and_nothing_is_accepted() -> None
     def fail() -> Any:
         raise ModelLoadError("The model sdxl is missing.")
 
-    engine: Engine[Any, Any] = Engine(fail, queue_limit=1, max_batch=1)
+    engine: Engine[Any] = Engine(fail, queue_limit=1, max_batch=1)
     engine.start()
     until(lambda: engine.state is EngineState.FAILED)
     assert engine.reason == "The model sdxl is missing."
@@ -163,7 +163,7 @@ def test_an_engine_that_ends_says_so_and_leaves_nobody_waiting(where: str) -> No
             raise SystemExit(1)
         return Exiting()
 
-    engine: Engine[Any, Any] = Engine(load, queue_limit=4, max_batch=1)
+    engine: Engine[Any] = Engine(load, queue_limit=4, max_batch=1)
     engine.start()
     if where == "prepare":
         until(lambda: engine.state is EngineState.READY)

@@ -9,7 +9,7 @@ from fakes import Canvas, FakeDenoiser, FakePixels, until
 from squares import DeviceLostDenoiser, EngineOf, OutOfMemoryDenoiser, job, open_gate
 
 from stable_diffusion_server.engine import EngineState
-from stable_diffusion_server.engine.scheduler import SUSPECT_NOT_FINITE
+from stable_diffusion_server.engine.scheduler import MAX_NOT_FINITE
 from stable_diffusion_server.errors import DeviceLost, NotFinite, NotReady, OutOfMemory
 
 
@@ -89,13 +89,13 @@ def test_numbers_that_are_never_finite_are_the_devices_fault(engine_of: EngineOf
     engine = engine_of(painter, on_device_lost=lambda: ends.append(True))
     for _ in range(2):
         painter.finite = False
-        for n in range(SUSPECT_NOT_FINITE - 1):
+        for n in range(MAX_NOT_FINITE - 1):
             with pytest.raises(NotFinite):
                 engine.submit(job(f"job {n}")).result.result(10)
         painter.finite = True
         assert engine.submit(job("good")).result.result(10)
     painter.finite = False
-    for n in range(SUSPECT_NOT_FINITE):
+    for n in range(MAX_NOT_FINITE):
         with pytest.raises(NotFinite):
             engine.submit(job(f"job {n}")).result.result(10)
     until(lambda: ends == [True])
@@ -114,7 +114,7 @@ def test_adapters_that_are_not_finite_are_their_orders_fault_and_not_the_devices
 
     painter, ends = Overflowing(), list[bool]()
     engine = engine_of(painter, on_device_lost=lambda: ends.append(True))
-    for n in range(3 * SUSPECT_NOT_FINITE):
+    for n in range(3 * MAX_NOT_FINITE):
         with pytest.raises(NotFinite):
             engine.submit(job(f"job {n}", loras=(("hot", 1.0),), lora_digests=("1a",))).result.result(10)
     assert engine.submit(job("plain")).result.result(10)
@@ -128,7 +128,7 @@ def test_a_device_that_is_never_finite_is_found_out_by_orders_with_adapters_too(
     """Where all orders name adapters, the one without, tried for nobody, tells."""
     painter, ends = DeviceLostDenoiser(finite=False), list[bool]()
     engine = engine_of(painter, on_device_lost=lambda: ends.append(True))
-    for n in range(SUSPECT_NOT_FINITE):
+    for n in range(MAX_NOT_FINITE):
         with pytest.raises(NotFinite):
             engine.submit(job(f"job {n}", loras=(("fine", 1.0),))).result.result(10)
     until(lambda: ends == [True])
@@ -146,7 +146,7 @@ def test_a_trial_that_fails_otherwise_tells_nothing(engine_of: EngineOf) -> None
             raise OutOfMemory("no room")
 
     engine = engine_of(Unlucky())
-    for n in range(SUSPECT_NOT_FINITE):
+    for n in range(MAX_NOT_FINITE):
         with pytest.raises(NotFinite):
             engine.submit(job(f"job {n}", loras=(("hot", 1.0),))).result.result(10)
     with pytest.raises(OutOfMemory):

@@ -66,7 +66,7 @@ class Office:
         self.bucket = LocalBucket(folder / "bucket")
         self.bucket.open()
         record = DeviceRecord(folder)
-        self.engine: Engine[Any, Any] = Engine(lambda: painter, queue_limit=64, max_batch=4, on_occupancy=record.update)
+        self.engine: Engine[Any] = Engine(lambda: painter, queue_limit=64, max_batch=4, on_occupancy=record.update)
         self.engine.start()
         until(lambda: self.engine.state is EngineState.READY)
 

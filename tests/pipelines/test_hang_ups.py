@@ -122,9 +122,9 @@ def drawing(placed: tuple[Any, Travels]) -> Any:
 
 
 @pytest.fixture
-def engine(drawing: Any) -> Iterator[Engine[Any, Any]]:
+def engine(drawing: Any) -> Iterator[Engine[Any]]:
     """An engine over them."""
-    made: Engine[Any, Any] = Engine(lambda: drawing, queue_limit=9, max_batch=2)
+    made: Engine[Any] = Engine(lambda: drawing, queue_limit=9, max_batch=2)
     made.start()
     wait(lambda: made.state is EngineState.READY)
     yield made
@@ -140,7 +140,7 @@ def wait(reached: Callable[[], bool]) -> None:
     raise AssertionError("nothing came of it")
 
 
-def hung_up(engine: Engine[Any, Any], job: DiffusionRequest, kind: EngineEventKind, step: int) -> None:
+def hung_up(engine: Engine[Any], job: DiffusionRequest, kind: EngineEventKind, step: int) -> None:
     """A caller who leaves at an event, on the engine's own thread, where nothing has begun yet that follows it."""
     ready = threading.Event()
 
@@ -161,7 +161,7 @@ def hung_up(engine: Engine[Any, Any], job: DiffusionRequest, kind: EngineEventKi
     [(EngineEventKind.STARTED, 0), (EngineEventKind.STEP, 1), (EngineEventKind.STEP, 3), (EngineEventKind.STEP, 4)],
 )
 def test_a_caller_who_hangs_up_leaves_nothing_on_the_device(
-    model: str, kind: EngineEventKind, step: int, engine: Engine[Any, Any], travels: Travels
+    model: str, kind: EngineEventKind, step: int, engine: Engine[Any], travels: Travels
 ) -> None:
     """Whenever it was: the next one's text encoders, and the other family's parts, find the device empty."""
     hung_up(engine, job_for(model), kind, step)

@@ -25,7 +25,7 @@ def test_two_lanes_draw_what_one_draws(registry: Any) -> None:
         job_for("sdxl", seed=7, prompt="a red circle", refine=True),
         job_for("flux", seed=8, prompt="a red circle"),
     ]
-    engine: Engine[Any, Any] = Engine(lambda: registry, queue_limit=16, max_batch=4, workers=2)
+    engine: Engine[Any] = Engine(lambda: registry, queue_limit=16, max_batch=4, workers=2)
     engine.start()
     until(lambda: engine.state is EngineState.READY)
     drawings = [ticket.result.result(120) for ticket in [engine.submit(job) for job in jobs]]

@@ -15,7 +15,6 @@ from diffusers.models.upsampling import Upsample2D
 from drawing import draw, job_for
 
 from stable_diffusion_server.app.warmup import warm_up
-from stable_diffusion_server.engine import DenoiserCapabilities
 from stable_diffusion_server.pipelines.acceleration.apply import PRESETS, Optimization, optimizations_of
 from stable_diffusion_server.pipelines.acceleration.onednn import OneDnnConv2d, OneDnnLinear, OneDnnUpsample, use_onednn
 from stable_diffusion_server.pipelines.catalog import MODELS
@@ -89,8 +88,7 @@ def test_a_model_that_was_warmed_up_draws_as_before(registry: Any, model: str) -
     """Pictures are the same to the bit."""
     job = job_for(model, seed=11)
     before = draw(registry, job)
-    abilities = DenoiserCapabilities.of(registry)
-    warm_up(registry, abilities, {model: MODELS[model]}, [(128, 128), (192, 128)], pairs=True)
+    warm_up(registry, {model: MODELS[model]}, [(128, 128), (192, 128)], pairs=True)
     np.testing.assert_array_equal(draw(registry, job), before)
 
 

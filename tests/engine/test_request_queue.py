@@ -10,7 +10,7 @@ from squares import EngineOf, job, open_gate
 
 from stable_diffusion_server.engine import Ticket
 from stable_diffusion_server.engine.request_queue import BACKGROUND_EVERY, RequestQueue
-from stable_diffusion_server.engine.worker import BACKGROUND_TURN, TURN
+from stable_diffusion_server.engine.worker import BACKGROUND_TIME_SLICE, TIME_SLICE
 from stable_diffusion_server.types import EngineEventKind
 
 
@@ -39,7 +39,7 @@ def test_a_long_job_lets_another_shape_have_its_turn(engine_of: EngineOf, gated:
     open_gate(gated)
     short.result.result(10)
     assert long.result.result(10).attempts == 1
-    assert first_and_last(gated, "short")[1] <= 1 + TURN + 4
+    assert first_and_last(gated, "short")[1] <= 1 + TIME_SLICE + 4
     assert sum("long" in batch for batch in gated.batches) == 100
 
 
@@ -125,7 +125,7 @@ def test_background_work_makes_room_for_interactive_work(engine_of: EngineOf, ga
     open_gate(gated)
     now.result.result(10)
     late.result.result(10)
-    assert first_and_last(gated, "now")[1] <= 1 + BACKGROUND_TURN + 4
+    assert first_and_last(gated, "now")[1] <= 1 + BACKGROUND_TIME_SLICE + 4
     assert sum("late" in batch for batch in gated.batches) == 60
 
 
@@ -137,7 +137,7 @@ def test_one_owners_long_job_lets_another_owner_in(engine_of: EngineOf, gated: F
     other = engine.submit(job("other"), owner="b")
     open_gate(gated)
     other.result.result(10)
-    assert first_and_last(gated, "other")[1] <= 1 + TURN + 4
+    assert first_and_last(gated, "other")[1] <= 1 + TIME_SLICE + 4
     assert long.result.result(10)
 
 

@@ -20,7 +20,7 @@ from squares import (
 )
 
 from stable_diffusion_server.engine import Engine, EngineState
-from stable_diffusion_server.engine.previews import EVERY
+from stable_diffusion_server.engine.previews import MIN_STEPS_BETWEEN
 from stable_diffusion_server.errors import InvalidInput
 from stable_diffusion_server.types import EngineEvent
 
@@ -76,7 +76,7 @@ def test_lanes_refuse_adapters(engine_of: EngineOf) -> None:
 def test_lanes_are_refused_where_weights_change_while_drawing() -> None:
     """One sentence says why, and nothing is accepted."""
     painter = ConcurrentDenoiser(unshareable="the weights travel between memory and device.")
-    engine: Engine[Any, Any] = Engine(lambda: painter, queue_limit=1, max_batch=1, workers=2)
+    engine: Engine[Any] = Engine(lambda: painter, queue_limit=1, max_batch=1, workers=2)
     engine.start()
     until(lambda: engine.state is EngineState.FAILED)
     assert engine.reason == "ENGINE_WORKERS=2 is not possible: the weights travel between memory and device."
@@ -115,7 +115,7 @@ def test_previews_are_made_for_those_who_want_them(engine_of: EngineOf) -> None:
     sketched = [event for event in told if event.preview is not None]
     assert all(event.preview is not None and np.all(event.preview == event.step) for event in sketched)
     for _, events in groupby(sketched, lambda event: event.job_id):
-        assert all(later.step - earlier.step >= EVERY for earlier, later in pairwise(events))
+        assert all(later.step - earlier.step >= MIN_STEPS_BETWEEN for earlier, later in pairwise(events))
 
 
 def test_previews_that_cost_too_much_are_left_out(engine_of: EngineOf) -> None:

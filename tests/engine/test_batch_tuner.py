@@ -8,114 +8,114 @@ from dataclasses import replace
 from squares import job
 
 from stable_diffusion_server.engine import Ticket
-from stable_diffusion_server.engine.batch_tuner import AUDIT, PATIENCE, RECOVERY, BatchSizeTuner
+from stable_diffusion_server.engine.batch_tuner import PATIENCE, RECOVERY_STEPS, RETEST_STEPS, BatchSizeTuner
 
 SQUARE = job("square")
 
 
-def step(paces: BatchSizeTuner, times: int, seconds: Callable[[int], float]) -> list[int]:
+def step(tuner: BatchSizeTuner, times: int, seconds: Callable[[int], float]) -> list[int]:
     """Take steps of full groups with more waiting; the caps on the way."""
     caps = []
     for _ in range(times):
-        size = paces.cap(SQUARE)
+        size = tuner.cap(SQUARE)
         caps.append(size)
-        paces.record_step(SQUARE, size, seconds(size), seconds(size), more_wait=True)
+        tuner.record_step(SQUARE, size, seconds(size), seconds(size), more_wait=True)
     return caps
 
 
 def test_a_cap_grows_while_a_picture_takes_less_time_in_a_larger_group() -> None:
     """A step that takes as long for eight as for one: from one to the most that is allowed, within a few steps."""
-    paces = BatchSizeTuner(8, learn=True)
-    assert paces.cap(SQUARE) == 1
-    caps = step(paces, 30, lambda size: 1.0)
+    tuner = BatchSizeTuner(8, learn=True)
+    assert tuner.cap(SQUARE) == 1
+    caps = step(tuner, 30, lambda size: 1.0)
     assert sorted(set(caps)) == [1, 2, 4, 8]
-    assert paces.cap(SQUARE) == 8
+    assert tuner.cap(SQUARE) == 8
 
 
 def test_a_cap_goes_no_further_than_it_pays() -> None:
     """Up to four are nearly free, eight take thrice as long: it settles at four and tries again seldom."""
-    paces = BatchSizeTuner(8, learn=True)
-    caps = step(paces, 1000, lambda size: 1.0 if size <= 4 else 3.0)
+    tuner = BatchSizeTuner(8, learn=True)
+    caps = step(tuner, 1000, lambda size: 1.0 if size <= 4 else 3.0)
     assert caps[-1] == 4
     assert caps.count(8) < 0.05 * len(caps)
 
 
 def test_where_batching_does_not_pay_it_stays_at_one() -> None:
     """Twice the work takes twice the time: two are tried now and then, and that is all."""
-    paces = BatchSizeTuner(4, learn=True)
-    caps = step(paces, 1000, lambda size: 1.0 * size)
+    tuner = BatchSizeTuner(4, learn=True)
+    caps = step(tuner, 1000, lambda size: 1.0 * size)
     assert caps.count(1) > 0.95 * len(caps)
 
 
 def test_a_cap_shrinks_when_it_pays_no_more() -> None:
     """What paid before is looked at again, and given up."""
-    paces = BatchSizeTuner(4, learn=True)
-    step(paces, 40, lambda size: 1.0)
-    assert paces.cap(SQUARE) == 4
-    step(paces, 3 * AUDIT + PATIENCE, lambda size: float(size) ** 1.2)
-    assert paces.cap(SQUARE) == 1
+    tuner = BatchSizeTuner(4, learn=True)
+    step(tuner, 40, lambda size: 1.0)
+    assert tuner.cap(SQUARE) == 4
+    step(tuner, 3 * RETEST_STEPS + PATIENCE, lambda size: float(size) ** 1.2)
+    assert tuner.cap(SQUARE) == 1
 
 
 def test_what_other_programs_take_of_the_time_teaches_nothing() -> None:
     """Larger groups cost a picture less, although each of them happened to be kept waiting."""
-    paces = BatchSizeTuner(4, learn=True)
+    tuner = BatchSizeTuner(4, learn=True)
     for _ in range(60):
-        size = paces.cap(SQUARE)
-        paces.record_step(SQUARE, size, 2.0**size, 1.0, more_wait=True)
-    assert paces.cap(SQUARE) == 4
-    assert paces.seconds_for(SQUARE, 1, 4) == 16.0
+        size = tuner.cap(SQUARE)
+        tuner.record_step(SQUARE, size, 2.0**size, 1.0, more_wait=True)
+    assert tuner.cap(SQUARE) == 4
+    assert tuner.seconds_for(SQUARE, 1, 4) == 16.0
 
 
 def test_the_most_is_never_exceeded_and_memory_bounds_it_for_long() -> None:
     """MAX_BATCH that is no power of two is reached and not passed; after running out of memory less is the most."""
-    paces = BatchSizeTuner(6, learn=True)
-    assert max(step(paces, 100, lambda size: 1.0)) == 6
-    paces.record_out_of_memory(SQUARE, 6)
-    assert max(step(paces, 1000, lambda size: 1.0)) == 3
+    tuner = BatchSizeTuner(6, learn=True)
+    assert max(step(tuner, 100, lambda size: 1.0)) == 6
+    tuner.record_out_of_memory(SQUARE, 6)
+    assert max(step(tuner, 1000, lambda size: 1.0)) == 3
 
 
 def test_memory_that_was_short_once_is_tried_again_much_later() -> None:
     """Another program may have gone: after thousands of good steps the next size is allowed, and not before."""
-    paces = BatchSizeTuner(8)
-    paces.record_out_of_memory(SQUARE, 8)
-    caps = step(paces, 3 * RECOVERY, lambda size: 1.0)
-    assert caps[: 2 * RECOVERY - 1] == [4] * (2 * RECOVERY - 1)
+    tuner = BatchSizeTuner(8)
+    tuner.record_out_of_memory(SQUARE, 8)
+    caps = step(tuner, 3 * RECOVERY_STEPS, lambda size: 1.0)
+    assert caps[: 2 * RECOVERY_STEPS - 1] == [4] * (2 * RECOVERY_STEPS - 1)
     assert caps[-1] == 8
 
 
 def test_a_lone_job_changes_nothing() -> None:
     """Without others that wait there is nothing to try."""
-    paces = BatchSizeTuner(4, learn=True)
+    tuner = BatchSizeTuner(4, learn=True)
     for _ in range(100):
-        paces.record_step(SQUARE, 1, 1.0, 1.0, more_wait=False)
-    assert paces.cap(SQUARE) == 1
+        tuner.record_step(SQUARE, 1, 1.0, 1.0, more_wait=False)
+    assert tuner.cap(SQUARE) == 1
 
 
 def test_the_time_left_is_that_of_those_before_and_ones_own() -> None:
     """Unknown before anything was measured; then steps × seconds, in groups as large as they may be."""
-    paces = BatchSizeTuner(2)
+    tuner = BatchSizeTuner(2)
     line = [Ticket[object](SQUARE), Ticket[object](SQUARE)]
-    assert paces.etas(line, []) == [None, None]
+    assert tuner.etas(line, []) == [None, None]
     for _ in range(2):
-        paces.record_step(SQUARE, 2, 0.5, 0.5, more_wait=False)
-    assert paces.etas(line, []) == [2.0, 3.0]
-    assert paces.seconds_for(SQUARE, 3) == 1.5
+        tuner.record_step(SQUARE, 2, 0.5, 0.5, more_wait=False)
+    assert tuner.etas(line, []) == [2.0, 3.0]
+    assert tuner.seconds_for(SQUARE, 3) == 1.5
 
 
 def test_a_shape_that_was_not_measured_is_reckoned_by_its_pixels() -> None:
     """By another shape of its model: twice the pixels take twice as long."""
-    paces = BatchSizeTuner(1)
+    tuner = BatchSizeTuner(1)
     for _ in range(2):
-        paces.record_step(SQUARE, 1, 0.5, 0.5, more_wait=False)
-    assert paces.etas([Ticket[object](job("wide", width=128))], []) == [4.0]
-    assert paces.seconds_for(replace(SQUARE, model="flux"), 4) is None
+        tuner.record_step(SQUARE, 1, 0.5, 0.5, more_wait=False)
+    assert tuner.etas([Ticket[object](job("wide", width=128))], []) == [4.0]
+    assert tuner.seconds_for(replace(SQUARE, model="flux"), 4) is None
 
 
 def test_figures_are_one_for_each_label() -> None:
     """Adapters make shapes of their own and no labels of their own, so that nobody can fill the metrics."""
-    paces = BatchSizeTuner(4)
+    tuner = BatchSizeTuner(4)
     for loras in ((), (("a", 1.0),), (("b", 1.0),)):
         for _ in range(2):
-            paces.record_step(job("square", loras=loras), 2, 0.25, 0.25, more_wait=False)
-    assert [figure.label for figure in paces.step_timings()] == ["sdxl 64x64", "sdxl 64x64 with adapters"]
-    assert paces.step_timings()[0].step_seconds == {2: 0.25}
+            tuner.record_step(job("square", loras=loras), 2, 0.25, 0.25, more_wait=False)
+    assert [figure.label for figure in tuner.step_timings()] == ["sdxl 64x64", "sdxl 64x64 with adapters"]
+    assert tuner.step_timings()[0].step_seconds == {2: 0.25}
