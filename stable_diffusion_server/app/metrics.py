@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Iterator
-from typing import Any
 
 from stable_diffusion_server.app.models import ModelState, ReadinessCheck
 from stable_diffusion_server.app.storage import StorageStack

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Self
 
 from stable_diffusion_server.api import job_body
 from stable_diffusion_server.app.models import ModelState
