@@ -101,7 +101,7 @@ def open_tab(page: Any, name: str) -> Any:
 def draw(inside: Any, prompt: str) -> None:
     """Enter a prompt, press Enter, and wait for the images."""
     ask(inside, prompt)
-    inside.locator(".sds-told", has_text=re.compile(r"^(Done in|All \d pictures are done)")).wait_for()
+    inside.locator(".sds-message", has_text=re.compile(r"^(Done in|All \d pictures are done)")).wait_for()
     inside.locator(".sds-gallery img").first.wait_for()
 
 

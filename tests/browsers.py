@@ -29,7 +29,7 @@ class Tab:
 
     def told(self, text: str) -> None:
         """Wait until a panel says this."""
-        self.page.locator(".sds-told:visible", has_text=text).first.wait_for()
+        self.page.locator(".sds-message:visible", has_text=text).first.wait_for()
 
     def open(self, name: str) -> Any:
         """Go to a tab; what is in it."""

@@ -207,7 +207,7 @@ def build_engine(
 ) -> Engine[DecodedPixels]:
     """Build the engine with the observers of its events, not started.
 
-    `hooks.ready` is called once the models are loaded and `readiness` misses nothing; `record` is told which jobs are
+    `hooks.ready` is called once the models are loaded and `readiness` misses nothing; `record` receives which jobs are
     on the device.
     """
 

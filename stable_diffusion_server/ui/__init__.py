@@ -1,10 +1,10 @@
-"""The studio: pages in the browser over the server's own HTTP API. Knows no models, no buckets and no devices."""
+"""Web UI: Gradio pages that call the server's own HTTP API."""
 
 from __future__ import annotations
 
 from stable_diffusion_server.ui.app import LazyUiApp
 from stable_diffusion_server.ui.asgi_transport import StreamingASGITransport
-from stable_diffusion_server.ui.client_factory import COOKIE, ApiClients
+from stable_diffusion_server.ui.client import COOKIE, ApiClients
 from stable_diffusion_server.ui.image_intake import DecodeUpload, ImageIntake
 from stable_diffusion_server.ui.sessions import SessionStore
 from stable_diffusion_server.ui.static_pages import favicon

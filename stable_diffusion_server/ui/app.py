@@ -1,4 +1,4 @@
-"""The way into the studio: opens it when someone first asks, wants a key where one is needed, guards its pages."""
+"""ASGI application of the UI: loads Gradio on first use, asks for an API key, sets security headers."""
 
 from __future__ import annotations
 
@@ -25,45 +25,42 @@ from stable_diffusion_server.errors import (
     UnsupportedMedia,
 )
 from stable_diffusion_server.ui import static_pages
-from stable_diffusion_server.ui.client import RefusedError
-from stable_diffusion_server.ui.client_factory import COOKIE, ApiClients, client_of
-from stable_diffusion_server.ui.problems import problem
-from stable_diffusion_server.ui.request_body import read_body
+from stable_diffusion_server.ui.asgi_http import problem_response, read_body
+from stable_diffusion_server.ui.client import COOKIE, ApiClients, RefusedError, address_of
+from stable_diffusion_server.ui.sessions import SESSION_SECONDS
 from stable_diffusion_server.ui.upload_routes import UploadRoutes
 
 _log = structlog.get_logger(__name__)
 
-_DAY = 86_400
 _KEY_BYTES = 4096
 _FORM = "application/x-www-form-urlencoded"
 _WRONG = "This is no key of this server."
-# As keys are written in the settings: what a header can carry.
+# Printable ASCII, which a header can carry; as in settings/api_keys.py.
 _KEY = re.compile(r"[!-~]+")
 _PAGES = ("/ui", "/ui/")
-# What a browser says it wants when someone opens a page; programs say nothing.
-_OPENING = ("", "document")
+# Values of Sec-Fetch-Dest when a person opens a page; programs send none.
+_OPENS_PAGE = ("", "document")
 
 
 class LazyUiApp:
     """ASGI application for everything under `/ui`.
 
-    `build` imports Gradio and makes the studio, which takes seconds: on a thread, when someone first asks, so that a
-    server nobody looks at pays nothing. `desks` lead back to the server; with `keyed`, a visitor
-    shows a key first. Pictures that visitors send go to `uploads`, and never to Gradio. Pictures may also be shown from
-    `sources`, the bucket's origins.
+    `build` imports Gradio and makes the pages, which takes seconds. It runs on a thread when a visitor first opens the
+    UI. `clients` call the server's API; with `keyed`, a visitor has to enter an API key first. Images that visitors
+    upload go to `uploads` and never to Gradio. Pages may show images from `sources`, the bucket's origins.
     """
 
     def __init__(
         self,
         build: Callable[[], FastAPI],
-        desks: ApiClients,
+        clients: ApiClients,
         uploads: UploadRoutes,
         *,
         keyed: bool,
         sources: Collection[str] = (),
     ) -> None:
         self._build = build
-        self._desks = desks
+        self._clients = clients
         self._uploads = uploads
         self._keyed = keyed
         self._headers = _headers(sources)
@@ -71,43 +68,43 @@ class LazyUiApp:
         self._fault = ""
         self._opening: asyncio.Task[None] | None = None
         self._closing = asyncio.Event()
-        self._under_way: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request."""
+        """Handle one request."""
         request = Request(scope, receive)
-        if self._keyed and (refused := await self._checked(request)) is not None:
+        if self._keyed and (refused := await self._login_response(request)) is not None:
             await refused(scope, receive, send)
         elif self._uploads.answers(request.url.path):
-            await (await self._uploads.answer(request, self._desks.owner_of(request)))(scope, receive, send)
+            await (await self._uploads.answer(request, self._clients.owner_of(request)))(scope, receive, send)
         elif self._studio is None:
-            await self._opened(request)(scope, receive, send)
+            await self._loading_response(request)(scope, receive, send)
         else:
-            scope.setdefault("state", {})["owner"] = self._desks.owner_of(request)
-            await self._shown(self._studio, scope, receive, send)
+            scope.setdefault("state", {})["owner"] = self._clients.owner_of(request)
+            await self._forward(self._studio, scope, receive, send)
 
     def drain(self) -> None:
-        """End what is under way, from the event loop: pages listen for as long as they are open."""
+        """Cancel running requests; call it on the event loop. Open pages would otherwise keep their streams open."""
         self._closing.set()
-        for task in self._under_way:
+        for task in self._tasks:
             task.cancel()
 
     async def close(self) -> None:
-        """Let the studio go."""
+        """Close the pages and wait for it."""
         self.drain()
         if self._opening is not None:
             with suppress(Exception):
                 await self._opening
 
-    async def _checked(self, request: Request) -> Response | None:
-        """What is answered to who has no key; `None` for who has."""
-        if self._desks.guests.key_of(request.cookies.get(COOKIE, "")) is not None:
+    async def _login_response(self, request: Request) -> Response | None:
+        """Return the response for a visitor without a session, or None for one with a session."""
+        if self._clients.sessions.key_of(request.cookies.get(COOKIE, "")) is not None:
             return None
         if request.method != "POST" or request.url.path != "/ui/key":
             return static_pages.key_wanted()
         try:
-            key = await _key_sent(request)
-            await self._desks.at(str(request.base_url), key, client_of(request)).jobs()
+            key = await _submitted_key(request)
+            await self._clients.at(str(request.base_url), key, address_of(request)).jobs()
         except RefusedError as error:
             wrong = error.status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)
             return static_pages.key_wanted(_WRONG if wrong else error.detail)
@@ -115,16 +112,18 @@ class LazyUiApp:
             return static_pages.key_wanted(error.detail)
         answer = RedirectResponse("/ui/", HTTPStatus.SEE_OTHER)
         secure = request.url.scheme == "https"
-        token = self._desks.guests.start(key)
-        answer.set_cookie(COOKIE, token, max_age=_DAY, path="/ui", secure=secure, httponly=True, samesite="strict")
+        token = self._clients.sessions.start(key)
+        answer.set_cookie(
+            COOKIE, token, max_age=SESSION_SECONDS, path="/ui", secure=secure, httponly=True, samesite="strict"
+        )
         return answer
 
-    def _opened(self, request: Request) -> Response:
-        """What is answered while there is no studio. Only who opens a page has it built: no picture, no script."""
+    def _loading_response(self, request: Request) -> Response:
+        """Return the response while Gradio is not loaded; only opening a page loads it, not an image or a script."""
         if request.method != "GET" or request.url.path not in _PAGES:
-            return problem(NotFound("There is nothing here before the page is opened."))
-        if request.headers.get("sec-fetch-dest", "") not in _OPENING:
-            return problem(Forbidden("The page is not opened as a part of another one."))
+            return problem_response(NotFound("There is nothing here before the page is opened."))
+        if request.headers.get("sec-fetch-dest", "") not in _OPENS_PAGE:
+            return problem_response(Forbidden("The page is not opened as a part of another one."))
         if self._fault:
             return static_pages.closed(self._fault)
         if self._opening is None:
@@ -133,7 +132,7 @@ class LazyUiApp:
         return static_pages.opening()
 
     async def _open(self, ready: asyncio.Event) -> None:
-        """Build the studio, and keep it open until the server ends."""
+        """Build the pages, and keep them open until the server ends."""
         try:
             studio = await asyncio.to_thread(self._build)
             async with studio.router.lifespan_context(studio):
@@ -148,17 +147,17 @@ class LazyUiApp:
         finally:
             self._studio = None
 
-    async def _shown(self, studio: FastAPI, scope: Scope, receive: Receive, send: Send) -> None:
-        async def guarded(message: Message) -> None:
+    async def _forward(self, studio: FastAPI, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
                 for name, value in self._headers.items():
                     headers[name] = value
             await send(message)
 
-        task = asyncio.create_task(_run(studio, scope, receive, guarded))
-        self._under_way.add(task)
-        task.add_done_callback(self._under_way.discard)
+        task = asyncio.create_task(_run(studio, scope, receive, send_with_headers))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
         try:
             await task
         except asyncio.CancelledError:
@@ -171,8 +170,8 @@ async def _run(studio: FastAPI, scope: Scope, receive: Receive, send: Send) -> N
     await studio({**scope, "app": studio}, receive, send)
 
 
-async def _key_sent(request: Request) -> str:
-    """The key in the form of the page that asks for one. Raises a `ServerError` whose sentence is for people."""
+async def _submitted_key(request: Request) -> str:
+    """Return the key in a submitted form. Raises a `ServerError` whose sentence is shown on the page."""
     body = await read_body(request.receive, _KEY_BYTES)
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != _FORM:
         raise UnsupportedMedia("A key comes from the form on this page.")
@@ -186,7 +185,7 @@ async def _key_sent(request: Request) -> str:
 
 
 def _headers(sources: Collection[str]) -> dict[str, str]:
-    """What browsers are told of the studio's pages: nothing comes from elsewhere, and nothing goes there."""
+    """Return security headers: the pages load nothing from elsewhere and send nothing there."""
     pictures = " ".join(["'self'", "data:", "blob:", *sorted(sources)])
     policy = (
         "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "

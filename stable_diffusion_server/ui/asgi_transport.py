@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Message, Scope
 from stable_diffusion_server.ui.client import ServerAddress
 
 _AHEAD = 32
-# So long an application that was told to end is waited for; one that waits for a thread ends with that.
+# Seconds to wait for a cancelled application; one that waits for a thread ends only when the thread does.
 _END_SECONDS = 1.0
 
 
@@ -78,7 +78,7 @@ class _Exchange(httpx.AsyncByteStream):
             if not self._started.done():
                 self._started.set_exception(error)
         finally:
-            if not self._left.is_set():  # who has left takes nothing more, and room would be waited for in vain
+            if not self._left.is_set():  # a client that left reads no more: `put` would wait for ever
                 await self._parts.put(None)
 
     async def __aiter__(self) -> AsyncIterator[bytes]:

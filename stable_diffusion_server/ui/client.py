@@ -1,8 +1,8 @@
-"""The server's HTTP API as one visitor of the studio asks it: orders, jobs, their events, what is stored. No pages."""
+"""Client of the server's own HTTP API on behalf of a visitor of the UI, and the clients of all visitors."""
 
 from __future__ import annotations
 
-import json
+import hashlib
 import re
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
@@ -10,22 +10,25 @@ from http import HTTPStatus
 from typing import Any
 
 import httpx
+from starlette.requests import Request
 
 from stable_diffusion_server.concurrency import FairRequestQueue
 from stable_diffusion_server.errors import RateLimited
-from stable_diffusion_server.ui.work_queue import visitor_queue
+from stable_diffusion_server.ui.sessions import SessionStore
+
+COOKIE = "studio"
 
 Job = dict[str, Any]
 Files = Mapping[str, bytes]
 
 _JOB_ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
 _SHORT, _LONG = httpx.Timeout(30), httpx.Timeout(30, read=60)
-# What is drawn while it is waited for has the server's own timeout, ten minutes unless it is set otherwise.
-_DRAWN = httpx.Timeout(30, read=660)
+# A synchronous generation has the server's own timeout, MAX_TIMEOUT, which is ten minutes by default.
+_GENERATION = httpx.Timeout(30, read=660)
 
 
 class RefusedError(Exception):
-    """The server said no: `detail` is its sentence, `faults` pairs of a field and what is wrong with it."""
+    """The server refused a request: `detail` is its sentence, `faults` pairs of a field and what is wrong with it."""
 
     def __init__(self, status: int, detail: str, faults: tuple[tuple[str, str], ...] = ()) -> None:
         super().__init__(detail)
@@ -36,9 +39,9 @@ class RefusedError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class UiRequest:
-    """One picture to ask for: the door, its fields in words, files by field, and its name, if it is not its seed."""
+    """One image to request: path, form fields, files by field, and a caption if that is not the seed."""
 
-    door: str
+    path: str
     fields: Mapping[str, str]
     files: Files = field(default_factory=dict)
     name: str = ""
@@ -46,17 +49,22 @@ class UiRequest:
 
 @dataclass(frozen=True, slots=True)
 class ServerAddress:
-    """The connection a visitor came by: its address, and whether through a proxy that nobody answers for."""
+    """Address of a visitor, and whether the request passed a proxy that is not trusted."""
 
     address: str = "127.0.0.1"
     forwarded: bool = False
 
 
+def visitor_queue() -> FairRequestQueue:
+    """Return a queue for work on images: two pieces of all visitors at a time; eight of one visitor run or wait."""
+    return FairRequestQueue(2, 8, "Other pictures of yours are being worked on; try again in a second.")
+
+
 @dataclass(frozen=True, slots=True)
 class ApiClient:
-    """The server at `base`, asked with `key` where it wants one, on behalf of `client`.
+    """Client of the server at `base`, with the API key `key`, on behalf of the visitor at `client`.
 
-    A server in this process is told whose request it is: it holds for the visitor, not for this machine.
+    A server in this process reads `client` from the transport, so that its limits count for the visitor.
     """
 
     http: httpx.AsyncClient
@@ -65,110 +73,144 @@ class ApiClient:
     client: ServerAddress = ServerAddress()
     turns: FairRequestQueue = field(default_factory=visitor_queue, repr=False)
 
-    async def start(self, wish: UiRequest) -> Job:
-        """Have a picture drawn, as a job; visitors take turns at sending files. Raises `RefusedError`."""
-        if not wish.files:
-            return await self._start(wish)
+    async def start(self, request: UiRequest) -> Job:
+        """Start a job; requests with files wait in a fair queue of all visitors. Raises `RefusedError`."""
+        if not request.files:
+            return await self._start(request)
         try:
             async with self.turns.hold(f"{self.key} {self.client.address}"):
-                return await self._start(wish)
+                return await self._start(request)
         except RateLimited as error:
             raise RefusedError(error.status, error.detail) from error
 
-    async def _start(self, wish: UiRequest) -> Job:
-        files = {name: (f"{name}.png", content) for name, content in wish.files.items()}
-        body = {"data": dict(wish.fields), "files": files or None}
-        return await self._json("POST", wish.door, headers={"Prefer": "respond-async"}, **body)
+    async def _start(self, request: UiRequest) -> Job:
+        files = {name: (f"{name}.png", content) for name, content in request.files.items()}
+        body = {"data": dict(request.fields), "files": files or None}
+        return await self._json("POST", request.path, headers={"Prefer": "respond-async"}, **body)
 
     async def events(self, job_id: str) -> AsyncIterator[tuple[str, Job]]:
-        """What happens to a job, until it has ended. Raises `RefusedError`."""
-        url, headers = f"{self.base}/jobs/{_known(job_id)}/events", self._headers({})
-        async with self.http.stream("GET", url, headers=headers, timeout=_LONG, extensions=self._told()) as answer:
-            if answer.status_code != HTTPStatus.OK:
-                await answer.aread()
-                raise _refused(answer)
-            kind = ""
-            async for line in answer.aiter_lines():
-                name, _, value = line.partition(": ")
-                if name == "event":
-                    kind = value
-                elif name == "data":
-                    yield kind, json.loads(value)
+        """Yield the events of a job, with their names, until it has ended. Raises `RefusedError`."""
+        # Imported here: a server without the packages of the UI has no httpx-sse.
+        from httpx_sse import EventSource
+
+        url, headers = f"{self.base}/jobs/{_checked_id(job_id)}/events", self._headers({})
+        extensions = self._extensions()
+        async with self.http.stream("GET", url, headers=headers, timeout=_LONG, extensions=extensions) as response:
+            if response.status_code != HTTPStatus.OK:
+                await response.aread()
+                raise _refused(response)
+            async for event in EventSource(response).aiter_sse():
+                if event.data:  # httpx-sse yields an empty event for a keep-alive comment after an event with an id
+                    yield event.event, event.json()
 
     async def job(self, job_id: str) -> Job:
-        """How a job stands. Raises `RefusedError`."""
-        return await self._json("GET", f"/jobs/{_known(job_id)}")
+        """Return a job. Raises `RefusedError`."""
+        return await self._json("GET", f"/jobs/{_checked_id(job_id)}")
 
     async def cancel(self, job_id: str) -> Job:
-        """End a job. Raises `RefusedError`."""
-        return await self._json("DELETE", f"/jobs/{_known(job_id)}")
+        """Cancel a job. Raises `RefusedError`."""
+        return await self._json("DELETE", f"/jobs/{_checked_id(job_id)}")
 
     async def jobs(self) -> list[Job]:
-        """The visitor's latest jobs, newest first. Raises `RefusedError`."""
+        """Return the visitor's latest jobs, newest first. Raises `RefusedError`."""
         jobs: list[Job] = (await self._json("GET", "/jobs"))["jobs"]
         return jobs
 
     async def history(self, words: str = "", model: str = "", before: int | None = None, limit: int = 24) -> Job:
-        """Pictures drawn here, newest first: `pictures`, and `next` to go on behind. Raises `RefusedError`."""
+        """Return a page of the history, newest first: `pictures`, and `next` for `before`. Raises `RefusedError`."""
         params = {"q": words, "model": model, "before": before, "limit": limit}
         return await self._json("GET", "/history", params={name: value for name, value in params.items() if value})
 
     async def record(self, key: str) -> Job:
-        """How a picture was made. Raises `RefusedError`."""
+        """Return how an image was made. Raises `RefusedError`."""
         return await self._json("GET", f"/files/{_path(key)}", params={"record": "1"})
 
     async def remove(self, key: str) -> None:
-        """Delete a picture. Raises `RefusedError`."""
-        await self._ask("DELETE", f"/files/{_path(key)}")
+        """Delete an image. Raises `RefusedError`."""
+        await self._send("DELETE", f"/files/{_path(key)}")
 
     async def replay(self, picture: bytes) -> Job:
-        """Draw a picture made here again. Raises `RefusedError`."""
-        return await self._json("POST", "/v1/replay", files={"picture_file": ("picture", picture)}, timeout=_DRAWN)
+        """Generate an image again from its embedded metadata. Raises `RefusedError`."""
+        return await self._json("POST", "/v1/replay", files={"picture_file": ("picture", picture)}, timeout=_GENERATION)
 
     async def readiness(self) -> Job:
-        """Whether the server can draw, what it misses, and its models. Raises `RefusedError`."""
-        return await self._json("GET", "/readyz", answers=(HTTPStatus.SERVICE_UNAVAILABLE,))
+        """Return whether the server is ready, what is missing, and its models. Raises `RefusedError`."""
+        return await self._json("GET", "/readyz", accepted=(HTTPStatus.SERVICE_UNAVAILABLE,))
 
     async def figures(self) -> str:
-        """The server's figures in Prometheus's format. Raises `RefusedError`."""
-        return (await self._ask("GET", "/metrics")).text
+        """Return the server's metrics in Prometheus's format. Raises `RefusedError`."""
+        return (await self._send("GET", "/metrics")).text
 
     async def picture(self, url: str) -> bytes:
-        """The file at the address of a picture. Raises `RefusedError`."""
+        """Return the file at the URL of an image. Raises `RefusedError`."""
         if url.startswith(f"{self.base}/"):
-            return (await self._ask("GET", url.removeprefix(self.base))).content
-        async with httpx.AsyncClient(timeout=_SHORT) as elsewhere:  # the bucket, which the server itself named
-            answer = await elsewhere.get(url)
-        if answer.status_code != HTTPStatus.OK:
-            raise _refused(answer)
-        return answer.content
+            return (await self._send("GET", url.removeprefix(self.base))).content
+        async with httpx.AsyncClient(timeout=_SHORT) as bucket:  # the server itself returned this URL
+            response = await bucket.get(url)
+        if response.status_code != HTTPStatus.OK:
+            raise _refused(response)
+        return response.content
 
     async def _json(self, method: str, path: str, **more: Any) -> Job:
-        told: Job = (await self._ask(method, path, **more)).json()
-        return told
+        body: Job = (await self._send(method, path, **more)).json()
+        return body
 
-    async def _ask(self, method: str, path: str, **more: Any) -> httpx.Response:
+    async def _send(self, method: str, path: str, **more: Any) -> httpx.Response:
         headers, timeout = self._headers(more.pop("headers", {})), more.pop("timeout", _SHORT)
-        answers = more.pop("answers", ())
+        accepted = more.pop("accepted", ())
         try:
-            answer = await self.http.request(
-                method, self.base + path, headers=headers, timeout=timeout, extensions=self._told(), **more
+            response = await self.http.request(
+                method, self.base + path, headers=headers, timeout=timeout, extensions=self._extensions(), **more
             )
         except httpx.HTTPError as error:
             raise RefusedError(0, f"The server cannot be reached ({type(error).__name__}).") from error
-        if answer.status_code >= HTTPStatus.BAD_REQUEST and answer.status_code not in answers:
-            raise _refused(answer)
-        return answer
+        if response.status_code >= HTTPStatus.BAD_REQUEST and response.status_code not in accepted:
+            raise _refused(response)
+        return response
 
-    def _told(self) -> dict[str, ServerAddress]:
+    def _extensions(self) -> dict[str, ServerAddress]:
         return {"client": self.client}
 
     def _headers(self, more: Mapping[str, str]) -> dict[str, str]:
         return {**more, "Authorization": f"Bearer {self.key}"} if self.key else dict(more)
 
 
-def _known(job_id: str) -> str:
-    """A job's id as a part of a path; pages send ids back, which may be anything. Raises `RefusedError`."""
+@dataclass(frozen=True, slots=True)
+class ApiClients:
+    """Creates the API clients of visitors. With `base`, all use that server and that `key`."""
+
+    http: httpx.AsyncClient
+    sessions: SessionStore = field(default_factory=SessionStore)
+    base: str = ""
+    key: str = field(default="", repr=False)
+    turns: FairRequestQueue = field(default_factory=visitor_queue)
+
+    def at(self, base: str, key: str, client: ServerAddress) -> ApiClient:
+        """Return a client for a key."""
+        return ApiClient(self.http, self.base or base.rstrip("/"), self.key or key, client, self.turns)
+
+    def of(self, request: Request) -> ApiClient:
+        """Return the client of the visitor who sent a request."""
+        key = self.sessions.key_of(request.cookies.get(COOKIE, "")) or ""
+        return self.at(f"{request.url.scheme}://{request.headers.get('host', '')}", key, address_of(request))
+
+    def owner_of(self, request: Request) -> str:
+        """Return the name of a visitor, under which uploads and sessions are stored and limits are counted."""
+        caller = request.scope.get("state", {}).get("caller")
+        if caller is not None and (caller.name or caller.address):
+            return str(caller.share)
+        key = self.sessions.key_of(request.cookies.get(COOKIE, ""))
+        return f"key {hashlib.sha256(key.encode()).hexdigest()}" if key else f"address {address_of(request).address}"
+
+
+def address_of(request: Request) -> ServerAddress:
+    """Return the address that a request came from."""
+    address = request.client.host if request.client else ""
+    return ServerAddress(address, bool(request.scope.get("state", {}).get("forwarded")))
+
+
+def _checked_id(job_id: str) -> str:
+    """Return a job id that is safe in a path: pages send ids, which may be any text. Raises `RefusedError`."""
     if not _JOB_ID.fullmatch(job_id):
         raise RefusedError(HTTPStatus.NOT_FOUND, "There is no job of this id.")
     return job_id
@@ -178,12 +220,12 @@ def _path(key: str) -> str:
     return "/".join(str(httpx.URL("", path="/" + part).raw_path[1:], "ascii") for part in key.split("/"))
 
 
-def _refused(answer: httpx.Response) -> RefusedError:
+def _refused(response: httpx.Response) -> RefusedError:
     try:
-        problem = answer.json()
+        problem = response.json()
         faults = tuple((str(fault["field"]), str(fault["detail"])) for fault in problem.get("errors", ()))
         detail = str(problem["detail"])
     except (ValueError, KeyError, TypeError, AttributeError):
-        faults, detail = (), f"The server answered {answer.status_code}."
-    wait = answer.headers.get("retry-after")
-    return RefusedError(answer.status_code, f"{detail} Try again in {wait} s." if wait else detail, faults)
+        faults, detail = (), f"The server answered {response.status_code}."
+    wait = response.headers.get("retry-after")
+    return RefusedError(response.status_code, f"{detail} Try again in {wait} s." if wait else detail, faults)

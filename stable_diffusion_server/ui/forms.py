@@ -1,4 +1,4 @@
-"""What the fields of the studio ask for: values out of fields → wishes. Pure; bounds are the server's own."""
+"""Turns the values of form fields into API requests; the server checks their bounds."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ INPAINT = "/inpaint_and_upload_image"
 
 SEED_END = 2**32
 MOST_AT_ONCE = 8
-# What the original server's page drew at one click: the prompt, and the prompt with each of these behind it.
+# Suffixes of the prompt that the original server's page generated at one click.
 EXPLORED = ("", "awesome", "amazing", "detailed aesthetic", "wonderful", "anime hd")
 
 
 class FormError(ValueError):
-    """What can be seen to be wrong before anything is asked: the field, and a sentence."""
+    """A field is wrong, which is known before any request: the field, and a sentence."""
 
     def __init__(self, field: str, sentence: str) -> None:
         super().__init__(sentence)
@@ -25,7 +25,7 @@ class FormError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class CommonFields:
-    """What every tab asks of a picture; empty text leaves it to the server."""
+    """Fields that every tab has; an empty text means the server's default."""
 
     prompt: str
     negative: str = ""
@@ -36,7 +36,7 @@ class CommonFields:
     count: int = 1
 
     def fields(self) -> dict[str, str]:
-        """The fields that are the same for each picture of a click."""
+        """Return the request fields that are the same for each image of a click."""
         given = {
             "prompt": self.prompt,
             "negative_prompt": self.negative,
@@ -50,15 +50,15 @@ class CommonFields:
 def create(
     common: CommonFields, width: float | None, height: float | None, *, explore: bool = False
 ) -> list[UiRequest]:
-    """Text to image: as many as asked, each with a seed one further; or the six of `explore`, all with one seed."""
+    """Text to image: `count` images with increasing seeds, or the six of `explore` with one seed."""
     fields = {**common.fields(), "width": number(width), "height": number(height)}
     if not explore:
         return several(common, UiRequest(CREATE, fields))
     one = replace(common, count=1)
     return [
-        wish
+        request
         for suffix in EXPLORED
-        for wish in several(
+        for request in several(
             one,
             UiRequest(
                 CREATE, {**fields, "prompt": f"{common.prompt} {suffix}".rstrip()}, name=suffix or "as it was written"
@@ -70,7 +70,7 @@ def create(
 def restyle(
     common: CommonFields, image: bytes, strength: float, *, canny: bool, low: float = 100, high: float = 200
 ) -> list[UiRequest]:
-    """A picture drawn anew, by its edges if `canny`."""
+    """Image to image, guided by the image's edges if `canny`."""
     fields = {**common.fields(), "strength": number(strength), "canny": str(canny).lower()}
     if canny:
         fields |= {"canny_low": number(low), "canny_high": number(high)}
@@ -80,7 +80,7 @@ def restyle(
 def inpaint(
     common: CommonFields, image: bytes, mask: bytes, strength: float, feather: float, *, refine: bool
 ) -> list[UiRequest]:
-    """The masked part of a picture drawn anew."""
+    """Inpainting: generate the masked part of an image."""
     fields = {
         **common.fields(),
         "strength": number(strength),
@@ -90,15 +90,15 @@ def inpaint(
     return several(common, UiRequest(INPAINT, fields, {"image_file": image, "mask_file": mask}))
 
 
-def several(common: CommonFields, wish: UiRequest) -> list[UiRequest]:
-    """So many pictures of one wish, their seeds counted up from the one given."""
+def several(common: CommonFields, request: UiRequest) -> list[UiRequest]:
+    """Return `count` copies of a request with seeds counted up from the given one."""
     if common.seed.isdecimal():
         seeds = [str(int(common.seed) + further) for further in range(common.count)]
     else:
         seeds = [common.seed or "random"] * common.count
-    return [replace(wish, fields={**wish.fields, "seed": seed}) for seed in seeds]
+    return [replace(request, fields={**request.fields, "seed": seed}) for seed in seeds]
 
 
 def number(value: float | None) -> str:
-    """A number as a request has it: whole ones without a point, none as nothing."""
+    """Format a number for a form field: whole ones without a decimal point, None as an empty text."""
     return "" if value is None else f"{value:g}" if value != int(value) else str(int(value))

@@ -156,8 +156,8 @@ def _is_short_list(value: Any) -> bool:
 
 def _chosen(given: Any) -> dict[str, Any]:
     """What was chosen, of all that components tell of it: its index and its label. The rest goes no further."""
-    told = given if isinstance(given, dict) else {}
-    index, value = told.get("index"), told.get("value")
+    fields = given if isinstance(given, dict) else {}
+    index, value = fields.get("index"), fields.get("value")
     return {
         "index": index if _is_index(index) else None,
         "value": value if isinstance(value, str) and len(value) <= _LONGEST_LABEL else None,

@@ -16,9 +16,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from stable_diffusion_server.concurrency import MovingWindows
 from stable_diffusion_server.errors import InvalidInput, NotFound, RateLimited, ServerError
+from stable_diffusion_server.ui.asgi_http import problem_response, read_body
 from stable_diffusion_server.ui.gradio_events import SESSION, Events, sanitized
-from stable_diffusion_server.ui.problems import problem
-from stable_diffusion_server.ui.request_body import read_body
 
 EVENT_BYTES = 65_536
 # Streams that one visitor may hold open: two for each page that is looked at.
@@ -61,7 +60,7 @@ class GradioGuard:
             try:
                 await self._answer(scope, receive, send)
             except ServerError as error:
-                await problem(error)(scope, receive, send)
+                await problem_response(error)(scope, receive, send)
         else:
             raise NotFound("There is nothing here.")
 

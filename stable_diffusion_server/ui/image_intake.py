@@ -1,4 +1,4 @@
-"""Pictures from visitors of the UI: decoded in the sandboxed processes, encoded anew, kept by token. Knows no pages."""
+"""Takes uploaded images: decodes them in the sandbox, encodes them again and stores them by token."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from stable_diffusion_server.errors import RateLimited
+from stable_diffusion_server.ui.client import visitor_queue
 from stable_diffusion_server.ui.upload_store import UploadStore
-from stable_diffusion_server.ui.work_queue import visitor_queue
 
 T = TypeVar("T")
 Pixels = NDArray[np.uint8]
@@ -26,18 +26,18 @@ class DecodeUpload(Protocol):
     """The sandboxed decoder."""
 
     async def __call__(self, data: bytes, field: str, *, share: str) -> Pixels:
-        """The pixels of a picture file; `share` is who shares its processes with others."""
+        """Return the pixels of an image file; `share` names the caller, whose use of the processes is limited."""
         ...
 
 
-# Uploads at a time: each may hold a whole file and its pixels in memory.
+# Concurrent uploads: each may hold a whole file and its pixels in memory.
 PER_VISITOR, ALTOGETHER = 2, 8
 _JPEG_QUALITY = 95
 
 
 @dataclass(frozen=True, slots=True)
 class TakenImage:
-    """A picture that was taken: its token, and its size in pixels."""
+    """A stored upload: its token, and its size in pixels."""
 
     token: str
     width: int
@@ -45,33 +45,33 @@ class TakenImage:
 
 
 class ImageIntake:
-    """Takes pictures of at most `max_bytes` bytes. Lives on one event loop.
+    """Takes images of at most `max_bytes` bytes. For one event loop.
 
-    `decode` is the sandboxed decoder: no file of a visitor is opened in this process.
+    `decode` is the sandboxed decoder: files of visitors are not opened in this process.
     """
 
     def __init__(self, decode: DecodeUpload, store: UploadStore, max_bytes: int) -> None:
         self._decode = decode
         self._store = store
         self.max_bytes = max_bytes
-        self._under_way: Counter[str] = Counter()
+        self._uploads: Counter[str] = Counter()
         self._turns = visitor_queue()
 
     @contextmanager
     def place(self, owner: str) -> Iterator[None]:
-        """A place among the uploads under way. Raises `RateLimited` where there is none."""
-        if self._under_way[owner] >= PER_VISITOR or self._under_way.total() >= ALTOGETHER:
+        """Count one upload while it runs. Raises `RateLimited` if too many run."""
+        if self._uploads[owner] >= PER_VISITOR or self._uploads.total() >= ALTOGETHER:
             raise RateLimited("Other pictures are being taken in; try again in a second.", retry_after=1)
-        self._under_way[owner] += 1
+        self._uploads[owner] += 1
         try:
             yield
         finally:
-            self._under_way[owner] -= 1
-            if not self._under_way[owner]:
-                del self._under_way[owner]
+            self._uploads[owner] -= 1
+            if not self._uploads[owner]:
+                del self._uploads[owner]
 
     async def take(self, owner: str, data: bytes) -> TakenImage:
-        """Take a picture for `owner`, within a `place`.
+        """Store an image for `owner`, within `place`.
 
         Raises `TooLarge`, `UnsupportedMedia` or `InvalidInput` naming `image_file`.
         """
@@ -81,11 +81,11 @@ class ImageIntake:
         return TakenImage(self._store.add(owner, encoded), width, height)
 
     def file(self, owner: str, token: str) -> bytes:
-        """The file under a token, as it was encoded here. Raises `NotFound`."""
+        """Return the file of a token, as it was encoded here. Raises `NotFound`."""
         return self._store.get(owner, token)
 
     async def work(self, owner: str, tokens: Sequence[str], make: Callable[..., T]) -> T:
-        """What `make`, on a thread, makes of the pictures under tokens: each uint8, height × width × 3.
+        """Call `make` on a thread with the pixels of tokens, each uint8, height × width × 3, and return its result.
 
         Raises `NotFound`, `RateLimited`.
         """
@@ -96,17 +96,17 @@ class ImageIntake:
             return await asyncio.to_thread(make, *pictures)
 
     def forget(self, owner: str, token: str) -> None:
-        """Let a picture go."""
+        """Delete an image."""
         self._store.remove(owner, token)
 
     def _encoded(self, pixels: Pixels) -> bytes:
-        """A PNG file; a JPEG file where that would be too large for the server's own orders."""
+        """Encode as PNG, or as JPEG if that would be over the server's own limit."""
         file = encoded(pixels, "PNG", compress_level=1)
         return file if len(file) <= self.max_bytes else encoded(pixels, "JPEG", quality=_JPEG_QUALITY, subsampling=0)
 
 
 def encoded(pixels: Pixels, kind: str, **options: int) -> bytes:
-    """A file of pixels."""
+    """Encode pixels as an image file."""
     target = io.BytesIO()
     Image.fromarray(pixels).save(target, kind, **options)
     return target.getvalue()

@@ -1,4 +1,4 @@
-"""Follows the jobs of one click and tells, again and again, how they all stand. Knows no page."""
+"""Follows the jobs of one click, and yields what the page shows of them."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 import httpx
 
 from stable_diffusion_server.ui.client import ApiClient, Job, RefusedError, UiRequest
-from stable_diffusion_server.ui.html import progress as telling
+from stable_diffusion_server.ui.html import progress as progress_html
 
-# A browser that is told more often than this shows no more.
+# Seconds between updates; more often makes no difference to the eye.
 _PAUSE = 0.12
 _NO_NAMES: Mapping[str, str] = MappingProxyType({})
 _ENDED = ("done", "failed", "cancelled")
@@ -21,13 +21,13 @@ _ENDED = ("done", "failed", "cancelled")
 
 @dataclass(frozen=True, slots=True)
 class GalleryUpdate:
-    """What is to be seen now. `told` and `made` are HTML; `jobs` are ids; `fresh` tells that `pictures` changed.
+    """What the page shows now. `message` and `made` are HTML; `jobs` are ids; `fresh` means that `pictures` changed.
 
-    `refused` is the sentence of what was not even begun, `faults` are pairs of a parameter and what is wrong with it;
-    `names` are those of the finished pictures that have one.
+    `refused` is the sentence of a request that was refused, `faults` are pairs of a parameter and what is wrong with
+    it; `names` are the captions of the finished images, empty for those without one.
     """
 
-    told: str = ""
+    message: str = ""
     jobs: tuple[str, ...] = ()
     receipts: tuple[Job, ...] = ()
     over: bool = False
@@ -38,7 +38,7 @@ class GalleryUpdate:
 
     @property
     def pictures(self) -> list[tuple[str, str]]:
-        """Address and caption of each finished picture."""
+        """URL and caption of each finished image."""
         names = self.names or ("",) * len(self.receipts)
         return [
             (receipt["path"], name or f"seed {receipt['seed']}")
@@ -47,67 +47,67 @@ class GalleryUpdate:
 
     @property
     def made(self) -> str:
-        """How the finished pictures were made."""
-        return telling.made(self.receipts)
+        """How the finished images were made, as HTML."""
+        return progress_html.made(self.receipts)
 
 
-async def draw(desk: ApiClient, wishes: Sequence[UiRequest]) -> AsyncIterator[GalleryUpdate]:
-    """Ask for pictures and follow them to their ends."""
-    names, refusal = await _started(desk, wishes)
-    del wishes  # they hold whole pictures, and the jobs may take long
+async def draw(client: ApiClient, requests: Sequence[UiRequest]) -> AsyncIterator[GalleryUpdate]:
+    """Request images and follow their jobs until they have ended."""
+    names, refusal = await _start(client, requests)
+    del requests  # they hold whole image files, and the jobs may take long
     if refusal is not None and not names:
         yield GalleryUpdate(refused=refusal.detail, faults=refusal.faults, over=True)
         return
-    async for shown in follow(desk, list(names), names):
+    async for shown in follow(client, list(names), names):
         yield shown if refusal is None else replace(shown, refused=refusal.detail, faults=refusal.faults)
 
 
-async def _started(desk: ApiClient, wishes: Sequence[UiRequest]) -> tuple[dict[str, str], RefusedError | None]:
-    """The names of the jobs that were begun, by their ids, and why no more were."""
+async def _start(client: ApiClient, requests: Sequence[UiRequest]) -> tuple[dict[str, str], RefusedError | None]:
+    """Start the jobs. Returns their captions by job id, and the refusal that stopped further ones, if any."""
     names: dict[str, str] = {}
     try:
-        for wish in wishes:
-            names[(await desk.start(wish))["id"]] = wish.name
+        for request in requests:
+            names[(await client.start(request))["id"]] = request.name
     except RefusedError as error:
         return names, error
     return names, None
 
 
-async def resume(desk: ApiClient, ids: Sequence[str]) -> AsyncIterator[GalleryUpdate]:
-    """The same for jobs asked for before; those that are not known any more are left out."""
+async def resume(client: ApiClient, ids: Sequence[str]) -> AsyncIterator[GalleryUpdate]:
+    """Follow jobs that were started before; unknown ones are left out."""
     known = []
     for job_id in ids:
         try:
-            known.append((await desk.job(job_id))["id"])
+            known.append((await client.job(job_id))["id"])
         except RefusedError:
             continue
     if known:
-        async for shown in follow(desk, known):
+        async for shown in follow(client, known):
             yield shown
 
 
 async def follow(
-    desk: ApiClient, ids: Sequence[str], names: Mapping[str, str] = _NO_NAMES
+    client: ApiClient, ids: Sequence[str], names: Mapping[str, str] = _NO_NAMES
 ) -> AsyncIterator[GalleryUpdate]:
-    """How jobs stand, until all have ended; `names` are what to call their pictures."""
-    board: dict[str, Job] = {job_id: {"id": job_id, "state": "queued"} for job_id in ids}
+    """Yield the state of jobs until all have ended; `names` are captions by job id."""
+    jobs_by_id: dict[str, Job] = {job_id: {"id": job_id, "state": "queued"} for job_id in ids}
     previews: dict[str, str] = {}
-    news: asyncio.Queue[tuple[str, str, Job]] = asyncio.Queue()
-    yield GalleryUpdate(telling.progress(list(board.values()), previews), tuple(ids), fresh=True)
-    # No task group: it would wrap what closes this generator when a page goes away.
-    readers = [asyncio.create_task(_read(desk, job_id, news)) for job_id in ids]
+    updates: asyncio.Queue[tuple[str, str, Job]] = asyncio.Queue()
+    yield GalleryUpdate(progress_html.progress(list(jobs_by_id.values()), previews), tuple(ids), fresh=True)
+    # No task group: it would wrap the GeneratorExit that closes this generator when a page goes away.
+    readers = [asyncio.create_task(_read(client, job_id, updates)) for job_id in ids]
     try:
         over = not ids
         while not over:
-            fresh = _take(await news.get(), board, previews)
-            while not news.empty():
-                fresh |= _take(news.get_nowait(), board, previews)
-            over = all(job["state"] in _ENDED for job in board.values())
-            done = [(job["receipt"], names.get(job["id"], "")) for job in board.values() if job["state"] == "done"]
-            told = telling.progress(list(board.values()), previews)
-            faults = tuple(fault for job in board.values() for fault in _faults_of(job))
+            fresh = _apply(await updates.get(), jobs_by_id, previews)
+            while not updates.empty():
+                fresh |= _apply(updates.get_nowait(), jobs_by_id, previews)
+            over = all(job["state"] in _ENDED for job in jobs_by_id.values())
+            done = [(job["receipt"], names.get(job["id"], "")) for job in jobs_by_id.values() if job["state"] == "done"]
+            message = progress_html.progress(list(jobs_by_id.values()), previews)
+            faults = tuple(fault for job in jobs_by_id.values() for fault in _faults_of(job))
             yield GalleryUpdate(
-                told,
+                message,
                 tuple(ids),
                 tuple(receipt for receipt, _ in done),
                 over=over,
@@ -123,32 +123,32 @@ async def follow(
 
 
 def _faults_of(job: Job) -> list[tuple[str, str]]:
-    """The parameters a job failed for."""
+    """Return the parameters that a job failed for."""
     errors = (job.get("problem") or {}).get("errors", ()) if job["state"] == "failed" else ()
     return [(str(error["field"]), str(error["detail"])) for error in errors]
 
 
-def _take(news: tuple[str, str, Job], board: dict[str, Job], previews: dict[str, str]) -> bool:
-    """Put one piece of news on the board; whether a picture was finished by it."""
-    job_id, kind, job = news
-    board[job_id] = {name: value for name, value in job.items() if name != "image"}
+def _apply(update: tuple[str, str, Job], jobs_by_id: dict[str, Job], previews: dict[str, str]) -> bool:
+    """Apply one update. Returns whether it finished an image."""
+    job_id, kind, job = update
+    jobs_by_id[job_id] = {name: value for name, value in job.items() if name != "image"}
     if kind == "preview":
         previews[job_id] = job["image"]
     return kind == "done"
 
 
-async def _read(desk: ApiClient, job_id: str, news: asyncio.Queue[tuple[str, str, Job]]) -> None:
+async def _read(client: ApiClient, job_id: str, updates: asyncio.Queue[tuple[str, str, Job]]) -> None:
     try:
-        async for kind, job in desk.events(job_id):
-            await news.put((job_id, kind, job))
+        async for kind, job in client.events(job_id):
+            await updates.put((job_id, kind, job))
             if job["state"] in _ENDED:
                 return
-        job = await desk.job(job_id)
-        await news.put((job_id, job["state"], job if job["state"] in _ENDED else _lost(job_id)))
+        job = await client.job(job_id)
+        await updates.put((job_id, job["state"], job if job["state"] in _ENDED else _lost(job_id)))
     except RefusedError as error:
-        await news.put((job_id, "failed", _lost(job_id, error.detail)))
+        await updates.put((job_id, "failed", _lost(job_id, error.detail)))
     except httpx.HTTPError:
-        await news.put((job_id, "failed", _lost(job_id, "The server cannot be reached any more.")))
+        await updates.put((job_id, "failed", _lost(job_id, "The server cannot be reached any more.")))
 
 
 def _lost(job_id: str, why: str = "The server was stopped; it will go on with this picture.") -> dict[str, Any]:

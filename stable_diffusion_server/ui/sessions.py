@@ -1,34 +1,36 @@
-"""Who has shown a key: a cookie's random token stands for it as long as this process lives. Knows no pages."""
+"""Sessions of visitors who entered an API key: a random token in a cookie stands for the key."""
 
 from __future__ import annotations
 
 import secrets
-from collections import OrderedDict
+import threading
 
-_MOST = 1000
+from cachetools import TTLCache
+
+MAX_SESSIONS = 1000
+SESSION_SECONDS = 86_400
 
 
 class SessionStore:
-    """The keys of visitors by their tokens; the longest absent go first."""
+    """API keys by session token, in memory. When it is full, the session unused for longest is dropped. Thread-safe."""
 
     def __init__(self) -> None:
-        self._keys: OrderedDict[str, str] = OrderedDict()
+        self._keys: TTLCache[str, str] = TTLCache(MAX_SESSIONS, SESSION_SECONDS)
+        self._lock = threading.Lock()
 
     def start(self, key: str) -> str:
-        """A token for a key."""
+        """Start a session for a key, and return its token."""
         token = secrets.token_urlsafe(32)
-        self._keys[token] = key
-        while len(self._keys) > _MOST:
-            self._keys.popitem(last=False)
+        with self._lock:
+            self._keys[token] = key
         return token
 
     def key_of(self, token: str) -> str | None:
-        """The key a token stands for."""
-        if token not in self._keys:
-            return None
-        self._keys.move_to_end(token)
-        return self._keys[token]
+        """Return the key of a session; None if there is no such session."""
+        with self._lock:
+            return self._keys.get(token)
 
     def end(self, token: str) -> None:
-        """Forget a token."""
-        self._keys.pop(token, None)
+        """End a session."""
+        with self._lock:
+            self._keys.pop(token, None)

@@ -42,12 +42,12 @@ def closed(why: str) -> HTMLResponse:
 
 def key_wanted(fault: str = "") -> HTMLResponse:
     """Drawing needs a key here."""
-    told = f'<p class="fault" role="alert">{escape(fault)}</p>' if fault else ""
+    error = f'<p class="fault" role="alert">{escape(fault)}</p>' if fault else ""
     form = (
         '<form method="post" action="/ui/key"><label>Key<input type="password" name="key" required autofocus '
         'autocomplete="current-password"></label><button>Enter</button></form>'
     )
-    inside = f"<h1>A key, please</h1><p>Drawing needs one here.</p>{told}{form}"
+    inside = f"<h1>A key, please</h1><p>Drawing needs one here.</p>{error}{form}"
     return _page("A key, please", inside, status=403 if fault else 401)
 
 

@@ -1,4 +1,4 @@
-"""The UI's own routes for pictures: one comes in, decoded in the sandbox; one that came in is shown to its owner."""
+"""Routes that upload an image, which is decoded in the sandbox, and show it to its owner."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from starlette.responses import JSONResponse, Response
 
 from stable_diffusion_server.errors import NotFound, ServerError
 from stable_diffusion_server.imaging import media_type_of
+from stable_diffusion_server.ui.asgi_http import problem_response, read_body
 from stable_diffusion_server.ui.image_intake import ImageIntake
-from stable_diffusion_server.ui.problems import problem
-from stable_diffusion_server.ui.request_body import read_body
 
 PATH = "/ui/pictures"
 _TOKEN = re.compile(r"[A-Za-z0-9_-]{43}")
@@ -20,18 +19,18 @@ _TOKEN = re.compile(r"[A-Za-z0-9_-]{43}")
 class UploadRoutes:
     """Answers `POST /ui/pictures`, whose body is a picture file, and `GET /ui/pictures/{token}`.
 
-    With `?instead=TOKEN` the picture takes the place of another one of the same visitor.
+    With `?instead=TOKEN` the image replaces another one of the same visitor.
     """
 
     def __init__(self, intake: ImageIntake) -> None:
         self._intake = intake
 
     def answers(self, path: str) -> bool:
-        """Whether a path is one of these."""
+        """Return whether a path is one of these."""
         return path == PATH or path.startswith(f"{PATH}/")
 
     async def answer(self, request: Request, owner: str) -> Response:
-        """Answer a request of a visitor."""
+        """Handle a request of a visitor."""
         try:
             if request.url.path == PATH and request.method == "POST":
                 return await self._take(request, owner)
@@ -39,7 +38,7 @@ class UploadRoutes:
                 return self._show(request.url.path.removeprefix(f"{PATH}/"), owner)
             raise NotFound("There is nothing here.")
         except ServerError as error:
-            return problem(error)
+            return problem_response(error)
 
     async def _take(self, request: Request, owner: str) -> Response:
         with self._intake.place(owner):

@@ -69,7 +69,7 @@ async def slow_but_going_on(scope: Scope, receive: Receive, send: Send) -> None:
     await send({"type": "http.response.body"})
 
 
-def client_of(app: Application, timeouts: httpx.Timeout) -> httpx.AsyncClient:
+def address_of(app: Application, timeouts: httpx.Timeout) -> httpx.AsyncClient:
     return httpx.AsyncClient(transport=StreamingASGITransport(app), base_url=BASE, timeout=timeouts)
 
 
@@ -94,7 +94,7 @@ async def test_a_route_that_does_not_answer_is_waited_for_so_long(
     """By httpx's own timeouts and with its own errors, as over a wire; the application's end is not waited for."""
     began = time.monotonic()
     with pytest.raises(error) as raised:
-        await client_of(app, timeouts).post("/", content=b"a body")
+        await address_of(app, timeouts).post("/", content=b"a body")
     assert time.monotonic() - began < 3
     assert raised.value.request.url.path == "/"
 
@@ -103,14 +103,14 @@ async def test_a_route_that_does_not_answer_is_waited_for_so_long(
 async def test_what_goes_on_may_take_longer_and_no_timeout_is_none() -> None:
     """The timeout is of each part; without one an answer is waited for."""
     for timeout in (httpx.Timeout(0.5), httpx.Timeout(None)):
-        answer = await client_of(slow_but_going_on, timeout).get("/")
+        answer = await address_of(slow_but_going_on, timeout).get("/")
         assert answer.content == b"part" * 8
 
 
 @pytest.mark.fault(192)
 async def test_a_visitor_is_told_that_the_server_does_not_answer() -> None:
     """In a sentence, at every request of a page; places that it held are free again."""
-    http = client_of(silent, httpx.Timeout(0.2))
+    http = address_of(silent, httpx.Timeout(0.2))
     request = http.request
     # As the desk asks, but for how long.
     http.request = lambda *given, **named: request(*given, **{**named, "timeout": 0.2})  # type: ignore[method-assign]  # to ask more briefly

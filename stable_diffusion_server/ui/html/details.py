@@ -53,9 +53,9 @@ def settings(record: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _when(told: Any) -> str | None:
+def _when(timestamp: Any) -> str | None:
     """A moment as the API tells it, for people."""
     try:
-        return f"{datetime.fromisoformat(str(told)):%Y-%m-%d %H:%M:%S} UTC"
+        return f"{datetime.fromisoformat(str(timestamp)):%Y-%m-%d %H:%M:%S} UTC"
     except ValueError:
         return None

@@ -1,4 +1,4 @@
-"""What happens, in words and in small pieces of HTML: one sentence for people, read out by screen readers. Pure."""
+"""Renders the progress and the results of jobs as HTML, with one sentence for people and screen readers."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _LABELS = {
 
 
 def _empty(lead: str, more: str) -> str:
-    return f'<div class="sds-told sds-empty"><p class="sds-lead">{lead}</p><p>{more}</p></div>'
+    return f'<div class="sds-message sds-empty"><p class="sds-lead">{lead}</p><p>{more}</p></div>'
 
 
-# What is seen before anything was drawn, in each tab, and where nothing is found or chosen.
+# Shown before the first image of each tab, and where nothing is found or chosen.
 EMPTY = _empty("Your pictures appear here.", "Write a prompt, press Enter, and watch it being drawn.")
 EMPTY_RESTYLE = _empty("Your pictures appear here.", "Choose a picture, say what it should become, compare the two.")
 EMPTY_INPAINT = _empty(
@@ -39,7 +39,7 @@ NOTHING_FOUND = _empty("No picture is like this.", "Try fewer words, or every mo
 
 
 def sentence(job: Job) -> str:
-    """How a job stands."""
+    """Return the state of a job as a sentence."""
     eta = job.get("eta_seconds")
     about = "" if eta is None else f", about {max(1, round(eta))} s"
     match job["state"]:
@@ -58,14 +58,14 @@ def sentence(job: Job) -> str:
 
 
 def summary(jobs: Sequence[Job]) -> str:
-    """How the pictures of one click stand, in one sentence."""
+    """Return the state of the images of one click as a sentence."""
     if len(jobs) == 1:
         return _outcome(jobs[0])
     ended = [job for job in jobs if job["state"] in ("done", "failed", "cancelled")]
     if len(ended) == len(jobs):
         parts = [(state, sum(job["state"] == state for job in jobs)) for state in ("done", "failed", "cancelled")]
-        told = ", ".join(f"{number} {state}" for state, number in parts if number)
-        return f"All {len(jobs)} pictures are done." if parts[0][1] == len(jobs) else f"{told}."
+        counts = ", ".join(f"{number} {state}" for state, number in parts if number)
+        return f"All {len(jobs)} pictures are done." if parts[0][1] == len(jobs) else f"{counts}."
     current = next((job for job in jobs if job["state"] == "running"), None) or next(
         job for job in jobs if job["state"] == "queued"
     )
@@ -73,7 +73,7 @@ def summary(jobs: Sequence[Job]) -> str:
 
 
 def progress(jobs: Sequence[Job], previews: Mapping[str, str]) -> str:
-    """A bar, a sentence and the previews, as HTML."""
+    """Render a bar, a sentence and the previews."""
     if not jobs:
         return ""
     text = escape(summary(jobs))
@@ -94,39 +94,39 @@ def progress(jobs: Sequence[Job], previews: Mapping[str, str]) -> str:
     shown = f'<ul class="sds-faults">{faults}</ul>' if faults else ""
     kind = "alert" if len(jobs) == 1 and jobs[0]["state"] == "failed" else "status"
     previewed = f'<div class="sds-previews">{pictures}</div>' if pictures else ""
-    return f'<div class="sds-told sds-{kind}" role="{kind}">{bar}<p>{text}</p>{shown}{previewed}</div>'
+    return f'<div class="sds-message sds-{kind}" role="{kind}">{bar}<p>{text}</p>{shown}{previewed}</div>'
 
 
 def alert(detail: str, faults: Sequence[tuple[str, str]] = ()) -> str:
-    """What went wrong, as HTML: a sentence for each field that is at fault, or the one sentence there is."""
+    """Render an error: a sentence for each wrong field, or the one sentence there is."""
     items = "".join(f"<li>{escape(_of_field(name, text))}</li>" for name, text in faults)
     inside = f"<ul>{items}</ul>" if items else f"<p>{escape(detail)}</p>"
-    return f'<div class="sds-told sds-alert" role="alert">{inside}</div>'
+    return f'<div class="sds-message sds-alert" role="alert">{inside}</div>'
 
 
 def _of_field(name: str, text: str) -> str:
-    """A sentence about a field, which begins with the field's name, by the label the studio has for it."""
+    """Replace a parameter name at the start of a sentence by the label of its field."""
     rest = text.removeprefix(name).removeprefix(":").strip()
     return f"{label(name)} {rest}" if rest != text else f"{label(name)}: {text}"
 
 
 def label(name: str) -> str:
-    """A parameter as the studio calls it."""
+    """Return the label of a parameter's field."""
     return _LABELS.get(name, name.replace("_", " ").capitalize())
 
 
 def refusal(detail: str, faults: Sequence[tuple[str, str]], beside: Collection[str]) -> str:
-    """Why nothing was begun, as HTML. What is told beside its field is only pointed to: it is read out there."""
+    """Render why a request was refused. An error shown beside its field is only referred to: screen readers read it."""
     elsewhere = [(name, text) for name, text in faults if name not in beside]
     if elsewhere or not faults:
         return alert(detail, elsewhere)
     names = list(dict.fromkeys(label(name) for name, _ in faults))
     fields = " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
-    return f'<div class="sds-told sds-alert"><p>Not drawn. Have a look at {escape(fields)}.</p></div>'
+    return f'<div class="sds-message sds-alert"><p>Not drawn. Have a look at {escape(fields)}.</p></div>'
 
 
 def fault(tab: str, name: str, text: str) -> str:
-    """What is wrong with a field, as HTML to stand beside it."""
+    """Render the error of a field, to be shown below it."""
     return (
         f'<p role="alert" id="sds-fault-{escape(tab)}-{escape(name)}" data-field="sds-{escape(tab)}-{escape(name)}">'
         f"{escape(_of_field(name, text))}</p>"
@@ -134,8 +134,8 @@ def fault(tab: str, name: str, text: str) -> str:
 
 
 def made(receipts: Sequence[Job]) -> str:
-    """How pictures were made, and what the server remarked, as HTML: what holds for several is told once."""
-    told: dict[str, list[int]] = {}
+    """Render parameters and warnings of images; what is the same for several appears once."""
+    numbers_by_remark: dict[str, list[int]] = {}
     for number, receipt in enumerate(receipts, 1):
         facts = (
             f"{receipt['width']} × {receipt['height']}, {receipt['model']}, "
@@ -143,12 +143,14 @@ def made(receipts: Sequence[Job]) -> str:
         )
         again = ("It was stored already.",) if receipt.get("cached") else ()
         for remark in (facts, *again, *(warning["message"] for warning in receipt.get("warnings", ()))):
-            told.setdefault(remark, []).append(number)
-    rows = [f"<li>{escape(_whose(numbers, len(receipts)) + remark)}</li>" for remark, numbers in told.items()]
+            numbers_by_remark.setdefault(remark, []).append(number)
+    rows = [
+        f"<li>{escape(_which(numbers, len(receipts)) + remark)}</li>" for remark, numbers in numbers_by_remark.items()
+    ]
     return f'<ul class="sds-made">{"".join(rows)}</ul>' if rows else ""
 
 
-def _whose(numbers: Sequence[int], of: int) -> str:
+def _which(numbers: Sequence[int], of: int) -> str:
     return "" if len(numbers) == of else f"Picture {', '.join(map(str, numbers))}: "
 
 
@@ -160,7 +162,7 @@ def _outcome(job: Job) -> str:
 
 
 def _seconds(receipt: Job) -> float:
-    """How long a picture took, without the total that may stand among its stages."""
+    """Return the seconds of an image: the total if there is one among the stages, otherwise their sum."""
     timings: Mapping[str, float] = receipt.get("timings") or {}
     return float(timings.get("total") or sum(timings.values()))
 
@@ -170,21 +172,21 @@ def _count(number: int, noun: str) -> str:
 
 
 def remark(text: str) -> str:
-    """A sentence, as HTML."""
-    return f'<div class="sds-told" role="status"><p>{escape(text)}</p></div>'
+    """Render a sentence."""
+    return f'<div class="sds-message" role="status"><p>{escape(text)}</p></div>'
 
 
 def replayed(answer: Job) -> str:
-    """How a picture that was drawn again compares with itself, as HTML."""
-    told = answer["replay"]
-    alike = "equal bit for bit" if told["equal"] else f"alike to {told['decibels']:.1f} dB"
-    order = "" if told["same_order"] else " The model or its parameters have changed since."
+    """Render how an image that was generated again compares with the original."""
+    replay = answer["replay"]
+    alike = "equal bit for bit" if replay["equal"] else f"alike to {replay['decibels']:.1f} dB"
+    changed = "" if replay["same_order"] else " The model or its parameters have changed since."
     link = f'<a href="{escape(str(answer["path"]))}" target="_blank" rel="noopener">the new one</a>'
-    return f'<div class="sds-told" role="status"><p>Drawn again: {alike}.{order} See {link}.</p></div>'
+    return f'<div class="sds-message" role="status"><p>Drawn again: {alike}.{changed} See {link}.</p></div>'
 
 
 def facts(rows: Mapping[str, str]) -> str:
-    """Facts by their names, as an HTML table."""
+    """Render facts by their names as a table."""
     cells = "".join(
         f'<tr><th scope="row">{escape(name)}</th><td>{escape(value)}</td></tr>' for name, value in rows.items()
     )
@@ -192,7 +194,7 @@ def facts(rows: Mapping[str, str]) -> str:
 
 
 def figure(caption: str, source: str) -> str:
-    """A picture under its caption, as HTML."""
+    """Render an image with its caption."""
     return (
         f'<figure class="sds-figure"><figcaption class="sds-label">{escape(caption)}</figcaption>'
         f'<img src="{escape(source)}" alt="{escape(caption)}"></figure>'
@@ -200,7 +202,7 @@ def figure(caption: str, source: str) -> str:
 
 
 def before_and_after(before: str, after: str) -> str:
-    """Two pictures in one, with a slider between them, as HTML."""
+    """Render two images on top of each other, with a slider between them."""
     return (
         '<div class="sds-compare" style="--at: 50%"><span class="sds-label">Before and after</span>'
         f'<div class="sds-both"><img src="{escape(after)}" alt="After"><img class="sds-before" '

@@ -47,18 +47,18 @@ def page(readiness: Mapping[str, Any], figures: str, jobs: Sequence[Job]) -> str
 def _state(readiness: Mapping[str, Any]) -> str:
     missing = "".join(f"<li>{escape(reason)}</li>" for reason in readiness.get("missing", ()))
     if missing:
-        return f'<div class="sds-told sds-alert" role="status"><p>It cannot draw:</p><ul>{missing}</ul></div>'
-    return '<div class="sds-told sds-ready" role="status"><p>It can draw.</p></div>'
+        return f'<div class="sds-message sds-alert" role="status"><p>It cannot draw:</p><ul>{missing}</ul></div>'
+    return '<div class="sds-message sds-ready" role="status"><p>It can draw.</p></div>'
 
 
 def _figures(figures: str) -> str:
     values = dict(line.rsplit(" ", 1) for line in figures.splitlines() if line and not line.startswith("#"))
-    told = "".join(
+    rows = "".join(
         f"<div class='sds-card'><dt>{label}</dt><dd>{escape(_figure(name, float(values[name])))}</dd></div>"
         for name, label in FIGURES.items()
         if name in values
     )
-    return f'<dl class="sds-figures">{told}</dl>'
+    return f'<dl class="sds-figures">{rows}</dl>'
 
 
 def _figure(name: str, value: float) -> str:

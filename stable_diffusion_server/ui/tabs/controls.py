@@ -1,4 +1,4 @@
-"""The fields that every tab that draws has: model, what to leave out, steps, guidance, seed, how many."""
+"""Fields that the three generating tabs share: model, negative prompt, steps, guidance, seed, count."""
 
 from __future__ import annotations
 
@@ -17,32 +17,31 @@ QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 
 @dataclass(frozen=True, slots=True)
 class ControlSlots:
-    """Where a tab tells what is wrong with a field: below it, by the name of its parameter."""
+    """Places below the fields of a tab for error messages, by parameter name."""
 
     tab: str
     below: dict[str, gr.HTML] = field(default_factory=dict)
 
     def id_of(self, name: str) -> str:
-        """The id of a parameter's component, by which the page finds it."""
+        """Return the HTML id of a parameter's component."""
         return f"sds-{self.tab}-{name}"
 
     def slot(self, *names: str) -> None:
-        """Make room for what is wrong with parameters, here."""
+        """Add places for the error messages of parameters here."""
         for name in names:
             self.below[name] = gr.HTML(elem_classes="sds-fault")
 
-    def told(self, faults: tuple[tuple[str, str], ...]) -> list[str]:
-        """What stands in each slot; nothing where nothing is wrong."""
+    def messages(self, faults: tuple[tuple[str, str], ...]) -> list[str]:
+        """Return the HTML of each place; empty for fields without an error."""
         wrong = dict(reversed(faults))
         return [progress.fault(self.tab, name, wrong[name]) if name in wrong else "" for name in self.below]
 
 
 @dataclass(frozen=True, slots=True)
 class SharedControls:
-    """The components, in the order `common_of` reads their values.
+    """The components, in the order in which `common_fields` takes their values.
 
-    Numbers that may be left out are texts: Gradio's number fields turn into 0 by themselves, and the server tells what
-    is no number.
+    Optional numbers are text fields, since an empty number field of Gradio becomes 0; the server checks them.
     """
 
     prompt: gr.Textbox
@@ -59,18 +58,24 @@ class SharedControls:
     def inputs(self) -> list[Any]:
         """The components as inputs of a callback."""
         return [
-            *(self.prompt, self.model, self.negative, self.steps),
-            *(self.guidance, self.seed, self.keep, self.count),
+            self.prompt,
+            self.model,
+            self.negative,
+            self.steps,
+            self.guidance,
+            self.seed,
+            self.keep,
+            self.count,
         ]
 
     @property
-    def habits(self) -> list[Any]:
-        """What changes with the model."""
+    def model_defaults(self) -> list[Any]:
+        """The components that show defaults of the model."""
         return [self.steps, self.guidance, self.negative]
 
 
 def prompt_box(slots: ControlSlots, placeholder: str) -> gr.Textbox:
-    """Where the prompt is written; Enter draws."""
+    """Add the prompt field; Enter starts the generation."""
     prompt = gr.Textbox(
         label="Prompt",
         placeholder=placeholder,
@@ -85,7 +90,7 @@ def prompt_box(slots: ControlSlots, placeholder: str) -> gr.Textbox:
 
 
 def fields(slots: ControlSlots, prompt: gr.Textbox) -> SharedControls:
-    """Lay the fields out here, below a prompt."""
+    """Add the fields here, below a prompt."""
     count = gr.Slider(1, MOST_AT_ONCE, 1, step=1, label="How many", elem_id=slots.id_of("count"))
     seed, keep = _seed(slots)
     model = gr.Dropdown(model_options.choices(()), value="", label="Model", elem_id=slots.id_of("model"))
@@ -109,7 +114,7 @@ def fields(slots: ControlSlots, prompt: gr.Textbox) -> SharedControls:
 
 
 def _seed(slots: ControlSlots) -> tuple[gr.Textbox, gr.Checkbox]:
-    """The seed, whether it is kept, and dice for another."""
+    """Add the seed, a checkbox to keep it, and a button for a random one."""
     with gr.Row(equal_height=True):
         seed = gr.Textbox(
             label="Seed",
@@ -131,7 +136,7 @@ def _seed(slots: ControlSlots) -> tuple[gr.Textbox, gr.Checkbox]:
 
 
 def defaults_of(models: model_options.Models, name: str) -> list[Any]:
-    """The fields that change with the model, told how it draws where nothing is said."""
+    """Return updates of the fields that show the defaults of a model."""
     steps, guidance, use = model_options.defaults(model_options.chosen(models, name) or {"name": name})
     return [gr.Textbox(placeholder=steps), gr.Textbox(placeholder=guidance), gr.Textbox(info=use)]
 
@@ -143,10 +148,10 @@ def common_fields(
     steps: str | None,
     guidance: str | None,
     seed: str | None,
-    keep: bool,  # values come in the order of the fields
+    keep: bool,  # positional: Gradio passes the values in the order of the fields
     count: float,
 ) -> CommonFields:
-    """The fields' values; a seed counts when it is kept. Texts that were never shown are `None`."""
+    """Convert the fields' values. The seed counts only if it is kept; fields never shown have the value None."""
     return CommonFields(
         prompt=(prompt or "").strip(),
         negative=(negative or "").strip(),

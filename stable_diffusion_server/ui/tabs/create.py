@@ -9,8 +9,7 @@ from typing import Any
 import gradio as gr
 
 from stable_diffusion_server.ui import forms, model_options
-from stable_diffusion_server.ui.client import UiRequest
-from stable_diffusion_server.ui.client_factory import ApiClients
+from stable_diffusion_server.ui.client import ApiClients, UiRequest
 from stable_diffusion_server.ui.html import progress
 from stable_diffusion_server.ui.tabs import results_panel
 from stable_diffusion_server.ui.tabs.controls import QUIET, ControlSlots, common_fields, fields, prompt_box
@@ -26,10 +25,10 @@ class CreateTab:
     panel: results_panel.ResultsPanel
 
 
-def tab(desks: ApiClients, blocks: gr.Blocks) -> CreateTab:
+def tab(clients: ApiClients, blocks: gr.Blocks) -> CreateTab:
     """Lay the tab out here."""
     slots = ControlSlots("create")
-    with gr.Row(elem_classes="sds-desk"):
+    with gr.Row(elem_classes="sds-layout"):
         with gr.Column(elem_classes="sds-ask"):
             prompt = prompt_box(slots, "What should be in the picture? Enter draws it.")
             draw, cancel = results_panel.buttons()
@@ -50,7 +49,9 @@ def tab(desks: ApiClients, blocks: gr.Blocks) -> CreateTab:
             chosen = fields(slots, prompt)
     here = results_panel.panel(slots, draw, cancel, chosen, at, beside=False)
 
-    async def wishes(_: str, width: float | None, height: float | None, explore: bool, *values: Any) -> list[UiRequest]:
+    async def requests(
+        _: str, width: float | None, height: float | None, explore: bool, *values: Any
+    ) -> list[UiRequest]:
         common = common_fields(*values)
         if explore and not common.seed:
             common = replace(common, seed=str(secrets.randbelow(forms.SEED_END)))
@@ -58,7 +59,7 @@ def tab(desks: ApiClients, blocks: gr.Blocks) -> CreateTab:
 
     examples.click(lambda row: row[0] if row else gr.skip(), examples, prompt, **QUIET)
     results_panel.wire(
-        desks, blocks, here, [draw.click, prompt.submit], [width, height, explore, *chosen.inputs], wishes
+        clients, blocks, here, [draw.click, prompt.submit], [width, height, explore, *chosen.inputs], requests
     )
     return CreateTab(examples, words, (preset, width, height), here)
 

@@ -1,4 +1,4 @@
-"""The tab of what was drawn here: searched, told, drawn again, deleted."""
+"""The tab of what was drawn here: searched, message, drawn again, deleted."""
 
 from __future__ import annotations
 
@@ -9,36 +9,35 @@ from typing import Any
 import gradio as gr
 
 from stable_diffusion_server.ui import code_snippets, model_options
-from stable_diffusion_server.ui.client import RefusedError
-from stable_diffusion_server.ui.client_factory import ApiClients
+from stable_diffusion_server.ui.client import ApiClients, RefusedError
 from stable_diffusion_server.ui.html import details, progress
 from stable_diffusion_server.ui.tabs.controls import QUIET
 from stable_diffusion_server.ui.tabs.results_panel import client_for, index_of
 
 EVERY = ("Every model", "")
-# Of one page: it is all kept here, and sent anew with each step back.
+# Per page: the page holds the whole list and sends it with each further request.
 _MOST_SHOWN = 240
 
-# On a phone what was chosen stands below all that were found.
+# On a phone the chosen image is below the whole list.
 _INTO_VIEW = "() => { document.querySelector('.sds-picture')?.scrollIntoView({ block: 'nearest' }); }"
 
 
 @dataclass(frozen=True, slots=True)
 class HistoryTab:
-    """What others touch: the pictures that are listed, which is chosen, the models, and where ways on begin."""
+    """Components that other tabs use: the listed images, the chosen one, the models, and the place of buttons."""
 
     shown: gr.State
     chosen: gr.State
-    told: gr.HTML
+    message: gr.HTML
     model: gr.Dropdown
     below: gr.Column
 
 
 @dataclass(frozen=True, slots=True)
-class _One:
-    """The picture that is looked at. `whole` is seen while there is one."""
+class _Details:
+    """Components that show one image; `whole` is visible while an image is chosen."""
 
-    told: gr.HTML
+    message: gr.HTML
     whole: gr.Column
     seen: gr.HTML
     facts: gr.HTML
@@ -46,17 +45,17 @@ class _One:
     curl: gr.Code
     python: gr.Code
     record: gr.Code
-    deeds: tuple[gr.Button, ...]
+    buttons: tuple[gr.Button, ...]
     below: gr.Column
 
     @property
     def outputs(self) -> list[Any]:
-        """What changes with the picture, in the order of `_told` behind the index."""
-        return [self.told, self.whole, self.seen, self.facts, self.address, self.curl, self.python, self.record]
+        """The components that change with the image, in the order of `_show` behind the index."""
+        return [self.message, self.whole, self.seen, self.facts, self.address, self.curl, self.python, self.record]
 
 
-def tab(desks: ApiClients, opened: gr.Tab) -> HistoryTab:
-    """Lay the tab out here."""
+def tab(clients: ApiClients, opened: gr.Tab) -> HistoryTab:
+    """Build the tab."""
     shown, chosen, behind = gr.State([]), gr.State(-1), gr.State(None)
     with gr.Row():
         with gr.Column(min_width=300):
@@ -77,28 +76,28 @@ def tab(desks: ApiClients, opened: gr.Tab) -> HistoryTab:
             )
             older = gr.Button("Older pictures", interactive=False)
         with gr.Column(min_width=300):
-            one = _one()
+            one = _details()
 
     listing = [gallery, shown, behind, older, chosen, *one.outputs[:2]]
 
     async def search(request: gr.Request, words: str, model: str) -> tuple[Any, ...]:
-        return await _listed(desks, request, (words, model), None, [])
+        return await _listed(clients, request, (words, model), None, [])
 
     async def further(
         request: gr.Request, words: str, model: str, before: int | None, shown: list[Any]
     ) -> tuple[Any, ...]:
         if before is None or len(shown) >= _MOST_SHOWN:
             return (gr.skip(),) * len(listing)
-        return await _listed(desks, request, (words, model), before, shown)
+        return await _listed(clients, request, (words, model), before, shown)
 
     async def choose(request: gr.Request, shown: list[Any], event: gr.SelectData) -> tuple[Any, ...]:
         try:
-            return await _told(desks, request, shown, index_of(event))
+            return await _show(clients, request, shown, index_of(event))
         except ValueError as error:
             return gr.skip(), progress.alert(str(error)), *(gr.skip(),) * (len(one.outputs) - 1)
 
     by = [words, model]
-    # `change`, since `input` is not told of words that are pasted; it is told of Enter too.
+    # `change`, since `input` is not called for pasted text; `change` is called for Enter too.
     gr.on(
         [opened.select, words.change, model.input],
         search,
@@ -109,16 +108,16 @@ def tab(desks: ApiClients, opened: gr.Tab) -> HistoryTab:
     )
     older.click(further, [*by, behind, shown], listing, **QUIET)
     gallery.select(choose, shown, [chosen, *one.outputs], **QUIET).then(None, js=_INTO_VIEW, **QUIET)
-    _act(desks, (shown, chosen, one.told), one.deeds, (search, by, listing))
-    return HistoryTab(shown, chosen, one.told, model, one.below)
+    _act(clients, (shown, chosen, one.message), one.buttons, (search, by, listing))
+    return HistoryTab(shown, chosen, one.message, model, one.below)
 
 
-def _one() -> _One:
-    """Lay out what is told of a picture."""
-    told = gr.HTML(progress.NONE_CHOSEN)
+def _details() -> _Details:
+    """Build the details of one image."""
+    message = gr.HTML(progress.NONE_CHOSEN)
     with gr.Column(visible=False) as whole:
         seen = gr.HTML()
-        deeds = _deeds()
+        buttons = _buttons()
         below = gr.Column()
         facts = gr.HTML()
         address = gr.Textbox(label="Address", interactive=False, buttons=["copy"], elem_id="sds-address")
@@ -127,10 +126,10 @@ def _one() -> _One:
             python = gr.Code(label="OpenAI's client", language="python", interactive=False, elem_id="sds-python")
         with gr.Accordion("The whole record", open=False):
             record = gr.Code(label="Record", language="json", interactive=False, elem_id="sds-record")
-    return _One(told, whole, seen, facts, address, curl, python, record, deeds, below)
+    return _Details(message, whole, seen, facts, address, curl, python, record, buttons, below)
 
 
-def _deeds() -> tuple[gr.Button, ...]:
+def _buttons() -> tuple[gr.Button, ...]:
     """What can be done with a picture; deleting asks once more."""
     with gr.Row():
         again = gr.Button("Draw again", size="sm", min_width=90)
@@ -140,32 +139,32 @@ def _deeds() -> tuple[gr.Button, ...]:
     return again, delete, sure, keep
 
 
-def _act(desks: ApiClients, at: tuple[Any, ...], deeds: tuple[gr.Button, ...], listing: tuple[Any, ...]) -> None:
+def _act(clients: ApiClients, at: tuple[Any, ...], buttons: tuple[gr.Button, ...], listing: tuple[Any, ...]) -> None:
     """Have the buttons act on the chosen picture."""
-    (shown, chosen, told), (again, delete, sure, keep) = at, deeds
+    (shown, chosen, message), (again, delete, sure, keep) = at, buttons
     search, by, outputs = listing
 
     async def replay(request: gr.Request, shown: list[Any], chosen: int) -> str:
-        desk = client_for(desks, request)
+        client = client_for(clients, request)
         try:
-            return progress.replayed(await desk.replay(await desk.picture(_at(shown, chosen)["path"])))
+            return progress.replayed(await client.replay(await client.picture(_at(shown, chosen)["path"])))
         except (RefusedError, ValueError) as error:
             return progress.alert(str(error))
 
     async def remove(request: gr.Request, shown: list[Any], chosen: int, words: str, model: str) -> tuple[Any, ...]:
         try:
-            await client_for(desks, request).remove(_at(shown, chosen)["key"])
+            await client_for(clients, request).remove(_at(shown, chosen)["key"])
         except (RefusedError, ValueError) as error:
             return *(gr.skip(),) * (len(outputs) - 2), progress.alert(str(error)), gr.skip()
-        *listed, told, whole = await search(request, words, model)
-        listing_failed = told not in (progress.NONE_CHOSEN, progress.NOTHING_FOUND, progress.NOTHING_DRAWN)
-        return *listed, told if listing_failed else progress.remark("Deleted."), whole
+        *listed, message, whole = await search(request, words, model)
+        listing_failed = message not in (progress.NONE_CHOSEN, progress.NOTHING_FOUND, progress.NOTHING_DRAWN)
+        return *listed, message if listing_failed else progress.remark("Deleted."), whole
 
     def ask(sure: bool) -> list[Any]:  # one of two buttons was pressed
         return [gr.Button(visible=not sure), gr.Button(visible=sure), gr.Button(visible=sure)]
 
-    again.click(lambda: progress.remark("Drawing it again …"), None, told, **QUIET).then(
-        replay, [shown, chosen], told, **QUIET
+    again.click(lambda: progress.remark("Drawing it again …"), None, message, **QUIET).then(
+        replay, [shown, chosen], message, **QUIET
     )
     delete.click(lambda: ask(True), None, [delete, sure, keep], **QUIET)
     gr.on([keep.click, sure.click, chosen.change], lambda: ask(False), None, [delete, sure, keep], **QUIET)
@@ -173,12 +172,12 @@ def _act(desks: ApiClients, at: tuple[Any, ...], deeds: tuple[gr.Button, ...], l
 
 
 async def _listed(
-    desks: ApiClients, request: gr.Request, wanted: tuple[str, str], before: int | None, shown: list[Any]
+    clients: ApiClients, request: gr.Request, wanted: tuple[str, str], before: int | None, shown: list[Any]
 ) -> tuple[Any, ...]:
     """The pictures that are found, behind those that are shown; none of them is chosen any more."""
     try:
         words, model = (text or "" for text in wanted)
-        found = await client_for(desks, request).history(words, model, before=before)
+        found = await client_for(clients, request).history(words, model, before=before)
     except RefusedError as error:
         return *(gr.skip(),) * 5, progress.alert(error.detail), gr.skip()
     pictures = [*shown, *found["pictures"]]
@@ -190,17 +189,17 @@ async def _listed(
     return gr.Gallery(seen, selected_index=None), pictures, found["next"], more, *rest
 
 
-async def _told(desks: ApiClients, request: gr.Request, shown: list[Any], index: int) -> tuple[Any, ...]:
-    desk, picture = client_for(desks, request), _at(shown, index)
+async def _show(clients: ApiClients, request: gr.Request, shown: list[Any], index: int) -> tuple[Any, ...]:
+    client, picture = client_for(clients, request), _at(shown, index)
     seen = (gr.Column(visible=True), details.picture(picture))
     try:
-        record = (await desk.record(picture["key"]))["record"]
+        record = (await client.record(picture["key"]))["record"]
     except RefusedError as error:
         facts = details.page(picture, {})
         return index, progress.alert(error.detail), *seen, facts, picture["path"], "", "", ""
     whole = {**picture, **record}
-    keyed = bool(desk.key)
-    calls = code_snippets.curl(desk.base, whole, keyed=keyed), code_snippets.openai(desk.base, whole, keyed=keyed)
+    keyed = bool(client.key)
+    calls = code_snippets.curl(client.base, whole, keyed=keyed), code_snippets.openai(client.base, whole, keyed=keyed)
     return (
         index,
         "",

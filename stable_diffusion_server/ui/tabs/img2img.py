@@ -10,8 +10,7 @@ import gradio as gr
 
 from stable_diffusion_server.errors import ServerError
 from stable_diffusion_server.ui import forms, masks
-from stable_diffusion_server.ui.client import UiRequest
-from stable_diffusion_server.ui.client_factory import ApiClients
+from stable_diffusion_server.ui.client import ApiClients, UiRequest
 from stable_diffusion_server.ui.html import progress
 from stable_diffusion_server.ui.image_intake import ImageIntake
 from stable_diffusion_server.ui.tabs import navigation, results_panel
@@ -27,10 +26,10 @@ class ImageToImageTab:
     panel: results_panel.ResultsPanel
 
 
-def tab(desks: ApiClients, intake: ImageIntake, blocks: gr.Blocks) -> ImageToImageTab:
+def tab(clients: ApiClients, intake: ImageIntake, blocks: gr.Blocks) -> ImageToImageTab:
     """Lay the tab out here."""
     slots = ControlSlots("restyle")
-    with gr.Row(elem_classes="sds-desk"):
+    with gr.Row(elem_classes="sds-layout"):
         with gr.Column(elem_classes="sds-ask"):
             image = picture_field("Picture", paints=False, elem_id=slots.id_of("image_file"))
             slots.slot("image_file")
@@ -48,14 +47,14 @@ def tab(desks: ApiClients, intake: ImageIntake, blocks: gr.Blocks) -> ImageToIma
                 elem_id=slots.id_of("strength"),
             )
             slots.slot("strength")
-            edges = _edges(desks, intake, slots, image)
+            edges = _edges(clients, intake, slots, image)
             chosen = fields(slots, prompt)
     with at.results:
         beside = gr.HTML()
     here = results_panel.panel(slots, draw, cancel, chosen, at, beside=True)
     navigation.compare(here, beside, image)
 
-    async def wishes(
+    async def requests(
         owner: str, value: str | None, strength: float, canny: bool, low: float, high: float, *values: Any
     ) -> list[UiRequest]:
         picture, _ = tokens_of(value)
@@ -66,13 +65,13 @@ def tab(desks: ApiClients, intake: ImageIntake, blocks: gr.Blocks) -> ImageToIma
 
     inputs = [image, strength, *edges, *chosen.inputs]
     results_panel.wire(
-        desks, blocks, here, [draw.click, prompt.submit], inputs, wishes, settled(slots.id_of("image_file"))
+        clients, blocks, here, [draw.click, prompt.submit], inputs, requests, settled(slots.id_of("image_file"))
     )
     return ImageToImageTab(image, here)
 
 
 def _edges(
-    desks: ApiClients, intake: ImageIntake, slots: ControlSlots, image: gr.HTML
+    clients: ApiClients, intake: ImageIntake, slots: ControlSlots, image: gr.HTML
 ) -> tuple[gr.Checkbox, gr.Slider, gr.Slider]:
     """Whether edges are kept, which ones, and how they look."""
     canny = gr.Checkbox(
@@ -97,7 +96,9 @@ def _edges(
             return ""
         try:
             made = partial(masks.edges, low=int(low), high=int(high))
-            return progress.figure("Edges", await intake.work(results_panel.owner_of(desks, request), [picture], made))
+            return progress.figure(
+                "Edges", await intake.work(results_panel.owner_of(clients, request), [picture], made)
+            )
         except ServerError as error:
             return progress.alert(error.detail)
 

@@ -10,8 +10,7 @@ import gradio as gr
 
 from stable_diffusion_server.errors import ServerError
 from stable_diffusion_server.ui import forms, masks
-from stable_diffusion_server.ui.client import UiRequest
-from stable_diffusion_server.ui.client_factory import ApiClients
+from stable_diffusion_server.ui.client import ApiClients, UiRequest
 from stable_diffusion_server.ui.html import progress
 from stable_diffusion_server.ui.image_intake import ImageIntake
 from stable_diffusion_server.ui.tabs import navigation, results_panel
@@ -27,10 +26,10 @@ class InpaintTab:
     panel: results_panel.ResultsPanel
 
 
-def tab(desks: ApiClients, intake: ImageIntake, blocks: gr.Blocks) -> InpaintTab:
+def tab(clients: ApiClients, intake: ImageIntake, blocks: gr.Blocks) -> InpaintTab:
     """Lay the tab out here."""
     slots = ControlSlots("inpaint")
-    with gr.Row(elem_classes="sds-desk"):
+    with gr.Row(elem_classes="sds-layout"):
         with gr.Column(elem_classes="sds-ask"):
             editor = picture_field("Picture and mask", paints=True, elem_id=slots.id_of("image_file"))
             slots.slot("image_file", "mask_file")
@@ -46,7 +45,7 @@ def tab(desks: ApiClients, intake: ImageIntake, blocks: gr.Blocks) -> InpaintTab
     here = results_panel.panel(slots, draw, cancel, chosen, at, beside=True)
     navigation.compare(here, beside, editor)
 
-    async def wishes(
+    async def requests(
         owner: str, value: str | None, strength: float, feather: float, refine: bool, *values: Any
     ) -> list[UiRequest]:
         picture, mask = tokens_of(value)
@@ -64,14 +63,14 @@ def tab(desks: ApiClients, intake: ImageIntake, blocks: gr.Blocks) -> InpaintTab
             return ""
         try:
             made = partial(masks.previewed, feather=int(feather))
-            striped = await intake.work(results_panel.owner_of(desks, request), painted, made)
+            striped = await intake.work(results_panel.owner_of(clients, request), painted, made)
         except ServerError as error:
             return progress.alert(error.detail)
         return progress.figure("Mask: what is striped is drawn anew", striped) if striped else ""
 
     inputs = [editor, strength, feather, refine, *chosen.inputs]
     results_panel.wire(
-        desks, blocks, here, [draw.click, prompt.submit], inputs, wishes, settled(slots.id_of("image_file"))
+        clients, blocks, here, [draw.click, prompt.submit], inputs, requests, settled(slots.id_of("image_file"))
     )
     gr.on([editor.change, feather.change], look, [editor, feather], seen, trigger_mode="always_last", **QUIET)
     return InpaintTab(editor, here)

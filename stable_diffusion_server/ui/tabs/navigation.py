@@ -1,4 +1,4 @@
-"""Ways on from a picture: beside the one it came from, and into another tab."""
+"""Buttons that compare an image with its source and send it to another tab."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ import gradio as gr
 
 from stable_diffusion_server.errors import ServerError
 from stable_diffusion_server.ui import model_options
-from stable_diffusion_server.ui.client import RefusedError
-from stable_diffusion_server.ui.client_factory import ApiClients
+from stable_diffusion_server.ui.client import ApiClients, RefusedError
 from stable_diffusion_server.ui.html import details, progress
 from stable_diffusion_server.ui.image_intake import ImageIntake
 from stable_diffusion_server.ui.tabs.controls import QUIET
@@ -22,7 +21,7 @@ from stable_diffusion_server.ui.tabs.results_panel import ResultsPanel, client_f
 
 @dataclass(frozen=True, slots=True)
 class Navigation:
-    """Where ways lead: the tabs, Create with its fields, and by a tab's id a label and the component to fill."""
+    """Targets of the buttons: the tabs, Create with its fields, and by tab id a label and the component to fill."""
 
     tabs: gr.Tabs
     create: CreateTab
@@ -30,7 +29,7 @@ class Navigation:
 
 
 def compare(here: ResultsPanel, beside: gr.HTML, before: gr.HTML) -> None:
-    """Show the chosen picture beside the one it was made from."""
+    """Show the chosen image beside its source."""
 
     def both(shown: list[Any], chosen: int, value: str | None) -> str:
         picture, _ = tokens_of(value)
@@ -42,44 +41,44 @@ def compare(here: ResultsPanel, beside: gr.HTML, before: gr.HTML) -> None:
 
 
 def onward(
-    desks: ApiClients, intake: ImageIntake, shown: gr.State, chosen: gr.State, told: gr.HTML, ways: Navigation
+    clients: ApiClients, intake: ImageIntake, shown: gr.State, chosen: gr.State, message: gr.HTML, ways: Navigation
 ) -> None:
-    """Buttons that take the chosen picture to other tabs, and its settings to Create."""
+    """Add buttons that send the chosen image to other tabs, and its settings to Create."""
 
     def button(tab: str, label: str, target: gr.HTML) -> None:
         async def send(request: gr.Request, shown: list[Any], chosen: int) -> tuple[Any, Any, Any]:
             if not 0 <= chosen < len(shown):
                 return gr.skip(), gr.skip(), progress.alert("There is no picture to take along yet.")
             try:
-                owner = owner_of(desks, request)
+                owner = owner_of(clients, request)
                 with intake.place(owner):
-                    taken = await intake.take(owner, await client_for(desks, request).picture(shown[chosen]["path"]))
+                    taken = await intake.take(owner, await client_for(clients, request).picture(shown[chosen]["path"]))
             except (RefusedError, ServerError) as error:
                 return gr.skip(), gr.skip(), progress.alert(error.detail)
             return taken.token, gr.Tabs(selected=tab), gr.skip()
 
-        gr.Button(label, size="sm", min_width=90).click(send, [shown, chosen], [target, ways.tabs, told], **QUIET)
+        gr.Button(label, size="sm", min_width=90).click(send, [shown, chosen], [target, ways.tabs, message], **QUIET)
 
     with gr.Row():
         for tab, (label, target) in ways.to.items():
             button(tab, label, target)
         again = gr.Button("Use its settings", size="sm", min_width=90)
-    _back(desks, again, (shown, chosen, told), ways)
+    _back(clients, again, (shown, chosen, message), ways)
 
 
-def _back(desks: ApiClients, again: gr.Button, at: tuple[Any, ...], ways: Navigation) -> None:
-    """Have a button fill Create's fields with what would draw the chosen picture again."""
-    shown, chosen, told = at
+def _back(clients: ApiClients, again: gr.Button, at: tuple[Any, ...], ways: Navigation) -> None:
+    """Make a button fill Create's fields with the parameters of the chosen image."""
+    shown, chosen, message = at
     fields = ways.create.panel.fields
     targets = [fields.prompt, fields.model, fields.negative, fields.steps, fields.guidance, fields.seed, fields.keep]
-    outputs = [*targets, *ways.create.size, ways.tabs, told]
+    outputs = [*targets, *ways.create.size, ways.tabs, message]
 
     async def use(request: gr.Request, shown: list[Any], chosen: int) -> tuple[Any, ...]:
         nothing = (gr.skip(),) * (len(outputs) - 1)
         if not 0 <= chosen < len(shown):
             return *nothing, progress.alert("There is no picture to take settings from yet.")
         try:
-            record = (await client_for(desks, request).record(shown[chosen]["key"]))["record"]
+            record = (await client_for(clients, request).record(shown[chosen]["key"]))["record"]
         except RefusedError as error:
             return *nothing, progress.alert(error.detail)
         was = details.settings(record)

@@ -2,7 +2,7 @@
 // server's own upload route and keeps the tokens it answers as the value.
 const find = (selector) => element.querySelector(selector);
 const [stage, image, canvas, video] = [".sds-stage", ".sds-stage img", "canvas", "video"].map(find);
-const [drop, file, told, brushes] = [".sds-drop", "input[type=file]", ".sds-upload-told", ".sds-brushes"].map(find);
+const [drop, file, message, brushes] = [".sds-drop", "input[type=file]", ".sds-upload-message", ".sds-brushes"].map(find);
 const button = (does) => find(`[data-does=${does}]`);
 const SHARPEST = 2048; // pixels of the longer side of what is painted on; the mask itself has the picture's size
 
@@ -13,7 +13,7 @@ let changed = false; // painted since the mask was last sent
 let sending = Promise.resolve();
 let camera = null;
 
-const say = (text) => { told.textContent = text; };
+const say = (text) => { message.textContent = text; };
 const value = () => [token, mask].filter(Boolean).join(" ");
 const publish = () => { if (props.value !== value()) props.value = value(); };
 

@@ -41,7 +41,7 @@ def picture_field(label: str, *, paints: bool, elem_id: str) -> gr.HTML:
         '<button type="button" data-does="paste">Paste</button>'
         '<button type="button" data-does="webcam">Webcam</button>'
         '<button type="button" data-does="remove" hidden>Remove</button></div>'
-        '<p class="sds-upload-told" role="status"></p></div>'
+        '<p class="sds-upload-message" role="status"></p></div>'
     )
     # No class of its own: of those Gradio writes a file beside their source.
     return gr.HTML("", html_template=template, js_on_load=_SCRIPT.read_text(encoding="utf-8"), elem_id=elem_id)

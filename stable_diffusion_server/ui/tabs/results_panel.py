@@ -11,8 +11,7 @@ from starlette.requests import Request
 
 from stable_diffusion_server.errors import ServerError
 from stable_diffusion_server.ui import job_updates
-from stable_diffusion_server.ui.client import ApiClient, RefusedError, UiRequest
-from stable_diffusion_server.ui.client_factory import ApiClients
+from stable_diffusion_server.ui.client import ApiClient, ApiClients, RefusedError, UiRequest
 from stable_diffusion_server.ui.forms import FormError
 from stable_diffusion_server.ui.html import progress
 from stable_diffusion_server.ui.tabs.controls import QUIET, ControlSlots, SharedControls
@@ -24,14 +23,14 @@ DRAW, CANCEL = "Draw", "Cancel"
 _IN_MORE = {"negative_prompt", "num_inference_steps", "guidance_scale"}
 
 
-def client_for(desks: ApiClients, request: gr.Request) -> ApiClient:
-    """The desk of who clicked."""
-    return desks.of(_inner(request))
+def client_for(clients: ApiClients, request: gr.Request) -> ApiClient:
+    """Return the API client of the visitor."""
+    return clients.of(_inner(request))
 
 
-def owner_of(desks: ApiClients, request: gr.Request) -> str:
+def owner_of(clients: ApiClients, request: gr.Request) -> str:
     """The name under which the pictures of who clicked are kept."""
-    return desks.owner_of(_inner(request))
+    return clients.owner_of(_inner(request))
 
 
 def _inner(request: gr.Request) -> Request:
@@ -55,7 +54,7 @@ class ResultsPanel:
 
     draw: gr.Button
     cancel: gr.Button
-    told: gr.HTML
+    message: gr.HTML
     results: gr.Column
     gallery: gr.Gallery
     made: gr.HTML
@@ -69,7 +68,7 @@ class ResultsPanel:
     @property
     def outputs(self) -> list[Any]:
         """What changes while pictures are drawn."""
-        pictures = [self.told, self.results, self.gallery, self.made, self.jobs, self.shown, self.chosen]
+        pictures = [self.message, self.results, self.gallery, self.made, self.jobs, self.shown, self.chosen]
         buttons = [self.fields.seed, self.kept, self.draw, self.cancel, self.fields.more]
         return [*pictures, *buttons, *self.slots.below.values()]
 
@@ -79,7 +78,7 @@ class ResultsPanel:
         refused = progress.refusal(shown.refused, shown.faults, self.slots.below) if shown.refused else ""
         opened = shown.over and any(name in _IN_MORE for name, _ in shown.faults)
         return (
-            refused + shown.told,
+            refused + shown.message,
             gr.Column(visible=bool(shown.receipts)) if changed else gr.skip(),
             shown.pictures if changed else gr.skip(),
             shown.made if changed else gr.skip(),
@@ -92,7 +91,7 @@ class ResultsPanel:
             gr.Button(DRAW, interactive=shown.over),
             gr.Button(CANCEL, variant="secondary" if shown.over else "stop", interactive=not shown.over),
             gr.Accordion(open=True) if opened else gr.skip(),
-            *(self.slots.told(shown.faults) if changed else [gr.skip()] * len(self.slots.below)),
+            *(self.slots.messages(shown.faults) if changed else [gr.skip()] * len(self.slots.below)),
         )
 
 
@@ -106,14 +105,14 @@ def buttons() -> tuple[gr.Button, gr.Button]:
 
 @dataclass(frozen=True, slots=True)
 class PanelSlots:
-    """Where it is told what happens, and the results, which are not seen before there are any."""
+    """The message area, and the results, which are hidden until there are any."""
 
-    told: gr.HTML
+    message: gr.HTML
     results: gr.Column
 
 
 def place(empty: str) -> PanelSlots:
-    """Make room for what comes of a click; `empty` is what is told before."""
+    """Add the places of the results; `empty` is the HTML shown before the first."""
     with gr.Column(elem_classes="sds-result"):
         return PanelSlots(gr.HTML(empty), gr.Column(visible=False))
 
@@ -137,29 +136,29 @@ def panel(
     # Ids are of no use to who has not the key they came with; the secret only lets another process read them.
     kept = gr.BrowserState([], storage_key=f"studio-{slots.tab}", secret="studio")  # noqa: S106  # none is kept there
     states = gr.State([]), gr.State([]), gr.State(0)
-    return ResultsPanel(draw, cancel, at.told, at.results, gallery, made, *states, fields, kept, slots)
+    return ResultsPanel(draw, cancel, at.message, at.results, gallery, made, *states, fields, kept, slots)
 
 
 def wire(
-    desks: ApiClients,
+    clients: ApiClients,
     blocks: gr.Blocks,
     here: ResultsPanel,
     triggers: Sequence[Any],
     inputs: Sequence[Any],
-    wishes_of: Callable[..., Awaitable[list[UiRequest]]],
+    requests_of: Callable[..., Awaitable[list[UiRequest]]],
     js: str | None = None,
 ) -> None:
-    """Have `triggers` draw what `wishes_of` makes of the inputs, Cancel end it, and a new page go on with it.
+    """Have `triggers` draw what `requests_of` makes of the inputs, Cancel end it, and a new page go on with it.
 
-    `wishes_of` is also given the name of the visitor; `js` is run in the page before the inputs are sent.
+    `requests_of` is also given the name of the visitor; `js` is run in the page before the inputs are sent.
     """
     # A page that is not wholly laid out yet sends nothing for some fields; theirs are what they begin with.
     firsts = [getattr(field, "value", None) for field in inputs]
 
     async def draw(request: gr.Request, *values: Any) -> AsyncIterator[Outputs]:
         try:
-            wishes = await wishes_of(
-                owner_of(desks, request),
+            requests = await requests_of(
+                owner_of(clients, request),
                 *(first if value is None else value for value, first in zip(values, firsts, strict=True)),
             )
         except FormError as error:
@@ -170,27 +169,27 @@ def wire(
         except ServerError as error:
             yield here.outputs_of(job_updates.GalleryUpdate(refused=error.detail, faults=error.faults, over=True))
             return
-        drawing = job_updates.draw(client_for(desks, request), wishes)
-        del wishes  # they hold whole pictures
+        drawing = job_updates.draw(client_for(clients, request), requests)
+        del requests  # they hold whole pictures
         async for shown in drawing:
             yield here.outputs_of(shown)
 
     async def cancel(request: gr.Request, jobs: list[str]) -> Any:
         for job in jobs:
             try:
-                await client_for(desks, request).cancel(job)
+                await client_for(clients, request).cancel(job)
             except RefusedError as error:
                 return progress.alert(error.detail)
         return gr.skip()
 
     async def resume(request: gr.Request, jobs: list[str] | None) -> AsyncIterator[Outputs]:
         yield (gr.skip(),) * len(here.outputs)  # whoever says nothing empties everything
-        async for shown in job_updates.resume(client_for(desks, request), jobs or []):
+        async for shown in job_updates.resume(client_for(clients, request), jobs or []):
             yield here.outputs_of(shown)
 
     blocks.load(resume, here.kept, here.outputs, **QUIET)
     gr.on(triggers, draw, list(inputs), here.outputs, js=js, **QUIET)
-    here.cancel.click(cancel, here.jobs, here.told, **QUIET)
+    here.cancel.click(cancel, here.jobs, here.message, **QUIET)
 
     def choose(event: gr.SelectData) -> int:
         return index_of(event)
