@@ -1,4 +1,4 @@
-"""Files of DATA_DIR: damaged ones are set aside, and the free space of a disk is known."""
+"""Files in DATA_DIR: quarantine of damaged files, and disk space and disk errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is found damaged in DATA_DIR is put aside under another name, with a line in the log, and the rest goes on."""
+"""Quarantines damaged files of DATA_DIR by renaming them, so that the server can start without them."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ import structlog
 
 _log = structlog.get_logger(__name__)
 
-# What SQLite keeps beside a database; left behind, it would be read into the one that takes the place.
-_BESIDE = ("-wal", "-shm", "-journal")
+# Files that SQLite keeps with a database. If they stayed, SQLite would apply them to the new database.
+_SQLITE_SUFFIXES = ("-wal", "-shm", "-journal")
 
 
 def is_blocked(path: Path) -> bool:
-    """Whether something that is no file stands where a database, or what SQLite keeps beside it, belongs."""
-    parts = [path.with_name(path.name + ending) for ending in ("", *_BESIDE)]
-    return any(part.is_dir() or (part.is_symlink() and not part.exists()) for part in parts)
+    """Whether a directory or a dangling symlink is where a database, or a file that SQLite keeps with it, should be."""
+    paths = [path.with_name(path.name + suffix) for suffix in ("", *_SQLITE_SUFFIXES)]
+    return any(path.is_dir() or (path.is_symlink() and not path.exists()) for path in paths)
 
 
 def quarantine(path: Path, reason: str) -> Path:
-    """Rename a file or folder to `<name>.broken-<time>`, with what SQLite keeps beside it; the new path.
+    """Rename a file or folder, and the files that SQLite keeps with it, to `<name>.broken-<time>`; return the new path.
 
-    Raises `OSError` where the folder cannot be written to. A path that is not there is nothing to do.
+    A path that does not exist is ignored. Raises `OSError` if the folder is not writable.
     """
-    moment = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
-    number, aside = 0, path.with_name(f"{path.name}.broken-{moment}")
-    while aside.exists():
+    timestamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+    number, renamed = 0, path.with_name(f"{path.name}.broken-{timestamp}")
+    while renamed.exists():
         number += 1
-        aside = path.with_name(f"{path.name}.broken-{moment}-{number}")
-    for ending in ("", *_BESIDE):
-        part = path.with_name(path.name + ending)
+        renamed = path.with_name(f"{path.name}.broken-{timestamp}-{number}")
+    for suffix in ("", *_SQLITE_SUFFIXES):
+        part = path.with_name(path.name + suffix)
         if part.exists() or part.is_symlink():
-            part.rename(aside.with_name(aside.name + ending))
-    _log.error("something in DATA_DIR is damaged and put aside", name=path.name, kept_as=aside.name, reason=reason)
-    return aside
+            part.rename(renamed.with_name(renamed.name + suffix))
+    _log.error("damaged file in DATA_DIR renamed", name=path.name, renamed_to=renamed.name, reason=reason)
+    return renamed

@@ -1,19 +1,19 @@
-"""Unicode normalization in time that grows with the text: runs of combining marks are bounded before it."""
+"""Unicode normalization of untrusted text in linear time, by a bound on runs of combining marks."""
 
 from __future__ import annotations
 
 import unicodedata
 
-# As UAX #15 has it for its Stream-Safe Text Format: no language needs more.
+# The limit of UAX #15's Stream-Safe Text Format, which no language exceeds.
 MAX_MARKS = 30
-# Of class 0 themselves, and nothing but marks once they are taken apart.
+# Characters of combining class 0 that decompose into combining marks only.
 _COMPOSED_MARKS = frozenset("\u0f73\u0f75\u0f81")
 
 
 def nfc(text: str) -> str:
-    """The text in NFC. Raises `ValueError` for more than 30 combining marks in a row.
+    """Normalize to NFC. Raises `ValueError` for more than 30 combining marks in a row.
 
-    Normalizing sorts the marks of a run, which takes time with the square of their number.
+    Normalization sorts each run of marks, in time quadratic in the length of the run.
     """
     if not text.isascii():
         _check_marks(text)
@@ -21,7 +21,7 @@ def nfc(text: str) -> str:
 
 
 def strip_marks(text: str) -> str:
-    """The text without the combining marks that stand in it by themselves; those of composed letters stay."""
+    """Remove separate combining marks; precomposed letters keep theirs."""
     return text if text.isascii() else "".join(character for character in text if not _is_mark(character))
 
 
