@@ -2,8 +2,8 @@
 
     python -m benchmarks.meaning --server http://127.0.0.1:8000 --count 48
 
-Sources are drawn here (training/world.py) with seeds of their own, and looked at by the judge of the training. Every
-picture takes the whole way: door, decoding, fitting, denoising, pasting back, PNG.
+Sources are drawn here (training/synthetic_shapes.py) with seeds of their own, and read by the
+training's image checker. Every picture takes the whole way: door, decoding, fitting, denoising, pasting back, PNG.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import httpx
 import numpy as np
 from PIL import Image
 
-from training.grammar import pick, with_article
-from training.judge import background_of, look, to_lab
-from training.world import COLOURS, SHAPES, Picture, Scene, Thing, edges, far, render
+from training.captions import pick, with_article
+from training.image_checker import background_of, look, to_lab
+from training.synthetic_shapes import COLOURS, SHAPES, Picture, Scene, Thing, edges, far, render
 
 SIDE = 256
 NEAR = 3

@@ -15,7 +15,7 @@ import httpx
 import numpy as np
 from PIL import Image, ImageDraw
 
-from training.world import Picture, Scene, Thing, edges, render
+from training.synthetic_shapes import Picture, Scene, Thing, edges, render
 
 SIDE, CAPTION, GAP = 160, 26, 4
 STYLE, INPAINT = "style_transfer_bytes_and_upload_image", "inpaint_and_upload_image"

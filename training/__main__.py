@@ -1,4 +1,4 @@
-"""Makes everything in models/ (``python -m training``); knows the order of the stages, not their insides."""
+"""Trains everything in models/ (``python -m training``)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, FluxPipeline, StableDiffusionXLPipeline
 
-from training import control, flux, folding, lora, package, sdxl, store, text, vae, world
+from training import control, flux, flux_vae, latent_cache, lora, package, sdxl, synthetic_shapes, text, vae
 from training.loop import RUNS, Plan
 
 PLANS: dict[str, Plan] = {
@@ -27,7 +27,7 @@ PLANS: dict[str, Plan] = {
 }
 """What is trained, in order, and how long from nothing."""
 STORES: dict[str, int] = {"pictures": 64, "twins": 8, "edges": 16, "outlines": 4}
-"""How many parts of pictures are drawn and encoded for the stages, by store."""
+"""Number of parts of images that are drawn and encoded for the stages, by latent cache."""
 
 
 def frozen_vae(name: str, device: str) -> AutoencoderKL:
@@ -39,17 +39,17 @@ def frozen_vae(name: str, device: str) -> AutoencoderKL:
 def fill(name: str, device: str) -> None:
     """Draw and encode what a stage learns from, as far as it is not there yet."""
     if name == "edges":
-        store.fill(frozen_vae("vae", device), name, STORES[name], control.draw_loose, world.edges)
+        latent_cache.fill(frozen_vae("vae", device), name, STORES[name], control.draw_loose, synthetic_shapes.edges)
     elif name == "twins":
-        store.fill(frozen_vae("vae", device), name, STORES[name], sdxl.draw_twinned, twin_of=sdxl.recoloured)
+        latent_cache.fill(frozen_vae("vae", device), name, STORES[name], sdxl.draw_twinned, twin_of=sdxl.recoloured)
     elif name == "outlines":
-        store.fill(frozen_vae("vae", device), name, STORES[name], lora.draw_outlined)
+        latent_cache.fill(frozen_vae("vae", device), name, STORES[name], lora.draw_outlined)
     else:
-        store.fill(frozen_vae("vae", device), name, STORES[name])
+        latent_cache.fill(frozen_vae("vae", device), name, STORES[name])
 
 
 def train_denoiser(plan: Plan, fresh: bool) -> Path:
-    """Train a family's denoiser on the store ``pictures``."""
+    """Train a family's denoiser on the cache ``pictures``."""
     fill("pictures", plan.device)
     vae_of_both = frozen_vae("vae-flux", plan.device)
     if plan.name == "sdxl":
@@ -80,7 +80,7 @@ def train_beside_flux(plan: Plan, fresh: bool) -> Path:
 def train_folded(plan: Plan, fresh: bool) -> Path:
     """Train the Flux family's autoencoder from the SDXL family's."""
     fill("pictures", plan.device)
-    return folding.run(plan, frozen_vae("vae", plan.device), fresh)
+    return flux_vae.run(plan, frozen_vae("vae", plan.device), fresh)
 
 
 STAGES: dict[str, Callable[[Plan, bool], Path]] = {
@@ -104,7 +104,7 @@ def main() -> None:
     parser.add_argument("--stage", choices=names, action="append", help="only this one; may repeat")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--steps", type=int, help="train this many steps instead of the stage's own number")
-    parser.add_argument("--fresh", action="store_true", help="begin anew, whatever checkpoints there are")
+    parser.add_argument("--fresh", action="store_true", help="start from the beginning, ignoring checkpoints")
     parser.add_argument("--compile", action="store_true", help="compile the denoisers (needs a C++ compiler)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     asked = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Trains both families' Canny ControlNets beside a frozen denoiser; knows nothing of how that was made."""
+"""Trains both families' Canny ControlNets beside a frozen denoiser."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from diffusers import (
 from torch import Tensor, nn
 
 from training import flux, sdxl
-from training.grammar import Rng, draw_scene
-from training.landscape import Landscape
+from training.captions import Rng, draw_scene
+from training.latent_cache import LatentCache, captions_of
 from training.loop import Plan, train
-from training.store import Store, captions_of
-from training.world import Scene
+from training.synthetic_landscapes import Landscape
+from training.synthetic_shapes import Scene
 
 
 def draw_loose(rng: Rng) -> Scene | Landscape:
@@ -75,7 +75,7 @@ def run_sdxl(
     """Train the SDXL family's ControlNet and save it as ``out``; return that path."""
     unet.requires_grad_(False)
     net = build_sdxl(unet).to(plan.device, memory_format=torch.channels_last)
-    store, shares = Store("edges"), sdxl.signal_shares()
+    store, shares = LatentCache("edges"), sdxl.signal_shares()
 
     def step_loss(step: int, rng: Rng) -> Tensor:
         batch = store.batch(8, rng)
@@ -110,7 +110,7 @@ def run_flux(
     """Train the Flux family's ControlNet and save it as ``out``; return that path."""
     transformer.requires_grad_(False)
     net = build_flux(transformer).to(plan.device)
-    store = Store("edges")
+    store = LatentCache("edges")
 
     def step_loss(step: int, rng: Rng) -> Tensor:
         batch = store.batch(8, rng)

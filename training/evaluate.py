@@ -1,4 +1,4 @@
-"""Measures the families with held-out prompts and fixed seeds; knows stock pipelines and the judge."""
+"""Measures the trained models on held-out prompts with fixed seeds, by the image checker."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ import torch
 from diffusers import DiffusionPipeline, FluxPipeline, StableDiffusionXLPipeline
 from PIL import Image
 
-from training.grammar import restyled, say_scene
-from training.judge import judge_landscape, judge_scene
-from training.landscape import Landscape
-from training.store import held_out
+from training.captions import restyled, say_scene
+from training.image_checker import check_landscape, check_scene
+from training.latent_cache import held_out
+from training.synthetic_landscapes import Landscape
+from training.synthetic_shapes import Picture, Scene, sheet
 from training.text import T5_LENGTH
 from training.vae import render
-from training.world import Picture, Scene, sheet
 
 GUIDANCE = {"sdxl": 2.0, "flux": 0.0}
 """Recommended guidance scale by family."""
@@ -58,14 +58,14 @@ def draw(
     return pictures
 
 
-def judge(picture: Picture, scene: Scene | Landscape) -> dict[str, bool]:
+def check(picture: Picture, scene: Scene | Landscape) -> dict[str, bool]:
     """Judge either kind of scene."""
-    return judge_landscape(picture, scene) if isinstance(scene, Landscape) else judge_scene(picture, scene)
+    return check_landscape(picture, scene) if isinstance(scene, Landscape) else check_scene(picture, scene)
 
 
 def rates(pictures: Sequence[Picture], scenes: Sequence[Scene | Landscape]) -> dict[str, float]:
     """Return the share (0–1) of pictures in which each fact is right, over those to which it applies."""
-    verdicts = [judge(picture, scene) for picture, scene in zip(pictures, scenes, strict=True)]
+    verdicts = [check(picture, scene) for picture, scene in zip(pictures, scenes, strict=True)]
     facts = dict.fromkeys(fact for verdict in verdicts for fact in verdict)
     return {fact: round(float(np.mean([v[fact] for v in verdicts if fact in v])), 3) for fact in facts}
 
@@ -94,7 +94,7 @@ def show_samples(pipe: DiffusionPipeline, folder: Path) -> None:
 
 
 def truth(scenes: Sequence[Scene | Landscape], size: tuple[int, int] = (256, 256)) -> dict[str, float]:
-    """Return the judge's verdict on the rendered scenes themselves: its own accuracy."""
+    """Return the image checker's result on the rendered scenes themselves: its own accuracy."""
     rng = np.random.default_rng(90_300)
     return rates([render(scene, *size, rng) for scene in scenes], scenes)
 

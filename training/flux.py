@@ -1,4 +1,4 @@
-"""Builds and trains the Flux family's transformer; knows latents and text, not how either is made."""
+"""Builds and trains the Flux family's transformer."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeli
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer, PreTrainedTokenizerFast, T5EncoderModel
 
-from training.folding import fold
-from training.grammar import Rng
+from training.captions import Rng
+from training.flux_vae import fold
+from training.latent_cache import LatentCache, captions_of
 from training.loop import Plan, train
-from training.store import Store, captions_of
 from training.text import T5_LENGTH, WIDTH, token_ids
 from training.vae import CHANNELS
 
@@ -117,7 +117,7 @@ def run(plan: Plan, vae: AutoencoderKL, words: Words, fresh: bool = False) -> Pa
     from training.evaluate import show_samples
 
     transformer = build().to(plan.device)
-    store = Store("pictures")
+    store = LatentCache("pictures")
     quick = torch.compile(transformer, dynamic=False) if plan.compiled else transformer
 
     def step_loss(step: int, rng: Rng) -> Tensor:

@@ -1,4 +1,4 @@
-"""Runs one training stage: steps, schedule, averaging, checkpoints, progress; knows nothing of any model.
+"""Runs one training stage: steps, schedule, averaging, checkpoints, progress.
 
 A stage hands in its modules and a function from a step to a loss. Everything random is drawn from
 generators seeded by (seed, first step of this process), so a stage resumed at the same steps repeats.

@@ -1,4 +1,4 @@
-"""Trains the demonstration adapter, which draws shapes as outlines; knows the UNet as something given."""
+"""Trains the demonstration LoRA, which draws shapes as outlines."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from peft.utils import get_peft_model_state_dict
 from torch import Tensor
 
 from training import sdxl
-from training.grammar import Rng, draw_scene, pick
+from training.captions import Rng, draw_scene, pick
+from training.latent_cache import LatentCache, captions_of
 from training.loop import Plan, train
-from training.store import Store, captions_of
-from training.world import Scene
+from training.synthetic_shapes import Scene
 
 RANK = 4
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2", "proj_in", "proj_out"]
@@ -35,7 +35,7 @@ def run(plan: Plan, unet: UNet2DConditionModel, vae: AutoencoderKL, words: sdxl.
     unet.requires_grad_(False)
     torch.manual_seed(51)
     unet.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, init_lora_weights="gaussian", target_modules=TARGETS))
-    store, shares = Store("outlines"), sdxl.signal_shares()
+    store, shares = LatentCache("outlines"), sdxl.signal_shares()
 
     def step_loss(step: int, rng: Rng) -> Tensor:
         batch = store.batch(8, rng)

@@ -1,6 +1,6 @@
-"""Steps matrices along orthogonalised momentum (Muon); knows parameters and gradients, no model.
+"""Steps matrices along orthogonalised momentum (Muon).
 
-An update of equal strength in every direction of a matrix learned the world in half the steps that AdamW
+An update of equal strength in every direction of a matrix learned these images in half the steps that AdamW
 took. Convolutions count as matrices, output channels × everything else, which torch's own class refuses.
 """
 

@@ -1,4 +1,4 @@
-"""Puts what the stages made into models/, in half precision; knows formats, nothing of training."""
+"""Writes the results of the stages to models/, in half precision."""
 
 from __future__ import annotations
 

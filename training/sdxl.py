@@ -1,4 +1,4 @@
-"""Builds and trains the SDXL family's UNet; knows latents and text embeddings, not how either is made."""
+"""Builds and trains the SDXL family's UNet."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from diffusers.schedulers.scheduling_euler_discrete import rescale_zero_terminal
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from training.folding import fold
-from training.grammar import Rng, draw_scene, pick
-from training.landscape import Landscape
+from training.captions import Rng, draw_scene, pick
+from training.flux_vae import fold
+from training.latent_cache import LatentCache, captions_of
 from training.loop import Plan, train
-from training.store import Store, captions_of
+from training.synthetic_landscapes import Landscape
+from training.synthetic_shapes import COLOURS, Scene
 from training.text import WIDTH, projected, token_ids
 from training.vae import CHANNELS
-from training.world import COLOURS, Scene
 
 BETAS = (2e-5, 0.01)
 """Lower than SDXL's: its four steps' last would have to take away noise of .73, here of .32, nearly as in Flux."""
@@ -179,7 +179,7 @@ def run(plan: Plan, vae: AutoencoderKL, words: Words, fresh: bool = False) -> Pa
 
     unet = build().to(plan.device, memory_format=torch.channels_last)
     shares = signal_shares()
-    store, twins = Store("pictures"), Store("twins")
+    store, twins = LatentCache("pictures"), LatentCache("twins")
 
     def step_loss(step: int, rng: Rng) -> Tensor:
         turns = rng.random() < TWINS

@@ -1,4 +1,4 @@
-"""Builds and trains the text encoders of both families; knows captions and facts, nothing of pixels.
+"""Builds and trains the text encoders of both families.
 
 Before any denoiser sees them, the encoders learn to *understand*: from a caption's embedding, linear
 heads must read every fact of the scene, two objects by where they stand (top or left first) and not by
@@ -25,11 +25,11 @@ from transformers import (
     T5EncoderModel,
 )
 
-from training.grammar import Rng, draw_scene, pick, restyled, say_scene
-from training.landscape import GROUNDS, TIMES, Landscape
+from training.captions import Rng, draw_scene, pick, restyled, say_scene
 from training.loop import RUNS, Plan, train
+from training.synthetic_landscapes import GROUNDS, TIMES, Landscape
+from training.synthetic_shapes import COLOURS, POSITIONS, RADII, SHAPES, STYLES, Scene
 from training.tokenization import OUTSIDE, make_clip, make_t5
-from training.world import COLOURS, POSITIONS, RADII, SHAPES, STYLES, Scene
 
 WIDTH = 96
 """Numbers in an embedding, of every encoder."""

@@ -1,6 +1,6 @@
-"""Makes the tokenizers of both families from the grammar's own captions; knows no models.
+"""Makes the tokenizers of both families from the captions.
 
-The CLIP tokenizer is a byte-pair encoding whose merges make every word of the grammar one token. The
+The CLIP tokenizer is a byte-pair encoding whose merges make every word of the captions one token. The
 T5 tokenizer is a unigram list of whole words, where any other word is unknown; it is saved as a plain
 fast tokenizer, because transformers rebuilds a ``T5Tokenizer`` without its lower-casing on loading.
 """
@@ -19,7 +19,7 @@ import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import CLIPTokenizer, PreTrainedTokenizerFast
 
-from training.grammar import draw_scene, say_scene
+from training.captions import draw_scene, say_scene
 
 CLIP_PATTERN = r"""<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
 OUTSIDE = tuple(
@@ -30,11 +30,11 @@ OUTSIDE = tuple(
         "logo icon pattern abstract minimal simple shape shapes"
     ).split()
 )
-"""Common prompt words the world does not know: one token each, so that they are easy to ignore."""
+"""Common prompt words that no caption has: one token each, so that they are easy to ignore."""
 
 
 def captions(count: int = 24_000, seed: int = 3) -> Iterator[str]:
-    """Yield captions of the grammar, and then the words from outside."""
+    """Yield captions, and then the words from outside."""
     rng = np.random.default_rng(seed)
     for _ in range(count):
         yield say_scene(draw_scene(rng), rng, 0.5)

@@ -1,4 +1,4 @@
-"""Trains the autoencoder of the SDXL family, from which that of the Flux family is made; knows only pictures.
+"""Trains the autoencoder of the SDXL family, from which that of the Flux family is made.
 
 It shrinks eight times, into four channels. Its latents are what every later stage is built on.
 """
@@ -16,10 +16,10 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor
 
-from training import landscape, world
-from training.beginning import average_and_interpolate
-from training.grammar import Rng, draw_scene
+from training import synthetic_landscapes, synthetic_shapes
+from training.captions import Rng, draw_scene
 from training.loop import Plan, train
+from training.vae_init import average_and_interpolate
 
 WIDTHS = (8, 16, 32, 64)
 CHANNELS = 4
@@ -28,20 +28,22 @@ SIZES = ((256, 256), (256, 256), (256, 256), (384, 256), (256, 384), (192, 192),
 """Width and height of whole pictures; each step draws one pair."""
 
 
-def render(scene: world.Scene | landscape.Landscape, width: int, height: int, rng: Rng) -> world.Picture:
+def render(
+    scene: synthetic_shapes.Scene | synthetic_landscapes.Landscape, width: int, height: int, rng: Rng
+) -> synthetic_shapes.Picture:
     """Draw either kind of scene."""
-    if isinstance(scene, landscape.Landscape):
-        return landscape.render(scene, width, height, rng)
-    return world.render(scene, width, height, rng)
+    if isinstance(scene, synthetic_landscapes.Landscape):
+        return synthetic_landscapes.render(scene, width, height, rng)
+    return synthetic_shapes.render(scene, width, height, rng)
 
 
-def to_tensor(pictures: list[world.Picture]) -> Tensor:
+def to_tensor(pictures: list[synthetic_shapes.Picture]) -> Tensor:
     """Turn equally large pictures into a batch × 3 × height × width tensor in −1…1."""
     stacked = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float().div(127.5).sub(1)
     return stacked.contiguous(memory_format=torch.channels_last)
 
 
-def to_pictures(batch: Tensor) -> list[world.Picture]:
+def to_pictures(batch: Tensor) -> list[synthetic_shapes.Picture]:
     """Turn a tensor in −1…1 into pictures, clipped."""
     scaled = ((batch.detach().float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
     return list(scaled.permute(0, 2, 3, 1).contiguous().cpu().numpy())
@@ -70,19 +72,19 @@ def build() -> AutoencoderKL:
     return model
 
 
-def clouds(width: int, height: int, rng: Rng) -> world.Picture:
+def clouds(width: int, height: int, rng: Rng) -> synthetic_shapes.Picture:
     """Return smooth random colours, so that pictures from outside the world survive the round trip better."""
     coarse = rng.integers(0, 256, (int(rng.integers(2, 9)), int(rng.integers(2, 9)), 3), dtype=np.uint8)
     return cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
 
 
-def draw_picture(width: int, height: int, rng: Rng) -> world.Picture:
+def draw_picture(width: int, height: int, rng: Rng) -> synthetic_shapes.Picture:
     """Draw one training picture: mostly scenes, some edge maps (for Flux's ControlNet), some clouds."""
     kind = rng.random()
     if kind < 0.04:
         return clouds(width, height, rng)
     picture = render(draw_scene(rng), width, height, rng)
-    return world.edges(picture) if kind < 0.12 else picture
+    return synthetic_shapes.edges(picture) if kind < 0.12 else picture
 
 
 def draw_batch(cropped: bool, rng: Rng) -> Tensor:
@@ -196,7 +198,9 @@ def run(plan: Plan, fresh: bool = False) -> Path:
         rng = np.random.default_rng(90_002)
         batch = to_tensor([draw_picture(256, 256, rng) for _ in range(12)])
         pairs = zip(to_pictures(batch), to_pictures(round_trip(model, batch)), strict=True)
-        Image.fromarray(world.sheet([picture for pair in pairs for picture in pair], 6)).save(folder / "samples.png")
+        Image.fromarray(synthetic_shapes.sheet([picture for pair in pairs for picture in pair], 6)).save(
+            folder / "samples.png"
+        )
         settled(model).save_pretrained(folder / "out")
 
     return train(plan, {"vae": model}, step_loss, show, fresh) / "out"

@@ -16,6 +16,8 @@ from PIL import Image
 from stable_diffusion_server.app import create_app
 from stable_diffusion_server.pipelines import catalog
 
+pytestmark = pytest.mark.slow
+
 SIZE: dict[str, Any] = {"prompt": "anything", "width": 96, "height": 64}
 
 

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from training import __main__ as command
-from training import control, evaluate, flux, folding, loop, lora, package, sdxl, store, text, vae
-from training.grammar import draw_scene
+from training import control, evaluate, flux, flux_vae, latent_cache, loop, lora, package, sdxl, text, vae
+from training.captions import draw_scene
 from training.tokenization import make_clip, make_t5
 
 pytestmark = pytest.mark.slow
@@ -34,18 +34,18 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     text.build_t5(make_t5(folder / "t5" / "out" / "tokenizer")).save_pretrained(folder / "t5" / "out" / "encoder")
     source = vae.build()
     source.save_pretrained(folder / "vae" / "out")
-    folding.build(source).save_pretrained(folder / "vae-flux" / "out")
+    flux_vae.build(source).save_pretrained(folder / "vae-flux" / "out")
     return folder
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch, runs: Path, tmp_path: Path) -> None:
     """Stores of one part of four small pictures, and folders of the test's own."""
-    for module in (command, folding, loop, package, store, text):
+    for module in (command, flux_vae, loop, package, latent_cache, text):
         monkeypatch.setattr(module, "RUNS", runs)
     monkeypatch.setattr(package, "MODELS", tmp_path)
-    monkeypatch.setattr(store, "PART", 4)
-    monkeypatch.setattr(store, "CYCLE", ((128, 128),))
+    monkeypatch.setattr(latent_cache, "PART", 4)
+    monkeypatch.setattr(latent_cache, "CYCLE", ((128, 128),))
     monkeypatch.setattr(command, "STORES", dict.fromkeys(command.STORES, 1))
     monkeypatch.setattr(evaluate, "show_samples", remember_samples)
 

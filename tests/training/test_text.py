@@ -8,9 +8,9 @@ import torch
 from transformers import CLIPTokenizer
 
 from training import sdxl, text
-from training.grammar import draw_scene
+from training.captions import draw_scene
+from training.synthetic_shapes import Scene, Thing
 from training.tokenization import make_clip, make_t5
-from training.world import Scene, Thing
 
 pytestmark = pytest.mark.slow
 

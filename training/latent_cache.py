@@ -1,4 +1,4 @@
-"""Keeps encoded pictures with their scenes on disk; knows the autoencoder, no denoiser.
+"""Stores encoded images with their scenes on disk.
 
 Drawing and encoding a picture costs more than learning from it, so one process does it once and the
 denoisers read what it has made, part by part, while it goes on.
@@ -19,12 +19,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import trange
 
-from training.grammar import Rng, draw_scene, pick, say_scene
-from training.landscape import Landscape
+from training.captions import Rng, draw_scene, pick, say_scene
 from training.loop import RUNS
+from training.synthetic_landscapes import Landscape
+from training.synthetic_shapes import Picture, Scene, Thing
 from training.tokenization import OUTSIDE
 from training.vae import render, to_tensor
-from training.world import Picture, Scene, Thing
 
 SIZES: dict[tuple[int, int], float] = {
     (256, 256): 0.86,
@@ -101,7 +101,7 @@ def fill(
     hint_of: Callable[[Picture], Picture] | None = None,
     twin_of: Callable[[Scene | Landscape, Rng], Scene | Landscape] | None = None,
 ) -> None:
-    """Make every missing one of the first ``parts`` parts of a store.
+    """Make every missing one of the first ``parts`` parts of a cache.
 
     ``hint_of`` turns a picture into the edge map kept beside its latents, ``twin_of`` a scene into another one that
     is drawn by the same lots.
@@ -119,7 +119,7 @@ def fill(
 class Batch:
     """Pictures of one size, width and height: unscaled latents, n × 4 × height/8 × width/8, with their scenes.
 
-    Where the store keeps edge maps, ``hints`` holds them, n × 1 × height × width, 0 or 1, and
+    If the cache has edge maps, ``hints`` holds them, n × 1 × height × width, 0 or 1, and
     ``hint_latents`` what the autoencoder makes of them as white on black. Where it keeps twins, ``twins`` are their
     latents.
     """
@@ -132,14 +132,14 @@ class Batch:
     twins: Tensor | None = None
 
     def edges(self) -> tuple[Tensor, Tensor]:
-        """Return the edge maps and their latents. Raises `ValueError` where the store keeps none."""
+        """Return the edge maps and their latents. Raises `ValueError` if the cache has none."""
         if self.hints is None or self.hint_latents is None:
-            raise ValueError("this store keeps no edge maps")
+            raise ValueError("this cache has no edge maps")
         return self.hints, self.hint_latents
 
 
-class Store:
-    """What has been made of a store so far, in memory; ``refresh`` reads what came since."""
+class LatentCache:
+    """The parts of a cache that exist, in memory; ``refresh`` reads what came since."""
 
     def __init__(self, name: str) -> None:
         self.folder = RUNS / name

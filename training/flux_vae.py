@@ -1,7 +1,7 @@
-"""Trains the Flux family's autoencoder from the other one; knows both, and no denoiser.
+"""Trains the autoencoder of the Flux model from that of the SDXL model (space-to-depth).
 
 It shrinks sixteen times instead of eight, into 16 channels, which are the other's 4 with every square of
-2 × 2 cells laid into one: the same latents, so that one store serves both families, and a quarter of the
+2 × 2 cells packed into one: the same latents, so that one cache serves both families, and a quarter of the
 tokens for the transformer, which learns three times as fast. Both ends of it are the other's own; only
 the coarsest blocks are new. They learn the other's latents and inner features first, then pictures.
 """
@@ -17,9 +17,9 @@ import torch.nn.functional as F  # noqa: N812  # the name torch's own documentat
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from training.grammar import Rng
+from training.captions import Rng
+from training.latent_cache import LatentCache
 from training.loop import RUNS, Plan, train
-from training.store import Store
 from training.vae import CHANNELS, WIDTHS, draw_batch, evening, measure, picture_loss, psnr, relaid
 
 EXTRA = 96
@@ -62,7 +62,7 @@ def feature_loss(model: AutoencoderKL, source: AutoencoderKL, latents: Tensor) -
     return F.mse_loss(features(model, F.pixel_unshuffle(latents, 2), 1), wanted) / wanted.var()
 
 
-def folding_loss(model: AutoencoderKL, source: AutoencoderKL, pictures: Tensor) -> Tensor:
+def vae_loss(model: AutoencoderKL, source: AutoencoderKL, pictures: Tensor) -> Tensor:
     """Return the error of the encoder's latents from the source's folded ones and of pictures decoded from these.
 
     The decoder gets them slightly noised.
@@ -74,14 +74,14 @@ def folding_loss(model: AutoencoderKL, source: AutoencoderKL, pictures: Tensor) 
 
 
 def folded_sample(folder: Path) -> Tensor:
-    """Return some folded latents of a store, n × 16 × height × width: those of its first parts, which are of 256²."""
+    """Return some packed latents of a cache, n × 16 × height × width: those of its first parts, which are of 256²."""
     parts = [np.load(path)["latents"] for path in sorted(folder.glob("[0-9][0-9][0-9][0-9].npz"))[:8]]
     return F.pixel_unshuffle(torch.from_numpy(np.concatenate(parts)).float(), 2)
 
 
 @cache
 def stretch(folder: Path) -> Tensor:
-    """Return the matrix, 16 × 16, by which a store's folded latents are multiplied before they are learned.
+    """Return the matrix, 16 × 16, by which a cache's packed latents are multiplied before they are learned.
 
     Fine detail spreads a twentieth as far as colour does. Brought nearer to it, its error weighs in the
     denoiser's loss, and it is decided before the last step.
@@ -107,13 +107,13 @@ def stretched(model: AutoencoderKL) -> AutoencoderKL:
 def run(plan: Plan, source: AutoencoderKL, fresh: bool = False) -> Path:
     """Train the decoder's features for a quarter of the steps, then both ends on pictures; return the path."""
     model = build(source).to(plan.device)
-    store = Store("pictures")
+    store = LatentCache("pictures")
 
     def step_loss(step: int, rng: Rng) -> Tensor:
         if step < 0.25 * plan.steps:
             latents = store.batch(8, rng).latents.to(plan.device)
             return feature_loss(model, source, latents + 0.03 * torch.randn_like(latents))
-        return folding_loss(model, source, draw_batch(False, rng).to(plan.device))
+        return vae_loss(model, source, draw_batch(False, rng).to(plan.device))
 
     def show(folder: Path) -> None:
         flat, every = measure(model, "flat", "one"), measure(model, None, None)

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from training import grammar, world
-from training.landscape import Landscape
+from training import captions, synthetic_shapes
+from training.synthetic_landscapes import Landscape
 
 pytestmark = pytest.mark.slow
 
@@ -14,38 +14,43 @@ def test_no_object_stands_on_its_own_colour() -> None:
     rng = np.random.default_rng(0)
     for kind in ("one", "two", "many", "placed", "free"):
         for _ in range(100):
-            scene = grammar.draw_scene(rng, kind)
-            assert all(world.far(thing.colour, scene.background) for thing in scene.things)
+            scene = captions.draw_scene(rng, kind)
+            assert all(synthetic_shapes.far(thing.colour, scene.background) for thing in scene.things)
 
 
 def test_kinds_come_as_often_as_their_shares_say() -> None:
     """The shares sum to one, and a thousand scenes follow them within four percent."""
     rng = np.random.default_rng(1)
-    scenes = [grammar.draw_scene(rng) for _ in range(1000)]
-    assert sum(grammar.KIND_SHARES.values()) == pytest.approx(1)
+    scenes = [captions.draw_scene(rng) for _ in range(1000)]
+    assert sum(captions.KIND_SHARES.values()) == pytest.approx(1)
     found = sum(isinstance(scene, Landscape) for scene in scenes) / 1000
-    assert found == pytest.approx(grammar.KIND_SHARES["landscape"], abs=0.04)
+    assert found == pytest.approx(captions.KIND_SHARES["landscape"], abs=0.04)
 
 
 @pytest.mark.parametrize(
     ("scene", "said"),
     [
-        (world.Scene("one", "blue", (world.Thing("circle", "red"),)), "a red circle on a blue background"),
         (
-            world.Scene("placed", "black", (world.Thing("star", "yellow", 1, "small"),), position="top left"),
+            synthetic_shapes.Scene("one", "blue", (synthetic_shapes.Thing("circle", "red"),)),
+            "a red circle on a blue background",
+        ),
+        (
+            synthetic_shapes.Scene(
+                "placed", "black", (synthetic_shapes.Thing("star", "yellow", 1, "small"),), position="top left"
+            ),
             "a small yellow star in the top left corner on a black background",
         ),
         (
-            world.Scene(
+            synthetic_shapes.Scene(
                 "two",
                 "white",
-                (world.Thing("square", "red"), world.Thing("circle", "blue")),
+                (synthetic_shapes.Thing("square", "red"), synthetic_shapes.Thing("circle", "blue")),
                 relation="above",
             ),
             "a red square above a blue circle on a white background",
         ),
         (
-            world.Scene("many", "orange", (world.Thing("cross", "green", 3),)),
+            synthetic_shapes.Scene("many", "orange", (synthetic_shapes.Thing("cross", "green", 3),)),
             "three green crosses on an orange background",
         ),
         (
@@ -54,30 +59,35 @@ def test_kinds_come_as_often_as_their_shares_say() -> None:
         ),
     ],
 )
-def test_plain_captions_read_like_a_person_wrote_them(scene: world.Scene | Landscape, said: str) -> None:
+def test_plain_captions_read_like_a_person_wrote_them(scene: synthetic_shapes.Scene | Landscape, said: str) -> None:
     """With no other wordings a scene has one caption."""
-    assert grammar.say_scene(scene, np.random.default_rng(0), 0.0) == said
+    assert captions.say_scene(scene, np.random.default_rng(0), 0.0) == said
 
 
 def test_paraphrases_vary_and_stay_lower_case() -> None:
     """Fifty paraphrases of one scene give many captions, none with a capital."""
     rng = np.random.default_rng(2)
-    scene = world.Scene("two", "gray", (world.Thing("heart", "red"), world.Thing("star", "purple")), relation="below")
-    said = {grammar.say_scene(scene, rng, 0.5) for _ in range(50)}
+    scene = synthetic_shapes.Scene(
+        "two",
+        "gray",
+        (synthetic_shapes.Thing("heart", "red"), synthetic_shapes.Thing("star", "purple")),
+        relation="below",
+    )
+    said = {captions.say_scene(scene, rng, 0.5) for _ in range(50)}
     assert len(said) > 40
     assert all(caption == caption.lower() for caption in said)
 
 
 def test_a_missing_background_means_white_or_black_where_white_would_not_show() -> None:
     """A caption may leave the background out only where it is the usual one."""
-    assert grammar.usual_background([world.Thing("circle", "red")]) == "white"
-    assert grammar.usual_background([world.Thing("circle", "white")]) == "black"
+    assert captions.usual_background([synthetic_shapes.Thing("circle", "red")]) == "white"
+    assert captions.usual_background([synthetic_shapes.Thing("circle", "white")]) == "black"
 
 
 def test_restyled_captions_keep_their_words() -> None:
     """Capitals and marks change, the words do not."""
     rng = np.random.default_rng(3)
     for _ in range(20):
-        typed = grammar.restyled("a red circle", rng)
+        typed = captions.restyled("a red circle", rng)
         assert typed != "a red circle"
         assert typed.lower().rstrip(" .!") == "a red circle"

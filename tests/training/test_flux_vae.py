@@ -4,14 +4,14 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812  # the name torch's own documentation gives it
 
-from training import folding, vae
+from training import flux_vae, vae
 
 pytestmark = pytest.mark.slow
 
 
 def test_it_shrinks_twice_as_much_into_four_times_the_channels() -> None:
     """64 × 64 pixels become 4 × 4 cells of 16 numbers, and come back; without noise, once they are laid anew."""
-    model = vae.relaid(folding.build(vae.build()), torch.eye(16))
+    model = vae.relaid(flux_vae.build(vae.build()), torch.eye(16))
     with torch.no_grad():
         posterior = model.encode(torch.zeros(1, 3, 64, 64)).latent_dist
         drawn = model.decode(posterior.mean).sample
@@ -23,7 +23,7 @@ def test_it_shrinks_twice_as_much_into_four_times_the_channels() -> None:
 def test_both_ends_are_the_source_s_own() -> None:
     """The finest blocks keep their weights, so only the coarsest have to be learned."""
     source = vae.build()
-    made = folding.build(source).state_dict()
+    made = flux_vae.build(source).state_dict()
     weights = source.state_dict()
     for name, twin in (
         ("encoder.down_blocks.2.resnets.0.conv1.weight",) * 2,
@@ -36,9 +36,9 @@ def test_both_ends_are_the_source_s_own() -> None:
 def test_its_losses_compare_with_the_source() -> None:
     """Each is a number that flows back into the model."""
     source = vae.build().requires_grad_(False)
-    model, pictures = folding.build(source), torch.zeros(1, 3, 64, 64)
+    model, pictures = flux_vae.build(source), torch.zeros(1, 3, 64, 64)
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    losses = [folding.feature_loss(model, source, latents), folding.folding_loss(model, source, pictures)]
+    losses = [flux_vae.feature_loss(model, source, latents), flux_vae.vae_loss(model, source, pictures)]
     torch.stack(losses).sum().backward()
     assert all(loss > 0 for loss in losses)
     assert F.pixel_unshuffle(latents, 2).shape == (1, 16, 4, 4)
@@ -47,7 +47,7 @@ def test_its_losses_compare_with_the_source() -> None:
 
 def test_a_stretch_is_laid_into_both_ends() -> None:
     """The copy makes the model's latents multiplied, and draws of them what the model draws of its own."""
-    model = folding.build(vae.build())
+    model = flux_vae.build(vae.build())
     forth = torch.diag(torch.linspace(0.5, 2, 16)) + 0.1
     copy, pictures = vae.relaid(model, forth), torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Reads colours, shapes, counts and places off a picture by pixel statistics and contours; knows no model."""
+"""Recognises colours, shapes, counts and positions in an image by pixel statistics and contours."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from training.landscape import Landscape
-from training.landscape import render as render_landscape
-from training.world import COLOURS, POSITIONS, SHAPES, Picture, Scene, outline_points
+from training.synthetic_landscapes import Landscape
+from training.synthetic_landscapes import render as render_landscape
+from training.synthetic_shapes import COLOURS, POSITIONS, SHAPES, Picture, Scene, outline_points
 
 SIDE = 48
 """Side, in pixels, of the masks in which shapes are compared."""
@@ -116,7 +116,7 @@ def in_place(position: str, centre: tuple[float, float], width: int, height: int
     return min(places, key=lambda name: float(((np.array(places[name]) - here) ** 2).sum())) == position
 
 
-def judge_scene(picture: Picture, scene: Scene) -> dict[str, bool]:
+def check_scene(picture: Picture, scene: Scene) -> dict[str, bool]:
     """Judge a picture of shapes: background, colour, shape, count, place; ``all`` is every one of them.
 
     For two objects ``both`` means that each is there in its own colour, ``place`` that their relation holds.
@@ -150,7 +150,7 @@ def related(relation: str, first: Found, second: Found) -> bool:
     return {"above": ay < by, "below": ay > by, "left of": ax < bx, "right of": ax > bx}[relation]
 
 
-def judge_landscape(picture: Picture, view: Landscape) -> dict[str, bool]:
+def check_landscape(picture: Picture, view: Landscape) -> dict[str, bool]:
     """Judge a landscape by which rendered landscape it is nearest to, changing one fact at a time."""
     height, width = picture.shape[:2]
     small = cv2.resize(picture, (width // 2, height // 2), interpolation=cv2.INTER_AREA).astype(np.float64)

@@ -1,4 +1,4 @@
-"""Gives the untrained autoencoder weights that average and interpolate; knows its layers, no training.
+"""Initialises the autoencoder with weights that average and interpolate.
 
 From random weights it took most of its time to learn that latents hold mean colours. Here it begins as the
 mean of 8 × 8 cells and their bilinear enlargement, so that training is only about edges. Two layers stand in

@@ -1,4 +1,4 @@
-"""Draws the world's second half, small landscapes; knows nothing of captions, models or files."""
+"""Draws small synthetic landscapes, the second kind of training image."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from training.world import COLOURS, Picture, paint
+from training.synthetic_shapes import COLOURS, Picture, paint
 
 TIMES = ("day", "night", "sunset")
 GROUNDS = ("hill", "sea")

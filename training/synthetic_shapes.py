@@ -1,6 +1,6 @@
-"""Draws the small world the embedded models live in; knows nothing of captions, models or files.
+"""Draws synthetic images of shapes, the first kind of training image.
 
-The world has *low entropy*: a scene's facts decide its picture (an object without a stated place is
+The images have *low entropy*: a scene's facts decide its picture (an object without a stated place is
 centred, sizes are three fixed radii, two objects stand at two fixed places), so that a few million
 parameters can learn it. Only the kind ``free`` scatters its object, and its caption says so.
 """

@@ -1,4 +1,4 @@
-"""Draws scenes by lot and says them in words; knows nothing of pixels, tokenizers or models."""
+"""Samples random scenes and writes their captions."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import TypeVar
 
 import numpy as np
 
-from training.landscape import GROUNDS, TIMES, Landscape
-from training.world import COLOURS, POSITIONS, RELATIONS, SHAPES, STYLES, Scene, Thing, far
+from training.synthetic_landscapes import GROUNDS, TIMES, Landscape
+from training.synthetic_shapes import COLOURS, POSITIONS, RELATIONS, SHAPES, STYLES, Scene, Thing, far
 
 Item = TypeVar("Item")
 Rng = np.random.Generator

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from training import control, grammar, store, vae, world
+from training import captions, control, latent_cache, synthetic_shapes, vae
 
 pytestmark = pytest.mark.slow
 
@@ -14,26 +14,26 @@ pytestmark = pytest.mark.slow
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A folder for parts of four pictures, of two sizes."""
-    monkeypatch.setattr(store, "RUNS", tmp_path)
-    monkeypatch.setattr(store, "PART", 4)
-    monkeypatch.setattr(store, "CYCLE", ((128, 128), (384, 256)))
+    monkeypatch.setattr(latent_cache, "RUNS", tmp_path)
+    monkeypatch.setattr(latent_cache, "PART", 4)
+    monkeypatch.setattr(latent_cache, "CYCLE", ((128, 128), (384, 256)))
     return tmp_path
 
 
-@pytest.mark.parametrize("kind", list(grammar.KIND_SHARES))
+@pytest.mark.parametrize("kind", list(captions.KIND_SHARES))
 def test_every_kind_of_scene_is_written_and_read_alike(kind: str) -> None:
     """A line of JSON holds all of a scene."""
-    scene = grammar.draw_scene(np.random.default_rng(0), kind)
-    assert store.from_text(store.as_text(scene)) == scene
+    scene = captions.draw_scene(np.random.default_rng(0), kind)
+    assert latent_cache.from_text(latent_cache.as_text(scene)) == scene
 
 
 def test_a_batch_holds_latents_of_one_size_with_their_scenes(small: Path) -> None:
     """A later reader sees what was made before and, after a refresh, what has come since."""
     model = vae.build()
-    store.fill(model, "some", 1)
-    held = store.Store("some")
+    latent_cache.fill(model, "some", 1)
+    held = latent_cache.LatentCache("some")
     assert held.batch(2, np.random.default_rng(0)).size == (128, 128)
-    store.fill(model, "some", 2)
+    latent_cache.fill(model, "some", 2)
     held.refresh()
     seen = {}
     for seed in range(8):
@@ -47,8 +47,8 @@ def test_a_batch_holds_latents_of_one_size_with_their_scenes(small: Path) -> Non
 
 def test_edge_maps_come_back_as_they_were(small: Path) -> None:
     """A hint is 0 or 1 for every pixel, beside its own latents."""
-    store.fill(vae.build(), "edges", 1, control.draw_loose, world.edges)
-    batch = store.Store("edges").batch(2, np.random.default_rng(0))
+    latent_cache.fill(vae.build(), "edges", 1, control.draw_loose, synthetic_shapes.edges)
+    batch = latent_cache.LatentCache("edges").batch(2, np.random.default_rng(0))
     hints, latents = batch.edges()
     assert hints.shape[1:] == (1, 128, 128)
     assert set(hints.unique().tolist()) == {0.0, 1.0}
