@@ -24,7 +24,7 @@ import boto3
 import httpx
 import psutil
 
-from benchmarks.lines import Line
+from benchmarks.http_client import Connection
 from benchmarks.loopback import free_port, say
 from benchmarks.tables import Result, machine, ratio, ratios, table
 
@@ -138,7 +138,7 @@ async def rate_of(port: int, seconds: float) -> float:
 
 async def asked(port: int, end: float) -> int:
     """How many answers one connection got until `end`."""
-    line, count = await Line.open(port), 0
+    line, count = await Connection.open(port), 0
     while time.perf_counter() < end:
         await line.ask(QUERY)
         count += 1

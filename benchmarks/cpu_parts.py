@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.contestants import FACTS, ROOT
 from benchmarks.loopback import say
+from benchmarks.servers import FACTS, ROOT
 from benchmarks.tables import machine, table
 from stable_diffusion_server.pipelines.acceleration.apply import apply_optimizations
 from stable_diffusion_server.pipelines.acceleration.onednn import use_onednn

@@ -1,11 +1,12 @@
-"""Runs the workloads side by side over ours and its peers, and writes one Markdown file. Measures nothing itself.
+"""Runs the workloads on our server and on its peers side by side, and writes one Markdown file.
 
     python -m benchmarks.suite                                   all workloads, small; some minutes
     python -m benchmarks.suite --workloads throughput --rounds 5 --levels 1 4 16 64 --sides 128 256 --out FILE.md
     python -m benchmarks.suite --check                           exit code 1 when a ratio is worse than it may be
 
 PEERS_PYTHON names an interpreter with LitServe and Ray beside PyTorch and diffusers, SERVER_ASYNC a copy of diffusers'
-`examples/server-async`; without them the plain server is the only peer. Servers not asked at the moment are stopped.
+`examples/server-async`; without them the plain server is the only peer. Servers that are
+not being measured are suspended.
 """
 
 from __future__ import annotations
@@ -17,49 +18,72 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks import cached_hits
-from benchmarks.contestants import FACTS, available, servers
 from benchmarks.loopback import say
 from benchmarks.plots import draw_curves
+from benchmarks.servers import FACTS, available, servers
 from benchmarks.tables import Result, machine
-from benchmarks.workloads import encoding, identical, lone, memory, mixed, stages, starting, throughput
+from benchmarks.workloads import (
+    duplicate_requests,
+    encoding,
+    memory,
+    mixed,
+    single_request,
+    stages,
+    startup,
+    throughput,
+)
 
-# A ratio beyond its bound is a regression; far enough from what was measured to bear another machine's noise.
+# A ratio beyond its bound is a regression; bounds leave room for the noise of another machine.
 BOUNDS: dict[str, Callable[[float], bool]] = {
-    "lone": lambda value: value <= 0.9,
+    "single_request": lambda value: value <= 0.9,
     "throughput": lambda value: value >= 1.5,
-    "identical": lambda value: value <= 2.0,
+    "duplicate_requests": lambda value: value <= 2.0,
     "hits": lambda value: value >= 0.4,
     "memory": lambda value: value <= 1.1,
 }
-WORKLOADS = ("lone", "throughput", "mixed", "identical", "hits", "starting", "memory", "stages", "encoding")
+WORKLOADS = (
+    "single_request",
+    "throughput",
+    "mixed",
+    "duplicate_requests",
+    "hits",
+    "startup",
+    "memory",
+    "stages",
+    "encoding",
+)
 
 
 def main() -> None:
-    """Measure what was asked for, print it, store it, and judge it where that was asked for."""
+    """Run the workloads, print and save their results, and with --check compare the ratios with their bounds."""
     given = arguments()
     lines = [machine(), f"SDXL {FACTS.revision}, {given.rounds} rounds. {time.strftime('%Y-%m-%d')}.", ""]
     ratios: dict[str, float] = {}
-    over_servers = [name for name in ("lone", "throughput", "mixed", "identical", "stages") if name in given.workloads]
+    over_servers = [
+        name
+        for name in ("single_request", "throughput", "mixed", "duplicate_requests", "stages")
+        if name in given.workloads
+    ]
     if over_servers:
         with servers(available(given.servers)) as started:
             for server in started.values():
                 server.pause()
             for name in over_servers:
-                lines += tell(name, measured(name, started, given), ratios, given)
+                lines += report(name, measured(name, started, given), ratios, given)
     for name in (name for name in given.workloads if name not in over_servers):
-        module = {"hits": cached_hits, "starting": starting, "memory": memory, "encoding": encoding}[name]
-        lines += tell(name, module.measure(given.rounds), ratios, given)
+        module = {"hits": cached_hits, "startup": startup, "memory": memory, "encoding": encoding}[name]
+        lines += report(name, module.measure(given.rounds), ratios, given)
     if given.out:
         given.out.write_text("\n".join(lines))
     if given.check:
-        sys.exit(judged(ratios))
+        sys.exit(check_ratios(ratios))
 
 
 def arguments() -> argparse.Namespace:
     """What is asked for on the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workloads", nargs="+", default=WORKLOADS, choices=WORKLOADS)
-    parser.add_argument("--servers", nargs="+", help="names of entries in contestants.py; all that compete by default")
+    parser.add_argument("--servers", nargs="+", help="names of entries in servers.py; all that compete by default")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--levels", type=int, nargs="+", default=[1, 16], help="requests at once")
     parser.add_argument("--sides", type=int, nargs="+", default=[256])
@@ -72,13 +96,18 @@ def measured(name: str, started: dict[str, throughput.Server], given: argparse.N
     """The result of a workload over servers."""
     if name == "throughput":
         return throughput.measure(started, given.rounds, given.sides, given.levels)
-    module = {"lone": lone, "mixed": mixed, "identical": identical, "stages": stages}[name]
+    module = {
+        "single_request": single_request,
+        "mixed": mixed,
+        "duplicate_requests": duplicate_requests,
+        "stages": stages,
+    }[name]
     return module.measure(started, given.rounds, given.sides[-1])
 
 
-def tell(name: str, result: Result, ratios: dict[str, float], given: argparse.Namespace) -> list[str]:
-    """Print a result, draw its curves, keep its ratios: its lines."""
-    lines = [f"## {name.capitalize()}", "", *result.lines]
+def report(name: str, result: Result, ratios: dict[str, float], given: argparse.Namespace) -> list[str]:
+    """Print a result, draw its curves and add its ratios to `ratios`. Returns its Markdown lines."""
+    lines = [f"## {name.capitalize().replace('_', ' ')}", "", *result.lines]
     say("\n".join(lines))
     ratios |= result.ratios
     if given.out and result.curves:
@@ -86,8 +115,8 @@ def tell(name: str, result: Result, ratios: dict[str, float], given: argparse.Na
     return lines
 
 
-def judged(ratios: dict[str, float]) -> int:
-    """Say of each ratio whether it is within its bound: 1 when one is not, else 0."""
+def check_ratios(ratios: dict[str, float]) -> int:
+    """Print whether each ratio is within its bound. 1 when one is not, otherwise 0."""
     failed = 0
     for name, value in ratios.items():
         good = next(bound for kind, bound in BOUNDS.items() if name.startswith(kind))(value)

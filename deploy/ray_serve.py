@@ -26,7 +26,7 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.request_router import PendingRequest, RunningReplica
 from starlette.types import Message, Scope
 
-from deploy.replicas import Claim, Hosted, ReplicaHealth, owner_of, ranked, sticks_to, work_of
+from deploy.replicas import ReplicaApp, ReplicaHealth, ReplicaLease, owner_of, ranked, sticks_to, work_of
 from stable_diffusion_server.app import ServingHooks, create_app
 from stable_diffusion_server.settings import read_settings
 
@@ -50,7 +50,7 @@ class Scale(BaseModel, extra="forbid"):
     drain_seconds: float = Field(600.0, gt=0, description="Seconds a replica may take to end its jobs before it stops.")
 
 
-class Sticky(ConsistentHashRouter):
+class StickyRequestRouter(ConsistentHashRouter):
     """Sends a request to the replica that keeps what it is about, and any other to the less busy of two.
 
     Derived from Ray's router for sessions, which sees to it that a request reaches the replica chosen for itself.
@@ -134,17 +134,17 @@ class Replica:
         shared = read_settings()
         if shared.engine_workers == 0:  # which counts the machine's cores, and not those that are this replica's
             shared = shared.model_copy(update={"engine_workers": engine_workers})
-        self._claim = Claim(shared.data_dir)
+        self._claim = ReplicaLease(shared.data_dir)
         self._settings = self._claim.settings(shared)
         self._drain_seconds = drain_seconds
         self._health = ReplicaHealth(self._settings)
         self._app: FastAPI | None = None
-        self._hosted: Hosted | None = None
+        self._hosted: ReplicaApp | None = None
 
-    def __serve_build_asgi_app__(self) -> Hosted:
+    def __serve_build_asgi_app__(self) -> ReplicaApp:
         """The application; its lifespan ends its start when the models are loaded."""
         self._app = create_app(self._settings, hooks=ServingHooks())
-        self._hosted = Hosted(
+        self._hosted = ReplicaApp(
             self._app,
             self._claim,
             Others(self._claim.number),
@@ -199,7 +199,7 @@ def application(scale: Scale) -> serve.Application:
         # Reached only past the replicas' own queues, which refuse first and tell why.
         max_queued_requests=_MOST_AT_A_TIME,
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=5),
-        request_router_config=RequestRouterConfig(request_router_class="deploy.ray_serve:Sticky"),
+        request_router_config=RequestRouterConfig(request_router_class="deploy.ray_serve:StickyRequestRouter"),
         health_check_period_s=5,
         health_check_timeout_s=30,
         graceful_shutdown_wait_loop_s=0.5,

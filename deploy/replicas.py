@@ -36,7 +36,7 @@ _KEPT_ALONE = ("/jobs/", "/files/")
 _LOOK_EVERY = 0.1
 
 
-class Claim:
+class ReplicaLease:
     """A replica's own folder below DATA_DIR, `replica-0`, `replica-1` …: the first that no living process holds.
 
     The lock ends with the process, however that ends, so the replica that takes its place finds its journal and spool
@@ -128,7 +128,7 @@ class Peers(Protocol):
         """Its answer, as ASGI messages."""
 
 
-class Hosted:
+class ReplicaApp:
     """ASGI around the application: it starts when it can draw, and ends when its accepted jobs have.
 
     What this replica does not have is asked of `peers`. A job that none has and that may be in a folder of which no
@@ -136,7 +136,7 @@ class Hosted:
     """
 
     def __init__(
-        self, app: FastAPI, claim: Claim, peers: Peers, *, drain_seconds: float, release: Callable[[], object]
+        self, app: FastAPI, claim: ReplicaLease, peers: Peers, *, drain_seconds: float, release: Callable[[], object]
     ) -> None:
         self._app = app
         self._claim = claim

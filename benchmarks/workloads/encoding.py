@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 
 from PIL import Image
 
-from benchmarks.contestants import ROOT
+from benchmarks.servers import ROOT
 from benchmarks.tables import Result, table
 
 SIDES = (256, 512, 1024)

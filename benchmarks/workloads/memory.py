@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.contestants import ENTRIES, FACTS, OURS, PLAIN, ROOT, Server, servers
+from benchmarks.servers import ENTRIES, FACTS, OURS, PLAIN, ROOT, Server, servers
 from benchmarks.tables import Result, table
 from stable_diffusion_server.pipelines.loading.components import load_controlnet, load_pipeline
 from stable_diffusion_server.pipelines.loading.footprint import bytes_of

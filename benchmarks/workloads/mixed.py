@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 
-from benchmarks.contestants import OURS, PLAIN, Server, alone
+from benchmarks.servers import OURS, PLAIN, Server, alone
 from benchmarks.tables import Result, ratio, ratios, table
 from benchmarks.workloads.memory import as_text, picture, restyle
 

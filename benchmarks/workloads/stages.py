@@ -6,7 +6,7 @@ import statistics
 import time
 from collections.abc import Mapping
 
-from benchmarks.contestants import OURS, Server, alone
+from benchmarks.servers import OURS, Server, alone
 from benchmarks.tables import Result, percentile, table
 
 STAGES = ("queue", "prepare", "denoise", "decode", "encode", "store")

@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import count
 from typing import Any
 
-from benchmarks.contestants import OURS, PLAIN, Server, alone
-from benchmarks.lines import Line
+from benchmarks.http_client import Connection
+from benchmarks.servers import OURS, PLAIN, Server, alone
 from benchmarks.tables import Result, percentile, ratio, ratios, table
 
 _numbers = count(1)
@@ -28,10 +28,10 @@ async def _burst(
     server: Server, orders: Iterator[tuple[str, dict[str, Any] | None]], at_once: int
 ) -> tuple[float, list[float]]:
     """As `burst`, over lines by hand: a usual client takes 5 ms of the same cores for a picture that takes 60."""
-    lines = [await Line.open(server.port) for _ in range(at_once)]
+    lines = [await Connection.open(server.port) for _ in range(at_once)]
     waits: list[float] = []
 
-    async def ask_on(line: Line) -> None:
+    async def ask_on(line: Connection) -> None:
         for target, body in orders:
             began = time.perf_counter()
             await line.ask(target, body)

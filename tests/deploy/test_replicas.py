@@ -21,7 +21,7 @@ from conftest import ROOT
 from fakes import FakeDenoiser, settings_in
 from starlette.types import Message, Scope
 
-from deploy.replicas import Claim, Hosted, ReplicaHealth, owner_of, ranked, sticks_to, work_of
+from deploy.replicas import ReplicaApp, ReplicaHealth, ReplicaLease, owner_of, ranked, sticks_to, work_of
 from stable_diffusion_server.app import create_app
 from stable_diffusion_server.engine import EngineState
 
@@ -36,7 +36,7 @@ class Neighbours:
     """The other replicas of this process, asked as Ray asks them: who has it, then that one alone."""
 
     def __init__(self) -> None:
-        self.hosts: dict[int, Hosted] = {}
+        self.hosts: dict[int, ReplicaApp] = {}
 
     async def holding(self, scope: Scope) -> dict[int, bool]:
         return {number: await host.has(scope) for number, host in self.hosts.items()}
@@ -49,14 +49,14 @@ class Neighbours:
 @asynccontextmanager
 async def replica(
     folder: Path, neighbours: Neighbours, squares: FakeDenoiser | None = None
-) -> AsyncIterator[tuple[Claim, httpx.AsyncClient, Any]]:
+) -> AsyncIterator[tuple[ReplicaLease, httpx.AsyncClient, Any]]:
     """One replica that can draw, its client and its application."""
     shared = settings_in(folder)
-    claim = Claim(shared.data_dir)
+    claim = ReplicaLease(shared.data_dir)
     app = create_app(claim.settings(shared), load=lambda settings: squares or FakeDenoiser())
     others = Neighbours()
     others.hosts = neighbours.hosts
-    host = Hosted(app, claim, others, drain_seconds=20, release=claim.release)
+    host = ReplicaApp(app, claim, others, drain_seconds=20, release=claim.release)
     async with (
         lived_through(host),
         httpx.AsyncClient(transport=httpx.ASGITransport(host), base_url="http://127.0.0.1", timeout=60) as client,
@@ -67,7 +67,7 @@ async def replica(
 
 
 @asynccontextmanager
-async def lived_through(host: Hosted) -> AsyncIterator[None]:
+async def lived_through(host: ReplicaApp) -> AsyncIterator[None]:
     """The lifespan of an ASGI application, as a server drives it."""
     inward: asyncio.Queue[Message] = asyncio.Queue()
     outward: asyncio.Queue[Message] = asyncio.Queue()
@@ -82,35 +82,36 @@ async def lived_through(host: Hosted) -> AsyncIterator[None]:
 
 def test_replicas_have_folders_of_their_own_and_one_with_a_journal_is_taken_up_first(tmp_path: Path) -> None:
     """No two living ones share a folder; what a replica left behind is found by the next."""
-    first, second = Claim(tmp_path), Claim(tmp_path)
+    first, second = ReplicaLease(tmp_path), ReplicaLease(tmp_path)
     assert (first.number, second.number, second.tag) == (0, 1, "r1-")
     second.folder.mkdir()
     (second.folder / "journal.db").touch()
     first.release()
     second.release()
-    assert Claim(tmp_path).number == 1
+    assert ReplicaLease(tmp_path).number == 1
 
 
 def test_a_replica_that_is_killed_leaves_its_folder_to_the_next(tmp_path: Path) -> None:
     """The lock is the kernel's, so SIGKILL ends it."""
-    code = f"import pathlib, time; from deploy.replicas import Claim; c = Claim(pathlib.Path({str(tmp_path)!r})); "
+    code = "import pathlib, time; from deploy.replicas import ReplicaLease\n"
+    code += f"c = ReplicaLease(pathlib.Path({str(tmp_path)!r})); "
     code += "print(c.number, flush=True); time.sleep(60)"
     command = [sys.executable, "-c", code]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as holder:  # noqa: S603  # ours
         assert holder.stdout is not None
         assert holder.stdout.readline().strip() == "0"
-        other = Claim(tmp_path)
+        other = ReplicaLease(tmp_path)
         assert other.number == 1
         holder.send_signal(signal.SIGKILL)
         holder.wait(20)
-    assert Claim(tmp_path).number == 0
+    assert ReplicaLease(tmp_path).number == 0
 
 
 def test_a_root_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     """An `OSError`, not a replica without a folder."""
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="file"):
-        Claim(tmp_path / "file" / "data")
+        ReplicaLease(tmp_path / "file" / "data")
 
 
 def scope_of(path: str, client: str = "10.0.0.1", **headers: str) -> dict[str, Any]:
@@ -190,7 +191,7 @@ async def test_a_replica_that_is_stopped_ends_its_accepted_jobs_first(tmp_path: 
         jobs = app.state.jobs
     assert jobs.unfinished == 0
     assert len(squares.finished) == 12
-    assert Claim(tmp_path / "data").number == claim.number
+    assert ReplicaLease(tmp_path / "data").number == claim.number
 
 
 @pytest.mark.fault(191)

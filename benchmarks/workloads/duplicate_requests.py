@@ -1,4 +1,4 @@
-"""Measures a hundred equal orders at once against one alone: they should be drawn once."""
+"""Measures a hundred identical requests at once against one: they should be generated once."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ import statistics
 import time
 from collections.abc import Mapping
 
-from benchmarks.contestants import OURS, Server, alone
-from benchmarks.lines import Line
+from benchmarks.http_client import Connection
+from benchmarks.servers import OURS, Server, alone
 from benchmarks.tables import Result, ratio, ratios, table
 
-AT_ONCE, LONE = 100, 8
+AT_ONCE, SINGLE = 100, 8
 
 
 def measure(servers: Mapping[str, Server], rounds: int, side: int) -> Result:
-    """Rounds of some orders alone, and of a hundred equal ones. Peers draw each, and so are not asked.
+    """Measure single requests and a hundred identical ones. Peers generate each of them, so they are left out.
 
-    Both are asked over open lines by hand: a hundred answers would cost a usual client more than they do the server.
+    The requests use raw keep-alive connections: with a usual client, a hundred responses cost the client more than the
+    server.
     """
     with alone(servers[OURS]):
         alone_seconds, together, more = asyncio.run(measured(servers[OURS], rounds, side))
@@ -28,7 +29,7 @@ def measure(servers: Mapping[str, Server], rounds: int, side: int) -> Result:
     ]
     head = ("orders at once", "milliseconds until all are answered", "of one alone, by round")
     lines = [f"{side} × {side}; pictures drawn beside the one that was needed: {more}.", "", *table(head, rows), ""]
-    return Result(lines, {"identical, a hundred of one alone": ratio(together, alone_seconds)})
+    return Result(lines, {"duplicate_requests, a hundred of one alone": ratio(together, alone_seconds)})
 
 
 async def measured(server: Server, rounds: int, side: int) -> tuple[list[float], list[float], int]:
@@ -36,28 +37,28 @@ async def measured(server: Server, rounds: int, side: int) -> tuple[list[float],
 
     A first round is not counted.
     """
-    lines = await asyncio.gather(*(Line.open(server.port) for _ in range(AT_ONCE)))
+    connections = await asyncio.gather(*(Connection.open(server.port) for _ in range(AT_ONCE)))
     alone_seconds, together, more = [], [], 0
     for number in range(-1, rounds):
         singles = [
-            (await seconds(server, lines[:1], f"one-{number}-{n}", 7_000_000 + 100 * number + n, side))[0]
-            for n in range(LONE)
+            (await seconds(server, connections[:1], f"one-{number}-{n}", 7_000_000 + 100 * number + n, side))[0]
+            for n in range(SINGLE)
         ]
-        took, drawn = await seconds(server, lines, f"same-{number}", 8_000_000 + number, side)
+        took, drawn = await seconds(server, connections, f"same-{number}", 8_000_000 + number, side)
         if number >= 0:
             alone_seconds.append(statistics.median(singles))
             together.append(took)
             more += drawn - 1
-    for line in lines:
-        line.close()
+    for connection in connections:
+        connection.close()
     return alone_seconds, together, more
 
 
-async def seconds(server: Server, lines: list[Line], name: str, n: int, side: int) -> tuple[float, int]:
-    """How long it took until an order was answered on all the lines, and how many pictures were drawn for that."""
+async def seconds(server: Server, connections: list[Connection], name: str, n: int, side: int) -> tuple[float, int]:
+    """Seconds until a request is answered on all connections, and the number of images generated for it."""
     target, _ = server.request_of(name, n, side)
     began = time.perf_counter()
-    answers = await asyncio.gather(*(line.ask(target) for line in lines))
+    answers = await asyncio.gather(*(connection.ask(target) for connection in connections))
     took = time.perf_counter() - began
     receipts = [json.loads(answer) for answer in answers]
     return took, sum(not receipt["cached"] and not receipt["coalesced"] for receipt in receipts)

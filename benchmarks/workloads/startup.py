@@ -1,4 +1,4 @@
-"""Measures how long servers take from their start until they answer and until they can draw, cold and warm."""
+"""Measures the seconds from a server's start until it can generate, cold and warm."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import statistics
 import tempfile
 from pathlib import Path
 
-from benchmarks.contestants import ENTRIES, MODEL, OURS, PLAIN, servers
+from benchmarks.servers import ENTRIES, MODEL, OURS, PLAIN, servers
 from benchmarks.tables import Result, table
 
 

@@ -1,6 +1,6 @@
 """Measures by pixel statistics whether a running server's pictures keep to image, edges and mask.
 
-    python -m benchmarks.meaning --server http://127.0.0.1:8000 --count 48
+    python -m benchmarks.prompt_adherence --server http://127.0.0.1:8000 --count 48
 
 Sources are drawn here (training/synthetic_shapes.py) with seeds of their own, and read by the
 training's image checker. Every picture takes the whole way: door, decoding, fitting, denoising, pasting back, PNG.

@@ -1,4 +1,4 @@
-"""Measures a lone request against the bare pipeline call, enlarging and encoding, in the plain server's own process."""
+"""Measures a single request against the bare pipeline call with resizing and encoding, run in the plain server."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import statistics
 import time
 from collections.abc import Mapping
 
-from benchmarks.contestants import OURS, PLAIN, Server, alone
+from benchmarks.servers import OURS, PLAIN, Server, alone
 from benchmarks.tables import Result, ratio, ratios, table
 
 BARE = "bare pipeline call, enlarging and encoding"
@@ -23,9 +23,9 @@ def measure(servers: Mapping[str, Server], rounds: int, side: int) -> Result:
         (name, f"{1000 * statistics.median(values):.0f}", ratios(values, times[BARE])) for name, values in times.items()
     ]
     result = Result([f"One request at a time, {side} × {side}, medians of eight by round:", ""])
-    result.lines += [*table(("a lone request", "milliseconds", "of the bare call's, by round"), rows), ""]
+    result.lines += [*table(("a single request", "milliseconds", "of the bare call's, by round"), rows), ""]
     if OURS in servers:
-        result.ratios[f"lone {side} × {side}, of the bare call's"] = ratio(times[OURS], times[BARE])
+        result.ratios[f"single_request {side} × {side}, of the bare call's"] = ratio(times[OURS], times[BARE])
     return result
 
 
@@ -36,7 +36,7 @@ def _round(servers: Mapping[str, Server], side: int, number: int) -> dict[str, l
         for name, server in servers.items():
             with alone(server):
                 began = time.perf_counter()
-                server.draw(f"lone-{side}-{number}-{turn}", n, side)
+                server.draw(f"single-{side}-{number}-{turn}", n, side)
                 times[name].append(time.perf_counter() - began)
         with alone(servers[PLAIN]):
             times[BARE].append(servers[PLAIN].bare(f"bare-{turn}", n, side))

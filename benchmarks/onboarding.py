@@ -1,6 +1,6 @@
 """Measures a new user's first minute against a real server process, and prints a table. Knows no internals.
 
-    python benchmarks/first_minute.py
+    python benchmarks/onboarding.py
 
 Everything it starts listens on loopback and ends with it; loops are bounded.
 """

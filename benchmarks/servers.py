@@ -1,4 +1,4 @@
-"""The servers that are measured side by side: how each is started, and how each is asked. Measures nothing itself.
+"""The servers that are measured side by side: how each is started and called.
 
 All of them run on loopback over the same weights, draw on the same canvas, enlarge and encode alike. What a peer needs
 beyond our own environment (LitServe, Ray) is found in the interpreter named by PEERS_PYTHON, and diffusers' example

@@ -1,4 +1,4 @@
-"""A hand-made HTTP client that costs next to nothing, for measuring where a usual one would take most of the time."""
+"""A minimal HTTP client for measurements in which a usual client would take most of the time."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 
-class Line:
-    """A connection on loopback that is kept open, and asks one thing at a time."""
+class Connection:
+    """A keep-alive connection on loopback; one request at a time."""
 
     def __init__(self, port: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._port, self._reader, self._writer = port, reader, writer
 
     @classmethod
-    async def open(cls, port: int) -> Line:
+    async def open(cls, port: int) -> Connection:
         """Connect."""
         return cls(port, *await asyncio.open_connection("127.0.0.1", port))
 
     async def ask(self, target: str, body: Any = None) -> bytes:
-        """The body of the answer to a GET, or with a `body` to a POST of it as JSON. Exits when it is no 200."""
+        """Response body of a GET, or of a POST of `body` as JSON. Exits if the status is not 200."""
         lines = [f"{'GET' if body is None else 'POST'} {target} HTTP/1.1", f"Host: 127.0.0.1:{self._port}"]
         sent = b"" if body is None else json.dumps(body).encode()
         if sent:
@@ -35,7 +35,7 @@ class Line:
         return b"".join([part async for part in self._chunks()])
 
     async def _chunks(self) -> AsyncIterator[bytes]:
-        """The pieces of a body that did not tell its length (RFC 9112, 7.1)."""
+        """Parts of a chunked response body (RFC 9112, 7.1)."""
         while size := int(await self._reader.readuntil(b"\r\n"), 16):
             yield (await self._reader.readexactly(size + 2))[:-2]
         await self._reader.readuntil(b"\r\n")
