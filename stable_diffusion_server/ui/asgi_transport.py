@@ -1,4 +1,4 @@
-"""httpx's way to an ASGI application in this process, with answers that arrive while they are made. Knows no paths."""
+"""httpx transport to an ASGI application in this process, with streaming responses."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from starlette.types import ASGIApp, Message, Scope
 
 from stable_diffusion_server.ui.client import ServerAddress
 
-_AHEAD = 32
+_BUFFERED_PARTS = 32
 # Seconds to wait for a cancelled application; one that waits for a thread ends only when the thread does.
 _END_SECONDS = 1.0
 
 
 class StreamingASGITransport(httpx.AsyncBaseTransport):
-    """Asks `app` as the client that a request's extension `client` names would, else as one on this machine.
+    """Calls `app` on behalf of the address in a request's extension `client`, by default of this machine.
 
-    httpx's own transport waits for the whole answer, and for ever. Of a request's timeouts `write` is for the body to
-    be taken and `read` for the answer to begin and for each part of it (`httpx.WriteTimeout`, `httpx.ReadTimeout`).
-    There is nothing to connect to and no pool, so that those two are never waited for.
+    httpx's own ASGITransport waits for the whole response, without a timeout. Here `write` limits the time until the
+    body is read, and `read` the time until the response begins and between its parts (`httpx.WriteTimeout`,
+    `httpx.ReadTimeout`). The timeouts `connect` and `pool` have no meaning here.
     """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        """Answer one request; the body can be read as it comes."""
+        """Handle one request; the body of the response is a stream."""
         exchange = _Exchange(await request.aread(), request.extensions.get("timeout", {}))
         exchange.task = asyncio.create_task(exchange.run(self._app, _scope_of(request)))
         try:
-            status, headers = await exchange.begun()
+            status, headers = await exchange.head()
         except BaseException:
             await exchange.aclose()
             raise
@@ -41,21 +41,21 @@ class StreamingASGITransport(httpx.AsyncBaseTransport):
 
 
 class _Exchange(httpx.AsyncByteStream):
-    """One request on its way through the application."""
+    """One request and its streaming response."""
 
     def __init__(self, body: bytes, timeouts: Mapping[str, float | None]) -> None:
         self._body: bytes | None = body
         self._write, self._read = timeouts.get("write"), timeouts.get("read")
         self._taken = asyncio.Event()
-        self._parts: asyncio.Queue[bytes | None] = asyncio.Queue(_AHEAD)
-        self._left = asyncio.Event()
+        self._parts: asyncio.Queue[bytes | None] = asyncio.Queue(_BUFFERED_PARTS)
+        self._closed = asyncio.Event()
         self._started: asyncio.Future[tuple[int, list[tuple[bytes, bytes]]]] = (
             asyncio.get_running_loop().create_future()
         )
         self.task: asyncio.Task[None] | None = None
 
-    async def begun(self) -> tuple[int, list[tuple[bytes, bytes]]]:
-        """Status and headers of the answer. Raises `httpx.WriteTimeout` and `httpx.ReadTimeout`."""
+    async def head(self) -> tuple[int, list[tuple[bytes, bytes]]]:
+        """Wait for status and headers of the response. Raises `httpx.WriteTimeout` and `httpx.ReadTimeout`."""
         if self._body:
             taken = asyncio.create_task(self._taken.wait())
             either: list[asyncio.Future[Any]] = [taken, self._started]
@@ -69,7 +69,7 @@ class _Exchange(httpx.AsyncByteStream):
         return self._started.result()
 
     async def run(self, app: ASGIApp, scope: Scope) -> None:
-        """Let the application answer."""
+        """Run the application."""
         try:
             await app(scope, self._receive, self._send)
             if not self._started.done():
@@ -78,11 +78,11 @@ class _Exchange(httpx.AsyncByteStream):
             if not self._started.done():
                 self._started.set_exception(error)
         finally:
-            if not self._left.is_set():  # a client that left reads no more: `put` would wait for ever
+            if not self._closed.is_set():  # after aclose nobody reads: `put` would wait for ever
                 await self._parts.put(None)
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
-        """The parts of the body."""
+        """Yield the parts of the body."""
         while (part := await self._next()) is not None:
             yield part
 
@@ -94,8 +94,8 @@ class _Exchange(httpx.AsyncByteStream):
             raise httpx.ReadTimeout("The server did not go on with its answer.") from error
 
     async def aclose(self) -> None:
-        """Tell the application that nobody listens any more."""
-        self._left.set()
+        """Disconnect and cancel the application."""
+        self._closed.set()
         if self.task is not None and not self.task.done():
             self.task.cancel()
             await asyncio.wait([self.task], timeout=_END_SECONDS)
@@ -105,19 +105,19 @@ class _Exchange(httpx.AsyncByteStream):
             body, self._body = self._body, None
             self._taken.set()
             return {"type": "http.request", "body": body, "more_body": False}
-        await self._left.wait()
+        await self._closed.wait()
         return {"type": "http.disconnect"}
 
     async def _send(self, message: Message) -> None:
         if message["type"] == "http.response.start" and not self._started.done():
             self._started.set_result((message["status"], list(message.get("headers", []))))
-        elif message.get("body") and not self._left.is_set():
+        elif message.get("body") and not self._closed.is_set():
             await self._parts.put(message["body"])
 
 
 def _scope_of(request: httpx.Request) -> Scope:
     client = request.extensions.get("client", ServerAddress())
-    # What says that a request came through somebody else's proxy; who that is has no bearing.
+    # Marks a request that came through an untrusted proxy; its address does not matter.
     forwarded = [(b"forwarded", b"for=unknown")] if client.forwarded else []
     path, _, query = request.url.raw_path.partition(b"?")
     return {

@@ -1,4 +1,4 @@
-"""A picture's record as something to paste: a curl line, or a call of OpenAI's client. Pure."""
+"""Writes the request of an image as a curl command or as a call of OpenAI's client."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-_TOLD = ("prompt", "negative_prompt", "model", "seed", "num_inference_steps", "guidance_scale", "scheduler")
-_DOORS = {
+_FIELDS = ("prompt", "negative_prompt", "model", "seed", "num_inference_steps", "guidance_scale", "scheduler")
+_PATHS = {
     "text_to_image": "/create_and_upload_image",
     "image_to_image": "/style_transfer_and_upload_image",
     "inpaint": "/inpaint_and_upload_image",
@@ -17,9 +17,9 @@ _FILES = {"text_to_image": (), "image_to_image": ("image_file",), "inpaint": ("i
 
 
 def curl(base: str, record: Mapping[str, Any], *, keyed: bool = False) -> str:
-    """The line that asks for the same picture; those it was made from are to be put in by name."""
+    """Return a curl command for the same image; input images have placeholder file names."""
     task = str(record.get("task", "text_to_image"))
-    parts = [f"curl {shlex.quote(base + _DOORS.get(task, _DOORS['text_to_image']))}"]
+    parts = [f"curl {shlex.quote(base + _PATHS.get(task, _PATHS['text_to_image']))}"]
     if keyed:
         parts.append('--header "Authorization: Bearer $API_KEY"')
     words = _words(record)
@@ -34,7 +34,7 @@ def curl(base: str, record: Mapping[str, Any], *, keyed: bool = False) -> str:
 
 
 def openai(base: str, record: Mapping[str, Any], *, keyed: bool = False) -> str:
-    """The same by OpenAI's client for Python."""
+    """Return the same request with OpenAI's Python client."""
     words = _words(record)
     prompt, model = words.pop("prompt", ""), words.pop("model", "")
     task = str(record.get("task", "text_to_image"))
@@ -52,4 +52,4 @@ def openai(base: str, record: Mapping[str, Any], *, keyed: bool = False) -> str:
 
 
 def _words(record: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: record[name] for name in _TOLD if record.get(name) not in (None, "")}
+    return {name: record[name] for name in _FIELDS if record.get(name) not in (None, "")}

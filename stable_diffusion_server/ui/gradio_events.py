@@ -1,7 +1,7 @@
-"""What a page may send to one of the UI's events: JSON → a body of nothing but what that event takes. Pure.
+"""Validates the body of a Gradio event and rebuilds it from the values that the event takes.
 
-Gradio copies whatever file a FileData dictionary anywhere in a body names, and opens it. No event of ours takes a
-dictionary, so none is let through: a value is null, or of the one plain type its component has.
+Gradio copies and opens any file that a FileData dictionary in a body names. No event of ours takes a dictionary, so
+none is admitted: a value is null or of the one plain type that its component has.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _LARGEST = 2**53
 _MOST_ITEMS, _LONGEST_ITEM = 64, 128
 _LONGEST_LABEL = 200
 
-# By the kind of a component, what its value is. A component that is not among these cannot be an event's input.
+# Type of the value by kind of component. Other components cannot be inputs of events.
 _TYPES: Mapping[str, str] = {
     "textbox": "text",
     "dropdown": "text",
@@ -39,19 +39,19 @@ _TYPES: Mapping[str, str] = {
 class GradioEvent:
     """An event of the page: the type of each of its inputs, and the ids of the components that trigger it.
 
-    `firsts` are the values its inputs begin with: what null stands for, if there is one.
+    `defaults` are the initial values of its inputs, which replace null.
     """
 
     inputs: tuple[str, ...]
     triggers: frozenset[int]
-    firsts: tuple[Any, ...] = ()
+    defaults: tuple[Any, ...] = ()
 
 
 Events = Mapping[int, GradioEvent]
 
 
 def events_of(config: Mapping[str, Any]) -> Events:
-    """The events of a page out of Gradio's own configuration. Raises `ValueError` for an input of an unknown kind."""
+    """Read the events of a page from Gradio's configuration. Raises `ValueError` for an input of an unknown kind."""
     kinds = {component["id"]: component["type"] for component in config["components"]}
     values = {component["id"]: component.get("props", {}).get("value") for component in config["components"]}
     events: dict[int, GradioEvent] = {}
@@ -61,17 +61,19 @@ def events_of(config: Mapping[str, Any]) -> Events:
             raise ValueError(f"No component of the kind {sorted(unknown)} may be an event's input.")
         triggers = frozenset(number for number, _ in dependency["targets"] if number is not None)
         if (first := events.get(dependency.get("trigger_after"))) is not None:
-            triggers |= first.triggers  # what follows another event comes with that one's trigger
+            triggers |= first.triggers  # a chained event arrives with the first one's trigger
         types = tuple(_TYPES[kind] for kind in inputs)
-        firsts = tuple(_first(values[number], kind) for number, kind in zip(dependency["inputs"], types, strict=True))
-        events[dependency["id"]] = GradioEvent(types, triggers, firsts)
+        defaults = tuple(
+            _default(values[number], kind) for number, kind in zip(dependency["inputs"], types, strict=True)
+        )
+        events[dependency["id"]] = GradioEvent(types, triggers, defaults)
     return events
 
 
 def sanitized(body: bytes, events: Events) -> dict[str, Any]:
-    """The body of an event with nothing in it but what the event takes, and no dictionary but `event_data`'s own.
+    """Return the body of an event, rebuilt from validated values, without dictionaries except `event_data`.
 
-    Raises `MalformedRequest` for what is no JSON, `InvalidInput` naming what is at fault.
+    Raises `MalformedRequest` for invalid JSON, and `InvalidInput` with the name of a wrong field.
     """
     given = _parsed(body)
     number: Any = given.get("fn_index")
@@ -88,9 +90,9 @@ def sanitized(body: bytes, events: Events) -> dict[str, Any]:
     for place, (value, kind) in enumerate(zip(data, event.inputs, strict=True)):
         if not _fits(value, kind):
             raise InvalidInput(f"data[{place}] must be {kind}, or null.", field=f"data[{place}]")
-    firsts = event.firsts or (None,) * len(data)
+    defaults = event.defaults or (None,) * len(data)
     return {
-        "data": [first if value is None else value for value, first in zip(data, firsts, strict=True)],
+        "data": [first if value is None else value for value, first in zip(data, defaults, strict=True)],
         "event_data": _chosen(given.get("event_data")),
         "fn_index": number,
         "trigger_id": trigger,
@@ -101,7 +103,7 @@ def sanitized(body: bytes, events: Events) -> dict[str, Any]:
 def _parsed(body: bytes) -> dict[str, Any]:
     try:
         given = json.loads(body.decode("utf-8"), parse_constant=_refuse)
-        json.dumps(given, ensure_ascii=False).encode("utf-8")  # half of a surrogate pair cannot be sent on
+        json.dumps(given, ensure_ascii=False).encode("utf-8")  # a lone surrogate cannot be forwarded
     except (ValueError, RecursionError) as error:
         raise MalformedRequest("The body is no JSON.") from error
     if not isinstance(given, dict):
@@ -131,13 +133,13 @@ def _fits(value: Any, kind: str) -> bool:
             return False
 
 
-def _first(value: Any, kind: str) -> Any:
-    """What a component begins with, where that is a value a page may send."""
+def _default(value: Any, kind: str) -> Any:
+    """Return the initial value of a component, or None if a page could not send it."""
     return value if kind in ("text", "number", "yes or no") and _fits(value, kind) else None
 
 
 def _is_number(value: Any) -> bool:
-    # Of infinity and what is no number neither comparison holds.
+    # The comparisons also exclude infinity and NaN.
     return isinstance(value, int | float) and not isinstance(value, bool) and -_LARGEST <= value <= _LARGEST
 
 
@@ -155,7 +157,7 @@ def _is_short_list(value: Any) -> bool:
 
 
 def _chosen(given: Any) -> dict[str, Any]:
-    """What was chosen, of all that components tell of it: its index and its label. The rest goes no further."""
+    """Return only index and label of a selection; other data of the event is dropped."""
     fields = given if isinstance(given, dict) else {}
     index, value = fields.get("index"), fields.get("value")
     return {

@@ -1,4 +1,4 @@
-"""Stands before Gradio: lets through the routes that our pages call and the events they have, and nothing else."""
+"""Middleware in front of Gradio that admits only the routes and events that our pages use."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from stable_diffusion_server.ui.asgi_http import problem_response, read_body
 from stable_diffusion_server.ui.gradio_events import SESSION, Events, sanitized
 
 EVENT_BYTES = 65_536
-# Streams that one visitor may hold open: two for each page that is looked at.
+# Maximum number of open streams per visitor: two for each open page.
 STREAMS = 64
 
 _NAME = r"[A-Za-z0-9_-][A-Za-z0-9_.-]*"
 _PAGE = re.compile(r"/ui/")
 _FILES = re.compile(rf"/ui/(?:theme\.css|assets/{_NAME}|static/(?:{_NAME}/)*{_NAME})")
 _HEARTBEAT = re.compile(r"/ui/gradio_api/heartbeat/(?P<session>[A-Za-z0-9]{1,64})")
-_NEWS, _EVENT = "/ui/gradio_api/queue/data", "/ui/gradio_api/queue/join"
-# Others name people, hosts and folders, and Gradio believes them.
+_EVENT_STREAM, _EVENT = "/ui/gradio_api/queue/data", "/ui/gradio_api/queue/join"
+# Other headers name users, hosts and folders, which Gradio trusts.
 _HEADERS = frozenset(
     b"host cookie accept accept-encoding content-type user-agent if-none-match if-modified-since".split()
 )
@@ -37,9 +37,9 @@ _HEADERS = frozenset(
 class GradioGuard:
     """ASGI middleware in front of the application that Gradio is mounted in.
 
-    Everything that is not named here is answered 404, so that another version of Gradio opens nothing. `events` are
-    those of the pages; `owner` tells visitors apart, `rate` is how many events one of them may send. A visitor's
-    session is of that visitor alone: its name goes on together with the visitor's.
+    All other routes get 404, so that a new version of Gradio adds no open route. `events` are those of the pages;
+    `owner` returns a visitor's name, `rate` limits the events of one visitor. Session names are combined with the
+    visitor's name, so that nobody can use another visitor's session.
     """
 
     def __init__(
@@ -53,71 +53,71 @@ class GradioGuard:
         self._streams: Counter[str] = Counter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request, or let it through."""
+        """Forward an admitted request, or respond with an error."""
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
         elif scope["type"] == "http":
             try:
-                await self._answer(scope, receive, send)
+                await self._admit(scope, receive, send)
             except ServerError as error:
                 await problem_response(error)(scope, receive, send)
         else:
             raise NotFound("There is nothing here.")
 
-    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Raises a `ServerError` for what is not let through, before anything is sent."""
-        method, path, asked = scope["method"], scope["path"], scope["query_string"]
+    async def _admit(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Forward a request. Raises a `ServerError`, before anything is sent, if it is not admitted."""
+        method, path, query_string = scope["method"], scope["path"], scope["query_string"]
         scope = {**scope, "headers": [pair for pair in scope["headers"] if pair[0] in _HEADERS], "query_string": b""}
         if method in ("GET", "HEAD") and path == "/ui":
             await RedirectResponse("/ui/")(scope, receive, send)
         elif method in ("GET", "HEAD") and (_PAGE.fullmatch(path) or _FILES.fullmatch(path)):
             await self._app(scope, _without_body(receive), send)
-        elif method == "GET" and (beating := _HEARTBEAT.fullmatch(path)):
-            whose = self._owner(scope)
-            kept = f"/ui/gradio_api/heartbeat/{_of(whose, beating['session'])}"
-            await self._stream(whose, {**scope, "path": kept, "raw_path": kept.encode()}, receive, send)
-        elif method == "GET" and path == _NEWS:
-            whose = self._owner(scope)
-            query = f"session_hash={_of(whose, _session(asked))}".encode()
-            await self._stream(whose, {**scope, "query_string": query}, receive, send)
+        elif method == "GET" and (heartbeat := _HEARTBEAT.fullmatch(path)):
+            owner = self._owner(scope)
+            path = f"/ui/gradio_api/heartbeat/{_session_of(owner, heartbeat['session'])}"
+            await self._stream(owner, {**scope, "path": path, "raw_path": path.encode()}, receive, send)
+        elif method == "GET" and path == _EVENT_STREAM:
+            owner = self._owner(scope)
+            query = f"session_hash={_session_of(owner, _session(query_string))}".encode()
+            await self._stream(owner, {**scope, "query_string": query}, receive, send)
         elif method == "POST" and path == _EVENT:
             await self._event(scope, receive, send)
         else:
             raise NotFound("There is nothing here.")
 
     async def _event(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass an event on, its body made anew of what was understood of it."""
-        whose = self._owner(scope)
-        if self._rate is not None and not self._events_sent.hit(whose, self._rate):
-            _, seconds = self._events_sent.remaining(whose, self._rate)
+        """Forward an event with a body that is built from the validated values."""
+        owner = self._owner(scope)
+        if self._rate is not None and not self._events_sent.hit(owner, self._rate):
+            _, seconds = self._events_sent.remaining(owner, self._rate)
             allowed = f"{self._rate.amount} events in {self._rate.get_expiry()} s are allowed."
             raise RateLimited(allowed, retry_after=max(1, math.ceil(seconds)))
         event = sanitized(await read_body(receive, EVENT_BYTES), self._events)
-        event["session_hash"] = _of(whose, event["session_hash"])
+        event["session_hash"] = _session_of(owner, event["session_hash"])
         body = json.dumps(event).encode()
         more = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
         headers = [pair for pair in scope["headers"] if pair[0] != b"content-type"] + more
         await self._app({**scope, "headers": headers}, _with_body(body, receive), send)
 
-    async def _stream(self, whose: str, scope: Scope, receive: Receive, send: Send) -> None:
-        if self._streams[whose] >= STREAMS:
+    async def _stream(self, owner: str, scope: Scope, receive: Receive, send: Send) -> None:
+        if self._streams[owner] >= STREAMS:
             raise RateLimited(f"{STREAMS} streams at a time are allowed here.", retry_after=5)
-        self._streams[whose] += 1
+        self._streams[owner] += 1
         try:
             await self._app(scope, receive, send)
         finally:
-            self._streams[whose] -= 1
-            if not self._streams[whose]:
-                del self._streams[whose]
+            self._streams[owner] -= 1
+            if not self._streams[owner]:
+                del self._streams[owner]
 
 
-def _of(owner: str, session: str) -> str:
-    """The name of a visitor's session among those of all visitors: nobody else's leads to it."""
+def _session_of(owner: str, session: str) -> str:
+    """Return the name of a visitor's session, which no other visitor can produce."""
     return hashlib.sha256(f"{owner}\n{session}".encode()).hexdigest()[:40]
 
 
 def _session(query: bytes) -> str:
-    """The session that a query names. Raises `InvalidInput`."""
+    """Return the session named in a query. Raises `InvalidInput`."""
     given = parse_qs(query.decode("latin-1"), max_num_fields=4).get("session_hash", [])
     if len(given) != 1 or not SESSION.fullmatch(given[0]):
         raise InvalidInput("session_hash must be 1 to 64 letters and digits.", field="session_hash")
@@ -125,7 +125,7 @@ def _session(query: bytes) -> str:
 
 
 def _with_body(body: bytes, receive: Receive) -> Receive:
-    """What an application receives: this body, and then whatever else happens."""
+    """Return a `receive` that yields this body first, then the messages of the original one."""
     sent = False
 
     async def receive_body() -> Message:

@@ -1,4 +1,4 @@
-"""What is seen of a visitor's pictures: edges, what was painted as a mask. Pixels in, small pictures out; no pages."""
+"""Previews of uploaded images: edges and painted masks, as data URLs."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from stable_diffusion_server.ui.image_intake import encoded
 
 Pixels = NDArray[np.uint8]
 
-_LOOK = 768
+_PREVIEW_SIDE = 768
 
 
 def edges(pixels: Pixels, low: int, high: int) -> str:
-    """The edges of a picture as the server finds them, no larger than is looked at, as a data URL."""
+    """Return the Canny edges of an image, reduced to preview size, as a data URL."""
     return _url(canny(_reduced(pixels), low, high), "PNG", compress_level=6)
 
 
 def painted(mask: Pixels) -> bytes:
-    """What was painted (height × width × 3, black where nothing was) as a mask's PNG file: white where anything was.
+    """Return a mask's PNG file, white where `mask` (height × width × 3) is not black.
 
-    Empty where nothing was painted at all.
+    Empty if nothing was painted.
     """
     flat = _flat(mask)
     return encoded(flat, "PNG", compress_level=1) if flat.any() else b""
 
 
 def previewed(picture: Pixels, mask: Pixels, feather: int) -> str:
-    """The picture with its masked part under black and white stripes, seen on every colour, as a data URL.
+    """Return the image with black and white stripes over its masked part, as a data URL.
 
-    The mask fades in over `feather` pixels. Empty where nothing was painted.
+    The mask fades in over `feather` pixels. Empty if nothing was painted.
     """
     height, width = picture.shape[:2]
     flat = _flat(mask)
@@ -45,7 +45,7 @@ def previewed(picture: Pixels, mask: Pixels, feather: int) -> str:
 
 
 def striped(picture: Pixels, mask: Pixels) -> Pixels:
-    """A picture (height × width × 3) under stripes where its mask (height × width) is white."""
+    """Return an image (height × width × 3) with stripes where its mask (height × width) is white."""
     down, across = np.indices(mask.shape)
     width = max(4, max(mask.shape) // 48)
     stripes = np.where((down + across) // width % 2, 0, 255).astype(np.float32)[..., None]
@@ -58,9 +58,9 @@ def _flat(mask: Pixels) -> Pixels:
 
 
 def _reduced(pixels: Pixels) -> Pixels:
-    """No larger than is looked at."""
+    """Reduce pixels to at most the preview size."""
     height, width = pixels.shape[:2]
-    scale = _LOOK / max(height, width)
+    scale = _PREVIEW_SIDE / max(height, width)
     if scale >= 1:
         return pixels
     size = max(1, round(width * scale)), max(1, round(height * scale))

@@ -1,4 +1,4 @@
-"""What the server has to offer, as the studio's fields show it: models, their habits, prompts worth a try. Pure."""
+"""Choices, defaults, hints and example prompts of the form fields, from the server's list of models."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Model = Mapping[str, Any]
 Models = Sequence[Model]
 
 SIZES = ((256, 256), (512, 512), (768, 512), (512, 768), (1024, 1024))
-USUAL_SIDE = 512
+DEFAULT_SIDE = 512
 
 EMBEDDED_PROMPTS = (
     "a red circle on a blue background",
@@ -33,41 +33,41 @@ EMBEDDED_WORDS = (
 
 
 def is_embedded(models: Models) -> bool:
-    """Whether the small models that come with the server draw, as far as it is known."""
+    """Return whether the embedded models are used; also while the models are unknown."""
     return not models or any(str(model.get("folder", "")).startswith("embedded") for model in models)
 
 
 def prompts(models: Models) -> tuple[str, ...]:
-    """Prompts worth a try."""
+    """Return example prompts."""
     return EMBEDDED_PROMPTS if is_embedded(models) else PROMPTS
 
 
 def words(models: Models) -> str:
-    """What the models know, where that can be said in a sentence."""
+    """Return what the embedded models can show, empty for real models."""
     return EMBEDDED_WORDS if is_embedded(models) else ""
 
 
 def chosen(models: Models, name: str) -> Model:
-    """The model of a name, or the one that draws where none is named; empty where nothing is known."""
+    """Return a model by name, or the default one for an empty name; empty if no model is known."""
     wanted = (model for model in models if (model["name"] == name if name else model.get("usual")))
     return next(wanted, models[0] if models else {})
 
 
 def choices(models: Models) -> list[tuple[str, str]]:
-    """The models to choose from, each as what is seen and its name; the first leaves the choice to the server."""
+    """Return the choices as (label, name); the first one leaves the choice to the server."""
     if not models:
         return [("The server's own choice", "")]
-    usual = f"The server's own choice ({chosen(models, '')['name']})"
-    return [(usual, ""), *((f"{model['name']} · {model.get('folder', '')}", str(model["name"])) for model in models)]
+    default = f"The server's own choice ({chosen(models, '')['name']})"
+    return [(default, ""), *((f"{model['name']} · {model.get('folder', '')}", str(model["name"])) for model in models)]
 
 
 def names(models: Models) -> list[str]:
-    """The models' names."""
+    """Return the names of the models."""
     return [str(model["name"]) for model in models]
 
 
 def defaults(model: Model) -> tuple[str, str, str]:
-    """How a model draws where nothing is said: its steps, its guidance; and of what use a negative prompt is."""
+    """Return the hints of a model's default steps and guidance, and of the negative prompt field."""
     steps, guidance = model.get("default_steps"), model.get("default_guidance")
     takes_guidance, negative = model.get("takes_guidance", True), model.get("takes_negative_prompt", True)
     return (
@@ -78,12 +78,12 @@ def defaults(model: Model) -> tuple[str, str, str]:
 
 
 def side(model: Model) -> int:
-    """The side of the square a model draws best, among those that are offered."""
-    best = math.isqrt(int(model.get("native_pixels", USUAL_SIDE**2)))
+    """Return the side of the offered square closest to the model's native size, in pixels."""
+    best = math.isqrt(int(model.get("native_pixels", DEFAULT_SIDE**2)))
     squares = [width for width, height in SIZES if width == height]
     return min(squares, key=lambda square: abs(math.log(square / best)))
 
 
 def preset(width: float | None, height: float | None) -> str | None:
-    """The preset of a size, if it is one."""
+    """Return the preset of a size, or None."""
     return next((f"{wide}x{high}" for wide, high in SIZES if (wide, high) == (width, height)), None)

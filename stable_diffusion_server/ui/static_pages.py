@@ -1,4 +1,4 @@
-"""The plain pages around the studio: it is opening, it wants a key, it could not be opened. No scripts."""
+"""Static pages without scripts: the UI is loading, needs an API key, or could not be loaded."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ _STYLE = (
 
 
 async def favicon(_: Request) -> Response:
-    """A red circle on a blue background, for browsers, which ask for one by themselves."""
+    """Return the icon, a red circle on a blue background."""
     return Response(ICON, media_type="image/svg+xml", headers={"Cache-Control": "max-age=86400"})
 
 
 def opening() -> HTMLResponse:
-    """The studio is being loaded; the page asks again each second."""
+    """Return the page shown while Gradio loads; it reloads every second."""
     return _page(
-        "Opening …", "<h1>The studio is opening</h1><p>The first time this takes some seconds.</p>", again=True
+        "Opening …", "<h1>The studio is opening</h1><p>The first time this takes some seconds.</p>", reload=True
     )
 
 
 def closed(why: str) -> HTMLResponse:
-    """The studio cannot be opened."""
+    """Return the page shown if Gradio could not be loaded, with status 503."""
     inside = f"<h1>The studio cannot be opened</h1><p>{escape(why)}</p><p>The API works without it.</p>"
     return _page("Closed", inside, status=503)
 
 
 def key_wanted(fault: str = "") -> HTMLResponse:
-    """Drawing needs a key here."""
+    """Return the page with the form for an API key, with status 401, or 403 after a wrong key."""
     error = f'<p class="fault" role="alert">{escape(fault)}</p>' if fault else ""
     form = (
         '<form method="post" action="/ui/key"><label>Key<input type="password" name="key" required autofocus '
@@ -51,8 +51,8 @@ def key_wanted(fault: str = "") -> HTMLResponse:
     return _page("A key, please", inside, status=403 if fault else 401)
 
 
-def _page(title: str, inside: str, *, status: int = 200, again: bool = False) -> HTMLResponse:
-    refresh = '<meta http-equiv="refresh" content="1">' if again else ""
+def _page(title: str, inside: str, *, status: int = 200, reload: bool = False) -> HTMLResponse:
+    refresh = '<meta http-equiv="refresh" content="1">' if reload else ""
     html = (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>{refresh}'
         f'<meta name="viewport" content="width=device-width,initial-scale=1"><style>{_STYLE}</style></head>'

@@ -1,4 +1,4 @@
-"""Pictures that visitors of the UI sent, in memory under unguessable tokens: bounded by visitor and altogether."""
+"""Stores uploaded images in memory under random tokens, with limits per visitor and in total."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _TOKEN_BYTES = 32
 
 @dataclass(frozen=True, slots=True)
 class UploadLimits:
-    """What is kept: `pictures` and `bytes` of one visitor, `total_bytes` of all, each for `seconds` after its use."""
+    """Limits: `pictures` and `bytes` per visitor, `total_bytes` of all visitors, `seconds` after the last use."""
 
     pictures: int = 16
     bytes: int = 100_663_296
@@ -32,10 +32,10 @@ class _Upload:
 
 
 class UploadStore:
-    """Keeps encoded pictures by token. Lives on one event loop, and writes nothing to disk.
+    """Encoded images by token. For one event loop; nothing is written to disk.
 
-    A token opens nothing to anyone but its owner. A visitor's own longest unused picture goes first when that visitor
-    has too many; when all have too many bytes together, it is that of the visitor who holds the most.
+    A token is valid for its owner only. A visitor over the limits loses the image unused for longest; over the total
+    limit, the visitor with the most bytes does.
     """
 
     def __init__(self, limits: UploadLimits | None = None, clock: Callable[[], float] = time.monotonic) -> None:
@@ -45,19 +45,19 @@ class UploadStore:
         self._timer: asyncio.TimerHandle | None = None
 
     def add(self, owner: str, data: bytes) -> str:
-        """The token of a picture of `owner`, new and unguessable. Raises `TooLarge` where it can never be kept."""
+        """Store an image, and return a new random token. Raises `TooLarge` if it exceeds the limits alone."""
         if len(data) > min(self._limits.bytes, self._limits.total_bytes):
             most = min(self._limits.bytes, self._limits.total_bytes)
             raise TooLarge(f"The picture takes {len(data)} bytes here; {most} are kept of one visitor.")
         self._expire()
-        self._make_room(owner, len(data))
+        self._evict(owner, len(data))
         token = secrets.token_urlsafe(_TOKEN_BYTES)
         self._uploads[token] = _Upload(owner, data, self._clock())
         self._expire_later()
         return token
 
     def get(self, owner: str, token: str) -> bytes:
-        """The picture under a token. Raises `NotFound` for one that is not kept, or is another visitor's."""
+        """Return the image of a token. Raises `NotFound` if it is expired, unknown or another visitor's."""
         self._expire()
         upload = self._uploads.get(token)
         if upload is None or upload.owner != owner:
@@ -67,17 +67,17 @@ class UploadStore:
         return upload.data
 
     def remove(self, owner: str, token: str) -> None:
-        """Forget a picture, if it is there and the owner's."""
+        """Delete an image if it exists and belongs to the owner."""
         upload = self._uploads.get(token)
         if upload is not None and upload.owner == owner:
             del self._uploads[token]
 
     @property
     def total_bytes(self) -> int:
-        """How many bytes are kept."""
+        """Return the bytes of all stored images."""
         return sum(len(upload.data) for upload in self._uploads.values())
 
-    def _make_room(self, owner: str, wanted: int) -> None:
+    def _evict(self, owner: str, wanted: int) -> None:
         own = [token for token, upload in self._uploads.items() if upload.owner == owner]
         held = sum(len(self._uploads[token].data) for token in own)
         while own and (len(own) >= self._limits.pictures or held + wanted > self._limits.bytes):
@@ -91,17 +91,17 @@ class UploadStore:
             del self._uploads[self._oldest(largest)]
 
     def _oldest(self, owner: str) -> str:
-        """The token an owner has not used for the longest; empty where nothing is kept of that owner."""
+        """Return the owner's token unused for longest, or an empty text."""
         return next((token for token, upload in self._uploads.items() if upload.owner == owner), "")
 
     def _expire(self) -> None:
-        """Forget what was not used for too long; the longest unused are first."""
+        """Delete expired images; the dictionary is ordered by last use."""
         before = self._clock() - self._limits.seconds
         while self._uploads and next(iter(self._uploads.values())).used <= before:
             self._uploads.popitem(last=False)
 
     def _expire_later(self) -> None:
-        """Have old pictures forgotten although nobody asks for any."""
+        """Start a timer, so that images also expire while there are no requests."""
         if self._timer is None and self._uploads:
             self._timer = asyncio.get_running_loop().call_later(self._limits.seconds, self._timed_out)
 

@@ -1,4 +1,4 @@
-"""How a picture of the history was made, as HTML for people. Pure."""
+"""Renders how an image of the history was made, as HTML."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ _TASKS = {"text_to_image": "Created", "image_to_image": "Restyled", "inpaint": "
 
 
 def picture(entry: Mapping[str, Any]) -> str:
-    """The picture itself."""
+    """Render the image."""
     return (
         f'<div class="sds-picture"><img src="{escape(str(entry["path"]))}" alt="{escape(str(entry["prompt"]))}"></div>'
     )
 
 
 def page(entry: Mapping[str, Any], record: Mapping[str, Any]) -> str:
-    """What is worth knowing of it: `entry` as the history lists it, `record` as far as it is known."""
+    """Render the parameters: `entry` from the history list, `record` from the image's metadata, possibly empty."""
     whole = {**entry, **record}
     how = _TASKS.get(str(whole.get("task")), "Drawn")
     rows = {
@@ -33,13 +33,13 @@ def page(entry: Mapping[str, Any], record: Mapping[str, Any]) -> str:
         "Guidance": whole.get("guidance_scale"),
         "Scheduler": whole.get("scheduler"),
         "Strength": whole.get("strength") if whole.get("task") != "text_to_image" else None,
-        how: _when(whole.get("drawn_at")),
+        how: _format_time(whole.get("drawn_at")),
     }
     return progress.facts({name: str(value) for name, value in rows.items() if value not in (None, "")})
 
 
 def settings(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What would draw it again, by the names of the fields; texts for what may be left empty."""
+    """Return the field values that generate it again; optional values are texts."""
     asked = record.get("asked") or record
     return {
         "prompt": str(asked.get("prompt") or record.get("prompt") or ""),
@@ -53,8 +53,8 @@ def settings(record: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _when(timestamp: Any) -> str | None:
-    """A moment as the API tells it, for people."""
+def _format_time(timestamp: Any) -> str | None:
+    """Format a timestamp of the API."""
     try:
         return f"{datetime.fromisoformat(str(timestamp)):%Y-%m-%d %H:%M:%S} UTC"
     except ValueError:

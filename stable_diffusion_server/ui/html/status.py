@@ -1,4 +1,4 @@
-"""How the server stands, as HTML: what it can draw with, what waits, what went wrong lately. Pure."""
+"""Renders the state of the server as HTML: readiness, work, models, recent failures."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from stable_diffusion_server.ui.html import progress
 
 Job = Mapping[str, Any]
 
-# By the names of `/metrics`, which a test compares.
+# Names as in `/metrics`; a test compares them.
 FIGURES = {
     "sds_queue_running": "On the device",
     "sds_queue_waiting": "Waiting",
@@ -30,11 +30,11 @@ _FACTS = {
     "loras": "Adapters",
     "unusable_loras": "Adapters that cannot be used",
 }
-_MOST_FAULTS = 5
+_MAX_FAILURES = 5
 
 
 def page(readiness: Mapping[str, Any], figures: str, jobs: Sequence[Job]) -> str:
-    """The whole tab."""
+    """Render the whole tab."""
     models = "".join(_card(model) for model in readiness.get("models", ())) or "<p>None is loaded yet.</p>"
     return (
         f'<div class="sds-standing">{_state(readiness)}'
@@ -66,20 +66,24 @@ def _figure(name: str, value: float) -> str:
 
 
 def _work(jobs: Sequence[Job]) -> str:
-    """What is drawn and waits of the visitor's own."""
-    under_way = [job for job in jobs if job["state"] in ("queued", "running")]
-    rows = "".join(f"<li>{escape(progress.sentence(job))}</li>" for job in under_way)
+    """Render the visitor's own running and queued jobs."""
+    active = [job for job in jobs if job["state"] in ("queued", "running")]
+    rows = "".join(f"<li>{escape(progress.sentence(job))}</li>" for job in active)
     return f"<p>Yours:</p><ul>{rows}</ul>" if rows else ""
 
 
 def _card(model: Mapping[str, Any]) -> str:
-    """A model's facts."""
-    rows = {label: _told(name, model[name]) for name, label in _FACTS.items() if model.get(name) not in (None, "", [])}
-    usual = " (draws where none is named)" if model.get("usual") else ""
-    return f'<div class="sds-card"><h3>{escape(str(model["name"]))}{usual}</h3>{progress.facts(rows)}</div>'
+    """Render the facts of a model."""
+    rows = {
+        label: _format_fact(name, model[name])
+        for name, label in _FACTS.items()
+        if model.get(name) not in (None, "", [])
+    }
+    default = " (draws where none is named)" if model.get("usual") else ""
+    return f'<div class="sds-card"><h3>{escape(str(model["name"]))}{default}</h3>{progress.facts(rows)}</div>'
 
 
-def _told(name: str, value: Any) -> str:
+def _format_fact(name: str, value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, list | tuple):
@@ -88,7 +92,7 @@ def _told(name: str, value: Any) -> str:
 
 
 def _failures(jobs: Sequence[Job]) -> str:
-    failed = [job for job in jobs if job["state"] == "failed"][:_MOST_FAULTS]
+    failed = [job for job in jobs if job["state"] == "failed"][:_MAX_FAILURES]
     rows = "".join(f"<li>{escape(_when(job) + progress.sentence(job))}</li>" for job in failed)
     return f"<ul>{rows}</ul>" if rows else "<p>None.</p>"
 

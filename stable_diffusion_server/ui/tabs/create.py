@@ -1,4 +1,4 @@
-"""The tab that draws from a prompt."""
+"""The tab that generates an image from a prompt."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from stable_diffusion_server.ui.tabs.controls import QUIET, ControlSlots, common
 
 @dataclass(frozen=True, slots=True)
 class CreateTab:
-    """What others touch: the examples, the words beside them, the size, and the panel."""
+    """Components that other tabs use: examples, the text beside them, the size, and the results panel."""
 
     examples: gr.Dataset
     words: gr.Markdown
@@ -26,7 +26,7 @@ class CreateTab:
 
 
 def tab(clients: ApiClients, blocks: gr.Blocks) -> CreateTab:
-    """Lay the tab out here."""
+    """Build the tab."""
     slots = ControlSlots("create")
     with gr.Row(elem_classes="sds-layout"):
         with gr.Column(elem_classes="sds-ask"):
@@ -65,9 +65,9 @@ def tab(clients: ApiClients, blocks: gr.Blocks) -> CreateTab:
 
 
 def _sizes(slots: ControlSlots) -> tuple[gr.Radio, gr.Number, gr.Number]:
-    """Presets, and the two sides for any other size."""
+    """Add the size presets, and number fields for any other size."""
     sizes = [(f"{width} × {height}", f"{width}x{height}") for width, height in model_options.SIZES]
-    usual = model_options.USUAL_SIDE
+    usual = model_options.DEFAULT_SIDE
     preset = gr.Radio(sizes, value=f"{usual}x{usual}", label="Size")
     with gr.Row():
         width = gr.Number(usual, label="Width", precision=0, min_width=100, elem_id=slots.id_of("width"))

@@ -1,4 +1,4 @@
-"""The tab of what was drawn here: searched, message, drawn again, deleted."""
+"""The tab of the history: search, show, generate again and delete images."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class _Details:
 
     @property
     def outputs(self) -> list[Any]:
-        """The components that change with the image, in the order of `_show` behind the index."""
+        """The components that change with the image, in the order of what `_show` returns."""
         return [self.message, self.whole, self.seen, self.facts, self.address, self.curl, self.python, self.record]
 
 
@@ -130,7 +130,7 @@ def _details() -> _Details:
 
 
 def _buttons() -> tuple[gr.Button, ...]:
-    """What can be done with a picture; deleting asks once more."""
+    """Add the buttons of an image; deleting asks for confirmation."""
     with gr.Row():
         again = gr.Button("Draw again", size="sm", min_width=90)
         delete = gr.Button("Delete …", size="sm", min_width=90)
@@ -140,7 +140,7 @@ def _buttons() -> tuple[gr.Button, ...]:
 
 
 def _act(clients: ApiClients, at: tuple[Any, ...], buttons: tuple[gr.Button, ...], listing: tuple[Any, ...]) -> None:
-    """Have the buttons act on the chosen picture."""
+    """Connect the buttons to the chosen image."""
     (shown, chosen, message), (again, delete, sure, keep) = at, buttons
     search, by, outputs = listing
 
@@ -174,7 +174,7 @@ def _act(clients: ApiClients, at: tuple[Any, ...], buttons: tuple[gr.Button, ...
 async def _listed(
     clients: ApiClients, request: gr.Request, wanted: tuple[str, str], before: int | None, shown: list[Any]
 ) -> tuple[Any, ...]:
-    """The pictures that are found, behind those that are shown; none of them is chosen any more."""
+    """Return the next page of the search, appended to what is shown; no image is chosen any more."""
     try:
         words, model = (text or "" for text in wanted)
         found = await client_for(clients, request).history(words, model, before=before)
@@ -212,7 +212,7 @@ async def _show(clients: ApiClients, request: gr.Request, shown: list[Any], inde
 
 
 def _at(shown: list[Any], index: int) -> dict[str, Any]:
-    """The chosen picture. Raises `ValueError`."""
+    """Return the chosen image's entry. Raises `ValueError`."""
     if not 0 <= index < len(shown):
         raise ValueError("Choose a picture first.")
     picture: dict[str, Any] = shown[index]

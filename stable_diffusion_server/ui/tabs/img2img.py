@@ -1,4 +1,4 @@
-"""The tab that draws a picture anew, by its edges if wanted."""
+"""The tab that generates an image from an image, optionally guided by its edges."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from stable_diffusion_server.ui.tabs.picture_field import picture_field, settled
 
 @dataclass(frozen=True, slots=True)
 class ImageToImageTab:
-    """What others touch: the picture to start from, and the panel."""
+    """Components that other tabs use: the input image, and the results panel."""
 
     image: gr.HTML
     panel: results_panel.ResultsPanel
 
 
 def tab(clients: ApiClients, intake: ImageIntake, blocks: gr.Blocks) -> ImageToImageTab:
-    """Lay the tab out here."""
+    """Build the tab."""
     slots = ControlSlots("restyle")
     with gr.Row(elem_classes="sds-layout"):
         with gr.Column(elem_classes="sds-ask"):
@@ -73,7 +73,7 @@ def tab(clients: ApiClients, intake: ImageIntake, blocks: gr.Blocks) -> ImageToI
 def _edges(
     clients: ApiClients, intake: ImageIntake, slots: ControlSlots, image: gr.HTML
 ) -> tuple[gr.Checkbox, gr.Slider, gr.Slider]:
-    """Whether edges are kept, which ones, and how they look."""
+    """Add the fields of edge guidance, with a preview of the edges."""
     canny = gr.Checkbox(
         label="Keep the edges (canny)", info="A ControlNet draws along them.", elem_id=slots.id_of("canny")
     )

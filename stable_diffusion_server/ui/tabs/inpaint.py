@@ -1,4 +1,4 @@
-"""The tab that repaints what was painted over."""
+"""The tab that generates the painted part of an image again (inpainting)."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from stable_diffusion_server.ui.tabs.picture_field import picture_field, settled
 
 @dataclass(frozen=True, slots=True)
 class InpaintTab:
-    """What others touch: the editor, and the panel."""
+    """Components that other tabs use: the editor, and the results panel."""
 
     editor: gr.HTML
     panel: results_panel.ResultsPanel
 
 
 def tab(clients: ApiClients, intake: ImageIntake, blocks: gr.Blocks) -> InpaintTab:
-    """Lay the tab out here."""
+    """Build the tab."""
     slots = ControlSlots("inpaint")
     with gr.Row(elem_classes="sds-layout"):
         with gr.Column(elem_classes="sds-ask"):
@@ -77,7 +77,7 @@ def tab(clients: ApiClients, intake: ImageIntake, blocks: gr.Blocks) -> InpaintT
 
 
 def _settings(slots: ControlSlots) -> tuple[gr.Slider, gr.Slider, gr.Checkbox]:
-    """How much is drawn anew, how it fades in, and whether it is gone over once more."""
+    """Add strength, feather and the second pass."""
     strength = gr.Slider(
         0,
         1,

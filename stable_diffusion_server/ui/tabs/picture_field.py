@@ -1,4 +1,4 @@
-"""A field for a picture, and a brush to paint over it: our own component, whose value is tokens and never a file."""
+"""Image field with a brush for masks: an own component whose value is upload tokens, never a file."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _BRUSHES = (
 
 
 def picture_field(label: str, *, paints: bool, elem_id: str) -> gr.HTML:
-    """A picture that is chosen, dropped, pasted or taken by webcam, and painted over where it `paints`.
+    """Add a field for an image that is chosen, dropped, pasted or taken by webcam; with `paints` it has a brush.
 
-    Its value is the token of the picture and, where something was painted, a blank and that of the mask. The page
-    sends pictures to `/ui/pictures` itself; Gradio sees nothing but the tokens.
+    The value is the token of the image, followed, if something was painted, by a blank and the token of the mask. The
+    page itself uploads images to `/ui/pictures`; Gradio receives only the tokens.
     """
     kind = "sds-paints" if paints else ""
     surface = '<canvas role="img" aria-label="Paint here what is to be drawn anew"></canvas>' if paints else ""
@@ -43,18 +43,18 @@ def picture_field(label: str, *, paints: bool, elem_id: str) -> gr.HTML:
         '<button type="button" data-does="remove" hidden>Remove</button></div>'
         '<p class="sds-upload-message" role="status"></p></div>'
     )
-    # No class of its own: of those Gradio writes a file beside their source.
+    # Not a subclass of gr.HTML: Gradio writes a stub file beside the source of custom components.
     return gr.HTML("", html_template=template, js_on_load=_SCRIPT.read_text(encoding="utf-8"), elem_id=elem_id)
 
 
 def tokens_of(value: str | None) -> tuple[str, str]:
-    """The token of the picture and that of its mask; empty where there is none."""
+    """Return the tokens of the image and of its mask; empty texts if there are none."""
     picture, _, mask = (value or "").partition(" ")
     return picture if _TOKEN.fullmatch(picture) else "", mask if _TOKEN.fullmatch(mask) else ""
 
 
 def settled(elem_id: str) -> str:
-    """JavaScript that waits, before an event whose first input is this field, for what is still on its way."""
+    """Return JavaScript that waits for running uploads of this field, the first input of an event, before the event."""
     return (
         f'async (...values) => {{ const settled = window.sdsPictures?.get("{elem_id}"); '
         "if (settled) values[0] = await settled(); return values; }"

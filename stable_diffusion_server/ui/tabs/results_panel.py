@@ -1,4 +1,4 @@
-"""Where the pictures of a click appear, the same in every tab that draws: progress, Cancel, gallery, ways on."""
+"""Progress, Cancel button and gallery of a click's images, shared by the generating tabs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from stable_diffusion_server.ui.tabs.controls import QUIET, ControlSlots, Shared
 
 Outputs = tuple[Any, ...]
 
-# Told anew at each change: a button whose change does not name its text loses it.
+# Part of each update: a Gradio button loses its text if an update does not name it.
 DRAW, CANCEL = "Draw", "Cancel"
 _IN_MORE = {"negative_prompt", "num_inference_steps", "guidance_scale"}
 
@@ -29,27 +29,27 @@ def client_for(clients: ApiClients, request: gr.Request) -> ApiClient:
 
 
 def owner_of(clients: ApiClients, request: gr.Request) -> str:
-    """The name under which the pictures of who clicked are kept."""
+    """Return the visitor's name, under which uploads are stored."""
     return clients.owner_of(_inner(request))
 
 
 def _inner(request: gr.Request) -> Request:
     inner = request.request
-    assert inner is not None  # noqa: S101  # only Gradio's own client has none; tells the type checker
+    assert inner is not None  # noqa: S101  # for the type checker: only Gradio's own client has none
     return inner
 
 
 def index_of(event: gr.SelectData) -> int:
-    """Which picture of a gallery was chosen; the first where a page does not say."""
+    """Return the index of the chosen image of a gallery; the first if the page sent none."""
     return event.index if isinstance(event.index, int) else 0
 
 
 @dataclass(frozen=True, slots=True)
 class ResultsPanel:
-    """The components. `jobs` holds the ids under way, `shown` the receipts in the gallery, `chosen` which is picked.
+    """The components. `jobs` holds the ids of running jobs, `shown` the receipts in the gallery, `chosen` an index.
 
-    `kept` holds the ids under way in the browser, so that a page that is loaded again goes on with them. `results` is
-    what is seen once there are pictures; `slots` stand below the fields.
+    `stored_jobs` holds the ids of running jobs in the browser, so that a reloaded page continues to follow them.
+    `results` is visible once there are images; `slots` are below the fields.
     """
 
     draw: gr.Button
@@ -62,18 +62,18 @@ class ResultsPanel:
     shown: gr.State
     chosen: gr.State
     fields: SharedControls
-    kept: gr.BrowserState
+    stored_jobs: gr.BrowserState
     slots: ControlSlots
 
     @property
     def outputs(self) -> list[Any]:
-        """What changes while pictures are drawn."""
+        """The components that change while images are generated."""
         pictures = [self.message, self.results, self.gallery, self.made, self.jobs, self.shown, self.chosen]
-        buttons = [self.fields.seed, self.kept, self.draw, self.cancel, self.fields.more]
+        buttons = [self.fields.seed, self.stored_jobs, self.draw, self.cancel, self.fields.more]
         return [*pictures, *buttons, *self.slots.below.values()]
 
     def outputs_of(self, shown: job_updates.GalleryUpdate) -> Outputs:
-        """What a moment of drawing changes."""
+        """Return the updates of `outputs`, in their order."""
         changed = shown.fresh or shown.over
         refused = progress.refusal(shown.refused, shown.faults, self.slots.below) if shown.refused else ""
         opened = shown.over and any(name in _IN_MORE for name, _ in shown.faults)
@@ -85,7 +85,7 @@ class ResultsPanel:
             list(shown.jobs),
             list(shown.receipts) if changed else gr.skip(),
             0 if changed else gr.skip(),
-            # So that keeping a seed keeps that of what is seen.
+            # So that keeping the seed keeps the one of the shown image.
             str(shown.receipts[0]["seed"]) if shown.over and shown.receipts else gr.skip(),
             [] if shown.over else list(shown.jobs) if shown.fresh else gr.skip(),
             gr.Button(DRAW, interactive=shown.over),
@@ -96,7 +96,7 @@ class ResultsPanel:
 
 
 def buttons() -> tuple[gr.Button, gr.Button]:
-    """The button that draws, and the one that ends it."""
+    """Add the buttons that start and cancel a generation."""
     with gr.Row():
         draw = gr.Button(DRAW, variant="primary", scale=3, min_width=120)
         cancel = gr.Button(CANCEL, variant="secondary", interactive=False, scale=1, min_width=90)
@@ -120,7 +120,7 @@ def place(empty: str) -> PanelSlots:
 def panel(
     slots: ControlSlots, draw: gr.Button, cancel: gr.Button, fields: SharedControls, at: PanelSlots, *, beside: bool
 ) -> ResultsPanel:
-    """Lay the results out, for buttons that are elsewhere; small where they are shown `beside` something."""
+    """Add the results, for buttons that are elsewhere; smaller thumbnails if they are `beside` something."""
     with at.results:
         gallery = gr.Gallery(
             label="Pictures",
@@ -133,10 +133,22 @@ def panel(
             elem_classes="sds-gallery",
         )
         made = gr.HTML()
-    # Ids are of no use to who has not the key they came with; the secret only lets another process read them.
-    kept = gr.BrowserState([], storage_key=f"studio-{slots.tab}", secret="studio")  # noqa: S106  # none is kept there
-    states = gr.State([]), gr.State([]), gr.State(0)
-    return ResultsPanel(draw, cancel, at.message, at.results, gallery, made, *states, fields, kept, slots)
+    # Gradio encrypts the ids with this secret. They need no protection: a job can only be read with its API key.
+    stored_jobs = gr.BrowserState([], storage_key=f"studio-{slots.tab}", secret="studio")  # noqa: S106  # protects nothing
+    return ResultsPanel(
+        draw=draw,
+        cancel=cancel,
+        message=at.message,
+        results=at.results,
+        gallery=gallery,
+        made=made,
+        jobs=gr.State([]),
+        shown=gr.State([]),
+        chosen=gr.State(0),
+        fields=fields,
+        stored_jobs=stored_jobs,
+        slots=slots,
+    )
 
 
 def wire(
@@ -148,11 +160,12 @@ def wire(
     requests_of: Callable[..., Awaitable[list[UiRequest]]],
     js: str | None = None,
 ) -> None:
-    """Have `triggers` draw what `requests_of` makes of the inputs, Cancel end it, and a new page go on with it.
+    """Connect the events: `triggers` start the requests, Cancel ends them, and a reloaded page follows them.
 
-    `requests_of` is also given the name of the visitor; `js` is run in the page before the inputs are sent.
+    `requests_of` makes the requests from the visitor's name and the inputs; `js` runs in the page before inputs are
+    sent.
     """
-    # A page that is not wholly laid out yet sends nothing for some fields; theirs are what they begin with.
+    # A page that is not completely rendered sends null for some fields; replace it by their initial values.
     firsts = [getattr(field, "value", None) for field in inputs]
 
     async def draw(request: gr.Request, *values: Any) -> AsyncIterator[Outputs]:
@@ -170,7 +183,7 @@ def wire(
             yield here.outputs_of(job_updates.GalleryUpdate(refused=error.detail, faults=error.faults, over=True))
             return
         drawing = job_updates.draw(client_for(clients, request), requests)
-        del requests  # they hold whole pictures
+        del requests  # they hold whole image files
         async for shown in drawing:
             yield here.outputs_of(shown)
 
@@ -183,11 +196,11 @@ def wire(
         return gr.skip()
 
     async def resume(request: gr.Request, jobs: list[str] | None) -> AsyncIterator[Outputs]:
-        yield (gr.skip(),) * len(here.outputs)  # whoever says nothing empties everything
+        yield (gr.skip(),) * len(here.outputs)  # an event without output would clear all components
         async for shown in job_updates.resume(client_for(clients, request), jobs or []):
             yield here.outputs_of(shown)
 
-    blocks.load(resume, here.kept, here.outputs, **QUIET)
+    blocks.load(resume, here.stored_jobs, here.outputs, **QUIET)
     gr.on(triggers, draw, list(inputs), here.outputs, js=js, **QUIET)
     here.cancel.click(cancel, here.jobs, here.message, **QUIET)
 

@@ -1,4 +1,4 @@
-"""How the studio looks: a theme whose texts can be read on whatever they stand. Knows no components."""
+"""The theme: colours with enough contrast for every text."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _BLUE = Color(
 
 
 def theme() -> gr.themes.Base:
-    """The theme, with fonts that every system has."""
+    """Return the theme, with fonts that every system has."""
     made: gr.themes.Base = gr.themes.Default(
         primary_hue=_BLUE,
         secondary_hue=_BLUE,
