@@ -187,7 +187,7 @@ def test_adapters_that_were_not_used_for_long_are_forgotten(
     loras: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """A folder of many does not fill the memory, and a forgotten one is loaded again."""
-    monkeypatch.setattr(lora, "KEPT", 2)
+    monkeypatch.setattr(lora, "MAX_IDLE", 2)
     for number, letter in enumerate("abcd"):  # the same content would be the same adapter
         scaled = {name: tensor * number for name, tensor in load_file(loras / "green.safetensors").items()}
         save_file(scaled, tmp_path / f"{letter}.v1.safetensors")
@@ -203,7 +203,7 @@ def test_an_adapter_someone_draws_with_is_not_forgotten(
     loras: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """A drawing that waits for its turn ends as it began, whatever many others came between, its file gone too."""
-    monkeypatch.setattr(lora, "KEPT", 1)
+    monkeypatch.setattr(lora, "MAX_IDLE", 1)
     for number, letter in enumerate("abcd", 1):
         scaled = {name: tensor / number for name, tensor in load_file(loras / "green.safetensors").items()}
         save_file(scaled, tmp_path / f"{letter}.safetensors")

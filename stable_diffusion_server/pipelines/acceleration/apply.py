@@ -1,4 +1,4 @@
-"""Makes loaded models faster without other weights: layout, oneDNN, precision, compiling, recordings. Knows no jobs."""
+"""Applies the optimizations of PERFORMANCE to a loaded model."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _log = structlog.get_logger(__name__)
 
 
 class Optimization(StrEnum):
-    """One way to be faster.
+    """An optimization by its name in PERFORMANCE.
 
-    `layout`: convolutions channels last, on CUDA those of the VAE and of what is replayed. `onednn`: linear layers and
-    convolutions of the CPU by oneDNN; they are not compiled then. `trace`: forward passes of the CPU without Python,
-    for which threads would take turns. `tf32`: fp32 products on CUDA in TF32. `vae-bf16`: a VAE that had to be fp32 in
-    bf16, on CUDA. `compile`: the denoiser's repeated blocks, for which the first picture of each size waits;
-    `compile-whole`: the whole denoiser and the VAE's decoder, for which it waits a minute or more. `graphs`: forward
-    passes replayed on CUDA.
+    `layout`: channels-last convolutions; on CUDA only in the VAE and in modules that use CUDA graphs. `onednn`: linear
+    layers and convolutions on the CPU by oneDNN, which excludes compiling. `trace`: TorchScript on the CPU, so that
+    threads do not wait for Python's lock. `tf32`: fp32 products on CUDA in TF32. `vae-bf16`: a VAE that overflows in
+    fp16 runs in bf16 instead of fp32, on CUDA. `compile`: compiles the denoiser's repeated blocks, which delays the
+    first image of each size; `compile-whole`: the whole denoiser and the VAE's decoder, which delays it by a minute or
+    more. `graphs`: CUDA graphs.
     """
 
     LAYOUT = "layout"
@@ -38,7 +38,7 @@ class Optimization(StrEnum):
     TRACE = "trace"
 
 
-# `safe` changes nothing but rounding, and `trace` not even that.
+# `safe` changes only rounding.
 PRESETS: Mapping[str, frozenset[Optimization]] = MappingProxyType(
     {
         "off": frozenset(),
@@ -49,7 +49,7 @@ PRESETS: Mapping[str, frozenset[Optimization]] = MappingProxyType(
 
 
 def optimizations_of(performance: str) -> frozenset[Optimization]:
-    """The parts of levels and parts, named with commas between. Raises `ValueError` for other names."""
+    """The optimizations of a comma-separated list of presets and names. Raises `ValueError` for other names."""
     names = performance.split(",")
     return frozenset[Optimization]().union(
         *(PRESETS[name] if name in PRESETS else {Optimization(name)} for name in names)
@@ -59,11 +59,11 @@ def optimizations_of(performance: str) -> frozenset[Optimization]:
 def apply_optimizations(
     pipeline: Any, controlnet: Any, device: torch.device, performance: str, *, steady: bool = True
 ) -> list[CudaGraphRunner]:
-    """Change how the modules compute, in place, once they are where they live; gives what is recorded of them.
+    """Optimize placed modules in place; returns the CUDA graph runners.
 
-    `performance` names a level or parts. What a device has no use for is left out, and so are graphs and traces where
-    weights may change (`steady` is false), since they hold adapters as they were. What cannot be compiled, since a
-    compiler is missing or fails, runs as it is, and a warning says so.
+    `performance` is a comma-separated list. Optimizations that a device does not have are skipped, and so are graphs
+    and traces when weights may change (`steady` is false), since they hold the LoRAs of their recording. What cannot be
+    compiled runs normally and a warning is logged.
     """
     parts, cuda = optimizations_of(performance), device.type == "cuda"
     vae, denoiser = pipeline.vae, getattr(pipeline, "unet", None) or pipeline.transformer
@@ -76,10 +76,10 @@ def apply_optimizations(
         vae.to(torch.bfloat16)
     replayed = Optimization.GRAPHS in parts and cuda and steady
     if Optimization.LAYOUT in parts:
-        # On CUDA our kernels take Python longer to launch than a denoiser takes for one picture, unless it is replayed.
+        # On CUDA, launching our kernels from Python takes longer than the denoiser's pass, unless a graph replays it.
         for module in (denoiser, vae, controlnet) if replayed or not cuda else (vae,):
             if module is not None and any(isinstance(part, torch.nn.Conv2d) for part in module.modules()):
-                _lay_out(module, device)
+                _convert_layout(module, device)
     onednn = Optimization.ONEDNN in parts and device.type == "cpu" and torch.backends.mkldnn.is_available()
     if onednn:
         use_onednn(pipeline, controlnet)
@@ -97,9 +97,9 @@ def apply_optimizations(
 def _compile(denoiser: Any, vae: Any, parts: frozenset[Optimization]) -> None:
     if not parts & {Optimization.COMPILE, Optimization.COMPILE_WHOLE}:
         return
-    from torch import _dynamo  # takes a second, and nobody else needs it
+    from torch import _dynamo  # the import takes a second
 
-    # Not `fullgraph`, under which a failure of the compiler would be the caller's.
+    # Without `fullgraph`, a failure of the compiler falls back to eager mode.
     _dynamo.config.suppress_errors = True
     if Optimization.COMPILE_WHOLE in parts:
         denoiser.forward = torch.compile(denoiser.forward)
@@ -108,8 +108,8 @@ def _compile(denoiser: Any, vae: Any, parts: frozenset[Optimization]) -> None:
         denoiser.compile_repeated_blocks()
 
 
-def _lay_out(module: Any, device: torch.device) -> None:
-    """Channels last; on CUDA only together with normalisations that take it: PyTorch's turn it around twice each."""
+def _convert_layout(module: Any, device: torch.device) -> None:
+    """Convert to channels last; on CUDA with normalisations that keep it, since PyTorch's convert it back and forth."""
     if device.type != "cuda":
         module.to(memory_format=torch.channels_last)
         return
@@ -119,5 +119,5 @@ def _lay_out(module: Any, device: torch.device) -> None:
         )
 
         use_channels_last(module)
-    except Exception as error:  # a missing compiler shows in many ways
-        _log.warning("not laid out channels last", module=type(module).__name__, exc_info=error)
+    except Exception as error:  # a missing compiler raises many types
+        _log.warning("not converted to channels last", module=type(module).__name__, exc_info=error)

@@ -1,4 +1,4 @@
-"""Takes calls and answers apart into their tensors and what is around them. Knows no modules."""
+"""Separates arguments and outputs into tensors and their structure."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ def _anything(_tensor: torch.Tensor) -> Hashable:
 
 
 def signature(value: Any) -> Hashable:
-    """A value with shapes, types and strides in place of its tensors."""
+    """A hashable key of a value, with shapes, dtypes, devices and strides in place of its tensors."""
     return _key(value, _layout)
 
 
 def structure(value: Any) -> Hashable:
-    """A value whatever its tensors are."""
+    """A hashable key of a value, the same for any tensors."""
     return _key(value, _anything)
 
 
@@ -39,7 +39,7 @@ def _key(value: Any, of_tensor: Callable[[torch.Tensor], Hashable]) -> Hashable:
 
 
 def tensors_of(value: Any) -> Iterator[torch.Tensor]:
-    """The tensors in a value, in its order."""
+    """The tensors in a value, in order."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, Mapping):
@@ -51,12 +51,12 @@ def tensors_of(value: Any) -> Iterator[torch.Tensor]:
 
 
 def rebuild(value: Any, tensors: Iterator[torch.Tensor]) -> Any:
-    """The same value with other tensors in the places of its own."""
+    """The value with its tensors replaced."""
     match value:
         case torch.Tensor():
             return next(tensors)
         case Mapping():
-            # Also the answers of transformers, which are mappings made by keywords.
+            # Includes the outputs of transformers, mappings that are created by keywords.
             return type(value)(**{name: rebuild(part, tensors) for name, part in value.items()})
         case list() | tuple():
             return type(value)(rebuild(part, tensors) for part in value)

@@ -1,6 +1,6 @@
-"""Modules of diffusers that take tensors laid out channels last as they are, on CUDA. Knows no jobs.
+"""diffusers modules that compute on channels-last tensors on CUDA.
 
-Import it where Triton is installed.
+Importing it requires Triton.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from stable_diffusion_server.pipelines.acceleration.onednn import is_nearest_dou
 
 
 class Resnet(ResnetBlock2D):  # type: ignore[misc]  # diffusers is read without its types
-    """A residual block whose normalisations bring SiLU and biases along; equal to the stock block but for rounding."""
+    """A residual block whose normalisations include SiLU and biases; equal to the stock block but for rounding."""
 
     @classmethod
     def can_be(cls, block: ResnetBlock2D) -> bool:
-        """Whether a block is of the kind that the models here are made of."""
+        """Whether a block has the options that this implementation supports."""
         return (
             type(block.norm1) is type(block.norm2) is GroupNorm
             and isinstance(block.nonlinearity, torch.nn.SiLU)
@@ -37,8 +37,8 @@ class Resnet(ResnetBlock2D):  # type: ignore[misc]  # diffusers is read without 
         """Rows × channels × height × width, and rows × channels of what the timestep says."""
         made, shift = _unbiased(self.conv1, self.norm1.activated(input_tensor))
         if self.time_emb_proj is not None:
-            told = self.time_emb_proj(functional.silu(temb))
-            shift = told if shift is None else told + shift
+            embedded = self.time_emb_proj(functional.silu(temb))
+            shift = embedded if shift is None else embedded + shift
         made, shift = _unbiased(self.conv2, self.norm2.activated(made, shift))
         if self.conv_shortcut is not None:
             input_tensor, more = _unbiased(self.conv_shortcut, input_tensor)
@@ -51,11 +51,11 @@ class Resnet(ResnetBlock2D):  # type: ignore[misc]  # diffusers is read without 
 
 
 class Transformer(Transformer2DModel):  # type: ignore[misc]  # as above
-    """A UNet's transformer whose answer stays channels last, as its layers have it."""
+    """A UNet's transformer whose output stays channels last."""
 
     @classmethod
     def can_be(cls, block: Transformer2DModel) -> bool:
-        """Whether a block is of the kind that SDXL is made of."""
+        """Whether a block has the options that this implementation supports."""
         return bool(block.is_input_continuous and block.use_linear_projection)
 
     def _get_output_for_continuous_inputs(
@@ -72,7 +72,7 @@ class Transformer(Transformer2DModel):  # type: ignore[misc]  # as above
 
 
 class Upsample(Upsample2D):  # type: ignore[misc]  # as above
-    """A doubling of both sides that copies several channels at once; PyTorch's own takes number by number."""
+    """Nearest 2× upsampling that copies several channels at once; PyTorch copies single numbers."""
 
     can_be = staticmethod(is_nearest_doubling)
 
@@ -90,10 +90,10 @@ class Upsample(Upsample2D):  # type: ignore[misc]  # as above
 
 
 def use_channels_last(module: torch.nn.Module) -> None:
-    """Lay a network's convolutions out channels last, with blocks that keep it so.
+    """Convert a network to channels last, with blocks that keep the layout.
 
-    Whatever derives from the plain classes stays as it is. Raises whatever Triton does where it cannot compile, before
-    anything is changed.
+    Subclasses of the plain classes are not changed. Raises Triton's errors when it cannot compile, before anything is
+    changed.
     """
     _try_out(module)
     module.to(memory_format=torch.channels_last)
@@ -108,14 +108,14 @@ def use_channels_last(module: torch.nn.Module) -> None:
 
 
 def _unbiased(layer: torch.nn.Module, given: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """What a convolution makes before its bias, and the bias; of a layer with an adapter all that it makes."""
+    """The output of a convolution without its bias, and the bias; for a layer with a LoRA the output and `None`."""
     if type(layer) is torch.nn.Conv2d:
         return layer._conv_forward(given, layer.weight, None), layer.bias
     return layer(given), None
 
 
 def _try_out(module: torch.nn.Module) -> None:
-    """Normalise a small tensor: a compiler that is missing shows here, and not in a caller's picture."""
+    """Normalise a small tensor, so that a missing compiler is noticed here and not in a request."""
     parameter = next(module.parameters())
     norm = GroupNorm(2, 32, device=parameter.device, dtype=parameter.dtype)
     small = torch.zeros(1, 32, 8, 8, device=parameter.device, dtype=parameter.dtype)

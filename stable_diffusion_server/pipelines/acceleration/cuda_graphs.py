@@ -76,13 +76,13 @@ class CudaGraphRunner:
 
     def _record(self, call: tuple[Any, Any]) -> _Recording | None:
         try:
-            return self._recorded(call)
+            return self._capture(call)
         except RuntimeError as error:  # torch.OutOfMemoryError is one
             self.disable()
             _log.warning("not recorded as a CUDA graph", module=self._name, exc_info=error)
             return None
 
-    def _recorded(self, call: tuple[Any, Any]) -> _Recording:
+    def _capture(self, call: tuple[Any, Any]) -> _Recording:
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         inputs = [tensor.clone() for tensor in tensors_of(call)]
         args, kwargs = rebuild(call, iter(inputs))

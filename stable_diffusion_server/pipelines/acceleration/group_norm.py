@@ -1,4 +1,4 @@
-"""Group normalisation and sums of tensors laid out channels last, by Triton. Knows no models.
+"""Group normalisation and sums of tensors laid out channels last, by Triton.
 
 PyTorch's own normalisation takes one program for each group of each picture, 32 of a GPU's hundreds, and turns the
 layout around for it: half of the time of decoding 1024² on an H200. Here the pixels are divided (benchmarks/results/).
@@ -74,16 +74,16 @@ def _launch_norm(
 ) -> torch.Tensor:
     rows, channels, height, width = x.shape
     pixels = height * width
-    lanes = triton.next_power_of_2(channels)
-    step = max(1, _TILE // lanes)
+    padded = triton.next_power_of_2(channels)
+    step = max(1, _TILE // padded)
     each = step * max(_TILES, triton.cdiv(triton.cdiv(pixels, step), _CHUNKS))
     chunks = triton.cdiv(pixels, each)
     sums = torch.empty((rows, chunks, 2, channels), device=x.device, dtype=torch.float32)
     factors = torch.empty((rows, 2, channels), device=x.device, dtype=torch.float32)
     made = torch.empty_like(x)
-    _add_up[(chunks, rows)](x, sums, pixels, each, channels, lanes, step, num_warps=8)
+    _add_up[(chunks, rows)](x, sums, pixels, each, channels, padded, step, num_warps=8)
     size = channels // groups
-    size_lanes = triton.next_power_of_2(size)
+    padded_size = triton.next_power_of_2(size)
     _conclude[(groups, rows)](
         sums,
         factors,
@@ -96,11 +96,11 @@ def _launch_norm(
         eps,
         channels,
         size,
-        size_lanes,
-        max(1, _SUMS // size_lanes),
+        padded_size,
+        max(1, _SUMS // padded_size),
         shift is not None,
     )
-    _apply[(triton.cdiv(pixels, step), rows)](x, made, factors, pixels, channels, lanes, step, activated, num_warps=8)
+    _apply[(triton.cdiv(pixels, step), rows)](x, made, factors, pixels, channels, padded, step, activated, num_warps=8)
     return made
 
 
@@ -144,12 +144,12 @@ def _(x: torch.Tensor, shift: torch.Tensor, other: torch.Tensor) -> torch.Tensor
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # Triton is read without its types
-def _add_up(x, sums, pixels, each, channels: tl.constexpr, lanes: tl.constexpr, step: tl.constexpr):  # type: ignore[no-untyped-def]  # as above
+def _add_up(x, sums, pixels, each, channels: tl.constexpr, padded: tl.constexpr, step: tl.constexpr):  # type: ignore[no-untyped-def]  # as above
     """Sums and sums of squares of each channel over `each` pixels: one program for each chunk of each picture."""
     chunk, row = tl.program_id(0), tl.program_id(1)
-    channel = tl.arange(0, lanes)
-    total = tl.zeros([step, lanes], dtype=tl.float32)
-    squares = tl.zeros([step, lanes], dtype=tl.float32)
+    channel = tl.arange(0, padded)
+    total = tl.zeros([step, padded], dtype=tl.float32)
+    squares = tl.zeros([step, padded], dtype=tl.float32)
     first = chunk * each
     for start in range(first, first + each, step):
         pixel = start + tl.arange(0, step)
@@ -176,46 +176,46 @@ def _conclude(  # type: ignore[no-untyped-def]  # as above
     eps,
     channels: tl.constexpr,
     size: tl.constexpr,
-    lanes: tl.constexpr,
+    padded: tl.constexpr,
     at_once: tl.constexpr,
     shifted: tl.constexpr,
 ):
     """Factor and offset of each channel of a group: one program for each group of each picture."""
     group, row = tl.program_id(0), tl.program_id(1)
-    lane = tl.arange(0, lanes)
-    channel = group * size + lane
-    total = tl.zeros([at_once, lanes], dtype=tl.float32)
-    squares = tl.zeros([at_once, lanes], dtype=tl.float32)
+    column = tl.arange(0, padded)
+    channel = group * size + column
+    total = tl.zeros([at_once, padded], dtype=tl.float32)
+    squares = tl.zeros([at_once, padded], dtype=tl.float32)
     for start in range(0, chunks, at_once):
         chunk = start + tl.arange(0, at_once)
-        inside = (chunk[:, None] < chunks) & (lane[None, :] < size)
+        inside = (chunk[:, None] < chunks) & (column[None, :] < size)
         at = (row * chunks + chunk[:, None]) * 2 * channels + channel[None, :]
         total += tl.load(sums + at, mask=inside, other=0.0)
         squares += tl.load(sums + at + channels, mask=inside, other=0.0)
     means = tl.sum(total, axis=0) / pixels
     mean_squares = tl.sum(squares, axis=0) / pixels
     if shifted:
-        shift = tl.load(shifts + row * shifts_of_a_row + channel, mask=lane < size, other=0.0).to(tl.float32)
+        shift = tl.load(shifts + row * shifts_of_a_row + channel, mask=column < size, other=0.0).to(tl.float32)
         mean_squares += 2 * shift * means + shift * shift
         means += shift
     mean = tl.sum(means) / size
     variance = tl.maximum(tl.sum(mean_squares) / size - mean * mean, 0.0)
-    factor = tl.load(weight + channel, mask=lane < size, other=0.0).to(tl.float32) / tl.sqrt(variance + eps)
-    offset = tl.load(bias + channel, mask=lane < size, other=0.0).to(tl.float32) - mean * factor
+    factor = tl.load(weight + channel, mask=column < size, other=0.0).to(tl.float32) / tl.sqrt(variance + eps)
+    offset = tl.load(bias + channel, mask=column < size, other=0.0).to(tl.float32) - mean * factor
     if shifted:
         offset += shift * factor
-    tl.store(factors + row * 2 * channels + channel, factor, mask=lane < size)
-    tl.store(factors + (row * 2 + 1) * channels + channel, offset, mask=lane < size)
+    tl.store(factors + row * 2 * channels + channel, factor, mask=column < size)
+    tl.store(factors + (row * 2 + 1) * channels + channel, offset, mask=column < size)
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # as above
 def _apply(  # type: ignore[no-untyped-def]  # as above
-    x, made, factors, pixels, channels: tl.constexpr, lanes: tl.constexpr, step: tl.constexpr, activated: tl.constexpr
+    x, made, factors, pixels, channels: tl.constexpr, padded: tl.constexpr, step: tl.constexpr, activated: tl.constexpr
 ):
     """Factor, offset and SiLU: one program for each `step` pixels of each picture."""
     row = tl.program_id(1)
     pixel = tl.program_id(0) * step + tl.arange(0, step)
-    channel = tl.arange(0, lanes)
+    channel = tl.arange(0, padded)
     inside = (pixel[:, None] < pixels) & (channel[None, :] < channels)
     at = (row.to(tl.int64) * pixels + pixel[:, None]) * channels + channel[None, :]
     factor = tl.load(factors + row * 2 * channels + channel, mask=channel < channels, other=0.0)

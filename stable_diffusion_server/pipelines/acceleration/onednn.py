@@ -1,4 +1,4 @@
-"""Modules that compute by oneDNN on the CPU, and how plain ones become them. Knows no jobs."""
+"""Linear layers, convolutions and upsampling by oneDNN on the CPU."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.nn import functional
 
 
 def _by(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """A function, as TorchScript where it is traced: a tracer sees neither its branches nor what takes no tensors."""
+    """The function, scripted while tracing: a tracer records neither its branches nor non-tensor arguments."""
     return _scripted(function) if torch.jit.is_tracing() else function
 
 
@@ -23,7 +23,7 @@ def _scripted(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tens
 
 
 def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    # With fewer rows MKL, which has less to set up, is the faster one (4 against 13 µs for two).
+    # For few rows MKL is faster (two rows: 4 against 13 µs).
     if input.numel() < 32 * weight.size(1):
         return functional.linear(input, weight, bias)
     return torch.ops.mkldnn._linear_pointwise(input, weight, bias, "none", [], "")
@@ -44,9 +44,9 @@ def _convolution(
 
 
 class OneDnnLinear(torch.nn.Linear):  # type: ignore[misc]  # torch is read without its types
-    """A linear layer by oneDNN, which PyTorch leaves to MKL otherwise: that uses half of what AMD's CPUs can do.
+    """A linear layer by oneDNN; PyTorch's default MKL reaches half the speed on AMD CPUs.
 
-    For fp32 on the CPU without gradients. The weight stays as it is, for adapters and for what counts bytes.
+    For fp32 on the CPU without gradients. The weight keeps its layout, for LoRAs and for byte counts.
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -55,7 +55,7 @@ class OneDnnLinear(torch.nn.Linear):  # type: ignore[misc]  # torch is read with
 
 
 class OneDnnConv2d(torch.nn.Conv2d):  # type: ignore[misc]  # as above
-    """A convolution by oneDNN also where PyTorch thinks it too small: one picture, at most 20480 numbers.
+    """A convolution by oneDNN even below PyTorch's threshold (one image, at most 20480 numbers).
 
     For fp32 on the CPU without gradients, padded with zeros.
     """
@@ -67,23 +67,23 @@ class OneDnnConv2d(torch.nn.Conv2d):  # type: ignore[misc]  # as above
 
 
 class OneDnnUpsample(Upsample2D):  # type: ignore[misc]  # as above
-    """A doubling of both sides with a convolution, as one transposed convolution: 4 products a number instead of 9.
+    """Nearest 2× upsampling and a 3 × 3 convolution as one transposed convolution: 4 products per number instead of 9.
 
-    Of the nine numbers that a 3 × 3 kernel looks at after a doubling, several are copies of one; their weights are
-    added up beforehand (Shi et al. 2016, arXiv 1609.05158, see such pairs as convolutions by sub-pixels). A second copy
-    of the weights, 16/9 as large, is what that takes. Equal to the stock block but for rounding.
+    Several of the nine inputs of the kernel are copies of one number, so their weights are summed beforehand (compare
+    sub-pixel convolution, Shi et al. 2016, arXiv 1609.05158). Needs a second copy of the weights, 16/9 as large. Equal
+    to the stock block but for rounding.
     """
 
     @classmethod
     def take(cls, block: Upsample2D) -> None:
-        """Have a block compute so."""
+        """Convert a block in place."""
         block.__class__ = cls
         block._folded = _folded(block.conv.weight)
 
     def forward(self, hidden_states: torch.Tensor, output_size: Any = None, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Rows × channels × height × width to twice the height and width, or to `output_size`."""
         made: torch.Tensor
-        if output_size is not None or type(self.conv) is not OneDnnConv2d:  # an adapter has its own weights beside
+        if output_size is not None or type(self.conv) is not OneDnnConv2d:  # a LoRA adds weights of its own
             made = super().forward(hidden_states, output_size)
         else:
             made = functional.conv_transpose2d(hidden_states, self._folded, self.conv.bias, stride=2, padding=1)
@@ -91,10 +91,9 @@ class OneDnnUpsample(Upsample2D):  # type: ignore[misc]  # as above
 
 
 def _folded(weight: torch.Tensor) -> torch.Tensor:
-    """The kernel, in × out × 4 × 4, of the transposed convolution that doubles by copies and convolves with `weight`.
+    """The kernel (in × out × 4 × 4) of the transposed convolution that equals upsampling and convolving with `weight`.
 
-    `weight` is out × in × 3 × 3, for a padding of 1. Each of the four copies of a number is seen through the kernel,
-    turned around, at its own place.
+    `weight` is out × in × 3 × 3, for a padding of 1. The result sums the flipped kernel at the four copies of a number.
     """
     turned = weight.detach().flip(2, 3).transpose(0, 1)
     folded = turned.new_zeros(*turned.shape[:2], 4, 4)
@@ -105,9 +104,9 @@ def _folded(weight: torch.Tensor) -> torch.Tensor:
 
 
 def use_onednn(pipeline: Any, controlnet: Any) -> None:
-    """Let the plain linear layers, convolutions and doublings of all fp32 parts compute by oneDNN.
+    """Convert the plain linear layers, convolutions and upsampling blocks of all fp32 components to oneDNN.
 
-    Whatever derives from them stays as it is: it computes otherwise.
+    Subclasses are not changed, since they compute differently.
     """
     for module in [*pipeline.components.values(), controlnet]:
         if not isinstance(module, torch.nn.Module) or module.dtype != torch.float32:

@@ -1,4 +1,4 @@
-"""What a ControlNet adds to some rows of a batch, and zeros to the others. Knows no prompts, requests or schedules."""
+"""Runs a ControlNet for some rows of a batch and gives zeros to the others."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from stable_diffusion_server.errors import ModelLoadError
 
 @dataclass(frozen=True, slots=True)
 class ControlNetInput:
-    """What guides one request: `hint` is the edges as its ControlNet takes them, `scale` how much they count.
+    """ControlNet conditioning of one request: `hint` holds the edges, `scale` multiplies the residuals.
 
     SDXL takes pixels in 0..1, 1 × 3 × height × width; Flux packed latents, 1 × patches × channels, or pixels in
     -1..1 where the network has a hint block of its own.
@@ -24,10 +24,7 @@ class ControlNetInput:
 
 
 def check_grid(controlnet: Any, pixels_per_latent: int) -> None:
-    """Raise `ModelLoadError` when an SDXL ControlNet shrinks pixels to another grid than that of the latents.
-
-    Its convolutions halve a picture so and so often, whatever the VAE does.
-    """
+    """Raise `ModelLoadError` when an SDXL ControlNet downsamples by another factor than the VAE."""
     shrinks = 2 ** (len(controlnet.config.conditioning_embedding_out_channels) - 1)
     if shrinks != pixels_per_latent:
         raise ModelLoadError(

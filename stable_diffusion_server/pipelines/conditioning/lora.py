@@ -1,7 +1,7 @@
 """Loads, activates and removes the LoRAs of one pipeline.
 
-An adapter has one scaling for the whole model, so rows with and without it cannot share a forward pass: requests are
-grouped by their adapters (`DiffusionRequest.shape`), and `switch` changes over when the group changes.
+A LoRA has one scaling for the whole model, so rows with and without it cannot share a forward pass: requests are
+grouped by their LoRAs (`DiffusionRequest.shape`), and `switch` changes over when the group changes.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 import structlog
+from cachetools import LRUCache
 from safetensors.torch import load
 
 from stable_diffusion_server.errors import InvalidInput, ModelLoadError
@@ -35,15 +36,15 @@ __all__ = [
 
 Loras = Sequence[tuple[str, float]]
 
-# Adapters kept in memory beside those in use; the one used longest ago goes first.
-KEPT = 8
-_MOST_REFUSED = 1024
+# LoRAs kept in memory besides those in use; the least recently used is unloaded first.
+MAX_IDLE = 8
+_MAX_REFUSED = 1024
 
 _log = structlog.get_logger(__name__)
 
 
 class LoadedLora:
-    """An adapter that is loaded, by its digest, and stays so for as long as someone has this."""
+    """A loaded LoRA, by its digest; it stays loaded while a reference to this exists."""
 
     __slots__ = ("__weakref__", "digest")
 
@@ -55,12 +56,12 @@ ActiveLoras = tuple[tuple[LoadedLora, float], ...]
 
 
 def digests_and_weights(used: ActiveLoras) -> tuple[tuple[str, float], ...]:
-    """What adapters in use are: the digest of each and its weight."""
+    """The digest and the weight of each LoRA."""
     return tuple((held.digest, weight) for held, weight in used)
 
 
 def add_to_controlnet(controlnet: Any, path: Path) -> None:
-    """Put a LoRA on a ControlNet for good. Raises `ModelLoadError` for one of another kind."""
+    """Add a LoRA to a ControlNet permanently. Raises `ModelLoadError` when it does not fit."""
     try:
         file = read_lora(path)
         first = next(iter(file.header.tensors), "").partition(".")[0]
@@ -68,17 +69,17 @@ def add_to_controlnet(controlnet: Any, path: Path) -> None:
         controlnet.load_lora_adapter(load(file.data), prefix=prefix, adapter_name="own")
     except ModelLoadError as error:
         raise ModelLoadError(f"CONTROLNET_LORA: {error.detail}") from error
-    except Exception as error:  # a file is input, and the library raises whatever it stumbles over
+    except Exception as error:  # the file is input, and the library raises many types
         raise ModelLoadError(f"CONTROLNET_LORA: {path.name} does not fit the ControlNet.") from error
     if "own" not in getattr(controlnet, "peft_config", {}):
         raise ModelLoadError(f"CONTROLNET_LORA: {path.name} holds nothing for the ControlNet.")
 
 
 class LoraManager:
-    """The adapters of one pipeline, loaded when first asked for, by what their files hold. For the device thread alone.
+    """The LoRAs of one pipeline, loaded on first use and identified by content. For the engine's thread only.
 
-    `always` are (file, weight) of those that belong to the model whatever a request asks for; they are loaded at once.
-    `settle` puts the weights where they live between drawings, should a load that failed have left them elsewhere.
+    `always` are (file, weight) of the model's built-in LoRAs, loaded at once. `settle` applies the residency again when
+    a failed load has moved weights.
     """
 
     def __init__(
@@ -94,8 +95,8 @@ class LoraManager:
         self._settle = settle
         self._loaded: OrderedDict[str, None] = OrderedDict()
         self._held: WeakValueDictionary[str, LoadedLora] = WeakValueDictionary()
-        # Why a content was refused, which stays so: it is not read through again.
-        self._refused: OrderedDict[str, str] = OrderedDict()
+        # Reasons of refusals by digest.
+        self._refused: LRUCache[str, str] = LRUCache(_MAX_REFUSED)
         self._always: list[tuple[str, float]] = []
         self._active: list[tuple[str, float]] | None = None
         for number, (file, weight) in enumerate(always):
@@ -105,7 +106,7 @@ class LoraManager:
         self.switch(())
 
     def use(self, loras: Loras, digests: Sequence[str] = ()) -> ActiveLoras:
-        """Turn exactly these adapters on, by name and weight, loading what is not loaded.
+        """Activate exactly these LoRAs, by name and weight, loading them if necessary.
 
         `digests`, one each, say which content is meant under a name; without them it is the present one. Raises
         `InvalidInput` with the reason for an unknown name, a file that does not fit, and one that was replaced.
@@ -116,19 +117,19 @@ class LoraManager:
             wanted.append((self._hold(name, digest), weight))
         used = tuple(wanted)
         self.switch(used)
-        self._forget()
+        self._unload_idle()
         return used
 
     def switch(self, used: ActiveLoras) -> None:
-        """Turn on exactly what `use` gave."""
+        """Activate exactly what `use` returned."""
         weights: dict[str, float] = {}
         for held, weight in used:
             key = _key(held.digest)
-            weights[key] = weights.get(key, 0.0) + weight  # the library takes one weight of an adapter
+            weights[key] = weights.get(key, 0.0) + weight  # the library takes one weight per LoRA
         on = [*weights.items(), *self._always]
         if on == self._active:
             return
-        self._active = None  # until it has worked
+        self._active = None  # unknown until the call succeeds
         if on:
             self._pipeline.enable_lora()
             self._pipeline.set_adapters([key for key, _ in on], [weight for _, weight in on])
@@ -157,7 +158,7 @@ class LoraManager:
         except InvalidInput as error:
             self._refuse(file, error.detail)
             raise
-        self._active = None  # loading one turns it on
+        self._active = None  # loading a LoRA activates it
         hooked = _hooked(self._pipeline)
         try:
             lora_weights.attach(fitting, self._pipeline, key, file.name)
@@ -167,24 +168,22 @@ class LoraManager:
             raise
 
     def _refuse(self, file: LoraFile, why: str) -> None:
-        """Take note of why a content does not fit, which another try will not change."""
-        # The same content may lie there under another name.
+        """Remember why a content does not fit, so that it is not read again."""
+        # The same content may come under another file name.
         self._refused[file.digest] = why.removeprefix(Path(file.name).stem)
-        if len(self._refused) > _MOST_REFUSED:
-            self._refused.popitem(last=False)
         _log.warning("an adapter is refused", file=file.name, why=why)
         self._folder.refuse(file, self._denoiser, why)
 
-    def _forget(self) -> None:
-        """Take off those used longest ago, but none that someone holds."""
+    def _unload_idle(self) -> None:
+        """Unload the least recently used LoRAs, except those a running request uses."""
         idle = [digest for digest in self._loaded if digest not in self._held]
-        for digest in idle[: max(0, len(self._loaded) - KEPT)]:
+        for digest in idle[: max(0, len(self._loaded) - MAX_IDLE)]:
             lora_weights.detach(self._pipeline, _key(digest))
             del self._loaded[digest]
 
 
 def _hooked(pipeline: Any) -> list[bool]:
-    """Which parts have hooks that move their weights."""
+    """Which components have offloading hooks."""
     return [hasattr(part, "_hf_hook") for part in pipeline.components.values()]
 
 

@@ -1,4 +1,4 @@
-"""An adapter's file (LoRA): its header, its bytes, its digest, and what is wrong with it. Knows no torch."""
+"""Reads LoRA files: header, content, digest, and the reason why one cannot be used."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LARGEST_HEADER = 8 * 2**20
 _ANY_HEADER = 100_000_000
 _POINTER = b"version https://git-lfs"
 
-# What the names of tensors begin with: in LoRA files for SDXL's UNet, and for Flux's transformer.
+# First parts of tensor names in LoRA files for a UNet, and for a transformer.
 _UNET = (
     "unet. lora_unet_down_blocks lora_unet_mid_block lora_unet_up_blocks lora_unet_input_blocks lora_unet_middle_block "
     "lora_unet_output_blocks lora_unet_time_embed lora_unet_label_emb lora_unet_conv_ lora_unet_out_"

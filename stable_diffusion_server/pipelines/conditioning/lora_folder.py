@@ -1,4 +1,4 @@
-"""The operator's folder of adapters (LoRA): which there are, which cannot be used and why. Knows no torch."""
+"""The folder of LoRAs that requests may name: which there are, and which cannot be used and why."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import hashlib
 import os
 import re
 import time
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TypeVar
+from threading import Lock
 
 import structlog
+from cachetools import LRUCache
 
 from stable_diffusion_server.errors import InvalidInput, ModelLoadError
 from stable_diffusion_server.pipelines.conditioning.lora_files import (
@@ -30,45 +31,45 @@ from stable_diffusion_server.types import LORA_NAME_PATTERN
 
 SUFFIX = ".safetensors"
 _NAME = re.compile(LORA_NAME_PATTERN)
-_DEPTH, _MOST_ENTRIES, _MOST_KEPT = 6, 50_000, 4096
-# A file that was changed so recently may be changed again within the resolution of its times.
+_MAX_DEPTH, _MAX_ENTRIES, _CACHE_SIZE = 6, 50_000, 4096
+# A file changed more recently than this may change again without a new timestamp.
 _UNSETTLED_SECONDS = 2.0
 
 _log = structlog.get_logger(__name__)
 
-K = TypeVar("K")
-V = TypeVar("V")
-
 
 class LoraFolder:
-    """The folder whose adapters orders may name. Safe from any thread; its calls read files.
+    """A folder of LoRAs. Thread-safe; its methods read files.
 
-    Sub-folders are looked through and links followed, out of the folder too; of two files of one name the one nearer
-    to the top counts. What is known of a file is kept by its device, inode, size and times.
+    Subfolders are searched and links followed, also out of the folder; of two files of one name the one nearer to the
+    top counts. Results are cached by a file's device, inode, size and times.
     """
 
     def __init__(self, folder: Path | None, largest: int = LARGEST_BYTES) -> None:
         self.folder = folder
         self._largest = largest
-        self._fits: OrderedDict[LoraIdentity, Collection[str]] = OrderedDict()
-        self._digests: OrderedDict[LoraIdentity, str] = OrderedDict()
-        self._refused: OrderedDict[tuple[LoraIdentity, str], str] = OrderedDict()
-        self._told: set[tuple[str, str]] = set()
+        self._fits: LRUCache[LoraIdentity, Collection[str]] = LRUCache(_CACHE_SIZE)
+        self._digests: LRUCache[LoraIdentity, str] = LRUCache(_CACHE_SIZE)
+        self._refused: LRUCache[tuple[LoraIdentity, str], str] = LRUCache(_CACHE_SIZE)
+        self._lock = Lock()
+        self._logged: set[tuple[str, str]] = set()
 
     def names(self, denoisers: Collection[str] = tuple(DENOISERS)) -> tuple[str, ...]:
         """The adapters that can be used with one of these denoisers, as far as it is known, sorted."""
-        return tuple(name for name, (why, fits) in self._surveyed().items() if not why and set(fits) & set(denoisers))
+        return tuple(
+            name for name, (why, fits) in self._checked_files().items() if not why and set(fits) & set(denoisers)
+        )
 
     def faults(self) -> dict[str, str]:
-        """What cannot be used: name of each adapter → why, in a sentence. Each is told in the log once."""
-        faults = {name: why for name, (why, _) in self._surveyed().items() if why}
+        """The LoRAs that cannot be used: name → reason, a sentence. Each is logged once."""
+        faults = {name: why for name, (why, _) in self._checked_files().items() if why}
         for file in _walk(self.folder) if self.folder is not None else ():
             if not _NAME.fullmatch(file.stem):
-                name = ascii(file.name)  # which may be no text at all
+                name = ascii(file.name)  # it may not be valid text
                 faults[name] = f"{name} cannot be asked for: names have letters, digits, '.', '_' and '-' alone."
         for name, why in faults.items():
-            if (name, why) not in self._told:
-                self._told.add((name, why))
+            if (name, why) not in self._logged:
+                self._logged.add((name, why))
                 _log.warning("an adapter cannot be used", name=name, why=why)
         return faults
 
@@ -91,15 +92,17 @@ class LoraFolder:
     def check(self, name: str) -> None:
         """Raise `InvalidInput` with the reason when an adapter's file is none, as far as its header tells."""
         file = self.file(name)
-        with _told_of_the_order(), opened(file) as (source, facts):
+        with _as_request_error(), opened(file) as (source, facts):
             check_lora(source, facts, file.name, self._largest)
 
     def digest(self, name: str) -> str:
         """The digest of an adapter's present content. Raises `InvalidInput` with the reason for one that is unfit."""
         file = self.file(name)
-        with _told_of_the_order(), opened(file) as (source, facts):
+        with _as_request_error(), opened(file) as (source, facts):
             settled, identity = _is_settled(facts), identity_of(facts)
-            if (known := self._digests.get(identity)) is not None:
+            with self._lock:
+                known = self._digests.get(identity)
+            if known is not None:
                 return known
             check_lora(source, facts, file.name, self._largest)
             source.seek(0)
@@ -107,24 +110,26 @@ class LoraFolder:
             if identity_of(os.fstat(source.fileno())) != identity:
                 raise ModelLoadError(f"{file.name} is being written to at this moment; ask again.")
         if settled:
-            _keep(self._digests, identity, digest)
+            with self._lock:
+                self._digests[identity] = digest
         return digest
 
     def read(self, name: str) -> LoraFile:
         """An adapter's present content. Raises `InvalidInput` with the reason."""
-        with _told_of_the_order():
+        with _as_request_error():
             return read_lora(self.file(name), self._largest)
 
     def refuse(self, file: LoraFile, denoiser: str, why: str) -> None:
-        """Take note that a file as it was read does not fit a denoiser, so that it is offered for it no longer."""
-        _keep(self._refused, (file.identity, denoiser), why)
+        """Remember that a file as it was read does not fit a denoiser, so that it is no longer offered for it."""
+        with self._lock:
+            self._refused[file.identity, denoiser] = why
 
     def available(self, denoisers: Collection[str]) -> Mapping[str, str]:
         """The adapters that can be used with these denoisers, each with its digest, which is read when looked up.
 
         Looking up one that cannot be used raises `InvalidInput` with the reason, and `KeyError` where there is none.
         """
-        return _Offered(self, denoisers)
+        return _AvailableLoras(self, denoisers)
 
     def _files(self) -> dict[str, Path]:
         """Every adapter's file by its name."""
@@ -134,15 +139,17 @@ class LoraFolder:
                 files.setdefault(file.stem, file)
         return files
 
-    def _surveyed(self) -> dict[str, tuple[str, Collection[str]]]:
+    def _checked_files(self) -> dict[str, tuple[str, Collection[str]]]:
         """Each adapter with what is wrong with it, in a sentence, and the denoisers it may fit."""
-        return {name: self._looked_at(file) for name, file in sorted(self._files().items())}
+        return {name: self._check_file(file) for name, file in sorted(self._files().items())}
 
-    def _looked_at(self, file: Path) -> tuple[str, Collection[str]]:
+    def _check_file(self, file: Path) -> tuple[str, Collection[str]]:
         with suppress(OSError):
             identity = identity_of(os.stat(file))
-            if (known := self._fits.get(identity)) is not None:
-                return self._left_of(identity, known)
+            with self._lock:
+                known = self._fits.get(identity)
+            if known is not None:
+                return self._remaining(identity, known)
         try:
             with opened(file) as (source, facts):
                 identity, settled = identity_of(facts), _is_settled(facts)
@@ -150,12 +157,14 @@ class LoraFolder:
         except ModelLoadError as error:
             return error.detail, ()
         if settled:
-            _keep(self._fits, identity, fits)
-        return self._left_of(identity, fits)
+            with self._lock:
+                self._fits[identity] = fits
+        return self._remaining(identity, fits)
 
-    def _left_of(self, identity: LoraIdentity, fits: Collection[str]) -> tuple[str, Collection[str]]:
-        """What was not refused since of the denoisers a content may fit; the reason where nothing is left."""
-        known = {denoiser: self._refused.get((identity, denoiser), "") for denoiser in fits}
+    def _remaining(self, identity: LoraIdentity, fits: Collection[str]) -> tuple[str, Collection[str]]:
+        """The denoisers that have not refused a content yet, and the reason when none is left."""
+        with self._lock:
+            known = {denoiser: self._refused.get((identity, denoiser), "") for denoiser in fits}
         left = [denoiser for denoiser, why in known.items() if not why]
         return ("" if left else next(iter(known.values()))), left
 
@@ -165,8 +174,8 @@ def _is_settled(facts: os.stat_result) -> bool:
     return time.time() - max(facts.st_mtime, facts.st_ctime) > _UNSETTLED_SECONDS
 
 
-class _Offered(Mapping[str, str]):
-    """What a folder offers to some denoisers, by name, with digests."""
+class _AvailableLoras(Mapping[str, str]):
+    """The LoRAs of a folder for some denoisers, by name, with digests."""
 
     def __init__(self, folder: LoraFolder, denoisers: Collection[str]) -> None:
         self._folder = folder
@@ -191,7 +200,7 @@ def _walk(folder: Path) -> Iterator[Path]:
     listed is passed over.
     """
     entered: set[tuple[int, int]] = set()
-    left, most = deque([(folder, 0)]), _MOST_ENTRIES
+    left, most = deque([(folder, 0)]), _MAX_ENTRIES
     while left and most > 0:
         place, depth = left.popleft()
         try:
@@ -205,24 +214,17 @@ def _walk(folder: Path) -> Iterator[Path]:
         for entry in entries:
             if entry.suffix == SUFFIX:
                 yield entry
-            elif depth < _DEPTH and not entry.name.startswith(".") and entry.is_dir():
+            elif depth < _MAX_DEPTH and not entry.name.startswith(".") and entry.is_dir():
                 left.append((entry, depth + 1))
 
 
 @contextmanager
-def _told_of_the_order() -> Iterator[None]:
-    """Have what is wrong with a file be the order's that names it."""
+def _as_request_error() -> Iterator[None]:
+    """Report a fault of a file as an error of the request that names it."""
     try:
         yield
     except ModelLoadError as error:
         raise InvalidInput(error.detail, field="lora") from error
-
-
-def _keep(kept: OrderedDict[K, V], key: K, value: V) -> None:
-    kept[key] = value
-    while len(kept) > _MOST_KEPT:
-        with suppress(KeyError):  # another thread may have
-            kept.popitem(last=False)
 
 
 def names_in(folder: Path | None) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""An adapter's tensors: checked to be finite and to fit a pipeline whole, put on it and taken off without a trace."""
+"""Checks that a LoRA's tensors are finite and fit a pipeline, attaches them and detaches them completely."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether the parts of a model were made for one another, by their configurations. Knows no files and no jobs."""
+"""Checks by their configurations that the components of a model fit each other."""
 
 from __future__ import annotations
 
@@ -8,29 +8,29 @@ from typing import Any
 from stable_diffusion_server.errors import ModelLoadError
 
 
-def check_pipeline(told: str, pipeline: Any) -> None:
-    """Raise `ModelLoadError` when a text-to-image pipeline's parts do not fit one another; `told` names its folder.
+def check_pipeline(folder: str, pipeline: Any) -> None:
+    """Raise `ModelLoadError` when the components of a text-to-image pipeline do not fit each other.
 
-    Left alone, each picture would fail in the middle, or be noise.
+    Otherwise every image would fail halfway, or be noise. `folder` is named in the error.
     """
     vae = pipeline.vae.config
     if not hasattr(pipeline.vae, "quant_conv"):
         raise ModelLoadError(
-            f"{told}/vae holds a {type(pipeline.vae).__name__}, and an AutoencoderKL is needed to encode pictures."
+            f"{folder}/vae holds a {type(pipeline.vae).__name__}, and an AutoencoderKL is needed to encode pictures."
         )
     if hasattr(pipeline, "unet"):
-        _check_unet(told, pipeline, vae.latent_channels)
+        _check_unet(folder, pipeline, vae.latent_channels)
     else:
-        _check_transformer(told, pipeline, vae.latent_channels)
+        _check_transformer(folder, pipeline, vae.latent_channels)
     for tokenizer, encoder in (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")):
         words, known = len(getattr(pipeline, tokenizer)), getattr(pipeline, encoder).config.vocab_size
         if words > known:
             raise ModelLoadError(
-                f"{told}/{tokenizer} has {words} tokens, and {told}/{encoder} knows {known}: one of another model."
+                f"{folder}/{tokenizer} has {words} tokens, and {folder}/{encoder} knows {known}: one of another model."
             )
 
 
-def check_controlnet(told: str, pipeline: Any, controlnet: Any) -> None:
+def check_controlnet(folder: str, pipeline: Any, controlnet: Any) -> None:
     """Raise `ModelLoadError` when a ControlNet was made for another model than `pipeline`'s."""
     if hasattr(pipeline, "unet"):
         names: Iterable[str] = ("in_channels", "cross_attention_dim", "block_out_channels", "addition_time_embed_dim")
@@ -40,18 +40,18 @@ def check_controlnet(told: str, pipeline: Any, controlnet: Any) -> None:
     for name in names:
         own, wanted = controlnet.config.get(name), whole.get(name)
         if own != wanted and not (isinstance(own, list | tuple) and [*own] == [*wanted]):
-            raise ModelLoadError(f"{told} was made for another model: its {name} is {own}, and the model's {wanted}.")
+            raise ModelLoadError(f"{folder} was made for another model: its {name} is {own}, and the model's {wanted}.")
 
 
-def _check_unet(told: str, pipeline: Any, latent_channels: int) -> None:
+def _check_unet(folder: str, pipeline: Any, latent_channels: int) -> None:
     config = pipeline.unet.config
     if config.in_channels != latent_channels:
         raise ModelLoadError(
-            f"{told}/unet takes {config.in_channels} channels, and one that draws from text takes the VAE's "
+            f"{folder}/unet takes {config.in_channels} channels, and one that draws from text takes the VAE's "
             f"{latent_channels}: it was made for inpainting or the like."
         )
     _check_equal(
-        told,
+        folder,
         ("unet", "out_channels", config.out_channels, "the VAE's channels", latent_channels),
         (
             "unet",
@@ -69,19 +69,19 @@ def _check_unet(told: str, pipeline: Any, latent_channels: int) -> None:
         ),
     )
     if config.time_cond_proj_dim is not None:
-        raise ModelLoadError(f"{told}/unet was distilled with its guidance as an input, which is not given here.")
+        raise ModelLoadError(f"{folder}/unet was distilled with its guidance as an input, which is not given here.")
 
 
-def _check_transformer(told: str, pipeline: Any, latent_channels: int) -> None:
+def _check_transformer(folder: str, pipeline: Any, latent_channels: int) -> None:
     config = pipeline.transformer.config
     # A patch packs 2 × 2 latent pixels into channels.
     if config.in_channels != 4 * latent_channels:
         raise ModelLoadError(
-            f"{told}/transformer takes {config.in_channels} channels, and one that draws from text takes "
+            f"{folder}/transformer takes {config.in_channels} channels, and one that draws from text takes "
             f"{4 * latent_channels}: it was made for filling, control or the like."
         )
     _check_equal(
-        told,
+        folder,
         (
             "transformer",
             "joint_attention_dim",
@@ -99,7 +99,7 @@ def _check_transformer(told: str, pipeline: Any, latent_channels: int) -> None:
     )
 
 
-def _check_equal(told: str, *pairs: tuple[str, str, Any, str, Any]) -> None:
-    for part, name, own, whose, wanted in pairs:
+def _check_equal(folder: str, *pairs: tuple[str, str, Any, str, Any]) -> None:
+    for part, name, own, source, wanted in pairs:
         if isinstance(own, int) and own != wanted:
-            raise ModelLoadError(f"{told}/{part} has a {name} of {own}, and {whose} {wanted}: they do not fit.")
+            raise ModelLoadError(f"{folder}/{part} has a {name} of {own}, and {source} {wanted}: they do not fit.")

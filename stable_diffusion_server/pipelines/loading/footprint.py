@@ -1,4 +1,4 @@
-"""How many bytes a model's parts take: by their shapes before they are loaded, by their storage afterwards."""
+"""Computes the bytes of a model's components, from shapes before loading and from storage afterwards."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import torch
 from stable_diffusion_server.pipelines.loading.placement import Footprint
 from stable_diffusion_server.pipelines.model_spec import ModelSpec
 
-# What one drawing needs beside the weights, for each pixel: the widest layers of a VAE decoder, roughly.
+# Bytes per pixel that a request needs besides the weights: roughly the widest layers of a VAE decoder.
 _WORKING_BYTES = 2048
 
 
 def footprint_of(spec: ModelSpec, parts: Mapping[str, torch.nn.Module], dtype: torch.dtype) -> Footprint:
-    """What these parts need in `dtype`, by their shapes; a ControlNet may be among them."""
+    """The bytes these components need in `dtype`; a ControlNet may be one of them."""
     layers = [
         sum(parameter.numel() for parameter in module.parameters(recurse=False))
         for part in parts.values()
@@ -38,7 +38,7 @@ def parameters_of(module: torch.nn.Module) -> int:
 
 
 def bytes_of(*modules: torch.nn.Module) -> int:
-    """Bytes the modules hold in memory; storage they share, among themselves too, counts once."""
+    """Bytes of the modules in memory; shared storage counts once."""
     storages: dict[tuple[str, int], int] = {}
 
     def visit(tensor: Any) -> None:

@@ -1,4 +1,4 @@
-"""Fetches models from the Hugging Face hub: only the files that are read, of a pinned revision. Knows no torch."""
+"""Downloads models from the Hugging Face hub: only the files that are read, at a pinned revision."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _PATIENCE = 20.0
 
 @dataclass(frozen=True, slots=True)
 class PinnedRevision:
-    """What was fetched of a repository: the commit, and the names of the files."""
+    """A downloaded repository: its commit and the names of the files."""
 
     commit: str
     files: tuple[str, ...]
@@ -53,11 +53,11 @@ class _Listed:
 
 
 class HubClient:
-    """Repositories of the hub, each fetched once into the hub's cache (HF_HOME).
+    """Downloads repositories into the hub's cache (HF_HOME), each once.
 
-    `revisions` names the branch, tag or commit of a repository; of any other the commit that was fetched first is kept
-    in the file `pins`, so that a restart draws with the same weights. Progress is logged every `every` seconds. All
-    methods raise `ModelLoadError` with a sentence that says what can be done.
+    `revisions` holds the branch, tag or commit of a repository. For other repositories the commit of the first download
+    is stored in the file `pins`, so that a restart uses the same weights. Progress is logged every `every` seconds. All
+    methods raise `ModelLoadError` with a sentence on what to do.
     """
 
     def __init__(
@@ -133,10 +133,10 @@ class HubClient:
         return folder
 
     def _without_hub(self, repo: str, revision: str, error: Exception) -> Path:
-        """What the cache holds of a repository when the hub does not answer."""
+        """The cached repository, when the hub does not answer."""
         try:
             folder = Path(snapshot_download(repo, revision=revision, local_files_only=True))
-        except Exception:  # whatever it is, why the hub was not reached says more
+        except Exception:  # the reason why the hub was not reached says more
             raise _refused(repo, revision, error) from error
         _log.warning("the hub does not answer; what its cache holds is used", repo=repo, why=_sentence(error))
         return folder
@@ -155,15 +155,15 @@ class HubClient:
         if not lacking:
             snapshot_download(repo, revision=listed.commit, allow_patterns=list(names))
             return
-        with self._told(repo, listed.commit, blobs, total):
+        with self._progress_logged(repo, listed.commit, blobs, total):
             snapshot_download(repo, revision=listed.commit, allow_patterns=list(names))
 
     @contextmanager
-    def _told(self, repo: str, commit: str, blobs: Path, total: int) -> Iterator[None]:
-        """Log how far a download is, now and then, until the block ends; `progress` says it in a sentence."""
+    def _progress_logged(self, repo: str, commit: str, blobs: Path, total: int) -> Iterator[None]:
+        """Log a download's progress periodically until the block ends; `progress` holds it as a sentence."""
         before, over = _bytes_in(blobs, "*"), threading.Event()
 
-        def tell() -> None:
+        def report() -> None:
             while True:
                 done = min(total, max(0, _bytes_in(blobs, "*") - before))
                 self.progress = f"{repo} is being fetched from the hub: {_gigabytes(done)} of {_gigabytes(total)}."
@@ -171,13 +171,13 @@ class HubClient:
                 if over.wait(self._every):
                     return
 
-        teller = threading.Thread(target=tell, name="hub-progress", daemon=True)
-        teller.start()
+        reporter = threading.Thread(target=report, name="hub-progress", daemon=True)
+        reporter.start()
         try:
             yield
         finally:
             over.set()
-            teller.join()
+            reporter.join()
             self.progress = ""
         _log.info("fetched from the hub", repo=repo, commit=commit, bytes=total)
 
@@ -227,7 +227,7 @@ def _in_cache(repo: str, pin: PinnedRevision) -> Path | None:
 
 
 def _refused(repo: str, revision: str, error: Exception) -> ModelLoadError:
-    """Why a repository cannot be had, and what its reader can do about it."""
+    """Why a repository cannot be downloaded, and what to do about it."""
     page = f"{constants.ENDPOINT}/{repo}"
     match error:
         case GatedRepoError():
@@ -245,7 +245,7 @@ def _refused(repo: str, revision: str, error: Exception) -> ModelLoadError:
 
 
 def _sentence(error: Exception) -> str:
-    """The client's own words, on one line, without the home folder, and not too many."""
+    """The client's message on one line, shortened, without the home folder."""
     words = " ".join(str(error).split()).replace(str(Path.home()), "~").rstrip(".")
     return f"{type(error).__name__}: {words[:200]}" if words else type(error).__name__
 

@@ -1,4 +1,4 @@
-"""Brings a model from its files to where it draws: identified, placed, quantized, made fast. Knows no requests."""
+"""Loads a model: identifies its weights, places, quantizes and optimizes it."""
 
 from __future__ import annotations
 
@@ -40,22 +40,20 @@ from stable_diffusion_server.pipelines.model_spec import ModelSpec
 
 _log = structlog.get_logger(__name__)
 
-# Weights in other types are turned into the loaded one for every product, which no layout or compiler makes fast.
+# Quantizations that optimizations help: others convert weights back for every product.
 COMPUTED_FAST = (Quantization.NONE, Quantization.TORCHAO_FLOAT8_DYNAMIC)
 
 
 @dataclass(frozen=True, slots=True)
 class LoadOptions:
-    """What to load and how: `models` by family (see `catalog.choose_models`), from the hub too with `hub`.
+    """What to load and how. `models` are specs by name (see `catalog.choose_models`); `hub` downloads missing ones.
 
-    Where the device cannot hold one of them and `instead` has another of its name, that one is loaded. `digests`
-    tell weights from any others. Those that stay in memory are copies of their files, unless `mapped`. `lora_dir`
-    holds the adapters a request may name, or `loras`, where it is looked after by others too; `controlnet_lora` goes on
-    Flux's ControlNet, the weights `dfloat11` into its transformer. `offload` and `quantize` force what else follows
-    from free memory; `performance` is how weights that stay on the device, as they were loaded, are made to
-    compute. The VAE may decode a batch one by one (`vae_slicing`) or a large picture in overlapping tiles
-    (`vae_tiling`), which takes less memory and changes such pictures a little; so does attention computed in
-    slices. Each model keeps up to `prompt_cache_bytes` of encoded prompts.
+    `fallbacks` replace a model that the device cannot hold. `digests` identify weights. With `mapped`, weights stay
+    memory-mapped. `lora_dir`, or the shared `loras`, holds the LoRAs that requests may name. `controlnet_lora` is added
+    to the ControlNet and `dfloat11` are compressed weights, for models that take them. `offload` and `quantize`
+    override what free memory decides; `performance` names the optimizations of resident, unquantized weights.
+    `attention_slicing`, `vae_slicing` and `vae_tiling` save memory and change images slightly. Each model caches up to
+    `prompt_cache_bytes` of prompt embeddings.
     """
 
     models: Mapping[str, ModelSpec] = field(default_factory=lambda: MODELS)
@@ -83,9 +81,9 @@ class LoadOptions:
 
 @dataclass(slots=True)
 class PlacedModel:
-    """A model where it draws. `spec` are as its files have them, `commit` that of its repository on the hub.
+    """A loaded and placed model. `spec` has the revision of its files, `commit` is that of its hub repository.
 
-    `remarks` say in sentences what it does without.
+    `remarks` are sentences on what could not be loaded.
     """
 
     spec: ModelSpec
@@ -99,9 +97,9 @@ class PlacedModel:
 
 
 def place_model(spec: ModelSpec, models_dir: Path, device: torch.device, options: LoadOptions) -> PlacedModel:
-    """A model's pipeline, ControlNet and adapters, in the placement that fits the device's free memory now.
+    """A model's pipeline, ControlNet and LoRAs, in the placement that fits the device's free memory.
 
-    Raises `ModelLoadError`; a ControlNet that cannot be used is done without, and remarked on.
+    Raises `ModelLoadError`. A ControlNet that cannot be used is left out, with a remark.
     """
     hub = options.hub
     footprint = footprint_of(spec, empty_pipeline(spec, models_dir, hub=hub), dtype_of(spec, device))
@@ -130,7 +128,7 @@ def place_model(spec: ModelSpec, models_dir: Path, device: torch.device, options
             always,
             lambda: apply_residency(pipeline, controlnet, device, placement.residency),
         )
-    except InvalidInput as error:  # of no request here
+    except InvalidInput as error:  # a built-in LoRA, not a request's
         raise ModelLoadError(error.detail) from error
     known = spec if options.quantize != "auto" else with_quantization(spec, placement.quantization)
     known = with_weights(known, weights, control)
@@ -144,14 +142,14 @@ def place_model(spec: ModelSpec, models_dir: Path, device: torch.device, options
         copy_out_of_files(part for part in parts.values() if isinstance(part, torch.nn.Module))
     apply_residency(pipeline, controlnet, device, placement.residency)
     commit = hub.commit(spec.repo) if hub and spec.repo else ""
-    graphs = _made_fast(pipeline, controlnet, device, placement, options)
+    graphs = _optimize(pipeline, controlnet, device, placement, options)
     return PlacedModel(known, pipeline, controlnet, adapters, placement, graphs, commit, remarks)
 
 
 def _control(
     spec: ModelSpec, models_dir: Path, device: torch.device, options: LoadOptions, pipeline: Any, remarks: list[str]
 ) -> tuple[Any, str]:
-    """The ControlNet with the LoRA that belongs to it, and the digest of both; without one, `None` and nothing."""
+    """The ControlNet with CONTROLNET_LORA, and the digest of both; `None` and an empty digest without one."""
     hub = options.hub
     try:
         controlnet = load_controlnet(spec, models_dir, device, hub=hub, move=False)
@@ -162,9 +160,7 @@ def _control(
         if hasattr(pipeline, "unet"):
             check_grid(controlnet, pipeline.vae_scale_factor)
     except ModelLoadError as error:
-        _log.warning(
-            "a ControlNet cannot be used", model=spec.name, folder=spec.control_folder, why=error.detail
-        )  # told in a sentence
+        _log.warning("a ControlNet cannot be used", model=spec.name, folder=spec.control_folder, why=error.detail)
         remarks.append(f"{spec.name} draws without its ControlNet: {error.detail}")
         return None, ""
     if spec.takes_controlnet_lora and options.controlnet_lora:
@@ -174,10 +170,10 @@ def _control(
     return controlnet, options.digests.of(files)
 
 
-def _made_fast(
+def _optimize(
     pipeline: Any, controlnet: Any, device: torch.device, placement: Placement, options: LoadOptions
 ) -> list[CudaGraphRunner]:
-    """Have the parts compute as the settings ask for; the recordings that are made then."""
+    """Apply the optimizations of the settings; the CUDA graph runners that were created."""
     graphs: list[CudaGraphRunner] = []
     if placement.residency == Residency.RESIDENT and placement.quantization in COMPUTED_FAST:
         graphs = apply_optimizations(

@@ -1,4 +1,4 @@
-"""Where weights are between drawings, by diffusers' own hooks, and how they get back there whatever happens."""
+"""Applies diffusers' offloading, and moves weights back when a forward pass is interrupted."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _GROUP = "group_offloading"
 
 
 def apply_residency(pipeline: Any, controlnet: Any, device: torch.device, residency: Residency) -> None:
-    """Put the weights where they live between drawings, by diffusers' own hooks. Adapters come before."""
+    """Put the weights where they are kept, by diffusers' own hooks. LoRAs must be loaded before."""
     match residency:
         case Residency.RESIDENT:
             pipeline.to(device)
@@ -38,15 +38,14 @@ def apply_residency(pipeline: Any, controlnet: Any, device: torch.device, reside
         case Residency.SEQUENTIAL:
             pipeline.enable_sequential_cpu_offload(device=device)
     if controlnet is not None and residency is not Residency.GROUP:
-        controlnet.to(device)  # no part of the pipeline, so its hooks pass it by; it is small
+        controlnet.to(device)  # not a component of the pipeline, so its hooks do not move it; it is small
 
 
 class OffloadedModel:
-    """The parts of one model whose weights travel: which of them may be on the device, and that they leave it.
+    """A model whose weights move between memory and device: keeps only the components in use on the device.
 
-    diffusers' hooks bring a part when it is called, and send away the one that stands before it in the order of a
-    whole drawing. A drawing that ends elsewhere (its caller has hung up, it failed) would leave its part where it is,
-    and the next one's would come beside it.
+    diffusers' hooks load a component when it is called and unload the one before it in the order of a whole pipeline
+    call. A request that ends early (cancelled, failed) would leave its component on the device beside the next one.
     """
 
     def __init__(self, pipeline: Any, controlnet: Any, residency: Residency) -> None:
@@ -56,37 +55,37 @@ class OffloadedModel:
 
     @contextmanager
     def only(self, *names: str) -> Iterator[None]:
-        """Run a block that uses these parts: all others leave the device before, and all of them when it fails."""
+        """A block that uses these components: all others leave the device first, and all of them if it fails."""
         if self._residency is Residency.MODEL:
-            self._send_away(set(names))
+            self._offload_components(set(names))
         try:
             yield
         except BaseException:
             try:
                 self.release()
-            except RuntimeError as error:  # of a device that is lost; what the block raised says so
+            except RuntimeError as error:  # a lost device, which the block's own exception reports
                 _log.warning("weights could not leave the device", exc_info=error)
             raise
 
     def release(self) -> None:
-        """Let all weights that travel leave the device."""
+        """Move all offloaded weights off the device."""
         match self._residency:
             case Residency.RESIDENT:
                 return
             case Residency.MODEL:
-                self._send_away(set())
+                self._offload_components(set())
             case Residency.GROUP:
                 self._end_groups()
             case Residency.SEQUENTIAL:
                 self._end_layers()
 
-    def _send_away(self, kept: set[str]) -> None:
+    def _offload_components(self, kept: set[str]) -> None:
         for name, part in _networks(self._pipeline):
             if name not in kept and device_of(part) != _CPU:
                 part.to(_CPU)
 
     def _end_groups(self) -> None:
-        """What a forward pass that was left in the middle would have done at its end, group by group."""
+        """Offload the groups that an interrupted forward pass left on the device."""
         parts = [part for _, part in _networks(self._pipeline)]
         for part in [*parts, *([] if self._controlnet is None else [self._controlnet])]:
             for module in part.modules():
@@ -98,7 +97,7 @@ class OffloadedModel:
                     hook.group.offload_()
 
     def _end_layers(self) -> None:
-        """The same, layer by layer: accelerate's hooks hold the weights, and put them back on the meta device."""
+        """Offload the layers likewise; accelerate's hooks hold the weights and put them back on the meta device."""
         for _, part in _networks(self._pipeline):
             for module in part.modules():
                 whole = getattr(module, "_hf_hook", None)
@@ -110,16 +109,16 @@ class OffloadedModel:
 
 
 def copy_out_of_files(modules: Iterable[torch.nn.Module]) -> None:
-    """Give weights memory of their own.
+    """Copy memory-mapped weights into memory.
 
-    What the libraries load stays a map of its file while nothing converts or moves it: a file written over in place
-    would change the weights, and one cut short would end the process (SIGBUS).
+    Weights that were neither converted nor moved stay mapped: overwriting the file would change them, and truncating it
+    would kill the process (SIGBUS).
     """
     copies: dict[tuple[int, tuple[int, ...], tuple[int, ...]], torch.Tensor] = {}
     for module in modules:
         for tensor in [*module.parameters(), *module.buffers()]:
             if type(tensor.data) is not torch.Tensor or tensor.device != _CPU:
-                continue  # quantized ones were made here, and those of a device are copies
+                continue  # quantized and on-device tensors are copies already
             key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
             if key not in copies:
                 copies[key] = tensor.data.clone()
@@ -127,7 +126,7 @@ def copy_out_of_files(modules: Iterable[torch.nn.Module]) -> None:
 
 
 def device_of(part: torch.nn.Module) -> torch.device:
-    """Where a part's weights are, by its first one."""
+    """The device of a component, by its first parameter."""
     first = next(part.parameters(), None)
     return _CPU if first is None else first.device
 

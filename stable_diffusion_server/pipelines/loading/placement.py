@@ -1,4 +1,4 @@
-"""Where a model's weights live and how fine they are, from free memory and footprint. Pure; knows no device."""
+"""Decides from free memory where a model's weights are kept and whether they are quantized."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from stable_diffusion_server.errors import ModelLoadError, ModelTooLarge
 Offload = Literal["auto", "none", "model", "group", "sequential"]
 Quantize = Literal["auto", "none", "int8", "float8", "torchao-int8", "torchao-float8", "torchao-float8-dynamic"]
 
-# Free memory is never all ours: fragmentation, the allocator's own blocks, other processes.
+# Share of the free memory that is used; the rest is left for fragmentation, the allocator and other processes.
 USABLE = 0.9
-# With what OFFLOAD=sequential goes: accelerate moves plain tensors alone there and back.
+# Values of QUANTIZE that OFFLOAD=sequential allows: accelerate moves only plain tensors.
 MOVED_BY_LAYERS = ("auto", "none")
-# The part that is no part of the pipeline: hooks that move whole parts, or single layers, pass it by.
+# The ControlNet: not a component of the pipeline, so diffusers' model and sequential offload do not move it.
 CONTROL = "control"
 
 
 class Residency(StrEnum):
-    """Where the weights are while nothing is drawn, the fastest first.
+    """Where weights are kept between forward passes, the fastest first.
 
-    `model` moves whole parts to the device one after the other; `group` single layers, fetching the next one while one
-    is at work; `sequential` single layers, one after the other.
+    `model` moves whole components to the device, one at a time; `group` moves layers and prefetches the next one;
+    `sequential` moves layers one at a time.
     """
 
     RESIDENT = "resident"
@@ -68,7 +68,7 @@ class Footprint:
         return Footprint(parts, self.quantized, self.layer // self.weight_bytes, self.weight_bytes, self.working)
 
     def needed(self, residency: Residency) -> int:
-        """Bytes on the device at the worst moment of a drawing."""
+        """Peak bytes on the device."""
         stays = self.parts.get(CONTROL, 0)
         moved = [size for name, size in self.parts.items() if name != CONTROL]
         weights = {
@@ -82,14 +82,14 @@ class Footprint:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """The decision, and what it needs on the device in bytes."""
+    """The decision, and the bytes it needs on the device."""
 
     residency: Residency
     quantization: Quantization
     needed: int
 
 
-# In the order they are tried: each one fits where the one before does not, and is slower or coarser.
+# In the order in which they are tried: each needs less memory than the one before, and is slower or less exact.
 _LADDER = (
     (Residency.RESIDENT, Quantization.NONE),
     (Residency.MODEL, Quantization.NONE),
@@ -121,22 +121,26 @@ def place(
         )
     if not accelerated and offload not in ("auto", "none"):
         raise ModelLoadError(f"OFFLOAD={offload} needs an accelerator: the CPU has its weights in its memory already.")
+    quantized = footprint.shrunk()
     candidates = [
-        Placement(residency, quantization, footprint_then.needed(residency))
+        Placement(
+            residency,
+            quantization,
+            (footprint if quantization is Quantization.NONE else quantized).needed(residency),
+        )
         for residency, quantization in _allowed(accelerated, offload, quantize)
-        for footprint_then in (footprint if quantization is Quantization.NONE else footprint.shrunk(),)
     ]
     fitting = [placement for placement in candidates if placement.needed <= USABLE * free]
     if fitting:
         return fitting[0]
     if offload != "auto" and quantize != "auto":
-        return candidates[-1]  # told to do just this
+        return candidates[-1]  # both settings are explicit
     least = min(placement.needed for placement in candidates)
     raise ModelTooLarge(f"The model needs {_gigabytes(least)} of memory, and {_gigabytes(free)} are free.")
 
 
 def _allowed(accelerated: bool, offload: Offload, quantize: Quantize) -> list[tuple[Residency, Quantization]]:
-    """The rungs of the ladder that the settings leave, with the settings' own in the place of the ladder's."""
+    """The placements that the settings allow, in the order in which they are tried."""
     if offload == "none" or not accelerated:
         residencies = {Residency.RESIDENT}
     else:

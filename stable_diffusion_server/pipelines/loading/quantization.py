@@ -1,4 +1,4 @@
-"""Holds weights that are loaded in fewer bytes: one byte each, or losslessly compressed. Knows no files and no jobs."""
+"""Quantizes loaded weights to one byte each, or compresses them losslessly."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import torch
 from stable_diffusion_server.errors import ModelLoadError
 from stable_diffusion_server.pipelines.loading.placement import Quantization
 
-# From which on NVIDIA's GPUs multiply in float8.
+# The first compute capability of NVIDIA GPUs with float8 products.
 FLOAT8_CAPABILITY = (8, 9)
 
 
 def quantize_parts(modules: Iterable[torch.nn.Module], quantization: Quantization) -> None:
-    """Hold the weights of `modules` in one byte each; adapters among them are left as they are.
+    """Quantize the weights of `modules` to one byte each, except LoRAs.
 
     Raises `ModelLoadError` when the package that does it is not installed, or the machine cannot compute so.
     """

@@ -1,4 +1,4 @@
-"""What tells a model's weights from any others: a digest of its files, read once and remembered. Knows no models."""
+"""Digests of weight files, cached on disk."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from stable_diffusion_server.errors import ModelLoadError
 
 _log = structlog.get_logger(__name__)
 
-# A file that was changed so few seconds ago may be changed once more within the same tick of its clock.
+# Seconds after a change in which a file may change again without a new timestamp.
 _SETTLED = 2.0
-# Reading so many bytes takes long enough to be told of.
+# Bytes from which reading is logged.
 _LARGE = 1_000_000_000
 _KEPT = 4096
 
 
 class WeightDigests:
-    """SHA-256 of files, remembered in `file` by device, inode, size and times, so that a restart reads none again.
+    """SHA-256 of files, cached in `file` by device, inode, size and times, so that a restart reads none again.
 
-    Whatever writes to a file changes its time of change, which no program can set. For one thread.
+    Every write updates a file's ctime, which programs cannot set. Not thread-safe.
     """
 
     def __init__(self, file: Path | None = None, clock: Callable[[], float] = time.time) -> None:
@@ -35,9 +35,9 @@ class WeightDigests:
         self._fresh: dict[str, str] = {}
 
     def of(self, files: Mapping[str, Path]) -> str:
-        """One digest of files by their names, 64 hexadecimal digits. Raises `ModelLoadError` for one that is gone.
+        """One digest of files by their names, 64 hexadecimal digits. Raises `ModelLoadError` for a missing file.
 
-        Names count, and what lies at the end of links; where that is does not.
+        It depends on names and contents, not on the place that links lead to.
         """
         lacking = [file for file in files.values() if self._remembered(_facts_of(file)) is None]
         size = sum(file.stat().st_size for file in lacking)
@@ -52,7 +52,7 @@ class WeightDigests:
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
     def remembered(self, files: Mapping[str, Path]) -> str | None:
-        """The same when no file has to be read for it."""
+        """The same digest if it is cached for every file."""
         try:
             known = all(self._remembered(_facts_of(file)) is not None for file in files.values())
         except ModelLoadError:
@@ -93,7 +93,7 @@ class WeightDigests:
 
 
 def _facts_of(file: Path) -> str:
-    """What changes whenever a file's content does."""
+    """A key that changes whenever the file does."""
     try:
         facts = file.stat()
     except OSError as error:

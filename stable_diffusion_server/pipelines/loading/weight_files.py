@@ -1,4 +1,4 @@
-"""Which files the parts of a model are read from, and what is wrong with them. Knows no torch."""
+"""Finds the weight files of a model's components and checks them before they are loaded."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 SAFETENSORS = ".safetensors"
-# Kinds of weight files that are not read: most of them are pickles, which run whatever the file says.
+# Weight files that are not read: most are pickles, which execute code.
 OTHER_WEIGHTS = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".msgpack", ".h5", ".gguf", ".onnx", ".onnx_data", ".pb")
-# What configurations and tokenizers are made of; a picture may depend on each of them.
+# Configurations and tokenizers; images depend on them.
 TEXTS = (".json", ".txt", ".model", ".jinja")
 INDEX = "model_index.json"
-# What the names of weight files begin with, by the library that writes them.
+# First part of the names of weight files, by the library that writes them.
 DIFFUSERS, TRANSFORMERS = "diffusion_pytorch_model", "model"
 
 _HEADER_LIMIT = 100_000_000
@@ -27,18 +27,18 @@ _LEADS = (
     (b"<!DOC", "is a web page and not weights"),
     (b"<html", "is a web page and not weights"),
 )
-# Tensors that hold the factors of weights in fewer bits, as their makers name them.
+# Last part of the names of tensors with scales of quantized weights.
 _FACTORS = ("scale_weight", "weight_scale", "scaled_fp8", "SCB", "absmax", "quant_map", "qweight", "qzeros")
 _WHOLE = ("I8", "U8")
 
 
 class WeightFileError(Exception):
-    """A file is not what it has to be: the message names it and says why, without a full stop."""
+    """A file cannot be used. The message names it and the reason, without a full stop."""
 
 
 @dataclass(frozen=True, slots=True)
 class WeightPart:
-    """A part of a model as its index lists it: from which library and class, and how its weight files begin."""
+    """A component of a model as its index lists it: library and class."""
 
     name: str
     library: str
@@ -46,27 +46,27 @@ class WeightPart:
 
     @property
     def has_weights(self) -> bool:
-        """Whether it is a network: schedulers, tokenizers and the like are texts alone."""
+        """Whether it has weight files; schedulers and tokenizers have only text files."""
         if self.library == "diffusers":
             return self.name != "scheduler"
         return self.name.startswith(("text_encoder", "image_encoder", "safety_checker"))
 
     @property
     def stem(self) -> str:
-        """What the names of its weight files begin with."""
+        """First part of the names of its weight files."""
         return DIFFUSERS if self.library == "diffusers" else TRANSFORMERS
 
 
 @dataclass(frozen=True, slots=True)
 class WeightFiles:
-    """The files a part is read from, the index of the shards first where there is one; `variant` is how they differ."""
+    """The weight files of a component, the index of the shards first if there is one, and their variant."""
 
     variant: str | None
     files: tuple[Path, ...]
 
 
 def parts_of(folder: Path) -> list[WeightPart]:
-    """The parts of a model's folder by its index. Raises `FileFault`."""
+    """The components in a model's folder, by its index. Raises `FileFault`."""
     index = read_json(folder / INDEX)
     listed = {name: value for name, value in index.items() if isinstance(value, list) and len(value) == 2}
     parts = [WeightPart(name, str(value[0]), str(value[1])) for name, value in listed.items() if None not in value]
@@ -76,7 +76,7 @@ def parts_of(folder: Path) -> list[WeightPart]:
 
 
 def weight_files(folder: Path, stem: str, variant: str | None) -> WeightFiles:
-    """The weight files of a part, those of `variant` before the plain ones. Raises `FileFault` saying what is there."""
+    """The weight files of a component, preferably those of `variant`. Raises `FileFault` saying what is there."""
     for wanted in dict.fromkeys((variant, None)):
         for name in _names(stem, wanted):
             file = folder / name
@@ -87,7 +87,7 @@ def weight_files(folder: Path, stem: str, variant: str | None) -> WeightFiles:
 
 
 def check_part(folder: Path, stem: str, variant: str | None) -> WeightFiles:
-    """The weight files of a part, each of them whole and of a kind that is read. Raises `FileFault`."""
+    """The weight files of a component, checked to be complete and of a supported kind. Raises `FileFault`."""
     check_texts(folder)
     config = read_json(folder / "config.json")
     if isinstance(quantized := config.get("quantization_config"), dict):
@@ -111,9 +111,9 @@ def check_weights(file: Path) -> None:
     sizes = {name: facts["data_offsets"][1] - facts["data_offsets"][0] for name, facts in tensors.items()}
     whole = sum(size for name, size in sizes.items() if tensors[name].get("dtype") in _WHOLE)
     if factors or 2 * whole > sum(sizes.values()) > 0:
-        told = f"{factors[0]} among them" if factors else "whole numbers"
+        kind = f"{factors[0]} among them" if factors else "whole numbers"
         raise WeightFileError(
-            f"{_shown(file)} holds quantized weights ({told}), which are not read; take the plain ones"
+            f"{_shown(file)} holds quantized weights ({kind}), which are not read; take the plain ones"
         )
 
 
@@ -123,9 +123,9 @@ def read_header(file: Path) -> Mapping[str, Any]:
     try:
         with file.open("rb") as source:
             start = source.read(len(_POINTER))
-            for lead, told in _LEADS:
+            for lead, reason in _LEADS:
                 if start.startswith(lead):
-                    raise WeightFileError(f"{_shown(file)} {told}")
+                    raise WeightFileError(f"{_shown(file)} {reason}")
             length = int.from_bytes(start[:8], "little")
             source.seek(8)
             # A length out of bounds reads as nothing, which is no JSON.
