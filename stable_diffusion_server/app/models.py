@@ -14,7 +14,7 @@ from stable_diffusion_server.app.lifecycle import ProcessHooks
 from stable_diffusion_server.app.warmup import warm_up
 from stable_diffusion_server.engine import Denoiser, Engine
 from stable_diffusion_server.errors import ModelLoadError, NotReady
-from stable_diffusion_server.generation import DecodedPixels, GenerationOptions, RequestLimits
+from stable_diffusion_server.generation import DecodedPixels, GenerationOptions, RequestLimits, load_stop_words
 from stable_diffusion_server.observability import ConsoleProgress, DeviceRecord, Metrics, ProgressHeartbeat, broadcast
 from stable_diffusion_server.pipelines import (
     MODELS,
@@ -247,7 +247,11 @@ def build_engine(
 
 
 def generation_options(settings: Settings, loaded: ModelState) -> GenerationOptions:
-    """Return the limits and the defaults of requests."""
+    """Return the limits and the defaults of requests. Raises `SettingsError` if the stop words are not there."""
+    try:
+        stop_words = load_stop_words(settings.stop_words)
+    except LookupError as error:
+        raise SettingsError(str(error)) from error
     limits = RequestLimits(
         min_side=settings.min_side,
         max_side=settings.max_side,
@@ -265,4 +269,5 @@ def generation_options(settings: Settings, loaded: ModelState) -> GenerationOpti
         MappingProxyType(loaded.facts),
         loaded.offered_loras,
         unusable=MappingProxyType(loaded.unusable),
+        stop_words=stop_words,
     )

@@ -7,6 +7,7 @@ from stable_diffusion_server.generation.interfaces import DecodeImage
 from stable_diffusion_server.generation.library import ImageLibrary
 from stable_diffusion_server.generation.limits import NAME_MAX, TEXT_MAX, RequestLimits, parse_int
 from stable_diffusion_server.generation.ownership import Ownership
+from stable_diffusion_server.generation.prompts import load_stop_words
 from stable_diffusion_server.generation.quality import DecodedPixels
 from stable_diffusion_server.generation.replay import IMAGE_FIELD, EmbeddedProvenance, ReplayService, with_sources
 from stable_diffusion_server.generation.resolver import GenerationOptions
@@ -26,6 +27,7 @@ __all__ = [
     "ReplayService",
     "RequestLimits",
     "SubmissionContext",
+    "load_stop_words",
     "parse_int",
     "with_sources",
 ]

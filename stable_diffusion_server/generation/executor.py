@@ -1,13 +1,13 @@
-"""A picture from a job by way of the queue: prompts that fit, one effort for equal jobs, news for who waits."""
+"""Runs a request on the engine: shortens its prompts, coalesces equal requests, reports progress to the event loop."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Protocol
 
-from stable_diffusion_server import engine
+from stable_diffusion_server.engine import EngineResult
+from stable_diffusion_server.generation.interfaces import EngineQueue
 from stable_diffusion_server.generation.prompts import shorten_too_long_text
 from stable_diffusion_server.generation.quality import CheckedImage, DecodedPixels, RetryPolicy, generate_with_retries
 from stable_diffusion_server.generation.resolver import GenerationOptions
@@ -22,32 +22,14 @@ from stable_diffusion_server.types import (
     image_digest,
 )
 
-
-class EngineQueue(Protocol):
-    """Where jobs are handed in. Both raise `NotReady` and `QueueFull`."""
-
-    def check_open(self, owner: str = "", *, background: bool = False) -> None:
-        """Raise now what `submit` would raise."""
-
-    def submit(
-        self,
-        job: DiffusionRequest,
-        *,
-        owner: str,
-        background: bool,
-        previews: bool,
-        watch: Callable[[EngineEvent], None],
-        label: str,
-        exclusive: bool,
-    ) -> engine.Ticket[DecodedPixels]:
-        """Accept a job. `watch` is told of its events, on the queue's own thread."""
+_PROGRESS = (EngineEventKind.QUEUED, EngineEventKind.STARTED, EngineEventKind.STEP)
 
 
 @dataclass(frozen=True, slots=True)
 class SubmissionContext:
-    """For whom an effort is begun, and in what haste; those who join later do not change that.
+    """Who submits a request, and how it is scheduled. Callers that join a running task later do not change it.
 
-    `job_id` is the accepted job's, if it is one; a `suspect` may have ended the process, and has the device for itself.
+    `job_id` is set for an asynchronous job. A `suspect` may have crashed the process before, so it runs alone.
     """
 
     caller: Caller
@@ -57,62 +39,75 @@ class SubmissionContext:
 
 
 class GenerationExecutor:
-    """Draws each job once for all who want it at the same time."""
+    """Submits requests to the engine; equal ones that overlap run once."""
 
     def __init__(self, queue: EngineQueue, count_tokens: Callable[[str, str], int], options: GenerationOptions) -> None:
         self._queue = queue
         self._count_tokens = count_tokens
         self._options = options
-        self._flights: SingleFlight[CheckedImage[DecodedPixels]] = SingleFlight()
+        self._running: SingleFlight[CheckedImage[DecodedPixels]] = SingleFlight()
 
-    def fit_prompts(self, job: DiffusionRequest) -> DiffusionRequest:
-        """The job with its prompts as long as its model reads them. Slow where they are long."""
-        negative = self._fit(job.model, job.negative_prompt) if job.negative_prompt else job.negative_prompt
-        return replace(job, prompt=self._fit(job.model, job.prompt), negative_prompt=negative)
-
-    async def generate(
-        self, job: DiffusionRequest, whom: SubmissionContext, listener: ProgressListener
-    ) -> tuple[CheckedImage[DecodedPixels], bool]:
-        """The picture, and whether the effort was another's. Raises what the queue and `draw_well` raise."""
-        return await self._flights.join(
-            image_digest(job), "", lambda audience: self._draw(job, whom, audience), listener
+    def fit_prompts(self, request: DiffusionRequest) -> DiffusionRequest:
+        """The request with its prompts shortened to what its model reads. Blocks: tokenizing takes time."""
+        negative = self._fit(request.model, request.negative_prompt) if request.negative_prompt else None
+        return replace(
+            request,
+            prompt=self._fit(request.model, request.prompt),
+            negative_prompt=request.negative_prompt if negative is None else negative,
         )
 
-    async def _draw(
-        self, job: DiffusionRequest, whom: SubmissionContext, audience: ProgressBroadcaster
+    async def generate(
+        self, request: DiffusionRequest, context: SubmissionContext, listener: ProgressListener
+    ) -> tuple[CheckedImage[DecodedPixels], bool]:
+        """The checked image, and whether an equal request was already running.
+
+        Raises what the queue and `generate_with_retries` raise.
+        """
+        return await self._running.join(
+            image_digest(request), "", lambda broadcaster: self._generate(request, context, broadcaster), listener
+        )
+
+    async def _generate(
+        self, request: DiffusionRequest, context: SubmissionContext, broadcaster: ProgressBroadcaster
     ) -> CheckedImage[DecodedPixels]:
+        async def run_once(attempt: DiffusionRequest) -> EngineResult[DecodedPixels]:
+            return await self._run_on_engine(attempt, context, broadcaster)
+
+        options, spec = self._options, spec_of(request.model, self._options.models)
+        retries = spec.bumpy_redraws if options.bumpy_redraws is None else options.bumpy_redraws
+        policy = RetryPolicy(retries, options.limits.max_steps, spec, lambda text: self._fit(request.model, text))
+        return await generate_with_retries(request, run_once, policy)
+
+    async def _run_on_engine(
+        self, request: DiffusionRequest, context: SubmissionContext, broadcaster: ProgressBroadcaster
+    ) -> EngineResult[DecodedPixels]:
         loop = asyncio.get_running_loop()
 
-        async def once(job: DiffusionRequest) -> engine.EngineResult[DecodedPixels]:
-            def tell(event: EngineEvent) -> None:
-                ticket.wants_previews = audience.wants_previews  # who joined late may want them
-                audience.on_progress(_progress_of(event))
+        def report(event: EngineEvent) -> None:
+            ticket.wants_previews = broadcaster.wants_previews  # a caller that joined later may want them
+            broadcaster.on_progress(_progress_of(event))
 
-            ticket = self._queue.submit(
-                job,
-                owner=whom.caller.share,
-                background=whom.background,
-                previews=audience.wants_previews,
-                watch=lambda event: _tell_soon(loop, tell, event),
-                label=whom.job_id,
-                exclusive=whom.suspect,
-            )
-            return await asyncio.wrap_future(ticket.result)
+        def watch(event: EngineEvent) -> None:
+            # On the engine's thread. The end of the request is reported by its result.
+            if event.kind in _PROGRESS and not loop.is_closed():
+                loop.call_soon_threadsafe(report, event)
 
-        options, facts = self._options, spec_of(job.model, self._options.models)
-        redraws = facts.bumpy_redraws if options.bumpy_redraws is None else options.bumpy_redraws
-        remedy = RetryPolicy(redraws, options.limits.max_steps, facts, lambda text: self._fit(job.model, text))
-        return await generate_with_retries(job, once, remedy)
+        ticket = self._queue.submit(
+            request,
+            owner=context.caller.share,
+            background=context.background,
+            previews=broadcaster.wants_previews,
+            watch=watch,
+            label=context.job_id,
+            exclusive=context.suspect,
+        )
+        return await asyncio.wrap_future(ticket.result)
 
     def _fit(self, model: str, text: str) -> str:
-        facts = spec_of(model, self._options.models)
-        return shorten_too_long_text(text, facts.text_tokens, lambda t: self._count_tokens(model, t))
-
-
-def _tell_soon(loop: asyncio.AbstractEventLoop, tell: Callable[[EngineEvent], None], event: EngineEvent) -> None:
-    """Carry the news of a job under way from the queue's thread to the event loop; its end is told by its result."""
-    if event.kind in (EngineEventKind.QUEUED, EngineEventKind.STARTED, EngineEventKind.STEP) and not loop.is_closed():
-        loop.call_soon_threadsafe(tell, event)
+        limit = spec_of(model, self._options.models).text_tokens
+        return shorten_too_long_text(
+            text, limit, lambda part: self._count_tokens(model, part), self._options.stop_words
+        )
 
 
 def _progress_of(event: EngineEvent) -> GenerationProgress:

@@ -1,26 +1,49 @@
-"""What the service is handed in: how bytes come from an address, and pixels from bytes. Types alone."""
+"""Protocols of what the generation service is given: image fetcher, image decoder, engine queue."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
+from stable_diffusion_server.engine import Ticket
+from stable_diffusion_server.generation.quality import DecodedPixels
 from stable_diffusion_server.imaging import Pixels
-from stable_diffusion_server.types import GenerationProgress
+from stable_diffusion_server.types import DiffusionRequest, EngineEvent, GenerationProgress
 
 
 class FetchImage(Protocol):
-    """From a URL and the parameter it came by to bytes; `share` tells callers apart, who share the capacity."""
+    """Downloads an image. `field` is the parameter it came by; `share` is the caller, for fair limits."""
 
     async def __call__(self, url: str, field: str, /, *, share: str = ...) -> bytes:
-        """The file."""
+        """The file at a URL."""
 
 
 class DecodeImage(Protocol):
-    """From a file and the parameter it came by to pixels; with `transparency`, white where it is transparent."""
+    """Decodes an image file. With `transparency`, the result is white where the image is transparent."""
 
     async def __call__(self, data: bytes, field: str, /, *, transparency: bool = ..., share: str = ...) -> Pixels:
-        """The pixels, uint8, height × width × 3; `share` tells callers apart, who share the capacity."""
+        """The pixels, uint8, height × width × 3; `share` is the caller, for fair limits."""
+
+
+class EngineQueue(Protocol):
+    """The engine, as far as requests are submitted to it. Both methods raise `NotReady` and `QueueFull`."""
+
+    def check_open(self, owner: str = "", *, background: bool = False) -> None:
+        """Raise what `submit` would raise now."""
+
+    def submit(
+        self,
+        job: DiffusionRequest,
+        *,
+        owner: str,
+        background: bool,
+        previews: bool,
+        watch: Callable[[EngineEvent], None],
+        label: str,
+        exclusive: bool,
+    ) -> Ticket[DecodedPixels]:
+        """Queue a request. `watch` receives its events, on the engine's threads."""
 
 
 def ignore(progress: GenerationProgress) -> None:
-    """Take no note of how far an order is."""
+    """Ignore a progress report."""

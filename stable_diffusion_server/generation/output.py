@@ -1,17 +1,17 @@
-"""What was drawn becomes a file, is stored, and is written down. Knows no drawing and no HTTP."""
+"""Output: encodes an image on worker threads, stores it, and writes its history entry."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
 from stable_diffusion_server.errors import InvalidInput, StorageRefused
-from stable_diffusion_server.generation.encoder_pool import EncoderPool
 from stable_diffusion_server.generation.layout import ImageLayout
 from stable_diffusion_server.generation.ownership import Ownership
 from stable_diffusion_server.generation.provenance import build_record, embedded_metadata, history_entry
@@ -23,19 +23,53 @@ from stable_diffusion_server.types import Caller, Format, RequestWarning, Stored
 
 T = TypeVar("T")
 
+_THREADS = 2
+# Above this many bytes of pixels an image is large; lossless encoding counts four times. About half a second.
+_LARGE_BYTES = 12_582_912
+_LOSSLESS_FACTOR = 4
+
+
+class EncoderPool:
+    """Two encoder threads, of which large images use only one, so that they never delay small ones.
+
+    For one event loop.
+    """
+
+    def __init__(self) -> None:
+        self._threads = ThreadPoolExecutor(max_workers=_THREADS, thread_name_prefix="encode")
+        self._large = asyncio.Semaphore(_THREADS - 1)
+
+    async def encode(self, size: int, encode: Callable[[], bytes], *, lossless: bool = False) -> bytes:
+        """The result of `encode`, for an image of `size` bytes of pixels."""
+        loop = asyncio.get_running_loop()
+        if size * (_LOSSLESS_FACTOR if lossless else 1) <= _LARGE_BYTES:
+            return await loop.run_in_executor(self._threads, encode)
+        async with self._large:
+            # The thread goes on if the caller is cancelled, so keep the semaphore until it ends.
+            work = asyncio.ensure_future(loop.run_in_executor(self._threads, encode))
+            try:
+                return await asyncio.shield(work)
+            except asyncio.CancelledError:
+                await asyncio.wait([work])
+                raise
+
+    def close(self) -> None:
+        """Stop the threads; encoding that runs goes on to its end."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
 
 @dataclass(frozen=True, slots=True)
 class StoredOutput:
-    """What is stored, whether by this call, the file's bytes, and seconds by stage."""
+    """The stored object, whether this call created it, the file's bytes, and seconds per stage."""
 
     stored: StoredObject
-    won: bool
+    created: bool
     data: bytes
     timings: dict[str, float]
 
 
 class OutputWriter:
-    """Encodes, stores and records. `embed` is full, digest or none; `record` takes an entry and never fails."""
+    """Encodes, stores and records images. `embed` is full, digest or none; `record` must not raise."""
 
     def __init__(
         self, bucket: Bucket, embed: str, record: Callable[[HistoryEntry], None], ownership: Ownership
@@ -48,70 +82,80 @@ class OutputWriter:
 
     async def write(
         self,
-        plan: ResolvedRequest,
-        scene: ImageLayout,
-        judged: CheckedImage[DecodedPixels],
+        resolved: ResolvedRequest,
+        layout: ImageLayout,
+        image: CheckedImage[DecodedPixels],
         warnings: tuple[RequestWarning, ...],
         caller: Caller,
     ) -> StoredOutput:
-        """Store the picture under the plan's key.
+        """Store the image under the resolved key.
 
-        Raises `StorageUnavailable`, `Forbidden`, and `InvalidInput` or `StorageRefused` for a name that is refused.
+        Raises `StorageUnavailable`, `Forbidden`, and `InvalidInput` or `StorageRefused` for a refused key.
         """
         started = time.perf_counter()
-        inscription = embedded_metadata(plan, scene, judged)
-        told: dict[str, Mapping[str, object]] = {"full": inscription, "digest": {"digest": plan.content_digest}}
-        inside = told.get(self._embed)
-        source_type = source_type_of(has_input_image=plan.request.image is not None)
+        metadata = embedded_metadata(resolved, layout, image)
+        data = await self._encode(resolved, layout, image, metadata)
+        record = build_record(resolved, layout, image, (warning.code for warning in warnings), len(data))
+        record |= self._ownership.owner_record(caller)
+        encoded = time.perf_counter()
+        stored, created = await self._store(resolved, data, record, caller)
+        if created:
+            self._record(history_entry(resolved.key, caller.name, resolved, image.request, metadata))
+        timings = {"encode": encoded - started, "store": time.perf_counter() - encoded}
+        return StoredOutput(stored, created, data, timings)
+
+    async def _encode(
+        self,
+        resolved: ResolvedRequest,
+        layout: ImageLayout,
+        image: CheckedImage[DecodedPixels],
+        metadata: Mapping[str, object],
+    ) -> bytes:
+        embedded = {"full": metadata, "digest": {"digest": resolved.content_digest}}.get(self._embed)
+        source_type = source_type_of(has_input_image=resolved.request.image is not None)
         xmp = "" if self._embed == "none" else xmp_packet(source_type)
 
-        def encoded() -> bytes:
-            return encode_image(
-                scene.compose_output(judged.product.pixels), plan.file_format, plan.quality, inside, xmp
-            )
+        def encode() -> bytes:
+            pixels = layout.compose_output(image.product.pixels)
+            return encode_image(pixels, resolved.file_format, resolved.quality, embedded, xmp)
 
-        lossless = plan.file_format is not Format.JPEG and plan.quality == 100
-        data = await self._encoders.encode(scene.width * scene.height * 3, encoded, lossless=lossless)
-        record = build_record(plan, scene, judged, (warning.code for warning in warnings), len(data))
-        record |= self._ownership.owner_record(caller)
-        write = self._bucket.overwrite if plan.request.overwrite else self._bucket.create
-        before = time.perf_counter()
-        if plan.request.overwrite and not caller.has_full_access:
-            # Looked at again: another caller may have taken the name while this was drawn.
-            self._ownership.check_overwrite(caller, await asyncio.to_thread(self._bucket.peek, plan.key))
-        written = partial(write, plan.key, data, plan.file_format.content_type, record)
-        with owner_of_key(plan):
-            answer = await shield_until_done(asyncio.to_thread(written))
-        stored, won = answer if isinstance(answer, tuple) else (answer, True)
-        if won:
-            self._record(history_entry(plan.key, caller.name, plan, judged.request, inscription))
-        now = time.perf_counter()
-        return StoredOutput(stored, won, data, {"encode": before - started, "store": now - before})
+        lossless = resolved.file_format is not Format.JPEG and resolved.quality == 100
+        return await self._encoders.encode(layout.width * layout.height * 3, encode, lossless=lossless)
+
+    async def _store(
+        self, resolved: ResolvedRequest, data: bytes, record: Mapping[str, str], caller: Caller
+    ) -> tuple[StoredObject, bool]:
+        overwrite = resolved.request.overwrite
+        if overwrite and not caller.has_full_access:
+            # Checked again: another caller may have created the object during generation.
+            self._ownership.check_overwrite(caller, await asyncio.to_thread(self._bucket.peek, resolved.key))
+        write = self._bucket.overwrite if overwrite else self._bucket.create
+        work = partial(write, resolved.key, data, resolved.file_format.content_type, record)
+        with key_errors_explained(resolved):
+            answer = await shield_until_done(asyncio.to_thread(work))
+        return answer if isinstance(answer, tuple) else (answer, True)
 
     def close(self) -> None:
-        """Let go of the encoding threads."""
+        """Stop the encoder threads."""
         self._encoders.close()
 
 
 @contextmanager
-def owner_of_key(plan: ResolvedRequest) -> Iterator[None]:
-    """Blame a name that the bucket refuses on its caller, who may choose another, or on the storage if it chose none.
-
-    Raises `StorageRefused` then.
-    """
+def key_errors_explained(resolved: ResolvedRequest) -> Iterator[None]:
+    """Let `InvalidInput` pass if the caller chose the key; raise `StorageRefused` if the server did."""
     try:
         yield
     except InvalidInput as error:
-        if plan.request.save_path is not None:
+        if resolved.request.save_path is not None:
             raise
         sentence = error.detail.removeprefix("save_path ")
         raise StorageRefused(f"A name made by this server {sentence}") from error
 
 
 async def shield_until_done(work: Coroutine[Any, Any, T]) -> T:
-    """The result of something that a thread does and no one can stop: whoever is cancelled waits for its end first.
+    """Await blocking work to completion even if the caller is cancelled.
 
-    Else a write that was given up would land after a later one under the same name.
+    Otherwise an abandoned write could finish after a newer write to the same key.
     """
     task = asyncio.create_task(work)
     try:
@@ -119,5 +163,5 @@ async def shield_until_done(work: Coroutine[Any, Any, T]) -> T:
     except asyncio.CancelledError:
         await asyncio.wait([task])
         if not task.cancelled():
-            task.exception()  # seen, and nobody is left to be told
+            task.exception()  # marks it as retrieved: no caller is left
         raise

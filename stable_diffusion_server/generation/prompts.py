@@ -1,34 +1,83 @@
-"""Prompt text: cleaned of what cannot be seen, shortened to what an encoder reads. Knows no encoder."""
+"""Prompt text: removes invisible characters, and shortens a prompt to the tokens its encoder reads."""
 
 from __future__ import annotations
 
+import hashlib
 import re
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 from stable_diffusion_server.parsing import nfc
 
 CountTokens = Callable[[str], int]
 
-# Dropped first when a prompt is too long: English function words, which move a picture least.
-# A short list of our own, so that no corpus is needed at run time.
-STOP_WORDS = frozenset(
-    "a an the and or but if then so as at by for from in into of on onto to with without is are was were be been "
-    "being am do does did has have had having it its this that these those there here he she they them his her "
-    "their you your i me my we our us who whom which what when where why how all any both each few more most other "
-    "some such no nor not only own same than too very can will just should would could may might must".split()
-)
+# Never removed: without them a prompt asks for the opposite.
+NEGATIONS = frozenset("no nor not never none neither nobody nothing nowhere cannot without".split())
+_NEGATED_CONTRACTION = "n't"
 
-# Joiners that emoji and several scripts are written with; every other format character is invisible mischief.
+# Zero-width joiner and non-joiner: emoji and several scripts need them. All other format characters are removed.
 _KEPT_FORMAT_CHARACTERS = frozenset("\u200c\u200d")
 _SPACES = re.compile(r"\s+")
+_PUNCTUATION = ".,;:!?"
+
+
+@dataclass(frozen=True, slots=True)
+class StopWords:
+    """English function words, removed first from a prompt that is too long. Negations are left out of `words`.
+
+    `identity` is part of a request's digest, since other words make other images; empty for the built-in list.
+    """
+
+    words: frozenset[str]
+    identity: str = ""
+
+    @classmethod
+    def of(cls, source: str, words: Iterable[str]) -> StopWords:
+        """The words of another list, identified by its name and its content."""
+        kept = frozenset(word for word in map(str.lower, words) if not _is_negation(word))
+        content = hashlib.sha256("\n".join(sorted(kept)).encode()).hexdigest()
+        return cls(kept, f"{source}-{content[:16]}")
+
+
+def _is_negation(word: str) -> bool:
+    return word in NEGATIONS or word.replace("\u2019", "'").endswith(_NEGATED_CONTRACTION)
+
+
+# A short list, so that no corpus is needed at run time.
+BUILTIN_STOP_WORDS = StopWords(
+    frozenset(
+        "a an the and or but if then so as at by for from in into of on onto to with is are was were be been "
+        "being am do does did has have had having it its this that these those there here he she they them his her "
+        "their you your i me my we our us who whom which what when where why how all any both each few more most "
+        "other some such only own same than too very can will just should would could may might must".split()
+    )
+)
+
+
+def load_stop_words(source: str) -> StopWords:
+    """The stop words of a source, `builtin` or `nltk`. Reads NLTK's English list from the disk, never the network.
+
+    Raises `LookupError` with the remedy as a sentence if the package or its corpus is missing.
+    """
+    if source == "builtin":
+        return BUILTIN_STOP_WORDS
+    try:
+        from nltk.corpus import stopwords
+    except ImportError as error:
+        raise LookupError("STOP_WORDS=nltk needs the package nltk: run `pip install nltk`.") from error
+    try:
+        return StopWords.of(source, stopwords.words("english"))
+    except LookupError as error:
+        raise LookupError(
+            "STOP_WORDS=nltk needs NLTK's stop words on this machine: run `python -m nltk.downloader stopwords`."
+        ) from error
 
 
 def clean_prompt(prompt: str) -> str:
-    """The prompt in NFC, with control, bidirectional and other invisible characters gone and blanks collapsed.
+    """The prompt in NFC, without control, bidirectional and other invisible characters, and with single spaces.
 
-    Raises `ValueError` when it holds a lone surrogate, which is no text, or more combining marks in a row than `nfc`
-    takes.
+    Raises `ValueError` for a lone surrogate, and for more combining marks in a row than `nfc` takes.
     """
     kept = []
     for character in nfc(prompt):
@@ -42,21 +91,23 @@ def clean_prompt(prompt: str) -> str:
     return _SPACES.sub(" ", "".join(kept)).strip()
 
 
-def remove_stopwords(prompt: str) -> str:
-    """The prompt without its English function words; unchanged where nothing else would be left."""
-    words = [word for word in prompt.split() if word.lower().strip(".,;:!?") not in STOP_WORDS]
+def remove_stopwords(prompt: str, stop_words: StopWords = BUILTIN_STOP_WORDS) -> str:
+    """The prompt without stop words; unchanged if nothing else would be left."""
+    words = [word for word in prompt.split() if word.lower().strip(_PUNCTUATION) not in stop_words.words]
     return " ".join(words) or prompt
 
 
-def shorten_too_long_text(prompt: str, limit: int, count_tokens: CountTokens) -> str:
-    """The prompt within `limit` tokens: as it is, else without stop words, else as many whole words as fit.
+def shorten_too_long_text(
+    prompt: str, limit: int, count_tokens: CountTokens, stop_words: StopWords = BUILTIN_STOP_WORDS
+) -> str:
+    """The prompt within `limit` tokens: unchanged, or without stop words, or as many whole words of that as fit.
 
-    `count_tokens` counts with the encoder's own tokenizer, special tokens included. A single first word that
-    alone is over the limit is cut inside, since an empty prompt would be worse.
+    `count_tokens` counts with the encoder's own tokenizer, special tokens included. A first word that alone exceeds
+    the limit is cut, since an empty prompt would be worse.
     """
     if count_tokens(prompt) <= limit:
         return prompt
-    shorter = remove_stopwords(prompt)
+    shorter = remove_stopwords(prompt, stop_words)
     if count_tokens(shorter) <= limit:
         return shorter
     words = shorter.split(" ")
@@ -67,7 +118,7 @@ def shorten_too_long_text(prompt: str, limit: int, count_tokens: CountTokens) ->
 
 
 def _longest_prefix(length: int, fits: Callable[[int], bool]) -> int:
-    """Largest n in 0..length for which `fits(n)` holds, by bisection; `fits` is taken to be monotone."""
+    """Largest n in 0..length with `fits(n)`, by bisection; `fits` must be monotone."""
     low, high = 0, length
     while low < high:
         middle = (low + high + 1) // 2

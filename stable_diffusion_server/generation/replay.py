@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import cv2
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
@@ -129,14 +130,13 @@ def with_sources(memo: EmbeddedProvenance, image: bytes | None, mask: bytes | No
 
 
 def peak_signal_to_noise(one: Pixels, other: Pixels) -> float | None:
-    """How alike two pictures (uint8) are, in decibels: 10 log10 of 255² over the mean square error; `None` if equal.
+    """Peak signal-to-noise ratio of two uint8 images in dB; `None` for equal ones, which have no finite ratio.
 
-    Pictures of different sizes are 0 dB alike.
+    0 dB for images of different sizes.
     """
     if one.shape != other.shape:
         return 0.0
-    error = float(np.mean((one.astype(np.float32) - other.astype(np.float32)) ** 2))
-    return None if error == 0 else round(10 * float(np.log10(255**2 / error)), 2)
+    return None if np.array_equal(one, other) else round(float(cv2.PSNR(one, other)), 2)
 
 
 def _order_of(asked: Mapping[str, object]) -> GenerationRequest:

@@ -12,7 +12,7 @@ from uuid import NAMESPACE_OID, uuid5
 from stable_diffusion_server.errors import InvalidInput, ModelLoadError
 from stable_diffusion_server.generation.limits import RequestLimits
 from stable_diffusion_server.generation.ownership import Ownership
-from stable_diffusion_server.generation.prompts import clean_prompt
+from stable_diffusion_server.generation.prompts import BUILTIN_STOP_WORDS, StopWords, clean_prompt
 from stable_diffusion_server.pipelines import MODELS, ModelSpec, scheduler_of, spec_of, steps_skipped
 from stable_diffusion_server.storage import object_key
 from stable_diffusion_server.types import (
@@ -53,6 +53,7 @@ class GenerationOptions:
     models: Mapping[str, ModelSpec] = field(default_factory=lambda: MODELS)
     loras: Callable[[], Mapping[str, str]] = dict
     ownership: Ownership = field(default_factory=Ownership)
+    stop_words: StopWords = BUILTIN_STOP_WORDS
     unusable: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -128,7 +129,7 @@ def resolve_request(
     sent_pictures = _identities(order, addresses)
     pictures = _identities(order, fetched) if fetched else sent_pictures
     adapters = _adapters(order, options)
-    facts = _facts_told(order, words, adapters)
+    facts = _facts_told(order, words, adapters, options.stop_words)
     seed_asked = {"seed": order.seed, **({"variation": order.variation} if order.variation else {})}
     asked = digest({**facts, **pictures, **seed_asked})
     seed = _seed(order, asked)
@@ -236,7 +237,7 @@ def _adapters(order: GenerationRequest, options: GenerationOptions) -> list[tupl
 
 
 def _facts_told(
-    order: GenerationRequest, words: ResolvedParameters, adapters: list[tuple[str, float, str]]
+    order: GenerationRequest, words: ResolvedParameters, adapters: list[tuple[str, float, str]], stop_words: StopWords
 ) -> dict[str, object]:
     """All that makes this picture this one, but its seed and the pictures it comes from."""
     return {
@@ -259,6 +260,7 @@ def _facts_told(
         **({"fill": order.fill} if order.fill is not Fill.ORIGINAL else {}),
         **({"only_masked": order.only_masked} if order.only_masked is not None else {}),
         **({"by": "transparency"} if order.mask is not None and order.mask.transparency else {}),
+        **({"stop_words": stop_words.identity} if stop_words.identity else {}),
         **({"mask_inverted": True} if order.mask is not None and order.mask.inverted else {}),
     }
 

@@ -1,108 +1,156 @@
-"""What is told of a picture: the receipt of one that was drawn or found. Pure."""
+"""Results of generation requests: for an image that was generated, was stored before, or belongs to another caller."""
 
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+
+from cachetools import LRUCache
 
 from stable_diffusion_server.generation.layout import ImageLayout, resampling_warnings
 from stable_diffusion_server.generation.provenance import RECORDED_WARNINGS
 from stable_diffusion_server.generation.quality import CheckedImage, DecodedPixels
 from stable_diffusion_server.generation.resolver import ResolvedRequest
-from stable_diffusion_server.types import GenerationResult, RequestWarning, StoredObject
+from stable_diffusion_server.types import DiffusionRequest, GenerationResult, RequestWarning, StoredObject
 
-# The largest number below which JSON's readers tell whole ones apart.
-_WHOLE_MAX = 2**53
+# The largest integer that every JSON reader represents exactly.
+_MAX_EXACT_INTEGER = 2**53
 _STORED_LATER = RequestWarning(
     "stored-later", "The storage does not answer; the picture is kept here and brought there later."
 )
 
 
+@dataclass(frozen=True, slots=True)
+class GenerationOutcome:
+    """What one shared task gives. `layout` and `image` are `None` if the object was already stored.
+
+    `data` is the stored file. `coalesced`: an equal request under another key generated the image.
+    """
+
+    stored: StoredObject
+    layout: ImageLayout | None = None
+    image: CheckedImage[DecodedPixels] | None = None
+    data: bytes = b""
+    coalesced: bool = False
+    warnings: tuple[RequestWarning, ...] = ()
+    timings: Mapping[str, float] = field(default_factory=dict)
+
+
+class ResultCache:
+    """Results of cache hits, by key. An entry holds only for the very objects it was made from. Thread-safe."""
+
+    def __init__(self, size: int) -> None:
+        self._entries: LRUCache[str, tuple[ResolvedRequest, StoredObject, GenerationResult]] = LRUCache(size)
+        self._lock = threading.Lock()
+
+    def result_of(self, resolved: ResolvedRequest, stored: StoredObject) -> GenerationResult:
+        """The result for a stored object, made once."""
+        with self._lock:
+            entry = self._entries.get(resolved.key)
+            if entry is None or entry[0] is not resolved or entry[1] is not stored:
+                entry = self._entries[resolved.key] = (resolved, stored, result_of_stored(resolved, stored))
+            return entry[2]
+
+
 def result_of_generated(
-    plan: ResolvedRequest,
+    resolved: ResolvedRequest,
+    *,
     stored: StoredObject,
-    scene: ImageLayout,
-    judged: CheckedImage[DecodedPixels],
+    layout: ImageLayout,
+    image: CheckedImage[DecodedPixels],
     warnings: tuple[RequestWarning, ...],
     timings: Mapping[str, float],
-    *,
     coalesced: bool,
 ) -> GenerationResult:
-    """The receipt for a picture that was drawn; `warnings` are those of the drawing."""
-    job = judged.request
+    """The result for an image that was generated now; `warnings` are those of the generation."""
+    request = image.request
     return GenerationResult(
-        key=plan.key,
+        key=resolved.key,
         stored=not stored.waiting,
         cached=False,
         coalesced=coalesced,
-        task=job.task,
-        model=job.model,
-        seed=job.seed,
-        width=scene.width,
-        height=scene.height,
-        num_inference_steps=job.num_inference_steps,
-        guidance_scale=job.guidance_scale,
-        scheduler=job.scheduler,
-        batched=judged.batched,
-        prompt_used=job.prompt if job.prompt != plan.request.prompt else None,
-        warnings=(*plan.parameters.warnings, *warnings, *_delay_of(stored)),
+        task=request.task,
+        model=request.model,
+        seed=request.seed,
+        width=layout.width,
+        height=layout.height,
+        num_inference_steps=request.num_inference_steps,
+        guidance_scale=request.guidance_scale,
+        scheduler=request.scheduler,
+        batched=image.batched,
+        prompt_used=request.prompt if request.prompt != resolved.request.prompt else None,
+        warnings=(*resolved.parameters.warnings, *warnings, *_delay_warnings(stored)),
         timings=rounded(timings),
     )
 
 
-def result_of_stored(plan: ResolvedRequest, stored: StoredObject) -> GenerationResult:
-    """The receipt for an object that was there: what its record tells, and whether it is what was asked for."""
+def generation_warnings(
+    resolved: ResolvedRequest, layout: ImageLayout, request: DiffusionRequest, image: CheckedImage[DecodedPixels]
+) -> list[RequestWarning]:
+    """Warnings about a shortened prompt (`request` has the shortened one) and a repeated decoding."""
+    warnings = []
+    if request.prompt != layout.request.prompt:
+        limit = resolved.parameters.spec.text_tokens
+        warnings.append(RequestWarning("prompt-shortened", f"{request.model} reads {limit} tokens; see prompt_used."))
+    if image.product.redecoded:
+        warnings.append(RequestWarning("redecoded", "The decoder overflowed and ran again in full precision."))
+    return warnings
+
+
+def result_of_stored(resolved: ResolvedRequest, stored: StoredObject) -> GenerationResult:
+    """The result for an object that was stored before, from its record. Warns if it was made from another request."""
     record = stored.record
-    width, height = _whole(record, "width"), _whole(record, "height")
-    if plan.matches(record):
-        sized = resampling_warnings(plan.parameters.spec, width, height) if width and height else ()
+    width, height = _int(record, "width"), _int(record, "height")
+    if resolved.matches(record):
+        resampled = resampling_warnings(resolved.parameters.spec, width, height) if width and height else ()
         codes = record.get("warned", "").split(",")
-        retold = tuple(RequestWarning(code, RECORDED_WARNINGS[code]) for code in codes if code in RECORDED_WARNINGS)
-        warnings = (*plan.parameters.warnings, *sized, *retold)
+        recorded = tuple(RequestWarning(code, RECORDED_WARNINGS[code]) for code in codes if code in RECORDED_WARNINGS)
+        warnings = (*resolved.parameters.warnings, *resampled, *recorded)
     else:
-        known = "was made from another order" if "digest" in record else "has no record of how it was made"
-        warnings = (RequestWarning("different-order", f"The picture stored under this name {known}."),)
+        difference = "was made from another order" if "digest" in record else "has no record of how it was made"
+        warnings = (RequestWarning("different-request", f"The picture stored under this name {difference}."),)
     return GenerationResult(
         key=stored.key,
         stored=not stored.waiting,
         cached=True,
         coalesced=False,
-        task=record.get("task", plan.request.task),
+        task=record.get("task", resolved.request.task),
         model=record.get("model"),
-        seed=_whole(record, "seed"),
+        seed=_int(record, "seed"),
         width=width,
         height=height,
-        num_inference_steps=_whole(record, "steps"),
-        guidance_scale=_number(record, "guidance"),
+        num_inference_steps=_int(record, "steps"),
+        guidance_scale=_float(record, "guidance"),
         scheduler=record.get("scheduler"),
         batched=record["batched"] == "1" if "batched" in record else None,
-        warnings=(*warnings, *_delay_of(stored)),
+        warnings=(*warnings, *_delay_warnings(stored)),
     )
 
 
-def result_for_other_caller(plan: ResolvedRequest, receipt: GenerationResult, seconds: float) -> GenerationResult:
-    """The receipt of a picture that was there already, for a caller who may not know whose it is or of what order.
+def result_for_other_caller(resolved: ResolvedRequest, result: GenerationResult, seconds: float) -> GenerationResult:
+    """The result for a stored image that the caller may not know about.
 
-    A name the server made is that of an equal order, so it is told as if it was drawn now. One the caller gave tells
-    the same whether or not the other order was equal: else prompts could be guessed.
+    Under a key derived from the request it looks as if it was generated now. Under a key the caller chose it is the
+    same whether or not the requests are equal; otherwise prompts could be guessed.
     """
-    if plan.request.save_path is None or plan.request.named_by_content:
+    if resolved.request.save_path is None or resolved.request.named_by_content:
         stages = dict.fromkeys(("queue", "prepare", "denoise", "decode", "encode", "store"), 0.0)
-        return replace(receipt, cached=False, coalesced=False, timings=rounded({**stages, "total": seconds}))
+        return replace(result, cached=False, coalesced=False, timings=rounded({**stages, "total": seconds}))
     taken = RequestWarning(
-        "different-order", "Another caller has taken this name; it may hold the picture of another order."
+        "different-request", "Another caller has taken this name; it may hold the picture of another order."
     )
     return GenerationResult(
-        key=receipt.key,
-        stored=receipt.stored,
+        key=result.key,
+        stored=result.stored,
         cached=False,
         coalesced=False,
-        task=plan.request.task,
+        task=resolved.request.task,
         model=None,
         seed=None,
-        width=receipt.width,
-        height=receipt.height,
+        width=result.width,
+        height=result.height,
         num_inference_steps=None,
         guidance_scale=None,
         scheduler=None,
@@ -110,8 +158,8 @@ def result_for_other_caller(plan: ResolvedRequest, receipt: GenerationResult, se
     )
 
 
-def _number(record: Mapping[str, str], name: str) -> float | None:
-    """A number of a record, `None` where there is none: anyone may have put the object there."""
+def _float(record: Mapping[str, str], name: str) -> float | None:
+    """A finite number of a record; `None` if there is none, since anyone may have stored the object."""
     try:
         value = float(record[name])
     except (KeyError, ValueError):
@@ -119,15 +167,15 @@ def _number(record: Mapping[str, str], name: str) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _whole(record: Mapping[str, str], name: str) -> int | None:
-    value = _number(record, name)
-    return int(value) if value is not None and 0 <= value <= _WHOLE_MAX else None
+def _int(record: Mapping[str, str], name: str) -> int | None:
+    value = _float(record, name)
+    return int(value) if value is not None and 0 <= value <= _MAX_EXACT_INTEGER else None
 
 
-def _delay_of(stored: StoredObject) -> tuple[RequestWarning, ...]:
+def _delay_warnings(stored: StoredObject) -> tuple[RequestWarning, ...]:
     return (_STORED_LATER,) if stored.waiting else ()
 
 
 def rounded(timings: Mapping[str, float]) -> dict[str, float]:
-    """Seconds to a tenth of a millisecond."""
+    """Seconds rounded to 0.1 ms."""
     return {stage: round(seconds, 4) for stage, seconds in timings.items()}

@@ -1,4 +1,4 @@
-"""One order's way: exists?, fetch, join a flight, decode, draw, encode, store, receipt. Knows no HTTP and no torch."""
+"""Generation service: cache lookup, request coalescing, input images, generation, storage, result."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable, Coroutine, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -14,13 +14,15 @@ import structlog
 
 from stable_diffusion_server.concurrency import deadline
 from stable_diffusion_server.errors import NotFound, StorageUnavailable
-from stable_diffusion_server.generation.executor import EngineQueue, GenerationExecutor, SubmissionContext
-from stable_diffusion_server.generation.interfaces import DecodeImage, FetchImage, ignore
-from stable_diffusion_server.generation.layout import ImageLayout, lay_out_images
-from stable_diffusion_server.generation.output import OutputWriter, owner_of_key
-from stable_diffusion_server.generation.quality import CheckedImage, DecodedPixels
+from stable_diffusion_server.generation.executor import GenerationExecutor, SubmissionContext
+from stable_diffusion_server.generation.inputs import InputLoader
+from stable_diffusion_server.generation.interfaces import DecodeImage, EngineQueue, FetchImage, ignore
+from stable_diffusion_server.generation.output import OutputWriter, key_errors_explained
 from stable_diffusion_server.generation.resolver import GenerationOptions, ResolvedRequest, resolve_request, spec_for
 from stable_diffusion_server.generation.results import (
+    GenerationOutcome,
+    ResultCache,
+    generation_warnings,
     result_for_other_caller,
     result_of_generated,
     result_of_stored,
@@ -32,7 +34,6 @@ from stable_diffusion_server.generation.single_flight import (
     ProgressListener,
     SingleFlight,
 )
-from stable_diffusion_server.imaging import Pixels
 from stable_diffusion_server.observability import Tracing, UsageMetrics
 from stable_diffusion_server.storage import Bucket, HistoryEntry, read_image
 from stable_diffusion_server.types import (
@@ -40,38 +41,22 @@ from stable_diffusion_server.types import (
     GenerationProgress,
     GenerationRequest,
     GenerationResult,
-    ImageInput,
-    RequestWarning,
     StoredObject,
 )
 
-_ANYONE = Caller()
-_PLANS = 1024
-_NOTHING: Mapping[str, bytes] = {}
+_NO_CALLER = Caller()
+_NO_FILES: Mapping[str, bytes] = {}
+# Resolved requests and results of cache hits that are remembered.
+_CACHE_SIZE = 1024
 
 _log = structlog.get_logger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class GenerationOutcome:
-    """What an effort under a key came to. `scene` and `judged` are what was drawn, `None` when the object was there.
-
-    `data` is the file that was stored; `twin` tells that the drawing was shared with an effort under another key.
-    """
-
-    stored: StoredObject
-    layout: ImageLayout | None = None
-    image: CheckedImage[DecodedPixels] | None = None
-    data: bytes = b""
-    coalesced: bool = False
-    warnings: tuple[RequestWarning, ...] = ()
-    timings: Mapping[str, float] = field(default_factory=dict)
-
-
 class GenerationService:
-    """Fulfils orders: at most one generation for any number of equal ones at a time, and none for what is stored.
+    """Answers generation requests: equal ones that overlap are generated once, stored ones not again.
 
-    With `log_prompts` the line that tells of a stored picture holds its prompt.
+    `known` looks a key up in the existence cache without blocking; `record` receives history entries and must not
+    raise. With `log_prompts` the log line of a stored image has its prompt.
     """
 
     def __init__(
@@ -92,259 +77,237 @@ class GenerationService:
         self._bucket = bucket
         self._queue = queue
         self._options = options
-        self._account = account or UsageMetrics()
+        self._metrics = account or UsageMetrics()
         self._tracing = tracing or Tracing()
         self._log_prompts = log_prompts
-        self._fetch = fetch
-        self._decode = decode
-        self._keeping = OutputWriter(bucket, options.embed_metadata, record, options.ownership)
+        self._inputs = InputLoader(fetch, decode)
+        self._output = OutputWriter(bucket, options.embed_metadata, record, options.ownership)
         self._known = known
-        self._told: dict[str, tuple[ResolvedRequest, StoredObject, GenerationResult]] = {}
-        # The same words come again and again; planning them is pure, but for what the order's model is.
-        self._plans = lru_cache(_PLANS)(lambda order, facts: resolve_request(order, options))
-        self._fetching: SingleFlight[bytes] = SingleFlight()
-        self._storing: SingleFlight[GenerationOutcome] = SingleFlight()
-        self._drawing = GenerationExecutor(queue, count_tokens, options)
+        self._results = ResultCache(_CACHE_SIZE)
+        # Resolving depends on the request and on the model's spec, which changes when its weights are loaded.
+        self._resolve_cached = lru_cache(_CACHE_SIZE)(lambda request, spec: resolve_request(request, options))
+        self._generations: SingleFlight[GenerationOutcome] = SingleFlight()
+        self._executor = GenerationExecutor(queue, count_tokens, options)
 
     async def generate(
         self,
-        order: GenerationRequest,
+        request: GenerationRequest,
         *,
-        caller: Caller = _ANYONE,
+        caller: Caller = _NO_CALLER,
         background: bool = False,
         watch: Callable[[GenerationProgress], None] = ignore,
         previews: bool | Callable[[], bool] = False,
-        fetched: Mapping[str, bytes] = _NOTHING,
+        fetched: Mapping[str, bytes] = _NO_FILES,
         job_id: str = "",
         suspect: bool = False,
     ) -> GenerationResult:
-        """The receipt for an order, once its picture is stored.
+        """The result of a request, once its image is stored.
 
-        `watch` is called on the event loop while it waits and is drawn (queued, started, step); how it ends is for
-        this call to say. `previews`, which may be asked again at each step, has small pictures come with the steps.
-        `fetched` are the files at the order's addresses, by parameter, as far as they are known. `job_id` is the
-        accepted job's, and a `suspect` has the device for itself.
+        `watch` receives progress on the event loop (queued, started, step), with previews if `previews`, which may be
+        a function that is asked at each step. No final report is sent: the outcome is this call's return value or
+        exception. `fetched` are files of the request's URLs, by parameter, as far as they are known. `job_id` is set
+        for an asynchronous job; a `suspect` runs with no other request on the device.
 
         Raises `InvalidInput`, `TooLarge`, `UnsupportedMedia`, `RemoteFetchFailed`, `QueueFull`, `NotReady`,
-        `StorageUnavailable`, `DeadlineExceeded`, and what drawing raises. Cancelling the call takes the job off the
-        device, unless others wait for it too.
+        `StorageUnavailable`, `DeadlineExceeded`, and what generation raises. Cancelling the call takes the request
+        off the device, unless other calls wait for it too.
         """
-        whom, listener = SubmissionContext(caller, background, job_id, suspect), CallbackListener(watch, previews)
-        return (await self._generate_with_deadline(order, fetched, whom, listener))[0]
+        context = SubmissionContext(caller, background, job_id, suspect)
+        result, _ = await self._generate_with_deadline(request, fetched, context, CallbackListener(watch, previews))
+        return result
 
-    def lookup_cached(self, order: GenerationRequest, caller: Caller = _ANYONE) -> GenerationResult | None:
-        """The receipt for an order whose picture is known to be stored, and which the caller may know.
+    def lookup_cached(self, request: GenerationRequest, caller: Caller = _NO_CALLER) -> GenerationResult | None:
+        """The result of a request whose image is known to be stored and visible to the caller.
 
-        `None` where that has to be found out. Blocks for nothing. Raises `InvalidInput`.
+        `None` if that is not known without I/O. Never blocks. Raises `InvalidInput`.
         """
-        if order.sources or order.loras or order.overwrite or order.seed == "random":
+        if request.sources or request.loras or request.overwrite or request.seed == "random":
             return None
-        plan = self._planned(order)
-        stored = self._known(plan.key)
-        if stored is None or plan.key in self._storing or not self._options.ownership.may_know(caller, stored):
+        resolved = self._resolve_words(request)
+        stored = self._known(resolved.key)
+        if stored is None or resolved.key in self._generations:
             return None
-        self._account.record_generation("cached")
-        # Made of the very same two things, the receipt is the same too.
-        plan_told, stored_told, receipt = self._told.get(plan.key, (None, None, None))
-        if receipt is None or plan_told is not plan or stored_told is not stored:
-            if len(self._told) >= _PLANS:
-                self._told.clear()
-            receipt = result_of_stored(plan, stored)
-            self._told[plan.key] = plan, stored, receipt
-        return receipt
+        if not self._options.ownership.may_know(caller, stored):
+            return None
+        self._metrics.record_generation("cached")
+        return self._results.result_of(resolved, stored)
 
     async def generate_with_bytes(
         self,
-        order: GenerationRequest,
+        request: GenerationRequest,
         *,
-        caller: Caller = _ANYONE,
+        caller: Caller = _NO_CALLER,
         background: bool = False,
         watch: Callable[[GenerationProgress], None] = ignore,
         previews: bool | Callable[[], bool] = False,
-        fetched: Mapping[str, bytes] = _NOTHING,
+        fetched: Mapping[str, bytes] = _NO_FILES,
     ) -> tuple[GenerationResult, bytes]:
-        """The same with the file itself: the one this order drew, whatever is stored under its name since."""
-        whom, listener = SubmissionContext(caller, background), CallbackListener(watch, previews)
-        receipt, outcome = await self._generate_with_deadline(order, fetched, whom, listener)
+        """The result and the file that this request generated, even if the key was overwritten since."""
+        context, listener = SubmissionContext(caller, background), CallbackListener(watch, previews)
+        result, outcome = await self._generate_with_deadline(request, fetched, context, listener)
         try:
-            return receipt, outcome.data or await self.read_file(receipt)
-        except NotFound:  # remembered as stored, and deleted by others: forgotten by now, so it is drawn
-            receipt, outcome = await self._generate_with_deadline(order, fetched, whom, listener)
-            return receipt, outcome.data or await self.read_file(receipt)
+            return result, outcome.data or await self.read_file(result)
+        except NotFound:  # deleted by another process; the existence cache has dropped the key now
+            result, outcome = await self._generate_with_deadline(request, fetched, context, listener)
+            return result, outcome.data or await self.read_file(result)
 
-    async def validate(self, order: GenerationRequest) -> None:
-        """Raise what an order is refused for by itself, before anything it names is looked up."""
-        await self._resolved(order)
+    async def validate(self, request: GenerationRequest) -> None:
+        """Raise the errors of the request itself, before anything it names is looked up."""
+        await self._resolve(request)
 
     async def prepare_for_storage(
-        self, order: GenerationRequest, caller: Caller = _ANYONE
+        self, request: GenerationRequest, caller: Caller = _NO_CALLER
     ) -> tuple[GenerationRequest, dict[str, bytes]]:
-        """The order as it can be kept and fulfilled later, and the files at its addresses, unless it is stored.
+        """The request as it can be stored and run later, and the files of its URLs unless the image is stored.
 
-        A name made from the content has its random seed chosen, so that drawing it again is drawing the same. Raises
-        what `fulfil` raises before anything is drawn; waiting for addresses counts against the order's `timeout`.
+        A random seed is chosen now if the key is derived from the content, so that a second run gives the same image.
+        Raises what `generate` raises before generation; downloads count against the request's `timeout`.
         """
-        plan = await self._resolved(order)
-        if order.save_path is None:
-            order = replace(order, seed=plan.seed) if order.seed == "random" else order
-        elif plan.key_is_known and await self._find(plan) is not None:
-            return order, {}
+        resolved = await self._resolve(request)
+        if request.save_path is None:
+            request = replace(request, seed=resolved.seed) if request.seed == "random" else request
+        elif resolved.key_is_known and await self._find(resolved) is not None:
+            return request, {}
         await asyncio.to_thread(self._bucket.check_capacity)
-        async with deadline(order.timeout or self._options.limits.max_timeout):
-            return order, await self._files_of(order, _NOTHING, caller)
+        async with deadline(request.timeout or self._options.limits.max_timeout):
+            return request, await self._inputs.fetch_files(request, _NO_FILES, caller)
 
-    async def read_file(self, receipt: GenerationResult) -> bytes:
-        """The file that is stored under a receipt's name now. Raises `NotFound`, `StorageUnavailable`."""
-        return await asyncio.to_thread(read_image, self._bucket, receipt.key)
+    async def read_file(self, result: GenerationResult) -> bytes:
+        """The file stored under a result's key now. Raises `NotFound`, `StorageUnavailable`."""
+        return await asyncio.to_thread(read_image, self._bucket, result.key)
 
-    async def is_gone(self, receipt: GenerationResult) -> bool:
-        """Whether nothing is stored under a receipt's name any more; not while the storage cannot tell."""
+    async def is_gone(self, result: GenerationResult) -> bool:
+        """Whether nothing is stored under a result's key any more; false while the storage is unavailable."""
         with suppress(StorageUnavailable):
-            return self._known(receipt.key) is None and await asyncio.to_thread(self._bucket.peek, receipt.key) is None
+            return self._known(result.key) is None and await asyncio.to_thread(self._bucket.peek, result.key) is None
         return False
 
     def check_open(self) -> None:
-        """Raise `NotReady` or `QueueFull` if nothing can be drawn now."""
+        """Raise `NotReady` or `QueueFull` if no request can be generated now."""
         self._queue.check_open()
 
-    async def _resolved(self, order: GenerationRequest) -> ResolvedRequest:
-        # Files are hashed, adapters' files read; words alone take less time than a thread to take them to.
-        if order.sources or order.loras:
-            return await asyncio.to_thread(resolve_request, order, self._options)
-        return resolve_request(order, self._options) if order.seed == "random" else self._planned(order)
+    async def check_capacity(self, context: SubmissionContext) -> None:
+        """Refuse early if the queue or the storage is full."""
+        self._queue.check_open(context.caller.share, background=context.background)
+        await asyncio.to_thread(self._bucket.check_capacity)
 
-    def _planned(self, order: GenerationRequest) -> ResolvedRequest:
-        """The plan of an order without pictures and adapters, whose model may become another one by being loaded."""
-        return self._plans(order, spec_for(order, self._options))
+    def close(self) -> None:
+        """Stop the encoder threads."""
+        self._output.close()
+
+    async def _resolve(self, request: GenerationRequest) -> ResolvedRequest:
+        # Input files are hashed and LoRA files read in a thread; text alone takes less time than the thread hop.
+        if request.sources or request.loras:
+            return await asyncio.to_thread(resolve_request, request, self._options)
+        return resolve_request(request, self._options) if request.seed == "random" else self._resolve_words(request)
+
+    def _resolve_words(self, request: GenerationRequest) -> ResolvedRequest:
+        """Resolve a request without input images and LoRAs, from the cache if possible."""
+        return self._resolve_cached(request, spec_for(request, self._options))
 
     async def _generate_with_deadline(
         self,
-        order: GenerationRequest,
+        request: GenerationRequest,
         fetched: Mapping[str, bytes],
-        whom: SubmissionContext,
+        context: SubmissionContext,
         listener: ProgressListener,
     ) -> tuple[GenerationResult, GenerationOutcome]:
         started = time.perf_counter()
-        plan = await self._resolved(order)
-        async with deadline(order.timeout or self._options.limits.max_timeout):
-            if order.overwrite and not whom.caller.has_full_access:
-                there = await asyncio.to_thread(self._bucket.peek, plan.key)
-                self._options.ownership.check_overwrite(whom.caller, there)
-            plan, outcome, shared = await self._coalesce(plan, fetched, whom, listener)
-        may_know = self._options.ownership.visible_record(whom.caller, outcome.stored, named=plan.key_is_known)
+        ownership, caller = self._options.ownership, context.caller
+        resolved = await self._resolve(request)
+        async with deadline(request.timeout or self._options.limits.max_timeout):
+            if request.overwrite and not caller.has_full_access:
+                ownership.check_overwrite(caller, await asyncio.to_thread(self._bucket.peek, resolved.key))
+            resolved, outcome, joined = await self._coalesce(resolved, fetched, context, listener)
+        may_know = ownership.visible_record(caller, outcome.stored, named=resolved.key_is_known)
         if outcome.layout is None or outcome.image is None:
-            self._account.record_generation("cached")
-            found, seconds = result_of_stored(plan, outcome.stored), time.perf_counter() - started
-            return (found if may_know else result_for_other_caller(plan, found, seconds)), outcome
-        twin = shared or outcome.coalesced
-        self._account.record_generation("coalesced" if twin else "drawn")
-        # The effort under another name was perhaps another caller's.
-        twin = twin and may_know and (shared or self._options.ownership.keyed is None or whom.caller.has_full_access)
-        made = (outcome.stored, outcome.layout, outcome.image, outcome.warnings, outcome.timings)
-        return result_of_generated(plan, *made, coalesced=twin), outcome
-
-    def close(self) -> None:
-        """Let go of the encoding threads."""
-        self._keeping.close()
+            self._metrics.record_generation("cached")
+            result = result_of_stored(resolved, outcome.stored)
+            if not may_know:
+                result = result_for_other_caller(resolved, result, time.perf_counter() - started)
+            return result, outcome
+        coalesced = joined or outcome.coalesced
+        self._metrics.record_generation("coalesced" if coalesced else "drawn")
+        # An equal request under another key may be another caller's, which this caller must not learn.
+        may_tell = may_know and (joined or ownership.keyed is None or caller.has_full_access)
+        result = result_of_generated(
+            resolved,
+            stored=outcome.stored,
+            layout=outcome.layout,
+            image=outcome.image,
+            warnings=outcome.warnings,
+            timings=outcome.timings,
+            coalesced=coalesced and may_tell,
+        )
+        return result, outcome
 
     async def _coalesce(
-        self, plan: ResolvedRequest, fetched: Mapping[str, bytes], whom: SubmissionContext, listener: ProgressListener
+        self,
+        resolved: ResolvedRequest,
+        fetched: Mapping[str, bytes],
+        context: SubmissionContext,
+        listener: ProgressListener,
     ) -> tuple[ResolvedRequest, GenerationOutcome, bool]:
-        """The plan as far as it had to be taken, the object, and whether the effort was another caller's.
+        """Join or start the generation of a key: the final resolved request, the outcome, whether it was joined.
 
-        What is stored under a name that needs no look at the pictures is answered without fetching them.
+        An object under a key that does not depend on the input images is returned without fetching them.
         """
-        order = plan.request
-        if any(source.url is not None for source in order.sources):
-            if plan.key_is_known and (found := await self._find(plan)) is not None:
-                return plan, GenerationOutcome(found), False
-            await self.check_capacity(whom)
-            fetched = await self._files_of(order, fetched, whom.caller)
-            plan = await asyncio.to_thread(resolve_request, order, self._options, fetched)
+        request = resolved.request
+        if any(source.url is not None for source in request.sources):
+            if resolved.key_is_known and (found := await self._find(resolved)) is not None:
+                return resolved, GenerationOutcome(found), False
+            await self.check_capacity(context)
+            fetched = await self._inputs.fetch_files(request, fetched, context.caller)
+            resolved = await asyncio.to_thread(resolve_request, request, self._options, fetched)
 
-        def start(audience: ProgressBroadcaster) -> Coroutine[Any, Any, GenerationOutcome]:
-            return self._generate_uncached(plan, fetched, whom, audience)
+        def start(broadcaster: ProgressBroadcaster) -> Coroutine[Any, Any, GenerationOutcome]:
+            return self._generate_uncached(resolved, fetched, context, broadcaster)
 
-        outcome, shared = await self._storing.join(plan.key, plan.tag, start, listener)
-        return plan, outcome, shared
+        outcome, joined = await self._generations.join(resolved.key, resolved.tag, start, listener)
+        return resolved, outcome, joined
 
-    async def check_capacity(self, whom: SubmissionContext) -> None:
-        """Refuse before the work that a full queue, or a storage without room, would throw away."""
-        self._queue.check_open(whom.caller.share, background=whom.background)
-        await asyncio.to_thread(self._bucket.check_capacity)
-
-    async def _files_of(
-        self, order: GenerationRequest, fetched: Mapping[str, bytes], caller: Caller
-    ) -> dict[str, bytes]:
-        """The files at an order's addresses, by parameter, those that are missing fetched."""
-        remote = [source for source in order.sources if source.url is not None and source.parameter not in fetched]
-        data = await asyncio.gather(*(self._bytes_of(source, caller.share) for source in remote))
-        return {**fetched, **{source.parameter: file for source, file in zip(remote, data, strict=True)}}
-
-    async def _bytes_of(self, source: ImageInput, share: str) -> bytes:
-        """The file at a URL; a caller who wants it several times at the same time shares one download.
-
-        Not with other callers, since a download waits for its turn among those of the caller who began it.
-        """
-        url, field = source.url or "", source.parameter
-        data, _ = await self._fetching.join(f"{share} {url}", field, lambda _: self._fetch(url, field, share=share))
-        return data
-
-    async def _find(self, plan: ResolvedRequest) -> StoredObject | None:
-        """What is stored under the key; asked for when it is to be overwritten too, since that refuses bad names."""
-        known = None if plan.request.overwrite else self._known(plan.key)
-        with owner_of_key(plan):
-            found = known or await asyncio.to_thread(self._bucket.stat, plan.key)
-        return None if plan.request.overwrite else found
+    async def _find(self, resolved: ResolvedRequest) -> StoredObject | None:
+        """The object under the key; `None` if it is to be overwritten. Raises for a key the bucket refuses."""
+        overwrite = resolved.request.overwrite
+        known = None if overwrite else self._known(resolved.key)
+        with key_errors_explained(resolved):
+            found = known or await asyncio.to_thread(self._bucket.stat, resolved.key)
+        return None if overwrite else found
 
     async def _generate_uncached(
         self,
-        plan: ResolvedRequest,
+        resolved: ResolvedRequest,
         fetched: Mapping[str, bytes],
-        whom: SubmissionContext,
-        audience: ProgressBroadcaster,
+        context: SubmissionContext,
+        broadcaster: ProgressBroadcaster,
     ) -> GenerationOutcome:
-        """Find the object or make it: exists? → decode → draw → encode → create."""
+        """Look the object up; if it is missing, decode the inputs, generate, encode and store."""
         started = time.perf_counter()
         with self._tracing.span("cache_lookup"):
-            found = await self._find(plan)
+            found = await self._find(resolved)
         if found is not None:
             return GenerationOutcome(found)
-        await self.check_capacity(whom)
+        await self.check_capacity(context)
         with self._tracing.span("prepare"):
-            scene = await self._scene(plan, fetched, whom.caller.share)
-            job = await asyncio.to_thread(self._drawing.fit_prompts, scene.request)
-        with self._tracing.span("generate", {"sds.model": job.model, "sds.steps": job.num_inference_steps}) as span:
-            judged, twin = await self._drawing.generate(job, whom, audience)
-            span.set_attributes({f"sds.seconds.{stage}": seconds for stage, seconds in judged.timings.items()})
-        timings = dict(judged.timings)
-        warnings = [*scene.warnings, *judged.warnings]
-        if job.prompt != scene.request.prompt:
-            limit = plan.parameters.spec.text_tokens
-            warnings.append(RequestWarning("prompt-shortened", f"{job.model} reads {limit} tokens; see prompt_used."))
-        if judged.product.redecoded:
-            warnings.append(RequestWarning("redecoded", "The decoder overflowed and ran again in full precision."))
+            layout = await self._inputs.lay_out(resolved, fetched, context.caller.share)
+            request = await asyncio.to_thread(self._executor.fit_prompts, layout.request)
+        attributes: dict[str, str | int] = {"sds.model": request.model, "sds.steps": request.num_inference_steps}
+        with self._tracing.span("generate", attributes) as span:
+            image, coalesced = await self._executor.generate(request, context, broadcaster)
+            span.set_attributes({f"sds.seconds.{stage}": seconds for stage, seconds in image.timings.items()})
+        warnings = (*layout.warnings, *image.warnings, *generation_warnings(resolved, layout, request, image))
         with self._tracing.span("store"):
-            kept = await self._keeping.write(plan, scene, judged, tuple(warnings), whom.caller)
-        timings.update(kept.timings, total=time.perf_counter() - started)
-        self._account.record_stored(timings)
-        for warned in (*judged.warnings, *(warnings[-1:] if judged.product.redecoded else ())):
-            self._account.record_quality_check(warned.code)
-        if not kept.won:
-            _log.info("another process stored this name first", name=plan.key)
-            return GenerationOutcome(kept.stored)
-        words = {"prompt": job.prompt} if self._log_prompts else {}
-        _log.info("picture stored", name=plan.key, model=job.model, bytes=len(kept.data), **words, **rounded(timings))
-        return GenerationOutcome(kept.stored, scene, judged, kept.data, twin, tuple(warnings), timings)
-
-    async def _scene(self, plan: ResolvedRequest, fetched: Mapping[str, bytes], share: str) -> ImageLayout:
-        """The plan with its pictures decoded and laid onto the canvas."""
-
-        async def pixels_of(source: ImageInput | None) -> Pixels | None:
-            if source is None:
-                return None
-            data = source.data if source.data is not None else fetched[source.parameter]
-            return await self._decode(data, source.parameter, transparency=source.transparency, share=share)
-
-        image, mask = await asyncio.gather(pixels_of(plan.request.image), pixels_of(plan.request.mask))
-        return await asyncio.to_thread(lay_out_images, plan, image, mask)
+            output = await self._output.write(resolved, layout, image, warnings, context.caller)
+        timings = {**image.timings, **output.timings, "total": time.perf_counter() - started}
+        self._metrics.record_stored(timings)
+        for warning in image.warnings:
+            self._metrics.record_quality_check(warning.code)
+        if image.product.redecoded:
+            self._metrics.record_quality_check("redecoded")
+        if not output.created:
+            _log.info("another process stored this name first", name=resolved.key)
+            return GenerationOutcome(output.stored)
+        prompt = {"prompt": request.prompt} if self._log_prompts else {}
+        facts = {"model": request.model, "bytes": len(output.data), **prompt, **rounded(timings)}
+        _log.info("picture stored", name=resolved.key, **facts)
+        return GenerationOutcome(output.stored, layout, image, output.data, coalesced, warnings, timings)

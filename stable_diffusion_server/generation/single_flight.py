@@ -1,4 +1,4 @@
-"""Single flight: callers who want the same thing share one effort, and the last to leave ends it. Knows no pictures."""
+"""Request coalescing (single flight): equal requests share one task, and its progress goes to all of them."""
 
 from __future__ import annotations
 
@@ -13,41 +13,41 @@ T = TypeVar("T")
 
 
 class ProgressListener(Protocol):
-    """Someone who follows an effort."""
+    """Receiver of progress reports."""
 
     @property
     def wants_previews(self) -> bool:
-        """Whether small pictures on the way are of use."""
+        """Whether previews are of use."""
 
-    def on_progress(self, news: GenerationProgress) -> None:
-        """Take one piece of news, on the event loop."""
+    def on_progress(self, progress: GenerationProgress) -> None:
+        """Receive a progress report, on the event loop."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CallbackListener:
-    """A listener that passes news on to a function. `previews` may change while it listens, as a function."""
+    """A listener that calls a function. `previews` may be a function, which is asked at each step."""
 
     watch: Callable[[GenerationProgress], None]
     previews: bool | Callable[[], bool] = False
 
     @property
     def wants_previews(self) -> bool:
-        """Whether small pictures on the way are of use now."""
+        """Whether previews are of use now."""
         return self.previews() if callable(self.previews) else self.previews
 
-    def on_progress(self, news: GenerationProgress) -> None:
-        """Pass it on."""
-        self.watch(news)
+    def on_progress(self, progress: GenerationProgress) -> None:
+        """Call the function."""
+        self.watch(progress)
 
 
-NO_LISTENER = CallbackListener(lambda news: None)
+NO_LISTENER = CallbackListener(lambda progress: None)
 
 
 @dataclass(slots=True, eq=False)
 class ProgressBroadcaster:
-    """All who follow one effort, itself a listener, so that an effort can follow another it waits for.
+    """Sends progress reports to all listeners of a task. It is a listener itself, so tasks can be nested.
 
-    Who comes late is told the latest news at once.
+    A listener that is added later receives the latest report at once.
     """
 
     _listeners: list[ProgressListener] = field(default_factory=list)
@@ -55,23 +55,23 @@ class ProgressBroadcaster:
 
     @property
     def wants_previews(self) -> bool:
-        """Whether any of them has a use for previews."""
+        """Whether any listener wants previews."""
         return any(listener.wants_previews for listener in self._listeners)
 
-    def on_progress(self, news: GenerationProgress) -> None:
-        """Tell every one of them."""
-        self._latest = news
+    def on_progress(self, progress: GenerationProgress) -> None:
+        """Send a report to all listeners."""
+        self._latest = progress
         for listener in tuple(self._listeners):
-            listener.on_progress(news)
+            listener.on_progress(progress)
 
     def add(self, listener: ProgressListener) -> None:
-        """Let someone follow from here on."""
+        """Add a listener."""
         self._listeners.append(listener)
         if self._latest is not None:
             listener.on_progress(self._latest)
 
     def remove(self, listener: ProgressListener) -> None:
-        """Tell someone no more."""
+        """Remove a listener."""
         self._listeners.remove(listener)
 
 
@@ -79,64 +79,64 @@ Start = Callable[[ProgressBroadcaster], Coroutine[Any, Any, T]]
 
 
 @dataclass(slots=True)
-class _Flight(Generic[T]):
+class _SharedTask(Generic[T]):
     task: asyncio.Task[T]
     tag: str
-    audience: ProgressBroadcaster
-    passengers: int = 0
+    broadcaster: ProgressBroadcaster
+    callers: int = 0
     abandoned: bool = False
 
 
 class SingleFlight(Generic[T]):
-    """Efforts under way, by key. Lives on one event loop.
+    """Running tasks by key, for one event loop.
 
-    `tag` says what exactly is being done under a key: callers with another tag do not share the effort but wait
-    for its end, and then try again. So do those who find an effort that was abandoned and is still ending.
+    Callers with the same key and `tag` share a task. Callers with another tag wait for its end and try again, as do
+    those that find a task that all callers left and that is still ending.
     """
 
     def __init__(self) -> None:
-        self._flights: dict[str, _Flight[T]] = {}
+        self._tasks: dict[str, _SharedTask[T]] = {}
 
     def __contains__(self, key: object) -> bool:
-        """Whether an effort is under way under a key."""
-        return key in self._flights
+        """Whether a task runs under a key."""
+        return key in self._tasks
 
     def __len__(self) -> int:
-        return len(self._flights)
+        return len(self._tasks)
 
     async def join(
         self, key: str, tag: str, start: Start[T], listener: ProgressListener = NO_LISTENER
     ) -> tuple[T, bool]:
-        """The result of the effort under `key`, and whether it was shared with one that was under way already.
+        """The result of the task under `key`, and whether it was already running. Raises what the task raises.
 
-        `start` is given the audience it is to tell of how far it is; `listener` is among it while the caller waits.
-        Raises what the effort raises. Cancelling one caller leaves the effort to the others.
+        `start` makes the task and receives a broadcaster for its progress, to which `listener` is added. Cancelling a
+        call leaves the task to the other callers; the last one to leave cancels it.
         """
-        while (flight := self._flights.get(key)) is not None and (flight.tag != tag or flight.abandoned):
-            await asyncio.wait([flight.task])
-        shared = flight is not None
-        if flight is None:
-            flight = self._take_off(key, tag, start)
-        flight.passengers += 1
-        flight.audience.add(listener)
+        while (shared := self._tasks.get(key)) is not None and (shared.tag != tag or shared.abandoned):
+            await asyncio.wait([shared.task])
+        joined = shared is not None
+        if shared is None:
+            shared = self._start(key, tag, start)
+        shared.callers += 1
+        shared.broadcaster.add(listener)
         try:
-            return await asyncio.shield(flight.task), shared
+            return await asyncio.shield(shared.task), joined
         finally:
-            flight.audience.remove(listener)
-            flight.passengers -= 1
-            if flight.passengers == 0 and not flight.task.done():
-                flight.abandoned = True
-                flight.task.cancel()
+            shared.broadcaster.remove(listener)
+            shared.callers -= 1
+            if shared.callers == 0 and not shared.task.done():
+                shared.abandoned = True
+                shared.task.cancel()
 
-    def _take_off(self, key: str, tag: str, start: Start[T]) -> _Flight[T]:
-        audience = ProgressBroadcaster()
-        flight = _Flight(asyncio.create_task(start(audience)), tag, audience)
-        self._flights[key] = flight
-        flight.task.add_done_callback(lambda task: self._arrived(key, flight, task))
-        return flight
+    def _start(self, key: str, tag: str, start: Start[T]) -> _SharedTask[T]:
+        broadcaster = ProgressBroadcaster()
+        shared = _SharedTask(asyncio.create_task(start(broadcaster)), tag, broadcaster)
+        self._tasks[key] = shared
+        shared.task.add_done_callback(lambda task: self._ended(key, shared, task))
+        return shared
 
-    def _arrived(self, key: str, flight: _Flight[T], task: asyncio.Task[T]) -> None:
-        if self._flights.get(key) is flight:
-            del self._flights[key]
+    def _ended(self, key: str, shared: _SharedTask[T], task: asyncio.Task[T]) -> None:
+        if self._tasks.get(key) is shared:
+            del self._tasks[key]
         if not task.cancelled():
-            task.exception()  # marks it as seen: every passenger may have left before it failed
+            task.exception()  # marks it as retrieved: all callers may have left before it failed

@@ -38,6 +38,14 @@ class LimitSettings(SettingsGroup):
     max_steps: int = Field(100, ge=1, le=1000, description="Maximum number of denoising steps.")
     max_guidance: float = Field(20.0, ge=0, allow_inf_nan=False, description="Maximum guidance scale.")
     max_prompt_characters: int = Field(4000, ge=1, le=10_000, description="Maximum length of a prompt in characters.")
+    stop_words: Literal["builtin", "nltk"] = Field(
+        "builtin",
+        description=(
+            "English words removed first from a prompt that exceeds its model's tokens; negations such as `not` and "
+            "`without` are always kept. `nltk` uses NLTK's list, which has to be on the disk: `pip install nltk`, then "
+            "`python -m nltk.downloader stopwords`. Part of an image's digest."
+        ),
+    )
     max_timeout: float = Field(
         600.0,
         gt=0,

@@ -204,7 +204,7 @@ def test_a_known_name_is_answered_without_fetching_or_decoding(house: RunningApp
     again = house.client.get(STYLE, params=asked).json()
     assert (again["cached"], again["seed"], again["warnings"]) == (True, first["seed"], first["warnings"])
     other = house.client.get(STYLE, params={**asked, "image_url": pictures.url("gone")}).json()
-    assert [warning["code"] for warning in other["warnings"]] == ["different-order"]
+    assert [warning["code"] for warning in other["warnings"]] == ["different-request"]
     assert pictures.asked == ["/image"]
     broken = post(house, STYLE, {"image_file": b"no picture"}, save_path="a.webp")
     assert (broken.status_code, broken.json()["cached"]) == (200, True)

@@ -13,7 +13,7 @@ import httpx
 import pytest
 from conftest import RunningApp
 from fakes import FakeDenoiser, until
-from test_service import OPTIONS, order
+from service_harness import OPTIONS, order
 
 from stable_diffusion_server.generation.ownership import Ownership
 from stable_diffusion_server.generation.resolver import resolve_request
@@ -284,7 +284,7 @@ def test_what_was_there_is_told_to_its_owner_and_admin_alone(keys: list[One]) ->
     assert {**right, "request_id": 0} == {**wrong, "request_id": 0}
     assert not right["cached"]
     assert right["seed"] is None
-    assert [warning["code"] for warning in right["warnings"]] == ["different-order"]
+    assert [warning["code"] for warning in right["warnings"]] == ["different-request"]
     bob.draw(prompt="a green square")
     assert not ann.draw(prompt="a green square").json()["cached"]
 

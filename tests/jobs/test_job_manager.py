@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from fakes import FakeDenoiser, until
-from test_service import OPTIONS, order
+from service_harness import OPTIONS, order
 
 from stable_diffusion_server.engine import Engine, EngineState
 from stable_diffusion_server.errors import (

@@ -201,7 +201,7 @@ def test_what_someone_else_put_there_is_never_drawn_over(
     for key, body in (("b.webp", b"GIF89a of another"), ("c.png", b"\0\0\0\x1cftypavif0000"), ("conf", b'{"a": 1}')):
         replaced(s3_server, behind[0], f"static/uploads/{key}", body)
         answer = house.draw(prompt="a red square", save_path=key).json()
-        assert (answer["cached"], answer["warnings"][0]["code"]) == (True, "different-order")
+        assert (answer["cached"], answer["warnings"][0]["code"]) == (True, "different-request")
         kept = s3_client(s3_server.url).get_object(Bucket=behind[0], Key=f"static/uploads/{key}")["Body"].read()
         assert kept == body
     refused = house.client.post("/make_image", json={"prompt": "a red square", "save_path": "conf"})

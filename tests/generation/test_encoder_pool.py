@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from stable_diffusion_server.generation.encoder_pool import EncoderPool
+from stable_diffusion_server.generation.output import EncoderPool
 
 LARGE, SMALL = 2048 * 2048 * 3, 64 * 64 * 3
 

@@ -12,6 +12,7 @@ from fakes import disc
 from stable_diffusion_server.errors import InvalidInput
 from stable_diffusion_server.generation.layout import lay_out_images
 from stable_diffusion_server.generation.limits import RequestLimits
+from stable_diffusion_server.generation.prompts import BUILTIN_STOP_WORDS, StopWords
 from stable_diffusion_server.generation.resolver import GenerationOptions, resolve_request
 from stable_diffusion_server.pipelines.catalog import MODELS
 from stable_diffusion_server.types import Fill, Fit, Format, GenerationRequest, ImageInput, Task
@@ -244,3 +245,12 @@ def test_two_jobs_of_equal_pictures_are_one_drawing() -> None:
     assert jobs[0].image is not None
     assert jobs[0] == replace(jobs[1])
     assert jobs[0].image.digest == jobs[1].image.digest  # type: ignore[union-attr]  # both have one
+
+
+def test_other_stop_words_are_another_image() -> None:
+    """They change what the model reads of a long prompt, so they are part of the digest. The built-in list is not."""
+    request = GenerationRequest(Task.TEXT_TO_IMAGE, "a red disc", 64, 64)
+    other = replace(OPTIONS, stop_words=StopWords.of("nltk", ["the"]))
+    same = replace(OPTIONS, stop_words=BUILTIN_STOP_WORDS)
+    digests = [resolve_request(request, options).content_digest for options in (OPTIONS, other, same)]
+    assert digests[0] == digests[2] != digests[1]

@@ -41,7 +41,7 @@ class Studio:
             return encode(pixels, *more)
 
         # Patched to hold the one moment that lasts too short to be met from outside.
-        monkeypatch.setattr(output, "encode", held)
+        monkeypatch.setattr(output, "encode_image", held)
         self.port = free_port()
         app = create_app(settings_in(folder, max_batch=1, port=self.port), load=lambda settings: self.painter)
         self.server = uvicorn.Server(uvicorn.Config(app, port=self.port, log_level="warning"))

@@ -1,10 +1,18 @@
-"""The prompt room: cleaning and shortening."""
+"""Prompts are cleaned, and shortened to what the model reads."""
+
+import sys
+from types import ModuleType
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stable_diffusion_server.generation.prompts import clean_prompt, remove_stopwords, shorten_too_long_text
+from stable_diffusion_server.generation.prompts import (
+    clean_prompt,
+    load_stop_words,
+    remove_stopwords,
+    shorten_too_long_text,
+)
 
 
 def count_words(text: str) -> int:
@@ -33,7 +41,54 @@ def test_a_single_word_that_is_too_long_is_cut_inside() -> None:
 
 def test_a_prompt_of_stop_words_alone_keeps_them() -> None:
     """Removing everything is no shortening."""
-    assert remove_stopwords("to be or not to be") == "to be or not to be"
+    assert remove_stopwords("to be or to do") == "to be or to do"
+
+
+def test_negations_are_never_removed() -> None:
+    """A prompt without its "not" or "without" asks for the opposite."""
+    prompt = "a cat not on the mat without a hat, and it isn't red, no"
+    assert remove_stopwords(prompt) == "cat not mat without hat, isn't red, no"
+
+
+def nltk_with(words: list[str] | None) -> dict[str, ModuleType]:
+    """Modules in the place of NLTK, whose corpus has these words or is missing."""
+
+    class Corpus:
+        """As NLTK's corpus reader: it looks for its file when it is asked."""
+
+        def words(self, language: str) -> list[str]:
+            if words is None:
+                raise LookupError("Resource stopwords not found.")
+            return words
+
+    package, corpus = ModuleType("nltk"), ModuleType("nltk.corpus")
+    corpus.stopwords = Corpus()  # type: ignore[attr-defined]  # made here
+    return {"nltk": package, "nltk.corpus": corpus}
+
+
+def test_the_list_of_nltk_has_an_identity_of_its_own_and_keeps_negations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The identity is part of a digest, so it changes with the list; the built-in list has none."""
+    identities = set()
+    for words in (["the", "on", "not", "nor", "isn't", "Mat"], ["the", "on"]):
+        for name, module in nltk_with(words).items():
+            monkeypatch.setitem(sys.modules, name, module)
+        stop_words = load_stop_words("nltk")
+        identities.add(stop_words.identity)
+        assert "not" not in stop_words.words
+    assert shorten_too_long_text("a cat not on the mat", 6, count_words, stop_words) == "a cat not mat"
+    assert len(identities) == 2
+    assert load_stop_words("builtin").identity == ""
+
+
+def test_a_missing_nltk_or_corpus_is_a_sentence_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is downloaded: the operator is given the command."""
+    for name, module in nltk_with(None).items():
+        monkeypatch.setitem(sys.modules, name, module)
+    with pytest.raises(LookupError, match=r"python -m nltk\.downloader stopwords"):
+        load_stop_words("nltk")
+    monkeypatch.setitem(sys.modules, "nltk.corpus", None)
+    with pytest.raises(LookupError, match="pip install nltk"):
+        load_stop_words("nltk")
 
 
 @given(st.text(alphabet="abc de", max_size=60), st.integers(3, 20))

@@ -13,56 +13,19 @@ from typing import Any
 import pytest
 from fakes import COLOURS, FakeDenoiser, until
 from PIL import Image
+from service_harness import OPTIONS, ServiceHarness, order
 
-from stable_diffusion_server.engine import Engine, EngineState
 from stable_diffusion_server.errors import DeadlineExceeded, InvalidInput, StorageUnavailable
 from stable_diffusion_server.generation.limits import RequestLimits
-from stable_diffusion_server.generation.resolver import GenerationOptions, resolve_request
-from stable_diffusion_server.generation.service import GenerationService
-from stable_diffusion_server.imaging.sandbox.pool import DecoderPool
-from stable_diffusion_server.net.image_fetcher import FetchLimits, ImageFetcher
+from stable_diffusion_server.generation.resolver import resolve_request
 from stable_diffusion_server.storage.local import LocalBucket
-from stable_diffusion_server.types import EngineEventKind, Format, GenerationProgress, GenerationRequest, Task
+from stable_diffusion_server.types import EngineEventKind, Format, GenerationProgress
 
-OPTIONS = GenerationOptions(RequestLimits(), "sdxl", "static/uploads")
-
-
-def order(prompt: str = "a red square", **more: Any) -> GenerationRequest:
-    return GenerationRequest(Task.TEXT_TO_IMAGE, prompt, **{"width": 64, "height": 64, **more})
-
-
-class ServiceHarness:
-    """A service with all it needs, and a view of what was drawn."""
-
-    def __init__(self, folder: Path, painter: FakeDenoiser) -> None:
-        self.painter = painter
-        self.bucket = LocalBucket(folder)
-        self.bucket.open()
-        self.engine: Engine[Any] = Engine(lambda: painter, queue_limit=64, max_batch=4)
-        self.engine.start()
-        until(lambda: self.engine.state is EngineState.READY)
-        self.fetcher = ImageFetcher(FetchLimits(max_bytes=1_000_000))
-        self.decoder = DecoderPool(max_bytes=1_000_000, max_pixels=1_000_000, max_side=2048)
-        self.service = self.another_process()
-
-    def another_process(self) -> GenerationService:
-        """A second service over the same folder, as another server process would be."""
-        return GenerationService(
-            self.bucket,
-            self.engine,
-            self.painter.count_tokens,
-            OPTIONS,
-            fetch=self.fetcher.fetch,
-            decode=self.decoder.decode,
-        )
-
-    @property
-    def drawn(self) -> int:
-        return len(self.painter.finished)
+HarnessOf = Callable[..., ServiceHarness]
 
 
 @pytest.fixture
-async def rooms_of(tmp_path: Path) -> AsyncIterator[Callable[..., ServiceHarness]]:
+async def harness_of(tmp_path: Path) -> AsyncIterator[HarnessOf]:
     """Make a service over painted squares."""
     made: list[ServiceHarness] = []
 
@@ -71,140 +34,140 @@ async def rooms_of(tmp_path: Path) -> AsyncIterator[Callable[..., ServiceHarness
         return made[-1]
 
     yield make
-    for rooms in made:
-        if rooms.painter.gate is not None:
-            rooms.painter.gate.set()
-        await asyncio.to_thread(rooms.engine.stop, 10)
-        rooms.fetcher.close()
-        await rooms.decoder.close()
+    for harness in made:
+        if harness.painter.gate is not None:
+            harness.painter.gate.set()
+        await asyncio.to_thread(harness.engine.stop, 10)
+        harness.fetcher.close()
+        await harness.decoder.close()
 
 
-async def test_the_second_order_of_a_name_draws_nothing(rooms_of: Callable[..., ServiceHarness]) -> None:
+async def test_the_second_order_of_a_name_draws_nothing(harness_of: HarnessOf) -> None:
     """Check-exists comes before generate, and the receipt tells what the stored picture is."""
-    rooms = rooms_of()
-    first = await rooms.service.generate(order(save_path="a.webp"))
-    second = await rooms.service.generate(order(save_path="a.webp"))
-    assert rooms.drawn == 1
+    harness = harness_of()
+    first = await harness.service.generate(order(save_path="a.webp"))
+    second = await harness.service.generate(order(save_path="a.webp"))
+    assert harness.drawn == 1
     assert (first.cached, second.cached) == (False, True)
     assert (first.key, first.seed, first.scheduler) == (second.key, second.seed, second.scheduler)
     assert not second.warnings or {w.code for w in second.warnings} == {w.code for w in first.warnings}
 
 
-async def test_equal_orders_without_a_name_meet(rooms_of: Callable[..., ServiceHarness]) -> None:
+async def test_equal_orders_without_a_name_meet(harness_of: HarnessOf) -> None:
     """The content is the name: the same order, however its prompt is spaced, is the same picture."""
-    rooms = rooms_of()
-    first = await rooms.service.generate(order("a red  square"))
-    second = await rooms.service.generate(order(" a red square "))
-    other = await rooms.service.generate(order("a red square", num_inference_steps=5))
+    harness = harness_of()
+    first = await harness.service.generate(order("a red  square"))
+    second = await harness.service.generate(order(" a red square "))
+    other = await harness.service.generate(order("a red square", num_inference_steps=5))
     assert first.key == second.key != other.key
-    assert rooms.drawn == 2
+    assert harness.drawn == 2
 
 
 @pytest.mark.fault(60)
-async def test_a_hundred_identical_orders_at_once_are_one_generation(rooms_of: Callable[..., ServiceHarness]) -> None:
+async def test_a_hundred_identical_orders_at_once_are_one_generation(harness_of: HarnessOf) -> None:
     """One picture drawn, one object stored, a hundred equal answers, ninety-nine of them told that they shared."""
-    rooms = rooms_of(FakeDenoiser(seconds_per_step=0.01))
-    receipts = await asyncio.gather(*(rooms.service.generate(order()) for _ in range(100)))
-    assert rooms.drawn == 1
+    harness = harness_of(FakeDenoiser(seconds_per_step=0.01))
+    receipts = await asyncio.gather(*(harness.service.generate(order()) for _ in range(100)))
+    assert harness.drawn == 1
     assert len({(receipt.key, receipt.seed) for receipt in receipts}) == 1
     assert sum(receipt.coalesced or receipt.cached for receipt in receipts) == 99
 
 
-async def test_everyone_who_shares_a_picture_is_told_how_far_it_is(rooms_of: Callable[..., ServiceHarness]) -> None:
+async def test_everyone_who_shares_a_picture_is_told_how_far_it_is(harness_of: HarnessOf) -> None:
     """Two names of one picture, and a latecomer: each hears of the steps, the latecomer of the latest at once."""
-    rooms = rooms_of(FakeDenoiser(gate=threading.Event()))
+    harness = harness_of(FakeDenoiser(gate=threading.Event()))
     heard: dict[str, list[GenerationProgress]] = {"a.webp": [], "b.webp": [], "late": []}
     waiting = [
-        asyncio.create_task(rooms.service.generate(order(save_path=name, seed=1), watch=heard[name].append))
+        asyncio.create_task(harness.service.generate(order(save_path=name, seed=1), watch=heard[name].append))
         for name in ("a.webp", "b.webp")
     ]
-    await asyncio.to_thread(until, lambda: bool(rooms.painter.batches))
-    late = rooms.service.generate(order(save_path="a.webp", seed=1), watch=heard["late"].append)
+    await asyncio.to_thread(until, lambda: bool(harness.painter.batches))
+    late = harness.service.generate(order(save_path="a.webp", seed=1), watch=heard["late"].append)
     waiting.append(asyncio.create_task(late))
     await asyncio.sleep(0.05)
     assert [news.kind for news in heard["late"]] == [EngineEventKind.STARTED]
-    rooms.painter.gate.set()
+    harness.painter.gate.set()
     await asyncio.gather(*waiting)
     for name in heard:
         steps = [news for news in heard[name] if news.kind is EngineEventKind.STEP]
         assert [(news.step, news.steps) for news in steps] == [(1, 4), (2, 4), (3, 4), (4, 4)]
-    assert rooms.drawn == 1
+    assert harness.drawn == 1
 
 
-async def test_the_same_picture_under_two_names_is_drawn_once(rooms_of: Callable[..., ServiceHarness]) -> None:
+async def test_the_same_picture_under_two_names_is_drawn_once(harness_of: HarnessOf) -> None:
     """What is drawn and what is stored are two identities."""
-    rooms = rooms_of(FakeDenoiser(seconds_per_step=0.05))
-    names = [rooms.service.generate(order(save_path=name, seed=1)) for name in ("a.webp", "b.png")]
+    harness = harness_of(FakeDenoiser(seconds_per_step=0.05))
+    names = [harness.service.generate(order(save_path=name, seed=1)) for name in ("a.webp", "b.png")]
     receipts = await asyncio.gather(*names)
-    assert rooms.drawn == 1
+    assert harness.drawn == 1
     assert {receipt.key.rsplit("/", 1)[1] for receipt in receipts} == {"a.webp", "b.png"}
 
 
 async def test_another_order_under_a_taken_name_gets_what_is_stored_and_is_told(
-    rooms_of: Callable[..., ServiceHarness],
+    harness_of: HarnessOf,
 ) -> None:
     """The name is the identity; the warning says that it is another order's picture."""
-    rooms = rooms_of()
-    red = await rooms.service.generate(order("a red square", save_path="a.webp"))
-    blue = await rooms.service.generate(order("a blue square", save_path="a.webp"))
-    assert rooms.drawn == 1
-    assert [warning.code for warning in blue.warnings] == ["different-order"]
+    harness = harness_of()
+    red = await harness.service.generate(order("a red square", save_path="a.webp"))
+    blue = await harness.service.generate(order("a blue square", save_path="a.webp"))
+    assert harness.drawn == 1
+    assert [warning.code for warning in blue.warnings] == ["different-request"]
     assert blue.seed == red.seed
 
 
-async def test_another_order_under_a_name_in_flight_waits_for_it(rooms_of: Callable[..., ServiceHarness]) -> None:
+async def test_another_order_under_a_name_in_flight_waits_for_it(harness_of: HarnessOf) -> None:
     """Both at once: one is drawn, the other waits and is told, and nothing is overwritten."""
-    rooms = rooms_of(FakeDenoiser(seconds_per_step=0.02))
+    harness = harness_of(FakeDenoiser(seconds_per_step=0.02))
     asked = (order("a red square", save_path="a.webp"), order("a blue square", save_path="a.webp"))
-    receipts = await asyncio.gather(*map(rooms.service.generate, asked))
-    assert rooms.drawn == 1
+    receipts = await asyncio.gather(*map(harness.service.generate, asked))
+    assert harness.drawn == 1
     assert sorted(receipt.cached for receipt in receipts) == [False, True]
-    assert [w.code for receipt in receipts if receipt.cached for w in receipt.warnings] == ["different-order"]
+    assert [w.code for receipt in receipts if receipt.cached for w in receipt.warnings] == ["different-request"]
 
 
-async def test_overwrite_draws_again_under_the_same_name(rooms_of: Callable[..., ServiceHarness]) -> None:
+async def test_overwrite_draws_again_under_the_same_name(harness_of: HarnessOf) -> None:
     """The new picture replaces the old one, record and all."""
-    rooms = rooms_of()
-    await rooms.service.generate(order("a red square", save_path="a.webp"))
-    receipt = await rooms.service.generate(order("a blue square", save_path="a.webp", overwrite=True))
-    again = await rooms.service.generate(order("a blue square", save_path="a.webp"))
-    assert rooms.drawn == 2
+    harness = harness_of()
+    await harness.service.generate(order("a red square", save_path="a.webp"))
+    receipt = await harness.service.generate(order("a blue square", save_path="a.webp", overwrite=True))
+    again = await harness.service.generate(order("a blue square", save_path="a.webp"))
+    assert harness.drawn == 2
     assert not receipt.cached
     assert (again.cached, again.seed, again.warnings) == (True, receipt.seed, receipt.warnings)
 
 
 @pytest.mark.fault(41)
-async def test_two_processes_store_one_object(rooms_of: Callable[..., ServiceHarness]) -> None:
+async def test_two_processes_store_one_object(harness_of: HarnessOf) -> None:
     """Without a shared memory the bucket decides: both draw, one stores, both answer with the stored one."""
-    rooms = rooms_of(FakeDenoiser(gate=threading.Event()))
-    other = rooms.another_process()
+    harness = harness_of(FakeDenoiser(gate=threading.Event()))
+    other = harness.another_process()
     both = [
         asyncio.create_task(service.generate(order(prompt, save_path="a.webp")))
-        for service, prompt in ((rooms.service, "a red square"), (other, "a blue square"))
+        for service, prompt in ((harness.service, "a red square"), (other, "a blue square"))
     ]
-    await asyncio.to_thread(until, lambda: rooms.engine.running + rooms.engine.waiting == 2)
-    assert rooms.painter.gate is not None
-    rooms.painter.gate.set()
+    await asyncio.to_thread(until, lambda: harness.engine.running + harness.engine.waiting == 2)
+    assert harness.painter.gate is not None
+    harness.painter.gate.set()
     receipts = await asyncio.gather(*both)
-    assert rooms.drawn == 2
+    assert harness.drawn == 2
     assert sorted(receipt.cached for receipt in receipts) == [False, True]
     assert len({receipt.seed for receipt in receipts}) == 1
 
 
 async def test_a_caller_who_leaves_takes_the_job_along_and_stores_nothing(
-    rooms_of: Callable[..., ServiceHarness],
+    harness_of: HarnessOf,
 ) -> None:
     """The last one waiting for a picture frees the device."""
-    rooms = rooms_of(FakeDenoiser(gate=threading.Event()))
-    call = asyncio.create_task(rooms.service.generate(order(save_path="a.webp", num_inference_steps=50)))
-    await asyncio.to_thread(until, lambda: rooms.engine.running == 1)
+    harness = harness_of(FakeDenoiser(gate=threading.Event()))
+    call = asyncio.create_task(harness.service.generate(order(save_path="a.webp", num_inference_steps=50)))
+    await asyncio.to_thread(until, lambda: harness.engine.running == 1)
     call.cancel()
     await asyncio.gather(call, return_exceptions=True)
-    assert rooms.painter.gate is not None
-    rooms.painter.gate.set()
-    await asyncio.to_thread(until, lambda: rooms.engine.running == 0)
-    assert len(rooms.painter.batches) <= 2
-    assert rooms.bucket.stat("static/uploads/a.webp") is None
+    assert harness.painter.gate is not None
+    harness.painter.gate.set()
+    await asyncio.to_thread(until, lambda: harness.engine.running == 0)
+    assert len(harness.painter.batches) <= 2
+    assert harness.bucket.stat("static/uploads/a.webp") is None
 
 
 class SlowBucket(LocalBucket):
@@ -219,31 +182,27 @@ class SlowBucket(LocalBucket):
         return super().read(key)
 
 
-async def test_a_write_that_was_given_up_never_lands_after_a_later_one(
-    rooms_of: Callable[..., ServiceHarness], tmp_path: Path
-) -> None:
+async def test_a_write_that_was_given_up_never_lands_after_a_later_one(harness_of: HarnessOf, tmp_path: Path) -> None:
     """Whoever overwrites a name and gets a receipt finds that picture there, whatever was cancelled before."""
-    rooms = rooms_of()
-    rooms.bucket = SlowBucket(tmp_path / "bucket")
-    service = rooms.another_process()
+    harness = harness_of()
+    harness.bucket = SlowBucket(tmp_path / "bucket")
+    service = harness.another_process()
     given_up = asyncio.create_task(service.generate(order("a red square", save_path="a.webp", overwrite=True)))
-    await asyncio.to_thread(until, lambda: rooms.drawn == 1)
+    await asyncio.to_thread(until, lambda: harness.drawn == 1)
     await asyncio.sleep(0.05)
     given_up.cancel()
     kept = await service.generate(order("a blue square", save_path="a.webp", overwrite=True))
     await asyncio.sleep(0.3)
-    stored = rooms.bucket.stat("static/uploads/a.webp")
+    stored = harness.bucket.stat("static/uploads/a.webp")
     assert stored is not None
     assert stored.record["seed"] == str(kept.seed)
 
 
-async def test_each_order_is_answered_with_its_own_picture(
-    rooms_of: Callable[..., ServiceHarness], tmp_path: Path
-) -> None:
+async def test_each_order_is_answered_with_its_own_picture(harness_of: HarnessOf, tmp_path: Path) -> None:
     """Three overwrite one name at once on a slow disk: every one gets the bytes it drew, not the last one's."""
-    rooms = rooms_of()
-    rooms.bucket = SlowBucket(tmp_path / "bucket")
-    service = rooms.another_process()
+    harness = harness_of()
+    harness.bucket = SlowBucket(tmp_path / "bucket")
+    service = harness.another_process()
     colours = ("red", "green", "blue")
     asked = [order(f"a {c} square", save_path="a.png", overwrite=True, seed=0) for c in colours]
     answers = await asyncio.gather(*map(service.generate_with_bytes, asked))
@@ -251,33 +210,35 @@ async def test_each_order_is_answered_with_its_own_picture(
     assert shown == [COLOURS[c] for c in colours]
 
 
-async def test_a_follower_is_told_what_concerns_its_own_order(rooms_of: Callable[..., ServiceHarness]) -> None:
+async def test_a_follower_is_told_what_concerns_its_own_order(harness_of: HarnessOf) -> None:
     """Sharing an effort is not sharing the warnings of another's parameters."""
-    rooms = rooms_of(FakeDenoiser(seconds_per_step=0.02))
+    harness = harness_of(FakeDenoiser(seconds_per_step=0.02))
     with_negative, without = (
         order("a red square", model="flux", negative_prompt="blur"),
         order("a red square", model="flux"),
     )
-    leader, follower = await asyncio.gather(rooms.service.generate(with_negative), rooms.service.generate(without))
-    assert rooms.drawn == 1
+    leader, follower = await asyncio.gather(harness.service.generate(with_negative), harness.service.generate(without))
+    assert harness.drawn == 1
     assert "negative-prompt-ignored" in {warning.code for warning in leader.warnings}
     assert "negative-prompt-ignored" not in {warning.code for warning in follower.warnings}
 
 
-async def test_another_kind_of_file_under_a_taken_name_is_told(rooms_of: Callable[..., ServiceHarness]) -> None:
+async def test_another_kind_of_file_under_a_taken_name_is_told(harness_of: HarnessOf) -> None:
     """The same picture as WebP is not the PNG that was asked for."""
-    rooms = rooms_of()
-    await rooms.service.generate(order(save_path="no-ending"))
-    receipt = await rooms.service.generate(order(save_path="no-ending", format=Format.PNG))
+    harness = harness_of()
+    await harness.service.generate(order(save_path="no-ending"))
+    receipt = await harness.service.generate(order(save_path="no-ending", format=Format.PNG))
     assert receipt.cached
-    assert [warning.code for warning in receipt.warnings if warning.code == "different-order"]
+    assert [warning.code for warning in receipt.warnings if warning.code == "different-request"]
 
 
-async def test_a_cached_answer_remembers_that_the_prompt_was_shortened(rooms_of: Callable[..., ServiceHarness]) -> None:
+async def test_a_cached_answer_remembers_that_the_prompt_was_shortened(
+    harness_of: HarnessOf,
+) -> None:
     """The second caller is told as well."""
-    rooms = rooms_of()
+    harness = harness_of()
     asked = order("a red square " + "with the very best of details " * 60, save_path="a.webp")
-    codes = [{w.code for w in (await rooms.service.generate(asked)).warnings} for _ in range(2)]
+    codes = [{w.code for w in (await harness.service.generate(asked)).warnings} for _ in range(2)]
     assert all("prompt-shortened" in told for told in codes)
 
 
@@ -288,72 +249,70 @@ class FullBucket(LocalBucket):
         raise StorageUnavailable("No room is left.")
 
 
-async def test_a_storage_without_room_is_told_before_drawing(
-    rooms_of: Callable[..., ServiceHarness], tmp_path: Path
-) -> None:
+async def test_a_storage_without_room_is_told_before_drawing(harness_of: HarnessOf, tmp_path: Path) -> None:
     """503 comes before the device has worked, and what is stored already is still answered."""
-    rooms = rooms_of()
-    await rooms.service.generate(order("a red square", save_path="a.webp"))
-    rooms.bucket = FullBucket(tmp_path / "bucket")
-    service = rooms.another_process()
+    harness = harness_of()
+    await harness.service.generate(order("a red square", save_path="a.webp"))
+    harness.bucket = FullBucket(tmp_path / "bucket")
+    service = harness.another_process()
     with pytest.raises(StorageUnavailable, match="No room"):
         await service.generate(order("a blue square"))
     assert (await service.generate(order("a red square", save_path="a.webp"))).cached
-    assert rooms.drawn == 1
+    assert harness.drawn == 1
 
 
-async def test_a_record_of_someone_elses_making_does_no_harm(rooms_of: Callable[..., ServiceHarness]) -> None:
+async def test_a_record_of_someone_elses_making_does_no_harm(harness_of: HarnessOf) -> None:
     """Numbers that are none are left out of the receipt, and the name still answers."""
-    rooms = rooms_of()
-    rooms.bucket.create(
+    harness = harness_of()
+    harness.bucket.create(
         "static/uploads/odd.webp", b"data", "image/webp", {"width": "12px", "seed": "None", "steps": "nan"}
     )
-    receipt = await rooms.service.generate(order(save_path="odd.webp"))
+    receipt = await harness.service.generate(order(save_path="odd.webp"))
     assert (receipt.cached, receipt.width, receipt.seed, receipt.num_inference_steps) == (True, None, None, None)
 
 
-async def test_a_twin_stays_when_the_other_leaves(rooms_of: Callable[..., ServiceHarness]) -> None:
+async def test_a_twin_stays_when_the_other_leaves(harness_of: HarnessOf) -> None:
     """Leaving is private: the one who stays gets the picture."""
-    rooms = rooms_of(FakeDenoiser(gate=threading.Event()))
-    leaver, stayer = (asyncio.create_task(rooms.service.generate(order())) for _ in range(2))
-    await asyncio.to_thread(until, lambda: rooms.engine.running == 1)
+    harness = harness_of(FakeDenoiser(gate=threading.Event()))
+    leaver, stayer = (asyncio.create_task(harness.service.generate(order())) for _ in range(2))
+    await asyncio.to_thread(until, lambda: harness.engine.running == 1)
     leaver.cancel()
     await asyncio.sleep(0.01)
-    assert rooms.painter.gate is not None
-    rooms.painter.gate.set()
+    assert harness.painter.gate is not None
+    harness.painter.gate.set()
     assert (await stayer).coalesced
-    assert rooms.drawn == 1
+    assert harness.drawn == 1
 
 
-async def test_a_deadline_ends_the_wait_and_the_job(rooms_of: Callable[..., ServiceHarness]) -> None:
+async def test_a_deadline_ends_the_wait_and_the_job(harness_of: HarnessOf) -> None:
     """After `timeout` seconds the caller hears it, and the device is free."""
-    rooms = rooms_of(FakeDenoiser(gate=threading.Event()))
+    harness = harness_of(FakeDenoiser(gate=threading.Event()))
     with pytest.raises(DeadlineExceeded, match=r"0\.05 seconds"):
-        await rooms.service.generate(order(timeout=0.05))
-    assert rooms.painter.gate is not None
-    rooms.painter.gate.set()
-    await asyncio.to_thread(until, lambda: rooms.engine.running == 0)
-    assert rooms.drawn == 0
+        await harness.service.generate(order(timeout=0.05))
+    assert harness.painter.gate is not None
+    harness.painter.gate.set()
+    await asyncio.to_thread(until, lambda: harness.engine.running == 0)
+    assert harness.drawn == 0
 
 
 @pytest.mark.fault(44)
-async def test_a_storage_that_fails_is_told_as_such(rooms_of: Callable[..., ServiceHarness], tmp_path: Path) -> None:
+async def test_a_storage_that_fails_is_told_as_such(harness_of: HarnessOf, tmp_path: Path) -> None:
     """A folder that has become a file is a 503 of the storage, not an unknown error."""
-    rooms = rooms_of()
+    harness = harness_of()
     folder = tmp_path / "bucket" / "tmp"
     folder.rmdir()
     folder.write_text("in the way")
     with pytest.raises(StorageUnavailable):
-        await rooms.service.generate(order(save_path="a.webp"))
+        await harness.service.generate(order(save_path="a.webp"))
     folder.unlink()
     folder.mkdir()
-    assert not (await rooms.service.generate(order(save_path="a.webp"))).cached
+    assert not (await harness.service.generate(order(save_path="a.webp"))).cached
 
 
-async def test_a_prompt_that_is_too_long_is_shortened_and_told(rooms_of: Callable[..., ServiceHarness]) -> None:
+async def test_a_prompt_that_is_too_long_is_shortened_and_told(harness_of: HarnessOf) -> None:
     """No silent truncation: the prompt that was drawn is in the receipt."""
-    rooms = rooms_of()
-    receipt = await rooms.service.generate(order("a red square " + "with the very best of details " * 60))
+    harness = harness_of()
+    receipt = await harness.service.generate(order("a red square " + "with the very best of details " * 60))
     assert receipt.prompt_used is not None
     assert receipt.prompt_used.startswith("red square best details")
     assert len(receipt.prompt_used.split()) == 75
@@ -453,34 +412,34 @@ def test_a_negative_prompt_no_model_uses_is_told() -> None:
     assert "negative-prompt-ignored" in {warning.code for warning in plan.parameters.warnings}
 
 
-async def test_what_is_known_is_told_without_a_look(rooms_of: Callable[..., ServiceHarness]) -> None:
+async def test_what_is_known_is_told_without_a_look(harness_of: HarnessOf) -> None:
     """The same receipt as by looking; nothing for what is not known, is to be overwritten, or is being overwritten."""
-    rooms = rooms_of(FakeDenoiser(gate=threading.Event()))
-    service = rooms.another_process()
+    harness = harness_of(FakeDenoiser(gate=threading.Event()))
+    service = harness.another_process()
     asked = order(save_path="a.webp")
     assert service.lookup_cached(asked) is None
-    rooms.painter.gate.set()  # type: ignore[union-attr]  # made with one above
+    harness.painter.gate.set()  # type: ignore[union-attr]  # made with one above
     await service.generate(asked)
-    service._known = rooms.bucket.known
+    service._known = harness.bucket.cached
     assert service.lookup_cached(asked) == await service.generate(asked)
     assert service.lookup_cached(order("a blue square", save_path="a.webp")) is not None
     assert service.lookup_cached(order(save_path="a.webp", overwrite=True)) is None
-    rooms.painter.gate.clear()  # type: ignore[union-attr]  # made with one above
+    harness.painter.gate.clear()  # type: ignore[union-attr]  # made with one above
     under_way = asyncio.create_task(service.generate(order(save_path="a.webp", overwrite=True)))
-    await asyncio.to_thread(until, lambda: len(rooms.painter.prepared) == 2)
+    await asyncio.to_thread(until, lambda: len(harness.painter.prepared) == 2)
     assert service.lookup_cached(asked) is None
-    rooms.painter.gate.set()  # type: ignore[union-attr]  # made with one above
+    harness.painter.gate.set()  # type: ignore[union-attr]  # made with one above
     await under_way
-    rooms.bucket.delete("static/uploads/a.webp")
+    harness.bucket.delete("static/uploads/a.webp")
     assert service.lookup_cached(asked) is None
 
 
-async def test_a_picture_others_deleted_is_drawn_again(rooms_of: Callable[..., ServiceHarness], tmp_path: Path) -> None:
+async def test_a_picture_others_deleted_is_drawn_again(harness_of: HarnessOf, tmp_path: Path) -> None:
     """Known to be stored, yet gone: who wants the file gets it all the same."""
-    rooms = rooms_of()
-    service = rooms.another_process()
-    service._known = rooms.bucket.known
+    harness = harness_of()
+    service = harness.another_process()
+    service._known = harness.bucket.cached
     await service.generate(order(save_path="a.webp"))
     (tmp_path / "bucket" / "objects" / "static" / "uploads" / "a.webp").unlink()
     receipt, data = await service.generate_with_bytes(order(save_path="a.webp"))
-    assert (receipt.cached, data[8:12], rooms.drawn) == (False, b"WEBP", 2)
+    assert (receipt.cached, data[8:12], harness.drawn) == (False, b"WEBP", 2)
