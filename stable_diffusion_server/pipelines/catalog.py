@@ -28,6 +28,7 @@ SCHEDULERS: Mapping[str, SchedulerSpec] = MappingProxyType(
             "DPMSolverMultistepScheduler",
             options=MappingProxyType({"algorithm_type": "sde-dpmsolver++", "timestep_spacing": "trailing"}),
         ),
+        "unipc": SchedulerSpec("UniPCMultistepScheduler"),
         "flow_euler": SchedulerSpec("FlowMatchEulerDiscreteScheduler"),
     }
 )
@@ -49,7 +50,7 @@ _EMBEDDED_SDXL = ModelSpec(
     default_steps=4,
     default_guidance=2.0,
     default_scheduler="euler",
-    schedulers=("euler", "euler_a", "ddim"),
+    schedulers=("euler", "euler_a", "ddim", "unipc"),
     takes_negative_prompt=True,
     control_folder="embedded-controlnet-canny-sdxl",
     control_scale=1.0,
@@ -94,7 +95,7 @@ _SDXL_BASE = ModelSpec(
     default_steps=25,
     default_guidance=7.0,
     default_scheduler="euler",
-    schedulers=("euler", "euler_a", "ddim", "dpm", "lcm"),
+    schedulers=("euler", "euler_a", "ddim", "dpm", "lcm", "unipc"),
     takes_negative_prompt=True,
     control_folder="diffusers/controlnet-canny-sdxl-1.0",
     control_repo="diffusers/controlnet-canny-sdxl-1.0",

@@ -79,7 +79,7 @@ def test_no_seed_is_another_picture_each_time_and_several_count_on(client: webui
         ("DDIM", "ddim", False),
         ("Euler a Karras", "euler_a", True),
         ("DPM++ 2M Karras", "euler", True),
-        ("UniPC", "euler", True),
+        ("UniPC", "unipc", False),
         ("ddim", "ddim", False),
     ],
 )

@@ -43,12 +43,14 @@ CASES = [
     Case("text, negative prompt", "sdxl", "StableDiffusionXLPipeline", {"negative_prompt": "green"}),
     Case("text, ancestral", "sdxl", "StableDiffusionXLPipeline", {"scheduler": "euler_a"}),
     Case("text, ddim", "sdxl", "StableDiffusionXLPipeline", {"scheduler": "ddim"}),
+    Case("text, unipc", "sdxl", "StableDiffusionXLPipeline", {"scheduler": "unipc"}),
     Case("text, not square", "sdxl", "StableDiffusionXLPipeline", {"width": 192}),
     Case("text + refine", "sdxl-4", "StableDiffusionXLPipeline", {"refine": True}, "StableDiffusionXLImg2ImgPipeline"),
     Case("image", "sdxl", "StableDiffusionXLImg2ImgPipeline", IMAGE),
     Case("image, whole strength", "sdxl", "StableDiffusionXLImg2ImgPipeline", {**IMAGE, "strength": 1.0}),
     Case("image, ancestral", "sdxl", "StableDiffusionXLImg2ImgPipeline", {**IMAGE, "scheduler": "euler_a"}),
     Case("image, ddim", "sdxl", "StableDiffusionXLImg2ImgPipeline", {**IMAGE, "scheduler": "ddim"}),
+    Case("image, unipc", "sdxl", "StableDiffusionXLImg2ImgPipeline", {**IMAGE, "scheduler": "unipc"}),
     Case(
         "image + refine",
         "sdxl-4",
@@ -60,6 +62,7 @@ CASES = [
     Case("inpaint, whole strength", "sdxl-4", "StableDiffusionXLInpaintPipeline", {**MASKED, "strength": 1.0}),
     Case("inpaint, ancestral", "sdxl-4", "StableDiffusionXLInpaintPipeline", {**MASKED, "scheduler": "euler_a"}),
     Case("inpaint, ddim", "sdxl-4", "StableDiffusionXLInpaintPipeline", {**MASKED, "scheduler": "ddim"}),
+    Case("inpaint, unipc", "sdxl-4", "StableDiffusionXLInpaintPipeline", {**MASKED, "scheduler": "unipc"}),
     Case(
         "inpaint + refine",
         "sdxl-4",

@@ -24,11 +24,11 @@ SAMPLERS: Mapping[str, tuple[str, ...]] = {
     "DPM2 a": ("euler_a",),
     "Heun": ("euler",),
     "LMS": ("euler",),
-    "UniPC": ("dpm",),
+    "UniPC": ("unipc",),
     "PLMS": ("ddim",),
     "DDPM": ("ddim",),
 }
-_EXACT = {"Euler", "Euler a", "DDIM", "LCM", "DPM++ 2M SDE"}
+_EXACT = {"Euler", "Euler a", "DDIM", "LCM", "DPM++ 2M SDE", "UniPC"}
 _BY_LOWER = {name.lower(): name for name in SAMPLERS}
 _SCHEDULES = {"", "automatic", "none", "uniform", "normal", "simple"}
 _FIELDS = {
