@@ -20,7 +20,7 @@ from pydantic import SecretStr
 from starlette.datastructures import Headers
 from starlette.types import Message, Receive, Scope, Send
 
-from stable_diffusion_server.api.error_bodies import refusal
+from stable_diffusion_server.api.problems import error_response
 from stable_diffusion_server.engine import EngineState
 from stable_diffusion_server.errors import NotReady
 from stable_diffusion_server.settings import Settings
@@ -205,7 +205,9 @@ class ReplicaApp:
             return
         if self._cannot_be_told(scope["path"], holding.keys()):
             error = NotReady("A replica that may keep this is not running just now.", retry_after=5)
-            await refusal(error, scope["path"], str(scope.get("state", {}).get("request_id", "")))(scope, receive, send)
+            await error_response(error, scope["path"], str(scope.get("state", {}).get("request_id", "")))(
+                scope, receive, send
+            )
             return
         for message in unsent:
             await send(message)

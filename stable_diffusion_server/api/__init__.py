@@ -1,8 +1,9 @@
-"""The doors: HTTP in, orders down, receipts up. Knows nothing of devices."""
+"""HTTP: the native routes, the OpenAI and AUTOMATIC1111 dialects, middleware, OpenAPI and error responses."""
 
 from __future__ import annotations
 
 from stable_diffusion_server.api.automatic1111.routes import automatic1111_router
+from stable_diffusion_server.api.base64_images import EncodedPreviews
 from stable_diffusion_server.api.dialect_context import DialectContext
 from stable_diffusion_server.api.dispatch import RequestDispatcher
 from stable_diffusion_server.api.event_stream import FollowerLimiter
@@ -16,7 +17,6 @@ from stable_diffusion_server.api.openai.routes import openai_router
 from stable_diffusion_server.api.openapi.docs_page import docs_router
 from stable_diffusion_server.api.openapi.document import install_openapi
 from stable_diffusion_server.api.openapi.markdown import openapi_markdown
-from stable_diffusion_server.api.previews import EncodedPreviews
 from stable_diffusion_server.api.problems import install_exception_handlers
 from stable_diffusion_server.api.routes.files import files_router
 from stable_diffusion_server.api.routes.generate import generate_router
@@ -24,7 +24,7 @@ from stable_diffusion_server.api.routes.health import health_router
 from stable_diffusion_server.api.routes.history import history_router
 from stable_diffusion_server.api.routes.jobs import jobs_router
 from stable_diffusion_server.api.routes.replay import replay_router
-from stable_diffusion_server.api.schemas.wire import job_body
+from stable_diffusion_server.api.schemas.responses import job_body
 
 __all__ = [
     "AccessMiddleware",

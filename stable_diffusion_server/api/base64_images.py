@@ -1,45 +1,79 @@
-"""Pictures that come as text: base64, bare or in a data URL. Knows no formats."""
+"""Images as base64 text: decode uploads and data URLs, encode files and previews."""
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
 import re
+import weakref
+
+from starlette.concurrency import run_in_threadpool
 
 from stable_diffusion_server.errors import InvalidInput
+from stable_diffusion_server.imaging import Pixels, encode_image
+from stable_diffusion_server.types import Format
 
-# What stands before the comma of a data URL; no media type needs as much.
+# Characters before the comma of a data URL; no media type needs as many.
 _LONGEST_HEAD = 300
 _HEAD = re.compile(r"data:[a-z]+/[a-z0-9.+-]+(;[^;]*)*;base64", re.IGNORECASE)
+_PREVIEW_QUALITY = {Format.WEBP: 60, Format.PNG: 100, Format.JPEG: 80}
 
 
 def is_data_url(text: str) -> bool:
-    """Whether a picture's address is the picture itself."""
+    """Return whether the URL of an image holds the image itself."""
     return text[:5].lower() == "data:"
 
 
 def bytes_of(text: str, field: str) -> bytes:
-    """The bytes of a picture in base64, with or without a data URL's beginning. Raises `InvalidInput`."""
+    """Decode an image in base64, with or without the head of a data URL. Raises `InvalidInput` for `field`."""
     head, comma, rest = text[:_LONGEST_HEAD].partition(",")
     if comma and _HEAD.fullmatch(head):
         text = rest + text[_LONGEST_HEAD:]
     try:
         data = binascii.a2b_base64(text, strict_mode=True)
     except ValueError:
-        # Most come without line breaks, and taking them out of a long text takes its time.
-        data = _without_blanks(text)
+        # Line breaks are removed only here: most texts have none, and copying a long one is slow.
+        data = _decode_without_whitespace(text)
     if data:
         return data
     raise InvalidInput(f"{field} is not a picture in base64.", field=field)
 
 
 def text_of(data: bytes) -> str:
-    """Bytes in base64."""
+    """Encode bytes in base64."""
     return base64.b64encode(data).decode("ascii")
 
 
-def _without_blanks(text: str) -> bytes:
+def _decode_without_whitespace(text: str) -> bytes:
     try:
         return binascii.a2b_base64("".join(text.split()), strict_mode=True)
     except ValueError:
         return b""
+
+
+class EncodedPreviews:
+    """Encodes each preview once per format, for all clients that follow it, whatever their dialect.
+
+    A text is cached while its pixels are referenced. For one event loop.
+    """
+
+    def __init__(self) -> None:
+        self._cache: dict[int, tuple[weakref.ref[Pixels], dict[Format, asyncio.Task[str]]]] = {}
+        self.encoded = 0
+
+    async def text(self, pixels: Pixels, file_format: Format) -> str:
+        """Return the preview as a file of that format, in base64."""
+        key = id(pixels)
+        if key not in self._cache:
+            # The entry goes with the pixels, because Python reuses the id of a deleted object.
+            self._cache[key] = weakref.ref(pixels, lambda _: self._cache.pop(key, None)), {}
+        encodings = self._cache[key][1]
+        if file_format not in encodings:
+            self.encoded += 1
+            encodings[file_format] = asyncio.create_task(run_in_threadpool(_encode_preview, pixels, file_format))
+        return await asyncio.shield(encodings[file_format])
+
+
+def _encode_preview(pixels: Pixels, file_format: Format) -> str:
+    return text_of(encode_image(pixels, file_format, _PREVIEW_QUALITY[file_format], None))

@@ -1,37 +1,60 @@
-"""What becomes of work whose client goes away: it is cancelled."""
+"""Concurrent work of a request: cancel it when the client disconnects, gather or cancel, offload large inputs."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
-from typing import Any, TypeVar
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, ParamSpec, TypeVar
 
 from fastapi import Request
+from starlette.concurrency import run_in_threadpool
 
 from stable_diffusion_server.errors import NotReady
 
+P = ParamSpec("P")
 T = TypeVar("T")
+
+# Bytes or characters. Below this size a thread costs more than the work.
+_LARGE = 65_536
 
 
 async def cancel_on_disconnect(request: Request, work: Coroutine[Any, Any, T]) -> T | None:
-    """The result of `work`, or `None` when the client went away first, which cancels it. Read the body before."""
-    working = asyncio.create_task(work)
-    watching = asyncio.create_task(disconnection(request))
+    """Return the result of `work`, or `None` if the client disconnects first, which cancels `work`.
+
+    Read the body before. Raises `NotReady` when the server shuts down meanwhile.
+    """
+    task = asyncio.create_task(work)
+    disconnect = asyncio.create_task(wait_for_disconnect(request))
     try:
-        await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            return await working
-        await watching  # a body that is too long is told here; its end is the client's
+        await asyncio.wait((task, disconnect), return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return await task
+        await disconnect  # raises if the body is too long
         return None
     except asyncio.CancelledError:
-        # The server program ends the calls that outlast its grace; the caller should hear why.
+        # uvicorn cancels requests that outlast its grace period; the client should get the reason.
         raise NotReady("The server is going down.", retry_after=5) from None
     finally:
-        working.cancel()
-        watching.cancel()
+        task.cancel()
+        disconnect.cancel()
 
 
-async def disconnection(request: Request) -> None:
-    """Wait for the client to go away. Read the body before."""
+async def wait_for_disconnect(request: Request) -> None:
+    """Return when the client disconnects. Read the body before."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
+
+
+async def gather_or_cancel(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    """Return the results in order. If one fails, cancel the others and raise its error, not an exception group."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(one) for one in work]
+    except BaseExceptionGroup as failures:
+        raise failures.exceptions[0] from None  # the group lists errors in the order they happened
+    return [task.result() for task in tasks]
+
+
+async def run_if_large(size: int, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Call `work`, in a worker thread if its input has more than 64 Ki bytes or characters (`size`)."""
+    return await run_in_threadpool(work, *args, **kwargs) if size > _LARGE else work(*args, **kwargs)

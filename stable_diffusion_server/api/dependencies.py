@@ -1,7 +1,8 @@
-"""What an order may name, by who asks for it. Knows no keys."""
+"""The caller of a request, and the part of the bucket that caller may write."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from fastapi import Request
@@ -9,25 +10,28 @@ from fastapi import Request
 from stable_diffusion_server.errors import Forbidden
 from stable_diffusion_server.types import Caller, GenerationRequest
 
+# Makes the URL of an object key as the client of a request can reach it.
+UrlOf = Callable[[Request, str], str]
+
 
 def caller_of(request: Request) -> Caller:
-    """Who asks, as the gate found out."""
+    """Return the caller that the access middleware identified."""
     caller = request.scope.get("state", {}).get("caller")
     return caller if isinstance(caller, Caller) else Caller(anonymous=True)
 
 
-def scope_to_caller(caller: Caller, order: GenerationRequest) -> GenerationRequest:
-    """The order, kept to the part of the bucket its caller may write.
+def scope_to_caller(caller: Caller, generation: GenerationRequest) -> GenerationRequest:
+    """Return the request with its object key inside the prefix of its caller.
 
-    Raises `Forbidden` for a name outside of it, and for an anonymous caller who would overwrite.
+    Raises `Forbidden` for a key outside of that prefix, and for an anonymous caller who would overwrite.
     """
-    if caller.anonymous and order.overwrite:
+    if caller.anonymous and generation.overwrite:
         raise Forbidden("Without a key nothing is overwritten.", field="overwrite")
-    order = replace(order, named_for=caller.name or ("anonymous" if caller.anonymous else ""))
+    generation = replace(generation, named_for=caller.name or ("anonymous" if caller.anonymous else ""))
     if not caller.prefix:
-        return order
-    if order.save_path is None:
-        return replace(order, folder=caller.prefix)
-    if not order.save_path.startswith(caller.prefix):
+        return generation
+    if generation.save_path is None:
+        return replace(generation, folder=caller.prefix)
+    if not generation.save_path.startswith(caller.prefix):
         raise Forbidden(f"With this key names begin with {caller.prefix}.", field="save_path")
-    return order
+    return generation

@@ -1,4 +1,4 @@
-"""What the doors of other dialects know of the server they stand in. Knows no requests."""
+"""What the OpenAI and AUTOMATIC1111 routes need to know of the server: limits, models, aliases and LoRAs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from stable_diffusion_server.pipelines import ModelSpec
 
 @dataclass(frozen=True, slots=True)
 class DialectContext:
-    """What the dialects' doors know of the server: bounds, models by name, further names of them, and adapters."""
+    """Limits, models by name, their aliases, and the names of the LoRAs.
+
+    `max_n` bounds the images of a request, `max_response_bytes` the base64 text of a response.
+    """
 
     limits: RequestLimits
     models: Mapping[str, ModelSpec]
@@ -22,20 +25,20 @@ class DialectContext:
     max_response_bytes: int
     loras: Callable[[], Iterable[str]] = tuple
 
-    def facts(self, name: str | None) -> ModelSpec:
-        """The facts of a model by its own name or another server's. Raises `InvalidInput`."""
+    def model(self, name: str | None) -> ModelSpec:
+        """Return the model of a name or alias; the default model without one. Raises `InvalidInput`."""
         own = self.aliases.get(name, name) if name else self.default_model
         if own not in self.models and (name is None or name in self.aliases):
-            own = next(iter(self.models))  # this family has no weights here
+            own = next(iter(self.models))  # an alias of a model that is not loaded
         if own not in self.models:
             known = ", ".join([*sorted(self.models), *self.aliases])
             raise InvalidInput(f"{str(name)[:100]!r} is not a model here; there are {known}.", field="model")
         return self.models[own]
 
-    def check_size(self, pictures: int, width: int, height: int, field: str) -> None:
-        """Raise `InvalidInput` for pictures that would make an answer in base64 too large.
+    def check_size(self, images: int, width: int, height: int, field: str) -> None:
+        """Raise `InvalidInput` if a base64 response with these images could exceed `max_response_bytes`.
 
-        A pixel has three bytes at the most, and three bytes four characters.
+        A pixel takes at most 3 bytes in a file, and 3 bytes take 4 characters in base64.
         """
-        if pictures * width * height * 4 > self.max_response_bytes:
+        if images * width * height * 4 > self.max_response_bytes:
             raise InvalidInput("The answer would be too large; ask for fewer pictures, or smaller ones.", field=field)

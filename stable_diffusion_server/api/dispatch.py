@@ -1,18 +1,19 @@
-"""How every generating door answers an order: at once or by a job, once for its key, or not, to who left."""
+"""Runs a generation for any route and answers it: at once, by a job (RFC 7240), or once per idempotency key."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 
 from fastapi import Request, Response
+from starlette.concurrency import run_in_threadpool
 
 from stable_diffusion_server.api.concurrency import cancel_on_disconnect
-from stable_diffusion_server.api.dependencies import caller_of
-from stable_diffusion_server.api.json_responses import JSONResponse
+from stable_diffusion_server.api.dependencies import UrlOf, caller_of
+from stable_diffusion_server.api.http_responses import JSONResponse, client_closed_request
 from stable_diffusion_server.api.preferences import RequestPreferences, preferences_of
-from stable_diffusion_server.api.problems import client_gone
-from stable_diffusion_server.api.schemas.wire import job_body
+from stable_diffusion_server.api.schemas.responses import job_body
 from stable_diffusion_server.errors import Forbidden, InvalidInput, RequestCancelled, ServerError
 from stable_diffusion_server.generation import GenerationService
 from stable_diffusion_server.jobs import (
@@ -27,14 +28,25 @@ from stable_diffusion_server.jobs import (
 )
 from stable_diffusion_server.types import Caller, GenerationRequest, GenerationResult
 
-UrlOf = Callable[[Request, str], str]
-# A door's own way to tell a receipt; the picture's file is empty unless the door asked for it.
+# Renders a result as a route's response. The file is empty unless the route asks for it.
 Render = Callable[[Request, GenerationResult, bytes], Response | Awaitable[Response]]
-_NONE = RequestPreferences()
+_NO_PREFERENCES = RequestPreferences()
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """One generation to answer: the HTTP request, what to generate, and how to render the result."""
+
+    request: Request
+    generation: GenerationRequest
+    render: Render
+    with_file: bool
+    preferences: RequestPreferences
+    claim: IdempotencyClaim | None = None
 
 
 class RequestDispatcher:
-    """Answers orders. `url_of` makes the URL of a key for the client at hand, `base_of` that of this server."""
+    """Answers generation requests. `url_of` makes the URL of an object key, `base_of` that of this server."""
 
     def __init__(
         self, service: GenerationService, jobs: JobManager, url_of: UrlOf, base_of: Callable[[Request], str]
@@ -45,94 +57,82 @@ class RequestDispatcher:
         self._base_of = base_of
 
     async def dispatch(
-        self, request: Request, order: GenerationRequest, render: Render, *, picture: bool = False
+        self, request: Request, generation: GenerationRequest, render: Render, *, with_file: bool = False
     ) -> Response:
-        """The answer to an order as the request prefers it. With `picture`, `render` is given the file.
+        """Return the response that the request prefers. With `with_file`, `render` gets the encoded image.
 
-        The body must have been read. Raises what the service and the jobs raise, and `RequestCancelled` when someone
-        cancels the job by its id.
+        Read the body before. Raises what the service and the jobs raise, and `RequestCancelled` when a client cancels
+        the job by its id.
         """
-        wanted, caller = preferences_of(request), caller_of(request)
-        if wanted.job_id is not None and caller.anonymous:
+        preferences, caller = preferences_of(request), caller_of(request)
+        if preferences.job_id is not None and caller.anonymous:
             raise Forbidden("Without a key jobs have ids that this server makes.", field="X-Job-ID")
-        if wanted == _NONE and not picture and order.webhook_url is None:
-            receipt = self._service.lookup_cached(order, caller)
-            if receipt is not None:
-                return await _rendered(render, request, receipt, b"")
+        if preferences == _NO_PREFERENCES and not with_file and generation.webhook_url is None:
+            result = self._service.lookup_cached(generation, caller)
+            if result is not None:
+                return await _rendered(render, request, result, b"")
         claim = None
-        if wanted.key is not None:
-            print_ = await asyncio.to_thread(fingerprint, request.url.path, order)
-            claim = IdempotencyClaim(caller.owner, wanted.key, print_, caller.share)
-        if wanted.respond_async:
-            return await self._by_job(request, order, render, wanted, claim, picture=picture)
-        if order.webhook_url is not None:
+        if preferences.key is not None:
+            digest = await run_in_threadpool(fingerprint, request.url.path, generation)
+            claim = IdempotencyClaim(caller.owner, preferences.key, digest, caller.share)
+        call = _Call(request, generation, render, with_file, preferences, claim)
+        if preferences.respond_async:
+            return await self._answer_by_job(call)
+        if generation.webhook_url is not None:
             raise InvalidInput("webhook_url is told of jobs: send 'Prefer: respond-async' too.", field="webhook_url")
-        if claim is None:
-            return await self._at_once(request, order, render, wanted, None, picture=picture)
-        before = await self._jobs.claim(claim)
-        if before is not None and await self._is_gone(before, caller):
-            await self._jobs.renew(claim, before)
-            before = await self._jobs.claim(claim)
-        if before is not None:
-            return await self._again(request, before, render, picture=picture)
-        return await self._at_once(request, order, render, wanted, claim, picture=picture)
+        recorded = None if claim is None else await self._claim_or_recorded(claim, caller)
+        return await (self._answer_at_once(call) if recorded is None else self._answer_recorded(call, recorded))
 
-    async def _by_job(
-        self,
-        request: Request,
-        order: GenerationRequest,
-        render: Render,
-        wanted: RequestPreferences,
-        claim: IdempotencyClaim | None,
-        *,
-        picture: bool,
-    ) -> Response:
-        """202 with the job, or its outcome when that is there in the time the client would rather wait."""
-        caller, base = caller_of(request), self._base_of(request)
-        accepted = await self._jobs.accept(order, caller, base_url=base, job_id=wanted.job_id, claim=claim)
-        if isinstance(accepted, RecordedResponse) and claim is not None and await self._is_gone(accepted, caller):
-            await self._jobs.renew(claim, accepted)
-            # The id it asked for may be that of the job whose picture is gone.
-            job_id = wanted.job_id if accepted.job_id is None else None
-            accepted = await self._jobs.accept(order, caller, base_url=base, job_id=job_id, claim=claim)
+    async def _claim_or_recorded(self, claim: IdempotencyClaim, caller: Caller) -> RecordedResponse | None:
+        """Claim an idempotency key, or return its recorded response, unless the image of that was deleted."""
+        recorded = await self._jobs.claim(claim)
+        if recorded is not None and await self._image_was_deleted(recorded, caller):
+            await self._jobs.renew(claim, recorded)
+            recorded = await self._jobs.claim(claim)
+        return recorded
+
+    async def _answer_by_job(self, call: _Call) -> Response:
+        """Return 202 with the job, or its outcome if it ends within the seconds the client waits."""
+        caller, preferences, claim = caller_of(call.request), call.preferences, call.claim
+        base_url = self._base_of(call.request)
+        accepted = await self._jobs.accept(
+            call.generation, caller, base_url=base_url, job_id=preferences.job_id, claim=claim
+        )
+        recorded = accepted if isinstance(accepted, RecordedResponse) else None
+        if recorded is not None and claim is not None and await self._image_was_deleted(recorded, caller):
+            await self._jobs.renew(claim, recorded)
+            # The requested id may be that of the job whose image was deleted.
+            job_id = job_id if recorded.job_id is None else None
+            accepted = await self._jobs.accept(call.generation, caller, base_url=base_url, job_id=job_id, claim=claim)
         if isinstance(accepted, RecordedResponse):
-            return await self._again(request, accepted, render, picture=picture)
-        applied = {"Preference-Applied": wanted.applied, "X-Job-ID": accepted.id}
-        if wanted.wait is not None:
-            standing = await self._jobs.wait_for(accepted.id, caller, wanted.wait)
-            if standing.outcome is not None:
-                answer = await self._told(request, standing.outcome, render, picture=picture)
-                answer.headers.update(applied)
-                return answer
-        return self._accepted(request, accepted, applied)
+            return await self._answer_recorded(call, accepted)
+        headers = {"Preference-Applied": preferences.applied, "X-Job-ID": accepted.id}
+        if preferences.wait is not None:
+            job = await self._jobs.wait_for(accepted.id, caller, preferences.wait)
+            if job.outcome is not None:
+                response = await self._answer_outcome(call, job.outcome)
+                response.headers.update(headers)
+                return response
+        return self._accepted(call.request, accepted, headers)
 
-    async def _at_once(
-        self,
-        request: Request,
-        order: GenerationRequest,
-        render: Render,
-        wanted: RequestPreferences,
-        claim: IdempotencyClaim | None,
-        *,
-        picture: bool,
-    ) -> Response:
-        """The picture, or nothing for a client that went away first, which cancels the work."""
+    async def _answer_at_once(self, call: _Call) -> Response:
+        """Generate, and return the result. A client that disconnects cancels the work."""
         outcome: GenerationResult | StoredProblem | None = None
         state = JobState.CANCELLED
         try:
-            live = await self._jobs.track_request(caller_of(request), wanted.job_id)
+            job = await self._jobs.track_request(caller_of(call.request), call.preferences.job_id)
         except BaseException:
-            if claim is not None:
-                await asyncio.shield(asyncio.ensure_future(self._jobs.answer(claim, None)))
+            if call.claim is not None:
+                await asyncio.shield(asyncio.ensure_future(self._jobs.answer(call.claim, None)))
             raise
         try:
-            drawn = await cancel_on_disconnect(request, self._drawn(live, order, picture=picture))
-            if drawn is None:
-                return client_gone()
-            state, outcome = JobState.DONE, drawn[0]
-            answer = await _rendered(render, request, *drawn)
-            answer.headers["X-Job-ID"] = live.status.id
-            return answer
+            generated = await cancel_on_disconnect(call.request, self._generate(job, call))
+            if generated is None:
+                return client_closed_request()
+            state, outcome = JobState.DONE, generated[0]
+            response = await _rendered(call.render, call.request, *generated)
+            response.headers["X-Job-ID"] = job.status.id
+            return response
         except RequestCancelled:
             raise
         except Exception as error:
@@ -140,63 +140,61 @@ class RequestDispatcher:
             state, outcome = JobState.FAILED, StoredProblem.from_error(known)
             raise
         finally:
-            self._jobs.finish_request(live, state, outcome)
-            if claim is not None:
-                kept = outcome if state is JobState.DONE or _will_not_change(outcome) else None
-                await asyncio.shield(asyncio.ensure_future(self._jobs.answer(claim, kept)))
+            self._jobs.finish_request(job, state, outcome)
+            if call.claim is not None:
+                recorded = outcome if state is JobState.DONE or _is_permanent(outcome) else None
+                await asyncio.shield(asyncio.ensure_future(self._jobs.answer(call.claim, recorded)))
 
-    async def _drawn(
-        self, live: JobHandle, order: GenerationRequest, *, picture: bool
-    ) -> tuple[GenerationResult, bytes]:
-        live.task = asyncio.current_task()
-        caller, watch, previews = live.record.caller, live.report_progress, live.wants_previews
+    async def _generate(self, job: JobHandle, call: _Call) -> tuple[GenerationResult, bytes]:
+        job.task = asyncio.current_task()
+        caller, watch, previews = job.record.caller, job.report_progress, job.wants_previews
         try:
-            if picture:
-                return await self._service.generate_with_bytes(order, caller=caller, watch=watch, previews=previews)
-            return await self._service.generate(order, caller=caller, watch=watch, previews=previews), b""
+            if call.with_file:
+                return await self._service.generate_with_bytes(
+                    call.generation, caller=caller, watch=watch, previews=previews
+                )
+            return await self._service.generate(call.generation, caller=caller, watch=watch, previews=previews), b""
         except asyncio.CancelledError:
-            if live.cancelled:
+            if job.cancelled:
                 raise RequestCancelled("This job was cancelled by its id.") from None
             raise
 
-    async def _is_gone(self, before: RecordedResponse, caller: Caller) -> bool:
-        """Whether a key was answered with a picture that is not there any more, so that it has to be drawn again."""
-        outcome = before.outcome
-        if before.job_id is not None:
-            outcome = (await self._jobs.status(before.job_id, caller)).outcome
+    async def _image_was_deleted(self, recorded: RecordedResponse, caller: Caller) -> bool:
+        """Return whether a recorded response names an image that no longer exists, so it must be generated again."""
+        outcome = recorded.outcome
+        if recorded.job_id is not None:
+            outcome = (await self._jobs.status(recorded.job_id, caller)).outcome
         return isinstance(outcome, GenerationResult) and await self._service.is_gone(outcome)
 
-    async def _again(self, request: Request, before: RecordedResponse, render: Render, *, picture: bool) -> Response:
-        """What a key was answered with before."""
-        if before.job_id is not None:
-            standing = await self._jobs.status(before.job_id, caller_of(request))
-            answer = self._accepted(request, standing, {"X-Job-ID": standing.id})
+    async def _answer_recorded(self, call: _Call, recorded: RecordedResponse) -> Response:
+        """Repeat the response that the idempotency key got before."""
+        if recorded.job_id is not None:
+            job = await self._jobs.status(recorded.job_id, caller_of(call.request))
+            response = self._accepted(call.request, job, {"X-Job-ID": job.id})
         else:
-            assert before.outcome is not None  # noqa: S101  # one of both is there; tells the type checker
-            answer = await self._told(request, before.outcome, render, picture=picture)
-        answer.headers["Idempotency-Replayed"] = "true"
-        return answer
+            assert recorded.outcome is not None  # noqa: S101  # it has a job id or an outcome; narrows the type
+            response = await self._answer_outcome(call, recorded.outcome)
+        response.headers["Idempotency-Replayed"] = "true"
+        return response
 
-    async def _told(
-        self, request: Request, outcome: GenerationResult | StoredProblem, render: Render, *, picture: bool
-    ) -> Response:
+    async def _answer_outcome(self, call: _Call, outcome: GenerationResult | StoredProblem) -> Response:
         if isinstance(outcome, StoredProblem):
             raise outcome.as_error()
-        file = await self._service.read_file(outcome) if picture else b""
-        return await _rendered(render, request, outcome, file)
+        file = await self._service.read_file(outcome) if call.with_file else b""
+        return await _rendered(call.render, call.request, outcome, file)
 
-    def _accepted(self, request: Request, standing: JobStatus, headers: dict[str, str]) -> Response:
-        body = job_body(standing, lambda key: self._url_of(request, key))
-        return JSONResponse(body, 202, {"Location": f"/jobs/{standing.id}", **headers})
-
-
-async def _rendered(render: Render, request: Request, receipt: GenerationResult, file: bytes) -> Response:
-    answer = render(request, receipt, file)
-    return answer if isinstance(answer, Response) else await answer
+    def _accepted(self, request: Request, job: JobStatus, headers: dict[str, str]) -> Response:
+        body = job_body(job, lambda key: self._url_of(request, key))
+        return JSONResponse(body, 202, {"Location": f"/jobs/{job.id}", **headers})
 
 
-def _will_not_change(outcome: GenerationResult | StoredProblem | None) -> bool:
-    """Whether a request that failed would fail again, so that its key may be answered with that."""
+async def _rendered(render: Render, request: Request, result: GenerationResult, file: bytes) -> Response:
+    response = render(request, result, file)
+    return response if isinstance(response, Response) else await response
+
+
+def _is_permanent(outcome: GenerationResult | StoredProblem | None) -> bool:
+    """Return whether a failed request would fail again, so that its idempotency key may repeat the failure."""
     if not isinstance(outcome, StoredProblem):
         return False
     error = outcome.as_error()

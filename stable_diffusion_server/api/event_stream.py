@@ -1,29 +1,36 @@
-"""An answer of server-sent events to one of a bounded number of readers, each of whom has to read."""
+"""Server-sent events to a bounded number of followers; one who does not read is disconnected."""
 
 from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Mapping
 from contextlib import contextmanager
 
 import structlog
+from fastapi.sse import format_sse_event
 from starlette.requests import ClientDisconnect
 from starlette.responses import StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
 from stable_diffusion_server.concurrency import FairLimiter
 from stable_diffusion_server.errors import RateLimited
+from stable_diffusion_server.parsing import dumps
 
 _log = structlog.get_logger(__name__)
 
-_NO_STORE = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # a proxy that collects events defeats them
-# Who takes nothing for so long does not read; whoever is slow is told less, since a preview supersedes the one before.
-_SECONDS_TO_READ = 30.0
+_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # nginx must not buffer events
+# A follower that accepts nothing for so long is disconnected. A slow one only misses previews that newer ones replace.
+_SEND_TIMEOUT_SECONDS = 30.0
+
+
+def json_event(body: Mapping[str, object], event: str | None = None, event_id: str | None = None) -> bytes:
+    """Return a server-sent event with a JSON body."""
+    return format_sse_event(data_str=dumps(body), event=event, id=event_id)
 
 
 class FollowerLimiter:
-    """Counts who follows jobs: at most `most` in all, shared out by caller, of one caller and of one job."""
+    """Bounds who follows jobs: `most` in total, shared fairly by caller; `per_caller`; `per_job`."""
 
     def __init__(self, most: int, per_caller: int, per_job: int) -> None:
         self._places = FairLimiter(most, per_caller)
@@ -32,7 +39,7 @@ class FollowerLimiter:
 
     @contextmanager
     def follow(self, job_id: str, share: str) -> Iterator[None]:
-        """Count a follower for as long as the block lasts. Raises `RateLimited`, which counts nothing."""
+        """Count a follower while the block runs. Raises `RateLimited` at a limit, and then counts nothing."""
         if self._of_job[job_id] >= self._per_job:
             raise RateLimited(f"{self._per_job} follow this job already.", retry_after=5)
         if not self._places.try_take(share):
@@ -48,24 +55,21 @@ class FollowerLimiter:
 
 
 class EventResponse(StreamingResponse):
-    """Sends events of a job to one of its followers; ends the connection of one who does not read.
+    """Streams the events of a job to one follower, who is counted while the response is sent."""
 
-    The follower is counted while the answer is sent, so that one who leaves at any moment is counted out.
-    """
-
-    def __init__(self, events: AsyncGenerator[str], followers: FollowerLimiter, job_id: str, share: str) -> None:
-        super().__init__(events, media_type="text/event-stream", headers=_NO_STORE)
+    def __init__(self, events: AsyncGenerator[bytes], followers: FollowerLimiter, job_id: str, share: str) -> None:
+        super().__init__(events, media_type="text/event-stream", headers=_HEADERS)
         self._events = events
         self._followers, self._job_id, self._share = followers, job_id, share
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send them. Raises `RateLimited` before anything is sent."""
+        """Send the events. Raises `RateLimited` before anything is sent."""
         reads = True
 
         async def send_in_time(message: Message) -> None:
             nonlocal reads
             try:
-                async with asyncio.timeout(_SECONDS_TO_READ):
+                async with asyncio.timeout(_SEND_TIMEOUT_SECONDS):
                     await send(message)
             except TimeoutError:
                 reads = False
@@ -77,6 +81,6 @@ class EventResponse(StreamingResponse):
             except (TimeoutError, ClientDisconnect):
                 if reads:
                     raise
-                _log.info("a follower does not read; its connection is closed", job_id=self._job_id)
+                _log.info("disconnected a follower that does not read", job_id=self._job_id)
             finally:
                 await self._events.aclose()

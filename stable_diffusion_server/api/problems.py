@@ -1,7 +1,8 @@
-"""What becomes of an error at a door, once for every door. Unknown errors stay opaque."""
+"""Exception handlers and error bodies: problem+json (RFC 9457), or the format of the dialect of the path."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
 
@@ -11,55 +12,145 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.routing import Route
 
-from stable_diffusion_server.api.error_bodies import frameworks_refusal, refusal
-from stable_diffusion_server.api.json_responses import JSONResponse
-from stable_diffusion_server.api.middleware.security_headers import add_security_headers
+from stable_diffusion_server.api.http_responses import JSONResponse, add_security_headers, client_closed_request
+from stable_diffusion_server.api.schemas.responses import (
+    Automatic1111ErrorBody,
+    OpenAIErrorBody,
+    OpenAIErrorDetailsBody,
+    ProblemBody,
+    StoredProblemBody,
+    problem_body,
+)
 from stable_diffusion_server.errors import ServerError
 
 _log = structlog.get_logger(__name__)
 
+_PROBLEM = "application/problem+json"
+# Default `Retry-After` of temporary errors, in seconds.
+_RETRY_SECONDS = 5
+# Error types of OpenAI by status; other statuses are an invalid request or a server error.
+_OPENAI_TYPES = {
+    HTTPStatus.UNAUTHORIZED: "authentication_error",
+    HTTPStatus.FORBIDDEN: "permission_error",
+    HTTPStatus.TOO_MANY_REQUESTS: "rate_limit_error",
+}
+_OPENAI_CODES = {
+    "unauthorized": "invalid_api_key",
+    "rate-limited": "rate_limit_exceeded",
+    "invalid-input": "invalid_value",
+}
+
 
 def install_exception_handlers(app: FastAPI) -> None:
-    """Have the app answer every error in the shape of the door it came from."""
-    app.add_exception_handler(ServerError, _ours)
-    app.add_exception_handler(HTTPException, _frameworks)
-    app.add_exception_handler(ClientDisconnect, _gone)
-    app.add_exception_handler(Exception, _unknown)
+    """Make the app answer every error in the format of the dialect of the path. Unknown errors stay opaque."""
+    app.add_exception_handler(ServerError, _handle_server_error)
+    app.add_exception_handler(HTTPException, _handle_http_exception)
+    app.add_exception_handler(ClientDisconnect, _handle_disconnect)
+    app.add_exception_handler(Exception, _handle_unknown_error)
 
 
-def client_gone() -> Response:
-    """The answer no one reads, with the status others log for it."""
-    return Response(status_code=499)
+def error_response(error: ServerError, path: str, request_id: str) -> JSONResponse:
+    """Return the response for an error at a path, with `Retry-After` where retrying can help."""
+    headers: dict[str, str] = {}
+    temporary = error.retryable and error.status == HTTPStatus.SERVICE_UNAVAILABLE
+    if (wait := _RETRY_SECONDS if error.retry_after is None and temporary else error.retry_after) is not None:
+        headers["Retry-After"] = str(wait)
+    if error.status == HTTPStatus.UNAUTHORIZED:
+        headers["WWW-Authenticate"] = "Bearer"
+    body: ProblemBody = {**problem_body(error), "request_id": request_id}
+    return _response(body, path, error.kind, headers)
+
+
+def openai_error(body: StoredProblemBody, kind: str) -> OpenAIErrorDetailsBody:
+    """Return a problem in the format of OpenAI's errors, for responses and events."""
+    status = HTTPStatus(body["status"])
+    other = "server_error" if status >= HTTPStatus.INTERNAL_SERVER_ERROR else "invalid_request_error"
+    return {
+        "message": body["detail"],
+        "type": _OPENAI_TYPES.get(status, other),
+        "param": body.get("field"),
+        "code": _OPENAI_CODES.get(kind, kind.replace("-", "_")),
+    }
 
 
 def request_id_of(request: Request) -> str:
-    """The id of a request, given by the caller or made when it came in."""
+    """Return the id of a request, which the client or the access middleware set."""
     return str(request.scope.get("state", {}).get("request_id", ""))
 
 
-async def _ours(request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, ServerError)  # noqa: S101  # registered for this class alone; tells the type checker
+async def _handle_server_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, ServerError)  # noqa: S101  # registered for this class alone; narrows the type
     if error.status == HTTPStatus.INTERNAL_SERVER_ERROR:
         _log.error("request failed", kind=error.kind, detail=error.detail, exc_info=error)
     elif error.status > HTTPStatus.INTERNAL_SERVER_ERROR:
         _log.warning("request failed", kind=error.kind, detail=error.detail)
     request.scope["state"]["reason"] = error.kind
-    return refusal(error, request.url.path, request_id_of(request))
+    return error_response(error, request.url.path, request_id_of(request))
 
 
-async def _frameworks(request: Request, error: Exception) -> JSONResponse:
-    """404, 405, 413 and their like, raised by the framework before a door is reached."""
-    assert isinstance(error, HTTPException)  # noqa: S101  # registered for this class alone; tells the type checker
+async def _handle_http_exception(request: Request, error: Exception) -> JSONResponse:
+    """Answer what the framework raises before a route is reached: 404, 405, 413 and others."""
+    assert isinstance(error, HTTPException)  # noqa: S101  # registered for this class alone; narrows the type
     status = HTTPStatus(error.status_code)
     headers = dict(error.headers or {})
     if status is HTTPStatus.METHOD_NOT_ALLOWED:
         headers["Allow"] = ", ".join(sorted(_methods_at(request)))
-    request.scope["state"]["reason"] = status.phrase.lower().replace(" ", "-")
-    return frameworks_refusal(status, str(error.detail), request.url.path, request_id_of(request), headers)
+    kind = status.phrase.lower().replace(" ", "-")
+    request.scope["state"]["reason"] = kind
+    body: ProblemBody = {
+        "type": "about:blank",
+        "title": status.phrase,
+        "status": status.value,
+        "detail": str(error.detail),
+        "request_id": request_id_of(request),
+    }
+    return _response(body, request.url.path, kind, headers)
+
+
+async def _handle_disconnect(request: Request, error: Exception) -> Response:
+    """Answer a client that disconnected while it sent its body, which is no fault of the server."""
+    return client_closed_request()
+
+
+async def _handle_unknown_error(request: Request, error: Exception) -> JSONResponse:
+    _log.error("unexpected error", path=request.url.path, request_id=request_id_of(request), exc_info=error)
+    opaque = ServerError("An unexpected error happened; the log has more under this request id.")
+    response = error_response(opaque, request.url.path, request_id_of(request))
+    # This response bypasses the access middleware, so add the security headers here.
+    start: dict[str, Any] = {"type": "http.response.start", "headers": response.raw_headers}
+    add_security_headers(start, request.url.path)
+    response.raw_headers = start["headers"]
+    return response
+
+
+def _response(body: ProblemBody, path: str, kind: str, headers: Mapping[str, str]) -> JSONResponse:
+    headers = {**headers, "X-Request-ID": body["request_id"]}
+    if path.startswith(("/v1/images/", "/v1/models")):
+        openai: OpenAIErrorBody = {"error": openai_error(body, kind)}
+        return JSONResponse(_encodable(openai), body["status"], headers)
+    if path.startswith(("/sdapi/", "/internal/")):
+        automatic1111: Automatic1111ErrorBody = {
+            "error": body["title"],
+            "detail": body["detail"],
+            "body": "",
+            "errors": body.get("errors", ""),
+            "request_id": body["request_id"],
+        }
+        return JSONResponse(_encodable(automatic1111), body["status"], headers)
+    return JSONResponse(_encodable(body), body["status"], headers, _PROBLEM)
+
+
+def _encodable(value: object) -> object:
+    """Replace lone surrogates, which an error may quote from the request and UTF-8 cannot encode."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()
+    if isinstance(value, dict):
+        return {_encodable(k): _encodable(v) for k, v in value.items()}
+    return [_encodable(v) for v in value] if isinstance(value, list) else value
 
 
 def _methods_at(request: Request) -> set[str]:
-    """Every method of a path: each is a route of its own, and the framework names those of the first alone."""
+    """Return all methods of a path. Each is a route of its own, and Starlette names those of the first only."""
     routers = [getattr(route, "original_router", None) for route in request.app.routes]
     routes = [route for router in routers if router is not None for route in router.routes]
     path = request.scope["path"]
@@ -68,19 +159,3 @@ def _methods_at(request: Request) -> set[str]:
 
 def _is_at(route: object, path: str) -> bool:
     return isinstance(route, Route) and route.path_regex.match(path) is not None
-
-
-async def _gone(request: Request, error: Exception) -> Response:
-    """A client that left while it sent its body: nobody is told, and nothing is wrong here."""
-    return client_gone()
-
-
-async def _unknown(request: Request, error: Exception) -> JSONResponse:
-    _log.error("unexpected error", path=request.url.path, request_id=request_id_of(request), exc_info=error)
-    opaque = ServerError("An unexpected error happened; the log has more under this request id.")
-    answer = refusal(opaque, request.url.path, request_id_of(request))
-    # It is answered outside of the gate, which else does this.
-    start: dict[str, Any] = {"type": "http.response.start", "headers": answer.raw_headers}
-    add_security_headers(start, request.url.path)
-    answer.raw_headers = start["headers"]
-    return answer

@@ -12,7 +12,7 @@ from python_multipart.multipart import parse_options_header
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException
 
-from stable_diffusion_server.api.aside import run_if_large
+from stable_diffusion_server.api.concurrency import run_if_large
 from stable_diffusion_server.errors import InvalidInput, MalformedRequest, TooLarge, UnsupportedMedia
 from stable_diffusion_server.parsing import JsonLimits, parse_object
 

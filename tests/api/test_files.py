@@ -408,5 +408,5 @@ async def test_who_looks_for_pictures_leaves_calls_to_the_bucket_to_those_who_dr
             under_way -= 1
 
     ends = await asyncio.gather(*(read() for _ in range(200)), return_exceptions=True)
-    assert sum(isinstance(end, RateLimited) for end in ends) == 200 - files.MOST_ASKED
-    assert most <= files.AT_ONCE // 2
+    assert sum(isinstance(end, RateLimited) for end in ends) == 200 - files.MAX_PER_CALLER
+    assert most <= files.CONCURRENCY // 2

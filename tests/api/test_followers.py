@@ -18,8 +18,8 @@ import pytest
 from fakes import Canvas, FakeDenoiser, disc, until
 from live_servers import LiveServer
 
+from stable_diffusion_server.api.base64_images import EncodedPreviews
 from stable_diffusion_server.api.event_stream import EventResponse, FollowerLimiter
-from stable_diffusion_server.api.previews import EncodedPreviews
 from stable_diffusion_server.errors import RateLimited
 from stable_diffusion_server.jobs.events import JobEventLog, JobStatus
 from stable_diffusion_server.jobs.store.records import JobState
@@ -156,10 +156,10 @@ async def test_a_slow_reader_holds_no_preview_that_was_superseded() -> None:
     assert happenings.readers == 0
 
 
-async def endless() -> AsyncGenerator[str]:
+async def endless() -> AsyncGenerator[bytes]:
     """Events without end."""
     while True:
-        yield "data: x\n\n"
+        yield b"data: x\n\n"
         await asyncio.sleep(0)
 
 
@@ -170,7 +170,7 @@ SCOPE = {"type": "http", "method": "GET", "path": "/", "headers": []}
 @pytest.mark.parametrize("version", ["2.0", "2.4"])
 async def test_who_does_not_read_is_hung_up_on(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
     """A connection that takes nothing for its time gives its place back."""
-    monkeypatch.setattr("stable_diffusion_server.api.event_stream._SECONDS_TO_READ", 0.2)
+    monkeypatch.setattr("stable_diffusion_server.api.event_stream._SEND_TIMEOUT_SECONDS", 0.2)
     followers = FollowerLimiter(1, 1, 1)
     sent = 0
 

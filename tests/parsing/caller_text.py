@@ -24,9 +24,9 @@ from starlette.requests import Request
 from stable_diffusion_server.api import base64_images, preferences, request_parsing
 from stable_diffusion_server.api.automatic1111 import name_mapping, prompt_syntax, protocol, responses
 from stable_diffusion_server.api.dialect_context import DialectContext
-from stable_diffusion_server.api.middleware import access_policy, api_keys, header_limits, proxy_headers
+from stable_diffusion_server.api.middleware import access, access_policy, api_keys, proxy_headers
 from stable_diffusion_server.api.openai import protocol as openai_parameters
-from stable_diffusion_server.api.schemas import params, wire
+from stable_diffusion_server.api.schemas import params
 from stable_diffusion_server.errors import ServerError
 from stable_diffusion_server.generation import limits, prompts, replay
 from stable_diffusion_server.generation.limits import RequestLimits
@@ -309,7 +309,7 @@ def seen(text: str) -> object:
         "headers": [(b"x-forwarded-for", text.encode("latin-1", "replace"))],
         "state": {},
     }
-    header_limits.check_header_limits(scope)
+    access.check_header_limits(scope)
     return proxy_headers.TrustedProxies((url_policy.ipaddress.ip_network("127.0.0.0/8"),)).seen_through(scope)
 
 
@@ -332,24 +332,24 @@ PARSERS = [
     Parser(
         "prompt of our own routes",
         limits.TEXT_MAX,
-        lambda text: params.validated(wire.TextToImageParams, {"prompt": text}),
+        lambda text: params.validated(params.TextToImageParams, {"prompt": text}),
     ),
     Parser(
         "lora of our own routes",
         2000,
-        lambda text: params.validated(wire.TextToImageParams, {"prompt": "a", "lora": text}).to_request_fields(),
+        lambda text: params.validated(params.TextToImageParams, {"prompt": "a", "lora": text}).to_request_fields(),
     ),
     Parser(
         "unknown names",
         100_000,
         lambda text: params.validated(
-            wire.TextToImageParams,
+            params.TextToImageParams,
             {text[at : at + len(text) // 100 + 1]: 1 for at in range(0, len(text), len(text) // 100 + 1)},
         ),
         refuses=False,
     ),
-    Parser("tags of an AUTOMATIC1111 prompt", limits.TEXT_MAX, prompt_syntax.adapters_in, refuses=False),
-    Parser("weights of an AUTOMATIC1111 prompt", limits.TEXT_MAX, prompt_syntax.unread_in, refuses=False),
+    Parser("tags of an AUTOMATIC1111 prompt", limits.TEXT_MAX, prompt_syntax.extract_loras, refuses=False),
+    Parser("weights of an AUTOMATIC1111 prompt", limits.TEXT_MAX, prompt_syntax.ignored_syntax, refuses=False),
     Parser("prompt of /sdapi", 5000, lambda text: protocol.parse_task(protocol.Txt2Img(prompt=text), HOUSE, None)),
     Parser(
         "sampler of /sdapi",
@@ -448,7 +448,7 @@ PARSERS = [
         ),
         refuses=False,
     ),
-    Parser("the head of a request", 65_536, header_limits.check_header_limits, head_of),
+    Parser("the head of a request", 65_536, access.check_header_limits, head_of),
     Parser(
         "an address to fetch",
         url_policy.MAX_URL_LENGTH,
@@ -500,7 +500,7 @@ PARSERS = [
     Parser(
         "AUTOMATIC1111's text in a PNG",
         100_000,
-        responses.png_info_answer,
+        responses.png_info_body,
         lambda text: png(chunk(b"iTXt", b"parameters\0\0\0\0\0" + text.encode())),
         {**SHAPES, "facts": "Steps: 4, ", "lines of facts": "Negative prompt: a\n"},
     ),

@@ -15,7 +15,7 @@ from fakes import FakeDenoiser, settings_in
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stable_diffusion_server.api.routes.history import MOST_ASKED
+from stable_diffusion_server.api.routes.history import MAX_PER_CALLER
 from stable_diffusion_server.app import create_app
 from stable_diffusion_server.storage.history.entries import HistoryEntry, HistoryQuery
 from stable_diffusion_server.storage.history.index import HistoryIndex
@@ -154,7 +154,7 @@ async def test_searches_of_one_caller_are_bounded_and_leave_the_threads_to_other
         app.router.lifespan_context(app),
         httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://127.0.0.1:8000") as client,
     ):
-        asked = [asyncio.create_task(client.get("/history?q=zzzz")) for _ in range(MOST_ASKED + 50)]
+        asked = [asyncio.create_task(client.get("/history?q=zzzz")) for _ in range(MAX_PER_CALLER + 50)]
         try:
             for refused, done in enumerate(asyncio.as_completed(asked, timeout=30), 1):
                 answer = await done
@@ -169,10 +169,10 @@ async def test_searches_of_one_caller_are_bounded_and_leave_the_threads_to_other
         finally:
             gate.set()
         answers = await asyncio.gather(*asked)
-    assert sorted(answer.status_code for answer in answers) == [200] * MOST_ASKED + [429] * 50
+    assert sorted(answer.status_code for answer in answers) == [200] * MAX_PER_CALLER + [429] * 50
 
 
 def test_a_search_may_be_asked_again_when_the_others_have_ended(house: RunningApp) -> None:
     """The count of a caller's searches goes down again."""
-    for _ in range(3 * MOST_ASKED):
+    for _ in range(3 * MAX_PER_CALLER):
         assert house.client.get("/history?q=zzzz").status_code == 200

@@ -106,9 +106,9 @@ def test_lists_of_one_caller_leave_threads_to_others(
 ) -> None:
     """Eighty at a time of lists that take long: at most half of their places are one caller's, the rest is 429."""
     under_way, most = [0], [0]
-    from stable_diffusion_server.api.automatic1111 import responses, routes
+    from stable_diffusion_server.api.automatic1111 import info_routes, responses
 
-    function = {"sd-models": "models_answer", "samplers": "samplers_answer", "loras": "loras_answer"}[name]
+    function = {"sd-models": "models_body", "samplers": "samplers_body", "loras": "loras_body"}[name]
     right = getattr(responses, function)
 
     def slow(house: object) -> object:
@@ -125,5 +125,5 @@ def test_lists_of_one_caller_leave_threads_to_others(
         answer = httpx.get(f"{live.url}/sdapi/v1/{name}", headers=headers, timeout=30)
         assert answer.status_code == 200
         assert httpx.get(f"{live.url}/readyz", headers=headers, timeout=30).status_code == 200
-    assert most[0] <= routes.LISTS_AT_ONCE
+    assert most[0] <= info_routes.LIST_CONCURRENCY
     assert {200, 429} == set(statuses)

@@ -1,1 +1,1 @@
-"""The doors of AUTOMATIC1111's API: its parameters and answers over the same orders. Knows no devices."""
+"""The API of AUTOMATIC1111: its routes, parameters and responses over the same generation service."""

@@ -1,4 +1,4 @@
-"""The units of AUTOMATIC1111's ControlNet extension: one that follows edges is honoured, what else there is is told."""
+"""Reads the units of AUTOMATIC1111's ControlNet extension: one Canny unit is used, others give a warning."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from stable_diffusion_server.errors import InvalidInput
 
 _CANNY_LOW, _CANNY_HIGH = 100, 200
 _FIELD = "alwayson_scripts"
-_UNHEARD = {"guidance_start": (0, 0.0), "guidance_end": (1, 1.0), "mask": (None, ""), "control_mode": (0, "Balanced")}
+_IGNORED = {"guidance_start": (0, 0.0), "guidance_end": (1, 1.0), "mask": (None, ""), "control_mode": (0, "Balanced")}
 
 
 @dataclass(frozen=True, slots=True)
 class CannyUnit:
-    """A unit that follows edges: of `image`, base64, or of the picture to draw anew where it is empty."""
+    """A Canny unit. `image` is in base64; if it is empty, the edges are those of the input image."""
 
     image: str
     weight: float
@@ -23,13 +23,15 @@ class CannyUnit:
     high: int
 
 
-def edges_in(scripts: Mapping[str, Any]) -> tuple[CannyUnit | None, list[str]]:
-    """The first unit that follows edges, and sentences about scripts and units that are not honoured.
+def parse_units(scripts: Mapping[str, Any]) -> tuple[CannyUnit | None, list[str]]:
+    """Return the first Canny unit, and sentences about scripts and units that are ignored.
 
-    Raises `InvalidInput` for units that cannot be read.
+    Raises `InvalidInput` for malformed units.
     """
-    told = [
-        f"alwayson_scripts: {name[:50]} is not known here." for name, script in scripts.items() if _other(name, script)
+    ignored = [
+        f"alwayson_scripts: {name[:50]} is not known here."
+        for name, script in scripts.items()
+        if _is_unknown(name, script)
     ]
     found: CannyUnit | None = None
     for unit in _units(scripts):
@@ -37,12 +39,14 @@ def edges_in(scripts: Mapping[str, Any]) -> tuple[CannyUnit | None, list[str]]:
         if not unit.get("enabled", True):
             continue
         if found is not None or "canny" not in kind:
-            told.append(f"controlnet: a unit of {kind.strip()[:50] or 'no kind'} is left out; one of canny is taken.")
+            ignored.append(
+                f"controlnet: a unit of {kind.strip()[:50] or 'no kind'} is left out; one of canny is taken."
+            )
             continue
         if str(unit.get("module") or "none").lower() == "none":
-            told.append("controlnet: edges are always found here; a picture of edges is looked at like any other.")
-        told += [
-            f"controlnet: {name} is not honoured." for name, plain in _UNHEARD.items() if _is_odd(unit, name, plain)
+            ignored.append("controlnet: edges are always found here; a picture of edges is looked at like any other.")
+        ignored += [
+            f"controlnet: {name} is not honoured." for name, neutral in _IGNORED.items() if _is_odd(unit, name, neutral)
         ]
         found = CannyUnit(
             image=str(unit.get("image") or unit.get("input_image") or ""),
@@ -50,7 +54,7 @@ def edges_in(scripts: Mapping[str, Any]) -> tuple[CannyUnit | None, list[str]]:
             low=_threshold(unit, "threshold_a", _CANNY_LOW),
             high=_threshold(unit, "threshold_b", _CANNY_HIGH),
         )
-    return found, told
+    return found, ignored
 
 
 def _units(scripts: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -63,25 +67,25 @@ def _units(scripts: Mapping[str, Any]) -> list[dict[str, Any]]:
     return []
 
 
-def _other(name: str, script: object) -> bool:
-    """Whether a script is one that is not known here and is asked for something."""
+def _is_unknown(name: str, script: object) -> bool:
+    """Return whether a script is unknown and has arguments."""
     args = script.get("args") if isinstance(script, dict) else script
     return name.lower() != "controlnet" and args not in ([], [False], None)
 
 
-def _is_odd(unit: Mapping[str, Any], name: str, plain: tuple[object, ...]) -> bool:
-    return unit.get(name) is not None and unit[name] not in plain
+def _is_odd(unit: Mapping[str, Any], name: str, neutral: tuple[object, ...]) -> bool:
+    return unit.get(name) is not None and unit[name] not in neutral
 
 
-def _threshold(unit: Mapping[str, Any], name: str, usual: int) -> int:
+def _threshold(unit: Mapping[str, Any], name: str, default: int) -> int:
     value = _number(unit, name, -1)
-    return round(value) if value >= 0 else usual
+    return round(value) if value >= 0 else default
 
 
-def _number(unit: Mapping[str, Any], name: str, usual: float) -> float:
+def _number(unit: Mapping[str, Any], name: str, default: float) -> float:
     value = unit.get(name)
     if value is None:
-        return usual
+        return default
     if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > 1_000_000:
         raise InvalidInput(f"controlnet: {name} must be a number.", field=_FIELD)
     return float(value)

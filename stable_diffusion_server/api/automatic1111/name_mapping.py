@@ -1,4 +1,4 @@
-"""AUTOMATIC1111's names for what has other names here: samplers, models, parameters in errors."""
+"""Maps AUTOMATIC1111's names of samplers, models and parameters to those of this server."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from stable_diffusion_server.api.dialect_context import DialectContext
 from stable_diffusion_server.errors import InvalidInput, ServerError
 from stable_diffusion_server.pipelines import ModelSpec
 
-# Our schedulers under AUTOMATIC1111's names, the closest first; what ends in Karras is looked up without it.
+# Schedulers of this server by AUTOMATIC1111's names, the closest first. A final "Karras" is removed before the lookup.
 SAMPLERS: Mapping[str, tuple[str, ...]] = {
     "Euler": ("euler", "flow_euler"),
     "Euler a": ("euler_a",),
@@ -40,22 +40,22 @@ _FIELDS = {
     "feather": "mask_blur",
     "model": "override_settings",
 }
-_OUR_WORDS = re.compile("|".join(rf"\b{ours}\b" for ours in _FIELDS if ours not in ("model", "lora")))
+_OUR_NAMES = re.compile("|".join(rf"\b{ours}\b" for ours in _FIELDS if ours not in ("model", "lora")))
 
 
-# Parameters that have bounds, with ours they are bounded by.
+# Parameters with bounds, and the parameters of this server that have the same bounds.
 BOUNDED = {theirs: ours for ours, theirs in _FIELDS.items() if ours not in ("scheduler", "lora", "model")}
 
 
-def scheduler_for(sampler: str, schedule: str, facts: ModelSpec) -> tuple[str | None, str | None]:
-    """Our scheduler for a sampler and its schedule, and a sentence where it is not quite that one.
+def scheduler_for(sampler: str, schedule: str, spec: ModelSpec) -> tuple[str | None, str | None]:
+    """Return the scheduler for a sampler and its schedule, and a sentence if it is not exactly that one.
 
-    Raises `InvalidInput` for a name that is no sampler's.
+    Raises `InvalidInput` for an unknown sampler.
     """
     if not sampler:
         return None, None
     plain = sampler.strip()
-    if plain in facts.schedulers:
+    if plain in spec.schedulers:
         return plain, None
     lowered = plain.lower().removesuffix(" karras")
     name = _BY_LOWER.get(lowered)
@@ -63,8 +63,8 @@ def scheduler_for(sampler: str, schedule: str, facts: ModelSpec) -> tuple[str | 
         raise InvalidInput(
             f"{sampler[:100]!r} is not a sampler here; there are {', '.join(SAMPLERS)}.", field="sampler_name"
         )
-    ours = next((one for one in SAMPLERS[name] if one in facts.schedulers), None)
-    taken = ours or facts.default_scheduler
+    ours = next((one for one in SAMPLERS[name] if one in spec.schedulers), None)
+    taken = ours or spec.default_scheduler
     spaced = lowered != plain.lower() or schedule.strip().lower() not in _SCHEDULES
     if ours is None or name not in _EXACT or spaced:
         return taken, f"{plain[:100]} is drawn by {taken}{', without its spacing of steps' if spaced else ''}."
@@ -72,34 +72,35 @@ def scheduler_for(sampler: str, schedule: str, facts: ModelSpec) -> tuple[str | 
 
 
 def samplers_of(models: Mapping[str, ModelSpec]) -> list[str]:
-    """The samplers that are drawn as what they are."""
-    here = {scheduler for facts in models.values() for scheduler in facts.schedulers}
+    """Return the samplers that have an exact counterpart."""
+    here = {scheduler for spec in models.values() for scheduler in spec.schedulers}
     return [name for name in SAMPLERS if name in _EXACT and here & set(SAMPLERS[name])]
 
 
-def title_of(facts: ModelSpec) -> str:
-    """What AUTOMATIC1111's clients show a model as."""
-    return f"{facts.name} [{facts.revision}]"
+def title_of(spec: ModelSpec) -> str:
+    """Return the title of a model in AUTOMATIC1111's clients."""
+    return f"{spec.name} [{spec.revision}]"
 
 
-def model_named(name: str, house: DialectContext) -> str:
-    """Our name of a model by any of its names: title, name, folder or alias. Raises `InvalidInput`."""
+def model_named(name: str, context: DialectContext) -> str:
+    """Return the name of a model by its title, name, folder, revision or alias. Raises `InvalidInput`."""
     wanted = name.strip().lower()
-    for facts in house.models.values():
-        if wanted in {title_of(facts).lower(), facts.name, facts.folder.lower(), facts.revision.lower()}:
-            return facts.name
+    for spec in context.models.values():
+        if wanted in {title_of(spec).lower(), spec.name, spec.folder.lower(), spec.revision.lower()}:
+            return spec.name
     try:
-        return house.facts(name.strip()).name
+        return context.model(name.strip()).name
     except InvalidInput as error:
         raise InvalidInput(f"sd_model_checkpoint: {error.detail}", field="override_settings") from error
 
 
 def renamed(error: ServerError) -> ServerError:
-    """The error with our parameters under AUTOMATIC1111's names."""
+    """Return the error with AUTOMATIC1111's parameter names."""
     if error.field not in _FIELDS:
         return error
-    detail = _OUR_WORDS.sub(lambda match: _FIELDS[match[0]], error.detail)
+    detail = _OUR_NAMES.sub(lambda match: _FIELDS[match[0]], error.detail)
     faults = [
-        (_FIELDS.get(field, field), _OUR_WORDS.sub(lambda m: _FIELDS[m[0]], told)) for field, told in error.faults
+        (_FIELDS.get(field, field), _OUR_NAMES.sub(lambda m: _FIELDS[m[0]], sentence))
+        for field, sentence in error.faults
     ]
     return type(error)(detail, field=_FIELDS[error.field], faults=faults, retry_after=error.retry_after)

@@ -1,4 +1,4 @@
-"""What a caller has under way through AUTOMATIC1111's doors: how far it is, and stopping it. Its own alone."""
+"""Tracks the running requests of each caller of AUTOMATIC1111's API: their progress, and interrupting them."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from stable_diffusion_server.types import Caller, EngineEventKind, GenerationPro
 
 T = TypeVar("T")
 
-# Characters of a `force_task_id` that tells an anonymous caller's task from others'.
+# Characters of a `force_task_id` that other anonymous callers cannot guess.
 LEAST_NAME = 16
 
 
 @dataclass(eq=False, slots=True)
 class ImageProgress:
-    """One picture on its way."""
+    """Progress of one image."""
 
     step: int = 0
     steps: int = 0
@@ -29,17 +29,17 @@ class ImageProgress:
     done: bool = False
 
     @property
-    def share(self) -> float:
-        """How much of it is drawn, 0 to 1."""
+    def fraction(self) -> float:
+        """The completed fraction, 0 to 1."""
         return 1.0 if self.done else self.step / self.steps if self.steps else 0.0
 
 
 @dataclass(eq=False, slots=True)
 class TrackedTask:
-    """One request under way. `interrupted`: its caller has had enough."""
+    """A running request. `interrupted`: its caller stopped it."""
 
     name: str
-    pictures: list[ImageProgress]
+    images: list[ImageProgress]
     began: float = field(default_factory=time.time)
     eta_seconds: float | None = None
     preview: Pixels | None = None
@@ -47,26 +47,26 @@ class TrackedTask:
     _work: set[asyncio.Task[Any]] = field(default_factory=set)
 
     @property
-    def share(self) -> float:
-        """How much of it is drawn, 0 to 1."""
-        return sum(picture.share for picture in self.pictures) / len(self.pictures)
+    def fraction(self) -> float:
+        """The completed fraction, 0 to 1."""
+        return sum(image.fraction for image in self.images) / len(self.images)
 
     @property
     def current(self) -> ImageProgress:
-        """The picture that is drawn at the moment, or the last."""
-        return next((picture for picture in self.pictures if not picture.done), self.pictures[-1])
+        """The first image that is not complete, or the last one."""
+        return next((image for image in self.images if not image.done), self.images[-1])
 
     def watch(self, number: int, progress: GenerationProgress) -> None:
-        """Take note of how far a picture is."""
-        picture = self.pictures[number]
-        picture.step, picture.steps = progress.step, progress.steps
-        picture.started = picture.started or progress.kind is not EngineEventKind.QUEUED
+        """Record the progress of an image."""
+        image = self.images[number]
+        image.step, image.steps = progress.step, progress.steps
+        image.started = image.started or progress.kind is not EngineEventKind.QUEUED
         self.eta_seconds = progress.eta_seconds
         if progress.preview is not None:
             self.preview = progress.preview
 
-    async def drawn(self, number: int, work: Coroutine[Any, Any, T]) -> T | None:
-        """What the work of a picture comes to, `None` when it was interrupted."""
+    async def run(self, number: int, work: Coroutine[Any, Any, T]) -> T | None:
+        """Return the result of the work of an image, `None` if the task is interrupted."""
         if self.interrupted:
             work.close()
             return None
@@ -81,44 +81,43 @@ class TrackedTask:
             raise
         finally:
             self._work.discard(task)
-            self.pictures[number].done = True
+            self.images[number].done = True
 
     def interrupt(self) -> None:
-        """Stop what is not done yet."""
+        """Cancel the images that are not complete."""
         self.interrupted = True
         for task in self._work:
             task.cancel()
 
 
 class TaskTracker:
-    """Everyone's tasks; a caller sees and stops its own.
+    """The running tasks of all callers; a caller can read and interrupt its own.
 
-    Anonymous callers are strangers to one another: theirs are known by their names alone, where those are long enough
-    not to be guessed.
+    Anonymous callers cannot be told apart, so they access a task only by a name too long to guess.
     """
 
     def __init__(self) -> None:
-        self._under_way: defaultdict[str, list[TrackedTask]] = defaultdict(list)
+        self._running: defaultdict[str, list[TrackedTask]] = defaultdict(list)
 
     @contextmanager
-    def begun(self, caller: Caller, name: str, pictures: int) -> Iterator[TrackedTask]:
-        """A task for as long as the block lasts."""
-        task, whose = TrackedTask(name, [ImageProgress() for _ in range(pictures)]), _whose(caller)
-        self._under_way[whose].append(task)
+    def track(self, caller: Caller, name: str, images: int) -> Iterator[TrackedTask]:
+        """Track a task while the block runs."""
+        task, owner = TrackedTask(name, [ImageProgress() for _ in range(images)]), _owner(caller)
+        self._running[owner].append(task)
         try:
             yield task
         finally:
-            self._under_way[whose].remove(task)
-            if not self._under_way[whose]:
-                del self._under_way[whose]
+            self._running[owner].remove(task)
+            if not self._running[owner]:
+                del self._running[owner]
 
     def of(self, caller: Caller, name: str = "") -> list[TrackedTask]:
-        """A caller's tasks under way, the oldest first; those of a name if one is given."""
+        """Return a caller's running tasks, oldest first; only those with a name if one is given."""
         if caller.anonymous and len(name) < LEAST_NAME:
             return []
-        return [task for task in self._under_way.get(_whose(caller), ()) if not name or task.name == name]
+        return [task for task in self._running.get(_owner(caller), ()) if not name or task.name == name]
 
 
-def _whose(caller: Caller) -> str:
-    """The name tasks are kept under; no key is named like the one of all anonymous callers."""
+def _owner(caller: Caller) -> str:
+    """Return the key of a caller's tasks. Names of API keys have no blank, so none equals that of anonymous callers."""
     return "anonymous " if caller.anonymous else caller.name

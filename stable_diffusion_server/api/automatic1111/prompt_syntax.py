@@ -1,7 +1,6 @@
-"""What AUTOMATIC1111 reads in a prompt beside its words: adapters, other networks, weights in brackets. Pure.
+"""Parses AUTOMATIC1111's prompt syntax: LoRA tags, other networks, weights in brackets.
 
-The expressions here look only within one pair of brackets at a time, so that reading takes time in proportion to the
-prompt.
+Each regular expression matches within one pair of brackets, so parsing takes time linear in the prompt.
 """
 
 from __future__ import annotations
@@ -17,39 +16,39 @@ _BLANKS = re.compile(r"\s{2,}")
 _DIGITS = frozenset("0123456789.")
 _OTHER_NETWORKS = ("lyco:", "hypernet:")
 
-Adapter = tuple[str, float]
+Lora = tuple[str, float]
 
 
-def adapters_in(prompt: str) -> tuple[str, tuple[Adapter, ...]]:
-    """A prompt without its `<lora:name:weight>` and other networks, and the adapters."""
-    found: list[Adapter] = []
+def extract_loras(prompt: str) -> tuple[str, tuple[Lora, ...]]:
+    """Return the prompt without `<lora:name:weight>` and other networks, and the LoRAs."""
+    found: list[Lora] = []
 
-    def taken(tag: re.Match[str]) -> str:
+    def extract(tag: re.Match[str]) -> str:
         if tag[1].startswith(_OTHER_NETWORKS):
             return ""
-        adapter = _adapter_in(tag[1])
-        if adapter is None:
+        lora = _lora_in(tag[1])
+        if lora is None:
             return tag[0]
-        found.append(adapter)
+        found.append(lora)
         return ""
 
-    words = _TAG.sub(taken, prompt)
+    words = _TAG.sub(extract, prompt)
     return _BLANKS.sub(" ", words).strip(" ,"), tuple(found)
 
 
-def unread_in(prompt: str) -> list[str]:
-    """Sentences about what AUTOMATIC1111 would read in a prompt and this server does not."""
-    told = []
+def ignored_syntax(prompt: str) -> list[str]:
+    """Return sentences about syntax that AUTOMATIC1111 supports and this server ignores."""
+    ignored = []
     if any(tag[1].startswith(_OTHER_NETWORKS) for tag in _TAG.finditer(prompt)):
-        told.append("prompt: only <lora:…> is known here; other networks are left out.")
+        ignored.append("prompt: only <lora:…> is known here; other networks are left out.")
     weighted = any(_is_weighted(group[1]) for group in _IN_PARENTHESES.finditer(prompt))
     if weighted or any(_is_scheduled(group[1]) for group in _IN_BRACKETS.finditer(prompt)):
-        told.append("prompt: weights in brackets are read as plain words.")
-    return told
+        ignored.append("prompt: weights in brackets are read as plain words.")
+    return ignored
 
 
-def _adapter_in(tag: str) -> Adapter | None:
-    """The adapter a tag names, as in `lora:name:0.8`."""
+def _lora_in(tag: str) -> Lora | None:
+    """Return the LoRA of a tag such as `lora:name:0.8`."""
     if not tag.startswith("lora:"):
         return None
     match = _NAME_AND_WEIGHT.fullmatch(tag.removeprefix("lora:"))
@@ -57,13 +56,13 @@ def _adapter_in(tag: str) -> Adapter | None:
 
 
 def _is_weighted(inside: str) -> bool:
-    """Whether it is words with a weight, as in `(red:1.3)`."""
+    """Return whether it is a weighted text, as in `(red:1.3)`."""
     _, colon, weight = inside.rpartition(":")
     return bool(colon) and _WEIGHT.fullmatch(weight.strip()) is not None
 
 
 def _is_scheduled(inside: str) -> bool:
-    """Whether it is words that change on the way, as in `[cat:dog:0.5]`."""
+    """Return whether it is prompt editing, as in `[cat:dog:0.5]`."""
     words, _, when = inside.rpartition(":")
     return bool(when) and set(when) <= _DIGITS and ":" in words[1:-1]
 

@@ -1,10 +1,14 @@
-"""What AUTOMATIC1111's API answers, in its shapes."""
+"""Responses of AUTOMATIC1111's API."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from pydantic import Field
+from typing_extensions import TypedDict  # pydantic refuses typing.TypedDict before Python 3.12
 
 from stable_diffusion_server.api.automatic1111.name_mapping import SAMPLERS, samplers_of, title_of
 from stable_diffusion_server.api.automatic1111.progress import TrackedTask
@@ -17,51 +21,150 @@ from stable_diffusion_server.types import GenerationRequest, GenerationResult
 
 _LONG_FIELDS = ("init_images", "mask", "alwayson_scripts")
 
-Made = tuple[GenerationRequest, GenerationResult, str, bytes]
+
+@dataclass(frozen=True, slots=True)
+class TaskImage:
+    """A generated image of a task."""
+
+    generation: GenerationRequest
+    result: GenerationResult
+    url: str
+    file: bytes
 
 
-def pictures_answer(asked: Txt2Img, what: ParsedTask, made: Sequence[Made], *, interrupted: bool) -> dict[str, Any]:
-    """Pictures in base64 with the parameters and, as JSON in a text, how they were made and what was not honoured."""
-    shown = asked.send_images is not False
-    parameters = asked.model_dump(exclude=set(_LONG_FIELDS))
+class Automatic1111ImagesBody(TypedDict):
+    """Images in base64. `info` is JSON in a text: how they were made, and what was ignored."""
+
+    images: list[str]
+    parameters: dict[str, object]
+    info: str
+
+
+class Automatic1111StateBody(TypedDict):
+    """State of a task, as AUTOMATIC1111 reports it."""
+
+    skipped: bool
+    interrupted: bool
+    stopping_generation: bool
+    job: str
+    job_count: int
+    job_timestamp: str
+    job_no: int
+    sampling_step: int
+    sampling_steps: int
+
+
+class Automatic1111ProgressBody(TypedDict):
+    """Progress of the caller's oldest task, 0 without a task. `current_image` is a PNG in base64."""
+
+    progress: Annotated[float, Field(ge=0, le=1)]
+    eta_relative: float
+    state: Automatic1111StateBody
+    current_image: str | None
+    textinfo: str | None
+
+
+class Automatic1111TaskProgressBody(TypedDict):
+    """Progress of one task. `live_preview` is a data URL."""
+
+    active: bool
+    queued: bool
+    completed: bool
+    progress: float | None
+    eta: float | None
+    live_preview: str | None
+    id_live_preview: int
+    textinfo: str | None
+
+
+class Automatic1111OptionsBody(TypedDict):
+    """The options that this server supports."""
+
+    sd_model_checkpoint: str
+    samples_format: str
+    CLIP_stop_at_last_layers: int
+    sd_vae: str
+
+
+class Automatic1111ModelBody(TypedDict):
+    """A model."""
+
+    title: str
+    model_name: str
+    hash: str | None
+    sha256: str | None
+    filename: str
+    config: str | None
+
+
+class Automatic1111SamplerBody(TypedDict):
+    """A sampler."""
+
+    name: str
+    aliases: list[str]
+    options: dict[str, object]
+
+
+class Automatic1111LoraBody(TypedDict):
+    """A LoRA."""
+
+    name: str
+    alias: str
+    path: str
+    metadata: dict[str, object]
+
+
+class Automatic1111PngInfoBody(TypedDict):
+    """How an image says it was made: as text, and its parts by name."""
+
+    info: str
+    items: dict[str, object]
+    parameters: dict[str, object]
+
+
+def images_body(
+    params: Txt2Img, parsed: ParsedTask, images: Sequence[TaskImage], *, interrupted: bool
+) -> Automatic1111ImagesBody:
+    """Return the images, the parameters, and as JSON in a text how they were made and what was ignored."""
+    parameters = params.model_dump(exclude=set(_LONG_FIELDS))
     return {
-        "images": [text_of(file) for _, _, _, file in made] if shown else [],
+        "images": [] if params.send_images is False else [text_of(image.file) for image in images],
         "parameters": {name[:100]: value for name, value in parameters.items()},
-        "info": dumps(_info(what, made, interrupted=interrupted)),
+        "info": dumps(_info(parsed, images, interrupted=interrupted)),
     }
 
 
-def progress_answer(tasks: Sequence[TrackedTask], preview: str | None) -> dict[str, Any]:
-    """How far a caller's oldest task is; nothing is 0 of 0. `preview` is a PNG in base64."""
+def progress_body(tasks: Sequence[TrackedTask], preview: str | None) -> Automatic1111ProgressBody:
+    """Return the progress of a caller's oldest task, 0 of 0 without one. `preview` is a PNG in base64."""
     task = tasks[0] if tasks else None
-    picture = task.current if task else None
+    image = task.current if task else None
     return {
-        "progress": round(min(task.share, 0.99), 4) if task else 0.0,
+        "progress": round(min(task.fraction, 0.99), 4) if task else 0.0,
         "eta_relative": round(task.eta_seconds or 0.0, 2) if task else 0.0,
         "state": {
             "skipped": False,
             "interrupted": bool(task and task.interrupted),
             "stopping_generation": False,
             "job": task.name if task else "",
-            "job_count": len(task.pictures) if task else 0,
+            "job_count": len(task.images) if task else 0,
             "job_timestamp": time.strftime("%Y%m%d%H%M%S", time.gmtime(task.began)) if task else "0",
-            "job_no": sum(one.done for one in task.pictures) if task else 0,
-            "sampling_step": picture.step if picture else 0,
-            "sampling_steps": picture.steps if picture else 0,
+            "job_no": sum(one.done for one in task.images) if task else 0,
+            "sampling_step": image.step if image else 0,
+            "sampling_steps": image.steps if image else 0,
         },
         "current_image": preview,
-        "textinfo": None if task is None else "Drawing" if picture and picture.started else "Waiting",
+        "textinfo": None if task is None else "Drawing" if image and image.started else "Waiting",
     }
 
 
-def internal_progress_answer(task: TrackedTask | None, preview: str | None) -> dict[str, Any]:
-    """The same for one task by its id, as AUTOMATIC1111's own page asks for it."""
-    started = bool(task and any(one.started for one in task.pictures))
+def task_progress_body(task: TrackedTask | None, preview: str | None) -> Automatic1111TaskProgressBody:
+    """Return the progress of one task, as AUTOMATIC1111's own page reads it."""
+    started = bool(task and any(one.started for one in task.images))
     return {
         "active": started,
         "queued": task is not None and not started,
         "completed": task is None,
-        "progress": round(task.share, 4) if task else None,
+        "progress": round(task.fraction, 4) if task else None,
         "eta": task.eta_seconds if task else None,
         "live_preview": None if preview is None else f"data:image/png;base64,{preview}",
         "id_live_preview": task.current.step if task else -1,
@@ -69,102 +172,102 @@ def internal_progress_answer(task: TrackedTask | None, preview: str | None) -> d
     }
 
 
-def models_answer(house: DialectContext) -> list[dict[str, Any]]:
-    """The models."""
+def models_body(context: DialectContext) -> list[Automatic1111ModelBody]:
+    """List the models."""
     return [
         {
-            "title": title_of(facts),
-            "model_name": facts.name,
-            "hash": facts.revision,
+            "title": title_of(spec),
+            "model_name": spec.name,
+            "hash": spec.revision,
             "sha256": None,
-            "filename": facts.folder,
+            "filename": spec.folder,
             "config": None,
         }
-        for facts in house.models.values()
+        for spec in context.models.values()
     ]
 
 
-def samplers_answer(house: DialectContext) -> list[dict[str, Any]]:
-    """The samplers that are drawn as what they are."""
-    return [{"name": name, "aliases": [SAMPLERS[name][0]], "options": {}} for name in samplers_of(house.models)]
+def samplers_body(context: DialectContext) -> list[Automatic1111SamplerBody]:
+    """List the samplers that have an exact counterpart here."""
+    return [{"name": name, "aliases": [SAMPLERS[name][0]], "options": {}} for name in samplers_of(context.models)]
 
 
-def loras_answer(house: DialectContext) -> list[dict[str, Any]]:
-    """The adapters."""
-    return [{"name": name, "alias": name, "path": name, "metadata": {}} for name in sorted(house.loras())]
+def loras_body(context: DialectContext) -> list[Automatic1111LoraBody]:
+    """List the LoRAs."""
+    return [{"name": name, "alias": name, "path": name, "metadata": {}} for name in sorted(context.loras())]
 
 
-def options_answer(house: DialectContext, model: str | None) -> dict[str, Any]:
-    """The options that mean something here."""
+def options_body(context: DialectContext, model: str | None) -> Automatic1111OptionsBody:
+    """Return the options that this server supports; `model` is the caller's choice."""
     return {
-        "sd_model_checkpoint": title_of(house.facts(model)),
+        "sd_model_checkpoint": title_of(context.model(model)),
         "samples_format": "png",
         "CLIP_stop_at_last_layers": 1,
         "sd_vae": "Automatic",
     }
 
 
-def png_info_answer(file: bytes) -> dict[str, Any]:
-    """How a picture says it was made: by the record of this server, or the text AUTOMATIC1111 writes into PNG."""
+def png_info_body(file: bytes) -> Automatic1111PngInfoBody:
+    """Return how an image says it was made: by this server's record, or by the text AUTOMATIC1111 writes into PNG."""
     record = read_record(file)
     text = parameters_text(record) if record is not None else read_parameters_text(file)
-    items = {"parameters": text, **({"record": dumps(record)} if record is not None else {})}
-    return {"info": text, "items": items if text else {}, "parameters": _read(text)}
+    items: dict[str, object] = {"parameters": text, **({"record": dumps(record)} if record is not None else {})}
+    return {"info": text, "items": items if text else {}, "parameters": _parse_parameters(text)}
 
 
-def _info(what: ParsedTask, made: Sequence[Made], *, interrupted: bool) -> dict[str, Any]:
-    order = what.orders[0]
-    receipts = [receipt for _, receipt, _, _ in made]
-    seeds = [receipt.seed for receipt in receipts]
-    texts = [_infotext(order, receipt) for order, receipt, _, _ in made]
-    warnings = list(dict.fromkeys(warning.message for receipt in receipts for warning in receipt.warnings))
-    first = receipts[0] if receipts else None
+def _info(parsed: ParsedTask, images: Sequence[TaskImage], *, interrupted: bool) -> dict[str, Any]:
+    generation = parsed.generations[0]
+    results = [image.result for image in images]
+    seeds = [result.seed for result in results]
+    texts = [_infotext(image.generation, image.result) for image in images]
+    warnings = list(dict.fromkeys(warning.message for result in results for warning in result.warnings))
+    first = results[0] if results else None
     return {
-        "prompt": order.prompt,
-        "all_prompts": [order.prompt] * len(made),
-        "negative_prompt": order.negative_prompt or "",
-        "all_negative_prompts": [order.negative_prompt or ""] * len(made),
-        "seed": seeds[0] if seeds else order.seed,
+        "prompt": generation.prompt,
+        "all_prompts": [generation.prompt] * len(images),
+        "negative_prompt": generation.negative_prompt or "",
+        "all_negative_prompts": [generation.negative_prompt or ""] * len(images),
+        "seed": seeds[0] if seeds else generation.seed,
         "all_seeds": seeds,
-        "width": first.width if first else order.width,
-        "height": first.height if first else order.height,
-        "sampler_name": first.scheduler if first else order.scheduler,
-        "cfg_scale": first.guidance_scale if first else order.guidance_scale,
-        "steps": first.num_inference_steps if first else order.num_inference_steps,
-        "batch_size": len(made),
-        "denoising_strength": order.strength,
-        "sd_model_name": first.model if first else order.model,
+        "width": first.width if first else generation.width,
+        "height": first.height if first else generation.height,
+        "sampler_name": first.scheduler if first else generation.scheduler,
+        "cfg_scale": first.guidance_scale if first else generation.guidance_scale,
+        "steps": first.num_inference_steps if first else generation.num_inference_steps,
+        "batch_size": len(images),
+        "denoising_strength": generation.strength,
+        "sd_model_name": first.model if first else generation.model,
         "infotexts": texts,
-        "paths": [url for _, _, url, _ in made],
-        "keys": [receipt.key for receipt in receipts],
-        "cached": [receipt.cached for receipt in receipts],
+        "paths": [image.url for image in images],
+        "keys": [result.key for result in results],
+        "cached": [result.cached for result in results],
         "interrupted": interrupted,
-        "not_honoured": what.told,
+        "not_honoured": parsed.ignored,
         "warnings": warnings,
     }
 
 
-def _infotext(order: GenerationRequest, receipt: GenerationResult) -> str:
-    told: Mapping[str, object] = {
-        "prompt": receipt.prompt_used or order.prompt,
-        "negative_prompt": order.negative_prompt,
-        "num_inference_steps": receipt.num_inference_steps,
-        "scheduler": receipt.scheduler,
-        "guidance_scale": receipt.guidance_scale,
-        "seed": receipt.seed,
-        "model": receipt.model,
-        "width": receipt.width,
-        "height": receipt.height,
+def _infotext(generation: GenerationRequest, result: GenerationResult) -> str:
+    facts: Mapping[str, object] = {
+        "prompt": result.prompt_used or generation.prompt,
+        "negative_prompt": generation.negative_prompt,
+        "num_inference_steps": result.num_inference_steps,
+        "scheduler": result.scheduler,
+        "guidance_scale": result.guidance_scale,
+        "seed": result.seed,
+        "model": result.model,
+        "width": result.width,
+        "height": result.height,
     }
-    return parameters_text({name: value for name, value in told.items() if value is not None})
+    return parameters_text({name: value for name, value in facts.items() if value is not None})
 
 
-def _read(text: str) -> dict[str, str]:
-    """The last line of the text as pairs, and the prompts."""
+def _parse_parameters(text: str) -> dict[str, object]:
+    """Return the prompts and the pairs in the last line of the text."""
     if not text:
         return {}
-    *words, facts = text.split("\n") if "\n" in text else ("", text)
-    pairs = dict(part.partition(": ")[::2] for part in facts.split(", ") if ": " in part)
-    negative = next((line for line in words if line.startswith("Negative prompt: ")), "")
-    prompt = "\n".join(line for line in words if line != negative)
+    *lines, last = text.split("\n") if "\n" in text else ("", text)
+    pairs = dict(part.partition(": ")[::2] for part in last.split(", ") if ": " in part)
+    negative = next((line for line in lines if line.startswith("Negative prompt: ")), "")
+    prompt = "\n".join(line for line in lines if line != negative)
     return {"Prompt": prompt, "Negative prompt": negative.removeprefix("Negative prompt: "), **pairs}

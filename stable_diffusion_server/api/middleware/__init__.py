@@ -1,1 +1,1 @@
-"""What every request passes before the doors: proxies, hosts, origins, keys, rates, sizes. Knows no parameters."""
+"""ASGI middleware of every request: proxies, hosts, origins, API keys, rate limits, header and body sizes."""

@@ -13,13 +13,12 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from stable_diffusion_server.api.error_bodies import refusal
+from stable_diffusion_server.api.http_responses import add_security_headers
 from stable_diffusion_server.api.middleware.access_policy import PAGE_BYTES, AccessPolicy
-from stable_diffusion_server.api.middleware.header_limits import check_header_limits
 from stable_diffusion_server.api.middleware.proxy_headers import TrustedProxies
 from stable_diffusion_server.api.middleware.rate_limiter import RateLimiter, RateLimitStatus
-from stable_diffusion_server.api.middleware.security_headers import add_security_headers
-from stable_diffusion_server.errors import ServerError
+from stable_diffusion_server.api.problems import error_response
+from stable_diffusion_server.errors import HeadersTooLarge, ServerError
 from stable_diffusion_server.observability import RequestSample, Tracing
 from stable_diffusion_server.types import Caller
 
@@ -27,6 +26,19 @@ _log = structlog.get_logger("access")
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _QUIET = ("/healthz", "/readyz", "/metrics")
+# uvicorn's h11 limits all headers to 64 KiB; its httptools, where installed, and other servers have no limit.
+_HEAD_MAX_BYTES, _MAX_HEADERS, _HEADER_MAX_BYTES = 65_536, 128, 16_384
+
+
+def check_header_limits(scope: Scope) -> None:
+    """Raise `HeadersTooLarge` if the path, the query and the headers of a request are too long, or too many."""
+    path = len(scope.get("raw_path") or scope["path"]) + len(scope.get("query_string", b""))
+    # Measures one header more than the limit, so that any number of headers costs the same.
+    sizes = [len(name) + len(value) for name, value in scope["headers"][: _MAX_HEADERS + 1]]
+    if len(sizes) > _MAX_HEADERS or path + sum(sizes) > _HEAD_MAX_BYTES:
+        raise HeadersTooLarge(f"The head of a request may have {_HEAD_MAX_BYTES} bytes and {_MAX_HEADERS} headers.")
+    if max(sizes, default=0) > _HEADER_MAX_BYTES:
+        raise HeadersTooLarge(f"A header may have {_HEADER_MAX_BYTES} bytes.")
 
 
 class AccessMiddleware:
@@ -106,7 +118,7 @@ class AccessMiddleware:
                     more.update(await self._rates.headers(admitted.allowed))
         except ServerError as error:
             state["reason"] = error.kind
-            await refusal(error, scope["path"], state["request_id"])(scope, receive, send)
+            await error_response(error, scope["path"], state["request_id"])(scope, receive, send)
             return
         try:
             await self._app(scope, receive, send)

@@ -8,9 +8,9 @@ import time
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from stable_diffusion_server.api.error_bodies import refusal
 from stable_diffusion_server.api.middleware.access_policy import AccessPolicy
 from stable_diffusion_server.api.middleware.byte_budget import ByteBudget, Reservation
+from stable_diffusion_server.api.problems import error_response
 from stable_diffusion_server.errors import RateLimited, RequestTimedOut, ServerError
 
 
@@ -60,7 +60,7 @@ class BodyIntakeMiddleware:
     async def _refuse(self, error: ServerError, scope: Scope, receive: Receive, send: Send) -> None:
         state = scope.get("state", {})
         state["reason"] = error.kind
-        response = refusal(error, scope["path"], state.get("request_id", ""))
+        response = error_response(error, scope["path"], state.get("request_id", ""))
         response.headers["Connection"] = "close"  # the rest of the body may still come
         await response(scope, receive, send)
 

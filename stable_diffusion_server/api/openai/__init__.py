@@ -1,1 +1,1 @@
-"""The doors of the OpenAI Images API: its parameters and answers over the same orders. Knows no devices."""
+"""The OpenAI Images API: its routes, parameters and responses over the same generation service."""

@@ -1,4 +1,4 @@
-"""What the OpenAI Images API takes, turned into orders, and what of it cannot be honoured, told."""
+"""Parameters of the OpenAI Images API, converted to generation requests, with warnings about ignored ones."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from stable_diffusion_server.errors import InvalidInput
 from stable_diffusion_server.types import Fit, Format, GenerationRequest, ImageInput, RequestWarning, Task
 
 _SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
-# Steps against the model's default, and none at all where it is to decide.
-_QUALITIES = {"low": 0.5, "high": 2.0, "hd": 2.0, "xhigh": 3.0, "max": 4.0}
-_SIDE = 1024
-_UNHEARD = {
+# Steps as a multiple of the model's default; other values leave the default.
+_STEP_FACTORS = {"low": 0.5, "high": 2.0, "hd": 2.0, "xhigh": 3.0, "max": 4.0}
+_DEFAULT_SIDE = 1024
+_IGNORED = {
     "style": "There are no styles here; the prompt says it.",
     "input_fidelity": "How much of the picture stays is said by `strength`.",
     "complexity": "There is no planning here.",
@@ -28,29 +28,37 @@ _UNHEARD = {
 
 
 class ImagesParams(GenerationParams):
-    """What both doors take. What is ours and not OpenAI's goes in `extra_body` of its clients."""
+    """Parameters of both routes. OpenAI's clients send those of this server in `extra_body`."""
 
-    n: int | None = Field(None, description="How many pictures; without a seed they differ.")
+    n: int | None = Field(
+        None,
+        description="Number of images. Without `seed` each has its own seed; with `seed`, image i uses `seed + i`.",
+    )
     size: str | None = Field(None, description="`WIDTHxHEIGHT` or `auto`.", examples=["1024x1024"])
     response_format: Literal["url", "b64_json"] | None = Field(
-        None, description="Without it `url`, but for models named gpt-image-…, which answer `b64_json`."
+        None, description="If omitted `url`, or `b64_json` for models named gpt-image-…."
     )
-    output_format: Format | None = Field(None, description="Without it png, or what `save_path` ends in.")
-    output_compression: int | None = Field(None, ge=0, le=100, description="Quality of webp and jpeg, 100 the best.")
+    output_format: Format | None = Field(
+        None, description="If omitted, the extension of `save_path` decides, otherwise png."
+    )
+    output_compression: int | None = Field(None, ge=0, le=100, description="Quality of webp and jpeg; 100 is the best.")
     background: Literal["auto", "opaque", "transparent"] | None = Field(
-        None, description="`transparent` is refused: no model here draws it."
+        None, description="`transparent` is an error: no model supports it."
     )
     quality: Literal["auto", "low", "medium", "high", "standard", "hd", "xhigh", "max"] | None = Field(
-        None, description="`low` takes half the model's usual steps, `high` twice, `xhigh` three, `max` four times."
+        None,
+        description="Steps relative to the model's default: `low` half, `high` double, `xhigh` triple, `max` fourfold.",
     )
-    stream: bool | None = Field(None, description="Answer as server-sent events.")
-    partial_images: int | None = Field(None, ge=0, le=3, description="With `stream`: pictures on the way, 0 to 3.")
-    moderation: Literal["auto", "low"] | None = Field(None, description="Taken; nothing is moderated here.")
-    user: str | None = Field(None, description="Taken, and not kept.")
-    safety_identifier: str | None = Field(None, description="Taken, and not kept.")
-    style: str | None = Field(None, description="Taken and not honoured; `warnings` says so.")
-    input_fidelity: str | None = Field(None, description="Taken and not honoured; `warnings` says so.")
-    complexity: str | None = Field(None, description="Taken and not honoured; `warnings` says so.")
+    stream: bool | None = Field(None, description="Respond with server-sent events.")
+    partial_images: int | None = Field(None, ge=0, le=3, description="With `stream`: number of previews, 0 to 3.")
+    moderation: Literal["auto", "low"] | None = Field(
+        None, description="Accepted and ignored: this server does not moderate."
+    )
+    user: str | None = Field(None, description="Accepted and not stored.")
+    safety_identifier: str | None = Field(None, description="Accepted and not stored.")
+    style: str | None = Field(None, description="Accepted and ignored, with a warning.")
+    input_fidelity: str | None = Field(None, description="Accepted and ignored, with a warning.")
+    complexity: str | None = Field(None, description="Accepted and ignored, with a warning.")
 
     numbers: ClassVar[frozenset[str]] = GenerationParams.numbers - {"quality"}
     own: ClassVar[frozenset[str]] = frozenset(
@@ -59,34 +67,34 @@ class ImagesParams(GenerationParams):
     )
 
     @abstractmethod
-    def base(self, house: DialectContext) -> GenerationRequest:
-        """The order of the first picture, without format, quality and steps."""
+    def base(self, context: DialectContext) -> GenerationRequest:
+        """Return the request of the first image, without format, quality and steps."""
 
     @property
     def count(self) -> int:
-        """How many pictures are asked for."""
+        """The number of images."""
         return 1 if self.n is None else self.n
 
     @property
-    def as_text(self) -> bool:
-        """Whether pictures go into the answer."""
+    def as_base64(self) -> bool:
+        """Whether the response holds the images in base64."""
         if self.response_format is None:
             return (self.model or "").startswith(("gpt-image", "chatgpt-image"))
         return self.response_format == "b64_json"
 
-    def orders(self, house: DialectContext) -> list[GenerationRequest]:
-        """An order for each picture. Raises `InvalidInput`."""
-        self._check(house)
-        facts = house.facts(self.model)
-        base = self.base(house)
+    def to_requests(self, context: DialectContext) -> list[GenerationRequest]:
+        """Return a request for each image. Raises `InvalidInput`."""
+        self._check(context)
+        spec = context.model(self.model)
+        base = self.base(context)
         steps = self.num_inference_steps
-        if steps is None and self.quality in _QUALITIES:
-            steps = min(max(1, math.ceil(facts.default_steps * _QUALITIES[self.quality])), house.limits.max_steps)
+        if steps is None and self.quality in _STEP_FACTORS:
+            steps = min(max(1, math.ceil(spec.default_steps * _STEP_FACTORS[self.quality])), context.limits.max_steps)
         file_format = self.output_format or (Format.PNG if self.save_path is None else None)
         compression = self.output_compression
         base = replace(
             base,
-            model=facts.name if self.model else None,
+            model=spec.name if self.model else None,
             num_inference_steps=steps,
             format=file_format,
             quality=None if compression is None else max(1, compression),
@@ -94,12 +102,12 @@ class ImagesParams(GenerationParams):
         return [replace(base, variation=number) for number in range(self.count)]
 
     def warnings(self) -> list[RequestWarning]:
-        """What was asked for and cannot be honoured."""
-        asked = {name: getattr(self, name) for name in _UNHEARD}
-        return [RequestWarning("not-honoured", f"{name}: {_UNHEARD[name]}") for name, value in asked.items() if value]
+        """Return warnings about parameters that were ignored."""
+        ignored = {name: getattr(self, name) for name in _IGNORED}
+        return [RequestWarning("not-honoured", f"{name}: {_IGNORED[name]}") for name, value in ignored.items() if value]
 
     def pixels(self) -> tuple[int | None, int | None]:
-        """Width and height asked for. Raises `InvalidInput`."""
+        """Return width and height in pixels, `None` for `auto`. Raises `InvalidInput`."""
         if self.size in (None, "auto"):
             return None, None
         match = _SIZE.fullmatch(self.size or "")
@@ -107,10 +115,10 @@ class ImagesParams(GenerationParams):
             raise InvalidInput("size must be WIDTHxHEIGHT in pixels, or auto.", field="size")
         return int(match[1]), int(match[2])
 
-    def _check(self, house: DialectContext) -> None:
+    def _check(self, context: DialectContext) -> None:
         faults = []
-        if not 1 <= self.count <= house.max_n:
-            faults.append(("n", f"n must be between 1 and {house.max_n}."))
+        if not 1 <= self.count <= context.max_n:
+            faults.append(("n", f"n must be between 1 and {context.max_n}."))
         if self.count > 1 and self.save_path is not None:
             faults.append(("save_path", "save_path names one picture; leave it out, or ask for one."))
         if self.background == "transparent":
@@ -120,15 +128,15 @@ class ImagesParams(GenerationParams):
         if self.partial_images and not self.stream:
             faults.append(("partial_images", "partial_images come with stream."))
         width, height = self.pixels()
-        bounds = house.limits.bounds()
+        bounds = context.limits.bounds()
         for side, name in ((width, "width"), (height, "height")):
             low, high = bounds[name]
             if side is not None and not low <= side <= high:
                 faults.append(("size", f"size: the {name} must be between {low:g} and {high:g}."))
         if faults:
             raise InvalidInput.from_faults(faults)
-        if self.as_text:
-            house.check_size(self.count, width or _SIDE, height or _SIDE, "n")
+        if self.as_base64:
+            context.check_size(self.count, width or _DEFAULT_SIDE, height or _DEFAULT_SIDE, "n")
 
     def _shared(self) -> dict[str, Any]:
         return {name: value for name, value in self.to_request_fields().items() if name not in self.own}
@@ -137,50 +145,52 @@ class ImagesParams(GenerationParams):
 class GenerateImagesParams(ImagesParams):
     """Parameters of text to image."""
 
-    def base(self, house: DialectContext) -> GenerationRequest:
-        """The order of the first picture."""
+    def base(self, context: DialectContext) -> GenerationRequest:
+        """Return the request of the first image."""
         width, height = self.pixels()
-        words = {**self._shared(), "width": width or _SIDE, "height": height or _SIDE}
-        return GenerationRequest(task=Task.TEXT_TO_IMAGE, **words)
+        fields = {**self._shared(), "width": width or _DEFAULT_SIDE, "height": height or _DEFAULT_SIDE}
+        return GenerationRequest(task=Task.TEXT_TO_IMAGE, **fields)
 
 
 class EditImageParams(ImagesParams):
-    """Parameters of image to image, and with a mask of inpainting: what is transparent in it is repainted."""
+    """Parameters of image to image, or with a mask of inpainting: its transparent parts are repainted."""
 
     files: ClassVar[frozenset[str]] = frozenset({"image", "image[]", "mask"})
     lists: ClassVar[frozenset[str]] = frozenset({"image", "image[]"})
 
-    image: tuple[File, ...] = Field((), description="The picture to edit; further ones are not used, and told so.")
-    mask: File = Field(None, description="Its transparent parts are repainted; of any size.")
-    strength: float | None = Field(None, description="How much is drawn anew, 0 to 1: 0.6, with a mask 1.")
-    feather: int = Field(0, description="Pixels over which the repainted part fades in from the rim of the mask.")
-    refine: bool = Field(False, description="A second pass at low strength; unless said, where there is a mask.")
-    canny: bool | None = Field(False, description="Keep to the edges of the picture by ControlNet.")
-    canny_low: int = Field(100, description="Gradient above which what touches an edge is one.")
-    canny_high: int = Field(200, description="Gradient above which an edge is one.")
-    control_scale: float | None = Field(None, description="How strongly to keep to the edges.")
+    image: tuple[File, ...] = Field((), description="The image to edit. Further images are ignored, with a warning.")
+    mask: File = Field(None, description="Image of any size whose transparent parts are repainted.")
+    strength: float | None = Field(None, description="How much is changed, 0 to 1. If omitted 0.6, with a mask 1.")
+    feather: int = Field(0, description="Pixels over which the repainted part fades in from the border of the mask.")
+    refine: bool = Field(
+        False, description="Run a second pass at low strength over the image. If omitted, only with a mask."
+    )
+    canny: bool | None = Field(False, description="Keep the edges of the image, with a ControlNet.")
+    canny_low: int = Field(100, description="Lower Canny threshold: pixels above it that touch an edge belong to it.")
+    canny_high: int = Field(200, description="Upper Canny threshold: pixels above it are edges.")
+    control_scale: float | None = Field(None, description="How strongly to keep the edges.")
 
-    def base(self, house: DialectContext) -> GenerationRequest:
-        """The order of the first picture."""
-        pictures = [picture for picture in self.image if isinstance(picture, UploadedFile)]
-        if not pictures:
+    def base(self, context: DialectContext) -> GenerationRequest:
+        """Return the request of the first image."""
+        images = [image for image in self.image if isinstance(image, UploadedFile)]
+        if not images:
             raise InvalidInput("image must be sent as a file of a multipart form.", field="image")
         width, height = self.pixels()
-        words = self._shared()
-        strength, refine = words.pop("strength"), words.pop("refine")
+        fields = self._shared()
+        strength, refine = fields.pop("strength"), fields.pop("refine")
         return GenerationRequest(
             task=Task.INPAINT if self.mask else Task.IMAGE_TO_IMAGE,
-            image=ImageInput("image", data=pictures[0].data),
+            image=ImageInput("image", data=images[0].data),
             mask=ImageInput("mask", data=self.mask.data, transparency=True) if self.mask else None,
             strength=strength if strength is not None else (1.0 if self.mask else 0.6),
             refine=refine if "refine" in self.model_fields_set else bool(self.mask),
             fit=Fit.CROP,
             width=width,
             height=height,
-            **words,
+            **fields,
         )
 
     def warnings(self) -> list[RequestWarning]:
-        """What was asked for and cannot be honoured."""
+        """Return warnings about parameters that were ignored."""
         more = [RequestWarning("images-unused", "One picture is edited, the first; the others are not used.")]
         return [*super().warnings(), *(more if len(self.image) > 1 else [])]

@@ -1,23 +1,30 @@
-"""What the OpenAI Images API answers: pictures by address or in base64, models, events, errors in events."""
+"""Responses of the OpenAI Images API: images by URL or in base64, models, events, errors in events."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import (
+    Literal,
+    NotRequired,  # pydantic refuses typing.TypedDict before Python 3.12
+)
+
+from typing_extensions import TypedDict
 
 from stable_diffusion_server.api.base64_images import text_of
-from stable_diffusion_server.api.error_bodies import openai_error
+from stable_diffusion_server.api.event_stream import json_event
 from stable_diffusion_server.api.openai.protocol import ImagesParams
+from stable_diffusion_server.api.problems import openai_error
+from stable_diffusion_server.api.schemas.responses import WarningBody, problem_body
 from stable_diffusion_server.errors import ServerError
 from stable_diffusion_server.imaging import media_type_of
-from stable_diffusion_server.parsing import dumps
 from stable_diffusion_server.pipelines import ModelSpec
 from stable_diffusion_server.types import GenerationResult
 
 _QUALITIES = {"hd": "high", "standard": "medium", None: "auto"}
-# The tokens OpenAI counts and bills: there are none here, and its clients want the fields.
-_USAGE = {
+# OpenAI bills by tokens. This server counts none, but OpenAI's clients require the fields.
+_USAGE: dict[str, object] = {
     "input_tokens": 0,
     "input_tokens_details": {"image_tokens": 0, "text_tokens": 0},
     "output_tokens": 0,
@@ -26,76 +33,125 @@ _USAGE = {
 }
 
 
+class OpenAIImageBody(TypedDict):
+    """An image, by URL or in base64, with facts of this server's results."""
+
+    key: str
+    seed: int | None
+    model: str | None
+    cached: bool
+    url: NotRequired[str]
+    b64_json: NotRequired[str]
+    revised_prompt: NotRequired[str]
+
+
+class OpenAIImagesBody(TypedDict):
+    """Images as OpenAI's clients read them."""
+
+    created: int
+    background: str
+    output_format: str
+    quality: str
+    size: str
+    usage: dict[str, object]
+    data: list[OpenAIImageBody]
+    warnings: list[WarningBody]
+
+
+class OpenAIModelBody(TypedDict):
+    """A model. `revision` identifies its weights."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    revision: str
+
+
+class OpenAIModelListBody(TypedDict):
+    """All models, and their aliases."""
+
+    object: Literal["list"]
+    data: list[OpenAIModelBody]
+
+
 @dataclass(frozen=True, slots=True)
 class GeneratedImage:
-    """A picture that was asked for: its receipt, its address, and its file where the answer holds it."""
+    """A generated image: its result, its URL, and its file, which is empty unless the response holds it."""
 
-    receipt: GenerationResult
+    result: GenerationResult
     url: str
     file: bytes
 
 
-def answer(parameters: ImagesParams, made: Sequence[GeneratedImage]) -> dict[str, object]:
-    """The answer to a request for pictures, with what our receipts say beside what OpenAI's answers hold."""
-    first = made[0].receipt
-    told = {warning.code: warning for one in made for warning in one.receipt.warnings}
-    warnings = [*parameters.warnings(), *told.values()]
+def images_body(parameters: ImagesParams, images: Sequence[GeneratedImage]) -> OpenAIImagesBody:
+    """Return the response with images, and with the warnings of this server."""
+    first = images[0].result
+    by_code = {warning.code: warning for image in images for warning in image.result.warnings}
+    warnings = [*parameters.warnings(), *by_code.values()]
     return {
         "created": int(time.time()),
         "background": "opaque",
-        "output_format": _format_of(made[0]),
+        "output_format": _format_of(images[0]),
         "quality": _quality(parameters),
         "size": f"{first.width}x{first.height}",
         "usage": _USAGE,
-        "data": [_datum(parameters, one) for one in made],
+        "data": [_image_body(parameters, image) for image in images],
         "warnings": [{"code": warning.code, "message": warning.message} for warning in warnings],
     }
 
 
-def completed(parameters: ImagesParams, made: GeneratedImage, kind: str) -> str:
-    """The event that ends a picture; `kind` is that of the door, as in `image_generation`."""
-    receipt = made.receipt
-    size = f"{receipt.width}x{receipt.height}"
-    body = _event_body(parameters, made.file, _format_of(made), size)
-    facts = {"url": made.url, "key": receipt.key, "seed": receipt.seed, "cached": receipt.cached}
-    return event(f"{kind}.completed", {**body, **facts, "usage": _USAGE})
+def completed_event(parameters: ImagesParams, image: GeneratedImage, kind: str) -> bytes:
+    """Return the final event of an image; `kind` is that of the route, such as `image_generation`."""
+    result = image.result
+    body = _event_body(parameters, image.file, _format_of(image), f"{result.width}x{result.height}")
+    facts = {"url": image.url, "key": result.key, "seed": result.seed, "cached": result.cached}
+    return _event(f"{kind}.completed", {**body, **facts, "usage": _USAGE})
 
 
-def partial(parameters: ImagesParams, file: bytes, index: int, size: str, kind: str) -> str:
-    """The event of a picture on its way: a small one, of which `size` tells the final one's."""
+def partial_event(parameters: ImagesParams, file: bytes, index: int, size: str, kind: str) -> bytes:
+    """Return the event of a preview. The preview is small; `size` is that of the final image."""
     body = _event_body(parameters, file, _format(file), size)
-    return event(f"{kind}.partial_image", {**body, "partial_image_index": index})
+    return _event(f"{kind}.partial_image", {**body, "partial_image_index": index})
 
 
-def failed(error: ServerError) -> str:
-    """The event that ends a stream that failed once it had begun."""
-    body = {"detail": error.detail, "status": error.status, "field": error.field}
-    return event("error", {"error": openai_error(body, error.kind)})
+def error_event(error: ServerError) -> bytes:
+    """Return the event that ends a stream that fails after it began."""
+    return _event("error", {"error": openai_error(problem_body(error), error.kind)})
 
 
-def event(kind: str, body: Mapping[str, object]) -> str:
-    """A server-sent event as OpenAI sends them: the type in the event and in the data."""
-    return f"event: {kind}\ndata: {dumps({'type': kind, **body})}\n\n"
+def models_body(models: Iterable[ModelSpec], aliases: Mapping[str, str]) -> OpenAIModelListBody:
+    """Return the models and their aliases."""
+    revisions = {model.name: model.revision for model in models}
+    names = [*revisions, *(alias for alias, name in aliases.items() if name in revisions and alias not in revisions)]
+    return {"object": "list", "data": [model_body(name, revisions[aliases.get(name, name)]) for name in names]}
 
 
-def models_answer(models: Iterable[ModelSpec], aliases: Mapping[str, str]) -> dict[str, object]:
-    """The list of models, ours and the names they also go by."""
-    own = {facts.name: facts.revision for facts in models}
-    names = [*own, *(alias for alias, name in aliases.items() if name in own and alias not in own)]
-    return {"object": "list", "data": [model_answer(name, own[aliases.get(name, name)]) for name in names]}
-
-
-def model_answer(name: str, revision: str) -> dict[str, object]:
-    """One model; `revision` names its weights."""
+def model_body(name: str, revision: str) -> OpenAIModelBody:
+    """Return a model under one of its names."""
     return {"id": name, "object": "model", "created": 0, "owned_by": "stable-diffusion-server", "revision": revision}
 
 
-def _datum(parameters: ImagesParams, made: GeneratedImage) -> dict[str, object]:
-    receipt = made.receipt
-    picture = {"b64_json": text_of(made.file)} if parameters.as_text else {"url": made.url}
-    revised = {"revised_prompt": receipt.prompt_used} if receipt.prompt_used else {}
-    facts = {"key": receipt.key, "seed": receipt.seed, "model": receipt.model, "cached": receipt.cached}
-    return {**picture, **revised, **facts}
+def _event(kind: str, body: Mapping[str, object]) -> bytes:
+    """Return an event as OpenAI sends it, with its type also in the data."""
+    return json_event({"type": kind, **body}, kind)
+
+
+def _image_body(parameters: ImagesParams, image: GeneratedImage) -> OpenAIImageBody:
+    result = image.result
+    body: OpenAIImageBody = {
+        "key": result.key,
+        "seed": result.seed,
+        "model": result.model,
+        "cached": result.cached,
+    }
+    if parameters.as_base64:
+        body["b64_json"] = text_of(image.file)
+    else:
+        body["url"] = image.url
+    if result.prompt_used:
+        body["revised_prompt"] = result.prompt_used
+    return body
 
 
 def _event_body(parameters: ImagesParams, file: bytes, file_format: str, size: str) -> dict[str, object]:
@@ -113,10 +169,10 @@ def _quality(parameters: ImagesParams) -> str:
     return _QUALITIES.get(parameters.quality, parameters.quality or "auto")
 
 
-def _format_of(made: GeneratedImage) -> str:
-    if made.file:
-        return _format(made.file)
-    ending = made.receipt.key.rsplit(".", 1)[-1].lower()
+def _format_of(image: GeneratedImage) -> str:
+    if image.file:
+        return _format(image.file)
+    ending = image.result.key.rsplit(".", 1)[-1].lower()
     return {"jpg": "jpeg"}.get(ending, ending if ending in ("png", "jpeg", "webp") else "webp")
 
 

@@ -1,33 +1,43 @@
-"""The doors `/v1/images/generations`, `/v1/images/edits` and `/v1/models`, for OpenAI's clients."""
+"""Routes of the OpenAI API: `/v1/images/generations`, `/v1/images/edits` and `/v1/models`."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from typing import Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import StreamingResponse
+from starlette.concurrency import run_in_threadpool
 
-from stable_diffusion_server.api.aside import run_if_large
-from stable_diffusion_server.api.concurrency import cancel_on_disconnect, disconnection
-from stable_diffusion_server.api.dependencies import caller_of, scope_to_caller
+from stable_diffusion_server.api.concurrency import (
+    cancel_on_disconnect,
+    gather_or_cancel,
+    run_if_large,
+    wait_for_disconnect,
+)
+from stable_diffusion_server.api.dependencies import UrlOf, caller_of, scope_to_caller
 from stable_diffusion_server.api.dialect_context import DialectContext
 from stable_diffusion_server.api.dispatch import RequestDispatcher
-from stable_diffusion_server.api.json_responses import JSONResponse
+from stable_diffusion_server.api.http_responses import JSONResponse, client_closed_request
 from stable_diffusion_server.api.openai import responses
 from stable_diffusion_server.api.openai.protocol import EditImageParams, GenerateImagesParams, ImagesParams
-from stable_diffusion_server.api.openai.responses import GeneratedImage
+from stable_diffusion_server.api.openai.responses import (
+    GeneratedImage,
+    OpenAIImagesBody,
+    OpenAIModelBody,
+    OpenAIModelListBody,
+)
 from stable_diffusion_server.api.openai.streaming import EventStream, PartialImages
-from stable_diffusion_server.api.problems import client_gone
-from stable_diffusion_server.api.schemas.params import read_as
-from stable_diffusion_server.api.schemas.wire import documented
-from stable_diffusion_server.api.together import gather_or_cancel
+from stable_diffusion_server.api.openapi.document import EVENT_STREAM
+from stable_diffusion_server.api.openapi.parameters import parameters_openapi
+from stable_diffusion_server.api.schemas.params import params_from_request
+from stable_diffusion_server.api.schemas.responses import JobStatusBody
 from stable_diffusion_server.errors import InvalidInput, NotFound, TooLarge
 from stable_diffusion_server.generation import GenerationService
 from stable_diffusion_server.imaging import Pixels, encode_image
 from stable_diffusion_server.types import (
-    Caller,
     EngineEventKind,
     Format,
     GenerationProgress,
@@ -35,153 +45,179 @@ from stable_diffusion_server.types import (
     GenerationResult,
 )
 
-UrlOf = Callable[[Request, str], str]
-
 _PREVIEW_QUALITY = 80
+_IMAGES: dict[int | str, dict[str, Any]] = {
+    200: {"model": OpenAIImagesBody, "content": EVENT_STREAM},
+    202: {"model": JobStatusBody},
+}
 
 
 @dataclass(frozen=True, slots=True)
-class _Asked:
-    """One request: its parameters, an order for each picture, and who asks."""
+class _Call:
+    """A request: its parameters, a generation for each image, and the first word of its events."""
 
+    request: Request
     parameters: ImagesParams
-    orders: list[GenerationRequest]
-    caller: Caller
+    generations: list[GenerationRequest]
     kind: str
 
 
 def openai_router(
-    service: GenerationService, answering: RequestDispatcher, house: DialectContext, url_of: UrlOf
+    service: GenerationService, dispatcher: RequestDispatcher, context: DialectContext, url_of: UrlOf
 ) -> APIRouter:
-    """The doors over a service; `url_of` makes the URL of a key for the client at hand.
+    """Return the routes; `url_of` makes the URL of an object key.
 
-    A request for one picture that is not streamed may be answered by a job, and once for its idempotency key.
+    A request for one image without `stream` may run as a job, and once per idempotency key.
     """
     routes = APIRouter(tags=["openai"], prefix="/v1")
-
-    async def asked(request: Request, schema: type[ImagesParams], kind: str) -> Response:
-        parameters = await read_as(schema, request)
-        caller = caller_of(request)
-        orders = [scope_to_caller(caller, order) for order in parameters.orders(house)]
-        what = _Asked(parameters, orders, caller, kind)
-        if len(orders) == 1 and not parameters.stream:
-
-            async def render(request: Request, receipt: GenerationResult, file: bytes) -> Response:
-                return await _told(house, what, [GeneratedImage(receipt, url_of(request, receipt.key), file)])
-
-            return await answering.dispatch(request, orders[0], render, picture=parameters.as_text)
-        if request.headers.get("idempotency-key") is not None:
-            raise InvalidInput("Idempotency-Key is for one picture that is not streamed.", field="Idempotency-Key")
-        return await (_streamed if parameters.stream else _answered)(request, service, house, url_of, what)
+    images = _ImageRoutes(service, dispatcher, context, url_of)
+    read_generation, read_edit = params_from_request(GenerateImagesParams), params_from_request(EditImageParams)
 
     @routes.post(
         "/images/generations",
-        summary="OpenAI: draw pictures",
+        summary="OpenAI: generate images",
         operation_id="create_image",
-        openapi_extra=documented(GenerateImagesParams, house.limits, "POST"),
+        openapi_extra=parameters_openapi(GenerateImagesParams, context.limits, "POST"),
         response_model=None,
+        responses=_IMAGES,
     )
-    async def generations(request: Request) -> Response:
-        """Draw pictures from a prompt."""
-        return await asked(request, GenerateImagesParams, "image_generation")
+    async def generations(request: Request, parameters: GenerateImagesParams = Depends(read_generation)) -> Response:
+        """Generate images from a prompt."""
+        return await images.answer(request, parameters, "image_generation")
 
     @routes.post(
         "/images/edits",
-        summary="OpenAI: draw a picture anew, or a part of it",
+        summary="OpenAI: edit an image",
         operation_id="create_image_edit",
-        openapi_extra=documented(EditImageParams, house.limits, "POST", ("multipart/form-data",)),
+        openapi_extra=parameters_openapi(EditImageParams, context.limits, "POST", ("multipart/form-data",)),
         response_model=None,
+        responses=_IMAGES,
     )
-    async def edits(request: Request) -> Response:
-        """Draw a picture anew after a prompt, or what a mask leaves transparent."""
-        return await asked(request, EditImageParams, "image_edit")
+    async def edits(request: Request, parameters: EditImageParams = Depends(read_edit)) -> Response:
+        """Change an image according to a prompt, or only what a mask leaves transparent."""
+        return await images.answer(request, parameters, "image_edit")
 
-    @routes.get("/models", summary="OpenAI: the models", operation_id="list_models", response_model=None)
+    @routes.get(
+        "/models",
+        summary="OpenAI: the models",
+        operation_id="list_models",
+        response_model=None,
+        responses={200: {"model": OpenAIModelListBody}},
+    )
     async def models() -> Response:
-        """The models, and the further names they are known by."""
-        return JSONResponse(responses.models_answer(house.models.values(), house.aliases))
+        """List the models and their aliases."""
+        return JSONResponse(responses.models_body(context.models.values(), context.aliases))
 
-    @routes.get("/models/{model}", summary="OpenAI: one model", operation_id="retrieve_model", response_model=None)
+    @routes.get(
+        "/models/{model}",
+        summary="OpenAI: one model",
+        operation_id="retrieve_model",
+        response_model=None,
+        responses={200: {"model": OpenAIModelBody}},
+    )
     async def model(model: str) -> Response:
-        """One model."""
-        facts = house.models.get(house.aliases.get(model, model))
-        if facts is None:
+        """Return one model."""
+        spec = context.models.get(context.aliases.get(model, model))
+        if spec is None:
             raise NotFound(f"{model[:100]!r} is not a model here.", field="model")
-        return JSONResponse(responses.model_answer(model, facts.revision))
+        return JSONResponse(responses.model_body(model, spec.revision))
 
     return routes
 
 
-async def _answered(
-    request: Request, service: GenerationService, house: DialectContext, url_of: UrlOf, what: _Asked
-) -> Response:
-    async def one(order: GenerationRequest) -> GeneratedImage:
-        if what.parameters.as_text:
-            receipt, file = await service.generate_with_bytes(order, caller=what.caller)
-            return GeneratedImage(receipt, url_of(request, receipt.key), file)
-        receipt = await service.generate(order, caller=what.caller)
-        return GeneratedImage(receipt, url_of(request, receipt.key), b"")
+@dataclass(frozen=True, slots=True)
+class _ImageRoutes:
+    """Answers requests for images: by the dispatcher, all at once, or as a stream."""
 
-    made = await cancel_on_disconnect(request, gather_or_cancel([one(order) for order in what.orders]))
-    return client_gone() if made is None else await _told(house, what, made)
+    service: GenerationService
+    dispatcher: RequestDispatcher
+    context: DialectContext
+    url_of: UrlOf
 
+    async def answer(self, request: Request, parameters: ImagesParams, kind: str) -> Response:
+        caller = caller_of(request)
+        generations = [scope_to_caller(caller, one) for one in parameters.to_requests(self.context)]
+        call = _Call(request, parameters, generations, kind)
+        if len(generations) == 1 and not parameters.stream:
 
-async def _told(house: DialectContext, what: _Asked, made: list[GeneratedImage]) -> Response:
-    if sum(len(one.file) for one in made) * 4 // 3 > house.max_response_bytes:
-        raise TooLarge("The pictures are too large for one answer; ask for fewer, or response_format url.")
-    size = sum(len(one.file) for one in made)
-    return await run_if_large(size, lambda: JSONResponse(responses.answer(what.parameters, made)))
+            async def render(request: Request, result: GenerationResult, file: bytes) -> Response:
+                return await self._rendered(call, [GeneratedImage(result, self.url_of(request, result.key), file)])
 
+            return await self.dispatcher.dispatch(request, generations[0], render, with_file=parameters.as_base64)
+        if request.headers.get("idempotency-key") is not None:
+            raise InvalidInput("Idempotency-Key is for one picture that is not streamed.", field="Idempotency-Key")
+        return await (self._streamed(call) if parameters.stream else self._all_at_once(call))
 
-async def _streamed(
-    request: Request, service: GenerationService, house: DialectContext, url_of: UrlOf, what: _Asked
-) -> Response:
-    stream = EventStream(responses.failed)
+    async def _all_at_once(self, call: _Call) -> Response:
+        caller = caller_of(call.request)
 
-    async def one(order: GenerationRequest) -> None:
-        size = f"{order.width}x{order.height}" if order.width else "auto"
+        async def generate(one: GenerationRequest) -> GeneratedImage:
+            file = b""
+            if call.parameters.as_base64:
+                result, file = await self.service.generate_with_bytes(one, caller=caller)
+            else:
+                result = await self.service.generate(one, caller=caller)
+            return GeneratedImage(result, self.url_of(call.request, result.key), file)
+
+        work = gather_or_cancel([generate(one) for one in call.generations])
+        images = await cancel_on_disconnect(call.request, work)
+        return client_closed_request() if images is None else await self._rendered(call, images)
+
+    async def _rendered(self, call: _Call, images: list[GeneratedImage]) -> Response:
+        size = sum(len(image.file) for image in images)
+        if size * 4 // 3 > self.context.max_response_bytes:
+            raise TooLarge("The pictures are too large for one answer; ask for fewer, or response_format url.")
+        return await run_if_large(size, lambda: JSONResponse(responses.images_body(call.parameters, images)))
+
+    async def _streamed(self, call: _Call) -> Response:
+        stream = EventStream(responses.error_event)
+
+        async def work() -> None:
+            await gather_or_cancel([self._generate_into(stream, call, one) for one in call.generations])
+
+        disconnect = asyncio.create_task(wait_for_disconnect(call.request))
+        disconnect.add_done_callback(lambda done: None if done.cancelled() else stream.stop())
+        started = False
+        try:
+            started = await stream.start(work())
+        finally:
+            if not started:
+                disconnect.cancel()
+        if not started:
+            return client_closed_request()
+
+        async def events() -> AsyncIterator[bytes]:
+            try:
+                async for event in stream.read():
+                    yield event
+            finally:
+                disconnect.cancel()
+
+        return StreamingResponse(events(), media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})
+
+    async def _generate_into(self, stream: EventStream, call: _Call, generation: GenerationRequest) -> None:
+        """Generate an image, and send its previews and the image as events."""
+        size = f"{generation.width}x{generation.height}" if generation.width else "auto"
+        file_format = generation.format or Format.PNG
         encoding: list[asyncio.Task[None]] = []
 
-        def send(index: int, preview: Pixels) -> None:
-            encoding.append(asyncio.create_task(partial(index, preview)))
+        async def send_preview(index: int, preview: Pixels) -> None:
+            file = await run_in_threadpool(encode_image, preview, file_format, _PREVIEW_QUALITY, None)
+            stream.send(responses.partial_event(call.parameters, file, index, size, call.kind))
 
-        async def partial(index: int, preview: Pixels) -> None:
-            file_format = order.format or Format.PNG
-            file = await asyncio.to_thread(encode_image, preview, file_format, _PREVIEW_QUALITY, None)
-            stream.send(responses.partial(what.parameters, file, index, size, what.kind))
-
-        partials = PartialImages(what.parameters.partial_images or 0, send)
+        wanted = call.parameters.partial_images or 0
+        partials = PartialImages(
+            wanted, lambda index, preview: encoding.append(asyncio.create_task(send_preview(index, preview)))
+        )
 
         def watch(progress: GenerationProgress) -> None:
             if progress.kind is not EngineEventKind.QUEUED:
                 stream.begin()
             partials.watch(progress)
 
-        previews = bool(what.parameters.partial_images)
-        receipt, file = await service.generate_with_bytes(order, caller=what.caller, watch=watch, previews=previews)
+        result, file = await self.service.generate_with_bytes(
+            generation, caller=caller_of(call.request), watch=watch, previews=wanted > 0
+        )
         await asyncio.gather(*encoding)
-        made = GeneratedImage(receipt, url_of(request, receipt.key), file)
-        stream.send(await run_if_large(len(file), responses.completed, what.parameters, made, what.kind))
-
-    async def work() -> None:
-        await gather_or_cancel([one(order) for order in what.orders])
-
-    leaving = asyncio.create_task(disconnection(request))
-    leaving.add_done_callback(lambda done: None if done.cancelled() else stream.stop())
-    under_way = False
-    try:
-        under_way = await stream.start(work())
-    finally:
-        if not under_way:
-            leaving.cancel()
-    if not under_way:
-        return client_gone()
-
-    async def events() -> AsyncIterator[str]:
-        try:
-            async for event in stream.read():
-                yield event
-        finally:
-            leaving.cancel()
-
-    return StreamingResponse(events(), media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})
+        image = GeneratedImage(result, self.url_of(call.request, result.key), file)
+        stream.send(await run_if_large(len(file), responses.completed_event, call.parameters, image, call.kind))

@@ -1,4 +1,4 @@
-"""Pictures as server-sent events: partial ones while they are drawn, and each when it is done."""
+"""Streams of server-sent events while images are generated: previews, and each image when it is complete."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
 import structlog
+from fastapi.sse import format_sse_event
 
 from stable_diffusion_server.errors import ServerError
 from stable_diffusion_server.imaging import Pixels
@@ -14,15 +15,13 @@ from stable_diffusion_server.types import GenerationProgress
 
 _log = structlog.get_logger(__name__)
 
-# Told while nothing else is, so that what lies between does not take the line for dead.
-_QUIET_SECONDS = 15.0
-_STILL_THERE = ": still drawing\n\n"
-
-Watch = Callable[[GenerationProgress], None]
+# A comment after so many seconds without events, so that proxies do not close an idle connection.
+_KEEP_ALIVE_SECONDS = 15.0
+_KEEP_ALIVE = format_sse_event(comment="still drawing")
 
 
 class PartialImages:
-    """Chooses which of a picture's previews are sent: `wanted` of them, evenly over its steps."""
+    """Chooses which previews of an image are sent: `wanted` of them, evenly over its steps."""
 
     def __init__(self, wanted: int, send: Callable[[int, Pixels], None]) -> None:
         self._wanted = wanted
@@ -30,7 +29,7 @@ class PartialImages:
         self._sent = 0
 
     def watch(self, progress: GenerationProgress) -> None:
-        """Take note of how far the picture is."""
+        """Send the preview in `progress` if it is due."""
         if progress.preview is None or progress.steps == 0 or self._sent >= self._wanted:
             return
         if progress.step * (self._wanted + 1) >= (self._sent + 1) * progress.steps and progress.step < progress.steps:
@@ -39,27 +38,27 @@ class PartialImages:
 
 
 class EventStream:
-    """Events from work that goes on beside their reader; whoever stops reading stops the work."""
+    """Passes events from a background task to one reader; when the reader stops, the task is cancelled."""
 
-    def __init__(self, failed: Callable[[ServerError], str]) -> None:
-        self._events: asyncio.Queue[str | None] = asyncio.Queue()
-        self._failed = failed
+    def __init__(self, error_event: Callable[[ServerError], bytes]) -> None:
+        self._events: asyncio.Queue[bytes | None] = asyncio.Queue()
+        self._error_event = error_event
         self._begun = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
-    def send(self, event: str) -> None:
+    def send(self, event: bytes) -> None:
         """Send an event."""
         self._events.put_nowait(event)
         self.begin()
 
     def begin(self) -> None:
-        """The work is under way: what goes wrong from here on is told in the stream and not by a status."""
+        """Begin the response: later errors are sent as an event, because the status has been sent."""
         self._begun.set()
 
     async def start(self, work: Coroutine[Any, Any, None]) -> bool:
-        """Start the work, and wait until it is under way: false if it was stopped before.
+        """Start the work and wait until the response can begin. Return false if it was stopped before.
 
-        Raises what it fails with before.
+        Raises the error of work that fails before.
         """
         task = self._task = asyncio.create_task(work)
         beginning = asyncio.create_task(self._begun.wait())
@@ -77,15 +76,15 @@ class EventStream:
         task.add_done_callback(self._ended)
         return True
 
-    async def read(self) -> AsyncIterator[str]:
-        """The events, as they come."""
+    async def read(self) -> AsyncIterator[bytes]:
+        """Yield the events, and comments while there are none."""
         try:
             while True:
                 try:
-                    async with asyncio.timeout(_QUIET_SECONDS):
+                    async with asyncio.timeout(_KEEP_ALIVE_SECONDS):
                         event = await self._events.get()
                 except TimeoutError:
-                    yield _STILL_THERE
+                    yield _KEEP_ALIVE
                     continue
                 if event is None:
                     return
@@ -94,7 +93,7 @@ class EventStream:
             self.stop()
 
     def stop(self) -> None:
-        """Stop the work."""
+        """Cancel the work."""
         if self._task is not None:
             self._task.cancel()
 
@@ -103,5 +102,5 @@ class EventStream:
             if not isinstance(error, ServerError):
                 _log.error("unexpected error in a stream", exc_info=error)
                 error = ServerError("An unexpected error happened; the log has more.")
-            self._events.put_nowait(self._failed(error))
+            self._events.put_nowait(self._error_event(error))
         self._events.put_nowait(None)

@@ -1,4 +1,4 @@
-"""The page of the API, with all it needs from this server: a browser without a network shows it too."""
+"""Serves Swagger UI at /docs, with all its files, so that it works without internet access."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _PAGE = """<!doctype html>
 </body>
 </html>
 """
-# A file of its own, so that the page needs no script within it.
+# A separate file, because the content security policy forbids inline scripts.
 _START = """window.ui = SwaggerUIBundle({
   url: "/openapi.json",
   dom_id: "#swagger-ui",
@@ -41,7 +41,7 @@ _START = """window.ui = SwaggerUIBundle({
   presets: [SwaggerUIBundle.presets.apis],
 });
 """
-# Swagger UI writes styles into its elements; everything else comes from here or not at all.
+# Swagger UI needs inline styles; everything else must come from this server.
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; "
     "connect-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
@@ -49,7 +49,7 @@ _POLICY = (
 
 
 def docs_router() -> APIRouter:
-    """`/docs` and what it loads."""
+    """Return the routes of `/docs` and of the files it loads."""
     routes = APIRouter(include_in_schema=False)
     folder = Path(fastapi_swagger.__file__).parent / "resources"
 

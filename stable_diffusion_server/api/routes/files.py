@@ -1,10 +1,11 @@
-"""The door to stored pictures: given with their caching rules, told how they were made, deleted. Draws nothing."""
+"""Routes of stored images: the file with its caching headers, the record of how it was made, deletion."""
 
 from __future__ import annotations
 
 import re
 import time
 from dataclasses import dataclass
+from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import FileResponse, RedirectResponse
@@ -13,7 +14,9 @@ from starlette.datastructures import Headers
 from starlette.staticfiles import NotModifiedResponse
 
 from stable_diffusion_server.api.dependencies import caller_of
-from stable_diffusion_server.api.json_responses import JSONResponse
+from stable_diffusion_server.api.http_responses import JSONResponse
+from stable_diffusion_server.api.openapi.document import IMAGE_FILE
+from stable_diffusion_server.api.schemas.responses import ImageRecordBody
 from stable_diffusion_server.concurrency import FairRequestQueue
 from stable_diffusion_server.errors import Forbidden, InvalidInput, NotFound
 from stable_diffusion_server.generation import ImageLibrary
@@ -30,36 +33,42 @@ from stable_diffusion_server.types import StoredObject
 _RANGE = re.compile(r"bytes=\s*(\d+-\d*|-\d+)(\s*,\s*(\d+-\d*|-\d+))*")
 _ONE_RANGE = re.compile(r"bytes=\s*([0-9]{0,18})-([0-9]{0,18})\s*")
 _LONGEST_RANGE = 200
-# Requests that ask the bucket at a time, of the eight calls that there may be to one elsewhere; those of one caller,
-# under way and waiting.
-AT_ONCE, MOST_ASKED = 6, 128
-_SHOWN_INLINE = ("image/webp", "image/png", "image/jpeg")
+_FILE_RESPONSES: dict[int | str, dict[str, Any]] = {
+    200: {"model": ImageRecordBody, "content": IMAGE_FILE},
+    206: {"description": "A range of the file", "content": IMAGE_FILE},
+    304: {"description": "Not modified"},
+    307: {"description": "The file is in the bucket, at this URL"},
+}
+# Concurrent requests to the bucket (a remote one takes eight calls in total), and requests of one caller that run or
+# wait.
+CONCURRENCY, MAX_PER_CALLER = 6, 128
+_INLINE_TYPES = ("image/webp", "image/png", "image/jpeg")
 
 
-def files_router(bucket: Bucket, shelf: ImageLibrary, signer: UrlSigner | None, folder: str = "") -> APIRouter:
-    """The door to the pictures that have no address of their own: those of a local bucket, and those that wait.
+def files_router(bucket: Bucket, library: ImageLibrary, signer: UrlSigner | None, folder: str = "") -> APIRouter:
+    """Return the routes of images without a URL of their own: those of a local bucket, and pending uploads.
 
-    With a `signer` every address has to be signed. Of a bucket that is elsewhere only what is in `folder` is given.
+    With a `signer` URLs must be signed. Of a remote bucket only keys that start with `folder` are served.
     """
     routes = APIRouter(tags=["operate"])
-    giving = _Giving(bucket, signer, folder)
-    turns = bucket_queue()
+    server = _FileServer(bucket, signer, folder)
+    queue = bucket_queue()
 
     async def files(request: Request, key: str) -> Response:
         caller = caller_of(request)
         if isinstance(bucket, LocalBucket) and "record" not in request.query_params:
-            return await run_in_threadpool(giving.give, request, key)
-        async with turns.hold(caller.share):
+            return await run_in_threadpool(server.serve, request, key)
+        async with queue.hold(caller.share):
             if "record" not in request.query_params:
-                return await run_in_threadpool(giving.give, request, key)
-            # The gate has asked for a key, as for drawing: prompts are not for everyone.
-            source, record = await run_in_threadpool(shelf.read_record, key, caller)
+                return await run_in_threadpool(server.serve, request, key)
+            # The access policy requires a key here, because the record holds the prompt.
+            source, record = await run_in_threadpool(library.read_record, key, caller)
         return JSONResponse({"key": key, "source": source, "record": dict(record)})
 
     async def delete(request: Request, key: str) -> Response:
         caller = caller_of(request)
-        async with turns.hold(caller.share):
-            await run_in_threadpool(shelf.delete, key, caller)
+        async with queue.hold(caller.share):
+            await run_in_threadpool(library.delete, key, caller)
         return Response(status_code=204)
 
     for method in ("GET", "HEAD"):
@@ -67,43 +76,48 @@ def files_router(bucket: Bucket, shelf: ImageLibrary, signer: UrlSigner | None, 
             "/files/{key:path}",
             files,
             methods=[method],
-            summary="A stored picture; with `record=1` how it was made",
+            summary="A stored image; with `record=1` how it was made",
             operation_id=f"file_{method.lower()}",
             response_model=None,
+            response_class=Response,
+            responses=_FILE_RESPONSES if method == "GET" else {},
         )
     routes.add_api_route(
         "/files/{key:path}",
         delete,
         methods=["DELETE"],
-        summary="Delete a picture",
+        summary="Delete an image",
         operation_id="file_delete",
         status_code=204,
         response_model=None,
+        response_description="Deleted",
     )
     return routes
 
 
 def bucket_queue() -> FairRequestQueue:
-    """Who reads or deletes in the bucket: many may, and drawing needs the same few calls to it and threads."""
-    return FairRequestQueue(AT_ONCE, MOST_ASKED, f"{MOST_ASKED} requests of yours for stored pictures are under way.")
+    """Return the queue of reads and deletions, which leaves bucket calls and threads to the generations."""
+    return FairRequestQueue(
+        CONCURRENCY, MAX_PER_CALLER, f"{MAX_PER_CALLER} requests of yours for stored pictures are under way."
+    )
 
 
 @dataclass(frozen=True, slots=True)
-class _Giving:
-    """Gives files out of a bucket."""
+class _FileServer:
+    """Serves files from a bucket."""
 
     bucket: Bucket
     signer: UrlSigner | None
     folder: str
 
-    def give(self, request: Request, key: str) -> Response:
-        """The picture under a key. Raises `NotFound`, and `Forbidden` for an address that is not signed."""
+    def serve(self, request: Request, key: str) -> Response:
+        """Return the image of a key. Raises `NotFound`, and `Forbidden` for a URL without a valid signature."""
         until = self._signed_until(request, key)
         stored = self._stored(key)
         headers = {
             "ETag": f'"{stored.etag}"',
             "Cache-Control": cache_control(stored.record),
-            "Content-Disposition": content_disposition(key, inline=stored.content_type in _SHOWN_INLINE),
+            "Content-Disposition": content_disposition(key, inline=stored.content_type in _INLINE_TYPES),
             "X-Content-Type-Options": "nosniff",
             "Content-Security-Policy": "default-src 'none'; sandbox",
         }
@@ -112,7 +126,7 @@ class _Giving:
         if isinstance(self.bucket, LocalBucket):
             return _of_disk(request, self.bucket, stored, headers)
         if (url := self.bucket.url(key)) is not None:
-            # It waited here once, and is in the bucket now.
+            # The upload was pending when the URL was issued, and is complete now.
             return RedirectResponse(url, headers={"Cache-Control": "no-store"})
         if stored.waiting:
             headers["Cache-Control"] = "no-store"
@@ -134,24 +148,24 @@ class _Giving:
             try:
                 stored = self.bucket.stat(key)
             except InvalidInput:
-                stored = None  # a name no folder can hold names nothing in it
+                stored = None  # no such key can exist in a folder
         if stored is None:
             raise NotFound("There is no picture under this name.")
         return stored
 
 
 def _of_disk(request: Request, bucket: LocalBucket, stored: StoredObject, headers: dict[str, str]) -> Response:
-    """The file itself, in ranges too, or nothing for who has it already."""
+    """Return the file or a range of it, or 304 if the client has this version."""
     wanted_range = request.headers.get("range", "bytes=0-")
     if len(wanted_range) > _LONGEST_RANGE or not _RANGE.fullmatch(wanted_range):
-        # What is no range of bytes is to be ignored, and many small ones may be (RFC 9110, 14.2).
+        # RFC 9110, 14.2: a header that is no byte range must be ignored, and many small ranges may be.
         request.scope["headers"] = [pair for pair in request.scope["headers"] if pair[0] != b"range"]
     response = FileResponse(bucket.path(stored.key), headers=headers, media_type=stored.content_type)
     return NotModifiedResponse(response.headers) if _is_known(request, headers["ETag"]) else response
 
 
 def _of_bucket(request: Request, bucket: Bucket, stored: StoredObject, headers: dict[str, str]) -> Response:
-    """The object's bytes as this server reads them, one range of them too, or nothing for who has it already.
+    """Return the object or one range of it, read from the bucket, or 304 if the client has this version.
 
     Raises `NotFound` and `StorageUnavailable`.
     """
@@ -163,7 +177,7 @@ def _of_bucket(request: Request, bucket: Bucket, stored: StoredObject, headers: 
         return Response(headers=headers, media_type=stored.content_type)
     wanted = _range_of(request, headers["ETag"], stored.size)
     if wanted is None:
-        is_picture = stored.content_type in _SHOWN_INLINE
+        is_picture = stored.content_type in _INLINE_TYPES
         data = read_image(bucket, stored.key) if is_picture else bucket.read(stored.key)
         return Response(data, headers=headers, media_type=stored.content_type)
     start, end = wanted
@@ -174,13 +188,13 @@ def _of_bucket(request: Request, bucket: Bucket, stored: StoredObject, headers: 
 
 
 def _is_known(request: Request, etag: str) -> bool:
-    """Whether the client has this version already (`If-None-Match`)."""
+    """Return whether the client has this version already (`If-None-Match`)."""
     known = {tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")}
     return bool(known & {etag, "*"})
 
 
 def _range_of(request: Request, etag: str, size: int) -> tuple[int, int] | None:
-    """Start and end of the one range asked for, within `size`; `None` for the whole object, also for several ranges."""
+    """Return start and end of the requested range, within `size`; `None` for the whole object or several ranges."""
     match = _ONE_RANGE.fullmatch(request.headers.get("range", ""))
     if match is None or request.headers.get("if-range", etag) != etag:
         return None

@@ -1,96 +1,143 @@
-"""The seed's doors: a prompt, image and mask in, the URL of a stored picture out. Knows no models and no devices."""
+"""Routes of the original server: a prompt, an image and a mask in, the URL of a stored image out."""
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Request, Response
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
-from stable_diffusion_server.api.dispatch import Render, RequestDispatcher, UrlOf
-from stable_diffusion_server.api.json_responses import JSONResponse
-from stable_diffusion_server.api.schemas.wire import (
+from fastapi import APIRouter, Depends, Request, Response
+
+from stable_diffusion_server.api.dependencies import UrlOf
+from stable_diffusion_server.api.dispatch import RequestDispatcher
+from stable_diffusion_server.api.http_responses import JSONResponse
+from stable_diffusion_server.api.openapi.document import IMAGE_FILE
+from stable_diffusion_server.api.openapi.parameters import parameters_openapi
+from stable_diffusion_server.api.schemas.params import (
     ImageToImageParams,
     ImageToImageUploadParams,
     InpaintParams,
     NativeParams,
     TextToImageParams,
-    documented,
-    read_generation_request,
-    result_body,
+    generation_from_request,
 )
+from stable_diffusion_server.api.schemas.responses import GenerationResultBody, JobStatusBody, result_body
 from stable_diffusion_server.generation import RequestLimits
 from stable_diffusion_server.imaging import media_type_of
-from stable_diffusion_server.types import GenerationResult
+from stable_diffusion_server.pipelines import MODELS
+from stable_diffusion_server.types import GenerationRequest, GenerationResult
 
-_DOORS: tuple[tuple[str, type[NativeParams], str, str], ...] = (
-    (
+_EXAMPLE: Mapping[str, object] = {
+    "path": "http://127.0.0.1:8000/files/static/uploads/demo/first.webp",
+    "key": "static/uploads/demo/first.webp",
+    "stored": True,
+    "cached": False,
+    "coalesced": False,
+    "task": "text_to_image",
+    "model": next(iter(MODELS)),
+    "seed": 1234567,
+    "width": 1024,
+    "height": 1024,
+    "num_inference_steps": 4,
+    "guidance_scale": 2.0,
+    "scheduler": "euler",
+    "batched": False,
+    "warnings": [],
+    "timings": {"total": 0.81},
+}
+_ACCEPTED = {"model": JobStatusBody, "description": "A job, for `Prefer: respond-async`"}
+_RESULT: dict[int | str, dict[str, Any]] = {
+    200: {"model": GenerationResultBody, "content": {"application/json": {"example": _EXAMPLE}}},
+    202: _ACCEPTED,
+}
+_FILE: dict[int | str, dict[str, Any]] = {200: {"content": IMAGE_FILE}, 202: _ACCEPTED}
+
+
+@dataclass(frozen=True, slots=True)
+class _Route:
+    """A path, its parameters, its texts in OpenAPI, and whether it answers with the image file."""
+
+    path: str
+    params: type[NativeParams]
+    summary: str
+    description: str
+    answers_file: bool = False
+
+
+_ROUTES = (
+    _Route(
         "/create_and_upload_image",
         TextToImageParams,
         "Text to image, stored",
-        "Draw a picture from a prompt, store it, and answer where it is and how it was made.",
+        "Generate an image from a prompt, store it, and return its URL and how it was made.",
     ),
-    (
+    _Route(
         "/make_image",
         TextToImageParams,
-        "Text to image, answered",
-        "The same, answering the picture itself; `Content-Location` tells where it is stored.",
+        "Text to image, as a file",
+        "The same, but return the image itself; `Content-Location` is its URL.",
+        answers_file=True,
     ),
-    (
+    _Route(
         "/inpaint_and_upload_image",
         InpaintParams,
         "Inpainting, stored",
-        "Repaint a picture where a mask is white, and keep every other pixel as it is.",
+        "Repaint an image where a mask is white, and keep every other pixel.",
     ),
-    (
+    _Route(
         "/style_transfer_and_upload_image",
         ImageToImageParams,
         "Image to image, stored",
-        "Draw a picture anew after a prompt, as much as `strength` says, with its edges kept if `canny` is set.",
+        "Change an image according to a prompt, as much as `strength` says; `canny` keeps its edges.",
     ),
-    (
+    _Route(
         "/style_transfer_bytes_and_upload_image",
         ImageToImageUploadParams,
         "Image to image for an uploaded file, stored",
-        "The same for a file; its name in the bucket begins with eight digits that tell the content.",
+        "The same for a file; its object key starts with eight digits of a digest of its content.",
     ),
 )
 
 
 def generate_router(
-    answering: RequestDispatcher, limits: RequestLimits, url_of: UrlOf, *, get_generates: bool = True
+    dispatcher: RequestDispatcher, limits: RequestLimits, url_of: UrlOf, *, get_generates: bool = True
 ) -> APIRouter:
-    """The upload doors; `url_of` makes the URL of a key for the client at hand.
+    """Return the routes; `url_of` makes the URL of an object key.
 
-    GET is there because the original had it; without `get_generates` only POST draws.
+    GET generates because it did so in the original server; without `get_generates` only POST does.
     """
     routes = APIRouter(tags=["draw"])
 
-    def told(request: Request, receipt: GenerationResult, _: bytes) -> Response:
-        return JSONResponse(result_body(receipt, url_of(request, receipt.key)))
+    def render_json(request: Request, result: GenerationResult, _: bytes) -> Response:
+        return JSONResponse(result_body(result, url_of(request, result.key)))
 
-    def shown(request: Request, receipt: GenerationResult, picture: bytes) -> Response:
-        headers = {"Content-Location": url_of(request, receipt.key)}
-        if receipt.warnings:
-            headers["X-Warnings"] = ", ".join(warning.code for warning in receipt.warnings)
-        return Response(picture, media_type=media_type_of(picture), headers=headers)
+    def render_file(request: Request, result: GenerationResult, file: bytes) -> Response:
+        headers = {"Content-Location": url_of(request, result.key)}
+        if result.warnings:
+            headers["X-Warnings"] = ", ".join(warning.code for warning in result.warnings)
+        return Response(file, media_type=media_type_of(file), headers=headers)
 
-    def door(path: str, schema: type[NativeParams], render: Render, summary: str, description: str) -> None:
-        """One path for GET and POST, over the parameters of `schema`."""
+    def add(route: _Route) -> None:
+        render = render_file if route.answers_file else render_json
+        generation_of = generation_from_request(route.params)
 
-        async def handler(request: Request) -> Response:
-            order = await read_generation_request(request, schema)
-            return await answering.dispatch(request, order, render, picture=render is shown)
+        async def handler(request: Request, generation: GenerationRequest = Depends(generation_of)) -> Response:
+            return await dispatcher.dispatch(request, generation, render, with_file=route.answers_file)
 
         for method in ("GET", "POST") if get_generates else ("POST",):
             routes.add_api_route(
-                path,
+                route.path,
                 handler,
                 methods=[method],
-                summary=summary,
-                description=description,
-                operation_id=f"{path.strip('/')}_{method.lower()}",
-                openapi_extra=documented(schema, limits, method),
+                summary=route.summary,
+                description=route.description,
+                operation_id=f"{route.path.strip('/')}_{method.lower()}",
+                openapi_extra=parameters_openapi(route.params, limits, method),
                 response_model=None,
+                response_class=Response if route.answers_file else JSONResponse,
+                responses=_FILE if route.answers_file else _RESULT,
             )
 
-    for path, schema, summary, description in _DOORS:
-        door(path, schema, shown if path == "/make_image" else told, summary, description)
+    for route in _ROUTES:
+        add(route)
     return routes

@@ -1,4 +1,4 @@
-"""The operator's doors: alive, able to draw, figures. Draws nothing."""
+"""Routes for operators: liveness, readiness and metrics."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from fastapi.responses import RedirectResponse
 from starlette.concurrency import run_in_threadpool
 
 from stable_diffusion_server.api.dependencies import caller_of
-from stable_diffusion_server.api.json_responses import JSONResponse
+from stable_diffusion_server.api.http_responses import JSONResponse
+from stable_diffusion_server.api.schemas.responses import HealthBody, ReadinessBody
 from stable_diffusion_server.errors import Forbidden
 
 _ASK = "What is missing is told to those who send a key, and to clients on this machine where there are none."
@@ -21,9 +22,9 @@ def health_router(
     loaded: Callable[[], Sequence[Mapping[str, object]]] = tuple,
     remarks: Callable[[], Sequence[str]] = tuple,
 ) -> APIRouter:
-    """The operator's doors. `missing` lists, in sentences, what keeps the server from drawing; `loaded`, its models.
+    """Return the routes. `missing` lists, in sentences, why the server is not ready; `loaded` its models.
 
-    `remarks` are what those do without, in sentences.
+    `remarks` lists limitations in sentences. `exposition` is the text of the Prometheus metrics.
     """
     routes = APIRouter(tags=["operate"])
 
@@ -31,21 +32,40 @@ def health_router(
     async def root() -> Response:
         return RedirectResponse("/docs")
 
-    @routes.get("/healthz", operation_id="healthz", summary="Is the process alive?")
-    async def healthz() -> dict[str, str]:
-        return {"status": "ok"}
+    @routes.get(
+        "/healthz",
+        operation_id="healthz",
+        summary="Is the process alive?",
+        response_model=None,
+        responses={200: {"model": HealthBody}},
+    )
+    async def healthz() -> Response:
+        return JSONResponse({"status": "ok"})
 
-    @routes.get("/readyz", operation_id="readyz", summary="Can it draw? 503 says what is missing.")
+    @routes.get(
+        "/readyz",
+        operation_id="readyz",
+        summary="Can the server generate images? 503 lists what is missing.",
+        response_model=None,
+        responses={200: {"model": ReadinessBody}, 503: {"model": ReadinessBody}},
+    )
     async def readyz(request: Request) -> Response:
         reasons = await run_in_threadpool(missing)
-        models = await run_in_threadpool(loaded)  # it looks through the folder of adapters
+        models = await run_in_threadpool(loaded)  # scans the LoRA folder
         status = "not ready" if reasons else "ready"
         body = {"status": status, "missing": reasons, "models": list(models), "remarks": list(remarks())}
-        if not _may_know(request):
+        if not _may_read_details(request):
             body = {**{name: [] for name in body}, "status": body["status"], "missing": [_ASK] if reasons else []}
         return JSONResponse(body, 503 if reasons else 200, {"Retry-After": "2"} if reasons else None)
 
-    @routes.get("/metrics", operation_id="metrics", summary="Figures in Prometheus's text format")
+    @routes.get(
+        "/metrics",
+        operation_id="metrics",
+        summary="Metrics in Prometheus's text format",
+        response_model=None,
+        response_class=Response,
+        responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+    )
     async def metrics(request: Request) -> Response:
         if caller_of(request).anonymous:
             raise Forbidden("Without a key no figures are told.")
@@ -54,6 +74,6 @@ def health_router(
     return routes
 
 
-def _may_know(request: Request) -> bool:
-    """Whether how the server stands is told in detail: to keys, to the operator, and to this server's own UI."""
+def _may_read_details(request: Request) -> bool:
+    """Return whether the caller may read details: API keys, the operator, and this server's own UI."""
     return not caller_of(request).anonymous or "inside" in request.scope.get("state", {})

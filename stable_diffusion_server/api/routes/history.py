@@ -1,68 +1,72 @@
-"""The door to the history: what was drawn here, newest first, searched by words of the prompt. Draws nothing."""
+"""Route of the history: images generated here, newest first, searched by words of the prompt."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from datetime import UTC, datetime
 
 from fastapi import APIRouter, Request, Response
 from starlette.concurrency import run_in_threadpool
 
-from stable_diffusion_server.api.dependencies import caller_of
-from stable_diffusion_server.api.json_responses import JSONResponse
+from stable_diffusion_server.api.dependencies import UrlOf, caller_of
+from stable_diffusion_server.api.http_responses import JSONResponse
+from stable_diffusion_server.api.openapi.parameters import query_parameter
+from stable_diffusion_server.api.schemas.responses import HistoryEntryBody, HistoryPageBody
 from stable_diffusion_server.concurrency import FairRequestQueue
 from stable_diffusion_server.errors import InvalidInput
 from stable_diffusion_server.generation import ImageLibrary
 from stable_diffusion_server.storage import HistoryEntry, HistoryQuery
 
-_MOST, _USUAL = 200, 50
-# Searches that run at a time, and those of one caller that run or wait.
-AT_ONCE, MOST_ASKED = 2, 16
+_LIMIT_MAX, _LIMIT_DEFAULT = 200, 50
+# Concurrent searches, and searches of one caller that run or wait.
+CONCURRENCY, MAX_PER_CALLER = 2, 16
 _NUMBER_MAX = 2**63 - 1
 _LENGTHS = {"q": 1000, "model": 100}
 _PARAMETERS = {
-    "q": {"type": "string", "description": "Words the prompt holds, in any letter case.", "maxLength": _LENGTHS["q"]},
+    "q": {"type": "string", "description": "Words in the prompt, ignoring case.", "maxLength": _LENGTHS["q"]},
     "model": {
         "type": "string",
-        "description": "Name of the model that drew them, as `/v1/models` has it.",
+        "description": "Name of the model, as in `/v1/models`.",
         "maxLength": _LENGTHS["model"],
     },
-    "limit": {"type": "integer", "description": "Most pictures.", "minimum": 1, "maximum": _MOST, "default": _USUAL},
-    "before": {"type": "integer", "description": "The `next` of an answer: goes on behind it.", "minimum": 1},
-}
-_DOCUMENTED = {
-    "parameters": [
-        {"name": name, "in": "query", "required": False, "description": shape.pop("description"), "schema": shape}
-        for name, shape in ({name: dict(shape) for name, shape in _PARAMETERS.items()}).items()
-    ]
+    "limit": {
+        "type": "integer",
+        "description": "Maximum number of images.",
+        "minimum": 1,
+        "maximum": _LIMIT_MAX,
+        "default": _LIMIT_DEFAULT,
+    },
+    "before": {"type": "integer", "description": "The `next` of the previous page.", "minimum": 1},
 }
 
 
-def history_router(shelf: ImageLibrary, url_of: Callable[[Request, str], str]) -> APIRouter:
-    """The door over a shelf; `url_of` makes the URL of a key for the client at hand."""
+def history_router(library: ImageLibrary, url_of: UrlOf) -> APIRouter:
+    """Return the route; `url_of` makes the URL of an object key."""
     routes = APIRouter(tags=["operate"])
-    searches = FairRequestQueue(AT_ONCE, MOST_ASKED, f"{MOST_ASKED} of your searches are under way.")
+    searches = FairRequestQueue(CONCURRENCY, MAX_PER_CALLER, f"{MAX_PER_CALLER} of your searches are under way.")
 
     @routes.get(
         "/history",
-        summary="Pictures drawn here, newest first",
+        summary="Images generated here, newest first",
         operation_id="history",
-        openapi_extra=_DOCUMENTED,
+        openapi_extra={"parameters": [query_parameter(name, schema) for name, schema in _PARAMETERS.items()]},
         response_model=None,
+        responses={200: {"model": HistoryPageBody}},
     )
     async def history(request: Request) -> Response:
-        wanted = _wanted(request)
+        query = _query_of(request)
         async with searches.hold(caller_of(request).share):
-            entries = await run_in_threadpool(shelf.search, caller_of(request), wanted)
-        pictures = [{"path": url_of(request, entry.key), **_shown(entry)} for entry in entries]
-        return JSONResponse(
-            {"pictures": pictures, "next": entries[-1].number if len(entries) == wanted.limit else None}
-        )
+            entries = await run_in_threadpool(library.search, caller_of(request), query)
+        page: HistoryPageBody = {
+            "pictures": [_entry_body(entry, url_of(request, entry.key)) for entry in entries],
+            "next": entries[-1].number if len(entries) == query.limit else None,
+        }
+        return JSONResponse(page)
 
     return routes
 
 
-def _wanted(request: Request) -> HistoryQuery:
+def _query_of(request: Request) -> HistoryQuery:
+    """Read the query string. Raises `InvalidInput`, which names every invalid parameter."""
     given = request.query_params
     faults = [(name[:100], f"{name[:100]} is not a parameter here.") for name in given if name not in _PARAMETERS]
     faults += [
@@ -71,7 +75,7 @@ def _wanted(request: Request) -> HistoryQuery:
         if len(given.get(name, "")) > most
     ]
     numbers: dict[str, int] = {}
-    for name, most in (("limit", _MOST), ("before", _NUMBER_MAX)):
+    for name, most in (("limit", _LIMIT_MAX), ("before", _NUMBER_MAX)):
         if (text := given.get(name)) is not None:
             if not (text.isascii() and text.isdigit() and len(text) < 20 and 1 <= int(text) <= most):
                 faults.append((name, f"{name} must be a whole number from 1 to {most}."))
@@ -83,12 +87,13 @@ def _wanted(request: Request) -> HistoryQuery:
         text=given.get("q", ""),
         model=given.get("model", ""),
         before=numbers.get("before"),
-        limit=numbers.get("limit", _USUAL),
+        limit=numbers.get("limit", _LIMIT_DEFAULT),
     )
 
 
-def _shown(entry: HistoryEntry) -> dict[str, object]:
+def _entry_body(entry: HistoryEntry, url: str) -> HistoryEntryBody:
     return {
+        "path": url,
         "key": entry.key,
         "prompt": entry.prompt,
         "model": entry.model,

@@ -1,118 +1,242 @@
-"""What may be asked of any picture, whatever the dialect, and how it is read. Knows no policy."""
+"""Request parameters: what every dialect takes, what the native routes take, and how a request is read into them."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import replace
+from functools import lru_cache
 from typing import Annotated, Any, ClassVar, Literal, NoReturn, TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema, field_validator, model_validator
 
-from stable_diffusion_server.api.request_parsing import RawJson, UploadedFile, read_parameters
+from stable_diffusion_server.api.base64_images import bytes_of, is_data_url
+from stable_diffusion_server.api.concurrency import run_if_large
+from stable_diffusion_server.api.dependencies import caller_of, scope_to_caller
+from stable_diffusion_server.api.request_parsing import RawJson, UploadedFile, read_parameters, read_query
 from stable_diffusion_server.errors import InvalidInput
 from stable_diffusion_server.generation import NAME_MAX, TEXT_MAX
-from stable_diffusion_server.types import LORA_NAME_PATTERN
+from stable_diffusion_server.types import LORA_NAME_PATTERN, Format, GenerationRequest, ImageInput, Task
 
 _BINARY = {"type": "string", "format": "binary"}
 _NUMBERS = frozenset(
     "seed num_inference_steps guidance_scale quality timeout width height strength feather canny_low canny_high "
     "control_scale n output_compression partial_images".split()
 )
-_TRUTHS = frozenset("overwrite refine canny stream".split())
-# Far more than MAX_LORAS adapters need, and few enough to be split before they are counted.
+_BOOLEANS = frozenset("overwrite refine canny stream".split())
+# Characters of `lora`: far more than MAX_LORAS entries need, and short enough to split before counting them.
 _LORA_TEXT_MAX = 2000
 _LORA = re.compile(rf"(?P<name>{LORA_NAME_PATTERN})(:(?P<weight>[+-]?\d{{1,3}}(\.\d{{1,6}})?))?")
-
+# Bytes of a query string whose parsed request is cached.
+_CACHED_QUERY_MAX = 1024
 
 File = Annotated[UploadedFile | None, WithJsonSchema(_BINARY)]
 
 
-class GenerationParams(BaseModel):
-    """What may be asked of any picture, by every dialect.
-
-    Bounds are checked by `RequestLimits`, which the settings decide.
-    """
+class RequestParams(BaseModel):
+    """Parameters that `params_from_request` can read."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, arbitrary_types_allowed=True)
 
-    # Names that may be files of a multipart form, and names that may come more than once.
+    # Parameters that may be files of a multipart form, and parameters that may be repeated.
     files: ClassVar[frozenset[str]] = frozenset()
     lists: ClassVar[frozenset[str]] = frozenset()
-    # Names that may hold a picture as text.
+    # Parameters that may hold an image as base64 text.
     pictures: ClassVar[frozenset[str]] = frozenset()
+
+
+class GenerationParams(RequestParams):
+    """Parameters that every dialect takes. `RequestLimits` checks their bounds, which are settings."""
+
     numbers: ClassVar[frozenset[str]] = _NUMBERS
 
     prompt: str = Field(
-        max_length=TEXT_MAX, description="What to draw.", examples=["a red circle on a blue background"]
+        max_length=TEXT_MAX, description="What the image shows.", examples=["a red circle on a blue background"]
     )
-    save_path: str | None = Field(None, description="Name of the picture in the bucket. Without it a name is made.")
+    save_path: str | None = Field(
+        None, description="Object key of the image. If omitted, the key is derived from the request."
+    )
     model: str | None = Field(None, max_length=NAME_MAX, description="Name of the model.")
     negative_prompt: str | None = Field(
-        None, max_length=TEXT_MAX, description="What not to draw, for models that have a use for it."
+        None, max_length=TEXT_MAX, description="What the image must not show, for models that support it."
     )
     seed: int | Literal["random"] | None = Field(
         None,
-        description="Start of the noise; without it one is made from the order, so that it is the same each time.",
+        description="Seed of the noise. If omitted, derived from the request, so equal requests get equal images.",
     )
     num_inference_steps: int | None = Field(None, description="Denoising steps.")
     guidance_scale: float | None = Field(None, description="How strongly to follow the prompt.")
-    scheduler: str | None = Field(None, max_length=NAME_MAX, description="Scheduler by its name in the catalogue.")
-    overwrite: bool = Field(False, description="Draw and store even if the name is taken.")
-    timeout: float | None = Field(None, description="Seconds to wait for the picture at the most.")
-    refine: bool = Field(False, description="A second pass at low strength over what was drawn.")
+    scheduler: str | None = Field(None, max_length=NAME_MAX, description="Scheduler by its name.")
+    overwrite: bool = Field(False, description="Generate and store even if the key exists.")
+    timeout: float | None = Field(None, description="Maximum seconds to wait for the image.")
+    refine: bool = Field(False, description="Run a second pass at low strength over the image.")
     batch: Literal["any", "alone"] = Field(
-        "any", description="`alone` shares no forward pass with others, so that it can be drawn again bit for bit."
+        "any",
+        description="`alone` shares no forward pass with other requests, so the image is reproducible bit for bit.",
     )
     lora: str | None = Field(
         None,
         max_length=_LORA_TEXT_MAX,
-        description="Adapters to draw with, `name` or `name:weight`, separated by commas.",
+        description="LoRAs to apply, `name` or `name:weight`, separated by commas.",
         examples=["pastel:0.8"],
     )
 
     @field_validator("lora")
     @classmethod
-    def _adapters_with_weights(cls, value: str | None) -> str | None:
+    def _check_loras(cls, value: str | None) -> str | None:
         if value is not None and not all(_LORA.fullmatch(part.strip()) for part in value.split(",")):
             raise ValueError("is not a name or name:weight")
         return value
 
     def to_request_fields(self) -> dict[str, Any]:
-        """The parameters as an order holds them, without the pictures."""
-        pictures = {"image_url", "image_file", "mask_url", "mask_file", "image", "mask"}
+        """Return the fields of a `GenerationRequest`, without the images."""
+        images = {"image_url", "image_file", "mask_url", "mask_file", "image", "mask"}
         matches = [_LORA.fullmatch(part.strip()) for part in self.lora.split(",")] if self.lora is not None else []
         loras = tuple((match["name"], float(match["weight"] or 1)) for match in matches if match)
-        words = self.model_dump(exclude={"lora", "batch", *pictures})
-        return {**words, "loras": loras, "alone": self.batch == "alone"}
+        values = self.model_dump(exclude={"lora", "batch", *images})
+        return {**values, "loras": loras, "alone": self.batch == "alone"}
 
     @model_validator(mode="before")
     @classmethod
-    def _no_other_types(cls, data: Any) -> Any:
-        """Refuse `true` where a number belongs, which Python would take for 1, and in JSON texts and numbers alike."""
+    def _check_types(cls, data: Any) -> Any:
+        """Reject booleans for numbers (`True == 1` in Python), and in JSON also texts for numbers and booleans."""
         for name, value in data.items() if isinstance(data, dict) else ():
             text = isinstance(value, RawJson) and value != "random"
             if name in cls.numbers and (isinstance(value, bool) or text):
                 raise InvalidInput(f"{name} must be a number.", field=name)
-            if name in _TRUTHS and (isinstance(value, RawJson | float) or type(value) is int):
+            if name in _BOOLEANS and (isinstance(value, RawJson | float) or type(value) is int):
                 raise InvalidInput(f"{name} must be true or false.", field=name)
         return data
 
 
-A = TypeVar("A", bound=GenerationParams)
-M = TypeVar("M", bound=BaseModel)
+class NativeParams(GenerationParams, ABC):
+    """Parameters that all native routes take."""
+
+    format: Format | None = Field(
+        None, description="File format. If omitted, the extension of `save_path` decides, otherwise webp."
+    )
+    quality: int | None = Field(None, description="1 to 100; webp at 100 is lossless.")
+    webhook_url: str | None = Field(
+        None, description="URL that is notified when the job ends; only with `Prefer: respond-async`."
+    )
+
+    @abstractmethod
+    def to_request(self) -> GenerationRequest:
+        """Return the request these parameters describe."""
 
 
-async def read_as(schema: type[A], request: Request) -> A:
-    """A request's query and body (form, multipart or JSON) as parameters.
+class TextToImageParams(NativeParams):
+    """Parameters of text to image. The defaults are the original server's."""
 
-    Raises `MalformedRequest`, `UnsupportedMedia`, and `InvalidInput`, which names every refused parameter.
+    width: int = Field(1024, description="Width of the image in pixels.")
+    height: int = Field(1024, description="Height of the image in pixels.")
+
+    def to_request(self) -> GenerationRequest:
+        """Return the request these parameters describe."""
+        return GenerationRequest(task=Task.TEXT_TO_IMAGE, **self.to_request_fields())
+
+
+class ImageToImageParams(NativeParams):
+    """Parameters of image to image. The defaults are the original server's."""
+
+    files: ClassVar[frozenset[str]] = frozenset({"image_file"})
+    pictures: ClassVar[frozenset[str]] = frozenset({"image_url"})
+
+    image_url: str | None = Field(
+        None, description="URL of the input image, or the image in a data URL; or send `image_file`."
+    )
+    image_file: File = Field(None, description="The input image, a PNG, JPEG or WebP file.")
+    strength: float = Field(0.6, description="How much the image is changed, 0 to 1.")
+    canny: bool | None = Field(False, description="Keep the edges of the image, with a ControlNet.")
+    canny_low: int = Field(100, description="Lower Canny threshold: pixels above it that touch an edge belong to it.")
+    canny_high: int = Field(200, description="Upper Canny threshold: pixels above it are edges.")
+    control_scale: float | None = Field(
+        None, description="How strongly to keep the edges. If omitted, the default of the model's ControlNet."
+    )
+
+    def to_request(self) -> GenerationRequest:
+        """Return the request these parameters describe. Raises `InvalidInput` unless there is exactly one image."""
+        (image,) = _input_images(self, "image")
+        return GenerationRequest(task=Task.IMAGE_TO_IMAGE, image=image, **self.to_request_fields())
+
+
+class ImageToImageUploadParams(ImageToImageParams):
+    """Parameters of image to image for an uploaded file, whose object key starts with a digest of its content."""
+
+    canny: bool | None = Field(
+        None, description="Keep the edges of the image. If omitted, where the model has a ControlNet."
+    )
+
+    def to_request(self) -> GenerationRequest:
+        """Return the request these parameters describe. Raises `InvalidInput` unless there is exactly one image."""
+        return replace(super().to_request(), named_by_content=True)
+
+
+class InpaintParams(NativeParams):
+    """Parameters of inpainting: white parts of the mask are repainted, black ones stay as they are."""
+
+    files: ClassVar[frozenset[str]] = frozenset({"image_file", "mask_file"})
+    pictures: ClassVar[frozenset[str]] = frozenset({"image_url", "mask_url"})
+
+    image_url: str | None = Field(None, description="URL of the image to repaint, or a data URL; or send `image_file`.")
+    image_file: File = Field(None, description="The image to repaint, a PNG, JPEG or WebP file.")
+    mask_url: str | None = Field(
+        None, description="URL of the mask, white where to repaint, or a data URL; or send `mask_file`."
+    )
+    mask_file: File = Field(None, description="The mask, a PNG, JPEG or WebP file of any size.")
+    strength: float = Field(1.0, description="How much is changed inside the mask, 0 to 1.")
+    feather: int = Field(0, description="Pixels over which the repainted part fades in from the border of the mask.")
+    refine: bool = Field(True, description="Run a second pass at low strength over the image.")
+
+    def to_request(self) -> GenerationRequest:
+        """Return the request these parameters describe. Raises `InvalidInput` without exactly one image and mask."""
+        image, mask = _input_images(self, "image", "mask")
+        return GenerationRequest(task=Task.INPAINT, image=image, mask=mask, **self.to_request_fields())
+
+
+P = TypeVar("P", bound=RequestParams)
+
+
+def params_from_request(schema: type[P]) -> Callable[[Request], Awaitable[P]]:
+    """Return the dependency that reads query and body (form, multipart or JSON) as parameters of `schema`.
+
+    It raises `MalformedRequest`, `UnsupportedMedia`, and `InvalidInput`, which names every invalid parameter.
     """
-    return validated(schema, await read_parameters(request, schema.files, schema.lists, schema.pictures))
+
+    async def read(request: Request) -> P:
+        return validated(schema, await read_parameters(request, schema.files, schema.lists, schema.pictures))
+
+    return read
 
 
-def validated(schema: type[M], parameters: Mapping[str, Any]) -> M:
-    """Parameters as a schema has them. Raises `InvalidInput`, which names every refused one."""
+def generation_from_request(schema: type[NativeParams]) -> Callable[[Request], Awaitable[GenerationRequest]]:
+    """Return the dependency that reads a `GenerationRequest` from query and body by the parameters of `schema`.
+
+    It raises what `params_from_request` raises, and `Forbidden` for an object key the caller may not write.
+    """
+    read_params = params_from_request(schema)
+
+    async def read(request: Request) -> GenerationRequest:
+        query = request.scope["query_string"]
+        if request.method == "GET" and len(query) <= _CACHED_QUERY_MAX:
+            return scope_to_caller(caller_of(request), _parse_query(schema, query))
+        params = await read_params(request)
+        size = sum(len(getattr(params, name) or "") for name in schema.pictures)
+        return scope_to_caller(caller_of(request), await run_if_large(size, params.to_request))
+
+    return read
+
+
+@lru_cache(1024)
+def _parse_query(schema: type[NativeParams], query_string: bytes) -> GenerationRequest:
+    """Return the request in a query string. Cached, because clients repeat queries and parsing is pure."""
+    return validated(schema, read_query(query_string)).to_request()
+
+
+def validated(schema: type[P], parameters: Mapping[str, Any]) -> P:
+    """Validate parameters by a schema. Raises `InvalidInput`, which names every invalid one."""
     try:
         return schema.model_validate(parameters)
     except ValidationError as error:
@@ -120,7 +244,7 @@ def validated(schema: type[M], parameters: Mapping[str, Any]) -> M:
 
 
 def raise_invalid(error: ValidationError) -> NoReturn:
-    """Turn pydantic's findings into one `InvalidInput`. Values are not repeated: they may be long, or secret."""
+    """Raise Pydantic's findings as one `InvalidInput`, without the values, which may be long or secret."""
     faults: dict[str, str] = {}
     for fault in error.errors(include_url=False, include_input=False):
         name = str(fault["loc"][0])
@@ -137,3 +261,23 @@ def _sentence(name: str, kind: str, message: str) -> str:
         return f"{name} must be sent as a file of a multipart form."
     message = message.removeprefix("Value error, ")
     return f"{name}: {message[0].lower()}{message[1:]}."
+
+
+def _input_images(parameters: NativeParams, *names: str) -> list[ImageInput]:
+    """Return the images of those names, each by its URL or as a file. Raises `InvalidInput` for both, or neither."""
+    images, faults = [], []
+    for name in names:
+        by_url, by_file = f"{name}_url", f"{name}_file"
+        url, file = getattr(parameters, by_url), getattr(parameters, by_file)
+        if (url is None) == (file is None):
+            sentence = f"Give {by_url} or {by_file}, and not both."
+            faults += [(by_url, sentence), (by_file, sentence)]
+        elif file is not None:
+            images.append(ImageInput(by_file, data=file.data))
+        elif is_data_url(url):
+            images.append(ImageInput(by_url, data=bytes_of(url, by_url)))
+        else:
+            images.append(ImageInput(by_url, url=url))
+    if faults:
+        raise InvalidInput.from_faults(faults)
+    return images

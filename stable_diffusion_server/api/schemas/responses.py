@@ -1,0 +1,250 @@
+"""JSON bodies of the native API. OpenAPI derives their schemas from these types; `Body` is left out of the names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from typing import (
+    Annotated,
+    ClassVar,
+    Literal,
+    NotRequired,  # pydantic refuses typing.TypedDict before Python 3.12
+)
+
+from pydantic import ConfigDict, Field
+from pydantic.json_schema import SkipJsonSchema
+from typing_extensions import TypedDict
+
+from stable_diffusion_server.errors import ServerError
+from stable_diffusion_server.jobs import JobStatus
+from stable_diffusion_server.types import GenerationResult
+
+_ALL_REQUIRED = ConfigDict(json_schema_serialization_defaults_required=True)
+_RESULT_FIELDS = tuple(part.name for part in fields(GenerationResult))
+
+Uri = Annotated[str, Field(json_schema_extra={"format": "uri"})]
+
+
+def _is_none(value: object) -> bool:
+    return value is None
+
+
+class WarningBody(TypedDict):
+    """A code for programs and a sentence for people."""
+
+    code: str
+    message: str
+
+
+class FieldErrorBody(TypedDict):
+    """What is wrong with one parameter."""
+
+    field: str
+    detail: str
+
+
+class StoredProblemBody(TypedDict):
+    """Why a job failed, as a problem document (RFC 9457)."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    field: NotRequired[str]
+    errors: NotRequired[list[FieldErrorBody]]
+
+
+class ProblemBody(StoredProblemBody):
+    """A problem document (RFC 9457)."""
+
+    request_id: str
+
+
+class OpenAIErrorDetailsBody(TypedDict):
+    """What is wrong, in OpenAI's words."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class OpenAIErrorBody(TypedDict):
+    """An error as OpenAI's clients read it."""
+
+    error: OpenAIErrorDetailsBody
+
+
+class Automatic1111ErrorBody(TypedDict):
+    """An error as AUTOMATIC1111's clients read it. `errors` is an empty text, or what is wrong with each parameter."""
+
+    error: str
+    detail: str
+    body: str
+    errors: Literal[""] | list[FieldErrorBody]
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationResultBody(GenerationResult):
+    """Where the image is and how it was made. `timings` in seconds by stage.
+
+    `batched`: it shared forward passes; null where that is unknown. `stored` is false until the bucket has the image.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = _ALL_REQUIRED
+
+    path: Uri
+    prompt_used: Annotated[str | None, Field(exclude_if=_is_none)] = None
+
+
+class ReplayComparisonBody(TypedDict):
+    """How the new image compares with the old one. `decibels`: peak signal-to-noise ratio, null for equal images."""
+
+    same_order: bool
+    equal: bool
+    decibels: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplayResultBody(GenerationResultBody):
+    """An image that was generated again, and how it compares with the one that was sent."""
+
+    replay: ReplayComparisonBody
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobStatusBody(JobStatus):
+    """A job, with its result or its problem once it has ended.
+
+    Times are in seconds since 1970, UTC; `position` counts the jobs before it.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = _ALL_REQUIRED
+
+    outcome: SkipJsonSchema[None] = None
+    receipt: Annotated[GenerationResultBody | None, Field(exclude_if=_is_none)] = None
+    problem: Annotated[StoredProblemBody | None, Field(exclude_if=_is_none)] = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobEventBody(JobStatusBody):
+    """The data of a server-sent event of a job; of a preview with the image in base64."""
+
+    content_type: Annotated[str | None, Field(exclude_if=_is_none)] = None
+    image: Annotated[str | None, Field(exclude_if=_is_none)] = None
+
+
+class JobListBody(TypedDict):
+    """Jobs, newest first."""
+
+    jobs: list[JobStatusBody]
+
+
+class HistoryEntryBody(TypedDict):
+    """An image generated here. `caller` is the name of the API key; `digest` that of the request."""
+
+    path: Uri
+    key: str
+    prompt: str
+    model: str
+    task: str
+    seed: int
+    width: int
+    height: int
+    caller: str
+    drawn_at: Annotated[str, Field(json_schema_extra={"format": "date-time"})]
+    digest: str
+    number: int
+
+
+class HistoryPageBody(TypedDict):
+    """Images, newest first. Send `next` as `before` for the following page; it is null on the last one."""
+
+    pictures: list[HistoryEntryBody]
+    next: int | None
+
+
+class ImageRecordBody(TypedDict):
+    """How a stored image was made. `source` says where the record was found."""
+
+    key: str
+    source: str
+    record: dict[str, object]
+
+
+class HealthBody(TypedDict):
+    """The process is alive."""
+
+    status: str
+
+
+class LoadedModelBody(TypedDict):
+    """A loaded model: origin, placement, size of its weights in bytes, defaults and capabilities."""
+
+    name: str
+    folder: str
+    revision: str
+    device: str
+    dtype: str
+    residency: str
+    quantization: str
+    bytes: int
+    follows_edges: bool
+    loras: list[str]
+    unusable_loras: list[str]
+    commit: str
+    remarks: list[str]
+    usual: bool
+    default_steps: int
+    default_guidance: float
+    native_pixels: int
+    takes_negative_prompt: bool
+    takes_guidance: bool
+
+
+class ReadinessBody(TypedDict):
+    """Whether the server can generate images. `models` and `remarks` are empty for callers who may not read them."""
+
+    status: str
+    missing: list[str]
+    models: NotRequired[list[LoadedModelBody]]
+    remarks: NotRequired[list[str]]
+
+
+def result_body(result: GenerationResult, url: str) -> dict[str, object]:
+    """Return a result as JSON, with the URL of the image as `path`; `prompt_used` only if it is set."""
+    # `asdict` copies deeply, which is most of what a cached response would cost.
+    body: dict[str, object] = {"path": url, **{name: getattr(result, name) for name in _RESULT_FIELDS}}
+    body["warnings"] = [WarningBody(code=warning.code, message=warning.message) for warning in result.warnings]
+    body["timings"] = dict(result.timings)
+    if result.prompt_used is None:
+        del body["prompt_used"]
+    return body
+
+
+def job_body(job: JobStatus, url: Callable[[str], str]) -> dict[str, object]:
+    """Return a job as JSON, with its result (`receipt`) or its problem if it has one; `url` makes the URL of a key."""
+    body = asdict(job)
+    outcome = job.outcome
+    del body["outcome"]
+    if isinstance(outcome, GenerationResult):
+        body["receipt"] = result_body(outcome, url(outcome.key))
+    elif outcome is not None:
+        body["problem"] = problem_body(outcome.as_error())
+    return body
+
+
+def problem_body(error: ServerError) -> StoredProblemBody:
+    """Return an error as the members of a problem document, without the id of a request."""
+    body: StoredProblemBody = {
+        "type": f"urn:stable-diffusion-server:problem:{error.kind}",
+        "title": error.title,
+        "status": error.status,
+        "detail": error.detail,
+    }
+    if error.field:
+        body["field"] = error.field
+    if error.faults:
+        body["errors"] = [FieldErrorBody(field=field, detail=detail) for field, detail in error.faults]
+    return body
