@@ -102,7 +102,7 @@ class RequestDispatcher:
         if recorded is not None and claim is not None and await self._image_was_deleted(recorded, caller):
             await self._jobs.renew(claim, recorded)
             # The requested id may be that of the job whose image was deleted.
-            job_id = job_id if recorded.job_id is None else None
+            job_id = preferences.job_id if recorded.job_id is None else None
             accepted = await self._jobs.accept(call.generation, caller, base_url=base_url, job_id=job_id, claim=claim)
         if isinstance(accepted, RecordedResponse):
             return await self._answer_recorded(call, accepted)
