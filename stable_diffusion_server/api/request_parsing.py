@@ -1,4 +1,4 @@
-"""Query and body of a request to one mapping: form, multipart with files, or JSON. Knows no parameter by name."""
+"""Reads query and body of a request (form, multipart or JSON) into one mapping, and rejects repeated parameters."""
 
 from __future__ import annotations
 
@@ -19,31 +19,30 @@ from stable_diffusion_server.parsing import JsonLimits, parse_object
 _FORM_TYPES = ("application/x-www-form-urlencoded", "multipart/form-data")
 BODY_TYPES = ("application/json", *_FORM_TYPES)
 _MAX_FIELDS = 100
-# Escapes of a form: each costs as much as a thousand letters where it is none, and a text of 32,000 emoji has as many.
-_MOST_ESCAPES = 131_072
-# Files under a name that may come more than once.
+# Percent signs in a form: a malformed escape costs as much as 1,000 letters; 32,000 emoji need as many.
+_MAX_ESCAPES = 131_072
+# Files of a repeatable parameter.
 _MAX_LISTED = 16
-# Of multipart texts: other codecs of Python's take time with the square of the text, raise errors of their own, or
-# make lone surrogates.
+# Other codecs of Python take quadratic time, raise errors of their own, or produce lone surrogates.
 _CHARSETS = frozenset((b"utf-8", b"utf8", b"us-ascii", b"ascii"))
 _LONGEST_MEDIA_TYPE = 500
 
 
 class RawJson(str):
-    """A text of a JSON body: unlike one of a form or a query, it is never meant as a number."""
+    """A text in a JSON body. Unlike a text in a form or query, it never stands for a number."""
 
     __slots__ = ()
 
 
 @dataclass(frozen=True, slots=True)
 class BodyLimits:
-    """How long the parts of a body may be: all its texts together, and one picture, as a file. In bytes."""
+    """Maximum bytes of all texts of a body together, and of one image file."""
 
     text_bytes: int = 1_048_576
     picture_bytes: int = 20_971_520
 
     def for_json(self, pictures: Set[str]) -> JsonLimits:
-        """The limits of a JSON body with pictures in base64 below these names; a data URL has a few bytes more."""
+        """Return the limits of a JSON body whose members of these names hold images in base64 or data URLs."""
         return JsonLimits(
             self.text_bytes, image_fields=frozenset(pictures), max_image_bytes=self.picture_bytes * 4 // 3 + 1024
         )
@@ -51,7 +50,7 @@ class BodyLimits:
 
 @dataclass(frozen=True, slots=True)
 class UploadedFile:
-    """A file of a multipart form, read."""
+    """The content of a file in a multipart form."""
 
     data: bytes = field(repr=False)
 
@@ -62,18 +61,18 @@ async def read_parameters(
     lists: Set[str] = frozenset(),
     pictures: Set[str] = frozenset(),
 ) -> dict[str, object]:
-    """Query and body of a request as one mapping. A parameter given twice is refused, wherever it stands.
+    """Return query and body of a request as one mapping. Raises `MalformedRequest` for a repeated parameter.
 
-    `files` are the names that may be files of a multipart form; they come as `UploadedFile`. `lists` are the names
-    that may come more than once: their values come as a list, under the name without `[]`. `pictures` are the names
-    that hold pictures as text in JSON.
+    `files` are the parameters that may be files of a multipart form, returned as `UploadedFile`. `lists` may be
+    repeated: their values are returned as a list, under the name without `[]`. `pictures` may hold an image in base64
+    in JSON.
     """
     query = _read_pairs(request.scope["query_string"], "query")
     return _merged([*query, *(await _read_body(request, files, lists, pictures))], lists)
 
 
 def read_query(query_string: bytes) -> dict[str, object]:
-    """A query alone as a mapping, in the same way."""
+    """Return a query string as a mapping, in the same way."""
     return _merged(_read_pairs(query_string, "query"), frozenset())
 
 
@@ -81,7 +80,7 @@ def _merged(pairs: list[tuple[str, object]], lists: Set[str]) -> dict[str, objec
     merged: dict[str, object] = {}
     for name, value in pairs:
         if not name.isascii():
-            # Every parameter's name is ASCII, and pydantic cannot tell a lone surrogate from a name.
+            # Pydantic fails on lone surrogates in names.
             raise InvalidInput(f"{name[:100]} is not a parameter here.", field=name[:100])
         if name in lists:
             several = merged.setdefault(name.removesuffix("[]"), [])
@@ -95,13 +94,16 @@ def _merged(pairs: list[tuple[str, object]], lists: Set[str]) -> dict[str, objec
 
 
 def limits_of(request: Request) -> BodyLimits:
-    """How long the parts of this request's body may be, as the settings say."""
+    """Return the limits that the access middleware set for this request."""
     limits = request.scope.get("state", {}).get("body_limits")
     return limits if isinstance(limits, BodyLimits) else BodyLimits()
 
 
 async def read_json(request: Request, pictures: Set[str] = frozenset()) -> dict[str, Any]:
-    """A JSON body, which may be empty. Raises `MalformedRequest`, `InvalidInput`, `TooLarge` and `UnsupportedMedia`."""
+    """Return a JSON body, `{}` if it is empty.
+
+    Raises `MalformedRequest`, `InvalidInput`, `TooLarge` and `UnsupportedMedia`.
+    """
     body = await request.body()
     if not body:
         return {}
@@ -132,8 +134,8 @@ async def _read_body(
         body = await request.body()
         if len(body) > (most := limits_of(request).text_bytes):
             raise TooLarge(f"A form of this type may have {most} bytes; longer ones come as multipart/form-data.")
-        if body.count(b"%") > _MOST_ESCAPES:
-            raise TooLarge(f"A form of this type may have {_MOST_ESCAPES} percent signs; send multipart/form-data.")
+        if body.count(b"%") > _MAX_ESCAPES:
+            raise TooLarge(f"A form of this type may have {_MAX_ESCAPES} percent signs; send multipart/form-data.")
         return await run_if_large(len(body), _read_pairs, body, "form")
     if media_type == _FORM_TYPES[1]:
         return await _read_multipart(request, files, lists)
@@ -141,7 +143,7 @@ async def _read_body(
 
 
 def _read_pairs(encoded: bytes, what: str) -> list[tuple[str, object]]:
-    """A query or form, read as UTF-8 and nothing else: two names must not become one by what cannot be read."""
+    """Parse a query or form as strict UTF-8: replacement characters could make two names equal."""
     try:
         return list(parse_qsl(encoded.decode(), keep_blank_values=True, errors="strict", max_num_fields=_MAX_FIELDS))
     except ValueError as error:

@@ -74,7 +74,7 @@ def add_middleware(
         max_bytes=settings.bodies_bytes,
     )
     app.add_middleware(
-        AccessMiddleware, policy=policy, proxies=proxies, visited=metrics.record_request, tracing=tracing
+        AccessMiddleware, policy=policy, proxies=proxies, record_request=metrics.record_request, tracing=tracing
     )
     if settings.cors_origins:
         app.add_middleware(

@@ -13,7 +13,10 @@ from conftest import RunningApp
 from fakes import disc, file_of, settings_in, until
 from jsonschema import Draft202012Validator
 
+from stable_diffusion_server.api.automatic1111.responses import loras_body
+from stable_diffusion_server.api.dialect_context import DialectContext
 from stable_diffusion_server.app.models import ModelState
+from stable_diffusion_server.generation import RequestLimits
 
 _ASKED = {"prompt": "a red square", "width": 64, "height": 64}
 _BY_JOB = {"Prefer": "respond-async"}
@@ -98,7 +101,9 @@ def answers(house: RunningApp) -> Iterator[tuple[str, Any]]:
     yield "Automatic1111Options", client.get("/sdapi/v1/options").json()
     yield from (("Automatic1111Model", item) for item in client.get("/sdapi/v1/sd-models").json())
     yield from (("Automatic1111Sampler", item) for item in client.get("/sdapi/v1/samplers").json())
-    yield from (("Automatic1111Lora", item) for item in client.get("/sdapi/v1/loras").json())
+    assert client.get("/sdapi/v1/loras").json() == []
+    context = DialectContext(RequestLimits(), {}, "", {}, max_n=1, max_response_bytes=1, loras=lambda: ["pastel"])
+    yield "Automatic1111Lora", loras_body(context)[0]
     yield "Automatic1111PngInfo", client.post("/sdapi/v1/png-info", json={"image": pictures["images"][0]}).json()
     yield "Automatic1111PngInfo", client.post("/sdapi/v1/png-info", json={"image": _TEXT}).json()
     picture = client.get(receipt.json()["path"]).content

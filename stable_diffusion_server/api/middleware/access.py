@@ -1,4 +1,4 @@
-"""What stands before the doors: a request gets an id, is let in or refused, counted, logged, and its body measured."""
+"""Middleware that gives each request an id, admits or rejects it, and logs it; and the limit of body sizes."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ def check_header_limits(scope: Scope) -> None:
 
 
 class AccessMiddleware:
-    """ASGI middleware: gives each request an id, lets the policy decide, and logs what was answered.
+    """ASGI middleware: gives each request an id, applies the policy, and logs the response.
 
-    `state.caller` says who asks. Query strings are not logged: prompts are the caller's own business. `visited` is told
-    of each request, whose span `tracing` makes.
+    Sets `state.caller`. Query strings are not logged, because they hold prompts. `record_request` gets a sample of each
+    request, `tracing` a span.
     """
 
     def __init__(
@@ -53,18 +53,18 @@ class AccessMiddleware:
         app: ASGIApp,
         policy: AccessPolicy,
         proxies: TrustedProxies,
-        visited: Callable[[RequestSample], object] = lambda visit: None,
+        record_request: Callable[[RequestSample], object] = lambda sample: None,
         tracing: Tracing | None = None,
     ) -> None:
         self._app = app
         self._policy = policy
         self._proxies = proxies
-        self._visited = visited
+        self._record_request = record_request
         self._tracing = tracing or Tracing()
         self._rates = RateLimiter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request, or pass on what is no request."""
+        """Handle an HTTP request; pass on other scopes."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -91,16 +91,16 @@ class AccessMiddleware:
             try:
                 await self._enter(scope, headers, receive, send_with_headers, more)
             finally:
-                visit = _visit_of(scope, status, time.perf_counter() - started)
-                self._visited(visit)
-                _tell(scope, visit)
-                span.name(f"{scope['method']} {visit.route}".strip())
+                sample = _sample_of(scope, status, time.perf_counter() - started)
+                self._record_request(sample)
+                _log_request(scope, sample)
+                span.name(f"{scope['method']} {sample.route}".strip())
                 span.set_attributes(
-                    {"http.response.status_code": status, "http.route": visit.route, "sds.key": visit.key}
+                    {"http.response.status_code": status, "http.route": sample.route, "sds.key": sample.key}
                 )
 
     async def _enter(self, scope: Scope, headers: Headers, receive: Receive, send: Send, more: dict[str, str]) -> None:
-        """Pass a request on if it may go on, and answer it if not; `more` are headers for its answer."""
+        """Pass an admitted request on, and answer a rejected one; adds the headers of its response to `more`."""
         allowed: RateLimitStatus | None = None
         state = scope["state"]
         state["caller"] = Caller(anonymous=True)
@@ -128,7 +128,7 @@ class AccessMiddleware:
 
 
 class BodyLimitMiddleware:
-    """ASGI middleware: counts the bytes of a body while it is read, up to the policy's limit for that request."""
+    """ASGI middleware: limits the bytes of a body while it is read, as the policy says for that request."""
 
     def __init__(self, app: ASGIApp, policy: AccessPolicy) -> None:
         self._policy = policy
@@ -136,26 +136,26 @@ class BodyLimitMiddleware:
         self._counted = {limit: RequestBodyLimitMiddleware(app, max_body_size=limit) for limit in limits}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on with its body counted."""
+        """Pass a request on with its body limited."""
         headers = Headers(raw=scope.get("headers", []))
         if scope["type"] == "http":
             scope.setdefault("state", {})["body_limits"] = self._policy.body_limits
         await self._counted[self._policy.body_limit(scope.get("path", ""), headers)](scope, receive, send)
 
 
-def _visit_of(scope: Scope, status: int, seconds: float) -> RequestSample:
-    """What is counted of a request; the route is there once the request has come to it."""
+def _sample_of(scope: Scope, status: int, seconds: float) -> RequestSample:
+    """Return the sample of a request; the route is set only if the request reached one."""
     route = getattr(scope.get("route"), "path", "")
     return RequestSample(route, status, seconds, scope["state"].get("reason", ""), scope["state"]["caller"].name)
 
 
-def _tell(scope: Scope, visit: RequestSample) -> None:
-    """The line of the log for a request: its path without the query, which holds prompts."""
+def _log_request(scope: Scope, sample: RequestSample) -> None:
+    """Log a request by its path, without the query, which holds prompts."""
     path = scope["path"]
-    quiet = visit.status == HTTPStatus.OK and (path in _QUIET or path.startswith("/ui/"))
+    quiet = sample.status == HTTPStatus.OK and (path in _QUIET or path.startswith("/ui/"))
     level = _log.debug if quiet else _log.info
-    why = {"reason": visit.reason} if visit.reason else {}
-    level("request", method=scope["method"], path=path, status=visit.status, seconds=round(visit.seconds, 4), **why)
+    why = {"reason": sample.reason} if sample.reason else {}
+    level("request", method=scope["method"], path=path, status=sample.status, seconds=round(sample.seconds, 4), **why)
 
 
 def _request_id(headers: Headers) -> str:

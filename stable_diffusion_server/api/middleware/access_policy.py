@@ -1,4 +1,4 @@
-"""Who may draw: host names, origins, clients and keys. Knows no parameters."""
+"""Decides which requests are admitted, by host name, origin, client address and API key."""
 
 from __future__ import annotations
 
@@ -22,32 +22,32 @@ from stable_diffusion_server.errors import Forbidden, RateLimited, ServerError, 
 from stable_diffusion_server.types import Caller
 
 _HOST = re.compile(r"(\[(?P<v6>[0-9A-Fa-f:.]+)\]|(?P<name>[A-Za-z0-9._-]+))(:\d*)?")
-# Reading these draws nothing and tells no secret, so a link on another page may lead here.
+# Public pages: they generate nothing and hold no secrets, so links on other sites may lead here.
 _OPEN_PATHS = ("/healthz", "/favicon.ico", "/readyz", "/docs", "/openapi.json")
-# These cost nothing, and are shown in other pages too.
-_SHOWN_ELSEWHERE = ("/healthz", "/favicon.ico", "/files/")
-# Opening this page draws nothing, so that a link may lead here; what it does goes through doors that look.
+# These may be embedded in pages of other sites.
+_EMBEDDABLE = ("/healthz", "/favicon.ico", "/files/")
+# Links on other sites may lead to this page; the routes that it calls check the origin.
 _PAGES = ("/ui", "/ui/")
-# How the server stands, in detail for who may know it.
+# Its response has details for callers who may read them.
 _READY = "/readyz"
-# Asked again and again by programs that wait, and cheap: they need a key, and are not counted against its rate.
+# Cheap, and polled by clients: these need a key, and do not count against its rate limit.
 _CHEAP_PATHS = (
     "/metrics /jobs /history /files /ui /v1/models /internal/progress /sdapi/v1/progress /sdapi/v1/interrupt "
     "/sdapi/v1/sd-models /sdapi/v1/samplers /sdapi/v1/options /sdapi/v1/loras /sdapi/v1/png-info"
 ).split()
-# Where pictures come in as text in JSON, and bodies are long.
-_PICTURE_PATHS = ("/inpaint_", "/style_transfer_", "/sdapi/v1/txt2img", "/sdapi/v1/img2img", "/sdapi/v1/png-info")
-# Digits of a `Content-Length`; Python's `int` refuses thousands.
+# Routes whose JSON bodies hold images in base64.
+_IMAGE_PATHS = ("/inpaint_", "/style_transfer_", "/sdapi/v1/txt2img", "/sdapi/v1/img2img", "/sdapi/v1/png-info")
+# Digits of a `Content-Length`; `int` raises for more than 4300.
 _LONGEST_LENGTH = 18
-# Under a cheap path, and yet work: pictures sent to the UI are decoded.
+# Under a cheap path, but uploads to the UI are decoded, which costs time.
 _UPLOAD_PATH = "/ui/pictures"
-# The longest other body under /ui, an event of a page. Room is kept for no more: strangers without a key may send one.
+# Maximum bytes of other bodies under /ui, which are events of a page. Small, because they need no key.
 PAGE_BYTES = 65_536
 
 
 @dataclass(frozen=True, slots=True)
 class AdmittedRequest:
-    """A request that may go on: who asks, and what that one is allowed (`None`: the request is not counted)."""
+    """An admitted request: its caller and rate limit (`None`: the request does not count)."""
 
     caller: Caller = field(default_factory=Caller)
     allowed: RateLimitStatus | None = None
@@ -55,10 +55,10 @@ class AdmittedRequest:
 
 @dataclass(frozen=True, slots=True)
 class AccessPolicy:
-    """Who may draw. `hosts` are names this server answers to, beside loopback; `origins` tells which pages may draw.
+    """Which requests are admitted. `hosts` are the accepted host names, besides loopback.
 
-    `rate` and `concurrency` hold for keys without their own, and for each address where no key is needed.
-    `visitor_key` tells the key that a visitor of the UI has shown, from a request's headers.
+    `rate` and `concurrency` apply to keys without limits of their own, and to each address where no key is needed.
+    `visitor_key` returns the key with which the sender of a request logged in to the UI.
     """
 
     hosts: frozenset[str] = frozenset()
@@ -75,33 +75,33 @@ class AccessPolicy:
 
     @property
     def body_limits(self) -> BodyLimits:
-        """How long the texts and the pictures within a body may be."""
+        """The maximum lengths of texts and images in a body."""
         return BodyLimits(self.max_body_bytes, self.max_image_bytes)
 
     def body_limit(self, path: str, headers: Headers) -> int:
-        """How many bytes a body may have: pictures come as files of multipart bodies, and in base64 in some JSON."""
+        """Return the maximum bytes of a body: more for uploads, which are multipart files or base64 in JSON."""
         if _is_under(path, ("/ui",)) and path != _UPLOAD_PATH:
             return min(PAGE_BYTES, self.max_body_bytes)
         media_type = headers.get("content-type", "").lstrip().lower()
-        pictures = media_type.startswith("application/json") and path.startswith(_PICTURE_PATHS)
+        pictures = media_type.startswith("application/json") and path.startswith(_IMAGE_PATHS)
         long = pictures or media_type.startswith("multipart/form-data") or path == _UPLOAD_PATH
         return self.max_upload_bytes if long else self.max_body_bytes
 
     def admit(self, scope: Scope, headers: Headers) -> AdmittedRequest:
-        """Who asks. Raises `UnknownHost`, `Forbidden`, `Unauthorized`, `RateLimited` or `TooLarge` for others."""
+        """Return the caller. Raises `UnknownHost`, `Forbidden`, `Unauthorized`, `RateLimited` or `TooLarge`."""
         self._check_host(headers)
         path: str = scope["path"]
         opened = _is_open(scope)
         if not opened and not (path in _PAGES and scope["method"] in ("GET", "HEAD")):
             self.origins.check(scope, headers)
-        elif not path.startswith(_SHOWN_ELSEWHERE):
+        elif not path.startswith(_EMBEDDABLE):
             self.origins.check_page(scope, headers)
         if opened:
             return AdmittedRequest(self._known(scope, headers) if path == _READY else self._stranger(scope))
         if scope["method"] == "OPTIONS":
-            return AdmittedRequest(self._stranger(scope))  # a preflight carries no key, and draws nothing
+            return AdmittedRequest(self._stranger(scope))  # a preflight request carries no key
         admitted = self._admit_client(scope, headers)
-        # A body without a length is counted while it is read, by BodyLimit.
+        # BodyLimitMiddleware counts a body without a length while it is read.
         length, limit = headers.get("content-length", "0"), self.body_limit(path, headers)
         if length.isascii() and length.isdigit() and (len(length) > _LONGEST_LENGTH or int(length) > limit):
             raise TooLarge(f"A body may have {limit} bytes here.")
@@ -111,14 +111,14 @@ class AccessPolicy:
     def _admit_client(self, scope: Scope, headers: Headers) -> AdmittedRequest:
         stranger = self._stranger(scope)
         if self.keys and _is_under(scope["path"], ("/ui",)):
-            # A page cannot send a key: the UI asks for one itself, and asks our doors with it.
+            # A browser cannot send a key with a page load: the UI has a login, and sends the key to the API itself.
             shown = self.visitor_key(headers)
             return self._admit_key(self.keys.of(shown), stranger) if shown else AdmittedRequest(stranger)
         if self.keys and not (self.allow_anonymous and not holds_key(headers)):
             return self._admit_key(self._held(headers, stranger.address), stranger)
         if self.allow_anonymous:
             return AdmittedRequest(stranger, RateLimitStatus(stranger.share, self.rate, self.concurrency))
-        # A proxy on this machine that the settings do not name makes everyone look as if they were on it.
+        # Behind a local proxy that the settings do not name, all clients seem to be on this machine.
         if not is_loopback(stranger.address) or scope.get("state", {}).get("forwarded"):
             raise Forbidden(
                 "Without a key only clients on this machine may draw: set API_KEYS, or ALLOW_ANONYMOUS=1 for everyone. "
@@ -130,21 +130,21 @@ class AccessPolicy:
         )
 
     def _known(self, scope: Scope, headers: Headers) -> Caller:
-        """Who asks, where nobody has to say so."""
+        """Return the caller of a public page, anonymous unless the request is admitted otherwise."""
         try:
             return self._admit_client(scope, headers).caller
         except ServerError:
             return self._stranger(scope)
 
     def _held(self, headers: Headers, address: str) -> HashedApiKey:
-        """The key a request was sent with. Raises `Unauthorized`, and `RateLimited` after many wrong ones."""
+        """Return the key of a request. Raises `Unauthorized`, and `RateLimited` after many wrong keys."""
         try:
             key = self.keys.holder(headers)
         except Unauthorized:
             if holds_key(headers) and (wait := self.wrong_keys.wrong(address)):
                 raise RateLimited("Too many wrong keys came from this address.", retry_after=wait) from None
             raise
-        # Everyone looks as if they were here behind a proxy that the settings do not name.
+        # Behind a proxy that the settings do not name, all clients seem to be on this machine.
         if not is_loopback(address) and (wait := self.wrong_keys.right(address, key.caller.name)):
             raise RateLimited("Too many wrong keys came from this address.", retry_after=wait)
         return key
@@ -167,7 +167,7 @@ class AccessPolicy:
 
 
 def _is_open(scope: Scope) -> bool:
-    """Whether anyone may ask this: what draws nothing, changes nothing and tells no prompt."""
+    """Return whether a request is public: it generates nothing, changes nothing and returns no prompt."""
     path: str = scope["path"]
     if path.startswith("/files/"):
         return scope["method"] in ("GET", "HEAD") and "record" not in QueryParams(scope["query_string"])
@@ -176,7 +176,7 @@ def _is_open(scope: Scope) -> bool:
 
 @lru_cache(1024)
 def network_of(address: str) -> str:
-    """What tells one client from others: an IPv4 address, or the /64 of an IPv6 one, which one client has whole."""
+    """Return what identifies a client: its IPv4 address, or the /64 of its IPv6 address."""
     try:
         ip = ipaddress.ip_address(address.partition("%")[0])
     except ValueError:
@@ -188,7 +188,7 @@ def network_of(address: str) -> str:
 
 @lru_cache(1024)
 def is_loopback(name: str) -> bool:
-    """Whether a host name or address is this machine's own."""
+    """Return whether a host name or address is this machine's own."""
     if name == "localhost":
         return True
     try:
@@ -198,13 +198,13 @@ def is_loopback(name: str) -> bool:
 
 
 def allowed_host_names(host: str, allowed: tuple[str, ...], public_base_url: str) -> frozenset[str]:
-    """The host names the settings name, lower-cased and without ports; wildcard addresses name nothing."""
+    """Return the host names in the settings, in lower case without ports, without wildcard addresses."""
     names = {_host_name(name) for name in (host, *allowed, urlsplit(public_base_url).netloc)}
     return frozenset(names - {"", "0.0.0.0", "::"})  # noqa: S104  # taken out here, not listened on
 
 
 def _host_name(host: str) -> str:
-    """The name in a Host header or setting: without port, brackets and a final dot, lower-cased; empty if none."""
+    """Return the name in a Host header or setting, in lower case, without port, brackets and final dot."""
     match = _HOST.fullmatch(host.strip())
     return (match["v6"] or match["name"]).lower().removesuffix(".") if match else ""
 

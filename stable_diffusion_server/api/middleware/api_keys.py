@@ -1,4 +1,4 @@
-"""Who holds which key. Secrets are kept as hashes and compared in constant time."""
+"""API keys: stored as hashes, compared in constant time."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from stable_diffusion_server.types import Caller
 
 @dataclass(frozen=True, slots=True)
 class HashedApiKey:
-    """A key by the SHA-256 of its secret, with what it may: `concurrency` 0 and `rate` `None` are no limit."""
+    """An API key by the SHA-256 of its secret, with its limits: `concurrency` 0 and `rate` `None` mean no limit."""
 
     caller: Caller
     digest: bytes = field(repr=False)
@@ -26,12 +26,12 @@ class HashedApiKey:
 
 
 def hashed(secret: str) -> bytes:
-    """The SHA-256 of a secret."""
+    """Return the SHA-256 of a secret."""
     return hashlib.sha256(secret.encode("utf-8", "surrogatepass")).digest()
 
 
 class ApiKeyring:
-    """The keys of a server; without any, nobody needs one."""
+    """The API keys of a server. Without any, no caller needs one."""
 
     def __init__(self, keys: Iterable[HashedApiKey] = ()) -> None:
         self._keys = tuple(keys)
@@ -40,13 +40,13 @@ class ApiKeyring:
         return bool(self._keys)
 
     def holder(self, headers: Headers) -> HashedApiKey:
-        """The key a request was sent with. Raises `Unauthorized`."""
-        return self.of(_sent(headers))
+        """Return the key of a request. Raises `Unauthorized`."""
+        return self.of(_secret_of(headers))
 
     def of(self, secret: str) -> HashedApiKey:
-        """The key of a secret. Raises `Unauthorized`."""
+        """Return the key of a secret. Raises `Unauthorized`."""
         given = hashed(secret)
-        # Every key is compared, so that the time tells nothing about which one came close.
+        # Compares every key, so that the time is independent of which one matches.
         matching = [key for key in self._keys if hmac.compare_digest(given, key.digest)]
         if not matching:
             raise Unauthorized("Send a key as 'Authorization: Bearer …' or 'X-API-Key: …'.")
@@ -54,12 +54,12 @@ class ApiKeyring:
 
 
 def holds_key(headers: Headers) -> bool:
-    """Whether a request was sent with a key at all, right or wrong."""
+    """Return whether a request has a key, right or wrong."""
     return "authorization" in headers or "x-api-key" in headers
 
 
-def _sent(headers: Headers) -> str:
-    """The secret a request holds: as a bearer, as the password of HTTP Basic with any name, or in X-API-Key."""
+def _secret_of(headers: Headers) -> str:
+    """Return the secret of a request: bearer token, password of HTTP Basic with any name, or X-API-Key."""
     scheme, _, token = headers.get("authorization", "").partition(" ")
     match scheme.lower():
         case "bearer":

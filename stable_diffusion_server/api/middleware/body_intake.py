@@ -1,4 +1,4 @@
-"""How long bodies may take to arrive, and how many bytes of them are taken in at a time, of each caller and in all."""
+"""Limits how slowly bodies arrive, and the memory of bodies in transit, in total and by caller."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from stable_diffusion_server.errors import RateLimited, RequestTimedOut, ServerE
 
 
 class BodyIntakeMiddleware:
-    """ASGI middleware: a body arrives at `min_rate` bytes a second at the least, else the request is answered 408.
+    """ASGI middleware: a body that arrives slower than `min_rate` bytes per second is answered with 408.
 
-    It is measured over `seconds` at a time: so long a body may stand still. Before a part of it is read, memory for
-    that part is taken of `max_bytes`, shared out by caller; who gets none in `seconds` is answered 429, and gives back
-    what it held. Anonymous callers have half of it together, or as much as one upload takes, if that is more.
+    The rate is measured over `seconds`, so a body may pause for that time. Memory is reserved before each part is read,
+    from `max_bytes` shared fairly by caller; a request that gets none within `seconds` is answered with 429 and
+    releases what it holds. Anonymous callers share half of it, or the size of one upload if that is larger.
     """
 
     def __init__(self, app: ASGIApp, policy: AccessPolicy, seconds: float, min_rate: float, max_bytes: int) -> None:
@@ -30,7 +30,7 @@ class BodyIntakeMiddleware:
         self._budget = ByteBudget(max_bytes, max(max_bytes // 2, policy.max_upload_bytes))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on, its body taken in within bounds."""
+        """Pass a request on with its body limited."""
         if scope["type"] != "http" or not _has_body(scope):
             await self._app(scope, receive, send)
             return
@@ -40,7 +40,7 @@ class BodyIntakeMiddleware:
         started = False
 
         async def answer(message: Message) -> None:
-            """Pass an answer on; that of an application whose body was refused is replaced by the refusal."""
+            """Pass a response on, unless the body was rejected: then the error replaces it."""
             nonlocal started
             if body.refused is not None and not started:
                 return
@@ -65,16 +65,16 @@ class BodyIntakeMiddleware:
         await response(scope, receive, send)
 
     def _expected(self, scope: Scope) -> int:
-        """The bytes a body says it has; what may be read of it where it does not say."""
+        """Return the `Content-Length` of a body, or its limit without one."""
         headers = Headers(scope=scope)
         limit = self._policy.body_limit(scope["path"], headers)
         length = headers.get("content-length", "")
-        told = int(length) if length.isascii() and length.isdigit() and len(length) < len(str(2**63)) else limit
-        return min(told, limit)
+        declared = int(length) if length.isascii() and length.isdigit() and len(length) < len(str(2**63)) else limit
+        return min(declared, limit)
 
 
 class _Body:
-    """One body on its way in."""
+    """A body in transit."""
 
     def __init__(
         self, budget: ByteBudget, reservation: Reservation, seconds: float, quota: float, receive: Receive
@@ -88,12 +88,12 @@ class _Body:
         self.refused: ServerError | None = None
 
     async def receive(self) -> Message:
-        """The next part of the body, or what comes after it. Raises what the body is refused for."""
+        """Return the next message of the request. Raises the error for which the body is rejected."""
         if self._complete:
             return await self._receive()
         if self.refused is not None:
             raise self.refused
-        await self._make_room()
+        await self._reserve_memory()
         left = self._since + self._seconds - time.monotonic()
         try:
             async with asyncio.timeout(max(0.0, left)):
@@ -104,18 +104,18 @@ class _Body:
             self._complete = True
             self.release()
             return message
-        brought = len(message.get("body", b""))
-        self._arrived += brought
-        self._new += brought
+        received = len(message.get("body", b""))
+        self._arrived += received
+        self._new += received
         if self._new >= self._quota:
             self._since, self._new = time.monotonic(), 0
         return message
 
     def release(self) -> None:
-        """Give the memory back."""
+        """Release the memory."""
         self._budget.release(self._reservation)
 
-    async def _make_room(self) -> None:
+    async def _reserve_memory(self) -> None:
         began = time.monotonic()
         self._since = self._since or began
         try:
@@ -124,7 +124,7 @@ class _Body:
         except TimeoutError:
             error = RateLimited("Too many bodies are being sent at a time.", retry_after=1)
             raise self._refuse(error) from None
-        self._since += time.monotonic() - began  # nothing was read meanwhile, whatever was sent
+        self._since += time.monotonic() - began  # time spent waiting for memory does not count
 
     def _refuse(self, error: ServerError) -> ServerError:
         self.release()
@@ -140,7 +140,7 @@ def _has_body(scope: Scope) -> bool:
 
 
 def _owner_of(scope: Scope) -> tuple[str, bool]:
-    """Whose a body is (the caller's, or where none is known yet that of its address), and whether that is anonymous."""
+    """Return who shares the memory (the caller, or the address if none is known), and whether it is anonymous."""
     caller = scope.get("state", {}).get("caller")
     if caller is not None and (caller.name or caller.address):
         return str(caller.share), caller.anonymous

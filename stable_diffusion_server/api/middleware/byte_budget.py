@@ -1,7 +1,4 @@
-"""Memory for bodies on their way in: taken as bytes arrive, shared out by caller, never promised to more than it holds.
-
-Knows no HTTP.
-"""
+"""A memory budget for request bodies: reserved as bytes arrive, shared fairly by caller, free of deadlocks."""
 
 from __future__ import annotations
 
@@ -12,15 +9,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import count
 
-# Memory is taken for so many bytes at a time, and at first.
+# Bytes of the first reservation of a body, and the least of the following ones.
 STEP = 65_536
-# A body that has brought more takes more at a time, but never more than this ahead of what it has brought.
+# Larger bodies reserve more at a time, but at most so many bytes ahead of what has arrived.
 MOST_AHEAD = 4 * STEP
 
 
 @dataclass(eq=False, slots=True)
 class Reservation:
-    """What one body holds of a budget, in bytes. `claim` is how many it may come to, `owner` whose body it is."""
+    """The bytes that one body of `owner` holds. `claim` is the most it may need."""
 
     owner: str
     claim: int
@@ -34,11 +31,11 @@ class Reservation:
 class ByteBudget:
     """Lets bodies hold at most `capacity` bytes together, and those of anonymous callers at most `anonymous` of them.
 
-    A caller gets more only while all that it holds is no larger than what is free (half of it, when alone: the dynamic
-    threshold of Choudhury & Hahne, IEEE/ACM ToN 1998), but for its oldest body, which could else never be whole, and
-    the body that lacks least of all. Half-arrived bodies do not wait for one another: bytes are given only while all
-    bodies could be completed, one after the other (Dijkstra's banker's algorithm). Of the callers who wait, the one who
-    holds least is next. On one event loop.
+    A caller gets more only while it holds no more than what is free, thus at most half if it is alone (the dynamic
+    threshold of Choudhury & Hahne, IEEE/ACM ToN 1998). Exempt are its oldest body, which otherwise might never be
+    complete, and the body that needs least of all. Bodies cannot deadlock: bytes are granted only while all bodies
+    could be completed one after the other (Dijkstra's banker's algorithm). Of the waiting callers, the one that holds
+    least is next. For one event loop.
     """
 
     def __init__(self, capacity: int, anonymous: int) -> None:
@@ -47,7 +44,7 @@ class ByteBudget:
         self._held: Counter[str] = Counter()
         self._bodies: dict[str, dict[Reservation, None]] = {}
         self._waiting: dict[str, dict[Reservation, None]] = {}
-        # Of each body: the bytes it may still need, those it holds, and its number; in order.
+        # Per body, sorted: bytes it may still need, bytes it holds, its number.
         self._needs: dict[bool, list[tuple[int, int, int]]] = {False: [], True: []}
         self._numbers = count()
         self._longest = 0
@@ -55,11 +52,11 @@ class ByteBudget:
 
     @property
     def held(self) -> int:
-        """Bytes that are held by anyone."""
+        """Bytes held by all bodies."""
         return self._taken[False]
 
     def reserve(self, owner: str, claim: int, *, anonymous: bool = False) -> Reservation:
-        """A reservation that holds nothing yet. A body longer than all there is for it claims that much."""
+        """Return an empty reservation. The claim is limited to the capacity."""
         reservation = Reservation(
             owner, min(max(claim, STEP), self._capacity[anonymous]), anonymous, next(self._numbers)
         )
@@ -67,9 +64,9 @@ class ByteBudget:
         return reservation
 
     async def make_room(self, reservation: Reservation, arrived: int) -> None:
-        """Hold enough for the bytes that have arrived and the next ones; waits for others to end.
+        """Hold enough for the bytes that have arrived and for the next ones; wait for memory if needed.
 
-        One call at a time for a reservation; who no longer waits for it has to release it.
+        One call at a time per reservation. Release the reservation if this call is cancelled.
         """
         least = min(reservation.claim, arrived + STEP)
         if least <= reservation.held:
@@ -88,14 +85,14 @@ class ByteBudget:
             _discard(self._waiting, reservation)
 
     def release(self, reservation: Reservation) -> None:
-        """Give everything back; more than once is no harm."""
+        """Release everything. May be called more than once."""
         if not reservation.held:
             return
         self._count(reservation, 0)
         if not self._held[reservation.owner]:
             del self._held[reservation.owner]
         _discard(self._bodies, reservation)
-        if self._waiting and self._serving is None:  # many may end in one turn of the loop
+        if self._waiting and self._serving is None:  # once per loop iteration, however many are released
             self._serving = asyncio.get_running_loop().call_soon(self._serve)
 
     def _fits(self, reservation: Reservation) -> bool:
@@ -110,13 +107,13 @@ class ByteBudget:
         return True
 
     def _is_exempt(self, reservation: Reservation) -> bool:
-        """Whether a body need not keep to its owner's part: those that all others may wait for."""
+        """Return whether a body is exempt from the fair share, because others may wait for it."""
         if next(iter(self._bodies.get(reservation.owner, ())), reservation) is reservation:
             return True
         return reservation.held > 0 and reservation.claim - reservation.held <= self._needs[False][0][0]
 
     def _can_complete(self, part: bool, reservation: Reservation, free: int) -> bool:
-        """Whether every body of that part could still be completed if this one held what it wants."""
+        """Return whether every body of that part could be completed if this one held what it wants."""
         need, counted = reservation.claim - reservation.wanted, False
         for other_need, other_held, number in self._needs[part]:
             if number == reservation.number:
@@ -135,7 +132,7 @@ class ByteBudget:
         self._bodies.setdefault(reservation.owner, {})[reservation] = None
 
     def _count(self, reservation: Reservation, held: int) -> None:
-        """Have a body hold so many bytes, of everything that is counted."""
+        """Set the bytes that a body holds, in every sum."""
         for part in {False, reservation.anonymous}:
             self._taken[part] += held - reservation.held
             needs = self._needs[part]
@@ -147,14 +144,14 @@ class ByteBudget:
         reservation.held = held
 
     def _serve(self) -> None:
-        """Grant what is waited for and fits now, to those who hold least first."""
+        """Grant what fits to waiting callers, those that hold least first."""
         self._serving = None
         owners = sorted(self._waiting, key=lambda owner: self._held[owner])
         while owners:
             owners = [owner for owner in owners if self._serve_one(self._waiting.get(owner, ()))]
 
     def _serve_one(self, waiting: Iterable[Reservation]) -> bool:
-        """Grant one of an owner's: the first, else the begun one that lacks least. Looking at all would take long."""
+        """Grant one body of an owner: the first, or the partial one that needs least. Checking all would be slow."""
         waiters = [waiter for waiter in waiting if waiter.granted is not None and not waiter.granted.done()]
         if not waiters:
             return False

@@ -1,4 +1,4 @@
-"""Wrong keys by the address they come from: the more, the later the next is looked at. Bounded in memory."""
+"""Limits attempts with wrong API keys by client address, in bounded memory."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 _MINUTE, _HOUR = 60.0, 3600.0
-_MOST_ADDRESSES, _MOST_GOOD = 10_000, 16
+_MAX_ADDRESSES, _MAX_GOOD_KEYS = 10_000, 16
 
 
 @dataclass(slots=True)
-class _Tries:
-    """Wrong keys of one address within the minute and the hour that began then, and right ones it sent meanwhile."""
+class _Attempts:
+    """Wrong keys of one address in the minute and the hour that began then, and names of right keys it sent."""
 
     minute: float
     hour: float
@@ -24,52 +24,52 @@ class _Tries:
 
 
 class FailedLoginLimiter:
-    """Counts wrong keys. After `a_minute` of them an address is told to wait, whatever wrong ones it sends.
+    """Counts wrong keys. After `a_minute` of them, further wrong keys from that address are answered with a wait.
 
-    Others behind the same address are not locked out: a right key is taken all the same; after `an_hour` wrong ones,
-    only if the address has shown it meanwhile. `now` is a clock that never jumps. Used from the event loop alone.
+    Right keys are accepted, so that others behind the same address are not locked out. After `an_hour` wrong keys they
+    are accepted only if the address sent them before. `now` is a monotonic clock. For one event loop.
     """
 
     def __init__(self, a_minute: int = 20, an_hour: int = 1000, now: Callable[[], float] = time.monotonic) -> None:
         self._a_minute = a_minute
         self._an_hour = an_hour
         self._now = now
-        self._tries: OrderedDict[str, _Tries] = OrderedDict()
+        self._attempts: OrderedDict[str, _Attempts] = OrderedDict()
 
     def wrong(self, address: str) -> int:
-        """Count one; the seconds to wait before the next is looked at, 0 while few were wrong."""
+        """Count a wrong key. Return the seconds to wait before the next attempt, 0 while there are few."""
         now = self._now()
-        tries = self._of(address, now) or _Tries(now, now)
-        self._tries[address] = tries
-        self._tries.move_to_end(address)
-        if len(self._tries) > _MOST_ADDRESSES:
-            self._tries.popitem(last=False)
-        tries.in_minute += 1
-        tries.in_hour += 1
-        if tries.in_minute <= self._a_minute:
+        attempts = self._of(address, now) or _Attempts(now, now)
+        self._attempts[address] = attempts
+        self._attempts.move_to_end(address)
+        if len(self._attempts) > _MAX_ADDRESSES:
+            self._attempts.popitem(last=False)
+        attempts.in_minute += 1
+        attempts.in_hour += 1
+        if attempts.in_minute <= self._a_minute:
             return 0
-        return max(1, math.ceil(tries.minute + _MINUTE - now))
+        return max(1, math.ceil(attempts.minute + _MINUTE - now))
 
     def right(self, address: str, name: str) -> int:
-        """Note that a right key came; the seconds it has to wait, since too many wrong ones came from there before."""
+        """Record a right key. Return the seconds it must wait after too many wrong keys from that address."""
         now = self._now()
-        tries = self._of(address, now)
-        if tries is None or name in tries.good:
+        attempts = self._of(address, now)
+        if attempts is None or name in attempts.good:
             return 0
-        if tries.in_hour > self._an_hour:
-            return max(1, math.ceil(tries.hour + _HOUR - now))
-        if len(tries.good) < _MOST_GOOD:
-            tries.good.add(name)
+        if attempts.in_hour > self._an_hour:
+            return max(1, math.ceil(attempts.hour + _HOUR - now))
+        if len(attempts.good) < _MAX_GOOD_KEYS:
+            attempts.good.add(name)
         return 0
 
     def __len__(self) -> int:
-        return len(self._tries)
+        return len(self._attempts)
 
-    def _of(self, address: str, now: float) -> _Tries | None:
-        tries = self._tries.get(address)
-        if tries is not None and now - tries.hour >= _HOUR:
-            del self._tries[address]
+    def _of(self, address: str, now: float) -> _Attempts | None:
+        attempts = self._attempts.get(address)
+        if attempts is not None and now - attempts.hour >= _HOUR:
+            del self._attempts[address]
             return None
-        if tries is not None and now - tries.minute >= _MINUTE:
-            tries.minute, tries.in_minute = now, 0
-        return tries
+        if attempts is not None and now - attempts.minute >= _MINUTE:
+            attempts.minute, attempts.in_minute = now, 0
+        return attempts

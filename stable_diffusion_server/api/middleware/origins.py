@@ -1,4 +1,4 @@
-"""Which web pages a request may come from: what browsers say of it in Origin, Referer and Sec-Fetch headers."""
+"""Checks which web pages a request comes from, by its Origin, Referer and Sec-Fetch headers."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from starlette.types import Scope
 from stable_diffusion_server.errors import Forbidden
 
 _PREFETCH = ("purpose", "sec-purpose", "x-moz")
-# What browsers say where no page of another origin is behind a request; whatever else they say is refused.
+# Values of Sec-Fetch-Site for requests that no other origin caused. All others are rejected.
 _OWN = frozenset(("same-origin", "none"))
 _SAME_SITE = "same-site"
 
 
 @dataclass(frozen=True, slots=True)
 class OriginPolicy:
-    """Pages that may draw: this server's own, those of the `allowed` origins, and with `same_site` those of its site.
+    """Admits pages of this server, of the `allowed` origins, and with `same_site` those of the same site.
 
-    Another port of the same host, and another subdomain, are the same site, and may be anyone's.
+    Other ports and subdomains are the same site, but may belong to someone else.
     """
 
     allowed: frozenset[str] = frozenset()
     same_site: bool = False
 
     def check(self, scope: Scope, headers: Headers) -> None:
-        """Raise `Forbidden` for a request that a page of another origin has made, or that a browser makes ahead."""
+        """Raise `Forbidden` for a request by a page of another origin, and for a prefetch."""
         origin, sites = headers.get("origin"), headers.getlist("sec-fetch-site")
         if origin in self.allowed:
             return
@@ -36,14 +36,14 @@ class OriginPolicy:
             raise Forbidden("A prefetch does not draw.")
 
     def check_page(self, scope: Scope, headers: Headers) -> None:
-        """The same for pages that a link elsewhere may lead to, which draw nothing: only by following it.
+        """Raise `Forbidden` for a public page that another origin embeds; following a link to it is allowed.
 
-        As a picture, a script or a frame of another page they would have the server load what no one looks at.
+        As an image, script or frame of another page it would make the server work for nobody.
         """
         foreign = [site for site in headers.getlist("sec-fetch-site") if site not in _OWN]
         modes, destinations = headers.getlist("sec-fetch-mode"), headers.getlist("sec-fetch-dest")
         by_link = modes in ([], ["navigate"]) and destinations in ([], ["document"])
-        # Browsers that say none of this still tell a page from a picture by what they take.
+        # Browsers without Sec-Fetch headers still send `Accept: text/html` for pages only.
         takes_pages = "sec-fetch-site" in headers or "text/html" in headers.get("accept", "text/html")
         prefetched = any("prefetch" in headers.get(name, "").lower() for name in _PREFETCH)
         if "origin" in headers or prefetched or not takes_pages or (foreign and not by_link):
@@ -60,7 +60,7 @@ class OriginPolicy:
             )
         referer = headers.get("referer")
         if origin is None and referer and not sites and not _is_of(referer, {own, *self.allowed}):
-            # Browsers that send no Sec-Fetch-Site (old ones, or plain http elsewhere than loopback) still say this.
+            # Old browsers, and plain http beyond loopback, have no Sec-Fetch-Site, but send this.
             raise Forbidden("Other web sites may not draw here; the setting CORS_ORIGINS adds origins.")
 
 

@@ -1,4 +1,4 @@
-"""Who a request is from and what it was sent to, behind proxies: their headers count from those the settings name."""
+"""Reads client, scheme and host of a request from proxy headers, if they come from a trusted proxy."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from starlette.datastructures import Headers
 from starlette.types import Receive, Scope
 
-# What proxies, balancers and content networks add to what they pass on; no client on this machine sends any of it.
+# Headers that proxies, load balancers and CDNs add. Clients on this machine send none of them.
 _FORWARDING = re.compile(
     rb"via|forwarded.*|x-forwarded.*|x-original-.*|(x-|true-|wl-proxy-|ali-cdn-|incap-|x-sucuri-|x-cluster-|x-proxyuser-)"
     rb"?(real-|client-?|remote-|originating-)ip|x-real-.*|x-client-.*|x-remote-.*|x-proxy-.*|x-scheme|x-nginx-.*"
@@ -17,8 +17,8 @@ _FORWARDING = re.compile(
     rb"|cloudfront-.*|x-appengine-.*|x-cloud-trace-context|x-envoy-.*|x-vercel-.*|x-nf-.*|x-varnish|x-haproxy-.*"
     rb"|x-traefik-.*|x-coming-from|x-request-start|tailscale-.*|ngrok-.*|x-ngrok-.*|proxy-.*|max-forwards"
 )
-# A proxy that adds nothing at all still asks in the old version, as nginx does unless told otherwise.
-_OLD = ("0.9", "1.0")
+# Proxies that add no headers still use an old HTTP version; nginx does so by default.
+_OLD_VERSIONS = ("0.9", "1.0")
 _HOP = re.compile(r"\[(?P<v6>[0-9A-Fa-f:.]+)\](:\d{1,5})?|(?P<v4>[0-9.]+):\d{1,5}")
 _LOOPBACK = "127.0.0.1"
 
@@ -27,24 +27,24 @@ Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 @dataclass(frozen=True, slots=True)
 class TrustedProxies:
-    """The proxies whose headers are believed."""
+    """The networks of trusted proxies."""
 
     trusted: tuple[Network, ...] = ()
 
     def seen_through(self, scope: Scope, receive: Receive | None = None) -> Scope:
-        """The request as the proxies tell of it, when the connection comes from one of them; else as it is.
+        """Return the scope of a request as the client sent it, if the connection comes from a trusted proxy.
 
-        Where it comes from is asked of the connection behind `receive`: what serves this application may have believed
-        a header before, as uvicorn does by default.
+        The address of the connection is read behind `receive`, because the ASGI server may have replaced it by that in
+        a header, as uvicorn does by default.
 
-        The client becomes the last address that is no trusted proxy's, the scheme and the Host header what the
-        client used, with the port of `X-Forwarded-Port` where the name came without one. `state.forwarded` tells
-        that a request came through a proxy that is not trusted, or through one that does not tell who asks.
+        The client becomes the last address that is not a trusted proxy; scheme and Host header become those the client
+        used, with the port in `X-Forwarded-Port` if the host has none. `state.forwarded` is true for a request that
+        came through an untrusted proxy, or through one that does not name the client.
         """
         scope = _as_connected(scope, receive)
         headers = Headers(scope=scope)
         state = scope.setdefault("state", {})
-        old = scope.get("http_version") in _OLD
+        old = scope.get("http_version") in _OLD_VERSIONS
         state["forwarded"] = old or any(_FORWARDING.fullmatch(name.lower()) for name, _ in scope["headers"])
         client = scope.get("client")
         if not client or not self._trusts(client[0]):
@@ -52,10 +52,10 @@ class TrustedProxies:
         seen = {**scope}
         hops = [_address_in(hop) for line in headers.getlist("x-forwarded-for") for hop in line.split(",")]
         if hops:
-            # The last that is no trusted proxy's: what stands before it anyone may have sent.
+            # The last address that is not a trusted proxy. Clients can forge those before it.
             at = next((number for number in reversed(range(len(hops))) if not self._trusts(hops[number])), 0)
             seen["client"] = (hops[at], 0)
-            # On this machine is only who is so by every hop; what another machine calls loopback is that machine.
+            # Local only if every hop is local: loopback in the header of another machine means that machine.
             local = [_is_loopback(hop) for hop in (*hops[at:], client[0])]
             state["forwarded"] = local[0] and not all(local)
         if (scheme := headers.get("x-forwarded-proto", "").strip().lower()) in ("http", "https"):
@@ -76,7 +76,7 @@ class TrustedProxies:
 
 
 def _address_in(hop: str) -> str:
-    """The address of a hop without its port, which some proxies write too (Azure's): each connection has another."""
+    """Return the address of a hop without the port that some proxies add (Azure), which differs by connection."""
     match = _HOP.fullmatch(hop.strip())
     return (match["v6"] or match["v4"]) if match else hop.strip()
 
@@ -90,21 +90,21 @@ def _is_loopback(address: str) -> bool:
 
 
 def _with_port(host: str, headers: Headers) -> str:
-    """The host with the forwarded port: some proxies pass the name alone. The ports of http and https go unsaid."""
+    """Return the host with `X-Forwarded-Port`, which some proxies send apart; default ports are omitted."""
     port = headers.get("x-forwarded-port", "").strip()
-    unsaid = not (port.isascii() and port.isdigit()) or port in ("80", "443")
-    return host if unsaid or not host or ":" in host.rpartition("]")[2] else f"{host}:{port}"
+    omitted = not (port.isascii() and port.isdigit()) or port in ("80", "443")
+    return host if omitted or not host or ":" in host.rpartition("]")[2] else f"{host}:{port}"
 
 
 def _as_connected(scope: Scope, receive: Receive | None) -> Scope:
-    """The request with the client and the scheme of its own connection, whatever a server made of its headers."""
+    """Return the scope with client and scheme of the connection itself, whatever the ASGI server read from headers."""
     transport = getattr(getattr(receive, "__self__", None), "transport", None)
-    if (told := getattr(transport, "get_extra_info", None)) is not None:
-        peer = told("peername")
+    if (extra_info := getattr(transport, "get_extra_info", None)) is not None:
+        peer = extra_info("peername")
         client = (str(peer[0]), int(peer[1])) if isinstance(peer, tuple | list) and len(peer) > 1 else None
-        return {**scope, "client": client, "scheme": "https" if told("sslcontext") else "http"}
+        return {**scope, "client": client, "scheme": "https" if extra_info("sslcontext") else "http"}
     client = scope.get("client")
     if client and not client[1] and any(name.lower() == b"x-forwarded-for" for name, _ in scope["headers"]):
-        # No connection has port 0: another process has put the address of a header there. It believes this machine.
+        # Port 0 shows that the ASGI server took the address from a header, so the connection is from this machine.
         return {**scope, "client": (_LOOPBACK, 0), "scheme": "http"}
     return scope

@@ -1,4 +1,4 @@
-"""How often, and how many at a time, one caller may ask for pictures."""
+"""Limits the rate and the concurrency of each caller's requests."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from stable_diffusion_server.errors import RateLimited
 
 @dataclass(frozen=True, slots=True)
 class RateLimitStatus:
-    """What one caller is allowed: `who` tells callers apart; no rate, and concurrency 0, are no limit."""
+    """The limits of one caller, identified by `who`; rate `None` and concurrency 0 mean no limit."""
 
     who: str
     rate: RateLimitItem | None = None
@@ -22,32 +22,29 @@ class RateLimitStatus:
 
 
 class RateLimiter:
-    """Counts requests in a moving window, and those under way. Used from the event loop alone."""
+    """Counts requests in a moving window, and running requests. For one event loop."""
 
     def __init__(self) -> None:
         self._windows = MovingWindows()
-        self._under_way: Counter[str] = Counter()
+        self._running: Counter[str] = Counter()
 
     async def enter(self, allowed: RateLimitStatus) -> None:
-        """Count a request in; `leave` counts it out. Raises `RateLimited`, which counts nothing."""
-        if allowed.concurrency and self._under_way[allowed.who] >= allowed.concurrency:
+        """Count a request until `leave`. Raises `RateLimited` at a limit, and then counts nothing."""
+        if allowed.concurrency and self._running[allowed.who] >= allowed.concurrency:
             raise RateLimited(f"{allowed.concurrency} requests at a time are allowed here.", retry_after=1)
         if allowed.rate is not None and not self._windows.hit(allowed.who, allowed.rate):
             _, seconds = self._windows.remaining(allowed.who, allowed.rate)
-            raise RateLimited(f"{_told(allowed.rate)} are allowed here.", retry_after=max(1, math.ceil(seconds)))
-        self._under_way[allowed.who] += 1
+            raise RateLimited(f"{_describe(allowed.rate)} are allowed here.", retry_after=max(1, math.ceil(seconds)))
+        self._running[allowed.who] += 1
 
     def leave(self, allowed: RateLimitStatus) -> None:
-        """Count a request out that was counted in."""
-        self._under_way[allowed.who] -= 1
-        if not self._under_way[allowed.who]:
-            del self._under_way[allowed.who]
+        """End a request that `enter` counted."""
+        self._running[allowed.who] -= 1
+        if not self._running[allowed.who]:
+            del self._running[allowed.who]
 
     async def headers(self, allowed: RateLimitStatus) -> dict[str, str]:
-        """What a caller is told of its limit: how many in a window, how many are left, and seconds until there is room.
-
-        Names and meanings as in the IETF's draft "RateLimit header fields for HTTP"; nothing without a rate.
-        """
+        """Return the `RateLimit-…` headers of the IETF draft "RateLimit header fields for HTTP"; none if unlimited."""
         if allowed.rate is None:
             return {}
         left, seconds = self._windows.remaining(allowed.who, allowed.rate)
@@ -59,5 +56,5 @@ class RateLimiter:
         }
 
 
-def _told(rate: RateLimitItem) -> str:
+def _describe(rate: RateLimitItem) -> str:
     return f"{rate.amount} requests in {rate.get_expiry()} seconds"

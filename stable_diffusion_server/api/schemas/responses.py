@@ -50,8 +50,9 @@ class StoredProblemBody(TypedDict):
     title: str
     status: int
     detail: str
-    field: NotRequired[str]
-    errors: NotRequired[list[FieldErrorBody]]
+    # `exclude_if` keeps these optional where JobStatusBody requires all defaults.
+    field: NotRequired[Annotated[str, Field(exclude_if=_is_none)]]
+    errors: NotRequired[Annotated[list[FieldErrorBody], Field(exclude_if=_is_none)]]
 
 
 class ProblemBody(StoredProblemBody):
