@@ -25,7 +25,7 @@ from stable_diffusion_server.api.concurrency import cancel_on_disconnect, gather
 from stable_diffusion_server.api.dependencies import UrlOf, caller_of, scope_to_caller
 from stable_diffusion_server.api.dialect_context import DialectContext
 from stable_diffusion_server.api.http_responses import JSONResponse, client_closed_request
-from stable_diffusion_server.api.openapi.parameters import bounded_properties, json_body, set_bounds
+from stable_diffusion_server.api.openapi.parameters import bounded_properties, json_body, json_schema_of, set_bounds
 from stable_diffusion_server.api.request_parsing import read_json
 from stable_diffusion_server.api.schemas.params import raise_invalid
 from stable_diffusion_server.errors import ServerError, TooLarge
@@ -131,7 +131,7 @@ def _request_openapi(model: type[Txt2Img], limits: RequestLimits, *required: str
     """Return the OpenAPI of a JSON body with the bounds in the settings; further members are allowed."""
     bounds = limits.bounds()
     properties = bounded_properties(model, limits)
-    properties["seed"] = model.model_json_schema()["properties"]["seed"]  # this dialect allows -1
+    properties["seed"] = json_schema_of(model)["properties"]["seed"]  # this dialect allows -1
     for name, ours in {**BOUNDED, "width": "width", "height": "height"}.items():
         if name in properties:
             set_bounds(properties[name], *bounds[ours])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 from pydantic import BaseModel
@@ -48,7 +49,7 @@ def json_body(properties: Schema, *required: str) -> Schema:
 
 def bounded_properties(model: type[BaseModel], limits: RequestLimits) -> Schema:
     """Return the parameters of a model by name, as JSON Schema with the bounds in the settings."""
-    schema = model.model_json_schema()
+    schema = json_schema_of(model)
     properties: Schema = _inline(schema["properties"], schema.get("$defs", {}))
     for name, (low, high) in limits.bounds().items():
         if name in properties:
@@ -59,6 +60,12 @@ def bounded_properties(model: type[BaseModel], limits: RequestLimits) -> Schema:
             if name == "prompt":
                 part["minLength"] = 1
     return properties
+
+
+@lru_cache(64)
+def json_schema_of(model: type[BaseModel]) -> Schema:
+    """Return Pydantic's JSON Schema of a model. Do not change it: it is cached, since 15 took 60 % of `create_app`."""
+    return model.model_json_schema()
 
 
 def set_bounds(schema: Schema, low: float, high: float) -> None:
