@@ -79,7 +79,7 @@ class RequestDispatcher:
         if preferences.respond_async:
             return await self._answer_by_job(call)
         if generation.webhook_url is not None:
-            raise InvalidInput("webhook_url is told of jobs: send 'Prefer: respond-async' too.", field="webhook_url")
+            raise InvalidInput("webhook_url is for jobs: send 'Prefer: respond-async' too.", field="webhook_url")
         recorded = None if claim is None else await self._claim_or_recorded(claim, caller)
         return await (self._answer_at_once(call) if recorded is None else self._answer_recorded(call, recorded))
 

@@ -93,7 +93,7 @@ class TrackedTask:
 class TaskTracker:
     """The running tasks of all callers; a caller can read and interrupt its own.
 
-    Anonymous callers cannot be told apart, so they access a task only by a name too long to guess.
+    Anonymous callers cannot be distinguished, so they access a task only by a name too long to guess.
     """
 
     def __init__(self) -> None:

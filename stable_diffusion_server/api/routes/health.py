@@ -13,7 +13,7 @@ from stable_diffusion_server.api.http_responses import JSONResponse
 from stable_diffusion_server.api.schemas.responses import HealthBody, ReadinessBody
 from stable_diffusion_server.errors import Forbidden
 
-_ASK = "What is missing is told to those who send a key, and to clients on this machine where there are none."
+_ASK = "Send an API key to read what is missing; without API_KEYS, clients on this machine can read it."
 
 
 def health_router(
@@ -68,7 +68,7 @@ def health_router(
     )
     async def metrics(request: Request) -> Response:
         if caller_of(request).anonymous:
-            raise Forbidden("Without a key no figures are told.")
+            raise Forbidden("Metrics need a key.")
         return Response(await run_in_threadpool(exposition), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     return routes
