@@ -1,4 +1,4 @@
-"""The life of a job: accepted, drawn when its turn comes, followed, cancelled, told. Knows no HTTP and no torch."""
+"""Asynchronous jobs: durable store, background worker, event log, idempotency keys, webhooks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What happened to one job, for any number of readers from any point on, in bounded memory."""
+"""Replayable event log of one job, in bounded memory, for any number of readers; status and event types."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from stable_diffusion_server.types import EngineEventKind, GenerationProgress, G
 
 FINAL_EVENT_ID = "end"
 _MAX_EVENTS = 600
-_NOTHING_YET = GenerationProgress(EngineEventKind.QUEUED)
+_NO_PROGRESS = GenerationProgress(EngineEventKind.QUEUED)
 
 
 @dataclass(frozen=True, slots=True)
 class JobStatus:
-    """How a job stands, as its caller is told. `position` counts the jobs before it; times are since the epoch."""
+    """A job's status as its caller sees it. `position` counts the jobs ahead; times are seconds since the epoch."""
 
     id: str
     state: JobState
@@ -35,18 +35,28 @@ class JobStatus:
     outcome: GenerationResult | StoredProblem | None = None
 
     @classmethod
-    def from_record(cls, record: JobRecord, now: GenerationProgress = _NOTHING_YET) -> JobStatus:
-        """What is written down of a job, and how far it is; of one that has ended, how far it came."""
-        position, eta = (0, None) if record.state.ended else (now.position, now.eta_seconds)
-        told = (record.id.rpartition(":")[2], record.state, record.accepted_at, record.ended_at, record.attempts)
-        return cls(*told, position, eta, now.step, now.steps, record.outcome)
+    def from_record(cls, record: JobRecord, progress: GenerationProgress = _NO_PROGRESS) -> JobStatus:
+        """The status of a stored job with its progress; an ended job keeps its last step and has no position."""
+        ended = record.state.ended
+        return cls(
+            id=record.id.rpartition(":")[2],
+            state=record.state,
+            accepted_at=record.accepted_at,
+            ended_at=record.ended_at,
+            attempts=record.attempts,
+            position=0 if ended else progress.position,
+            eta_seconds=None if ended else progress.eta_seconds,
+            step=progress.step,
+            steps=progress.steps,
+            outcome=record.outcome,
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class JobEvent:
-    """One event: `queued`, `step`, `preview`, `done`, `failed` or `cancelled`. `id` is where to go on after it.
+    """One event: `queued`, `step`, `preview`, `done`, `failed` or `cancelled`. Streams resume after an event's `id`.
 
-    `preview` is height × width × 3 uint8, in a preview.
+    `preview` is height × width × 3 uint8; only `preview` events have it.
     """
 
     id: str
@@ -56,9 +66,9 @@ class JobEvent:
 
 
 class JobEventLog:
-    """The events of one job in one process, which `epoch` tells from those of an earlier one.
+    """The latest events of one job. Event ids start with `epoch`, which differs between processes.
 
-    Of waiting only the last event is kept, and only the last preview.
+    Of consecutive `queued` events only the last is kept, and only the last `preview`.
     """
 
     def __init__(self, epoch: str) -> None:
@@ -70,38 +80,38 @@ class JobEventLog:
         self.readers = 0
 
     def add(self, kind: str, status: JobStatus, preview: NDArray[np.uint8] | None = None) -> None:
-        """Let all readers know. An event of an ended job is its last."""
+        """Publish an event. An event whose status has ended is the last one."""
         self._count += 1
         superseded = kind == "preview" or (kind == "queued" and bool(self._events) and self._events[-1][1].kind == kind)
         if superseded:
-            self._events = deque((kept for kept in self._events if kept[1].kind != kind), _MAX_EVENTS)
-        over = status.state.ended
-        number = FINAL_EVENT_ID if over else f"{self._epoch}.{self._count}"
-        self._events.append((self._count, JobEvent(number, kind, status, preview)))
-        self._closed |= over
+            self._events = deque((event for event in self._events if event[1].kind != kind), _MAX_EVENTS)
+        ended = status.state.ended
+        event_id = FINAL_EVENT_ID if ended else f"{self._epoch}.{self._count}"
+        self._events.append((self._count, JobEvent(event_id, kind, status, preview)))
+        self._closed |= ended
         self._wake()
 
     def close(self) -> None:
-        """Send the readers home, although the job has not ended: they may come back to the next process."""
+        """End all streams although the job has not ended; clients may resume at the next process."""
         self._closed = True
         self._wake()
 
     async def follow(self, after: str | None, keepalive_seconds: float) -> AsyncGenerator[JobEvent | None]:
-        """The events after the one of that id, all of them for an id that is not known here, until the job ends.
+        """The events after the one with id `after`, until the job ends; all events if the id is unknown here.
 
-        `None` whenever nothing happened for `keepalive_seconds` seconds.
+        Yields `None` when no event came for `keepalive_seconds`.
         """
         epoch, _, number = (after or "").partition(".")
         seen = (parse_int(number) or 0) if epoch == self._epoch else 0
         self.readers += 1
         try:
             while True:
-                changed, over = self._changed, self._closed
-                # One at a time: who reads slowly holds no event that was superseded meanwhile.
+                changed, closed = self._changed, self._closed
+                # One at a time, so that a slow reader skips events that were superseded meanwhile.
                 while (following := self._next_after(seen)) is not None:
                     seen = following[0]
                     yield following[1]
-                if over:
+                if closed:
                     return
                 try:
                     async with asyncio.timeout(keepalive_seconds):
@@ -112,7 +122,6 @@ class JobEventLog:
             self.readers -= 1
 
     def _next_after(self, seen: int) -> tuple[int, JobEvent] | None:
-        """The first kept event after that number."""
         found = None
         for numbered in reversed(self._events):
             if numbered[0] <= seen:
@@ -126,5 +135,5 @@ class JobEventLog:
 
 
 async def final_event_only(status: JobStatus) -> AsyncGenerator[JobEvent | None]:
-    """The last event of a job of which no others are known any more."""
+    """The final event of a job whose event log is gone."""
     yield JobEvent(FINAL_EVENT_ID, status.state.value, replace(status))

@@ -1,4 +1,4 @@
-"""Idempotency keys of requests that wait for their answers: taken, answered, given back."""
+"""Idempotency keys of synchronous requests: claim, record the response, release."""
 
 from __future__ import annotations
 
@@ -6,40 +6,51 @@ import time
 
 import structlog
 
-from stable_diffusion_server.errors import JobStoreUnavailable
-from stable_diffusion_server.jobs.ids import check_recorded_response
+from stable_diffusion_server.errors import IdempotencyKeyReused, JobStoreUnavailable, RequestInProgress
 from stable_diffusion_server.jobs.store.async_store import AsyncJobStore
 from stable_diffusion_server.jobs.store.records import IdempotencyClaim, RecordedResponse, StoredProblem
-from stable_diffusion_server.jobs.store.sqlite_store import SqliteJobStore
 from stable_diffusion_server.types import GenerationResult
 
 _log = structlog.get_logger(__name__)
 
 
 class IdempotencyClaims:
-    """The part of jobs that keeps what keys were answered with."""
+    """The part of the job manager that records responses by idempotency key."""
 
-    _store: AsyncJobStore
+    def __init__(self, store: AsyncJobStore) -> None:
+        self._store = store
 
     async def claim(self, claim: IdempotencyClaim) -> RecordedResponse | None:
-        """Take an idempotency key for a request that waits, or give what it was answered with before.
+        """Claim a key for a synchronous request, or return its recorded response.
 
-        Raises `RequestInProgress` while that is not known, and `IdempotencyKeyReused` when the key came with another
-        request.
+        Raises `RequestInProgress` while the first request runs, and `IdempotencyKeyReused` if the key came with
+        another request.
         """
-        before = await self._store(SqliteJobStore.claim, claim, time.time())
+        before = await self._store.claim(claim, time.time())
         return None if before is None else check_recorded_response(claim, before)
 
     async def answer(self, claim: IdempotencyClaim, outcome: GenerationResult | StoredProblem | None) -> None:
-        """Keep what the request of a key was answered with; `None` lets the next one with the key try anew."""
+        """Record the response to a key; `None` releases the key, so that the request can be retried."""
         try:
             if outcome is None:
-                await self._store(SqliteJobStore.release_claim, claim)
+                await self._store.release_claim(claim)
             else:
-                await self._store(SqliteJobStore.record_response, claim, outcome)
+                await self._store.record_response(claim, outcome)
         except JobStoreUnavailable:
-            _log.warning("an answer could not be kept for its idempotency key")
+            _log.warning("the response to an idempotency key could not be stored")
 
     async def renew(self, claim: IdempotencyClaim, before: RecordedResponse) -> None:
-        """Let a key whose picture is gone be claimed anew, unless another request has done so meanwhile."""
-        await self._store(SqliteJobStore.discard_response, claim, before.job_id)
+        """Release a key whose image was deleted, unless another request has claimed it meanwhile."""
+        await self._store.discard_response(claim, before.job_id)
+
+
+def check_recorded_response(claim: IdempotencyClaim, before: RecordedResponse) -> RecordedResponse:
+    """The recorded response, if it belongs to this request.
+
+    Raises `IdempotencyKeyReused` for another request, and `RequestInProgress` while there is no response yet.
+    """
+    if before.fingerprint != claim.fingerprint:
+        raise IdempotencyKeyReused("This key came with another request before.", field="Idempotency-Key")
+    if before.job_id is None and before.outcome is None:
+        raise RequestInProgress("The request with this key is being answered.", field="Idempotency-Key", retry_after=1)
+    return before

@@ -1,40 +1,34 @@
-"""Ids of jobs: whose they are, what others are shown of them, and keys that were used before. No I/O."""
+"""Job ids: scoped by caller inside the server, shown to callers without that scope."""
 
 from __future__ import annotations
 
+import secrets
 from dataclasses import replace
 
-from stable_diffusion_server.errors import IdempotencyKeyReused, RequestInProgress
+from stable_diffusion_server.errors import RequestInProgress
 from stable_diffusion_server.jobs.events import JobStatus
-from stable_diffusion_server.jobs.store.records import IdempotencyClaim, JobRecord, RecordedResponse
+from stable_diffusion_server.jobs.store.records import JobRecord
 from stable_diffusion_server.jobs.tracked_job import JobHandle
 from stable_diffusion_server.types import Caller
 
 
+def new_job_id(prefix: str) -> str:
+    """An id with 128 random bits: an unguessable id is all that protects an anonymous caller's job."""
+    return prefix + secrets.token_urlsafe(16)
+
+
 def scope_job_id(job_id: str, caller: Caller) -> str:
-    """The whole id of a job whose caller chose its id: keys have their own, and know nothing of one another's."""
+    """`OWNER:ID` for an id chosen by a caller with an API key, so that callers may choose the same ids."""
     return f"{caller.owner}:{job_id}" if caller.owner else job_id
 
 
 def duplicate_job_id_error() -> RequestInProgress:
-    """The error for an id that its caller has given to another job already."""
+    """The error for a job id that the caller uses already."""
     return RequestInProgress("There is a job of this id already.", field="X-Job-ID")
 
 
 def visible_status(caller: Caller, found: JobHandle | JobRecord) -> JobStatus:
-    """How a job stands; one of another caller under its whole id, since the other may have chosen its end."""
+    """The status as `caller` sees it: own jobs by their id, jobs of other callers by the scoped id, which is unique."""
     record = found.record if isinstance(found, JobHandle) else found
     status = found.status if isinstance(found, JobHandle) else JobStatus.from_record(found)
     return status if record.caller.owner == caller.owner else replace(status, id=record.id)
-
-
-def check_recorded_response(claim: IdempotencyClaim, before: RecordedResponse) -> RecordedResponse:
-    """What a key was answered with.
-
-    Raises `IdempotencyKeyReused` for another request, `RequestInProgress` while nothing is.
-    """
-    if before.fingerprint != claim.fingerprint:
-        raise IdempotencyKeyReused("This key came with another request before.", field="Idempotency-Key")
-    if before.job_id is None and before.outcome is None:
-        raise RequestInProgress("The request with this key is being answered.", field="Idempotency-Key", retry_after=1)
-    return before

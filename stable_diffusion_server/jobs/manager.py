@@ -1,30 +1,25 @@
-"""Where jobs are handed in, asked after, followed and cancelled, each by its own caller; and requests that wait."""
+"""Job manager: accepts, lists, follows and cancels jobs, and tracks synchronous requests by id."""
 
 from __future__ import annotations
 
 import asyncio
 import secrets
 import time
-from collections import OrderedDict
 from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
 from dataclasses import replace
 
 import structlog
+from cachetools import FIFOCache
 
 from stable_diffusion_server.errors import Forbidden, JobStoreUnavailable, NotFound, NotReady
 from stable_diffusion_server.generation import GenerationService
-from stable_diffusion_server.jobs.admission import JobAdmission
 from stable_diffusion_server.jobs.crash_attribution import attribute_crash
 from stable_diffusion_server.jobs.events import FINAL_EVENT_ID, JobEvent, JobEventLog, JobStatus, final_event_only
-from stable_diffusion_server.jobs.idempotency import IdempotencyClaims
-from stable_diffusion_server.jobs.ids import (
-    check_recorded_response,
-    duplicate_job_id_error,
-    scope_job_id,
-    visible_status,
-)
-from stable_diffusion_server.jobs.policy import JobPolicy
+from stable_diffusion_server.jobs.idempotency import IdempotencyClaims, check_recorded_response
+from stable_diffusion_server.jobs.ids import duplicate_job_id_error, new_job_id, scope_job_id, visible_status
+from stable_diffusion_server.jobs.job_queue import JobAdmission
+from stable_diffusion_server.jobs.policy import MAX_CRASHES, MAX_KILLS, JobPolicy
 from stable_diffusion_server.jobs.store.async_store import AsyncJobStore
 from stable_diffusion_server.jobs.store.records import (
     IdempotencyClaim,
@@ -38,22 +33,24 @@ from stable_diffusion_server.jobs.store.serialization import payload_bytes
 from stable_diffusion_server.jobs.store.sqlite_store import SqliteJobStore
 from stable_diffusion_server.jobs.tracked_job import JobHandle
 from stable_diffusion_server.jobs.webhooks import WebhookDispatcher, WebhookTransport
-from stable_diffusion_server.jobs.worker import MAX_CRASHES, MAX_KILLS, JobWorker
+from stable_diffusion_server.jobs.worker import JobWorker
 from stable_diffusion_server.observability import DeviceRecord
 from stable_diffusion_server.types import Caller, GenerationRequest, GenerationResult
 
 _log = structlog.get_logger(__name__)
 
 _HOUR = 3600.0
-_RECENT, _LISTED = 64, 100
-_HOUSEKEEPING, _BEAT = 60.0, 10.0
+# Ended synchronous requests whose status stays available, and jobs in a listing.
+_RECENT_REQUESTS, _LIST_LIMIT = 64, 100
+_HOUSEKEEPING_SECONDS, _KEEPALIVE_SECONDS = 60.0, 10.0
 
 
 class JobManager(IdempotencyClaims):
-    """All jobs of this server. `describe` writes the message that tells a webhook of an end; `transport` sends it.
+    """All jobs of this server. Lives on one event loop.
 
-    `device_record` knows what was on the device when the process before this one ended, and how that was.
-    `refresh_caller` gives the caller of a job that was accepted before a restart as the keys of today have it.
+    `describe` renders a finished job as webhook message, `transport` sends it. `device_record` knows what ran on the
+    device when the previous process ended. `refresh_caller` gives the caller of a job accepted before a restart with
+    the rights of today's API keys.
     """
 
     def __init__(
@@ -66,19 +63,19 @@ class JobManager(IdempotencyClaims):
         device_record: DeviceRecord,
         refresh_caller: Callable[[Caller], Caller] = lambda caller: caller,
     ) -> None:
+        super().__init__(AsyncJobStore(store))
         self._refresh_caller = refresh_caller
         self._service = service
         self._transport = transport
-        self._store = AsyncJobStore(store)
         self._policy = policy
         self._device_record = device_record
         self._worker = JobWorker(
             service, self._store, policy.concurrency, describe, self._on_job_ended, policy.max_seconds
         )
-        self._admission = JobAdmission(self._worker, policy.max_queued, policy.store_bytes)
+        self._admission = JobAdmission(self._worker.queue, policy.max_queued, policy.store_bytes)
         self._webhooks = WebhookDispatcher(self._store, transport, policy.webhook_secret, policy.webhook_backoff)
         self._active: dict[str, JobHandle] = {}
-        self._recent: OrderedDict[str, JobHandle] = OrderedDict()
+        self._recent: FIFOCache[str, JobHandle] = FIFOCache(_RECENT_REQUESTS)
         self._epoch = secrets.token_hex(4)
         self._tasks: list[asyncio.Task[None]] = []
         self._closing = False
@@ -87,36 +84,34 @@ class JobManager(IdempotencyClaims):
 
     @property
     def waiting(self) -> int:
-        """Accepted jobs that wait for their turn at the queue for the device."""
-        return self._worker.waiting
+        """Accepted jobs that wait for a place in the engine's queue."""
+        return self._worker.queue.waiting
 
     @property
     def running(self) -> int:
-        """Accepted jobs that are being drawn, or stored."""
-        return self._worker.running
+        """Accepted jobs that are being generated or stored."""
+        return len(self._worker.queue.running)
 
     @property
     def unfinished(self) -> int:
-        """Accepted jobs whose end is not written yet."""
-        return self._worker.unfinished
+        """Accepted jobs whose end is not stored yet."""
+        return self.waiting + self.running
 
     async def start(self) -> None:
-        """Open the journal and go on with what it holds; a journal that cannot be opened is tried again later."""
+        """Open the store and resume its jobs. If the store cannot be opened, it is retried in the background."""
         await self._open_store()
-        self._tasks = [
-            asyncio.create_task(loop()) for loop in (self._worker.run, self._webhooks.run, self._run_housekeeping)
-        ]
-        self._worker.progress.watch_over(self._tasks)
+        self._tasks = [asyncio.create_task(run()) for run in (self._worker.run, self._webhooks.run, self._maintain)]
+        self._worker.supervise(self._tasks)
 
     def drain(self) -> None:
-        """Take no more jobs, begin none, and send those who follow one home. What is being drawn goes on."""
+        """Accept and start no more jobs, and end all event streams. Running jobs continue."""
         self._closing = True
         self._worker.drain()
         for job in self._active.values():
             job.events.close()
 
     async def stop(self, grace: float) -> None:
-        """Give what is being drawn `grace` seconds, and close the journal; it has the rest for the next start."""
+        """Drain, wait `grace` seconds for running jobs, and close the store; the next start resumes the others."""
         self.drain()
         await self._worker.stop(grace)
         for task in self._tasks:
@@ -134,78 +129,73 @@ class JobManager(IdempotencyClaims):
         job_id: str | None = None,
         claim: IdempotencyClaim | None = None,
     ) -> JobStatus | RecordedResponse:
-        """Take a job: it is written down with all its files when this returns. Or what its key was answered before.
+        """Accept a job: it is durable when this returns. Or return the recorded response of its idempotency key.
 
-        Raises `NotReady` when the server goes down, `QueueFull` when too many jobs wait, or too many of this caller's,
-        `JobStoreUnavailable`, `RequestInProgress` for an id that is taken, and what the service raises for an order it
-        cannot take.
+        Raises `NotReady` during shutdown, `QueueFull` when too many jobs wait in total or of this caller,
+        `JobStoreUnavailable`, `RequestInProgress` for a job id in use, and what the service raises for an invalid
+        request.
         """
         self._check_open()
         self._admission.check(caller.share)
-        if claim is not None and (before := await self._store(SqliteJobStore.recorded_response, claim)) is not None:
+        if claim is not None and (before := await self._store.recorded_response(claim)) is not None:
             return check_recorded_response(claim, before)
         if request.webhook_url is not None:
             await self._service.validate(request)
             await self._transport.check(request.webhook_url, caller.share)
-        settled, fetched = await self._service.prepare_for_storage(request, caller)
+        prepared, fetched = await self._service.prepare_for_storage(request, caller)
+        payload = JobPayload(prepared, fetched)
         now = time.time()
         record = JobRecord(
-            id=self._new_id() if job_id is None else scope_job_id(job_id, caller),
+            id=self._full_id(job_id, caller),
             caller=caller,
             accepted_at=now,
             deadline=None if request.timeout is None else now + request.timeout,
             base_url=base_url,
             webhook_url=request.webhook_url,
             share=caller.share,
-            bytes=payload_bytes(payload := JobPayload(settled, fetched)),
+            bytes=payload_bytes(payload),
         )
-        # What is written is drawn, although its caller be gone meanwhile.
+        # Shielded: what is stored must also be queued, even if the caller disconnects in between.
         return await asyncio.shield(asyncio.create_task(self._accept_durably(record, payload, claim)))
 
     async def track_request(self, caller: Caller, job_id: str | None = None) -> JobHandle:
-        """Let a request that waits for its answer be followed and cancelled by an id. Raises `RequestInProgress`."""
-        job = self._register(caller, self._new_id() if job_id is None else scope_job_id(job_id, caller))
+        """Make a synchronous request available under an id, to follow and cancel it. Raises `RequestInProgress`."""
+        job = self._register(caller, self._full_id(job_id, caller))
         if job_id is None:
             return job
-        known = None
         try:
-            with suppress(JobStoreUnavailable):  # then no accepted job can be asked after either
-                known = await self._store(SqliteJobStore.find, job.record.id)
+            with suppress(JobStoreUnavailable):  # then stored jobs cannot be queried either
+                if await self._store.find(job.record.id) is not None:
+                    raise duplicate_job_id_error()  # noqa: TRY301  # needs the same clean-up as other errors
         except BaseException:
             del self._active[job.record.id]
             raise
-        if known is not None:
-            del self._active[job.record.id]
-            raise duplicate_job_id_error()
         return job
 
     def finish_request(self, job: JobHandle, state: JobState, outcome: GenerationResult | StoredProblem | None) -> None:
-        """Note how such a request was answered; it can be asked after for a while."""
-        job.end(state, time.time(), outcome)
+        """Set the outcome of a tracked request; its status stays available for a while."""
+        job.finish(state, time.time(), outcome)
         job.publish_end()
         del self._active[job.record.id]
         self._recent[job.record.id] = job
-        while len(self._recent) > _RECENT:
-            self._recent.popitem(last=False)
 
     async def status(self, job_id: str, caller: Caller) -> JobStatus:
-        """How a job stands. Raises `NotFound` for one that is not the caller's."""
+        """The status of a job. Raises `NotFound` if it is not the caller's."""
         return visible_status(caller, await self._find(job_id, caller))
 
     async def list_jobs(self, caller: Caller) -> list[JobStatus]:
-        """The latest accepted jobs, newest first: the caller's own, everyone's for who manages.
+        """The latest accepted jobs, newest first: the caller's own, or all for a caller with full access.
 
-        Raises `Forbidden` for an anonymous caller, whose jobs are known by their ids alone.
+        Raises `Forbidden` for an anonymous caller, whose jobs are protected by their ids alone.
         """
         if caller.anonymous:
             raise Forbidden("Without a key jobs are not listed: each is known by its id alone.")
-        records = await self._store(
-            SqliteJobStore.list_recent, None if caller.has_full_access else caller.owner, _LISTED
-        )
+        owner = None if caller.has_full_access else caller.owner
+        records = await self._store.list_recent(owner, _LIST_LIMIT)
         return [visible_status(caller, self._active.get(record.id) or record) for record in records]
 
     async def cancel(self, job_id: str, caller: Caller) -> JobStatus:
-        """Take a job out of the queue or off the device; one that has ended stays as it is. Raises `NotFound`."""
+        """Cancel a waiting or running job; an ended job stays as it is. Raises `NotFound`."""
         found = await self._find(job_id, caller)
         if not isinstance(found, JobHandle):
             return JobStatus.from_record(found)
@@ -214,39 +204,36 @@ class JobManager(IdempotencyClaims):
         return found.status
 
     async def follow(self, job_id: str, caller: Caller, after: str | None) -> AsyncGenerator[JobEvent | None] | None:
-        """The job's events after one of them, `None` among them when nothing happens for a while. Raises `NotFound`.
+        """The job's events after the one with id `after`; `None` items are keep-alives. Raises `NotFound`.
 
-        `None` instead when that was the last one.
+        Returns `None` if `after` was the final event.
         """
         if after == FINAL_EVENT_ID:
             return None
         found = await self._find(job_id, caller)
-        return (
-            found.events.follow(after, _BEAT)
-            if isinstance(found, JobHandle)
-            else final_event_only(JobStatus.from_record(found))
-        )
+        if isinstance(found, JobHandle):
+            return found.events.follow(after, _KEEPALIVE_SECONDS)
+        return final_event_only(JobStatus.from_record(found))
 
     async def wait_for(self, job_id: str, caller: Caller, seconds: float) -> JobStatus:
-        """How an accepted job stands when it has ended, or when so many seconds are over. Raises `NotFound`."""
+        """The status of a job once it has ended, or after `seconds`. Raises `NotFound`."""
         found = await self._find(job_id, caller)
         if isinstance(found, JobHandle):
-            with suppress(TimeoutError):  # it goes on without its caller
+            with suppress(TimeoutError):  # the job continues
                 async with asyncio.timeout(seconds):
                     await found.ended.wait()
         return visible_status(caller, found)
 
     def health(self) -> str | None:
-        """Why accepted jobs make no progress, in one sentence; `None` while they do."""
-        return self._worker.progress.health()
+        """See `JobWorker.health`."""
+        return self._worker.health()
 
     def store_bytes(self) -> int:
         """Size of the job store on disk, in bytes."""
         return self._store.bytes_on_disk()
 
-    def _new_id(self) -> str:
-        """An id no one can guess, of 128 random bits: of an anonymous caller's job it is all that is asked for."""
-        return self._policy.id_prefix + secrets.token_urlsafe(16)
+    def _full_id(self, job_id: str | None, caller: Caller) -> str:
+        return new_job_id(self._policy.id_prefix) if job_id is None else scope_job_id(job_id, caller)
 
     def _check_open(self) -> None:
         if self._closing:
@@ -260,14 +247,14 @@ class JobManager(IdempotencyClaims):
             job = self._register(record.caller, record.id)
             job.record = record
             try:
-                before = await self._store(SqliteJobStore.accept, record, payload, claim)
+                before = await self._store.accept(record, payload, claim)
             except BaseException:
                 del self._active[record.id]
                 raise
             if before is not None and claim is not None:
                 del self._active[record.id]
                 return check_recorded_response(claim, before)
-            # An earlier request of this id that only waited would hide it.
+            # An ended synchronous request with the same id would hide this job.
             self._recent.pop(record.id, None)
             self._worker.enqueue(job)
             return job.status
@@ -280,13 +267,13 @@ class JobManager(IdempotencyClaims):
         return job
 
     async def _find(self, job_id: str, caller: Caller) -> JobHandle | JobRecord:
-        """The job of that id, if the caller may follow it: others are not told that it exists."""
-        for whole in dict.fromkeys((scope_job_id(job_id, caller), job_id)):
-            found: JobHandle | JobRecord | None = self._active.get(whole) or self._recent.get(whole)
+        """The job with that id. `NotFound` also for a job that the caller may not access."""
+        for scoped_id in dict.fromkeys((scope_job_id(job_id, caller), job_id)):
+            found: JobHandle | JobRecord | None = self._active.get(scoped_id) or self._recent.get(scoped_id)
             if found is None:
-                found = await self._store(SqliteJobStore.find, whole)
-            owner = found.record.caller if isinstance(found, JobHandle) else found.caller if found is not None else None
-            if found is not None and owner is not None and caller.may_access_jobs_of(owner):
+                found = await self._store.find(scoped_id)
+            record = found.record if isinstance(found, JobHandle) else found
+            if found is not None and record is not None and caller.may_access_jobs_of(record.caller):
                 return found
         raise NotFound("There is no such job.")
 
@@ -297,19 +284,19 @@ class JobManager(IdempotencyClaims):
 
     async def _open_store(self) -> None:
         try:
-            await self._store(SqliteJobStore.open)
-            records = await self._store(SqliteJobStore.unfinished)
+            await self._store.open()
+            stored = await self._store.unfinished()
         except JobStoreUnavailable:
             self.usable = False
             return
-        death = await asyncio.to_thread(self._device_record.begin)
-        records = attribute_crash(found := records, death)
-        with suppress(JobStoreUnavailable):  # told by the journal; what is not written counts in this process alone
-            for record in set(records) - set(found):
-                await self._store(SqliteJobStore.save_crash_counts, record)
+        crash = await asyncio.to_thread(self._device_record.begin)
+        records = attribute_crash(stored, crash)
+        with suppress(JobStoreUnavailable):  # then the counts hold for this process only
+            for record in set(records) - set(stored):
+                await self._store.save_crash_counts(record)
         self.usable = True
         if records:
-            _log.info("jobs are taken up again", jobs=len(records))
+            _log.info("stored jobs are resumed", jobs=len(records))
         for record in records:
             caller = self._refresh_caller(record.caller)
             job = JobHandle(replace(record, state=JobState.QUEUED, caller=caller), JobEventLog(self._epoch))
@@ -319,17 +306,15 @@ class JobManager(IdempotencyClaims):
             else:
                 self._worker.enqueue(job)
 
-    async def _run_housekeeping(self) -> None:
-        """Open a journal that could not be opened, and forget what is past, for ever."""
+    async def _maintain(self) -> None:
+        """Retry to open the store, and delete expired jobs and claims, until cancelled."""
         while True:
             if not self.usable:
                 await asyncio.sleep(self._policy.reopen_seconds)
                 await self._open_store()
                 continue
-            # Not forgotten early because the clock was set forward meanwhile: by both clocks its time must be over.
+            # The earlier of wall clock and monotonic clock: a clock set forward must not expire anything early.
             now, policy = min(time.time(), self._clock_offset + time.monotonic()), self._policy
-            with suppress(JobStoreUnavailable):  # told by the journal, and tried again
-                await self._store(
-                    SqliteJobStore.expire, now - policy.retention_hours * _HOUR, now - policy.idempotency_hours * _HOUR
-                )
-            await asyncio.sleep(_HOUSEKEEPING)
+            with suppress(JobStoreUnavailable):  # logged by the store, retried in the next round
+                await self._store.expire(now - policy.retention_hours * _HOUR, now - policy.idempotency_hours * _HOUR)
+            await asyncio.sleep(_HOUSEKEEPING_SECONDS)

@@ -1,19 +1,24 @@
-"""What the operator decides of jobs: how many, how large, for how long. Values alone."""
+"""Limits and retention times of jobs, as the operator configures them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from stable_diffusion_server.jobs.webhooks import WEBHOOK_BACKOFF
+# The third crash during one job fails it. After the first crash it runs alone, so later ones can be attributed to it.
+MAX_CRASHES = 3
+# Kills from outside say nothing about the job that ran; this many do.
+MAX_KILLS = 100
+# Seconds until the second, third, … try to deliver a webhook; the last value repeats.
+WEBHOOK_BACKOFF = (5.0, 30.0, 120.0, 600.0, 3600.0)
 
 
 @dataclass(frozen=True, slots=True)
 class JobPolicy:
-    """How many jobs wait and are drawn at once, how long ends and answers are kept, what signs webhooks.
+    """How many jobs wait and run, how long results are kept, and how webhooks are signed.
 
-    `store_bytes` is what jobs that have not ended may take, `id_prefix` is put before the ids made here.
-    `webhook_backoff` are the seconds between tries to tell a webhook; `reopen_seconds` those between tries to open the
-    journal; `max_seconds` how many seconds one job is drawn for at the most.
+    `store_bytes` limits the stored bytes of unfinished jobs; `id_prefix` starts every generated job id. All times are
+    in seconds, except where the name says hours: `reopen_seconds` between tries to open the job store, `max_seconds`
+    for one job.
     """
 
     max_queued: int = 1000

@@ -1,4 +1,4 @@
-"""A job that has not ended, or one that someone waits for: where it stands, who follows it, how to cancel it."""
+"""In-memory handle of an active job: progress, event log, cancellation."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from stable_diffusion_server.types import EngineEventKind, GenerationProgress, G
 
 @dataclass(eq=False, slots=True)
 class JobHandle:
-    """One job in this process. `cancelled` is set by its caller; `finished` once its end is known.
+    """One job in this process.
 
-    `expires_at` is its deadline by the clock that never jumps, `None` where it has none. `storage_failures` counts how
-    often the storage did not take its picture.
+    `cancelled` is set when the caller cancels, `finished` when the outcome is known, `ended` when it is published.
+    `expires_at` is the deadline in monotonic seconds. `storage_failures` counts failed uploads of its image.
     """
 
     record: JobRecord
@@ -31,24 +31,24 @@ class JobHandle:
 
     @property
     def suspect(self) -> bool:
-        """Whether the process has died of itself while it was drawn: then nothing is drawn beside it."""
+        """Whether the process crashed while this job ran; a suspect runs alone."""
         return self.record.crashes > 0
 
     @property
     def status(self) -> JobStatus:
-        """Where it stands now."""
+        """The current status."""
         return JobStatus.from_record(self.record, self.progress)
 
     def wants_previews(self) -> bool:
-        """Whether anyone follows it."""
+        """Whether a client follows the job's events."""
         return self.events.readers > 0
 
     def report_progress(self, progress: GenerationProgress) -> None:
-        """Take note of how far it is."""
+        """Update the progress and publish it; ignored once the job is finished."""
         if self.finished:
             return
         waits = progress.kind is EngineEventKind.QUEUED
-        # A hundred may follow one effort: nothing is copied that stays the same.
+        # A hundred jobs may share one generation, so unchanged progress is not copied.
         self.progress = progress if progress.preview is None else replace(progress, preview=None)
         state = JobState.QUEUED if waits else JobState.RUNNING
         if self.record.state is not state:
@@ -58,19 +58,19 @@ class JobHandle:
             self.events.add("preview", self.status, progress.preview)
 
     def report_position(self, position: int, eta_seconds: float | None) -> None:
-        """Take note of the jobs before it; told to those who follow it."""
+        """Update the number of jobs ahead; published only if the job has followers."""
         if (position, eta_seconds) != (self.progress.position, self.progress.eta_seconds):
             self.progress = GenerationProgress(EngineEventKind.QUEUED, position=position, eta_seconds=eta_seconds)
             if self.events.readers:
                 self.events.add("queued", self.status)
 
-    def end(self, state: JobState, at: float, outcome: GenerationResult | StoredProblem | None) -> JobRecord:
-        """Note how it ended; the entry to be written down. Nothing changes that any more."""
+    def finish(self, state: JobState, at: float, outcome: GenerationResult | StoredProblem | None) -> JobRecord:
+        """Set the outcome, which is final; returns the record to store. `at`: seconds since the epoch."""
         self.finished = True
         self.record = replace(self.record, state=state, ended_at=at, outcome=outcome)
         return self.record
 
     def publish_end(self) -> None:
-        """Let those who follow it, and those who wait, know that it ended."""
+        """Notify followers and waiting callers that the job has ended."""
         self.events.add(self.record.state.value, self.status)
         self.ended.set()

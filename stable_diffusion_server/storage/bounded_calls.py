@@ -1,4 +1,4 @@
-"""Calls to a store that are waited for only so long, and what is known to be down. Knows no spool."""
+"""Calls a bucket with a time limit, and remembers outages of reading and writing."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ _log = structlog.get_logger(__name__)
 
 T = TypeVar("T")
 
-# Calls to the bucket that may be under way at once.
-_CALLS = 8
+_MAX_CONCURRENT_CALLS = 8
 
 
 class BoundedCalls:
@@ -29,10 +28,10 @@ class BoundedCalls:
     def __init__(self, store: Bucket, timeout: float) -> None:
         self._store = store
         self._timeout = timeout
-        self._pool = ThreadPoolExecutor(_CALLS, thread_name_prefix="storage")
-        # Reading may well work where writing is not allowed.
+        self._pool = ThreadPoolExecutor(_MAX_CONCURRENT_CALLS, thread_name_prefix="storage")
+        # Separate for "read" and "write", because read-only credentials are possible.
         self._down: dict[str, str] = {}
-        # Writes by key that were not waited for to their end.
+        # Timed-out writes by key. They may still complete, so no later write of the key may start before.
         self._pending_writes: dict[str, Future[Any]] = {}
         self._probe: Future[None] | None = None
         self.was_up = False
@@ -40,13 +39,13 @@ class BoundedCalls:
         self.outage_event = threading.Event()
 
     def outage(self, what: str) -> str | None:
-        """Why it does not work, or `None`."""
+        """Why reading or writing is down, or `None`."""
         return self._down.get(what)
 
     def call(self, what: str, call: Callable[[], T], writes: str | None = None) -> T:
-        """The store's answer, not waited for at all while `what` is known to be down.
+        """Run `call` and return its result; fails at once during an outage of `what` ("read" or "write").
 
-        `writes` is the key that the call writes. Raises `StorageUnavailable`, and what the store says of a name.
+        `writes` is the key that the call writes. Raises `StorageUnavailable`, and the bucket's errors about a key.
         """
         if (why := self._down.get(what)) is not None:
             raise StorageUnavailable(why, retry_after=30)
@@ -59,7 +58,7 @@ class BoundedCalls:
             raise
 
     def call_even_if_down(self, call: Callable[[], T], writes: str | None = None) -> T:
-        """The same without minding, or noting, what is down."""
+        """Run `call` even during an outage, and do not record its failure as one."""
         try:
             answer = self._pool.submit(call)
         except RuntimeError as error:
@@ -67,7 +66,7 @@ class BoundedCalls:
         return self._result(answer, writes)
 
     def probe(self) -> None:
-        """Raises `StorageUnavailable` unless the store can be written now. One look at a time: a slow one is shared."""
+        """Raise `StorageUnavailable` unless the bucket is writable now. Concurrent probes share one request."""
         if self._probe is None or self._probe.done():
             try:
                 self._probe = self._pool.submit(self._store.open)
@@ -77,7 +76,7 @@ class BoundedCalls:
         self.was_up = True
 
     def has_pending_write(self, key: str) -> bool:
-        """Whether a write of this key that was given up is still under way."""
+        """Whether a timed-out write of this key is still running."""
         late = self._pending_writes.get(key)
         if late is None or not late.done():
             return late is not None
@@ -85,7 +84,7 @@ class BoundedCalls:
         return False
 
     def mark_down(self, what: str, why: str) -> None:
-        """Note that it does not work."""
+        """Record an outage."""
         self.failures += 1
         if what not in self._down:
             _log.error("the storage is down", to=what, reason=why)
@@ -94,12 +93,12 @@ class BoundedCalls:
         self._down[what] = why
 
     def mark_up(self, what: str) -> None:
-        """Note that it works."""
+        """Record the end of an outage."""
         if self._down.pop(what, None) is not None:
             _log.info("the storage is up again", to=what)
 
     def close(self) -> None:
-        """Start no more calls; those under way end by themselves."""
+        """Start no more calls; running calls are not interrupted."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _result(self, answer: Future[T], writes: str | None) -> T:

@@ -1,4 +1,4 @@
-"""Objects that the store refuses for good, kept in a folder with the reason until a person retries or drops them."""
+"""Folder of images that the bucket rejected, each with its reason, until an operator retries or drops them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import structlog
 
 _log = structlog.get_logger(__name__)
 
-# Where `retry` puts an object back for the server that runs, or the next one, to take up: beside those that wait.
+# Suffix of retried files in the spool folder; a running server, or the next one, queues them.
 RETRIED = ".retry"
 _ENDING = ".spool"
 _HEAD_BYTES = 65_536
@@ -26,7 +26,7 @@ _MAX_LETTERS = 1000
 
 @dataclass(frozen=True, slots=True)
 class DeadLetter:
-    """One refused object. `caller_informed`: its caller was told so, and has no URL of it. `size` in bytes on disk."""
+    """One rejected object. `caller_informed`: its caller got an error and no URL. `size`: bytes on disk."""
 
     path: Path
     key: str
@@ -36,14 +36,15 @@ class DeadLetter:
 
     @property
     def id(self) -> str:
-        """What the commands call it."""
+        """The id in the `spool` commands."""
         return self.path.name.removesuffix(_ENDING)
 
 
 class DeadLetters:
-    """The folder, made when the first object is put there. Safe from any thread; other processes may change it too.
+    """The folder, created with the first object. Thread-safe; other processes may change it too.
 
-    At most `most` objects of `max_bytes` together: beyond that the oldest go, first those whose callers were told.
+    At most `most` objects of `max_bytes` in total. The oldest are evicted first, those whose callers know of the
+    rejection before all others.
     """
 
     def __init__(self, folder: Path, max_bytes: int, most: int = _MAX_LETTERS) -> None:
@@ -53,7 +54,7 @@ class DeadLetters:
         self._lock = threading.Lock()
 
     def add(self, path: Path, reason: str, *, caller_informed: bool = False) -> Path | None:
-        """Move a file, or whatever stands in its place, here with the reason; `None` where that cannot be done."""
+        """Move a file here, with the reason; returns its new path, or `None` if it cannot be moved."""
         target = self._folder / path.name
         with self._lock:
             try:
@@ -63,26 +64,28 @@ class DeadLetters:
                     target, {"reason": reason, "told": caller_informed, "refused_at": round(time.time(), 3)}
                 )
             except OSError as error:
-                _log.warning("a refused object cannot be set aside", file=path.name, reason=error.strerror)
+                _log.warning(
+                    "a rejected image cannot be moved to the dead letters", file=path.name, reason=error.strerror
+                )
                 return None
             self._evict_oldest()
         return target
 
     def __len__(self) -> int:
-        """How many are here."""
+        """Number of dead letters."""
         with suppress(OSError):
             return sum(path.suffix != ".reason" for path in self._folder.iterdir())
         return 0
 
     def list_all(self) -> list[DeadLetter]:
-        """What is here, the oldest first."""
+        """All dead letters, oldest first."""
         with suppress(OSError):
             paths = sorted(path for path in self._folder.iterdir() if path.suffix != ".reason")
             return [letter for letter in map(self._read, paths) if letter is not None]
         return []
 
     def retry(self, letter: DeadLetter) -> None:
-        """Put it back to those that wait. Raises `OSError`, and `ValueError` for what is no whole object."""
+        """Move a letter back to the spool. Raises `OSError`, and `ValueError` if the file is damaged."""
         verify_spool_file(letter.path)
         target = self._folder.with_name("spool") / f"{letter.id}{RETRIED}"
         if target.exists():
@@ -91,7 +94,7 @@ class DeadLetters:
         _sidecar(letter.path).unlink(missing_ok=True)
 
     def drop(self, letter: DeadLetter) -> None:
-        """Remove it for good. Raises `OSError`."""
+        """Delete a letter. Raises `OSError`."""
         if letter.path.is_dir() and not letter.path.is_symlink():
             letter.path.rmdir()
         else:
@@ -99,8 +102,8 @@ class DeadLetters:
         _sidecar(letter.path).unlink(missing_ok=True)
 
     def _write_sidecar(self, target: Path, why: dict[str, Any]) -> None:
-        """Write the reason beside the object, which stays as it is."""
-        with suppress(OSError):  # a full disk: the object is worth more than the reason
+        """Write the reason into a file beside the object."""
+        with suppress(OSError):  # on a full disk the reason is lost, the object is not
             _sidecar(target).write_text(json.dumps(why))
 
     def _read(self, path: Path) -> DeadLetter | None:
@@ -121,13 +124,13 @@ class DeadLetters:
         while letters and (len(letters) > self._most or size > self._max_bytes):
             oldest = letters.pop(0)
             size -= oldest.size
-            _log.warning("too many refused objects: the oldest is removed", name=oldest.key, reason=oldest.reason)
+            _log.warning("too many dead letters: the oldest is removed", name=oldest.key, reason=oldest.reason)
             with suppress(OSError):
                 self.drop(oldest)
 
 
 def read_header(path: Path) -> dict[str, Any]:
-    """The line of facts before an object's bytes. Raises `OSError`, and `ValueError` for another kind of file."""
+    """The JSON header line of a spool file. Raises `OSError`, and `ValueError` for other files."""
     line = _read_first_line(path)
     facts = _parse_object(line) if line.endswith(b"\n") else None
     kinds = {"key": str, "content_type": str, "record": dict, "sha256": str, "overwrite": bool}
@@ -139,7 +142,7 @@ def read_header(path: Path) -> dict[str, Any]:
 
 
 def verify_spool_file(path: Path) -> tuple[dict[str, Any], int]:
-    """The facts of an object and the number of its bytes, which are whole. Raises `OSError` and `ValueError`."""
+    """The header and the number of image bytes, checked against the SHA-256. Raises `OSError` and `ValueError`."""
     facts, size, content = read_header(path), 0, hashlib.sha256()
     with path.open("rb") as file:
         file.readline(_HEAD_BYTES)
@@ -152,7 +155,7 @@ def verify_spool_file(path: Path) -> tuple[dict[str, Any], int]:
 
 
 def _read_first_line(path: Path) -> bytes:
-    """The beginning of a file, no more of it than a head may be. Raises `OSError`, and `ValueError` for no file."""
+    """At most 64 KiB of the first line. Raises `OSError`, and `ValueError` if it is not a regular file."""
     if not stat.S_ISREG(path.lstat().st_mode):
         raise ValueError("it is no file")
     with path.open("rb") as file:
@@ -160,7 +163,7 @@ def _read_first_line(path: Path) -> bytes:
 
 
 def _parse_object(line: bytes) -> dict[str, Any]:
-    """The JSON object of a line. Raises `ValueError`, for one that is nested too deep too."""
+    """Parse a JSON object. Raises `ValueError`, also for one that is nested too deep."""
     try:
         return dict(json.loads(line))
     except (RecursionError, TypeError) as error:

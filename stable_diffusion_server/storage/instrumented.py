@@ -12,7 +12,7 @@ from stable_diffusion_server.types import StoredObject
 
 
 class InstrumentedBucket(Bucket):
-    """Passes calls on to `store` and reports each to `called`: its name, its duration in seconds, whether it failed.
+    """Calls `store` and reports each call to `called`: name, duration in seconds, whether it failed.
 
     `NotFound` and `InvalidInput` are answers, not failures. `list` is not measured, since it lasts as long as its
     reader iterates.
@@ -23,7 +23,7 @@ class InstrumentedBucket(Bucket):
         self._called = called
 
     def open(self) -> None:
-        """Make ready."""
+        """Open the store."""
         with self._timed("open"):
             self._store.open()
 
@@ -32,15 +32,15 @@ class InstrumentedBucket(Bucket):
         self._store.close()
 
     def health(self) -> str | None:
-        """What is wrong with the store, in a sentence; `None` when nothing is."""
+        """As the store reports."""
         return self._store.health()
 
     def check_capacity(self) -> None:
-        """Raise `StorageUnavailable` when the store cannot take one more object."""
+        """As the store decides."""
         self._store.check_capacity()
 
     def peek(self, key: str) -> StoredObject | None:
-        """The object or `None`, and never `None` for an object that could not be looked for."""
+        """Timed as `stat`."""
         with self._timed("stat"):
             return self._store.peek(key)
 
@@ -49,31 +49,31 @@ class InstrumentedBucket(Bucket):
         return self._store.list(prefix)
 
     def url(self, key: str) -> str | None:
-        """The address of an object; `None` when only this server can give it."""
+        """The URL of the object."""
         return self._store.url(key)
 
     def stat(self, key: str) -> StoredObject | None:
-        """The object or `None`."""
+        """Timed."""
         with self._timed("stat"):
             return self._store.stat(key)
 
     def create(self, key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> tuple[StoredObject, bool]:
-        """Store if absent."""
+        """Timed."""
         with self._timed("create"):
             return self._store.create(key, data, content_type, record)
 
     def overwrite(self, key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> StoredObject:
-        """Store."""
+        """Timed."""
         with self._timed("overwrite"):
             return self._store.overwrite(key, data, content_type, record)
 
     def read(self, key: str, start: int = 0, end: int | None = None) -> bytes:
-        """The bytes."""
+        """Timed."""
         with self._timed("read"):
             return self._store.read(key, start, end)
 
     def delete(self, key: str) -> None:
-        """Remove."""
+        """Timed."""
         with self._timed("delete"):
             self._store.delete(key)
 

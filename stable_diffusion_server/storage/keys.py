@@ -8,15 +8,15 @@ from urllib.parse import quote
 from stable_diffusion_server.errors import InvalidInput
 from stable_diffusion_server.parsing import nfc
 
-# S3's own bound on a key, in bytes of UTF-8; it holds for every bucket, so that a name is portable.
+# S3's limit in bytes of UTF-8, applied to every bucket so that keys are portable.
 KEY_MAX_BYTES = 1024
 
 
 def object_key(bucket_path: str, name: str) -> str:
-    """The key of `name` under `bucket_path`: segments kept as they are, Unicode in NFC, nothing encoded.
+    """The key of `name` under `bucket_path`, in Unicode NFC, not percent-encoded.
 
-    Raises `InvalidInput` naming `save_path` for a name that is empty, absolute, climbs (`..`), holds control
-    characters or a backslash, or makes a key longer than `KEY_MAX_BYTES`.
+    Raises `InvalidInput` for `save_path` if the name is empty or absolute, has a part `.` or `..`, control characters
+    or a backslash, or if the key is longer than `KEY_MAX_BYTES`.
     """
     if len(name) > KEY_MAX_BYTES:
         raise _refused(f"makes a key longer than {KEY_MAX_BYTES} bytes")
@@ -45,7 +45,7 @@ def object_key(bucket_path: str, name: str) -> str:
 
 
 def url_path(key: str) -> str:
-    """The key as the path of a URL: percent-encoded once, '/' kept."""
+    """The key as URL path: percent-encoded, except for `/`."""
     return quote(key, safe="/")
 
 

@@ -1,4 +1,4 @@
-"""A bucket that is a folder: atomic writes, content type and record kept beside. Knows no URLs."""
+"""Local bucket: a folder with atomic writes; content type and record are stored beside each object."""
 
 from __future__ import annotations
 
@@ -36,17 +36,16 @@ _NAME_FAULTS = {
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "is in a folder that cannot be written to"),
     **dict.fromkeys((errno.EINVAL, errno.EILSEQ), "is none that this disk can hold"),
 }
-# A file that someone removes by hand is missed after this long.
+# A file removed by another program is noticed after this time.
 _CACHE_SIZE, _CACHE_SECONDS = 10_000, 2.0
 _DIGEST_CACHE_SIZE = 20_000
 
 
 class LocalBucket(Bucket):
-    """Objects in `root`/objects under their keys, facts about them in `root`/records, half-written ones in `root`/tmp.
+    """Objects in `root`/objects under their keys, their records in `root`/records, temporary files in `root`/tmp.
 
-    Keys are taken as cleaned by `bucket_api.object_key`. Several processes may share the folder: a lock file
-    decides who is first, and keeps an object and its facts together for everyone who looks. What was seen is known for
-    a moment, so that a burst of hits costs no look at the disk.
+    Keys come from `object_key`. Several processes may share the folder: a lock file orders the writers and keeps an
+    object and its record consistent for readers. `stat` results are cached for 2 s, so that bursts need no disk access.
     """
 
     def __init__(self, root: Path) -> None:
@@ -58,7 +57,7 @@ class LocalBucket(Bucket):
         self._thread_lock = threading.Lock()
 
     def open(self) -> None:
-        """Make the folders. Raises `StorageUnavailable` when they cannot be made or written to."""
+        """Create the folders. Raises `StorageUnavailable` if they cannot be created or written to."""
         with self._translated_errors():
             for folder in (self._objects, self._records, self._staging):
                 folder.mkdir(parents=True, exist_ok=True)
@@ -66,10 +65,10 @@ class LocalBucket(Bucket):
                     raise PermissionError(errno.EACCES, "not writable")
 
     def close(self) -> None:
-        """Nothing is held open."""
+        """Nothing to close."""
 
     def health(self) -> str | None:
-        """Why the disk takes nothing, as when it is full."""
+        """Why the disk is unusable, for example because it is full."""
         try:
             self.check_capacity()
         except StorageUnavailable as error:
@@ -77,12 +76,12 @@ class LocalBucket(Bucket):
         return None
 
     def check_capacity(self) -> None:
-        """Raises `StorageUnavailable` while the disk is full or broken, so that nothing is drawn in vain."""
+        """Raise `StorageUnavailable` while the disk is full or failing."""
         with self._translated_errors():
             self._disk.check()
 
     def stat(self, key: str) -> StoredObject | None:
-        """The object under `key`, whole, or `None`. Raises `InvalidInput` for a folder's name or one too long."""
+        """The complete object or `None`. Raises `InvalidInput` for the name of a folder or a name too long."""
         with self._translated_errors():
             since = self._cache.changes
             return self._cache.remember(key, self._find_consistent(key), since)
@@ -92,24 +91,24 @@ class LocalBucket(Bucket):
         return self._cache.get(key)
 
     def create(self, key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> tuple[StoredObject, bool]:
-        """Store `data` if `key` is absent; the first of several writers wins and the others get what it stored."""
+        """Store `data` if `key` is absent; of concurrent writers the first wins and the others get its object."""
         stored = _describe(key, data, content_type, record)
         with self._staged_object(data, stored) as (finished, facts):
             if (there := self._find(key)) is not None:
                 return there, False
             with self._translated_name_errors():
                 target = self._prepare_target(key)
-                target.unlink(missing_ok=True)  # what holds the name and is no object: an empty or broken file
+                target.unlink(missing_ok=True)  # an empty or damaged file, which is not an object
                 os.link(finished, target)
                 os.replace(facts, self._records / key)
             self._cache.remember(key, stored)
         return stored, True
 
     def overwrite(self, key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> StoredObject:
-        """Store `data` under `key`; a reader sees the old object or the new one, whole."""
+        """Store `data` under `key`; readers get the old object or the new one."""
         stored = _describe(key, data, content_type, record)
         with self._staged_object(data, stored) as (finished, facts):
-            self._find(key)  # refuses a name this disk takes for another one
+            self._find(key)  # raises if the disk does not distinguish this key from another
             with self._translated_name_errors():
                 os.replace(finished, self._prepare_target(key))
                 os.replace(facts, self._records / key)
@@ -117,7 +116,7 @@ class LocalBucket(Bucket):
         return stored
 
     def read(self, key: str, start: int = 0, end: int | None = None) -> bytes:
-        """Bytes `start` to before `end`. Raises `NotFound`."""
+        """Bytes `start` (inclusive) to `end` (exclusive). Raises `NotFound`."""
         with self._translated_errors():
             try:
                 with self.path(key).open("rb") as file:
@@ -128,7 +127,7 @@ class LocalBucket(Bucket):
                 raise NotFound("There is no picture under this name.") from error
 
     def delete(self, key: str) -> None:
-        """Remove the object and its facts, if they are there, and the folders that are empty then."""
+        """Remove the object and its record, and folders that become empty."""
         with self._translated_errors(), self._locked():
             self._cache.remember(key, None)
             for root in (self._objects, self._records):
@@ -146,7 +145,7 @@ class LocalBucket(Bucket):
                         raise
 
     def list(self, prefix: str = "") -> Iterator[str]:
-        """The keys that begin with `prefix`, in order of their folders."""
+        """The keys that start with `prefix`, in folder order."""
         top = self._objects / prefix.rpartition("/")[0]
         if not top.resolve().is_relative_to(self._objects.resolve()):
             return
@@ -159,9 +158,9 @@ class LocalBucket(Bucket):
                     yield key
 
     def path(self, key: str) -> Path:
-        """Where the object's file lies, for a server that can send files by itself.
+        """The object's file, for sendfile.
 
-        Raises `NotFound` for a key that leads out of the folder, by a symbolic link in it or otherwise.
+        Raises `NotFound` for a key that leads out of the folder, for example by a symbolic link.
         """
         target = self._objects / key
         if not target.parent.resolve().is_relative_to(self._objects.resolve()):
@@ -170,7 +169,7 @@ class LocalBucket(Bucket):
 
     @contextmanager
     def _translated_errors(self) -> Iterator[None]:
-        """Turn the operating system's errors into `StorageUnavailable`, which says why and names no path."""
+        """Raise `OSError` as `StorageUnavailable`, without paths."""
         try:
             yield
         except OSError as error:
@@ -180,7 +179,7 @@ class LocalBucket(Bucket):
 
     @contextmanager
     def _staged_object(self, data: bytes, stored: StoredObject) -> Iterator[tuple[Path, Path]]:
-        """Files with the object and its facts, both safely on disk, while the lock is held."""
+        """Durable temporary files with the object and its record, while the lock is held."""
         with (
             self._translated_errors(),
             self._staged_file(data) as finished,
@@ -191,7 +190,7 @@ class LocalBucket(Bucket):
 
     @contextmanager
     def _staged_file(self, data: bytes) -> Iterator[Path]:
-        """A file of its own in the same file system with `data` safely on disk; gone afterwards."""
+        """A durable temporary file with `data` in the same file system, removed afterwards."""
         path = self._staging / uuid4().hex
         try:
             with path.open("xb") as file:
@@ -203,7 +202,7 @@ class LocalBucket(Bucket):
             path.unlink(missing_ok=True)
 
     def _prepare_target(self, key: str) -> Path:
-        """The path of an object to be written, with the folders that it and its facts need."""
+        """The path of an object to write; creates the folders of object and record."""
         target = self._checked_path(key)
         for path in (target, self._records / key):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -211,9 +210,9 @@ class LocalBucket(Bucket):
 
     @contextmanager
     def _translated_name_errors(self) -> Iterator[None]:
-        """Turn the errors of a step that a caller's name can fail into `InvalidInput`; the others pass.
+        """Raise errors caused by the caller's key as `InvalidInput`; other errors pass.
 
-        What is wrong with the whole bucket is not blamed on a name: then its own folders cannot be written to either.
+        An error of the whole bucket is not the key's: then the bucket's own folders are not writable either.
         """
         try:
             yield
@@ -227,9 +226,9 @@ class LocalBucket(Bucket):
         return all(os.access(folder, os.W_OK | os.X_OK) for folder in (self._objects, self._records, self._staging))
 
     def _checked_path(self, key: str) -> Path:
-        """The path of a key, once it is known that a picture may stand there; raises the system's own errors."""
+        """The path of a key that may name an object. Raises `OSError`."""
         if max(map(len, key.encode().split(b"/"))) > _SEGMENT_MAX_BYTES:
-            # Asked for first: a missing folder would hide it, and the picture would be drawn in vain.
+            # Checked here because a missing folder would hide the error until the image is generated.
             raise OSError(errno.ENAMETOOLONG, "too long")
         target = self.path(key)
         if target.is_dir() and not target.is_symlink():
@@ -238,10 +237,9 @@ class LocalBucket(Bucket):
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """Held while an object and its facts are put in place together, by whichever thread or process.
+        """The lock for replacing an object with its record, across threads and processes.
 
-        Our own threads take turns first: a file's lock can only be asked for again and again, 50 ms apart, which
-        under load kept every thread of the server asleep.
+        Threads take a thread lock first, because FileLock polls every 50 ms, which under load kept all threads asleep.
         """
         with self._thread_lock, FileLock(self._staging / ".lock", thread_local=False, is_singleton=False):
             yield
@@ -250,12 +248,12 @@ class LocalBucket(Bucket):
         found = self._find(key)
         if found.record if found is not None else not (self._records / key).is_file():
             return found
-        # No facts, or not of this file: a writer may be between its two renames, so look again behind it.
+        # No matching record: a writer may be between its two renames, so look again under the lock.
         with self._locked():
             return self._find(key)
 
-    def _looks_whole(self, key: str, size: int) -> bool:
-        """Whether the file under `key` has a picture's beginning and end."""
+    def _is_whole_image(self, key: str, size: int) -> bool:
+        """Whether the file under `key` has the start and the end of an image file."""
         with suppress(OSError), (self._objects / key).open("rb") as file:
             head = file.read(12)
             file.seek(max(0, size - 12))
@@ -263,7 +261,7 @@ class LocalBucket(Bucket):
         return False
 
     def _check_folder_of(self, key: str) -> None:
-        """Raises `InvalidInput` for a name whose folder takes no files, while the bucket does: before it is drawn."""
+        """Raise `InvalidInput` for a key in a read-only folder of a writable bucket, before the image is generated."""
         folder = next(path for path in (self._objects / key).parents if path.exists())
         if not os.access(folder, os.W_OK | os.X_OK) and self._is_writable():
             raise InvalidInput(f"save_path {_NAME_FAULTS[errno.EACCES]}.", field="save_path")
@@ -295,15 +293,15 @@ class LocalBucket(Bucket):
                 )
             return facts if facts.is_complete else None
         content_type = mimetypes.guess_type(key)[0] or "application/octet-stream"
-        if (facts is not None or is_image_object(key, "")) and not self._looks_whole(key, found.st_size):
-            return None  # not the file that was written, and no other picture: cut short, or garbage
-        # Put there by hand, or its facts were lost: still an object, of which only the file itself is known.
+        if (facts is not None or is_image_object(key, "")) and not self._is_whole_image(key, found.st_size):
+            return None  # truncated or garbage
+        # A file put there by hand, or a lost record: still an object, described by the file alone.
         etag = hashlib.sha256(f"{found.st_mtime_ns}-{found.st_size}".encode()).hexdigest()
         return StoredObject(key, found.st_size, etag, content_type, {})
 
 
 def _sha256_or_empty(path: Path, found: os.stat_result) -> str:
-    """The SHA-256 of a file, read again only when it was changed; empty for one that cannot be read."""
+    """The SHA-256 of a file, cached until it changes; empty if it cannot be read."""
     try:
         return _cached_sha256(path, (found.st_size, found.st_ino, found.st_mtime_ns))
     except OSError:

@@ -1,4 +1,4 @@
-"""How a stored picture is presented to caches and browsers: the same headers from every kind of bucket. Pure."""
+"""`Cache-Control` and `Content-Disposition` of stored objects, the same for every bucket."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from urllib.parse import quote
 
 from stable_diffusion_server.parsing import strip_marks
 
-# In a record: the name is made from the content, so what is under it never changes.
+# Key in an object's record: the object key is derived from the request, so the object never changes.
 IMMUTABLE = "lasting"
 _CACHE_IMMUTABLE = "public, max-age=31536000, immutable"
-# A name may be overwritten; its ETag tells a cache cheaply whether it was.
+# Other objects may be overwritten; caches revalidate them by ETag.
 _CACHE_ONE_MINUTE = "public, max-age=60"
 _UNSAFE = re.compile(r"[^A-Za-z0-9._ -]+")
 
 
 def cache_control(record: Mapping[str, str]) -> str:
-    """`Cache-Control` for an object with this record."""
+    """The `Cache-Control` header for an object with this record."""
     return _CACHE_IMMUTABLE if IMMUTABLE in record else _CACHE_ONE_MINUTE
 
 
 def content_disposition(key: str, *, inline: bool = True) -> str:
-    """`Content-Disposition` (RFC 6266) with the last part of the key as the name a browser saves it under."""
+    """The `Content-Disposition` header (RFC 6266) with the last part of the key as file name."""
     name = key.rpartition("/")[2]
     plain = unicodedata.normalize("NFKD", strip_marks(name)).encode("ascii", "ignore").decode()
     safe = _UNSAFE.sub("_", plain).strip(". ") or "picture"

@@ -1,4 +1,4 @@
-"""Tells a store's refusal of one name from a refusal of everything, by trying another name. Knows no store."""
+"""Tells whether a bucket rejects one key or every request, by trying the same with a key of our own."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from stable_diffusion_server.errors import InvalidInput, KeyBusy, NotFound, Serv
 
 
 def classify_refusal(detail: str, code: object, try_own_key: Callable[[], object]) -> ServerError:
-    """The error for a refusal: `InvalidInput` if the same is done for another name, else `StorageUnavailable`.
+    """`InvalidInput` if the same request works for another key, otherwise `StorageUnavailable`.
 
-    `detail` is the sentence of the refusal, `code` the store's word or number for it. `try_own_key` does the same under
-    a name of the server's own, and raises as the store does.
+    `detail` describes the rejection, `code` is the store's error code. `try_own_key` repeats the request with a key of
+    the server's own and raises the store's errors.
     """
     if not is_store_available(try_own_key):
         return StorageUnavailable(detail)
@@ -19,7 +19,7 @@ def classify_refusal(detail: str, code: object, try_own_key: Callable[[], object
 
 
 def is_store_available(call: Callable[[], object]) -> bool:
-    """Whether the store does what a call asks, or says that the object is absent or was written by someone else."""
+    """Whether the call succeeds, or fails only because the object is absent or written concurrently."""
     try:
         call()
     except (NotFound, KeyBusy):

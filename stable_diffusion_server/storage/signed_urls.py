@@ -1,4 +1,4 @@
-"""Addresses that open a picture for a while: signed with a secret of this server. Knows no HTTP."""
+"""Expiring URLs of images, signed with a secret of this server (HMAC-SHA256)."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _SECRET_BYTES = 32
 
 
 class ServerSecret:
-    """What this server alone knows. Without a `value` one is made and kept in `file`, so that it outlives restarts.
+    """The server's secret. Without a `value` a random one is generated and stored in `file`.
 
-    Servers that are to honour one another's addresses, and name pictures alike, share a value.
+    Servers that share a bucket need the same value, to accept each other's URLs and derive the same object keys.
     """
 
     def __init__(self, value: str, file: Path) -> None:
@@ -28,9 +28,9 @@ class ServerSecret:
         self._file = file
 
     def open(self) -> None:
-        """Read the secret, or make it; of several processes that make it, all use the first one's.
+        """Read the secret or generate it; of several processes that generate it, the first wins.
 
-        One that is damaged is put aside for a new one: addresses that were signed with it open nothing any more.
+        A damaged file is quarantined and replaced, which invalidates the URLs signed before.
         """
         if self._value:
             return
@@ -66,15 +66,15 @@ class ServerSecret:
         return hmac.new(self.value, text.encode("utf-8", "replace"), hashlib.sha256).hexdigest()
 
     def _fault(self) -> str:
-        """What is wrong with the file, in a few words; empty where nothing is."""
+        """Why the file is unusable; empty if it is fine."""
         try:
             return "" if len(self._file.read_bytes()) >= _SECRET_BYTES else "it is cut short"
-        except OSError as error:  # a folder, a link to nothing, another user's
+        except OSError as error:  # a folder, a dangling link, no permission
             return str(error.strerror)
 
 
 class UrlSigner:
-    """Signs keys for `seconds`, with the secret of a server; see `ServerSecret`."""
+    """Signs object keys for `seconds` with a `ServerSecret`."""
 
     def __init__(self, secret: str, file: Path, seconds: int, now: Callable[[], float] = time.time) -> None:
         self._secret = ServerSecret(secret, file)
@@ -82,23 +82,23 @@ class UrlSigner:
         self._now = now
 
     def open(self) -> None:
-        """Read the secret, or make it. Raises `StorageUnavailable`."""
+        """Read or generate the secret. Raises `StorageUnavailable`."""
         self._secret.open()
 
     def query(self, key: str) -> str:
-        """What is put behind an address of `key`. Raises `StorageUnavailable` until opened."""
+        """The query string for the URL of `key`. Raises `StorageUnavailable` until opened."""
         expires = int(self._now()) + self._seconds
         return f"expires={expires}&signature={self._signature(key, str(expires))}"
 
     def verify(self, key: str, expires: str, signature: str) -> int | None:
-        """Until when (seconds since 1970) an address holds; `None` for one that does not."""
+        """The expiry (seconds since 1970) of a valid signature; `None` if it is invalid or expired."""
         if not (expires.isascii() and expires.isdigit() and len(expires) <= 12):
             return None
         try:
             right = self._signature(key, expires)
         except StorageUnavailable:
             return None
-        # Compared as bytes: text that is not ASCII cannot be.
+        # As bytes: compare_digest rejects non-ASCII str.
         same = hmac.compare_digest(right.encode(), signature.encode("utf-8", "replace"))
         return int(expires) if same and self._now() < int(expires) else None
 

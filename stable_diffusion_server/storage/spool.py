@@ -1,4 +1,4 @@
-"""Finished pictures as files on disk: written whole, found again after a restart. Knows no bucket and no HTTP."""
+"""Disk queue of images that wait for upload; it survives restarts."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from stable_diffusion_server.types import StoredObject
 
 _log = structlog.get_logger(__name__)
 
-# No file takes as long to be written.
+# Partial files older than this are left over from a crash.
 _PART_SECONDS = 600.0
 
 
 @dataclass(frozen=True, slots=True)
 class SpooledObject:
-    """A finished picture on disk. `overwrite`: it is to replace what is stored under its key."""
+    """An image on disk. `overwrite`: it replaces an object stored under its key."""
 
     path: Path
     stored: StoredObject
@@ -36,16 +36,16 @@ class SpooledObject:
 
     @property
     def queued_at(self) -> float:
-        """When it was kept, in seconds since 1970, as its name tells; 0 for a name that does not."""
+        """Seconds since 1970, from the file name; 0 for other names."""
         stamp = self.path.name.partition("-")[0]
         return int(stamp) / 1e9 if stamp.isascii() and stamp.isdigit() else 0.0
 
 
 class UploadSpool:
-    """Files in `folder`, one a picture: a line of facts, then the bytes; whole or not there at all.
+    """One file per image in `folder`: a JSON header line, then the bytes. Files appear atomically.
 
-    `max_bytes` is where it counts as full. What cannot be read, or is refused by the store, goes to the dead letters in
-    the folder beside. Safe from any thread; two processes may share a folder.
+    The spool is full at `max_bytes`. Unreadable and rejected files move to the dead letters in the folder beside.
+    Thread-safe; two processes may share a folder.
     """
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
@@ -55,55 +55,55 @@ class UploadSpool:
         self._lock = threading.Lock()
         self._queued: dict[Path, SpooledObject] = {}
         self._latest: dict[str, SpooledObject] = {}
-        # Those that a caller was given a URL of before the store refused them, by key: they are given still.
+        # Rejected by the store after a caller got their URL, by key; they are still served.
         self._rejected: dict[str, SpooledObject] = {}
         self.dead_letters = DeadLetters(folder.with_name("dead-letters"), max(max_bytes // 4, MIN_FREE_BYTES))
 
     def open(self) -> None:
-        """Make the folder and find what an earlier run left. Raises `StorageUnavailable` when it cannot be used."""
+        """Create the folder and load the files of earlier runs. Raises `StorageUnavailable` if it is unusable."""
         with self._translated_errors():
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             for path in self._folder.glob("*.part"):
                 _remove_stale_part(path)
             left = sorted(self._folder.glob("*.spool"))
         for path in left:
-            if (kept := self._load_or_reject(path)) is not None:
-                self.enqueue(kept)
+            if (spooled := self._load_or_reject(path)) is not None:
+                self.enqueue(spooled)
         for letter in self.dead_letters.list_all():
             if letter.key and not letter.caller_informed:
                 with suppress(OSError, ValueError):
                     self._rejected[letter.key] = _load_file(letter.path)
 
     def waiting(self) -> list[SpooledObject]:
-        """What waits, the oldest first."""
+        """The queued objects, oldest first."""
         with self._lock:
             return [self._queued[path] for path in sorted(self._queued)]
 
     def latest(self, key: str) -> SpooledObject | None:
-        """The newest of this key that waits."""
+        """The newest queued object of a key."""
         return self._latest.get(key)
 
     def rejected(self, key: str) -> SpooledObject | None:
-        """What was accepted under this key and refused by the store afterwards."""
+        """The object of a key that the store rejected after it was accepted."""
         return self._rejected.get(key)
 
     def stats(self) -> tuple[int, int, float]:
-        """How many pictures wait, their bytes on disk, and the age of the oldest in seconds."""
+        """Number of queued images, their bytes on disk, and the age of the oldest in seconds."""
         waiting = self.waiting()
         age = max(0.0, time.time() - waiting[0].queued_at) if waiting else 0.0
-        return len(waiting), sum(kept.bytes_on_disk for kept in waiting), age
+        return len(waiting), sum(spooled.bytes_on_disk for spooled in waiting), age
 
     def check_capacity(self) -> None:
-        """Raises `StorageUnavailable` when nothing more can be kept."""
+        """Raise `StorageUnavailable` when the spool or the disk is full."""
         if self.stats()[1] >= self._max_bytes:
             raise StorageUnavailable("SPOOL_BYTES of pictures wait for it already.", retry_after=30)
         with self._translated_errors():
             self._disk.check()
 
     def put(self, data: bytes, stored: StoredObject, *, overwrite: bool) -> SpooledObject:
-        """Keep `data`: when this returns it survives a crash. Raises `StorageUnavailable` for a disk that does not.
+        """Write `data` durably (fsync). Raises `StorageUnavailable` if the disk fails.
 
-        It is the caller's to bring to the store until `enqueue`.
+        The uploader ignores the file until `enqueue`.
         """
         facts = {
             "key": stored.key,
@@ -113,7 +113,7 @@ class UploadSpool:
             "overwrite": overwrite,
         }
         content = json.dumps(facts).encode() + b"\n" + data
-        # Named by time, so that files sort as they came.
+        # The time comes first, so that file names sort by age.
         path = self._folder / f"{time.time_ns():020d}-{uuid4().hex[:8]}.spool"
         part = path.with_suffix(".part")
         with self._translated_errors():
@@ -128,60 +128,60 @@ class UploadSpool:
             _sync_folder(self._folder)
         return SpooledObject(path, stored, overwrite, len(content))
 
-    def enqueue(self, kept: SpooledObject) -> None:
-        """From here on it waits, to be found and brought."""
+    def enqueue(self, spooled: SpooledObject) -> None:
+        """Queue a written file for upload."""
         with self._lock:
-            self._queued[kept.path] = kept
-            self._latest[kept.stored.key] = kept
+            self._queued[spooled.path] = spooled
+            self._latest[spooled.stored.key] = spooled
 
-    def read(self, kept: SpooledObject) -> bytes:
-        """The picture. Raises `NotFound` when it is gone meanwhile."""
+    def read(self, spooled: SpooledObject) -> bytes:
+        """The image bytes. Raises `NotFound` if the file is gone."""
         try:
-            return kept.path.read_bytes().partition(b"\n")[2]
+            return spooled.path.read_bytes().partition(b"\n")[2]
         except FileNotFoundError as error:
             raise NotFound("There is no picture under this name.") from error
         except OSError as error:
             raise StorageRefused(f"The waiting picture cannot be read ({error.strerror}).") from error
 
-    def drop(self, kept: SpooledObject) -> None:
-        """Forget it and remove the file."""
-        self._forget(kept)
-        with suppress(OSError):  # gone already; or the disk gives it back at the next start
-            kept.path.unlink()
+    def drop(self, spooled: SpooledObject) -> None:
+        """Remove an object and its file."""
+        self._forget(spooled)
+        with suppress(OSError):  # gone already, or retried at the next start
+            spooled.path.unlink()
 
-    def reject(self, kept: SpooledObject, reason: str, *, caller_informed: bool = False) -> None:
+    def reject(self, spooled: SpooledObject, reason: str, *, caller_informed: bool = False) -> None:
         """Forget it and put the file among the dead letters.
 
         `caller_informed`: its caller knows that the store refused it.
         """
-        _log.error("the storage refuses a picture, which is set aside", name=kept.stored.key, reason=reason)
-        self._forget(kept)
-        path = self.dead_letters.add(kept.path, reason, caller_informed=caller_informed)
+        _log.error("the storage refuses a picture, which is set aside", name=spooled.stored.key, reason=reason)
+        self._forget(spooled)
+        path = self.dead_letters.add(spooled.path, reason, caller_informed=caller_informed)
         if path is not None and not caller_informed:
-            self._rejected[kept.stored.key] = replace(kept, path=path)
+            self._rejected[spooled.stored.key] = replace(spooled, path=path)
 
     def discard_rejected(self, key: str) -> None:
-        """Remove what was set aside under this key: it is deleted, or another picture is stored there."""
-        kept = self._rejected.pop(key, None)
-        for letter in self.dead_letters.list_all() if kept is not None else ():
+        """Delete the dead letter of a key, because the object was deleted or replaced."""
+        spooled = self._rejected.pop(key, None)
+        for letter in self.dead_letters.list_all() if spooled is not None else ():
             if letter.key == key:
                 with suppress(OSError):
                     self.dead_letters.drop(letter)
 
     def enqueue_retried(self) -> None:
-        """Have those wait again that a person put back; see `DeadLetters.retry`."""
+        """Queue the files that an operator retried, see `DeadLetters.retry`."""
         with suppress(OSError):
             for path in sorted(self._folder.glob(f"*{RETRIED}")):
                 again = path.with_suffix(".spool")
-                with suppress(OSError):  # another process was faster, or something stands in its way
+                with suppress(OSError):  # another process was faster, or the name is taken
                     path.replace(again)
-                    if (kept := self._load_or_reject(again)) is not None:
-                        self._rejected.pop(kept.stored.key, None)
-                        self.enqueue(kept)
+                    if (spooled := self._load_or_reject(again)) is not None:
+                        self._rejected.pop(spooled.stored.key, None)
+                        self.enqueue(spooled)
 
     @contextmanager
     def _translated_errors(self) -> Iterator[None]:
-        """Turn the operating system's errors into `StorageUnavailable`, which names no path."""
+        """Raise `OSError` as `StorageUnavailable`, without paths."""
         try:
             yield
         except OSError as error:
@@ -189,14 +189,14 @@ class UploadSpool:
             reason = os.strerror(error.errno) if error.errno else type(error).__name__
             raise StorageUnavailable(f"DATA_DIR cannot keep pictures ({reason}).", retry_after=30) from error
 
-    def _forget(self, kept: SpooledObject) -> None:
+    def _forget(self, spooled: SpooledObject) -> None:
         with self._lock:
-            self._queued.pop(kept.path, None)
-            if self._latest.get(kept.stored.key) == kept:
-                del self._latest[kept.stored.key]
+            self._queued.pop(spooled.path, None)
+            if self._latest.get(spooled.stored.key) == spooled:
+                del self._latest[spooled.stored.key]
 
     def _load_or_reject(self, path: Path) -> SpooledObject | None:
-        """What a file left by an earlier run holds; whatever else bears such a name is set aside."""
+        """Load a file of an earlier run; anything unreadable moves to the dead letters."""
         try:
             return _load_file(path)
         except (OSError, ValueError, RecursionError) as error:
@@ -207,21 +207,21 @@ class UploadSpool:
 
 
 def _load_file(path: Path) -> SpooledObject:
-    """A whole file of this folder. Raises `OSError` and `ValueError`."""
+    """Load and verify a spool file. Raises `OSError` and `ValueError`."""
     facts, size = verify_spool_file(path)
     stored = StoredObject(facts["key"], size, facts["sha256"], facts["content_type"], facts["record"], waiting=True)
     return SpooledObject(path, stored, facts["overwrite"], path.stat().st_size)
 
 
 def _remove_stale_part(path: Path) -> None:
-    """Remove a file that was begun long ago; a young one may be another process's, being written this moment."""
-    with suppress(OSError):  # gone, or a folder of that name
+    """Remove an old partial file; a recent one may belong to another process that is writing it."""
+    with suppress(OSError):  # gone, or a folder
         if time.time() - path.lstat().st_mtime > _PART_SECONDS:
             path.unlink()
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` last, where the system lets folders be opened."""
+    """Make a rename in `folder` durable (fsync of the folder, where the system supports it)."""
     with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:

@@ -1,4 +1,4 @@
-"""Brings what waits in a spool to the store, in the background, past whatever the store does not take."""
+"""Background thread that uploads spooled images, and skips images that the bucket rejects."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ _log = structlog.get_logger(__name__)
 
 _MAX_POLL_SECONDS = 60.0
 _MAX_BACKOFF_SECONDS = 600.0
-# With pauses that double from a second on: about a quarter of an hour in which the store took others.
+# With backoff from 1 s on this is about 15 minutes in which the bucket accepted other images.
 _MAX_TRIES = 10
 
 
 @dataclass(slots=True)
 class _FailedUpload:
-    """How often an object was tried in vain while the store was well, and when it may be tried again (monotonic)."""
+    """Failed tries of one object while the store accepted others; `due` is the time of the next try (monotonic)."""
 
     tries: int = 0
     due: float = 0.0
 
 
 class SpoolUploader:
-    """A thread that looks every `poll_seconds` seconds at what waits, and more and more seldom while the store is down.
+    """A thread that polls the spool every `poll_seconds`, with exponential backoff during an outage.
 
-    An object that fails while the store takes others is tried again by itself, ever later, and in the end set aside;
-    one that is refused is set aside at once. Objects of one key are brought in the order in which they came.
+    An object that fails while the store accepts others is retried with backoff of its own, and moved to the dead
+    letters after 10 tries; a rejected object is moved at once. Objects of one key are uploaded in order.
     """
 
     def __init__(self, store: Bucket, spool: UploadSpool, calls: BoundedCalls, poll_seconds: float) -> None:
@@ -54,7 +54,7 @@ class SpoolUploader:
         self._failures: dict[Path, _FailedUpload] = {}
         self._stop = False
         self._thread = threading.Thread(target=self._run, name="spool", daemon=True)
-        # Held while one object is brought.
+        # Held during each upload.
         self.upload_lock = threading.Lock()
 
     @property
@@ -67,7 +67,7 @@ class SpoolUploader:
         self._thread.start()
 
     def stop(self, seconds: float) -> None:
-        """Bring nothing more; the object at hand gets so long."""
+        """Upload nothing more; the current upload gets `seconds` to end."""
         self._stop = True
         self._calls.outage_event.set()
         if self._thread.is_alive():
@@ -81,7 +81,7 @@ class SpoolUploader:
                 poll_seconds = self._poll_seconds
             if self._stop:
                 return
-            # Each by itself: a bucket that may only be read is to be read again after an outage.
+            # Probed separately, so that a read-only bucket becomes readable again after an outage.
             well = [self._succeeds("read", self._probe_read), self._succeeds("write", self._upload_queued)]
             poll_seconds = self._poll_seconds if all(well) else min(2 * poll_seconds, _MAX_POLL_SECONDS)
 
@@ -91,7 +91,7 @@ class SpoolUploader:
         except ServerError as error:
             self._calls.mark_down(what, error.detail)
         except Exception:
-            _log.exception("the spool stumbled and goes on")
+            _log.exception("the uploader failed unexpectedly and continues")
         else:
             return True
         return False
@@ -99,68 +99,72 @@ class SpoolUploader:
     def _probe_read(self) -> None:
         if self._calls.outage("read") is None:
             return
-        with suppress(InvalidInput, NotFound):  # an answer of a store that is well
+        with suppress(InvalidInput, NotFound):  # the store answered
             self._calls.call_even_if_down(lambda: self._store.stat("?"))
         self._calls.mark_up("read")
 
     def _upload_queued(self) -> None:
-        """Bring what waits. Raises `StorageUnavailable` when the store turns out to be down."""
+        """Upload the spooled objects. Raises `StorageUnavailable` if the store is down."""
         self._spool.enqueue_retried()
         if self._calls.outage("write") is not None:
             self._calls.probe()
             self._calls.mark_up("write")
         waiting = self._spool.waiting()
-        self._failures = {kept.path: self._failures[kept.path] for kept in waiting if kept.path in self._failures}
+        self._failures = {
+            spooled.path: self._failures[spooled.path] for spooled in waiting if spooled.path in self._failures
+        }
         oldest: dict[str, SpooledObject] = {}
-        for kept in waiting:
-            oldest.setdefault(kept.stored.key, kept)
-        # What failed before is tried behind all that did not.
-        waiting.sort(key=lambda kept: (oldest[kept.stored.key].path in self._failures, kept.path))
-        held: set[str] = set()
-        for kept in waiting:
+        for spooled in waiting:
+            oldest.setdefault(spooled.stored.key, spooled)
+        # Objects without failures first.
+        waiting.sort(key=lambda spooled: (oldest[spooled.stored.key].path in self._failures, spooled.path))
+        blocked_keys: set[str] = set()
+        for spooled in waiting:
             if self._stop:
                 return
-            if kept.stored.key not in held and not self._try_upload(kept):
-                held.add(kept.stored.key)
+            if spooled.stored.key not in blocked_keys and not self._try_upload(spooled):
+                blocked_keys.add(spooled.stored.key)
 
-    def _try_upload(self, kept: SpooledObject) -> bool:
-        """Bring an object if it is its turn; whether the next one under its key may follow."""
-        failed = self._failures.get(kept.path)
+    def _try_upload(self, spooled: SpooledObject) -> bool:
+        """Upload an object if it is due; returns whether the next object of its key may follow."""
+        failed = self._failures.get(spooled.path)
         if failed is not None and time.monotonic() < failed.due:
             return False
         with self.upload_lock:
-            if self._calls.has_pending_write(kept.stored.key):
+            if self._calls.has_pending_write(spooled.stored.key):
                 return False
             try:
-                self._upload(kept)
+                self._upload(spooled)
             except (InvalidInput, StorageRefused) as error:
-                self._spool.reject(kept, error.detail)
+                self._spool.reject(spooled, error.detail)
             except StorageUnavailable as error:
                 if not isinstance(error, KeyBusy):
-                    self._calls.probe()  # raises when it is the store, and not this object
-                return self._record_failure(kept, error.detail)
+                    self._calls.probe()  # raises if the whole store is down, not only this object
+                return self._record_failure(spooled, error.detail)
         return True
 
-    def _upload(self, kept: SpooledObject) -> None:
+    def _upload(self, spooled: SpooledObject) -> None:
         try:
-            data = self._spool.read(kept)
+            data = self._spool.read(spooled)
         except NotFound:
-            self._spool.drop(kept)  # deleted, or brought by another process, since this round began
+            self._spool.drop(spooled)  # deleted, or uploaded by another process, since this round began
             return
-        stored = kept.stored
+        stored = spooled.stored
         arguments = stored.key, data, stored.content_type, stored.record
-        if kept.overwrite:
+        if spooled.overwrite:
             self._calls.call_even_if_down(lambda: self._store.overwrite(*arguments), stored.key)
         elif not self._calls.call_even_if_down(lambda: self._store.create(*arguments), stored.key)[1]:
             _log.warning("another server stored this name meanwhile; the spooled one is dropped", name=stored.key)
-        self._spool.drop(kept)
+        self._spool.drop(spooled)
 
-    def _record_failure(self, kept: SpooledObject, why: str) -> bool:
-        failed = self._failures.setdefault(kept.path, _FailedUpload())
+    def _record_failure(self, spooled: SpooledObject, why: str) -> bool:
+        failed = self._failures.setdefault(spooled.path, _FailedUpload())
         failed.tries += 1
         failed.due = time.monotonic() + min(self._poll_seconds * 2**failed.tries, _MAX_BACKOFF_SECONDS)
-        _log.warning("the storage does not take this picture yet", name=kept.stored.key, tries=failed.tries, reason=why)
+        _log.warning(
+            "the storage does not take this picture yet", name=spooled.stored.key, tries=failed.tries, reason=why
+        )
         if failed.tries < _MAX_TRIES:
             return False
-        self._spool.reject(kept, why)
+        self._spool.reject(spooled, why)
         return True

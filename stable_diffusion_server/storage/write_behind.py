@@ -1,4 +1,4 @@
-"""A bucket in front of a bucket, which never loses what it was given. Knows no HTTP and no kind of bucket."""
+"""Write-behind bucket: spools images on disk and uploads them in the background while the bucket is down."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from stable_diffusion_server.types import StoredObject
 
 
 class WriteBehindBucket(Bucket):
-    """A bucket in front of `store` that takes a picture whether or not the store does.
+    """Bucket decorator that accepts images while `store` is down (circuit breaker and write-behind queue).
 
-    A picture goes to the spool's disk first, then to the store, then off the disk. When the store fails, or does not
-    answer within `timeout` seconds, the picture stays spooled, counts as stored but `waiting`, and is brought to the
-    store in the background, over restarts. While the store is known to be down nobody waits for it: only the
-    background tries, every `poll_seconds` seconds at first and more and more seldom.
+    An image is written to the spool, then uploaded, then removed from the spool. If the upload fails or takes longer
+    than `timeout` seconds, the image stays in the spool, counts as stored with `waiting` set, and is uploaded in the
+    background, also after a restart. During an outage requests do not try the store: only the background thread does,
+    every `poll_seconds` at first, with exponential backoff.
 
-    A write that nobody waits for any more may still land. Until it is known to have ended nothing else is brought
-    under its key, so that it undoes no later one.
+    A timed-out write may still complete. Until it has, no other upload of that key starts, so it cannot overwrite
+    newer data.
     """
 
     def __init__(self, store: Bucket, spool: UploadSpool, timeout: float, poll_seconds: float = 1.0) -> None:
@@ -34,9 +34,9 @@ class WriteBehindBucket(Bucket):
         self._uploader = SpoolUploader(store, spool, self._calls, poll_seconds)
 
     def open(self) -> None:
-        """Open spool and store and start the drain. A store that cannot be opened is told by `fault` and tried again.
+        """Open spool and store and start the uploader. `health` reports a store that cannot be opened; it is retried.
 
-        Raises `StorageUnavailable` when the spool's folder cannot be used, and may be called again then.
+        Raises `StorageUnavailable` if the spool's folder is unusable; may be called again then.
         """
         if self._uploader.started:
             return
@@ -48,13 +48,13 @@ class WriteBehindBucket(Bucket):
         self._uploader.start()
 
     def close(self) -> None:
-        """Stop the drain; what is spooled stays for the next start."""
+        """Stop the uploader; spooled images stay for the next start."""
         self._uploader.stop(self._timeout)
         self._calls.close()
         self._store.close()
 
     def health(self) -> str | None:
-        """Why the store could not be opened since the start, or that it is down and the spool full."""
+        """Why the store could not be opened since the start, or that it is down while the spool is full."""
         down = self._calls.outage("write")
         if down is not None and not self._calls.was_up:
             return down
@@ -65,7 +65,7 @@ class WriteBehindBucket(Bucket):
         return None
 
     def check_capacity(self) -> None:
-        """Raises `StorageUnavailable` when the store is down and the spool full: asked before anything is drawn."""
+        """Raise `StorageUnavailable` when the store is down and the spool is full."""
         if (down := self._calls.outage("write")) is not None:
             try:
                 self._spool.check_capacity()
@@ -73,15 +73,15 @@ class WriteBehindBucket(Bucket):
                 raise StorageUnavailable(f"{down} {error.detail}", retry_after=30) from error
 
     def spool_stats(self) -> dict[str, float]:
-        """For the operator: pictures that wait, their bytes, the oldest one's age, failures, and dead letters."""
+        """Spooled images, their bytes, the age of the oldest in seconds, outages so far, and dead letters."""
         count, size, age = self._spool.stats()
         dead, failures = len(self._spool.dead_letters), self._calls.failures
         return {"pictures": count, "bytes": size, "oldest_seconds": age, "failures": failures, "dead_letters": dead}
 
     def stat(self, key: str) -> StoredObject | None:
-        """What waits under `key`, else what the store has; `None` as well while the store is down.
+        """The spooled object, otherwise the store's; `None` also during an outage.
 
-        What the store refused after it was accepted waits too. Raises `InvalidInput` for a name that the store refuses.
+        Includes objects that the store rejected after they were accepted. Raises `InvalidInput` for a rejected key.
         """
         try:
             return self.peek(key)
@@ -89,22 +89,22 @@ class WriteBehindBucket(Bucket):
             return None
 
     def peek(self, key: str) -> StoredObject | None:
-        """The same. Raises `StorageUnavailable` while the store is down."""
-        if (kept := self._find_local(key)) is not None:
-            return kept.stored
+        """Like `stat`, but raises `StorageUnavailable` during an outage."""
+        if (spooled := self._find_local(key)) is not None:
+            return spooled.stored
         return self._calls.call("read", lambda: self._store.stat(key))
 
     def create(self, key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> tuple[StoredObject, bool]:
-        """Store `data` if `key` is absent. Who was first while the store was down is settled when it is up again."""
-        if (kept := self._spool.latest(key)) is not None:
-            return kept.stored, False
+        """Store `data` if `key` is absent. During an outage the first writer is decided when the store is back."""
+        if (spooled := self._spool.latest(key)) is not None:
+            return spooled.stored, False
         stored = _spooled_object(key, data, content_type, record)
         return self._store_with_fallback(
             data, stored, lambda: self._store.create(key, data, content_type, record), overwrite=False
         )
 
     def overwrite(self, key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> StoredObject:
-        """Store `data` under `key`, after whatever waits there already."""
+        """Store `data` under `key`, after earlier uploads of that key."""
         stored = _spooled_object(key, data, content_type, record)
         if self._spool.latest(key) is not None or self._calls.has_pending_write(key):
             self._spool.enqueue(self._spool.put(data, stored, overwrite=True))
@@ -116,17 +116,17 @@ class WriteBehindBucket(Bucket):
         return self._store_with_fallback(data, stored, bring, overwrite=True)[0]
 
     def read(self, key: str, start: int = 0, end: int | None = None) -> bytes:
-        """Bytes `start` to before `end`, from the spool or the store. Raises `NotFound`."""
-        if (kept := self._find_local(key)) is not None:
-            with suppress(NotFound):  # brought to the store this very moment
-                return self._spool.read(kept)[start:end]
+        """Bytes `start` (inclusive) to `end` (exclusive), from the spool or the store. Raises `NotFound`."""
+        if (spooled := self._find_local(key)) is not None:
+            with suppress(NotFound):  # uploaded this very moment
+                return self._spool.read(spooled)[start:end]
         return self._calls.call("read", lambda: self._store.read(key, start, end))
 
     def delete(self, key: str) -> None:
-        """Remove it from the spool and from the store."""
-        for kept in self._spool.waiting():
-            if kept.stored.key == key:
-                self._spool.drop(kept)
+        """Delete the object from the spool and from the store."""
+        for spooled in self._spool.waiting():
+            if spooled.stored.key == key:
+                self._spool.drop(spooled)
         self._spool.discard_rejected(key)
         if self._calls.has_pending_write(key) or not self._uploader.upload_lock.acquire(timeout=self._timeout):
             raise StorageUnavailable("The storage is still busy with an earlier write of this name.", retry_after=30)
@@ -140,33 +140,33 @@ class WriteBehindBucket(Bucket):
         return self._store.list(prefix)
 
     def url(self, key: str) -> str | None:
-        """The store's address; `None` for what waits here, which only this server can give."""
+        """The store's URL; `None` for a spooled object, which only this server can serve."""
         return None if self._find_local(key) is not None else self._store.url(key)
 
     def _find_local(self, key: str) -> SpooledObject | None:
-        """What is kept here and not in the store."""
+        """The object that is on this disk and not in the store."""
         return self._spool.latest(key) or self._spool.rejected(key)
 
     def _store_with_fallback(
         self, data: bytes, stored: StoredObject, bring: Callable[[], tuple[StoredObject, bool]], *, overwrite: bool
     ) -> tuple[StoredObject, bool]:
-        """Spool, bring, and take off the spool; or leave it there, waiting; or set it aside, and tell the caller."""
-        kept: SpooledObject | None = None
-        with suppress(StorageUnavailable):  # a full disk here is no harm as long as the store is up
-            kept = self._spool.put(data, stored, overwrite=overwrite)
+        """Spool and upload. During an outage the image stays spooled; if rejected, it becomes a dead letter."""
+        spooled: SpooledObject | None = None
+        with suppress(StorageUnavailable):  # a full local disk is harmless while the store is up
+            spooled = self._spool.put(data, stored, overwrite=overwrite)
         try:
             answer = self._calls.call("write", bring, stored.key)
         except StorageUnavailable:
-            if kept is None:
+            if spooled is None:
                 raise
-            self._spool.enqueue(kept)
+            self._spool.enqueue(spooled)
             return stored, True
         except (InvalidInput, StorageRefused) as error:
-            if kept is not None:
-                self._spool.reject(kept, error.detail, caller_informed=True)
+            if spooled is not None:
+                self._spool.reject(spooled, error.detail, caller_informed=True)
             raise
-        if kept is not None:
-            self._spool.drop(kept)
+        if spooled is not None:
+            self._spool.drop(spooled)
         self._spool.discard_rejected(stored.key)
         return answer
 

@@ -16,9 +16,11 @@ from squares import job as small
 
 from stable_diffusion_server.concurrency.fair_limiter import may_hold_more
 from stable_diffusion_server.errors import JobStoreUnavailable, QueueFull
-from stable_diffusion_server.jobs.admission import JobAdmission
+from stable_diffusion_server.jobs.events import JobEventLog
+from stable_diffusion_server.jobs.job_queue import JobAdmission, JobQueue
 from stable_diffusion_server.jobs.store.records import IdempotencyClaim, JobPayload, JobState
 from stable_diffusion_server.jobs.store.sqlite_store import SqliteJobStore
+from stable_diffusion_server.jobs.tracked_job import JobHandle
 from stable_diffusion_server.types import Caller, ImageInput
 
 ANN, BOB = "key ann", "key bob"
@@ -89,31 +91,15 @@ def test_a_flood_of_jobs_leaves_room_for_those_of_others(house_of: Callable[...,
     squares.gate.set()
 
 
-class Waiting:
-    """Jobs that have not ended, as many and as large as a test says."""
-
-    def __init__(self) -> None:
-        self.each: dict[str, list[int]] = {}
-
-    @property
-    def waiting(self) -> int:
-        return sum(map(len, self.each.values()))
-
-    @property
-    def bytes_held(self) -> int:
-        return sum(map(sum, self.each.values()))
-
-    def held_by(self, share: str) -> tuple[int, int]:
-        sizes = self.each.get(share, [])
-        return len(sizes), sum(sizes)
-
-
 @pytest.mark.fault(154)
 def test_the_pictures_of_one_callers_waiting_jobs_do_not_fill_the_journal() -> None:
     """A caller of large jobs is refused by its share of the bytes, one who comes is not; what is entering counts."""
-    waiting = Waiting()
-    admission = JobAdmission(waiting, 1000, 100_000)
-    waiting.each[ANN] = [30_000, 30_000, 28_000]
+    queue = JobQueue(concurrency=1)
+    admission = JobAdmission(queue, 1000, 100_000)
+    for size in (30_000, 30_000, 28_000):
+        queue.append(
+            JobHandle(replace(ENTRY, id=f"job of {size}-{queue.waiting}", share=ANN, bytes=size), JobEventLog("1"))
+        )
     with pytest.raises(QueueFull, match="key 'ann'"):
         admission.check(ANN, 5_000)
     admission.check(BOB, 5_000)
@@ -131,9 +117,9 @@ def full(path: Path, callers: dict[str, int], *, messages: bool = False) -> Sqli
     for name, most in callers.items():
         for _ in range(most):
             entry = replace(ENTRY, id=f"job-{number}", caller=Caller(name), share=f"key {name}", bytes=4_000)
-            journal.accept(entry, JobPayload(replace(WORK.order, prompt="x" * 3_000, mask=None, image=None)))
+            journal.accept(entry, JobPayload(replace(WORK.request, prompt="x" * 3_000, mask=None, image=None)))
             ended = replace(entry, state=JobState.DONE, ended_at=float(number), outcome=RECEIPT)
-            journal.end(ended, "message" if messages else None)
+            journal.finish(ended, "message" if messages else None)
             number += 1
     return journal
 
@@ -173,7 +159,7 @@ def test_what_has_not_ended_never_gives_way(tmp_path: Path) -> None:
     """Full of jobs that wait, the next one is refused, and all that were accepted are there."""
     journal = SqliteJobStore(tmp_path / "journal.db", 400_000)
     journal.open()
-    large = JobPayload(replace(WORK.order, image=None, mask=ImageInput("mask_file", data=bytes(90_000))))
+    large = JobPayload(replace(WORK.request, image=None, mask=ImageInput("mask_file", data=bytes(90_000))))
     accepted: list[str] = []
 
     def accept_many() -> None:

@@ -62,7 +62,7 @@ def kept(path: Path) -> SqliteJobStore:
         journal.accept(*waiting(name))
     ended = JobRecord("ended", Caller("ann", "ann/"), 1000.0, JobState.DONE, ended_at=time.time(), outcome=RECEIPT)
     journal.accept(JobRecord("ended", Caller("ann", "ann/"), 1000.0, webhook_url="https://hook.example/"), WORK, CLAIM)
-    journal.end(JobRecord(**{**_fields(ended), "webhook_url": "https://hook.example/"}), "the body")
+    journal.finish(JobRecord(**{**_fields(ended), "webhook_url": "https://hook.example/"}), "the body")
     journal.accept(ENTRY, WORK)
     journal.claim(CLAIM.__class__("ann", "key-2", "print-2"), 1.0)
     journal.record_response(CLAIM.__class__("ann", "key-2", "print-2"), RECEIPT)
@@ -111,7 +111,7 @@ def test_a_damaged_row_holds_up_no_other(tmp_path: Path, table: str, column: str
         unfinished = [entry.id for entry in journal.unfinished()]
         assert {"whole-1", "whole-2"} <= set(unfinished), (column, value)
         for name in ("whole-1", "whole-2"):
-            assert journal.begin(name).request.prompt == f"a red square {name}"
+            assert journal.begin_attempt(name).request.prompt == f"a red square {name}"
         for caller in ("", "ann"):
             assert all(isinstance(entry.state, JobState) for entry in journal.list_recent(caller, 99))
         for name in ("damaged", "ended"):
@@ -277,7 +277,7 @@ def test_a_journal_of_the_first_version_is_taken_up(tmp_path: Path) -> None:
         ("job-1", "key ann"),
     ]
     assert all(entry.bytes > 0 for entry in journal.unfinished())
-    assert journal.begin("job-1") == WORK
+    assert journal.begin_attempt("job-1") == WORK
     again = journal.claim(CLAIM, 5.0)
     assert again is not None
     assert again.job_id == "ended"

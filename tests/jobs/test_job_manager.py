@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from fakes import FakeDenoiser, until
 from service_harness import OPTIONS, order
+from standardwebhooks import Webhook, WebhookVerificationError
 
 from stable_diffusion_server.engine import Engine, EngineState
 from stable_diffusion_server.errors import (
@@ -207,7 +208,7 @@ async def test_a_job_on_which_the_process_died_three_times_is_failed_by_name(
         prompt = f"a red square {job_id}"
         journal.accept(JobRecord(job_id, ANN, time.time()), JobPayload(order(prompt)))
         for _ in range(5):
-            journal.begin(job_id)
+            journal.begin_attempt(job_id)
         journal.save_crash_counts(JobRecord(job_id, ANN, time.time(), crashes=crashes))
     journal.close()
     office = await office_of()
@@ -318,7 +319,9 @@ async def test_a_webhook_is_told_until_it_hears(office_of: MakeOffice) -> None:
     await asyncio.sleep(0.1)
     ((url, body, headers),) = ear.heard
     assert (url, body, headers["webhook-id"]) == ("https://hook.example/done", job_id.encode(), job_id)
-    assert headers["webhook-signature"].startswith("v1,")
+    Webhook(b"secret").verify(body, dict(headers), json_parse=False)
+    with pytest.raises(WebhookVerificationError):
+        Webhook(b"secret").verify(body + b" ", dict(headers), json_parse=False)
 
 
 async def test_a_journal_that_is_held_is_opened_when_it_is_let_go(office_of: MakeOffice, tmp_path: Path) -> None:

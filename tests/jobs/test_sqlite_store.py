@@ -93,7 +93,7 @@ def test_what_was_accepted_is_there_after_the_process_has_died(tmp_path: Path) -
         journal = SqliteJobStore(Path({str(tmp_path / "journal.db")!r}), 10_000_000)
         journal.open()
         journal.accept(ENTRY, WORK)
-        journal.begin(ENTRY.id)
+        journal.begin_attempt(ENTRY.id)
         os.kill(os.getpid(), signal.SIGKILL)
     """
     done = subprocess.run(  # noqa: S603  # our own interpreter on a program written here
@@ -103,25 +103,25 @@ def test_what_was_accepted_is_there_after_the_process_has_died(tmp_path: Path) -
     journal = SqliteJobStore(tmp_path / "journal.db", 10_000_000)
     journal.open()
     assert journal.unfinished() == [replace(ENTRY, state=JobState.RUNNING, attempts=1)]
-    assert journal.begin(ENTRY.id) == WORK
+    assert journal.begin_attempt(ENTRY.id) == WORK
     journal.close()
 
 
 def test_a_job_goes_its_way(journal: SqliteJobStore) -> None:
     """Begun, put back with and without its attempt counting, ended with an outcome; its files are gone then."""
     journal.accept(ENTRY, WORK)
-    journal.begin(ENTRY.id)
+    journal.begin_attempt(ENTRY.id)
     journal.requeue(ENTRY.id, forgiven=True)
     assert journal.find(ENTRY.id) == ENTRY
-    journal.begin(ENTRY.id)
+    journal.begin_attempt(ENTRY.id)
     journal.requeue(ENTRY.id, forgiven=False)
     assert journal.find(ENTRY.id) == replace(ENTRY, attempts=1)
     ended = replace(ENTRY, state=JobState.DONE, attempts=1, ended_at=1009.0, outcome=RECEIPT)
-    journal.end(ended)
+    journal.finish(ended)
     assert journal.find(ENTRY.id) == ended
     assert journal.unfinished() == []
     with pytest.raises(ServerError, match="damaged"):
-        journal.begin(ENTRY.id)
+        journal.begin_attempt(ENTRY.id)
 
 
 def test_a_callers_jobs_are_listed_newest_first(journal: SqliteJobStore) -> None:
@@ -150,8 +150,8 @@ def test_a_full_journal_refuses_whole_jobs_and_still_takes_ends(tmp_path: Path) 
     assert 1 <= len(accepted) <= 4
     assert [entry.id for entry in journal.unfinished()] == accepted
     for job_id in accepted:
-        assert journal.begin(job_id) == large
-        journal.end(replace(ENTRY, id=job_id, state=JobState.DONE, ended_at=1.0, outcome=RECEIPT), "told")
+        assert journal.begin_attempt(job_id) == large
+        journal.finish(replace(ENTRY, id=job_id, state=JobState.DONE, ended_at=1.0, outcome=RECEIPT), "told")
     room = sum(path.stat().st_size for path in tmp_path.iterdir())
     assert room < 200_000, "what ended gives its room on the disk back"
     journal.accept(replace(ENTRY, id="later"), large)
@@ -220,7 +220,7 @@ def test_messages_come_when_they_are_due_and_go_when_they_are_told(journal: Sqli
     """Written with the end of the job, due at once; postponed with their tries counted."""
     waits = (10.0, 60.0)
     journal.accept(ENTRY, WORK)
-    journal.end(replace(ENTRY, state=JobState.DONE, ended_at=10.0, outcome=RECEIPT), "the body")
+    journal.finish(replace(ENTRY, state=JobState.DONE, ended_at=10.0, outcome=RECEIPT), "the body")
     (message,) = journal.due_messages(10.0, waits)
     assert (message.job_id, message.url, message.body, message.tries) == (
         "job-1",
@@ -239,7 +239,7 @@ def test_a_message_waits_no_longer_than_its_tries_say_whatever_the_clock_says(jo
     """One never tried is due although the clock was set back since its job ended; so is one that was postponed."""
     waits = (10.0, 60.0)
     journal.accept(ENTRY, WORK)
-    journal.end(replace(ENTRY, state=JobState.DONE, ended_at=90_000.0, outcome=RECEIPT), "the body")
+    journal.finish(replace(ENTRY, state=JobState.DONE, ended_at=90_000.0, outcome=RECEIPT), "the body")
     (message,) = journal.due_messages(10.0, waits)
     journal.postpone(message, 90_010.0)
     assert journal.due_messages(90_001.0, waits) == []
@@ -255,7 +255,7 @@ def test_every_caller_and_every_receiver_has_messages_among_those_that_are_due(j
     def ended(number: int, caller: str, url: str) -> None:
         entry = replace(ENTRY, id=f"{caller}-{number}", caller=Caller(caller), webhook_url=url, share=caller)
         journal.accept(entry, WORK)
-        journal.end(replace(entry, state=JobState.DONE, ended_at=float(number)), "body")
+        journal.finish(replace(entry, state=JobState.DONE, ended_at=float(number)), "body")
 
     for number in range(400):
         ended(number, "ann", "https://silent.example/?x=/")
@@ -273,7 +273,7 @@ def test_the_past_is_forgotten_when_its_time_is_over(journal: SqliteJobStore) ->
     for number, ended in enumerate([5.0, 50.0]):
         entry = replace(ENTRY, id=f"job-{number}", state=JobState.DONE, ended_at=ended, outcome=RECEIPT)
         journal.accept(entry, WORK, replace(CLAIM, key=f"key-{number}"))
-        journal.end(entry, "message")
+        journal.finish(entry, "message")
     with pytest.raises(RequestInProgress):
         journal.accept(ENTRY, WORK)
     journal.accept(replace(ENTRY, id="waits", caller=Caller("bob")), WORK)

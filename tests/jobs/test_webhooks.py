@@ -57,14 +57,14 @@ async def listening(listener: Listener) -> AsyncIterator[Listener]:
 class Sending:
     """A journal of ended jobs, and what sends their messages."""
 
-    clerk: AsyncJobStore
+    store: AsyncJobStore
     hooks: WebhookDispatcher
 
     async def ended(self, number: int, caller: str, url: str) -> None:
         """A job of a caller has ended, and a webhook is to be told."""
         entry = JobRecord(f"{caller}-{number}", Caller(caller), time.time(), webhook_url=url, share=f"key {caller}")
-        await self.clerk(SqliteJobStore.accept, entry, JobPayload(order()))
-        await self.clerk(SqliteJobStore.end, replace(entry, state=JobState.DONE, ended_at=time.time()), "told")
+        await self.store.accept(entry, JobPayload(order()))
+        await self.store.finish(replace(entry, state=JobState.DONE, ended_at=time.time()), "told")
         self.hooks.wake()
 
 
@@ -74,16 +74,15 @@ Send = Callable[..., Any]
 @asynccontextmanager
 async def sending(folder: Path, *listeners: Listener, seconds: float = 30.0, **more: Any) -> AsyncIterator[Sending]:
     """Send to those listeners, who have so many seconds to answer."""
-    journal = SqliteJobStore(folder / "journal.db", 50_000_000)
-    clerk = AsyncJobStore(journal)
-    await clerk(SqliteJobStore.open)
+    store = AsyncJobStore(SqliteJobStore(folder / "journal.db", 50_000_000))
+    await store.open()
     poster = WebhookClient(seconds, [AllowedTarget.parse(f"{HOST}:{listener.port}") for listener in listeners])
-    hooks = WebhookDispatcher(clerk, poster, more.get("secret", ""), more.get("webhook_backoff", (0.05,)))
+    hooks = WebhookDispatcher(store, poster, more.get("secret", ""), more.get("webhook_backoff", (0.05,)))
     running = asyncio.create_task(hooks.run())
-    yield Sending(clerk, hooks)
+    yield Sending(store, hooks)
     running.cancel()
     await asyncio.wait([running], timeout=10)
-    await clerk.close()
+    await store.close()
     poster.close()
 
 
@@ -103,7 +102,7 @@ async def test_silent_webhooks_of_one_caller_hold_up_nobody_elses(tmp_path: Path
         await until_heard(silent)
         await at.ended(0, "bob", f"http://{HOST}:{good.port}/")
         await until_heard(good)
-        due = await at.clerk(SqliteJobStore.due_messages, time.time(), (1.0,))
+        due = await at.store.due_messages(time.time(), (1.0,))
         assert all(message.tries == 0 for message in due)
         assert len(silent.heard) <= 8
 

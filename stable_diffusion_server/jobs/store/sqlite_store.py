@@ -127,7 +127,7 @@ class SqliteJobStore(OutboxStore):
 
         return self._insert_with_eviction(size, write)
 
-    def begin(self, job_id: str) -> JobPayload:
+    def begin_attempt(self, job_id: str) -> JobPayload:
         """Count an attempt, and give what is to be drawn."""
         with self._transaction() as cursor:
             cursor.execute("UPDATE jobs SET attempts = attempts + 1, state = 'running' WHERE id = ?", (job_id,))
@@ -153,7 +153,7 @@ class SqliteJobStore(OutboxStore):
             counted = (record.crashes, record.kills, record.id)
             cursor.execute("UPDATE jobs SET deaths = ?, kills = ? WHERE id = ?", counted)
 
-    def end(self, record: JobRecord, message: str | None = None) -> None:
+    def finish(self, record: JobRecord, message: str | None = None) -> None:
         """Write down how a job ended, with the message that tells its webhook; its files are of no more use."""
         with self._transaction() as cursor:
             freed = _write_end(cursor, record)

@@ -1,4 +1,4 @@
-"""A bucket of Google Cloud Storage, by its own client. Knows no files and no HTTP doors."""
+"""Google Cloud Storage bucket."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ from stable_diffusion_server.storage.object_headers import cache_control, conten
 from stable_diffusion_server.storage.refusals import classify_refusal, is_store_available
 from stable_diffusion_server.types import StoredObject
 
-# An object of this name shows, at each start, that writing is allowed. Later it shows whether a refusal is of one name
-# or of the store.
+# Object written at each start to test write access, and later to tell whether the store rejects one key or every
+# request.
 PROBE = ".stable-diffusion-server"
-# In the metadata beside the record: which call wrote the object, and its bytes' MD5.
+# Metadata beside the record: a random id of the writing call, and the MD5 of the bytes (base64).
 _WRITER, _MD5 = "writer", "md5"
 _SIGNATURE_BYTES = 12
 _MAX_CREATE_ATTEMPTS = 5
@@ -44,7 +44,7 @@ _SCOPE = "https://www.googleapis.com/auth/devstorage.read_write"
 
 @dataclass(frozen=True, slots=True)
 class GCSOptions:
-    """Where the bucket is and how it is reached. `timeout` in seconds; no `credentials`: Google's own chain."""
+    """Name, address and access of a bucket. `timeout` in seconds; `credentials=None` selects Google's default chain."""
 
     name: str
     credentials: Path | None = None
@@ -55,10 +55,9 @@ class GCSOptions:
 
 
 class GCSBucket(Bucket):
-    """Objects of a GCS bucket. Every method is safe from any thread and blocks for network time.
+    """Objects of a GCS bucket. Thread-safe; methods block on the network.
 
-    No answer is believed before it was checked: a write by the checksum Google has of it, an object by that or by its
-    first and last bytes.
+    Responses are verified: a write by Google's checksum, an object by that or by its first and last bytes.
     """
 
     def __init__(self, options: GCSOptions) -> None:
@@ -67,31 +66,31 @@ class GCSBucket(Bucket):
         self._bucket: Any = None
 
     def open(self) -> None:
-        """Make the client, and try that the bucket can be written. May be called again after a failure.
+        """Create the client and write the probe. May be called again after a failure.
 
-        Raises `StorageUnavailable` with one sentence: no or wrong credentials, no such bucket, denied, no answer.
+        Raises `StorageUnavailable`: missing or wrong credentials, no such bucket, access denied, no response.
         """
         with self._translated_errors("write to it", bucket_asked=True):
             self._bucket = self._bucket or _client(self._options).bucket(self._options.name)
-            # Lost when it is there from an earlier start, which shows as much.
+            # A failed condition means an earlier start wrote the probe, which proves write access too.
             with suppress(ConditionFailed):
                 self._write_probe(if_generation_match=0)
-        self.url(self._probe)  # credentials that cannot sign are told now, and not after the first picture
+        self.url(self._probe)  # raises now if the credentials cannot sign, not after the first image
 
     def close(self) -> None:
-        """Let the connections go."""
+        """Close the connections."""
         if self._bucket is not None:
             self._bucket.client.close()
 
     def stat(self, key: str) -> StoredObject | None:
-        """The object under `key`, or `None`; one that is empty, cut short or garbage is none."""
+        """The object under `key`; `None` if it is absent, empty, truncated or garbage."""
         with self._translated_errors("look into it"):
             blob = self._find_blob(key)
             return self._verified(blob) if blob is not None else None
         return None
 
     def create(self, key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> tuple[StoredObject, bool]:
-        """Store `data` if `key` is absent; the first of several writers wins and the others get what it stored."""
+        """Store `data` if `key` is absent; of concurrent writers the first wins and the others get its object."""
         writer, generation = uuid4().hex, 0
         for _ in range(_MAX_CREATE_ATTEMPTS):
             try:
@@ -103,18 +102,18 @@ class GCSBucket(Bucket):
                 if there is None:
                     generation = 0  # removed meanwhile
                 elif (stored := self._verified(there)) is not None or not data:
-                    # An answer may be lost on its way and the write repeated: then the one who was first is oneself.
+                    # After a lost response the client repeats the write: then the earlier writer is this call.
                     return stored or _to_stored_object(there), _writer_of(there) == writer
                 else:
-                    generation = there.generation  # one that is empty, cut short or garbage gives way
+                    generation = there.generation  # replace an empty, truncated or garbage object
         raise KeyBusy("The storage is busy with other writers of this name.", retry_after=5)
 
     def overwrite(self, key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> StoredObject:
-        """Store `data` under `key`; a reader sees the old object or the new one, whole."""
+        """Store `data` under `key`; readers get the old object or the new one."""
         return self._upload_for_caller(key, data, content_type, {**record, _WRITER: uuid4().hex})
 
     def read(self, key: str, start: int = 0, end: int | None = None) -> bytes:
-        """Bytes `start` to before `end`. Raises `NotFound`."""
+        """Bytes `start` (inclusive) to `end` (exclusive). Raises `NotFound`."""
         if end is not None and end <= start:
             return b""
         try:
@@ -131,26 +130,26 @@ class GCSBucket(Bucket):
         return b""
 
     def delete(self, key: str) -> None:
-        """Remove the object, if there is one."""
+        """Remove the object if it exists."""
         try:
             with self._translated_errors("delete from it"):
                 self._open_bucket().blob(key).delete(**self._request_options)
         except NotFound:
-            pass  # as wished
-        except Refused as refused:  # rights to write without those to delete are no outage
+            pass
+        except Refused as refused:  # credentials may write but not delete: not an outage
             raise StorageRefused(refused.detail) from refused
 
     def list(self, prefix: str = "") -> Iterator[str]:
-        """The keys that begin with `prefix`, in order."""
+        """The keys that start with `prefix`, sorted."""
         with self._translated_errors("list it", bucket_asked=True):
             for blob in self._open_bucket().list_blobs(prefix=prefix, **self._request_options):
                 if blob.size and blob.name != self._probe:
                     yield blob.name
 
     def url(self, key: str) -> str | None:
-        """Where the object is fetched: signed for a while where the bucket is private, else below the base URL.
+        """A signed URL if `signed_url_seconds` is set, otherwise the URL below the base URL.
 
-        `None` without either: nothing is known of an address that opens.
+        `None` without both, because the public address is unknown.
         """
         seconds, base = self._options.signed_url_seconds, self._options.base_url
         if not seconds:
@@ -165,7 +164,7 @@ class GCSBucket(Bucket):
 
     @property
     def _request_options(self) -> dict[str, Any]:
-        """Seconds to connect and to answer, and Google's own rule for what is worth another try."""
+        """Timeouts (connect, read) in seconds, and Google's default retry rule with our limits."""
         from google.cloud.storage.retry import DEFAULT_RETRY
 
         timeout = self._options.timeout
@@ -173,9 +172,9 @@ class GCSBucket(Bucket):
         return {"timeout": (min(5.0, timeout), timeout), "retry": retry}
 
     def _find_blob(self, key: str) -> Any:
-        """What is told of the object, or `None`.
+        """The blob's metadata, or `None` if it is absent.
 
-        Raises `InvalidInput` for a name that is refused while others are not.
+        Raises `InvalidInput` if only this key is rejected.
         """
         try:
             return self._get_blob(key)
@@ -186,7 +185,7 @@ class GCSBucket(Bucket):
                 and refused.code == FORBIDDEN
                 and is_store_available(self._head_probe)
             ):
-                return None  # who may not list is told 403 of whatever is absent
+                return None  # without list permission absent objects give 403
             raise error from refused
 
     def _get_blob(self, key: str) -> Any:
@@ -194,7 +193,7 @@ class GCSBucket(Bucket):
             return self._open_bucket().get_blob(key, **self._request_options)
 
     def _verified(self, blob: Any) -> StoredObject | None:
-        """What is told of an object, if it is what was written there, or a picture that someone else put there."""
+        """The object if it is complete: as this server wrote it, or an image of another writer."""
         stored, expected = _to_stored_object(blob), (blob.metadata or {}).get(_MD5)
         if not stored.is_complete:
             return None
@@ -211,27 +210,27 @@ class GCSBucket(Bucket):
     def _upload_for_caller(
         self, key: str, data: bytes, content_type: str, metadata: Mapping[str, str], **condition: int
     ) -> StoredObject:
-        """Store under a caller's name. Raises `InvalidInput` for one that is refused while others are not."""
+        """Upload under a caller's key. Raises `InvalidInput` if only this key is rejected."""
         try:
             return self._upload(key, data, content_type, metadata, **condition)
         except Refused as refused:
             raise classify_refusal(refused.detail, refused.code, self._write_probe) from refused
 
     def _head_absent_probe(self) -> None:
-        """Raises nothing for who may look and list."""
+        """Raise nothing, if these credentials may list the bucket."""
         self._get_blob(f"{self._probe}-none")
 
     def _head_probe(self) -> None:
         self._get_blob(self._probe)
 
     def _write_probe(self, **condition: int) -> None:
-        """Write the probe as a picture is written: what is wrong with all of them is wrong with it."""
+        """Write the probe exactly as an image is written, so that it fails if every image would."""
         self._upload(self._probe, b"writable", "text/plain", {_WRITER: uuid4().hex}, **condition)
 
     def _upload(
         self, key: str, data: bytes, content_type: str, metadata: Mapping[str, str], **condition: int
     ) -> StoredObject:
-        """Store, and see that it is stored: by the checksum in the answer, else by a look at what is there."""
+        """Upload and verify, by the checksum in the response or by the stored metadata."""
         from google.api_core.exceptions import PreconditionFailed
 
         expected = base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()
@@ -263,7 +262,7 @@ class GCSBucket(Bucket):
 
 
 def _client(options: GCSOptions) -> Any:
-    # Imported here: it takes about a second, and only those who use it should pay.
+    # Imported here because it takes about 1 s.
     from google.auth.exceptions import DefaultCredentialsError
     from google.cloud import storage
     from google.oauth2.service_account import Credentials
@@ -278,13 +277,13 @@ def _client(options: GCSOptions) -> Any:
 
 
 def _writer_of(blob: Any) -> str | None:
-    """Which call wrote the object, as its metadata tell."""
+    """The id of the call that wrote the object."""
     return (blob.metadata or {}).get(_WRITER)
 
 
 def _to_stored_object(blob: Any) -> StoredObject:
-    """The object that an answer tells of. Raises `StorageUnavailable` where a fact of it is missing, or is none."""
-    etag, kind, said = (
+    """The object described by a response. Raises `StorageUnavailable` if a field is missing or invalid."""
+    etag, kind, metadata = (
         blob.etag or blob.generation,
         blob.content_type or "application/octet-stream",
         blob.metadata or {},
@@ -294,7 +293,7 @@ def _to_stored_object(blob: Any) -> StoredObject:
         raise malformed_response("it has no size" if etag else "it has no generation")
     if not (isinstance(kind, str) and f"{kind}{etag}".isascii() and f"{kind}{etag}".isprintable()):  # for a header
         raise malformed_response("its type or its ETag is none")
-    if not isinstance(said, dict) or not all(isinstance(text, str) for pair in said.items() for text in pair):
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for pair in metadata.items() for text in pair):
         raise malformed_response("its metadata are none")
-    record = {name: value for name, value in said.items() if name not in (_WRITER, _MD5)}
+    record = {name: value for name, value in metadata.items() if name not in (_WRITER, _MD5)}
     return StoredObject(blob.name, blob.size, etag, kind, record)

@@ -1,4 +1,4 @@
-"""What the errors of Google's client mean, in sentences of ours that hold no key. Asks nothing of any store."""
+"""Maps the errors of Google's client to ours, in sentences without secrets."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from http import HTTPStatus
 
 from stable_diffusion_server.errors import KeyBusy, NotFound, ServerError, StorageUnavailable
 
-# Statuses of 4xx that are of the whole store, whatever the name.
+# 4xx statuses that concern the whole store, not one key.
 _STORE_WIDE_STATUSES = frozenset((401, 404, 405, 407, 408, 429))
 FORBIDDEN = 403
 
 
 class ConditionFailed(KeyBusy):
-    """Someone else was there first."""
+    """Another writer was first."""
 
 
 class Refused(StorageUnavailable):
-    """A refusal that may be of this one name or of everything: the bucket finds out which by trying another name."""
+    """A rejection of this key or of every request; `classify_refusal` finds out which."""
 
     def __init__(self, detail: str, code: int) -> None:
         super().__init__(detail)
@@ -32,11 +32,10 @@ def malformed_response(why: str) -> StorageUnavailable:
 
 @contextmanager
 def translate_gcs_errors(what: str, name: str, *, bucket_asked: bool = False, beyond: bool = False) -> Iterator[None]:
-    """Turn Google's errors into ours, in sentences that hold no key.
+    """Raise Google's errors as ours. `what` completes "do not let these credentials …"; `name` is the bucket.
 
-    `what` is being tried with the bucket called `name`. `bucket_asked`: what is not found is the bucket.
-    `beyond`: a range after the object's end is no error. Whatever else is raised in there is raised by reading an
-    answer or a file of credentials, and is of the store too.
+    `bucket_asked`: a 404 means that the bucket is missing. `beyond`: a range after the object's end is no error. Any
+    other exception comes from parsing a response or a credentials file, and becomes `StorageUnavailable` too.
     """
     from google.api_core.exceptions import GoogleAPIError
     from google.auth.exceptions import DefaultCredentialsError, GoogleAuthError, TransportError
@@ -50,7 +49,7 @@ def translate_gcs_errors(what: str, name: str, *, bucket_asked: bool = False, be
         raise StorageUnavailable(
             "There are no usable credentials for the storage (GOOGLE_APPLICATION_CREDENTIALS)."
         ) from error
-    except TransportError as error:  # where keys are made into tokens
+    except TransportError as error:  # the token endpoint
         raise _error_for_status(0, what, name, bucket_asked=bucket_asked, kind=type(error).__name__) from error
     except GoogleAuthError as error:
         raise StorageUnavailable(f"The storage does not accept the credentials ({type(error).__name__}).") from error
@@ -66,7 +65,7 @@ def translate_gcs_errors(what: str, name: str, *, bucket_asked: bool = False, be
 
 
 def _error_for_status(code: int, what: str, name: str, *, bucket_asked: bool, kind: str) -> ServerError:
-    """The error of ours for one of HTTP's statuses, 0 for no answer."""
+    """Our error for an HTTP status; 0 means no response."""
     if code == 404 and bucket_asked:
         return StorageUnavailable(f"There is no bucket {name!r} at the storage (BUCKET_NAME).")
     if code == 404:

@@ -1,1 +1,1 @@
-"""What was drawn here, to be listed and searched: an index beside the bucket, which no picture depends on."""
+"""Searchable index of generated images, kept beside the bucket."""

@@ -1,4 +1,4 @@
-"""The history as a table of SQLite: entries in, newest first out, bounded in number and age. Blocks for the disk."""
+"""SQLite index of generated images with full-text search, bounded in number and age."""
 
 from __future__ import annotations
 
@@ -19,9 +19,8 @@ from stable_diffusion_server.storage.history.entries import HistoryEntry, Histor
 _log = structlog.get_logger(__name__)
 
 _COLUMNS = tuple(part.name for part in fields(HistoryEntry) if part.name != "number")
-# `words` is the prompt in folded case, since SQLite folds ASCII alone. `drawn_words` finds the entries that hold three
-# characters in a row (SQLite's FTS5 with its trigram tokenizer), of which a search reads only those that hold all of
-# a term's; positions are not kept, so `instr` has the last word.
+# `words` is the case-folded prompt, since SQLite folds ASCII only. `drawn_words` is an FTS5 trigram index without
+# positions (detail=none): it narrows a search to prompts with all trigrams of the text, and `instr` decides.
 _TABLE = f"""
 CREATE TABLE IF NOT EXISTS drawn (number INTEGER PRIMARY KEY AUTOINCREMENT, words, {", ".join(_COLUMNS)});
 CREATE UNIQUE INDEX IF NOT EXISTS drawn_key ON drawn (key);
@@ -43,7 +42,7 @@ CREATE TRIGGER drawn_removed AFTER DELETE ON drawn BEGIN
 END;
 """
 _INDEXED = "SELECT count(*) FROM sqlite_master WHERE name IN ('drawn_words', 'drawn_added', 'drawn_removed')"
-# Rows of three characters a search looks up: more of them find hardly fewer entries.
+# Trigrams looked up per search: more of them hardly narrow the result.
 _MOST_TRIGRAMS = 24
 _ADD = f"INSERT INTO drawn (words, {', '.join(_COLUMNS)}) VALUES ({', '.join('?' * (len(_COLUMNS) + 1))})"  # noqa: S608  # column names of our own
 _SHOW = f"SELECT number, {', '.join(_COLUMNS)} FROM drawn"  # noqa: S608  # column names of our own
@@ -58,7 +57,7 @@ _KINDS: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("seed", "width", "height"), int),
     "drawn_at": (int, float),
 }
-# Errors that say that the file is no history, and not that it is locked, out of reach or out of room.
+# SQLite errors of a damaged or foreign file, as opposed to a locked file, an unreachable or a full disk.
 _DAMAGE = (sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_FORMAT)
 
 
@@ -74,7 +73,7 @@ class HistoryIndex:
         self._max_age_seconds = max_age_seconds
 
     def open(self) -> None:
-        """Make the table. A file that is no history is put aside: what it held can be lost, pictures cannot."""
+        """Create the table. A damaged or foreign file is quarantined: the index may be lost, images are not in it."""
         try:
             self._create_schema()
         except sqlite3.DatabaseError as error:
@@ -85,7 +84,7 @@ class HistoryIndex:
             self._create_schema()
 
     def add(self, entries: Sequence[HistoryEntry]) -> None:
-        """Keep entries, the newest last; one under a key that is known takes its place."""
+        """Add entries, the newest last; an entry replaces an earlier one of its key."""
         with self._transaction() as base:
             base.executemany("DELETE FROM drawn WHERE key = ?", [(entry.key,) for entry in entries])
             base.executemany(_ADD, [_to_row(entry) for entry in entries])
@@ -98,17 +97,17 @@ class HistoryIndex:
                 base.execute("DELETE FROM drawn WHERE drawn_at < ?", (time.time() - self._max_age_seconds,))
 
     def search(self, query: HistoryQuery) -> list[HistoryEntry]:
-        """The entries asked for, the newest first."""
+        """The matching entries, newest first."""
         folder, words = query.prefix, query.text.casefold()
         if "\0" in words:
-            return []  # no prompt holds one, and FTS5 would read what stands before it alone
+            return []  # no prompt has one, and FTS5 would stop reading there
         trigrams, within = _trigrams(words), (folder, folder + _AFTER_ALL)
         with self._transaction() as base:
-            # The index of keys finds a small folder at once, and is the slow way through one that holds nearly all.
+            # The key index is fast for a small prefix, and slow for a prefix that matches nearly all rows.
             (held,) = base.execute(_HELD, (*within, _FEW)).fetchone()
         few = held < _FEW
         terms = {
-            # Not LIKE, which would read % and _ in what it is given.
+            # Not LIKE, which would treat % and _ in the text as wildcards.
             _WITHIN if few else _WITHIN_UNINDEXED: within if folder else None,
             "number IN (SELECT rowid FROM drawn_words WHERE drawn_words MATCH ?)": (trigrams,) if trigrams else None,
             "instr(words, ?) > 0": (words,) if words else None,
@@ -126,7 +125,7 @@ class HistoryIndex:
             return [entry for row in rows if (entry := _parse_entry(row)) is not None]
 
     def find(self, column: str, value: str) -> HistoryEntry | None:
-        """The newest entry whose `key` or `digest` is this."""
+        """The newest entry with this `key` or `digest`."""
         if column not in ("key", "digest"):
             raise ValueError(f"not a column to find by: {column}")
         with self._transaction() as base:
@@ -134,7 +133,7 @@ class HistoryIndex:
             return _parse_entry(row) if row is not None else None
 
     def delete(self, key: str) -> None:
-        """Keep nothing of this key."""
+        """Delete the entry of a key."""
         with self._transaction() as base:
             base.execute("DELETE FROM drawn WHERE key = ?", (key,))
 
@@ -144,14 +143,14 @@ class HistoryIndex:
             base.executescript(_TABLE)
             if base.execute(_INDEXED).fetchone() == (0,):
                 base.executescript(f"BEGIN IMMEDIATE; {_WORDS} COMMIT;")
-            base.execute(f"{_SHOW} LIMIT 1")  # a table of other columns is told here
-            (told,) = base.execute("PRAGMA quick_check(1)").fetchone()
-            if told != "ok":
-                raise sqlite3.DatabaseError(f"its pages are damaged: {told}")
+            base.execute(f"{_SHOW} LIMIT 1")  # fails if the table has other columns
+            (check,) = base.execute("PRAGMA quick_check(1)").fetchone()
+            if check != "ok":
+                raise sqlite3.DatabaseError(f"its pages are damaged: {check}")
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
-        """A connection whose changes are kept together, or not at all."""
+        """A connection in a transaction."""
         try:
             with closing(sqlite3.connect(f"file:{self._path}?mode=rw", uri=True, timeout=_BUSY_SECONDS)) as base, base:
                 base.execute("PRAGMA synchronous = NORMAL")
@@ -161,7 +160,7 @@ class HistoryIndex:
 
 
 def _trigrams(words: str) -> str:
-    """What FTS5 is asked for: every row of three characters of the text, or a spread of them; empty under three."""
+    """The FTS5 query: all trigrams of the text, or 24 spread over it; empty for texts under three characters."""
     rows = [words[start : start + 3] for start in range(len(words) - 2)]
     spread = dict.fromkeys(rows[:: -(-len(rows) // _MOST_TRIGRAMS) or 1])
     return " AND ".join('"' + row.replace('"', '""') + '"' for row in spread)
@@ -174,18 +173,18 @@ def _to_row(entry: HistoryEntry) -> tuple[object, ...]:
 
 
 def _parse_entry(row: Sequence[object]) -> HistoryEntry | None:
-    """The entry of a row; nothing for one that is damaged, which is told in the log."""
+    """Parse a row; a damaged row is logged and gives `None`."""
     number, *values = row
-    told = dict(zip(_COLUMNS, values, strict=True))
+    columns = dict(zip(_COLUMNS, values, strict=True))
     try:
-        record = json.loads(str(told["record"]))
+        record = json.loads(str(columns["record"]))
     except (ValueError, RecursionError):
         record = None
-    damaged = [name for name, kind in _KINDS.items() if not isinstance(told[name], kind)]
+    damaged = [name for name, kind in _KINDS.items() if not isinstance(columns[name], kind)]
     if damaged or not isinstance(record, dict):
         _log.error("an entry of the history is damaged and left out", number=number, columns=damaged or "record")
         return None
-    entry = HistoryEntry(**told, number=int(str(number)))  # type: ignore[arg-type]  # looked at just now
+    entry = HistoryEntry(**columns, number=int(str(number)))  # type: ignore[arg-type]  # types checked above
     return replace(entry, record=record)
 
 

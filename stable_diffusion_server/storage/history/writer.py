@@ -1,4 +1,4 @@
-"""Keeps the history off everyone's way: entries are taken at once and written by a thread. Knows no SQL."""
+"""Writes history entries in a background thread, so that requests do not wait for SQLite."""
 
 from __future__ import annotations
 
@@ -15,55 +15,55 @@ from stable_diffusion_server.storage.history.index import HistoryIndex
 
 _log = structlog.get_logger(__name__)
 
-_WAITING, _TOGETHER = 1000, 100
-_SETTLE_SECONDS = 5.0
-# A transaction costs the same for one entry as for many.
-_GATHER_SECONDS = 0.1
+_MAX_QUEUED, _MAX_BATCH = 1000, 100
+_FLUSH_SECONDS = 5.0
+# One transaction costs the same for one entry as for many, so wait this long for more entries.
+_BATCH_SECONDS = 0.1
 
 
 class HistoryWriter:
-    """The history: what is recorded is found soon after. Without an `index` nothing is kept and nothing found.
+    """Queues entries for a `HistoryIndex`; searches wait until queued entries are written. No `index`: history is off.
 
-    No failure of the index reaches who records; who reads is told of it.
+    `record` never fails; `search` raises the index's errors.
     """
 
     def __init__(self, index: HistoryIndex | None) -> None:
         self._index = index
-        self._queue: Queue[HistoryEntry | threading.Event] = Queue(_WAITING)
+        self._queue: Queue[HistoryEntry | threading.Event] = Queue(_MAX_QUEUED)
         self._thread = threading.Thread(target=self._run, name="history", daemon=True)
         self._stop = threading.Event()
         self._opened = False
 
     def start(self) -> None:
-        """Start the thread that writes, if it does not run."""
+        """Start the writer thread if it is not running."""
         if self._index is not None and not self._thread.is_alive():
             self._thread.start()
 
     def close(self) -> None:
-        """Write what waits, and end."""
+        """Write the queued entries and stop the thread."""
         if self._thread.is_alive():
             self._flush()
             self._stop.set()
             with suppress(Full):
-                self._queue.put_nowait(threading.Event())  # wakes it
-            self._thread.join(_SETTLE_SECONDS)
+                self._queue.put_nowait(threading.Event())  # wakes the thread
+            self._thread.join(_FLUSH_SECONDS)
 
     def record(self, entry: HistoryEntry) -> None:
-        """Take an entry. Never blocks and never raises."""
+        """Queue an entry. Never blocks and never raises."""
         if self._index is None:
             return
         try:
             self._queue.put_nowait(entry)
         except Full:
-            _log.warning("the history is behind; a picture is left out of it", key=entry.key)
+            _log.warning("the history queue is full; an image is not recorded", key=entry.key)
 
     def search(self, query: HistoryQuery) -> list[HistoryEntry]:
-        """The entries asked for, the newest first. Blocks; raises `StorageUnavailable`."""
+        """The matching entries, newest first. Blocks; raises `StorageUnavailable`."""
         index = self._flushed_index()
         return index.search(query) if index is not None else []
 
     def find(self, column: str, value: str) -> HistoryEntry | None:
-        """The newest entry whose `key` or `digest` is this. Blocks; `None` as well when the index is of no use."""
+        """The newest entry with this `key` or `digest`. Blocks; `None` also if the index cannot be read."""
         try:
             index = self._flushed_index()
             return index.find(column, value) if index is not None else None
@@ -72,20 +72,20 @@ class HistoryWriter:
             return None
 
     def delete(self, key: str) -> None:
-        """Keep nothing of this key. Blocks; an index of no use is logged."""
+        """Delete the entry of a key. Blocks; errors are logged."""
         try:
             index = self._flushed_index()
             if index is not None:
                 index.delete(key)
         except ServerError as error:
-            _log.warning("a deleted picture stays in the history", key=key, reason=error.detail)
+            _log.warning("a deleted image stays in the history", key=key, reason=error.detail)
 
     def _flushed_index(self) -> HistoryIndex | None:
         self._flush()
         return self._index
 
     def _flush(self) -> None:
-        """Wait until what was recorded so far is written, for a moment at the most."""
+        """Wait until the queued entries are written, at most 5 s."""
         if not self._thread.is_alive():
             return
         mark = threading.Event()
@@ -93,7 +93,7 @@ class HistoryWriter:
             self._queue.put_nowait(mark)
         except Full:
             return
-        mark.wait(_SETTLE_SECONDS)
+        mark.wait(_FLUSH_SECONDS)
 
     def _run(self) -> None:
         self._write([])
@@ -105,23 +105,23 @@ class HistoryWriter:
                     each.set()
 
     def _next_batch(self) -> list[HistoryEntry | threading.Event]:
-        """What is to be written together: all that comes within a moment, or until someone waits for it."""
+        """Entries for one transaction: those within 0.1 s, or until a reader waits."""
         taken = [self._queue.get()]
-        until = time.monotonic() + _GATHER_SECONDS
+        until = time.monotonic() + _BATCH_SECONDS
         with suppress(Empty):
-            while len(taken) < _TOGETHER and not isinstance(taken[-1], threading.Event):
+            while len(taken) < _MAX_BATCH and not isinstance(taken[-1], threading.Event):
                 taken.append(self._queue.get(timeout=max(0.0, until - time.monotonic())))
         return taken
 
     def _write(self, entries: list[HistoryEntry]) -> None:
-        assert self._index is not None  # noqa: S101  # no thread without one; tells the type checker
+        assert self._index is not None  # noqa: S101  # the thread runs only with an index
         try:
             if not self._opened:
                 self._index.open()
                 self._opened = True
-            # One a key: the later of two is the one that is stored.
+            # Of two entries with one key the later describes the stored image.
             if entries:
                 self._index.add(list({entry.key: entry for entry in entries}.values()))
-        except Exception as error:  # whatever it is: the pictures are stored, and the next ones are to be recorded
+        except Exception as error:  # the images are stored; later entries must still be recorded
             self._opened = False
             _log.warning("the history lost entries", count=len(entries), reason=str(error))

@@ -1,4 +1,4 @@
-"""A bucket behind the S3 interface: Cloudflare R2, AWS, MinIO and the like. Knows no files and no HTTP doors."""
+"""S3 bucket: AWS, Cloudflare R2, MinIO and other S3-compatible stores."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ from stable_diffusion_server.types import StoredObject
 
 _log = structlog.get_logger(__name__)
 
-# An object of this name shows, at each start, that writing is allowed and what a conditional write does here. Later it
-# shows whether a refusal is of one name or of the store.
+# Object written at each start to test write access and conditional writes, and later to tell whether the store rejects
+# one key or every request.
 PROBE = ".stable-diffusion-server"
 _MAX_CREATE_ATTEMPTS = 5
 _SIGNATURE_BYTES = 12
@@ -47,10 +47,9 @@ _BROKEN_CACHE_SIZE = 1024
 
 
 class S3Bucket(Bucket):
-    """Objects of an S3 bucket. Every method is safe from any thread and blocks for network time.
+    """Objects of an S3 bucket. Thread-safe; methods block on the network.
 
-    No answer is believed before it was checked: a write by its ETag or a look at what is stored, an object by its
-    checksum or its first and last bytes.
+    Responses are verified: writes by ETag or a HEAD request, objects by checksum or by their first and last bytes.
     """
 
     def __init__(self, options: S3Options) -> None:
@@ -59,16 +58,15 @@ class S3Bucket(Bucket):
         self._client: Any = None
         self._conditional = True
         self._create_lock = threading.Lock()
-        # Whether the last write's ETag was an MD5: not every store has such ones.
+        # Whether the last write's ETag was the MD5; not every store does this.
         self._etags_are_md5 = True
-        # ETags of objects that turned out to be broken when they were read.
+        # ETags of objects whose content did not match their checksum when read, by key.
         self._broken: OrderedDict[str, str] = OrderedDict()
 
     def open(self) -> None:
-        """Make the client, and try that the bucket can be written. May be called again after a failure.
+        """Create the client and write the probe. May be called again after a failure.
 
-        Raises `StorageUnavailable` with one sentence: no or wrong credentials, no such bucket, denied, no answer, or
-        one that no S3 store gives.
+        Raises `StorageUnavailable`: missing or wrong credentials, no such bucket, access denied, no response.
         """
         with self._translated_errors("write to it"):
             self._client = self._client or make_client(self._options)
@@ -79,17 +77,17 @@ class S3Bucket(Bucket):
             )
 
     def close(self) -> None:
-        """Let the connections go."""
+        """Close the connections."""
         if self._client is not None:
             self._client.close()
 
     def stat(self, key: str) -> StoredObject | None:
-        """The object under `key`, or `None`; one that is empty, cut short or garbage is none."""
+        """The object under `key`; `None` if it is absent, empty, truncated or garbage."""
         head = self._head(key)
         return self._verified(key, head) if head is not None else None
 
     def create(self, key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> tuple[StoredObject, bool]:
-        """Store `data` if `key` is absent; the first of several writers wins and the others get what it stored."""
+        """Store `data` if `key` is absent; of concurrent writers the first wins and the others get its object."""
         if not self._conditional:
             return self._create_unconditionally(key, data, content_type, record)
         arguments, condition = self._put_arguments(key, data, content_type, record), {"IfNoneMatch": "*"}
@@ -99,23 +97,23 @@ class S3Bucket(Bucket):
             except ConditionFailed:
                 head = self._head(key)
             if head is None:
-                condition = {"IfNoneMatch": "*"}  # removed meanwhile, or another writer is at it right now
+                condition = {"IfNoneMatch": "*"}  # removed meanwhile, or another write is in progress
                 time.sleep(0.05 * turn)
             elif (there := self._verified(key, head)) is not None or not data:
-                # An answer may be lost on its way and the write repeated: then the one who was first is oneself.
+                # After a lost response the client repeats the write: then the earlier writer is this call.
                 return there or objects.to_stored_object(key, head), objects.metadata_of(head).get(
                     objects.WRITER
                 ) == arguments["Metadata"][objects.WRITER]
             else:
-                condition = {"IfMatch": head["ETag"]}  # one that is empty, cut short or garbage gives way
+                condition = {"IfMatch": head["ETag"]}  # replace an empty, truncated or garbage object
         raise KeyBusy("The storage is busy with other writers of this name.", retry_after=5)
 
     def overwrite(self, key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> StoredObject:
-        """Store `data` under `key`; a reader sees the old object or the new one, whole."""
+        """Store `data` under `key`; readers get the old object or the new one."""
         return self._put_for_caller(self._put_arguments(key, data, content_type, record), data, record)
 
     def read(self, key: str, start: int = 0, end: int | None = None) -> bytes:
-        """Bytes `start` to before `end`. Raises `NotFound`, and for a whole object that is not what was written."""
+        """Bytes `start` (inclusive) to `end` (exclusive). Raises `NotFound`, also if the checksum does not match."""
         if end is not None and end <= start:
             return b""
         try:
@@ -127,15 +125,15 @@ class S3Bucket(Bucket):
             raise classify_refusal(refused.detail, refused.code, self._head_probe) from refused
 
     def delete(self, key: str) -> None:
-        """Remove the object, if there is one."""
+        """Remove the object if it exists."""
         try:
             with suppress(NotFound), self._translated_errors("delete from it", named=True):
                 self._open_client().delete_object(Bucket=self._options.name, Key=key)
-        except Refused as refused:  # rights to write without those to delete are no outage
+        except Refused as refused:  # credentials may write but not delete: not an outage
             raise StorageRefused(refused.detail) from refused
 
     def list(self, prefix: str = "") -> Iterator[str]:
-        """The keys that begin with `prefix`, in order."""
+        """The keys that start with `prefix`, sorted."""
         with self._translated_errors("list it"):
             pages = self._open_client().get_paginator("list_objects_v2")
             for page in pages.paginate(Bucket=self._options.name, Prefix=prefix):
@@ -146,9 +144,9 @@ class S3Bucket(Bucket):
                         yield item["Key"]
 
     def url(self, key: str) -> str | None:
-        """Where the object is fetched: signed for a while where the bucket is private, else below the base URL.
+        """A signed URL if `signed_url_seconds` is set, otherwise the URL below the base URL.
 
-        `None` without either: nothing is known of an address that opens.
+        `None` without both, because the public address is unknown.
         """
         seconds, base = self._options.signed_url_seconds, self._options.base_url
         if not seconds:
@@ -158,9 +156,9 @@ class S3Bucket(Bucket):
             return str(self._open_client().generate_presigned_url("get_object", Params=named, ExpiresIn=seconds))
 
     def _head(self, key: str) -> Any:
-        """The answer to HEAD, or `None` where nothing is there.
+        """The response to HEAD, or `None` if the object is absent.
 
-        Raises `InvalidInput` for a name that is refused while others are not.
+        Raises `InvalidInput` if only this key is rejected.
         """
         try:
             return self._head_or_raise(key)
@@ -173,7 +171,7 @@ class S3Bucket(Bucket):
                 and refused.code in FORBIDDEN
                 and is_store_available(self._head_probe)
             ):
-                return None  # who may not list is told 403 of whatever is absent
+                return None  # without list permission absent objects give 403
             raise error from refused
 
     def _head_or_raise(self, key: str) -> Any:
@@ -181,7 +179,7 @@ class S3Bucket(Bucket):
             return self._open_client().head_object(Bucket=self._options.name, Key=key)
 
     def _verified(self, key: str, head: Any) -> StoredObject | None:
-        """What HEAD told of, if it is what was written there, or a picture that someone else put there."""
+        """The object of a HEAD response if it is complete: as this server wrote it, or an image of another writer."""
         stored, metadata = objects.to_stored_object(key, head), objects.metadata_of(head)
         if not stored.is_complete or self._broken.get(key) == stored.etag:
             return None
@@ -189,7 +187,7 @@ class S3Bucket(Bucket):
             comparable = self._etags_are_md5 and not objects.has_opaque_etag(head)
             if not comparable or "-" in metadata[objects.MD5] + stored.etag or metadata[objects.MD5] == stored.etag:
                 return stored
-            # Read before it is called broken: not every store's ETag is what it looks like.
+            # Read the object before calling it damaged, because some stores' ETags only look like an MD5.
             return stored if self._is_readable(key) else None
         if not is_image_object(key, stored.content_type):
             return stored
@@ -234,7 +232,7 @@ class S3Bucket(Bucket):
     def _put_for_caller(
         self, arguments: dict[str, Any], data: bytes, record: Mapping[str, str], **condition: str
     ) -> StoredObject:
-        """Put under a caller's name. Raises `InvalidInput` for one that is refused while others are not."""
+        """Put an object under a caller's key. Raises `InvalidInput` if only this key is rejected."""
         try:
             return self._put(arguments, data, record, **condition)
         except Refused as refused:
@@ -249,7 +247,7 @@ class S3Bucket(Bucket):
         return StoredObject(arguments["Key"], len(data), etag, arguments["ContentType"], dict(record))
 
     def _verify_written(self, arguments: dict[str, Any], size: int) -> str:
-        """The ETag of what was just written, where the answer to the write does not prove that it was."""
+        """The ETag of the object just written, by a HEAD request, if the response to the write does not prove it."""
         try:
             head = self._head_or_raise(arguments["Key"])
         except NotFound:
@@ -262,27 +260,27 @@ class S3Bucket(Bucket):
         return objects.to_stored_object(arguments["Key"], head).etag
 
     def _head_absent_probe(self) -> None:
-        """Raises `NotFound` for who may look and list."""
+        """Raise `NotFound`, if these credentials may list the bucket."""
         self._head_or_raise(f"{self._probe}-none")
 
     def _head_probe(self) -> None:
         self._head_or_raise(self._probe)
 
     def _write_probe(self, **condition: str) -> None:
-        """Write the probe as a picture is written: what is wrong with all of them is wrong with it."""
+        """Write the probe exactly as an image is written, so that it fails if every image would."""
         data = b"writable"
         self._put(self._put_arguments(self._probe, data, "text/plain", {}), data, {}, **condition)
 
     def _create_unconditionally(
         self, key: str, data: bytes, content_type: str, record: Mapping[str, str]
     ) -> tuple[StoredObject, bool]:
-        """Look, then write: the best there is without conditional writes, and exact within this process."""
+        """HEAD, then PUT, for stores without conditional writes: atomic within this process only."""
         with self._create_lock:
             there = self.stat(key)
             return (there, False) if there is not None else (self.overwrite(key, data, content_type, record), True)
 
     def _supports_conditional_writes(self) -> bool:
-        """Whether a second write under a condition is refused, as it must be. Raises what writing raises."""
+        """Whether the store rejects a second conditional write, as it must. Raises as writing does."""
         for _ in range(2):
             try:
                 self._write_probe(IfNoneMatch="*")

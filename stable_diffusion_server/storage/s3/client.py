@@ -1,4 +1,4 @@
-"""The client of an S3 store: where it is, and how it is reached. Asks nothing of any store."""
+"""Options and boto3 client of an S3 store."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class S3Options:
-    """Where the bucket is and how it is reached.
+    """Name, address and access of a bucket.
 
-    `timeout` in seconds, for each of three tries; empty `credentials` leave it to boto3's own chain.
+    `timeout` in seconds, for each of three tries; empty `credentials` select boto3's default chain.
     """
 
     name: str
@@ -26,8 +26,8 @@ class S3Options:
 
 
 def make_client(options: S3Options) -> Any:
-    """A client of boto3. Raises what boto3 raises for credentials or profiles that are wrong."""
-    # Imported here: it takes most of a second, and only those who use it should pay.
+    """Create the boto3 client. Raises boto3's errors for invalid credentials or profiles."""
+    # Imported here because it takes most of a second.
     import boto3
     from botocore.config import Config
 
@@ -38,7 +38,7 @@ def make_client(options: S3Options) -> Any:
         retries={"mode": "standard", "total_max_attempts": 3},
         max_pool_connections=32,
         signature_version="s3v4",
-        # The newer checksums are AWS's own; R2 and others refuse or ignore them. Content-MD5 is understood by all.
+        # R2 and other stores reject or ignore AWS's newer checksums; all support Content-MD5.
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
         s3={"addressing_style": "path" if options.endpoint_url else "auto"},

@@ -1,4 +1,4 @@
-"""What boto3's errors mean, in sentences of ours that hold no key and no secret. Asks nothing of any store."""
+"""Maps boto3's errors to ours, in sentences without secrets."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _THROTTLE_CODES = frozenset(
 )
 _CONFLICT_CODES = frozenset("PreconditionFailed 412 ConditionalRequestConflict OperationAborted 409".split())
 _UNSUPPORTED_CODES = frozenset("NotImplemented 501".split())
-# Refusals with a status of 4xx that are of the whole store, whatever the name.
+# 4xx error codes that concern the whole store, not one key.
 _STORE_WIDE_CODES = frozenset(
     "AllAccessDisabled AccountProblem InvalidBucketName NoSuchUpload RequestTimeout 404 405 407 408".split()
 )
@@ -26,19 +26,19 @@ FORBIDDEN = frozenset("AccessDenied Forbidden 403".split())
 
 
 class ConditionFailed(KeyBusy):
-    """Someone else was there first, or is there right now."""
+    """Another writer was first, or is writing now."""
 
 
 class RangeNotSatisfiable(StorageUnavailable):
-    """A range that begins after the object's last byte."""
+    """A range that starts after the object's last byte."""
 
 
 class NotSupported(StorageUnavailable):
-    """The store does not know what was asked of it, such as a condition."""
+    """The store does not implement the request, for example a condition."""
 
 
 class Refused(StorageUnavailable):
-    """A refusal that may be of this one name or of everything: the bucket finds out which by trying another name."""
+    """A rejection of this key or of every request; `classify_refusal` finds out which."""
 
     def __init__(self, detail: str, code: str) -> None:
         super().__init__(detail)
@@ -46,7 +46,7 @@ class Refused(StorageUnavailable):
 
 
 def _error_for_code(code: str, status: int, what: str, name: str, *, named: bool) -> ServerError:
-    """The error of ours for one of S3's codes; see `told`."""
+    """Our error for an S3 error code; for the arguments see `translate_s3_errors`."""
     if code in _CONFLICT_CODES:
         return ConditionFailed("The storage is busy with other writers of this name.", retry_after=5)
     if code in ("InvalidRange", "416"):
@@ -82,15 +82,16 @@ def _connection_error(kind: str) -> StorageUnavailable:
 
 
 def malformed_response(why: str) -> StorageUnavailable:
-    """The error for an answer that is none of S3's: a proxy's page, headers that are missing, a body cut short."""
+    """The error for an invalid response: a proxy's page, missing headers, a truncated body."""
     return StorageUnavailable(f"The storage's answer cannot be understood ({why}).")
 
 
 @contextmanager
 def translate_s3_errors(what: str, name: str, *, named: bool = False) -> Iterator[None]:
-    """Turn boto3's errors into ours. `what` is being tried with the bucket called `name`; `named`: with what is there.
+    """Raise boto3's errors as ours. `what` completes "do not let these credentials …"; `name` is the bucket.
 
-    Whatever else is raised in there is raised by reading an answer, or the settings of boto3, and is of the store too.
+    `named`: a 404 means that the object is missing. Any other exception comes from parsing a response or boto3's
+    configuration, and becomes `StorageUnavailable` too.
     """
     from botocore.exceptions import BotoCoreError, ClientError
 

@@ -1,4 +1,4 @@
-"""An object as S3 has it: metadata in headers, checksums, uploads in parts, and what answers tell. Keeps nothing."""
+"""S3 object format: metadata headers, checksums, multipart upload, parsing of responses."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from stable_diffusion_server.storage.s3.errors import malformed_response
 from stable_diffusion_server.types import StoredObject
 
 PART_BYTES = 16 * 2**20
-# S3's bound on what an object tells about itself, names and values together.
+# S3's limit on the metadata of an object, names and values together.
 RECORD_MAX_BYTES = 2048
-# In the metadata beside the record: which call wrote the object, and the ETag it has where an ETag is an MD5.
+# Metadata beside the record: a random id of the writing call, and the ETag expected where ETags are MD5.
 WRITER, MD5 = "writer", "md5"
 _RESERVED_BYTES = 128
 _PLAIN = "".join(set(string.printable) - set("%" + string.whitespace)) + " "
 
 
 def to_metadata(record: Mapping[str, str]) -> dict[str, str]:
-    """The record as header values: what is no plain ASCII is percent-encoded. Raises `StorageRefused` beyond 2 KB."""
-    # Spaces at the ends would be lost in a header.
+    """The record as header values, percent-encoded where not plain ASCII. Raises `StorageRefused` beyond 2 KB."""
+    # Leading and trailing spaces are encoded, because HTTP strips them.
     metadata = {
         name: quote(value, safe=_PLAIN if value == value.strip() else _PLAIN.strip()) for name, value in record.items()
     }
@@ -38,17 +38,17 @@ def to_metadata(record: Mapping[str, str]) -> dict[str, str]:
 
 
 def metadata_of(answer: Mapping[str, Any]) -> dict[str, str]:
-    """The metadata in an answer, names in lower case as they were sent: some stores write them their own way."""
+    """The metadata of a response, with names in lower case, because some stores change the case."""
     return {str(name).lower(): str(value) for name, value in (answer.get("Metadata") or {}).items()}
 
 
 def etag_of(answer: Mapping[str, Any]) -> str:
-    """The ETag without quotes, empty where the answer has none."""
+    """The ETag without quotes; empty if there is none."""
     return str(answer.get("ETag") or "").removeprefix("W/").strip('"')
 
 
 def to_stored_object(key: str, head: Mapping[str, Any]) -> StoredObject:
-    """The object that an answer to HEAD tells of. Raises `StorageUnavailable` where it lacks an ETag or a length."""
+    """The object described by a HEAD response. Raises `StorageUnavailable` without ETag or length."""
     etag, size = etag_of(head), head.get("ContentLength")
     if not etag or not isinstance(size, int):
         raise malformed_response("it has no ETag" if not etag else "it has no length")
@@ -57,9 +57,9 @@ def to_stored_object(key: str, head: Mapping[str, Any]) -> StoredObject:
 
 
 def read_body(answer: Mapping[str, Any], start: int, end: int | None) -> bytes:
-    """The bytes in an answer to GET, `start` to before `end` of the object.
+    """The bytes `start` to `end` (exclusive) of a GET response.
 
-    Raises `StorageUnavailable` for an answer that no store gives of a picture, and what reading it raises.
+    Raises `StorageUnavailable` for an invalid response, and the errors of reading the body.
     """
     with answer["Body"] as body:
         data = bytes(body.read())
@@ -69,16 +69,16 @@ def read_body(answer: Mapping[str, Any], start: int, end: int | None) -> bytes:
         return data
     if not data:
         raise malformed_response("an object without bytes")
-    return data[start:end]  # all of it, also from a store, or a proxy, that knows no ranges
+    return data[start:end]  # a store or proxy without range support sends the whole object
 
 
 def has_opaque_etag(head: Mapping[str, Any]) -> bool:
-    """Whether the object is encrypted so that its ETag is no MD5 (SSE-KMS, SSE-C)."""
+    """Whether encryption makes the ETag something other than the MD5 (SSE-KMS, SSE-C)."""
     return "kms" in str(head.get("ServerSideEncryption")) or bool(head.get("SSECustomerAlgorithm"))
 
 
 def expected_etag(data: bytes) -> str:
-    """The ETag of these bytes in a store whose ETags are MD5s, in one piece or sent in parts."""
+    """The ETag of `data` in a store with MD5 ETags, for one PUT or a multipart upload."""
     if len(data) <= PART_BYTES:
         return _md5(data).hex()
     sums = [_md5(part) for part in _parts(data)]
@@ -86,7 +86,7 @@ def expected_etag(data: bytes) -> str:
 
 
 def put_object(client: Any, arguments: dict[str, Any], data: bytes, condition: Mapping[str, str]) -> Any:
-    """Put an object, a big one in parts; the answer of the last act, which has the condition."""
+    """Put an object, in parts if it is large; returns the response of the last request, which has the condition."""
     if len(data) <= PART_BYTES:
         return client.put_object(**arguments, Body=data, ContentMD5=_content_md5(data), **condition)
     upload = client.create_multipart_upload(**arguments)["UploadId"]
@@ -98,13 +98,13 @@ def put_object(client: Any, arguments: dict[str, Any], data: bytes, condition: M
             done.append({"PartNumber": number, "ETag": answer["ETag"]})
         return client.complete_multipart_upload(**this, MultipartUpload={"Parts": done}, **condition)
     except Exception:
-        with suppress(Exception):  # the first error is the one to be told
+        with suppress(Exception):  # report the first error
             client.abort_multipart_upload(**this)
         raise
 
 
 def _parts(data: bytes) -> list[bytes]:
-    """So that a broken connection costs one part."""
+    """`data` in parts; a broken connection then costs one part."""
     return [data[start : start + PART_BYTES] for start in range(0, len(data), PART_BYTES)]
 
 
