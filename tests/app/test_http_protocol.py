@@ -18,7 +18,7 @@ from live_servers import LiveServer
 from starlette.types import Receive, Scope, Send
 
 from stable_diffusion_server.app.http_protocol import FREE_CHUNKS, LEAST_CHUNK_BYTES, BoundedProtocol
-from stable_diffusion_server.observability.logs import LibraryLines, configure_logging
+from stable_diffusion_server.observability.logs import LibraryLogHandler, configure_logging
 
 SMALL = b"1\r\n \r\n"
 Ask = Callable[..., socket.socket]
@@ -172,7 +172,7 @@ def test_what_libraries_log_is_a_line_of_json(capfd: pytest.CaptureFixture[str])
         int("a\nb")
     except ValueError:
         logging.getLogger("asyncio").exception("Task failed")
-    LibraryLines().handle(
+    LibraryLogHandler().handle(
         logging.makeLogRecord({"name": "other", "levelno": logging.ERROR, "msg": "%d", "args": ("x",)})
     )
     lines = [json.loads(line) for line in capfd.readouterr().err.splitlines()]

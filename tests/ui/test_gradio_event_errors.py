@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from conftest import free_port, start_server
-from test_closed import SERVE, Visitor, environment_of, visit
+from test_ui_attacks import SERVE, Visitor, environment_of, visit
 
 CANARY = "canary-in-a-choice"
 # Of the right type, and all the same nothing that a page sends.

@@ -16,7 +16,7 @@ from stable_diffusion_server.settings import Settings
 from stable_diffusion_server.settings.loader import RENAMED, SettingsError, describe_settings, read_settings
 from stable_diffusion_server.storage.factory import StorageOptions, aws_credentials
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 @pytest.fixture(autouse=True)

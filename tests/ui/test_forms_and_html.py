@@ -160,10 +160,10 @@ def test_a_record_becomes_calls_that_can_be_pasted() -> None:
     compile(code_snippets.openai("http://x", {**record, "task": "inpaint"}), "call", "exec")
 
 
-def test_the_oldest_guests_are_forgotten() -> None:
+def test_the_oldest_sessions_are_dropped() -> None:
     """Tokens are bounded, and none is another's."""
-    guests = SessionStore()
-    tokens = [guests.start(f"key {number}") for number in range(1001)]
-    assert (guests.key_of(tokens[0]), guests.key_of(tokens[1])) == (None, "key 1")
-    guests.end(tokens[1])
-    assert guests.key_of(tokens[1]) is None
+    sessions = SessionStore()
+    tokens = [sessions.start(f"key {number}") for number in range(1001)]
+    assert (sessions.key_of(tokens[0]), sessions.key_of(tokens[1])) == (None, "key 1")
+    sessions.end(tokens[1])
+    assert sessions.key_of(tokens[1]) is None
