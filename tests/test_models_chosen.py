@@ -1,4 +1,4 @@
-"""Which weights the settings ask for, and what users see of them: chosen, given way, missing, told."""
+"""Which weights the settings ask for, and what users see of them: chosen, replaced, missing, reported."""
 
 from __future__ import annotations
 

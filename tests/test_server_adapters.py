@@ -87,7 +87,7 @@ def asked(server: Server, **more: Any) -> httpx.Response:
     return httpx.get(server.url + CREATE, params={**ASKED, **more}, timeout=300)
 
 
-def told(server: Server) -> dict[str, Any]:
+def sdxl_info(server: Server) -> dict[str, Any]:
     models = httpx.get(f"{server.url}/readyz", timeout=60).json()["models"]
     found: dict[str, Any] = next(model for model in models if model["name"] == "sdxl")
     return found
@@ -123,14 +123,14 @@ def pixels(file: bytes) -> bytes:
 @pytest.mark.fault(163)
 def test_only_what_can_be_used_is_listed_and_the_rest_is_told_why(adapted: Server) -> None:
     """In `/readyz`, in AUTOMATIC1111's list, and in the log, once."""
-    model = told(adapted)
+    model = sdxl_info(adapted)
     listed = {lora["name"] for lora in httpx.get(f"{adapted.url}/sdapi/v1/loras", timeout=60).json()}
     assert {"good", "linked", "theirs"} <= set(model["loras"]) <= listed
     assert not set(HEADERS_TELL) & listed
     for name in HEADERS_TELL:
         assert sum(sentence.startswith(f"{name}.safetensors ") for sentence in model["unusable_loras"]) == 1
     for _ in range(3):
-        told(adapted)
+        sdxl_info(adapted)
     text = adapted.log.read_text()
     for name in HEADERS_TELL:
         sentences = [s for s in model["unusable_loras"] if s.startswith(f"{name}.")]
@@ -158,4 +158,4 @@ def test_a_replaced_file_is_another_picture_at_once_and_a_mended_one_works(adapt
         assert asked(adapted, lora=name, seed=4).status_code == 422
         (folder / f"{name}.safetensors").write_bytes(OUTLINES.read_bytes())
         assert asked(adapted, lora=name, seed=4).status_code == 200
-    assert {"flux", "half", "nan", "torn"} <= set(told(adapted)["loras"])
+    assert {"flux", "half", "nan", "torn"} <= set(sdxl_info(adapted)["loras"])

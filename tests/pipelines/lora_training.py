@@ -33,14 +33,17 @@ def train_swap(family: Any, folder: Path, steps: int = 60) -> Path:
         learned = [parameter for parameter in unet.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(learned, lr=4e-3)
         for step in range(steps):
-            latents, told = lessons[step % len(lessons)]
+            latents, conditioning = lessons[step % len(lessons)]
             timesteps = torch.randint(400, 1000, (4,))
             noise = torch.randn(4, *latents.shape[1:])
             alpha = scheduler.alphas_cumprod[timesteps].reshape(-1, 1, 1, 1)
             noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
             velocity = alpha.sqrt() * noise - (1 - alpha).sqrt() * latents
-            conditions = {"text_embeds": told.pooled[-1:].expand(4, -1), "time_ids": told.time_ids[-1:].expand(4, -1)}
-            embeds = told.embeds[-1:].expand(4, -1, -1)
+            conditions = {
+                "text_embeds": conditioning.pooled[-1:].expand(4, -1),
+                "time_ids": conditioning.time_ids[-1:].expand(4, -1),
+            }
+            embeds = conditioning.embeds[-1:].expand(4, -1, -1)
             predicted = unet(noisy, timesteps, encoder_hidden_states=embeds, added_cond_kwargs=conditions)[0]
             loss = torch.nn.functional.mse_loss(predicted, velocity)
             optimizer.zero_grad()
@@ -58,5 +61,5 @@ def _lesson(family: Any, prompt: str) -> tuple[torch.Tensor, Any]:
     vae = family.pipeline.vae
     with torch.no_grad():
         latents = vae.config.scaling_factor * encode(vae, to_tensor(ImageArray(picture), CPU), seeded(0))
-        told = family._encode(job_for("sdxl", prompt=prompt))
-    return latents, told
+        conditioning = family._encode(job_for("sdxl", prompt=prompt))
+    return latents, conditioning

@@ -54,7 +54,7 @@ def families(sdxl: Any, flux: Any) -> dict[str, Any]:
 
     The stock inpaint pipelines know latents by their number of channels, 4 and 16; embedded models may have another.
     """
-    from twins import reshaped
+    from reshaped_pipelines import reshaped
 
     from stable_diffusion_server.pipelines.families.flux import Flux
     from stable_diffusion_server.pipelines.families.sdxl import Sdxl

@@ -54,7 +54,7 @@ def test_local_models_that_are_not_there_are_told() -> None:
 
 
 def test_a_name_is_looked_up_among_the_models_at_hand() -> None:
-    """With MODELS=local and one family, the other one's name is refused, and what there is is told."""
+    """With MODELS=local and one family, the other one's name is refused with a list of those there are."""
     local = choose_models("local", {"ProteusV0.2"})
     assert spec_of("sdxl", local).folder == "ProteusV0.2"
     with pytest.raises(InvalidInput, match="there are sdxl"):
@@ -89,8 +89,8 @@ def test_real_models_have_the_defaults_of_their_authors() -> None:
 def test_revisions_tell_pictures_of_other_weights_apart() -> None:
     """LCM and finer weights draw other pictures; a model without an LCM LoRA stays itself."""
     sdxl = REAL_MODELS["sdxl"][0]
-    told = {f.revision for f in (sdxl, with_lcm(sdxl), with_quantization(sdxl, "int8"), *REAL_MODELS["sdxl"][1:])}
-    assert len(told) == 4
+    revisions = {f.revision for f in (sdxl, with_lcm(sdxl), with_quantization(sdxl, "int8"), *REAL_MODELS["sdxl"][1:])}
+    assert len(revisions) == 4
     assert with_quantization(sdxl, "none") is with_quantization(sdxl, "auto") is sdxl
     assert with_lcm(MODELS["flux"]) is MODELS["flux"]
 
@@ -106,7 +106,7 @@ def test_strength_becomes_steps_as_diffusers_rounds_them(model: str, steps: int,
 
 @pytest.mark.parametrize(("model", "steps", "strength"), [("sdxl", 4, 0.2), ("sdxl", 1, 0.9), ("flux", 4, 0.0)])
 def test_a_strength_that_leaves_no_step_names_both_parameters(model: str, steps: int, strength: float) -> None:
-    """Raising either of them helps, so both are told."""
+    """Raising either of them helps, so both are named."""
     with pytest.raises(InvalidInput) as refused:
         steps_skipped(MODELS[model], steps, strength)
     assert [field for field, _ in refused.value.faults] == ["strength", "num_inference_steps"]

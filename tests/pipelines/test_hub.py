@@ -119,7 +119,7 @@ def test_the_commit_that_was_fetched_first_is_kept(hub: HubServer, tmp_path: Pat
 @pytest.mark.fault(168)
 @pytest.mark.parametrize("record", ["{", "[]", '{"owner/sdxl": {}}', '{"owner/sdxl": {"commit": "0", "files": []}}'])
 def test_a_broken_record_of_commits_is_made_anew(record: str, hub: HubServer, tmp_path: Path) -> None:
-    """It is told in the log, and the hub is asked."""
+    """It is logged, and the hub is asked."""
     pins = tmp_path / "hub.json"
     pins.write_text(record)
     source = HubClient({SDXL: "main"}, pins)
@@ -131,10 +131,10 @@ def test_a_broken_record_of_commits_is_made_anew(record: str, hub: HubServer, tm
 def test_what_cannot_be_had_is_told_with_what_to_do(hub: HubServer) -> None:
     """Gated: the page of the licence and HF_TOKEN. Missing, private; no such revision; no safetensors; no model."""
     hub.gated.add(SDXL)
-    told = refusal(HubClient())
-    assert f"{hub.url}/{SDXL}" in told
-    assert "licence" in told
-    assert "HF_TOKEN" in told
+    sentence = refusal(HubClient())
+    assert f"{hub.url}/{SDXL}" in sentence
+    assert "licence" in sentence
+    assert "HF_TOKEN" in sentence
     assert "private" in refusal(HubClient(), "owner/nothing")
     assert "HUB_REVISIONS" in refusal(HubClient({FLUX: "v9"}), FLUX)
     del hub.repositories[FLUX]["vae/diffusion_pytorch_model.safetensors"]
@@ -156,9 +156,9 @@ def test_a_token_opens_what_is_gated(hub: HubServer, monkeypatch: pytest.MonkeyP
 def test_a_disk_that_is_too_small_is_told_before_the_download(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both figures; and not one weight was asked for."""
     monkeypatch.setattr("shutil.disk_usage", lambda place: SimpleNamespace(free=1_000_000))
-    told = refusal(HubClient(), FLUX)
-    assert "takes 0.0 GB" in told
-    assert "HF_HOME" in told
+    sentence = refusal(HubClient(), FLUX)
+    assert "takes 0.0 GB" in sentence
+    assert "HF_HOME" in sentence
     assert not [path for path in hub.asked if path.endswith(".safetensors")]
 
 
@@ -167,11 +167,11 @@ def test_a_download_tells_how_far_it_is(hub: HubServer) -> None:
     """Its repository, commit and bytes, at the start, now and then, and at the end."""
     with capture_logs() as lines:
         HubClient(every=0.01).pipeline(FLUX, None)
-    told = [line for line in lines if line.get("repo") == FLUX]
-    assert told[0]["event"] == "fetching from the hub"
-    assert told[-1]["event"] == "fetched from the hub"
-    assert {line["commit"] for line in told} == {hub.commit(FLUX)}
-    assert all(0 <= line["bytes"] <= line.get("of", line["bytes"]) for line in told)
+    entries = [line for line in lines if line.get("repo") == FLUX]
+    assert entries[0]["event"] == "fetching from the hub"
+    assert entries[-1]["event"] == "fetched from the hub"
+    assert {line["commit"] for line in entries} == {hub.commit(FLUX)}
+    assert all(0 <= line["bytes"] <= line.get("of", line["bytes"]) for line in entries)
 
 
 @pytest.mark.fault(168)
@@ -208,7 +208,7 @@ def test_the_controlnet_of_the_hub_is_in_the_footprint(hub: HubServer, tmp_path:
 def test_an_optional_or_gated_repository_stops_no_other(
     gone: str, hub: HubServer, tmp_path: Path, one_thread: None
 ) -> None:
-    """Without the ControlNet, SDXL draws without edges; a gated Flux costs Flux. Both are told."""
+    """Without the ControlNet, SDXL draws without edges; a gated Flux costs Flux. Both are reported."""
     hub.gated.add(gone)
     drawing: Any = load(tmp_path, "cpu", 1, LoadOptions(models=FACTS, hub=HubClient()))
     loaded = {model.name: model for model in drawing.loaded}

@@ -122,7 +122,7 @@ BAD: list[Any] = [
 @pytest.mark.fault(163)
 @pytest.mark.parametrize(("made", "said"), BAD)
 def test_a_bad_file_costs_itself_alone(made: Callable[[Path], None], said: str, tmp_path: Path) -> None:
-    """It is not offered, and told with its reason; naming it is refused with that; the others are there."""
+    """It is not offered, and its reason is reported; naming it is refused with that; the others are there."""
     lora_file(tmp_path / "own.safetensors")
     made(tmp_path / "bad.safetensors")
     folder = LoraFolder(tmp_path)
@@ -176,9 +176,9 @@ def test_of_two_files_of_one_name_the_one_near_the_top_counts(tmp_path: Path) ->
 
 @pytest.mark.fault(163)
 def test_what_cannot_be_used_is_told_in_the_log_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However often readiness is asked for; names that cannot be asked for are told as well."""
-    told: list[str] = []
-    monkeypatch.setattr(lora_folder._log, "warning", lambda event, **more: told.append(more["name"]), raising=False)
+    """However often readiness is asked for; names that cannot be used are reported as well."""
+    logged: list[str] = []
+    monkeypatch.setattr(lora_folder._log, "warning", lambda event, **more: logged.append(more["name"]), raising=False)
     _dangling(tmp_path / "bad.safetensors")
     lora_file(tmp_path / "my style (v2).safetensors")
     lora_file(tmp_path / os.fsdecode(b"no text \xff.safetensors"))
@@ -187,7 +187,7 @@ def test_what_cannot_be_used_is_told_in_the_log_once(tmp_path: Path, monkeypatch
     for _ in range(3):
         assert sorted(folder.faults()) == names
         assert all(sentence.encode() for sentence in folder.faults().values())
-    assert sorted(told) == names
+    assert sorted(logged) == names
 
 
 def test_files_for_another_family_are_not_offered(tmp_path: Path) -> None:
@@ -225,7 +225,7 @@ def test_the_digest_follows_every_change_of_a_file(
 
 @pytest.mark.fault(162)
 def test_a_digest_is_that_of_the_bytes_that_were_read(tmp_path: Path) -> None:
-    """While another keeps writing over the file: what is read is whole, and told by its own digest, or refused."""
+    """While another keeps writing over the file: what is read is whole, with its own digest, or refused."""
     file, done = lora_file(tmp_path / "ink.safetensors", b"0"), threading.Event()
 
     def write() -> None:

@@ -144,12 +144,12 @@ def test_a_vae_in_slices_and_tiles_draws_the_same_small_picture(families: dict[s
 def test_what_is_loaded_is_told(one_thread: None) -> None:
     """From where, as which revision, on what, in which placement, and with how many bytes."""
     registry = load(MODELS_DIR, "cpu", 1)
-    told = {model.name: model for model in registry.loaded}
-    assert set(told) == set(MODELS)
-    assert told["sdxl"].folder == "embedded-sdxl"
-    assert told["sdxl"].follows_edges
-    assert (told["sdxl"].device, told["sdxl"].residency, told["sdxl"].dtype) == ("cpu", "resident", "float32")
-    assert told["sdxl"].bytes > 4 * 6_000_000
+    loaded = {model.name: model for model in registry.loaded}
+    assert set(loaded) == set(MODELS)
+    assert loaded["sdxl"].folder == "embedded-sdxl"
+    assert loaded["sdxl"].follows_edges
+    assert (loaded["sdxl"].device, loaded["sdxl"].residency, loaded["sdxl"].dtype) == ("cpu", "resident", "float32")
+    assert loaded["sdxl"].bytes > 4 * 6_000_000
     assert registry.resident
     registry.release_memory()
 

@@ -75,7 +75,7 @@ def test_edges_matter_to_the_guided_row_alone(family: str, families: dict[str, A
 
 @pytest.mark.parametrize("family", ["sdxl", "flux"])
 def test_the_number_of_steps_is_known_from_the_start(family: str, families: dict[str, Any]) -> None:
-    """Progress can be told: all of a refined job's steps are counted before the first one, and none is added."""
+    """All steps of a refined job are counted before the first one, and none is added."""
     state = families[family].prepare(job_for(family, refine=True))
     promised = state.steps
     while not state.done:

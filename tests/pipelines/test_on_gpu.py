@@ -43,19 +43,19 @@ def test_groups_are_normalised_as_by_pytorch(shape: tuple[int, int, int, int, in
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(("channels", "told"), [((64, 64), None), ((64, 96), 32), ((96, 64), None)], ids=str)
+@pytest.mark.parametrize(("channels", "time_channels"), [((64, 64), None), ((64, 96), 32), ((96, 64), None)], ids=str)
 def test_blocks_that_take_channels_last_are_the_stock_blocks(
-    channels: tuple[int, int], told: int | None, dtype: torch.dtype
+    channels: tuple[int, int], time_channels: int | None, dtype: torch.dtype
 ) -> None:
     """A residual block with a timestep and without, with another number of channels and the same, and a doubling."""
     from stable_diffusion_server.pipelines.acceleration.channels_last import Resnet, Upsample, use_channels_last
 
-    block = ResnetBlock2D(in_channels=channels[0], out_channels=channels[1], temb_channels=told, groups=8)
+    block = ResnetBlock2D(in_channels=channels[0], out_channels=channels[1], temb_channels=time_channels, groups=8)
     parts = torch.nn.ModuleList([block, Upsample2D(channels[1], use_conv=True)]).to("cuda", dtype)
     for parameter in parts.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     given = torch.randn(2, channels[0], 9, 7, device="cuda", dtype=dtype).to(memory_format=torch.channels_last)
-    temb = None if told is None else torch.randn(2, told, device="cuda", dtype=dtype)
+    temb = None if time_channels is None else torch.randn(2, time_channels, device="cuda", dtype=dtype)
     exact = copy.deepcopy(parts).double()
     with torch.inference_mode(), torch.backends.cudnn.flags(allow_tf32=False):
         wanted = exact[1](exact[0](given.double(), None if temb is None else temb.double()))

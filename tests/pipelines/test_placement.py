@@ -41,7 +41,7 @@ FLUX = Footprint(
         (20, "auto", "float8", "model float8"),
         (8, "auto", "none", "group none"),
         (28, "none", "auto", "resident int8"),
-        (1, "none", "none", "resident none"),  # both told: obeyed, and the device will say so
+        (1, "none", "none", "resident none"),  # both explicit: obeyed, and the device will say so
     ],
 )
 @pytest.mark.fault(52)

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 @pytest.mark.parametrize("family", ["sdxl", "flux"])
 @pytest.mark.parametrize("task", ["text", "inpaint"])
 def test_a_preview_shows_what_the_picture_is_going_to_be(family: str, task: str, families: dict[str, Any]) -> None:
-    """Small, and nearer to the small picture step by step; at half of the way it is told from any other."""
+    """Small, and nearer to the small picture step by step; at half of the way it is distinguishable from any other."""
     more = {"image": scene(), "mask": disc_mask()} if task == "inpaint" else {}
     job = job_for(family, seed=3, num_inference_steps=8, **more)
     state, previews = families[family].prepare(job), []
@@ -62,7 +62,7 @@ def test_a_prompt_is_encoded_once(family: str, families: dict[str, Any]) -> None
 
 
 def test_encoded_prompts_are_kept_within_their_bytes() -> None:
-    """The one used longest ago goes first, and what is larger than all room is not kept."""
+    """The one used longest ago goes first, and an item larger than the cache is not kept."""
     kept, made = PromptCache(limit_bytes=3 * 400), list[str]()
 
     def of(key: str, size: int = 100) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Files of weights that cannot be used: each is told by its name and its reason, before anything is loaded."""
+"""Files of weights that cannot be used: each is reported with its name and reason, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def folder(tmp_path: Path) -> Path:
     return Path(shutil.copytree(MODELS_DIR / "embedded-sdxl", tmp_path / "embedded-sdxl"))
 
 
-def told(folder: Path, model: str = "sdxl") -> str:
+def load_error(folder: Path, model: str = "sdxl") -> str:
     """What is said of a model that cannot be loaded."""
     with pytest.raises(ModelLoadError) as refused:
         load_pipeline(MODELS[model], folder.parent, CPU)
@@ -126,7 +126,7 @@ def test_a_file_that_cannot_be_used_is_named_with_the_reason(kind: str, folder: 
     """One sentence: the folder, the file in it, and what is wrong; nothing of where the machine keeps it."""
     damage, words = BROKEN[kind]
     damage(folder)
-    sentence = told(folder)
+    sentence = load_error(folder)
     assert sentence.startswith("The files in embedded-sdxl cannot be loaded")
     assert all(word in sentence for word in words), sentence
     assert str(folder.parent) not in sentence
@@ -136,7 +136,7 @@ def test_a_file_that_cannot_be_used_is_named_with_the_reason(kind: str, folder: 
 def test_what_only_the_library_finds_is_told_in_its_own_words(folder: Path) -> None:
     """A tokenizer of an unknown make: the library's sentence is in ours."""
     (folder / "scheduler" / "scheduler_config.json").unlink()
-    sentence = told(folder)
+    sentence = load_error(folder)
     assert "OSError" in sentence
     assert "scheduler_config.json" in sentence
 
@@ -161,7 +161,7 @@ def test_a_part_that_lacks_weights_is_refused(model: str, part: str, lacking: st
     tensors = load_file(file)
     kept = {name: tensor for name, tensor in tensors.items() if lacking not in name}
     save_file(kept, file, metadata={"format": "pt"})
-    assert f"{folder.name}/{part} lacks {len(tensors) - len(kept)} of its weights" in told(folder, model)
+    assert f"{folder.name}/{part} lacks {len(tensors) - len(kept)} of its weights" in load_error(folder, model)
 
 
 @pytest.mark.fault(166)
@@ -169,7 +169,7 @@ def test_an_encoder_of_another_size_is_refused(folder: Path) -> None:
     """Weights of other shapes are not forced in, and not replaced by random ones."""
     file = folder / "text_encoder" / "model.safetensors"
     save_file({name: tensor[:-1].clone() for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
-    assert "embedded-sdxl/text_encoder lacks" in told(folder)
+    assert "embedded-sdxl/text_encoder lacks" in load_error(folder)
 
 
 def widened(folder: Path, part: str, kind: Any, **changes: Any) -> None:
@@ -183,7 +183,7 @@ def test_an_inpainting_network_is_refused_when_it_is_loaded(folder: Path) -> Non
     import diffusers
 
     widened(folder, "unet", diffusers.UNet2DConditionModel, in_channels=9)
-    assert "unet takes 9 channels" in told(folder)
+    assert "unet takes 9 channels" in load_error(folder)
 
 
 @pytest.mark.fault(166)
@@ -197,16 +197,16 @@ def test_parts_of_different_models_are_refused(folder: Path) -> None:
     (folder / "vae" / "config.json").write_text(
         json.dumps({**json.loads((folder / "vae" / "config.json").read_text()), "force_upcast": False})
     )
-    assert "vae holds a AutoencoderTiny" in told(folder).replace("an Auto", "a Auto")
+    assert "vae holds a AutoencoderTiny" in load_error(folder).replace("an Auto", "a Auto")
     shutil.rmtree(folder)
     shutil.copytree(whole, folder)
     widened(folder, "unet", diffusers.UNet2DConditionModel, time_cond_proj_dim=8)
-    assert "distilled with its guidance" in told(folder)
+    assert "distilled with its guidance" in load_error(folder)
 
 
 @pytest.mark.fault(166)
 def test_a_controlnet_that_cannot_be_used_costs_itself_alone(tmp_path: Path, one_thread: None) -> None:
-    """Lacking weights, a link that leads nowhere, quantized: told, and the model draws without it."""
+    """Lacking weights, a link that leads nowhere, quantized: reported, and the model draws without it."""
     shutil.copytree(MODELS_DIR / "embedded-sdxl", tmp_path / "embedded-sdxl")
     facts = replace(MODELS["sdxl"], control_folder="edges")
     whole = MODELS_DIR / "embedded-controlnet-canny-sdxl"
@@ -235,7 +235,7 @@ def test_a_controlnet_that_cannot_be_used_costs_itself_alone(tmp_path: Path, one
 
 @pytest.mark.fault(165)
 def test_a_model_that_cannot_be_used_costs_itself_alone(tmp_path: Path, one_thread: None) -> None:
-    """The other family draws; why this one does not is kept. With none left, every reason is told."""
+    """The other family draws; why this one does not is kept. With none left, every reason is reported."""
     for name in ("embedded-sdxl", "embedded-flux", "embedded-controlnet-canny-flux"):
         shutil.copytree(MODELS_DIR / name, tmp_path / name)
     (tmp_path / "embedded-sdxl" / UNET).write_text(POINTER)

@@ -66,7 +66,7 @@ def test_what_cannot_be_recorded_runs_as_it_is() -> None:
     signature = inspect.signature(module.forward)
     record(module)
     assert inspect.signature(module.forward) == signature
-    with capture_logs() as told:
+    with capture_logs() as logs:
         for _ in range(4):
             torch.testing.assert_close(module(torch.ones(1, 3)), wanted)
-    assert [entry["event"] for entry in told] == ["not recorded as a CUDA graph"]
+    assert [entry["event"] for entry in logs] == ["not recorded as a CUDA graph"]

@@ -267,7 +267,7 @@ def test_a_lora_of_something_else_is_refused_by_the_controlnet(flux: Any, loras:
 
 
 def test_the_controlnets_lora_is_found_by_file_or_folder(control_lora: Path, tmp_path: Path) -> None:
-    """A file, a folder with one, a name among the models; none and two are told by number."""
+    """A file, a folder with one, a name among the models; none and two are reported by number."""
     assert lora_file(str(control_lora), tmp_path) == control_lora
     assert lora_file(str(tmp_path), tmp_path / "elsewhere") == control_lora
     assert lora_file("line.safetensors", tmp_path) == control_lora

@@ -209,9 +209,9 @@ def test_the_layouts_written_here_are_read_by_the_stock_pipeline(twos: dict[str,
     assert notes is not None
     assert json.loads(notes["lora_adapter_metadata"])["unet.lora_alpha"] == 1.0
     drawn = []
-    for number, told in enumerate((notes, None)):
-        write(two.folder / f"told{number}.safetensors", tensors, told)
-        drawn.append(draw(two.ours, quick("sdxl", loras=((f"told{number}", 1.0),))))
+    for number, metadata in enumerate((notes, None)):
+        write(two.folder / f"metadata{number}.safetensors", tensors, metadata)
+        drawn.append(draw(two.ours, quick("sdxl", loras=((f"metadata{number}", 1.0),))))
     assert (drawn[0] != drawn[1]).any()
 
 
