@@ -1,4 +1,4 @@
-"""Remote pictures to bytes: `targets` reads URLs, `addresses` judges what they resolve to, `fetcher` dials."""
+"""Outbound HTTP to URLs that callers name, safe against server-side request forgery (SSRF)."""
 
 from __future__ import annotations
 

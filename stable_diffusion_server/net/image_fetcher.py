@@ -1,4 +1,4 @@
-"""Fetches a picture by URL, safe against forged addresses, slow and endless bodies. Knows only its first bytes."""
+"""Fetches images by URL, with limits on addresses, redirects, size, time and rate."""
 
 from __future__ import annotations
 
@@ -23,13 +23,22 @@ from stable_diffusion_server.net.safe_client import Resolve, SafeClient, describ
 from stable_diffusion_server.net.url_policy import AllowedTarget, UrlTarget, parse_url
 
 MAX_REDIRECTS = 3
-_MAX_AT_ONCE = 16
+_MAX_FETCHES = 16
 _REDIRECTS = (301, 302, 303, 307, 308)
 
 
 @dataclass(frozen=True, slots=True)
 class FetchLimits:
-    """How much a fetch may take: bytes, seconds, and bytes per second at the least once `patience` seconds passed."""
+    """Limits of one fetch.
+
+    Attributes:
+        max_bytes: Size of the body.
+        total: Seconds for the whole fetch, including redirects.
+        connect: Seconds to connect.
+        first_byte: Seconds without any data.
+        min_rate: Average rate in bytes per second, once `grace` seconds have passed.
+        grace: Seconds before `min_rate` applies.
+    """
 
     max_bytes: int
     total: float = 10.0
@@ -40,10 +49,10 @@ class FetchLimits:
 
 
 class ImageFetcher:
-    """Fetches pictures from public addresses and those that `allowed` covers. Used on one event loop.
+    """Fetches images from public addresses and from those in `allowed`. Use it on one event loop.
 
-    `resolve` gives the addresses of a host at a port; it is the system's resolver unless told otherwise. `formats` are
-    the kinds of files that are taken for pictures.
+    `resolve` returns the addresses of a host and port; the default is the system's resolver. `formats` are the accepted
+    image formats.
     """
 
     def __init__(
@@ -53,28 +62,29 @@ class ImageFetcher:
         resolve: Resolve | None = None,
         formats: Sequence[str] = DEFAULT_FORMATS,
     ) -> None:
-        self._bounds = limits
+        self._limits = limits
         self._formats = formats
         self._headers = {"Accept": media_types(formats)}
-        self._dialler = SafeClient(allowed, resolve)
-        self._places = FairLimiter(_MAX_AT_ONCE)
+        self._client = SafeClient(allowed, resolve)
+        self._limiter = FairLimiter(_MAX_FETCHES)
 
     async def fetch(self, url: str, field: str, *, share: str = "") -> bytes:
-        """The bytes at `url`, which begin like a picture that is taken; `field` is named in errors.
+        """Fetch the file at `url`, which must start with the signature of an accepted format.
 
-        A few are fetched at a time, shared out by caller; `share` tells callers apart.
+        Callers share a limited number of concurrent fetches fairly; `share` identifies the caller. `field` is named in
+        errors.
 
-        Raises `InvalidInput` for an address that is malformed or not allowed, `TooLarge`, `UnsupportedMedia` for what
-        is no picture, `RemoteFetchFailed`.
+        Raises `InvalidInput` for a URL that is malformed or not allowed, `TooLarge`, `UnsupportedMedia` for other
+        files, `RemoteFetchFailed`.
         """
         target = parse_url(url, field)
-        async with self._places.hold(share):
+        async with self._limiter.hold(share):
             try:
-                async with asyncio.timeout(self._bounds.total):
+                async with asyncio.timeout(self._limits.total):
                     return await self._follow(target, field, share)
             except TimeoutError as error:
                 raise RemoteFetchFailed(
-                    f"{field} was not fetched in {self._bounds.total:g} seconds.", field=field
+                    f"{field} was not fetched in {self._limits.total:g} seconds.", field=field
                 ) from error
             except (httpx.HTTPError, httpx.StreamError, httpx.InvalidURL, OSError) as error:
                 raise RemoteFetchFailed(
@@ -82,64 +92,64 @@ class ImageFetcher:
                 ) from error
 
     def close(self) -> None:
-        """Let go of the resolver's threads."""
-        self._dialler.close()
+        """Stop the resolver threads without waiting for them."""
+        self._client.close()
 
     async def _follow(self, target: UrlTarget, field: str, share: str) -> bytes:
-        """Go through redirects by hand, each judged like the first address."""
-        timeout = httpx.Timeout(self._bounds.first_byte, connect=self._bounds.connect)
-        async with await self._dialler.open_client(timeout) as client:
+        """Follow redirects one by one; each URL is checked like the first."""
+        timeout = httpx.Timeout(self._limits.first_byte, connect=self._limits.connect)
+        async with await self._client.open_client(timeout) as client:
             for _ in range(MAX_REDIRECTS + 1):
-                client.cookies.clear()  # kept by number, they would go to whatever name has the same one
-                response = await self._dialler.send(client, "GET", target, field, headers=self._headers, share=share)
+                client.cookies.clear()  # stored by IP address here, so they would reach other names at that address
+                response = await self._client.send(client, "GET", target, field, headers=self._headers, share=share)
                 try:
                     if response.status_code not in _REDIRECTS:
                         return await self._read(response, field)
-                    target = _redirected(target, response.headers.get("location", ""), field)
+                    target = _resolve_redirect(target, response.headers.get("location", ""), field)
                 finally:
                     await response.aclose()
         raise RemoteFetchFailed(f"{field} redirects more than {MAX_REDIRECTS} times.", field=field)
 
     async def _read(self, response: httpx.Response, field: str) -> bytes:
-        """The body as it comes over the wire, within the bounds."""
-        bounds = self._bounds
+        """Read the body, without decompression, within the limits."""
+        limits = self._limits
         if response.status_code != httpx.codes.OK:
             raise RemoteFetchFailed(f"{field} was answered with status {response.status_code}.", field=field)
         if response.headers.get("content-encoding", "identity").strip().lower() != "identity":
             raise RemoteFetchFailed(f"{field} is answered compressed, which was not asked for.", field=field)
         declared = response.headers.get("content-length", "")
-        if declared.isdecimal() and int(declared) > bounds.max_bytes:
-            raise TooLarge(f"{field} is larger than {bounds.max_bytes} bytes.", field=field)
+        if declared.isdecimal() and int(declared) > limits.max_bytes:
+            raise TooLarge(f"{field} is larger than {limits.max_bytes} bytes.", field=field)
         data, started = bytearray(), time.monotonic()
         async for chunk in response.aiter_raw():
             data += chunk
-            if len(data) > bounds.max_bytes:
-                raise TooLarge(f"{field} is larger than {bounds.max_bytes} bytes.", field=field)
+            if len(data) > limits.max_bytes:
+                raise TooLarge(f"{field} is larger than {limits.max_bytes} bytes.", field=field)
             if len(data) >= SIGNATURE_BYTES:
-                self._sniff(data, field)
+                self._check_signature(data, field)
             elapsed = time.monotonic() - started
-            if elapsed > bounds.grace and len(data) < bounds.min_rate * elapsed:
+            if elapsed > limits.grace and len(data) < limits.min_rate * elapsed:
                 raise RemoteFetchFailed(f"{field} comes too slowly.", field=field)
-        self._sniff(data, field)
+        self._check_signature(data, field)
         return bytes(data)
 
-    def _sniff(self, data: bytearray, field: str) -> None:
-        """Raise `UnsupportedMedia` for a body that does not begin as a picture does, whatever its Content-Type says."""
+    def _check_signature(self, data: bytearray, field: str) -> None:
+        """Raise `UnsupportedMedia` for a body without the signature of an accepted format; ignores Content-Type."""
         if not matches_signature(data, self._formats):
             raise UnsupportedMedia(
                 f"{field} leads to something that is not a {describe_formats(self._formats)} picture.", field=field
             )
 
 
-def _redirected(target: UrlTarget, location: str, field: str) -> UrlTarget:
-    """Where a redirect leads. Raises `InvalidInput` for a place one may not be led to."""
+def _resolve_redirect(target: UrlTarget, location: str, field: str) -> UrlTarget:
+    """The target of a redirect. Raises `InvalidInput` for a URL that is malformed or not allowed."""
     if not location:
         raise RemoteFetchFailed(f"{field} redirects to nowhere.", field=field)
     try:
         url = urljoin(target.url, location)
     except ValueError as error:
         raise InvalidInput(f"{field} redirects to what is not a URL.", field=field) from error
-    onward = parse_url(url, field)
-    if (target.scheme, onward.scheme) == ("https", "http"):
+    redirect = parse_url(url, field)
+    if (target.scheme, redirect.scheme) == ("https", "http"):
         raise InvalidInput(f"{field} redirects from https to http.", field=field)
-    return onward
+    return redirect

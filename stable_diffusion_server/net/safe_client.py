@@ -1,7 +1,7 @@
-"""Connects to addresses others name, safe against forged ones. Knows nothing of what is asked there.
+"""HTTP client for URLs that callers name, protected against server-side request forgery.
 
-The rules are OWASP's on server-side request forgery: a name is resolved once, every address it has is judged, and the
-one judged is the one dialled, with the name kept for the Host header and TLS.
+It follows OWASP's rules: a name is resolved once, all its addresses are checked, and the connection goes to a checked
+address, with the name in the Host header and in TLS.
 """
 
 from __future__ import annotations
@@ -22,37 +22,37 @@ from stable_diffusion_server.net.url_policy import PORTS, AllowedTarget, UrlTarg
 
 Resolve = Callable[[str, int], Awaitable[Sequence[str]]]
 
-_MAX_DIALS = 2
-_RESOLVERS = 16
+_MAX_ATTEMPTS = 2
+_RESOLVER_THREADS = 16
 _HEADERS = {
     "User-Agent": "stable-diffusion-server",
     "Accept-Encoding": "identity",
-    # What a page of another site would send: should the address be this server's own, its doors draw nothing for it.
+    # Marks the request as cross-site, so that a URL of this server itself is refused.
     "Sec-Fetch-Site": "cross-site",
 }
 
 
 class SafeClient:
-    """Dials public addresses and those that `allowed` covers. Used on one event loop.
+    """Connects to public addresses and to those in `allowed`. Use it on one event loop.
 
-    `resolve` gives the addresses of a host at a port; it is the system's resolver unless told otherwise.
+    `resolve` returns the addresses of a host and port; the default is the system's resolver.
     """
 
     def __init__(self, allowed: Sequence[AllowedTarget] = (), resolve: Resolve | None = None) -> None:
         self._allowed = tuple(allowed)
-        self._resolve = resolve or self._ask_system
-        # Threads of their own: a name server that keeps silent must not use up those that everything else needs. Shared
-        # by caller, and held until the thread has ended, which may be long after its caller has given up.
-        self._resolvers = ThreadPoolExecutor(max_workers=_RESOLVERS, thread_name_prefix="resolver")
-        self._lookups = FairLimiter(_RESOLVERS)
+        self._resolve = resolve or self._resolve_by_system
+        # Own threads, because a silent DNS server must not block the default executor. A caller's share is released
+        # only when its thread ends, which can be long after the request timed out.
+        self._resolvers = ThreadPoolExecutor(max_workers=_RESOLVER_THREADS, thread_name_prefix="resolver")
+        self._lookups = FairLimiter(_RESOLVER_THREADS)
         self._tls: ssl.SSLContext | None = None
 
-    async def open_client(self, patience: httpx.Timeout) -> httpx.AsyncClient:
-        """A client for one errand: no connection is shared by two names or two callers."""
+    async def open_client(self, timeouts: httpx.Timeout) -> httpx.AsyncClient:
+        """A client for one fetch, so that no connection is shared by two names or two callers."""
         if self._tls is None:
             self._tls = await asyncio.to_thread(httpx.create_ssl_context, trust_env=False)
         return httpx.AsyncClient(
-            verify=self._tls, trust_env=False, follow_redirects=False, timeout=patience, headers=_HEADERS
+            verify=self._tls, trust_env=False, follow_redirects=False, timeout=timeouts, headers=_HEADERS
         )
 
     async def send(
@@ -66,13 +66,13 @@ class SafeClient:
         content: bytes | None = None,
         share: str = "",
     ) -> httpx.Response:
-        """Ask the target's first address that takes a connection, by its number and under the target's name.
+        """Send a request to the first of the target's addresses that accepts a connection.
 
-        The body is not read yet; `share` tells callers apart. Raises `InvalidInput` for an address that may not be
-        dialled, and httpx's errors.
+        The response body is not read. `share` identifies the caller. Raises `InvalidInput` for an address that is not
+        allowed, and httpx's errors.
         """
         failure: httpx.TransportError | None = None
-        for address in (await self.check(target, field, share))[:_MAX_DIALS]:
+        for address in (await self.check(target, field, share))[:_MAX_ATTEMPTS]:
             request = client.build_request(
                 method,
                 f"{target.scheme}://{authority(str(address), target.port, target.scheme)}{target.path}",
@@ -87,38 +87,39 @@ class SafeClient:
         raise failure or httpx.ConnectError("no address")
 
     def close(self) -> None:
-        """Let go of the resolver's threads."""
+        """Stop the resolver threads without waiting for them."""
         self._resolvers.shutdown(wait=False, cancel_futures=True)
 
     async def check(self, target: UrlTarget, field: str, share: str = "") -> list[Address]:
-        """Every address of the target's host, all of them fit to be dialled. Raises `InvalidInput`.
+        """Resolve the target's host and check all its addresses. Raises `InvalidInput`.
 
-        A name without addresses is answered as one with closed ones: the difference would tell what exists inside.
+        An unknown name and a name with private addresses give the same error, which thus reveals nothing about the
+        internal network.
         """
         try:
             addresses = [ipaddress.ip_address(target.host)]
         except ValueError:
-            addresses = await self._addresses_of(target, share)
-        if not addresses or not all(self._may_dial(target, address) for address in addresses):
+            addresses = await self._resolve_addresses(target, share)
+        if not addresses or not all(self._is_allowed(target, address) for address in addresses):
             raise InvalidInput(f"{field} does not lead to a public address at an ordinary port.", field=field)
         return addresses
 
-    async def _addresses_of(self, target: UrlTarget, share: str) -> list[Address]:
+    async def _resolve_addresses(self, target: UrlTarget, share: str) -> list[Address]:
         await self._lookups.take(share)
-        looking = asyncio.ensure_future(self._resolve(target.host, target.port))
-        looking.add_done_callback(lambda _: self._lookups.release(share))
+        lookup = asyncio.ensure_future(self._resolve(target.host, target.port))
+        lookup.add_done_callback(lambda _: self._lookups.release(share))
         try:
-            answers = await asyncio.shield(looking)
+            answers = await asyncio.shield(lookup)
             return [ipaddress.ip_address(answer.partition("%")[0]) for answer in dict.fromkeys(answers)]
         except (OSError, UnicodeError, ValueError):
             return []
 
-    def _may_dial(self, target: UrlTarget, address: Address) -> bool:
-        if any(allowance.covers(target, address) for allowance in self._allowed):
+    def _is_allowed(self, target: UrlTarget, address: Address) -> bool:
+        if any(entry.covers(target, address) for entry in self._allowed):
             return True
         return target.port in PORTS.values() and is_public(address)
 
-    async def _ask_system(self, host: str, port: int) -> Sequence[str]:
+    async def _resolve_by_system(self, host: str, port: int) -> Sequence[str]:
         loop = asyncio.get_running_loop()
         found = await loop.run_in_executor(
             self._resolvers, lambda: socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
@@ -127,7 +128,7 @@ class SafeClient:
 
 
 def describe_http_error(error: Exception) -> str:
-    """What went wrong, told without addresses."""
+    """The error as part of a sentence, without addresses."""
     if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
         return "no connection"
     if isinstance(error, httpx.TimeoutException):

@@ -1,4 +1,4 @@
-"""Which host, port and path a URL means, and what the operator lets be fetched. Pure: opens and resolves nothing."""
+"""Parses URLs strictly, and matches them against the operator's allow-list; does no I/O."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _NUMERIC_LABEL = re.compile(r"\d+|0x[0-9a-f]*")
 
 @dataclass(frozen=True, slots=True)
 class UrlTarget:
-    """A URL taken apart: `host` in lower-case ASCII without brackets, `path` with the query, percent-encoded."""
+    """A parsed URL: `host` in lower-case ASCII without brackets, `path` with the query, percent-encoded."""
 
     scheme: str
     host: str
@@ -29,20 +29,20 @@ class UrlTarget:
 
     @property
     def authority(self) -> str:
-        """The Host header."""
+        """Host and port as in the Host header."""
         return authority(self.host, self.port, self.scheme)
 
     @property
     def url(self) -> str:
-        """The URL put together again."""
+        """The URL in normal form."""
         return f"{self.scheme}://{self.authority}{self.path}"
 
 
 @dataclass(frozen=True, slots=True)
 class AllowedTarget:
-    """An address the operator lets be fetched from although it is not public: a host name or a network, and a port.
+    """An entry of FETCH_ALLOW: a host name or a network that may be connected to although it is not public.
 
-    Without a port, that of the scheme.
+    Without a port, the entry allows the default port of the URL's scheme.
     """
 
     host: str = ""
@@ -51,7 +51,7 @@ class AllowedTarget:
 
     @classmethod
     def parse(cls, text: str) -> AllowedTarget:
-        """From `name`, `name:port`, `10.0.0.0/8`, `127.0.0.1:9000` or `[::1]:9000`. Raises `ValueError`."""
+        """Parse `name`, `name:port`, `10.0.0.0/8`, `127.0.0.1:9000` or `[::1]:9000`. Raises `ValueError`."""
         try:
             return cls(network=ipaddress.ip_network(text))
         except ValueError:
@@ -64,17 +64,17 @@ class AllowedTarget:
             return cls(host=parts.hostname, port=parts.port)
 
     def covers(self, target: UrlTarget, address: Address) -> bool:
-        """Whether this address may be dialled for this target."""
+        """Whether the entry allows a connection to this address for this target."""
         if target.port != (self.port or PORTS[target.scheme]):
             return False
         return address in self.network if self.network is not None else target.host == self.host
 
 
 def parse_url(url: str, field: str) -> UrlTarget:
-    """Take a URL apart. Raises `InvalidInput` for anything but a plain http or https address of a host."""
+    """Parse an http or https URL. Raises `InvalidInput` for anything else; `field` is named in the error."""
 
-    def refused(why: str) -> InvalidInput:
-        return InvalidInput(f"{field} {why}.", field=field)
+    def refused(reason: str) -> InvalidInput:
+        return InvalidInput(f"{field} {reason}.", field=field)
 
     if len(url) > MAX_URL_LENGTH:
         raise refused(f"is longer than {MAX_URL_LENGTH} characters")
@@ -95,26 +95,26 @@ def parse_url(url: str, field: str) -> UrlTarget:
 
 
 def authority(host: str, port: int, scheme: str) -> str:
-    """Host and port as a URL and the Host header have them; the scheme's own port is left out."""
+    """Host and port as in a URL or a Host header, without the scheme's default port."""
     name = f"[{host}]" if ":" in host else host
     return name if port == PORTS[scheme] else f"{name}:{port}"
 
 
 def _ascii_host(name: str) -> str:
-    """A host as it is dialled: an address in its usual spelling or a name in ASCII. Raises `ValueError`.
+    """A host name in ASCII, or an IP address in its canonical form. Raises `ValueError`.
 
-    Numbers in other spellings (octal, hexadecimal, one number for all four) are refused, since programs disagree on
-    what they mean.
+    IPv4 addresses in other notations (octal, hexadecimal, a single number) are rejected, because programs disagree on
+    their meaning.
     """
     if ":" in name:
-        return str(ipaddress.IPv6Address(name)) if "%" not in name else _no_host()
+        return str(ipaddress.IPv6Address(name)) if "%" not in name else _reject_host()
     host = name.encode("idna").decode().lower()
     if not _HOST_NAME.fullmatch(host):
-        _no_host()
+        _reject_host()
     if _NUMERIC_LABEL.fullmatch(host.rstrip(".").rsplit(".", 1)[-1]):
         return str(ipaddress.IPv4Address(host.rstrip(".")))
     return host
 
 
-def _no_host() -> str:
+def _reject_host() -> str:
     raise ValueError("no host")

@@ -1,4 +1,4 @@
-"""Posts a message to a URL someone named, under the rules pictures are fetched by. Reads only the answer's status."""
+"""Posts webhooks to URLs that callers name, by the same rules as image fetching."""
 
 from __future__ import annotations
 
@@ -11,40 +11,40 @@ from stable_diffusion_server.errors import InvalidInput, RemoteFetchFailed
 from stable_diffusion_server.net.safe_client import Resolve, SafeClient, describe_http_error
 from stable_diffusion_server.net.url_policy import AllowedTarget, parse_url
 
-_CONNECT = 3.0
+_CONNECT_SECONDS = 3.0
 
 
 class WebhookClient:
-    """Posts to public addresses and those that `allowed` covers, within `seconds`; follows no redirect."""
+    """Posts to public addresses and to those in `allowed`, within `seconds`; does not follow redirects."""
 
     def __init__(self, seconds: float, allowed: Sequence[AllowedTarget] = (), resolve: Resolve | None = None) -> None:
         self._seconds = seconds
-        self._dialler = SafeClient(allowed, resolve)
+        self._client = SafeClient(allowed, resolve)
 
     async def check(self, url: str, share: str = "") -> None:
-        """Raise `InvalidInput` for an address that is malformed or may not be dialled, or is not found in time.
+        """Raise `InvalidInput` for a URL that is malformed or not allowed, or whose host is not resolved in time.
 
-        `share` tells callers apart, who share what looks names up.
+        `share` identifies the caller, since callers share the resolver threads fairly.
         """
         target = parse_url(url, "webhook_url")
         try:
             async with asyncio.timeout(self._seconds):
-                await self._dialler.check(target, "webhook_url", share)
+                await self._client.check(target, "webhook_url", share)
         except TimeoutError as error:
             raise InvalidInput(
                 f"The host of webhook_url was not found in {self._seconds:g} seconds.", field="webhook_url"
             ) from error
 
     async def post(self, url: str, body: bytes, headers: Mapping[str, str], share: str = "") -> int:
-        """The status of the answer.
+        """Post a message; return the status of the response, whose body is not read.
 
-        Raises `InvalidInput` for an address that may not be dialled, `RemoteFetchFailed`.
+        Raises `InvalidInput` for a URL that is not allowed, `RemoteFetchFailed` for everything else.
         """
         target = parse_url(url, "webhook_url")
-        timeout = httpx.Timeout(self._seconds, connect=_CONNECT)
+        timeout = httpx.Timeout(self._seconds, connect=_CONNECT_SECONDS)
         try:
-            async with asyncio.timeout(self._seconds), await self._dialler.open_client(timeout) as client:
-                response = await self._dialler.send(
+            async with asyncio.timeout(self._seconds), await self._client.open_client(timeout) as client:
+                response = await self._client.send(
                     client, "POST", target, "webhook_url", headers=headers, content=body, share=share
                 )
                 await response.aclose()
@@ -55,5 +55,5 @@ class WebhookClient:
             raise RemoteFetchFailed(f"webhook_url could not be reached: {describe_http_error(error)}.") from error
 
     def close(self) -> None:
-        """Let go of the resolver's threads."""
-        self._dialler.close()
+        """Stop the resolver threads without waiting for them."""
+        self._client.close()

@@ -227,7 +227,7 @@ async def test_tls_is_checked_and_never_left(tmp_path: Path) -> None:
             return ["127.0.0.1"]
 
         fetching = ImageFetcher(FetchLimits(100_000), hosts, resolve)
-        fetching._dialler._tls = client_side
+        fetching._client._tls = client_side
         base = f"https://pictures.test:{secure.port}"
         assert await fetching.fetch(f"{base}/picture", "image_url") == PICTURE
         with pytest.raises(image_fetcher.RemoteFetchFailed):
