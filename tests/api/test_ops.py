@@ -117,11 +117,11 @@ def test_what_makes_no_progress_is_told_and_stops_the_beat(
 
     package = "stable_diffusion_server"
     owner, told = {
-        "decoder": (f"{package}.decoding.pool._Child.ask", "The decoder of pictures makes no progress"),
+        "decoder": (f"{package}.imaging.sandbox.pool._WorkerProcess.ask", "The decoder of pictures makes no progress"),
         "jobs": (f"{package}.service.Service.fulfil", "Accepted jobs make no progress"),
     }[part]
     monkeypatch.setattr(owner, deaf)
-    monkeypatch.setattr(f"{package}.decoding.pool._SLACK", 0.2)
+    monkeypatch.setattr(f"{package}.imaging.sandbox.pool._STALL_MARGIN", 0.2)
     monkeypatch.setattr(f"{package}.jobs.progress._SLACK", 0.2)
     monkeypatch.setattr(f"{package}.observability.loop_heartbeat._SECONDS", 0.05)
     settings = settings_in(tmp_path, decode_timeout=0.2, max_timeout=0.5 if part == "jobs" else 600.0)

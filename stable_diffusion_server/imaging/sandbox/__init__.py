@@ -1,1 +1,1 @@
-"""Untrusted bytes to pixels, in processes that may die. `pool` asks; `child` is the program those processes run."""
+"""Decodes untrusted image files in sandboxed processes: `pool` manages them, `worker` is their program."""

@@ -1,4 +1,4 @@
-"""A pool of decoding processes: bytes in, pixels or a named error out. Knows processes, and no picture format."""
+"""A pool of sandboxed processes that decode untrusted image files."""
 
 from __future__ import annotations
 
@@ -16,30 +16,39 @@ from numpy.typing import NDArray
 from stable_diffusion_server.concurrency import FairLimiter, ProgressMonitor
 from stable_diffusion_server.errors import InvalidInput, NotReady, ServerError, TooLarge, UnsupportedMedia
 from stable_diffusion_server.imaging.formats import DEFAULT_FORMATS, describe_formats
-from stable_diffusion_server.imaging.sandbox import worker as child
+from stable_diffusion_server.imaging.sandbox import worker as worker_program
 
 _log = structlog.get_logger(__name__)
 
-# What a process needs before it sees a picture, and the most a picture takes per pixel: four copies of four bytes
-# (decoded, turned, over white, as RGB), its bytes, and the coefficients of a progressive JPEG.
+# Address space of an idle process, and per pixel: four copies of four bytes (decoded, rotated, on white, as RGB), the
+# file itself, and the coefficients of a progressive JPEG.
 _BASE_MEMORY = 192 * 2**20
 _MEMORY_PER_PIXEL = 28
-# A process is replaced after so many pictures, lest what one of them left behind lives for ever.
-_PICTURES_PER_PROCESS = 200
-# A killed process is gone within milliseconds, unless the kernel holds it (a core dump, a file system that hangs).
-_SECONDS_TO_DIE = 5.0
-_LOOK_EVERY = 0.005
-_MOMENT = 1.0
-_SLACK = 5.0
+# Processes are replaced after this many images, so that memory leaks and malicious state do not accumulate.
+_IMAGES_PER_PROCESS = 200
+# A killed process ends within milliseconds, unless the kernel blocks it (core dump, hanging file system).
+_KILL_SECONDS = 5.0
+_POLL_INTERVAL = 0.005
+# How long a failed `decode` waits for killed processes.
+_REAP_SECONDS = 1.0
+# Added to twice the time limit of an image before the pool counts as stalled.
+_STALL_MARGIN = 5.0
 
 
 class DecoderPool:
-    """Decodes pictures in at most `processes` children, started when they are needed. Lives on one event loop.
+    """Decodes images in child processes that are started on demand. Use it on one event loop.
 
-    The places are shared out by caller: one caller alone gets about half of them. `max_bytes` bounds a file,
-    `max_pixels` an area, `max_side` a width or height in pixels, `seconds` the time of one picture; `formats` are the
-    kinds of files taken, and `program` is what the children run. A child that dies, hangs or runs out of memory costs
-    that picture alone: the caller gets `InvalidInput`, and the place is free at once.
+    Callers share the processes fairly: a single caller gets about half of them. If a process crashes, hangs or runs out
+    of memory, only its image fails, with `InvalidInput`, and another process can start at once.
+
+    Args:
+        max_bytes: Size of a file.
+        max_pixels: Area of an image.
+        max_side: Width or height of an image in pixels.
+        processes: Number of processes that decode at the same time.
+        seconds: Time limit for one image.
+        formats: Accepted formats, by Pillow's names.
+        program: Path of the program that the processes run.
     """
 
     def __init__(
@@ -51,78 +60,81 @@ class DecoderPool:
         processes: int = 3,
         seconds: float = 10.0,
         formats: Sequence[str] = DEFAULT_FORMATS,
-        program: str = child.__file__,
+        program: str = worker_program.__file__,
     ) -> None:
         self._max_bytes, self._max_pixels, self._max_side = max_bytes, max_pixels, max_side
         self._seconds, self._formats, self._program = seconds, formats, program
         self._processes = processes
-        self._places = FairLimiter(processes)
-        self._monitor = ProgressMonitor(2 * seconds + _SLACK)
-        self._idle: list[_Child] = []
-        self._busy: set[_Child] = set()
+        self._limiter = FairLimiter(processes)
+        self._monitor = ProgressMonitor(2 * seconds + _STALL_MARGIN)
+        self._idle: list[_WorkerProcess] = []
+        self._busy: set[_WorkerProcess] = set()
         self._dying: set[asyncio.Task[bool]] = set()
         self._closed = False
 
     async def decode(
         self, data: bytes, field: str, *, transparency: bool = False, share: str = ""
     ) -> NDArray[np.uint8]:
-        """The picture in a file of a kind that is taken, as uint8, height × width × 3; `field` is named in errors.
+        """Decode an image file to RGB pixels: uint8, height × width × 3.
 
-        With `transparency` it is grey, and white where the picture is transparent. `share` tells callers apart.
+        With `transparency` the pixels show transparency instead of colour: white where the image is transparent.
+        `field` is named in errors; `share` identifies the caller.
 
-        Raises `TooLarge`, `UnsupportedMedia` for other files, `InvalidInput` for a broken or hostile one, `NotReady`
-        where no process can be started.
+        Raises `TooLarge`, `UnsupportedMedia` for other formats, `InvalidInput` for a broken or malicious file,
+        `NotReady` if no process can be started.
         """
         if len(data) > self._max_bytes:
             raise TooLarge(f"{field} is larger than {self._max_bytes} bytes.", field=field)
         with self._monitor.track():
             try:
-                async with self._places.hold(share):
+                async with self._limiter.hold(share):
                     return await self._decode(data, field, transparency)
             except BaseException:
-                if self._dying:  # the place is free already; the process is gone in a moment
-                    await asyncio.wait(self._dying, timeout=_MOMENT)
+                if self._dying:  # the limiter is released already; give the killed process time to end
+                    await asyncio.wait(self._dying, timeout=_REAP_SECONDS)
                 raise
 
     def health(self) -> str | None:
-        """Why no picture is decoded although some are waited for, in a sentence; `None` while all is well."""
-        if silent := self._monitor.stalled_seconds():
+        """A sentence that says why the pool makes no progress, or `None` if it does."""
+        if stalled := self._monitor.stalled_seconds():
             count = self._monitor.pending
-            return f"The decoder of pictures makes no progress: {count} wait, and none ended in {silent:.0f} seconds."
+            return f"The decoder of pictures makes no progress: {count} wait, and none ended in {stalled:.0f} seconds."
         return None
 
     async def close(self) -> None:
-        """End every child, and wait a moment until they are gone. Later calls of `decode` raise `NotReady`."""
+        """Kill all processes and wait up to 5 seconds for them. Later calls of `decode` raise `NotReady`."""
         self._closed = True
         for worker in (*self._idle, *self._busy):
-            self._end(worker)
+            self._kill(worker)
         self._idle.clear()
         if self._dying:
-            await asyncio.wait(self._dying, timeout=_SECONDS_TO_DIE)
+            await asyncio.wait(self._dying, timeout=_KILL_SECONDS)
 
     async def _decode(self, data: bytes, field: str, transparency: bool) -> NDArray[np.uint8]:
-        """One picture by one child, or by another where the first one had died while it was idle."""
+        """Decode in one process, or in a second one if the first had died while it was idle."""
         try:
             async with asyncio.timeout(self._seconds):
                 while True:
                     worker = self._idle.pop() if self._idle else await self._start()
-                    fresh = worker.pictures == 0
+                    is_new = worker.images == 0
                     try:
                         verdict, width, height, pixels = await self._ask(worker, data, transparency)
                         break
                     except _Died as death:
-                        # A child that was idle may have been dead already; only a fresh one's end is the picture's.
-                        if fresh:
+                        # An idle process may have died before; only for a new one the image must be the cause.
+                        if is_new:
                             _log.warning("a decoding process ended on a picture", field=field, bytes=len(data))
                             raise InvalidInput(f"{field} could not be decoded.", field=field) from death
         except TimeoutError as error:
             raise InvalidInput(f"{field} took too long to decode.", field=field) from error
-        if verdict != child.PIXELS:
+        if verdict != worker_program.PIXELS:
             raise self._refusal(verdict, width, height, field)
         return pixels.reshape(height, width, 3)
 
-    async def _ask(self, worker: _Child, data: bytes, transparency: bool) -> tuple[bytes, int, int, NDArray[np.uint8]]:
-        """What a child answers, which goes back to the idle ones only when it answered in full."""
+    async def _ask(
+        self, worker: _WorkerProcess, data: bytes, transparency: bool
+    ) -> tuple[bytes, int, int, NDArray[np.uint8]]:
+        """The answer of a process, which becomes idle again only if it answered completely."""
         self._busy.add(worker)
         answered = False
         try:
@@ -130,15 +142,15 @@ class DecoderPool:
             answered = True
             return answer
         finally:
-            # Nothing is waited for here: a caller who leaves must leave the place too.
+            # No await here: a cancelled caller must release its process too.
             self._busy.discard(worker)
-            if answered and worker.pictures < _PICTURES_PER_PROCESS and not self._closed:
+            if answered and worker.images < _IMAGES_PER_PROCESS and not self._closed:
                 self._idle.append(worker)
             else:
-                self._end(worker)
+                self._kill(worker)
 
-    async def _start(self) -> _Child:
-        """A new child. Raises `NotReady`. Those that are ending are waited for, so that memory stays bounded."""
+    async def _start(self) -> _WorkerProcess:
+        """Start a process; wait for killed ones first, to bound memory. Raises `NotReady`."""
         while len(self._dying) >= self._processes and not self._closed:
             await asyncio.wait(self._dying, return_when=asyncio.FIRST_COMPLETED)
         if self._closed:
@@ -146,49 +158,49 @@ class DecoderPool:
         memory = _BASE_MEMORY + 2 * self._max_bytes + _MEMORY_PER_PIXEL * self._max_pixels
         limits = (self._max_pixels, self._max_side, memory, int(self._seconds) + 1)
         try:
-            return _Child([sys.executable, "-I", self._program, *map(str, limits), *self._formats])
+            return _WorkerProcess([sys.executable, "-I", self._program, *map(str, limits), *self._formats])
         except OSError as error:
             _log.error("no decoding process can be started", reason=str(error))
             raise NotReady("No process can be started to decode pictures.", retry_after=5) from error
 
-    def _end(self, worker: _Child) -> None:
-        """Kill a child now, and see to it that it is reaped."""
+    def _kill(self, worker: _WorkerProcess) -> None:
+        """Kill a process now, and reap it in the background."""
         worker.kill()
         task = asyncio.get_running_loop().create_task(self._reap(worker))
         self._dying.add(task)
         task.add_done_callback(self._dying.discard)
 
-    async def _reap(self, worker: _Child) -> bool:
-        """Whether a killed child is gone, after its time to die at the latest."""
-        if not (gone := await worker.gone(_SECONDS_TO_DIE)):
+    async def _reap(self, worker: _WorkerProcess) -> bool:
+        """Wait for a killed process; return whether it ended in time."""
+        if not (ended := await worker.wait_ended(_KILL_SECONDS)):
             _log.error("a decoding process does not end although it was killed", pid=worker.pid)
-        return gone
+        return ended
 
     def _fits(self, width: int, height: int) -> bool:
         return width * height <= self._max_pixels and max(width, height) <= self._max_side
 
     def _refusal(self, verdict: bytes, width: int, height: int, field: str) -> ServerError:
         match verdict:
-            case child.NOT_A_PICTURE:
+            case worker_program.NOT_AN_IMAGE:
                 return UnsupportedMedia(f"{field} is not a {describe_formats(self._formats)} picture.", field=field)
-            case child.TOO_LARGE:
+            case worker_program.TOO_LARGE:
                 most = f"{self._max_pixels} pixels and {self._max_side} a side"
                 return InvalidInput(f"{field} has {width} × {height} pixels; {most} are taken.", field=field)
-            case child.NO_MEMORY:
+            case worker_program.NO_MEMORY:
                 return InvalidInput(f"{field} takes too much memory to decode.", field=field)
             case _:
                 return InvalidInput(f"{field} is a broken picture.", field=field)
 
 
 class _Died(Exception):
-    """The child went away in the middle of a picture."""
+    """The process ended before it answered completely."""
 
 
-class _Child:
+class _WorkerProcess:
     """One decoding process, which answers one request at a time over a socket that is its stdin and stdout.
 
-    A socket and no pipes of asyncio's: those end only when they were read to their end, which may never come. Raises
-    `OSError` where no process can be started.
+    A socket instead of asyncio's pipes, because those close only after they were read to the end, which may never
+    come. Raises `OSError` if the process cannot be started.
     """
 
     def __init__(self, command: Sequence[str]) -> None:
@@ -207,55 +219,56 @@ class _Child:
                 self._socket.close()
                 raise
         self._socket.setblocking(False)
-        self.pictures = 0
+        self.images = 0
 
     @property
     def pid(self) -> int:
-        """The process's number."""
+        """The process id."""
         return self._process.pid
 
     async def ask(
         self, data: bytes, transparency: bool, fits: Callable[[int, int], bool]
     ) -> tuple[bytes, int, int, NDArray[np.uint8]]:
-        """Verdict, width, height, pixels. Raises `_Died`; after any other end of the call the child is of no use.
+        """Send a file; return verdict, width, height and pixels. Raises `_Died`.
 
-        A child that a picture has taken over may say anything: it is not believed a size that does not fit.
+        After any exception, including cancellation, the process must not be reused. A process that a malicious image
+        controls may answer anything, so a size over the limits is rejected.
         """
         loop = asyncio.get_running_loop()
         try:
-            await loop.sock_sendall(self._socket, child.REQUEST.pack(len(data), transparency))
+            await loop.sock_sendall(self._socket, worker_program.REQUEST.pack(len(data), transparency))
             await loop.sock_sendall(self._socket, data)
-            verdict, width, height = child.ANSWER.unpack((await self._read(child.ANSWER.size)).data)
-            if verdict == child.PIXELS and not fits(width, height):
+            verdict, width, height = worker_program.ANSWER.unpack((await self._read(worker_program.ANSWER.size)).data)
+            if verdict == worker_program.PIXELS and not fits(width, height):
                 raise _Died
-            pixels = await self._read(width * height * 3 if verdict == child.PIXELS else 0)
+            pixels = await self._read(width * height * 3 if verdict == worker_program.PIXELS else 0)
         except OSError as error:
             raise _Died from error
-        self.pictures += 1
+        self.images += 1
         return verdict, width, height, pixels
 
     def kill(self) -> None:
-        """End the process, and let go of it: nothing it holds is waited for."""
+        """Kill the process and close the socket, without waiting."""
         self._process.kill()
         self._socket.close()
 
-    async def gone(self, seconds: float) -> bool:
-        """Whether a killed process has ended and is reaped, within so many seconds."""
+    async def wait_ended(self, seconds: float) -> bool:
+        """Wait up to `seconds` for a killed process; return whether it ended and was reaped."""
         loop = asyncio.get_running_loop()
-        latest = loop.time() + seconds
+        deadline = loop.time() + seconds
         while self._process.poll() is None:
-            if loop.time() > latest:
+            if loop.time() > deadline:
                 return False
-            await asyncio.sleep(_LOOK_EVERY)
+            await asyncio.sleep(_POLL_INTERVAL)
         return True
 
     async def _read(self, size: int) -> NDArray[np.uint8]:
-        """So many bytes. Raises `_Died` when the process ended before."""
+        """Read `size` bytes. Raises `_Died` if the process ends before."""
         loop, data, read = asyncio.get_running_loop(), np.empty(size, np.uint8), 0
         while read < size:
             count = await loop.sock_recv_into(self._socket, data[read:].data)
             if count == 0:
                 raise _Died
             read += count
-            await asyncio.sleep(0)  # data that is there already is read without the loop's other work having a turn
+            await asyncio.sleep(0)  # sock_recv_into does not yield while data is available
         return data

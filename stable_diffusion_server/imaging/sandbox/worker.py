@@ -1,8 +1,8 @@
-"""The program of a decoding process: one picture at a time from stdin to stdout. Knows Pillow, and nothing of ours.
+"""The program of a decoding process: reads image files from stdin, one at a time, and writes pixels to stdout.
 
-It is run by its path (`pool` starts it), imports nothing of the package, and sees no environment, so that there is
-little to find for a picture that takes it over. Arguments: most pixels, longest side, bytes of address space, seconds
-of CPU per picture, and the kinds of files that are taken.
+`pool` runs it by its path. It imports nothing of the package and gets no environment variables, so a malicious image
+that takes it over finds little. Arguments: maximum pixels, maximum side, bytes of address space, CPU seconds per image,
+and the accepted formats.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from typing import BinaryIO
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-# A request is the length of the file and the file. An answer is a verdict and two numbers: for PIXELS width and
-# height, followed by height × width × 3 bytes; for TOO_LARGE width and height alone.
+# A request is the length of the file, the transparency flag and the file. An answer is a verdict, width and height,
+# which are 0 except for PIXELS and TOO_LARGE; after PIXELS follow height × width × 3 bytes.
 REQUEST, ANSWER = struct.Struct(">Q?"), struct.Struct(">cII")
-PIXELS, NOT_A_PICTURE, TOO_LARGE, BROKEN, NO_MEMORY = b"P", b"N", b"L", b"B", b"M"
+PIXELS, NOT_AN_IMAGE, TOO_LARGE, BROKEN, NO_MEMORY = b"P", b"N", b"L", b"B", b"M"
 _EXIF_ORIENTATION = 0x0112
 _WEBP_HEAD = 30
 
@@ -30,14 +30,14 @@ def main() -> None:
     """Answer requests until stdin ends."""
     max_pixels, max_side, memory, seconds = (int(argument) for argument in sys.argv[1:5])
     formats = sys.argv[5:]
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server, which then closes stdin
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C the server closes stdin
     warnings.simplefilter("ignore")
-    Image.MAX_IMAGE_PIXELS = None  # `decode` looks at the size itself, before Pillow would
+    Image.MAX_IMAGE_PIXELS = None  # `decode` checks the size before Pillow would
     _load_decoders(formats)
-    _bound(resource.RLIMIT_AS, memory)
-    _bound(resource.RLIMIT_CORE, 0)
-    _bound(resource.RLIMIT_FSIZE, 0)
-    _bound(resource.RLIMIT_NOFILE, 16)
+    _limit_resource(resource.RLIMIT_AS, memory)
+    _limit_resource(resource.RLIMIT_CORE, 0)
+    _limit_resource(resource.RLIMIT_FSIZE, 0)
+    _limit_resource(resource.RLIMIT_NOFILE, 16)
     source, target = sys.stdin.buffer, sys.stdout.buffer
     while len(head := source.read(REQUEST.size)) == REQUEST.size:
         _allow_cpu(seconds)
@@ -48,31 +48,30 @@ def main() -> None:
 def decode(
     data: bytes, formats: list[str], max_pixels: int, max_side: int, *, transparency: bool = False
 ) -> tuple[bytes, int, int, bytes]:
-    """Verdict, width, height and pixels (8-bit RGB rows, top to bottom) of a file's first frame.
+    """Decode the first frame of a file to a verdict, width, height and pixels (8-bit RGB rows, top to bottom).
 
-    The size is judged from the header, before a decoder has the file. Orientation by EXIF is applied, and what is
-    transparent laid over white; with `transparency` the pixels tell how transparent it is instead, white where it is
-    wholly so.
+    The size is checked in the header, before the decoder runs. EXIF orientation is applied, and transparent pixels are
+    blended with white; with `transparency` the pixels show transparency instead, white where fully transparent.
     """
 
     def too_large(width: int, height: int) -> bool:
         return width * height > max_pixels or max(width, height) > max_side
 
-    if (claimed := _webp_size(data)) and too_large(*claimed):
-        return TOO_LARGE, *claimed, b""
+    if (size := _webp_size(data)) and too_large(*size):
+        return TOO_LARGE, *size, b""
     try:
-        picture = Image.open(io.BytesIO(data), formats=formats)
+        image = Image.open(io.BytesIO(data), formats=formats)
     except MemoryError:
         return NO_MEMORY, 0, 0, b""
     except UnidentifiedImageError:
-        return NOT_A_PICTURE, 0, 0, b""
-    except Exception:  # whatever a decoder raises, the picture is the cause
+        return NOT_AN_IMAGE, 0, 0, b""
+    except Exception:  # decoders raise anything for a broken image
         return BROKEN, 0, 0, b""
-    if too_large(*picture.size):
-        return TOO_LARGE, *picture.size, b""
+    if too_large(*image.size):
+        return TOO_LARGE, *image.size, b""
     try:
-        picture.load()
-        upright = _upright(picture)
+        image.load()
+        upright = _apply_orientation(image)
         upright = transparency_of(upright) if transparency else to_rgb(upright)
         return PIXELS, upright.width, upright.height, upright.tobytes()
     except MemoryError:
@@ -81,49 +80,49 @@ def decode(
         return BROKEN, 0, 0, b""
 
 
-def to_rgb(picture: Image.Image) -> Image.Image:
-    """Any mode a picture may have as RGB, what is transparent over white."""
-    if picture.mode.startswith(("I", "F")):
-        # 16 bits of grey; Pillow's own conversion would clip them to 255 instead of scaling.
-        picture = picture.convert("I").point(lambda value: value * (1 / 257)).convert("L")
-    if "A" in picture.mode or "a" in picture.mode or "transparency" in picture.info:
-        layer = picture.convert("RGBA")
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert an image of any mode to RGB; transparent pixels are blended with white."""
+    if image.mode.startswith(("I", "F")):
+        # Pillow converts 16-bit grey to 8 bits by clipping at 255 instead of scaling.
+        image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
+    if "A" in image.mode or "a" in image.mode or "transparency" in image.info:
+        layer = image.convert("RGBA")
         white = Image.new("RGBA", layer.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, layer).convert("RGB")
-    return picture.convert("RGB")
+    return image.convert("RGB")
 
 
-def transparency_of(picture: Image.Image) -> Image.Image:
-    """How transparent a picture is, as grey in RGB: white where wholly so, black all over where it cannot be."""
-    alpha = picture.convert("RGBA").getchannel("A")
+def transparency_of(image: Image.Image) -> Image.Image:
+    """Transparency as grey RGB: white where fully transparent, black for an image without transparency."""
+    alpha = image.convert("RGBA").getchannel("A")
     return alpha.point(lambda value: 255 - value).convert("RGB")
 
 
-def _upright(picture: Image.Image) -> Image.Image:
-    """Turned as EXIF says; EXIF that cannot be read turns nothing."""
+def _apply_orientation(image: Image.Image) -> Image.Image:
+    """Rotate by the EXIF orientation; unreadable EXIF is ignored."""
     try:
-        if picture.getexif().get(_EXIF_ORIENTATION, 1) == 1:
-            return picture
-        return ImageOps.exif_transpose(picture)
+        if image.getexif().get(_EXIF_ORIENTATION, 1) == 1:
+            return image
+        return ImageOps.exif_transpose(image)
     except MemoryError:
         raise
-    except Exception:  # a picture with broken EXIF is still a picture
-        return picture
+    except Exception:  # broken EXIF does not make an image invalid
+        return image
 
 
 def _load_decoders(formats: Sequence[str]) -> None:
-    """Load the decoders that may be needed, before memory is bounded, and none of Pillow's forty others."""
+    """Load the needed decoders before memory is limited, and none of Pillow's forty others."""
     Image.preinit()
     if "WEBP" in formats:
-        from PIL import WebPImagePlugin  # noqa: F401  # importing it makes it known to Pillow
+        from PIL import WebPImagePlugin  # noqa: F401  # registers itself with Pillow
     if "AVIF" in formats:
         from PIL import AvifImagePlugin
 
-        AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # each takes address space of its own
+        AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # each thread takes address space
 
 
 def _webp_size(data: bytes) -> tuple[int, int] | None:
-    """Width and height a WebP claims in its first chunk, `None` for other files: its decoder makes room at once.
+    """Width and height in the header of a WebP, `None` for other files; its decoder allocates memory on opening.
 
     https://developers.google.com/speed/webp/docs/riff_container
     """
@@ -148,16 +147,16 @@ def _answer(target: BinaryIO, answer: tuple[bytes, int, int, bytes]) -> None:
 
 
 def _allow_cpu(seconds: int) -> None:
-    """Allow that much more CPU time than was used so far; beyond it the kernel ends the process."""
+    """Allow `seconds` of CPU time beyond what was used so far; after that the kernel kills the process."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
     resource.setrlimit(resource.RLIMIT_CPU, (int(used.ru_utime + used.ru_stime) + 1 + seconds, hard))
 
 
-def _bound(what: int, limit: int) -> None:
-    hard = resource.getrlimit(what)[1]
+def _limit_resource(resource_id: int, limit: int) -> None:
+    hard = resource.getrlimit(resource_id)[1]
     limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
-    resource.setrlimit(what, (limit, limit))
+    resource.setrlimit(resource_id, (limit, limit))
 
 
 if __name__ == "__main__":
