@@ -104,7 +104,7 @@ class Watchdog:
         self._progress_is_current = False
         self._hung = False
         self._last_heartbeat, self._has_heartbeat = self._read_heartbeat(), False
-        # In a group of its own it gets Ctrl-C only from here; a second signal would stop it without waiting for requests.
+        # An own process group, so that Ctrl-C arrives once, from here; a second signal would skip the graceful stop.
         self._child = subprocess.Popen(  # noqa: S603  # the command this program was given
             self.command, process_group=0, preexec_fn=_die_with_parent
         )
