@@ -1,4 +1,4 @@
-"""A plan and its pictures become a scene: the job to draw, and the way back from what was drawn. Pure."""
+"""Lays input images out on the model's canvas, and composes the output image from the generated one."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from stable_diffusion_server.types import DiffusionRequest, GenerationRequest, I
 
 @dataclass(frozen=True, slots=True)
 class CropRegion:
-    """The part of a picture that is drawn: where it is, the whole picture and its mask, the size it is drawn at."""
+    """The part of an image that is generated: its box, the whole image and mask, and the size it is generated at."""
 
     box: CropBox
     image: Pixels
@@ -40,11 +40,11 @@ class CropRegion:
 
 @dataclass(frozen=True, slots=True)
 class ImageLayout:
-    """A plan with its pictures: the job to draw, and how what is drawn becomes the picture that was asked for.
+    """The request to run, and what is needed to compose the output image.
 
-    `width` and `height` are the picture's, in pixels. With `image` and `mask` (uint8, height × width × 3 and height ×
-    width) what is drawn is laid over the image where the mask is not 0. With `around` that is a part of the
-    picture, and is put back into it.
+    `width` and `height` are those of the output, in pixels. With `image` and `mask` (uint8, height × width × 3 and
+    height × width) the generated image is pasted over `image` where the mask is not 0. With `crop` it is a part of an
+    image, and is pasted back into that.
     """
 
     request: DiffusionRequest
@@ -57,7 +57,7 @@ class ImageLayout:
     crop: CropRegion | None = None
 
     def compose_output(self, drawn: Pixels) -> Pixels:
-        """The picture asked for from the one drawn on the canvas (both uint8, height × width × 3)."""
+        """The output image from the one generated on the canvas (both uint8, height × width × 3)."""
         if self.crop is not None:
             part = crop_to_size(drawn, self.crop.width, self.crop.height, resample=self.canvas.resampled)
             return paste_back(self.crop.box.paste(part, self.crop.image), self.crop.image, self.crop.mask)
@@ -65,87 +65,91 @@ class ImageLayout:
         return sized if self.image is None or self.mask is None else paste_back(sized, self.image, self.mask)
 
 
-def lay_out_images(plan: ResolvedRequest, image: Pixels | None = None, mask: Pixels | None = None) -> ImageLayout:
-    """The scene of a plan with its decoded pictures (uint8, height × width × 3). Raises `InvalidInput`."""
-    order, words, facts = plan.request, plan.parameters, plan.parameters.spec
+def lay_out_images(resolved: ResolvedRequest, image: Pixels | None = None, mask: Pixels | None = None) -> ImageLayout:
+    """The layout of a request with its decoded images (uint8, height × width × 3). Raises `InvalidInput`."""
+    request, parameters, spec = resolved.request, resolved.parameters, resolved.parameters.spec
     whole_image, whole_mask, box = image, None, None
     if image is not None:
-        kept = to_mask(mask, image.shape[1], image.shape[0]) if mask is not None else None
-        if kept is not None and order.mask is not None and order.mask.inverted:
-            kept = 255 - kept
-        if kept is not None and order.mask is not None and not kept.any():
-            lack = "has no transparent part" if order.mask.transparency else "covers nothing"
-            lack = lack if order.mask.transparency or order.mask.inverted else "is black all over"
+        mask_on_image = to_mask(mask, image.shape[1], image.shape[0]) if mask is not None else None
+        if mask_on_image is not None and request.mask is not None and request.mask.inverted:
+            mask_on_image = 255 - mask_on_image
+        if mask_on_image is not None and request.mask is not None and not mask_on_image.any():
+            lack = "has no transparent part" if request.mask.transparency else "covers nothing"
+            lack = lack if request.mask.transparency or request.mask.inverted else "is black all over"
             raise InvalidInput(
-                f"{order.mask.parameter} {lack}: nothing is to be repainted.", field=order.mask.parameter
+                f"{request.mask.parameter} {lack}: nothing is to be repainted.", field=request.mask.parameter
             )
-        whole_mask = kept
-        image, kept, box = _laid_out(order, image, kept)
+        whole_mask = mask_on_image
+        image, mask_on_image, box = _fit_inputs(request, image, mask_on_image)
         height, width = image.shape[:2]
-    elif order.width is not None and order.height is not None:
-        width, height, kept = order.width, order.height, None
+    elif request.width is not None and request.height is not None:
+        width, height, mask_on_image = request.width, request.height, None
     else:
         raise ValueError("an order without an image has a size")
-    canvas = plan_canvas(width, height, facts.native_pixels, facts.min_side)
-    shown = fill_masked(image, kept, order.fill, plan.seed) if image is not None and kept is not None else image
-    seen = to_canvas(shown, canvas) if shown is not None else None
+    canvas = plan_canvas(width, height, spec.native_pixels, spec.min_side)
+    filled = (
+        fill_masked(image, mask_on_image, request.fill, resolved.seed)
+        if image is not None and mask_on_image is not None
+        else image
+    )
+    on_canvas = to_canvas(filled, canvas) if filled is not None else None
     job = DiffusionRequest(
-        task=order.task,
-        model=facts.name,
-        revision=facts.revision_for(edges=words.canny),
-        prompt=words.prompt,
-        negative_prompt=words.negative_prompt,
+        task=request.task,
+        model=spec.name,
+        revision=spec.revision_for(edges=parameters.canny),
+        prompt=parameters.prompt,
+        negative_prompt=parameters.negative_prompt,
         width=canvas.width,
         height=canvas.height,
-        seed=plan.seed,
-        num_inference_steps=words.num_inference_steps,
-        guidance_scale=words.guidance_scale,
-        scheduler=words.scheduler,
-        image=ImageArray(seen) if seen is not None else None,
-        mask=ImageArray(binarize_mask(to_canvas(kept, canvas, fill=0))) if kept is not None else None,
-        control=ImageArray(canny(seen, order.canny_low, order.canny_high))
-        if words.canny and seen is not None
+        seed=resolved.seed,
+        num_inference_steps=parameters.num_inference_steps,
+        guidance_scale=parameters.guidance_scale,
+        scheduler=parameters.scheduler,
+        image=ImageArray(on_canvas) if on_canvas is not None else None,
+        mask=ImageArray(binarize_mask(to_canvas(mask_on_image, canvas, fill=0))) if mask_on_image is not None else None,
+        control=ImageArray(canny(on_canvas, request.canny_low, request.canny_high))
+        if parameters.canny and on_canvas is not None
         else None,
-        strength=words.strength,
-        control_scale=words.control_scale,
-        refine=order.refine and words.num_inference_steps > 1,  # a single step leaves nothing to refine
-        loras=order.loras,
-        alone=order.alone,
-        lora_digests=plan.lora_digests,
+        strength=parameters.strength,
+        control_scale=parameters.control_scale,
+        refine=request.refine and parameters.num_inference_steps > 1,  # a single step leaves nothing to refine
+        loras=request.loras,
+        alone=request.alone,
+        lora_digests=resolved.lora_digests,
     )
-    soft = feather_mask(kept, order.feather) if kept is not None else None
-    around_it = None
+    soft_mask = feather_mask(mask_on_image, request.feather) if mask_on_image is not None else None
+    crop = None
     if box is not None and whole_image is not None and whole_mask is not None:
-        around_it = CropRegion(box, whole_image, feather_mask(whole_mask, order.feather), width, height)
-    resampling = resampling_warnings(facts, width, height)
-    if around_it is not None:
-        height, width = around_it.image.shape[:2]
-    kept_image = image if kept is not None else None
-    return ImageLayout(job, canvas, width, height, kept_image, soft, resampling, around_it)
+        crop = CropRegion(box, whole_image, feather_mask(whole_mask, request.feather), width, height)
+    resampling = resampling_warnings(spec, width, height)
+    if crop is not None:
+        height, width = crop.image.shape[:2]
+    kept_image = image if mask_on_image is not None else None
+    return ImageLayout(job, canvas, width, height, kept_image, soft_mask, resampling, crop)
 
 
-def _laid_out(
-    order: GenerationRequest, image: Pixels, mask: Pixels | None
+def _fit_inputs(
+    request: GenerationRequest, image: Pixels, mask: Pixels | None
 ) -> tuple[Pixels, Pixels | None, CropBox | None]:
-    """The image and its mask at the size to draw, and the part of the image that is, where it is not all of it."""
-    if mask is not None and order.only_masked is not None:
+    """The image and its mask at the size to generate, and the box of that part if it is not the whole image."""
+    if mask is not None and request.only_masked is not None:
         height, width = image.shape[:2]
-        drawn_width, drawn_height = order.width or width, order.height or height
-        box = crop_around(mask, order.only_masked, drawn_width / drawn_height)
+        drawn_width, drawn_height = request.width or width, request.height or height
+        box = crop_around(mask, request.only_masked, drawn_width / drawn_height)
         image, mask = box.crop(image), box.crop(mask)
         return resize_image(image, drawn_width, drawn_height), resize_image(mask, drawn_width, drawn_height), box
-    if order.width is not None and order.height is not None:
-        image = fit_image(image, order.width, order.height, order.fit)
-        mask = fit_image(mask, order.width, order.height, order.fit) if mask is not None else None
+    if request.width is not None and request.height is not None:
+        image = fit_image(image, request.width, request.height, request.fit)
+        mask = fit_image(mask, request.width, request.height, request.fit) if mask is not None else None
     return image, mask, None
 
 
-def resampling_warnings(facts: ModelSpec, width: int, height: int) -> tuple[RequestWarning, ...]:
-    """The warning for a size in pixels that the model does not draw itself, if it is one."""
-    canvas = plan_canvas(width, height, facts.native_pixels, facts.min_side)
+def resampling_warnings(spec: ModelSpec, width: int, height: int) -> tuple[RequestWarning, ...]:
+    """A warning if the size in pixels is resampled from another one that the model generates."""
+    canvas = plan_canvas(width, height, spec.native_pixels, spec.min_side)
     if not canvas.resampled:
         return ()
     drawn = f"{canvas.width} × {canvas.height}"
     return (
-        RequestWarning("resampled", f"{facts.name} draws this best at {drawn}; it was scaled to {width} × {height}."),
+        RequestWarning("resampled", f"{spec.name} draws this best at {drawn}; it was scaled to {width} × {height}."),
     )

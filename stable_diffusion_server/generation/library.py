@@ -1,4 +1,4 @@
-"""What is stored already: listed, told how it was made, deleted, each within what a caller may touch. Knows no HTTP."""
+"""Image library: lists, inspects and deletes stored images within what a caller may access."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from stable_diffusion_server.types import Caller, StoredObject
 
 @dataclass(frozen=True, slots=True)
 class ImageLibrary:
-    """The pictures in `folder` of a bucket, with the history of those drawn here. Every method blocks.
+    """The images in `folder` of a bucket, and the history of those generated here. Every method blocks.
 
-    A caller with a prefix has only what is in the folder of that name in `folder`, all of it; one without who does not
-    manage has what was made by its key, as `ownership` or the history tells; an anonymous one has nothing.
+    A caller with a prefix can access exactly the images under it; one without, and without full access, those made by
+    its key (known from `ownership` or the history); an anonymous one none.
     """
 
     bucket: Bucket
@@ -26,13 +26,13 @@ class ImageLibrary:
     ownership: Ownership = field(default_factory=Ownership)
 
     def search(self, caller: Caller, wanted: HistoryQuery) -> list[HistoryEntry]:
-        """The pictures drawn here that are asked for, the newest first. Raises `Forbidden`."""
+        """The history entries that match a query, newest first. Raises `Forbidden`."""
         _check_known(caller)
         own = None if caller.has_full_access or caller.prefix else caller.name
         return self.history.search(replace(wanted, prefix=self._folder_of(caller), caller=own))
 
     def find_by_digest(self, digest: str, caller: Caller) -> HistoryEntry | None:
-        """What the history has of a picture of that digest, among those whose records the caller may read."""
+        """The history entry of a digest, if the caller may read its record."""
         if caller.anonymous:
             return None
         own = None if caller.has_full_access or caller.prefix else caller.name
@@ -40,9 +40,9 @@ class ImageLibrary:
         return found[0] if found else None
 
     def read_record(self, key: str, caller: Caller) -> tuple[str, Mapping[str, object]]:
-        """Where it is known from (history, object or picture) and how the picture was made.
+        """The source of the record (history, object or picture), and how the image was made.
 
-        Raises `Forbidden`, and `NotFound` for a picture that is not there or of which nothing is known.
+        Raises `Forbidden`, and `NotFound` for a missing image, and for one without any record.
         """
         self._check(key, caller)
         stored = self._stat(key)
@@ -61,7 +61,7 @@ class ImageLibrary:
         return "picture", inside
 
     def delete(self, key: str, caller: Caller) -> None:
-        """Delete a picture, and forget it; one that is not there is no error. Raises `Forbidden`."""
+        """Delete an image and its history entry; a missing one is no error. Raises `Forbidden`."""
         self._check(key, caller)
         if not caller.has_full_access and (stored := self._stat(key)) is not None:
             self._check_own(stored, self.history.find("key", key), caller)
@@ -78,7 +78,7 @@ class ImageLibrary:
         return self.folder + caller.prefix
 
     def _check_own(self, stored: StoredObject, entry: HistoryEntry | None, caller: Caller) -> None:
-        """Raise `Forbidden` for a picture of another key. Those of before records told it are known by the history."""
+        """Raise `Forbidden` for an image of another key. The history knows the owner of objects without that record."""
         if caller.has_full_access or self.ownership.owns(caller, stored):
             return
         if "owner" in stored.record or entry is None or entry.caller != caller.name:

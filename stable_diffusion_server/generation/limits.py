@@ -1,4 +1,4 @@
-"""How far an order may go: the bounds of every number and text, both ends included. Knows no policy beyond them."""
+"""Limits of a request: bounds of every number and text, both ends included."""
 
 from __future__ import annotations
 
@@ -49,21 +49,21 @@ class RequestLimits:
             "control_scale": (0.0, 2.0),
         }
 
-    def check(self, order: GenerationRequest) -> None:
+    def check(self, request: GenerationRequest) -> None:
         """Raise `InvalidInput` naming every parameter of `order` that is out of its bounds."""
         faults = []
         for name, (low, high) in self.bounds().items():
-            value = getattr(order, name)
+            value = getattr(request, name)
             # Written so that NaN, which compares false with everything, is refused.
             if isinstance(value, int | float) and not low <= value <= high:
                 faults.append((name, f"{name} must be between {low:g} and {high:g}."))
         longest = self.max_prompt_characters
-        for name, text in (("prompt", order.prompt), ("negative_prompt", order.negative_prompt or "")):
+        for name, text in (("prompt", request.prompt), ("negative_prompt", request.negative_prompt or "")):
             if len(text) > longest:
                 faults.append((name, f"{name} must not be longer than {longest} characters."))
-        if len(order.loras) > self.max_loras:
+        if len(request.loras) > self.max_loras:
             faults.append(("lora", f"lora must not name more than {self.max_loras}."))
-        if not all(-LORA_WEIGHT_MAX <= weight <= LORA_WEIGHT_MAX for _, weight in order.loras):
+        if not all(-LORA_WEIGHT_MAX <= weight <= LORA_WEIGHT_MAX for _, weight in request.loras):
             faults.append(("lora", f"lora weights must be between -{LORA_WEIGHT_MAX:g} and {LORA_WEIGHT_MAX:g}."))
         if faults:
             raise InvalidInput.from_faults(faults)

@@ -1,4 +1,4 @@
-"""Whose a stored picture is, and names of pictures that tell strangers nothing. Pure but for the secret handed in."""
+"""Ownership of stored images by API key, and keys of images that reveal nothing to other callers."""
 
 from __future__ import annotations
 
@@ -13,41 +13,41 @@ _OWNER = "owner"
 
 @dataclass(frozen=True, slots=True)
 class Ownership:
-    """Whose pictures are. `keyed` is a hash by a secret of this server, `None` where no keys are set.
+    """Decides which caller owns an image. `keyed` is an HMAC with the server's secret; `None` without API keys.
 
-    `folder` is where all pictures are; `private` tells that their addresses are signed, so that none is anyone's. An
-    object's record says whose it is by a hash that only this server can make: a public bucket tells no names of keys.
+    `folder` holds all images; `private`: their URLs are signed. An object's record has the owner as an HMAC, so that a
+    public bucket reveals no names of API keys.
     """
 
     keyed: Callable[[str], str] | None = None
     folder: str = ""
     private: bool = False
 
-    def conceal(self, digest: str, order: GenerationRequest) -> str:
-        """The digest that names a picture: with keys, one that only this server can make, and another for each key.
+    def conceal(self, digest: str, request: GenerationRequest) -> str:
+        """The digest used in an object key: with API keys, an HMAC that differs for each of them.
 
-        Two keys' equal orders have different names: what one of them finds stored was drawn for itself.
+        Equal requests of two API keys get different object keys, so neither learns of the other's request.
         """
-        return digest if self.keyed is None else self.keyed(f"name\n{order.named_for}\n{digest}")
+        return digest if self.keyed is None else self.keyed(f"name\n{request.named_for}\n{digest}")
 
     def owner_record(self, caller: Caller) -> dict[str, str]:
-        """What an object's record says of whose it is; nothing where there are no keys."""
+        """The owner entry of an object's record; empty without API keys."""
         return {_OWNER: self._mark(caller)} if self.keyed is not None and caller.name else {}
 
     def owns(self, caller: Caller, stored: StoredObject) -> bool:
-        """Whether a picture is the caller's own: made by its key, or in the folder that is that key's alone."""
+        """Whether the caller owns an image: made by its key, or under its key's prefix."""
         if caller.prefix and stored.key.startswith(self.folder + caller.prefix):
             return True
         return self.keyed is not None and bool(caller.name) and stored.record.get(_OWNER) == self._mark(caller)
 
     def may_know(self, caller: Caller, stored: StoredObject) -> bool:
-        """Whether the caller may be told that a picture was there before it asked. Without keys names are no secret."""
+        """Whether the caller may learn that an image was stored before its request. Always, without API keys."""
         return self.keyed is None or caller.has_full_access or self.owns(caller, stored)
 
     def visible_record(self, caller: Caller, stored: StoredObject, *, named: bool) -> bool:
-        """The same for what is answered to an order, which gave the name itself if `named`.
+        """`may_know` for the result of a request; `named`: the request chose the object key.
 
-        Raises `Forbidden` where the answer would open a private picture to another key that knows its name.
+        Raises `Forbidden` if the result would give a private image to another API key that guessed its object key.
         """
         may_know = self.may_know(caller, stored)
         if self.private and named and not may_know:
@@ -55,7 +55,7 @@ class Ownership:
         return may_know
 
     def check_overwrite(self, caller: Caller, stored: StoredObject | None) -> None:
-        """Raise `Forbidden` for a picture the caller must not write over."""
+        """Raise `Forbidden` for an image the caller must not overwrite."""
         if stored is not None and not (caller.has_full_access or self.owns(caller, stored)):
             raise Forbidden("The picture of this name was made by another key.", field="save_path")
 

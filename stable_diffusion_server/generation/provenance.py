@@ -1,4 +1,4 @@
-"""What is written down of a picture: inside its file, with its object, and in the history. Pure but for the clock."""
+"""Provenance metadata: in the image file, in the object's record, and in the history."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from stable_diffusion_server.generation.resolver import ResolvedRequest
 from stable_diffusion_server.storage import IMMUTABLE, HistoryEntry
 from stable_diffusion_server.types import DiffusionRequest, diffusion_request_fields
 
-# What of an order is not told to have it drawn again: its pictures, and what only concerns where it is stored and when.
+# Request fields that are not recorded for a replay: input images, and where and when the result is stored.
 NOT_RECORDED = frozenset(
     "image mask save_path named_by_content folder overwrite timeout alone webhook_url named_for".split()
 )
-# The codes of warnings that only drawing can tell, kept with the object for those who find it there.
+# Warnings of the generation that are recorded with the object, for later cache hits.
 RECORDED_WARNINGS = {
     "prompt-shortened": "The prompt was shortened; the picture says to what.",
     "redecoded": "The decoder overflowed and ran again in full precision.",
@@ -29,87 +29,87 @@ RECORDED_WARNINGS = {
 
 
 def build_record(
-    plan: ResolvedRequest, scene: ImageLayout, judged: CheckedImage[DecodedPixels], codes: Iterable[str], size: int
+    resolved: ResolvedRequest, layout: ImageLayout, image: CheckedImage[DecodedPixels], codes: Iterable[str], size: int
 ) -> dict[str, str]:
-    """What the object's metadata keeps: short and ASCII, since S3 allows 2 KB of it. `size` in bytes of the file."""
-    job = judged.request
-    told = ",".join(code for code in codes if code in RECORDED_WARNINGS)
+    """The object's record: short and ASCII, since S3 allows 2 KB. `size` is the file's, in bytes."""
+    request = image.request
+    warned = ",".join(code for code in codes if code in RECORDED_WARNINGS)
     return {
-        "digest": plan.content_digest,
-        "order": plan.request_digest,
-        "sent": plan.sent_digest,
-        "task": job.task,
-        "model": job.model,
-        "revision": job.revision,
-        "seed": str(job.seed),
-        "width": str(scene.width),
-        "height": str(scene.height),
-        "steps": str(job.num_inference_steps),
-        "guidance": repr(float(job.guidance_scale)),
-        "scheduler": job.scheduler,
-        "file": plan.file,
+        "digest": resolved.content_digest,
+        "order": resolved.request_digest,
+        "sent": resolved.sent_digest,
+        "task": request.task,
+        "model": request.model,
+        "revision": request.revision,
+        "seed": str(request.seed),
+        "width": str(layout.width),
+        "height": str(layout.height),
+        "steps": str(request.num_inference_steps),
+        "guidance": repr(float(request.guidance_scale)),
+        "scheduler": request.scheduler,
+        "file": resolved.file,
         "bytes": str(size),
-        "batched": "1" if judged.batched else "0",
-        **({"warned": told} if told else {}),
-        **({IMMUTABLE: "1"} if plan.request.save_path is None else {}),
+        "batched": "1" if image.batched else "0",
+        **({"warned": warned} if warned else {}),
+        **({IMMUTABLE: "1"} if resolved.request.save_path is None else {}),
     }
 
 
 def embedded_metadata(
-    plan: ResolvedRequest, scene: ImageLayout, judged: CheckedImage[DecodedPixels]
+    resolved: ResolvedRequest, layout: ImageLayout, image: CheckedImage[DecodedPixels]
 ) -> dict[str, object]:
-    """What the file itself tells, as JSON can hold it: how it was drawn, and what to ask to have it drawn again.
+    """The metadata in the file, as JSON types: how it was generated, and the request that generates it again.
 
-    `asked` is the order; `sources` the SHA-256 of the files it was made from, `transparency` how its mask was meant.
+    `asked` is the request; `sources` the SHA-256 of its input files; `transparency`: the mask is an alpha channel.
     """
     return {
-        **diffusion_request_fields(judged.request),
-        "width": scene.width,
-        "height": scene.height,
-        "digest": plan.content_digest,
-        "batched": judged.batched,
-        "asked": requested_fields(plan),
-        "sources": {name: digest for name, digest in plan.source_digests.items() if digest is not None},
-        **({"transparency": True} if plan.request.mask is not None and plan.request.mask.transparency else {}),
+        **diffusion_request_fields(image.request),
+        "width": layout.width,
+        "height": layout.height,
+        "digest": resolved.content_digest,
+        "batched": image.batched,
+        "asked": requested_fields(resolved),
+        "sources": {name: digest for name, digest in resolved.source_digests.items() if digest is not None},
+        **({"transparency": True} if resolved.request.mask is not None and resolved.request.mask.transparency else {}),
     }
 
 
-def requested_fields(plan: ResolvedRequest) -> dict[str, object]:
-    """The order itself, as JSON can hold it, with every default and the seed filled in, and without its pictures."""
-    order, words = plan.request, plan.parameters
-    decided = {
-        "prompt": words.prompt,
-        "model": words.spec.name,
-        "negative_prompt": words.negative_prompt,
-        "seed": plan.seed,
+def requested_fields(resolved: ResolvedRequest) -> dict[str, object]:
+    """The request as JSON types, with all defaults and the seed, without its input images."""
+    request, parameters = resolved.request, resolved.parameters
+    resolved_fields = {
+        "prompt": parameters.prompt,
+        "model": parameters.spec.name,
+        "negative_prompt": parameters.negative_prompt,
+        "seed": resolved.seed,
         "variation": 0,
-        "num_inference_steps": words.num_inference_steps,
-        "guidance_scale": words.guidance_scale,
-        "scheduler": words.scheduler,
-        "strength": words.strength,
-        "canny": words.canny,
-        "control_scale": words.control_scale,
-        "format": plan.file_format,
-        "quality": plan.quality,
+        "num_inference_steps": parameters.num_inference_steps,
+        "guidance_scale": parameters.guidance_scale,
+        "scheduler": parameters.scheduler,
+        "strength": parameters.strength,
+        "canny": parameters.canny,
+        "control_scale": parameters.control_scale,
+        "format": resolved.file_format,
+        "quality": resolved.quality,
     }
-    asked = {part.name: getattr(order, part.name) for part in fields(order) if part.name not in NOT_RECORDED}
-    return {name: decided.get(name, value) for name, value in asked.items()}
+    requested = {part.name: getattr(request, part.name) for part in fields(request) if part.name not in NOT_RECORDED}
+    return {name: resolved_fields.get(name, value) for name, value in requested.items()}
 
 
 def history_entry(
-    key: str, caller: str, plan: ResolvedRequest, job: DiffusionRequest, inscription: dict[str, object]
+    key: str, caller: str, resolved: ResolvedRequest, request: DiffusionRequest, metadata: dict[str, object]
 ) -> HistoryEntry:
-    """What the history keeps of a picture that was just drawn and stored."""
+    """The history entry of an image that was just stored."""
     return HistoryEntry(
         key=key,
-        digest=plan.content_digest,
-        prompt=plan.parameters.prompt,
-        model=job.model,
-        task=job.task,
-        seed=job.seed,
-        width=int(str(inscription["width"])),
-        height=int(str(inscription["height"])),
+        digest=resolved.content_digest,
+        prompt=resolved.parameters.prompt,
+        model=request.model,
+        task=request.task,
+        seed=request.seed,
+        width=int(str(metadata["width"])),
+        height=int(str(metadata["height"])),
         caller=caller,
         drawn_at=time.time(),
-        record=inscription,
+        record=metadata,
     )

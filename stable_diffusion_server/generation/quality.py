@@ -1,4 +1,4 @@
-"""Draws a job, looks at the picture, and draws again where that can mend it. Knows no device, names or storage."""
+"""Checks a generated image, and generates it again if it is black, not finite or bumpy."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _BLACK = float("inf")
 
 
 class DecodedPixels(Protocol):
-    """What the engine hands back, as far as it has to be known here."""
+    """The engine's product."""
 
     @property
     def pixels(self) -> Pixels:
@@ -40,7 +40,7 @@ P = TypeVar("P", bound=DecodedPixels)
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """How a bumpy picture of a model is drawn again: how often (0 lets bumps be), up to which steps, in which words.
+    """How a bumpy image is generated again: how often (0: never), and up to how many steps.
 
     `fit` shortens a prompt to what the model reads; it may block, and is called off the event loop.
     """
@@ -50,26 +50,26 @@ class RetryPolicy:
     spec: ModelSpec
     fit: Callable[[str], str]
 
-    def adjust(self, job: DiffusionRequest) -> DiffusionRequest:
+    def adjust(self, request: DiffusionRequest) -> DiffusionRequest:
         """The job as the original server tried it again: asking for detail; with a step more, or closer to the image.
 
         Steps stay within the scheduler's bounds, and the strength where less of it would leave no step to take.
         """
-        job = replace(job, prompt=self.fit(job.prompt + _DETAIL))
-        if job.task is Task.TEXT_TO_IMAGE:
-            most = min(self.max_steps, SCHEDULERS[job.scheduler].max_steps)
-            return replace(job, num_inference_steps=min(job.num_inference_steps + 1, most))
-        weaker = round(job.strength - _LESS_STRENGTH, 4)
+        request = replace(request, prompt=self.fit(request.prompt + _DETAIL))
+        if request.task is Task.TEXT_TO_IMAGE:
+            most = min(self.max_steps, SCHEDULERS[request.scheduler].max_steps)
+            return replace(request, num_inference_steps=min(request.num_inference_steps + 1, most))
+        weaker = round(request.strength - _LESS_STRENGTH, 4)
         try:
-            steps_skipped(self.spec, job.num_inference_steps, weaker)
+            steps_skipped(self.spec, request.num_inference_steps, weaker)
         except InvalidInput:
-            return job
-        return replace(job, strength=weaker)
+            return request
+        return replace(request, strength=weaker)
 
 
 @dataclass(frozen=True, slots=True)
 class CheckedImage(Generic[P]):
-    """The picture that was kept, the job it was drawn from, seconds spent on all tries by stage, and what to tell.
+    """The best image, the request that made it, seconds per stage over all attempts, and warnings.
 
     `batched`: it shared forward passes with others.
     """
@@ -82,8 +82,8 @@ class CheckedImage(Generic[P]):
 
 
 @dataclass(frozen=True, slots=True)
-class _Try(Generic[P]):
-    """A picture and how bad it is: above 1 too bumpy, infinite for black."""
+class _Attempt(Generic[P]):
+    """An image and its badness: above 1 if bumpy, infinite if black."""
 
     job: DiffusionRequest
     product: P
@@ -92,79 +92,79 @@ class _Try(Generic[P]):
 
 
 async def generate_with_retries(
-    job: DiffusionRequest, draw: Callable[[DiffusionRequest], Awaitable[EngineResult[P]]], remedy: RetryPolicy
+    request: DiffusionRequest, generate: Callable[[DiffusionRequest], Awaitable[EngineResult[P]]], policy: RetryPolicy
 ) -> CheckedImage[P]:
-    """The best of a few tries, one if it is good.
+    """The best of a few attempts; a single one if it is good.
 
     Not finite or black: once more with a new seed, each at most once. Too bumpy: as `remedy` says. A try that fails
     costs nothing once there is a picture. Raises what `draw` raises, `NotFinite` the second time: with adapters
     `InvalidInput`, since it is their doing as far as can be known.
     """
-    best: _Try[P] | None = None
+    best: _Attempt[P] | None = None
     timings: Counter[str] = Counter()
-    faults: Counter[str] = Counter()
+    failures: Counter[str] = Counter()
     while True:
         try:
-            drawing = await draw(job)
+            result = await generate(request)
         except ServerError as error:
             if best is not None:
                 _log.warning("a redraw failed; the picture at hand is kept", kind=error.kind)
                 break
             if not isinstance(error, NotFinite):
                 raise
-            if faults["not-finite"]:
-                raise _overflow_of(job, error) from error
-            faults["not-finite"] += 1
-            job = reseeded(job)
+            if failures["not-finite"]:
+                raise _not_finite_error(request, error) from error
+            failures["not-finite"] += 1
+            request = reseeded(request)
             continue
-        timings.update(drawing.timings)
-        badness = await asyncio.to_thread(_badness, job, drawing.product.pixels, remedy)
+        timings.update(result.timings)
+        badness = await asyncio.to_thread(_badness, request, result.product.pixels, policy)
         if best is None or badness < best.badness:
-            best = _Try(job, drawing.product, badness, drawing.batched)
-        if badness == _BLACK and not faults["black"] and not faults["bumpy"]:
-            faults["black"] += 1
-            job = reseeded(job)
-        elif 1 < badness < _BLACK and faults["bumpy"] < remedy.redraws:
-            faults["bumpy"] += 1
-            job = await asyncio.to_thread(remedy.adjust, job)
+            best = _Attempt(request, result.product, badness, result.batched)
+        if badness == _BLACK and not failures["black"] and not failures["bumpy"]:
+            failures["black"] += 1
+            request = reseeded(request)
+        elif 1 < badness < _BLACK and failures["bumpy"] < policy.redraws:
+            failures["bumpy"] += 1
+            request = await asyncio.to_thread(policy.adjust, request)
         else:
             break
-    return CheckedImage(best.job, best.product, timings, _told(faults, best.badness), best.batched)
+    return CheckedImage(best.job, best.product, timings, _warnings(failures, best.badness), best.batched)
 
 
-def _overflow_of(job: DiffusionRequest, error: NotFinite) -> ServerError:
-    """What a job that is not finite with any seed is told."""
-    if not job.loras:
+def _not_finite_error(request: DiffusionRequest, error: NotFinite) -> ServerError:
+    """The error of a request that is not finite with any seed."""
+    if not request.loras:
         return error
-    names = ", ".join(f"{name}:{weight:g}" for name, weight in job.loras)
+    names = ", ".join(f"{name}:{weight:g}" for name, weight in request.loras)
     return InvalidInput(f"With {names} the picture is not finite; a smaller weight may help.", field="lora")
 
 
-def reseeded(job: DiffusionRequest) -> DiffusionRequest:
-    """The job with another seed, always the same other one."""
-    return replace(job, seed=int(digest({"instead of": job.seed})[:8], 16))
+def reseeded(request: DiffusionRequest) -> DiffusionRequest:
+    """The request with another seed, always the same one."""
+    return replace(request, seed=int(digest({"instead of": request.seed})[:8], 16))
 
 
-def _badness(job: DiffusionRequest, pixels: Pixels, remedy: RetryPolicy) -> float:
-    """Infinite for black, above 1 for too bumpy. What is repainted in a picture has the bumps of the rest: let be."""
+def _badness(request: DiffusionRequest, pixels: Pixels, policy: RetryPolicy) -> float:
+    """Infinite for black, above 1 for bumpy. Inpainted images inherit artifacts of the original, so are not scored."""
     if is_black(pixels):
         return _BLACK
-    return score_artifacts(pixels).score if remedy.redraws and job.task is not Task.INPAINT else 0.0
+    return score_artifacts(pixels).score if policy.redraws and request.task is not Task.INPAINT else 0.0
 
 
-def _told(faults: Mapping[str, int], badness: float) -> tuple[RequestWarning, ...]:
-    """What the caller should know of the tries and of what came of them."""
+def _warnings(failures: Mapping[str, int], badness: float) -> tuple[RequestWarning, ...]:
+    """Warnings about the attempts and the final image."""
     warnings = []
-    if faults["not-finite"]:
+    if failures["not-finite"]:
         warnings.append(
             RequestWarning("redrawn-not-finite", "The numbers were not finite; it was drawn with another seed.")
         )
-    if faults["black"]:
+    if failures["black"]:
         warnings.append(
             RequestWarning("redrawn-black", "The picture was black; it was drawn once more with another seed.")
         )
-    if faults["bumpy"]:
-        tries = "once more" if faults["bumpy"] == 1 else f"{faults['bumpy']} times more"
+    if failures["bumpy"]:
+        tries = "once more" if failures["bumpy"] == 1 else f"{failures['bumpy']} times more"
         warnings.append(
             RequestWarning("redrawn-bumpy", f"The picture was too bumpy; it was drawn {tries}, the best is kept.")
         )

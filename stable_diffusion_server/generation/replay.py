@@ -1,4 +1,4 @@
-"""A picture made here is drawn again: its record read and checked, its sources compared, the two laid side by side."""
+"""Replay: reads how an image was made, generates it again, and compares the two."""
 
 from __future__ import annotations
 
@@ -30,23 +30,23 @@ from stable_diffusion_server.types import (
 )
 
 IMAGE_FIELD = "picture_file"
-_ORDERS = TypeAdapter(GenerationRequest)
-_ASKED = frozenset(part.name for part in fields(GenerationRequest)) - NOT_RECORDED
+_REQUESTS = TypeAdapter(GenerationRequest)
+_RECORDED = frozenset(part.name for part in fields(GenerationRequest)) - NOT_RECORDED
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _SOURCES: dict[Task, set[str]] = {
     Task.TEXT_TO_IMAGE: set(),
     Task.IMAGE_TO_IMAGE: {"image"},
     Task.INPAINT: {"image", "mask"},
 }
-_MOST_MARGIN = 16_384
+_MAX_MARGIN = 16_384
 _LORA_NAME = re.compile(LORA_NAME_PATTERN)
 
 
 @dataclass(frozen=True, slots=True)
 class EmbeddedProvenance:
-    """What a picture made here says of itself: the order with its pictures left out, and the digest of the whole.
+    """The request in an image's metadata, without its input images, and the digest of the whole.
 
-    `sources` are the SHA-256 of the files it was made from, `image` and `mask`.
+    `sources` has the SHA-256 of the input files `image` and `mask`.
     """
 
     request: GenerationRequest
@@ -57,9 +57,9 @@ class EmbeddedProvenance:
 
 @dataclass(frozen=True, slots=True)
 class ReplayResult:
-    """A picture drawn again. `same_order`: by a model and parameters that are exactly those it was made with.
+    """The outcome of a replay. `same_request`: the digest is unchanged, so model and parameters are the same.
 
-    `equal`: every pixel is the same; `decibels` is the peak signal-to-noise ratio where they differ.
+    `equal`: all pixels are equal; otherwise `decibels` is the peak signal-to-noise ratio.
     """
 
     result: GenerationResult
@@ -69,9 +69,9 @@ class ReplayResult:
 
 
 class ReplayService:
-    """Reads what pictures say of themselves, and has them drawn again.
+    """Reads the metadata of images, and generates them again.
 
-    `find` looks into the history, for pictures that carry nothing but a digest, as far as a caller may read it.
+    `find` looks a digest up in the history, for images that carry nothing else, as far as the caller may read it.
     """
 
     def __init__(
@@ -87,28 +87,28 @@ class ReplayService:
         self._find = find
 
     async def read_provenance(self, picture: bytes, caller: Caller) -> EmbeddedProvenance:
-        """What a picture says of itself, or the history to this caller, as far as an order can say it.
+        """The provenance in an image, or in the history if the caller may read it.
 
-        Raises `InvalidInput`, the same for a picture of which nothing is known as for another caller's.
+        Raises `InvalidInput`, the same one for an unknown image and for another caller's.
         """
         record = await asyncio.to_thread(self._record_of, picture, caller)
-        asked = record.get("asked")
+        requested = record.get("asked")
         sources, digest = record.get("sources"), str(record.get("digest"))
-        if not isinstance(asked, dict) or not isinstance(sources, dict) or not _DIGEST.fullmatch(digest):
+        if not isinstance(requested, dict) or not isinstance(sources, dict) or not _DIGEST.fullmatch(digest):
             raise _refused("tells how it was made in words that are not this server's")
-        return EmbeddedProvenance(_order_of(asked), digest, sources, record.get("transparency") is True)
+        return EmbeddedProvenance(_request_of(requested), digest, sources, record.get("transparency") is True)
 
     async def reproduce(
-        self, memo: EmbeddedProvenance, order: GenerationRequest, picture: bytes, caller: Caller
+        self, provenance: EmbeddedProvenance, request: GenerationRequest, picture: bytes, caller: Caller
     ) -> ReplayResult:
-        """The picture of an order made from a memo, drawn and compared. Raises what drawing raises, `InvalidInput`."""
-        _check_sources(memo, order)
-        plan = await asyncio.to_thread(resolve_request, order, self._options)
+        """Generate a request made from a provenance, and compare. Raises `InvalidInput`, and what generation raises."""
+        _check_sources(provenance, request)
+        resolved = await asyncio.to_thread(resolve_request, request, self._options)
         before = await self._decode(picture, IMAGE_FIELD, share=caller.share)
-        receipt, data = await self._service.generate_with_bytes(order, caller=caller)
+        result, data = await self._service.generate_with_bytes(request, caller=caller)
         after = await self._decode(data, IMAGE_FIELD, share=caller.share)
         decibels = await asyncio.to_thread(peak_signal_to_noise, before, after)
-        return ReplayResult(receipt, plan.content_digest == memo.digest, decibels is None, decibels)
+        return ReplayResult(result, resolved.content_digest == provenance.digest, decibels is None, decibels)
 
     def _record_of(self, picture: bytes, caller: Caller) -> dict[str, Any]:
         record = read_record(picture)
@@ -120,12 +120,12 @@ class ReplayService:
         return record
 
 
-def with_sources(memo: EmbeddedProvenance, image: bytes | None, mask: bytes | None) -> GenerationRequest:
-    """The memo's order with the pictures it is to be made from."""
+def with_sources(provenance: EmbeddedProvenance, image: bytes | None, mask: bytes | None) -> GenerationRequest:
+    """The request of a provenance with its input images."""
     return replace(
-        memo.request,
+        provenance.request,
         image=ImageInput("image_file", data=image) if image is not None else None,
-        mask=ImageInput("mask_file", data=mask, transparency=memo.transparency) if mask is not None else None,
+        mask=ImageInput("mask_file", data=mask, transparency=provenance.transparency) if mask is not None else None,
     )
 
 
@@ -139,30 +139,30 @@ def peak_signal_to_noise(one: Pixels, other: Pixels) -> float | None:
     return None if np.array_equal(one, other) else round(float(cv2.PSNR(one, other)), 2)
 
 
-def _order_of(asked: Mapping[str, object]) -> GenerationRequest:
+def _request_of(requested: Mapping[str, object]) -> GenerationRequest:
     """The order a record tells, its types checked here and its bounds wherever an order is resolved."""
-    if unknown := sorted(set(asked) - _ASKED):
+    if unknown := sorted(set(requested) - _RECORDED):
         raise _refused(f"was asked for with what is not known here: {', '.join(unknown)[:100]}")
     try:
-        order = _ORDERS.validate_python(dict(asked))
+        request = _REQUESTS.validate_python(dict(requested))
     except ValidationError as error:
         names = sorted({str(fault["loc"][0])[:100] for fault in error.errors(include_input=False) if fault["loc"]})
         raise _refused(f"was asked for with values that are none: {', '.join(names)}") from error
-    if not all(_LORA_NAME.fullmatch(name) for name, _ in order.loras):
+    if not all(_LORA_NAME.fullmatch(name) for name, _ in request.loras):
         raise _refused("names an adapter that is none")
-    if order.only_masked is not None and not 0 <= order.only_masked <= _MOST_MARGIN:
+    if request.only_masked is not None and not 0 <= request.only_masked <= _MAX_MARGIN:
         raise _refused("has a margin around its mask that is none")
-    if order.task is Task.TEXT_TO_IMAGE and (order.width is None or order.height is None):
+    if request.task is Task.TEXT_TO_IMAGE and (request.width is None or request.height is None):
         raise _refused("has no size")
-    return order
+    return request
 
 
-def _check_sources(memo: EmbeddedProvenance, order: GenerationRequest) -> None:
-    if set(memo.sources) != _SOURCES[order.task]:
+def _check_sources(provenance: EmbeddedProvenance, request: GenerationRequest) -> None:
+    if set(provenance.sources) != _SOURCES[request.task]:
         raise _refused("was made from other files than its task needs")
-    for name, source in (("image", order.image), ("mask", order.mask)):
+    for name, source in (("image", request.image), ("mask", request.mask)):
         given = hashlib.sha256(source.data or b"").hexdigest() if source is not None else None
-        wanted = memo.sources.get(name)
+        wanted = provenance.sources.get(name)
         if given == wanted:
             continue
         field = f"{name}_file"

@@ -1,4 +1,4 @@
-"""An order becomes a plan: all that can be decided before its pictures are seen. Pure but for `seed=random`."""
+"""Resolves a request: defaults, seed, output format, object key and digests. Pure but for a random seed."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class GenerationOptions:
 
 @dataclass(frozen=True, slots=True)
 class ResolvedParameters:
-    """What an order says beside its pictures, with every default filled in."""
+    """The parameters of a request with all defaults, without its input images."""
 
     spec: ModelSpec
     prompt: str
@@ -75,7 +75,7 @@ class ResolvedParameters:
 
 @dataclass(frozen=True, slots=True)
 class ResolvedRequest:
-    """An order with everything decided that can be decided before its pictures are seen.
+    """A request with everything decided that needs no look at its input images.
 
     Three digests tell it from others: `content` is the identity of the picture, `asked` that of the order with its
     seed left as asked, and `sent` the same with the addresses of remote pictures in the place of their bytes.
@@ -110,120 +110,119 @@ class ResolvedRequest:
         return self.request.save_path is not None and not self.request.named_by_content
 
     def matches(self, record: Mapping[str, str]) -> bool:
-        """Whether the object with this record was made from this order, or came to the same picture."""
+        """Whether the object with this record was made from this request, or has the same content digest."""
         known = {("sent", self.sent_digest), ("order", self.request_digest), ("digest", self.content_digest)}
         return record.get("file") == self.file and bool(known & set(record.items()))
 
 
 def resolve_request(
-    order: GenerationRequest, options: GenerationOptions, fetched: Mapping[str, bytes] | None = None
+    request: GenerationRequest, options: GenerationOptions, fetched: Mapping[str, bytes] | None = None
 ) -> ResolvedRequest:
-    """Decide what an order leaves open. Pure but for `seed=random`. Raises `InvalidInput`.
+    """Resolve a request. Pure but for `seed=random`. Raises `InvalidInput`.
 
     `fetched` are the bytes of its remote pictures by field. Without them the addresses stand for the pictures, and
     only `sent`, and the key if `key_is_known`, are what they will be.
     """
-    options.limits.check(order)
-    words = _read_words(order, options)
-    addresses = {source.parameter: source.url for source in order.sources if source.url is not None}
-    sent_pictures = _identities(order, addresses)
-    pictures = _identities(order, fetched) if fetched else sent_pictures
-    adapters = _adapters(order, options)
-    facts = _facts_told(order, words, adapters, options.stop_words)
-    seed_asked = {"seed": order.seed, **({"variation": order.variation} if order.variation else {})}
-    asked = digest({**facts, **pictures, **seed_asked})
-    seed = _seed(order, asked)
-    content = digest({**facts, **pictures, "seed": seed})
-    file_format = _file_format(order)
+    options.limits.check(request)
+    parameters = _resolve_parameters(request, options)
+    addresses = {source.parameter: source.url for source in request.sources if source.url is not None}
+    sent_pictures = _identities(request, addresses)
+    pictures = _identities(request, fetched) if fetched else sent_pictures
+    adapters = _adapters(request, options)
+    spec = _identity_fields(request, parameters, adapters, options.stop_words)
+    seed_asked = {"seed": request.seed, **({"variation": request.variation} if request.variation else {})}
+    request_digest = digest({**spec, **pictures, **seed_asked})
+    seed = _seed(request, request_digest)
+    content = digest({**spec, **pictures, "seed": seed})
+    file_format = _file_format(request)
     # PNG loses nothing at any quality, so it has none to tell two files apart by.
-    quality = 100 if file_format is Format.PNG else _given(order.quality, DEFAULT_QUALITY)
+    quality = 100 if file_format is Format.PNG else _or_default(request.quality, DEFAULT_QUALITY)
     conceal = options.ownership.conceal
-    told = conceal(digest({"content": content, "format": file_format, "quality": quality}), order)
-    made = f"{order.folder}{told[:32]}.{file_format}"
+    key_digest = conceal(digest({"content": content, "format": file_format, "quality": quality}), request)
+    name = f"{request.folder}{key_digest[:32]}.{file_format}"
+    if request.save_path is not None:
+        name = _name(request, conceal(f"{request_digest}/{file_format}/{quality}", request))
     return ResolvedRequest(
-        request=order,
-        parameters=words,
+        request=request,
+        parameters=parameters,
         seed=seed,
         file_format=file_format,
         quality=quality,
-        key=object_key(
-            options.bucket_path,
-            made if order.save_path is None else _name(order, conceal(f"{asked}/{file_format}/{quality}", order)),
-        ),
+        key=object_key(options.bucket_path, name),
         content_digest=content,
-        request_digest=asked,
-        sent_digest=digest({**facts, **sent_pictures, **seed_asked}),
+        request_digest=request_digest,
+        sent_digest=digest({**spec, **sent_pictures, **seed_asked}),
         source_digests=pictures,
         lora_digests=tuple(digest for _, _, digest in adapters),
     )
 
 
-def spec_for(order: GenerationRequest, options: GenerationOptions) -> ModelSpec:
+def spec_for(request: GenerationRequest, options: GenerationOptions) -> ModelSpec:
     """The facts of the model that draws an order; another than the default one only where that was never asked for.
 
     Raises `InvalidInput` for one that is not here, `ModelLoadError` for one whose files cannot be used.
     """
-    wanted = order.model or options.default_model
+    wanted = request.model or options.default_model
     if wanted in options.unusable:
         raise ModelLoadError(f"The files of {wanted} cannot be used; /readyz and the server's log say why.")
-    if order.model is None and wanted not in options.models:
+    if request.model is None and wanted not in options.models:
         wanted = next(iter(options.models))
     return spec_of(wanted, options.models)
 
 
-def _read_words(order: GenerationRequest, options: GenerationOptions) -> ResolvedParameters:
-    facts = spec_for(order, options)
+def _resolve_parameters(request: GenerationRequest, options: GenerationOptions) -> ResolvedParameters:
+    spec = spec_for(request, options)
     warnings = []
-    negative = _cleaned(order.negative_prompt or "", "negative_prompt") or None
-    if negative and not facts.takes_negative_prompt:
+    negative = _cleaned(request.negative_prompt or "", "negative_prompt") or None
+    if negative and not spec.takes_negative_prompt:
         negative = None
-        warnings.append(RequestWarning("negative-prompt-ignored", f"{facts.name} has no use for a negative prompt."))
-    guidance = _given(order.guidance_scale, facts.default_guidance) + 0.0  # -0.0 is 0.0
+        warnings.append(RequestWarning("negative-prompt-ignored", f"{spec.name} has no use for a negative prompt."))
+    guidance = _or_default(request.guidance_scale, spec.default_guidance) + 0.0  # -0.0 is 0.0
     if negative and guidance <= 1:
         negative = None
         warnings.append(
             RequestWarning("negative-prompt-ignored", "A negative prompt has a use only with guidance above 1.")
         )
-    if guidance != facts.default_guidance and not facts.takes_guidance:
-        guidance = facts.default_guidance
-        warnings.append(RequestWarning("guidance-ignored", f"{facts.name} was distilled to draw without guidance."))
-    prompt = _cleaned(order.prompt, "prompt")
+    if guidance != spec.default_guidance and not spec.takes_guidance:
+        guidance = spec.default_guidance
+        warnings.append(RequestWarning("guidance-ignored", f"{spec.name} was distilled to draw without guidance."))
+    prompt = _cleaned(request.prompt, "prompt")
     if not prompt:
         raise InvalidInput("prompt is empty.", field="prompt")
-    if order.canny and facts.control_folder is None:
-        raise InvalidInput(f"{facts.name} has no ControlNet to follow edges with.", field="canny")
-    follows = facts.control_folder is not None if order.canny is None else order.canny
-    if order.canny is None and not follows:
+    if request.canny and spec.control_folder is None:
+        raise InvalidInput(f"{spec.name} has no ControlNet to follow edges with.", field="canny")
+    follows = spec.control_folder is not None if request.canny is None else request.canny
+    if request.canny is None and not follows:
         warnings.append(
-            RequestWarning("canny-unavailable", f"{facts.name} has no ControlNet; the edges are not followed.")
+            RequestWarning("canny-unavailable", f"{spec.name} has no ControlNet; the edges are not followed.")
         )
-    words = ResolvedParameters(
-        spec=facts,
+    parameters = ResolvedParameters(
+        spec=spec,
         prompt=prompt,
         negative_prompt=negative,
-        num_inference_steps=_given(order.num_inference_steps, facts.default_steps),
+        num_inference_steps=_or_default(request.num_inference_steps, spec.default_steps),
         guidance_scale=guidance,
-        scheduler=_given(order.scheduler, facts.default_scheduler),
-        strength=_given(order.strength, 1.0),
+        scheduler=_or_default(request.scheduler, spec.default_scheduler),
+        strength=_or_default(request.strength, 1.0),
         canny=follows,
-        control_scale=_given(order.control_scale, facts.control_scale),
+        control_scale=_or_default(request.control_scale, spec.control_scale),
         warnings=tuple(warnings),
     )
-    scheduler_of(facts, words.scheduler, words.num_inference_steps)
-    steps_skipped(facts, words.num_inference_steps, words.strength)  # refuses a strength that leaves no step
-    if order.canny_low > order.canny_high:
+    scheduler_of(spec, parameters.scheduler, parameters.num_inference_steps)
+    steps_skipped(spec, parameters.num_inference_steps, parameters.strength)  # refuses a strength that leaves no step
+    if request.canny_low > request.canny_high:
         sentence = "canny_low must not be above canny_high."
         raise InvalidInput.from_faults([("canny_low", sentence), ("canny_high", sentence)])
-    return words
+    return parameters
 
 
-def _adapters(order: GenerationRequest, options: GenerationOptions) -> list[tuple[str, float, str]]:
+def _adapters(request: GenerationRequest, options: GenerationOptions) -> list[tuple[str, float, str]]:
     """The order's adapters: name, weight, and which weights these are. Raises `InvalidInput` for unknown ones."""
-    if not order.loras:
+    if not request.loras:
         return []
     there = options.loras()
     digests = {}
-    for name, _ in order.loras:
+    for name, _ in request.loras:
         try:
             digests[name] = there[name]
         except KeyError as error:
@@ -233,39 +232,43 @@ def _adapters(order: GenerationRequest, options: GenerationOptions) -> list[tupl
             raise InvalidInput(
                 f"{name!r} is not an adapter here; there are {', '.join(names)}.", field="lora"
             ) from error
-    return [(name, weight, digests[name]) for name, weight in order.loras]
+    return [(name, weight, digests[name]) for name, weight in request.loras]
 
 
-def _facts_told(
-    order: GenerationRequest, words: ResolvedParameters, adapters: list[tuple[str, float, str]], stop_words: StopWords
+def _identity_fields(
+    request: GenerationRequest,
+    parameters: ResolvedParameters,
+    adapters: list[tuple[str, float, str]],
+    stop_words: StopWords,
 ) -> dict[str, object]:
-    """All that makes this picture this one, but its seed and the pictures it comes from."""
+    """The fields that identify the image, but for the seed and the input images."""
+    resized = request.image is not None and request.width is not None
     return {
-        "task": order.task,
-        "model": words.spec.name,
-        "revision": words.spec.revision_for(edges=words.canny),
-        "prompt": words.prompt,
-        "negative_prompt": words.negative_prompt,
-        "size": (order.width, order.height),
-        "num_inference_steps": words.num_inference_steps,
-        "guidance_scale": words.guidance_scale,
-        "scheduler": words.scheduler,
-        "strength": words.strength,
-        "refine": order.refine,
+        "task": request.task,
+        "model": parameters.spec.name,
+        "revision": parameters.spec.revision_for(edges=parameters.canny),
+        "prompt": parameters.prompt,
+        "negative_prompt": parameters.negative_prompt,
+        "size": (request.width, request.height),
+        "num_inference_steps": parameters.num_inference_steps,
+        "guidance_scale": parameters.guidance_scale,
+        "scheduler": parameters.scheduler,
+        "strength": parameters.strength,
+        "refine": request.refine,
         "loras": adapters,
-        "feather": order.feather,
-        "control": (words.control_scale, order.canny_low, order.canny_high) if words.canny else None,
-        # Told only where they differ from what was always so: a digest outlives the version that made it.
-        **({"fit": order.fit} if order.image is not None and order.width is not None and order.fit != Fit.CROP else {}),
-        **({"fill": order.fill} if order.fill is not Fill.ORIGINAL else {}),
-        **({"only_masked": order.only_masked} if order.only_masked is not None else {}),
-        **({"by": "transparency"} if order.mask is not None and order.mask.transparency else {}),
+        "feather": request.feather,
+        "control": (parameters.control_scale, request.canny_low, request.canny_high) if parameters.canny else None,
+        # Only if they differ from the defaults, so that digests of earlier versions stay valid.
+        **({"fit": request.fit} if resized and request.fit != Fit.CROP else {}),
+        **({"fill": request.fill} if request.fill is not Fill.ORIGINAL else {}),
+        **({"only_masked": request.only_masked} if request.only_masked is not None else {}),
+        **({"by": "transparency"} if request.mask is not None and request.mask.transparency else {}),
         **({"stop_words": stop_words.identity} if stop_words.identity else {}),
-        **({"mask_inverted": True} if order.mask is not None and order.mask.inverted else {}),
+        **({"mask_inverted": True} if request.mask is not None and request.mask.inverted else {}),
     }
 
 
-def _identities(order: GenerationRequest, given: Mapping[str, str | bytes]) -> dict[str, str | None]:
+def _identities(request: GenerationRequest, given: Mapping[str, str | bytes]) -> dict[str, str | None]:
     """What tells the order's pictures from others: the digest of their bytes, or an address standing for them."""
 
     def identity(source: ImageInput | None) -> str | None:
@@ -274,26 +277,26 @@ def _identities(order: GenerationRequest, given: Mapping[str, str | bytes]) -> d
         known = source.data if source.data is not None else given[source.parameter]
         return hashlib.sha256(known).hexdigest() if isinstance(known, bytes) else known
 
-    return {"image": identity(order.image), "mask": identity(order.mask)}
+    return {"image": identity(request.image), "mask": identity(request.mask)}
 
 
-def _seed(order: GenerationRequest, asked: str) -> int:
+def _seed(request: GenerationRequest, request_digest: str) -> int:
     """The seed asked for, one from the order's digest, so that equal orders are equal pictures, or a new one."""
-    if order.seed == "random":
+    if request.seed == "random":
         return randbelow(SEED_MAX + 1)
-    return int(asked[:8], 16) if order.seed is None else (order.seed + order.variation) % (SEED_MAX + 1)
+    return int(request_digest[:8], 16) if request.seed is None else (request.seed + request.variation) % (SEED_MAX + 1)
 
 
-def _name(order: GenerationRequest, asked: str) -> str:
+def _name(request: GenerationRequest, request_digest: str) -> str:
     """The name asked for; if it is to tell the content, with eight digits of a name-based UUID before the file name."""
-    name = order.save_path or ""
-    if not order.named_by_content or not name:
+    name = request.save_path or ""
+    if not request.named_by_content or not name:
         return name
     folder, slash, file = name.rpartition("/")
-    return f"{folder}{slash}{str(uuid5(NAMESPACE_OID, asked))[:8]}-{file}" if file else name
+    return f"{folder}{slash}{str(uuid5(NAMESPACE_OID, request_digest))[:8]}-{file}" if file else name
 
 
-def _given(value: T | None, default: T) -> T:
+def _or_default(value: T | None, default: T) -> T:
     return default if value is None else value
 
 
@@ -304,13 +307,13 @@ def _cleaned(text: str, field: str) -> str:
         raise InvalidInput(f"{field} {error}.", field=field) from error
 
 
-def _file_format(order: GenerationRequest) -> Format:
+def _file_format(request: GenerationRequest) -> Format:
     """The format asked for, else the one the name's ending promises, else WebP. A contradiction is refused."""
-    name = (order.save_path or "").rsplit("/", 1)[-1]
+    name = (request.save_path or "").rsplit("/", 1)[-1]
     ending = name.rsplit(".", 1)[1].lower() if "." in name else ""
     if ending in _OTHER_IMAGE_EXTENSIONS:
         raise InvalidInput(f"save_path ends in .{ending}; there are .webp, .png and .jpg.", field="save_path")
     promised = _EXTENSIONS.get(ending)
-    if order.format and promised and order.format is not promised:
-        raise InvalidInput(f"format is {order.format}, and save_path ends in .{ending}.", field="format")
-    return order.format or promised or Format.WEBP
+    if request.format and promised and request.format is not promised:
+        raise InvalidInput(f"format is {request.format}, and save_path ends in .{ending}.", field="format")
+    return request.format or promised or Format.WEBP
