@@ -1,4 +1,4 @@
-"""Which jobs a death of the process is counted against, and in what order they are drawn after it. Pure."""
+"""Attributes a crash of the process to jobs, and orders the jobs for the restart."""
 
 from __future__ import annotations
 

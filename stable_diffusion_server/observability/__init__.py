@@ -1,4 +1,4 @@
-"""Turns what happens into logs, figures, spans, a console bar and a heartbeat file. Decides nothing."""
+"""Logs, metrics, traces, console progress bar, heartbeat files and crash reports."""
 
 from __future__ import annotations
 

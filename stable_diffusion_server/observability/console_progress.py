@@ -1,4 +1,4 @@
-"""What shows that pictures are being drawn: a bar on the console, and a file for a watchdog. Decides nothing."""
+"""Progress of generations: a console progress bar, and a heartbeat file for the watchdog."""
 
 from __future__ import annotations
 
@@ -88,20 +88,20 @@ class ProgressHeartbeat:
             self._written = now
             self._write(time.strftime("%H:%M:%S\n", time.gmtime()) + f"{len(self._active)}\n")
 
-    def _write(self, told: str) -> None:
+    def _write(self, text: str) -> None:
         try:
-            self._path.write_text(told)
+            self._path.write_text(text)
         except IsADirectoryError:
             quarantine(self._path, "it is a folder")
-            self._path.write_text(told)
+            self._path.write_text(text)
 
 
 def broadcast(observers: Iterable[Observer]) -> Observer:
     """One observer that tells several, in order."""
-    told = tuple(observers)
+    targets = tuple(observers)
 
     def observe(event: EngineEvent) -> None:
-        for observer in told:
+        for observer in targets:
             observer(event)
 
     return observe

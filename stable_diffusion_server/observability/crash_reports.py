@@ -1,4 +1,4 @@
-"""Why an earlier process ended, and what was on the device then: files in DATA_DIR that outlive it. Decides nothing.
+"""Crash reports: why the previous process ended and what was on the device then, in files in DATA_DIR.
 
 The server keeps in `device.json` which jobs are on the device; it is written in place, so that it holds whatever ends
 the process, and taken away by a stop in good order. A crash leaves its traceback in `crash.log`. The watchdog adds in
@@ -31,7 +31,7 @@ _MAX_TRACEBACK_BYTES = 2000
 
 
 class CrashCause(StrEnum):
-    """Whose doing the end of a process was."""
+    """Whether a process ended by itself or was ended from outside."""
 
     NONE = "none"
     OUTSIDE = "outside"
@@ -51,7 +51,7 @@ class CrashReport:
 class DeviceRecord:
     """What is on the device, written down in `folder` before anything happens to it there. Safe from any thread.
 
-    Nothing is written before `begin` was called; a disk that cannot be written to is told once.
+    Nothing is written before `begin`; a disk that cannot be written to is logged once.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -75,7 +75,7 @@ class DeviceRecord:
                 self._crash = (self._folder / TRACEBACK_FILE).open("wb")
                 faulthandler.enable(self._crash)
         except OSError as error:
-            _log.warning("deaths of the server cannot be told from one another", reason=str(error))
+            _log.warning("crash reports are unavailable", reason=str(error))
         self.update([], alone=False)
         return death
 
@@ -85,15 +85,15 @@ class DeviceRecord:
         if descriptor is None or now == self._last:
             return
         self._last = now
-        told = {"run": self._run_id, "killed": self._oom_kills, "on_device": labels, "alone": alone}
-        written = json.dumps(told).encode()
+        report = {"run": self._run_id, "killed": self._oom_kills, "on_device": labels, "alone": alone}
+        written = json.dumps(report).encode()
         # One call, the rest of what was longer blanked: a process that is killed has written all of it or nothing.
         self._length = max(self._length, len(written))
         with contextlib.suppress(OSError):
             os.pwrite(descriptor, written.ljust(self._length), 0)
 
     def end(self) -> None:
-        """A stop in good order: there is nothing to be told of this process."""
+        """Record a clean shutdown: remove the files of this process."""
         if self._crash is not None:
             faulthandler.disable()
             self._crash.close()
@@ -111,10 +111,10 @@ def last_crash(folder: Path) -> CrashReport:
     run, labels, alone = device.get("run"), device.get("on_device"), device.get("alone") is True
     if not isinstance(run, str) or not isinstance(labels, list) or not all(isinstance(each, str) for each in labels):
         return CrashReport()
-    told = _read_json(folder / EXIT_FILE)
-    told = told if told.get("run") == run else {}
+    report = _read_json(folder / EXIT_FILE)
+    report = report if report.get("run") == run else {}
     cause, reason = _classify_exit(
-        told, _read_traceback(folder), _oom_killed_since(device.get("killed"), count_oom_kills())
+        report, _read_traceback(folder), _oom_killed_since(device.get("killed"), count_oom_kills())
     )
     return CrashReport(cause, tuple(labels), alone, reason)
 
@@ -125,13 +125,13 @@ def report_crash(folder: Path, run_before: str, status: int, *, hung: bool) -> C
     `run_before` is what `current_run_id` gave before the process was started.
     """
     device = _read_json(folder / DEVICE_FILE)
-    told = {"run": device.get("run"), "status": status, "hung": hung}
+    report = {"run": device.get("run"), "status": status, "hung": hung}
     if device.get("run") not in (None, run_before):
         part = folder / f"{EXIT_FILE}.part"
         with contextlib.suppress(OSError):
-            part.write_text(json.dumps(told))
+            part.write_text(json.dumps(report))
             part.replace(folder / EXIT_FILE)
-    return _classify_exit(told, "", _oom_killed_since(device.get("killed"), count_oom_kills()))[0]
+    return _classify_exit(report, "", _oom_killed_since(device.get("killed"), count_oom_kills()))[0]
 
 
 def current_run_id(folder: Path) -> str:
@@ -162,10 +162,10 @@ def count_oom_kills() -> dict[str, int]:
     return counts
 
 
-def _classify_exit(told: dict[str, Any], crash: str, for_memory: bool) -> tuple[CrashCause, str]:
-    """Whose doing an end was, and why, from what the watchdog told, a crash's traceback and the kernel's count."""
-    status = told.get("status")
-    if told.get("hung") is True:
+def _classify_exit(report: dict[str, Any], crash: str, for_memory: bool) -> tuple[CrashCause, str]:
+    """Cause and reason of an exit, from the watchdog's report, the traceback of a crash and the kernel's OOM counter."""
+    status = report.get("status")
+    if report.get("hung") is True:
         return CrashCause.OWN, "it hung"
     if not isinstance(status, int):
         status = -signal.SIGKILL if not crash else -signal.SIGABRT
@@ -204,10 +204,10 @@ def _read_traceback(folder: Path) -> str:
 def _read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file; an empty one where there is none, or anything else."""
     try:
-        told = json.loads(path.read_bytes())
+        report = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
         return {}
-    return told if isinstance(told, dict) else {}
+    return report if isinstance(report, dict) else {}
 
 
 def _remove(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Shows a watchdog that the event loop runs and that nothing stands still: a file touched again and again."""
+"""Heartbeat file of the event loop, for the watchdog."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is counted of orders, as the rooms that fulfil them call it. This account keeps nothing."""
+"""Interface for usage metrics, with methods that do nothing."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections.abc import Mapping
 
 
 class UsageMetrics:
-    """Takes note of what becomes of orders."""
+    """Records the outcome of generation requests; this base class records nothing."""
 
     def record_generation(self, source: str) -> None:
-        """An order was answered from `source`: drawn, cached or coalesced."""
+        """A request was answered from `source`: drawn, cached or coalesced."""
 
     def record_quality_check(self, check: str) -> None:
         """A guard of quality saw something in a picture; `check` is the code its caller is warned with."""
 
     def record_stored(self, timings: Mapping[str, float]) -> None:
-        """A picture was drawn and stored, with the seconds of each stage."""
+        """An image was generated and stored; `timings` are the seconds of each stage."""

@@ -1,4 +1,4 @@
-"""Structured lines on standard error. Knows how they are written, and nothing of what they tell."""
+"""Structured logs on standard error."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def configure_logging(level: str, log_format: str) -> None:
 
 
 def _redirect_library_logs() -> None:
-    """Have what libraries log come out as lines of ours, uvicorn's and asyncio's among them."""
+    """Route the logs of libraries, including uvicorn and asyncio, to our log."""
     root = logging.getLogger()
     for handler in [handler for handler in root.handlers if isinstance(handler, LibraryLogHandler)]:
         root.removeHandler(handler)
@@ -51,7 +51,7 @@ def _redirect_library_logs() -> None:
 
 
 class LibraryLogHandler(logging.Handler):
-    """What others log, as lines of this log."""
+    """Writes records of libraries to our log."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write one line, whatever is in the record; what cannot be written ends nothing that logs it."""

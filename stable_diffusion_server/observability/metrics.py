@@ -1,4 +1,4 @@
-"""Prometheus figures of what happens, and of how things stand when they are asked for. Decides nothing."""
+"""Prometheus metrics: counters and histograms of events, and gauges that are read at each scrape."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from prometheus_client.registry import Collector
 from stable_diffusion_server.observability.interfaces import UsageMetrics
 from stable_diffusion_server.types import EngineEvent, EngineEventKind
 
-# A figure's labels and its value.
+# Label values and value of one sample.
 Sample = tuple[Sequence[str], float]
 
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
@@ -36,32 +36,35 @@ class RequestSample:
 
 
 class Metrics(UsageMetrics):
-    """Prometheus figures, in a registry of their own. Safe from any thread."""
+    """Prometheus metrics in a registry of their own. Thread-safe."""
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)
-        self._jobs = Counter("sds_jobs", "Jobs by what became of them", ["outcome"], registry=registry)
+        self._jobs = Counter("sds_jobs", "Jobs by outcome", ["outcome"], registry=registry)
         self._failures = Counter(
             "sds_job_failures", "Jobs that failed, by the kind of error", ["kind"], registry=registry
         )
-        self._retries = Counter("sds_job_retries", "Jobs begun anew, by what failed", ["cause"], registry=registry)
+        self._retries = Counter("sds_job_retries", "Jobs restarted, by cause", ["cause"], registry=registry)
         self._steps = Counter("sds_steps", "Denoising steps done, summed over jobs", registry=registry)
         self._batch_sizes = Histogram(
-            "sds_batch_size", "Jobs that shared a step, for each step of each", buckets=_GROUPS, registry=registry
+            "sds_batch_size",
+            "Batch size of each step of each job",
+            buckets=_GROUPS,
+            registry=registry,
         )
         self._queued = Histogram(
             "sds_queue_seconds", "From acceptance to the device", buckets=_SECONDS, registry=registry
         )
-        self._seconds = Histogram("sds_job_seconds", "From acceptance to picture", buckets=_SECONDS, registry=registry)
+        self._seconds = Histogram("sds_job_seconds", "From acceptance to image", buckets=_SECONDS, registry=registry)
         self._generations = Counter(
-            "sds_generations", "Orders answered, by where the picture came from", ["source"], registry=registry
+            "sds_generations", "Generation requests answered, by source of the image", ["source"], registry=registry
         )
         self._quality_checks = Counter(
-            "sds_quality_checks", "Pictures in which a guard of quality saw something", ["check"], registry=registry
+            "sds_quality_checks", "Images in which a quality check found a fault", ["check"], registry=registry
         )
         self._stages = Histogram(
-            "sds_stage_seconds", "Seconds of each stage of a picture", ["stage"], buckets=_MOMENTS, registry=registry
+            "sds_stage_seconds", "Seconds of each stage of a generation", ["stage"], buckets=_MOMENTS, registry=registry
         )
         self._storage = Histogram(
             "sds_storage_seconds", "Calls to the bucket", ["call"], buckets=_MOMENTS, registry=registry
@@ -115,7 +118,7 @@ class Metrics(UsageMetrics):
         self._jobs.labels(event.kind.value).inc()
 
     def record_generation(self, source: str) -> None:
-        """Count an order answered from `source`: drawn, cached or coalesced."""
+        """Count a request answered from `source`: drawn, cached or coalesced."""
         self._generations.labels(source).inc()
 
     def record_quality_check(self, check: str) -> None:
@@ -123,12 +126,12 @@ class Metrics(UsageMetrics):
         self._quality_checks.labels(check).inc()
 
     def record_stored(self, timings: Mapping[str, float]) -> None:
-        """Note the seconds of a picture's stages."""
+        """Record the seconds of each stage of a generation."""
         for stage, seconds in timings.items():
             self._stages.labels(stage).observe(seconds)
 
     def record_storage_call(self, call: str, seconds: float, failed: bool) -> None:
-        """Note a call to the bucket."""
+        """Record a bucket call."""
         self._storage.labels(call).observe(seconds)
         if failed:
             self._storage_errors.labels(call).inc()
@@ -141,12 +144,12 @@ class Metrics(UsageMetrics):
             self._refusals.labels(sample.reason, sample.key).inc()
 
     def exposition(self) -> bytes:
-        """The figures in Prometheus's text format. May look at disks and devices."""
+        """All metrics in Prometheus text format. Blocks: gauges may read disks and devices."""
         return generate_latest(self.registry)
 
 
 class _CallbackCollector(Collector):
-    """A figure that is asked for when it is read."""
+    """Collects one metric by calling a function at each scrape."""
 
     def __init__(
         self,
@@ -161,7 +164,7 @@ class _CallbackCollector(Collector):
         self._name, self._description, self._read, self._labels = name, description, read, tuple(labels)
 
     def collect(self) -> Iterator[Metric]:
-        """The figure as it is now."""
+        """The current samples."""
         found = self._read()
         family = self._family(self._name, self._description, labels=self._labels)
         for labels, value in [((), found)] if isinstance(found, int | float) else found:

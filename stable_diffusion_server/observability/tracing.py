@@ -1,4 +1,4 @@
-"""Spans of what is done, for a collector that takes OTLP; nothing at all where none is named. Knows no requests."""
+"""OpenTelemetry spans, exported by OTLP over HTTP; without an endpoint tracing is off."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ _NO_ATTRIBUTES: Mapping[str, str] = {}
 
 
 class Span:
-    """Something that is done now; what is told of it goes to the collector with its end."""
+    """An open span; exported when it ends. Without tracing all methods do nothing."""
 
     def __init__(self, span: Any = None) -> None:
         self._span = span
 
     def set_attributes(self, attributes: Mapping[str, AttributeValue]) -> None:
-        """Add facts, by the names of OpenTelemetry's conventions where there are any."""
+        """Add attributes, named by OpenTelemetry's semantic conventions where they exist."""
         if self._span is not None:
             self._span.set_attributes(dict(attributes))
 
     def name(self, name: str) -> None:
-        """Name it anew, since what it is was found out meanwhile."""
+        """Rename the span, for example when the route is known."""
         if self._span is not None:
             self._span.update_name(name)
 
@@ -47,7 +47,7 @@ class Tracing:
         self._tracer: Any = None
 
     def open(self) -> None:
-        """Begin to send; a collector that does not answer costs nothing but its spans."""
+        """Start the exporter. Spans are dropped while the collector does not answer."""
         if not self._endpoint:
             return
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
@@ -64,7 +64,7 @@ class Tracing:
         self._tracer = self._provider.get_tracer("stable_diffusion_server", self._version)
 
     def close(self) -> None:
-        """Send what is left. Blocks for seconds where the collector does not answer."""
+        """Export the remaining spans. Blocks for seconds if the collector does not answer."""
         if self._provider is not None:
             self._provider.shutdown()
             self._provider = self._tracer = None

@@ -101,9 +101,14 @@ def test_an_error_is_told_by_its_class_alone(house_of: Callable[..., RunningApp]
 
 
 def test_a_collector_that_is_not_there_costs_no_request(house_of: Callable[..., RunningApp]) -> None:
-    """Pictures are drawn, and the server ends."""
+    """Images are generated, stored and served as with tracing off; requests do not wait for the export."""
     house = house_of(otel_exporter_otlp_endpoint="http://127.0.0.1:1")
-    assert house.draw(prompt="a red square").status_code == 200
+    for prompt in ("a red square", "a green square"):
+        answer = house.draw(prompt=prompt)
+        assert answer.status_code == 200
+        image = house.client.get(answer.json()["path"])
+        assert (image.status_code, image.headers["content-type"]) == (200, "image/webp")
+    assert house.metric('sds_generations_total{source="drawn"}') == 2
 
 
 def test_without_an_address_there_are_no_spans() -> None:

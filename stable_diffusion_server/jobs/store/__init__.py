@@ -1,1 +1,1 @@
-"""What must outlive the process: accepted jobs, answers to be repeated, and messages to be sent. Knows no HTTP."""
+"""Durable store of jobs, idempotency keys and webhook messages (SQLite)."""

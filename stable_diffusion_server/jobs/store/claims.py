@@ -1,4 +1,4 @@
-"""Idempotency keys in the journal's tables: taken, looked up, given back. Within a transaction of the caller's."""
+"""SQL for idempotency keys, within the caller's transaction."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What ended gives way when the journal is full: the oldest of whoever holds the most of it. Works on a cursor."""
+"""Evicts ended jobs and answered keys from a full store, oldest first, from the share that holds the most."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The journal's messages to webhooks: which are to be sent now, each caller and each receiver in turn."""
+"""Outbox of webhook messages: which are due, with fair shares per caller and host."""
 
 from __future__ import annotations
 

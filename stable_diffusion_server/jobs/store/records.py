@@ -1,4 +1,4 @@
-"""The nouns of the journal: a job from its acceptance to its end, and why one failed. Frozen values, no I/O."""
+"""Row types of the job store: job, payload, idempotency claim, recorded response, webhook message."""
 
 from __future__ import annotations
 

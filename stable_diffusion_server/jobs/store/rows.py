@@ -1,4 +1,4 @@
-"""Rows of the journal to its nouns. A row that is damaged is told as a job that failed, and holds up no other."""
+"""Parses rows of the job store. A damaged row becomes a failed job and does not block other rows."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def parse_job(row: tuple[Any, ...]) -> JobRecord:
     _check(state in tuple(JobState), "state")
     _check((ended_at is not None) == JobState(state).ended, "ended_at")
     try:
-        told = load_outcome(outcome)
+        stored_outcome = load_outcome(outcome)
     except DECODE_ERRORS as error:
         raise DamagedRow("outcome") from error
     return JobRecord(
@@ -58,7 +58,7 @@ def parse_job(row: tuple[Any, ...]) -> JobRecord:
         ended_at=ended_at,
         base_url=base_url,
         webhook_url=webhook_url,
-        outcome=told,
+        outcome=stored_outcome,
         share=share,
         bytes=size,
         crashes=crashes,
@@ -74,7 +74,7 @@ def parse_job_or_failed(row: tuple[Any, ...], now: float) -> JobRecord:
         job_id, caller, prefix = (str(value) for value in row[:3])
         _log.error("what was written down of a job is damaged", job_id=job_id, column=str(damage))
         accepted_at = row[4] if _is_time(row[4]) else now
-        # It ends now, unless it had ended: what is told of it is to be there for a while.
+        # An unfinished job ends now, so that its failure stays available for the retention time.
         ended_at = row[7] if _is_time(row[7]) and row[3] in _ENDED else now
         share = row[11] if isinstance(row[11], str) else ""
         return JobRecord(

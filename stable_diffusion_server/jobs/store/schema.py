@@ -1,4 +1,4 @@
-"""The journal's file: its tables, what makes a commit outlive a power cut, how large it may grow, what mends it."""
+"""SQLite schema of the job store: tables, migration, durability settings, size limit, repair."""
 
 from __future__ import annotations
 
@@ -163,9 +163,9 @@ def _check(connection: sqlite3.Connection) -> None:
     fresh.close()
     if connection.execute("SELECT 1 FROM sqlite_master WHERE type = 'trigger'").fetchone() is not None:
         raise ForeignSchema("there are triggers, which the journal has not")
-    (told,) = connection.execute("PRAGMA quick_check(1)").fetchone()
-    if told != "ok":
-        raise ForeignSchema(f"its pages are damaged: {str(told)[:200]}")
+    (check,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+    if check != "ok":
+        raise ForeignSchema(f"its pages are damaged: {str(check)[:200]}")
     for statement, what in _REPAIRS.items():
         if (rows := connection.execute(statement).rowcount) > 0:
             _log.error("the journal held something damaged, which is mended or left out", what=what, rows=rows)

@@ -34,13 +34,13 @@ _RENAMED_KINDS = {"ends-the-server": "poison-job"}
 
 def dump_request(request: GenerationRequest) -> str:
     """An order as JSON, without the files it comes with, and without what it leaves open."""
-    told: dict[str, Any] = {"version": VERSION}
+    values: dict[str, Any] = {"version": VERSION}
     for part in fields(GenerationRequest):
         value = getattr(request, part.name)
         if part.default is not MISSING and value == part.default:
             continue
-        told[part.name] = _written_source(value) if part.name in _PICTURES else value
-    return json.dumps(told)
+        values[part.name] = _written_source(value) if part.name in _PICTURES else value
+    return json.dumps(values)
 
 
 def _written_source(source: ImageInput) -> dict[str, object]:
@@ -68,18 +68,18 @@ def fingerprint(route: str, request: GenerationRequest) -> str:
 
 def load_payload(text: str, files: Mapping[str, bytes]) -> JobPayload:
     """The order that was written, with its files. Raises `ServerError` for what another version wrote."""
-    told = json.loads(text)
+    values = json.loads(text)
     known = {part.name for part in fields(GenerationRequest)}
-    if told.pop("version") != VERSION or not told.keys() <= known:
+    if values.pop("version") != VERSION or not values.keys() <= known:
         raise ServerError("This job was accepted by another version of the server, which wrote it differently.")
-    told |= {name: choice(told[name]) for name, choice in _CHOICES.items() if name in told}
-    if "loras" in told:
-        told["loras"] = tuple((name, weight) for name, weight in told["loras"])
+    values |= {name: choice(values[name]) for name, choice in _CHOICES.items() if name in values}
+    if "loras" in values:
+        values["loras"] = tuple((name, weight) for name, weight in values["loras"])
     for name in _PICTURES:
-        if name in told:
-            source = ImageInput(**told[name])
-            told[name] = source if source.url is not None else replace(source, data=files[source.parameter])
-    request = GenerationRequest(**told)
+        if name in values:
+            source = ImageInput(**values[name])
+            values[name] = source if source.url is not None else replace(source, data=files[source.parameter])
+    request = GenerationRequest(**values)
     remote = {source.parameter for source in request.sources if source.url is not None}
     return JobPayload(request, {name: data for name, data in files.items() if name in remote})
 
@@ -95,13 +95,13 @@ def load_outcome(text: str | None) -> GenerationResult | StoredProblem | None:
     """The outcome that was written. What an older version did not write is as it is by default."""
     if text is None:
         return None
-    told = json.loads(text)
-    kind = GenerationResult if told.pop("receipt") else StoredProblem
+    values = json.loads(text)
+    kind = GenerationResult if values.pop("receipt") else StoredProblem
     known = {part.name for part in fields(kind)}
-    told = {name: value for name, value in told.items() if name in known}
+    values = {name: value for name, value in values.items() if name in known}
     if kind is GenerationResult:
-        told["warnings"] = tuple(RequestWarning(**warning) for warning in told["warnings"])
-        return GenerationResult(**told)
-    told["kind"] = _RENAMED_KINDS.get(told["kind"], told["kind"])
-    told["faults"] = tuple((name, sentence) for name, sentence in told["faults"])
-    return StoredProblem(**told)
+        values["warnings"] = tuple(RequestWarning(**warning) for warning in values["warnings"])
+        return GenerationResult(**values)
+    values["kind"] = _RENAMED_KINDS.get(values["kind"], values["kind"])
+    values["faults"] = tuple((name, sentence) for name, sentence in values["faults"])
+    return StoredProblem(**values)

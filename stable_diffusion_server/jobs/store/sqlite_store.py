@@ -1,4 +1,4 @@
-"""The durable record of accepted jobs, in SQLite: what it says is written when a call returns. Used on one thread."""
+"""Durable job store in SQLite: a change is on disk when its call returns. Used on one thread."""
 
 from __future__ import annotations
 
