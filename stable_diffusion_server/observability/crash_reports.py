@@ -163,7 +163,7 @@ def count_oom_kills() -> dict[str, int]:
 
 
 def _classify_exit(report: dict[str, Any], crash: str, for_memory: bool) -> tuple[CrashCause, str]:
-    """Cause and reason of an exit, from the watchdog's report, the traceback of a crash and the kernel's OOM counter."""
+    """Cause and reason of an exit, from the watchdog's report, the traceback and the kernel's OOM counter."""
     status = report.get("status")
     if report.get("hung") is True:
         return CrashCause.OWN, "it hung"
@@ -211,7 +211,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _remove(path: Path) -> None:
-    """Take a file away; anything else that stands there is put aside."""
+    """Delete a file; anything else of that name is quarantined."""
     try:
         if path.is_dir() and not path.is_symlink():
             quarantine(path, "it is a folder")

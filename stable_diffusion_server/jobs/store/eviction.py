@@ -17,7 +17,7 @@ _HELD_BY_KEYS = (
     f"SELECT share, sum({_ROW} + coalesce(length(outcome), 0)) FROM claims "  # noqa: S608  # a number of this module
     "WHERE job_id IS NULL AND outcome IS NOT NULL GROUP BY share"
 )
-# Those of which a webhook is still to be told go last, but they go: one that never answers would hold them for a day.
+# Jobs with an undelivered webhook message are evicted last: one that never answers would hold them for a day.
 _OLDEST_JOBS = (
     f"SELECT id IN (SELECT job_id FROM messages), ended_at, bytes + {_ROW}, id, '' FROM jobs "  # noqa: S608  # a number of this module
     "WHERE share = ? AND ended_at IS NOT NULL ORDER BY 1, 2 LIMIT ?"

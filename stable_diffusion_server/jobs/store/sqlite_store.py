@@ -45,7 +45,7 @@ T = TypeVar("T")
 
 
 class _StoreFull(JobStoreUnavailable):
-    """There is no room, neither in the file nor on its disk."""
+    """The file or its disk is full."""
 
 
 class SqliteJobStore(OutboxStore):
@@ -223,7 +223,7 @@ class SqliteJobStore(OutboxStore):
         self._reclaim_disk_space()
 
     def _insert_with_eviction(self, size: int, write: Callable[[sqlite3.Cursor], T]) -> T:
-        """Write what is accepted; where there is no room, what ended gives way."""
+        """Insert rows; if the store is full, evict ended jobs and retry."""
         for _ in range(_MAX_EVICTION_ROUNDS):
             try:
                 with self._transaction(accepting=True) as cursor:
