@@ -19,6 +19,8 @@ from stable_diffusion_server.engine import EngineState, Ticket
 from stable_diffusion_server.errors import OutOfMemory
 from stable_diffusion_server.types import EngineEvent, EngineEventKind
 
+pytestmark = pytest.mark.slow
+
 JOBS = 500
 
 

@@ -27,6 +27,8 @@ from stable_diffusion_server.storage.history.entries import HistoryQuery
 from stable_diffusion_server.storage.history.index import HistoryIndex
 from stable_diffusion_server.types import Caller, GenerationRequest, Task
 
+pytestmark = pytest.mark.slow
+
 SIGNED = {"signed_url_seconds": 600}
 ASK = {"prompt": "a red square", "num_inference_steps": 2}
 # What others write into a column; whether it can stand there is for the table to say.

@@ -20,6 +20,8 @@ from caller_text import (
     seconds_of,
 )
 
+pytestmark = pytest.mark.slow
+
 # Between 10, in proportion, and 100, the square; caches and allocators have their steps.
 MOST_GROWTH = 40.0
 # Seconds below which a measurement says nothing.

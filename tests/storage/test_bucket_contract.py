@@ -30,6 +30,8 @@ from stable_diffusion_server.storage.base import Bucket, check_if_blob_exists
 from stable_diffusion_server.storage.factory import StorageOptions, open_bucket
 from stable_diffusion_server.storage.memory import MemoryBucket
 
+pytestmark = pytest.mark.slow
+
 RECORD = {"digest": "abc", "seed": "7", "model": "sdxl"}
 KINDS = ("memory", "local", "r2", "s3", "gcs")
 REMOTE = ("r2", "gcs")
