@@ -138,7 +138,7 @@ def test_a_misspelt_name_in_the_env_file_is_found_too(tmp_path: Path) -> None:
         *("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_HEADERS"),
     ],
 )
-def test_other_programs_variables_are_let_be(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_variables_of_other_programs_are_ignored(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only a single slip from a name of ours stops the start."""
     monkeypatch.setenv(name, "1")
     read_settings()
@@ -237,7 +237,7 @@ def test_no_variable_of_the_tests_environment_is_taken_for_a_slip() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("variables", "sentence"),
     [
         ({"STORAGE_PROVIDER": "r2"}, "BUCKET_NAME is needed"),
         ({"STORAGE_PROVIDER": "gcs"}, "BUCKET_NAME is needed"),
@@ -248,12 +248,12 @@ def test_no_variable_of_the_tests_environment_is_taken_for_a_slip() -> None:
     ],
 )
 def test_a_bucket_is_described_in_full_or_not_at_all(
-    given: dict[str, str], told: str, monkeypatch: pytest.MonkeyPatch
+    variables: dict[str, str], sentence: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever a provider needs and is not there stops the start with the name of the setting."""
-    for name, value in given.items():
+    for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(SettingsError, match=told) as refused:
+    with pytest.raises(SettingsError, match=sentence) as refused:
         read_settings()
     assert "secret@" not in str(refused.value)
 
@@ -271,7 +271,7 @@ def test_every_storage_option_is_a_setting_of_that_name(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("variables", "sentence"),
     [
         ({"API_KEYS": "ann:hunter2;rate=often"}, "API_KEYS has a rate at key 1"),
         ({"API_KEYS": "hunter2, hunter2"}, "API_KEYS holds two keys of one"),
@@ -283,11 +283,11 @@ def test_every_storage_option_is_a_setting_of_that_name(monkeypatch: pytest.Monk
     ],
 )
 def test_keys_and_limits_that_are_written_wrong_stop_the_start(
-    given: dict[str, str], told: str, monkeypatch: pytest.MonkeyPatch
+    variables: dict[str, str], sentence: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One sentence that names the setting, and no part of a secret."""
-    for name, value in given.items():
+    for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(SettingsError, match=re.escape(told)) as refused:
+    with pytest.raises(SettingsError, match=re.escape(sentence)) as refused:
         read_settings()
     assert "hunter" not in str(refused.value)
