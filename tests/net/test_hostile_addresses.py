@@ -21,7 +21,7 @@ from storage_servers import StorageServer, make_s3_bucket, s3_client
 
 from stable_diffusion_server.errors import InvalidInput
 from stable_diffusion_server.net import image_fetcher, safe_client
-from stable_diffusion_server.net.image_fetcher import FetchLimits, ImageFetcher, _redirected
+from stable_diffusion_server.net.image_fetcher import FetchLimits, ImageFetcher, _resolve_redirect
 from stable_diffusion_server.net.url_policy import PORTS, AllowedTarget, parse_url
 
 STYLE = "/style_transfer_and_upload_image"
@@ -212,7 +212,7 @@ def test_where_a_redirect_leads_is_read_like_any_address() -> None:
     """What is no URL, and what leads from https to http, is refused by name."""
     for location in ("http://[::1", "//[x]/", "http://public.test/", "http:///"):
         with pytest.raises(InvalidInput) as refused:
-            _redirected(parse_url("https://public.test/", "image_url"), location, "image_url")
+            _resolve_redirect(parse_url("https://public.test/", "image_url"), location, "image_url")
         assert refused.value.field == "image_url"
 
 
