@@ -133,6 +133,12 @@ def storage_options(**values: Any) -> StorageOptions:
     return Settings.model_construct(**{"bucket_path": "", **values})
 
 
+def changed(options: StorageOptions, **changes: Any) -> StorageOptions:
+    """A copy of the settings with other values."""
+    assert isinstance(options, Settings)
+    return options.model_copy(update=changes)
+
+
 def r2_options(url: str, name: str, **changes: Any) -> StorageOptions:
     """Options for an S3 server on loopback, reached as R2 is: by endpoint, region auto."""
     values = {"storage_provider": "r2", "r2_endpoint_url": url, "bucket_name": name, "storage_timeout": 20.0, **KEYS}

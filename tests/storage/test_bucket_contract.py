@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from uuid import uuid4
 
@@ -15,6 +14,7 @@ from storage_servers import (
     KEYS,
     MisbehavingStore,
     StorageServer,
+    changed,
     conditions_on_the_wire,
     gcs_options,
     make_gcs_bucket,
@@ -243,7 +243,7 @@ def test_without_a_base_only_a_bucket_named_after_its_domain_has_an_address(
     options = options_of(kind)
     assert open_bucket(options).url("k.webp") is None
     named = {
-        name: open_bucket(replace(options, bucket_name=name)).url("k.webp") for name in ("static.example.com", "a.1")
+        name: open_bucket(changed(options, bucket_name=name)).url("k.webp") for name in ("static.example.com", "a.1")
     }
     assert named == {"static.example.com": "https://static.example.com/k.webp", "a.1": None}
 
@@ -333,7 +333,7 @@ def test_lasting_trouble_is_told_as_storage_unavailable(troubled: tuple[Bucket, 
 @pytest.mark.parametrize("kind", REMOTE)
 def test_a_missing_bucket_is_named(kind: str, options_of: Callable[..., StorageOptions]) -> None:
     """At open, with the setting that names it."""
-    bucket = open_bucket(replace(options_of(kind), bucket_name="no-such-bucket-here"))
+    bucket = open_bucket(changed(options_of(kind), bucket_name="no-such-bucket-here"))
     with pytest.raises(StorageUnavailable, match=r"no bucket 'no-such-bucket-here'.*BUCKET_NAME"):
         bucket.open()
 
@@ -343,9 +343,9 @@ def test_a_storage_that_is_not_there_is_told(
     kind: str, monkeypatch: pytest.MonkeyPatch, options_of: Callable[..., StorageOptions]
 ) -> None:
     """No one listens: one sentence."""
-    options = replace(options_of(kind), storage_timeout=0.5)
+    options = changed(options_of(kind), storage_timeout=0.5)
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://127.0.0.1:9")
-    bucket = open_bucket(replace(options, r2_endpoint_url="http://127.0.0.1:9"))
+    bucket = open_bucket(changed(options, r2_endpoint_url="http://127.0.0.1:9"))
     with pytest.raises(StorageUnavailable, match="does not answer"):
         bucket.open()
 
