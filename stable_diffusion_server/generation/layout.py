@@ -76,9 +76,8 @@ def lay_out_images(resolved: ResolvedRequest, image: Pixels | None = None, mask:
         if mask_on_image is not None and request.mask is not None and not mask_on_image.any():
             lack = "has no transparent part" if request.mask.transparency else "covers nothing"
             lack = lack if request.mask.transparency or request.mask.inverted else "is black all over"
-            raise InvalidInput(
-                f"{request.mask.parameter} {lack}: nothing is to be repainted.", field=request.mask.parameter
-            )
+            field = request.mask.parameter
+            raise InvalidInput(f"{field} {lack}: nothing is to be repainted.", field=field)
         whole_mask = mask_on_image
         image, mask_on_image, box = _fit_inputs(request, image, mask_on_image)
         height, width = image.shape[:2]

@@ -65,10 +65,7 @@ class _Call:
 def openai_router(
     service: GenerationService, dispatcher: RequestDispatcher, context: DialectContext, url_of: UrlOf
 ) -> APIRouter:
-    """Return the routes; `url_of` makes the URL of an object key.
-
-    A request for one image without `stream` may run as a job, and once per idempotency key.
-    """
+    """Return the routes. A request for one image without `stream` may run as a job, and once per idempotency key."""
     routes = APIRouter(tags=["openai"], prefix="/v1")
     images = _ImageRoutes(service, dispatcher, context, url_of)
     read_generation, read_edit = params_from_request(GenerateImagesParams), params_from_request(EditImageParams)

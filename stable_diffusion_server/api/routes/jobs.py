@@ -22,10 +22,7 @@ _RECONNECT_MILLISECONDS = 2000
 
 
 def jobs_router(jobs: JobManager, url_of: UrlOf, followers: FollowerLimiter, previews: EncodedPreviews) -> APIRouter:
-    """Return the routes of jobs; `url_of` makes the URL of an object key.
-
-    `followers` bounds who follows events; `previews` encodes for all followers.
-    """
+    """Return the routes of jobs; `followers` bounds who follows events, `previews` encodes for all of them."""
     routes = APIRouter(prefix="/jobs", tags=["jobs"])
 
     def urls_for(request: Request) -> Callable[[str], str]:
