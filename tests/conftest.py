@@ -78,7 +78,7 @@ def _log_of_its_own() -> Iterator[None]:
 
 
 @pytest.fixture
-def house_of(tmp_path: Path) -> Iterator[Callable[..., RunningApp]]:
+def run_app(tmp_path: Path) -> Iterator[Callable[..., RunningApp]]:
     """Make a running app with other settings, or with squares of one's own."""
     open_clients: list[TestClient] = []
 
@@ -100,9 +100,9 @@ def house_of(tmp_path: Path) -> Iterator[Callable[..., RunningApp]]:
 
 
 @pytest.fixture
-def house(house_of: Callable[..., RunningApp]) -> RunningApp:
+def running_app(run_app: Callable[..., RunningApp]) -> RunningApp:
     """A running app over painted squares."""
-    return house_of()
+    return run_app()
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""The house rules that a machine can check: sizes, imports, the environment, what importing does, test sentences."""
+"""The rules that a machine can check: sizes, imports, the environment, what importing does, test sentences."""
 
 from __future__ import annotations
 

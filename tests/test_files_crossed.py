@@ -68,9 +68,9 @@ def edit_image(app: RunningApp, prompt: str = "blue") -> None:
     assert app.client.post("/v1/images/edits", data=data, files=files).status_code == 200
 
 
-def test_a_request_crosses_no_more_files_than_before(house_of: Callable[..., RunningApp], tracer: CallTracer) -> None:
+def test_a_request_crosses_no_more_files_than_before(run_app: Callable[..., RunningApp], tracer: CallTracer) -> None:
     """Distinct files of the package by kind of request, without what an idle server calls by itself."""
-    app = house_of(FakeDenoiser())
+    app = run_app(FakeDenoiser())
     run_job(app)
     edit_image(app)
     for _ in range(3):  # the first is generated, the second resolved, the third found among resolved requests

@@ -118,16 +118,16 @@ def test_a_link_that_leads_nowhere_is_a_model_that_is_told_of(tmp_path: Path) ->
     assert ModelState.of(settings_in(tmp_path, models_dir=tmp_path / "weights")).facts["sdxl"].folder == BASE
 
 
-def test_an_adapter_is_known_by_the_name_of_its_file(house_of: Making, tmp_path: Path) -> None:
+def test_an_adapter_is_known_by_the_name_of_its_file(run_app: Making, tmp_path: Path) -> None:
     """LORA_DIR's files may be named; others, and paths, are refused by the parameter's name."""
     folder = tmp_path / "loras"
     folder.mkdir()
     lora_file(folder / "pastel.safetensors")
-    house = house_of(FakeDenoiser(), lora_dir=folder)
-    assert house.draw(prompt="a red disc", lora="pastel:0.8").status_code == 200
-    (job,) = house.squares.prepared
+    running_app = run_app(FakeDenoiser(), lora_dir=folder)
+    assert running_app.draw(prompt="a red disc", lora="pastel:0.8").status_code == 200
+    (job,) = running_app.squares.prepared
     assert job.loras == (("pastel", 0.8),)
     assert len(job.lora_digests) == 1
     for name in ("other", "../loras/pastel", "pastel.safetensors"):
-        refused: Any = house.draw(prompt="a red disc", lora=name)
+        refused: Any = running_app.draw(prompt="a red disc", lora=name)
         assert (refused.status_code, refused.json()["field"]) == (422, "lora")

@@ -87,10 +87,10 @@ def test_nothing_reads_files_that_may_run_code() -> None:
     assert found == []
 
 
-def test_what_is_kept_of_orders_is_for_this_user_alone(house_of: Callable[..., RunningApp], tmp_path: Path) -> None:
+def test_what_is_kept_of_orders_is_for_this_user_alone(run_app: Callable[..., RunningApp], tmp_path: Path) -> None:
     """The folder of journal, spool, history and keys is closed to others, whatever the umask; the bucket is not."""
-    house = house_of()
-    assert house.draw(prompt="a red square").status_code == 200
+    running_app = run_app()
+    assert running_app.draw(prompt="a red square").status_code == 200
     assert (tmp_path / "data").stat().st_mode & 0o077 == 0
     for path in (tmp_path / "data").rglob("*"):
         assert path.is_relative_to(tmp_path / "data")

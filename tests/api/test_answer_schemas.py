@@ -52,39 +52,39 @@ def answered(document: dict[str, Any]) -> set[str]:
     return {ref.rpartition("/")[2] for ref in refs if ref}
 
 
-def job_of(house: RunningApp, **changes: Any) -> dict[str, Any]:
+def job_of(running_app: RunningApp, **changes: Any) -> dict[str, Any]:
     """A job that has ended, as GET /jobs/ID answers it."""
-    asked = house.client.post("/create_and_upload_image", json={**_ASKED, **changes}, headers=_BY_JOB)
+    asked = running_app.client.post("/create_and_upload_image", json={**_ASKED, **changes}, headers=_BY_JOB)
     path = asked.headers["location"]
-    until(lambda: house.client.get(path).json()["state"] in ("done", "failed"))
-    body: dict[str, Any] = house.client.get(path).json()
+    until(lambda: running_app.client.get(path).json()["state"] in ("done", "failed"))
+    body: dict[str, Any] = running_app.client.get(path).json()
     return body
 
 
-def events_of(house: RunningApp) -> list[Any]:
+def events_of(running_app: RunningApp) -> list[Any]:
     """The data of every server-sent event of a job that is followed to its end."""
-    asked = house.client.post("/create_and_upload_image", json={**_ASKED, "seed": 7}, headers=_BY_JOB)
-    text = house.client.get(f"{asked.headers['location']}/events").text
+    asked = running_app.client.post("/create_and_upload_image", json={**_ASKED, "seed": 7}, headers=_BY_JOB)
+    text = running_app.client.get(f"{asked.headers['location']}/events").text
     return [json.loads(data) for data in re.findall(r"^data: (.*)$", text, re.MULTILINE)]
 
 
-def answers(house: RunningApp) -> Iterator[tuple[str, Any]]:
+def answers(running_app: RunningApp) -> Iterator[tuple[str, Any]]:
     """Schema names and bodies of real answers: at least one of each schema, of some every variant."""
-    client = house.client
-    receipt = house.draw(prompt="a red square", save_path="a.png")
+    client = running_app.client
+    receipt = running_app.draw(prompt="a red square", save_path="a.png")
     yield "GenerationResult", receipt.json()
-    yield "GenerationResult", house.draw(prompt="a blue square", save_path="a.png").json()
-    long = house.draw(prompt="a red square " * 60, width=70, height=70)
+    yield "GenerationResult", running_app.draw(prompt="a blue square", save_path="a.png").json()
+    long = running_app.draw(prompt="a red square " * 60, width=70, height=70)
     yield "GenerationResult", long.json()
     assert "prompt_used" in long.json()
-    yield "Problem", house.draw(prompt="", width=1).json()
+    yield "Problem", running_app.draw(prompt="", width=1).json()
     yield "Problem", client.get("/files/none.webp").json()
     yield "OpenAIError", client.post("/v1/images/generations", json={"prompt": ""}).json()
     yield "Automatic1111Error", client.post("/sdapi/v1/txt2img", json={"prompt": "a", "width": 1}).json()
     yield "JobStatus", client.post("/create_and_upload_image", json=_ASKED, headers=_BY_JOB).json()
-    yield "JobStatus", job_of(house, prompt="a green square")
-    yield "JobStatus", job_of(house, prompt="unsteppable")
-    yield from (("JobEvent", body) for body in events_of(house))
+    yield "JobStatus", job_of(running_app, prompt="a green square")
+    yield "JobStatus", job_of(running_app, prompt="unsteppable")
+    yield from (("JobEvent", body) for body in events_of(running_app))
     yield "JobList", client.get("/jobs").json()
     yield "HistoryPage", client.get("/history").json()
     yield "HistoryPage", client.get("/history?limit=1").json()
@@ -113,21 +113,21 @@ def answers(house: RunningApp) -> Iterator[tuple[str, Any]]:
     yield "Readiness", client.get("/readyz").json()
 
 
-def test_every_answer_has_the_members_its_schema_names_and_no_others(house: RunningApp) -> None:
+def test_every_answer_has_the_members_its_schema_names_and_no_others(running_app: RunningApp) -> None:
     """Real answers against the document with every object closed; no schema goes without an answer."""
-    document = house.client.get("/openapi.json").json()
+    document = running_app.client.get("/openapi.json").json()
     faults, seen = [], set()
-    for name, body in answers(house):
+    for name, body in answers(running_app):
         seen.add(name)
         faults += [f"{name} {fault}" for fault in faults_of(document, name, body)]
     assert faults == []
     assert seen == answered(document) | {"JobEvent"}
 
 
-def test_readiness_names_everything_that_is_said_of_a_loaded_model(registry: Any, house: RunningApp) -> None:
+def test_readiness_names_everything_that_is_said_of_a_loaded_model(registry: Any, running_app: RunningApp) -> None:
     """The embedded models, as a server that loaded them says it."""
-    document = house.client.get("/openapi.json").json()
-    loaded = ModelState.of(settings_in(house.folder))
+    document = running_app.client.get("/openapi.json").json()
+    loaded = ModelState.of(settings_in(running_app.folder))
     loaded.models = registry
     models = json.loads(json.dumps(loaded.describe()))
     assert len(models) == 2
@@ -136,10 +136,10 @@ def test_readiness_names_everything_that_is_said_of_a_loaded_model(registry: Any
 
 
 @pytest.mark.parametrize("change", ["added", "removed", "of another type"])
-def test_the_check_itself_sees_a_difference(house: RunningApp, change: str) -> None:
+def test_the_check_itself_sees_a_difference(running_app: RunningApp, change: str) -> None:
     """A member that is too many, missing or of another type is a fault: this test can fail."""
-    document = house.client.get("/openapi.json").json()
-    body = house.client.get("/readyz").json()
+    document = running_app.client.get("/openapi.json").json()
+    body = running_app.client.get("/readyz").json()
     assert faults_of(document, "Readiness", body) == []
     body = {"added": {**body, "extra": 1}, "removed": {"status": "ready"}, "of another type": {**body, "missing": "a"}}[
         change

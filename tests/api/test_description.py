@@ -12,35 +12,35 @@ from conftest import ROOT, RunningApp
 from stable_diffusion_server.cli import describe_api
 
 
-def operations(house: RunningApp) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    document = house.client.get("/openapi.json").json()
+def operations(running_app: RunningApp) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    document = running_app.client.get("/openapi.json").json()
     for path, methods in document["paths"].items():
         for method, operation in methods.items():
             yield method, path, operation
 
 
-def test_the_page_loads_nothing_from_elsewhere(house: RunningApp) -> None:
+def test_the_page_loads_nothing_from_elsewhere(running_app: RunningApp) -> None:
     """Every address on it is this server's, all of them answer, and its policy forbids others to a browser."""
-    page = house.client.get("/docs")
+    page = running_app.client.get("/docs")
     assert page.status_code == 200
     addresses = re.findall(r"(?:src|href)=\"([^\"]+)\"", page.text)
     assert len(addresses) == 4
     for address in addresses:
         assert address.startswith("/docs/")
-        asset = house.client.get(address)
+        asset = running_app.client.get(address)
         assert (asset.status_code, asset.headers["x-content-type-options"]) == (200, "nosniff")
         assert len(asset.content) > 100
-    assert "https://" not in page.text + house.client.get("/docs/start.js").text
+    assert "https://" not in page.text + running_app.client.get("/docs/start.js").text
     policy = page.headers["content-security-policy"]
     assert "default-src 'none'" in policy
     assert "http" not in policy
-    assert house.client.get("/docs/secrets.js").status_code == 404
+    assert running_app.client.get("/docs/secrets.js").status_code == 404
 
 
-def test_every_operation_is_told_whole(house: RunningApp) -> None:
+def test_every_operation_is_told_whole(running_app: RunningApp) -> None:
     """An id of its own that a generator can name a function by, what it is for, and every answer with its shape."""
     ids = []
-    for method, path, operation in operations(house):
+    for method, path, operation in operations(running_app):
         ids.append(operation["operationId"])
         assert re.fullmatch(r"[a-z][a-z0-9_]*", operation["operationId"]), path
         assert operation["summary"]
@@ -53,18 +53,18 @@ def test_every_operation_is_told_whole(house: RunningApp) -> None:
     assert len(set(ids)) == len(ids)
 
 
-def test_references_lead_somewhere(house: RunningApp) -> None:
+def test_references_lead_somewhere(running_app: RunningApp) -> None:
     """No schema is named that is not there."""
-    text = house.client.get("/openapi.json").text
-    known = set(house.client.get("/openapi.json").json()["components"]["schemas"])
+    text = running_app.client.get("/openapi.json").text
+    known = set(running_app.client.get("/openapi.json").json()["components"]["schemas"])
     assert set(re.findall(r'"#/components/schemas/([^"]+)"', text)) <= known
 
 
-def test_words_of_a_kind_are_enumerated_and_numbers_bounded(house: RunningApp) -> None:
+def test_words_of_a_kind_are_enumerated_and_numbers_bounded(running_app: RunningApp) -> None:
     """Models, schedulers, formats; sides and steps as the settings have them."""
     shapes = next(
         operation["requestBody"]["content"]["application/json"]["schema"]["properties"]
-        for method, path, operation in operations(house)
+        for method, path, operation in operations(running_app)
         if (method, path) == ("post", "/create_and_upload_image")
     )
     assert shapes["model"]["anyOf"][0]["enum"] == ["flux", "sdxl"]
@@ -75,10 +75,10 @@ def test_words_of_a_kind_are_enumerated_and_numbers_bounded(house: RunningApp) -
 
 
 @pytest.mark.parametrize("keys", ["", "right"])
-def test_keys_are_told_where_they_are_needed(house_of: Callable[..., RunningApp], keys: str) -> None:
+def test_keys_are_told_where_they_are_needed(run_app: Callable[..., RunningApp], keys: str) -> None:
     """With API_KEYS every operation that needs one says so, and only then."""
-    house = house_of(api_keys=keys)
-    for _, path, operation in operations(house):
+    running_app = run_app(api_keys=keys)
+    for _, path, operation in operations(running_app):
         opened = path in ("/healthz", "/readyz") or operation["operationId"] in ("file_get", "file_head")
         assert bool(operation.get("security")) == (bool(keys) and not opened), path
 
@@ -88,8 +88,8 @@ def test_the_page_of_the_api_is_up_to_date() -> None:
     assert (ROOT / "docs" / "api.md").read_text() == describe_api()
 
 
-def test_a_wrong_method_is_told_every_right_one(house: RunningApp) -> None:
+def test_a_wrong_method_is_told_every_right_one(running_app: RunningApp) -> None:
     """405 names all methods of the path, though each is a route of its own."""
-    answer = house.client.patch("/create_and_upload_image")
+    answer = running_app.client.patch("/create_and_upload_image")
     assert (answer.status_code, answer.headers["allow"]) == (405, "GET, POST")
-    assert house.client.put("/files/a").headers["allow"] == "DELETE, GET, HEAD"
+    assert running_app.client.put("/files/a").headers["allow"] == "DELETE, GET, HEAD"

@@ -28,13 +28,13 @@ from stable_diffusion_server.types import Caller
 
 
 @pytest.fixture
-def picture(house: RunningApp) -> httpx.Response:
+def picture(running_app: RunningApp) -> httpx.Response:
     """A stored picture, fetched."""
-    return house.client.get(house.draw(prompt="a red square", save_path="a.webp").json()["path"])
+    return running_app.client.get(running_app.draw(prompt="a red square", save_path="a.webp").json()["path"])
 
 
-def again(house: RunningApp, **headers: str) -> httpx.Response:
-    return house.client.get(
+def again(running_app: RunningApp, **headers: str) -> httpx.Response:
+    return running_app.client.get(
         "/files/static/uploads/a.webp", headers={k.replace("_", "-"): v for k, v in headers.items()}
     )
 
@@ -49,36 +49,36 @@ def test_a_picture_comes_with_its_type_and_its_name(picture: httpx.Response) -> 
     assert int(headers["content-length"]) == len(picture.content)
 
 
-def test_a_known_etag_is_answered_304(house: RunningApp, picture: httpx.Response) -> None:
+def test_a_known_etag_is_answered_304(running_app: RunningApp, picture: httpx.Response) -> None:
     """Exact, weak, listed and star: 304 without a body; another one: the picture."""
     etag = picture.headers["etag"]
     for known in (etag, f"W/{etag}", f'"other", {etag}', "*"):
-        answer = again(house, if_none_match=known)
+        answer = again(running_app, if_none_match=known)
         assert (answer.status_code, answer.content) == (304, b"")
         assert answer.headers["etag"] == etag
-    assert again(house, if_none_match='"other"').status_code == 200
+    assert again(running_app, if_none_match='"other"').status_code == 200
 
 
-def test_a_range_is_answered_in_part(house: RunningApp, picture: httpx.Response) -> None:
+def test_a_range_is_answered_in_part(running_app: RunningApp, picture: httpx.Response) -> None:
     """First bytes, last bytes, one byte; beyond the end is 416."""
     size = len(picture.content)
     for wanted, part in (("0-9", slice(0, 10)), ("-5", slice(size - 5, size)), ("7-7", slice(7, 8))):
-        answer = again(house, range=f"bytes={wanted}")
+        answer = again(running_app, range=f"bytes={wanted}")
         assert (answer.status_code, answer.content) == (206, picture.content[part])
-    assert again(house, range=f"bytes={size}-").status_code == 416
+    assert again(running_app, range=f"bytes={size}-").status_code == 416
     for no_range in ("lines=1-2", "bytes", "bytes=a-b", "bytes=-"):
-        assert again(house, range=no_range).content == picture.content
+        assert again(running_app, range=no_range).content == picture.content
 
 
-def test_a_range_of_another_version_gets_the_whole_picture(house: RunningApp, picture: httpx.Response) -> None:
+def test_a_range_of_another_version_gets_the_whole_picture(running_app: RunningApp, picture: httpx.Response) -> None:
     """If-Range keeps parts of two pictures from being glued together."""
-    assert again(house, range="bytes=0-9", if_range='"other"').content == picture.content
-    assert len(again(house, range="bytes=0-9", if_range=picture.headers["etag"]).content) == 10
+    assert again(running_app, range="bytes=0-9", if_range='"other"').content == picture.content
+    assert len(again(running_app, range="bytes=0-9", if_range=picture.headers["etag"]).content) == 10
 
 
-def test_head_tells_without_sending(house: RunningApp, picture: httpx.Response) -> None:
+def test_head_tells_without_sending(running_app: RunningApp, picture: httpx.Response) -> None:
     """The same headers and no body."""
-    answer = house.client.head("/files/static/uploads/a.webp")
+    answer = running_app.client.head("/files/static/uploads/a.webp")
     assert (answer.status_code, answer.content) == (200, b"")
     assert answer.headers["content-length"] == picture.headers["content-length"]
 
@@ -100,29 +100,29 @@ def test_head_tells_without_sending(house: RunningApp, picture: httpx.Response) 
         *("static/uploads/a.webp/below", "....//", "%5c..%5c"),
     ],
 )
-def test_nothing_but_pictures_is_served(house: RunningApp, picture: httpx.Response, path: str) -> None:
+def test_nothing_but_pictures_is_served(running_app: RunningApp, picture: httpx.Response, path: str) -> None:
     """Absent, folders, and every way out of the bucket: 404, although there is something to be found."""
-    (house.folder / "bucket" / "secret").write_text("secret")
-    assert (house.folder / "bucket" / "records" / "static" / "uploads" / "a.webp").is_file()
-    answer = house.client.get(f"/files/{path}")
+    (running_app.folder / "bucket" / "secret").write_text("secret")
+    assert (running_app.folder / "bucket" / "records" / "static" / "uploads" / "a.webp").is_file()
+    answer = running_app.client.get(f"/files/{path}")
     assert answer.status_code == 404
     assert answer.headers["content-type"] == "application/problem+json"
 
 
-def test_a_file_that_is_no_picture_is_not_shown_inline(house: RunningApp) -> None:
+def test_a_file_that_is_no_picture_is_not_shown_inline(running_app: RunningApp) -> None:
     """HTML put into the folder by hand must not run under this server's name."""
-    folder = house.folder / "bucket" / "objects"
+    folder = running_app.folder / "bucket" / "objects"
     (folder / "page.html").write_text("<script>alert(1)</script>")
-    answer = house.client.get("/files/page.html")
+    answer = running_app.client.get("/files/page.html")
     assert answer.headers["content-disposition"] == 'attachment; filename="page.html"'
     assert "sandbox" in answer.headers["content-security-policy"]
 
 
-def test_what_is_named_by_its_content_may_be_kept_for_ever(house: RunningApp) -> None:
+def test_what_is_named_by_its_content_may_be_kept_for_ever(running_app: RunningApp) -> None:
     """A content key never means another picture; a name can be overwritten, so a cache asks again after a minute."""
-    content = house.client.get(house.draw(prompt="a red square").json()["path"])
+    content = running_app.client.get(running_app.draw(prompt="a red square").json()["path"])
     assert content.headers["cache-control"] == "public, max-age=31536000, immutable"
-    named = house.client.get(house.draw(prompt="a red square", save_path="a.webp").json()["path"])
+    named = running_app.client.get(running_app.draw(prompt="a red square", save_path="a.webp").json()["path"])
     assert named.headers["cache-control"] == "public, max-age=60"
 
 
@@ -158,24 +158,24 @@ def test_the_files_door_hands_private_addresses_to_those_who_hold_one(private: b
 
 
 def test_a_signed_address_of_the_local_bucket_gives_the_picture_for_a_while(
-    house_of: Callable[..., RunningApp],
+    run_app: Callable[..., RunningApp],
 ) -> None:
     """Signed for that name and time alone, kept by no shared cache, the same for the first and the cached answer."""
-    house = house_of(signed_url_seconds=60)
-    first, again = (house.draw(prompt="a red square", save_path="b c.webp").json() for _ in range(2))
+    running_app = run_app(signed_url_seconds=60)
+    first, again = (running_app.draw(prompt="a red square", save_path="b c.webp").json() for _ in range(2))
     assert (first["cached"], again["cached"]) == (False, True)
-    pictures = [house.client.get(receipt["path"]) for receipt in (first, again)]
+    pictures = [running_app.client.get(receipt["path"]) for receipt in (first, again)]
     assert pictures[0].content == pictures[1].content
     assert pictures[0].headers["cache-control"].startswith("private, max-age=")
     plain, _, query = first["path"].partition("?")
     expires = query.partition("&")[0]
     later = query.replace(expires, f"expires={int(expires[8:]) + 1000}")
     for wrong in ("", "?" + expires, "?" + later, "?" + query[:-1], "?expires=²&signature=é", "?expires=1&signature=1"):
-        assert house.client.get(plain + wrong).status_code == 403
-    secret = house.folder / "data" / "url-secret"
+        assert running_app.client.get(plain + wrong).status_code == 403
+    secret = running_app.folder / "data" / "url-secret"
     assert (len(secret.read_bytes()), secret.stat().st_mode & 0o777) == (32, 0o600)
-    house_of(signed_url_seconds=60)
-    assert house.client.get(first["path"]).status_code == 200, "the secret outlives a restart"
+    run_app(signed_url_seconds=60)
+    assert running_app.client.get(first["path"]).status_code == 200, "the secret outlives a restart"
 
 
 def test_a_signature_ends(tmp_path: Path) -> None:
@@ -189,43 +189,45 @@ def test_a_signature_ends(tmp_path: Path) -> None:
     assert signer.verify("k", expires, signature) is None
 
 
-def listed(house: RunningApp, **query: object) -> list[str]:
-    answer = house.client.get("/history", params=query)  # type: ignore[arg-type]  # httpx takes numbers too
+def listed(running_app: RunningApp, **query: object) -> list[str]:
+    answer = running_app.client.get("/history", params=query)  # type: ignore[arg-type]  # httpx takes numbers too
     assert answer.status_code == 200, answer.text
     return [picture["key"].rpartition("/")[2] for picture in answer.json()["pictures"]]
 
 
-def test_the_history_lists_what_was_drawn_newest_first(house: RunningApp) -> None:
+def test_the_history_lists_what_was_drawn_newest_first(running_app: RunningApp) -> None:
     """Drawn pictures with their facts and addresses, each once; cached answers add nothing."""
     for name, prompt in (("a", "a red square"), ("b", "A BLUE Straße"), ("c", "100% _red_"), ("a", "a red square")):
-        house.draw(prompt=prompt, save_path=f"{name}.webp")
-    newest = house.client.get("/history").json()["pictures"][0]
+        running_app.draw(prompt=prompt, save_path=f"{name}.webp")
+    newest = running_app.client.get("/history").json()["pictures"][0]
     assert (newest["prompt"], newest["width"], newest["task"]) == ("100% _red_", 64, "text_to_image")
-    assert house.client.get(newest["path"]).status_code == 200
-    assert listed(house) == ["c.webp", "b.webp", "a.webp"]
-    assert listed(house, q="RED") == ["c.webp", "a.webp"]
-    assert listed(house, q="blue strasse") == ["b.webp"]
-    assert listed(house, q="0% _") == ["c.webp"]
-    assert listed(house, q="_") == ["c.webp"]
-    assert listed(house, q="green") == []
+    assert running_app.client.get(newest["path"]).status_code == 200
+    assert listed(running_app) == ["c.webp", "b.webp", "a.webp"]
+    assert listed(running_app, q="RED") == ["c.webp", "a.webp"]
+    assert listed(running_app, q="blue strasse") == ["b.webp"]
+    assert listed(running_app, q="0% _") == ["c.webp"]
+    assert listed(running_app, q="_") == ["c.webp"]
+    assert listed(running_app, q="green") == []
 
 
-def test_the_history_is_filtered_by_model(house: RunningApp) -> None:
+def test_the_history_is_filtered_by_model(running_app: RunningApp) -> None:
     """By the one that drew, together with words; one that drew nothing has nothing."""
     for name, prompt, model in (("a", "a red square", "sdxl"), ("b", "a red square", "flux"), ("c", "blue", "flux")):
-        house.draw(prompt=prompt, save_path=f"{name}.webp", model=model)
-    assert listed(house, model="flux") == ["c.webp", "b.webp"]
-    assert listed(house, model="flux", q="red") == ["b.webp"]
-    assert listed(house, model="flu") == []
+        running_app.draw(prompt=prompt, save_path=f"{name}.webp", model=model)
+    assert listed(running_app, model="flux") == ["c.webp", "b.webp"]
+    assert listed(running_app, model="flux", q="red") == ["b.webp"]
+    assert listed(running_app, model="flu") == []
 
 
-def test_the_history_is_turned_over_page_by_page(house: RunningApp) -> None:
+def test_the_history_is_turned_over_page_by_page(running_app: RunningApp) -> None:
     """`next` goes on behind the last one, until there is none."""
     for name in "abcde":
-        house.draw(prompt=f"a red square {name}", save_path=f"{name}.webp")
+        running_app.draw(prompt=f"a red square {name}", save_path=f"{name}.webp")
     found, before = [], None
     while True:
-        answer = house.client.get("/history", params={"limit": 2, **({"before": before} if before else {})}).json()
+        answer = running_app.client.get(
+            "/history", params={"limit": 2, **({"before": before} if before else {})}
+        ).json()
         found += [picture["key"][-6] for picture in answer["pictures"]]
         if (before := answer["next"]) is None:
             break
@@ -236,108 +238,108 @@ def test_the_history_is_turned_over_page_by_page(house: RunningApp) -> None:
     "query",
     ["limit=0", "limit=201", "limit=x", "before=0", "before=²", "page=2", "q=" + "x" * 1001, "model=" + "x" * 101],
 )
-def test_the_history_refuses_by_name(house: RunningApp, query: str) -> None:
+def test_the_history_refuses_by_name(running_app: RunningApp, query: str) -> None:
     """422 with the field."""
-    answer = house.client.get(f"/history?{query}")
+    answer = running_app.client.get(f"/history?{query}")
     assert (answer.status_code, answer.json()["field"]) == (422, query.partition("=")[0])
 
 
-def test_an_overwritten_picture_has_one_entry(house: RunningApp) -> None:
+def test_an_overwritten_picture_has_one_entry(running_app: RunningApp) -> None:
     """The one that is there."""
-    house.draw(prompt="a red square", save_path="a.webp")
-    house.draw(prompt="a blue square", save_path="a.webp", overwrite=True)
-    assert [picture["prompt"] for picture in house.client.get("/history").json()["pictures"]] == ["a blue square"]
+    running_app.draw(prompt="a red square", save_path="a.webp")
+    running_app.draw(prompt="a blue square", save_path="a.webp", overwrite=True)
+    assert [picture["prompt"] for picture in running_app.client.get("/history").json()["pictures"]] == ["a blue square"]
 
 
-def test_the_history_is_bounded_in_number_and_age(house_of: Callable[..., RunningApp]) -> None:
+def test_the_history_is_bounded_in_number_and_age(run_app: Callable[..., RunningApp]) -> None:
     """The newest stay; what is too old is not told."""
-    house = house_of(history_entries=3, history_days=1)
+    running_app = run_app(history_entries=3, history_days=1)
     for name in "abcde":
-        house.draw(prompt=f"a red square {name}", save_path=f"{name}.webp")
-    assert listed(house) == ["e.webp", "d.webp", "c.webp"]
-    with sqlite3.connect(house.folder / "data" / "history.db") as base:
+        running_app.draw(prompt=f"a red square {name}", save_path=f"{name}.webp")
+    assert listed(running_app) == ["e.webp", "d.webp", "c.webp"]
+    with sqlite3.connect(running_app.folder / "data" / "history.db") as base:
         base.execute("UPDATE drawn SET drawn_at = drawn_at - 86401 WHERE key LIKE '%d.webp'")
-    assert listed(house) == ["e.webp", "c.webp"]
+    assert listed(running_app) == ["e.webp", "c.webp"]
 
 
-def test_without_a_history_nothing_is_kept(house_of: Callable[..., RunningApp]) -> None:
+def test_without_a_history_nothing_is_kept(run_app: Callable[..., RunningApp]) -> None:
     """HISTORY_ENTRIES=0: no file, an empty list, and pictures all the same."""
-    house = house_of(history_entries=0)
-    assert house.draw(prompt="a red square").status_code == 200
-    assert listed(house) == []
-    assert not (house.folder / "data" / "history.db").exists()
+    running_app = run_app(history_entries=0)
+    assert running_app.draw(prompt="a red square").status_code == 200
+    assert listed(running_app) == []
+    assert not (running_app.folder / "data" / "history.db").exists()
 
 
-def test_a_broken_history_fails_no_picture(house_of: Callable[..., RunningApp], tmp_path: Path) -> None:
+def test_a_broken_history_fails_no_picture(run_app: Callable[..., RunningApp], tmp_path: Path) -> None:
     """No database: set aside and begun anew. A folder in its place: told to who asks for it, and drawn all the same."""
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "history.db").write_bytes(b"this is no database, and longer than a header of one " * 50)
-    house = house_of()
-    house.draw(prompt="a red square", save_path="a.webp")
-    assert listed(house) == ["a.webp"]
+    running_app = run_app()
+    running_app.draw(prompt="a red square", save_path="a.webp")
+    assert listed(running_app) == ["a.webp"]
     assert len(list((tmp_path / "data").glob("history.db.broken-*"))) == 1
     for file in (tmp_path / "data").glob("history.db*"):
         file.unlink()
     (tmp_path / "data" / "history.db").mkdir()
-    answer = house.draw(prompt="a red square", save_path="b.webp")
+    answer = running_app.draw(prompt="a red square", save_path="b.webp")
     assert answer.status_code == 200
-    assert house.client.get("/history").status_code == 503
-    assert house.client.get("/files/static/uploads/b.webp?record=1").json()["source"] == "object"
+    assert running_app.client.get("/history").status_code == 503
+    assert running_app.client.get("/files/static/uploads/b.webp?record=1").json()["source"] == "object"
 
 
 @pytest.mark.parametrize(("file_format", "embedded"), [("webp", "full"), ("png", "none"), ("jpeg", "full")])
-def test_the_record_of_a_picture_is_told(house_of: Callable[..., RunningApp], file_format: str, embedded: str) -> None:
+def test_the_record_of_a_picture_is_told(run_app: Callable[..., RunningApp], file_format: str, embedded: str) -> None:
     """From the history, else from the object, else from the picture itself."""
-    house = house_of(embed_metadata=embedded)
-    key = house.draw(prompt="a red square", save_path=f"a.{file_format}").json()["key"]
+    running_app = run_app(embed_metadata=embedded)
+    key = running_app.draw(prompt="a red square", save_path=f"a.{file_format}").json()["key"]
 
     def record() -> tuple[str, dict[str, str]]:
-        answer = house.client.get(f"/files/{key}?record=1")
+        answer = running_app.client.get(f"/files/{key}?record=1")
         return (answer.json()["source"], answer.json()["record"]) if answer.status_code == 200 else ("", {})
 
     source, told = record()
     assert (source, told["prompt"], told["model"]) == ("history", "a red square", "sdxl")
     (digest,) = {told["digest"]}
-    with sqlite3.connect(house.folder / "data" / "history.db") as base:
+    with sqlite3.connect(running_app.folder / "data" / "history.db") as base:
         base.execute("DELETE FROM drawn")
     source, told = record()
     assert (source, told["digest"]) == ("object", digest)
-    (house.folder / "bucket" / "records" / key).unlink()
+    (running_app.folder / "bucket" / "records" / key).unlink()
     source, told = record()
     assert (source, told.get("digest")) == (("picture", digest) if embedded == "full" else ("", None))
-    assert house.client.get("/files/static/uploads/none.webp?record=1").status_code == 404
+    assert running_app.client.get("/files/static/uploads/none.webp?record=1").status_code == 404
 
 
-def test_records_and_deleting_ask_for_a_key(house_of: Callable[..., RunningApp]) -> None:
+def test_records_and_deleting_ask_for_a_key(run_app: Callable[..., RunningApp]) -> None:
     """A picture is for everyone who has its address; its prompt, the history and its end are not."""
-    house = house_of(api_keys="hunter2")
+    running_app = run_app(api_keys="hunter2")
     with_key = {"X-API-Key": "hunter2"}
     drawing = "/create_and_upload_image?prompt=a+red+square&save_path=a.webp&width=64&height=64"
-    assert house.client.get(drawing, headers=with_key).status_code == 200
+    assert running_app.client.get(drawing, headers=with_key).status_code == 200
     path = "/files/static/uploads/a.webp"
-    assert house.client.get(path).status_code == 200
+    assert running_app.client.get(path).status_code == 200
     for method, what in (
         ("GET", path + "?record=1"),
         ("GET", path + "?%72ecord=1"),
         ("DELETE", path),
         ("GET", "/history"),
     ):
-        assert house.client.request(method, what).status_code == 401
-        assert house.client.request(method, what, headers={"Origin": "https://evil.example"}).status_code == 403
-    assert house.client.get(path + "?record=1", headers=with_key).status_code == 200
-    assert house.client.delete(path, headers=with_key).status_code == 204
+        assert running_app.client.request(method, what).status_code == 401
+        assert running_app.client.request(method, what, headers={"Origin": "https://evil.example"}).status_code == 403
+    assert running_app.client.get(path + "?record=1", headers=with_key).status_code == 200
+    assert running_app.client.delete(path, headers=with_key).status_code == 204
 
 
-def test_a_deleted_picture_is_gone_and_drawn_anew(house: RunningApp) -> None:
+def test_a_deleted_picture_is_gone_and_drawn_anew(running_app: RunningApp) -> None:
     """From the bucket and the history; deleting it again is no error, and its name is free."""
-    house.draw(prompt="a red square", save_path="a.webp")
+    running_app.draw(prompt="a red square", save_path="a.webp")
     for _ in range(2):
-        assert house.client.delete("/files/static/uploads/a.webp").status_code == 204
-    assert house.client.get("/files/static/uploads/a.webp").status_code == 404
-    assert listed(house) == []
-    assert house.draw(prompt="a blue square", save_path="a.webp").json()["cached"] is False
+        assert running_app.client.delete("/files/static/uploads/a.webp").status_code == 204
+    assert running_app.client.get("/files/static/uploads/a.webp").status_code == 404
+    assert listed(running_app) == []
+    assert running_app.draw(prompt="a blue square", save_path="a.webp").json()["cached"] is False
     for path in ("/files/elsewhere.webp", "/files/static/uploads/%2e%2e/%2e%2e/x", "/files/"):
-        assert house.client.delete(path).status_code in (403, 404)
+        assert running_app.client.delete(path).status_code in (403, 404)
 
 
 def test_a_caller_touches_only_what_is_under_its_prefix(tmp_path: Path) -> None:
@@ -384,11 +386,11 @@ def test_what_comes_within_a_moment_is_recorded_together(tmp_path: Path, monkeyp
     assert written == [20, 1]
 
 
-def test_a_cached_answer_repeats_what_the_guards_told(house_of: Callable[..., RunningApp]) -> None:
+def test_a_cached_answer_repeats_what_the_guards_told(run_app: Callable[..., RunningApp]) -> None:
     """Drawn twice since the first was black: whoever finds the picture is told as well."""
-    house = house_of(FakeImageDenoiser(spoil=["black"]))
+    running_app = run_app(FakeImageDenoiser(spoil=["black"]))
     codes = [
-        [warning["code"] for warning in house.draw(prompt="a red square", save_path="a.webp").json()["warnings"]]
+        [warning["code"] for warning in running_app.draw(prompt="a red square", save_path="a.webp").json()["warnings"]]
         for _ in range(2)
     ]
     assert "redrawn-black" in codes[0]

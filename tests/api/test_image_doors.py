@@ -70,49 +70,49 @@ def pictures() -> Iterator[Pictures]:
 
 
 @pytest.fixture
-def house(house_of: Callable[..., RunningApp], pictures: Pictures) -> RunningApp:
+def running_app(run_app: Callable[..., RunningApp], pictures: Pictures) -> RunningApp:
     """A running app over retouchers that may fetch from the pictures' server."""
-    return house_of(FakeImageDenoiser(), fetch_allow=f"127.0.0.1:{pictures.port}")
+    return run_app(FakeImageDenoiser(), fetch_allow=f"127.0.0.1:{pictures.port}")
 
 
-def stored(house: RunningApp, answer: httpx.Response) -> NDArray[np.uint8]:
+def stored(running_app: RunningApp, answer: httpx.Response) -> NDArray[np.uint8]:
     """The stored picture of a receipt."""
     assert answer.status_code == 200, answer.text
-    return np.asarray(Image.open(io.BytesIO(house.client.get(answer.json()["path"]).content)).convert("RGB"))
+    return np.asarray(Image.open(io.BytesIO(running_app.client.get(answer.json()["path"]).content)).convert("RGB"))
 
 
-def post(house: RunningApp, path: str, files: dict[str, bytes], **words: Any) -> httpx.Response:
+def post(running_app: RunningApp, path: str, files: dict[str, bytes], **words: Any) -> httpx.Response:
     """A multipart request as curl's -F makes it."""
     parts = {name: (f"{name}.png", data) for name, data in files.items()}
-    return house.client.post(path, data={"prompt": "a red square", **words}, files=parts)
+    return running_app.client.post(path, data={"prompt": "a red square", **words}, files=parts)
 
 
-def test_the_seeds_curl_call_works_as_printed(house: RunningApp) -> None:
+def test_the_seeds_curl_call_works_as_printed(running_app: RunningApp) -> None:
     """-F prompt, -F image_file, -F save_path: a receipt, the input's size, the name with eight digits before it."""
     photograph = file_of(disc(100, 75), "JPEG", quality=90)
     form = {"prompt": "anime style", "save_path": "output.webp"}
-    answer = house.client.post(BYTES, data=form, files={"image_file": ("test.jpg", photograph, "image/jpeg")})
-    assert stored(house, answer).shape == (75, 100, 3)
+    answer = running_app.client.post(BYTES, data=form, files={"image_file": ("test.jpg", photograph, "image/jpeg")})
+    assert stored(running_app, answer).shape == (75, 100, 3)
     receipt = answer.json()
     folder, _, name = receipt["key"].rpartition("/")
     digits, _, rest = name.partition("-")
     assert (folder, rest, len(digits)) == ("static/uploads", "output.webp", 8)
     assert int(digits, 16) >= 0
     assert (receipt["task"], receipt["width"], receipt["height"]) == ("image_to_image", 100, 75)
-    (job,) = house.squares.finished
+    (job,) = running_app.squares.finished
     assert job.control is not None
     assert job.strength == 0.6
 
 
-def test_repeats_of_an_upload_meet_and_other_uploads_never_clash(house: RunningApp) -> None:
+def test_repeats_of_an_upload_meet_and_other_uploads_never_clash(running_app: RunningApp) -> None:
     """The same order again is found; another picture, prompt or strength under the same name is another object."""
-    first = post(house, BYTES, {"image_file": IMAGE}, save_path="a/output.webp").json()
-    again = post(house, BYTES, {"image_file": IMAGE}, save_path="a/output.webp").json()
+    first = post(running_app, BYTES, {"image_file": IMAGE}, save_path="a/output.webp").json()
+    again = post(running_app, BYTES, {"image_file": IMAGE}, save_path="a/output.webp").json()
     assert (again["cached"], again["key"], again["warnings"]) == (True, first["key"], first["warnings"])
     others = [
-        post(house, BYTES, {"image_file": file_of(disc(96, 80, "green"))}, save_path="a/output.webp").json(),
-        post(house, BYTES, {"image_file": IMAGE}, save_path="a/output.webp", prompt="a blue square").json(),
-        post(house, BYTES, {"image_file": IMAGE}, save_path="a/output.webp", strength=0.7).json(),
+        post(running_app, BYTES, {"image_file": file_of(disc(96, 80, "green"))}, save_path="a/output.webp").json(),
+        post(running_app, BYTES, {"image_file": IMAGE}, save_path="a/output.webp", prompt="a blue square").json(),
+        post(running_app, BYTES, {"image_file": IMAGE}, save_path="a/output.webp", strength=0.7).json(),
     ]
     assert len({receipt["key"] for receipt in [first, *others]}) == 4
     assert not any(receipt["cached"] for receipt in others)
@@ -122,64 +122,66 @@ def test_repeats_of_an_upload_meet_and_other_uploads_never_clash(house: RunningA
 @pytest.mark.parametrize("way", ["get query", "post query", "post form", "post json", "post multipart"])
 @pytest.mark.parametrize("path", [STYLE, BYTES, INPAINT])
 def test_a_picture_can_be_told_by_its_address_in_every_way(
-    house: RunningApp, pictures: Pictures, path: str, way: str
+    running_app: RunningApp, pictures: Pictures, path: str, way: str
 ) -> None:
     """GET and POST, query, form, multipart and JSON take `image_url`, and inpainting `mask_url`."""
     asked = {"prompt": "a red square", "save_path": "a.png", "image_url": pictures.url("image")}
     if path == INPAINT:
         asked["mask_url"] = pictures.url("mask")
     ways: dict[str, Callable[[], httpx.Response]] = {
-        "get query": lambda: house.client.get(path, params=asked),
-        "post query": lambda: house.client.post(path, params=asked),
-        "post form": lambda: house.client.post(path, data=asked),
-        "post json": lambda: house.client.post(path, json=asked),
-        "post multipart": lambda: house.client.post(path, files={k: (None, v) for k, v in asked.items()}),
+        "get query": lambda: running_app.client.get(path, params=asked),
+        "post query": lambda: running_app.client.post(path, params=asked),
+        "post form": lambda: running_app.client.post(path, data=asked),
+        "post json": lambda: running_app.client.post(path, json=asked),
+        "post multipart": lambda: running_app.client.post(path, files={k: (None, v) for k, v in asked.items()}),
     }
-    assert stored(house, ways[way]()).shape == PIXELS.shape
+    assert stored(running_app, ways[way]()).shape == PIXELS.shape
 
 
-def test_style_transfer_mixes_the_picture_by_strength_at_its_own_size(house: RunningApp) -> None:
+def test_style_transfer_mixes_the_picture_by_strength_at_its_own_size(running_app: RunningApp) -> None:
     """Without canny there are no edges in the job; with it they are; the size is the input's, drawn on a canvas."""
-    plain = stored(house, post(house, STYLE, {"image_file": IMAGE}, save_path="a.png", strength=0.5))
+    plain = stored(running_app, post(running_app, STYLE, {"image_file": IMAGE}, save_path="a.png", strength=0.5))
     assert plain.shape == PIXELS.shape
-    job = house.squares.finished[-1]
+    job = running_app.squares.finished[-1]
     assert (job.control, job.mask, job.strength, job.width, job.height) == (None, None, 0.5, 128, 128)
     assert 60 < np.abs(plain.astype(int) - PIXELS).max() < 140
-    post(house, STYLE, {"image_file": IMAGE}, canny=True, control_scale=0.9)
-    job = house.squares.finished[-1]
+    post(running_app, STYLE, {"image_file": IMAGE}, canny=True, control_scale=0.9)
+    job = running_app.squares.finished[-1]
     assert job.control is not None
     assert job.control_scale == 0.9
     assert 0 < (job.control.pixels > 0).mean() < 0.1
 
 
-def test_the_thresholds_of_canny_reach_the_edges(house: RunningApp) -> None:
+def test_the_thresholds_of_canny_reach_the_edges(running_app: RunningApp) -> None:
     """Thresholds no gradient reaches find nothing, and another order it is."""
     edges = []
     for low, high in ((100, 200), (2040, 2040)):
-        answer = post(house, STYLE, {"image_file": IMAGE}, canny=True, canny_low=low, canny_high=high)
+        answer = post(running_app, STYLE, {"image_file": IMAGE}, canny=True, canny_low=low, canny_high=high)
         assert answer.json()["cached"] is False
-        edges.append((house.squares.finished[-1].control.pixels > 0).sum())
+        edges.append((running_app.squares.finished[-1].control.pixels > 0).sum())
     assert edges[0] > 100 > edges[1] == 0
 
 
 @pytest.mark.parametrize("ending", ["png", "webp"])
 @pytest.mark.parametrize("size", [(96, 80), (128, 128), (300, 170)])
-def test_inpainting_keeps_every_pixel_outside_the_mask(house: RunningApp, ending: str, size: tuple[int, int]) -> None:
+def test_inpainting_keeps_every_pixel_outside_the_mask(
+    running_app: RunningApp, ending: str, size: tuple[int, int]
+) -> None:
     """To the last bit in lossless files, also when the picture was scaled to be drawn; inside it is repainted."""
     image = np.random.default_rng(1).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     files = {"image_file": file_of(image), "mask_file": MASK}
-    result = stored(house, post(house, INPAINT, files, save_path=f"a.{ending}", quality=100))
+    result = stored(running_app, post(running_app, INPAINT, files, save_path=f"a.{ending}", quality=100))
     mask = np.asarray(Image.fromarray(MASK_PIXELS).convert("L").resize(size, Image.Resampling.BILINEAR))
     assert (result[mask == 0] == image[mask == 0]).all()
     assert np.abs(result[mask == 255].astype(int) - COLOURS["red"]).mean() < 20
-    assert house.squares.finished[-1].refine
+    assert running_app.squares.finished[-1].refine
 
 
-def test_a_feather_softens_the_rim_inside_the_mask_alone(house: RunningApp) -> None:
+def test_a_feather_softens_the_rim_inside_the_mask_alone(running_app: RunningApp) -> None:
     """Outside nothing changes; the rim lies between the old and the new; the middle is new."""
     image = np.full((80, 96, 3), 250, np.uint8)
     files = {"image_file": file_of(image), "mask_file": MASK}
-    result = stored(house, post(house, INPAINT, files, save_path="a.png", feather=8))
+    result = stored(running_app, post(running_app, INPAINT, files, save_path="a.png", feather=8))
     assert (result[MASK_PIXELS == 0] == 250).all()
     row = result[40, 30:50, 1].astype(int)
     assert (np.diff(row) <= 0).all()
@@ -188,56 +190,58 @@ def test_a_feather_softens_the_rim_inside_the_mask_alone(house: RunningApp) -> N
 
 
 @pytest.mark.fault(29)
-def test_a_mask_of_another_size_is_fitted(house: RunningApp) -> None:
+def test_a_mask_of_another_size_is_fitted(running_app: RunningApp) -> None:
     """A mask a quarter as large covers the same part."""
     small = file_of(MASK_PIXELS[::4, ::4].copy())
-    result = stored(house, post(house, INPAINT, {"image_file": IMAGE, "mask_file": small}, save_path="a.png"))
+    result = stored(
+        running_app, post(running_app, INPAINT, {"image_file": IMAGE, "mask_file": small}, save_path="a.png")
+    )
     assert (result[:10] == PIXELS[:10]).all()
     assert np.abs(result[40, 50].astype(int) - COLOURS["red"]).max() <= 20
 
 
-def test_a_known_name_is_answered_without_fetching_or_decoding(house: RunningApp, pictures: Pictures) -> None:
+def test_a_known_name_is_answered_without_fetching_or_decoding(running_app: RunningApp, pictures: Pictures) -> None:
     """Check-exists comes first: no download, and no look at the bytes; the receipt says if the order was another."""
     asked = {"prompt": "a red square", "save_path": "a.webp", "image_url": pictures.url("image")}
-    first = house.client.get(STYLE, params=asked).json()
+    first = running_app.client.get(STYLE, params=asked).json()
     assert pictures.asked == ["/image"]
-    again = house.client.get(STYLE, params=asked).json()
+    again = running_app.client.get(STYLE, params=asked).json()
     assert (again["cached"], again["seed"], again["warnings"]) == (True, first["seed"], first["warnings"])
-    other = house.client.get(STYLE, params={**asked, "image_url": pictures.url("gone")}).json()
+    other = running_app.client.get(STYLE, params={**asked, "image_url": pictures.url("gone")}).json()
     assert [warning["code"] for warning in other["warnings"]] == ["different-request"]
     assert pictures.asked == ["/image"]
-    broken = post(house, STYLE, {"image_file": b"no picture"}, save_path="a.webp")
+    broken = post(running_app, STYLE, {"image_file": b"no picture"}, save_path="a.webp")
     assert (broken.status_code, broken.json()["cached"]) == (200, True)
 
 
-def test_overwriting_fetches_and_draws_again(house: RunningApp, pictures: Pictures) -> None:
+def test_overwriting_fetches_and_draws_again(running_app: RunningApp, pictures: Pictures) -> None:
     """The caller asked for it."""
     asked = {"prompt": "a red square", "save_path": "a.webp", "image_url": pictures.url("image"), "overwrite": True}
-    receipts = [house.client.get(STYLE, params=asked).json() for _ in range(2)]
+    receipts = [running_app.client.get(STYLE, params=asked).json() for _ in range(2)]
     assert [receipt["cached"] for receipt in receipts] == [False, False]
-    assert len(house.squares.finished) == 2
+    assert len(running_app.squares.finished) == 2
 
 
-def test_the_same_bytes_by_address_or_file_are_the_same_picture(house: RunningApp, pictures: Pictures) -> None:
+def test_the_same_bytes_by_address_or_file_are_the_same_picture(running_app: RunningApp, pictures: Pictures) -> None:
     """Identity is content: without a name both come to one object, with one seed."""
-    by_url = house.client.get(STYLE, params={"prompt": "a red square", "image_url": pictures.url("image")}).json()
-    by_file = post(house, STYLE, {"image_file": IMAGE}).json()
-    other = house.client.get(STYLE, params={"prompt": "a red square", "image_url": pictures.url("other")}).json()
+    by_url = running_app.client.get(STYLE, params={"prompt": "a red square", "image_url": pictures.url("image")}).json()
+    by_file = post(running_app, STYLE, {"image_file": IMAGE}).json()
+    other = running_app.client.get(STYLE, params={"prompt": "a red square", "image_url": pictures.url("other")}).json()
     assert by_url["key"] == by_file["key"] != other["key"]
     assert (by_url["seed"], by_file["cached"]) == (by_file["seed"], True)
 
 
 def test_identical_orders_at_once_are_one_download_and_one_generation(
-    house_of: Callable[..., RunningApp], pictures: Pictures
+    run_app: Callable[..., RunningApp], pictures: Pictures
 ) -> None:
     """Ten callers, one picture drawn; those who came while it was fetched shared the download."""
-    house = house_of(FakeImageDenoiser(seconds_per_step=0.05), fetch_allow=f"127.0.0.1:{pictures.port}")
+    running_app = run_app(FakeImageDenoiser(seconds_per_step=0.05), fetch_allow=f"127.0.0.1:{pictures.port}")
     asked = {"prompt": "a red square", "image_url": pictures.url("image")}
     with ThreadPoolExecutor(10) as pool:
-        answers = list(pool.map(lambda _: house.client.get(STYLE, params=asked), range(10)))
+        answers = list(pool.map(lambda _: running_app.client.get(STYLE, params=asked), range(10)))
     assert {answer.status_code for answer in answers} == {200}
     assert len({answer.json()["key"] for answer in answers}) == 1
-    assert len(house.squares.finished) == 1
+    assert len(running_app.squares.finished) == 1
     assert len(pictures.asked) <= 10
 
 
@@ -291,44 +295,48 @@ REFUSED: list[tuple[str, str, dict[str, bytes], dict[str, Any], int, set[str]]] 
     ("path", "files", "words", "status", "fields"), [row[1:] for row in REFUSED], ids=[row[0] for row in REFUSED]
 )
 def test_a_bad_request_is_a_problem_that_names_the_field(
-    house: RunningApp, path: str, files: dict[str, bytes], words: dict[str, Any], status: int, fields: set[str]
+    running_app: RunningApp, path: str, files: dict[str, bytes], words: dict[str, Any], status: int, fields: set[str]
 ) -> None:
     """4xx as problem+json with every offending field, nothing drawn, and the next request works."""
-    answer = post(house, path, files, **words)
+    answer = post(running_app, path, files, **words)
     assert answer.status_code == status, answer.text
     assert answer.headers["content-type"] == "application/problem+json"
     assert {fault["field"] for fault in answer.json().get("errors", [])} == fields
-    assert house.squares.finished == []
-    assert post(house, STYLE, ONE).status_code == 200
+    assert running_app.squares.finished == []
+    assert post(running_app, STYLE, ONE).status_code == 200
 
 
-def test_a_remote_that_fails_is_502_and_names_the_field(house: RunningApp, pictures: Pictures) -> None:
+def test_a_remote_that_fails_is_502_and_names_the_field(running_app: RunningApp, pictures: Pictures) -> None:
     """Not found there is not the caller's parameter being wrong, and not ours."""
-    answer = house.client.get(STYLE, params={"prompt": "a red square", "image_url": pictures.url("gone")})
+    answer = running_app.client.get(STYLE, params={"prompt": "a red square", "image_url": pictures.url("gone")})
     assert (answer.status_code, answer.json()["field"]) == (502, "image_url")
 
 
 @pytest.mark.parametrize("name", ["strength", "feather", "canny_low", "canny_high", "control_scale"])
-def test_true_is_no_number(house: RunningApp, name: str) -> None:
+def test_true_is_no_number(running_app: RunningApp, name: str) -> None:
     """JSON's true is not 1."""
     path = INPAINT if name == "feather" else STYLE
-    answer = house.client.post(path, json={"prompt": "a red square", "image_url": "http://a.example/", name: True})
+    answer = running_app.client.post(
+        path, json={"prompt": "a red square", "image_url": "http://a.example/", name: True}
+    )
     assert (answer.status_code, answer.json()["field"]) == (422, name)
 
 
 def test_a_full_queue_is_told_before_anything_is_fetched_or_decoded(
-    house_of: Callable[..., RunningApp], pictures: Pictures
+    run_app: Callable[..., RunningApp], pictures: Pictures
 ) -> None:
     """429 with Retry-After at once: a caller who cannot be served costs no download and no decoding process."""
     gate = threading.Event()
-    house = house_of(FakeImageDenoiser(gate=gate), fetch_allow=f"127.0.0.1:{pictures.port}", queue_limit=1, max_batch=1)
+    running_app = run_app(
+        FakeImageDenoiser(gate=gate), fetch_allow=f"127.0.0.1:{pictures.port}", queue_limit=1, max_batch=1
+    )
     with ThreadPoolExecutor(2) as pool:
-        first = pool.submit(house.draw, prompt="a red square")
-        until(lambda: len(house.squares.prepared) == 1)
-        second = pool.submit(house.draw, prompt="a blue square")
-        until(lambda: house.metric("sds_queue_waiting") == 1)
-        by_url = house.client.get(STYLE, params={"prompt": "a red square", "image_url": pictures.url("image")})
-        by_file = post(house, STYLE, {"image_file": b"no picture"})
+        first = pool.submit(running_app.draw, prompt="a red square")
+        until(lambda: len(running_app.squares.prepared) == 1)
+        second = pool.submit(running_app.draw, prompt="a blue square")
+        until(lambda: running_app.metric("sds_queue_waiting") == 1)
+        by_url = running_app.client.get(STYLE, params={"prompt": "a red square", "image_url": pictures.url("image")})
+        by_file = post(running_app, STYLE, {"image_file": b"no picture"})
         gate.set()
         assert {first.result().status_code, second.result().status_code} == {200}
     assert {by_url.status_code, by_file.status_code} == {429}
@@ -336,13 +344,13 @@ def test_a_full_queue_is_told_before_anything_is_fetched_or_decoded(
     assert pictures.asked == []
 
 
-def test_limits_of_bytes_hold_on_both_sides_of_their_edges(house_of: Callable[..., RunningApp]) -> None:
+def test_limits_of_bytes_hold_on_both_sides_of_their_edges(run_app: Callable[..., RunningApp]) -> None:
     """A picture of MAX_IMAGE_BYTES is taken and one byte more is 413; so is a multipart body over MAX_UPLOAD_BYTES."""
-    house = house_of(FakeImageDenoiser(), max_image_bytes=3000, max_upload_bytes=8000, max_body_bytes=1024)
-    assert post(house, STYLE, {"image_file": IMAGE.ljust(3000, b"\0")}).status_code == 200
-    over = post(house, STYLE, {"image_file": IMAGE.ljust(3001, b"\0")})
+    running_app = run_app(FakeImageDenoiser(), max_image_bytes=3000, max_upload_bytes=8000, max_body_bytes=1024)
+    assert post(running_app, STYLE, {"image_file": IMAGE.ljust(3000, b"\0")}).status_code == 200
+    over = post(running_app, STYLE, {"image_file": IMAGE.ljust(3001, b"\0")})
     assert (over.status_code, over.json()["field"]) == (413, "image_file")
-    body = post(house, STYLE, {"image_file": IMAGE.ljust(8000, b"\0")})
+    body = post(running_app, STYLE, {"image_file": IMAGE.ljust(8000, b"\0")})
     assert (body.status_code, body.headers["content-type"]) == (413, "application/problem+json")
 
     def in_pieces() -> Iterator[bytes]:
@@ -350,55 +358,55 @@ def test_limits_of_bytes_hold_on_both_sides_of_their_edges(house_of: Callable[..
         for _ in range(20):
             yield b"\0" * 1000
 
-    streamed = house.client.post(
+    streamed = running_app.client.post(
         STYLE, content=in_pieces(), headers={"Content-Type": "multipart/form-data; boundary=x"}
     )
     assert streamed.status_code == 413
-    json_body = house.client.post(STYLE, json={"prompt": "x" * 8000, "image_url": "http://a.example/"})
+    json_body = running_app.client.post(STYLE, json={"prompt": "x" * 8000, "image_url": "http://a.example/"})
     assert json_body.status_code == 413
 
 
-def test_a_picture_may_come_in_base64(house_of: Callable[..., RunningApp]) -> None:
+def test_a_picture_may_come_in_base64(run_app: Callable[..., RunningApp]) -> None:
     """A data URL in JSON is the same picture as the file; what is none is refused by name."""
-    house = house_of(FakeImageDenoiser())
-    by_file = post(house, STYLE, {"image_file": IMAGE}).json()
+    running_app = run_app(FakeImageDenoiser())
+    by_file = post(running_app, STYLE, {"image_file": IMAGE}).json()
     data_url = "data:image/png;base64," + base64.b64encode(IMAGE).decode()
-    by_text = house.client.post(STYLE, json={"prompt": "a red square", "image_url": data_url}).json()
+    by_text = running_app.client.post(STYLE, json={"prompt": "a red square", "image_url": data_url}).json()
     assert (by_text["key"], by_text["cached"]) == (by_file["key"], True)
     for wrong in ("data:image/png;base64,", "data:image/png;base64,%%", "data:,a", "data:"):
-        refused = house.client.post(STYLE, json={"prompt": "a red square", "image_url": wrong})
+        refused = running_app.client.post(STYLE, json={"prompt": "a red square", "image_url": wrong})
         assert (refused.status_code, refused.json()["field"]) == (422, "image_url")
 
 
 @pytest.mark.fault(24)
-def test_limits_of_pixels_hold_on_both_sides_of_their_edges(house_of: Callable[..., RunningApp]) -> None:
+def test_limits_of_pixels_hold_on_both_sides_of_their_edges(run_app: Callable[..., RunningApp]) -> None:
     """MAX_IMAGE_PIXELS and MAX_IMAGE_SIDE: at them a picture is taken, beyond them 422 names it."""
-    house = house_of(FakeImageDenoiser(), max_image_pixels=10_000, max_image_side=200)
+    running_app = run_app(FakeImageDenoiser(), max_image_pixels=10_000, max_image_side=200)
     for width, height, status in ((100, 100, 200), (200, 50, 200), (101, 100, 422), (201, 10, 422)):
-        answer = post(house, STYLE, {"image_file": file_of(np.full((height, width, 3), 9, np.uint8))})
+        answer = post(running_app, STYLE, {"image_file": file_of(np.full((height, width, 3), 9, np.uint8))})
         assert answer.status_code == status, answer.text
 
 
 @pytest.mark.fault(30)
 @pytest.mark.parametrize("size", [(1, 1), (1, 300), (300, 1), (63, 65), (1500, 20)])
-def test_a_picture_of_any_shape_comes_back_at_its_size(house: RunningApp, size: tuple[int, int]) -> None:
+def test_a_picture_of_any_shape_comes_back_at_its_size(running_app: RunningApp, size: tuple[int, int]) -> None:
     """Down to a single pixel: the answer has exactly the input's size."""
     answer = post(
-        house, STYLE, {"image_file": file_of(np.full((size[1], size[0], 3), 99, np.uint8))}, save_path="a.png"
+        running_app, STYLE, {"image_file": file_of(np.full((size[1], size[0], 3), 99, np.uint8))}, save_path="a.png"
     )
-    assert stored(house, answer).shape == (size[1], size[0], 3)
+    assert stored(running_app, answer).shape == (size[1], size[0], 3)
 
 
 @pytest.mark.fault(54)
-def test_guards_are_told_in_the_receipt(house_of: Callable[..., RunningApp]) -> None:
+def test_guards_are_told_in_the_receipt(run_app: Callable[..., RunningApp]) -> None:
     """Black, then good: served with a warning and the seed that was drawn; black twice: served, told, nothing dies."""
     painters = FakeImageDenoiser(
         spoil=["black", "", "black", "black", "bumpy", "bumpy", "very bumpy", "not finite", ""]
     )
-    house = house_of(painters, bumpy_retries="2")
+    running_app = run_app(painters, bumpy_retries="2")
     codes = []
     for name in "abcd":
-        receipt = house.draw(prompt="a red square", width=128, height=128, save_path=f"{name}.webp").json()
+        receipt = running_app.draw(prompt="a red square", width=128, height=128, save_path=f"{name}.webp").json()
         codes.append([warning["code"] for warning in receipt["warnings"]])
     black = ["redrawn-black"]
     assert codes == [black, [*black, "black"], ["redrawn-bumpy", "bumpy"], ["redrawn-not-finite"]]
@@ -406,17 +414,17 @@ def test_guards_are_told_in_the_receipt(house_of: Callable[..., RunningApp]) -> 
 
 
 @pytest.mark.fault(54)
-def test_numbers_that_are_never_finite_are_a_named_error_and_store_nothing(house_of: Callable[..., RunningApp]) -> None:
+def test_numbers_that_are_never_finite_are_a_named_error_and_store_nothing(run_app: Callable[..., RunningApp]) -> None:
     """One new seed, then 500 with its own problem type; the next order under the name draws."""
-    house = house_of(FakeImageDenoiser(spoil=["not finite", "not finite"]))
-    answer = house.draw(prompt="a red square", save_path="a.webp")
+    running_app = run_app(FakeImageDenoiser(spoil=["not finite", "not finite"]))
+    answer = running_app.draw(prompt="a red square", save_path="a.webp")
     assert (answer.status_code, answer.json()["type"].rsplit(":", 1)[1]) == (500, "not-finite")
-    assert house.draw(prompt="a red square", save_path="a.webp").json()["cached"] is False
+    assert running_app.draw(prompt="a red square", save_path="a.webp").json()["cached"] is False
 
 
-def test_the_picture_tells_how_a_redraw_was_made(house_of: Callable[..., RunningApp]) -> None:
+def test_the_picture_tells_how_a_redraw_was_made(run_app: Callable[..., RunningApp]) -> None:
     """prompt_used, steps and seed are those of the picture that was kept."""
-    house = house_of(FakeImageDenoiser(spoil=["bumpy", ""]), bumpy_retries="1")
-    receipt = house.draw(prompt="a red square", width=128, height=128).json()
+    running_app = run_app(FakeImageDenoiser(spoil=["bumpy", ""]), bumpy_retries="1")
+    receipt = running_app.draw(prompt="a red square", width=128, height=128).json()
     assert receipt["prompt_used"] == "a red square detail"
     assert receipt["num_inference_steps"] == 5

@@ -23,16 +23,18 @@ ASYNC = {"Prefer": "respond-async"}
 ORDER: dict[str, Any] = {"prompt": "a red square", "width": 64, "height": 64}
 
 
-def ask(house: RunningApp, path: str = CREATE, headers: dict[str, str] | None = None, **more: Any) -> httpx.Response:
-    return house.client.post(path, json={**ORDER, **more}, headers=headers or {})
+def ask(
+    running_app: RunningApp, path: str = CREATE, headers: dict[str, str] | None = None, **more: Any
+) -> httpx.Response:
+    return running_app.client.post(path, json={**ORDER, **more}, headers=headers or {})
 
 
-def ended(house: RunningApp, job_id: str) -> dict[str, Any]:
+def ended(running_app: RunningApp, job_id: str) -> dict[str, Any]:
     def has_ended() -> bool:
-        return house.client.get(f"/jobs/{job_id}").json()["state"] not in ("queued", "running")
+        return running_app.client.get(f"/jobs/{job_id}").json()["state"] not in ("queued", "running")
 
     until(has_ended)
-    told: dict[str, Any] = house.client.get(f"/jobs/{job_id}").json()
+    told: dict[str, Any] = running_app.client.get(f"/jobs/{job_id}").json()
     return told
 
 
@@ -42,96 +44,96 @@ def events_of(answer: httpx.Response) -> list[dict[str, str]]:
 
 
 @pytest.mark.parametrize("path", [CREATE, "/make_image"])
-def test_a_job_is_accepted_and_leads_to_the_receipt(house: RunningApp, path: str) -> None:
+def test_a_job_is_accepted_and_leads_to_the_receipt(running_app: RunningApp, path: str) -> None:
     """202 with where to look, the preference applied; then the receipt a waiting caller would have got."""
-    answer = ask(house, path, ASYNC)
+    answer = ask(running_app, path, ASYNC)
     assert answer.status_code == 202, answer.text
     job = answer.json()
     assert (job["state"], job["step"]) == ("queued", 0)
     assert answer.headers["location"] == f"/jobs/{job['id']}"
     assert answer.headers["preference-applied"] == "respond-async"
     assert len(job["id"]) >= 20
-    done = ended(house, job["id"])
+    done = ended(running_app, job["id"])
     assert (done["state"], done["step"], done["steps"]) == ("done", 4, 4) or done["state"] == "done"
-    receipt = ask(house).json()
+    receipt = ask(running_app).json()
     assert (done["receipt"]["path"], done["receipt"]["seed"]) == (receipt["path"], receipt["seed"])
-    assert house.client.get(done["receipt"]["path"]).status_code == 200
-    assert [job["id"] for job in house.client.get("/jobs").json()["jobs"]] == [done["id"]]
+    assert running_app.client.get(done["receipt"]["path"]).status_code == 200
+    assert [job["id"] for job in running_app.client.get("/jobs").json()["jobs"]] == [done["id"]]
 
 
-def test_a_file_sent_with_a_job_is_kept_with_it(house: RunningApp) -> None:
+def test_a_file_sent_with_a_job_is_kept_with_it(running_app: RunningApp) -> None:
     """Pictures in a multipart body are drawn from after the answer."""
     picture = io.BytesIO()
     Image.new("RGB", (96, 64), "red").save(picture, "PNG")
-    answer = house.client.post(
+    answer = running_app.client.post(
         "/style_transfer_bytes_and_upload_image",
         data={"prompt": "a blue square", "save_path": "a.webp"},
         files={"image_file": ("a.png", picture.getvalue())},
         headers=ASYNC,
     )
     assert answer.status_code == 202, answer.text
-    done = ended(house, answer.json()["id"])
+    done = ended(running_app, answer.json()["id"])
     assert (done["state"], done["receipt"]["width"], done["receipt"]["height"]) == ("done", 96, 64)
 
 
-def test_who_would_rather_wait_gets_the_receipt(house: RunningApp) -> None:
+def test_who_would_rather_wait_gets_the_receipt(running_app: RunningApp) -> None:
     """RFC 7240: a short job is answered within the seconds preferred, a long one by 202."""
-    answer = ask(house, headers={"Prefer": "respond-async, wait=10"})
+    answer = ask(running_app, headers={"Prefer": "respond-async, wait=10"})
     assert (answer.status_code, answer.headers["preference-applied"]) == (200, "respond-async, wait=10")
     assert answer.json()["path"]
-    house.squares.seconds_per_step = 0.2
-    assert ask(house, headers={"Prefer": "respond-async; x, wait=0"}, prompt="slow").status_code == 202
-    assert ask(house, headers={"Prefer": "wait=oops, handling=lenient"}).status_code == 200
+    running_app.squares.seconds_per_step = 0.2
+    assert ask(running_app, headers={"Prefer": "respond-async; x, wait=0"}, prompt="slow").status_code == 202
+    assert ask(running_app, headers={"Prefer": "wait=oops, handling=lenient"}).status_code == 200
 
 
-def test_what_is_wrong_is_refused_before_a_job_is_made(house: RunningApp) -> None:
+def test_what_is_wrong_is_refused_before_a_job_is_made(running_app: RunningApp) -> None:
     """422 for a parameter, a name, an id, a key; nothing is accepted."""
-    assert ask(house, headers=ASYNC, width=7).status_code == 422
-    assert ask(house, headers=ASYNC, save_path="a/../b").status_code == 422
-    assert ask(house, headers={**ASYNC, "X-Job-ID": "short"}).json()["field"] == "X-Job-ID"
-    assert ask(house, headers={**ASYNC, "Idempotency-Key": ""}).json()["field"] == "Idempotency-Key"
-    assert house.client.get("/jobs").json() == {"jobs": []}
+    assert ask(running_app, headers=ASYNC, width=7).status_code == 422
+    assert ask(running_app, headers=ASYNC, save_path="a/../b").status_code == 422
+    assert ask(running_app, headers={**ASYNC, "X-Job-ID": "short"}).json()["field"] == "X-Job-ID"
+    assert ask(running_app, headers={**ASYNC, "Idempotency-Key": ""}).json()["field"] == "Idempotency-Key"
+    assert running_app.client.get("/jobs").json() == {"jobs": []}
 
 
-def test_a_webhook_is_for_jobs_and_for_public_addresses(house: RunningApp) -> None:
+def test_a_webhook_is_for_jobs_and_for_public_addresses(running_app: RunningApp) -> None:
     """Asked for at once it is refused, as is an address inside."""
-    assert ask(house, webhook_url="https://example.com/").json()["field"] == "webhook_url"
+    assert ask(running_app, webhook_url="https://example.com/").json()["field"] == "webhook_url"
     for url in ("http://127.0.0.1:9/", "ftp://example.com/", "http://169.254.169.254/latest"):
-        refused = ask(house, headers=ASYNC, webhook_url=url)
+        refused = ask(running_app, headers=ASYNC, webhook_url=url)
         assert (refused.status_code, refused.json()["field"]) == (422, "webhook_url"), url
 
 
-def test_a_job_no_one_has_is_not_found(house: RunningApp) -> None:
+def test_a_job_no_one_has_is_not_found(running_app: RunningApp) -> None:
     """404, whatever is asked of it."""
     for method, path in (("GET", "/jobs/x"), ("DELETE", "/jobs/x"), ("GET", "/jobs/x/events")):
-        assert house.client.request(method, path).status_code == 404
+        assert running_app.client.request(method, path).status_code == 404
 
 
-def test_jobs_belong_to_the_key_they_came_with(house_of: Callable[..., RunningApp]) -> None:
+def test_jobs_belong_to_the_key_they_came_with(run_app: Callable[..., RunningApp]) -> None:
     """Another key sees nothing of it."""
-    house = house_of(api_keys="ann:first-secret,bob:second-secret")
+    running_app = run_app(api_keys="ann:first-secret,bob:second-secret")
     ann, bob = ({"X-API-Key": secret} for secret in ("first-secret", "second-secret"))
-    job_id = ask(house, headers={**ASYNC, **ann}).json()["id"]
-    assert house.client.get(f"/jobs/{job_id}", headers=bob).status_code == 404
-    assert house.client.delete(f"/jobs/{job_id}", headers=bob).status_code == 404
-    assert house.client.get(f"/jobs/{job_id}", headers=ann).status_code == 200
-    assert house.client.get(f"/jobs/{job_id}").status_code == 401
+    job_id = ask(running_app, headers={**ASYNC, **ann}).json()["id"]
+    assert running_app.client.get(f"/jobs/{job_id}", headers=bob).status_code == 404
+    assert running_app.client.delete(f"/jobs/{job_id}", headers=bob).status_code == 404
+    assert running_app.client.get(f"/jobs/{job_id}", headers=ann).status_code == 200
+    assert running_app.client.get(f"/jobs/{job_id}").status_code == 401
 
 
-def test_the_events_of_a_job_are_a_stream_that_can_be_resumed(house: RunningApp) -> None:
+def test_the_events_of_a_job_are_a_stream_that_can_be_resumed(running_app: RunningApp) -> None:
     """Steps and the end as server-sent events, each with an id; after the end there is nothing to come back for."""
-    house.squares.seconds_per_step = 0.05
-    job_id = ask(house, headers=ASYNC).json()["id"]
-    answer = house.client.get(f"/jobs/{job_id}/events")
+    running_app.squares.seconds_per_step = 0.05
+    job_id = ask(running_app, headers=ASYNC).json()["id"]
+    answer = running_app.client.get(f"/jobs/{job_id}/events")
     assert answer.headers["content-type"].startswith("text/event-stream")
     events = events_of(answer)
     steps = [json.loads(event["data"])["step"] for event in events if event["event"] == "step"]
     assert steps == [0, 1, 2, 3, 4]
     assert events[-1]["event"] == "done"
     assert json.loads(events[-1]["data"])["receipt"]["path"]
-    late = house.client.get(f"/jobs/{job_id}/events", headers={"Last-Event-ID": "of-another-time.7"})
+    late = running_app.client.get(f"/jobs/{job_id}/events", headers={"Last-Event-ID": "of-another-time.7"})
     assert [event["event"] for event in events_of(late)] == ["done"]
-    over = house.client.get(f"/jobs/{job_id}/events", headers={"Last-Event-ID": events[-1]["id"]})
+    over = running_app.client.get(f"/jobs/{job_id}/events", headers={"Last-Event-ID": events[-1]["id"]})
     assert over.status_code == 204
 
 
@@ -142,11 +144,11 @@ class Sketchers(FakeDenoiser):
         return np.full((8, 8, 3), state.index * 10, np.uint8)
 
 
-def test_a_follower_sees_small_pictures_on_the_way(house_of: Callable[..., RunningApp]) -> None:
+def test_a_follower_sees_small_pictures_on_the_way(run_app: Callable[..., RunningApp]) -> None:
     """Previews come as WebP in base64 once someone follows."""
-    house = house_of(Sketchers(seconds_per_step=0.2))
-    job_id = ask(house, headers=ASYNC, num_inference_steps=8).json()["id"]
-    events = events_of(house.client.get(f"/jobs/{job_id}/events"))
+    running_app = run_app(Sketchers(seconds_per_step=0.2))
+    job_id = ask(running_app, headers=ASYNC, num_inference_steps=8).json()["id"]
+    events = events_of(running_app.client.get(f"/jobs/{job_id}/events"))
     previews = [json.loads(event["data"]) for event in events if event["event"] == "preview"]
     assert previews
     assert Image.open(io.BytesIO(base64.b64decode(previews[0]["image"]))).format == "WEBP"
@@ -154,68 +156,68 @@ def test_a_follower_sees_small_pictures_on_the_way(house_of: Callable[..., Runni
 
 
 def test_a_request_that_waits_can_be_followed_and_cancelled_by_the_id_it_brings(
-    house_of: Callable[..., RunningApp],
+    run_app: Callable[..., RunningApp],
 ) -> None:
     """The caller chooses the id, since it hears of ours only with the answer; a cancelled one is told so."""
-    house = house_of(FakeDenoiser(gate=threading.Event()))
+    running_app = run_app(FakeDenoiser(gate=threading.Event()))
     headers = {"X-Job-ID": "an-id-of-the-caller"}
     with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(ask, house, CREATE, headers)
-        until(lambda: bool(house.squares.batches))
-        assert house.client.get("/jobs/an-id-of-the-caller").json()["state"] == "running"
-        assert ask(house, headers=headers).status_code == 409
-        cancelled = pool.submit(house.client.delete, "/jobs/an-id-of-the-caller")
-        assert house.client.delete("/jobs/an-id-of-the-caller").json()["state"] == "cancelled"
+        waiting = pool.submit(ask, running_app, CREATE, headers)
+        until(lambda: bool(running_app.squares.batches))
+        assert running_app.client.get("/jobs/an-id-of-the-caller").json()["state"] == "running"
+        assert ask(running_app, headers=headers).status_code == 409
+        cancelled = pool.submit(running_app.client.delete, "/jobs/an-id-of-the-caller")
+        assert running_app.client.delete("/jobs/an-id-of-the-caller").json()["state"] == "cancelled"
         answer = waiting.result()
         assert (answer.status_code, answer.json()["type"].rsplit(":", 1)[1]) == (409, "cancelled")
         cancelled.result()
-    assert house.client.get("/jobs/an-id-of-the-caller").json()["state"] == "cancelled"
-    house.squares.gate.set()
-    answer = ask(house)
+    assert running_app.client.get("/jobs/an-id-of-the-caller").json()["state"] == "cancelled"
+    running_app.squares.gate.set()
+    answer = ask(running_app)
     assert answer.status_code == 200
-    assert house.client.get(f"/jobs/{answer.headers['x-job-id']}").json()["state"] == "done"
+    assert running_app.client.get(f"/jobs/{answer.headers['x-job-id']}").json()["state"] == "done"
 
 
-def test_a_key_repeats_the_first_answer(house: RunningApp) -> None:
+def test_a_key_repeats_the_first_answer(running_app: RunningApp) -> None:
     """Whether the caller waited or not; another request with the key is refused; another key is another request."""
-    first = ask(house, headers={"Idempotency-Key": "k1"}, seed="random")
-    again = ask(house, headers={"Idempotency-Key": "k1"}, seed="random")
+    first = ask(running_app, headers={"Idempotency-Key": "k1"}, seed="random")
+    again = ask(running_app, headers={"Idempotency-Key": "k1"}, seed="random")
     assert again.json() == first.json()
     assert (first.headers.get("idempotency-replayed"), again.headers["idempotency-replayed"]) == (None, "true")
-    other = ask(house, headers={"Idempotency-Key": "k1"}, seed=7)
+    other = ask(running_app, headers={"Idempotency-Key": "k1"}, seed=7)
     assert (other.status_code, other.json()["type"].rsplit(":", 1)[1]) == (422, "idempotency-key-reused")
-    assert ask(house, headers={"Idempotency-Key": "k2"}, seed="random").json()["seed"] != first.json()["seed"]
-    jobs = [ask(house, headers={**ASYNC, "Idempotency-Key": "k3"}, seed="random") for _ in range(3)]
+    assert ask(running_app, headers={"Idempotency-Key": "k2"}, seed="random").json()["seed"] != first.json()["seed"]
+    jobs = [ask(running_app, headers={**ASYNC, "Idempotency-Key": "k3"}, seed="random") for _ in range(3)]
     assert [job.status_code for job in jobs] == [202] * 3
     assert len({job.json()["id"] for job in jobs}) == 1
-    picture = [ask(house, "/make_image", {"Idempotency-Key": "k4"}, seed="random").content for _ in range(2)]
+    picture = [ask(running_app, "/make_image", {"Idempotency-Key": "k4"}, seed="random").content for _ in range(2)]
     assert picture[0] == picture[1]
 
 
-def test_a_key_is_in_flight_until_it_is_answered_and_free_if_it_never_is(house_of: Callable[..., RunningApp]) -> None:
+def test_a_key_is_in_flight_until_it_is_answered_and_free_if_it_never_is(run_app: Callable[..., RunningApp]) -> None:
     """409 meanwhile; a failure that may pass is not repeated, one that stays is."""
-    house = house_of(FakeDenoiser(gate=threading.Event()))
+    running_app = run_app(FakeDenoiser(gate=threading.Event()))
     key = {"Idempotency-Key": "k1", "X-Job-ID": "an-id-of-the-caller"}
     with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(ask, house, CREATE, key)
-        until(lambda: bool(house.squares.batches))
-        meanwhile = ask(house, headers={"Idempotency-Key": "k1"})
+        waiting = pool.submit(ask, running_app, CREATE, key)
+        until(lambda: bool(running_app.squares.batches))
+        meanwhile = ask(running_app, headers={"Idempotency-Key": "k1"})
         assert (meanwhile.status_code, meanwhile.headers["retry-after"]) == (409, "1")
-        house.client.delete("/jobs/an-id-of-the-caller")
+        running_app.client.delete("/jobs/an-id-of-the-caller")
         assert waiting.result().status_code == 409
-    house.squares.gate.set()
-    assert ask(house, headers={"Idempotency-Key": "k1"}).status_code == 200
-    wrong = [ask(house, headers={"Idempotency-Key": "k2"}, guidance_scale=99) for _ in range(2)]
+    running_app.squares.gate.set()
+    assert ask(running_app, headers={"Idempotency-Key": "k1"}).status_code == 200
+    wrong = [ask(running_app, headers={"Idempotency-Key": "k2"}, guidance_scale=99) for _ in range(2)]
     assert [answer.status_code for answer in wrong] == [422, 422]
 
 
-def test_openais_door_answers_by_a_job_and_once_for_a_key(house: RunningApp) -> None:
+def test_openais_door_answers_by_a_job_and_once_for_a_key(running_app: RunningApp) -> None:
     """One picture at a time; for several, or a stream, a key is refused rather than ignored."""
     path, asked = "/v1/images/generations", {"prompt": "a red square", "size": "64x64"}
-    job_id = house.client.post(path, json=asked, headers=ASYNC).json()["id"]
-    assert ended(house, job_id)["state"] == "done"
+    job_id = running_app.client.post(path, json=asked, headers=ASYNC).json()["id"]
+    assert ended(running_app, job_id)["state"] == "done"
     key = {"Idempotency-Key": "k1"}
-    answers = [house.client.post(path, json=asked, headers=key) for _ in range(2)]
+    answers = [running_app.client.post(path, json=asked, headers=key) for _ in range(2)]
     assert answers[0].json()["data"] == answers[1].json()["data"]
     assert answers[1].headers["idempotency-replayed"] == "true"
-    assert house.client.post(path, json={**asked, "n": 2}, headers=key).status_code == 422
+    assert running_app.client.post(path, json={**asked, "n": 2}, headers=key).status_code == 422

@@ -20,10 +20,10 @@ KEYS = "ann:secret-a;rate=3/minute, bob:secret-b;concurrency=1, cid:secret-c;pre
 
 
 def ask(
-    house: RunningApp, key: str | None = None, path: str = "/create_and_upload_image", **more: Any
+    running_app: RunningApp, key: str | None = None, path: str = "/create_and_upload_image", **more: Any
 ) -> httpx.Response:
     headers = {"authorization": f"Bearer {key}"} if key else {}
-    return house.client.get(path, params={**ORDER, **more}, headers=headers)
+    return running_app.client.get(path, params={**ORDER, **more}, headers=headers)
 
 
 def test_a_key_is_written_with_what_it_may() -> None:
@@ -57,12 +57,12 @@ def test_a_key_that_is_written_wrong_is_refused(written: list[str]) -> None:
         parse_keys(written)
 
 
-def test_keys_may_lie_in_a_file(house_of: Callable[..., RunningApp], tmp_path: Path) -> None:
+def test_keys_may_lie_in_a_file(run_app: Callable[..., RunningApp], tmp_path: Path) -> None:
     """One to a line, with remarks, beside those of the setting."""
     file = tmp_path / "keys"
     file.write_text("# the team's\nann:from-file  # Ann\n\n")
-    house = house_of(api_keys="plain", api_keys_file=file)
-    assert [ask(house, key).status_code for key in ("plain", "from-file", "#", "ann")] == [200, 200, 401, 401]
+    running_app = run_app(api_keys="plain", api_keys_file=file)
+    assert [ask(running_app, key).status_code for key in ("plain", "from-file", "#", "ann")] == [200, 200, 401, 401]
 
 
 # What each kind of caller gets at each kind of door: without a key, with a wrong one, with a right one.
@@ -100,135 +100,139 @@ DOORS = {
 
 @pytest.mark.parametrize(("door", "expected"), DOORS.items(), ids=lambda value: str(value))
 def test_the_table_of_doors_and_keys(
-    house_of: Callable[..., RunningApp], door: tuple[str, str], expected: tuple[int | None, ...]
+    run_app: Callable[..., RunningApp], door: tuple[str, str], expected: tuple[int | None, ...]
 ) -> None:
     """Only what draws nothing and tells nothing is open: health, docs, and pictures, which are meant to be shown."""
-    house = house_of(api_keys="right")
+    running_app = run_app(api_keys="right")
     method, path = door
     for key, status in zip((None, "wrong", "right"), expected, strict=True):
         headers = {"authorization": f"Bearer {key}"} if key else {}
-        answer = house.client.request(method, path, params=ORDER if path.endswith("image") else None, headers=headers)
+        answer = running_app.client.request(
+            method, path, params=ORDER if path.endswith("image") else None, headers=headers
+        )
         assert status is None or answer.status_code == status, (door, key, answer.text)
 
 
-def test_a_key_over_its_rate_is_told_when_to_come_back(house_of: Callable[..., RunningApp]) -> None:
+def test_a_key_over_its_rate_is_told_when_to_come_back(run_app: Callable[..., RunningApp]) -> None:
     """Three a minute: the fourth is 429 with Retry-After, the others' keys are not concerned, and polling is free."""
-    house = house_of(api_keys=KEYS)
-    answers = [ask(house, "secret-a") for _ in range(4)]
+    running_app = run_app(api_keys=KEYS)
+    answers = [ask(running_app, "secret-a") for _ in range(4)]
     assert [answer.status_code for answer in answers] == [200, 200, 200, 429]
     assert [answer.headers["ratelimit-remaining"] for answer in answers] == ["2", "1", "0", "0"]
     refused = answers[3]
     assert refused.headers["ratelimit-policy"] == "3;w=60"
     assert 50 <= int(refused.headers["retry-after"]) <= 60
     assert refused.json()["type"].endswith("rate-limited")
-    assert ask(house, "secret-b").status_code == 200
-    assert ask(house, "secret-a", "/metrics").status_code == 200
-    assert "ratelimit-limit" not in ask(house, "secret-b").headers
+    assert ask(running_app, "secret-b").status_code == 200
+    assert ask(running_app, "secret-a", "/metrics").status_code == 200
+    assert "ratelimit-limit" not in ask(running_app, "secret-b").headers
 
 
-def test_a_key_may_be_the_password_of_http_basic(house_of: Callable[..., RunningApp]) -> None:
+def test_a_key_may_be_the_password_of_http_basic(run_app: Callable[..., RunningApp]) -> None:
     """As AUTOMATIC1111's clients send it, with any name."""
-    house = house_of(api_keys="ann:right")
+    running_app = run_app(api_keys="ann:right")
     for name, password, status in (("ann", "right", 200), ("", "right", 200), ("right", "", 401), ("ann", "x", 401)):
-        answer = house.client.get("/sdapi/v1/samplers", auth=(name, password))
+        answer = running_app.client.get("/sdapi/v1/samplers", auth=(name, password))
         assert answer.status_code == status
 
 
-def test_a_rate_for_everyone_counts_keys_and_addresses_apart(house_of: Callable[..., RunningApp]) -> None:
+def test_a_rate_for_everyone_counts_keys_and_addresses_apart(run_app: Callable[..., RunningApp]) -> None:
     """RATE_LIMIT is the rate of keys without one, and of each address where no key is needed."""
-    house = house_of(api_keys="one, two:second;rate=9/minute", rate_limit="1/minute")
-    assert [ask(house, key).status_code for key in ("one", "one", "second", "second")] == [200, 429, 200, 200]
-    house = house_of(rate_limit="1/minute")
-    assert [ask(house).status_code for _ in range(2)] == [200, 429]
+    running_app = run_app(api_keys="one, two:second;rate=9/minute", rate_limit="1/minute")
+    assert [ask(running_app, key).status_code for key in ("one", "one", "second", "second")] == [200, 429, 200, 200]
+    running_app = run_app(rate_limit="1/minute")
+    assert [ask(running_app).status_code for _ in range(2)] == [200, 429]
 
 
-def test_a_key_over_its_concurrency_is_refused_until_one_ends(house_of: Callable[..., RunningApp]) -> None:
+def test_a_key_over_its_concurrency_is_refused_until_one_ends(run_app: Callable[..., RunningApp]) -> None:
     """One at a time: the second is 429 at once, another key draws, and afterwards so does this one."""
     squares = FakeDenoiser(gate=threading.Event())
     assert squares.gate is not None
-    house = house_of(squares, api_keys=KEYS)
+    running_app = run_app(squares, api_keys=KEYS)
     with ThreadPoolExecutor(2) as pool:
-        running = pool.submit(ask, house, "secret-b", seed=1)
+        running = pool.submit(ask, running_app, "secret-b", seed=1)
         until(lambda: bool(squares.batches))
-        refused = ask(house, "secret-b", seed=2)
+        refused = ask(running_app, "secret-b", seed=2)
         assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
-        other = pool.submit(ask, house, "secret-d", seed=3)
+        other = pool.submit(ask, running_app, "secret-d", seed=3)
         squares.gate.set()
         assert (running.result().status_code, other.result().status_code) == (200, 200)
-    assert ask(house, "secret-b", seed=2).status_code == 200
+    assert ask(running_app, "secret-b", seed=2).status_code == 200
 
 
-def test_a_key_with_a_prefix_writes_nowhere_else(house_of: Callable[..., RunningApp]) -> None:
+def test_a_key_with_a_prefix_writes_nowhere_else(run_app: Callable[..., RunningApp]) -> None:
     """Names outside of it are 403, overwriting too; what has no name gets one inside."""
-    house = house_of(api_keys=KEYS)
-    assert ask(house, "secret-d", save_path="free.webp").status_code == 200
+    running_app = run_app(api_keys=KEYS)
+    assert ask(running_app, "secret-d", save_path="free.webp").status_code == 200
     for name in ("free.webp", "team-d/a.webp", "team-c", "team-cc/a.webp"):
-        refused = ask(house, "secret-c", save_path=name, overwrite=True)
+        refused = ask(running_app, "secret-c", save_path=name, overwrite=True)
         assert (refused.status_code, refused.json()["field"]) == (403, "save_path")
-    assert ask(house, "secret-c", save_path="team-c/../free.webp").status_code == 422
-    assert ask(house, "secret-c", save_path="team-c/a.webp").json()["key"] == "static/uploads/team-c/a.webp"
-    assert ask(house, "secret-c").json()["key"].startswith("static/uploads/team-c/")
-    assert not ask(house, "secret-d").json()["key"].startswith("static/uploads/team-c/")
+    assert ask(running_app, "secret-c", save_path="team-c/../free.webp").status_code == 422
+    assert ask(running_app, "secret-c", save_path="team-c/a.webp").json()["key"] == "static/uploads/team-c/a.webp"
+    assert ask(running_app, "secret-c").json()["key"].startswith("static/uploads/team-c/")
+    assert not ask(running_app, "secret-d").json()["key"].startswith("static/uploads/team-c/")
 
 
 @pytest.mark.parametrize("header", ["x-forwarded-for", "x-real-ip", "forwarded", "x-forwarded-host"])
-def test_a_proxy_that_is_not_named_opens_nothing(house_of: Callable[..., RunningApp], header: str) -> None:
+def test_a_proxy_that_is_not_named_opens_nothing(run_app: Callable[..., RunningApp], header: str) -> None:
     """A proxy on this machine must not make every stranger look as if they were on it."""
-    house = house_of()
-    answer = house.client.get("/create_and_upload_image", params=ORDER, headers={header: "127.0.0.1"})
+    running_app = run_app()
+    answer = running_app.client.get("/create_and_upload_image", params=ORDER, headers={header: "127.0.0.1"})
     assert answer.status_code == 403
 
 
-def test_a_proxy_that_is_named_is_believed(house_of: Callable[..., RunningApp]) -> None:
+def test_a_proxy_that_is_named_is_believed(run_app: Callable[..., RunningApp]) -> None:
     """The client is the last address that is no proxy of ours, whatever it says; host and scheme are its own."""
-    house = house_of(trusted_proxies="127.0.0.1, 10.0.0.0/8", allowed_hosts="draw.example", rate_limit="1/minute")
+    running_app = run_app(trusted_proxies="127.0.0.1, 10.0.0.0/8", allowed_hosts="draw.example", rate_limit="1/minute")
 
     def through(*hops: str, host: str = "draw.example", key: str = "") -> httpx.Response:
         headers = {"x-forwarded-for": ", ".join(hops), "x-forwarded-host": host, "x-forwarded-proto": "https"}
-        return house.client.get("/create_and_upload_image", params=ORDER, headers={**headers, "x-api-key": key})
+        return running_app.client.get("/create_and_upload_image", params=ORDER, headers={**headers, "x-api-key": key})
 
     assert through("127.0.0.1", "8.8.8.8").status_code == 403  # the first one is what the client made up
     assert through("127.0.0.1", "8.8.8.8", "10.1.2.3").status_code == 403
     assert through("127.0.0.1", host="evil.example").status_code == 421
-    house = house_of(trusted_proxies="127.0.0.1", allowed_hosts="draw.example", api_keys="k", rate_limit="9/minute")
+    running_app = run_app(
+        trusted_proxies="127.0.0.1", allowed_hosts="draw.example", api_keys="k", rate_limit="9/minute"
+    )
     answer = through("8.8.8.8", key="k")
     assert answer.json()["path"].startswith("https://draw.example/files/")
 
 
-def test_rates_count_the_client_behind_the_proxy(house_of: Callable[..., RunningApp]) -> None:
+def test_rates_count_the_client_behind_the_proxy(run_app: Callable[..., RunningApp]) -> None:
     """Else one visitor would use up everyone's."""
-    house = house_of(trusted_proxies="127.0.0.1", allow_anonymous=True, rate_limit="1/minute")
+    running_app = run_app(trusted_proxies="127.0.0.1", allow_anonymous=True, rate_limit="1/minute")
 
     def by(client: str) -> int:
         headers = {"x-forwarded-for": client}
-        return house.client.get("/create_and_upload_image", params=ORDER, headers=headers).status_code
+        return running_app.client.get("/create_and_upload_image", params=ORDER, headers=headers).status_code
 
     assert [by("8.8.8.8"), by("8.8.8.8"), by("9.9.9.9")] == [200, 429, 200]
 
 
 @pytest.mark.parametrize("headers", [{"purpose": "prefetch"}, {"sec-purpose": "prefetch"}, {"x-moz": "prefetch"}])
-def test_a_prefetch_draws_nothing(house: RunningApp, headers: dict[str, str]) -> None:
+def test_a_prefetch_draws_nothing(running_app: RunningApp, headers: dict[str, str]) -> None:
     """A browser that guesses where its user goes next does not use the device."""
-    answer = house.client.get("/create_and_upload_image", params=ORDER, headers=headers)
+    answer = running_app.client.get("/create_and_upload_image", params=ORDER, headers=headers)
     assert answer.status_code == 403
-    assert house.squares.prepared == []
+    assert running_app.squares.prepared == []
 
 
-def test_head_draws_nothing_and_get_only_while_it_may(house_of: Callable[..., RunningApp]) -> None:
+def test_head_draws_nothing_and_get_only_while_it_may(run_app: Callable[..., RunningApp]) -> None:
     """HEAD is 405 at every door that draws; with GET_GENERATES=0 so is GET, and the answer tells what is allowed."""
-    house = house_of(get_generates=False)
+    running_app = run_app(get_generates=False)
     for method in ("HEAD", "GET"):
-        answer = house.client.request(method, "/create_and_upload_image", params=ORDER)
+        answer = running_app.client.request(method, "/create_and_upload_image", params=ORDER)
         assert (answer.status_code, answer.headers["allow"]) == (405, "POST")
-    assert house.squares.prepared == []
-    assert house.client.post("/create_and_upload_image", json=ORDER).status_code == 200
-    assert house_of().client.head("/create_and_upload_image", params=ORDER).status_code == 405
+    assert running_app.squares.prepared == []
+    assert running_app.client.post("/create_and_upload_image", json=ORDER).status_code == 200
+    assert run_app().client.head("/create_and_upload_image", params=ORDER).status_code == 405
 
 
-def test_an_unexpected_error_is_as_well_protected(house: RunningApp) -> None:
+def test_an_unexpected_error_is_as_well_protected(running_app: RunningApp) -> None:
     """It is answered outside of everything else, and in the shape of its door."""
     for path, size in (("/create_and_upload_image", {"width": 64}), ("/v1/images/generations", {"size": "64x64"})):
-        answer = house.client.post(path, json={"prompt": "an unpreparable square", **size})
+        answer = running_app.client.post(path, json={"prompt": "an unpreparable square", **size})
         assert answer.status_code == 500
         assert answer.headers["x-content-type-options"] == "nosniff"
         assert answer.headers["cache-control"] == "no-store"
@@ -236,9 +240,9 @@ def test_an_unexpected_error_is_as_well_protected(house: RunningApp) -> None:
 
 
 @pytest.mark.parametrize("path", ["/create_and_upload_image", "/healthz", "/nothing", "/files/none", "/metrics"])
-def test_every_answer_tells_browsers_what_it_is_not(house: RunningApp, path: str) -> None:
+def test_every_answer_tells_browsers_what_it_is_not(running_app: RunningApp, path: str) -> None:
     """Not to guess types, frame it, load from it, or keep what is not meant to be kept."""
-    headers = house.client.get(path, params=ORDER).headers
+    headers = running_app.client.get(path, params=ORDER).headers
     assert headers["x-content-type-options"] == "nosniff"
     assert headers["referrer-policy"] == "no-referrer"
     assert headers["cross-origin-resource-policy"] == ("cross-origin" if path.startswith("/files/") else "same-origin")

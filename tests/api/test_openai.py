@@ -121,17 +121,17 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("change", "param"), REFUSED, ids=lambda value: str(value)[:40])
-def test_what_is_wrong_is_refused_in_openais_shape(house: RunningApp, change: dict[str, Any], param: str) -> None:
+def test_what_is_wrong_is_refused_in_openais_shape(running_app: RunningApp, change: dict[str, Any], param: str) -> None:
     """422 with message, type, param and code, before anything is drawn, streamed or not."""
     extra = change.get("extra_body", {})
     body = {"prompt": "a red square", "size": SIZE, **change, **extra}
     body.pop("extra_body", None)
-    answer = house.client.post("/v1/images/generations", json=body)
+    answer = running_app.client.post("/v1/images/generations", json=body)
     assert answer.status_code == 422, answer.text
     error = answer.json()["error"]
     assert (error["type"], error["param"], error["code"]) == ("invalid_request_error", param, "invalid_value")
     assert error["message"]
-    assert house.squares.prepared == []
+    assert running_app.squares.prepared == []
 
 
 def test_the_client_understands_a_refusal(client: openai.OpenAI) -> None:
@@ -195,14 +195,14 @@ def test_an_edit_without_a_mask_draws_anew_at_the_size_asked_for(live_of: Callab
     assert {job.strength for job in live.squares.finished} == {0.6}
 
 
-def test_an_edit_without_a_picture_or_with_an_opaque_mask_is_refused(house_of: Callable[..., RunningApp]) -> None:
+def test_an_edit_without_a_picture_or_with_an_opaque_mask_is_refused(run_app: Callable[..., RunningApp]) -> None:
     """By name: there is nothing to edit, or nothing to repaint."""
-    house = house_of(FakeImageDenoiser())
+    running_app = run_app(FakeImageDenoiser())
     files = {"image": ("a.png", file_of(disc())), "mask": ("m.png", file_of(disc()))}
-    opaque = house.client.post("/v1/images/edits", data={"prompt": "a red square"}, files=files)
+    opaque = running_app.client.post("/v1/images/edits", data={"prompt": "a red square"}, files=files)
     assert (opaque.status_code, opaque.json()["error"]["param"]) == (422, "mask")
     assert "transparent" in opaque.json()["error"]["message"]
-    none = house.client.post("/v1/images/edits", data={"prompt": "a red square"})
+    none = running_app.client.post("/v1/images/edits", data={"prompt": "a red square"})
     assert (none.status_code, none.json()["error"]["param"]) == (422, "image")
 
 
@@ -217,19 +217,20 @@ def test_a_stream_ends_with_the_picture(live_of: Callable[..., LiveServer]) -> N
         assert httpx.get(event.to_dict()["url"]).content == base64.b64decode(event.b64_json)
 
 
-def test_a_single_picture_may_be_a_job_and_is_answered_once_for_its_key(house: RunningApp) -> None:
+def test_a_single_picture_may_be_a_job_and_is_answered_once_for_its_key(running_app: RunningApp) -> None:
     """`Prefer: respond-async` gives 202 with the job; a repeated Idempotency-Key the same answer."""
     asked = {"prompt": "a red square", "size": SIZE}
-    job = house.client.post("/v1/images/generations", json=asked, headers={"prefer": "respond-async"})
+    job = running_app.client.post("/v1/images/generations", json=asked, headers={"prefer": "respond-async"})
     assert job.status_code == 202
-    until(lambda: house.client.get(job.headers["location"]).json()["state"] == "done")
+    until(lambda: running_app.client.get(job.headers["location"]).json()["state"] == "done")
     mine = {"idempotency-key": "mine"}
     first, again = (
-        house.client.post("/v1/images/generations", json={**asked, "seed": "random"}, headers=mine) for _ in range(2)
+        running_app.client.post("/v1/images/generations", json={**asked, "seed": "random"}, headers=mine)
+        for _ in range(2)
     )
     assert first.json()["data"] == [{**again.json()["data"][0], "cached": first.json()["data"][0]["cached"]}]
     assert again.headers["idempotency-replayed"] == "true"
-    assert len(house.squares.finished) == 2
+    assert len(running_app.squares.finished) == 2
 
 
 class Sketching(FakeDenoiser):
@@ -277,23 +278,23 @@ def test_who_stops_reading_a_stream_frees_the_device(live_of: Callable[..., Live
     assert squares.finished == []
 
 
-def test_a_failure_of_one_picture_ends_the_others(house_of: Callable[..., RunningApp]) -> None:
+def test_a_failure_of_one_picture_ends_the_others(run_app: Callable[..., RunningApp]) -> None:
     """429 for all: nobody waits for half an answer, and the device is free."""
     squares = FakeDenoiser(gate=threading.Event())
     assert squares.gate is not None
-    house = house_of(squares, queue_limit=1, max_batch=1)
-    answer = house.client.post("/v1/images/generations", json={"prompt": "a red square", "size": SIZE, "n": 4})
+    running_app = run_app(squares, queue_limit=1, max_batch=1)
+    answer = running_app.client.post("/v1/images/generations", json={"prompt": "a red square", "size": SIZE, "n": 4})
     assert (answer.status_code, answer.json()["error"]["type"]) == (429, "rate_limit_error")
     assert int(answer.headers["retry-after"]) >= 1
     squares.gate.set()
-    until(lambda: house.metric("sds_queue_running") == 0)
+    until(lambda: running_app.metric("sds_queue_running") == 0)
 
 
-def test_an_answer_that_would_be_too_large_is_refused_beforehand(house_of: Callable[..., RunningApp]) -> None:
+def test_an_answer_that_would_be_too_large_is_refused_beforehand(run_app: Callable[..., RunningApp]) -> None:
     """MAX_RESPONSE_BYTES: as text it is 422, by address it is drawn."""
-    house = house_of(max_response_bytes=40_000)
+    running_app = run_app(max_response_bytes=40_000)
     asked = {"prompt": "a red square", "size": "64x64", "response_format": "b64_json"}
     for n, status in ((2, 200), (3, 422)):
-        assert house.client.post("/v1/images/generations", json={**asked, "n": n}).status_code == status
+        assert running_app.client.post("/v1/images/generations", json={**asked, "n": n}).status_code == status
     by_url = {**asked, "n": 3, "response_format": "url"}
-    assert house.client.post("/v1/images/generations", json=by_url).status_code == 200
+    assert running_app.client.post("/v1/images/generations", json=by_url).status_code == 200

@@ -67,34 +67,36 @@ def test_a_bucket_that_cannot_be_opened_is_told(tmp_path: Path) -> None:
         assert client.get("/create_and_upload_image?prompt=a").status_code == 200
 
 
-def test_the_figures_count_what_happened(house: RunningApp) -> None:
+def test_the_figures_count_what_happened(running_app: RunningApp) -> None:
     """One drawn, one cached: the counters say so, and steps are counted."""
     for _ in range(2):
-        house.draw(prompt="a red square", save_path="a.webp")
-    assert house.metric('sds_jobs_total{outcome="done"}') == 1
-    assert house.metric('sds_generations_total{source="drawn"}') == 1
-    assert house.metric('sds_generations_total{source="cached"}') == 1
-    assert house.metric("sds_steps_total") == 4
+        running_app.draw(prompt="a red square", save_path="a.webp")
+    assert running_app.metric('sds_jobs_total{outcome="done"}') == 1
+    assert running_app.metric('sds_generations_total{source="drawn"}') == 1
+    assert running_app.metric('sds_generations_total{source="cached"}') == 1
+    assert running_app.metric("sds_steps_total") == 4
 
 
-def test_the_heartbeat_is_written_while_drawing(house: RunningApp) -> None:
+def test_the_heartbeat_is_written_while_drawing(running_app: RunningApp) -> None:
     """progress.txt holds a time of day after a picture, as the seed document says, and that none is under way."""
-    house.draw(prompt="a red square")
-    text = (house.folder / "data" / "progress.txt").read_text()
+    running_app.draw(prompt="a red square")
+    text = (running_app.folder / "data" / "progress.txt").read_text()
     time_of_day, under_way = text.splitlines()
     assert len(time_of_day.split(":")) == 3
     assert under_way == "0"
 
 
 def test_keys_and_prompts_stay_out_of_the_log(
-    house_of: Callable[..., RunningApp], capfd: pytest.CaptureFixture[str]
+    run_app: Callable[..., RunningApp], capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Requests are logged by path and id; an error's traceback has no local variables."""
-    house = house_of(api_keys="hunter2", log_format="json")
+    running_app = run_app(api_keys="hunter2", log_format="json")
     headers = {"X-API-Key": "hunter2", "X-Request-ID": "the-id"}
     for prompt in ("a secret square", "an unpreparable secret square"):
-        house.client.get("/create_and_upload_image", params={"prompt": prompt}, headers=headers)
-    house.client.get("/create_and_upload_image", params={"prompt": "a secret square"}, headers={"X-API-Key": "hunter3"})
+        running_app.client.get("/create_and_upload_image", params={"prompt": prompt}, headers=headers)
+    running_app.client.get(
+        "/create_and_upload_image", params={"prompt": "a secret square"}, headers={"X-API-Key": "hunter3"}
+    )
     logged = "".join(capfd.readouterr())
     assert '"request_id": "the-id"' in logged
     assert "cannot prepare this" in logged

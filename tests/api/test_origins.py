@@ -30,10 +30,10 @@ FOREIGN = [
 
 @pytest.mark.fault(147)
 @pytest.mark.parametrize("headers", FOREIGN, ids=str)
-def test_a_page_of_another_port_or_subdomain_has_no_effect(house: RunningApp, headers: dict[str, str]) -> None:
+def test_a_page_of_another_port_or_subdomain_has_no_effect(running_app: RunningApp, headers: dict[str, str]) -> None:
     """Whatever the method: drawing, deleting, stopping and listing are refused before anything happens."""
-    key = house.draw(prompt="a red square").json()["key"]
-    drawn = len(house.squares.prepared)
+    key = running_app.draw(prompt="a red square").json()["key"]
+    drawn = len(running_app.squares.prepared)
     for method, path in (
         ("GET", "/create_and_upload_image?overwrite=true&save_path=x.webp&prompt=x"),
         ("GET", "/make_image?prompt=x"),
@@ -45,10 +45,10 @@ def test_a_page_of_another_port_or_subdomain_has_no_effect(house: RunningApp, he
         ("GET", "/history"),
         ("POST", "/ui/key"),
     ):
-        answer = house.client.request(method, path, headers=headers, json=ORDER if method == "POST" else None)
+        answer = running_app.client.request(method, path, headers=headers, json=ORDER if method == "POST" else None)
         assert answer.status_code == 403, (method, path)
-    assert len(house.squares.prepared) == drawn
-    assert house.client.get(f"/files/{key}", headers=headers).status_code == 200, "pictures are shown elsewhere"
+    assert len(running_app.squares.prepared) == drawn
+    assert running_app.client.get(f"/files/{key}", headers=headers).status_code == 200, "pictures are shown elsewhere"
 
 
 @pytest.mark.fault(147)
@@ -79,23 +79,23 @@ def test_the_ui_is_opened_by_a_link_and_not_as_a_part_of_another_page(headers: d
 
 
 @pytest.mark.fault(147)
-def test_no_heavy_page_is_loaded_for_a_picture_elsewhere(house: RunningApp) -> None:
+def test_no_heavy_page_is_loaded_for_a_picture_elsewhere(running_app: RunningApp) -> None:
     """The UI, the docs, the description and the state: 403 as a picture, answered by a link."""
     for path in ("/ui", "/ui/", "/docs", "/openapi.json", "/readyz", "/"):
         for site in ("cross-site", "same-site"):
-            assert house.client.get(path, headers={"sec-fetch-site": site, **IMG}).status_code == 403, path
+            assert running_app.client.get(path, headers={"sec-fetch-site": site, **IMG}).status_code == 403, path
     link = {"sec-fetch-site": "cross-site", **LINK}
-    assert [house.client.get(path, headers=link).status_code for path in ("/docs", "/readyz")] == [200, 200]
+    assert [running_app.client.get(path, headers=link).status_code for path in ("/docs", "/readyz")] == [200, 200]
 
 
 @pytest.mark.fault(147)
-def test_same_site_is_let_in_where_the_operator_says_so(house_of: Callable[..., RunningApp]) -> None:
+def test_same_site_is_let_in_where_the_operator_says_so(run_app: Callable[..., RunningApp]) -> None:
     """ALLOW_SAME_SITE=1 opens it to ports and subdomains, and to nothing else."""
-    house = house_of(allow_same_site=True)
+    running_app = run_app(allow_same_site=True)
 
     def asked(**headers: str) -> int:
         named = {name.replace("_", "-"): value for name, value in headers.items()}
-        return house.client.get("/create_and_upload_image", params=ORDER, headers=named).status_code
+        return running_app.client.get("/create_and_upload_image", params=ORDER, headers=named).status_code
 
     assert asked(sec_fetch_site="same-site") == 200
     assert asked(sec_fetch_site="same-site", origin="http://localhost:3000") == 200
@@ -115,29 +115,29 @@ SIGNS = (
 
 @pytest.mark.fault(148)
 @pytest.mark.parametrize("name", SIGNS)
-def test_a_proxy_that_is_not_named_gives_itself_away(house: RunningApp, name: str) -> None:
+def test_a_proxy_that_is_not_named_gives_itself_away(running_app: RunningApp, name: str) -> None:
     """Whatever it adds, a server without keys is not opened by it to the network; even with an empty value."""
     for value in ("127.0.0.1", ""):
-        answer = house.client.get("/create_and_upload_image", params=ORDER, headers={name: value})
+        answer = running_app.client.get("/create_and_upload_image", params=ORDER, headers={name: value})
         assert answer.status_code == 403, name
-    assert house.squares.prepared == []
+    assert running_app.squares.prepared == []
     plain = {"accept-language": "de", "traceparent": "00-1", "x-request-id": "r", "dnt": "1", "user-agent": "Via/1"}
-    assert house.client.get("/history", headers=plain).status_code == 200
+    assert running_app.client.get("/history", headers=plain).status_code == 200
 
 
 @pytest.mark.fault(149)
-def test_wrong_keys_from_one_address_slow_down(house_of: Callable[..., RunningApp]) -> None:
+def test_wrong_keys_from_one_address_slow_down(run_app: Callable[..., RunningApp]) -> None:
     """401 a few times, then 429 with a time to wait; the right key is taken all the same, other addresses too."""
-    house = house_of(api_keys="right, other:second", trusted_proxies="127.0.0.1")
+    running_app = run_app(api_keys="right, other:second", trusted_proxies="127.0.0.1")
 
     def asked(key: str, address: str = "203.0.113.5", **headers: str) -> int:
         sent = {"x-forwarded-for": address, "x-api-key": key, **headers}
-        return house.client.get("/v1/models", headers=sent).status_code
+        return running_app.client.get("/v1/models", headers=sent).status_code
 
     told = [asked(f"wrong-{number}") for number in range(100)]
     assert set(told[:20]) == {401}
     assert set(told[20:]) == {429}
-    refused = house.client.get("/v1/models", headers={"x-forwarded-for": "203.0.113.5", "x-api-key": "w"})
+    refused = running_app.client.get("/v1/models", headers={"x-forwarded-for": "203.0.113.5", "x-api-key": "w"})
     assert 1 <= int(refused.headers["retry-after"]) <= 60
     assert asked("right") == 200
     assert asked("wrong", "203.0.113.6") == 401
@@ -146,8 +146,8 @@ def test_wrong_keys_from_one_address_slow_down(house_of: Callable[..., RunningAp
         last = asked("", f"2001:db8:1:2::{number:x}", authorization="Basic eHg6eHg=")
     assert last == 429
     # Without any key nothing was guessed.
-    house = house_of(api_keys="right")
-    assert {house.client.get("/v1/models").status_code for _ in range(60)} == {401}
+    running_app = run_app(api_keys="right")
+    assert {running_app.client.get("/v1/models").status_code for _ in range(60)} == {401}
 
 
 def test_addresses_of_wrong_keys_are_forgotten_and_bounded() -> None:

@@ -21,14 +21,14 @@ HOSTS = ["localhost:9000", "127.0.0.1:8123", "[::1]:7000", "draw.example", "draw
 
 
 @pytest.fixture
-def house(house_of: Callable[..., RunningApp]) -> RunningApp:
+def running_app(run_app: Callable[..., RunningApp]) -> RunningApp:
     """A server that has a name besides loopback."""
-    return house_of(allowed_hosts="draw.example", trusted_proxies="")
+    return run_app(allowed_hosts="draw.example", trusted_proxies="")
 
 
-def paths_of(house: RunningApp, host: str) -> dict[str, str]:
+def paths_of(running_app: RunningApp, host: str) -> dict[str, str]:
     """The picture's URL in the answers of every kind of request, all asked at one Host."""
-    headers, client = {"host": host}, house.client
+    headers, client = {"host": host}, running_app.client
     drawn = client.post(CREATE, json=ORDER, headers=headers).json()
     accepted = client.post(CREATE, json=ORDER, headers={**headers, "prefer": "respond-async"})
     job = accepted.headers["location"]
@@ -51,26 +51,26 @@ def paths_of(house: RunningApp, host: str) -> dict[str, str]:
 
 @pytest.mark.fault(130)
 @pytest.mark.parametrize("host", HOSTS)
-def test_every_answer_has_the_host_and_port_its_reader_used(house: RunningApp, host: str) -> None:
+def test_every_answer_has_the_host_and_port_its_reader_used(running_app: RunningApp, host: str) -> None:
     """Drawn before at another Host, so cached, replayed and journaled answers are asked for: each is the reader's."""
-    paths_of(house, "127.0.0.1:8000")
-    told = paths_of(house, host)
+    paths_of(running_app, "127.0.0.1:8000")
+    told = paths_of(running_app, host)
     assert {name: urlsplit(path)[:2] for name, path in told.items()} == dict.fromkeys(told, ("http", host))
-    assert house.client.get(told["receipt"]).content[8:12] == b"WEBP"
+    assert running_app.client.get(told["receipt"]).content[8:12] == b"WEBP"
 
 
 @pytest.mark.fault(130)
-def test_those_who_share_a_drawing_have_each_their_own_url(house_of: Callable[..., RunningApp]) -> None:
+def test_those_who_share_a_drawing_have_each_their_own_url(run_app: Callable[..., RunningApp]) -> None:
     """Three hosts, one drawing, held until all three wait for it."""
     gate = threading.Event()
-    house = house_of(FakeDenoiser(gate=gate), allowed_hosts="draw.example")
+    running_app = run_app(FakeDenoiser(gate=gate), allowed_hosts="draw.example")
     hosts = ["localhost:9000", "draw.example", "127.0.0.1:8000"]
     with ThreadPoolExecutor(3) as pool:
-        asked = [pool.submit(house.client.post, CREATE, json=ORDER, headers={"host": host}) for host in hosts]
-        until(lambda: bool(house.squares.batches))
+        asked = [pool.submit(running_app.client.post, CREATE, json=ORDER, headers={"host": host}) for host in hosts]
+        until(lambda: bool(running_app.squares.batches))
         gate.set()
         answers = [answer.result(30).json() for answer in asked]
-    assert len(house.squares.finished) == 1
+    assert len(running_app.squares.finished) == 1
     assert [urlsplit(answer["path"]).netloc for answer in answers] == hosts
     assert len({answer["key"] for answer in answers}) == 1
 
@@ -88,26 +88,26 @@ def test_those_who_share_a_drawing_have_each_their_own_url(house_of: Callable[..
     ],
 )
 def test_a_trusted_proxy_tells_what_it_was_reached_at(
-    house_of: Callable[..., RunningApp], forwarded: dict[str, str], base: str
+    run_app: Callable[..., RunningApp], forwarded: dict[str, str], base: str
 ) -> None:
     """Host, port and scheme are those the client wrote; what is no port is none."""
-    house = house_of(trusted_proxies="127.0.0.1", allowed_hosts="draw.example")
-    answer = house.client.post(CREATE, json=ORDER, headers={**forwarded, "x-forwarded-for": "127.0.0.1"})
+    running_app = run_app(trusted_proxies="127.0.0.1", allowed_hosts="draw.example")
+    answer = running_app.client.post(CREATE, json=ORDER, headers={**forwarded, "x-forwarded-for": "127.0.0.1"})
     assert answer.json()["path"].startswith(f"{base}/files/")
 
 
 @pytest.mark.fault(130)
 @pytest.mark.parametrize("header", ["x-forwarded-host", "x-forwarded-port", "x-forwarded-proto"])
-def test_a_proxy_without_trust_changes_no_url(house_of: Callable[..., RunningApp], header: str) -> None:
+def test_a_proxy_without_trust_changes_no_url(run_app: Callable[..., RunningApp], header: str) -> None:
     """The header counts for nothing, and no one behind it draws without a key."""
-    house = house_of(api_keys="k", allowed_hosts="draw.example")
+    running_app = run_app(api_keys="k", allowed_hosts="draw.example")
     value = {"x-forwarded-host": "draw.example", "x-forwarded-port": "9000", "x-forwarded-proto": "https"}[header]
-    answer = house.client.post(CREATE, json=ORDER, headers={header: value, "x-api-key": "k"})
+    answer = running_app.client.post(CREATE, json=ORDER, headers={header: value, "x-api-key": "k"})
     assert answer.json()["path"].startswith("http://127.0.0.1:8000/files/")
 
 
 @pytest.mark.fault(130)
-def test_a_webhook_is_told_the_host_that_accepted(house_of: Callable[..., RunningApp]) -> None:
+def test_a_webhook_is_told_the_host_that_accepted(run_app: Callable[..., RunningApp]) -> None:
     """Nobody reads the message at a Host of this server, so it has the one its job came in by."""
     heard: list[dict[str, Any]] = []
 
@@ -123,9 +123,9 @@ def test_a_webhook_is_told_the_host_that_accepted(house_of: Callable[..., Runnin
     server = HTTPServer(("127.0.0.1", 0), Hook)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     port = server.server_address[1]
-    house = house_of(fetch_allow=f"127.0.0.1:{port}")
+    running_app = run_app(fetch_allow=f"127.0.0.1:{port}")
     asked = {**ORDER, "webhook_url": f"http://127.0.0.1:{port}/done"}
-    house.client.post(CREATE, json=asked, headers={"host": "localhost:9000", "prefer": "respond-async"})
+    running_app.client.post(CREATE, json=asked, headers={"host": "localhost:9000", "prefer": "respond-async"})
     until(lambda: bool(heard))
     server.shutdown()
     server.server_close()
@@ -135,7 +135,7 @@ def test_a_webhook_is_told_the_host_that_accepted(house_of: Callable[..., Runnin
 @pytest.fixture(params=["r2", "s3", "gcs"])
 def without_address(
     request: pytest.FixtureRequest,
-    house_of: Callable[..., RunningApp],
+    run_app: Callable[..., RunningApp],
     s3_server: StorageServer,
     gcs_server: StorageServer,
     monkeypatch: pytest.MonkeyPatch,
@@ -143,10 +143,10 @@ def without_address(
     """A server whose pictures go to a bucket that PUBLIC_BASE_URL tells nothing of."""
     if request.param == "gcs":
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", gcs_server.url)
-        return house_of(storage_provider="gcs", bucket_name=make_gcs_bucket(gcs_server))
+        return run_app(storage_provider="gcs", bucket_name=make_gcs_bucket(gcs_server))
     keys = {key: value.get_secret_value() for key, value in KEYS.items()}
     name = make_s3_bucket(s3_server)
-    return house_of(storage_provider=request.param, bucket_name=name, r2_endpoint_url=s3_server.url, **keys)
+    return run_app(storage_provider=request.param, bucket_name=name, r2_endpoint_url=s3_server.url, **keys)
 
 
 @pytest.mark.fault(131)
@@ -176,14 +176,16 @@ def test_a_bucket_without_an_address_has_its_pictures_given_by_the_server(withou
 
 @pytest.mark.fault(131)
 def test_of_such_a_bucket_only_the_servers_own_folder_is_given(
-    house_of: Callable[..., RunningApp], s3_server: StorageServer
+    run_app: Callable[..., RunningApp], s3_server: StorageServer
 ) -> None:
     """A bucket may hold what is no one's business: only what is below BUCKET_PATH is given."""
     keys = {key: value.get_secret_value() for key, value in KEYS.items()}
     name = make_s3_bucket(s3_server)
-    house = house_of(storage_provider="s3", bucket_name=name, r2_endpoint_url=s3_server.url, **keys)
-    picture = house.client.get(house.client.post(CREATE, json={**ORDER, "save_path": "a.webp"}).json()["path"]).content
+    running_app = run_app(storage_provider="s3", bucket_name=name, r2_endpoint_url=s3_server.url, **keys)
+    picture = running_app.client.get(
+        running_app.client.post(CREATE, json={**ORDER, "save_path": "a.webp"}).json()["path"]
+    ).content
     for key in ("secret.webp", "static/secret.webp", "static/uploads.webp"):
         s3_client(s3_server.url).put_object(Bucket=name, Key=key, Body=picture)
-        assert house.client.get(f"/files/{key}").status_code == 404
-    assert house.client.get("/files/static/uploads/%2e%2e/%2e%2e/secret.webp").status_code == 404
+        assert running_app.client.get(f"/files/{key}").status_code == 404
+    assert running_app.client.get("/files/static/uploads/%2e%2e/%2e%2e/secret.webp").status_code == 404

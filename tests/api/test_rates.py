@@ -44,16 +44,16 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 @pytest.mark.fault(155)
 @pytest.mark.parametrize("step", STEPS)
 def test_a_step_of_the_clock_changes_no_rate(
-    house_of: Callable[..., RunningApp], monkeypatch: pytest.MonkeyPatch, step: float
+    run_app: Callable[..., RunningApp], monkeypatch: pytest.MonkeyPatch, step: float
 ) -> None:
     """At the limit, then the time of day jumps: still refused, and told to come back within the same minute."""
-    house = house_of(rate_limit="2/minute")
+    running_app = run_app(rate_limit="2/minute")
     ask = {"prompt": "a red square", "num_inference_steps": 1}
-    answers = [house.client.get("/create_and_upload_image", params=ask) for _ in range(2)]
+    answers = [running_app.client.get("/create_and_upload_image", params=ask) for _ in range(2)]
     assert [answer.status_code for answer in answers] == [200, 200]
     right = time.time
     monkeypatch.setattr(time, "time", lambda: right() + step)
-    refused = house.client.get("/create_and_upload_image", params=ask)
+    refused = running_app.client.get("/create_and_upload_image", params=ask)
     assert refused.status_code == 429
     assert 1 <= int(refused.headers["retry-after"]) <= 60
     assert 1 <= int(refused.headers["ratelimit-reset"]) <= 60

@@ -30,21 +30,23 @@ CREATE = ("/create_and_upload_image", {})
 
 
 @pytest.fixture
-def rooms(house_of: Callable[..., RunningApp]) -> RunningApp:
+def rooms(run_app: Callable[..., RunningApp]) -> RunningApp:
     """A running app whose painters use what they are given."""
-    return house_of(FakeImageDenoiser())
+    return run_app(FakeImageDenoiser())
 
 
-def made(house: RunningApp, door: tuple[str, dict[str, bytes]], **words: Any) -> bytes:
+def made(running_app: RunningApp, door: tuple[str, dict[str, bytes]], **words: Any) -> bytes:
     """The file of a picture drawn at a door."""
     data = {"prompt": "a red square", **({"width": 64, "height": 64} if door is CREATE else {}), **words}
-    answer = house.client.post(door[0], data=data, files=door[1] or None)
+    answer = running_app.client.post(door[0], data=data, files=door[1] or None)
     assert answer.status_code == 200, answer.text
-    return house.client.get(answer.json()["path"]).content
+    return running_app.client.get(answer.json()["path"]).content
 
 
-def replayed(house: RunningApp, picture: bytes, files: dict[str, bytes] | None = None, **words: Any) -> httpx.Response:
-    return house.client.post("/v1/replay", data=words, files={"picture_file": picture, **(files or {})})
+def replayed(
+    running_app: RunningApp, picture: bytes, files: dict[str, bytes] | None = None, **words: Any
+) -> httpx.Response:
+    return running_app.client.post("/v1/replay", data=words, files={"picture_file": picture, **(files or {})})
 
 
 @pytest.mark.parametrize("file_format", ["webp", "png", "jpeg"])
@@ -91,15 +93,15 @@ def test_it_is_drawn_anew_each_time_and_stored_where_one_likes(rooms: RunningApp
     assert named[0]["replay"]["decibels"] > 30, "a lossy file beside a lossless one"
 
 
-def test_with_a_digest_alone_the_history_knows_the_rest(house_of: Callable[..., RunningApp]) -> None:
+def test_with_a_digest_alone_the_history_knows_the_rest(run_app: Callable[..., RunningApp]) -> None:
     """EMBED_METADATA=digest: found in the history, and refused where it is in none."""
-    house = house_of(FakeImageDenoiser(), embed_metadata="digest")
-    picture = made(house, CREATE)
-    assert replayed(house, picture).json()["replay"]["same_order"] is True
-    assert house.client.get("/history").status_code == 200  # what was recorded so far is written then
-    with sqlite3.connect(house.folder / "data" / "history.db") as base:
+    running_app = run_app(FakeImageDenoiser(), embed_metadata="digest")
+    picture = made(running_app, CREATE)
+    assert replayed(running_app, picture).json()["replay"]["same_order"] is True
+    assert running_app.client.get("/history").status_code == 200  # what was recorded so far is written then
+    with sqlite3.connect(running_app.folder / "data" / "history.db") as base:
         base.execute("DELETE FROM drawn")
-    assert refused(replayed(house, picture)) == "picture_file"
+    assert refused(replayed(running_app, picture)) == "picture_file"
 
 
 def refused(answer: httpx.Response) -> str:

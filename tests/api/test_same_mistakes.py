@@ -95,17 +95,17 @@ def webuis(asked: dict[str, Any], *, picture: bool = False) -> dict[str, Any] | 
     return {**asked, "override_settings": {name: value for name, value in override.items() if value is not None}}
 
 
-def by_query(house: RunningApp, path: str, asked: dict[str, Any]) -> httpx.Response:
-    return house.client.get(path, params={k: v for k, v in asked.items() if _fits(v)})
+def by_query(running_app: RunningApp, path: str, asked: dict[str, Any]) -> httpx.Response:
+    return running_app.client.get(path, params={k: v for k, v in asked.items() if _fits(v)})
 
 
-def by_json(house: RunningApp, path: str, asked: dict[str, Any]) -> httpx.Response:
-    return house.client.post(path, content=json.dumps(asked), headers={"content-type": "application/json"})
+def by_json(running_app: RunningApp, path: str, asked: dict[str, Any]) -> httpx.Response:
+    return running_app.client.post(path, content=json.dumps(asked), headers={"content-type": "application/json"})
 
 
-def by_files(house: RunningApp, path: str, asked: dict[str, Any], *names: str) -> httpx.Response:
+def by_files(running_app: RunningApp, path: str, asked: dict[str, Any], *names: str) -> httpx.Response:
     parts: list[tuple[str, Any]] = [(name, (None, str(value))) for name, value in asked.items() if _fits(value)]
-    return house.client.post(path, files=[*parts, *((name, ("a.png", PICTURE)) for name in names)])
+    return running_app.client.post(path, files=[*parts, *((name, ("a.png", PICTURE)) for name in names)])
 
 
 def _fits(value: object) -> bool:
@@ -116,28 +116,40 @@ def _fits(value: object) -> bool:
 Door = tuple[Callable[..., dict[str, Any] | None], bool, Callable[[RunningApp, dict[str, Any]], httpx.Response]]
 STYLE, INPAINT = "/style_transfer_and_upload_image", "/inpaint_and_upload_image"
 DOORS: dict[str, Door] = {
-    "GET create": (ours, False, lambda house, asked: by_query(house, "/create_and_upload_image", asked)),
-    "POST create": (ours, False, lambda house, asked: by_json(house, "/create_and_upload_image", asked)),
-    "GET make": (ours, False, lambda house, asked: by_query(house, "/make_image", asked)),
-    "POST style": (ours, True, lambda house, asked: by_files(house, STYLE, asked, "image_file")),
+    "GET create": (ours, False, lambda running_app, asked: by_query(running_app, "/create_and_upload_image", asked)),
+    "POST create": (ours, False, lambda running_app, asked: by_json(running_app, "/create_and_upload_image", asked)),
+    "GET make": (ours, False, lambda running_app, asked: by_query(running_app, "/make_image", asked)),
+    "POST style": (ours, True, lambda running_app, asked: by_files(running_app, STYLE, asked, "image_file")),
     "POST style bytes": (
         ours,
         True,
         lambda h, asked: by_files(h, STYLE.replace("_and", "_bytes_and"), asked, "image_file"),
     ),
-    "POST inpaint": (ours, True, lambda house, asked: by_files(house, INPAINT, asked, "image_file", "mask_file")),
-    "OpenAI generations": (openais, False, lambda house, asked: by_json(house, "/v1/images/generations", asked)),
-    "OpenAI edits": (openais, True, lambda house, asked: by_files(house, "/v1/images/edits", asked, "image")),
-    "txt2img": (webuis, False, lambda house, asked: by_json(house, "/sdapi/v1/txt2img", asked)),
+    "POST inpaint": (
+        ours,
+        True,
+        lambda running_app, asked: by_files(running_app, INPAINT, asked, "image_file", "mask_file"),
+    ),
+    "OpenAI generations": (
+        openais,
+        False,
+        lambda running_app, asked: by_json(running_app, "/v1/images/generations", asked),
+    ),
+    "OpenAI edits": (
+        openais,
+        True,
+        lambda running_app, asked: by_files(running_app, "/v1/images/edits", asked, "image"),
+    ),
+    "txt2img": (webuis, False, lambda running_app, asked: by_json(running_app, "/sdapi/v1/txt2img", asked)),
     "img2img": (webuis, True, lambda h, asked: by_json(h, "/sdapi/v1/img2img", {**asked, "init_images": [TEXT]})),
 }
 
 
 @pytest.mark.fault(1, 2, 3, 4, 6, 7, 8, 9, 10, 11, 12, 13, 16, 17)
 @pytest.mark.parametrize("door", DOORS)
-def test_the_same_mistake_is_answered_alike_through_every_door(house_of: Callable[..., RunningApp], door: str) -> None:
+def test_the_same_mistake_is_answered_alike_through_every_door(run_app: Callable[..., RunningApp], door: str) -> None:
     """The status of the table, in the shape of the door, and nothing is drawn; a good request is answered after all."""
-    house = house_of(FakeImageDenoiser())
+    running_app = run_app(FakeImageDenoiser())
     translate, picture, ask = DOORS[door]
     answered: dict[str, int] = {}
     for mistake, (change, expected) in MISTAKES.items():
@@ -146,15 +158,15 @@ def test_the_same_mistake_is_answered_alike_through_every_door(house_of: Callabl
         asked = translate({**GOOD, **change}, picture=picture)
         if asked is None:
             continue
-        answer = ask(house, asked)
+        answer = ask(running_app, asked)
         answered[mistake] = answer.status_code
         assert answer.status_code == expected, (mistake, answer.text[:300])
         assert "json" in answer.headers["content-type"]
     assert len(answered) >= 25
-    assert house.squares.prepared == []
+    assert running_app.squares.prepared == []
     good = translate(GOOD, picture=picture)
     assert good is not None
-    assert ask(house, good).status_code == 200
+    assert ask(running_app, good).status_code == 200
 
 
 BODIES: dict[str, tuple[bytes, str, int]] = {
@@ -173,14 +185,14 @@ PATHS = ["/create_and_upload_image", STYLE, INPAINT, "/v1/images/generations", "
 
 @pytest.mark.fault(14)
 @pytest.mark.parametrize("path", PATHS)
-def test_a_body_that_cannot_be_read_is_refused_alike(house_of: Callable[..., RunningApp], path: str) -> None:
+def test_a_body_that_cannot_be_read_is_refused_alike(run_app: Callable[..., RunningApp], path: str) -> None:
     """400, 413, 415, whatever the dialect; a body in pieces is counted as well."""
-    house = house_of(FakeImageDenoiser(), max_body_bytes=60_000, max_upload_bytes=60_000)
+    running_app = run_app(FakeImageDenoiser(), max_body_bytes=60_000, max_upload_bytes=60_000)
     for what, (body, media_type, expected) in BODIES.items():
         for content in (body, iter([body])):
-            answer = house.client.post(path, content=content, headers={"content-type": media_type})
+            answer = running_app.client.post(path, content=content, headers={"content-type": media_type})
             assert answer.status_code == expected, (what, answer.text[:300])
-    assert house.squares.prepared == []
+    assert running_app.squares.prepared == []
 
 
 def part(name: bytes) -> bytes:
@@ -199,10 +211,10 @@ MULTIPART: dict[str, tuple[bytes, str, int]] = {
 @pytest.mark.parametrize(
     "path", ["/create_and_upload_image", STYLE, INPAINT, "/v1/images/generations", "/v1/images/edits"]
 )
-def test_a_form_that_cannot_be_read_is_refused_alike(house: RunningApp, path: str) -> None:
+def test_a_form_that_cannot_be_read_is_refused_alike(running_app: RunningApp, path: str) -> None:
     """400 for every multipart body that is none."""
     for what, (body, media_type, expected) in MULTIPART.items():
-        answer = house.client.post(path, content=body, headers={"content-type": media_type})
+        answer = running_app.client.post(path, content=body, headers={"content-type": media_type})
         assert answer.status_code == expected, (what, answer.text[:300])
 
 
@@ -219,12 +231,12 @@ def test_a_form_that_cannot_be_read_is_refused_alike(house: RunningApp, path: st
         "a\r\nb: c",
     ],
 )
-def test_a_strange_prompt_is_only_a_prompt(house: RunningApp, prompt: str) -> None:
+def test_a_strange_prompt_is_only_a_prompt(running_app: RunningApp, prompt: str) -> None:
     """Drawn or refused alike through every dialect, under the same name, which holds nothing of it."""
     keys = set()
     for path in ("/create_and_upload_image", "/v1/images/generations", "/sdapi/v1/txt2img"):
         size = {"size": "64x64"} if path.startswith("/v1") else {"width": 64, "height": 64, "format": "png"}
-        answer = house.client.post(path, json={"prompt": prompt, "seed": 1, **size})
+        answer = running_app.client.post(path, json={"prompt": prompt, "seed": 1, **size})
         assert answer.status_code in (200, 422), answer.text
         if answer.status_code == 422:
             keys.add("refused")
@@ -237,9 +249,11 @@ def test_a_strange_prompt_is_only_a_prompt(house: RunningApp, prompt: str) -> No
 
 
 @pytest.mark.fault(5)
-def test_composed_and_decomposed_text_are_the_same_order(house: RunningApp) -> None:
+def test_composed_and_decomposed_text_are_the_same_order(running_app: RunningApp) -> None:
     """é is é, however it was typed, in prompts and in names."""
     composed, decomposed = "caf\u00e9", "cafe\u0301"
-    keys = {house.draw(prompt=prompt, save_path=f"{prompt}.webp").json()["key"] for prompt in (composed, decomposed)}
+    keys = {
+        running_app.draw(prompt=prompt, save_path=f"{prompt}.webp").json()["key"] for prompt in (composed, decomposed)
+    }
     assert len(keys) == 1
-    assert len({house.draw(prompt=prompt).json()["key"] for prompt in (composed, decomposed)}) == 1
+    assert len({running_app.draw(prompt=prompt).json()["key"] for prompt in (composed, decomposed)}) == 1

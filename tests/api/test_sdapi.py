@@ -241,14 +241,14 @@ def _task(client: webuiapi.WebUIApi, name: str, steps: int) -> Any:
     return client.session.post(f"{client.baseurl}/txt2img", json=asked).json()
 
 
-def test_who_hangs_up_frees_the_device(house_of: Callable[..., RunningApp]) -> None:
+def test_who_hangs_up_frees_the_device(run_app: Callable[..., RunningApp]) -> None:
     """The task is gone with its client, from the list too."""
     squares = FakeDenoiser(gate=threading.Event())
-    house = house_of(squares)
+    running_app = run_app(squares)
     assert squares.gate is not None
     squares.gate.set()
-    assert house.client.post(TXT2IMG, json={"prompt": "a red square", **SIZE}).status_code == 200
-    assert house.client.get("/sdapi/v1/progress").json()["state"]["job_count"] == 0
+    assert running_app.client.post(TXT2IMG, json={"prompt": "a red square", **SIZE}).status_code == 200
+    assert running_app.client.get("/sdapi/v1/progress").json()["state"]["job_count"] == 0
 
 
 def test_a_picture_tells_how_it_was_made(client: webuiapi.WebUIApi) -> None:
@@ -299,43 +299,43 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("path", "change", "field"), REFUSED, ids=lambda value: str(value)[:60])
 def test_what_is_wrong_is_refused_by_its_own_name(
-    house: RunningApp, path: str, change: dict[str, Any], field: str
+    running_app: RunningApp, path: str, change: dict[str, Any], field: str
 ) -> None:
     """422 in AUTOMATIC1111's shape, under the name the parameter has there; nothing is drawn."""
-    answer = house.client.post(path, json={"prompt": "a red square", **SIZE, **change})
+    answer = running_app.client.post(path, json={"prompt": "a red square", **SIZE, **change})
     assert answer.status_code == 422, answer.text
     body = answer.json()
     assert body["errors"][0]["field"] == field, body
     assert body["detail"]
-    assert house.squares.prepared == []
+    assert running_app.squares.prepared == []
 
 
-def test_bodies_that_are_no_json_objects_are_refused(house: RunningApp) -> None:
+def test_bodies_that_are_no_json_objects_are_refused(running_app: RunningApp) -> None:
     """400, and 415 for another type; nesting without end is no 500."""
     for body in (b"[]", b"{", b'{"a": 1, "a": 2}', b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"):
-        answer = house.client.post(TXT2IMG, content=body, headers={"content-type": "application/json"})
+        answer = running_app.client.post(TXT2IMG, content=body, headers={"content-type": "application/json"})
         assert answer.status_code == 400
-    assert house.client.post(TXT2IMG, content=b"a", headers={"content-type": "text/plain"}).status_code == 415
+    assert running_app.client.post(TXT2IMG, content=b"a", headers={"content-type": "text/plain"}).status_code == 415
 
 
-def test_pictures_may_be_left_out_of_the_answer(house: RunningApp) -> None:
+def test_pictures_may_be_left_out_of_the_answer(running_app: RunningApp) -> None:
     """`send_images: false`: they are stored, and `info` tells where."""
-    answer = house.client.post(TXT2IMG, json={"prompt": "a red square", "send_images": False, **SIZE}).json()
+    answer = running_app.client.post(TXT2IMG, json={"prompt": "a red square", "send_images": False, **SIZE}).json()
     assert answer["images"] == []
     (url,) = json.loads(answer["info"])["paths"]
-    assert house.client.get(url).status_code == 200
+    assert running_app.client.get(url).status_code == 200
 
 
-def test_the_same_order_is_the_same_picture_through_every_dialect(house: RunningApp) -> None:
+def test_the_same_order_is_the_same_picture_through_every_dialect(running_app: RunningApp) -> None:
     """Three doors, one generation: the later two find what the first one drew."""
     words = {"prompt": "a red square", "seed": 7}
-    ours = house.client.post(
+    ours = running_app.client.post(
         "/create_and_upload_image", json={**words, **SIZE, "format": "png", "num_inference_steps": 5}
     ).json()
-    openai = house.client.post(
+    openai = running_app.client.post(
         "/v1/images/generations", json={**words, "size": "64x64", "num_inference_steps": 5}
     ).json()["data"][0]
-    webui = house.client.post(TXT2IMG, json={**words, **SIZE, "steps": 5}).json()
+    webui = running_app.client.post(TXT2IMG, json={**words, **SIZE, "steps": 5}).json()
     assert ours["key"] == openai["key"] == json.loads(webui["info"])["keys"][0]
     assert (openai["cached"], json.loads(webui["info"])["cached"]) == (True, [True])
-    assert len(house.squares.finished) == 1
+    assert len(running_app.squares.finished) == 1

@@ -17,17 +17,17 @@ from stable_diffusion_server.types import Caller
 ORDER = {"prompt": "a red square", "width": 64, "height": 64}
 
 
-def ask(house: RunningApp, **headers: Any) -> httpx.Response:
+def ask(running_app: RunningApp, **headers: Any) -> httpx.Response:
     named = {name.replace("_", "-"): value for name, value in headers.items()}
-    return house.client.get("/create_and_upload_image", params=ORDER, headers=named)
+    return running_app.client.get("/create_and_upload_image", params=ORDER, headers=named)
 
 
 @pytest.mark.parametrize(
     "host", ["127.0.0.1:8000", "localhost", "LOCALHOST:99", "localhost.", "127.1.2.3", "[::1]:8000"]
 )
-def test_loopback_names_are_served(house: RunningApp, host: str) -> None:
+def test_loopback_names_are_served(running_app: RunningApp, host: str) -> None:
     """Every spelling of this machine."""
-    assert ask(house, host=host).status_code == 200
+    assert ask(running_app, host=host).status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -38,20 +38,22 @@ def test_loopback_names_are_served(house: RunningApp, host: str) -> None:
     ],
 )
 @pytest.mark.parametrize("path", ["/create_and_upload_image", "/healthz", "/files/a.webp", "/docs"])
-def test_a_foreign_host_is_misdirected(house: RunningApp, host: str, path: str) -> None:
+def test_a_foreign_host_is_misdirected(running_app: RunningApp, host: str, path: str) -> None:
     """421 before anything else, on every path: a rebound name must not reach even the files."""
-    answer = house.client.get(path, params=ORDER, headers={"host": host})
+    answer = running_app.client.get(path, params=ORDER, headers={"host": host})
     assert answer.status_code == 421
     assert answer.headers["content-type"] == "application/problem+json"
-    assert house.squares.prepared == []
+    assert running_app.squares.prepared == []
 
 
-def test_names_from_the_settings_are_served(house_of: Callable[..., RunningApp]) -> None:
+def test_names_from_the_settings_are_served(run_app: Callable[..., RunningApp]) -> None:
     """ALLOWED_HOSTS and PUBLIC_BASE_URL name this server too, ports apart."""
-    house = house_of(allowed_hosts="draw.example, other.example:9000", public_base_url="https://pictures.example:444")
+    running_app = run_app(
+        allowed_hosts="draw.example, other.example:9000", public_base_url="https://pictures.example:444"
+    )
     for host in ("draw.example", "Draw.Example:1", "other.example", "pictures.example"):
-        assert ask(house, host=host).status_code == 200
-    assert ask(house, host="evil.example").status_code == 421
+        assert ask(running_app, host=host).status_code == 200
+    assert ask(running_app, host="evil.example").status_code == 421
 
 
 def test_a_wildcard_address_is_no_name() -> None:
@@ -73,37 +75,39 @@ def test_a_wildcard_address_is_no_name() -> None:
         {"sec_purpose": "prefetch;prerender"},
     ],
 )
-def test_a_page_of_another_origin_never_draws(house: RunningApp, headers: dict[str, str]) -> None:
+def test_a_page_of_another_origin_never_draws(running_app: RunningApp, headers: dict[str, str]) -> None:
     """A web page the user happens to visit cannot use the device, whether or not it could read the answer."""
-    assert ask(house, **headers).status_code == 403
-    assert house.client.post("/create_and_upload_image", data=ORDER, headers={"origin": "null"}).status_code == 403
-    assert house.squares.prepared == []
+    assert ask(running_app, **headers).status_code == 403
+    assert (
+        running_app.client.post("/create_and_upload_image", data=ORDER, headers={"origin": "null"}).status_code == 403
+    )
+    assert running_app.squares.prepared == []
 
 
 @pytest.mark.parametrize(
     "headers",
     [{}, {"origin": "http://127.0.0.1:8000"}, {"sec_fetch_site": "same-origin"}, {"sec_fetch_site": "none"}],
 )
-def test_the_servers_own_pages_and_no_page_at_all_draw(house: RunningApp, headers: dict[str, str]) -> None:
+def test_the_servers_own_pages_and_no_page_at_all_draw(running_app: RunningApp, headers: dict[str, str]) -> None:
     """curl, the address bar and the server's own docs."""
-    assert ask(house, **headers).status_code == 200
+    assert ask(running_app, **headers).status_code == 200
 
 
-def test_a_browser_that_only_sends_a_referer_is_held_to_it(house: RunningApp) -> None:
+def test_a_browser_that_only_sends_a_referer_is_held_to_it(running_app: RunningApp) -> None:
     """An <img> on another page, in a browser without Sec-Fetch-Site, still names its page."""
-    assert ask(house, referer="http://evil.example/page").status_code == 403
-    assert ask(house, referer="http://127.0.0.1:8000.evil.example/").status_code == 403
-    assert ask(house, referer="http://127.0.0.1:8000/docs").status_code == 200
-    assert ask(house, referer="http://evil.example/", sec_fetch_site="same-origin").status_code == 200
+    assert ask(running_app, referer="http://evil.example/page").status_code == 403
+    assert ask(running_app, referer="http://127.0.0.1:8000.evil.example/").status_code == 403
+    assert ask(running_app, referer="http://127.0.0.1:8000/docs").status_code == 200
+    assert ask(running_app, referer="http://evil.example/", sec_fetch_site="same-origin").status_code == 200
 
 
-def test_an_origin_from_the_settings_draws_and_reads(house_of: Callable[..., RunningApp]) -> None:
+def test_an_origin_from_the_settings_draws_and_reads(run_app: Callable[..., RunningApp]) -> None:
     """CORS_ORIGINS opens the door for one origin, preflight included, and for no other."""
-    house = house_of(cors_origins="https://app.example", api_keys="key")
-    asked = ask(house, origin="https://app.example", sec_fetch_site="cross-site", x_api_key="key")
+    running_app = run_app(cors_origins="https://app.example", api_keys="key")
+    asked = ask(running_app, origin="https://app.example", sec_fetch_site="cross-site", x_api_key="key")
     assert asked.status_code == 200
     assert asked.headers["access-control-allow-origin"] == "https://app.example"
-    preflight = house.client.options(
+    preflight = running_app.client.options(
         "/create_and_upload_image",
         headers={
             "origin": "https://app.example",
@@ -112,32 +116,32 @@ def test_an_origin_from_the_settings_draws_and_reads(house_of: Callable[..., Run
         },
     )
     assert preflight.status_code == 200
-    assert ask(house, origin="https://evil.example", x_api_key="key").status_code == 403
-    refused = ask(house, origin="https://app.example", x_api_key="wrong")
+    assert ask(running_app, origin="https://evil.example", x_api_key="key").status_code == 403
+    refused = ask(running_app, origin="https://app.example", x_api_key="wrong")
     assert (refused.status_code, refused.headers["access-control-allow-origin"]) == (401, "https://app.example")
 
 
-def test_without_cors_no_answer_is_readable_elsewhere(house: RunningApp) -> None:
+def test_without_cors_no_answer_is_readable_elsewhere(running_app: RunningApp) -> None:
     """No Access-Control header without the setting."""
-    answer = ask(house, origin="http://127.0.0.1:8000")
+    answer = ask(running_app, origin="http://127.0.0.1:8000")
     assert "access-control-allow-origin" not in answer.headers
 
 
 @pytest.mark.parametrize("address", ["192.168.1.9", "8.8.8.8", "fe80::1", "::ffff:8.8.8.8", "testclient"])
-def test_a_client_elsewhere_is_refused_without_keys(house_of: Callable[..., RunningApp], address: str) -> None:
+def test_a_client_elsewhere_is_refused_without_keys(run_app: Callable[..., RunningApp], address: str) -> None:
     """403 names the setting; what draws nothing is still answered."""
-    house = house_of(client=(address, 5))
-    refused = ask(house)
+    running_app = run_app(client=(address, 5))
+    refused = ask(running_app)
     assert refused.status_code == 403
     assert "API_KEYS" in refused.json()["detail"]
     assert "ALLOW_ANONYMOUS" in refused.json()["detail"]
-    assert house.client.get("/metrics").status_code == 403
-    assert house.client.get("/healthz").status_code == 200
+    assert running_app.client.get("/metrics").status_code == 403
+    assert running_app.client.get("/healthz").status_code == 200
 
 
-def test_anonymous_clients_are_let_in_when_the_operator_says_so(house_of: Callable[..., RunningApp]) -> None:
+def test_anonymous_clients_are_let_in_when_the_operator_says_so(run_app: Callable[..., RunningApp]) -> None:
     """ALLOW_ANONYMOUS=1 is a decision, not a default."""
-    assert ask(house_of(client=("192.168.1.9", 5), allow_anonymous=True)).status_code == 200
+    assert ask(run_app(client=("192.168.1.9", 5), allow_anonymous=True)).status_code == 200
 
 
 def admitted(policy: AccessPolicy, address: str, path: str = "/jobs", **headers: str) -> Caller:
@@ -173,38 +177,41 @@ def test_an_owner_that_was_written_down_is_read_back() -> None:
 
 
 @pytest.mark.fault(64)
-def test_a_forged_forwarded_header_changes_nothing(house_of: Callable[..., RunningApp]) -> None:
+def test_a_forged_forwarded_header_changes_nothing(run_app: Callable[..., RunningApp]) -> None:
     """Who the client is comes from the connection."""
-    house = house_of(client=("192.168.1.9", 5))
-    assert ask(house, x_forwarded_for="127.0.0.1", x_real_ip="127.0.0.1", forwarded="for=127.0.0.1").status_code == 403
+    running_app = run_app(client=("192.168.1.9", 5))
+    assert (
+        ask(running_app, x_forwarded_for="127.0.0.1", x_real_ip="127.0.0.1", forwarded="for=127.0.0.1").status_code
+        == 403
+    )
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "192.168.1.9"])
-def test_with_keys_everyone_needs_one(house_of: Callable[..., RunningApp], address: str) -> None:
+def test_with_keys_everyone_needs_one(run_app: Callable[..., RunningApp], address: str) -> None:
     """Any of the keys, by either header; none or a wrong one is 401, on this machine too."""
-    house = house_of(client=(address, 5), api_keys="first, second")
+    running_app = run_app(client=(address, 5), api_keys="first, second")
     right = [{"authorization": "Bearer first"}, {"authorization": "bearer second"}, {"x_api_key": "second"}]
     wrong = [{}, {"x_api_key": "third"}, {"x_api_key": ""}, {"authorization": "Basic first"}, {"x_api_key": "first,"}]
     wrong += [{"authorization": "Bearer "}, {"x_api_key": "f\u00efrst".encode("latin-1")}]
-    assert [ask(house, **headers).status_code for headers in right] == [200] * 3
-    refused = [ask(house, **headers) for headers in wrong]
+    assert [ask(running_app, **headers).status_code for headers in right] == [200] * 3
+    refused = [ask(running_app, **headers) for headers in wrong]
     assert [answer.status_code for answer in refused] == [401] * len(wrong)
     assert refused[0].headers["www-authenticate"] == "Bearer"
 
 
-def test_a_link_from_another_page_opens_the_docs_and_the_pictures(house: RunningApp) -> None:
+def test_a_link_from_another_page_opens_the_docs_and_the_pictures(running_app: RunningApp) -> None:
     """Reading draws nothing, so a link in a mail still works."""
-    path = ask(house).json()["path"]
+    path = ask(running_app).json()["path"]
     for url in ("/docs", "/openapi.json", path):
-        assert house.client.get(url, headers={"sec-fetch-site": "cross-site"}).status_code == 200
+        assert running_app.client.get(url, headers={"sec-fetch-site": "cross-site"}).status_code == 200
 
 
 @pytest.mark.parametrize(
     ("keys", "anonymous", "warned"), [("hunter2", True, True), ("hunter2", False, False), ("", True, False)]
 )
 def test_keys_beside_anonymous_clients_are_warned_of_at_the_start(
-    house_of: Callable[..., RunningApp], capfd: pytest.CaptureFixture[str], keys: str, anonymous: bool, warned: bool
+    run_app: Callable[..., RunningApp], capfd: pytest.CaptureFixture[str], keys: str, anonymous: bool, warned: bool
 ) -> None:
     """Until this version keys closed a server whatever ALLOW_ANONYMOUS said: who set both is told what it means now."""
-    house_of(api_keys=keys, allow_anonymous=anonymous)
+    run_app(api_keys=keys, allow_anonymous=anonymous)
     assert ("clients without a key may draw" in "".join(capfd.readouterr())) == warned

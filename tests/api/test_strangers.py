@@ -29,13 +29,13 @@ CHOSEN = "0123456789abcdef-job"
 
 @dataclass
 class One:
-    """One client of a house: by the headers it always sends."""
+    """One client of an app: by the headers it always sends."""
 
-    house: RunningApp
+    running_app: RunningApp
     headers: dict[str, str]
 
     def ask(self, method: str, path: str, headers: dict[str, str] | None = None, **more: Any) -> httpx.Response:
-        return self.house.client.request(method, path, headers={**self.headers, **(headers or {})}, **more)
+        return self.running_app.client.request(method, path, headers={**self.headers, **(headers or {})}, **more)
 
     def draw(self, headers: dict[str, str] | None = None, path: str = CREATE, **more: Any) -> httpx.Response:
         return self.ask("POST", path, headers, json={**ORDER, **more})
@@ -50,20 +50,20 @@ Two = tuple[RunningApp, One, One]
 
 
 @pytest.fixture
-def strangers(house_of: Callable[..., RunningApp]) -> Two:
+def strangers(run_app: Callable[..., RunningApp]) -> Two:
     """Two clients without a key, at two addresses."""
-    house = house_of(allow_anonymous=True, trusted_proxies="127.0.0.1")
-    return house, *(One(house, {"x-forwarded-for": address}) for address in ("203.0.113.5", "198.51.100.9"))
+    running_app = run_app(allow_anonymous=True, trusted_proxies="127.0.0.1")
+    return running_app, *(One(running_app, {"x-forwarded-for": address}) for address in ("203.0.113.5", "198.51.100.9"))
 
 
-def held(house: RunningApp, *secrets: str) -> list[One]:
-    return [One(house, {"x-api-key": secret}) for secret in secrets]
+def held(running_app: RunningApp, *secrets: str) -> list[One]:
+    return [One(running_app, {"x-api-key": secret}) for secret in secrets]
 
 
 @pytest.fixture
-def keys(house_of: Callable[..., RunningApp]) -> list[One]:
+def keys(run_app: Callable[..., RunningApp]) -> list[One]:
     """Clients with the keys ann, bob (neither marked), root (admin) and pre (with a prefix)."""
-    return held(house_of(api_keys=KEYS), "secret-a", "secret-b", "secret-r", "secret-p")
+    return held(run_app(api_keys=KEYS), "secret-a", "secret-b", "secret-r", "secret-p")
 
 
 @pytest.mark.fault(140)
@@ -76,7 +76,7 @@ def test_an_anonymous_caller_follows_its_job_by_the_id_and_no_list_tells_it(stra
         assert other.ask("GET", path).status_code == 403, path
         assert one.ask("GET", path).status_code == 403, path
     assert one.ended(job["id"])["state"] == "done"
-    moved = One(one.house, {"x-forwarded-for": "192.0.2.77"})
+    moved = One(one.running_app, {"x-forwarded-for": "192.0.2.77"})
     assert moved.ask("GET", f"/jobs/{job['id']}").json()["state"] == "done"
     assert "event: done" in moved.ask("GET", f"/jobs/{job['id']}/events").text
     for headers in ({"x-job-id": CHOSEN}, {"x-job-id": CHOSEN, **ASYNC}, {"x-job-id": CHOSEN, "idempotency-key": "1"}):
@@ -87,9 +87,9 @@ def test_an_anonymous_caller_follows_its_job_by_the_id_and_no_list_tells_it(stra
 @pytest.mark.fault(140)
 def test_an_anonymous_caller_changes_nothing_of_others(strangers: Two) -> None:
     """Deleting, overwriting and reading how it was made are refused; what it drew without a key is everyone's."""
-    house, one, other = strangers
+    running_app, one, other = strangers
     key = one.draw(save_path="mine.webp").json()["key"]
-    before = house.client.get(f"/files/{key}").content
+    before = running_app.client.get(f"/files/{key}").content
     assert other.ask("DELETE", f"/files/{key}").status_code == 403
     assert other.ask("GET", f"/files/{key}", params={"record": "1"}).status_code == 403
     for more in ({"overwrite": True, "prompt": "a blue square", "save_path": "mine.webp"}, {"overwrite": True}):
@@ -98,7 +98,7 @@ def test_an_anonymous_caller_changes_nothing_of_others(strangers: Two) -> None:
     picture = {"picture_file": before}
     first, second = (other.ask("POST", "/v1/replay", files=picture).json() for _ in range(2))
     assert first["key"] != second["key"], "no replay is written over another's"
-    assert house.client.get(f"/files/{key}").content == before
+    assert running_app.client.get(f"/files/{key}").content == before
 
 
 @pytest.mark.fault(140)
@@ -115,11 +115,11 @@ def test_idempotency_keys_and_choices_of_anonymous_callers_are_their_own(strange
 
 
 @pytest.mark.fault(140)
-def test_an_anonymous_task_is_seen_and_stopped_by_its_own_id_alone(house_of: Callable[..., RunningApp]) -> None:
+def test_an_anonymous_task_is_seen_and_stopped_by_its_own_id_alone(run_app: Callable[..., RunningApp]) -> None:
     """AUTOMATIC1111's progress, its preview and interrupt: by a force_task_id long enough, and by nothing else."""
     squares = FakeDenoiser(gate=threading.Event())
-    house = house_of(squares, allow_anonymous=True, trusted_proxies="127.0.0.1")
-    one, other = (One(house, {"x-forwarded-for": address}) for address in ("203.0.113.5", "198.51.100.9"))
+    running_app = run_app(squares, allow_anonymous=True, trusted_proxies="127.0.0.1")
+    one, other = (One(running_app, {"x-forwarded-for": address}) for address in ("203.0.113.5", "198.51.100.9"))
     name = "task(abcdefghij12345)"
     body = {**ORDER, "force_task_id": name, "steps": 4}
     with ThreadPoolExecutor(1) as pool:
@@ -163,9 +163,9 @@ def test_ids_that_keys_choose_are_their_own(keys: list[One]) -> None:
 
 
 @pytest.mark.fault(141)
-def test_an_accepted_job_is_never_hidden_by_a_request_of_its_id(house: RunningApp) -> None:
+def test_an_accepted_job_is_never_hidden_by_a_request_of_its_id(running_app: RunningApp) -> None:
     """A request that failed before it, and one that would wait after it, under the very same id and caller."""
-    one = One(house, {})
+    one = One(running_app, {})
     assert one.draw({"x-job-id": CHOSEN}, timeout=0.0001).status_code in (422, 504)
     assert one.draw({"x-job-id": CHOSEN, "idempotency-key": "k"}, prompt="an unpreparable square").status_code == 500
     assert one.ask("GET", f"/jobs/{CHOSEN}").json()["state"] == "failed"
@@ -204,11 +204,11 @@ def test_a_key_without_the_mark_touches_its_own_pictures_alone(keys: list[One]) 
 
 
 @pytest.mark.fault(142)
-def test_a_sole_key_and_the_operator_have_everything(house_of: Callable[..., RunningApp]) -> None:
+def test_a_sole_key_and_the_operator_have_everything(run_app: Callable[..., RunningApp]) -> None:
     """What a local server drew before keys were set is the sole key's too."""
-    house = house_of()
-    key = house.draw(prompt="a red square", save_path="old.webp").json()["key"]
-    sole = held(house_of(api_keys="only"), "only")[0]
+    running_app = run_app()
+    key = running_app.draw(prompt="a red square", save_path="old.webp").json()["key"]
+    sole = held(run_app(api_keys="only"), "only")[0]
     assert key in {picture["key"] for picture in sole.ask("GET", "/history").json()["pictures"]}
     assert sole.ask("GET", f"/files/{key}", params={"record": "1"}).status_code == 200
     assert sole.ask("DELETE", f"/files/{key}").status_code == 204
@@ -216,14 +216,14 @@ def test_a_sole_key_and_the_operator_have_everything(house_of: Callable[..., Run
 
 @pytest.mark.fault(143)
 @pytest.mark.parametrize("where", ["record", "history", "job"])
-def test_a_replay_tells_no_more_than_the_picture_itself(house_of: Callable[..., RunningApp], where: str) -> None:
+def test_a_replay_tells_no_more_than_the_picture_itself(run_app: Callable[..., RunningApp], where: str) -> None:
     """EMBED_METADATA=digest: who may not read the record cannot have it replayed into one of its own."""
     ann, bob, root, pre = held(
-        house_of(api_keys=KEYS, embed_metadata="digest"), "secret-a", "secret-b", "secret-r", "secret-p"
+        run_app(api_keys=KEYS, embed_metadata="digest"), "secret-a", "secret-b", "secret-r", "secret-p"
     )
     prompt = "a very private red square"
     path = ann.draw(prompt=prompt, save_path="a.png").json()["path"]
-    picture = {"picture_file": ann.house.client.get(path).content}
+    picture = {"picture_file": ann.running_app.client.get(path).content}
     for other in (bob, pre):
         refused = other.ask("POST", "/v1/replay", files=picture)
         assert (refused.status_code, refused.json()["field"]) == (422, "picture_file")
@@ -238,14 +238,14 @@ def test_a_replay_tells_no_more_than_the_picture_itself(house_of: Callable[..., 
 
 
 @pytest.mark.fault(144)
-def test_names_made_from_orders_are_no_ones_to_compute(house_of: Callable[..., RunningApp]) -> None:
+def test_names_made_from_orders_are_no_ones_to_compute(run_app: Callable[..., RunningApp]) -> None:
     """With keys another server's name is not this one's, nor another key's; without keys it is what it always was."""
-    open_key = house_of().draw(prompt="a red square").json()["key"]
-    house = house_of(api_keys=KEYS, url_secret=ONE)
-    made = [one.draw().json()["key"] for one in held(house, "secret-a", "secret-b", "secret-p")]
+    open_key = run_app().draw(prompt="a red square").json()["key"]
+    running_app = run_app(api_keys=KEYS, url_secret=ONE)
+    made = [one.draw().json()["key"] for one in held(running_app, "secret-a", "secret-b", "secret-p")]
     assert len({open_key.rpartition("/")[2], *(key.rpartition("/")[2] for key in made)}) == 4
-    assert house.client.get(f"/files/{open_key}").status_code in (200, 404)
-    twin, other = house_of(api_keys=KEYS, url_secret=ONE), house_of(api_keys=KEYS, url_secret=ONE[::-1])
+    assert running_app.client.get(f"/files/{open_key}").status_code in (200, 404)
+    twin, other = run_app(api_keys=KEYS, url_secret=ONE), run_app(api_keys=KEYS, url_secret=ONE[::-1])
     assert held(twin, "secret-a")[0].draw().json()["key"] == made[0], "replicas share the secret"
     assert held(other, "secret-a")[0].draw().json()["key"] != made[0]
 
@@ -291,9 +291,9 @@ def test_what_was_there_is_told_to_its_owner_and_admin_alone(keys: list[One]) ->
 
 @pytest.mark.fault(142)
 @pytest.mark.parametrize("path", [CREATE, "/make_image", "/v1/images/generations"])
-def test_a_private_picture_is_not_opened_by_asking_for_its_name(house_of: Callable[..., RunningApp], path: str) -> None:
+def test_a_private_picture_is_not_opened_by_asking_for_its_name(run_app: Callable[..., RunningApp], path: str) -> None:
     """Where addresses are signed, a name that another key has taken is refused, whatever the order."""
-    ann, bob, root = held(house_of(api_keys=KEYS, signed_url_seconds=60), "secret-a", "secret-b", "secret-r")
+    ann, bob, root = held(run_app(api_keys=KEYS, signed_url_seconds=60), "secret-a", "secret-b", "secret-r")
     size = {"size": "64x64", "width": None, "height": None} if path.startswith("/v1") else {}
     body = {name: value for name, value in {**ORDER, **size, "save_path": "p.webp", "seed": 3}.items() if value}
     assert [one.ask("POST", path, json=body).status_code for one in (ann, ann, root)] == [200] * 3
@@ -305,10 +305,10 @@ def test_a_private_picture_is_not_opened_by_asking_for_its_name(house_of: Callab
 
 
 @pytest.mark.fault(144)
-def test_keys_that_draw_one_picture_at_a_time_are_not_told_so(house_of: Callable[..., RunningApp]) -> None:
+def test_keys_that_draw_one_picture_at_a_time_are_not_told_so(run_app: Callable[..., RunningApp]) -> None:
     """The effort is shared on the device; `coalesced` is for admin."""
     squares = FakeDenoiser(gate=threading.Event())
-    ann, bob, root = held(house_of(squares, api_keys=KEYS), "secret-a", "secret-b", "secret-r")
+    ann, bob, root = held(run_app(squares, api_keys=KEYS), "secret-a", "secret-b", "secret-r")
     with ThreadPoolExecutor(3) as pool:
         first = pool.submit(ann.draw, seed=3)
         until(lambda: bool(squares.batches))
@@ -323,26 +323,28 @@ def test_keys_that_draw_one_picture_at_a_time_are_not_told_so(house_of: Callable
 @pytest.mark.fault(145)
 @pytest.mark.parametrize("headers", [{}, ASYNC, {"prefer": "respond-async, wait=20"}], ids=["waiting", "job", "wait"])
 @pytest.mark.parametrize("path", [CREATE, "/make_image", "/v1/images/generations"])
-def test_a_repeated_key_draws_again_what_was_deleted(house: RunningApp, path: str, headers: dict[str, str]) -> None:
+def test_a_repeated_key_draws_again_what_was_deleted(
+    running_app: RunningApp, path: str, headers: dict[str, str]
+) -> None:
     """The picture is gone: the key is as good as new, at every door and in every way to be answered."""
-    one, sent = One(house, {}), {"idempotency-key": "k", **headers}
+    one, sent = One(running_app, {}), {"idempotency-key": "k", **headers}
     size = {"size": "64x64"} if path.startswith("/v1") else {"width": 64, "height": 64}
     body = {"prompt": "a red square", "seed": 5, "save_path": "k.webp", **size}
 
     def stored() -> bool:
-        return house.client.get("/files/static/uploads/k.webp").status_code == 200
+        return running_app.client.get("/files/static/uploads/k.webp").status_code == 200
 
     first = one.ask("POST", path, sent, json=body)
     assert first.status_code in (200, 202), first.text
     until(stored)
     assert one.ask("POST", path, sent, json=body).headers["idempotency-replayed"] == "true"
     until(lambda: one.ask("POST", path, sent, json=body).status_code in (200, 202))
-    drawn = len(house.squares.prepared)
+    drawn = len(running_app.squares.prepared)
     assert one.ask("DELETE", "/files/static/uploads/k.webp").status_code == 204
     again = one.ask("POST", path, sent, json=body)
     assert (again.status_code, "idempotency-replayed" in again.headers) == (first.status_code, False), again.text
     until(stored)
-    assert len(house.squares.prepared) == drawn + 1
+    assert len(running_app.squares.prepared) == drawn + 1
 
 
 @dataclass(frozen=True)
@@ -361,17 +363,17 @@ class _Telling(FakeDenoiser):
 
 
 @pytest.mark.fault(146)
-def test_how_the_server_stands_is_told_to_keys_alone(house_of: Callable[..., RunningApp], tmp_path: Path) -> None:
+def test_how_the_server_stands_is_told_to_keys_alone(run_app: Callable[..., RunningApp], tmp_path: Path) -> None:
     """Without one the state alone: no folder of a model, and no sentence of what is missing."""
-    house = house_of(_Telling(), api_keys=KEYS)
+    running_app = run_app(_Telling(), api_keys=KEYS)
     for headers in ({}, {"x-api-key": "wrong"}, {"authorization": "Basic eHg6eHg="}):
-        told = house.client.get("/readyz", headers=headers)
+        told = running_app.client.get("/readyz", headers=headers)
         assert (told.status_code, told.json()["status"]) == (200, "ready")
         assert not any(value for name, value in told.json().items() if name != "status")
-    assert "private-weights" in house.client.get("/readyz", headers={"x-api-key": "secret-b"}).text
-    assert "private-weights" in house_of(_Telling()).client.get("/readyz").text, "the operator's own server"
+    assert "private-weights" in running_app.client.get("/readyz", headers={"x-api-key": "secret-b"}).text
+    assert "private-weights" in run_app(_Telling()).client.get("/readyz").text, "the operator's own server"
     for elsewhere in (
-        house_of(_Telling(), client=("203.0.113.5", 5)),
-        house_of(_Telling(), client=("203.0.113.5", 5), allow_anonymous=True),
+        run_app(_Telling(), client=("203.0.113.5", 5)),
+        run_app(_Telling(), client=("203.0.113.5", 5), allow_anonymous=True),
     ):
         assert not elsewhere.client.get("/readyz").json()["models"]

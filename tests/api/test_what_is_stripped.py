@@ -20,28 +20,28 @@ GPS = 0x8825
 @pytest.mark.fault(22, 28)
 @pytest.mark.parametrize("kind", ["webp", "png", "jpeg"])
 @pytest.mark.parametrize("brought", BROUGHT)
-def test_only_pixels_are_stored(house_of: Callable[..., RunningApp], brought: str, kind: str) -> None:
+def test_only_pixels_are_stored(run_app: Callable[..., RunningApp], brought: str, kind: str) -> None:
     """No place, no name, no profile and no second file, in any format, even where the picture hardly changes."""
     assert SECRET in PHOTOGRAPH
     assert Image.open(io.BytesIO(PHOTOGRAPH)).getexif().get_ifd(GPS)
-    house = house_of(FakeImageDenoiser())
+    running_app = run_app(FakeImageDenoiser())
     asked = {"prompt": "a red square", "strength": "0.3", "save_path": f"out.{kind}"}
-    answer = house.client.post(STYLE, data=asked, files={"image_file": ("photo.jpg", BROUGHT[brought])})
+    answer = running_app.client.post(STYLE, data=asked, files={"image_file": ("photo.jpg", BROUGHT[brought])})
     assert answer.status_code == 200, answer.text
-    files = [path.read_bytes() for path in (house.folder / "bucket").rglob("*") if path.is_file()]
+    files = [path.read_bytes() for path in (running_app.folder / "bucket").rglob("*") if path.is_file()]
     assert not [data for data in files if SECRET in data or b"index.html" in data]
-    stored = Image.open(io.BytesIO(house.client.get(answer.json()["path"]).content))
+    stored = Image.open(io.BytesIO(running_app.client.get(answer.json()["path"]).content))
     assert stored.format == kind.upper()
     assert not stored.getexif().get_ifd(GPS)
     assert "icc_profile" not in stored.info
 
 
 @pytest.mark.fault(31)
-def test_more_kinds_are_taken_where_a_setting_names_them(house_of: Callable[..., RunningApp]) -> None:
+def test_more_kinds_are_taken_where_a_setting_names_them(run_app: Callable[..., RunningApp]) -> None:
     """GIF and AVIF by EXTRA_IMAGE_FORMATS; without it they are 415."""
     for changes, status in (({}, 415), ({"extra_image_formats": "gif,avif"}, 200)):
-        house = house_of(FakeImageDenoiser(), **changes)
+        running_app = run_app(FakeImageDenoiser(), **changes)
         for data in (gif_of_frames(2), file_of(disc(), "AVIF")):
             files = {"image_file": ("odd", data)}
             asked = {"prompt": "a red square", "overwrite": "1"}
-            assert house.client.post(STYLE, data=asked, files=files).status_code == status
+            assert running_app.client.post(STYLE, data=asked, files=files).status_code == status

@@ -70,15 +70,15 @@ def test_a_flood_leaves_room_in_the_queue_for_the_device(engine_of: EngineOf, ga
 
 
 @pytest.mark.fault(156)
-def test_a_flood_of_jobs_leaves_room_for_those_of_others(house_of: Callable[..., RunningApp]) -> None:
+def test_a_flood_of_jobs_leaves_room_for_those_of_others(run_app: Callable[..., RunningApp]) -> None:
     """Of 20 that may wait one key gets 18: 429 names its share; other keys hand theirs in."""
     squares = FakeDenoiser(gate=threading.Event())
-    house = house_of(squares, **KEYS, jobs_max_queued=20, jobs_concurrency=1)
+    running_app = run_app(squares, **KEYS, jobs_max_queued=20, jobs_concurrency=1)
 
     def hand_in(secret: str, number: int) -> tuple[int, str]:
         asked = {"prompt": f"a red square {number}", "width": 64, "height": 64}
         headers = {"X-API-Key": secret, "Prefer": "respond-async"}
-        answer = house.client.post("/create_and_upload_image", json=asked, headers=headers)
+        answer = running_app.client.post("/create_and_upload_image", json=asked, headers=headers)
         return answer.status_code, answer.text
 
     assert hand_in("a", 0)[0] == 202

@@ -24,12 +24,12 @@ from stable_diffusion_server.app.process_tuning import freeze_gc
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_caps_and_step_times_are_in_the_metrics(house_of: Callable[..., Any]) -> None:
+def test_caps_and_step_times_are_in_the_metrics(run_app: Callable[..., Any]) -> None:
     """By shape: how many may share a step, and how long one takes."""
-    house = house_of()
+    running_app = run_app()
     for n in range(2):
-        assert house.draw(prompt=f"a square {n}", width=128, height=192).status_code == 200
-    text = house.client.get("/metrics").text
+        assert running_app.draw(prompt=f"a square {n}", width=128, height=192).status_code == 200
+    text = running_app.client.get("/metrics").text
     assert 'sds_batch_cap{shape="sdxl 128x192"} 1.0' in text
     assert 'sds_step_seconds{jobs="1",shape="sdxl 128x192"}' in text
 

@@ -33,17 +33,17 @@ sys.stdin.read()
 
 
 @pytest.mark.fault(51, 52)
-def test_while_another_takes_the_memory_callers_are_told_to_come_back(house_of: Callable[..., RunningApp]) -> None:
+def test_while_another_takes_the_memory_callers_are_told_to_come_back(run_app: Callable[..., RunningApp]) -> None:
     """503 with Retry-After and nothing stored; when the other has gone, the same order is drawn."""
     painter = OutOfMemoryDenoiser(room=0)
-    house = house_of(painter)
-    refused = house.draw(prompt="a red square", save_path="a.webp")
+    running_app = run_app(painter)
+    refused = running_app.draw(prompt="a red square", save_path="a.webp")
     assert (refused.status_code, refused.json()["type"].rsplit(":", 1)[1]) == (503, "out-of-memory")
     assert int(refused.headers["retry-after"]) > 0
-    assert house.client.get("/files/static/uploads/a.webp").status_code == 404
-    assert house.client.get("/readyz").status_code == 200
+    assert running_app.client.get("/files/static/uploads/a.webp").status_code == 404
+    assert running_app.client.get("/readyz").status_code == 200
     painter.room = 1
-    drawn = house.draw(prompt="a red square", save_path="a.webp")
+    drawn = running_app.draw(prompt="a red square", save_path="a.webp")
     assert (drawn.status_code, drawn.json()["cached"]) == (200, False)
 
 

@@ -41,14 +41,14 @@ def quick_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("quick_waits")
 @pytest.mark.parametrize("name", ["ENOSPC", "EDQUOT", "EROFS", "EIO"])
 def test_jobs_wait_for_a_disk_that_takes_nothing(
-    house_of: Callable[..., RunningApp], monkeypatch: pytest.MonkeyPatch, name: str
+    run_app: Callable[..., RunningApp], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     """Six accepted, then every write to the disk fails: none of them fails, new ones are refused, /readyz says why.
 
     The disk's own error is raised where files are made sure of, since a test cannot break a disk in each way.
     """
-    house = house_of(FakeDenoiser(seconds_per_step=0.1))
-    jobs = [accepted(house.client, number) for number in range(6)]
+    running_app = run_app(FakeDenoiser(seconds_per_step=0.1))
+    jobs = [accepted(running_app.client, number) for number in range(6)]
     sure, broken = os.fsync, True
 
     def fsync(handle: int) -> None:
@@ -57,41 +57,41 @@ def test_jobs_wait_for_a_disk_that_takes_nothing(
         sure(handle)
 
     monkeypatch.setattr(os, "fsync", fsync)
-    assert house.client.post(CREATE, json=order(8)).status_code == 503
-    until(lambda: house.client.get("/readyz").status_code == 503, 60)
-    assert os.strerror(getattr(errno, name)) in house.client.get("/readyz").json()["missing"][0]
-    refused = house.client.post(CREATE, json=order(7), headers=ASYNC)
+    assert running_app.client.post(CREATE, json=order(8)).status_code == 503
+    until(lambda: running_app.client.get("/readyz").status_code == 503, 60)
+    assert os.strerror(getattr(errno, name)) in running_app.client.get("/readyz").json()["missing"][0]
+    refused = running_app.client.post(CREATE, json=order(7), headers=ASYNC)
     assert (refused.status_code, refused.json()["type"].rsplit(":", 1)[1]) == (503, "storage-unavailable")
     assert refused.headers["retry-after"]
     time.sleep(1)  # some turns of the jobs
-    states = {house.client.get(job).json()["state"] for job in jobs}
+    states = {running_app.client.get(job).json()["state"] for job in jobs}
     assert states <= {"queued", "running", "done"}, states
     broken = False
-    until(lambda: {house.client.get(job).json()["state"] for job in jobs} == {"done"}, 180)
-    until(lambda: house.client.get("/readyz").status_code == 200, 60)
-    assert house.client.post(CREATE, json=order(8)).status_code == 200
+    until(lambda: {running_app.client.get(job).json()["state"] for job in jobs} == {"done"}, 180)
+    until(lambda: running_app.client.get("/readyz").status_code == 200, 60)
+    assert running_app.client.post(CREATE, json=order(8)).status_code == 200
 
 
 @pytest.mark.fault(137)
 @pytest.mark.usefixtures("quick_waits")
 def test_a_job_that_waits_for_the_disk_can_be_cancelled_and_has_its_deadline(
-    house_of: Callable[..., RunningApp], monkeypatch: pytest.MonkeyPatch
+    run_app: Callable[..., RunningApp], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Waiting is no prison: cancelled by its id, or ended by its own timeout, while the disk is still full."""
-    house = house_of(FakeDenoiser(seconds_per_step=0.05))
-    late = house.client.post(CREATE, json={**order(1), "timeout": 3}, headers=ASYNC).headers["location"]
-    other = accepted(house.client, 2)
+    running_app = run_app(FakeDenoiser(seconds_per_step=0.05))
+    late = running_app.client.post(CREATE, json={**order(1), "timeout": 3}, headers=ASYNC).headers["location"]
+    other = accepted(running_app.client, 2)
     monkeypatch.setattr("stable_diffusion_server.files.disk_space.MIN_FREE_BYTES", 2**70)
-    until(lambda: house.client.get("/readyz").status_code == 503, 60)
-    if house.client.get(other).json()["state"] != "done":
-        assert house.client.delete(other).json()["state"] == "cancelled"
-    until(lambda: house.client.get(late).json()["state"] in ("failed", "done"), 30)
+    until(lambda: running_app.client.get("/readyz").status_code == 503, 60)
+    if running_app.client.get(other).json()["state"] != "done":
+        assert running_app.client.delete(other).json()["state"] == "cancelled"
+    until(lambda: running_app.client.get(late).json()["state"] in ("failed", "done"), 30)
 
 
 @pytest.mark.fault(137)
 @pytest.mark.usefixtures("quick_waits")
 def test_jobs_wait_when_neither_the_bucket_nor_the_spool_takes_anything(
-    house_of: Callable[..., RunningApp],
+    run_app: Callable[..., RunningApp],
     s3_server: StorageServer,
     rascal_before: Callable[[StorageServer], MisbehavingStore],
     monkeypatch: pytest.MonkeyPatch,
@@ -100,17 +100,17 @@ def test_jobs_wait_when_neither_the_bucket_nor_the_spool_takes_anything(
     rascal, name = rascal_before(s3_server), make_s3_bucket(s3_server)
     keys = {key: value.get_secret_value() for key, value in KEYS.items()}
     where = {"storage_provider": "r2", "bucket_name": name, "r2_endpoint_url": rascal.url, "storage_timeout": 3.0}
-    house = house_of(FakeDenoiser(seconds_per_step=0.05), **where, **keys)
-    jobs = [accepted(house.client, number) for number in range(4)]
+    running_app = run_app(FakeDenoiser(seconds_per_step=0.05), **where, **keys)
+    jobs = [accepted(running_app.client, number) for number in range(4)]
     rascal.rule = lambda method, path, headers: "close"
     monkeypatch.setattr("stable_diffusion_server.files.disk_space.MIN_FREE_BYTES", 2**70)
-    house.client.post(CREATE, json=order(9))  # finds out that the bucket is down
-    until(lambda: house.client.get("/readyz").status_code == 503, 60)
-    assert house.client.post(CREATE, json=order(7), headers=ASYNC).status_code == 503
-    assert not [job for job in jobs if house.client.get(job).json()["state"] == "failed"]
+    running_app.client.post(CREATE, json=order(9))  # finds out that the bucket is down
+    until(lambda: running_app.client.get("/readyz").status_code == 503, 60)
+    assert running_app.client.post(CREATE, json=order(7), headers=ASYNC).status_code == 503
+    assert not [job for job in jobs if running_app.client.get(job).json()["state"] == "failed"]
     rascal.rule = lambda method, path, headers: ""
-    until(lambda: {house.client.get(job).json()["state"] for job in jobs} == {"done"}, 180)
-    until(lambda: house.client.get("/readyz").status_code == 200, 60)
+    until(lambda: {running_app.client.get(job).json()["state"] for job in jobs} == {"done"}, 180)
+    until(lambda: running_app.client.get("/readyz").status_code == 200, 60)
 
 
 _ON_A_SMALL_DISK = 'mount -t tmpfs -o size=40m none "$1" || exit 77; shift; exec "$@"'

@@ -117,15 +117,15 @@ def answers(port: int, path: str) -> bool:
 
 @pytest.mark.parametrize("jump", [-3600.0, 86_400.0 * 400])
 def test_a_clock_that_jumps_while_pictures_are_drawn_changes_nothing(
-    house_of: Callable[..., RunningApp], monkeypatch: pytest.MonkeyPatch, jump: float
+    run_app: Callable[..., RunningApp], monkeypatch: pytest.MonkeyPatch, jump: float
 ) -> None:
     """Back an hour, or on for a year: orders with a timeout are drawn, jobs end, and what is stored is found."""
-    house = house_of(FakeDenoiser(seconds_per_step=0.02), rate_limit="1000/minute")
+    running_app = run_app(FakeDenoiser(seconds_per_step=0.02), rate_limit="1000/minute")
     asked: dict[str, Any] = {"timeout": 30, "save_path": "before.webp"}
-    answer = house.client.post(CREATE, json={**ORDER, **asked}, headers={"Prefer": "respond-async"})
+    answer = running_app.client.post(CREATE, json={**ORDER, **asked}, headers={"Prefer": "respond-async"})
     right = time.time
     monkeypatch.setattr(time, "time", lambda: right() + jump)
-    until(lambda: house.client.get(answer.headers["location"]).json()["state"] == "done")
-    assert house.draw(prompt="a red square", timeout=30, save_path="after.webp").status_code == 200
-    assert house.draw(prompt="a red square", save_path="before.webp").json()["cached"]
-    assert house.client.get("/readyz").status_code == 200
+    until(lambda: running_app.client.get(answer.headers["location"]).json()["state"] == "done")
+    assert running_app.draw(prompt="a red square", timeout=30, save_path="after.webp").status_code == 200
+    assert running_app.draw(prompt="a red square", save_path="before.webp").json()["cached"]
+    assert running_app.client.get("/readyz").status_code == 200

@@ -162,18 +162,18 @@ def test_no_name_leads_out_of_the_folder(tmp_path: Path, name: str) -> None:
 
 
 @pytest.fixture
-def house(house_of: Callable[..., RunningApp]) -> RunningApp:
+def running_app(run_app: Callable[..., RunningApp]) -> RunningApp:
     """An app over retouchers, which draws small and quickly."""
-    return house_of(FakeImageDenoiser(), max_side=256, max_body_bytes=100_000)
+    return run_app(FakeImageDenoiser(), max_side=256, max_body_bytes=100_000)
 
 
-def is_well_answered(house: RunningApp, answer: Any) -> None:
+def is_well_answered(running_app: RunningApp, answer: Any) -> None:
     """A picture or a refusal that says what is wrong; and the server is alive."""
     assert answer.status_code == 200 or 400 <= answer.status_code < 500, answer.text
     if answer.status_code != 200:
         assert answer.headers["content-type"] == "application/problem+json"
         assert answer.json()["detail"]
-    assert house.client.get("/healthz").status_code == 200
+    assert running_app.client.get("/healthz").status_code == 200
 
 
 @pytest.mark.fault(5)
@@ -185,14 +185,16 @@ def is_well_answered(house: RunningApp, answer: Any) -> None:
 @example("e\u0301" * 2000)
 @example("\U0001f469\u200d\U0001f680")
 @example("%s%n{0}${jndi:ldap://x}<script>'\"; DROP TABLE jobs;--")
-def test_any_text_is_a_prompt_or_refused(house: RunningApp, prompt: str) -> None:
+def test_any_text_is_a_prompt_or_refused(running_app: RunningApp, prompt: str) -> None:
     """Cleaned once it is clean; through the door it is drawn, or refused as 4xx."""
     try:
         assert clean_prompt(clean_prompt(prompt)) == clean_prompt(prompt)
     except ValueError:
         assert any("\ud800" <= letter <= "\udfff" for letter in prompt)
     body = json.dumps({"prompt": prompt, "width": 64, "height": 64}).encode()
-    is_well_answered(house, house.client.post(CREATE, content=body, headers={"Content-Type": "application/json"}))
+    is_well_answered(
+        running_app, running_app.client.post(CREATE, content=body, headers={"Content-Type": "application/json"})
+    )
 
 
 VALUES = st.recursive(
@@ -225,9 +227,11 @@ SENT = {"prompt": "a red square", "width": 64, "height": 64}
 @example(b"\xef\xbb\xbf{}")
 @example(b"\xff\xfe{\0}\0")
 @example(b"{'prompt': NaN}")
-def test_any_json_is_drawn_or_refused(house: RunningApp, body: bytes) -> None:
+def test_any_json_is_drawn_or_refused(running_app: RunningApp, body: bytes) -> None:
     """Of every type, nested, infinite, doubled or cut off."""
-    is_well_answered(house, house.client.post(CREATE, content=body, headers={"Content-Type": "application/json"}))
+    is_well_answered(
+        running_app, running_app.client.post(CREATE, content=body, headers={"Content-Type": "application/json"})
+    )
 
 
 SDAPI_NAMES = st.sampled_from(
@@ -246,10 +250,10 @@ SDAPI_NAMES = st.sampled_from(
 @example("/sdapi/v1/txt2img", {"override_settings": {"sd_model_checkpoint": {"a": []}}})
 @example("/sdapi/v1/txt2img", {"prompt": "<lora::::>" * 90 + "[a:b:1." * 90 + "(a:1" * 90})
 @example("/sdapi/v1/img2img", {"init_images": ["data:image/png;" * 900 + ",", "\ud800"]})
-def test_any_json_to_automatic1111_is_drawn_or_refused(house: RunningApp, path: str, odd: dict[str, Any]) -> None:
+def test_any_json_to_automatic1111_is_drawn_or_refused(running_app: RunningApp, path: str, odd: dict[str, Any]) -> None:
     """In its own shape, and what is drawn can be told."""
     body = json.dumps({"prompt": "a", "width": 64, "height": 64, **odd}).encode()
-    answer = house.client.post(path, content=body, headers={"Content-Type": "application/json"})
+    answer = running_app.client.post(path, content=body, headers={"Content-Type": "application/json"})
     assert answer.status_code == 200 or 400 <= answer.status_code < 500, answer.text
     json.loads(answer.content.decode(), parse_constant=pytest.fail)
 
@@ -284,10 +288,10 @@ def test_any_text_is_json_that_can_be_written_again_or_refused(text: str, cut: i
 )
 @example({"Prefer": "respond-async, wait=" + "9" * 5_000})
 @example({"Content-Length": "9" * 5_000})
-def test_any_headers_are_read_or_refused(house: RunningApp, headers: dict[str, str]) -> None:
+def test_any_headers_are_read_or_refused(running_app: RunningApp, headers: dict[str, str]) -> None:
     """Whatever they say."""
     body = json.dumps(SENT).encode()
-    answer = house.client.post(CREATE, content=body, headers={"Content-Type": "application/json", **headers})
+    answer = running_app.client.post(CREATE, content=body, headers={"Content-Type": "application/json", **headers})
     assert answer.status_code < 500, answer.text
 
 
@@ -339,7 +343,7 @@ def form_of(parts: list[tuple[list[tuple[str, str]], bytes]]) -> bytes:
 @example(b'--edge\r\nContent-Disposition: form-data; name="prompt"; filename="\xff"\r\n\r\na\r\n--edge--\r\n')
 @example(b'--edge\r\nContent-Disposition: form-data; name="prompt"\r\n\r\n\xff\xfe\r\n--edge--\r\n')
 @example(b"--edge\n" * 1_000)
-def test_any_form_is_drawn_or_refused(house: RunningApp, body: bytes) -> None:
+def test_any_form_is_drawn_or_refused(running_app: RunningApp, body: bytes) -> None:
     """Parts without names, with two, in charsets nobody knows, cut off, or none."""
     kind = {"Content-Type": "multipart/form-data; boundary=edge"}
-    is_well_answered(house, house.client.post(STYLE, content=body, headers=kind))
+    is_well_answered(running_app, running_app.client.post(STYLE, content=body, headers=kind))

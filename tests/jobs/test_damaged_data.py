@@ -143,7 +143,7 @@ def test_a_damaged_row_holds_up_no_other(tmp_path: Path, table: str, column: str
     ],
 )
 def test_a_server_draws_what_is_whole_beside_a_damaged_job(
-    house_of: Callable[..., RunningApp], tmp_path: Path, change: str
+    run_app: Callable[..., RunningApp], tmp_path: Path, change: str
 ) -> None:
     """The whole ones are done; the damaged one has failed, and says so."""
     (tmp_path / "data").mkdir()
@@ -151,13 +151,13 @@ def test_a_server_draws_what_is_whole_beside_a_damaged_job(
     kept(path)
     with closing(sqlite3.connect(path)) as base_url, base_url:
         base_url.execute(f"UPDATE jobs SET {change} WHERE id = 'damaged'")  # noqa: S608  # written above
-    house = house_of()
+    running_app = run_app()
     for name in ("whole-1", "whole-2"):
-        until(lambda name=name: house.client.get(f"/jobs/{name}").json()["state"] == "done")
+        until(lambda name=name: running_app.client.get(f"/jobs/{name}").json()["state"] == "done")
     if not change.startswith("caller"):
-        until(lambda: house.client.get("/jobs/damaged").json()["state"] == "failed")
-        assert "damaged" in house.client.get("/jobs/damaged").json()["problem"]["detail"]
-    assert house.client.get("/jobs").status_code == 200
+        until(lambda: running_app.client.get("/jobs/damaged").json()["state"] == "failed")
+        assert "damaged" in running_app.client.get("/jobs/damaged").json()["problem"]["detail"]
+    assert running_app.client.get("/jobs").status_code == 200
 
 
 FILES = (
@@ -197,32 +197,32 @@ def damaged(path: Path, how: str) -> None:
 @pytest.mark.parametrize("how", ["garbage", "empty", "folder", "cut", "another program's", "a link to nothing"])
 @pytest.mark.parametrize("name", FILES)
 def test_a_damaged_file_holds_up_nothing(
-    house_of: Callable[..., RunningApp], tmp_path: Path, name: str, how: str
+    run_app: Callable[..., RunningApp], tmp_path: Path, name: str, how: str
 ) -> None:
     """Whatever stands in the place of any file: ready, a picture, its signed address, a job, the history."""
     data = tmp_path / "data"
     data.mkdir()
     damaged(data / name, how)
-    house = house_of(**SIGNED)
-    assert house.client.get("/readyz").json()["missing"] == []
-    receipt = house.client.get("/create_and_upload_image", params={**ASK, "seed": 5}).json()
+    running_app = run_app(**SIGNED)
+    assert running_app.client.get("/readyz").json()["missing"] == []
+    receipt = running_app.client.get("/create_and_upload_image", params={**ASK, "seed": 5}).json()
     assert httpx.URL(receipt["path"]).params["signature"]
-    assert house.client.get(receipt["path"]).status_code == 200
-    accepted = house.client.post("/create_and_upload_image", json=ASK, headers={"Prefer": "respond-async"})
+    assert running_app.client.get(receipt["path"]).status_code == 200
+    accepted = running_app.client.post("/create_and_upload_image", json=ASK, headers={"Prefer": "respond-async"})
     assert accepted.status_code == 202, accepted.text
-    until(lambda: house.client.get(accepted.headers["location"]).json()["state"] == "done")
-    assert house.client.get("/history").status_code == 200
-    until(lambda: len(house.client.get("/history").json()["pictures"]) >= 1)
+    until(lambda: running_app.client.get(accepted.headers["location"]).json()["state"] == "done")
+    assert running_app.client.get("/history").status_code == 200
+    until(lambda: len(running_app.client.get("/history").json()["pictures"]) >= 1)
 
 
 @pytest.mark.fault(153)
 @pytest.mark.parametrize("name", ["journal.db", "history.db"])
-def test_what_is_put_aside_is_kept_whole(house_of: Callable[..., RunningApp], tmp_path: Path, name: str) -> None:
+def test_what_is_put_aside_is_kept_whole(run_app: Callable[..., RunningApp], tmp_path: Path, name: str) -> None:
     """Under a name that says what it is, with the log beside it, and the new one starts empty."""
     (tmp_path / "data").mkdir()
     noise = os.urandom(5000)
     (tmp_path / "data" / name).write_bytes(noise)
-    house_of()
+    run_app()
     until(lambda: bool(list((tmp_path / "data").glob(f"{name}.broken-*"))))
     (aside,) = (tmp_path / "data").glob(f"{name}.broken-*")
     assert aside.read_bytes() == noise

@@ -106,10 +106,10 @@ def connections(monkeypatch: pytest.MonkeyPatch, trap: Trap) -> OutboundConnecti
 
 
 @pytest.fixture
-def house(house_of: Callable[..., RunningApp], friend: MisbehavingServer) -> RunningApp:
+def running_app(run_app: Callable[..., RunningApp], friend: MisbehavingServer) -> RunningApp:
     """A running app that may fetch from the friend, by two names and its number."""
     hosts = ("pictures.test", "pictures.test.", "xn--bcher-kva.test", "127.0.0.1")
-    return house_of(FakeImageDenoiser(), fetch_allow=",".join(f"{host}:{friend.port}" for host in hosts))
+    return run_app(FakeImageDenoiser(), fetch_allow=",".join(f"{host}:{friend.port}" for host in hosts))
 
 
 def filled(url: str, friend: MisbehavingServer, trap: Trap) -> str:
@@ -118,45 +118,47 @@ def filled(url: str, friend: MisbehavingServer, trap: Trap) -> str:
 
 @pytest.mark.fault(33, 34, 35, 36, 38)
 def test_no_hostile_address_is_dialled(
-    house: RunningApp, friend: MisbehavingServer, trap: Trap, connections: OutboundConnections
+    running_app: RunningApp, friend: MisbehavingServer, trap: Trap, connections: OutboundConnections
 ) -> None:
     """Each is refused by its parameter; the sockets saw the friend, and the public half of a name that turns."""
     assert len(HOSTILE) >= 100
     with recording(connections):
         for url in HOSTILE:
             asked = {"prompt": "a red square", "image_url": filled(url, friend, trap)}
-            answer = house.client.post(STYLE, json=asked)
+            answer = running_app.client.post(STYLE, json=asked)
             assert answer.status_code in (422, 502), (url, answer.text)
             assert answer.json()["field"] == "image_url", url
     assert set(connections.dialled) == {("127.0.0.1", friend.port), (PUBLIC, trap.port)}
     assert connections.dialled.count((PUBLIC, trap.port)) == 1, "the name that turns, at its public address"
     assert trap.came == []
-    assert house.squares.prepared == []
+    assert running_app.squares.prepared == []
 
 
 @pytest.mark.fault(33, 36)
 def test_friendly_addresses_are_fetched_all_the_same(
-    house: RunningApp, friend: MisbehavingServer, trap: Trap, connections: OutboundConnections
+    running_app: RunningApp, friend: MisbehavingServer, trap: Trap, connections: OutboundConnections
 ) -> None:
     """By name, by number, beyond ASCII, with a trailing dot, through redirects: what the operator allows."""
     assert len(FRIENDLY) >= 5
     with recording(connections):
         for url in FRIENDLY:
             asked = {"prompt": "a red square", "image_url": filled(url, friend, trap), "overwrite": True}
-            assert house.client.post(STYLE, json=asked).status_code == 200, url
+            assert running_app.client.post(STYLE, json=asked).status_code == 200, url
     assert set(connections.dialled) == {("127.0.0.1", friend.port)}
     assert trap.came == []
 
 
 @pytest.mark.fault(33, 34, 38)
 def test_no_webhook_leads_inside_either(
-    house: RunningApp, friend: MisbehavingServer, trap: Trap, connections: OutboundConnections
+    running_app: RunningApp, friend: MisbehavingServer, trap: Trap, connections: OutboundConnections
 ) -> None:
     """The same addresses as `webhook_url`: refused when they are asked for, or when the message is to be sent."""
     with recording(connections):
         for url in SPELLINGS:
             asked = {"prompt": "a red square", "width": 64, "height": 64, "webhook_url": filled(url, friend, trap)}
-            answer = house.client.post("/create_and_upload_image", json=asked, headers={"Prefer": "respond-async"})
+            answer = running_app.client.post(
+                "/create_and_upload_image", json=asked, headers={"Prefer": "respond-async"}
+            )
             assert (answer.status_code, answer.json()["field"]) == (422, "webhook_url"), url
     assert connections.dialled == []
     assert trap.came == []
@@ -164,14 +166,14 @@ def test_no_webhook_leads_inside_either(
 
 @pytest.mark.fault(35)
 def test_a_webhook_whose_name_turns_is_not_told(
-    house: RunningApp, trap: Trap, connections: OutboundConnections
+    running_app: RunningApp, trap: Trap, connections: OutboundConnections
 ) -> None:
     """Public when the job is accepted, inside when it has ended: the job is done, and nobody is dialled."""
     asked = {"prompt": "a red square", "width": 64, "height": 64, "webhook_url": "http://turns.test/hook"}
     with recording(connections):
-        answer = house.client.post("/create_and_upload_image", json=asked, headers={"Prefer": "respond-async"})
+        answer = running_app.client.post("/create_and_upload_image", json=asked, headers={"Prefer": "respond-async"})
         assert answer.status_code == 202, answer.text
-        until(lambda: house.client.get(f"/jobs/{answer.json()['id']}").json()["state"] == "done")
+        until(lambda: running_app.client.get(f"/jobs/{answer.json()['id']}").json()["state"] == "done")
         until(lambda: connections.asked.count("turns.test") >= 2)
     assert connections.dialled == []
     assert trap.came == []
@@ -277,7 +279,7 @@ def test_the_server_draws_nothing_for_itself(live_of: Callable[..., LiveServer])
 
 @pytest.mark.fault(39)
 def test_the_servers_storage_is_not_asked_with_its_keys(
-    house_of: Callable[..., RunningApp],
+    run_app: Callable[..., RunningApp],
     s3_server: StorageServer,
     rascal_before: Callable[[StorageServer], StorageRascal],
 ) -> None:
@@ -288,13 +290,13 @@ def test_the_servers_storage_is_not_asked_with_its_keys(
     keys = {"aws_access_key_id": "AKIAEXAMPLE", "aws_secret_access_key": "sesame-open"}
     source = {"prompt": "a red square", "image_url": f"{rascal.url}/{name}/a.png"}
 
-    closed = house_of(FakeImageDenoiser(), **storage, **keys)
+    closed = run_app(FakeImageDenoiser(), **storage, **keys)
     before = len(rascal.requests)
     answer = closed.client.post(STYLE, json=source)
     assert (answer.status_code, answer.json()["field"]) == (422, "image_url")
     assert not [path for _, path, _ in rascal.requests[before:] if path.endswith("a.png")]
 
-    allowed = house_of(
+    allowed = run_app(
         FakeImageDenoiser(), **storage, **keys, fetch_allow=f"127.0.0.1:{rascal.port}", data_dir=closed.folder / "two"
     )
     assert allowed.client.post(STYLE, json=source).status_code == 200
@@ -322,10 +324,10 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, str], int]] = {
 
 @pytest.mark.parametrize("prefer", ["", "respond-async"])
 def test_nothing_is_fetched_or_looked_up_before_limits_and_keys_are_checked(
-    house_of: Callable[..., RunningApp], friend: MisbehavingServer, connections: OutboundConnections, prefer: str
+    run_app: Callable[..., RunningApp], friend: MisbehavingServer, connections: OutboundConnections, prefer: str
 ) -> None:
     """Whatever an order is refused for, its addresses are not even looked up, nor is its webhook; at last a rate."""
-    house = house_of(
+    running_app = run_app(
         FakeImageDenoiser(),
         fetch_allow=f"pictures.test:{friend.port}",
         api_keys="ann:sesame;prefix=a/;rate=20/hour",
@@ -337,33 +339,33 @@ def test_nothing_is_fetched_or_looked_up_before_limits_and_keys_are_checked(
         order["webhook_url"] = "http://public.test/"
     with recording(connections):
         for what, (change, headers, status) in REFUSED.items():
-            answer = house.client.post(STYLE, json={**order, **change}, headers={**key, **headers})
+            answer = running_app.client.post(STYLE, json={**order, **change}, headers={**key, **headers})
             assert answer.status_code == status, (what, answer.text)
-        while (answer := house.client.post(STYLE, json={**order, "prompt": ""}, headers=key)).status_code == 422:
+        while (answer := running_app.client.post(STYLE, json={**order, "prompt": ""}, headers=key)).status_code == 422:
             pass
         assert answer.status_code == 429
-        assert house.client.post(STYLE, json=order, headers=key).status_code == 429
+        assert running_app.client.post(STYLE, json=order, headers=key).status_code == 429
     assert (connections.asked, connections.dialled, friend.heads) == ([], [], [])
 
 
 def test_a_server_that_goes_down_or_is_full_fetches_nothing(
-    house_of: Callable[..., RunningApp], friend: MisbehavingServer, connections: OutboundConnections
+    run_app: Callable[..., RunningApp], friend: MisbehavingServer, connections: OutboundConnections
 ) -> None:
     """A queue without room is told before an address is looked up."""
     squares = FakeDenoiser(gate=threading.Event())
     assert squares.gate is not None
-    house = house_of(
+    running_app = run_app(
         squares, fetch_allow=f"pictures.test:{friend.port}", queue_limit=1, max_batch=1, jobs_concurrency=2
     )
     for prompt in ("one", "two"):
-        house.client.post(
+        running_app.client.post(
             "/create_and_upload_image",
             json={"prompt": prompt, "width": 64, "height": 64},
             headers={"Prefer": "respond-async"},
         )
-    until(lambda: house.metric("sds_queue_waiting") == 1)
+    until(lambda: running_app.metric("sds_queue_waiting") == 1)
     order = {"prompt": "a red square", "image_url": f"http://pictures.test:{friend.port}/picture"}
     with recording(connections):
-        assert house.client.post(STYLE, json=order).status_code == 429
+        assert running_app.client.post(STYLE, json=order).status_code == 429
     squares.gate.set()
     assert (connections.asked, friend.heads) == ([], [])

@@ -21,12 +21,12 @@ def lines(logged: str) -> list[dict[str, Any]]:
 
 
 def test_a_request_is_one_line_with_its_id_key_and_reason(
-    house_of: Callable[..., RunningApp], capfd: pytest.CaptureFixture[str]
+    run_app: Callable[..., RunningApp], capfd: pytest.CaptureFixture[str]
 ) -> None:
     """The path without its query, since that holds the prompt; what the request led to carries the same id."""
-    house = house_of(api_keys="anna:secret-of-anna", log_format="json")
-    house.client.get(CREATE, params=ORDER, headers=KEY)
-    house.client.get(CREATE, params={**ORDER, "width": 1}, headers=KEY)
+    running_app = run_app(api_keys="anna:secret-of-anna", log_format="json")
+    running_app.client.get(CREATE, params=ORDER, headers=KEY)
+    running_app.client.get(CREATE, params={**ORDER, "width": 1}, headers=KEY)
     logged = "".join(capfd.readouterr())
     told = [line for line in lines(logged) if line.get("request_id") == "the-id"]
     requests = [line for line in told if line["event"] == "request" and line["path"] == CREATE]
@@ -41,11 +41,11 @@ def test_a_request_is_one_line_with_its_id_key_and_reason(
 
 
 def test_prompts_are_logged_where_the_operator_says_so(
-    house_of: Callable[..., RunningApp], capfd: pytest.CaptureFixture[str]
+    run_app: Callable[..., RunningApp], capfd: pytest.CaptureFixture[str]
 ) -> None:
     """LOG_PROMPTS=1: with the picture they led to, and nowhere else."""
-    house = house_of(log_prompts=True, log_format="json")
-    house.client.get(CREATE, params=ORDER)
+    running_app = run_app(log_prompts=True, log_format="json")
+    running_app.client.get(CREATE, params=ORDER)
     with_prompt = [line for line in lines("".join(capfd.readouterr())) if "confidential" in json.dumps(line)]
     assert [(line["event"], line["prompt"]) for line in with_prompt] == [("picture stored", ORDER["prompt"])]
 
@@ -62,12 +62,12 @@ def test_prompts_are_logged_where_the_operator_says_so(
     ],
 )
 def test_no_request_makes_a_long_line(
-    house_of: Callable[..., RunningApp], capfd: pytest.CaptureFixture[str], path: str, headers: dict[str, str]
+    run_app: Callable[..., RunningApp], capfd: pytest.CaptureFixture[str], path: str, headers: dict[str, str]
 ) -> None:
     """A path of 60 KB, refused or not found, costs a line of a few kilobytes, whatever JSON makes of it."""
-    house = house_of(log_format="json")
+    running_app = run_app(log_format="json")
     capfd.readouterr()
-    house.client.get(path, headers=headers)
+    running_app.client.get(path, headers=headers)
     logged = "".join(capfd.readouterr()).splitlines()
     assert [json.loads(line)["event"] for line in logged if line.startswith("{")][-1] == "request"
     assert max(map(len, logged)) < 12 * MAX_VALUE + 1000

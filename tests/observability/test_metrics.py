@@ -28,16 +28,16 @@ def figure(text: str, name: str) -> float:
     return next((float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.startswith(name + " ")), 0.0)
 
 
-def test_refusals_are_counted_by_reason_and_key(house_of: Callable[..., RunningApp]) -> None:
+def test_refusals_are_counted_by_reason_and_key(run_app: Callable[..., RunningApp]) -> None:
     """Who is refused, and why: a key by its name, never by its secret; who has none by an empty name."""
-    house = house_of(api_keys="anna:secret-of-anna")
+    running_app = run_app(api_keys="anna:secret-of-anna")
     order = {"prompt": "a red square", "width": 64, "height": 64}
     for _ in range(3):
-        assert house.client.get(CREATE, params=order).status_code == 401
-    assert house.client.get(CREATE, params={**order, "width": 1}, headers=KEY).status_code == 422
-    assert house.client.get("/nowhere", headers=KEY).status_code == 404
-    assert house.client.get(CREATE, params=order, headers={"host": "evil.example"}).status_code == 421
-    text = house.client.get("/metrics", headers=KEY).text
+        assert running_app.client.get(CREATE, params=order).status_code == 401
+    assert running_app.client.get(CREATE, params={**order, "width": 1}, headers=KEY).status_code == 422
+    assert running_app.client.get("/nowhere", headers=KEY).status_code == 404
+    assert running_app.client.get(CREATE, params=order, headers={"host": "evil.example"}).status_code == 421
+    text = running_app.client.get("/metrics", headers=KEY).text
     assert figure(text, 'sds_refusals_total{key="",reason="unauthorized"}') == 3
     assert figure(text, 'sds_refusals_total{key="anna",reason="invalid-input"}') == 1
     assert figure(text, 'sds_refusals_total{key="anna",reason="not-found"}') == 1
@@ -45,30 +45,30 @@ def test_refusals_are_counted_by_reason_and_key(house_of: Callable[..., RunningA
     assert "secret-of-anna" not in text
 
 
-def test_what_callers_invent_makes_no_figures_of_its_own(house: RunningApp) -> None:
+def test_what_callers_invent_makes_no_figures_of_its_own(running_app: RunningApp) -> None:
     """A path, a name or a prompt never becomes a label, so nobody can fill the memory with them."""
-    before = len(house.client.get("/metrics").text.splitlines())
+    before = len(running_app.client.get("/metrics").text.splitlines())
     for number in range(30):
-        house.client.get(f"/invented/{number}")
-        house.client.get(f"/files/{number}.webp")
-        house.client.get(f"/jobs/{number}")
-    text = house.client.get("/metrics").text
+        running_app.client.get(f"/invented/{number}")
+        running_app.client.get(f"/files/{number}.webp")
+        running_app.client.get(f"/jobs/{number}")
+    text = running_app.client.get("/metrics").text
     assert "invented" not in text
     assert figure(text, 'sds_http_requests_total{route="/files/{key:path}",status="404"}') == 30
     assert len(text.splitlines()) - before < 100, "a line for each bucket of a few doors"
 
 
-def test_waits_groups_and_stages_are_measured(house_of: Callable[..., RunningApp]) -> None:
+def test_waits_groups_and_stages_are_measured(run_app: Callable[..., RunningApp]) -> None:
     """How long orders waited, how many shared a step, and where a picture's seconds went."""
     squares = FakeDenoiser(gate=threading.Event())
     assert squares.gate is not None
-    house = house_of(squares, max_batch=4)
+    running_app = run_app(squares, max_batch=4)
     with ThreadPoolExecutor(4) as pool:
-        drawn = [pool.submit(house.draw, prompt=f"a red square {number}") for number in range(4)]
-        until(lambda: house.metric("sds_queue_running") + house.metric("sds_queue_waiting") == 4)
+        drawn = [pool.submit(running_app.draw, prompt=f"a red square {number}") for number in range(4)]
+        until(lambda: running_app.metric("sds_queue_running") + running_app.metric("sds_queue_waiting") == 4)
         squares.gate.set()
         assert [each.result().status_code for each in drawn] == [200] * 4
-    text = house.client.get("/metrics").text
+    text = running_app.client.get("/metrics").text
     assert figure(text, "sds_queue_seconds_count") == 4
     assert figure(text, "sds_batch_size_count") == figure(text, "sds_steps_total") == 16
     assert figure(text, "sds_batch_size_sum") > 16, "some steps were shared"
@@ -76,12 +76,12 @@ def test_waits_groups_and_stages_are_measured(house_of: Callable[..., RunningApp
         assert figure(text, f'sds_stage_seconds_count{{stage="{stage}"}}') == 4
 
 
-def test_guards_retries_and_failures_are_counted_by_their_cause(house_of: Callable[..., RunningApp]) -> None:
+def test_guards_retries_and_failures_are_counted_by_their_cause(run_app: Callable[..., RunningApp]) -> None:
     """A black picture, one begun anew for want of memory, one that failed."""
-    house = house_of(FakeImageDenoiser(spoil=["black"]))
-    assert house.draw(prompt="a red square").status_code == 200
-    assert house.draw(prompt="an unpreparable square").status_code == 500
-    text = house.client.get("/metrics").text
+    running_app = run_app(FakeImageDenoiser(spoil=["black"]))
+    assert running_app.draw(prompt="a red square").status_code == 200
+    assert running_app.draw(prompt="an unpreparable square").status_code == 500
+    text = running_app.client.get("/metrics").text
     assert (
         sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.startswith("sds_quality_checks_total{"))
         >= 1
@@ -89,27 +89,27 @@ def test_guards_retries_and_failures_are_counted_by_their_cause(house_of: Callab
     assert figure(text, 'sds_job_failures_total{kind="internal-error"}') == 1
 
 
-def test_what_is_begun_anew_is_counted(house_of: Callable[..., RunningApp]) -> None:
+def test_what_is_begun_anew_is_counted(run_app: Callable[..., RunningApp]) -> None:
     """The device had no room for the step until its tiles were smaller; the picture came all the same."""
-    house = house_of(OutOfMemoryDenoiser(room=0, shrinks=1))
-    assert house.draw(prompt="a red square").status_code == 200
-    assert house.metric('sds_job_retries_total{cause="out-of-memory"}') == 1
+    running_app = run_app(OutOfMemoryDenoiser(room=0, shrinks=1))
+    assert running_app.draw(prompt="a red square").status_code == 200
+    assert running_app.metric('sds_job_retries_total{cause="out-of-memory"}') == 1
 
 
-def test_jobs_and_their_journal_have_figures(house_of: Callable[..., RunningApp]) -> None:
+def test_jobs_and_their_journal_have_figures(run_app: Callable[..., RunningApp]) -> None:
     """What was accepted and has not ended, and the bytes of the record of it."""
     squares = FakeDenoiser(gate=threading.Event())
     assert squares.gate is not None
-    house = house_of(squares, jobs_concurrency=1)
+    running_app = run_app(squares, jobs_concurrency=1)
     for number in range(3):
         asked = {"prompt": f"a red square {number}", "width": 64, "height": 64}
-        assert house.client.post(CREATE, json=asked, headers={"Prefer": "respond-async"}).status_code == 202
-    until(lambda: house.metric('sds_accepted_jobs{state="running"}') == 1)
-    assert house.metric('sds_accepted_jobs{state="waiting"}') == 2
-    assert house.metric("sds_journal_bytes") > 0
-    assert house.metric("sds_journal_usable") == 1
+        assert running_app.client.post(CREATE, json=asked, headers={"Prefer": "respond-async"}).status_code == 202
+    until(lambda: running_app.metric('sds_accepted_jobs{state="running"}') == 1)
+    assert running_app.metric('sds_accepted_jobs{state="waiting"}') == 2
+    assert running_app.metric("sds_journal_bytes") > 0
+    assert running_app.metric("sds_journal_usable") == 1
     squares.gate.set()
-    until(lambda: house.metric('sds_accepted_jobs{state="waiting"}') == 0)
+    until(lambda: running_app.metric('sds_accepted_jobs{state="waiting"}') == 0)
 
 
 def test_readiness_is_a_figure(tmp_path: Path) -> None:

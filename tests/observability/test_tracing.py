@@ -70,12 +70,12 @@ def collector() -> Iterator[Collector]:
 
 
 def test_a_request_and_its_parts_are_spans_of_the_callers_trace(
-    house_of: Callable[..., RunningApp], collector: Collector
+    run_app: Callable[..., RunningApp], collector: Collector
 ) -> None:
     """The request by its door, and within it the looking, composing, drawing and keeping; no prompt in any of them."""
-    house = house_of(otel_exporter_otlp_endpoint=collector.url, api_keys="anna:secret-of-anna")
+    running_app = run_app(otel_exporter_otlp_endpoint=collector.url, api_keys="anna:secret-of-anna")
     headers = {**TRACE, "X-API-Key": "secret-of-anna", "X-Request-ID": "the-id"}
-    assert house.client.get(CREATE, params=ORDER, headers=headers).status_code == 200
+    assert running_app.client.get(CREATE, params=ORDER, headers=headers).status_code == 200
     until(lambda: len(collector.named(f"GET {CREATE}")) == 1, 30)
     (request,) = collector.named(f"GET {CREATE}")
     assert request.trace_id.hex() == CALLERS
@@ -90,25 +90,25 @@ def test_a_request_and_its_parts_are_spans_of_the_callers_trace(
     assert not [word for word in ("confidential", "secret-of-anna") if word in sent]
 
 
-def test_an_error_is_told_by_its_class_alone(house_of: Callable[..., RunningApp], collector: Collector) -> None:
+def test_an_error_is_told_by_its_class_alone(run_app: Callable[..., RunningApp], collector: Collector) -> None:
     """Messages may quote what was asked."""
-    house = house_of(otel_exporter_otlp_endpoint=collector.url)
-    assert house.draw(prompt="an unpreparable square").status_code == 500
+    running_app = run_app(otel_exporter_otlp_endpoint=collector.url)
+    assert running_app.draw(prompt="an unpreparable square").status_code == 500
     until(lambda: len(collector.named("generate")) == 1, 30)
     (span,) = collector.named("generate")
     assert facts(span)["error.type"]
     assert "cannot prepare" not in str(span)
 
 
-def test_a_collector_that_is_not_there_costs_no_request(house_of: Callable[..., RunningApp]) -> None:
+def test_a_collector_that_is_not_there_costs_no_request(run_app: Callable[..., RunningApp]) -> None:
     """Images are generated, stored and served as with tracing off; requests do not wait for the export."""
-    house = house_of(otel_exporter_otlp_endpoint="http://127.0.0.1:1")
+    running_app = run_app(otel_exporter_otlp_endpoint="http://127.0.0.1:1")
     for prompt in ("a red square", "a green square"):
-        answer = house.draw(prompt=prompt)
+        answer = running_app.draw(prompt=prompt)
         assert answer.status_code == 200
-        image = house.client.get(answer.json()["path"])
+        image = running_app.client.get(answer.json()["path"])
         assert (image.status_code, image.headers["content-type"]) == (200, "image/webp")
-    assert house.metric('sds_generations_total{source="drawn"}') == 2
+    assert running_app.metric('sds_generations_total{source="drawn"}') == 2
 
 
 def test_without_an_address_there_are_no_spans() -> None:

@@ -47,7 +47,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningApp]:
 
 
 @pytest.fixture
-def house(shared: RunningApp) -> RunningApp:
+def running_app(shared: RunningApp) -> RunningApp:
     """The same app, with nothing drawn yet."""
     shared.squares.prepared.clear()
     return shared
@@ -57,11 +57,11 @@ def post(client: TestClient, path: str, body: bytes, **headers: str) -> httpx.Re
     return client.post(path, content=body, headers={**JSON, **headers})
 
 
-def is_refused(house: RunningApp, answer: httpx.Response, *statuses: int) -> None:
+def is_refused(running_app: RunningApp, answer: httpx.Response, *statuses: int) -> None:
     """A 4xx that says why, and nothing was drawn."""
     assert answer.status_code in (statuses or (400, 413, 422)), (answer.status_code, answer.text[:300])
     assert len(answer.content) < 5000
-    assert house.squares.prepared == []
+    assert running_app.squares.prepared == []
 
 
 def asked(path: str, **more: Any) -> dict[str, Any]:
@@ -92,9 +92,9 @@ BOMBS: dict[str, bytes] = {
 @pytest.mark.fault(121, 122)
 @pytest.mark.parametrize("path", READING)
 @pytest.mark.parametrize("bomb", BOMBS)
-def test_a_body_made_to_take_memory_is_refused_in_every_dialect(house: RunningApp, path: str, bomb: str) -> None:
+def test_a_body_made_to_take_memory_is_refused_in_every_dialect(running_app: RunningApp, path: str, bomb: str) -> None:
     """4xx in few words, whether it is values, levels, quotes, names or digits that are many."""
-    is_refused(house, post(house.client, path, BOMBS[bomb]))
+    is_refused(running_app, post(running_app.client, path, BOMBS[bomb]))
 
 
 @pytest.mark.fault(121)
@@ -102,39 +102,39 @@ def test_a_body_made_to_take_memory_is_refused_in_every_dialect(house: RunningAp
 @pytest.mark.parametrize("shape", ["[1:", "<lora:a>", "(", "\u0315\u0323", "a ", "\\", "\U0001f469"])
 @pytest.mark.parametrize("length", [24_000, 700_000])
 def test_a_long_prompt_is_refused_by_name_before_it_is_read(
-    house: RunningApp, path: str, shape: str, length: int
+    running_app: RunningApp, path: str, shape: str, length: int
 ) -> None:
     """Of any shape, in every dialect, and so is what not to draw."""
     for name in ("prompt", "negative_prompt"):
         text = shape * (length // len(shape.encode()))
-        answer = post(house.client, path, json.dumps(asked(path, **{name: text}), ensure_ascii=False).encode())
-        is_refused(house, answer)
+        answer = post(running_app.client, path, json.dumps(asked(path, **{name: text}), ensure_ascii=False).encode())
+        is_refused(running_app, answer)
         assert answer.status_code == 413 or name in answer.text
 
 
 @pytest.mark.fault(121, 122)
 @pytest.mark.parametrize("path", [TXT2IMG, IMG2IMG, STYLE])
 @pytest.mark.parametrize("name", ["prompt", "negative_prompt", "sampler_name", "x", "styles"])
-def test_only_pictures_may_be_megabytes(house: RunningApp, path: str, name: str) -> None:
+def test_only_pictures_may_be_megabytes(running_app: RunningApp, path: str, name: str) -> None:
     """A text as long as a picture is refused where pictures are not, by its name, and never decoded."""
-    answer = post(house.client, path, json.dumps(asked(path, **{name: "<lora:a>" * 400_000})).encode())
-    is_refused(house, answer, 422)
+    answer = post(running_app.client, path, json.dumps(asked(path, **{name: "<lora:a>" * 400_000})).encode())
+    is_refused(running_app, answer, 422)
     assert name in answer.text
 
 
 @pytest.mark.fault(122)
-def test_pictures_in_json_have_a_size_and_a_number(house_of: Callable[..., RunningApp]) -> None:
+def test_pictures_in_json_have_a_size_and_a_number(run_app: Callable[..., RunningApp]) -> None:
     """One byte more than MAX_IMAGE_BYTES takes in base64 is refused, and so are 33 long ones."""
-    house = house_of(FakeImageDenoiser(), max_image_bytes=30_000)
+    running_app = run_app(FakeImageDenoiser(), max_image_bytes=30_000)
     most = 30_000 * 4 // 3 + 1024
     for pictures in (["A" * (most + 4)], ["A" * 8_000] * 33, ["A" * 8_000 + "é"], ["<" * 20_000]):
-        answer = post(house.client, IMG2IMG, json.dumps(asked(IMG2IMG, init_images=pictures)).encode())
-        is_refused(house, answer)
+        answer = post(running_app.client, IMG2IMG, json.dumps(asked(IMG2IMG, init_images=pictures)).encode())
+        is_refused(running_app, answer)
         assert "init_images" in answer.text
     noise = base64.b64encode(file_of(disc(64, 64))).decode()
     for escape in (lambda text: text, lambda text: text.replace("/", "\\/"), lambda text: text.replace("+", "\\u002B")):
         text = json.dumps(asked(IMG2IMG, init_images=["@"])).replace("@", escape(noise))
-        assert post(house.client, IMG2IMG, text.encode()).status_code == 200
+        assert post(running_app.client, IMG2IMG, text.encode()).status_code == 200
 
 
 ODD: dict[str, str] = {
@@ -158,11 +158,13 @@ ODD: dict[str, str] = {
 @pytest.mark.fault(123)
 @pytest.mark.parametrize("path", [*DRAWING, INPAINT, OPTIONS, PNG_INFO])
 @pytest.mark.parametrize("odd", ODD)
-def test_what_is_no_json_is_refused_by_name_before_anything_is_drawn(house: RunningApp, path: str, odd: str) -> None:
+def test_what_is_no_json_is_refused_by_name_before_anything_is_drawn(
+    running_app: RunningApp, path: str, odd: str
+) -> None:
     """Under a name that is not known, within a list or an object, in every dialect."""
     whole = json.dumps(asked(path, something="@")).replace('"@"', ODD[odd])
-    answer = post(house.client, path, whole.encode())
-    is_refused(house, answer, 400, 422)
+    answer = post(running_app.client, path, whole.encode())
+    is_refused(running_app, answer, 400, 422)
     assert "something" in answer.text
 
 
@@ -170,11 +172,11 @@ def test_what_is_no_json_is_refused_by_name_before_anything_is_drawn(house: Runn
 @pytest.mark.parametrize(
     "name", ["sampler_name", "sampler_index", "scheduler", "styles", "force_task_id", "alwayson_scripts"]
 )
-def test_no_parameter_of_automatic1111_takes_half_a_character(house: RunningApp, name: str) -> None:
+def test_no_parameter_of_automatic1111_takes_half_a_character(running_app: RunningApp, name: str) -> None:
     """Each is refused by name; once they were told after the picture was drawn, as a 500."""
     for value in ("\ud800", ["\udfff"], {"controlnet": {"args": [{"module": "\ud800canny"}]}}, {"\ud800": {}}):
-        answer = post(house.client, TXT2IMG, json.dumps(asked(TXT2IMG, **{name: value})).encode())
-        is_refused(house, answer, 422)
+        answer = post(running_app.client, TXT2IMG, json.dumps(asked(TXT2IMG, **{name: value})).encode())
+        is_refused(running_app, answer, 422)
         assert name in answer.text
 
 
@@ -204,23 +206,23 @@ RECORDS = [
 
 @pytest.mark.fault(124)
 @pytest.mark.parametrize("record", RECORDS)
-def test_whatever_a_picture_says_of_itself_png_info_can_answer(house: RunningApp, record: str) -> None:
+def test_whatever_a_picture_says_of_itself_png_info_can_answer(running_app: RunningApp, record: str) -> None:
     """Halves of characters, lists where texts belong, numbers that are none, thousands of levels: never a 500."""
     for picture in written(record):
-        answer = house.client.post(PNG_INFO, json={"image": base64.b64encode(picture).decode()})
+        answer = running_app.client.post(PNG_INFO, json={"image": base64.b64encode(picture).decode()})
         assert answer.status_code == 200, answer.text
         assert set(answer.json()) == {"info", "items", "parameters"}
-        is_refused(house, house.client.post(REPLAY, files={"picture_file": picture}), 422)
+        is_refused(running_app, running_app.client.post(REPLAY, files={"picture_file": picture}), 422)
 
 
 @pytest.mark.fault(124)
 @pytest.mark.parametrize(
     "text", [b"\xff\xfe" * 100, b"Steps: 4, " * 5_000, b"\n" * 90_000, b"Negative prompt: a\n" * 4_000, b"a" * 200_000]
 )
-def test_whatever_text_others_wrote_png_info_can_answer(house: RunningApp, text: bytes) -> None:
+def test_whatever_text_others_wrote_png_info_can_answer(running_app: RunningApp, text: bytes) -> None:
     """AUTOMATIC1111's own text, which anyone may have written, in both kinds of chunks."""
     for picture in (png(chunk(b"tEXt", b"parameters\0" + text)), png(chunk(b"iTXt", b"parameters\0\0\0\0\0" + text))):
-        answer = house.client.post(PNG_INFO, json={"image": base64.b64encode(picture).decode()})
+        answer = running_app.client.post(PNG_INFO, json={"image": base64.b64encode(picture).decode()})
         assert answer.status_code == 200, answer.text
 
 
@@ -237,20 +239,22 @@ def test_whatever_text_others_wrote_png_info_can_answer(house: RunningApp, text:
     ],
 )
 def test_whatever_others_wrote_beside_an_object_its_receipt_can_be_sent(
-    house: RunningApp, changes: dict[str, str]
+    running_app: RunningApp, changes: dict[str, str]
 ) -> None:
     """Numbers that are none are left out, halves of characters replaced; the picture is found all the same."""
     name = {"prompt": "a red square", "width": 64, "height": 64, "save_path": "kept.webp"}
-    assert house.client.post(CREATE, json=name).status_code == 200
+    assert running_app.client.post(CREATE, json=name).status_code == 200
     (facts,) = (
-        path for path in (house.folder).rglob("*kept.webp*") if path.is_file() and b'"record"' in path.read_bytes()
+        path
+        for path in (running_app.folder).rglob("*kept.webp*")
+        if path.is_file() and b'"record"' in path.read_bytes()
     )
     told = json.loads(facts.read_bytes())
     facts.write_text(json.dumps({**told, "record": {**told["record"], **changes}}))
     for answer in (
-        house.client.post(CREATE, json=name),
-        house.client.get("/files/static/uploads/kept.webp?record=1"),
-        house.client.post(OPENAI, json={"prompt": "a red square", "size": "64x64", "save_path": "kept.webp"}),
+        running_app.client.post(CREATE, json=name),
+        running_app.client.get("/files/static/uploads/kept.webp?record=1"),
+        running_app.client.post(OPENAI, json={"prompt": "a red square", "size": "64x64", "save_path": "kept.webp"}),
     ):
         assert answer.status_code == 200, answer.text
         json.loads(answer.content.decode(), parse_constant=pytest.fail)
@@ -267,9 +271,9 @@ DIGITS = "9" * 5000
 
 
 @pytest.mark.fault(125)
-def test_thousands_of_digits_are_no_number_anywhere(house: RunningApp) -> None:
+def test_thousands_of_digits_are_no_number_anywhere(running_app: RunningApp) -> None:
     """In headers, queries and ids: refused, or as if they were not there; never a 500 and never a broken stream."""
-    client = house.client
+    client = running_app.client
     answers = [
         client.post(CREATE, content=b"{}", headers={**JSON, "content-length": DIGITS}),
         client.post(CREATE, json=asked(CREATE), headers={"Prefer": f"wait={DIGITS}"}),
@@ -310,16 +314,18 @@ def test_thousands_of_digits_are_no_number_anywhere(house: RunningApp) -> None:
         {f"X-{number}": "a" * 10_000 for number in range(8)},
     ],
 )
-def test_a_head_that_is_too_long_is_refused_unread(house: RunningApp, headers: dict[str, str]) -> None:
+def test_a_head_that_is_too_long_is_refused_unread(running_app: RunningApp, headers: dict[str, str]) -> None:
     """431, whichever header it is, whatever server reads it."""
-    is_refused(house, house.client.post(CREATE, json=asked(CREATE), headers=headers), 431)
+    is_refused(running_app, running_app.client.post(CREATE, json=asked(CREATE), headers=headers), 431)
 
 
 @pytest.mark.fault(121)
-def test_a_query_that_is_too_long_is_refused_unread(house: RunningApp) -> None:
+def test_a_query_that_is_too_long_is_refused_unread(running_app: RunningApp) -> None:
     """431 for the head as a whole; and the longest prompt, percent-encoded, is well below."""
-    is_refused(house, house.client.get(f"{CREATE}?prompt={'a' * 64_000}", headers={"X-More": "a" * 3_000}), 431)
-    assert house.client.get(f"{CREATE}?width=64&height=64&prompt={'%C3%A4' * 4_000}").status_code == 200
+    is_refused(
+        running_app, running_app.client.get(f"{CREATE}?prompt={'a' * 64_000}", headers={"X-More": "a" * 3_000}), 431
+    )
+    assert running_app.client.get(f"{CREATE}?width=64&height=64&prompt={'%C3%A4' * 4_000}").status_code == 200
 
 
 @pytest.mark.fault(126)
@@ -327,44 +333,50 @@ def test_a_query_that_is_too_long_is_refused_unread(house: RunningApp) -> None:
     "charset",
     ["punycode", "idna", "utf-7", "utf-16", "unicode_escape", "raw_unicode_escape", "undefined", "hex", "none"],
 )
-def test_a_form_in_another_encoding_is_not_read(house: RunningApp, charset: str) -> None:
+def test_a_form_in_another_encoding_is_not_read(running_app: RunningApp, charset: str) -> None:
     """415: some of Python's codecs take time with the square of a text, raise errors of their own, make no text."""
     body = b'--edge\r\nContent-Disposition: form-data; name="prompt"\r\n\r\n\\ud800 xn--a \xff\r\n--edge--\r\n'
     for media_type in (
         f"multipart/form-data; boundary=edge; charset={charset}",
         f'multipart/form-data; charset="{charset}"; boundary=edge',
     ):
-        is_refused(house, house.client.post(CREATE, content=body, headers={"content-type": media_type}), 415)
+        is_refused(
+            running_app, running_app.client.post(CREATE, content=body, headers={"content-type": media_type}), 415
+        )
     utf8 = body.replace(b"\\ud800 xn--a \xff", "grün".encode()).replace(
         b"--edge--",
         b'--edge\r\nContent-Disposition: form-data; name="width"\r\n\r\n64\r\n--edge\r\n'
         b'Content-Disposition: form-data; name="height"\r\n\r\n64\r\n--edge--',
     )
     kind = {"content-type": "multipart/form-data; boundary=edge; charset=UTF-8"}
-    assert house.client.post(CREATE, content=utf8, headers=kind).status_code == 200
+    assert running_app.client.post(CREATE, content=utf8, headers=kind).status_code == 200
 
 
 @pytest.mark.fault(121, 126)
-def test_the_texts_of_a_form_are_bounded_together(house: RunningApp) -> None:
+def test_the_texts_of_a_form_are_bounded_together(running_app: RunningApp) -> None:
     """A hundred fields of half a megabyte, an encoded form of two, and media types of any length."""
     fields = {f"f{number}": (None, "a" * 500_000) for number in range(20)}
-    is_refused(house, house.client.post(STYLE, files=fields), 400, 413)
-    is_refused(house, house.client.post(STYLE, data={"prompt": "%41" * 700_000}), 413)
+    is_refused(running_app, running_app.client.post(STYLE, files=fields), 400, 413)
+    is_refused(running_app, running_app.client.post(STYLE, data={"prompt": "%41" * 700_000}), 413)
     for media_type in (f'multipart/form-data; boundary="{";" * 3_000}', f"multipart/form-data; {'a=b;' * 2_000}"):
-        is_refused(house, house.client.post(STYLE, content=b"--a", headers={"content-type": media_type}), 400, 415)
+        is_refused(
+            running_app, running_app.client.post(STYLE, content=b"--a", headers={"content-type": media_type}), 400, 415
+        )
 
 
 @pytest.mark.fault(127)
-def test_an_option_that_is_refused_changes_nothing(house: RunningApp) -> None:
+def test_an_option_that_is_refused_changes_nothing(running_app: RunningApp) -> None:
     """The model a caller chose stays chosen, whatever it asks for next."""
     chosen = [
-        model["title"] for model in house.client.get("/sdapi/v1/sd-models").json() if model["model_name"] == "flux"
+        model["title"]
+        for model in running_app.client.get("/sdapi/v1/sd-models").json()
+        if model["model_name"] == "flux"
     ]
-    assert house.client.post(OPTIONS, json={"sd_model_checkpoint": chosen[0]}).status_code == 200
+    assert running_app.client.post(OPTIONS, json={"sd_model_checkpoint": chosen[0]}).status_code == 200
     for refused in ("no such model", "x" * 5_000, 7, ["flux"], {"a": 1}, "sdxl\ud800"):
         body = json.dumps({"sd_model_checkpoint": refused}).encode()
-        assert post(house.client, OPTIONS, body).status_code == 422
-        assert house.client.get(OPTIONS).json()["sd_model_checkpoint"] == chosen[0]
+        assert post(running_app.client, OPTIONS, body).status_code == 422
+        assert running_app.client.get(OPTIONS).json()["sd_model_checkpoint"] == chosen[0]
 
 
 def test_marks_in_a_row_are_bounded_on_both_sides_of_the_edge() -> None:
@@ -409,13 +421,13 @@ def test_pictures_come_back_whole_whatever_their_length() -> None:
 
 @pytest.mark.fault(177)
 @pytest.mark.parametrize("escape", ["%", "%%", "%zz", "%F0%9F%98%80", "a=%&"])
-def test_a_form_has_so_many_escapes_and_is_refused_unread_beyond(house: RunningApp, escape: str) -> None:
+def test_a_form_has_so_many_escapes_and_is_refused_unread_beyond(running_app: RunningApp, escape: str) -> None:
     """Bare percent signs cost a thousand letters each: at the limit they are read, beyond it they are only counted."""
     count = 131_072 // escape.count("%")
     for path in ("/create_and_upload_image", "/v1/images/generations"):
         for more, refused in ((0, False), (1, True)):
             body = b"prompt=" + escape.encode() * (count + more)
             headers = {"Content-Type": "application/x-www-form-urlencoded"}
-            answer = house.client.post(path, content=body, headers=headers)
+            answer = running_app.client.post(path, content=body, headers=headers)
             assert 400 <= answer.status_code < 500
             assert ("percent signs" in answer.text) == refused, answer.text

@@ -124,7 +124,7 @@ def test_an_odd_entry_is_set_aside_and_the_rest_is_brought(
 
 @pytest.mark.fault(138)
 def test_a_server_over_a_spool_of_oddities_draws(
-    house_of: Callable[..., RunningApp], tmp_path: Path, s3_server: StorageServer
+    run_app: Callable[..., RunningApp], tmp_path: Path, s3_server: StorageServer
 ) -> None:
     """All of them at once, in DATA_DIR of a whole server, which is ready all the same."""
     folder = tmp_path / "data" / "spool"
@@ -133,8 +133,8 @@ def test_a_server_over_a_spool_of_oddities_draws(
         make(folder / f"{number:02}.spool")
     keys = {key: value.get_secret_value() for key, value in KEYS.items()}
     name = make_s3_bucket(s3_server)
-    house = house_of(storage_provider="r2", bucket_name=name, r2_endpoint_url=s3_server.url, **keys)
-    assert house.draw(prompt="a red square", save_path="a.webp").json()["stored"]
+    running_app = run_app(storage_provider="r2", bucket_name=name, r2_endpoint_url=s3_server.url, **keys)
+    assert running_app.draw(prompt="a red square", save_path="a.webp").json()["stored"]
 
 
 @pytest.mark.fault(138)

@@ -41,78 +41,78 @@ class House:
 
 
 @pytest.fixture
-def house(tmp_path: Path) -> House:
+def running_app(tmp_path: Path) -> House:
     return House(tmp_path)
 
 
-def test_what_was_seen_is_not_asked_for_again(house: House) -> None:
+def test_what_was_seen_is_not_asked_for_again(running_app: House) -> None:
     """Stored here or found there: the next hit costs nothing, and goes on through an outage."""
-    house.store.create("theirs", b"data", "image/webp", {})
-    ours, _ = house.bucket.create("ours", b"data", "image/webp", {})
-    theirs = house.bucket.stat("theirs")
-    house.store.off, asked = True, house.store.asked
-    assert house.bucket.stat("ours") == ours
-    assert house.bucket.stat("theirs") == theirs
-    assert house.store.asked == asked
+    running_app.store.create("theirs", b"data", "image/webp", {})
+    ours, _ = running_app.bucket.create("ours", b"data", "image/webp", {})
+    theirs = running_app.bucket.stat("theirs")
+    running_app.store.off, asked = True, running_app.store.asked
+    assert running_app.bucket.stat("ours") == ours
+    assert running_app.bucket.stat("theirs") == theirs
+    assert running_app.store.asked == asked
 
 
-def test_absence_is_never_remembered(house: House) -> None:
+def test_absence_is_never_remembered(running_app: House) -> None:
     """What another server stores a moment after a miss is found at once."""
-    assert house.bucket.stat("k") is None
-    house.store.create("k", b"data", "image/webp", {})
-    assert house.bucket.stat("k") is not None
+    assert running_app.bucket.stat("k") is None
+    running_app.store.create("k", b"data", "image/webp", {})
+    assert running_app.bucket.stat("k") is not None
 
 
-def test_what_is_deleted_or_overwritten_here_is_forgotten_at_once(house: House) -> None:
+def test_what_is_deleted_or_overwritten_here_is_forgotten_at_once(running_app: House) -> None:
     """No stale facts of our own making."""
-    house.bucket.create("k", b"data", "image/webp", {"seed": "1"})
-    new = house.bucket.overwrite("k", b"newer", "image/webp", {"seed": "2"})
-    assert house.bucket.stat("k") == new
-    house.bucket.delete("k")
-    assert house.bucket.stat("k") is None
+    running_app.bucket.create("k", b"data", "image/webp", {"seed": "1"})
+    new = running_app.bucket.overwrite("k", b"newer", "image/webp", {"seed": "2"})
+    assert running_app.bucket.stat("k") == new
+    running_app.bucket.delete("k")
+    assert running_app.bucket.stat("k") is None
 
 
-def test_what_others_delete_is_seen_when_its_time_is_over(house: House) -> None:
+def test_what_others_delete_is_seen_when_its_time_is_over(running_app: House) -> None:
     """Until then it is believed, and not a moment longer."""
-    house.bucket.create("k", b"data", "image/webp", {})
-    house.store.delete("k")
-    house.time = 4.9
-    assert house.bucket.stat("k") is not None
-    house.time = 5.0
-    assert house.bucket.stat("k") is None
+    running_app.bucket.create("k", b"data", "image/webp", {})
+    running_app.store.delete("k")
+    running_app.time = 4.9
+    assert running_app.bucket.stat("k") is not None
+    running_app.time = 5.0
+    assert running_app.bucket.stat("k") is None
 
 
 def test_the_oldest_gives_way_when_the_memory_is_full(tmp_path: Path) -> None:
     """The bound holds, and what is forgotten is asked for again."""
-    house = House(tmp_path, capacity=2)
+    running_app = House(tmp_path, capacity=2)
     for key in "abc":
-        house.bucket.create(key, b"data", "image/webp", {})
-    asked = house.store.asked
-    assert house.bucket.stat("c")
-    assert house.store.asked == asked
-    assert house.bucket.stat("a")
-    assert house.store.asked == asked + 1
+        running_app.bucket.create(key, b"data", "image/webp", {})
+    asked = running_app.store.asked
+    assert running_app.bucket.stat("c")
+    assert running_app.store.asked == asked
+    assert running_app.bucket.stat("a")
+    assert running_app.store.asked == asked + 1
 
 
-def test_what_waits_is_not_remembered_as_stored(house: House) -> None:
+def test_what_waits_is_not_remembered_as_stored(running_app: House) -> None:
     """Its address changes when it is brought, so it is looked up each time."""
-    house.store.off = True
-    assert house.bucket.create("k", b"data", "image/webp", {})[0].waiting
-    found = house.bucket.stat("k")
+    running_app.store.off = True
+    assert running_app.bucket.create("k", b"data", "image/webp", {})[0].waiting
+    found = running_app.bucket.stat("k")
     assert found is not None
     assert found.waiting
-    assert house.bucket.url("k") is None
+    assert running_app.bucket.url("k") is None
 
 
-def test_what_others_deleted_is_forgotten_when_it_cannot_be_read(house: House) -> None:
+def test_what_others_deleted_is_forgotten_when_it_cannot_be_read(running_app: House) -> None:
     """Remembered, yet gone: whoever reads it is told, and the next look asks the bucket."""
-    house.bucket.create("k", b"data", "image/webp", {})
-    house.store.delete("k")
-    assert house.bucket.cached("k") is not None
+    running_app.bucket.create("k", b"data", "image/webp", {})
+    running_app.store.delete("k")
+    assert running_app.bucket.cached("k") is not None
     with pytest.raises(NotFound):
-        house.bucket.read("k")
-    assert house.bucket.cached("k") is None
-    assert house.bucket.stat("k") is None
+        running_app.bucket.read("k")
+    assert running_app.bucket.cached("k") is None
+    assert running_app.bucket.stat("k") is None
 
 
 def test_what_is_known_no_longer_takes_no_room() -> None:

@@ -172,7 +172,7 @@ async def test_searches_of_one_caller_are_bounded_and_leave_the_threads_to_other
     assert sorted(answer.status_code for answer in answers) == [200] * MAX_PER_CALLER + [429] * 50
 
 
-def test_a_search_may_be_asked_again_when_the_others_have_ended(house: RunningApp) -> None:
+def test_a_search_may_be_asked_again_when_the_others_have_ended(running_app: RunningApp) -> None:
     """The count of a caller's searches goes down again."""
     for _ in range(3 * MAX_PER_CALLER):
-        assert house.client.get("/history?q=zzzz").status_code == 200
+        assert running_app.client.get("/history?q=zzzz").status_code == 200

@@ -26,30 +26,30 @@ GARBAGE: dict[str, Callable[[bytes], bytes]] = {
 @pytest.mark.parametrize("recorded", [True, False], ids=["with its record", "without a record"])
 @pytest.mark.parametrize("garbage", GARBAGE)
 def test_garbage_in_the_folder_counts_as_absent_and_is_drawn_anew(
-    house_of: Callable[..., RunningApp], garbage: str, recorded: bool
+    run_app: Callable[..., RunningApp], garbage: str, recorded: bool
 ) -> None:
     """Whether its record is still there or not: 404 for who asks for it, a whole picture for who draws it."""
-    house = house_of()
-    house.draw(prompt="a red square", save_path="a.webp")
-    root = house.folder / "bucket"
+    running_app = run_app()
+    running_app.draw(prompt="a red square", save_path="a.webp")
+    root = running_app.folder / "bucket"
     file, record = root / "objects" / NAME, root / "records" / NAME
     picture = file.read_bytes()
     file.unlink()
     file.write_bytes(GARBAGE[garbage](picture))
     if not recorded:
         record.unlink()
-    house = house_of()  # what was seen before is remembered for a moment, and not over a start
-    assert house.client.get(f"/files/{NAME}").status_code == 404
-    again = house.draw(prompt="a red square", save_path="a.webp")
+    running_app = run_app()  # what was seen before is remembered for a moment, and not over a start
+    assert running_app.client.get(f"/files/{NAME}").status_code == 404
+    again = running_app.draw(prompt="a red square", save_path="a.webp")
     assert (again.status_code, again.json()["cached"]) == (200, False), again.text
-    assert house.client.get(f"/files/{NAME}").content == file.read_bytes() == picture
+    assert running_app.client.get(f"/files/{NAME}").content == file.read_bytes() == picture
 
 
 @pytest.mark.fault(194)
 @pytest.mark.parametrize("name", ["notes.txt", "model.bin", "page.html"])
-def test_what_claims_to_be_no_picture_is_let_be(house: RunningApp, name: str) -> None:
+def test_what_claims_to_be_no_picture_is_let_be(running_app: RunningApp, name: str) -> None:
     """Files of other kinds that someone put there are theirs."""
-    root = house.folder / "bucket"
+    root = running_app.folder / "bucket"
     (root / "objects" / name).write_bytes(b"something else")
     bucket = LocalBucket(root)
     bucket.open()

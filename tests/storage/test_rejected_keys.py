@@ -80,9 +80,9 @@ def behind(
 
 
 @pytest.fixture
-def house(house_of: Callable[..., RunningApp], behind: tuple[str, MisbehavingStore]) -> RunningApp:
+def running_app(run_app: Callable[..., RunningApp], behind: tuple[str, MisbehavingStore]) -> RunningApp:
     """A server whose pictures go there."""
-    return house_of(**settings_of(behind))
+    return run_app(**settings_of(behind))
 
 
 def settings_of(behind: tuple[str, MisbehavingStore]) -> dict[str, Any]:
@@ -96,104 +96,104 @@ def keys_in(server: StorageServer, name: str) -> set[str]:
     return {item["Key"].removeprefix("static/uploads/") for item in listed} - {".stable-diffusion-server"}
 
 
-def letters(house: RunningApp) -> list[str]:
-    return [letter.key for letter in DeadLetters(house.folder / "data" / "dead-letters", 10**9).listed()]
+def letters(running_app: RunningApp) -> list[str]:
+    return [letter.key for letter in DeadLetters(running_app.folder / "data" / "dead-letters", 10**9).listed()]
 
 
 @pytest.mark.fault(132)
 @pytest.mark.parametrize("kind", FOR_GOOD)
 def test_a_refused_name_is_told_to_its_caller_and_to_nobody_else(
-    house: RunningApp, behind: tuple[str, MisbehavingStore], s3_server: StorageServer, kind: str
+    running_app: RunningApp, behind: tuple[str, MisbehavingStore], s3_server: StorageServer, kind: str
 ) -> None:
     """422 that names save_path; the next picture is stored at once, and nothing waits or is down."""
     behind[1].rule, name = FOR_GOOD[kind]
-    before = house.metric("sds_storage_failures_total")
+    before = running_app.metric("sds_storage_failures_total")
     for _ in range(3):
-        answer = house.draw(prompt="a red square", save_path=name)
+        answer = running_app.draw(prompt="a red square", save_path=name)
         assert (answer.status_code, answer.json()["field"]) == (422, "save_path"), answer.text
-    after = house.draw(prompt="a blue square", save_path="next.webp")
+    after = running_app.draw(prompt="a blue square", save_path="next.webp")
     assert (after.status_code, after.json()["stored"]) == (200, True)
     assert keys_in(s3_server, behind[0]) == {"next.webp"}
-    assert (house.metric("sds_spool_pictures"), house.metric("sds_storage_failures_total")) == (0, before)
-    assert house.client.get("/readyz").status_code == 200
+    assert (running_app.metric("sds_spool_pictures"), running_app.metric("sds_storage_failures_total")) == (0, before)
+    assert running_app.client.get("/readyz").status_code == 200
 
 
 @pytest.mark.fault(133)
 @pytest.mark.parametrize("kind", ALL)
 def test_a_poisoned_object_holds_up_nothing_that_is_spooled_behind_it(
-    house: RunningApp, behind: tuple[str, MisbehavingStore], s3_server: StorageServer, kind: str
+    running_app: RunningApp, behind: tuple[str, MisbehavingStore], s3_server: StorageServer, kind: str
 ) -> None:
     """An outage spools it first and six others after it; then it alone is refused: the others arrive, it is kept."""
     rascal = behind[1]
     rule, name = ALL[kind]
     rascal.rule = lambda method, path, headers: "close"
-    drawn = [house.draw(prompt="a red square", save_path=name)]
-    drawn += [house.draw(prompt=f"a blue square {n}", save_path=f"{n}.webp") for n in range(6)]
+    drawn = [running_app.draw(prompt="a red square", save_path=name)]
+    drawn += [running_app.draw(prompt=f"a blue square {n}", save_path=f"{n}.webp") for n in range(6)]
     assert [(answer.status_code, answer.json()["stored"]) for answer in drawn] == [(200, False)] * 7
     rascal.rule = rule
     until(lambda: keys_in(s3_server, behind[0]) == {f"{n}.webp" for n in range(6)}, 60)
-    fresh = house.draw(prompt="a green square", save_path="fresh.webp")
+    fresh = running_app.draw(prompt="a green square", save_path="fresh.webp")
     assert fresh.json()["stored"], "the storage does not count as down"
     if kind in FOR_GOOD:
-        until(lambda: letters(house) == [f"static/uploads/{name}"])
-        assert house.metric("sds_dead_letters") == 1
+        until(lambda: letters(running_app) == [f"static/uploads/{name}"])
+        assert running_app.metric("sds_dead_letters") == 1
     else:
-        assert house.metric("sds_spool_pictures") == 1
-    given = house.client.get(drawn[0].json()["path"])
+        assert running_app.metric("sds_spool_pictures") == 1
+    given = running_app.client.get(drawn[0].json()["path"])
     assert (given.status_code, given.content[8:12]) == (200, b"WEBP"), "its caller has an address of it"
     rascal.rule = lambda method, path, headers: ""
     rascal.release.set()
     if kind in FOR_GOOD:
         with suppress(SystemExit):
-            commands.manage_dead_letters(house.folder / "data", "retry", ["all"])
+            commands.manage_dead_letters(running_app.folder / "data", "retry", ["all"])
     until(lambda: name in keys_in(s3_server, behind[0]), 60)
-    until(lambda: (house.metric("sds_spool_pictures"), house.metric("sds_dead_letters")) == (0, 0))
+    until(lambda: (running_app.metric("sds_spool_pictures"), running_app.metric("sds_dead_letters")) == (0, 0))
 
 
 @pytest.mark.fault(133)
 def test_what_no_try_brings_is_set_aside_in_the_end(
-    house: RunningApp, behind: tuple[str, MisbehavingStore], monkeypatch: pytest.MonkeyPatch
+    running_app: RunningApp, behind: tuple[str, MisbehavingStore], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After as many tries as the limit says, here two, with the storage's own words."""
     monkeypatch.setattr("stable_diffusion_server.storage.spool_uploader._MAX_TRIES", 2)
     behind[1].rule = poisoned("PreconditionFailed", 412)
-    assert not house.draw(prompt="a red square", save_path="poison.webp").json()["stored"]
-    until(lambda: letters(house) == ["static/uploads/poison.webp"], 60)
-    [letter] = DeadLetters(house.folder / "data" / "dead-letters", 10**9).listed()
+    assert not running_app.draw(prompt="a red square", save_path="poison.webp").json()["stored"]
+    until(lambda: letters(running_app) == ["static/uploads/poison.webp"], 60)
+    [letter] = DeadLetters(running_app.folder / "data" / "dead-letters", 10**9).listed()
     assert "busy" in letter.reason
 
 
 @pytest.mark.fault(132)
 @pytest.mark.parametrize(("code", "status"), [("AccessDenied", 403), ("ExpiredToken", 400), ("InvalidRequest", 400)])
 def test_a_refusal_of_every_name_is_of_the_storage(
-    house: RunningApp, behind: tuple[str, MisbehavingStore], s3_server: StorageServer, code: str, status: int
+    running_app: RunningApp, behind: tuple[str, MisbehavingStore], s3_server: StorageServer, code: str, status: int
 ) -> None:
     """Denied or expired for everything: the pictures wait, nobody is told that his name is bad, none is set aside."""
     behind[1].rule = lambda method, path, headers: refused(code, status) if method == "PUT" else ""
     for number in range(2):
-        answer = house.draw(prompt="a red square", save_path=f"{number}.webp")
+        answer = running_app.draw(prompt="a red square", save_path=f"{number}.webp")
         assert (answer.status_code, answer.json()["stored"]) == (200, False), answer.text
-    assert letters(house) == []
+    assert letters(running_app) == []
     behind[1].rule = lambda method, path, headers: ""
     until(lambda: keys_in(s3_server, behind[0]) == {"0.webp", "1.webp"}, 60)
 
 
 @pytest.mark.fault(132)
 def test_a_name_made_here_that_is_refused_is_not_its_callers_fault(
-    house: RunningApp, behind: tuple[str, MisbehavingStore]
+    running_app: RunningApp, behind: tuple[str, MisbehavingStore]
 ) -> None:
     """No parameter is named, since none would mend it: 502, and the next named picture is stored."""
     behind[1].rule = lambda method, path, headers: (
         refused("InvalidArgument", 400) if re.search(r"/[0-9a-f]{16,}[^/]*$", path) and method == "PUT" else ""
     )
-    answer = house.draw(prompt="a red square")
+    answer = running_app.draw(prompt="a red square")
     assert (answer.status_code, answer.json()["type"].rsplit(":", 1)[1]) == (502, "storage-refused"), answer.text
-    assert house.draw(prompt="a red square", save_path="fine.webp").json()["stored"]
+    assert running_app.draw(prompt="a red square", save_path="fine.webp").json()["stored"]
 
 
 @pytest.mark.fault(132)
 def test_who_may_not_list_is_told_403_of_what_is_absent_and_draws(
-    house: RunningApp, behind: tuple[str, MisbehavingStore], s3_server: StorageServer
+    running_app: RunningApp, behind: tuple[str, MisbehavingStore], s3_server: StorageServer
 ) -> None:
     """AWS answers so without s3:ListBucket: that is no refusal, and the picture is stored under its name."""
     there = keys_in(s3_server, behind[0])
@@ -203,7 +203,7 @@ def test_who_may_not_list_is_told_403_of_what_is_absent_and_draws(
         return Said(403) if method == "HEAD" and absent else ""
 
     behind[1].rule = rule
-    answer = house.draw(prompt="a red square", save_path="a.webp")
+    answer = running_app.draw(prompt="a red square", save_path="a.webp")
     assert (answer.status_code, answer.json()["stored"]) == (200, True), answer.text
 
 
@@ -218,20 +218,22 @@ def test_what_is_refused_of_every_object_alike_is_found_at_the_start(behind: tup
 
 
 @pytest.mark.fault(132)
-def test_rights_without_those_to_delete_are_no_outage(house: RunningApp, behind: tuple[str, MisbehavingStore]) -> None:
+def test_rights_without_those_to_delete_are_no_outage(
+    running_app: RunningApp, behind: tuple[str, MisbehavingStore]
+) -> None:
     """The deletion is refused to who asked for it; what is drawn then is stored at once."""
-    key = house.draw(prompt="a red square", save_path="a.webp").json()["key"]
-    before = house.metric("sds_storage_failures_total")
+    key = running_app.draw(prompt="a red square", save_path="a.webp").json()["key"]
+    before = running_app.metric("sds_storage_failures_total")
     behind[1].rule = lambda method, path, headers: refused("AccessDenied", 403) if method == "DELETE" else ""
-    assert house.client.delete(f"/files/{key}").status_code == 502
-    assert house.draw(prompt="a red square", save_path="b.webp").json()["stored"]
-    assert house.metric("sds_storage_failures_total") == before
+    assert running_app.client.delete(f"/files/{key}").status_code == 502
+    assert running_app.draw(prompt="a red square", save_path="b.webp").json()["stored"]
+    assert running_app.metric("sds_storage_failures_total") == before
 
 
 @pytest.mark.fault(132)
 @pytest.mark.parametrize(("status", "methods"), [(400, "POST GET"), (403, "POST"), (413, "POST"), (412, "POST")])
 def test_googles_refusals_of_one_name_stay_with_it(
-    house_of: Callable[..., RunningApp],
+    run_app: Callable[..., RunningApp],
     gcs_server: StorageServer,
     rascal_before: Callable[[StorageServer], MisbehavingStore],
     monkeypatch: pytest.MonkeyPatch,
@@ -241,13 +243,13 @@ def test_googles_refusals_of_one_name_stay_with_it(
     """422 for what is refused for good; what meets other writers waits. The next picture is stored either way."""
     rascal = rascal_before(gcs_server)
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", rascal.url)
-    house = house_of(storage_provider="gcs", bucket_name=make_gcs_bucket(gcs_server), storage_timeout=2.0)
+    running_app = run_app(storage_provider="gcs", bucket_name=make_gcs_bucket(gcs_server), storage_timeout=2.0)
     said = Said(status, b'{"error": {"message": "as the test asked"}}', {"Content-Type": "application/json"})
     rascal.rule = lambda method, path, headers: said if "poison" in path and method in methods.split() else ""
     rascal.body_rule = lambda method, body: said if method in methods.split() and b"poison" in body else ""
-    answer = house.draw(prompt="a red square", save_path="poison.webp")
+    answer = running_app.draw(prompt="a red square", save_path="poison.webp")
     assert answer.status_code == (200 if status == 412 else 422), answer.text
-    assert house.draw(prompt="a red square", save_path="fine.webp").json()["stored"]
+    assert running_app.draw(prompt="a red square", save_path="fine.webp").json()["stored"]
 
 
 @pytest.mark.fault(132)

@@ -111,12 +111,12 @@ def test_lists_of_one_caller_leave_threads_to_others(
     function = {"sd-models": "models_body", "samplers": "samplers_body", "loras": "loras_body"}[name]
     right = getattr(responses, function)
 
-    def slow(house: object) -> object:
+    def slow(running_app: object) -> object:
         under_way[0] += 1
         most[0] = max(most[0], under_way[0])
         time.sleep(0.05)
         under_way[0] -= 1
-        return right(house)
+        return right(running_app)
 
     monkeypatch.setattr(responses, function, slow)
     live = live_of(api_keys=",".join(f"{who}:{secret}" for who, secret in SECRETS.items()))

@@ -31,12 +31,12 @@ def bucket(behind: tuple[str, MisbehavingStore]) -> Bucket:
 
 
 @pytest.fixture
-def house(house_of: Callable[..., RunningApp], behind: tuple[str, MisbehavingStore]) -> RunningApp:
+def running_app(run_app: Callable[..., RunningApp], behind: tuple[str, MisbehavingStore]) -> RunningApp:
     """A server whose pictures go there."""
     name, rascal = behind
     keys = {key: value.get_secret_value() for key, value in KEYS.items()}
     settings: dict[str, Any] = {"storage_provider": "r2", "bucket_name": name, "storage_timeout": 3.0, **keys}
-    return house_of(r2_endpoint_url=rascal.url, public_base_url=f"{rascal.url}/{name}", **settings)
+    return run_app(r2_endpoint_url=rascal.url, public_base_url=f"{rascal.url}/{name}", **settings)
 
 
 def keys_in(server: StorageServer, name: str) -> set[str]:
@@ -97,33 +97,33 @@ def test_a_refusal_is_told_in_one_sentence_and_passes(
 @pytest.mark.fault(46, 49)
 @pytest.mark.parametrize("word", ["expired", "skewed"])
 def test_while_writes_are_refused_no_picture_is_lost(
-    house: RunningApp, behind: tuple[str, MisbehavingStore], s3_server: StorageServer, word: str
+    running_app: RunningApp, behind: tuple[str, MisbehavingStore], s3_server: StorageServer, word: str
 ) -> None:
     """Drawn, answered, kept on the disk; in the bucket once the storage takes writes again."""
     name, rascal = behind
     rascal.only = {"PUT", "HEAD"}
     rascal.mischief.extend(["", *[word] * 500])
-    answer = house.draw(prompt="a red square", save_path="kept.webp")
+    answer = running_app.draw(prompt="a red square", save_path="kept.webp")
     assert (answer.status_code, answer.json()["stored"]) == (200, False), answer.text
     assert keys_in(s3_server, name) == set()
     rascal.mischief.clear()
     until(lambda: keys_in(s3_server, name) == {"kept.webp"}, 60)
-    assert house.draw(prompt="a red square", save_path="kept.webp").json()["cached"]
+    assert running_app.draw(prompt="a red square", save_path="kept.webp").json()["cached"]
 
 
 @pytest.mark.fault(48)
 def test_a_slow_storage_does_not_hold_the_device(
-    house: RunningApp, behind: tuple[str, MisbehavingStore], s3_server: StorageServer
+    running_app: RunningApp, behind: tuple[str, MisbehavingStore], s3_server: StorageServer
 ) -> None:
     """While one picture is on its way to a storage that does not answer, the next ones are drawn, and all arrive."""
     name, rascal = behind
     rascal.only = {"PUT"}
     rascal.mischief.extend(["slow"] * 500)
     with ThreadPoolExecutor(4) as pool:
-        answers = [pool.submit(house.draw, prompt="a red square", save_path="0.webp")]
+        answers = [pool.submit(running_app.draw, prompt="a red square", save_path="0.webp")]
         until(lambda: any(method == "PUT" and path.endswith("0.webp") for method, path, _ in rascal.requests))
-        answers += [pool.submit(house.draw, prompt=f"a red square {n}", save_path=f"{n}.webp") for n in (1, 2, 3)]
-        until(lambda: len(house.squares.finished) == 4)
+        answers += [pool.submit(running_app.draw, prompt=f"a red square {n}", save_path=f"{n}.webp") for n in (1, 2, 3)]
+        until(lambda: len(running_app.squares.finished) == 4)
         assert not rascal.release.is_set()
         assert all(answer.result(60).status_code == 200 for answer in answers)
     assert keys_in(s3_server, name) == set()

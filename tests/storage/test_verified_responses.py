@@ -46,11 +46,11 @@ def bucket(behind: tuple[str, MisbehavingStore]) -> Bucket:
 
 
 @pytest.fixture
-def house(house_of: Callable[..., RunningApp], behind: tuple[str, MisbehavingStore]) -> RunningApp:
+def running_app(run_app: Callable[..., RunningApp], behind: tuple[str, MisbehavingStore]) -> RunningApp:
     """A server whose pictures go there, and which asks the bucket each time."""
     keys = {key: value.get_secret_value() for key, value in KEYS.items()}
     where = {"bucket_name": behind[0], "r2_endpoint_url": behind[1].url}
-    return house_of(storage_provider="r2", storage_timeout=20.0, existence_cache_size=0, **where, **keys)
+    return run_app(storage_provider="r2", storage_timeout=20.0, existence_cache_size=0, **where, **keys)
 
 
 def answering(said: str | Said, *methods: str) -> Callable[[str, str, Mapping[str, str]], str | Said]:
@@ -72,15 +72,19 @@ def answering(said: str | Said, *methods: str) -> Callable[[str, str, Mapping[st
     ],
 )
 def test_a_write_that_is_only_said_to_be_done_is_spooled_and_brought_later(
-    house: RunningApp, behind: tuple[str, MisbehavingStore], s3_server: StorageServer, said: Said, methods: list[str]
+    running_app: RunningApp,
+    behind: tuple[str, MisbehavingStore],
+    s3_server: StorageServer,
+    said: Said,
+    methods: list[str],
 ) -> None:
     """The receipt says that the picture is not stored; it is in the bucket soon after the storage tells the truth."""
     behind[1].rule = answering(said, *methods)
-    answer = house.draw(prompt="a red square", save_path="a.webp")
+    answer = running_app.draw(prompt="a red square", save_path="a.webp")
     assert (answer.status_code, answer.json()["stored"]) == (200, False), answer.text
-    assert house.metric("sds_spool_pictures") == 1
+    assert running_app.metric("sds_spool_pictures") == 1
     behind[1].rule = answering("")
-    until(lambda: house.metric("sds_spool_pictures") == 0, 60)
+    until(lambda: running_app.metric("sds_spool_pictures") == 0, 60)
     body = s3_client(s3_server.url).get_object(Bucket=behind[0], Key="static/uploads/a.webp")["Body"].read()
     assert body[8:12] == b"WEBP"
 
@@ -167,10 +171,10 @@ def replaced(server: StorageServer, name: str, key: str, body: bytes, **more: An
     "garbage", ["html", "zeros of the length", "empty", "cut", "half a picture", "of another type"]
 )
 def test_garbage_in_the_bucket_is_drawn_anew(
-    house: RunningApp, behind: tuple[str, MisbehavingStore], s3_server: StorageServer, garbage: str
+    running_app: RunningApp, behind: tuple[str, MisbehavingStore], s3_server: StorageServer, garbage: str
 ) -> None:
     """Replaced behind the server's back, with the object's own metadata or without: whoever asks gets a picture."""
-    key = house.draw(prompt="a red square", save_path="a.webp").json()["key"]
+    key = running_app.draw(prompt="a red square", save_path="a.webp").json()["key"]
     client = s3_client(s3_server.url)
     there = client.get_object(Bucket=behind[0], Key=key)
     data, about = there["Body"].read(), {"Metadata": there["Metadata"], "ContentType": there["ContentType"]}
@@ -186,42 +190,42 @@ def test_garbage_in_the_bucket_is_drawn_anew(
     replaced(s3_server, behind[0], key, body, **more)
     asked = {"prompt": "a red square", "save_path": "a.webp", "width": 64, "height": 64}
     for _ in range(2):
-        answer = house.client.post("/make_image", json=asked)
+        answer = running_app.client.post("/make_image", json=asked)
         assert (answer.status_code, answer.content[8:12]) == (200, b"WEBP"), answer.text[:200]
-    assert house.client.get(f"/files/{key}").content == answer.content
+    assert running_app.client.get(f"/files/{key}").content == answer.content
     assert client.get_object(Bucket=behind[0], Key=key)["Body"].read() == answer.content
 
 
 @pytest.mark.fault(135)
 def test_what_someone_else_put_there_is_never_drawn_over(
-    house: RunningApp, behind: tuple[str, MisbehavingStore], s3_server: StorageServer
+    running_app: RunningApp, behind: tuple[str, MisbehavingStore], s3_server: StorageServer
 ) -> None:
     """A picture of any kind, and a file that claims to be none: found, told as another order's, and left as it is."""
-    house.draw(prompt="a red square", save_path="a.webp")
+    running_app.draw(prompt="a red square", save_path="a.webp")
     for key, body in (("b.webp", b"GIF89a of another"), ("c.png", b"\0\0\0\x1cftypavif0000"), ("conf", b'{"a": 1}')):
         replaced(s3_server, behind[0], f"static/uploads/{key}", body)
-        answer = house.draw(prompt="a red square", save_path=key).json()
+        answer = running_app.draw(prompt="a red square", save_path=key).json()
         assert (answer["cached"], answer["warnings"][0]["code"]) == (True, "different-request")
         kept = s3_client(s3_server.url).get_object(Bucket=behind[0], Key=f"static/uploads/{key}")["Body"].read()
         assert kept == body
-    refused = house.client.post("/make_image", json={"prompt": "a red square", "save_path": "conf"})
+    refused = running_app.client.post("/make_image", json={"prompt": "a red square", "save_path": "conf"})
     assert refused.status_code == 503, "no picture is answered as one"
 
 
 @pytest.mark.fault(135)
 @pytest.mark.parametrize("said", [NOTHING, PORTAL, "reset", "close"])
 def test_a_read_that_fails_is_no_empty_picture(
-    house: RunningApp, behind: tuple[str, MisbehavingStore], said: str | Said
+    running_app: RunningApp, behind: tuple[str, MisbehavingStore], said: str | Said
 ) -> None:
     """/make_image of a stored picture while GET is answered with something else: an error, and then the picture."""
     asked = {"prompt": "a red square", "save_path": "a.webp", "width": 64, "height": 64}
-    picture = house.client.post("/make_image", json=asked).content
+    picture = running_app.client.post("/make_image", json=asked).content
     behind[1].rule = answering(said, "GET")
-    answer = house.client.post("/make_image", json=asked)
+    answer = running_app.client.post("/make_image", json=asked)
     assert answer.status_code == 503 or answer.content[8:12] == b"WEBP", answer.text[:200]
     assert answer.headers["content-type"] in ("application/problem+json", "image/webp")
     behind[1].rule = answering("")
-    until(lambda: house.client.post("/make_image", json=asked).content == picture)
+    until(lambda: running_app.client.post("/make_image", json=asked).content == picture)
 
 
 @pytest.fixture

@@ -132,9 +132,9 @@ def test_what_was_painted_is_the_mask() -> None:
     assert masks.previewed(layer, np.full((2, 3, 3), 255, np.uint8), 0) != ""
 
 
-def test_the_status_reads_figures_that_there_are(house: RunningApp) -> None:
+def test_the_status_reads_figures_that_there_are(running_app: RunningApp) -> None:
     """Every figure of the Status tab is one of `/metrics`, and is told by its label."""
-    figures = house.client.get("/metrics").text
+    figures = running_app.client.get("/metrics").text
     told = status.page({}, figures, [])
     for name, label in status.FIGURES.items():
         assert f"\n{name} " in figures

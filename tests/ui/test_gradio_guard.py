@@ -119,8 +119,8 @@ async def test_a_step_of_the_clock_shuts_nobody_out_of_the_studio(monkeypatch: p
     assert (await client.post(EVENT, content=event())).status_code == 200
 
 
-def desk_of(house: RunningApp, client: ServerAddress) -> ApiClient:
-    return ApiClient(httpx.AsyncClient(transport=StreamingASGITransport(house.client.app)), BASE, client=client)
+def desk_of(running_app: RunningApp, client: ServerAddress) -> ApiClient:
+    return ApiClient(httpx.AsyncClient(transport=StreamingASGITransport(running_app.client.app)), BASE, client=client)
 
 
 async def status_of(asked: Any) -> int:
@@ -132,17 +132,17 @@ async def status_of(asked: Any) -> int:
 
 
 @pytest.mark.fault(107)
-async def test_a_stranger_is_one_by_way_of_the_ui_too(house: RunningApp) -> None:
+async def test_a_stranger_is_one_by_way_of_the_ui_too(running_app: RunningApp) -> None:
     """What a page asks holds for its visitor: a client elsewhere, or behind an unnamed proxy, is not the operator."""
     clients = [ServerAddress(), ServerAddress("203.0.113.5"), ServerAddress("127.0.0.1", forwarded=True)]
-    assert [await status_of(desk_of(house, client).jobs()) for client in clients] == [200, 403, 403]
-    assert [await status_of(desk_of(house, client).history()) for client in clients] == [200, 403, 403]
+    assert [await status_of(desk_of(running_app, client).jobs()) for client in clients] == [200, 403, 403]
+    assert [await status_of(desk_of(running_app, client).history()) for client in clients] == [200, 403, 403]
 
 
 @pytest.mark.fault(107)
-async def test_what_a_page_draws_counts_for_its_visitor(house_of: Callable[..., RunningApp]) -> None:
+async def test_what_a_page_draws_counts_for_its_visitor(run_app: Callable[..., RunningApp]) -> None:
     """Under ALLOW_ANONYMOUS each address has its own rate, and none is that of the machine the UI stands on."""
-    house = house_of(allow_anonymous=True, rate_limit="1/minute")
+    running_app = run_app(allow_anonymous=True, rate_limit="1/minute")
     wish = UiRequest("/create_and_upload_image", {"prompt": "a red square", "width": "8", "height": "64"})
     clients = [
         ServerAddress("203.0.113.6"),
@@ -150,14 +150,14 @@ async def test_what_a_page_draws_counts_for_its_visitor(house_of: Callable[..., 
         ServerAddress("203.0.113.7"),
         ServerAddress(),
     ]
-    assert [await status_of(desk_of(house, client).start(wish)) for client in clients] == [422, 429, 422, 422]
+    assert [await status_of(desk_of(running_app, client).start(wish)) for client in clients] == [422, 429, 422, 422]
 
 
 @pytest.mark.fault(107)
 @pytest.mark.parametrize("job_id", ["../history", "a/../../files/x", "a?b", "", "a" * 129, "a\nb"])
-async def test_a_job_id_from_a_page_leads_nowhere_else(house: RunningApp, job_id: str) -> None:
+async def test_a_job_id_from_a_page_leads_nowhere_else(running_app: RunningApp, job_id: str) -> None:
     """What a page sends back as a job's id is an id, or there is no such job."""
-    desk = ApiClient(httpx.AsyncClient(transport=StreamingASGITransport(house.client.app)), BASE)
+    desk = ApiClient(httpx.AsyncClient(transport=StreamingASGITransport(running_app.client.app)), BASE)
     for asked in (desk.job(job_id), desk.cancel(job_id), anext(desk.events(job_id))):
         with pytest.raises(RefusedError) as refused:
             await asked

@@ -146,17 +146,17 @@ async def test_uploads_under_way_are_bounded_by_visitor_and_altogether() -> None
             pass
 
 
-def send(house: RunningApp, body: bytes, **headers: str) -> httpx.Response:
-    return house.client.post("/ui/pictures", content=body, headers=headers)
+def send(running_app: RunningApp, body: bytes, **headers: str) -> httpx.Response:
+    return running_app.client.post("/ui/pictures", content=body, headers=headers)
 
 
 @pytest.mark.fault(101)
-def test_a_picture_comes_in_as_its_pixels_alone(house: RunningApp) -> None:
+def test_a_picture_comes_in_as_its_pixels_alone(running_app: RunningApp) -> None:
     """PNG, JPEG and WebP are taken, answered by token and size, and shown anew as PNG without what was behind it."""
     for kind in ("PNG", "JPEG", "WEBP"):
-        answer = send(house, file_of(disc(64, 48), kind) + b"tail-of-the-file")
+        answer = send(running_app, file_of(disc(64, 48), kind) + b"tail-of-the-file")
         assert (answer.status_code, answer.json()["width"], answer.json()["height"]) == (201, 64, 48)
-        shown = house.client.get(f"/ui/pictures/{answer.json()['token']}")
+        shown = running_app.client.get(f"/ui/pictures/{answer.json()['token']}")
         assert (shown.status_code, shown.headers["content-type"]) == (200, "image/png")
         assert shown.headers["x-content-type-options"] == "nosniff"
         assert b"tail-of-the-file" not in shown.content
@@ -164,47 +164,47 @@ def test_a_picture_comes_in_as_its_pixels_alone(house: RunningApp) -> None:
 
 @pytest.mark.fault(101)
 @pytest.mark.parametrize("kind", foreign())
-def test_other_kinds_of_files_are_refused_by_our_decoder(house_of: Callable[..., RunningApp], kind: str) -> None:
+def test_other_kinds_of_files_are_refused_by_our_decoder(run_app: Callable[..., RunningApp], kind: str) -> None:
     """Twenty kinds, most of which Pillow would open: 415 that names the field."""
-    answer = send(house_of(), foreign()[kind])
+    answer = send(run_app(), foreign()[kind])
     assert (answer.status_code, answer.json()["field"]) == (415, "image_file")
 
 
 @pytest.mark.fault(101)
-def test_bombs_and_too_large_files_are_refused(house_of: Callable[..., RunningApp]) -> None:
+def test_bombs_and_too_large_files_are_refused(run_app: Callable[..., RunningApp]) -> None:
     """13,000² pixels in a header: 422. A file of MAX_IMAGE_BYTES is read, with one byte more 413; no bytes: 415."""
     picture = file_of(disc())
-    house = house_of(max_image_bytes=len(picture) + 1024)
-    assert send(house, png_claiming(13_000, 13_000)).status_code == 422
-    assert send(house, png_claiming(1, 16_384)).status_code == 422
-    assert send(house, picture + bytes(1024)).status_code == 201
-    assert send(house, picture + bytes(1025)).status_code == 413
-    assert send(house, b"").status_code == 415
-    assert send(house, picture[: len(picture) // 2]).status_code == 422
+    running_app = run_app(max_image_bytes=len(picture) + 1024)
+    assert send(running_app, png_claiming(13_000, 13_000)).status_code == 422
+    assert send(running_app, png_claiming(1, 16_384)).status_code == 422
+    assert send(running_app, picture + bytes(1024)).status_code == 201
+    assert send(running_app, picture + bytes(1025)).status_code == 413
+    assert send(running_app, b"").status_code == 415
+    assert send(running_app, picture[: len(picture) // 2]).status_code == 422
 
 
 @pytest.mark.fault(102)
-def test_uploads_count_against_the_rate(house_of: Callable[..., RunningApp]) -> None:
+def test_uploads_count_against_the_rate(run_app: Callable[..., RunningApp]) -> None:
     """At the rate they are taken, one more is a 429 that says when to come back; so is an order, and reading is not."""
-    house = house_of(rate_limit="3/minute")
-    tokens = [send(house, file_of(disc())).json()["token"] for _ in range(3)]
-    refused = send(house, file_of(disc()))
+    running_app = run_app(rate_limit="3/minute")
+    tokens = [send(running_app, file_of(disc())).json()["token"] for _ in range(3)]
+    refused = send(running_app, file_of(disc()))
     assert (refused.status_code, int(refused.headers["retry-after"]) > 0) == (429, True)
-    assert house.draw(prompt="a red square").status_code == 429
-    assert house.client.get(f"/ui/pictures/{tokens[0]}").status_code == 200
+    assert running_app.draw(prompt="a red square").status_code == 429
+    assert running_app.client.get(f"/ui/pictures/{tokens[0]}").status_code == 200
 
 
 @pytest.mark.fault(102)
-def test_settings_bound_what_is_kept_of_a_visitor(house_of: Callable[..., RunningApp]) -> None:
+def test_settings_bound_what_is_kept_of_a_visitor(run_app: Callable[..., RunningApp]) -> None:
     """UI_UPLOADS pictures and no more, and a new one may take the place of one's own; nothing is written to disk."""
-    house = house_of(ui_uploads=2)
+    running_app = run_app(ui_uploads=2)
 
     def sent(instead: str = "") -> str:
-        answer = house.client.post("/ui/pictures", params={"instead": instead}, content=file_of(disc()))
+        answer = running_app.client.post("/ui/pictures", params={"instead": instead}, content=file_of(disc()))
         return str(answer.json()["token"])
 
     def statuses(*tokens: str) -> list[int]:
-        return [house.client.get(f"/ui/pictures/{token}").status_code for token in tokens]
+        return [running_app.client.get(f"/ui/pictures/{token}").status_code for token in tokens]
 
     first, second = sent(), sent()
     assert statuses(first, second) == [200, 200]
@@ -212,23 +212,23 @@ def test_settings_bound_what_is_kept_of_a_visitor(house_of: Callable[..., Runnin
     assert statuses(first, second, third) == [404, 200, 200]
     sent()
     assert statuses(second, third) == [404, 200]
-    assert not (house.folder / "data" / "studio").exists()
+    assert not (running_app.folder / "data" / "studio").exists()
 
 
 @pytest.mark.fault(102)
-def test_a_picture_sent_with_a_key_is_of_that_key_alone(house_of: Callable[..., RunningApp]) -> None:
+def test_a_picture_sent_with_a_key_is_of_that_key_alone(run_app: Callable[..., RunningApp]) -> None:
     """Without a key nothing is taken; another key's visitor does not see it; a key's own rate counts."""
-    house = house_of(api_keys=("ann:secret-of-ann", "bob:secret-of-bob;rate=1/minute"))
-    assert send(house, file_of(disc())).status_code == 401
+    running_app = run_app(api_keys=("ann:secret-of-ann", "bob:secret-of-bob;rate=1/minute"))
+    assert send(running_app, file_of(disc())).status_code == 401
     cookies = []
     for secret in ("secret-of-ann", "secret-of-bob"):
-        house.client.cookies.clear()
-        answer = house.client.post("/ui/key", data={"key": secret}, follow_redirects=False)
+        running_app.client.cookies.clear()
+        answer = running_app.client.post("/ui/key", data={"key": secret}, follow_redirects=False)
         cookies.append(answer.headers["set-cookie"].partition(";")[0])
-    house.client.cookies.clear()
+    running_app.client.cookies.clear()
     ann, bob = cookies
-    token = send(house, file_of(disc()), cookie=ann).json()["token"]
-    shown = [house.client.get(f"/ui/pictures/{token}", headers={"cookie": who}).status_code for who in (ann, bob)]
+    token = send(running_app, file_of(disc()), cookie=ann).json()["token"]
+    shown = [running_app.client.get(f"/ui/pictures/{token}", headers={"cookie": who}).status_code for who in (ann, bob)]
     assert shown == [200, 404]
-    assert [send(house, file_of(disc()), cookie=bob).status_code for _ in range(2)] == [201, 429]
-    assert send(house, file_of(disc()), cookie=ann).status_code == 201
+    assert [send(running_app, file_of(disc()), cookie=bob).status_code for _ in range(2)] == [201, 429]
+    assert send(running_app, file_of(disc()), cookie=ann).status_code == 201

@@ -148,23 +148,23 @@ async def test_behind_keys_nothing_is_shown_before_one_is() -> None:
     await entrance.close()
 
 
-def test_the_gate_lets_pages_through_and_nothing_else(house_of: Callable[..., RunningApp]) -> None:
+def test_the_gate_lets_pages_through_and_nothing_else(run_app: Callable[..., RunningApp]) -> None:
     """With keys, the UI asks for one itself; a link may lead to the page, and no other site may post to it."""
-    house = house_of(api_keys=("a-secret-key",))
-    assert 'type="password"' in house.client.get("/ui").text
+    running_app = run_app(api_keys=("a-secret-key",))
+    assert 'type="password"' in running_app.client.get("/ui").text
     elsewhere = {"sec-fetch-site": "cross-site", "origin": "https://evil.example"}
-    assert house.client.get("/ui/", headers={"sec-fetch-site": "cross-site"}).status_code == 401
-    assert house.client.post("/ui/key", data={"key": "a-secret-key"}, headers=elsewhere).status_code == 403
-    answer = house.client.post("/ui/key", data={"key": "a-secret-key"}, follow_redirects=False)
+    assert running_app.client.get("/ui/", headers={"sec-fetch-site": "cross-site"}).status_code == 401
+    assert running_app.client.post("/ui/key", data={"key": "a-secret-key"}, headers=elsewhere).status_code == 403
+    answer = running_app.client.post("/ui/key", data={"key": "a-secret-key"}, follow_redirects=False)
     assert answer.status_code == 303
-    assert house.client.get("/history").status_code == 401
+    assert running_app.client.get("/history").status_code == 401
 
 
-def test_without_keys_strangers_see_no_studio(house_of: Callable[..., RunningApp]) -> None:
+def test_without_keys_strangers_see_no_studio(run_app: Callable[..., RunningApp]) -> None:
     """A client elsewhere is told the setting; UI=0 leaves the studio out."""
-    house = house_of(client=("203.0.113.5", 5))
-    assert house.client.get("/ui").status_code == 403
-    assert house_of(ui=False).client.get("/ui").status_code == 404
+    running_app = run_app(client=("203.0.113.5", 5))
+    assert running_app.client.get("/ui").status_code == 403
+    assert run_app(ui=False).client.get("/ui").status_code == 404
 
 
 @pytest.mark.parametrize("body", [b"", b"x" * 100_000])
@@ -216,14 +216,14 @@ ODD_KEYS: dict[str, tuple[str, bytes]] = {
 
 @pytest.mark.fault(105)
 @pytest.mark.parametrize("name", ODD_KEYS)
-def test_an_odd_form_with_a_key_is_refused(house_of: Callable[..., RunningApp], name: str) -> None:
+def test_an_odd_form_with_a_key_is_refused(run_app: Callable[..., RunningApp], name: str) -> None:
     """Whatever is sent as a key by a stranger: 403 and the page that asks for one, no traceback, no cookie.
 
     A body over the limit of its route is refused before anything reads it, so no page comes of it.
     """
     kind, body = ODD_KEYS[name]
     headers = {"content-type": kind} if kind else {}
-    answer = house_of(api_keys=("a-secret-key",)).client.post("/ui/key", content=body, headers=headers)
+    answer = run_app(api_keys=("a-secret-key",)).client.post("/ui/key", content=body, headers=headers)
     refused = 413 if name == "too long" else 403
     assert (answer.status_code, "set-cookie" in answer.headers) == (refused, False)
     if refused == 413:
@@ -239,14 +239,14 @@ def test_an_odd_form_with_a_key_is_refused(house_of: Callable[..., RunningApp], 
     ids=["key", "bearer", "basic", "cookie"],
 )
 def test_a_secret_beyond_ascii_is_compared_and_refused(
-    house_of: Callable[..., RunningApp], headers: dict[str, str]
+    run_app: Callable[..., RunningApp], headers: dict[str, str]
 ) -> None:
     """In whatever header it comes: 401, and not an error of the comparison."""
-    house = house_of(api_keys=("a-secret-key",))
+    running_app = run_app(api_keys=("a-secret-key",))
     raw = [(name.encode(), value.encode("utf-8", "surrogateescape")) for name, value in headers.items()]
     for path in ("/jobs", "/ui/"):
-        assert house.client.get(path, headers=raw).status_code == 401
-    assert house.client.get("/files/x.webp?expires=1&signature=%C3%A4").status_code == 404
+        assert running_app.client.get(path, headers=raw).status_code == 401
+    assert running_app.client.get("/files/x.webp?expires=1&signature=%C3%A4").status_code == 404
 
 
 @pytest.mark.fault(106)
