@@ -1,6 +1,6 @@
-"""Diffusion: loads models and draws with them. The only package that imports torch.
+"""Diffusion: loads models and generates images. The only package that imports torch.
 
-This face imports no torch: it holds the catalogue, the LoRA folder and the hub client. `registry` loads the rest.
+This face imports no torch: it exports the catalogue, the LoRA folder and the hub client. `registry` loads the rest.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from stable_diffusion_server.types import DiffusionRequest, ImageArray
 
 C = TypeVar("C")
 
-# Latent pixels along a side; smaller tiles would be mostly seam.
+# Smallest tile side in latent pixels; in smaller tiles most pixels would belong to the overlap.
 _SMALLEST_TILE = 8
 
 

@@ -1,4 +1,4 @@
-"""What the families that draw with the components of a diffusers pipeline have in common."""
+"""Shared code of the families that generate images with the components of a diffusers pipeline."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ from stable_diffusion_server.pipelines.model_spec import ModelSpec
 
 
 class DiffusersFamily(Family):
-    """Draws with the components of a loaded diffusers `pipeline`.
+    """Generates images with the components of a loaded diffusers `pipeline`.
 
-    `controlnet` may be `None`; requests that follow edges are refused then.
+    `controlnet` may be `None`; requests with edges are then refused.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What the catalogue holds of a model and of a scheduler."""
+"""Catalogue types: the specification of a model and of a scheduler."""
 
 from __future__ import annotations
 

@@ -81,7 +81,7 @@ class Registry:
         return self._families[state.request.model].preview(state)
 
     def _only(self, model: str, *parts: str) -> AbstractContextManager[None]:
-        """A block in which, of the weights that move, only these parts of a model are on the device."""
+        """Run a block with only these components of a model on the device, if its weights move."""
         for name, other in self._offloaded.items():
             if name != model and self._model_on_device != model:
                 other.release()
@@ -91,7 +91,7 @@ class Registry:
 
     @property
     def unshareable(self) -> str:
-        """Why several threads may not draw at once, as a sentence; empty if they may."""
+        """Why several engine threads cannot run at once, as a sentence; empty if they can."""
         if not self.resident:
             return "the weights travel between memory and device."
         if any(model.dtype != "float32" for model in self.loaded):
@@ -175,7 +175,7 @@ def load(models_dir: Path, device_name: str, cpu_threads: int, options: LoadOpti
         unusable={name: error.detail for name, error in errors.items()},
     )
     if not registry.resident:
-        # Memory is released after every phase then, and CUDA graphs with it: recording them would not pay.
+        # Memory and CUDA graphs are then released after every phase, so recording graphs would not pay off.
         for loaded in families:
             for runner in loaded.cuda_graphs:
                 runner.disable()

@@ -115,7 +115,7 @@ def _convert_layout(module: Any, device: torch.device) -> None:
         return
     try:
         from stable_diffusion_server.pipelines.acceleration.channels_last import (
-            use_channels_last,  # Triton comes with CUDA alone
+            use_channels_last,  # Triton is installed only with CUDA
         )
 
         use_channels_last(module)

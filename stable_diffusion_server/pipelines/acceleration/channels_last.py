@@ -34,7 +34,7 @@ class Resnet(ResnetBlock2D):  # type: ignore[misc]  # diffusers is read without 
         )
 
     def forward(self, input_tensor: torch.Tensor, temb: torch.Tensor | None, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Rows × channels × height × width, and rows × channels of what the timestep says."""
+        """Takes rows × channels × height × width, and the timestep embedding."""
         made, shift = _unbiased(self.conv1, self.norm1.activated(input_tensor))
         if self.time_emb_proj is not None:
             embedded = self.time_emb_proj(functional.silu(temb))

@@ -89,7 +89,7 @@ class CudaGraphRunner:
         stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            self._forward(*args, **kwargs)  # libraries allocate their memory for this stream outside of the recording
+            self._forward(*args, **kwargs)  # libraries must allocate their memory for this stream before the recording
         torch.cuda.current_stream().wait_stream(stream)
         with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
             output = self._forward(*args, **kwargs)

@@ -1,9 +1,9 @@
-"""Group normalisation and sums of tensors laid out channels last, by Triton.
+"""Triton kernels for group normalisation and sums of channels-last tensors.
 
-PyTorch's own normalisation takes one program for each group of each picture, 32 of a GPU's hundreds, and turns the
-layout around for it: half of the time of decoding 1024² on an H200. Here the pixels are divided (benchmarks/results/).
-What is added to a whole channel, as a convolution's bias is, comes along for nothing. Import it where Triton is
-installed.
+PyTorch's own group normalisation starts one program per group and image, which is 32 of a GPU's hundreds, and converts
+the memory layout before and after: half of the time of decoding 1024² on an H200. These kernels divide the pixels among
+programs instead (benchmarks/results/). Adding a value per channel, such as a convolution's bias, costs nothing extra.
+Importing this module requires Triton.
 """
 
 from __future__ import annotations
@@ -13,23 +13,22 @@ import triton
 import triton.language as tl
 from torch.nn import functional
 
-# Numbers a program holds at once, and such tiles it reads at least; chunks a picture is divided in at most; sums that
-# are added up at once.
+# Numbers per tile; tiles that a program reads at least; chunks per image at most; partial sums added at once.
 _TILE, _TILES, _CHUNKS, _SUMS = 4096, 4, 512, 2048
 
 
 class GroupNorm(torch.nn.GroupNorm):  # type: ignore[misc]  # torch is read without its types
-    """A group normalisation that takes tensors laid out channels last as they are; others by PyTorch's own way.
+    """Group normalisation that reads channels-last tensors directly; other layouts use PyTorch's implementation.
 
-    For inference: it has no gradients.
+    For inference only: it has no gradients.
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Rows × channels × height × width, as it comes."""
+        """Rows × channels × height × width in and out, in the same memory layout."""
         return self._normed(input, None, activated=False)
 
     def activated(self, input: torch.Tensor, shift: torch.Tensor | None = None) -> torch.Tensor:
-        """The same of `input + shift`, and with SiLU behind it; `shift` is of channels, or rows × channels."""
+        """Normalise `input + shift`, then apply SiLU. `shift` has the shape channels or rows × channels."""
         return self._normed(input, shift, activated=True)
 
     def _normed(self, input: torch.Tensor, shift: torch.Tensor | None, *, activated: bool) -> torch.Tensor:
@@ -40,7 +39,7 @@ class GroupNorm(torch.nn.GroupNorm):  # type: ignore[misc]  # torch is read with
 
 
 def is_channels_last(tensor: torch.Tensor) -> bool:
-    """Whether a tensor is laid out as the kernels here read it."""
+    """Whether a tensor has the layout that these kernels read: four dimensions, channels last."""
     return tensor.dim() == 4 and bool(tensor.is_contiguous(memory_format=torch.channels_last))
 
 
@@ -53,9 +52,9 @@ def normed(
     eps: float,
     activated: bool,
 ) -> torch.Tensor:
-    """Group normalisation (Wu & He 2018, arXiv 1803.08494) of `x + shift`, channels last, in x's type; sums are fp32.
+    """Group normalisation (Wu & He 2018, arXiv 1803.08494) of a channels-last `x + shift`, in the dtype of `x`.
 
-    `shift` is of channels, or rows × channels.
+    `shift` has the shape channels or rows × channels. Sums are fp32.
     """
     if torch.compiler.is_compiling():
         made: torch.Tensor = _normed(x, shift, groups, weight, bias, eps, activated)
@@ -104,7 +103,7 @@ def _launch_norm(
     return made
 
 
-# What a compiler sees in the place of the launches; called by itself it takes 0.2 ms longer than those.
+# The compiler sees this operator instead of kernel launches. Eager calls skip it, because it adds 0.2 ms per call.
 _normed = torch.library.custom_op("stable_diffusion_server::group_norm", _launch_norm, mutates_args=())
 
 
@@ -122,7 +121,10 @@ def _(
 
 
 def add_shifted(x: torch.Tensor, shift: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """`x + shift + other` in one pass and in x's type, for two tensors channels last and a shift of channels."""
+    """`x + shift + other` in one pass, in the dtype of `x`.
+
+    `x` and `other` are channels last; `shift` has one value per channel.
+    """
     if torch.compiler.is_compiling():
         made: torch.Tensor = _added(x, shift, other)
         return made
@@ -145,7 +147,7 @@ def _(x: torch.Tensor, shift: torch.Tensor, other: torch.Tensor) -> torch.Tensor
 
 @triton.jit  # type: ignore[untyped-decorator]  # Triton is read without its types
 def _add_up(x, sums, pixels, each, channels: tl.constexpr, padded: tl.constexpr, step: tl.constexpr):  # type: ignore[no-untyped-def]  # as above
-    """Sums and sums of squares of each channel over `each` pixels: one program for each chunk of each picture."""
+    """Sum and sum of squares of each channel over `each` pixels: one program per chunk and image."""
     chunk, row = tl.program_id(0), tl.program_id(1)
     channel = tl.arange(0, padded)
     total = tl.zeros([step, padded], dtype=tl.float32)
@@ -180,7 +182,7 @@ def _conclude(  # type: ignore[no-untyped-def]  # as above
     at_once: tl.constexpr,
     shifted: tl.constexpr,
 ):
-    """Factor and offset of each channel of a group: one program for each group of each picture."""
+    """Factor and offset of each channel of a group: one program per group and image."""
     group, row = tl.program_id(0), tl.program_id(1)
     column = tl.arange(0, padded)
     channel = group * size + column
@@ -212,7 +214,7 @@ def _conclude(  # type: ignore[no-untyped-def]  # as above
 def _apply(  # type: ignore[no-untyped-def]  # as above
     x, made, factors, pixels, channels: tl.constexpr, padded: tl.constexpr, step: tl.constexpr, activated: tl.constexpr
 ):
-    """Factor, offset and SiLU: one program for each `step` pixels of each picture."""
+    """Apply factor, offset and SiLU: one program per `step` pixels of an image."""
     row = tl.program_id(1)
     pixel = tl.program_id(0) * step + tl.arange(0, step)
     channel = tl.arange(0, padded)

@@ -48,7 +48,7 @@ class _Trace:
 
 @dataclass(slots=True)
 class _Signature:
-    """What is known of a call signature; `settled` once it is decided whether the trace is used."""
+    """The state of one call signature. `settled` is true once it is decided whether the trace is used."""
 
     calls: int = 0
     trace: _Trace | None = None
@@ -79,7 +79,7 @@ class TorchScriptRunner:
         """The output of the forward pass."""
         call = (args, kwargs)
         known = self._known(signature(call))
-        # Read once: another thread that is comparing may still withdraw it.
+        # Read once: another thread may still discard the trace.
         if known.settled and (trace := known.trace) is not None:
             return trace.run(call)
         started = time.perf_counter()
@@ -97,11 +97,11 @@ class TorchScriptRunner:
             return self._signatures.setdefault(key, _Signature())
 
     def _compare(self, known: _Signature, call: Any, output: Any, seconds: float) -> None:
-        """Decide on the trace of a signature by one more of its calls."""
+        """Compare the trace with one more call of its signature, and decide whether to use it."""
         if not _is_conclusive(output):
             return
         known.calls += 1
-        if known.calls == 1:  # a size that comes once is not worth a trace, and the first pass includes warm-up
+        if known.calls == 1:  # a single call is not worth a trace, and the first pass includes warm-up
             return
         if known.calls == 2:
             known.trace = self._trace_for(call, output) if seconds < _WORTH_SECONDS else None
@@ -112,7 +112,7 @@ class TorchScriptRunner:
             known.settled = True
 
     def _trace_for(self, call: Any, output: Any) -> _Trace | None:
-        """A trace whose output for a call is bit-identical, if there is one."""
+        """A trace whose output for a call is bit-identical; `None` if there is none."""
         call_structure = structure(call)
         for trace in self._traces:
             if trace.structure == call_structure and _matches(trace, call, output):
@@ -154,6 +154,6 @@ def _matches(trace: _Trace, call: Any, output: Any) -> bool:
     """Whether a trace gives the same bits in the same layout."""
     try:
         traced = trace.run(call)
-    except RuntimeError:  # a size the trace does not take
+    except RuntimeError:  # the trace does not accept this size
         return False
     return signature(traced) == signature(output) and all(map(torch.equal, tensors_of(traced), tensors_of(output)))

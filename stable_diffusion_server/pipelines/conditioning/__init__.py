@@ -1,1 +1,1 @@
-"""What steers an image: prompts, LoRA, ControlNet; and latent previews."""
+"""Conditioning of an image: prompts, LoRA, ControlNet."""

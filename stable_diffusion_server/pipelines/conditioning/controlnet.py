@@ -106,7 +106,7 @@ def _scales(guided: Sequence[tuple[int, ControlNetInput]], like: torch.Tensor) -
 
 
 def _spread(residual: torch.Tensor, rows: torch.Tensor, count: int) -> torch.Tensor:
-    """`residual` at its rows in a tensor of `count` rows, zeros in the others."""
+    """`residual` at its rows in a tensor of `count` rows; the other rows are zero."""
     if len(rows) == count:
         return residual
     return residual.new_zeros(count, *residual.shape[1:]).index_copy_(0, rows, residual)

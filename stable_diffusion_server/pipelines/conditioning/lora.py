@@ -36,7 +36,7 @@ __all__ = [
 
 Loras = Sequence[tuple[str, float]]
 
-# LoRAs kept in memory besides those in use; the least recently used is unloaded first.
+# LoRAs that stay loaded besides those in use; the least recently used is unloaded first.
 MAX_IDLE = 8
 _MAX_REFUSED = 1024
 
@@ -168,8 +168,8 @@ class LoraManager:
             raise
 
     def _refuse(self, file: LoraFile, why: str) -> None:
-        """Remember why a content does not fit, so that it is not read again."""
-        # The same content may come under another file name.
+        """Remember why this content does not fit, so that it is not loaded again."""
+        # The same content may have another file name.
         self._refused[file.digest] = why.removeprefix(Path(file.name).stem)
         _log.warning("an adapter is refused", file=file.name, why=why)
         self._folder.refuse(file, self._denoiser, why)

@@ -1,4 +1,4 @@
-"""Reads LoRA files: header, content, digest, and the reason why one cannot be used."""
+"""Reads LoRA files: header, content and digest; says why a file cannot be used."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, NamedTuple
 from stable_diffusion_server.errors import ModelLoadError
 
 LARGEST_BYTES = 4 * 2**30
-# A header of a few megabytes is that of a trainer's notes; parsing one holds Python's lock.
+# A few megabytes of header are usually a trainer's metadata; parsing holds Python's lock.
 LARGEST_HEADER = 8 * 2**20
 _ANY_HEADER = 100_000_000
 _POINTER = b"version https://git-lfs"
@@ -36,7 +36,7 @@ _OTHER_KINDS = {".hada_": "LoHa", ".lokr_": "LoKr", ".oft_": "OFT", ".on_input":
 
 
 class LoraIdentity(NamedTuple):
-    """What a file's content is known by until one of these changes."""
+    """Identifies a file's content: if one of these fields changes, the content may have changed."""
 
     device: int
     inode: int
@@ -46,7 +46,7 @@ class LoraIdentity(NamedTuple):
 
 
 class LoraHeader(NamedTuple):
-    """Name of each tensor → its `dtype`, `shape` and `data_offsets`; and the notes beside them."""
+    """Tensor name → `dtype`, `shape` and `data_offsets`; `notes` is the file's `__metadata__`."""
 
     tensors: dict[str, dict[str, Any]]
     notes: dict[str, str]
@@ -54,7 +54,7 @@ class LoraHeader(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class LoraFile:
-    """An adapter read whole: `digest` is that of `data`, the first 16 hexadecimal digits of its SHA-256."""
+    """A LoRA file in memory. `digest` is the first 16 hexadecimal digits of the SHA-256 of `data`."""
 
     name: str
     identity: LoraIdentity
@@ -65,9 +65,10 @@ class LoraFile:
 
 @contextmanager
 def opened(file: Path) -> Iterator[tuple[BinaryIO, os.stat_result]]:
-    """A regular file open for reading, links followed, and what is known of it. Waits for no pipe and no device.
+    """Open a regular file for reading; yields the file and its `stat` result.
 
-    Raises `ModelLoadError` with the file and the reason.
+    Follows links. Refuses pipes and devices and never blocks on one. Raises `ModelLoadError` with the file and the
+    reason.
     """
     try:
         _check_regular(file.name, os.stat(file))
@@ -89,16 +90,16 @@ def _check_regular(name: str, facts: os.stat_result) -> None:
 
 
 def read_header(file: Path) -> Mapping[str, Any]:
-    """The header of a safetensors file: name of each tensor → its `dtype`, `shape` and `data_offsets`.
+    """Read the header of a safetensors file: tensor name → `dtype`, `shape` and `data_offsets`.
 
-    Raises `ModelLoadError` when the file is none, or shorter than its header says.
+    Raises `ModelLoadError` when it is not a safetensors file, or is shorter than its header says.
     """
     with opened(file) as (source, facts):
         return header_of(source, facts.st_size, file.name, _ANY_HEADER).tensors
 
 
 def header_of(source: BinaryIO, size: int, name: str, limit: int = LARGEST_HEADER) -> LoraHeader:
-    """The header at the beginning of `source`, a file of `size` bytes. Raises `ModelLoadError`."""
+    """Read the header at the beginning of `source`, a file of `size` bytes. Raises `ModelLoadError`."""
     try:
         begins = source.read(len(_POINTER))
         if begins == _POINTER:
@@ -106,7 +107,7 @@ def header_of(source: BinaryIO, size: int, name: str, limit: int = LARGEST_HEADE
         length = int.from_bytes(begins[:8], "little")
         if limit < length < size - 8:
             raise ModelLoadError(f"{name} has a header of {length} bytes, and {limit} are taken.")
-        # A length out of bounds reads as nothing, which is no JSON.
+        # A length out of bounds reads no bytes, which is invalid JSON.
         read = json.loads(begins[8:] + source.read(length + 8 - len(begins)) if 8 < length <= limit else b"")
         notes = read.pop("__metadata__", None)
         end = max((_end_of(facts) for facts in read.values()), default=0)
@@ -118,7 +119,7 @@ def header_of(source: BinaryIO, size: int, name: str, limit: int = LARGEST_HEADE
 
 
 def _end_of(facts: Any) -> int:
-    """Where a tensor's bytes end. Raises `ValueError` and its like for a description that is none."""
+    """Offset of the end of a tensor's bytes. Raises `ValueError`, `KeyError` or `TypeError` if the entry is malformed."""
     first, last = facts["data_offsets"]
     if not isinstance(facts["dtype"], str) or not all(isinstance(side, int) and side >= 0 for side in facts["shape"]):
         raise ValueError(facts)
@@ -128,7 +129,7 @@ def _end_of(facts: Any) -> int:
 
 
 def read_lora(file: Path, largest: int = LARGEST_BYTES) -> LoraFile:
-    """An adapter's file, read once into memory. Raises `ModelLoadError`."""
+    """Read a LoRA file into memory, once. Raises `ModelLoadError`."""
     with opened(file) as (source, facts):
         check_lora(source, facts, file.name, largest)
         source.seek(0)
@@ -140,7 +141,7 @@ def read_lora(file: Path, largest: int = LARGEST_BYTES) -> LoraFile:
 
 
 def digest_of(file: Path) -> str:
-    """What tells these weights from others: the first 16 hexadecimal digits of their SHA-256."""
+    """First 16 hexadecimal digits of the SHA-256 of a file."""
     with opened(file) as (source, _):
         return hashlib.file_digest(source, "sha256").hexdigest()[:16]  # type: ignore[arg-type]  # it is a binary file
 
@@ -151,7 +152,7 @@ def identity_of(facts: os.stat_result) -> LoraIdentity:
 
 
 def reason_unusable(header: LoraHeader) -> str:
-    """Why these tensors are no LoRA that can be drawn with, as the end of a sentence; empty where they may be one."""
+    """Why these tensors are not a usable LoRA, as the end of a sentence; empty if they may be one."""
     names = header.tensors
     if any("dora_scale" in name for name in names):
         return "holds DoRA scales in kohya's form (dora_scale), which would be left out; save it in PEFT's form"
@@ -169,10 +170,10 @@ def reason_unusable(header: LoraHeader) -> str:
 
 
 def _of_a_control_lora(names: Iterable[str]) -> str:
-    """A tensor's name that tells a Flux control LoRA of Black Forest Labs' kind, if there is one.
+    """The name of a tensor that marks a Flux control LoRA (Black Forest Labs' format); empty if there is none.
 
-    It widens the transformer's input in place, for the edges beside the latents, and so breaks every other job of the
-    model; ordinary adapters leave the input's width alone.
+    A control LoRA widens the transformer's input in place, to take edges beside the latents. That would break all
+    other requests of the model. Ordinary LoRAs do not change the input's width.
     """
     for name in names:
         part, _, kind = name.rpartition(".lora_A.")
@@ -183,13 +184,13 @@ def _of_a_control_lora(names: Iterable[str]) -> str:
 
 
 def denoisers_of(header: LoraHeader) -> Collection[str]:
-    """For which denoisers, `unet` or `transformer`, these tensors can be, as far as their names tell."""
+    """The denoisers (`unet`, `transformer`) that the tensors may belong to, judged by their names."""
     meant = {kind for kind, begins in DENOISERS.items() for name in header.tensors if name.startswith(begins)}
     return meant or DENOISERS
 
 
 def check_lora(source: BinaryIO, facts: os.stat_result, name: str, largest: int) -> LoraHeader:
-    """The header of a file that may be an adapter. Raises `ModelLoadError`."""
+    """Read the header and check that the file may be a LoRA. Raises `ModelLoadError`."""
     if facts.st_size > largest:
         raise ModelLoadError(f"{name} has {facts.st_size} bytes, and MAX_LORA_BYTES is {largest}.")
     header = header_of(source, facts.st_size, name)

@@ -1,4 +1,4 @@
-"""The folder of LoRAs that requests may name: which there are, and which cannot be used and why."""
+"""The folder of LoRAs that requests may name: lists them, and says why one cannot be used."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class LoraFolder:
         self._logged: set[tuple[str, str]] = set()
 
     def names(self, denoisers: Collection[str] = tuple(DENOISERS)) -> tuple[str, ...]:
-        """The adapters that can be used with one of these denoisers, as far as it is known, sorted."""
+        """Names of the LoRAs that may fit one of these denoisers, judged by header and earlier refusals; sorted."""
         return tuple(
             name for name, (why, fits) in self._checked_files().items() if not why and set(fits) & set(denoisers)
         )
@@ -74,13 +74,13 @@ class LoraFolder:
         return faults
 
     def __contains__(self, name: object) -> bool:
-        """Whether there is a file of that name, whatever it holds."""
+        """Whether a file of that name exists; its content is not checked."""
         return name in self._files()
 
     def file(self, name: str) -> Path:
-        """The file of an adapter by its name. Raises `InvalidInput` for a name that is none of the folder's own.
+        """The path of a LoRA by name. Raises `InvalidInput` if the folder holds no such file.
 
-        Names are compared with what the folder holds and never joined into a path.
+        The name is compared with the files found and never joined into a path, so it cannot leave the folder.
         """
         if self.folder is None or not self.folder.is_dir():
             raise InvalidInput("No adapters are offered here.", field="lora")
@@ -90,13 +90,13 @@ class LoraFolder:
         return file
 
     def check(self, name: str) -> None:
-        """Raise `InvalidInput` with the reason when an adapter's file is none, as far as its header tells."""
+        """Raise `InvalidInput` with the reason when the file's header shows that it is not a usable LoRA."""
         file = self.file(name)
         with _as_request_error(), opened(file) as (source, facts):
             check_lora(source, facts, file.name, self._largest)
 
     def digest(self, name: str) -> str:
-        """The digest of an adapter's present content. Raises `InvalidInput` with the reason for one that is unfit."""
+        """The digest of a LoRA's current content. Raises `InvalidInput` with the reason if it cannot be used."""
         file = self.file(name)
         with _as_request_error(), opened(file) as (source, facts):
             settled, identity = _is_settled(facts), identity_of(facts)
@@ -115,24 +115,25 @@ class LoraFolder:
         return digest
 
     def read(self, name: str) -> LoraFile:
-        """An adapter's present content. Raises `InvalidInput` with the reason."""
+        """Read a LoRA's current content. Raises `InvalidInput` with the reason."""
         with _as_request_error():
             return read_lora(self.file(name), self._largest)
 
     def refuse(self, file: LoraFile, denoiser: str, why: str) -> None:
-        """Remember that a file as it was read does not fit a denoiser, so that it is no longer offered for it."""
+        """Remember that this content does not fit a denoiser, so that it is no longer listed for it."""
         with self._lock:
             self._refused[file.identity, denoiser] = why
 
     def available(self, denoisers: Collection[str]) -> Mapping[str, str]:
-        """The adapters that can be used with these denoisers, each with its digest, which is read when looked up.
+        """The LoRAs usable with these denoisers: name → digest. The digest is computed on lookup.
 
-        Looking up one that cannot be used raises `InvalidInput` with the reason, and `KeyError` where there is none.
+        A lookup raises `InvalidInput` with the reason for a LoRA that cannot be used, and `KeyError` for an
+        unknown name.
         """
         return _AvailableLoras(self, denoisers)
 
     def _files(self) -> dict[str, Path]:
-        """Every adapter's file by its name."""
+        """Path of every LoRA file by name."""
         files: dict[str, Path] = {}
         for file in _walk(self.folder) if self.folder is not None else ():
             if _NAME.fullmatch(file.stem):
@@ -140,7 +141,7 @@ class LoraFolder:
         return files
 
     def _checked_files(self) -> dict[str, tuple[str, Collection[str]]]:
-        """Each adapter with what is wrong with it, in a sentence, and the denoisers it may fit."""
+        """Name → (what is wrong with the file, as a sentence, or empty; the denoisers it may fit)."""
         return {name: self._check_file(file) for name, file in sorted(self._files().items())}
 
     def _check_file(self, file: Path) -> tuple[str, Collection[str]]:
@@ -162,7 +163,7 @@ class LoraFolder:
         return self._remaining(identity, fits)
 
     def _remaining(self, identity: LoraIdentity, fits: Collection[str]) -> tuple[str, Collection[str]]:
-        """The denoisers that have not refused a content yet, and the reason when none is left."""
+        """The reason if every denoiser refused this content, otherwise empty; and the denoisers that did not."""
         with self._lock:
             known = {denoiser: self._refused.get((identity, denoiser), "") for denoiser in fits}
         left = [denoiser for denoiser, why in known.items() if not why]
@@ -170,7 +171,7 @@ class LoraFolder:
 
 
 def _is_settled(facts: os.stat_result) -> bool:
-    """Whether a change from now on would show in a file's times."""
+    """Whether the file is old enough that a further change would change its timestamps."""
     return time.time() - max(facts.st_mtime, facts.st_ctime) > _UNSETTLED_SECONDS
 
 
@@ -194,10 +195,9 @@ class _AvailableLoras(Mapping[str, str]):
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    """What is called like an adapter's file in a folder and its sub-folders, those near the top first.
+    """Yield the files with a LoRA's suffix in a folder and its subfolders, breadth first.
 
-    Links are followed, and no folder is entered twice, so that they may lead in circles; a folder that cannot be
-    listed is passed over.
+    Follows links and visits each folder once, so circular links are safe. Skips folders that cannot be listed.
     """
     entered: set[tuple[int, int]] = set()
     left, most = deque([(folder, 0)]), _MAX_ENTRIES
@@ -220,7 +220,7 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def _as_request_error() -> Iterator[None]:
-    """Report a fault of a file as an error of the request that names it."""
+    """Translate `ModelLoadError` into `InvalidInput` for the request that names the file."""
     try:
         yield
     except ModelLoadError as error:
@@ -228,12 +228,12 @@ def _as_request_error() -> Iterator[None]:
 
 
 def names_in(folder: Path | None) -> tuple[str, ...]:
-    """The adapters of a folder that can be used, by name and sorted."""
+    """Names of the usable LoRAs in a folder, sorted."""
     return LoraFolder(folder).names()
 
 
 def find(folder: Path | None, name: str) -> Path:
-    """The file of an adapter by its name. Raises `InvalidInput` with the reason for one that cannot be used."""
+    """The path of a LoRA by name. Raises `InvalidInput` with the reason if it cannot be used."""
     offered = LoraFolder(folder)
     offered.check(name)
     return offered.file(name)

@@ -1,4 +1,4 @@
-"""Checks that a LoRA's tensors are finite and fit a pipeline, attaches them and detaches them completely."""
+"""Checks that a LoRA's tensors are finite and fit a pipeline; attaches LoRAs and removes them completely."""
 
 from __future__ import annotations
 
@@ -29,13 +29,14 @@ Tensors = dict[str, torch.Tensor]
 
 _NOTES = "lora_adapter_metadata"
 _MOST_TENSORS, _LONGEST_NAME, _MOST_SIDES = 8192, 300, 8
-# The libraries' conversions count blocks, and take time by the square of them.
+# The libraries' conversions loop over block numbers and take quadratic time, so large numbers are refused.
 _LARGE_NUMBER = re.compile(r"\d{4}")
 _ENDING = re.compile(
     r"(lora_(down|up|A|B)\.(weight|bias)|\b(down|up)\.weight|\balpha|lora_magnitude_vector(\.weight)?)$"
 )
 _LAYER = re.compile(r"(?P<layer>.+)\.(?P<kind>lora_A|lora_B|lora_magnitude_vector)(?P<what>\.weight|\.bias)?")
-# What PEFT takes for patterns is names here, and what may change the weights below an adapter is left out.
+# PEFT treats these values as regular expressions, so only plain names are accepted. Options that may change the base
+# weights are left out.
 _PLAIN = re.compile(r"[\w.]+")
 _TAKEN = frozenset("r lora_alpha rank_pattern alpha_pattern target_modules use_rslora use_dora lora_bias".split())
 _OF_TRAINING = frozenset(
@@ -48,9 +49,9 @@ _log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class FittedLora:
-    """An adapter that fits a pipeline: tensors as diffusers takes them, and the layers they are for, by part.
+    """A LoRA that fits a pipeline: `tensors` in diffusers' format, and `layers`, the layer names by pipeline component.
 
-    `alphas` and `notes` tell what the tensors are scaled by, where they are not scaled already.
+    `alphas` and `notes` hold the scaling of tensors that are not scaled already.
     """
 
     tensors: Tensors
@@ -60,11 +61,11 @@ class FittedLora:
 
 
 class LoraMismatch(ValueError):
-    """Why an adapter cannot be used, as the end of a sentence."""
+    """Why a LoRA cannot be used, as the end of a sentence."""
 
 
 def fit_lora(file: LoraFile, pipeline: Any) -> FittedLora:
-    """What there is to put on a pipeline. Raises `InvalidInput` with the reason when not all of it fits."""
+    """Convert a LoRA for a pipeline. Raises `InvalidInput` with the reason unless all of it fits."""
     try:
         _check_family(file, pipeline)
         tensors = _tensors_of(file)
@@ -78,7 +79,7 @@ def fit_lora(file: LoraFile, pipeline: Any) -> FittedLora:
 
 
 def attach(fitting: FittedLora, pipeline: Any, key: str, name: str) -> None:
-    """Load an adapter under `key`, turned on. Raises `InvalidInput` and leaves nothing behind when that fails."""
+    """Load a LoRA under `key` and activate it. If that fails, removes it completely and raises `InvalidInput`."""
     try:
         for part in fitting.layers:
             _load(fitting, pipeline, part, key)
@@ -86,21 +87,21 @@ def attach(fitting: FittedLora, pipeline: Any, key: str, name: str) -> None:
     except (torch.OutOfMemoryError, torch.AcceleratorError):
         detach(pipeline, key)
         raise
-    except Exception as error:  # a file is input, and the libraries raise whatever they stumble over
+    except Exception as error:  # the file is input, and the libraries raise many types
         detach(pipeline, key)
         _log.warning("an adapter cannot be loaded", file=name, exc_info=error)
         raise InvalidInput(f"{name} cannot be loaded as an adapter of this model.", field="lora") from error
 
 
 def detach(pipeline: Any, key: str) -> None:
-    """Remove all there is of an adapter, however far it came."""
+    """Remove a LoRA completely, even if it was attached only in part."""
     for part in _parts_of(pipeline):
         module = getattr(pipeline, part)
         delete_adapter_layers(module, key)
         configurations = getattr(module, "peft_config", None)
         if configurations is not None:
             configurations.pop(key, None)
-            if not configurations:  # as the library does it once something was loaded
+            if not configurations:  # the library does the same
                 del module.peft_config
                 module._hf_peft_config_loaded = None
 
@@ -111,12 +112,12 @@ def _check_family(file: LoraFile, pipeline: Any) -> None:
 
 
 def _parts_of(pipeline: Any) -> tuple[str, ...]:
-    """The parts an adapter may change."""
+    """The pipeline components that a LoRA may change."""
     return tuple(part for part in pipeline._lora_loadable_modules if getattr(pipeline, part, None) is not None)
 
 
 def _tensors_of(file: LoraFile) -> Tensors:
-    """The tensors in a file, in memory of their own. Raises `LoraMismatch` for what no adapter holds."""
+    """The file's tensors, in their own memory. Raises `LoraMismatch` for tensors that do not belong in a LoRA."""
     names = file.header.tensors
     if len(names) > _MOST_TENSORS:
         raise LoraMismatch(f"holds {len(names)} tensors, and {_MOST_TENSORS} are taken")
@@ -126,10 +127,10 @@ def _tensors_of(file: LoraFile) -> Tensors:
         raise LoraMismatch(f"holds {_shown(odd[0])}, which is no part of a LoRA and would be left out")
     try:
         tensors = safetensors.torch.load(file.data)
-    except Exception as error:  # it has errors of its own, and passes on those of torch and Python
+    except Exception as error:  # safetensors raises its own errors and those of torch and Python
         raise LoraMismatch("cannot be read as safetensors") from error
     for name, tensor in tensors.items():
-        if tensor.ndim > _MOST_SIDES:  # PyTorch computes with none of more than 64
+        if tensor.ndim > _MOST_SIDES:  # PyTorch does not support more than 64
             raise LoraMismatch(f"holds a tensor of {tensor.ndim} dimensions ({_shown(name)})")
         _check_numbers(name, tensor)
     return {name: _computable(tensor) for name, tensor in tensors.items()}
@@ -148,28 +149,28 @@ def _check_numbers(name: str, tensor: torch.Tensor) -> None:
 
 
 def _shown(name: str) -> str:
-    """A name in a file, which may hold anything, as a sentence can hold it."""
+    """A name from a file, escaped and cut to 100 characters: files may hold any text."""
     return ascii(name[:100])
 
 
 def _computable(tensor: torch.Tensor) -> torch.Tensor:
-    """Floats of one byte as wider ones: nothing is computed in them."""
+    """Convert one-byte floats to bf16: PyTorch cannot compute in them."""
     return tensor.to(torch.bfloat16) if tensor.is_floating_point() and tensor.itemsize == 1 else tensor
 
 
 def _converted(tensors: Tensors, pipeline: Any) -> tuple[Tensors, Mapping[str, float] | None]:
-    """The tensors by diffusers' names, and their scales, by its own conversions."""
+    """Convert the tensors with diffusers' own functions; returns them by diffusers' names, and the alphas."""
     given = {"unet_config": pipeline.unet.config} if hasattr(pipeline, "unet") else {"return_alphas": True}
     try:
         state, alphas = pipeline.lora_state_dict(dict(tensors), **given)[:2]
-    except Exception as error:  # as in `put_on`
+    except Exception as error:  # as in `attach`
         _log.info("an adapter cannot be converted", exc_info=error)
         raise LoraMismatch("is not an adapter for this model, or in a form that is not known") from error
     return state, alphas or None
 
 
 def _by_part(state: Tensors, pipeline: Any) -> dict[str, Tensors]:
-    """The tensors of each part, by PEFT's names within it, by the conversions diffusers uses when it loads them."""
+    """Group the tensors by component, named as in PEFT, with the conversions that diffusers uses for loading."""
     parts: dict[str, Tensors] = {}
     for name, tensor in state.items():
         part, _, rest = name.partition(".")
@@ -192,9 +193,9 @@ def _as_peft(found: Tensors, module: Any, part: str) -> Tensors:
 
 
 def _check_none_is_lost(tensors: Tensors, parts: Mapping[str, Tensors]) -> None:
-    """Raise `LoraMismatch` when the conversions left something out, which they mostly do without a word.
+    """Raise `LoraMismatch` when a conversion dropped tensors, which most of them do silently.
 
-    One tensor may become several, which are copies or views of it; so what is counted is their memory.
+    A conversion may split one tensor into several copies or views, so distinct storages are counted.
     """
     given = sum("lora_A." in name or name.endswith("down.weight") for name in tensors)
     firsts = [tensor for found in parts.values() for name, tensor in found.items() if ".lora_A." in name]
@@ -206,7 +207,7 @@ def _check_none_is_lost(tensors: Tensors, parts: Mapping[str, Tensors]) -> None:
 
 
 def _checked_layers(found: Tensors, part: Any) -> frozenset[str]:
-    """The names of the layers that tensors of a part are for. Raises `LoraMismatch` unless each fits its layer."""
+    """Names of the layers that the tensors of a component change. Raises `LoraMismatch` unless every shape fits."""
     layers: dict[str, Tensors] = {}
     for name, tensor in found.items():
         match = _LAYER.fullmatch(name)
@@ -223,7 +224,7 @@ def _checked_layers(found: Tensors, part: Any) -> frozenset[str]:
 
 
 def _layer_of(part: Any, name: str) -> Any:
-    """The layer of that name as it is without adapters; `None` where there is none."""
+    """The layer of that name without its adapters; `None` if there is none."""
     if any(step == "base_layer" or step.startswith("lora_") for step in name.split(".")):
         return None
     try:
@@ -261,7 +262,7 @@ def _check_shapes(name: str, found: Tensors, base: Any) -> None:
 
 
 def _notes_of(file: LoraFile, parts: Mapping[str, Tensors]) -> dict[str, Any] | None:
-    """What diffusers' trainers note of an adapter's shape, without what would touch the weights below it."""
+    """The LoRA configuration that diffusers' trainers store in the file, without options that may change base weights."""
     written = file.header.notes.get(_NOTES)
     if written is None:
         return None
@@ -287,7 +288,7 @@ def _has_no_effect(name: str, value: Any, usual: Mapping[str, Any]) -> bool:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether a note is numbers and names alone; PEFT would take a text for a regular expression."""
+    """Whether a value holds only numbers and plain names; PEFT would treat other text as a regular expression."""
     if isinstance(value, bool | int | float):
         return 0 <= value <= 1e6
     if isinstance(value, dict):
@@ -312,7 +313,7 @@ def _load(fitting: FittedLora, pipeline: Any, part: str, key: str) -> None:
 
 
 def _check_loaded(fitting: FittedLora, pipeline: Any, key: str) -> None:
-    """Raise `LoraMismatch` unless just the layers it is for have an adapter."""
+    """Raise `LoraMismatch` unless exactly the expected layers have the adapter."""
     for part, wanted in fitting.layers.items():
         layers = getattr(pipeline, part).named_modules()
         found = {name for name, layer in layers if isinstance(layer, LoraLayer) and key in layer.lora_A}

@@ -48,7 +48,7 @@ class Conditioning:
 
 
 class Flux(DiffusersFamily):
-    """Draws with the components of a `FluxPipeline`; tests compare it with the stock pipelines."""
+    """Generates images with the components of a `FluxPipeline`; tests compare it with the stock pipelines."""
 
     def __init__(
         self,

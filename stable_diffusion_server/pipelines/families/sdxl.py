@@ -52,7 +52,7 @@ class Conditioning:
 
 
 class Sdxl(DiffusersFamily):
-    """Draws with the components of a `StableDiffusionXLPipeline`; tests compare it with the stock pipelines.
+    """Generates images with the components of a `StableDiffusionXLPipeline`; tests compare it with the stock pipelines.
 
     Raises `ModelLoadError` when the ControlNet does not fit the VAE.
     """

@@ -116,7 +116,7 @@ def empty_pipeline(spec: ModelSpec, models_dir: Path, *, hub: HubClient | None =
 
 
 def _class_of(part: WeightPart) -> Any:
-    """The class of a part. Raises `FileFault` for one of no library in use."""
+    """The class of a component. Raises `WeightFileError` unless it belongs to a library in use."""
     library = {"diffusers": diffusers, "transformers": transformers}.get(part.library)
     part_class = getattr(library, part.kind, None)
     if part_class is None:
@@ -127,7 +127,7 @@ def _class_of(part: WeightPart) -> Any:
 
 
 def _check(spec: ModelSpec, folder: Path) -> dict[WeightPart, str | None]:
-    """The variant each network is read in; all files are looked at before the first gigabytes. Raises `FileFault`."""
+    """The variant of each network's weights. Checks all files before gigabytes are loaded. Raises `WeightFileError`."""
     variants = {}
     for part in parts_of(folder):
         check_texts(folder / part.name)
@@ -138,7 +138,7 @@ def _check(spec: ModelSpec, folder: Path) -> dict[WeightPart, str | None]:
 
 
 def _load_complete(part_class: Any, folder: Path, name: str, dtype: torch.dtype, variant: str | None) -> Any:
-    """A network with all of its weights; the libraries themselves initialise missing ones at random and only log it."""
+    """Load a network and require all of its weights; the libraries initialise missing ones at random and only log it."""
     given = {"dtype": dtype, "local_files_only": True, "use_safetensors": True, "variant": variant}
     if not issubclass(part_class, diffusers.ModelMixin):
         given["ignore_mismatched_sizes"] = True  # otherwise transformers prints the names and does not return them

@@ -31,7 +31,7 @@ from stable_diffusion_server.pipelines.loading.weight_files import (
 _log = structlog.get_logger(__name__)
 
 _MAIN = "main"
-# Seconds a request for a list of files may take; files themselves are taken up again by the client.
+# Timeout in seconds for listing a repository's files; the client resumes interrupted file downloads itself.
 _PATIENCE = 20.0
 
 
@@ -71,7 +71,7 @@ class HubClient:
         self.progress = ""
 
     def pipeline(self, repo: str, variant: str | None) -> Path:
-        """The folder of a whole pipeline: of each network one set of weight files, of `variant` if it has that."""
+        """The folder of a whole pipeline: for each network one set of weight files, of `variant` if available."""
 
         def choose(listed: _Listed) -> list[str]:
             if INDEX not in listed.sizes:
@@ -91,7 +91,7 @@ class HubClient:
         return self._fetched(repo, lambda listed: [name for name in listed.sizes if name.endswith(SAFETENSORS)])
 
     def commit(self, repo: str) -> str:
-        """The commit a repository was fetched at; empty where it was not asked for."""
+        """The commit a repository was downloaded at; empty if it was not downloaded."""
         return self._pins[repo].commit if repo in self._done and repo in self._pins else ""
 
     def _fetched(self, repo: str, choose: Callable[[_Listed], Sequence[str]]) -> Path:
@@ -114,7 +114,7 @@ class HubClient:
             listed = _listed(repo, revision)
         except (GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError) as error:
             raise _refused(repo, revision, error) from error
-        except Exception as error:  # the client has a class for each of a dozen ways not to get through
+        except Exception as error:  # the client raises a dozen unrelated classes for connection failures
             return self._without_hub(repo, revision, error)
         try:
             names = list(dict.fromkeys(choose(listed)))
@@ -136,7 +136,7 @@ class HubClient:
         """The cached repository, when the hub does not answer."""
         try:
             folder = Path(snapshot_download(repo, revision=revision, local_files_only=True))
-        except Exception:  # the reason why the hub was not reached says more
+        except Exception:  # the original error says why the hub was not reached
             raise _refused(repo, revision, error) from error
         _log.warning("the hub does not answer; what its cache holds is used", repo=repo, why=_sentence(error))
         return folder
@@ -195,7 +195,7 @@ def _listed(repo: str, revision: str) -> _Listed:
 
 
 def _files_of(part: WeightPart, sizes: Mapping[str, int], variant: str | None) -> list[str]:
-    """The files of a part of a pipeline among those of its repository. Raises `FileFault`."""
+    """The files of one component, chosen from its repository. Raises `WeightFileError`."""
     texts = [
         name
         for name in sizes
@@ -205,7 +205,7 @@ def _files_of(part: WeightPart, sizes: Mapping[str, int], variant: str | None) -
 
 
 def _weights(sizes: Mapping[str, int], folder: str, stem: str, variant: str | None) -> list[str]:
-    """One set of weight files below `folder`, of `variant` if there is one. Raises `FileFault` when there is none."""
+    """One set of weight files below `folder`, of `variant` if available. Raises `WeightFileError` if there is none."""
     for wanted in dict.fromkeys((variant, None)):
         mark = f"\\.{re.escape(wanted)}" if wanted else ""
         name = re.escape(folder + stem)
@@ -221,7 +221,7 @@ def _weights(sizes: Mapping[str, int], folder: str, stem: str, variant: str | No
 
 
 def _in_cache(repo: str, pin: PinnedRevision) -> Path | None:
-    """The cached folder of a commit, when all of its files are there."""
+    """The cached folder of a commit, if all of its files are there."""
     folder = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repo, repo_type="model"), "snapshots", pin.commit)
     return folder if pin.files and all((folder / name).is_file() for name in pin.files) else None
 

@@ -40,7 +40,7 @@ from stable_diffusion_server.pipelines.model_spec import ModelSpec
 
 _log = structlog.get_logger(__name__)
 
-# Quantizations that optimizations help: others convert weights back for every product.
+# Quantizations that benefit from optimizations; the others dequantize weights for every product.
 COMPUTED_FAST = (Quantization.NONE, Quantization.TORCHAO_FLOAT8_DYNAMIC)
 
 

@@ -19,7 +19,7 @@ _GROUP = "group_offloading"
 
 
 def apply_residency(pipeline: Any, controlnet: Any, device: torch.device, residency: Residency) -> None:
-    """Put the weights where they are kept, by diffusers' own hooks. LoRAs must be loaded before."""
+    """Apply a residency with diffusers' own hooks. LoRAs must be loaded before."""
     match residency:
         case Residency.RESIDENT:
             pipeline.to(device)
@@ -55,7 +55,7 @@ class OffloadedModel:
 
     @contextmanager
     def only(self, *names: str) -> Iterator[None]:
-        """A block that uses these components: all others leave the device first, and all of them if it fails."""
+        """Run a block that uses these components. All others leave the device first; if the block fails, all do."""
         if self._residency is Residency.MODEL:
             self._offload_components(set(names))
         try:
@@ -97,7 +97,10 @@ class OffloadedModel:
                     hook.group.offload_()
 
     def _end_layers(self) -> None:
-        """Offload the layers likewise; accelerate's hooks hold the weights and put them back on the meta device."""
+        """Move layers off the device likewise.
+
+        accelerate's hooks hold the weights and put them back on the meta device.
+        """
         for _, part in _networks(self._pipeline):
             for module in part.modules():
                 whole = getattr(module, "_hf_hook", None)

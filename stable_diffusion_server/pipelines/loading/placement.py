@@ -34,9 +34,9 @@ class Residency(StrEnum):
 
 
 class Quantization(StrEnum):
-    """What the weights of the large parts are held in, and by which package; `none` is the type they were loaded in.
+    """The format of the weights of the large components, and the package that quantizes them. `none` keeps their dtype.
 
-    `torchao-float8-dynamic` computes in float8 as well: it rounds what layers are given too, by its largest number.
+    `torchao-float8-dynamic` also computes in float8: it rounds each layer's inputs, scaled by their largest value.
     """
 
     NONE = "none"
@@ -51,7 +51,7 @@ class Quantization(StrEnum):
 class Footprint:
     """What a model needs, in bytes: `parts` by name, the `quantized` ones of them, the largest `layer`.
 
-    `weight_bytes` is the size of one weight as loaded, `working` what one drawing needs beside the weights.
+    `weight_bytes` is the size of one weight as loaded, `working` what one request needs besides the weights.
     """
 
     parts: Mapping[str, int]
@@ -74,7 +74,7 @@ class Footprint:
         weights = {
             Residency.RESIDENT: sum(moved) + stays,
             Residency.MODEL: max(moved, default=0) + stays,
-            Residency.GROUP: 2 * self.layer,  # the one at work, and the next on its way
+            Residency.GROUP: 2 * self.layer,  # the layer that computes, and the next one being prefetched
             Residency.SEQUENTIAL: stays,
         }
         return weights[residency] + self.working
@@ -82,14 +82,14 @@ class Footprint:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """The decision, and the bytes it needs on the device."""
+    """The chosen placement, and the bytes it needs on the device."""
 
     residency: Residency
     quantization: Quantization
     needed: int
 
 
-# In the order in which they are tried: each needs less memory than the one before, and is slower or less exact.
+# In the order in which they are tried: each needs less memory than the one before, but is slower or less exact.
 _LADDER = (
     (Residency.RESIDENT, Quantization.NONE),
     (Residency.MODEL, Quantization.NONE),
@@ -110,9 +110,9 @@ def place(
 ) -> Placement:
     """The first placement that fits into `free` bytes of the device's memory and that the settings allow.
 
-    A setting other than `auto` is obeyed even where something else would do. On the CPU (`accelerated` false) weights
-    have nowhere to go to. Raises `ModelTooLarge` when nothing fits, `ModelLoadError` when OFFLOAD cannot be obeyed, or
-    not together with QUANTIZE.
+    A setting other than `auto` is followed even if another placement would fit better. On the CPU (`accelerated`
+    false) weights cannot be offloaded. Raises `ModelTooLarge` when nothing fits, `ModelLoadError` when OFFLOAD
+    cannot be applied, or cannot be combined with QUANTIZE.
     """
     if offload == "sequential" and quantize not in MOVED_BY_LAYERS:
         raise ModelLoadError(

@@ -17,7 +17,7 @@ FLOAT8_CAPABILITY = (8, 9)
 def quantize_parts(modules: Iterable[torch.nn.Module], quantization: Quantization) -> None:
     """Quantize the weights of `modules` to one byte each, except LoRAs.
 
-    Raises `ModelLoadError` when the package that does it is not installed, or the machine cannot compute so.
+    Raises `ModelLoadError` when the package is not installed or the machine does not support the format.
     """
     match quantization:
         case Quantization.NONE:
@@ -38,7 +38,7 @@ def load_dfloat11(transformer: torch.nn.Module, path: str, device: torch.device)
     if device.type != "cuda":
         raise ModelLoadError("DF11_MODEL_PATH needs a CUDA device: DFloat11 weights are unpacked there.")
     try:
-        from dfloat11 import DFloat11Model  # CUDA alone can import it
+        from dfloat11 import DFloat11Model  # it can be imported with CUDA only
     except ImportError as error:
         raise ModelLoadError("DF11_MODEL_PATH needs the package dfloat11 (pip install dfloat11[cuda12]).") from error
     try:
@@ -76,14 +76,15 @@ def _by_torchao(quantization: Quantization) -> Callable[[torch.nn.Module], None]
                 return torchao.Int8WeightOnlyConfig()
             case Quantization.TORCHAO_FLOAT8:
                 return torchao.Float8WeightOnlyConfig()
-        # A factor for each row, where the products know it: those of bf16 alone.
+        # One scale per row, where the products support it: for bf16 only.
         granularity = torchao.PerRow() if module.dtype == torch.bfloat16 else torchao.PerTensor()
         return torchao.Float8DynamicActivationFloat8WeightConfig(granularity=granularity)
 
     def is_meant(layer: Any, name: str) -> bool:
         if not isinstance(layer, torch.nn.Linear) or "lora_" in name:
             return False
-        # Float8 products take multiples of 16; and what is rounded is the bulk, not what leads in and out of it.
+        # Float8 products need dimensions that are multiples of 16. Only the large inner layers are quantized, not the
+        # input and output layers.
         return not dynamic or ("block" in name and layer.in_features % 16 == layer.out_features % 16 == 0)
 
     return lambda module: torchao.quantize_(module, config(module), filter_fn=is_meant)

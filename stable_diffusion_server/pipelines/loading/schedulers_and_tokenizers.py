@@ -44,7 +44,7 @@ def token_counter(tokenizer: Any) -> Callable[[str], int]:
     It uses a copy of `tokenizer` and a lock: fast tokenizers keep truncation settings inside and are not thread-safe.
     """
     own, lock = copy.deepcopy(tokenizer), Lock()
-    own.model_max_length = int(1e9)  # no warning about texts that are too long: finding those is its purpose
+    own.model_max_length = int(1e9)  # avoids warnings about long texts, which this counter exists to find
 
     def count(text: str) -> int:
         with lock:

@@ -66,7 +66,7 @@ class WeightFiles:
 
 
 def parts_of(folder: Path) -> list[WeightPart]:
-    """The components in a model's folder, by its index. Raises `FileFault`."""
+    """The components listed in the index of a model's folder. Raises `WeightFileError`."""
     index = read_json(folder / INDEX)
     listed = {name: value for name, value in index.items() if isinstance(value, list) and len(value) == 2}
     parts = [WeightPart(name, str(value[0]), str(value[1])) for name, value in listed.items() if None not in value]
@@ -76,7 +76,7 @@ def parts_of(folder: Path) -> list[WeightPart]:
 
 
 def weight_files(folder: Path, stem: str, variant: str | None) -> WeightFiles:
-    """The weight files of a component, preferably those of `variant`. Raises `FileFault` saying what is there."""
+    """The weight files of a component, preferably those of `variant`. Raises `WeightFileError` naming what was found."""
     for wanted in dict.fromkeys((variant, None)):
         for name in _names(stem, wanted):
             file = folder / name
@@ -87,7 +87,7 @@ def weight_files(folder: Path, stem: str, variant: str | None) -> WeightFiles:
 
 
 def check_part(folder: Path, stem: str, variant: str | None) -> WeightFiles:
-    """The weight files of a component, checked to be complete and of a supported kind. Raises `FileFault`."""
+    """The weight files of a component, checked to be complete and of a supported format. Raises `WeightFileError`."""
     check_texts(folder)
     config = read_json(folder / "config.json")
     if isinstance(quantized := config.get("quantization_config"), dict):
@@ -105,7 +105,7 @@ def check_part(folder: Path, stem: str, variant: str | None) -> WeightFiles:
 
 
 def check_weights(file: Path) -> None:
-    """Raise `FileFault` for a file that is no safetensors file, not all there, or of weights in fewer bits."""
+    """Raise `WeightFileError` if a file is not safetensors, is truncated, or holds quantized weights."""
     tensors = read_header(file)
     factors = [name for name in tensors if name.rpartition(".")[2] in _FACTORS]
     sizes = {name: facts["data_offsets"][1] - facts["data_offsets"][0] for name, facts in tensors.items()}
@@ -118,7 +118,7 @@ def check_weights(file: Path) -> None:
 
 
 def read_header(file: Path) -> Mapping[str, Any]:
-    """The header of a safetensors file: name of each tensor → `dtype`, `shape`, `data_offsets`. Raises `FileFault`."""
+    """Read a safetensors header: tensor name → `dtype`, `shape`, `data_offsets`. Raises `WeightFileError`."""
     size = check_there(file)
     try:
         with file.open("rb") as source:
@@ -128,7 +128,7 @@ def read_header(file: Path) -> Mapping[str, Any]:
                     raise WeightFileError(f"{_shown(file)} {reason}")
             length = int.from_bytes(start[:8], "little")
             source.seek(8)
-            # A length out of bounds reads as nothing, which is no JSON.
+            # A length out of bounds reads no bytes, which is invalid JSON.
             header = json.loads(source.read(length if length <= min(_HEADER_LIMIT, size) else 0))
         tensors = {name: facts for name, facts in header.items() if name != "__metadata__"}
         end = max((int(facts["data_offsets"][1]) for facts in tensors.values()), default=0)
@@ -142,7 +142,7 @@ def read_header(file: Path) -> Mapping[str, Any]:
 
 
 def check_there(file: Path) -> int:
-    """The size of a file in bytes, wherever links lead to it. Raises `FileFault` where there is none, or nothing."""
+    """The size of a file in bytes; follows links. Raises `WeightFileError` if it is missing, empty or not a file."""
     try:
         size = file.stat().st_size
     except OSError as error:
@@ -156,7 +156,7 @@ def check_there(file: Path) -> int:
 
 
 def check_texts(folder: Path) -> None:
-    """Raise `FileFault` for a configuration or a tokenizer's file that cannot be read, or is a pointer of git-lfs."""
+    """Raise `WeightFileError` if a configuration or tokenizer file is unreadable or a git-lfs pointer."""
     for file in texts_in(folder):
         check_there(file)
         with file.open("rb") as source:
@@ -167,13 +167,13 @@ def check_texts(folder: Path) -> None:
 
 
 def texts_in(folder: Path) -> Iterator[Path]:
-    """The configurations and tokenizer files of a part, sorted."""
+    """The configuration and tokenizer files of a component, sorted."""
     if folder.is_dir():
         yield from sorted(file for file in folder.iterdir() if file.suffix in TEXTS and not file.is_dir())
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A file's JSON object. Raises `FileFault` where there is none."""
+    """The JSON object in a file. Raises `WeightFileError` if it holds none."""
     check_there(file)
     try:
         read = json.loads(file.read_bytes())
@@ -187,9 +187,9 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def files_of(folder: Path, parts: list[WeightPart], variant: str | None) -> dict[str, Path]:
-    """All files of a model that decide what it draws, by their names within `folder`. Raises `FileFault`.
+    """All files that determine a model's images, by their paths within `folder`. Raises `WeightFileError`.
 
-    Other variants, pictures, and notes are not among them, so that they may come and go.
+    Other variants, sample images and notes are left out, so adding or removing them changes nothing.
     """
     files = [folder / INDEX]
     for part in parts:
@@ -200,26 +200,26 @@ def files_of(folder: Path, parts: list[WeightPart], variant: str | None) -> dict
 
 
 def files_of_part(folder: Path, stem: str, variant: str | None) -> list[Path]:
-    """The configuration and the weight files of one network. Raises `FileFault`."""
+    """The configuration and the weight files of one network. Raises `WeightFileError`."""
     weights = weight_files(folder, stem, variant).files
-    texts = (file for file in texts_in(folder) if ".index." not in file.name)  # the one in use is among the weights
+    texts = (file for file in texts_in(folder) if ".index." not in file.name)  # the index in use is in `weights`
     return [*texts, *weights]
 
 
 def _names(stem: str, variant: str | None) -> tuple[str, ...]:
-    """How the weights of a variant may be stored: in one file, or as shards with an index."""
+    """Possible file names of a variant's weights: one file, or the index of its shards."""
     shards: tuple[str, ...]
     if variant is None:
         whole, shards = f"{stem}{SAFETENSORS}", (f"{stem}{SAFETENSORS}.index.json",)
     else:
         whole = f"{stem}.{variant}{SAFETENSORS}"
         shards = f"{stem}{SAFETENSORS}.index.{variant}.json", f"{stem}{SAFETENSORS}.{variant}.index.json"
-    # Where both are there, diffusers reads the shards and transformers the one file.
+    # If both exist, diffusers reads the shards and transformers the single file.
     return (*shards, whole) if stem == DIFFUSERS else (whole, *shards[:1])
 
 
 def _shards(folder: Path, index: Path) -> list[Path]:
-    """The shards an index lists, all of them there. Raises `FileFault`."""
+    """The shards that an index lists. Raises `WeightFileError` if one is missing."""
     listed = read_json(index).get("weight_map")
     if not isinstance(listed, dict) or not listed:
         raise WeightFileError(f"{_shown(index)} lists no files")
@@ -234,7 +234,7 @@ def _shards(folder: Path, index: Path) -> list[Path]:
 
 
 def _what_is_there(folder: Path, stem: str) -> str:
-    """Why a folder has none of the weight files that are looked for, as far as its names tell."""
+    """Why a folder has none of the expected weight files, judged by file names."""
     wanted = f"{stem}{SAFETENSORS}"
     if not folder.is_dir():
         return f"{_shown(folder)} {'is a link that leads nowhere' if folder.is_symlink() else 'is missing'}"
@@ -247,5 +247,5 @@ def _what_is_there(folder: Path, stem: str) -> str:
 
 
 def _shown(file: Path) -> str:
-    """The last two names of a path: enough to find the file, and nothing of the machine."""
+    """The last two parts of a path: identifies the file without revealing the machine's folders."""
     return f"{file.parent.name}/{file.name}"
