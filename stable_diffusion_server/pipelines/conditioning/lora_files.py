@@ -119,7 +119,7 @@ def header_of(source: BinaryIO, size: int, name: str, limit: int = LARGEST_HEADE
 
 
 def _end_of(facts: Any) -> int:
-    """Offset of the end of a tensor's bytes. Raises `ValueError`, `KeyError` or `TypeError` if the entry is malformed."""
+    """End offset of a tensor's bytes. Raises `ValueError`, `KeyError` or `TypeError` if the entry is malformed."""
     first, last = facts["data_offsets"]
     if not isinstance(facts["dtype"], str) or not all(isinstance(side, int) and side >= 0 for side in facts["shape"]):
         raise ValueError(facts)

@@ -35,8 +35,7 @@ _ENDING = re.compile(
     r"(lora_(down|up|A|B)\.(weight|bias)|\b(down|up)\.weight|\balpha|lora_magnitude_vector(\.weight)?)$"
 )
 _LAYER = re.compile(r"(?P<layer>.+)\.(?P<kind>lora_A|lora_B|lora_magnitude_vector)(?P<what>\.weight|\.bias)?")
-# PEFT treats these values as regular expressions, so only plain names are accepted. Options that may change the base
-# weights are left out.
+# PEFT reads names as regular expressions, so only plain ones pass; options that change base weights do not.
 _PLAIN = re.compile(r"[\w.]+")
 _TAKEN = frozenset("r lora_alpha rank_pattern alpha_pattern target_modules use_rslora use_dora lora_bias".split())
 _OF_TRAINING = frozenset(
@@ -49,7 +48,7 @@ _log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class FittedLora:
-    """A LoRA that fits a pipeline: `tensors` in diffusers' format, and `layers`, the layer names by pipeline component.
+    """A LoRA that fits a pipeline: `tensors` in diffusers' format, `layers` the layer names by component.
 
     `alphas` and `notes` hold the scaling of tensors that are not scaled already.
     """
@@ -262,7 +261,7 @@ def _check_shapes(name: str, found: Tensors, base: Any) -> None:
 
 
 def _notes_of(file: LoraFile, parts: Mapping[str, Tensors]) -> dict[str, Any] | None:
-    """The LoRA configuration that diffusers' trainers store in the file, without options that may change base weights."""
+    """The LoRA configuration that diffusers' trainers store, without options that may change base weights."""
     written = file.header.notes.get(_NOTES)
     if written is None:
         return None

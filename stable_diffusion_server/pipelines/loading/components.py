@@ -138,7 +138,7 @@ def _check(spec: ModelSpec, folder: Path) -> dict[WeightPart, str | None]:
 
 
 def _load_complete(part_class: Any, folder: Path, name: str, dtype: torch.dtype, variant: str | None) -> Any:
-    """Load a network and require all of its weights; the libraries initialise missing ones at random and only log it."""
+    """Load a network and require all of its weights; the libraries would initialise missing ones at random."""
     given = {"dtype": dtype, "local_files_only": True, "use_safetensors": True, "variant": variant}
     if not issubclass(part_class, diffusers.ModelMixin):
         given["ignore_mismatched_sizes"] = True  # otherwise transformers prints the names and does not return them

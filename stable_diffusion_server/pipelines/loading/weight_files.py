@@ -76,7 +76,7 @@ def parts_of(folder: Path) -> list[WeightPart]:
 
 
 def weight_files(folder: Path, stem: str, variant: str | None) -> WeightFiles:
-    """The weight files of a component, preferably those of `variant`. Raises `WeightFileError` naming what was found."""
+    """The weight files of a component, preferably those of `variant`. Raises `WeightFileError` naming what it found."""
     for wanted in dict.fromkeys((variant, None)):
         for name in _names(stem, wanted):
             file = folder / name
