@@ -1,4 +1,4 @@
-"""What the server answers is what its OpenAPI document says, with every member of every answer named."""
+"""Checks that real responses match the OpenAPI document, and that the document names every member of each response."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _TEXT = base64.b64encode(file_of(disc())).decode()
 
 
 def closed(shape: Any) -> Any:
-    """The schema with every object that names its members closed to others."""
+    """Copy of a schema in which every object with named members forbids additional ones."""
     if isinstance(shape, list):
         return [closed(part) for part in shape]
     if not isinstance(shape, dict):
@@ -34,13 +34,13 @@ def closed(shape: Any) -> Any:
 
 
 def faults_of(document: dict[str, Any], name: str, body: Any) -> list[str]:
-    """Where a body is not what the schema of that name says, or has a member it does not name."""
+    """Differences between a body and the schema of that name, including members that the schema does not name."""
     schema = closed({"$ref": f"#/components/schemas/{name}", "components": document["components"]})
     return [f"{fault.json_path}: {fault.message[:200]}" for fault in Draft202012Validator(schema).iter_errors(body)]
 
 
 def answered(document: dict[str, Any]) -> set[str]:
-    """The names of the schemas that the operations answer with, alone or in a list."""
+    """Names of the schemas that the operations return, alone or in a list."""
     contents = [
         content["schema"]
         for operations in document["paths"].values()
@@ -53,7 +53,7 @@ def answered(document: dict[str, Any]) -> set[str]:
 
 
 def job_of(running_app: RunningApp, **changes: Any) -> dict[str, Any]:
-    """A job that has ended, as GET /jobs/ID answers it."""
+    """A finished job, as GET /jobs/ID returns it."""
     asked = running_app.client.post("/create_and_upload_image", json={**_ASKED, **changes}, headers=_BY_JOB)
     path = asked.headers["location"]
     until(lambda: running_app.client.get(path).json()["state"] in ("done", "failed"))
@@ -62,14 +62,14 @@ def job_of(running_app: RunningApp, **changes: Any) -> dict[str, Any]:
 
 
 def events_of(running_app: RunningApp) -> list[Any]:
-    """The data of every server-sent event of a job that is followed to its end."""
+    """Data of all server-sent events of a job that is followed to its end."""
     asked = running_app.client.post("/create_and_upload_image", json={**_ASKED, "seed": 7}, headers=_BY_JOB)
     text = running_app.client.get(f"{asked.headers['location']}/events").text
     return [json.loads(data) for data in re.findall(r"^data: (.*)$", text, re.MULTILINE)]
 
 
 def answers(running_app: RunningApp) -> Iterator[tuple[str, Any]]:
-    """Schema names and bodies of real answers: at least one of each schema, of some every variant."""
+    """Schema names and bodies of real responses: at least one per schema, every variant for some."""
     client = running_app.client
     receipt = running_app.draw(prompt="a red square", save_path="a.png")
     yield "GenerationResult", receipt.json()
@@ -114,7 +114,7 @@ def answers(running_app: RunningApp) -> Iterator[tuple[str, Any]]:
 
 
 def test_every_answer_has_the_members_its_schema_names_and_no_others(running_app: RunningApp) -> None:
-    """Real answers against the document with every object closed; no schema goes without an answer."""
+    """Compares real responses with the document with every object closed; each schema needs at least one response."""
     document = running_app.client.get("/openapi.json").json()
     faults, seen = [], set()
     for name, body in answers(running_app):
@@ -125,7 +125,7 @@ def test_every_answer_has_the_members_its_schema_names_and_no_others(running_app
 
 
 def test_readiness_names_everything_that_is_said_of_a_loaded_model(registry: Any, running_app: RunningApp) -> None:
-    """The embedded models, as a server that loaded them says it."""
+    """Tests /readyz of a server that loaded the embedded models."""
     document = running_app.client.get("/openapi.json").json()
     loaded = ModelState.of(settings_in(running_app.folder))
     loaded.models = registry
@@ -137,7 +137,7 @@ def test_readiness_names_everything_that_is_said_of_a_loaded_model(registry: Any
 
 @pytest.mark.parametrize("change", ["added", "removed", "of another type"])
 def test_the_check_itself_sees_a_difference(running_app: RunningApp, change: str) -> None:
-    """A member that is too many, missing or of another type is a fault: this test can fail."""
+    """An extra member, a missing member and a wrong type are each reported: the check itself can fail."""
     document = running_app.client.get("/openapi.json").json()
     body = running_app.client.get("/readyz").json()
     assert faults_of(document, "Readiness", body) == []

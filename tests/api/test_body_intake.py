@@ -1,4 +1,4 @@
-"""Bodies that do not arrive: refused in time at every route, and no caller fills the memory with them."""
+"""Stalled and slow request bodies: every route refuses them in time, and no caller can fill the memory with them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ KEYS = {"api_keys": "a:secret-of-a-1234567,b:secret-of-b-1234567"}
 def opened(
     live: LiveServer, stack: ExitStack, path: str, media_type: str, length: int | None, key: str = ""
 ) -> socket.socket:
-    """A connection on which the head of a request was sent; without a length its body comes in chunks."""
+    """A connection on which the request head was sent; without a length the body is chunked."""
     host, _, port = live.url.removeprefix("http://").partition(":")
     line = stack.enter_context(socket.create_connection((host, int(port)), timeout=30))
     size = "Transfer-Encoding: chunked" if length is None else f"Content-Length: {length}"
@@ -45,7 +45,7 @@ def opened(
 
 
 def answered(line: socket.socket) -> tuple[int, dict[str, Any]]:
-    """The status and the JSON of the answer, up to the end of the connection."""
+    """Status and JSON of the response, read to the end of the connection."""
     data = b""
     while part := line.recv(65_536):
         data += part
@@ -65,7 +65,7 @@ def test_a_body_that_stands_still_is_refused_at_every_route(
     begun: bytes,
     chunked: bool,
 ) -> None:
-    """408 in the shape of its dialect, and the connection is closed."""
+    """408 in the dialect's error format, and the server closes the connection."""
     live = live_of(body_timeout=0.5)
     with ExitStack() as stack:
         line = opened(live, stack, path, media_type, None if chunked else 100_000)
@@ -78,7 +78,7 @@ def test_a_body_that_stands_still_is_refused_at_every_route(
 
 @pytest.mark.fault(114)
 def test_the_studios_own_routes_have_the_same_bound(live_of: Callable[..., LiveServer]) -> None:
-    """The page that takes a key, before any key is known."""
+    """Includes the login page, which accepts a key before the caller is authenticated."""
     live = live_of(body_timeout=0.5, ui=True, **KEYS)
     with ExitStack() as stack:
         line = opened(live, stack, "/ui/key", "application/x-www-form-urlencoded", 1000)
@@ -90,7 +90,7 @@ def test_the_studios_own_routes_have_the_same_bound(live_of: Callable[..., LiveS
 def test_a_body_that_drips_is_refused_and_one_that_comes_slowly_enough_is_not(
     live_of: Callable[..., LiveServer],
 ) -> None:
-    """A byte now and then keeps no connection; BODY_MIN_RATE does, for longer than BODY_TIMEOUT."""
+    """Occasional bytes do not keep a connection open; BODY_MIN_RATE does, for longer than BODY_TIMEOUT."""
     live = live_of(body_timeout=1.0, body_min_rate=2000.0)
     body = json.dumps({"prompt": "a red square", "width": 64, "height": 64}).encode()
     with ExitStack() as stack:
@@ -112,7 +112,7 @@ def test_a_body_that_drips_is_refused_and_one_that_comes_slowly_enough_is_not(
         else:
             pytest.fail("a dripping body was never refused")
         rest = len(body) + 20_000
-        slow.sendall(b" " * rest)  # more than is wanted: what is over is not read
+        slow.sendall(b" " * rest)  # more than the server reads: it discards the excess
         slow.settimeout(30)
         assert slow.recv(12).endswith(b"200")
 
@@ -121,7 +121,7 @@ def test_a_body_that_drips_is_refused_and_one_that_comes_slowly_enough_is_not(
 def test_unfinished_bodies_of_one_caller_are_bounded_and_leave_room_for_others(
     live_of: Callable[..., LiveServer],
 ) -> None:
-    """Of 24 large bodies of one key only as many are read as half the room holds; another key's is read at once."""
+    """The server reads only half a budget of one key's 24 large bodies; it reads another key's at once."""
     size, room = 12_000_000, 48_000_000
     live = live_of(body_timeout=20.0, bodies_bytes=room, max_upload_bytes=size, **KEYS)
     sent = 0
@@ -153,7 +153,7 @@ def test_unfinished_bodies_of_one_caller_are_bounded_and_leave_room_for_others(
 
 @pytest.mark.fault(114)
 def test_who_finds_no_room_for_a_body_is_told_to_come_back(live_of: Callable[..., LiveServer]) -> None:
-    """Of two bodies that have come and for which there is not memory enough, one is answered 429 after BODY_TIMEOUT."""
+    """Two bodies arrived but memory holds one: the other gets 429 after BODY_TIMEOUT."""
     size = 1_900_000
     live = live_of(body_timeout=3.0, body_min_rate=0.0, bodies_bytes=2_000_000, max_upload_bytes=size)
     with ExitStack() as stack:
@@ -164,7 +164,7 @@ def test_who_finds_no_room_for_a_body_is_told_to_come_back(live_of: Callable[...
         while not refused and time.monotonic() < until_when:
             for number, line in enumerate(lines):
                 line.settimeout(0.1)
-                with suppress(TimeoutError, ConnectionError):  # what finds no memory is not read
+                with suppress(TimeoutError, ConnectionError):  # the server does not read a body that gets no memory
                     left[number] -= line.send(b" " * min(left[number], 65_536))
                 line.settimeout(0.05)
                 with suppress(TimeoutError):
@@ -174,7 +174,7 @@ def test_who_finds_no_room_for_a_body_is_told_to_come_back(live_of: Callable[...
 
 
 def opened_from(live: LiveServer, stack: ExitStack, address: str, length: int | None, key: str = "") -> socket.socket:
-    """A connection from another address of this machine, with the head of a large body sent."""
+    """A connection from another local address, with the head of a large body sent."""
     host, _, port = live.url.removeprefix("http://").partition(":")
     line = stack.enter_context(socket.create_connection((host, int(port)), 30, (address, 0)))
     size = "Transfer-Encoding: chunked" if length is None else f"Content-Length: {length}"
@@ -184,7 +184,7 @@ def opened_from(live: LiveServer, stack: ExitStack, address: str, length: int | 
 
 
 def drawn_with(live: LiveServer, padding: int, **headers: str) -> tuple[int, float]:
-    """The status of an order with so many bytes of blanks behind it, and the seconds it took."""
+    """Status of a request padded with so many bytes of blanks, and its duration in seconds."""
     asked = json.dumps({"prompt": "a red square", "width": 64, "height": 64, "steps": 2}).encode() + b" " * padding
     began = time.monotonic()
     kind = {"Content-Type": "application/json", **headers}
@@ -198,7 +198,7 @@ def drawn_with(live: LiveServer, padding: int, **headers: str) -> tuple[int, flo
 def test_bodies_that_bring_nothing_keep_no_memory_from_others(
     live_of: Callable[..., LiveServer], begun: int, chunked: bool
 ) -> None:
-    """Eight addresses that say they send 32 MB each, and stand still at once or after some: another is read at once."""
+    """Eight addresses announce 32 MB each and stall at once or later: another caller's body is read at once."""
     size = 33_554_432
     live = live_of(body_timeout=20.0, allow_anonymous=True)
     with ExitStack() as stack:
@@ -212,7 +212,7 @@ def test_bodies_that_bring_nothing_keep_no_memory_from_others(
 
 @pytest.mark.fault(190)
 def test_anonymous_bodies_that_do_arrive_leave_half_the_memory_to_keys(live_of: Callable[..., LiveServer]) -> None:
-    """Twelve addresses that bring all but the last byte of what there is memory for: a key is read at once."""
+    """Twelve anonymous addresses send all but the last byte of the memory budget: a key's body is read at once."""
     size = 2_000_000
     live = live_of(body_timeout=20.0, allow_anonymous=True, bodies_bytes=8_000_000, max_upload_bytes=size, **KEYS)
     with ExitStack() as stack:
@@ -231,7 +231,7 @@ def test_anonymous_bodies_that_do_arrive_leave_half_the_memory_to_keys(live_of: 
 def test_strangers_at_the_studio_keep_no_room_for_more_than_its_routes_read(
     live_of: Callable[..., LiveServer], path: str
 ) -> None:
-    """Whatever length and type they claim: a few addresses would else hold all the room of those with a key."""
+    """Whatever length and type they claim; otherwise a few addresses could hold all the memory for callers with keys."""
     room = 4_000_000
     live = live_of(body_timeout=5.0, bodies_bytes=room, max_upload_bytes=room, ui=True, **KEYS)
     with ExitStack() as stack:

@@ -1,4 +1,7 @@
-"""Memory for bodies on their way in: no more than has arrived, never deadlocked, never all of it for strangers."""
+"""Memory budget for incoming bodies.
+
+Holds only what has arrived, never deadlocks, never all given to anonymous callers.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ MEGABYTE = 1_000_000
 @pytest.mark.fault(190)
 @pytest.mark.parametrize("arrived", [0, 1, STEP - 1, STEP, STEP + 1, MEGABYTE, 20 * MEGABYTE])
 async def test_a_body_holds_what_it_has_brought_and_a_little_more(arrived: int) -> None:
-    """Whatever it says that it will bring; one that brought nothing holds one step."""
+    """Independent of the announced length; a body without bytes holds one step."""
     budget = ByteBudget(256 * MEGABYTE, 128 * MEGABYTE)
     reservation = budget.reserve("a", 32 * MEGABYTE)
     for brought in [*range(0, arrived, STEP // 3), arrived]:
@@ -30,7 +33,7 @@ async def test_a_body_holds_what_it_has_brought_and_a_little_more(arrived: int) 
 
 
 async def sent(budget: ByteBudget, owner: str, claim: int, part: int, *, anonymous: bool = False) -> None:
-    """One body brought in parts, its memory given back at its end."""
+    """One body sent in parts, its memory released at the end."""
     reservation = budget.reserve(owner, claim, anonymous=anonymous)
     try:
         for arrived in range(0, claim, part):
@@ -44,7 +47,7 @@ async def sent(budget: ByteBudget, owner: str, claim: int, part: int, *, anonymo
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("owners", [1, 3, 60], ids=["one caller", "three callers", "each its own"])
 async def test_half_arrived_bodies_are_all_completed(owners: int, seed: int) -> None:
-    """Sixty bodies, five times what there is memory for, in parts of every size: none waits for ever for another."""
+    """Sixty bodies, five times the memory budget, in parts of every size: no deadlock."""
     chance = random.Random(seed)  # noqa: S311  # no secret
     budget = ByteBudget(8 * MEGABYTE, 4 * MEGABYTE)
     bodies = [
@@ -64,7 +67,7 @@ async def test_half_arrived_bodies_are_all_completed(owners: int, seed: int) -> 
 @pytest.mark.fault(190)
 @pytest.mark.parametrize("brought", [0, STEP, MEGABYTE, 4 * MEGABYTE])
 async def test_anonymous_callers_together_leave_memory_to_those_with_keys(brought: int) -> None:
-    """From however many addresses, and however much of it they bring."""
+    """From however many addresses, and however much they send."""
     budget = ByteBudget(16 * MEGABYTE, 8 * MEGABYTE)
     strangers = [asyncio.create_task(held_on(budget, f"address {number % 40}", brought)) for number in range(400)]
     await asyncio.sleep(0.05)
@@ -77,7 +80,7 @@ async def test_anonymous_callers_together_leave_memory_to_those_with_keys(brough
 
 
 async def held_on(budget: ByteBudget, owner: str, brought: int) -> None:
-    """A body that stands still after so many bytes."""
+    """A body that stalls after so many bytes."""
     reservation = budget.reserve(owner, 4 * MEGABYTE, anonymous=True)
     try:
         for arrived in range(0, brought + 1, STEP):
@@ -89,7 +92,7 @@ async def held_on(budget: ByteBudget, owner: str, brought: int) -> None:
 
 @pytest.mark.fault(190)
 async def test_hang_ups_at_random_moments_leave_nothing_held() -> None:
-    """A thousand bodies, each cancelled somewhere: before, while and after it waits."""
+    """A thousand bodies, each cancelled before, during or after its wait for memory."""
     chance = random.Random(7)  # noqa: S311  # no secret
     budget = ByteBudget(2 * MEGABYTE, MEGABYTE)
 
@@ -104,7 +107,7 @@ async def test_hang_ups_at_random_moments_leave_nothing_held() -> None:
 
 
 async def test_who_holds_least_is_next() -> None:
-    """A caller with much under way does not keep out one who has nothing."""
+    """A caller that holds much memory does not block one that holds none."""
     budget = ByteBudget(MEGABYTE, MEGABYTE)
     large = [budget.reserve("a", 400_000) for _ in range(2)]
     for reservation in large:

@@ -20,7 +20,7 @@ def operations(running_app: RunningApp) -> Iterator[tuple[str, str, dict[str, An
 
 
 def test_the_page_loads_nothing_from_elsewhere(running_app: RunningApp) -> None:
-    """Every address on it is this server's, all of them answer, and its policy forbids others to a browser."""
+    """Every URL on the page belongs to this server and answers; the page's CSP forbids other origins."""
     page = running_app.client.get("/docs")
     assert page.status_code == 200
     addresses = re.findall(r"(?:src|href)=\"([^\"]+)\"", page.text)
@@ -38,7 +38,7 @@ def test_the_page_loads_nothing_from_elsewhere(running_app: RunningApp) -> None:
 
 
 def test_every_operation_is_told_whole(running_app: RunningApp) -> None:
-    """An id of its own that a generator can name a function by, what it is for, and every answer with its shape."""
+    """Each has a unique operationId usable as a function name, a description, and every response with its schema."""
     ids = []
     for method, path, operation in operations(running_app):
         ids.append(operation["operationId"])
@@ -54,14 +54,14 @@ def test_every_operation_is_told_whole(running_app: RunningApp) -> None:
 
 
 def test_references_lead_somewhere(running_app: RunningApp) -> None:
-    """No schema is named that is not there."""
+    """Every `$ref` points to an existing schema."""
     text = running_app.client.get("/openapi.json").text
     known = set(running_app.client.get("/openapi.json").json()["components"]["schemas"])
     assert set(re.findall(r'"#/components/schemas/([^"]+)"', text)) <= known
 
 
 def test_words_of_a_kind_are_enumerated_and_numbers_bounded(running_app: RunningApp) -> None:
-    """Models, schedulers, formats; sides and steps as the settings have them."""
+    """Models, schedulers and formats are enumerated; sides and steps have the bounds of the settings."""
     shapes = next(
         operation["requestBody"]["content"]["application/json"]["schema"]["properties"]
         for method, path, operation in operations(running_app)
@@ -76,7 +76,7 @@ def test_words_of_a_kind_are_enumerated_and_numbers_bounded(running_app: Running
 
 @pytest.mark.parametrize("keys", ["", "right"])
 def test_keys_are_told_where_they_are_needed(run_app: Callable[..., RunningApp], keys: str) -> None:
-    """With API_KEYS every operation that needs one says so, and only then."""
+    """With API_KEYS, every operation that needs a key declares it; without, none does."""
     running_app = run_app(api_keys=keys)
     for _, path, operation in operations(running_app):
         opened = path in ("/healthz", "/readyz") or operation["operationId"] in ("file_get", "file_head")
@@ -84,12 +84,12 @@ def test_keys_are_told_where_they_are_needed(run_app: Callable[..., RunningApp],
 
 
 def test_the_page_of_the_api_is_up_to_date() -> None:
-    """docs/api.md is what `python -m stable_diffusion_server api` prints."""
+    """docs/api.md equals the output of `python -m stable_diffusion_server api`."""
     assert (ROOT / "docs" / "api.md").read_text() == describe_api()
 
 
 def test_a_wrong_method_is_told_every_right_one(running_app: RunningApp) -> None:
-    """405 names all methods of the path, though each is a route of its own."""
+    """405 lists all methods of the path in `Allow`, although each method is a separate route."""
     answer = running_app.client.patch("/create_and_upload_image")
     assert (answer.status_code, answer.headers["allow"]) == (405, "GET, POST")
     assert running_app.client.put("/files/a").headers["allow"] == "DELETE, GET, HEAD"

@@ -1,4 +1,4 @@
-"""The door to stored pictures: caching, ranges, signatures, records, deleting; and the history of what was drawn."""
+"""The /files route (caching, ranges, signatures, records, deletion) and the image history."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from stable_diffusion_server.types import Caller
 
 @pytest.fixture
 def picture(running_app: RunningApp) -> httpx.Response:
-    """A stored picture, fetched."""
+    """A stored image, fetched."""
     return running_app.client.get(running_app.draw(prompt="a red square", save_path="a.webp").json()["path"])
 
 
@@ -40,7 +40,7 @@ def again(running_app: RunningApp, **headers: str) -> httpx.Response:
 
 
 def test_a_picture_comes_with_its_type_and_its_name(picture: httpx.Response) -> None:
-    """Content type, length, a strong ETag, a name to save it under, and nothing for a browser to guess."""
+    """Content type, length, strong ETag, a download name, and `nosniff`."""
     headers = picture.headers
     assert headers["content-type"] == "image/webp"
     assert headers["content-disposition"] == 'inline; filename="a.webp"'
@@ -50,7 +50,7 @@ def test_a_picture_comes_with_its_type_and_its_name(picture: httpx.Response) -> 
 
 
 def test_a_known_etag_is_answered_304(running_app: RunningApp, picture: httpx.Response) -> None:
-    """Exact, weak, listed and star: 304 without a body; another one: the picture."""
+    """Exact, weak, listed and `*` ETags: 304 without a body; another ETag: the image."""
     etag = picture.headers["etag"]
     for known in (etag, f"W/{etag}", f'"other", {etag}', "*"):
         answer = again(running_app, if_none_match=known)
@@ -71,13 +71,13 @@ def test_a_range_is_answered_in_part(running_app: RunningApp, picture: httpx.Res
 
 
 def test_a_range_of_another_version_gets_the_whole_picture(running_app: RunningApp, picture: httpx.Response) -> None:
-    """If-Range keeps parts of two pictures from being glued together."""
+    """If-Range prevents a client from joining parts of two images."""
     assert again(running_app, range="bytes=0-9", if_range='"other"').content == picture.content
     assert len(again(running_app, range="bytes=0-9", if_range=picture.headers["etag"]).content) == 10
 
 
 def test_head_tells_without_sending(running_app: RunningApp, picture: httpx.Response) -> None:
-    """The same headers and no body."""
+    """HEAD sends the same headers and no body."""
     answer = running_app.client.head("/files/static/uploads/a.webp")
     assert (answer.status_code, answer.content) == (200, b"")
     assert answer.headers["content-length"] == picture.headers["content-length"]
@@ -101,7 +101,7 @@ def test_head_tells_without_sending(running_app: RunningApp, picture: httpx.Resp
     ],
 )
 def test_nothing_but_pictures_is_served(running_app: RunningApp, picture: httpx.Response, path: str) -> None:
-    """Absent, folders, and every way out of the bucket: 404, although there is something to be found."""
+    """Missing files, folders and every path traversal: 404, although the files exist."""
     (running_app.folder / "bucket" / "secret").write_text("secret")
     assert (running_app.folder / "bucket" / "records" / "static" / "uploads" / "a.webp").is_file()
     answer = running_app.client.get(f"/files/{path}")
@@ -110,7 +110,7 @@ def test_nothing_but_pictures_is_served(running_app: RunningApp, picture: httpx.
 
 
 def test_a_file_that_is_no_picture_is_not_shown_inline(running_app: RunningApp) -> None:
-    """HTML put into the folder by hand must not run under this server's name."""
+    """HTML placed in the folder by hand must not run under this server's origin."""
     folder = running_app.folder / "bucket" / "objects"
     (folder / "page.html").write_text("<script>alert(1)</script>")
     answer = running_app.client.get("/files/page.html")
@@ -119,7 +119,10 @@ def test_a_file_that_is_no_picture_is_not_shown_inline(running_app: RunningApp) 
 
 
 def test_what_is_named_by_its_content_may_be_kept_for_ever(running_app: RunningApp) -> None:
-    """A content key never means another picture; a name can be overwritten, so a cache asks again after a minute."""
+    """A content-derived key never changes its image.
+
+    A chosen name can be overwritten, so caches revalidate after a minute.
+    """
     content = running_app.client.get(running_app.draw(prompt="a red square").json()["path"])
     assert content.headers["cache-control"] == "public, max-age=31536000, immutable"
     named = running_app.client.get(running_app.draw(prompt="a red square", save_path="a.webp").json()["path"])
@@ -127,7 +130,7 @@ def test_what_is_named_by_its_content_may_be_kept_for_ever(running_app: RunningA
 
 
 class AddressedBucket(MemoryBucket):
-    """A bucket whose objects have addresses of their own."""
+    """A bucket whose objects have their own URLs."""
 
     def url(self, key: str) -> str:
         return f"https://bucket.example/{key}?signature=secret"
@@ -135,7 +138,7 @@ class AddressedBucket(MemoryBucket):
 
 @pytest.mark.parametrize("private", [True, False])
 def test_the_files_door_hands_private_addresses_to_those_who_hold_one(private: bool, tmp_path: Path) -> None:
-    """Of a private bucket only a signed address leads on, and nothing that lies beside the pictures in any bucket."""
+    """For a private bucket only a signed URL redirects, and no object beside the images is ever served."""
     bucket = AddressedBucket()
     for key in ("static/uploads/a.webp", "backups/db.sql", "static/uploads-not/a.webp"):
         bucket.create(key, b"data", "image/webp", {})
@@ -160,7 +163,10 @@ def test_the_files_door_hands_private_addresses_to_those_who_hold_one(private: b
 def test_a_signed_address_of_the_local_bucket_gives_the_picture_for_a_while(
     run_app: Callable[..., RunningApp],
 ) -> None:
-    """Signed for that name and time alone, kept by no shared cache, the same for the first and the cached answer."""
+    """The signature covers name and expiry only.
+
+    Shared caches may not store it; first and cached responses get the same one.
+    """
     running_app = run_app(signed_url_seconds=60)
     first, again = (running_app.draw(prompt="a red square", save_path="b c.webp").json() for _ in range(2))
     assert (first["cached"], again["cached"]) == (False, True)
@@ -179,7 +185,7 @@ def test_a_signed_address_of_the_local_bucket_gives_the_picture_for_a_while(
 
 
 def test_a_signature_ends(tmp_path: Path) -> None:
-    """Good until its second, not after, and with another secret never."""
+    """Valid up to its expiry second, not after, and never with another secret."""
     time = 1000.0
     signer = UrlSigner("one", tmp_path / "none", 60, lambda: time)
     expires, signature = (part.partition("=")[2] for part in signer.query("k").split("&"))
@@ -196,7 +202,7 @@ def listed(running_app: RunningApp, **query: object) -> list[str]:
 
 
 def test_the_history_lists_what_was_drawn_newest_first(running_app: RunningApp) -> None:
-    """Drawn pictures with their facts and addresses, each once; cached answers add nothing."""
+    """Generated images with their facts and URLs, each once; cached responses add no entry."""
     for name, prompt in (("a", "a red square"), ("b", "A BLUE Straße"), ("c", "100% _red_"), ("a", "a red square")):
         running_app.draw(prompt=prompt, save_path=f"{name}.webp")
     newest = running_app.client.get("/history").json()["pictures"][0]
@@ -211,7 +217,7 @@ def test_the_history_lists_what_was_drawn_newest_first(running_app: RunningApp) 
 
 
 def test_the_history_is_filtered_by_model(running_app: RunningApp) -> None:
-    """By the one that drew, together with words; one that drew nothing has nothing."""
+    """By the model that generated the image, also combined with words; a model without images yields an empty list."""
     for name, prompt, model in (("a", "a red square", "sdxl"), ("b", "a red square", "flux"), ("c", "blue", "flux")):
         running_app.draw(prompt=prompt, save_path=f"{name}.webp", model=model)
     assert listed(running_app, model="flux") == ["c.webp", "b.webp"]
@@ -220,7 +226,7 @@ def test_the_history_is_filtered_by_model(running_app: RunningApp) -> None:
 
 
 def test_the_history_is_turned_over_page_by_page(running_app: RunningApp) -> None:
-    """`next` goes on behind the last one, until there is none."""
+    """`next` continues after the last entry; the last page has none."""
     for name in "abcde":
         running_app.draw(prompt=f"a red square {name}", save_path=f"{name}.webp")
     found, before = [], None
@@ -239,20 +245,20 @@ def test_the_history_is_turned_over_page_by_page(running_app: RunningApp) -> Non
     ["limit=0", "limit=201", "limit=x", "before=0", "before=²", "page=2", "q=" + "x" * 1001, "model=" + "x" * 101],
 )
 def test_the_history_refuses_by_name(running_app: RunningApp, query: str) -> None:
-    """422 with the field."""
+    """422 with the field's name."""
     answer = running_app.client.get(f"/history?{query}")
     assert (answer.status_code, answer.json()["field"]) == (422, query.partition("=")[0])
 
 
 def test_an_overwritten_picture_has_one_entry(running_app: RunningApp) -> None:
-    """The one that is there."""
+    """The history keeps only the current image."""
     running_app.draw(prompt="a red square", save_path="a.webp")
     running_app.draw(prompt="a blue square", save_path="a.webp", overwrite=True)
     assert [picture["prompt"] for picture in running_app.client.get("/history").json()["pictures"]] == ["a blue square"]
 
 
 def test_the_history_is_bounded_in_number_and_age(run_app: Callable[..., RunningApp]) -> None:
-    """The newest stay; what is too old is not told."""
+    """The newest entries stay; entries past the maximum age are not listed."""
     running_app = run_app(history_entries=3, history_days=1)
     for name in "abcde":
         running_app.draw(prompt=f"a red square {name}", save_path=f"{name}.webp")
@@ -263,7 +269,7 @@ def test_the_history_is_bounded_in_number_and_age(run_app: Callable[..., Running
 
 
 def test_without_a_history_nothing_is_kept(run_app: Callable[..., RunningApp]) -> None:
-    """HISTORY_ENTRIES=0: no file, an empty list, and pictures all the same."""
+    """HISTORY_ENTRIES=0: no file, an empty list, and images are still generated."""
     running_app = run_app(history_entries=0)
     assert running_app.draw(prompt="a red square").status_code == 200
     assert listed(running_app) == []
@@ -271,7 +277,7 @@ def test_without_a_history_nothing_is_kept(run_app: Callable[..., RunningApp]) -
 
 
 def test_a_broken_history_fails_no_picture(run_app: Callable[..., RunningApp], tmp_path: Path) -> None:
-    """No database: set aside and begun anew. A folder in its place: told to who asks for it, and drawn all the same."""
+    """A corrupt database is quarantined and recreated. A folder in its place: reading fails, generating works."""
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "history.db").write_bytes(b"this is no database, and longer than a header of one " * 50)
     running_app = run_app()
@@ -289,7 +295,7 @@ def test_a_broken_history_fails_no_picture(run_app: Callable[..., RunningApp], t
 
 @pytest.mark.parametrize(("file_format", "embedded"), [("webp", "full"), ("png", "none"), ("jpeg", "full")])
 def test_the_record_of_a_picture_is_told(run_app: Callable[..., RunningApp], file_format: str, embedded: str) -> None:
-    """From the history, else from the object, else from the picture itself."""
+    """Read from the history, otherwise from the object, otherwise from the image file."""
     running_app = run_app(embed_metadata=embedded)
     key = running_app.draw(prompt="a red square", save_path=f"a.{file_format}").json()["key"]
 
@@ -311,7 +317,7 @@ def test_the_record_of_a_picture_is_told(run_app: Callable[..., RunningApp], fil
 
 
 def test_records_and_deleting_ask_for_a_key(run_app: Callable[..., RunningApp]) -> None:
-    """A picture is for everyone who has its address; its prompt, the history and its end are not."""
+    """Anyone with the URL can read an image; its prompt, the history and deletion need a key."""
     running_app = run_app(api_keys="hunter2")
     with_key = {"X-API-Key": "hunter2"}
     drawing = "/create_and_upload_image?prompt=a+red+square&save_path=a.webp&width=64&height=64"
@@ -331,7 +337,7 @@ def test_records_and_deleting_ask_for_a_key(run_app: Callable[..., RunningApp]) 
 
 
 def test_a_deleted_picture_is_gone_and_drawn_anew(running_app: RunningApp) -> None:
-    """From the bucket and the history; deleting it again is no error, and its name is free."""
+    """Removed from bucket and history; a second delete is no error; the name can be used again."""
     running_app.draw(prompt="a red square", save_path="a.webp")
     for _ in range(2):
         assert running_app.client.delete("/files/static/uploads/a.webp").status_code == 204
@@ -343,7 +349,7 @@ def test_a_deleted_picture_is_gone_and_drawn_anew(running_app: RunningApp) -> No
 
 
 def test_a_caller_touches_only_what_is_under_its_prefix(tmp_path: Path) -> None:
-    """Its history, records and deletions end at its folder; what others have is refused."""
+    """Its history, records and deletions are limited to its prefix; those of others are refused."""
     recorder = HistoryWriter(HistoryIndex(tmp_path / "history.db", 10, 0))
     recorder.start()
     bucket, caller = MemoryBucket(), Caller("a", "team-a/")
@@ -366,7 +372,7 @@ def test_a_caller_touches_only_what_is_under_its_prefix(tmp_path: Path) -> None:
 
 
 def test_what_comes_within_a_moment_is_recorded_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A transaction costs the same for one entry as for many; who looks for them does not wait for more to come."""
+    """A transaction costs the same for one entry as for many; a reader forces the pending ones to be written."""
     monkeypatch.setattr("stable_diffusion_server.storage.history.writer._GATHER_SECONDS", 30.0)
     index, written = HistoryIndex(tmp_path / "history.db", 100, 0), list[int]()
     add = index.add
@@ -387,7 +393,7 @@ def test_what_comes_within_a_moment_is_recorded_together(tmp_path: Path, monkeyp
 
 
 def test_a_cached_answer_repeats_what_the_guards_told(run_app: Callable[..., RunningApp]) -> None:
-    """Drawn twice since the first was black: whoever finds the picture is told as well."""
+    """The first result was black, so it was generated twice: a later cache hit gets the warning too."""
     running_app = run_app(FakeImageDenoiser(spoil=["black"]))
     codes = [
         [warning["code"] for warning in running_app.draw(prompt="a red square", save_path="a.webp").json()["warnings"]]
@@ -398,7 +404,7 @@ def test_a_cached_answer_repeats_what_the_guards_told(run_app: Callable[..., Run
 
 
 async def test_who_looks_for_pictures_leaves_calls_to_the_bucket_to_those_who_draw() -> None:
-    """200 requests of one stranger have half of the places at a time; those beyond its part are told to come back."""
+    """200 requests of one anonymous client use at most half of the slots at a time; the excess gets 429."""
     readers, under_way, most = files.bucket_queue(), 0, 0
 
     async def read() -> None:

@@ -1,4 +1,4 @@
-"""Who follows jobs: a bounded number, one encoding for all of them, and nothing held for one who does not read."""
+"""Job event streams: bounded in number, one preview encoding for all followers, no memory held for slow readers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SQUARE = {"prompt": "a red square", "width": 64, "height": 64}
 
 
 class Held(FakeDenoiser):
-    """Painters who go on when the gate is opened, however long a busy machine takes until then."""
+    """Backend that waits until the gate is opened, however long a busy machine takes until then."""
 
     def step(self, states: Sequence[Canvas]) -> None:
         assert self.gate is not None
@@ -40,7 +40,7 @@ class Held(FakeDenoiser):
 
 
 def job_of(live: LiveServer, headers: dict[str, str], name: str) -> str:
-    """The id of an accepted job that does not end while the gate is closed."""
+    """Id of an accepted job that does not end while the gate is closed."""
     sent = httpx.post(
         f"{live.url}/create_and_upload_image",
         json={**SQUARE, "save_path": f"{name}.webp"},
@@ -52,7 +52,7 @@ def job_of(live: LiveServer, headers: dict[str, str], name: str) -> str:
 
 @pytest.mark.fault(115)
 def test_followers_are_bounded_by_job_by_caller_and_in_all(live_of: Callable[..., LiveServer]) -> None:
-    """What is too many is 429 with Retry-After; another caller finds a place; who leaves gives one back."""
+    """Excess followers get 429 with Retry-After; another caller still gets a slot; leaving frees one."""
     gate = threading.Event()
     live = live_of(Held(gate=gate), event_streams=16, event_streams_per_caller=6, event_streams_per_job=4, **KEYS)
     first, second, third, others = (
@@ -82,7 +82,7 @@ def test_followers_are_bounded_by_job_by_caller_and_in_all(live_of: Callable[...
 
 @pytest.mark.fault(115)
 def test_hundreds_of_followers_of_one_job_cost_the_others_nothing(live_of: Callable[..., LiveServer]) -> None:
-    """The server answers beside them, they are told the end, and all places are free afterwards."""
+    """The server keeps answering, every follower gets the end event, and all slots are free afterwards."""
     gate = threading.Event()
     live = live_of(Held(gate=gate))
     job_id = job_of(live, {}, "followed")
@@ -108,7 +108,7 @@ def test_hundreds_of_followers_of_one_job_cost_the_others_nothing(live_of: Calla
 
 @pytest.mark.fault(115)
 async def test_a_preview_is_encoded_once_for_all_who_follow_it() -> None:
-    """Fifty at the same time and fifty later, in each format; another preview is another file; none is kept."""
+    """Fifty at once and fifty later, in each format; a new preview is encoded once again; none is retained."""
     previews, pixels = EncodedPreviews(), disc()
     for _ in range(2):
         texts = await asyncio.gather(*(previews.text(pixels, Format.WEBP) for _ in range(50)))
@@ -125,7 +125,7 @@ async def test_a_preview_is_encoded_once_for_all_who_follow_it() -> None:
 
 @pytest.mark.fault(115)
 async def test_a_follower_that_leaves_while_a_preview_is_encoded_takes_it_from_no_other() -> None:
-    """The encoding goes on for the rest."""
+    """The encoding continues for the other followers."""
     previews, pixels = EncodedPreviews(), np.zeros((2000, 2000, 3), np.uint8)
     leaving, staying = (asyncio.create_task(previews.text(pixels, Format.PNG)) for _ in range(2))
     await asyncio.sleep(0)
@@ -136,7 +136,7 @@ async def test_a_follower_that_leaves_while_a_preview_is_encoded_takes_it_from_n
 
 @pytest.mark.fault(115)
 async def test_a_slow_reader_holds_no_preview_that_was_superseded() -> None:
-    """It goes on with the last one, and those before it are gone from memory."""
+    """It continues with the latest preview, and earlier ones are freed."""
     happenings, standing = JobEventLog("e"), JobStatus("job", JobState.RUNNING, 0.0)
     following = happenings.follow(None, 10.0)
     happenings.add("step", standing)
@@ -157,7 +157,7 @@ async def test_a_slow_reader_holds_no_preview_that_was_superseded() -> None:
 
 
 async def endless() -> AsyncGenerator[bytes]:
-    """Events without end."""
+    """Endless events."""
     while True:
         yield b"data: x\n\n"
         await asyncio.sleep(0)
@@ -169,7 +169,7 @@ SCOPE = {"type": "http", "method": "GET", "path": "/", "headers": []}
 @pytest.mark.fault(115)
 @pytest.mark.parametrize("version", ["2.0", "2.4"])
 async def test_who_does_not_read_is_hung_up_on(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
-    """A connection that takes nothing for its time gives its place back."""
+    """A connection that reads nothing until its timeout loses its slot."""
     monkeypatch.setattr("stable_diffusion_server.api.event_stream._SEND_TIMEOUT_SECONDS", 0.2)
     followers = FollowerLimiter(1, 1, 1)
     sent = 0
@@ -195,7 +195,7 @@ async def test_who_does_not_read_is_hung_up_on(monkeypatch: pytest.MonkeyPatch, 
 
 @pytest.mark.fault(115)
 async def test_a_follower_who_is_gone_at_any_moment_is_counted_out() -> None:
-    """Cancelled before the first event, amid one, while sending: the place is free."""
+    """Cancelled before the first event, during one, or while sending: its slot is freed."""
     followers = FollowerLimiter(1, 1, 1)
 
     async def send(message: Any) -> None:

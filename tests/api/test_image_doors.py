@@ -1,4 +1,4 @@
-"""The doors that take pictures: style transfer and inpainting, every way to send one, every way to be refused."""
+"""Routes that take images (style transfer, inpainting): every way to send one, every reason for refusal."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ MASK = file_of(MASK_PIXELS)
 
 @dataclass
 class Pictures:
-    """A web server on loopback with two pictures; counts what it is asked for."""
+    """A loopback web server with two images; counts its requests."""
 
     port: int
     asked: list[str] = field(default_factory=list)
@@ -58,7 +58,7 @@ def pictures() -> Iterator[Pictures]:
             self.wfile.write(body)
 
         def log_message(self, *_: Any) -> None:
-            """Keep the test's output clean."""
+            """Keep the test output clean."""
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         served = Pictures(server.server_port)
@@ -71,24 +71,24 @@ def pictures() -> Iterator[Pictures]:
 
 @pytest.fixture
 def running_app(run_app: Callable[..., RunningApp], pictures: Pictures) -> RunningApp:
-    """A running app over retouchers that may fetch from the pictures' server."""
+    """A running app with fake image-to-image models that may fetch from the loopback image server."""
     return run_app(FakeImageDenoiser(), fetch_allow=f"127.0.0.1:{pictures.port}")
 
 
 def stored(running_app: RunningApp, answer: httpx.Response) -> NDArray[np.uint8]:
-    """The stored picture of a receipt."""
+    """The stored image of a result."""
     assert answer.status_code == 200, answer.text
     return np.asarray(Image.open(io.BytesIO(running_app.client.get(answer.json()["path"]).content)).convert("RGB"))
 
 
 def post(running_app: RunningApp, path: str, files: dict[str, bytes], **words: Any) -> httpx.Response:
-    """A multipart request as curl's -F makes it."""
+    """A multipart request as `curl -F` sends it."""
     parts = {name: (f"{name}.png", data) for name, data in files.items()}
     return running_app.client.post(path, data={"prompt": "a red square", **words}, files=parts)
 
 
 def test_the_seeds_curl_call_works_as_printed(running_app: RunningApp) -> None:
-    """-F prompt, -F image_file, -F save_path: a receipt, the input's size, the name with eight digits before it."""
+    """-F prompt, -F image_file, -F save_path: a result, the input's size, the name prefixed with eight hex digits."""
     photograph = file_of(disc(100, 75), "JPEG", quality=90)
     form = {"prompt": "anime style", "save_path": "output.webp"}
     answer = running_app.client.post(BYTES, data=form, files={"image_file": ("test.jpg", photograph, "image/jpeg")})
@@ -105,7 +105,7 @@ def test_the_seeds_curl_call_works_as_printed(running_app: RunningApp) -> None:
 
 
 def test_repeats_of_an_upload_meet_and_other_uploads_never_clash(running_app: RunningApp) -> None:
-    """The same order again is found; another picture, prompt or strength under the same name is another object."""
+    """The same request is a cache hit; another image, prompt or strength under the same name is another object."""
     first = post(running_app, BYTES, {"image_file": IMAGE}, save_path="a/output.webp").json()
     again = post(running_app, BYTES, {"image_file": IMAGE}, save_path="a/output.webp").json()
     assert (again["cached"], again["key"], again["warnings"]) == (True, first["key"], first["warnings"])
@@ -124,7 +124,7 @@ def test_repeats_of_an_upload_meet_and_other_uploads_never_clash(running_app: Ru
 def test_a_picture_can_be_told_by_its_address_in_every_way(
     running_app: RunningApp, pictures: Pictures, path: str, way: str
 ) -> None:
-    """GET and POST, query, form, multipart and JSON take `image_url`, and inpainting `mask_url`."""
+    """GET and POST; query, form, multipart and JSON accept `image_url`, and inpainting `mask_url`."""
     asked = {"prompt": "a red square", "save_path": "a.png", "image_url": pictures.url("image")}
     if path == INPAINT:
         asked["mask_url"] = pictures.url("mask")
@@ -139,7 +139,10 @@ def test_a_picture_can_be_told_by_its_address_in_every_way(
 
 
 def test_style_transfer_mixes_the_picture_by_strength_at_its_own_size(running_app: RunningApp) -> None:
-    """Without canny there are no edges in the job; with it they are; the size is the input's, drawn on a canvas."""
+    """Edges are in the job only with canny.
+
+    The result has the input's size, although the model draws on a larger canvas.
+    """
     plain = stored(running_app, post(running_app, STYLE, {"image_file": IMAGE}, save_path="a.png", strength=0.5))
     assert plain.shape == PIXELS.shape
     job = running_app.squares.finished[-1]
@@ -153,7 +156,7 @@ def test_style_transfer_mixes_the_picture_by_strength_at_its_own_size(running_ap
 
 
 def test_the_thresholds_of_canny_reach_the_edges(running_app: RunningApp) -> None:
-    """Thresholds no gradient reaches find nothing, and another order it is."""
+    """Thresholds above every gradient find no edges, and count as another request."""
     edges = []
     for low, high in ((100, 200), (2040, 2040)):
         answer = post(running_app, STYLE, {"image_file": IMAGE}, canny=True, canny_low=low, canny_high=high)
@@ -167,7 +170,7 @@ def test_the_thresholds_of_canny_reach_the_edges(running_app: RunningApp) -> Non
 def test_inpainting_keeps_every_pixel_outside_the_mask(
     running_app: RunningApp, ending: str, size: tuple[int, int]
 ) -> None:
-    """To the last bit in lossless files, also when the picture was scaled to be drawn; inside it is repainted."""
+    """Bit-exact in lossless files, also when the image was scaled for the model; inside the mask it is repainted."""
     image = np.random.default_rng(1).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     files = {"image_file": file_of(image), "mask_file": MASK}
     result = stored(running_app, post(running_app, INPAINT, files, save_path=f"a.{ending}", quality=100))
@@ -178,7 +181,7 @@ def test_inpainting_keeps_every_pixel_outside_the_mask(
 
 
 def test_a_feather_softens_the_rim_inside_the_mask_alone(running_app: RunningApp) -> None:
-    """Outside nothing changes; the rim lies between the old and the new; the middle is new."""
+    """Outside nothing changes; the border is between old and new; the centre is new."""
     image = np.full((80, 96, 3), 250, np.uint8)
     files = {"image_file": file_of(image), "mask_file": MASK}
     result = stored(running_app, post(running_app, INPAINT, files, save_path="a.png", feather=8))
@@ -191,7 +194,7 @@ def test_a_feather_softens_the_rim_inside_the_mask_alone(running_app: RunningApp
 
 @pytest.mark.fault(29)
 def test_a_mask_of_another_size_is_fitted(running_app: RunningApp) -> None:
-    """A mask a quarter as large covers the same part."""
+    """A mask a quarter as large covers the same area."""
     small = file_of(MASK_PIXELS[::4, ::4].copy())
     result = stored(
         running_app, post(running_app, INPAINT, {"image_file": IMAGE, "mask_file": small}, save_path="a.png")
@@ -201,7 +204,7 @@ def test_a_mask_of_another_size_is_fitted(running_app: RunningApp) -> None:
 
 
 def test_a_known_name_is_answered_without_fetching_or_decoding(running_app: RunningApp, pictures: Pictures) -> None:
-    """Check-exists comes first: no download, and no look at the bytes; the receipt says if the order was another."""
+    """The existence check comes first: no download, no decoding; the result says whether the request differed."""
     asked = {"prompt": "a red square", "save_path": "a.webp", "image_url": pictures.url("image")}
     first = running_app.client.get(STYLE, params=asked).json()
     assert pictures.asked == ["/image"]
@@ -215,7 +218,7 @@ def test_a_known_name_is_answered_without_fetching_or_decoding(running_app: Runn
 
 
 def test_overwriting_fetches_and_draws_again(running_app: RunningApp, pictures: Pictures) -> None:
-    """The caller asked for it."""
+    """`overwrite` skips the existence check."""
     asked = {"prompt": "a red square", "save_path": "a.webp", "image_url": pictures.url("image"), "overwrite": True}
     receipts = [running_app.client.get(STYLE, params=asked).json() for _ in range(2)]
     assert [receipt["cached"] for receipt in receipts] == [False, False]
@@ -223,7 +226,7 @@ def test_overwriting_fetches_and_draws_again(running_app: RunningApp, pictures: 
 
 
 def test_the_same_bytes_by_address_or_file_are_the_same_picture(running_app: RunningApp, pictures: Pictures) -> None:
-    """Identity is content: without a name both come to one object, with one seed."""
+    """The digest is of the content: without a name both yield one object with one seed."""
     by_url = running_app.client.get(STYLE, params={"prompt": "a red square", "image_url": pictures.url("image")}).json()
     by_file = post(running_app, STYLE, {"image_file": IMAGE}).json()
     other = running_app.client.get(STYLE, params={"prompt": "a red square", "image_url": pictures.url("other")}).json()
@@ -234,7 +237,7 @@ def test_the_same_bytes_by_address_or_file_are_the_same_picture(running_app: Run
 def test_identical_orders_at_once_are_one_download_and_one_generation(
     run_app: Callable[..., RunningApp], pictures: Pictures
 ) -> None:
-    """Ten callers, one picture drawn; those who came while it was fetched shared the download."""
+    """Ten callers, one image generated; callers that arrive during the download share it."""
     running_app = run_app(FakeImageDenoiser(seconds_per_step=0.05), fetch_allow=f"127.0.0.1:{pictures.port}")
     asked = {"prompt": "a red square", "image_url": pictures.url("image")}
     with ThreadPoolExecutor(10) as pool:
@@ -297,7 +300,7 @@ REFUSED: list[tuple[str, str, dict[str, bytes], dict[str, Any], int, set[str]]] 
 def test_a_bad_request_is_a_problem_that_names_the_field(
     running_app: RunningApp, path: str, files: dict[str, bytes], words: dict[str, Any], status: int, fields: set[str]
 ) -> None:
-    """4xx as problem+json with every offending field, nothing drawn, and the next request works."""
+    """4xx as problem+json with every invalid field; nothing is generated, and the next request works."""
     answer = post(running_app, path, files, **words)
     assert answer.status_code == status, answer.text
     assert answer.headers["content-type"] == "application/problem+json"
@@ -307,7 +310,7 @@ def test_a_bad_request_is_a_problem_that_names_the_field(
 
 
 def test_a_remote_that_fails_is_502_and_names_the_field(running_app: RunningApp, pictures: Pictures) -> None:
-    """Not found there is not the caller's parameter being wrong, and not ours."""
+    """A 404 from the remote is neither the caller's invalid parameter nor our error."""
     answer = running_app.client.get(STYLE, params={"prompt": "a red square", "image_url": pictures.url("gone")})
     assert (answer.status_code, answer.json()["field"]) == (502, "image_url")
 
@@ -325,7 +328,7 @@ def test_true_is_no_number(running_app: RunningApp, name: str) -> None:
 def test_a_full_queue_is_told_before_anything_is_fetched_or_decoded(
     run_app: Callable[..., RunningApp], pictures: Pictures
 ) -> None:
-    """429 with Retry-After at once: a caller who cannot be served costs no download and no decoding process."""
+    """429 with Retry-After at once: a refused request costs no download and no decoder process."""
     gate = threading.Event()
     running_app = run_app(
         FakeImageDenoiser(gate=gate), fetch_allow=f"127.0.0.1:{pictures.port}", queue_limit=1, max_batch=1
@@ -345,7 +348,7 @@ def test_a_full_queue_is_told_before_anything_is_fetched_or_decoded(
 
 
 def test_limits_of_bytes_hold_on_both_sides_of_their_edges(run_app: Callable[..., RunningApp]) -> None:
-    """A picture of MAX_IMAGE_BYTES is taken and one byte more is 413; so is a multipart body over MAX_UPLOAD_BYTES."""
+    """An image of MAX_IMAGE_BYTES is accepted and one byte more is 413; so is a multipart body over MAX_UPLOAD_BYTES."""
     running_app = run_app(FakeImageDenoiser(), max_image_bytes=3000, max_upload_bytes=8000, max_body_bytes=1024)
     assert post(running_app, STYLE, {"image_file": IMAGE.ljust(3000, b"\0")}).status_code == 200
     over = post(running_app, STYLE, {"image_file": IMAGE.ljust(3001, b"\0")})
@@ -367,7 +370,7 @@ def test_limits_of_bytes_hold_on_both_sides_of_their_edges(run_app: Callable[...
 
 
 def test_a_picture_may_come_in_base64(run_app: Callable[..., RunningApp]) -> None:
-    """A data URL in JSON is the same picture as the file; what is none is refused by name."""
+    """A data URL in JSON equals the file; an invalid one is refused by field name."""
     running_app = run_app(FakeImageDenoiser())
     by_file = post(running_app, STYLE, {"image_file": IMAGE}).json()
     data_url = "data:image/png;base64," + base64.b64encode(IMAGE).decode()
@@ -380,7 +383,7 @@ def test_a_picture_may_come_in_base64(run_app: Callable[..., RunningApp]) -> Non
 
 @pytest.mark.fault(24)
 def test_limits_of_pixels_hold_on_both_sides_of_their_edges(run_app: Callable[..., RunningApp]) -> None:
-    """MAX_IMAGE_PIXELS and MAX_IMAGE_SIDE: at them a picture is taken, beyond them 422 names it."""
+    """At MAX_IMAGE_PIXELS and MAX_IMAGE_SIDE an image is accepted; above, 422 names the setting."""
     running_app = run_app(FakeImageDenoiser(), max_image_pixels=10_000, max_image_side=200)
     for width, height, status in ((100, 100, 200), (200, 50, 200), (101, 100, 422), (201, 10, 422)):
         answer = post(running_app, STYLE, {"image_file": file_of(np.full((height, width, 3), 9, np.uint8))})
@@ -390,7 +393,7 @@ def test_limits_of_pixels_hold_on_both_sides_of_their_edges(run_app: Callable[..
 @pytest.mark.fault(30)
 @pytest.mark.parametrize("size", [(1, 1), (1, 300), (300, 1), (63, 65), (1500, 20)])
 def test_a_picture_of_any_shape_comes_back_at_its_size(running_app: RunningApp, size: tuple[int, int]) -> None:
-    """Down to a single pixel: the answer has exactly the input's size."""
+    """Down to a single pixel, the result has exactly the input's size."""
     answer = post(
         running_app, STYLE, {"image_file": file_of(np.full((size[1], size[0], 3), 99, np.uint8))}, save_path="a.png"
     )
@@ -399,7 +402,10 @@ def test_a_picture_of_any_shape_comes_back_at_its_size(running_app: RunningApp, 
 
 @pytest.mark.fault(54)
 def test_guards_are_told_in_the_receipt(run_app: Callable[..., RunningApp]) -> None:
-    """Black, then good: served with a warning and the seed that was drawn; black twice: served, told, nothing dies."""
+    """Black, then good.
+
+    Returned with a warning and the seed used. Black twice: returned with a warning, nothing crashes.
+    """
     painters = FakeImageDenoiser(
         spoil=["black", "", "black", "black", "bumpy", "bumpy", "very bumpy", "not finite", ""]
     )
@@ -415,7 +421,7 @@ def test_guards_are_told_in_the_receipt(run_app: Callable[..., RunningApp]) -> N
 
 @pytest.mark.fault(54)
 def test_numbers_that_are_never_finite_are_a_named_error_and_store_nothing(run_app: Callable[..., RunningApp]) -> None:
-    """One new seed, then 500 with its own problem type; the next order under the name draws."""
+    """One retry with a new seed, then 500 with its own problem type; the next request under the name succeeds."""
     running_app = run_app(FakeImageDenoiser(spoil=["not finite", "not finite"]))
     answer = running_app.draw(prompt="a red square", save_path="a.webp")
     assert (answer.status_code, answer.json()["type"].rsplit(":", 1)[1]) == (500, "not-finite")
@@ -423,7 +429,7 @@ def test_numbers_that_are_never_finite_are_a_named_error_and_store_nothing(run_a
 
 
 def test_the_picture_tells_how_a_redraw_was_made(run_app: Callable[..., RunningApp]) -> None:
-    """prompt_used, steps and seed are those of the picture that was kept."""
+    """prompt_used, steps and seed are those of the returned attempt."""
     running_app = run_app(FakeImageDenoiser(spoil=["bumpy", ""]), bumpy_retries="1")
     receipt = running_app.draw(prompt="a red square", width=128, height=128).json()
     assert receipt["prompt_used"] == "a red square detail"

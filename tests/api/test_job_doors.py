@@ -1,4 +1,7 @@
-"""The doors to jobs: asked for by a preference, followed, cancelled; answers repeated for their key."""
+"""Job routes.
+
+Asynchronous requests by a Prefer header, events, cancellation; responses replayed for an idempotency key.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +48,7 @@ def events_of(answer: httpx.Response) -> list[dict[str, str]]:
 
 @pytest.mark.parametrize("path", [CREATE, "/make_image"])
 def test_a_job_is_accepted_and_leads_to_the_receipt(running_app: RunningApp, path: str) -> None:
-    """202 with where to look, the preference applied; then the receipt a waiting caller would have got."""
+    """202 with a Location and Preference-Applied; then the result that a waiting caller would have got."""
     answer = ask(running_app, path, ASYNC)
     assert answer.status_code == 202, answer.text
     job = answer.json()
@@ -62,7 +65,7 @@ def test_a_job_is_accepted_and_leads_to_the_receipt(running_app: RunningApp, pat
 
 
 def test_a_file_sent_with_a_job_is_kept_with_it(running_app: RunningApp) -> None:
-    """Pictures in a multipart body are drawn from after the answer."""
+    """Images from a multipart body are used after the response was sent."""
     picture = io.BytesIO()
     Image.new("RGB", (96, 64), "red").save(picture, "PNG")
     answer = running_app.client.post(
@@ -77,7 +80,7 @@ def test_a_file_sent_with_a_job_is_kept_with_it(running_app: RunningApp) -> None
 
 
 def test_who_would_rather_wait_gets_the_receipt(running_app: RunningApp) -> None:
-    """RFC 7240: a short job is answered within the seconds preferred, a long one by 202."""
+    """RFC 7240 `wait`: a short job is answered within those seconds, a long one with 202."""
     answer = ask(running_app, headers={"Prefer": "respond-async, wait=10"})
     assert (answer.status_code, answer.headers["preference-applied"]) == (200, "respond-async, wait=10")
     assert answer.json()["path"]
@@ -87,7 +90,7 @@ def test_who_would_rather_wait_gets_the_receipt(running_app: RunningApp) -> None
 
 
 def test_what_is_wrong_is_refused_before_a_job_is_made(running_app: RunningApp) -> None:
-    """422 for a parameter, a name, an id, a key; nothing is accepted."""
+    """422 for an invalid parameter, name, id or key; nothing is accepted."""
     assert ask(running_app, headers=ASYNC, width=7).status_code == 422
     assert ask(running_app, headers=ASYNC, save_path="a/../b").status_code == 422
     assert ask(running_app, headers={**ASYNC, "X-Job-ID": "short"}).json()["field"] == "X-Job-ID"
@@ -96,7 +99,7 @@ def test_what_is_wrong_is_refused_before_a_job_is_made(running_app: RunningApp) 
 
 
 def test_a_webhook_is_for_jobs_and_for_public_addresses(running_app: RunningApp) -> None:
-    """Asked for at once it is refused, as is an address inside."""
+    """A webhook on a synchronous request is refused, as is a private address."""
     assert ask(running_app, webhook_url="https://example.com/").json()["field"] == "webhook_url"
     for url in ("http://127.0.0.1:9/", "ftp://example.com/", "http://169.254.169.254/latest"):
         refused = ask(running_app, headers=ASYNC, webhook_url=url)
@@ -104,7 +107,7 @@ def test_a_webhook_is_for_jobs_and_for_public_addresses(running_app: RunningApp)
 
 
 def test_a_job_no_one_has_is_not_found(running_app: RunningApp) -> None:
-    """404, whatever is asked of it."""
+    """404 on every job route."""
     for method, path in (("GET", "/jobs/x"), ("DELETE", "/jobs/x"), ("GET", "/jobs/x/events")):
         assert running_app.client.request(method, path).status_code == 404
 
@@ -121,7 +124,7 @@ def test_jobs_belong_to_the_key_they_came_with(run_app: Callable[..., RunningApp
 
 
 def test_the_events_of_a_job_are_a_stream_that_can_be_resumed(running_app: RunningApp) -> None:
-    """Steps and the end as server-sent events, each with an id; after the end there is nothing to come back for."""
+    """Steps and the end are server-sent events, each with an id; after the end there is nothing to resume."""
     running_app.squares.seconds_per_step = 0.05
     job_id = ask(running_app, headers=ASYNC).json()["id"]
     answer = running_app.client.get(f"/jobs/{job_id}/events")
@@ -138,14 +141,14 @@ def test_the_events_of_a_job_are_a_stream_that_can_be_resumed(running_app: Runni
 
 
 class Sketchers(FakeDenoiser):
-    """Painters who show what they are at."""
+    """Backend that sends previews."""
 
     def preview(self, state: Canvas) -> NDArray[np.uint8]:
         return np.full((8, 8, 3), state.index * 10, np.uint8)
 
 
 def test_a_follower_sees_small_pictures_on_the_way(run_app: Callable[..., RunningApp]) -> None:
-    """Previews come as WebP in base64 once someone follows."""
+    """Previews are sent as base64 WebP once someone follows the job."""
     running_app = run_app(Sketchers(seconds_per_step=0.2))
     job_id = ask(running_app, headers=ASYNC, num_inference_steps=8).json()["id"]
     events = events_of(running_app.client.get(f"/jobs/{job_id}/events"))
@@ -158,7 +161,7 @@ def test_a_follower_sees_small_pictures_on_the_way(run_app: Callable[..., Runnin
 def test_a_request_that_waits_can_be_followed_and_cancelled_by_the_id_it_brings(
     run_app: Callable[..., RunningApp],
 ) -> None:
-    """The caller chooses the id, since it hears of ours only with the answer; a cancelled one is told so."""
+    """The caller chooses the id, because it gets the server's id only with the response; a cancelled request says so."""
     running_app = run_app(FakeDenoiser(gate=threading.Event()))
     headers = {"X-Job-ID": "an-id-of-the-caller"}
     with ThreadPoolExecutor(1) as pool:
@@ -179,7 +182,7 @@ def test_a_request_that_waits_can_be_followed_and_cancelled_by_the_id_it_brings(
 
 
 def test_a_key_repeats_the_first_answer(running_app: RunningApp) -> None:
-    """Whether the caller waited or not; another request with the key is refused; another key is another request."""
+    """Synchronous or not; another request with the key is refused; another key is another request."""
     first = ask(running_app, headers={"Idempotency-Key": "k1"}, seed="random")
     again = ask(running_app, headers={"Idempotency-Key": "k1"}, seed="random")
     assert again.json() == first.json()
@@ -195,7 +198,7 @@ def test_a_key_repeats_the_first_answer(running_app: RunningApp) -> None:
 
 
 def test_a_key_is_in_flight_until_it_is_answered_and_free_if_it_never_is(run_app: Callable[..., RunningApp]) -> None:
-    """409 meanwhile; a failure that may pass is not repeated, one that stays is."""
+    """409 while in flight; a transient failure is not replayed, a permanent one is."""
     running_app = run_app(FakeDenoiser(gate=threading.Event()))
     key = {"Idempotency-Key": "k1", "X-Job-ID": "an-id-of-the-caller"}
     with ThreadPoolExecutor(1) as pool:
@@ -212,7 +215,7 @@ def test_a_key_is_in_flight_until_it_is_answered_and_free_if_it_never_is(run_app
 
 
 def test_openais_door_answers_by_a_job_and_once_for_a_key(running_app: RunningApp) -> None:
-    """One picture at a time; for several, or a stream, a key is refused rather than ignored."""
+    """One image at a time; with `n` > 1 or a stream, a key is refused rather than ignored."""
     path, asked = "/v1/images/generations", {"prompt": "a red square", "size": "64x64"}
     job_id = running_app.client.post(path, json=asked, headers=ASYNC).json()["id"]
     assert ended(running_app, job_id)["state"] == "done"

@@ -1,4 +1,4 @@
-"""Keys and limits: who may do what, how often, and how many at a time; the table of doors and keys."""
+"""API keys and their limits: permissions, rates, concurrency; the table of routes and required keys."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def ask(
 
 
 def test_a_key_is_written_with_what_it_may() -> None:
-    """Name, secret, rate, concurrency, prefix; a secret alone gets a name that other keys do not change."""
+    """Name, secret, rate, concurrency, prefix; a secret without a name gets one that does not depend on other keys."""
     ann, plain = parse_keys(["ann:s3cret;rate=60/minute;concurrency=4;prefix=team-a", "plain"])
     assert (ann.name, ann.secret.get_secret_value(), ann.rate, ann.concurrency) == ("ann", "s3cret", "60/minute", 4)
     assert ann.prefix == "team-a/"
@@ -37,7 +37,7 @@ def test_a_key_is_written_with_what_it_may() -> None:
 
 
 def test_a_sole_key_is_admin_and_of_several_only_those_that_are_marked() -> None:
-    """Whoever has one key is alone with the server; with two, one must be told apart by its owner."""
+    """A sole key has the server to itself; with two or more, the operator must mark the admin."""
     assert [key.admin for key in parse_keys(["only"])] == [True]
     written = ["ann:a", "bob:b;admin", "cid:c;rate=1/minute;admin;prefix=x"]
     assert [key.admin for key in parse_keys(written)] == [False, True, True]
@@ -52,20 +52,20 @@ def test_a_sole_key_is_admin_and_of_several_only_those_that_are_marked() -> None
     ],
 )
 def test_a_key_that_is_written_wrong_is_refused(written: list[str]) -> None:
-    """What a typing error would leave open stops the start instead."""
+    """A malformed key stops the start, since it could leave the server open."""
     with pytest.raises(ValueError, match=r"^(has|holds) "):
         parse_keys(written)
 
 
 def test_keys_may_lie_in_a_file(run_app: Callable[..., RunningApp], tmp_path: Path) -> None:
-    """One to a line, with remarks, beside those of the setting."""
+    """One per line, with comments, in addition to those of the setting."""
     file = tmp_path / "keys"
     file.write_text("# the team's\nann:from-file  # Ann\n\n")
     running_app = run_app(api_keys="plain", api_keys_file=file)
     assert [ask(running_app, key).status_code for key in ("plain", "from-file", "#", "ann")] == [200, 200, 401, 401]
 
 
-# What each kind of caller gets at each kind of door: without a key, with a wrong one, with a right one.
+# Expected status per caller (no key, wrong key, valid key) and kind of route.
 DOORS = {
     ("GET", "/create_and_upload_image"): (401, 401, 200),
     ("GET", "/make_image"): (401, 401, 200),
@@ -102,7 +102,7 @@ DOORS = {
 def test_the_table_of_doors_and_keys(
     run_app: Callable[..., RunningApp], door: tuple[str, str], expected: tuple[int | None, ...]
 ) -> None:
-    """Only what draws nothing and tells nothing is open: health, docs, and pictures, which are meant to be shown."""
+    """Only routes that neither generate nor reveal are open: health, docs, and images, which are meant to be shown."""
     running_app = run_app(api_keys="right")
     method, path = door
     for key, status in zip((None, "wrong", "right"), expected, strict=True):
@@ -114,7 +114,7 @@ def test_the_table_of_doors_and_keys(
 
 
 def test_a_key_over_its_rate_is_told_when_to_come_back(run_app: Callable[..., RunningApp]) -> None:
-    """Three a minute: the fourth is 429 with Retry-After, the others' keys are not concerned, and polling is free."""
+    """Three a minute: the fourth is 429 with Retry-After; other keys are unaffected, and polling does not count."""
     running_app = run_app(api_keys=KEYS)
     answers = [ask(running_app, "secret-a") for _ in range(4)]
     assert [answer.status_code for answer in answers] == [200, 200, 200, 429]
@@ -129,7 +129,7 @@ def test_a_key_over_its_rate_is_told_when_to_come_back(run_app: Callable[..., Ru
 
 
 def test_a_key_may_be_the_password_of_http_basic(run_app: Callable[..., RunningApp]) -> None:
-    """As AUTOMATIC1111's clients send it, with any name."""
+    """AUTOMATIC1111 clients send it so, with any user name."""
     running_app = run_app(api_keys="ann:right")
     for name, password, status in (("ann", "right", 200), ("", "right", 200), ("right", "", 401), ("ann", "x", 401)):
         answer = running_app.client.get("/sdapi/v1/samplers", auth=(name, password))
@@ -137,7 +137,7 @@ def test_a_key_may_be_the_password_of_http_basic(run_app: Callable[..., RunningA
 
 
 def test_a_rate_for_everyone_counts_keys_and_addresses_apart(run_app: Callable[..., RunningApp]) -> None:
-    """RATE_LIMIT is the rate of keys without one, and of each address where no key is needed."""
+    """RATE_LIMIT applies to keys without their own rate, and to each address where no key is needed."""
     running_app = run_app(api_keys="one, two:second;rate=9/minute", rate_limit="1/minute")
     assert [ask(running_app, key).status_code for key in ("one", "one", "second", "second")] == [200, 429, 200, 200]
     running_app = run_app(rate_limit="1/minute")
@@ -145,7 +145,7 @@ def test_a_rate_for_everyone_counts_keys_and_addresses_apart(run_app: Callable[.
 
 
 def test_a_key_over_its_concurrency_is_refused_until_one_ends(run_app: Callable[..., RunningApp]) -> None:
-    """One at a time: the second is 429 at once, another key draws, and afterwards so does this one."""
+    """Limit one: the second is 429 at once, another key succeeds, and afterwards so does this one."""
     squares = FakeDenoiser(gate=threading.Event())
     assert squares.gate is not None
     running_app = run_app(squares, api_keys=KEYS)
@@ -161,7 +161,7 @@ def test_a_key_over_its_concurrency_is_refused_until_one_ends(run_app: Callable[
 
 
 def test_a_key_with_a_prefix_writes_nowhere_else(run_app: Callable[..., RunningApp]) -> None:
-    """Names outside of it are 403, overwriting too; what has no name gets one inside."""
+    """Names outside of the prefix are 403, also to overwrite; a request without a name gets one inside."""
     running_app = run_app(api_keys=KEYS)
     assert ask(running_app, "secret-d", save_path="free.webp").status_code == 200
     for name in ("free.webp", "team-d/a.webp", "team-c", "team-cc/a.webp"):
@@ -175,21 +175,21 @@ def test_a_key_with_a_prefix_writes_nowhere_else(run_app: Callable[..., RunningA
 
 @pytest.mark.parametrize("header", ["x-forwarded-for", "x-real-ip", "forwarded", "x-forwarded-host"])
 def test_a_proxy_that_is_not_named_opens_nothing(run_app: Callable[..., RunningApp], header: str) -> None:
-    """A proxy on this machine must not make every stranger look as if they were on it."""
+    """An untrusted proxy on this machine must not make every remote client look local."""
     running_app = run_app()
     answer = running_app.client.get("/create_and_upload_image", params=ORDER, headers={header: "127.0.0.1"})
     assert answer.status_code == 403
 
 
 def test_a_proxy_that_is_named_is_believed(run_app: Callable[..., RunningApp]) -> None:
-    """The client is the last address that is no proxy of ours, whatever it says; host and scheme are its own."""
+    """The client is the last address that is not a trusted proxy; host and scheme come from the proxy."""
     running_app = run_app(trusted_proxies="127.0.0.1, 10.0.0.0/8", allowed_hosts="draw.example", rate_limit="1/minute")
 
     def through(*hops: str, host: str = "draw.example", key: str = "") -> httpx.Response:
         headers = {"x-forwarded-for": ", ".join(hops), "x-forwarded-host": host, "x-forwarded-proto": "https"}
         return running_app.client.get("/create_and_upload_image", params=ORDER, headers={**headers, "x-api-key": key})
 
-    assert through("127.0.0.1", "8.8.8.8").status_code == 403  # the first one is what the client made up
+    assert through("127.0.0.1", "8.8.8.8").status_code == 403  # the client invented the first address
     assert through("127.0.0.1", "8.8.8.8", "10.1.2.3").status_code == 403
     assert through("127.0.0.1", host="evil.example").status_code == 421
     running_app = run_app(
@@ -200,7 +200,7 @@ def test_a_proxy_that_is_named_is_believed(run_app: Callable[..., RunningApp]) -
 
 
 def test_rates_count_the_client_behind_the_proxy(run_app: Callable[..., RunningApp]) -> None:
-    """Else one visitor would use up everyone's."""
+    """Otherwise one visitor would use up the rate of all."""
     running_app = run_app(trusted_proxies="127.0.0.1", allow_anonymous=True, rate_limit="1/minute")
 
     def by(client: str) -> int:
@@ -212,14 +212,14 @@ def test_rates_count_the_client_behind_the_proxy(run_app: Callable[..., RunningA
 
 @pytest.mark.parametrize("headers", [{"purpose": "prefetch"}, {"sec-purpose": "prefetch"}, {"x-moz": "prefetch"}])
 def test_a_prefetch_draws_nothing(running_app: RunningApp, headers: dict[str, str]) -> None:
-    """A browser that guesses where its user goes next does not use the device."""
+    """A browser that prefetches links does not use the device."""
     answer = running_app.client.get("/create_and_upload_image", params=ORDER, headers=headers)
     assert answer.status_code == 403
     assert running_app.squares.prepared == []
 
 
 def test_head_draws_nothing_and_get_only_while_it_may(run_app: Callable[..., RunningApp]) -> None:
-    """HEAD is 405 at every door that draws; with GET_GENERATES=0 so is GET, and the answer tells what is allowed."""
+    """HEAD is 405 on every generating route; with GET_GENERATES=0 so is GET, and Allow lists the methods."""
     running_app = run_app(get_generates=False)
     for method in ("HEAD", "GET"):
         answer = running_app.client.request(method, "/create_and_upload_image", params=ORDER)
@@ -230,7 +230,7 @@ def test_head_draws_nothing_and_get_only_while_it_may(run_app: Callable[..., Run
 
 
 def test_an_unexpected_error_is_as_well_protected(running_app: RunningApp) -> None:
-    """It is answered outside of everything else, and in the shape of its door."""
+    """This response bypasses the middleware, but has the security headers and the route's error format."""
     for path, size in (("/create_and_upload_image", {"width": 64}), ("/v1/images/generations", {"size": "64x64"})):
         answer = running_app.client.post(path, json={"prompt": "an unpreparable square", **size})
         assert answer.status_code == 500
@@ -241,7 +241,7 @@ def test_an_unexpected_error_is_as_well_protected(running_app: RunningApp) -> No
 
 @pytest.mark.parametrize("path", ["/create_and_upload_image", "/healthz", "/nothing", "/files/none", "/metrics"])
 def test_every_answer_tells_browsers_what_it_is_not(running_app: RunningApp, path: str) -> None:
-    """Not to guess types, frame it, load from it, or keep what is not meant to be kept."""
+    """No type sniffing, no framing, no loading, no caching of private responses."""
     headers = running_app.client.get(path, params=ORDER).headers
     assert headers["x-content-type-options"] == "nosniff"
     assert headers["referrer-policy"] == "no-referrer"

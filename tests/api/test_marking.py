@@ -1,4 +1,4 @@
-"""Every stored picture carries IPTC's DigitalSourceType in XMP, unless the operator turned metadata off."""
+"""Every stored image carries IPTC's DigitalSourceType in XMP, unless the operator turned metadata off."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _PICTURE = {"image_file": ("a.png", file_of(disc()), "image/png")}
 
 
 def source_type_in(file: bytes) -> str | None:
-    """What a reader of XMP finds in a picture: Pillow finds the packet, an XML parser the property."""
+    """What an XMP reader finds in an image: Pillow finds the packet, an XML parser the property."""
     with Image.open(io.BytesIO(file)) as image:
         image.load()
         packet = image.info.get("xmp") or image.info.get("XML:com.adobe.xmp") or b""
@@ -43,7 +43,7 @@ def stored_files(running_app: RunningApp) -> list[bytes]:
 def test_a_drawn_picture_is_marked_as_generated(
     run_app: Callable[..., RunningApp], file_format: str, embedded: str
 ) -> None:
-    """In every format, with the whole record and with the digest alone, lossless or not."""
+    """In every format, with the whole record or only the digest, lossless or not."""
     running_app = run_app(embed_metadata=embedded)
     for quality in (80, 100):
         answer = running_app.draw(prompt=f"a red square {quality}", format=file_format, quality=quality)
@@ -67,7 +67,7 @@ def test_metadata_turned_off_leaves_no_mark(run_app: Callable[..., RunningApp], 
 @pytest.mark.fault(170)
 @pytest.mark.parametrize("path", ["/style_transfer_and_upload_image", "/style_transfer_bytes_and_upload_image"])
 def test_a_picture_made_from_a_picture_is_marked_as_edited(running_app: RunningApp, path: str) -> None:
-    """Image to image, whichever way the picture came."""
+    """Image to image, in every way to send the input."""
     answer = running_app.client.post(path, data={"prompt": "a red square", "canny": "false"}, files=_PICTURE)
     assert answer.status_code == 200, answer.text
     (file,) = stored_files(running_app)
@@ -76,7 +76,7 @@ def test_a_picture_made_from_a_picture_is_marked_as_edited(running_app: RunningA
 
 @pytest.mark.fault(170)
 def test_an_inpainted_picture_is_marked_as_edited(running_app: RunningApp) -> None:
-    """The pixels that were kept are a photograph's."""
+    """The pixels outside the mask are a photograph's."""
     mask = {"mask_file": ("m.png", file_of(disc()), "image/png")}
     answer = running_app.client.post(
         "/inpaint_and_upload_image", data={"prompt": "a red square"}, files={**_PICTURE, **mask}
@@ -88,7 +88,7 @@ def test_an_inpainted_picture_is_marked_as_edited(running_app: RunningApp) -> No
 
 @pytest.mark.fault(170)
 def test_the_dialects_and_direct_answers_are_marked_too(running_app: RunningApp) -> None:
-    """/make_image, OpenAI's base64 and AUTOMATIC1111's base64 are files with the mark."""
+    """/make_image, OpenAI's base64 and AUTOMATIC1111's base64 return files with the mark."""
     asked = {"prompt": "a red square", "width": 64, "height": 64}
     direct = running_app.client.post("/make_image", json=asked).content
     openai = running_app.client.post(

@@ -1,4 +1,4 @@
-"""The OpenAI Images API, asked by OpenAI's own client."""
+"""The OpenAI Images API, called with OpenAI's own client."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def client_of(live: LiveServer, **more: Any) -> openai.OpenAI:
 
 @pytest.fixture
 def client(live_of: Callable[..., LiveServer]) -> openai.OpenAI:
-    """OpenAI's client against a server over retouchers."""
+    """OpenAI's client against a server with fake image-to-image models."""
     return client_of(live_of(FakeImageDenoiser()))
 
 
@@ -40,7 +40,7 @@ def picture(text: str | None) -> Image.Image:
 
 
 def test_a_picture_comes_by_its_address(client: openai.OpenAI) -> None:
-    """`dall-e-3` is the server's own model here; the address opens, and the file is what was asked for."""
+    """`dall-e-3` is an alias of the server's default model; the URL works, and the file is as requested."""
     answer = client.images.generate(model="dall-e-3", prompt="a red square", size=SIZE)
     (datum,) = answer.data or []
     assert datum.url is not None
@@ -52,7 +52,7 @@ def test_a_picture_comes_by_its_address(client: openai.OpenAI) -> None:
 
 @pytest.mark.parametrize("file_format", ["png", "webp", "jpeg"])
 def test_a_picture_comes_in_base64(client: openai.OpenAI, file_format: Any) -> None:
-    """As asked, and unasked from models of names that always answer so."""
+    """On request, and by default for model names that always return base64."""
     said = client.images.generate(
         prompt="a red square", size=SIZE, response_format="b64_json", output_format=file_format
     )
@@ -63,7 +63,10 @@ def test_a_picture_comes_in_base64(client: openai.OpenAI, file_format: Any) -> N
 
 
 def test_several_pictures_differ_and_come_again(client: openai.OpenAI) -> None:
-    """`n=2` is two pictures with two seeds; asked for again they are the same two; a seed counts on."""
+    """`n=2` gives two images with two seeds.
+
+    The same request again gives the same two; with `seed`, image i uses seed + i.
+    """
     first, again = (client.images.generate(prompt="a red square", size=SIZE, n=2).data or [] for _ in range(2))
     assert len({datum.url for datum in first}) == 2
     assert [datum.url for datum in first] == [datum.url for datum in again]
@@ -72,7 +75,7 @@ def test_several_pictures_differ_and_come_again(client: openai.OpenAI) -> None:
 
 
 def test_our_parameters_go_in_extra_body(live_of: Callable[..., LiveServer]) -> None:
-    """Seed, steps, guidance, scheduler, a name: what the other doors take."""
+    """Seed, steps, guidance, scheduler, name: what the other routes accept."""
     live = live_of()
     extra = {"seed": 3, "num_inference_steps": 5, "guidance_scale": 1.5, "scheduler": "ddim", "save_path": "o/a.webp"}
     answer = client_of(live).images.generate(prompt="a red square", size=SIZE, extra_body=extra)
@@ -83,14 +86,14 @@ def test_our_parameters_go_in_extra_body(live_of: Callable[..., LiveServer]) -> 
 
 @pytest.mark.parametrize(("quality", "steps"), [("low", 2), ("medium", 4), ("auto", 4), ("hd", 8), ("max", 16)])
 def test_quality_is_steps(live_of: Callable[..., LiveServer], quality: Any, steps: int) -> None:
-    """Half, once, twice, four times the model's own."""
+    """Half, once, twice, four times the model's default."""
     live = live_of()
     client_of(live).images.generate(prompt="a red square", size=SIZE, quality=quality)
     assert live.squares.finished[0].num_inference_steps == steps
 
 
 def test_auto_is_the_servers_size_and_what_cannot_be_honoured_is_told(client: openai.OpenAI) -> None:
-    """1024 × 1024; styles are for the prompt, and the answer says so."""
+    """1024 × 1024; styles belong in the prompt, and the response warns of that."""
     answer = client.images.generate(prompt="a red square", size="auto", style="vivid", user="me", moderation="low")
     assert answer.size == "1024x1024"
     assert "not-honoured" in {warning["code"] for warning in answer.to_dict()["warnings"]}
@@ -122,7 +125,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("change", "param"), REFUSED, ids=lambda value: str(value)[:40])
 def test_what_is_wrong_is_refused_in_openais_shape(running_app: RunningApp, change: dict[str, Any], param: str) -> None:
-    """422 with message, type, param and code, before anything is drawn, streamed or not."""
+    """422 with message, type, param and code, before anything is generated, streamed or not."""
     extra = change.get("extra_body", {})
     body = {"prompt": "a red square", "size": SIZE, **change, **extra}
     body.pop("extra_body", None)
@@ -135,14 +138,14 @@ def test_what_is_wrong_is_refused_in_openais_shape(running_app: RunningApp, chan
 
 
 def test_the_client_understands_a_refusal(client: openai.OpenAI) -> None:
-    """Its own exception, with code and param."""
+    """It raises its own exception, with code and param."""
     with pytest.raises(openai.UnprocessableEntityError) as refused:
         client.images.generate(prompt="a red square", size="huge")
     assert (refused.value.code, refused.value.param) == ("invalid_value", "size")
 
 
 def test_a_wrong_key_and_a_rate_are_what_the_client_expects(live_of: Callable[..., LiveServer]) -> None:
-    """401 with `invalid_api_key`; 429 with `rate_limit_exceeded`, and its own retry waits as Retry-After says."""
+    """401 with `invalid_api_key`; 429 with `rate_limit_exceeded`, and the client's own retry waits for Retry-After."""
     live = live_of(api_keys="right;rate=1/second")
     with pytest.raises(openai.AuthenticationError) as wrong:
         client_of(live, api_key="wrong").models.list()
@@ -159,7 +162,7 @@ def test_a_wrong_key_and_a_rate_are_what_the_client_expects(live_of: Callable[..
 
 
 def test_models_are_listed_with_their_further_names(client: openai.OpenAI) -> None:
-    """Ours and the aliases; one that is not there is 404."""
+    """Our models and their aliases; an unknown one is 404."""
     names = {model.id for model in client.models.list()}
     assert names >= {"sdxl", "flux", "dall-e-3", "gpt-image-1"}
     assert client.models.retrieve("dall-e-3").id == "dall-e-3"
@@ -168,7 +171,7 @@ def test_models_are_listed_with_their_further_names(client: openai.OpenAI) -> No
 
 
 def test_an_edit_repaints_what_the_mask_leaves_transparent(live_of: Callable[..., LiveServer]) -> None:
-    """Green inside the hole, and outside every pixel is the one that was sent."""
+    """Green inside the hole; outside, every pixel equals the input."""
     live = live_of(FakeImageDenoiser())
     pixels = disc(96, 80)
     alpha = np.full((80, 96, 4), 255, np.uint8)
@@ -185,7 +188,7 @@ def test_an_edit_repaints_what_the_mask_leaves_transparent(live_of: Callable[...
 
 
 def test_an_edit_without_a_mask_draws_anew_at_the_size_asked_for(live_of: Callable[..., LiveServer]) -> None:
-    """By style transfer's strength; of several pictures the first, and the answer says so."""
+    """With the default strength of style transfer; of several images it uses the first, and warns."""
     live = live_of(FakeImageDenoiser())
     files = [("a.png", file_of(disc())), ("b.png", file_of(disc(64, 64)))]
     answer = client_of(live).images.edit(image=files, prompt="a green square", size="128x64", n=2)
@@ -196,7 +199,7 @@ def test_an_edit_without_a_mask_draws_anew_at_the_size_asked_for(live_of: Callab
 
 
 def test_an_edit_without_a_picture_or_with_an_opaque_mask_is_refused(run_app: Callable[..., RunningApp]) -> None:
-    """By name: there is nothing to edit, or nothing to repaint."""
+    """By field name: there is nothing to edit, or nothing to repaint."""
     running_app = run_app(FakeImageDenoiser())
     files = {"image": ("a.png", file_of(disc())), "mask": ("m.png", file_of(disc()))}
     opaque = running_app.client.post("/v1/images/edits", data={"prompt": "a red square"}, files=files)
@@ -207,7 +210,7 @@ def test_an_edit_without_a_picture_or_with_an_opaque_mask_is_refused(run_app: Ca
 
 
 def test_a_stream_ends_with_the_picture(live_of: Callable[..., LiveServer]) -> None:
-    """Each picture of `n` is told by an event of its own, in base64, as it will lie in the bucket."""
+    """Each of the `n` images has its own event, in base64, with the bytes of the stored file."""
     live = live_of()
     stream = client_of(live).images.generate(prompt="a red square", size=SIZE, n=2, stream=True)
     events = list(stream)
@@ -218,7 +221,7 @@ def test_a_stream_ends_with_the_picture(live_of: Callable[..., LiveServer]) -> N
 
 
 def test_a_single_picture_may_be_a_job_and_is_answered_once_for_its_key(running_app: RunningApp) -> None:
-    """`Prefer: respond-async` gives 202 with the job; a repeated Idempotency-Key the same answer."""
+    """`Prefer: respond-async` gives 202 with the job; a repeated Idempotency-Key gives the same response."""
     asked = {"prompt": "a red square", "size": SIZE}
     job = running_app.client.post("/v1/images/generations", json=asked, headers={"prefer": "respond-async"})
     assert job.status_code == 202
@@ -234,7 +237,7 @@ def test_a_single_picture_may_be_a_job_and_is_answered_once_for_its_key(running_
 
 
 class Sketching(FakeDenoiser):
-    """Painters who show how far they are: a grey that is the number of steps done."""
+    """Backend that reports progress: a grey equal to the number of steps done."""
 
     def preview(self, state: Canvas) -> NDArray[np.uint8]:
         return np.full((8, 8, 3), state.index, np.uint8)
@@ -242,7 +245,7 @@ class Sketching(FakeDenoiser):
 
 @pytest.mark.parametrize("wanted", [0, 1, 3])
 def test_a_stream_shows_the_picture_on_its_way(live_of: Callable[..., LiveServer], wanted: int) -> None:
-    """As many partial pictures as were asked for, numbered, in order, and then the whole one."""
+    """As many partial images as requested, numbered, in order, and then the final one."""
     live = live_of(Sketching(seconds_per_step=0.01))
     stream = client_of(live).images.generate(
         prompt="a red square", size=SIZE, stream=True, partial_images=wanted, extra_body={"num_inference_steps": 24}
@@ -257,7 +260,7 @@ def test_a_stream_shows_the_picture_on_its_way(live_of: Callable[..., LiveServer
 
 
 def test_a_stream_that_fails_tells_it_in_an_event(live_of: Callable[..., LiveServer]) -> None:
-    """Once it began there is no status left to say it with; before, there is."""
+    """After the stream began there is no status code left to use; before, there is."""
     live = live_of()
     with pytest.raises(openai.APIError, match="error"):
         list(client_of(live).images.generate(prompt="an unsteppable square", size=SIZE, stream=True))
@@ -266,7 +269,7 @@ def test_a_stream_that_fails_tells_it_in_an_event(live_of: Callable[..., LiveSer
 
 
 def test_who_stops_reading_a_stream_frees_the_device(live_of: Callable[..., LiveServer]) -> None:
-    """The job is gone within a step."""
+    """The job is cancelled within a step."""
     squares = FakeDenoiser(seconds_per_step=0.05)
     live = live_of(squares)
     stream = client_of(live).images.generate(
@@ -279,7 +282,7 @@ def test_who_stops_reading_a_stream_frees_the_device(live_of: Callable[..., Live
 
 
 def test_a_failure_of_one_picture_ends_the_others(run_app: Callable[..., RunningApp]) -> None:
-    """429 for all: nobody waits for half an answer, and the device is free."""
+    """429 for the whole request: no partial response, and the device is free."""
     squares = FakeDenoiser(gate=threading.Event())
     assert squares.gate is not None
     running_app = run_app(squares, queue_limit=1, max_batch=1)
@@ -291,7 +294,7 @@ def test_a_failure_of_one_picture_ends_the_others(run_app: Callable[..., Running
 
 
 def test_an_answer_that_would_be_too_large_is_refused_beforehand(run_app: Callable[..., RunningApp]) -> None:
-    """MAX_RESPONSE_BYTES: as text it is 422, by address it is drawn."""
+    """MAX_RESPONSE_BYTES: as base64 it is 422, by URL it is generated."""
     running_app = run_app(max_response_bytes=40_000)
     asked = {"prompt": "a red square", "size": "64x64", "response_format": "b64_json"}
     for n, status in ((2, 200), (3, 422)):

@@ -1,4 +1,4 @@
-"""The operator's doors."""
+"""Routes for the operator: health, readiness, metrics, heartbeat."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from stable_diffusion_server.errors import ModelLoadError
 
 
 def test_the_process_is_alive_before_it_can_draw(tmp_path: Path) -> None:
-    """While the models load: /healthz 200, /readyz 503 with the reason, orders 503 with Retry-After; then all 200."""
+    """While the models load: /healthz 200, /readyz 503 with the reason, requests 503 with Retry-After; then all 200."""
     gate = threading.Event()
 
     def load(settings: object) -> FakeDenoiser:
@@ -41,7 +41,7 @@ def test_the_process_is_alive_before_it_can_draw(tmp_path: Path) -> None:
 
 
 def test_models_that_cannot_be_loaded_leave_the_server_up_and_told(tmp_path: Path) -> None:
-    """/readyz gives the sentence, and what is stored is still served."""
+    """/readyz gives the reason, and stored images are still served."""
 
     def load(settings: object) -> FakeDenoiser:
         raise ModelLoadError("The model sdxl is missing: no model_index.json in embedded-sdxl.")
@@ -54,7 +54,7 @@ def test_models_that_cannot_be_loaded_leave_the_server_up_and_told(tmp_path: Pat
 
 
 def test_a_bucket_that_cannot_be_opened_is_told(tmp_path: Path) -> None:
-    """A file where the folder should be: one sentence in /readyz, 503 for orders, no crash."""
+    """A file where the folder should be: one sentence in /readyz, 503 for requests, no crash."""
     (tmp_path / "bucket").write_text("in the way")
     app = create_app(settings_in(tmp_path), load=lambda settings: FakeDenoiser())
     with TestClient(app, base_url="http://127.0.0.1", client=("127.0.0.1", 5)) as client:
@@ -68,7 +68,7 @@ def test_a_bucket_that_cannot_be_opened_is_told(tmp_path: Path) -> None:
 
 
 def test_the_figures_count_what_happened(running_app: RunningApp) -> None:
-    """One drawn, one cached: the counters say so, and steps are counted."""
+    """One generated, one cached: the counters match, and steps are counted."""
     for _ in range(2):
         running_app.draw(prompt="a red square", save_path="a.webp")
     assert running_app.metric('sds_jobs_total{outcome="done"}') == 1
@@ -78,7 +78,7 @@ def test_the_figures_count_what_happened(running_app: RunningApp) -> None:
 
 
 def test_the_heartbeat_is_written_while_drawing(running_app: RunningApp) -> None:
-    """progress.txt holds a time of day after a picture, as the seed document says, and that none is under way."""
+    """After an image, progress.txt holds a time of day, as the seed document says, and no request is in progress."""
     running_app.draw(prompt="a red square")
     text = (running_app.folder / "data" / "progress.txt").read_text()
     time_of_day, under_way = text.splitlines()
@@ -108,7 +108,7 @@ def test_keys_and_prompts_stay_out_of_the_log(
 def test_what_makes_no_progress_is_told_and_stops_the_beat(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str
 ) -> None:
-    """Work that does not end, not even when it is cancelled: /readyz names it, and a watchdog sees no beat."""
+    """Work that never ends, even when cancelled: /readyz names it, and the heartbeat stops for the watchdog."""
     let_go = threading.Event()
 
     async def deaf(*given: object, **named: object) -> None:

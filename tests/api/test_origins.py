@@ -1,4 +1,4 @@
-"""Pages of other origins, by what browsers say of them; wrong keys by address; proxies that are not named."""
+"""Requests from other origins, by the headers browsers send; wrong keys by address; untrusted proxies."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ FOREIGN = [
 @pytest.mark.fault(147)
 @pytest.mark.parametrize("headers", FOREIGN, ids=str)
 def test_a_page_of_another_port_or_subdomain_has_no_effect(running_app: RunningApp, headers: dict[str, str]) -> None:
-    """Whatever the method: drawing, deleting, stopping and listing are refused before anything happens."""
+    """For every method: generating, deleting, stopping and listing are refused before anything happens."""
     key = running_app.draw(prompt="a red square").json()["key"]
     drawn = len(running_app.squares.prepared)
     for method, path in (
@@ -67,7 +67,7 @@ def test_a_page_of_another_port_or_subdomain_has_no_effect(running_app: RunningA
     ids=str,
 )
 def test_the_ui_is_opened_by_a_link_and_not_as_a_part_of_another_page(headers: dict[str, str]) -> None:
-    """As a picture, a script or a frame it would load Gradio for a page that no one sees."""
+    """Loaded as an image, script or frame it would start Gradio for an invisible page."""
     scope, origins = {"scheme": "http"}, OriginPolicy()
     host = {"host": "127.0.0.1:8000"}
     with pytest.raises(Forbidden):
@@ -80,7 +80,7 @@ def test_the_ui_is_opened_by_a_link_and_not_as_a_part_of_another_page(headers: d
 
 @pytest.mark.fault(147)
 def test_no_heavy_page_is_loaded_for_a_picture_elsewhere(running_app: RunningApp) -> None:
-    """The UI, the docs, the description and the state: 403 as a picture, answered by a link."""
+    """The UI, the docs, the OpenAPI document and the status: 403 as an image, allowed as a link."""
     for path in ("/ui", "/ui/", "/docs", "/openapi.json", "/readyz", "/"):
         for site in ("cross-site", "same-site"):
             assert running_app.client.get(path, headers={"sec-fetch-site": site, **IMG}).status_code == 403, path
@@ -90,7 +90,7 @@ def test_no_heavy_page_is_loaded_for_a_picture_elsewhere(running_app: RunningApp
 
 @pytest.mark.fault(147)
 def test_same_site_is_let_in_where_the_operator_says_so(run_app: Callable[..., RunningApp]) -> None:
-    """ALLOW_SAME_SITE=1 opens it to ports and subdomains, and to nothing else."""
+    """ALLOW_SAME_SITE=1 allows other ports and subdomains, and nothing more."""
     running_app = run_app(allow_same_site=True)
 
     def asked(**headers: str) -> int:
@@ -116,7 +116,7 @@ SIGNS = (
 @pytest.mark.fault(148)
 @pytest.mark.parametrize("name", SIGNS)
 def test_a_proxy_that_is_not_named_gives_itself_away(running_app: RunningApp, name: str) -> None:
-    """Whatever it adds, a server without keys is not opened by it to the network; even with an empty value."""
+    """Any forwarding header, even an empty one, marks the request as remote on a server without keys."""
     for value in ("127.0.0.1", ""):
         answer = running_app.client.get("/create_and_upload_image", params=ORDER, headers={name: value})
         assert answer.status_code == 403, name
@@ -127,7 +127,7 @@ def test_a_proxy_that_is_not_named_gives_itself_away(running_app: RunningApp, na
 
 @pytest.mark.fault(149)
 def test_wrong_keys_from_one_address_slow_down(run_app: Callable[..., RunningApp]) -> None:
-    """401 a few times, then 429 with a time to wait; the right key is taken all the same, other addresses too."""
+    """A few 401, then 429 with Retry-After; the right key still works, and so do other addresses."""
     running_app = run_app(api_keys="right, other:second", trusted_proxies="127.0.0.1")
 
     def asked(key: str, address: str = "203.0.113.5", **headers: str) -> int:
@@ -141,17 +141,17 @@ def test_wrong_keys_from_one_address_slow_down(run_app: Callable[..., RunningApp
     assert 1 <= int(refused.headers["retry-after"]) <= 60
     assert asked("right") == 200
     assert asked("wrong", "203.0.113.6") == 401
-    # An IPv6 client has a whole /64 to send them from; keys come as HTTP Basic too.
+    # An IPv6 client has a whole /64 to send from; keys are also accepted as HTTP Basic.
     for number in range(25):
         last = asked("", f"2001:db8:1:2::{number:x}", authorization="Basic eHg6eHg=")
     assert last == 429
-    # Without any key nothing was guessed.
+    # A request without a key is not a guess.
     running_app = run_app(api_keys="right")
     assert {running_app.client.get("/v1/models").status_code for _ in range(60)} == {401}
 
 
 def test_addresses_of_wrong_keys_are_forgotten_and_bounded() -> None:
-    """By time and by number; after very many wrong ones only keys that were shown before are looked at."""
+    """By age and number; after very many wrong keys only keys that succeeded before are checked."""
     now = [0.0]
     wrong = FailedLoginLimiter(a_minute=3, an_hour=10, now=lambda: now[0])
     assert [wrong.wrong("a") for _ in range(5)] == [0, 0, 0, 60, 60]

@@ -1,4 +1,4 @@
-"""The URL of a picture: that of the server as its reader wrote it, or of the bucket; one that opens in any case."""
+"""Image URLs: the server's, under the host the reader used, or the bucket's; each of them must work."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ HOSTS = ["localhost:9000", "127.0.0.1:8123", "[::1]:7000", "draw.example", "draw
 
 @pytest.fixture
 def running_app(run_app: Callable[..., RunningApp]) -> RunningApp:
-    """A server that has a name besides loopback."""
+    """A server with another host name besides loopback."""
     return run_app(allowed_hosts="draw.example", trusted_proxies="")
 
 
 def paths_of(running_app: RunningApp, host: str) -> dict[str, str]:
-    """The picture's URL in the answers of every kind of request, all asked at one Host."""
+    """Image URL in the response of every kind of request, all sent with one Host."""
     headers, client = {"host": host}, running_app.client
     drawn = client.post(CREATE, json=ORDER, headers=headers).json()
     accepted = client.post(CREATE, json=ORDER, headers={**headers, "prefer": "respond-async"})
@@ -52,7 +52,7 @@ def paths_of(running_app: RunningApp, host: str) -> dict[str, str]:
 @pytest.mark.fault(130)
 @pytest.mark.parametrize("host", HOSTS)
 def test_every_answer_has_the_host_and_port_its_reader_used(running_app: RunningApp, host: str) -> None:
-    """Drawn before at another Host, so cached, replayed and journaled answers are asked for: each is the reader's."""
+    """Generated under another Host first, so responses are cached, replayed or stored: each has the reader's host."""
     paths_of(running_app, "127.0.0.1:8000")
     told = paths_of(running_app, host)
     assert {name: urlsplit(path)[:2] for name, path in told.items()} == dict.fromkeys(told, ("http", host))
@@ -61,7 +61,7 @@ def test_every_answer_has_the_host_and_port_its_reader_used(running_app: Running
 
 @pytest.mark.fault(130)
 def test_those_who_share_a_drawing_have_each_their_own_url(run_app: Callable[..., RunningApp]) -> None:
-    """Three hosts, one drawing, held until all three wait for it."""
+    """Three hosts, one generation, held until all three wait for it."""
     gate = threading.Event()
     running_app = run_app(FakeDenoiser(gate=gate), allowed_hosts="draw.example")
     hosts = ["localhost:9000", "draw.example", "127.0.0.1:8000"]
@@ -90,7 +90,7 @@ def test_those_who_share_a_drawing_have_each_their_own_url(run_app: Callable[...
 def test_a_trusted_proxy_tells_what_it_was_reached_at(
     run_app: Callable[..., RunningApp], forwarded: dict[str, str], base: str
 ) -> None:
-    """Host, port and scheme are those the client wrote; what is no port is none."""
+    """Host, port and scheme are those the client used; an invalid port is ignored."""
     running_app = run_app(trusted_proxies="127.0.0.1", allowed_hosts="draw.example")
     answer = running_app.client.post(CREATE, json=ORDER, headers={**forwarded, "x-forwarded-for": "127.0.0.1"})
     assert answer.json()["path"].startswith(f"{base}/files/")
@@ -99,7 +99,7 @@ def test_a_trusted_proxy_tells_what_it_was_reached_at(
 @pytest.mark.fault(130)
 @pytest.mark.parametrize("header", ["x-forwarded-host", "x-forwarded-port", "x-forwarded-proto"])
 def test_a_proxy_without_trust_changes_no_url(run_app: Callable[..., RunningApp], header: str) -> None:
-    """The header counts for nothing, and no one behind it draws without a key."""
+    """The header is ignored, and no client behind it can generate without a key."""
     running_app = run_app(api_keys="k", allowed_hosts="draw.example")
     value = {"x-forwarded-host": "draw.example", "x-forwarded-port": "9000", "x-forwarded-proto": "https"}[header]
     answer = running_app.client.post(CREATE, json=ORDER, headers={header: value, "x-api-key": "k"})
@@ -108,7 +108,7 @@ def test_a_proxy_without_trust_changes_no_url(run_app: Callable[..., RunningApp]
 
 @pytest.mark.fault(130)
 def test_a_webhook_is_told_the_host_that_accepted(run_app: Callable[..., RunningApp]) -> None:
-    """Nobody reads the message at a Host of this server, so it has the one its job came in by."""
+    """A webhook message has no Host of its own, so it uses the one that submitted the job."""
     heard: list[dict[str, Any]] = []
 
     class Hook(BaseHTTPRequestHandler):
@@ -140,7 +140,7 @@ def without_address(
     gcs_server: StorageServer,
     monkeypatch: pytest.MonkeyPatch,
 ) -> RunningApp:
-    """A server whose pictures go to a bucket that PUBLIC_BASE_URL tells nothing of."""
+    """A server whose bucket has no URL: PUBLIC_BASE_URL is not set."""
     if request.param == "gcs":
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", gcs_server.url)
         return run_app(storage_provider="gcs", bucket_name=make_gcs_bucket(gcs_server))
@@ -151,7 +151,7 @@ def without_address(
 
 @pytest.mark.fault(131)
 def test_a_bucket_without_an_address_has_its_pictures_given_by_the_server(without_address: RunningApp) -> None:
-    """The first and the cached answer have one URL, which opens: whole, in part, not again, and as a head alone."""
+    """First and cached responses have one URL, which works: whole, range, 304, and HEAD."""
     ask = {**ORDER, "save_path": "folder/a b.webp"}
     first, cached = (without_address.client.post(CREATE, json=ask).json() for _ in range(2))
     url = "http://127.0.0.1:8000/files/static/uploads/folder/a%20b.webp"
@@ -178,7 +178,7 @@ def test_a_bucket_without_an_address_has_its_pictures_given_by_the_server(withou
 def test_of_such_a_bucket_only_the_servers_own_folder_is_given(
     run_app: Callable[..., RunningApp], s3_server: StorageServer
 ) -> None:
-    """A bucket may hold what is no one's business: only what is below BUCKET_PATH is given."""
+    """A bucket may hold private objects: only keys below BUCKET_PATH are served."""
     keys = {key: value.get_secret_value() for key, value in KEYS.items()}
     name = make_s3_bucket(s3_server)
     running_app = run_app(storage_provider="s3", bucket_name=name, r2_endpoint_url=s3_server.url, **keys)

@@ -1,4 +1,4 @@
-"""Rates go by a clock that is never set: stepping the time of day lets nobody in, and keeps nobody out."""
+"""Rate limits use the monotonic clock: setting the system time neither opens nor closes them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ STEPS = (-3_600.0, -7_200.0, 90_000.0, -4e8, 4e8)
 
 
 class Clock:
-    """The time of day and the steady clock, as the module under test sees them."""
+    """System time and monotonic clock, as the module under test sees them."""
 
     def __init__(self) -> None:
         self.seconds = 1_000.0
@@ -46,7 +46,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 def test_a_step_of_the_clock_changes_no_rate(
     run_app: Callable[..., RunningApp], monkeypatch: pytest.MonkeyPatch, step: float
 ) -> None:
-    """At the limit, then the time of day jumps: still refused, and told to come back within the same minute."""
+    """At the limit the system time jumps: still refused, with Retry-After within the same minute."""
     running_app = run_app(rate_limit="2/minute")
     ask = {"prompt": "a red square", "num_inference_steps": 1}
     answers = [running_app.client.get("/create_and_upload_image", params=ask) for _ in range(2)]
@@ -62,7 +62,7 @@ def test_a_step_of_the_clock_changes_no_rate(
 @pytest.mark.fault(155)
 @pytest.mark.parametrize("step", STEPS)
 async def test_a_caller_is_let_in_again_when_its_window_is_over(clock: Clock, step: float) -> None:
-    """However the clock was set meanwhile: not a second before, and not one after."""
+    """Whatever the system time does: not a second before, and not one after."""
     allowed, counted = RateLimitStatus("ann", limits.parse("2/minute")), RateLimiter()
     await counted.enter(allowed)
     clock.seconds += 30
@@ -80,7 +80,7 @@ async def test_a_caller_is_let_in_again_when_its_window_is_over(clock: Clock, st
 
 
 def test_windows_that_are_past_are_forgotten(clock: Clock) -> None:
-    """A crowd of callers who came once leaves nothing behind; one who is within its window stays counted."""
+    """A crowd of one-time callers leaves no state; a caller within its window stays counted."""
     windows, once = MovingWindows(), limits.parse("1/minute")
     for number in range(20_000):
         windows.hit(f"passer-by {number}", once)
@@ -93,7 +93,7 @@ def test_windows_that_are_past_are_forgotten(clock: Clock) -> None:
 
 
 async def test_many_at_once_are_no_more_than_the_rate() -> None:
-    """Of fifty that come together ten are let in."""
+    """Of fifty concurrent calls ten are accepted."""
     allowed, counted = RateLimitStatus("ann", limits.parse("10/minute")), RateLimiter()
     let_in = 0
     for _ in range(50):

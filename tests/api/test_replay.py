@@ -1,4 +1,4 @@
-"""Drawn again from what a picture says of itself: every task, every format, and everything that is refused."""
+"""Reproducing an image from its embedded metadata: every task, every format, and every reason for refusal."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ CREATE = ("/create_and_upload_image", {})
 
 @pytest.fixture
 def rooms(run_app: Callable[..., RunningApp]) -> RunningApp:
-    """A running app whose painters use what they are given."""
+    """A running app with fake models that use their inputs."""
     return run_app(FakeImageDenoiser())
 
 
 def made(running_app: RunningApp, door: tuple[str, dict[str, bytes]], **words: Any) -> bytes:
-    """The file of a picture drawn at a door."""
+    """The file of an image generated on a route."""
     data = {"prompt": "a red square", **({"width": 64, "height": 64} if door is CREATE else {}), **words}
     answer = running_app.client.post(door[0], data=data, files=door[1] or None)
     assert answer.status_code == 200, answer.text
@@ -63,7 +63,7 @@ def replayed(
 def test_a_picture_is_drawn_again_bit_for_bit(
     rooms: RunningApp, door: tuple[str, dict[str, bytes]], words: dict[str, Any], file_format: str
 ) -> None:
-    """Its own record and its sources are enough: the same order, the same digest, every pixel the same."""
+    """The record and the source images are enough: same request, same digest, same pixels."""
     picture = made(rooms, door, format=file_format, **words)
     before = len(rooms.squares.finished)
     answer = replayed(rooms, picture, door[1])
@@ -82,7 +82,7 @@ def test_a_picture_is_drawn_again_bit_for_bit(
 
 
 def test_it_is_drawn_anew_each_time_and_stored_where_one_likes(rooms: RunningApp) -> None:
-    """Below `replays/` by default, drawn over; under a name given, the name is an identity as ever."""
+    """Below `replays/` by default, overwriting; a given name behaves like any other name."""
     picture = made(rooms, CREATE)
     bodies = [replayed(rooms, picture).json() for _ in range(2)]
     assert [body["cached"] for body in bodies] == [False, False]
@@ -94,11 +94,11 @@ def test_it_is_drawn_anew_each_time_and_stored_where_one_likes(rooms: RunningApp
 
 
 def test_with_a_digest_alone_the_history_knows_the_rest(run_app: Callable[..., RunningApp]) -> None:
-    """EMBED_METADATA=digest: found in the history, and refused where it is in none."""
+    """EMBED_METADATA=digest: found in the history, and refused where no history has it."""
     running_app = run_app(FakeImageDenoiser(), embed_metadata="digest")
     picture = made(running_app, CREATE)
     assert replayed(running_app, picture).json()["replay"]["same_order"] is True
-    assert running_app.client.get("/history").status_code == 200  # what was recorded so far is written then
+    assert running_app.client.get("/history").status_code == 200  # forces pending history entries to be written
     with sqlite3.connect(running_app.folder / "data" / "history.db") as base:
         base.execute("DELETE FROM drawn")
     assert refused(replayed(running_app, picture)) == "picture_file"
@@ -110,7 +110,7 @@ def refused(answer: httpx.Response) -> str:
 
 
 def test_the_sources_have_to_be_the_very_files(rooms: RunningApp) -> None:
-    """Missing, another one, or one too many: told by name and by digest, before anything is drawn."""
+    """Missing, different or extra: reported by name and digest, before anything is generated."""
     picture, before = made(rooms, INPAINT), len(rooms.squares.finished)
     other = file_of(disc(96, 80, "green", "white"))
     assert refused(replayed(rooms, picture)) == "image_file"
@@ -121,7 +121,7 @@ def test_the_sources_have_to_be_the_very_files(rooms: RunningApp) -> None:
 
 
 def forged(picture: bytes, **changes: Any) -> bytes:
-    """A picture whose record says something else."""
+    """An image with a falsified record."""
     record = read_record(picture) or {}
     asked = {**record["asked"], **changes.pop("asked", {})}  # type: ignore[dict-item]  # a mapping, as it was written
     return encode_image(disc(), Format.PNG, 100, {**record, "asked": asked, **changes})
@@ -158,7 +158,7 @@ def forged(picture: bytes, **changes: Any) -> bytes:
     ],
 )
 def test_what_a_file_says_is_checked_as_at_any_door(rooms: RunningApp, changes: dict[str, Any], field: str) -> None:
-    """A record can be forged: it reaches no file, no address and no number that a parameter could not."""
+    """A forged record reaches no file, URL or number that a parameter could not."""
     picture, before = made(rooms, CREATE), len(rooms.squares.finished)
     if isinstance(changes.get("asked"), list):
         picture = encode_image(disc(), Format.PNG, 100, {**(read_record(picture) or {}), "asked": []})
@@ -170,7 +170,7 @@ def test_what_a_file_says_is_checked_as_at_any_door(rooms: RunningApp, changes: 
 
 
 def test_another_order_is_told(rooms: RunningApp) -> None:
-    """A record that was changed is drawn as it says, and not called the same."""
+    """A changed record is generated as it says, and not reported as identical."""
     body = replayed(rooms, forged(made(rooms, CREATE), asked={"prompt": "a blue square"})).json()
     assert body["replay"]["same_order"] is False
     assert body["replay"]["equal"] is False
@@ -178,12 +178,12 @@ def test_another_order_is_told(rooms: RunningApp) -> None:
 
 @pytest.mark.parametrize("picture", [b"", b"no picture", IMAGE, file_of(disc(), "WEBP")])
 def test_a_picture_that_says_nothing_is_refused(rooms: RunningApp, picture: bytes) -> None:
-    """422 naming the field; so is none at all."""
+    """422 naming the field; so is a request without an image."""
     assert refused(replayed(rooms, picture)) == "picture_file"
     assert refused(rooms.client.post("/v1/replay", json={})) == "picture_file"
 
 
 def test_every_field_of_an_order_is_told_or_known_not_to_matter(rooms: RunningApp) -> None:
-    """A new parameter cannot be forgotten in what a picture says of itself."""
+    """Fails if a new request field is neither recorded nor listed as irrelevant."""
     record = read_record(made(rooms, CREATE)) or {}
     assert set(record["asked"]) == {part.name for part in fields(GenerationRequest)} - NOT_RECORDED  # type: ignore[call-overload]  # a mapping

@@ -1,4 +1,4 @@
-"""The same mistake is answered alike through every door and dialect, and never by a 5xx."""
+"""The same invalid request gets the same status on every route and in every dialect, and never a 5xx."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TEXT = base64.b64encode(PICTURE).decode()
 GOOD: dict[str, Any] = {"prompt": "a red square", "width": 96, "height": 80}
 NAMES = {"steps": "num_inference_steps", "guidance": "guidance_scale"}
 
-# What is asked for, in words of no dialect, and the status it is refused with.
+# Parameters in neutral names, and the expected status.
 MISTAKES: dict[str, tuple[dict[str, Any], int]] = {
     "no prompt": ({"prompt": None}, 422),
     "an empty prompt": ({"prompt": ""}, 422),
@@ -85,7 +85,7 @@ def openais(asked: dict[str, Any], *, picture: bool = False) -> dict[str, Any] |
 
 def webuis(asked: dict[str, Any], *, picture: bool = False) -> dict[str, Any] | None:
     if {"save_path", "widht"} & set(asked) or ("strength" in asked and not picture):
-        return None  # names are made there, and what is unknown is told in `info`
+        return None  # this dialect generates names itself, and reports unknown ones in `info`
     asked = {name: value for name, value in asked.items() if value is not None}
     if "lora" in asked:
         asked["prompt"] = f"a red square <lora:{asked.pop('lora')}:1>"
@@ -148,7 +148,10 @@ DOORS: dict[str, Door] = {
 @pytest.mark.fault(1, 2, 3, 4, 6, 7, 8, 9, 10, 11, 12, 13, 16, 17)
 @pytest.mark.parametrize("door", DOORS)
 def test_the_same_mistake_is_answered_alike_through_every_door(run_app: Callable[..., RunningApp], door: str) -> None:
-    """The status of the table, in the shape of the door, and nothing is drawn; a good request is answered after all."""
+    """The status of the table, in the dialect's error format.
+
+    Nothing is generated; a valid request still works afterwards.
+    """
     running_app = run_app(FakeImageDenoiser())
     translate, picture, ask = DOORS[door]
     answered: dict[str, int] = {}
@@ -186,7 +189,7 @@ PATHS = ["/create_and_upload_image", STYLE, INPAINT, "/v1/images/generations", "
 @pytest.mark.fault(14)
 @pytest.mark.parametrize("path", PATHS)
 def test_a_body_that_cannot_be_read_is_refused_alike(run_app: Callable[..., RunningApp], path: str) -> None:
-    """400, 413, 415, whatever the dialect; a body in pieces is counted as well."""
+    """400, 413, 415 in every dialect; a chunked body is counted as well."""
     running_app = run_app(FakeImageDenoiser(), max_body_bytes=60_000, max_upload_bytes=60_000)
     for what, (body, media_type, expected) in BODIES.items():
         for content in (body, iter([body])):
@@ -212,7 +215,7 @@ MULTIPART: dict[str, tuple[bytes, str, int]] = {
     "path", ["/create_and_upload_image", STYLE, INPAINT, "/v1/images/generations", "/v1/images/edits"]
 )
 def test_a_form_that_cannot_be_read_is_refused_alike(running_app: RunningApp, path: str) -> None:
-    """400 for every multipart body that is none."""
+    """400 for every malformed multipart body."""
     for what, (body, media_type, expected) in MULTIPART.items():
         answer = running_app.client.post(path, content=body, headers={"content-type": media_type})
         assert answer.status_code == expected, (what, answer.text[:300])
@@ -232,7 +235,7 @@ def test_a_form_that_cannot_be_read_is_refused_alike(running_app: RunningApp, pa
     ],
 )
 def test_a_strange_prompt_is_only_a_prompt(running_app: RunningApp, prompt: str) -> None:
-    """Drawn or refused alike through every dialect, under the same name, which holds nothing of it."""
+    """Accepted or refused alike in every dialect, under the same name, which contains none of the prompt."""
     keys = set()
     for path in ("/create_and_upload_image", "/v1/images/generations", "/sdapi/v1/txt2img"):
         size = {"size": "64x64"} if path.startswith("/v1") else {"width": 64, "height": 64, "format": "png"}
@@ -250,7 +253,7 @@ def test_a_strange_prompt_is_only_a_prompt(running_app: RunningApp, prompt: str)
 
 @pytest.mark.fault(5)
 def test_composed_and_decomposed_text_are_the_same_order(running_app: RunningApp) -> None:
-    """é is é, however it was typed, in prompts and in names."""
+    """é is é in NFC and NFD, in prompts and in names."""
     composed, decomposed = "caf\u00e9", "cafe\u0301"
     keys = {
         running_app.draw(prompt=prompt, save_path=f"{prompt}.webp").json()["key"] for prompt in (composed, decomposed)

@@ -1,4 +1,4 @@
-"""AUTOMATIC1111's API, asked by the client its users have."""
+"""The AUTOMATIC1111 API, called with the client library that its users have."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ TXT2IMG, IMG2IMG = "/sdapi/v1/txt2img", "/sdapi/v1/img2img"
 
 def client_of(live: LiveServer, **more: Any) -> webuiapi.WebUIApi:
     client = webuiapi.WebUIApi(baseurl=f"{live.url}/sdapi/v1", sampler="Euler", steps=4, **more)
-    client.session.headers["Connection"] = "close"  # it never closes them itself
+    client.session.headers["Connection"] = "close"  # the library never closes its connections
     client.session.close()
     return client
 
 
 @pytest.fixture
 def live(live_of: Callable[..., LiveServer]) -> LiveServer:
-    """A server over retouchers."""
+    """A server with fake image-to-image models."""
     return live_of(FakeImageDenoiser())
 
 
 @pytest.fixture
 def client(live: LiveServer) -> webuiapi.WebUIApi:
-    """The client of that server."""
+    """A client of that server."""
     return client_of(live)
 
 
@@ -51,7 +51,7 @@ def text(data: bytes) -> str:
 
 
 def test_a_picture_comes_with_how_it_was_made(live: LiveServer, client: webuiapi.WebUIApi) -> None:
-    """The asked size, seed, steps and guidance, in the answer and in the job; PNG as AUTOMATIC1111 sends it."""
+    """The requested size, seed, steps and guidance, in the response and in the job; PNG, as AUTOMATIC1111 sends it."""
     result = client.txt2img(prompt="a red square", seed=7, cfg_scale=2.0, **SIZE)
     assert (result.image.size, result.image.format) == ((64, 64), "PNG")
     assert (result.info["seed"], result.info["all_seeds"], result.info["steps"]) == (7, [7], 4)
@@ -62,7 +62,7 @@ def test_a_picture_comes_with_how_it_was_made(live: LiveServer, client: webuiapi
 
 
 def test_no_seed_is_another_picture_each_time_and_several_count_on(client: webuiapi.WebUIApi) -> None:
-    """-1 is random; `batch_size` times `n_iter` pictures have seeds one after another."""
+    """-1 is random; the `batch_size` × `n_iter` images have consecutive seeds."""
     first, second = (client.txt2img(prompt="a red square", **SIZE) for _ in range(2))
     assert first.info["seed"] != second.info["seed"]
     several = client.txt2img(prompt="a red square", seed=5, batch_size=2, n_iter=2, **SIZE)
@@ -86,14 +86,14 @@ def test_no_seed_is_another_picture_each_time_and_several_count_on(client: webui
 def test_samplers_are_mapped_and_what_is_not_quite_it_is_told(
     live: LiveServer, client: webuiapi.WebUIApi, sampler: str, ours: str, told: bool
 ) -> None:
-    """The closest scheduler there is, and a sentence where it is another or its spacing is."""
+    """The closest scheduler, and a warning where the sampler or its timestep spacing differs."""
     result = client.txt2img(prompt="a red square", sampler_name=sampler, **SIZE)
     assert live.squares.finished[0].scheduler == ours
     assert bool(result.info["not_honoured"]) == told
 
 
 def test_what_is_known_and_not_honoured_is_told(client: webuiapi.WebUIApi) -> None:
-    """By name, and nothing is told of what asks for nothing: a plain call says nothing of its forty defaults."""
+    """By name; parameters at their defaults are not reported: a plain call with forty defaults reports nothing."""
     plain = client.txt2img(prompt="a red square", **SIZE)
     assert plain.info["not_honoured"] == []
     result = client.txt2img(
@@ -107,7 +107,7 @@ def test_what_is_known_and_not_honoured_is_told(client: webuiapi.WebUIApi) -> No
 
 
 def test_a_model_is_chosen_for_one_call_or_for_the_caller(live: LiveServer, client: webuiapi.WebUIApi) -> None:
-    """By `override_settings` or by the options, under title, name or alias."""
+    """By `override_settings` or by the options endpoint, under title, name or alias."""
     titles = client.util_get_model_names()
     flux = next(title for title in titles if title.startswith("flux"))
     client.txt2img(prompt="a red square", override_settings={"sd_model_checkpoint": flux}, **SIZE)
@@ -119,7 +119,7 @@ def test_a_model_is_chosen_for_one_call_or_for_the_caller(live: LiveServer, clie
 
 
 def test_lists_are_in_its_shapes(client: webuiapi.WebUIApi) -> None:
-    """Models, samplers, adapters, options."""
+    """Models, samplers, LoRAs and options in AUTOMATIC1111's formats."""
     assert {model["model_name"] for model in client.get_sd_models()} == {"sdxl", "flux"}
     assert {"Euler", "Euler a", "DDIM"} <= set(client.util_get_sampler_names())
     assert client.get_loras() == []
@@ -127,7 +127,7 @@ def test_lists_are_in_its_shapes(client: webuiapi.WebUIApi) -> None:
 
 
 def test_an_image_is_drawn_anew_at_the_size_asked_for(live: LiveServer, client: webuiapi.WebUIApi) -> None:
-    """By `denoising_strength`, stretched, cropped or padded as `resize_mode` says."""
+    """With `denoising_strength`; stretched, cropped or padded as `resize_mode` says."""
     image = Image.fromarray(disc(128, 64))
     for mode in (0, 1, 2):
         result = client.img2img(
@@ -141,7 +141,7 @@ def test_an_image_is_drawn_anew_at_the_size_asked_for(live: LiveServer, client: 
 @pytest.mark.parametrize("inverted", [0, 1])
 @pytest.mark.parametrize("only_masked", [False, True])
 def test_a_mask_is_repainted_and_nothing_else(client: webuiapi.WebUIApi, only_masked: bool, inverted: int) -> None:
-    """Every pixel outside is the one that was sent; drawn whole or only around the mask, which may be inverted."""
+    """Every pixel outside the mask equals the input; whole image or only the masked area; the mask may be inverted."""
     pixels = disc(128, 128)
     mask = np.zeros((128, 128), np.uint8)
     mask[40:60, 50:80] = 255
@@ -157,7 +157,7 @@ def test_a_mask_is_repainted_and_nothing_else(client: webuiapi.WebUIApi, only_ma
 
 
 def test_only_the_part_around_the_mask_is_drawn_at_full_size(live: LiveServer, client: webuiapi.WebUIApi) -> None:
-    """A small mask in a large picture gets all of the model's pixels; the answer has the picture's size."""
+    """A small mask in a large image gets all of the model's pixels; the result has the input's size."""
     mask = np.zeros((300, 400), np.uint8)
     mask[100:120, 200:220] = 255
     result = client.img2img(
@@ -167,12 +167,12 @@ def test_only_the_part_around_the_mask_is_drawn_at_full_size(live: LiveServer, c
     assert result.image.size == (400, 300)
     (job,) = live.squares.finished
     assert job.mask is not None
-    assert job.mask.pixels.mean() > 40  # a quarter of what is drawn, and a three-hundredth of the picture
+    assert job.mask.pixels.mean() > 40  # a quarter of what is generated, and a three-hundredth of the image
     assert (result.info["width"], result.info["height"]) == (400, 300)
 
 
 def test_what_the_mask_hides_is_filled_as_asked(live: LiveServer, client: webuiapi.WebUIApi) -> None:
-    """Surroundings, the original, noise, grey: four pictures to start from."""
+    """Surroundings, original, noise and grey give four different start images."""
     mask = np.zeros((64, 64), np.uint8)
     mask[20:40, 20:40] = 255
     for fill in range(4):
@@ -184,7 +184,7 @@ def test_what_the_mask_hides_is_filled_as_asked(live: LiveServer, client: webuia
 
 
 def test_a_controlnet_unit_follows_edges(live: LiveServer, client: webuiapi.WebUIApi) -> None:
-    """With its own picture in txt2img, of the picture to draw anew in img2img; thresholds and weight are taken."""
+    """With its own image in txt2img, with the init image in img2img; thresholds and weight are applied."""
     image = Image.fromarray(disc(64, 64))
     unit = webuiapi.ControlNetUnit(
         image=image, module="canny", model="control_canny", weight=0.8, threshold_a=50, threshold_b=150
@@ -202,14 +202,14 @@ def test_a_controlnet_unit_follows_edges(live: LiveServer, client: webuiapi.WebU
 
 
 class Sketching(FakeDenoiser):
-    """Painters who show how far they are, and stop at a gate."""
+    """Backend that reports progress and stops at a gate."""
 
     def preview(self, state: Canvas) -> NDArray[np.uint8]:
         return np.full((8, 8, 3), state.index, np.uint8)
 
 
 def test_progress_tells_of_ones_own_task_alone(live_of: Callable[..., LiveServer]) -> None:
-    """Steps, share, picture, by name too; another key sees nothing and stops nothing."""
+    """Steps, fraction, preview, also by task id; another key sees nothing and stops nothing."""
     squares = Sketching(seconds_per_step=0.05)
     live = live_of(squares, api_keys="ann:a, bob:b")
     ann, bob = client_of(live, username="ann", password="a"), client_of(live, username="bob", password="b")  # noqa: S106  # keys of this test alone
@@ -242,7 +242,7 @@ def _task(client: webuiapi.WebUIApi, name: str, steps: int) -> Any:
 
 
 def test_who_hangs_up_frees_the_device(run_app: Callable[..., RunningApp]) -> None:
-    """The task is gone with its client, from the list too."""
+    """When the client disconnects, its task is cancelled and leaves the list."""
     squares = FakeDenoiser(gate=threading.Event())
     running_app = run_app(squares)
     assert squares.gate is not None
@@ -252,7 +252,7 @@ def test_who_hangs_up_frees_the_device(run_app: Callable[..., RunningApp]) -> No
 
 
 def test_a_picture_tells_how_it_was_made(client: webuiapi.WebUIApi) -> None:
-    """One of ours in any format, one of AUTOMATIC1111's, and one that says nothing."""
+    """One of our images in any format, one of AUTOMATIC1111's, and one without metadata."""
     for file_format in ("png", "webp", "jpg"):
         result = client.txt2img(
             prompt="a red square, on blue", seed=7, override_settings={"samples_format": file_format}, **SIZE
@@ -301,7 +301,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
 def test_what_is_wrong_is_refused_by_its_own_name(
     running_app: RunningApp, path: str, change: dict[str, Any], field: str
 ) -> None:
-    """422 in AUTOMATIC1111's shape, under the name the parameter has there; nothing is drawn."""
+    """422 in AUTOMATIC1111's format, with its parameter name; nothing is generated."""
     answer = running_app.client.post(path, json={"prompt": "a red square", **SIZE, **change})
     assert answer.status_code == 422, answer.text
     body = answer.json()
@@ -311,7 +311,7 @@ def test_what_is_wrong_is_refused_by_its_own_name(
 
 
 def test_bodies_that_are_no_json_objects_are_refused(running_app: RunningApp) -> None:
-    """400, and 415 for another type; nesting without end is no 500."""
+    """400, and 415 for another type; unlimited nesting is no 500."""
     for body in (b"[]", b"{", b'{"a": 1, "a": 2}', b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"):
         answer = running_app.client.post(TXT2IMG, content=body, headers={"content-type": "application/json"})
         assert answer.status_code == 400
@@ -319,7 +319,7 @@ def test_bodies_that_are_no_json_objects_are_refused(running_app: RunningApp) ->
 
 
 def test_pictures_may_be_left_out_of_the_answer(running_app: RunningApp) -> None:
-    """`send_images: false`: they are stored, and `info` tells where."""
+    """`send_images: false`: the images are stored, and `info` has their URLs."""
     answer = running_app.client.post(TXT2IMG, json={"prompt": "a red square", "send_images": False, **SIZE}).json()
     assert answer["images"] == []
     (url,) = json.loads(answer["info"])["paths"]
@@ -327,7 +327,7 @@ def test_pictures_may_be_left_out_of_the_answer(running_app: RunningApp) -> None
 
 
 def test_the_same_order_is_the_same_picture_through_every_dialect(running_app: RunningApp) -> None:
-    """Three doors, one generation: the later two find what the first one drew."""
+    """Three dialects, one generation: the later two are cache hits."""
     words = {"prompt": "a red square", "seed": 7}
     ours = running_app.client.post(
         "/create_and_upload_image", json={**words, **SIZE, "format": "png", "num_inference_steps": 5}

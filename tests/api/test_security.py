@@ -39,7 +39,7 @@ def test_loopback_names_are_served(running_app: RunningApp, host: str) -> None:
 )
 @pytest.mark.parametrize("path", ["/create_and_upload_image", "/healthz", "/files/a.webp", "/docs"])
 def test_a_foreign_host_is_misdirected(running_app: RunningApp, host: str, path: str) -> None:
-    """421 before anything else, on every path: a rebound name must not reach even the files."""
+    """421 before anything runs, on every path: a DNS-rebound name must not even reach the files."""
     answer = running_app.client.get(path, params=ORDER, headers={"host": host})
     assert answer.status_code == 421
     assert answer.headers["content-type"] == "application/problem+json"
@@ -47,7 +47,7 @@ def test_a_foreign_host_is_misdirected(running_app: RunningApp, host: str, path:
 
 
 def test_names_from_the_settings_are_served(run_app: Callable[..., RunningApp]) -> None:
-    """ALLOWED_HOSTS and PUBLIC_BASE_URL name this server too, ports apart."""
+    """Hosts in ALLOWED_HOSTS and PUBLIC_BASE_URL are accepted, with any port."""
     running_app = run_app(
         allowed_hosts="draw.example, other.example:9000", public_base_url="https://pictures.example:444"
     )
@@ -57,7 +57,7 @@ def test_names_from_the_settings_are_served(run_app: Callable[..., RunningApp]) 
 
 
 def test_a_wildcard_address_is_no_name() -> None:
-    """Listening on 0.0.0.0 does not make every Host header right."""
+    """Listening on 0.0.0.0 does not allow every Host header."""
     anywhere = "0.0.0.0"  # noqa: S104  # a name under test, not listened on
     assert allowed_host_names(anywhere, (), "") == frozenset()
     assert allowed_host_names("192.168.1.5", ("A.example",), "") == {"192.168.1.5", "a.example"}
@@ -76,7 +76,7 @@ def test_a_wildcard_address_is_no_name() -> None:
     ],
 )
 def test_a_page_of_another_origin_never_draws(running_app: RunningApp, headers: dict[str, str]) -> None:
-    """A web page the user happens to visit cannot use the device, whether or not it could read the answer."""
+    """A web page that the user visits cannot use the device, whether or not it could read the response."""
     assert ask(running_app, **headers).status_code == 403
     assert (
         running_app.client.post("/create_and_upload_image", data=ORDER, headers={"origin": "null"}).status_code == 403
@@ -94,7 +94,7 @@ def test_the_servers_own_pages_and_no_page_at_all_draw(running_app: RunningApp, 
 
 
 def test_a_browser_that_only_sends_a_referer_is_held_to_it(running_app: RunningApp) -> None:
-    """An <img> on another page, in a browser without Sec-Fetch-Site, still names its page."""
+    """An <img> on another page still sends a Referer in a browser without Sec-Fetch-Site."""
     assert ask(running_app, referer="http://evil.example/page").status_code == 403
     assert ask(running_app, referer="http://127.0.0.1:8000.evil.example/").status_code == 403
     assert ask(running_app, referer="http://127.0.0.1:8000/docs").status_code == 200
@@ -102,7 +102,7 @@ def test_a_browser_that_only_sends_a_referer_is_held_to_it(running_app: RunningA
 
 
 def test_an_origin_from_the_settings_draws_and_reads(run_app: Callable[..., RunningApp]) -> None:
-    """CORS_ORIGINS opens the door for one origin, preflight included, and for no other."""
+    """CORS_ORIGINS allows one origin, preflight included, and no other."""
     running_app = run_app(cors_origins="https://app.example", api_keys="key")
     asked = ask(running_app, origin="https://app.example", sec_fetch_site="cross-site", x_api_key="key")
     assert asked.status_code == 200
@@ -129,7 +129,7 @@ def test_without_cors_no_answer_is_readable_elsewhere(running_app: RunningApp) -
 
 @pytest.mark.parametrize("address", ["192.168.1.9", "8.8.8.8", "fe80::1", "::ffff:8.8.8.8", "testclient"])
 def test_a_client_elsewhere_is_refused_without_keys(run_app: Callable[..., RunningApp], address: str) -> None:
-    """403 names the setting; what draws nothing is still answered."""
+    """403 names the setting; requests that generate nothing are still answered."""
     running_app = run_app(client=(address, 5))
     refused = ask(running_app)
     assert refused.status_code == 403
@@ -140,7 +140,7 @@ def test_a_client_elsewhere_is_refused_without_keys(run_app: Callable[..., Runni
 
 
 def test_anonymous_clients_are_let_in_when_the_operator_says_so(run_app: Callable[..., RunningApp]) -> None:
-    """ALLOW_ANONYMOUS=1 is a decision, not a default."""
+    """ALLOW_ANONYMOUS=1 is an explicit choice, not a default."""
     assert ask(run_app(client=("192.168.1.9", 5), allow_anonymous=True)).status_code == 200
 
 
@@ -150,7 +150,7 @@ def admitted(policy: AccessPolicy, address: str, path: str = "/jobs", **headers:
 
 
 def test_who_asks_is_told_by_key_and_address() -> None:
-    """The operator on loopback, strangers apart by address (an IPv6 client has its whole /64), keys by name."""
+    """Loopback is the operator, anonymous callers are told apart by address (IPv6: by /64), keys by name."""
     keys = ApiKeyring([HashedApiKey(Caller("ann", "", admin=True), hashed("a"))])
     assert admitted(AccessPolicy(), "127.0.0.1") == Caller(address="127.0.0.1")
     assert admitted(AccessPolicy(), "127.0.0.1").has_full_access
@@ -171,14 +171,14 @@ def test_who_asks_is_told_by_key_and_address() -> None:
 
 
 def test_an_owner_that_was_written_down_is_read_back() -> None:
-    """Names of keys hold no blank, so that none looks like an anonymous client."""
+    """Key names contain no blank, so none can be confused with an anonymous client."""
     for caller in (Caller(), Caller("ann"), Caller(anonymous=True, address="203.0.113.5"), Caller(anonymous=True)):
         assert Caller.from_owner(caller.owner, caller.prefix) == caller
 
 
 @pytest.mark.fault(64)
 def test_a_forged_forwarded_header_changes_nothing(run_app: Callable[..., RunningApp]) -> None:
-    """Who the client is comes from the connection."""
+    """The client address comes from the connection."""
     running_app = run_app(client=("192.168.1.9", 5))
     assert (
         ask(running_app, x_forwarded_for="127.0.0.1", x_real_ip="127.0.0.1", forwarded="for=127.0.0.1").status_code
@@ -188,7 +188,7 @@ def test_a_forged_forwarded_header_changes_nothing(run_app: Callable[..., Runnin
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "192.168.1.9"])
 def test_with_keys_everyone_needs_one(run_app: Callable[..., RunningApp], address: str) -> None:
-    """Any of the keys, by either header; none or a wrong one is 401, on this machine too."""
+    """Any valid key, in either header; no key or a wrong one is 401, also from this machine."""
     running_app = run_app(client=(address, 5), api_keys="first, second")
     right = [{"authorization": "Bearer first"}, {"authorization": "bearer second"}, {"x_api_key": "second"}]
     wrong = [{}, {"x_api_key": "third"}, {"x_api_key": ""}, {"authorization": "Basic first"}, {"x_api_key": "first,"}]
@@ -200,7 +200,7 @@ def test_with_keys_everyone_needs_one(run_app: Callable[..., RunningApp], addres
 
 
 def test_a_link_from_another_page_opens_the_docs_and_the_pictures(running_app: RunningApp) -> None:
-    """Reading draws nothing, so a link in a mail still works."""
+    """Reading generates nothing, so a link in a mail still works."""
     path = ask(running_app).json()["path"]
     for url in ("/docs", "/openapi.json", path):
         assert running_app.client.get(url, headers={"sec-fetch-site": "cross-site"}).status_code == 200
@@ -212,6 +212,9 @@ def test_a_link_from_another_page_opens_the_docs_and_the_pictures(running_app: R
 def test_keys_beside_anonymous_clients_are_warned_of_at_the_start(
     run_app: Callable[..., RunningApp], capfd: pytest.CaptureFixture[str], keys: str, anonymous: bool, warned: bool
 ) -> None:
-    """Until this version keys closed a server whatever ALLOW_ANONYMOUS said: who set both is told what it means now."""
+    """Before this version keys closed a server regardless of ALLOW_ANONYMOUS.
+
+    With both set, a warning explains the change.
+    """
     run_app(api_keys=keys, allow_anonymous=anonymous)
     assert ("clients without a key may draw" in "".join(capfd.readouterr())) == warned

@@ -1,4 +1,4 @@
-"""Strangers to one another: anonymous clients by address, and keys that are not marked as admin."""
+"""Isolation between callers: anonymous clients by address, and keys that are not marked as admin."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CHOSEN = "0123456789abcdef-job"
 
 @dataclass
 class One:
-    """One client of an app: by the headers it always sends."""
+    """One client of an app, with the headers it always sends."""
 
     running_app: RunningApp
     headers: dict[str, str]
@@ -68,7 +68,7 @@ def keys(run_app: Callable[..., RunningApp]) -> list[One]:
 
 @pytest.mark.fault(140)
 def test_an_anonymous_caller_follows_its_job_by_the_id_and_no_list_tells_it(strangers: Two) -> None:
-    """The id this server made is all that is asked for, from any address; lists are refused, chosen ids too."""
+    """The server-generated id is enough, from any address; lists and client-chosen ids are refused."""
     _, one, other = strangers
     job = one.draw(ASYNC).json()
     assert len(job["id"]) >= 22, "128 bits in base64"
@@ -86,7 +86,10 @@ def test_an_anonymous_caller_follows_its_job_by_the_id_and_no_list_tells_it(stra
 
 @pytest.mark.fault(140)
 def test_an_anonymous_caller_changes_nothing_of_others(strangers: Two) -> None:
-    """Deleting, overwriting and reading how it was made are refused; what it drew without a key is everyone's."""
+    """Deleting, overwriting and reading provenance are refused.
+
+    Images generated without a key are readable by everyone.
+    """
     running_app, one, other = strangers
     key = one.draw(save_path="mine.webp").json()["key"]
     before = running_app.client.get(f"/files/{key}").content
@@ -103,7 +106,7 @@ def test_an_anonymous_caller_changes_nothing_of_others(strangers: Two) -> None:
 
 @pytest.mark.fault(140)
 def test_idempotency_keys_and_choices_of_anonymous_callers_are_their_own(strangers: Two) -> None:
-    """A key as likely as 1 neither fails nor answers another address; a model chosen by one is not the other's."""
+    """A guessable key like 1 affects no other address; nor does a model that one caller selects."""
     _, one, other = strangers
     assert one.draw({"idempotency-key": "1"}, prompt="a red square").status_code == 200
     assert other.draw({"idempotency-key": "1"}, prompt="a blue square").status_code == 200
@@ -116,7 +119,7 @@ def test_idempotency_keys_and_choices_of_anonymous_callers_are_their_own(strange
 
 @pytest.mark.fault(140)
 def test_an_anonymous_task_is_seen_and_stopped_by_its_own_id_alone(run_app: Callable[..., RunningApp]) -> None:
-    """AUTOMATIC1111's progress, its preview and interrupt: by a force_task_id long enough, and by nothing else."""
+    """AUTOMATIC1111's progress, preview and interrupt need a sufficiently long force_task_id."""
     squares = FakeDenoiser(gate=threading.Event())
     running_app = run_app(squares, allow_anonymous=True, trusted_proxies="127.0.0.1")
     one, other = (One(running_app, {"x-forwarded-for": address}) for address in ("203.0.113.5", "198.51.100.9"))
@@ -139,7 +142,7 @@ def test_an_anonymous_task_is_seen_and_stopped_by_its_own_id_alone(run_app: Call
 
 @pytest.mark.fault(141)
 def test_ids_that_keys_choose_are_their_own(keys: list[One]) -> None:
-    """Two keys use one id, accepted or waiting, and neither is told of the other's; admin sees both by whole ids."""
+    """Two keys use one id, running or queued; neither sees the other's job; admin sees both by full id."""
     ann, bob, root, _ = keys
     assert ann.draw({"x-job-id": CHOSEN, **ASYNC}).status_code == 202
     done = ann.ended(CHOSEN)
@@ -148,7 +151,7 @@ def test_ids_that_keys_choose_are_their_own(keys: list[One]) -> None:
     assert bob.draw({"x-job-id": f"{CHOSEN}-b", **ASYNC}, prompt="a green square").status_code == 202
     bob.ended(f"{CHOSEN}-b")
     seen = ann.ask("GET", f"/jobs/{CHOSEN}").json()
-    # How far it came is known of a job until its end is written, and not told of afterwards.
+    # A job's progress is known until its end is written, and not reported afterwards.
     assert [(job["id"], job["state"], job["receipt"]["key"]) for job in (seen, done)] == [
         (CHOSEN, "done", done["receipt"]["key"])
     ] * 2, "not shadowed by a request of the same id that waited"
@@ -164,7 +167,7 @@ def test_ids_that_keys_choose_are_their_own(keys: list[One]) -> None:
 
 @pytest.mark.fault(141)
 def test_an_accepted_job_is_never_hidden_by_a_request_of_its_id(running_app: RunningApp) -> None:
-    """A request that failed before it, and one that would wait after it, under the very same id and caller."""
+    """Neither a failed request before it nor a waiting one after it, under the same id and caller, hides the job."""
     one = One(running_app, {})
     assert one.draw({"x-job-id": CHOSEN}, timeout=0.0001).status_code in (422, 504)
     assert one.draw({"x-job-id": CHOSEN, "idempotency-key": "k"}, prompt="an unpreparable square").status_code == 500
@@ -177,7 +180,7 @@ def test_an_accepted_job_is_never_hidden_by_a_request_of_its_id(running_app: Run
 
 @pytest.mark.fault(142)
 def test_a_key_without_the_mark_touches_its_own_pictures_alone(keys: list[One]) -> None:
-    """Listed, read, deleted and overwritten: its own; admin has all; a prefix's are its key's."""
+    """List, read, delete and overwrite: only its own; admin has all; images under a prefix belong to the prefix's key."""
     ann, bob, root, pre = keys
     mine = ann.draw(save_path="mine.webp").json()["key"]
     made = ann.draw(prompt="a green square").json()["key"]
@@ -205,7 +208,7 @@ def test_a_key_without_the_mark_touches_its_own_pictures_alone(keys: list[One]) 
 
 @pytest.mark.fault(142)
 def test_a_sole_key_and_the_operator_have_everything(run_app: Callable[..., RunningApp]) -> None:
-    """What a local server drew before keys were set is the sole key's too."""
+    """Images a local server generated before keys were set belong to the sole key too."""
     running_app = run_app()
     key = running_app.draw(prompt="a red square", save_path="old.webp").json()["key"]
     sole = held(run_app(api_keys="only"), "only")[0]
@@ -217,7 +220,7 @@ def test_a_sole_key_and_the_operator_have_everything(run_app: Callable[..., Runn
 @pytest.mark.fault(143)
 @pytest.mark.parametrize("where", ["record", "history", "job"])
 def test_a_replay_tells_no_more_than_the_picture_itself(run_app: Callable[..., RunningApp], where: str) -> None:
-    """EMBED_METADATA=digest: who may not read the record cannot have it replayed into one of its own."""
+    """With EMBED_METADATA=digest, a caller that may not read the record cannot replay it into an image of its own."""
     ann, bob, root, pre = held(
         run_app(api_keys=KEYS, embed_metadata="digest"), "secret-a", "secret-b", "secret-r", "secret-p"
     )
@@ -239,7 +242,7 @@ def test_a_replay_tells_no_more_than_the_picture_itself(run_app: Callable[..., R
 
 @pytest.mark.fault(144)
 def test_names_made_from_orders_are_no_ones_to_compute(run_app: Callable[..., RunningApp]) -> None:
-    """With keys another server's name is not this one's, nor another key's; without keys it is what it always was."""
+    """With keys, names differ between servers and between keys; without keys the name is unchanged."""
     open_key = run_app().draw(prompt="a red square").json()["key"]
     running_app = run_app(api_keys=KEYS, url_secret=ONE)
     made = [one.draw().json()["key"] for one in held(running_app, "secret-a", "secret-b", "secret-p")]
@@ -252,7 +255,7 @@ def test_names_made_from_orders_are_no_ones_to_compute(run_app: Callable[..., Ru
 
 @pytest.mark.fault(144)
 def test_every_kind_of_made_name_is_concealed(tmp_path: Path) -> None:
-    """Of orders without a name, of names with their content's digits before them, of variations; as the pure plan."""
+    """Requests without a name, names with a content prefix, variations; tested on the pure resolver."""
     secret = ServerSecret("", tmp_path / "secret")
     secret.open()
     closed = replace(OPTIONS, ownership=Ownership(secret.hmac_hex))
@@ -274,7 +277,10 @@ def test_every_kind_of_made_name_is_concealed(tmp_path: Path) -> None:
 
 @pytest.mark.fault(144)
 def test_what_was_there_is_told_to_its_owner_and_admin_alone(keys: list[One]) -> None:
-    """cached, the stored seed, and whether the order was the same: another key is told the same whatever it guesses."""
+    """`cached`, the stored seed, and whether the request matched.
+
+    Another key gets the same response whatever it guesses.
+    """
     ann, bob, root, _ = keys
     ann.draw(save_path="x.webp", seed=5)
     assert ann.draw(save_path="x.webp", seed=5).json()["cached"]
@@ -292,7 +298,7 @@ def test_what_was_there_is_told_to_its_owner_and_admin_alone(keys: list[One]) ->
 @pytest.mark.fault(142)
 @pytest.mark.parametrize("path", [CREATE, "/make_image", "/v1/images/generations"])
 def test_a_private_picture_is_not_opened_by_asking_for_its_name(run_app: Callable[..., RunningApp], path: str) -> None:
-    """Where addresses are signed, a name that another key has taken is refused, whatever the order."""
+    """With signed URLs, a name that another key has taken is refused, whatever the request."""
     ann, bob, root = held(run_app(api_keys=KEYS, signed_url_seconds=60), "secret-a", "secret-b", "secret-r")
     size = {"size": "64x64", "width": None, "height": None} if path.startswith("/v1") else {}
     body = {name: value for name, value in {**ORDER, **size, "save_path": "p.webp", "seed": 3}.items() if value}
@@ -306,7 +312,7 @@ def test_a_private_picture_is_not_opened_by_asking_for_its_name(run_app: Callabl
 
 @pytest.mark.fault(144)
 def test_keys_that_draw_one_picture_at_a_time_are_not_told_so(run_app: Callable[..., RunningApp]) -> None:
-    """The effort is shared on the device; `coalesced` is for admin."""
+    """The work is shared on the device; `coalesced` is visible to admin only."""
     squares = FakeDenoiser(gate=threading.Event())
     ann, bob, root = held(run_app(squares, api_keys=KEYS), "secret-a", "secret-b", "secret-r")
     with ThreadPoolExecutor(3) as pool:
@@ -326,7 +332,7 @@ def test_keys_that_draw_one_picture_at_a_time_are_not_told_so(run_app: Callable[
 def test_a_repeated_key_draws_again_what_was_deleted(
     running_app: RunningApp, path: str, headers: dict[str, str]
 ) -> None:
-    """The picture is gone: the key is as good as new, at every door and in every way to be answered."""
+    """When the image is deleted, the idempotency key counts as new, on every route and in every response mode."""
     one, sent = One(running_app, {}), {"idempotency-key": "k", **headers}
     size = {"size": "64x64"} if path.startswith("/v1") else {"width": 64, "height": 64}
     body = {"prompt": "a red square", "seed": 5, "save_path": "k.webp", **size}
@@ -349,7 +355,7 @@ def test_a_repeated_key_draws_again_what_was_deleted(
 
 @dataclass(frozen=True)
 class _LoadedModel:
-    """What `/readyz` tells of a model."""
+    """The model part of `/readyz`."""
 
     name: str = "sdxl"
     folder: str = "private-weights"
@@ -357,14 +363,14 @@ class _LoadedModel:
 
 
 class _Telling(FakeDenoiser):
-    """Painters that have a model to tell of."""
+    """Backend that reports a loaded model."""
 
     loaded = (_LoadedModel(),)
 
 
 @pytest.mark.fault(146)
 def test_how_the_server_stands_is_told_to_keys_alone(run_app: Callable[..., RunningApp], tmp_path: Path) -> None:
-    """Without one the state alone: no folder of a model, and no sentence of what is missing."""
+    """Without a key only the state: no model folder and no error detail."""
     running_app = run_app(_Telling(), api_keys=KEYS)
     for headers in ({}, {"x-api-key": "wrong"}, {"authorization": "Basic eHg6eHg="}):
         told = running_app.client.get("/readyz", headers=headers)

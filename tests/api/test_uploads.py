@@ -1,4 +1,4 @@
-"""The upload doors: every way to ask, the receipt, and every way to be refused."""
+"""The generation routes: every request encoding, the result, and every reason for refusal."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ WAYS = ["get query", "post query", "post form", "post multipart", "post json"]
 
 @pytest.mark.parametrize("way", WAYS)
 def test_every_way_to_ask_is_answered_with_a_receipt(running_app: RunningApp, way: str) -> None:
-    """Query, form, multipart and JSON: the same receipt, and the picture has exactly the asked size."""
+    """Query, form, multipart and JSON: the same result, and the image has exactly the requested size."""
     answer = ask_by(running_app, way)
     assert answer.status_code == 200, answer.text
     receipt = answer.json()
@@ -52,7 +52,7 @@ def test_every_way_to_ask_is_answered_with_a_receipt(running_app: RunningApp, wa
 
 
 def test_all_ways_lead_to_the_same_picture(running_app: RunningApp) -> None:
-    """The first draws, the other four find it; the answers agree but for `cached`, `timings` and the warnings."""
+    """The first generates, the other four are cache hits; responses differ only in `cached`, `timings` and warnings."""
     receipts = [ask_by(running_app, way).json() for way in WAYS]
     assert [receipt["cached"] for receipt in receipts] == [False, True, True, True, True]
     assert len({(receipt["path"], receipt["seed"]) for receipt in receipts}) == 1
@@ -62,7 +62,7 @@ def test_all_ways_lead_to_the_same_picture(running_app: RunningApp) -> None:
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("ending", ["webp", "png", "jpg"])
 def test_make_image_answers_the_picture_itself(running_app: RunningApp, way: str, ending: str) -> None:
-    """The bytes, their true type, and where they are stored."""
+    """The bytes, their real content type, and where they are stored."""
     answer = ask_by(running_app, way, "/make_image", {**ASKED, "save_path": f"demo/first.{ending}"})
     image = Image.open(io.BytesIO(answer.content))
     assert image.size == (100, 70)
@@ -124,7 +124,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
 def test_bad_input_is_refused_by_name(
     running_app: RunningApp, way: str, what: str, change: dict[str, Any], field: str
 ) -> None:
-    """422 with a problem document that names the field; nothing is drawn and nothing stored."""
+    """422 with a problem document that names the field; nothing is generated or stored."""
     asked = {name: value for name, value in {**ASKED, **change}.items() if value is not None}
     answer = ask_by(running_app, way, CREATE, asked)
     assert answer.status_code == 422, f"{what}: {answer.text}"
@@ -165,7 +165,7 @@ def test_bad_input_is_refused_by_name(
     ],
 )
 def test_a_broken_body_is_refused(running_app: RunningApp, body: bytes, status: int, field: str | None) -> None:
-    """400 for what cannot be read, 422 for what was read and is wrong; never a 500."""
+    """400 for unreadable bodies, 422 for readable but invalid ones; never a 500."""
     answer = running_app.client.post(CREATE, content=body, headers={"content-type": "application/json"})
     assert answer.status_code == status, answer.text
     assert answer.headers["content-type"] == "application/problem+json"
@@ -174,13 +174,13 @@ def test_a_broken_body_is_refused(running_app: RunningApp, body: bytes, status: 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_text_beyond_ascii_is_the_same_by_every_way(running_app: RunningApp, way: str) -> None:
-    """A name in UTF-8 is that name, percent-encoded or not."""
+    """A UTF-8 name is the same, percent-encoded or not."""
     receipt = ask_by(running_app, way, CREATE, {**ASKED, "prompt": "ein grüner Kreis", "save_path": "ü/猫.webp"}).json()
     assert receipt["key"] == "static/uploads/ü/猫.webp"
 
 
 def test_raw_utf8_in_a_form_is_read_as_utf8(running_app: RunningApp) -> None:
-    """That is how curl -d sends what is typed."""
+    """`curl -d` sends what is typed, without percent-encoding."""
     headers = {"content-type": "application/x-www-form-urlencoded"}
     answer = running_app.client.post(
         CREATE, content="prompt=grün&width=64&height=64&save_path=ü.webp".encode(), headers=headers
@@ -190,7 +190,7 @@ def test_raw_utf8_in_a_form_is_read_as_utf8(running_app: RunningApp) -> None:
 
 
 def test_bytes_that_are_no_text_are_refused(running_app: RunningApp) -> None:
-    """Else two names would become one by a replacement character."""
+    """Otherwise a replacement character would turn two names into one."""
     headers = {"content-type": "application/x-www-form-urlencoded"}
     assert running_app.client.get(f"{CREATE}?prompt=a&save_path=a%ff.webp").status_code == 400
     assert running_app.client.post(CREATE, content=b"prompt=a&save_path=a%fe", headers=headers).status_code == 400
@@ -200,7 +200,7 @@ def test_bytes_that_are_no_text_are_refused(running_app: RunningApp) -> None:
 @pytest.mark.fault(15)
 @pytest.mark.parametrize("count", [100, 101, 50_000])
 def test_too_many_fields_are_refused_in_few_words(running_app: RunningApp, count: int) -> None:
-    """A hundred are read and one more is not, by query, form and JSON; no long list is answered with a longer one."""
+    """A hundred fields are accepted and one more is not, by query, form and JSON; the error does not list them all."""
     fields = {"prompt": "a", **{f"f{n}": "" for n in range(count - 1)}}
     answers = [running_app.client.post(CREATE, json=fields), running_app.client.post(CREATE, data=fields)]
     if count < 1000:
@@ -211,7 +211,7 @@ def test_too_many_fields_are_refused_in_few_words(running_app: RunningApp, count
 
 
 def test_json_may_begin_with_a_byte_order_mark_and_is_utf8(running_app: RunningApp) -> None:
-    """Some editors write one; UTF-16 is not JSON on the wire."""
+    """Some editors write a BOM; UTF-16 is not JSON on the wire."""
     headers = {"content-type": "application/json"}
     text = json.dumps(ASKED)
     assert running_app.client.post(CREATE, content=text.encode("utf-8-sig"), headers=headers).status_code == 200
@@ -220,7 +220,7 @@ def test_json_may_begin_with_a_byte_order_mark_and_is_utf8(running_app: RunningA
 
 @pytest.mark.fault(14)
 def test_a_body_without_a_truthful_length_is_read(running_app: RunningApp) -> None:
-    """A chunked body counts, whatever other header says there is none."""
+    """A chunked body is read, even if another header says there is none."""
     answer = running_app.client.post(
         CREATE, content=iter([json.dumps(ASKED).encode()]), headers={"content-type": "application/json"}
     )
@@ -228,7 +228,7 @@ def test_a_body_without_a_truthful_length_is_read(running_app: RunningApp) -> No
 
 
 def test_parameters_that_have_no_effect_do_not_tell_pictures_apart(running_app: RunningApp) -> None:
-    """PNG has no quality, -0.0 is 0.0, and a negative prompt without guidance is told to be unused."""
+    """PNG has no quality, -0.0 is 0.0, and a negative prompt without guidance gives a warning."""
     keys = {running_app.draw(prompt="a red square", format="png", quality=quality).json()["key"] for quality in (1, 85)}
     assert len(keys) == 1
     zero = {running_app.draw(prompt="a red square", guidance_scale=value).json()["key"] for value in ("0.0", "-0.0")}
@@ -239,7 +239,7 @@ def test_parameters_that_have_no_effect_do_not_tell_pictures_apart(running_app: 
 
 
 def test_make_image_tells_its_warnings_in_a_header(running_app: RunningApp) -> None:
-    """Another order's picture does not come silently."""
+    """A warning header says when the image of another request is returned."""
     asked = {"save_path": "a.webp", "width": 64, "height": 64}
     running_app.client.get("/make_image", params={"prompt": "a red square", **asked})
     answer = running_app.client.get("/make_image", params={"prompt": "a blue square", **asked})
@@ -248,7 +248,7 @@ def test_make_image_tells_its_warnings_in_a_header(running_app: RunningApp) -> N
 
 @pytest.mark.fault(15)
 def test_a_parameter_given_twice_is_refused(running_app: RunningApp) -> None:
-    """Which of the two was meant is not guessed, within the query or between query and body."""
+    """The server does not guess between two values, within the query or between query and body."""
     twice = running_app.client.get(f"{CREATE}?prompt=a&prompt=b")
     across = running_app.client.post(f"{CREATE}?prompt=a", data={"prompt": "b"})
     assert [(answer.status_code, answer.json()["field"]) for answer in (twice, across)] == [(400, "prompt")] * 2
@@ -256,7 +256,7 @@ def test_a_parameter_given_twice_is_refused(running_app: RunningApp) -> None:
 
 @pytest.mark.parametrize("media_type", ["text/plain", "application/xml", "image/png"])
 def test_other_bodies_are_refused(running_app: RunningApp, media_type: str) -> None:
-    """415 names what is taken."""
+    """415 names the accepted types."""
     answer = running_app.client.post(CREATE, content=b"prompt", headers={"content-type": media_type})
     assert answer.status_code == 415
     assert "application/json" in answer.json()["detail"]
@@ -264,20 +264,20 @@ def test_other_bodies_are_refused(running_app: RunningApp, media_type: str) -> N
 
 @pytest.mark.fault(18)
 def test_a_multipart_body_without_a_boundary_is_refused(running_app: RunningApp) -> None:
-    """400, not a crash of the parser."""
+    """400, not a parser crash."""
     answer = running_app.client.post(CREATE, content=b"--x", headers={"content-type": "multipart/form-data"})
     assert answer.status_code == 400
 
 
 def test_a_file_where_none_is_taken_is_refused(running_app: RunningApp) -> None:
-    """Text to image takes no file; it is named and nothing is read into memory for it."""
+    """Text to image takes no file: the error names the field, and the file is not read into memory."""
     answer = running_app.client.post(CREATE, data={"prompt": "a"}, files={"image_file": ("a.png", b"png")})
     assert (answer.status_code, answer.json()["field"]) == (422, "image_file")
 
 
 @pytest.mark.fault(14)
 def test_a_body_over_the_limit_is_refused_and_one_at_the_limit_is_read(run_app: Callable[..., RunningApp]) -> None:
-    """413 one byte beyond MAX_BODY_BYTES; at it the JSON is read."""
+    """413 one byte above MAX_BODY_BYTES; at the limit the JSON is read."""
     running_app = run_app(max_body_bytes=2000)
     body = json.dumps({**ASKED, "negative_prompt": ""})
     fits = json.dumps({**ASKED, "negative_prompt": "x" * (2000 - len(body))})
@@ -292,7 +292,7 @@ def test_a_body_over_the_limit_is_refused_and_one_at_the_limit_is_read(run_app: 
 
 
 def test_a_get_with_a_body_over_the_limit_is_told_so(run_app: Callable[..., RunningApp]) -> None:
-    """A body no one asked for is still counted, and its end is not taken for the client's."""
+    """An unexpected body is still counted, and its end is not mistaken for a disconnect."""
     running_app = run_app(FakeDenoiser(seconds_per_step=0.2), max_body_bytes=2000)
     answer = running_app.client.request("GET", CREATE, params=ASKED, content=iter([b"x" * 1500] * 3))
     assert answer.status_code == 413
@@ -300,7 +300,7 @@ def test_a_get_with_a_body_over_the_limit_is_told_so(run_app: Callable[..., Runn
 
 
 def test_an_unknown_path_and_a_wrong_method_are_problems_too(running_app: RunningApp) -> None:
-    """404 and 405 come in the same shape as everything else."""
+    """404 and 405 use the same problem format as all other errors."""
     for answer, status in ((running_app.client.get("/nothing"), 404), (running_app.client.put(CREATE), 405)):
         assert answer.status_code == status
         assert answer.json()["status"] == status
@@ -308,7 +308,7 @@ def test_an_unknown_path_and_a_wrong_method_are_problems_too(running_app: Runnin
 
 
 def test_an_unexpected_error_stays_opaque(run_app: Callable[..., RunningApp]) -> None:
-    """A fault inside drawing is a 500 with a request id and nothing of its text."""
+    """An exception during generation is a 500 with a request id and none of its message."""
     running_app = run_app()
     answer = running_app.draw(prompt="an unpreparable square")
     assert answer.status_code == 500
@@ -336,7 +336,7 @@ def test_a_full_queue_answers_429_with_retry_after(run_app: Callable[..., Runnin
 
 
 def test_a_deadline_is_a_504(run_app: Callable[..., RunningApp]) -> None:
-    """`timeout` passes: 504, and the device is free for the next."""
+    """504 after `timeout`, and the device is free for the next request."""
     squares = FakeDenoiser(gate=threading.Event())
     assert squares.gate is not None
     running_app = run_app(squares)
@@ -346,7 +346,7 @@ def test_a_deadline_is_a_504(run_app: Callable[..., RunningApp]) -> None:
 
 
 def test_the_caller_may_name_the_request(running_app: RunningApp) -> None:
-    """A sound X-Request-ID comes back; one that is not is replaced."""
+    """A valid X-Request-ID is returned; an invalid one is replaced."""
     kept = running_app.client.get("/healthz", headers={"X-Request-ID": "order-66.a_b"})
     replaced = running_app.client.get("/healthz", headers={"X-Request-ID": "bad id\t!"})
     assert kept.headers["x-request-id"] == "order-66.a_b"
@@ -354,7 +354,7 @@ def test_the_caller_may_name_the_request(running_app: RunningApp) -> None:
 
 
 def test_seed_random_is_a_new_picture_each_time(running_app: RunningApp) -> None:
-    """Two answers, two seeds, two objects."""
+    """Two responses, two seeds, two objects."""
     first, second = (running_app.draw(prompt="a red square", seed="random").json() for _ in range(2))
     assert first["seed"] != second["seed"]
     assert first["key"] != second["key"]
@@ -364,7 +364,7 @@ def test_seed_random_is_a_new_picture_each_time(running_app: RunningApp) -> None
     "name", ["a/b.webp", "two words.webp", "a+b.webp", "a?b#c&d=e.webp", "über/猫.webp", "100%.webp"]
 )
 def test_a_named_picture_is_found_under_the_url_of_its_receipt(running_app: RunningApp, name: str) -> None:
-    """Whatever is in a name, the URL leads to the picture and the key is the name as given."""
+    """For any characters in a name, the URL leads to the image and the key is the name as given."""
     receipt = running_app.draw(prompt="a red square", save_path=name).json()
     assert receipt["key"] == f"static/uploads/{name}"
     picture = running_app.client.get(receipt["path"])
@@ -375,14 +375,14 @@ def test_a_named_picture_is_found_under_the_url_of_its_receipt(running_app: Runn
 
 @pytest.mark.fault(5)
 def test_composed_and_decomposed_names_are_one(running_app: RunningApp) -> None:
-    """NFC and NFD of a name lead to one object."""
+    """NFC and NFD of a name yield one object."""
     composed = running_app.draw(prompt="a red square", save_path="caf\u00e9.webp").json()
     decomposed = running_app.draw(prompt="a red square", save_path="cafe\u0301.webp").json()
     assert (composed["key"], decomposed["cached"]) == (decomposed["key"], True)
 
 
 def test_the_public_base_url_makes_the_links(run_app: Callable[..., RunningApp]) -> None:
-    """With PUBLIC_BASE_URL set, the path is under it, for new and for cached answers alike."""
+    """With PUBLIC_BASE_URL set, URLs start with it, in new and cached responses alike."""
     running_app = run_app(public_base_url="https://pictures.example")
     paths = [running_app.draw(prompt="a red square", save_path="a.webp").json()["path"] for _ in range(2)]
     assert set(paths) == {"https://pictures.example/files/static/uploads/a.webp"}
@@ -390,7 +390,7 @@ def test_the_public_base_url_makes_the_links(run_app: Callable[..., RunningApp])
 
 @pytest.mark.fault(64)
 def test_cross_talk_is_impossible(running_app: RunningApp) -> None:
-    """Five hundred different orders, a dozen at once: each picture has its own colour and its own seed's shade."""
+    """Five hundred different requests, a dozen at once: each image has its request's colour and its seed's shade."""
     colours = ["red", "green", "blue", "yellow", "white", "black"]
 
     def check(seed: int) -> bool:
@@ -405,7 +405,7 @@ def test_cross_talk_is_impossible(running_app: RunningApp) -> None:
 
 
 def test_the_docs_name_every_parameter_and_its_bounds(running_app: RunningApp) -> None:
-    """/openapi.json is what a client generator reads: parameters, bounds, and both methods."""
+    """/openapi.json, as a client generator reads it: parameters, bounds, and both methods."""
     openapi = running_app.client.get("/openapi.json").json()
     operations = openapi["paths"][CREATE]
     by_name = {parameter["name"]: parameter for parameter in operations["get"]["parameters"]}

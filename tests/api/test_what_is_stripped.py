@@ -1,4 +1,4 @@
-"""What a picture brought with it beside its pixels is in nothing that is stored or answered."""
+"""Metadata of an input image never reaches a stored or returned image."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ GPS = 0x8825
 @pytest.mark.parametrize("kind", ["webp", "png", "jpeg"])
 @pytest.mark.parametrize("brought", BROUGHT)
 def test_only_pixels_are_stored(run_app: Callable[..., RunningApp], brought: str, kind: str) -> None:
-    """No place, no name, no profile and no second file, in any format, even where the picture hardly changes."""
+    """No location, name, profile or embedded file, in any format, even where the image hardly changes."""
     assert SECRET in PHOTOGRAPH
     assert Image.open(io.BytesIO(PHOTOGRAPH)).getexif().get_ifd(GPS)
     running_app = run_app(FakeImageDenoiser())
@@ -38,7 +38,7 @@ def test_only_pixels_are_stored(run_app: Callable[..., RunningApp], brought: str
 
 @pytest.mark.fault(31)
 def test_more_kinds_are_taken_where_a_setting_names_them(run_app: Callable[..., RunningApp]) -> None:
-    """GIF and AVIF by EXTRA_IMAGE_FORMATS; without it they are 415."""
+    """GIF and AVIF with EXTRA_IMAGE_FORMATS; without it they are 415."""
     for changes, status in (({}, 415), ({"extra_image_formats": "gif,avif"}, 200)):
         running_app = run_app(FakeImageDenoiser(), **changes)
         for data in (gif_of_frames(2), file_of(disc(), "AVIF")):

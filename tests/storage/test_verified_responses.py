@@ -1,4 +1,4 @@
-"""Answers of a storage that are no truth: each is one sentence of ours, none a lost picture, none a foreign error."""
+"""False or malformed storage responses: each becomes one of our errors, and no image is lost."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ ETAG_X = Said(200, b"", {"ETag": '"x"'})
 def behind(
     s3_server: StorageServer, rascal_before: Callable[[StorageServer], MisbehavingStore]
 ) -> tuple[str, MisbehavingStore]:
-    """A new bucket's name, and the go-between that leads to it."""
+    """A new bucket's name, and the proxy in front of it."""
     return make_s3_bucket(s3_server), rascal_before(s3_server)
 
 
@@ -47,14 +47,14 @@ def bucket(behind: tuple[str, MisbehavingStore]) -> Bucket:
 
 @pytest.fixture
 def running_app(run_app: Callable[..., RunningApp], behind: tuple[str, MisbehavingStore]) -> RunningApp:
-    """A server whose pictures go there, and which asks the bucket each time."""
+    """A server that stores there, without an existence cache."""
     keys = {key: value.get_secret_value() for key, value in KEYS.items()}
     where = {"bucket_name": behind[0], "r2_endpoint_url": behind[1].url}
     return run_app(storage_provider="r2", storage_timeout=20.0, existence_cache_size=0, **where, **keys)
 
 
 def answering(said: str | Said, *methods: str) -> Callable[[str, str, Mapping[str, str]], str | Said]:
-    """The same answer to every request of these methods."""
+    """The same response to every request with these methods."""
     return lambda method, path, headers: said if method in methods else ""
 
 
@@ -78,7 +78,7 @@ def test_a_write_that_is_only_said_to_be_done_is_spooled_and_brought_later(
     said: Said,
     methods: list[str],
 ) -> None:
-    """The receipt says that the picture is not stored; it is in the bucket soon after the storage tells the truth."""
+    """The result says that the image is not stored; it is in the bucket soon after the storage recovers."""
     behind[1].rule = answering(said, *methods)
     answer = running_app.draw(prompt="a red square", save_path="a.webp")
     assert (answer.status_code, answer.json()["stored"]) == (200, False), answer.text
@@ -93,7 +93,7 @@ def test_a_write_that_is_only_said_to_be_done_is_spooled_and_brought_later(
 def test_a_big_object_whose_parts_are_swallowed_is_not_believed(
     bucket: Bucket, behind: tuple[str, MisbehavingStore]
 ) -> None:
-    """Sent in parts: an answer without an id, to a part without an ETag, and a last one of something else."""
+    """Multipart upload: a response without upload id, a part without ETag, and a completion of something different."""
     data = b"d" * (17 * 2**20)
     for said, query in ((NOTHING, "uploads"), (NOTHING, "partNumber=1"), (HTML, "uploadId")):
         asked = {"uploads": "POST", "partNumber=1": "PUT", "uploadId": "POST"}[query]
@@ -110,7 +110,7 @@ def test_a_big_object_whose_parts_are_swallowed_is_not_believed(
 def test_a_store_whose_etags_are_no_md5_is_looked_at_and_believed(
     bucket: Bucket, behind: tuple[str, MisbehavingStore]
 ) -> None:
-    """As with SSE-KMS: the write is proved by a look at size and writer, and its object is found and read."""
+    """As with SSE-KMS: a stat of size and writer confirms the write; the object is found and read."""
 
     def rule(method: str, path: str, headers: Mapping[str, str]) -> str | Said:
         return Said(200, b"", {"ETag": '"0123456789abcdef0123456789abcdef"'}, after=True) if method != "GET" else ""
@@ -127,7 +127,7 @@ def test_a_store_whose_etags_are_no_md5_is_looked_at_and_believed(
 def test_an_answer_to_a_look_that_tells_nothing_is_of_the_storage(
     bucket: Bucket, behind: tuple[str, MisbehavingStore], said: str | Said
 ) -> None:
-    """Without an ETag or a length, or no HTTP at all: one sentence, and never an object that is not there."""
+    """Without ETag or length, or not HTTP at all: one sentence, and never a missing object."""
     bucket.create("k.webp", b"data", "image/webp", {})
     behind[1].rule = answering(said, "HEAD")
     if said is PORTAL:  # a page that has an ETag by chance
@@ -143,7 +143,7 @@ def test_an_answer_to_a_look_that_tells_nothing_is_of_the_storage(
 def test_an_answer_to_a_read_that_is_no_object_is_of_the_storage(
     bucket: Bucket, behind: tuple[str, MisbehavingStore], said: str | Said
 ) -> None:
-    """No bytes, a page, half of it: an error, and neither an empty picture nor half a one."""
+    """No bytes, an HTML page, half the object: an error, never an empty or truncated image."""
     bucket.create("k", b"data" * 100, "image/webp", {})
     behind[1].rule = answering(said, "GET")
     with pytest.raises(StorageUnavailable):
@@ -156,7 +156,7 @@ def test_an_answer_to_a_read_that_is_no_object_is_of_the_storage(
 def test_a_store_that_knows_no_ranges_gives_the_part_all_the_same(
     bucket: Bucket, behind: tuple[str, MisbehavingStore]
 ) -> None:
-    """The whole object with status 200: the part asked for is cut out here."""
+    """The store answers a range request with the whole object and status 200: the bucket cuts out the range."""
     bucket.create("k", b"0123456789", "image/webp", {})
     behind[1].drops.add("Range")
     assert (bucket.read("k", 3, 5), bucket.read("k", 8), bucket.read("k", 20)) == (b"34", b"89", b"")
@@ -173,7 +173,7 @@ def replaced(server: StorageServer, name: str, key: str, body: bytes, **more: An
 def test_garbage_in_the_bucket_is_drawn_anew(
     running_app: RunningApp, behind: tuple[str, MisbehavingStore], s3_server: StorageServer, garbage: str
 ) -> None:
-    """Replaced behind the server's back, with the object's own metadata or without: whoever asks gets a picture."""
+    """Replaced by another program, with the object's own metadata or without: the request generates a new image."""
     key = running_app.draw(prompt="a red square", save_path="a.webp").json()["key"]
     client = s3_client(s3_server.url)
     there = client.get_object(Bucket=behind[0], Key=key)
@@ -200,7 +200,7 @@ def test_garbage_in_the_bucket_is_drawn_anew(
 def test_what_someone_else_put_there_is_never_drawn_over(
     running_app: RunningApp, behind: tuple[str, MisbehavingStore], s3_server: StorageServer
 ) -> None:
-    """A picture of any kind, and a file that claims to be none: found, told as another order's, and left as it is."""
+    """An image of any kind, or a file that is not an image: reported as another request's object and left as it is."""
     running_app.draw(prompt="a red square", save_path="a.webp")
     for key, body in (("b.webp", b"GIF89a of another"), ("c.png", b"\0\0\0\x1cftypavif0000"), ("conf", b'{"a": 1}')):
         replaced(s3_server, behind[0], f"static/uploads/{key}", body)
@@ -217,7 +217,7 @@ def test_what_someone_else_put_there_is_never_drawn_over(
 def test_a_read_that_fails_is_no_empty_picture(
     running_app: RunningApp, behind: tuple[str, MisbehavingStore], said: str | Said
 ) -> None:
-    """/make_image of a stored picture while GET is answered with something else: an error, and then the picture."""
+    """/make_image of a stored image while GET fails: an error, and afterwards the image."""
     asked = {"prompt": "a red square", "save_path": "a.webp", "width": 64, "height": 64}
     picture = running_app.client.post("/make_image", json=asked).content
     behind[1].rule = answering(said, "GET")
@@ -234,7 +234,7 @@ def google(
     rascal_before: Callable[[StorageServer], MisbehavingStore],
     monkeypatch: pytest.MonkeyPatch,
 ) -> tuple[Bucket, MisbehavingStore, str]:
-    """An open bucket at the emulator behind a go-between, and the bucket's name."""
+    """An open bucket at the emulator behind a proxy, and the bucket's name."""
     rascal = rascal_before(gcs_server)
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", rascal.url)
     name = make_gcs_bucket(gcs_server)
@@ -249,7 +249,7 @@ JSON = {"Content-Type": "application/json"}
     "said", [NOTHING, HTML, Said(200, b"{}", JSON), Said(200, b"[]", JSON), Said(200, b'{"a', JSON)]
 )
 def test_googles_answers_are_checked_too(google: tuple[Bucket, MisbehavingStore, str], said: Said) -> None:
-    """Writing, looking and reading: one sentence each for a page, nothing, and JSON of something else."""
+    """Write, stat and read: one sentence each for an HTML page, an empty body, and unrelated JSON."""
     bucket, rascal, _ = google
     bucket.create("k", b"data", "image/webp", {})
     rascal.rule = answering(said, "GET", "POST")
@@ -268,7 +268,7 @@ def test_googles_answers_are_checked_too(google: tuple[Bucket, MisbehavingStore,
 
 @pytest.mark.fault(134)
 def test_googles_word_for_a_write_is_compared_with_what_is_there(google: tuple[Bucket, MisbehavingStore, str]) -> None:
-    """JSON that looks right and is of another object: not believed."""
+    """Valid JSON about another object is not accepted."""
     bucket, rascal, _ = google
     facts = b'{"name": "k", "bucket": "b", "size": "4", "generation": "1", "md5Hash": "AAAA", "etag": "e"}'
     rascal.rule = answering(Said(200, facts, JSON), "POST")
@@ -279,7 +279,7 @@ def test_googles_word_for_a_write_is_compared_with_what_is_there(google: tuple[B
 @pytest.mark.fault(135)
 @pytest.mark.parametrize("garbage", [b"\0" * 8, b"<html>not a picture</html>", b""])
 def test_garbage_at_google_counts_as_absent(google: tuple[Bucket, MisbehavingStore, str], garbage: bytes) -> None:
-    """Of the same length with the metadata that was written, or of any length without."""
+    """Same length with the original metadata, or any length without metadata."""
     bucket, _, _ = google
     bucket.create("k.webp", b"8 bytes!", "image/webp", {"bytes": "8"})
     blob = bucket._bucket.blob("k.webp")  # type: ignore[attr-defined]  # the client's own way, from outside
@@ -310,7 +310,7 @@ def test_garbage_at_google_counts_as_absent(google: tuple[Bucket, MisbehavingSto
 def test_facts_of_google_that_are_none_are_of_the_storage(
     google: tuple[Bucket, MisbehavingStore, str], fact: dict[str, Any]
 ) -> None:
-    """An answer to a write with the right sum whose other facts no receipt and no header can hold: not believed."""
+    """A write response with the right checksum but metadata that no result or header can hold is not accepted."""
     bucket, rascal, _ = google
     right = {
         "name": "k",

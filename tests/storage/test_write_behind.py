@@ -1,4 +1,4 @@
-"""The spool: whatever becomes of the storage, a finished picture is kept, found, and brought there in the end."""
+"""Write-behind bucket: whatever the storage does, a finished image is spooled, found, and finally uploaded."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ RECORD = {"digest": "abc", "seed": "7"}
 
 
 class Switched(MemoryBucket):
-    """A memory bucket with a switch: `off` fails, `denied` fails writing, `stuck` waits for `free`, `picky` refuses.
+    """A memory bucket with a switch: `off` fails, `denied` fails writes, `stuck` waits for `free`, `picky` refuses.
 
-    From the test's own thread it answers always: that is how other servers see it.
+    On the test's own thread it always answers: that is what other servers see.
     """
 
     def __init__(self) -> None:
@@ -62,7 +62,7 @@ class Switched(MemoryBucket):
 
 @pytest.fixture
 def made(tmp_path: Path) -> Iterator[Callable[..., tuple[WriteBehindBucket, Switched]]]:
-    """Open a spooling bucket before a switched one, in the same folder each time, as restarts do."""
+    """Open a write-behind bucket over a switched one, in the same folder each time, as after a restart."""
     opened: list[tuple[WriteBehindBucket, Switched]] = []
 
     def make(
@@ -92,7 +92,7 @@ def letters(folder: Path) -> list[DeadLetter]:
 def test_while_the_storage_is_up_nothing_stays_on_the_disk(
     made: Callable[..., tuple[WriteBehindBucket, Switched]], tmp_path: Path
 ) -> None:
-    """Stored there, found there, and the spool is empty: winners, losers and overwriters."""
+    """Stored and found there, with an empty spool: winners, losers and overwriters."""
     bucket, store = made()
     stored, won = bucket.create("k", b"first", "image/webp", RECORD)
     assert won
@@ -107,7 +107,7 @@ def test_while_the_storage_is_up_nothing_stays_on_the_disk(
 def test_while_the_storage_is_down_the_picture_is_kept_and_then_brought(
     made: Callable[..., tuple[WriteBehindBucket, Switched]], tmp_path: Path
 ) -> None:
-    """Kept with all its facts, given to whoever asks, and in the bucket soon after it is up again."""
+    """Kept with all its metadata, served to readers, and uploaded soon after the storage recovers."""
     bucket, store = made()
     store.state = "off"
     stored, won = bucket.create("k", b"data", "image/webp", RECORD)
@@ -129,7 +129,7 @@ def test_while_the_storage_is_down_the_picture_is_kept_and_then_brought(
 def test_what_is_spooled_survives_a_restart(
     made: Callable[..., tuple[WriteBehindBucket, Switched]], tmp_path: Path
 ) -> None:
-    """Ten pictures, the process gone, the storage back: all ten are brought by the next one."""
+    """Ten images, a restart, the storage recovers: the new process uploads all ten."""
     bucket, store = made()
     store.state = "off"
     for number in range(10):
@@ -145,7 +145,7 @@ def test_what_is_spooled_survives_a_restart(
 def test_a_crash_while_writing_leaves_nothing_half(
     made: Callable[..., tuple[WriteBehindBucket, Switched]], tmp_path: Path
 ) -> None:
-    """An unfinished file is swept away, a young one let be; one that was tampered with is set aside and not brought."""
+    """An old unfinished file is removed, a recent one is ignored; a modified one is quarantined and not uploaded."""
     bucket, store = made(state="off")
     bucket.create("k", b"data", "image/webp", RECORD)
     bucket.close()
@@ -163,7 +163,7 @@ def test_a_crash_while_writing_leaves_nothing_half(
 def test_a_storage_that_does_not_answer_is_not_waited_for_twice(
     made: Callable[..., tuple[WriteBehindBucket, Switched]],
 ) -> None:
-    """The first call waits its patience, the others not at all: the spool takes what is drawn."""
+    """The first call waits for its timeout, later ones not at all: images go to the spool."""
     bucket, store = made(timeout=0.2)
     store.state = "stuck"
     assert bucket.create("a", b"data", "image/webp", RECORD)[0].waiting
@@ -177,7 +177,7 @@ def test_a_storage_that_does_not_answer_is_not_waited_for_twice(
 
 
 def test_a_full_spool_is_told_before_anything_is_drawn(made: Callable[..., tuple[WriteBehindBucket, Switched]]) -> None:
-    """Up: no bound. Down: taken until the bytes are reached, then 503 and a fault for the operator."""
+    """Storage up: no bound. Down: accepted up to the byte limit, then 503 and a health fault."""
     bucket, store = made(max_bytes=400)
     bucket.check_capacity()
     store.state = "off"
@@ -195,7 +195,7 @@ def test_a_full_spool_is_told_before_anything_is_drawn(made: Callable[..., tuple
 def test_the_first_to_reach_the_storage_keeps_the_name(
     made: Callable[..., tuple[WriteBehindBucket, Switched]], tmp_path: Path
 ) -> None:
-    """Another server was faster: its picture stays, and the spooled one is let go."""
+    """Another server was faster: its image stays, and the spooled one is dropped."""
     bucket, store = made()
     store.state = "off"
     bucket.create("k", b"ours", "image/webp", RECORD)
@@ -208,7 +208,7 @@ def test_the_first_to_reach_the_storage_keeps_the_name(
 def test_overwrites_are_brought_in_their_order(
     made: Callable[..., tuple[WriteBehindBucket, Switched]], tmp_path: Path
 ) -> None:
-    """The last one asked for is the one that stays, also when it came after one that waits."""
+    """The last requested one wins, also when it follows a spooled one."""
     bucket, store = made()
     bucket.create("k", b"old", "image/webp", RECORD)
     store.state = "off"
@@ -223,7 +223,7 @@ def test_overwrites_are_brought_in_their_order(
 def test_a_bucket_that_may_only_be_read_still_gives_what_it_has(
     made: Callable[..., tuple[WriteBehindBucket, Switched]],
 ) -> None:
-    """Told as a fault from the start; hits are found and read, and what is drawn is kept here."""
+    """Reported as a fault from the start; reads work, and new images stay in the spool."""
     store = Switched()
     store.create("there", b"data", "image/webp", RECORD)
     bucket, _ = made(store, state="denied")
@@ -245,7 +245,7 @@ def test_a_bucket_that_may_only_be_read_still_gives_what_it_has(
 def test_a_picture_the_storage_refuses_for_good_is_set_aside(
     made: Callable[..., tuple[WriteBehindBucket, Switched]], tmp_path: Path
 ) -> None:
-    """It does not keep the others from being brought, and its file stays for a person to look at."""
+    """It does not block other uploads, and its file stays for inspection."""
     bucket, store = made(state="off")
     bucket.create("bad", b"data", "image/webp", RECORD)
     store.state = "picky"
@@ -258,7 +258,7 @@ def test_a_picture_the_storage_refuses_for_good_is_set_aside(
 def test_a_refusal_for_the_callers_fault_is_not_spooled(
     made: Callable[..., tuple[WriteBehindBucket, Switched]], tmp_path: Path
 ) -> None:
-    """What no retry can mend is told at once."""
+    """An error that no retry can fix is raised at once."""
     bucket, store = made()
     store.state = "picky"
     with pytest.raises(InvalidInput):
@@ -268,12 +268,12 @@ def test_a_refusal_for_the_callers_fault_is_not_spooled(
 
 
 def test_deleting_reaches_what_waits(made: Callable[..., tuple[WriteBehindBucket, Switched]]) -> None:
-    """A deleted picture is not brought afterwards."""
+    """A deleted image is not uploaded afterwards."""
     bucket, store = made()
     store.state = "off"
     bucket.create("k", b"data", "image/webp", RECORD)
     with pytest.raises(StorageUnavailable):
-        bucket.delete("k")  # the store was not reached, and says so
+        bucket.delete("k")  # the storage was unreachable, so the call raises
     assert bucket.stat("k") is None
     store.state = "on"
     until(lambda: bucket.health() is None)
@@ -282,7 +282,7 @@ def test_deleting_reaches_what_waits(made: Callable[..., tuple[WriteBehindBucket
 
 
 def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
-    """A file in the place of the spool's folder: one sentence, and no thread is started."""
+    """A file in the place of the spool folder: one sentence, and no thread starts."""
     (tmp_path / "spool").write_text("in the way")
     bucket = WriteBehindBucket(Switched(), UploadSpool(tmp_path / "spool", 100), 1.0)
     with pytest.raises(StorageUnavailable, match="DATA_DIR cannot keep pictures"):
@@ -291,7 +291,7 @@ def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
 
 
 class Late(Switched):
-    """A bucket whose writes land when their data is let go, however long nobody waits for them any more."""
+    """A bucket whose writes complete only when released, even after the caller timed out."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -306,7 +306,7 @@ class Late(Switched):
 def test_a_write_that_lands_late_undoes_no_later_one(
     made: Callable[..., tuple[WriteBehindBucket, Switched]], tmp_path: Path
 ) -> None:
-    """Given up after its patience, landing after a newer overwrite was asked for: the newer one stays."""
+    """A timed-out write completes after a newer overwrite was requested: the newer one stays."""
     store = Late()
     gate = store.gates[b"old"] = threading.Event()
     bucket, _ = made(store, timeout=0.2)
@@ -326,7 +326,7 @@ def test_a_write_that_lands_late_undoes_no_later_one(
 
 
 def test_the_figures_tell_what_waits(made: Callable[..., tuple[WriteBehindBucket, Switched]]) -> None:
-    """How many, how many bytes, for how long, and how often the storage failed."""
+    """Count, bytes, age, and number of storage failures."""
     bucket, store = made()
     assert bucket.spool_stats() == {"pictures": 0, "bytes": 0, "oldest_seconds": 0.0, "failures": 0, "dead_letters": 0}
     store.state = "off"
@@ -342,7 +342,7 @@ def test_the_figures_tell_what_waits(made: Callable[..., tuple[WriteBehindBucket
 def test_a_look_that_rights_depend_on_is_not_answered_while_the_storage_is_down(
     made: Callable[..., tuple[WriteBehindBucket, Switched]],
 ) -> None:
-    """`stat` says that nothing is there, so that drawing goes on; `look` raises, so that nobody takes it for free."""
+    """`stat` reports absent, so generation continues; `look` raises, so that nobody treats the name as free."""
     bucket, store = made()
     bucket.create("k", b"data", "image/webp", RECORD)
     assert bucket.peek("k") == bucket.stat("k")
