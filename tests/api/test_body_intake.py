@@ -231,7 +231,7 @@ def test_anonymous_bodies_that_do_arrive_leave_half_the_memory_to_keys(live_of: 
 def test_strangers_at_the_studio_keep_no_room_for_more_than_its_routes_read(
     live_of: Callable[..., LiveServer], path: str
 ) -> None:
-    """Whatever length and type they claim; otherwise a few addresses could hold all the memory for callers with keys."""
+    """Whatever length and type they claim; otherwise a few addresses could hold the memory of callers with keys."""
     room = 4_000_000
     live = live_of(body_timeout=5.0, bodies_bytes=room, max_upload_bytes=room, ui=True, **KEYS)
     with ExitStack() as stack:

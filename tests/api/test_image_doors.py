@@ -348,7 +348,7 @@ def test_a_full_queue_is_told_before_anything_is_fetched_or_decoded(
 
 
 def test_limits_of_bytes_hold_on_both_sides_of_their_edges(run_app: Callable[..., RunningApp]) -> None:
-    """An image of MAX_IMAGE_BYTES is accepted and one byte more is 413; so is a multipart body over MAX_UPLOAD_BYTES."""
+    """MAX_IMAGE_BYTES is accepted and one byte more is 413; so is a multipart body over MAX_UPLOAD_BYTES."""
     running_app = run_app(FakeImageDenoiser(), max_image_bytes=3000, max_upload_bytes=8000, max_body_bytes=1024)
     assert post(running_app, STYLE, {"image_file": IMAGE.ljust(3000, b"\0")}).status_code == 200
     over = post(running_app, STYLE, {"image_file": IMAGE.ljust(3001, b"\0")})

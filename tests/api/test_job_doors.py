@@ -161,7 +161,7 @@ def test_a_follower_sees_small_pictures_on_the_way(run_app: Callable[..., Runnin
 def test_a_request_that_waits_can_be_followed_and_cancelled_by_the_id_it_brings(
     run_app: Callable[..., RunningApp],
 ) -> None:
-    """The caller chooses the id, because it gets the server's id only with the response; a cancelled request says so."""
+    """The caller chooses the id, as it gets the server's id only with the response. A cancelled request says so."""
     running_app = run_app(FakeDenoiser(gate=threading.Event()))
     headers = {"X-Job-ID": "an-id-of-the-caller"}
     with ThreadPoolExecutor(1) as pool:

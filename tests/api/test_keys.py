@@ -230,7 +230,7 @@ def test_head_draws_nothing_and_get_only_while_it_may(run_app: Callable[..., Run
 
 
 def test_an_unexpected_error_is_as_well_protected(running_app: RunningApp) -> None:
-    """This response bypasses the middleware, but has the security headers and the route's error format."""
+    """The response bypasses the middleware, but has the security headers and the route's error format."""
     for path, size in (("/create_and_upload_image", {"width": 64}), ("/v1/images/generations", {"size": "64x64"})):
         answer = running_app.client.post(path, json={"prompt": "an unpreparable square", **size})
         assert answer.status_code == 500

@@ -180,7 +180,7 @@ def test_an_accepted_job_is_never_hidden_by_a_request_of_its_id(running_app: Run
 
 @pytest.mark.fault(142)
 def test_a_key_without_the_mark_touches_its_own_pictures_alone(keys: list[One]) -> None:
-    """List, read, delete and overwrite: only its own; admin has all; images under a prefix belong to the prefix's key."""
+    """List, read, delete, overwrite: only its own. Admin has all; a prefix's images belong to the prefix's key."""
     ann, bob, root, pre = keys
     mine = ann.draw(save_path="mine.webp").json()["key"]
     made = ann.draw(prompt="a green square").json()["key"]
