@@ -47,7 +47,7 @@ class Traced(DenoiserCapabilities):
         """As the denoiser does, noted."""
         began = time.perf_counter()
         self.denoiser.step(states)
-        riders = {self.names[state.job.seed]: (state.index, state.steps) for state in states}
+        riders = {self.names[state.request.seed]: (state.index, state.steps) for state in states}
         with self.changed:
             self.steps.append((began, time.perf_counter() - began, riders))
             self.changed.notify_all()

@@ -98,7 +98,7 @@ def test_weights_of_one_byte_draw_nearly_the_same_picture(
     models = {name: with_quantization(facts, quantize) for name, facts in MODELS.items()}
     registry = load(MODELS_DIR, "cpu", 1, LoadOptions(models=models, quantize=quantize))
     for name, family in registry._families.items():
-        part = family.spec.denoiser
+        part = family.spec.denoiser_part
         fine, coarse = (bytes_of(getattr(f.pipeline, part)) for f in (families[name], family))
         ratio = psnr(draw(family, job_for(name)), draw(families[name], job_for(name)))
         print(f"\n| {name} | {quantize} | {part} {fine:,} → {coarse:,} bytes | {ratio:.1f} dB |")  # noqa: T201  # the table
