@@ -1,4 +1,4 @@
-"""Attributes a crash of the process to jobs, and orders the jobs for the restart."""
+"""Attributes a crash of the previous process to jobs, and orders the jobs for the restart."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _log = structlog.get_logger(__name__)
 
 
 def attribute_crash(records: Sequence[JobRecord], death: CrashReport) -> list[JobRecord]:
-    """The jobs that have not ended, with the last death counted; innocent ones first, each group in its order.
+    """Return the unfinished jobs with updated crash and kill counts; jobs without crashes first (stable order).
 
-    A death the process brought on itself counts against the jobs that were on the device, which makes them suspects
-    that are drawn alone; one from outside proves nothing, and is counted apart.
+    A crash of the process itself increments `crashes` of the jobs that ran on the device; such suspects run alone
+    from then on. A kill from outside proves nothing, so it increments `kills` only.
     """
     counted = [_counted(record, records, death) for record in records]
     if death.on_device or death.cause is CrashCause.OWN:
@@ -35,9 +35,9 @@ def _counted(record: JobRecord, records: Sequence[JobRecord], death: CrashReport
     if death.cause is not CrashCause.OWN:
         return record
     if death.on_device:
-        # One that was a suspect had the device for itself; were it not so, nothing would be proved.
+        # A suspect normally runs alone. If it did not, the crash proves nothing, so its count stays.
         return replace(record, crashes=record.crashes + 1) if here and (death.alone or not record.crashes) else record
-    # With nothing on the device it may have been one that was on its way there, or back.
+    # The device was idle, so a job before or after its device work may have caused the crash.
     in_hand = [other for other in records if other.state is JobState.RUNNING]
     if record not in in_hand:
         return record

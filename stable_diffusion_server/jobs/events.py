@@ -1,4 +1,4 @@
-"""Replayable event log of one job, in bounded memory, for any number of readers; status and event types."""
+"""Replayable event log of one job, in bounded memory, for any number of readers; types of status and event."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class JobStatus:
 
     @classmethod
     def from_record(cls, record: JobRecord, progress: GenerationProgress = _NO_PROGRESS) -> JobStatus:
-        """The status of a stored job with its progress; an ended job keeps its last step and has no position."""
+        """Build the status of a stored job and its progress; an ended job keeps its last step and has no position."""
         ended = record.state.ended
         return cls(
             id=record.id.rpartition(":")[2],
@@ -68,7 +68,7 @@ class JobEvent:
 class JobEventLog:
     """The latest events of one job. Event ids start with `epoch`, which differs between processes.
 
-    Of consecutive `queued` events only the last is kept, and only the last `preview`.
+    Of consecutive `queued` events the log keeps the last one, and of all `preview` events the latest one.
     """
 
     def __init__(self, epoch: str) -> None:
@@ -80,7 +80,7 @@ class JobEventLog:
         self.readers = 0
 
     def add(self, kind: str, status: JobStatus, preview: NDArray[np.uint8] | None = None) -> None:
-        """Publish an event. An event whose status has ended is the last one."""
+        """Publish an event. If its status is an ended state, this is the final event."""
         self._count += 1
         superseded = kind == "preview" or (kind == "queued" and bool(self._events) and self._events[-1][1].kind == kind)
         if superseded:
@@ -92,14 +92,14 @@ class JobEventLog:
         self._wake()
 
     def close(self) -> None:
-        """End all streams although the job has not ended; clients may resume at the next process."""
+        """End all streams although the job has not ended; clients may resume with the next process."""
         self._closed = True
         self._wake()
 
     async def follow(self, after: str | None, keepalive_seconds: float) -> AsyncGenerator[JobEvent | None]:
-        """The events after the one with id `after`, until the job ends; all events if the id is unknown here.
+        """Yield the events after the one with id `after`, until the job ends; all events if this log lacks that id.
 
-        Yields `None` when no event came for `keepalive_seconds`.
+        Yields `None` as a keep-alive after `keepalive_seconds` without an event.
         """
         epoch, _, number = (after or "").partition(".")
         seen = (parse_int(number) or 0) if epoch == self._epoch else 0
@@ -107,7 +107,7 @@ class JobEventLog:
         try:
             while True:
                 changed, closed = self._changed, self._closed
-                # One at a time, so that a slow reader skips events that were superseded meanwhile.
+                # Look up one event at a time, so that a slow reader skips events that were superseded meanwhile.
                 while (following := self._next_after(seen)) is not None:
                     seen = following[0]
                     yield following[1]
@@ -135,5 +135,5 @@ class JobEventLog:
 
 
 async def final_event_only(status: JobStatus) -> AsyncGenerator[JobEvent | None]:
-    """The final event of a job whose event log is gone."""
+    """Yield the final event of a job whose event log no longer exists."""
     yield JobEvent(FINAL_EVENT_ID, status.state.value, replace(status))

@@ -15,7 +15,7 @@ _log = structlog.get_logger(__name__)
 
 
 class IdempotencyClaims:
-    """The part of the job manager that records responses by idempotency key."""
+    """Base class of the job manager: records responses by idempotency key."""
 
     def __init__(self, store: AsyncJobStore) -> None:
         self._store = store
@@ -23,14 +23,14 @@ class IdempotencyClaims:
     async def claim(self, claim: IdempotencyClaim) -> RecordedResponse | None:
         """Claim a key for a synchronous request, or return its recorded response.
 
-        Raises `RequestInProgress` while the first request runs, and `IdempotencyKeyReused` if the key came with
-        another request.
+        Raises `RequestInProgress` while the first request runs, and `IdempotencyKeyReused` if a different request
+        used the key.
         """
         before = await self._store.claim(claim, time.time())
         return None if before is None else check_recorded_response(claim, before)
 
     async def answer(self, claim: IdempotencyClaim, outcome: GenerationResult | StoredProblem | None) -> None:
-        """Record the response to a key; `None` releases the key, so that the request can be retried."""
+        """Record the response of a key; `None` releases the key, so that the client can retry the request."""
         try:
             if outcome is None:
                 await self._store.release_claim(claim)
@@ -40,14 +40,14 @@ class IdempotencyClaims:
             _log.warning("the response to an idempotency key could not be stored")
 
     async def renew(self, claim: IdempotencyClaim, before: RecordedResponse) -> None:
-        """Release a key whose image was deleted, unless another request has claimed it meanwhile."""
+        """Release a key because its image was deleted, unless another request has claimed the key meanwhile."""
         await self._store.discard_response(claim, before.job_id)
 
 
 def check_recorded_response(claim: IdempotencyClaim, before: RecordedResponse) -> RecordedResponse:
-    """The recorded response, if it belongs to this request.
+    """Return the recorded response if it belongs to this request.
 
-    Raises `IdempotencyKeyReused` for another request, and `RequestInProgress` while there is no response yet.
+    Raises `IdempotencyKeyReused` for a different request, and `RequestInProgress` while no response exists yet.
     """
     if before.fingerprint != claim.fingerprint:
         raise IdempotencyKeyReused("This key came with another request before.", field="Idempotency-Key")

@@ -1,4 +1,4 @@
-"""Jobs that wait and jobs that run: which is next, how many more may wait, and how callers share the capacity."""
+"""Queue of waiting and running jobs: selects the next job, limits the queue, shares capacity between callers."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from stable_diffusion_server.jobs.store.records import JobRecord
 from stable_diffusion_server.jobs.tracked_job import JobHandle
 
 _RETRY_AFTER = 30
-# Weight of the latest job in the moving average of seconds per job.
+# Weight of the latest job in the moving average of seconds per job (0 to 1).
 _SMOOTHING = 0.2
 
 
 class JobQueue:
-    """The waiting jobs in order, and up to `concurrency` running jobs. Not thread-safe: used on the event loop only."""
+    """Waiting jobs in order, and up to `concurrency` running jobs. Not thread-safe: use it on the event loop only."""
 
     def __init__(self, concurrency: int) -> None:
         self._concurrency = concurrency
@@ -41,7 +41,7 @@ class JobQueue:
         return sum(job.record.bytes for job in (*self._waiting.values(), *self._running.values()))
 
     def held_by(self, share: str) -> tuple[int, int]:
-        """Number of waiting jobs of a share, and stored bytes of its waiting and running jobs."""
+        """Return the number of waiting jobs of a share, and the stored bytes of its waiting and running jobs."""
         waiting = [job.record for job in self._waiting.values() if job.record.share == share]
         running = [job.record for job in self._running.values() if job.record.share == share]
         return len(waiting), sum(record.bytes for record in (*waiting, *running))
@@ -51,14 +51,14 @@ class JobQueue:
         self._waiting[job.record.id] = job
 
     def requeue_first(self, job: JobHandle) -> None:
-        """Move a running job to the front of the waiting ones."""
+        """Move a running job to the front of the waiting jobs."""
         del self._running[job.record.id]
         self._waiting = {job.record.id: job, **self._waiting}
 
     def start_next(self) -> JobHandle | None:
-        """Mark the next job as running and return it; `None` when none may start now.
+        """Mark the next job as running and return it; `None` when no job may start now.
 
-        The next one is the oldest job of the caller with the fewest running jobs. A job suspected of crashing the
+        The next job is the oldest job of the caller with the fewest running jobs. A job suspected of crashing the
         server runs alone.
         """
         if len(self._running) >= self._concurrency or any(job.suspect for job in self._running.values()):
@@ -72,7 +72,7 @@ class JobQueue:
         return chosen
 
     def remove_waiting(self, job: JobHandle) -> bool:
-        """Remove a job; returns whether it was waiting."""
+        """Remove a waiting job; return whether it was waiting."""
         return self._waiting.pop(job.record.id, None) is not None
 
     def remove_running(self, job: JobHandle) -> None:
@@ -80,21 +80,21 @@ class JobQueue:
         self._running.pop(job.record.id, None)
 
     def record_duration(self, seconds: float) -> None:
-        """Update the average duration of a job, from which waiting times are estimated."""
+        """Update the average job duration in seconds, from which `report_positions` estimates waiting times."""
         before = self._seconds_per_job
         self._seconds_per_job = seconds if before is None else (1 - _SMOOTHING) * before + _SMOOTHING * seconds
 
     def report_positions(self) -> None:
-        """Tell each waiting job how many jobs are ahead of it, and the estimated seconds until it ends."""
+        """Report to each waiting job the number of jobs ahead of it and the estimated seconds until it ends."""
         each = self._seconds_per_job
         for position, job in enumerate(self._waiting.values(), len(self._running)):
             job.report_position(position, None if each is None else round(each * (position + 1), 1))
 
 
 class JobAdmission:
-    """Limits waiting jobs to `max_queued`, and their bytes to `max_bytes`, of which no caller gets all.
+    """Limits waiting jobs to `max_queued`, and their bytes to `max_bytes`; one caller cannot use all of either.
 
-    Jobs that are being written to the store count as waiting. Not thread-safe: used on the event loop only.
+    A job counts as waiting while the store writes it. Not thread-safe: use it on the event loop only.
     """
 
     def __init__(self, queue: JobQueue, max_queued: int, max_bytes: int) -> None:
@@ -120,7 +120,7 @@ class JobAdmission:
                 retry_after=_RETRY_AFTER,
             )
         free_bytes = self._max_bytes - self._queue.bytes_held - sum(record.bytes for record in reserved) - size
-        # A store without free space refuses the job itself, since only the store knows its exact size.
+        # If no space is free, the store itself rejects the job, since only the store knows the exact size.
         if own_bytes and free_bytes > 0 and not may_hold_more(own_bytes, free_bytes):
             raise QueueFull(
                 f"Jobs of {describe_caller(share)} take {own_bytes} of JOB_STORE_BYTES={self._max_bytes}, its share.",
@@ -129,7 +129,7 @@ class JobAdmission:
 
     @contextmanager
     def reserve(self, record: JobRecord) -> Iterator[None]:
-        """Count a job as waiting while it is being stored. Raises as `check` does."""
+        """Count a job as waiting while the store writes it. Raises `QueueFull` as `check` does."""
         self.check(record.share, record.bytes)
         self._reserved[record.id] = record
         try:

@@ -40,17 +40,17 @@ from stable_diffusion_server.types import Caller, GenerationRequest, GenerationR
 _log = structlog.get_logger(__name__)
 
 _HOUR = 3600.0
-# Ended synchronous requests whose status stays available, and jobs in a listing.
+# Maximum number of ended synchronous requests whose status stays available, and of jobs in a listing.
 _RECENT_REQUESTS, _LIST_LIMIT = 64, 100
 _HOUSEKEEPING_SECONDS, _KEEPALIVE_SECONDS = 60.0, 10.0
 
 
 class JobManager(IdempotencyClaims):
-    """All jobs of this server. Lives on one event loop.
+    """All jobs of this server. Not thread-safe: use it on one event loop.
 
-    `describe` renders a finished job as webhook message, `transport` sends it. `device_record` knows what ran on the
-    device when the previous process ended. `refresh_caller` gives the caller of a job accepted before a restart with
-    the rights of today's API keys.
+    `describe` renders a finished job as webhook message, `transport` sends it. `device_record` reports what ran on the
+    device when the previous process ended. `refresh_caller` updates the caller of a job accepted before a restart to
+    the rights of the current API keys.
     """
 
     def __init__(
@@ -84,34 +84,34 @@ class JobManager(IdempotencyClaims):
 
     @property
     def waiting(self) -> int:
-        """Accepted jobs that wait for a place in the engine's queue."""
+        """Number of accepted jobs that wait for the engine."""
         return self._worker.queue.waiting
 
     @property
     def running(self) -> int:
-        """Accepted jobs that are being generated or stored."""
+        """Number of accepted jobs that the server generates or stores now."""
         return len(self._worker.queue.running)
 
     @property
     def unfinished(self) -> int:
-        """Accepted jobs whose end is not stored yet."""
+        """Number of accepted jobs whose end is not stored yet."""
         return self.waiting + self.running
 
     async def start(self) -> None:
-        """Open the store and resume its jobs. If the store cannot be opened, it is retried in the background."""
+        """Open the store and resume its jobs. If opening fails, retry in the background."""
         await self._open_store()
         self._tasks = [asyncio.create_task(run()) for run in (self._worker.run, self._webhooks.run, self._maintain)]
         self._worker.supervise(self._tasks)
 
     def drain(self) -> None:
-        """Accept and start no more jobs, and end all event streams. Running jobs continue."""
+        """Stop accepting and starting jobs, and end all event streams. Running jobs continue."""
         self._closing = True
         self._worker.drain()
         for job in self._active.values():
             job.events.close()
 
     async def stop(self, grace: float) -> None:
-        """Drain, wait `grace` seconds for running jobs, and close the store; the next start resumes the others."""
+        """Drain, wait up to `grace` seconds for running jobs, close the store; the next start resumes the others."""
         self.drain()
         await self._worker.stop(grace)
         for task in self._tasks:
@@ -129,10 +129,10 @@ class JobManager(IdempotencyClaims):
         job_id: str | None = None,
         claim: IdempotencyClaim | None = None,
     ) -> JobStatus | RecordedResponse:
-        """Accept a job: it is durable when this returns. Or return the recorded response of its idempotency key.
+        """Accept a job, which is durable on return, or return the recorded response of its idempotency key.
 
-        Raises `NotReady` during shutdown, `QueueFull` when too many jobs wait in total or of this caller,
-        `JobStoreUnavailable`, `RequestInProgress` for a job id in use, and what the service raises for an invalid
+        Raises `NotReady` during shutdown, `QueueFull` when too many jobs wait in total or for this caller,
+        `JobStoreUnavailable`, `RequestInProgress` for a job id in use, and the service's errors for an invalid
         request.
         """
         self._check_open()
@@ -155,16 +155,16 @@ class JobManager(IdempotencyClaims):
             share=caller.share,
             bytes=payload_bytes(payload),
         )
-        # Shielded: what is stored must also be queued, even if the caller disconnects in between.
+        # Shielded: a stored job must also reach the queue, even if the caller disconnects in between.
         return await asyncio.shield(asyncio.create_task(self._accept_durably(record, payload, claim)))
 
     async def track_request(self, caller: Caller, job_id: str | None = None) -> JobHandle:
-        """Make a synchronous request available under an id, to follow and cancel it. Raises `RequestInProgress`."""
+        """Register a synchronous request by id, to follow and cancel it. Raises `RequestInProgress`."""
         job = self._register(caller, self._full_id(job_id, caller))
         if job_id is None:
             return job
         try:
-            with suppress(JobStoreUnavailable):  # then stored jobs cannot be queried either
+            with suppress(JobStoreUnavailable):  # while the store is down, stored jobs cannot be queried either
                 if await self._store.find(job.record.id) is not None:
                     raise duplicate_job_id_error()  # noqa: TRY301  # needs the same clean-up as other errors
         except BaseException:
@@ -173,20 +173,20 @@ class JobManager(IdempotencyClaims):
         return job
 
     def finish_request(self, job: JobHandle, state: JobState, outcome: GenerationResult | StoredProblem | None) -> None:
-        """Set the outcome of a tracked request; its status stays available for a while."""
+        """Set the outcome of a tracked request; its status stays available until newer requests replace it."""
         job.finish(state, time.time(), outcome)
         job.publish_end()
         del self._active[job.record.id]
         self._recent[job.record.id] = job
 
     async def status(self, job_id: str, caller: Caller) -> JobStatus:
-        """The status of a job. Raises `NotFound` if it is not the caller's."""
+        """Return the status of a job. Raises `NotFound` if the caller may not access it."""
         return visible_status(caller, await self._find(job_id, caller))
 
     async def list_jobs(self, caller: Caller) -> list[JobStatus]:
-        """The latest accepted jobs, newest first: the caller's own, or all for a caller with full access.
+        """Return the latest accepted jobs, newest first: the caller's own jobs; all jobs if it has full access.
 
-        Raises `Forbidden` for an anonymous caller, whose jobs are protected by their ids alone.
+        Raises `Forbidden` for an anonymous caller: only the unguessable ids protect anonymous jobs.
         """
         if caller.anonymous:
             raise Forbidden("Without a key jobs are not listed: each is known by its id alone.")
@@ -204,7 +204,7 @@ class JobManager(IdempotencyClaims):
         return found.status
 
     async def follow(self, job_id: str, caller: Caller, after: str | None) -> AsyncGenerator[JobEvent | None] | None:
-        """The job's events after the one with id `after`; `None` items are keep-alives. Raises `NotFound`.
+        """Return the job's events after the one with id `after`; `None` items are keep-alives. Raises `NotFound`.
 
         Returns `None` if `after` was the final event.
         """
@@ -216,7 +216,7 @@ class JobManager(IdempotencyClaims):
         return final_event_only(JobStatus.from_record(found))
 
     async def wait_for(self, job_id: str, caller: Caller, seconds: float) -> JobStatus:
-        """The status of a job once it has ended, or after `seconds`. Raises `NotFound`."""
+        """Wait until a job has ended, at most `seconds`, and return its status. Raises `NotFound`."""
         found = await self._find(job_id, caller)
         if isinstance(found, JobHandle):
             with suppress(TimeoutError):  # the job continues
@@ -267,7 +267,7 @@ class JobManager(IdempotencyClaims):
         return job
 
     async def _find(self, job_id: str, caller: Caller) -> JobHandle | JobRecord:
-        """The job with that id. `NotFound` also for a job that the caller may not access."""
+        """Return the job with that id. Raises `NotFound`, also for a job that the caller may not access."""
         for scoped_id in dict.fromkeys((scope_job_id(job_id, caller), job_id)):
             found: JobHandle | JobRecord | None = self._active.get(scoped_id) or self._recent.get(scoped_id)
             if found is None:
@@ -291,7 +291,7 @@ class JobManager(IdempotencyClaims):
             return
         crash = await asyncio.to_thread(self._device_record.begin)
         records = attribute_crash(stored, crash)
-        with suppress(JobStoreUnavailable):  # then the counts hold for this process only
+        with suppress(JobStoreUnavailable):  # on failure the counts live only in this process
             for record in set(records) - set(stored):
                 await self._store.save_crash_counts(record)
         self.usable = True
@@ -307,13 +307,13 @@ class JobManager(IdempotencyClaims):
                 self._worker.enqueue(job)
 
     async def _maintain(self) -> None:
-        """Retry to open the store, and delete expired jobs and claims, until cancelled."""
+        """Reopen an unavailable store and delete expired jobs and claims, in a loop until cancelled."""
         while True:
             if not self.usable:
                 await asyncio.sleep(self._policy.reopen_seconds)
                 await self._open_store()
                 continue
-            # The earlier of wall clock and monotonic clock: a clock set forward must not expire anything early.
+            # Use the earlier of wall clock and monotonic clock: a clock set forward must not expire anything early.
             now, policy = min(time.time(), self._clock_offset + time.monotonic()), self._policy
             with suppress(JobStoreUnavailable):  # logged by the store, retried in the next round
                 await self._store.expire(now - policy.retention_hours * _HOUR, now - policy.idempotency_hours * _HOUR)

@@ -1,12 +1,12 @@
-"""Limits and retention times of jobs, as the operator configures them."""
+"""Defines limits and retention times of jobs, which the operator configures."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-# The third crash during one job fails it. After the first crash it runs alone, so later ones can be attributed to it.
+# The third crash during a job fails it. After the first crash it runs alone, so later crashes are attributed to it.
 MAX_CRASHES = 3
-# Kills from outside say nothing about the job that ran; this many do.
+# A kill from outside says nothing about the running job, but this many kills do.
 MAX_KILLS = 100
 # Seconds until the second, third, … try to deliver a webhook; the last value repeats.
 WEBHOOK_BACKOFF = (5.0, 30.0, 120.0, 600.0, 3600.0)
@@ -14,11 +14,11 @@ WEBHOOK_BACKOFF = (5.0, 30.0, 120.0, 600.0, 3600.0)
 
 @dataclass(frozen=True, slots=True)
 class JobPolicy:
-    """How many jobs wait and run, how long results are kept, and how webhooks are signed.
+    """Limits of waiting and running jobs, retention times of results, and webhook signing.
 
-    `store_bytes` limits the stored bytes of unfinished jobs; `id_prefix` starts every generated job id. All times are
-    in seconds, except where the name says hours: `reopen_seconds` between tries to open the job store, `max_seconds`
-    for one job.
+    `store_bytes` limits the stored bytes of unfinished jobs; every generated job id starts with `id_prefix`. Times are
+    in seconds unless the name says hours: `reopen_seconds` is the pause between attempts to open the job store,
+    `max_seconds` the time limit of one job.
     """
 
     max_queued: int = 1000

@@ -1,4 +1,4 @@
-"""In-memory handle of an active job: progress, event log, cancellation."""
+"""Defines the in-memory handle of an active job: progress, event log, cancellation."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from stable_diffusion_server.types import EngineEventKind, GenerationProgress, G
 class JobHandle:
     """One job in this process.
 
-    `cancelled` is set when the caller cancels, `finished` when the outcome is known, `ended` when it is published.
-    `expires_at` is the deadline in monotonic seconds. `storage_failures` counts failed uploads of its image.
+    `cancelled` is set when the caller cancels, `finished` when the outcome is known, `ended` when followers can see it.
+    `expires_at` is the deadline in monotonic seconds. `storage_failures` counts failed uploads of the image.
     """
 
     record: JobRecord
@@ -48,7 +48,7 @@ class JobHandle:
         if self.finished:
             return
         waits = progress.kind is EngineEventKind.QUEUED
-        # A hundred jobs may share one generation, so unchanged progress is not copied.
+        # A hundred jobs may share one generation, so do not copy unchanged progress.
         self.progress = progress if progress.preview is None else replace(progress, preview=None)
         state = JobState.QUEUED if waits else JobState.RUNNING
         if self.record.state is not state:
@@ -58,14 +58,14 @@ class JobHandle:
             self.events.add("preview", self.status, progress.preview)
 
     def report_position(self, position: int, eta_seconds: float | None) -> None:
-        """Update the number of jobs ahead; published only if the job has followers."""
+        """Update the number of jobs ahead and the estimate; publish it only if the job has followers."""
         if (position, eta_seconds) != (self.progress.position, self.progress.eta_seconds):
             self.progress = GenerationProgress(EngineEventKind.QUEUED, position=position, eta_seconds=eta_seconds)
             if self.events.readers:
                 self.events.add("queued", self.status)
 
     def finish(self, state: JobState, at: float, outcome: GenerationResult | StoredProblem | None) -> JobRecord:
-        """Set the outcome, which is final; returns the record to store. `at`: seconds since the epoch."""
+        """Set the final outcome and return the record to store. `at`: seconds since the epoch."""
         self.finished = True
         self.record = replace(self.record, state=state, ended_at=at, outcome=outcome)
         return self.record

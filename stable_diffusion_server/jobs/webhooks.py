@@ -1,4 +1,4 @@
-"""Webhook dispatcher: sends the end of each job, signed, with retries for about a day, across restarts.
+"""Webhook dispatcher: reports the end of each job, signed, with retries for about a day, also after a restart.
 
 Headers and signature follow Standard Webhooks (https://www.standardwebhooks.com): `webhook-id` is the job's id,
 `webhook-signature` is HMAC-SHA256 over `id.timestamp.body`. Delivery is at least once.
@@ -30,15 +30,15 @@ MAX_TRIES = 28
 _MAX_CONCURRENT, _MAX_PER_HOST = 16, 4
 _UNLIMITED = 1_000_000_000
 _POLL_SECONDS = 5.0
-# Pause between two queries of the outbox, so that 1,000 quick responses do not cause 1,000 queries.
+# Minimum pause between two queries of the outbox, so that 1,000 quick responses do not cause 1,000 queries.
 _MIN_POLL_SECONDS = 0.02
 
 
 class WebhookTransport(Protocol):
-    """Sends webhook messages. Both methods raise `InvalidInput` for an address that must not be reached from here."""
+    """Sends webhook messages. `check` and `post` raise `InvalidInput` for an address the server must not contact."""
 
     async def check(self, url: str, share: str = ...) -> None:
-        """Raise if the address must not be reached. Callers with different `share` share the capacity fairly."""
+        """Raise if the server must not contact the address. `share` names the caller for fair sharing of capacity."""
 
     async def post(self, url: str, body: bytes, headers: Mapping[str, str], share: str = ...) -> int:
         """Send a message and return the HTTP status. Raises `RemoteFetchFailed`."""
@@ -48,10 +48,10 @@ class WebhookTransport(Protocol):
 
 
 class WebhookDispatcher:
-    """Sends the messages of the outbox. `secret` signs them; an empty one leaves them unsigned.
+    """Sends the messages of the outbox. `secret` signs them; with an empty secret they are unsigned.
 
-    The capacity is shared fairly between callers, and each host of a caller gets a few places, so that one silent
-    receiver delays neither other callers nor other receivers.
+    Callers share the capacity fairly, and each host of a caller gets a few slots, so that one silent receiver delays
+    neither other callers nor other receivers.
     """
 
     def __init__(
@@ -65,11 +65,11 @@ class WebhookDispatcher:
         self._caller_limiter = FairLimiter(_MAX_CONCURRENT)
         self._host_limiter = FairLimiter(_UNLIMITED, max_per_caller=_MAX_PER_HOST)
         self._sending: dict[str, asyncio.Task[None]] = {}
-        # Time is monotonic plus this offset, so that setting the clock neither shortens nor extends a wait.
+        # Time is monotonic time plus this offset, so that a clock change neither shortens nor extends a wait.
         self._clock_offset = time.time() - time.monotonic()
 
     def wake(self) -> None:
-        """Look for new messages now."""
+        """Query the outbox now."""
         self._wake.set()
 
     async def run(self) -> None:
@@ -102,7 +102,7 @@ class WebhookDispatcher:
         task.add_done_callback(ended)
 
     async def _deliver(self, message: OutboxMessage) -> None:
-        """Send a message and store the result; while that fails, the message keeps its place and is not sent again."""
+        """Send a message once and store the result; retry only the store, so that the message is not sent twice."""
         async with (
             self._host_limiter.hold(f"{message.share} {webhook_host(message.url)}"),
             self._caller_limiter.hold(message.share),
@@ -116,7 +116,7 @@ class WebhookDispatcher:
                 await asyncio.sleep(_POLL_SECONDS)
 
     async def _send(self, message: OutboxMessage) -> Callable[[], Awaitable[None]]:
-        """Send a message; returns the call that stores the result."""
+        """Send a message; return the call that stores the result."""
         body, now = message.body.encode(), int(time.time())
         status = 0
         try:
@@ -140,7 +140,7 @@ class WebhookDispatcher:
 
 
 def sign_webhook(job_id: str, timestamp: int, body: bytes, secret: str) -> dict[str, str]:
-    """The headers of a message, signed if there is a secret. After the prefix `whsec_` a secret is base64."""
+    """Return the headers of a message, signed if there is a secret. After the prefix `whsec_` a secret is base64."""
     headers = {
         "Content-Type": "application/json",
         "webhook-id": job_id,

@@ -33,19 +33,19 @@ from stable_diffusion_server.types import GenerationResult
 _log = structlog.get_logger(__name__)
 
 _RETRY_SECONDS, _STORAGE_RETRY_SECONDS = 0.5, 5.0
-# Time for cancelled jobs to store their state at shutdown.
+# Grace time at shutdown for cancelled jobs to store their state.
 _CANCEL_GRACE_SECONDS = 2.0
-# A job fails after so many storage failures that happened while the storage reported free capacity.
+# A job fails after this many storage failures while the storage reported free capacity.
 _MAX_STORAGE_FAILURES = 5
-# A job that has not ended so long after its deadline never ends.
+# Jobs count as stalled when none has ended for `max_seconds` plus this slack.
 _STALL_SLACK_SECONDS = 30.0
 
 
 class JobWorker:
-    """Runs up to `concurrency` jobs at a time. Not thread-safe: lives on one event loop.
+    """Runs up to `concurrency` jobs at a time. Not thread-safe: use it on one event loop.
 
-    `describe` renders a finished job as webhook message. `on_ended` is called with each job whose end is stored. Each
-    job ends within `max_seconds`.
+    `describe` renders a finished job as webhook message. The worker calls `on_ended` with each job whose end is stored.
+    Each job ends within `max_seconds`.
     """
 
     def __init__(
@@ -69,11 +69,11 @@ class JobWorker:
         self._supervised: Sequence[asyncio.Task[None]] = ()
 
     def supervise(self, tasks: Sequence[asyncio.Task[None]]) -> None:
-        """Report a fault when one of these tasks ends. An empty sequence stops the supervision."""
+        """Make `health` report a fault when one of these tasks ends. An empty sequence stops the supervision."""
         self._supervised = tasks
 
     def health(self) -> str | None:
-        """Why accepted jobs make no progress, in one sentence; `None` while they do."""
+        """Return one sentence that says why accepted jobs make no progress; `None` while they progress."""
         if silent := self._monitor.stalled_seconds():
             count = self._monitor.pending
             return f"Accepted jobs make no progress: {count} are under way, and none ended in {silent:.0f} seconds."
@@ -82,7 +82,7 @@ class JobWorker:
         return None
 
     def enqueue(self, job: JobHandle) -> None:
-        """Add a job to the queue; it fails if it still waits at its deadline."""
+        """Add a job to the queue; if it still waits at its deadline, it fails."""
         self.queue.append(job)
         if job.record.deadline is not None:
             seconds = max(0.0, job.record.deadline - time.time())
@@ -104,7 +104,7 @@ class JobWorker:
             await self._wake.wait()
 
     async def cancel(self, job: JobHandle) -> None:
-        """Cancel a waiting or running job; returns when it has ended in any way."""
+        """Cancel a waiting or running job; return when it has ended, cancelled or not."""
         job.cancelled = True
         if self.queue.remove_waiting(job):
             await self._finish(job, JobState.CANCELLED, None)
@@ -127,7 +127,7 @@ class JobWorker:
         self._wake.set()
 
     async def stop(self, grace: float) -> None:
-        """Drain and wait `grace` seconds for running jobs; the others stay in the store for the next start."""
+        """Drain and wait up to `grace` seconds for running jobs; the store keeps the others for the next start."""
         self.drain()
         if not self._tasks:
             return
@@ -141,7 +141,7 @@ class JobWorker:
                 task.cancel()
 
     def _accepts_work(self) -> bool:
-        """Whether a job may start; `False` while the engine's queue is full or models load."""
+        """Return whether a job may start; `False` while the engine's queue is full or models load."""
         if not self.queue.waiting:
             return True
         try:
@@ -167,7 +167,7 @@ class JobWorker:
                 return
             end = JobState.CANCELLED, None
         except (QueueFull, NotReady):
-            # An engine that failed while the job ran may have failed because of it: count it as a crash.
+            # If the engine failed while the job ran, the job may be the cause: count it as a crash.
             await self._requeue_or_fail(job, forgiven=self._draining or job.record.state is JobState.QUEUED)
             return
         except JobStoreUnavailable:
@@ -183,7 +183,7 @@ class JobWorker:
             end = JobState.FAILED, StoredProblem.from_error(error)
         except ServerError as error:
             end = JobState.FAILED, StoredProblem.from_error(error)
-        except Exception as error:  # an unexpected error fails this job and no other
+        except Exception as error:  # an unexpected error fails this job only
             _log.error("unexpected error", job_id=job.record.id, exc_info=error)
             opaque = ServerError("An unexpected error happened; the log has more.")
             end = JobState.FAILED, StoredProblem.from_error(opaque)
@@ -212,7 +212,7 @@ class JobWorker:
         )
 
     async def _requeue_or_fail(self, job: JobHandle, *, forgiven: bool) -> None:
-        """Requeue a job that was interrupted; fail it if it crashed the engine too often. `forgiven`: not counted."""
+        """Requeue an interrupted job; fail it after `MAX_CRASHES` crashes. `forgiven`: do not count a crash."""
         if job.cancelled:
             await self._finish(job, JobState.CANCELLED, None)
             return
@@ -221,14 +221,14 @@ class JobWorker:
         if job.record.crashes >= MAX_CRASHES:
             await self.fail_poisoned(job)
         else:
-            with suppress(JobStoreUnavailable):  # the store still holds the attempt, so it stays counted
+            with suppress(JobStoreUnavailable):  # on failure the store still counts the attempt, so keep it
                 await self._store.requeue(job.record.id, forgiven=forgiven)
                 job.record = replace(job.record, attempts=job.record.attempts - forgiven)
             self._requeue(job)
 
     async def _retry_after_storage_failure(self, job: JobHandle) -> bool:
-        """Requeue a job while the storage is down. `False` for one that keeps failing while there is capacity."""
-        with suppress(ServerError):  # no capacity: the failure is not this job's
+        """Requeue a job while the storage is down. `False` if uploads keep failing while there is capacity."""
+        with suppress(ServerError):  # no capacity: do not count the failure against this job
             await self._service.check_capacity(SubmissionContext(job.record.caller, background=True))
             job.storage_failures += 1
             if job.storage_failures >= _MAX_STORAGE_FAILURES:
@@ -240,7 +240,7 @@ class JobWorker:
 
     async def _record_crash(self, job: JobHandle) -> None:
         job.record = replace(job.record, crashes=job.record.crashes + 1)
-        with suppress(JobStoreUnavailable):  # counted in memory while this process lives
+        with suppress(JobStoreUnavailable):  # on failure this process counts in memory
             await self._store.save_crash_counts(job.record)
 
     def _requeue(self, job: JobHandle) -> None:
@@ -255,7 +255,7 @@ class JobWorker:
             await self._finish(job, JobState.FAILED, StoredProblem.from_error(_deadline_error()))
 
     async def _finish(self, job: JobHandle, state: JobState, outcome: GenerationResult | StoredProblem | None) -> None:
-        """Store and publish a job's end. If the store fails, publish it anyway and retry the store."""
+        """Store and publish a job's end. If the store fails, publish the end anyway and retry the store."""
         record = job.finish(state, time.time(), outcome)
         message = self._describe(record) if record.webhook_url is not None else None
         stored = False

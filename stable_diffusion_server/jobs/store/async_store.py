@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 
 class AsyncJobStore:
-    """The methods of `SqliteJobStore` as coroutines. A started call completes even if the caller is cancelled."""
+    """Offers the methods of `SqliteJobStore` as coroutines. A started call completes even if its task is cancelled."""
 
     def __init__(self, store: SqliteJobStore) -> None:
         self._store = store
@@ -35,12 +35,12 @@ class AsyncJobStore:
         await self._run(self._store.open)
 
     async def close(self) -> None:
-        """Complete the calls made so far, then close the store."""
+        """Complete pending calls, then close the store."""
         await self._run(self._store.close)
         self._executor.shutdown(wait=False)
 
     def bytes_on_disk(self) -> int:
-        """Size of the store in bytes. Does not use the thread; any thread may call it."""
+        """Return the size of the store on disk in bytes. Any thread may call it; it does not use the store's thread."""
         return self._store.bytes_on_disk()
 
     async def accept(

@@ -1,4 +1,4 @@
-"""SQL for idempotency keys, within the caller's transaction."""
+"""Runs the SQL for idempotency keys, within the caller's transaction."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from stable_diffusion_server.jobs.store.rows import parse_recorded_response
 
 
 def find_recorded_response(cursor: sqlite3.Cursor, claim: IdempotencyClaim) -> RecordedResponse | None:
-    """What a key was answered with before, if it is taken; one that is damaged is deleted."""
+    """Return the recorded response of a claimed key, or `None` for a free key; delete a damaged claim."""
     row = cursor.execute(
         "SELECT fingerprint, job_id, outcome FROM claims WHERE caller = ? AND key = ?", (claim.caller, claim.key)
     ).fetchone()
@@ -20,7 +20,7 @@ def find_recorded_response(cursor: sqlite3.Cursor, claim: IdempotencyClaim) -> R
 
 
 def insert_claim(cursor: sqlite3.Cursor, claim: IdempotencyClaim, now: float, job_id: str | None) -> None:
-    """Take a key, for a job or for a request that waits for its answer."""
+    """Claim a key for a job, or with `job_id=None` for a synchronous request. `now`: seconds since the epoch."""
     cursor.execute(
         "INSERT INTO claims (caller, key, fingerprint, claimed_at, job_id, share) VALUES (?, ?, ?, ?, ?, ?)",
         (claim.caller, claim.key, claim.fingerprint, now, job_id, claim.share),
@@ -28,7 +28,7 @@ def insert_claim(cursor: sqlite3.Cursor, claim: IdempotencyClaim, now: float, jo
 
 
 def free_claim(cursor: sqlite3.Cursor, claim: IdempotencyClaim, job_id: str | None) -> None:
-    """Give a key back that was answered, by that job or by an outcome; not one that is being answered."""
+    """Release a key with a recorded response (that job, or an outcome); keep the key of a request in progress."""
     cursor.execute(
         "DELETE FROM claims WHERE caller = ? AND key = ? AND job_id IS ? "
         "AND (job_id IS NOT NULL OR outcome IS NOT NULL)",

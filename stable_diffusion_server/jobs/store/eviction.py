@@ -1,4 +1,4 @@
-"""Evicts ended jobs and answered keys from a full store, oldest first, from the share that holds the most."""
+"""Evicts ended jobs and answered idempotency keys from a full store, oldest first, from the largest share."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections import Counter
 
 from stable_diffusion_server.concurrency import largest_holder
 
-# So much of the journal is freed at a time, that those who fill it do not have it looked through for every job.
+# Each eviction frees at least 1/32 of the store, so that a full store is not searched again for every new job.
 _PART = 32
-# What a row takes beside its texts, roughly, with its part of the indexes.
+# Approximate bytes of a row besides its texts, including its index entries.
 _ROW = 400
 _ROWS_AT_A_TIME = 64
 _HELD_BY_JOBS = f"SELECT share, sum(bytes + {_ROW}) FROM jobs WHERE ended_at IS NOT NULL GROUP BY share"  # noqa: S608  # a number of this module
@@ -17,7 +17,7 @@ _HELD_BY_KEYS = (
     f"SELECT share, sum({_ROW} + coalesce(length(outcome), 0)) FROM claims "  # noqa: S608  # a number of this module
     "WHERE job_id IS NULL AND outcome IS NOT NULL GROUP BY share"
 )
-# Jobs with an undelivered webhook message are evicted last: one that never answers would hold them for a day.
+# Jobs with an undelivered webhook message are evicted last, but evicted: a silent receiver would hold them for a day.
 _OLDEST_JOBS = (
     f"SELECT id IN (SELECT job_id FROM messages), ended_at, bytes + {_ROW}, id, '' FROM jobs "  # noqa: S608  # a number of this module
     "WHERE share = ? AND ended_at IS NOT NULL ORDER BY 1, 2 LIMIT ?"
@@ -29,9 +29,9 @@ _OLDEST_KEYS = (
 
 
 def evict_finished(cursor: sqlite3.Cursor, wanted: int, max_bytes: int) -> int:
-    """Delete ended jobs and answered keys of the largest holders until so many bytes are free, roughly; how many rows.
+    """Delete ended jobs and answered keys of the largest shares until about `wanted` bytes are free.
 
-    Jobs that have not ended stay, and so do their keys and those of requests that are being answered.
+    Returns the number of deleted rows. Keeps unfinished jobs with their keys, and the keys of requests in progress.
     """
     held: Counter[str] = Counter()
     for query in (_HELD_BY_JOBS, _HELD_BY_KEYS):
@@ -47,7 +47,7 @@ def evict_finished(cursor: sqlite3.Cursor, wanted: int, max_bytes: int) -> int:
 
 
 def _delete_oldest(cursor: sqlite3.Cursor, share: str, wanted: int) -> tuple[int, int]:
-    """Delete some of a holder's oldest rows, no more than needed; how many bytes, and how many rows."""
+    """Delete the oldest rows of a share until `wanted` bytes are free; return freed bytes and deleted rows."""
     found = [
         row
         for query in (_OLDEST_JOBS, _OLDEST_KEYS)

@@ -1,4 +1,4 @@
-"""Outbox of webhook messages: which are due, with fair shares per caller and host."""
+"""Outbox of webhook messages: selects due messages fairly by caller and host."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 from stable_diffusion_server.jobs.store.records import OutboxMessage
 
-# As many are given out at a time: of one receiver of a caller, and of one caller.
+# Maximum number of due messages per query: for one receiver of a caller, and for one caller.
 _OF_RECEIVER, _OF_CALLER = 16, 256
 _DUE = f"""
 WITH due AS (
@@ -27,21 +27,21 @@ SELECT job_id, url, body, tries, due, share FROM turns WHERE of_caller <= {_OF_C
 
 
 class OutboxStore(ABC):
-    """The part of the journal that holds messages; the rest of it reads and changes the file."""
+    """Base class of the job store: the webhook messages. The subclass provides reads and transactions."""
 
     @abstractmethod
     def _read(self) -> AbstractContextManager[sqlite3.Cursor]:
-        """A cursor to read with."""
+        """Return a cursor for reading."""
 
     @abstractmethod
     def _transaction(self) -> AbstractContextManager[sqlite3.Cursor]:
-        """A cursor whose changes are kept together, or not at all."""
+        """Return a cursor whose changes are committed together, or rolled back on an exception."""
 
     def due_messages(self, now: float, waits: Sequence[float]) -> list[OutboxMessage]:
-        """Messages whose time has come, some of each caller, of whom each receiver's some.
+        """Return due messages: a limited number per caller, and per receiver of a caller.
 
-        `waits` are the seconds between tries. One that was never tried is due, and so is one whose time lies further
-        ahead than any try sets it: the clock was set back since.
+        `now` is in seconds since the epoch, `waits` are the seconds between tries. An untried message is due. So is a
+        message due later than the longest wait after `now`, because the clock was set back since its last try.
         """
 
         def longest_wait(tries: int) -> float:
@@ -53,18 +53,18 @@ class OutboxStore(ABC):
             return [OutboxMessage(*row) for row in cursor.execute(_DUE, (now,)).fetchall()]
 
     def postpone(self, message: OutboxMessage, due: float) -> None:
-        """Count a failed try, and set the time of the next."""
+        """Count a failed try and set the time of the next try; `due`: seconds since the epoch."""
         with self._transaction() as cursor:
             cursor.execute("UPDATE messages SET tries = tries + 1, due = ? WHERE job_id = ?", (due, message.job_id))
 
     def delete_message(self, message: OutboxMessage) -> None:
-        """Forget a message that was taken, or that no one will ever take."""
+        """Delete a message that was delivered or given up."""
         with self._transaction() as cursor:
             cursor.execute("DELETE FROM messages WHERE job_id = ?", (message.job_id,))
 
 
 def webhook_host(url: str) -> str:
-    """The host and port a message goes to."""
+    """Return host and port of a webhook URL; the URL itself if it cannot be parsed."""
     try:
         return urlsplit(url).netloc.lower()
     except ValueError:

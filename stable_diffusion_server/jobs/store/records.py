@@ -1,4 +1,4 @@
-"""Row types of the job store: job, payload, idempotency claim, recorded response, webhook message."""
+"""Defines the row types of the job store: job, payload, idempotency claim, recorded response, webhook message."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from stable_diffusion_server.types import Caller, GenerationRequest, GenerationR
 
 
 class JobState(StrEnum):
-    """Where a job is in its life."""
+    """Lifecycle state of a job."""
 
     QUEUED = "queued"
     RUNNING = "running"
@@ -21,13 +21,13 @@ class JobState(StrEnum):
 
     @property
     def ended(self) -> bool:
-        """Whether nothing more will happen to it."""
+        """Whether the state is final."""
         return self not in (JobState.QUEUED, JobState.RUNNING)
 
 
 @dataclass(frozen=True, slots=True)
 class StoredProblem:
-    """Why a job has no picture, as one of our errors tells it; `kind` names the class."""
+    """The stored form of a `ServerError` that ended a job without image; `kind` names the error class."""
 
     kind: str
     detail: str
@@ -37,24 +37,23 @@ class StoredProblem:
 
     @classmethod
     def from_error(cls, error: ServerError) -> StoredProblem:
-        """What an error tells."""
+        """Convert an error to its stored form."""
         return cls(error.kind, error.detail, error.field, error.faults, error.retry_after)
 
     def as_error(self) -> ServerError:
-        """The error it was."""
+        """Rebuild the error."""
         cause = error_of_kind(self.kind)
         return cause(self.detail, field=self.field, faults=self.faults, retry_after=self.retry_after)
 
 
 @dataclass(frozen=True, slots=True)
 class JobRecord:
-    """A job as it is written down. Times are seconds since the epoch; `deadline` is when its caller gives up.
+    """A job as the store holds it. Times are seconds since the epoch; `deadline` is the time when the caller gives up.
 
-    `attempts` counts the times it was begun without a recorded end; `base_url` is the address of this server as the
-    caller reached it; `webhook_url` is where its end is to be told. `outcome` is there once it is done or has failed.
-    `share` is whose room it takes, `bytes` what its order and files are. `crashes` counts the times the process, or
-    its device, was lost of itself while the job was there, `kills` those when it was ended from outside, as far as can
-    be known.
+    `attempts` counts starts without a recorded end. `base_url` is the address under which the caller reached this
+    server; `webhook_url` receives a message about the end. `outcome` is set once the job is done or has failed.
+    `share` names the caller whose storage share the job uses, `bytes` is the size of its request and files. `crashes`
+    counts the crashes of the process or its device while the job ran, `kills` the kills from outside, as far as known.
     """
 
     id: str
@@ -75,7 +74,7 @@ class JobRecord:
 
 @dataclass(frozen=True, slots=True)
 class IdempotencyClaim:
-    """An idempotency key of a caller, and what identifies the request it came with; `share`: whose room it takes."""
+    """An idempotency key of a caller, with the fingerprint of its request; `share`: whose storage share it uses."""
 
     caller: str
     key: str
@@ -85,7 +84,7 @@ class IdempotencyClaim:
 
 @dataclass(frozen=True, slots=True)
 class RecordedResponse:
-    """What was answered to a key before: a job, or the outcome of a request that waited; neither: it still waits."""
+    """The response to a key: a job, or the outcome of a synchronous request; neither while that request runs."""
 
     fingerprint: str
     job_id: str | None = None
@@ -94,9 +93,9 @@ class RecordedResponse:
 
 @dataclass(frozen=True, slots=True)
 class OutboxMessage:
-    """The end of a job on its way to its webhook. `tries` counts those that failed; `due` is the time of the next.
+    """A webhook message about the end of a job. `tries` counts failed tries; `due` is the time of the next one.
 
-    `share` tells callers apart, who share what sends.
+    `share` names the caller, so that callers share the sending capacity fairly. `due` is in seconds since the epoch.
     """
 
     job_id: str
@@ -109,7 +108,7 @@ class OutboxMessage:
 
 @dataclass(frozen=True, slots=True)
 class JobPayload:
-    """All that is needed to draw a job: its order, and the files at the addresses in it, by parameter."""
+    """The input of a job: its request, and the files fetched from the URLs in it, by parameter."""
 
     request: GenerationRequest
     fetched: Mapping[str, bytes] = field(default_factory=dict, repr=False)

@@ -19,18 +19,18 @@ COLUMNS = (
     "deaths, kills"
 )
 _DAMAGED = StoredProblem.from_error(ServerError("What was written down of this job is damaged; ask again."))
-# The latest time that is taken for one, in the year 5138.
+# Latest valid time in seconds since the epoch (year 5138).
 _LATEST = 1e11
 _ENDED = tuple(state for state in JobState if state.ended)
 _MOST_COUNTED = 2**31
 
 
 class DamagedRow(ValueError):
-    """A row that no call of ours wrote."""
+    """A row with a value that the store never writes; the message names the column."""
 
 
 def parse_job(row: tuple[Any, ...]) -> JobRecord:
-    """The job of a row. Raises `DamagedRow`."""
+    """Parse a row into a job. Raises `DamagedRow`."""
     job_id, caller, prefix, state, accepted_at, attempts, deadline, ended_at, base_url, webhook_url, outcome, *more = (
         row
     )
@@ -67,7 +67,7 @@ def parse_job(row: tuple[Any, ...]) -> JobRecord:
 
 
 def parse_job_or_failed(row: tuple[Any, ...], now: float) -> JobRecord:
-    """The job of a row; one that is damaged, as one that failed of that."""
+    """Parse a row into a job; a damaged row becomes a failed job. `now`: seconds since the epoch."""
     try:
         return parse_job(row)
     except DamagedRow as damage:
@@ -89,7 +89,7 @@ def parse_job_or_failed(row: tuple[Any, ...], now: float) -> JobRecord:
 
 
 def parse_recorded_response(row: tuple[Any, ...]) -> RecordedResponse | None:
-    """What a key was answered with; nothing where that is damaged, so that it may be asked again."""
+    """Parse the response of a key; `None` if it is damaged, so that the client can retry the request."""
     fingerprint, job_id, outcome = row
     try:
         return RecordedResponse(fingerprint, job_id, load_outcome(outcome))

@@ -13,7 +13,7 @@ _log = structlog.get_logger(__name__)
 
 _SCHEMA_VERSION = 2
 _PAGE = 4096
-# For what happens to jobs that were accepted: their ends must find room when no new one does.
+# Reserved for accepted jobs: storing their ends must succeed even when the store has no space for new jobs.
 _RESERVED_PAGES = 1024
 _SCHEMA = """
 CREATE TABLE jobs (
@@ -66,7 +66,7 @@ CREATE TABLE messages (
 """
 
 
-# What version 1 lacked. A caller without a name had one share, whatever its address.
+# Migration from version 1, in which all anonymous callers had one share, regardless of their address.
 _FROM_1 = """
 ALTER TABLE jobs ADD COLUMN share TEXT NOT NULL DEFAULT '';
 ALTER TABLE jobs ADD COLUMN bytes INTEGER NOT NULL DEFAULT 0;
@@ -80,8 +80,8 @@ UPDATE claims SET share = CASE caller WHEN '' THEN 'address ' ELSE 'key ' || cal
 CREATE INDEX jobs_by_share ON jobs (share, ended_at, bytes);
 CREATE INDEX claims_by_share ON claims (share, claimed_at);
 """
-# What no call of ours leaves behind: rows that others wrote, or a disk damaged. Each is named in the log and mended,
-# or deleted where nothing is left to go by; jobs that have not ended are looked through one by one, see `book`.
+# Repairs of rows that other programs wrote or a disk damaged. Each repair is logged; a row that cannot be repaired is
+# deleted. `SqliteJobStore.open` checks unfinished jobs one by one.
 _REPAIRS = {
     "DELETE FROM jobs WHERE typeof(id) <> 'text' OR id = ''": "a job without an id",
     "DELETE FROM files WHERE job_id NOT IN (SELECT id FROM jobs)": "a file without a job",
@@ -97,13 +97,13 @@ _REPAIRS = {
 
 
 class ForeignSchema(sqlite3.DatabaseError):
-    """A database, but not the journal."""
+    """The file is a database, but not a valid job store."""
 
 
 def connect(path: Path) -> sqlite3.Connection:
-    """The journal at `path`, made if there is none; what is no journal, or a broken one, is put aside for a new one.
+    """Open the job store at `path`, or create it; quarantine a foreign or damaged file and create a new store.
 
-    Raises `sqlite3.Error`, for one that another process uses and for one of a later version too, and `OSError`.
+    Raises `OSError` and `sqlite3.Error`, also if another process uses the store or a later version wrote it.
     """
     try:
         return _connect(path)
@@ -117,13 +117,13 @@ def connect(path: Path) -> sqlite3.Connection:
 def _connect(path: Path) -> sqlite3.Connection:
     connection = sqlite3.connect(path, timeout=0.5, isolation_level=None)
     try:
-        # One process at a time: two would draw the same jobs. The lock ends with the process, however that ends.
+        # Only one process may open it: two would run the same jobs. The lock ends with the process, even after a crash.
         connection.execute("PRAGMA locking_mode = EXCLUSIVE")
         connection.execute(f"PRAGMA page_size = {_PAGE}")
         connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
         connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("PRAGMA synchronous = FULL")  # a commit is on the disk when it returns
-        # Kept short: on a disk that is nearly full a long log would hold the room that ended jobs gave back.
+        connection.execute("PRAGMA synchronous = FULL")  # COMMIT returns after the data is on disk
+        # Keep the log short: on a nearly full disk, a long log would hold the space that ended jobs released.
         connection.execute("PRAGMA wal_autocheckpoint = 100")
         connection.execute("PRAGMA journal_size_limit = 1048576")
         connection.execute("PRAGMA foreign_keys = ON")
@@ -137,7 +137,7 @@ def _connect(path: Path) -> sqlite3.Connection:
 
 
 def _migrate(connection: sqlite3.Connection) -> None:
-    """Make the tables, or bring those of an earlier version to this one, within a transaction."""
+    """Create the tables, or migrate the tables of an earlier version; runs within the caller's transaction."""
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     names = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
     ours = {"jobs", "files", "claims", "messages"}
@@ -145,7 +145,7 @@ def _migrate(connection: sqlite3.Connection) -> None:
         raise sqlite3.DatabaseError(f"the journal is of version {version}, and this server writes {_SCHEMA_VERSION}")
     if not 0 <= version <= _SCHEMA_VERSION or (version == 0 and names) or (version and not ours <= names):
         raise ForeignSchema(f"tables that are not the journal's: {', '.join(sorted(names))[:200]}")
-    # An UPDATE that fails on a table of other columns tells so by an error of its own.
+    # If the columns differ, the UPDATE raises an error of its own.
     for statement in {0: _SCHEMA, 1: _FROM_1}.get(version, "").split(";"):
         connection.execute(statement)
     connection.execute(f"PRAGMA user_version = {_SCHEMA_VERSION}")
@@ -154,7 +154,7 @@ def _migrate(connection: sqlite3.Connection) -> None:
 
 
 def _check(connection: sqlite3.Connection) -> None:
-    """Raise where the tables are not those this version writes, or their pages are damaged; mend what rows can be."""
+    """Raise `ForeignSchema` if the tables differ from this version or pages are damaged; repair damaged rows."""
     with sqlite3.connect(":memory:") as fresh:
         fresh.executescript(_SCHEMA)
         for table in ("jobs", "files", "claims", "messages"):
@@ -177,13 +177,13 @@ def _columns(connection: sqlite3.Connection, table: str) -> set[tuple[object, ..
 
 
 def _is_damage(error: sqlite3.Error) -> bool:
-    """Whether an error says that the file is no journal, and not that it is locked, out of reach or out of room."""
+    """Return whether an error means a foreign or damaged file, not a locked, unreachable or full one."""
     code = getattr(error, "sqlite_errorcode", None)
     broken = (sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_FORMAT)
     return isinstance(error, ForeignSchema) or (code is not None and code & 0xFF in broken)
 
 
 def limit_size(connection: sqlite3.Connection, max_bytes: int, *, accepting: bool) -> None:
-    """Let the file grow to `max_bytes` for what is to be accepted, and a little more for all else."""
+    """Limit the file to `max_bytes` for new jobs, and to 1,024 pages (4 MiB) more for all other changes."""
     pages = max(1, max_bytes // _PAGE) + (0 if accepting else _RESERVED_PAGES)
     connection.execute(f"PRAGMA max_page_count = {pages}")

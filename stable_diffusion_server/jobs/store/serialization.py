@@ -1,4 +1,4 @@
-"""Orders and outcomes as JSON, field by field and with a version, and back. Pictures travel beside it."""
+"""Converts requests and outcomes to versioned JSON and back; image files are stored separately."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from stable_diffusion_server.types import (
 )
 
 VERSION = 1
-# What reading raises of what no call of ours wrote: nested too deep among it.
+# Errors that decoding raises for foreign data; `RecursionError` if it is nested too deep.
 DECODE_ERRORS = (ValueError, TypeError, KeyError, AttributeError, RecursionError)
 _PICTURES = ("image", "mask")
 _CHOICES: dict[str, type[StrEnum]] = {"task": Task, "format": Format, "fit": Fit, "fill": Fill}
-# Problem types that stores written by earlier versions hold under another name.
+# Problem types that earlier versions stored under another name.
 _RENAMED_KINDS = {"ends-the-server": "poison-job"}
 
 
 def dump_request(request: GenerationRequest) -> str:
-    """An order as JSON, without the files it comes with, and without what it leaves open."""
+    """Encode a request as JSON, without its files and without fields that have their default."""
     values: dict[str, Any] = {"version": VERSION}
     for part in fields(GenerationRequest):
         value = getattr(request, part.name)
@@ -49,25 +49,25 @@ def _written_source(source: ImageInput) -> dict[str, object]:
 
 
 def payload_files(payload: JobPayload) -> dict[str, bytes]:
-    """The files that belong to an order, sent or fetched, by parameter."""
+    """Return the files of a request, uploaded or fetched, by parameter."""
     sent = {source.parameter: source.data for source in payload.request.sources if source.data is not None}
     return {**sent, **payload.fetched}
 
 
 def payload_bytes(payload: JobPayload) -> int:
-    """Bytes that a job's order and files take in the journal."""
+    """Return the bytes that a job's request and files use in the job store."""
     return len(dump_request(payload.request)) + sum(map(len, payload_files(payload).values()))
 
 
 def fingerprint(route: str, request: GenerationRequest) -> str:
-    """What tells a request from others that come with the same idempotency key. Slow where files are large."""
+    """Return a digest that identifies a request with an idempotency key. Slow for large files: it hashes them."""
     sent = {source.parameter: source.data for source in request.sources if source.data is not None}
     files = {parameter: hashlib.sha256(data).hexdigest() for parameter, data in sent.items()}
     return digest({"door": route, "order": dump_request(request), "files": files})
 
 
 def load_payload(text: str, files: Mapping[str, bytes]) -> JobPayload:
-    """The order that was written, with its files. Raises `ServerError` for what another version wrote."""
+    """Decode a stored request with its files. Raises `ServerError` if another version wrote it."""
     values = json.loads(text)
     known = {part.name for part in fields(GenerationRequest)}
     if values.pop("version") != VERSION or not values.keys() <= known:
@@ -85,14 +85,14 @@ def load_payload(text: str, files: Mapping[str, bytes]) -> JobPayload:
 
 
 def dump_outcome(outcome: GenerationResult | StoredProblem | None) -> str | None:
-    """An outcome as JSON."""
+    """Encode an outcome as JSON."""
     if outcome is None:
         return None
     return json.dumps({"version": VERSION, "receipt": isinstance(outcome, GenerationResult), **asdict(outcome)})
 
 
 def load_outcome(text: str | None) -> GenerationResult | StoredProblem | None:
-    """The outcome that was written. What an older version did not write is as it is by default."""
+    """Decode a stored outcome. Fields that an older version did not write get their default."""
     if text is None:
         return None
     values = json.loads(text)

@@ -1,4 +1,4 @@
-"""Durable job store in SQLite: a change is on disk when its call returns. Used on one thread."""
+"""Durable job store in SQLite: a change is on disk when its call returns. Use it on one thread."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from stable_diffusion_server.types import GenerationResult
 _log = structlog.get_logger(__name__)
 
 _MIN_FREE_BYTES = 1_048_576
-# What ended is asked to give way so often for one job, since how much a row frees is known roughly.
+# Evictions per insert; several may be needed, because the space that a row frees is only estimated.
 _MAX_EVICTION_ROUNDS = 8
 _SELECT_UNFINISHED = f"SELECT {COLUMNS} FROM jobs WHERE ended_at IS NULL OR state IN ('queued', 'running')"  # noqa: S608  # names of columns
 
@@ -49,11 +49,11 @@ class _StoreFull(JobStoreUnavailable):
 
 
 class SqliteJobStore(OutboxStore):
-    """Jobs from acceptance to end, idempotency keys and messages to webhooks. Every call raises `JobStoreUnavailable`.
+    """Stores jobs, idempotency keys and webhook messages. Every call can raise `JobStoreUnavailable`.
 
-    `max_bytes` is how large it may be with all the files of waiting jobs. When it is full, jobs that ended and keys
-    that were answered give way, the oldest of whoever holds the most; one job more is refused then, and half of it is
-    never written.
+    `max_bytes` limits the store, including the files of waiting jobs. When it is full, it evicts ended jobs and
+    answered keys, the oldest of the largest share first. If that frees too little, it rejects the new job, and never
+    stores a part of it.
     """
 
     def __init__(self, path: Path, max_bytes: int) -> None:
@@ -62,9 +62,10 @@ class SqliteJobStore(OutboxStore):
         self._connection: sqlite3.Connection | None = None
 
     def open(self) -> None:
-        """Open the file, or make it; what a process that died had not answered may be asked again.
+        """Open or create the file; release the idempotency keys of requests that a crashed process left unanswered.
 
-        A file that is no journal, or a broken one, is put aside for a new one. A job whose row is damaged is failed.
+        Quarantines a foreign or damaged file and creates a new one. Marks an unfinished job with a damaged row as
+        failed.
         """
         with _translate_sqlite_errors("opened"):
             self._connection = schema.connect(self._path)
@@ -84,16 +85,16 @@ class SqliteJobStore(OutboxStore):
             self._connection = None
 
     def bytes_on_disk(self) -> int:
-        """How large the file is, with SQLite's log beside it; any thread may ask."""
+        """Return the size of the file and of SQLite's log in bytes; any thread may call it."""
         files = (self._path, self._path.with_name(f"{self._path.name}-wal"))
         return sum(file.stat().st_size for file in files if file.exists())
 
     def accept(
         self, record: JobRecord, payload: JobPayload, claim: IdempotencyClaim | None = None
     ) -> RecordedResponse | None:
-        """Write a job down with its files, or tell what its key was answered with before, and write nothing.
+        """Store a job with its files; if its idempotency key has a recorded response, only return that response.
 
-        Raises `RequestInProgress` when there is a job of that id.
+        Raises `RequestInProgress` if a job with that id exists.
         """
         files = payload_files(payload)
         size = record.bytes or sum(map(len, files.values()))
@@ -128,7 +129,7 @@ class SqliteJobStore(OutboxStore):
         return self._insert_with_eviction(size, write)
 
     def begin_attempt(self, job_id: str) -> JobPayload:
-        """Count an attempt, and give what is to be drawn."""
+        """Count an attempt and return the job's payload. Raises `ServerError` if it is lost or damaged."""
         with self._transaction() as cursor:
             cursor.execute("UPDATE jobs SET attempts = attempts + 1, state = 'running' WHERE id = ?", (job_id,))
             row = cursor.execute("SELECT written FROM jobs WHERE id = ?", (job_id,)).fetchone()
@@ -141,20 +142,20 @@ class SqliteJobStore(OutboxStore):
             raise ServerError("What was written down of this job is damaged; ask again.") from error
 
     def requeue(self, job_id: str, *, forgiven: bool) -> None:
-        """Let a job that was begun wait again; `forgiven` attempts do not count."""
+        """Set a started job back to queued; a `forgiven` attempt is subtracted."""
         with self._transaction() as cursor:
             cursor.execute(
                 "UPDATE jobs SET state = 'queued', attempts = attempts - ? WHERE id = ?", (int(forgiven), job_id)
             )
 
     def save_crash_counts(self, record: JobRecord) -> None:
-        """Write down how often the process has died while a job was on the device, and why."""
+        """Store how often the process crashed or was killed while the job was on the device."""
         with self._transaction() as cursor:
             counted = (record.crashes, record.kills, record.id)
             cursor.execute("UPDATE jobs SET deaths = ?, kills = ? WHERE id = ?", counted)
 
     def finish(self, record: JobRecord, message: str | None = None) -> None:
-        """Write down how a job ended, with the message that tells its webhook; its files are of no more use."""
+        """Store the end of a job and its webhook message, and delete the job's files."""
         with self._transaction() as cursor:
             freed = _write_end(cursor, record)
             if message is not None:
@@ -166,25 +167,25 @@ class SqliteJobStore(OutboxStore):
             self._reclaim_disk_space()
 
     def find(self, job_id: str) -> JobRecord | None:
-        """The job of that id."""
+        """Return the job with that id, or `None`."""
         return next(iter(self._select_jobs("WHERE id = ?", (job_id,))), None)
 
     def unfinished(self) -> list[JobRecord]:
-        """The jobs that wait or were begun, oldest first."""
+        """Return the queued and running jobs, oldest first."""
         return self._select_jobs("WHERE ended_at IS NULL ORDER BY number", ())
 
     def list_recent(self, owner: str | None, most: int) -> list[JobRecord]:
-        """The jobs of an owner, newest first; `None`: of all."""
+        """Return the latest `most` jobs of an owner, newest first; `None` means all owners."""
         where, given = ("", ()) if owner is None else ("WHERE caller = ? ", (owner,))
         return self._select_jobs(f"{where}ORDER BY number DESC LIMIT ?", (*given, most))
 
     def recorded_response(self, claim: IdempotencyClaim) -> RecordedResponse | None:
-        """What a key was answered with before, if it is taken."""
+        """Return the recorded response of a claimed key, or `None` for a free key."""
         with self._read() as cursor:
             return find_recorded_response(cursor, claim)
 
     def claim(self, claim: IdempotencyClaim, now: float) -> RecordedResponse | None:
-        """Take a key for a request that waits for its answer, or tell what the key was answered with before."""
+        """Claim a key for a synchronous request, or return its recorded response. `now`: seconds since the epoch."""
 
         def write(cursor: sqlite3.Cursor) -> RecordedResponse | None:
             before = find_recorded_response(cursor, claim)
@@ -195,7 +196,7 @@ class SqliteJobStore(OutboxStore):
         return self._insert_with_eviction(0, write)
 
     def record_response(self, claim: IdempotencyClaim, outcome: GenerationResult | StoredProblem) -> None:
-        """Keep what a request with a key was answered with."""
+        """Store the outcome of a request by its key."""
         with self._transaction() as cursor:
             cursor.execute(
                 "UPDATE claims SET outcome = ? WHERE caller = ? AND key = ?",
@@ -203,17 +204,17 @@ class SqliteJobStore(OutboxStore):
             )
 
     def release_claim(self, claim: IdempotencyClaim) -> None:
-        """Give a key back that was not answered."""
+        """Release a key without a recorded response."""
         with self._transaction() as cursor:
             cursor.execute("DELETE FROM claims WHERE caller = ? AND key = ?", (claim.caller, claim.key))
 
     def discard_response(self, claim: IdempotencyClaim, job_id: str | None) -> None:
-        """Give a key back that was answered, by that job or by an outcome; not one that is being answered."""
+        """Release a key with a recorded response (that job, or an outcome); keep the key of a request in progress."""
         with self._transaction() as cursor:
             free_claim(cursor, claim, job_id)
 
     def expire(self, jobs_before: float, claims_before: float) -> None:
-        """Forget jobs that ended, and keys that were taken, before those times."""
+        """Delete jobs that ended, and keys claimed, before those times (seconds since the epoch)."""
         with self._transaction() as cursor:
             cursor.execute("DELETE FROM jobs WHERE ended_at < ?", (jobs_before,))
             cursor.execute(
@@ -239,15 +240,15 @@ class SqliteJobStore(OutboxStore):
             return write(cursor)
 
     def _check_disk(self, size: int) -> None:
-        """Raise `_StoreFull` where a job would leave the disk no room for the ends of those before it."""
-        # Twice: what is written stands in SQLite's log and in its file.
+        """Raise `_StoreFull` if a job of `size` bytes leaves no disk space for the ends of earlier jobs."""
+        # Twice the size: SQLite writes the data to its log and to its file.
         if shutil.disk_usage(self._path.parent).free < 2 * size + _MIN_FREE_BYTES:
             raise _StoreFull("Jobs cannot be written down: the disk is full.", retry_after=30)
 
     def _reclaim_disk_space(self) -> None:
-        """Let the disk have what is not used any more; where even that needs room that is not there, later."""
+        """Return unused pages to the file system; if the disk is too full even for that, a later call retries."""
         with suppress(JobStoreUnavailable), self._read() as cursor:
-            cursor.executescript("PRAGMA incremental_vacuum")  # a page a step, and execute takes one step alone
+            cursor.executescript("PRAGMA incremental_vacuum")  # frees one page per step; execute() runs one step
             cursor.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
     def _select_jobs(self, where: str, values: Sequence[object]) -> list[JobRecord]:
@@ -266,7 +267,7 @@ class SqliteJobStore(OutboxStore):
 
     @contextmanager
     def _transaction(self, *, accepting: bool = False) -> Iterator[sqlite3.Cursor]:
-        """A transaction: all of it is on the disk at the end, or nothing."""
+        """Run a transaction: at the end all of its changes are on disk, or none."""
         with self._read() as cursor, _translate_sqlite_errors("written"):
             schema.limit_size(cursor.connection, self._max_bytes, accepting=accepting)
             cursor.execute("BEGIN IMMEDIATE")
@@ -281,7 +282,7 @@ class SqliteJobStore(OutboxStore):
 
 @contextmanager
 def _translate_sqlite_errors(what: str) -> Iterator[None]:
-    """SQLite's errors to ours."""
+    """Translate errors of SQLite and the operating system to `ServerError`s; `what` names the attempted action."""
     try:
         yield
     except sqlite3.IntegrityError as error:
@@ -300,7 +301,7 @@ def _translate_sqlite_errors(what: str) -> Iterator[None]:
 
 
 def _write_end(cursor: sqlite3.Cursor, record: JobRecord) -> int:
-    """Write down how a job ended; how many files it had, which are of no more use."""
+    """Store the end of a job and delete its files; return the number of deleted files."""
     cursor.execute(
         "UPDATE jobs SET state = ?1, ended_at = ?2, outcome = ?3, bytes = length(written) + coalesce(length(?3), 0) "
         "WHERE id = ?4",
