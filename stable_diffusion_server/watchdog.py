@@ -1,12 +1,12 @@
-"""Supervises a server process: restarts it if it dies, asks for a restart or hangs.
+"""Supervises a server process: restarts it if it dies, requests a restart or hangs.
 
 Usage: `python -m stable_diffusion_server.watchdog -- python -m stable_diffusion_server serve`.
 
-Signals are forwarded, and only the started process and its children are ever killed. A hang is detected by two files in
+The watchdog forwards signals, and kills only the started process and its children. It detects a hang by two files in
 DATA_DIR. `progress.txt` changes whenever a request makes progress, and its second line is the number of running
-requests: no change while there are some is a hang of the engine. `event-loop.txt` is touched by the event loop: no
-change is a hang of the event loop. How the process ended is reported to the next one (`observability.report_crash`); a
-process that was killed from outside did not fail.
+requests: no change while requests run means that the engine hangs. The event loop touches `event-loop.txt`: no change
+means that the event loop hangs. The watchdog reports to the next process how this one ended
+(`observability.report_crash`); a kill from outside is not a failure of the process.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from stable_diffusion_server.settings import SettingsError, read_settings
 _POLL_INTERVAL = 0.5
 # Seconds before each restart after crashes in quick succession; after the last one the watchdog gives up.
 BACK_OFF = (0.0, 1.0, 2.0, 4.0, 8.0)
-# A process that ran for longer resets the back-off.
+# A process that ran longer than this resets the back-off.
 _STABLE_SECONDS = 60.0
-# One that was killed from outside sooner than this is restarted after a second.
+# A process killed from outside sooner than this is restarted after 1 s, a later one at once.
 _MIN_LIFETIME = 5.0
 # Added to the grace time of running requests, for responses, uploads and the job store.
 _SHUTDOWN_MARGIN = 30.0
@@ -47,9 +47,9 @@ class Watchdog:
     Attributes:
         command: The command line.
         progress: Path of the progress file; the heartbeat file is in the same folder.
-        hang: Seconds without progress after which the process is killed; 0 for never.
+        hang: Seconds without progress after which the watchdog kills the process; 0 means never.
         back_off: Seconds before each restart after crashes in quick succession.
-        grace: Seconds that the process has to stop on a signal before it is killed.
+        grace: Seconds that the process has to stop after a signal before the watchdog kills it.
     """
 
     command: Sequence[str]
@@ -69,7 +69,7 @@ class Watchdog:
     _stopping_at: float = 0.0
 
     def run(self) -> int:
-        """Run the command until it ends for good; return its exit status."""
+        """Run the command, restarting it as needed, until its final end; return its exit status."""
         for number in _FORWARDED_SIGNALS:
             signal.signal(number, self._forward)
         crashes = 0
@@ -82,7 +82,7 @@ class Watchdog:
                 return status
             lived = time.monotonic() - started
             if report_crash(folder, run_before, status, hung=self._hung) is CrashCause.OUTSIDE:
-                # Not the server's failure, so it does not count towards giving up.
+                # Not a failure of the server, so it does not count towards giving up.
                 wait = 0.0 if lived > _MIN_LIFETIME else 1.0
                 _log(f"the server was ended from outside (status {status}); it is started again in {wait:g} s.")
                 self._pause(wait)
@@ -104,7 +104,7 @@ class Watchdog:
         self._progress_is_current = False
         self._hung = False
         self._last_heartbeat, self._has_heartbeat = self._read_heartbeat(), False
-        # An own process group, so that Ctrl-C arrives once, from here; a second signal would skip the graceful stop.
+        # A separate process group: Ctrl-C reaches it once, forwarded; a second signal would skip the graceful stop.
         self._child = subprocess.Popen(  # noqa: S603  # the command this program was given
             self.command, process_group=0, preexec_fn=_die_with_parent
         )
@@ -112,7 +112,7 @@ class Watchdog:
             self._child.terminate()  # the signal arrived before the process existed
 
     def _wait(self) -> int:
-        """Wait for the process, kill it if it hangs; return its exit status as a shell reports it."""
+        """Wait for the process, kill it if it hangs; return its exit status like a shell (128 + signal number)."""
         child = self._child
         assert child is not None  # noqa: S101  # for the type checker
         while True:
@@ -122,7 +122,7 @@ class Watchdog:
                 stalled = self._seconds_without_progress()
                 if 0 < self.hang < stalled or self._event_loop_hangs():
                     _log(f"no sign of life for {self.hang:g} s; the server is killed.")
-                    # A hang of only the event loop is not caused by the running requests.
+                    # If only the event loop hangs, the running requests are not the cause.
                     self._hung = stalled > self.hang / 2
                     os.killpg(child.pid, signal.SIGKILL)
                 elif self._stopping and time.monotonic() - self._stopping_at > self.grace:
@@ -132,14 +132,14 @@ class Watchdog:
                 return status if status >= 0 else 128 - status
 
     def _seconds_without_progress(self) -> float:
-        """Seconds without progress while requests are running; a file of an earlier process is ignored."""
+        """Return seconds without progress while requests run, otherwise 0; ignore the file of an earlier process."""
         now = self._read_progress()
         if now != self._last_progress:
             self._last_progress, self._progress_at, self._progress_is_current = now, time.monotonic(), True
         return time.monotonic() - self._progress_at if self._progress_is_current and self._last_progress[0] > 0 else 0.0
 
     def _event_loop_hangs(self) -> bool:
-        """Whether the heartbeat is too old; a server that shuts down removes its file."""
+        """Return whether the heartbeat is too old; a server that shuts down removes its file."""
         if (beat := self._read_heartbeat()) != self._last_heartbeat:
             self._last_heartbeat, self._heartbeat_at, self._has_heartbeat = beat, time.monotonic(), beat != 0
         return self._has_heartbeat and 0 < self.hang < time.monotonic() - self._heartbeat_at
@@ -151,7 +151,7 @@ class Watchdog:
             return 0
 
     def _read_progress(self) -> tuple[int, int]:
-        """The number of running requests, and the modification time of the file in nanoseconds."""
+        """Return the number of running requests, and the modification time of the file in nanoseconds."""
         try:
             lines, written = self.progress.read_text().splitlines(), self.progress.stat().st_mtime_ns
             return int(lines[1]), written
@@ -171,7 +171,7 @@ class Watchdog:
 
 
 def main() -> None:
-    """Run the command after `--` until it ends for good, or exit with 2 and one sentence."""
+    """Supervise the command after `--`, or exit with status 2 and a one-sentence error."""
     arguments = sys.argv[1:]
     if len(arguments) < 2 or arguments[0] != "--":
         sys.stderr.write("usage: python -m stable_diffusion_server.watchdog -- command …\n")

@@ -1,4 +1,4 @@
-"""Progress of generations: a console progress bar, and a heartbeat file for the watchdog."""
+"""Shows the progress of generations: a console progress bar, and a heartbeat file for the watchdog."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from stable_diffusion_server.types import EngineEvent, EngineEventKind
 
 Observer = Callable[[EngineEvent], None]
 
-# The file tells seconds, and who reads it waits for many; writing it more often took 3 of 70 ms a picture.
+# The file has a resolution of 1 s and its reader waits many seconds; more frequent writes took 3 of 70 ms per image.
 _MIN_INTERVAL_SECONDS = 0.25
 
 _FINAL_EVENTS = (EngineEventKind.DONE, EngineEventKind.FAILED, EngineEventKind.CANCELLED)
 
 
 class ConsoleProgress:
-    """One bar over the steps of all pictures under way; on a stream that is no terminal it stays silent."""
+    """One progress bar over the steps of all running requests; silent if the stream is not a terminal."""
 
     def __init__(self, stream: IO[str] | None = None) -> None:
         self._stream = stream or sys.stderr
@@ -31,7 +31,7 @@ class ConsoleProgress:
         self._left: dict[str, int] = {}
 
     def observe(self, event: EngineEvent) -> None:
-        """Move the bar on; it closes when nothing is under way."""
+        """Advance the bar; close it when no request runs."""
         if event.kind is EngineEventKind.STARTED:
             self._start(event)
         elif event.kind is EngineEventKind.STEP and self._bar is not None:
@@ -55,10 +55,10 @@ class ConsoleProgress:
 
 
 class ProgressHeartbeat:
-    """Touches `progress.txt` at signs of life, so that a watchdog can tell work from a hang.
+    """Writes `progress.txt` when the device makes progress, so that a watchdog can detect a hang.
 
-    The first line is the time of day (UTC, HH:MM:SS), as users of the file expect, the second the jobs under way. While
-    there are any, it is written four times a second at the most.
+    Line 1 is the time of day (UTC, HH:MM:SS), as users of the file expect; line 2 is the number of active jobs. With
+    active jobs it is written at most four times per second.
     """
 
     def __init__(self, path: Path) -> None:
@@ -68,10 +68,10 @@ class ProgressHeartbeat:
         self._written = -math.inf
 
     def observe(self, event: EngineEvent) -> None:
-        """Note a sign of life, which is what the device does.
+        """Write the file if the event is a heartbeat, which means progress of the device.
 
-        That jobs come, and leave the line, is none: a hung device with a crowd before it must look hung. But the first
-        to come is noted, since from then on something is to happen, and the last to leave, since nothing is then.
+        Queueing and leaving the queue do not count as a heartbeat: a hung device with a full queue must look hung. The
+        first arrival and the last departure do, since they start and stop the watch.
         """
         idle, waited = not self._active, event.job_id not in self._started
         if event.kind in _FINAL_EVENTS:
@@ -97,7 +97,7 @@ class ProgressHeartbeat:
 
 
 def broadcast(observers: Iterable[Observer]) -> Observer:
-    """One observer that tells several, in order."""
+    """Return one observer that forwards each event to several observers, in order."""
     targets = tuple(observers)
 
     def observe(event: EngineEvent) -> None:

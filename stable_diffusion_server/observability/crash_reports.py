@@ -1,8 +1,8 @@
-"""Crash reports: why the previous process ended and what was on the device then, in files in DATA_DIR.
+"""Crash reports: why the previous process ended and which jobs were on the device then, in files in DATA_DIR.
 
-The server keeps in `device.json` which jobs are on the device; it is written in place, so that it holds whatever ends
-the process, and taken away by a stop in good order. A crash leaves its traceback in `crash.log`. The watchdog adds in
-`death.json` how the process ended. Without a watchdog the exit status of a process is not known, but a crash is.
+The server writes the jobs on the device to `device.json`, in place, so that the file survives any end of the process;
+a clean shutdown removes it. A crash leaves its traceback in `crash.log`. The watchdog writes the exit status to
+`death.json`. Without a watchdog, the exit status is unknown, but a crash is still detected.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from stable_diffusion_server.files import quarantine
 _log = structlog.get_logger(__name__)
 
 DEVICE_FILE, EXIT_FILE, TRACEBACK_FILE = "device.json", "death.json", "crash.log"
-# Signals that people, supervisors and the kernel's killer of memory send; all others a process brings on itself.
+# Signals that people, supervisors and the kernel's OOM killer send; the process itself causes all other signals.
 _EXTERNAL_SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 _MAX_TRACEBACK_BYTES = 2000
 
 
 class CrashCause(StrEnum):
-    """Whether a process ended by itself or was ended from outside."""
+    """Whether the process crashed by itself or was killed from outside."""
 
     NONE = "none"
     OUTSIDE = "outside"
@@ -40,7 +40,7 @@ class CrashCause(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class CrashReport:
-    """How the process before this one ended: labels of what was on the device, and whether one had it for itself."""
+    """How the previous process ended: labels of the jobs on the device, and whether one job ran alone there."""
 
     cause: CrashCause = CrashCause.NONE
     on_device: tuple[str, ...] = ()
@@ -49,9 +49,9 @@ class CrashReport:
 
 
 class DeviceRecord:
-    """What is on the device, written down in `folder` before anything happens to it there. Safe from any thread.
+    """Records in `folder` which jobs are on the device, before they run there. Safe from any thread.
 
-    Nothing is written before `begin`; a disk that cannot be written to is logged once.
+    Writes nothing before `begin`; logs once if the disk is not writable.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -64,7 +64,7 @@ class DeviceRecord:
         self._crash: IO[bytes] | None = None
 
     def begin(self) -> CrashReport:
-        """How the process before this one ended; from here on what is on the device is written down."""
+        """Return how the previous process ended, and start recording the jobs on the device."""
         death = last_crash(self._folder)
         for name in (EXIT_FILE, DEVICE_FILE, TRACEBACK_FILE):
             _remove(self._folder / name)
@@ -80,14 +80,14 @@ class DeviceRecord:
         return death
 
     def update(self, labels: list[str], alone: bool) -> None:
-        """Write down what is on the device now: a label for each, and whether it is one that has it for itself."""
+        """Record the labels of the jobs on the device now; `alone`: one job has the device for itself."""
         descriptor, now = self._descriptor, (tuple(labels), alone)
         if descriptor is None or now == self._last:
             return
         self._last = now
         report = {"run": self._run_id, "killed": self._oom_kills, "on_device": labels, "alone": alone}
         written = json.dumps(report).encode()
-        # One call, the rest of what was longer blanked: a process that is killed has written all of it or nothing.
+        # One call, padded with blanks over the longest earlier text: a killed process has written all of it or nothing.
         self._length = max(self._length, len(written))
         with contextlib.suppress(OSError):
             os.pwrite(descriptor, written.ljust(self._length), 0)
@@ -106,7 +106,7 @@ class DeviceRecord:
 
 
 def last_crash(folder: Path) -> CrashReport:
-    """How the process that kept the record in `folder` ended, if it did not stop in good order."""
+    """Return how the process that wrote the record in `folder` ended; an empty report after a clean shutdown."""
     device = _read_json(folder / DEVICE_FILE)
     run, labels, alone = device.get("run"), device.get("on_device"), device.get("alone") is True
     if not isinstance(run, str) or not isinstance(labels, list) or not all(isinstance(each, str) for each in labels):
@@ -120,9 +120,9 @@ def last_crash(folder: Path) -> CrashReport:
 
 
 def report_crash(folder: Path, run_before: str, status: int, *, hung: bool) -> CrashCause:
-    """The watchdog's word on how the process ended, for the next one to read; whose doing it was.
+    """Write the watchdog's report on how the process ended, for the next process; return the cause.
 
-    `run_before` is what `current_run_id` gave before the process was started.
+    `run_before` is the result of `current_run_id` before the process started.
     """
     device = _read_json(folder / DEVICE_FILE)
     report = {"run": device.get("run"), "status": status, "hung": hung}
@@ -135,12 +135,12 @@ def report_crash(folder: Path, run_before: str, status: int, *, hung: bool) -> C
 
 
 def current_run_id(folder: Path) -> str:
-    """What tells the process that keeps the record from others; empty where there is none."""
+    """Return the random run id of the process that writes the record; empty if there is no record."""
     return str(_read_json(folder / DEVICE_FILE).get("run", ""))
 
 
 def count_oom_kills() -> dict[str, int]:
-    """How many processes the kernel has killed for want of memory, by where it counts them: this cgroup, this boot."""
+    """Return the kernel's numbers of OOM kills, by counter: of this cgroup and of this boot."""
     counts: dict[str, int] = {}
     with contextlib.suppress(OSError, ValueError):
         for line in Path("/proc/self/cgroup").read_text().splitlines():
@@ -150,7 +150,7 @@ def count_oom_kills() -> dict[str, int]:
             )
             if controllers and not root:
                 continue
-            # Inside a container its own group is mounted as the root.
+            # A container sees its own group as the root of the mount.
             for group in (Path("/sys/fs/cgroup", root, path.lstrip("/")), Path("/sys/fs/cgroup", root)):
                 if (count := _read_oom_kills(group / name)) is not None:
                     counts[f"{group}:{group.stat().st_ino}"] = count
@@ -163,7 +163,7 @@ def count_oom_kills() -> dict[str, int]:
 
 
 def _classify_exit(report: dict[str, Any], crash: str, for_memory: bool) -> tuple[CrashCause, str]:
-    """Cause and reason of an exit, from the watchdog's report, the traceback and the kernel's OOM counter."""
+    """Return cause and reason of an exit, from the watchdog's report, the traceback and the kernel's OOM counter."""
     status = report.get("status")
     if report.get("hung") is True:
         return CrashCause.OWN, "it hung"
@@ -178,7 +178,7 @@ def _classify_exit(report: dict[str, Any], crash: str, for_memory: bool) -> tupl
 
 
 def _oom_killed_since(before: object, now: dict[str, int]) -> bool:
-    """Whether the kernel has killed for memory since: in this group where that is known, else on this machine."""
+    """Return whether the kernel's OOM killer ran since: in this cgroup if known, otherwise on this machine."""
     before = before if isinstance(before, dict) else {}
     same = [key for key in now if isinstance(before.get(key), int)]
     groups = [key for key in same if not key.startswith("boot ")] or same
@@ -202,7 +202,7 @@ def _read_traceback(folder: Path) -> str:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; an empty one where there is none, or anything else."""
+    """Return the JSON object in a file; an empty one if the file is missing or holds anything else."""
     try:
         report = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -211,7 +211,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _remove(path: Path) -> None:
-    """Delete a file; anything else of that name is quarantined."""
+    """Delete a file; quarantine a folder of that name."""
     try:
         if path.is_dir() and not path.is_symlink():
             quarantine(path, "it is a folder")

@@ -1,4 +1,4 @@
-"""Heartbeat file of the event loop, for the watchdog."""
+"""Touches a heartbeat file from the event loop, for the watchdog."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ _SECONDS = 1.0
 
 
 class LoopHeartbeat:
-    """Touches `path` from the event loop for as long as the block lasts, unless `stalled` names what makes no progress.
+    """Touches `path` every second from the event loop inside an `async with` block, unless `stalled` returns names.
 
-    The file holds nothing, so that a full disk takes no touch away, and is removed at the end.
+    `stalled` returns what makes no progress. The file is empty, so that a full disk prevents no touch; the end of the
+    block removes it.
     """
 
     def __init__(self, path: Path, stalled: Callable[[], list[str]]) -> None:
@@ -28,11 +29,11 @@ class LoopHeartbeat:
         self._task: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> None:
-        """Begin to beat."""
+        """Start the heartbeat."""
         self._task = asyncio.create_task(self._run())
 
     async def __aexit__(self, *error: object) -> None:
-        """Beat no more."""
+        """Stop the heartbeat and remove the file."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait([self._task], timeout=_SECONDS)
@@ -46,7 +47,7 @@ class LoopHeartbeat:
                     _log.error("something makes no progress", what=stalled)
                 reported = stalled
                 if not stalled:
-                    with suppress(OSError):  # no file, no watch: the server is not to end for it
+                    with suppress(OSError):  # without the file the watchdog does not watch; the server continues
                         self._touch()
                 await asyncio.sleep(_SECONDS)
         finally:

@@ -1,4 +1,4 @@
-"""Structured logs on standard error."""
+"""Configures structured logs on standard error."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from contextlib import suppress
 
 import structlog
 
-# Characters of a text in a line, and of a traceback. JSON writes a character in up to six bytes, twelve beyond U+FFFF.
+# Maximum characters of a logged text and of a traceback. JSON takes up to 6 bytes per character, 12 beyond U+FFFF.
 MAX_VALUE = 512
 MAX_TRACEBACK = 16_384
 
 
 def configure_logging(level: str, log_format: str) -> None:
-    """Structured lines on standard error: for people at a terminal, JSON otherwise, unless `log_format` says which."""
+    """Configure the format on standard error: `log_format` "console", JSON, or "auto" (console on a terminal)."""
     human_readable = log_format == "console" or (log_format == "auto" and sys.stderr.isatty())
     processors: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
@@ -22,7 +22,7 @@ def configure_logging(level: str, log_format: str) -> None:
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         shorten_values,
     ]
-    # Tracebacks without local variables: those hold prompts, and may hold keys.
+    # Tracebacks omit local variables, which hold prompts and may hold keys.
     if human_readable:
         processors.append(structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback))
     else:
@@ -35,7 +35,7 @@ def configure_logging(level: str, log_format: str) -> None:
     )
     if not human_readable:
         _redirect_library_logs()
-    # uvicorn's own lines hold query strings, and so prompts; the gate logs requests instead.
+    # uvicorn's access log holds query strings, and so prompts; the access middleware logs requests instead.
     logging.getLogger("uvicorn.access").disabled = True
 
 
@@ -51,10 +51,10 @@ def _redirect_library_logs() -> None:
 
 
 class LibraryLogHandler(logging.Handler):
-    """Writes records of libraries to our log."""
+    """Writes log records of libraries to our log."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write one line, whatever is in the record; what cannot be written ends nothing that logs it."""
+        """Write one line for any record; never raises if the line cannot be written."""
         try:
             text = record.getMessage()
         except Exception:  # arguments that do not fit the message
@@ -65,10 +65,10 @@ class LibraryLogHandler(logging.Handler):
 
 
 def shorten_values(logger: object, method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
-    """Cut the texts of a line, so that its length is not the caller's to choose.
+    """Shorten the texts of a line, so that callers cannot make lines of any length.
 
-    A text keeps `MAX_VALUE` characters and says how many there were; a traceback keeps its last `MAX_TRACEBACK`. A
-    prompt stays whole: MAX_PROMPT_CHARACTERS bounds it. Lists and the like are cut as their representation.
+    A text keeps its first `MAX_VALUE` characters and gets its original length; a traceback keeps its last
+    `MAX_TRACEBACK`. A prompt stays whole: MAX_PROMPT_CHARACTERS bounds it. Other values are shortened as `repr`.
     """
     for name, value in event.items():
         if isinstance(value, bool | int | float | None) or name in ("exc_info", "prompt"):

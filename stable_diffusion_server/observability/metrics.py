@@ -1,4 +1,4 @@
-"""Prometheus metrics: counters and histograms of events, and gauges that are read at each scrape."""
+"""Prometheus metrics: counters and histograms of events, and gauges that call a function at each scrape."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _GROUPS = (1, 2, 4, 8, 16, 32, 64)
 
 @dataclass(frozen=True, slots=True)
 class RequestSample:
-    """A request that was answered: by which door, how, after how many seconds, and for which key.
+    """An answered HTTP request: route, status, duration in seconds, and API key.
 
-    `route` is the path of its route, and empty for one that came to none; `reason` is the kind of error it was refused
-    with, and empty otherwise; `key` is the name of the caller's key. So each has few values, whatever is asked.
+    `route` is the path template, empty if no route matched; `reason` is the kind of error of a refused request,
+    otherwise empty; `key` is the name of the caller's API key. So each label has few values for any request.
     """
 
     route: str
@@ -36,7 +36,7 @@ class RequestSample:
 
 
 class Metrics(UsageMetrics):
-    """Prometheus metrics in a registry of their own. Thread-safe."""
+    """Prometheus metrics in a separate registry. Thread-safe."""
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
@@ -89,14 +89,14 @@ class Metrics(UsageMetrics):
         *,
         counts: bool = False,
     ) -> None:
-        """Show a figure that is asked for when the figures are read: a number, or samples with these labels.
+        """Register a metric that calls `read` at each scrape: a number, or samples with these labels.
 
-        `counts`: it only grows.
+        `counts`: the value only grows, so export it as a counter.
         """
         self.registry.register(_CallbackCollector(name, description, read, labels, counts=counts))
 
     def register_info(self, name: str, description: str, labels: Mapping[str, str]) -> None:
-        """Show facts that do not change, as the labels of a figure that is 1."""
+        """Register constant facts as the labels of a gauge with value 1."""
         Gauge(name, description, list(labels), registry=self.registry).labels(**labels).set(1)
 
     def observe(self, event: EngineEvent) -> None:
@@ -122,7 +122,7 @@ class Metrics(UsageMetrics):
         self._generations.labels(source).inc()
 
     def record_quality_check(self, check: str) -> None:
-        """Count a picture in which a guard of quality saw something."""
+        """Count an image in which a quality check found a fault."""
         self._quality_checks.labels(check).inc()
 
     def record_stored(self, timings: Mapping[str, float]) -> None:
@@ -131,20 +131,20 @@ class Metrics(UsageMetrics):
             self._stages.labels(stage).observe(seconds)
 
     def record_storage_call(self, call: str, seconds: float, failed: bool) -> None:
-        """Record a bucket call."""
+        """Record the duration in seconds of a bucket call, and whether it failed."""
         self._storage.labels(call).observe(seconds)
         if failed:
             self._storage_errors.labels(call).inc()
 
     def record_request(self, sample: RequestSample) -> None:
-        """Count a request."""
+        """Count a request, its duration, and its refusal if it has a `reason`."""
         self._requests.labels(sample.route, str(sample.status)).inc()
         self._request_seconds.labels(sample.route).observe(sample.seconds)
         if sample.reason:
             self._refusals.labels(sample.reason, sample.key).inc()
 
     def exposition(self) -> bytes:
-        """All metrics in Prometheus text format. Blocks: gauges may read disks and devices."""
+        """Return all metrics in Prometheus text format. Blocks, because gauges may read disks and devices."""
         return generate_latest(self.registry)
 
 
@@ -164,7 +164,7 @@ class _CallbackCollector(Collector):
         self._name, self._description, self._read, self._labels = name, description, read, tuple(labels)
 
     def collect(self) -> Iterator[Metric]:
-        """The current samples."""
+        """Yield the metric with its current samples."""
         found = self._read()
         family = self._family(self._name, self._description, labels=self._labels)
         for labels, value in [((), found)] if isinstance(found, int | float) else found:

@@ -1,4 +1,4 @@
-"""OpenTelemetry spans, exported by OTLP over HTTP; without an endpoint tracing is off."""
+"""Creates OpenTelemetry spans and exports them by OTLP over HTTP; without an endpoint tracing is off."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ _NO_SPAN = Span()
 
 
 class Tracing:
-    """Makes spans and sends them to `endpoint`, an OTLP collector's address over HTTP; an empty one makes none.
+    """Creates spans and sends them to `endpoint`, the HTTP URL of an OTLP collector; no spans if it is empty.
 
-    A span that is begun within another is its child, also in the tasks that are begun there. Needs the packages of
-    tracing-requirements.txt, which are imported when it is opened.
+    A span started inside another span is its child, also in asyncio tasks started there. `open` imports the packages
+    of tracing-requirements.txt, which are needed only with an endpoint.
     """
 
     def __init__(self, endpoint: str = "", version: str = "") -> None:
@@ -47,7 +47,7 @@ class Tracing:
         self._tracer: Any = None
 
     def open(self) -> None:
-        """Start the exporter. Spans are dropped while the collector does not answer."""
+        """Start the exporter. It drops spans while the collector does not answer."""
         if not self._endpoint:
             return
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
@@ -56,7 +56,7 @@ class Tracing:
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
         resource = Resource.create({"service.name": "stable-diffusion-server", "service.version": self._version})
-        # Not the global one, and not ended by the interpreter: the lifespan does both.
+        # Not the global provider, and no shutdown at interpreter exit: the application's lifespan opens and closes it.
         self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
         self._provider.add_span_processor(
             BatchSpanProcessor(OTLPSpanExporter(endpoint=f"{self._endpoint}/v1/traces", timeout=5))
@@ -77,9 +77,9 @@ class Tracing:
         *,
         parent_headers: Mapping[str, str] | None = None,
     ) -> Iterator[Span]:
-        """A span around a block; with `parent_headers` a server span that continues the trace in those HTTP headers.
+        """Open a span around a block; with `parent_headers`, a server span that continues the trace in those headers.
 
-        An exception is recorded by its class only, because messages may quote the prompt.
+        Records only the class of an exception, because messages may quote the prompt.
         """
         if self._tracer is None:
             yield _NO_SPAN
