@@ -1,4 +1,4 @@
-"""The use case: request, image, stored result; and replay, library and provenance."""
+"""The generation use case: request → image → stored result; also replay, image library and provenance metadata."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ _PROGRESS = (EngineEventKind.QUEUED, EngineEventKind.STARTED, EngineEventKind.ST
 
 @dataclass(frozen=True, slots=True)
 class SubmissionContext:
-    """Who submits a request, and how it is scheduled. Callers that join a running task later do not change it.
+    """The caller of a request, and scheduling options. Callers that join a running task later do not change it.
 
     `job_id` is set for an asynchronous job. A `suspect` may have crashed the process before, so it runs alone.
     """
@@ -48,7 +48,7 @@ class GenerationExecutor:
         self._running: SingleFlight[CheckedImage[DecodedPixels]] = SingleFlight()
 
     def fit_prompts(self, request: DiffusionRequest) -> DiffusionRequest:
-        """The request with its prompts shortened to what its model reads. Blocks: tokenizing takes time."""
+        """Return the request with prompts shortened to the token limit of its model. Blocks: tokenizing takes time."""
         negative = self._fit(request.model, request.negative_prompt) if request.negative_prompt else None
         return replace(
             request,
@@ -59,9 +59,9 @@ class GenerationExecutor:
     async def generate(
         self, request: DiffusionRequest, context: SubmissionContext, listener: ProgressListener
     ) -> tuple[CheckedImage[DecodedPixels], bool]:
-        """The checked image, and whether an equal request was already running.
+        """Return the checked image, and whether an equal request was already running.
 
-        Raises what the queue and `generate_with_retries` raise.
+        Raises the errors of `EngineQueue.submit` and of `generate_with_retries`.
         """
         return await self._running.join(
             image_digest(request), "", lambda broadcaster: self._generate(request, context, broadcaster), listener
@@ -88,7 +88,7 @@ class GenerationExecutor:
             broadcaster.on_progress(_progress_of(event))
 
         def watch(event: EngineEvent) -> None:
-            # On the engine's thread. The end of the request is reported by its result.
+            # Runs on an engine thread. Only progress is reported here: the ticket's result reports the end.
             if event.kind in _PROGRESS and not loop.is_closed():
                 loop.call_soon_threadsafe(report, event)
 

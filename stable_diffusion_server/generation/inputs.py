@@ -1,4 +1,4 @@
-"""Input images: downloads those given by URL, decodes them, and places them on the model's canvas."""
+"""Input images: downloads URLs, decodes files, and places images on the model's canvas."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ class InputLoader:
     async def fetch_files(
         self, request: GenerationRequest, fetched: Mapping[str, bytes], caller: Caller
     ) -> dict[str, bytes]:
-        """The files of the request's URLs by parameter; those in `fetched` are not downloaded again."""
+        """Download the request's URLs. Returns the files by parameter; reuses the files in `fetched`."""
         remote = [source for source in request.sources if source.url is not None and source.parameter not in fetched]
         data = await asyncio.gather(*(self._download(source, caller.share) for source in remote))
         return {**fetched, **{source.parameter: file for source, file in zip(remote, data, strict=True)}}
 
     async def _download(self, source: ImageInput, share: str) -> bytes:
-        """The file at a URL. Equal downloads of one caller that overlap are shared.
+        """Download the file at a URL. Concurrent downloads of the same URL by one caller share one task.
 
-        They are not shared between callers, since a download waits for its turn among those of its first caller.
+        Callers do not share a task, because a download waits in the fair queue of the caller that started it.
         """
         url, parameter = source.url or "", source.parameter
         data, _ = await self._downloads.join(

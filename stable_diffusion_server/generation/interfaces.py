@@ -1,4 +1,4 @@
-"""Protocols of what the generation service is given: image fetcher, image decoder, engine queue."""
+"""Protocols of the generation service's dependencies: image fetcher, image decoder, engine queue."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from stable_diffusion_server.types import DiffusionRequest, EngineEvent, Generat
 
 
 class FetchImage(Protocol):
-    """Downloads an image. `field` is the parameter it came by; `share` is the caller, for fair limits."""
+    """Downloads an image. `field` is the request parameter with the URL; `share` is the caller, for fair limits."""
 
     async def __call__(self, url: str, field: str, /, *, share: str = ...) -> bytes:
-        """The file at a URL."""
+        """Return the file at a URL."""
 
 
 class DecodeImage(Protocol):
     """Decodes an image file. With `transparency`, the result is white where the image is transparent."""
 
     async def __call__(self, data: bytes, field: str, /, *, transparency: bool = ..., share: str = ...) -> Pixels:
-        """The pixels, uint8, height × width × 3; `share` is the caller, for fair limits."""
+        """Return the pixels, uint8, height × width × 3; `share` is the caller, for fair limits."""
 
 
 class EngineQueue(Protocol):
-    """The engine, as far as requests are submitted to it. Both methods raise `NotReady` and `QueueFull`."""
+    """The part of the engine that accepts requests. Both methods raise `NotReady` and `QueueFull`."""
 
     def check_open(self, owner: str = "", *, background: bool = False) -> None:
-        """Raise what `submit` would raise now."""
+        """Raise the error that `submit` would raise now."""
 
     def submit(
         self,

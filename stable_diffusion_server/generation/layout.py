@@ -40,11 +40,11 @@ class CropRegion:
 
 @dataclass(frozen=True, slots=True)
 class ImageLayout:
-    """The request to run, and what is needed to compose the output image.
+    """The request to run, and the data to compose the output image.
 
     `width` and `height` are those of the output, in pixels. With `image` and `mask` (uint8, height × width × 3 and
-    height × width) the generated image is pasted over `image` where the mask is not 0. With `crop` it is a part of an
-    image, and is pasted back into that.
+    height × width) the generated image replaces `image` where the mask is not 0. With `crop` the generated image is a
+    part of a larger image, and `compose_output` pastes it back there.
     """
 
     request: DiffusionRequest
@@ -57,7 +57,7 @@ class ImageLayout:
     crop: CropRegion | None = None
 
     def compose_output(self, drawn: Pixels) -> Pixels:
-        """The output image from the one generated on the canvas (both uint8, height × width × 3)."""
+        """Return the output image for the image generated on the canvas (both uint8, height × width × 3)."""
         if self.crop is not None:
             part = crop_to_size(drawn, self.crop.width, self.crop.height, resample=self.canvas.resampled)
             return paste_back(self.crop.box.paste(part, self.crop.image), self.crop.image, self.crop.mask)
@@ -66,7 +66,7 @@ class ImageLayout:
 
 
 def lay_out_images(resolved: ResolvedRequest, image: Pixels | None = None, mask: Pixels | None = None) -> ImageLayout:
-    """The layout of a request with its decoded images (uint8, height × width × 3). Raises `InvalidInput`."""
+    """Return the layout of a request with its decoded images (uint8, height × width × 3). Raises `InvalidInput`."""
     request, parameters, spec = resolved.request, resolved.parameters, resolved.parameters.spec
     whole_image, whole_mask, box = image, None, None
     if image is not None:
@@ -130,7 +130,7 @@ def lay_out_images(resolved: ResolvedRequest, image: Pixels | None = None, mask:
 def _fit_inputs(
     request: GenerationRequest, image: Pixels, mask: Pixels | None
 ) -> tuple[Pixels, Pixels | None, CropBox | None]:
-    """The image and its mask at the size to generate, and the box of that part if it is not the whole image."""
+    """Return image and mask at the size to generate, and the crop box if that is only a part of the image."""
     if mask is not None and request.only_masked is not None:
         height, width = image.shape[:2]
         drawn_width, drawn_height = request.width or width, request.height or height
@@ -144,7 +144,7 @@ def _fit_inputs(
 
 
 def resampling_warnings(spec: ModelSpec, width: int, height: int) -> tuple[RequestWarning, ...]:
-    """A warning if the size in pixels is resampled from another one that the model generates."""
+    """Return a warning if the model generates another size, which is resampled to this one (in pixels)."""
     canvas = plan_canvas(width, height, spec.native_pixels, spec.min_side)
     if not canvas.resampled:
         return ()

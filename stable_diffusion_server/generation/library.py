@@ -1,4 +1,4 @@
-"""Image library: lists, inspects and deletes stored images within what a caller may access."""
+"""Image library: lists, inspects and deletes the stored images that a caller may access."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from stable_diffusion_server.types import Caller, StoredObject
 
 @dataclass(frozen=True, slots=True)
 class ImageLibrary:
-    """The images in `folder` of a bucket, and the history of those generated here. Every method blocks.
+    """The images in `folder` of a bucket, and the history of images generated here. Every method blocks.
 
-    A caller with a prefix can access exactly the images under it; one without, and without full access, those made by
-    its key (known from `ownership` or the history); an anonymous one none.
+    A caller with a prefix can access exactly the images under that prefix. A caller with neither prefix nor full access
+    can access the images made by its API key (read from `ownership` or the history). An anonymous caller has no access.
     """
 
     bucket: Bucket
@@ -26,13 +26,13 @@ class ImageLibrary:
     ownership: Ownership = field(default_factory=Ownership)
 
     def search(self, caller: Caller, wanted: HistoryQuery) -> list[HistoryEntry]:
-        """The history entries that match a query, newest first. Raises `Forbidden`."""
+        """Return the history entries that match a query, newest first. Raises `Forbidden`."""
         _check_known(caller)
         own = None if caller.has_full_access or caller.prefix else caller.name
         return self.history.search(replace(wanted, prefix=self._folder_of(caller), caller=own))
 
     def find_by_digest(self, digest: str, caller: Caller) -> HistoryEntry | None:
-        """The history entry of a digest, if the caller may read its record."""
+        """Return the history entry of a digest, `None` unless the caller may read its record."""
         if caller.anonymous:
             return None
         own = None if caller.has_full_access or caller.prefix else caller.name
@@ -40,9 +40,9 @@ class ImageLibrary:
         return found[0] if found else None
 
     def read_record(self, key: str, caller: Caller) -> tuple[str, Mapping[str, object]]:
-        """The source of the record (history, object or picture), and how the image was made.
+        """Return the source of the record (`history`, `object` or `picture`), and how the image was made.
 
-        Raises `Forbidden`, and `NotFound` for a missing image, and for one without any record.
+        Raises `Forbidden`, and `NotFound` if the image is missing or has no record.
         """
         self._check(key, caller)
         stored = self._stat(key)
@@ -50,7 +50,7 @@ class ImageLibrary:
             raise NotFound("There is no picture under this name.")
         entry = self.history.find("key", key)
         self._check_own(stored, entry, caller)
-        # Another server may have stored another picture under the name since.
+        # Another server may have overwritten the key since.
         if entry is not None and stored.record.get("digest", entry.digest) == entry.digest:
             return "history", entry.record
         if stored.record:
@@ -61,7 +61,7 @@ class ImageLibrary:
         return "picture", inside
 
     def delete(self, key: str, caller: Caller) -> None:
-        """Delete an image and its history entry; a missing one is no error. Raises `Forbidden`."""
+        """Delete an image and its history entry. A missing image is not an error. Raises `Forbidden`."""
         self._check(key, caller)
         if not caller.has_full_access and (stored := self._stat(key)) is not None:
             self._check_own(stored, self.history.find("key", key), caller)
@@ -72,13 +72,13 @@ class ImageLibrary:
         try:
             return self.bucket.peek(key)
         except InvalidInput:
-            return None  # a name no folder can hold names nothing in it
+            return None  # a key that the bucket refuses cannot exist
 
     def _folder_of(self, caller: Caller) -> str:
         return self.folder + caller.prefix
 
     def _check_own(self, stored: StoredObject, entry: HistoryEntry | None, caller: Caller) -> None:
-        """Raise `Forbidden` for an image of another key. The history knows the owner of objects without that record."""
+        """Raise `Forbidden` for another API key's image. The history may know the owner of objects without that record."""
         if caller.has_full_access or self.ownership.owns(caller, stored):
             return
         if "owner" in stored.record or entry is None or entry.caller != caller.name:

@@ -7,20 +7,20 @@ from dataclasses import dataclass
 from stable_diffusion_server.errors import InvalidInput
 from stable_diffusion_server.types import LORA_WEIGHT_MAX, SEED_MAX, GenerationRequest
 
-# Characters of a text and of a name, held before anything looks into one; the settings allow no longer prompts.
+# Maximum characters of a text and of a name, checked before any parsing; the settings allow no longer prompts.
 TEXT_MAX, NAME_MAX = 10_000, 200
-# Digits of a whole number that is read out of a text: Python's `int` refuses thousands, and takes long for hundreds.
+# Maximum digits of an integer in a text: Python's `int` refuses thousands, and is slow for hundreds.
 _MOST_DIGITS = 18
 
 
 def parse_int(text: str) -> int | None:
-    """The number a text of ASCII digits says; `None` for another text, and for more than 18 digits."""
+    """Parse a text of ASCII digits; `None` for any other text, and for more than 18 digits."""
     return int(text) if len(text) <= _MOST_DIGITS and text.isascii() and text.isdigit() else None
 
 
 @dataclass(frozen=True, slots=True)
 class RequestLimits:
-    """Bounds a caller must keep, from the settings. Sides in pixels, `timeout` in seconds; both ends included."""
+    """Bounds of request parameters, from the settings. Sides in pixels, `timeout` in seconds; both ends included."""
 
     min_side: int = 64
     max_side: int = 2048
@@ -32,7 +32,7 @@ class RequestLimits:
     max_loras: int = 4
 
     def bounds(self) -> dict[str, tuple[float, float]]:
-        """Name of each numeric parameter → (smallest, largest) value taken."""
+        """Return (smallest, largest) accepted value by name of numeric parameter."""
         return {
             "width": (self.min_side, self.max_side),
             "height": (self.min_side, self.max_side),
@@ -43,18 +43,18 @@ class RequestLimits:
             "timeout": (0.001, self.max_timeout),
             "strength": (0.0, 1.0),
             "feather": (0, self.max_feather),
-            # On the scale of OpenCV's Canny: |dx| + |dy| of 8-bit samples by 3 × 3 Sobel, 1020 each at the most.
+            # On the scale of OpenCV's Canny: |dx| + |dy| of 8-bit samples by 3 × 3 Sobel, at most 1020 each.
             "canny_low": (0, 2040),
             "canny_high": (0, 2040),
             "control_scale": (0.0, 2.0),
         }
 
     def check(self, request: GenerationRequest) -> None:
-        """Raise `InvalidInput` naming every parameter of `order` that is out of its bounds."""
+        """Raise `InvalidInput` that names every parameter of the request that is out of its bounds."""
         faults = []
         for name, (low, high) in self.bounds().items():
             value = getattr(request, name)
-            # Written so that NaN, which compares false with everything, is refused.
+            # This form also refuses NaN, which compares false with everything.
             if isinstance(value, int | float) and not low <= value <= high:
                 faults.append((name, f"{name} must be between {low:g} and {high:g}."))
         longest = self.max_prompt_characters

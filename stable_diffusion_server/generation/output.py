@@ -24,13 +24,13 @@ from stable_diffusion_server.types import Caller, Format, RequestWarning, Stored
 T = TypeVar("T")
 
 _THREADS = 2
-# Above this many bytes of pixels an image is large; lossless encoding counts four times. About half a second.
+# Images with more bytes of pixels than this are large (about 0.5 s to encode); lossless encoding counts four times.
 _LARGE_BYTES = 12_582_912
 _LOSSLESS_FACTOR = 4
 
 
 class EncoderPool:
-    """Two encoder threads, of which large images use only one, so that they never delay small ones.
+    """Two encoder threads. Large images use only one of them, so that they never delay small ones.
 
     For one event loop.
     """
@@ -40,12 +40,12 @@ class EncoderPool:
         self._large = asyncio.Semaphore(_THREADS - 1)
 
     async def encode(self, size: int, encode: Callable[[], bytes], *, lossless: bool = False) -> bytes:
-        """The result of `encode`, for an image of `size` bytes of pixels."""
+        """Return the result of `encode`, for an image of `size` bytes of pixels."""
         loop = asyncio.get_running_loop()
         if size * (_LOSSLESS_FACTOR if lossless else 1) <= _LARGE_BYTES:
             return await loop.run_in_executor(self._threads, encode)
         async with self._large:
-            # The thread goes on if the caller is cancelled, so keep the semaphore until it ends.
+            # The thread continues if the caller is cancelled, so hold the semaphore until the thread ends.
             work = asyncio.ensure_future(loop.run_in_executor(self._threads, encode))
             try:
                 return await asyncio.shield(work)
@@ -54,7 +54,7 @@ class EncoderPool:
                 raise
 
     def close(self) -> None:
-        """Stop the threads; encoding that runs goes on to its end."""
+        """Stop the threads; running encodings finish."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
 
@@ -142,7 +142,7 @@ class OutputWriter:
 
 @contextmanager
 def key_errors_explained(resolved: ResolvedRequest) -> Iterator[None]:
-    """Let `InvalidInput` pass if the caller chose the key; raise `StorageRefused` if the server did."""
+    """Pass `InvalidInput` on if the caller chose the key; raise `StorageRefused` instead if the server chose it."""
     try:
         yield
     except InvalidInput as error:
@@ -163,5 +163,5 @@ async def shield_until_done(work: Coroutine[Any, Any, T]) -> T:
     except asyncio.CancelledError:
         await asyncio.wait([task])
         if not task.cancelled():
-            task.exception()  # marks it as retrieved: no caller is left
+            task.exception()  # marks the exception as retrieved: no caller is left
         raise

@@ -1,4 +1,4 @@
-"""Ownership of stored images by API key, and keys of images that reveal nothing to other callers."""
+"""Ownership of stored images by API key, and object keys that reveal no request to other callers."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ _OWNER = "owner"
 class Ownership:
     """Decides which caller owns an image. `keyed` is an HMAC with the server's secret; `None` without API keys.
 
-    `folder` holds all images; `private`: their URLs are signed. An object's record has the owner as an HMAC, so that a
-    public bucket reveals no names of API keys.
+    `folder` holds all images. With `private`, image URLs are signed. An object's record holds the owner as an HMAC, so
+    that a public bucket reveals no names of API keys.
     """
 
     keyed: Callable[[str], str] | None = None
@@ -24,24 +24,24 @@ class Ownership:
     private: bool = False
 
     def conceal(self, digest: str, request: GenerationRequest) -> str:
-        """The digest used in an object key: with API keys, an HMAC that differs for each of them.
+        """Return the digest to use in an object key: with API keys, an HMAC that differs per API key.
 
-        Equal requests of two API keys get different object keys, so neither learns of the other's request.
+        Equal requests of two API keys get different object keys, so neither caller learns about the other's request.
         """
         return digest if self.keyed is None else self.keyed(f"name\n{request.named_for}\n{digest}")
 
     def owner_record(self, caller: Caller) -> dict[str, str]:
-        """The owner entry of an object's record; empty without API keys."""
+        """Return the owner entry of an object's record; empty without API keys."""
         return {_OWNER: self._mark(caller)} if self.keyed is not None and caller.name else {}
 
     def owns(self, caller: Caller, stored: StoredObject) -> bool:
-        """Whether the caller owns an image: made by its key, or under its key's prefix."""
+        """Whether the caller owns an image: its API key made it, or the object key is under the API key's prefix."""
         if caller.prefix and stored.key.startswith(self.folder + caller.prefix):
             return True
         return self.keyed is not None and bool(caller.name) and stored.record.get(_OWNER) == self._mark(caller)
 
     def may_know(self, caller: Caller, stored: StoredObject) -> bool:
-        """Whether the caller may learn that an image was stored before its request. Always, without API keys."""
+        """Whether the caller may learn that an image was stored before its request. Always true without API keys."""
         return self.keyed is None or caller.has_full_access or self.owns(caller, stored)
 
     def visible_record(self, caller: Caller, stored: StoredObject, *, named: bool) -> bool:

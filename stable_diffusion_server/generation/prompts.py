@@ -12,7 +12,7 @@ from stable_diffusion_server.parsing import nfc
 
 CountTokens = Callable[[str], int]
 
-# Never removed: without them a prompt asks for the opposite.
+# Never removed: without these words a prompt means the opposite.
 NEGATIONS = frozenset("no nor not never none neither nobody nothing nowhere cannot without".split())
 _NEGATED_CONTRACTION = "n't"
 
@@ -24,9 +24,9 @@ _PUNCTUATION = ".,;:!?"
 
 @dataclass(frozen=True, slots=True)
 class StopWords:
-    """English function words, removed first from a prompt that is too long. Negations are left out of `words`.
+    """English function words, removed first from a prompt that is too long. `words` contains no negations.
 
-    `identity` is part of a request's digest, since other words make other images; empty for the built-in list.
+    `identity` is part of a request's digest, because another list changes images; empty for the built-in list.
     """
 
     words: frozenset[str]
@@ -34,7 +34,7 @@ class StopWords:
 
     @classmethod
     def of(cls, source: str, words: Iterable[str]) -> StopWords:
-        """The words of another list, identified by its name and its content."""
+        """Return the stop words of another list; its name and content form the identity."""
         kept = frozenset(word for word in map(str.lower, words) if not _is_negation(word))
         content = hashlib.sha256("\n".join(sorted(kept)).encode()).hexdigest()
         return cls(kept, f"{source}-{content[:16]}")
@@ -44,7 +44,7 @@ def _is_negation(word: str) -> bool:
     return word in NEGATIONS or word.replace("\u2019", "'").endswith(_NEGATED_CONTRACTION)
 
 
-# A short list, so that no corpus is needed at run time.
+# A short list, so that the server needs no corpus at run time.
 BUILTIN_STOP_WORDS = StopWords(
     frozenset(
         "a an the and or but if then so as at by for from in into of on onto to with is are was were be been "
@@ -56,9 +56,9 @@ BUILTIN_STOP_WORDS = StopWords(
 
 
 def load_stop_words(source: str) -> StopWords:
-    """The stop words of a source, `builtin` or `nltk`. Reads NLTK's English list from the disk, never the network.
+    """Return the stop words of a source, `builtin` or `nltk`. Reads NLTK's English list from disk, never the network.
 
-    Raises `LookupError` with the remedy as a sentence if the package or its corpus is missing.
+    Raises `LookupError`, whose sentence says how to fix it, if the package or its corpus is missing.
     """
     if source == "builtin":
         return BUILTIN_STOP_WORDS
@@ -75,7 +75,7 @@ def load_stop_words(source: str) -> StopWords:
 
 
 def clean_prompt(prompt: str) -> str:
-    """The prompt in NFC, without control, bidirectional and other invisible characters, and with single spaces.
+    """Return the prompt in NFC, without control, bidirectional and other invisible characters, and with single spaces.
 
     Raises `ValueError` for a lone surrogate, and for more combining marks in a row than `nfc` takes.
     """
@@ -92,7 +92,7 @@ def clean_prompt(prompt: str) -> str:
 
 
 def remove_stopwords(prompt: str, stop_words: StopWords = BUILTIN_STOP_WORDS) -> str:
-    """The prompt without stop words; unchanged if nothing else would be left."""
+    """Return the prompt without stop words; unchanged if it consists of stop words only."""
     words = [word for word in prompt.split() if word.lower().strip(_PUNCTUATION) not in stop_words.words]
     return " ".join(words) or prompt
 
@@ -100,10 +100,10 @@ def remove_stopwords(prompt: str, stop_words: StopWords = BUILTIN_STOP_WORDS) ->
 def shorten_too_long_text(
     prompt: str, limit: int, count_tokens: CountTokens, stop_words: StopWords = BUILTIN_STOP_WORDS
 ) -> str:
-    """The prompt within `limit` tokens: unchanged, or without stop words, or as many whole words of that as fit.
+    """Return the prompt within `limit` tokens: unchanged, or without stop words and cut after a whole word if needed.
 
-    `count_tokens` counts with the encoder's own tokenizer, special tokens included. A first word that alone exceeds
-    the limit is cut, since an empty prompt would be worse.
+    `count_tokens` counts with the encoder's own tokenizer, special tokens included. If the first word alone exceeds
+    the limit, the word is cut, since an empty prompt would be worse.
     """
     if count_tokens(prompt) <= limit:
         return prompt
@@ -118,7 +118,7 @@ def shorten_too_long_text(
 
 
 def _longest_prefix(length: int, fits: Callable[[int], bool]) -> int:
-    """Largest n in 0..length with `fits(n)`, by bisection; `fits` must be monotone."""
+    """Return the largest n in 0..length with `fits(n)`, by bisection; `fits` must be monotone."""
     low, high = 0, length
     while low < high:
         middle = (low + high + 1) // 2

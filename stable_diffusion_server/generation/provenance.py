@@ -12,11 +12,11 @@ from stable_diffusion_server.generation.resolver import ResolvedRequest
 from stable_diffusion_server.storage import IMMUTABLE, HistoryEntry
 from stable_diffusion_server.types import DiffusionRequest, diffusion_request_fields
 
-# Request fields that are not recorded for a replay: input images, and where and when the result is stored.
+# Request fields that a replay does not need: input images, and where and when the result is stored.
 NOT_RECORDED = frozenset(
     "image mask save_path named_by_content folder overwrite timeout alone webhook_url named_for".split()
 )
-# Warnings of the generation that are recorded with the object, for later cache hits.
+# Generation warnings that are recorded with the object, so that later cache hits repeat them.
 RECORDED_WARNINGS = {
     "prompt-shortened": "The prompt was shortened; the picture says to what.",
     "redecoded": "The decoder overflowed and ran again in full precision.",
@@ -31,7 +31,7 @@ RECORDED_WARNINGS = {
 def build_record(
     resolved: ResolvedRequest, layout: ImageLayout, image: CheckedImage[DecodedPixels], codes: Iterable[str], size: int
 ) -> dict[str, str]:
-    """The object's record: short and ASCII, since S3 allows 2 KB. `size` is the file's, in bytes."""
+    """Return the object's record: short and ASCII, since S3 allows 2 KB. `size` is the file's, in bytes."""
     request = image.request
     warned = ",".join(code for code in codes if code in RECORDED_WARNINGS)
     return {
@@ -58,7 +58,7 @@ def build_record(
 def embedded_metadata(
     resolved: ResolvedRequest, layout: ImageLayout, image: CheckedImage[DecodedPixels]
 ) -> dict[str, object]:
-    """The metadata in the file, as JSON types: how it was generated, and the request that generates it again.
+    """Return the metadata to embed in the file, as JSON types: how it was generated, and the request for a replay.
 
     `asked` is the request; `sources` the SHA-256 of its input files; `transparency`: the mask is an alpha channel.
     """
@@ -75,7 +75,7 @@ def embedded_metadata(
 
 
 def requested_fields(resolved: ResolvedRequest) -> dict[str, object]:
-    """The request as JSON types, with all defaults and the seed, without its input images."""
+    """Return the request as JSON types, with all defaults and the seed, without its input images."""
     request, parameters = resolved.request, resolved.parameters
     resolved_fields = {
         "prompt": parameters.prompt,
@@ -99,7 +99,7 @@ def requested_fields(resolved: ResolvedRequest) -> dict[str, object]:
 def history_entry(
     key: str, caller: str, resolved: ResolvedRequest, request: DiffusionRequest, metadata: dict[str, object]
 ) -> HistoryEntry:
-    """The history entry of an image that was just stored."""
+    """Return the history entry of an image that was just stored."""
     return HistoryEntry(
         key=key,
         digest=resolved.content_digest,

@@ -1,4 +1,4 @@
-"""Checks a generated image, and generates it again if it is black, not finite or bumpy."""
+"""Checks a generated image, and retries if it is black, not finite or bumpy (visible artifacts)."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ _BLACK = float("inf")
 
 
 class DecodedPixels(Protocol):
-    """The engine's product."""
+    """The decoded image that the engine returns."""
 
     @property
     def pixels(self) -> Pixels:
-        """The picture at the canvas's size."""
+        """The image at the size of the canvas."""
 
     @property
     def redecoded(self) -> bool:
@@ -40,9 +40,9 @@ P = TypeVar("P", bound=DecodedPixels)
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """How a bumpy image is generated again: how often (0: never), and up to how many steps.
+    """Retry policy of bumpy images: the number of retries (0: none), and the maximum number of steps.
 
-    `fit` shortens a prompt to what the model reads; it may block, and is called off the event loop.
+    `fit` shortens a prompt to the token limit of the model. It may block, so call it off the event loop.
     """
 
     redraws: int
@@ -51,9 +51,9 @@ class RetryPolicy:
     fit: Callable[[str], str]
 
     def adjust(self, request: DiffusionRequest) -> DiffusionRequest:
-        """The job as the original server tried it again: asking for detail; with a step more, or closer to the image.
+        """Change a request for a retry as the original server did: ask for detail; one more step, or less strength.
 
-        Steps stay within the scheduler's bounds, and the strength where less of it would leave no step to take.
+        Steps stay within the scheduler's bounds. The strength stays unchanged if less of it would leave no step.
         """
         request = replace(request, prompt=self.fit(request.prompt + _DETAIL))
         if request.task is Task.TEXT_TO_IMAGE:
@@ -71,7 +71,7 @@ class RetryPolicy:
 class CheckedImage(Generic[P]):
     """The best image, the request that made it, seconds per stage over all attempts, and warnings.
 
-    `batched`: it shared forward passes with others.
+    `batched`: it shared forward passes with other requests.
     """
 
     request: DiffusionRequest
@@ -94,11 +94,12 @@ class _Attempt(Generic[P]):
 async def generate_with_retries(
     request: DiffusionRequest, generate: Callable[[DiffusionRequest], Awaitable[EngineResult[P]]], policy: RetryPolicy
 ) -> CheckedImage[P]:
-    """The best of a few attempts; a single one if it is good.
+    """Return the best image of a few attempts; a good first image needs no retry.
 
-    Not finite or black: once more with a new seed, each at most once. Too bumpy: as `remedy` says. A try that fails
-    costs nothing once there is a picture. Raises what `draw` raises, `NotFinite` the second time: with adapters
-    `InvalidInput`, since it is their doing as far as can be known.
+    A result that is not finite, and one that is black, is retried with a new seed, at most once each. A bumpy image is
+    retried as `policy` says. If a retry fails after an earlier attempt made an image, that image is returned. Raises
+    the errors of `generate`, but `NotFinite` only the second time; with LoRAs `InvalidInput` instead of `NotFinite`,
+    since the LoRAs are the likely cause.
     """
     best: _Attempt[P] | None = None
     timings: Counter[str] = Counter()
@@ -133,7 +134,7 @@ async def generate_with_retries(
 
 
 def _not_finite_error(request: DiffusionRequest, error: NotFinite) -> ServerError:
-    """The error of a request that is not finite with any seed."""
+    """Return the error for a request whose result is not finite with either seed."""
     if not request.loras:
         return error
     names = ", ".join(f"{name}:{weight:g}" for name, weight in request.loras)
@@ -141,19 +142,19 @@ def _not_finite_error(request: DiffusionRequest, error: NotFinite) -> ServerErro
 
 
 def reseeded(request: DiffusionRequest) -> DiffusionRequest:
-    """The request with another seed, always the same one."""
+    """Return the request with another seed, which is derived from the old one."""
     return replace(request, seed=int(digest({"instead of": request.seed})[:8], 16))
 
 
 def _badness(request: DiffusionRequest, pixels: Pixels, policy: RetryPolicy) -> float:
-    """Infinite for black, above 1 for bumpy. Inpainted images inherit artifacts of the original, so are not scored."""
+    """Infinite for black, above 1 for bumpy. Inpainted images inherit artifacts of the original: not scored."""
     if is_black(pixels):
         return _BLACK
     return score_artifacts(pixels).score if policy.redraws and request.task is not Task.INPAINT else 0.0
 
 
 def _warnings(failures: Mapping[str, int], badness: float) -> tuple[RequestWarning, ...]:
-    """Warnings about the attempts and the final image."""
+    """Return warnings about the attempts and the final image."""
     warnings = []
     if failures["not-finite"]:
         warnings.append(

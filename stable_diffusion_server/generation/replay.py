@@ -71,7 +71,8 @@ class ReplayResult:
 class ReplayService:
     """Reads the metadata of images, and generates them again.
 
-    `find` looks a digest up in the history, for images that carry nothing else, as far as the caller may read it.
+    `find` looks a digest up in the history, for images whose metadata hold only a digest; `None` if the caller may not
+    read the entry.
     """
 
     def __init__(
@@ -87,9 +88,9 @@ class ReplayService:
         self._find = find
 
     async def read_provenance(self, picture: bytes, caller: Caller) -> EmbeddedProvenance:
-        """The provenance in an image, or in the history if the caller may read it.
+        """Return the provenance in an image, or in the history if the caller may read it.
 
-        Raises `InvalidInput`, the same one for an unknown image and for another caller's.
+        Raises the same `InvalidInput` for an unknown image and for an image of another caller.
         """
         record = await asyncio.to_thread(self._record_of, picture, caller)
         requested = record.get("asked")
@@ -101,7 +102,7 @@ class ReplayService:
     async def reproduce(
         self, provenance: EmbeddedProvenance, request: GenerationRequest, picture: bytes, caller: Caller
     ) -> ReplayResult:
-        """Generate a request made from a provenance, and compare. Raises `InvalidInput`, and what generation raises."""
+        """Generate the request of a provenance, and compare. Raises `InvalidInput`, and the errors of generation."""
         _check_sources(provenance, request)
         resolved = await asyncio.to_thread(resolve_request, request, self._options)
         before = await self._decode(picture, IMAGE_FIELD, share=caller.share)
@@ -121,7 +122,7 @@ class ReplayService:
 
 
 def with_sources(provenance: EmbeddedProvenance, image: bytes | None, mask: bytes | None) -> GenerationRequest:
-    """The request of a provenance with its input images."""
+    """Return the request of a provenance with its input images."""
     return replace(
         provenance.request,
         image=ImageInput("image_file", data=image) if image is not None else None,
@@ -130,7 +131,7 @@ def with_sources(provenance: EmbeddedProvenance, image: bytes | None, mask: byte
 
 
 def peak_signal_to_noise(one: Pixels, other: Pixels) -> float | None:
-    """Peak signal-to-noise ratio of two uint8 images in dB; `None` for equal ones, which have no finite ratio.
+    """Return the peak signal-to-noise ratio of two uint8 images in dB; `None` for equal images: it would be infinite.
 
     0 dB for images of different sizes.
     """
@@ -140,7 +141,7 @@ def peak_signal_to_noise(one: Pixels, other: Pixels) -> float | None:
 
 
 def _request_of(requested: Mapping[str, object]) -> GenerationRequest:
-    """The order a record tells, its types checked here and its bounds wherever an order is resolved."""
+    """Return the recorded request. Checks types only; `resolve_request` checks the bounds."""
     if unknown := sorted(set(requested) - _RECORDED):
         raise _refused(f"was asked for with what is not known here: {', '.join(unknown)[:100]}")
     try:

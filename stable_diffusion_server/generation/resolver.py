@@ -1,4 +1,4 @@
-"""Resolves a request: defaults, seed, output format, object key and digests. Pure but for a random seed."""
+"""Resolves a request: defaults, seed, output format, object key and digests. Pure except for a random seed."""
 
 from __future__ import annotations
 
@@ -30,19 +30,18 @@ T = TypeVar("T")
 
 DEFAULT_QUALITY = 85
 _EXTENSIONS = {"webp": Format.WEBP, "png": Format.PNG, "jpg": Format.JPEG, "jpeg": Format.JPEG}
-# Names that would promise a file this server does not make.
+# Extensions of image files that this server does not produce.
 _OTHER_IMAGE_EXTENSIONS = frozenset("gif svg bmp tif tiff avif heic heif jxl ico pdf psd jp2 ppm tga".split())
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationOptions:
-    """What the service was set up with. `embed_metadata` is full, digest or none.
+    """Options of the generation service. `embed_metadata` is full, digest or none.
 
-    `bumpy_redraws` is how often a picture that is too bumpy is drawn again, `None` what the model's facts say.
-    `models` are the facts of the models that draw here, by name; the default one is among them, or another is. `loras`
-    are the adapters that can be used, each with the digest of its present content; to look one up may read its file,
-    and raises `InvalidInput` with the reason when it cannot be used. `unusable`
-    are models that were asked for and cannot be loaded, by name.
+    `bumpy_redraws` is the number of retries of a bumpy image, `None` for the value in the model's spec.
+    `models` are the specs of the usable models by name, at least one; the default model may be missing. `loras` returns
+    the usable LoRAs: name → digest of the current content. A lookup may read the LoRA's file, and raises `InvalidInput`
+    with the reason if the LoRA cannot be used. `unusable` are the configured models that could not be loaded, by name.
     """
 
     limits: RequestLimits
@@ -75,11 +74,11 @@ class ResolvedParameters:
 
 @dataclass(frozen=True, slots=True)
 class ResolvedRequest:
-    """A request with everything decided that needs no look at its input images.
+    """A request with all values that can be decided without decoding its input images.
 
-    Three digests tell it from others: `content` is the identity of the picture, `asked` that of the order with its
-    seed left as asked, and `sent` the same with the addresses of remote pictures in the place of their bytes.
-    `pictures` are the SHA-256 of the files it comes with, once they are there, `lora_digests` those of its adapters.
+    `content_digest` identifies the image. `request_digest` identifies the request with its seed as requested.
+    `sent_digest` is the same, but with the URLs of remote input images instead of their bytes.
+    `source_digests` are the SHA-256 of the input files, or URLs before the download; `lora_digests` those of LoRA files.
     """
 
     request: GenerationRequest
@@ -96,17 +95,17 @@ class ResolvedRequest:
 
     @property
     def tag(self) -> str:
-        """What exactly is to be stored under the key: orders of one tag share one effort."""
+        """Identifies the object to store under the key: requests with equal key and tag share one task."""
         return f"{self.content_digest}/{self.file}/{self.request.overwrite}/{self.request.alone}"
 
     @property
     def file(self) -> str:
-        """What kind of file the picture is stored as."""
+        """Format and quality of the stored file, such as `webp/90`."""
         return f"{self.file_format}/{self.quality}"
 
     @property
     def key_is_known(self) -> bool:
-        """Whether the key was known before any picture was fetched."""
+        """Whether the key does not depend on the input images, so that it is final before they are downloaded."""
         return self.request.save_path is not None and not self.request.named_by_content
 
     def matches(self, record: Mapping[str, str]) -> bool:
@@ -118,10 +117,10 @@ class ResolvedRequest:
 def resolve_request(
     request: GenerationRequest, options: GenerationOptions, fetched: Mapping[str, bytes] | None = None
 ) -> ResolvedRequest:
-    """Resolve a request. Pure but for `seed=random`. Raises `InvalidInput`.
+    """Resolve a request. Pure except for `seed=random`. Raises `InvalidInput`, and `ModelLoadError` as `spec_for` does.
 
-    `fetched` are the bytes of its remote pictures by field. Without them the addresses stand for the pictures, and
-    only `sent`, and the key if `key_is_known`, are what they will be.
+    `fetched` are the bytes of downloaded input images by parameter. Without them the URLs replace the bytes in the
+    digests; then only `sent_digest`, and the key if `key_is_known`, are final.
     """
     options.limits.check(request)
     parameters = _resolve_parameters(request, options)
@@ -135,7 +134,7 @@ def resolve_request(
     seed = _seed(request, request_digest)
     content = digest({**spec, **pictures, "seed": seed})
     file_format = _file_format(request)
-    # PNG loses nothing at any quality, so it has none to tell two files apart by.
+    # PNG is lossless, so its quality must not make two files differ.
     quality = 100 if file_format is Format.PNG else _or_default(request.quality, DEFAULT_QUALITY)
     conceal = options.ownership.conceal
     key_digest = conceal(digest({"content": content, "format": file_format, "quality": quality}), request)
@@ -158,9 +157,10 @@ def resolve_request(
 
 
 def spec_for(request: GenerationRequest, options: GenerationOptions) -> ModelSpec:
-    """The facts of the model that draws an order; another than the default one only where that was never asked for.
+    """Return the spec of the request's model.
 
-    Raises `InvalidInput` for one that is not here, `ModelLoadError` for one whose files cannot be used.
+    If the request names no model and the default model is missing, returns the first usable model. Raises
+    `InvalidInput` for an unknown model, `ModelLoadError` for one that could not be loaded.
     """
     wanted = request.model or options.default_model
     if wanted in options.unusable:
@@ -209,7 +209,7 @@ def _resolve_parameters(request: GenerationRequest, options: GenerationOptions) 
         warnings=tuple(warnings),
     )
     scheduler_of(spec, parameters.scheduler, parameters.num_inference_steps)
-    steps_skipped(spec, parameters.num_inference_steps, parameters.strength)  # refuses a strength that leaves no step
+    steps_skipped(spec, parameters.num_inference_steps, parameters.strength)  # raises if the strength leaves no step
     if request.canny_low > request.canny_high:
         sentence = "canny_low must not be above canny_high."
         raise InvalidInput.from_faults([("canny_low", sentence), ("canny_high", sentence)])
@@ -217,7 +217,7 @@ def _resolve_parameters(request: GenerationRequest, options: GenerationOptions) 
 
 
 def _adapters(request: GenerationRequest, options: GenerationOptions) -> list[tuple[str, float, str]]:
-    """The order's adapters: name, weight, and which weights these are. Raises `InvalidInput` for unknown ones."""
+    """Return name, weight and content digest of each LoRA. Raises `InvalidInput` for an unknown LoRA."""
     if not request.loras:
         return []
     there = options.loras()
@@ -241,7 +241,7 @@ def _identity_fields(
     adapters: list[tuple[str, float, str]],
     stop_words: StopWords,
 ) -> dict[str, object]:
-    """The fields that identify the image, but for the seed and the input images."""
+    """Return the fields that identify the image, except the seed and the input images."""
     resized = request.image is not None and request.width is not None
     return {
         "task": request.task,
@@ -269,7 +269,7 @@ def _identity_fields(
 
 
 def _identities(request: GenerationRequest, given: Mapping[str, str | bytes]) -> dict[str, str | None]:
-    """What tells the order's pictures from others: the digest of their bytes, or an address standing for them."""
+    """Return identities of the input images: SHA-256 of the bytes, or the URL as a placeholder."""
 
     def identity(source: ImageInput | None) -> str | None:
         if source is None:
@@ -281,14 +281,14 @@ def _identities(request: GenerationRequest, given: Mapping[str, str | bytes]) ->
 
 
 def _seed(request: GenerationRequest, request_digest: str) -> int:
-    """The seed asked for, one from the order's digest, so that equal orders are equal pictures, or a new one."""
+    """Return the requested seed, a random one, or one derived from the digest (equal requests, equal images)."""
     if request.seed == "random":
         return randbelow(SEED_MAX + 1)
     return int(request_digest[:8], 16) if request.seed is None else (request.seed + request.variation) % (SEED_MAX + 1)
 
 
 def _name(request: GenerationRequest, request_digest: str) -> str:
-    """The name asked for; if it is to tell the content, with eight digits of a name-based UUID before the file name."""
+    """Return `save_path`; with `named_by_content`, the file name gets a prefix of 8 digits of a UUIDv5."""
     name = request.save_path or ""
     if not request.named_by_content or not name:
         return name
@@ -308,7 +308,7 @@ def _cleaned(text: str, field: str) -> str:
 
 
 def _file_format(request: GenerationRequest) -> Format:
-    """The format asked for, else the one the name's ending promises, else WebP. A contradiction is refused."""
+    """Return the requested format, or that of the extension of `save_path`, or WebP. Raises `InvalidInput`."""
     name = (request.save_path or "").rsplit("/", 1)[-1]
     ending = name.rsplit(".", 1)[1].lower() if "." in name else ""
     if ending in _OTHER_IMAGE_EXTENSIONS:

@@ -1,4 +1,4 @@
-"""Results of generation requests: for an image that was generated, was stored before, or belongs to another caller."""
+"""Builds results of generation requests: for a new image, a cache hit, or an image of another caller."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _STORED_LATER = RequestWarning(
 
 @dataclass(frozen=True, slots=True)
 class GenerationOutcome:
-    """What one shared task gives. `layout` and `image` are `None` if the object was already stored.
+    """Outcome of one shared generation task. `layout` and `image` are `None` if the object was already stored.
 
     `data` is the stored file. `coalesced`: an equal request under another key generated the image.
     """
@@ -39,14 +39,14 @@ class GenerationOutcome:
 
 
 class ResultCache:
-    """Results of cache hits, by key. An entry holds only for the very objects it was made from. Thread-safe."""
+    """Results of cache hits, by key. An entry is valid only for the very objects it was made from. Thread-safe."""
 
     def __init__(self, size: int) -> None:
         self._entries: LRUCache[str, tuple[ResolvedRequest, StoredObject, GenerationResult]] = LRUCache(size)
         self._lock = threading.Lock()
 
     def result_of(self, resolved: ResolvedRequest, stored: StoredObject) -> GenerationResult:
-        """The result for a stored object, made once."""
+        """Return the result for a stored object, from the cache if possible."""
         with self._lock:
             entry = self._entries.get(resolved.key)
             if entry is None or entry[0] is not resolved or entry[1] is not stored:
@@ -64,7 +64,7 @@ def result_of_generated(
     timings: Mapping[str, float],
     coalesced: bool,
 ) -> GenerationResult:
-    """The result for an image that was generated now; `warnings` are those of the generation."""
+    """Return the result for a newly generated image; `warnings` are those of the generation."""
     request = image.request
     return GenerationResult(
         key=resolved.key,
@@ -89,7 +89,7 @@ def result_of_generated(
 def generation_warnings(
     resolved: ResolvedRequest, layout: ImageLayout, request: DiffusionRequest, image: CheckedImage[DecodedPixels]
 ) -> list[RequestWarning]:
-    """Warnings about a shortened prompt (`request` has the shortened one) and a repeated decoding."""
+    """Return warnings about a shortened prompt (`request` has the shortened one) and a repeated decoding."""
     warnings = []
     if request.prompt != layout.request.prompt:
         limit = resolved.parameters.spec.text_tokens
@@ -100,7 +100,7 @@ def generation_warnings(
 
 
 def result_of_stored(resolved: ResolvedRequest, stored: StoredObject) -> GenerationResult:
-    """The result for an object that was stored before, from its record. Warns if it was made from another request."""
+    """Return the result for a cache hit, from the object's record. Warns if another request made the object."""
     record = stored.record
     width, height = _int(record, "width"), _int(record, "height")
     if resolved.matches(record):
@@ -130,10 +130,10 @@ def result_of_stored(resolved: ResolvedRequest, stored: StoredObject) -> Generat
 
 
 def result_for_other_caller(resolved: ResolvedRequest, result: GenerationResult, seconds: float) -> GenerationResult:
-    """The result for a stored image that the caller may not know about.
+    """Return the result for a stored image whose existence the caller must not learn.
 
-    Under a key derived from the request it looks as if it was generated now. Under a key the caller chose it is the
-    same whether or not the requests are equal; otherwise prompts could be guessed.
+    Under a key derived from the request, the result looks like that of a new image. Under a key that the caller chose,
+    the result is the same whether or not the requests are equal; otherwise callers could guess prompts.
     """
     if resolved.request.save_path is None or resolved.request.named_by_content:
         stages = dict.fromkeys(("queue", "prepare", "denoise", "decode", "encode", "store"), 0.0)
@@ -159,7 +159,7 @@ def result_for_other_caller(resolved: ResolvedRequest, result: GenerationResult,
 
 
 def _float(record: Mapping[str, str], name: str) -> float | None:
-    """A finite number of a record; `None` if there is none, since anyone may have stored the object."""
+    """Return a finite number of a record, otherwise `None`: other software may have written the record."""
     try:
         value = float(record[name])
     except (KeyError, ValueError):
@@ -177,5 +177,5 @@ def _delay_warnings(stored: StoredObject) -> tuple[RequestWarning, ...]:
 
 
 def rounded(timings: Mapping[str, float]) -> dict[str, float]:
-    """Seconds rounded to 0.1 ms."""
+    """Return the seconds rounded to 0.1 ms."""
     return {stage: round(seconds, 4) for stage, seconds in timings.items()}

@@ -46,17 +46,17 @@ from stable_diffusion_server.types import (
 
 _NO_CALLER = Caller()
 _NO_FILES: Mapping[str, bytes] = {}
-# Resolved requests and results of cache hits that are remembered.
+# Maximum number of cached resolved requests, and of cached results of cache hits.
 _CACHE_SIZE = 1024
 
 _log = structlog.get_logger(__name__)
 
 
 class GenerationService:
-    """Answers generation requests: equal ones that overlap are generated once, stored ones not again.
+    """Answers generation requests. Concurrent equal requests share one generation; stored images are returned.
 
-    `known` looks a key up in the existence cache without blocking; `record` receives history entries and must not
-    raise. With `log_prompts` the log line of a stored image has its prompt.
+    `known` looks a key up in the existence cache without blocking. `record` receives history entries and must not
+    raise. With `log_prompts` the log line of a stored image contains its prompt.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class GenerationService:
         self._output = OutputWriter(bucket, options.embed_metadata, record, options.ownership)
         self._known = known
         self._results = ResultCache(_CACHE_SIZE)
-        # Resolving depends on the request and on the model's spec, which changes when its weights are loaded.
+        # The cache key includes the model's spec, because the spec changes when the weights are loaded.
         self._resolve_cached = lru_cache(_CACHE_SIZE)(lambda request, spec: resolve_request(request, options))
         self._generations: SingleFlight[GenerationOutcome] = SingleFlight()
         self._executor = GenerationExecutor(queue, count_tokens, options)
@@ -101,25 +101,25 @@ class GenerationService:
         job_id: str = "",
         suspect: bool = False,
     ) -> GenerationResult:
-        """The result of a request, once its image is stored.
+        """Return the result of a request once its image is stored.
 
         `watch` receives progress on the event loop (queued, started, step), with previews if `previews`, which may be
-        a function that is asked at each step. No final report is sent: the outcome is this call's return value or
-        exception. `fetched` are files of the request's URLs, by parameter, as far as they are known. `job_id` is set
+        a function that is called at each step. No final report is sent: the outcome is this call's return value or
+        exception. `fetched` are already downloaded files of the request's URLs, by parameter. `job_id` is set
         for an asynchronous job; a `suspect` runs with no other request on the device.
 
         Raises `InvalidInput`, `TooLarge`, `UnsupportedMedia`, `RemoteFetchFailed`, `QueueFull`, `NotReady`,
-        `StorageUnavailable`, `DeadlineExceeded`, and what generation raises. Cancelling the call takes the request
-        off the device, unless other calls wait for it too.
+        `StorageUnavailable`, `DeadlineExceeded`, and the errors of the generation. Cancelling the call removes
+        the request from the device, unless other calls wait for it too.
         """
         context = SubmissionContext(caller, background, job_id, suspect)
         result, _ = await self._generate_with_deadline(request, fetched, context, CallbackListener(watch, previews))
         return result
 
     def lookup_cached(self, request: GenerationRequest, caller: Caller = _NO_CALLER) -> GenerationResult | None:
-        """The result of a request whose image is known to be stored and visible to the caller.
+        """Return the result of a request whose image is stored and visible to the caller, without I/O.
 
-        `None` if that is not known without I/O. Never blocks. Raises `InvalidInput`.
+        `None` if the caches do not show that. Never blocks. Raises `InvalidInput`.
         """
         if request.sources or request.loras or request.overwrite or request.seed == "random":
             return None
@@ -142,26 +142,26 @@ class GenerationService:
         previews: bool | Callable[[], bool] = False,
         fetched: Mapping[str, bytes] = _NO_FILES,
     ) -> tuple[GenerationResult, bytes]:
-        """The result and the file that this request generated, even if the key was overwritten since."""
+        """Return the result and the file that this request generated, even if the key was overwritten since."""
         context, listener = SubmissionContext(caller, background), CallbackListener(watch, previews)
         result, outcome = await self._generate_with_deadline(request, fetched, context, listener)
         try:
             return result, outcome.data or await self.read_file(result)
-        except NotFound:  # deleted by another process; the existence cache has dropped the key now
+        except NotFound:  # another process deleted it; the existence cache has dropped the key by now
             result, outcome = await self._generate_with_deadline(request, fetched, context, listener)
             return result, outcome.data or await self.read_file(result)
 
     async def validate(self, request: GenerationRequest) -> None:
-        """Raise the errors of the request itself, before anything it names is looked up."""
+        """Raise the errors of the request's parameters, without downloads or storage lookups."""
         await self._resolve(request)
 
     async def prepare_for_storage(
         self, request: GenerationRequest, caller: Caller = _NO_CALLER
     ) -> tuple[GenerationRequest, dict[str, bytes]]:
-        """The request as it can be stored and run later, and the files of its URLs unless the image is stored.
+        """Return the request to store for a later run, and the files of its URLs unless the image is already stored.
 
         A random seed is chosen now if the key is derived from the content, so that a second run gives the same image.
-        Raises what `generate` raises before generation; downloads count against the request's `timeout`.
+        Raises the errors that `generate` raises before the generation. Downloads count against the request's `timeout`.
         """
         resolved = await self._resolve(request)
         if request.save_path is None:
@@ -173,11 +173,11 @@ class GenerationService:
             return request, await self._inputs.fetch_files(request, _NO_FILES, caller)
 
     async def read_file(self, result: GenerationResult) -> bytes:
-        """The file stored under a result's key now. Raises `NotFound`, `StorageUnavailable`."""
+        """Return the file that is stored under a result's key now. Raises `NotFound`, `StorageUnavailable`."""
         return await asyncio.to_thread(read_image, self._bucket, result.key)
 
     async def is_gone(self, result: GenerationResult) -> bool:
-        """Whether nothing is stored under a result's key any more; false while the storage is unavailable."""
+        """Whether the object of a result was deleted; false while the storage is unavailable."""
         with suppress(StorageUnavailable):
             return self._known(result.key) is None and await asyncio.to_thread(self._bucket.peek, result.key) is None
         return False
@@ -196,7 +196,7 @@ class GenerationService:
         self._output.close()
 
     async def _resolve(self, request: GenerationRequest) -> ResolvedRequest:
-        # Input files are hashed and LoRA files read in a thread; text alone takes less time than the thread hop.
+        # Input files are hashed and LoRA files read in a thread; for text alone, a thread switch would cost more.
         if request.sources or request.loras:
             return await asyncio.to_thread(resolve_request, request, self._options)
         return resolve_request(request, self._options) if request.seed == "random" else self._resolve_words(request)
@@ -228,7 +228,7 @@ class GenerationService:
             return result, outcome
         coalesced = joined or outcome.coalesced
         self._metrics.record_generation("coalesced" if coalesced else "drawn")
-        # An equal request under another key may be another caller's, which this caller must not learn.
+        # The equal request under another key may be of another caller; this caller must not learn about it.
         may_tell = may_know and (joined or ownership.keyed is None or caller.has_full_access)
         result = result_of_generated(
             resolved,
@@ -248,9 +248,9 @@ class GenerationService:
         context: SubmissionContext,
         listener: ProgressListener,
     ) -> tuple[ResolvedRequest, GenerationOutcome, bool]:
-        """Join or start the generation of a key: the final resolved request, the outcome, whether it was joined.
+        """Join or start the generation of a key. Returns the final request, the outcome, whether it was joined.
 
-        An object under a key that does not depend on the input images is returned without fetching them.
+        If the key does not depend on the input images, a stored object is returned without downloading them.
         """
         request = resolved.request
         if any(source.url is not None for source in request.sources):
@@ -267,7 +267,7 @@ class GenerationService:
         return resolved, outcome, joined
 
     async def _find(self, resolved: ResolvedRequest) -> StoredObject | None:
-        """The object under the key; `None` if it is to be overwritten. Raises for a key the bucket refuses."""
+        """Return the object under the key; `None` if the request overwrites it. Raises for a key the bucket refuses."""
         overwrite = resolved.request.overwrite
         known = None if overwrite else self._known(resolved.key)
         with key_errors_explained(resolved):
@@ -281,7 +281,7 @@ class GenerationService:
         context: SubmissionContext,
         broadcaster: ProgressBroadcaster,
     ) -> GenerationOutcome:
-        """Look the object up; if it is missing, decode the inputs, generate, encode and store."""
+        """Look the object up. If it is missing, decode the inputs, generate, encode and store."""
         started = time.perf_counter()
         with self._tracing.span("cache_lookup"):
             found = await self._find(resolved)

@@ -17,7 +17,7 @@ class ProgressListener(Protocol):
 
     @property
     def wants_previews(self) -> bool:
-        """Whether previews are of use."""
+        """Whether the listener wants previews."""
 
     def on_progress(self, progress: GenerationProgress) -> None:
         """Receive a progress report, on the event loop."""
@@ -25,14 +25,14 @@ class ProgressListener(Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CallbackListener:
-    """A listener that calls a function. `previews` may be a function, which is asked at each step."""
+    """A listener that calls a function. `previews` may be a function, which is called at each step."""
 
     watch: Callable[[GenerationProgress], None]
     previews: bool | Callable[[], bool] = False
 
     @property
     def wants_previews(self) -> bool:
-        """Whether previews are of use now."""
+        """Whether the listener wants previews now."""
         return self.previews() if callable(self.previews) else self.previews
 
     def on_progress(self, progress: GenerationProgress) -> None:
@@ -90,8 +90,8 @@ class _SharedTask(Generic[T]):
 class SingleFlight(Generic[T]):
     """Running tasks by key, for one event loop.
 
-    Callers with the same key and `tag` share a task. Callers with another tag wait for its end and try again, as do
-    those that find a task that all callers left and that is still ending.
+    Callers with the same key and `tag` share a task. A caller with another tag waits until the task ends and then tries
+    again. So does a caller that finds a task which all callers left and which is still ending.
     """
 
     def __init__(self) -> None:
@@ -107,10 +107,10 @@ class SingleFlight(Generic[T]):
     async def join(
         self, key: str, tag: str, start: Start[T], listener: ProgressListener = NO_LISTENER
     ) -> tuple[T, bool]:
-        """The result of the task under `key`, and whether it was already running. Raises what the task raises.
+        """Return the result of the task under `key`, and whether it was already running. Raises the task's errors.
 
-        `start` makes the task and receives a broadcaster for its progress, to which `listener` is added. Cancelling a
-        call leaves the task to the other callers; the last one to leave cancels it.
+        `start` creates the task; it receives a broadcaster for the progress, which has `listener` added. Cancelling a
+        call does not stop the task while other callers wait; when the last caller leaves, the task is cancelled.
         """
         while (shared := self._tasks.get(key)) is not None and (shared.tag != tag or shared.abandoned):
             await asyncio.wait([shared.task])
@@ -139,4 +139,4 @@ class SingleFlight(Generic[T]):
         if self._tasks.get(key) is shared:
             del self._tasks[key]
         if not task.cancelled():
-            task.exception()  # marks it as retrieved: all callers may have left before it failed
+            task.exception()  # marks the exception as retrieved: all callers may have left before the task failed
