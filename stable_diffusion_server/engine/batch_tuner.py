@@ -1,4 +1,4 @@
-"""Batch-size tuner: measures step times by shape and batch size, and finds the largest batch that is worth it."""
+"""Batch-size tuner: measures step times by shape and batch size, and finds the largest worthwhile batch."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from stable_diffusion_server.engine.interface import P
 from stable_diffusion_server.engine.ticket import RunningRequest, Ticket
 from stable_diffusion_server.types import DiffusionRequest
 
-# Samples kept per batch size, samples needed to compare two sizes, and shapes remembered.
+# Maximum samples per batch size, minimum samples to compare two sizes, and maximum number of shapes.
 MAX_SAMPLES, MIN_SAMPLES, MAX_SHAPES = 8, 4, 64
-# A larger batch must take less than this share of the time per image; a smaller one may take this share more.
+# A larger batch is accepted if its time per image is below this factor of the smaller batch's. A smaller batch is
+# accepted if its time per image times this factor is below the larger batch's.
 WORTHWHILE = 0.95
-# Steps at the memory ceiling before a ceiling twice as high is tried; doubled after each out-of-memory error.
+# Steps at the memory ceiling before the tuner tries a ceiling twice as high; doubled after each out-of-memory error.
 RECOVERY_STEPS = 2048
 # Full-batch steps before a batch size that proved slower is retried (×4 after each failure, up to the maximum), and
 # before the next smaller size is re-tested.
@@ -28,8 +29,8 @@ RETEST_STEPS = 512
 class ShapeProfile:
     """Step times of one shape, and the largest batch size known to be worthwhile.
 
-    `cap` is in force: equal to `base`, the accepted size, or a size under test. `ceiling` is the limit of memory,
-    `max_batch` the configured one.
+    `cap` is the current limit: `base`, the accepted size, or a size under test. `ceiling` is the limit by memory,
+    `max_batch` the configured limit.
     """
 
     label: str
@@ -49,17 +50,17 @@ class ShapeProfile:
     steps_to_recovery: int = 0
 
     def sizes(self) -> list[int]:
-        """The measured batch sizes, ascending."""
+        """Return the measured batch sizes, ascending."""
         return sorted(size for size, times in self.times.items() if times)
 
     def seconds(self, size: int) -> float | None:
-        """Seconds per step of a batch of `size`, or of the nearest measured size; `None` if there is none."""
+        """Return seconds per step of a batch of `size`, or of the nearest measured size; `None` without samples."""
         if not self.sizes():
             return None
         return _lower_quartile(self.times[min(self.sizes(), key=lambda n: abs(n - size))])
 
     def add(self, size: int, seconds: float, cost: float) -> None:
-        """Record a step. The first one of a size includes warm-up and is left out."""
+        """Record a step. The first step of a size includes warm-up and is not counted."""
         if size not in self.times:
             self.times[size], self.costs[size] = deque(maxlen=MAX_SAMPLES), deque(maxlen=MAX_SAMPLES)
         else:
@@ -76,7 +77,7 @@ class ShapeProfile:
         return len(self.times.get(size, ())) >= MIN_SAMPLES
 
     def tune(self, size: int, more_wait: bool) -> None:
-        """After a step of `size`: compare the size under test, or start to test another one."""
+        """After a step of `size`: compare the size under test, or start to test another size."""
         if size != self.cap or not self.is_measured(size):
             return
         if self.cap != self.base:
@@ -99,7 +100,7 @@ class ShapeProfile:
         worthwhile = False
         if (base := self.costs.get(self.base)) and (cap := self.costs.get(self.cap)):
             now, before = _lower_quartile(cap) / self.cap, _lower_quartile(base) / self.base
-            # A smaller batch has less latency, so it may be a little slower per image.
+            # A smaller batch has less latency, so it may take slightly more time per image.
             worthwhile = now < WORTHWHILE * before if self.cap > self.base else WORTHWHILE * now < before
         if worthwhile:
             self.base, self.failed_tests, self.patience = self.cap, 0, 0
@@ -118,14 +119,14 @@ class ShapeProfile:
 
 
 def _lower_quartile(samples: Iterable[float]) -> float:
-    """The lower quartile: other work on the machine can only make a step slower."""
+    """Return the lower quartile, because other work on the machine can only make a step slower."""
     ordered = sorted(samples)
     return ordered[len(ordered) // 4]
 
 
 @dataclass(frozen=True, slots=True)
 class StepTimings:
-    """Timings of one shape for metrics: the batch cap in force, and seconds per step by batch size."""
+    """Timings of one shape for metrics: the current batch cap, and seconds per step by batch size."""
 
     label: str
     cap: int
@@ -142,19 +143,19 @@ class BatchSizeTuner:
     def __init__(self, max_batch: int, *, learn: bool = False) -> None:
         self._max_batch = max_batch
         self._learn = learn
-        # In order of use, which the estimates read too; cachetools.LRUCache does not show its order.
+        # In order of use, because the estimates need that order; cachetools.LRUCache does not expose it.
         self._profiles: OrderedDict[Hashable, ShapeProfile] = OrderedDict()
         self._lock = threading.Lock()
 
     def cap(self, request: DiffusionRequest) -> int:
-        """Largest number of requests of this shape that may share a forward pass."""
+        """Return the maximum number of requests of this shape that may share a forward pass."""
         with self._lock:
             return self._profile_of(request).cap
 
     def record_step(
         self, request: DiffusionRequest, size: int, seconds: float, cost: float, *, more_wait: bool
     ) -> None:
-        """Record a step of a batch of `size`; `more_wait` says whether more requests would have joined.
+        """Record a step of a batch of `size`; `more_wait` says whether more compatible requests were waiting.
 
         Sizes are compared by `cost`: the seconds, or the CPU seconds of the worker's own thread.
         """
@@ -178,17 +179,17 @@ class BatchSizeTuner:
             self._profile_of(request).lower_ceiling(size // 2)
 
     def seconds_for(self, request: DiffusionRequest, steps: int, size: int = 1) -> float | None:
-        """Estimated seconds of `steps` steps in a batch of `size`, overhead included.
+        """Return estimated seconds of `steps` steps in a batch of `size`, overhead included.
 
-        For a shape without samples: scaled by pixels from another shape of the model; `None` if there is none.
+        A shape without samples uses another shape of the same model, scaled by pixels; `None` if there is none.
         """
         with self._lock:
             return self._seconds_for(request, steps, size)
 
     def etas(self, waiting: Iterable[Ticket[P]], running: Iterable[RunningRequest[P]]) -> list[float | None]:
-        """Seconds until each waiting ticket is done, if batches are as large as allowed.
+        """Return the seconds until each waiting ticket is done, if batches are as large as allowed.
 
-        A ticket without an estimate gets `None`, and counts as 0 s for those behind it.
+        A ticket without an estimate gets `None`, and counts as 0 s for later tickets.
         """
         with self._lock:
             left = [self._seconds_for(one.ticket.request, one.steps_left, 1) or 0.0 for one in running]
@@ -211,7 +212,7 @@ class BatchSizeTuner:
         return scale * (steps * (profile.seconds(size) or 0.0) + (profile.overhead or 0.0))
 
     def step_timings(self) -> list[StepTimings]:
-        """The timings of all shapes, one for each label."""
+        """Return the timings of all shapes, one entry per label."""
         with self._lock:
             return [
                 StepTimings(

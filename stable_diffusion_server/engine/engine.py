@@ -20,13 +20,13 @@ from stable_diffusion_server.types import DiffusionRequest, EngineEvent
 
 
 class Engine(Generic[P]):
-    """Runs requests on a device, those of one shape in batches (continuous batching per denoising step).
+    """Runs requests on a device. Requests of one shape share batches (continuous batching per denoising step).
 
-    `load` is called on the engine's first thread, then `on_loaded` with the denoiser, before any request is accepted;
-    `on_ready` once requests are. `workers` is the number of threads that run batches in parallel; 0 takes the
+    The first engine thread calls `load`, then `on_loaded` with the denoiser, before the engine accepts requests, then
+    `on_ready`. `workers` is the number of threads that run batches in parallel; 0 takes the
     denoiser's own choice. With `learn`, batches grow from one request as far as that is faster, up to `max_batch`.
-    `on_device_lost` is called when only a new process can use the device again, and `on_occupancy`, on the engine's
-    threads, whenever the requests on the device change.
+    The engine calls `on_device_lost` when only a new process can use the device again, and `on_occupancy`, on its
+    threads, whenever the set of requests on the device changes.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Engine(Generic[P]):
         return len(self._scheduler.on_device)
 
     def step_timings(self) -> list[StepTimings]:
-        """Step times and batch caps by shape."""
+        """Return step times and batch caps by shape."""
         return self._scheduler.tuner.step_timings()
 
     def start(self) -> None:
@@ -85,7 +85,7 @@ class Engine(Generic[P]):
         self._start_thread(self._load_and_run, 1)
 
     def drain(self) -> None:
-        """Accept no more requests and fail those that were not started; the others run to their end."""
+        """Accept no more requests, fail the requests that were not started, and let the others finish."""
         if self.state is not EngineState.FAILED:
             self._scheduler.enter(EngineState.STOPPED, "The server is going down.")
         self._scheduler.fail_all(running=False)
@@ -99,10 +99,10 @@ class Engine(Generic[P]):
         self._scheduler.fail_all(running=True)
 
     def check_open(self, owner: str = "", *, background: bool = False) -> None:
-        """Raise what `submit` would: `NotReady` until the models are loaded, `QueueFull` while the queue is full.
+        """Raise what `submit` would raise: `NotReady` until the models are loaded, `QueueFull` while the queue is full.
 
-        Also `QueueFull` for an owner that holds most of a nearly full queue, so that others find room. Background
-        work is limited where it was accepted.
+        Also raises `QueueFull` for an owner that holds most of a nearly full queue, to leave room for other owners.
+        This share does not apply to background requests: the job manager limits them when it accepts a job.
         """
         scheduler = self._scheduler
         with scheduler.changed:
@@ -174,7 +174,7 @@ class Engine(Generic[P]):
         scheduler = self._scheduler
         try:
             denoiser = self._load_denoiser()
-        except BaseException as error:  # /readyz has to report it, whatever it is
+        except BaseException as error:  # /readyz has to report any error
             scheduler.shut_down(error, "The models could not be loaded.")
             return
         prepare_lock = threading.Lock()

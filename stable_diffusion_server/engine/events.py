@@ -18,7 +18,7 @@ _log = structlog.get_logger(__name__)
 
 
 class EventDispatcher:
-    """Builds events and sends them. `observe` is called by one thread at a time; its errors are logged only."""
+    """Builds events and sends them. One thread at a time calls `observe`; its errors are only logged."""
 
     def __init__(self, observe: Callable[[EngineEvent], None]) -> None:
         self._observe = observe
@@ -70,5 +70,5 @@ def _send(receive: Callable[[EngineEvent], None] | None, event: EngineEvent) -> 
     try:
         if receive is not None:
             receive(event)
-    except Exception as error:  # observers are optional
+    except Exception as error:  # an observer's error must not fail the request
         _log.warning("an event observer failed", exc_info=error)

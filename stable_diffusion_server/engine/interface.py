@@ -45,7 +45,7 @@ class DenoiserCapabilities(Protocol):
 
     @property
     def unshareable(self) -> str:
-        """Why several threads may not use the denoiser at once, as a sentence; empty if they may."""
+        """Why several threads must not use the denoiser concurrently, as a sentence; empty if they may."""
         return ""
 
     @property
@@ -55,18 +55,18 @@ class DenoiserCapabilities(Protocol):
 
     @property
     def cpu_threads(self) -> int:
-        """Number of CPU threads that compute, over all workers; 0 if another device computes."""
+        """Number of CPU threads that compute, of all workers together; 0 if another device computes."""
         return 0
 
     def preview(self, state: Any) -> NDArray[np.uint8] | None:
-        """A small image of a state, uint8, height × width × 3; `None` if the denoiser has no previews."""
+        """Return a small image of a state, uint8, height × width × 3; `None` if the denoiser has no previews."""
         return None
 
     def release_memory(self) -> None:
         """Free cached device memory that no request uses."""
 
     def shrink(self) -> bool:
-        """Use less memory from now on; false if that is not possible."""
+        """Use less memory from now on. Returns false if that is not possible."""
         return False
 
     def enter_worker(self, workers: int) -> None:
@@ -77,13 +77,13 @@ class Denoiser(DenoiserCapabilities, Protocol[S, P_co]):
     """The model the engine runs. Only the engine's own threads call it."""
 
     def prepare(self, request: DiffusionRequest) -> S:
-        """The state of a request before its first step."""
+        """Return the state of a request before its first step."""
 
     def step(self, states: Sequence[S]) -> None:
-        """Run one denoising step for all states, which have the same `shape`."""
+        """Run one denoising step for all states; all have the same `shape`."""
 
     def finish(self, state: S) -> P_co:
-        """Decode a finished state. Does not change it, so it can be called again."""
+        """Decode a finished state. Does not change the state, so a retry is possible."""
 
 
 class EngineState(StrEnum):

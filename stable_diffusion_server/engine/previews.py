@@ -16,7 +16,7 @@ from stable_diffusion_server.engine.ticket import RunningRequest
 
 # At most one preview per this many steps, and at most this share of the time spent on steps.
 MIN_STEPS_BETWEEN, MAX_TIME_SHARE = 2, 0.05
-# Number of shapes whose preview time is remembered.
+# Maximum number of shapes with a stored preview time.
 MAX_SHAPES = 64
 
 _log = structlog.get_logger(__name__)
@@ -30,7 +30,7 @@ class PreviewScheduler:
         self._seconds: LRUCache[Any, float] = LRUCache(MAX_SHAPES)
 
     def preview_of(self, running: RunningRequest[Any]) -> NDArray[np.uint8] | None:
-        """A preview of the request, uint8, height × width × 3; `None` if not wanted, not due, or too expensive now."""
+        """Return a preview, uint8, height × width × 3; `None` if it is not wanted, not due, or too expensive now."""
         state = running.state
         if not running.ticket.wants_previews or state.done:
             return None
@@ -44,7 +44,7 @@ class PreviewScheduler:
             ):
                 return None
             preview, seconds = self._timed_preview(state)
-        except Exception as error:  # previews are optional
+        except Exception as error:  # a failed preview must not fail the request
             _log.warning("a preview failed", exc_info=error)
             return None
         running.last_preview_step = state.index
@@ -53,7 +53,7 @@ class PreviewScheduler:
         return preview
 
     def _expected_seconds(self, state: Any) -> float | None:
-        """Seconds of a preview of this shape, measured at the first call; `None` if the denoiser has no previews."""
+        """Return seconds per preview of this shape, measured at the first call; `None` without preview support."""
         seconds = self._seconds.get(state.shape)
         if seconds is None:
             # The first preview of a shape may include one-off setup; exclude it from the timing.

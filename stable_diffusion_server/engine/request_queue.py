@@ -14,7 +14,7 @@ from typing import Generic
 from stable_diffusion_server.engine.interface import P
 from stable_diffusion_server.engine.ticket import RunningRequest, Ticket
 
-# While interactive requests wait, one in this many requests taken is a background one, so that these finish too.
+# While interactive requests wait, one in this many taken requests is a background request, against starvation.
 BACKGROUND_EVERY = 8
 # Number of queue entries searched for requests that can join a batch.
 SEARCH_DEPTH = 64
@@ -32,7 +32,7 @@ class FairQueue(Generic[P]):
     """Start-time fair queueing of the tickets of several owners (Goyal, Vin & Cheng 1996).
 
     Each owner has a tag that grows by the cost of every ticket taken from its queue; the owner with the smallest tag
-    is next. An owner that returns starts at the current tag, so unused time is not saved up.
+    is next. An owner that returns starts at the current tag, so it does not accumulate unused time.
     """
 
     def __init__(self) -> None:
@@ -55,7 +55,7 @@ class FairQueue(Generic[P]):
         self._queues[ticket.owner].append(ticket)
 
     def remove(self, ticket: Ticket[P]) -> bool:
-        """Remove a ticket at no cost to its owner; false if it is not queued."""
+        """Remove a ticket without charging its owner. Returns false if it is not queued."""
         queue = self._queues.get(ticket.owner, ())
         if ticket not in queue:
             return False
@@ -73,7 +73,7 @@ class FairQueue(Generic[P]):
             del self._tags[owner]
 
     def in_order(self) -> list[QueueEntry[P]]:
-        """All tickets in the order they are taken if no other ticket arrives."""
+        """Return all tickets in the order in which they are taken if no other ticket arrives."""
         heads = [
             (self._tags[owner], queue[0].queued_at, number, owner)
             for number, (owner, queue) in enumerate(self._queues.items())
@@ -94,9 +94,10 @@ class FairQueue(Generic[P]):
 
 
 class RequestQueue(Generic[P]):
-    """Waiting tickets in three classes: restarted ones, then interactive ones, then background ones.
+    """Waiting tickets in three priority classes: restarted, interactive, background.
 
-    Within a class owners share by `FairQueue`. The shape of the first ticket decides which batch runs next.
+    Interactive tickets, and background tickets, have a `FairQueue` each. The shape of the first ticket decides which
+    batch runs next.
     """
 
     def __init__(self) -> None:
@@ -119,7 +120,7 @@ class RequestQueue(Generic[P]):
         self._classes[ticket.background].add(ticket)
 
     def add_restarted(self, tickets: Iterable[Ticket[P]]) -> None:
-        """Put tickets that already were on the device before all others, in their order."""
+        """Put tickets that already were on the device before all others; their order stays the same."""
         self._entries = None
         self._restarted.extendleft(reversed(list(tickets)))
 
@@ -142,7 +143,7 @@ class RequestQueue(Generic[P]):
         self._classes[ticket.background].take(ticket)
 
     def in_order(self) -> list[QueueEntry[P]]:
-        """All tickets in the order they are taken if no other ticket arrives."""
+        """Return all tickets in the order in which they are taken if no other ticket arrives."""
         if self._entries is None:
             entries = [QueueEntry(float("-inf"), ticket) for ticket in self._restarted]
             interactive, background = (deque(self._classes[late].in_order()) for late in (False, True))
@@ -155,15 +156,15 @@ class RequestQueue(Generic[P]):
         return self._entries
 
     def next_ticket(self) -> Ticket[P] | None:
-        """The first ticket; `None` if the queue is empty."""
+        """Return the first ticket; `None` if the queue is empty."""
         entries = self.in_order()
         return entries[0].ticket if entries else None
 
     def find_batch_compatible(self, batch: Sequence[RunningRequest[P]], cap: int) -> Ticket[P] | None:
-        """The next ticket that may join `batch` of at most `cap` requests; `None` if there is none.
+        """Return the next ticket that may join `batch` of at most `cap` requests; `None` if there is none.
 
-        The first ticket may if it has the same shape. Another one may overtake those before it only if they wait no
-        step longer, and if no owner gets ahead of another one by more than one full batch.
+        The first ticket may join if it has the same shape. Another ticket may overtake those before it only if they
+        wait no step longer, and if no owner gets ahead of another owner by more than one full batch.
         """
         if len(batch) >= cap or any(running.ticket.alone for running in batch):
             return None
@@ -178,7 +179,7 @@ class RequestQueue(Generic[P]):
 
 
 def may_overtake(entry: QueueEntry[P], ahead: Iterable[QueueEntry[P]], cap: int) -> bool:
-    """Whether an entry may be taken before `ahead`: none has a higher class, no owner is left too far behind."""
+    """Whether an entry may overtake `ahead`: none has a higher class, and no owner falls too far behind."""
     ticket = entry.ticket
     limit = (cap - 1) * ticket.cost
     for other in ahead:

@@ -16,10 +16,10 @@ from stable_diffusion_server.engine.ticket import RunningRequest, Ticket
 from stable_diffusion_server.errors import DeviceLost, ModelLoadError, NotFinite, NotReady, ServerError
 from stable_diffusion_server.types import EngineEventKind
 
-# Called with the labels of the requests on the device, and whether one of them has it exclusively.
+# Arguments: the labels of the requests on the device, and whether one of them uses the device exclusively.
 OccupancyCallback = Callable[[list[str], bool], object]
 
-# This many non-finite results in a row are blamed on the device, not on the requests.
+# After this many non-finite results in a row, the device counts as lost.
 MAX_NOT_FINITE = 6
 
 _log = structlog.get_logger(__name__)
@@ -28,8 +28,8 @@ _log = structlog.get_logger(__name__)
 class Scheduler(Generic[P]):
     """Gives workers their next requests and settles the results. Thread-safe.
 
-    `state` and `reason` say whether the engine runs and why not. `on_device` has the tickets on the device, each with
-    its running request once that is prepared. `changed` guards all of them.
+    `state` and `reason` say whether the engine runs and why not. `on_device` maps the tickets on the device to their
+    running requests, `None` until prepared. The lock of `changed` guards all of them.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Scheduler(Generic[P]):
             self.changed.notify_all()
 
     def wait_for_work(self) -> bool:
-        """Block until a request can go to the device; false if the worker has to end."""
+        """Block until a request can go to the device. Returns false if the worker has to end."""
         with self.changed:
             self.changed.wait_for(self._has_work_or_ends)
             return len(self.queue) > 0 and self.state is not EngineState.FAILED
@@ -70,7 +70,7 @@ class Scheduler(Generic[P]):
         return first is not None and not self._is_blocked(first)
 
     def _is_blocked(self, ticket: Ticket[P]) -> bool:
-        """Whether exclusive use of the device, by the ticket or by a running one, keeps the ticket off it now."""
+        """Whether the ticket must wait: it, or a ticket on the device, needs the device exclusively."""
         exclusive = ticket.exclusive or any(running.exclusive for running in self.on_device)
         return exclusive and bool(self.on_device)
 
@@ -86,7 +86,7 @@ class Scheduler(Generic[P]):
             self.changed.notify_all()
 
     def pop_next(self, batch: Sequence[RunningRequest[P]]) -> Ticket[P] | None:
-        """Take the next ticket that may join `batch`, or the first one for an empty batch; `None` if there is none."""
+        """Take the next ticket that may join `batch`, for an empty batch the first one; `None` if there is none."""
         with self.changed:
             if batch:
                 ticket = self.queue.find_batch_compatible(batch, self.tuner.cap(batch[0].ticket.request))
@@ -101,12 +101,12 @@ class Scheduler(Generic[P]):
             return ticket
 
     def first_waiting(self) -> Ticket[P] | None:
-        """The first ticket of the queue."""
+        """Return the first ticket of the queue; `None` if the queue is empty."""
         with self.changed:
             return self.queue.next_ticket()
 
     def could_grow(self, batch: Sequence[RunningRequest[P]]) -> bool:
-        """Whether a waiting request could join if the batch might be larger by one."""
+        """Whether a waiting request could join if the batch limit were one higher."""
         with self.changed:
             return self.queue.find_batch_compatible(batch, len(batch) + 1) is not None
 
@@ -121,7 +121,7 @@ class Scheduler(Generic[P]):
             self.changed.notify_all()
 
     def requeue(self, tickets: Iterable[Ticket[P]], error: Exception) -> None:
-        """Restart requests from their first step after an error, before all others."""
+        """Restart requests from their first step after an error. They go before all other requests."""
         with self.changed:
             restarted = []
             for ticket in tickets:
@@ -136,7 +136,7 @@ class Scheduler(Generic[P]):
             self.changed.notify_all()
 
     def leave(self, ticket: Ticket[P]) -> None:
-        """Note that a ticket is off the device."""
+        """Remove a ticket from the tickets on the device."""
         with self.changed:
             if ticket in self.on_device:
                 del self.on_device[ticket]
@@ -144,7 +144,7 @@ class Scheduler(Generic[P]):
                 self.changed.notify_all()  # an exclusive request may wait for this
 
     def drop_if_settled(self, running: RunningRequest[P]) -> bool:
-        """Take a request off the device if it was cancelled or failed meanwhile; whether it was."""
+        """Remove a request from the device if it was cancelled or failed meanwhile. Returns whether it was."""
         if running.ticket.settled:
             self.leave(running.ticket)
             if running.ticket.result.cancelled():
@@ -163,7 +163,7 @@ class Scheduler(Generic[P]):
             self.events.dispatch(EngineEventKind.CANCELLED, ticket, running.state)
 
     def forget(self, ticket: Ticket[P]) -> None:
-        """Remove a cancelled ticket from the queue. One on the device is dropped by its worker."""
+        """Remove a cancelled ticket from the queue. If it is on the device, its worker drops it."""
         with self.changed:
             if self.queue.remove(ticket):
                 ticket.suspended = None
@@ -188,7 +188,7 @@ class Scheduler(Generic[P]):
                 raise DeviceLost("The device gives numbers that are not finite, whatever is drawn.") from error
 
     def suspects_loras(self) -> bool:
-        """Whether `MAX_NOT_FINITE` requests with LoRAs in a row were not finite; true once, then counts again.
+        """Whether `MAX_NOT_FINITE` results with LoRAs in a row were not finite; true once, then the count restarts.
 
         The caller runs a request without LoRAs to find out whether the device is the cause.
         """
@@ -198,9 +198,9 @@ class Scheduler(Generic[P]):
         return True
 
     def fail_all(self, *, running: bool, lost: ServerError | None = None) -> None:
-        """Fail all waiting requests that were not started, and with `running` all others too, with `NotReady`.
+        """Fail all requests that were not started, and with `running` also all others, with `NotReady`.
 
-        With `lost`, those on the device fail with that error, since one of them may be its cause.
+        With `lost`, requests on the device fail with that error, because one of them may be its cause.
         """
         with self.changed:
             waiting = [entry.ticket for entry in self.queue.in_order() if running or entry.ticket.suspended is None]
@@ -227,12 +227,12 @@ class Scheduler(Generic[P]):
             self._on_device_lost()
 
     def etas(self) -> list[float | None]:
-        """Seconds until each waiting ticket is done, in queue order; `None` where unknown."""
+        """Return the seconds until each waiting ticket is done, in queue order; `None` where unknown."""
         running = [running for running in self.on_device.values() if running is not None]
         return self.tuner.etas((entry.ticket for entry in self.queue.in_order()), running)
 
     def _report_occupancy(self) -> None:
-        """Write down who is on the device before anything runs there, so that a crash can be attributed."""
+        """Record which requests are on the device before they run, so that a crash can be attributed to them."""
         exclusive = len(self.on_device) == 1 and all(ticket.exclusive for ticket in self.on_device)
         self._on_occupancy([ticket.label for ticket in self.on_device], exclusive)
 
@@ -246,5 +246,5 @@ class Scheduler(Generic[P]):
 
 
 def _kind_of(error: Exception) -> str:
-    """The `kind` of a `ServerError`; the generic kind for any other exception."""
+    """Return the `kind` of a `ServerError`; the generic kind for any other exception."""
     return error.kind if isinstance(error, ServerError) else ServerError.kind

@@ -19,8 +19,8 @@ class Ticket(Generic[P]):
     """A submitted request. `result.cancel()` removes it from the queue, or from the device at the next step.
 
     `owner` is the unit of fairness. `background` requests run after all others. `watch` receives the events of this
-    request, with previews while `wants_previews` is true. An `alone` request shares no forward pass; an `exclusive`
-    one shares the device with no other request. `suspended` holds the progress of a preempted request; `attempts`
+    request, with previews while `wants_previews` is true. An `alone` request never shares a forward pass; an
+    `exclusive` request never shares the device. `suspended` holds the progress of a preempted request; `attempts`
     counts how often it was started. `label` names it in the crash record.
     """
 
@@ -44,7 +44,7 @@ class Ticket(Generic[P]):
 
     @property
     def cost(self) -> float:
-        """Cost for fair queueing, in steps × pixels. 0 once started: an owner pays for a request once."""
+        """Cost for fair queueing, in steps × pixels. 0 after the start, so that an owner pays for a request once."""
         request = self.request
         return 0.0 if self.attempts else float(request.num_inference_steps * request.width * request.height)
 
@@ -59,13 +59,13 @@ class Ticket(Generic[P]):
         return self._claimed or self.result.done()
 
     def succeed(self, result: EngineResult[P]) -> bool:
-        """Set the result; false if the request was already settled."""
+        """Set the result. Returns false if the request was already settled."""
         if claimed := self._claim():
             self.result.set_result(result)
         return claimed
 
     def fail(self, error: BaseException) -> bool:
-        """Set an error as the result; false if the request was already settled."""
+        """Set an error as the result. Returns false if the request was already settled."""
         if claimed := self._claim():
             self.result.set_exception(error)
         return claimed
@@ -82,8 +82,7 @@ class Ticket(Generic[P]):
 class RunningRequest(Generic[P]):
     """A request on the device, with seconds per stage so far.
 
-    `attributed_step_seconds` is its share of the step time of its batches, `preview_seconds` the time its previews
-    took.
+    `attributed_step_seconds` is its share of the step time of its batches, `preview_seconds` the time of its previews.
     """
 
     ticket: Ticket[P]

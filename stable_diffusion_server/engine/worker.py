@@ -17,9 +17,9 @@ from stable_diffusion_server.engine.ticket import RunningRequest, Ticket
 from stable_diffusion_server.errors import DeviceLost, NotFinite, OutOfMemory
 from stable_diffusion_server.types import DiffusionRequest, EngineEventKind
 
-# Steps after which a batch yields the device to others that wait; background requests yield earlier.
+# Steps after which a batch yields the device to waiting requests; background requests yield earlier.
 TIME_SLICE, BACKGROUND_TIME_SLICE = 32, 8
-# How often a request is started, after failures of its batch or of the device, before it fails.
+# Maximum number of starts of a request, after failures of its batch or of the device.
 MAX_ATTEMPTS = 10
 
 T = TypeVar("T")
@@ -42,14 +42,14 @@ class EngineWorker(Generic[P]):
         # Tokenizers are not thread-safe, so only one worker prepares at a time.
         self._prepare_lock = prepare_lock
         self._workers = workers
-        # If each worker computes on one CPU thread, its CPU time leaves out what other processes take.
+        # If each worker computes on one CPU thread, its CPU time excludes the load of other processes.
         self._cost_clock = time.thread_time if 0 < denoiser.cpu_threads < 2 * workers else time.perf_counter
         self._previews = PreviewScheduler(denoiser)
         self._batch: list[RunningRequest[P]] = []
         self._waiting_steps = 0
 
     def run(self) -> None:
-        """Run batches until the engine stops. Shuts the engine down on an error that is not a request's."""
+        """Run batches until the engine stops. Shuts the engine down on an error that no single request caused."""
         try:
             if self._workers > 1:
                 self._denoiser.enter_worker(self._workers)
@@ -59,7 +59,7 @@ class EngineWorker(Generic[P]):
             self._scheduler.shut_down(error, "Drawing has ended unexpectedly; the server has to be restarted.")
 
     def _run_batch(self) -> None:
-        """Run the first waiting request, and all that can join it, until the batch is empty or preempted."""
+        """Run the first waiting request and all requests that can join, until the batch is empty or preempted."""
         self._waiting_steps = 0
         self._admit()
         if self._denoiser.resident:
@@ -101,7 +101,7 @@ class EngineWorker(Generic[P]):
         self._batch = [running for running in self._batch if not self._scheduler.drop_if_settled(running)]
 
     def _time_slice_expired(self) -> bool:
-        """Whether a request that this batch blocks has waited for a full time slice."""
+        """Whether a request that this batch blocks has waited a full time slice."""
         first = self._scheduler.first_waiting()
         if first is None or not self._batch or not self._conflicts_with(first):
             self._waiting_steps = 0
@@ -129,7 +129,7 @@ class EngineWorker(Generic[P]):
                 self._batch.append(running)
 
     def _prepare(self, ticket: Ticket[P]) -> RunningRequest[P] | None:
-        """Prepare a request that starts; `None` if it failed or was put back into the queue."""
+        """Prepare a request. Returns `None` if it failed or went back into the queue."""
         scheduler = self._scheduler
         ticket.attempts += 1
         started = time.perf_counter()
@@ -141,7 +141,7 @@ class EngineWorker(Generic[P]):
         except OutOfMemory as error:
             self._out_of_memory([ticket], len(self._batch) + 1, error)
             return None
-        except Exception as error:  # the failure of one request is the result of that request only
+        except Exception as error:  # fails this request only
             scheduler.fail(ticket, error)
             return None
         now = time.perf_counter()
@@ -162,7 +162,7 @@ class EngineWorker(Generic[P]):
             self._batch = []
             self._out_of_memory([running.ticket for running in batch], len(batch), error)
             return
-        except Exception as error:  # whatever a model raises is a result, never the end of the thread
+        except Exception as error:  # a model may raise anything; fail requests, not the thread
             self._batch = []
             self._step_failed(batch, error)
             return
@@ -187,7 +187,7 @@ class EngineWorker(Generic[P]):
         )
 
     def _step_failed(self, batch: Sequence[RunningRequest[P]], error: Exception) -> None:
-        """Fail a single request; restart the requests of a batch one by one, since one of them may be the cause."""
+        """Fail a single request; restart the requests of a larger batch alone, since one of them may be the cause."""
         if len(batch) == 1:
             self._scheduler.fail(batch[0].ticket, error)
             return
@@ -197,7 +197,7 @@ class EngineWorker(Generic[P]):
         self._scheduler.requeue((running.ticket for running in batch), error)
 
     def _out_of_memory(self, tickets: Sequence[Ticket[P]], batch_size: int, error: OutOfMemory) -> None:
-        """Restart in batches of half the size; a single request with less memory for decoding."""
+        """Restart in batches of half the size; restart a single request with less memory for decoding."""
         request = tickets[0].request
         self._scheduler.tuner.record_out_of_memory(request, batch_size)
         self._denoiser.release_memory()
@@ -237,7 +237,7 @@ class EngineWorker(Generic[P]):
             raise DeviceLost("The device gives numbers that are not finite, whatever is drawn.") from error
         except DeviceLost:
             raise
-        except Exception as error:  # says nothing about the numbers, and no caller waits for it
+        except Exception as error:  # not evidence against the device; no caller waits for this trial
             _log.warning("the trial without LoRAs failed", exc_info=error)
 
     def _retry_with_less_memory(self, attempt: Callable[[], T]) -> T:

@@ -78,7 +78,7 @@ class ImageLibrary:
         return self.folder + caller.prefix
 
     def _check_own(self, stored: StoredObject, entry: HistoryEntry | None, caller: Caller) -> None:
-        """Raise `Forbidden` for another API key's image. The history may know the owner of objects without that record."""
+        """Raise `Forbidden` for another API key's image. The history may know owners that records lack."""
         if caller.has_full_access or self.ownership.owns(caller, stored):
             return
         if "owner" in stored.record or entry is None or entry.caller != caller.name:

@@ -78,7 +78,7 @@ class ResolvedRequest:
 
     `content_digest` identifies the image. `request_digest` identifies the request with its seed as requested.
     `sent_digest` is the same, but with the URLs of remote input images instead of their bytes.
-    `source_digests` are the SHA-256 of the input files, or URLs before the download; `lora_digests` those of LoRA files.
+    `source_digests` are the SHA-256 of the input files, or URLs before download; `lora_digests` those of LoRA files.
     """
 
     request: GenerationRequest
