@@ -1,4 +1,4 @@
-"""Composition root: builds every part from the settings and owns startup, warm-up and shutdown."""
+"""Composition root: builds all components from the settings, and runs startup, warm-up and shutdown."""
 
 from __future__ import annotations
 

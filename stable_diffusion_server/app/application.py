@@ -1,4 +1,4 @@
-"""Builds the application from the settings, and opens and closes its parts."""
+"""Builds the application from the settings, and opens and closes its components."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ def create_app(
     load: Callable[[Settings], ModelBackend] | None = None,
     hooks: ProcessHooks = _NO_HOOKS,
 ) -> FastAPI:
-    """Build the application. Nothing is opened or started before its lifespan begins.
+    """Build the application. Opens and starts nothing before its lifespan begins.
 
-    `load` makes the model backend, by default from the models of the settings; it runs on the engine's thread. `hooks`
-    is called at events that concern the process. Raises `SettingsError` for a model that is not in the catalogue.
+    `load` returns the model backend, by default with the models in the settings; it runs on the engine's thread.
+    `hooks` receives events that concern the process. Raises `SettingsError` for a model that is not in the catalogue.
     """
     models = ModelState.of(settings)
     metrics, tracing = Metrics(), Tracing(settings.otel_exporter_otlp_endpoint, __version__)
@@ -77,7 +77,7 @@ def create_app(
             await asyncio.to_thread(tracing.close)
 
     app = FastAPI(title=_TITLE, version=__version__, summary=_SUMMARY, lifespan=lifespan, docs_url=None, redoc_url=None)
-    # For programs that run this app themselves (deploy/): how much work there is, and whether the engine is ready.
+    # For programs that host this app (deploy/): amount of work, and whether the engine is ready.
     app.state.engine, app.state.jobs = engine, jobs
     install_exception_handlers(app)
     sessions = SessionStore()

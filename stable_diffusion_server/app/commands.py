@@ -1,4 +1,4 @@
-"""Commands that do one thing and end: draw a file, list models, check the storage, manage dead letters."""
+"""One-shot CLI commands: draw a file, list models, check the storage, manage dead letters."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _POLL_SECONDS = 0.1
 
 
 def draw_to_file(settings: Settings, fields: Mapping[str, Any], out: Path) -> None:
-    """Generate one image into a file, through the HTTP API of an application in this process.
+    """Generate one image into a file by the HTTP API of an application in this process.
 
     Exits with 2 for an invalid request or a file that cannot be written, and with 1 if the generation fails.
     """
@@ -40,7 +40,7 @@ def draw_to_file(settings: Settings, fields: Mapping[str, Any], out: Path) -> No
             "data_dir": Path(folder, "data"),
             "local_bucket_dir": Path(folder, "bucket"),
         }
-        # The compiler's cache outlives the temporary folder.
+        # The compiler's cache must outlive the temporary data folder.
         set_compiler_cache((settings.data_dir / "compiled").resolve())
         minimal = {"log_level": "error", "ui": False, "api_keys": (), "rate_limit": "", "warmup_sizes": ()}
         temporary = settings.model_copy(update={**local, **minimal})
@@ -62,7 +62,7 @@ async def _generate(settings: Settings, fields: Mapping[str, Any]) -> httpx.Resp
     ):
         while True:
             ready = await client.get("/readyz")
-            # The engine may be ready while /readyz misses another model; then the request gets its own answer.
+            # /readyz may report another model as missing although the engine is ready; then send the request anyway.
             if ready.status_code == HTTPStatus.OK or app.state.engine.state is EngineState.READY:
                 return await client.post("/make_image", json=fields)
             if app.state.engine.state is EngineState.FAILED:
@@ -72,7 +72,7 @@ async def _generate(settings: Settings, fields: Mapping[str, Any]) -> httpx.Resp
 
 
 def list_models(settings: Settings) -> None:
-    """Print which models these settings select, and which real weights are present. Exits with 1 if there is none."""
+    """Print the models that the settings select, and which real weights are present. Exits with 1 without a model."""
     loaded = ModelState.of(settings)
     if loaded.fault is not None:
         _exit(1, loaded.fault.detail)
@@ -90,7 +90,7 @@ def list_models(settings: Settings) -> None:
 
 
 def check_storage(settings: Settings) -> None:
-    """Try every operation of the bucket with a temporary object, and exit: with 1 if something fails."""
+    """Try every operation of the bucket with a temporary object, and exit; status 1 if an operation fails."""
     key = object_key(settings.bucket_path, f"check-storage-{uuid4().hex}.txt")
     where = settings.local_bucket_dir if settings.storage_provider == "local" else settings.bucket_name
     sys.stdout.write(f"{settings.storage_provider}: {where}\n")
@@ -102,9 +102,9 @@ def check_storage(settings: Settings) -> None:
 
 
 def manage_dead_letters(data_dir: Path, action: str, ids: list[str]) -> None:
-    """List the images that the bucket refused for good, retry their upload, or delete them; a server may run meanwhile.
+    """List, retry or delete images that the bucket refused permanently. A server may run at the same time.
 
-    Exits with 2 for an unknown id, and with 1 if one of them cannot be moved.
+    Exits with 2 for an unknown id, and with 1 if a file cannot be moved.
     """
     letters = DeadLetters(data_dir / "dead-letters", sys.maxsize)
     found = {letter.id: letter for letter in letters.list_all()}
@@ -132,12 +132,12 @@ def manage_dead_letters(data_dir: Path, action: str, ids: list[str]) -> None:
 
 
 def printable(text: str) -> str:
-    """Return a text that is safe to print on one line of a terminal: all but printable ASCII is escaped."""
+    """Return a text that is safe to print on one terminal line: escapes everything except printable ASCII."""
     return text if text.isascii() and text.isprintable() else ascii(text)[1:-1]
 
 
 def _fetch(url: str) -> bytes:
-    """Return what anyone gets at a URL. Raises `StorageUnavailable` naming it without its signature."""
+    """Download a URL without credentials. Raises `StorageUnavailable`, with the URL but not its signature."""
     shown = url.partition("?")[0]
     try:
         answer = httpx.get(url, timeout=20)

@@ -49,7 +49,7 @@ _log = structlog.get_logger(__name__)
 def add_middleware(
     app: FastAPI, settings: Settings, metrics: Metrics, tracing: Tracing, visitor_key: Callable[[Headers], str | None]
 ) -> None:
-    """Add the middleware. Requests pass the last added first: CORS (refusals need its headers), access, body limits."""
+    """Add the middleware. The last added runs first: CORS (error responses need its headers), access, body limits."""
     policy = AccessPolicy(
         hosts=allowed_host_names(settings.host, settings.allowed_hosts, settings.public_base_url),
         origins=OriginPolicy(frozenset(settings.cors_origins), settings.allow_same_site),
@@ -116,7 +116,7 @@ def add_routes(
     stores: StorageStack,
     options: GenerationOptions,
 ) -> None:
-    """Add the routes that generate images, and those of jobs, files, history and the API's documentation."""
+    """Add the routes of generation, jobs, files, history and the API documentation."""
     url_of = stores.url_of
     dispatcher = RequestDispatcher(service, jobs, url_of, stores.base_of)
     app.include_router(generate_router(dispatcher, options.limits, url_of, get_generates=settings.get_generates))
@@ -147,7 +147,7 @@ def add_replay(
 
 
 def build_dialect_context(settings: Settings, options: GenerationOptions) -> DialectContext:
-    """Return what the OpenAI and AUTOMATIC1111 routes need to know of the server."""
+    """Return the server's limits, models and names for the OpenAI and AUTOMATIC1111 routes."""
     pairs = (entry.partition("=") for entry in settings.model_aliases)
     return DialectContext(
         limits=options.limits,

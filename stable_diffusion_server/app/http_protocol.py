@@ -1,4 +1,4 @@
-"""uvicorn's HTTP protocol with bounds on chunk counts and on the time for a request's head."""
+"""uvicorn's HTTP protocol with limits for the number of chunks and for the time until a request's head is complete."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-# A chunk costs the event loop the same for one byte as for a thousand, so beyond the free ones they must have this size
-# on average.
+# A chunk of one byte costs the event loop as much as one of a thousand bytes. After the free chunks, chunks must have
+# this average size.
 FREE_CHUNKS, LEAST_CHUNK_BYTES = 1024, 256
 _HEAD_BYTES = 65_536
 
@@ -38,8 +38,8 @@ class BoundedConnection(h11.Connection):
 class BoundedProtocol(H11Protocol):
     """uvicorn's HTTP/1.1 for clients that may be hostile; also for `uvicorn main:app --http MODULE:BoundedProtocol`.
 
-    A connection is closed if the head of a request is not complete within `head_seconds` of its first byte, or of the
-    start of the connection. Invalid HTTP after a response has begun closes the connection without another response.
+    Closes a connection if the head of a request is not complete within `head_seconds` of its first byte, or of the
+    start of the connection. Invalid HTTP after the start of a response closes the connection without a second response.
     """
 
     head_seconds = 30.0
@@ -49,7 +49,7 @@ class BoundedProtocol(H11Protocol):
         self.conn: h11.Connection = BoundedConnection(self.config.h11_max_incomplete_event_size or _HEAD_BYTES)
         self._head_timer: asyncio.TimerHandle | None = None
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # uvicorn's signature
         """Start the timer for the first head."""
         super().connection_made(transport)
         self._start_timer()
@@ -75,7 +75,7 @@ class BoundedProtocol(H11Protocol):
             self.transport.close()
 
     def _start_timer(self) -> None:
-        """Start the timer unless it runs: a head that arrives in pieces gets no extra time."""
+        """Start the timer unless it is running: a head that arrives in pieces gets no extra time."""
         if self._head_timer is None:
             self._head_timer = self.loop.call_later(self.head_seconds, self._close_if_no_head)
 

@@ -1,4 +1,4 @@
-"""Shuts down: drains on a signal, closes connections, and ends a process whose device is lost."""
+"""Shutdown: drains on a signal, closes connections, and ends a process whose device is lost."""
 
 from __future__ import annotations
 
@@ -15,36 +15,36 @@ from types import FrameType
 import uvicorn
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-# Exit status of a process whose device is lost: only a new process can use it. The watchdog restarts on it.
+# Exit status of a process that lost its device: only a new process can use it. The watchdog then restarts it.
 DEVICE_LOST_STATUS = 86
 # Two signals within this time count as one: systemd and `docker compose` signal every process, and the watchdog
 # forwards its own.
 _SAME_SIGNAL_SECONDS = 0.5
-# Time for pending responses, which ask their callers to retry later.
+# Time to send pending responses, which ask callers to retry later.
 _FINAL_RESPONSE_SECONDS = 1.0
-# Time for the request of a connection that was just accepted to arrive.
+# Time for a newly accepted connection to send its request.
 _ARRIVAL_SECONDS = 0.25
 _POLL_SECONDS = 0.02
 
 
 class ProcessHooks:
-    """Called at events of the application that concern its process. Threads: any."""
+    """Callbacks for application events that concern the process. They may run on any thread."""
 
     def ready(self) -> None:
-        """The models are loaded and nothing is missing. Does nothing by default."""
+        """Called when the models are loaded and the server is ready. Does nothing by default."""
 
     def libraries_loaded(self) -> None:
-        """Large long-lived objects were loaded: the models, or Gradio. Does nothing by default."""
+        """Called after large long-lived objects (models, Gradio) were loaded. Does nothing by default."""
 
     def device_lost(self) -> None:
-        """The device can only be used by a new process. Ends this one by default."""
+        """Called when only a new process can use the device. Ends this process by default."""
         exit_soon()
 
 
 def exit_soon() -> None:
-    """End the process in a second with `DEVICE_LOST_STATUS`, so that its supervisor starts another.
+    """End the process after one second with `DEVICE_LOST_STATUS`, so that its supervisor starts a new one.
 
-    Not by the normal shutdown, which may wait for the lost device for ever.
+    Skips the normal shutdown, which may wait for the lost device forever.
     """
 
     def leave() -> None:
@@ -57,7 +57,7 @@ def exit_soon() -> None:
 class Shutdown:
     """Keeps the server listening while running work ends, so that new requests get 503 instead of a broken connection.
 
-    `working` tells whether images are still being generated; `grace` is how many seconds they may take.
+    `working` returns whether generations are still running; `grace` is their maximum time in seconds.
     """
 
     def __init__(self, working: Callable[[], bool], grace: float) -> None:
@@ -73,11 +73,11 @@ class Shutdown:
         return self._since is not None
 
     def seconds_left(self) -> float:
-        """Return how many seconds running work may still take."""
+        """Return the seconds left for running work."""
         return self._grace if self._since is None else max(0.0, self._grace - (time.monotonic() - self._since))
 
     def begin(self) -> None:
-        """Start the grace period; requests that run now are waited for."""
+        """Start the grace period; the shutdown waits for requests that run now."""
         self._since, self._earlier = time.monotonic(), set(self._requests)
 
     def started(self, request: object) -> None:
@@ -131,12 +131,12 @@ class CloseConnectionsMiddleware:
 
 @contextmanager
 def drain_on_signal(shutdown: Shutdown, *drains: Callable[[], object]) -> Iterator[None]:
-    """Within the context, SIGTERM and SIGINT first call `drains`, then shut down; a second signal ends at once.
+    """Within the context, SIGTERM and SIGINT first call `drains`, then shut down. A second signal exits immediately.
 
-    uvicorn itself would close its sockets first and break off later requests, so its handler runs after the work ended.
+    uvicorn's own handler closes the sockets first, which breaks later requests, so it runs after the work ended.
     """
     if threading.current_thread() is not threading.main_thread():
-        yield  # signal handlers can only be set on the main thread; tests run elsewhere
+        yield  # Python sets signal handlers on the main thread only; tests use other threads
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     loop = asyncio.get_running_loop()
@@ -147,7 +147,7 @@ def drain_on_signal(shutdown: Shutdown, *drains: Callable[[], object]) -> Iterat
         now = time.monotonic()
         if stopping_since is not None:
             if now - stopping_since > _SAME_SIGNAL_SECONDS:
-                os._exit(128 + number)  # accepted jobs are in the job store
+                os._exit(128 + number)  # accepted jobs are safe in the job store
             return
         stopping_since = now
         handler = before[signal.Signals(number)]
@@ -160,7 +160,7 @@ def drain_on_signal(shutdown: Shutdown, *drains: Callable[[], object]) -> Iterat
 
         shutdown.begin()
         for call in (*drains, finish_server):
-            # On another thread: the handler may have interrupted the holder of a lock that it needs.
+            # On another thread: the signal may have interrupted code that holds a lock which `call` needs.
             threading.Thread(target=call, name="drain", daemon=True).start()
         if callable(handler) and not isinstance(server, uvicorn.Server):
             handler(number, frame)

@@ -1,4 +1,4 @@
-"""Registers the gauges of the engine, jobs, storage and models, which are read at each scrape."""
+"""Registers the gauges of the engine, jobs, storage and models."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def register_metrics(
     loaded: ModelState,
     readiness: ReadinessCheck,
 ) -> None:
-    """Register all gauges; their values are read when the metrics are."""
+    """Register all gauges. Each scrape reads their current values."""
     metrics.register_info("sds_build_info", "What runs", {"version": version, "python": platform.python_version()})
     metrics.register_gauge("sds_ready", "1 while the server can draw", lambda: float(not readiness.missing()))
     _register_engine(metrics, engine)

@@ -1,4 +1,4 @@
-"""Builds the engine over the models, and keeps what is known of the models before and after they are loaded."""
+"""Builds the engine with the models, and holds the state of the models before and after loading."""
 
 from __future__ import annotations
 
@@ -40,20 +40,20 @@ class ModelBackend(Denoiser[Any, DecodedPixels], Protocol):
 
 
 class ReadinessCheck(Protocol):
-    """Tells what keeps the server from generating images."""
+    """Reports why the server cannot generate images."""
 
     def missing(self) -> list[str]:
-        """Return the reasons in sentences; empty when the server is ready."""
+        """Return the reasons as sentences; empty when the server is ready."""
 
 
 @dataclass(slots=True)
 class ModelState:
     """The models: their specs before they are loaded, the backend afterwards.
 
-    `facts` holds the specs of the models the settings ask for (`asked`); loading replaces them by specs with the
-    revision of the files. `unusable` maps models that could not be loaded to the reason. `fault` is why there can be no
-    model at all, `default_model` the model of requests that name none, `progress` tells how far a download is, `loras`
-    is the folder of adapters.
+    `facts` holds the specs of the configured models (`asked`); loading replaces them by specs with the revision of the
+    files. `unusable` maps models that could not be loaded to the reason. `fault` is the reason if no model can be
+    loaded, `default_model` is for requests that name no model, `progress` returns the state of a download as a text,
+    `loras` is the folder of LoRAs.
     """
 
     facts: dict[str, ModelSpec]
@@ -67,7 +67,7 @@ class ModelState:
 
     @classmethod
     def of(cls, settings: Settings) -> ModelState:
-        """Choose the models by the settings and by what is in MODELS_DIR. Raises `SettingsError`."""
+        """Choose the models by the settings and by the folders in MODELS_DIR. Raises `SettingsError`."""
         check_model_names(settings)
         folders = {facts.folder for candidates in REAL_MODELS.values() for facts in candidates}
         places = {folder: settings.models_dir / folder for folder in folders}
@@ -90,9 +90,9 @@ class ModelState:
         return self.models.count_tokens(model, prompt)
 
     def describe(self) -> list[dict[str, object]]:
-        """Describe the loaded models: name, folder, revision, device, placement, bytes, defaults and adapters of each.
+        """Describe each loaded model: name, folder, revision, device, placement, bytes, defaults and LoRAs.
 
-        Reads the folder of adapters: lists those that can be used now, and why the others cannot.
+        Reads the LoRA folder: lists the usable LoRAs, and for the others the reason.
         """
         default = self.default_model if self.default_model in self.facts else next(iter(self.facts), "")
         return [
@@ -106,7 +106,7 @@ class ModelState:
         ]
 
     def offered_loras(self) -> Mapping[str, str]:
-        """Return the adapters that fit a loaded model, with their digests, which are computed when looked up."""
+        """Return the LoRAs that fit a loaded model, with their digests, which are computed at lookup."""
         return self.loras.available({facts.denoiser_part for facts in self.facts.values()})
 
     def _adapters_of(self, facts: ModelSpec) -> dict[str, object]:
@@ -116,11 +116,11 @@ class ModelState:
         }
 
     def missing(self) -> list[str]:
-        """Return why the default model could not be loaded; empty if it was, whatever became of the others."""
+        """Return why the default model could not be loaded; empty if it was loaded, even if other models were not."""
         return [self.unusable[self.default_model]] if self.default_model in self.unusable else []
 
     def remarks(self) -> list[str]:
-        """Return what the loaded models lack, and why other models could not be loaded, in sentences."""
+        """Return limitations of the loaded models, and why other models could not be loaded, as sentences."""
         remarks = [remark for model in getattr(self.models, "loaded", ()) for remark in model.remarks]
         return [*remarks, *(why for name, why in self.unusable.items() if name != self.default_model)]
 
@@ -136,7 +136,7 @@ class ModelState:
 
 
 def check_model_names(settings: Settings) -> None:
-    """Raise `SettingsError` for a model that TEXT_TO_IMAGE_MODEL or MODEL_ALIASES names and the catalogue lacks."""
+    """Raise `SettingsError` if TEXT_TO_IMAGE_MODEL or MODEL_ALIASES names a model that is not in the catalogue."""
     names = sorted({*MODELS, *REAL_MODELS})
     known = ", ".join(names)
     if settings.text_to_image_model not in names:
@@ -161,11 +161,11 @@ def _defaults_of(facts: ModelSpec) -> dict[str, object]:
 
 
 def load_models(settings: Settings, loaded: ModelState) -> ModelBackend:
-    """Load the models of the settings, which takes seconds. Raises `ModelLoadError`."""
+    """Load the models in the settings; takes seconds. Raises `ModelLoadError`."""
     if loaded.fault is not None:
         raise loaded.fault
     set_compiler_cache((settings.data_dir / "compiled").resolve())
-    # Imported on the engine's thread: torch takes seconds, and the port should answer meanwhile.
+    # Imported on the engine's thread: importing torch takes seconds, and the server should answer meanwhile.
     from stable_diffusion_server.pipelines import HubClient, registry
 
     hub = HubClient(settings.revisions(), settings.data_dir / "hub.json") if settings.models == "hub" else None
@@ -205,10 +205,10 @@ def build_engine(
     readiness: ReadinessCheck,
     record: DeviceRecord,
 ) -> Engine[DecodedPixels]:
-    """Build the engine with the observers of its events, not started.
+    """Build the engine with the observers of its events; does not start it.
 
-    `hooks.ready` is called once the models are loaded and `readiness` misses nothing; `record` receives which jobs are
-    on the device.
+    The engine calls `hooks.ready` when the models are loaded and `readiness` has no reasons. `record` receives the ids
+    of the jobs on the device.
     """
 
     def load_and_log() -> ModelBackend:
@@ -247,7 +247,7 @@ def build_engine(
 
 
 def generation_options(settings: Settings, loaded: ModelState) -> GenerationOptions:
-    """Return the limits and the defaults of requests. Raises `SettingsError` if the stop words are not there."""
+    """Return the limits and the defaults of requests. Raises `SettingsError` if the stop words cannot be loaded."""
     try:
         stop_words = load_stop_words(settings.stop_words)
     except LookupError as error:

@@ -1,4 +1,4 @@
-"""Tunes garbage collection and malloc for a process that serves for months."""
+"""Tunes garbage collection and malloc for a process that runs for months."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ import time
 
 from stable_diffusion_server.app.lifecycle import ProcessHooks
 
-# Constants of glibc's malloc.h. By default each thread has an arena, up to eight per core, and memory freed in one is
-# not reused by another, so memory grew to the largest tensors of every thread.
+# Constants of glibc's malloc.h. By default each thread has an arena, up to eight per core. Memory freed in one arena
+# is not reused in another, so memory grew to the largest tensors of every thread.
 _M_ARENA_MAX, _ARENAS = -8, 2
-# Keep freed memory for the tensors of the next step instead of requesting it from the system again.
+# Keep freed memory for the tensors of the next step instead of returning it to the system.
 _M_MMAP_THRESHOLD, _MAPPED_FROM = -3, 32 << 20  # glibc's maximum
 _M_TRIM_THRESHOLD, _KEPT_FREE = -1, 1 << 30
-# Free memory between used blocks only returns to the system by malloc_trim, which takes a millisecond.
+# Only malloc_trim, which takes a millisecond, returns free memory between used blocks to the system.
 _TRIM_SECONDS = 30
 
 
 def freeze_gc() -> None:
-    """Collect garbage, then exclude all living objects from later collections.
+    """Collect garbage, then exclude all live objects from later collections.
 
-    The models' libraries are about a million objects. Full collections went through them every few seconds under load
-    and paused all requests for 0.3 s. Only for a process that serves one app until it ends: an object that is alive now
-    and later becomes part of a garbage cycle is never freed.
+    The models' libraries are about a million objects. Full collections scanned them every few seconds under
+    load and paused all requests for 0.3 s. Use only in a process that serves one app until it ends: a live object that
+    later becomes part of a garbage cycle is never freed.
     """
     gc.collect()
     gc.freeze()
@@ -57,5 +57,5 @@ class ServingHooks(ProcessHooks):
     """Hooks of a process that serves one application until it ends."""
 
     def libraries_loaded(self) -> None:
-        """Exclude what was loaded from garbage collection."""
+        """Exclude the loaded objects from garbage collection."""
         freeze_gc()

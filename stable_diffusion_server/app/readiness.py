@@ -1,4 +1,4 @@
-"""Tells whether the server can generate images, and what is missing if it cannot."""
+"""Reports whether the server can generate images, and the reasons if it cannot."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from stable_diffusion_server.jobs import JobManager
 
 
 class Readiness:
-    """What `/readyz` reports: storage that could not be opened, stalled parts, missing models, the engine's state."""
+    """The state that `/readyz` reports: storage failures, stalled parts, missing models, engine state."""
 
     def __init__(self, models: ModelState, stores: StorageStack) -> None:
         self._models = models
@@ -22,15 +22,15 @@ class Readiness:
         self._storage_faults: dict[str, str] = {}
 
     def watch(self, engine: Engine[DecodedPixels], decoder: DecoderPool, jobs: JobManager) -> None:
-        """Set the parts that are built after this one; the engine reports that it is ready through it."""
+        """Set the parts that are built after this object: the engine needs this object to announce that it is ready."""
         self._engine, self._decoder, self._jobs = engine, decoder, jobs
 
     def open_stores(self) -> None:
-        """Open the storage. What fails is reported by `missing`, which also tries again."""
+        """Open the storage. `missing` reports failures, and retries."""
         self._stores.open(self._storage_faults)
 
     def missing(self) -> list[str]:
-        """Return why the server cannot generate images, in sentences without repetition; empty if it can."""
+        """Return why the server cannot generate images, as sentences without duplicates; empty if it can."""
         if self._storage_faults:
             self.open_stores()
         bucket = self._stores.bucket.health()
@@ -42,7 +42,7 @@ class Readiness:
         return reasons
 
     def stalled(self) -> list[str]:
-        """Return the parts that have work and make no progress, in sentences."""
+        """Return the parts that have work but make no progress, as sentences."""
         parts = (
             self._decoder.health() if self._decoder is not None else None,
             self._jobs.health() if self._jobs is not None else None,

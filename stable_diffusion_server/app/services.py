@@ -21,7 +21,7 @@ from stable_diffusion_server.types import Caller
 
 @dataclass(frozen=True, slots=True)
 class ImageReaders:
-    """Turn a URL into bytes, and bytes into pixels. Nothing starts before the first image."""
+    """Download images from URLs, and decode them to pixels. No process starts before the first image."""
 
     fetcher: ImageFetcher
     decoder: DecoderPool
@@ -46,7 +46,7 @@ class ImageReaders:
         return cls(fetcher, decoder)
 
     async def close(self) -> None:
-        """End connections and processes."""
+        """Close connections and stop processes."""
         self.fetcher.close()
         await self.decoder.close()
 
@@ -61,7 +61,7 @@ def build_service(
     usage: UsageMetrics,
     tracing: Tracing,
 ) -> GenerationService:
-    """Build the generation service; nothing is opened or started."""
+    """Build the generation service; opens and starts nothing."""
     return GenerationService(
         stores.bucket,
         engine,
@@ -80,7 +80,7 @@ def build_service(
 def build_jobs(
     settings: Settings, service: GenerationService, stores: StorageStack, record: DeviceRecord
 ) -> JobManager:
-    """Build the job manager over a service; nothing is opened or started."""
+    """Build the job manager for a generation service; opens and starts nothing."""
 
     def describe(job: JobRecord) -> str:
         return dumps(job_body(JobStatus.from_record(job), lambda key: stores.url_at(job.base_url, key)))

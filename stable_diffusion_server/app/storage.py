@@ -43,17 +43,17 @@ class StorageStack:
         self.folder = f"{settings.bucket_path.strip('/')}/".lstrip("/")
         self.signer = _signer_of(settings)
         self.history = _history_of(settings)
-        # Without API keys images have no owner, and object keys are derived from the request alone.
+        # Without API keys, images have no owner, and object keys are derived from the request only.
         self.secret = ServerSecret(*_secret_of(settings)) if settings.read_keys() else None
         keyed = self.secret.hmac_hex if self.secret is not None else None
         self.ownership = Ownership(keyed, self.folder, private=settings.signed_url_seconds > 0)
         self.library = ImageLibrary(self.bucket, self.history, self.folder, self.ownership)
 
     def open(self, faults: dict[str, str]) -> None:
-        """Open all parts. Failures go into `faults`, for `/readyz`; the other parts work."""
+        """Open all parts. Adds failures to `faults`, for `/readyz`; the other parts work."""
         faults.clear()
         try:
-            # 0700: prompts, spooled images and the signing key are not for other users of this machine.
+            # 0700: other users of this machine must not read prompts, spooled images and the signing key.
             self._settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
             faults["data"] = f"DATA_DIR cannot be used ({error.strerror})."
@@ -74,18 +74,18 @@ class StorageStack:
         self.bucket.close()
 
     def known(self, key: str) -> StoredObject | None:
-        """Return what is known of a key without a request to the bucket."""
+        """Return the object of a key if it is known without a request to the bucket."""
         return self.bucket.cached(key)
 
     def waiting(self) -> Mapping[str, float]:
-        """Return the figures of the spool, see `WriteBehindBucket.spool_stats`; empty for a local bucket."""
+        """Return the statistics of the spool, see `WriteBehindBucket.spool_stats`; empty for a local bucket."""
         return self.bucket.spool_stats()
 
     def base_of(self, request: Request) -> str:
-        """Return the base URL of this server: PUBLIC_BASE_URL if the bucket is local, otherwise as the client wrote it.
+        """Return the base URL of this server: PUBLIC_BASE_URL if the bucket is local, otherwise the client's.
 
-        That is scheme and Host header, which the access middleware has checked against ALLOWED_HOSTS; behind a trusted
-        proxy they are those that the client sent to the proxy.
+        That is scheme and Host header, which the access middleware has checked against ALLOWED_HOSTS. Behind a
+        trusted proxy they are the ones that the client sent to the proxy.
         """
         settings = self._settings
         if settings.storage_provider == "local" and settings.public_base_url:
@@ -99,7 +99,7 @@ class StorageStack:
         return self.url_at(self.base_of(request), key)
 
     def url_at(self, base: str, key: str) -> str:
-        """Return the URL of a key: that of the bucket, or one below `base`, the URL of this server."""
+        """Return the URL of a key: in the bucket, or below `base`, the URL of this server."""
         if (url := self.bucket.url(key)) is not None:
             return url
         signed = f"?{self.signer.query(key)}" if self.signer is not None else ""
@@ -116,7 +116,7 @@ def _warn_without_public_url(settings: Settings) -> None:
 
 
 def _bucket_of(settings: Settings, metrics: Metrics) -> Bucket:
-    """Return the bucket of the settings; a remote one with metrics, write-behind spool and existence cache."""
+    """Return the configured bucket. A remote bucket gets metrics, write-behind spool and existence cache."""
     bucket = open_bucket(settings)
     if isinstance(bucket, LocalBucket):
         return bucket
@@ -136,12 +136,12 @@ def _history_of(settings: Settings) -> HistoryWriter:
 
 
 def _signer_of(settings: Settings) -> UrlSigner | None:
-    """Return the signer of this server's own URLs, if they are signed."""
+    """Return the signer of this server's own URLs, `None` if they are not signed."""
     if not settings.signed_url_seconds:
         return None
     return UrlSigner(*_secret_of(settings), settings.signed_url_seconds)
 
 
 def _secret_of(settings: Settings) -> tuple[str, Path]:
-    """Return the secret of the settings, possibly empty, and the file of the generated one."""
+    """Return the configured secret, empty if there is none, and the file of the generated secret."""
     return settings.url_secret.get_secret_value(), settings.data_dir / "url-secret"

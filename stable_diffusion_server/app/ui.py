@@ -34,16 +34,16 @@ _GOOGLE, _AMAZON = "https://storage.googleapis.com", "https://*.amazonaws.com"
 def mount_ui(
     app: FastAPI, settings: Settings, decode: DecodeUpload, sessions: SessionStore, hooks: ProcessHooks
 ) -> LazyUiApp:
-    """Add the UI's routes, unless UI=0. Gradio is loaded, on a thread, when a visitor first opens the page.
+    """Add the UI's routes, unless UI=0. A thread loads Gradio when a visitor first opens the page.
 
-    `decode` is the sandboxed decoder; `sessions` holds the keys that visitors have entered.
+    `decode` is the sandboxed decoder; `sessions` holds the API keys that visitors have entered.
     """
     clients = ApiClients(httpx.AsyncClient(transport=StreamingASGITransport(app)), sessions)
     intake = ImageIntake(decode, UploadStore(_limits(settings)), settings.max_image_bytes)
 
     def build() -> FastAPI:
         configure_gradio((settings.data_dir / "studio").resolve())
-        # Imported on a thread: it takes seconds.
+        # Imported on a thread, because the import takes seconds.
         from stable_diffusion_server.ui.tabs import blocks
 
         built = blocks.build(clients, intake, rates.parse(settings.ui_rate_limit) if settings.ui_rate_limit else None)
@@ -60,7 +60,7 @@ def mount_ui(
 
 
 def visitor_key(sessions: SessionStore) -> Callable[[Headers], str | None]:
-    """Return a function that finds, by the cookie in a request's headers, the key that a visitor of the UI entered."""
+    """Return a function from a request's headers (cookie) to the API key that the UI's visitor entered."""
     return lambda headers: sessions.key_of(cookie_parser(headers.get("cookie", "")).get(COOKIE, ""))
 
 
@@ -74,7 +74,7 @@ def _limits(settings: Settings) -> UploadLimits:
 
 
 def _sources(settings: Settings) -> set[str]:
-    """Return the origins that the UI's pages may load images from, for their Content-Security-Policy."""
+    """Return the origins from which UI pages may load images, for their Content-Security-Policy."""
     if settings.storage_provider == "local":
         return set()
     named = {settings.public_base_url, settings.r2_endpoint_url}

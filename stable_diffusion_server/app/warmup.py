@@ -1,4 +1,4 @@
-"""Generates with every model before the server is ready, so that few callers wait for a compiler."""
+"""Warm-up: generates with every model before the server is ready, so that few callers wait for a compiler."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def warm_up(
     *,
     pairs: bool,
 ) -> None:
-    """Generate an image of each size (width, height) in pixels with each model, with its default guidance and without.
+    """Generate an image of each size (width, height; pixels) with each model, with default guidance and without.
 
-    With `pairs` a second request joins the first after one step: compilers make one program for a batch of one, and one
-    for all larger batches. A failure is only logged, since the engine may still succeed: it frees memory and retries.
-    Weights that are offloaded are not compiled, so nothing is done for them. Raises `DeviceLost`.
+    With `pairs` a second request joins after the first step: compilers make one program for batch size 1, and one for
+    all larger sizes. Failures are only logged, because the engine may still succeed: it frees memory and retries. Skips
+    models with offloaded weights, which are not compiled. Raises `DeviceLost`.
     """
     if not models.resident:
         return
