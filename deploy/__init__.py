@@ -1,1 +1,1 @@
-"""Ways to run the server elsewhere: Ray Serve, containers, systemd, Kubernetes. The package knows none of them."""
+"""Ways to deploy the server: Ray Serve, containers, systemd, Kubernetes. The package imports none of them."""

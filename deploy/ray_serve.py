@@ -1,6 +1,6 @@
-"""The application as replicas under Ray Serve: `python -m deploy.ray_serve --replicas 2`. Knows Ray and no HTTP.
+"""Runs the application as replicas under Ray Serve: `python -m deploy.ray_serve --replicas 2`.
 
-On a cluster, `import_path: deploy.ray_serve:application` with the fields of `Scale` as `args`.
+On a cluster, use `import_path: deploy.ray_serve:application` with the fields of `Scale` as `args`.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from stable_diffusion_server.settings import read_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 APPLICATION, DEPLOYMENT = "draw", "Replica"
-# The pictures of one replica that wait for an answer, with all else it is asked meanwhile; its own queue refuses first.
+# Concurrent requests per replica, of any kind. The replica's own queue is shorter and refuses first.
 _MOST_AT_A_TIME = 1000
 _ASKED_OF_ALL_SECONDS = 5.0
 
 
 class Scale(BaseModel, extra="forbid"):
-    """How many replicas, of what size, and when there should be more."""
+    """Number and size of replicas, and when to scale."""
 
     replicas: int = Field(2, ge=1, description="Replicas at the start, and always where `most` is not larger.")
     most: int = Field(0, ge=0, description="Most replicas, by pictures that wait and are drawn; 0: always `replicas`.")
@@ -51,15 +51,15 @@ class Scale(BaseModel, extra="forbid"):
 
 
 class StickyRequestRouter(ConsistentHashRouter):
-    """Sends a request to the replica that keeps what it is about, and any other to the less busy of two.
+    """Routes a request to the replica that holds its job or session, and any other to the less busy of two.
 
-    Derived from Ray's router for sessions, which sees to it that a request reaches the replica chosen for itself.
+    Derived from Ray's session router, which ensures that a request reaches exactly the replica chosen for it.
     """
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
-        """Replicas in the order in which they are to be tried, each rank alike."""
+        """Replicas in the order in which they are tried, grouped by rank."""
         if pending_request is None or not candidate_replicas:
             return [candidate_replicas] if candidate_replicas else []
         pending_request.routing_context.should_backoff = True
@@ -73,34 +73,34 @@ class StickyRequestRouter(ConsistentHashRouter):
 
 
 def _key_of(pending: PendingRequest) -> str | None:
-    """What a request sticks to: what its session names, where it has one (Ray's `x-session-id`), else by its doors."""
+    """The routing key: Ray's session id (`x-session-id`) if there is one, otherwise that of `sticks_to`."""
     if pending.metadata.session_id:
         return str(pending.metadata.session_id)
     if not pending.metadata.is_http_request or not pending.args or not isinstance(pending.args[0], bytes):
         return None
-    # Ray's proxy has pickled it a moment ago, for the replica that is chosen here.
-    return sticks_to(pickle.loads(pending.args[0]).asgi_scope)  # noqa: S301  # made by this very process
+    # Ray's proxy, in this process, pickled this request for the replica.
+    return sticks_to(pickle.loads(pending.args[0]).asgi_scope)  # noqa: S301  # pickled by this process
 
 
 def by_work(context: Any, pictures_each: float = 8.0) -> tuple[int, dict[str, Any]]:
-    """Ray's autoscaling policy: as many replicas as leave each `pictures_each` pictures, jobs that wait among them."""
+    """Ray's autoscaling policy: as many replicas as leave each `pictures_each` images, jobs that wait among them."""
     told = context.aggregated_metrics.get("pictures", {})
     return max(1, math.ceil(sum(told.values()) / pictures_each)), {}
 
 
 class ByWork:
-    """`by_work` with its own number, as Ray makes policies of classes."""
+    """`by_work` with its own number, in the form that Ray expects of a policy class."""
 
     def __init__(self, pictures_each: float) -> None:
         self._pictures_each = pictures_each
 
     def __call__(self, context: Any) -> tuple[int, dict[str, Any]]:
-        """How many replicas there should be."""
+        """The wanted number of replicas."""
         return by_work(context, self._pictures_each)
 
 
 class Others:
-    """The other replicas, by Ray's own calls between them."""
+    """The other replicas, reached through Ray."""
 
     def __init__(self, own: int) -> None:
         self._own = own
@@ -108,18 +108,18 @@ class Others:
 
     @property
     def handle(self) -> DeploymentHandle:
-        """A handle to this replica's own deployment, made when first needed: before, Ray does not know it."""
+        """A handle to this replica's own deployment, created on first use: Ray does not know the deployment earlier."""
         if self._handle is None:
             self._handle = serve.get_deployment_handle(DEPLOYMENT, APPLICATION)
         return self._handle
 
     async def holding(self, scope: Scope) -> dict[int, bool]:
-        """The folders of the replicas that answer, and whether they have what a request asks for."""
+        """Folder number → whether that replica has what a request asks for, for the replicas that respond."""
         told = await self.handle.broadcast("holds", scope).results_async(timeout_s=_ASKED_OF_ALL_SECONDS)
         return {answer[0]: answer[1] for answer in told if isinstance(answer, tuple) and answer[0] != self._own}
 
     async def ask(self, number: int, scope: Scope) -> AsyncIterator[Message]:
-        """The answer of the replica with that folder."""
+        """The response of the replica with that folder."""
         one = self.handle.options(session_id=f"r{number}-", stream=True)
         async for message in one.answer.remote(scope):
             yield message
@@ -132,7 +132,7 @@ class Replica:
 
     def __init__(self, drain_seconds: float, engine_workers: int) -> None:
         shared = read_settings()
-        if shared.engine_workers == 0:  # which counts the machine's cores, and not those that are this replica's
+        if shared.engine_workers == 0:  # automatic detection counts the machine's cores, not those of this replica
             shared = shared.model_copy(update={"engine_workers": engine_workers})
         self._claim = ReplicaLease(shared.data_dir)
         self._settings = self._claim.settings(shared)
@@ -142,7 +142,7 @@ class Replica:
         self._hosted: ReplicaApp | None = None
 
     def __serve_build_asgi_app__(self) -> ReplicaApp:
-        """The application; its lifespan ends its start when the models are loaded."""
+        """The application; its lifespan startup ends when the models are loaded."""
         self._app = create_app(self._settings, hooks=ServingHooks())
         self._hosted = ReplicaApp(
             self._app,
@@ -154,31 +154,31 @@ class Replica:
         return self._hosted
 
     def record_replica_metadata(self) -> dict[str, int]:
-        """What the router knows this replica by."""
+        """Metadata by which the router identifies this replica."""
         return {"folder": self._claim.number}
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """What `by_work` counts."""
+        """The load that `by_work` reads."""
         return {"pictures": float(work_of(self._app))} if self._app is not None else {}
 
     async def check_health(self) -> None:
-        """Raise for a replica that can only be helped by another process; Ray then starts one."""
+        """Raise `RuntimeError` if only a new process can help; Ray then starts one."""
         if self._app is not None and (fault := self._health.fault(self._app)):
             raise RuntimeError(fault)
 
     async def holds(self, scope: Scope) -> tuple[int, bool] | None:
-        """The number of this replica's folder, and whether it has what is asked for; `None` before it can tell."""
+        """Folder number of this replica, and whether it has what a request asks for; `None` before it has started."""
         return (self._claim.number, await self._hosted.has(scope)) if self._hosted is not None else None
 
     async def answer(self, scope: Scope) -> AsyncIterator[Message]:
-        """What this replica answers to a request that came to another."""
+        """Response of this replica to a request that another replica received."""
         if self._hosted is not None:
             async for message in self._hosted.answer(scope):
                 yield message
 
 
 def application(scale: Scale) -> serve.Application:
-    """The application at this scale, for `serve.run` and for Serve's configuration files."""
+    """The Serve application at this scale, for `serve.run` and for Serve's configuration files."""
     options: dict[str, Any] = {"num_replicas": scale.replicas}
     if scale.most > scale.replicas:
         policy = AutoscalingPolicy(
@@ -189,14 +189,14 @@ def application(scale: Scale) -> serve.Application:
             max_replicas=scale.most,
             upscale_delay_s=scale.up_seconds,
             downscale_delay_s=scale.down_seconds,
-            look_back_period_s=max(15.0, scale.up_seconds),  # above the 10 s at which replicas tell of their work
+            look_back_period_s=max(15.0, scale.up_seconds),  # more than the 10 s between the replicas' reports
             policy=policy,
         )
         options = {"autoscaling_config": scaling}
     return Replica.options(
         ray_actor_options={"num_cpus": scale.cpus, "num_gpus": scale.gpus},
         max_ongoing_requests=_MOST_AT_A_TIME,
-        # Reached only past the replicas' own queues, which refuse first and tell why.
+        # Reached only after the replicas' own queues, which refuse first and give the reason.
         max_queued_requests=_MOST_AT_A_TIME,
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=5),
         request_router_config=RequestRouterConfig(request_router_class="deploy.ray_serve:StickyRequestRouter"),
@@ -209,7 +209,7 @@ def application(scale: Scale) -> serve.Application:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Start Ray on this machine and the application on it, until a signal ends both."""
+    """Start a local Ray and the application on it; run until a signal stops both."""
     parser = argparse.ArgumentParser(description=__doc__)
     for name, field in Scale.model_fields.items():
         parser.add_argument(
@@ -218,10 +218,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     scale = Scale(**vars(parser.parse_args(arguments)))
     settings = read_settings()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # The replicas start in this folder too, with this package and these settings.
+    # Replicas import this package and read these settings too.
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
     ray.init(
-        address="local",  # one of its own, whatever else of Ray runs on this machine
+        address="local",  # a separate instance, even if another Ray runs on this machine
         num_cpus=math.ceil(max(scale.most, scale.replicas) * scale.cpus),
         include_dashboard=False,
         runtime_env={"env_vars": {"PYTHONPATH": paths}},
@@ -242,7 +242,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     serve.delete(APPLICATION, _blocking=False)
     end = time.monotonic() + scale.drain_seconds
     while APPLICATION in serve.status().applications and time.monotonic() < end:
-        time.sleep(0.5)  # accepted jobs are drawn meanwhile; `serve.shutdown` alone waits for 30 s
+        time.sleep(0.5)  # `serve.shutdown` alone waits only 30 s; accepted jobs run meanwhile
     serve.shutdown()
     ray.shutdown()
 

@@ -1,6 +1,6 @@
-"""What a replica is, whatever runs it: a folder of its own, jobs found again, an end that waits. Knows no Ray.
+"""One replica of several, independent of Ray: its own folder, job lookup across replicas, draining at shutdown.
 
-Needs only what is public of the application (`app.state`, its doors), and ASGI.
+Uses only the application's public interface (`app.state` and its routes) and ASGI.
 """
 
 from __future__ import annotations
@@ -31,21 +31,22 @@ _MOST_FOLDERS = 10_000
 _TAG = re.compile(r"/jobs/r(\d{1,4})-")
 _JOB = re.compile(r"/jobs/([^/]+)")
 _TAGGED = re.compile(r"r(\d{1,4})-")
-# What one replica does not have may be with another: its jobs, and pictures that wait for the storage.
+# Paths whose objects may be held by another replica: jobs, and images waiting for upload.
 _KEPT_ALONE = ("/jobs/", "/files/")
 _LOOK_EVERY = 0.1
 
 
 class ReplicaLease:
-    """A replica's own folder below DATA_DIR, `replica-0`, `replica-1` …: the first that no living process holds.
+    """Locks a replica's own folder below DATA_DIR (`replica-0`, `replica-1` …): the first that no living process holds.
 
-    The lock ends with the process, however that ends, so the replica that takes its place finds its journal and spool
-    there and goes on with them. Folders with a journal come first: they may hold accepted jobs. On a network file
-    system the locks must be kept by its server (NFS 4 does); a volume of its own for each replica needs none.
+    The lock ends with the process, also after a crash, so the replacement finds the job store and the upload spool
+    there and continues with them. Folders with a job store are tried first, because they may hold accepted jobs. On
+    a network file system the server must support locks (NFS 4 does). A separate volume for each replica needs no
+    locks.
     """
 
     def __init__(self, root: Path) -> None:
-        """Take a folder. Raises `OSError` for a root that cannot be written."""
+        """Lock a folder. Raises `OSError` for a root that cannot be written, or if all folders are in use."""
         root.mkdir(parents=True, exist_ok=True)
         left = _with_journal(root)
         for number in (*left, *(n for n in range(_MOST_FOLDERS) if n not in set(left))):
@@ -57,16 +58,16 @@ class ReplicaLease:
         raise OSError(f"{root} has {_MOST_FOLDERS} folders of replicas in use")
 
     def others(self) -> set[int]:
-        """The other folders with a journal, whether a replica holds them or not."""
+        """Numbers of the other folders with a job store, whether a replica holds them or not."""
         return set(_with_journal(self.folder.parent)) - {self.number}
 
     @property
     def tag(self) -> str:
-        """What the ids of its jobs begin with."""
+        """Prefix of this replica's job ids."""
         return f"r{self.number}-"
 
     def settings(self, shared: Settings) -> Settings:
-        """The settings all replicas share, with this one's folder and tag, and a secret of all where none is set."""
+        """The shared settings with this replica's folder and job id prefix, and a common URL secret if none is set."""
         secret = shared.url_secret
         if not secret.get_secret_value():
             common = ServerSecret("", self.folder.parent / "url-secret")
@@ -75,7 +76,7 @@ class ReplicaLease:
         return shared.model_copy(update={"data_dir": self.folder, "job_id_prefix": self.tag, "url_secret": secret})
 
     def release(self) -> None:
-        """Let another replica have it."""
+        """Release the folder for another replica."""
         self._lock.release()
 
 
@@ -88,10 +89,10 @@ def _lock_of(root: Path, number: int) -> FileLock:
 
 
 def sticks_to(scope: Mapping[str, Any]) -> str | None:
-    """What a request has in common with those that the same replica should answer; `None`: any replica will do.
+    """The routing key of a request: requests with one key should reach the same replica. `None`: any replica will do.
 
-    A job by its id, a request by the id it gives itself or by its idempotency key, and a browser's studio and the
-    AUTOMATIC1111 dialect (whose `progress` and `interrupt` mean one's own) by the client.
+    The key is the job id in the path, the request's own id or idempotency key, or the client for the UI and the
+    AUTOMATIC1111 dialect (whose `progress` and `interrupt` refer to the client's own requests).
     """
     path, headers = str(scope.get("path", "")), Headers(raw=list(scope.get("headers", ())))
     if match := _JOB.match(path):
@@ -104,28 +105,28 @@ def sticks_to(scope: Mapping[str, Any]) -> str | None:
 
 
 def owner_of(key: str) -> int | None:
-    """The number of the folder that a tagged id names."""
+    """The folder number in a prefixed job id; `None` if it has no prefix."""
     match = _TAGGED.match(key)
     return int(match[1]) if match else None
 
 
 def ranked(key: str, numbers: list[int]) -> list[int]:
-    """Folders in the order in which a key belongs to them, by rendezvous hashing.
+    """Folder numbers sorted by preference for a key (rendezvous hashing).
 
-    One that comes or goes moves only the keys that are its own (Thaler and Ravishankar, "Using name-based mappings to
+    Adding or removing a folder moves only that folder's keys (Thaler and Ravishankar, "Using name-based mappings to
     increase hit rates", 1998).
     """
     return sorted(numbers, key=lambda number: hashlib.sha256(f"{number} {key}".encode()).digest())
 
 
 class Peers(Protocol):
-    """The other replicas."""
+    """Calls to the other replicas."""
 
     async def holding(self, scope: Scope) -> dict[int, bool]:
-        """The folders of those that answer, and whether they have what a request asks for."""
+        """Folder number → whether that replica has what a request asks for, for the replicas that respond."""
 
     def ask(self, number: int, scope: Scope) -> AsyncIterator[Message]:
-        """Its answer, as ASGI messages."""
+        """A replica's response, as ASGI messages."""
 
 
 class ReplicaApp:
@@ -145,7 +146,7 @@ class ReplicaApp:
         self._release = release
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request, or live through the application's life."""
+        """Handle one request, or the application's lifespan."""
         if scope["type"] == "lifespan":
             await self._live(scope, receive, send)
         elif scope["type"] == "http" and scope["path"].startswith(_KEPT_ALONE):
@@ -154,7 +155,7 @@ class ReplicaApp:
             await self._app(scope, receive, send)
 
     async def has(self, scope: Scope) -> bool:
-        """Whether this replica has what a request asks for: its own doors are asked, with the caller's own rights."""
+        """Whether this replica has what a request asks for. Calls its own routes with the caller's credentials."""
         path = scope["path"].removesuffix("/events") if scope["path"].startswith("/jobs/") else scope["path"]
         status = 404
 
@@ -168,7 +169,7 @@ class ReplicaApp:
         return status != 404
 
     async def answer(self, scope: Scope) -> AsyncIterator[Message]:
-        """What this replica answers to a request that came to another."""
+        """Response of this replica to a request that another replica received."""
         messages: asyncio.Queue[Message | None] = asyncio.Queue()
 
         async def run() -> None:
@@ -185,7 +186,7 @@ class ReplicaApp:
             running.cancel()
 
     async def _find(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer as this replica does, or, where it has not what is asked for, as the one that has."""
+        """Respond from this replica, or from another one if this one returns 404."""
         unsent: list[Message] = []
 
         async def watch(message: Message) -> None:
@@ -238,7 +239,7 @@ class ReplicaApp:
             self._release()
 
     def _begun(self) -> bool:
-        """Whether the models are loaded. Raises `RuntimeError` if they cannot be, so that another replica is tried."""
+        """Whether the models are loaded. Raises `RuntimeError` if loading failed, so that another replica is tried."""
         engine = self._app.state.engine
         if engine.state is EngineState.FAILED:
             raise RuntimeError(engine.reason)
@@ -246,14 +247,14 @@ class ReplicaApp:
 
     async def _until(self, condition: Callable[[], bool], seconds: float) -> None:
         end = time.monotonic() + seconds
-        while not condition() and time.monotonic() < end:  # noqa: ASYNC110  # what is looked at is another thread's
+        while not condition() and time.monotonic() < end:  # noqa: ASYNC110  # the state changes on another thread
             await asyncio.sleep(_LOOK_EVERY)
 
 
 class ReplicaHealth:
-    """Tells why a replica should be replaced; asked again and again.
+    """Decides whether a replica should be replaced. Call `fault` periodically.
 
-    Silence is measured from when the last sign of life was seen, by a clock that is never set.
+    The time without a heartbeat is measured from when the last one was seen, by the monotonic clock.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -263,11 +264,11 @@ class ReplicaHealth:
         self._seen_at = time.monotonic()
 
     def fault(self, app: FastAPI) -> str:
-        """Why, in a sentence; empty while there is no reason.
+        """The reason for a replacement, as a sentence; empty if there is none.
 
-        A device that cannot draw, or one with work in hand and no sign of life for `WATCHDOG_TIMEOUT`. A storage that
-        is down is no reason, although `/readyz` names it: what is drawn is spooled, and another process would fare no
-        better.
+        Reasons are a device that cannot generate images, and running requests without a heartbeat for
+        `WATCHDOG_TIMEOUT`. An unreachable storage is no reason, although `/readyz` reports it: images are
+        spooled, and another process could not reach it either.
         """
         engine = app.state.engine
         if engine.state not in (EngineState.READY, EngineState.LOADING):
@@ -275,7 +276,7 @@ class ReplicaHealth:
         try:
             sign = self._progress.stat().st_mtime_ns
         except OSError:
-            sign = 0  # nothing was drawn yet
+            sign = 0  # no heartbeat yet
         if sign != self._sign or not engine.running:
             self._sign, self._seen_at = sign, time.monotonic()
         silent = time.monotonic() - self._seen_at
@@ -285,18 +286,18 @@ class ReplicaHealth:
 
 
 def work_of(app: FastAPI) -> int:
-    """Pictures that wait and that are drawn, requests and jobs."""
+    """Number of waiting and running images, from requests and jobs."""
     engine = app.state.engine
     return int(engine.waiting + engine.running + app.state.jobs.waiting)
 
 
 def _fresh(scope: Scope) -> Scope:
-    """A request as it came in: what doors add to it cannot travel, and means nothing elsewhere."""
+    """The scope without what middleware added, which cannot be pickled and means nothing elsewhere."""
     kept = ("type", "asgi", "http_version", "method", "scheme", "path", "raw_path", "query_string", "headers")
     return {name: scope[name] for name in (*kept, "root_path", "client", "server") if name in scope}
 
 
 async def _nothing_comes() -> Message:
-    """The rest of a request without a body, from a client that stays."""
+    """`receive` for a request without a body: blocks as if the client stayed connected."""
     await asyncio.Event().wait()
     raise AssertionError("nothing sets that event")

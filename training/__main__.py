@@ -37,7 +37,7 @@ def frozen_vae(name: str, device: str) -> AutoencoderKL:
 
 
 def fill(name: str, device: str) -> None:
-    """Draw and encode what a stage learns from, as far as it is not there yet."""
+    """Render and encode the training images of a stage, except those that already exist."""
     if name == "edges":
         latent_cache.fill(frozen_vae("vae", device), name, STORES[name], control.draw_loose, synthetic_shapes.edges)
     elif name == "twins":
@@ -61,7 +61,7 @@ def train_denoiser(plan: Plan, fresh: bool) -> Path:
 
 
 def train_beside_sdxl(plan: Plan, fresh: bool) -> Path:
-    """Train the ControlNet or the adapter of the SDXL family."""
+    """Train the ControlNet or the LoRA of the SDXL family, with the UNet frozen."""
     fill("outlines" if plan.name == "lora" else "edges", plan.device)
     pipe = StableDiffusionXLPipeline.from_pretrained(RUNS / "sdxl" / "out").to(plan.device)
     words = sdxl.Words(pipe.tokenizer, pipe.text_encoder, pipe.text_encoder_2)
@@ -70,7 +70,7 @@ def train_beside_sdxl(plan: Plan, fresh: bool) -> Path:
 
 
 def train_beside_flux(plan: Plan, fresh: bool) -> Path:
-    """Train the ControlNet of the Flux family."""
+    """Train the ControlNet of the Flux family, with the transformer frozen."""
     fill("edges", plan.device)
     pipe = FluxPipeline.from_pretrained(RUNS / "flux" / "out").to(plan.device)
     words = flux.Words(pipe.tokenizer, pipe.text_encoder, pipe.tokenizer_2, pipe.text_encoder_2)
@@ -97,7 +97,7 @@ STAGES: dict[str, Callable[[Plan, bool], Path]] = {
 
 
 def main() -> None:
-    """Read the command line, run the asked stages, and put what they made into models/."""
+    """Parse the command line, run the requested stages, and write the results to models/."""
     parser = argparse.ArgumentParser(prog="python -m training", description=__doc__)
     packages = {f"package-{family}": family for family in package.PARTS}
     names = [*PLANS, *STORES, *packages]

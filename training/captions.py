@@ -88,17 +88,20 @@ FILLERS = ("beautiful", "nice", "very", "shiny", "cute", "bright", "simple", "pr
 
 
 def pick(rng: Rng, items: Sequence[Item]) -> Item:
-    """Return one item, all equally likely."""
+    """Return one item, chosen uniformly at random."""
     return items[int(rng.integers(len(items)))]
 
 
 def usual_background(things: Sequence[Thing]) -> str:
-    """Return the background meant where a caption names none: white, or black where white would not show."""
+    """Return the background implied by a caption that names none.
+
+    It is white, or black if the objects would not show on white.
+    """
     return "white" if all(far(thing.colour, "white") for thing in things) else "black"
 
 
 def draw_scene(rng: Rng, kind: str | None = None, style: str | None = None) -> Scene | Landscape:
-    """Draw a scene by ``KIND_SHARES``, or of the given kind; 88 % are flat unless a style is given."""
+    """Sample a scene of the given kind, or by ``KIND_SHARES``. Without a style, 88 % are flat."""
     kind = kind or str(rng.choice(list(KIND_SHARES), p=list(KIND_SHARES.values())))
     if kind == "landscape":
         return draw_landscape(rng)
@@ -118,7 +121,7 @@ def draw_scene(rng: Rng, kind: str | None = None, style: str | None = None) -> S
 
 
 def draw_landscape(rng: Rng) -> Landscape:
-    """Draw a landscape; the moon belongs to the night, the sun to day and sunset."""
+    """Sample a landscape. The moon appears at night, the sun by day and at sunset."""
     time, ground = pick(rng, TIMES), pick(rng, GROUNDS)
     colour = pick(rng, ("red", "white", "yellow", "orange", "purple", "pink", "brown", "blue"))
     body = "moon" if time == "night" else "sun"
@@ -129,17 +132,17 @@ def draw_landscape(rng: Rng) -> Landscape:
 
 
 def word(rng: Rng, plain: str, others: Sequence[str], rate: float) -> str:
-    """Return the plain word, or at the given rate (0–1) another one for the same."""
+    """Return the plain word, or with probability ``rate`` (0–1) a synonym."""
     return pick(rng, others) if others and rng.random() < rate else plain
 
 
 def with_article(words: str) -> str:
-    """Put ``a`` or ``an`` before words."""
+    """Prefix words with ``a`` or ``an``."""
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
 def say_thing(thing: Thing, rng: Rng, rate: float) -> str:
-    """Say objects with article or number: ``a small red circle``, ``three green hearts``."""
+    """Describe objects with an article or a number: ``a small red circle``, ``three green hearts``."""
     noun = word(rng, thing.shape, SHAPE_WORDS[thing.shape], rate)
     words = [word(rng, thing.colour, COLOUR_WORDS[thing.colour], rate)]
     if thing.size:
@@ -154,7 +157,7 @@ def say_thing(thing: Thing, rng: Rng, rate: float) -> str:
 
 
 def nonsense(rng: Rng) -> str:
-    """Return a word no vocabulary holds, of 2–8 letters."""
+    """Return a random word of 2–8 letters, which is most likely in no vocabulary."""
     letters = rng.integers(0, 26, int(rng.integers(2, 9)))
     return "".join(string.ascii_lowercase[int(letter)] for letter in letters)
 
@@ -173,7 +176,7 @@ TIME_WORDS = {
 
 
 def say_landscape(view: Landscape, rng: Rng, rate: float) -> str:
-    """Say a landscape: ``a red house and a tree on a green hill at night``."""
+    """Describe a landscape: ``a red house and a tree on a green hill at night``."""
     parts = []
     for colour, noun, others in ((view.house, "house", HOUSE_WORDS), (view.boat, "boat", BOAT_WORDS)):
         if colour:
@@ -187,7 +190,7 @@ def say_landscape(view: Landscape, rng: Rng, rate: float) -> str:
 
 
 def say_background(background: str, rng: Rng, rate: float) -> str:
-    """Say the background: ``on a blue background`` or another way."""
+    """Describe the background: ``on a blue background``, or a paraphrase."""
     colour = word(rng, background, COLOUR_WORDS[background], rate)
     usual = f"on {with_article(colour + ' background')}"
     others = (
@@ -202,7 +205,10 @@ def say_background(background: str, rng: Rng, rate: float) -> str:
 
 
 def say_scene(scene: Scene | Landscape, rng: Rng, rate: float = 0.25) -> str:
-    """Say a scene in lower-case words; ``rate`` (0–1) is how often another wording is chosen, 0 is plain."""
+    """Write a scene's caption in lower case.
+
+    ``rate`` (0–1) is the probability of each paraphrase; 0 gives the plain caption.
+    """
     if isinstance(scene, Landscape):
         said = say_landscape(scene, rng, rate)
     else:
@@ -219,7 +225,7 @@ def say_scene(scene: Scene | Landscape, rng: Rng, rate: float = 0.25) -> str:
         elif scene.kind == "one" and rate and rng.random() < 0.1:
             said += pick(rng, (" in the middle", " in the center", " in the centre"))
         if rate and scene.background == usual_background(scene.things) and rng.random() < 0.35:
-            pass  # a caption may leave the usual background out
+            pass  # a caption may omit the implied background
         elif rate and rng.random() < 0.12:
             said = f"{word(rng, scene.background, COLOUR_WORDS[scene.background], rate)} background, {said}"
         else:
@@ -236,6 +242,6 @@ def say_scene(scene: Scene | Landscape, rng: Rng, rate: float = 0.25) -> str:
 
 
 def restyled(said: str, rng: Rng) -> str:
-    """Return a caption as people type: capitals in one of three ways, a full stop or an exclamation mark."""
+    """Return the caption as a user might type it: one of three capitalisations, a full stop or an exclamation mark."""
     said = pick(rng, (str.upper, str.title, str.capitalize))(said)
     return said + pick(rng, (".", "!", "", " ."))

@@ -24,21 +24,21 @@ from training.synthetic_shapes import Scene
 
 
 def draw_loose(rng: Rng) -> Scene | Landscape:
-    """Draw a scene, mostly of the kind whose caption does not give the geometry away."""
+    """Sample a scene, mostly of the kind whose caption does not state the geometry."""
     return draw_scene(rng, "free" if rng.random() < 0.65 else None)
 
 
 def stir(layers: list[nn.Module], spread: float) -> None:
-    """Give layers small random weights instead of zeros, from which little was learned in minutes."""
+    """Initialise layers with small random weights. From zeros, little was learned in minutes."""
     for layer in layers:
         nn.init.normal_(layer.weight, std=spread)
 
 
 def build_sdxl(unet: UNet2DConditionModel) -> ControlNetModel:
-    """Return a ControlNet that begins with the convolutions of the UNet's encoder, and reads no words.
+    """Return a ControlNet initialised with the convolutions of the UNet's encoder; it has no cross-attention.
 
-    It has edges to read; what the prompt says of them is the UNet's to know. Its embedding of time cannot be as
-    narrow as the UNet's and begins anew.
+    It reads the edges; the UNet reads the prompt. Its time embedding cannot be as narrow as the UNet's, so it
+    starts from random weights.
     """
     torch.manual_seed(41)
     shared = ControlNetModel.from_unet(unet, load_weights_from_unet=False).config
@@ -59,7 +59,7 @@ def build_sdxl(unet: UNet2DConditionModel) -> ControlNetModel:
 
 
 def build_flux(transformer: FluxTransformer2DModel) -> FluxControlNetModel:
-    """Return a ControlNet of 2 double blocks that begins as a copy of the transformer's."""
+    """Return a ControlNet of 2 double blocks, initialised with a copy of the transformer's."""
     torch.manual_seed(42)
     net = FluxControlNetModel.from_transformer(
         transformer, num_layers=2, num_single_layers=0, attention_head_dim=32, num_attention_heads=5
@@ -72,7 +72,7 @@ def build_flux(transformer: FluxTransformer2DModel) -> FluxControlNetModel:
 def run_sdxl(
     plan: Plan, unet: UNet2DConditionModel, vae: AutoencoderKL, words: sdxl.Words, fresh: bool = False
 ) -> Path:
-    """Train the SDXL family's ControlNet and save it as ``out``; return that path."""
+    """Train the SDXL family's ControlNet, save it as ``out`` and return that path."""
     unet.requires_grad_(False)
     net = build_sdxl(unet).to(plan.device, memory_format=torch.channels_last)
     store, shares = LatentCache("edges"), sdxl.signal_shares()
@@ -107,7 +107,7 @@ def run_sdxl(
 def run_flux(
     plan: Plan, transformer: FluxTransformer2DModel, vae: AutoencoderKL, words: flux.Words, fresh: bool = False
 ) -> Path:
-    """Train the Flux family's ControlNet and save it as ``out``; return that path."""
+    """Train the Flux family's ControlNet, save it as ``out`` and return that path."""
     transformer.requires_grad_(False)
     net = build_flux(transformer).to(plan.device)
     store = LatentCache("edges")

@@ -36,7 +36,7 @@ def draw(
     at_once: int = 10,
     **extra: Any,
 ) -> list[Picture]:
-    """Draw every prompt with the seed of its number; ``size`` is width and height in pixels."""
+    """Generate an image for every prompt, seeded by its index. ``size`` is width and height in pixels."""
     family = "flux" if isinstance(pipe, FluxPipeline) else "sdxl"
     extra = ({"max_sequence_length": T5_LENGTH} if family == "flux" else {}) | extra
     pictures: list[Picture] = []
@@ -59,26 +59,29 @@ def draw(
 
 
 def check(picture: Picture, scene: Scene | Landscape) -> dict[str, bool]:
-    """Judge either kind of scene."""
+    """Check an image of either kind of scene; returns fact → whether it is right."""
     return check_landscape(picture, scene) if isinstance(scene, Landscape) else check_scene(picture, scene)
 
 
 def rates(pictures: Sequence[Picture], scenes: Sequence[Scene | Landscape]) -> dict[str, float]:
-    """Return the share (0–1) of pictures in which each fact is right, over those to which it applies."""
+    """Return for each fact the share (0–1) of images in which it is right, among images to which it applies."""
     verdicts = [check(picture, scene) for picture, scene in zip(pictures, scenes, strict=True)]
     facts = dict.fromkeys(fact for verdict in verdicts for fact in verdict)
     return {fact: round(float(np.mean([v[fact] for v in verdicts if fact in v])), 3) for fact in facts}
 
 
 def prompts_for(scenes: Sequence[Scene | Landscape], rate: float = 0.0, typed: bool = False) -> list[str]:
-    """Say scenes with fixed lots, other words at ``rate`` (0–1), capitals and marks if ``typed``."""
+    """Write the scenes' captions with a fixed seed.
+
+    ``rate`` (0–1) is the probability of paraphrases, ``typed`` adds capitals and punctuation.
+    """
     rng = np.random.default_rng(90_100)
     said = [say_scene(scene, rng, rate) for scene in scenes]
     return [restyled(caption, rng) for caption in said] if typed else said
 
 
 def show_samples(pipe: DiffusionPipeline, folder: Path) -> None:
-    """Write a sheet of held-out samples and a line of quick figures into a stage's folder."""
+    """Write a sheet of held-out samples and a line of accuracy figures into a stage's folder."""
     sets = {
         "one": held_out("one", "flat", 20, 90_201) + held_out("placed", "flat", 4, 90_202),
         "two": held_out("two", "flat", 20, 90_203),
@@ -94,7 +97,7 @@ def show_samples(pipe: DiffusionPipeline, folder: Path) -> None:
 
 
 def truth(scenes: Sequence[Scene | Landscape], size: tuple[int, int] = (256, 256)) -> dict[str, float]:
-    """Return the image checker's result on the rendered scenes themselves: its own accuracy."""
+    """Return the image checker's result on the rendered scenes themselves, which is its own accuracy."""
     rng = np.random.default_rng(90_300)
     return rates([render(scene, *size, rng) for scene in scenes], scenes)
 
@@ -112,7 +115,10 @@ SETS: dict[str, tuple[str | None, str | None, int, int]] = {
 def measure(
     pipe: DiffusionPipeline, size: tuple[int, int] = (256, 256), steps: int = 4, **extra: Any
 ) -> dict[str, dict[str, float]]:
-    """Return the rates of every set of ``SETS`` in plain words, and of one and two objects as people type."""
+    """Return the rates of every set of ``SETS``, for plain captions.
+
+    For one and two objects, also with paraphrased captions and with typed ones (capitals and punctuation).
+    """
     table = {}
     for name, (kind, style, count, seed) in SETS.items():
         scenes = held_out(kind, style, count, seed)
@@ -128,7 +134,7 @@ def measure(
 
 
 def as_markdown(table: dict[str, dict[str, float]]) -> str:
-    """Return a table of rates in Markdown, a row per set and a column per fact."""
+    """Return a Markdown table of rates: a row per set and a column per fact."""
     facts = [*dict.fromkeys(fact for row in table.values() for fact in row if fact != "all"), "all"]
     lines = ["| prompts | " + " | ".join(facts) + " |", "|---" * (len(facts) + 1) + "|"]
     for name, row in table.items():
@@ -138,7 +144,7 @@ def as_markdown(table: dict[str, dict[str, float]]) -> str:
 
 
 def latency(pipe: DiffusionPipeline, size: tuple[int, int] = (256, 256), tries: int = 7) -> float:
-    """Return the median seconds of one picture alone, 4 steps, after one to warm up."""
+    """Return the median seconds of one unbatched image in 4 steps, after one warm-up image."""
     prompt = ["a red circle on a blue background"]
     draw(pipe, prompt, size)
     spent = []
@@ -150,7 +156,7 @@ def latency(pipe: DiffusionPipeline, size: tuple[int, int] = (256, 256), tries: 
 
 
 def contact_sheet(pipe: DiffusionPipeline, path: Path) -> None:
-    """Write 40 pictures of held-out plain prompts at half size: ten of one, placed, two and landscapes."""
+    """Write 40 images of held-out plain prompts at half size: ten each of one, placed, two and landscapes."""
     chosen = [held_out(kind, style, 10, seed + 7) for kind, style, _, seed in SETS.values() if kind != "many"]
     pictures = [picture for scenes in chosen for picture in draw(pipe, prompts_for(scenes))]
     image = Image.fromarray(sheet(pictures, 10))

@@ -52,7 +52,7 @@ class Words:
 
     @classmethod
     def load(cls, clip_folder: Path, t5_folder: Path, device: str) -> Words:
-        """Load what the stages ``clip`` and ``t5`` saved."""
+        """Load the encoders and tokenizers that the stages ``clip`` and ``t5`` saved."""
         clip = CLIPTextModel.from_pretrained(clip_folder / "encoder").to(device).eval().requires_grad_(False)
         t5 = T5EncoderModel.from_pretrained(t5_folder / "encoder").to(device).eval().requires_grad_(False)
         t5_tokenizer = PreTrainedTokenizerFast.from_pretrained(t5_folder / "tokenizer")
@@ -62,30 +62,33 @@ class Words:
     def embed(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Return T5 embeddings, n × T5_LENGTH × WIDTH, and CLIP's pooled embedding, n × WIDTH."""
         ids = token_ids(self.tokenizer, captions)
-        read = int((ids != self.tokenizer.pad_token_id).sum(1).max()) + 1  # its attention is causal: padding is unread
+        read = int((ids != self.tokenizer.pad_token_id).sum(1).max()) + 1  # causal attention never reads the padding
         pooled = self.clip(ids[:, :read].to(self.clip.device)).pooler_output
         return self.t5(token_ids(self.tokenizer_2, captions, T5_LENGTH).to(self.clip.device))[0], pooled
 
 
 def draw_times(count: int) -> Tensor:
-    """Draw noise shares (0–1): 84 % at or near the four-step sampler's, the noisiest most; the rest logit-normal."""
+    """Sample noise shares (0–1).
+
+    84 % are at or near the four-step sampler's, most often the noisiest one; the rest are logit-normal.
+    """
     near = torch.tensor([1.0, 0.75, 0.5, 0.25])[torch.multinomial(torch.tensor(SHARES), count, replacement=True)]
     near = torch.where(near < 1, near + torch.rand(count) * 0.06 - 0.03, near)
     return torch.where(torch.rand(count) < 0.16, torch.sigmoid(torch.randn(count) * 1.2 + 0.5), near)
 
 
 def folded(latents: Tensor, vae: AutoencoderKL) -> Tensor:
-    """Turn the stored latents, n × 4 × height × width, into the family's, n × 16 × height/2 × width/2, scaled."""
+    """Convert cached latents, n × 4 × height × width, to the family's scaled latents, n × 16 × height/2 × width/2."""
     return (fold(latents) - vae.config.shift_factor) * vae.config.scaling_factor
 
 
 def packed(latents: Tensor) -> Tensor:
-    """Lay latents, n × channels × height × width, out as tokens of 2 × 2 cells, n × tokens × 4 channels."""
+    """Pack latents, n × channels × height × width, into tokens of 2 × 2 cells, n × tokens × 4 channels."""
     return FluxPipeline._pack_latents(latents, *latents.shape)
 
 
 def flow(latents: Tensor, times: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return packed noised latents and velocity, n × tokens × 16, and the tokens' places, tokens × 3."""
+    """Return packed noised latents and the velocity, both n × tokens × 16, and the tokens' positions, tokens × 3."""
     height, width = latents.shape[2:]
     noise = torch.randn_like(latents)
     share = times.view(-1, 1, 1, 1).to(latents.device)
@@ -98,7 +101,7 @@ def flow(latents: Tensor, times: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def pipeline(transformer: FluxTransformer2DModel, vae: AutoencoderKL, words: Words) -> FluxPipeline:
-    """Put the parts together as the stock pipeline."""
+    """Assemble the stock pipeline from its components."""
     pipe = FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0, use_dynamic_shifting=False),
         vae=vae,
@@ -113,7 +116,7 @@ def pipeline(transformer: FluxTransformer2DModel, vae: AutoencoderKL, words: Wor
 
 
 def run(plan: Plan, vae: AutoencoderKL, words: Words, fresh: bool = False) -> Path:
-    """Train the transformer on the stored latents and save the pipeline as ``out``; return that path."""
+    """Train the transformer on the cached latents, save the pipeline as ``out`` and return that path."""
     from training.evaluate import show_samples
 
     transformer = build().to(plan.device)

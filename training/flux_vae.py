@@ -1,9 +1,9 @@
-"""Trains the autoencoder of the Flux model from that of the SDXL model (space-to-depth).
+"""Trains the Flux family's autoencoder from the SDXL family's (space-to-depth).
 
-It shrinks sixteen times instead of eight, into 16 channels, which are the other's 4 with every square of
-2 × 2 cells packed into one: the same latents, so that one cache serves both families, and a quarter of the
-tokens for the transformer, which learns three times as fast. Both ends of it are the other's own; only
-the coarsest blocks are new. They learn the other's latents and inner features first, then pictures.
+It downsamples by 16 instead of 8, into 16 channels: the SDXL family's 4 channels with every square of 2 × 2 cells
+packed into one cell. The latents are the same, so one cache serves both families. The transformer has a quarter of the
+tokens and learns three times as fast. The outer layers are copied from the SDXL family's autoencoder; only the coarsest
+blocks are new. They first learn its latents and inner features, then images.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ EXTRA = 96
 
 
 def build(source: AutoencoderKL) -> AutoencoderKL:
-    """Return the autoencoder with everything of the source's that fits, its scale among it."""
+    """Return the autoencoder with all weights of ``source`` that fit, and its scaling."""
     torch.manual_seed(12)
     depth = len(WIDTHS) + 1
     config = dict(source.config) | {
@@ -48,7 +48,7 @@ def build(source: AutoencoderKL) -> AutoencoderKL:
 
 
 def features(model: AutoencoderKL, latents: Tensor, block: int) -> Tensor:
-    """Return what a decoder holds after the first half of an up block."""
+    """Return a decoder's activations after the first residual block of an up block."""
     held = model.decoder.mid_block(model.decoder.conv_in(latents))
     for up in model.decoder.up_blocks[:block]:
         held = up(held)
@@ -56,16 +56,19 @@ def features(model: AutoencoderKL, latents: Tensor, block: int) -> Tensor:
 
 
 def feature_loss(model: AutoencoderKL, source: AutoencoderKL, latents: Tensor) -> Tensor:
-    """Return how far the features are from the source's, relative to their spread; latents are unfolded."""
+    """Return the squared error of the features against the source's, relative to their variance.
+
+    ``latents`` are not packed.
+    """
     with torch.no_grad():
         wanted = features(source, latents, 0)
     return F.mse_loss(features(model, F.pixel_unshuffle(latents, 2), 1), wanted) / wanted.var()
 
 
 def vae_loss(model: AutoencoderKL, source: AutoencoderKL, pictures: Tensor) -> Tensor:
-    """Return the error of the encoder's latents from the source's folded ones and of pictures decoded from these.
+    """Return the sum of two losses: of the encoder's latents and of decoded images.
 
-    The decoder gets them slightly noised.
+    The latents are compared with the source's packed latents. The decoder decodes those, with a little noise added.
     """
     with torch.no_grad():
         wanted = F.pixel_unshuffle(source.encode(pictures).latent_dist.mean, 2)
@@ -74,29 +77,29 @@ def vae_loss(model: AutoencoderKL, source: AutoencoderKL, pictures: Tensor) -> T
 
 
 def folded_sample(folder: Path) -> Tensor:
-    """Return some packed latents of a cache, n × 16 × height × width: those of its first parts, which are of 256²."""
+    """Return packed latents of the cache's first 8 parts, which are of 256² images: n × 16 × height × width."""
     parts = [np.load(path)["latents"] for path in sorted(folder.glob("[0-9][0-9][0-9][0-9].npz"))[:8]]
     return F.pixel_unshuffle(torch.from_numpy(np.concatenate(parts)).float(), 2)
 
 
 @cache
 def stretch(folder: Path) -> Tensor:
-    """Return the matrix, 16 × 16, by which a cache's packed latents are multiplied before they are learned.
+    """Return the 16 × 16 matrix that multiplies a cache's packed latents before training.
 
-    Fine detail spreads a twentieth as far as colour does. Brought nearer to it, its error weighs in the
-    denoiser's loss, and it is decided before the last step.
+    The spread of fine detail is a twentieth of that of colour. The matrix makes them more equal, so that errors in
+    detail count in the denoiser's loss and detail is decided before the last step.
     """
     return evening(folded_sample(folder), 0.6, 0.01)
 
 
 def fold(latents: Tensor) -> Tensor:
-    """Turn stored latents, n × 4 × height × width, into the family's, n × 16 × height/2 × width/2, unscaled."""
+    """Convert cached latents, n × 4 × height × width, to the family's unscaled ones, n × 16 × height/2 × width/2."""
     forth = stretch(RUNS / "pictures").to(latents.device)
     return torch.einsum("oc,nchw->nohw", forth, F.pixel_unshuffle(latents, 2))
 
 
 def stretched(model: AutoencoderKL) -> AutoencoderKL:
-    """Return a copy that makes and draws stretched latents, and tells their mean and spread as pipelines want it."""
+    """Return a copy that encodes to and decodes from stretched latents, with their mean and scale configured."""
     forth = stretch(RUNS / "pictures")
     latents = torch.einsum("oc,nchw->nohw", forth, folded_sample(RUNS / "pictures"))
     copy = relaid(model, forth.to(model.device))
@@ -105,7 +108,7 @@ def stretched(model: AutoencoderKL) -> AutoencoderKL:
 
 
 def run(plan: Plan, source: AutoencoderKL, fresh: bool = False) -> Path:
-    """Train the decoder's features for a quarter of the steps, then both ends on pictures; return the path."""
+    """Train the decoder's features for a quarter of the steps, then encoder and decoder on images; return the path."""
     model = build(source).to(plan.device)
     store = LatentCache("pictures")
 
@@ -127,6 +130,6 @@ def run(plan: Plan, source: AutoencoderKL, fresh: bool = False) -> Path:
 
 @torch.no_grad()
 def measure_folded(model: AutoencoderKL, source: AutoencoderKL) -> float:
-    """Return the PSNR in dB of what the model draws of the source's latents of held-out pictures."""
+    """Return the PSNR in dB of held-out images that the model decodes from the source's latents."""
     batch = draw_batch(False, np.random.default_rng(90_001)).to(model.device)
     return psnr(model.decode(F.pixel_unshuffle(source.encode(batch).latent_dist.mean, 2)).sample.clamp(-1, 1), batch)

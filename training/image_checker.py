@@ -20,7 +20,7 @@ SIDE = 48
 
 @dataclass(frozen=True)
 class Found:
-    """An object seen in a picture: shape, colour name, centre in pixels (x, y), area in square pixels."""
+    """An object detected in an image: shape, colour name, centre in pixels (x, y), area in square pixels."""
 
     shape: str
     colour: str
@@ -29,7 +29,7 @@ class Found:
 
 
 def to_lab(pixels: NDArray[np.uint8]) -> NDArray[np.float64]:
-    """Turn RGB pixels, … × 3, into 8-bit CIELAB, height × width × 3."""
+    """Convert RGB pixels, … × 3, to 8-bit CIELAB, height × width × 3."""
     return cv2.cvtColor(pixels.reshape(1, -1, 3), cv2.COLOR_RGB2LAB).astype(np.float64).reshape(pixels.shape)
 
 
@@ -40,21 +40,21 @@ def reference_colours() -> NDArray[np.float64]:
 
 
 def nearest_colour(rgb: NDArray[np.float64]) -> str:
-    """Return the name of the colour nearest to three channels of 0–255; lightness counts for less."""
+    """Return the name of the colour nearest to three channels of 0–255. Lightness has a lower weight."""
     here = to_lab(np.clip(np.round(rgb), 0, 255).astype(np.uint8)[None])[0]
     distance = (((reference_colours() - here) * (0.6, 1, 1)) ** 2).sum(1)
     return list(COLOURS)[int(distance.argmin())]
 
 
 def background_of(picture: Picture) -> NDArray[np.float64]:
-    """Return the median colour of a picture's rim, three channels of 0–255."""
+    """Return the median colour of an image's border, three channels of 0–255."""
     width = max(2, min(picture.shape[:2]) // 24)
     rim = [picture[:width], picture[-width:], picture[:, :width], picture[:, -width:]]
     return np.median(np.concatenate([part.reshape(-1, 3) for part in rim]), 0)
 
 
 def silhouette(contour: NDArray[np.int32]) -> NDArray[np.float32]:
-    """Return a contour's filled mask (0–1), scaled to SIDE × SIDE with its proportions kept."""
+    """Return a contour's filled mask (0–1), scaled to SIDE × SIDE without changing its proportions."""
     x, y, width, height = cv2.boundingRect(contour)
     side = max(width, height)
     mask = np.zeros((side, side), np.uint8)
@@ -63,14 +63,14 @@ def silhouette(contour: NDArray[np.int32]) -> NDArray[np.float32]:
 
 
 def contours_of(mask: NDArray[np.uint8]) -> list[NDArray[np.int32]]:
-    """Return the outer contours of a mask's parts, the largest first."""
+    """Return the outer contours of a mask's components, the largest first."""
     found, _ = cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
     return sorted(found, key=cv2.contourArea, reverse=True)
 
 
 @cache
 def templates() -> tuple[list[str], NDArray[np.float32]]:
-    """Return shape names and their silhouettes at a few small angles, n × SIDE × SIDE."""
+    """Return shape names and their silhouettes at several small angles, n × SIDE × SIDE."""
     names, masks = [], []
     for shape in SHAPES:
         for angle in np.linspace(-0.5, 0.5, 11):
@@ -83,7 +83,7 @@ def templates() -> tuple[list[str], NDArray[np.float32]]:
 
 
 def shape_of(contour: NDArray[np.int32]) -> str:
-    """Return the shape whose silhouette is nearest to a contour's."""
+    """Return the shape whose silhouette is most similar to a contour's."""
     names, masks = templates()
     return names[int(((masks - silhouette(contour)) ** 2).mean((1, 2)).argmin())]
 
@@ -110,16 +110,16 @@ def look(picture: Picture) -> tuple[str, list[Found]]:
 
 
 def in_place(position: str, centre: tuple[float, float], width: int, height: int) -> bool:
-    """Tell whether a centre (pixels) lies nearest to the named one of all positions and the middle."""
+    """Whether a centre (pixels) is nearer to the named position than to all others, the middle included."""
     places = POSITIONS | {"": (0.5, 0.5)}
     here = np.array(centre) / (width, height)
     return min(places, key=lambda name: float(((np.array(places[name]) - here) ** 2).sum())) == position
 
 
 def check_scene(picture: Picture, scene: Scene) -> dict[str, bool]:
-    """Judge a picture of shapes: background, colour, shape, count, place; ``all`` is every one of them.
+    """Check an image of shapes: background, colour, shape, count, place; ``all`` means that all are right.
 
-    For two objects ``both`` means that each is there in its own colour, ``place`` that their relation holds.
+    For two objects ``both`` means that each is found in its own colour, ``place`` that their relation is right.
     """
     height, width = picture.shape[:2]
     ground, found = look(picture)
@@ -145,13 +145,16 @@ def check_scene(picture: Picture, scene: Scene) -> dict[str, bool]:
 
 
 def related(relation: str, first: Found, second: Found) -> bool:
-    """Tell whether the first object stands in the named relation to the second."""
+    """Whether the first object is in the named relation to the second."""
     (ax, ay), (bx, by) = first.centre, second.centre
     return {"above": ay < by, "below": ay > by, "left of": ax < bx, "right of": ax > bx}[relation]
 
 
 def check_landscape(picture: Picture, view: Landscape) -> dict[str, bool]:
-    """Judge a landscape by which rendered landscape it is nearest to, changing one fact at a time."""
+    """Check a landscape image, fact by fact.
+
+    A fact is right if the image is nearer to its scene's rendering than to renderings with that fact changed.
+    """
     height, width = picture.shape[:2]
     small = cv2.resize(picture, (width // 2, height // 2), interpolation=cv2.INTER_AREA).astype(np.float64)
 
@@ -166,7 +169,7 @@ def check_landscape(picture: Picture, view: Landscape) -> dict[str, bool]:
 
 
 def variants(view: Landscape) -> dict[str, list[Landscape]]:
-    """Return what a landscape could be mistaken for, by the fact that would be wrong."""
+    """Return the landscapes that differ in one fact, by that fact."""
     from dataclasses import replace
 
     times = [t for t in ("day", "night", "sunset") if t != view.time]

@@ -1,7 +1,7 @@
-"""Stores encoded images with their scenes on disk.
+"""Stores encoded images and their scenes on disk.
 
-Drawing and encoding a picture costs more than learning from it, so one process does it once and the
-denoisers read what it has made, part by part, while it goes on.
+Rendering and encoding an image costs more than a training step on it, so one process does it once. The denoisers read
+the finished parts while it continues.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ CYCLE = ((256, 256),) * 12 + ((384, 256), (256, 384), (192, 192), (128, 128))
 
 
 def as_text(scene: Scene | Landscape) -> str:
-    """Write a scene down as JSON."""
+    """Serialize a scene as JSON."""
     return json.dumps(asdict(scene))
 
 
 def from_text(line: str) -> Scene | Landscape:
-    """Read what ``as_text`` wrote."""
+    """Parse a scene that ``as_text`` wrote."""
     fields = json.loads(line)
     if "things" not in fields:
         return Landscape(**fields)
@@ -55,7 +55,7 @@ def from_text(line: str) -> Scene | Landscape:
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, pictures: Sequence[Picture]) -> Tensor:
-    """Return the latents of equally large pictures, n × 4 × height/8 × width/8, unscaled, in half precision."""
+    """Return the unscaled latents of images of one size, n × 4 × height/8 × width/8, in half precision."""
     device = next(vae.parameters()).device
     parts = [
         vae.encode(to_tensor(list(pictures[at : at + 16])).to(device)).latent_dist.mean
@@ -73,7 +73,7 @@ def make_part(
     hint_of: Callable[[Picture], Picture] | None,
     twin_of: Callable[[Scene | Landscape, Rng], Scene | Landscape] | None,
 ) -> None:
-    """Draw and encode one part and write it so that readers see all of it or nothing."""
+    """Render and encode one part, and write it atomically."""
     scenes = [draw(rng) for _ in range(PART)]
     seeds = [int(seed) for seed in rng.integers(0, 2**31, PART)]
     pictures = [render(scene, *size, np.random.default_rng(seed)) for scene, seed in zip(scenes, seeds, strict=True)]
@@ -101,10 +101,10 @@ def fill(
     hint_of: Callable[[Picture], Picture] | None = None,
     twin_of: Callable[[Scene | Landscape, Rng], Scene | Landscape] | None = None,
 ) -> None:
-    """Make every missing one of the first ``parts`` parts of a cache.
+    """Create the missing ones of the first ``parts`` parts of a cache.
 
-    ``hint_of`` turns a picture into the edge map kept beside its latents, ``twin_of`` a scene into another one that
-    is drawn by the same lots.
+    ``hint_of`` computes the edge map stored with an image's latents. ``twin_of`` changes a scene into its twin,
+    which is rendered with the same random numbers.
     """
     folder = RUNS / name
     folder.mkdir(parents=True, exist_ok=True)
@@ -117,11 +117,10 @@ def fill(
 
 @dataclass(frozen=True)
 class Batch:
-    """Pictures of one size, width and height: unscaled latents, n × 4 × height/8 × width/8, with their scenes.
+    """Images of one size, width and height: unscaled latents, n × 4 × height/8 × width/8, and their scenes.
 
-    If the cache has edge maps, ``hints`` holds them, n × 1 × height × width, 0 or 1, and
-    ``hint_latents`` what the autoencoder makes of them as white on black. Where it keeps twins, ``twins`` are their
-    latents.
+    If the cache has edge maps, ``hints`` holds them, n × 1 × height × width, 0 or 1, and ``hint_latents`` their
+    latents, encoded as white on black. If it has twins, ``twins`` holds their latents.
     """
 
     size: tuple[int, int]
@@ -139,7 +138,7 @@ class Batch:
 
 
 class LatentCache:
-    """The parts of a cache that exist, in memory; ``refresh`` reads what came since."""
+    """The existing parts of a cache, in memory; ``refresh`` reads new ones."""
 
     def __init__(self, name: str) -> None:
         self.folder = RUNS / name
@@ -149,7 +148,7 @@ class LatentCache:
         self.refresh()
 
     def refresh(self) -> None:
-        """Read the parts made since the last call."""
+        """Read the parts written since the last call."""
         for path in sorted(self.folder.glob("[0-9][0-9][0-9][0-9].npz")):
             if path.name in self.read:
                 continue
@@ -162,11 +161,14 @@ class LatentCache:
             self.read.add(path.name)
 
     def gather(self, size: tuple[int, int], name: str, places: list[tuple[int, int]]) -> NDArray[Any]:
-        """Return one kind of what is kept of the pictures at places (part, number)."""
+        """Return one stored array of the images at ``places`` (part, number)."""
         return np.stack([self.parts[size][part][name][number] for part, number in places])
 
     def batch(self, count: int, rng: Rng) -> Batch:
-        """Draw a batch; ``count`` is for 256², of smaller pictures there are more, of larger ones fewer."""
+        """Sample a batch of one size.
+
+        ``count`` is for 256²; smaller images come in larger batches and larger ones in smaller.
+        """
         there = {size: share for size, share in SIZES.items() if size in self.parts}
         shares = np.array(list(there.values()))
         size = list(there)[int(rng.choice(len(there), p=shares / shares.sum()))]
@@ -185,7 +187,7 @@ class LatentCache:
 
 
 def captions_of(scenes: Sequence[Scene | Landscape], rng: Rng, outside: float = 0.03) -> list[str]:
-    """Say every scene, plainly or not; a share ``outside`` (0–1) gets unknown words instead."""
+    """Write every scene's caption, plain or paraphrased; a share ``outside`` (0–1) gets unknown words instead."""
     said = []
     for scene in scenes:
         if rng.random() < outside:
@@ -196,6 +198,6 @@ def captions_of(scenes: Sequence[Scene | Landscape], rng: Rng, outside: float = 
 
 
 def held_out(kind: str | None, style: str | None, count: int, seed: int) -> list[Scene | Landscape]:
-    """Return scenes drawn from a seed no training uses (training seeds are small numbers)."""
+    """Return scenes from a seed that training never uses (training seeds are small numbers)."""
     rng = np.random.default_rng(seed)
     return [draw_scene(rng, kind, style) for _ in range(count)]

@@ -1,7 +1,7 @@
-"""Runs one training stage: steps, schedule, averaging, checkpoints, progress.
+"""Runs one training stage: steps, learning-rate schedule, weight averaging, checkpoints, progress.
 
-A stage hands in its modules and a function from a step to a loss. Everything random is drawn from
-generators seeded by (seed, first step of this process), so a stage resumed at the same steps repeats.
+A stage passes its modules and a function from a step to a loss. All random numbers come from generators seeded by
+(seed, first step of this process), so two runs that resume at the same steps are identical.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ RUNS = Path(__file__).parent / "runs"
 class Plan:
     """How long and how a stage trains.
 
-    ``rate`` is the highest learning rate, reached after ``warmup`` steps, held, and over the last part
-    ``cooling`` of the steps led to 2 % of itself by a cosine; ``average`` is the decay of the weights'
-    moving average; ``every`` the seconds between checkpoints, each with a sheet of samples; ``compiled``
-    whether a denoiser is compiled for 256², which is a sixth faster and needs a C++ compiler; ``muon`` the
-    rate at which Muon steps the matrices of hidden blocks, as a multiple of AdamW's for the rest, or 0 for AdamW
-    alone; ``reduced`` whether products are taken in bfloat16, weights and everything that adds up staying in fp32.
+    ``rate`` is the peak learning rate: reached after ``warmup`` steps, held, and reduced to 2 % by a cosine over
+    the last part ``cooling`` of the steps. ``average`` is the decay of the moving average of the weights. ``every``
+    is the number of seconds between checkpoints, each with a sheet of samples. ``compiled``: compile the denoiser
+    for 256², which is a sixth faster and needs a C++ compiler. ``muon``: the learning rate of Muon for the matrices
+    of hidden blocks, as a multiple of AdamW's rate for the rest; 0 means AdamW only. ``reduced``: matrix products
+    in bfloat16, with weights and accumulations in fp32.
     """
 
     name: str
@@ -61,7 +61,7 @@ def rate_at(plan: Plan, step: int) -> float:
 
 
 class Averaged:
-    """The exponential moving average of some parameters, which can stand in for them for a while."""
+    """The exponential moving average of some parameters, which can temporarily replace them."""
 
     def __init__(self, parameters: list[nn.Parameter], decay: float) -> None:
         self.parameters, self.decay = parameters, decay
@@ -69,13 +69,13 @@ class Averaged:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Move the average towards the parameters' present values."""
+        """Move the average towards the parameters' current values."""
         share = 1 - min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(self.values, [parameter.detach() for parameter in self.parameters], share)
 
     @torch.no_grad()
     def swap(self) -> None:
-        """Exchange the parameters' values and the average; a second call takes it back."""
+        """Exchange the parameters' values and the average; a second call reverts it."""
         for parameter, value in zip(self.parameters, self.values, strict=True):
             kept = parameter.detach().clone()
             parameter.copy_(value)
@@ -83,7 +83,7 @@ class Averaged:
 
 
 def save_checkpoint(path: Path, state: dict[str, object]) -> None:
-    """Write a checkpoint so that a crash in between leaves the former one."""
+    """Write a checkpoint atomically: a crash leaves the previous one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(".new")
     torch.save(state, beside)
@@ -91,7 +91,7 @@ def save_checkpoint(path: Path, state: dict[str, object]) -> None:
 
 
 def optimizers(plan: Plan, modules: dict[str, nn.Module]) -> list[torch.optim.Optimizer]:
-    """Return what steps the trainable parameters: AdamW, with Muon for the matrices of hidden blocks if so planned."""
+    """Return the optimizers of the trainable parameters: AdamW, and Muon for matrices of hidden blocks if planned."""
     named = [(name, p) for module in modules.values() for name, p in module.named_parameters() if p.requires_grad]
     hidden = [p for name, p in named if plan.muon and p.ndim > 1 and "block" in name and ".norm" not in name]
     taken = {id(p) for p in hidden}
@@ -112,7 +112,7 @@ class Session:
         self.average = Averaged(self.parameters, plan.average)
 
     def resume(self) -> int:
-        """Load the last checkpoint, if there is one, and return the step to go on with."""
+        """Load the last checkpoint if it exists; returns the step to continue with."""
         last = self.folder / "last.pt"
         if not last.exists():
             return 0
@@ -135,7 +135,7 @@ class Session:
         save_checkpoint(self.folder / "last.pt", state)
 
     def display(self) -> None:
-        """Show samples with the averaged weights in place."""
+        """Write samples made with the averaged weights."""
         self.average.swap()
         self.set_training(False)
         self.show(self.folder)
@@ -143,12 +143,12 @@ class Session:
         self.average.swap()
 
     def set_training(self, on: bool) -> None:
-        """Switch every module to training or to evaluation."""
+        """Switch every module to training or evaluation mode."""
         for module in self.modules.values():
             module.train(on)
 
     def learn(self, loss: Tensor, step: int) -> float:
-        """Take one optimizer step along a loss and return its value."""
+        """Take one optimizer step on a loss; returns its value."""
         rate = rate_at(self.plan, step)
         loss.backward()
         nn.utils.clip_grad_norm_(self.parameters, 1.0, foreach=True)
@@ -161,7 +161,7 @@ class Session:
         return loss.item()
 
     def note(self, step: int, loss: float, seconds: float) -> None:
-        """Add a line to the log: step, mean loss, seconds since this process began to train."""
+        """Append a line to the log: step, mean loss, seconds since this process began to train."""
         line = {"step": step, "loss": round(loss, 5), "seconds": round(seconds, 1)}
         with (self.folder / "log.jsonl").open("a") as log:
             log.write(json.dumps(line) + "\n")
@@ -169,7 +169,7 @@ class Session:
 
 @contextmanager
 def cheaply(plan: Plan) -> Iterator[None]:
-    """Take products in bfloat16 if so planned, and attention apart: its fused gradient is slower on a CPU."""
+    """Run the block with bfloat16 products if planned; on a CPU without fused attention, whose gradient is slower."""
     with torch.autocast(plan.device, torch.bfloat16, enabled=plan.reduced):
         if plan.device == "cpu":
             with sdpa_kernel(SDPBackend.MATH):
@@ -185,11 +185,11 @@ def train(
     show: Callable[[Path], None],
     fresh: bool = False,
 ) -> Path:
-    """Train ``modules`` until ``plan.steps``, going on from the last checkpoint unless ``fresh``.
+    """Train ``modules`` until ``plan.steps``, from the last checkpoint unless ``fresh``. Returns the stage's folder.
 
-    ``loss_of`` gets the step and a generator and returns a scalar; ``show`` writes samples under a folder and
-    is called with the averaged weights in place, which the modules also hold afterwards. A SIGTERM is answered
-    by a checkpoint and the end of the process. Returns the folder.
+    ``loss_of`` gets the step and a generator and returns a scalar. ``show`` writes samples into a folder and is
+    called with the averaged weights in place; the modules also hold those at the end. On SIGTERM it writes a
+    checkpoint and ends the process.
     """
     stopping: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda number, _: stopping.append(number))

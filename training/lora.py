@@ -23,7 +23,7 @@ TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2", "proj_in", "pro
 
 
 def draw_outlined(rng: Rng) -> Scene:
-    """Draw a scene of shapes in outline."""
+    """Sample a scene of shapes in outline."""
     scene = draw_scene(rng, pick(rng, ("one", "one", "two", "placed", "many")), "outline")
     if not isinstance(scene, Scene):
         raise TypeError("only landscapes are no scenes of shapes, and none was asked for")
@@ -31,7 +31,7 @@ def draw_outlined(rng: Rng) -> Scene:
 
 
 def run(plan: Plan, unet: UNet2DConditionModel, vae: AutoencoderKL, words: sdxl.Words, fresh: bool = False) -> Path:
-    """Train the adapter on outlined pictures whose captions do not say so; return where it was saved."""
+    """Train the LoRA on outlined images whose captions do not mention outlines; return where it was saved."""
     unet.requires_grad_(False)
     torch.manual_seed(51)
     unet.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, init_lora_weights="gaussian", target_modules=TARGETS))

@@ -1,7 +1,7 @@
-"""Steps matrices along orthogonalised momentum (Muon).
+"""Muon: an optimizer that orthogonalises the momentum of matrices.
 
-An update of equal strength in every direction of a matrix learned these images in half the steps that AdamW
-took. Convolutions count as matrices, output channels × everything else, which torch's own class refuses.
+An update of equal strength in every direction of a matrix needed half the steps of AdamW on these images. Convolutions
+count as matrices, output channels × everything else; torch's own class refuses them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
 def orthogonalised(matrices: Tensor, rounds: int = 3) -> Tensor:
-    """Return matrices, n × rows × columns, with singular values brought near 1 by Newton–Schulz rounds."""
+    """Return matrices, n × rows × columns, with singular values near 1, by Newton–Schulz iteration."""
     a, b, c = COEFFICIENTS
     tall = matrices.shape[1] > matrices.shape[2]
     found = matrices.mT if tall else matrices
@@ -28,17 +28,19 @@ def orthogonalised(matrices: Tensor, rounds: int = 3) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon with Nesterov momentum, its updates as large as AdamW's are (arXiv 2502.16982), so that rates can be shared.
+    """Muon with Nesterov momentum.
 
-    Takes parameters of two or more dimensions; equal shapes are orthogonalised together.
+    Its updates are scaled to AdamW's size (arXiv 2502.16982), so both share learning rates.
+
+    Takes parameters of two or more dimensions; those of equal shape are orthogonalised together.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], lr: float, momentum: float = 0.95) -> None:
         super().__init__(parameters, {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]  # nothing here evaluates a loss again
-        """Move every parameter that has a gradient."""
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # closures are not supported
+        """Update every parameter that has a gradient."""
         for group in self.param_groups:
             alike: dict[tuple[int, int], list[nn.Parameter]] = {}
             for parameter in group["params"]:
@@ -49,7 +51,7 @@ class Muon(torch.optim.Optimizer):
                 self.move(parameters, shape, group["lr"], group["momentum"])
 
     def move(self, parameters: list[nn.Parameter], shape: tuple[int, int], rate: float, keep: float) -> None:
-        """Move parameters of one matrix shape (rows, columns)."""
+        """Update parameters of one matrix shape (rows, columns)."""
         wanted = []
         for parameter in parameters:
             state = self.state[parameter]

@@ -1,4 +1,4 @@
-"""Writes the results of the stages to models/, in half precision."""
+"""Writes the trained models to models/, in half precision."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ ADAPTERS = {"sdxl": {"outlines": "lora"}, "flux": {}}
 
 
 def clear(folder: Path) -> None:
-    """Remove a model folder's files, so that none of an earlier layout stays."""
+    """Remove all files of a model folder, so that no files of an earlier layout remain."""
     for path in sorted(folder.rglob("*"), reverse=True):
         if path.is_file():
             path.unlink()
@@ -44,7 +44,7 @@ def clear(folder: Path) -> None:
 
 
 def tidy(folder: Path) -> None:
-    """Drop from configurations the path of the machine that trained, and what a ControlNet took over without a use."""
+    """Remove from configurations the training machine's path, and a ControlNet's inherited option without use."""
     for path in folder.rglob("*.json"):
         content = json.loads(path.read_text())
         if not isinstance(content, dict):
@@ -58,7 +58,7 @@ def tidy(folder: Path) -> None:
 
 
 def run(family: str) -> str:
-    """Save a family's finished parts under models/ as fp16 safetensors; return what names these weights."""
+    """Save a family's finished components under models/ as fp16 safetensors; returns the digest of its weights."""
     for name, stage, kind in PARTS[family]:
         made = RUNS / stage / "out"
         if not made.exists():
@@ -79,7 +79,7 @@ def run(family: str) -> str:
 
 
 def digest(folder: Path) -> str:
-    """Return the first ten digits of the SHA-256 of a model's files and their names: the catalogue's revision."""
+    """Return the first ten digits of the SHA-256 of a model's file names and contents: the catalogue's revision."""
     content = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
         if path.is_file():

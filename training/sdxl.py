@@ -32,7 +32,7 @@ TWINS = 0.2
 
 
 def scheduler() -> EulerDiscreteScheduler:
-    """Return the sampler: v-prediction, zero terminal SNR, trailing steps (arXiv 2305.08891)."""
+    """Return the scheduler: v-prediction, zero terminal SNR, trailing steps (arXiv 2305.08891)."""
     return EulerDiscreteScheduler(
         beta_start=BETAS[0],
         beta_end=BETAS[1],
@@ -44,17 +44,17 @@ def scheduler() -> EulerDiscreteScheduler:
 
 
 def signal_shares() -> Tensor:
-    """Return the share of signal power (0–1) left at each of the 1000 timesteps."""
+    """Return the share of signal power (0–1) at each of the 1000 timesteps."""
     betas = torch.linspace(BETAS[0] ** 0.5, BETAS[1] ** 0.5, 1000) ** 2
     return torch.cumprod(1 - rescale_zero_terminal_snr(betas), 0).clamp(min=2**-24)
 
 
 def build() -> UNet2DConditionModel:
-    """Return the untrained UNet: wide where the grid is fine, with attention on 8² and 4² cells of a 256² picture.
+    """Return the untrained UNet: wide at the finest resolution, with attention on 8² and 4² cells of a 256² image.
 
-    It sees the latents of sixteen times shrinking, in sixteen channels, that the Flux family sees. Where a cell lies it
-    knows by the borders alone, which from 4² cells are never far. Channels are normed together: apart, a flat
-    background's colour would be lost in every norm.
+    It takes the Flux family's latents: 16 channels, downsampled by 16. It knows a cell's position only from the
+    zero padding at the borders, which are never far from any of 4² cells. All channels are normalised as one group:
+    with several groups, every norm would remove the colour of a flat background.
     """
     torch.manual_seed(21)
     return UNet2DConditionModel(
@@ -79,7 +79,7 @@ def build() -> UNet2DConditionModel:
 
 @dataclass(frozen=True)
 class Words:
-    """The SDXL family's text encoders, frozen, and their tokenizer; the second is the first with a projection."""
+    """The SDXL family's frozen text encoders and their tokenizer. The second encoder is the first with a projection."""
 
     tokenizer: CLIPTokenizer
     first: CLIPTextModel
@@ -87,20 +87,20 @@ class Words:
 
     @classmethod
     def load(cls, folder: Path, device: str) -> Words:
-        """Load what the stage ``clip`` saved."""
+        """Load the encoder that the stage ``clip`` saved."""
         first = CLIPTextModel.from_pretrained(folder / "encoder").to(device).eval().requires_grad_(False)
         return cls(CLIPTokenizer.from_pretrained(folder / "tokenizer"), first, projected(first).to(device))
 
     @torch.no_grad()
     def embed(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Return embeddings, n × 77 × 2 WIDTH, and pooled embeddings, n × WIDTH, as the pipeline makes them."""
+        """Return embeddings, n × 77 × 2 WIDTH, and pooled embeddings, n × WIDTH, as the pipeline computes them."""
         read = self.first(token_ids(self.tokenizer, captions).to(self.first.device), output_hidden_states=True)
         tokens = read.hidden_states[-2]
         return torch.cat([tokens, tokens], -1), read.pooler_output
 
 
 def draw_twinned(rng: Rng) -> Scene:
-    """Draw a scene of shapes."""
+    """Sample a scene of shapes that gets a twin."""
     scene = draw_scene(rng, pick(rng, ("one", "one", "free", "free", "placed", "two", "many")))
     if not isinstance(scene, Scene):
         raise TypeError("only landscapes are no scenes of shapes, and none was asked for")
@@ -108,7 +108,7 @@ def draw_twinned(rng: Rng) -> Scene:
 
 
 def recoloured(scene: Scene | Landscape, rng: Rng) -> Scene | Landscape:
-    """Return a scene of shapes in other colours, half the time on another background; landscapes as they are."""
+    """Return a scene of shapes with other colours, half the time on another background. Landscapes are not changed."""
     if not isinstance(scene, Scene):
         return scene
     background = scene.background if rng.random() < 0.5 else pick(rng, tuple(COLOURS))
@@ -121,28 +121,28 @@ def recoloured(scene: Scene | Landscape, rng: Rng) -> Scene | Landscape:
 
 
 def draw_steps(count: int) -> Tensor:
-    """Draw timesteps (0–999): 88 % at or near the four-step sampler's, the noisiest most; the rest any."""
+    """Sample timesteps (0–999): 88 % at or near the four-step sampler's, most often the noisiest; the rest uniform."""
     near = torch.tensor([999, 749, 499, 249])[torch.multinomial(torch.tensor(SHARES), count, replacement=True)]
     near = torch.where(near < 999, near + torch.randint(-25, 26, (count,)), near)
     return torch.where(torch.rand(count) < 0.12, torch.randint(0, 1000, (count,)), near)
 
 
 def size_ids(size: tuple[int, int], count: int, device: torch.device) -> Tensor:
-    """Return SDXL's six size conditions, n × 6: original height and width, crop, target height and width."""
+    """Return SDXL's six size conditions, n × 6: original height and width, crop offset, target height and width."""
     width, height = size
     return torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32, device=device).expand(count, -1)
 
 
 def folded(latents: Tensor, vae: AutoencoderKL) -> Tensor:
-    """Turn stored latents, n × 4 × height × width, into the family's, n × 16 × height/2 × width/2, scaled.
+    """Convert cached latents, n × 4 × height × width, to the family's scaled latents, n × 16 × height/2 × width/2.
 
-    Unlike Flux's they keep their mean, which is near zero and which the stock pipeline knows nothing of.
+    Unlike Flux's, their mean is not subtracted: it is near zero, and the stock pipeline has no option for it.
     """
     return fold(latents) * vae.config.scaling_factor
 
 
 def noised(latents: Tensor, steps: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the noised latents and the velocity to be predicted (arXiv 2202.00512), equally shaped."""
+    """Return the noised latents and the velocity to be predicted (arXiv 2202.00512), both of the latents' shape."""
     share = shares[steps].view(-1, 1, 1, 1).to(latents.device)
     noise = torch.randn_like(latents)
     mixed = share.sqrt() * latents + (1 - share).sqrt() * noise
@@ -150,14 +150,14 @@ def noised(latents: Tensor, steps: Tensor, shares: Tensor) -> tuple[Tensor, Tens
 
 
 def turned(latents: Tensor, twins: Tensor, steps: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
-    """Return noised latents of the twins, and the velocity that leads from there to the latents themselves."""
+    """Return the noised latents of the twins, and the velocity that leads from them to ``latents``."""
     mixed, _ = noised(twins, steps, shares)
     share = shares[steps].view(-1, 1, 1, 1).to(latents.device)
     return mixed, (share.sqrt() * mixed - latents) / (1 - share).sqrt()
 
 
 def pipeline(unet: UNet2DConditionModel, vae: AutoencoderKL, words: Words) -> StableDiffusionXLPipeline:
-    """Put the parts together as the stock pipeline."""
+    """Assemble the stock pipeline from its components."""
     pipe = StableDiffusionXLPipeline(
         vae=vae,
         text_encoder=words.first,
@@ -174,7 +174,7 @@ def pipeline(unet: UNet2DConditionModel, vae: AutoencoderKL, words: Words) -> St
 
 
 def run(plan: Plan, vae: AutoencoderKL, words: Words, fresh: bool = False) -> Path:
-    """Train the UNet on the stored latents and save the whole pipeline as ``out``; return that path."""
+    """Train the UNet on the cached latents, save the whole pipeline as ``out`` and return that path."""
     from training.evaluate import show_samples
 
     unet = build().to(plan.device, memory_format=torch.channels_last)

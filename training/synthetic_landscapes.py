@@ -1,4 +1,4 @@
-"""Draws small synthetic landscapes, the second kind of training image."""
+"""Renders small synthetic landscapes, the second kind of training image."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ STARS = ((0.12, 0.12), (0.3, 0.2), (0.46, 0.08), (0.55, 0.27), (0.16, 0.36), (0.
 
 @dataclass(frozen=True)
 class Landscape:
-    """A sky over a hill or the sea; ``house`` and ``boat`` are colour names or empty for none.
+    """A sky over a hill or the sea. ``house`` and ``boat`` are colour names, or empty for none.
 
-    A house and a tree stand on a hill, a boat swims on the sea; ``body`` is sun or moon.
+    A house and a tree stand on a hill, a boat is on the sea; ``body`` is sun or moon.
     """
 
     time: str
@@ -55,13 +55,13 @@ def round_points(x: float, y: float, radius: float) -> np.ndarray:
 
 
 def tone(rgb: tuple[int, int, int] | str, time: str) -> np.ndarray:
-    """Return a colour's channels, 0–255, dimmed a little at night."""
+    """Return a colour's channels, 0–255, slightly darker at night."""
     value = np.array(COLOURS[rgb] if isinstance(rgb, str) else rgb, np.float32)
     return value * (0.8 if time == "night" else 1.0)
 
 
 def draw_sky(picture: Picture, view: Landscape, scale: np.ndarray) -> None:
-    """Fill the whole picture with sky, stars at night, and the sun or the moon; in place."""
+    """Fill the whole image with sky, stars at night, and the sun or the moon; in place."""
     height, width = picture.shape[:2]
     side = float(scale.min())
     top, horizon = (np.array(colour, np.float32) for colour in SKIES[view.time])
@@ -84,7 +84,7 @@ def draw_sky(picture: Picture, view: Landscape, scale: np.ndarray) -> None:
 
 
 def draw_house(picture: Picture, view: Landscape, foot: np.ndarray, side: float) -> None:
-    """Draw a house whose ground line's middle is ``foot`` (pixels); in place."""
+    """Draw a house, in place. ``foot`` is the middle of its base line in pixels."""
     x, y = foot
     wall, roof = tone(view.house, view.time), tone((96, 52, 44), view.time)
     window = np.array((255, 225, 120) if view.time == "night" else (215, 235, 250), np.float32)
@@ -100,14 +100,14 @@ def draw_house(picture: Picture, view: Landscape, foot: np.ndarray, side: float)
 
 
 def draw_tree(picture: Picture, view: Landscape, foot: np.ndarray, side: float) -> None:
-    """Draw a tree whose foot's middle is ``foot`` (pixels); in place."""
+    """Draw a tree, in place. ``foot`` is the middle of its base in pixels."""
     x, y = foot
     paint(picture, box(x - 0.025 * side, y - 0.18 * side, x + 0.025 * side, y), tone((110, 72, 40), view.time))
     paint(picture, round_points(x, y - 0.25 * side, 0.12 * side), tone((34, 124, 48), view.time))
 
 
 def draw_boat(picture: Picture, view: Landscape, keel: np.ndarray, side: float) -> None:
-    """Draw a sailing boat whose keel's middle is ``keel`` (pixels); in place."""
+    """Draw a sailing boat, in place. ``keel`` is the middle of its keel in pixels."""
     x, y = keel
     hull = np.array([[-0.2, -0.09], [0.2, -0.09], [0.13, 0], [-0.13, 0]]) * side + keel
     sail = np.array([[-0.01, -0.4], [-0.01, -0.12], [0.17, -0.12]]) * side + keel
@@ -121,7 +121,7 @@ def draw_boat(picture: Picture, view: Landscape, keel: np.ndarray, side: float) 
 
 
 def render(view: Landscape, width: int, height: int, rng: np.random.Generator) -> Picture:
-    """Draw a landscape; places vary by half a percent of the shorter side."""
+    """Render a landscape; positions vary by half a percent of the shorter side."""
     picture = np.empty((height, width, 3), np.uint8)
     scale = np.array([width, height], np.float64)
     side = float(scale.min())

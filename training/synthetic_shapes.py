@@ -1,8 +1,8 @@
-"""Draws synthetic images of shapes, the first kind of training image.
+"""Renders synthetic images of shapes, the first kind of training image.
 
-The images have *low entropy*: a scene's facts decide its picture (an object without a stated place is
-centred, sizes are three fixed radii, two objects stand at two fixed places), so that a few million
-parameters can learn it. Only the kind ``free`` scatters its object, and its caption says so.
+The images have *low entropy*: a scene's facts determine its image (an object without a stated place is centred, sizes
+are three fixed radii, two objects have two fixed places), so that a few million parameters can learn them. Only the
+kind ``free`` places its object at random, and its caption says so.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ JITTER = 4.0
 
 @dataclass(frozen=True)
 class Thing:
-    """One or more equal objects: shape, colour name, how many (1–3) and a size of ``RADII``."""
+    """One or more identical objects: shape, colour name, count (1–3) and a size of ``RADII``."""
 
     shape: str
     colour: str
@@ -65,10 +65,10 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """Everything a picture of shapes shows.
+    """All facts of an image of shapes.
 
-    ``kind`` is one of one, many, two, placed and free; ``relation`` is set for two, ``position`` for
-    placed. ``things`` holds one Thing, or two for the kind two.
+    ``kind`` is one of one, many, two, placed and free; ``relation`` is set for two, ``position`` for placed.
+    ``things`` holds one Thing, or two for the kind two.
     """
 
     kind: str
@@ -80,12 +80,12 @@ class Scene:
 
 
 def far(first: str, second: str) -> bool:
-    """Tell whether two colour names differ enough to stand on each other (L1 distance above 110)."""
+    """Whether two colours differ enough to be distinguished when one lies on the other (L1 distance above 110)."""
     return sum(abs(a - b) for a, b in zip(COLOURS[first], COLOURS[second], strict=True)) > 110
 
 
 def outline_points(shape: str) -> NDArray[np.float64]:
-    """Return the closed outline of a shape of about unit radius, n × 2, x right and y down."""
+    """Return the closed outline of a shape of about unit radius, n × 2; x points right and y down."""
     turn = np.linspace(0, 2 * np.pi, 64, endpoint=False)
     if shape == "circle":
         return np.stack([np.cos(turn), np.sin(turn)], 1)
@@ -114,12 +114,12 @@ def outline_points(shape: str) -> NDArray[np.float64]:
 
 
 def jittered(colour: str, rng: np.random.Generator) -> NDArray[np.float32]:
-    """Return a colour's three channels, 0–255, each moved by at most ``JITTER``."""
+    """Return a colour's three channels, 0–255, each changed by at most ``JITTER``."""
     return np.clip(np.array(COLOURS[colour]) + rng.uniform(-JITTER, JITTER, 3), 0, 255).astype(np.float32)
 
 
 def texture(colour: NDArray[np.float32], style: str, width: int, height: int) -> NDArray[np.float32]:
-    """Return a height × width × 3 field, 0–255, of one colour: striped, a vertical gradient, or plain."""
+    """Return a height × width × 3 field, 0–255, of one colour: striped, with a vertical gradient, or plain."""
     field = np.broadcast_to(colour, (height, width, 3)).astype(np.float32)
     if style == "gradient":
         down = np.linspace(0, 1, height, dtype=np.float32)[:, None, None]
@@ -136,7 +136,7 @@ def texture(colour: NDArray[np.float32], style: str, width: int, height: int) ->
 
 
 def paint(picture: Picture, points: NDArray[np.float64], colour: NDArray[np.float32], style: str = "flat") -> None:
-    """Draw a polygon into a picture, in place, anti-aliased; points are in pixels."""
+    """Draw an anti-aliased polygon into an image, in place; points are in pixels."""
     height, width = picture.shape[:2]
     fixed = np.round(points * 16).astype(np.int32)
     plain = tuple(float(round(channel)) for channel in colour)
@@ -154,7 +154,7 @@ def paint(picture: Picture, points: NDArray[np.float64], colour: NDArray[np.floa
 
 
 def placements(scene: Scene, rng: np.random.Generator) -> list[tuple[Thing, tuple[float, float], float]]:
-    """Return each object with its centre (fractions of width, height) and radius (of the shorter side)."""
+    """Return each object with its centre (fractions of width and height) and radius (fraction of the shorter side)."""
     first = scene.things[0]
     if scene.kind == "two":
         upright = scene.relation in ("above", "below")
@@ -172,7 +172,10 @@ def placements(scene: Scene, rng: np.random.Generator) -> list[tuple[Thing, tupl
 
 
 def render(scene: Scene, width: int, height: int, rng: np.random.Generator) -> Picture:
-    """Draw a scene of shapes; place and size vary by a percent at most, freely for ``free``."""
+    """Render a scene of shapes.
+
+    Position and size vary by at most a percent; the kind ``free`` has a random position.
+    """
     side = min(width, height)
     ground = jittered(scene.background, rng)
     style = "gradient" if scene.style == "gradient" else "flat"
@@ -193,7 +196,7 @@ def edges(picture: Picture) -> Picture:
 
 
 def sheet(pictures: list[Picture], columns: int, gap: int = 2) -> Picture:
-    """Lay equally large pictures out in rows on white, ``gap`` pixels apart."""
+    """Arrange images of one size in rows on white, ``gap`` pixels apart."""
     height, width = pictures[0].shape[:2]
     rows = -(-len(pictures) // columns)
     page = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, np.uint8)

@@ -1,9 +1,9 @@
 """Builds and trains the text encoders of both families.
 
-Before any denoiser sees them, the encoders learn to *understand*: from a caption's embedding, linear
-heads must read every fact of the scene, two objects by where they stand (top or left first) and not by
-which was said first. This binds shapes to colours in minutes. Then they stay as they are, and the
-denoisers only learn to draw. One CLIP serves both families and both of SDXL's places.
+The encoders learn before any denoiser does: from a caption's embedding, linear heads must predict every fact of the
+scene. Two objects are identified by position (top or left first), not by their order in the caption. This binds shapes
+to colours in minutes. The encoders are then frozen, and the denoisers only learn to generate images. One CLIP encoder
+serves both families and both of SDXL's encoder slots.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ SLOTS: dict[str, tuple[object, ...]] = {
 
 
 def facts(scene: Scene | Landscape | None) -> list[int]:
-    """Return the class of every slot; all 0 for a caption from outside the world (None)."""
+    """Return the class of every slot; all 0 for a caption of unknown words (None)."""
     found: dict[str, object] = {}
     if isinstance(scene, Landscape):
         found = {"kind": "landscape", "time": scene.time, "ground": scene.ground}
@@ -102,7 +102,7 @@ def clip_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
 
 
 def projected(clip: CLIPTextModel) -> CLIPTextModelWithProjection:
-    """Return the same encoder in the class of SDXL's second one, its projection passing everything on."""
+    """Return the same encoder as the class of SDXL's second one, with an identity projection."""
     twin = CLIPTextModelWithProjection(clip.config)
     twin.text_model.load_state_dict(clip.state_dict())
     with torch.no_grad():
@@ -111,7 +111,7 @@ def projected(clip: CLIPTextModel) -> CLIPTextModelWithProjection:
 
 
 def build_t5(tokenizer: PreTrainedTokenizerFast) -> T5EncoderModel:
-    """Return an untrained T5 encoder of 3 layers, whose first heads begin by looking at their neighbours."""
+    """Return an untrained T5 encoder of 3 layers; three heads of the first one initially attend to neighbours."""
     torch.manual_seed(9)
     model = T5EncoderModel(
         T5Config(
@@ -139,7 +139,7 @@ def build_t5(tokenizer: PreTrainedTokenizerFast) -> T5EncoderModel:
 
 
 class Reader(nn.Module):
-    """Linear heads that read every slot from an embedding of ``WIDTH`` numbers."""
+    """Linear heads that predict every slot from an embedding of ``WIDTH`` numbers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -153,14 +153,14 @@ class Reader(nn.Module):
 
     @torch.no_grad()
     def right(self, embedding: Tensor, classes: Tensor) -> float:
-        """Return the share (0–1) of embeddings from which every slot is read rightly."""
+        """Return the share (0–1) of embeddings for which all slots are predicted correctly."""
         parts = self.heads(embedding).split(self.sizes, -1)
         read = torch.stack([part.argmax(-1) for part in parts], -1)
         return float((read == classes).all(-1).float().mean())
 
 
 def draw_captions(count: int, rng: Rng) -> tuple[list[str], Tensor]:
-    """Return captions with their facts, 3 % of them from outside the world."""
+    """Return captions with their facts; 3 % consist of unknown words."""
     said, classes = [], []
     for _ in range(count):
         if rng.random() < 0.03:
@@ -177,16 +177,17 @@ def draw_captions(count: int, rng: Rng) -> tuple[list[str], Tensor]:
 def token_ids(
     tokenizer: CLIPTokenizer | PreTrainedTokenizerFast, captions: Sequence[str], length: int = CLIP_LENGTH
 ) -> Tensor:
-    """Return n × length token ids, padded and cut as the pipelines do."""
+    """Return n × length token ids, padded and truncated as in the pipelines."""
     made = tokenizer(list(captions), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
     return made.input_ids
 
 
 def views(encoder: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Return what a denoiser sees of captions: the whole, n × WIDTH, and three tokens, n × 3 × WIDTH.
+    """Return what a denoiser reads of captions: a pooled vector, n × WIDTH, and three tokens, n × 3 × WIDTH.
 
-    The whole is CLIP's pooled embedding or the mean of T5's tokens; of T5 the tokens are the first, the
-    end and any one, of CLIP's last layer but one they are padding, which has read everything.
+    The pooled vector is CLIP's pooled embedding or the mean of T5's tokens. For T5 the tokens are the first one,
+    the end token and a random one. For CLIP they are padding tokens of the last layer but one, which have attended
+    to all others.
     """
     if isinstance(encoder, T5EncoderModel):
         tokens = encoder(ids).last_hidden_state
@@ -198,7 +199,7 @@ def views(encoder: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def reading_loss(encoder: nn.Module, readers: nn.ModuleDict, ids: Tensor, classes: Tensor) -> Tensor:
-    """Return the cross-entropy of reading every fact off the whole and off single tokens."""
+    """Return the cross-entropy of predicting every fact from the pooled vector and from single tokens."""
     whole, tokens = views(encoder, ids)
     several = classes.repeat_interleave(tokens.shape[1], 0)
     return readers["whole"].loss(whole, classes) + readers["tokens"].loss(tokens.flatten(0, 1), several)
@@ -208,7 +209,7 @@ def reading_loss(encoder: nn.Module, readers: nn.ModuleDict, ids: Tensor, classe
 def reading_rate(
     encoder: nn.Module, readers: nn.ModuleDict, tokenizer: CLIPTokenizer | PreTrainedTokenizerFast, length: int
 ) -> tuple[float, float]:
-    """Return how often all facts of held-out captions are read rightly off the whole and off a token (0–1)."""
+    """Return the shares (0–1) of held-out captions predicted without error, from the pooled vector and from a token."""
     said, classes = draw_captions(400, np.random.default_rng(91_001))
     device = next(readers.parameters()).device
     whole, tokens = views(encoder, token_ids(tokenizer, said, length).to(device))
@@ -217,7 +218,7 @@ def reading_rate(
 
 
 def run(plan: Plan, fresh: bool = False) -> Path:
-    """Train the encoder that the plan is named after, ``clip`` or ``t5``; save it with its tokenizer as ``out``."""
+    """Train the encoder that the plan is named after, ``clip`` or ``t5``; save it and its tokenizer as ``out``."""
     out = RUNS / plan.name / "out"
     tokenizer = make_clip(out / "tokenizer") if plan.name == "clip" else make_t5(out / "tokenizer")
     encoder: nn.Module = (build_clip if plan.name == "clip" else build_t5)(tokenizer).to(plan.device)

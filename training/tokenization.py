@@ -1,8 +1,8 @@
-"""Makes the tokenizers of both families from the captions.
+"""Builds the tokenizers of both families from the captions.
 
-The CLIP tokenizer is a byte-pair encoding whose merges make every word of the captions one token. The
-T5 tokenizer is a unigram list of whole words, where any other word is unknown; it is saved as a plain
-fast tokenizer, because transformers rebuilds a ``T5Tokenizer`` without its lower-casing on loading.
+The CLIP tokenizer is a byte-pair encoding whose merges make every word of the captions one token. The T5 tokenizer is a
+unigram model of whole words; all other words are unknown. It is saved as a plain fast tokenizer, because transformers
+rebuilds a ``T5Tokenizer`` without its lower-casing when it loads one.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ OUTSIDE = tuple(
 
 
 def captions(count: int = 24_000, seed: int = 3) -> Iterator[str]:
-    """Yield captions, and then the words from outside."""
+    """Yield captions, then the words that occur in none."""
     rng = np.random.default_rng(seed)
     for _ in range(count):
         yield say_scene(draw_scene(rng), rng, 0.5)
@@ -42,7 +42,7 @@ def captions(count: int = 24_000, seed: int = 3) -> Iterator[str]:
 
 
 def make_clip(folder: Path) -> CLIPTokenizer:
-    """Train and save the CLIP tokenizer, and return it as it loads."""
+    """Train and save the CLIP tokenizer, and return it as loaded from disk."""
     trained = Tokenizer(
         models.BPE(end_of_word_suffix="</w>", continuing_subword_prefix="", unk_token="<|endoftext|>")  # noqa: S106  # a vocabulary entry, no password
     )
@@ -84,7 +84,7 @@ def make_clip(folder: Path) -> CLIPTokenizer:
 
 
 def word_list() -> list[tuple[str, float]]:
-    """Return the T5 vocabulary with log-probabilities: whole words, digits and marks; the rest is unknown."""
+    """Return the T5 vocabulary with log-probabilities: whole words, digits and punctuation. All else is unknown."""
     counts = Counter(part for line in captions() for part in re.findall(r"[a-z]+|[0-9]|[^\sa-z0-9]", line))
     known = {part: count for part, count in counts.items() if count >= 20}
     total = sum(known.values())
@@ -97,7 +97,7 @@ def word_list() -> list[tuple[str, float]]:
 
 
 def make_t5(folder: Path) -> PreTrainedTokenizerFast:
-    """Make and save the T5 tokenizer, and return it as it loads."""
+    """Build and save the T5 tokenizer, and return it as loaded from disk."""
     made = Tokenizer(models.Unigram(word_list(), unk_id=2, byte_fallback=False))
     made.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
     made.pre_tokenizer = pre_tokenizers.Sequence(

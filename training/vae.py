@@ -1,6 +1,6 @@
-"""Trains the autoencoder of the SDXL family, from which that of the Flux family is made.
+"""Trains the SDXL family's autoencoder, from which the Flux family's is made.
 
-It shrinks eight times, into four channels. Its latents are what every later stage is built on.
+It downsamples by 8, into four channels. All later stages use its latents.
 """
 
 from __future__ import annotations
@@ -31,26 +31,26 @@ SIZES = ((256, 256), (256, 256), (256, 256), (384, 256), (256, 384), (192, 192),
 def render(
     scene: synthetic_shapes.Scene | synthetic_landscapes.Landscape, width: int, height: int, rng: Rng
 ) -> synthetic_shapes.Picture:
-    """Draw either kind of scene."""
+    """Render either kind of scene."""
     if isinstance(scene, synthetic_landscapes.Landscape):
         return synthetic_landscapes.render(scene, width, height, rng)
     return synthetic_shapes.render(scene, width, height, rng)
 
 
 def to_tensor(pictures: list[synthetic_shapes.Picture]) -> Tensor:
-    """Turn equally large pictures into a batch × 3 × height × width tensor in −1…1."""
+    """Convert images of one size to a batch × 3 × height × width tensor in −1…1."""
     stacked = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float().div(127.5).sub(1)
     return stacked.contiguous(memory_format=torch.channels_last)
 
 
 def to_pictures(batch: Tensor) -> list[synthetic_shapes.Picture]:
-    """Turn a tensor in −1…1 into pictures, clipped."""
+    """Convert a tensor in −1…1 to images; values are clipped."""
     scaled = ((batch.detach().float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
     return list(scaled.permute(0, 2, 3, 1).contiguous().cpu().numpy())
 
 
 def build() -> AutoencoderKL:
-    """Return the untrained autoencoder (0.68 million parameters), which begins as mean and interpolation."""
+    """Return the untrained autoencoder (0.68 million parameters), initialised as averaging and interpolation."""
     torch.manual_seed(11)
     depth = len(WIDTHS)
     model = AutoencoderKL(
@@ -73,13 +73,13 @@ def build() -> AutoencoderKL:
 
 
 def clouds(width: int, height: int, rng: Rng) -> synthetic_shapes.Picture:
-    """Return smooth random colours, so that pictures from outside the world survive the round trip better."""
+    """Return smooth random colours, so that the autoencoder also reproduces other images than scenes."""
     coarse = rng.integers(0, 256, (int(rng.integers(2, 9)), int(rng.integers(2, 9)), 3), dtype=np.uint8)
     return cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
 
 
 def draw_picture(width: int, height: int, rng: Rng) -> synthetic_shapes.Picture:
-    """Draw one training picture: mostly scenes, some edge maps (for Flux's ControlNet), some clouds."""
+    """Sample one training image: mostly scenes, some edge maps (for Flux's ControlNet), some random clouds."""
     kind = rng.random()
     if kind < 0.04:
         return clouds(width, height, rng)
@@ -88,7 +88,7 @@ def draw_picture(width: int, height: int, rng: Rng) -> synthetic_shapes.Picture:
 
 
 def draw_batch(cropped: bool, rng: Rng) -> Tensor:
-    """Return a batch of crops of 128 pixels (for the beginning) or of whole pictures of one size."""
+    """Return a batch of 128-pixel crops (for the first phase) or of whole images of one size."""
     if cropped:
         crops = []
         for _ in range(8):
@@ -102,19 +102,19 @@ def draw_batch(cropped: bool, rng: Rng) -> Tensor:
 
 
 def slopes(batch: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the differences of neighbouring pixels, down and across."""
+    """Return the differences of neighbouring pixels, vertical and horizontal."""
     return batch[..., 1:, :] - batch[..., :-1, :], batch[..., 1:] - batch[..., :-1]
 
 
 def picture_loss(drawn: Tensor, batch: Tensor) -> Tensor:
-    """Return L1, four times L2, and half the L1 of the slopes."""
+    """Return L1 + 4 · L2 + half the L1 of the gradients."""
     down, across = slopes(drawn - batch)
     loss = (drawn - batch).abs().mean() + 4 * F.mse_loss(drawn, batch)
     return loss + 0.5 * (down.abs().mean() + across.abs().mean())
 
 
 def loss_of(model: AutoencoderKL, batch: Tensor) -> Tensor:
-    """Return the picture's loss, a little KL, and a tie of three channels to their cell's mean colour."""
+    """Return the image loss, a small KL term, and a term that ties three channels to the mean colour of their cell."""
     posterior = model.encode(batch).latent_dist
     loss = picture_loss(model.decode(posterior.sample()).sample, batch)
     loss = loss + 1e-3 * posterior.kl().mean() / batch[0].numel()
@@ -124,17 +124,17 @@ def loss_of(model: AutoencoderKL, batch: Tensor) -> Tensor:
 
 @torch.no_grad()
 def round_trip(model: AutoencoderKL, batch: Tensor) -> Tensor:
-    """Encode and decode pictures without noise."""
+    """Encode and decode images without noise."""
     return torch.cat([model.decode(model.encode(part).latent_dist.mean).sample.clamp(-1, 1) for part in batch.split(8)])
 
 
 def psnr(first: Tensor, second: Tensor) -> float:
-    """Return the mean over pictures of the peak signal-to-noise ratio in dB, for values in −1…1."""
+    """Return the mean over images of the PSNR in dB, for values in −1…1."""
     return float((-10 * ((first - second) / 2).pow(2).mean((1, 2, 3)).log10()).mean())
 
 
 def measure(model: AutoencoderKL, style: str | None, kind: str | None, count: int = 24) -> float:
-    """Return the round trip's PSNR in dB on held-out pictures of 256²."""
+    """Return the round trip's PSNR in dB on held-out 256² images."""
     rng = np.random.default_rng(90_001)
     batch = to_tensor([render(draw_scene(rng, kind, style), 256, 256, rng) for _ in range(count)])
     return psnr(round_trip(model, batch), batch)
@@ -142,9 +142,9 @@ def measure(model: AutoencoderKL, style: str | None, kind: str | None, count: in
 
 @torch.no_grad()
 def relaid(model: AutoencoderKL, forth: Tensor) -> AutoencoderKL:
-    """Return a copy whose latents are multiplied by a matrix, channels × channels, and carry no noise.
+    """Return a copy whose latents are multiplied by a matrix, channels × channels, and have no noise.
 
-    The change is linear, so that it is laid into the convolutions at both sides of the latents and costs nothing.
+    The change is linear, so it is merged into the convolutions on both sides of the latents and costs nothing.
     """
     copy, channels = deepcopy(model), len(forth)
     last, first = copy.encoder.conv_out, copy.decoder.conv_in
@@ -157,9 +157,10 @@ def relaid(model: AutoencoderKL, forth: Tensor) -> AutoencoderKL:
 
 
 def evening(latents: Tensor, share: float, least: float) -> Tensor:
-    """Return the symmetric matrix that makes the spreads of latents, n × channels × any, equal or more nearly so.
+    """Return the symmetric matrix that equalises the variances of latents, n × channels × any.
 
-    ``share`` (0–1) says how far on the way, in logarithms; variances below ``least`` count as that.
+    ``share`` is how far, in logarithms: 0 not at all, 1 completely. Variances below ``least`` are treated as
+    ``least``.
     """
     values, vectors = torch.linalg.eigh(torch.cov(latents.transpose(0, 1).flatten(1).double()))
     return (vectors @ torch.diag(values.clamp(min=least) ** (-share / 2)) @ vectors.T).float()
@@ -167,9 +168,9 @@ def evening(latents: Tensor, share: float, least: float) -> Tensor:
 
 @torch.no_grad()
 def settled(model: AutoencoderKL) -> AutoencoderKL:
-    """Return a copy whose latents have uncorrelated channels of unit variance and carry no noise.
+    """Return a copy whose latents have uncorrelated channels of unit variance and no noise.
 
-    A denoiser's squared error then weighs where edges are as much as how bright a picture is.
+    A denoiser's squared error then weighs the position of edges as much as brightness.
     """
     rng = np.random.default_rng(5)
     batches = [to_tensor([draw_picture(256, 256, rng) for _ in range(16)]) for _ in range(12)]
@@ -183,7 +184,7 @@ def settled(model: AutoencoderKL) -> AutoencoderKL:
 
 
 def run(plan: Plan, fresh: bool = False) -> Path:
-    """Train the autoencoder, mostly on crops first, and save it as ``out``; return that path."""
+    """Train the autoencoder, first mostly on crops; save it as ``out`` and return that path."""
     model = build().to(plan.device, memory_format=torch.channels_last)
 
     def step_loss(step: int, rng: Rng) -> Tensor:

@@ -1,9 +1,9 @@
 """Initialises the autoencoder with weights that average and interpolate.
 
-From random weights it took most of its time to learn that latents hold mean colours. Here it begins as the
-mean of 8 × 8 cells and their bilinear enlargement, so that training is only about edges. Two layers stand in
-the way of a linear function. Groups of all channels are normed: two large constant channels keep their spread
-the same for every picture. SiLU bends: every colour travels with its negative, and silu(x) − silu(−x) = x.
+From random weights, most of the training time went into learning that latents hold mean colours. This initialisation
+computes the mean of 8 × 8 cells and their bilinear enlargement, so that training is only about edges. Two kinds of
+layers are not linear. Group norms over all channels: two large constant channels keep the variance the same for every
+image. SiLU: every colour is stored with its negative, and silu(x) − silu(−x) = x.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ BILINEAR = torch.tensor([[1.0, 2, 1], [2, 4, 2], [1, 2, 1]]) / 16
 
 
 def hand_on(layer: nn.Conv2d, kernel: Tensor) -> None:
-    """Make a convolution pass the held channels on through a kernel; the others begin small."""
+    """Make a convolution apply a kernel to the reserved channels; the weights of the others start small."""
     layer.weight[HELD:] *= 0.2
     layer.weight[:, HELD - 2 : HELD] = 0
     layer.weight[:HELD] = 0
@@ -32,7 +32,7 @@ def hand_on(layer: nn.Conv2d, kernel: Tensor) -> None:
 
 
 def calm(block: nn.Module) -> None:
-    """Make the residual branches of a block small and the shortcuts pass the held channels on."""
+    """Make the residual branches of a block small, and its shortcuts pass the reserved channels through."""
     for resnet in block.resnets:
         resnet.conv2.weight.mul_(0.05)
         resnet.conv2.bias.zero_()
@@ -43,7 +43,7 @@ def calm(block: nn.Module) -> None:
 
 
 def take_in(layer: nn.Conv2d, share: float) -> None:
-    """Make a first convolution write three channels and their negatives, and the constants."""
+    """Make a first convolution write three channels, their negatives, and the constants."""
     layer.weight.mul_(0.2)
     layer.weight[:HELD] = 0
     layer.bias.zero_()
@@ -55,7 +55,7 @@ def take_in(layer: nn.Conv2d, share: float) -> None:
 
 
 def give_out(norm: nn.GroupNorm, layer: nn.Conv2d, gain: float) -> nn.Module:
-    """Make a last convolution read the colours; returns the hook's handle that measures the norm's spread once."""
+    """Make a last convolution read the colours; returns the handle of a hook that measures the norm's spread once."""
 
     def scaled(_: nn.Module, inputs: tuple[Tensor, ...], __: Tensor) -> None:
         spread = inputs[0].std()
@@ -69,7 +69,7 @@ def give_out(norm: nn.GroupNorm, layer: nn.Conv2d, gain: float) -> nn.Module:
 
 @torch.no_grad()
 def average_and_interpolate(model: AutoencoderKL, batch: Tensor) -> None:
-    """Set a model's weights so; ``batch`` (n × 3 × height × width, −1…1) is for measuring spreads."""
+    """Set a model's initial weights; ``batch`` (n × 3 × height × width, −1…1) is used to measure spreads."""
     encoder, decoder = model.encoder, model.decoder
     take_in(encoder.conv_in, 1.0)
     take_in(decoder.conv_in, 0.5)
