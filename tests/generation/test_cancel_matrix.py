@@ -1,4 +1,7 @@
-"""Queued, running, encoding × client gone, DELETE, deadline: the place is free within a step, twins are unharmed."""
+"""{queued, running, encoding} × {disconnect, DELETE, deadline}.
+
+The slot is free within a step, identical requests continue.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ STAGES, ENDINGS = ("queued", "running", "encoding"), ("client gone", "DELETE", "
 
 
 class Studio:
-    """A server over painters who work one picture at a time, and can be held before a step and before encoding."""
+    """A server that generates one image at a time and can be held before a step and before encoding."""
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.painter = FakeDenoiser(gate=threading.Event())
@@ -40,7 +43,7 @@ class Studio:
             assert self.may_encode.wait(30)
             return encode(pixels, *more)
 
-        # Patched to hold the one moment that lasts too short to be met from outside.
+        # Patched, because that moment is too short to hit from outside.
         monkeypatch.setattr(output, "encode_image", held)
         self.port = free_port()
         app = create_app(settings_in(folder, max_batch=1, port=self.port), load=lambda settings: self.painter)
@@ -78,7 +81,7 @@ class Studio:
 
 
 class Victim:
-    """An order that is ended in one of three ways."""
+    """A request that is ended in one of three ways."""
 
     def __init__(self, studio: Studio, ending: str) -> None:
         self.studio = studio
@@ -96,7 +99,7 @@ class Victim:
     def end(self) -> None:
         if self.ending == "client gone":
             self.line.close()
-            time.sleep(0.2)  # for the server to see it; nothing answers a client that left
+            time.sleep(0.2)  # for the server to notice; a disconnected client gets no response
         elif self.ending == "DELETE":
             assert self.studio.client.delete(f"/jobs/{self.job_id}").json()["state"] == "cancelled"
         else:
@@ -112,7 +115,7 @@ def studio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Studio]:
 
 
 def bring_to(studio: Studio, stage: str, ending: str) -> Victim:
-    """An order at that stage, held there."""
+    """Bring a request to that stage and hold it there."""
     if stage == "queued":
         studio.asks({**ORDER, "prompt": "a blue square before it"})
         until(lambda: len(studio.painter.batches) == 1)
@@ -132,7 +135,7 @@ def bring_to(studio: Studio, stage: str, ending: str) -> Victim:
 @pytest.mark.parametrize("ending", ENDINGS)
 @pytest.mark.parametrize("stage", STAGES)
 def test_an_order_that_is_ended_frees_its_place_within_a_step(studio: Studio, stage: str, ending: str) -> None:
-    """Nothing more of it is drawn, nothing is stored, and the next order is."""
+    """It is not generated further and not stored, and the next request succeeds."""
     victim = bring_to(studio, stage, ending)
     before = studio.steps_of("a red square")
     victim.end()
@@ -150,10 +153,10 @@ def test_an_order_that_is_ended_frees_its_place_within_a_step(studio: Studio, st
 @pytest.mark.parametrize("ending", ENDINGS)
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_twin_of_an_order_that_is_ended_gets_its_picture(studio: Studio, stage: str, ending: str) -> None:
-    """Whoever else waits for the same picture is not cancelled with it, and it is drawn once."""
+    """Other waiters for the same image are not cancelled, and it is generated once."""
     victim = bring_to(studio, stage, ending)
     twin = studio.asks(VICTIM)
-    time.sleep(0.2)  # joining shows nowhere before the answer, which tells it
+    time.sleep(0.2)  # joining is visible only in the response
     victim.end()
     studio.let_go()
     answer = twin.result()

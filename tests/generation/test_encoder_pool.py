@@ -1,4 +1,4 @@
-"""Large pictures never hold up small ones while they are turned into files."""
+"""Encoding large images never delays small ones."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LARGE, SMALL = 2048 * 2048 * 3, 64 * 64 * 3
 
 
 async def test_small_pictures_pass_large_ones() -> None:
-    """Four large lossless ones at once: one is worked at, the others wait, and small ones go through."""
+    """Four large lossless images at once: one is encoded, the others wait, and small ones pass."""
     encoders, gate = EncoderPool(), threading.Event()
     at_work: list[int] = []
 
@@ -35,7 +35,7 @@ async def test_small_pictures_pass_large_ones() -> None:
 
 
 async def test_who_leaves_makes_room_only_when_the_work_has_ended() -> None:
-    """A thread cannot be stopped: the next large one begins when it is free."""
+    """A thread cannot be cancelled: the next large image starts when it has finished."""
     encoders, gate = EncoderPool(), threading.Event()
     first = asyncio.create_task(encoders.encode(LARGE, lambda: b"%d" % gate.wait(30), lossless=True))
     await asyncio.sleep(0.05)

@@ -1,4 +1,4 @@
-"""Prompts are cleaned, and shortened to what the model reads."""
+"""Prompt cleaning, and truncation to the model's token limit."""
 
 import sys
 from types import ModuleType
@@ -25,12 +25,12 @@ def test_a_short_prompt_is_left_as_it_is() -> None:
 
 
 def test_stop_words_go_first() -> None:
-    """One token over the limit costs stop words and no meaning."""
+    """One token over the limit removes stop words only."""
     assert shorten_too_long_text("the cat on the mat", 6, count_words) == "cat mat"
 
 
 def test_whole_words_are_cut_after_the_stop_words() -> None:
-    """When stop words are not enough, words go from the end, never parts of them."""
+    """When stop words are not enough, whole words are removed from the end."""
     assert shorten_too_long_text("the big red cat on the mat", 5, count_words) == "big red cat"
 
 
@@ -40,21 +40,21 @@ def test_a_single_word_that_is_too_long_is_cut_inside() -> None:
 
 
 def test_a_prompt_of_stop_words_alone_keeps_them() -> None:
-    """Removing everything is no shortening."""
+    """Truncation never yields an empty prompt."""
     assert remove_stopwords("to be or to do") == "to be or to do"
 
 
 def test_negations_are_never_removed() -> None:
-    """A prompt without its "not" or "without" asks for the opposite."""
+    """A prompt without its "not" or "without" means the opposite."""
     prompt = "a cat not on the mat without a hat, and it isn't red, no"
     assert remove_stopwords(prompt) == "cat not mat without hat, isn't red, no"
 
 
 def nltk_with(words: list[str] | None) -> dict[str, ModuleType]:
-    """Modules in the place of NLTK, whose corpus has these words or is missing."""
+    """Fake NLTK modules whose corpus has these words or is missing."""
 
     class Corpus:
-        """As NLTK's corpus reader: it looks for its file when it is asked."""
+        """Like NLTK's corpus reader, it opens its file on first use."""
 
         def words(self, language: str) -> list[str]:
             if words is None:
@@ -81,7 +81,7 @@ def test_the_list_of_nltk_has_an_identity_of_its_own_and_keeps_negations(monkeyp
 
 
 def test_a_missing_nltk_or_corpus_is_a_sentence_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is downloaded: the operator is given the command."""
+    """Nothing is downloaded: the error gives the operator the command."""
     for name, module in nltk_with(None).items():
         monkeypatch.setitem(sys.modules, name, module)
     with pytest.raises(LookupError, match=r"python -m nltk\.downloader stopwords"):
@@ -93,7 +93,7 @@ def test_a_missing_nltk_or_corpus_is_a_sentence_with_its_remedy(monkeypatch: pyt
 
 @given(st.text(alphabet="abc de", max_size=60), st.integers(3, 20))
 def test_the_result_always_fits_and_only_loses_words(prompt: str, limit: int) -> None:
-    """For any prompt and limit: within the limit, and every word stood in the prompt, in order."""
+    """For any prompt and limit: within the limit, and the remaining words keep their order."""
     prompt = clean_prompt(prompt)
     shorter = shorten_too_long_text(prompt, limit, count_words)
     assert count_words(shorter) <= limit
@@ -115,20 +115,20 @@ def test_the_result_always_fits_and_only_loses_words(prompt: str, limit: int) ->
     ],
 )
 def test_what_cannot_be_seen_is_removed(given_prompt: str, cleaned: str) -> None:
-    """Control, bidirectional and zero-width characters go; joined emoji stay; Unicode comes out in NFC."""
+    """Control, bidirectional and zero-width characters are removed; joined emoji stay; the result is NFC."""
     assert clean_prompt(given_prompt) == cleaned
 
 
 @pytest.mark.fault(5)
 def test_a_lone_surrogate_is_refused() -> None:
-    """Half a character is no text."""
+    """Half a surrogate pair is not text."""
     with pytest.raises(ValueError, match="surrogate"):
         clean_prompt("a \ud800 circle")
 
 
 @given(st.text(max_size=40))
 def test_cleaning_twice_changes_nothing(text: str) -> None:
-    """A cleaned prompt is clean, so equal prompts meet whichever way they came."""
+    """Cleaning is idempotent, so equal prompts have equal digests."""
     try:
         once = clean_prompt(text)
     except ValueError:

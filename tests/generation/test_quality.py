@@ -1,4 +1,4 @@
-"""Drawing again where it can help: how often, with what, and what is told. The drawings come from a list."""
+"""Retries after quality checks: how often, with which changes, and which warnings. A list supplies the images."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ JOB = DiffusionRequest(Task.TEXT_TO_IMAGE, "sdxl", "embedded-1", "a red disc", N
 
 @dataclass(frozen=True)
 class Product:
-    """Pixels as the engine gives them."""
+    """Pixels in the engine's format."""
 
     pixels: NDArray[np.uint8]
     redecoded: bool = False
 
 
 class Easel:
-    """Gives the next of a list of drawings, or raises it, and keeps the jobs it was asked for."""
+    """Returns or raises the next of a list of results, and records the requests."""
 
     def __init__(self, *results: NDArray[np.uint8] | ServerError) -> None:
         self.results = list(results)
@@ -58,7 +58,7 @@ async def judged(easel: Easel, job: DiffusionRequest = JOB, **changes: Any) -> t
 
 
 async def test_a_good_picture_is_drawn_once_and_nothing_is_told() -> None:
-    """The common case costs one look."""
+    """The common case costs one check."""
     easel = Easel(GOOD)
     result, codes = await judged(easel)
     assert (easel.jobs, codes, result.request) == ([JOB], [], JOB)
@@ -84,7 +84,7 @@ async def test_a_good_picture_is_drawn_once_and_nothing_is_told() -> None:
 async def test_tries_are_few_the_best_is_kept_and_all_is_told(
     results: Sequence[Any], kept: int, codes: list[str]
 ) -> None:
-    """Exactly these tries and no more: black and not finite once each, too bumpy twice; the receipt says which."""
+    """Exactly these attempts: black and not finite once each, too bumpy twice; the result's warnings say which."""
     easel = Easel(*results)
     result, told = await judged(easel)
     assert told == codes
@@ -95,7 +95,7 @@ async def test_tries_are_few_the_best_is_kept_and_all_is_told(
 
 
 async def test_not_finite_twice_is_the_callers_answer() -> None:
-    """One new seed, and then the named error."""
+    """One retry with a new seed, then the named error."""
     easel = Easel(NAN, NAN)
     with pytest.raises(NotFinite):
         await judged(easel)
@@ -104,7 +104,7 @@ async def test_not_finite_twice_is_the_callers_answer() -> None:
 
 @pytest.mark.fault(161)
 async def test_not_finite_twice_with_adapters_is_told_as_their_doing() -> None:
-    """One new seed, then a refusal of the parameter that names them and their weights."""
+    """One retry with a new seed, then an error of the `loras` parameter with their names and weights."""
     easel = Easel(NAN, NAN)
     with pytest.raises(InvalidInput, match=r"With ink:2, pastel:-0\.5 the picture is not finite") as refused:
         await judged(easel, replace(JOB, loras=(("ink", 2.0), ("pastel", -0.5))))
@@ -114,7 +114,7 @@ async def test_not_finite_twice_with_adapters_is_told_as_their_doing() -> None:
 
 @pytest.mark.parametrize("error", [QueueFull("full"), InvalidInput("no adapter", field="lora")])
 async def test_a_fault_that_drawing_again_can_not_mend_is_not_tried_again(error: ServerError) -> None:
-    """A full queue and a wrong parameter are answers."""
+    """A full queue or a wrong parameter is final."""
     easel = Easel(error)
     with pytest.raises(type(error)):
         await judged(easel)
@@ -122,7 +122,7 @@ async def test_a_fault_that_drawing_again_can_not_mend_is_not_tried_again(error:
 
 
 async def test_a_redraw_for_black_changes_the_seed_alone_and_always_to_the_same_one() -> None:
-    """What is drawn again is as reproducible as what was drawn first."""
+    """A retry is as reproducible as the first attempt."""
     jobs = []
     for _ in range(2):
         easel = Easel(BLACK, GOOD)
@@ -134,7 +134,7 @@ async def test_a_redraw_for_black_changes_the_seed_alone_and_always_to_the_same_
 
 
 async def test_a_bumpy_picture_is_asked_for_with_detail_and_a_step_more() -> None:
-    """As the original did, and never more steps than are allowed or the prompt's encoder reads words."""
+    """As the original did, and never more steps than allowed, nor a prompt beyond the text encoder's limit."""
     easel = Easel(BUMPY, BUMPY, GOOD)
     await judged(easel)
     assert [job.prompt for job in easel.jobs] == ["a red disc", "a red disc detail", "a red disc detail detail"]
@@ -145,7 +145,7 @@ async def test_a_bumpy_picture_is_asked_for_with_detail_and_a_step_more() -> Non
 
 
 async def test_a_bumpy_style_transfer_stays_a_little_closer_to_its_image() -> None:
-    """Strength goes down by a hundredth, the steps stay; not where that would leave no step to draw."""
+    """Strength decreases by 0.01, the steps stay; not where that would leave no step."""
     style = replace(JOB, task=Task.IMAGE_TO_IMAGE, image=ImageArray(GOOD), strength=0.6)
     easel = Easel(BUMPY, BUMPY, GOOD)
     await judged(easel, style)
@@ -157,19 +157,19 @@ async def test_a_bumpy_style_transfer_stays_a_little_closer_to_its_image() -> No
 
 
 async def test_an_inpainting_is_not_judged_by_the_bumps_of_the_rest() -> None:
-    """Most of the picture is the caller's own; black is still seen."""
+    """Most of the image is the caller's own; a black result is still detected."""
     inpaint = replace(JOB, task=Task.INPAINT, image=ImageArray(BUMPY), mask=ImageArray(GOOD[..., 0]))
     assert (await judged(Easel(BUMPY), inpaint))[1] == []
     assert (await judged(Easel(BLACK, GOOD), inpaint))[1] == ["redrawn-black"]
 
 
 async def test_bumps_can_be_let_be() -> None:
-    """With no redraw allowed nothing is measured and nothing told; black is still seen."""
+    """With zero retries the check does not run and gives no warning; black is still detected."""
     assert (await judged(Easel(BUMPY), redraws=0))[1] == []
     assert (await judged(Easel(BLACK, GOOD), redraws=0))[1] == ["redrawn-black"]
 
 
 def test_no_model_is_judged_by_bumps_unless_the_operator_asks() -> None:
-    """A black disc on white, line art and noir are what prompts ask for, embedded or real."""
+    """A black disc on white, line art and noir are valid results, for embedded and real models."""
     assert {facts.bumpy_redraws for facts in MODELS.values()} == {0}
     assert {facts.bumpy_redraws for family in REAL_MODELS.values() for facts in family} == {0}

@@ -1,4 +1,4 @@
-"""What is kept of an order is kept with all it was made from: when one of these changes, so does the plan."""
+"""The cache of resolved requests is keyed by all its inputs: when one changes, so does the resolved request."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ORDER = GenerationRequest(Task.TEXT_TO_IMAGE, "a red square", 64, 64)
 
 
 class ResolverHarness:
-    """A service over painted squares whose models and adapters can be exchanged while it runs."""
+    """A service over a fake model whose models and LoRAs can be exchanged at run time."""
 
     def __init__(self) -> None:
         self.painter = FakeDenoiser()
@@ -63,7 +63,7 @@ class ResolverHarness:
 
 @pytest.fixture
 async def rooms() -> AsyncIterator[ResolverHarness]:
-    """One of them."""
+    """One harness."""
     made = ResolverHarness()
     yield made
     await asyncio.to_thread(made.engine.stop, 10)
@@ -83,7 +83,7 @@ async def rooms() -> AsyncIterator[ResolverHarness]:
 async def test_a_model_that_became_another_is_drawn_anew(
     fact: str, value: Any, told: str, rooms: ResolverHarness
 ) -> None:
-    """Loading may put another in its place: neither its identity nor its defaults are those of the plan before."""
+    """Loading may replace a model: the new one's identity and defaults apply."""
     first = await rooms.service.generate(ORDER)
     assert rooms.service.lookup_cached(ORDER) is not None
     rooms.change(**{fact: value})
@@ -99,7 +99,7 @@ async def test_a_model_that_became_another_is_drawn_anew(
 
 @pytest.mark.fault(162)
 async def test_a_model_that_is_no_longer_here_draws_nothing_from_memory(rooms: ResolverHarness) -> None:
-    """The usual model became another family, and a named one went: neither is answered from what was kept."""
+    """The default model changed its family, a named one was removed: the cache answers for neither."""
     first = await rooms.service.generate(ORDER)
     named = replace(ORDER, model="sdxl")
     assert (await rooms.service.generate(named)).key == first.key
@@ -116,7 +116,10 @@ async def test_a_model_that_is_no_longer_here_draws_nothing_from_memory(rooms: R
 
 @pytest.mark.fault(162)
 async def test_an_adapter_with_other_content_is_another_picture_at_once(rooms: ResolverHarness) -> None:
-    """The same order, in the same process: drawn again, under another name, and the job says which content is meant."""
+    """The same request in the same process.
+
+    Generated again, under another name, with the new content's digest in the job.
+    """
     order = replace(ORDER, loras=(("ink", 1.0),))
     first = await rooms.service.generate(order)
     assert (await rooms.service.generate(order)).cached
@@ -128,7 +131,7 @@ async def test_an_adapter_with_other_content_is_another_picture_at_once(rooms: R
 
 @pytest.mark.fault(162)
 def test_jobs_with_other_adapter_contents_share_neither_flight_nor_forward_pass() -> None:
-    """Equal names, unequal contents: unlike pictures, and unlike shapes."""
+    """Equal names, unequal contents: different images and different shapes."""
     jobs = [
         DiffusionRequest(
             Task.TEXT_TO_IMAGE,
@@ -153,7 +156,7 @@ def test_jobs_with_other_adapter_contents_share_neither_flight_nor_forward_pass(
 
 @pytest.mark.fault(162)
 async def test_a_name_is_looked_up_off_the_event_loop(rooms: ResolverHarness) -> None:
-    """What is remembered is answered without reading any file, so an order with adapters is never answered from it."""
+    """A cached answer reads no file, so a request with LoRAs never uses it."""
     order = replace(ORDER, loras=(("ink", 1.0),))
     await rooms.service.generate(order)
     rooms.loras = _Unread()
@@ -161,7 +164,7 @@ async def test_a_name_is_looked_up_off_the_event_loop(rooms: ResolverHarness) ->
 
 
 class _Unread(dict[str, str]):
-    """Adapters that may not be asked for."""
+    """LoRAs that must not be read."""
 
     def __getitem__(self, name: str) -> str:
         raise AssertionError("read on the event loop")
@@ -169,7 +172,7 @@ class _Unread(dict[str, str]):
 
 @pytest.mark.fault(162)
 def test_no_adapters_are_told_apart_from_an_unknown_one(tmp_path: Path) -> None:
-    """An empty folder offers nothing; the mapping reads no file to say so."""
+    """An empty folder has no LoRAs; finding that out reads no file."""
     offered = LoraFolder(tmp_path).available({"unet"})
     assert (len(offered), "ink" in offered) == (0, False)
     with pytest.raises(KeyError):

@@ -1,4 +1,4 @@
-"""An order becomes a plan, and a plan with its pictures a scene: identities, names, and what is put on the canvas."""
+"""Request resolution and layout: digests, names, and what is put on the canvas."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ BY_URL = GenerationRequest(
 FETCHED = {"image_url": b"image", "mask_url": b"mask"}
 UPLOADED = replace(BY_URL, image=ImageInput("image_file", data=b"image"), mask=ImageInput("mask_file", data=b"mask"))
 
-# A changed value for each field that changes the picture, and the fields that do not.
+# A changed value for each field that changes the image, and the fields that do not.
 CHANGED: dict[str, Any] = {
     "task": Task.IMAGE_TO_IMAGE,
     "prompt": "a blue disc",
@@ -68,7 +68,7 @@ NOT_IN_THE_PICTURE = {
 
 
 def test_an_adapter_is_told_by_its_weights_and_not_by_its_name_alone() -> None:
-    """Other weights under the same name are another picture; the same weights the same one."""
+    """Other weights under the same name give another image; the same weights the same one."""
     order = replace(UPLOADED, loras=(("pastel", 0.5),))
     mine, same, other = (
         resolve_request(order, replace(OPTIONS, loras=lambda told=told: {"pastel": told})).content_digest
@@ -79,14 +79,14 @@ def test_an_adapter_is_told_by_its_weights_and_not_by_its_name_alone() -> None:
 
 @pytest.mark.parametrize(("there", "said"), [({}, "No adapters are offered"), ({"ink": "3c"}, "there are ink")])
 def test_an_adapter_that_is_not_there_is_refused_before_anything_is_drawn(there: dict[str, str], said: str) -> None:
-    """The parameter is named, and what there is instead."""
+    """The error names the parameter and lists the available ones."""
     with pytest.raises(InvalidInput, match=said) as caught:
         resolve_request(replace(UPLOADED, loras=(("pastel", 1.0),)), replace(OPTIONS, loras=lambda: there))
     assert caught.value.field == "lora"
 
 
 def test_a_default_model_that_does_not_draw_here_gives_way() -> None:
-    """With one family of weights, an order that names no model is for that family."""
+    """With one family of weights, a request without a model uses that family."""
     options = replace(OPTIONS, models={"flux": MODELS["flux"]})
     assert resolve_request(GenerationRequest(Task.TEXT_TO_IMAGE, "a red disc"), options).parameters.spec.name == "flux"
     with pytest.raises(InvalidInput, match="there are flux"):
@@ -94,7 +94,7 @@ def test_a_default_model_that_does_not_draw_here_gives_way() -> None:
 
 
 def test_every_field_of_an_order_is_told_or_known_not_to_matter() -> None:
-    """A new parameter cannot be forgotten in the identity of a picture."""
+    """Fails if a new request field is missing from the digest and from the list of irrelevant ones."""
     assert {field.name for field in fields(GenerationRequest)} == {
         *CHANGED,
         *WITH_CANNY,
@@ -122,7 +122,7 @@ def test_what_does_not_change_the_picture_does_not_change_its_identity() -> None
 
 
 def test_the_identity_is_that_of_the_bytes_however_they_came() -> None:
-    """By address or as files: one picture; other bytes at the same address: another one, sent alike."""
+    """By URL or as files: one image; other bytes at the same URL: another one."""
     by_url, by_file = resolve_request(BY_URL, OPTIONS, FETCHED), resolve_request(UPLOADED, OPTIONS)
     assert (by_url.content_digest, by_url.request_digest, by_url.key, by_url.seed) == (
         by_file.content_digest,
@@ -149,7 +149,7 @@ def test_the_identity_is_that_of_the_bytes_however_they_came() -> None:
     ],
 )
 def test_a_key_is_known_before_fetching_when_the_caller_named_it(order: GenerationRequest, known: bool) -> None:
-    """Then, and only then, the bucket can be asked first."""
+    """Only with a name can the bucket be checked before the download."""
     plan = resolve_request(order, OPTIONS)
     assert plan.key_is_known is known
     assert (plan.key == resolve_request(order, OPTIONS, FETCHED).key) is known
@@ -159,7 +159,7 @@ def test_a_key_is_known_before_fetching_when_the_caller_named_it(order: Generati
     ("model", "asked", "follows"), [("sdxl", None, True), ("sdxl", False, False), ("flux", None, False)]
 )
 def test_edges_are_followed_by_default_where_a_model_can(model: str, asked: bool | None, follows: bool) -> None:
-    """The bytes door follows edges unless told otherwise; a model without a ControlNet says that it does not."""
+    """The upload route uses edges by default; a model without a ControlNet reports that it does not."""
     plan = resolve_request(
         replace(UPLOADED, task=Task.IMAGE_TO_IMAGE, mask=None, model=model, canny=asked), EDGELESS_FLUX
     )
@@ -177,7 +177,7 @@ def test_edges_that_cannot_be_followed_are_refused_when_asked_for() -> None:
 
 @pytest.mark.parametrize(("first", "second"), [({"quality": 50}, {"quality": 90}), ({}, {"format": Format.PNG})])
 def test_files_that_differ_have_names_that_differ(first: dict[str, Any], second: dict[str, Any]) -> None:
-    """Eight digits that tell the content tell the kind of file too."""
+    """The eight-digit content prefix depends on the file format too."""
     order = replace(UPLOADED, save_path="no-ending", named_by_content=True)
     assert (
         resolve_request(replace(order, **first), OPTIONS).key != resolve_request(replace(order, **second), OPTIONS).key
@@ -185,7 +185,7 @@ def test_files_that_differ_have_names_that_differ(first: dict[str, Any], second:
 
 
 def test_a_name_that_tells_the_content_keeps_its_folder() -> None:
-    """Eight hexadecimal digits before the file name, the same for the same order, also with a random seed."""
+    """Eight hexadecimal digits before the file name, equal for equal requests, also with a random seed."""
     order = replace(UPLOADED, save_path="a/b/out.webp", named_by_content=True, seed="random")
     keys = {resolve_request(order, OPTIONS).key for _ in range(3)}
     assert len(keys) == 1
@@ -203,7 +203,7 @@ def test_a_name_that_tells_the_content_keeps_its_folder() -> None:
 def test_a_strength_that_leaves_no_step_is_refused_as_the_family_counts(
     model: str, steps: int, strength: float, taken: bool
 ) -> None:
-    """SDXL rounds steps × strength down and Flux up, as their stock pipelines do; both fields are named."""
+    """SDXL rounds steps × strength down and Flux up, as their stock pipelines do; the error names both fields."""
     order = replace(UPLOADED, model=model, num_inference_steps=steps, strength=strength)
     if taken:
         resolve_request(order, OPTIONS)
@@ -214,7 +214,7 @@ def test_a_strength_that_leaves_no_step_is_refused_as_the_family_counts(
 
 
 def test_a_scene_has_all_pictures_at_the_size_of_the_canvas() -> None:
-    """Image, mask and edges fit the model's grid; the mask is black and white, and black beyond the picture."""
+    """Image, mask and edges have the canvas size; the mask is black and white, and black outside the image."""
     plan = resolve_request(replace(UPLOADED, canny=True, feather=4), OPTIONS)
     image, mask = disc(100, 60), np.full((6, 10, 3), 90, np.uint8)
     scene = lay_out_images(plan, image, mask)
@@ -231,14 +231,14 @@ def test_a_scene_has_all_pictures_at_the_size_of_the_canvas() -> None:
 
 
 def test_a_scene_without_pictures_is_as_large_as_was_asked() -> None:
-    """Text to image: no image, no mask, and the picture cut out of its canvas."""
+    """Text to image: no image, no mask, and the result is cropped from its canvas."""
     scene = lay_out_images(resolve_request(GenerationRequest(Task.TEXT_TO_IMAGE, "a red disc", 100, 128), OPTIONS))
     assert (scene.request.image, scene.request.mask, scene.request.control) == (None, None, None)
     assert scene.compose_output(np.zeros((128, 128, 3), np.uint8)).shape == (128, 100, 3)
 
 
 def test_two_jobs_of_equal_pictures_are_one_drawing() -> None:
-    """Digests look at pixels, so the same picture in two file formats is drawn once."""
+    """Digests are of pixels, so one image in two file formats is generated once."""
     plan = resolve_request(UPLOADED, OPTIONS)
     mask = np.full((60, 100, 3), 255, np.uint8)
     jobs = [lay_out_images(plan, disc(100, 60), mask.copy()).request for _ in range(2)]
@@ -248,7 +248,7 @@ def test_two_jobs_of_equal_pictures_are_one_drawing() -> None:
 
 
 def test_other_stop_words_are_another_image() -> None:
-    """They change what the model reads of a long prompt, so they are part of the digest. The built-in list is not."""
+    """They change the prompt that the model reads, so they are part of the digest. The built-in list is not."""
     request = GenerationRequest(Task.TEXT_TO_IMAGE, "a red disc", 64, 64)
     other = replace(OPTIONS, stop_words=StopWords.of("nltk", ["the"]))
     same = replace(OPTIONS, stop_words=BUILTIN_STOP_WORDS)

@@ -1,4 +1,4 @@
-"""The service: what an order becomes, what is drawn once, what is told. Drawn with painted squares."""
+"""GenerationService: resolution, deduplication, warnings. Runs on a fake model."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ HarnessOf = Callable[..., ServiceHarness]
 
 @pytest.fixture
 async def harness_of(tmp_path: Path) -> AsyncIterator[HarnessOf]:
-    """Make a service over painted squares."""
+    """Make a service over a fake model."""
     made: list[ServiceHarness] = []
 
     def make(painter: FakeDenoiser | None = None) -> ServiceHarness:
@@ -43,7 +43,7 @@ async def harness_of(tmp_path: Path) -> AsyncIterator[HarnessOf]:
 
 
 async def test_the_second_order_of_a_name_draws_nothing(harness_of: HarnessOf) -> None:
-    """Check-exists comes before generate, and the receipt tells what the stored picture is."""
+    """The existence check comes first, and the result describes the stored image."""
     harness = harness_of()
     first = await harness.service.generate(order(save_path="a.webp"))
     second = await harness.service.generate(order(save_path="a.webp"))
@@ -54,7 +54,10 @@ async def test_the_second_order_of_a_name_draws_nothing(harness_of: HarnessOf) -
 
 
 async def test_equal_orders_without_a_name_meet(harness_of: HarnessOf) -> None:
-    """The content is the name: the same order, however its prompt is spaced, is the same picture."""
+    """Without a name the key is derived from the request.
+
+    Equal requests, ignoring prompt whitespace, give the same image.
+    """
     harness = harness_of()
     first = await harness.service.generate(order("a red  square"))
     second = await harness.service.generate(order(" a red square "))
@@ -65,7 +68,7 @@ async def test_equal_orders_without_a_name_meet(harness_of: HarnessOf) -> None:
 
 @pytest.mark.fault(60)
 async def test_a_hundred_identical_orders_at_once_are_one_generation(harness_of: HarnessOf) -> None:
-    """One picture drawn, one object stored, a hundred equal answers, ninety-nine of them told that they shared."""
+    """One image generated, one object stored, a hundred equal responses, ninety-nine of them marked as shared."""
     harness = harness_of(FakeDenoiser(seconds_per_step=0.01))
     receipts = await asyncio.gather(*(harness.service.generate(order()) for _ in range(100)))
     assert harness.drawn == 1
@@ -74,7 +77,7 @@ async def test_a_hundred_identical_orders_at_once_are_one_generation(harness_of:
 
 
 async def test_everyone_who_shares_a_picture_is_told_how_far_it_is(harness_of: HarnessOf) -> None:
-    """Two names of one picture, and a latecomer: each hears of the steps, the latecomer of the latest at once."""
+    """Two names of one image, and a late joiner: all get the steps, the late one the latest step at once."""
     harness = harness_of(FakeDenoiser(gate=threading.Event()))
     heard: dict[str, list[GenerationProgress]] = {"a.webp": [], "b.webp": [], "late": []}
     waiting = [
@@ -95,7 +98,7 @@ async def test_everyone_who_shares_a_picture_is_told_how_far_it_is(harness_of: H
 
 
 async def test_the_same_picture_under_two_names_is_drawn_once(harness_of: HarnessOf) -> None:
-    """What is drawn and what is stored are two identities."""
+    """The image digest and the storage key are separate identities."""
     harness = harness_of(FakeDenoiser(seconds_per_step=0.05))
     names = [harness.service.generate(order(save_path=name, seed=1)) for name in ("a.webp", "b.png")]
     receipts = await asyncio.gather(*names)
@@ -106,7 +109,7 @@ async def test_the_same_picture_under_two_names_is_drawn_once(harness_of: Harnes
 async def test_another_order_under_a_taken_name_gets_what_is_stored_and_is_told(
     harness_of: HarnessOf,
 ) -> None:
-    """The name is the identity; the warning says that it is another order's picture."""
+    """The key identifies the object; a warning says that another request made it."""
     harness = harness_of()
     red = await harness.service.generate(order("a red square", save_path="a.webp"))
     blue = await harness.service.generate(order("a blue square", save_path="a.webp"))
@@ -116,7 +119,7 @@ async def test_another_order_under_a_taken_name_gets_what_is_stored_and_is_told(
 
 
 async def test_another_order_under_a_name_in_flight_waits_for_it(harness_of: HarnessOf) -> None:
-    """Both at once: one is drawn, the other waits and is told, and nothing is overwritten."""
+    """Concurrently: one is generated, the other waits and gets a warning, and nothing is overwritten."""
     harness = harness_of(FakeDenoiser(seconds_per_step=0.02))
     asked = (order("a red square", save_path="a.webp"), order("a blue square", save_path="a.webp"))
     receipts = await asyncio.gather(*map(harness.service.generate, asked))
@@ -126,7 +129,7 @@ async def test_another_order_under_a_name_in_flight_waits_for_it(harness_of: Har
 
 
 async def test_overwrite_draws_again_under_the_same_name(harness_of: HarnessOf) -> None:
-    """The new picture replaces the old one, record and all."""
+    """The new image replaces the old one and its record."""
     harness = harness_of()
     await harness.service.generate(order("a red square", save_path="a.webp"))
     receipt = await harness.service.generate(order("a blue square", save_path="a.webp", overwrite=True))
@@ -138,7 +141,7 @@ async def test_overwrite_draws_again_under_the_same_name(harness_of: HarnessOf) 
 
 @pytest.mark.fault(41)
 async def test_two_processes_store_one_object(harness_of: HarnessOf) -> None:
-    """Without a shared memory the bucket decides: both draw, one stores, both answer with the stored one."""
+    """Without shared memory the bucket decides: both generate, one stores, both return the stored image."""
     harness = harness_of(FakeDenoiser(gate=threading.Event()))
     other = harness.another_process()
     both = [
@@ -157,7 +160,7 @@ async def test_two_processes_store_one_object(harness_of: HarnessOf) -> None:
 async def test_a_caller_who_leaves_takes_the_job_along_and_stores_nothing(
     harness_of: HarnessOf,
 ) -> None:
-    """The last one waiting for a picture frees the device."""
+    """The last waiter that leaves frees the device."""
     harness = harness_of(FakeDenoiser(gate=threading.Event()))
     call = asyncio.create_task(harness.service.generate(order(save_path="a.webp", num_inference_steps=50)))
     await asyncio.to_thread(until, lambda: harness.engine.running == 1)
@@ -171,7 +174,7 @@ async def test_a_caller_who_leaves_takes_the_job_along_and_stores_nothing(
 
 
 class SlowBucket(LocalBucket):
-    """A folder on a slow disk."""
+    """A local bucket on a slow disk."""
 
     def overwrite(self, *given: Any) -> Any:
         time.sleep(0.2)
@@ -183,7 +186,7 @@ class SlowBucket(LocalBucket):
 
 
 async def test_a_write_that_was_given_up_never_lands_after_a_later_one(harness_of: HarnessOf, tmp_path: Path) -> None:
-    """Whoever overwrites a name and gets a receipt finds that picture there, whatever was cancelled before."""
+    """A caller that overwrites a name and gets a result finds that image there, whatever was cancelled before."""
     harness = harness_of()
     harness.bucket = SlowBucket(tmp_path / "bucket")
     service = harness.another_process()
@@ -199,7 +202,7 @@ async def test_a_write_that_was_given_up_never_lands_after_a_later_one(harness_o
 
 
 async def test_each_order_is_answered_with_its_own_picture(harness_of: HarnessOf, tmp_path: Path) -> None:
-    """Three overwrite one name at once on a slow disk: every one gets the bytes it drew, not the last one's."""
+    """Three overwrite one name concurrently on a slow disk: each gets the bytes it generated, not the last one's."""
     harness = harness_of()
     harness.bucket = SlowBucket(tmp_path / "bucket")
     service = harness.another_process()
@@ -211,7 +214,7 @@ async def test_each_order_is_answered_with_its_own_picture(harness_of: HarnessOf
 
 
 async def test_a_follower_is_told_what_concerns_its_own_order(harness_of: HarnessOf) -> None:
-    """Sharing an effort is not sharing the warnings of another's parameters."""
+    """Sharing a generation does not share warnings about another request's parameters."""
     harness = harness_of(FakeDenoiser(seconds_per_step=0.02))
     with_negative, without = (
         order("a red square", model="flux", negative_prompt="blur"),
@@ -224,7 +227,7 @@ async def test_a_follower_is_told_what_concerns_its_own_order(harness_of: Harnes
 
 
 async def test_another_kind_of_file_under_a_taken_name_is_told(harness_of: HarnessOf) -> None:
-    """The same picture as WebP is not the PNG that was asked for."""
+    """The same image as WebP is not the requested PNG."""
     harness = harness_of()
     await harness.service.generate(order(save_path="no-ending"))
     receipt = await harness.service.generate(order(save_path="no-ending", format=Format.PNG))
@@ -235,7 +238,7 @@ async def test_another_kind_of_file_under_a_taken_name_is_told(harness_of: Harne
 async def test_a_cached_answer_remembers_that_the_prompt_was_shortened(
     harness_of: HarnessOf,
 ) -> None:
-    """The second caller is told as well."""
+    """The second caller gets the truncation warning as well."""
     harness = harness_of()
     asked = order("a red square " + "with the very best of details " * 60, save_path="a.webp")
     codes = [{w.code for w in (await harness.service.generate(asked)).warnings} for _ in range(2)]
@@ -243,14 +246,14 @@ async def test_a_cached_answer_remembers_that_the_prompt_was_shortened(
 
 
 class FullBucket(LocalBucket):
-    """A folder that takes nothing more."""
+    """A local bucket without free space."""
 
     def check_capacity(self) -> None:
         raise StorageUnavailable("No room is left.")
 
 
 async def test_a_storage_without_room_is_told_before_drawing(harness_of: HarnessOf, tmp_path: Path) -> None:
-    """503 comes before the device has worked, and what is stored already is still answered."""
+    """503 before the device works; stored images are still returned."""
     harness = harness_of()
     await harness.service.generate(order("a red square", save_path="a.webp"))
     harness.bucket = FullBucket(tmp_path / "bucket")
@@ -262,7 +265,7 @@ async def test_a_storage_without_room_is_told_before_drawing(harness_of: Harness
 
 
 async def test_a_record_of_someone_elses_making_does_no_harm(harness_of: HarnessOf) -> None:
-    """Numbers that are none are left out of the receipt, and the name still answers."""
+    """Invalid numbers are left out of the result, and the name still works."""
     harness = harness_of()
     harness.bucket.create(
         "static/uploads/odd.webp", b"data", "image/webp", {"width": "12px", "seed": "None", "steps": "nan"}
@@ -272,7 +275,7 @@ async def test_a_record_of_someone_elses_making_does_no_harm(harness_of: Harness
 
 
 async def test_a_twin_stays_when_the_other_leaves(harness_of: HarnessOf) -> None:
-    """Leaving is private: the one who stays gets the picture."""
+    """Cancelling one waiter does not affect the other, which gets the image."""
     harness = harness_of(FakeDenoiser(gate=threading.Event()))
     leaver, stayer = (asyncio.create_task(harness.service.generate(order())) for _ in range(2))
     await asyncio.to_thread(until, lambda: harness.engine.running == 1)
@@ -285,7 +288,7 @@ async def test_a_twin_stays_when_the_other_leaves(harness_of: HarnessOf) -> None
 
 
 async def test_a_deadline_ends_the_wait_and_the_job(harness_of: HarnessOf) -> None:
-    """After `timeout` seconds the caller hears it, and the device is free."""
+    """After `timeout` seconds the caller gets an error, and the device is free."""
     harness = harness_of(FakeDenoiser(gate=threading.Event()))
     with pytest.raises(DeadlineExceeded, match=r"0\.05 seconds"):
         await harness.service.generate(order(timeout=0.05))
@@ -297,7 +300,7 @@ async def test_a_deadline_ends_the_wait_and_the_job(harness_of: HarnessOf) -> No
 
 @pytest.mark.fault(44)
 async def test_a_storage_that_fails_is_told_as_such(harness_of: HarnessOf, tmp_path: Path) -> None:
-    """A folder that has become a file is a 503 of the storage, not an unknown error."""
+    """A folder replaced by a file is a 503 of the storage, not an unknown error."""
     harness = harness_of()
     folder = tmp_path / "bucket" / "tmp"
     folder.rmdir()
@@ -310,7 +313,7 @@ async def test_a_storage_that_fails_is_told_as_such(harness_of: HarnessOf, tmp_p
 
 
 async def test_a_prompt_that_is_too_long_is_shortened_and_told(harness_of: HarnessOf) -> None:
-    """No silent truncation: the prompt that was drawn is in the receipt."""
+    """No silent truncation: the result has the prompt that was used."""
     harness = harness_of()
     receipt = await harness.service.generate(order("a red square " + "with the very best of details " * 60))
     assert receipt.prompt_used is not None
@@ -321,14 +324,14 @@ async def test_a_prompt_that_is_too_long_is_shortened_and_told(harness_of: Harne
 
 @pytest.mark.fault(10)
 def test_the_seed_comes_from_the_order() -> None:
-    """The same order has the same seed, another order another, and a given one is taken."""
+    """Equal requests have equal seeds, different ones differ, and a given seed is used."""
     seeds = [resolve_request(asked, OPTIONS).seed for asked in (order(), order(), order("another"), order(seed=5))]
     assert seeds[0] == seeds[1] != seeds[2]
     assert seeds[3] == 5
 
 
 def test_a_random_seed_is_another_picture_each_time() -> None:
-    """Two orders with seed=random share neither seed nor name."""
+    """Two requests with seed=random share neither seed nor name."""
     first, second = (resolve_request(order(seed="random"), OPTIONS) for _ in range(2))
     assert first.seed != second.seed
     assert first.key != second.key
@@ -347,7 +350,7 @@ def test_a_random_seed_is_another_picture_each_time() -> None:
     ],
 )
 def test_the_format_is_the_one_asked_for_or_promised_by_the_name(more: dict[str, Any], file_format: Format) -> None:
-    """Format wins, then the ending of the name, then WebP."""
+    """`format` wins, then the extension of the name, then WebP."""
     assert resolve_request(order(**more), OPTIONS).file_format is file_format
 
 
@@ -366,7 +369,7 @@ def test_the_format_is_the_one_asked_for_or_promised_by_the_name(more: dict[str,
     ],
 )
 def test_what_cannot_be_done_is_refused_by_name(more: dict[str, Any], field: str) -> None:
-    """Every refusal names the parameter it is about."""
+    """Every error names its parameter."""
     with pytest.raises(InvalidInput) as refused:
         resolve_request(order(**{"prompt": "a red square", **more}), OPTIONS)
     assert refused.value.field == field
@@ -377,7 +380,7 @@ def test_what_cannot_be_done_is_refused_by_name(more: dict[str, Any], field: str
     ("name", "low", "high"), [(name, *bounds) for name, bounds in RequestLimits().bounds().items()]
 )
 def test_every_bound_holds_on_both_sides_of_its_edge(name: str, low: float, high: float) -> None:
-    """At the edge a value is taken, one step beyond it is refused and named; so are NaN and infinity."""
+    """At each bound a value is accepted, one step beyond it is refused and named; so are NaN and infinity."""
     step = 1 if isinstance(low, int) and isinstance(high, int) else 0.0005
     limits = RequestLimits()
     for inside in (low, high):
@@ -399,21 +402,24 @@ def test_the_longest_prompt_is_taken_and_one_character_more_is_not() -> None:
 
 
 def test_several_faults_are_told_at_once() -> None:
-    """A caller need not find them one by one."""
+    """The response lists all invalid fields at once."""
     with pytest.raises(InvalidInput) as refused:
         RequestLimits().check(order(width=1, height=9999, quality=0))
     assert [field for field, _ in refused.value.faults] == ["width", "height", "quality"]
 
 
 def test_a_negative_prompt_no_model_uses_is_told() -> None:
-    """Flux has no use for one; the order is drawn without it, and says so."""
+    """Flux ignores a negative prompt; the request succeeds with a warning."""
     plan = resolve_request(order(model="flux", negative_prompt="blur"), OPTIONS)
     assert plan.parameters.negative_prompt is None
     assert "negative-prompt-ignored" in {warning.code for warning in plan.parameters.warnings}
 
 
 async def test_what_is_known_is_told_without_a_look(harness_of: HarnessOf) -> None:
-    """The same receipt as by looking; nothing for what is not known, is to be overwritten, or is being overwritten."""
+    """The same result as with a bucket check.
+
+    Nothing for a key that is unknown, to be overwritten, or being overwritten.
+    """
     harness = harness_of(FakeDenoiser(gate=threading.Event()))
     service = harness.another_process()
     asked = order(save_path="a.webp")
@@ -435,7 +441,7 @@ async def test_what_is_known_is_told_without_a_look(harness_of: HarnessOf) -> No
 
 
 async def test_a_picture_others_deleted_is_drawn_again(harness_of: HarnessOf, tmp_path: Path) -> None:
-    """Known to be stored, yet gone: who wants the file gets it all the same."""
+    """The cache says stored, but the object is gone: the caller still gets an image."""
     harness = harness_of()
     service = harness.another_process()
     service._known = harness.bucket.cached

@@ -9,7 +9,7 @@ from stable_diffusion_server.types import EngineEventKind, GenerationProgress
 
 
 class Effort:
-    """Something slow that counts how often it was begun and ended early."""
+    """A slow task that counts its starts and cancellations."""
 
     def __init__(self) -> None:
         self.begun = 0
@@ -27,7 +27,7 @@ class Effort:
 
 
 async def test_callers_of_one_key_share_one_effort() -> None:
-    """Ten callers, one run, and nine of them are told that they shared."""
+    """Ten callers, one run, and nine results are marked as shared."""
     flights: SingleFlight[str] = SingleFlight()
     effort = Effort()
     callers = [asyncio.create_task(flights.join("k", "t", effort.run)) for _ in range(10)]
@@ -41,7 +41,7 @@ async def test_callers_of_one_key_share_one_effort() -> None:
 
 
 async def test_one_caller_leaving_does_not_end_the_effort_of_the_others() -> None:
-    """Cancelling one of two leaves the other its result."""
+    """Cancelling one of two callers leaves the other its result."""
     flights: SingleFlight[str] = SingleFlight()
     effort = Effort()
     leaving, staying = (asyncio.create_task(flights.join("k", "t", effort.run)) for _ in range(2))
@@ -54,7 +54,7 @@ async def test_one_caller_leaving_does_not_end_the_effort_of_the_others() -> Non
 
 
 async def test_the_last_caller_to_leave_ends_the_effort() -> None:
-    """No one waits, so nothing is done; a newcomer starts afresh."""
+    """Without waiters the task is cancelled; a new caller starts it again."""
     flights: SingleFlight[str] = SingleFlight()
     effort = Effort()
     callers = [asyncio.create_task(flights.join("k", "t", effort.run)) for _ in range(2)]
@@ -69,7 +69,7 @@ async def test_the_last_caller_to_leave_ends_the_effort() -> None:
 
 
 async def test_an_effort_that_was_given_up_ends_before_the_next_begins() -> None:
-    """A newcomer under the key waits for the ending of what was abandoned, and does not share its fate."""
+    """A new caller of the key waits until the cancelled task has ended, and does not get its outcome."""
     flights: SingleFlight[str] = SingleFlight()
     order: list[str] = []
 
@@ -95,7 +95,7 @@ async def test_an_effort_that_was_given_up_ends_before_the_next_begins() -> None
 
 
 async def test_a_failure_reaches_every_caller_and_is_not_kept() -> None:
-    """All callers get the error; the next one gets a new try."""
+    """All callers get the error; the next one starts a new attempt."""
     flights: SingleFlight[str] = SingleFlight()
 
     async def fail(audience: ProgressBroadcaster) -> str:
@@ -111,7 +111,7 @@ async def test_a_failure_reaches_every_caller_and_is_not_kept() -> None:
 
 
 async def test_another_tag_waits_for_the_effort_under_way() -> None:
-    """Efforts under one key never overlap, however many different ones are asked for."""
+    """Tasks of one key never overlap, whatever their tags."""
     flights: SingleFlight[str] = SingleFlight()
     running = 0
 
@@ -128,7 +128,7 @@ async def test_another_tag_waits_for_the_effort_under_way() -> None:
 
 
 async def test_another_tag_gets_its_turn_when_the_effort_before_it_fails() -> None:
-    """A failed predecessor is not the newcomer's failure."""
+    """The new caller does not get its predecessor's error."""
     flights: SingleFlight[str] = SingleFlight()
 
     async def fail(audience: ProgressBroadcaster) -> str:
@@ -146,7 +146,7 @@ async def test_another_tag_gets_its_turn_when_the_effort_before_it_fails() -> No
 
 
 async def test_all_passengers_are_told_and_a_latecomer_hears_the_latest_at_once() -> None:
-    """News reaches everyone aboard; who leaves hears no more; previews are wanted while one wants them."""
+    """All waiters get events; a caller that left gets none; previews are requested while at least one wants them."""
     flights: SingleFlight[str] = SingleFlight()
     aboard: list[ProgressBroadcaster] = []
     go = asyncio.Event()
@@ -180,7 +180,7 @@ async def test_all_passengers_are_told_and_a_latecomer_hears_the_latest_at_once(
 
 
 async def test_an_effort_may_follow_another_one() -> None:
-    """An audience is a listener: news of an inner effort reaches those who wait for the outer one."""
+    """A broadcaster is itself a listener: events of an inner task reach the waiters of the outer one."""
     inner: SingleFlight[str] = SingleFlight()
     outer: SingleFlight[str] = SingleFlight()
     heard: list[int] = []

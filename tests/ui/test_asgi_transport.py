@@ -1,4 +1,4 @@
-"""The way to our own application within the process: it ends in time, whatever the application does."""
+"""In-process ASGI transport: a request ends in time, whatever the application does."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ START = {"type": "http.response.start", "status": 200, "headers": []}
 
 
 async def silent(scope: Scope, receive: Receive, send: Send) -> None:
-    """Takes the body, and never answers."""
+    """Reads the body and never answers."""
     await receive()
     await asyncio.Event().wait()
 
 
 async def deaf(scope: Scope, receive: Receive, send: Send) -> None:
-    """Does not even take the body."""
+    """Does not even read the body."""
     await asyncio.Event().wait()
 
 
 async def stopping_midway(scope: Scope, receive: Receive, send: Send) -> None:
-    """Begins its answer."""
+    """Sends the start of its response, then hangs."""
     await send(START)
     await send({"type": "http.response.body", "body": b"begun", "more_body": True})
     await asyncio.Event().wait()
 
 
 async def without_a_body(scope: Scope, receive: Receive, send: Send) -> None:
-    """Sends the head of its answer."""
+    """Sends only the response head."""
     await send(START)
     await asyncio.Event().wait()
 
@@ -50,7 +50,7 @@ async def in_a_thread(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 async def refusing_to_end(scope: Scope, receive: Receive, send: Send) -> None:
-    """Goes on when it is cancelled."""
+    """Ignores cancellation."""
     await receive()
     end = time.monotonic() + 4
     while time.monotonic() < end:
@@ -61,7 +61,7 @@ async def refusing_to_end(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 async def slow_but_going_on(scope: Scope, receive: Receive, send: Send) -> None:
-    """Sends a part now and then, for longer than one of them may take."""
+    """Sends a chunk now and then, in total longer than the timeout of one chunk."""
     await send(START)
     for _ in range(8):
         await asyncio.sleep(0.1)
@@ -91,7 +91,10 @@ def address_of(app: Application, timeouts: httpx.Timeout) -> httpx.AsyncClient:
 async def test_a_route_that_does_not_answer_is_waited_for_so_long(
     app: Application, timeouts: httpx.Timeout, error: type[httpx.HTTPError]
 ) -> None:
-    """By httpx's own timeouts and with its own errors, as over a wire; the application's end is not waited for."""
+    """With httpx's own timeouts and errors, as over a network.
+
+    The transport does not wait for the application to end.
+    """
     began = time.monotonic()
     with pytest.raises(error) as raised:
         await address_of(app, timeouts).post("/", content=b"a body")
@@ -101,7 +104,7 @@ async def test_a_route_that_does_not_answer_is_waited_for_so_long(
 
 @pytest.mark.fault(192)
 async def test_what_goes_on_may_take_longer_and_no_timeout_is_none() -> None:
-    """The timeout is of each part; without one an answer is waited for."""
+    """The timeout applies to each chunk; without one the transport waits indefinitely."""
     for timeout in (httpx.Timeout(0.5), httpx.Timeout(None)):
         answer = await address_of(slow_but_going_on, timeout).get("/")
         assert answer.content == b"part" * 8
@@ -109,10 +112,10 @@ async def test_what_goes_on_may_take_longer_and_no_timeout_is_none() -> None:
 
 @pytest.mark.fault(192)
 async def test_a_visitor_is_told_that_the_server_does_not_answer() -> None:
-    """In a sentence, at every request of a page; places that it held are free again."""
+    """One sentence, for every request of a page; held slots are released."""
     http = address_of(silent, httpx.Timeout(0.2))
     request = http.request
-    # As the desk asks, but for how long.
+    # As the UI client requests, but with a shorter timeout.
     http.request = lambda *given, **named: request(*given, **{**named, "timeout": 0.2})  # type: ignore[method-assign]  # to ask more briefly
     desk = ApiClient(http, BASE)
     wish = UiRequest("/v1/images/edits", {}, {"image": b"png"})

@@ -1,4 +1,4 @@
-"""The Create tab over the embedded models, in a real browser."""
+"""The Create tab with the embedded models, in a real browser."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ RED = "a red circle on a blue background"
 
 
 def fill_more(inside: Any, steps: str) -> None:
-    """Say how many steps, which stands among what is seldom changed."""
+    """Set the number of steps, which is in the advanced section."""
     field = inside.get_by_label("Steps", exact=True)
     if field.is_hidden():
         inside.get_by_role("button", name="More").click()
@@ -46,7 +46,7 @@ def figure(server: Server, name: str) -> float:
 
 
 def test_enter_draws_and_nobody_else_is_asked(tab_of: Callable[..., Tab]) -> None:
-    """An example becomes the prompt; steps are told, then the picture is there: red within, blue around."""
+    """An example becomes the prompt; progress appears, then the image: red inside, blue around."""
     tab = tab_of()
     tab.inside.get_by_role("button", name=RED, exact=True).click()
     expect(tab.inside.get_by_label("Prompt", exact=True)).to_have_value(RED)
@@ -63,7 +63,7 @@ def test_enter_draws_and_nobody_else_is_asked(tab_of: Callable[..., Tab]) -> Non
 
 
 def test_several_pictures_have_a_seed_each(tab_of: Callable[..., Tab]) -> None:
-    """Three at one click, with a seed that is kept: it and the next two stand below them."""
+    """Three images in one click with a fixed seed: seeds n, n+1 and n+2 are shown below them."""
     tab = tab_of()
     fill_count(tab.inside, 3)
     tab.inside.get_by_label("Seed", exact=True).fill("7")
@@ -74,7 +74,7 @@ def test_several_pictures_have_a_seed_each(tab_of: Callable[..., Tab]) -> None:
 
 
 def test_cancel_frees_the_device(tab_of: Callable[..., Tab], studio_server: Server) -> None:
-    """In mid-draw: the page says so, every job has ended early, none is left on the device, and the next is drawn."""
+    """During generation: the page says so, every job ends early, the device is idle, and the next request works."""
     tab = tab_of()
     fill_more(tab.inside, "100")
     fill_count(tab.inside, 4)
@@ -93,7 +93,10 @@ def test_cancel_frees_the_device(tab_of: Callable[..., Tab], studio_server: Serv
 
 
 def test_what_is_wrong_is_told_beside_its_field(tab_of: Callable[..., Tab]) -> None:
-    """Two faults, one folded away: each sentence stands at its field, which a screen reader is told; then none does."""
+    """Two errors, one in a collapsed section.
+
+    Each message is at its field and reaches screen readers, then disappears.
+    """
     tab = tab_of()
     fill_more(tab.inside, "9000")
     tab.inside.get_by_role("button", name="More").click()
@@ -119,7 +122,7 @@ def test_what_is_wrong_is_told_beside_its_field(tab_of: Callable[..., Tab]) -> N
 
 
 def test_a_page_that_is_loaded_again_goes_on(tab_of: Callable[..., Tab], studio_server: Server) -> None:
-    """The jobs under way are followed to their ends, and were asked for once."""
+    """The page follows its running jobs to their ends, and submits them only once."""
     tab = tab_of()
     fill_more(tab.inside, "100")
     fill_count(tab.inside, 4)
@@ -129,7 +132,7 @@ def test_a_page_that_is_loaded_again_goes_on(tab_of: Callable[..., Tab], studio_
     tab.was_quiet()
     tab.page.reload()
     settle(tab.page)
-    tab.complaints.clear()  # the page that went away told that its connections were cut
+    tab.complaints.clear()  # the unloaded page reported its aborted connections
     tab.told("of 4 pictures")
     tab.told("All 4 pictures are done")
     expect(tab.inside.locator(".sds-gallery img")).to_have_count(4)

@@ -1,4 +1,4 @@
-"""What the studio asks for and how it tells what happens: pure functions, tried without a page."""
+"""The UI's forms and HTML: pure functions, tested without a page."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ def job(state: str, **more: object) -> dict[str, object]:
 
 
 def test_several_pictures_have_seeds_of_their_own() -> None:
-    """Kept seeds count up; without one each is left to chance; what is no number is left for the server to refuse."""
+    """A fixed seed counts up; without one each image gets a random one.
+
+    A non-number is passed to the server to refuse.
+    """
     kept = forms.create(CommonFields("a star", seed="7", count=3), 512, 256)
     assert [wish.fields["seed"] for wish in kept] == ["7", "8", "9"]
     assert (kept[0].fields["width"], kept[0].fields["height"]) == ("512", "256")
@@ -33,14 +36,14 @@ def test_several_pictures_have_seeds_of_their_own() -> None:
 
 
 def test_exploring_draws_the_originals_six() -> None:
-    """The prompt alone, and with each suffix, at one seed."""
+    """The prompt alone, and with each of the original's suffixes, all with one seed."""
     wishes = forms.create(CommonFields("a star", seed="7"), 64, 64, explore=True)
     assert [wish.fields["prompt"] for wish in wishes][:2] == ["a star", "a star awesome"]
     assert (len(wishes), {wish.fields["seed"] for wish in wishes}) == (6, {"7"})
 
 
 def test_edges_are_asked_for_only_when_wanted() -> None:
-    """Thresholds go along with canny, and not without."""
+    """Thresholds are sent with canny only."""
     plain, by_edges = (forms.restyle(CommonFields("a"), b"x", 0.5, canny=canny)[0] for canny in (False, True))
     assert ("canny_low" in plain.fields, by_edges.fields["canny_low"], by_edges.fields["strength"]) == (
         False,
@@ -51,7 +54,7 @@ def test_edges_are_asked_for_only_when_wanted() -> None:
 
 
 def test_how_a_job_stands_is_one_sentence() -> None:
-    """Waiting, drawing, done, failed."""
+    """Waiting, running, done, failed."""
     assert telling.sentence(job("queued", position=2, eta_seconds=3.6)) == (
         "Waiting: 2 pictures before this one, about 4 s."
     )
@@ -64,7 +67,7 @@ def test_how_a_job_stands_is_one_sentence() -> None:
 
 
 def test_what_others_wrote_is_shown_as_text() -> None:
-    """Markup in problems, faults, previews and facts of models is escaped."""
+    """Markup in problems, errors, previews and model facts is escaped."""
     evil = "<img src=x onerror=alert(1)>"
     shown = [
         telling.progress([job("failed", problem={"detail": evil})], {}),
@@ -76,13 +79,13 @@ def test_what_others_wrote_is_shown_as_text() -> None:
 
 
 def test_a_fault_is_told_by_the_fields_label() -> None:
-    """The parameter's own name does not come twice."""
+    """The message does not repeat the parameter name."""
     html = telling.alert("", [("num_inference_steps", "num_inference_steps must be at most 100.")])
     assert "Steps must be at most 100." in html
 
 
 def test_a_fault_is_told_once() -> None:
-    """What stands beside its field is only pointed to; what has no field there is told in full."""
+    """An error at a field is only pointed to; an error without a field is shown in full."""
     faults = [("width", "width must be between 64 and 2048."), ("image_file", "image_file is no picture.")]
     pointed = telling.refusal("x", faults[:1], {"width"})
     assert ("Have a look at Width." in pointed, "2048" in pointed, "role" in pointed) == (True, False, False)
@@ -91,7 +94,7 @@ def test_a_fault_is_told_once() -> None:
 
 
 def test_fields_offer_what_the_models_have() -> None:
-    """The usual one's own steps and guidance, its best size, and what it has no use for; words of the embedded ones."""
+    """The default model's steps, guidance and best size, and its unused fields; the prompt words of embedded models."""
     models = [
         {"name": "sdxl", "folder": "embedded-sdxl", "usual": True, "default_steps": 4, "default_guidance": 2.0},
         {"name": "flux", "folder": "real", "takes_guidance": False, "takes_negative_prompt": False, "default_steps": 4},
@@ -110,7 +113,7 @@ def test_fields_offer_what_the_models_have() -> None:
 
 
 def test_a_record_fills_the_fields_again() -> None:
-    """The prompt as it was asked for, and what may be left empty as text."""
+    """The original prompt; optional values become text."""
     record = {"prompt": "a star detail", "asked": {"prompt": "a star"}, "seed": 0, "guidance_scale": 0.0, "width": 64}
     was = details.settings(record)
     assert (was["prompt"], was["seed"], was["guidance"], was["steps"], was["width"]) == ("a star", "0", "0", "", 64)
@@ -120,7 +123,7 @@ def test_a_record_fills_the_fields_again() -> None:
 
 
 def test_what_was_painted_is_the_mask() -> None:
-    """Any colour at all is white; the preview is striped there and nowhere else; nothing painted is no mask."""
+    """Any colour counts as white; the preview is striped there only; an unpainted image has no mask."""
     layer = np.zeros((4, 6, 3), np.uint8)
     assert (masks.painted(layer), masks.previewed(layer, layer, 0)) == (b"", "")
     layer[1, 2, 0] = 9
@@ -133,7 +136,7 @@ def test_what_was_painted_is_the_mask() -> None:
 
 
 def test_the_status_reads_figures_that_there_are(running_app: RunningApp) -> None:
-    """Every figure of the Status tab is one of `/metrics`, and is told by its label."""
+    """Every metric on the Status tab exists in `/metrics`, and is shown by its label."""
     figures = running_app.client.get("/metrics").text
     told = status.page({}, figures, [])
     for name, label in status.FIGURES.items():
@@ -142,7 +145,7 @@ def test_the_status_reads_figures_that_there_are(running_app: RunningApp) -> Non
 
 
 def test_a_record_becomes_calls_that_can_be_pasted() -> None:
-    """Quotes in a prompt survive the shell and Python; the key is named and never shown."""
+    """Quotes in a prompt survive the shell and Python; the API key is referenced by name and never shown."""
     record = {
         "task": "text_to_image",
         "prompt": 'it\'s a "star"',
@@ -161,7 +164,7 @@ def test_a_record_becomes_calls_that_can_be_pasted() -> None:
 
 
 def test_the_oldest_sessions_are_dropped() -> None:
-    """Tokens are bounded, and none is another's."""
+    """The number of tokens is bounded, and all are distinct."""
     sessions = SessionStore()
     tokens = [sessions.start(f"key {number}") for number in range(1001)]
     assert (sessions.key_of(tokens[0]), sessions.key_of(tokens[1])) == (None, "key 1")

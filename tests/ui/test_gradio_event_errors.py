@@ -1,4 +1,4 @@
-"""Events that a component or our own code cannot take: one line of the log each, and no traceback beside it."""
+"""Events that a component or our code cannot handle: one log line each, without a traceback."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from conftest import free_port, start_server
 from test_ui_attacks import SERVE, Visitor, environment_of, visit
 
 CANARY = "canary-in-a-choice"
-# Of the right type, and all the same nothing that a page sends.
+# Of the right type, but no page sends them.
 ODD: dict[str, list[Any]] = {
     "dropdown": [CANARY, "", "\u202e\0"],
     "radio": [CANARY, "x", "9" * 400],
@@ -38,7 +38,7 @@ def visitor(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Visitor]:
 
 
 def run(visitor: Visitor, name: str, rows: list[tuple[dict[str, Any], list[Any], Any]]) -> list[dict[str, Any]]:
-    """Send the events and wait for their ends; what the log says meanwhile, every line of which is JSON."""
+    """Send the events, wait for their ends; return the log lines, each of which is JSON."""
     before = visitor.server.log.stat().st_size
     for number, (event, data, chosen) in enumerate(rows):
         session = f"{name}{number}"
@@ -60,7 +60,7 @@ def failed(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
 @pytest.mark.fault(175)
 @pytest.mark.timeout(300)
 def test_null_in_every_field_of_every_event_is_what_the_field_begins_with(visitor: Visitor) -> None:
-    """A page that sends nothing for its fields, and not what was chosen: no event fails of it."""
+    """A page that sends null for its fields instead of the values: no event fails."""
     events = [event for event in visitor.events if event["backend_fn"]]
     assert len(events) > 20
     for chosen in (None, {"index": None, "value": None}):
@@ -73,7 +73,7 @@ def test_null_in_every_field_of_every_event_is_what_the_field_begins_with(visito
 @pytest.mark.fault(175)
 @pytest.mark.timeout(300)
 def test_what_gradio_cannot_take_is_one_line_without_the_text(visitor: Visitor) -> None:
-    """Choices that are none, rows beyond the end, odd numbers: lines of JSON, and no text of a visitor."""
+    """Invalid choices, rows out of range, odd numbers: JSON log lines without any text of a visitor."""
     rows = []
     for event in visitor.events:
         columns = [ODD.get(kind, [None]) for kind in kinds_of(visitor, event)]

@@ -1,4 +1,4 @@
-"""What a page may send to an event of the UI: nothing but what it takes, whatever is tried. Pure functions."""
+"""Validation of the events a page may send to the UI. Pure functions."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def sent(**changes: Any) -> bytes:
 
 
 def test_what_an_event_takes_is_passed_on_and_nothing_else() -> None:
-    """The five known members come through as they are; null stands for any value; others are left behind."""
+    """The five known members pass unchanged; null replaces any value; other members are dropped."""
     assert sanitized(sent(), EVENTS) == GOOD
     more = {
         "oauth_token": "x",
@@ -114,7 +114,7 @@ def test_what_an_event_does_not_take_is_refused_by_name(name: str) -> None:
     ],
 )
 def test_what_is_no_json_or_too_much_of_it_is_refused(body: bytes) -> None:
-    """4xx, and no error that nobody has named."""
+    """4xx, and no unhandled error."""
     with pytest.raises(ServerError) as raised:
         sanitized(body, EVENTS)
     assert 400 <= raised.value.status < 500
@@ -134,7 +134,7 @@ ANY = st.recursive(
 
 @given(st.lists(ANY, min_size=6, max_size=6), ANY)
 def test_no_dictionary_ever_comes_through(data: list[Any], event_data: Any) -> None:
-    """Whatever is sent is refused, or holds no dictionary but the two members of `event_data`, which hold none."""
+    """The input is refused, or contains no dictionary except the two members of `event_data`, which contain none."""
     try:
         passed = sanitized(json.dumps({**GOOD, "data": data, "event_data": event_data}).encode(), EVENTS)
     except ServerError:
@@ -150,7 +150,7 @@ def test_no_dictionary_ever_comes_through(data: list[Any], event_data: Any) -> N
     "kind", ["image", "imageeditor", "file", "gallery", "json", "audio", "chatbot", "something new"]
 )
 def test_a_component_that_opens_files_cannot_be_an_input(kind: str) -> None:
-    """A page with one is not built at all."""
+    """Building a page with such a component fails."""
     config: Callable[[str], dict[str, Any]] = lambda type_: {  # noqa: E731  # said twice below
         "components": [{"id": 1, "type": type_}],
         "dependencies": [{"id": 0, "inputs": [1], "targets": [(1, "change")]}],

@@ -1,4 +1,4 @@
-"""The guard before Gradio, with a small application behind it; and the UI's requests in its visitor's name."""
+"""The guard in front of Gradio, over a small application; and the UI's requests on behalf of its visitor."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NEWS = "/ui/gradio_api/queue/data"
 
 
 class Framework:
-    """An application that answers everything, and keeps what got to it."""
+    """An application that answers everything and records its requests."""
 
     def __init__(self) -> None:
         self.seen: list[tuple[Scope, bytes]] = []
@@ -54,7 +54,7 @@ def event(text: str = "a", **more: Any) -> bytes:
 
 @pytest.mark.fault(104)
 async def test_what_gets_to_the_framework_is_made_anew() -> None:
-    """The body without what nobody asked for, headers of a few names, no query; a session's name is the visitor's."""
+    """The body without unknown members, only allowed headers, no query; the session name is tied to the visitor."""
     framework = Framework()
     client = guarded(framework)
     odd = {"x-forwarded-host": "evil.example", "x-gradio-user": "a", "authorization": "Bearer b", "cookie": "studio=c"}
@@ -82,7 +82,7 @@ async def test_what_gets_to_the_framework_is_made_anew() -> None:
 
 @pytest.mark.fault(102)
 async def test_events_and_streams_of_a_visitor_are_bounded() -> None:
-    """At each limit it goes on, beyond it 413 or 429 with when to come back; another visitor is not held up."""
+    """At each limit it works, above it 413 or 429 with Retry-After; another visitor is unaffected."""
     framework = Framework()
     client = guarded(framework, "4/minute")
     room = EVENT_BYTES - len(event(""))
@@ -108,7 +108,7 @@ async def test_events_and_streams_of_a_visitor_are_bounded() -> None:
 @pytest.mark.fault(191)
 @pytest.mark.parametrize("step", [-3_600.0, -90_000.0, 90_000.0, -4e8, 4e8])
 async def test_a_step_of_the_clock_shuts_nobody_out_of_the_studio(monkeypatch: pytest.MonkeyPatch, step: float) -> None:
-    """Events count for as long as their window lasts, whatever the time of day is set to; nobody is let in early."""
+    """Events count for the length of their window, whatever the system time; nobody is admitted early."""
     client = guarded(Framework(), "2/second")
     assert [(await client.post(EVENT, content=event())).status_code for _ in range(2)] == [200, 200]
     right = time.time
@@ -133,7 +133,7 @@ async def status_of(asked: Any) -> int:
 
 @pytest.mark.fault(107)
 async def test_a_stranger_is_one_by_way_of_the_ui_too(running_app: RunningApp) -> None:
-    """What a page asks holds for its visitor: a client elsewhere, or behind an unnamed proxy, is not the operator."""
+    """A page acts with its visitor's rights: a remote client, or one behind an untrusted proxy, is not the operator."""
     clients = [ServerAddress(), ServerAddress("203.0.113.5"), ServerAddress("127.0.0.1", forwarded=True)]
     assert [await status_of(desk_of(running_app, client).jobs()) for client in clients] == [200, 403, 403]
     assert [await status_of(desk_of(running_app, client).history()) for client in clients] == [200, 403, 403]
@@ -141,7 +141,7 @@ async def test_a_stranger_is_one_by_way_of_the_ui_too(running_app: RunningApp) -
 
 @pytest.mark.fault(107)
 async def test_what_a_page_draws_counts_for_its_visitor(run_app: Callable[..., RunningApp]) -> None:
-    """Under ALLOW_ANONYMOUS each address has its own rate, and none is that of the machine the UI stands on."""
+    """With ALLOW_ANONYMOUS each address has its own rate, not that of the machine that runs the UI."""
     running_app = run_app(allow_anonymous=True, rate_limit="1/minute")
     wish = UiRequest("/create_and_upload_image", {"prompt": "a red square", "width": "8", "height": "64"})
     clients = [
@@ -156,7 +156,7 @@ async def test_what_a_page_draws_counts_for_its_visitor(run_app: Callable[..., R
 @pytest.mark.fault(107)
 @pytest.mark.parametrize("job_id", ["../history", "a/../../files/x", "a?b", "", "a" * 129, "a\nb"])
 async def test_a_job_id_from_a_page_leads_nowhere_else(running_app: RunningApp, job_id: str) -> None:
-    """What a page sends back as a job's id is an id, or there is no such job."""
+    """A page must return a valid job id, otherwise there is no such job."""
     desk = ApiClient(httpx.AsyncClient(transport=StreamingASGITransport(running_app.client.app)), BASE)
     for asked in (desk.job(job_id), desk.cancel(job_id), anext(desk.events(job_id))):
         with pytest.raises(RefusedError) as refused:

@@ -1,4 +1,4 @@
-"""Pictures that visitors of the UI send: kept within bounds, each for its owner alone, decoded in the sandbox."""
+"""Images uploaded by UI visitors: bounded, accessible to their owner only, decoded in the sandbox."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LIMITS = UploadLimits(pictures=3, bytes=100, total_bytes=150, seconds=60)
 
 
 class Clock:
-    """A clock that is set by hand."""
+    """A clock that the test sets."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -31,7 +31,7 @@ class Clock:
 
 
 def kept(store: UploadStore, owner: str, tokens: list[str]) -> list[bool]:
-    """Which of these are still kept."""
+    """Which of these still exist."""
     found = []
     for token in tokens:
         try:
@@ -44,7 +44,7 @@ def kept(store: UploadStore, owner: str, tokens: list[str]) -> list[bool]:
 
 
 async def test_a_visitor_keeps_so_many_pictures_and_no_more() -> None:
-    """At the limit all are kept; with one more the longest unused has gone."""
+    """At the limit all exist; one more evicts the least recently used."""
     store = UploadStore(LIMITS)
     tokens = [store.add("a", b"x") for _ in range(3)]
     assert kept(store, "a", tokens) == [True] * 3
@@ -54,7 +54,7 @@ async def test_a_visitor_keeps_so_many_pictures_and_no_more() -> None:
 
 
 async def test_a_visitor_keeps_so_many_bytes_and_no_more() -> None:
-    """At the limit both are kept, one byte beyond it only the second; what never fits is refused."""
+    """At the limit both exist, one byte above only the second; a file above the limit is refused."""
     store = UploadStore(LIMITS)
     tokens = [store.add("a", b"x" * 50), store.add("a", b"x" * 50)]
     assert kept(store, "a", tokens) == [True, True]
@@ -66,7 +66,7 @@ async def test_a_visitor_keeps_so_many_bytes_and_no_more() -> None:
 
 
 async def test_who_keeps_the_most_makes_room_for_others() -> None:
-    """All visitors together stay within their bytes, and a greedy one takes nothing from a modest one."""
+    """All visitors together stay within the byte limit, and the largest holder loses its images first."""
     store = UploadStore(LIMITS)
     greedy = [store.add("greedy", b"x" * 50), store.add("greedy", b"x" * 50)]
     modest = [store.add("modest", b"x" * 40)]
@@ -83,7 +83,7 @@ async def test_who_keeps_the_most_makes_room_for_others() -> None:
 
 
 async def test_a_picture_is_kept_for_so_long_after_its_last_use() -> None:
-    """Just before the end it is there, and its use begins the time anew; at the end it is not."""
+    """Just before expiry it exists, and a use restarts the time; at expiry it does not."""
     clock = Clock()
     store = UploadStore(LIMITS, clock)
     token = store.add("a", b"x")
@@ -96,7 +96,7 @@ async def test_a_picture_is_kept_for_so_long_after_its_last_use() -> None:
 
 
 async def test_what_nobody_asks_for_any_more_is_forgotten_by_itself() -> None:
-    """Without any other call, after its time no byte is kept."""
+    """Without any other call, no byte remains after expiry."""
     store = UploadStore(UploadLimits(seconds=0.05))
     store.add("a", b"x" * 1000)
     for _ in range(500):
@@ -107,7 +107,7 @@ async def test_what_nobody_asks_for_any_more_is_forgotten_by_itself() -> None:
 
 
 async def test_a_token_is_of_its_owner_alone() -> None:
-    """Another visitor, a made-up token, one that was removed: not there."""
+    """Another visitor, an invented token, a removed one: not found."""
     store = UploadStore(LIMITS)
     token = store.add("a", b"x")
     assert kept(store, "b", [token]) == [False]
@@ -119,7 +119,7 @@ async def test_a_token_is_of_its_owner_alone() -> None:
 
 
 async def test_uploads_under_way_are_bounded_by_visitor_and_altogether() -> None:
-    """One more than the limit is refused at once, and nothing is left of any when they end or are broken off."""
+    """One above the limit is refused at once; completed and aborted uploads free their slots."""
     waits = asyncio.Event()
 
     async def decode(data: bytes, field: str, *, share: str) -> NDArray[np.uint8]:
@@ -152,7 +152,7 @@ def send(running_app: RunningApp, body: bytes, **headers: str) -> httpx.Response
 
 @pytest.mark.fault(101)
 def test_a_picture_comes_in_as_its_pixels_alone(running_app: RunningApp) -> None:
-    """PNG, JPEG and WebP are taken, answered by token and size, and shown anew as PNG without what was behind it."""
+    """PNG, JPEG and WebP are accepted, answered with token and size, and served as PNG without appended data."""
     for kind in ("PNG", "JPEG", "WEBP"):
         answer = send(running_app, file_of(disc(64, 48), kind) + b"tail-of-the-file")
         assert (answer.status_code, answer.json()["width"], answer.json()["height"]) == (201, 64, 48)
@@ -185,7 +185,7 @@ def test_bombs_and_too_large_files_are_refused(run_app: Callable[..., RunningApp
 
 @pytest.mark.fault(102)
 def test_uploads_count_against_the_rate(run_app: Callable[..., RunningApp]) -> None:
-    """At the rate they are taken, one more is a 429 that says when to come back; so is an order, and reading is not."""
+    """Above the rate an upload is 429 with Retry-After; so is a generation; reading does not count."""
     running_app = run_app(rate_limit="3/minute")
     tokens = [send(running_app, file_of(disc())).json()["token"] for _ in range(3)]
     refused = send(running_app, file_of(disc()))
@@ -196,7 +196,7 @@ def test_uploads_count_against_the_rate(run_app: Callable[..., RunningApp]) -> N
 
 @pytest.mark.fault(102)
 def test_settings_bound_what_is_kept_of_a_visitor(run_app: Callable[..., RunningApp]) -> None:
-    """UI_UPLOADS pictures and no more, and a new one may take the place of one's own; nothing is written to disk."""
+    """UI_UPLOADS images and no more; a new one may evict the visitor's own; nothing is written to disk."""
     running_app = run_app(ui_uploads=2)
 
     def sent(instead: str = "") -> str:
@@ -217,7 +217,7 @@ def test_settings_bound_what_is_kept_of_a_visitor(run_app: Callable[..., Running
 
 @pytest.mark.fault(102)
 def test_a_picture_sent_with_a_key_is_of_that_key_alone(run_app: Callable[..., RunningApp]) -> None:
-    """Without a key nothing is taken; another key's visitor does not see it; a key's own rate counts."""
+    """Without a key nothing is accepted; another key's visitor cannot read it; the key's own rate counts."""
     running_app = run_app(api_keys=("ann:secret-of-ann", "bob:secret-of-bob;rate=1/minute"))
     assert send(running_app, file_of(disc())).status_code == 401
     cookies = []

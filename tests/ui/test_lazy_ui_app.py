@@ -1,4 +1,4 @@
-"""The way into the studio, with a small studio behind it: opened when asked for, keys, headers, the way out."""
+"""The lazy UI application, over a small UI: loading on first use, keys, headers, shutdown."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def small_studio(opened: list[str]) -> FastAPI:
 
 
 def server_with(keys: dict[str, str]) -> FastAPI:
-    """A server that knows keys, as far as the entrance asks."""
+    """A server with API keys, as far as the UI app uses it."""
     server = FastAPI()
 
     @server.get("/jobs")
@@ -69,7 +69,7 @@ def request_with(cookies: str) -> Request:
 
 
 async def opened(entrance: LazyUiApp, client: httpx.AsyncClient) -> httpx.Response:
-    """The first answer of the studio itself."""
+    """The UI's first response."""
     for _ in range(2000):
         if "the studio" in (answer := await client.get("/ui/")).text:
             break
@@ -89,7 +89,7 @@ def visitor(app: ASGIApp) -> httpx.AsyncClient:
 
 
 async def test_it_is_built_when_someone_asks_and_lets_go_at_the_end() -> None:
-    """Before, nothing is built; meanwhile a page that loads itself again; in the end, pages that listen are let go."""
+    """Built on first request; until then a page reloads itself; at shutdown listening pages are closed."""
     events: list[str] = []
     desks = ApiClients(visitor(server_with({})))
     entrance = entrance_of(lambda: small_studio(events), desks, keyed=False)
@@ -109,7 +109,7 @@ async def test_it_is_built_when_someone_asks_and_lets_go_at_the_end() -> None:
 
 
 async def test_a_studio_that_cannot_be_opened_says_so() -> None:
-    """503 and a sentence, and not an endless wait."""
+    """503 and one sentence, not an endless wait."""
 
     def broken() -> FastAPI:
         raise ImportError("no gradio here")
@@ -124,7 +124,7 @@ async def test_a_studio_that_cannot_be_opened_says_so() -> None:
 
 
 async def test_behind_keys_nothing_is_shown_before_one_is() -> None:
-    """Every path answers the page that asks; a wrong key is refused; the right one gives a cookie that is not it."""
+    """Every path returns the login page; a wrong key is refused; the right one sets a cookie that is not the key."""
     desks = ApiClients(visitor(server_with({"right": "ann"})))
     entrance = entrance_of(lambda: small_studio([]), desks, keyed=True)
     client = visitor(entrance)
@@ -149,7 +149,7 @@ async def test_behind_keys_nothing_is_shown_before_one_is() -> None:
 
 
 def test_the_gate_lets_pages_through_and_nothing_else(run_app: Callable[..., RunningApp]) -> None:
-    """With keys, the UI asks for one itself; a link may lead to the page, and no other site may post to it."""
+    """With keys, the UI has its own login; a link may open the page, and no other site may post to it."""
     running_app = run_app(api_keys=("a-secret-key",))
     assert 'type="password"' in running_app.client.get("/ui").text
     elsewhere = {"sec-fetch-site": "cross-site", "origin": "https://evil.example"}
@@ -161,7 +161,7 @@ def test_the_gate_lets_pages_through_and_nothing_else(run_app: Callable[..., Run
 
 
 def test_without_keys_strangers_see_no_studio(run_app: Callable[..., RunningApp]) -> None:
-    """A client elsewhere is told the setting; UI=0 leaves the studio out."""
+    """A remote client gets the name of the setting; UI=0 omits the UI."""
     running_app = run_app(client=("203.0.113.5", 5))
     assert running_app.client.get("/ui").status_code == 403
     assert run_app(ui=False).client.get("/ui").status_code == 404
@@ -169,7 +169,7 @@ def test_without_keys_strangers_see_no_studio(run_app: Callable[..., RunningApp]
 
 @pytest.mark.parametrize("body", [b"", b"x" * 100_000])
 async def test_a_request_inside_the_process_is_answered_while_it_is_made(body: bytes) -> None:
-    """The first part of an answer arrives before the last is made; who closes early ends the work."""
+    """The first chunk arrives before the last is produced; a client that closes early cancels the work."""
     goes_on, ended = asyncio.Event(), threading.Event()
 
     async def app(scope, receive, send):  # type: ignore[no-untyped-def]  # as ASGI has it
@@ -217,9 +217,9 @@ ODD_KEYS: dict[str, tuple[str, bytes]] = {
 @pytest.mark.fault(105)
 @pytest.mark.parametrize("name", ODD_KEYS)
 def test_an_odd_form_with_a_key_is_refused(run_app: Callable[..., RunningApp], name: str) -> None:
-    """Whatever is sent as a key by a stranger: 403 and the page that asks for one, no traceback, no cookie.
+    """Any invalid key from a remote client: 403 and the login page, no traceback, no cookie.
 
-    A body over the limit of its route is refused before anything reads it, so no page comes of it.
+    A body over the limit of its route is refused before anything reads it, so it gets no login page.
     """
     kind, body = ODD_KEYS[name]
     headers = {"content-type": kind} if kind else {}
@@ -241,7 +241,7 @@ def test_an_odd_form_with_a_key_is_refused(run_app: Callable[..., RunningApp], n
 def test_a_secret_beyond_ascii_is_compared_and_refused(
     run_app: Callable[..., RunningApp], headers: dict[str, str]
 ) -> None:
-    """In whatever header it comes: 401, and not an error of the comparison."""
+    """In any header: 401, not an exception in the comparison."""
     running_app = run_app(api_keys=("a-secret-key",))
     raw = [(name.encode(), value.encode("utf-8", "surrogateescape")) for name, value in headers.items()]
     for path in ("/jobs", "/ui/"):
@@ -252,7 +252,7 @@ def test_a_secret_beyond_ascii_is_compared_and_refused(
 @pytest.mark.fault(106)
 @pytest.mark.parametrize("wanted", ["image", "script", "iframe", "empty", "style"])
 async def test_a_part_of_another_page_opens_nothing(wanted: str) -> None:
-    """A picture, a script, a frame, a fetch with the address of the page: refused, and Gradio is not loaded."""
+    """An image, script, frame or fetch request for the page: refused, and Gradio is not loaded."""
     events: list[str] = []
     entrance = entrance_of(lambda: small_studio(events), ApiClients(visitor(server_with({}))), keyed=False)
     client = visitor(entrance)
@@ -268,7 +268,7 @@ async def test_a_part_of_another_page_opens_nothing(wanted: str) -> None:
 
 
 async def test_who_leaves_a_long_answer_half_read_is_not_kept() -> None:
-    """More is on its way than is read ahead: the server's side ends all the same, and at once."""
+    """More data is pending than the read-ahead holds: the server side still ends at once."""
     ended = asyncio.Event()
 
     async def long(scope: Scope, receive: Receive, send: Send) -> None:

@@ -1,4 +1,4 @@
-"""Restyle, Inpaint, History and Status over the embedded models, in a real browser, and the studio on a phone."""
+"""Restyle, Inpaint, History and Status with the embedded models, in a real browser, and the UI on a phone."""
 
 from __future__ import annotations
 
@@ -20,9 +20,12 @@ RED = "a red circle on a blue background"
 
 
 def test_a_result_is_handed_over_and_repainted(tab_of: Callable[..., Tab]) -> None:
-    """Create, hand over, paint with the mouse, draw: green in the stroke, blue around as before; before and after."""
+    """Create, hand over, paint with the mouse, generate: green in the stroke, blue around as before.
+
+    Before and after.
+    """
     tab = tab_of()
-    tab.open("Inpaint")  # its editor has been seen empty before
+    tab.open("Inpaint")  # its editor was open and empty before
     draw(tab.open("Create"), RED)
     before = tab.picture
     tab.inside.get_by_role("button", name="Inpaint this one").click()
@@ -36,7 +39,7 @@ def test_a_result_is_handed_over_and_repainted(tab_of: Callable[..., Tab]) -> No
     greens = (after[..., 1] > after[..., 0] + 40) & (after[..., 1] > after[..., 2] + 40)
     middle = greens[greens.shape[0] * 2 // 5 : greens.shape[0] * 3 // 5]
     assert middle.sum() > 0.5 * greens.sum() > 200
-    # The file is a lossy WebP, so that equal pixels come back nearly equal.
+    # The file is a lossy WebP, so equal pixels come back only nearly equal.
     assert abs(after[: len(after) // 4] - before[: len(before) // 4]).mean() < 4
     expect(tab.page.locator("#sds-fault-inpaint-mask_file")).to_have_count(0)
     tab.inside.get_by_text("Before and after").locator("xpath=..").locator("img").first.wait_for()
@@ -44,7 +47,7 @@ def test_a_result_is_handed_over_and_repainted(tab_of: Callable[..., Tab]) -> No
 
 
 def test_a_file_is_restyled_by_its_edges(tab_of: Callable[..., Tab], tmp_path: Path) -> None:
-    """Without a picture a sentence at its field; with one its edges are shown, and yellow takes the place of blue."""
+    """Without an image a message at its field; with one its edges are shown, and yellow replaces blue."""
     (tmp_path / "disc.png").write_bytes(file_of(disc(256, 256)))
     tab = tab_of()
     inside = tab.open("Restyle")
@@ -65,7 +68,7 @@ def test_a_file_is_restyled_by_its_edges(tab_of: Callable[..., Tab], tmp_path: P
 
 @pytest.fixture
 def two_drawn(studio_server: Server) -> Server:
-    """A picture by each model, whose prompts hold a word of their own."""
+    """One image per model, with a common word in the prompts."""
     for model in ("sdxl", "flux"):
         order = {"prompt": f"a blue unmistakable circle, {model}", "width": 128, "height": 128, "model": model}
         httpx.post(f"{studio_server.url}/create_and_upload_image", json=order, timeout=120).raise_for_status()
@@ -75,7 +78,10 @@ def two_drawn(studio_server: Server) -> Server:
 def test_the_history_is_searched_filtered_told_replayed_and_deleted(
     tab_of: Callable[..., Tab], two_drawn: Server
 ) -> None:
-    """By a word two, by a model one of them: told as a call, drawn again alike, taken to Create, deleted when asked."""
+    """The word finds two, the model filter one.
+
+    It is shown as code, reproduced, handed to Create, deleted on request.
+    """
     tab = tab_of()
     inside = tab.open("History")
     found = inside.locator("button.thumbnail-item")
@@ -96,7 +102,7 @@ def test_the_history_is_searched_filtered_told_replayed_and_deleted(
     prompt = tab.page.locator("#sds-create-prompt textarea, #sds-create-prompt input").first
     expect(prompt).to_have_value("a blue unmistakable circle, flux")
     inside = tab.open("History")
-    expect(found).to_have_count(2)  # what was drawn again is kept beside it
+    expect(found).to_have_count(2)  # the reproduction is stored in addition
     again, first = keys_of(two_drawn)
     found.first.click()
     expect(address).to_have_value(f"{two_drawn.url}/files/{again}")
@@ -109,14 +115,14 @@ def test_the_history_is_searched_filtered_told_replayed_and_deleted(
 
 
 def keys_of(server: Server) -> list[str]:
-    """What Flux drew of the prompts of these tests."""
+    """Keys of Flux images with these tests' prompts."""
     asked = {"q": "unmistakable", "model": "flux"}
     pictures = httpx.get(f"{server.url}/history", params=asked).json()["pictures"]
     return [picture["key"] for picture in pictures]
 
 
 def test_status_tells_what_draws_and_what_waits(tab_of: Callable[..., Tab]) -> None:
-    """That it can draw, both models with where they are, the queue, and the memory of the server."""
+    """Readiness, both models with their placement, the queue, and the server's memory."""
     tab = tab_of()
     inside = tab.open("Status")
     tab.told("It can draw")
@@ -127,7 +133,7 @@ def test_status_tells_what_draws_and_what_waits(tab_of: Callable[..., Tab]) -> N
 
 
 def test_a_phone_shows_all_of_it_in_one_column(tab_of: Callable[..., Tab]) -> None:
-    """At 390 pixels no tab is wider than the screen, in the dark as well, and a picture is drawn and seen."""
+    """At 390 pixels no tab is wider than the screen, also in dark mode, and an image is generated and shown."""
     tab = tab_of(**PHONE, color_scheme="dark")
     dark = tab.page.evaluate("getComputedStyle(document.querySelector('.gradio-container')).backgroundColor")
     assert sum(int(part) for part in dark.strip("rgba()").split(",")[:3]) < 200

@@ -1,4 +1,4 @@
-"""The UI under attack: every route that is not ours, every event and field, by every role, on real servers."""
+"""Attacks on the UI: every route that is not ours, every event and field, in every role, on real servers."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ PAYLOADS = 12
 
 @dataclass
 class Visitor:
-    """A browser's session on a server, as one role. `events` are those of Gradio's own configuration."""
+    """A browser session on a server, in one role. `events` are those of Gradio's own configuration."""
 
     server: Server
     http: httpx.Client
@@ -45,12 +45,12 @@ class Visitor:
     def send(
         self, event: dict[str, Any], data: list[Any], session: str, instead: dict[str, Any] | None = None
     ) -> httpx.Response:
-        """Send an event, with other members instead of some."""
+        """Send an event, with some members replaced."""
         body = {"data": data, "event_data": None, "fn_index": event["id"], "trigger_id": None, "session_hash": session}
         return self.http.post("/ui/gradio_api/queue/join", json={**body, **(instead or {})})
 
     def news(self, session: str) -> str:
-        """All that a session is told, until nothing more is to come."""
+        """All messages of a session until no more follow."""
         parts = []
         params = {"session_hash": session}
         with self.http.stream("GET", "/ui/gradio_api/queue/data", params=params, timeout=60) as answer:
@@ -62,7 +62,7 @@ class Visitor:
 
 
 def environment_of(role: str, folder: Path) -> dict[str, str]:
-    """The settings under which a visitor has a role; what may not be told stands in the environment as well."""
+    """The settings that give a visitor a role; they also contain the secret that must not leak."""
     (folder / "secret.txt").write_text(CANARY)
     (folder / "secret.png").write_bytes(file_of(disc()) + CANARY.encode())
     kept = {"DATA_DIR": str(folder / "data"), "LOCAL_BUCKET_DIR": str(folder / "bucket"), "UI_RATE_LIMIT": ""}
@@ -76,7 +76,7 @@ def environment_of(role: str, folder: Path) -> dict[str, str]:
 
 
 def visit(server: Server, role: str) -> Visitor:
-    """Open the UI as a role."""
+    """Open the UI in a role."""
     headers = {"x-forwarded-for": "203.0.113.7", "x-forwarded-proto": "http"} if role == "anonymous" else {}
     http = httpx.Client(base_url=server.url, headers=headers, timeout=120)
     if role == "key":
@@ -91,7 +91,7 @@ def visit(server: Server, role: str) -> Visitor:
 
 @pytest.fixture(scope="module", params=ROLES)
 def visitor(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Visitor]:
-    """A visitor of a server of its own, in each role."""
+    """A visitor with its own server, in each role."""
     folder, port = tmp_path_factory.mktemp(request.param), free_port()
     server = start_server(folder, port, *SERVE, PORT=str(port), **environment_of(request.param, folder))
     found = visit(server, request.param)
@@ -102,7 +102,7 @@ def visitor(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture(scope="module")
 def listener() -> Iterator[tuple[str, list[str]]]:
-    """A web server that nobody is to ask: its address, and what it was asked for."""
+    """A web server that must receive no request: its URL, and its requests."""
     asked: list[str] = []
 
     class Listener(BaseHTTPRequestHandler):
@@ -123,7 +123,7 @@ def listener() -> Iterator[tuple[str, list[str]]]:
 
 
 def payloads(folder: Path, url: str) -> list[Any]:
-    """What makes Gradio, in one version or another, take a file or an address: dictionaries, nested ones, texts."""
+    """Inputs that make some Gradio versions open a file or a URL: dictionaries, nested ones, strings."""
     secret = str(folder / "secret.txt")
     file = {"path": secret, "meta": {"_type": "gradio.FileData"}}
     made = [
@@ -145,7 +145,7 @@ def payloads(folder: Path, url: str) -> list[Any]:
 
 
 def told_anywhere(visitor: Visitor) -> bool:
-    """Whether what may not be told is in an answer that tells of jobs and pictures, or in a file the server wrote."""
+    """Whether the secret is in a response about jobs and images, or in a file the server wrote."""
     answers = [visitor.http.get(path).text for path in ("/jobs", "/history", "/ui/", "/metrics", "/readyz")]
     files = [path for name in ("data", "bucket") for path in (visitor.server.folder / name).rglob("*")]
     files.append(visitor.server.log)
@@ -156,9 +156,11 @@ def told_anywhere(visitor: Visitor) -> bool:
 @pytest.mark.fault(100)
 @pytest.mark.timeout(900)
 def test_no_event_reads_a_file_or_an_address(visitor: Visitor, listener: tuple[str, list[str]]) -> None:
-    """Every payload in every field of every event, and in what goes with it: dictionaries are refused, texts are texts.
+    """Every payload in every field of every event, and in its other members.
 
-    The events are those of Gradio's own configuration, so that a new one is tried by itself.
+    Dictionaries are refused, strings stay strings.
+
+    The events are those of Gradio's own configuration, so a new event is tested automatically.
     """
     url, asked = listener
     tried = refused = sessions = 0
@@ -191,7 +193,7 @@ def test_no_event_reads_a_file_or_an_address(visitor: Visitor, listener: tuple[s
 
 @pytest.mark.fault(104)
 def test_every_route_of_gradio_but_ours_is_closed(visitor: Visitor) -> None:
-    """All that Gradio sets in, by whatever method, is answered 404, but what our page calls."""
+    """Every Gradio route, with any method, answers 404, except those that our page calls."""
     opened = [(method, path) for method, path in gradio_routes() if is_open(visitor, method, path)]
     assert set(opened) == {
         ("GET", "/"),
@@ -222,7 +224,7 @@ print(json.dumps(routes))
 
 @cache
 def gradio_routes() -> tuple[tuple[str, str], ...]:
-    """Every method and path of a Gradio application, by its own list, with all that it opens by itself."""
+    """Every method and path of a Gradio application with its default routes, from its own route list."""
     quiet = {"PATH": os.environ["PATH"], "GRADIO_ANALYTICS_ENABLED": "False"}
     made = subprocess.run(  # noqa: S603  # our own program
         [sys.executable, "-c", ROUTES], capture_output=True, check=True, text=True, timeout=280, env=quiet
@@ -233,7 +235,7 @@ def gradio_routes() -> tuple[tuple[str, str], ...]:
 
 
 def is_open(visitor: Visitor, method: str, path: str) -> bool:
-    """Whether a route answers anything of its own: what its path holds is filled with something plain."""
+    """Whether a route returns content of its own; path parameters are filled with a plain value."""
     filled = path
     while "{" in filled:
         before, _, rest = filled.partition("{")
@@ -245,7 +247,7 @@ def is_open(visitor: Visitor, method: str, path: str) -> bool:
 
 @pytest.mark.fault(104)
 def test_known_ways_into_gradio_are_closed(visitor: Visitor) -> None:
-    """Files by path, uploads, calls by name, ffmpeg, other servers, logins, climbing and doubled paths: 404."""
+    """Files by path, uploads, calls by name, ffmpeg, proxied URLs, logins, path traversal and doubled slashes: 404."""
     file = {"path": str(visitor.server.folder / "secret.txt"), "meta": {"_type": "gradio.FileData"}}
     secret = visitor.server.folder / "secret.txt"
     ways = [
@@ -284,7 +286,7 @@ def test_known_ways_into_gradio_are_closed(visitor: Visitor) -> None:
 
 @pytest.mark.fault(104)
 def test_a_session_is_of_its_visitor_alone(tmp_path: Path) -> None:
-    """Who names another visitor's session hears nothing of it."""
+    """A client that names another visitor's session receives nothing."""
     port = free_port()
     server = start_server(tmp_path, port, *SERVE, PORT=str(port), **environment_of("anonymous", tmp_path))
     try:
@@ -294,7 +296,7 @@ def test_a_session_is_of_its_visitor_alone(tmp_path: Path) -> None:
         assert first.send(draw, [None] * len(draw["inputs"]), "shared").status_code == 200
         heard: list[str] = []
         listening = other.stream("GET", "/ui/gradio_api/queue/data", params={"session_hash": "shared"})
-        # Gradio breaks off a stream of a session that it does not know.
+        # Gradio closes the stream of an unknown session.
         with listening as answer, suppress(httpx.RemoteProtocolError):
             heard.extend(answer.iter_lines())
         assert "process_" not in "".join(heard)
@@ -307,7 +309,7 @@ def test_a_session_is_of_its_visitor_alone(tmp_path: Path) -> None:
 
 @pytest.mark.fault(101)
 def test_bombs_and_foreign_formats_do_not_grow_the_server(visitor: Visitor) -> None:
-    """A PNG of 13,000² with all its pixels, and twenty kinds of files: refused, while the server grows by a trifle."""
+    """A PNG of 13,000² with all its pixels, and twenty kinds of files: refused; memory hardly grows."""
     process = psutil.Process(visitor.server.process.pid)
     bomb = png_claiming(13_000, 13_000, zlib.compress(bytes(13_000 * (13_000 * 3 + 1)), 9))
     visitor.http.post("/ui/pictures", content=file_of(disc()))
@@ -333,7 +335,7 @@ def test_bombs_and_foreign_formats_do_not_grow_the_server(visitor: Visitor) -> N
 
 @pytest.mark.fault(102)
 def test_uploads_that_are_never_used_fill_nothing(visitor: Visitor) -> None:
-    """Twenty times 30 MB of anything: refused, and neither the disk nor the process of the server grows with them."""
+    """Twenty uploads of 30 MB: refused, and neither the server's disk nor its memory grows with them."""
     process = psutil.Process(visitor.server.process.pid)
     before, disk = process.memory_info().rss, size_of(visitor.server.folder)
     body = file_of(disc()) + bytes(30_000_000)
