@@ -1,4 +1,4 @@
-"""Whatever is damaged in DATA_DIR is put aside or mended, is told in the log, and the rest starts and draws."""
+"""Damaged files in DATA_DIR are quarantined or repaired and logged; the server starts and generates with the rest."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.slow
 
 SIGNED = {"signed_url_seconds": 600}
 ASK = {"prompt": "a red square", "num_inference_steps": 2}
-# What others write into a column; whether it can stand there is for the table to say.
+# Values that other programs may write into a column; the table decides whether it accepts them.
 VALUES: tuple[object, ...] = (
     None,
     "",
@@ -57,7 +57,7 @@ def waiting(name: str) -> tuple[JobRecord, JobPayload]:
 
 
 def kept(path: Path) -> SqliteJobStore:
-    """A closed journal with jobs in every state, keys, messages and files."""
+    """A closed job store with jobs in every state, keys, messages and files."""
     journal = SqliteJobStore(path, MOST)
     journal.open()
     for name in ("whole-1", "damaged", "whole-2"):
@@ -77,7 +77,7 @@ def _fields(entry: JobRecord) -> dict[str, Any]:
 
 
 def columns() -> list[tuple[str, str]]:
-    """Every column of every table of the journal."""
+    """Every column of every table of the job store."""
     with closing(connect(Path(":memory:"))) as base_url:
         tables = [name for (name,) in base_url.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
         return [
@@ -88,7 +88,7 @@ def columns() -> list[tuple[str, str]]:
 
 
 def test_every_column_is_among_those_that_are_damaged() -> None:
-    """The tables of the journal, with all that later versions add."""
+    """All tables, including those that later versions add."""
     assert {table for table, _ in columns()} == {"jobs", "files", "claims", "messages"}
     assert len(columns()) >= 30
 
@@ -96,7 +96,7 @@ def test_every_column_is_among_those_that_are_damaged() -> None:
 @pytest.mark.fault(152)
 @pytest.mark.parametrize(("table", "column"), columns())
 def test_a_damaged_row_holds_up_no_other(tmp_path: Path, table: str, column: str) -> None:
-    """Any value in any column: the journal opens, whole jobs are given out, and the damaged one is told or ends."""
+    """Any value in any column: the store opens, whole jobs run, and the damaged one is reported or fails."""
     kept(tmp_path / "whole.db")
     for number, value in enumerate(VALUES):
         path = tmp_path / f"{number}.db"
@@ -108,7 +108,7 @@ def test_a_damaged_row_holds_up_no_other(tmp_path: Path, table: str, column: str
             try:
                 base_url.execute(f"UPDATE {table} SET {column} = ? WHERE {where}", (value,))  # noqa: S608  # of the schema
             except sqlite3.Error:
-                continue  # the table does not let it be
+                continue  # the table rejects this value
         journal.open()
         unfinished = [entry.id for entry in journal.unfinished()]
         assert {"whole-1", "whole-2"} <= set(unfinished), (column, value)
@@ -174,7 +174,7 @@ FILES = (
 
 
 def damaged(path: Path, how: str) -> None:
-    """Put something else where a file belongs."""
+    """Put something else in the place of a file."""
     match how:
         case "garbage":
             path.write_bytes(os.urandom(5000))
@@ -199,7 +199,7 @@ def damaged(path: Path, how: str) -> None:
 def test_a_damaged_file_holds_up_nothing(
     run_app: Callable[..., RunningApp], tmp_path: Path, name: str, how: str
 ) -> None:
-    """Whatever stands in the place of any file: ready, a picture, its signed address, a job, the history."""
+    """For damage to any file: the server is ready; an image, its signed URL, a job and the history work."""
     data = tmp_path / "data"
     data.mkdir()
     damaged(data / name, how)
@@ -218,7 +218,7 @@ def test_a_damaged_file_holds_up_nothing(
 @pytest.mark.fault(153)
 @pytest.mark.parametrize("name", ["journal.db", "history.db"])
 def test_what_is_put_aside_is_kept_whole(run_app: Callable[..., RunningApp], tmp_path: Path, name: str) -> None:
-    """Under a name that says what it is, with the log beside it, and the new one starts empty."""
+    """Under a descriptive name, with its write-ahead log beside it; the new file starts empty."""
     (tmp_path / "data").mkdir()
     noise = os.urandom(5000)
     (tmp_path / "data" / name).write_bytes(noise)
@@ -231,7 +231,7 @@ def test_what_is_put_aside_is_kept_whole(run_app: Callable[..., RunningApp], tmp
 @pytest.mark.fault(153)
 @pytest.mark.parametrize("part", [0.2, 0.5, 0.9])
 def test_a_journal_whose_pages_are_damaged_is_put_aside(tmp_path: Path, part: float) -> None:
-    """Not only its header: noise in its midst, where a look at one row would not meet it."""
+    """Not only its header: noise in the middle, which a query of one row would not find."""
     journal = SqliteJobStore(tmp_path / "journal.db", MOST)
     journal.open()
     for number in range(300):
@@ -250,7 +250,7 @@ def test_a_journal_whose_pages_are_damaged_is_put_aside(tmp_path: Path, part: fl
 
 @pytest.mark.fault(153)
 def test_a_journal_that_is_only_out_of_reach_is_left_where_it_is(tmp_path: Path) -> None:
-    """Held by another process, or in a folder that is not there: refused, and not put aside."""
+    """Locked by another process, or in a missing folder: refused, and not quarantined."""
     held, second = (SqliteJobStore(tmp_path / "journal.db", MOST) for _ in range(2))
     held.open()
     held.accept(*waiting("job"))
@@ -264,7 +264,7 @@ def test_a_journal_that_is_only_out_of_reach_is_left_where_it_is(tmp_path: Path)
 
 @pytest.mark.fault(158)
 def test_a_journal_of_the_first_version_is_taken_up(tmp_path: Path) -> None:
-    """Its jobs, files, keys and messages are there, each with the share of its caller."""
+    """Its jobs, files, keys and messages are migrated, with each caller's share."""
     journal = kept(tmp_path / "journal.db")
     with closing(sqlite3.connect(tmp_path / "journal.db")) as base_url, base_url:
         for index in ("jobs_by_share", "claims_by_share"):
@@ -290,7 +290,7 @@ def test_a_journal_of_the_first_version_is_taken_up(tmp_path: Path) -> None:
 @pytest.mark.fault(152)
 @pytest.mark.parametrize("value", [None, b"\xff", "x", "[]", "{", "9" * 5000, "[" * 9000, 5])
 def test_a_damaged_entry_of_the_history_is_left_out(tmp_path: Path, value: object) -> None:
-    """Of any column: the others are found, whatever is asked for."""
+    """Damage in any column: every query finds the other entries."""
     names = [*Drawn.__slots__[:-1], "words"]
     for number, column in enumerate(names):
         index = HistoryIndex(tmp_path / f"{number}.db", 100, 0)

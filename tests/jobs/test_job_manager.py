@@ -1,4 +1,4 @@
-"""Jobs over painted squares: accepted, drawn when their turn comes, cancelled, expired, taken up after a death."""
+"""JobManager over a fake model: accept, run in turn, cancel, expire, recover after a crash."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ ANN, BOB = Caller("ann"), Caller("bob")
 
 @dataclass
 class Ear:
-    """A webhook that hears nothing the first `deaf` times."""
+    """A webhook receiver that fails the first `deaf` times."""
 
     deaf: int = 0
     heard: list[tuple[str, bytes, Mapping[str, str]]] = field(default_factory=list)
@@ -60,7 +60,7 @@ class Ear:
 
 
 class Office:
-    """Jobs over painted squares in a folder."""
+    """A job manager over a fake model, in a folder."""
 
     def __init__(self, folder: Path, painter: FakeDenoiser, rules: JobPolicy, ear: Ear) -> None:
         self.painter = painter
@@ -98,7 +98,7 @@ class Office:
             return [happening async for happening in happenings if happening is not None]
 
     async def close(self, grace: float = 0.0) -> None:
-        """End as a process would that was asked to; what is drawn has no time left."""
+        """Stop like a process after SIGTERM; running jobs get no time to finish."""
         await self.jobs.stop(grace)
         if self.painter.gate is not None:
             self.painter.gate.set()
@@ -110,7 +110,7 @@ MakeOffice = Callable[..., Any]
 
 @pytest.fixture
 async def office_of(tmp_path: Path) -> AsyncIterator[MakeOffice]:
-    """Open an office; the second one takes up what the first left."""
+    """Open a manager; the second one recovers what the first left."""
     made: list[Office] = []
 
     async def make(painter: FakeDenoiser | None = None, ear: Ear | None = None, **rules: Any) -> Office:
@@ -126,7 +126,7 @@ async def office_of(tmp_path: Path) -> AsyncIterator[MakeOffice]:
 
 
 async def test_an_accepted_job_is_drawn_and_can_be_asked_after(office_of: MakeOffice) -> None:
-    """Queued at first, done in the end, with its receipt; the picture is stored."""
+    """Queued at first, finally done with its result; the image is stored."""
     office = await office_of()
     accepted = await office.accepted(order())
     assert accepted.state is JobState.QUEUED
@@ -138,7 +138,7 @@ async def test_an_accepted_job_is_drawn_and_can_be_asked_after(office_of: MakeOf
 
 
 async def test_a_job_is_seen_and_cancelled_by_its_caller_alone(office_of: MakeOffice) -> None:
-    """To anyone else it does not exist."""
+    """For any other caller it does not exist."""
     office = await office_of(FakeDenoiser(gate=threading.Event()))
     job_id = (await office.accepted(order())).id
     for ask in (office.jobs.status, office.jobs.cancel):
@@ -151,7 +151,7 @@ async def test_a_job_is_seen_and_cancelled_by_its_caller_alone(office_of: MakeOf
 
 
 async def test_the_events_of_a_job_are_told_in_order_and_from_any_point_on(office_of: MakeOffice) -> None:
-    """Queued, the start, each step, done; who comes back with an id hears only what came after it."""
+    """Queued, start, each step, done; a client that resumes with an event id gets only later events."""
     office = await office_of(FakeDenoiser(seconds_per_step=0.02))
     job_id = (await office.accepted(order())).id
     told = await office.happened(job_id)
@@ -167,7 +167,7 @@ async def test_the_events_of_a_job_are_told_in_order_and_from_any_point_on(offic
 
 
 async def test_who_follows_a_job_may_go_on_where_it_was(office_of: MakeOffice) -> None:
-    """The events after an id, while the job is still being drawn."""
+    """The events after an id, while the job is still running."""
     gate = threading.Event()
     office = await office_of(FakeDenoiser(gate=gate))
     job_id = (await office.accepted(order())).id
@@ -186,7 +186,7 @@ async def test_who_follows_a_job_may_go_on_where_it_was(office_of: MakeOffice) -
 
 
 async def test_jobs_that_were_not_done_are_drawn_after_a_restart_and_end_once(office_of: MakeOffice) -> None:
-    """Queued and running ones alike; the attempt a calm stop ended does not count."""
+    """Queued and running ones alike; an attempt that an orderly stop ended does not count."""
     office = await office_of(FakeDenoiser(gate=threading.Event()), concurrency=2)
     ids = [(await office.accepted(order(f"a red square {n}"))).id for n in range(5)]
     await asyncio.to_thread(until, lambda: bool(office.painter.batches))
@@ -201,7 +201,7 @@ async def test_jobs_that_were_not_done_are_drawn_after_a_restart_and_end_once(of
 async def test_a_job_on_which_the_process_died_three_times_is_failed_by_name(
     office_of: MakeOffice, tmp_path: Path
 ) -> None:
-    """After the first death it is drawn alone; after three not at all. How often it was begun says nothing."""
+    """After the first crash it runs alone; after three not at all. The number of starts alone does not count."""
     journal = SqliteJobStore(tmp_path / "journal.db", 10_000_000)
     journal.open()
     for job_id, crashes in (("suspect", 2), ("deadly", 3), ("innocent", 0)):
@@ -222,7 +222,7 @@ async def test_a_job_on_which_the_process_died_three_times_is_failed_by_name(
 
 
 async def test_a_failure_is_told(office_of: MakeOffice) -> None:
-    """What drawing raises is the outcome of the job, opaque where it is none of our errors."""
+    """An exception during generation becomes the job's outcome, opaque unless it is one of our errors."""
     office = await office_of()
     job_id = (await office.accepted(order("unsteppable"))).id
     failed = await office.ended(job_id)
@@ -232,7 +232,7 @@ async def test_a_failure_is_told(office_of: MakeOffice) -> None:
 
 
 async def test_waiting_jobs_are_cancelled_and_expire(office_of: MakeOffice) -> None:
-    """Neither is ever drawn, and those behind them move up."""
+    """Neither ever runs, and the jobs behind them move up."""
     gate = threading.Event()
     office = await office_of(FakeDenoiser(gate=gate), concurrency=1)
     ids = [(await office.accepted(order(f"a red square {n}"))).id for n in range(2)]
@@ -253,7 +253,7 @@ async def test_waiting_jobs_are_cancelled_and_expire(office_of: MakeOffice) -> N
 async def test_a_job_is_not_too_late_because_the_clock_was_set(
     office_of: MakeOffice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its time runs by a clock that never jumps; only over a restart does the day's clock count."""
+    """The timeout uses the monotonic clock; only across a restart does the system time count."""
     gate = threading.Event()
     office = await office_of(FakeDenoiser(gate=gate), concurrency=1)
     ids = [(await office.accepted(order(f"a red square {n}", timeout=60.0))).id for n in range(2)]
@@ -265,7 +265,7 @@ async def test_a_job_is_not_too_late_because_the_clock_was_set(
 
 
 async def test_callers_take_turns(office_of: MakeOffice) -> None:
-    """Who hands in one job does not wait for all those of who handed in many before."""
+    """A caller with one job does not wait for all earlier jobs of another caller."""
     gate = threading.Event()
     office = await office_of(FakeDenoiser(gate=gate), concurrency=2)
     many = [(await office.accepted(order(f"a red square {n}"))).id for n in range(6)]
@@ -278,7 +278,7 @@ async def test_callers_take_turns(office_of: MakeOffice) -> None:
 
 
 async def test_too_many_jobs_and_a_stopping_server_are_refused(office_of: MakeOffice) -> None:
-    """429 past the limit, 503 on the way down, 409 for an id that is taken; the accepted ones are kept."""
+    """429 above the limit, 503 during shutdown, 409 for an id in use; accepted jobs stay."""
     office = await office_of(FakeDenoiser(gate=threading.Event()), concurrency=1, max_queued=2)
     job_id = "an-id-of-the-caller"
     await office.accepted(order("a red square"), job_id=job_id)
@@ -295,7 +295,7 @@ async def test_too_many_jobs_and_a_stopping_server_are_refused(office_of: MakeOf
 
 
 async def test_a_random_seed_is_chosen_when_a_job_is_accepted(office_of: MakeOffice) -> None:
-    """So that a job that is drawn again after a death is the same picture under the same name."""
+    """So a job that runs again after a crash gives the same image under the same name."""
     office = await office_of(FakeDenoiser(gate=threading.Event()))
     job_id = (await office.accepted(order(seed="random"))).id
     await asyncio.to_thread(until, lambda: bool(office.painter.batches))
@@ -307,7 +307,7 @@ async def test_a_random_seed_is_chosen_when_a_job_is_accepted(office_of: MakeOff
 
 
 async def test_a_webhook_is_told_until_it_hears(office_of: MakeOffice) -> None:
-    """Not heard twice, heard the third time, signed; what was not heard before a restart is told after it."""
+    """Fails twice, succeeds the third time, signed; messages pending at a restart are sent after it."""
     rules = {"webhook_secret": "secret", "webhook_backoff": (0.02,)}
     office = await office_of(ear=Ear(deaf=10**6), **rules)
     job_id = (await office.accepted(order(webhook_url="https://hook.example/done"))).id
@@ -325,7 +325,7 @@ async def test_a_webhook_is_told_until_it_hears(office_of: MakeOffice) -> None:
 
 
 async def test_a_journal_that_is_held_is_opened_when_it_is_let_go(office_of: MakeOffice, tmp_path: Path) -> None:
-    """Until then jobs are refused; then what it holds is taken up."""
+    """While the store is locked, jobs are refused; then the manager recovers its jobs."""
     held = SqliteJobStore(tmp_path / "journal.db", 10_000_000)
     held.open()
     held.accept(JobRecord("left-behind", ANN, time.time()), JobPayload(order()))
@@ -340,7 +340,7 @@ async def test_a_journal_that_is_held_is_opened_when_it_is_let_go(office_of: Mak
 
 @pytest.mark.fault(53)
 async def test_a_job_that_loses_the_device_is_tried_elsewhere_and_at_last_given_up(office_of: MakeOffice) -> None:
-    """Each engine that fails under it counts as a death; a job that only waited is not blamed."""
+    """Each engine failure during the job counts as a crash; a job that only waited is not blamed."""
 
     class Lost(FakeDenoiser):
         def step(self, states: Any) -> None:

@@ -1,4 +1,4 @@
-"""The journal: what is accepted is written, what cannot be written is refused whole, what was written is read."""
+"""SqliteJobStore: accepted jobs are durable, a failed write leaves nothing, and records are read back unchanged."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def journal(tmp_path: Path) -> Iterator[SqliteJobStore]:
-    """An open journal."""
+    """An open job store."""
     book = SqliteJobStore(tmp_path / "journal.db", 10_000_000)
     book.open()
     yield book
@@ -45,7 +45,7 @@ def journal(tmp_path: Path) -> Iterator[SqliteJobStore]:
 
 
 def test_an_order_is_read_as_it_was_written() -> None:
-    """Every field survives, the files beside it too; what it leaves open is not written."""
+    """Every field and its files are read back; unset fields are not written."""
     changed = {part.name for part in fields(GenerationRequest) if getattr(WHOLE, part.name) == part.default}
     assert not changed, "a new field of Order belongs into WHOLE"
     assert load_payload(dump_request(WHOLE), payload_files(WORK)) == WORK
@@ -56,14 +56,14 @@ def test_an_order_is_read_as_it_was_written() -> None:
 
 @pytest.mark.parametrize("written", ['{"version": 2, "task": "inpaint"}', '{"version": 1, "task": "inpaint", "x": 1}'])
 def test_an_order_of_another_version_is_refused(written: str) -> None:
-    """What this version does not know is not guessed at."""
+    """Unknown fields are not guessed at."""
     with pytest.raises(ServerError, match="another version"):
         load_payload(written, {})
 
 
 @pytest.mark.parametrize("outcome", [RECEIPT, StoredProblem.from_error(QueueFull("full", retry_after=3)), None])
 def test_an_outcome_is_read_as_it_was_written(outcome: GenerationResult | StoredProblem | None) -> None:
-    """Receipts and problems alike."""
+    """Results and problems alike."""
     assert load_outcome(dump_outcome(outcome)) == outcome
 
 
@@ -76,14 +76,14 @@ def test_a_stored_problem_of_an_earlier_name_is_read_under_its_new_one() -> None
 
 
 def test_a_problem_becomes_the_error_it_was() -> None:
-    """Status and class come back by the kind; a kind of the future is opaque."""
+    """The problem type gives status and class; an unknown future type is opaque."""
     error = StoredProblem.from_error(QueueFull("full", retry_after=3)).as_error()
     assert (type(error), error.detail, error.retry_after) == (QueueFull, "full", 3)
     assert type(StoredProblem("of-the-future", "?").as_error()) is ServerError
 
 
 def test_what_was_accepted_is_there_after_the_process_has_died(tmp_path: Path) -> None:
-    """Accepted means written: a process that kills itself right after leaves the job, its files and its attempt."""
+    """A process that kills itself right after acceptance leaves the job, its files and its attempt count."""
     code = f"""
         import os, signal, sys
         sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
@@ -108,7 +108,7 @@ def test_what_was_accepted_is_there_after_the_process_has_died(tmp_path: Path) -
 
 
 def test_a_job_goes_its_way(journal: SqliteJobStore) -> None:
-    """Begun, put back with and without its attempt counting, ended with an outcome; its files are gone then."""
+    """Started, requeued with and without counting the attempt, finished with an outcome; then its files are deleted."""
     journal.accept(ENTRY, WORK)
     journal.begin_attempt(ENTRY.id)
     journal.requeue(ENTRY.id, forgiven=True)
@@ -125,7 +125,7 @@ def test_a_job_goes_its_way(journal: SqliteJobStore) -> None:
 
 
 def test_a_callers_jobs_are_listed_newest_first(journal: SqliteJobStore) -> None:
-    """Only its own, and no more than asked for."""
+    """Only the caller's own, and no more than the limit."""
     for number, name in enumerate(["ann", "bob", "ann", "ann"]):
         journal.accept(replace(ENTRY, id=f"job-{number}", caller=Caller(name)), WORK)
     assert [entry.id for entry in journal.list_recent("ann", 2)] == ["job-3", "job-2"]
@@ -133,7 +133,7 @@ def test_a_callers_jobs_are_listed_newest_first(journal: SqliteJobStore) -> None
 
 
 def test_a_full_journal_refuses_whole_jobs_and_still_takes_ends(tmp_path: Path) -> None:
-    """Past its size the next job is refused by name, nothing of it is written, and the others go on."""
+    """Above the size limit the next job is refused by name, nothing of it is written, and the others continue."""
     journal = SqliteJobStore(tmp_path / "journal.db", 400_000)
     journal.open()
     large = JobPayload(replace(WHOLE, mask=ImageInput("mask_file", data=os.urandom(100_000))), {"image_url": b"image"})
@@ -159,7 +159,7 @@ def test_a_full_journal_refuses_whole_jobs_and_still_takes_ends(tmp_path: Path) 
 
 
 def test_a_journal_that_cannot_be_opened_is_told_and_refuses(tmp_path: Path) -> None:
-    """One that another process has, one of the future, one in no folder: each is refused, none is touched."""
+    """Locked by another process, of a future version, in a missing folder: each is refused and unchanged."""
     first = SqliteJobStore(tmp_path / "held.db", 10_000_000)
     first.open()
     future = SqliteJobStore(tmp_path / "future.db", 10_000_000)
@@ -179,7 +179,7 @@ def test_a_journal_that_cannot_be_opened_is_told_and_refuses(tmp_path: Path) -> 
 
 
 def test_a_key_is_answered_once_and_then_repeated(journal: SqliteJobStore) -> None:
-    """Taken while in flight, then the answer; the key of another caller is another key; a released one is free."""
+    """In flight, then the response; another caller's key is another key; a released one is free."""
     assert journal.claim(CLAIM, 1.0) is None
     waits = journal.claim(replace(CLAIM, fingerprint="other"), 2.0)
     assert waits is not None
@@ -194,7 +194,7 @@ def test_a_key_is_answered_once_and_then_repeated(journal: SqliteJobStore) -> No
 
 
 def test_a_key_that_came_with_a_job_leads_to_it(journal: SqliteJobStore) -> None:
-    """The second acceptance with it writes nothing and names the first job."""
+    """A second submission with the key writes nothing and returns the first job."""
     assert journal.accept(ENTRY, WORK, CLAIM) is None
     again = journal.accept(replace(ENTRY, id="job-2"), WORK, CLAIM)
     assert again is not None
@@ -203,7 +203,7 @@ def test_a_key_that_came_with_a_job_leads_to_it(journal: SqliteJobStore) -> None
 
 
 def test_a_key_whose_request_died_with_the_process_is_free_again(tmp_path: Path) -> None:
-    """Nobody was answered, so nothing is there to be repeated; an answered one stays."""
+    """No response was sent, so there is nothing to replay; a key with a response stays."""
     journal = SqliteJobStore(tmp_path / "journal.db", 10_000_000)
     journal.open()
     journal.claim(CLAIM, 1.0)
@@ -217,7 +217,7 @@ def test_a_key_whose_request_died_with_the_process_is_free_again(tmp_path: Path)
 
 
 def test_messages_come_when_they_are_due_and_go_when_they_are_told(journal: SqliteJobStore) -> None:
-    """Written with the end of the job, due at once; postponed with their tries counted."""
+    """Written with the end of the job, due at once; postponed with an attempt count."""
     waits = (10.0, 60.0)
     journal.accept(ENTRY, WORK)
     journal.finish(replace(ENTRY, state=JobState.DONE, ended_at=10.0, outcome=RECEIPT), "the body")
@@ -236,7 +236,7 @@ def test_messages_come_when_they_are_due_and_go_when_they_are_told(journal: Sqli
 
 
 def test_a_message_waits_no_longer_than_its_tries_say_whatever_the_clock_says(journal: SqliteJobStore) -> None:
-    """One never tried is due although the clock was set back since its job ended; so is one that was postponed."""
+    """A new message is due even if the clock was set back since its job ended; so is a postponed one."""
     waits = (10.0, 60.0)
     journal.accept(ENTRY, WORK)
     journal.finish(replace(ENTRY, state=JobState.DONE, ended_at=90_000.0, outcome=RECEIPT), "the body")
@@ -250,7 +250,7 @@ def test_a_message_waits_no_longer_than_its_tries_say_whatever_the_clock_says(jo
 
 
 def test_every_caller_and_every_receiver_has_messages_among_those_that_are_due(journal: SqliteJobStore) -> None:
-    """However many one caller has, to however many receivers, the few of another, and to another, come too."""
+    """Many messages of one caller, to many receivers, do not hide the few of another caller or receiver."""
 
     def ended(number: int, caller: str, url: str) -> None:
         entry = replace(ENTRY, id=f"{caller}-{number}", caller=Caller(caller), webhook_url=url, share=caller)
@@ -269,7 +269,7 @@ def test_every_caller_and_every_receiver_has_messages_among_those_that_are_due(j
 
 
 def test_the_past_is_forgotten_when_its_time_is_over(journal: SqliteJobStore) -> None:
-    """Ended jobs and answered keys go; what waits stays, however old."""
+    """Ended jobs and answered keys expire; waiting jobs stay, however old."""
     for number, ended in enumerate([5.0, 50.0]):
         entry = replace(ENTRY, id=f"job-{number}", state=JobState.DONE, ended_at=ended, outcome=RECEIPT)
         journal.accept(entry, WORK, replace(CLAIM, key=f"key-{number}"))

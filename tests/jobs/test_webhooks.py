@@ -1,4 +1,4 @@
-"""Webhooks that keep silent, and clocks that are set: others are told all the same, over real connections."""
+"""Unresponsive webhooks and changed clocks do not delay other messages; over real connections."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ HOST = "127.0.0.1"
 
 @dataclass
 class Listener:
-    """Takes connections; answers each request with a status, or never."""
+    """Accepts connections; answers each request with a status, or never."""
 
     status: int | None = None
     heard: list[float] = field(default_factory=list)
@@ -34,11 +34,11 @@ class Listener:
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One connection."""
-        with suppress(asyncio.IncompleteReadError, OSError):  # who sends may have had enough before
+        with suppress(asyncio.IncompleteReadError, OSError):  # the sender may have timed out
             await reader.readuntil(b"\r\n\r\n")
             self.heard.append(time.monotonic())
             if self.status is None:
-                await reader.read()  # until the other side has had enough
+                await reader.read()  # until the other side times out
             else:
                 writer.write(f"HTTP/1.1 {self.status} X\r\nContent-Length: 0\r\n\r\n".encode())
         writer.close()
@@ -55,13 +55,13 @@ async def listening(listener: Listener) -> AsyncIterator[Listener]:
 
 @dataclass
 class Sending:
-    """A journal of ended jobs, and what sends their messages."""
+    """A store of ended jobs, and the dispatcher of their messages."""
 
     store: AsyncJobStore
     hooks: WebhookDispatcher
 
     async def ended(self, number: int, caller: str, url: str) -> None:
-        """A job of a caller has ended, and a webhook is to be told."""
+        """A job of a caller has ended, and its webhook is due."""
         entry = JobRecord(f"{caller}-{number}", Caller(caller), time.time(), webhook_url=url, share=f"key {caller}")
         await self.store.accept(entry, JobPayload(order()))
         await self.store.finish(replace(entry, state=JobState.DONE, ended_at=time.time()), "told")
@@ -73,7 +73,7 @@ Send = Callable[..., Any]
 
 @asynccontextmanager
 async def sending(folder: Path, *listeners: Listener, seconds: float = 30.0, **more: Any) -> AsyncIterator[Sending]:
-    """Send to those listeners, who have so many seconds to answer."""
+    """Send to these listeners, with that many seconds to answer."""
     store = AsyncJobStore(SqliteJobStore(folder / "journal.db", 50_000_000))
     await store.open()
     poster = WebhookClient(seconds, [AllowedTarget.parse(f"{HOST}:{listener.port}") for listener in listeners])
@@ -87,7 +87,7 @@ async def sending(folder: Path, *listeners: Listener, seconds: float = 30.0, **m
 
 
 async def until_heard(listener: Listener, count: int = 1) -> None:
-    """Wait until a listener has heard so many; the bound is only there to end a hanging test."""
+    """Wait until a listener has received so many; the bound only ends a hanging test."""
     async with asyncio.timeout(240):
         while len(listener.heard) < count:  # noqa: ASYNC110  # a test's wait
             await asyncio.sleep(0.01)
@@ -95,7 +95,7 @@ async def until_heard(listener: Listener, count: int = 1) -> None:
 
 @pytest.mark.fault(111)
 async def test_silent_webhooks_of_one_caller_hold_up_nobody_elses(tmp_path: Path) -> None:
-    """Of 64 messages none has been given up when another caller's is told."""
+    """None of 64 messages has timed out when another caller's message arrives."""
     async with listening(Listener()) as silent, listening(Listener(204)) as good, sending(tmp_path, silent, good) as at:
         for number in range(64):
             await at.ended(number, "ann", f"http://{HOST}:{silent.port}/{number}")
@@ -109,7 +109,7 @@ async def test_silent_webhooks_of_one_caller_hold_up_nobody_elses(tmp_path: Path
 
 @pytest.mark.fault(111)
 async def test_a_receiver_that_keeps_silent_holds_up_no_other_of_the_same_caller(tmp_path: Path) -> None:
-    """Without keys all are one caller: whoever runs a dead receiver delays that one alone."""
+    """Without keys all are one caller: a dead receiver delays only its own messages."""
     async with listening(Listener()) as silent, listening(Listener(204)) as good, sending(tmp_path, silent, good) as at:
         for number in range(100):
             await at.ended(number, "", f"http://{HOST}:{silent.port}/{number}?at=/")
@@ -122,7 +122,7 @@ async def test_a_receiver_that_keeps_silent_holds_up_no_other_of_the_same_caller
 
 @pytest.mark.fault(111)
 async def test_retries_of_one_callers_dead_webhooks_leave_places_for_others(tmp_path: Path) -> None:
-    """While fifty time out again and again, another caller's ten are told."""
+    """While fifty time out again and again, another caller's ten arrive."""
     async with (
         listening(Listener()) as silent,
         listening(Listener(204)) as good,
@@ -141,7 +141,7 @@ async def test_retries_of_one_callers_dead_webhooks_leave_places_for_others(tmp_
 async def test_a_webhook_is_tried_again_in_its_time_although_the_clock_was_set(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: float
 ) -> None:
-    """Waits run by the clock that never jumps."""
+    """Delays use the monotonic clock."""
     async with listening(Listener(500)) as failing, sending(tmp_path, failing, webhook_backoff=(0.3,)) as at:
         await at.ended(0, "ann", f"http://{HOST}:{failing.port}/")
         await until_heard(failing)
@@ -155,7 +155,7 @@ async def test_a_webhook_is_tried_again_in_its_time_although_the_clock_was_set(
 async def test_what_was_postponed_by_a_clock_that_was_wrong_is_told_after_a_restart(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A time that lies further ahead than any try sets it is no time to wait for."""
+    """A due time further ahead than any retry delay is ignored."""
     right = time.time
     async with listening(Listener(500)) as failing, sending(tmp_path, failing, webhook_backoff=(0.3,)) as at:
         monkeypatch.setattr(time, "time", lambda: right() + 90_000)
@@ -168,7 +168,7 @@ async def test_what_was_postponed_by_a_clock_that_was_wrong_is_told_after_a_rest
 
 
 async def test_an_error_no_one_thought_of_stops_no_other_message(tmp_path: Path) -> None:
-    """A secret that cannot sign, or an address that cannot be read, costs that message alone."""
+    """A secret that cannot sign, or an unreadable URL, fails that message only."""
     async with listening(Listener(204)) as good, sending(tmp_path, good) as at:
         await at.ended(0, "ann", "http://[broken")
         await at.ended(1, "ann", "no address at all")

@@ -1,4 +1,4 @@
-"""A server starts whatever its bucket does, says what is wrong at /readyz, and recovers by itself."""
+"""A server starts with any bucket fault, reports it at /readyz, and recovers by itself."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from stable_diffusion_server.app import create_app
 ORDER = {"prompt": "a red square", "width": 64, "height": 64, "save_path": "a.webp"}
 HTML = Said(200, b"<html>Log in to the network</html>", {"Content-Type": "text/html"})
 XML = {"Content-Type": "application/xml"}
-# What every request is answered with, at first.
+# The initial response to every request.
 BROKEN: dict[str, str | Said] = {
     "reset": "close",
     "half an answer": "reset",
@@ -49,7 +49,7 @@ MakeServer = Callable[..., TestClient]
 
 @pytest.fixture
 def server_of(tmp_path: Path) -> Iterator[MakeServer]:
-    """Start a server over a bucket, whether or not it can draw then."""
+    """Start a server over a bucket, ready or not."""
     running: list[TestClient] = []
 
     def start(**changes: Any) -> TestClient:
@@ -69,7 +69,7 @@ def s3_settings(url: str, name: str) -> dict[str, Any]:
 
 
 def starts_and_recovers(client: TestClient, rascal: MisbehavingStore) -> None:
-    """Alive; not ready with one sentence and no trace of a program; its pictures wait, and arrive when all is well."""
+    """Alive; not ready with one sentence and no traceback; its images are spooled, and uploaded after recovery."""
     until(lambda: client.get("/readyz").json()["missing"] not in ([], ["The models are loading."]), 60)
     assert client.get("/healthz").status_code == 200
     unready = client.get("/readyz")
@@ -91,7 +91,7 @@ def test_a_server_starts_while_its_s3_bucket_is_broken(
     rascal_before: Callable[[StorageServer], MisbehavingStore],
     kind: str,
 ) -> None:
-    """In fifteen ways; the recovery needs nobody."""
+    """In fifteen ways; recovery needs no operator."""
     rascal = rascal_before(s3_server)
     rascal.rule = lambda method, path, headers: BROKEN[kind]
     starts_and_recovers(server_of(**s3_settings(rascal.url, make_s3_bucket(s3_server))), rascal)
@@ -106,7 +106,7 @@ def test_a_server_starts_while_its_google_bucket_is_broken(
     monkeypatch: pytest.MonkeyPatch,
     kind: str,
 ) -> None:
-    """The same of the other client library."""
+    """The same for Google's client library."""
     rascal = rascal_before(gcs_server)
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", rascal.url)
     rascal.rule = lambda method, path, headers: BROKEN[kind]
@@ -118,7 +118,7 @@ def test_a_server_starts_while_its_google_bucket_is_broken(
 def test_a_server_starts_while_its_bucket_cannot_be_reached(
     server_of: MakeServer, s3_server: StorageServer, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Refused, no handshake, no name; also with settings of boto3's own that name what is not there."""
+    """Connection refused, no TLS handshake, no DNS name; also with boto3 settings that name missing files."""
     monkeypatch.setenv("AWS_CA_BUNDLE", "/no/such/bundle.pem" if where == "no such host" else "")
     url = {
         "nobody listens": f"http://127.0.0.1:{free_port()}",

@@ -1,4 +1,4 @@
-"""One contract, kept by every kind of bucket: against real server processes on loopback, the folder and memory."""
+"""One contract for every kind of bucket: real server processes on loopback, the local folder, and memory."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ REMOTE = ("r2", "gcs")
 def options_of(
     s3_server: StorageServer, gcs_server: StorageServer, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., StorageOptions]:
-    """Options for a fresh bucket of a kind, reached directly or by a go-between."""
+    """Options for a new bucket of a kind, reached directly or through a proxy."""
 
     def make(kind: str, rascal: MisbehavingStore | None = None, **changes: object) -> StorageOptions:
         if kind == "gcs":
@@ -49,7 +49,7 @@ def options_of(
             return gcs_options(make_gcs_bucket(gcs_server), **changes)
         name, url = make_s3_bucket(s3_server), rascal.url if rascal else s3_server.url
         if kind == "s3":
-            # As AWS: no endpoint of ours, the client's own way to its address.
+            # As for AWS: without endpoint, so the client derives the URL.
             monkeypatch.setenv("AWS_ENDPOINT_URL_S3", url)
             return storage_options(storage_provider="s3", bucket_name=name, **{**KEYS, **changes})  # type: ignore[arg-type]  # a test's own shorthand
         return r2_options(url, name, **changes)
@@ -61,7 +61,7 @@ def options_of(
 def bucket(
     request: pytest.FixtureRequest, tmp_path: Path, options_of: Callable[..., StorageOptions]
 ) -> Iterator[Bucket]:
-    """An open bucket of each kind, empty."""
+    """An open, empty bucket of each kind."""
     made: Bucket
     if request.param == "memory":
         made = MemoryBucket()
@@ -79,7 +79,7 @@ def bucket(
     ["a.webp", "static/uploads/b c.webp", "100%.webp", "a%2Fb.webp", "a+b&c=d?e#f.webp", "猫/über.webp", "'\"<>;.webp"],
 )
 def test_what_is_created_is_found_read_and_listed(bucket: Bucket, key: str) -> None:
-    """Any clean key: bytes, size, type and record come back as they were given."""
+    """Any valid key: bytes, size, type and record are read back unchanged."""
     stored, won = bucket.create(key, b"data", "image/webp", RECORD)
     assert won
     assert bucket.stat(key) == stored
@@ -91,7 +91,7 @@ def test_what_is_created_is_found_read_and_listed(bucket: Bucket, key: str) -> N
 
 
 def test_what_is_absent_is_absent(bucket: Bucket) -> None:
-    """Nothing is made up: not found, not listed, and deleting it is no error."""
+    """Not found, not listed, and deleting it is no error."""
     assert bucket.stat("none.webp") is None
     assert not check_if_blob_exists(bucket, "none.webp")
     assert list(bucket.list()) == []
@@ -102,7 +102,7 @@ def test_what_is_absent_is_absent(bucket: Bucket) -> None:
 
 @pytest.mark.fault("40b")
 def test_the_second_writer_loses_and_gets_what_is_stored(bucket: Bucket) -> None:
-    """Create never changes an object that is there."""
+    """Create never changes an existing object."""
     first, _ = bucket.create("k", b"first", "image/webp", RECORD)
     assert bucket.create("k", b"second one", "image/png", {}) == (first, False)
     assert bucket.read("k") == b"first"
@@ -110,7 +110,7 @@ def test_the_second_writer_loses_and_gets_what_is_stored(bucket: Bucket) -> None
 
 @pytest.mark.fault(41)
 def test_of_eight_writers_at_once_exactly_one_wins_in_each_of_25_rounds(bucket: Bucket) -> None:
-    """One winner in 25 of 25, all are told the same object, and the winner's bytes are what is stored."""
+    """One winner in 25 of 25 rounds; all get the same object, and the winner's bytes are stored."""
     with ThreadPoolExecutor(8) as pool:
         for turn in range(25):
             barrier, key = threading.Barrier(8), f"round/{turn}"
@@ -128,7 +128,7 @@ def test_of_eight_writers_at_once_exactly_one_wins_in_each_of_25_rounds(bucket: 
 
 
 def test_overwriting_replaces_bytes_and_facts(bucket: Bucket) -> None:
-    """After an overwrite the new bytes, type, record and ETag are what is found."""
+    """After an overwrite, reads return the new bytes, type, record and ETag."""
     old, _ = bucket.create("k", b"old", "image/webp", RECORD)
     new = bucket.overwrite("k", b"newer", "image/png", {"seed": "8"})
     assert bucket.stat("k") == new
@@ -137,7 +137,7 @@ def test_overwriting_replaces_bytes_and_facts(bucket: Bucket) -> None:
 
 
 def test_a_deleted_object_is_gone_and_its_name_is_free(bucket: Bucket) -> None:
-    """Also the name of a folder that held nothing else."""
+    """Even if the name is that of a folder that is now empty."""
     bucket.create("folder/k", b"data", "image/webp", RECORD)
     bucket.delete("folder/k")
     assert bucket.stat("folder/k") is None
@@ -167,14 +167,14 @@ def test_lists_are_by_prefix(bucket: Bucket) -> None:
     ],
 )
 def test_a_part_can_be_read(bucket: Bucket, start: int, end: int | None, part: bytes) -> None:
-    """From the first byte to before the last, fewer beyond the end."""
+    """From the first byte to before the last; fewer bytes beyond the end."""
     bucket.create("k", b"0123456789", "image/webp", {})
     assert bucket.read("k", start, end) == part
 
 
 @pytest.mark.fault(45)
 def test_an_empty_object_is_none_and_gives_way(bucket: Bucket) -> None:
-    """No picture is empty: what an accident left under a name does not hold it for ever."""
+    """An image is never empty: an empty object left by a failure does not block the name."""
     bucket.overwrite("k", b"", "image/webp", {})
     assert bucket.stat("k") is None
     assert list(bucket.list()) == []
@@ -186,7 +186,7 @@ def test_an_empty_object_is_none_and_gives_way(bucket: Bucket) -> None:
 
 @pytest.mark.fault(45)
 def test_an_object_cut_short_is_none_and_gives_way(bucket: Bucket) -> None:
-    """Of another length than its record says: not found, and whoever asks for the name next stores it anew."""
+    """Its length differs from its record: not found, and the next create replaces it."""
     record = {**RECORD, "bytes": "9"}
     bucket.overwrite("k", b"cut sh", "image/webp", record)
     assert bucket.stat("k") is None
@@ -198,7 +198,7 @@ def test_an_object_cut_short_is_none_and_gives_way(bucket: Bucket) -> None:
 
 
 def test_twenty_megabytes_are_stored_whole_and_only_once(bucket: Bucket) -> None:
-    """Larger than one part of an upload: still atomic, still first come first served."""
+    """Larger than one upload part: still atomic, and the first writer still wins."""
     data = bytes(range(256)) * 81_920
     stored, won = bucket.create("big", data, "image/png", RECORD)
     assert won
@@ -210,7 +210,7 @@ def test_twenty_megabytes_are_stored_whole_and_only_once(bucket: Bucket) -> None
 
 
 def test_a_record_survives_whatever_it_says(bucket: Bucket) -> None:
-    """Headers are ASCII and lose spaces at their ends; a record does not."""
+    """Headers are ASCII and lose outer spaces; a record does not."""
     record = {"model": "größer – 猫", "scheduler": " spaced ", "note": "100% \t \n +a=b"}
     bucket.create("k", b"data", "image/webp", record)
     stored = bucket.stat("k")
@@ -219,7 +219,7 @@ def test_a_record_survives_whatever_it_says(bucket: Bucket) -> None:
 
 
 def test_opening_twice_and_a_second_server_change_nothing(bucket: Bucket) -> None:
-    """A start finds what an earlier one left, and what shows that writing works is never listed."""
+    """A restart finds existing objects, and the write probe is never listed."""
     bucket.create("k", b"data", "image/webp", RECORD)
     bucket.open()
     assert list(bucket.list()) == ["k"]
@@ -230,7 +230,7 @@ def test_opening_twice_and_a_second_server_change_nothing(bucket: Bucket) -> Non
 def test_the_address_is_the_base_and_the_key_encoded_once(
     kind: str, base: str, options_of: Callable[..., StorageOptions]
 ) -> None:
-    """One rule, asked before and after anything is stored."""
+    """The URL is the same before and after the object is stored."""
     bucket = open_bucket(options_of(kind, public_base_url=base))
     assert bucket.url("a b/100%+猫.webp") == f"{base}/a%20b/100%25%2B%E7%8C%AB.webp"
 
@@ -239,7 +239,7 @@ def test_the_address_is_the_base_and_the_key_encoded_once(
 def test_without_a_base_only_a_bucket_named_after_its_domain_has_an_address(
     kind: str, options_of: Callable[..., StorageOptions]
 ) -> None:
-    """As the seed has it: https://BUCKET_NAME/key, where that can be a host's name at all; else the server gives it."""
+    """As in the seed: https://BUCKET_NAME/key, if that is a valid host name; otherwise the server serves it."""
     options = options_of(kind)
     assert open_bucket(options).url("k.webp") is None
     named = {
@@ -249,7 +249,7 @@ def test_without_a_base_only_a_bucket_named_after_its_domain_has_an_address(
 
 
 def test_a_signed_address_gives_the_object(options_of: Callable[..., StorageOptions]) -> None:
-    """Fetched by anyone, without credentials of their own."""
+    """Anyone can fetch it, without credentials."""
     bucket = opened(options_of("r2", signed_url_seconds=60))
     bucket.create("a b/猫.webp", b"data", "image/webp", RECORD)
     url = bucket.url("a b/猫.webp")
@@ -260,7 +260,7 @@ def test_a_signed_address_gives_the_object(options_of: Callable[..., StorageOpti
 
 
 def test_what_cannot_sign_says_so_at_open(options_of: Callable[..., StorageOptions]) -> None:
-    """Google's signed addresses need a private key; an anonymous client has none, and no picture is drawn in vain."""
+    """Google's signed URLs need a private key; an anonymous client fails at open, before any image is generated."""
     bucket = open_bucket(options_of("gcs", signed_url_seconds=60))
     with pytest.raises(StorageUnavailable, match="cannot sign"):
         bucket.open()
@@ -269,7 +269,7 @@ def test_what_cannot_sign_says_so_at_open(options_of: Callable[..., StorageOptio
 def test_google_is_asked_for_generation_zero(
     options_of: Callable[..., StorageOptions], gcs_server: StorageServer
 ) -> None:
-    """The condition is in the request, as seen by the server: small and big uploads, and none for an overwrite."""
+    """The server sees `ifGenerationMatch=0` for small and big uploads, and none for an overwrite."""
     bucket, small, big, over = opened(options_of("gcs")), uuid4().hex, uuid4().hex, uuid4().hex
     bucket.create(small, b"data", "image/webp", RECORD)
     bucket.create(big, b"d" * 10_000_000, "image/webp", RECORD)
@@ -284,7 +284,7 @@ def test_no_acl_is_sent_unless_asked_for(
     s3_server: StorageServer,
     rascal_before: Callable[[StorageServer], MisbehavingStore],
 ) -> None:
-    """R2 knows none and many buckets refuse them; who wants one names it."""
+    """R2 has no ACLs and many buckets refuse them; a setting enables one."""
     rascal = rascal_before(s3_server)
     opened(options_of("r2", rascal)).create("k", b"data", "image/webp", RECORD)
     assert not any("x-amz-acl" in name.lower() for _, _, headers in rascal.requests for name in headers)
@@ -300,7 +300,7 @@ def troubled(
     s3_server: StorageServer,
     gcs_server: StorageServer,
 ) -> tuple[Bucket, MisbehavingStore]:
-    """An open bucket behind a go-between that can misbehave."""
+    """An open bucket behind a proxy that can misbehave."""
     rascal = rascal_before(gcs_server if request.param == "gcs" else s3_server)
     return opened(options_of(request.param, rascal, storage_timeout=1.0)), rascal
 
@@ -308,7 +308,7 @@ def troubled(
 @pytest.mark.fault(40, 43)
 @pytest.mark.parametrize("word", ["slow-down", "reset", "lose-answer"])
 def test_one_mishap_is_mended_without_being_noticed(troubled: tuple[Bucket, MisbehavingStore], word: str) -> None:
-    """Throttled, broken off half way, or the answer lost: tried again, and the writer still knows that it won."""
+    """Throttled, connection reset, response lost: retried, and the writer still knows that it won."""
     bucket, rascal = troubled
     rascal.mischief.append(word)
     assert bucket.create("k", b"data" * 1000, "image/webp", RECORD)[1]
@@ -319,7 +319,7 @@ def test_one_mishap_is_mended_without_being_noticed(troubled: tuple[Bucket, Misb
 @pytest.mark.fault(40, 44)
 @pytest.mark.parametrize("word", ["slow-down", "lose-answer", "slow"])
 def test_lasting_trouble_is_told_as_storage_unavailable(troubled: tuple[Bucket, MisbehavingStore], word: str) -> None:
-    """No endless tries and no foreign error: 503 in one sentence, and the next good request succeeds."""
+    """Bounded retries and no SDK error: 503 in one sentence, and the next request succeeds."""
     bucket, rascal = troubled
     rascal.mischief.extend([word] * 50)
     with pytest.raises(StorageUnavailable) as raised:
@@ -332,7 +332,7 @@ def test_lasting_trouble_is_told_as_storage_unavailable(troubled: tuple[Bucket, 
 
 @pytest.mark.parametrize("kind", REMOTE)
 def test_a_missing_bucket_is_named(kind: str, options_of: Callable[..., StorageOptions]) -> None:
-    """At open, with the setting that names it."""
+    """At open, with the name of the setting."""
     bucket = open_bucket(changed(options_of(kind), bucket_name="no-such-bucket-here"))
     with pytest.raises(StorageUnavailable, match=r"no bucket 'no-such-bucket-here'.*BUCKET_NAME"):
         bucket.open()
@@ -342,7 +342,7 @@ def test_a_missing_bucket_is_named(kind: str, options_of: Callable[..., StorageO
 def test_a_storage_that_is_not_there_is_told(
     kind: str, monkeypatch: pytest.MonkeyPatch, options_of: Callable[..., StorageOptions]
 ) -> None:
-    """No one listens: one sentence."""
+    """Connection refused: one sentence."""
     options = changed(options_of(kind), storage_timeout=0.5)
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://127.0.0.1:9")
     bucket = open_bucket(changed(options, r2_endpoint_url="http://127.0.0.1:9"))
@@ -355,7 +355,7 @@ def test_a_store_that_ignores_conditions_is_found_out_and_used_honestly(
     s3_server: StorageServer,
     rascal_before: Callable[[StorageServer], MisbehavingStore],
 ) -> None:
-    """Conditions that never arrive: seen at open, and creating looks before it writes."""
+    """The conditional headers are dropped: detected at open, and create then checks before it writes."""
     rascal = rascal_before(s3_server)
     rascal.drops.add("If-None-Match")
     bucket = opened(options_of("r2", rascal))
@@ -365,7 +365,7 @@ def test_a_store_that_ignores_conditions_is_found_out_and_used_honestly(
 
 
 def test_a_record_too_long_for_s3_is_refused_at_once(options_of: Callable[..., StorageOptions]) -> None:
-    """S3 takes 2 KB of it."""
+    """S3 accepts 2 KB of metadata."""
     bucket = opened(options_of("r2"))
     with pytest.raises(StorageRefused, match="2048"):
         bucket.create("k", b"data", "image/webp", {"note": "x" * 2048})
@@ -385,7 +385,7 @@ def test_an_objects_metadata_can_be_read_by_other_tools(
 
 @pytest.mark.parametrize("kind", REMOTE)
 def test_a_name_from_the_content_may_be_kept_for_ever(kind: str, options_of: Callable[..., StorageOptions]) -> None:
-    """Told by the record, and seen by whoever fetches the object with a name to save it under."""
+    """The record says so; the object's headers have the long Cache-Control and the download name."""
     options = options_of(kind)
     bucket = opened(options)
     bucket.create("pictures/k über.webp", b"data", "image/webp", {**RECORD, "lasting": "1"})

@@ -1,4 +1,4 @@
-"""Whatever lies in DATA_DIR/spool: the odd is set aside with a line of the log, the whole is brought."""
+"""Damaged DATA_DIR/spool: invalid entries are quarantined with a log line, valid ones are uploaded."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from stable_diffusion_server.types import StoredObject
 
 
 def whole(folder: Path, number: int) -> Path:
-    """A file as a server leaves it."""
+    """A file as a server writes it."""
     data = b"picture %d" % number
     stored = StoredObject(f"k{number}", len(data), hashlib.sha256(data).hexdigest(), "image/webp", {"seed": "7"})
     return UploadSpool(folder, 10**9).put(data, stored, overwrite=False).path
@@ -96,7 +96,7 @@ ODD: dict[str, Callable[[Path], None]] = {
 def test_an_odd_entry_is_set_aside_and_the_rest_is_brought(
     tmp_path: Path, kind: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Named so that it comes first; the three behind it are in the bucket, and it can be listed and dropped."""
+    """It sorts first; the three after it are uploaded, and the invalid one can be listed and dropped."""
     folder, store = tmp_path / "spool", MemoryBucket()
     folder.mkdir()
     (folder / "an old one.part").mkdir()
@@ -111,7 +111,7 @@ def test_an_odd_entry_is_set_aside_and_the_rest_is_brought(
     until(lambda: not list(folder.glob("*.spool")))
     spooling.close()
     if kind == "a file without rights" and os.geteuid() == 0:
-        return  # nothing is unreadable to root: it was brought
+        return  # root can read every file: it was uploaded
     letters = DeadLetters(tmp_path / "dead-letters", 10**9)
     [letter] = letters.list_all()
     assert (letter.id, letter.reason.startswith("It could not be read")) == ("00", True)
@@ -126,7 +126,7 @@ def test_an_odd_entry_is_set_aside_and_the_rest_is_brought(
 def test_a_server_over_a_spool_of_oddities_draws(
     run_app: Callable[..., RunningApp], tmp_path: Path, s3_server: StorageServer
 ) -> None:
-    """All of them at once, in DATA_DIR of a whole server, which is ready all the same."""
+    """All of them at once, in DATA_DIR of a whole server, which becomes ready all the same."""
     folder = tmp_path / "data" / "spool"
     folder.mkdir(parents=True)
     for number, make in enumerate(ODD.values()):
@@ -139,7 +139,7 @@ def test_a_server_over_a_spool_of_oddities_draws(
 
 @pytest.mark.fault(138)
 def test_dead_letters_are_bounded_and_the_told_ones_go_first(tmp_path: Path) -> None:
-    """Five are kept of nine: of those whose callers know that they were refused, none, and of the others the newest."""
+    """Five of nine stay: entries whose callers know of the refusal go first, then the oldest."""
     letters = DeadLetters(tmp_path / "dead-letters", 10**9, most=5)
     (tmp_path / "spool").mkdir()
     paths = [whole(tmp_path / "spool", number) for number in range(9)]
@@ -154,7 +154,7 @@ def test_dead_letters_are_bounded_and_the_told_ones_go_first(tmp_path: Path) -> 
 
 @pytest.mark.fault(133)
 def test_the_command_lists_retries_and_drops(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """By id or all; an id that is not there is told, and what was cut meanwhile is not brought again."""
+    """By id or all; an unknown id is reported, and an entry truncated meanwhile is not retried."""
     letters = DeadLetters(tmp_path / "dead-letters", 10**9)
     (tmp_path / "spool").mkdir()
     for number in range(3):
@@ -206,7 +206,7 @@ REASONS = [pipe, deep, no_list_of_pairs, escapes, huge, link_to_a_secret, binary
 def test_an_odd_reason_beside_a_dead_letter_holds_up_nothing(
     tmp_path: Path, make: Callable[[Path], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Listed on one printable line, found by a server that starts, counted among the others, and dropped."""
+    """Listed on one printable line, found by a starting server, counted, and dropped."""
     letters, folder = DeadLetters(tmp_path / "dead-letters", 10**9), tmp_path / "spool"
     folder.mkdir()
     letter = letters.add(whole(folder, 0), "refused")
@@ -228,7 +228,7 @@ def test_an_odd_reason_beside_a_dead_letter_holds_up_nothing(
 @pytest.mark.fault(176)
 @pytest.mark.parametrize("name", ["0\x1b[2J", "0\nfake  7 bytes", "0\udcff\udcfe", "0\u202e", "0 'x'", "--help"])
 def test_the_command_tells_and_takes_odd_names(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """An id is one printable word as it is listed, and is taken as it was listed; what is no object is told."""
+    """An id is one printable word in the list and works as listed; invalid objects are reported."""
     letters = DeadLetters(tmp_path / "dead-letters", 10**9)
     (tmp_path / "spool").mkdir()
     letters.add(whole(tmp_path / "spool", 0), "refused")
@@ -253,12 +253,12 @@ def test_the_command_tells_and_takes_odd_names(tmp_path: Path, name: str, capsys
 
 @pytest.mark.fault(176)
 def test_a_retry_that_cannot_be_taken_up_holds_up_no_other(tmp_path: Path) -> None:
-    """A folder stands where the first is to be put; the second waits to be brought."""
+    """A folder blocks the place of the first; the second is queued for upload."""
     folder = tmp_path / "spool"
     folder.mkdir()
     whole(folder, 0).rename(folder / "00.retry")
     whole(folder, 1).rename(folder / "01.retry")
     spool = UploadSpool(folder, 10**9)
-    folder_of_that_name(folder / "00.spool")  # behind the spool's back, which sets such things aside as it opens
+    folder_of_that_name(folder / "00.spool")  # created while the spool is open, since opening quarantines such entries
     spool.take_up_retries()
     assert [kept.stored.key for kept in spool.waiting()] == ["k1"]

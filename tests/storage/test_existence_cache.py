@@ -1,4 +1,4 @@
-"""The memory of what is stored: only what was seen, only for a while, and never what has changed here."""
+"""Existence cache: holds only keys that were seen, for a limited time, and never stale ones after local changes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from stable_diffusion_server.types import StoredObject
 
 
 class Counted(MemoryBucket):
-    """A memory bucket that counts how often it is asked, and can be cut off."""
+    """A memory bucket that counts its calls and can be disconnected."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class Counted(MemoryBucket):
 
 
 class House:
-    """A remembering bucket before a counted one, with a clock that is set by hand."""
+    """A cached bucket over a counting one, with a clock that the test sets."""
 
     def __init__(self, folder: Path, capacity: int = 10) -> None:
         self.store = Counted()
@@ -46,7 +46,7 @@ def running_app(tmp_path: Path) -> House:
 
 
 def test_what_was_seen_is_not_asked_for_again(running_app: House) -> None:
-    """Stored here or found there: the next hit costs nothing, and goes on through an outage."""
+    """After a store or a stat: the next hit makes no call, and works during an outage."""
     running_app.store.create("theirs", b"data", "image/webp", {})
     ours, _ = running_app.bucket.create("ours", b"data", "image/webp", {})
     theirs = running_app.bucket.stat("theirs")
@@ -57,14 +57,14 @@ def test_what_was_seen_is_not_asked_for_again(running_app: House) -> None:
 
 
 def test_absence_is_never_remembered(running_app: House) -> None:
-    """What another server stores a moment after a miss is found at once."""
+    """A key that another server stores right after a miss is found at once."""
     assert running_app.bucket.stat("k") is None
     running_app.store.create("k", b"data", "image/webp", {})
     assert running_app.bucket.stat("k") is not None
 
 
 def test_what_is_deleted_or_overwritten_here_is_forgotten_at_once(running_app: House) -> None:
-    """No stale facts of our own making."""
+    """Local changes never leave stale entries."""
     running_app.bucket.create("k", b"data", "image/webp", {"seed": "1"})
     new = running_app.bucket.overwrite("k", b"newer", "image/webp", {"seed": "2"})
     assert running_app.bucket.stat("k") == new
@@ -73,7 +73,7 @@ def test_what_is_deleted_or_overwritten_here_is_forgotten_at_once(running_app: H
 
 
 def test_what_others_delete_is_seen_when_its_time_is_over(running_app: House) -> None:
-    """Until then it is believed, and not a moment longer."""
+    """Cached until the time is over, and not longer."""
     running_app.bucket.create("k", b"data", "image/webp", {})
     running_app.store.delete("k")
     running_app.time = 4.9
@@ -83,7 +83,7 @@ def test_what_others_delete_is_seen_when_its_time_is_over(running_app: House) ->
 
 
 def test_the_oldest_gives_way_when_the_memory_is_full(tmp_path: Path) -> None:
-    """The bound holds, and what is forgotten is asked for again."""
+    """The bound holds, and an evicted key is queried again."""
     running_app = House(tmp_path, capacity=2)
     for key in "abc":
         running_app.bucket.create(key, b"data", "image/webp", {})
@@ -95,7 +95,7 @@ def test_the_oldest_gives_way_when_the_memory_is_full(tmp_path: Path) -> None:
 
 
 def test_what_waits_is_not_remembered_as_stored(running_app: House) -> None:
-    """Its address changes when it is brought, so it is looked up each time."""
+    """The URL of a spooled object changes with its upload, so it is queried each time."""
     running_app.store.off = True
     assert running_app.bucket.create("k", b"data", "image/webp", {})[0].waiting
     found = running_app.bucket.stat("k")
@@ -105,7 +105,7 @@ def test_what_waits_is_not_remembered_as_stored(running_app: House) -> None:
 
 
 def test_what_others_deleted_is_forgotten_when_it_cannot_be_read(running_app: House) -> None:
-    """Remembered, yet gone: whoever reads it is told, and the next look asks the bucket."""
+    """Cached but deleted: the reader gets an error, and the next stat queries the bucket."""
     running_app.bucket.create("k", b"data", "image/webp", {})
     running_app.store.delete("k")
     assert running_app.bucket.cached("k") is not None
@@ -116,7 +116,7 @@ def test_what_others_deleted_is_forgotten_when_it_cannot_be_read(running_app: Ho
 
 
 def test_what_is_known_no_longer_takes_no_room() -> None:
-    """As many objects as were stored within the time, however many there were before; none for no time at all."""
+    """Size is that of the entries within the time; with a time of zero it is empty."""
     clock = [0.0]
     knowledge = ExistenceCache(1000, 2.0, now=lambda: clock[0])
     for n in range(500):
@@ -130,7 +130,7 @@ def test_what_is_known_no_longer_takes_no_room() -> None:
 
 
 def test_what_was_seen_before_a_write_is_no_news_after_it() -> None:
-    """A slow look that began before a delete does not bring the deleted object back."""
+    """A slow stat that began before a delete does not restore the deleted key."""
     knowledge = ExistenceCache(10, 60.0)
     stored = StoredObject("k", 4, "etag", "image/webp", {})
     since = knowledge.changes

@@ -1,4 +1,4 @@
-"""Keys of Google service accounts: tokens from a loopback server in the place of Google's, addresses signed here."""
+"""Google service account keys: tokens from a loopback server, URLs signed locally."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BARE = (serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serializa
 
 @pytest.fixture(params=[200])
 def tokens(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The address of a server that gives tokens, or refuses to with another status."""
+    """URL of a server that issues tokens, or refuses with another status."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
@@ -55,7 +55,7 @@ def key_file(folder: Path, token_uri: str) -> Path:
 def test_a_private_key_signs_addresses(
     tmp_path: Path, tokens: str, gcs_server: StorageServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A V4 signature in the name of the account, for as long as asked, over the key encoded once."""
+    """A V4 signature of the account, for the requested time, over the key encoded once."""
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", gcs_server.url)
     options = gcs_options(
         make_gcs_bucket(gcs_server),
@@ -81,7 +81,7 @@ def test_a_key_google_does_not_know_is_told(
 
 @pytest.mark.parametrize("content", [None, "no json", '{"type": "service_account"}', '{"type": "other"}'])
 def test_a_key_file_that_is_none_is_told(tmp_path: Path, content: str | None) -> None:
-    """Absent, broken or of another kind: the setting is named, the content is not shown."""
+    """Absent, broken or of another kind: the error names the setting and does not show the content."""
     path = tmp_path / "key.json"
     if content is not None:
         path.write_text(content)

@@ -1,4 +1,4 @@
-"""Searching the history: exact in any text, by index, and rationed by caller."""
+"""History search: exact for any text, indexed, and limited per caller."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _PROMPTS = [
 
 
 def filled(folder: Path, prompts: list[str], **changes: Any) -> HistoryIndex:
-    """A history with a picture for each prompt."""
+    """A history with one image per prompt."""
     index = HistoryIndex(folder / "history.db", 1_000_000, 0)
     index.open()
     index.add([entry_of(number, prompt, **changes) for number, prompt in enumerate(prompts)])
@@ -41,7 +41,7 @@ def filled(folder: Path, prompts: list[str], **changes: Any) -> HistoryIndex:
 
 
 def entry_of(number: int, prompt: str, folder: str = "uploads/") -> HistoryEntry:
-    """An entry of a picture of that number."""
+    """The entry of image number n."""
     return HistoryEntry(
         f"{folder}{number}.webp", f"d{number}", prompt, "sdxl", "text_to_image", 7, 64, 64, "", number, {}
     )
@@ -52,7 +52,7 @@ def entry_of(number: int, prompt: str, folder: str = "uploads/") -> HistoryEntry
     "words", ["red", "RED SQ", '"', '""', "STRASSE", "ångström", "i̇st", "猫 a", "🟦🟩", "%_", "AND (", "*", "^2"]
 )
 def test_a_search_finds_exactly_the_prompts_that_hold_the_words(tmp_path: Path, words: str) -> None:
-    """Signs that mean something to SQL or to its index are only text, short or long, in any script."""
+    """Characters special to SQL or FTS are plain text, short or long, in any script."""
     index = filled(tmp_path, _PROMPTS)
     found = {entry.prompt for entry in index.search(HistoryQuery(text=words))}
     assert found == {prompt for prompt in _PROMPTS if words.casefold() in prompt.casefold()}
@@ -62,7 +62,7 @@ def test_a_search_finds_exactly_the_prompts_that_hold_the_words(tmp_path: Path, 
 @pytest.mark.fault(173)
 @pytest.mark.parametrize("words", ["\0", "red\0square", "x" * 1000, "aab" * 300, "NOT red", '"red" OR "ab"'])
 def test_what_no_prompt_holds_finds_nothing(tmp_path: Path, words: str) -> None:
-    """NUL, which ends a text for SQLite's index; a thousand characters; words of the index's own language."""
+    """NUL, which terminates text in SQLite's index; a thousand characters; FTS keywords."""
     assert filled(tmp_path, _PROMPTS).search(HistoryQuery(text=words)) == []
 
 
@@ -73,7 +73,7 @@ def test_what_no_prompt_holds_finds_nothing(tmp_path: Path, words: str) -> None:
 def test_any_text_is_found_as_python_finds_it(
     tmp_path_factory: pytest.TempPathFactory, prompts: list[str], words: str
 ) -> None:
-    """The index and a plain look at every prompt agree."""
+    """The index and a scan of every prompt agree."""
     index = filled(tmp_path_factory.mktemp("history"), prompts)
     found = sorted(entry.prompt for entry in index.search(HistoryQuery(text=words, limit=100)))
     assert found == sorted(prompt for prompt in prompts if words.casefold() in prompt.casefold())
@@ -81,7 +81,7 @@ def test_any_text_is_found_as_python_finds_it(
 
 @pytest.mark.fault(173)
 def test_what_is_replaced_or_forgotten_is_found_no_more(tmp_path: Path) -> None:
-    """The index of words follows every change."""
+    """The full-text index follows every change."""
     index = filled(tmp_path, ["a red square", "a blue square"])
     index.add([entry_of(0, "a green circle")])
     index.delete("uploads/1.webp")
@@ -91,7 +91,7 @@ def test_what_is_replaced_or_forgotten_is_found_no_more(tmp_path: Path) -> None:
 
 @pytest.mark.fault(173)
 def test_a_history_of_an_earlier_version_gets_its_index(tmp_path: Path) -> None:
-    """What is in it already is found too, and opening it again changes nothing."""
+    """Existing entries are found too, and a second open changes nothing."""
     index = filled(tmp_path, _PROMPTS)
     with sqlite3.connect(tmp_path / "history.db") as base:
         base.executescript("DROP TRIGGER drawn_added; DROP TRIGGER drawn_removed; DROP TABLE drawn_words;")
@@ -107,7 +107,7 @@ def test_a_history_of_an_earlier_version_gets_its_index(tmp_path: Path) -> None:
     "wanted", [HistoryQuery(text="zzzz"), HistoryQuery(text="a b c d e f g h i"), HistoryQuery(prefix="other/")]
 )
 def test_a_fruitless_search_reads_few_rows(tmp_path: Path, wanted: HistoryQuery) -> None:
-    """SQLite's own count of steps grows by less than half of what ten times the entries would make it."""
+    """SQLite's step count grows by less than half of what ten times the entries would make it."""
     steps = []
     for entries in (300, 3000):
         folder = tmp_path / str(entries)
@@ -140,7 +140,7 @@ def test_a_fruitless_search_reads_few_rows(tmp_path: Path, wanted: HistoryQuery)
 async def test_searches_of_one_caller_are_bounded_and_leave_the_threads_to_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With every search held up, one caller is told 429 beyond its number; readiness and files still answer."""
+    """With every search blocked, one caller gets 429 above its limit; readiness and files still answer."""
     gate, entered = threading.Event(), threading.Semaphore(0)
 
     def held(self: HistoryIndex, wanted: HistoryQuery) -> list[HistoryEntry]:
@@ -173,6 +173,6 @@ async def test_searches_of_one_caller_are_bounded_and_leave_the_threads_to_other
 
 
 def test_a_search_may_be_asked_again_when_the_others_have_ended(running_app: RunningApp) -> None:
-    """The count of a caller's searches goes down again."""
+    """The caller's count of running searches decreases again."""
     for _ in range(3 * MAX_PER_CALLER):
         assert running_app.client.get("/history?q=zzzz").status_code == 200

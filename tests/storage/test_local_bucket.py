@@ -20,7 +20,7 @@ from stable_diffusion_server.storage.local import LocalBucket
 
 RECORD = {"digest": "abc", "seed": "7"}
 
-# The frame of one: what is in it is nobody's business here.
+# A minimal image container: its content does not matter here.
 PNG = b"\x89PNG\r\n\x1a\n" + b"pixels" + b"\0\0\0\0IEND\xaeB`\x82"
 
 
@@ -33,7 +33,7 @@ def bucket(tmp_path: Path) -> LocalBucket:
 
 
 def test_what_is_created_can_be_found_and_read(bucket: LocalBucket) -> None:
-    """Size, type, record and bytes come back as they were given."""
+    """Size, type, record and bytes are read back unchanged."""
     stored, won = bucket.create("a/b c+d%2Fé.webp", b"data", "image/webp", RECORD)
     assert won
     assert bucket.stat("a/b c+d%2Fé.webp") == stored
@@ -42,7 +42,7 @@ def test_what_is_created_can_be_found_and_read(bucket: LocalBucket) -> None:
 
 
 def test_what_is_absent_is_absent(bucket: LocalBucket) -> None:
-    """Neither stat nor read makes something up."""
+    """Neither stat nor read invents one."""
     bucket.create("folder/file", b"data", "image/webp", {})
     assert bucket.stat("none") is None
     assert not check_if_blob_exists(bucket, "none")
@@ -52,14 +52,14 @@ def test_what_is_absent_is_absent(bucket: LocalBucket) -> None:
 
 
 def test_the_second_writer_loses_and_gets_what_is_stored(bucket: LocalBucket) -> None:
-    """Create never changes an object that is there."""
+    """Create never changes an existing object."""
     first, _ = bucket.create("k", b"first", "image/webp", RECORD)
     assert bucket.create("k", b"second one", "image/png", {}) == (first, False)
     assert bucket.read("k") == b"first"
 
 
 def test_of_many_writers_at_once_exactly_one_wins(bucket: LocalBucket) -> None:
-    """25 rounds of 8 threads, each round one winner, and its bytes are what is stored."""
+    """25 rounds of 8 threads; each round has one winner, and its bytes are stored."""
     for turn in range(25):
         wins: list[int] = []
         barrier = threading.Barrier(8)
@@ -81,7 +81,7 @@ def test_of_many_writers_at_once_exactly_one_wins(bucket: LocalBucket) -> None:
 def test_threads_of_one_server_never_wait_for_the_lock_file(
     bucket: LocalBucket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It can only be asked for again and again; here it must be free whenever it is asked for."""
+    """Acquiring the lock file is polling; it must be free at every attempt here."""
     monkeypatch.setattr("stable_diffusion_server.storage.local.FileLock", partial(FileLock, timeout=0))
     with ThreadPoolExecutor(8) as threads:
         stored = threads.map(lambda n: bucket.create(f"k{n}", b"bytes", "image/webp", {}), range(64))
@@ -89,7 +89,7 @@ def test_threads_of_one_server_never_wait_for_the_lock_file(
 
 
 def test_whoever_sees_an_object_sees_its_record(bucket: LocalBucket) -> None:
-    """No reader catches a writer between the picture and the facts about it."""
+    """No reader sees an image without its record."""
     seen: list[bool] = []
     done = threading.Event()
 
@@ -109,7 +109,7 @@ def test_whoever_sees_an_object_sees_its_record(bucket: LocalBucket) -> None:
 
 
 def test_overwriting_replaces_bytes_and_facts(bucket: LocalBucket) -> None:
-    """After an overwrite the new bytes, type, record and ETag are what is found."""
+    """After an overwrite, reads return the new bytes, type, record and ETag."""
     old, _ = bucket.create("k", b"old", "image/webp", RECORD)
     new = bucket.overwrite("k", b"newer", "image/png", {"seed": "8"})
     assert bucket.stat("k") == new
@@ -126,14 +126,14 @@ def test_nothing_unfinished_is_left_behind(bucket: LocalBucket, tmp_path: Path) 
 
 
 def test_an_empty_file_is_no_object_and_gives_way(bucket: LocalBucket, tmp_path: Path) -> None:
-    """What a full disk or a crash left under a name does not hold it for ever."""
+    """An empty file left by a full disk or a crash does not block the name."""
     (tmp_path / "bucket" / "objects" / "k").touch()
     assert bucket.stat("k") is None
     assert bucket.create("k", b"data", "image/webp", {})[1]
 
 
 def test_a_file_put_there_by_hand_is_served_by_its_ending(bucket: LocalBucket, tmp_path: Path) -> None:
-    """An object without facts has the type its name promises and an empty record."""
+    """An object without metadata has the type of its extension and an empty record."""
     (tmp_path / "bucket" / "objects" / "mine.png").write_bytes(PNG)
     stored = bucket.stat("mine.png")
     assert stored is not None
@@ -141,7 +141,7 @@ def test_a_file_put_there_by_hand_is_served_by_its_ending(bucket: LocalBucket, t
 
 
 def test_facts_that_do_not_belong_to_the_bytes_are_not_believed(bucket: LocalBucket, tmp_path: Path) -> None:
-    """A file replaced behind the bucket's back is not told with the old one's record."""
+    """A file replaced by another program does not get the old file's record."""
     bucket.create("k.webp", b"data", "image/webp", RECORD)
     (tmp_path / "bucket" / "objects" / "k.webp").write_bytes(file_of(disc()))
     stored = bucket.stat("k.webp")
@@ -155,7 +155,7 @@ def test_facts_that_do_not_belong_to_the_bytes_are_not_believed(bucket: LocalBuc
 def test_a_picture_that_was_cut_short_is_none_and_gives_way(
     bucket: LocalBucket, tmp_path: Path, file_format: str
 ) -> None:
-    """Whatever broke it: not found, and whoever asks for the name next stores it anew."""
+    """Any truncation: not found, and the next create replaces it."""
     data = file_of(disc(), file_format)
     bucket.create("k", data, "image/webp", RECORD)
     for size in (len(data) - 1, len(data) // 2, 5, 0):
@@ -167,7 +167,7 @@ def test_a_picture_that_was_cut_short_is_none_and_gives_way(
 
 
 def test_a_link_out_of_the_folder_is_not_followed(bucket: LocalBucket, tmp_path: Path) -> None:
-    """Neither a linked file nor a linked folder leads out, for reading or for writing."""
+    """Neither a linked file nor a linked folder is used, for reading or writing."""
     outside = tmp_path / "outside"
     outside.mkdir()
     (outside / "secret").write_bytes(b"secret")
@@ -184,7 +184,7 @@ def test_a_link_out_of_the_folder_is_not_followed(bucket: LocalBucket, tmp_path:
 @pytest.mark.fault(47)
 @pytest.mark.parametrize("key", ["n" * 256, "taken/below", "folder"])
 def test_a_name_the_disk_cannot_hold_is_the_callers_fault(bucket: LocalBucket, key: str) -> None:
-    """Too long a part, a picture as a folder, a folder as a picture: refused naming save_path, not a 500."""
+    """A component too long, an image as a folder, a folder as an image: refused naming save_path, not a 500."""
     bucket.create("taken", b"data", "image/webp", {})
     bucket.create("folder/inside", b"data", "image/webp", {})
     with pytest.raises(InvalidInput) as refused:
@@ -196,21 +196,21 @@ def test_a_name_the_disk_cannot_hold_is_the_callers_fault(bucket: LocalBucket, k
 
 
 def test_a_folder_that_has_gone_away_is_not_taken_for_an_empty_one(bucket: LocalBucket, tmp_path: Path) -> None:
-    """Absent is absent only while the bucket is there; else a picture would be drawn in vain."""
+    """A key is absent only while the folder exists; otherwise an image would be generated for nothing."""
     (tmp_path / "bucket" / "objects").rmdir()
     with pytest.raises(StorageUnavailable):
         bucket.stat("k")
 
 
 def test_a_folder_that_cannot_be_made_is_told_in_one_sentence(tmp_path: Path) -> None:
-    """A file in the place of the bucket's folder is the storage's fault, and says so."""
+    """A file in the place of the bucket's folder is a storage error."""
     (tmp_path / "bucket").write_text("a file")
     with pytest.raises(StorageUnavailable, match="folder of pictures cannot be used"):
         LocalBucket(tmp_path / "bucket").open()
 
 
 def test_a_name_the_disk_takes_for_another_is_refused(bucket: LocalBucket, tmp_path: Path) -> None:
-    """A disk that ignores letter case shows A.webp under a.webp too: told, never answered with the wrong picture."""
+    """A case-insensitive disk also shows A.webp as a.webp: an error, never the wrong image."""
     bucket.create("A.webp", b"data", "image/webp", RECORD)
     for folder in ("objects", "records"):  # what such a disk shows
         os.link(tmp_path / "bucket" / folder / "A.webp", tmp_path / "bucket" / folder / "a.webp")
@@ -227,7 +227,7 @@ def test_a_name_the_disk_takes_for_another_is_refused(bucket: LocalBucket, tmp_p
 
 @pytest.mark.fault(43, 47)
 def test_a_disk_that_takes_no_more_is_told_and_keeps_nothing_half(tmp_path: Path) -> None:
-    """Cut off in the middle of writing, by a limit on file size as a full disk does it: 503, no object, no remains."""
+    """A file size limit stops the write in the middle, like a full disk: 503, no object, no leftovers."""
     code = f"""
 import resource
 from pathlib import Path
@@ -250,7 +250,7 @@ except StorageUnavailable as error:
 def test_a_nearly_full_disk_is_told_before_anything_is_drawn(
     bucket: LocalBucket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Room as of now: admitted. Asked for more than any disk has: 503."""
+    """With room for now: accepted. More than any disk has: 503."""
     bucket.check_capacity()
     monkeypatch.setattr("stable_diffusion_server.files.disk_space.MIN_FREE_BYTES", 2**70)
     with pytest.raises(StorageUnavailable, match="No space left"):

@@ -1,4 +1,4 @@
-"""Files in the local bucket that are not the pictures their names promise: drawn anew, and given to nobody."""
+"""Invalid files in the local bucket: never served, and replaced by a new generation."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ GARBAGE: dict[str, Callable[[bytes], bytes]] = {
 def test_garbage_in_the_folder_counts_as_absent_and_is_drawn_anew(
     run_app: Callable[..., RunningApp], garbage: str, recorded: bool
 ) -> None:
-    """Whether its record is still there or not: 404 for who asks for it, a whole picture for who draws it."""
+    """With or without its record: 404 for a reader, a new image for a generation request."""
     running_app = run_app()
     running_app.draw(prompt="a red square", save_path="a.webp")
     root = running_app.folder / "bucket"
@@ -38,7 +38,7 @@ def test_garbage_in_the_folder_counts_as_absent_and_is_drawn_anew(
     file.write_bytes(GARBAGE[garbage](picture))
     if not recorded:
         record.unlink()
-    running_app = run_app()  # what was seen before is remembered for a moment, and not over a start
+    running_app = run_app()  # a restart empties the existence cache
     assert running_app.client.get(f"/files/{NAME}").status_code == 404
     again = running_app.draw(prompt="a red square", save_path="a.webp")
     assert (again.status_code, again.json()["cached"]) == (200, False), again.text
@@ -48,7 +48,7 @@ def test_garbage_in_the_folder_counts_as_absent_and_is_drawn_anew(
 @pytest.mark.fault(194)
 @pytest.mark.parametrize("name", ["notes.txt", "model.bin", "page.html"])
 def test_what_claims_to_be_no_picture_is_let_be(running_app: RunningApp, name: str) -> None:
-    """Files of other kinds that someone put there are theirs."""
+    """Files of other types belong to somebody else and stay unchanged."""
     root = running_app.folder / "bucket"
     (root / "objects" / name).write_bytes(b"something else")
     bucket = LocalBucket(root)

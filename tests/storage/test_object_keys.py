@@ -27,7 +27,7 @@ from stable_diffusion_server.storage.keys import KEY_MAX_BYTES, object_key, url_
     ],
 )
 def test_a_name_is_kept_as_it_is_below_the_bucket_path(name: str, key: str) -> None:
-    """Segments, spaces, plus and percent signs stay; only Unicode is brought to NFC."""
+    """Segments, spaces, plus and percent signs stay; only Unicode is normalised to NFC."""
     assert object_key("static/uploads", name) == key
 
 
@@ -40,7 +40,7 @@ def test_a_name_is_kept_as_it_is_below_the_bucket_path(name: str, key: str) -> N
     ],
 )
 def test_a_name_that_climbs_or_hides_is_refused(name: str) -> None:
-    """Empty, absolute, climbing and unprintable names are refused, naming the parameter."""
+    """Empty, absolute, traversing and unprintable names are refused, naming the parameter."""
     with pytest.raises(InvalidInput) as refused:
         object_key("static/uploads", name)
     assert refused.value.field == "save_path"
@@ -49,7 +49,7 @@ def test_a_name_that_climbs_or_hides_is_refused(name: str) -> None:
 @pytest.mark.fault(47)
 @pytest.mark.parametrize("letter", ["a", "é"])
 def test_the_longest_key_is_taken_and_one_byte_more_is_not(letter: str) -> None:
-    """The bound counts bytes of the whole key, its path included."""
+    """The bound counts bytes of the whole key, including its path."""
     prefix, size = "p", len(letter.encode())
     longest = letter * ((KEY_MAX_BYTES - 2) // size)
     assert len(object_key(prefix, longest).encode()) <= KEY_MAX_BYTES
@@ -58,7 +58,7 @@ def test_the_longest_key_is_taken_and_one_byte_more_is_not(letter: str) -> None:
 
 
 def test_a_name_that_is_costly_to_normalize_is_refused_before_that() -> None:
-    """A hundred thousand combining marks would take half a minute; the bound only catches that."""
+    """A hundred thousand combining marks would take half a minute; the test's bound only catches that."""
     started = time.monotonic()
     with pytest.raises(InvalidInput):
         object_key("p", "a" + "\u0315" * 50_000 + "\u0300" * 50_000)
@@ -67,14 +67,14 @@ def test_a_name_that_is_costly_to_normalize_is_refused_before_that() -> None:
 
 @pytest.mark.parametrize("path", ["", "/", "static/uploads", "/static/uploads/"])
 def test_the_bucket_path_may_be_empty_and_have_slashes_at_its_ends(path: str) -> None:
-    """However it is written, a key neither begins with a slash nor doubles one."""
+    """In any spelling, a key neither begins with a slash nor doubles one."""
     key = object_key(path, "a.webp")
     assert key in ("a.webp", "static/uploads/a.webp")
 
 
 @given(st.text(min_size=1, max_size=60))
 def test_a_url_leads_back_to_its_key(name: str) -> None:
-    """Encoded once: decoding a URL once gives the key, whatever is in it."""
+    """Decoding a URL once gives the key, for any characters."""
     try:
         key = object_key("static/uploads", name)
     except InvalidInput:
@@ -84,6 +84,6 @@ def test_a_url_leads_back_to_its_key(name: str) -> None:
 
 
 def test_an_unknown_provider_opens_nothing() -> None:
-    """A provider that is not built is an error at once, not a silent folder."""
+    """An unknown provider is an error at once, not a silent local folder."""
     with pytest.raises(ValueError, match="tape"):
         open_bucket(storage_options(storage_provider="tape"))

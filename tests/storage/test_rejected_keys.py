@@ -1,4 +1,4 @@
-"""A name that the storage refuses costs its own caller a 422, and whatever is spooled behind it nothing."""
+"""A name that the storage rejects: 422 for its own caller, no effect on other spooled objects."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Rule = Callable[[str, str, Mapping[str, str]], str | Said]
 
 
 def too_long(method: str, path: str, headers: Mapping[str, str]) -> str | Said:
-    """As MinIO: no part of a name has more than 255 bytes. HEAD has no body that could name a code."""
+    """As MinIO: no component of a name has more than 255 bytes. A HEAD response has no body with an error code."""
     if max(map(len, unquote(path.partition("?")[0]).encode().split(b"/"))) <= 255:
         return ""
     return Said(400) if method == "HEAD" else refused("KeyTooLongError", 400)
@@ -44,7 +44,7 @@ def denied_folder(method: str, path: str, headers: Mapping[str, str]) -> str | S
 
 
 def poisoned(code: str, status: int, methods: str = "PUT") -> Rule:
-    """Every request of these methods about a name with "poison" in it is refused; none other is."""
+    """Every request with these methods and "poison" in the name is refused; no other is."""
     return lambda method, path, headers: refused(code, status) if "poison" in path and method in methods else ""
 
 
@@ -52,7 +52,7 @@ def word_for_poison(word: str) -> Rule:
     return lambda method, path, headers: word if "poison" in path and method == "PUT" else ""
 
 
-# How one name is refused, and the name. Those of the first kind are refused for good.
+# Rejection and name. The first group is permanent.
 FOR_GOOD: dict[str, tuple[Rule, str]] = {
     "too long for the store": (too_long, "a" * 250 + "poison.webp"),
     "a denied folder": (denied_folder, "poison/a.webp"),
@@ -61,7 +61,7 @@ FOR_GOOD: dict[str, tuple[Rule, str]] = {
     "bad metadata": (poisoned("MetadataTooLarge", 400), "poison.webp"),
     "held by a lock": (poisoned("InvalidRequest", 422), "poison.webp"),
 }
-# And those that may pass.
+# The second group is transient.
 FOR_NOW: dict[str, tuple[Rule, str]] = {
     "412 for what is not there": (poisoned("PreconditionFailed", 412), "poison.webp"),
     "500 for one name": (poisoned("InternalError", 500), "poison.webp"),
@@ -75,13 +75,13 @@ ALL = {**FOR_GOOD, **FOR_NOW}
 def behind(
     s3_server: StorageServer, rascal_before: Callable[[StorageServer], MisbehavingStore]
 ) -> tuple[str, MisbehavingStore]:
-    """A new bucket's name, and the go-between that leads to it."""
+    """A new bucket's name, and the proxy in front of it."""
     return make_s3_bucket(s3_server), rascal_before(s3_server)
 
 
 @pytest.fixture
 def running_app(run_app: Callable[..., RunningApp], behind: tuple[str, MisbehavingStore]) -> RunningApp:
-    """A server whose pictures go there."""
+    """A server that stores there."""
     return run_app(**settings_of(behind))
 
 
@@ -105,7 +105,7 @@ def letters(running_app: RunningApp) -> list[str]:
 def test_a_refused_name_is_told_to_its_caller_and_to_nobody_else(
     running_app: RunningApp, behind: tuple[str, MisbehavingStore], s3_server: StorageServer, kind: str
 ) -> None:
-    """422 that names save_path; the next picture is stored at once, and nothing waits or is down."""
+    """422 that names save_path; the next image is stored at once, nothing is spooled, the storage counts as up."""
     behind[1].rule, name = FOR_GOOD[kind]
     before = running_app.metric("sds_storage_failures_total")
     for _ in range(3):
@@ -123,7 +123,7 @@ def test_a_refused_name_is_told_to_its_caller_and_to_nobody_else(
 def test_a_poisoned_object_holds_up_nothing_that_is_spooled_behind_it(
     running_app: RunningApp, behind: tuple[str, MisbehavingStore], s3_server: StorageServer, kind: str
 ) -> None:
-    """An outage spools it first and six others after it; then it alone is refused: the others arrive, it is kept."""
+    """Spooled first in an outage, six others after it; then it alone is rejected: the others arrive, it stays."""
     rascal = behind[1]
     rule, name = ALL[kind]
     rascal.rule = lambda method, path, headers: "close"
@@ -154,7 +154,7 @@ def test_a_poisoned_object_holds_up_nothing_that_is_spooled_behind_it(
 def test_what_no_try_brings_is_set_aside_in_the_end(
     running_app: RunningApp, behind: tuple[str, MisbehavingStore], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After as many tries as the limit says, here two, with the storage's own words."""
+    """After the limit of attempts, here two, with the storage's own message."""
     monkeypatch.setattr("stable_diffusion_server.storage.spool_uploader._MAX_TRIES", 2)
     behind[1].rule = poisoned("PreconditionFailed", 412)
     assert not running_app.draw(prompt="a red square", save_path="poison.webp").json()["stored"]
@@ -168,7 +168,7 @@ def test_what_no_try_brings_is_set_aside_in_the_end(
 def test_a_refusal_of_every_name_is_of_the_storage(
     running_app: RunningApp, behind: tuple[str, MisbehavingStore], s3_server: StorageServer, code: str, status: int
 ) -> None:
-    """Denied or expired for everything: the pictures wait, nobody is told that his name is bad, none is set aside."""
+    """Denied or expired for every name: images are spooled, no caller is told of a bad name, none is quarantined."""
     behind[1].rule = lambda method, path, headers: refused(code, status) if method == "PUT" else ""
     for number in range(2):
         answer = running_app.draw(prompt="a red square", save_path=f"{number}.webp")
@@ -182,7 +182,7 @@ def test_a_refusal_of_every_name_is_of_the_storage(
 def test_a_name_made_here_that_is_refused_is_not_its_callers_fault(
     running_app: RunningApp, behind: tuple[str, MisbehavingStore]
 ) -> None:
-    """No parameter is named, since none would mend it: 502, and the next named picture is stored."""
+    """No parameter is named, since none would help: 502, and the next named image is stored."""
     behind[1].rule = lambda method, path, headers: (
         refused("InvalidArgument", 400) if re.search(r"/[0-9a-f]{16,}[^/]*$", path) and method == "PUT" else ""
     )
@@ -195,7 +195,7 @@ def test_a_name_made_here_that_is_refused_is_not_its_callers_fault(
 def test_who_may_not_list_is_told_403_of_what_is_absent_and_draws(
     running_app: RunningApp, behind: tuple[str, MisbehavingStore], s3_server: StorageServer
 ) -> None:
-    """AWS answers so without s3:ListBucket: that is no refusal, and the picture is stored under its name."""
+    """AWS answers so without s3:ListBucket: not a rejection; the image is stored under its name."""
     there = keys_in(s3_server, behind[0])
 
     def rule(method: str, path: str, headers: Mapping[str, str]) -> str | Said:
@@ -209,7 +209,7 @@ def test_who_may_not_list_is_told_403_of_what_is_absent_and_draws(
 
 @pytest.mark.fault(132)
 def test_what_is_refused_of_every_object_alike_is_found_at_the_start(behind: tuple[str, MisbehavingStore]) -> None:
-    """A bucket without ACLs and BUCKET_ACL set: the probe is written as pictures are, and refused as they would be."""
+    """A bucket without ACLs and BUCKET_ACL set: the write probe uses the same options and fails the same way."""
     behind[1].rule = lambda method, path, headers: (
         refused("AccessControlListNotSupported", 400) if "x-amz-acl" in {name.lower() for name in headers} else ""
     )
@@ -221,7 +221,7 @@ def test_what_is_refused_of_every_object_alike_is_found_at_the_start(behind: tup
 def test_rights_without_those_to_delete_are_no_outage(
     running_app: RunningApp, behind: tuple[str, MisbehavingStore]
 ) -> None:
-    """The deletion is refused to who asked for it; what is drawn then is stored at once."""
+    """The delete request fails; new images are stored at once."""
     key = running_app.draw(prompt="a red square", save_path="a.webp").json()["key"]
     before = running_app.metric("sds_storage_failures_total")
     behind[1].rule = lambda method, path, headers: refused("AccessDenied", 403) if method == "DELETE" else ""
@@ -240,7 +240,7 @@ def test_googles_refusals_of_one_name_stay_with_it(
     status: int,
     methods: str,
 ) -> None:
-    """422 for what is refused for good; what meets other writers waits. The next picture is stored either way."""
+    """422 for a permanent rejection; a conflict with other writers is retried. The next image is stored either way."""
     rascal = rascal_before(gcs_server)
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", rascal.url)
     running_app = run_app(storage_provider="gcs", bucket_name=make_gcs_bucket(gcs_server), storage_timeout=2.0)

@@ -1,4 +1,4 @@
-"""A bucket that takes its time: who floods it with reads and deletions keeps it and the threads from nobody else."""
+"""A slow bucket: a flood of reads and deletions by one caller does not take the bucket and threads from others."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CALL_SECONDS, PATIENCE = 0.4, 2.0
 def live(
     live_of: Callable[..., LiveServer], s3_server: StorageServer, rascal_before: Callable[..., MisbehavingStore]
 ) -> LiveServer:
-    """A server of two keys whose bucket takes 0.4 s a call, and is down for who waits for 2 s."""
+    """A server with two keys whose bucket takes 0.4 s per call, and counts as down after 2 s."""
     slow = rascal_before(s3_server)
     keys = {key: value.get_secret_value() for key, value in KEYS.items()}
     where = {"bucket_name": make_s3_bucket(s3_server), "r2_endpoint_url": slow.url, "storage_provider": "r2"}
@@ -44,7 +44,7 @@ def live(
 
 @contextmanager
 def flooded(live: LiveServer, floods: list[tuple[str, str]], at_once: int = 40) -> Iterator[list[int]]:
-    """So many requests of Ann's at a time, again and again while the block lasts; the statuses of their answers."""
+    """So many concurrent requests of Ann's, repeated while the block lasts; their statuses."""
     statuses: list[int] = []
     going = True
 
@@ -70,7 +70,7 @@ def flooded(live: LiveServer, floods: list[tuple[str, str]], at_once: int = 40) 
 
 
 def drawn(live: LiveServer, prompt: str) -> dict[str, object]:
-    """What Bob gets for a prompt."""
+    """Bob's response to a prompt."""
     asked = {"prompt": prompt, "width": 64, "height": 64, "num_inference_steps": 2}
     answer = httpx.post(
         f"{live.url}/create_and_upload_image", json=asked, headers={"X-API-Key": SECRETS["bob"]}, timeout=60
@@ -82,7 +82,7 @@ def drawn(live: LiveServer, prompt: str) -> dict[str, object]:
 @pytest.mark.fault(193)
 @pytest.mark.parametrize("kinds", [*([kind] for kind in FLOODS), list(FLOODS)], ids=lambda kinds: " and ".join(kinds))
 def test_a_flood_at_a_slow_bucket_keeps_nobody_from_drawing(live: LiveServer, kinds: list[str]) -> None:
-    """While one key's requests wait for the bucket, another key's pictures are stored, and nothing is called down."""
+    """One key's requests wait for the bucket; another key's images are stored, and nothing counts as down."""
     with flooded(live, [FLOODS[kind] for kind in kinds]) as statuses:
         for number in range(2):
             began = time.monotonic()
@@ -104,7 +104,7 @@ def test_a_flood_at_a_slow_bucket_keeps_nobody_from_drawing(live: LiveServer, ki
 def test_lists_of_one_caller_leave_threads_to_others(
     live_of: Callable[..., LiveServer], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """Eighty at a time of lists that take long: at most half of their places are one caller's, the rest is 429."""
+    """Eighty concurrent slow lists: one caller gets at most half of the slots, the rest is 429."""
     under_way, most = [0], [0]
     from stable_diffusion_server.api.automatic1111 import info_routes, responses
 

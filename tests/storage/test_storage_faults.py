@@ -1,4 +1,4 @@
-"""A storage that refuses for a while or takes its time, behind a whole server: nothing is lost, nobody waits."""
+"""A storage that refuses temporarily or is slow, behind a whole server: nothing is lost, nobody waits."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from stable_diffusion_server.storage.base import Bucket
 def behind(
     s3_server: StorageServer, rascal_before: Callable[[StorageServer], MisbehavingStore]
 ) -> tuple[str, MisbehavingStore]:
-    """A new bucket's name, and the go-between that leads to it."""
+    """A new bucket's name, and the proxy in front of it."""
     return make_s3_bucket(s3_server), rascal_before(s3_server)
 
 
@@ -32,7 +32,7 @@ def bucket(behind: tuple[str, MisbehavingStore]) -> Bucket:
 
 @pytest.fixture
 def running_app(run_app: Callable[..., RunningApp], behind: tuple[str, MisbehavingStore]) -> RunningApp:
-    """A server whose pictures go there."""
+    """A server that stores there."""
     name, rascal = behind
     keys = {key: value.get_secret_value() for key, value in KEYS.items()}
     settings: dict[str, Any] = {"storage_provider": "r2", "bucket_name": name, "storage_timeout": 3.0, **keys}
@@ -49,7 +49,7 @@ def keys_in(server: StorageServer, name: str) -> set[str]:
 def test_a_conflict_passes_and_the_writer_wins(
     bucket: Bucket, behind: tuple[str, MisbehavingStore], times: int
 ) -> None:
-    """409 means that another writer is at it right now: looked again, tried again, and stored once."""
+    """409 means a concurrent writer: checked again, retried, and stored once."""
     rascal = behind[1]
     rascal.only, before = {"PUT"}, len(rascal.requests)
     rascal.mischief.extend(["conflict"] * times)
@@ -64,7 +64,7 @@ def test_a_conflict_passes_and_the_writer_wins(
 def test_a_conflict_that_another_writer_won_gives_what_is_stored(
     bucket: Bucket, behind: tuple[str, MisbehavingStore]
 ) -> None:
-    """The loser is told the winner's object."""
+    """The loser gets the winner's object."""
     first, _ = bucket.create("k", b"first", "image/webp", {})
     rascal = behind[1]
     rascal.only = {"PUT"}
@@ -77,7 +77,7 @@ def test_a_conflict_that_another_writer_won_gives_what_is_stored(
 def test_a_refusal_is_told_in_one_sentence_and_passes(
     bucket: Bucket, behind: tuple[str, MisbehavingStore], word: str, sentence: str
 ) -> None:
-    """503 with the cause and no key; the same client goes on when the storage takes it again."""
+    """503 with the cause and without a key; the same client works when the storage recovers."""
     rascal = behind[1]
     for act in (
         lambda: bucket.stat("k"),
@@ -87,7 +87,7 @@ def test_a_refusal_is_told_in_one_sentence_and_passes(
         rascal.mischief.extend([word] * 9)
         with pytest.raises(StorageUnavailable) as raised:
             act()
-        # A HEAD has no body that could name a code.
+        # A HEAD response has no body with an error code.
         assert sentence in raised.value.detail or act.__code__.co_names[0] == "stat"
         assert "AKIA" not in raised.value.detail
         rascal.mischief.clear()
@@ -99,7 +99,7 @@ def test_a_refusal_is_told_in_one_sentence_and_passes(
 def test_while_writes_are_refused_no_picture_is_lost(
     running_app: RunningApp, behind: tuple[str, MisbehavingStore], s3_server: StorageServer, word: str
 ) -> None:
-    """Drawn, answered, kept on the disk; in the bucket once the storage takes writes again."""
+    """Generated, returned, spooled; uploaded once the storage accepts writes again."""
     name, rascal = behind
     rascal.only = {"PUT", "HEAD"}
     rascal.mischief.extend(["", *[word] * 500])
@@ -115,7 +115,7 @@ def test_while_writes_are_refused_no_picture_is_lost(
 def test_a_slow_storage_does_not_hold_the_device(
     running_app: RunningApp, behind: tuple[str, MisbehavingStore], s3_server: StorageServer
 ) -> None:
-    """While one picture is on its way to a storage that does not answer, the next ones are drawn, and all arrive."""
+    """While one upload hangs, the next images are generated, and all arrive."""
     name, rascal = behind
     rascal.only = {"PUT"}
     rascal.mischief.extend(["slow"] * 500)
