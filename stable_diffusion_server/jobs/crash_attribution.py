@@ -1,4 +1,4 @@
-"""Attributes a crash of the previous process to jobs, and orders the jobs for the restart."""
+"""Attributes a crash of the previous process to jobs, and sorts the jobs for the restart."""
 
 from __future__ import annotations
 

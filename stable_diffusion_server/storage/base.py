@@ -12,10 +12,10 @@ from stable_diffusion_server.types import StoredObject
 
 
 class Bucket(Protocol):
-    """A store of objects by key. Methods block on I/O, so call them off the event loop; safe from any thread.
+    """A store of objects by key. Methods block on I/O, so call them outside the event loop; safe from any thread.
 
-    All methods raise `StorageUnavailable` when the store does not answer, and `InvalidInput` for a key that it cannot
-    hold. Methods that are not abstract have a default: backends without that ability inherit it.
+    All methods raise `StorageUnavailable` when the store does not answer, and `InvalidInput` for a key that the store
+    cannot hold. Non-abstract methods have a default for backends without that ability.
     """
 
     @abstractmethod
@@ -27,28 +27,28 @@ class Bucket(Protocol):
         return
 
     def health(self) -> str | None:
-        """Why the bucket cannot store images, in one sentence, without asking it; `None` when no reason is known."""
+        """Return why the bucket cannot store images, in one sentence, without I/O; `None` if no reason is known."""
         return None
 
     def check_capacity(self) -> None:
-        """Raise `StorageUnavailable` when one more image could not be stored. Called before an image is generated."""
+        """Raise `StorageUnavailable` if one more image cannot be stored. Call it before generating an image."""
         return
 
     @abstractmethod
     def stat(self, key: str) -> StoredObject | None:
-        """The object under `key`, or `None` if absent. A write-behind bucket returns `None` also during an outage."""
+        """Return the object under `key`, or `None` if absent; a write-behind bucket returns `None` in an outage too."""
 
     def peek(self, key: str) -> StoredObject | None:
-        """Like `stat`, but raises `StorageUnavailable` during an outage. For decisions on access rights."""
+        """Do as `stat`, but raise `StorageUnavailable` during an outage. For decisions on access rights."""
         return self.stat(key)
 
     def cached(self, key: str) -> StoredObject | None:
-        """The object if it is known to be stored, without I/O; `None` means unknown."""
+        """Return the object if a cache knows that it is stored, without I/O; `None` means unknown."""
         return None
 
     @abstractmethod
     def create(self, key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> tuple[StoredObject, bool]:
-        """Store `data` atomically if `key` is absent; returns the stored object and whether this call stored it."""
+        """Store `data` atomically if `key` is absent; return the stored object and whether this call stored it."""
 
     @abstractmethod
     def overwrite(self, key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> StoredObject:
@@ -56,7 +56,7 @@ class Bucket(Protocol):
 
     @abstractmethod
     def read(self, key: str, start: int = 0, end: int | None = None) -> bytes:
-        """Bytes `start` (inclusive) to `end` (exclusive; `None`: to the last). Raises `NotFound`."""
+        """Return bytes `start` (inclusive) to `end` (exclusive; `None`: to the last). Raises `NotFound`."""
 
     @abstractmethod
     def delete(self, key: str) -> None:
@@ -64,24 +64,24 @@ class Bucket(Protocol):
 
     @abstractmethod
     def list(self, prefix: str = "") -> Iterator[str]:
-        """The keys that start with `prefix`."""
+        """Yield the keys that start with `prefix`."""
 
     def url(self, key: str) -> str | None:
-        """The public or signed URL of the object, without I/O; `None` when only this server can serve it."""
+        """Return the public or signed URL of the object, without I/O; `None` if only this server can serve it."""
         return None
 
     def spool_stats(self) -> Mapping[str, float]:
-        """Statistics of the upload spool, see `WriteBehindBucket.spool_stats`; empty for buckets without a spool."""
+        """Return statistics of the upload spool, see `WriteBehindBucket.spool_stats`; empty without a spool."""
         return {}
 
 
 def check_if_blob_exists(bucket: Bucket, key: str) -> bool:
-    """Whether an object is stored under `key`. The function name is the original server's."""
+    """Return whether an object is stored under `key`. The function has this name in the original server."""
     return bucket.stat(key) is not None
 
 
 def read_image(bucket: Bucket, key: str) -> bytes:
-    """The whole object under `key`, checked to start with an image signature.
+    """Return the whole object under `key`, after checking that it starts with an image signature.
 
     Raises `NotFound`, and `StorageUnavailable` if the object is not an image or cannot be read.
     """

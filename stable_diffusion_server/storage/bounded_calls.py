@@ -1,4 +1,4 @@
-"""Calls a bucket with a time limit, and remembers outages of reading and writing."""
+"""Calls a bucket with a time limit, and records outages of reading and writing."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MAX_CONCURRENT_CALLS = 8
 
 
 class BoundedCalls:
-    """Calls `store` with a `timeout` in seconds, and remembers outages of "read" and "write". Thread-safe.
+    """Calls `store` with a `timeout` in seconds, and records outages of "read" and "write". Thread-safe.
 
     During an outage calls fail at once, until `mark_up`. `outage_event` is set when an outage begins.
     """
@@ -39,11 +39,11 @@ class BoundedCalls:
         self.outage_event = threading.Event()
 
     def outage(self, what: str) -> str | None:
-        """Why reading or writing is down, or `None`."""
+        """Return why "read" or "write" is down, or `None`."""
         return self._down.get(what)
 
     def call(self, what: str, call: Callable[[], T], writes: str | None = None) -> T:
-        """Run `call` and return its result; fails at once during an outage of `what` ("read" or "write").
+        """Run `call` and return its result; fail at once during an outage of `what` ("read" or "write").
 
         `writes` is the key that the call writes. Raises `StorageUnavailable`, and the bucket's errors about a key.
         """
@@ -58,7 +58,7 @@ class BoundedCalls:
             raise
 
     def call_even_if_down(self, call: Callable[[], T], writes: str | None = None) -> T:
-        """Run `call` even during an outage, and do not record its failure as one."""
+        """Run `call` even during an outage; a failure does not record an outage."""
         try:
             answer = self._pool.submit(call)
         except RuntimeError as error:
@@ -76,7 +76,7 @@ class BoundedCalls:
         self.was_up = True
 
     def has_pending_write(self, key: str) -> bool:
-        """Whether a timed-out write of this key is still running."""
+        """Return whether a timed-out write of this key still runs."""
         late = self._pending_writes.get(key)
         if late is None or not late.done():
             return late is not None
@@ -98,7 +98,7 @@ class BoundedCalls:
             _log.info("the storage is up again", to=what)
 
     def close(self) -> None:
-        """Start no more calls; running calls are not interrupted."""
+        """Start no more calls; running calls continue."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _result(self, answer: Future[T], writes: str | None) -> T:

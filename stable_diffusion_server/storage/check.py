@@ -9,9 +9,9 @@ from stable_diffusion_server.storage.base import Bucket
 
 
 def check_bucket(bucket: Bucket, key: str, get: Callable[[str], bytes]) -> Iterator[tuple[str, str | None]]:
-    """Run every bucket operation; yields the name of each check and its error, or `None` if it passed.
+    """Run every bucket operation; yield the name of each check and its error, or `None` if it passed.
 
-    `key` must be unused; the object is deleted at the end. `get` fetches a URL.
+    `key` must be unused; the last check deletes the object. `get` fetches a URL.
     """
     data, record = b"check-storage", {"made": "by check-storage"}
 

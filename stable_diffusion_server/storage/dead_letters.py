@@ -1,4 +1,4 @@
-"""Folder of images that the bucket rejected, each with its reason, until an operator retries or drops them."""
+"""Stores the images that the bucket rejected, with the reasons, until an operator retries or drops them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _MAX_LETTERS = 1000
 
 @dataclass(frozen=True, slots=True)
 class DeadLetter:
-    """One rejected object. `caller_informed`: its caller got an error and no URL. `size`: bytes on disk."""
+    """One rejected object. `caller_informed`: the caller got an error instead of a URL. `size`: bytes on disk."""
 
     path: Path
     key: str
@@ -41,10 +41,10 @@ class DeadLetter:
 
 
 class DeadLetters:
-    """The folder, created with the first object. Thread-safe; other processes may change it too.
+    """The folder of dead letters; the first object creates it. Thread-safe; other processes may change it too.
 
-    At most `most` objects of `max_bytes` in total. The oldest are evicted first, those whose callers know of the
-    rejection before all others.
+    It holds at most `most` objects and `max_bytes` in total. It evicts the oldest first, and objects whose callers know
+    of the rejection before all others.
     """
 
     def __init__(self, folder: Path, max_bytes: int, most: int = _MAX_LETTERS) -> None:
@@ -54,7 +54,7 @@ class DeadLetters:
         self._lock = threading.Lock()
 
     def add(self, path: Path, reason: str, *, caller_informed: bool = False) -> Path | None:
-        """Move a file here, with the reason; returns its new path, or `None` if it cannot be moved."""
+        """Move a file here, with the reason; return its new path, or `None` if the move fails."""
         target = self._folder / path.name
         with self._lock:
             try:
@@ -78,7 +78,7 @@ class DeadLetters:
         return 0
 
     def list_all(self) -> list[DeadLetter]:
-        """All dead letters, oldest first."""
+        """Return all dead letters, oldest first."""
         with suppress(OSError):
             paths = sorted(path for path in self._folder.iterdir() if path.suffix != ".reason")
             return [letter for letter in map(self._read, paths) if letter is not None]
@@ -103,7 +103,7 @@ class DeadLetters:
 
     def _write_sidecar(self, target: Path, why: dict[str, Any]) -> None:
         """Write the reason into a file beside the object."""
-        with suppress(OSError):  # on a full disk the reason is lost, the object is not
+        with suppress(OSError):  # a full disk loses the reason, not the object
             _sidecar(target).write_text(json.dumps(why))
 
     def _read(self, path: Path) -> DeadLetter | None:
@@ -130,7 +130,7 @@ class DeadLetters:
 
 
 def read_header(path: Path) -> dict[str, Any]:
-    """The JSON header line of a spool file. Raises `OSError`, and `ValueError` for other files."""
+    """Return the JSON header line of a spool file. Raises `OSError`, and `ValueError` for other files."""
     line = _read_first_line(path)
     facts = _parse_object(line) if line.endswith(b"\n") else None
     kinds = {"key": str, "content_type": str, "record": dict, "sha256": str, "overwrite": bool}
@@ -142,7 +142,7 @@ def read_header(path: Path) -> dict[str, Any]:
 
 
 def verify_spool_file(path: Path) -> tuple[dict[str, Any], int]:
-    """The header and the number of image bytes, checked against the SHA-256. Raises `OSError` and `ValueError`."""
+    """Check the SHA-256; return the header and the number of image bytes. Raises `OSError` and `ValueError`."""
     facts, size, content = read_header(path), 0, hashlib.sha256()
     with path.open("rb") as file:
         file.readline(_HEAD_BYTES)
@@ -155,7 +155,7 @@ def verify_spool_file(path: Path) -> tuple[dict[str, Any], int]:
 
 
 def _read_first_line(path: Path) -> bytes:
-    """At most 64 KiB of the first line. Raises `OSError`, and `ValueError` if it is not a regular file."""
+    """Return at most 64 KiB of the first line. Raises `OSError`, and `ValueError` if it is not a regular file."""
     if not stat.S_ISREG(path.lstat().st_mode):
         raise ValueError("it is no file")
     with path.open("rb") as file:
@@ -163,7 +163,7 @@ def _read_first_line(path: Path) -> bytes:
 
 
 def _parse_object(line: bytes) -> dict[str, Any]:
-    """Parse a JSON object. Raises `ValueError`, also for one that is nested too deep."""
+    """Parse a JSON object. Raises `ValueError`, also if it is nested too deep."""
     try:
         return dict(json.loads(line))
     except (RecursionError, TypeError) as error:

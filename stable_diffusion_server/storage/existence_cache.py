@@ -14,9 +14,9 @@ from stable_diffusion_server.types import StoredObject
 
 
 class ExistenceCache:
-    """At most `capacity` stored objects, each for `seconds`; `capacity` 0 turns the cache off. Thread-safe.
+    """Caches up to `capacity` stored objects, each for `seconds`; `capacity` 0 turns the cache off. Thread-safe.
 
-    Expired entries are evicted eagerly, at each write; otherwise a busy server would keep thousands of dead entries.
+    Each write evicts all expired entries; otherwise a busy server would keep thousands of dead entries.
     """
 
     def __init__(self, capacity: int, seconds: float, now: Callable[[], float] = time.monotonic) -> None:
@@ -25,21 +25,21 @@ class ExistenceCache:
         self.changes = 0
 
     def __len__(self) -> int:
-        """The number of entries that have not expired."""
+        """Return the number of entries that have not expired."""
         with self._lock:
             return len(self._entries)
 
     def get(self, key: str) -> StoredObject | None:
-        """The cached object, or `None`. Needs no I/O, so the event loop may call it."""
+        """Return the cached object, or `None`. Needs no I/O, so the event loop may call it."""
         with self._lock:
             found: StoredObject | None = self._entries.get(key)
             return found
 
     def remember(self, key: str, stored: StoredObject | None, since: int | None = None) -> StoredObject | None:
-        """Cache `stored` and return it; `None` and objects that wait in the spool remove the entry instead.
+        """Cache `stored` and return it; for `None` and objects that wait in the spool, remove the entry instead.
 
         For a value read with `stat`, pass the `changes` counter taken before the read; if a write happened since, the
-        stale value is not cached.
+        method does not cache the stale value.
         """
         with self._lock:
             if since is None:
@@ -56,7 +56,7 @@ class CachedBucket(Bucket):
     """Bucket decorator with an existence cache of `capacity` keys for `seconds` each.
 
     It caches presence, never absence. Deletions and overwrites through this object take effect at once; those of other
-    processes when the entry expires.
+    processes take effect when the entry expires.
     """
 
     def __init__(
@@ -74,53 +74,53 @@ class CachedBucket(Bucket):
         self._bucket.close()
 
     def health(self) -> str | None:
-        """As the bucket reports."""
+        """Return the bucket's health."""
         return self._bucket.health()
 
     def check_capacity(self) -> None:
-        """As the bucket decides."""
+        """Check the bucket's capacity."""
         self._bucket.check_capacity()
 
     def spool_stats(self) -> Mapping[str, float]:
-        """As the bucket reports."""
+        """Return the bucket's spool statistics."""
         return self._bucket.spool_stats()
 
     def list(self, prefix: str = "") -> Iterator[str]:
-        """The keys in the bucket; the cache is not used."""
+        """List the keys in the bucket, without the cache."""
         return self._bucket.list(prefix)
 
     def url(self, key: str) -> str | None:
-        """The bucket's URL of the object."""
+        """Return the bucket's URL of the object."""
         return self._bucket.url(key)
 
     def cached(self, key: str) -> StoredObject | None:
-        """The object if it is in the cache."""
+        """Return the object if it is in the cache."""
         return self._cache.get(key)
 
     def stat(self, key: str) -> StoredObject | None:
-        """From the cache, otherwise from the bucket."""
+        """Return the object from the cache, otherwise from the bucket."""
         since = self._cache.changes
         return self.cached(key) or self._cache.remember(key, self._bucket.stat(key), since)
 
     def peek(self, key: str) -> StoredObject | None:
-        """From the bucket; the cache is not used."""
+        """Return the object from the bucket, without the cache."""
         return self._bucket.peek(key)
 
     def create(self, key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> tuple[StoredObject, bool]:
-        """Create in the bucket, whatever is cached, and cache the result."""
+        """Create the object in the bucket without reading the cache, and cache the result."""
         stored, created = self._bucket.create(key, data, content_type, record)
         self._cache.remember(key, stored)
         return stored, created
 
     def overwrite(self, key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> StoredObject:
-        """Remove the entry, write, and cache the result."""
+        """Remove the cache entry, write, and cache the result."""
         self._cache.remember(key, None)
         stored = self._bucket.overwrite(key, data, content_type, record)
         self._cache.remember(key, stored)
         return stored
 
     def read(self, key: str, start: int = 0, end: int | None = None) -> bytes:
-        """Read from the bucket. On `NotFound` the entry is removed, since another process deleted the object."""
+        """Read from the bucket. On `NotFound` remove the entry, since another process deleted the object."""
         try:
             return self._bucket.read(key, start, end)
         except NotFound:
@@ -128,7 +128,7 @@ class CachedBucket(Bucket):
             raise
 
     def delete(self, key: str) -> None:
-        """Delete the object. The entry is removed before and after, because a concurrent `stat` may cache it again."""
+        """Delete the object; remove the entry before and after, because a concurrent `stat` may cache it again."""
         self._cache.remember(key, None)
         self._bucket.delete(key)
         self._cache.remember(key, None)

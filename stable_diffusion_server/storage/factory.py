@@ -19,7 +19,7 @@ _DOMAIN = re.compile(r"[a-z0-9][a-z0-9-]*(\.[a-z0-9][a-z0-9-]*)*\.[a-z]{2,}")
 
 
 class StorageOptions(Protocol):
-    """The settings a bucket is created from; `settings.StorageSettings` describes each of them."""
+    """The settings that `open_bucket` reads; `settings.StorageSettings` describes each of them."""
 
     @property
     def storage_provider(self) -> str:
@@ -75,7 +75,7 @@ class StorageOptions(Protocol):
 
 
 def open_bucket(options: StorageOptions) -> Bucket:
-    """Create the selected backend. `Bucket.open` connects it; this function makes no request, imports no client."""
+    """Create the selected backend. This function makes no request and imports no client; `Bucket.open` connects."""
     base_url = options.public_base_url or _own_domain(options.bucket_name)
     match options.storage_provider:
         case "local":
@@ -109,7 +109,7 @@ def open_bucket(options: StorageOptions) -> Bucket:
 
 
 def aws_credentials(options: StorageOptions) -> tuple[str, str, str]:
-    """Access key, secret key and session token in plain text; empty strings select boto3's credential chain."""
+    """Return access key, secret key and session token in plain text; empty strings select boto3's default chain."""
     return (
         options.aws_access_key_id.get_secret_value(),
         options.aws_secret_access_key.get_secret_value(),
@@ -118,5 +118,5 @@ def aws_credentials(options: StorageOptions) -> tuple[str, str, str]:
 
 
 def _own_domain(bucket_name: str) -> str:
-    """`https://NAME` for a bucket that is named after a domain, such as `static.example.com`; otherwise empty."""
+    """Return `https://NAME` for a bucket named after a domain, such as `static.example.com`; otherwise empty."""
     return f"https://{bucket_name}" if _DOMAIN.fullmatch(bucket_name) else ""

@@ -1,4 +1,4 @@
-"""Bucket decorator that measures each call."""
+"""Bucket decorator that reports duration and failure of each call."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from stable_diffusion_server.types import StoredObject
 class InstrumentedBucket(Bucket):
     """Calls `store` and reports each call to `called`: name, duration in seconds, whether it failed.
 
-    `NotFound` and `InvalidInput` are answers, not failures. `list` is not measured, since it lasts as long as its
-    reader iterates.
+    `NotFound` and `InvalidInput` are answers, not failures. `list` is not measured, because its duration depends on the
+    reader's iteration.
     """
 
     def __init__(self, store: Bucket, called: Callable[[str, float, bool], object]) -> None:
@@ -32,48 +32,48 @@ class InstrumentedBucket(Bucket):
         self._store.close()
 
     def health(self) -> str | None:
-        """As the store reports."""
+        """Return the store's health."""
         return self._store.health()
 
     def check_capacity(self) -> None:
-        """As the store decides."""
+        """Check the store's capacity."""
         self._store.check_capacity()
 
     def peek(self, key: str) -> StoredObject | None:
-        """Timed as `stat`."""
+        """Call and time `peek`, reported as "stat"."""
         with self._timed("stat"):
             return self._store.peek(key)
 
     def list(self, prefix: str = "") -> Iterator[str]:
-        """The keys that begin with `prefix`."""
+        """List the keys that start with `prefix`."""
         return self._store.list(prefix)
 
     def url(self, key: str) -> str | None:
-        """The URL of the object."""
+        """Return the store's URL of the object."""
         return self._store.url(key)
 
     def stat(self, key: str) -> StoredObject | None:
-        """Timed."""
+        """Call and time `stat`."""
         with self._timed("stat"):
             return self._store.stat(key)
 
     def create(self, key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> tuple[StoredObject, bool]:
-        """Timed."""
+        """Call and time `create`."""
         with self._timed("create"):
             return self._store.create(key, data, content_type, record)
 
     def overwrite(self, key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> StoredObject:
-        """Timed."""
+        """Call and time `overwrite`."""
         with self._timed("overwrite"):
             return self._store.overwrite(key, data, content_type, record)
 
     def read(self, key: str, start: int = 0, end: int | None = None) -> bytes:
-        """Timed."""
+        """Call and time `read`."""
         with self._timed("read"):
             return self._store.read(key, start, end)
 
     def delete(self, key: str) -> None:
-        """Timed."""
+        """Call and time `delete`."""
         with self._timed("delete"):
             self._store.delete(key)
 

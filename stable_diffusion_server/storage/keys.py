@@ -1,4 +1,4 @@
-"""Object keys: how names become keys, their limits, and their URL paths."""
+"""Makes object keys from names, checks their limits, and makes URL paths from keys."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ KEY_MAX_BYTES = 1024
 
 
 def object_key(bucket_path: str, name: str) -> str:
-    """The key of `name` under `bucket_path`, in Unicode NFC, not percent-encoded.
+    """Return the key of `name` under `bucket_path`, in Unicode NFC, not percent-encoded.
 
     Raises `InvalidInput` for `save_path` if the name is empty or absolute, has a part `.` or `..`, control characters
     or a backslash, or if the key is longer than `KEY_MAX_BYTES`.
@@ -45,7 +45,7 @@ def object_key(bucket_path: str, name: str) -> str:
 
 
 def url_path(key: str) -> str:
-    """The key as URL path: percent-encoded, except for `/`."""
+    """Return the key as URL path: percent-encoded, except for `/`."""
     return quote(key, safe="/")
 
 

@@ -1,4 +1,4 @@
-"""Local bucket: a folder with atomic writes; content type and record are stored beside each object."""
+"""Local bucket: a folder with atomic writes; a second file holds content type and record of each object."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from stable_diffusion_server.storage.base import Bucket
 from stable_diffusion_server.storage.existence_cache import ExistenceCache
 from stable_diffusion_server.types import StoredObject
 
-# What Linux, macOS and Windows file systems hold.
+# Limit of a file name on Linux, macOS and Windows.
 _SEGMENT_MAX_BYTES = 255
 _NAME_FAULTS = {
     errno.ENAMETOOLONG: f"has a part longer than {_SEGMENT_MAX_BYTES} bytes, which a folder on disk cannot hold",
@@ -36,7 +36,7 @@ _NAME_FAULTS = {
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "is in a folder that cannot be written to"),
     **dict.fromkeys((errno.EINVAL, errno.EILSEQ), "is none that this disk can hold"),
 }
-# A file removed by another program is noticed after this time.
+# The bucket notices files that another program removed after this time.
 _CACHE_SIZE, _CACHE_SECONDS = 10_000, 2.0
 _DIGEST_CACHE_SIZE = 20_000
 
@@ -65,10 +65,10 @@ class LocalBucket(Bucket):
                     raise PermissionError(errno.EACCES, "not writable")
 
     def close(self) -> None:
-        """Nothing to close."""
+        """Do nothing: there is nothing to close."""
 
     def health(self) -> str | None:
-        """Why the disk is unusable, for example because it is full."""
+        """Return why the disk is unusable, for example because it is full; `None` if it is usable."""
         try:
             self.check_capacity()
         except StorageUnavailable as error:
@@ -81,13 +81,13 @@ class LocalBucket(Bucket):
             self._disk.check()
 
     def stat(self, key: str) -> StoredObject | None:
-        """The complete object or `None`. Raises `InvalidInput` for the name of a folder or a name too long."""
+        """Return the complete object or `None`. Raises `InvalidInput` for a folder's name or a name too long."""
         with self._translated_errors():
             since = self._cache.changes
             return self._cache.remember(key, self._find_consistent(key), since)
 
     def cached(self, key: str) -> StoredObject | None:
-        """The object if it was seen less than 2 s ago."""
+        """Return the object if a call found it less than 2 s ago."""
         return self._cache.get(key)
 
     def create(self, key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> tuple[StoredObject, bool]:
@@ -116,7 +116,7 @@ class LocalBucket(Bucket):
         return stored
 
     def read(self, key: str, start: int = 0, end: int | None = None) -> bytes:
-        """Bytes `start` (inclusive) to `end` (exclusive). Raises `NotFound`."""
+        """Return bytes `start` (inclusive) to `end` (exclusive). Raises `NotFound`."""
         with self._translated_errors():
             try:
                 with self.path(key).open("rb") as file:
@@ -145,7 +145,7 @@ class LocalBucket(Bucket):
                         raise
 
     def list(self, prefix: str = "") -> Iterator[str]:
-        """The keys that start with `prefix`, in folder order."""
+        """Yield the keys that start with `prefix`, in folder order."""
         top = self._objects / prefix.rpartition("/")[0]
         if not top.resolve().is_relative_to(self._objects.resolve()):
             return
@@ -158,7 +158,7 @@ class LocalBucket(Bucket):
                     yield key
 
     def path(self, key: str) -> Path:
-        """The object's file, for sendfile.
+        """Return the path of the object's file, for sendfile.
 
         Raises `NotFound` for a key that leads out of the folder, for example by a symbolic link.
         """
@@ -179,7 +179,7 @@ class LocalBucket(Bucket):
 
     @contextmanager
     def _staged_object(self, data: bytes, stored: StoredObject) -> Iterator[tuple[Path, Path]]:
-        """Durable temporary files with the object and its record, while the lock is held."""
+        """Write the object and its record to durable temporary files, then hold the lock during the block."""
         with (
             self._translated_errors(),
             self._staged_file(data) as finished,
@@ -190,7 +190,7 @@ class LocalBucket(Bucket):
 
     @contextmanager
     def _staged_file(self, data: bytes) -> Iterator[Path]:
-        """A durable temporary file with `data` in the same file system, removed afterwards."""
+        """Write `data` to a durable temporary file in the same file system; remove it after the block."""
         path = self._staging / uuid4().hex
         try:
             with path.open("xb") as file:
@@ -202,7 +202,7 @@ class LocalBucket(Bucket):
             path.unlink(missing_ok=True)
 
     def _prepare_target(self, key: str) -> Path:
-        """The path of an object to write; creates the folders of object and record."""
+        """Return the path for writing an object; create the folders of object and record."""
         target = self._checked_path(key)
         for path in (target, self._records / key):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -210,9 +210,9 @@ class LocalBucket(Bucket):
 
     @contextmanager
     def _translated_name_errors(self) -> Iterator[None]:
-        """Raise errors caused by the caller's key as `InvalidInput`; other errors pass.
+        """Raise errors caused by the caller's key as `InvalidInput`; other errors pass unchanged.
 
-        An error of the whole bucket is not the key's: then the bucket's own folders are not writable either.
+        If the bucket's own folders are not writable, the bucket is the cause, not the key.
         """
         try:
             yield
@@ -226,9 +226,9 @@ class LocalBucket(Bucket):
         return all(os.access(folder, os.W_OK | os.X_OK) for folder in (self._objects, self._records, self._staging))
 
     def _checked_path(self, key: str) -> Path:
-        """The path of a key that may name an object. Raises `OSError`."""
+        """Return the path of a key, if it may name an object. Raises `OSError`."""
         if max(map(len, key.encode().split(b"/"))) > _SEGMENT_MAX_BYTES:
-            # Checked here because a missing folder would hide the error until the image is generated.
+            # Check here, because a missing folder would hide the error until the image is generated.
             raise OSError(errno.ENAMETOOLONG, "too long")
         target = self.path(key)
         if target.is_dir() and not target.is_symlink():
@@ -237,7 +237,7 @@ class LocalBucket(Bucket):
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """The lock for replacing an object with its record, across threads and processes.
+        """Lock object and record for replacement, across threads and processes.
 
         Threads take a thread lock first, because FileLock polls every 50 ms, which under load kept all threads asleep.
         """
@@ -253,7 +253,7 @@ class LocalBucket(Bucket):
             return self._find(key)
 
     def _is_whole_image(self, key: str, size: int) -> bool:
-        """Whether the file under `key` has the start and the end of an image file."""
+        """Return whether the file under `key` has the start and the end of an image file."""
         with suppress(OSError), (self._objects / key).open("rb") as file:
             head = file.read(12)
             file.seek(max(0, size - 12))
@@ -295,13 +295,13 @@ class LocalBucket(Bucket):
         content_type = mimetypes.guess_type(key)[0] or "application/octet-stream"
         if (facts is not None or is_image_object(key, "")) and not self._is_whole_image(key, found.st_size):
             return None  # truncated or garbage
-        # A file put there by hand, or a lost record: still an object, described by the file alone.
+        # A file copied here by hand, or a lost record: still an object, described by the file alone.
         etag = hashlib.sha256(f"{found.st_mtime_ns}-{found.st_size}".encode()).hexdigest()
         return StoredObject(key, found.st_size, etag, content_type, {})
 
 
 def _sha256_or_empty(path: Path, found: os.stat_result) -> str:
-    """The SHA-256 of a file, cached until it changes; empty if it cannot be read."""
+    """Return the SHA-256 of a file, cached until the file changes; empty if it cannot be read."""
     try:
         return _cached_sha256(path, (found.st_size, found.st_ino, found.st_mtime_ns))
     except OSError:

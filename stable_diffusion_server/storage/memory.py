@@ -1,4 +1,4 @@
-"""In-memory bucket, for tests."""
+"""Bucket in memory, for tests."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class MemoryBucket(Bucket):
         self._lock = threading.Lock()
 
     def open(self) -> None:
-        """Nothing to open."""
+        """Do nothing: there is nothing to open."""
 
     def stat(self, key: str) -> StoredObject | None:
-        """The object under `key`, or `None` if it is absent or incomplete."""
+        """Return the object under `key`, or `None` if it is absent or incomplete."""
         _, stored = self._objects.get(key, (b"", None))
         return stored if stored is not None and stored.is_complete else None
 
@@ -39,7 +39,7 @@ class MemoryBucket(Bucket):
             return self._put(key, data, content_type, record)
 
     def read(self, key: str, start: int = 0, end: int | None = None) -> bytes:
-        """Bytes `start` (inclusive) to `end` (exclusive). Raises `NotFound`."""
+        """Return bytes `start` (inclusive) to `end` (exclusive). Raises `NotFound`."""
         if key not in self._objects:
             raise NotFound("There is no picture under this name.")
         return self._objects[key][0][start:end]
@@ -50,7 +50,7 @@ class MemoryBucket(Bucket):
             self._objects.pop(key, None)
 
     def list(self, prefix: str = "") -> Iterator[str]:
-        """The keys that start with `prefix`, sorted."""
+        """Return the keys that start with `prefix`, sorted."""
         with self._lock:
             found = sorted(key for key, (data, _) in self._objects.items() if data and key.startswith(prefix))
         return iter(found)

@@ -1,4 +1,4 @@
-"""Tells whether a bucket rejects one key or every request, by trying the same with a key of our own."""
+"""Finds out whether a bucket rejects one key or every request, by repeating the request with the server's own key."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from stable_diffusion_server.errors import InvalidInput, KeyBusy, NotFound, Serv
 
 
 def classify_refusal(detail: str, code: object, try_own_key: Callable[[], object]) -> ServerError:
-    """`InvalidInput` if the same request works for another key, otherwise `StorageUnavailable`.
+    """Return `InvalidInput` if the same request works for another key, otherwise `StorageUnavailable`.
 
-    `detail` describes the rejection, `code` is the store's error code. `try_own_key` repeats the request with a key of
-    the server's own and raises the store's errors.
+    `detail` describes the rejection, `code` is the store's error code. `try_own_key` repeats the request with the
+    server's own key and raises the store's errors.
     """
     if not is_store_available(try_own_key):
         return StorageUnavailable(detail)
@@ -19,7 +19,7 @@ def classify_refusal(detail: str, code: object, try_own_key: Callable[[], object
 
 
 def is_store_available(call: Callable[[], object]) -> bool:
-    """Whether the call succeeds, or fails only because the object is absent or written concurrently."""
+    """Return whether the call succeeds, or fails only because the object is absent or another call writes it."""
     try:
         call()
     except (NotFound, KeyBusy):

@@ -1,4 +1,4 @@
-"""Expiring URLs of images, signed with a secret of this server (HMAC-SHA256)."""
+"""Signs and verifies expiring image URLs with the server's secret (HMAC-SHA256)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SECRET_BYTES = 32
 
 
 class ServerSecret:
-    """The server's secret. Without a `value` a random one is generated and stored in `file`.
+    """The server's secret. Without a `value`, `open` generates 32 random bytes and stores them in `file`.
 
     Servers that share a bucket need the same value, to accept each other's URLs and derive the same object keys.
     """
@@ -30,7 +30,7 @@ class ServerSecret:
     def open(self) -> None:
         """Read the secret or generate it; of several processes that generate it, the first wins.
 
-        A damaged file is quarantined and replaced, which invalidates the URLs signed before.
+        Quarantines and replaces a damaged file, which invalidates all earlier signatures. Raises `StorageUnavailable`.
         """
         if self._value:
             return
@@ -56,17 +56,17 @@ class ServerSecret:
 
     @property
     def value(self) -> bytes:
-        """The secret. Raises `StorageUnavailable` until opened."""
+        """The secret. Raises `StorageUnavailable` before `open`."""
         if not self._value:
             raise StorageUnavailable("The secret of signed addresses is not there yet.", retry_after=5)
         return self._value
 
     def hmac_hex(self, text: str) -> str:
-        """HMAC-SHA256 of a text, 64 hexadecimal digits. Raises `StorageUnavailable` until opened."""
+        """Return the HMAC-SHA256 of a text, 64 hexadecimal digits. Raises `StorageUnavailable` before `open`."""
         return hmac.new(self.value, text.encode("utf-8", "replace"), hashlib.sha256).hexdigest()
 
     def _fault(self) -> str:
-        """Why the file is unusable; empty if it is fine."""
+        """Return why the file is unusable; empty if it is usable."""
         try:
             return "" if len(self._file.read_bytes()) >= _SECRET_BYTES else "it is cut short"
         except OSError as error:  # a folder, a dangling link, no permission
@@ -86,12 +86,12 @@ class UrlSigner:
         self._secret.open()
 
     def query(self, key: str) -> str:
-        """The query string for the URL of `key`. Raises `StorageUnavailable` until opened."""
+        """Return the query string for the URL of `key`. Raises `StorageUnavailable` before `open`."""
         expires = int(self._now()) + self._seconds
         return f"expires={expires}&signature={self._signature(key, str(expires))}"
 
     def verify(self, key: str, expires: str, signature: str) -> int | None:
-        """The expiry (seconds since 1970) of a valid signature; `None` if it is invalid or expired."""
+        """Return the expiry (seconds since 1970) of a valid signature; `None` if it is invalid or expired."""
         if not (expires.isascii() and expires.isdigit() and len(expires) <= 12):
             return None
         try:

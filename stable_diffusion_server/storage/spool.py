@@ -27,7 +27,7 @@ _PART_SECONDS = 600.0
 
 @dataclass(frozen=True, slots=True)
 class SpooledObject:
-    """An image on disk. `overwrite`: it replaces an object stored under its key."""
+    """A spooled image on disk. `overwrite`: the upload replaces an object stored under the key."""
 
     path: Path
     stored: StoredObject
@@ -42,9 +42,9 @@ class SpooledObject:
 
 
 class UploadSpool:
-    """One file per image in `folder`: a JSON header line, then the bytes. Files appear atomically.
+    """Holds one file per image in `folder`: a JSON header line, then the bytes. Files appear atomically.
 
-    The spool is full at `max_bytes`. Unreadable and rejected files move to the dead letters in the folder beside.
+    The spool is full at `max_bytes`. Unreadable and rejected files move to the sibling folder `dead-letters`.
     Thread-safe; two processes may share a folder.
     """
 
@@ -55,7 +55,7 @@ class UploadSpool:
         self._lock = threading.Lock()
         self._queued: dict[Path, SpooledObject] = {}
         self._latest: dict[str, SpooledObject] = {}
-        # Rejected by the store after a caller got their URL, by key; they are still served.
+        # Objects that the store rejected after a caller got their URL, by key; this server still serves them.
         self._rejected: dict[str, SpooledObject] = {}
         self.dead_letters = DeadLetters(folder.with_name("dead-letters"), max(max_bytes // 4, MIN_FREE_BYTES))
 
@@ -75,20 +75,20 @@ class UploadSpool:
                     self._rejected[letter.key] = _load_file(letter.path)
 
     def waiting(self) -> list[SpooledObject]:
-        """The queued objects, oldest first."""
+        """Return the queued objects, oldest first."""
         with self._lock:
             return [self._queued[path] for path in sorted(self._queued)]
 
     def latest(self, key: str) -> SpooledObject | None:
-        """The newest queued object of a key."""
+        """Return the newest queued object of a key, or `None`."""
         return self._latest.get(key)
 
     def rejected(self, key: str) -> SpooledObject | None:
-        """The object of a key that the store rejected after it was accepted."""
+        """Return the object of a key that the store rejected after the server accepted it, or `None`."""
         return self._rejected.get(key)
 
     def stats(self) -> tuple[int, int, float]:
-        """Number of queued images, their bytes on disk, and the age of the oldest in seconds."""
+        """Return the number of queued images, their bytes on disk, and the age of the oldest in seconds."""
         waiting = self.waiting()
         age = max(0.0, time.time() - waiting[0].queued_at) if waiting else 0.0
         return len(waiting), sum(spooled.bytes_on_disk for spooled in waiting), age
@@ -135,7 +135,7 @@ class UploadSpool:
             self._latest[spooled.stored.key] = spooled
 
     def read(self, spooled: SpooledObject) -> bytes:
-        """The image bytes. Raises `NotFound` if the file is gone."""
+        """Return the image bytes. Raises `NotFound` if the file is gone, `StorageRefused` if it is unreadable."""
         try:
             return spooled.path.read_bytes().partition(b"\n")[2]
         except FileNotFoundError as error:
@@ -150,9 +150,9 @@ class UploadSpool:
             spooled.path.unlink()
 
     def reject(self, spooled: SpooledObject, reason: str, *, caller_informed: bool = False) -> None:
-        """Forget it and put the file among the dead letters.
+        """Remove an object from the queue and move its file to the dead letters.
 
-        `caller_informed`: its caller knows that the store refused it.
+        `caller_informed`: the caller knows that the store rejected it, so this server does not serve it.
         """
         _log.error("the storage refuses a picture, which is set aside", name=spooled.stored.key, reason=reason)
         self._forget(spooled)
@@ -161,7 +161,7 @@ class UploadSpool:
             self._rejected[spooled.stored.key] = replace(spooled, path=path)
 
     def discard_rejected(self, key: str) -> None:
-        """Delete the dead letter of a key, because the object was deleted or replaced."""
+        """Delete the dead letter of a key whose object was deleted or replaced."""
         spooled = self._rejected.pop(key, None)
         for letter in self.dead_letters.list_all() if spooled is not None else ():
             if letter.key == key:
@@ -196,7 +196,7 @@ class UploadSpool:
                 del self._latest[spooled.stored.key]
 
     def _load_or_reject(self, path: Path) -> SpooledObject | None:
-        """Load a file of an earlier run; anything unreadable moves to the dead letters."""
+        """Load a file of an earlier run; move an unreadable file to the dead letters and return `None`."""
         try:
             return _load_file(path)
         except (OSError, ValueError, RecursionError) as error:
@@ -214,7 +214,7 @@ def _load_file(path: Path) -> SpooledObject:
 
 
 def _remove_stale_part(path: Path) -> None:
-    """Remove an old partial file; a recent one may belong to another process that is writing it."""
+    """Remove a partial file older than 10 minutes; another process may still write a newer one."""
     with suppress(OSError):  # gone, or a folder
         if time.time() - path.lstat().st_mtime > _PART_SECONDS:
             path.unlink()

@@ -33,7 +33,7 @@ _MAX_TRIES = 10
 
 @dataclass(slots=True)
 class _FailedUpload:
-    """Failed tries of one object while the store accepted others; `due` is the time of the next try (monotonic)."""
+    """Failed tries of one object while the store accepted others; `due`: time of the next try (monotonic seconds)."""
 
     tries: int = 0
     due: float = 0.0
@@ -42,8 +42,8 @@ class _FailedUpload:
 class SpoolUploader:
     """A thread that polls the spool every `poll_seconds`, with exponential backoff during an outage.
 
-    An object that fails while the store accepts others is retried with backoff of its own, and moved to the dead
-    letters after 10 tries; a rejected object is moved at once. Objects of one key are uploaded in order.
+    If an object fails while the store accepts others, the thread retries it with a separate backoff and moves it to
+    the dead letters after 10 tries; it moves a rejected object at once. It uploads objects of one key in order.
     """
 
     def __init__(self, store: Bucket, spool: UploadSpool, calls: BoundedCalls, poll_seconds: float) -> None:
@@ -67,7 +67,7 @@ class SpoolUploader:
         self._thread.start()
 
     def stop(self, seconds: float) -> None:
-        """Upload nothing more; the current upload gets `seconds` to end."""
+        """Start no more uploads; wait up to `seconds` for the current one."""
         self._stop = True
         self._calls.outage_event.set()
         if self._thread.is_alive():
@@ -81,7 +81,7 @@ class SpoolUploader:
                 poll_seconds = self._poll_seconds
             if self._stop:
                 return
-            # Probed separately, so that a read-only bucket becomes readable again after an outage.
+            # Probe both separately, so that a read-only bucket becomes readable again after an outage.
             well = [self._succeeds("read", self._probe_read), self._succeeds("write", self._upload_queued)]
             poll_seconds = self._poll_seconds if all(well) else min(2 * poll_seconds, _MAX_POLL_SECONDS)
 
@@ -126,7 +126,7 @@ class SpoolUploader:
                 blocked_keys.add(spooled.stored.key)
 
     def _try_upload(self, spooled: SpooledObject) -> bool:
-        """Upload an object if it is due; returns whether the next object of its key may follow."""
+        """Upload an object if it is due; return whether the next object of its key may follow."""
         failed = self._failures.get(spooled.path)
         if failed is not None and time.monotonic() < failed.due:
             return False

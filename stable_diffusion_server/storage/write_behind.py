@@ -17,10 +17,10 @@ from stable_diffusion_server.types import StoredObject
 class WriteBehindBucket(Bucket):
     """Bucket decorator that accepts images while `store` is down (circuit breaker and write-behind queue).
 
-    An image is written to the spool, then uploaded, then removed from the spool. If the upload fails or takes longer
-    than `timeout` seconds, the image stays in the spool, counts as stored with `waiting` set, and is uploaded in the
-    background, also after a restart. During an outage requests do not try the store: only the background thread does,
-    every `poll_seconds` at first, with exponential backoff.
+    It writes an image to the spool, uploads it, and removes it from the spool. If the upload fails or takes longer than
+    `timeout` seconds, the image stays in the spool and counts as stored with `waiting` set; the background thread
+    uploads it later, also after a restart. During an outage only the background thread tries the store, every
+    `poll_seconds` at first, with exponential backoff.
 
     A timed-out write may still complete. Until it has, no other upload of that key starts, so it cannot overwrite
     newer data.
@@ -34,9 +34,10 @@ class WriteBehindBucket(Bucket):
         self._uploader = SpoolUploader(store, spool, self._calls, poll_seconds)
 
     def open(self) -> None:
-        """Open spool and store and start the uploader. `health` reports a store that cannot be opened; it is retried.
+        """Open spool and store, and start the uploader, which retries a store that cannot be opened.
 
-        Raises `StorageUnavailable` if the spool's folder is unusable; may be called again then.
+        `health` reports such a store. Raises `StorageUnavailable` if the spool's folder is unusable; then call it
+        again.
         """
         if self._uploader.started:
             return
@@ -54,7 +55,7 @@ class WriteBehindBucket(Bucket):
         self._store.close()
 
     def health(self) -> str | None:
-        """Why the store could not be opened since the start, or that it is down while the spool is full."""
+        """Return why the store has never opened, or that it is down while the spool is full; otherwise `None`."""
         down = self._calls.outage("write")
         if down is not None and not self._calls.was_up:
             return down
@@ -65,7 +66,7 @@ class WriteBehindBucket(Bucket):
         return None
 
     def check_capacity(self) -> None:
-        """Raise `StorageUnavailable` when the store is down and the spool is full."""
+        """Raise `StorageUnavailable` if the store is down and the spool is full."""
         if (down := self._calls.outage("write")) is not None:
             try:
                 self._spool.check_capacity()
@@ -73,15 +74,16 @@ class WriteBehindBucket(Bucket):
                 raise StorageUnavailable(f"{down} {error.detail}", retry_after=30) from error
 
     def spool_stats(self) -> dict[str, float]:
-        """Spooled images, their bytes, the age of the oldest in seconds, outages so far, and dead letters."""
+        """Return the numbers of spooled images, bytes, age of the oldest in seconds, failures and dead letters."""
         count, size, age = self._spool.stats()
         dead, failures = len(self._spool.dead_letters), self._calls.failures
         return {"pictures": count, "bytes": size, "oldest_seconds": age, "failures": failures, "dead_letters": dead}
 
     def stat(self, key: str) -> StoredObject | None:
-        """The spooled object, otherwise the store's; `None` also during an outage.
+        """Return the spooled object, otherwise the store's; `None` also during an outage.
 
-        Includes objects that the store rejected after they were accepted. Raises `InvalidInput` for a rejected key.
+        Includes objects that the store rejected after this server accepted them. Raises `InvalidInput` for a rejected
+        key.
         """
         try:
             return self.peek(key)
@@ -89,13 +91,13 @@ class WriteBehindBucket(Bucket):
             return None
 
     def peek(self, key: str) -> StoredObject | None:
-        """Like `stat`, but raises `StorageUnavailable` during an outage."""
+        """Do as `stat`, but raise `StorageUnavailable` during an outage."""
         if (spooled := self._find_local(key)) is not None:
             return spooled.stored
         return self._calls.call("read", lambda: self._store.stat(key))
 
     def create(self, key: str, data: bytes, content_type: str, record: Mapping[str, str]) -> tuple[StoredObject, bool]:
-        """Store `data` if `key` is absent. During an outage the first writer is decided when the store is back."""
+        """Store `data` if `key` is absent. In an outage, the upload after it decides which of several writers wins."""
         if (spooled := self._spool.latest(key)) is not None:
             return spooled.stored, False
         stored = _spooled_object(key, data, content_type, record)
@@ -116,9 +118,9 @@ class WriteBehindBucket(Bucket):
         return self._store_with_fallback(data, stored, bring, overwrite=True)[0]
 
     def read(self, key: str, start: int = 0, end: int | None = None) -> bytes:
-        """Bytes `start` (inclusive) to `end` (exclusive), from the spool or the store. Raises `NotFound`."""
+        """Return bytes `start` (inclusive) to `end` (exclusive), from the spool or the store. Raises `NotFound`."""
         if (spooled := self._find_local(key)) is not None:
-            with suppress(NotFound):  # uploaded this very moment
+            with suppress(NotFound):  # the uploader finished meanwhile
                 return self._spool.read(spooled)[start:end]
         return self._calls.call("read", lambda: self._store.read(key, start, end))
 
@@ -136,21 +138,21 @@ class WriteBehindBucket(Bucket):
             self._uploader.upload_lock.release()
 
     def list(self, prefix: str = "") -> Iterator[str]:
-        """The keys in the store that begin with `prefix`."""
+        """List the keys in the store that start with `prefix`, without spooled objects."""
         return self._store.list(prefix)
 
     def url(self, key: str) -> str | None:
-        """The store's URL; `None` for a spooled object, which only this server can serve."""
+        """Return the store's URL; `None` for a spooled object, which only this server can serve."""
         return None if self._find_local(key) is not None else self._store.url(key)
 
     def _find_local(self, key: str) -> SpooledObject | None:
-        """The object that is on this disk and not in the store."""
+        """Return the object that is on this disk and not in the store, or `None`."""
         return self._spool.latest(key) or self._spool.rejected(key)
 
     def _store_with_fallback(
         self, data: bytes, stored: StoredObject, bring: Callable[[], tuple[StoredObject, bool]], *, overwrite: bool
     ) -> tuple[StoredObject, bool]:
-        """Spool and upload. During an outage the image stays spooled; if rejected, it becomes a dead letter."""
+        """Spool and upload. During an outage the image stays spooled; a rejected image becomes a dead letter."""
         spooled: SpooledObject | None = None
         with suppress(StorageUnavailable):  # a full local disk is harmless while the store is up
             spooled = self._spool.put(data, stored, overwrite=overwrite)

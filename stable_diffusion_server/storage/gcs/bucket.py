@@ -83,7 +83,7 @@ class GCSBucket(Bucket):
             self._bucket.client.close()
 
     def stat(self, key: str) -> StoredObject | None:
-        """The object under `key`; `None` if it is absent, empty, truncated or garbage."""
+        """Return the object under `key`; `None` if it is absent, empty, truncated or garbage."""
         with self._translated_errors("look into it"):
             blob = self._find_blob(key)
             return self._verified(blob) if blob is not None else None
@@ -113,12 +113,12 @@ class GCSBucket(Bucket):
         return self._upload_for_caller(key, data, content_type, {**record, _WRITER: uuid4().hex})
 
     def read(self, key: str, start: int = 0, end: int | None = None) -> bytes:
-        """Bytes `start` (inclusive) to `end` (exclusive). Raises `NotFound`."""
+        """Return bytes `start` (inclusive) to `end` (exclusive). Raises `NotFound`."""
         if end is not None and end <= start:
             return b""
         try:
             with self._translated_errors("read from it", beyond=True):
-                # Google's ends are included.
+                # Google's range end is inclusive.
                 last = None if end is None else end - 1
                 blob = self._open_bucket().blob(key)
                 data = bytes(blob.download_as_bytes(start=start or None, end=last, **self._request_options))
@@ -140,16 +140,16 @@ class GCSBucket(Bucket):
             raise StorageRefused(refused.detail) from refused
 
     def list(self, prefix: str = "") -> Iterator[str]:
-        """The keys that start with `prefix`, sorted."""
+        """Yield the keys that start with `prefix`, sorted."""
         with self._translated_errors("list it", bucket_asked=True):
             for blob in self._open_bucket().list_blobs(prefix=prefix, **self._request_options):
                 if blob.size and blob.name != self._probe:
                     yield blob.name
 
     def url(self, key: str) -> str | None:
-        """A signed URL if `signed_url_seconds` is set, otherwise the URL below the base URL.
+        """Return a signed URL if `signed_url_seconds` is set, otherwise the URL below the base URL.
 
-        `None` without both, because the public address is unknown.
+        Returns `None` without both, because the public address is unknown.
         """
         seconds, base = self._options.signed_url_seconds, self._options.base_url
         if not seconds:
@@ -172,7 +172,7 @@ class GCSBucket(Bucket):
         return {"timeout": (min(5.0, timeout), timeout), "retry": retry}
 
     def _find_blob(self, key: str) -> Any:
-        """The blob's metadata, or `None` if it is absent.
+        """Return the blob's metadata, or `None` if it is absent.
 
         Raises `InvalidInput` if only this key is rejected.
         """
@@ -193,7 +193,7 @@ class GCSBucket(Bucket):
             return self._open_bucket().get_blob(key, **self._request_options)
 
     def _verified(self, blob: Any) -> StoredObject | None:
-        """The object if it is complete: as this server wrote it, or an image of another writer."""
+        """Return the object if it is complete: as this server wrote it, or an image of another writer."""
         stored, expected = _to_stored_object(blob), (blob.metadata or {}).get(_MD5)
         if not stored.is_complete:
             return None
@@ -217,7 +217,7 @@ class GCSBucket(Bucket):
             raise classify_refusal(refused.detail, refused.code, self._write_probe) from refused
 
     def _head_absent_probe(self) -> None:
-        """Raise nothing, if these credentials may list the bucket."""
+        """Request an absent object; raises nothing if these credentials may list the bucket."""
         self._get_blob(f"{self._probe}-none")
 
     def _head_probe(self) -> None:
@@ -277,12 +277,12 @@ def _client(options: GCSOptions) -> Any:
 
 
 def _writer_of(blob: Any) -> str | None:
-    """The id of the call that wrote the object."""
+    """Return the random id of the call that wrote the object."""
     return (blob.metadata or {}).get(_WRITER)
 
 
 def _to_stored_object(blob: Any) -> StoredObject:
-    """The object described by a response. Raises `StorageUnavailable` if a field is missing or invalid."""
+    """Return the object that a response describes. Raises `StorageUnavailable` if a field is missing or invalid."""
     etag, kind, metadata = (
         blob.etag or blob.generation,
         blob.content_type or "application/octet-stream",

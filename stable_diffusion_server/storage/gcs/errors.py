@@ -26,7 +26,7 @@ class Refused(StorageUnavailable):
 
 
 def malformed_response(why: str) -> StorageUnavailable:
-    """The error for an answer that is none of Google's: a proxy's page, facts that are missing, a body cut short."""
+    """Return the error for an invalid response: a proxy's page, missing fields, a truncated body."""
     return StorageUnavailable(f"The storage's answer cannot be understood ({why}).")
 
 
@@ -65,7 +65,7 @@ def translate_gcs_errors(what: str, name: str, *, bucket_asked: bool = False, be
 
 
 def _error_for_status(code: int, what: str, name: str, *, bucket_asked: bool, kind: str) -> ServerError:
-    """Our error for an HTTP status; 0 means no response."""
+    """Return our error for an HTTP status; 0 means no response."""
     if code == 404 and bucket_asked:
         return StorageUnavailable(f"There is no bucket {name!r} at the storage (BUCKET_NAME).")
     if code == 404:

@@ -1,1 +1,1 @@
-"""Searchable index of generated images, kept beside the bucket."""
+"""Searchable index of generated images, stored separately from the bucket."""

@@ -42,7 +42,7 @@ CREATE TRIGGER drawn_removed AFTER DELETE ON drawn BEGIN
 END;
 """
 _INDEXED = "SELECT count(*) FROM sqlite_master WHERE name IN ('drawn_words', 'drawn_added', 'drawn_removed')"
-# Trigrams looked up per search: more of them hardly narrow the result.
+# Maximum number of trigrams per search: more trigrams hardly narrow the result.
 _MOST_TRIGRAMS = 24
 _ADD = f"INSERT INTO drawn (words, {', '.join(_COLUMNS)}) VALUES ({', '.join('?' * (len(_COLUMNS) + 1))})"  # noqa: S608  # column names of our own
 _SHOW = f"SELECT number, {', '.join(_COLUMNS)} FROM drawn"  # noqa: S608  # column names of our own
@@ -62,7 +62,7 @@ _DAMAGE = (sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, 
 
 
 class HistoryIndex:
-    """The newest `max_entries` entries, one per key, none older than `max_age_seconds` (0: no age limit).
+    """Holds the newest `max_entries` entries, one per key, none older than `max_age_seconds` (0: no age limit).
 
     Safe from any thread and for several processes. All methods raise `StorageUnavailable` when the file is unusable.
     """
@@ -73,7 +73,7 @@ class HistoryIndex:
         self._max_age_seconds = max_age_seconds
 
     def open(self) -> None:
-        """Create the table. A damaged or foreign file is quarantined: the index may be lost, images are not in it."""
+        """Create the table. Quarantine a damaged or foreign file: this loses the index, but no images."""
         try:
             self._create_schema()
         except sqlite3.DatabaseError as error:
@@ -84,7 +84,7 @@ class HistoryIndex:
             self._create_schema()
 
     def add(self, entries: Sequence[HistoryEntry]) -> None:
-        """Add entries, the newest last; an entry replaces an earlier one of its key."""
+        """Add entries, the newest last; an entry replaces the earlier entry of its key."""
         with self._transaction() as base:
             base.executemany("DELETE FROM drawn WHERE key = ?", [(entry.key,) for entry in entries])
             base.executemany(_ADD, [_to_row(entry) for entry in entries])
@@ -97,10 +97,10 @@ class HistoryIndex:
                 base.execute("DELETE FROM drawn WHERE drawn_at < ?", (time.time() - self._max_age_seconds,))
 
     def search(self, query: HistoryQuery) -> list[HistoryEntry]:
-        """The matching entries, newest first."""
+        """Return the matching entries, newest first."""
         folder, words = query.prefix, query.text.casefold()
         if "\0" in words:
-            return []  # no prompt has one, and FTS5 would stop reading there
+            return []  # no prompt contains NUL, and FTS5 would stop reading there
         trigrams, within = _trigrams(words), (folder, folder + _AFTER_ALL)
         with self._transaction() as base:
             # The key index is fast for a small prefix, and slow for a prefix that matches nearly all rows.
@@ -125,7 +125,7 @@ class HistoryIndex:
             return [entry for row in rows if (entry := _parse_entry(row)) is not None]
 
     def find(self, column: str, value: str) -> HistoryEntry | None:
-        """The newest entry with this `key` or `digest`."""
+        """Return the newest entry with this `key` or `digest` (the `column`), or `None`."""
         if column not in ("key", "digest"):
             raise ValueError(f"not a column to find by: {column}")
         with self._transaction() as base:
@@ -150,7 +150,7 @@ class HistoryIndex:
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
-        """A connection in a transaction."""
+        """Open a connection in a transaction. Raises `StorageUnavailable`."""
         try:
             with closing(sqlite3.connect(f"file:{self._path}?mode=rw", uri=True, timeout=_BUSY_SECONDS)) as base, base:
                 base.execute("PRAGMA synchronous = NORMAL")
@@ -160,7 +160,7 @@ class HistoryIndex:
 
 
 def _trigrams(words: str) -> str:
-    """The FTS5 query: all trigrams of the text, or 24 spread over it; empty for texts under three characters."""
+    """Return the FTS5 query: all trigrams of the text, at most 24 spread over it; empty below three characters."""
     rows = [words[start : start + 3] for start in range(len(words) - 2)]
     spread = dict.fromkeys(rows[:: -(-len(rows) // _MOST_TRIGRAMS) or 1])
     return " AND ".join('"' + row.replace('"', '""') + '"' for row in spread)
@@ -173,7 +173,7 @@ def _to_row(entry: HistoryEntry) -> tuple[object, ...]:
 
 
 def _parse_entry(row: Sequence[object]) -> HistoryEntry | None:
-    """Parse a row; a damaged row is logged and gives `None`."""
+    """Parse a row; log a damaged row and return `None`."""
     number, *values = row
     columns = dict(zip(_COLUMNS, values, strict=True))
     try:

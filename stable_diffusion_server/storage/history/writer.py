@@ -22,7 +22,7 @@ _BATCH_SECONDS = 0.1
 
 
 class HistoryWriter:
-    """Queues entries for a `HistoryIndex`; searches wait until queued entries are written. No `index`: history is off.
+    """Queues entries for a `HistoryIndex`; searches first wait for queued entries. No `index`: history is off.
 
     `record` never fails; `search` raises the index's errors.
     """
@@ -58,12 +58,12 @@ class HistoryWriter:
             _log.warning("the history queue is full; an image is not recorded", key=entry.key)
 
     def search(self, query: HistoryQuery) -> list[HistoryEntry]:
-        """The matching entries, newest first. Blocks; raises `StorageUnavailable`."""
+        """Return the matching entries, newest first. Blocks; raises `StorageUnavailable`."""
         index = self._flushed_index()
         return index.search(query) if index is not None else []
 
     def find(self, column: str, value: str) -> HistoryEntry | None:
-        """The newest entry with this `key` or `digest`. Blocks; `None` also if the index cannot be read."""
+        """Return the newest entry with this `key` or `digest`. Blocks; `None` also if the index cannot be read."""
         try:
             index = self._flushed_index()
             return index.find(column, value) if index is not None else None
@@ -72,7 +72,7 @@ class HistoryWriter:
             return None
 
     def delete(self, key: str) -> None:
-        """Delete the entry of a key. Blocks; errors are logged."""
+        """Delete the entry of a key. Blocks; logs errors instead of raising them."""
         try:
             index = self._flushed_index()
             if index is not None:
@@ -105,7 +105,7 @@ class HistoryWriter:
                     each.set()
 
     def _next_batch(self) -> list[HistoryEntry | threading.Event]:
-        """Entries for one transaction: those within 0.1 s, or until a reader waits."""
+        """Collect entries for one transaction: at most 100, for 0.1 s, or until a reader waits."""
         taken = [self._queue.get()]
         until = time.monotonic() + _BATCH_SECONDS
         with suppress(Empty):

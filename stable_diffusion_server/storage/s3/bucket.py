@@ -82,7 +82,7 @@ class S3Bucket(Bucket):
             self._client.close()
 
     def stat(self, key: str) -> StoredObject | None:
-        """The object under `key`; `None` if it is absent, empty, truncated or garbage."""
+        """Return the object under `key`; `None` if it is absent, empty, truncated or garbage."""
         head = self._head(key)
         return self._verified(key, head) if head is not None else None
 
@@ -113,7 +113,7 @@ class S3Bucket(Bucket):
         return self._put_for_caller(self._put_arguments(key, data, content_type, record), data, record)
 
     def read(self, key: str, start: int = 0, end: int | None = None) -> bytes:
-        """Bytes `start` (inclusive) to `end` (exclusive). Raises `NotFound`, also if the checksum does not match."""
+        """Return bytes `start` (inclusive) to `end` (exclusive). Raises `NotFound`, also for a wrong checksum."""
         if end is not None and end <= start:
             return b""
         try:
@@ -133,7 +133,7 @@ class S3Bucket(Bucket):
             raise StorageRefused(refused.detail) from refused
 
     def list(self, prefix: str = "") -> Iterator[str]:
-        """The keys that start with `prefix`, sorted."""
+        """Yield the keys that start with `prefix`, sorted."""
         with self._translated_errors("list it"):
             pages = self._open_client().get_paginator("list_objects_v2")
             for page in pages.paginate(Bucket=self._options.name, Prefix=prefix):
@@ -144,9 +144,9 @@ class S3Bucket(Bucket):
                         yield item["Key"]
 
     def url(self, key: str) -> str | None:
-        """A signed URL if `signed_url_seconds` is set, otherwise the URL below the base URL.
+        """Return a signed URL if `signed_url_seconds` is set, otherwise the URL below the base URL.
 
-        `None` without both, because the public address is unknown.
+        Returns `None` without both, because the public address is unknown.
         """
         seconds, base = self._options.signed_url_seconds, self._options.base_url
         if not seconds:
@@ -156,7 +156,7 @@ class S3Bucket(Bucket):
             return str(self._open_client().generate_presigned_url("get_object", Params=named, ExpiresIn=seconds))
 
     def _head(self, key: str) -> Any:
-        """The response to HEAD, or `None` if the object is absent.
+        """Return the response to HEAD, or `None` if the object is absent.
 
         Raises `InvalidInput` if only this key is rejected.
         """
@@ -179,7 +179,7 @@ class S3Bucket(Bucket):
             return self._open_client().head_object(Bucket=self._options.name, Key=key)
 
     def _verified(self, key: str, head: Any) -> StoredObject | None:
-        """The object of a HEAD response if it is complete: as this server wrote it, or an image of another writer."""
+        """Return the object of a HEAD response if complete: as this server wrote it, or another writer's image."""
         stored, metadata = objects.to_stored_object(key, head), objects.metadata_of(head)
         if not stored.is_complete or self._broken.get(key) == stored.etag:
             return None
@@ -187,7 +187,7 @@ class S3Bucket(Bucket):
             comparable = self._etags_are_md5 and not objects.has_opaque_etag(head)
             if not comparable or "-" in metadata[objects.MD5] + stored.etag or metadata[objects.MD5] == stored.etag:
                 return stored
-            # Read the object before calling it damaged, because some stores' ETags only look like an MD5.
+            # Read the object before treating it as damaged, because some stores' ETags only look like an MD5.
             return stored if self._is_readable(key) else None
         if not is_image_object(key, stored.content_type):
             return stored
@@ -247,7 +247,7 @@ class S3Bucket(Bucket):
         return StoredObject(arguments["Key"], len(data), etag, arguments["ContentType"], dict(record))
 
     def _verify_written(self, arguments: dict[str, Any], size: int) -> str:
-        """The ETag of the object just written, by a HEAD request, if the response to the write does not prove it."""
+        """Return the ETag of the object just written, by HEAD, when the ETag of the response is not the MD5."""
         try:
             head = self._head_or_raise(arguments["Key"])
         except NotFound:
@@ -260,7 +260,7 @@ class S3Bucket(Bucket):
         return objects.to_stored_object(arguments["Key"], head).etag
 
     def _head_absent_probe(self) -> None:
-        """Raise `NotFound`, if these credentials may list the bucket."""
+        """Request an absent object; raises `NotFound` if these credentials may list the bucket."""
         self._head_or_raise(f"{self._probe}-none")
 
     def _head_probe(self) -> None:
@@ -280,7 +280,7 @@ class S3Bucket(Bucket):
             return (there, False) if there is not None else (self.overwrite(key, data, content_type, record), True)
 
     def _supports_conditional_writes(self) -> bool:
-        """Whether the store rejects a second conditional write, as it must. Raises as writing does."""
+        """Return whether the store rejects a second conditional write, as it must. Raises the errors of a write."""
         for _ in range(2):
             try:
                 self._write_probe(IfNoneMatch="*")

@@ -46,7 +46,7 @@ class Refused(StorageUnavailable):
 
 
 def _error_for_code(code: str, status: int, what: str, name: str, *, named: bool) -> ServerError:
-    """Our error for an S3 error code; for the arguments see `translate_s3_errors`."""
+    """Return our error for an S3 error code; for the arguments see `translate_s3_errors`."""
     if code in _CONFLICT_CODES:
         return ConditionFailed("The storage is busy with other writers of this name.", retry_after=5)
     if code in ("InvalidRange", "416"):
@@ -82,7 +82,7 @@ def _connection_error(kind: str) -> StorageUnavailable:
 
 
 def malformed_response(why: str) -> StorageUnavailable:
-    """The error for an invalid response: a proxy's page, missing headers, a truncated body."""
+    """Return the error for an invalid response: a proxy's page, missing headers, a truncated body."""
     return StorageUnavailable(f"The storage's answer cannot be understood ({why}).")
 
 

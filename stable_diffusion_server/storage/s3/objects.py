@@ -1,4 +1,4 @@
-"""S3 object format: metadata headers, checksums, multipart upload, parsing of responses."""
+"""S3 object format: makes metadata headers and checksums, uploads in parts, parses responses."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ _PLAIN = "".join(set(string.printable) - set("%" + string.whitespace)) + " "
 
 
 def to_metadata(record: Mapping[str, str]) -> dict[str, str]:
-    """The record as header values, percent-encoded where not plain ASCII. Raises `StorageRefused` beyond 2 KB."""
-    # Leading and trailing spaces are encoded, because HTTP strips them.
+    """Return the record as header values, percent-encoded unless plain ASCII. Raises `StorageRefused` beyond 2 KB."""
+    # Encode leading and trailing spaces too, because HTTP strips them.
     metadata = {
         name: quote(value, safe=_PLAIN if value == value.strip() else _PLAIN.strip()) for name, value in record.items()
     }
@@ -38,17 +38,17 @@ def to_metadata(record: Mapping[str, str]) -> dict[str, str]:
 
 
 def metadata_of(answer: Mapping[str, Any]) -> dict[str, str]:
-    """The metadata of a response, with names in lower case, because some stores change the case."""
+    """Return the metadata of a response, with names in lower case, because some stores change the case."""
     return {str(name).lower(): str(value) for name, value in (answer.get("Metadata") or {}).items()}
 
 
 def etag_of(answer: Mapping[str, Any]) -> str:
-    """The ETag without quotes; empty if there is none."""
+    """Return the ETag without quotes; empty if there is none."""
     return str(answer.get("ETag") or "").removeprefix("W/").strip('"')
 
 
 def to_stored_object(key: str, head: Mapping[str, Any]) -> StoredObject:
-    """The object described by a HEAD response. Raises `StorageUnavailable` without ETag or length."""
+    """Return the object that a HEAD response describes. Raises `StorageUnavailable` without ETag or length."""
     etag, size = etag_of(head), head.get("ContentLength")
     if not etag or not isinstance(size, int):
         raise malformed_response("it has no ETag" if not etag else "it has no length")
@@ -57,7 +57,7 @@ def to_stored_object(key: str, head: Mapping[str, Any]) -> StoredObject:
 
 
 def read_body(answer: Mapping[str, Any], start: int, end: int | None) -> bytes:
-    """The bytes `start` to `end` (exclusive) of a GET response.
+    """Return the bytes `start` to `end` (exclusive) of a GET response.
 
     Raises `StorageUnavailable` for an invalid response, and the errors of reading the body.
     """
@@ -73,12 +73,12 @@ def read_body(answer: Mapping[str, Any], start: int, end: int | None) -> bytes:
 
 
 def has_opaque_etag(head: Mapping[str, Any]) -> bool:
-    """Whether encryption makes the ETag something other than the MD5 (SSE-KMS, SSE-C)."""
+    """Return whether encryption (SSE-KMS, SSE-C) makes the ETag differ from the MD5."""
     return "kms" in str(head.get("ServerSideEncryption")) or bool(head.get("SSECustomerAlgorithm"))
 
 
 def expected_etag(data: bytes) -> str:
-    """The ETag of `data` in a store with MD5 ETags, for one PUT or a multipart upload."""
+    """Return the ETag of `data` in a store with MD5 ETags, for one PUT or a multipart upload."""
     if len(data) <= PART_BYTES:
         return _md5(data).hex()
     sums = [_md5(part) for part in _parts(data)]
@@ -86,7 +86,7 @@ def expected_etag(data: bytes) -> str:
 
 
 def put_object(client: Any, arguments: dict[str, Any], data: bytes, condition: Mapping[str, str]) -> Any:
-    """Put an object, in parts if it is large; returns the response of the last request, which has the condition."""
+    """Put an object, in parts of 16 MiB if larger; return the response of the last request, which has the condition."""
     if len(data) <= PART_BYTES:
         return client.put_object(**arguments, Body=data, ContentMD5=_content_md5(data), **condition)
     upload = client.create_multipart_upload(**arguments)["UploadId"]
@@ -104,7 +104,7 @@ def put_object(client: Any, arguments: dict[str, Any], data: bytes, condition: M
 
 
 def _parts(data: bytes) -> list[bytes]:
-    """`data` in parts; a broken connection then costs one part."""
+    """Split `data` into parts of 16 MiB, so that a broken connection costs only one part."""
     return [data[start : start + PART_BYTES] for start in range(0, len(data), PART_BYTES)]
 
 
