@@ -1,4 +1,7 @@
-"""Shares of a limited capacity: who gets how much, who is next, and that nothing is lost, whoever leaves when."""
+"""Fair shares of a limited capacity.
+
+How much each caller gets, who is next, and that no unit is lost on cancellation.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from stable_diffusion_server.concurrency.fair_limiter import FairLimiter
 
 
 async def take_all(limiter: FairLimiter, caller: str, amount: int = 1) -> int:
-    """Take units for one caller until there are no more; how many it got."""
+    """Take units for one caller until there are none; return the number."""
     count = 0
     while limiter.try_take(caller, amount):
         count += amount
@@ -23,7 +26,7 @@ async def take_all(limiter: FairLimiter, caller: str, amount: int = 1) -> int:
 @pytest.mark.fault(111)
 @pytest.mark.parametrize(("capacity", "parts"), [(16, [8, 4, 2, 1, 1, 0]), (3, [2, 1, 0]), (2, [1, 1]), (1, [1, 0])])
 async def test_one_caller_gets_half_and_the_next_half_of_the_rest(capacity: int, parts: list[int]) -> None:
-    """Whoever comes finds a place, unless as many came before as the capacity can be halved."""
+    """A newcomer gets units, unless as many callers came before as the capacity can be halved."""
     limiter = FairLimiter(capacity)
     got = [await take_all(limiter, f"caller {number}") for number in range(len(parts))]
     assert got == parts
@@ -31,7 +34,7 @@ async def test_one_caller_gets_half_and_the_next_half_of_the_rest(capacity: int,
 
 
 async def test_no_caller_has_more_than_its_most() -> None:
-    """A bound of its own holds beside the share; one who holds nothing gets even more than that."""
+    """A maximum per caller applies in addition to the share; a caller that holds nothing may exceed it once."""
     limiter = FairLimiter(100, max_per_caller=10)
     assert await take_all(limiter, "a") == 10
     assert limiter.try_take("b", 60)
@@ -39,7 +42,7 @@ async def test_no_caller_has_more_than_its_most() -> None:
 
 
 async def test_callers_who_wait_take_turns() -> None:
-    """Behind forty of one caller another one's first is next, and so is a third's."""
+    """Behind forty requests of one caller, the first of a second and of a third caller come next."""
     limiter, order = FairLimiter(1), list[str]()
 
     async def work(caller: str) -> None:
@@ -57,7 +60,7 @@ async def test_callers_who_wait_take_turns() -> None:
 
 
 async def test_a_large_request_does_not_keep_a_smaller_one_of_its_caller_when_it_leaves() -> None:
-    """What stood behind a request that was given up is served at once."""
+    """Requests behind a cancelled one are served at once."""
     limiter = FairLimiter(10)
     await limiter.take("a", 6)
     large = asyncio.create_task(limiter.take("b", 8))
@@ -71,7 +74,7 @@ async def test_a_large_request_does_not_keep_a_smaller_one_of_its_caller_when_it
 
 @pytest.mark.fault(110)
 async def test_nothing_is_lost_whoever_leaves_when() -> None:
-    """A thousand of five callers, of any size, half of them cancelled at any turn of the loop."""
+    """A thousand requests of five callers, of any size, half of them cancelled at random points."""
     chance = random.Random(21)  # noqa: S311  # the same moments in each run
     limiter = FairLimiter(32)
     most = 0
@@ -97,7 +100,7 @@ async def test_nothing_is_lost_whoever_leaves_when() -> None:
 
 
 async def test_all_who_wait_may_leave_in_the_same_moment_as_the_one_who_holds() -> None:
-    """A place that is given back among requests that were just cancelled goes to none of them."""
+    """A unit released while its waiters are being cancelled goes to none of them."""
     limiter = FairLimiter(1)
 
     async def work() -> None:
@@ -114,7 +117,7 @@ async def test_all_who_wait_may_leave_in_the_same_moment_as_the_one_who_holds() 
 
 @pytest.mark.fault(112)
 async def test_work_of_which_nothing_ends_is_a_stall() -> None:
-    """No work is none, and an end among others begins the time anew."""
+    """No work is no stall, and any completion restarts the time."""
     monitor = ProgressMonitor(0.2)
     await asyncio.sleep(0.3)
     assert not monitor.stalled_seconds()

@@ -1,4 +1,4 @@
-"""No caller fills what all share: the queue for the device, that of jobs, the journal. The newcomer finds room."""
+"""No caller can fill a shared resource (engine queue, job queue, job store): a newcomer finds room."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ KEYS = {"api_keys": "ann:a, bob:b, cid:c"}
 
 
 def taken_by(callers: int, room: int) -> list[int]:
-    """What each of so many callers gets who all want everything, asking in turns."""
+    """What each of so many callers gets if all take as much as possible, in turns."""
     held = [0] * callers
     while any(may_hold_more(mine, room - sum(held)) for mine in held):
         for number in range(callers):
@@ -42,7 +42,7 @@ def taken_by(callers: int, room: int) -> list[int]:
     ("callers", "room", "each"), [(1, 32, 29), (1, 1000, 900), (1, 1, 1), (1, 9, 9), (2, 1000, 474), (5, 1000, 196)]
 )
 def test_who_wants_all_gets_most_and_leaves_some(callers: int, room: int, each: int) -> None:
-    """Alone nine tenths, all of a small room; together equal parts, and some is left for one who comes later."""
+    """Alone nine tenths, or all of a small capacity; together equal parts, with a rest for a newcomer."""
     held = taken_by(callers, room)
     assert max(held) <= each
     assert max(held) - min(held) <= 1
@@ -52,7 +52,7 @@ def test_who_wants_all_gets_most_and_leaves_some(callers: int, room: int, each: 
 
 @pytest.mark.fault(156)
 def test_a_flood_leaves_room_in_the_queue_for_the_device(engine_of: EngineOf, gated: FakeDenoiser) -> None:
-    """Of 32 places a flood gets 29 and is told whose share that is; another gets its place; jobs are not held up."""
+    """Of 32 places a flood gets 29, and its error names its share; another caller gets a place; jobs are unaffected."""
     engine = engine_of(gated, max_batch=1)
     engine.submit(small("on the device"), owner=ANN)
     until(lambda: engine.running == 1)
@@ -71,7 +71,7 @@ def test_a_flood_leaves_room_in_the_queue_for_the_device(engine_of: EngineOf, ga
 
 @pytest.mark.fault(156)
 def test_a_flood_of_jobs_leaves_room_for_those_of_others(run_app: Callable[..., RunningApp]) -> None:
-    """Of 20 that may wait one key gets 18: 429 names its share; other keys hand theirs in."""
+    """Of 20 waiting places one key gets 18: 429 names its share; other keys can submit."""
     squares = FakeDenoiser(gate=threading.Event())
     running_app = run_app(squares, **KEYS, jobs_max_queued=20, jobs_concurrency=1)
 
@@ -93,7 +93,7 @@ def test_a_flood_of_jobs_leaves_room_for_those_of_others(run_app: Callable[..., 
 
 @pytest.mark.fault(154)
 def test_the_pictures_of_one_callers_waiting_jobs_do_not_fill_the_journal() -> None:
-    """A caller of large jobs is refused by its share of the bytes, one who comes is not; what is entering counts."""
+    """A caller of large jobs is refused at its share of the bytes, a newcomer is not; bytes being written count."""
     queue = JobQueue(concurrency=1)
     admission = JobAdmission(queue, 1000, 100_000)
     for size in (30_000, 30_000, 28_000):
@@ -110,7 +110,7 @@ def test_the_pictures_of_one_callers_waiting_jobs_do_not_fill_the_journal() -> N
 
 
 def full(path: Path, callers: dict[str, int], *, messages: bool = False) -> SqliteJobStore:
-    """A small journal that is full of ended jobs of these callers, in turns, but for what the last one leaves."""
+    """A small job store full of these callers' ended jobs, in turns, except for what the last one leaves."""
     journal = SqliteJobStore(path, 300_000)
     journal.open()
     number = 0
@@ -127,7 +127,7 @@ def full(path: Path, callers: dict[str, int], *, messages: bool = False) -> Sqli
 @pytest.mark.fault(154)
 @pytest.mark.parametrize("messages", [False, True])
 def test_ended_jobs_of_the_largest_holder_give_way_the_oldest_first(tmp_path: Path, messages: bool) -> None:
-    """A flood of many is taken, its own oldest go, and those of others stay, with webhooks to be told or not."""
+    """A flood of many is accepted and evicts its own oldest; those of others stay, with pending webhooks or not."""
     journal = full(tmp_path / "journal.db", {"bob": 5, "ann": 90}, messages=messages)
     assert len(journal.list_recent("bob", 99)) == 5, "the small holder's are all there"
     left = [entry.id for entry in journal.list_recent("ann", 999)]
@@ -140,7 +140,7 @@ def test_ended_jobs_of_the_largest_holder_give_way_the_oldest_first(tmp_path: Pa
 
 @pytest.mark.fault(154)
 def test_answered_keys_of_one_caller_give_way_too(tmp_path: Path) -> None:
-    """Idempotency keys of requests that waited fill the journal like jobs; those being answered stay."""
+    """Idempotency keys of answered requests fill the store like jobs; those in flight stay."""
     journal = full(tmp_path / "journal.db", {"bob": 3})
     journal.claim(replace(CLAIM, key="under way", share="key ann"), 0.0)
     for number in range(700):
@@ -156,7 +156,7 @@ def test_answered_keys_of_one_caller_give_way_too(tmp_path: Path) -> None:
 
 @pytest.mark.fault(154)
 def test_what_has_not_ended_never_gives_way(tmp_path: Path) -> None:
-    """Full of jobs that wait, the next one is refused, and all that were accepted are there."""
+    """When it is full of waiting jobs, the next one is refused, and all accepted ones are there."""
     journal = SqliteJobStore(tmp_path / "journal.db", 400_000)
     journal.open()
     large = JobPayload(replace(WORK.request, image=None, mask=ImageInput("mask_file", data=bytes(90_000))))

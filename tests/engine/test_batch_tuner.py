@@ -1,4 +1,4 @@
-"""Groups grow while it pays and shrink when it does not, by what steps were measured to take."""
+"""Batch size tuner: batches grow while that pays and shrink when it does not, by measured step times."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SQUARE = job("square")
 
 
 def step(tuner: BatchSizeTuner, times: int, seconds: Callable[[int], float]) -> list[int]:
-    """Take steps of full groups with more waiting; the caps on the way."""
+    """Record steps of full batches with requests waiting; return the cap after each."""
     caps = []
     for _ in range(times):
         size = tuner.cap(SQUARE)
@@ -24,7 +24,7 @@ def step(tuner: BatchSizeTuner, times: int, seconds: Callable[[int], float]) -> 
 
 
 def test_a_cap_grows_while_a_picture_takes_less_time_in_a_larger_group() -> None:
-    """A step that takes as long for eight as for one: from one to the most that is allowed, within a few steps."""
+    """A step takes as long for eight as for one: from one to the maximum within a few steps."""
     tuner = BatchSizeTuner(8, learn=True)
     assert tuner.cap(SQUARE) == 1
     caps = step(tuner, 30, lambda size: 1.0)
@@ -33,7 +33,7 @@ def test_a_cap_grows_while_a_picture_takes_less_time_in_a_larger_group() -> None
 
 
 def test_a_cap_goes_no_further_than_it_pays() -> None:
-    """Up to four are nearly free, eight take thrice as long: it settles at four and tries again seldom."""
+    """Up to four are nearly free, eight take three times as long: it settles at four and rarely retries."""
     tuner = BatchSizeTuner(8, learn=True)
     caps = step(tuner, 1000, lambda size: 1.0 if size <= 4 else 3.0)
     assert caps[-1] == 4
@@ -48,7 +48,7 @@ def test_where_batching_does_not_pay_it_stays_at_one() -> None:
 
 
 def test_a_cap_shrinks_when_it_pays_no_more() -> None:
-    """What paid before is looked at again, and given up."""
+    """A batch size that paid before is re-tested, and given up."""
     tuner = BatchSizeTuner(4, learn=True)
     step(tuner, 40, lambda size: 1.0)
     assert tuner.cap(SQUARE) == 4
@@ -57,7 +57,7 @@ def test_a_cap_shrinks_when_it_pays_no_more() -> None:
 
 
 def test_what_other_programs_take_of_the_time_teaches_nothing() -> None:
-    """Larger groups cost a picture less, although each of them happened to be kept waiting."""
+    """A larger batch costs an image less, although each measured larger batch had to wait for the CPU."""
     tuner = BatchSizeTuner(4, learn=True)
     for _ in range(60):
         size = tuner.cap(SQUARE)
@@ -67,7 +67,7 @@ def test_what_other_programs_take_of_the_time_teaches_nothing() -> None:
 
 
 def test_the_most_is_never_exceeded_and_memory_bounds_it_for_long() -> None:
-    """MAX_BATCH that is no power of two is reached and not passed; after running out of memory less is the most."""
+    """A MAX_BATCH that is no power of two is reached and not exceeded; after out-of-memory the maximum is lower."""
     tuner = BatchSizeTuner(6, learn=True)
     assert max(step(tuner, 100, lambda size: 1.0)) == 6
     tuner.record_out_of_memory(SQUARE, 6)
@@ -75,7 +75,7 @@ def test_the_most_is_never_exceeded_and_memory_bounds_it_for_long() -> None:
 
 
 def test_memory_that_was_short_once_is_tried_again_much_later() -> None:
-    """Another program may have gone: after thousands of good steps the next size is allowed, and not before."""
+    """Another program may have ended: the next size is allowed after thousands of good steps, and not before."""
     tuner = BatchSizeTuner(8)
     tuner.record_out_of_memory(SQUARE, 8)
     caps = step(tuner, 3 * RECOVERY_STEPS, lambda size: 1.0)
@@ -84,7 +84,7 @@ def test_memory_that_was_short_once_is_tried_again_much_later() -> None:
 
 
 def test_a_lone_job_changes_nothing() -> None:
-    """Without others that wait there is nothing to try."""
+    """Without waiting requests there is nothing to tune."""
     tuner = BatchSizeTuner(4, learn=True)
     for _ in range(100):
         tuner.record_step(SQUARE, 1, 1.0, 1.0, more_wait=False)
@@ -92,7 +92,7 @@ def test_a_lone_job_changes_nothing() -> None:
 
 
 def test_the_time_left_is_that_of_those_before_and_ones_own() -> None:
-    """Unknown before anything was measured; then steps × seconds, in groups as large as they may be."""
+    """Unknown before any measurement; then steps × seconds, in batches as large as allowed."""
     tuner = BatchSizeTuner(2)
     line = [Ticket[object](SQUARE), Ticket[object](SQUARE)]
     assert tuner.etas(line, []) == [None, None]
@@ -103,7 +103,7 @@ def test_the_time_left_is_that_of_those_before_and_ones_own() -> None:
 
 
 def test_a_shape_that_was_not_measured_is_reckoned_by_its_pixels() -> None:
-    """By another shape of its model: twice the pixels take twice as long."""
+    """Estimated from another shape of its model: twice the pixels take twice as long."""
     tuner = BatchSizeTuner(1)
     for _ in range(2):
         tuner.record_step(SQUARE, 1, 0.5, 0.5, more_wait=False)
@@ -112,7 +112,7 @@ def test_a_shape_that_was_not_measured_is_reckoned_by_its_pixels() -> None:
 
 
 def test_figures_are_one_for_each_label() -> None:
-    """Adapters make shapes of their own and no labels of their own, so that nobody can fill the metrics."""
+    """LoRAs make their own shapes but no labels, so that nobody can fill the metrics."""
     tuner = BatchSizeTuner(4)
     for loras in ((), (("a", 1.0),), (("b", 1.0),)):
         for _ in range(2):

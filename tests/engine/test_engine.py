@@ -1,4 +1,4 @@
-"""The engine: order, batching, cancelling, bounds, failures. Drawn with painted squares."""
+"""The engine: order, batching, cancellation, bounds, failures. Runs on a fake model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from stable_diffusion_server.types import DiffusionRequest, EngineEvent, EngineE
 
 
 def test_a_job_comes_out_with_its_timings(engine_of: EngineOf) -> None:
-    """One job: its picture, the seconds of each stage, and that it was drawn alone."""
+    """One job: its image, the seconds of each stage, and a batch size of one."""
     drawing = engine_of(FakeDenoiser()).submit(job("a red square")).result.result(10)
     assert drawing.product.pixels.shape == (64, 64, 3)
     assert set(drawing.timings) == {"queue", "prepare", "denoise", "decode"}
@@ -24,7 +24,7 @@ def test_a_job_comes_out_with_its_timings(engine_of: EngineOf) -> None:
 
 
 def test_jobs_of_one_shape_share_steps_and_those_of_another_wait(engine_of: EngineOf, gated: FakeDenoiser) -> None:
-    """Equal shapes run together from the next boundary on, even past one of another shape, which waits no longer."""
+    """Equal shapes run together from the next step on, even past another shape, which waits no longer because of it."""
     engine = engine_of(gated)
     first = engine.submit(job("one"))
     until(lambda: engine.running == 1)
@@ -34,7 +34,7 @@ def test_jobs_of_one_shape_share_steps_and_those_of_another_wait(engine_of: Engi
     for ticket in [*tickets, late]:
         ticket.result.result(10)
     assert gated.batches[:5] == [["one"], *[["one", "two", "three"]] * 3, ["two", "three"]]
-    # "longer" would have kept "wide" waiting for a step more, so it had to wait itself.
+    # "longer" would have delayed "wide" by a step, so it had to wait itself.
     assert gated.batches[5:] == [*[["wide"]] * 4, *[["longer"]] * 5]
 
 
@@ -50,7 +50,7 @@ def test_jobs_with_fewer_steps_leave_the_group_earlier(engine_of: EngineOf, gate
 
 
 def test_no_group_is_larger_than_the_cap(engine_of: EngineOf, gated: FakeDenoiser) -> None:
-    """Nine jobs with a cap of three: groups of at most three, and all are drawn."""
+    """Nine jobs with a cap of three: batches of at most three, and all finish."""
     engine = engine_of(gated, max_batch=3)
     tickets = [engine.submit(job(f"job {n}")) for n in range(9)]
     open_gate(gated)
@@ -61,7 +61,7 @@ def test_no_group_is_larger_than_the_cap(engine_of: EngineOf, gated: FakeDenoise
 
 @pytest.mark.fault(61)
 def test_a_full_queue_refuses_and_says_when_to_come_back(engine_of: EngineOf, gated: FakeDenoiser) -> None:
-    """The limit counts waiting jobs: at the limit the next is refused, one fewer and it is taken."""
+    """The limit counts waiting jobs: at the limit the next is refused, one fewer and it is accepted."""
     engine = engine_of(gated, queue_limit=2)
     running = engine.submit(job("running", width=128))
     until(lambda: engine.running == 1)
@@ -79,7 +79,7 @@ def test_a_full_queue_refuses_and_says_when_to_come_back(engine_of: EngineOf, ga
 
 
 def test_cancelling_frees_the_device_within_one_step(engine_of: EngineOf, gated: FakeDenoiser) -> None:
-    """A cancelled job takes part in no step after the one under way, and its neighbour is not touched."""
+    """A cancelled job takes part in no step after the current one, and its batch neighbour is unaffected."""
     events: list[EngineEvent] = []
     engine = engine_of(gated, observe=events.append)
     doomed, neighbour = engine.submit(job("doomed", 50)), engine.submit(job("neighbour", 3))
@@ -95,7 +95,7 @@ def test_cancelling_frees_the_device_within_one_step(engine_of: EngineOf, gated:
 
 
 def test_a_job_that_fails_to_prepare_fails_alone(engine_of: EngineOf) -> None:
-    """Its error is its answer; the next job is drawn."""
+    """Its error is its result; the next job succeeds."""
     engine = engine_of(FakeDenoiser())
     bad, good = engine.submit(job("unpreparable")), engine.submit(job("good"))
     with pytest.raises(RuntimeError, match="prepare"):
@@ -104,7 +104,7 @@ def test_a_job_that_fails_to_prepare_fails_alone(engine_of: EngineOf) -> None:
 
 
 def test_a_job_that_breaks_a_step_does_not_fail_its_mates(engine_of: EngineOf, gated: FakeDenoiser) -> None:
-    """The group is drawn again one by one: the culprit fails, the others come out."""
+    """The batch is repeated one by one: the failing job fails, the others succeed."""
     engine = engine_of(gated)
     blocker = engine.submit(job("blocker", 1, width=128))
     until(lambda: engine.running == 1)
@@ -118,7 +118,7 @@ def test_a_job_that_breaks_a_step_does_not_fail_its_mates(engine_of: EngineOf, g
 
 
 def test_an_observer_that_fails_does_not_reach_the_device(engine_of: EngineOf) -> None:
-    """A broken metric or a full disk under the heartbeat costs no picture."""
+    """A broken metric or a full disk under the heartbeat fails no request."""
 
     def broken(event: EngineEvent) -> None:
         raise OSError("disk full")
@@ -137,7 +137,7 @@ def test_events_tell_the_life_of_a_job(engine_of: EngineOf) -> None:
 
 
 def test_models_that_cannot_be_loaded_are_told_and_nothing_is_accepted() -> None:
-    """The phase and the reason say why, and a job is refused instead of waiting for ever."""
+    """The engine state has the reason, and a job is refused instead of waiting forever."""
 
     def fail() -> Any:
         raise ModelLoadError("The model sdxl is missing.")
@@ -152,7 +152,7 @@ def test_models_that_cannot_be_loaded_are_told_and_nothing_is_accepted() -> None
 
 @pytest.mark.parametrize("where", ["load", "prepare"])
 def test_an_engine_that_ends_says_so_and_leaves_nobody_waiting(where: str) -> None:
-    """Even an exception that is no Exception: the phase tells, what waits is failed, and nothing more is accepted."""
+    """Even a BaseException: the state reports it, waiting jobs fail, and nothing more is accepted."""
 
     class Exiting(FakeDenoiser):
         def prepare(self, job: DiffusionRequest) -> Any:
@@ -175,7 +175,7 @@ def test_an_engine_that_ends_says_so_and_leaves_nobody_waiting(where: str) -> No
 
 
 def test_stopping_fails_what_waits_and_finishes_what_runs(engine_of: EngineOf, gated: FakeDenoiser) -> None:
-    """No caller is left hanging: the running job comes out, the waiting one is told to come back."""
+    """No caller hangs: the running job finishes, the waiting one fails with a retryable error."""
     engine = engine_of(gated, max_batch=1)
     running, waiting = engine.submit(job("running")), engine.submit(job("waiting"))
     until(lambda: engine.running == 1)
@@ -189,11 +189,11 @@ def test_stopping_fails_what_waits_and_finishes_what_runs(engine_of: EngineOf, g
 
 
 def test_a_job_that_waits_for_its_next_turn_can_be_cancelled(engine_of: EngineOf, gated: FakeDenoiser) -> None:
-    """A long job that was set aside for another shape is taken out of the line, and steps no more."""
+    """A long job that was preempted for another shape leaves the queue, and takes no further step."""
     engine = engine_of(gated)
     long = engine.submit(job("long", steps=100))
     until(lambda: len(gated.batches) == 1)
-    # Sixty steps of another shape: begun after the turn of the first, and not over before it is cancelled.
+    # Sixty steps of another shape: started after the first one's turn, and still running at the cancellation.
     other = engine.submit(
         job("other", steps=60, width=128),
         watch=lambda event: long.result.cancel() if event.kind is EngineEventKind.STEP and event.step == 3 else None,
@@ -208,7 +208,7 @@ def test_a_job_that_waits_for_its_next_turn_can_be_cancelled(engine_of: EngineOf
 
 
 def test_a_job_cancelled_while_it_is_prepared_takes_no_step(engine_of: EngineOf) -> None:
-    """The device is free at once, and the end is told once."""
+    """The device is free at once, and the end is reported once."""
     tickets, handed_in, events = list[Any](), threading.Event(), list[EngineEvent]()
 
     class Hesitant(FakeDenoiser):

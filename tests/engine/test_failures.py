@@ -1,4 +1,4 @@
-"""What fails is drawn again from its job, mates are not harmed, and a device that is lost is given up."""
+"""Failed work is repeated from its request, other requests are unaffected, and a lost device is given up."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from stable_diffusion_server.errors import DeviceLost, NotFinite, NotReady, OutO
 
 @pytest.mark.fault(51)
 def test_a_group_too_large_for_the_memory_is_drawn_in_smaller_ones(engine_of: EngineOf) -> None:
-    """The shape's cap is halved until it fits, memory is released, and every job comes out."""
+    """The shape's cap is halved until the batch fits, memory is freed, and every job succeeds."""
     painter = OutOfMemoryDenoiser(gate=threading.Event(), room=2)
     engine = engine_of(painter, max_batch=8)
     first = engine.submit(job("first", steps=1, width=128))
@@ -31,7 +31,7 @@ def test_a_group_too_large_for_the_memory_is_drawn_in_smaller_ones(engine_of: En
 
 @pytest.mark.fault(51)
 def test_running_out_of_memory_in_the_third_step_loses_nothing(engine_of: EngineOf) -> None:
-    """The group begins anew from its jobs, and what comes next is drawn as ever."""
+    """The batch restarts from its requests, and later requests work as usual."""
     painter = OutOfMemoryDenoiser(room=4, third_step_fails=True)
     engine = engine_of(painter)
     tickets = [engine.submit(job(f"a red square {n}")) for n in range(4)]
@@ -41,7 +41,7 @@ def test_running_out_of_memory_in_the_third_step_loses_nothing(engine_of: Engine
 
 @pytest.mark.fault(51)
 def test_a_lone_job_without_memory_tries_with_less_and_then_says_so(engine_of: EngineOf) -> None:
-    """With smaller tiles it may fit; when there is nothing smaller it is that job's answer, and the next is drawn."""
+    """Smaller tiles may fit; with the smallest the job fails, and the next one succeeds."""
     fits = engine_of(OutOfMemoryDenoiser(room=0, shrinks=1)).submit(job("a square"))
     assert fits.result.result(10).attempts == 2
     engine = engine_of(OutOfMemoryDenoiser(room=0))
@@ -51,7 +51,7 @@ def test_a_lone_job_without_memory_tries_with_less_and_then_says_so(engine_of: E
 
 
 def test_a_drawn_picture_is_decoded_with_less_memory_and_not_drawn_again(engine_of: EngineOf) -> None:
-    """Only the decoding is repeated: released, then in smaller tiles for as long as there are smaller ones."""
+    """Only the decoding is repeated: memory freed, then with smaller tiles as long as there are any."""
     painter = OutOfMemoryDenoiser(room=4, decodes_with=2, shrinks=2)
     assert engine_of(painter).submit(job("a square")).result.result(10).attempts == 1
     assert len(painter.batches) == 4
@@ -61,9 +61,9 @@ def test_a_drawn_picture_is_decoded_with_less_memory_and_not_drawn_again(engine_
 
 @pytest.mark.fault(53)
 def test_a_poisoned_device_is_given_up(engine_of: EngineOf) -> None:
-    """The phase says so, nothing more is taken, and the process is to be replaced.
+    """The engine state says so, nothing more is accepted, and the process is to be replaced.
 
-    Those on the device hear that it was lost, as one of them may be why; those in the line have to come back.
+    Requests on the device get device-lost, since one of them may be the cause; queued ones get a retryable error.
     """
     painter, ends = DeviceLostDenoiser(gate=threading.Event()), list[bool]()
     engine = engine_of(painter, max_batch=2, on_device_lost=lambda: ends.append(True))
@@ -84,7 +84,10 @@ def test_a_poisoned_device_is_given_up(engine_of: EngineOf) -> None:
 
 @pytest.mark.fault(54)
 def test_numbers_that_are_never_finite_are_the_devices_fault(engine_of: EngineOf) -> None:
-    """Some in a row are their jobs' answers; one too many, and the device is given up. A good one begins it anew."""
+    """A few in a row are their jobs' errors; one too many, and the device is given up.
+
+    A finite result resets the count.
+    """
     painter, ends = DeviceLostDenoiser(finite=False), list[bool]()
     engine = engine_of(painter, on_device_lost=lambda: ends.append(True))
     for _ in range(2):
@@ -104,7 +107,7 @@ def test_numbers_that_are_never_finite_are_the_devices_fault(engine_of: EngineOf
 
 @pytest.mark.fault(161)
 def test_adapters_that_are_not_finite_are_their_orders_fault_and_not_the_devices(engine_of: EngineOf) -> None:
-    """However many in a row: one without is tried for nobody, is fine, and everyone is drawn as before."""
+    """However many in a row: an internal trial without LoRAs succeeds, and others are served as before."""
 
     class Overflowing(FakeDenoiser):
         def finish(self, state: Canvas) -> FakePixels:
@@ -125,7 +128,7 @@ def test_adapters_that_are_not_finite_are_their_orders_fault_and_not_the_devices
 
 @pytest.mark.fault(161)
 def test_a_device_that_is_never_finite_is_found_out_by_orders_with_adapters_too(engine_of: EngineOf) -> None:
-    """Where all orders name adapters, the one without, tried for nobody, tells."""
+    """If all requests name LoRAs, the internal trial without them detects the fault."""
     painter, ends = DeviceLostDenoiser(finite=False), list[bool]()
     engine = engine_of(painter, on_device_lost=lambda: ends.append(True))
     for n in range(MAX_NOT_FINITE):
@@ -137,7 +140,7 @@ def test_a_device_that_is_never_finite_is_found_out_by_orders_with_adapters_too(
 
 @pytest.mark.fault(161)
 def test_a_trial_that_fails_otherwise_tells_nothing(engine_of: EngineOf) -> None:
-    """A lack of memory in the drawing for nobody is nobody's answer, and no end of the device."""
+    """Out of memory in the trial is no request's result, and does not give up the device."""
 
     class Unlucky(FakeDenoiser):
         def finish(self, state: Canvas) -> FakePixels:
@@ -155,7 +158,7 @@ def test_a_trial_that_fails_otherwise_tells_nothing(engine_of: EngineOf) -> None
 
 
 def test_poison_while_preparing_or_finishing_ends_it_as_well(engine_of: EngineOf) -> None:
-    """Wherever the device reports it."""
+    """At whatever stage the device reports the error."""
 
     class PreparePoison(FakeDenoiser):
         def prepare(self, job: object) -> object:  # type: ignore[override]  # it never gives anything
@@ -173,7 +176,7 @@ def test_poison_while_preparing_or_finishing_ends_it_as_well(engine_of: EngineOf
 
 
 def test_stopping_in_time_hands_back_what_is_not_done(engine_of: EngineOf) -> None:
-    """A job that does not end within the grace is failed with an error that a retry can help, so it can be redone."""
+    """A job that exceeds the grace period fails with a retryable error, so it can be repeated."""
     painter = FakeDenoiser(gate=threading.Event())
     engine = engine_of(painter)
     begun = engine.submit(job("begun"))

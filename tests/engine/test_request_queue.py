@@ -1,4 +1,4 @@
-"""Who is drawn next: shapes, owners and classes take turns, and nobody waits for ever."""
+"""Request queue: shapes, owners and priority classes take turns, and nobody starves."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from stable_diffusion_server.types import EngineEventKind
 
 
 def first_and_last(painter: FakeDenoiser, prompt: str) -> tuple[int, int]:
-    """The numbers of a job's first and last step among all steps of the device, from 1."""
+    """Numbers of a job's first and last step among all steps of the device, from 1."""
     numbers = [number for number, batch in enumerate(painter.batches, 1) if prompt in batch]
     return numbers[0], numbers[-1]
 
 
 def test_two_unlike_jobs_end_one_after_the_other(engine_of: EngineOf, gated: FakeDenoiser) -> None:
-    """Four steps each: they end at 4 and 8, not step by step at 7 and 8."""
+    """Four steps each: they end at 4 and 8, not interleaved at 7 and 8."""
     engine = engine_of(gated)
     tickets = [engine.submit(job("square")), engine.submit(job("wide", width=128))]
     open_gate(gated)
@@ -31,7 +31,7 @@ def test_two_unlike_jobs_end_one_after_the_other(engine_of: EngineOf, gated: Fak
 
 
 def test_a_long_job_lets_another_shape_have_its_turn(engine_of: EngineOf, gated: FakeDenoiser) -> None:
-    """Another shape waits for a bounded number of steps, and the long job goes on where it was."""
+    """Another shape waits for a bounded number of steps, and the long job resumes where it was."""
     engine = engine_of(gated)
     long = engine.submit(job("long", steps=100))
     until(lambda: len(gated.batches) == 1)
@@ -44,7 +44,7 @@ def test_a_long_job_lets_another_shape_have_its_turn(engine_of: EngineOf, gated:
 
 
 def test_equal_shapes_that_keep_coming_do_not_starve_another(engine_of: EngineOf, gated: FakeDenoiser) -> None:
-    """Of thirty squares before and after it, one that is wide waits for no more than the group at work."""
+    """With thirty squares before and after it, a wide one waits only for the current batch."""
     engine = engine_of(gated, queue_limit=64)
     before = [engine.submit(job(f"before {n}")) for n in range(4)]
     until(lambda: engine.running > 0)
@@ -57,7 +57,7 @@ def test_equal_shapes_that_keep_coming_do_not_starve_another(engine_of: EngineOf
 
 
 def test_owners_share_the_device_whoever_floods_it(engine_of: EngineOf, gated: FakeDenoiser) -> None:
-    """Beside someone with 300 jobs, someone who comes later with 60 has 45 % of the steps or more until they end."""
+    """Against 300 jobs of one owner, a later owner with 60 gets at least 45 % of the steps until they end."""
     for loras in ((), (("of another shape", 1.0),)):
         engine = engine_of(gated, queue_limit=400)
         assert gated.gate is not None
@@ -76,7 +76,7 @@ def test_owners_share_the_device_whoever_floods_it(engine_of: EngineOf, gated: F
 
 
 def test_an_owner_who_was_away_has_nothing_saved_up() -> None:
-    """After ten jobs of one owner a newcomer takes turns with it, and does not get ten in a row."""
+    """After ten jobs of one owner a newcomer alternates with it, and does not get ten in a row."""
     line: RequestQueue[Any] = RequestQueue()
     for n in range(10):
         line.add(ticket := Ticket(job(f"early {n}"), owner="early"))
@@ -89,7 +89,7 @@ def test_an_owner_who_was_away_has_nothing_saved_up() -> None:
 
 
 def test_dear_jobs_take_more_of_a_turn_than_cheap_ones() -> None:
-    """Owners share steps × pixels, so one job of 40 steps stands against ten of four."""
+    """Owners share steps × pixels, so one job of 40 steps weighs as much as ten of four."""
     line: RequestQueue[Any] = RequestQueue()
     for n in range(3):
         line.add(Ticket(job(f"dear {n}", steps=40), owner="dear"))
@@ -100,7 +100,7 @@ def test_dear_jobs_take_more_of_a_turn_than_cheap_ones() -> None:
 
 
 def test_interactive_work_goes_before_background_work(engine_of: EngineOf, gated: FakeDenoiser) -> None:
-    """What somebody waits for overtakes what nobody does, but background work comes in its turn as well."""
+    """Interactive requests overtake background ones, but background work also gets its turn."""
     engine = engine_of(gated, max_batch=1, queue_limit=64)
     running = engine.submit(job("running"))
     until(lambda: engine.running == 1)
@@ -117,7 +117,7 @@ def test_interactive_work_goes_before_background_work(engine_of: EngineOf, gated
 
 
 def test_background_work_makes_room_for_interactive_work(engine_of: EngineOf, gated: FakeDenoiser) -> None:
-    """A long job in the background is set aside after a few steps, and goes on later."""
+    """A long background job is preempted after a few steps, and resumes later."""
     engine = engine_of(gated, max_batch=1)
     late = engine.submit(job("late", steps=60), background=True)
     until(lambda: len(gated.batches) == 1)
@@ -130,7 +130,7 @@ def test_background_work_makes_room_for_interactive_work(engine_of: EngineOf, ga
 
 
 def test_one_owners_long_job_lets_another_owner_in(engine_of: EngineOf, gated: FakeDenoiser) -> None:
-    """Equal shapes too, where the group is full of one owner's jobs."""
+    """Also for equal shapes, when one owner's jobs fill the batch."""
     engine = engine_of(gated, max_batch=1)
     long = engine.submit(job("long", steps=100), owner="a")
     until(lambda: len(gated.batches) == 1)
@@ -144,7 +144,7 @@ def test_one_owners_long_job_lets_another_owner_in(engine_of: EngineOf, gated: F
 def test_who_watches_is_told_of_the_place_in_the_line_and_the_time_left(
     engine_of: EngineOf, gated: FakeDenoiser
 ) -> None:
-    """The place falls to nothing, the steps count up, and the time left is known once the shape was measured."""
+    """The position falls to zero, steps count up, and the time left is known once the shape was measured."""
     engine = engine_of(gated, max_batch=1)
     open_gate(gated)
     for _ in range(2):

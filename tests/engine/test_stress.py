@@ -1,4 +1,4 @@
-"""Hundreds of jobs that join, leave, fail and are cancelled at random: no picture is another's, and none is lost."""
+"""Hundreds of jobs that join, leave, fail and are cancelled at random: no image is swapped, and none is lost."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ JOBS = 500
 
 @dataclass
 class Stepwise(FakeDenoiser):
-    """Paints by its steps: each adds the job's seed to its canvas, so a step too many, too few or of another shows.
+    """Each step adds the job's seed to its canvas, so an extra, missing or foreign step is visible.
 
-    There is room for six canvases, and now and then for one only.
+    Memory fits six canvases, and now and then only one.
     """
 
     resident: bool = True
@@ -56,7 +56,7 @@ class Stepwise(FakeDenoiser):
 
 
 def total_of(ticket: Ticket[FakePixels]) -> int:
-    """What a job's steps came to."""
+    """Sum of a job's steps."""
     return int(ticket.result.result(0).product.pixels.view(np.int64)[0])
 
 
@@ -66,7 +66,7 @@ def total_of(ticket: Ticket[FakePixels]) -> int:
 def test_whatever_happens_every_job_gets_its_own_answer(
     workers: int, resident: bool, seed: int, engine_of: EngineOf
 ) -> None:
-    """Shapes, steps, owners, classes, cancels, culprits and full memory at random: each picture is its own job's."""
+    """Random shapes, steps, owners, classes, cancellations, failures and out-of-memory: each image is its own job's."""
     chance = random.Random(seed)  # noqa: S311  # no secret
     told: dict[str, list[EngineEvent]] = {}
     painter = Stepwise(resident=resident, seconds_per_step=0.0002)

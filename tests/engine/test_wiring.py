@@ -1,4 +1,7 @@
-"""The engine in the application: its figures are shown, its failure is told, and a lost device ends the process."""
+"""The engine in the application.
+
+Its metrics are exported, its failure is reported, and a lost device ends the process.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_caps_and_step_times_are_in_the_metrics(run_app: Callable[..., Any]) -> None:
-    """By shape: how many may share a step, and how long one takes."""
+    """By shape: batch size cap and step time."""
     running_app = run_app()
     for n in range(2):
         assert running_app.draw(prompt=f"a square {n}", width=128, height=192).status_code == 200
@@ -35,7 +38,7 @@ def test_caps_and_step_times_are_in_the_metrics(run_app: Callable[..., Any]) -> 
 
 
 class RecordedHooks(ProcessHooks):
-    """Remembers which events were reported, and ends no process."""
+    """Records the reported events, and ends no process."""
 
     def __init__(self) -> None:
         self.called = list[str]()
@@ -52,7 +55,7 @@ class RecordedHooks(ProcessHooks):
 
 @pytest.mark.fault(53)
 def test_a_poisoned_device_is_told_and_the_process_is_to_be_replaced(tmp_path: Path) -> None:
-    """The caller is told to come back, /readyz says why it is not ready, and the hook is called."""
+    """The caller gets a retryable error, /readyz gives the reason, and the hook is called."""
     hooks = RecordedHooks()
     app = create_app(settings_in(tmp_path), load=lambda settings: DeviceLostDenoiser(), hooks=hooks)
     with TestClient(app, base_url="http://127.0.0.1:8000", client=("127.0.0.1", 5)) as client:
@@ -68,14 +71,14 @@ def test_a_poisoned_device_is_told_and_the_process_is_to_be_replaced(tmp_path: P
 
 
 def test_a_process_whose_device_is_lost_leaves_with_its_own_status() -> None:
-    """So that a watchdog can tell it from an ordinary end, whatever threads still wait for the device."""
+    """So a watchdog can tell it from a normal exit, even while threads still wait for the device."""
     code = "from stable_diffusion_server.app.lifecycle import exit_soon; import time; exit_soon(); time.sleep(60)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60, check=False)  # noqa: S603  # our own
     assert done.returncode == DEVICE_LOST_STATUS == 86
 
 
 def test_once_it_can_draw_the_process_settles(tmp_path: Path) -> None:
-    """Before any job is taken, so that nobody waits for it."""
+    """Before any job is accepted, so that nobody waits for it."""
     hooks = RecordedHooks()
     app = create_app(settings_in(tmp_path), load=lambda settings: FakeDenoiser(), hooks=hooks)
     with TestClient(app):
@@ -86,7 +89,7 @@ GLIBC = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc's
 
 
 def told_by_a_process(code: str, how: str) -> str:
-    """What a Python process of its own prints, its heap tended or not."""
+    """Output of a separate Python process, with or without malloc tuning."""
     tend = "process_tuning._TRIM_SECONDS = 0.1; process_tuning.tune_malloc()" if how == "tended" else ""
     command = [sys.executable, "-c", f"from stable_diffusion_server.app import process_tuning\n{tend}\n{code}"]
     environment = {
@@ -100,7 +103,7 @@ def told_by_a_process(code: str, how: str) -> str:
 
 @GLIBC
 def test_threads_share_their_heaps() -> None:
-    """Twelve threads that hold memory at the same time have two heaps between them, and not one each."""
+    """Twelve threads that allocate at the same time share two malloc arenas."""
     code = """
 import ctypes, threading
 held, together = [], threading.Barrier(12)
@@ -120,7 +123,10 @@ ctypes.CDLL(None).fflush(None)
 
 @GLIBC
 def test_what_is_free_amid_what_is_held_is_given_back() -> None:
-    """Of two hundred megabytes in pieces of 100 kB every second one is freed: half of them are gone soon."""
+    """Of two hundred megabytes in pieces of 100 kB every second one is freed.
+
+    Half of them soon return to the system.
+    """
     code = """
 import os, time
 pieces = [bytearray(100_000) for _ in range(2000)]
@@ -134,7 +140,7 @@ print(int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGESIZE"
 
 @GLIBC
 def test_memory_of_a_picture_is_used_again_for_the_next() -> None:
-    """Of twenty megabytes that are freed and taken again, each page is asked of the system once and not each time."""
+    """Twenty megabytes freed and allocated again: each page is requested from the system once, not each time."""
     code = """
 import resource
 for _ in range(50):
@@ -147,7 +153,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
 
 
 def test_what_is_to_be_warm_is_drawn_before_the_server_is_ready(tmp_path: Path) -> None:
-    """Each size by each model, alone and shared, as a compiler has to see it; nothing of it is stored."""
+    """Each size by each model, alone and batched, as a compiler needs it; nothing is stored."""
     painter, told = FakeDenoiser(), list[int]()
 
     class Counting(ProcessHooks):
@@ -160,7 +166,7 @@ def test_what_is_to_be_warm_is_drawn_before_the_server_is_ready(tmp_path: Path) 
         hooks=Counting(),
     )
     with TestClient(app):
-        until(lambda: told == [6])  # the largest is drawn on the first one's canvas, and SDXL with guidance and without
+        until(lambda: told == [6])  # the largest runs on the first one's canvas, and SDXL with guidance and without
     drawn = {(job.model, job.width, job.height, job.guidance_scale > 1) for job in painter.finished}
     assert drawn == {
         (model, width, 256, guided)
@@ -175,7 +181,7 @@ def test_what_is_to_be_warm_is_drawn_before_the_server_is_ready(tmp_path: Path) 
 def test_what_cannot_be_warmed_up_is_told_and_harms_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], wrong: dict[str, int]
 ) -> None:
-    """Memory that suffices for no pair, no picture or no decoding: the server is ready all the same."""
+    """Memory too small for a batch of two, for an image, or for decoding: the server is ready all the same."""
     painter = OutOfMemoryDenoiser(**wrong)
     app = create_app(settings_in(tmp_path, warmup_sizes=("256x256",), models="embedded"), load=lambda settings: painter)
     with TestClient(app, base_url="http://127.0.0.1:8000") as client:
@@ -185,7 +191,7 @@ def test_what_cannot_be_warmed_up_is_told_and_harms_nothing(
 
 
 def test_with_one_job_at_a_time_no_pair_is_drawn_to_be_warm(tmp_path: Path) -> None:
-    """Room for one is enough where never more are drawn."""
+    """With a maximum batch size of one, no batch of two is tried."""
     painter = OutOfMemoryDenoiser(room=1)
     settings = settings_in(tmp_path, warmup_sizes=("256x256",), models="embedded", max_batch=1)
     with TestClient(create_app(settings, load=lambda settings: painter)):
@@ -194,10 +200,10 @@ def test_with_one_job_at_a_time_no_pair_is_drawn_to_be_warm(tmp_path: Path) -> N
 
 
 def test_a_settled_process_has_nothing_old_for_the_collector_to_look_through() -> None:
-    """Garbage is gone, and what is left is out of its sight: no full collection stops everyone for long."""
+    """Garbage is collected, and the rest is frozen: no full collection pauses all threads for long."""
 
     class Ring:
-        """An object that only the collector can free."""
+        """An object that only the garbage collector can free."""
 
         def __init__(self) -> None:
             self.itself = self

@@ -1,4 +1,4 @@
-"""Several lanes beside each other, phases where weights travel, and previews on the way."""
+"""Several workers in parallel, execution in phases for offloaded weights, and previews."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from stable_diffusion_server.types import EngineEvent
 
 
 def test_lanes_draw_side_by_side_and_prepare_in_turns(engine_of: EngineOf) -> None:
-    """Two threads step different jobs at the same time; preparing, which shares a tokenizer, is one at a time."""
+    """Two threads step different jobs at the same time; prepare, which shares a tokenizer, runs one at a time."""
     painter = ConcurrentDenoiser(together=threading.Barrier(2))
     engine = engine_of(painter, workers=2, max_batch=1)
     tickets = [engine.submit(job(f"job {n}")) for n in range(8)]
@@ -34,11 +34,11 @@ def test_lanes_draw_side_by_side_and_prepare_in_turns(engine_of: EngineOf) -> No
         ticket.result.result(10)
     assert len(painter.threads) == 2
     assert painter.most["prepare"] == 1
-    assert painter.lanes_told == [2, 2, 2]  # the first thread also before it is asked to be warm
+    assert painter.lanes_told == [2, 2, 2]  # the first thread also before its warm-up
 
 
 def test_the_denoiser_says_how_many_lanes_are_best_where_nobody_else_does(engine_of: EngineOf) -> None:
-    """No number given: as many threads draw as the denoiser finds best, and they refuse adapters like any other."""
+    """Without a setting, the denoiser's preferred number of workers runs, and they refuse LoRAs."""
     painter = ConcurrentDenoiser(together=threading.Barrier(2), best_workers=2)
     engine = engine_of(painter, workers=0, max_batch=1)
     for ticket in [engine.submit(job(f"job {n}")) for n in range(4)]:
@@ -52,7 +52,7 @@ def test_the_denoiser_says_how_many_lanes_are_best_where_nobody_else_does(engine
 def test_a_lane_on_one_thread_learns_by_what_the_processor_gave_it(
     engine_of: EngineOf, cpu_threads: int, grows: bool
 ) -> None:
-    """Steps that wait the longer the larger the group is, as where other programs run, and compute the same."""
+    """Wall time grows with the batch because other programs run; CPU time stays the same."""
     painter = CpuBoundDenoiser(gate=threading.Event())
     painter.cpu_threads = cpu_threads
     engine = engine_of(painter, max_batch=2, learn=True)
@@ -65,7 +65,7 @@ def test_a_lane_on_one_thread_learns_by_what_the_processor_gave_it(
 
 
 def test_lanes_refuse_adapters(engine_of: EngineOf) -> None:
-    """An adapter changes the weights all lanes draw with, so the job is refused, by the parameter's name."""
+    """A LoRA changes the weights that all workers share, so the job is refused, by parameter name."""
     engine = engine_of(ConcurrentDenoiser(), workers=2)
     with pytest.raises(InvalidInput) as refused:
         engine.submit(job("a square", loras=(("style", 1.0),)))
@@ -74,7 +74,7 @@ def test_lanes_refuse_adapters(engine_of: EngineOf) -> None:
 
 
 def test_lanes_are_refused_where_weights_change_while_drawing() -> None:
-    """One sentence says why, and nothing is accepted."""
+    """One sentence with the reason, and nothing is accepted."""
     painter = ConcurrentDenoiser(unshareable="the weights travel between memory and device.")
     engine: Engine[Any] = Engine(lambda: painter, queue_limit=1, max_batch=1, workers=2)
     engine.start()
@@ -83,7 +83,7 @@ def test_lanes_are_refused_where_weights_change_while_drawing() -> None:
 
 
 def test_weights_that_travel_are_used_in_phases(engine_of: EngineOf) -> None:
-    """All are prepared, stepped until none is left, finished, and the memory is released: no joins in between."""
+    """All are prepared, then stepped to the end, then finished, and memory is freed: nothing joins in between."""
     painter = RecordingDenoiser(gate=threading.Event())
     engine = engine_of(painter)
     first = engine.submit(job("first", steps=1, width=128))
@@ -100,12 +100,12 @@ def test_weights_that_travel_are_used_in_phases(engine_of: EngineOf) -> None:
 
 
 def test_previews_are_made_for_those_who_want_them(engine_of: EngineOf) -> None:
-    """At most every other step, as a small picture; whoever did not ask costs nothing."""
+    """At most every other step, as a small image; requests without previews cost nothing."""
     painter, told = PreviewingDenoiser(seconds_per_step=0.01), list[EngineEvent]()
     engine = engine_of(painter)
     engine.submit(job("plain", steps=8), watch=lambda event: None).result.result(10)
     assert painter.sketches == 0
-    # On a busy machine one that had to wait for a processor seems too dear, and the next ones are left out.
+    # On a busy machine a preview that waited for a CPU seems too expensive, and the next ones are skipped.
     until(
         lambda: (
             bool(engine.submit(job("watched", steps=8), previews=True, watch=told.append).result.result(10))
@@ -119,7 +119,7 @@ def test_previews_are_made_for_those_who_want_them(engine_of: EngineOf) -> None:
 
 
 def test_previews_that_cost_too_much_are_left_out(engine_of: EngineOf) -> None:
-    """Ten times as dear as a step: after the first, which tells the price, there are hardly any in sixty steps."""
+    """Ten times as expensive as a step: after the first, which is measured, there are hardly any in sixty steps."""
 
     class Slow(PreviewingDenoiser):
         def preview(self, state: Any) -> Any:
@@ -134,7 +134,7 @@ def test_previews_that_cost_too_much_are_left_out(engine_of: EngineOf) -> None:
 
 
 def test_a_preview_that_fails_costs_no_picture(engine_of: EngineOf) -> None:
-    """It is left out, and the job goes on."""
+    """The preview is skipped, and the job continues."""
 
     class Clumsy(PreviewingDenoiser):
         def preview(self, state: Any) -> Any:

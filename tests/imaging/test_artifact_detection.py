@@ -1,4 +1,4 @@
-"""Broken pictures: black ones, and the original's measure of bumps at any size."""
+"""Artifact detection: black images, and the original's "bumpy" measure at any size."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from stable_diffusion_server.imaging.artifact_detection import is_black, score_a
 
 
 def originals_rule(pixels: NDArray[np.uint8]) -> bool:
-    """The original's rule, told by counts of a histogram, for pictures of its own size."""
+    """The original's rule on histogram counts, for images of its own size."""
     picture = Image.fromarray(pixels)
     colours, grey = picture.histogram(), picture.convert("L").histogram()
     bands = [colours[band * 256 : band * 256 + 256] for band in range(3)]
@@ -26,7 +26,7 @@ def originals_rule(pixels: NDArray[np.uint8]) -> bool:
 
 
 def scene(seed: int, side: int = 1024) -> NDArray[np.uint8]:
-    """A picture with soft blobs, more or less contrast and more or less grain."""
+    """An image with soft blobs, with given contrast and grain."""
     chance = np.random.default_rng(seed)
     blobs = chance.integers(0, 256, (8, 8, 3), dtype=np.uint8)
     soft = np.asarray(Image.fromarray(blobs).resize((side, side), Image.Resampling.BICUBIC)).astype(float)
@@ -37,14 +37,14 @@ def scene(seed: int, side: int = 1024) -> NDArray[np.uint8]:
 @given(st.integers(0, 10_000))
 @settings(max_examples=12, deadline=None)
 def test_at_the_originals_size_the_verdict_is_the_originals(seed: int) -> None:
-    """The same rule to the last count at 1024 × 1024."""
+    """The same verdict, to the last count, at 1024 × 1024."""
     pixels = scene(seed)
     assert score_artifacts(pixels).has_artifacts is originals_rule(pixels)
 
 
 @pytest.mark.parametrize("seed", range(8))
 def test_the_verdict_is_the_same_at_every_size(seed: int) -> None:
-    """The same picture at a half, a quarter and twice the size is as bumpy, unless it is close to the threshold."""
+    """An image at half, a quarter and twice the size gets the same verdict, unless it is close to the threshold."""
     pixels = scene(seed)
     measured = score_artifacts(pixels)
     if not 0.6 < measured.score < 1.6:
@@ -55,7 +55,7 @@ def test_the_verdict_is_the_same_at_every_size(seed: int) -> None:
 
 @pytest.mark.parametrize("side", [64, 128, 512, 1024])
 def test_noise_with_black_and_white_is_too_bumpy_and_flat_shapes_are_not(side: int) -> None:
-    """What the embedded models draw, discs on grounds, passes at every size; television snow does not."""
+    """The embedded models' results, discs on backgrounds, pass at every size; noise does not."""
     assert score_artifacts(bumpy_pixels(side, side, ends=0.05)).has_artifacts
     assert score_artifacts(bumpy_pixels(side, side, ends=0.2)).score > 1
     for inside, outside in (("black", "white"), ("red", "blue"), ("white", "black")):
@@ -63,7 +63,7 @@ def test_noise_with_black_and_white_is_too_bumpy_and_flat_shapes_are_not(side: i
 
 
 def test_both_ends_and_uneven_greys_are_needed() -> None:
-    """Much black alone, much white alone, or a ramp of all levels is no fault."""
+    """Much black alone, much white alone, or a ramp of all levels is valid."""
     snow = bumpy_pixels(256, 256, ends=0.05)
     assert not score_artifacts(np.maximum(snow, 12)).has_artifacts
     assert not score_artifacts(np.minimum(snow, 240)).has_artifacts
@@ -72,7 +72,7 @@ def test_both_ends_and_uneven_greys_are_needed() -> None:
 
 
 def test_a_picture_is_black_when_nothing_can_be_seen() -> None:
-    """All zeros, and what rounding makes of them; one dark grey pixel is something."""
+    """All zeros, and zeros with rounding errors; one dark grey pixel is enough to pass."""
     pixels = np.zeros((64, 64, 3), np.uint8)
     assert is_black(pixels)
     assert is_black(pixels + 2)

@@ -1,4 +1,4 @@
-"""Clients that hang up while their picture is decoded, children that hang and crash: the places are free again."""
+"""Clients that disconnect during decoding, and decoder processes that hang or crash: every slot is free again."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ HANG_UPS = 1000
 SIDE = 600
 LIMITS: dict[str, Any] = {"max_bytes": 4_000_000, "max_pixels": 20_000_000, "max_side": 5000}
 
-# A child that does as the first byte of its picture says, at any moment of the protocol.
+# A decoder process whose behaviour the first byte of its input selects, at any point of the protocol.
 SCRIPTED = f"""
 import os, signal, struct, sys
 source, target = sys.stdin.buffer, sys.stdout.buffer
@@ -58,14 +58,14 @@ DEEDS = b"wxskhpcnnn"
 
 @pytest.fixture
 def scripted(tmp_path: Path) -> str:
-    """The path of such a child's program."""
+    """The path of such a program."""
     program = tmp_path / "scripted.py"
     program.write_text(SCRIPTED)
     return str(program)
 
 
 def zombies() -> set[int]:
-    """Children of this process that have ended and were not reaped."""
+    """Child processes that have ended and were not reaped."""
     found = set()
     for entry in Path("/proc").glob("[0-9]*"):
         with suppress(OSError, ValueError):
@@ -76,12 +76,12 @@ def zombies() -> set[int]:
 
 
 def open_files() -> int:
-    """How many file descriptors this process has."""
+    """Number of this process's open file descriptors."""
     return len(os.listdir("/proc/self/fd"))
 
 
 async def settled(condition: Callable[[], bool]) -> bool:
-    """Whether something has come true within ten seconds; the event loop goes on meanwhile."""
+    """Whether a condition becomes true within ten seconds; the event loop keeps running."""
     for _ in range(500):
         if condition():
             return True
@@ -90,7 +90,7 @@ async def settled(condition: Callable[[], bool]) -> bool:
 
 
 async def hang_up(decoder: DecoderPool, deed: bytes, size: int, after: float | None) -> str:
-    """Ask for a picture and leave after so many seconds (`None`: stay); what became of it."""
+    """Request a decode and cancel after so many seconds (`None`: never); return the outcome."""
     decoding = asyncio.create_task(decoder.decode(deed.ljust(size, b"."), "image_file"))
     if after is not None:
         await asyncio.sleep(after)
@@ -106,7 +106,10 @@ async def hang_up(decoder: DecoderPool, deed: bytes, size: int, after: float | N
 
 @pytest.mark.fault(110)
 async def test_after_a_thousand_hang_ups_at_random_moments_every_place_is_free(scripted: str) -> None:
-    """Left while writing, before the answer, amid the pixels; timed out; crashed: no place, process or file is lost."""
+    """Cancelled while writing, before the response, amid the pixels; timed out.
+
+    Crashed: no slot, process or file is lost.
+    """
     chance = random.Random(21)  # noqa: S311  # the same moments in each run
     decoder = DecoderPool(**LIMITS, processes=4, seconds=2, program=scripted)
     before, became, gate = open_files(), Counter[str](), asyncio.Semaphore(12)
@@ -122,7 +125,7 @@ async def test_after_a_thousand_hang_ups_at_random_moments_every_place_is_free(s
     assert became.total() == HANG_UPS
     assert became["left"] > HANG_UPS // 2
     assert became["late"] + became["crashed"] > 0
-    async with asyncio.timeout(120):  # on a busy machine one may take too long; none waits for ever
+    async with asyncio.timeout(120):  # on a busy machine one may take too long; none waits forever
         whole = 0
         while whole < 8:
             whole += (await asyncio.gather(*(hang_up(decoder, b"n", 2, None) for _ in range(4)))).count("decoded")
@@ -135,7 +138,7 @@ async def test_after_a_thousand_hang_ups_at_random_moments_every_place_is_free(s
 @pytest.mark.fault(110)
 @pytest.mark.parametrize("seconds", [0.15, 20.0], ids=["timed out", "left"])
 async def test_the_real_decoder_loses_no_place_to_large_pictures(seconds: float) -> None:
-    """A picture of 4000 × 4000 in 54 KB, given up at any moment, forty times."""
+    """An image of 4000 × 4000 in 54 KB, cancelled at any moment, forty times."""
     chance = random.Random(21)  # noqa: S311  # the same moments in each run
     picture = file_of(np.zeros((4000, 4000, 3), np.uint8))
     decoder = DecoderPool(**LIMITS, processes=2, seconds=seconds)
@@ -158,7 +161,7 @@ async def test_the_real_decoder_loses_no_place_to_large_pictures(seconds: float)
 
 @pytest.mark.fault(110)
 async def test_a_caller_who_leaves_while_waiting_for_a_place_leaves_none_taken(scripted: str) -> None:
-    """A hundred wait behind a child that hangs, and all go: the next one is decoded."""
+    """A hundred wait behind a hanging process, and all are cancelled: the next image is decoded."""
     decoder = DecoderPool(**LIMITS, processes=1, seconds=20, program=scripted)
     waiting = [asyncio.create_task(decoder.decode(b"s", "image_file")) for _ in range(100)]
     await asyncio.sleep(0.2)
@@ -172,7 +175,7 @@ async def test_a_caller_who_leaves_while_waiting_for_a_place_leaves_none_taken(s
 
 @pytest.mark.fault(111)
 async def test_slow_pictures_of_one_caller_leave_places_for_others(scripted: str) -> None:
-    """Of three places one caller has two, however much it asks for; two others are answered meanwhile."""
+    """Of three slots one caller gets two, however much it requests; two others are served meanwhile."""
     decoder = DecoderPool(**LIMITS, processes=3, seconds=60, program=scripted)
     slow = [asyncio.create_task(decoder.decode(b"s", "image_file", share="key a")) for _ in range(64)]
     await asyncio.sleep(0.2)
@@ -188,7 +191,7 @@ async def test_slow_pictures_of_one_caller_leave_places_for_others(scripted: str
 
 @pytest.mark.fault(112)
 async def test_a_pool_that_makes_no_progress_says_so(scripted: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Were a deadline ever not to hold, the pool would be found to stand still; an idle or busy one is not."""
+    """If a deadline ever failed, the pool would report a stall; an idle or busy pool does not."""
 
     class Forever:
         """A deadline that never comes."""
@@ -221,7 +224,7 @@ async def test_a_pool_that_makes_no_progress_says_so(scripted: str, monkeypatch:
 
 
 async def test_a_machine_without_room_for_a_process_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where no process can be started the caller is told to come back, and the place is free."""
+    """If no process can start, the caller gets a retryable error, and the slot is free."""
 
     def refuse(*given: object, **named: object) -> None:
         raise BlockingIOError(11, "Resource temporarily unavailable")

@@ -1,4 +1,4 @@
-"""Decoding in children: every kind of picture, every kind of mischief, and nothing left behind."""
+"""Decoding in sandboxed processes: every kind of image, every kind of failure, and no leaks."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ LIMITS = {"max_bytes": 1_000_000, "max_pixels": 40_000, "max_side": 1000}
 
 @pytest.fixture
 async def decoder() -> AsyncIterator[DecoderPool]:
-    """A pool of one child with small limits."""
+    """A pool of one process with small limits."""
     decoder = DecoderPool(**LIMITS, processes=1, seconds=20)
     yield decoder
     await decoder.close()
 
 
 def children(program: str = worker.__file__) -> set[int]:
-    """Decoding processes of this one that are still there."""
+    """Running decoder processes of this process."""
     found = set()
     for entry in Path("/proc").glob("[0-9]*"):
         try:
@@ -57,7 +57,7 @@ def png_claiming(width: int, height: int) -> bytes:
 
 @pytest.mark.parametrize("file_format", ["PNG", "JPEG", "WEBP"])
 async def test_a_picture_comes_back_as_rgb_pixels(decoder: DecoderPool, file_format: str) -> None:
-    """Shape, type and colours; to the last bit where the format is lossless."""
+    """Shape, dtype and colours; bit-exact for lossless formats."""
     pixels = disc()
     options: dict[str, Any] = {"WEBP": {"lossless": True}, "JPEG": {"quality": 95, "subsampling": 0}, "PNG": {}}[
         file_format
@@ -84,7 +84,7 @@ async def test_a_picture_comes_back_as_rgb_pixels(decoder: DecoderPool, file_for
 async def test_every_mode_becomes_rgb_over_white(
     decoder: DecoderPool, mode: str, colour: Any, seen: tuple[int]
 ) -> None:
-    """Grey, one bit, sixteen bits (scaled, not clipped), transparency, print colours."""
+    """Grey, one bit, sixteen bits (scaled, not clipped), transparency, CMYK."""
     picture = Image.new(mode, (5, 4), colour)
     target = io.BytesIO()
     picture.save(target, "JPEG" if mode == "CMYK" else "PNG")
@@ -94,7 +94,7 @@ async def test_every_mode_becomes_rgb_over_white(
 
 @pytest.mark.fault(27)
 async def test_a_palette_with_transparency_becomes_rgb_over_white(decoder: DecoderPool) -> None:
-    """A palette entry marked transparent shows the white behind it."""
+    """A transparent palette entry shows the white behind it."""
     picture = Image.new("P", (4, 4), 0)
     picture.putpalette([255, 0, 0, 0, 0, 255])
     target = io.BytesIO()
@@ -104,7 +104,7 @@ async def test_a_palette_with_transparency_becomes_rgb_over_white(decoder: Decod
 
 @pytest.mark.fault(29)
 async def test_a_mask_may_be_told_by_its_transparency(decoder: DecoderPool) -> None:
-    """White where the picture is transparent, black where it is not, whatever its colours; without alpha all black."""
+    """White where the image is transparent, black where it is not, whatever its colours; without alpha all black."""
     pixels = np.full((8, 6, 4), 255, np.uint8)
     pixels[2:5, 1:3, 3] = 0
     target = io.BytesIO()
@@ -117,7 +117,7 @@ async def test_a_mask_may_be_told_by_its_transparency(decoder: DecoderPool) -> N
 @pytest.mark.fault(28)
 @pytest.mark.parametrize("orientation", range(1, 9))
 async def test_a_photograph_is_turned_as_its_exif_says(decoder: DecoderPool, orientation: int) -> None:
-    """All eight orientations of EXIF show the same picture upright."""
+    """All eight EXIF orientations give the same upright image."""
     upright = np.zeros((16, 24, 3), np.uint8)
     upright[:8, :8] = 255
     lying = {
@@ -169,7 +169,7 @@ BAD: list[tuple[str, bytes, type[ServerError]]] = [
 async def test_what_is_no_good_picture_is_refused_by_name(
     decoder: DecoderPool, data: bytes, error: type[ServerError]
 ) -> None:
-    """The error names the parameter, and the next picture is decoded as if nothing had been."""
+    """The error names the parameter, and the next image is decoded normally."""
     with pytest.raises(error) as refused:
         await decoder.decode(data, "mask_file")
     assert refused.value.field == "mask_file"
@@ -178,7 +178,7 @@ async def test_what_is_no_good_picture_is_refused_by_name(
 
 @pytest.mark.fault(24)
 async def test_a_picture_at_every_limit_is_taken(decoder: DecoderPool) -> None:
-    """The most pixels, the longest side, the most bytes; one pixel more is not."""
+    """Maximum pixels, side and bytes are accepted; one pixel more is not."""
     assert (await decoder.decode(file_of(np.zeros((200, 200, 3), np.uint8)), "image_file")).shape == (200, 200, 3)
     assert (await decoder.decode(file_of(np.zeros((40, 1000, 3), np.uint8)), "image_file")).shape == (40, 1000, 3)
     await decoder.decode(PNG.ljust(LIMITS["max_bytes"], b"\0"), "image_file")
@@ -188,7 +188,7 @@ async def test_a_picture_at_every_limit_is_taken(decoder: DecoderPool) -> None:
 
 @pytest.mark.fault(32)
 async def test_a_child_that_crashes_costs_one_request(tmp_path: Path) -> None:
-    """A decoder that dies on a picture is a 4xx for that picture; a new child serves the next."""
+    """A decoder that crashes on an image is a 4xx for that image; a new process serves the next."""
     decoder = DecoderPool(**LIMITS, processes=1, program=program_that("os.kill(os.getpid(), signal.SIGSEGV)", tmp_path))
     with pytest.raises(InvalidInput, match="could not be decoded"):
         await decoder.decode(PNG, "image_file")
@@ -198,7 +198,7 @@ async def test_a_child_that_crashes_costs_one_request(tmp_path: Path) -> None:
 
 @pytest.mark.fault(32)
 async def test_a_child_that_loops_is_ended(tmp_path: Path) -> None:
-    """A picture on which a decoder never ends is refused after its time, and the child is gone."""
+    """An image on which the decoder loops is refused after the timeout, and the process is killed."""
     program = program_that("signal.pause()", tmp_path)
     decoder = DecoderPool(**LIMITS, processes=1, seconds=2, program=program)
     with pytest.raises(InvalidInput, match="too long"):
@@ -209,7 +209,7 @@ async def test_a_child_that_loops_is_ended(tmp_path: Path) -> None:
 
 
 async def test_a_caller_who_leaves_ends_the_child(tmp_path: Path) -> None:
-    """The work of a cancelled request does not go on, and its place in the pool is free."""
+    """The work of a cancelled request stops, and its slot is free."""
     program = program_that("signal.pause()", tmp_path)
     decoder = DecoderPool(**LIMITS, processes=1, program=program)
     decoding = asyncio.create_task(decoder.decode(PNG, "image_file"))
@@ -223,7 +223,7 @@ async def test_a_caller_who_leaves_ends_the_child(tmp_path: Path) -> None:
 
 
 async def test_a_child_that_died_while_idle_is_replaced_unnoticed(decoder: DecoderPool) -> None:
-    """The kernel may end a process at any time; the next picture is not to blame."""
+    """The kernel may kill a process at any time; the next image is not refused for it."""
     await decoder.decode(PNG, "image_file")
     for pid in children():
         os.kill(pid, signal.SIGKILL)
@@ -233,7 +233,7 @@ async def test_a_child_that_died_while_idle_is_replaced_unnoticed(decoder: Decod
 async def test_a_child_sees_no_environment_and_bounds_itself(
     decoder: DecoderPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No secret of the server's is there to be found, and memory, files and core dumps are limited."""
+    """The environment holds no server secret, and memory, files and core dumps are limited."""
     monkeypatch.setenv("API_KEYS", "secret")
     await decoder.decode(PNG, "image_file")
     (pid,) = children()
@@ -246,7 +246,7 @@ async def test_a_child_sees_no_environment_and_bounds_itself(
 
 
 async def test_many_pictures_at_once_use_the_children_there_are() -> None:
-    """Twenty at once, two children, twenty pictures, each its own."""
+    """Twenty at once, two processes, twenty images, each its own."""
     decoder = DecoderPool(**LIMITS, processes=2)
     shades = [np.full((8, 8, 3), shade, np.uint8) for shade in range(0, 200, 10)]
     decoded = await asyncio.gather(*(decoder.decode(file_of(shade), "image_file") for shade in shades))
@@ -256,7 +256,7 @@ async def test_many_pictures_at_once_use_the_children_there_are() -> None:
 
 
 async def test_nothing_is_left_when_the_pool_is_closed() -> None:
-    """No child stays behind, and none is started again."""
+    """No process remains, and none is started."""
     decoder = DecoderPool(**LIMITS)
     assert children() == set()
     await decoder.decode(PNG, "image_file")
@@ -268,7 +268,7 @@ async def test_nothing_is_left_when_the_pool_is_closed() -> None:
 
 
 def program_that(deed: str, folder: Path) -> str:
-    """A child's program that does a deed on the first picture of its life or any other's, and then is the real one."""
+    """A decoder program that runs a snippet on its first or on every image, and then the real one."""
     program = folder / "program.py"
     program.write_text(
         "import os, pathlib, runpy, signal, sys\n"

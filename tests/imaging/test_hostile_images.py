@@ -1,4 +1,4 @@
-"""Pictures that mean harm, through the real children: refused by name or seen as what they are, and nothing lost."""
+"""Malicious images, in the real decoder processes: refused by name or decoded harmlessly, and no leaks."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ EVERY = (*DEFAULT_FORMATS, *OPTIONAL_FORMATS)
 
 @pytest.fixture
 async def decoder() -> AsyncIterator[DecoderPool]:
-    """One child that takes all there is to take, within the server's own limits."""
+    """One process that accepts every type, within the server's own limits."""
     decoder = DecoderPool(
         max_bytes=20 * 2**20, max_pixels=2**24, max_side=16_383, processes=1, seconds=60, formats=EVERY
     )
@@ -47,7 +47,7 @@ async def decoder() -> AsyncIterator[DecoderPool]:
 
 
 async def same_child_serves_on(decoder: DecoderPool) -> None:
-    """What shows that the picture before did the child no harm."""
+    """Shows that the previous image did not harm the process."""
     (worker,) = decoder._idle
     before = worker.pictures
     assert before > 0
@@ -58,7 +58,7 @@ async def same_child_serves_on(decoder: DecoderPool) -> None:
 @pytest.mark.fault(22)
 @pytest.mark.parametrize("other", ["zip", "svg", "pdf", "html"])
 async def test_a_png_that_is_also_something_else_is_its_picture_alone(decoder: DecoderPool, other: str) -> None:
-    """Only pixels come out of the child, and so only pixels can be stored."""
+    """The process returns pixels only, so only pixels can be stored."""
     assert SECRET in polyglots()[other] or other == "zip"
     assert (await decoder.decode(polyglots()[other], "image_file") == disc()).all()
     await same_child_serves_on(decoder)
@@ -83,7 +83,7 @@ BOMBS = {
 @pytest.mark.fault(23)
 @pytest.mark.parametrize("bomb", BOMBS)
 async def test_a_bomb_is_refused_by_what_its_header_claims(decoder: DecoderPool, bomb: str) -> None:
-    """Width and height are told before a byte is decoded: the child's memory stays what it was."""
+    """Width and height are checked before decoding: the process's memory does not grow."""
     await decoder.decode(GOOD, "image_file")
     before = await asyncio.to_thread(peak_memory, decoder)
     with pytest.raises(InvalidInput, match="16777216 pixels and 16383 a side are taken"):
@@ -93,7 +93,7 @@ async def test_a_bomb_is_refused_by_what_its_header_claims(decoder: DecoderPool,
 
 
 def peak_memory(decoder: DecoderPool) -> int:
-    """The most memory the one child has held, in bytes."""
+    """Peak memory of the one process, in bytes."""
     (worker,) = decoder._idle
     told = Path(f"/proc/{worker._process.pid}/status").read_text()
     return next(int(line.split()[1]) * 1024 for line in told.splitlines() if line.startswith("VmHWM"))
@@ -101,7 +101,7 @@ def peak_memory(decoder: DecoderPool) -> int:
 
 @pytest.mark.fault(32)
 async def test_what_takes_too_much_memory_costs_one_request() -> None:
-    """Beyond its bound a child gets no memory: the picture is refused, and the next one decoded."""
+    """A process cannot exceed its memory limit: the image is refused, and the next one decoded."""
     decoder = DecoderPool(max_bytes=2**20, max_pixels=2**28, max_side=2**14, processes=1, seconds=60)
     worker = await decoder._start()
     resource.prlimit(worker._process.pid, resource.RLIMIT_AS, (256 * 2**20, 256 * 2**20))
@@ -115,23 +115,23 @@ async def test_what_takes_too_much_memory_costs_one_request() -> None:
 
 @pytest.mark.fault(25)
 async def test_a_jpeg_of_very_many_scans_is_ended_after_its_time() -> None:
-    """A hundred kilobytes that would take minutes: refused within the time of a picture, and the next is decoded."""
+    """A hundred kilobytes that would take minutes: refused at the timeout, and the next is decoded."""
     bomb = jpeg_of_many_scans(2000, 2000, 20_000)
     assert len(bomb) < 2**20
     decoder = DecoderPool(max_bytes=2**20, max_pixels=2**24, max_side=16_383, processes=1, seconds=2)
     with pytest.raises(InvalidInput, match=r"took too long to decode|could not be decoded"):
         await decoder.decode(bomb, "image_file")
-    decoder._seconds = 60  # the good one may be waited for, however busy the machine
+    decoder._seconds = 60  # the valid image may take long on a busy machine
     assert (await decoder.decode(GOOD, "image_file") == disc()).all()
     await decoder.close()
 
 
 @pytest.mark.fault(25)
 async def test_the_kernel_ends_a_child_that_uses_up_its_time() -> None:
-    """Where the server should be too late, the bound on CPU time is still there."""
+    """If the server's timeout came too late, the CPU time limit still applies."""
     limited = DecoderPool(max_bytes=2**20, max_pixels=2**24, max_side=16_383, processes=1, seconds=0.1)
     limited._idle.append(await limited._start())
-    limited._seconds = 200  # the server's own clock shall not be what ends it
+    limited._seconds = 200  # so that the server's timeout does not end it first
     with pytest.raises(InvalidInput, match="could not be decoded"):
         await limited.decode(jpeg_of_many_scans(2000, 2000, 20_000), "image_file")
     assert (await limited.decode(GOOD, "image_file") == disc()).all()
@@ -143,7 +143,7 @@ async def test_the_kernel_ends_a_child_that_uses_up_its_time() -> None:
 async def test_of_ten_thousand_frames_only_the_first_is_decoded(
     decoder: DecoderPool, make: Callable[[int], bytes]
 ) -> None:
-    """The picture is the first frame, and the child serves on."""
+    """The result is the first frame, and the process serves on."""
     decoded = await decoder.decode(make(10_000), "image_file")
     assert decoded.shape == (16, 16, 3)
     assert (decoded == RED).all()
@@ -153,7 +153,7 @@ async def test_of_ten_thousand_frames_only_the_first_is_decoded(
 @pytest.mark.fault(27)
 @pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:0"])
 async def test_an_avif_becomes_rgb(decoder: DecoderPool, subsampling: str) -> None:
-    """Where EXTRA_IMAGE_FORMATS takes it."""
+    """With EXTRA_IMAGE_FORMATS."""
     decoded = await decoder.decode(file_of(disc(), "AVIF", quality=95, subsampling=subsampling), "image_file")
     assert decoded.shape == disc().shape
     assert np.abs(decoded.astype(int) - disc()).mean() < 4
@@ -161,8 +161,8 @@ async def test_an_avif_becomes_rgb(decoder: DecoderPool, subsampling: str) -> No
 
 @pytest.mark.fault(27)
 async def test_an_avif_of_ten_bits_becomes_rgb(decoder: DecoderPool) -> None:
-    """High dynamic range is brought to the 8 bits a picture has here."""
-    deep = np.full((32, 32, 3), (50 * 4, 100 * 4, 200 * 4), np.uint16)  # blue first, as OpenCV has it
+    """Ten bits are reduced to eight."""
+    deep = np.full((32, 32, 3), (50 * 4, 100 * 4, 200 * 4), np.uint16)  # blue first, as in OpenCV
     _, data = cv2.imencode(".avif", deep, [cv2.IMWRITE_AVIF_QUALITY, 98, cv2.IMWRITE_AVIF_DEPTH, 10])
     assert b"pixi\0\0\0\0\x03\x0a\x0a\x0a" in data.tobytes(), "three channels of ten bits"
     decoded = await decoder.decode(data.tobytes(), "image_file")
@@ -173,7 +173,7 @@ async def test_an_avif_of_ten_bits_becomes_rgb(decoder: DecoderPool) -> None:
 @pytest.mark.fault(28)
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 async def test_exif_that_refers_to_itself_ends(decoder: DecoderPool, kind: str) -> None:
-    """The picture is decoded, turned or not, and the child serves on."""
+    """The image is decoded, rotated or not, and the process serves on."""
     exif, picture = exif_that_loops(), disc(96, 80)
     data = (
         jpeg_with(b"\xff\xe1", exif, file_of(picture, "JPEG")) if kind == "JPEG" else file_of(picture, kind, exif=exif)
@@ -185,7 +185,7 @@ async def test_exif_that_refers_to_itself_ends(decoder: DecoderPool, kind: str) 
 
 @pytest.mark.fault(28)
 async def test_a_profile_of_ten_megabytes_changes_nothing(decoder: DecoderPool) -> None:
-    """Profiles are read past and not applied."""
+    """Profiles are skipped and not applied."""
     data = jpeg_with_profile(10 * 2**20, file_of(disc(), "JPEG", quality=95))
     assert np.abs((await decoder.decode(data, "image_file")).astype(int) - disc()).mean() < 3
     await same_child_serves_on(decoder)
@@ -198,7 +198,7 @@ async def test_a_profile_of_ten_megabytes_changes_nothing(decoder: DecoderPool) 
 async def test_what_a_png_says_of_itself_is_not_unpacked_without_bound(
     decoder: DecoderPool, kind: bytes, head: bytes, times: int
 ) -> None:
-    """A hundred megabytes packed into a tenth of one: refused as broken, in little memory."""
+    """A hundred megabytes compressed to a tenth of one: refused as broken, in little memory."""
     packed = head + zlib.compress(bytes(100 * 2**20 // times), 1)
     data = GOOD
     for _ in range(times):
@@ -212,7 +212,7 @@ async def test_what_a_png_says_of_itself_is_not_unpacked_without_bound(
 @pytest.mark.fault(31)
 @pytest.mark.parametrize("kind", foreign())
 async def test_other_kinds_of_files_have_no_decoder(kind: str) -> None:
-    """Whatever Pillow could make of them, they are refused by name, and no decoder of theirs is loaded."""
+    """Types that Pillow could read are refused by name, and their decoders are not loaded."""
     decoder = DecoderPool(max_bytes=2**20, max_pixels=2**24, max_side=16_383, processes=1, seconds=60)
     with pytest.raises(UnsupportedMedia, match=r"image_file is not a PNG, JPEG or WebP picture\."):
         await decoder.decode(foreign()[kind], "image_file")
@@ -222,7 +222,7 @@ async def test_other_kinds_of_files_have_no_decoder(kind: str) -> None:
 
 @pytest.mark.fault(31)
 async def test_gif_and_avif_are_taken_where_a_setting_says_so(decoder: DecoderPool) -> None:
-    """And the refusal of the others names them."""
+    """And the error for other types lists them."""
     assert (await decoder.decode(gif_of_frames(2), "image_file") == RED).all()
     with pytest.raises(UnsupportedMedia, match="PNG, JPEG, WebP, AVIF or GIF"):
         await decoder.decode(foreign()["tiff"], "image_file")

@@ -1,4 +1,4 @@
-"""The image room: canvas sizes, exact output size, encoding with metadata."""
+"""Image functions: canvas sizes, exact output size, encoding with metadata."""
 
 import io
 import json
@@ -22,7 +22,7 @@ RECORD = {"prompt": "ein grünes Herz 💚", "seed": 7, "num_inference_steps": 4
 
 
 def picture(width: int = 60, height: int = 40) -> np.ndarray:
-    """Colours that tell every pixel's place."""
+    """Colours that identify each pixel's position."""
     rows, columns = np.mgrid[0:height, 0:width]
     return np.stack([rows * 255 // height, columns * 255 // width, rows * 0 + 128], -1).astype(np.uint8)
 
@@ -42,7 +42,10 @@ def picture(width: int = 60, height: int = 40) -> np.ndarray:
     ],
 )
 def test_the_canvas_is_aligned_and_within_the_models_budget(asked: tuple[int, int], canvas: Canvas) -> None:
-    """Within the budget: the next multiple of 64 up, uncut pixels; beyond it or below the floor: a native size."""
+    """Within the pixel budget: the next multiple of 64 up, not resampled.
+
+    Beyond it or below the minimum: a native size.
+    """
     assert plan_canvas(*asked, native_pixels=256 * 256, min_side=128) == canvas
 
 
@@ -50,7 +53,7 @@ def test_the_canvas_is_aligned_and_within_the_models_budget(asked: tuple[int, in
 @example(154, 1615, 512)
 @settings(deadline=None)
 def test_every_size_has_a_canvas_that_can_be_cropped_to_it(width: int, height: int, native: int) -> None:
-    """No asked size is left out, no canvas exceeds the budget, and the picture comes out exactly as large as asked."""
+    """Every requested size works, no canvas exceeds the budget, and the output has exactly that size."""
     canvas = plan_canvas(width, height, native * native, min_side=128)
     assert canvas.width * canvas.height <= native * native
     assert min(canvas.width, canvas.height) >= 128
@@ -60,13 +63,13 @@ def test_every_size_has_a_canvas_that_can_be_cropped_to_it(width: int, height: i
 
 
 def test_a_crop_is_centred_and_changes_no_pixel() -> None:
-    """Without resampling the output is a window of the canvas, equal borders on both sides."""
+    """Without resampling the output is a window of the canvas, with equal borders on both sides."""
     drawn = picture(64, 64)
     assert np.array_equal(crop_to_size(drawn, 60, 40, resample=False), drawn[12:52, 2:62])
 
 
 def test_resampling_keeps_the_aspect_ratio() -> None:
-    """A square drawn on a square canvas is still as wide as high when the picture asked for is oblong."""
+    """A square on a square canvas stays a square in an oblong output."""
     drawn = np.zeros((128, 128, 3), np.uint8)
     drawn[48:80, 48:80] = 255
     white = crop_to_size(drawn, 512, 256, resample=True)[..., 0] > 128
@@ -75,7 +78,7 @@ def test_resampling_keeps_the_aspect_ratio() -> None:
 
 @pytest.mark.parametrize(("file_format", "kind"), [(Format.WEBP, "WEBP"), (Format.PNG, "PNG"), (Format.JPEG, "JPEG")])
 def test_a_file_is_of_the_format_asked_for_and_close_to_the_pixels(file_format: Format, kind: str) -> None:
-    """Each format decodes to the asked size and to nearly the same picture."""
+    """Each format decodes to the requested size and nearly the same pixels."""
     image = Image.open(io.BytesIO(encode_image(picture(), file_format, 90, None)))
     assert (image.format, image.size) == (kind, (60, 40))
     assert np.abs(np.asarray(image.convert("RGB")).astype(int) - picture()).mean() < 6
@@ -90,7 +93,7 @@ def test_lossless_formats_keep_every_pixel(file_format: Format, quality: int) ->
 
 @pytest.mark.parametrize("file_format", [Format.WEBP, Format.JPEG])
 def test_the_record_comes_back_out_of_the_exif(file_format: Format) -> None:
-    """WebP and JPEG carry the record as a Unicode user comment, emoji and umlauts included."""
+    """WebP and JPEG carry the record as a Unicode user comment, including emoji and umlauts."""
     image = Image.open(io.BytesIO(encode_image(picture(), file_format, 85, RECORD)))
     comment = image.getexif().get_ifd(0x8769)[0x9286]
     assert comment.startswith(b"UNICODE\0")
@@ -106,19 +109,19 @@ def test_a_png_carries_the_record_as_automatic1111_reads_it() -> None:
 
 @pytest.mark.parametrize("file_format", list(Format))
 def test_without_a_record_nothing_is_written_beside_the_pixels(file_format: Format) -> None:
-    """EMBED_METADATA=none means none."""
+    """EMBED_METADATA=none writes no metadata."""
     image = Image.open(io.BytesIO(encode_image(picture(), file_format, 85, None)))
     assert not image.getexif()
     assert not getattr(image, "text", {})
 
 
 def test_pillow_is_not_older_than_the_release_that_mends_its_jpeg_decoder() -> None:
-    """13.0.0 closes a critical heap overflow; an older one must not be resolved by accident."""
+    """13.0.0 closes a critical heap overflow; an older version must not be resolved by accident."""
     assert int(PIL.__version__.split(".")[0]) >= 13
 
 
 def test_encoding_ends() -> None:
-    """A picture of the largest size is encoded at all; the bound only catches a hang."""
+    """An image of the largest size is encoded; the bound only catches a hang."""
     started = time.monotonic()
     encode_image(np.zeros((2048, 2048, 3), np.uint8), Format.WEBP, 85, RECORD)
     assert time.monotonic() - started < 60
@@ -127,7 +130,7 @@ def test_encoding_ends() -> None:
 @given(st.integers(1, 700), st.integers(1, 700))
 @settings(max_examples=60, deadline=None)
 def test_a_picture_laid_on_its_canvas_comes_back_at_its_size_and_place(width: int, height: int) -> None:
-    """`to_size` is the inverse of `to_canvas`: exactly where nothing is scaled, about so where something is."""
+    """`to_size` is the inverse of `to_canvas`: exactly without scaling, approximately with it."""
     y, x = np.mgrid[:height, :width]
     pixels = np.stack([x * 255 // width, y * 255 // height, (x + y) * 127 // (width + height)], 2).astype(np.uint8)
     canvas = plan_canvas(width, height, 256 * 256, 128)
@@ -142,7 +145,10 @@ def test_a_picture_laid_on_its_canvas_comes_back_at_its_size_and_place(width: in
 
 
 def test_beyond_a_picture_its_border_is_drawn_out_and_a_mask_keeps() -> None:
-    """A canvas larger than the picture shows no frame; a mask is 0 there, so nothing is repainted for nothing."""
+    """A canvas larger than the image repeats the border pixels.
+
+    The mask is 0 there, so nothing is repainted needlessly.
+    """
     pixels = np.full((100, 128, 3), 77, np.uint8)
     canvas = plan_canvas(128, 100, 128 * 128, 128)
     assert (to_canvas(pixels, canvas) == 77).all()
@@ -151,7 +157,10 @@ def test_beyond_a_picture_its_border_is_drawn_out_and_a_mask_keeps() -> None:
 
 
 def test_canny_finds_the_rim_of_a_disc_and_nothing_else() -> None:
-    """White within two pixels of the rim, black elsewhere, equal in three channels; faint ones by threshold."""
+    """White within two pixels of the edge, black elsewhere, equal in three channels.
+
+    Weak edges depend on the threshold.
+    """
     edges = canny(disc(128, 128))
     y, x = np.mgrid[:128, :128]
     off_rim = np.abs(np.hypot(x - 64, y - 64) - 32) > 2
@@ -169,7 +178,7 @@ def test_canny_finds_the_rim_of_a_disc_and_nothing_else() -> None:
 @pytest.mark.fault(29)
 @pytest.mark.parametrize("size", [(10, 10), (64, 48), (300, 200)])
 def test_a_mask_of_any_size_comes_to_the_size_of_the_picture(size: tuple[int, int]) -> None:
-    """White stays white and black stays black, at whatever size the mask came."""
+    """White stays white and black stays black, at any mask size."""
     mask = np.zeros((size[1], size[0], 3), np.uint8)
     mask[:, : size[0] // 2] = 255
     fitted = to_mask(mask, 64, 48)
@@ -179,7 +188,7 @@ def test_a_mask_of_any_size_comes_to_the_size_of_the_picture(size: tuple[int, in
 
 
 def test_a_mask_that_was_a_jpeg_is_black_and_white_all_the_same() -> None:
-    """What compression makes of black and white is neither repainted nor kept by a trace; greys stay in order."""
+    """Compression noise near black and white is removed; greys keep their order."""
     exact = np.zeros((64, 64, 3), np.uint8)
     exact[19:45, 21:43] = 255
     smeared = np.asarray(Image.open(io.BytesIO(file_of(exact, "JPEG", quality=85))))
@@ -191,7 +200,7 @@ def test_a_mask_that_was_a_jpeg_is_black_and_white_all_the_same() -> None:
 
 
 def test_a_feathered_mask_rises_inwards_and_never_leaves_the_mask() -> None:
-    """Where the mask is 0 the feathered one is 0; it rises from the rim; far inside it is the mask."""
+    """Where the mask is 0 the feathered one is 0; it rises from the border; far inside it equals the mask."""
     mask = np.zeros((60, 60), np.uint8)
     mask[10:50, 10:50] = 255
     soft = feather_mask(mask, 8)
@@ -205,7 +214,7 @@ def test_a_feathered_mask_rises_inwards_and_never_leaves_the_mask() -> None:
 @given(st.integers(0, 2**32 - 1))
 @settings(max_examples=30, deadline=None)
 def test_pasting_back_keeps_every_unmasked_pixel_and_takes_every_masked_one(seed: int) -> None:
-    """Exactly, for any two pictures; in between each channel lies between the two."""
+    """Exactly, for any two images; at grey mask values each channel lies between the two."""
     chance = np.random.default_rng(seed)
     drawn, image = chance.integers(0, 256, (2, 20, 30, 3), dtype=np.uint8)
     mask = chance.choice(np.array([0, 1, 128, 254, 255], np.uint8), (20, 30))

@@ -1,4 +1,4 @@
-"""What a picture says of itself, read back without a decoder."""
+"""Image metadata, read without a decoder."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ FILES = {file_format: encode_image(disc(), file_format, 85, RECORD) for file_for
 @pytest.mark.parametrize("file_format", list(Format))
 @pytest.mark.parametrize("quality", [20, 100])
 def test_what_is_written_is_read_back(file_format: Format, quality: int) -> None:
-    """In every format, with any text, and nothing where nothing was written."""
+    """In every format, with any text; without metadata the result is empty."""
     assert read_record(encode_image(disc(), file_format, quality, RECORD)) == RECORD
     assert read_record(encode_image(disc(), file_format, quality, None)) is None
 
 
 def test_what_other_programs_wrote_is_no_record() -> None:
-    """Another comment, another order of bytes, a list in the place of the record."""
+    """Another comment, another byte order, a list instead of the record."""
     exif = Image.Exif()
     exif.get_ifd(0x8769)[0x9286] = b"ASCII\0\0\0[1, 2]"
     target = io.BytesIO()
@@ -42,7 +42,7 @@ def test_what_other_programs_wrote_is_no_record() -> None:
 
 @given(st.sampled_from(list(Format)), st.data())
 def test_no_file_however_broken_raises(file_format: Format, data: st.DataObject) -> None:
-    """Cut anywhere, with any bytes changed: a mapping or nothing."""
+    """Truncated anywhere, with any bytes changed: a mapping or nothing."""
     file = bytearray(FILES[file_format])
     for _ in range(data.draw(st.integers(0, 8))):
         file[data.draw(st.integers(0, min(400, len(file) - 1)))] = data.draw(st.integers(0, 255))
@@ -52,13 +52,13 @@ def test_no_file_however_broken_raises(file_format: Format, data: st.DataObject)
 
 @given(st.binary(max_size=200), st.sampled_from([b"", b"\x89PNG", b"\xff\xd8", b"RIFF0000WEBP"]))
 def test_no_bytes_at_all_raise(data: bytes, head: bytes) -> None:
-    """Whatever someone sends."""
+    """Any input bytes."""
     assert read_record(head + data) is None or isinstance(read_record(head + data), dict)
 
 
 @pytest.mark.parametrize("file_format", ["PNG", "JPEG", "WEBP"])
 def test_a_whole_picture_is_told_from_one_cut_short(file_format: str) -> None:
-    """By its beginning, its end and its length alone."""
+    """By first bytes, last bytes and length alone."""
     file = file_of(disc(), file_format)
     assert is_complete_file(file[:12], file[-12:], len(file))
     for size in (0, 1, 11, 12, 20, len(file) // 2, len(file) - 1):

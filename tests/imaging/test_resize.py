@@ -1,4 +1,4 @@
-"""What is drawn of a picture: fitted, cut out around its mask, filled."""
+"""Preparing an input image: resized, cropped around its mask, filled."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from stable_diffusion_server.types import Fill, Fit
 
 @given(st.data())
 def test_the_part_around_a_mask_holds_it_all_and_lies_inside_the_picture(data: st.DataObject) -> None:
-    """Whatever the margin and the aspect ratio asked for."""
+    """For any margin and aspect ratio."""
     width, height = data.draw(st.integers(1, 80)), data.draw(st.integers(1, 80))
     mask = np.zeros((height, width), np.uint8)
     left, top = data.draw(st.integers(0, width - 1)), data.draw(st.integers(0, height - 1))
@@ -28,7 +28,7 @@ def test_the_part_around_a_mask_holds_it_all_and_lies_inside_the_picture(data: s
 
 
 def test_the_part_around_a_mask_has_the_asked_aspect_ratio_where_there_is_room() -> None:
-    """A square for a square, though the mask is a strip."""
+    """A square for a square, even if the mask is a strip."""
     mask = np.zeros((100, 100), np.uint8)
     mask[40:44, 30:70] = 255
     box = crop_around(mask, 2, 1.0)
@@ -38,14 +38,14 @@ def test_the_part_around_a_mask_has_the_asked_aspect_ratio_where_there_is_room()
 @pytest.mark.parametrize("fit", list(Fit))
 @pytest.mark.parametrize("size", [(96, 80), (40, 80), (200, 10), (1, 1)])
 def test_a_picture_is_brought_to_the_size_asked_for(fit: Fit, size: tuple[int, int]) -> None:
-    """Exactly, by every way; a mask likewise."""
+    """Exactly, with every resize mode; a mask likewise."""
     picture = disc(96, 80)
     assert fit_image(picture, *size, fit).shape == (size[1], size[0], 3)
     assert fit_image(picture[..., 0], *size, fit).shape == (size[1], size[0])
 
 
 def test_cropping_and_padding_keep_shapes_and_stretching_does_not() -> None:
-    """A disc in a wide picture is a disc in a square one, unless it is stretched."""
+    """A disc in a wide image stays a disc in a square one, unless it is stretched."""
     wide = disc(160, 80)
 
     def sides(fit: Fit) -> tuple[int, int]:
@@ -58,7 +58,7 @@ def test_cropping_and_padding_keep_shapes_and_stretching_does_not() -> None:
 
 @pytest.mark.parametrize("fill", list(Fill))
 def test_filling_leaves_what_is_not_masked(fill: Fill) -> None:
-    """Only under the mask is anything changed, and by all but one way it is."""
+    """Only masked pixels change, and with all modes but one they do."""
     picture = disc()
     mask = np.zeros(picture.shape[:2], np.uint8)
     mask[30:50, 40:56] = 255

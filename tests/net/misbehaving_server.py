@@ -1,4 +1,4 @@
-"""A web server that misbehaves as the path asks, and a fake DNS resolver over a table."""
+"""A web server that misbehaves as the path says, and a fake DNS resolver over a table."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Writer = asyncio.StreamWriter
 
 
 class MisbehavingServer:
-    """A web server that answers each path in its own bad way, and keeps the head of every request."""
+    """A web server with one kind of bad response per path; records the head of every request."""
 
     def __init__(self) -> None:
         self.heads: list[str] = []
@@ -110,7 +110,7 @@ def answer(body: bytes, *headers: str, status: int = 200) -> bytes:
 
 
 class FakeResolver:
-    """A resolver over a table; remembers what it was asked."""
+    """A resolver over a table; records its queries."""
 
     def __init__(self, **table: Sequence[str]) -> None:
         self.table = {name.replace("_", "."): list(answers) for name, answers in table.items()}
@@ -125,7 +125,7 @@ class FakeResolver:
 
 @contextmanager
 def serve_in_thread(site: MisbehavingServer, tls: ssl.SSLContext | None = None) -> Iterator[MisbehavingServer]:
-    """The server on a thread and an event loop of its own, for tests that wait for answers themselves."""
+    """The server on its own thread and event loop, for synchronous tests."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
     thread.start()

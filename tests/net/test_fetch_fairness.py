@@ -1,4 +1,4 @@
-"""Silent hosts and silent name servers of one caller: another one's picture is fetched all the same."""
+"""Silent hosts and DNS servers of one caller do not delay another caller's image fetch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PICTURE = file_of(disc())
 
 @pytest.fixture
 async def port() -> AsyncIterator[int]:
-    """A web server that gives a picture at `/good`, and is silent elsewhere."""
+    """A web server that serves an image at `/good`, and never answers elsewhere."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         head = await reader.readuntil(b"\r\n\r\n")
@@ -37,7 +37,7 @@ async def port() -> AsyncIterator[int]:
 
 
 async def ended(tasks: Sequence[asyncio.Task[bytes]]) -> None:
-    """Have tasks cancelled and gone."""
+    """Cancel tasks and wait for their ends."""
     for task in tasks:
         task.cancel()
     await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 30)
@@ -45,7 +45,7 @@ async def ended(tasks: Sequence[asyncio.Task[bytes]]) -> None:
 
 @pytest.mark.fault(116)
 async def test_silent_hosts_of_one_caller_leave_places_for_others(port: int) -> None:
-    """64 of one caller wait, half the places taken; four others are answered while not one of them has ended."""
+    """64 fetches of one caller wait in half of the slots; four of another finish while none of the first has ended."""
     fetcher = ImageFetcher(FetchLimits(1_000_000, total=60, first_byte=60), [AllowedTarget.parse(f"{HOST}:{port}")])
     silent = [
         asyncio.create_task(fetcher.fetch(f"http://{HOST}:{port}/silent-{n}", "image_url", share="key a"))
@@ -63,7 +63,10 @@ async def test_silent_hosts_of_one_caller_leave_places_for_others(port: int) -> 
 
 @pytest.mark.fault(116)
 async def test_silent_name_servers_of_one_caller_leave_threads_for_others(port: int) -> None:
-    """A look-up goes on in its thread after its fetch was given up: its place stays taken, and others find theirs."""
+    """A DNS lookup continues in its thread after its fetch was cancelled.
+
+    Its slot stays taken, and others get theirs.
+    """
     answer, threads, asked = threading.Event(), ThreadPoolExecutor(16), list[str]()
 
     def look_up(host: str) -> list[str]:
@@ -94,7 +97,7 @@ async def test_silent_name_servers_of_one_caller_leave_threads_for_others(port: 
 
 @pytest.mark.fault(116)
 async def test_the_address_of_a_webhook_is_looked_up_within_its_time() -> None:
-    """A name server that keeps silent costs its caller a 4xx, and holds no request for ever."""
+    """A silent DNS server costs its caller a 4xx, and does not block a request forever."""
 
     async def resolve(host: str, port: int) -> list[str]:
         await asyncio.sleep(3600)

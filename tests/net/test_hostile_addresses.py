@@ -1,4 +1,7 @@
-"""Hostile addresses through the real doors: refused, and nobody is dialled who may not be, as seen at the sockets."""
+"""Hostile URLs through the real routes.
+
+Refused, and no forbidden address is connected to, as recorded at the sockets.
+"""
 
 from __future__ import annotations
 
@@ -40,12 +43,12 @@ NAMES: dict[str, list[list[str]]] = {
     "mapped.test": [["::ffff:127.0.0.1"]],
     "nat64.test": [["64:ff9b::7f00:1"]],
     "zone.test": [["fe80::1%lo"]],
-    # Public when it is first asked for, inside ever after; and the other way round.
+    # Public on the first lookup and private on later ones; and the reverse.
     "turns.test": [[PUBLIC], ["127.0.0.1"]],
     "turns-back.test": [["127.0.0.1"], [PUBLIC]],
 }
 
-# Every one leads to the trap on this machine or to another address inside, if it leads anywhere.
+# Each leads to the trap on this machine, to another private address, or nowhere.
 SPELLINGS = """
 http://127.0.0.1/ http://127.0.0.2/ http://127.255.255.254/ http://0.0.0.0/ http://0/ http://localhost/ http://LOCALHOST/
 http://localhost./ http://127.0.0.1./ http://127.1/ http://127.0.1/ http://2130706433/ http://0x7f000001/
@@ -68,7 +71,7 @@ http:127.0.0.1 //127.0.0.1/ file:///etc/passwd file://127.0.0.1/etc/passwd gophe
 ftp://127.0.0.1/ dict://127.0.0.1:{trap}/ ldap://127.0.0.1/ ws://127.0.0.1/ unix:///run/docker.sock
 jar:http://127.0.0.1!/ http+unix://%2Frun%2Fdocker.sock/
 """.split()
-# The first hop is allowed; where it leads is not.
+# The first hop is allowed; its redirect target is not.
 HOPS = """
 to/http://127.0.0.1/ to/http://127.0.0.2:{friend}/picture to/http://[::1]/ to/http://169.254.169.254/ to///127.0.0.1/
 to/http://inside.test/ to/http://both.test/ to/http://[64:ff9b::7f00:1]/ to/http://2130706433/ to/file:///etc/passwd
@@ -85,18 +88,18 @@ http://pictures.test.:{friend}/until-close
 
 @pytest.fixture
 def friend() -> Iterator[MisbehavingServer]:
-    """The one server that may be dialled."""
+    """The only server that may be connected to."""
     with serve_in_thread(MisbehavingServer()) as site:
         yield site
 
 
 @pytest.fixture
 def connections(monkeypatch: pytest.MonkeyPatch, trap: Trap) -> OutboundConnections:
-    """The system's name server replaced by the table; http's port is the trap's, so that rules alone keep us off it."""
+    """The table replaces DNS; the trap listens on http's port, so only the URL rules protect it."""
     connections = OutboundConnections({name: [list(answer) for answer in answers] for name, answers in NAMES.items()})
     monkeypatch.setattr("socket.getaddrinfo", connections.resolve)
     monkeypatch.setitem(PORTS, "http", trap.port)
-    # httpx has its own idea of the port that may be left out.
+    # httpx strips the default port itself.
     monkeypatch.setattr(
         safe_client, "authority", lambda host, port, _: f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     )
@@ -107,7 +110,7 @@ def connections(monkeypatch: pytest.MonkeyPatch, trap: Trap) -> OutboundConnecti
 
 @pytest.fixture
 def running_app(run_app: Callable[..., RunningApp], friend: MisbehavingServer) -> RunningApp:
-    """A running app that may fetch from the friend, by two names and its number."""
+    """A running app that may fetch from the allowed server, by two names and its IP address."""
     hosts = ("pictures.test", "pictures.test.", "xn--bcher-kva.test", "127.0.0.1")
     return run_app(FakeImageDenoiser(), fetch_allow=",".join(f"{host}:{friend.port}" for host in hosts))
 
@@ -120,7 +123,10 @@ def filled(url: str, friend: MisbehavingServer, trap: Trap) -> str:
 def test_no_hostile_address_is_dialled(
     running_app: RunningApp, friend: MisbehavingServer, trap: Trap, connections: OutboundConnections
 ) -> None:
-    """Each is refused by its parameter; the sockets saw the friend, and the public half of a name that turns."""
+    """Each is refused by its parameter.
+
+    The sockets saw only the allowed server, and the public answer of a rebinding name.
+    """
     assert len(HOSTILE) >= 100
     with recording(connections):
         for url in HOSTILE:
@@ -138,7 +144,7 @@ def test_no_hostile_address_is_dialled(
 def test_friendly_addresses_are_fetched_all_the_same(
     running_app: RunningApp, friend: MisbehavingServer, trap: Trap, connections: OutboundConnections
 ) -> None:
-    """By name, by number, beyond ASCII, with a trailing dot, through redirects: what the operator allows."""
+    """By name, by IP, internationalised, with a trailing dot, through redirects: what the operator allows."""
     assert len(FRIENDLY) >= 5
     with recording(connections):
         for url in FRIENDLY:
@@ -152,7 +158,7 @@ def test_friendly_addresses_are_fetched_all_the_same(
 def test_no_webhook_leads_inside_either(
     running_app: RunningApp, friend: MisbehavingServer, trap: Trap, connections: OutboundConnections
 ) -> None:
-    """The same addresses as `webhook_url`: refused when they are asked for, or when the message is to be sent."""
+    """The same URLs as `webhook_url`: refused on submission, or at delivery."""
     with recording(connections):
         for url in SPELLINGS:
             asked = {"prompt": "a red square", "width": 64, "height": 64, "webhook_url": filled(url, friend, trap)}
@@ -168,7 +174,7 @@ def test_no_webhook_leads_inside_either(
 def test_a_webhook_whose_name_turns_is_not_told(
     running_app: RunningApp, trap: Trap, connections: OutboundConnections
 ) -> None:
-    """Public when the job is accepted, inside when it has ended: the job is done, and nobody is dialled."""
+    """Public when the job is accepted, private when it ends: the job is done, and no connection is made."""
     asked = {"prompt": "a red square", "width": 64, "height": 64, "webhook_url": "http://turns.test/hook"}
     with recording(connections):
         answer = running_app.client.post("/create_and_upload_image", json=asked, headers={"Prefer": "respond-async"})
@@ -183,7 +189,7 @@ def test_a_webhook_whose_name_turns_is_not_told(
 async def test_every_hop_is_resolved_and_judged_anew(
     friend: MisbehavingServer, trap: Trap, connections: OutboundConnections
 ) -> None:
-    """A name that is allowed by its network for the first hop and leads elsewhere for the second is not followed."""
+    """A name whose network is allowed on the first hop and not on the second is refused."""
     allowed = [AllowedTarget.parse(f"127.0.0.1:{friend.port}")]
     fetching = ImageFetcher(FetchLimits(100_000), allowed)
     url = f"http://turns-back.test:{friend.port}"
@@ -197,7 +203,7 @@ async def test_every_hop_is_resolved_and_judged_anew(
 async def test_without_the_rules_the_trap_would_have_caught_them(
     monkeypatch: pytest.MonkeyPatch, trap: Trap, connections: OutboundConnections
 ) -> None:
-    """What shows that the two tests above can fail: were every address public, the sockets would have seen it."""
+    """Proves that the two tests above can fail: with every address public, the sockets would have seen the trap."""
     monkeypatch.setattr(safe_client, "is_public", lambda address: True)
     fetching = ImageFetcher(FetchLimits(100_000))
     spellings = ["http://127.0.0.1/", "http://[::ffff:127.0.0.1]/", "http://127.0.0.1.nip.io/", "http://127.0.0.1./"]
@@ -211,7 +217,7 @@ async def test_without_the_rules_the_trap_would_have_caught_them(
 
 
 def test_where_a_redirect_leads_is_read_like_any_address() -> None:
-    """What is no URL, and what leads from https to http, is refused by name."""
+    """An invalid URL, and a redirect from https to http, are refused by name."""
     for location in ("http://[::1", "//[x]/", "http://public.test/", "http:///"):
         with pytest.raises(InvalidInput) as refused:
             _resolve_redirect(parse_url("https://public.test/", "image_url"), location, "image_url")
@@ -220,7 +226,7 @@ def test_where_a_redirect_leads_is_read_like_any_address() -> None:
 
 @pytest.mark.fault(36)
 async def test_tls_is_checked_and_never_left(tmp_path: Path) -> None:
-    """The certificate has to be the name's; a redirect from https to http is not followed."""
+    """The certificate must match the name; a redirect from https to http is not followed."""
     server_side, client_side = tls_for("pictures.test", tmp_path)
     with serve_in_thread(MisbehavingServer(), server_side) as secure:
         hosts = [AllowedTarget.parse(f"{host}:{secure.port}") for host in ("pictures.test", "other.test")]
@@ -240,7 +246,7 @@ async def test_tls_is_checked_and_never_left(tmp_path: Path) -> None:
 
 
 def tls_for(name: str, folder: Path) -> tuple[ssl.SSLContext, ssl.SSLContext]:
-    """Both sides of a connection to `name`, with a certificate made for it that the client trusts."""
+    """Both sides of a connection to `name`, with a certificate for it that the client trusts."""
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec
@@ -264,7 +270,7 @@ def tls_for(name: str, folder: Path) -> tuple[ssl.SSLContext, ssl.SSLContext]:
 
 @pytest.mark.fault(39)
 def test_the_server_draws_nothing_for_itself(live_of: Callable[..., LiveServer]) -> None:
-    """Its own doors as the source of a picture: closed like all of loopback, and if allowed, they draw nothing."""
+    """The server's own URL as image source: refused like all of loopback; if allowed, it generates nothing."""
     port = free_port()
     live = live_of(FakeImageDenoiser(), port=port, fetch_allow=f"127.0.0.1:{port}")
     source = f"{live.url}/make_image?prompt=a+green+square&width=64&height=64"
@@ -283,7 +289,7 @@ def test_the_servers_storage_is_not_asked_with_its_keys(
     s3_server: StorageServer,
     rascal_before: Callable[[StorageServer], StorageRascal],
 ) -> None:
-    """The endpoint of the bucket is an address inside as others are; where it is allowed, no credentials go there."""
+    """The bucket's endpoint is private like others; if allowed, the request carries no credentials."""
     name, rascal = make_s3_bucket(s3_server), rascal_before(s3_server)
     s3_client(s3_server.url).put_object(Bucket=name, Key="a.png", Body=PICTURE)
     storage = {"storage_provider": "r2", "r2_endpoint_url": rascal.url, "bucket_name": name}
@@ -326,7 +332,10 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, str], int]] = {
 def test_nothing_is_fetched_or_looked_up_before_limits_and_keys_are_checked(
     run_app: Callable[..., RunningApp], friend: MisbehavingServer, connections: OutboundConnections, prefer: str
 ) -> None:
-    """Whatever an order is refused for, its addresses are not even looked up, nor is its webhook; at last a rate."""
+    """A request refused for any other reason causes no DNS lookup, also not of its webhook.
+
+    The rate limit comes last.
+    """
     running_app = run_app(
         FakeImageDenoiser(),
         fetch_allow=f"pictures.test:{friend.port}",
@@ -351,7 +360,7 @@ def test_nothing_is_fetched_or_looked_up_before_limits_and_keys_are_checked(
 def test_a_server_that_goes_down_or_is_full_fetches_nothing(
     run_app: Callable[..., RunningApp], friend: MisbehavingServer, connections: OutboundConnections
 ) -> None:
-    """A queue without room is told before an address is looked up."""
+    """A full queue is reported before any DNS lookup."""
     squares = FakeDenoiser(gate=threading.Event())
     assert squares.gate is not None
     running_app = run_app(

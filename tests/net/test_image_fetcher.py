@@ -1,4 +1,4 @@
-"""Fetching from a server on loopback that misbehaves on request, with a resolver handed in."""
+"""The image fetcher against a misbehaving loopback server, with a fake resolver."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ async def fetch(site: MisbehavingServer) -> AsyncIterator[Callable[[str], Awaita
 
 @pytest.mark.parametrize("path", ["picture", "chunked", "until-close", f"hops/{MAX_REDIRECTS}", f"size/{MAX_BYTES}"])
 async def test_a_picture_is_fetched_however_it_is_sent(fetch: Callable[[str], Awaitable[bytes]], path: str) -> None:
-    """With a length, in chunks, until the end, after as many redirects as are allowed, and at the byte limit."""
+    """With Content-Length, chunked, until close, after the maximum number of redirects, and at the byte limit."""
     assert (await fetch(path)).startswith(PICTURE)
 
 
@@ -87,7 +87,10 @@ async def test_a_picture_is_fetched_however_it_is_sent(fetch: Callable[[str], Aw
 async def test_a_bad_answer_is_a_named_error(
     fetch: Callable[[str], Awaitable[bytes]], path: str, error: type[ServerError]
 ) -> None:
-    """Not a picture, not 200, compressed, broken off, silent, dripping, endless, leading inside: told, not hung."""
+    """Not an image, not 200, compressed, aborted, silent, slow, endless, redirecting to private.
+
+    An error, not a hang.
+    """
     async with asyncio.timeout(20):
         with pytest.raises(error) as failed:
             await fetch(path)
@@ -96,7 +99,7 @@ async def test_a_bad_answer_is_a_named_error(
 
 @pytest.mark.fault(35)
 async def test_the_name_is_resolved_once_and_kept_for_the_host_header(site: MisbehavingServer) -> None:
-    """A second answer of the name server is never asked for, so it can not turn private between check and dial."""
+    """There is no second DNS lookup, so the address cannot become private between check and connect (DNS rebinding)."""
     names = FakeResolver(pictures_test=["127.0.0.1"])
     fetcher = ImageFetcher(FetchLimits(MAX_BYTES), [AllowedTarget.parse(f"pictures.test:{site.port}")], names)
     await fetcher.fetch(f"http://pictures.test:{site.port}/picture", "image_url")
@@ -111,7 +114,7 @@ async def test_the_name_is_resolved_once_and_kept_for_the_host_header(site: Misb
 async def test_no_cookie_is_carried_from_hop_to_hop_or_to_the_next_caller(
     site: MisbehavingServer, fetch: Callable[[str], Awaitable[bytes]]
 ) -> None:
-    """Every answer sets one, and none comes back."""
+    """Every response sets a cookie, and no request sends one."""
     await fetch("hops/2")
     await fetch("picture")
     assert len(site.heads) == 4
@@ -134,7 +137,7 @@ async def test_no_cookie_is_carried_from_hop_to_hop_or_to_the_next_caller(
 async def test_a_name_with_any_closed_address_is_refused_before_dialling(
     site: MisbehavingServer, answers: list[str]
 ) -> None:
-    """One bad answer among good ones is enough; no connection is made."""
+    """One private address among public ones is enough; no connection is made."""
     fetcher = ImageFetcher(FetchLimits(MAX_BYTES), resolve=FakeResolver(pictures_test=answers))
     with pytest.raises(InvalidInput) as refused:
         await fetcher.fetch("http://pictures.test/picture", "image_url")
@@ -144,7 +147,7 @@ async def test_a_name_with_any_closed_address_is_refused_before_dialling(
 
 
 async def test_a_name_that_is_not_there_is_answered_like_one_inside() -> None:
-    """The answer does not tell which names exist in the operator's own network."""
+    """The error does not reveal which names exist in the operator's network."""
     fetcher = ImageFetcher(FetchLimits(MAX_BYTES), resolve=FakeResolver(inside_test=["10.0.0.1"]))
     details = []
     for host in ("inside.test", "nowhere.test"):
@@ -157,7 +160,7 @@ async def test_a_name_that_is_not_there_is_answered_like_one_inside() -> None:
 
 @pytest.mark.fault(38)
 async def test_a_public_address_at_an_odd_port_is_refused() -> None:
-    """Mail, ssh and databases are not asked for pictures."""
+    """Mail, ssh and databases get no requests."""
     fetcher = ImageFetcher(FetchLimits(MAX_BYTES), resolve=FakeResolver(pictures_test=["93.184.216.34"]))
     for port in (0, 22, 25, 5432, 8080):
         with pytest.raises(InvalidInput):
@@ -167,7 +170,7 @@ async def test_a_public_address_at_an_odd_port_is_refused() -> None:
 
 @pytest.mark.fault(33)
 async def test_the_system_resolver_finds_localhost_and_it_is_refused(site: MisbehavingServer) -> None:
-    """With nothing handed in, names go the usual way, and loopback is still closed."""
+    """Without a custom resolver names use the system's, and loopback is still refused."""
     fetcher = ImageFetcher(FetchLimits(MAX_BYTES))
     for host in ("localhost", "127.0.0.1", "[::1]", "[::ffff:127.0.0.1]"):
         with pytest.raises(InvalidInput):
@@ -180,14 +183,14 @@ async def test_the_system_resolver_finds_localhost_and_it_is_refused(site: Misbe
 async def test_a_proxy_in_the_environment_is_not_used(
     site: MisbehavingServer, fetch: Callable[[str], Awaitable[bytes]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A proxy would dial for us, and not the address that was judged."""
+    """A proxy would connect for us, and not to the checked address."""
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:1")
     assert await fetch("picture") == PICTURE
 
 
 async def test_tls_is_asked_for_the_name_and_not_the_number() -> None:
-    """The address is dialled by number, and the certificate wanted is the name's; without one nothing is fetched."""
+    """The connection is to the IP address, the certificate must match the name; without one nothing is fetched."""
     wanted: list[str | None] = []
     tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     tls.sni_callback = lambda connection, name, context: wanted.append(name)  # type: ignore[assignment]  # gives None
@@ -205,7 +208,7 @@ async def test_tls_is_asked_for_the_name_and_not_the_number() -> None:
 async def test_a_fetch_that_is_cancelled_lets_go_of_its_connection(
     site: MisbehavingServer,
 ) -> None:
-    """The caller left: the remote sees the connection end."""
+    """The caller left: the remote sees the connection close."""
     fetcher = ImageFetcher(
         FetchLimits(MAX_BYTES, total=600, grace=600), [AllowedTarget.parse(f"127.0.0.1:{site.port}")]
     )
@@ -219,7 +222,7 @@ async def test_a_fetch_that_is_cancelled_lets_go_of_its_connection(
 
 
 async def test_the_next_address_is_dialled_when_the_first_takes_no_connection(site: MisbehavingServer) -> None:
-    """A name with a dead address beside a living one still gives its picture."""
+    """A name with one dead and one live address still yields its image."""
     names = FakeResolver(pictures_test=["127.9.9.9", "127.0.0.1"])
     fetcher = ImageFetcher(FetchLimits(MAX_BYTES), [AllowedTarget.parse(f"pictures.test:{site.port}")], names)
     assert await fetcher.fetch(f"http://pictures.test:{site.port}/picture", "image_url") == PICTURE

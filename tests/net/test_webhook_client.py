@@ -1,4 +1,4 @@
-"""Messages to webhooks: what arrives, how it is signed, and where none is sent."""
+"""Webhook messages: content, signature, and forbidden targets."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from stable_diffusion_server.net.webhook_client import WebhookClient
 
 @dataclass
 class Receiver:
-    """A web server on loopback that keeps what it is sent, and answers as told."""
+    """A loopback web server that records requests, and answers as configured."""
 
     port: int = 0
     status: int = 204
@@ -61,7 +61,7 @@ def poster_to(receiver: Receiver, seconds: float = 10.0) -> WebhookClient:
 
 
 async def test_a_message_arrives_signed(receiver: Receiver) -> None:
-    """The body as it is, and a signature its receiver can check with the secret alone."""
+    """The body unchanged, and a signature that the receiver can verify with the secret alone."""
     poster, body = poster_to(receiver), b'{"id": "job"}'
     url = f"http://127.0.0.1:{receiver.port}/hook?x=1"
     await poster.check(url)
@@ -75,7 +75,7 @@ async def test_a_message_arrives_signed(receiver: Receiver) -> None:
 
 
 def test_the_signature_is_that_of_the_standard() -> None:
-    """The example of the specification's reference libraries; without a secret there is none."""
+    """The example of the specification's reference libraries; without a secret there is no signature."""
     secret = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"  # noqa: S105  # the specification's example
     headers = sign_webhook("msg_p5jXN8AQM9LWM0D4loKWxJek", 1614265330, b'{"test": 2432232314}', secret)
     assert headers["webhook-signature"] == "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE="
@@ -83,7 +83,7 @@ def test_the_signature_is_that_of_the_standard() -> None:
 
 
 async def test_a_redirect_is_an_answer_and_not_followed(receiver: Receiver) -> None:
-    """So that no address is reached that was not judged."""
+    """A redirect could lead to an unchecked address."""
     poster = poster_to(receiver)
     receiver.status = 307
     assert await poster.post(f"http://127.0.0.1:{receiver.port}/", b"{}", {}) == 307
@@ -92,7 +92,7 @@ async def test_a_redirect_is_an_answer_and_not_followed(receiver: Receiver) -> N
 
 
 async def test_a_receiver_that_keeps_silent_or_is_not_there_is_told(receiver: Receiver) -> None:
-    """Within the seconds that are allowed."""
+    """Within the timeout."""
     poster = poster_to(receiver, seconds=0.3)
     receiver.silence = 2
     with pytest.raises(RemoteFetchFailed, match="did not answer"):
@@ -106,7 +106,7 @@ async def test_a_receiver_that_keeps_silent_or_is_not_there_is_told(receiver: Re
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1/", "http://[::1]/", "http://10.0.0.1/", "file:///etc/passwd", "x"])
 async def test_no_message_goes_to_an_address_inside(url: str) -> None:
-    """The rules pictures are fetched by, both when it is asked for and when it is sent."""
+    """The same rules as for image URLs, both on submission and at delivery."""
     poster = WebhookClient(5)
     with pytest.raises(InvalidInput):
         await poster.check(url)
