@@ -1,9 +1,9 @@
-"""Bodies and searches made to take memory or time: what they cost the server, and everyone else who asks meanwhile.
+"""Sends requests made to exhaust memory or time; measures their cost to the server and to other clients.
 
-`python benchmarks/body_bombs.py [ROOT]` starts the painted server (`tests/painted_server.py`: the whole server, but for
-models) out of the checkout ROOT, this one unless told, sends each of four bodies, and 120 fruitless searches of a
-history of 100,000 pictures. It prints the answers, the seconds, the server's memory before, at its peak and after, and
-how long `/healthz` took, which is asked all the while.
+`python benchmarks/body_bombs.py [ROOT]` starts the fake server (`tests/painted_server.py`: the whole server without
+models) from the checkout ROOT, by default this one. It sends each of four bodies, and 120 searches without a match in a
+history of 100,000 images. It prints the status codes, the seconds, the server's memory before, at its peak and after,
+and the latency of `/healthz`, which is polled throughout.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import psutil
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 240.0
 SDAPI, CREATE = "/sdapi/v1/txt2img", "/create_and_upload_image"
-# Name → path, body (`None`: a GET), how many at once.
+# Name → path, body (`None`: a GET), number of concurrent requests.
 BOMBS: dict[str, tuple[str, bytes | None, int]] = {
     "56 KB '[' + '1:' × 28,000": (SDAPI, json.dumps({"prompt": "[" + "1:" * 28_000}).encode(), 1),
     "1 MB of 'a,a,a' in lora, ten at once": (CREATE, json.dumps({"prompt": "a", "lora": "a," * 499_000}).encode(), 10),
@@ -35,7 +35,7 @@ BOMBS: dict[str, tuple[str, bytes | None, int]] = {
     "30 MB of 10,000,000 empty objects": (SDAPI, b'{"prompt":"a","x":[' + b"{}," * 9_999_999 + b"{}]}", 1),
     "120 searches for what nobody drew": ("/history?q=zzzz", None, 120),
 }
-# Run with the code of ROOT: the history it has, of prompts of 1.8 KB.
+# Runs with the code of ROOT: fills its history with prompts of 1.8 KB.
 FILL = """
 import sys
 from pathlib import Path
@@ -53,7 +53,7 @@ for start in range(0, 100_000, 5_000):
 
 
 class Watch(threading.Thread):
-    """Asks `/healthz` every few milliseconds, and looks at the memory of the server."""
+    """Polls `/healthz` every few milliseconds and samples the server's memory."""
 
     def __init__(self, url: str, process: psutil.Process) -> None:
         super().__init__(daemon=True)
@@ -64,12 +64,12 @@ class Watch(threading.Thread):
         self.peak = 0
 
     def run(self) -> None:
-        """Until it is ended."""
+        """Poll until `end` is called."""
         threading.Thread(target=self._weigh, daemon=True).start()
         with httpx.Client(timeout=SECONDS) as client:
             while not self._ended.is_set():
                 began = time.perf_counter()
-                with suppress(httpx.TransportError):  # told by how long it took
+                with suppress(httpx.TransportError):  # the latency shows the failure
                     client.get(f"{self._url}/healthz")
                 self.waits.append(time.perf_counter() - began)
                 time.sleep(0.005)
@@ -80,13 +80,13 @@ class Watch(threading.Thread):
             time.sleep(0.01)
 
     def end(self) -> None:
-        """Stop, and wait for the last answer."""
+        """Stop, and wait for the last response."""
         self._ended.set()
         self.join()
 
 
 def send(url: str, body: bytes | None) -> str:
-    """The status of the answer, or that there was none in time."""
+    """The status code of the response, or the name of the transport error."""
     try:
         if body is None:
             return str(httpx.get(url, timeout=SECONDS).status_code)
@@ -97,12 +97,12 @@ def send(url: str, body: bytes | None) -> str:
 
 
 def megabytes(size: float) -> str:
-    """Bytes in words."""
+    """Format bytes as MB."""
     return f"{size / 1e6:.0f} MB"
 
 
 def measured(name: str, url: str, process: psutil.Process) -> str:
-    """A line of the table."""
+    """One row of the table."""
     path, body, count = BOMBS[name]
     before = process.memory_info().rss
     watch = Watch(url, process)
@@ -123,7 +123,7 @@ def measured(name: str, url: str, process: psutil.Process) -> str:
 
 
 def main() -> None:
-    """Start the server, and print a line for each body."""
+    """Start the server, and print a row for each body."""
     root = Path(sys.argv[1]).resolve() if len(sys.argv) > 1 else ROOT
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

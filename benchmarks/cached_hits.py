@@ -1,11 +1,11 @@
-"""Measures cached answers, for the local bucket and S3, against a bare FastAPI endpoint in the same run.
+"""Measures cached responses, from the local bucket and from S3, against a bare FastAPI endpoint in the same run.
 
     python -m benchmarks.cached_hits [seconds]
 
-Needs dev-requirements.txt for the S3 server on loopback. The same hand-made client asks all three in turns, over
-eight connections that are kept open, so that load from elsewhere and the client's own cost meet all of them alike.
-Where other work takes most of the machine, the processor time an answer costs each server is the steadier figure: of a
-server that has a core for itself the ratio of the rates is that of these times.
+Needs dev-requirements.txt for the S3 server on loopback. One minimal client requests all three in turn over eight
+keep-alive connections, so other load and the client's own cost affect all of them alike. If other processes take most
+of the machine, the CPU time per response is the steadier figure: for a server with a core of its own, the ratio of the
+rates equals the ratio of these times.
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ def main() -> None:
 
 
 def measure(rounds: int, seconds: float = SECONDS) -> Result:
-    """Start everything in an empty folder, measure in turns, end it."""
+    """Start everything in an empty folder, measure in turn, stop it."""
     started: list[subprocess.Popen[bytes]] = []
     with tempfile.TemporaryDirectory() as folder:
         try:
             ports = start_all(Path(folder), started)
             rates: dict[str, list[float]] = {name: [] for name in ports}
             costs: dict[str, list[float]] = {name: [] for name in ports}
-            # The storage was started first.
+            # The storage server was started first.
             servers = dict(zip(ports, (psutil.Process(process.pid) for process in started[1:]), strict=True))
             for _ in range(rounds):
                 for name, port in ports.items():
@@ -92,13 +92,13 @@ def measure(rounds: int, seconds: float = SECONDS) -> Result:
 
 
 def processor_seconds(process: psutil.Process) -> float:
-    """What a process has taken of the processor so far."""
+    """CPU seconds that a process has used so far."""
     times = process.cpu_times()
     return float(times.user + times.system)
 
 
 def start_all(folder: Path, started: list[subprocess.Popen[bytes]]) -> dict[str, int]:
-    """The bare endpoint and the server over two buckets, each with its picture stored; names and ports."""
+    """Start the bare endpoint and the server over two buckets, each with its image stored; returns names and ports."""
     ports = {name: free_port() for name in (BARE_NAME, "local", "S3")}
     storage = free_port()
 
@@ -130,14 +130,14 @@ def start_all(folder: Path, started: list[subprocess.Popen[bytes]]) -> dict[str,
 
 
 async def rate_of(port: int, seconds: float) -> float:
-    """Answers a second over some connections at once."""
+    """Responses per second over several concurrent connections."""
     end = time.perf_counter() + seconds
     counts = await asyncio.gather(*(asked(port, end) for _ in range(CONNECTIONS)))
     return sum(counts) / seconds
 
 
 async def asked(port: int, end: float) -> int:
-    """How many answers one connection got until `end`."""
+    """Number of responses on one connection until `end`."""
     line, count = await Connection.open(port), 0
     while time.perf_counter() < end:
         await line.ask(QUERY)
@@ -147,7 +147,7 @@ async def asked(port: int, end: float) -> int:
 
 
 def wait_for(port: int, path: str) -> None:
-    """Wait for a 200, a minute or two at the most."""
+    """Wait for status 200, for a minute or two at most."""
     for _ in range(600):
         try:
             if httpx.get(f"http://127.0.0.1:{port}{path}").status_code == 200:

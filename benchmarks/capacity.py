@@ -1,8 +1,8 @@
-"""Capacity on paper: a queueing simulation of 1, 10 and 1,000 devices, with the service times that were measured.
+"""Queueing simulation of 1, 10 and 1,000 devices with measured service times.
 
 Run: `python -m benchmarks.capacity` (minutes); it prints the tables of docs/scaling.md and draws its plots. Each device
-is a server of ours: a bounded queue, groups that are joined and left at every step, `MAX_BATCH` pictures at a time.
-Simulated with simpy; a real server is measured by the other benchmarks.
+is one server with a bounded queue and continuous batching: requests join and leave at every step, `MAX_BATCH` images at
+a time. Simulated with simpy; the other benchmarks measure a real server.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from benchmarks.loopback import say
 mpl.use("svg")
 mpl.rcParams.update({"svg.hashsalt": "capacity", "svg.fonttype": "none", "font.size": 9})
 
-# Seconds a picture of 256 × 256 and 4 steps takes (benchmarks/results/2026-11-23-batching.md): 8.5 a second one by one,
-# 14.1 a second in groups of 8. So a step of b pictures takes (FIXED + b · EACH) / STEPS.
+# Seconds for an image of 256 × 256 and 4 steps (benchmarks/results/2026-11-23-batching.md): 8.5 a second one by one,
+# 14.1 a second in batches of 8. So a step of b images takes (FIXED + b · EACH) / STEPS.
 ALONE, TOGETHER, GROUP, STEPS = 1 / 8.5, 8 / 14.1, 8, 4
 EACH = (TOGETHER - ALONE) / (GROUP - 1)
 FIXED = ALONE - EACH
@@ -39,7 +39,7 @@ _COLOURS = {1: "#b3541e", 10: "#1f6f8b", 1000: "#4d4d4d"}
 
 @dataclass
 class Told:
-    """What came of the orders of one simulation; waits are from being asked to being drawn, in seconds."""
+    """Results of one simulation; waits are seconds from request to image."""
 
     waits: list[float] = field(default_factory=list)
     refused: int = 0
@@ -48,13 +48,13 @@ class Told:
     crowds: Counter[int] = field(default_factory=Counter)
 
     def percentile(self, part: float) -> float:
-        """The wait that a part of the answered orders does not exceed."""
+        """The wait that a share `part` of the completed requests does not exceed."""
         return sorted(self.waits)[min(len(self.waits) - 1, int(len(self.waits) * part))] if self.waits else float("inf")
 
 
 @dataclass
 class Wish:
-    """An order that waits for its picture, with those of the same thing that joined it."""
+    """A waiting request, with the equal requests coalesced into it."""
 
     thing: int
     asked: list[float]
@@ -62,7 +62,7 @@ class Wish:
 
 
 class Device:
-    """One server: its queue, and the group its device steps."""
+    """One server: its queue, and the batch on its device."""
 
     def __init__(self, env: simpy.Environment, house: House) -> None:
         self._env, self._house = env, house
@@ -74,11 +74,11 @@ class Device:
 
     @property
     def load(self) -> int:
-        """Pictures that wait and are drawn: what the balancer compares."""
+        """Waiting and running images: what the load balancer compares."""
         return len(self.queue) + len(self.group)
 
     def ask(self, thing: int) -> None:
-        """Join the same thing under way, wait in the queue, or be refused."""
+        """Join an equal request in progress, enter the queue, or be refused."""
         told = self._house.told
         if (same := self.by_thing.get(thing)) is not None:
             same.asked.append(self._env.now)
@@ -109,7 +109,10 @@ class Device:
 
 
 class House:
-    """Devices behind a balancer that asks the less busy of two, or sends the same thing to the same device."""
+    """Devices behind a load balancer, which picks the less busy of two random ones, or by content.
+
+    By content means that equal requests go to the same device.
+    """
 
     def __init__(self, devices: int, *, by_content: bool = False, seed: int = 1) -> None:
         self.env = simpy.Environment()
@@ -121,17 +124,17 @@ class House:
         self._since = 0.0
 
     def drew(self, wish: Wish) -> None:
-        """A picture is drawn and stored; whoever waited for it has it."""
+        """Record a finished and stored image, and the waits of all requests coalesced into it."""
         if wish.thing < 0:
             self.told.crowds[wish.thing] += 1
         self._stored.add(wish.thing)
         self.told.waits += [self.env.now - asked for asked in wish.asked if asked >= self._since]
 
     def run(self, rate: float, seconds: float, hits: float = 0.0, crowd: float = 0.0, every: float = 2.0) -> Told:
-        """Orders at `rate` a second, by a Poisson process, after a fifth of that time to warm up.
+        """Simulate Poisson arrivals at `rate` per second, after a fifth of `seconds` as warm-up.
 
-        A part `hits` asks for what was stored long ago; a part `crowd` for the one thing everybody wants just now,
-        which is another `every` seconds.
+        A share `hits` requests images stored long ago; a share `crowd` requests the same new image, which
+        changes every `every` seconds.
         """
         self.env.process(self._orders(rate, hits, crowd, every))
         self.env.run(seconds / 5)
@@ -158,7 +161,7 @@ class House:
 
 
 def utilisation(seconds: dict[int, float]) -> None:
-    """Waits by utilisation: a table, and a plot."""
+    """Waits by utilisation: a table and a plot."""
     parts = (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 1.0, 1.1)
     say("| devices | " + " | ".join(f"{part:.0%}" for part in parts) + " |")
     say("| --- |" + " --- |" * len(parts))
@@ -186,7 +189,7 @@ def utilisation(seconds: dict[int, float]) -> None:
 
 
 def hit_rates(seconds: dict[int, float]) -> None:
-    """What stored pictures take off the devices: orders at 1.5 times what they can draw, by the share stored."""
+    """Effect of stored images at an offered load of 1.5 times the capacity, by the share of cache hits."""
     shares = (0.0, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9)
     say(
         "\n| devices | "
@@ -215,7 +218,7 @@ def hit_rates(seconds: dict[int, float]) -> None:
 
 
 def crowds(seconds: dict[int, float]) -> None:
-    """Coalescing: a part of all orders wants the same new thing, which is another every two seconds."""
+    """Effect of coalescing: a share of all requests wants the same new image, which changes every two seconds."""
     say(
         "\n| devices | sent to | orders for the one thing | times it is drawn "
         "| of all orders coalesced, cached | p99, s | refused |"
@@ -250,14 +253,14 @@ def crowds(seconds: dict[int, float]) -> None:
 
 
 def saved(figure: pyplot.Figure, name: str) -> None:
-    """Write a plot beside the page that shows it."""
+    """Write a plot next to the page that shows it."""
     figure.tight_layout()
     figure.savefig(PLOTS / name, metadata={"Date": None})
     pyplot.close(figure)
 
 
 def routing() -> None:
-    """What choosing a replica costs the balancer's process, by how many there are."""
+    """CPU time of choosing a replica in the load balancer, by number of replicas."""
     from deploy.replicas import ranked
 
     say("\n| replicas | microseconds to rank them for a key |\n| --- | --- |")
@@ -273,7 +276,7 @@ def routing() -> None:
 
 
 def main() -> None:
-    """Simulate, print, draw."""
+    """Simulate, print the tables, draw the plots."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--short", action="store_true", help="a few simulated seconds, to try the script itself")
     short = parser.parse_args().short

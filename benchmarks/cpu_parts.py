@@ -1,8 +1,8 @@
-"""Measures the models' parts on one CPU thread as they are, laid out channels last, and multiplied by oneDNN too.
+"""Measures model components on one CPU thread: unchanged, channels last, and also with oneDNN.
 
     python -m benchmarks.cpu_parts [rounds]
 
-Processor time of the thread, the least of some rounds, since what else the machine does shows in the rest.
+The figure is the thread's CPU time, the minimum of several rounds, since other load on the machine only adds time.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SIDES, ROWS = (128, 256), (1, 8)
 
 
 def main() -> None:
-    """Measure each way, print a table."""
+    """Measure every variant and print a table."""
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 10
     torch.set_num_threads(1)
     columns = {name: parts(family(name), rounds) for name in ("stock", "channels last", "oneDNN", "both (safe)")}
@@ -46,7 +46,7 @@ def main() -> None:
 
 
 def family(way: str) -> Sdxl:
-    """The embedded SDXL, changed in one of the ways."""
+    """The embedded SDXL with one variant applied."""
     pipeline = load_pipeline(FACTS, ROOT / "models", CPU)
     if way == "channels last":
         for part in (pipeline.unet, pipeline.vae):
@@ -59,7 +59,7 @@ def family(way: str) -> Sdxl:
 
 
 def parts(drawing: Any, rounds: int) -> dict[str, float]:
-    """Seconds of each part by its name."""
+    """Seconds per component, by name."""
     found = {"encode a prompt and prepare": least(lambda: drawing.prepare(job(128, 0)), rounds)}
     for side in SIDES:
         for rows in ROWS:
@@ -71,13 +71,13 @@ def parts(drawing: Any, rounds: int) -> dict[str, float]:
 
 
 def step_of(drawing: Any, jobs: list[DiffusionRequest]) -> Callable[[], None]:
-    """A step of states that were prepared outside of what is timed."""
+    """One step; preparing the states is not timed."""
     states = [drawing.prepare(job) for job in jobs]
     return lambda: drawing.step(states)
 
 
 def least(work: Callable[[], Any], rounds: int) -> float:
-    """Processor seconds of this thread; where `work` returns a function, those of the function."""
+    """Minimum CPU seconds of this thread. If `work` returns a function, that function is timed."""
     seconds = []
     for _ in range(rounds + 1):
         began = time.thread_time()
@@ -90,7 +90,7 @@ def least(work: Callable[[], Any], rounds: int) -> float:
 
 
 def job(side: int, seed: int) -> DiffusionRequest:
-    """A text-to-image job with guidance."""
+    """A text-to-image request with guidance."""
     return DiffusionRequest(
         task=Task.TEXT_TO_IMAGE,
         model=FACTS.name,

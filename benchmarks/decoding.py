@@ -1,9 +1,10 @@
-"""Measures what decoding in a process of its own costs, against decoding in this one.
+"""Measures the cost of decoding in a separate process, compared with decoding in this one.
 
     PYTHONPATH=. python benchmarks/decoding.py [rounds]
 
-The same function decodes the same file here and in a child, in turns; what differs is the way of the bytes there and of
-the pixels back. Then: what a child's start costs, and what a crash, a loop and a bomb cost the next picture.
+The same function decodes the same file here and in a child process, in turn; the difference is the transfer of the
+bytes and the pixels. Then it measures the start of a child, and what a crash, an endless loop and a decompression bomb
+cost the next image.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ LIMITS = {"max_bytes": 20 * 2**20, "max_pixels": 2**24, "max_side": 16_383}
 
 
 def picture(side: int, file_format: str) -> bytes:
-    """A file with structure and a little noise, as photographs have."""
+    """An encoded image with structure and a little noise, like a photograph."""
     noise = np.random.default_rng(side).integers(0, 256, (side, side, 3), dtype=np.uint8)
     target = io.BytesIO()
     Image.fromarray(noise).filter(ImageFilter.GaussianBlur(3)).save(target, file_format, **OPTIONS[file_format])
@@ -46,14 +47,14 @@ def picture(side: int, file_format: str) -> bytes:
 
 
 async def seconds_of(work: Callable[[], Awaitable[object]]) -> float:
-    """How long it takes."""
+    """Seconds that a call takes."""
     started = time.perf_counter()
     await work()
     return time.perf_counter() - started
 
 
 async def here(data: bytes) -> None:
-    """Decode in this process, as a thread of the server would."""
+    """Decode in this process, as a server thread would."""
     verdict, width, height, pixels = worker.decode(
         data, list(DEFAULT_FORMATS), LIMITS["max_pixels"], LIMITS["max_side"]
     )
@@ -63,13 +64,13 @@ async def here(data: bytes) -> None:
 
 
 async def costs() -> None:
-    """The table by kind and size."""
+    """The table by format and size."""
     decoder = DecoderPool(**LIMITS, processes=1, seconds=60)
     say("| picture | file KB | here ms | in a child ms | costs ms | costs |\n| --- | --- | --- | --- | --- | --- |")
     for file_format in OPTIONS:
         for side in SIDES:
             data = picture(side, file_format)
-            await decoder.decode(data, "image")  # starts the child, warms both
+            await decoder.decode(data, "image")  # starts the child process and warms up both
             pairs = [
                 (await seconds_of(partial(here, data)), await seconds_of(partial(decoder.decode, data, "image")))
                 for _ in range(ROUNDS)
@@ -84,7 +85,7 @@ async def costs() -> None:
 
 
 async def first_picture() -> float:
-    """Milliseconds to the first small picture of a pool, which starts its child."""
+    """Milliseconds until the first small image of a new pool, including the start of its child process."""
     decoder, data = DecoderPool(**LIMITS, processes=1, seconds=60), picture(256, "PNG")
     seconds = await seconds_of(lambda: decoder.decode(data, "image"))
     await decoder.close()
@@ -92,7 +93,7 @@ async def first_picture() -> float:
 
 
 async def mischief(what: str, data: bytes, program: str, seconds: float) -> None:
-    """One line: how a bad picture is answered, and how soon the next good one is decoded."""
+    """One line: the response to a bad image, and the delay until the next good one is decoded."""
     decoder = DecoderPool(**LIMITS, processes=1, seconds=seconds, program=program)
     started = time.perf_counter()
     try:
@@ -108,7 +109,7 @@ async def mischief(what: str, data: bytes, program: str, seconds: float) -> None
 
 
 def bomb() -> bytes:
-    """A PNG of 50,000 × 50,000 black pixels in a few kilobytes: its header is whole, its data ends early."""
+    """A PNG of 50,000 × 50,000 black pixels in a few kilobytes: the header is complete, the data ends early."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -118,7 +119,7 @@ def bomb() -> bytes:
 
 
 def program_that(deed: str, folder: Path) -> str:
-    """A child's program that does a deed on the first picture ever, and is the real one from then on."""
+    """A child program that misbehaves on its first image and is the real one afterwards."""
     program = folder / f"{len(list(folder.iterdir()))}.py"
     mark = str(program.with_suffix(".done"))
     program.write_text(
@@ -130,7 +131,7 @@ def program_that(deed: str, folder: Path) -> str:
 
 
 async def main() -> None:
-    """All of it."""
+    """Run all measurements."""
     say(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, {ROUNDS} rounds\n")
     await costs()
     starts = [await first_picture() for _ in range(max(3, ROUNDS // 3))]

@@ -1,8 +1,9 @@
-"""Kills, stops and starves a real server with accepted jobs in hand, and prints what became of them.
+"""Kills, suspends and starves a real server that has accepted jobs, and prints what happened to them.
 
     python benchmarks/durability.py
 
-Needs Linux (it finds the watchdog's child in /proc). As root the journal's disk is a real one of 3 MB, else a quota.
+Needs Linux (it finds the watchdog's child in /proc). As root it gives the job store a real disk of 3 MB, otherwise a
+quota.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def main() -> None:
 
 
 def killed(folder: Path, rows: list[tuple[str, str]]) -> None:
-    """Kill -9 of the server's process amid ten accepted jobs."""
+    """SIGKILL to the server process while ten accepted jobs are unfinished."""
     with server(folder) as (watchdog, client):
         ids = [accept(client, f"a red circle on a blue background, {n}", save_path=f"{n}.webp") for n in range(JOBS)]
         until(lambda: any(job(client, job_id)["step"] > 2 for job_id in ids))
@@ -73,7 +74,7 @@ def killed(folder: Path, rows: list[tuple[str, str]]) -> None:
 
 
 def hanging(folder: Path, rows: list[tuple[str, str]]) -> None:
-    """A server that is stopped in the middle of a picture, under WATCHDOG_TIMEOUT=5."""
+    """Suspend a server in the middle of an image, with WATCHDOG_TIMEOUT=5."""
     with server(folder, WATCHDOG_TIMEOUT="5") as (watchdog, client):
         job_id = accept(client, "a red circle on a blue background", num_inference_steps=100)
         until(lambda: job(client, job_id)["step"] > 2)
@@ -92,7 +93,7 @@ def hanging(folder: Path, rows: list[tuple[str, str]]) -> None:
 
 
 def full(folder: Path, rows: list[tuple[str, str]]) -> None:
-    """Jobs with pictures of 300 KB until the journal's disk is full."""
+    """Submit jobs with images of 300 KB until the job store's disk is full."""
     data = folder / "data"
     data.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(data)]
@@ -132,7 +133,7 @@ def full(folder: Path, rows: list[tuple[str, str]]) -> None:
 
 @contextmanager
 def server(folder: Path, **settings: str) -> Iterator[tuple[subprocess.Popen[bytes], httpx.Client]]:
-    """A server under its watchdog, able to draw."""
+    """A ready server under its watchdog."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -157,14 +158,14 @@ def server(folder: Path, **settings: str) -> Iterator[tuple[subprocess.Popen[byt
 
 
 def accept(client: httpx.Client, prompt: str, **more: Any) -> str:
-    """The id of a job that was accepted."""
+    """Submit a job; returns its id."""
     answer = client.post(CREATE, json={"prompt": prompt, **SMALL, **more}, headers=ASYNC)
     answer.raise_for_status()
     return str(answer.json()["id"])
 
 
 def job(client: httpx.Client, job_id: str) -> dict[str, Any]:
-    """How a job stands; while nobody answers, as one that waits."""
+    """The job as JSON; a waiting job while the server does not respond."""
     try:
         told: dict[str, Any] = client.get(f"/jobs/{job_id}").json()
     except httpx.TransportError:
@@ -173,7 +174,7 @@ def job(client: httpx.Client, job_id: str) -> dict[str, Any]:
 
 
 def asked(client: httpx.Client, path: str) -> int:
-    """The status of an answer, 0 for none."""
+    """Status code of a response, 0 for none."""
     try:
         return client.get(path, timeout=5).status_code
     except httpx.TransportError:
@@ -181,13 +182,13 @@ def asked(client: httpx.Client, path: str) -> int:
 
 
 def child_of(process: subprocess.Popen[bytes]) -> int:
-    """The server a watchdog started, 0 while there is none."""
+    """Pid of the server that a watchdog started, 0 while there is none."""
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     return int(children[0]) if children else 0
 
 
 def noise(number: int) -> bytes:
-    """A picture file no compression makes small."""
+    """An incompressible image file."""
     target = io.BytesIO()
     pixels = np.random.default_rng(number).integers(0, 256, (320, 320, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(target, "PNG")
@@ -195,7 +196,7 @@ def noise(number: int) -> bytes:
 
 
 def until(condition: Callable[[], bool]) -> None:
-    """Wait, for ten minutes at the most."""
+    """Wait until the condition holds, for ten minutes at most."""
     end = time.monotonic() + 600
     while not condition():
         if time.monotonic() > end:

@@ -1,6 +1,6 @@
-"""SDXL and FLUX.1-schnell at their published sizes with random weights, so that speed and memory need no download.
+"""SDXL and FLUX.1-schnell at their published sizes with random weights: speed and memory without a download.
 
-Tokenizers and schedulers are the embedded models' own, since they cost nothing.
+Tokenizers and schedulers are those of the embedded models, since they cost nothing.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from stable_diffusion_server.pipelines.loading.devices import dtype_of
 
 EMBEDDED = Path(__file__).resolve().parent.parent / "models"
 
-# The published configurations, as far as they differ from the classes' defaults.
+# The published configurations, where they differ from the classes' defaults.
 CLIP_L = {
     "model_type": "clip_text_model",
     "vocab_size": 49408,
@@ -102,7 +102,7 @@ CONFIGURATIONS: dict[str, dict[str, dict[str, Any]]] = {
 
 
 def write_configurations(folder: Path, facts: ModelSpec) -> None:
-    """Lay a real model's configurations out below `folder` as its files would be, without weights."""
+    """Write a real model's configuration files below `folder`, without weights."""
     embedded = EMBEDDED / MODELS[facts.name].folder
     shutil.copytree(embedded, folder / facts.folder, ignore=shutil.ignore_patterns("*.safetensors"))
     for part, configuration in CONFIGURATIONS[facts.name].items():
@@ -112,15 +112,15 @@ def write_configurations(folder: Path, facts: ModelSpec) -> None:
 
 
 def write_config(folder: Path, configuration: dict[str, Any]) -> None:
-    """Write one part's configuration."""
+    """Write the configuration of one component."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(configuration))
 
 
 def random_pipeline(facts: ModelSpec, folder: Path, device: torch.device, *, control: bool = False) -> Any:
-    """The stock pipeline over what `write_configurations` laid out, with small random weights, and its ControlNet.
+    """The stock pipeline for these configurations with small random weights, and its ControlNet.
 
-    Its numbers mean nothing and are finite; returns (pipeline, ControlNet or None).
+    Its outputs are meaningless but finite. Returns (pipeline, ControlNet or None).
     """
     parts: dict[str, Any] = empty_pipeline(facts, folder)
     guide = parts.pop("control", None)
@@ -133,13 +133,13 @@ def random_pipeline(facts: ModelSpec, folder: Path, device: torch.device, *, con
             else:
                 torch.nn.init.constant_(parameter, 1.0 if "norm" in name and name.endswith("weight") else 0.0)
         for module in part.modules():
-            # Positions are buffers, which to_empty leaves without a meaning.
+            # Position ids are buffers; to_empty leaves them uninitialised.
             if hasattr(module, "position_ids"):
                 module.position_ids.copy_(torch.arange(module.position_ids.shape[-1], device=device)[None])
     stock = getattr(diffusers, facts.pipeline_class)
     embedded = stock.from_pretrained(EMBEDDED / MODELS[facts.name].folder)
     pipeline = stock(**{**embedded.components, **parts})
     if pipeline.vae.config.force_upcast and dtype == torch.float16:
-        pipeline.vae.to(torch.float32)  # as it is loaded
+        pipeline.vae.to(torch.float32)  # as the loader does
     pipeline.set_progress_bar_config(disable=True)
     return pipeline, (guide if control else None)

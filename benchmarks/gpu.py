@@ -1,11 +1,11 @@
-"""Measures full-size SDXL and FLUX.1-schnell with random weights on one accelerator, through the server's own families.
+"""Measures full-size SDXL and FLUX.1-schnell with random weights on one accelerator, through the server's families.
 
     python -m benchmarks.gpu --device cuda --out gpu.md          everything, some minutes on a large card
     python -m benchmarks.gpu --device cpu --tiny --out tiny.md   the same path with the embedded models
 
-Needs no network; `scripts/collect_wheels.sh` fetches what a bare machine with PyTorch lacks. Operations are counted by
-torch's own counter in one picture; the limit is what a large bf16 matrix product reaches on the same card in the same
-run. What is measured is written at once, and what no time is left for (`--seconds`) is named.
+Needs no network; `scripts/collect_wheels.sh` fetches what a bare machine with PyTorch lacks. torch's own counter counts
+the operations of one image; the limit is what a large bf16 matrix product reaches on the same card in the same run.
+Results are written immediately, and sections skipped for lack of time (`--seconds`) are named.
 """
 
 from __future__ import annotations
@@ -51,13 +51,13 @@ KINDS = {"sdxl": Sdxl, "flux": Flux}
 TABLES = ("speeds", "stages", "together", "served", "memory", "placements")
 STEPS = 4
 HELD = (Quantization.NONE, Quantization.INT8, Quantization.FLOAT8, Quantization.TORCHAO_FLOAT8_DYNAMIC)
-# Seconds after which a measurement is not repeated.
+# A measurement is not repeated after this many seconds in total.
 ENOUGH = 0.8
 
 
 @dataclass
 class Rig:
-    """One model ready to be measured, and how to make it anew; `sides` of squares in pixels, the largest first."""
+    """One model to measure, and how to create it; `sides` of square images in pixels, the largest first."""
 
     facts: ModelSpec
     make: Callable[[], Any]
@@ -69,7 +69,7 @@ class Rig:
     plain: dict[int, Any] = field(default_factory=dict)
 
     def family(self, performance: str = "off", quantization: Quantization = Quantization.NONE) -> Any:
-        """The family over a fresh pipeline with the same weights each time."""
+        """The family on a new pipeline, with the same weights every time."""
         torch.manual_seed(0)
         pipeline = self.make()
         quantize_parts(
@@ -79,7 +79,7 @@ class Rig:
         return KINDS[self.facts.name](pipeline, self.facts)
 
     def job(self, side: int, seed: int = 0) -> DiffusionRequest:
-        """A text-to-image job without guidance: what a distilled model draws."""
+        """A text-to-image request without guidance, as for a distilled model."""
         return DiffusionRequest(
             task=Task.TEXT_TO_IMAGE,
             model=self.facts.name,
@@ -96,19 +96,19 @@ class Rig:
 
 
 class Report:
-    """Sections of Markdown, written to a file as they come, within a number of seconds."""
+    """Sections of Markdown, written to a file immediately, within a time limit in seconds."""
 
     def __init__(self, path: Path, seconds: float) -> None:
         self._path, self._end, self._lines = path, time.perf_counter() + seconds, list[str]()
 
     def say(self, *lines: str) -> None:
-        """Add lines."""
+        """Append lines."""
         print("\n".join(lines), flush=True)  # noqa: T201  # its output
         self._lines += lines
         self._path.write_text("\n".join(self._lines) + "\n")
 
     def section(self, title: str, columns: Sequence[str], rows: Iterator[Sequence[Any]]) -> None:
-        """A table, or a sentence where no time is left or nothing can be measured."""
+        """Write a table, or a sentence if no time is left or the measurement fails."""
         began = time.perf_counter()
         if began > self._end:
             self.say(f"{title}: left out for lack of time.", "")
@@ -117,7 +117,7 @@ class Report:
         try:
             for row in rows:
                 self.say(*table((), [row])[2:])
-        except Exception as error:  # what fails is told, and the rest measured
+        except Exception as error:  # report the failure and continue
             self.say(f"failed: {type(error).__name__}: {str(error)[:300]}")
         self.say("", f"({time.perf_counter() - began:.0f} s)", "")
 
@@ -148,7 +148,7 @@ def main() -> None:
 
 
 def measure(rig: Rig, levels: Sequence[str], tables: Sequence[str], peak: float, report: Report) -> None:
-    """All tables of a model."""
+    """Write all tables of a model."""
     speed = ("side", "batch", "s/picture", "pictures/s", "share of the limit", "PSNR to plain", "s until the first")
     stage = ("side", "text encoders", "their share", "the rest of prepare", "one step", "decode", "decode's share")
     for level in levels:
@@ -185,19 +185,19 @@ def rig_for(name: str, device: torch.device, folder: Path, *, tiny: bool) -> Rig
 
 
 def machine(device: torch.device) -> str:
-    """Device and versions, for the head of the table."""
+    """Device and versions, for the heading."""
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
     return f"{where}, PyTorch {torch.__version__}, diffusers {diffusers.__version__}, {time.strftime('%Y-%m-%d')}"
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for what was launched."""
+    """Wait until the device has finished."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def free(device: torch.device, *, reset: bool = True) -> None:
-    """Give back what the last table left, with what was compiled where `reset` says so."""
+    """Free the memory of the last table, and compiled code if `reset` is set."""
     gc.collect()
     if reset:
         torch._dynamo.reset()
@@ -214,7 +214,7 @@ def matrix_rate(device: torch.device) -> float:
 
 
 def median(work: Callable[[], object], device: torch.device, rounds: int, *, warm: bool = False) -> float:
-    """Seconds of one run, after a run to warm up unless it is `warm`; fewer rounds where they take long."""
+    """Median seconds of one run, after one warm-up run unless `warm`. Slow work gets fewer rounds."""
     if not warm:
         work()
     seconds: list[float] = []
@@ -228,7 +228,7 @@ def median(work: Callable[[], object], device: torch.device, rounds: int, *, war
 
 
 def draw(family: Any, jobs: Sequence[DiffusionRequest]) -> list[Any]:
-    """Draw jobs of one shape together: their pixels."""
+    """Run requests of one shape as a batch; returns their pixels."""
     states = [family.prepare(job) for job in jobs]
     while not states[0].done:
         family.step(states)
@@ -236,13 +236,13 @@ def draw(family: Any, jobs: Sequence[DiffusionRequest]) -> list[Any]:
 
 
 def psnr(one: Any, other: Any) -> float:
-    """Peak signal-to-noise ratio in dB of two uint8 pictures."""
+    """PSNR in dB of two uint8 images."""
     error = float(np.mean((one.astype(float) - other.astype(float)) ** 2))
     return 99.0 if error == 0 else 10 * float(np.log10(255**2 / error))
 
 
 def speeds(rig: Rig, family: Any, peak: float) -> Iterator[tuple[Any, ...]]:
-    """Seconds a picture by size and batch, with the share of the limit and the likeness to the plain picture."""
+    """Seconds per image by size and batch, with the share of the limit and the PSNR against the unoptimized image."""
     for side in rig.sides:
         for batch in rig.batches:
             jobs = [rig.job(side, seed) for seed in range(batch)]
@@ -259,7 +259,7 @@ def speeds(rig: Rig, family: Any, peak: float) -> Iterator[tuple[Any, ...]]:
 
 
 def count_operations(family: Any, job: DiffusionRequest) -> float:
-    """FLOP of one whole picture: encoders, every step, decoder. Count them before anything is recorded or compiled."""
+    """FLOP of one whole image: encoders, all steps, decoder. Call this before anything is recorded or compiled."""
     kept, family.prompt_cache = family.prompt_cache, PromptCache(0)
     with FlopCounterMode(display=False) as counter:
         draw(family, [job])
@@ -268,7 +268,7 @@ def count_operations(family: Any, job: DiffusionRequest) -> float:
 
 
 def stages(rig: Rig, family: Any) -> Iterator[tuple[Any, ...]]:
-    """Where the time of one picture goes."""
+    """Seconds of each stage of one image."""
 
     def begin(job: DiffusionRequest) -> None:
         family.step([family.prepare(job)])
@@ -287,9 +287,9 @@ def stages(rig: Rig, family: Any) -> Iterator[tuple[Any, ...]]:
 
 
 def memory(rig: Rig, fastest: str) -> Iterator[tuple[Any, ...]]:
-    """Bytes of weights, and at the worst moment of a picture, by what the weights are held in.
+    """Bytes of the weights, and peak bytes during an image, by quantization.
 
-    As the server does it, only products in float8 are made faster than by their type.
+    As in the server, only float8 products are optimized in other ways than by their type.
     """
     plain = None
     for quantization in HELD:
@@ -297,11 +297,11 @@ def memory(rig: Rig, fastest: str) -> Iterator[tuple[Any, ...]]:
         try:
             family = rig.family(level, quantization)
             job = rig.job(rig.sides[0])
-            draw(family, [job])  # what is compiled or recorded takes memory once
+            draw(family, [job])  # compiling and recording take memory once
             free(rig.device, reset=False)
             picture = draw(family, [job])[0]
             seconds = median(partial(draw, family, [job]), rig.device, rig.rounds)
-        except Exception as error:  # a package may lack a kernel for this card: the table says so
+        except Exception as error:  # a package may lack a kernel for this card; the table shows it
             yield quantization, level, f"failed: {type(error).__name__}: {str(error)[:100]}", "", "", ""
             continue
         plain = picture if plain is None else plain
@@ -313,7 +313,7 @@ def memory(rig: Rig, fastest: str) -> Iterator[tuple[Any, ...]]:
 
 
 def placements(rig: Rig) -> Iterator[tuple[Any, ...]]:
-    """Seconds and memory at the worst moment by where the weights live; a CPU alone knows one place."""
+    """Seconds and peak memory by residency; a CPU has only one."""
     for residency in Residency if rig.device.type == "cuda" else (Residency.RESIDENT,):
         torch.manual_seed(0)
         pipeline = rig.make()
@@ -323,7 +323,7 @@ def placements(rig: Rig) -> Iterator[tuple[Any, ...]]:
             apply_residency(pipeline, None, rig.device, residency)
             family = KINDS[rig.facts.name](pipeline, rig.facts)
             seconds = median(partial(draw, family, [rig.job(rig.sides[-1])]), rig.device, 1)
-        except Exception as error:  # a hook may lack what this card needs: the table says so
+        except Exception as error:  # a hook may not support this card; the table shows it
             yield residency, f"failed: {type(error).__name__}", ""
             continue
         yield residency, f"{seconds:.4f}", worst(rig.device)
@@ -332,12 +332,12 @@ def placements(rig: Rig) -> Iterator[tuple[Any, ...]]:
 
 
 def worst(device: torch.device) -> str:
-    """GB at the worst moment since the last `free`, for people."""
+    """Peak GB since the last `free`, formatted."""
     return f"{torch.cuda.max_memory_allocated(device) / 1e9:.2f}" if device.type == "cuda" else "not counted"
 
 
 def together(rig: Rig, family: Any) -> Iterator[tuple[Any, ...]]:
-    """Eight pictures at once through the engine, with step batching and without."""
+    """Eight concurrent images through the engine, with and without step batching."""
     for side in rig.sides:
         for most in (1, 8):
             with engine_over(rig, family, most) as submit:
@@ -347,7 +347,7 @@ def together(rig: Rig, family: Any) -> Iterator[tuple[Any, ...]]:
 
 
 def eight(rig: Rig, side: int, submit: Callable[[DiffusionRequest], Any], turn: int) -> float:
-    """Seconds until eight jobs, handed in at once, are drawn."""
+    """Seconds until eight concurrent requests are finished."""
     started = time.perf_counter()
     tickets = [submit(rig.job(side, 8 * turn + seed)) for seed in range(8)]
     for ticket in tickets:
@@ -356,7 +356,7 @@ def eight(rig: Rig, side: int, submit: Callable[[DiffusionRequest], Any], turn: 
 
 
 def registry_of(rig: Rig, family: Any) -> Registry:
-    """The registry of one family, which the engine runs."""
+    """A registry with one family, for the engine."""
     facts = rig.facts
     info = LoadedModelInfo(
         facts.name, facts.folder, facts.revision, str(rig.device), "half", "resident", "none", 0, False, ()
@@ -366,7 +366,7 @@ def registry_of(rig: Rig, family: Any) -> Registry:
 
 @contextmanager
 def engine_over(rig: Rig, family: Any, most: int) -> Iterator[Callable[[DiffusionRequest], Any]]:
-    """An engine with one family on its own thread: the function that hands it a job."""
+    """Run an engine with one family on its own thread; yields its `submit`."""
     ready = threading.Event()
     models = registry_of(rig, family)
     engine: Engine[Any] = Engine(lambda: models, queue_limit=64, max_batch=most, on_ready=ready.set)
@@ -383,7 +383,7 @@ SERVED = ("whole", "the model alone", "beyond it", "encode", "store", "queue")
 
 
 def served(rig: Rig, family: Any) -> Iterator[tuple[Any, ...]]:
-    """The whole server in this process, asked over loopback: each order has a prompt of its own."""
+    """The whole server in this process, requested over loopback; each request has a prompt of its own."""
     for side in rig.sides:
         alone = median(partial(afresh, rig, family, side), rig.device, 2 * rig.rounds)
         for kind in ("webp", "jpeg"):
@@ -396,7 +396,7 @@ def served(rig: Rig, family: Any) -> Iterator[tuple[Any, ...]]:
 
 
 def afresh(rig: Rig, family: Any, side: int) -> None:
-    """A picture whose prompt has to be encoded."""
+    """Generate an image whose prompt is not cached."""
     kept, family.prompt_cache = family.prompt_cache, PromptCache(0)
     draw(family, [rig.job(side)])
     family.prompt_cache = kept
@@ -404,8 +404,8 @@ def afresh(rig: Rig, family: Any, side: int) -> None:
 
 @contextmanager
 def serving(rig: Rig, family: Any) -> Iterator[Callable[[str, int, int], tuple[float, dict[str, float]]]]:
-    """A server over a family: the function that asks for a picture, and gives its seconds and their parts."""
-    import httpx  # what the server needs may be missing where the model alone is measured
+    """Run a server on a family; yields a function that requests an image and returns its seconds and timings."""
+    import httpx  # the server's dependencies may be missing if only the model is measured
     import uvicorn
 
     from benchmarks.loopback import free_port, wait_for
@@ -424,7 +424,7 @@ def serving(rig: Rig, family: Any) -> Iterator[Callable[[str, int, int], tuple[f
             data_dir=Path(folder) / "data",
             local_bucket_dir=Path(folder) / "bucket",
             storage_provider="local",
-            bumpy_retries="0",  # what random weights draw is noise
+            bumpy_retries="0",  # random weights generate noise
             ui=False,
             log_level="error",
         )

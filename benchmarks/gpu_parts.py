@@ -1,10 +1,10 @@
-"""Measures what makes the parts of full-size models faster on an accelerator, one change after the other.
+"""Measures optimizations of the components of full-size models on an accelerator, one after the other.
 
     python -m benchmarks.gpu_parts --out parts.md                          SDXL and FLUX.1-schnell, random weights
     python -m benchmarks.gpu_parts --out parts.md --device cpu --tiny      the script itself, with the embedded models
 
-One pass of the denoiser, one decoding, the text encoders, and attention alone, at 1024². Each change is on top of those
-before it unless its name says otherwise; what fails is told in its row.
+One pass of the denoiser, one decoding, the text encoders, and attention alone, at 1024². Each change is added to those
+before it unless its name says otherwise. A failed change is reported in its row.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Change = tuple[str, Callable[[Any], object]]
 
 
 class Report:
-    """Lines that are written to a file as they come, since the machine may be taken away."""
+    """Lines written to a file immediately, since the machine may be taken away."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -38,7 +38,7 @@ class Report:
         self.started = time.perf_counter()
 
     def say(self, *lines: str) -> None:
-        """Add lines."""
+        """Append lines."""
         for line in lines:
             print(f"[{time.perf_counter() - self.started:5.0f} s] {line}", flush=True)  # noqa: T201  # its output
         self.lines += lines
@@ -71,7 +71,7 @@ def main() -> None:
 
 
 def attention(device: torch.device, rounds: int, *, tiny: bool) -> Iterator[str]:
-    """One call of each kernel at the models' shapes."""
+    """Time each attention kernel at the models' shapes."""
     shapes = {"Flux, 4352 tokens": (1, 24, 4352, 4352, 128), "SDXL, 4096 tokens": (1, 10, 4096, 4096, 64)}
     shapes["SDXL, 1024 tokens"] = (1, 20, 1024, 1024, 64)
     shapes["SDXL, 4096 tokens to 77"] = (1, 10, 4096, 77, 64)
@@ -102,7 +102,7 @@ def attention(device: torch.device, rounds: int, *, tiny: bool) -> Iterator[str]
 
 
 def measure(pipeline: Any, rig: Rig, rounds: int, report: Report) -> None:
-    """All parts of one model."""
+    """Measure all components of one model."""
     family = KINDS[rig.facts.name](pipeline, rig.facts, prompt_cache=PromptCache(0))
     side = rig.sides[-1]
     report.say("| part | change | ms of one | ms of four, each | seconds to begin | difference |")
@@ -120,7 +120,7 @@ def measure(pipeline: Any, rig: Rig, rounds: int, report: Report) -> None:
 
 
 def encoders(family: Any, job: Any, rig: Rig, rounds: int) -> Iterator[str]:
-    """Both text encoders, as they are and as graphs."""
+    """Both text encoders, unchanged and as CUDA graphs."""
     pipe = family.pipeline
     plain = family._encode(job).embeds.clone()
     yield _row("encoders", "none", median(lambda: family._encode(job), rig.device, rounds), None, 0, 0)
@@ -160,14 +160,14 @@ def decoders(family: Any, states: Sequence[Any], rig: Rig, rounds: int) -> Itera
 
 
 def denoisers(family: Any, states: Sequence[Any], rig: Rig, rounds: int) -> Iterator[str]:
-    """One pass of the UNet or the transformer, of one picture and of four."""
+    """One pass of the UNet or the transformer, for one image and for four."""
     pipe = family.pipeline
     name = "unet" if rig.facts.name == "sdxl" else "transformer"
     module = getattr(pipe, name)
     own, calls = module.forward, dict[int, Any]()
 
     def recorded(rows: int) -> Any:
-        """The arguments of a step of so many, caught on the way."""
+        """The arguments of a step of that many rows, captured from the family."""
         if rows not in calls:
 
             def catch(*args: Any, **kwargs: Any) -> Any:
@@ -227,7 +227,7 @@ def denoisers(family: Any, states: Sequence[Any], rig: Rig, rounds: int) -> Iter
 
 
 def pictures(family: Any, rig: Rig, rounds: int) -> Iterator[str]:
-    """A whole picture as the last changes left things, with and without waiting for the device after each step."""
+    """A whole image with the last changes, with and without waiting for the device after each step."""
     job = rig.job(rig.sides[-1])
 
     def drawn(*, wait: bool) -> None:
@@ -267,7 +267,7 @@ def _measured(
             work(most)
         four = median(lambda: work(most), rig.device, rounds) / most if most > 1 else None
         return _row(part, name, one, four, begin, _off(made, plain))
-    except Exception as error:  # one change's failure is told, and the next is tried
+    except Exception as error:  # report the failure and try the next change
         return f"| {part} | {name} | failed: {type(error).__name__}: {str(error)[:150]} | | | |"
 
 

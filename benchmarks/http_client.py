@@ -1,4 +1,4 @@
-"""A minimal HTTP client for measurements in which a usual client would take most of the time."""
+"""A minimal HTTP client, for measurements in which a full client would take most of the time."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""Kills a working server again and again, and tells what became of every job it had accepted.
+"""Kills a working server repeatedly, and reports what happened to every job it had accepted.
 
     python benchmarks/kill_drill.py [--kills 30] [--rounds 5] [--without-watchdog] [--painted]
 
-The real server with the embedded models (with --painted, painted squares of a second each, which start in no time),
-under its watchdog, or started again by this program alone, as a restart loop
-would. Jobs come all the while; each kill is SIGKILL to the process that draws, at a random moment within two seconds of
-a picture being on the device. Ends with status 1 when a job was lost, or failed. Needs Linux.
+Runs the real server with the embedded models (with --painted, fake images of a second each, which start at once), under
+its watchdog or restarted by this program, as a restart loop would. Jobs are submitted all the time. Each kill is a
+SIGKILL to the server process, at a random moment within two seconds after an image started. Exits with status 1 if a
+job was lost or failed. Needs Linux.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _WAITING = 12
 
 @dataclass
 class Load:
-    """Hands in jobs for as long as fewer than a dozen wait, whatever becomes of the server meanwhile."""
+    """Submits jobs while fewer than a dozen wait, also while the server is down."""
 
     url: str
     accepted: list[str] = field(default_factory=list)
@@ -44,7 +44,7 @@ class Load:
     stopped: threading.Event = field(default_factory=threading.Event)
 
     def run(self) -> None:
-        """Hand in until stopped."""
+        """Submit until stopped."""
         with httpx.Client(base_url=self.url, timeout=60) as client:
             number = 0
             while not self.stopped.wait(0.05):
@@ -68,13 +68,13 @@ class Load:
 
 @dataclass
 class Drilled(House):
-    """A house whose servers are watched or not, and draw with the embedded models or paint."""
+    """A server with or without a watchdog, with the embedded models or with fake images."""
 
     watched: bool = True
     painted: bool = False
 
     def start(self) -> None:
-        """Start the server; does not wait."""
+        """Start the server without waiting for it."""
         environment = {"PYTHONPATH": str(ROOT), "PORT": str(self.port), "PATH": os.environ["PATH"]}
         environment |= {"MODELS": "embedded", "OMP_NUM_THREADS": "1", "LOG_LEVEL": "error", "HOME": str(self.folder)}
         serve = [sys.executable, "-m", "stable_diffusion_server", "serve"]
@@ -91,13 +91,13 @@ class Drilled(House):
             )
 
     def worker(self) -> int:
-        """The server itself."""
+        """Pid of the server process."""
         assert self.process is not None  # noqa: S101  # started before
         return super().worker() if self.watched else self.process.pid
 
 
 def main() -> None:
-    """Run the rounds that were asked for, and print each as a line of a table."""
+    """Run the requested rounds, and print each as a row of a table."""
     parser = argparse.ArgumentParser(description="Kills a working server again and again.")
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--rounds", type=int, default=5)
@@ -121,7 +121,7 @@ def main() -> None:
 
 
 def drilled(number: int, house: Drilled, kills: int) -> int:
-    """One round: how many jobs failed or were lost."""
+    """Run one round; returns the number of failed or lost jobs."""
     chance, hits = random.Random(number), 0  # noqa: S311  # moments for kills
     house.start()
     load = Load(f"http://127.0.0.1:{house.port}")
@@ -154,7 +154,7 @@ def drilled(number: int, house: Drilled, kills: int) -> int:
 
 
 def killed(house: Drilled) -> None:
-    """SIGKILL to the server; started again here where nobody watches it."""
+    """SIGKILL to the server; without a watchdog, start it again."""
     victim = house.worker()
     os.kill(victim, signal.SIGKILL)
     if not house.watched:
@@ -168,7 +168,7 @@ def killed(house: Drilled) -> None:
 
 
 def on_device(house: Drilled) -> list[str]:
-    """What is on the device, as the server has written it down."""
+    """The requests on the device, from the file that the server writes."""
     try:
         told: list[str] = json.loads((house.folder / "data" / "device.json").read_bytes())["on_device"]
     except (OSError, ValueError, KeyError):
@@ -177,7 +177,7 @@ def on_device(house: Drilled) -> list[str]:
 
 
 def state_at_the_end(client: httpx.Client, job_id: str) -> dict[str, object]:
-    """How a job ended, as it is told; empty for one that is not known any more."""
+    """The job as JSON after it has ended; its state is `lost` if the server does not know it."""
     told: dict[str, object] = {}
 
     def over() -> bool:

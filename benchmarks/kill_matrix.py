@@ -1,9 +1,10 @@
-"""Sends every signal to every part of a running server, idle and under load, and prints how each cell ends.
+"""Sends every signal to every process of a running server, idle and under load, and prints each result.
 
     python benchmarks/kill_matrix.py [signals, targets or loads to keep, as in KILL worker]
 
-The real server under its watchdog, with the embedded models. Who is killed with the watchdog is started again at once,
-as systemd or Docker would. Under load ten accepted jobs and four requests that wait are in hand. Needs Linux.
+Runs the real server under its watchdog, with the embedded models. If the watchdog dies too, this program starts the
+server again at once, as systemd or Docker would. Under load there are ten accepted jobs and four synchronous requests.
+Needs Linux.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ SMALL: dict[str, Any] = {"width": 128, "height": 128, "num_inference_steps": 8}
 
 @dataclass
 class Cell:
-    """A signal to a part of the server, and what came of it."""
+    """A signal to a process of the server, and the result."""
 
     number: signal.Signals
     target: str
@@ -53,7 +54,7 @@ class Cell:
     left_over: int = 0
 
     def row(self) -> str:
-        """A line of the table."""
+        """A row of the table."""
         name = self.number.name.removeprefix("SIG")
         ends = f"{self.finished:.1f}" if self.load == "load" else "–"
         return (
@@ -64,14 +65,14 @@ class Cell:
 
 @dataclass
 class House:
-    """A folder and a port that servers come and go on."""
+    """A folder and a port for one server after another."""
 
     folder: Path
     port: int = field(default_factory=free_port)
     process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Start the server under its watchdog; does not wait."""
+        """Start the server under its watchdog without waiting for it."""
         environment = {"PYTHONPATH": str(ROOT), "PORT": str(self.port), "PATH": os.environ["PATH"]}
         environment |= {"MODELS": "embedded", "OMP_NUM_THREADS": "1", "LOG_LEVEL": "error", "HOME": str(self.folder)}
         serve = [sys.executable, "-m", "stable_diffusion_server", "serve"]
@@ -87,18 +88,18 @@ class House:
 
     @property
     def pids(self) -> list[int]:
-        """The watchdog, and all below it."""
+        """Pids of the watchdog and all its descendants."""
         assert self.process is not None  # noqa: S101  # started before
         return [self.process.pid, *(child.pid for child in psutil.Process(self.process.pid).children(recursive=True))]
 
     def worker(self) -> int:
-        """The server itself."""
+        """Pid of the server process."""
         assert self.process is not None  # noqa: S101  # started before
         return int(psutil.Process(self.process.pid).children()[0].pid)
 
 
 def main() -> None:
-    """Go through the cells that were asked for, and print them as a table."""
+    """Run the requested cells, and print them as a table."""
     kept = set(sys.argv[1:])
     say(f"{machine()}.\n")
     columns = (
@@ -121,7 +122,7 @@ def main() -> None:
 
 
 def tried(cell: Cell, house: House) -> Cell:
-    """Start a server, have it do what the cell says, send the signal, and see it through."""
+    """Start a server, create the load, send the signal, and wait for the outcome."""
     house.start()
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{house.port}", timeout=120) as client:
@@ -147,7 +148,7 @@ def tried(cell: Cell, house: House) -> Cell:
 def put_to_work(
     cell: Cell, client: httpx.Client, pool: ThreadPoolExecutor
 ) -> tuple[list[str], list[Future[httpx.Response]]]:
-    """Accepted jobs, ended in an idle cell and under way in a busy one, and the requests that wait."""
+    """Submit the jobs and the synchronous requests; in an idle cell wait until the jobs have ended."""
     number = JOBS if cell.load == "load" else 2
     ids = []
     for n in range(number):
@@ -165,7 +166,7 @@ def put_to_work(
 
 
 def strike(cell: Cell, house: House, client: httpx.Client) -> None:
-    """Send the signal, start the server again where nobody does, and wait until it can draw."""
+    """Send the signal, start the server again if no watchdog does, and wait until it is ready."""
     assert house.process is not None  # noqa: S101  # started before
     first, before = house.worker(), house.pids
     targets = {"worker": [first], "watchdog": [house.process.pid], "tree": before}[cell.target]
@@ -186,7 +187,7 @@ def strike(cell: Cell, house: House, client: httpx.Client) -> None:
 
 
 def alive(pid: int) -> bool:
-    """Whether a process is there and no zombie."""
+    """Whether a process exists and is no zombie."""
     try:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -194,7 +195,7 @@ def alive(pid: int) -> bool:
 
 
 def answered(waiting: Future[httpx.Response]) -> str:
-    """What became of a request that waited."""
+    """The outcome of a synchronous request."""
     try:
         return str(waiting.result().status_code)
     except httpx.TransportError:
@@ -202,7 +203,7 @@ def answered(waiting: Future[httpx.Response]) -> str:
 
 
 def state_of(client: httpx.Client, job_id: str) -> str:
-    """How a job stands; while nobody answers, as one that waits."""
+    """A job's state; while the server does not respond, that of a waiting job."""
     try:
         return str(client.get(f"/jobs/{job_id}").json()["state"])
     except httpx.TransportError:
@@ -210,7 +211,7 @@ def state_of(client: httpx.Client, job_id: str) -> str:
 
 
 def status_of(client: httpx.Client, path: str) -> int:
-    """The status of an answer, 0 for none."""
+    """Status code of a response, 0 for none."""
     try:
         return client.get(path, timeout=5).status_code
     except httpx.TransportError:
@@ -218,7 +219,7 @@ def status_of(client: httpx.Client, path: str) -> int:
 
 
 def until(condition: Callable[[], bool]) -> None:
-    """Wait, for two minutes at the most."""
+    """Wait until the condition holds, for two minutes at most."""
     end = time.monotonic() + 120
     while not condition():
         if time.monotonic() > end:

@@ -1,11 +1,12 @@
-"""Half an hour or more of everything at once, in no order, with the same pictures drawn alone before and after.
+"""Half an hour or more of random mixed load; the same images are generated alone before and after.
 
     python benchmarks/long_soak.py [minutes] [at once] [plot.svg]
 
-Tasks, sizes, formats, doors and endings are drawn by lot: requests that wait, jobs that are followed, cancelled or
-late, clients that hang up, hits, twins, replays, and requests that are wrong. Each answer is checked: its status, and
-the size and decodability of its picture. The probes are asked for one at a time on an idle server, so their pixels must
-be the same at both ends. Memory, descriptors and threads of the server are noted all along.
+Tasks, sizes, formats, routes and endings are random: synchronous requests, jobs that are followed, cancelled or too
+late, clients that disconnect, cache hits, concurrent equal requests, replays, and invalid requests. Each response is
+checked: its status, and the size and decodability of its image. The probe images are requested one at a time on an idle
+server, so their pixels must be equal at both ends. The server's memory, descriptors and threads are recorded
+throughout.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ COLOURS = ("red", "green", "blue", "yellow", "orange", "purple", "white", "black
 THINGS = ("circle", "square", "star", "hexagon", "triangle", "heart")
 SIDES = (64, 96, 128, 128, 128, 160, 192, 256)
 ASYNC = {"Prefer": "respond-async"}
-# Mistakes, and the status each must be answered with.
+# Invalid requests, and the status code that each must get.
 WRONG: tuple[tuple[str, dict[str, Any], int], ...] = (
     (CREATE, {}, 422),
     (CREATE, {"prompt": "a", "width": 1_000_000_000}, 422),
@@ -53,7 +54,7 @@ WRONG: tuple[tuple[str, dict[str, Any], int], ...] = (
 
 @dataclass
 class Soak:
-    """One client's way through the time: what was asked, what came of it, and what went wrong."""
+    """One client: what it requested, the results, and the errors."""
 
     client: httpx.AsyncClient
     chance: random.Random
@@ -64,7 +65,7 @@ class Soak:
     count: int = 0
 
     async def run(self) -> None:
-        """Ask until the time is over."""
+        """Send requests until the time is over."""
         ways = (
             (self.waits, 40),
             (self.job, 10),
@@ -88,7 +89,7 @@ class Soak:
             self.outcomes[f"{way.__name__}: {came_to}"] += 1
 
     def order(self) -> tuple[str, dict[str, str], dict[str, bytes]]:
-        """The path, parameters and files of an order of any task."""
+        """Path, parameters and files of a request of any task."""
         self.count += 1
         width, height = self.chance.choice(SIDES), self.chance.choice(SIDES)
         colour, behind = self.chance.choice(COLOURS), self.chance.choice(COLOURS)
@@ -113,7 +114,7 @@ class Soak:
         return CREATE, fields | {"width": str(width), "height": str(height)}, {}
 
     async def ask(self, headers: dict[str, str] | None = None, **more: str) -> tuple[httpx.Response, dict[str, Any]]:
-        """Any order, as a form."""
+        """Send any request, as a form."""
         path, fields, files = self.order()
         fields |= more
         named = {name: (name, data) for name, data in files.items()}
@@ -121,13 +122,13 @@ class Soak:
         return answer, {"path": path, "fields": fields, "files": named}
 
     def judged(self, answer: httpx.Response, *fine: int) -> str:
-        """The status, noted as wrong when it is none of those expected."""
+        """The status code; an unexpected one is recorded as an error."""
         if answer.status_code not in fine:
             self.wrong[f"{answer.status_code} {answer.text[:160]}"] += 1
         return str(answer.status_code)
 
     async def waits(self) -> str:
-        """An order waited for; its picture is fetched and looked at."""
+        """A synchronous request; downloads and checks its image."""
         answer, asked = await self.ask()
         told = self.judged(answer, 200, 429)
         if answer.status_code == 200:
@@ -141,13 +142,13 @@ class Soak:
         return told
 
     async def job(self) -> str:
-        """A job that is asked after until it has ended."""
+        """A job that is polled until it has ended."""
         answer, _ = await self.ask(ASYNC)
         told = self.judged(answer, 202, 429)
         return await self.ended(answer) if answer.status_code == 202 else told
 
     async def ended(self, answer: httpx.Response, *fine: str) -> str:
-        """How a job ended."""
+        """The final state of a job."""
         path = answer.headers["location"]
         while (standing := (await self.client.get(path)).json())["state"] in ("queued", "running"):  # noqa: ASYNC110  # polls
             await asyncio.sleep(0.2)
@@ -156,7 +157,7 @@ class Soak:
         return str(standing["state"])
 
     async def followed_job(self) -> str:
-        """A job that is followed to its last event."""
+        """A job whose events are read to the last one."""
         answer, _ = await self.ask(ASYNC)
         if answer.status_code != 202:
             return self.judged(answer, 429)
@@ -166,7 +167,7 @@ class Soak:
         return "followed"
 
     async def cancelled_job(self) -> str:
-        """A job that is cancelled at some moment."""
+        """A job that is cancelled at a random moment."""
         answer, _ = await self.ask(ASYNC)
         if answer.status_code != 202:
             return self.judged(answer, 429)
@@ -175,7 +176,7 @@ class Soak:
         return await self.ended(answer, "done", "cancelled")
 
     async def hangs_up(self) -> str:
-        """A client of little patience."""
+        """A client with a short timeout."""
         path, fields, files = self.order()
         named = {name: (name, data) for name, data in files.items()}
         patience = self.chance.uniform(0.02, 1.0)
@@ -186,12 +187,12 @@ class Soak:
         return self.judged(answer, 200, 429)
 
     async def deadline(self) -> str:
-        """An order that may come too late."""
+        """A request whose deadline may pass."""
         answer, _ = await self.ask(timeout=f"{self.chance.uniform(0.02, 1.5):.3f}")
         return self.judged(answer, 200, 429, 504)
 
     async def hit(self) -> str:
-        """An order that was answered before."""
+        """A request that was answered before."""
         if not self.made:
             return "nothing yet"
         asked, _ = self.chance.choice(self.made)
@@ -202,7 +203,7 @@ class Soak:
         return told
 
     async def twins(self) -> str:
-        """Four equal orders at once, which must be one picture."""
+        """Four concurrent equal requests, which must return one image."""
         path, fields, files = self.order()
         named = {name: (name, data) for name, data in files.items()}
         asked = [self.client.post(path, data=fields, files=named or None) for _ in range(4)]
@@ -214,7 +215,7 @@ class Soak:
         return ", ".join(sorted(told))
 
     async def replay(self) -> str:
-        """A picture made here, drawn again from its own file."""
+        """Replay an image of this server from its own file."""
         if not self.made:
             return "nothing yet"
         asked, file = self.chance.choice(self.made)
@@ -223,7 +224,7 @@ class Soak:
         return self.judged(answer, 200, 429)
 
     async def mistake(self) -> str:
-        """A request that is wrong."""
+        """An invalid request."""
         path, parameters, status = self.chance.choice(WRONG)
         if self.chance.random() < 0.3:
             rubbish = {"image_file": ("a.png", self.chance.randbytes(2000))}
@@ -231,7 +232,7 @@ class Soak:
         return self.judged(await self.client.post(path, json=parameters), status)
 
     async def looks(self) -> str:
-        """What only looks, and OpenAI's way."""
+        """Read-only routes, and the OpenAI dialect."""
         for path in ("/metrics", "/readyz", "/history", "/jobs", "/v1/models"):
             self.judged(await self.client.get(path), 200)
         body = {"prompt": "a red circle", "size": "128x128", "n": 1, "response_format": "b64_json"}
@@ -242,7 +243,7 @@ class Soak:
 
 
 async def probes(client: httpx.AsyncClient) -> list[str]:
-    """The digests of a few pictures, drawn one at a time in the same order."""
+    """The digests of a few images, generated one at a time in the same order."""
     chance = random.Random(11)  # noqa: S311  # no secret
     image, repaint = picture(chance, 128, 128), mask(128, 128)
     common = {"prompt": "a red circle on a blue background", "seed": "7", "format": "png", "overwrite": "true"}
@@ -266,15 +267,16 @@ async def probes(client: httpx.AsyncClient) -> list[str]:
 
 
 async def soak(url: str) -> tuple[list[Soak], list[str], list[str]]:
-    """Probes, everything at once, and the probes again."""
-    # Lines are let go before the server does it, since a request may cross the end of its line.
+    """The probes, the random load, and the probes again."""
+    # The client closes idle connections before the server does, since a request may arrive just as the server closes
+    # one.
     limits = httpx.Limits(max_connections=4 * AT_ONCE, keepalive_expiry=2.0)
     async with httpx.AsyncClient(base_url=url, timeout=300, limits=limits) as client:
         before = await probes(client)
         until = time.monotonic() + 60 * MINUTES
         clients = [Soak(client, random.Random(number), until) for number in range(AT_ONCE)]  # noqa: S311  # no secret
         await asyncio.gather(*(each.run() for each in clients))
-        for _ in range(600):  # what was cancelled or abandoned leaves at its next step
+        for _ in range(600):  # cancelled and abandoned requests end at their next step
             figures = (await client.get("/metrics")).text
             if "sds_queue_running 0.0" in figures and "sds_queue_waiting 0.0" in figures:
                 break
@@ -283,9 +285,9 @@ async def soak(url: str) -> tuple[list[Soak], list[str], list[str]]:
 
 
 def main() -> None:
-    """Start a server in an empty folder, soak it, print, end it."""
+    """Start a server in an empty folder, run the soak test, print the results, stop the server."""
     with tempfile.TemporaryDirectory() as folder:
-        # Caches that are full within the first minutes, so that what grows afterwards is no cache.
+        # Small caches that fill within the first minutes, so that later growth is not due to caches.
         settings = {
             "QUEUE_LIMIT": "64",
             "RATE_LIMIT": "",
@@ -318,7 +320,7 @@ def main() -> None:
 
 
 def picture(chance: random.Random, width: int, height: int) -> bytes:
-    """A file of two colours of chance, as PNG, JPEG or WebP."""
+    """An image file of two random colours, as PNG, JPEG or WebP."""
     pixels = np.zeros((height, width, 3), np.uint8)
     pixels[:] = [chance.randrange(256) for _ in range(3)]
     pixels[height // 4 : height // 2, width // 4 : width // 2] = [chance.randrange(256) for _ in range(3)]
@@ -333,7 +335,7 @@ def mask(width: int, height: int) -> bytes:
 
 
 def file_of(pixels: np.ndarray, kind: str) -> bytes:
-    """A picture file of an array."""
+    """An image file of an array."""
     target = io.BytesIO()
     Image.fromarray(pixels).save(target, kind)
     return target.getvalue()

@@ -1,4 +1,4 @@
-"""What measurements over servers on loopback share: a free port, waiting, and saying what came of it."""
+"""Shared by benchmarks of servers on loopback: a free port, waiting, and printing results."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import httpx
 
 
 def free_port() -> int:
-    """A port nothing listens on at the moment."""
+    """A port that is currently free."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def wait_for(client: httpx.Client) -> None:
-    """Wait until it can draw, some minutes at the most."""
+    """Wait until the server is ready, for some minutes at most."""
     for _ in range(900):
         try:
             if client.get("/readyz").status_code == 200:
@@ -28,5 +28,5 @@ def wait_for(client: httpx.Client) -> None:
 
 
 def say(line: str) -> None:
-    """Print a line of the result."""
+    """Print a line of the results."""
     print(line, flush=True)  # noqa: T201  # its output

@@ -1,9 +1,9 @@
-"""Sends mixed requests, waited for and by jobs, ends some in every way, and checks each picture against its own order.
+"""Sends mixed requests, synchronous and as jobs, ends them in every way, and checks each image against its request.
 
     python benchmarks/mixed_jobs.py [requests] [at once]
 
-Painted squares are drawn in a server process of its own, so every pixel that is to come is known: the colour of the
-prompt, a shade of the seed. What is measured is all around the models; `soak.py` does the same with trained weights.
+A separate server process generates fake images, so every expected pixel is known: the colour comes from the prompt, the
+shade from the seed. This measures everything but the models; `soak.py` does the same with trained weights.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ SHARES = (40, 25, 10, 10, 10, 5)
 
 @dataclass(frozen=True)
 class Asked:
-    """One order, and how its client goes about it."""
+    """One request, and what its client does with it."""
 
     number: int
     way: str
@@ -53,19 +53,19 @@ class Asked:
 
     @property
     def parameters(self) -> dict[str, Any]:
-        """The order as JSON."""
+        """The request as JSON."""
         size = {"width": self.width, "height": self.height, "num_inference_steps": self.steps}
         return {"prompt": f"a {self.colour} square", "seed": self.seed, "save_path": f"{self.number}.png", **size}
 
     def is_own(self, file: bytes) -> bool:
-        """Whether a picture is that of this order, to the pixel."""
+        """Whether an image belongs to this request, to the pixel."""
         pixels = np.asarray(Image.open(io.BytesIO(file)))
         shade = np.array(COLOURS[self.colour], np.int16) - self.seed % 16
         return pixels.shape == (self.height, self.width, 3) and bool((pixels == shade.clip(0, 255)).all())
 
 
 def main() -> None:
-    """Start a server in an empty folder, send, check, print, end it."""
+    """Start a server in an empty folder, send, check, print, stop it."""
     with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -86,7 +86,7 @@ def main() -> None:
 
 
 async def measure(url: str, process: psutil.Process) -> None:
-    """The whole measurement."""
+    """Run the whole measurement."""
     chance = random.Random(5)  # noqa: S311  # no secret
     orders = [order(chance, number) for number in range(REQUESTS)]
     limits = httpx.Limits(max_connections=2 * AT_ONCE)
@@ -125,7 +125,7 @@ async def measure(url: str, process: psutil.Process) -> None:
 
 
 def order(chance: random.Random, number: int) -> Asked:
-    """An order of any size, seed and colour, gone about in any way."""
+    """A random request: size, seed, colour and client behaviour."""
     (way,) = chance.choices(WAYS, SHARES)
     side = (64, 80, 96, 128, 160, 256)
     size = chance.choice(side), chance.choice(side)
@@ -133,7 +133,7 @@ def order(chance: random.Random, number: int) -> Asked:
 
 
 async def one(client: httpx.AsyncClient, places: asyncio.Semaphore, each: Asked) -> str:
-    """What came of one order."""
+    """The outcome of one request."""
     async with places:
         if each.way in ("job", "follows its job", "cancels its job"):
             return await by_job(client, each)
@@ -150,7 +150,7 @@ async def one(client: httpx.AsyncClient, places: asyncio.Semaphore, each: Asked)
 
 
 async def by_job(client: httpx.AsyncClient, each: Asked) -> str:
-    """What came of an order that was handed in as a job."""
+    """The outcome of a request submitted as a job."""
     answer = await client.post(CREATE, json=each.parameters, headers={"Prefer": "respond-async"})
     path = f"/jobs/{answer.raise_for_status().json()['id']}"
     if each.way == "cancels its job":
@@ -167,13 +167,13 @@ async def by_job(client: httpx.AsyncClient, each: Asked) -> str:
 
 
 async def checked(client: httpx.AsyncClient, each: Asked, receipt: dict[str, Any]) -> str:
-    """Whether the picture at a receipt's path is that of the order."""
+    """Whether the image at a receipt's path belongs to the request."""
     file = (await client.get(httpx.URL(receipt["path"]).path)).raise_for_status().content
     return "own picture" if each.is_own(file) and receipt["seed"] == each.seed else "cross-talk"
 
 
 async def equal_orders(client: httpx.AsyncClient) -> float:
-    """How often a picture is drawn that many ask for at once, half of them by jobs."""
+    """Number of images generated for many concurrent equal requests, half of them as jobs."""
     before = await figure(client, 'sds_jobs_total{outcome="done"}')
     parameters = {"prompt": "a red square", "width": 64, "height": 64, "num_inference_steps": 50}
     headers = [{"Prefer": "respond-async, wait=60"} if number % 2 else {} for number in range(EQUALS)]
@@ -184,23 +184,23 @@ async def equal_orders(client: httpx.AsyncClient) -> float:
 
 
 async def is_stored(client: httpx.AsyncClient, each: Asked) -> bool:
-    """Whether there is an object under the order's name."""
+    """Whether an object with the request's name exists."""
     return (await client.head(f"/files/static/uploads/{each.number}.png")).status_code == 200
 
 
 async def figure(client: httpx.AsyncClient, name: str) -> float:
-    """A figure of the metrics."""
+    """The value of a metric."""
     lines = (await client.get("/metrics")).text.splitlines()
     return next((float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name + " ")), 0.0)
 
 
 async def idle(client: httpx.AsyncClient) -> bool:
-    """Whether nothing waits or is drawn."""
+    """Whether no image waits or runs."""
     return await figure(client, "sds_queue_waiting") + await figure(client, "sds_queue_running") == 0
 
 
 async def asked(client: httpx.AsyncClient, path: str) -> bool:
-    """Whether a path is answered well."""
+    """Whether a path returns a success status."""
     try:
         return (await client.get(path)).status_code == 200
     except httpx.TransportError:
@@ -208,7 +208,7 @@ async def asked(client: httpx.AsyncClient, path: str) -> bool:
 
 
 async def until(condition: Callable[[], Awaitable[bool]]) -> None:
-    """Wait, for two minutes at the most."""
+    """Wait until the condition holds, for two minutes at most."""
     async with asyncio.timeout(120):
         while not await condition():  # noqa: ASYNC110  # polls a server
             await asyncio.sleep(0.05)

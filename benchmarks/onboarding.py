@@ -1,4 +1,4 @@
-"""Measures a new user's first minute against a real server process, and prints a table. Knows no internals.
+"""Measures a new user's first minute against a real server process, through HTTP only, and prints a table.
 
     python benchmarks/onboarding.py
 
@@ -27,7 +27,7 @@ PROMPT = "a red circle on a blue background"
 
 
 def main() -> None:
-    """Start a server in an empty folder, measure, print, end it."""
+    """Start a server in an empty folder, measure, print, stop it."""
     rows: list[tuple[str, str]] = []
     with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -54,7 +54,7 @@ def main() -> None:
 
 
 def measure(client: httpx.Client, started: float, rows: list[tuple[str, str]]) -> None:
-    """Fill the rows of the table, in the order in which a user would notice them."""
+    """Fill the rows of the table, in the order in which a user notices them."""
     wait_for(client, "/healthz")
     rows.append(("start to /healthz answering", f"{time.perf_counter() - started:.1f} s"))
     wait_for(client, "/readyz")
@@ -72,7 +72,7 @@ def measure(client: httpx.Client, started: float, rows: list[tuple[str, str]]) -
 
 
 def identical(client: httpx.Client, rows: list[tuple[str, str]]) -> None:
-    """Fifty equal orders at once."""
+    """Fifty concurrent equal requests."""
     before = drawn(client)
     with ThreadPoolExecutor(50) as pool:
         asked = {"prompt": PROMPT, "num_inference_steps": 8, "seed": 99}
@@ -83,7 +83,7 @@ def identical(client: httpx.Client, rows: list[tuple[str, str]]) -> None:
 
 
 def different(client: httpx.Client, rows: list[tuple[str, str]]) -> None:
-    """Sixteen different orders at once, with /healthz asked every 10 ms meanwhile."""
+    """Sixteen concurrent different requests, while /healthz is polled every 10 ms."""
     stop, waits = threading.Event(), list[float]()
 
     def watch() -> None:
@@ -109,20 +109,20 @@ def different(client: httpx.Client, rows: list[tuple[str, str]]) -> None:
 
 
 def seconds(client: httpx.Client, asked: dict[str, object]) -> float:
-    """How long one order took."""
+    """Seconds that one request took."""
     begun = time.perf_counter()
     client.get(CREATE, params=asked).raise_for_status()
     return time.perf_counter() - begun
 
 
 def drawn(client: httpx.Client) -> float:
-    """Pictures drawn so far, by the engine's own count."""
+    """Number of images generated so far, from the engine's counter."""
     lines = client.get("/metrics").text.splitlines()
     return next((float(line.split()[-1]) for line in lines if line.startswith('sds_jobs_total{outcome="done"}')), 0.0)
 
 
 def wait_for(client: httpx.Client, path: str) -> None:
-    """Ask until the answer is 200, for two minutes at the most."""
+    """Poll until the status is 200, for two minutes at most."""
     for _ in range(2400):
         try:
             if client.get(path).status_code == 200:
@@ -134,7 +134,7 @@ def wait_for(client: httpx.Client, path: str) -> None:
 
 
 def ms(value: float) -> str:
-    """Seconds as milliseconds."""
+    """Format seconds as milliseconds."""
     return f"{value * 1000:.1f} ms"
 
 

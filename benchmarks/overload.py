@@ -1,10 +1,10 @@
-"""Asks for twice as many pictures as can be drawn, sixty-four at a time, and tells what the server makes of it.
+"""Sends twice as many requests as the server can serve, with sixty-four clients, and reports the outcome.
 
     python benchmarks/overload.py [minutes] [plot.svg]
 
-The real server with the embedded models. First its capacity is measured, then orders arrive by chance (Poisson) at
-twice that rate; one that finds all 64 clients busy waits for one. A picture that is accepted must come, right and its
-own; one that is not must be refused with 429 at once. `/healthz` is asked all along from a process of its own.
+Runs the real server with the embedded models. First it measures the capacity; then requests arrive randomly (Poisson)
+at twice that rate. A request that finds all 64 clients busy waits for one. An accepted request must return its own,
+correct image; any other must be refused with 429 at once. A separate process polls `/healthz` throughout.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ STEPS = 6
 
 @dataclass
 class Seen:
-    """What became of the orders, and how long it took."""
+    """Outcomes of the requests, and their durations."""
 
     accepted: list[float] = field(default_factory=list)
     refused: list[float] = field(default_factory=list)
@@ -43,11 +43,11 @@ class Seen:
 
 
 async def main() -> None:
-    """Start a server in an empty folder, measure, print, end it."""
+    """Start a server in an empty folder, measure, print, stop it."""
     with tempfile.TemporaryDirectory() as folder, serving(Path(folder)) as (url, pid):
         limits = httpx.Limits(max_connections=AT_ONCE)
         async with httpx.AsyncClient(base_url=url, timeout=300, limits=limits) as client:
-            await drawn_by(client, 8, 5.0, Seen(), 0)  # warm
+            await drawn_by(client, 8, 5.0, Seen(), 0)  # warm-up
             capacity = Seen()
             seconds = await drawn_by(client, 16, CAPACITY_SECONDS, capacity, 10**6)
             rate = len(capacity.accepted) / seconds
@@ -63,7 +63,7 @@ async def main() -> None:
 
 
 async def drawn_by(client: httpx.AsyncClient, clients: int, seconds: float, seen: Seen, first: int) -> float:
-    """Have some clients ask one after the other for that long; the seconds until the last was answered."""
+    """Let some clients send requests one after the other for `seconds`; returns the seconds until the last response."""
     began = time.perf_counter()
 
     async def one(number: int) -> None:
@@ -76,7 +76,7 @@ async def drawn_by(client: httpx.AsyncClient, clients: int, seconds: float, seen
 
 
 async def arriving(client: httpx.AsyncClient, rate: float, seconds: float, seen: Seen) -> float:
-    """Orders that arrive at a rate, by chance; the seconds until the last was answered."""
+    """Send requests at a random (Poisson) rate; returns the seconds until the last response."""
     chance, places = random.Random(3), asyncio.Semaphore(AT_ONCE)  # noqa: S311  # no secret
     began, due, number = time.perf_counter(), 0.0, 2 * 10**6
     under_way: set[asyncio.Task[None]] = set()
@@ -99,7 +99,7 @@ async def arriving(client: httpx.AsyncClient, rate: float, seconds: float, seen:
 
 
 async def order(client: httpx.AsyncClient, number: int, seen: Seen, began: float) -> None:
-    """One order, unlike all others, and a look at its picture."""
+    """Send one unique request and check its image."""
     colour = COLOURS[number % len(COLOURS)]
     asked = {"prompt": f"a {colour} circle on a white background", "seed": str(number), "model": "sdxl"}
     size = {"width": "128", "height": "128", "num_inference_steps": str(STEPS), "save_path": f"{number}.png"}
@@ -117,7 +117,7 @@ async def order(client: httpx.AsyncClient, number: int, seen: Seen, began: float
         with Image.open(io.BytesIO(answer.content)) as image:
             image.load()
             seen.other["a picture of another size"] += image.size != (128, 128)
-            seen.other += Counter()  # without those of which there are none
+            seen.other += Counter()  # removes zero counts
         seen.accepted.append(took)
         seen.by_minute[int((time.perf_counter() - began) / 60)] += 1
     else:
@@ -125,7 +125,7 @@ async def order(client: httpx.AsyncClient, number: int, seen: Seen, began: float
 
 
 def tell(rate: float, seconds: float, seen: Seen, watch: Watch, health: list[float]) -> None:
-    """The table."""
+    """Print the table."""
     say(f"{machine()}.\n")
     say("| what | measured |\n| --- | --- |")
     say(f"| capacity, 16 clients one order after the other | {rate:.2f} pictures a second |")

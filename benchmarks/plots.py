@@ -1,4 +1,4 @@
-"""Draws curves over concurrency as small SVG files. Knows no servers."""
+"""Draws curves over concurrency as small SVG files."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from matplotlib.figure import Figure
 
 
 def draw_curves(curves: Mapping[str, Mapping[str, Mapping[int, float]]], beside: Path) -> list[tuple[str, str]]:
-    """One file a title, named after `beside`: titles and file names. Each curve is name → requests at once → value."""
+    """Write one file per title, named after `beside`; returns titles and file names.
+
+    Each curve is name → concurrency → value.
+    """
     files = []
     for number, (title, by_name) in enumerate(curves.items(), 1):
         figure = Figure(figsize=(6, 3.6))

@@ -1,9 +1,9 @@
-"""Measures by pixel statistics whether a running server's pictures keep to image, edges and mask.
+"""Measures by pixel statistics whether a running server's images follow input image, edges and mask.
 
     python -m benchmarks.prompt_adherence --server http://127.0.0.1:8000 --count 48
 
-Sources are drawn here (training/synthetic_shapes.py) with seeds of their own, and read by the
-training's image checker. Every picture takes the whole way: door, decoding, fitting, denoising, pasting back, PNG.
+Source images are rendered here (training/synthetic_shapes.py) with their own seeds, and checked with the training's
+image checker. Every image takes the whole path: HTTP, decoding, resizing, denoising, pasting back, PNG.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ NEAR = 3
 
 
 def main() -> None:
-    """Measure every task of every model that the server has, and print a table."""
+    """Measure every task of every model of the server, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--server", default="http://127.0.0.1:8000")
     parser.add_argument("--count", type=int, default=48)
@@ -49,7 +49,7 @@ Ask = Callable[..., Picture]
 
 
 def asker(server: str, model: str) -> Ask:
-    """A function that sends pictures and parameters to a door and returns what is drawn, height × width × 3."""
+    """A function that sends images and parameters to a route and returns the image, height × width × 3."""
 
     def ask(door: str, files: dict[str, Picture], **parameters: Any) -> Picture:
         sent = {name: (f"{name}.png", png(picture), "image/png") for name, picture in files.items()}
@@ -61,33 +61,33 @@ def asker(server: str, model: str) -> Ask:
 
 
 def png(picture: Picture) -> bytes:
-    """The file of a picture."""
+    """The PNG file of an image."""
     file = io.BytesIO()
     Image.fromarray(picture).save(file, "PNG")
     return file.getvalue()
 
 
 def single(rng: np.random.Generator, kind: str = "one") -> Scene:
-    """One object on a background it stands out from."""
+    """One object on a background that contrasts with it."""
     background = pick(rng, tuple(COLOURS))
     colour = pick(rng, [name for name in COLOURS if far(name, background)])
     return Scene(kind, background, (Thing(pick(rng, SHAPES), colour),))
 
 
 def another(rng: np.random.Generator, *unlike: str) -> str:
-    """A colour that can be told from all of these."""
+    """A colour that is distinguishable from all of these."""
     return pick(rng, [name for name in COLOURS if all(far(name, other) for other in unlike)])
 
 
 def silhouette(picture: Picture) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    """Where a picture differs from the colour of its rim."""
+    """Where an image differs from the colour of its border."""
     ground = to_lab(np.round(background_of(picture)).astype(np.uint8)[None])[0]
     distance: np.ndarray[Any, np.dtype[np.bool_]] = np.sqrt(((to_lab(picture) - ground) ** 2).sum(2)) > 28
     return distance
 
 
 def restyling(ask: Ask, count: int) -> list[tuple[str, str]]:
-    """Ask for the same object in another colour at strength 0.6: whether the shape stays and the colour changes."""
+    """Request the same object in another colour at strength 0.6: whether the shape stays and the colour changes."""
     rng = np.random.default_rng(71_001)
     overlaps, right = [], []
     for _ in range(count):
@@ -107,9 +107,10 @@ def restyling(ask: Ask, count: int) -> list[tuple[str, str]]:
 
 
 def agreement(drawn: Picture, wanted: Picture) -> tuple[float, float, float]:
-    """Precision, recall and F-score of a picture's edges against those wanted, each within `NEAR` pixels.
+    """Precision, recall and F-score of an image's edges against the wanted ones, each within `NEAR` pixels.
 
-    The edges wanted are those the server sees, by thresholds of 100 and 200; what is drawn may be softer: 40 and 80.
+    The wanted edges are those that the server detects, with thresholds of 100 and 200. Generated edges may be
+    softer: 40 and 80.
     """
     mine, theirs = cv2.Canny(drawn, 40, 80) > 0, edges(wanted)[..., 0] > 0
     disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * NEAR + 1, 2 * NEAR + 1))
@@ -120,7 +121,7 @@ def agreement(drawn: Picture, wanted: Picture) -> tuple[float, float, float]:
 
 
 def following(ask: Ask, count: int) -> list[tuple[str, str]]:
-    """Ask for an object anywhere on another background, guided by edges alone, and without them."""
+    """Request an object on another background, guided by edges alone, and without them."""
     rng = np.random.default_rng(71_002)
     scores: dict[bool, list[tuple[float, float, float]]] = {True: [], False: []}
     right = []
@@ -156,7 +157,7 @@ def following(ask: Ask, count: int) -> list[tuple[str, str]]:
 
 
 def repainting(ask: Ask, count: int) -> list[tuple[str, str]]:
-    """Ask for another object in the middle, within a mask: whether it is there, and all else as it was."""
+    """Request another object in the middle, within a mask: whether it is there, and the rest is unchanged."""
     rng = np.random.default_rng(71_003)
     there, changed = [], 0
     mask = np.zeros((SIDE, SIDE, 3), np.uint8)

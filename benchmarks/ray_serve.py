@@ -1,7 +1,7 @@
-"""Two replicas under Ray Serve against one process: right pictures, a replica killed, overload, an end with work.
+"""Compares two replicas under Ray Serve with one process: correct images, a killed replica, overload, shutdown.
 
-Run: `python -m benchmarks.ray_serve --python PATH`, where PATH is a Python with deploy/ray-requirements.txt beside
-requirements.txt. An S3 server on loopback is what the replicas share.
+Run: `python -m benchmarks.ray_serve --python PATH`, where PATH is a Python with the packages of
+deploy/ray-requirements.txt and requirements.txt. The replicas share an S3 server on loopback.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ from storage_servers import SECRET, StorageServer, make_s3_bucket, s3_client, st
 CREATE = "/create_and_upload_image"
 ASYNC = {"Prefer": "respond-async"}
 SHAPES, COLOURS = ("circle", "square", "triangle", "star", "heart"), ("red", "blue", "green", "yellow", "purple")
-# Different pictures at once and the steps of each: the first is half encoding, storing and HTTP, the second is drawing.
+# Concurrent different images, and the steps of each. The first is half encoding, storing and HTTP; the second is
+# denoising.
 LOADS = {"40 at once, 256 × 256, 4 steps": (40, 4), "24 at once, 256 × 256, 30 steps": (24, 30)}
 ROUNDS, DISTINCT, EQUAL, CROWD, QUEUE = 3, 40, 20, 300, 64
 _SAME_DB = 45.0
@@ -64,7 +65,10 @@ def main() -> None:
 
 
 def figures(folder: Path, store: StorageServer, python: str, rounds: int) -> None:
-    """One process and two replicas, each with one thread to draw on, asked the same; then what only two show."""
+    """Send one process and two replicas the same requests, then test what only replicas do.
+
+    Every process has one engine thread.
+    """
     one = [sys.executable, "-m", "stable_diffusion_server", "serve"]
     ray = [python, "-m", "deploy.ray_serve", "--replicas", "2", "--cpus", "1"]
     middles: dict[str, list[float]] = {load: [] for load in LOADS}
@@ -98,7 +102,7 @@ def together(
     bucket: str,
     rows: list[tuple[str, str]],
 ) -> None:
-    """40 distinct and 20 equal orders at once."""
+    """40 distinct and 20 equal concurrent requests."""
     before = objects(store, bucket)
     _, answers = burst(client, "together", DISTINCT, EQUAL)
     new = objects(store, bucket) - before
@@ -124,7 +128,7 @@ def killed(
     bucket: str,
     rows: list[tuple[str, str]],
 ) -> None:
-    """SIGKILL of one replica amid accepted jobs, with requests going on."""
+    """SIGKILL to one replica with accepted jobs, while requests continue."""
     before = objects(store, bucket)
     ids = [accept(client, f"{prompt(n)}, kill {n}", num_inference_steps=20) for n in range(30)]
     until(lambda: any(job(client, job_id).get("step", 0) > 2 for job_id in ids))
@@ -167,7 +171,7 @@ def overloaded(
     bucket: str,
     rows: list[tuple[str, str]],
 ) -> None:
-    """Far more orders at once than two queues hold."""
+    """Far more concurrent requests than two queues hold."""
     answers = asyncio.run(ordered(str(client.base_url), [order(f"overload {n}", n) for n in range(CROWD)]))
     refused = [answer for answer in answers if answer.status_code != 200]
     waits = Counter(answer.headers.get("retry-after", "none") for answer in refused)
@@ -184,7 +188,7 @@ def overloaded(
 
 
 def scaling(folder: Path, store: StorageServer, python: str) -> None:
-    """From one replica to two by jobs that wait, back to one, and a stop signal with accepted jobs in hand."""
+    """Scale from one replica to two by waiting jobs, back to one, and stop by a signal with unfinished jobs."""
     command = [python, "-m", "deploy.ray_serve", *"--replicas 1 --most 2 --cpus 1 --pictures-each 8".split()]
     command += "--up-seconds 2 --down-seconds 5".split()
     rows: list[tuple[str, str]] = []
@@ -217,12 +221,12 @@ SMALL = {"width": 256, "height": 256}
 
 
 def prompt(number: int) -> str:
-    """One of a few things to draw, in a colour that can be seen."""
+    """One of a few objects, in a colour that the image can be checked for."""
     return f"a {COLOURS[number % len(COLOURS)]} {SHAPES[number // len(COLOURS) % len(SHAPES)]} on a white background"
 
 
 def order(name: str, number: int, steps: int = 4) -> dict[str, Any]:
-    """An order of its own, by its seed."""
+    """A unique request, by its seed."""
     seed = int.from_bytes(name.encode()[-6:], "big") % 2**32
     return {"prompt": prompt(number), "seed": seed, "num_inference_steps": steps, **SMALL}
 
@@ -230,7 +234,7 @@ def order(name: str, number: int, steps: int = 4) -> dict[str, Any]:
 def burst(
     client: httpx.Client, name: str, distinct: int, equal: int, steps: int = 4
 ) -> tuple[float, list[httpx.Response]]:
-    """Pictures a second of so many orders at once, and their answers."""
+    """Images per second for that many concurrent requests, and their responses."""
     orders = [{**order(name, n, steps), "seed": 1000 * (hash_of(name) % 1000) + n} for n in range(distinct)]
     orders += [{**order(name, 0), "seed": 999_999_999 - hash_of(name) % 1000}] * equal
     started = time.perf_counter()
@@ -242,19 +246,19 @@ def burst(
 
 
 def hash_of(name: str) -> int:
-    """The same number for a name in every run; the turn of a burst, so that all that draw get the same orders."""
+    """A number that depends only on the last word of a name, the turn, so that all servers get equal requests."""
     return sum(name.rpartition(" ")[2].encode())
 
 
 async def ordered(base: str, orders: list[dict[str, Any]]) -> list[httpx.Response]:
-    """The answers to orders sent at once."""
+    """The responses to concurrent requests."""
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=base, timeout=300, limits=limits) as client:
         return list(await asyncio.gather(*(client.post(CREATE, json=wanted) for wanted in orders)))
 
 
 async def doors(base: str, seconds: float = 4.0) -> float:
-    """Answers of `/healthz` a second to eight connections kept open: what the way to a replica costs."""
+    """Responses of `/healthz` per second over eight keep-alive connections: the cost of routing to a replica."""
     end = time.perf_counter() + seconds
 
     async def asking(client: httpx.AsyncClient) -> int:
@@ -269,14 +273,14 @@ async def doors(base: str, seconds: float = 4.0) -> float:
 
 
 def fetched(client: httpx.Client, store: StorageServer, bucket: str) -> list[bytes]:
-    """The files of the first round's orders, which are the same for all that draw."""
+    """The image files of the first round's requests, which are the same for all servers."""
     _, answers = burst(client, "any 0", DISTINCT, 0)
     s3 = s3_client(store.url)
     return [s3.get_object(Bucket=bucket, Key=answer.json()["key"])["Body"].read() for answer in answers]
 
 
 def coloured_right(client: httpx.Client, answer: httpx.Response, number: int) -> bool:
-    """Whether the middle of a picture has the colour its order asked for."""
+    """Whether the middle of an image has the requested colour."""
     file = httpx.get(answer.json()["path"]).content
     pixels = np.asarray(Image.open(io.BytesIO(file)).convert("RGB")).astype(int)
     red, green, blue = pixels[112:144, 112:144].reshape(-1, 3).mean(axis=0)
@@ -291,14 +295,14 @@ def coloured_right(client: httpx.Client, answer: httpx.Response, number: int) ->
 
 
 def alike(one: bytes, other: bytes) -> float:
-    """Peak signal-to-noise ratio of two picture files, in dB; infinite for equal ones."""
+    """PSNR of two image files in dB; infinite if they are equal."""
     a, b = (np.asarray(Image.open(io.BytesIO(file)).convert("RGB")).astype(float) for file in (one, other))
     error = float(((a - b) ** 2).mean())
     return float("inf") if error == 0 else 10 * float(np.log10(255**2 / error))
 
 
 def least_told(least: float) -> str:
-    """A ratio in words, with what counts as the same."""
+    """Format a PSNR, and whether it counts as equal."""
     told = "equal" if least == float("inf") else f"{least:.1f} dB"
     return told if least >= _SAME_DB else f"{told}, which is another picture"
 
@@ -307,7 +311,7 @@ def least_told(least: float) -> str:
 def server(
     folder: Path, store: StorageServer, command: list[str], **settings: str
 ) -> Iterator[tuple[subprocess.Popen[bytes], httpx.Client, str]]:
-    """A server over a bucket of its own in the S3 server, able to draw."""
+    """A ready server with its own bucket in the S3 server."""
     folder.mkdir()
     port, bucket = free_port(), make_s3_bucket(store)
     environment = {
@@ -343,25 +347,25 @@ def server(
 
 
 def replicas(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
-    """The replicas' own processes, below the one that started Ray."""
+    """Processes of the replicas, below the one that started Ray."""
     found = psutil.Process(process.pid).children(recursive=True)
     living = []
     for child in found:
-        with suppress(psutil.NoSuchProcess):  # which a zombie counts as
+        with suppress(psutil.NoSuchProcess):  # zombies raise it too
             if "ServeReplica" in " ".join(child.cmdline()):
                 living.append(child)
     return living
 
 
 def accept(client: httpx.Client, text: str, **more: Any) -> str:
-    """The id of a job that was accepted."""
+    """Submit a job; returns its id."""
     answer = client.post(CREATE, json={"prompt": text, **SMALL, **more}, headers=ASYNC)
     answer.raise_for_status()
     return str(answer.json()["id"])
 
 
 def job(client: httpx.Client, job_id: str) -> dict[str, Any]:
-    """How a job stands; where no one can tell just now, as one of an unknown state."""
+    """The job as JSON; its state is `not told` while the server cannot give it."""
     answer = client.get(f"/jobs/{job_id}")
     return dict(answer.json()) if answer.status_code == 200 else {"state": "not told"}
 
@@ -373,7 +377,7 @@ def objects(store: StorageServer, bucket: str) -> set[str]:
 
 
 def shown(counts: Counter[Any]) -> str:
-    """Counts in words, the most frequent first."""
+    """Format counts, the most frequent first."""
     return ", ".join(f"{count} × {what}" for what, count in counts.most_common()) or "none"
 
 
@@ -385,7 +389,7 @@ def tell(rows: list[tuple[str, str]]) -> None:
 
 
 def until(condition: Callable[[], bool]) -> None:
-    """Wait, for five minutes at the most."""
+    """Wait until the condition holds, for five minutes at most."""
     end = time.monotonic() + 300
     while not condition():
         if time.monotonic() > end:

@@ -1,8 +1,8 @@
-"""The servers that are measured side by side: how each is started and called.
+"""The servers that are compared: how each is started and called.
 
-All of them run on loopback over the same weights, draw on the same canvas, enlarge and encode alike. What a peer needs
-beyond our own environment (LitServe, Ray) is found in the interpreter named by PEERS_PYTHON, and diffusers' example
-server in the folder named by SERVER_ASYNC; without them those peers are left out, and the table says so.
+All run on loopback with the same weights, generate on the same canvas, and enlarge and encode alike. PEERS_PYTHON names
+the interpreter with the peers' packages (LitServe, Ray), and SERVER_ASYNC the folder of diffusers' example server.
+Without them those peers are left out, and the table says so.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ COLOURS = ("red", "green", "blue", "yellow", "orange", "purple", "black", "white
 
 
 class Tuning(NamedTuple):
-    """How a server uses the cores: processes (or lanes), threads of each, most orders in one call."""
+    """How a server uses the cores: processes (or engine workers), threads of each, largest batch."""
 
     workers: int
     threads: int
@@ -49,18 +49,18 @@ class Tuning(NamedTuple):
 
 @dataclass(frozen=True)
 class Entry:
-    """A server that can be started: its script beside this file (`None` is ours), its tuning, further environment."""
+    """A server that can be started: its script in peers/ (`None` is ours), its tuning, additional environment."""
 
     script: str | None
     tuning: Tuning
     environment: Mapping[str, str] = field(default_factory=dict)
 
     def with_environment(self, **further: str) -> Entry:
-        """The same, with more in its environment."""
+        """A copy with more environment variables."""
         return replace(self, environment={**self.environment, **further})
 
 
-# Each peer at the better of the tunings tried (see the tuning table in results/).
+# Each peer with the best of the tunings tried (see the tuning table in results/).
 ENTRIES: dict[str, Entry] = {
     OURS: Entry(None, Tuning(2, 1, 8)),
     PLAIN: Entry("plain.py", Tuning(1, 2)),
@@ -69,7 +69,7 @@ ENTRIES: dict[str, Entry] = {
     "LitServe": Entry("lit.py", Tuning(2, 1, 8)),
     "Ray Serve @serve.batch": Entry("ray_batch.py", Tuning(2, 1, 8)),
 }
-# What is tried, beside the above, before the tunings are settled.
+# The other tunings tried.
 TUNINGS: dict[str, Entry] = {
     "ours, ENGINE_WORKERS=1, 1 thread": Entry(None, Tuning(1, 1, 8)),
     "ours, ENGINE_WORKERS=1, 2 threads": Entry(None, Tuning(1, 2, 8)),
@@ -84,7 +84,7 @@ TUNINGS: dict[str, Entry] = {
 
 @dataclass
 class Server:
-    """A started server that answers; `began` is when its process was started, `ready` seconds until it could draw."""
+    """A started, ready server; `ready` is the seconds from its start until it could generate."""
 
     name: str
     entry: Entry
@@ -93,7 +93,7 @@ class Server:
     ready: float
 
     def request_of(self, name: str, n: int, side: int, **further: Any) -> tuple[str, dict[str, Any] | None]:
-        """Target and JSON body (none: a GET) that draw the n-th of many different orders and store it under a name."""
+        """URL target and JSON body (`None`: a GET) of the n-th of many different requests, stored under a name."""
         if self.entry.script is None:
             return f"/create_and_upload_image?{urlencode(order_of(name, n, side) | further)}", None
         order = _peer_order(name, n, side) | further
@@ -104,49 +104,52 @@ class Server:
         return f"/api/diffusers/inference?{urlencode(sizes)}", body
 
     def draw(self, name: str, n: int, side: int, **further: Any) -> dict[str, Any]:
-        """Draw the n-th of many different orders, `side` × `side`, and store it under a name: what it answered."""
+        """Send the n-th of many different requests, `side` × `side`, stored under a name; returns the JSON response."""
         target, body = self.request_of(name, n, side, **further)
         answer = self.client.get(target) if body is None else self.client.post(target, json=body)
         return dict(answer.raise_for_status().json())
 
     @property
     def port(self) -> int:
-        """Where it listens on loopback."""
+        """Its port on loopback."""
         return self.client.base_url.port or 80
 
     def bare(self, name: str, n: int, side: int) -> float:
-        """Seconds of the bare pipeline call and of enlarging, encoding and storing, as the plain server measures it."""
+        """Seconds of the bare pipeline call and of enlarging, encoding and storing, as measured by the plain server."""
         times = self.client.post("/bare", json=_peer_order(name, n, side)).raise_for_status().json()
         return float(times["draw"] + times["keep"])
 
     def family(self) -> list[psutil.Process]:
-        """Its process and all that it started."""
+        """Its process and all descendants."""
         return [self.process, *self.process.children(recursive=True)]
 
     def pause(self) -> None:
-        """Stop all its processes where they are, but those of Ray, which takes a stopped node for a lost one."""
+        """Suspend all its processes, except Ray's: Ray treats a suspended node as lost."""
         if self.entry.script != "ray_batch.py":
             for process in self.family():
                 process.suspend()
 
     def resume(self) -> None:
-        """Let them go on."""
+        """Resume its processes."""
         for process in self.family():
             process.resume()
 
     def memory(self) -> float:
-        """MB in all its processes, what they share counted once."""
+        """MB of all its processes; shared memory counts once."""
         return sum(process.memory_full_info().pss for process in self.family()) / 1e6
 
     def processor_seconds(self) -> float:
-        """What its processes have taken of the processor so far."""
+        """CPU seconds that its processes have used so far."""
         times = [process.cpu_times() for process in self.family()]
         return float(sum(time.user + time.system for time in times))
 
 
 @contextmanager
 def alone(server: Server) -> Iterator[None]:
-    """Let a server run, which is stopped otherwise: several of the peers poll, and take a share of a core for it."""
+    """Resume a suspended server for the block.
+
+    Servers are suspended because several peers poll and use part of a core.
+    """
     server.resume()
     try:
         yield
@@ -155,25 +158,25 @@ def alone(server: Server) -> Iterator[None]:
 
 
 def order_of(name: str, n: int, side: int) -> dict[str, Any]:
-    """An order as our own server takes it."""
+    """A request in our own server's format."""
     return {"prompt": prompt(n), "seed": n, "width": side, "height": side, "save_path": f"{name}.webp"}
 
 
 def _peer_order(name: str, n: int, side: int) -> dict[str, Any]:
-    """An order as the peers take it: they are told the canvas that ours chooses."""
+    """A request in the peers' format, with the canvas that our server chooses."""
     canvas = plan_canvas(side, side, FACTS.native_pixels, FACTS.min_side)
     size = {"width": side, "height": side, "canvas_width": canvas.width, "canvas_height": canvas.height}
     return {"prompt": prompt(n), "seed": n, "name": name, **size}
 
 
 def prompt(n: int) -> str:
-    """Different prompts: 112 of them."""
+    """One of 112 different prompts."""
     background = COLOURS[(n + 1 + n // 16 % 7) % 8]
     return f"a {COLOURS[n % 8]} {('circle', 'square')[n // 8 % 2]} on a {background} background"
 
 
 def available(names: list[str] | None = None) -> dict[str, Entry]:
-    """The entries of these names (all that compete by default) that can be started here."""
+    """The entries of these names (by default all competitors) that can be started here."""
     entries = {name: {**ENTRIES, **TUNINGS}[name] for name in names or ENTRIES}
     lacking = {
         script
@@ -189,7 +192,7 @@ def available(names: list[str] | None = None) -> dict[str, Entry]:
 
 @contextmanager
 def servers(entries: Mapping[str, Entry]) -> Iterator[dict[str, Server]]:
-    """The servers of these entries, started one after the other in an empty folder each; ended at the end."""
+    """Start the servers of these entries one after the other, each in an empty folder; stop them at the end."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended from outside"))
     processes: list[subprocess.Popen[bytes]] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -204,7 +207,7 @@ def servers(entries: Mapping[str, Entry]) -> Iterator[dict[str, Server]]:
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """Let a server end, and end what it leaves behind of the session it was started in."""
+    """Stop a server, and kill what remains of its session."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGCONT)
     process.terminate()
@@ -216,7 +219,7 @@ def end(process: subprocess.Popen[bytes]) -> None:
 
 
 def start(name: str, entry: Entry, home: Path, started: Callable[[subprocess.Popen[bytes]], None]) -> Server:
-    """Start a server and wait until it can draw."""
+    """Start a server and wait until it is ready."""
     home.mkdir(parents=True)
     port, tuning = free_port(), entry.tuning
     environment = {
@@ -265,7 +268,7 @@ def start(name: str, entry: Entry, home: Path, started: Callable[[subprocess.Pop
 
 
 def wait_until_it_draws(client: httpx.Client, process: subprocess.Popen[bytes], path: str, log: Path) -> None:
-    """Ask until the answer is 200, for some minutes at the most. Exits with the server's own words when it ended."""
+    """Poll until the status is 200, for some minutes at most. If the server ends, exits with its log."""
     for _ in range(6000):
         try:
             if client.get(path).status_code == 200:

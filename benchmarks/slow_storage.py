@@ -1,10 +1,10 @@
-"""Measures what a storage that takes 30 seconds for every answer does to the device: nothing, it should be.
+"""Measures how a storage that takes 30 seconds per response affects the device: it should not affect it.
 
     python -m benchmarks.slow_storage [orders]
 
-Needs dev-requirements.txt for the S3 server on loopback. A go-between before it lets everything through at once, or
-after a pause. The same server draws the same number of pictures in each phase, asked for by eight clients at a time. A
-stand-in for the device sleeps a quarter of a second a step, so that the machine's other load does not blur the figures.
+Needs dev-requirements.txt for the S3 server on loopback. A proxy in front of it passes everything on at once, or after
+a pause. The same server generates the same number of images in each phase, for eight clients at a time. A fake device
+sleeps a quarter of a second per step, so that other load on the machine does not blur the figures.
 """
 
 from __future__ import annotations
@@ -41,19 +41,19 @@ TIMEOUT = 10.0
 
 @dataclass(slots=True)
 class Sleep:
-    """A picture on its way."""
+    """A request in progress."""
 
     job: DiffusionRequest
     index: int = 0
 
     @property
     def shape(self) -> tuple[object, ...]:
-        """What may share a step."""
+        """Requests of equal shape share a step."""
         return self.job.shape
 
     @property
     def steps(self) -> int:
-        """Steps in all."""
+        """Total number of steps."""
         return STEPS
 
     @property
@@ -64,59 +64,59 @@ class Sleep:
 
 @dataclass(frozen=True, slots=True)
 class Grey:
-    """What comes of it."""
+    """The finished image."""
 
     pixels: NDArray[np.uint8]
     redecoded: bool = False
 
 
 class Sleeper(DenoiserCapabilities):
-    """A device that takes the same time for every step, whatever else the machine does."""
+    """A fake device: every step takes the same time, whatever else the machine does."""
 
     def count_tokens(self, model: str, prompt: str) -> int:
-        """Few enough."""
+        """A small constant."""
         return 5
 
     def prepare(self, job: DiffusionRequest) -> Sleep:
-        """Nothing is to be done."""
+        """Nothing to prepare."""
         return Sleep(job)
 
     def step(self, states: Sequence[Sleep]) -> None:
-        """One step for all."""
+        """One step for all states."""
         time.sleep(STEP_SECONDS)
         for state in states:
             state.index += 1
 
     def finish(self, state: Sleep) -> Grey:
-        """A grey picture."""
+        """A grey image."""
         return Grey(np.full((state.job.height, state.job.width, 3), state.job.seed % 200 + 20, np.uint8))
 
 
 def serve() -> None:
-    """The server over the stand-in, as a process of its own."""
+    """Run the server on the fake device, as a separate process."""
     settings = read_settings()
     uvicorn.run(create_app(settings, load=lambda _: Sleeper()), port=settings.port, log_level="error")
 
 
 class Slow:
-    """A go-between that holds back what comes from the storage for `pause` seconds."""
+    """A proxy that delays the storage's responses by `pause` seconds."""
 
     def __init__(self, port: int) -> None:
         self.pause = 0.0
         self._port = port
 
     async def serve(self, port: int) -> None:
-        """Pass on every connection."""
+        """Forward every connection."""
         await asyncio.start_server(self._pass_on, "127.0.0.1", port)
 
     async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         from_storage, to_storage = await asyncio.open_connection("127.0.0.1", self._port)
-        with suppress(asyncio.CancelledError):  # all is over
+        with suppress(asyncio.CancelledError):  # the benchmark has ended
             await asyncio.gather(pump(reader, to_storage, lambda: 0.0), pump(from_storage, writer, lambda: self.pause))
 
 
 async def pump(source: asyncio.StreamReader, target: asyncio.StreamWriter, pause: Callable[[], float]) -> None:
-    """Everything from one to the other, each piece after its pause."""
+    """Forward everything from one side to the other, each chunk after the pause."""
     try:
         while piece := await source.read(65536):
             await asyncio.sleep(pause())
@@ -129,7 +129,7 @@ async def pump(source: asyncio.StreamReader, target: asyncio.StreamWriter, pause
 
 
 async def main() -> None:
-    """Start everything in an empty folder, measure well, slow and well again, print, end it."""
+    """Start everything in an empty folder, measure fast, slow and fast again, print, stop it."""
     started: list[subprocess.Popen[bytes]] = []
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -155,7 +155,7 @@ async def main() -> None:
 
 
 def start(started: list[subprocess.Popen[bytes]], folder: str, storage: int, between: int, port: int) -> None:
-    """The S3 server with a bucket, and the server that reaches it by the go-between."""
+    """The S3 server with a bucket, and the server that reaches it through the proxy."""
     kept = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'benchmarks'}", "PATH": os.environ["PATH"], "HOME": folder}
     quiet = {"cwd": folder, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     s3 = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(storage)]
@@ -184,7 +184,7 @@ def start(started: list[subprocess.Popen[bytes]], folder: str, storage: int, bet
 
 
 async def phase(port: int, name: str, orders: int) -> str:
-    """Draw that many different pictures; a row of the table."""
+    """Generate that many different images; returns a row of the table."""
     numbers = iter(range(orders))
     ended: list[float] = []
     taken: list[float] = []
@@ -216,7 +216,7 @@ async def phase(port: int, name: str, orders: int) -> str:
 
 
 async def settled(port: int) -> None:
-    """Wait until nothing waits for the storage any more."""
+    """Wait until no upload is pending."""
     async with httpx.AsyncClient() as caller:
         for _ in range(900):
             figures = (await caller.get(f"http://127.0.0.1:{port}/metrics")).text

@@ -1,9 +1,10 @@
-"""Sends mixed requests of every task at once, hangs up on some, and checks each picture against its own order.
+"""Sends mixed requests of every task concurrently, disconnects some, and checks each image against its request.
 
     python benchmarks/soak.py [requests] [at once]
 
-Each order that was answered is then drawn again, alone, and the two files are compared; a picture that is another's,
-or that its mates have changed, shows. Tells the server's memory on the way, and how often a hundred equal orders draw.
+Each answered request is then generated again, alone, and the two files are compared: this reveals swapped images and
+images changed by others in their batch. Also reports the server's memory during the run, and how many images are
+generated for a hundred equal requests.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ SIDES = (64, 96, 128, 128, 128, 192, 256)
 
 @dataclass(frozen=True)
 class Asked:
-    """One request: its door, parameters and files, and after how many seconds its client hangs up, if ever."""
+    """One request: route, parameters, files, and the seconds after which its client disconnects, if ever."""
 
     path: str
     fields: dict[str, str]
@@ -46,13 +47,13 @@ class Asked:
 
 
 def main() -> None:
-    """Start a server in an empty folder, send, compare, print, end it."""
+    """Start a server in an empty folder, send, compare, print, stop it."""
     chance = random.Random(5)  # noqa: S311  # no secret
     orders = [order(chance, number) for number in range(REQUESTS)]
     with tempfile.TemporaryDirectory() as folder:
         port = free_port()
         environment = {"PYTHONPATH": str(ROOT), "PATH": os.environ["PATH"], "HOME": folder, "LOG_LEVEL": "error"}
-        environment["OMP_NUM_THREADS"] = "1"  # on cores that others use as well more only wait for one another
+        environment["OMP_NUM_THREADS"] = "1"  # on shared cores more threads only wait for one another
         with Path(folder, "log").open("wb") as log:
             server = subprocess.Popen(  # our own server
                 [sys.executable, "-m", "stable_diffusion_server", "serve"],
@@ -72,7 +73,7 @@ def main() -> None:
 
 
 def run(client: httpx.Client, pid: int, orders: list[Asked]) -> None:
-    """The whole measurement."""
+    """Run the whole measurement."""
     equal = equal_orders(client)
     memory = [memory_of(pid)]
     answered, gone, seconds, likeness = 0, 0, 0.0, list[float]()
@@ -135,7 +136,7 @@ def order(chance: random.Random, number: int) -> Asked:
 
 
 def drawn(client: httpx.Client, asked: Asked) -> bytes | None:
-    """The stored file of an order; none when its client hung up."""
+    """The stored file of a request; `None` if its client disconnected."""
     files = {name: (f"{name}.png", data, "image/png") for name, data in asked.files.items()}
     try:
         answer = client.post(asked.path, data=asked.fields, files=files or None, timeout=asked.patience or 600)
@@ -149,7 +150,7 @@ def drawn(client: httpx.Client, asked: Asked) -> bytes | None:
 
 
 def equal_orders(client: httpx.Client) -> float:
-    """How many pictures are drawn for many equal orders at once."""
+    """Number of images generated for many concurrent equal requests."""
     before = figure(client, 'sds_jobs_total{outcome="started"}')
     query = {"prompt": "a red circle", "width": 128, "height": 128}
     with ThreadPoolExecutor(AT_ONCE) as pool:
@@ -161,26 +162,26 @@ def equal_orders(client: httpx.Client) -> float:
 
 
 def figure(client: httpx.Client, name: str) -> float:
-    """A figure of the metrics."""
+    """The value of a metric."""
     lines = client.get("/metrics").text.splitlines()
     return next((float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name + " ")), 0.0)
 
 
 def least(likeness: list[float]) -> str:
-    """The least alike pair that is not equal."""
+    """PSNR of the least similar pair that is not equal."""
     rest = [value for value in likeness if not math.isinf(value)]
     return f"{min(rest):.1f} dB" if rest else "none"
 
 
 def psnr(one: bytes, other: bytes) -> float:
-    """Likeness of two files in dB, infinite for equal pixels."""
+    """PSNR of two files in dB, infinite for equal pixels."""
     first, second = (np.asarray(Image.open(io.BytesIO(file)).convert("RGB"), float) for file in (one, other))
     error = float(np.mean((first - second) ** 2)) if first.shape == second.shape else math.nan
     return math.inf if error == 0 else 10 * math.log10(255**2 / error)
 
 
 def picture(chance: random.Random, width: int, height: int) -> bytes:
-    """A file of two colours of chance."""
+    """An image file of two random colours."""
     pixels = np.zeros((height, width, 3), np.uint8)
     pixels[:] = [chance.randrange(256) for _ in range(3)]
     pixels[height // 4 : height // 2, width // 4 : width // 2] = [chance.randrange(256) for _ in range(3)]
@@ -195,14 +196,14 @@ def mask(width: int, height: int) -> bytes:
 
 
 def file_of(pixels: np.ndarray) -> bytes:
-    """A PNG of an array."""
+    """The PNG file of an array."""
     target = io.BytesIO()
     Image.fromarray(pixels).save(target, "PNG")
     return target.getvalue()
 
 
 def memory_of(pid: int) -> float:
-    """Megabytes a process has in memory."""
+    """Resident memory of a process in MB."""
     return psutil.Process(pid).memory_info().rss / 1e6
 
 

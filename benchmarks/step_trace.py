@@ -1,8 +1,8 @@
-"""Traces six jobs of different tasks, lengths and arrivals through shared forward passes, and compares the pictures.
+"""Traces six jobs of different tasks, lengths and arrival times through shared forward passes; compares the images.
 
     python -m benchmarks.step_trace [folder for the result]
 
-Draws with the embedded SDXL in this process. Each picture is then drawn alone and compared with the one of the trace.
+Runs the embedded SDXL in this process. Each image is then generated alone and compared with the traced one.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ PROMPT = "a red circle on a blue background"
 
 @dataclass
 class Traced(DenoiserCapabilities):
-    """A denoiser that notes each step: when it began, how long it took, and who took part at which of their steps."""
+    """A denoiser that records each step: start, duration, and the participating requests with their step numbers."""
 
     denoiser: Any
     names: dict[int, str] = field(default_factory=dict)
@@ -40,11 +40,11 @@ class Traced(DenoiserCapabilities):
     changed: threading.Condition = field(default_factory=threading.Condition)
 
     def prepare(self, job: DiffusionRequest) -> Any:
-        """As the denoiser does."""
+        """Forward to the denoiser."""
         return self.denoiser.prepare(job)
 
     def step(self, states: Sequence[Any]) -> None:
-        """As the denoiser does, noted."""
+        """Forward to the denoiser and record the step."""
         began = time.perf_counter()
         self.denoiser.step(states)
         riders = {self.names[state.request.seed]: (state.index, state.steps) for state in states}
@@ -53,12 +53,12 @@ class Traced(DenoiserCapabilities):
             self.changed.notify_all()
 
     def finish(self, state: Any) -> Any:
-        """As the denoiser does."""
+        """Forward to the denoiser."""
         return self.denoiser.finish(state)
 
 
 def main() -> None:
-    """Draw together, draw alone, compare, write the table."""
+    """Run the jobs together, then alone; compare, write the table."""
     traced = Traced(registry.load(ROOT / "models", "cpu", 0))
     jobs = six_jobs()
     traced.names.update({job.seed: name for name, (job, _) in jobs.items()})
@@ -112,7 +112,7 @@ def six_jobs() -> dict[str, tuple[DiffusionRequest, int]]:
 def draw_together(
     engine: Engine[Any], traced: Traced, jobs: dict[str, tuple[DiffusionRequest, int]]
 ) -> tuple[dict[str, EngineResult[Any]], dict[str, float], float]:
-    """Hand each job in when the device has taken its number of steps; drawings, arrivals and the beginning."""
+    """Submit each job after its number of device steps; returns results, arrivals and the start time."""
     origin, tickets, arrivals = time.perf_counter(), {}, {}
     for name, (job, after) in jobs.items():
         with traced.changed:
@@ -130,7 +130,7 @@ def report(
     alone: dict[str, EngineResult[Any]],
     origin: float,
 ) -> str:
-    """The tables, in Markdown."""
+    """The tables in Markdown."""
     passes, steps = len(trace), sum(len(riders) for _, _, riders in trace)
     lines = [
         "# Six jobs through shared forward passes",
@@ -162,7 +162,7 @@ def report(
 
 
 def psnr(one: NDArray[np.uint8], other: NDArray[np.uint8]) -> float:
-    """Likeness of two pictures in dB, infinite for equal ones."""
+    """PSNR of two images in dB, infinite for equal ones."""
     error = float(np.mean((one.astype(float) - other.astype(float)) ** 2))
     return math.inf if error == 0 else 10 * math.log10(255**2 / error)
 

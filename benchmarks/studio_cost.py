@@ -1,4 +1,4 @@
-"""Measures what the studio costs: start of the server with and without it, memory, time until a page can be used.
+"""Measures the cost of the web UI: server start with and without it, memory, time until a page is usable.
 
     python -m benchmarks.studio_cost [rounds]
 
@@ -27,7 +27,7 @@ _PAUSE, _LONGEST = 0.02, 180.0
 
 @dataclass
 class Running:
-    """A server that can draw. Seconds from its start until it answered and until it could draw."""
+    """A ready server; seconds from its start until it responded and until it could generate."""
 
     client: httpx.Client
     pid: int
@@ -36,13 +36,13 @@ class Running:
 
     @property
     def megabytes(self) -> float:
-        """What it holds in memory (resident)."""
+        """Resident memory in MB."""
         lines = Path(f"/proc/{self.pid}/status").read_text(encoding="ascii").splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS:")) / 1000
 
 
 def main() -> None:
-    """Start servers with and without by turns, then open the studio of one."""
+    """Start servers with and without the UI in turn, then open the UI of one."""
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 3
     starts: dict[str, list[tuple[float, float, float]]] = {"1": [], "0": []}
     for _ in range(rounds):
@@ -61,7 +61,7 @@ def main() -> None:
 
 @contextmanager
 def server(ui: str) -> Iterator[Running]:
-    """A server process of its own, ended afterwards."""
+    """A separate server process, stopped afterwards."""
     started = time.perf_counter()
     with starting(UI=ui, MODELS="embedded") as (process, client):
         answering = after(started, lambda: client.get("/healthz").is_success)
@@ -70,7 +70,7 @@ def server(ui: str) -> Iterator[Running]:
 
 
 def opened(running: Running, rounds: int) -> None:
-    """Open the studio for the first time, and pages of it after that."""
+    """Open the UI for the first time, then more of its pages."""
     before = running.megabytes
     started = time.perf_counter()
     after(started, lambda: "gradio" in running.client.get("/ui/").text)
@@ -83,7 +83,7 @@ def opened(running: Running, rounds: int) -> None:
     with chromium() as browser:
         for _ in range(rounds):
             started = time.perf_counter()
-            page = studio(browser, url, **DESK)  # nothing of it is in this page's cache
+            page = studio(browser, url, **DESK)  # this page's cache is empty
             pages.append(time.perf_counter() - started)
             page.context.close()
         say(f"| page asked for to every field usable, empty cache, s | {spread(pages)} |")
@@ -101,7 +101,7 @@ def opened(running: Running, rounds: int) -> None:
 
 
 def after(started: float, holds: Callable[[], bool]) -> float:
-    """Seconds from `started` until something holds."""
+    """Seconds from `started` until a condition holds."""
     while time.perf_counter() - started < _LONGEST:
         try:
             if holds():
@@ -113,7 +113,7 @@ def after(started: float, holds: Callable[[], bool]) -> float:
 
 
 def spread(values: list[float]) -> str:
-    """The median, and the least and the most."""
+    """Median, minimum and maximum."""
     return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 

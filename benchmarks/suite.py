@@ -1,12 +1,12 @@
-"""Runs the workloads on our server and on its peers side by side, and writes one Markdown file.
+"""Runs the workloads on our server and on its peers, and writes one Markdown file.
 
     python -m benchmarks.suite                                   all workloads, small; some minutes
     python -m benchmarks.suite --workloads throughput --rounds 5 --levels 1 4 16 64 --sides 128 256 --out FILE.md
-    python -m benchmarks.suite --check                           exit code 1 when a ratio is worse than it may be
+    python -m benchmarks.suite --check                           exit code 1 when a ratio is out of its bound
 
-PEERS_PYTHON names an interpreter with LitServe and Ray beside PyTorch and diffusers, SERVER_ASYNC a copy of diffusers'
-`examples/server-async`; without them the plain server is the only peer. Servers that are
-not being measured are suspended.
+PEERS_PYTHON names an interpreter with LitServe, Ray, PyTorch and diffusers, SERVER_ASYNC a copy of diffusers'
+`examples/server-async`; without them the plain server is the only peer. Servers that are not being measured are
+suspended.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def main() -> None:
 
 
 def arguments() -> argparse.Namespace:
-    """What is asked for on the command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workloads", nargs="+", default=WORKLOADS, choices=WORKLOADS)
     parser.add_argument("--servers", nargs="+", help="names of entries in servers.py; all that compete by default")
@@ -93,7 +93,7 @@ def arguments() -> argparse.Namespace:
 
 
 def measured(name: str, started: dict[str, throughput.Server], given: argparse.Namespace) -> Result:
-    """The result of a workload over servers."""
+    """Run a workload on the servers."""
     if name == "throughput":
         return throughput.measure(started, given.rounds, given.sides, given.levels)
     module = {
@@ -116,7 +116,7 @@ def report(name: str, result: Result, ratios: dict[str, float], given: argparse.
 
 
 def check_ratios(ratios: dict[str, float]) -> int:
-    """Print whether each ratio is within its bound. 1 when one is not, otherwise 0."""
+    """Print whether each ratio is within its bound; returns 1 if one is not, otherwise 0."""
     failed = 0
     for name, value in ratios.items():
         good = next(bound for kind, bound in BOUNDS.items() if name.startswith(kind))(value)

@@ -1,4 +1,4 @@
-"""What a measurement comes to: medians, ratios with their spread, Markdown tables. Knows no servers."""
+"""Statistics and Markdown tables of measurements: medians, ratios with their spread."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 
 @dataclass
 class Result:
-    """A workload's tables, the ratios the regression guard looks at, and its curves: name → x → (median, p99 …)."""
+    """A workload's tables, the ratios that --check tests, and its curves: name → x → (median, p99 …)."""
 
     lines: list[str]
     ratios: dict[str, float] = field(default_factory=dict)
@@ -23,18 +23,18 @@ class Result:
 
 
 def ratio(values: Sequence[float], others: Sequence[float]) -> float:
-    """The median of the ratios round by round."""
+    """The median of the ratios per round."""
     return statistics.median(value / other for value, other in zip(values, others, strict=True))
 
 
 def ratios(values: Sequence[float], others: Sequence[float]) -> str:
-    """The median ratio, and the smallest and largest."""
+    """The median, smallest and largest ratio."""
     each = [value / other for value, other in zip(values, others, strict=True)]
     return f"{statistics.median(each):.2f} ({min(each):.2f} to {max(each):.2f})"
 
 
 def percentile(values: Iterable[float], share: float) -> float:
-    """The value that `share` (0 to 1) of the values are at most."""
+    """The value that a share (0 to 1) of the values does not exceed."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
@@ -46,7 +46,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
 
 
 def machine() -> str:
-    """The machine, in a line: what a figure is worth nothing without."""
+    """The machine in one line; figures mean nothing without it."""
     load = os.getloadavg()[0]
     return (
         f"{platform.machine()}, {os.cpu_count()} cores, no accelerator used, Python {platform.python_version()}, "
@@ -55,5 +55,5 @@ def machine() -> str:
 
 
 def versions(packages: Mapping[str, str]) -> str:
-    """Names and versions of what is installed here."""
+    """Names and versions of the installed packages."""
     return ", ".join(f"{name} {version(package)}" for name, package in packages.items())

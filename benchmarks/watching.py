@@ -1,4 +1,4 @@
-"""What long measurements share: a server, its memory, descriptors and health over time, and a drawing of them."""
+"""Shared by long measurements: a server, its memory, descriptors and health over time, and plots of them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _COLOURS = ("#2458a6", "#b3452c", "#3c7d3f", "#7a4fa3")
 
 @contextmanager
 def serving(folder: Path, command: Sequence[str] = SERVE, **settings: str) -> Iterator[tuple[str, int]]:
-    """A server process with the embedded models and one thread of PyTorch, able to draw: its address and its pid."""
+    """Start a ready server with the embedded models and one PyTorch thread; yields its URL and pid."""
     port = free_port()
     environment = {"PYTHONPATH": str(ROOT), "PATH": os.environ["PATH"], "HOME": str(folder), "LOG_LEVEL": "error"}
     environment |= {"OMP_NUM_THREADS": "1", "PORT": str(port), "MODELS": "embedded", **settings}
@@ -45,9 +45,9 @@ def serving(folder: Path, command: Sequence[str] = SERVE, **settings: str) -> It
 
 @dataclass
 class Watch:
-    """Looks at a process every `every` seconds on a thread of its own: seconds, megabytes, descriptors, threads.
+    """Samples a process every `every` seconds on its own thread: seconds, megabytes, descriptors, threads.
 
-    Megabytes are those of the process alone (resident); `children` counts what it has started.
+    Megabytes are the process's own resident memory; `children` counts its child processes.
     """
 
     pid: int
@@ -60,14 +60,14 @@ class Watch:
     _stop: threading.Event = field(default_factory=threading.Event)
 
     def __enter__(self) -> Watch:
-        """Begin to look."""
+        """Start sampling."""
         self._began = time.monotonic()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
         return self
 
     def __exit__(self, *what: object) -> None:
-        """End it with one look more."""
+        """Stop after one last sample."""
         self._stop.set()
         self._thread.join()
 
@@ -95,7 +95,7 @@ class Watch:
 
 @contextmanager
 def asked_for_health(url: str, every: float = 0.05) -> Iterator[list[float]]:
-    """Ask `/healthz` again and again from a process of its own; the seconds each answer took, there when it is over."""
+    """Poll `/healthz` from a separate process; the yielded list holds each latency in seconds after the block."""
     ours, theirs = multiprocessing.get_context("spawn").Pipe()
     process = multiprocessing.get_context("spawn").Process(target=_ask, args=(url, every, theirs), daemon=True)
     process.start()
@@ -122,24 +122,24 @@ def _ask(url: str, every: float, pipe: Connection) -> None:
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """The value below which `share` (0 to 1) of them lie, by the nearest rank; NaN for none."""
+    """The value that a share (0 to 1) of the values does not exceed, by nearest rank; NaN for none."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, math.ceil(share * len(ordered)) - 1)] if ordered else math.nan
 
 
 def milliseconds(values: Sequence[float]) -> str:
-    """Half and 99 in a hundred of some seconds, and the longest, in milliseconds."""
+    """Format median, 99th percentile and maximum of some seconds, in milliseconds."""
     half, most, longest = (1000 * percentile(values, share) for share in (0.5, 0.99, 1.0))
     return f"{half:.1f} / {most:.1f} / {longest:.1f}"
 
 
 def machine() -> str:
-    """Where a measurement was made."""
+    """The machine, in one line."""
     return f"{platform.machine()}, {os.cpu_count()} cores, no GPU, Python {platform.python_version()}"
 
 
 def plotted(title: str, at: Sequence[float], series: Mapping[str, Sequence[float]]) -> str:
-    """An SVG with one strip for each series over the same minutes, each with its own scale from 0."""
+    """An SVG with one strip per series over the same minutes, each with its own scale from 0."""
     width, strip, left, top = 860, 130, 80, 34
     height = top + strip * len(series) + 40
     longest = max(at) or 1.0

@@ -83,7 +83,10 @@ def _key_of(pending: PendingRequest) -> str | None:
 
 
 def by_work(context: Any, pictures_each: float = 8.0) -> tuple[int, dict[str, Any]]:
-    """Ray's autoscaling policy: as many replicas as leave each `pictures_each` images, jobs that wait among them."""
+    """Ray autoscaling policy: enough replicas for at most `pictures_each` waiting or running images each.
+
+    Waiting jobs are included.
+    """
     told = context.aggregated_metrics.get("pictures", {})
     return max(1, math.ceil(sum(told.values()) / pictures_each)), {}
 

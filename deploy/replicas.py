@@ -130,10 +130,11 @@ class Peers(Protocol):
 
 
 class ReplicaApp:
-    """ASGI around the application: it starts when it can draw, and ends when its accepted jobs have.
+    """ASGI wrapper of the application: delays startup until models are loaded, and shutdown until accepted jobs end.
 
-    What this replica does not have is asked of `peers`. A job that none has and that may be in a folder of which no
-    replica tells just now is answered 503 with `Retry-After`, since whoever takes that folder goes on with its jobs.
+    If this replica lacks a job or file, it asks `peers`. If none has the job but it may be in a folder whose
+    replica does not respond, the response is 503 with `Retry-After`, because the next replica with that folder
+    continues its jobs.
     """
 
     def __init__(
@@ -214,7 +215,7 @@ class ReplicaApp:
             await send(message)
 
     def _cannot_be_told(self, path: str, answering: Collection[int]) -> bool:
-        """Whether a job may be in a folder no replica answered for: in that which its id names, else in any."""
+        """Whether a job may be in a folder whose replica did not respond: the one in its id, otherwise any."""
         if not path.startswith("/jobs/"):
             return False
         silent = self._claim.others() - set(answering)
