@@ -216,7 +216,7 @@ def with_lcm(spec: ModelSpec) -> ModelSpec:
 
 
 def with_quantization(spec: ModelSpec, quantize: str) -> ModelSpec:
-    """The spec with the quantization in its revision, since quantized weights draw other images."""
+    """The spec with the quantization in its revision, since quantized weights generate other images."""
     return spec if quantize in ("auto", "none") else replace(spec, revision=f"{spec.revision}+{quantize}")
 
 

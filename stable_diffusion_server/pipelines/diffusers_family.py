@@ -68,7 +68,7 @@ class DiffusersFamily(Family):
 
     @functools.cached_property
     def device(self) -> torch.device:
-        """The device it draws on. Cached, since diffusers walks every module to find it."""
+        """The device of the pipeline. Cached, since diffusers walks every module to find it."""
         device: torch.device = self.pipeline._execution_device
         return device
 

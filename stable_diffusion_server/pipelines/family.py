@@ -1,4 +1,4 @@
-"""What the registry expects of a model family, and what loading one gives."""
+"""The interface of a model family, and the result of loading one."""
 
 from __future__ import annotations
 
@@ -68,10 +68,10 @@ class LoadedModelInfo:
 
 @dataclass(frozen=True, slots=True)
 class LoadedFamily:
-    """A family ready to draw. `spec` has the revision of the files that were loaded.
+    """A loaded family. `spec` has the revision of the files that were loaded.
 
-    `prompt_cache`, `cuda_graphs` and `offloaded` are what the registry reports on, clears and moves, where a family has
-    them.
+    `prompt_cache`, `cuda_graphs` and `offloaded` are set if the family has them; the registry reports their size,
+    clears the graphs and moves the weights.
     """
 
     family: Family

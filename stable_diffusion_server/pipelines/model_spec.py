@@ -21,12 +21,12 @@ class SchedulerSpec:
 class ModelSpec:
     """One row of the catalogue: everything the server knows of a model before it loads it.
 
-    `name` is the family's name in requests, `family` the import path (`module:Class`) of the class that draws with it.
+    `name` is the family's name in requests, `family` the import path (`module:Class`) of its family class.
     `folder` and `control_folder` lie in MODELS_DIR; `repo` and `control_repo` are their Hugging Face repositories.
 
-    `native_pixels` is the largest area the model draws well and `min_side` the shortest side, both in pixels.
+    `native_pixels` is the largest area at which images are good and `min_side` the shortest side, both in pixels.
     `text_tokens` is the prompt length in tokens, special tokens included. `bumpy_redraws` is how often an image with
-    artifacts is drawn again. `rounds_steps_up` says how strength × steps is rounded (see `steps_skipped`).
+    artifacts is generated again. `rounds_steps_up` says how strength × steps is rounded (see `steps_skipped`).
     `builtin_loras` are LoRAs that belong to the model, as (folder, weight).
 
     `revision` identifies the weights in digests and metadata. `weights` and `control_weights` are the SHA-256 digests

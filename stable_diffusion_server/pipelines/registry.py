@@ -104,8 +104,8 @@ class Registry:
     def best_workers(self) -> int:
         """Recommended number of engine threads: 2 on a CPU of several cores whose weights never change, otherwise 1.
 
-        Small tensors gain less from threads inside an operator: two engine threads drew 1.5 times the images per second
-        on two cores (benchmarks/results/).
+        Small tensors gain little from threads inside an operator: two engine threads generated 1.5 times the
+        images per second on two cores (benchmarks/results/).
         """
         return 2 if self.cpu_threads > 1 and not self._dynamic_loras and not self.unshareable else 1
 
@@ -149,8 +149,9 @@ class Registry:
 def load(models_dir: Path, device_name: str, cpu_threads: int, options: LoadOptions | None = None) -> Registry:
     """Load the models of `options` (by default the embedded ones) onto one device.
 
-    A model that fails to load is left out and `Registry.unusable` says why. Raises `ModelLoadError` with a sentence for
-    each when all fail. Call this on the thread that draws: PyTorch's number of threads is set for the calling thread.
+    A model that fails to load is left out and `Registry.unusable` says why. Raises `ModelLoadError` with a sentence
+    for each when all fail. Call this on the engine's thread: PyTorch's number of threads is set for the calling
+    thread.
     """
     if cpu_threads:
         torch.set_num_threads(cpu_threads)

@@ -138,7 +138,7 @@ class LoraManager:
         self._active = on
 
     def _hold(self, name: str, digest: str) -> LoadedLora:
-        """The adapter of that digest, loaded."""
+        """The loaded LoRA of that digest."""
         if digest not in self._loaded:
             if digest in self._refused:
                 raise InvalidInput(f"{name}{self._refused[digest]}", field="lora")
@@ -188,5 +188,5 @@ def _hooked(pipeline: Any) -> list[bool]:
 
 
 def _key(digest: str) -> str:
-    """The adapter's name inside the pipeline."""
+    """The LoRA's adapter name inside the pipeline."""
     return f"lora{digest}"

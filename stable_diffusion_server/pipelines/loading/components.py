@@ -110,7 +110,7 @@ def empty_pipeline(spec: ModelSpec, models_dir: Path, *, hub: HubClient | None =
             with translate_load_errors(spec.control_folder or "", edges), torch.device("meta"):
                 control_class = getattr(diffusers, spec.control_class)
                 parts[CONTROL] = control_class.from_config(control_class.load_config(edges))
-    except ModelLoadError:  # reported when it is loaded; the model draws without it
+    except ModelLoadError:  # reported when it is loaded; the model works without it
         parts.pop(CONTROL, None)
     return parts
 

@@ -87,7 +87,7 @@ class HubClient:
         return self._fetched(repo, lambda listed: ["config.json", *_weights(listed.sizes, "", DIFFUSERS, variant)])
 
     def adapters(self, repo: str) -> Path:
-        """The folder of a repository of adapters: its safetensors files."""
+        """The folder of a repository of LoRAs: its safetensors files."""
         return self._fetched(repo, lambda listed: [name for name in listed.sizes if name.endswith(SAFETENSORS)])
 
     def commit(self, repo: str) -> str:

@@ -75,7 +75,7 @@ class LoadOptions:
 
     @property
     def lora_folder(self) -> LoraFolder:
-        """The folder of adapters."""
+        """The folder of LoRAs."""
         return self.loras or LoraFolder(self.lora_dir)
 
 

@@ -70,7 +70,7 @@ def control_folder(spec: ModelSpec, models_dir: Path, *, hub: HubClient | None =
 
 
 def model_files(spec: ModelSpec, models_dir: Path, *, hub: HubClient | None = None) -> dict[str, Path]:
-    """The files that determine what a model draws, by their paths in its folder. Raises `ModelLoadError`."""
+    """The files that determine a model's images, by their paths in its folder. Raises `ModelLoadError`."""
     folder = model_folder(spec, models_dir, hub=hub)
     with translate_load_errors(spec.folder, folder):
         return files_of(folder, parts_of(folder), spec.variant)
