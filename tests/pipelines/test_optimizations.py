@@ -116,7 +116,7 @@ def test_other_names_are_refused_at_the_start(value: str) -> None:
     """The setting is named; so are none of the pipelines' own errors."""
     with pytest.raises(ValueError, match="performance"):
         Settings(performance=value, _env_file=None)
-    with pytest.raises(ValueError, match="is not a valid Part"):
+    with pytest.raises(ValueError, match="is not a valid Optimization"):
         optimizations_of(value)
 
 
