@@ -14,19 +14,19 @@ from stable_diffusion_server.errors import InvalidInput
 from stable_diffusion_server.imaging import Pixels, encode_image
 from stable_diffusion_server.types import Format
 
-# Characters before the comma of a data URL; no media type needs as many.
+# Maximum characters before the comma of a data URL; every media type is shorter.
 _LONGEST_HEAD = 300
 _HEAD = re.compile(r"data:[a-z]+/[a-z0-9.+-]+(;[^;]*)*;base64", re.IGNORECASE)
 _PREVIEW_QUALITY = {Format.WEBP: 60, Format.PNG: 100, Format.JPEG: 80}
 
 
 def is_data_url(text: str) -> bool:
-    """Return whether the URL of an image holds the image itself."""
+    """Return whether an image URL is a data URL, which contains the image."""
     return text[:5].lower() == "data:"
 
 
 def bytes_of(text: str, field: str) -> bytes:
-    """Decode an image in base64, with or without the head of a data URL. Raises `InvalidInput` for `field`."""
+    """Decode an image in base64, with or without the prefix of a data URL. Raises `InvalidInput` for `field`."""
     head, comma, rest = text[:_LONGEST_HEAD].partition(",")
     if comma and _HEAD.fullmatch(head):
         text = rest + text[_LONGEST_HEAD:]
@@ -53,9 +53,9 @@ def _decode_without_whitespace(text: str) -> bytes:
 
 
 class EncodedPreviews:
-    """Encodes each preview once per format, for all clients that follow it, whatever their dialect.
+    """Encodes each preview once per format, for all clients that follow it, in any dialect.
 
-    A text is cached while its pixels are referenced. For one event loop.
+    Caches a text while its pixels are referenced. For one event loop.
     """
 
     def __init__(self) -> None:
@@ -66,7 +66,7 @@ class EncodedPreviews:
         """Return the preview as a file of that format, in base64."""
         key = id(pixels)
         if key not in self._cache:
-            # The entry goes with the pixels, because Python reuses the id of a deleted object.
+            # Delete the entry together with the pixels, because Python reuses the id of a deleted object.
             self._cache[key] = weakref.ref(pixels, lambda _: self._cache.pop(key, None)), {}
         encodings = self._cache[key][1]
         if file_format not in encodings:

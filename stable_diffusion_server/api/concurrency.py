@@ -1,4 +1,4 @@
-"""Concurrent work of a request: cancel it when the client disconnects, gather or cancel, offload large inputs."""
+"""Concurrency helpers of requests: cancel on disconnect, gather or cancel, run large work on a thread."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _LARGE = 65_536
 
 
 async def cancel_on_disconnect(request: Request, work: Coroutine[Any, Any, T]) -> T | None:
-    """Return the result of `work`, or `None` if the client disconnects first, which cancels `work`.
+    """Return the result of `work`. If the client disconnects first, cancel `work` and return `None`.
 
-    Read the body before. Raises `NotReady` when the server shuts down meanwhile.
+    Read the body before this call. Raises `NotReady` if the server shuts down in the meantime.
     """
     task = asyncio.create_task(work)
     disconnect = asyncio.create_task(wait_for_disconnect(request))
@@ -32,7 +32,7 @@ async def cancel_on_disconnect(request: Request, work: Coroutine[Any, Any, T]) -
         await disconnect  # raises if the body is too long
         return None
     except asyncio.CancelledError:
-        # uvicorn cancels requests that outlast its grace period; the client should get the reason.
+        # uvicorn cancels requests after its grace period; tell the client why.
         raise NotReady("The server is going down.", retry_after=5) from None
     finally:
         task.cancel()
@@ -40,7 +40,7 @@ async def cancel_on_disconnect(request: Request, work: Coroutine[Any, Any, T]) -
 
 
 async def wait_for_disconnect(request: Request) -> None:
-    """Return when the client disconnects. Read the body before."""
+    """Return when the client disconnects. Read the body before this call."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
@@ -51,7 +51,7 @@ async def gather_or_cancel(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(one) for one in work]
     except BaseExceptionGroup as failures:
-        raise failures.exceptions[0] from None  # the group lists errors in the order they happened
+        raise failures.exceptions[0] from None  # the group lists errors in the order of their occurrence
     return [task.result() for task in tasks]
 
 

@@ -1,4 +1,4 @@
-"""The caller of a request, and the part of the bucket that caller may write."""
+"""The caller of a request, and the part of the bucket that the caller may write."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def caller_of(request: Request) -> Caller:
 def scope_to_caller(caller: Caller, generation: GenerationRequest) -> GenerationRequest:
     """Return the request with its object key inside the prefix of its caller.
 
-    Raises `Forbidden` for a key outside of that prefix, and for an anonymous caller who would overwrite.
+    Raises `Forbidden` for a key outside of that prefix, and for an anonymous request with `overwrite`.
     """
     if caller.anonymous and generation.overwrite:
         raise Forbidden("Without a key nothing is overwritten.", field="overwrite")

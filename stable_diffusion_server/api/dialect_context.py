@@ -1,4 +1,4 @@
-"""What the OpenAI and AUTOMATIC1111 routes need to know of the server: limits, models, aliases and LoRAs."""
+"""Server data for the OpenAI and AUTOMATIC1111 routes: limits, models, aliases and LoRAs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from stable_diffusion_server.pipelines import ModelSpec
 class DialectContext:
     """Limits, models by name, their aliases, and the names of the LoRAs.
 
-    `max_n` bounds the images of a request, `max_response_bytes` the base64 text of a response.
+    `max_n` is the maximum number of images per request, `max_response_bytes` that of bytes of base64 per response.
     """
 
     limits: RequestLimits

@@ -1,4 +1,4 @@
-"""Runs a generation for any route and answers it: at once, by a job (RFC 7240), or once per idempotency key."""
+"""Runs a generation for any route: synchronously, as a job (RFC 7240), or once per idempotency key."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from stable_diffusion_server.jobs import (
 )
 from stable_diffusion_server.types import Caller, GenerationRequest, GenerationResult
 
-# Renders a result as a route's response. The file is empty unless the route asks for it.
+# Renders a result as a route's response. The last argument is the file, empty unless the route requests it.
 Render = Callable[[Request, GenerationResult, bytes], Response | Awaitable[Response]]
 _NO_PREFERENCES = RequestPreferences()
 
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """One generation to answer: the HTTP request, what to generate, and how to render the result."""
+    """One call: the HTTP request, the generation request, and the renderer of the result."""
 
     request: Request
     generation: GenerationRequest
@@ -61,8 +61,8 @@ class RequestDispatcher:
     ) -> Response:
         """Return the response that the request prefers. With `with_file`, `render` gets the encoded image.
 
-        Read the body before. Raises what the service and the jobs raise, and `RequestCancelled` when a client cancels
-        the job by its id.
+        Read the body before this call. Raises the errors of the service and of the jobs, and `RequestCancelled` if a
+        client cancels the job by its id.
         """
         preferences, caller = preferences_of(request), caller_of(request)
         if preferences.job_id is not None and caller.anonymous:
@@ -84,7 +84,7 @@ class RequestDispatcher:
         return await (self._answer_at_once(call) if recorded is None else self._answer_recorded(call, recorded))
 
     async def _claim_or_recorded(self, claim: IdempotencyClaim, caller: Caller) -> RecordedResponse | None:
-        """Claim an idempotency key, or return its recorded response, unless the image of that was deleted."""
+        """Claim an idempotency key, or return its recorded response. If that image was deleted, claim again."""
         recorded = await self._jobs.claim(claim)
         if recorded is not None and await self._image_was_deleted(recorded, caller):
             await self._jobs.renew(claim, recorded)
@@ -92,7 +92,7 @@ class RequestDispatcher:
         return recorded
 
     async def _answer_by_job(self, call: _Call) -> Response:
-        """Return 202 with the job, or its outcome if it ends within the seconds the client waits."""
+        """Return 202 with the job, or its outcome if it ends within the client's `wait` seconds."""
         caller, preferences, claim = caller_of(call.request), call.preferences, call.claim
         base_url = self._base_of(call.request)
         accepted = await self._jobs.accept(
@@ -101,7 +101,7 @@ class RequestDispatcher:
         recorded = accepted if isinstance(accepted, RecordedResponse) else None
         if recorded is not None and claim is not None and await self._image_was_deleted(recorded, caller):
             await self._jobs.renew(claim, recorded)
-            # The requested id may be that of the job whose image was deleted.
+            # The requested id may belong to the old job, whose image was deleted; then use a new id.
             job_id = preferences.job_id if recorded.job_id is None else None
             accepted = await self._jobs.accept(call.generation, caller, base_url=base_url, job_id=job_id, claim=claim)
         if isinstance(accepted, RecordedResponse):
@@ -160,19 +160,19 @@ class RequestDispatcher:
             raise
 
     async def _image_was_deleted(self, recorded: RecordedResponse, caller: Caller) -> bool:
-        """Return whether a recorded response names an image that no longer exists, so it must be generated again."""
+        """Return whether the image of a recorded response was deleted, so that it must be generated again."""
         outcome = recorded.outcome
         if recorded.job_id is not None:
             outcome = (await self._jobs.status(recorded.job_id, caller)).outcome
         return isinstance(outcome, GenerationResult) and await self._service.is_gone(outcome)
 
     async def _answer_recorded(self, call: _Call, recorded: RecordedResponse) -> Response:
-        """Repeat the response that the idempotency key got before."""
+        """Return the recorded response of the idempotency key."""
         if recorded.job_id is not None:
             job = await self._jobs.status(recorded.job_id, caller_of(call.request))
             response = self._accepted(call.request, job, {"X-Job-ID": job.id})
         else:
-            assert recorded.outcome is not None  # noqa: S101  # it has a job id or an outcome; narrows the type
+            assert recorded.outcome is not None  # noqa: S101  # there is a job id or an outcome; narrows the type
             response = await self._answer_outcome(call, recorded.outcome)
         response.headers["Idempotency-Replayed"] = "true"
         return response
@@ -194,7 +194,7 @@ async def _rendered(render: Render, request: Request, result: GenerationResult, 
 
 
 def _is_permanent(outcome: GenerationResult | StoredProblem | None) -> bool:
-    """Return whether a failed request would fail again, so that its idempotency key may repeat the failure."""
+    """Return whether the failure is permanent, so that the idempotency key may repeat it."""
     if not isinstance(outcome, StoredProblem):
         return False
     error = outcome.as_error()

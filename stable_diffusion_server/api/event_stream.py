@@ -1,4 +1,4 @@
-"""Server-sent events to a bounded number of followers; one who does not read is disconnected."""
+"""Server-sent events for a bounded number of followers; disconnects followers that do not read."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from stable_diffusion_server.parsing import dumps
 _log = structlog.get_logger(__name__)
 
 _HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # nginx must not buffer events
-# A follower that accepts nothing for so long is disconnected. A slow one only misses previews that newer ones replace.
+# A follower that accepts no data for this long is disconnected. A slow follower only misses superseded previews.
 _SEND_TIMEOUT_SECONDS = 30.0
 
 
@@ -30,7 +30,7 @@ def json_event(body: Mapping[str, object], event: str | None = None, event_id: s
 
 
 class FollowerLimiter:
-    """Bounds who follows jobs: `most` in total, shared fairly by caller; `per_caller`; `per_job`."""
+    """Limits the followers of jobs: `most` in total, shared fairly by caller; `per_caller`; `per_job`."""
 
     def __init__(self, most: int, per_caller: int, per_job: int) -> None:
         self._places = FairLimiter(most, per_caller)
@@ -39,7 +39,7 @@ class FollowerLimiter:
 
     @contextmanager
     def follow(self, job_id: str, share: str) -> Iterator[None]:
-        """Count a follower while the block runs. Raises `RateLimited` at a limit, and then counts nothing."""
+        """Count a follower while the block runs. Raises `RateLimited` at a limit, without counting."""
         if self._of_job[job_id] >= self._per_job:
             raise RateLimited(f"{self._per_job} follow this job already.", retry_after=5)
         if not self._places.try_take(share):
@@ -55,7 +55,7 @@ class FollowerLimiter:
 
 
 class EventResponse(StreamingResponse):
-    """Streams the events of a job to one follower, who is counted while the response is sent."""
+    """Streams the events of a job to one follower, and counts the follower until the response ends."""
 
     def __init__(self, events: AsyncGenerator[bytes], followers: FollowerLimiter, job_id: str, share: str) -> None:
         super().__init__(events, media_type="text/event-stream", headers=_HEADERS)
@@ -63,7 +63,7 @@ class EventResponse(StreamingResponse):
         self._followers, self._job_id, self._share = followers, job_id, share
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the events. Raises `RateLimited` before anything is sent."""
+        """Send the events. Raises `RateLimited` before it sends anything."""
         reads = True
 
         async def send_in_time(message: Message) -> None:

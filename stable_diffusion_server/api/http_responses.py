@@ -1,4 +1,4 @@
-"""Responses of every route: JSON that can always be sent, the response to a closed connection, security headers."""
+"""Responses of all routes: JSON that is always encodable, status 499 for closed connections, security headers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from stable_diffusion_server.parsing import dumps
 
 _ALWAYS = {b"x-content-type-options": b"nosniff", b"referrer-policy": b"no-referrer"}
 _RESOURCE = b"cross-origin-resource-policy"
-# Responses other than UI pages load nothing, cannot be framed, and are not cached: they may hold private images.
+# Responses except UI pages load no resources, cannot be framed, and are not cached: they may hold private images.
 _DEFAULTS = {
     b"content-security-policy": b"default-src 'none'; frame-ancestors 'none'",
     b"x-frame-options": b"DENY",
@@ -29,13 +29,13 @@ class JSONResponse(responses.JSONResponse):
 
 
 def client_closed_request() -> Response:
-    """Return the response for a client that has disconnected: status 499, as nginx logs it."""
+    """Return the response for a client that has disconnected: status 499, as in nginx."""
     return Response(status_code=499)
 
 
 def add_security_headers(message: Message, path: str) -> None:
     """Add the headers to the start of a response. Images may be embedded elsewhere; UI pages set their own policy."""
-    # Edits the raw list in one pass, since every response goes through here.
+    # Edits the raw list in one pass, because every response passes here.
     headers = [pair for pair in message["headers"] if pair[0] not in _ALWAYS]
     present = {name for name, _ in headers}
     wanted = {**_ALWAYS, _RESOURCE: b"cross-origin" if path.startswith("/files/") else b"same-origin"}

@@ -17,7 +17,7 @@ _WAIT_MAX_SECONDS = 600
 
 @dataclass(frozen=True, slots=True)
 class RequestPreferences:
-    """`wait`: seconds that an asynchronous request waits for its result before it is answered with a job."""
+    """`wait`: seconds that an asynchronous request waits for its result before the server answers with the job."""
 
     respond_async: bool = False
     wait: float | None = None
@@ -31,7 +31,7 @@ class RequestPreferences:
 
 
 def preferences_of(request: Request) -> RequestPreferences:
-    """Read the preferences in the headers of a request. Invalid preferences are ignored, as RFC 7240 requires.
+    """Read the preferences in the headers of a request. Ignores invalid preferences, as RFC 7240 requires.
 
     Raises `InvalidInput` for an invalid `X-Job-ID` or `Idempotency-Key`.
     """

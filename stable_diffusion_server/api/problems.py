@@ -89,7 +89,7 @@ async def _handle_server_error(request: Request, error: Exception) -> JSONRespon
 
 
 async def _handle_http_exception(request: Request, error: Exception) -> JSONResponse:
-    """Answer what the framework raises before a route is reached: 404, 405, 413 and others."""
+    """Answer errors that the framework raises before it calls a route: 404, 405, 413 and others."""
     assert isinstance(error, HTTPException)  # noqa: S101  # registered for this class alone; narrows the type
     status = HTTPStatus(error.status_code)
     headers = dict(error.headers or {})
@@ -108,7 +108,7 @@ async def _handle_http_exception(request: Request, error: Exception) -> JSONResp
 
 
 async def _handle_disconnect(request: Request, error: Exception) -> Response:
-    """Answer a client that disconnected while it sent its body, which is no fault of the server."""
+    """Answer a client that disconnected while it sent its body; this is not a server error."""
     return client_closed_request()
 
 
@@ -141,7 +141,7 @@ def _response(body: ProblemBody, path: str, kind: str, headers: Mapping[str, str
 
 
 def _encodable(value: object) -> object:
-    """Replace lone surrogates, which an error may quote from the request and UTF-8 cannot encode."""
+    """Replace lone surrogates: an error may quote them from the request, and UTF-8 cannot encode them."""
     if isinstance(value, str):
         return value.encode("utf-8", "replace").decode()
     if isinstance(value, dict):
@@ -150,7 +150,10 @@ def _encodable(value: object) -> object:
 
 
 def _methods_at(request: Request) -> set[str]:
-    """Return all methods of a path. Each is a route of its own, and Starlette names those of the first only."""
+    """Return all methods of a path.
+
+    Each method is a separate route, and Starlette reports the methods of the first route only.
+    """
     routers = [getattr(route, "original_router", None) for route in request.app.routes]
     routes = [route for router in routers if router is not None for route in router.routes]
     path = request.scope["path"]

@@ -19,9 +19,9 @@ from stable_diffusion_server.parsing import JsonLimits, parse_object
 _FORM_TYPES = ("application/x-www-form-urlencoded", "multipart/form-data")
 BODY_TYPES = ("application/json", *_FORM_TYPES)
 _MAX_FIELDS = 100
-# Percent signs in a form: a malformed escape costs as much as 1,000 letters; 32,000 emoji need as many.
+# Maximum percent signs in a form, enough for 32,000 emoji. A malformed escape costs as much as 1,000 letters.
 _MAX_ESCAPES = 131_072
-# Files of a repeatable parameter.
+# Maximum files of a repeatable parameter.
 _MAX_LISTED = 16
 # Other codecs of Python take quadratic time, raise errors of their own, or produce lone surrogates.
 _CHARSETS = frozenset((b"utf-8", b"utf8", b"us-ascii", b"ascii"))
@@ -29,7 +29,7 @@ _LONGEST_MEDIA_TYPE = 500
 
 
 class RawJson(str):
-    """A text in a JSON body. Unlike a text in a form or query, it never stands for a number."""
+    """A text in a JSON body. Unlike a text in a form or query, it is never converted to a number."""
 
     __slots__ = ()
 
@@ -63,16 +63,16 @@ async def read_parameters(
 ) -> dict[str, object]:
     """Return query and body of a request as one mapping. Raises `MalformedRequest` for a repeated parameter.
 
-    `files` are the parameters that may be files of a multipart form, returned as `UploadedFile`. `lists` may be
-    repeated: their values are returned as a list, under the name without `[]`. `pictures` may hold an image in base64
-    in JSON.
+    `files` are the parameters that may be files of a multipart form; the result has them as `UploadedFile`. `lists` are
+    the parameters that may repeat; the result has a list, under the name without `[]`. `pictures` are the parameters
+    that may hold an image in base64 in JSON.
     """
     query = _read_pairs(request.scope["query_string"], "query")
     return _merged([*query, *(await _read_body(request, files, lists, pictures))], lists)
 
 
 def read_query(query_string: bytes) -> dict[str, object]:
-    """Return a query string as a mapping, in the same way."""
+    """Return a query string as a mapping, with the rules of `read_parameters`."""
     return _merged(_read_pairs(query_string, "query"), frozenset())
 
 
@@ -170,7 +170,7 @@ async def _read_multipart(request: Request, files: Set[str], lists: Set[str]) ->
 
 
 def _check_charset(media_type: str) -> None:
-    """Raise `UnsupportedMedia` for a form in another encoding than UTF-8."""
+    """Raise `UnsupportedMedia` for a form whose encoding is not UTF-8."""
     if len(media_type) > _LONGEST_MEDIA_TYPE:
         raise UnsupportedMedia(f"A media type may have {_LONGEST_MEDIA_TYPE} characters.")
     _, options = parse_options_header(media_type)

@@ -1,4 +1,4 @@
-"""Reads the units of AUTOMATIC1111's ControlNet extension: one Canny unit is used, others give a warning."""
+"""Reads the units of AUTOMATIC1111's ControlNet extension: uses one Canny unit, and warns about others."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _IGNORED = {"guidance_start": (0, 0.0), "guidance_end": (1, 1.0), "mask": (None,
 
 @dataclass(frozen=True, slots=True)
 class CannyUnit:
-    """A Canny unit. `image` is in base64; if it is empty, the edges are those of the input image."""
+    """A Canny unit. `image` is in base64; if it is empty, the unit uses the edges of the input image."""
 
     image: str
     weight: float
@@ -24,7 +24,7 @@ class CannyUnit:
 
 
 def parse_units(scripts: Mapping[str, Any]) -> tuple[CannyUnit | None, list[str]]:
-    """Return the first Canny unit, and sentences about scripts and units that are ignored.
+    """Return the first Canny unit, and sentences about ignored scripts and units.
 
     Raises `InvalidInput` for malformed units.
     """

@@ -1,4 +1,4 @@
-"""Routes of AUTOMATIC1111's API that generate nothing: progress, interrupt, options, models, PNG info."""
+"""Routes of AUTOMATIC1111's API that do not generate images: progress, interrupt, options, models, PNG info."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from stable_diffusion_server.concurrency import FairRequestQueue
 from stable_diffusion_server.errors import Forbidden, InvalidInput
 from stable_diffusion_server.types import Caller, Format
 
-# Concurrent list requests, each on a thread, and list requests of one caller that run or wait.
+# Maximum concurrent list requests, each on a thread; maximum running and waiting list requests per caller.
 LIST_CONCURRENCY, MAX_LISTS_PER_CALLER = 4, 64
 _CHOICES_MAX = 1000
 _BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
@@ -42,7 +42,7 @@ _OPTIONAL_TEXT = {"type": ["string", "null"]}
 
 
 class ModelChoices:
-    """The model that each caller chose with the options; the least recently used choices are forgotten.
+    """The model that each caller chose with the options. LRU caches bound the number of choices.
 
     API keys and anonymous callers have a cache each, because anonymous callers can come from any number of addresses.
     """
@@ -52,15 +52,15 @@ class ModelChoices:
         self._of_anonymous: LRUCache[str, str] = LRUCache(_CHOICES_MAX)
 
     def get(self, caller: Caller) -> str | None:
-        """Return the model that a caller chose, if any."""
+        """Return the model that a caller chose, `None` without a choice."""
         return self._cache_of(caller).get(caller.owner)
 
     def set(self, caller: Caller, model: str) -> None:
-        """Remember the choice of a caller."""
+        """Store the choice of a caller."""
         self._cache_of(caller)[caller.owner] = model
 
     def _cache_of(self, caller: Caller) -> LRUCache[str, str]:
-        return self._of_anonymous if " " in caller.owner else self._of_keys  # names of API keys have no blanks
+        return self._of_anonymous if " " in caller.owner else self._of_keys  # names of API keys contain no spaces
 
 
 def add_progress_routes(routes: APIRouter, tasks: TaskTracker, previews: EncodedPreviews) -> None:
@@ -121,7 +121,7 @@ def add_progress_routes(routes: APIRouter, tasks: TaskTracker, previews: Encoded
 
 
 def add_option_routes(routes: APIRouter, context: DialectContext, choices: ModelChoices) -> None:
-    """Add the routes that read and set the options, of which the model is the only one that can be set."""
+    """Add the routes that read and set the options. Clients can set the model only."""
 
     @routes.get(
         "/sdapi/v1/options",
@@ -149,7 +149,7 @@ def add_option_routes(routes: APIRouter, context: DialectContext, choices: Model
 
 
 def add_list_routes(routes: APIRouter, context: DialectContext) -> None:
-    """Add the routes that list models, samplers and LoRAs, and the one that reads how an image was made."""
+    """Add the routes that list models, samplers and LoRAs, and the route that reads an image's metadata."""
     queue = FairRequestQueue(
         LIST_CONCURRENCY, MAX_LISTS_PER_CALLER, f"{MAX_LISTS_PER_CALLER} lists are being made for you."
     )

@@ -9,7 +9,7 @@ from stable_diffusion_server.api.dialect_context import DialectContext
 from stable_diffusion_server.errors import InvalidInput, ServerError
 from stable_diffusion_server.pipelines import ModelSpec
 
-# Schedulers of this server by AUTOMATIC1111's names, the closest first. A final "Karras" is removed before the lookup.
+# Schedulers of this server by AUTOMATIC1111's names, closest first. The lookup ignores a final "Karras" in a name.
 SAMPLERS: Mapping[str, tuple[str, ...]] = {
     "Euler": ("euler", "flow_euler"),
     "Euler a": ("euler_a",),
@@ -43,12 +43,12 @@ _FIELDS = {
 _OUR_NAMES = re.compile("|".join(rf"\b{ours}\b" for ours in _FIELDS if ours not in ("model", "lora")))
 
 
-# Parameters with bounds, and the parameters of this server that have the same bounds.
+# AUTOMATIC1111's parameters with bounds → the parameters of this server with the same bounds.
 BOUNDED = {theirs: ours for ours, theirs in _FIELDS.items() if ours not in ("scheduler", "lora", "model")}
 
 
 def scheduler_for(sampler: str, schedule: str, spec: ModelSpec) -> tuple[str | None, str | None]:
-    """Return the scheduler for a sampler and its schedule, and a sentence if it is not exactly that one.
+    """Return the scheduler for a sampler and its schedule, and a warning sentence if the match is not exact.
 
     Raises `InvalidInput` for an unknown sampler.
     """

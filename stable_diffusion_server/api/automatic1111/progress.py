@@ -15,7 +15,7 @@ from stable_diffusion_server.types import Caller, EngineEventKind, GenerationPro
 
 T = TypeVar("T")
 
-# Characters of a `force_task_id` that other anonymous callers cannot guess.
+# Minimum characters of a `force_task_id`, so that other anonymous callers cannot guess it.
 LEAST_NAME = 16
 
 
@@ -66,7 +66,7 @@ class TrackedTask:
             self.preview = progress.preview
 
     async def run(self, number: int, work: Coroutine[Any, Any, T]) -> T | None:
-        """Return the result of the work of an image, `None` if the task is interrupted."""
+        """Await the work of one image. Returns its result, `None` if the task is interrupted."""
         if self.interrupted:
             work.close()
             return None
@@ -93,7 +93,7 @@ class TrackedTask:
 class TaskTracker:
     """The running tasks of all callers; a caller can read and interrupt its own.
 
-    Anonymous callers cannot be distinguished, so they access a task only by a name too long to guess.
+    The server cannot distinguish anonymous callers, so they access a task only by a name that is too long to guess.
     """
 
     def __init__(self) -> None:
@@ -112,12 +112,12 @@ class TaskTracker:
                 del self._running[owner]
 
     def of(self, caller: Caller, name: str = "") -> list[TrackedTask]:
-        """Return a caller's running tasks, oldest first; only those with a name if one is given."""
+        """Return a caller's running tasks, oldest first. With `name`, return only the tasks with that name."""
         if caller.anonymous and len(name) < LEAST_NAME:
             return []
         return [task for task in self._running.get(_owner(caller), ()) if not name or task.name == name]
 
 
 def _owner(caller: Caller) -> str:
-    """Return the key of a caller's tasks. Names of API keys have no blank, so none equals that of anonymous callers."""
+    """Return the key of a caller's tasks. Names of API keys have no space; that of anonymous callers has."""
     return "anonymous " if caller.anonymous else caller.name

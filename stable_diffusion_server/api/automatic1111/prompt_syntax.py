@@ -56,13 +56,13 @@ def _lora_in(tag: str) -> Lora | None:
 
 
 def _is_weighted(inside: str) -> bool:
-    """Return whether it is a weighted text, as in `(red:1.3)`."""
+    """Return whether the text has a weight, as in `(red:1.3)`."""
     _, colon, weight = inside.rpartition(":")
     return bool(colon) and _WEIGHT.fullmatch(weight.strip()) is not None
 
 
 def _is_scheduled(inside: str) -> bool:
-    """Return whether it is prompt editing, as in `[cat:dog:0.5]`."""
+    """Return whether the text is prompt editing, as in `[cat:dog:0.5]`."""
     words, _, when = inside.rpartition(":")
     return bool(when) and set(when) <= _DIGITS and ":" in words[1:-1]
 

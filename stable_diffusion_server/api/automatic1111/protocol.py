@@ -20,7 +20,7 @@ from stable_diffusion_server.types import SEED_MAX, Fill, Fit, Format, Generatio
 _FITS = (Fit.STRETCH, Fit.CROP, Fit.PAD, Fit.STRETCH)
 _FILLS = (Fill.SURROUNDINGS, Fill.ORIGINAL, Fill.NOISE, Fill.GREY)
 _FORMATS = {"png": Format.PNG, "jpg": Format.JPEG, "jpeg": Format.JPEG, "webp": Format.WEBP}
-# Parameters without effect here, with their neutral values, which give no warning.
+# Parameters without effect on this server, with their neutral values, which cause no warning.
 _NEUTRAL: dict[str, tuple[object, ...]] = {
     **dict.fromkeys(("subseed_strength", "seed_resize_from_h", "seed_resize_from_w", "s_churn", "s_tmax"), (0, -1)),
     **dict.fromkeys(("s_tmin", "s_min_uncond", "firstphase_width", "firstphase_height"), (0, -1)),
@@ -46,7 +46,7 @@ _SILENT = (
 )
 _KNOWN_SETTINGS = {"sd_model_checkpoint", "samples_format"}
 _MARGIN_MAX = 2048
-# Characters of tags in a prompt, in addition to MAX_PROMPT_CHARACTERS of text.
+# Maximum characters of tags in a prompt, in addition to MAX_PROMPT_CHARACTERS of text.
 _TAGS_MAX = 1000
 # Maximum number of sentences about ignored parameters.
 _MOST_IGNORED = 100
@@ -124,7 +124,7 @@ class ParsedTask:
 
 
 def parse_task(params: Txt2Img, context: DialectContext, model: str | None) -> ParsedTask:
-    """Convert the parameters; `model` is the caller's choice, unless they name one. Raises `InvalidInput`."""
+    """Convert the parameters; `model` is the caller's choice if they name no model. Raises `InvalidInput`."""
     longest = context.limits.max_prompt_characters + _TAGS_MAX
     if len(params.prompt) > longest:
         raise InvalidInput(f"prompt must not be longer than {longest} characters, tags included.", field="prompt")
@@ -180,7 +180,7 @@ def _with_images(
             return generation, ignored
         if not edges.image:
             raise InvalidInput("A ControlNet unit needs its image here.", field="alwayson_scripts")
-        # Only the edges of the image are used, so nothing of it is kept.
+        # Only the image's edges are used, so its pixels do not constrain the result (strength 1).
         image = ImageInput("alwayson_scripts", data=bytes_of(edges.image, "alwayson_scripts"))
         return replace(generation, task=Task.IMAGE_TO_IMAGE, image=image, strength=1.0), ignored
     if not params.init_images:
@@ -214,7 +214,7 @@ def _with_images(
 
 
 def _pixels(params: Txt2Img, context: DialectContext) -> tuple[int, int]:
-    """Return width and height, checked here because the size of the response depends on them. Raises `InvalidInput`."""
+    """Return checked width and height; the size of the response depends on them. Raises `InvalidInput`."""
     sides = {
         "width": 512 if params.width is None else params.width,
         "height": 512 if params.height is None else params.height,
@@ -227,7 +227,7 @@ def _pixels(params: Txt2Img, context: DialectContext) -> tuple[int, int]:
 
 
 def _text(settings: dict[str, Any], name: str) -> str:
-    """Return an option that is a text, empty if it is omitted or null. Raises `InvalidInput`."""
+    """Return a text option, an empty text if it is omitted or null. Raises `InvalidInput`."""
     value = settings.get(name)
     if value is not None and not (isinstance(value, str) and len(value) <= NAME_MAX):
         raise InvalidInput(f"{name} must be a text of up to {NAME_MAX} characters.", field="override_settings")

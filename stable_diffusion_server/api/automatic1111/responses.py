@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from pydantic import Field
-from typing_extensions import TypedDict  # pydantic refuses typing.TypedDict before Python 3.12
+from typing_extensions import TypedDict  # pydantic rejects typing.TypedDict before Python 3.12
 
 from stable_diffusion_server.api.automatic1111.name_mapping import SAMPLERS, samplers_of, title_of
 from stable_diffusion_server.api.automatic1111.progress import TrackedTask
@@ -125,7 +125,7 @@ class Automatic1111PngInfoBody(TypedDict):
 def images_body(
     params: Txt2Img, parsed: ParsedTask, images: Sequence[TaskImage], *, interrupted: bool
 ) -> Automatic1111ImagesBody:
-    """Return the images, the parameters, and as JSON in a text how they were made and what was ignored."""
+    """Return the images, the parameters, and a JSON text with the metadata and the ignored parameters."""
     parameters = params.model_dump(exclude=set(_LONG_FIELDS))
     return {
         "images": [] if params.send_images is False else [text_of(image.file) for image in images],
@@ -208,7 +208,7 @@ def options_body(context: DialectContext, model: str | None) -> Automatic1111Opt
 
 
 def png_info_body(file: bytes) -> Automatic1111PngInfoBody:
-    """Return how an image says it was made: by this server's record, or by the text AUTOMATIC1111 writes into PNG."""
+    """Return an image's metadata: this server's record, or the text that AUTOMATIC1111 writes into PNG."""
     record = read_record(file)
     text = parameters_text(record) if record is not None else read_parameters_text(file)
     items: dict[str, object] = {"parameters": text, **({"record": dumps(record)} if record is not None else {})}

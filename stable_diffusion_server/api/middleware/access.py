@@ -1,4 +1,4 @@
-"""Middleware that gives each request an id, admits or rejects it, and logs it; and the limit of body sizes."""
+"""Access middleware (request id, admission, access log), and the middleware that limits body sizes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _HEAD_MAX_BYTES, _MAX_HEADERS, _HEADER_MAX_BYTES = 65_536, 128, 16_384
 
 
 def check_header_limits(scope: Scope) -> None:
-    """Raise `HeadersTooLarge` if the path, the query and the headers of a request are too long, or too many."""
+    """Raise `HeadersTooLarge` if path, query and headers of a request are too long, or the headers too many."""
     path = len(scope.get("raw_path") or scope["path"]) + len(scope.get("query_string", b""))
     # Measures one header more than the limit, so that any number of headers costs the same.
     sizes = [len(name) + len(value) for name, value in scope["headers"][: _MAX_HEADERS + 1]]
@@ -44,8 +44,8 @@ def check_header_limits(scope: Scope) -> None:
 class AccessMiddleware:
     """ASGI middleware: gives each request an id, applies the policy, and logs the response.
 
-    Sets `state.caller`. Query strings are not logged, because they hold prompts. `record_request` gets a sample of each
-    request, `tracing` a span.
+    Sets `state.caller`. Does not log query strings, because they hold prompts. `record_request` receives a sample of
+    each request, `tracing` a span.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class AccessMiddleware:
                 )
 
     async def _enter(self, scope: Scope, headers: Headers, receive: Receive, send: Send, more: dict[str, str]) -> None:
-        """Pass an admitted request on, and answer a rejected one; adds the headers of its response to `more`."""
+        """Forward an admitted request, or answer a rejected one. Adds response headers to `more`."""
         allowed: RateLimitStatus | None = None
         state = scope["state"]
         state["caller"] = Caller(anonymous=True)
@@ -128,7 +128,7 @@ class AccessMiddleware:
 
 
 class BodyLimitMiddleware:
-    """ASGI middleware: limits the bytes of a body while it is read, as the policy says for that request."""
+    """ASGI middleware: limits the bytes of a body while it is read; the policy has the limit of each request."""
 
     def __init__(self, app: ASGIApp, policy: AccessPolicy) -> None:
         self._policy = policy

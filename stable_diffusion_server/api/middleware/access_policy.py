@@ -1,4 +1,4 @@
-"""Decides which requests are admitted, by host name, origin, client address and API key."""
+"""Admits or rejects requests, by host name, origin, client address and API key."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from stable_diffusion_server.errors import Forbidden, RateLimited, ServerError, 
 from stable_diffusion_server.types import Caller
 
 _HOST = re.compile(r"(\[(?P<v6>[0-9A-Fa-f:.]+)\]|(?P<name>[A-Za-z0-9._-]+))(:\d*)?")
-# Public pages: they generate nothing and hold no secrets, so links on other sites may lead here.
+# Public pages: they do not generate and hold no secrets, so other sites may link to them.
 _OPEN_PATHS = ("/healthz", "/favicon.ico", "/readyz", "/docs", "/openapi.json")
-# These may be embedded in pages of other sites.
+# Pages of other sites may embed these.
 _EMBEDDABLE = ("/healthz", "/favicon.ico", "/files/")
-# Links on other sites may lead to this page; the routes that it calls check the origin.
+# Other sites may link to this page; the routes that it calls check the origin.
 _PAGES = ("/ui", "/ui/")
-# Its response has details for callers who may read them.
+# The response depends on the caller: some callers may read details.
 _READY = "/readyz"
-# Cheap, and polled by clients: these need a key, and do not count against its rate limit.
+# Cheap, and clients poll them: these need a key, but do not count against its rate limit.
 _CHEAP_PATHS = (
     "/metrics /jobs /history /files /ui /v1/models /internal/progress /sdapi/v1/progress /sdapi/v1/interrupt "
     "/sdapi/v1/sd-models /sdapi/v1/samplers /sdapi/v1/options /sdapi/v1/loras /sdapi/v1/png-info"
 ).split()
 # Routes whose JSON bodies hold images in base64.
 _IMAGE_PATHS = ("/inpaint_", "/style_transfer_", "/sdapi/v1/txt2img", "/sdapi/v1/img2img", "/sdapi/v1/png-info")
-# Digits of a `Content-Length`; `int` raises for more than 4300.
+# Maximum digits of a `Content-Length`; `int` raises for more than 4300.
 _LONGEST_LENGTH = 18
 # Under a cheap path, but uploads to the UI are decoded, which costs time.
 _UPLOAD_PATH = "/ui/pictures"
@@ -55,10 +55,10 @@ class AdmittedRequest:
 
 @dataclass(frozen=True, slots=True)
 class AccessPolicy:
-    """Which requests are admitted. `hosts` are the accepted host names, besides loopback.
+    """Rules that admit requests. `hosts` are the accepted host names, in addition to loopback.
 
     `rate` and `concurrency` apply to keys without limits of their own, and to each address where no key is needed.
-    `visitor_key` returns the key with which the sender of a request logged in to the UI.
+    `visitor_key` returns the API key with which the visitor logged in to the UI, from the request's headers.
     """
 
     hosts: frozenset[str] = frozenset()
@@ -88,7 +88,10 @@ class AccessPolicy:
         return self.max_upload_bytes if long else self.max_body_bytes
 
     def admit(self, scope: Scope, headers: Headers) -> AdmittedRequest:
-        """Return the caller. Raises `UnknownHost`, `Forbidden`, `Unauthorized`, `RateLimited` or `TooLarge`."""
+        """Return the caller and its rate limit.
+
+        Raises `UnknownHost`, `Forbidden`, `Unauthorized`, `RateLimited` or `TooLarge`.
+        """
         self._check_host(headers)
         path: str = scope["path"]
         opened = _is_open(scope)
@@ -130,7 +133,7 @@ class AccessPolicy:
         )
 
     def _known(self, scope: Scope, headers: Headers) -> Caller:
-        """Return the caller of a public page, anonymous unless the request is admitted otherwise."""
+        """Return the caller of a public page; anonymous if the request would not be admitted elsewhere."""
         try:
             return self._admit_client(scope, headers).caller
         except ServerError:
@@ -150,7 +153,7 @@ class AccessPolicy:
         return key
 
     def _stranger(self, scope: Scope) -> Caller:
-        """Whoever has shown no key: nobody, but for the address."""
+        """Return an anonymous caller, which is identified by its network address only."""
         return Caller(anonymous=True, address=network_of((scope.get("client") or ("",))[0]))
 
     def _admit_key(self, key: HashedApiKey, stranger: Caller) -> AdmittedRequest:
@@ -167,7 +170,7 @@ class AccessPolicy:
 
 
 def _is_open(scope: Scope) -> bool:
-    """Return whether a request is public: it generates nothing, changes nothing and returns no prompt."""
+    """Return whether a request is public: it has no side effects and returns no prompt."""
     path: str = scope["path"]
     if path.startswith("/files/"):
         return scope["method"] in ("GET", "HEAD") and "record" not in QueryParams(scope["query_string"])
@@ -176,7 +179,7 @@ def _is_open(scope: Scope) -> bool:
 
 @lru_cache(1024)
 def network_of(address: str) -> str:
-    """Return what identifies a client: its IPv4 address, or the /64 of its IPv6 address."""
+    """Return the network that identifies a client: its IPv4 address, or the /64 of its IPv6 address."""
     try:
         ip = ipaddress.ip_address(address.partition("%")[0])
     except ValueError:
@@ -200,7 +203,7 @@ def is_loopback(name: str) -> bool:
 def allowed_host_names(host: str, allowed: tuple[str, ...], public_base_url: str) -> frozenset[str]:
     """Return the host names in the settings, in lower case without ports, without wildcard addresses."""
     names = {_host_name(name) for name in (host, *allowed, urlsplit(public_base_url).netloc)}
-    return frozenset(names - {"", "0.0.0.0", "::"})  # noqa: S104  # taken out here, not listened on
+    return frozenset(names - {"", "0.0.0.0", "::"})  # noqa: S104  # removed here, not bound to
 
 
 def _host_name(host: str) -> str:

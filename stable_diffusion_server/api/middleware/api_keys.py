@@ -31,7 +31,7 @@ def hashed(secret: str) -> bytes:
 
 
 class ApiKeyring:
-    """The API keys of a server. Without any, no caller needs one."""
+    """The API keys of a server. Without keys, no caller needs one."""
 
     def __init__(self, keys: Iterable[HashedApiKey] = ()) -> None:
         self._keys = tuple(keys)
@@ -40,7 +40,7 @@ class ApiKeyring:
         return bool(self._keys)
 
     def holder(self, headers: Headers) -> HashedApiKey:
-        """Return the key of a request. Raises `Unauthorized`."""
+        """Return the API key of a request. Raises `Unauthorized`."""
         return self.of(_secret_of(headers))
 
     def of(self, secret: str) -> HashedApiKey:

@@ -1,4 +1,4 @@
-"""Limits how slowly bodies arrive, and the memory of bodies in transit, in total and by caller."""
+"""Enforces a minimum arrival rate of bodies, and limits their memory in transit, in total and by caller."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from stable_diffusion_server.errors import RateLimited, RequestTimedOut, ServerE
 
 
 class BodyIntakeMiddleware:
-    """ASGI middleware: a body that arrives slower than `min_rate` bytes per second is answered with 408.
+    """ASGI middleware: answers 408 if a body arrives slower than `min_rate` bytes per second.
 
-    The rate is measured over `seconds`, so a body may pause for that time. Memory is reserved before each part is read,
-    from `max_bytes` shared fairly by caller; a request that gets none within `seconds` is answered with 429 and
-    releases what it holds. Anonymous callers share half of it, or the size of one upload if that is larger.
+    Measures the rate over `seconds`, so a body may pause for that time. Reserves memory before it reads each part, from
+    `max_bytes` shared fairly by caller. A request that gets no memory within `seconds` gets 429 and releases all.
+    Anonymous callers share half of `max_bytes`, or the size of one upload if that is larger.
     """
 
     def __init__(self, app: ASGIApp, policy: AccessPolicy, seconds: float, min_rate: float, max_bytes: int) -> None:
@@ -40,7 +40,7 @@ class BodyIntakeMiddleware:
         started = False
 
         async def answer(message: Message) -> None:
-            """Pass a response on, unless the body was rejected: then the error replaces it."""
+            """Forward a response. If the body was rejected, the error replaces the response."""
             nonlocal started
             if body.refused is not None and not started:
                 return
@@ -61,7 +61,7 @@ class BodyIntakeMiddleware:
         state = scope.get("state", {})
         state["reason"] = error.kind
         response = error_response(error, scope["path"], state.get("request_id", ""))
-        response.headers["Connection"] = "close"  # the rest of the body may still come
+        response.headers["Connection"] = "close"  # the client may still send the rest of the body
         await response(scope, receive, send)
 
     def _expected(self, scope: Scope) -> int:
@@ -88,7 +88,7 @@ class _Body:
         self.refused: ServerError | None = None
 
     async def receive(self) -> Message:
-        """Return the next message of the request. Raises the error for which the body is rejected."""
+        """Return the next message of the request. Raises the error if the body is rejected."""
         if self._complete:
             return await self._receive()
         if self.refused is not None:
@@ -140,7 +140,7 @@ def _has_body(scope: Scope) -> bool:
 
 
 def _owner_of(scope: Scope) -> tuple[str, bool]:
-    """Return who shares the memory (the caller, or the address if none is known), and whether it is anonymous."""
+    """Return the owner for fair sharing (the caller, otherwise the address), and whether it is anonymous."""
     caller = scope.get("state", {}).get("caller")
     if caller is not None and (caller.name or caller.address):
         return str(caller.share), caller.anonymous

@@ -9,15 +9,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import count
 
-# Bytes of the first reservation of a body, and the least of the following ones.
+# Bytes of a body's first reservation, and the minimum of the following ones.
 STEP = 65_536
-# Larger bodies reserve more at a time, but at most so many bytes ahead of what has arrived.
+# Larger bodies reserve more at a time, but at most this many bytes ahead of the received bytes.
 MOST_AHEAD = 4 * STEP
 
 
 @dataclass(eq=False, slots=True)
 class Reservation:
-    """The bytes that one body of `owner` holds. `claim` is the most it may need."""
+    """The bytes that one body of `owner` holds. `claim` is the maximum it may need."""
 
     owner: str
     claim: int
@@ -29,13 +29,13 @@ class Reservation:
 
 
 class ByteBudget:
-    """Lets bodies hold at most `capacity` bytes together, and those of anonymous callers at most `anonymous` of them.
+    """Limits all bodies together to `capacity` bytes, and those of anonymous callers to `anonymous` of these bytes.
 
-    A caller gets more only while it holds no more than what is free, thus at most half if it is alone (the dynamic
-    threshold of Choudhury & Hahne, IEEE/ACM ToN 1998). Exempt are its oldest body, which otherwise might never be
-    complete, and the body that needs least of all. Bodies cannot deadlock: bytes are granted only while all bodies
-    could be completed one after the other (Dijkstra's banker's algorithm). Of the waiting callers, the one that holds
-    least is next. For one event loop.
+    A caller gets more memory only while it holds at most as much as is free, so a single caller gets at most half (the
+    dynamic threshold of Choudhury & Hahne, IEEE/ACM ToN 1998). Two bodies are exempt: the caller's oldest one, which
+    otherwise might never complete, and the one that needs the least of all. Bodies cannot deadlock: the budget grants
+    bytes only while all bodies could complete one after the other (Dijkstra's banker's algorithm). Among the waiting
+    callers, the one that holds the least is next. For one event loop.
     """
 
     def __init__(self, capacity: int, anonymous: int) -> None:
@@ -56,7 +56,7 @@ class ByteBudget:
         return self._taken[False]
 
     def reserve(self, owner: str, claim: int, *, anonymous: bool = False) -> Reservation:
-        """Return an empty reservation. The claim is limited to the capacity."""
+        """Return an empty reservation. Limits the claim to the capacity."""
         reservation = Reservation(
             owner, min(max(claim, STEP), self._capacity[anonymous]), anonymous, next(self._numbers)
         )
@@ -64,7 +64,7 @@ class ByteBudget:
         return reservation
 
     async def make_room(self, reservation: Reservation, arrived: int) -> None:
-        """Hold enough for the bytes that have arrived and for the next ones; wait for memory if needed.
+        """Reserve memory for the arrived bytes and the next ones; wait for memory if needed.
 
         One call at a time per reservation. Release the reservation if this call is cancelled.
         """
@@ -92,7 +92,7 @@ class ByteBudget:
         if not self._held[reservation.owner]:
             del self._held[reservation.owner]
         _discard(self._bodies, reservation)
-        if self._waiting and self._serving is None:  # once per loop iteration, however many are released
+        if self._waiting and self._serving is None:  # at most once per loop iteration
             self._serving = asyncio.get_running_loop().call_soon(self._serve)
 
     def _fits(self, reservation: Reservation) -> bool:
@@ -107,13 +107,13 @@ class ByteBudget:
         return True
 
     def _is_exempt(self, reservation: Reservation) -> bool:
-        """Return whether a body is exempt from the fair share, because others may wait for it."""
+        """Return whether a body is exempt from the fair share, because other bodies may wait for it."""
         if next(iter(self._bodies.get(reservation.owner, ())), reservation) is reservation:
             return True
         return reservation.held > 0 and reservation.claim - reservation.held <= self._needs[False][0][0]
 
     def _can_complete(self, part: bool, reservation: Reservation, free: int) -> bool:
-        """Return whether every body of that part could be completed if this one held what it wants."""
+        """Return whether all bodies of that part could complete if this one got the bytes it wants."""
         need, counted = reservation.claim - reservation.wanted, False
         for other_need, other_held, number in self._needs[part]:
             if number == reservation.number:
@@ -132,7 +132,7 @@ class ByteBudget:
         self._bodies.setdefault(reservation.owner, {})[reservation] = None
 
     def _count(self, reservation: Reservation, held: int) -> None:
-        """Set the bytes that a body holds, in every sum."""
+        """Set the bytes that a body holds, and update all sums."""
         for part in {False, reservation.anonymous}:
             self._taken[part] += held - reservation.held
             needs = self._needs[part]
@@ -144,7 +144,7 @@ class ByteBudget:
         reservation.held = held
 
     def _serve(self) -> None:
-        """Grant what fits to waiting callers, those that hold least first."""
+        """Grant memory to waiting callers; callers that hold the least come first."""
         self._serving = None
         owners = sorted(self._waiting, key=lambda owner: self._held[owner])
         while owners:

@@ -14,7 +14,7 @@ _MAX_ADDRESSES, _MAX_GOOD_KEYS = 10_000, 16
 
 @dataclass(slots=True)
 class _Attempts:
-    """Wrong keys of one address in the minute and the hour that began then, and names of right keys it sent."""
+    """Wrong keys of one address since the start of its minute and its hour, and names of right keys it sent."""
 
     minute: float
     hour: float
@@ -24,10 +24,10 @@ class _Attempts:
 
 
 class FailedLoginLimiter:
-    """Counts wrong keys. After `a_minute` of them, further wrong keys from that address are answered with a wait.
+    """Counts wrong keys. After `a_minute` wrong keys in a minute, further ones from that address must wait.
 
-    Right keys are accepted, so that others behind the same address are not locked out. After `an_hour` wrong keys they
-    are accepted only if the address sent them before. `now` is a monotonic clock. For one event loop.
+    Right keys still pass, so that other users behind the same address are not locked out. After `an_hour` wrong keys in
+    an hour, a right key passes only if the address sent it before. `now` is a monotonic clock. For one event loop.
     """
 
     def __init__(self, a_minute: int = 20, an_hour: int = 1000, now: Callable[[], float] = time.monotonic) -> None:
@@ -37,7 +37,7 @@ class FailedLoginLimiter:
         self._attempts: OrderedDict[str, _Attempts] = OrderedDict()
 
     def wrong(self, address: str) -> int:
-        """Count a wrong key. Return the seconds to wait before the next attempt, 0 while there are few."""
+        """Count a wrong key. Return the seconds to wait before the next attempt, 0 below the limit."""
         now = self._now()
         attempts = self._of(address, now) or _Attempts(now, now)
         self._attempts[address] = attempts
@@ -51,7 +51,7 @@ class FailedLoginLimiter:
         return max(1, math.ceil(attempts.minute + _MINUTE - now))
 
     def right(self, address: str, name: str) -> int:
-        """Record a right key. Return the seconds it must wait after too many wrong keys from that address."""
+        """Record a right key. Return the seconds to wait, above 0 after too many wrong keys from that address."""
         now = self._now()
         attempts = self._of(address, now)
         if attempts is None or name in attempts.good:

@@ -1,4 +1,4 @@
-"""Checks which web pages a request comes from, by its Origin, Referer and Sec-Fetch headers."""
+"""Checks the web page that sent a request, by the Origin, Referer and Sec-Fetch headers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from starlette.types import Scope
 from stable_diffusion_server.errors import Forbidden
 
 _PREFETCH = ("purpose", "sec-purpose", "x-moz")
-# Values of Sec-Fetch-Site for requests that no other origin caused. All others are rejected.
+# Accepted values of Sec-Fetch-Site: no other origin caused the request.
 _OWN = frozenset(("same-origin", "none"))
 _SAME_SITE = "same-site"
 
@@ -19,14 +19,14 @@ _SAME_SITE = "same-site"
 class OriginPolicy:
     """Admits pages of this server, of the `allowed` origins, and with `same_site` those of the same site.
 
-    Other ports and subdomains are the same site, but may belong to someone else.
+    Other ports and subdomains are the same site, but may belong to another owner.
     """
 
     allowed: frozenset[str] = frozenset()
     same_site: bool = False
 
     def check(self, scope: Scope, headers: Headers) -> None:
-        """Raise `Forbidden` for a request by a page of another origin, and for a prefetch."""
+        """Raise `Forbidden` for a request from a page of another origin, and for a prefetch."""
         origin, sites = headers.get("origin"), headers.getlist("sec-fetch-site")
         if origin in self.allowed:
             return
@@ -36,9 +36,9 @@ class OriginPolicy:
             raise Forbidden("A prefetch does not draw.")
 
     def check_page(self, scope: Scope, headers: Headers) -> None:
-        """Raise `Forbidden` for a public page that another origin embeds; following a link to it is allowed.
+        """Raise `Forbidden` if another origin embeds a public page. Links to the page are allowed.
 
-        As an image, script or frame of another page it would make the server work for nobody.
+        Embedded as an image, script or frame, the page would only cause useless work for the server.
         """
         foreign = [site for site in headers.getlist("sec-fetch-site") if site not in _OWN]
         modes, destinations = headers.getlist("sec-fetch-mode"), headers.getlist("sec-fetch-dest")

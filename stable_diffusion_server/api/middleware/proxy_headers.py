@@ -1,4 +1,4 @@
-"""Reads client, scheme and host of a request from proxy headers, if they come from a trusted proxy."""
+"""Reads client, scheme and host of a request from the headers of a trusted proxy."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _FORWARDING = re.compile(
     rb"|cloudfront-.*|x-appengine-.*|x-cloud-trace-context|x-envoy-.*|x-vercel-.*|x-nf-.*|x-varnish|x-haproxy-.*"
     rb"|x-traefik-.*|x-coming-from|x-request-start|tailscale-.*|ngrok-.*|x-ngrok-.*|proxy-.*|max-forwards"
 )
-# Proxies that add no headers still use an old HTTP version; nginx does so by default.
+# A proxy that adds no headers may still show by an old HTTP version; nginx uses one by default.
 _OLD_VERSIONS = ("0.9", "1.0")
 _HOP = re.compile(r"\[(?P<v6>[0-9A-Fa-f:.]+)\](:\d{1,5})?|(?P<v4>[0-9.]+):\d{1,5}")
 _LOOPBACK = "127.0.0.1"
@@ -34,8 +34,8 @@ class TrustedProxies:
     def seen_through(self, scope: Scope, receive: Receive | None = None) -> Scope:
         """Return the scope of a request as the client sent it, if the connection comes from a trusted proxy.
 
-        The address of the connection is read behind `receive`, because the ASGI server may have replaced it by that in
-        a header, as uvicorn does by default.
+        Reads the address of the connection from the transport behind `receive`, because the ASGI server may have
+        replaced it by an address in a header, as uvicorn does by default.
 
         The client becomes the last address that is not a trusted proxy; scheme and Host header become those the client
         used, with the port in `X-Forwarded-Port` if the host has none. `state.forwarded` is true for a request that
@@ -55,7 +55,7 @@ class TrustedProxies:
             # The last address that is not a trusted proxy. Clients can forge those before it.
             at = next((number for number in reversed(range(len(hops))) if not self._trusts(hops[number])), 0)
             seen["client"] = (hops[at], 0)
-            # Local only if every hop is local: loopback in the header of another machine means that machine.
+            # Local only if all hops are local: loopback in a header of another machine means that machine.
             local = [_is_loopback(hop) for hop in (*hops[at:], client[0])]
             state["forwarded"] = local[0] and not all(local)
         if (scheme := headers.get("x-forwarded-proto", "").strip().lower()) in ("http", "https"):
@@ -90,14 +90,14 @@ def _is_loopback(address: str) -> bool:
 
 
 def _with_port(host: str, headers: Headers) -> str:
-    """Return the host with `X-Forwarded-Port`, which some proxies send apart; default ports are omitted."""
+    """Return the host with `X-Forwarded-Port`, which some proxies send separately; omits default ports."""
     port = headers.get("x-forwarded-port", "").strip()
     omitted = not (port.isascii() and port.isdigit()) or port in ("80", "443")
     return host if omitted or not host or ":" in host.rpartition("]")[2] else f"{host}:{port}"
 
 
 def _as_connected(scope: Scope, receive: Receive | None) -> Scope:
-    """Return the scope with client and scheme of the connection itself, whatever the ASGI server read from headers."""
+    """Return the scope with the connection's own client and scheme, not those the ASGI server read from headers."""
     transport = getattr(getattr(receive, "__self__", None), "transport", None)
     if (extra_info := getattr(transport, "get_extra_info", None)) is not None:
         peer = extra_info("peername")

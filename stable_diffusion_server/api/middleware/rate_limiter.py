@@ -29,7 +29,7 @@ class RateLimiter:
         self._running: Counter[str] = Counter()
 
     async def enter(self, allowed: RateLimitStatus) -> None:
-        """Count a request until `leave`. Raises `RateLimited` at a limit, and then counts nothing."""
+        """Count a request until `leave`. Raises `RateLimited` at a limit, without counting."""
         if allowed.concurrency and self._running[allowed.who] >= allowed.concurrency:
             raise RateLimited(f"{allowed.concurrency} requests at a time are allowed here.", retry_after=1)
         if allowed.rate is not None and not self._windows.hit(allowed.who, allowed.rate):

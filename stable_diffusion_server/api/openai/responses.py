@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import (
     Literal,
-    NotRequired,  # pydantic refuses typing.TypedDict before Python 3.12
+    NotRequired,  # pydantic rejects typing.TypedDict before Python 3.12
 )
 
 from typing_extensions import TypedDict
@@ -23,7 +23,7 @@ from stable_diffusion_server.pipelines import ModelSpec
 from stable_diffusion_server.types import GenerationResult
 
 _QUALITIES = {"hd": "high", "standard": "medium", None: "auto"}
-# OpenAI bills by tokens. This server counts none, but OpenAI's clients require the fields.
+# OpenAI bills by tokens. This server does not count tokens, but OpenAI's clients require the fields.
 _USAGE: dict[str, object] = {
     "input_tokens": 0,
     "input_tokens_details": {"image_tokens": 0, "text_tokens": 0},
@@ -116,7 +116,7 @@ def partial_event(parameters: ImagesParams, file: bytes, index: int, size: str, 
 
 
 def error_event(error: ServerError) -> bytes:
-    """Return the event that ends a stream that fails after it began."""
+    """Return the last event of a stream that fails after its start."""
     return _event("error", {"error": openai_error(problem_body(error), error.kind)})
 
 

@@ -15,7 +15,7 @@ from stable_diffusion_server.types import GenerationProgress
 
 _log = structlog.get_logger(__name__)
 
-# A comment after so many seconds without events, so that proxies do not close an idle connection.
+# Seconds without events before a comment is sent, so that proxies do not close an idle connection.
 _KEEP_ALIVE_SECONDS = 15.0
 _KEEP_ALIVE = format_sse_event(comment="still drawing")
 
@@ -56,9 +56,9 @@ class EventStream:
         self._begun.set()
 
     async def start(self, work: Coroutine[Any, Any, None]) -> bool:
-        """Start the work and wait until the response can begin. Return false if it was stopped before.
+        """Start the work and wait until the response can begin. Return false if it was stopped before that.
 
-        Raises the error of work that fails before.
+        Raises the error if the work fails before that.
         """
         task = self._task = asyncio.create_task(work)
         beginning = asyncio.create_task(self._begun.wait())

@@ -40,7 +40,7 @@ _BODY_NAME = re.compile(r"\b([A-Z]\w+)Body\b")
 def install_openapi(app: FastAPI, models: Callable[[], Mapping[str, tuple[str, ...]]], *, keys_needed: bool) -> None:
     """Set the app's OpenAPI document; `models` returns the schedulers of each model by its name.
 
-    The document is cached until `models` returns something else, as it may once the models are loaded.
+    Caches the document until `models` returns another value, as it may after the models are loaded.
     """
     cache: list[tuple[Mapping[str, tuple[str, ...]], Schema]] = []
 
@@ -73,7 +73,7 @@ def _build(app: FastAPI, models: Mapping[str, tuple[str, ...]], *, keys_needed: 
 
 
 def _component_schemas(found: Schema) -> Schema:
-    """Return FastAPI's schemas but for its own errors, and those of bodies that no operation declares."""
+    """Return FastAPI's schemas without its own errors, plus the schemas of bodies that no operation declares."""
     bodies = [(body.__name__, "serialization", TypeAdapter(body)) for body in _FURTHER_BODIES]
     _, further = TypeAdapter.json_schemas(bodies, ref_template=_REF)  # type: ignore[arg-type]  # the mode is a literal
     schemas = {**found, **further["$defs"]}
@@ -112,7 +112,7 @@ def _parameters_of(operation: Schema) -> list[dict[str, Schema]]:
 
 
 def _set_names(properties: dict[str, Schema], models: Mapping[str, tuple[str, ...]]) -> None:
-    """Enumerate schedulers and models. Other dialects accept further names of models, so theirs stay open."""
+    """Enumerate schedulers and models. Other dialects accept further model names, so those are not enumerated."""
     if "num_inference_steps" not in properties:
         return
     if "scheduler" in properties:

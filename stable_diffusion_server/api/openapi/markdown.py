@@ -57,7 +57,7 @@ def _operation(method: str, operation: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _fields(operation: Mapping[str, Any]) -> list[tuple[str, bool, dict[str, Any]]]:
-    """Return name, required and schema of each parameter; of several bodies those of the one with most parameters."""
+    """Return name, required and schema of each parameter; with several bodies, of the one with the most parameters."""
     found = [
         (part["name"], part.get("required", False), {**part["schema"], "description": part.get("description", "")})
         for part in operation.get("parameters", ())

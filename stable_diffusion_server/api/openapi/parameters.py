@@ -18,7 +18,7 @@ def parameters_openapi(
 ) -> Schema:
     """Return the `parameters` (GET) or the `requestBody` of an operation that takes the parameters of `model`.
 
-    `media_types` are those its body may have; files are sent in multipart bodies only.
+    `media_types` are the accepted media types of its body; only multipart bodies contain files.
     """
     properties = bounded_properties(model, limits)
     required = [name for name, field in model.model_fields.items() if field.is_required()]
@@ -64,7 +64,10 @@ def bounded_properties(model: type[BaseModel], limits: RequestLimits) -> Schema:
 
 @lru_cache(64)
 def json_schema_of(model: type[BaseModel]) -> Schema:
-    """Return Pydantic's JSON Schema of a model. Do not change it: it is cached, since 15 took 60 % of `create_app`."""
+    """Return Pydantic's JSON Schema of a model.
+
+    Do not modify it: it is cached, because 15 calls took 60 % of `create_app`.
+    """
     return model.model_json_schema()
 
 
@@ -83,7 +86,7 @@ def _is_file(schema: Schema) -> bool:
 
 
 def _inline(schema: Any, definitions: Schema) -> Any:
-    """Replace each reference by its definition, because the definitions of parameters are no components."""
+    """Replace each reference by its definition, because definitions of parameters are not in the components."""
     if isinstance(schema, list):
         return [_inline(part, definitions) for part in schema]
     if not isinstance(schema, dict):

@@ -39,16 +39,16 @@ _FILE_RESPONSES: dict[int | str, dict[str, Any]] = {
     304: {"description": "Not modified"},
     307: {"description": "The file is in the bucket, at this URL"},
 }
-# Concurrent requests to the bucket (a remote one takes eight calls in total), and requests of one caller that run or
-# wait.
+# Maximum concurrent requests to the bucket (a remote one takes eight calls in total); maximum running and waiting
+# requests per caller.
 CONCURRENCY, MAX_PER_CALLER = 6, 128
 _INLINE_TYPES = ("image/webp", "image/png", "image/jpeg")
 
 
 def files_router(bucket: Bucket, library: ImageLibrary, signer: UrlSigner | None, folder: str = "") -> APIRouter:
-    """Return the routes of images without a URL of their own: those of a local bucket, and pending uploads.
+    """Return the routes of images that have no bucket URL: images of a local bucket, and pending uploads.
 
-    With a `signer` URLs must be signed. Of a remote bucket only keys that start with `folder` are served.
+    With a `signer`, URLs must be signed. Serves only keys that start with `folder` from a remote bucket.
     """
     routes = APIRouter(tags=["operate"])
     server = _FileServer(bucket, signer, folder)
@@ -96,7 +96,7 @@ def files_router(bucket: Bucket, library: ImageLibrary, signer: UrlSigner | None
 
 
 def bucket_queue() -> FairRequestQueue:
-    """Return the queue of reads and deletions, which leaves bucket calls and threads to the generations."""
+    """Return the queue of reads and deletions; its limit leaves bucket calls and threads for generations."""
     return FairRequestQueue(
         CONCURRENCY, MAX_PER_CALLER, f"{MAX_PER_CALLER} requests of yours for stored pictures are under way."
     )
@@ -126,7 +126,7 @@ class _FileServer:
         if isinstance(self.bucket, LocalBucket):
             return _of_disk(request, self.bucket, stored, headers)
         if (url := self.bucket.url(key)) is not None:
-            # The upload was pending when the URL was issued, and is complete now.
+            # The upload was pending when the server issued this URL, and is complete now.
             return RedirectResponse(url, headers={"Cache-Control": "no-store"})
         if stored.waiting:
             headers["Cache-Control"] = "no-store"
@@ -148,7 +148,7 @@ class _FileServer:
             try:
                 stored = self.bucket.stat(key)
             except InvalidInput:
-                stored = None  # no such key can exist in a folder
+                stored = None  # the bucket cannot contain such a key
         if stored is None:
             raise NotFound("There is no picture under this name.")
         return stored
@@ -158,7 +158,7 @@ def _of_disk(request: Request, bucket: LocalBucket, stored: StoredObject, header
     """Return the file or a range of it, or 304 if the client has this version."""
     wanted_range = request.headers.get("range", "bytes=0-")
     if len(wanted_range) > _LONGEST_RANGE or not _RANGE.fullmatch(wanted_range):
-        # RFC 9110, 14.2: a header that is no byte range must be ignored, and many small ranges may be.
+        # RFC 9110, 14.2: a server must ignore a header that is no byte range, and may ignore many small ranges.
         request.scope["headers"] = [pair for pair in request.scope["headers"] if pair[0] != b"range"]
     response = FileResponse(bucket.path(stored.key), headers=headers, media_type=stored.content_type)
     return NotModifiedResponse(response.headers) if _is_known(request, headers["ETag"]) else response

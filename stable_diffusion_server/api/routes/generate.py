@@ -104,7 +104,7 @@ def generate_router(
 ) -> APIRouter:
     """Return the routes; `url_of` makes the URL of an object key.
 
-    GET generates because it did so in the original server; without `get_generates` only POST does.
+    GET also generates, as in the original server; with `get_generates` false, only POST does.
     """
     routes = APIRouter(tags=["draw"])
 

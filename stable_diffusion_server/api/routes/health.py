@@ -22,9 +22,9 @@ def health_router(
     loaded: Callable[[], Sequence[Mapping[str, object]]] = tuple,
     remarks: Callable[[], Sequence[str]] = tuple,
 ) -> APIRouter:
-    """Return the routes. `missing` lists, in sentences, why the server is not ready; `loaded` its models.
+    """Return the routes. `missing` returns the reasons why the server is not ready; `loaded` returns its models.
 
-    `remarks` lists limitations in sentences. `exposition` is the text of the Prometheus metrics.
+    `remarks` returns limitations as sentences, `exposition` the text of the Prometheus metrics.
     """
     routes = APIRouter(tags=["operate"])
 
@@ -75,5 +75,5 @@ def health_router(
 
 
 def _may_read_details(request: Request) -> bool:
-    """Return whether the caller may read details: API keys, the operator, and this server's own UI."""
+    """Return whether the caller may read details: callers with API keys, the operator, and this server's UI."""
     return not caller_of(request).anonymous or "inside" in request.scope.get("state", {})

@@ -17,7 +17,7 @@ from stable_diffusion_server.generation import ImageLibrary
 from stable_diffusion_server.storage import HistoryEntry, HistoryQuery
 
 _LIMIT_MAX, _LIMIT_DEFAULT = 200, 50
-# Concurrent searches, and searches of one caller that run or wait.
+# Maximum concurrent searches; maximum running and waiting searches per caller.
 CONCURRENCY, MAX_PER_CALLER = 2, 16
 _NUMBER_MAX = 2**63 - 1
 _LENGTHS = {"q": 1000, "model": 100}

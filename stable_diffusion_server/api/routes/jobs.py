@@ -22,7 +22,10 @@ _RECONNECT_MILLISECONDS = 2000
 
 
 def jobs_router(jobs: JobManager, url_of: UrlOf, followers: FollowerLimiter, previews: EncodedPreviews) -> APIRouter:
-    """Return the routes of jobs; `followers` bounds who follows events, `previews` encodes for all of them."""
+    """Return the routes of jobs.
+
+    `followers` limits the clients that follow events, `previews` encodes previews once for all clients.
+    """
     routes = APIRouter(prefix="/jobs", tags=["jobs"])
 
     def urls_for(request: Request) -> Callable[[str], str]:
@@ -84,7 +87,7 @@ def jobs_router(jobs: JobManager, url_of: UrlOf, followers: FollowerLimiter, pre
 async def _stream(
     events: AsyncGenerator[JobEvent | None], url: Callable[[str], str], previews: EncodedPreviews
 ) -> AsyncGenerator[bytes]:
-    """Yield encoded events; a comment keeps the connection alive while nothing happens."""
+    """Yield encoded events, and comments that keep an idle connection alive."""
     yield format_sse_event(retry=_RECONNECT_MILLISECONDS)
     async with aclosing(events):
         async for event in events:

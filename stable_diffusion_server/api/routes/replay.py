@@ -1,4 +1,4 @@
-"""Route of replay: an image made here is generated again from its embedded provenance, and compared."""
+"""Replay route: generates an image again from its embedded provenance, and compares the two."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class ReplayParams(RequestParams):
     batch: Literal["any", "alone"] = Field("alone", description="`any` may share forward passes with other requests.")
 
     def to_request(self, provenance: EmbeddedProvenance) -> GenerationRequest:
-        """Return the request of the image, with its new place and format."""
+        """Return the request of the image, with its new object key and format."""
         image, mask = (file.data if file is not None else None for file in (self.image_file, self.mask_file))
         original = with_sources(provenance, image, mask)
         file_format = self.format or original.format or Format.WEBP
@@ -97,10 +97,10 @@ def replay_router(replays: ReplayService, limits: RequestLimits, url_of: UrlOf) 
 
 
 def _default_place(caller: Caller, digest: str, ending: str) -> dict[str, Any]:
-    """Return key and overwrite of a replay without `save_path`: by the digest, so that the next one replaces it.
+    """Return key and overwrite of a replay without `save_path`: by the digest, so that the next replay replaces it.
 
-    A shared key would reveal what other callers replayed. So each API key has a folder of its own, and each replay of
-    an anonymous caller a random key.
+    A shared object key would reveal which images other callers replayed. So each API key has its own folder, and each
+    replay of an anonymous caller a random object key.
     """
     if caller.anonymous:
         return {"save_path": f"replays/{uuid4().hex}{ending}", "overwrite": False}

@@ -1,4 +1,4 @@
-"""Request parameters: what every dialect takes, what the native routes take, and how a request is read into them."""
+"""Request parameters of every dialect and of the native routes, and the dependencies that read them."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _NUMBERS = frozenset(
     "control_scale n output_compression partial_images".split()
 )
 _BOOLEANS = frozenset("overwrite refine canny stream".split())
-# Characters of `lora`: far more than MAX_LORAS entries need, and short enough to split before counting them.
+# Maximum characters of `lora`: far more than MAX_LORAS entries need, and short enough to split before counting.
 _LORA_TEXT_MAX = 2000
 _LORA = re.compile(rf"(?P<name>{LORA_NAME_PATTERN})(:(?P<weight>[+-]?\d{{1,3}}(\.\d{{1,6}})?))?")
-# Bytes of a query string whose parsed request is cached.
+# Maximum bytes of a query string whose parsed request is cached.
 _CACHED_QUERY_MAX = 1024
 
 File = Annotated[UploadedFile | None, WithJsonSchema(_BINARY)]
@@ -214,7 +214,7 @@ def params_from_request(schema: type[P]) -> Callable[[Request], Awaitable[P]]:
 def generation_from_request(schema: type[NativeParams]) -> Callable[[Request], Awaitable[GenerationRequest]]:
     """Return the dependency that reads a `GenerationRequest` from query and body by the parameters of `schema`.
 
-    It raises what `params_from_request` raises, and `Forbidden` for an object key the caller may not write.
+    It raises the errors of `params_from_request`, and `Forbidden` for an object key the caller must not write.
     """
     read_params = params_from_request(schema)
 
@@ -244,7 +244,7 @@ def validated(schema: type[P], parameters: Mapping[str, Any]) -> P:
 
 
 def raise_invalid(error: ValidationError) -> NoReturn:
-    """Raise Pydantic's findings as one `InvalidInput`, without the values, which may be long or secret."""
+    """Raise Pydantic's errors as one `InvalidInput`, without the values, which may be long or secret."""
     faults: dict[str, str] = {}
     for fault in error.errors(include_url=False, include_input=False):
         name = str(fault["loc"][0])
@@ -264,7 +264,7 @@ def _sentence(name: str, kind: str, message: str) -> str:
 
 
 def _input_images(parameters: NativeParams, *names: str) -> list[ImageInput]:
-    """Return the images of those names, each by its URL or as a file. Raises `InvalidInput` for both, or neither."""
+    """Return the images of those parameters, by URL or as files. Raises `InvalidInput` for both, or for neither."""
     images, faults = [], []
     for name in names:
         by_url, by_file = f"{name}_url", f"{name}_file"

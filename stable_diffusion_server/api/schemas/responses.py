@@ -1,4 +1,4 @@
-"""JSON bodies of the native API. OpenAPI derives their schemas from these types; `Body` is left out of the names."""
+"""JSON bodies of the native API. OpenAPI derives its schemas from these types, and drops `Body` from their names."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import (
     Annotated,
     ClassVar,
     Literal,
-    NotRequired,  # pydantic refuses typing.TypedDict before Python 3.12
+    NotRequired,  # pydantic rejects typing.TypedDict before Python 3.12
 )
 
 from pydantic import ConfigDict, Field
@@ -215,7 +215,7 @@ class ReadinessBody(TypedDict):
 
 def result_body(result: GenerationResult, url: str) -> dict[str, object]:
     """Return a result as JSON, with the URL of the image as `path`; `prompt_used` only if it is set."""
-    # `asdict` copies deeply, which is most of what a cached response would cost.
+    # No `asdict`: its deep copy would be most of the cost of a cached response.
     body: dict[str, object] = {"path": url, **{name: getattr(result, name) for name in _RESULT_FIELDS}}
     body["warnings"] = [WarningBody(code=warning.code, message=warning.message) for warning in result.warnings]
     body["timings"] = dict(result.timings)
