@@ -39,14 +39,16 @@ BOMBS: dict[str, tuple[str, bytes | None, int]] = {
 FILL = """
 import sys
 from pathlib import Path
-from stable_diffusion_server.storage.history.entries import Entry
-from stable_diffusion_server.storage.history.index import Index
-index = Index(Path(sys.argv[1]), 200_000, 0)
+from stable_diffusion_server.storage.history.entries import HistoryEntry
+from stable_diffusion_server.storage.history.index import HistoryIndex
+index = HistoryIndex(Path(sys.argv[1]), 200_000, 0)
 index.open()
 words = "a red square on a blue background, "
 for start in range(0, 100_000, 5_000):
     index.add([
-        Entry(f"static/uploads/{n}.webp", f"{n}", words * 51 + str(n), "sdxl", "text_to_image", n, 64, 64, "", n, {})
+        HistoryEntry(
+            f"static/uploads/{n}.webp", f"{n}", words * 51 + str(n), "sdxl", "text_to_image", n, 64, 64, "", n, {}
+        )
         for n in range(start, start + 5_000)
     ])
 """
