@@ -35,18 +35,18 @@ _log = structlog.get_logger(__name__)
 _KEY_BYTES = 4096
 _FORM = "application/x-www-form-urlencoded"
 _WRONG = "This is no key of this server."
-# Printable ASCII, which a header can carry; as in settings/api_keys.py.
+# Printable ASCII, the characters that a header can contain; same as in settings/api_keys.py.
 _KEY = re.compile(r"[!-~]+")
 _PAGES = ("/ui", "/ui/")
-# Values of Sec-Fetch-Dest when a person opens a page; programs send none.
+# Values of Sec-Fetch-Dest when a person opens a page; programs do not send the header.
 _OPENS_PAGE = ("", "document")
 
 
 class LazyUiApp:
     """ASGI application for everything under `/ui`.
 
-    `build` imports Gradio and makes the pages, which takes seconds. It runs on a thread when a visitor first opens the
-    UI. `clients` call the server's API; with `keyed`, a visitor has to enter an API key first. Images that visitors
+    `build` imports Gradio and creates the pages, which takes seconds. It runs on a thread when a visitor first opens
+    the UI. `clients` call the server's API; with `keyed`, a visitor must enter an API key first. Images that visitors
     upload go to `uploads` and never to Gradio. Pages may show images from `sources`, the bucket's origins.
     """
 
@@ -84,20 +84,20 @@ class LazyUiApp:
             await self._forward(self._studio, scope, receive, send)
 
     def drain(self) -> None:
-        """Cancel running requests; call it on the event loop. Open pages would otherwise keep their streams open."""
+        """Cancel running requests, because open pages keep their streams open. Call it on the event loop."""
         self._closing.set()
         for task in self._tasks:
             task.cancel()
 
     async def close(self) -> None:
-        """Close the pages and wait for it."""
+        """Close the pages and wait until they are closed."""
         self.drain()
         if self._opening is not None:
             with suppress(Exception):
                 await self._opening
 
     async def _login_response(self, request: Request) -> Response | None:
-        """Return the response for a visitor without a session, or None for one with a session."""
+        """Return the login response for a visitor without a session, `None` for a visitor with one."""
         if self._clients.sessions.key_of(request.cookies.get(COOKIE, "")) is not None:
             return None
         if request.method != "POST" or request.url.path != "/ui/key":
@@ -119,7 +119,7 @@ class LazyUiApp:
         return answer
 
     def _loading_response(self, request: Request) -> Response:
-        """Return the response while Gradio is not loaded; only opening a page loads it, not an image or a script."""
+        """Return the response while Gradio is not loaded. Requests for pages load it, others do not."""
         if request.method != "GET" or request.url.path not in _PAGES:
             return problem_response(NotFound("There is nothing here before the page is opened."))
         if request.headers.get("sec-fetch-dest", "") not in _OPENS_PAGE:
@@ -132,7 +132,7 @@ class LazyUiApp:
         return static_pages.opening()
 
     async def _open(self, ready: asyncio.Event) -> None:
-        """Build the pages, and keep them open until the server ends."""
+        """Build the pages, and keep them open until the server shuts down."""
         try:
             studio = await asyncio.to_thread(self._build)
             async with studio.router.lifespan_context(studio):
@@ -171,7 +171,7 @@ async def _run(studio: FastAPI, scope: Scope, receive: Receive, send: Send) -> N
 
 
 async def _submitted_key(request: Request) -> str:
-    """Return the key in a submitted form. Raises a `ServerError` whose sentence is shown on the page."""
+    """Return the API key in a submitted form. Raises a `ServerError`; the page shows its sentence."""
     body = await read_body(request.receive, _KEY_BYTES)
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != _FORM:
         raise UnsupportedMedia("A key comes from the form on this page.")
@@ -185,7 +185,7 @@ async def _submitted_key(request: Request) -> str:
 
 
 def _headers(sources: Collection[str]) -> dict[str, str]:
-    """Return security headers: the pages load nothing from elsewhere and send nothing there."""
+    """Return security headers: pages load only from this server, images also from `sources`; they send only to it."""
     pictures = " ".join(["'self'", "data:", "blob:", *sorted(sources)])
     policy = (
         "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "

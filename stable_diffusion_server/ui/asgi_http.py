@@ -15,7 +15,7 @@ SECONDS = 60.0
 async def read_body(receive: Receive, limit: int, seconds: float = SECONDS) -> bytes:
     """Return the body of a request.
 
-    Raises `TooLarge` beyond `limit` bytes, and `MalformedRequest` if it is incomplete after `seconds` or breaks off.
+    Raises `TooLarge` beyond `limit` bytes, `MalformedRequest` if it is incomplete after `seconds` or at a disconnect.
     """
     parts: list[bytes] = []
     size = 0

@@ -13,16 +13,16 @@ from starlette.types import ASGIApp, Message, Scope
 from stable_diffusion_server.ui.client import ServerAddress
 
 _BUFFERED_PARTS = 32
-# Seconds to wait for a cancelled application; one that waits for a thread ends only when the thread does.
+# Seconds to wait for a cancelled application. One that waits for a thread ends only when the thread ends.
 _END_SECONDS = 1.0
 
 
 class StreamingASGITransport(httpx.AsyncBaseTransport):
-    """Calls `app` on behalf of the address in a request's extension `client`, by default of this machine.
+    """Calls `app` with the client address in a request's extension `client`, by default this machine.
 
     httpx's own ASGITransport waits for the whole response, without a timeout. Here `write` limits the time until the
     body is read, and `read` the time until the response begins and between its parts (`httpx.WriteTimeout`,
-    `httpx.ReadTimeout`). The timeouts `connect` and `pool` have no meaning here.
+    `httpx.ReadTimeout`). The timeouts `connect` and `pool` have no effect.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -78,7 +78,7 @@ class _Exchange(httpx.AsyncByteStream):
             if not self._started.done():
                 self._started.set_exception(error)
         finally:
-            if not self._closed.is_set():  # after aclose nobody reads: `put` would wait for ever
+            if not self._closed.is_set():  # after aclose there is no reader, so `put` would block forever
                 await self._parts.put(None)
 
     async def __aiter__(self) -> AsyncIterator[bytes]:

@@ -28,7 +28,7 @@ _GENERATION = httpx.Timeout(30, read=660)
 
 
 class RefusedError(Exception):
-    """The server refused a request: `detail` is its sentence, `faults` pairs of a field and what is wrong with it."""
+    """The server refused a request: `detail` is its sentence, `faults` pairs of a field and its error."""
 
     def __init__(self, status: int, detail: str, faults: tuple[tuple[str, str], ...] = ()) -> None:
         super().__init__(detail)
@@ -39,7 +39,7 @@ class RefusedError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class UiRequest:
-    """One image to request: path, form fields, files by field, and a caption if that is not the seed."""
+    """One image to request: path, form fields, files by field, and a caption if it is not the seed."""
 
     path: str
     fields: Mapping[str, str]
@@ -49,14 +49,14 @@ class UiRequest:
 
 @dataclass(frozen=True, slots=True)
 class ServerAddress:
-    """Address of a visitor, and whether the request passed a proxy that is not trusted."""
+    """Address of a visitor, and whether the request passed an untrusted proxy."""
 
     address: str = "127.0.0.1"
     forwarded: bool = False
 
 
 def visitor_queue() -> FairRequestQueue:
-    """Return a queue for work on images: two pieces of all visitors at a time; eight of one visitor run or wait."""
+    """Return a queue for image work: at most two tasks run at a time; at most eight per visitor run or wait."""
     return FairRequestQueue(2, 8, "Other pictures of yours are being worked on; try again in a second.")
 
 
@@ -64,7 +64,7 @@ def visitor_queue() -> FairRequestQueue:
 class ApiClient:
     """Client of the server at `base`, with the API key `key`, on behalf of the visitor at `client`.
 
-    A server in this process reads `client` from the transport, so that its limits count for the visitor.
+    A server in this process reads `client` from the transport, so that its limits apply to the visitor.
     """
 
     http: httpx.AsyncClient
@@ -74,7 +74,7 @@ class ApiClient:
     turns: FairRequestQueue = field(default_factory=visitor_queue, repr=False)
 
     async def start(self, request: UiRequest) -> Job:
-        """Start a job; requests with files wait in a fair queue of all visitors. Raises `RefusedError`."""
+        """Start a job. Requests with files wait in a fair queue of all visitors. Raises `RefusedError`."""
         if not request.files:
             return await self._start(request)
         try:
@@ -90,7 +90,7 @@ class ApiClient:
 
     async def events(self, job_id: str) -> AsyncIterator[tuple[str, Job]]:
         """Yield the events of a job, with their names, until it has ended. Raises `RefusedError`."""
-        # Imported here: a server without the packages of the UI has no httpx-sse.
+        # Imported here, because httpx-sse is installed only with the packages of the UI.
         from httpx_sse import EventSource
 
         url, headers = f"{self.base}/jobs/{_checked_id(job_id)}/events", self._headers({})
@@ -100,7 +100,7 @@ class ApiClient:
                 await response.aread()
                 raise _refused(response)
             async for event in EventSource(response).aiter_sse():
-                if event.data:  # httpx-sse yields an empty event for a keep-alive comment after an event with an id
+                if event.data:  # after an event with an id, httpx-sse yields an empty event for a keep-alive comment
                     yield event.event, event.json()
 
     async def job(self, job_id: str) -> Job:
@@ -122,7 +122,7 @@ class ApiClient:
         return await self._json("GET", "/history", params={name: value for name, value in params.items() if value})
 
     async def record(self, key: str) -> Job:
-        """Return how an image was made. Raises `RefusedError`."""
+        """Return the record of how an image was made. Raises `RefusedError`."""
         return await self._json("GET", f"/files/{_path(key)}", params={"record": "1"})
 
     async def remove(self, key: str) -> None:
@@ -134,7 +134,7 @@ class ApiClient:
         return await self._json("POST", "/v1/replay", files={"picture_file": ("picture", picture)}, timeout=_GENERATION)
 
     async def readiness(self) -> Job:
-        """Return whether the server is ready, what is missing, and its models. Raises `RefusedError`."""
+        """Return whether the server is ready, the reasons if it is not, and its models. Raises `RefusedError`."""
         return await self._json("GET", "/readyz", accepted=(HTTPStatus.SERVICE_UNAVAILABLE,))
 
     async def figures(self) -> str:
@@ -195,7 +195,7 @@ class ApiClients:
         return self.at(f"{request.url.scheme}://{request.headers.get('host', '')}", key, address_of(request))
 
     def owner_of(self, request: Request) -> str:
-        """Return the name of a visitor, under which uploads and sessions are stored and limits are counted."""
+        """Return the name of a visitor, the key of its uploads, sessions and limits."""
         caller = request.scope.get("state", {}).get("caller")
         if caller is not None and (caller.name or caller.address):
             return str(caller.share)
@@ -204,13 +204,13 @@ class ApiClients:
 
 
 def address_of(request: Request) -> ServerAddress:
-    """Return the address that a request came from."""
+    """Return the address of the visitor who sent a request."""
     address = request.client.host if request.client else ""
     return ServerAddress(address, bool(request.scope.get("state", {}).get("forwarded")))
 
 
 def _checked_id(job_id: str) -> str:
-    """Return a job id that is safe in a path: pages send ids, which may be any text. Raises `RefusedError`."""
+    """Return a job id that is safe in a path, since a page may send any text as an id. Raises `RefusedError`."""
     if not _JOB_ID.fullmatch(job_id):
         raise RefusedError(HTTPStatus.NOT_FOUND, "There is no job of this id.")
     return job_id

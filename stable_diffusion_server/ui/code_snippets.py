@@ -1,4 +1,4 @@
-"""Writes the request of an image as a curl command or as a call of OpenAI's client."""
+"""Renders the request of an image as a curl command or as Python code with OpenAI's client."""
 
 from __future__ import annotations
 

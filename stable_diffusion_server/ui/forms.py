@@ -11,12 +11,12 @@ INPAINT = "/inpaint_and_upload_image"
 
 SEED_END = 2**32
 MOST_AT_ONCE = 8
-# Suffixes of the prompt that the original server's page generated at one click.
+# Prompt suffixes for which the original server's page generated images at one click.
 EXPLORED = ("", "awesome", "amazing", "detailed aesthetic", "wonderful", "anime hd")
 
 
 class FormError(ValueError):
-    """A field is wrong, which is known before any request: the field, and a sentence."""
+    """An invalid field, found before any request is sent: the field, and a sentence."""
 
     def __init__(self, field: str, sentence: str) -> None:
         super().__init__(sentence)
@@ -91,7 +91,7 @@ def inpaint(
 
 
 def several(common: CommonFields, request: UiRequest) -> list[UiRequest]:
-    """Return `count` copies of a request with seeds counted up from the given one."""
+    """Return `count` copies of a request with consecutive seeds from the given one."""
     if common.seed.isdecimal():
         seeds = [str(int(common.seed) + further) for further in range(common.count)]
     else:

@@ -1,7 +1,7 @@
 """Validates the body of a Gradio event and rebuilds it from the values that the event takes.
 
-Gradio copies and opens any file that a FileData dictionary in a body names. No event of ours takes a dictionary, so
-none is admitted: a value is null or of the one plain type that its component has.
+Gradio copies and opens any file that a FileData dictionary in a body names. No event of this UI takes a dictionary, so
+all dictionaries are rejected: a value is null or has the one plain type of its component.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _LARGEST = 2**53
 _MOST_ITEMS, _LONGEST_ITEM = 64, 128
 _LONGEST_LABEL = 200
 
-# Type of the value by kind of component. Other components cannot be inputs of events.
+# Type of the value by component class. Other components cannot be inputs of events.
 _TYPES: Mapping[str, str] = {
     "textbox": "text",
     "dropdown": "text",
@@ -71,7 +71,7 @@ def events_of(config: Mapping[str, Any]) -> Events:
 
 
 def sanitized(body: bytes, events: Events) -> dict[str, Any]:
-    """Return the body of an event, rebuilt from validated values, without dictionaries except `event_data`.
+    """Return the body of an event, rebuilt from validated values. `event_data` is the only dictionary.
 
     Raises `MalformedRequest` for invalid JSON, and `InvalidInput` with the name of a wrong field.
     """
@@ -134,7 +134,7 @@ def _fits(value: Any, kind: str) -> bool:
 
 
 def _default(value: Any, kind: str) -> Any:
-    """Return the initial value of a component, or None if a page could not send it."""
+    """Return the initial value of a component, `None` if a page could not send that value."""
     return value if kind in ("text", "number", "yes or no") and _fits(value, kind) else None
 
 

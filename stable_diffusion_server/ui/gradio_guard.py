@@ -28,18 +28,18 @@ _PAGE = re.compile(r"/ui/")
 _FILES = re.compile(rf"/ui/(?:theme\.css|assets/{_NAME}|static/(?:{_NAME}/)*{_NAME})")
 _HEARTBEAT = re.compile(r"/ui/gradio_api/heartbeat/(?P<session>[A-Za-z0-9]{1,64})")
 _EVENT_STREAM, _EVENT = "/ui/gradio_api/queue/data", "/ui/gradio_api/queue/join"
-# Other headers name users, hosts and folders, which Gradio trusts.
+# Forwarded headers. Gradio trusts others, which name users, hosts and folders.
 _HEADERS = frozenset(
     b"host cookie accept accept-encoding content-type user-agent if-none-match if-modified-since".split()
 )
 
 
 class GradioGuard:
-    """ASGI middleware in front of the application that Gradio is mounted in.
+    """ASGI middleware in front of the application with Gradio, with an allowlist of routes.
 
-    All other routes get 404, so that a new version of Gradio adds no open route. `events` are those of the pages;
-    `owner` returns a visitor's name, `rate` limits the events of one visitor. Session names are combined with the
-    visitor's name, so that nobody can use another visitor's session.
+    All other routes get 404, so that a new version of Gradio adds no open route. `events` are the events of the pages;
+    `owner` returns a visitor's name, `rate` limits the events per visitor. Session names include the visitor's name, so
+    that a visitor cannot use another visitor's session.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class GradioGuard:
             raise NotFound("There is nothing here.")
 
     async def _admit(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Forward a request. Raises a `ServerError`, before anything is sent, if it is not admitted."""
+        """Forward a request. If it is not admitted, raises a `ServerError` before it sends anything."""
         method, path, query_string = scope["method"], scope["path"], scope["query_string"]
         scope = {**scope, "headers": [pair for pair in scope["headers"] if pair[0] in _HEADERS], "query_string": b""}
         if method in ("GET", "HEAD") and path == "/ui":
@@ -86,7 +86,7 @@ class GradioGuard:
             raise NotFound("There is nothing here.")
 
     async def _event(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Forward an event with a body that is built from the validated values."""
+        """Forward an event with a body built from the validated values."""
         owner = self._owner(scope)
         if self._rate is not None and not self._events_sent.hit(owner, self._rate):
             _, seconds = self._events_sent.remaining(owner, self._rate)
@@ -112,12 +112,12 @@ class GradioGuard:
 
 
 def _session_of(owner: str, session: str) -> str:
-    """Return the name of a visitor's session, which no other visitor can produce."""
+    """Return the name of a visitor's session; another visitor cannot produce the same name."""
     return hashlib.sha256(f"{owner}\n{session}".encode()).hexdigest()[:40]
 
 
 def _session(query: bytes) -> str:
-    """Return the session named in a query. Raises `InvalidInput`."""
+    """Return the session name in a query. Raises `InvalidInput`."""
     given = parse_qs(query.decode("latin-1"), max_num_fields=4).get("session_hash", [])
     if len(given) != 1 or not SESSION.fullmatch(given[0]):
         raise InvalidInput("session_hash must be 1 to 64 letters and digits.", field="session_hash")

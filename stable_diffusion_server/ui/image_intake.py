@@ -1,4 +1,4 @@
-"""Takes uploaded images: decodes them in the sandbox, encodes them again and stores them by token."""
+"""Accepts uploaded images: decodes them in the sandbox, re-encodes them and stores them by token."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class DecodeUpload(Protocol):
     """The sandboxed decoder."""
 
     async def __call__(self, data: bytes, field: str, *, share: str) -> Pixels:
-        """Return the pixels of an image file; `share` names the caller, whose use of the processes is limited."""
+        """Return the pixels of an image file; `share` names the caller, for fair limits on the decoder processes."""
         ...
 
 
-# Concurrent uploads: each may hold a whole file and its pixels in memory.
+# Maximum concurrent uploads: each may hold a whole file and its pixels in memory.
 PER_VISITOR, ALTOGETHER = 2, 8
 _JPEG_QUALITY = 95
 
@@ -45,9 +45,9 @@ class TakenImage:
 
 
 class ImageIntake:
-    """Takes images of at most `max_bytes` bytes. For one event loop.
+    """Accepts images of at most `max_bytes` bytes. For one event loop.
 
-    `decode` is the sandboxed decoder: files of visitors are not opened in this process.
+    `decode` is the sandboxed decoder: this process never opens visitors' files.
     """
 
     def __init__(self, decode: DecodeUpload, store: UploadStore, max_bytes: int) -> None:
@@ -59,7 +59,7 @@ class ImageIntake:
 
     @contextmanager
     def place(self, owner: str) -> Iterator[None]:
-        """Count one upload while it runs. Raises `RateLimited` if too many run."""
+        """Count one upload while it runs. Raises `RateLimited` if too many uploads run."""
         if self._uploads[owner] >= PER_VISITOR or self._uploads.total() >= ALTOGETHER:
             raise RateLimited("Other pictures are being taken in; try again in a second.", retry_after=1)
         self._uploads[owner] += 1
@@ -71,9 +71,9 @@ class ImageIntake:
                 del self._uploads[owner]
 
     async def take(self, owner: str, data: bytes) -> TakenImage:
-        """Store an image for `owner`, within `place`.
+        """Store an image for `owner`. Call it inside `place`.
 
-        Raises `TooLarge`, `UnsupportedMedia` or `InvalidInput` naming `image_file`.
+        Raises `TooLarge`, `UnsupportedMedia` or `InvalidInput` for the field `image_file`.
         """
         pixels = await self._decode(data, "image_file", share=owner)
         height, width = pixels.shape[:2]
@@ -81,7 +81,7 @@ class ImageIntake:
         return TakenImage(self._store.add(owner, encoded), width, height)
 
     def file(self, owner: str, token: str) -> bytes:
-        """Return the file of a token, as it was encoded here. Raises `NotFound`."""
+        """Return the re-encoded file of a token. Raises `NotFound`."""
         return self._store.get(owner, token)
 
     async def work(self, owner: str, tokens: Sequence[str], make: Callable[..., T]) -> T:
@@ -100,7 +100,7 @@ class ImageIntake:
         self._store.remove(owner, token)
 
     def _encoded(self, pixels: Pixels) -> bytes:
-        """Encode as PNG, or as JPEG if that would be over the server's own limit."""
+        """Encode as PNG, or as JPEG if the PNG exceeds the server's own limit."""
         file = encoded(pixels, "PNG", compress_level=1)
         return file if len(file) <= self.max_bytes else encoded(pixels, "JPEG", quality=_JPEG_QUALITY, subsampling=0)
 

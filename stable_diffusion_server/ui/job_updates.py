@@ -1,4 +1,4 @@
-"""Follows the jobs of one click, and yields what the page shows of them."""
+"""Follows the jobs of one click, and yields updates for the page."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import httpx
 from stable_diffusion_server.ui.client import ApiClient, Job, RefusedError, UiRequest
 from stable_diffusion_server.ui.html import progress as progress_html
 
-# Seconds between updates; more often makes no difference to the eye.
+# Minimum seconds between updates; faster updates are not visible.
 _PAUSE = 0.12
 _NO_NAMES: Mapping[str, str] = MappingProxyType({})
 _ENDED = ("done", "failed", "cancelled")
@@ -21,10 +21,10 @@ _ENDED = ("done", "failed", "cancelled")
 
 @dataclass(frozen=True, slots=True)
 class GalleryUpdate:
-    """What the page shows now. `message` and `made` are HTML; `jobs` are ids; `fresh` means that `pictures` changed.
+    """One update of the page. `message` and `made` are HTML; `jobs` are ids; `fresh` means that `pictures` changed.
 
-    `refused` is the sentence of a request that was refused, `faults` are pairs of a parameter and what is wrong with
-    it; `names` are the captions of the finished images, empty for those without one.
+    `refused` is the sentence of a refused request, `faults` are pairs of a parameter and its error; `names` are the
+    captions of the finished images, empty for images without a caption.
     """
 
     message: str = ""
@@ -47,7 +47,7 @@ class GalleryUpdate:
 
     @property
     def made(self) -> str:
-        """How the finished images were made, as HTML."""
+        """Parameters and warnings of the finished images, as HTML."""
         return progress_html.made(self.receipts)
 
 
@@ -63,7 +63,7 @@ async def draw(client: ApiClient, requests: Sequence[UiRequest]) -> AsyncIterato
 
 
 async def _start(client: ApiClient, requests: Sequence[UiRequest]) -> tuple[dict[str, str], RefusedError | None]:
-    """Start the jobs. Returns their captions by job id, and the refusal that stopped further ones, if any."""
+    """Start the jobs. Returns their captions by job id, and the refusal that stopped the rest, `None` without one."""
     names: dict[str, str] = {}
     try:
         for request in requests:
@@ -74,7 +74,7 @@ async def _start(client: ApiClient, requests: Sequence[UiRequest]) -> tuple[dict
 
 
 async def resume(client: ApiClient, ids: Sequence[str]) -> AsyncIterator[GalleryUpdate]:
-    """Follow jobs that were started before; unknown ones are left out."""
+    """Follow jobs that were started earlier; skips unknown jobs."""
     known = []
     for job_id in ids:
         try:
@@ -94,7 +94,7 @@ async def follow(
     previews: dict[str, str] = {}
     updates: asyncio.Queue[tuple[str, str, Job]] = asyncio.Queue()
     yield GalleryUpdate(progress_html.progress(list(jobs_by_id.values()), previews), tuple(ids), fresh=True)
-    # No task group: it would wrap the GeneratorExit that closes this generator when a page goes away.
+    # No task group: it would wrap the GeneratorExit that closes this generator when the visitor leaves the page.
     readers = [asyncio.create_task(_read(client, job_id, updates)) for job_id in ids]
     try:
         over = not ids

@@ -33,7 +33,7 @@ EMBEDDED_WORDS = (
 
 
 def is_embedded(models: Models) -> bool:
-    """Return whether the embedded models are used; also while the models are unknown."""
+    """Return whether the server uses the embedded models; also true while the models are unknown."""
     return not models or any(str(model.get("folder", "")).startswith("embedded") for model in models)
 
 
@@ -43,18 +43,18 @@ def prompts(models: Models) -> tuple[str, ...]:
 
 
 def words(models: Models) -> str:
-    """Return what the embedded models can show, empty for real models."""
+    """Return a text about the subjects that the embedded models can draw; empty for real models."""
     return EMBEDDED_WORDS if is_embedded(models) else ""
 
 
 def chosen(models: Models, name: str) -> Model:
-    """Return a model by name, or the default one for an empty name; empty if no model is known."""
+    """Return a model by name, the default model for an empty name, an empty mapping if no model is known."""
     wanted = (model for model in models if (model["name"] == name if name else model.get("usual")))
     return next(wanted, models[0] if models else {})
 
 
 def choices(models: Models) -> list[tuple[str, str]]:
-    """Return the choices as (label, name); the first one leaves the choice to the server."""
+    """Return the choices as (label, name); the first choice means the server's default model."""
     if not models:
         return [("The server's own choice", "")]
     default = f"The server's own choice ({chosen(models, '')['name']})"
@@ -85,5 +85,5 @@ def side(model: Model) -> int:
 
 
 def preset(width: float | None, height: float | None) -> str | None:
-    """Return the preset of a size, or None."""
+    """Return the preset of a size, `None` without a match."""
     return next((f"{wide}x{high}" for wide, high in SIZES if (wide, high) == (width, height)), None)

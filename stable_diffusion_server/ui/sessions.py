@@ -1,4 +1,4 @@
-"""Sessions of visitors who entered an API key: a random token in a cookie stands for the key."""
+"""Sessions of visitors who entered an API key: a random token in a cookie represents the key."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SESSION_SECONDS = 86_400
 
 
 class SessionStore:
-    """API keys by session token, in memory. When it is full, the session unused for longest is dropped. Thread-safe."""
+    """API keys by session token, in memory. A full store drops the least recently used session. Thread-safe."""
 
     def __init__(self) -> None:
         self._keys: TTLCache[str, str] = TTLCache(MAX_SESSIONS, SESSION_SECONDS)
@@ -26,7 +26,7 @@ class SessionStore:
         return token
 
     def key_of(self, token: str) -> str | None:
-        """Return the key of a session; None if there is no such session."""
+        """Return the API key of a session; `None` for an unknown token."""
         with self._lock:
             return self._keys.get(token)
 

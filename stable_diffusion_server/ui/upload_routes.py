@@ -1,4 +1,4 @@
-"""Routes that upload an image, which is decoded in the sandbox, and show it to its owner."""
+"""Routes that upload an image (decoded in the sandbox), and serve it to its owner."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _TOKEN = re.compile(r"[A-Za-z0-9_-]{43}")
 
 
 class UploadRoutes:
-    """Answers `POST /ui/pictures`, whose body is a picture file, and `GET /ui/pictures/{token}`.
+    """Answers `POST /ui/pictures`, whose body is an image file, and `GET /ui/pictures/{token}`.
 
     With `?instead=TOKEN` the image replaces another one of the same visitor.
     """
@@ -26,7 +26,7 @@ class UploadRoutes:
         self._intake = intake
 
     def answers(self, path: str) -> bool:
-        """Return whether a path is one of these."""
+        """Return whether a path belongs to these routes."""
         return path == PATH or path.startswith(f"{PATH}/")
 
     async def answer(self, request: Request, owner: str) -> Response:

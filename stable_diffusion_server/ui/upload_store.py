@@ -16,7 +16,7 @@ _TOKEN_BYTES = 32
 
 @dataclass(frozen=True, slots=True)
 class UploadLimits:
-    """Limits: `pictures` and `bytes` per visitor, `total_bytes` of all visitors, `seconds` after the last use."""
+    """Limits: `pictures` and `bytes` per visitor, `total_bytes` of all visitors, `seconds` from last use to expiry."""
 
     pictures: int = 16
     bytes: int = 100_663_296
@@ -32,10 +32,10 @@ class _Upload:
 
 
 class UploadStore:
-    """Encoded images by token. For one event loop; nothing is written to disk.
+    """Encoded images by token. For one event loop; in memory only.
 
-    A token is valid for its owner only. A visitor over the limits loses the image unused for longest; over the total
-    limit, the visitor with the most bytes does.
+    A token is valid for its owner only. Over a visitor's limits, the store drops that visitor's least recently used
+    image; over the total limit, that of the visitor with the most bytes.
     """
 
     def __init__(self, limits: UploadLimits | None = None, clock: Callable[[], float] = time.monotonic) -> None:
@@ -45,7 +45,7 @@ class UploadStore:
         self._timer: asyncio.TimerHandle | None = None
 
     def add(self, owner: str, data: bytes) -> str:
-        """Store an image, and return a new random token. Raises `TooLarge` if it exceeds the limits alone."""
+        """Store an image, and return a new random token. Raises `TooLarge` if this image alone exceeds the limits."""
         if len(data) > min(self._limits.bytes, self._limits.total_bytes):
             most = min(self._limits.bytes, self._limits.total_bytes)
             raise TooLarge(f"The picture takes {len(data)} bytes here; {most} are kept of one visitor.")
@@ -91,7 +91,7 @@ class UploadStore:
             del self._uploads[self._oldest(largest)]
 
     def _oldest(self, owner: str) -> str:
-        """Return the owner's token unused for longest, or an empty text."""
+        """Return the owner's least recently used token, or an empty text."""
         return next((token for token, upload in self._uploads.items() if upload.owner == owner), "")
 
     def _expire(self) -> None:
@@ -101,7 +101,7 @@ class UploadStore:
             self._uploads.popitem(last=False)
 
     def _expire_later(self) -> None:
-        """Start a timer, so that images also expire while there are no requests."""
+        """Start a timer, so that images also expire without requests."""
         if self._timer is None and self._uploads:
             self._timer = asyncio.get_running_loop().call_later(self._limits.seconds, self._timed_out)
 

@@ -1,4 +1,4 @@
-"""Renders how an image of the history was made, as HTML."""
+"""Renders the details of an image in the history as HTML."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def page(entry: Mapping[str, Any], record: Mapping[str, Any]) -> str:
 
 
 def settings(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the field values that generate it again; optional values are texts."""
+    """Return the field values that generate the image again; optional values are texts."""
     asked = record.get("asked") or record
     return {
         "prompt": str(asked.get("prompt") or record.get("prompt") or ""),

@@ -8,7 +8,7 @@ from typing import Any
 
 Job = Mapping[str, Any]
 
-# Parameters by the names the fields of the studio have.
+# Parameter names → labels of the form fields.
 _LABELS = {
     "num_inference_steps": "Steps",
     "guidance_scale": "Guidance",
@@ -27,7 +27,7 @@ def _empty(lead: str, more: str) -> str:
     return f'<div class="sds-message sds-empty"><p class="sds-lead">{lead}</p><p>{more}</p></div>'
 
 
-# Shown before the first image of each tab, and where nothing is found or chosen.
+# Shown before the first image of each tab, and for empty search results or selections.
 EMPTY = _empty("Your pictures appear here.", "Write a prompt, press Enter, and watch it being drawn.")
 EMPTY_RESTYLE = _empty("Your pictures appear here.", "Choose a picture, say what it should become, compare the two.")
 EMPTY_INPAINT = _empty(
@@ -98,7 +98,7 @@ def progress(jobs: Sequence[Job], previews: Mapping[str, str]) -> str:
 
 
 def alert(detail: str, faults: Sequence[tuple[str, str]] = ()) -> str:
-    """Render an error: a sentence for each wrong field, or the one sentence there is."""
+    """Render an error: one sentence per wrong field, otherwise `detail`."""
     items = "".join(f"<li>{escape(_of_field(name, text))}</li>" for name, text in faults)
     inside = f"<ul>{items}</ul>" if items else f"<p>{escape(detail)}</p>"
     return f'<div class="sds-message sds-alert" role="alert">{inside}</div>'
@@ -116,7 +116,7 @@ def label(name: str) -> str:
 
 
 def refusal(detail: str, faults: Sequence[tuple[str, str]], beside: Collection[str]) -> str:
-    """Render why a request was refused. An error shown beside its field is only referred to: screen readers read it."""
+    """Render why a request was refused. Errors beside their fields are not repeated, for screen readers."""
     elsewhere = [(name, text) for name, text in faults if name not in beside]
     if elsewhere or not faults:
         return alert(detail, elsewhere)
@@ -126,7 +126,7 @@ def refusal(detail: str, faults: Sequence[tuple[str, str]], beside: Collection[s
 
 
 def fault(tab: str, name: str, text: str) -> str:
-    """Render the error of a field, to be shown below it."""
+    """Render the error to show below a field."""
     return (
         f'<p role="alert" id="sds-fault-{escape(tab)}-{escape(name)}" data-field="sds-{escape(tab)}-{escape(name)}">'
         f"{escape(_of_field(name, text))}</p>"
@@ -134,7 +134,7 @@ def fault(tab: str, name: str, text: str) -> str:
 
 
 def made(receipts: Sequence[Job]) -> str:
-    """Render parameters and warnings of images; what is the same for several appears once."""
+    """Render parameters and warnings of images; merges equal entries of several images."""
     numbers_by_remark: dict[str, list[int]] = {}
     for number, receipt in enumerate(receipts, 1):
         facts = (
@@ -162,7 +162,7 @@ def _outcome(job: Job) -> str:
 
 
 def _seconds(receipt: Job) -> float:
-    """Return the seconds of an image: the total if there is one among the stages, otherwise their sum."""
+    """Return the seconds of an image: the stage `total` if there is one, otherwise the sum of the stages."""
     timings: Mapping[str, float] = receipt.get("timings") or {}
     return float(timings.get("total") or sum(timings.values()))
 
@@ -177,7 +177,7 @@ def remark(text: str) -> str:
 
 
 def replayed(answer: Job) -> str:
-    """Render how an image that was generated again compares with the original."""
+    """Render the comparison of a replayed image with the original."""
     replay = answer["replay"]
     alike = "equal bit for bit" if replay["equal"] else f"alike to {replay['decibels']:.1f} dB"
     changed = "" if replay["same_order"] else " The model or its parameters have changed since."
@@ -186,7 +186,7 @@ def replayed(answer: Job) -> str:
 
 
 def facts(rows: Mapping[str, str]) -> str:
-    """Render facts by their names as a table."""
+    """Render names and values as a table."""
     cells = "".join(
         f'<tr><th scope="row">{escape(name)}</th><td>{escape(value)}</td></tr>' for name, value in rows.items()
     )

@@ -73,7 +73,7 @@ def _work(jobs: Sequence[Job]) -> str:
 
 
 def _card(model: Mapping[str, Any]) -> str:
-    """Render the facts of a model."""
+    """Render the details of a model."""
     rows = {
         label: _format_fact(name, model[name])
         for name, label in _FACTS.items()

@@ -1,1 +1,1 @@
-"""What the studio shows, a module per tab. The only rooms that import Gradio, and imported when someone asks for it."""
+"""The UI's pages, one module per tab. Only these modules import Gradio; `LazyUiApp` imports them on first use."""

@@ -25,7 +25,7 @@ _log = structlog.get_logger(__name__)
 
 _STYLE, _SCRIPT = (Path(__file__).with_name(f"studio.{kind}") for kind in ("css", "js"))
 _HOUR, _DAY = 3600, 86_400
-# Pages whose state Gradio keeps; the longest unused are dropped first.
+# Maximum number of pages whose state Gradio keeps; it drops the least recently used first.
 _SESSIONS = 1000
 
 
@@ -33,10 +33,10 @@ class Studio(gr.Blocks):
     """Gradio Blocks that log failed events and show a neutral error."""
 
     async def process_api(self, *given: Any, **named: Any) -> dict[str, Any]:
-        """Run an event. Logs any exception and raises Gradio's error with a text of ours instead."""
+        """Run an event. Logs any exception, and raises Gradio's error with a neutral text instead."""
         try:
             return await super().process_api(*given, **named)
-        except gr.Error as error:  # a value that a component refuses; Gradio's text would repeat it
+        except gr.Error as error:  # a component refused a value; Gradio's text would quote the value
             _log.warning("an event of the UI was refused", reason=type(error).__name__)
         except Exception as error:
             _log.error("an event of the UI failed", exc_info=error)
@@ -58,7 +58,7 @@ def build(clients: ApiClients, intake: ImageIntake, rate: RateLimitItem | None) 
         path="/ui",
         footer_links=[],
         run_history=False,
-        # The guard lets no file in or out through Gradio; these limits hold if it ever failed.
+        # The guard blocks file transfers through Gradio; these limits are a second defence.
         allowed_paths=[],
         blocked_paths=[Path.cwd().anchor],
         max_file_size=1,
@@ -71,14 +71,14 @@ def build(clients: ApiClients, intake: ImageIntake, rate: RateLimitItem | None) 
         css=_STYLE.read_text(encoding="utf-8"),
         js=_SCRIPT.read_text(encoding="utf-8"),
     )
-    # Otherwise Gradio does not check the file paths that a page names.
+    # Otherwise Gradio does not check the file paths that a page sends.
     blocks.has_launched = True
     shell.add_middleware(GradioGuard, events=events_of(blocks.config), owner=_owner, rate=rate)
     return shell
 
 
 def _owner(scope: Scope) -> str:
-    """Return the visitor's name, which `LazyUiApp` has set."""
+    """Return the visitor's name from the scope; `LazyUiApp` sets it."""
     owner: str = scope["state"]["owner"]
     return owner
 
@@ -116,7 +116,7 @@ def _load_options(
     panels: list[ResultsPanel],
     past: history.HistoryTab,
 ) -> None:
-    """Fill the fields with the server's models when a page opens, and with a model's defaults when it is chosen."""
+    """Fill the fields with the server's models when a page opens, and with defaults when a model is chosen."""
     models = gr.State([])
     outputs = [models, creating.examples, creating.words, *creating.size, past.model]
     for panel in panels:

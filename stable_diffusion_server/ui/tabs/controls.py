@@ -17,7 +17,7 @@ QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 
 @dataclass(frozen=True, slots=True)
 class ControlSlots:
-    """Places below the fields of a tab for error messages, by parameter name."""
+    """Slots for error messages below the fields of a tab, by parameter name."""
 
     tab: str
     below: dict[str, gr.HTML] = field(default_factory=dict)
@@ -27,12 +27,12 @@ class ControlSlots:
         return f"sds-{self.tab}-{name}"
 
     def slot(self, *names: str) -> None:
-        """Add places for the error messages of parameters here."""
+        """Add slots for the error messages of parameters at this position."""
         for name in names:
             self.below[name] = gr.HTML(elem_classes="sds-fault")
 
     def messages(self, faults: tuple[tuple[str, str], ...]) -> list[str]:
-        """Return the HTML of each place; empty for fields without an error."""
+        """Return the HTML of each slot; empty for fields without an error."""
         wrong = dict(reversed(faults))
         return [progress.fault(self.tab, name, wrong[name]) if name in wrong else "" for name in self.below]
 
@@ -41,7 +41,7 @@ class ControlSlots:
 class SharedControls:
     """The components, in the order in which `common_fields` takes their values.
 
-    Optional numbers are text fields, since an empty number field of Gradio becomes 0; the server checks them.
+    Optional numbers are text fields, because Gradio turns an empty number field into 0; the server validates them.
     """
 
     prompt: gr.Textbox
@@ -90,7 +90,7 @@ def prompt_box(slots: ControlSlots, placeholder: str) -> gr.Textbox:
 
 
 def fields(slots: ControlSlots, prompt: gr.Textbox) -> SharedControls:
-    """Add the fields here, below a prompt."""
+    """Add the fields at this position, below a prompt."""
     count = gr.Slider(1, MOST_AT_ONCE, 1, step=1, label="How many", elem_id=slots.id_of("count"))
     seed, keep = _seed(slots)
     model = gr.Dropdown(model_options.choices(()), value="", label="Model", elem_id=slots.id_of("model"))
@@ -151,7 +151,7 @@ def common_fields(
     keep: bool,  # positional: Gradio passes the values in the order of the fields
     count: float,
 ) -> CommonFields:
-    """Convert the fields' values. The seed counts only if it is kept; fields never shown have the value None."""
+    """Convert the fields' values. Uses the seed only if `keep`; fields that were never shown have the value None."""
     return CommonFields(
         prompt=(prompt or "").strip(),
         negative=(negative or "").strip(),

@@ -1,4 +1,4 @@
-"""The tab of the history: search, show, generate again and delete images."""
+"""The history tab: search, show, regenerate and delete images."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from stable_diffusion_server.ui.tabs.controls import QUIET
 from stable_diffusion_server.ui.tabs.results_panel import client_for, index_of
 
 EVERY = ("Every model", "")
-# Per page: the page holds the whole list and sends it with each further request.
+# Maximum images per page: the page holds the whole list and sends it with each request for more.
 _MOST_SHOWN = 240
 
 # On a phone the chosen image is below the whole list.
@@ -24,7 +24,7 @@ _INTO_VIEW = "() => { document.querySelector('.sds-picture')?.scrollIntoView({ b
 
 @dataclass(frozen=True, slots=True)
 class HistoryTab:
-    """Components that other tabs use: the listed images, the chosen one, the models, and the place of buttons."""
+    """Components that other tabs use: the listed images, the chosen one, the models, and the container of buttons."""
 
     shown: gr.State
     chosen: gr.State
@@ -50,7 +50,7 @@ class _Details:
 
     @property
     def outputs(self) -> list[Any]:
-        """The components that change with the image, in the order of what `_show` returns."""
+        """The components that change with the image, in the order of the values that `_show` returns."""
         return [self.message, self.whole, self.seen, self.facts, self.address, self.curl, self.python, self.record]
 
 
@@ -97,7 +97,7 @@ def tab(clients: ApiClients, opened: gr.Tab) -> HistoryTab:
             return gr.skip(), progress.alert(str(error)), *(gr.skip(),) * (len(one.outputs) - 1)
 
     by = [words, model]
-    # `change`, since `input` is not called for pasted text; `change` is called for Enter too.
+    # `change`, because Gradio does not call `input` for pasted text; it calls `change` for Enter too.
     gr.on(
         [opened.select, words.change, model.input],
         search,
@@ -174,7 +174,7 @@ def _act(clients: ApiClients, at: tuple[Any, ...], buttons: tuple[gr.Button, ...
 async def _listed(
     clients: ApiClients, request: gr.Request, wanted: tuple[str, str], before: int | None, shown: list[Any]
 ) -> tuple[Any, ...]:
-    """Return the next page of the search, appended to what is shown; no image is chosen any more."""
+    """Return the shown images with the next page of the search appended; clears the selection."""
     try:
         words, model = (text or "" for text in wanted)
         found = await client_for(clients, request).history(words, model, before=before)

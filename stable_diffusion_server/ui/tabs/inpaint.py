@@ -1,4 +1,4 @@
-"""The tab that generates the painted part of an image again (inpainting)."""
+"""The inpainting tab: generates the painted part of an image again."""
 
 from __future__ import annotations
 

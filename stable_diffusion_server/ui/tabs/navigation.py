@@ -21,7 +21,7 @@ from stable_diffusion_server.ui.tabs.results_panel import ResultsPanel, client_f
 
 @dataclass(frozen=True, slots=True)
 class Navigation:
-    """Targets of the buttons: the tabs, Create with its fields, and by tab id a label and the component to fill."""
+    """Targets of the buttons: the tabs, Create with its fields, and label and component to fill by tab id."""
 
     tabs: gr.Tabs
     create: CreateTab
@@ -67,7 +67,7 @@ def onward(
 
 
 def _back(clients: ApiClients, again: gr.Button, at: tuple[Any, ...], ways: Navigation) -> None:
-    """Make a button fill Create's fields with the parameters of the chosen image."""
+    """Connect a button that fills Create's fields with the parameters of the chosen image."""
     shown, chosen, message = at
     fields = ways.create.panel.fields
     targets = [fields.prompt, fields.model, fields.negative, fields.steps, fields.guidance, fields.seed, fields.keep]

@@ -1,4 +1,4 @@
-"""Image field with a brush for masks: an own component whose value is upload tokens, never a file."""
+"""Image field with a brush for masks: a custom component whose value is upload tokens, never a file."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _BRUSHES = (
 
 
 def picture_field(label: str, *, paints: bool, elem_id: str) -> gr.HTML:
-    """Add a field for an image that is chosen, dropped, pasted or taken by webcam; with `paints` it has a brush.
+    """Add an image field with file selection, drop, paste and webcam; with `paints` it has a brush.
 
-    The value is the token of the image, followed, if something was painted, by a blank and the token of the mask. The
-    page itself uploads images to `/ui/pictures`; Gradio receives only the tokens.
+    The value is the token of the image. If the visitor painted, a space and the token of the mask follow. The page
+    itself uploads images to `/ui/pictures`; Gradio receives only the tokens.
     """
     kind = "sds-paints" if paints else ""
     surface = '<canvas role="img" aria-label="Paint here what is to be drawn anew"></canvas>' if paints else ""
@@ -48,13 +48,13 @@ def picture_field(label: str, *, paints: bool, elem_id: str) -> gr.HTML:
 
 
 def tokens_of(value: str | None) -> tuple[str, str]:
-    """Return the tokens of the image and of its mask; empty texts if there are none."""
+    """Return the tokens of the image and of its mask; empty texts without them."""
     picture, _, mask = (value or "").partition(" ")
     return picture if _TOKEN.fullmatch(picture) else "", mask if _TOKEN.fullmatch(mask) else ""
 
 
 def settled(elem_id: str) -> str:
-    """Return JavaScript that waits for running uploads of this field, the first input of an event, before the event."""
+    """Return JavaScript that delays an event until uploads of this field, its first input, are complete."""
     return (
         f'async (...values) => {{ const settled = window.sdsPictures?.get("{elem_id}"); '
         "if (settled) values[0] = await settled(); return values; }"

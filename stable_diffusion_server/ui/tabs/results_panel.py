@@ -18,7 +18,7 @@ from stable_diffusion_server.ui.tabs.controls import QUIET, ControlSlots, Shared
 
 Outputs = tuple[Any, ...]
 
-# Part of each update: a Gradio button loses its text if an update does not name it.
+# Part of each update: a Gradio button loses its text if an update omits it.
 DRAW, CANCEL = "Draw", "Cancel"
 _IN_MORE = {"negative_prompt", "num_inference_steps", "guidance_scale"}
 
@@ -29,13 +29,13 @@ def client_for(clients: ApiClients, request: gr.Request) -> ApiClient:
 
 
 def owner_of(clients: ApiClients, request: gr.Request) -> str:
-    """Return the visitor's name, under which uploads are stored."""
+    """Return the visitor's name, the key of its uploads."""
     return clients.owner_of(_inner(request))
 
 
 def _inner(request: gr.Request) -> Request:
     inner = request.request
-    assert inner is not None  # noqa: S101  # for the type checker: only Gradio's own client has none
+    assert inner is not None  # noqa: S101  # for the type checker: only requests of Gradio's own client have None
     return inner
 
 
@@ -49,7 +49,7 @@ class ResultsPanel:
     """The components. `jobs` holds the ids of running jobs, `shown` the receipts in the gallery, `chosen` an index.
 
     `stored_jobs` holds the ids of running jobs in the browser, so that a reloaded page continues to follow them.
-    `results` is visible once there are images; `slots` are below the fields.
+    `results` is visible when there are images; `slots` are below the fields.
     """
 
     draw: gr.Button
@@ -85,7 +85,7 @@ class ResultsPanel:
             list(shown.jobs),
             list(shown.receipts) if changed else gr.skip(),
             0 if changed else gr.skip(),
-            # So that keeping the seed keeps the one of the shown image.
+            # So that "keep the seed" uses the seed of the shown image.
             str(shown.receipts[0]["seed"]) if shown.over and shown.receipts else gr.skip(),
             [] if shown.over else list(shown.jobs) if shown.fresh else gr.skip(),
             gr.Button(DRAW, interactive=shown.over),
@@ -105,14 +105,14 @@ def buttons() -> tuple[gr.Button, gr.Button]:
 
 @dataclass(frozen=True, slots=True)
 class PanelSlots:
-    """The message area, and the results, which are hidden until there are any."""
+    """The message area, and the results, which are hidden while empty."""
 
     message: gr.HTML
     results: gr.Column
 
 
 def place(empty: str) -> PanelSlots:
-    """Add the places of the results; `empty` is the HTML shown before the first."""
+    """Add the containers of the results; `empty` is the HTML shown before the first result."""
     with gr.Column(elem_classes="sds-result"):
         return PanelSlots(gr.HTML(empty), gr.Column(visible=False))
 
@@ -120,7 +120,7 @@ def place(empty: str) -> PanelSlots:
 def panel(
     slots: ControlSlots, draw: gr.Button, cancel: gr.Button, fields: SharedControls, at: PanelSlots, *, beside: bool
 ) -> ResultsPanel:
-    """Add the results, for buttons that are elsewhere; smaller thumbnails if they are `beside` something."""
+    """Add the results; the buttons are elsewhere. With `beside`, thumbnails are smaller."""
     with at.results:
         gallery = gr.Gallery(
             label="Pictures",
@@ -133,7 +133,7 @@ def panel(
             elem_classes="sds-gallery",
         )
         made = gr.HTML()
-    # Gradio encrypts the ids with this secret. They need no protection: a job can only be read with its API key.
+    # Gradio encrypts the ids with this secret. They need no protection: only the job's API key can read a job.
     stored_jobs = gr.BrowserState([], storage_key=f"studio-{slots.tab}", secret="studio")  # noqa: S106  # protects nothing
     return ResultsPanel(
         draw=draw,
@@ -160,12 +160,12 @@ def wire(
     requests_of: Callable[..., Awaitable[list[UiRequest]]],
     js: str | None = None,
 ) -> None:
-    """Connect the events: `triggers` start the requests, Cancel ends them, and a reloaded page follows them.
+    """Connect the events: `triggers` start the requests, Cancel cancels them, and a reloaded page follows them.
 
-    `requests_of` makes the requests from the visitor's name and the inputs; `js` runs in the page before inputs are
-    sent.
+    `requests_of` returns the requests for the visitor's name and the inputs; `js` runs in the page before it sends the
+    inputs.
     """
-    # A page that is not completely rendered sends null for some fields; replace it by their initial values.
+    # A page that is not completely rendered sends null for some fields; replace null by their initial values.
     firsts = [getattr(field, "value", None) for field in inputs]
 
     async def draw(request: gr.Request, *values: Any) -> AsyncIterator[Outputs]:
