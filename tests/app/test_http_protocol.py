@@ -1,4 +1,4 @@
-"""What reads HTTP for `serve`: bounds on chunks and on the wait for a head, and no traceback for what is no HTTP."""
+"""The HTTP parser of `serve`: limits on chunks and on the time for a head, and no traceback for invalid HTTP."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ Ask = Callable[..., socket.socket]
 
 
 class Hasty(BoundedProtocol):
-    """The same, with less patience."""
+    """The same, with shorter timeouts."""
 
     head_seconds = 0.4
 
 
 async def early(scope: Scope, receive: Receive, send: Send) -> None:
-    """An application: `/early` answers before the body, `/half` begins to, `/` tells the length of the body."""
+    """An application: `/early` responds before the body, `/half` begins to, `/` returns the body's length."""
     if scope["type"] != "http":
         return
     size, more = 0, scope["path"] not in ("/early", "/half")
@@ -48,7 +48,7 @@ async def early(scope: Scope, receive: Receive, send: Send) -> None:
 
 @pytest.fixture
 def serving(capfd: pytest.CaptureFixture[str]) -> Iterator[Callable[[], int]]:
-    """Start a server with the protocol and a log of lines, which holds no traceback in the end; its port."""
+    """Start a server with this protocol and check at the end that its log has no traceback; return its port."""
     running: list[tuple[uvicorn.Server, threading.Thread, socket.socket]] = []
 
     def start() -> int:
@@ -73,7 +73,7 @@ def serving(capfd: pytest.CaptureFixture[str]) -> Iterator[Callable[[], int]]:
 
 
 def told(port: int, *parts: bytes, path: bytes = b"/") -> bytes:
-    """All that is answered to a body that comes in these pieces, until the server closes or says no more."""
+    """The whole response to a body sent in these pieces, until the server closes or stops sending."""
     with closing(socket.create_connection(("127.0.0.1", port), timeout=2)) as client:
         client.sendall(b"POST " + path + b" HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n")
         heard = b""
@@ -100,9 +100,9 @@ def told(port: int, *parts: bytes, path: bytes = b"/") -> bytes:
     ],
 )
 def test_chunks_have_a_useful_size_or_are_refused(serving: Callable[[], int], body: bytes, status: bytes) -> None:
-    """A thousand may be small, on both sides of that edge; large ones may be as many as there are.
+    """A thousand chunks may be small, on both sides of that limit; the number of large ones is unlimited.
 
-    Who goes on sending what is refused may find the connection reset before the answer is read.
+    A client that continues after a refusal may see a connection reset before it reads the response.
     """
     assert told(serving(), body)[9:12] in (status, b"" if status == b"400" else status)
 
@@ -115,7 +115,7 @@ def test_chunks_have_a_useful_size_or_are_refused(serving: Callable[[], int], bo
 def test_rubbish_in_a_body_is_refused_or_the_connection_closed(
     serving: Callable[[], int], rubbish: bytes, path: bytes
 ) -> None:
-    """Before, behind and in the midst of an answer: at most one answer, and no traceback in the log."""
+    """Before, after and during a response: at most one response, and no traceback in the log."""
     heard = told(serving(), SMALL, rubbish, path=path)
     assert heard.count(b"HTTP/1.1") <= 1
     assert heard.startswith(b"HTTP/1.1 400" if path == b"/" else b"HTTP/1.1 200") or not heard
@@ -125,7 +125,7 @@ def test_rubbish_in_a_body_is_refused_or_the_connection_closed(
 @pytest.mark.parametrize("head", [b"", b"G", b"GET / HTTP/1.1\r\nHost: a\r\n", b"GET / HTTP/1.1\r\nX: " + b"a" * 9_000])
 @pytest.mark.parametrize("second", [False, True])
 def test_a_head_that_does_not_come_closes_the_connection(serving: Callable[[], int], head: bytes, second: bool) -> None:
-    """Nothing, a letter, half of it, a long one; as the first request, and behind one that was answered."""
+    """No byte, one letter, half, a long one; as the first request, and after an answered one."""
     with closing(socket.create_connection(("127.0.0.1", serving()), timeout=20)) as client:
         if second:
             client.sendall(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
@@ -139,7 +139,7 @@ def test_a_head_that_does_not_come_closes_the_connection(serving: Callable[[], i
 
 @pytest.mark.fault(174)
 def test_a_body_that_takes_its_time_is_not_taken_for_a_head(serving: Callable[[], int]) -> None:
-    """Longer than a head may take, in pieces; and a second request on the same connection."""
+    """The body takes longer than the limit for a head; then a second request on the same connection."""
     with closing(socket.create_connection(("127.0.0.1", serving()), timeout=20)) as client:
         for _ in range(2):
             client.sendall(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 3\r\n\r\n")
@@ -154,7 +154,7 @@ def test_a_body_that_takes_its_time_is_not_taken_for_a_head(serving: Callable[[]
 
 @pytest.mark.fault(174)
 def test_a_server_answers_others_under_a_flood_of_small_chunks(live_of: Callable[..., LiveServer]) -> None:
-    """A stranger without a key is refused, and what follows of the body ends the connection at once."""
+    """An anonymous client is refused, and the rest of its body closes the connection at once."""
     live = live_of(api_keys="ann:secret-of-ann")
     port = int(live.url.rsplit(":", 1)[1])
     for path in (b"/create_and_upload_image", b"/ui/key", b"/healthz", b"/style_transfer_and_upload_image"):
@@ -164,9 +164,9 @@ def test_a_server_answers_others_under_a_flood_of_small_chunks(live_of: Callable
 
 @pytest.mark.fault(174)
 def test_what_libraries_log_is_a_line_of_json(capfd: pytest.CaptureFixture[str]) -> None:
-    """uvicorn, asyncio and any other: a warning, an error with its traceback, a message that fits no arguments."""
+    """uvicorn, asyncio and others: a warning, an error with its traceback, a message with wrong arguments."""
     configure_logging("info", "json")
-    configure_logging("info", "json")  # twice in a process: a line stays one
+    configure_logging("info", "json")  # twice in a process: each message stays one line
     logging.getLogger("uvicorn.error").warning("Invalid %s", "request")
     try:
         int("a\nb")

@@ -1,4 +1,4 @@
-"""What arrives while the server stops is answered: refused with 503 or told, never broken off. Real processes."""
+"""Requests during shutdown get a response: 503 or a result, never an aborted connection. Real processes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,10 @@ def started(folder: Path, name: str) -> Server:
 @pytest.mark.fault(157)
 @pytest.mark.parametrize("name", ["painted", "serve", "uvicorn"])
 def test_who_comes_while_the_server_stops_is_answered(tmp_path: Path, name: str) -> None:
-    """Orders are refused with Retry-After, health and jobs are told, on new and on kept connections, until it ends."""
+    """Generations get 503 with Retry-After, health and job requests succeed, on new and kept connections.
+
+    To the end.
+    """
     server = started(tmp_path, name)
     kept = httpx.Client(base_url=server.url, timeout=60)
     try:
@@ -63,7 +66,7 @@ def test_who_comes_while_the_server_stops_is_answered(tmp_path: Path, name: str)
 
 @pytest.mark.fault(157)
 def test_a_crowd_that_asks_all_the_while_is_answered_or_refused_as_a_whole(tmp_path: Path) -> None:
-    """Eight clients ask over fresh connections from before the signal to the end: no answer breaks off."""
+    """Eight clients send on new connections from before the signal to the end: no response is truncated."""
     server = started(tmp_path, "painted")
     told: list[object] = []
     over = threading.Event()
@@ -74,9 +77,9 @@ def test_a_crowd_that_asks_all_the_while_is_answered_or_refused_as_a_whole(tmp_p
             try:
                 line.connect()
             except ConnectionRefusedError:
-                return  # it listens no more
+                return  # the server no longer listens
             except OSError:
-                continue  # nobody had taken the connection
+                continue  # the server had not accepted the connection
             try:
                 line.request("GET", "/healthz")
                 told.append(line.getresponse().status)
@@ -103,6 +106,6 @@ def test_a_crowd_that_asks_all_the_while_is_answered_or_refused_as_a_whole(tmp_p
         each.join(60)
     assert len(told) > before, "asked while it stopped"
     broken = [each for each in told if each != 200]
-    # Who connects in the very moment the socket is closed is turned away by the kernel.
+    # The kernel resets connections that arrive at the moment the socket is closed.
     assert len(broken) <= 8, broken[:9]
     assert len(broken) <= len(told) / 20

@@ -1,4 +1,4 @@
-"""The files of deploy/ and .github/, by the linters and schemas of the programs they are for, where those are here."""
+"""The files of deploy/ and .github/, checked by the linters and schemas of their programs, where installed."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def ran(*command: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_dockerfile_is_what_its_linter_wants() -> None:
-    """Hadolint has nothing to say."""
+    """Hadolint reports nothing."""
     done = ran(BIN / "hadolint", "deploy/Dockerfile")
     assert (done.returncode, done.stdout) == (0, "")
 
 
 def test_all_that_the_dockerfile_copies_is_there_and_sent_to_the_builder() -> None:
-    """No COPY of a file that is missing, or that .dockerignore keeps away."""
+    """No COPY of a file that is missing, or that .dockerignore excludes."""
     ignore = (ROOT / ".dockerignore").read_text().split("\n")
     sent = {path for pattern in ignore if pattern.startswith("!/") for path in ROOT.glob(pattern[2:])}
     copied = [
@@ -56,7 +56,7 @@ def test_all_that_the_dockerfile_copies_is_there_and_sent_to_the_builder() -> No
 
 
 def test_the_image_runs_as_a_user_and_asks_for_its_health() -> None:
-    """Not as root, with a health check, and with volumes for what must outlive it and for weights."""
+    """Not root, with a HEALTHCHECK, and with volumes for state and weights."""
     assert re.findall(r"^USER (\S+)", DOCKERFILE, re.M) == ["10001"]
     assert "HEALTHCHECK" in DOCKERFILE
     assert "/healthz" in DOCKERFILE
@@ -64,7 +64,7 @@ def test_the_image_runs_as_a_user_and_asks_for_its_health() -> None:
 
 
 def test_the_image_is_built_of_the_locked_versions() -> None:
-    """What the Dockerfile's own command takes from requirements.lock pins whatever is asked for, torch too."""
+    """What the Dockerfile installs from requirements.lock pins every requirement, torch too."""
     (command,) = re.findall(r"^RUN (grep .*?) > versions\.txt", DOCKERFILE, re.M)
     pinned = dict(line.split("==") for line in ran("/bin/sh", "-c", command).stdout.splitlines())
     files = [ROOT / f"{name}-requirements.txt" for name in ("server", "ui")]
@@ -100,7 +100,7 @@ def test_the_workflow_calls_what_is_there() -> None:
 
 
 def test_the_unit_is_what_systemd_wants(tmp_path: Path) -> None:
-    """`systemd-analyze verify` says nothing, with an interpreter that is there in the place of the installed one."""
+    """`systemd-analyze verify` reports nothing, with an existing interpreter in place of the installed one."""
     analyze = shutil.which("systemd-analyze") or pytest.skip("systemd is not here")
     unit = tmp_path / UNIT.name
     unit.write_text(UNIT.read_text().replace("/opt/stable-diffusion-server/bin/python", sys.executable))
@@ -110,7 +110,7 @@ def test_the_unit_is_what_systemd_wants(tmp_path: Path) -> None:
 
 
 def test_the_kubernetes_example_is_whole_and_asks_for_what_there_is() -> None:
-    """Its Serve configuration has only options of `Scale`, pods are drained longer than jobs, mounts have volumes."""
+    """Its Serve configuration has only options of `Scale`, pods drain longer than jobs run, mounts have volumes."""
     claim, service = yaml.safe_load_all((ROOT / "deploy" / "kuberay.yaml").read_text())
     assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
     serve = yaml.safe_load(service["spec"]["serveConfigV2"])

@@ -1,4 +1,4 @@
-"""Two replicas under Ray Serve, as one command starts them. Needs `RAY_PYTHON`, a Python with Ray (`make ray-test`)."""
+"""Two replicas under Ray Serve, started by one command. Needs `RAY_PYTHON`, a Python with Ray (`make ray-test`)."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def accepted(server: Server, **order: Any) -> str:
 
 
 def test_equal_orders_at_once_are_one_object_and_distinct_ones_their_own(both: Server) -> None:
-    """Whoever of the two is asked: one address for the equal ones, a file of its own for each other."""
+    """On either replica: one URL for the equal requests, a separate file for each other."""
     with ThreadPoolExecutor(12) as pool:
         equal = list(pool.map(lambda _: asked(both, seed=1, save_path="ray/equal.webp"), range(6)))
         distinct = list(pool.map(lambda seed: asked(both, seed=seed), range(100, 106)))
@@ -70,7 +70,7 @@ def test_equal_orders_at_once_are_one_object_and_distinct_ones_their_own(both: S
 
 
 def test_a_job_is_told_of_by_whoever_is_asked(both: Server) -> None:
-    """Twenty new connections, two replicas: the job is known to all, and its events end with it."""
+    """Twenty new connections, two replicas: each knows the job, and its events end."""
     where = accepted(both, seed=2, num_inference_steps=8)
     statuses = [httpx.get(f"{both.url}{where}").status_code for _ in range(20)]
     assert statuses == [200] * 20
@@ -79,7 +79,7 @@ def test_a_job_is_told_of_by_whoever_is_asked(both: Server) -> None:
 
 
 def test_a_full_house_says_when_to_come_back(both: Server) -> None:
-    """More orders than two queues hold: some are drawn, the rest is refused with Retry-After, none fails."""
+    """More requests than two queues hold: some succeed, the rest gets Retry-After, none fails."""
     with ThreadPoolExecutor(60) as pool:
         answers = list(pool.map(lambda seed: asked(both, seed=seed, num_inference_steps=30), range(1000, 1060)))
     assert {answer.status_code for answer in answers} == {200, 429}
@@ -87,7 +87,7 @@ def test_a_full_house_says_when_to_come_back(both: Server) -> None:
 
 
 def test_a_replica_that_is_killed_loses_no_accepted_job(both: Server, tmp_path: Path) -> None:
-    """The one that takes its place goes on with what it had accepted; meanwhile nobody calls a job unknown."""
+    """The replacement continues its accepted jobs; meanwhile no replica reports a job as unknown."""
     places = [accepted(both, seed=seed, num_inference_steps=20) for seed in range(2000, 2012)]
     victims = replicas(both)
     assert len(victims) == 2
@@ -100,13 +100,13 @@ def test_a_replica_that_is_killed_loses_no_accepted_job(both: Server, tmp_path: 
         return all(answer.status_code == 200 and answer.json()["state"] == "done" for answer in answers)
 
     until(ended, 240)
-    # A question that is in a replica's hands when it dies is answered 500 by Ray's own proxy.
+    # Ray's own proxy answers 500 for a request whose replica dies.
     assert seen <= {200, 500, 503}
     until(lambda: len(replicas(both)) == 2, 120)
 
 
 def test_the_kubernetes_examples_application_is_one_that_ray_builds() -> None:
-    """Ray's own schema takes its Serve configuration, and the application is made with its arguments."""
+    """Ray's own schema accepts its Serve configuration, and the application is built with its arguments."""
     code = """
 import pathlib, yaml
 from ray.serve.schema import ServeDeploySchema

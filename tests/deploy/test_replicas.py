@@ -1,4 +1,4 @@
-"""A replica's folder, its jobs asked for elsewhere, and its end: the application twice in this process, without Ray."""
+"""Replicas: state folders, job requests across replicas, shutdown. Two applications in this process, without Ray."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SMALL = {"width": 64, "height": 64}
 
 
 class Neighbours:
-    """The other replicas of this process, asked as Ray asks them: who has it, then that one alone."""
+    """The other replicas of this process, addressed as through Ray: who has it, then that one alone."""
 
     def __init__(self) -> None:
         self.hosts: dict[int, ReplicaApp] = {}
@@ -50,7 +50,7 @@ class Neighbours:
 async def replica(
     folder: Path, neighbours: Neighbours, squares: FakeDenoiser | None = None
 ) -> AsyncIterator[tuple[ReplicaLease, httpx.AsyncClient, Any]]:
-    """One replica that can draw, its client and its application."""
+    """One ready replica, its client and its application."""
     shared = settings_in(folder)
     claim = ReplicaLease(shared.data_dir)
     app = create_app(claim.settings(shared), load=lambda settings: squares or FakeDenoiser())
@@ -81,7 +81,7 @@ async def lived_through(host: ReplicaApp) -> AsyncIterator[None]:
 
 
 def test_replicas_have_folders_of_their_own_and_one_with_a_journal_is_taken_up_first(tmp_path: Path) -> None:
-    """No two living ones share a folder; what a replica left behind is found by the next."""
+    """No two live ones share a folder; the next replica takes over what an ended one left."""
     first, second = ReplicaLease(tmp_path), ReplicaLease(tmp_path)
     assert (first.number, second.number, second.tag) == (0, 1, "r1-")
     second.folder.mkdir()
@@ -92,7 +92,7 @@ def test_replicas_have_folders_of_their_own_and_one_with_a_journal_is_taken_up_f
 
 
 def test_a_replica_that_is_killed_leaves_its_folder_to_the_next(tmp_path: Path) -> None:
-    """The lock is the kernel's, so SIGKILL ends it."""
+    """The kernel holds the lock, so SIGKILL releases it."""
     code = "import pathlib, time; from deploy.replicas import ReplicaLease\n"
     code += f"c = ReplicaLease(pathlib.Path({str(tmp_path)!r})); "
     code += "print(c.number, flush=True); time.sleep(60)"
@@ -120,7 +120,7 @@ def scope_of(path: str, client: str = "10.0.0.1", **headers: str) -> dict[str, A
 
 
 def test_requests_stick_to_what_they_are_about_and_orders_to_nothing() -> None:
-    """A job by its id, a repeat by its key, a studio by its client; a plain order goes to whoever is less busy."""
+    """A job by its id, a replay by its key, a UI session by its client; other requests go to the less busy replica."""
     assert sticks_to(scope_of("/jobs/r3-abc/events")) == "r3-abc"
     assert sticks_to(scope_of(CREATE, idempotency_key="k" * 20)) == "k" * 20
     assert sticks_to(scope_of(CREATE, x_job_id="j" * 20)) == sticks_to(scope_of(f"/jobs/{'j' * 20}"))
@@ -140,7 +140,7 @@ def test_a_replica_that_goes_moves_only_what_was_its_own() -> None:
 
 
 async def test_any_replica_answers_for_a_job_of_another(tmp_path: Path) -> None:
-    """Its state, its events and its cancelling come out right at a replica that did not accept it."""
+    """State, events and cancellation work on a replica that did not accept the job."""
     neighbours = Neighbours()
     gate = threading.Event()
     squares = FakeDenoiser(gate=gate)
@@ -163,7 +163,7 @@ async def test_any_replica_answers_for_a_job_of_another(tmp_path: Path) -> None:
 
 
 async def test_a_job_of_a_replica_that_is_away_is_not_called_unknown(tmp_path: Path) -> None:
-    """503 with Retry-After while nobody holds its folder; told again by the one that takes the folder up."""
+    """503 with Retry-After while no replica holds its folder; found again through the one that takes it over."""
     neighbours = Neighbours()
     async with replica(tmp_path, neighbours) as (_, other, _):
         async with replica(tmp_path, neighbours) as (gone, one, _):
@@ -180,7 +180,7 @@ async def test_a_job_of_a_replica_that_is_away_is_not_called_unknown(tmp_path: P
 
 
 async def test_a_replica_that_is_stopped_ends_its_accepted_jobs_first(tmp_path: Path) -> None:
-    """Jobs that wait are drawn before the application goes down, and the folder is free afterwards."""
+    """Waiting jobs finish before the application stops, and then the folder is free."""
     neighbours = Neighbours()
     squares = FakeDenoiser(seconds_per_step=0.01)
     async with replica(tmp_path, neighbours, squares) as (claim, client, app):
@@ -199,7 +199,7 @@ async def test_a_replica_that_is_stopped_ends_its_accepted_jobs_first(tmp_path: 
 def test_a_replica_is_replaced_for_its_device_and_not_for_its_storage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: float
 ) -> None:
-    """A failed engine, or silence with work in hand, is a reason; being idle is none, nor is a clock that is set."""
+    """A failed engine, or silence with running work, is a reason; being idle is none, nor is a changed clock."""
     settings = settings_in(tmp_path, watchdog_timeout=60.0)
     engine = SimpleNamespace(state=EngineState.READY, reason="", running=1)
     app: Any = SimpleNamespace(state=SimpleNamespace(engine=engine))
@@ -216,7 +216,7 @@ def test_a_replica_is_replaced_for_its_device_and_not_for_its_storage(
     assert health.fault(app) == ""
     monkeypatch.setattr(time, "monotonic", lambda: steady() + 61)
     assert "no sign of life" in health.fault(app)
-    os.utime(progress, (1, 1))  # a sign of life, dated by a clock that was set back
+    os.utime(progress, (1, 1))  # a heartbeat with the time of a clock that was set back
     assert health.fault(app) == ""
     monkeypatch.setattr(time, "monotonic", lambda: steady() + 122)
     assert "no sign of life" in health.fault(app)

@@ -1,4 +1,4 @@
-"""The wheel, built and installed into an environment of its own outside the tree, draws and serves."""
+"""The wheel, built and installed into a separate environment outside the tree, generates and serves."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ ORDER = {"prompt": "a red circle on a blue background", "width": 256, "height": 
 
 
 def ran(*command: str | Path, cwd: Path, **environment: str) -> str:
-    """What a command prints, in an environment that knows nothing of this tree."""
+    """Output of a command, in an environment that does not see this tree."""
     kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
-    # What installs is told where packages come from, in ways of which there are many; and never of this tree.
+    # Package indexes can be configured in many ways, which the environment keeps; variables of this tree are removed.
     tools = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
     tools.setdefault("UV_FIND_LINKS", os.environ.get("PIP_FIND_LINKS", ""))
     done = subprocess.run(  # noqa: S603  # our own commands
@@ -44,7 +44,7 @@ def ran(*command: str | Path, cwd: Path, **environment: str) -> str:
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
-    """Build the wheel, install it, and run its console command in a folder of its own."""
+    """Build the wheel, install it, and run its console command in a separate folder."""
     if not UV.is_file():
         pytest.skip("uv, which `make` installs, is not beside this interpreter")
     folder = tmp_path_factory.mktemp("wheel")
@@ -64,7 +64,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
 
 
 def test_the_version_is_written_in_one_place(installed: Callable[..., str]) -> None:
-    """The package, its metadata and the command agree, and the package is the installed one."""
+    """The package, its metadata and the command agree, and the imported package is the installed one."""
     code = "import importlib.metadata as m, stable_diffusion_server as s; "
     code += "print(m.version('stable-diffusion-server'), s.__version__, s.__file__)"
     metadata, attribute, file = installed("-c", code, program="python").split()
@@ -75,7 +75,7 @@ def test_the_version_is_written_in_one_place(installed: Callable[..., str]) -> N
 
 
 def test_the_installed_command_draws_what_is_asked(installed: Callable[..., str]) -> None:
-    """The embedded models came along: both draw, and the picture has the colours of its prompt."""
+    """The embedded models are in the wheel: both work, and the image has the colours of its prompt."""
     assert "embedded-sdxl" in installed("models")
     for model in ("sdxl", "flux"):
         size = ("--width", "256", "--height", "256", "--seed", "3")
@@ -88,7 +88,7 @@ def test_the_installed_command_draws_what_is_asked(installed: Callable[..., str]
 
 
 def test_the_pages_commands_work_as_printed(installed: Callable[..., str]) -> None:
-    """Those that docs/commands.md says this file runs; `serve`, which does not end, is the next test's."""
+    """Those that docs/commands.md assigns to this file; the next test runs `serve`, which does not end."""
     printed = [block for block in blocks() if block.elsewhere == "tests/deploy/test_wheel.py"]
     lines = [shlex.split(line) for block in printed for line in block.text.splitlines()]
     assert {line[0] for line in lines} == {"stable-diffusion-server"}
@@ -99,7 +99,7 @@ def test_the_pages_commands_work_as_printed(installed: Callable[..., str]) -> No
 
 
 def test_the_installed_command_serves(installed: Callable[..., str]) -> None:
-    """`serve` draws, stores and answers from what is stored, in an environment without the studio."""
+    """`serve` generates, stores and returns stored images, in an environment without the UI."""
     port, folder = free_port(), installed.folder  # type: ignore[attr-defined]  # as above
     command = folder.parent / "env" / "bin" / "stable-diffusion-server"
     server = start_server(folder, port, str(command), "serve", PORT=str(port), PYTHONPATH="")
@@ -108,7 +108,7 @@ def test_the_installed_command_serves(installed: Callable[..., str]) -> None:
         assert [answer.status_code for answer in answers] == [200, 200]
         assert [answer.json()["cached"] for answer in answers] == [False, True]
         assert httpx.get(answers[0].json()["path"]).headers["content-type"] == "image/webp"
-        # The studio is an extra: where it is not installed, its page says so, and everything else serves.
+        # The UI is an extra: where it is not installed, its page says so, and everything else works.
         assert httpx.get(f"{server.url}/ui/", follow_redirects=True).status_code in (200, 503)
     finally:
         server.stop()

@@ -1,7 +1,7 @@
-"""The catalogue of faults and bad inputs, row by row, and which tests say they cover which. Runs no test.
+"""The catalogue of faults and bad inputs by row, and which tests cover which row. Runs no test.
 
 A test is bound to rows by `@pytest.mark.fault(12)`, on the function or on one of its parameters; several numbers and
-"40b" are allowed. Tests stay where the tests of their room are. `scripts/fault_table.py` runs them all and writes
+"40b" are allowed. Tests stay in the folder of their package. `scripts/fault_table.py` runs them all and writes
 `docs/robustness-tests.md`.
 """
 
@@ -17,7 +17,7 @@ TESTS = Path(__file__).resolve().parent.parent
 PAGE = TESTS.parent / "docs" / "robustness-tests.md"
 _LINE = re.compile(r"^\| (\w*) \| (.*) \| `(tests/\S+)` \| (.+) \|$", re.MULTILINE)
 
-# What is done to the server, in the words of the table.
+# The fault, in the words of the table.
 GROUPS: dict[str, dict[str, str]] = {
     "Request shape": {
         "1": "the prompt is missing",
@@ -200,12 +200,12 @@ ROWS: dict[str, str] = {number: text for rows in GROUPS.values() for number, tex
 
 @cache
 def marked() -> dict[str, tuple[str, ...]]:
-    """The tests that carry the mark, as `tests/room/test_file.py::test_name` → their rows, read from the source."""
+    """The tests with the mark, as `tests/folder/test_file.py::test_name` → their rows, read from the source."""
     return {name: rows for path in sorted(TESTS.rglob("test_*.py")) for name, rows in _marked_in(path)}
 
 
 def told() -> dict[str, dict[str, str]]:
-    """What the page tells: row → its tests and their results. Raises `ValueError` for a row it words otherwise."""
+    """The content of the page: row → its tests and their results. Raises `ValueError` for a row with other words."""
     found: dict[str, dict[str, str]] = {}
     row = ""
     for number, text, test, result in _LINE.findall(PAGE.read_text()):

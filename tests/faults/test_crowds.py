@@ -1,4 +1,4 @@
-"""Clients that do nothing, or everything slowly, by the hundred: the others are served as ever. Painted squares."""
+"""Hundreds of idle or slow clients: others are served as usual. Fake model."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def connected(server: Server, stack: ExitStack) -> socket.socket:
 
 
 def draws(server: Server, name: str) -> bool:
-    """Whether a picture is drawn, and the server says that it lives, all the while."""
+    """Whether an image is generated, and the server stays live, all the while."""
     asked = {**ORDER, "save_path": f"{name}.webp"}
     with httpx.Client(base_url=server.url, timeout=60) as client:
         return client.get("/healthz").status_code == client.get(CREATE, params=asked).status_code == 200
@@ -44,7 +44,7 @@ def draws(server: Server, name: str) -> bool:
 
 @pytest.mark.fault(63)
 def test_a_thousand_connections_that_say_nothing_cost_the_others_nothing(painted: Server) -> None:
-    """They are held, a picture is drawn beside them, and their descriptors are given back when they go."""
+    """The server holds them, generates an image meanwhile, and frees their descriptors when they close."""
     before = _descriptors(painted)
     with ExitStack() as stack:
         for _ in range(1000):
@@ -57,7 +57,7 @@ def test_a_thousand_connections_that_say_nothing_cost_the_others_nothing(painted
 
 @pytest.mark.fault(63)
 def test_bodies_that_come_byte_by_byte_hold_no_place_in_the_queue(painted: Server) -> None:
-    """A hundred orders of which a byte comes now and then: none is begun, and whoever asks properly is drawn for."""
+    """A hundred requests that send a byte now and then: none starts, and normal requests are served."""
     with ExitStack() as stack:
         slow = [connected(painted, stack) for _ in range(100)]
         for each in slow:
@@ -72,7 +72,7 @@ def test_bodies_that_come_byte_by_byte_hold_no_place_in_the_queue(painted: Serve
 
 @pytest.mark.fault(63)
 def test_readers_that_do_not_read_hold_up_nobody(painted: Server) -> None:
-    """Two hundred ask for a picture and leave the answer in the line; memory stays bounded by the lines' buffers."""
+    """Two hundred request an image and do not read it; memory stays bounded by the socket buffers."""
     assert draws(painted, "popular")
     asked = b"GET /files/static/uploads/popular.webp HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
     with ExitStack() as stack:
@@ -86,7 +86,7 @@ def test_readers_that_do_not_read_hold_up_nobody(painted: Server) -> None:
 
 @pytest.mark.fault(63)
 def test_a_connection_that_is_kept_open_without_use_is_closed_at_last(painted: Server) -> None:
-    """Whoever asked once and stays is hung up on after the keep-alive time, so lines are not held for ever."""
+    """An idle client is disconnected after the keep-alive time, so connections are not held forever."""
     with ExitStack() as stack:
         line = connected(painted, stack)
         line.sendall(b"GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")

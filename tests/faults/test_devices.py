@@ -1,4 +1,4 @@
-"""A device that has no memory, is lost, or cannot compile: its callers are told, and the next are drawn for."""
+"""A device without memory, a lost device, a missing compiler: callers get an error, and the next requests succeed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 
 CREATE = "/create_and_upload_image"
 ORDER = {"prompt": "a red square", "width": 64, "height": 64}
-# Takes so much of the device's free memory, says so, and holds it until it is told to go.
+# Allocates so much of the device's free memory, prints a line, and holds it until told to exit.
 _HOG = """
 import sys, torch
 free, _ = torch.cuda.mem_get_info()
@@ -34,7 +34,7 @@ sys.stdin.read()
 
 @pytest.mark.fault(51, 52)
 def test_while_another_takes_the_memory_callers_are_told_to_come_back(run_app: Callable[..., RunningApp]) -> None:
-    """503 with Retry-After and nothing stored; when the other has gone, the same order is drawn."""
+    """503 with Retry-After and nothing stored; when the other program has ended, the same request succeeds."""
     painter = OutOfMemoryDenoiser(room=0)
     running_app = run_app(painter)
     refused = running_app.draw(prompt="a red square", save_path="a.webp")
@@ -50,7 +50,7 @@ def test_while_another_takes_the_memory_callers_are_told_to_come_back(run_app: C
 @pytest.mark.fault(53)
 @pytest.mark.skipif(not Path("/proc").exists(), reason="finds the watchdog's child in /proc")
 def test_a_server_that_loses_its_device_is_replaced(tmp_path: Path) -> None:
-    """The caller is told to come back, the process ends with its own status, and the next one draws."""
+    """The caller gets a retryable error, the process ends with its own status, and the next one generates."""
     port = free_port()
     server = start_server(tmp_path, port, *WATCHED, *SERVE, PORT=str(port))
     try:
@@ -69,7 +69,7 @@ def test_a_server_that_loses_its_device_is_replaced(tmp_path: Path) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("share", [0.95, 0.999])
 def test_a_device_that_another_has_filled_is_used_as_it_is_or_refused_in_a_sentence(share: float) -> None:
-    """What is left decides where the weights live; too little is told by figures, and is no crash."""
+    """The remaining memory decides the placement; too little is an error with both numbers, not a crash."""
     torch = pytest.importorskip("torch")
     if not torch.cuda.is_available():
         pytest.skip("needs CUDA")
@@ -87,7 +87,7 @@ def test_a_device_that_another_has_filled_is_used_as_it_is_or_refused_in_a_sente
 @pytest.mark.fault(59)
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method:DeprecationWarning")  # torch's own, when it compiles
 def test_without_a_compiler_the_model_draws_as_it_is(families: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """PERFORMANCE=compile where nothing can be compiled: the first picture comes all the same, and is the usual one."""
+    """PERFORMANCE=compile where nothing can be compiled: the first image is generated, and is the usual one."""
     import torch._inductor.config as compiling
     from drawing import draw, job_for, psnr
 

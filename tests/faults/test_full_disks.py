@@ -1,4 +1,4 @@
-"""A disk that is full, read-only or broken is a storage that is down: what was accepted waits and is drawn at last."""
+"""A full, read-only or broken disk counts as a storage outage: accepted jobs wait and finally run."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def accepted(client: httpx.Client, number: int) -> str:
 
 @pytest.fixture
 def quick_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Jobs that wait for a disk try again soon."""
+    """Shortens the retry interval of jobs that wait for a disk."""
     monkeypatch.setattr("stable_diffusion_server.jobs.worker._STORAGE_RETRY_SECONDS", 0.2)
 
 
@@ -45,7 +45,7 @@ def test_jobs_wait_for_a_disk_that_takes_nothing(
 ) -> None:
     """Six accepted, then every write to the disk fails: none of them fails, new ones are refused, /readyz says why.
 
-    The disk's own error is raised where files are made sure of, since a test cannot break a disk in each way.
+    The disk error is raised where files are synced, since a test cannot break a disk in each way.
     """
     running_app = run_app(FakeDenoiser(seconds_per_step=0.1))
     jobs = [accepted(running_app.client, number) for number in range(6)]
@@ -63,7 +63,7 @@ def test_jobs_wait_for_a_disk_that_takes_nothing(
     refused = running_app.client.post(CREATE, json=order(7), headers=ASYNC)
     assert (refused.status_code, refused.json()["type"].rsplit(":", 1)[1]) == (503, "storage-unavailable")
     assert refused.headers["retry-after"]
-    time.sleep(1)  # some turns of the jobs
+    time.sleep(1)  # some retries of the jobs
     states = {running_app.client.get(job).json()["state"] for job in jobs}
     assert states <= {"queued", "running", "done"}, states
     broken = False
@@ -77,7 +77,7 @@ def test_jobs_wait_for_a_disk_that_takes_nothing(
 def test_a_job_that_waits_for_the_disk_can_be_cancelled_and_has_its_deadline(
     run_app: Callable[..., RunningApp], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Waiting is no prison: cancelled by its id, or ended by its own timeout, while the disk is still full."""
+    """Cancelled by its id, or ended by its own timeout, while the disk is still full."""
     running_app = run_app(FakeDenoiser(seconds_per_step=0.05))
     late = running_app.client.post(CREATE, json={**order(1), "timeout": 3}, headers=ASYNC).headers["location"]
     other = accepted(running_app.client, 2)
@@ -96,7 +96,7 @@ def test_jobs_wait_when_neither_the_bucket_nor_the_spool_takes_anything(
     rascal_before: Callable[[StorageServer], MisbehavingStore],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The bucket down and DATA_DIR full: the same as a full folder, and mended by either of the two."""
+    """The bucket down and DATA_DIR full: the same as a full folder; recovery of either is enough."""
     rascal, name = rascal_before(s3_server), make_s3_bucket(s3_server)
     keys = {key: value.get_secret_value() for key, value in KEYS.items()}
     where = {"storage_provider": "r2", "bucket_name": name, "r2_endpoint_url": rascal.url, "storage_timeout": 3.0}
@@ -104,7 +104,7 @@ def test_jobs_wait_when_neither_the_bucket_nor_the_spool_takes_anything(
     jobs = [accepted(running_app.client, number) for number in range(4)]
     rascal.rule = lambda method, path, headers: "close"
     monkeypatch.setattr("stable_diffusion_server.files.disk_space.MIN_FREE_BYTES", 2**70)
-    running_app.client.post(CREATE, json=order(9))  # finds out that the bucket is down
+    running_app.client.post(CREATE, json=order(9))  # detects that the bucket is down
     until(lambda: running_app.client.get("/readyz").status_code == 503, 60)
     assert running_app.client.post(CREATE, json=order(7), headers=ASYNC).status_code == 503
     assert not [job for job in jobs if running_app.client.get(job).json()["state"] == "failed"]
@@ -118,7 +118,7 @@ _ON_A_SMALL_DISK = 'mount -t tmpfs -o size=40m none "$1" || exit 77; shift; exec
 
 @pytest.fixture
 def on_a_small_disk(tmp_path: Path) -> Iterator[tuple[str, Path]]:
-    """A server whose bucket is on a disk of 40 MB of its own: its URL, and the disk as it is seen from outside."""
+    """A server whose bucket is on a separate disk of 40 MB: its URL, and the disk as seen from outside."""
     if shutil.which("unshare") is None:
         pytest.skip("makes a disk in a namespace of Linux")
     mounted, port = tmp_path / "disk", free_port()
@@ -152,7 +152,7 @@ def ready(port: int) -> bool:
 
 @pytest.mark.fault(137)
 def test_a_bucket_on_a_full_disk_loses_no_accepted_job(on_a_small_disk: tuple[str, Path]) -> None:
-    """A real disk, filled while twelve jobs wait, with room again after a while: all twelve are done, none failed."""
+    """A real disk, filled while twelve jobs wait, and freed after a while: all twelve are done, none failed."""
     url, disk = on_a_small_disk
     with httpx.Client(base_url=url, timeout=60) as client:
         jobs = [accepted(client, number) for number in range(12)]
@@ -167,7 +167,7 @@ def test_a_bucket_on_a_full_disk_loses_no_accepted_job(on_a_small_disk: tuple[st
         assert full == errno.ENOSPC
         until(lambda: client.get("/readyz").status_code == 503, 90)
         new = [client.post(CREATE, json=order(50 + n), headers=ASYNC).status_code for n in range(3)]
-        time.sleep(8)  # longer than a job's pause
+        time.sleep(8)  # longer than a job's retry interval
         waiting = [client.get(job).json()["state"] for job in jobs]
         ballast.unlink()
         until(lambda: client.get("/readyz").status_code == 200, 90)

@@ -1,4 +1,4 @@
-"""Every signal to every process of a watched server, idle and at work: what was accepted is drawn. Painted squares."""
+"""Every signal to every process of a watched server, idle and busy: accepted jobs finish. Fake model."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def alive(pid: int) -> bool:
 
 
 def struck(server: Server, target: str, number: signal.Signals, port: int) -> Server:
-    """The server after a signal to a part of it: started again by its watchdog, or by us where that is gone too."""
+    """The server after a signal to one of its processes: restarted by its watchdog, or by us if that has ended too."""
     worker, watchdog = child_of(server.process), server.process.pid
     assert worker is not None
     for pid in {"worker": [worker], "watchdog": [watchdog], "tree": [watchdog, worker]}[target]:
@@ -49,9 +49,9 @@ def struck(server: Server, target: str, number: signal.Signals, port: int) -> Se
 @pytest.mark.parametrize("target", ["worker", "watchdog", "tree"])
 @pytest.mark.parametrize("load", [0, 4])
 def test_whatever_is_killed_what_was_accepted_is_drawn(tmp_path: Path, target: str, load: int) -> None:
-    """Three signals one after the other; each time the server comes back and every accepted job ends with its picture.
+    """Three signals in sequence; each time the server restarts and every accepted job ends with its image.
 
-    Idle, the jobs had ended before and are still there; at work, one of them is under way. None is drawn three times.
+    Idle: the jobs ended before and are still there. Busy: one of them is running. None is generated three times.
     """
     port = free_port()
     server = start_server(tmp_path, port, *WATCHED, *SERVE, PORT=str(port))

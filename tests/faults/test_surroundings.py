@@ -1,4 +1,4 @@
-"""What the machine may do to a server: no weights, no room, a disk that is read-only, a clock that jumps."""
+"""Faults of the machine: no weights, no space, a read-only disk, a clock that jumps."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def of_another_class(models: Path) -> None:
 def test_a_server_without_sound_weights_says_so_and_serves_the_rest(
     tmp_path: Path, damage: Callable[[Path], None], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """The process lives, /readyz names the model, orders get 503, and no stack trace is shown to anyone."""
+    """The process stays up, /readyz names the model, requests get 503, and nobody sees a stack trace."""
     models = tmp_path / "models"
     for name in ("embedded-sdxl", "embedded-flux"):
         shutil.copytree(ROOT / "models" / name, models / name)
@@ -60,7 +60,7 @@ def test_a_server_without_sound_weights_says_so_and_serves_the_rest(
     assert "Traceback" not in "".join(capfd.readouterr())
 
 
-# A disk of its own, as full or as read-only as the test wants it, that no other process sees.
+# A private disk, full or read-only as the test needs it, that no other process sees.
 _ON_A_DISK = """
 mount -t tmpfs -o size=1m none "$1" || exit 77
 case "$2" in
@@ -76,7 +76,7 @@ exec "$@"
 @pytest.mark.skipif(shutil.which("unshare") is None, reason="makes a disk in a namespace of Linux")
 @pytest.mark.parametrize("disk", ["read-only", "full"])
 def test_a_server_whose_disk_takes_nothing_starts_and_says_so(tmp_path: Path, disk: str) -> None:
-    """DATA_DIR cannot be written: /healthz answers, a job is refused with 503, and nothing is accepted in vain."""
+    """DATA_DIR cannot be written: /healthz answers, a job is refused with 503, and nothing is accepted and lost."""
     port, mounted = free_port(), tmp_path / "disk"
     mounted.mkdir()
     command = ["unshare", "-rm", "sh", "-c", _ON_A_DISK, "sh", str(mounted), disk]
@@ -119,7 +119,7 @@ def answers(port: int, path: str) -> bool:
 def test_a_clock_that_jumps_while_pictures_are_drawn_changes_nothing(
     run_app: Callable[..., RunningApp], monkeypatch: pytest.MonkeyPatch, jump: float
 ) -> None:
-    """Back an hour, or on for a year: orders with a timeout are drawn, jobs end, and what is stored is found."""
+    """Back an hour, or forward a year: requests with a timeout succeed, jobs end, and stored images are found."""
     running_app = run_app(FakeDenoiser(seconds_per_step=0.02), rate_limit="1000/minute")
     asked: dict[str, Any] = {"timeout": 30, "save_path": "before.webp"}
     answer = running_app.client.post(CREATE, json={**ORDER, **asked}, headers={"Prefer": "respond-async"})

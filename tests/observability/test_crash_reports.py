@@ -1,4 +1,7 @@
-"""Why a process ended, whose jobs that counts against, and that killing it proves nothing. Real processes die here."""
+"""Crash reports: why a process ended, which jobs that counts against, and that a kill is not their fault.
+
+Real processes.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +47,7 @@ record = DeviceRecord(Path("."))
 record.begin()
 record.occupied(["job-1", ""], False)
 """
-# How a process ends, and whose doing that is: with its exit status known, and without.
+# How a process ends, and the cause: with a known exit status, and without.
 ENDS = {
     "os.kill(os.getpid(), signal.SIGKILL)": (CrashCause.OUTSIDE, CrashCause.OUTSIDE),
     "os.kill(os.getpid(), signal.SIGTERM)": (CrashCause.OUTSIDE, CrashCause.OUTSIDE),
@@ -63,7 +66,7 @@ ENDS = {
 
 
 def died(folder: Path, ending: str) -> int:
-    """The exit status of a process that had two jobs on the device and ended so."""
+    """Exit status of a process that had two jobs on the device and ended this way."""
     done = subprocess.run(  # noqa: S603  # our own interpreter on a program written here
         [sys.executable, "-c", textwrap.dedent(RECORD) + ending],
         cwd=folder,
@@ -79,7 +82,7 @@ def died(folder: Path, ending: str) -> int:
 @pytest.mark.parametrize("watched", [True, False])
 @pytest.mark.parametrize("ending", ENDS)
 def test_it_is_known_whose_doing_an_end_was(tmp_path: Path, ending: str, watched: bool) -> None:
-    """Signals from people are nobody's fault, crashes are the process's own; a stop in good order leaves nothing."""
+    """Signals from people are nobody's fault, crashes are the process's own; an orderly stop leaves no report."""
     cause = ENDS[ending][0 if watched else 1]
     status = died(tmp_path, ending)
     if watched and cause is not CrashCause.NONE:
@@ -94,7 +97,7 @@ def test_it_is_known_whose_doing_an_end_was(tmp_path: Path, ending: str, watched
 @pytest.mark.fault(159)
 @LINUX
 def test_a_hang_and_a_kill_for_memory_are_the_servers_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both end by KILL: the watchdog knows the one, the kernel has counted the other."""
+    """Both end by SIGKILL: the watchdog knows of the first, the kernel has counted the second."""
     status = died(tmp_path, "os.kill(os.getpid(), signal.SIGKILL)")
     assert report_crash(tmp_path, "", 128 - status, hung=True) is CrashCause.OWN
     assert last_crash(tmp_path).cause is CrashCause.OWN
@@ -114,7 +117,7 @@ def test_a_hang_and_a_kill_for_memory_are_the_servers_own(tmp_path: Path, monkey
 @pytest.mark.parametrize("name", [crash_reports.DEVICE_FILE, crash_reports.EXIT_FILE, crash_reports.TRACEBACK_FILE])
 @pytest.mark.parametrize("damage", ["garbage", "empty", "folder", "other JSON", "deep", "cut"])
 def test_damaged_records_of_a_death_hold_up_nothing(tmp_path: Path, name: str, damage: str) -> None:
-    """Whatever stands there: the next process begins, keeps its record, and the one after that reads it."""
+    """With any content in the file: the next process starts and writes its own, and the one after that reads it."""
     if not (tmp_path / name).exists():
         (tmp_path / name).touch()
     whole = json.dumps({"run": "x", "on_device": ["job-1"], "alone": True, "killed": {}, "status": 3}).encode()
@@ -139,7 +142,7 @@ def entry(name: str, state: JobState = JobState.QUEUED, deaths: int = 0) -> JobR
 
 @pytest.mark.fault(150, 151)
 def test_only_what_was_on_the_device_is_blamed_and_only_alone_when_suspected() -> None:
-    """A death from outside counts apart; one of its own makes suspects; a suspect with company proves nothing."""
+    """An external kill is counted separately; a crash makes suspects; a suspect that ran with others proves nothing."""
     jobs = [
         entry("a", JobState.RUNNING),
         entry("b", JobState.RUNNING),
@@ -166,7 +169,7 @@ def ended(server: Server, ids: list[str], seconds: float = 120) -> list[dict[str
         try:
             return all(job(server, job_id)["state"] in ("done", "failed", "cancelled") for job_id in ids)
         except (httpx.TransportError, KeyError, ValueError):
-            return False  # between one process and the next
+            return False  # between two processes
 
     until(all_ended, seconds)
     return [job(server, job_id) for job_id in ids]
@@ -176,7 +179,7 @@ def ended(server: Server, ids: list[str], seconds: float = 120) -> list[dict[str
 @LINUX
 @pytest.mark.parametrize("how", ["segfault", "abort", "exits", "hangs"])
 def test_a_job_that_ends_the_server_is_failed_and_its_neighbours_are_drawn(tmp_path: Path, how: str) -> None:
-    """Drawn beside five others, then alone, then alone again: it is failed by name, and all others are done."""
+    """It runs beside five others, then alone, then alone again: it fails by name, and all others finish."""
     port = free_port()
     hang = {"WATCHDOG_TIMEOUT": "2"} if how == "hangs" else {}
     server = start_server(tmp_path, port, *WATCHED, *SERVE, PORT=str(port), **hang)
@@ -197,7 +200,7 @@ def test_a_job_that_ends_the_server_is_failed_and_its_neighbours_are_drawn(tmp_p
 @pytest.mark.fault(151)
 @LINUX
 def test_a_crash_is_known_for_one_without_a_watchdog_too(tmp_path: Path) -> None:
-    """An outer loop starts the server again and knows nothing of it: the traceback it left tells that it crashed."""
+    """An outer loop restarts the server and reports no status: the traceback of the crash is the evidence."""
     port = free_port()
     server = start_server(tmp_path, port, *SERVE, PORT=str(port))
     starts = 1
@@ -205,7 +208,7 @@ def test_a_crash_is_known_for_one_without_a_watchdog_too(tmp_path: Path) -> None
         ids = [accept(server, name) for name in ("a red circle", "a blue circle", "a segfault")]
         while ended_or_dead(server, ids) is None:
             starts += 1
-            with suppress(ProcessLookupError, AssertionError):  # it died again before it was asked whether it is ready
+            with suppress(ProcessLookupError, AssertionError):  # it died again before the readiness check
                 server = start_server(tmp_path, port, *SERVE, PORT=str(port))
         assert [each["state"] for each in ended(server, ids)] == ["done", "done", "failed"]
         assert starts == 4, "three deaths"
@@ -214,7 +217,7 @@ def test_a_crash_is_known_for_one_without_a_watchdog_too(tmp_path: Path) -> None
 
 
 def ended_or_dead(server: Server, ids: list[str]) -> list[dict[str, Any]] | None:
-    """The jobs once all have ended; nothing when the server has died meanwhile."""
+    """The jobs once all have ended; nothing if the server has died meanwhile."""
     while server.process.poll() is None:
         try:
             return ended(server, ids, 0.5)
@@ -227,7 +230,7 @@ def ended_or_dead(server: Server, ids: list[str]) -> list[dict[str, Any]] | None
 @LINUX
 @pytest.mark.parametrize("watched", [True, False])
 def test_killing_the_server_again_and_again_fails_no_job(tmp_path: Path, watched: bool) -> None:
-    """Six times kill -9, each while a picture is drawn: twice what ends a job that kills by itself."""
+    """Six times kill -9, each during generation: twice the number of crashes that fails a job."""
     port, chance = free_port(), random.Random(7)  # noqa: S311  # moments for a test
     command: tuple[str, ...] = (*WATCHED, *SERVE) if watched else SERVE
     server = start_server(tmp_path, port, *command, PORT=str(port))
@@ -243,7 +246,7 @@ def test_killing_the_server_again_and_again_fails_no_job(tmp_path: Path, watched
 
 
 def on_device(folder: Path) -> list[str]:
-    """What is on the device, as the server has written it down."""
+    """Requests on the device, from the server's own record."""
     try:
         told: list[str] = json.loads((folder / "data" / crash_reports.DEVICE_FILE).read_bytes())["on_device"]
     except (OSError, ValueError):
@@ -252,7 +255,7 @@ def on_device(folder: Path) -> list[str]:
 
 
 def killed(server: Server, folder: Path, port: int, *, watched: bool) -> Server:
-    """The server after its process was killed, started again by its watchdog or by us."""
+    """The server after its process was killed, restarted by its watchdog or by us."""
     if not watched:
         server.process.kill()
         server.process.wait(60)
@@ -266,7 +269,7 @@ def killed(server: Server, folder: Path, port: int, *, watched: bool) -> Server:
 
 
 def test_a_watchdog_that_was_not_heard_changes_nothing(tmp_path: Path) -> None:
-    """What it told of another process than the last one is not believed."""
+    """A watchdog report about another process than the last one is ignored."""
     record = DeviceRecord(tmp_path)
     record.begin()
     record.update(["job-1"], False)

@@ -1,4 +1,4 @@
-"""The dashboard and the alerts in `deploy/` ask for figures that the server really has, by labels they really carry."""
+"""The dashboard and the alerts in `deploy/` use only metrics and labels that the server emits."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _GROUPING = re.compile(r"\bby \((?P<labels>[^)]*)\)")
 
 @pytest.fixture(scope="module")
 def emitted(server: Server) -> dict[str, set[str]]:
-    """Names → labels, from a server that has drawn, and from figures that only move when something is wrong."""
+    """Names → labels, from a server that has generated images, plus metrics that only appear on failures."""
     asked = {"prompt": "a red circle", "width": 64, "height": 64, "save_path": "figures.webp"}
     assert httpx.get(f"{server.url}/create_and_upload_image", params=asked, timeout=120).status_code == 200
     metrics = Metrics()
@@ -40,7 +40,7 @@ def emitted(server: Server) -> dict[str, set[str]]:
 
 
 def labels_of(text: str) -> dict[str, set[str]]:
-    """Every name in the text format, with the labels of its samples; one without samples is there all the same."""
+    """Every name in the text format, with the labels of its samples; also names without samples."""
     found: dict[str, set[str]] = {}
     for line in text.splitlines():
         if declared := re.match(r"# TYPE (\S+) (\S+)", line):
@@ -64,7 +64,7 @@ def rules() -> list[dict[str, Any]]:
 
 
 def expressions() -> Iterator[tuple[str, str]]:
-    """What is asked for, and by what."""
+    """Every PromQL expression, and where it is used."""
     for panel in panels():
         for target in panel["targets"]:
             yield panel["title"], target["expr"]
@@ -73,14 +73,14 @@ def expressions() -> Iterator[tuple[str, str]]:
 
 
 def test_every_figure_that_is_asked_for_is_emitted(emitted: dict[str, set[str]]) -> None:
-    """A name that changes in the code cannot leave a panel or an alert empty."""
+    """A metric renamed in the code cannot leave a panel or an alert empty."""
     asked = {(where, name) for where, expression in expressions() for name in _NAME.findall(expression)}
     assert len(asked) > 40
     assert sorted((where, name) for where, name in asked if name not in emitted) == []
 
 
 def test_every_label_that_is_asked_for_is_carried(emitted: dict[str, set[str]]) -> None:
-    """In selectors each figure's own; in groupings one of the figures at hand."""
+    """In selectors the metric's own labels; in groupings those of any metric in the expression."""
     for where, expression in expressions():
         for selector in _SELECTOR.finditer(expression):
             asked = set(re.findall(r"(\w+)\s*(?:=~|!=|!~|=)", selector["labels"])) - ITS_OWN
@@ -91,14 +91,14 @@ def test_every_label_that_is_asked_for_is_carried(emitted: dict[str, set[str]]) 
 
 
 def test_every_question_of_an_operator_has_a_panel(emitted: dict[str, set[str]]) -> None:
-    """Whatever the server counts is shown, but for what the dashboard has in another form."""
+    """Every metric is on the dashboard, except those it shows in another form."""
     shown = " ".join(target["expr"] for panel in panels() for target in panel["targets"])
     counted = {re.sub("_(bucket|count|sum)$", "", name) for name in emitted if name.startswith("sds_")}
     assert sorted(name for name in counted if name not in shown and not name.endswith("_created")) == []
 
 
 def test_reasons_in_alerts_are_kinds_of_errors() -> None:
-    """A kind that is renamed cannot silence its alert."""
+    """Renaming an error type cannot silence its alert."""
     kinds = {error.kind for error in _below(ServerError)}
     for rule in rules():
         for label, value in re.findall(r'\b(reason|cause|kind)(?:=~|=|!=)"([^"]*)"', rule["expr"]):
@@ -106,7 +106,7 @@ def test_reasons_in_alerts_are_kinds_of_errors() -> None:
 
 
 def test_every_alert_has_a_sentence_a_severity_and_a_way_to_act() -> None:
-    """The page for operators has a heading of its name."""
+    """The operations page has a heading with the alert's name."""
     page = (ROOT / "docs" / "operations.md").read_text()
     for rule in rules():
         assert rule["annotations"]["summary"].endswith(".")
@@ -115,7 +115,7 @@ def test_every_alert_has_a_sentence_a_severity_and_a_way_to_act() -> None:
 
 
 def test_the_dashboards_panels_do_not_overlap_and_are_drawn_from_the_chosen_servers() -> None:
-    """Each has its own place and id, and asks for the chosen instances alone."""
+    """Each has its own position and id, and selects the chosen instances only."""
     taken: set[tuple[int, int]] = set()
     for panel in panels():
         place = panel["gridPos"]

@@ -1,4 +1,4 @@
-"""When `progress.txt` is written: at turns at once, in between a few times a second."""
+"""When `progress.txt` is written: on state changes at once, in between a few times per second."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from stable_diffusion_server.types import EngineEvent, EngineEventKind
 
 
 class Clock:
-    """A clock that is set by hand, and counts what was written."""
+    """A clock that the test sets; it counts the writes."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
         self.now, self._path = 100.0, path
         monkeypatch.setattr(console_progress.time, "monotonic", lambda: self.now)
 
     def written(self) -> str | None:
-        """Jobs under way by the file, `None` when it was not written since the last look."""
+        """Running jobs according to the file, `None` if it was not written since the last call."""
         if not self._path.exists():
             return None
         text = self._path.read_text()
@@ -34,7 +34,7 @@ def clock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Clock:
 
 
 def test_steps_within_a_moment_are_one_sign_of_life(clock: Clock, tmp_path: Path) -> None:
-    """And the first after it is the next."""
+    """And the first step after that interval causes the next write."""
     heartbeat = ProgressHeartbeat(tmp_path / "progress.txt")
     heartbeat.observe(EngineEvent(EngineEventKind.STARTED, "a"))
     assert clock.written() == "1"
@@ -45,7 +45,7 @@ def test_steps_within_a_moment_are_one_sign_of_life(clock: Clock, tmp_path: Path
 
 
 def test_the_first_to_come_and_the_last_to_leave_are_told_at_once(clock: Clock, tmp_path: Path) -> None:
-    """A watchdog begins to count with the one, and stops with the other."""
+    """The watchdog's timer starts with the one, and stops with the other."""
     heartbeat = ProgressHeartbeat(tmp_path / "progress.txt")
     for _ in range(3):
         heartbeat.observe(EngineEvent(EngineEventKind.QUEUED, "a"))

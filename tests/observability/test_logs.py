@@ -1,4 +1,4 @@
-"""The log: one line of JSON for each request, with its id and the name of the key, and no prompt unless asked for."""
+"""The log: one JSON line per request, with its id and the key's name, without prompts by default."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def lines(logged: str) -> list[dict[str, Any]]:
 def test_a_request_is_one_line_with_its_id_key_and_reason(
     run_app: Callable[..., RunningApp], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """The path without its query, since that holds the prompt; what the request led to carries the same id."""
+    """The path without its query, which holds the prompt; later lines of the request carry the same id."""
     running_app = run_app(api_keys="anna:secret-of-anna", log_format="json")
     running_app.client.get(CREATE, params=ORDER, headers=KEY)
     running_app.client.get(CREATE, params={**ORDER, "width": 1}, headers=KEY)
@@ -43,7 +43,7 @@ def test_a_request_is_one_line_with_its_id_key_and_reason(
 def test_prompts_are_logged_where_the_operator_says_so(
     run_app: Callable[..., RunningApp], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """LOG_PROMPTS=1: with the picture they led to, and nowhere else."""
+    """LOG_PROMPTS=1: on the line of the generated image, and nowhere else."""
     running_app = run_app(log_prompts=True, log_format="json")
     running_app.client.get(CREATE, params=ORDER)
     with_prompt = [line for line in lines("".join(capfd.readouterr())) if "confidential" in json.dumps(line)]
@@ -64,7 +64,7 @@ def test_prompts_are_logged_where_the_operator_says_so(
 def test_no_request_makes_a_long_line(
     run_app: Callable[..., RunningApp], capfd: pytest.CaptureFixture[str], path: str, headers: dict[str, str]
 ) -> None:
-    """A path of 60 KB, refused or not found, costs a line of a few kilobytes, whatever JSON makes of it."""
+    """A path of 60 KB, refused or not found, costs a few kilobytes, also after JSON escaping."""
     running_app = run_app(log_format="json")
     capfd.readouterr()
     running_app.client.get(path, headers=headers)
@@ -75,7 +75,7 @@ def test_no_request_makes_a_long_line(
 
 @pytest.mark.fault(171)
 def test_a_text_at_the_limit_stays_whole_and_a_longer_one_tells_its_length() -> None:
-    """Both sides of the edge, in texts, in what is no text, and in a traceback, which keeps its end."""
+    """Both sides of the limit, for strings, other values, and a traceback, which keeps its end."""
     line: dict[str, Any] = {
         "at": "a" * MAX_VALUE,
         "over": "a" * (MAX_VALUE + 1),

@@ -1,4 +1,4 @@
-"""The figures of `/metrics`: each question an operator asks has one that moves."""
+"""`/metrics`: every question of an operator has a metric that changes."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ KEY = {"X-API-Key": "secret-of-anna"}
 
 
 def figure(text: str, name: str) -> float:
-    """A figure by its full name with labels, 0 when it is not there."""
+    """A metric by its full name with labels, 0 when absent."""
     return next((float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.startswith(name + " ")), 0.0)
 
 
 def test_refusals_are_counted_by_reason_and_key(run_app: Callable[..., RunningApp]) -> None:
-    """Who is refused, and why: a key by its name, never by its secret; who has none by an empty name."""
+    """By reason and by key name, never its secret; callers without a key have an empty name."""
     running_app = run_app(api_keys="anna:secret-of-anna")
     order = {"prompt": "a red square", "width": 64, "height": 64}
     for _ in range(3):
@@ -59,7 +59,7 @@ def test_what_callers_invent_makes_no_figures_of_its_own(running_app: RunningApp
 
 
 def test_waits_groups_and_stages_are_measured(run_app: Callable[..., RunningApp]) -> None:
-    """How long orders waited, how many shared a step, and where a picture's seconds went."""
+    """Queue time, batch size, and the seconds of each stage."""
     squares = FakeDenoiser(gate=threading.Event())
     assert squares.gate is not None
     running_app = run_app(squares, max_batch=4)
@@ -77,7 +77,7 @@ def test_waits_groups_and_stages_are_measured(run_app: Callable[..., RunningApp]
 
 
 def test_guards_retries_and_failures_are_counted_by_their_cause(run_app: Callable[..., RunningApp]) -> None:
-    """A black picture, one begun anew for want of memory, one that failed."""
+    """A black image, a restart for lack of memory, a failure."""
     running_app = run_app(FakeImageDenoiser(spoil=["black"]))
     assert running_app.draw(prompt="a red square").status_code == 200
     assert running_app.draw(prompt="an unpreparable square").status_code == 500
@@ -90,14 +90,14 @@ def test_guards_retries_and_failures_are_counted_by_their_cause(run_app: Callabl
 
 
 def test_what_is_begun_anew_is_counted(run_app: Callable[..., RunningApp]) -> None:
-    """The device had no room for the step until its tiles were smaller; the picture came all the same."""
+    """The device had no memory for the step until its tiles were smaller; the request succeeded."""
     running_app = run_app(OutOfMemoryDenoiser(room=0, shrinks=1))
     assert running_app.draw(prompt="a red square").status_code == 200
     assert running_app.metric('sds_job_retries_total{cause="out-of-memory"}') == 1
 
 
 def test_jobs_and_their_journal_have_figures(run_app: Callable[..., RunningApp]) -> None:
-    """What was accepted and has not ended, and the bytes of the record of it."""
+    """Jobs accepted and not ended, and the bytes of the job store."""
     squares = FakeDenoiser(gate=threading.Event())
     assert squares.gate is not None
     running_app = run_app(squares, jobs_concurrency=1)
@@ -128,7 +128,7 @@ def test_readiness_is_a_figure(tmp_path: Path) -> None:
 
 
 def test_calls_to_a_bucket_are_timed_and_their_failures_counted() -> None:
-    """An answer of "not there" is an answer; trouble is trouble."""
+    """ "Not found" is a successful call; errors are failures."""
     told: list[tuple[str, bool]] = []
     bucket = MemoryBucket()
     timed = InstrumentedBucket(bucket, lambda call, seconds, failed: told.append((call, failed)))
@@ -143,7 +143,7 @@ def test_calls_to_a_bucket_are_timed_and_their_failures_counted() -> None:
 
 
 def test_the_embedded_models_tell_what_they_are(server: object) -> None:
-    """Which weights draw, how many bytes they take, and what the device has left."""
+    """Model revision, size in bytes, and free device memory."""
     text = httpx.get(f"{server.url}/metrics").text  # type: ignore[attr-defined]  # conftest's Server
     assert 'sds_model_info{device="cpu"' in text
     assert figure(text, 'sds_model_bytes{name="sdxl"}') > 1e6

@@ -1,4 +1,4 @@
-"""Spans, as a collector on loopback receives them."""
+"""Spans, as a loopback collector receives them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ORDER = {"prompt": "a confidential red square", "width": 64, "height": 64}
 
 
 class Collector:
-    """Takes what is sent to it by OTLP over HTTP."""
+    """Accepts OTLP over HTTP."""
 
     def __init__(self) -> None:
         self.spans: list[Span] = []
@@ -72,7 +72,10 @@ def collector() -> Iterator[Collector]:
 def test_a_request_and_its_parts_are_spans_of_the_callers_trace(
     run_app: Callable[..., RunningApp], collector: Collector
 ) -> None:
-    """The request by its door, and within it the looking, composing, drawing and keeping; no prompt in any of them."""
+    """The request by its route, and child spans for lookup, layout, generation and storage.
+
+    No prompt in any of them.
+    """
     running_app = run_app(otel_exporter_otlp_endpoint=collector.url, api_keys="anna:secret-of-anna")
     headers = {**TRACE, "X-API-Key": "secret-of-anna", "X-Request-ID": "the-id"}
     assert running_app.client.get(CREATE, params=ORDER, headers=headers).status_code == 200
@@ -91,7 +94,7 @@ def test_a_request_and_its_parts_are_spans_of_the_callers_trace(
 
 
 def test_an_error_is_told_by_its_class_alone(run_app: Callable[..., RunningApp], collector: Collector) -> None:
-    """Messages may quote what was asked."""
+    """Error messages may quote the prompt."""
     running_app = run_app(otel_exporter_otlp_endpoint=collector.url)
     assert running_app.draw(prompt="an unpreparable square").status_code == 500
     until(lambda: len(collector.named("generate")) == 1, 30)
@@ -112,7 +115,7 @@ def test_a_collector_that_is_not_there_costs_no_request(run_app: Callable[..., R
 
 
 def test_without_an_address_there_are_no_spans() -> None:
-    """A block runs as if there were no tracing."""
+    """A traced block runs as if there were no tracing."""
     tracing = Tracing()
     tracing.open()
     with tracing.span("anything") as span:
