@@ -128,7 +128,7 @@ def test_readiness_is_a_figure(tmp_path: Path) -> None:
 
 
 def test_calls_to_a_bucket_are_timed_and_their_failures_counted() -> None:
-    """ "Not found" is a successful call; errors are failures."""
+    """A call that returns "not found" succeeded; errors are failures."""
     told: list[tuple[str, bool]] = []
     bucket = MemoryBucket()
     timed = InstrumentedBucket(bucket, lambda call, seconds, failed: told.append((call, failed)))
