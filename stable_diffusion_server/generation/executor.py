@@ -39,7 +39,7 @@ class SubmissionContext:
 
 
 class GenerationExecutor:
-    """Submits requests to the engine; equal ones that overlap run once."""
+    """Submits requests to the engine; concurrent equal requests run once."""
 
     def __init__(self, queue: EngineQueue, count_tokens: Callable[[str, str], int], options: GenerationOptions) -> None:
         self._queue = queue

@@ -22,10 +22,7 @@ _RECONNECT_MILLISECONDS = 2000
 
 
 def jobs_router(jobs: JobManager, url_of: UrlOf, followers: FollowerLimiter, previews: EncodedPreviews) -> APIRouter:
-    """Return the routes of jobs.
-
-    `followers` limits the clients that follow events, `previews` encodes previews once for all clients.
-    """
+    """Return the routes of jobs; `followers` limits who follows events, `previews` encodes for all followers."""
     routes = APIRouter(prefix="/jobs", tags=["jobs"])
 
     def urls_for(request: Request) -> Callable[[str], str]:
