@@ -21,7 +21,7 @@ from stable_diffusion_server.types import Caller
 
 @dataclass(frozen=True, slots=True)
 class ImageReaders:
-    """Download images from URLs, and decode them to pixels. No process starts before the first image."""
+    """Download images from URLs, and decode them to pixels. Nothing starts before the first image."""
 
     fetcher: ImageFetcher
     decoder: DecoderPool

@@ -66,7 +66,7 @@ def bounded_properties(model: type[BaseModel], limits: RequestLimits) -> Schema:
 def json_schema_of(model: type[BaseModel]) -> Schema:
     """Return Pydantic's JSON Schema of a model.
 
-    Do not modify it: it is cached, because 15 calls took 60 % of `create_app`.
+    Do not modify it: it is cached, because 15 schemas took 60 % of `create_app`.
     """
     return model.model_json_schema()
 
