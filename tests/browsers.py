@@ -1,4 +1,4 @@
-"""Chromium over a server with the embedded models: pages that keep what their console said and whom they asked."""
+"""Chromium with a server of the embedded models: pages that record console errors and requested hosts."""
 
 from __future__ import annotations
 
@@ -21,40 +21,40 @@ from scripts import browser as ui_browser
 
 @dataclass
 class Tab:
-    """A page of the browser. `complaints` are the errors its console told, `asked` the hosts it sent requests to."""
+    """A browser page. `complaints` are its console errors, `asked` the hosts it sent requests to."""
 
     page: Any
     complaints: list[str] = field(default_factory=list)
     asked: set[str] = field(default_factory=set)
 
     def told(self, text: str) -> None:
-        """Wait until a panel says this."""
+        """Wait until a panel shows this text."""
         self.page.locator(".sds-message:visible", has_text=text).first.wait_for()
 
     def open(self, name: str) -> Any:
-        """Go to a tab; what is in it."""
+        """Go to a tab; return its content."""
         return ui_browser.open_tab(self.page, name)
 
     @property
     def inside(self) -> Any:
-        """What is in the tab that is seen."""
+        """Content of the visible tab."""
         return self.page.locator("[role=tabpanel]:visible")
 
     @property
     def picture(self) -> NDArray[np.int64]:
-        """The first picture of the gallery that is seen: height × width × 3, 0 to 255."""
+        """The first image of the visible gallery: height × width × 3, 0 to 255."""
         source = self.inside.locator(".sds-gallery img").first.get_attribute("src")
         with Image.open(io.BytesIO(httpx.get(source).content)) as opened:
             return np.asarray(opened.convert("RGB")).astype(np.int64)
 
     def was_quiet(self) -> None:
-        """Hold that the console told no error, and that nobody but the server was asked."""
+        """Assert that the console has no error, and that only the server was contacted."""
         assert (self.complaints, self.asked - {""}) == ([], {"127.0.0.1"})
 
 
 @pytest.fixture(scope="session")
 def studio_server(server: Server) -> Server:
-    """The server with the embedded models, its studio opened."""
+    """A server of the embedded models, with its UI loaded."""
     httpx.get(f"{server.url}/ui")
     until(lambda: "gradio" in httpx.get(f"{server.url}/ui/", timeout=60).text, 120)
     return server
@@ -62,7 +62,7 @@ def studio_server(server: Server) -> Server:
 
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
-    """Debian's browser, where there is one."""
+    """Debian's Chromium, if installed."""
     if not ui_browser.CHROMIUM.exists():
         pytest.skip("chromium is not installed")
     with ui_browser.chromium() as browser:
@@ -71,7 +71,7 @@ def chromium() -> Iterator[Any]:
 
 @pytest.fixture
 def tab_of(chromium: Any, studio_server: Server) -> Iterator[Callable[..., Tab]]:
-    """Open the studio in a page of its own."""
+    """Open the UI in a new page."""
     contexts: list[Any] = []
 
     def open_tab(url: str = studio_server.url, **options: Any) -> Tab:

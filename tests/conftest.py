@@ -1,4 +1,4 @@
-"""Fixtures shared by the tests: an app over painted squares, the embedded models, and a server process."""
+"""Shared fixtures: an app over a fake model, the embedded models, and a server process."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from stable_diffusion_server.app import create_app
 
 pytest_plugins = ["squares", "storage_servers", "pipeline_families", "live_servers", "browsers", "outbound_connections"]
 
-# A test never fails for the time it takes: this machine, or the one that checks, may be busy.
+# A test never fails for its duration: this machine, or the one that checks, may be busy.
 hypothesis.settings.register_profile("unhurried", deadline=None)
 hypothesis.settings.load_profile("unhurried")
 
 ROOT = Path(__file__).resolve().parent.parent
-# Fixtures that load a model, start a server with models, or start a browser: tests with one of them are slow.
+# Fixtures that load a model, start a server with models, or start a browser: their tests are slow.
 SLOW_FIXTURES = {"server", "registry", "sdxl", "flux", "families", "chromium"}
 _SLOW_MODULE = re.compile(r"^pytestmark = .*pytest\.mark\.slow\b", re.MULTILINE)
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """`-m "not slow"` does not import modules that are slow as a whole, since most of them import torch."""
+    """`-m "not slow"` does not import entirely slow modules, since most of them import torch."""
     if config.option.markexpr == "not slow" and collection_path.suffix == ".py" and collection_path.is_file():
         return True if _SLOW_MODULE.search(collection_path.read_text(encoding="utf-8")) else None
     return None
@@ -54,32 +54,32 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @dataclass
 class RunningApp:
-    """A running app, its client and what draws in it."""
+    """A running app, its client and its model."""
 
     client: TestClient
     squares: FakeDenoiser
     folder: Path
 
     def draw(self, **parameters: Any) -> httpx.Response:
-        """One text-to-image order by query."""
+        """One text-to-image request by query."""
         return self.client.get("/create_and_upload_image", params={"width": 64, "height": 64, **parameters})
 
     def metric(self, name: str) -> float:
-        """A figure of `/metrics` by its full name, 0 when it is not there yet."""
+        """A metric of `/metrics` by its full name, 0 when it does not exist yet."""
         lines = self.client.get("/metrics").text.splitlines()
         return next((float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name + " ")), 0.0)
 
 
 @pytest.fixture(autouse=True)
 def _log_of_its_own() -> Iterator[None]:
-    """An app sends the log to the stderr of its own test, which is closed afterwards."""
+    """An app logs to the stderr of its own test, which is closed afterwards."""
     yield
     structlog.reset_defaults()
 
 
 @pytest.fixture
 def run_app(tmp_path: Path) -> Iterator[Callable[..., RunningApp]]:
-    """Make a running app with other settings, or with squares of one's own."""
+    """Make a running app with other settings, or with another fake model."""
     open_clients: list[TestClient] = []
 
     def make(
@@ -101,13 +101,13 @@ def run_app(tmp_path: Path) -> Iterator[Callable[..., RunningApp]]:
 
 @pytest.fixture
 def running_app(run_app: Callable[..., RunningApp]) -> RunningApp:
-    """A running app over painted squares."""
+    """A running app over a fake model."""
     return run_app()
 
 
 @pytest.fixture(scope="session")
 def registry() -> Any:
-    """The embedded models, loaded once, with one thread so that figures do not depend on the machine."""
+    """The embedded models, loaded once, with one thread so that results do not depend on the machine."""
     from stable_diffusion_server.pipelines import registry
 
     return registry.load(ROOT / "models", "cpu", 1)
@@ -115,7 +115,7 @@ def registry() -> Any:
 
 @dataclass
 class Server:
-    """A server process of its own."""
+    """A separate server process."""
 
     process: subprocess.Popen[bytes]
     url: str
@@ -123,20 +123,20 @@ class Server:
     log: Path
 
     def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
-        """Signal the process and its children, as a terminal does, and give the exit status."""
+        """Signal the process and its children, as a terminal does; return the exit status."""
         os.killpg(self.process.pid, number)
         return self.process.wait(60)
 
 
 def free_port() -> int:
-    """A port nothing listens on at the moment."""
+    """A port that nothing listens on at the moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def start_server(folder: Path, port: int, *command: str, seconds: float = 120.0, **environment: str) -> Server:
-    """Start a server command in `folder` with a clean set of settings, and wait until it can draw."""
+    """Start a server command in `folder` with default settings, and wait until it is ready."""
     kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
     log = folder / "server.log"
     with log.open("wb") as out:
@@ -163,7 +163,7 @@ def start_server(folder: Path, port: int, *command: str, seconds: float = 120.0,
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """The server as `make run` starts it: a real process with the embedded models, on a port of its own."""
+    """The server as `make run` starts it: a real process with the embedded models, on its own port."""
     port = free_port()
     running = start_server(
         tmp_path_factory.mktemp("server"),

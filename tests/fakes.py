@@ -1,4 +1,4 @@
-"""Real small things in the place of large ones: a denoiser that paints squares, settings in a test's own folder."""
+"""Small real stand-ins for large things: a denoiser that paints squares, settings in a test's own folder."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ COLOURS = {
 
 @dataclass(slots=True)
 class Canvas:
-    """A square on its way to being painted."""
+    """State of a square while it is painted."""
 
     job: DiffusionRequest
     steps: int
@@ -49,7 +49,7 @@ class Canvas:
 
 @dataclass(frozen=True, slots=True)
 class FakePixels:
-    """What `PaintedSquares` draws."""
+    """Result of the fake denoiser."""
 
     pixels: NDArray[np.uint8]
     redecoded: bool = False
@@ -57,9 +57,9 @@ class FakePixels:
 
 @dataclass
 class FakeDenoiser(DenoiserCapabilities):
-    """Paints the whole canvas in the first colour the prompt names; its brightness shifts with the seed.
+    """Paints the whole canvas in the first colour that the prompt names; its brightness depends on the seed.
 
-    Counts what it does, and can be slowed down, held at a gate, or made to fail by words in a prompt.
+    It counts its calls, and can be slowed down, held at a gate, or made to fail by words in a prompt.
     """
 
     seconds_per_step: float = 0.0
@@ -97,7 +97,7 @@ class FakeDenoiser(DenoiserCapabilities):
 
 
 def lora_file(file: Path, content: bytes = b"", layer: str = "unet.mid_block") -> Path:
-    """A file that reads as an adapter and fits no model, its numbers made of `content`."""
+    """A valid LoRA file that fits no model, with numbers derived from `content`."""
     data = content.ljust(32, b"\0")[:32]
     header = json.dumps(
         {
@@ -114,13 +114,13 @@ def lora_file(file: Path, content: bytes = b"", layer: str = "unet.mid_block") -
 
 
 def settings_in(folder: Path, **changes: Any) -> Settings:
-    """Settings whose bucket and state lie in `folder`, independent of the environment a test runs in."""
+    """Settings whose bucket and state lie in `folder`, independent of the environment."""
     values: dict[str, Any] = {"local_bucket_dir": folder / "bucket", "data_dir": folder / "data", **changes}
     return Settings(_env_file=None, **values)
 
 
 def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
-    """Wait for a condition; the bound is only there to end a hanging test."""
+    """Wait for a condition; the bound only ends a hanging test."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited in vain"
@@ -129,10 +129,10 @@ def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
 
 @dataclass
 class FakeImageDenoiser(FakeDenoiser):
-    """Painters who use what a job comes with, and spoil the next pictures in turn when told to.
+    """Uses the images of a request, and can return defective images.
 
-    An image is mixed with the colour by `strength`, but for what a mask keeps; edges are drawn in white. `spoil` names
-    faults of the pictures to come: `black`, `bumpy`, `very bumpy`, `not finite`, `busy`.
+    An image is mixed with the colour by `strength`, except where a mask protects it; edges are drawn in white.
+    `spoil` lists the defects of the next images in turn: `black`, `bumpy`, `very bumpy`, `not finite`, `busy`.
     """
 
     spoil: list[str] = field(default_factory=list)
@@ -169,14 +169,14 @@ def bumpy_pixels(width: int, height: int, ends: float) -> NDArray[np.uint8]:
 
 
 def file_of(pixels: NDArray[np.uint8], file_format: str = "PNG", **options: Any) -> bytes:
-    """A picture file of an array."""
+    """An image file of an array."""
     target = io.BytesIO()
     Image.fromarray(pixels).save(target, file_format, **options)
     return target.getvalue()
 
 
 def disc(width: int = 96, height: int = 80, inside: str = "red", outside: str = "blue") -> NDArray[np.uint8]:
-    """A disc in the middle of a picture."""
+    """A disc in the middle of an image."""
     y, x = np.mgrid[:height, :width]
     within = (x - width / 2) ** 2 + (y - height / 2) ** 2 < (min(width, height) / 4) ** 2
     return np.where(within[..., None], np.uint8(COLOURS[inside]), np.uint8(COLOURS[outside]))

@@ -1,8 +1,8 @@
-"""A GCS emulator as a process of its own, with the one thing it lacks: `python gcs_emulator.py PORT WIRE_LOG`.
+"""A GCS emulator as a separate process, with the feature it lacks: `python gcs_emulator.py PORT WIRE_LOG`.
 
 The emulator ignores `ifGenerationMatch`. Here uploads pass through a check that answers 412 as Google does, and each
 upload's condition is written to WIRE_LOG, one JSON line each. It is our own test code: it shows what our client sends
-and how it takes a 412, and nothing about Google's own atomicity. The emulator serves one request at a time.
+and how it handles a 412, and nothing about Google's own atomicity. The emulator serves one request at a time.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def insert(request: Any, response: Any, storage: Any, *more: Any, **named: Any) 
 
 
 if __name__ == "__main__":
-    objects.insert = insert  # before the server's module is imported, which takes the handler by reference
+    objects.insert = insert  # before the server's module is imported, which binds the handler at import
     from gcp_storage_emulator.server import create_server
 
-    HTTPServer.request_queue_size = 128  # five is too few for writers that come at once
+    HTTPServer.request_queue_size = 128  # five is too few for concurrent writers
     create_server("127.0.0.1", int(sys.argv[1]), in_memory=True).run()

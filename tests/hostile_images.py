@@ -1,4 +1,4 @@
-"""Picture files that mean harm, each made in memory: bombs, many scans or frames, metadata, two files in one."""
+"""Malicious image files, each made in memory: bombs, many scans or frames, metadata, polyglots."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _WITHIN_A_SCAN = (0x00, *range(0xD0, 0xD8))
 
 
 def png_chunk(kind: bytes, data: bytes) -> bytes:
-    """One chunk, with a checksum that fits."""
+    """One chunk, with a valid checksum."""
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
 def png_claiming(width: int, height: int, compressed: bytes = zlib.compress(b"\0")) -> bytes:
-    """A PNG whose header claims a size, in 8-bit RGB; its pixels are what `compressed` holds."""
+    """A PNG whose header claims a size, in 8-bit RGB; `compressed` is its pixel data."""
     header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + header + png_chunk(b"IDAT", compressed) + png_chunk(b"IEND", b"")
 
@@ -35,7 +35,7 @@ def png_with(kind: bytes, data: bytes, picture: bytes) -> bytes:
 
 
 def jpeg_of_many_scans(width: int, height: int, times: int) -> bytes:
-    """A progressive JPEG whose shortest scan comes `times` times more: few bytes each, and every block again."""
+    """A progressive JPEG that repeats its shortest scan `times` times: few bytes each, but all blocks are processed."""
     target = io.BytesIO()
     Image.new("L", (width, height), 77).save(target, "JPEG", progressive=True, quality=10)
     data = target.getvalue()
@@ -57,12 +57,12 @@ def _parts_of_jpeg(data: bytes) -> Iterator[slice]:
 
 
 def jpeg_with(segment: bytes, data: bytes, picture: bytes) -> bytes:
-    """A JPEG with one more marker segment at its beginning, `segment` being the marker."""
+    """A JPEG with an additional marker segment at its start; `segment` is the marker."""
     return picture[:2] + segment + struct.pack(">H", len(data) + 2) + data + picture[2:]
 
 
 def jpeg_with_profile(size: int, picture: bytes) -> bytes:
-    """A JPEG with an ICC profile of about `size` bytes, in as many segments as that takes."""
+    """A JPEG with an ICC profile of about `size` bytes, in as many segments as needed."""
     piece = 65_000
     count = -(-size // piece)
     for number in range(count, 0, -1):
@@ -72,7 +72,7 @@ def jpeg_with_profile(size: int, picture: bytes) -> bytes:
 
 
 def exif_that_loops() -> bytes:
-    """EXIF in which the next directory and the directory for GPS are the first one again."""
+    """EXIF in which the next directory and the GPS directory point to the first one."""
     entries = [(0x0112, 3, 1, 6 << 16), (0x8769, 4, 1, 8), (0x8825, 4, 1, 8)]
     directory = b"".join(struct.pack(">HHII", *entry) for entry in entries)
     return b"Exif\0\0MM\0\x2a" + struct.pack(">IH", 8, len(entries)) + directory + struct.pack(">I", 8)
@@ -87,7 +87,7 @@ def exif_of_a_place() -> Image.Exif:
 
 
 def gif_of_frames(frames: int, *, second: str = "blue") -> bytes:
-    """A red GIF whose later frames, each of few bytes, are of another colour."""
+    """A red GIF whose later frames, each of few bytes, have another colour."""
     size = (16, 16)
     target = io.BytesIO()
     pictures = [Image.new("P", size, place) for place in (0, 1)]
@@ -111,7 +111,7 @@ def webp_of_frames(frames: int) -> bytes:
 
 
 def apng_of_frames(frames: int) -> bytes:
-    """A red PNG with an animation of that many frames behind it, all blue."""
+    """A red PNG followed by an animation of that many frames, all blue."""
     picture = file_of(np.full((16, 16, 3), (255, 0, 0), np.uint8))
     pixels = zlib.compress((b"\0" + b"\0\0\xff" * 16) * 16)
     parts = []
@@ -124,7 +124,7 @@ def apng_of_frames(frames: int) -> bytes:
 
 
 def polyglots() -> dict[str, bytes]:
-    """Files that are a PNG and also something else: behind its end, and in a chunk of text."""
+    """Files that are a PNG and also something else: after its end, and in a text chunk."""
     picture = file_of(disc())
     archive = io.BytesIO()
     with zipfile.ZipFile(archive, "w") as made:
@@ -140,7 +140,7 @@ def polyglots() -> dict[str, bytes]:
 
 
 def foreign() -> dict[str, bytes]:
-    """Kinds of files that Pillow reads and this server does not, as short as tells what they are."""
+    """File types that Pillow reads and this server does not, as short as recognisable."""
     fits = "".join(
         f"{line:<80}" for line in ("SIMPLE  =                    T", "BITPIX  =                    8", "END")
     )

@@ -1,4 +1,4 @@
-"""A small Hugging Face hub on 127.0.0.1 for `huggingface_hub` itself: repositories, commits, gates, ranges, cuts."""
+"""A small Hugging Face hub on 127.0.0.1 for `huggingface_hub`: repositories, commits, gated access, ranges, aborts."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ import pytest
 
 @dataclass
 class HubServer:
-    """What it holds and what it was asked: `repositories` by name are files by name, those of `main` at `commits`.
+    """Its content and its requests: `repositories` maps names to files, those of `main` at `commits`.
 
-    Repositories in `gated` want a token; the first answer for a name in `cut` ends in the middle.
+    Repositories in `gated` need a token; the first response for a name in `cut` is aborted in the middle.
     """
 
     url: str = ""
@@ -30,7 +30,7 @@ class HubServer:
     asked: list[str] = field(default_factory=list)
 
     def add(self, repo: str, folder: Path, *, mark: str = "") -> None:
-        """Take a folder's files; safetensors files with `mark` in their names."""
+        """Add a folder's files; safetensors files get `mark` in their names."""
         self.repositories[repo] = {
             file.relative_to(folder).as_posix().replace(".safetensors", f"{mark}.safetensors"): file.read_bytes()
             for file in sorted(folder.rglob("*"))
@@ -38,13 +38,13 @@ class HubServer:
         }
 
     def commit(self, repo: str) -> str:
-        """The commit `main` is at: it changes with the files."""
+        """The commit of `main`: it changes with the files."""
         parts = [name.encode() + data for name, data in sorted(self.repositories[repo].items())]
         return hashlib.sha1(b"\0".join(parts), usedforsecurity=False).hexdigest()
 
 
 def answer(hub: HubServer, method: str, path: str, headers: Any) -> tuple[int, dict[str, str], bytes]:
-    """Status, headers and body of one request."""
+    """Status, headers and body of one response."""
     parts = [urllib.parse.unquote(part) for part in urllib.parse.urlsplit(path).path.strip("/").split("/")]
     repo = "/".join(parts[2:4] if parts[:2] == ["api", "models"] else parts[:2])
     files = hub.repositories.get(repo)
@@ -131,7 +131,7 @@ def serve(hub: HubServer) -> Iterator[HubServer]:
 
 @pytest.fixture
 def hub_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    """A hub the client of this process asks, with an empty cache and no token."""
+    """A hub that this process's client uses, with an empty cache and no token."""
     with serve(HubServer()) as hub:
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
         template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"

@@ -1,4 +1,4 @@
-"""A server on a real socket over painted squares, for clients that bring their own HTTP."""
+"""A server on a real socket over a fake model, for clients with their own HTTP stack."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from stable_diffusion_server.cli import open_listener
 
 @dataclass
 class LiveServer:
-    """A listening server and what draws in it."""
+    """A listening server and its model."""
 
     url: str
     squares: FakeDenoiser
@@ -29,7 +29,7 @@ class LiveServer:
 
 @pytest.fixture
 def live_of(tmp_path: Path) -> Iterator[Callable[..., LiveServer]]:
-    """Start a server with other settings, or with squares of one's own."""
+    """Start a server with other settings, or with another fake model."""
     running: list[tuple[uvicorn.Server, threading.Thread]] = []
 
     def start(squares: FakeDenoiser | None = None, **changes: Any) -> LiveServer:

@@ -19,9 +19,9 @@ _installed = False
 
 @dataclass
 class OutboundConnections:
-    """What was dialled and which names were asked for, in order. What lies beyond loopback is refused at the socket.
+    """Connections and DNS lookups, in order. Connections beyond loopback are refused at the socket.
 
-    `names` answers for the name server: a host's addresses, or several answers that are given one after the other.
+    `names` replaces DNS: a host's addresses, or several answers for successive lookups.
     """
 
     names: dict[str, Sequence[Sequence[str]]] = field(default_factory=dict)
@@ -30,11 +30,11 @@ class OutboundConnections:
 
     @property
     def addresses(self) -> set[str]:
-        """Where packets were to go, or went."""
+        """Target addresses of packets, sent or attempted."""
         return {address for address, _ in self.dialled}
 
     def resolve(self, host: str, port: int, *_: Any, **__: Any) -> list[tuple[Any, ...]]:
-        """In the place of `socket.getaddrinfo`."""
+        """Replaces `socket.getaddrinfo`."""
         turn = self.asked.count(host)
         self.asked.append(host)
         answers = self.names.get(host.rstrip(".").lower(), [])
@@ -51,7 +51,7 @@ def _record(event: str, arguments: tuple[Any, ...]) -> None:
         return
     address = next((part for part in reversed(arguments) if isinstance(part, tuple)), None)
     if address is None:
-        return  # a socket that is not of the network, or one that is connected already
+        return  # not a network socket, or already connected
     _recorders[-1].dialled.append((str(address[0]), int(address[1])))
     if not (address[0] == "::1" or str(address[0]).startswith("127.")):
         raise ConnectionRefusedError("the test lets no packet out")
@@ -59,8 +59,8 @@ def _record(event: str, arguments: tuple[Any, ...]) -> None:
 
 @contextmanager
 def recording(connections: OutboundConnections) -> Iterator[OutboundConnections]:
-    """Hear of every connection and datagram of any thread meanwhile."""
-    global _installed  # the interpreter keeps an audit hook for good, so there is one
+    """Record connections and datagrams of all threads meanwhile."""
+    global _installed  # an audit hook cannot be removed, so there is one
     if not _installed:
         sys.addaudithook(_record)
         _installed = True
@@ -72,7 +72,7 @@ def recording(connections: OutboundConnections) -> Iterator[OutboundConnections]
 
 
 class Trap:
-    """Listens at one port on every address of this machine, old and new, and counts connections and bytes."""
+    """Listens at one port on every IPv4 and IPv6 address of this machine, and counts connections and bytes."""
 
     def __init__(self) -> None:
         self.came: list[str] = []
@@ -106,7 +106,7 @@ class Trap:
 
 @pytest.fixture
 def trap() -> Iterator[Trap]:
-    """A trap that is gone afterwards."""
+    """A trap that is closed afterwards."""
     trap = Trap()
     yield trap
     trap.close()

@@ -1,7 +1,7 @@
-"""A server process over painted squares that take their time: `painted_server.py [seconds a step]`, else 0.05.
+"""A server process over a slow fake model: `painted_server.py [seconds per step]`, default 0.05.
 
-A prompt that says "poison" loses the device, as an assertion on it does. One that says "segfault", "abort", "exits" or
-"hangs" ends the process of itself, or never comes to an end, at its second step.
+A prompt that says "poison" loses the device, as a device-side assertion does. One that says "segfault", "abort",
+"exits" or "hangs" ends the process or never finishes, at its second step.
 """
 
 import ctypes
@@ -23,7 +23,7 @@ from stable_diffusion_server.types import DiffusionRequest
 
 
 class CrashingDenoiser(FakeImageDenoiser):
-    """Painters whose device can be lost."""
+    """Fake model whose device can be lost."""
 
     def prepare(self, job: DiffusionRequest) -> Canvas:
         if "poison" in job.prompt:
@@ -31,7 +31,7 @@ class CrashingDenoiser(FakeImageDenoiser):
         return super().prepare(job)
 
     def step(self, states: Sequence[Canvas]) -> None:
-        """A step, at which what a prompt names comes true."""
+        """A step that causes the fault named in the prompt."""
         super().step(states)
         for state in states:
             if state.index == 2:
@@ -66,5 +66,5 @@ if __name__ == "__main__":
     )
     try:
         uvicorn.Server(config).run()
-    except KeyboardInterrupt:  # as `serve` ends, which a watchdog tells from an end that was wanted
+    except KeyboardInterrupt:  # as `serve` ends, which a watchdog tells from an intended end
         sys.exit(128 + signal.SIGINT)

@@ -24,7 +24,7 @@ def order(prompt: str = "a red square", **more: Any) -> GenerationRequest:
 
 
 class ServiceHarness:
-    """A service with all it needs, and a view of what was drawn."""
+    """A service with its dependencies, and access to the fake model's calls."""
 
     def __init__(self, folder: Path, painter: FakeDenoiser) -> None:
         self.painter = painter
@@ -38,7 +38,7 @@ class ServiceHarness:
         self.service = self.another_process()
 
     def another_process(self) -> GenerationService:
-        """A second service over the same folder, as another server process would be."""
+        """A second service over the same folder, like another server process."""
         return GenerationService(
             self.bucket,
             self.engine,

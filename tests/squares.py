@@ -1,4 +1,4 @@
-"""Jobs for painted squares, engines that end with their test, and painters with troubles of their own."""
+"""Jobs for the fake model, engines that stop with their test, and fake models with particular faults."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def job(prompt: str, steps: int = 4, width: int = 64, **more: Any) -> DiffusionR
 
 
 def open_gate(painter: FakeDenoiser) -> None:
-    """Let a painter's steps go."""
+    """Let a gated model's steps continue."""
     assert painter.gate is not None
     painter.gate.set()
 
@@ -51,7 +51,7 @@ def engine_of() -> Iterator[EngineOf]:
 
 @pytest.fixture
 def gated() -> Iterator[FakeDenoiser]:
-    """Squares whose every step waits until the gate is open."""
+    """A fake model whose every step waits until the gate is open."""
     painter = FakeDenoiser(gate=threading.Event())
     yield painter
     open_gate(painter)
@@ -59,9 +59,9 @@ def gated() -> Iterator[FakeDenoiser]:
 
 @dataclass
 class OutOfMemoryDenoiser(FakeDenoiser):
-    """Paints with room for so many canvases in a step, and so many in a finish; counts what it is asked to free.
+    """Memory for so many canvases per step, and so many per finish; counts the requests to free memory.
 
-    Shrinking makes room for one more canvas while it is decoded, `shrinks` times.
+    Each shrink makes room for one more canvas in decoding, `shrinks` times.
     """
 
     room: int = 2
@@ -98,7 +98,7 @@ class OutOfMemoryDenoiser(FakeDenoiser):
 
 @dataclass
 class DeviceLostDenoiser(FakeDenoiser):
-    """A device that is lost in the step after a prompt says "poison", or whose pictures are not finite."""
+    """Loses the device in the step after a prompt says "poison", or returns non-finite images."""
 
     finite: bool = True
 
@@ -115,7 +115,7 @@ class DeviceLostDenoiser(FakeDenoiser):
 
 @dataclass
 class RecordingDenoiser(FakeDenoiser):
-    """Squares whose paint is not on the device between drawings; `did` is what was done, in order."""
+    """Moves its weights off the device between phases; `did` records the calls in order."""
 
     resident: bool = False
     did: list[str] = field(default_factory=list)
@@ -138,7 +138,7 @@ class RecordingDenoiser(FakeDenoiser):
 
 @dataclass
 class CpuBoundDenoiser(FakeDenoiser):
-    """Squares by a thread that computes for 3 ms a step, and is kept waiting the longer the more canvases there are."""
+    """Computes for 3 ms per step, and waits longer the more canvases there are."""
 
     cpu_threads: int = 1
 
@@ -152,7 +152,7 @@ class CpuBoundDenoiser(FakeDenoiser):
 
 @dataclass
 class PreviewingDenoiser(FakeDenoiser):
-    """Squares with a preview: a grey that is the number of steps done."""
+    """With a preview: a grey equal to the number of steps done."""
 
     sketches: int = 0
 
@@ -163,7 +163,7 @@ class PreviewingDenoiser(FakeDenoiser):
 
 @dataclass
 class ConcurrentDenoiser(FakeDenoiser):
-    """Painters who may work side by side; knows how many did, and whether two ever prepared at once."""
+    """Allows several workers; records how many ran, and whether two ever prepared at once."""
 
     threads: set[int] = field(default_factory=set)
     lanes_told: list[int] = field(default_factory=list)

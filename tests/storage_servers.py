@@ -1,4 +1,4 @@
-"""Storage on loopback for tests: an S3 server, a GCS emulator, and a go-between that misbehaves when told to."""
+"""Storage on loopback for tests: an S3 server, a GCS emulator, and a proxy that misbehaves on request."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class StorageServer:
     wire: Path
 
     def stop(self) -> None:
-        """End the process, as an outage does."""
+        """End the process, like an outage."""
         self.process.kill()
         self.process.wait(30)
 
@@ -74,20 +74,20 @@ def start(command: list[str], port: int, folder: Path, **environment: str) -> St
 
 
 def start_s3(folder: Path, port: int = 0, **environment: str) -> StorageServer:
-    """Start moto's S3 server: objects in its memory, no check of signatures unless told otherwise."""
+    """Start moto's S3 server: objects in memory, no signature check by default."""
     port = port or free_port()
     return start([sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], port, folder, **environment)
 
 
 def start_gcs(folder: Path, port: int = 0) -> StorageServer:
-    """The GCS emulator, with conditions minded."""
+    """The GCS emulator, with conditional uploads."""
     port = port or free_port()
     return start([sys.executable, str(HERE / "gcs_emulator.py"), str(port), str(folder / "wire.log")], port, folder)
 
 
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StorageServer]:
-    """An S3 server that lives as long as the test run."""
+    """An S3 server for the whole test run."""
     running = start_s3(tmp_path_factory.mktemp("s3"))
     yield running
     running.stop()
@@ -95,7 +95,7 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StorageServe
 
 @pytest.fixture(scope="session")
 def gcs_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StorageServer]:
-    """A GCS emulator that lives as long as the test run."""
+    """A GCS emulator for the whole test run."""
     running = start_gcs(tmp_path_factory.mktemp("gcs"))
     yield running
     running.stop()
@@ -103,7 +103,7 @@ def gcs_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StorageServ
 
 @cache
 def s3_client(url: str, key: str = "AKIAEXAMPLE", secret: str = SECRET, service: str = "s3") -> Any:
-    """A client of the test's own, to look at the store from outside."""
+    """A separate client, to look at the store from outside."""
     import boto3
 
     return boto3.client(
@@ -112,7 +112,7 @@ def s3_client(url: str, key: str = "AKIAEXAMPLE", secret: str = SECRET, service:
 
 
 def make_s3_bucket(server: StorageServer, name: str = "") -> str:
-    """A new bucket, which anyone may read; its name."""
+    """Create a publicly readable bucket; return its name."""
     name = name or f"pictures-{uuid4().hex[:12]}"
     s3_client(server.url).create_bucket(Bucket=name)
     anyone = {"Effect": "Allow", "Principal": "*", "Action": "s3:GetObject", "Resource": f"arn:aws:s3:::{name}/*"}
@@ -122,14 +122,14 @@ def make_s3_bucket(server: StorageServer, name: str = "") -> str:
 
 
 def make_gcs_bucket(server: StorageServer) -> str:
-    """A new bucket's name."""
+    """Create a bucket; return its name."""
     name = f"pictures-{uuid4().hex[:12]}"
     httpx.post(f"{server.url}/storage/v1/b", json={"name": name}).raise_for_status()
     return name
 
 
 def storage_options(**values: Any) -> StorageOptions:
-    """The settings with defaults, independent of this process's environment; keys have no prefix."""
+    """The default settings, independent of this process's environment; keys have no prefix."""
     return Settings.model_construct(**{"bucket_path": "", **values})
 
 
@@ -140,7 +140,7 @@ def changed(options: StorageOptions, **changes: Any) -> StorageOptions:
 
 
 def r2_options(url: str, name: str, **changes: Any) -> StorageOptions:
-    """Options for an S3 server on loopback, reached as R2 is: by endpoint, region auto."""
+    """Options for an S3 server on loopback, addressed like R2: by endpoint, region auto."""
     values = {"storage_provider": "r2", "r2_endpoint_url": url, "bucket_name": name, "storage_timeout": 20.0, **KEYS}
     return storage_options(**{**values, **changes})
 
@@ -152,13 +152,13 @@ def gcs_options(name: str, **changes: Any) -> StorageOptions:
 
 
 def opened(options: StorageOptions) -> Bucket:
-    """A bucket made by the options and opened."""
+    """A bucket made from the options and opened."""
     bucket = open_bucket(options)
     bucket.open()
     return bucket
 
 
-# What S3 answers, in words of ours: status and code.
+# S3's responses under our names: status and code.
 S3_REFUSALS = {
     "slow-down": (503, "SlowDown"),
     "conflict": (409, "ConditionalRequestConflict"),
@@ -169,7 +169,7 @@ S3_REFUSALS = {
 
 
 class _Quiet(ThreadingHTTPServer):
-    """A server that does not report the connections its clients gave up."""
+    """A server that does not report connections closed by clients."""
 
     daemon_threads = True
 
@@ -179,7 +179,10 @@ class _Quiet(ThreadingHTTPServer):
 
 @dataclass
 class Said:
-    """What a go-between answers by itself; `after` the server did what was asked, with the server's status then."""
+    """The proxy's own response.
+
+    `after` means that the server first processed the request, and is the server's status.
+    """
 
     status: int
     content: bytes = b""
@@ -188,21 +191,21 @@ class Said:
 
 
 def refused(code: str, status: int) -> Said:
-    """S3's way to refuse one request."""
+    """S3's error response to one request."""
     content = f"<Error><Code>{code}</Code><Message>As the test asked.</Message></Error>".encode()
     return Said(status, content, {"Content-Type": "application/xml"})
 
 
 class MisbehavingStore:
-    """A go-between before a storage server that misbehaves, one request at a time, as `mischief` says.
+    """A proxy in front of a storage server that misbehaves, one request at a time, as `mischief` says.
 
-    A word of `S3_REFUSALS` answers with that error; `reset` breaks the connection half way through the answer;
-    `lose-answer` lets the server do what was asked, and then breaks the connection; `slow` waits until `release` is
-    set; any other word is none. What is asked first gets the first word, by whichever method or by one of `only`;
-    without words everything passes, but for the headers named in `drops`.
+    A word of `S3_REFUSALS` answers with that error; `reset` breaks the connection in the middle of the response;
+    `lose-answer` lets the server process the request, and then breaks the connection; `slow` waits until `release`
+    is set; any other word has no effect. The first request takes the first word, with any method or with those of
+    `only`; without words everything passes, except the headers named in `drops`.
 
-    Before any word `rule` is asked with the method, the path and the headers of each request: it gives a word for it,
-    `close` (no answer at all) and `noise` (one that is no HTTP) among them, or what is said instead of the server.
+    Before that, `rule` is called with method, path and headers of each request: it returns a word, including
+    `close` (no response) and `noise` (not HTTP), or a response to send in the server's place.
     """
 
     def __init__(self, port: int) -> None:
@@ -219,7 +222,7 @@ class MisbehavingStore:
         Thread(target=self._server.serve_forever, daemon=True).start()
 
     def close(self) -> None:
-        """Let go of whoever waits, and stop listening."""
+        """Release waiting requests, and stop listening."""
         self.release.set()
         self._server.shutdown()
         self._server.server_close()
@@ -303,7 +306,7 @@ def _handler(rascal: MisbehavingStore, port: int) -> Callable[..., BaseHTTPReque
 
 @pytest.fixture
 def rascal_before() -> Iterator[Callable[[StorageServer], MisbehavingStore]]:
-    """Put a go-between before a storage server."""
+    """Put a proxy in front of a storage server."""
     made: list[MisbehavingStore] = []
 
     def put(server: StorageServer) -> MisbehavingStore:
@@ -316,6 +319,6 @@ def rascal_before() -> Iterator[Callable[[StorageServer], MisbehavingStore]]:
 
 
 def conditions_on_the_wire(server: StorageServer, name: str) -> list[str | None]:
-    """The conditions under which uploads of this name came in at the GCS emulator."""
+    """The conditions of this name's uploads, as received by the GCS emulator."""
     lines = [json.loads(line) for line in server.wire.read_text().splitlines()]
     return [line["ifGenerationMatch"] for line in lines if line["name"] == name]

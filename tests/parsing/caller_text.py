@@ -1,7 +1,7 @@
-"""Every regular expression and every parser that meets callers' text, with its limit and the shapes it is tried with.
+"""Every regular expression and parser that processes callers' text, with its limit and its test inputs.
 
-`test_growth.py` measures them, and holds the list of expressions against the source; `benchmarks/parsers.py` prints
-the table. A parser is given its text and may refuse it in any way.
+`test_growth.py` measures them, and compares the list of expressions with the source; `benchmarks/parsers.py` prints
+the table. A parser gets its text and may refuse it in any way.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ PACKAGE = Path(strict_json.__file__).parent.parent
 HEADER = 16_384
 MEBIBYTE = 1_048_576
 
-# Regular expressions that meet no caller's text, by module and source, with the reason.
+# Regular expressions that process no caller's text, by module and source, with the reason.
 NEVER_CALLERS = {
     "settings/models.py": "settings are the operator's",
     "settings/api_keys.py": "settings are the operator's",
@@ -52,7 +52,7 @@ NEVER_CALLERS = {
     "pipelines/loading/hub.py": "names of files in a repository the operator chose, a few dozen characters each",
 }
 
-# What costs most by the square: brackets that never close, separators, runs, escapes, marks, and what looks like ours.
+# Typical causes of quadratic time: unclosed brackets, separators, runs, escapes, combining marks, near matches.
 _METHODS = {"match", "fullmatch", "search", "sub", "subn", "finditer"}
 SHAPES: dict[str, str] = {
     "[": "[",
@@ -90,20 +90,20 @@ SHAPES: dict[str, str] = {
 
 
 def repeated(shape: str, size: int) -> str:
-    """`size` characters of a shape."""
+    """`size` characters of a pattern."""
     return (shape * (size // len(shape) + 1))[:size]
 
 
 def opened(shape: str, size: int) -> str:
-    """The same behind a beginning that makes expressions look further."""
+    """The same after a prefix that makes expressions search further."""
     return ("[" + repeated(shape, size))[:size]
 
 
 @dataclass(frozen=True)
 class Parser:
-    """What reads callers' text of up to `limit` characters or bytes, as `built` from a text of the shapes.
+    """A parser of callers' text of up to `limit` characters or bytes, in the form that `built` makes of a test input.
 
-    `refuses` tells that it has that limit itself, so that what is beyond costs nothing.
+    `refuses` says that it enforces that limit itself, so longer input costs nothing.
     """
 
     name: str
@@ -114,7 +114,7 @@ class Parser:
     refuses: bool = True
 
     def seconds(self, shape: str, size: int) -> float:
-        """CPU seconds it takes for a text of that size."""
+        """CPU seconds for an input of that size."""
         given = [self.built(make(self.shapes[shape], size)) for make in (repeated, opened)]
         return seconds_of(lambda: [self.tried(text) for text in given])
 
@@ -126,9 +126,9 @@ class Parser:
 
 
 def seconds_of(work: Callable[[], object]) -> float:
-    """CPU seconds of one run: the least of several, which together take a fraction of a millisecond at the least.
+    """CPU seconds of one run: the minimum of several, which together take a measurable fraction of a millisecond.
 
-    Without collections of garbage, as timeit has it: their time is that of everything else there is.
+    Garbage collection is off, as in timeit: its time depends on all other objects.
     """
     taken: list[float] = []
     gc.disable()
@@ -146,7 +146,7 @@ def seconds_of(work: Callable[[], object]) -> float:
 
 @dataclass(frozen=True)
 class Expression:
-    """A regular expression of the package, and the methods that are used of it."""
+    """A regular expression of the package, and the methods that are called on it."""
 
     module: str
     name: str
@@ -166,7 +166,7 @@ class Expression:
 
 
 def calls_of_re() -> Iterator[tuple[str, ast.Call, str]]:
-    """Every call of `re` in the package: the module, the call, and the constant of the module it makes, if any."""
+    """Every call of `re` in the package: the module, the call, and the module constant it is assigned to, if any."""
     for path in sorted(PACKAGE.rglob("*.py")):
         tree = ast.parse(path.read_text())
         made = {
@@ -188,7 +188,7 @@ def calls_of_re() -> Iterator[tuple[str, ast.Call, str]]:
 
 
 def expressions() -> list[Expression]:
-    """The expressions that meet callers' text, out of the source itself."""
+    """The expressions that process callers' text, found in the source."""
     found = []
     for module, _, name in calls_of_re():
         if module in NEVER_CALLERS or not name:
@@ -196,14 +196,14 @@ def expressions() -> list[Expression]:
         dotted = "stable_diffusion_server." + module.removesuffix(".py").replace("/", ".")
         used = re.findall(rf"\b{name}\.(\w+)\(", (PACKAGE / module).read_text())
         pattern = getattr(importlib.import_module(dotted), name)
-        # One that other modules use is tried in both ways that there are.
+        # An expression that other modules use is tested with both of its methods.
         methods = tuple(sorted({*used} & _METHODS)) or ("fullmatch", "search")
         found.append(Expression(module, name, pattern, methods))
     return found
 
 
 def request_of(body: bytes, media_type: str, query: bytes = b"") -> Request:
-    """A request as the routes are given it, its body in pieces that are cut only when they are asked for."""
+    """A request as the routes get it, with a body that is split into chunks lazily."""
     at = 0
 
     async def receive() -> Any:
@@ -215,7 +215,7 @@ def request_of(body: bytes, media_type: str, query: bytes = b"") -> Request:
     scope = {"type": "http", "method": "POST", "path": "/", "query_string": query, "headers": headers, "state": {}}
     request = Request(scope, receive)
     if not media_type.startswith("multipart/"):
-        request._body = body  # what reading costs is not what is measured
+        request._body = body  # the cost of reading is not measured
     return request
 
 
@@ -225,7 +225,7 @@ def run(work: Any) -> object:
 
 
 def sent(media_type: str) -> Callable[[bytes], object]:
-    """A body read as parameters."""
+    """A body parsed into parameters."""
 
     def read(body: bytes) -> object:
         return run(request_parsing.read_parameters(request_of(body, media_type), frozenset({"image_file"})))
@@ -269,7 +269,7 @@ def headers_of(name: str) -> Callable[[str], Headers]:
 
 
 class Carrier:
-    """What is asked of a request by those who look at headers alone."""
+    """A minimal request for code that reads headers only."""
 
     def __init__(self, headers: Headers) -> None:
         self.headers = headers
@@ -314,7 +314,7 @@ def seen(text: str) -> object:
 
 
 def head_of(text: str) -> Any:
-    """The head of a request with this text in headers of a thousand characters."""
+    """A request head with this text in headers of a thousand characters."""
     pieces = (text[at : at + 1000] for at in range(0, len(text), 1000))
     headers = [(b"a", piece.encode("latin-1", "replace")) for piece in pieces]
     return {"type": "http", "path": "/", "query_string": b"", "headers": headers}
@@ -382,7 +382,7 @@ PARSERS = [
         lambda body: strict_json.parse_object(body, PICTURES),
         lambda text: b'{"p":"' + text.encode() + b'"}',
         TO_JSON,
-        refuses=False,  # beyond it there is the limit of bodies
+        refuses=False,  # above it the body limit applies
     ),
     Parser("JSON written", MEBIBYTE, strict_json.dumps, lambda text: ["\ud800", float("inf"), text], refuses=False),
     Parser("a query", 65_536, request_parsing.read_query, lambda text: text.encode(), refuses=False),

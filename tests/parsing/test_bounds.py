@@ -1,4 +1,4 @@
-"""What comes in is bounded before it is parsed and strictly read, and what goes out can be sent, in every dialect."""
+"""Input is bounded before it is parsed and strictly validated, and output can be serialised, in every dialect."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ PICTURE = base64.b64encode(file_of(disc(64, 64))).decode()
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningApp]:
-    """An app over retouchers for all that is refused: what is refused leaves it as it was."""
+    """An app over fake image-to-image models, shared by all tests of refused requests, which leave it unchanged."""
     folder, squares = tmp_path_factory.mktemp("bounds"), FakeImageDenoiser()
     app = create_app(settings_in(folder), load=lambda settings: squares)
-    # Its log goes to the standard error of the process, since that of the first test ends with it.
+    # It logs to the process's standard error, since that of the first test closes with the test.
     structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.__stderr__))
     with TestClient(
         app, base_url="http://127.0.0.1:8000", client=("127.0.0.1", 5), raise_server_exceptions=False
@@ -48,7 +48,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningApp]:
 
 @pytest.fixture
 def running_app(shared: RunningApp) -> RunningApp:
-    """The same app, with nothing drawn yet."""
+    """The same app, without generated images."""
     shared.squares.prepared.clear()
     return shared
 
@@ -58,14 +58,14 @@ def post(client: TestClient, path: str, body: bytes, **headers: str) -> httpx.Re
 
 
 def is_refused(running_app: RunningApp, answer: httpx.Response, *statuses: int) -> None:
-    """A 4xx that says why, and nothing was drawn."""
+    """A 4xx with a reason, and nothing was generated."""
     assert answer.status_code in (statuses or (400, 413, 422)), (answer.status_code, answer.text[:300])
     assert len(answer.content) < 5000
     assert running_app.squares.prepared == []
 
 
 def asked(path: str, **more: Any) -> dict[str, Any]:
-    """A request that would be drawn, with more in it."""
+    """A valid request with additional fields."""
     picture = {STYLE: {"image_url": f"data:image/png;base64,{PICTURE}"}, IMG2IMG: {"init_images": [PICTURE]}}
     size = {OPENAI: {"size": "64x64"}, CREATE: {"width": 64, "height": 64}, TXT2IMG: {"width": 64, "height": 64}}
     return {"prompt": "a red square", **picture.get(path, {}), **size.get(path, {}), **more}
@@ -93,7 +93,7 @@ BOMBS: dict[str, bytes] = {
 @pytest.mark.parametrize("path", READING)
 @pytest.mark.parametrize("bomb", BOMBS)
 def test_a_body_made_to_take_memory_is_refused_in_every_dialect(running_app: RunningApp, path: str, bomb: str) -> None:
-    """4xx in few words, whether it is values, levels, quotes, names or digits that are many."""
+    """4xx with a short message, for many values, levels, quotes, names or digits."""
     is_refused(running_app, post(running_app.client, path, BOMBS[bomb]))
 
 
@@ -104,7 +104,7 @@ def test_a_body_made_to_take_memory_is_refused_in_every_dialect(running_app: Run
 def test_a_long_prompt_is_refused_by_name_before_it_is_read(
     running_app: RunningApp, path: str, shape: str, length: int
 ) -> None:
-    """Of any shape, in every dialect, and so is what not to draw."""
+    """Of any content, in every dialect; so is a long negative prompt."""
     for name in ("prompt", "negative_prompt"):
         text = shape * (length // len(shape.encode()))
         answer = post(running_app.client, path, json.dumps(asked(path, **{name: text}), ensure_ascii=False).encode())
@@ -116,7 +116,7 @@ def test_a_long_prompt_is_refused_by_name_before_it_is_read(
 @pytest.mark.parametrize("path", [TXT2IMG, IMG2IMG, STYLE])
 @pytest.mark.parametrize("name", ["prompt", "negative_prompt", "sampler_name", "x", "styles"])
 def test_only_pictures_may_be_megabytes(running_app: RunningApp, path: str, name: str) -> None:
-    """A text as long as a picture is refused where pictures are not, by its name, and never decoded."""
+    """A text as long as an image is refused, by field name and before decoding, in fields that are not images."""
     answer = post(running_app.client, path, json.dumps(asked(path, **{name: "<lora:a>" * 400_000})).encode())
     is_refused(running_app, answer, 422)
     assert name in answer.text
@@ -124,7 +124,7 @@ def test_only_pictures_may_be_megabytes(running_app: RunningApp, path: str, name
 
 @pytest.mark.fault(122)
 def test_pictures_in_json_have_a_size_and_a_number(run_app: Callable[..., RunningApp]) -> None:
-    """One byte more than MAX_IMAGE_BYTES takes in base64 is refused, and so are 33 long ones."""
+    """One byte more than MAX_IMAGE_BYTES takes in base64 is refused, and so are 33 long strings."""
     running_app = run_app(FakeImageDenoiser(), max_image_bytes=30_000)
     most = 30_000 * 4 // 3 + 1024
     for pictures in (["A" * (most + 4)], ["A" * 8_000] * 33, ["A" * 8_000 + "é"], ["<" * 20_000]):
@@ -161,7 +161,7 @@ ODD: dict[str, str] = {
 def test_what_is_no_json_is_refused_by_name_before_anything_is_drawn(
     running_app: RunningApp, path: str, odd: str
 ) -> None:
-    """Under a name that is not known, within a list or an object, in every dialect."""
+    """Also under an unknown name, within a list or an object, in every dialect."""
     whole = json.dumps(asked(path, something="@")).replace('"@"', ODD[odd])
     answer = post(running_app.client, path, whole.encode())
     is_refused(running_app, answer, 400, 422)
@@ -173,7 +173,7 @@ def test_what_is_no_json_is_refused_by_name_before_anything_is_drawn(
     "name", ["sampler_name", "sampler_index", "scheduler", "styles", "force_task_id", "alwayson_scripts"]
 )
 def test_no_parameter_of_automatic1111_takes_half_a_character(running_app: RunningApp, name: str) -> None:
-    """Each is refused by name; once they were told after the picture was drawn, as a 500."""
+    """Each is refused by name; formerly a 500 after the image was generated."""
     for value in ("\ud800", ["\udfff"], {"controlnet": {"args": [{"module": "\ud800canny"}]}}, {"\ud800": {}}):
         answer = post(running_app.client, TXT2IMG, json.dumps(asked(TXT2IMG, **{name: value})).encode())
         is_refused(running_app, answer, 422)
@@ -181,7 +181,7 @@ def test_no_parameter_of_automatic1111_takes_half_a_character(running_app: Runni
 
 
 def written(record: str) -> list[bytes]:
-    """Pictures that carry this text as the record of this server."""
+    """Images that carry this text as this server's record."""
     text = record.encode("utf-8", "surrogatepass")
     head = b"Exif\0\0" + exif(record)
     jpeg = b"\xff\xd8\xff\xe1" + struct.pack(">H", len(head) + 2) + head + b"\xff\xd9"
@@ -207,7 +207,7 @@ RECORDS = [
 @pytest.mark.fault(124)
 @pytest.mark.parametrize("record", RECORDS)
 def test_whatever_a_picture_says_of_itself_png_info_can_answer(running_app: RunningApp, record: str) -> None:
-    """Halves of characters, lists where texts belong, numbers that are none, thousands of levels: never a 500."""
+    """Lone surrogates, lists instead of strings, invalid numbers, thousands of levels: never a 500."""
     for picture in written(record):
         answer = running_app.client.post(PNG_INFO, json={"image": base64.b64encode(picture).decode()})
         assert answer.status_code == 200, answer.text
@@ -220,7 +220,7 @@ def test_whatever_a_picture_says_of_itself_png_info_can_answer(running_app: Runn
     "text", [b"\xff\xfe" * 100, b"Steps: 4, " * 5_000, b"\n" * 90_000, b"Negative prompt: a\n" * 4_000, b"a" * 200_000]
 )
 def test_whatever_text_others_wrote_png_info_can_answer(running_app: RunningApp, text: bytes) -> None:
-    """AUTOMATIC1111's own text, which anyone may have written, in both kinds of chunks."""
+    """AUTOMATIC1111's own text, which anyone can write, in both kinds of chunks."""
     for picture in (png(chunk(b"tEXt", b"parameters\0" + text)), png(chunk(b"iTXt", b"parameters\0\0\0\0\0" + text))):
         answer = running_app.client.post(PNG_INFO, json={"image": base64.b64encode(picture).decode()})
         assert answer.status_code == 200, answer.text
@@ -241,7 +241,7 @@ def test_whatever_text_others_wrote_png_info_can_answer(running_app: RunningApp,
 def test_whatever_others_wrote_beside_an_object_its_receipt_can_be_sent(
     running_app: RunningApp, changes: dict[str, str]
 ) -> None:
-    """Numbers that are none are left out, halves of characters replaced; the picture is found all the same."""
+    """Invalid numbers are left out, lone surrogates replaced; the image is found all the same."""
     name = {"prompt": "a red square", "width": 64, "height": 64, "save_path": "kept.webp"}
     assert running_app.client.post(CREATE, json=name).status_code == 200
     (facts,) = (
@@ -262,7 +262,7 @@ def test_whatever_others_wrote_beside_an_object_its_receipt_can_be_sent(
 
 @pytest.mark.fault(124)
 def test_json_can_always_be_written() -> None:
-    """Lone surrogates become U+FFFD, numbers that are not finite null, whole text stays as it is."""
+    """Lone surrogates become U+FFFD, non-finite numbers null, valid text stays unchanged."""
     value = {"a": float("inf"), "b\ud800": ["\udfff", float("nan"), ("x", 1.5)], "c": "ü\U0001f600"}
     assert json.loads(dumps(value)) == {"a": None, "b\ufffd": ["\ufffd", None, ["x", 1.5]], "c": "ü\U0001f600"}
 
@@ -272,7 +272,7 @@ DIGITS = "9" * 5000
 
 @pytest.mark.fault(125)
 def test_thousands_of_digits_are_no_number_anywhere(running_app: RunningApp) -> None:
-    """In headers, queries and ids: refused, or as if they were not there; never a 500 and never a broken stream."""
+    """In headers, queries and ids: refused or ignored; never a 500 and never a broken stream."""
     client = running_app.client
     answers = [
         client.post(CREATE, content=b"{}", headers={**JSON, "content-length": DIGITS}),
@@ -315,13 +315,13 @@ def test_thousands_of_digits_are_no_number_anywhere(running_app: RunningApp) -> 
     ],
 )
 def test_a_head_that_is_too_long_is_refused_unread(running_app: RunningApp, headers: dict[str, str]) -> None:
-    """431, whichever header it is, whatever server reads it."""
+    """431 for any header, in every server command."""
     is_refused(running_app, running_app.client.post(CREATE, json=asked(CREATE), headers=headers), 431)
 
 
 @pytest.mark.fault(121)
 def test_a_query_that_is_too_long_is_refused_unread(running_app: RunningApp) -> None:
-    """431 for the head as a whole; and the longest prompt, percent-encoded, is well below."""
+    """431 for the head as a whole; the longest prompt, percent-encoded, is well below."""
     is_refused(
         running_app, running_app.client.get(f"{CREATE}?prompt={'a' * 64_000}", headers={"X-More": "a" * 3_000}), 431
     )
@@ -334,7 +334,7 @@ def test_a_query_that_is_too_long_is_refused_unread(running_app: RunningApp) -> 
     ["punycode", "idna", "utf-7", "utf-16", "unicode_escape", "raw_unicode_escape", "undefined", "hex", "none"],
 )
 def test_a_form_in_another_encoding_is_not_read(running_app: RunningApp, charset: str) -> None:
-    """415: some of Python's codecs take time with the square of a text, raise errors of their own, make no text."""
+    """415: some of Python's codecs take quadratic time, raise their own errors, or return no text."""
     body = b'--edge\r\nContent-Disposition: form-data; name="prompt"\r\n\r\n\\ud800 xn--a \xff\r\n--edge--\r\n'
     for media_type in (
         f"multipart/form-data; boundary=edge; charset={charset}",
@@ -354,7 +354,7 @@ def test_a_form_in_another_encoding_is_not_read(running_app: RunningApp, charset
 
 @pytest.mark.fault(121, 126)
 def test_the_texts_of_a_form_are_bounded_together(running_app: RunningApp) -> None:
-    """A hundred fields of half a megabyte, an encoded form of two, and media types of any length."""
+    """A hundred fields of half a megabyte, a urlencoded form of two, and media types of any length."""
     fields = {f"f{number}": (None, "a" * 500_000) for number in range(20)}
     is_refused(running_app, running_app.client.post(STYLE, files=fields), 400, 413)
     is_refused(running_app, running_app.client.post(STYLE, data={"prompt": "%41" * 700_000}), 413)
@@ -366,7 +366,7 @@ def test_the_texts_of_a_form_are_bounded_together(running_app: RunningApp) -> No
 
 @pytest.mark.fault(127)
 def test_an_option_that_is_refused_changes_nothing(running_app: RunningApp) -> None:
-    """The model a caller chose stays chosen, whatever it asks for next."""
+    """The caller's selected model stays selected."""
     chosen = [
         model["title"]
         for model in running_app.client.get("/sdapi/v1/sd-models").json()
@@ -380,7 +380,7 @@ def test_an_option_that_is_refused_changes_nothing(running_app: RunningApp) -> N
 
 
 def test_marks_in_a_row_are_bounded_on_both_sides_of_the_edge() -> None:
-    """Thirty are taken, as UAX #15 has it, and one more is not; composed marks count."""
+    """Thirty are accepted, as in UAX #15, and one more is not; composed marks count."""
     assert nfc("a" + "\u0323" * MAX_MARKS)
     for run in ("\u0323" * (MAX_MARKS + 1), "\u0f73" * (MAX_MARKS + 1)):
         with pytest.raises(ValueError, match="marks"):
@@ -402,14 +402,14 @@ EDGES: list[tuple[bytes, bytes, type[ServerError]]] = [
 def test_every_limit_of_json_holds_on_both_sides_of_its_edge(
     taken: bytes, refused: bytes, error: type[ServerError]
 ) -> None:
-    """Values, levels, texts, bytes, digits, magnitudes."""
+    """Values, levels, strings, bytes, digits, magnitudes."""
     assert set(parse_object(taken)) == {"a"}
     with pytest.raises(error):
         parse_object(refused)
 
 
 def test_pictures_come_back_whole_whatever_their_length() -> None:
-    """Long strings are cut out and put back, at any depth, and none can be forged."""
+    """Long strings are extracted and restored, at any depth, and no placeholder can be forged."""
     limits = BodyLimits().for_json({"p"})
     texts = ["a" * size for size in (1, 4_095, 4_096, 4_097, 1_000_000)]
     assert parse_object(json.dumps({"p": [{"x": texts}], "q": "b" * 5_000}).encode(), limits) == {
@@ -422,7 +422,7 @@ def test_pictures_come_back_whole_whatever_their_length() -> None:
 @pytest.mark.fault(177)
 @pytest.mark.parametrize("escape", ["%", "%%", "%zz", "%F0%9F%98%80", "a=%&"])
 def test_a_form_has_so_many_escapes_and_is_refused_unread_beyond(running_app: RunningApp, escape: str) -> None:
-    """Bare percent signs cost a thousand letters each: at the limit they are read, beyond it they are only counted."""
+    """A bare percent sign costs as much as a thousand letters: at the limit they are decoded, above it only counted."""
     count = 131_072 // escape.count("%")
     for path in ("/create_and_upload_image", "/v1/images/generations"):
         for more, refused in ((0, False), (1, True)):

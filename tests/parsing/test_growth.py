@@ -1,7 +1,6 @@
-"""What reads callers' text takes time in proportion to it, up to its limit, and next to none beyond.
+"""Parsers of callers' text take linear time up to their limit, and almost none above it.
 
-Times are the CPU's, as ratios between texts of ten times the size: about ten for work in proportion, a hundred for
-work that grows with the square.
+The tests compare CPU times of inputs of ten times the size: a ratio of about ten is linear, a hundred is quadratic.
 """
 
 from __future__ import annotations
@@ -22,9 +21,9 @@ from caller_text import (
 
 pytestmark = pytest.mark.slow
 
-# Between 10, in proportion, and 100, the square; caches and allocators have their steps.
+# Between 10 (linear) and 100 (quadratic), to allow for steps of caches and allocators.
 MOST_GROWTH = 40.0
-# Seconds below which a measurement says nothing.
+# Times below this many seconds are not significant.
 FLOOR = 20e-6
 
 
@@ -34,7 +33,7 @@ def growth(smaller: float, larger: float) -> float:
 
 @pytest.mark.fault(120)
 def test_every_regular_expression_is_measured_or_sees_no_callers_text() -> None:
-    """Each is a constant of its module that the next test measures, or the module is on the list, with its reason."""
+    """Each is a module constant that the next test measures, or is on the list with a reason."""
     nameless = [
         (module, call.lineno) for module, call, name in calls_of_re() if module not in NEVER_CALLERS and not name
     ]
@@ -47,7 +46,7 @@ def test_every_regular_expression_is_measured_or_sees_no_callers_text() -> None:
 @pytest.mark.fault(120)
 @pytest.mark.parametrize("expression", expressions(), ids=lambda one: f"{one.module}:{one.name}")
 def test_no_regular_expression_over_callers_text_grows_with_the_square(expression: Expression) -> None:
-    """Of 1,000, 10,000 and 100,000 characters of every shape, whatever limit stands before it."""
+    """1,000, 10,000 and 100,000 characters of every pattern, regardless of the limit in front of it."""
     for name, shape in SHAPES.items():
         for make in (repeated, opened):
             took = 0.0
@@ -60,7 +59,7 @@ def test_no_regular_expression_over_callers_text_grows_with_the_square(expressio
 @pytest.mark.fault(120)
 @pytest.mark.parametrize("parser", PARSERS, ids=lambda one: one.name)
 def test_no_parser_of_callers_text_grows_with_the_square(parser: Parser) -> None:
-    """At 1/100, 1/10 and 1 × of its limit, for every shape."""
+    """At 1/100, 1/10 and 1 × of its limit, for every pattern."""
     for name in parser.shapes:
         took = 0.0
         for part in (100, 10, 1):
@@ -71,7 +70,7 @@ def test_no_parser_of_callers_text_grows_with_the_square(parser: Parser) -> None
 @pytest.mark.fault(121)
 @pytest.mark.parametrize("parser", [one for one in PARSERS if one.refuses], ids=lambda one: one.name)
 def test_what_is_beyond_a_limit_costs_no_more_than_what_is_at_it(parser: Parser) -> None:
-    """Ten times as far beyond it is refused in the same time; what is looked at does not depend on it."""
+    """Ten times longer input is refused in the same time: the time does not depend on the excess."""
     for name in list(parser.shapes)[:: 1 if parser.limit < 100_000 else 6]:
         near, far = (parser.seconds(name, parser.limit * times) for times in (2, 20))
         assert growth(near, far) < 4 or far < 0.001, (name, near, far)

@@ -28,7 +28,7 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def test_nothing_has_to_be_set() -> None:
-    """The defaults draw on this machine alone, with the embedded models, into a folder."""
+    """The defaults serve this machine only, with the embedded models and a local folder."""
     settings = read_settings()
     assert (settings.host, settings.port, settings.storage_provider) == ("127.0.0.1", 8000, "local")
     assert not settings.allow_anonymous
@@ -77,7 +77,7 @@ def test_nothing_has_to_be_set() -> None:
 def test_an_invalid_value_stops_the_start_in_one_sentence(
     name: str, value: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The sentence names the setting and is one line."""
+    """One line that names the setting."""
     monkeypatch.setenv(name, value)
     with pytest.raises(SettingsError) as refused:
         read_settings()
@@ -97,7 +97,7 @@ def test_an_invalid_value_stops_the_start_in_one_sentence(
     ],
 )
 def test_a_misspelt_name_stops_the_start(name: str, meant: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A key that protects nothing because of a missing letter is worse than no start."""
+    """A key that protects nothing because of a missing letter is worse than a failed start."""
     monkeypatch.setenv(name, "1")
     with pytest.raises(SettingsError, match=f"{name} is not a setting; {meant}"):
         read_settings()
@@ -107,7 +107,7 @@ def test_a_misspelt_name_stops_the_start(name: str, meant: str, monkeypatch: pyt
 def test_an_old_name_stops_the_start_and_the_sentence_has_the_new_one(
     old: str, new: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A setting that was renamed would be ignored in silence. The new name is a setting, the old one is not."""
+    """A renamed setting would otherwise be ignored. The new name is a setting, the old one is not."""
     assert new.lower() in Settings.model_fields
     assert old.lower() not in Settings.model_fields
     monkeypatch.setenv(old, "1")
@@ -116,14 +116,14 @@ def test_an_old_name_stops_the_start_and_the_sentence_has_the_new_one(
 
 
 def test_an_old_name_in_the_env_file_stops_the_start(tmp_path: Path) -> None:
-    """In any case of letters, as the settings are read."""
+    """In upper and lower case, as settings are read."""
     (tmp_path / ".env").write_text("Stop_Seconds=5\n")
     with pytest.raises(SettingsError, match="SHUTDOWN_GRACE_SECONDS"):
         read_settings()
 
 
 def test_a_misspelt_name_in_the_env_file_is_found_too(tmp_path: Path) -> None:
-    """`.env` is read, checked for slips, and may hold what belongs to others."""
+    """`.env` is read and checked for misspellings, and may hold other programs' variables."""
     (tmp_path / ".env").write_text("AWS_ACCESS_KEY_ID=x\nPORT=8001\n")
     assert read_settings().port == 8001
     (tmp_path / ".env").write_text("BUCKET_PAHT=x\n")
@@ -139,14 +139,14 @@ def test_a_misspelt_name_in_the_env_file_is_found_too(tmp_path: Path) -> None:
     ],
 )
 def test_variables_of_other_programs_are_ignored(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only a single slip from a name of ours stops the start."""
+    """Only a single typing error in one of our names stops the start."""
     monkeypatch.setenv(name, "1")
     read_settings()
 
 
 @given(st.sampled_from([name for name in Settings.model_fields if len(name) > 6]), st.data())
 def test_every_single_slip_is_recognised(name: str, data: st.DataObject) -> None:
-    """A letter of a setting's name missing, doubled or or replaced: a setting is suggested."""
+    """A letter missing, doubled or replaced: the error suggests a setting."""
     from stable_diffusion_server.settings.loader import _misspelt
 
     i = data.draw(st.integers(0, len(name) - 1))
@@ -160,7 +160,7 @@ def test_every_single_slip_is_recognised(name: str, data: st.DataObject) -> None
 
 
 def test_a_secret_never_shows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not in the settings' text, and not in the error another setting causes."""
+    """Neither in the repr of the settings, nor in the error for another setting."""
     monkeypatch.setenv("API_KEYS", "hunter2,swordfish")
     assert "hunter2" not in repr(read_settings())
     monkeypatch.setenv("PORT", "none")
@@ -180,7 +180,7 @@ def test_bucket_and_state_may_not_contain_one_another(bucket: str, data: str, mo
 
 
 def test_sizes_to_warm_are_read_as_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Widths first, blanks let be."""
+    """Width first; blanks are ignored."""
     assert read_settings().warmup_sizes_in_pixels() == []
     monkeypatch.setenv("WARMUP_SIZES", "1024x768, 512x512")
     assert read_settings().warmup_sizes_in_pixels() == [(1024, 768), (512, 512)]
@@ -200,7 +200,7 @@ def test_a_base_url_without_a_scheme_is_https(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_the_page_of_settings_is_up_to_date() -> None:
-    """docs/settings.md is what `python -m stable_diffusion_server settings` prints."""
+    """docs/settings.md equals the output of `python -m stable_diffusion_server settings`."""
     assert describe_settings() in (ROOT / "docs" / "settings.md").read_text()
 
 
@@ -214,7 +214,7 @@ def test_the_page_of_settings_is_up_to_date() -> None:
 def test_a_model_that_is_not_in_the_catalogue_stops_the_start(
     name: str, value: str, sentence: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """By the command line with 2 and one sentence, before anything is loaded."""
+    """The command exits with 2 and one sentence, before anything is loaded."""
     monkeypatch.setenv(name, value)
     with pytest.raises(SettingsError, match=f"^{re.escape(sentence)}$"):
         create_app(read_settings())
@@ -225,13 +225,13 @@ def test_a_model_that_is_not_in_the_catalogue_stops_the_start(
 
 
 def test_the_table_holds_every_setting_once() -> None:
-    """The groups are listed beside the class that inherits them."""
+    """The groups are listed beside the class that inherits from them."""
     rows = re.findall(r"^\| `([A-Z0-9_]+)` \|", describe_settings(), re.MULTILINE)
     assert sorted(rows) == sorted(name.upper() for name in Settings.model_fields)
 
 
 def test_no_variable_of_the_tests_environment_is_taken_for_a_slip() -> None:
-    """The check does not get in the way of the very environment it runs in."""
+    """The check accepts the environment it runs in."""
     assert os.environ
     read_settings()
 
@@ -250,7 +250,7 @@ def test_no_variable_of_the_tests_environment_is_taken_for_a_slip() -> None:
 def test_a_bucket_is_described_in_full_or_not_at_all(
     variables: dict[str, str], sentence: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever a provider needs and is not there stops the start with the name of the setting."""
+    """A missing setting of a provider stops the start, with its name."""
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(SettingsError, match=sentence) as refused:
@@ -259,7 +259,7 @@ def test_a_bucket_is_described_in_full_or_not_at_all(
 
 
 def test_every_storage_option_is_a_setting_of_that_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What opens the bucket is read from the settings, the secrets unseen."""
+    """Bucket options are read from the settings; secrets stay hidden."""
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "sesame")
     monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", "")
     options = read_settings()

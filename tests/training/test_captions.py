@@ -1,4 +1,4 @@
-"""The grammar: scenes drawn by lot are drawable, and their captions say all that decides the picture."""
+"""The caption grammar: random scenes can be rendered, and their captions state every fact that decides the image."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ pytestmark = pytest.mark.slow
 
 
 def test_no_object_stands_on_its_own_colour() -> None:
-    """Every object differs enough from the background to be seen."""
+    """Every object differs enough from the background to be visible."""
     rng = np.random.default_rng(0)
     for kind in ("one", "two", "many", "placed", "free"):
         for _ in range(100):
@@ -19,7 +19,7 @@ def test_no_object_stands_on_its_own_colour() -> None:
 
 
 def test_kinds_come_as_often_as_their_shares_say() -> None:
-    """The shares sum to one, and a thousand scenes follow them within four percent."""
+    """The shares sum to one, and a thousand scenes match them within four percent."""
     rng = np.random.default_rng(1)
     scenes = [captions.draw_scene(rng) for _ in range(1000)]
     assert sum(captions.KIND_SHARES.values()) == pytest.approx(1)
@@ -60,7 +60,7 @@ def test_kinds_come_as_often_as_their_shares_say() -> None:
     ],
 )
 def test_plain_captions_read_like_a_person_wrote_them(scene: synthetic_shapes.Scene | Landscape, said: str) -> None:
-    """With no other wordings a scene has one caption."""
+    """Without paraphrasing a scene has one caption."""
     assert captions.say_scene(scene, np.random.default_rng(0), 0.0) == said
 
 
@@ -79,13 +79,13 @@ def test_paraphrases_vary_and_stay_lower_case() -> None:
 
 
 def test_a_missing_background_means_white_or_black_where_white_would_not_show() -> None:
-    """A caption may leave the background out only where it is the usual one."""
+    """A caption may omit the background only where it is the default."""
     assert captions.usual_background([synthetic_shapes.Thing("circle", "red")]) == "white"
     assert captions.usual_background([synthetic_shapes.Thing("circle", "white")]) == "black"
 
 
 def test_restyled_captions_keep_their_words() -> None:
-    """Capitals and marks change, the words do not."""
+    """Capitals and punctuation change, the words do not."""
     rng = np.random.default_rng(3)
     for _ in range(20):
         typed = captions.restyled("a red circle", rng)

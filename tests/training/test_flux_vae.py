@@ -1,4 +1,4 @@
-"""The folded autoencoder: the other one's latents, four cells in one."""
+"""The folded autoencoder: latents of the source autoencoder, with four cells folded into one."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ pytestmark = pytest.mark.slow
 
 
 def test_it_shrinks_twice_as_much_into_four_times_the_channels() -> None:
-    """64 × 64 pixels become 4 × 4 cells of 16 numbers, and come back; without noise, once they are laid anew."""
+    """64 × 64 pixels become 4 × 4 cells of 16 channels, and are decoded again; without noise, after rescaling."""
     model = vae.relaid(flux_vae.build(vae.build()), torch.eye(16))
     with torch.no_grad():
         posterior = model.encode(torch.zeros(1, 3, 64, 64)).latent_dist
@@ -21,7 +21,7 @@ def test_it_shrinks_twice_as_much_into_four_times_the_channels() -> None:
 
 
 def test_both_ends_are_the_source_s_own() -> None:
-    """The finest blocks keep their weights, so only the coarsest have to be learned."""
+    """The finest blocks keep their weights, so only the coarsest must be trained."""
     source = vae.build()
     made = flux_vae.build(source).state_dict()
     weights = source.state_dict()
@@ -34,7 +34,7 @@ def test_both_ends_are_the_source_s_own() -> None:
 
 
 def test_its_losses_compare_with_the_source() -> None:
-    """Each is a number that flows back into the model."""
+    """Each loss is a number with a gradient to the model."""
     source = vae.build().requires_grad_(False)
     model, pictures = flux_vae.build(source), torch.zeros(1, 3, 64, 64)
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -46,7 +46,7 @@ def test_its_losses_compare_with_the_source() -> None:
 
 
 def test_a_stretch_is_laid_into_both_ends() -> None:
-    """The copy makes the model's latents multiplied, and draws of them what the model draws of its own."""
+    """The copy encodes to scaled latents, and decodes them to the same images."""
     model = flux_vae.build(vae.build())
     forth = torch.diag(torch.linspace(0.5, 2, 16)) + 0.1
     copy, pictures = vae.relaid(model, forth), torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
@@ -58,7 +58,7 @@ def test_a_stretch_is_laid_into_both_ends() -> None:
 
 
 def test_evened_latents_spread_alike() -> None:
-    """All the way, every direction has unit variance; part of the way, they come nearer to one another."""
+    """Fully applied, every direction has unit variance; partly applied, variances come closer to one another."""
     latents = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(2))
     latents = latents * torch.tensor([4.0, 1.0, 0.25]).view(1, 3, 1, 1)
     for share, spread in ((1.0, 1.0), (0.5, 4.0)):

@@ -1,4 +1,4 @@
-"""The image checker: it reads rendered pictures rightly, and it notices what is wrong."""
+"""The image checker: it reads rendered images correctly, and detects what is wrong."""
 
 from dataclasses import replace
 
@@ -12,7 +12,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.mark.parametrize("kind", ["one", "two", "many", "placed"])
 def test_the_checker_reads_rendered_flat_scenes_at_least_99_times_of_100(kind: str) -> None:
-    """Its own accuracy on true pictures, of which every figure in the model card is made."""
+    """Its own accuracy on correct images, on which every number in the model card depends."""
     rng = np.random.default_rng(5)
     right = 0
     for _ in range(100):
@@ -23,7 +23,7 @@ def test_the_checker_reads_rendered_flat_scenes_at_least_99_times_of_100(kind: s
 
 @pytest.mark.parametrize("size", [(128, 128), (384, 256), (256, 384)])
 def test_the_checker_reads_other_sizes_as_well(size: tuple[int, int]) -> None:
-    """Two objects and their relation are read at every trained size."""
+    """It reads two objects and their relation at every trained size."""
     rng = np.random.default_rng(6)
     for _ in range(20):
         scene = captions.draw_scene(rng, "two", "flat")
@@ -31,7 +31,7 @@ def test_the_checker_reads_other_sizes_as_well(size: tuple[int, int]) -> None:
 
 
 def test_the_checker_notices_each_wrong_fact() -> None:
-    """A picture of another colour, shape, count, place or background is caught and named."""
+    """An image with another colour, shape, count, place or background is detected and the fact named."""
     asked = synthetic_shapes.Scene(
         "placed", "white", (synthetic_shapes.Thing("circle", "red", 1, "small"),), position="top left"
     )
@@ -49,7 +49,7 @@ def test_the_checker_notices_each_wrong_fact() -> None:
 
 
 def test_swapped_colours_of_two_objects_are_noticed() -> None:
-    """Both colours and both shapes are there, but bound wrongly."""
+    """Both colours and both shapes are present, but bound wrongly."""
     asked = synthetic_shapes.Scene(
         "two",
         "white",
@@ -64,7 +64,7 @@ def test_swapped_colours_of_two_objects_are_noticed() -> None:
 
 
 def test_an_empty_picture_has_no_object() -> None:
-    """Nothing is found where nothing is drawn, and nothing raises."""
+    """It finds no object in an empty image, and raises nothing."""
     scene = synthetic_shapes.Scene("one", "white", (synthetic_shapes.Thing("circle", "red"),))
     verdict = image_checker.check_scene(np.full((256, 256, 3), 245, np.uint8), scene)
     assert verdict["background"]
@@ -72,7 +72,7 @@ def test_an_empty_picture_has_no_object() -> None:
 
 
 def test_landscapes_are_told_apart_fact_by_fact() -> None:
-    """A true landscape passes; one at another time or without its house does not."""
+    """A correct landscape passes; one at another time of day or without its house does not."""
     view = synthetic_landscapes.Landscape("sunset", "hill", "sun", house="red", tree=True)
     rng = np.random.default_rng(0)
     assert image_checker.check_landscape(synthetic_landscapes.render(view, 256, 256, rng), view)["all"]

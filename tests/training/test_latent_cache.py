@@ -1,4 +1,4 @@
-"""The store: what was drawn once is read back with the scenes it shows, at every size."""
+"""The latent cache: latents are read back with their scenes, at every size."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A folder for parts of four pictures, of two sizes."""
+    """A folder for parts of four images, of two sizes."""
     monkeypatch.setattr(latent_cache, "RUNS", tmp_path)
     monkeypatch.setattr(latent_cache, "PART", 4)
     monkeypatch.setattr(latent_cache, "CYCLE", ((128, 128), (384, 256)))
@@ -22,13 +22,13 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("kind", list(captions.KIND_SHARES))
 def test_every_kind_of_scene_is_written_and_read_alike(kind: str) -> None:
-    """A line of JSON holds all of a scene."""
+    """One JSON line holds a whole scene."""
     scene = captions.draw_scene(np.random.default_rng(0), kind)
     assert latent_cache.from_text(latent_cache.as_text(scene)) == scene
 
 
 def test_a_batch_holds_latents_of_one_size_with_their_scenes(small: Path) -> None:
-    """A later reader sees what was made before and, after a refresh, what has come since."""
+    """A later reader sees earlier batches and, after a refresh, new ones."""
     model = vae.build()
     latent_cache.fill(model, "some", 1)
     held = latent_cache.LatentCache("some")
@@ -46,7 +46,7 @@ def test_a_batch_holds_latents_of_one_size_with_their_scenes(small: Path) -> Non
 
 
 def test_edge_maps_come_back_as_they_were(small: Path) -> None:
-    """A hint is 0 or 1 for every pixel, beside its own latents."""
+    """A hint is 0 or 1 for every pixel, stored with its latents."""
     latent_cache.fill(vae.build(), "edges", 1, control.draw_loose, synthetic_shapes.edges)
     batch = latent_cache.LatentCache("edges").batch(2, np.random.default_rng(0))
     hints, latents = batch.edges()

@@ -1,4 +1,4 @@
-"""The training loop: it goes on where it stopped, and leaves the averaged weights behind."""
+"""The training loop: it resumes where it stopped, and writes the averaged weights."""
 
 import signal
 from pathlib import Path
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.slow
 
 
 def learn_a_line(steps: int, monkeypatch: pytest.MonkeyPatch, folder: Path) -> tuple[float, list[int]]:
-    """Train one weight towards 3 and return it with the steps that were run."""
+    """Train one weight towards 3; return it and the steps that ran."""
     monkeypatch.setattr(loop, "RUNS", folder)
     torch.manual_seed(0)
     line, seen = torch.nn.Linear(1, 1, bias=False), []
@@ -29,7 +29,7 @@ def learn_a_line(steps: int, monkeypatch: pytest.MonkeyPatch, folder: Path) -> t
 
 
 def test_a_stage_goes_on_where_it_stopped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A second run with more steps begins after the first one's last step, with its weights."""
+    """A second run with more steps starts after the first one's last step, with its weights."""
     _, first = learn_a_line(40, monkeypatch, tmp_path)
     weight, second = learn_a_line(300, monkeypatch, tmp_path)
     assert first == list(range(40))
@@ -38,7 +38,7 @@ def test_a_stage_goes_on_where_it_stopped(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 
 def test_a_stage_that_is_told_to_stop_leaves_a_checkpoint(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """SIGTERM ends it after the step at hand, and the next run goes on from there."""
+    """SIGTERM ends it after the current step, and the next run resumes from there."""
     monkeypatch.setattr(loop, "RUNS", tmp_path)
     line = torch.nn.Linear(1, 1)
 
@@ -54,7 +54,7 @@ def test_a_stage_that_is_told_to_stop_leaves_a_checkpoint(monkeypatch: pytest.Mo
 
 
 def learn_a_line_on(line: torch.nn.Module, steps: int) -> tuple[torch.nn.Module, list[int]]:
-    """Go on with a stage and return what was trained with the steps that were run."""
+    """Resume a stage; return the trained weight and the steps that ran."""
     seen: list[int] = []
 
     def loss_of(step: int, rng: np.random.Generator) -> torch.Tensor:
@@ -66,7 +66,7 @@ def learn_a_line_on(line: torch.nn.Module, steps: int) -> tuple[torch.nn.Module,
 
 
 def test_the_rate_warms_up_is_held_and_falls_to_two_percent() -> None:
-    """It is highest from the warm-up to the cooling; the last step has 2 % of it."""
+    """It is highest from the warm-up to the decay; the last step has 2 % of it."""
     plan = loop.Plan("any", 1000, 1.0, warmup=100, cooling=0.25)
     assert loop.rate_at(plan, 0) == pytest.approx(0.01, rel=0.01)
     assert {loop.rate_at(plan, step) for step in range(100, 751)} == {1.0}

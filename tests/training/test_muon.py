@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.mark.parametrize("shape", [(3, 8, 24), (3, 24, 8)])
 def test_singular_values_come_near_one(shape: tuple[int, int, int]) -> None:
-    """However unequal they were, those that are not tiny end between a third and four thirds."""
+    """Singular values that are not tiny end between a third and four thirds, however unequal they were."""
     torch.manual_seed(0)
     made = torch.linalg.svdvals(orthogonalised(torch.randn(shape), rounds=5))
     assert 0.3 < float(made.min()) < float(made.max()) < 1.35
@@ -34,7 +34,7 @@ def test_an_update_is_as_large_as_its_rate_says_whatever_the_gradient() -> None:
 
 
 def test_only_matrices_of_hidden_blocks_are_stepped_by_it() -> None:
-    """What comes in, goes out or norms is left to AdamW, and everything without a plan for Muon."""
+    """Input, output and norm layers use AdamW, and so does every parameter not planned for Muon."""
     model = nn.ModuleDict({"block": nn.Linear(4, 4), "out": nn.Linear(4, 2)})
     adam, muon = loop.optimizers(loop.Plan("x", 1, 0.1, muon=3.0), {"model": model})
     assert muon.param_groups[0]["params"] == [model["block"].weight]

@@ -1,4 +1,4 @@
-"""Every stage runs from its command line on what the ones before it left, here for a step on tiny stores."""
+"""Every stage runs from its command line on the output of earlier stages, here for a step on tiny data."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ pytestmark = pytest.mark.slow
 
 
 def remember_samples(pipe: object, folder: Path) -> None:
-    """Stand in for the sheet of samples, which takes fifty pictures."""
+    """Replaces the sample sheet, which needs fifty images."""
     (folder / "shown").touch()
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the first stages would have left: untrained encoders and autoencoders, with their tokenizers."""
+    """Output of the first stages: untrained encoders and autoencoders, with their tokenizers."""
     folder = tmp_path_factory.mktemp("runs")
     text.build_clip(make_clip(folder / "clip" / "out" / "tokenizer")).save_pretrained(
         folder / "clip" / "out" / "encoder"
@@ -40,7 +40,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch, runs: Path, tmp_path: Path) -> None:
-    """Stores of one part of four small pictures, and folders of the test's own."""
+    """Data of one part of four small images, and folders of the test's own."""
     for module in (command, flux_vae, loop, package, latent_cache, text):
         monkeypatch.setattr(module, "RUNS", runs)
     monkeypatch.setattr(package, "MODELS", tmp_path)
@@ -60,7 +60,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *stages: str) -> None:
 def test_the_sdxl_family_is_made_and_packaged(
     monkeypatch: pytest.MonkeyPatch, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The denoiser, its ControlNet and the adapter, in half precision and under a name of their own."""
+    """The denoiser, its ControlNet and the LoRA, in half precision and under their own names."""
     run(monkeypatch, "sdxl", "controlnet-sdxl", "lora", "package-sdxl")
     assert (runs / "sdxl" / "shown").exists()
     assert (runs / "lora" / "out" / "pytorch_lora_weights.safetensors").exists()
@@ -69,7 +69,7 @@ def test_the_sdxl_family_is_made_and_packaged(
     assert f"embedded-{package.digest(tmp_path / 'embedded-sdxl')}" in capsys.readouterr().out
 
 
-# The transformer's norms keep their weights in fp32 while products are taken in bfloat16.
+# The transformer's norms keep fp32 weights, while matrix products use bfloat16.
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
 def test_the_flux_family_is_made_and_packaged(monkeypatch: pytest.MonkeyPatch, runs: Path, tmp_path: Path) -> None:
     """The same for the transformer, whose autoencoder is folded."""
@@ -82,7 +82,7 @@ def test_the_flux_family_is_made_and_packaged(monkeypatch: pytest.MonkeyPatch, r
 
 
 def test_noise_is_drawn_where_four_steps_look() -> None:
-    """Most of what a denoiser trains on lies near the four noise levels it is used at."""
+    """Most training samples lie near the four noise levels that inference uses."""
     torch.manual_seed(0)
     steps, times = sdxl.draw_steps(4000), flux.draw_times(4000)
     assert 0 <= steps.min() <= steps.max() <= 999
@@ -92,7 +92,7 @@ def test_noise_is_drawn_where_four_steps_look() -> None:
 
 
 def test_loose_scenes_and_outlines_are_what_their_stages_want() -> None:
-    """Most edge maps are of scenes whose caption leaves the place open; the adapter sees outlines only."""
+    """Most edge maps are of scenes whose caption omits the place; the LoRA sees outlines only."""
     rng = np.random.default_rng(0)
     free = [getattr(control.draw_loose(rng), "kind", "") == "free" for _ in range(200)]
     assert 0.5 < np.mean(free) < 0.8
@@ -100,7 +100,7 @@ def test_loose_scenes_and_outlines_are_what_their_stages_want() -> None:
 
 
 def test_a_twin_is_the_same_scene_in_other_colours() -> None:
-    """Shapes, sizes and places stay; things are never of their background's colour. Landscapes have no twin."""
+    """Shapes, sizes and places stay; no object has its background's colour. Landscapes have no twin."""
     rng = np.random.default_rng(1)
     for scene in [sdxl.draw_twinned(rng) for _ in range(50)]:
         twin = sdxl.recoloured(scene, rng)
@@ -114,7 +114,7 @@ def test_a_twin_is_the_same_scene_in_other_colours() -> None:
 
 
 def test_the_turned_velocity_leads_from_the_twin_to_the_picture() -> None:
-    """Taken off the noised twin, it leaves the latents themselves; for one's own latents it is the ordinary one."""
+    """Subtracted from the noised twin it leaves the image's latents; for the image itself it is the usual velocity."""
     torch.manual_seed(2)
     latents, twins, steps, shares = (
         torch.randn(3, 4, 2, 2),

@@ -1,4 +1,4 @@
-"""The encoders: what they must read, and that SDXL's two places see the same."""
+"""The text encoders: the facts they must read, and that SDXL's two encoders agree."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ def clip_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> CLIPTokenizer:
 
 
 def test_two_objects_are_told_by_where_they_stand() -> None:
-    """A above B and B below A are the same facts, whichever is said first."""
+    """ "A above B" and "B below A" are the same facts, whichever is named first."""
     star, heart = Thing("star", "red"), Thing("heart", "blue")
     above = Scene("two", "white", (star, heart), relation="above")
     below = Scene("two", "white", (heart, star), relation="below")
@@ -31,14 +31,14 @@ def test_two_objects_are_told_by_where_they_stand() -> None:
 
 
 def test_captions_from_outside_have_no_facts() -> None:
-    """Every slot then is the class for none."""
+    """Every slot then has the class "none"."""
     assert set(text.facts(None)) == {0}
     rng = np.random.default_rng(0)
     assert all(any(text.facts(draw_scene(rng, kind))) for kind in ("one", "two", "landscape"))
 
 
 def test_the_projected_twin_pools_the_same(clip_tokenizer: CLIPTokenizer) -> None:
-    """So training can embed with one encoder what the pipeline embeds with two."""
+    """So training can use one encoder where the pipeline uses two."""
     clip = text.build_clip(clip_tokenizer).eval()
     words = sdxl.Words(clip_tokenizer, clip, text.projected(clip))
     tokens, pooled = words.embed(["a red circle", "TWO stars, please!"])
@@ -50,7 +50,7 @@ def test_the_projected_twin_pools_the_same(clip_tokenizer: CLIPTokenizer) -> Non
 
 
 def test_both_tokenizers_lower_case_by_themselves(clip_tokenizer: CLIPTokenizer, tmp_path: Path) -> None:
-    """They keep doing so after they were saved and loaded, so prompts need no preparing."""
+    """They still do after saving and loading, so prompts need no preprocessing."""
     t5 = make_t5(tmp_path / "t5")
     for tokenizer in (clip_tokenizer, t5):
         assert tokenizer("A Red CIRCLE").input_ids == tokenizer("a red circle").input_ids

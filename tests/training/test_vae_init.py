@@ -11,7 +11,7 @@ pytestmark = pytest.mark.slow
 
 
 def test_untrained_it_brings_plain_colours_back() -> None:
-    """A picture of one colour comes back within a twentieth of the whole range."""
+    """An image of one colour is restored within a twentieth of the whole range."""
     model = vae.build()
     for colour in ((0.8, -0.6, 0.1), (-0.9, -0.9, -0.9), (1.0, 1.0, 1.0)):
         picture = torch.tensor(colour).view(1, 3, 1, 1).expand(1, 3, 128, 128)
