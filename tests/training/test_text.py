@@ -22,7 +22,7 @@ def clip_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> CLIPTokenizer:
 
 
 def test_two_objects_are_told_by_where_they_stand() -> None:
-    """ "A above B" and "B below A" are the same facts, whichever is named first."""
+    """One relation has two captions: "A above B" and "B below A" are the same facts."""
     star, heart = Thing("star", "red"), Thing("heart", "blue")
     above = Scene("two", "white", (star, heart), relation="above")
     below = Scene("two", "white", (heart, star), relation="below")
