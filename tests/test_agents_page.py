@@ -10,7 +10,7 @@ from conftest import ROOT
 
 PACKAGE = ROOT / "stable_diffusion_server"
 TEXT = (ROOT / "AGENTS.md").read_text()
-# Paths and `path.py::Class.method`, as they stand between backticks.
+# Paths and `path.py::Class.method`, as written between backticks.
 PATHS = sorted(set(re.findall(r"`([\w./-]+(?:\.(?:py|md|toml)|/))`", TEXT)))
 SYMBOLS = sorted(set(re.findall(r"`([\w./-]+\.py)::([\w.]+)`", TEXT)))
 
@@ -31,7 +31,7 @@ def definitions(source: str) -> set[str]:
 
 
 def test_the_page_has_at_most_900_words() -> None:
-    """As `wc -w` counts them, so that it is read to its end."""
+    """Counted like `wc -w`, so that people read it to the end."""
     assert len(TEXT.split()) <= 900
 
 

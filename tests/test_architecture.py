@@ -1,4 +1,4 @@
-"""The rules that a machine can check: sizes, imports, the environment, what importing does, test sentences."""
+"""Machine-checkable rules: sizes, imports, the environment, import side effects, test docstrings."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ SHORTER_MODULES: dict[str, str] = {
     "ui/tabs/status.py": "one tab of the UI",
     "jobs/ids.py": _LEAF,
 }
-# Packages whose parts answer to the same names on purpose: dialects, bucket backends, model families, UI tabs.
+# Packages whose modules share names on purpose: dialects, bucket backends, model families, UI tabs.
 PARALLEL = {"api/openai", "api/automatic1111", "storage/s3", "storage/gcs", "pipelines/families", "ui/tabs", "ui/html"}
 
 
@@ -75,7 +75,7 @@ def test_no_module_outgrows_a_readers_sitting() -> None:
 
 
 def test_no_module_is_a_crumb() -> None:
-    """A module under the floor is listed with a reason; a listed one that has grown leaves the list."""
+    """A module under the minimum length is listed with a reason; a listed one that has grown leaves the list."""
     lengths = {
         path.relative_to(PACKAGE).as_posix(): len(path.read_text().splitlines())
         for path in MODULES
@@ -100,7 +100,7 @@ def test_a_module_name_means_one_module_in_its_package() -> None:
 
 
 def test_a_class_name_means_one_class() -> None:
-    """Public classes have names of their own across the package, parallel packages excepted."""
+    """Public class names are unique across the package, parallel packages excepted."""
     places: dict[str, list[str]] = {}
     for path in MODULES:
         for node in tree_of(path).body:
@@ -117,7 +117,7 @@ def test_test_files_have_names_of_their_own() -> None:
 
 @pytest.mark.parametrize("face", sorted(PACKAGE.rglob("__init__.py")), ids=name_of)
 def test_every_package_has_a_face(face: Path) -> None:
-    """A package says what it is for and, unless only its parent uses it, what it exports."""
+    """A package has a docstring and, unless only its parent uses it, an `__all__`."""
     tree = tree_of(face)
     assert ast.get_docstring(tree)
     if face.parent.parent != PACKAGE:
@@ -179,7 +179,7 @@ def test_no_function_outgrows_a_screen() -> None:
 
 @pytest.mark.parametrize("path", ALL, ids=name_of)
 def test_every_module_opens_with_a_sentence(path: Path) -> None:
-    """A reader who comes in cold is told what the room is for."""
+    """Every module has a docstring."""
     assert (ast.get_docstring(tree_of(path)) or "").strip()
 
 
@@ -196,7 +196,7 @@ def test_every_test_states_the_truth_it_proves(path: Path) -> None:
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_only_settings_reads_the_environment(path: Path) -> None:
-    """No os.environ and no getenv elsewhere: configuration is read once, at the root, and handed down."""
+    """No os.environ and no getenv elsewhere: configuration is read once, at the root, and passed down."""
     if path.parent.name == "settings":
         return
     used = {node.attr for node in ast.walk(tree_of(path)) if isinstance(node, ast.Attribute)}
@@ -223,7 +223,7 @@ IO_MODULES = {"os", "pathlib", "socket", "subprocess", "shutil", "tempfile", "sq
 
 @pytest.mark.parametrize("room", PURE)
 def test_the_middle_is_pure(room: str) -> None:
-    """The rooms that are functions from values to values import nothing that touches the world."""
+    """The packages of pure functions import nothing with side effects."""
     imported: set[str] = set()
     for node in ast.walk(tree_of(PACKAGE / room)):
         if isinstance(node, ast.Import):
@@ -239,7 +239,7 @@ REASONED = re.compile(r"#\s*(noqa: [A-Z0-9, ]+|type: ignore\[[a-z-]+\]|pragma: n
 
 @pytest.mark.parametrize("path", ALL, ids=name_of)
 def test_every_suppression_carries_its_reason_and_nothing_is_left_to_do(path: Path) -> None:
-    """A silenced rule says why on its line; a wish is an issue and not a comment."""
+    """A suppressed rule has a reason on its line; a TODO belongs in an issue, not in a comment."""
     with path.open("rb") as file:
         comments = [token.string for token in tokenize.tokenize(file.readline) if token.type == tokenize.COMMENT]
     assert [comment for comment in comments if SUPPRESSION.search(comment) and not REASONED.search(comment)] == []
@@ -254,7 +254,7 @@ def run(code: str) -> str:
 
 
 def test_importing_the_package_does_nothing() -> None:
-    """No thread, no file written, no torch: every room but the pipelines is imported and nothing happens."""
+    """No thread, no file written, no torch: importing every package but the pipelines has no side effects."""
     rooms = [
         name_of(path)[:-3].replace("/", ".").removesuffix(".__init__")
         for path in MODULES
@@ -275,6 +275,6 @@ print(sorted(set(sys.modules) & {{"torch", "diffusers", "transformers", "gradio"
 
 
 def test_the_catalogue_is_read_without_torch() -> None:
-    """Limits and defaults are known before, and without, seconds of imports."""
+    """Limits and defaults are available without seconds of imports."""
     code = "import stable_diffusion_server.pipelines.catalog, sys; print('torch' in sys.modules)"
     assert run(code) == "False"

@@ -1,4 +1,4 @@
-"""The commands of the README and of docs/ run as they are printed, and so do the example scripts."""
+"""The commands of the README and of docs/ run as printed, and so do the example scripts."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ HERE = [block for block in blocks() if not block.remark]
 
 
 def shell(command: str, server: Server, folder: Path) -> str:
-    """Run a command with this test's server in the place of the page's, and this interpreter in that of `.venv`."""
+    """Run a command with this test's server in place of the page's, and this interpreter in place of `.venv`."""
     command = command.replace(".venv/bin/python flux_schnell.py", f"{sys.executable} {ROOT / 'flux_schnell.py'}")
     command = re.sub(r"^curl ", "curl --fail-with-body --silent --show-error ", command, flags=re.MULTILINE)
     return ran(["/bin/sh", "-ec", at(server, command)], server, folder)
 
 
 def at(server: Server, text: str) -> str:
-    """With the address of this test's server."""
+    """With the URL of this test's server."""
     port = server.url.rpartition(":")[2]
     for name in ("http://localhost:8000", "http://127.0.0.1:8000"):
         text = text.replace(name, server.url)
@@ -36,7 +36,7 @@ def at(server: Server, text: str) -> str:
 
 
 def ran(command: list[str], server: Server, folder: Path) -> str:
-    """What a program prints; it has ended well."""
+    """Output of a program that exited with 0."""
     environment = {"PATH": os.environ["PATH"], "SERVER": server.url}
     done = subprocess.run(  # noqa: S603  # the pages' own lines
         command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120, check=False
@@ -46,7 +46,7 @@ def ran(command: list[str], server: Server, folder: Path) -> str:
 
 
 def test_the_pages_have_commands_and_each_that_is_not_run_says_why() -> None:
-    """So that the next test cannot pass for want of any, and nobody takes an untried command for a tried one."""
+    """So the next test cannot pass without commands, and nobody mistakes an untested command for a tested one."""
     assert len(HERE) >= 10
     remarked = [block for block in blocks() if block.remark]
     assert [block.name for block in remarked if not block.reason and not block.elsewhere] == []
@@ -56,14 +56,14 @@ def test_the_pages_have_commands_and_each_that_is_not_run_says_why() -> None:
 
 
 def test_the_list_of_commands_is_that_of_the_pages() -> None:
-    """docs/commands.md is what `python -m scripts.documented_commands` prints."""
+    """docs/commands.md equals the output of `python -m scripts.documented_commands`."""
     assert (ROOT / "docs" / "commands.md").read_text() == table()
 
 
 @pytest.mark.parametrize("block", HERE, ids=lambda block: block.name)
 def test_a_command_of_the_pages_works_as_printed(server: Server, tmp_path: Path, block: Block) -> None:
-    """It exits with 0, and a JSON answer is not an error."""
-    # What the pages take for granted: a picture and a mask beside the reader.
+    """It exits with 0, and a JSON response is not an error."""
+    # The pages assume an image and a mask in the working directory.
     Image.new("RGB", (128, 128), "blue").save(tmp_path / "picture.png")
     Image.new("L", (128, 128), 255).save(tmp_path / "mask.png")
     if block.language == "bash":
@@ -81,7 +81,7 @@ def test_a_command_of_the_pages_works_as_printed(server: Server, tmp_path: Path,
 
 @pytest.mark.parametrize("script", sorted((ROOT / "scripts" / "examples").glob("*.sh")), ids=lambda path: path.name)
 def test_an_example_script_works(server: Server, tmp_path: Path, script: Path) -> None:
-    """The seed's calls, as files."""
+    """The seed's calls, as scripts."""
     output = shell(str(script), server, tmp_path)
     assert "path" in json.loads(output) if output.startswith("{") else (tmp_path / output.strip()).is_file()
 

@@ -1,4 +1,4 @@
-"""Counts the files of the package that one request runs through, so that the path of a request does not grow."""
+"""Counts the package's files that one request runs through, so that the number does not grow."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class CallTracer:
             self.seen.add((code.co_filename.removeprefix(PACKAGE), code.co_name))
 
     def calls_of(self, work: Callable[[], Any]) -> set[tuple[str, str]]:
-        """The calls made while `work` ran and shortly afterwards."""
+        """The calls made during `work` and shortly afterwards."""
         self.seen = set()
         work()
         time.sleep(SETTLE_SECONDS)
@@ -42,7 +42,7 @@ class CallTracer:
 
 @pytest.fixture
 def tracer() -> Iterator[CallTracer]:
-    """A tracer on this thread and on those that the test starts."""
+    """A tracer on this thread and on threads that the test starts."""
     tracer = CallTracer()
     before = sys.getprofile()
     threading.setprofile(tracer)
@@ -69,11 +69,11 @@ def edit_image(app: RunningApp, prompt: str = "blue") -> None:
 
 
 def test_a_request_crosses_no_more_files_than_before(run_app: Callable[..., RunningApp], tracer: CallTracer) -> None:
-    """Distinct files of the package by kind of request, without what an idle server calls by itself."""
+    """Distinct files of the package per kind of request, minus those that an idle server uses."""
     app = run_app(FakeDenoiser())
     run_job(app)
     edit_image(app)
-    for _ in range(3):  # the first is generated, the second resolved, the third found among resolved requests
+    for _ in range(3):  # the first is generated, the second resolved, the third a hit in the cache of resolved requests
         image_by(app, "warm")
     idle = tracer.calls_of(lambda: time.sleep(IDLE_SECONDS))
     requests: dict[str, Callable[[int], Any]] = {
@@ -82,7 +82,7 @@ def test_a_request_crosses_no_more_files_than_before(run_app: Callable[..., Runn
         "job": lambda turn: run_job(app, f"job-{turn}"),
         "edit": lambda turn: edit_image(app, f"edit {turn}"),
     }
-    crossed = {  # the fewest of three turns: a busy machine may run a periodic task within one of them
+    crossed = {  # the fewest of three runs: a busy machine may run a periodic task within one of them
         name: min(({file for file, _ in tracer.calls_of(partial(work, turn)) - idle} for turn in range(3)), key=len)
         for name, work in requests.items()
     }

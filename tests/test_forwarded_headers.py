@@ -1,4 +1,4 @@
-"""Forwarded headers count from TRUSTED_PROXIES alone, whichever command serves: real processes."""
+"""Forwarded headers count from TRUSTED_PROXIES only, with every server command: real processes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ COMMANDS = {
 
 @contextmanager
 def serving(folder: Path, command: str, **settings: str) -> Iterator[str]:
-    """The address of a server process that answers; whether it can draw is of no matter here."""
+    """The URL of a server process that answers, ready or not."""
     port = free_port()
     words = (*COMMANDS[command], *([str(port)] if "uvicorn" in command else []))
     kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
@@ -59,7 +59,7 @@ def _answers(url: str) -> bool:
 
 
 def asked(url: str, **headers: str) -> int:
-    """How a request that draws nothing, since it lacks its prompt, is answered."""
+    """The response to a request without a prompt, which generates nothing."""
     sent = {name.replace("_", "-"): value for name, value in headers.items()}
     return httpx.post(f"{url}/make_image", json={}, headers=sent, timeout=60).status_code
 
@@ -67,7 +67,7 @@ def asked(url: str, **headers: str) -> int:
 @pytest.mark.fault(148)
 @pytest.mark.parametrize("command", COMMANDS)
 def test_no_header_makes_another_client_where_no_proxy_is_named(tmp_path: Path, command: str) -> None:
-    """Eight forged addresses are one client: the rate is used up by the third request, whatever they say."""
+    """Eight forged addresses count as one client: the third request exceeds the rate."""
     with serving(tmp_path, command, RATE_LIMIT="3/hour", ALLOW_ANONYMOUS="1") as url:
         told = [asked(url, x_forwarded_for=f"198.51.100.{number}") for number in range(8)]
         assert told == [422] * 3 + [429] * 5
@@ -76,7 +76,7 @@ def test_no_header_makes_another_client_where_no_proxy_is_named(tmp_path: Path, 
 @pytest.mark.fault(148)
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_named_proxy_is_believed_by_every_command(tmp_path: Path, command: str) -> None:
-    """The client, the host and the scheme are those it tells: its own pages may draw, and each client has its rate."""
+    """Client, host and scheme are those the proxy sends: its own pages may generate, and each client has its rate."""
     named = {"TRUSTED_PROXIES": "127.0.0.1", "ALLOWED_HOSTS": "draw.example", "ALLOW_ANONYMOUS": "1"}
     with serving(tmp_path, command, RATE_LIMIT="1/hour", **named) as url:
         proxy = {"x_forwarded_host": "draw.example", "x_forwarded_proto": "https"}
@@ -89,7 +89,7 @@ def test_a_named_proxy_is_believed_by_every_command(tmp_path: Path, command: str
 
 @pytest.mark.fault(148)
 def test_a_client_another_process_made_of_a_header_is_not_believed() -> None:
-    """Ray's proxy is a uvicorn of its own and passes on what that believed: no connection has port 0."""
+    """Ray's proxy is a uvicorn of its own and passes on the client it parsed: no real connection has port 0."""
     rewritten = {
         "type": "http",
         "scheme": "https",
@@ -108,7 +108,7 @@ TRUSTED = TrustedProxies((ip_network("127.0.0.1"), ip_network("172.16.0.0/12")))
 
 
 def behind(peer: str, *headers: tuple[bytes, bytes], version: str = "1.1") -> tuple[str, bool]:
-    """The client that is seen, and whether it came through a proxy that does not answer for it."""
+    """The client as seen, and whether it came through an untrusted proxy."""
     scope = {"type": "http", "scheme": "http", "client": (peer, 5), "headers": list(headers), "http_version": version}
     seen = TRUSTED.seen_through(scope)
     return seen["client"][0], seen["state"]["forwarded"]
@@ -124,7 +124,7 @@ def behind(peer: str, *headers: tuple[bytes, bytes], version: str = "1.1") -> tu
     ],
 )
 def test_a_trusted_proxy_that_does_not_tell_who_asks_opens_nothing(headers: list[tuple[bytes, bytes]]) -> None:
-    """Its clients are not taken for the operator of this machine; one that tells who asks is believed."""
+    """Its clients are not taken for the local operator; a proxy that sends the client address is believed."""
     assert behind("127.0.0.1", *headers) == ("127.0.0.1", True)
     assert behind("127.0.0.1", version="1.0") == ("127.0.0.1", True)
     assert behind("127.0.0.1", *headers, (b"x-forwarded-for", b"9.9.9.9")) == ("9.9.9.9", False)
@@ -133,14 +133,14 @@ def test_a_trusted_proxy_that_does_not_tell_who_asks_opens_nothing(headers: list
 
 @pytest.mark.parametrize("forged", [b"127.0.0.1", b"::1", b"127.0.0.2", b"localhost", b"::ffff:127.0.0.1", b"[::1]:80"])
 def test_the_loopback_of_another_machine_is_not_this_one(forged: bytes) -> None:
-    """Docker's gateway stands for every client from outside: what they forged before it is not believed to be here."""
+    """All external clients arrive from Docker's gateway: a loopback address in their headers is not believed."""
     assert behind("127.0.0.1", (b"x-forwarded-for", forged + b", 172.18.0.1"))[1]
     assert behind("172.18.0.1", (b"x-forwarded-for", forged))[1]
     assert behind("127.0.0.1", (b"x-forwarded-for", b"127.0.0.1")) == ("127.0.0.1", False)
 
 
 def test_a_port_behind_an_address_makes_no_other_client() -> None:
-    """Azure's gateways write it, and each connection has another: rates go by the address."""
+    """Azure's gateways add the port, which differs per connection: rates use the address only."""
     assert behind("127.0.0.1", (b"x-forwarded-for", b"9.9.9.9:1234"))[0] == "9.9.9.9"
     assert behind("127.0.0.1", (b"x-forwarded-for", b"[2001:db8::1]:1234"))[0] == "2001:db8::1"
     assert behind("127.0.0.1", (b"x-forwarded-for", b"2001:db8::1"))[0] == "2001:db8::1"

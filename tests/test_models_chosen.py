@@ -1,4 +1,4 @@
-"""Which weights the settings ask for, and what users see of them: chosen, replaced, missing, reported."""
+"""Which weights the settings select, and what users see of them: selected, replaced, missing, reported."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Making = Callable[..., RunningApp]
 def test_the_models_folder_and_the_setting_decide(
     models: str, present: list[str], folders: dict[str, str], tmp_path: Path
 ) -> None:
-    """MODELS × what lies in MODELS_DIR, before anything is loaded."""
+    """MODELS × content of MODELS_DIR, before anything is loaded."""
     for folder in present:
         (tmp_path / "weights" / folder).mkdir(parents=True)
     loaded = ModelState.of(settings_in(tmp_path, models=models, models_dir=tmp_path / "weights"))
@@ -42,17 +42,17 @@ def test_the_models_folder_and_the_setting_decide(
 
 
 def test_the_lcm_lora_and_finer_weights_are_other_models(tmp_path: Path) -> None:
-    """LOAD_LCM_LORA and QUANTIZE show in the revision, so pictures of one are never taken for those of the other."""
+    """LOAD_LCM_LORA and QUANTIZE change the revision, so images of one are never returned for the other."""
     (tmp_path / "weights" / "ProteusV0.2").mkdir(parents=True)
     settings = settings_in(tmp_path, models_dir=tmp_path / "weights", load_lcm_lora=True, quantize="int8")
     facts = ModelState.of(settings).facts
-    assert facts["sdxl"].revision == "proteus-0.2+lcm+int8-unread"  # until the digest of its files takes the place
+    assert facts["sdxl"].revision == "proteus-0.2+lcm+int8-unread"  # until the digest of its files replaces it
     assert facts["sdxl"].default_scheduler == "lcm"
     assert facts["flux"].revision.endswith("+int8")
 
 
 def test_without_any_weights_the_server_says_so_and_answers_what_is_stored(tmp_path: Path) -> None:
-    """MODELS=local and an empty folder: one sentence in /readyz, 503 for what has to be drawn, and a live process."""
+    """MODELS=local and an empty folder: one sentence in /readyz, 503 for generations, and a live process."""
     (tmp_path / "empty").mkdir()
     settings = settings_in(tmp_path, models="local", models_dir=tmp_path / "empty")
     with TestClient(create_app(settings), base_url="http://127.0.0.1:8000", client=("127.0.0.1", 5)) as client:
@@ -67,7 +67,7 @@ BASE = "stable-diffusion-xl-base-1.0"
 
 
 def drawn(settings: Settings, **parameters: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A small picture by a server of its own, started and stopped: its receipt, and `/readyz` then."""
+    """A small image from a separate server, started and stopped: its result, and `/readyz` at that time."""
     with TestClient(create_app(settings), base_url="http://127.0.0.1:8000", client=("127.0.0.1", 5)) as client:
         until(lambda: client.get("/readyz").json()["models"], seconds=200)
         answer = client.get(
@@ -79,7 +79,7 @@ def drawn(settings: Settings, **parameters: Any) -> tuple[dict[str, Any], dict[s
 
 @pytest.mark.fault(167)
 def test_other_weights_under_the_same_name_are_other_pictures(tmp_path: Path) -> None:
-    """Over a restart: what was stored is found again by the same weights, and by no others; the record says which."""
+    """After a restart, stored images are found with the same weights only; the record names the weights."""
     folder = Path(shutil.copytree(ROOT / "models" / "embedded-sdxl", tmp_path / "weights" / BASE))
     settings = settings_in(tmp_path, models="local", models_dir=tmp_path / "weights", min_side=64)
     first, before = drawn(settings)
@@ -97,7 +97,7 @@ def test_other_weights_under_the_same_name_are_other_pictures(tmp_path: Path) ->
 
 @pytest.mark.fault(165)
 def test_a_default_model_that_cannot_be_used_is_not_replaced(tmp_path: Path) -> None:
-    """`/readyz` names file and reason and answers 503, as orders for it are; the other family draws by its name."""
+    """`/readyz` names file and reason with 503, and requests for it get 503; the other family works by name."""
     folder = Path(shutil.copytree(ROOT / "models" / "embedded-sdxl", tmp_path / "weights" / BASE))
     shutil.copytree(ROOT / "models" / "embedded-flux", tmp_path / "weights" / "embedded-flux")
     (folder / "vae" / "diffusion_pytorch_model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
@@ -112,14 +112,14 @@ def test_a_default_model_that_cannot_be_used_is_not_replaced(tmp_path: Path) -> 
 
 @pytest.mark.fault(165)
 def test_a_link_that_leads_nowhere_is_a_model_that_is_told_of(tmp_path: Path) -> None:
-    """MODELS=auto does not pass it over, and does not draw with toys in its place."""
+    """MODELS=auto reports it, and does not fall back to the embedded models."""
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights" / BASE).symlink_to(tmp_path / "unmounted")
     assert ModelState.of(settings_in(tmp_path, models_dir=tmp_path / "weights")).facts["sdxl"].folder == BASE
 
 
 def test_an_adapter_is_known_by_the_name_of_its_file(run_app: Making, tmp_path: Path) -> None:
-    """LORA_DIR's files may be named; others, and paths, are refused by the parameter's name."""
+    """Files of LORA_DIR may be named; others, and paths, are refused by the parameter's name."""
     folder = tmp_path / "loras"
     folder.mkdir()
     lora_file(folder / "pastel.safetensors")

@@ -1,4 +1,4 @@
-"""docs/security.md names settings and tests that exist, so that its promises cannot outlive them."""
+"""docs/security.md names only settings and tests that exist."""
 
 from __future__ import annotations
 

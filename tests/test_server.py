@@ -1,4 +1,4 @@
-"""The server as users start it: real processes, real sockets, trained weights, pictures that show what was asked."""
+"""The server as users start it: real processes, real sockets, trained weights, images that match their prompts."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def nearest_colour(rgb: NDArray[np.float64]) -> str:
 
 
 def colours_of(content: bytes) -> tuple[str, str]:
-    """The colours in the middle and along the edge of a picture, by their medians."""
+    """Median colours in the middle and along the edge of an image."""
     pixels = np.asarray(Image.open(io.BytesIO(content)).convert("RGB")).astype(float)
     height, width = pixels.shape[:2]
     middle = pixels[height * 9 // 20 : height * 11 // 20, width * 9 // 20 : width * 11 // 20].reshape(-1, 3)
@@ -53,7 +53,10 @@ def metric(server: Server, name: str) -> float:
 
 
 def test_the_first_minute_of_a_new_user(server: Server) -> None:
-    """The seed's curl: 200 with a path; the path is a WebP of the asked size, red on blue; again: cached, same path."""
+    """The seed's curl: 200 with a path; the path is a WebP of the requested size, red on blue.
+
+    Again: cached, same path.
+    """
     asked = {"prompt": "a red circle on a blue background", "save_path": "demo/first.webp"}
     first = httpx.get(f"{server.url}{CREATE}", params=asked, timeout=120)
     assert first.status_code == 200, first.text
@@ -88,7 +91,7 @@ def test_the_picture_shows_the_colours_of_its_prompt(
 
 @pytest.mark.fault(60)
 def test_a_hundred_identical_requests_at_once_are_one_generation(server: Server) -> None:
-    """Counted by the engine itself: one picture drawn, a hundred equal answers."""
+    """Counted by the engine: one image generated, a hundred equal responses."""
     before = metric(server, 'sds_jobs_total{outcome="done"}')
     asked = {"prompt": "a purple heart on a white background", "num_inference_steps": 8, **NATIVE}
     with ThreadPoolExecutor(100) as pool:
@@ -101,7 +104,7 @@ def test_a_hundred_identical_requests_at_once_are_one_generation(server: Server)
 
 
 def test_sixteen_different_requests_at_once_each_get_their_own_picture(server: Server) -> None:
-    """No cross-talk with trained weights and real batches, and the process stays alive to questions meanwhile."""
+    """No cross-talk with trained weights and real batches, and the process answers health checks meanwhile."""
     wanted = [(c, b) for c in ("red", "green", "yellow", "white") for b in ("blue", "black", "purple", "orange")]
 
     def ask(colours: tuple[str, str]) -> tuple[str, str]:
@@ -129,7 +132,10 @@ def test_sixteen_different_requests_at_once_each_get_their_own_picture(server: S
 
 @pytest.mark.fault(64)
 def test_a_picture_drawn_alone_is_the_same_before_and_after_a_crowd(server: Server) -> None:
-    """The short form of the soak: a fixed order, thirty others of every size and model at once, the order again."""
+    """The short form of the soak test.
+
+    A fixed request, thirty others of every size and model at once, the request again.
+    """
 
     def probe(model: str) -> bytes:
         asked = {"prompt": "a red circle on a blue background", "seed": 7, "model": model, "format": "png"}
@@ -148,7 +154,7 @@ def test_a_picture_drawn_alone_is_the_same_before_and_after_a_crowd(server: Serv
 
 
 def test_a_client_that_hangs_up_frees_the_device(server: Server) -> None:
-    """A hundred steps are given up when no one waits for them any more."""
+    """A hundred steps are cancelled when no client waits."""
     before = metric(server, 'sds_jobs_total{outcome="cancelled"}')
     with socket.create_connection(("127.0.0.1", int(server.url.rsplit(":", 1)[1]))) as connection:
         query = "prompt=a+slow+star&num_inference_steps=100&width=128&height=128&seed=random"
@@ -159,7 +165,7 @@ def test_a_client_that_hangs_up_frees_the_device(server: Server) -> None:
 
 
 def raw(server: Server, request: bytes) -> bytes:
-    """The answer to bytes no well-behaved client would send."""
+    """The response to bytes that no valid client would send."""
     with socket.create_connection(("127.0.0.1", int(server.url.rsplit(":", 1)[1])), timeout=20) as connection:
         connection.sendall(request)
         return b"".join(iter(lambda: connection.recv(65536), b""))
@@ -167,7 +173,7 @@ def raw(server: Server, request: bytes) -> bytes:
 
 @pytest.mark.parametrize("up", ["..", "%2e%2e", ".%2e", "..%2f.."])
 def test_no_path_leads_out_of_the_bucket(server: Server, up: str) -> None:
-    """Sent as raw bytes, since clients tidy such paths; what is asked for is there, and must not be given."""
+    """Sent as raw bytes, since clients normalise such paths; the target exists, and must not be served."""
     (server.folder / "bucket" / "secret.webp").write_text("secret")
     (server.folder / "secret.webp").write_text("secret")
     for path in (f"/files/{up}/secret.webp", f"/files/static/{up}/{up}/secret.webp", f"/files/{up}%2fsecret.webp"):
@@ -177,7 +183,7 @@ def test_no_path_leads_out_of_the_bucket(server: Server, up: str) -> None:
 
 
 def test_a_client_that_leaves_in_the_middle_of_its_body_is_no_error(server: Server) -> None:
-    """Nothing is wrong with the server, and its log does not say so."""
+    """It is not a server error, and the log has none."""
     errors = server.log.read_text().count("unexpected error")
     with socket.create_connection(("127.0.0.1", int(server.url.rsplit(":", 1)[1]))) as connection:
         head = f"POST {CREATE} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 99\r\n"
@@ -188,7 +194,10 @@ def test_a_client_that_leaves_in_the_middle_of_its_body_is_no_error(server: Serv
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_server_although_clients_wait(tmp_path: Path, number: signal.Signals) -> None:
-    """What is on the device is finished or given up in time, what waits is told to come back, and the process ends."""
+    """The running request finishes or is cancelled in time, waiting ones get a retryable error.
+
+    And the process ends.
+    """
     port = free_port()
     command = (sys.executable, "-m", "stable_diffusion_server", "serve")
     doomed = start_server(tmp_path, port, *command, PORT=str(port), MAX_BATCH="1", CPU_THREADS="1")
@@ -213,7 +222,7 @@ def test_a_request_without_a_host_is_refused(server: Server) -> None:
 
 @pytest.mark.parametrize("name", ["a%2Fb.webp", "a%252Fb.webp", "two words+plus.webp", "猫/%00.webp"])
 def test_a_percent_sign_in_a_name_survives_the_way_there_and_back(server: Server, name: str) -> None:
-    """Encoded once in the URL and never in the key, through a real HTTP stack."""
+    """Encoded once in the URL and never in the key, over real HTTP."""
     asked = {"prompt": "a red circle on a blue background", "save_path": name, **NATIVE}
     receipt = httpx.get(f"{server.url}{CREATE}", params=asked, timeout=120).json()
     assert receipt["key"] == f"static/uploads/{name}"
@@ -221,7 +230,7 @@ def test_a_percent_sign_in_a_name_survives_the_way_there_and_back(server: Server
 
 
 def test_uvicorn_main_app_works_as_the_seed_says(tmp_path: Path) -> None:
-    """`uvicorn main:app --port …` with the seed's flags: ready, draws, and its links carry the real port."""
+    """`uvicorn main:app --port …` with the seed's flags: ready, generates, and its URLs have the real port."""
     port = free_port()
     command = (sys.executable, "-m", "uvicorn", "main:app", "--port", str(port), "--timeout-keep-alive", "600")
     seed_server = start_server(tmp_path, port, *command, "--workers", "1", "--limit-concurrency", "4")
@@ -254,7 +263,7 @@ def test_a_wrong_setting_stops_the_start_in_one_sentence(tmp_path: Path, command
 
 @pytest.mark.parametrize("ending", ["png", "webp", "jpg"])
 def test_flux_schnell_draws_a_file(tmp_path: Path, ending: str) -> None:
-    """The smallest example: one prompt, one file of the asked size that shows the prompt's colours."""
+    """The smallest example: one prompt, one file of the requested size with the prompt's colours."""
     out = tmp_path / f"out.{ending}"
     command = [sys.executable, str(ROOT / "flux_schnell.py"), "a green square on a yellow background"]
     command += ["--out", str(out), "--steps", "4", "--seed", "1", "--size", "192x128"]
@@ -274,7 +283,7 @@ def test_flux_schnell_says_what_is_wrong(tmp_path: Path, wrong: list[str]) -> No
 
 @pytest.mark.skipif(not (ROOT / ".venv" / ".run").exists(), reason="make run would install; CI runs it with .venv")
 def test_make_run_prints_what_to_do_next(tmp_path: Path) -> None:
-    """PORT works, the welcome appears when it can draw, and its curl line does what it says."""
+    """PORT works, the welcome text appears when the server is ready, and its curl command works."""
     port = free_port()
     places = {"LOCAL_BUCKET_DIR": str(tmp_path / "bucket"), "DATA_DIR": str(tmp_path / "data")}
     made = start_server(tmp_path, port, "make", "-C", str(ROOT), "run", PORT=str(port), **places)
@@ -293,7 +302,7 @@ def test_make_run_prints_what_to_do_next(tmp_path: Path) -> None:
 
 
 def test_a_busy_port_is_told_and_ends_the_start(server: Server, tmp_path: Path) -> None:
-    """A second server on the same port ends by itself with a sentence, before it loads anything."""
+    """A second server on the same port exits with one sentence, before it loads anything."""
     done = subprocess.run(
         [sys.executable, "-m", "stable_diffusion_server", "serve"],
         cwd=tmp_path,

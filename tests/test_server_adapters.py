@@ -1,4 +1,4 @@
-"""A real server with a folder of adapters, good and bad: each bad file costs the request that names it, and no more."""
+"""A real server with a folder of valid and invalid LoRAs: an invalid file fails only the requests that name it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ OUTLINES = ROOT / "models" / "loras" / "outlines.safetensors"
 
 
 def scaled(times: float, kind: Any = None) -> bytes:
-    """The adapter that comes along, its numbers times so much."""
+    """The embedded LoRA, its weights multiplied by a factor."""
     from safetensors.torch import load, save
 
     return save(
@@ -35,7 +35,7 @@ def scaled(times: float, kind: Any = None) -> bytes:
 
 
 def fill(folder: Path, outside: Path) -> None:
-    """Put adapters of all kinds into a folder."""
+    """Put LoRAs of all kinds into a folder."""
     import torch
     from safetensors.torch import load, save
 
@@ -95,7 +95,7 @@ def sdxl_info(server: Server) -> dict[str, Any]:
 
 @pytest.mark.fault(160, 161, 163)
 def test_each_bad_file_costs_the_request_that_names_it(adapted: Server) -> None:
-    """A 422 of the field with the file and the reason, some four times over, and everyone else is drawn."""
+    """A 422 of the field with the file and the reason, some four times, and all other requests succeed."""
     plain = httpx.get(asked(adapted, seed=1, save_path="before.png").json()["path"]).content
     for name in REFUSED:
         for seed in (1, 2, 3, 4) if name in ("nan", "overflow") else (1,):
@@ -112,7 +112,7 @@ def test_each_bad_file_costs_the_request_that_names_it(adapted: Server) -> None:
 
 
 def pixels(file: bytes) -> bytes:
-    """The picture without what is written down in it."""
+    """The image without its metadata."""
     import io
 
     from PIL import Image
@@ -139,7 +139,7 @@ def test_only_what_can_be_used_is_listed_and_the_rest_is_told_why(adapted: Serve
 
 @pytest.mark.fault(162, 164)
 def test_a_replaced_file_is_another_picture_at_once_and_a_mended_one_works(adapted: Server) -> None:
-    """No restart, no old picture under the new content's name, no old refusal."""
+    """Without a restart: no old image under the new content's name, and no stale refusal."""
     folder = adapted.folder / "loras"
     ink = folder / "ink.safetensors"
     ink.write_bytes(scaled(1.0))

@@ -1,4 +1,4 @@
-"""Jobs of a server process: what survives its death, and how it stops. Painted squares are drawn, 0.1 s a step."""
+"""Jobs of a server process: what survives a crash, and how it stops. Fake model, 0.1 s per step."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SERVE = (sys.executable, str(ROOT / "tests" / "painted_server.py"), "0.1")
 
 
 def child_of(process: subprocess.Popen[bytes]) -> int | None:
-    """The server a watchdog started; none between one and the next."""
+    """The server that a watchdog started; none between two servers."""
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     assert len(children) <= 1
     return int(children[0]) if children else None
@@ -51,7 +51,7 @@ def answers(server: Server, path: str = "/healthz") -> bool:
 @pytest.mark.fault(50)
 @pytest.mark.skipif(not Path("/proc").exists(), reason="finds the watchdog's child in /proc")
 def test_a_server_that_is_killed_finishes_what_it_had_accepted(tmp_path: Path) -> None:
-    """Kill -9 amid ten jobs: the watchdog starts it again, and all ten end once, each with its picture."""
+    """Kill -9 during ten jobs: the watchdog restarts the server, and all ten end once, each with its image."""
     port = free_port()
     server = start_server(tmp_path, port, *WATCHED, *SERVE, PORT=str(port))
     try:
@@ -77,7 +77,7 @@ def test_a_server_that_is_killed_finishes_what_it_had_accepted(tmp_path: Path) -
 @pytest.mark.fault(55)
 @pytest.mark.skipif(not Path("/proc").exists(), reason="finds the watchdog's child in /proc")
 def test_a_server_that_hangs_is_replaced_and_loses_nothing(tmp_path: Path) -> None:
-    """Stopped in the middle of a picture, it gives no sign of life; the next one draws what it had accepted."""
+    """Stopped during generation, it sends no heartbeat; the next one runs its accepted jobs."""
     port = free_port()
     server = start_server(tmp_path, port, *WATCHED, *SERVE, PORT=str(port), WATCHDOG_TIMEOUT="10")
     try:
@@ -97,7 +97,7 @@ def test_a_server_that_hangs_is_replaced_and_loses_nothing(tmp_path: Path) -> No
 @pytest.mark.fault(112)
 @pytest.mark.skipif(not Path("/proc").exists(), reason="finds the watchdog's child in /proc")
 def test_a_server_that_freezes_without_work_is_replaced(tmp_path: Path) -> None:
-    """Nothing is drawn, and nobody is answered: that is a hang too."""
+    """It generates nothing and answers nobody: that is a hang too."""
     port = free_port()
     server = start_server(tmp_path, port, *WATCHED, *SERVE, PORT=str(port), WATCHDOG_TIMEOUT="10")
     try:
@@ -114,7 +114,7 @@ def test_a_server_that_freezes_without_work_is_replaced(tmp_path: Path) -> None:
 
 @pytest.mark.fault(50)
 def test_a_signal_lets_what_is_drawn_end_and_keeps_the_rest_for_the_next_start(tmp_path: Path) -> None:
-    """The picture on the device is stored and its waiting caller answered; jobs that waited are drawn later."""
+    """The running image is stored and its waiting caller answered; waiting jobs run after the restart."""
     port, places = free_port(), {"JOBS_CONCURRENCY": "1"}
     server = start_server(tmp_path, port, *SERVE, PORT=str(port), **places)
     asked = {"prompt": "a caller who waits", **SMALL}
@@ -135,13 +135,13 @@ def test_a_signal_lets_what_is_drawn_end_and_keeps_the_rest_for_the_next_start(t
 
 @pytest.mark.fault(50)
 def test_a_second_signal_ends_the_server_at_once(tmp_path: Path) -> None:
-    """The first waits for the picture under way, the second for nothing; what was accepted is kept."""
+    """The first waits for the running image, the second for nothing; accepted jobs stay."""
     port = free_port()
     server = start_server(tmp_path, port, *SERVE, PORT=str(port))
     job_id = accept(server, "a long one", num_inference_steps=100)
     until(lambda: job(server, job_id)["step"] > 0)
     server.process.send_signal(signal.SIGTERM)
-    time.sleep(1)  # within half a second, two are one
+    time.sleep(1)  # within half a second, two count as one
     assert server.process.poll() is None
     server.process.send_signal(signal.SIGTERM)
     assert server.process.wait(10) == 128 + signal.SIGTERM

@@ -1,4 +1,4 @@
-"""Pictures in, pictures out, with the embedded models in a server process: what a user sees."""
+"""Image inputs with the embedded models in a server process, as a user sees it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def drawn(server: Server, path: str, files: dict[str, bytes], **words: object) -
 
 
 def test_style_transfer_changes_the_colour_and_keeps_the_shape(server: Server) -> None:
-    """A red disc on blue becomes a green disc on white: green where red was, light where blue was."""
+    """A red disc on blue becomes a green disc on white: green in place of red, light in place of blue."""
     words = {"prompt": "a green circle on a white background", "strength": 0.7, "seed": 1, "format": "png"}
     result = drawn(
         server, "/style_transfer_bytes_and_upload_image", {"image_file": file_of(SCENE)}, **words, num_inference_steps=8
@@ -36,7 +36,7 @@ def test_style_transfer_changes_the_colour_and_keeps_the_shape(server: Server) -
 
 
 def test_a_picture_drawn_alone_is_drawn_again_bit_for_bit(server: Server) -> None:
-    """With the embedded models: text, image with edges, and inpainting, from what the picture says of itself."""
+    """Text, image with edges, and inpainting with the embedded models, each reproduced from the image's metadata."""
     alone = {"batch": "alone", "num_inference_steps": 2, "prompt": "a red circle on a blue background"}
     image, both = {"image_file": file_of(SCENE)}, {"image_file": file_of(SCENE), "mask_file": file_of(MASK)}
     orders: tuple[tuple[str, dict[str, bytes], dict[str, object]], ...] = (
@@ -55,7 +55,7 @@ def test_a_picture_drawn_alone_is_drawn_again_bit_for_bit(server: Server) -> Non
 
 
 def test_inpainting_paints_inside_the_mask_and_nowhere_else(server: Server) -> None:
-    """Yellow inside, and outside every pixel is the one that was sent."""
+    """Yellow inside; outside every pixel equals the input."""
     files = {"image_file": file_of(SCENE), "mask_file": file_of(MASK)}
     words = {"prompt": "a yellow square on a red background", "seed": 1, "format": "png"}
     result = drawn(server, "/inpaint_and_upload_image", files, **words)

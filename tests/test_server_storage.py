@@ -1,4 +1,4 @@
-"""The server over buckets of the network: real server processes, an S3 server and a GCS emulator on loopback."""
+"""The server with remote buckets: real server processes, an S3 server and a GCS emulator on loopback."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def r2_settings(url: str, name: str, **more: str) -> dict[str, str]:
 
 @pytest.fixture
 def serving(tmp_path: Path) -> Iterator[Callable[..., Server]]:
-    """Start server processes, each with a port and, unless told otherwise, a folder of its own."""
+    """Start server processes, each with a port and, by default, a separate folder."""
     running: list[Server] = []
 
     def start(name: str = "one", **environment: str) -> Server:
@@ -75,7 +75,7 @@ def objects_in(url: str, name: str) -> dict[str, bytes]:
 
 @dataclass(frozen=True)
 class Shared:
-    """A bucket that several servers are to share: their settings, the address below which it is public, its content."""
+    """A bucket that several servers share: their settings, its public base URL, its content."""
 
     settings: dict[str, str]
     base: str
@@ -103,7 +103,10 @@ def shared(request: pytest.FixtureRequest, s3_server: StorageServer, gcs_server:
 
 @pytest.mark.fault(41)
 def test_two_servers_share_a_bucket(serving: Callable[..., Server], shared: Shared) -> None:
-    """First, cached and foreign answers give one URL that gives the picture; 20 orders sent to both are 20 objects."""
+    """Responses of first, cached and other servers' images have one working URL.
+
+    20 requests sent to both are 20 objects.
+    """
     with ThreadPoolExecutor(2) as starters:
         one, two = starters.map(lambda folder: serving(folder, **shared.settings), ("one", "two"))
     first = ask(one, save_path="a b/100%+猫.webp")
@@ -129,7 +132,7 @@ def test_two_servers_share_a_bucket(serving: Callable[..., Server], shared: Shar
 
 @pytest.mark.fault(44)
 def test_an_outage_loses_no_picture(serving: Callable[..., Server], tmp_path: Path) -> None:
-    """Storage gone: ten pictures answered all the same. Server killed, storage back: all ten in the bucket."""
+    """Storage down: ten images returned all the same. Server killed, storage up: all ten in the bucket."""
     storage = start_s3(tmp_path)
     make_s3_bucket(storage, "pictures")
     settings = r2_settings(storage.url, "pictures", STORAGE_TIMEOUT="2")
@@ -189,7 +192,7 @@ def lines_of(output: str) -> list[str]:
 
 @pytest.mark.parametrize("signed", ["0", "60"])
 def test_check_storage_finds_a_good_bucket_good(tmp_path: Path, s3_server: StorageServer, signed: str) -> None:
-    """One line each, exit status 0, nothing left behind; with signed addresses as well."""
+    """One line each, exit status 0, nothing left behind; with signed URLs as well."""
     name = make_s3_bucket(s3_server)
     status, output = check_storage(tmp_path, **r2_settings(s3_server.url, name, SIGNED_URL_SECONDS=signed))
     assert [line.split(maxsplit=1)[1].replace(" ", "-") for line in lines_of(output)] == ALL_WELL.split()
@@ -205,7 +208,7 @@ def test_check_storage_finds_a_folder_good(tmp_path: Path) -> None:
 
 
 def test_check_storage_names_a_missing_bucket(tmp_path: Path, s3_server: StorageServer) -> None:
-    """The name is told, and the setting."""
+    """The error has the bucket's name and the setting."""
     status, output = check_storage(tmp_path, **r2_settings(s3_server.url, "no-such-bucket"))
     assert status == 1
     assert "  FAIL  open: There is no bucket 'no-such-bucket' at the storage (BUCKET_NAME)." in output
@@ -213,7 +216,7 @@ def test_check_storage_names_a_missing_bucket(tmp_path: Path, s3_server: Storage
 
 @pytest.fixture
 def guarded(tmp_path: Path) -> Iterator[tuple[StorageServer, dict[str, str]]]:
-    """An S3 server that checks signatures and rights, and the key of someone who may only read."""
+    """An S3 server that checks signatures and permissions, and a read-only key."""
     server = start_s3(tmp_path, INITIAL_NO_AUTH_ACTION_COUNT="1000000")
     s3_client(server.url).create_bucket(Bucket="pictures")
     people = s3_client(server.url, service="iam")
@@ -230,7 +233,7 @@ def guarded(tmp_path: Path) -> Iterator[tuple[StorageServer, dict[str, str]]]:
 def test_check_storage_tells_wrong_keys_from_missing_rights(
     tmp_path: Path, guarded: tuple[StorageServer, dict[str, str]]
 ) -> None:
-    """An unknown key, a wrong secret, and a key that may only read: three different sentences."""
+    """An unknown key, a wrong secret, and a read-only key: three different sentences."""
     server, reader = guarded
     settings = r2_settings(server.url, "pictures")
     status, output = check_storage(tmp_path, **settings)

@@ -1,4 +1,4 @@
-"""The documentation's site: built strictly, every link and picture in it leads somewhere, every page is in its menu."""
+"""The documentation site: strict build, no broken link or image, every page is in the menu."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PAGES = (
 
 
 class Page(HTMLParser):
-    """What a page links to, and the places in it that can be linked to."""
+    """A page's links and its anchors."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The site, as `make docs` builds it; a warning would end it."""
+    """The site, as `make docs` builds it; a warning fails the build."""
     folder = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
     environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
@@ -49,7 +49,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_link_of_the_site_leads_somewhere(site: Path) -> None:
-    """Pages, pictures and headings; addresses elsewhere are not asked."""
+    """Pages, images and headings; external links are not checked."""
     pages = {path: Page(path.read_text()) for path in site.rglob("*.html")}
     broken = []
     followed = 0
@@ -69,7 +69,7 @@ def test_every_link_of_the_site_leads_somewhere(site: Path) -> None:
 
 
 def test_every_page_is_in_the_menu(site: Path) -> None:
-    """Those that must be are there, and none is built that nobody finds."""
+    """Required pages exist, and none is unreachable."""
     front = (site / "index.html").read_text()
     assert [page for page in PAGES if not (site / f"{page}.html").is_file()] == []
     assert [page for page in PAGES[1:] if f'href="{page}.html"' not in front] == []
@@ -78,7 +78,7 @@ def test_every_page_is_in_the_menu(site: Path) -> None:
 
 
 def test_the_site_loads_nothing_from_elsewhere(site: Path) -> None:
-    """No fonts, scripts or pictures of others: a reader is not told to anyone."""
+    """No external fonts, scripts or images: a reader is not revealed to anyone."""
     found = [
         address
         for path in site.rglob("*.html")

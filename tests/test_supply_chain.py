@@ -1,4 +1,7 @@
-"""What the server is built of: versions that mend what is known, nothing that runs what a file says, closed folders."""
+"""Dependencies and files.
+
+No version with a known vulnerability, no file format that runs code, private state folders.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parent.parent
-# The oldest releases without a known hole that reaches this server.
+# The oldest releases without a known vulnerability that affects this server.
 FLOORS = {
     "pillow": "13.0.0",  # CVE-2026-112403, -112398: heap overflow in the JPEG decoder
     "starlette": "0.49.1",  # CVE-2025-62727: a Range header of quadratic cost
@@ -34,7 +37,7 @@ SOURCES = [path for folder in ("stable_diffusion_server", "training") for path i
 
 @pytest.mark.parametrize("name", FLOORS)
 def test_no_version_with_a_known_hole_is_asked_for_or_installed(name: str) -> None:
-    """The requirement excludes every older release, and neither what runs here nor what the image installs is one."""
+    """The requirement excludes every older release, and neither this environment nor the container image has one."""
     floor = Version(FLOORS[name])
     assert Version(version(name)) >= floor
     least = [Version(one.version) for one in ASKED[name].specifier if one.operator in (">=", "==")]
@@ -44,14 +47,14 @@ def test_no_version_with_a_known_hole_is_asked_for_or_installed(name: str) -> No
 
 
 def test_everything_asked_for_has_a_floor() -> None:
-    """So that an old release is never taken for want of a bound."""
+    """So an old release is never installed for lack of a bound."""
     assert [
         name for name, one in ASKED.items() if not any(part.operator in (">=", "==") for part in one.specifier)
     ] == []
 
 
 def test_every_requirement_is_locked_with_hashes() -> None:
-    """requirements.lock holds one version of all that requirements.txt asks for, each with the hashes of its files."""
+    """requirements.lock pins one version of each requirement in requirements.txt, with its hashes."""
     text = (ROOT / "requirements.lock").read_text()
     locked = {name.lower().replace("_", "-"): version for name, version in PINNED.items()}
     for kind in ("server", "ui"):
@@ -88,7 +91,7 @@ def test_nothing_reads_files_that_may_run_code() -> None:
 
 
 def test_what_is_kept_of_orders_is_for_this_user_alone(run_app: Callable[..., RunningApp], tmp_path: Path) -> None:
-    """The folder of journal, spool, history and keys is closed to others, whatever the umask; the bucket is not."""
+    """The folder of job store, spool, history and keys is private, whatever the umask; the bucket is not."""
     running_app = run_app()
     assert running_app.draw(prompt="a red square").status_code == 200
     assert (tmp_path / "data").stat().st_mode & 0o077 == 0

@@ -1,4 +1,4 @@
-"""The watchdog over small programs: what it starts again, what it lets be, what it passes on."""
+"""The watchdog over small programs: what it restarts, what it leaves alone, which signals it forwards."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fakes import until
 
 from stable_diffusion_server.app.lifecycle import DEVICE_LOST_STATUS
 
-# Counts its starts in a file, then does what it is told to.
+# Counts its starts in a file, then does what its argument says.
 PROGRAM = """
 import os, signal, sys, time
 from pathlib import Path
@@ -29,7 +29,7 @@ progress = Path("data/progress.txt")
 
 
 class Watched:
-    """A watchdog over a program, in a folder of its own."""
+    """A watchdog over a program, in a separate folder."""
 
     def __init__(self, folder: Path, program: str, **environment: str) -> None:
         self.folder = folder
@@ -59,7 +59,7 @@ class Watched:
 
 @pytest.mark.parametrize(("ends", "status"), [("sys.exit(0)", 0), ("sys.exit(2)", 2)])
 def test_a_program_that_ends_for_good_is_not_started_again(tmp_path: Path, ends: str, status: int) -> None:
-    """A clean end, and a wrong setting, which no start can mend."""
+    """A clean exit, and a wrong setting, which no restart can fix."""
     watched = Watched(tmp_path, ends)
     assert (watched.ends(), watched.starts) == (status, 1)
 
@@ -76,7 +76,7 @@ def test_a_program_that_dies_or_asks_for_it_is_started_again(tmp_path: Path, end
 
 @pytest.mark.fault(56)
 def test_a_program_that_keeps_dying_is_given_up(tmp_path: Path) -> None:
-    """Five more starts with longer and longer waits, then its own status."""
+    """Five more starts with increasing delays, then the program's own exit status."""
     watched = Watched(tmp_path, "sys.exit(3)")
     time.sleep(1)
     assert watched.starts <= 3
@@ -86,7 +86,7 @@ def test_a_program_that_keeps_dying_is_given_up(tmp_path: Path) -> None:
 
 @pytest.mark.fault(55)
 def test_a_hang_with_work_in_hand_is_ended(tmp_path: Path) -> None:
-    """No sign of life for WATCHDOG_TIMEOUT with a picture under way: killed, with its children, and started again."""
+    """No heartbeat for WATCHDOG_TIMEOUT during generation: killed with its children, and restarted."""
     watched = Watched(
         tmp_path,
         """
@@ -101,7 +101,7 @@ def test_a_hang_with_work_in_hand_is_ended(tmp_path: Path) -> None:
 
 
 def test_an_idle_program_and_one_that_makes_progress_are_let_be(tmp_path: Path) -> None:
-    """Silence without work is rest; work with signs of life is work; what an earlier one left says nothing."""
+    """Silence without work is idle; work with heartbeats is progress; an earlier program's file is ignored."""
     watched = Watched(
         tmp_path,
         """
@@ -127,7 +127,7 @@ def test_an_idle_program_and_one_that_makes_progress_are_let_be(tmp_path: Path) 
     ids=["never any work", "no work now", "work"],
 )  # fmt: skip
 def test_an_event_loop_that_stands_still_is_ended_work_or_not(tmp_path: Path, work: str) -> None:
-    """Once it has touched its file and then does not for WATCHDOG_TIMEOUT, the program is killed and started again."""
+    """Once it has touched its file and then does not for WATCHDOG_TIMEOUT, the program is killed and restarted."""
     watched = Watched(
         tmp_path,
         f"""
@@ -146,7 +146,7 @@ def test_an_event_loop_that_stands_still_is_ended_work_or_not(tmp_path: Path, wo
 
 @pytest.mark.fault(112)
 def test_an_event_loop_that_beats_or_has_ended_is_let_be(tmp_path: Path) -> None:
-    """Beats keep an idle program; what an earlier one left behind says nothing, nor does a file that was taken away."""
+    """Beats keep an idle program alive; an earlier program's file is ignored, and so is a deleted file."""
     watched = Watched(
         tmp_path,
         """
@@ -170,7 +170,7 @@ def test_an_event_loop_that_beats_or_has_ended_is_let_be(tmp_path: Path) -> None
 
 @pytest.mark.fault(112)
 def test_a_program_that_does_not_stop_when_told_to_is_killed(tmp_path: Path) -> None:
-    """It has its grace, and is not waited for beyond it."""
+    """It gets a grace period, and then SIGKILL."""
     code = (
         "import sys\n"
         "from pathlib import Path\n"
@@ -196,7 +196,7 @@ def test_a_program_that_does_not_stop_when_told_to_is_killed(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_is_passed_on_and_ends_both(tmp_path: Path, number: signal.Signals) -> None:
-    """The program ends as it likes, and is not started again."""
+    """The program ends in its own way, and is not restarted."""
     watched = Watched(
         tmp_path,
         """
@@ -218,7 +218,7 @@ def test_a_signal_is_passed_on_and_ends_both(tmp_path: Path, number: signal.Sign
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a child of its parent's death")
 def test_no_program_is_left_that_no_one_watches(tmp_path: Path) -> None:
-    """A watchdog that is killed takes its program along."""
+    """When the watchdog is killed, its program ends too."""
     watched = Watched(tmp_path, "Path('ready').write_text('')\nwhile True: time.sleep(1)")
     until(lambda: (tmp_path / "ready").exists())
     watched.process.kill()
@@ -243,7 +243,7 @@ def test_no_program_is_left_that_no_one_watches(tmp_path: Path) -> None:
 def test_what_is_wrong_is_told_in_one_sentence(
     tmp_path: Path, arguments: list[str], environment: dict[str, str], told: str
 ) -> None:
-    """No command, one that is not there, a wrong setting."""
+    """No command, a missing command, a wrong setting."""
     done = subprocess.run(  # noqa: S603  # our own command
         [sys.executable, "-m", "stable_diffusion_server.watchdog", *arguments],
         cwd=tmp_path,

@@ -1,4 +1,4 @@
-"""What the pipeline tests share: jobs, pictures to start from, drawing alone and in a batch, comparing pixels."""
+"""Helpers of the pipeline tests: jobs, input images, generation alone and in a batch, image comparison."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from stable_diffusion_server.pipelines.catalog import MODELS
 from stable_diffusion_server.types import DiffusionRequest, ImageArray, Task
 
 MODELS_DIR = Path(__file__).parents[2] / "models"
-SIDE = 128  # enough for every path, and quick
+SIDE = 128  # enough for every code path, and quick
 PROMPT = "a red circle on a blue background"
 
 Pixels = NDArray[np.uint8]
 
 
 def job_for(model: str, **changes: Any) -> DiffusionRequest:
-    """A text-to-image job of a model's defaults, with `changes`; its task follows from the pictures in it."""
+    """A text-to-image job with a model's defaults and `changes`; its task follows from its images."""
     facts = MODELS[model]
     job = DiffusionRequest(
         task=Task.TEXT_TO_IMAGE,
@@ -42,7 +42,7 @@ def job_for(model: str, **changes: Any) -> DiffusionRequest:
 
 
 def disc(width: int = SIDE, height: int = SIDE) -> NDArray[np.bool_]:
-    """Where a disc in the middle is, height × width."""
+    """Mask of a disc in the middle, height × width."""
     y, x = np.mgrid[:height, :width]
     return np.asarray((x - width / 2) ** 2 + (y - height / 2) ** 2 < (min(width, height) * 0.3) ** 2)
 
@@ -59,19 +59,19 @@ def disc_mask(width: int = SIDE, height: int = SIDE) -> ImageArray:
 
 
 def outline(width: int = SIDE, height: int = SIDE) -> ImageArray:
-    """White edges of the disc on black, one pixel wide, as canny draws them."""
+    """White edges of the disc on black, one pixel wide, like canny's."""
     inside = disc(width, height)
     edge = inside ^ (np.roll(inside, 1, 0) & np.roll(inside, -1, 0) & np.roll(inside, 1, 1) & np.roll(inside, -1, 1))
     return ImageArray(((edge & inside) * 255).astype(np.uint8))
 
 
 def draw(family: Any, job: DiffusionRequest) -> Pixels:
-    """The job's picture, drawn alone."""
+    """The job's image, generated alone."""
     return draw_together(family, [job])[0]
 
 
 def draw_together(family: Any, jobs: list[DiffusionRequest]) -> list[Pixels]:
-    """The jobs' pictures, drawn in one batch that each leaves when it is done."""
+    """The jobs' images, generated in one batch that each leaves when it is done."""
     states = [family.prepare(job) for job in jobs]
     while waiting := [state for state in states if not state.done]:
         family.step(waiting)
@@ -79,11 +79,11 @@ def draw_together(family: Any, jobs: list[DiffusionRequest]) -> list[Pixels]:
 
 
 def largest_difference(a: Pixels, b: Pixels) -> int:
-    """Largest difference of two pictures in any channel, of 255."""
+    """Largest difference of two images in any channel, of 255."""
     return int(np.abs(a.astype(int) - b).max())
 
 
 def psnr(a: Pixels, b: Pixels) -> float:
-    """Peak signal-to-noise ratio of two pictures in dB; infinite when they are equal."""
+    """Peak signal-to-noise ratio of two images in dB; infinite when they are equal."""
     error = float(np.mean((a.astype(float) - b) ** 2))
     return float("inf") if error == 0 else 10 * float(np.log10(255**2 / error))

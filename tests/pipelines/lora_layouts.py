@@ -1,4 +1,4 @@
-"""Adapter files as trainers write them, of random weights for a given pipeline, and files that are none or unfit."""
+"""LoRA files in each trainer's layout, with random weights for a given pipeline, and invalid or unfit files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _ENCODER = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 
 
 def pairs(module: Any, endings: tuple[str, ...], seed: int = 0, size: float = 0.4) -> Pairs:
-    """Down (rank × in) and up (out × rank) of each linear layer that ends so."""
+    """Down (rank × in) and up (out × rank) of each linear layer whose name ends with one of these."""
     chance = torch.Generator().manual_seed(seed)
     layers = ((n.removesuffix(".base_layer"), m) for n, m in module.named_modules() if isinstance(m, torch.nn.Linear))
     found = [(name, layer) for name, layer in layers if name.endswith(endings)]
@@ -43,13 +43,13 @@ def flux_pairs(pipeline: Any) -> Pairs:
 
 
 def encoder_pairs(encoder: Any, seed: int = 1) -> Pairs:
-    """Of a text encoder, by the names trainers have for its layers."""
+    """Of a text encoder, with trainers' layer names."""
     found = pairs(encoder, _ENCODER, seed)
     return {name if name.startswith("text_model") else f"text_model.{name}": pair for name, pair in found.items()}
 
 
 def kohya(prefix: str, found: Pairs, alpha: float | None = ALPHA) -> Tensors:
-    """As kohya's scripts write them."""
+    """The layout of kohya's scripts."""
     tensors: Tensors = {}
     for name, (down, up) in found.items():
         key = f"{prefix}_{name.replace('.', '_')}"
@@ -59,7 +59,7 @@ def kohya(prefix: str, found: Pairs, alpha: float | None = ALPHA) -> Tensors:
 
 
 def peft(prefix: str, found: Pairs, halves: str = "AB", scale: float = ALPHA / RANK) -> Tensors:
-    """As diffusers' trainers write them, scaled already."""
+    """The layout of diffusers' trainers, already scaled."""
     given = {"A": 0, "B": 1}
     return {
         f"{prefix}.{name}.lora_{half}.weight": pair[given[half]] * (scale if half == "B" else 1)
@@ -69,7 +69,7 @@ def peft(prefix: str, found: Pairs, halves: str = "AB", scale: float = ALPHA / R
 
 
 def processors(found: Pairs) -> Tensors:
-    """As diffusers' oldest trainer wrote them."""
+    """The layout of diffusers' oldest trainer."""
     tensors: Tensors = {}
     for name, (down, up) in found.items():
         head, _, tail = name.rpartition(".attn")
@@ -80,7 +80,7 @@ def processors(found: Pairs) -> Tensors:
 
 
 def xlabs(pipeline: Any) -> Tensors:
-    """As XLabs's trainer writes them: attention of the double blocks, its three projections fused."""
+    """The layout of XLabs's trainer: attention of the double blocks, with fused projections."""
     width, chance = pipeline.transformer.inner_dim, torch.Generator().manual_seed(2)
     sizes = {"qkv_lora1": 3, "qkv_lora2": 3, "proj_lora1": 1, "proj_lora2": 1}
     return {
@@ -112,19 +112,19 @@ def dora(found: Pairs, module: Any) -> Tensors:
 
 
 def noted(part: str, **more: Any) -> dict[str, str]:
-    """Notes beside the tensors: what PEFT was configured with."""
+    """File metadata: the PEFT configuration."""
     notes = {"r": RANK, "lora_alpha": ALPHA, "lora_dropout": 0.1, "bias": "none", "init_lora_weights": True, **more}
     return {NOTES: json.dumps({f"{part}.{name}": value for name, value in notes.items()})}
 
 
 def write(file: Path, tensors: Tensors, notes: dict[str, str] | None = None) -> Path:
-    """An adapter's file."""
+    """Write a LoRA file."""
     own = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
     save_file(own, file, metadata={"format": "pt", **(notes or {})})
     return file
 
 
-# What fits, by family: tensors, and notes where the trainer writes them.
+# Valid files, by family: tensors, and metadata where the trainer writes them.
 FITTING: dict[str, dict[str, Callable[[Any], tuple[Tensors, dict[str, str] | None]]]] = {
     "sdxl": {
         "kohya": lambda p: (kohya("lora_unet", unet_pairs(p)), None),
@@ -177,7 +177,7 @@ def with_one(tensors: Tensors, value: float, ending: str = "weight") -> Tensors:
 
 
 def renamed_by_half(tensors: Tensors) -> Tensors:
-    """The tensors of every other layer under names of no layer."""
+    """The tensors, every second layer renamed to an unknown one."""
     layers = sorted({name.rpartition(".lora_")[0] for name in tensors})
     wrong = {layer: layer.replace("attn1", "attn9").replace("attn.", "attm.") for layer in layers[::2]}
     return {
@@ -210,13 +210,13 @@ def _headed(length: int, header: bytes) -> bytes:
 
 
 def _of_dimensions(name: str, number: int) -> bytes:
-    """A file of one tensor with so many dimensions, which safetensors takes in any number and PyTorch does not."""
+    """A file of one tensor with that many dimensions: safetensors accepts any number, PyTorch does not."""
     facts = {"dtype": "F32", "shape": [1] * (number - 2) + [4, 4], "data_offsets": [0, 64]}
     header = json.dumps({name: facts}).encode()
     return _headed(len(header), header) + bytes(64)
 
 
-# What is no adapter for a model, by family: the file's bytes, and what the sentence says of it.
+# Files that are no LoRA of a model, by family: the file's bytes, and the expected message.
 UNFIT: dict[str, dict[str, tuple[Callable[[Any], bytes], str]]] = {
     "sdxl": {
         "of Flux": (

@@ -19,9 +19,10 @@ CPU = torch.device("cpu")
 
 
 def train_swap(family: Any, folder: Path, steps: int = 60) -> Path:
-    """Write `green.safetensors` into `folder`; `family` must be one whose UNet may be spoilt by it.
+    """Write `green.safetensors` into `folder`; the UNet of `family` is modified.
 
-    Teaches velocity (Salimans & Ho 2022, arXiv 2202.00512) on the model's own pictures of the same thing in green.
+    Trains the velocity (Salimans & Ho 2022, arXiv 2202.00512) on the model's own images of the same object in
+    green.
     """
     pipe = family.pipeline
     scheduler, unet = pipe.scheduler, pipe.unet
@@ -56,7 +57,7 @@ def train_swap(family: Any, folder: Path, steps: int = 60) -> Path:
 
 
 def _lesson(family: Any, prompt: str) -> tuple[torch.Tensor, Any]:
-    """The latents of the picture in green, and the prompt that asks for red; usable in training."""
+    """The latents of the green image, and the prompt that asks for red; usable in training."""
     picture = draw(family, job_for("sdxl", prompt=prompt.replace("red", "green")))
     vae = family.pipeline.vae
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""A whole model family in one file and one catalogue row: it paints the canvas in one colour."""
+"""A complete model family in one file and one catalogue row: it paints the canvas in one colour."""
 
 from __future__ import annotations
 

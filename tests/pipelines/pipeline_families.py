@@ -1,4 +1,4 @@
-"""Fixtures: the families once per session, since loading is slow and drawing leaves no trace in them."""
+"""Fixtures: the families, once per session, since loading is slow and generation does not change them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def one_thread() -> Iterator[None]:
-    """One thread: more only add noise at this size."""
+    """One thread: more threads only add timing noise at this size."""
     import torch
 
     before = torch.get_num_threads()
@@ -35,7 +35,7 @@ def sdxl(one_thread: None) -> Any:
 
 @pytest.fixture(scope="session")
 def flux(one_thread: None) -> Any:
-    """The embedded Flux, with its ControlNet or, where none is there, one with random weights."""
+    """The embedded Flux, with its ControlNet or, where there is none, one with random weights."""
     import torch
     from drawing import MODELS_DIR
 
@@ -50,9 +50,10 @@ def flux(one_thread: None) -> Any:
 
 @pytest.fixture(scope="session")
 def families(sdxl: Any, flux: Any) -> dict[str, Any]:
-    """Both by name, and `sdxl-4` and `flux-16`: the same with as many latent channels as the stock pipelines want.
+    """Both by name, and `sdxl-4` and `flux-16`: the same with the latent channels that the stock pipelines require.
 
-    The stock inpaint pipelines know latents by their number of channels, 4 and 16; embedded models may have another.
+    The stock inpaint pipelines recognise latents by their number of channels, 4 and 16; embedded models may have
+    another.
     """
     from reshaped_pipelines import reshaped
 
@@ -69,7 +70,7 @@ def families(sdxl: Any, flux: Any) -> dict[str, Any]:
 
 
 def random_controlnet(pipeline: Any) -> Any:
-    """A small Flux ControlNet whose outputs are not the zeros it would begin training with."""
+    """A small Flux ControlNet whose outputs are not the zeros of an untrained one."""
     import torch
     from diffusers import FluxControlNetModel
 

@@ -1,4 +1,4 @@
-"""A pipeline with another number of latent channels, and otherwise the weights of the one it is made from."""
+"""A pipeline with another number of latent channels, and otherwise the weights of its source."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch
 
 
 def reshaped(pipeline: Any, channels: int) -> Any:
-    """`pipeline` when its VAE has `channels` latent channels, else a twin that has.
+    """`pipeline` if its VAE has `channels` latent channels, otherwise a copy that has.
 
-    Weights are kept, cut or repeated where the shape changes, so that its pictures, though wrong, have structure.
+    Weights are kept, or cut or repeated where the shape changes, so its images, though wrong, have structure.
     """
     vae = pipeline.vae
     if vae.config.latent_channels == channels:

@@ -1,4 +1,4 @@
-"""The catalogue: which weights answer a name, with which defaults, and how strength becomes steps."""
+"""The catalogue: which weights a name selects, their defaults, and how strength becomes steps."""
 
 from __future__ import annotations
 
@@ -41,20 +41,20 @@ EVERY = [*MODELS.values(), *(facts for candidates in REAL_MODELS.values() for fa
 def test_the_source_and_the_folders_say_which_weights_draw(
     source: Source, present: set[str], sdxl: str | None, flux: str | None
 ) -> None:
-    """MODELS=embedded|auto|local|hub, as a table of what is found and what is taken."""
+    """MODELS=embedded|auto|local|hub, as a table of folders found and models selected."""
     chosen = choose_models(source, present)
     assert (chosen["sdxl"].folder if "sdxl" in chosen else None) == sdxl
     assert (chosen["flux"].folder if "flux" in chosen else None) == flux
 
 
 def test_local_models_that_are_not_there_are_told() -> None:
-    """The sentence lists the folders that were looked for."""
+    """The sentence lists the folders that were searched."""
     with pytest.raises(ModelLoadError, match=r"none of ProteusV0\.2, stable-diffusion-xl-base-1\.0, FLUX\.1-schnell"):
         choose_models("local", {"embedded-sdxl"})
 
 
 def test_a_name_is_looked_up_among_the_models_at_hand() -> None:
-    """With MODELS=local and one family, the other one's name is refused with a list of those there are."""
+    """With MODELS=local and one family, the other one's name is refused with a list of the available ones."""
     local = choose_models("local", {"ProteusV0.2"})
     assert spec_of("sdxl", local).folder == "ProteusV0.2"
     with pytest.raises(InvalidInput, match="there are sdxl"):
@@ -63,7 +63,7 @@ def test_a_name_is_looked_up_among_the_models_at_hand() -> None:
 
 @pytest.mark.parametrize("facts", EVERY, ids=lambda facts: facts.folder)
 def test_the_defaults_of_every_model_are_within_its_own_bounds(facts: ModelSpec) -> None:
-    """A request that names nothing is never refused."""
+    """A request without parameters is never refused."""
     assert facts.default_scheduler in facts.schedulers
     bounds = SCHEDULERS[facts.default_scheduler]
     assert bounds.min_steps <= facts.default_steps <= bounds.max_steps
@@ -87,7 +87,7 @@ def test_real_models_have_the_defaults_of_their_authors() -> None:
 
 
 def test_revisions_tell_pictures_of_other_weights_apart() -> None:
-    """LCM and finer weights draw other pictures; a model without an LCM LoRA stays itself."""
+    """LCM and quantized weights give other images; a model without an LCM LoRA keeps its revision."""
     sdxl = REAL_MODELS["sdxl"][0]
     revisions = {f.revision for f in (sdxl, with_lcm(sdxl), with_quantization(sdxl, "int8"), *REAL_MODELS["sdxl"][1:])}
     assert len(revisions) == 4
@@ -100,13 +100,13 @@ def test_revisions_tell_pictures_of_other_weights_apart() -> None:
     [("sdxl", 4, 0.6, 2), ("sdxl", 20, 0.55, 11), ("sdxl", 4, 1.0, 4), ("flux", 4, 0.6, 3), ("flux", 4, 0.1, 1)],
 )
 def test_strength_becomes_steps_as_diffusers_rounds_them(model: str, steps: int, strength: float, drawn: int) -> None:
-    """SDXL rounds what is drawn down, Flux up."""
+    """SDXL rounds the number of steps down, Flux up."""
     assert steps - steps_skipped(MODELS[model], steps, strength) == drawn
 
 
 @pytest.mark.parametrize(("model", "steps", "strength"), [("sdxl", 4, 0.2), ("sdxl", 1, 0.9), ("flux", 4, 0.0)])
 def test_a_strength_that_leaves_no_step_names_both_parameters(model: str, steps: int, strength: float) -> None:
-    """Raising either of them helps, so both are named."""
+    """Increasing either of them helps, so the error names both."""
     with pytest.raises(InvalidInput) as refused:
         steps_skipped(MODELS[model], steps, strength)
     assert [field for field, _ in refused.value.faults] == ["strength", "num_inference_steps"]

@@ -1,4 +1,4 @@
-"""Loading: what is wrong with files is said in one sentence; and the guards around decoding."""
+"""Loading: one sentence for each kind of faulty file; and the guards around decoding."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ def models(tmp_path: Path) -> Path:
 
 @pytest.mark.fault(57)
 def test_missing_files_are_told(tmp_path: Path) -> None:
-    """An empty folder: the sentence names the model and what is not there."""
+    """An empty folder: the sentence names the model and the missing file."""
     with pytest.raises(ModelLoadError, match=r"The model flux is missing: no model_index\.json in embedded-flux\."):
         load_pipeline(MODELS["flux"], tmp_path, CPU)
 
 
 @pytest.mark.fault(57)
 def test_truncated_weights_are_told(models: Path) -> None:
-    """Half a file is no model."""
+    """Half a file is refused."""
     weights = models / "embedded-flux" / "transformer" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(ModelLoadError, match="embedded-flux cannot be loaded"):
@@ -54,7 +54,7 @@ def test_truncated_weights_are_told(models: Path) -> None:
 
 
 def test_weights_that_are_not_all_there_are_told(models: Path) -> None:
-    """Left alone, diffusers would fill the gap with random numbers and draw on."""
+    """Otherwise diffusers would fill the gap with random numbers and continue."""
     weights = models / "embedded-flux" / "transformer" / "diffusion_pytorch_model.safetensors"
     save_file(dict(list(load_file(weights).items())[1:]), weights)
     with pytest.raises(ModelLoadError, match="embedded-flux/transformer lacks 1 of its weights"):
@@ -62,7 +62,7 @@ def test_weights_that_are_not_all_there_are_told(models: Path) -> None:
 
 
 def test_weights_of_another_shape_are_told(models: Path) -> None:
-    """A file of another size of model is not forced in."""
+    """Weights of another model size are refused."""
     weights = models / "embedded-flux" / "transformer" / "diffusion_pytorch_model.safetensors"
     tensors = load_file(weights)
     tensors["proj_out.bias"] = tensors["proj_out.bias"][:-1].clone()
@@ -72,7 +72,7 @@ def test_weights_of_another_shape_are_told(models: Path) -> None:
 
 
 def test_pickled_weights_are_not_read(models: Path) -> None:
-    """Only safetensors: unpickling runs whatever the file says."""
+    """Only safetensors: unpickling can run any code in the file."""
     folder = models / "embedded-flux" / "transformer"
     weights = folder / "diffusion_pytorch_model.safetensors"
     torch.save(load_file(weights), folder / "diffusion_pytorch_model.bin")
@@ -92,7 +92,7 @@ def test_the_variant_is_taken_where_the_folder_has_it(models: Path) -> None:
 
 
 def test_weights_have_the_type_the_catalogue_says(models: Path) -> None:
-    """A type for accelerators and one for the CPU."""
+    """A dtype for accelerators and one for the CPU."""
     facts = replace(MODELS["flux"], cpu_dtype="bfloat16")
     pipeline = load_pipeline(facts, models, CPU)
     assert {pipeline.transformer.dtype, pipeline.vae.dtype, pipeline.text_encoder_2.dtype} == {torch.bfloat16}
@@ -100,7 +100,7 @@ def test_weights_have_the_type_the_catalogue_says(models: Path) -> None:
 
 
 def test_half_precision_draws_nearly_the_same_picture(families: dict[str, Any]) -> None:
-    """Every task in bfloat16, within what its eight bits of fraction allow."""
+    """Every task in bfloat16, within the error of its eight bits of fraction."""
     facts = replace(MODELS["flux"], cpu_dtype="bfloat16")
     half = Flux(load_pipeline(facts, MODELS_DIR, CPU), facts)
     for changes in ({}, {"image": scene(), "strength": 0.6}, {"image": scene(), "mask": disc_mask(), "refine": True}):
@@ -109,7 +109,7 @@ def test_half_precision_draws_nearly_the_same_picture(families: dict[str, Any]) 
 
 
 def test_a_vae_that_overflows_in_fp16_is_kept_in_full_precision(models: Path) -> None:
-    """As the stock SDXL pipeline does by turns, which would cost two conversions a picture."""
+    """The stock SDXL pipeline converts back and forth, at the cost of two conversions per image."""
     shutil.copytree(ROOT / "models" / "embedded-sdxl", models / "embedded-sdxl")
     config = models / "embedded-sdxl" / "vae" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "force_upcast": True}))
@@ -121,7 +121,7 @@ def test_a_vae_that_overflows_in_fp16_is_kept_in_full_precision(models: Path) ->
 
 
 def test_a_controlnet_of_another_class_is_told(models: Path) -> None:
-    """SDXL's in the place of Flux's."""
+    """SDXL's in place of Flux's."""
     shutil.copytree(ROOT / "models" / "embedded-controlnet-canny-sdxl", models / "edges")
     facts = replace(MODELS["flux"], control_folder="edges")
     with pytest.raises(ModelLoadError, match="edges holds a ControlNetModel, and a FluxControlNetModel is needed"):
@@ -134,7 +134,7 @@ def test_a_controlnet_of_another_class_is_told(models: Path) -> None:
 
 
 def test_a_controlnet_made_for_another_vae_is_told(sdxl: Any) -> None:
-    """Edges that would not meet the latents are found at load, and not in the middle of a picture."""
+    """Edges that do not fit the latents are detected at load, not during generation."""
     config = dict(sdxl.controlnet.config)
     channels = (8, *config["conditioning_embedding_out_channels"])
     other = type(sdxl.controlnet).from_config({**config, "conditioning_embedding_out_channels": channels})
@@ -143,7 +143,7 @@ def test_a_controlnet_made_for_another_vae_is_told(sdxl: Any) -> None:
 
 
 def test_edges_without_a_controlnet_are_refused(models: Path) -> None:
-    """The job fails by its parameter, and does not just ignore what it was given."""
+    """The job fails by its parameter instead of ignoring the edges."""
     facts = MODELS["flux"]
     plain = Flux(load_pipeline(facts, models, CPU), facts)
     with pytest.raises(InvalidInput) as refused:
@@ -153,7 +153,7 @@ def test_edges_without_a_controlnet_are_refused(models: Path) -> None:
 
 @pytest.mark.fault(57)
 def test_a_hub_that_cannot_be_reached_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """MODELS=hub without a network: one sentence with the name of what could not be had."""
+    """MODELS=hub without a network: one sentence with the name of the repository."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     for facts in (REAL_MODELS["sdxl"][0], REAL_MODELS["flux"][0]):
@@ -167,14 +167,14 @@ def test_a_hub_that_cannot_be_reached_is_told(tmp_path: Path, monkeypatch: pytes
 
 @pytest.mark.fault(57)
 def test_weights_of_another_class_are_told(models: Path) -> None:
-    """An SDXL in the place of a Flux is named as such."""
+    """The error for an SDXL in place of a Flux names its class."""
     facts = replace(MODELS["sdxl"], folder="embedded-flux")
     with pytest.raises(ModelLoadError, match="holds a FluxPipeline, and sdxl needs a StableDiffusionXLPipeline"):
         load_pipeline(facts, models, CPU)
 
 
 def test_a_broken_index_is_told(models: Path) -> None:
-    """JSON that is none does not become a stack trace."""
+    """Invalid JSON is no stack trace."""
     (models / "embedded-flux" / "model_index.json").write_text("{")
     with pytest.raises(ModelLoadError):
         load_pipeline(MODELS["flux"], models, CPU)
@@ -190,7 +190,7 @@ def test_a_device_that_is_not_there_is_told_in_one_sentence() -> None:
 
 @pytest.mark.parametrize("model", MODELS)
 def test_the_catalogues_revision_belongs_to_the_weights(model: str) -> None:
-    """Other weights are other pictures: whoever changes a file changes the revision, and with it every content key."""
+    """Other weights give other images: a changed file needs a new revision, which changes every content key."""
     folder = ROOT / "models" / MODELS[model].folder
     content = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
@@ -208,7 +208,7 @@ def test_the_embedded_models_hold_nothing_of_where_they_were_made(model: str) ->
 
 
 def test_what_is_not_in_the_catalogue_is_refused_by_name() -> None:
-    """Model, scheduler and steps each name their field."""
+    """Model, scheduler and steps: each error names its field."""
     for refuse, field in (
         (lambda: spec_of("sd15"), "model"),
         (lambda: scheduler_of(MODELS["flux"], "ddim", 4), "scheduler"),
@@ -222,7 +222,7 @@ def test_what_is_not_in_the_catalogue_is_refused_by_name() -> None:
 @pytest.mark.parametrize("scheduler", MODELS["sdxl"].schedulers)
 @pytest.mark.parametrize("steps", [1, 4, 60, 61, 62, 100])
 def test_a_schedule_has_as_many_steps_as_were_asked_for(registry: Any, scheduler: str, steps: int) -> None:
-    """61 steps are 61, of which none is before the first moment; the receipt and the progress tell the truth."""
+    """61 steps are 61, none of them before the first timestep; the result and the progress report that number."""
     pipeline = registry._families["sdxl"].pipeline
     made = make_scheduler(scheduler_of(MODELS["sdxl"], scheduler, steps), like=pipeline.scheduler)
     set_timesteps(made, steps, CPU)
@@ -236,7 +236,7 @@ def test_a_schedule_has_as_many_steps_as_were_asked_for(registry: Any, scheduler
 
 
 class HalfBrokenDecoder(torch.nn.Module):
-    """A decoder that overflows in fp16 and works in fp32, as SDXL's own VAE does."""
+    """A decoder that overflows in fp16 and works in fp32, like SDXL's own VAE."""
 
     def __init__(self, dtype: torch.dtype, broken_in: set[torch.dtype]) -> None:
         super().__init__()
@@ -258,7 +258,7 @@ def latents(value: float = 1.0) -> torch.Tensor:
 
 
 def test_a_decoder_that_overflows_is_run_again_in_full_precision() -> None:
-    """The picture comes out, the receipt can tell, and the decoder is in half precision again afterwards."""
+    """The image is valid, the result can report it, and the decoder is in half precision again afterwards."""
     vae = HalfBrokenDecoder(torch.float16, {torch.float16})
     drawn = decode(vae, latents())
     assert drawn.redecoded
@@ -281,7 +281,7 @@ def test_latents_that_are_not_finite_are_an_error_of_their_own(value: float) -> 
 
 
 def test_a_decoder_broken_in_every_precision_is_an_error() -> None:
-    """No grey picture is stored in the place of the one that could not be decoded."""
+    """An image that cannot be decoded is not stored as a grey one."""
     with pytest.raises(NotFinite):
         decode(HalfBrokenDecoder(torch.float16, {torch.float16, torch.float32}), latents())
 
@@ -290,7 +290,7 @@ def test_a_decoder_broken_in_every_precision_is_an_error() -> None:
     ("theirs", "ours"), [(torch.OutOfMemoryError, OutOfMemory), (torch.AcceleratorError, DeviceLost)]
 )
 def test_torchs_errors_become_ours(theirs: type[Exception], ours: type[Exception]) -> None:
-    """By their classes, not by their texts; so nothing above the pipelines has to know torch."""
+    """By class, not by message text; so no package above the pipelines needs torch."""
     raised: Any = theirs("device says no") if theirs is torch.OutOfMemoryError else theirs.__new__(theirs)
     with pytest.raises(ours), translate_torch_errors():
         raise raised

@@ -1,4 +1,4 @@
-"""What of recording a forward pass needs no accelerator: which calls are alike, and going on without."""
+"""The parts of CUDA graph recording that need no accelerator: call signatures, and the fallback."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ BASE: dict[str, Any] = {
 
 
 def test_calls_of_other_numbers_are_alike() -> None:
-    """A recording is replayed with them."""
+    """A recording is replayed with other values."""
     other = {**BASE, "sample": torch.ones(2, 3), "added": {"ids": torch.ones(1, 6)}}
     assert signature(((), other)) == signature(((), BASE))
 
@@ -45,12 +45,12 @@ def test_calls_of_other_numbers_are_alike() -> None:
     ids=["shape", "type", "strides", "device", "deeper shape", "name", "one more", "equal of another type", "argument"],
 )
 def test_calls_of_other_shapes_and_arguments_are_not(changes: dict[str, Any]) -> None:
-    """They are recorded by themselves."""
+    """They get their own recordings."""
     assert signature(((), {**BASE, **changes})) != signature(((), BASE))
 
 
 def test_tensors_are_put_in_the_places_they_came_from() -> None:
-    """In arguments, and in the answers of diffusers and transformers."""
+    """In arguments, and in output objects of diffusers and transformers."""
     answer = (BaseModelOutput(last_hidden_state=torch.zeros(1), hidden_states=(torch.ones(1), 2 * torch.ones(1))), 7)
     again = rebuild(answer, (tensor + 10 for tensor in tensors_of(answer)))
     assert isinstance(again[0], BaseModelOutput)
@@ -60,7 +60,7 @@ def test_tensors_are_put_in_the_places_they_came_from() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without CUDA")
 def test_what_cannot_be_recorded_runs_as_it_is() -> None:
-    """With one warning, the same answers and the same signature."""
+    """With one warning, the same outputs and the same signature."""
     module = torch.nn.Linear(3, 2)
     wanted = module(torch.ones(1, 3))
     signature = inspect.signature(module.forward)

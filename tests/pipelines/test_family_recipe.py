@@ -1,4 +1,4 @@
-"""The recipe for a family holds: one file and one catalogue row draw through the whole server."""
+"""The recipe for a new family works: one file and one catalogue row are enough for the whole server."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SIZE: dict[str, Any] = {"prompt": "anything", "width": 96, "height": 64}
 
 @pytest.fixture(scope="module")
 def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
-    """A server over the embedded models and the painted one, which draws by default."""
+    """A server over the embedded models and the painted one, which is the default."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setitem(catalog._EMBEDDED, ROW.name, ROW)
         settings = settings_in(
@@ -39,7 +39,7 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
 
 
 def test_a_family_of_one_file_and_one_row_draws_by_default(client: TestClient) -> None:
-    """Stored with its revision's defaults, in its own colour and the size that was asked for."""
+    """Stored with its revision's defaults, in its own colour and the requested size."""
     answer = client.get("/create_and_upload_image", params=SIZE).json()
     assert (answer["model"], answer["num_inference_steps"], answer["scheduler"]) == ("painted", 2, "euler")
     image = Image.open(io.BytesIO(client.get(answer["path"]).content)).convert("RGB")
@@ -58,7 +58,7 @@ def test_every_interface_knows_the_new_family(client: TestClient) -> None:
 
 
 def test_its_own_bounds_are_kept(client: TestClient) -> None:
-    """A scheduler that its row does not name is refused, and the sentence names the model."""
+    """A scheduler that its row does not list is refused, and the sentence names the model."""
     refused = client.get("/create_and_upload_image", params={**SIZE, "scheduler": "ddim"})
     assert (refused.status_code, refused.json()["field"]) == (422, "scheduler")
     assert "painted" in refused.json()["detail"]

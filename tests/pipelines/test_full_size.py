@@ -1,4 +1,4 @@
-"""The real models' configurations at full size, without a byte of weights, on torch's meta device."""
+"""The real models' configurations at full size, without weights, on torch's meta device."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SDXL, FLUX = REAL_MODELS["sdxl"][1], REAL_MODELS["flux"][0]
 
 @pytest.fixture(scope="module")
 def full_size(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A models' folder with the two real models' configurations; tokenizers and schedulers are the embedded ones'."""
+    """A models folder with the two real models' configurations; tokenizers and schedulers are the embedded ones'."""
     folder = tmp_path_factory.mktemp("models")
     for facts in (SDXL, FLUX):
         write_configurations(folder, facts)
@@ -37,7 +37,7 @@ def full_size(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def skeletons(full_size: Path) -> dict[str, dict[str, torch.nn.Module]]:
-    """The parts of both by our loader, once."""
+    """The components of both, loaded once with our loader."""
     return {facts.name: empty_pipeline(facts, full_size) for facts in (SDXL, FLUX)}
 
 
@@ -86,7 +86,7 @@ def show(counts: dict[str, int]) -> None:
 def test_real_models_are_placed_by_their_measured_footprints(
     facts: ModelSpec, gigabytes: int, expected: str, skeletons: dict[str, Any]
 ) -> None:
-    """What common cards would do with them, in half precision, before a weight is read."""
+    """Placement on common cards, in half precision, without reading a weight."""
     footprint = footprint_on_gpu(facts, skeletons[facts.name])
     placement = place(gigabytes * 10**9, footprint, accelerated=True)
     assert f"{placement.residency} {placement.quantization}" == expected
@@ -104,7 +104,10 @@ def footprint_on_gpu(facts: ModelSpec, parts: dict[str, torch.nn.Module]) -> Foo
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("facts", [SDXL, FLUX], ids=["sdxl", "flux"])
 def test_full_size_models_with_random_weights_run_on_a_gpu(facts: ModelSpec, full_size: Path) -> None:
-    """The very path that real weights take, at their native size: noise comes out, finite and of the right size."""
+    """The same code path as for real weights, at their native size.
+
+    The output is noise, finite and of the right size.
+    """
     pipeline, _ = random_pipeline(facts, full_size, torch.device("cuda"))
     family = {"sdxl": Sdxl, "flux": Flux}[facts.name](pipeline, facts)
     assert token_counter(pipeline.tokenizer)("a cat") > 2

@@ -1,4 +1,4 @@
-"""MODELS=hub: what is fetched, of which commit, and what stops it. A real client asks a hub of our own."""
+"""MODELS=hub: which files are downloaded, of which commit, and what stops it. A real client and our own test hub."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ FACTS = {
 
 @pytest.fixture
 def hub(hub_server: HubServer) -> HubServer:
-    """A hub with both embedded models and a ControlNet, as their authors would have uploaded them."""
+    """A hub with both embedded models and a ControlNet, in their authors' layout."""
     hub_server.add(SDXL, MODELS_DIR / "embedded-sdxl")
     hub_server.add(EDGES, MODELS_DIR / "embedded-controlnet-canny-sdxl")
     hub_server.add(FLUX, MODELS_DIR / "embedded-flux")
@@ -56,7 +56,7 @@ def names(folder: Path) -> set[str]:
 
 @pytest.mark.fault(168)
 def test_who_wants_one_family_gets_one() -> None:
-    """The family of TEXT_TO_IMAGE_MODEL, or what HUB_MODELS names by family, folder or repository, and no other."""
+    """The family of TEXT_TO_IMAGE_MODEL, or those in HUB_MODELS by family, folder or repository, and no other."""
     base, proteus, flux = REAL_MODELS["sdxl"][1], REAL_MODELS["sdxl"][0], REAL_MODELS["flux"][0]
     assert choose_models("hub", []) == {"sdxl": proteus}
     assert choose_models("hub", [], ("flux",)) == {"flux": flux}
@@ -69,7 +69,7 @@ def test_who_wants_one_family_gets_one() -> None:
 
 @pytest.mark.fault(168)
 def test_one_set_of_weights_is_fetched_of_each_part(hub: HubServer) -> None:
-    """fp16 where it is there, else the plain ones, never both; and nothing that is not read."""
+    """fp16 if it exists, otherwise the plain weights, never both; and no file that is not read."""
     files = hub.repositories[SDXL]
     unet = files["unet/diffusion_pytorch_model.safetensors"]
     files["unet/diffusion_pytorch_model.fp16.safetensors"] = unet
@@ -91,7 +91,7 @@ def test_one_set_of_weights_is_fetched_of_each_part(hub: HubServer) -> None:
 
 @pytest.mark.fault(168)
 def test_sharded_weights_are_fetched_whole(hub: HubServer) -> None:
-    """The index and all shards of one variant, in either way of naming them."""
+    """The index and all shards of one variant, in either naming scheme."""
     files = hub.repositories[FLUX]
     whole = files.pop("transformer/diffusion_pytorch_model.safetensors")
     shards = {f"transformer/diffusion_pytorch_model-0000{n}-of-00002.safetensors": whole + bytes([n]) for n in (1, 2)}
@@ -103,7 +103,7 @@ def test_sharded_weights_are_fetched_whole(hub: HubServer) -> None:
 
 @pytest.mark.fault(168)
 def test_the_commit_that_was_fetched_first_is_kept(hub: HubServer, tmp_path: Path) -> None:
-    """A new commit on main changes nothing at a restart, which asks the hub nothing; HUB_REVISIONS asks for it."""
+    """A new commit on main changes nothing at a restart, which does not contact the hub; HUB_REVISIONS selects it."""
     pins = tmp_path / "data" / "hub.json"
     first, commit = HubClient(pins=pins).pipeline(SDXL, "fp16"), hub.commit(SDXL)
     hub.repositories[SDXL]["scheduler/scheduler_config.json"] += b"\n"
@@ -119,7 +119,7 @@ def test_the_commit_that_was_fetched_first_is_kept(hub: HubServer, tmp_path: Pat
 @pytest.mark.fault(168)
 @pytest.mark.parametrize("record", ["{", "[]", '{"owner/sdxl": {}}', '{"owner/sdxl": {"commit": "0", "files": []}}'])
 def test_a_broken_record_of_commits_is_made_anew(record: str, hub: HubServer, tmp_path: Path) -> None:
-    """It is logged, and the hub is asked."""
+    """The error is logged, and the hub is contacted."""
     pins = tmp_path / "hub.json"
     pins.write_text(record)
     source = HubClient({SDXL: "main"}, pins)
@@ -129,7 +129,7 @@ def test_a_broken_record_of_commits_is_made_anew(record: str, hub: HubServer, tm
 
 @pytest.mark.fault(168)
 def test_what_cannot_be_had_is_told_with_what_to_do(hub: HubServer) -> None:
-    """Gated: the page of the licence and HF_TOKEN. Missing, private; no such revision; no safetensors; no model."""
+    """Gated: the licence page and HF_TOKEN. Missing, private; no such revision; no safetensors; no model."""
     hub.gated.add(SDXL)
     sentence = refusal(HubClient())
     assert f"{hub.url}/{SDXL}" in sentence
@@ -146,7 +146,7 @@ def test_what_cannot_be_had_is_told_with_what_to_do(hub: HubServer) -> None:
 
 @pytest.mark.fault(168)
 def test_a_token_opens_what_is_gated(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """HF_TOKEN is read by the hub's own client."""
+    """The hub's own client reads HF_TOKEN."""
     hub.gated.add(FLUX)
     monkeypatch.setenv("HF_TOKEN", "hf_0123456789")
     assert (HubClient().pipeline(FLUX, None) / "model_index.json").is_file()
@@ -154,7 +154,7 @@ def test_a_token_opens_what_is_gated(hub: HubServer, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.fault(168)
 def test_a_disk_that_is_too_small_is_told_before_the_download(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both figures; and not one weight was asked for."""
+    """The error has both sizes, and no weights were requested."""
     monkeypatch.setattr("shutil.disk_usage", lambda place: SimpleNamespace(free=1_000_000))
     sentence = refusal(HubClient(), FLUX)
     assert "takes 0.0 GB" in sentence
@@ -164,7 +164,7 @@ def test_a_disk_that_is_too_small_is_told_before_the_download(hub: HubServer, mo
 
 @pytest.mark.fault(168)
 def test_a_download_tells_how_far_it_is(hub: HubServer) -> None:
-    """Its repository, commit and bytes, at the start, now and then, and at the end."""
+    """Its repository, commit and bytes, at the start, at intervals, and at the end."""
     with capture_logs() as lines:
         HubClient(every=0.01).pipeline(FLUX, None)
     entries = [line for line in lines if line.get("repo") == FLUX]
@@ -176,7 +176,7 @@ def test_a_download_tells_how_far_it_is(hub: HubServer) -> None:
 
 @pytest.mark.fault(168)
 def test_a_connection_that_is_cut_is_taken_up_again(hub: HubServer) -> None:
-    """By the hub's own client; what lies in the cache is whole in the end."""
+    """By the hub's own client; the cached file is complete in the end."""
     hub.cut.add("diffusion_pytorch_model.safetensors")
     folder = HubClient().pipeline(FLUX, None)
     for name in ("transformer", "vae"):
@@ -186,7 +186,7 @@ def test_a_connection_that_is_cut_is_taken_up_again(hub: HubServer) -> None:
 
 @pytest.mark.fault(168)
 def test_a_cache_draws_without_a_hub(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """HF_HUB_OFFLINE=1, or a hub that is down: with our record, and with what another program fetched."""
+    """HF_HUB_OFFLINE=1, or a hub that is down: with our record of commits, and with another program's cache."""
     pins = tmp_path / "hub.json"
     folder = HubClient(pins=pins).pipeline(FLUX, None)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -197,7 +197,7 @@ def test_a_cache_draws_without_a_hub(hub: HubServer, tmp_path: Path, monkeypatch
 
 @pytest.mark.fault(168)
 def test_the_controlnet_of_the_hub_is_in_the_footprint(hub: HubServer, tmp_path: Path) -> None:
-    """Its parts are those of the same folders on the disk, and it is what is loaded then."""
+    """Its components equal those of the same folders on disk, and it is the one loaded."""
     source = HubClient()
     assert set(empty_pipeline(FACTS["sdxl"], tmp_path, hub=source)) == set(empty_pipeline(MODELS["sdxl"], MODELS_DIR))
     assert type(load_controlnet(FACTS["sdxl"], tmp_path, CPU, hub=source)).__name__ == "ControlNetModel"
@@ -208,7 +208,7 @@ def test_the_controlnet_of_the_hub_is_in_the_footprint(hub: HubServer, tmp_path:
 def test_an_optional_or_gated_repository_stops_no_other(
     gone: str, hub: HubServer, tmp_path: Path, one_thread: None
 ) -> None:
-    """Without the ControlNet, SDXL draws without edges; a gated Flux costs Flux. Both are reported."""
+    """Without the ControlNet, SDXL works without edges; a gated Flux disables Flux only. Both are reported."""
     hub.gated.add(gone)
     drawing: Any = load(tmp_path, "cpu", 1, LoadOptions(models=FACTS, hub=HubClient()))
     loaded = {model.name: model for model in drawing.loaded}
@@ -220,4 +220,4 @@ def test_an_optional_or_gated_repository_stops_no_other(
     else:
         assert loaded["sdxl"].follows_edges
         assert "HF_TOKEN" in drawing.unusable["flux"]
-    assert drawing.models["sdxl"].revision == MODELS["sdxl"].revision  # the same weights, wherever they come from
+    assert drawing.models["sdxl"].revision == MODELS["sdxl"].revision  # the same weights, from whichever source
